@@ -1,0 +1,12 @@
+"""The two ways in which a command ends badly without being a bug."""
+
+
+class UserError(Exception):
+    """The configuration or the input is wrong: one message, exit code 2, nothing left behind.
+
+    The message names the key, its value, what is wrong and what is allowed.
+    """
+
+
+class RunError(Exception):
+    """A run that had begun could not go on (a loss that is not finite, a full disk): one message, exit code 1."""

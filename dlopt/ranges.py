@@ -1,0 +1,13 @@
+"""Ranges for the arguments of components: the annotation is the schema against which a config is checked."""
+
+from typing import Annotated
+
+from annotated_types import Ge, Gt, Interval
+
+Positive = Annotated[float, Gt(0)]
+NonNegative = Annotated[float, Ge(0)]
+Probability = Annotated[float, Interval(ge=0, le=1)]
+Share = Annotated[float, Interval(ge=0, lt=1)]
+PositiveShare = Annotated[float, Interval(gt=0, le=1)]
+Count = Annotated[int, Ge(1)]
+Natural = Annotated[int, Ge(0)]
