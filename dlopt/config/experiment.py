@@ -1,0 +1,91 @@
+"""The checked experiment: every group's component, the keys that a group's choices share, and the run's settings."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from dlopt.config.rules import check_combinations
+from dlopt.config.schema import ALLOWED_PACKAGES, Component, check_arguments, component, show
+from dlopt.config.settings import Settings
+from dlopt.data.settings import DataSettings
+from dlopt.errors import UserError
+from dlopt.schedules import Warmup
+
+
+@dataclass(frozen=True)
+class Group:
+    """What the choices of one group have in common: arguments known only at run time, and keys that each of them has.
+
+    A callable that names a common key in its signature is handed its value.
+    """
+
+    runtime: tuple[str, ...] = ()
+    common: type | None = None
+
+
+GROUPS: Mapping[str, Group] = {
+    "data": Group((), DataSettings),
+    "normalize": Group(("input_shape",)),
+    "sampler": Group(("targets", "seed")),
+    "augmentation": Group(("input_shape", "classes", "train")),
+    "model": Group(("input_shape", "classes")),
+    "init": Group(("model", "generator", "inputs")),
+    "loss": Group(("classes",)),
+    "optimizer": Group(("params",)),
+    "schedule": Group(("horizon",), Warmup),
+    "clip": Group(),
+    "stopping": Group(),
+    "parallel": Group(("device",)),
+}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    settings: Settings
+    data: Component
+    data_settings: DataSettings
+    normalize: Component
+    sampler: Component
+    augmentation: Component
+    model: Component
+    init: Component
+    loss: Component
+    optimizer: Component
+    schedule: Component
+    warmup: Warmup
+    clip: Component
+    stopping: Component
+    parallel: Component
+    config: Mapping[str, Any] = field(repr=False)  # resolved, as written to config.yaml
+
+
+def parse(config: Mapping[str, Any]) -> Experiment:
+    """Checks a composed and resolved config (plain dicts and lists). Raises `UserError`."""
+    run_keys = {key: value for key, value in config.items() if key not in GROUPS}
+    settings = Settings(**check_arguments("", Settings, run_keys, related=tuple(GROUPS)))
+    packages = (*ALLOWED_PACKAGES, *settings.allow_packages)
+    parts: dict[str, Any] = {}
+    for name, group in GROUPS.items():
+        node = config.get(name)
+        if not isinstance(node, Mapping) or "_target_" not in node:
+            raise UserError(f"{name}={show(node)}: one of the group's choices is needed; `dlopt train --help` lists them")
+        names = _field_names(group.common)
+        own = {key: value for key, value in node.items() if key not in names}
+        runtime = (*group.runtime, *names)
+        parts[name] = component(name, own, runtime, packages, related=names)
+        if group.common is not None:
+            common = {key: value for key, value in node.items() if key in names}
+            parts[group.common.__name__] = group.common(**check_arguments(name, group.common, common))
+    experiment = Experiment(
+        settings=settings,
+        data_settings=parts.pop("DataSettings"),
+        warmup=parts.pop("Warmup"),
+        config=config,
+        **parts,
+    )
+    check_combinations(experiment)
+    return experiment
+
+
+def _field_names(common: type | None) -> tuple[str, ...]:
+    return () if common is None else tuple(each.name for each in fields(common))

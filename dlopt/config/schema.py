@@ -1,0 +1,262 @@
+"""A config is checked against the signatures of what it names: the annotations are the schema.
+
+Values are checked as JSON in pydantic's strict mode: an int is accepted for a float and a list for a tuple, but neither
+"0.1" nor true passes for a number. NaN and infinities are refused everywhere.
+"""
+
+import dataclasses
+import functools
+import importlib
+import inspect
+import json
+import re
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from difflib import get_close_matches
+from typing import Any
+
+from pydantic import ConfigDict, PydanticSchemaGenerationError, PydanticUserError, TypeAdapter, ValidationError
+from pydantic.errors import PydanticUndefinedAnnotation
+
+from dlopt.config.foreign import RANGES
+from dlopt.errors import UserError
+
+ALLOWED_PACKAGES = ("dlopt", "torch.optim", "torch.nn", "torchvision")
+_STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
+_EMPTY = inspect.Parameter.empty
+
+
+@dataclasses.dataclass(frozen=True)
+class Component:
+    """A callable and its checked arguments, waiting for what is known only at run time."""
+
+    key: str
+    target: Callable[..., Any]
+    arguments: Mapping[str, Any]
+
+    def build(self, **runtime: Any) -> Any:
+        """Calls the target with its arguments and with those of `runtime` that its signature names."""
+        names = _parameters(self.target)
+        known = {name: value for name, value in runtime.items() if name in names}
+        return self.target(**known, **{name: _built(value, runtime) for name, value in self.arguments.items()})
+
+    def partial(self, **extra: Any) -> "Component":
+        return dataclasses.replace(self, arguments={**self.arguments, **extra})
+
+
+def _built(value: Any, runtime: Mapping[str, Any]) -> Any:
+    if isinstance(value, Component):
+        return value.build(**runtime)
+    if isinstance(value, list):
+        return [_built(item, runtime) for item in value]
+    return value
+
+
+def component(
+    key: str,
+    node: Mapping[str, Any],
+    runtime: Iterable[str],
+    packages: Iterable[str],
+    related: tuple[str, ...] = (),
+) -> Component:
+    """The checked component that `node` describes: `_target_` and arguments, possibly with components within.
+
+    `related` names keys that stand beside these in the config; they only serve to guess what was meant.
+
+    Raises `UserError` for a target outside `packages`, and for unknown, missing, mistyped and out-of-range arguments.
+    """
+    if not isinstance(node.get("_target_"), str):
+        raise UserError(f"{key}: _target_ is missing; it names the callable to build")
+    packages, runtime = tuple(packages), frozenset(runtime)
+    target = resolve_target(f"{key}._target_", node["_target_"], packages)
+    values = {name: value for name, value in node.items() if name != "_target_"}
+    return Component(key, target, check_arguments(key, target, values, runtime, packages, related))
+
+
+def resolve_target(key: str, path: str, packages: Iterable[str]) -> Callable[..., Any]:
+    """The callable of that dotted path. It must be defined in an allowed package, not merely be reachable through one."""
+    packages = tuple(packages)
+    if not _within(path, packages):
+        raise UserError(
+            f"{key}={path}: only callables of {', '.join(packages)} may be named; "
+            f"type allow_packages=[{path.split('.')[0]}] on the command line to trust another package"
+        )
+    found = _locate(path)
+    if found is None:
+        raise UserError(f"{key}={path}: there is no such callable{_importable(path)}")
+    home = getattr(found, "__module__", None) or ""
+    if not callable(found) or inspect.ismodule(found) or not _within(f"{home}.", packages):
+        raise UserError(f"{key}={path}: this is not a callable defined in {', '.join(packages)}")
+    return typing.cast(Callable[..., Any], found)
+
+
+def _within(path: str, packages: tuple[str, ...]) -> bool:
+    # torch.optim's and torch.nn's classes live in submodules of theirs, a few of torch.optim's in torch.optim._x
+    return any(path == package or path.startswith(f"{package}.") for package in packages)
+
+
+def _locate(path: str) -> Any:
+    parts = path.split(".")
+    for cut in range(len(parts) - 1, 0, -1):
+        name = ".".join(parts[:cut])
+        try:
+            found: Any = importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
+                continue
+            raise UserError(f"_target_={path}: importing {name} failed: {error}") from error
+        except Exception as error:
+            raise UserError(f"_target_={path}: importing {name} failed: {type(error).__name__}: {error}") from error
+        for part in parts[cut:]:
+            found = getattr(found, part, None)
+        return found
+    return None
+
+
+def _importable(path: str) -> str:
+    package = path.split(".")[0]
+    return "" if importlib.util.find_spec(package) else f" (the package {package} is not installed)"
+
+
+def check_arguments(
+    key: str,
+    target: Callable[..., Any],
+    values: Mapping[str, Any],
+    runtime: frozenset[str] = frozenset(),
+    packages: tuple[str, ...] = (),
+    related: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """The arguments of `target` as its annotations want them. `runtime` names those that are not the config's to give."""
+    parameters = _parameters(target)
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    own = [name for name, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    allowed = [name for name in own if name not in runtime]
+    for name in values:
+        if name not in allowed and not (open_ended and name not in runtime):
+            raise UserError(unknown(_join(key, name), name, (*allowed, *related)))
+    for name in allowed:
+        if name not in values and parameters[name].default is _EMPTY:
+            raise UserError(f"{_join(key, name)}: a value is needed ({_describe(parameters[name].annotation)})")
+    foreign = not target.__module__.startswith("dlopt")
+    checked = {}
+    for name, value in values.items():
+        annotation = parameters[name].annotation if name in parameters else _EMPTY
+        if foreign:
+            annotation = RANGES.get(name, annotation)
+        checked[name] = _checked(_join(key, name), value, annotation, runtime, packages)
+    return checked
+
+
+def _join(key: str, name: str) -> str:
+    return f"{key}.{name}" if key else name
+
+
+def unknown(key: str, name: str, allowed: Iterable[str]) -> str:
+    allowed = list(allowed)
+    close = get_close_matches(name, allowed, n=1, cutoff=0.6)
+    hint = f"did you mean {key[: len(key) - len(name)]}{close[0]}? " if close else ""
+    return f"{key}: there is no such key; {hint}allowed: {', '.join(allowed) or 'none'}"
+
+
+def _checked(key: str, value: Any, annotation: Any, runtime: frozenset[str], packages: tuple[str, ...]) -> Any:
+    if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
+        if not isinstance(value, Mapping):
+            names = ", ".join(field.name for field in dataclasses.fields(annotation))
+            raise UserError(f"{key}={show(value)}: this is a block of keys ({names}); set them one by one")
+        return annotation(**check_arguments(key, annotation, value, runtime, packages))
+    if isinstance(value, Mapping) and "_target_" in value:
+        return component(key, value, runtime, packages)
+    if isinstance(value, list) and any(isinstance(item, Mapping) and "_target_" in item for item in value):
+        return [_checked(f"{key}.{i}", item, _EMPTY, runtime, packages) for i, item in enumerate(value)]
+    adapter = _adapter(annotation)
+    if adapter is None:
+        return value
+    try:
+        return adapter.validate_json(_json(value))
+    except ValidationError as error:
+        raise UserError(f"{key}={show(value)}: {_reason(error)}; allowed: {_describe(annotation)}") from None
+
+
+@functools.cache
+def _parameters(target: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    signature = inspect.signature(target)
+    try:
+        hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
+    except Exception:  # somebody's annotations that do not evaluate: their arguments pass unchecked
+        hints = {}
+    parameters = [p.replace(annotation=hints.get(n, p.annotation)) for n, p in signature.parameters.items()]
+    return {p.name: p for p in parameters}
+
+
+def _adapter(annotation: Any) -> TypeAdapter[Any] | None:
+    if annotation is _EMPTY or annotation is Any or isinstance(annotation, str):
+        return None
+    try:
+        return TypeAdapter(annotation, config=_STRICT)
+    except PydanticUserError as error:
+        if isinstance(error, PydanticSchemaGenerationError | PydanticUndefinedAnnotation):
+            return None
+        return TypeAdapter(annotation)  # the type brings a config of its own
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, default=str)
+
+
+def show(value: Any) -> str:
+    """A value as one types it on the command line."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float):
+        return repr(value)
+    return json.dumps(value, default=str)
+
+
+def _reason(error: ValidationError) -> str:
+    """The first complaint that speaks of the value itself: pydantic lists one per member of a union."""
+    details = error.errors(include_url=False, include_input=False, include_context=False)
+    ranked = sorted(details, key=lambda detail: detail["type"] in _TYPE_MISMATCH)
+    message = ranked[0]["msg"]
+    return message[0].lower() + message[1:].replace("Input should", "should") if message else "not valid"
+
+
+_TYPE_MISMATCH = {"none_required", "bool_type", "int_type", "float_type", "string_type", "list_type", "literal_error"}
+
+
+def _describe(annotation: Any) -> str:
+    """What an annotation allows, in a reader's words: 'a number > 0', 'one of batch, layer', 'null'."""
+    origin = typing.get_origin(annotation)
+    arguments = typing.get_args(annotation)
+    if annotation is _EMPTY or annotation is Any:
+        return "any value"
+    if annotation is type(None) or annotation is None:
+        return "null"
+    if origin is typing.Annotated:
+        bounds = [bound for extra in arguments[1:] for bound in _bounds(extra)]
+        return " ".join([_describe(arguments[0]), " and ".join(bounds)]).strip()
+    if origin is typing.Literal:
+        return " | ".join(show(argument) for argument in arguments)
+    if origin in (typing.Union, *_UNION_TYPES):
+        return " | ".join(_describe(argument) for argument in arguments if not _is_tensor(argument))
+    if origin is list:
+        return f"a list [a,b,...] of {_describe(arguments[0])}"
+    if origin is tuple:
+        return f"a list [{','.join(_describe(argument) for argument in arguments if argument is not ...)}]"
+    plain = {int: "a whole number", float: "a number", bool: "true | false", str: "a text"}
+    return plain.get(annotation, getattr(annotation, "__name__", str(annotation)))
+
+
+_UNION_TYPES = (type(int | str),)
+_SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+
+
+def _bounds(extra: Any) -> list[str]:
+    return [
+        f"{sign} {getattr(extra, name):g}"
+        for name, sign in _SIGNS.items()
+        if getattr(extra, name, None) is not None
+    ]
+
+
+def _is_tensor(annotation: Any) -> bool:
+    return re.fullmatch(r"(torch\.)?Tensor", getattr(annotation, "__name__", "")) is not None

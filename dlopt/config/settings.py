@@ -1,0 +1,56 @@
+"""The keys that belong to the run and not to one component. `conf/train.yaml` holds their values and explains them."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from annotated_types import Interval
+
+from dlopt.ranges import Count, Positive
+
+Seed = Annotated[int, Interval(ge=0, lt=2**63)]
+Decay = Annotated[float, Interval(gt=0, lt=1)]
+Toggle = bool | Literal["auto"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    every_epochs: Count
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    every_epochs: Count | None
+    every_steps: Count | None
+    keep: Count
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    name: str
+    seed: Seed
+    init_seed: Seed
+    order_seed: Seed
+    augmentation_seed: Seed
+    resume: str | None
+    init_from: str | None
+    allow_packages: list[str]
+    epochs: Count
+    steps: Count | None
+    max_time: Positive | None
+    schedule_epochs: Positive | None
+    device: Literal["auto", "cpu", "cuda", "mps"]
+    precision: Literal["fp32", "tf32", "bf16", "fp16", "fp64", "auto"]
+    compile: Toggle
+    channels_last: Toggle
+    threads: Count | Literal["auto"]
+    deterministic: bool
+    accumulate: Count
+    scale_lr: Literal["none", "linear", "sqrt"]
+    scale_lr_reference: Count
+    decay_norm_and_bias: bool
+    ema: Decay | None
+    monitor: str
+    evaluate: Evaluate
+    checkpoint: Checkpoint
+    tracking: list[Literal["tensorboard"]]
+    log_every_steps: Count | None
