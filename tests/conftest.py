@@ -1,0 +1,19 @@
+"""What all tests share: one thread each (workers share the cores) and the same few examples in every run."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(variable, "1")  # before torch is first imported, and for the commands that tests start
+
+settings.register_profile("default", deadline=None, max_examples=25)
+settings.register_profile("ci", deadline=None, max_examples=25, derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+@pytest.fixture(scope="session")
+def conf_dir() -> Path:
+    return Path(__file__).resolve().parents[1] / "conf"
