@@ -1,0 +1,114 @@
+from itertools import pairwise
+from typing import Literal
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dlopt.augment import HorizontalFlip, Operation, PadCrop, Pipeline
+from dlopt.errors import UserError
+from dlopt.random import generator
+
+
+def pictures(n: int, *shape: int) -> Tensor:
+    return torch.randint(0, 256, (n, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def run(pipeline: Pipeline, images: Tensor, seed: int = 0) -> Tensor:
+    targets = torch.arange(len(images))
+    out, same = pipeline(
+        images, targets, generator=generator("cpu", seed), total=len(images), part=slice(0, len(images))
+    )
+    assert torch.equal(same, targets)
+    return out
+
+
+def windows(image: Tensor, padding: int, border: str, flip: bool) -> list[Tensor]:
+    """All windows that a padded crop can give, by slicing."""
+    mode = {"zero": "constant", "reflect": "reflect"}[border]
+    padded = F.pad(image[None].float(), (padding,) * 4, mode=mode)[0].to(image.dtype)
+    height, width = image.shape[1:]
+    found = [padded[:, y : y + height, x : x + width] for y in range(2 * padding + 1) for x in range(2 * padding + 1)]
+    return [window.flip(-1) if flip else window for window in found]
+
+
+@pytest.mark.parametrize("border", ["zero", "reflect"])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(3, 9, 12), (1, 8, 8)])
+def test_crop_and_flip_copy_pixels_exactly(
+    border: Literal["zero", "reflect"], dtype: torch.dtype, shape: tuple[int, int, int]
+) -> None:
+    images = pictures(200, *shape).to(dtype)
+    pipeline = Pipeline(operations=[PadCrop(padding=3), HorizontalFlip(p=0.5)], border=border, input_shape=shape)
+    out = run(pipeline, images)
+    assert out.dtype == dtype and out.shape == images.shape
+    seen = []
+    for before, after in zip(images, out, strict=True):
+        plain = [torch.equal(after, window) for window in windows(before, 3, border, flip=False)]
+        mirrored = [torch.equal(after, window) for window in windows(before, 3, border, flip=True)]
+        assert sum(plain) + sum(mirrored) >= 1
+        seen.append((plain + mirrored).index(True))
+    assert len(set(seen)) > 60  # of 98
+
+
+def test_a_flip_is_torch_flip() -> None:
+    images = pictures(4, 3, 5, 6)
+    always = Pipeline(operations=[HorizontalFlip(p=1.0)], border="zero", input_shape=(3, 5, 6))
+    never = Pipeline(operations=[HorizontalFlip(p=0.0)], border="zero", input_shape=(3, 5, 6))
+    assert torch.equal(run(always, images), images.flip(-1))
+    assert torch.equal(run(never, images), images)
+
+
+def test_crops_and_flips_are_drawn_evenly() -> None:
+    position = torch.zeros(20000, 1, 5, 5, dtype=torch.uint8)
+    position[:, 0, 2, 1] = 1
+    crops = run(Pipeline(operations=[PadCrop(padding=1)], border="zero", input_shape=(1, 5, 5)), position)
+    counts = crops.sum((0, 1)).float()
+    assert counts[1:4, 0:3].sum() == 20000
+    assert (counts[1:4, 0:3] / 20000 - 1 / 9).abs().max() < 5 * (1 / 9 * 8 / 9 / 20000) ** 0.5
+    flips = run(Pipeline(operations=[HorizontalFlip(p=0.3)], border="zero", input_shape=(1, 5, 5)), position)
+    assert abs(flips[:, 0, 2, 3].float().mean() - 0.3) < 5 * (0.3 * 0.7 / 20000) ** 0.5
+
+
+def test_without_operations_the_batch_itself_comes_back() -> None:
+    images = torch.randn(4, 7)
+    out = run(Pipeline(operations=[], border="zero", input_shape=(7,)), images)
+    assert out is images
+
+
+@given(cuts=st.lists(st.integers(0, 12), max_size=4), seed=st.integers(0, 1000))
+@settings(max_examples=30, deadline=None)
+def test_any_sharding_gives_the_same_samples(cuts: list[int], seed: int) -> None:
+    images = pictures(12, 3, 8, 8)
+    pipeline = Pipeline(operations=[PadCrop(padding=4), HorizontalFlip(p=0.5)], border="zero", input_shape=(3, 8, 8))
+    whole = run(pipeline, images, seed)
+    edges = [0, *sorted(cuts), 12]
+    parts = [
+        pipeline(images[a:b], torch.zeros(b - a), generator=generator("cpu", seed), total=12, part=slice(a, b))[0]
+        for a, b in pairwise(edges)
+    ]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_seeds_decide() -> None:
+    images = pictures(16, 3, 8, 8)
+    pipeline = Pipeline(operations=[PadCrop(padding=4)], border="zero", input_shape=(3, 8, 8))
+    assert torch.equal(run(pipeline, images, 1), run(pipeline, images, 1))
+    assert not torch.equal(run(pipeline, images, 1), run(pipeline, images, 2))
+
+
+def test_vectors_and_foreign_operations_are_refused() -> None:
+    with pytest.raises(UserError, match="use augmentation=none"):
+        Pipeline(operations=[HorizontalFlip(p=0.5)], border="zero", input_shape=(64,))
+    strange: list[Operation] = [torch.nn.ReLU()]  # type: ignore[list-item]
+    with pytest.raises(UserError, match=r"augmentation\.operations\.0: ReLU"):
+        Pipeline(operations=strange, border="zero", input_shape=(3, 8, 8))
+
+
+def test_a_part_of_another_length_is_refused() -> None:
+    pipeline = Pipeline(operations=[HorizontalFlip(p=0.5)], border="zero", input_shape=(3, 8, 8))
+    with pytest.raises(ValueError, match="4 samples"):
+        pipeline(pictures(4, 3, 8, 8), torch.zeros(4), generator=generator("cpu", 0), total=8, part=slice(0, 3))
