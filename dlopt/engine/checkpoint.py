@@ -1,0 +1,198 @@
+"""Checkpoints are whole or absent: temporary file, fsync, rename, fsync of the folder; a SHA-256 stands beside each.
+
+`last.pt` is the newest, `step-N.pt` are those before it, `best.pt` the one of the best evaluation.
+"""
+
+import contextlib
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from dlopt.errors import RunError, UserError
+
+FORMAT = 1
+KEYS = {"format", "model", "optimizer", "schedule", "ema", "rng", "progress", "config", "normalize"}
+
+log = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """The checkpoint folder of one run."""
+
+    def __init__(self, folder: Path, keep: int = 2) -> None:
+        self.folder = folder
+        self.keep = keep
+        self.last = folder / "last.pt"
+        self.best = folder / "best.pt"
+        self._step_of_last: int | None = None  # None: last.pt is absent, or not known to be whole
+
+    def save(self, state: dict[str, Any], *, best: bool) -> None:
+        """Writes `state` as last.pt, and as best.pt when it is the best so far. Raises `RunError` when it cannot.
+
+        The file that was last.pt stays as step-N.pt while it is among the `keep` newest.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._retire_last()
+            write(self.last, lambda file: torch.save({"format": FORMAT, **state}, file))
+            self._step_of_last = state["progress"]["step"]
+            if best:
+                _copy(self.last, self.best)
+            self._forget_oldest()
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            raise RunError(f"the checkpoint {self.last} could not be written: {_reason(error)}") from error
+
+    def load_newest(self) -> dict[str, Any] | None:
+        """The newest whole checkpoint; None when there is no file at all. Raises `RunError` when none is whole."""
+        candidates = [self.last, *reversed(self._earlier())]
+        damaged = []
+        for path in candidates:
+            if not path.exists() and not path.is_symlink():
+                continue
+            try:
+                state = load(path)
+                self._step_of_last = state["progress"]["step"] if path == self.last else None
+                return state
+            except UserError as error:
+                damaged.append(path)
+                log.warning("%s; trying the one before it", error)
+        if damaged:
+            raise RunError(
+                f"none of the checkpoints in {self.folder} is whole ({', '.join(p.name for p in damaged)}); "
+                "start again in a new folder"
+            )
+        return None
+
+    def _earlier(self) -> list[Path]:
+        """Kept checkpoints before last.pt, oldest first, by number: step 10 is newer than step 9."""
+        found = [(int(m[1]), p) for p in self.folder.glob("step-*.pt") if (m := re.fullmatch(r"step-(\d+)", p.stem))]
+        return [path for _, path in sorted(found)]
+
+    def _retire_last(self) -> None:
+        if self.keep > 1 and self._step_of_last is not None:
+            _copy(self.last, self.folder / f"step-{self._step_of_last}.pt")
+
+    def _forget_oldest(self) -> None:
+        earlier = self._earlier()
+        for path in earlier[: max(len(earlier) - (self.keep - 1), 0)]:
+            path.unlink(missing_ok=True)
+            _digest_file(path).unlink(missing_ok=True)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Reads one checkpoint, on the CPU, without unpickling code. Raises `UserError` naming what is wrong with it."""
+    if path.is_dir():
+        raise UserError(f"checkpoint={path}: this is a folder; name a file such as {path}/checkpoints/last.pt")
+    if not path.is_file():
+        raise UserError(f"checkpoint={path}: there is no such file")
+    try:
+        digest = _sha256(path)
+        recorded = _recorded_digests(path)
+    except OSError as error:
+        raise UserError(f"checkpoint={path}: it cannot be read: {_reason(error)}") from None
+    if not recorded:
+        raise UserError(f"checkpoint={path}: its checksum {_digest_file(path).name} is missing or empty")
+    if digest not in recorded:
+        raise UserError(f"checkpoint={path}: the file is damaged: its SHA-256 is not the recorded one")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"checkpoint={path}: this is no dlopt checkpoint: {_reason(error)}") from None
+    if not isinstance(state, dict) or "format" not in state:
+        raise UserError(f"checkpoint={path}: this file holds no run; take its weights with init_from={path}")
+    if state["format"] > FORMAT:
+        raise UserError(f"checkpoint={path}: written by a newer dlopt (format {state['format']}; this reads {FORMAT})")
+    missing = sorted(KEYS - state.keys())
+    if missing:
+        raise UserError(f"checkpoint={path}: {', '.join(missing)} missing; take its weights with init_from={path}")
+    return state
+
+
+def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
+    """Writes a file and its checksum so that a crash at any moment leaves a file that matches its checksum.
+
+    Two files cannot be renamed at once: the checksum file names the new digest beside the old one before the rename,
+    and the new one alone after it. A reader takes either.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            fill(file)
+            file.flush()
+            os.fsync(file.fileno())
+        _publish(temporary, path, _sha256(temporary))
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Makes `target` the same file as `source`: a hard link where the file system has them."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        with source.open("rb") as read, temporary.open("wb") as file:
+            while block := read.read(1 << 20):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+    digests = _recorded_digests(source)
+    _publish(temporary, target, digests[0] if len(digests) == 1 else _sha256(source))
+
+
+def _publish(temporary: Path, path: Path, digest: str) -> None:
+    before = _recorded_digests(path) if path.exists() else []
+    _write_digests(path, [digest, *(each for each in before if each != digest)])
+    os.replace(temporary, path)
+    _sync_folder(path.parent)
+    if before:
+        _write_digests(path, [digest])
+
+
+def _write_digests(path: Path, digests: list[str]) -> None:
+    target = _digest_file(path)
+    temporary = target.with_name(f".{target.name}.tmp")
+    with temporary.open("w") as file:
+        file.writelines(f"{digest}  {path.name}\n" for digest in digests)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, target)
+    _sync_folder(path.parent)
+
+
+def _recorded_digests(path: Path) -> list[str]:
+    try:
+        lines = _digest_file(path).read_text().splitlines()
+    except (FileNotFoundError, UnicodeDecodeError):
+        return []
+    return [line.split()[0] for line in lines if line.strip()]
+
+
+def _digest_file(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__

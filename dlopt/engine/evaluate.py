@@ -1,0 +1,35 @@
+"""Testing a model on a split: every sample exactly once."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from dlopt.engine.metrics import Sums
+
+
+@torch.inference_mode()
+def evaluate(
+    module: nn.Module,
+    model: Callable[[Tensor], Tensor],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    loss: nn.Module,
+    *,
+    classify: bool,
+    prefix: str,
+) -> dict[str, float]:
+    """Sample-weighted means over `batches`: {prefix}_loss and, in a classification, {prefix}_accuracy.
+
+    `model` is how `module` is called (compiled, under autocast); both are in evaluation mode within, and back in
+    their former mode afterwards.
+    """
+    sums = Sums(classify)
+    modes = module.training, loss.training
+    module.eval(), loss.eval()
+    try:
+        for inputs, targets in batches:
+            outputs = model(inputs)
+            sums.add(loss(outputs, targets), outputs, targets)
+    finally:
+        module.train(modes[0]), loss.train(modes[1])
+    return sums.means(prefix)

@@ -1,0 +1,194 @@
+"""The loop: epochs of updates, an evaluation after each, checkpoints between."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from torch import Tensor, nn
+
+from dlopt.engine import rng
+from dlopt.engine.averaging import ExponentialAverage
+from dlopt.engine.checkpoint import Checkpoints
+from dlopt.engine.interruption import Interruption
+from dlopt.engine.metrics import Sums
+from dlopt.engine.step import Update
+from dlopt.engine.stopping import Best, Stopping
+
+Status = Literal["finished", "stopped_early", "interrupted"]
+
+
+class Batches(Protocol):
+    def __len__(self) -> int: ...
+
+    def epoch(self, epoch: int, start: int = 0, step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """(inputs, targets) of one epoch from batch `start` on, which belongs to update `step`."""
+        ...
+
+
+class Tracking(Protocol):
+    def advance(self, step: int) -> None: ...
+    def step(self, step: int, values: Mapping[str, float]) -> None: ...
+    def epoch(self, metrics: Mapping[str, Any]) -> None: ...
+
+
+@dataclass
+class Progress:
+    """Where a run stands. `position` counts the batches done in the current epoch."""
+
+    epoch: int = 0
+    position: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    stopped_early: bool = False
+    resumed_from: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Training:
+    """All that the loop works on; `state_dict` is all that a checkpoint needs besides the config."""
+
+    module: nn.Module
+    update: Update
+    batches: Batches
+    validate: Callable[[], dict[str, float]] | None
+    tracking: Tracking
+    checkpoints: Checkpoints
+    stopping: Stopping
+    best: Best
+    average: ExponentialAverage | None
+    normalize: nn.Module
+    config: Mapping[str, Any]
+    steps: int  # updates of the whole run
+    epochs: int  # the last epoch may be a part of one
+    evaluate_every: int
+    save_every_epochs: int | None
+    save_every_steps: int | None
+    log_every_steps: int | None
+    progress: Progress = field(default_factory=Progress)
+    sums: Sums = field(default_factory=lambda: Sums(classify=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        closure = self.update.closure
+        return {
+            "model": self.module.state_dict(),
+            "optimizer": closure.optimizer.state_dict(),
+            "schedule": self.update.schedule.state_dict(),
+            "ema": None if self.average is None else self.average.state_dict(),
+            "rng": rng.state(),
+            "progress": {
+                **vars(self.progress),
+                "sums": self.sums.state_dict(),
+                "stopping": self.stopping.state_dict(),
+                "best": self.best.state_dict(),
+                "scaler": None if closure.scaler is None else closure.scaler.state_dict(),
+            },
+            "config": dict(self.config),
+            "normalize": self.normalize.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes back to where `state` was taken. The normalization is not touched: it comes before everything else."""
+        closure = self.update.closure
+        progress = dict(state["progress"])
+        self.module.load_state_dict(state["model"])
+        closure.optimizer.load_state_dict(state["optimizer"])
+        self.update.schedule.load_state_dict(state["schedule"])
+        if self.average is not None:
+            self.average.load_state_dict(state["ema"])
+        self.sums.load_state_dict(progress.pop("sums"))
+        self.stopping.load_state_dict(progress.pop("stopping"))
+        self.best.load_state_dict(progress.pop("best"))
+        scaler = progress.pop("scaler")
+        if closure.scaler is not None and scaler is not None:
+            closure.scaler.load_state_dict(scaler)
+        self.progress = Progress(**progress)
+        self.progress.resumed_from = [*self.progress.resumed_from, self.progress.step]
+        rng.restore(state["rng"])
+
+
+def fit(training: Training, interruption: Interruption) -> Status:
+    """Trains from `training.progress` on. Returns why it ended; the newest checkpoint is on disk in any case."""
+    t, progress, update, tracking = training, training.progress, training.update, training.tracking
+    t.module.train()
+    clock = _Clock(t)
+    while progress.step < t.steps and not progress.stopped_early:
+        for inputs, targets in t.batches.epoch(progress.epoch, progress.position, progress.step):
+            logging = t.log_every_steps is not None and (progress.step + 1) % t.log_every_steps == 0
+            update.closure.norm_wanted = logging
+            loss = update(inputs, targets, progress.step, t.sums)
+            progress.step += 1
+            progress.position += 1
+            tracking.advance(progress.step)
+            if logging:
+                update.check(loss, progress.step - 1)
+                tracking.step(progress.step, clock.figures())
+            if progress.step == t.steps:
+                break
+            if interruption:
+                clock.stop()
+                t.checkpoints.save(t.state_dict(), best=False)
+                return "interrupted"
+            if t.save_every_steps is not None and progress.step % t.save_every_steps == 0:
+                clock.stop()
+                t.checkpoints.save(t.state_dict(), best=False)
+        update.check(loss, progress.step - 1)
+        _end_epoch(t, clock)
+    return "stopped_early" if progress.stopped_early else "finished"
+
+
+def _end_epoch(t: Training, clock: "_Clock") -> None:
+    """Evaluates, lets stopping and schedule see the figures, and saves, each where it is due."""
+    progress = t.progress
+    metrics = t.sums.means("train")
+    t.sums = Sums(t.sums.classify)
+    progress.epoch, progress.position = progress.epoch + 1, 0
+    last = progress.step == t.steps
+    improved = False
+    if last or progress.epoch % t.evaluate_every == 0:
+        if t.validate is not None:
+            metrics |= t.validate()
+        clock.stop()
+        metrics = {
+            "epoch": progress.epoch,
+            "step": progress.step,
+            "lr": float(t.update.rate),
+            **metrics,
+            "seconds": progress.seconds,
+        }
+        if t.validate is not None:
+            improved = t.best.update(metrics)
+            progress.stopped_early = t.stopping.update(metrics) and not last
+            t.update.schedule.update(metrics)  # type: ignore[attr-defined]
+        t.tracking.epoch(metrics)
+    due = t.save_every_epochs is not None and progress.epoch % t.save_every_epochs == 0
+    if improved or due or last or progress.stopped_early:
+        clock.stop()
+        t.checkpoints.save(t.state_dict(), best=improved)
+
+
+class _Clock:
+    """Training time, and the figures of a logging point."""
+
+    def __init__(self, training: Training) -> None:
+        self.training = training
+        self._since = self._log_since = time.perf_counter()
+        self._count = training.sums.count
+
+    def stop(self) -> None:
+        """Books the time since the last call to the run."""
+        now = time.perf_counter()
+        self.training.progress.seconds += now - self._since
+        self._since = self._log_since = now
+        self.training.sums.settle()
+        self._count = self.training.sums.count
+
+    def figures(self) -> dict[str, float]:
+        t = self.training
+        figures = {"lr": float(t.update.rate)} | t.sums.since_last("train/")
+        if t.update.closure.norm is not None:
+            figures["grad_norm/global"] = float(t.update.closure.norm)
+        now = time.perf_counter()
+        figures["throughput/samples_per_second"] = (t.sums.count - self._count) / max(now - self._log_since, 1e-9)
+        self._log_since, self._count = now, t.sums.count
+        return figures

@@ -1,0 +1,84 @@
+"""Sample-weighted means over an epoch, without a host-device synchronization per step."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_HELD_NUMBERS = 1 << 20  # outputs held back before they are counted: 4 MiB in fp32
+
+
+class Sums:
+    """Sums of loss and of right answers over samples.
+
+    What a step hands in is held back, and counted for many steps at once: a step itself costs one list append.
+    The sums do not depend on when they are counted, so a resumed epoch ends with the uninterrupted one's figures.
+    """
+
+    def __init__(self, classify: bool) -> None:
+        self.classify = classify
+        self.loss = 0.0
+        self.right = 0
+        self.count = 0
+        self._losses: list[Tensor] = []
+        self._counts: list[int] = []
+        self._outputs: list[Tensor] = []
+        self._targets: list[Tensor] = []
+        self._held = 0
+        self._reported = (0.0, 0, 0)
+
+    def add(self, loss: Tensor, outputs: Tensor, targets: Tensor) -> None:
+        """Takes a batch's mean loss (scalar), outputs [B, K] and targets [B] (or [B, K]: probabilities)."""
+        self._losses.append(loss)
+        self._counts.append(len(targets))
+        if self.classify:
+            self._outputs.append(outputs)
+            self._targets.append(targets)
+            self._held += outputs.numel()
+            if self._held > _HELD_NUMBERS:
+                self.settle()
+
+    def settle(self) -> None:
+        """Counts what was held back: one transfer from the device."""
+        if not self._losses:
+            return
+        values = torch.stack(self._losses).double()
+        if self.classify:
+            targets = self._targets
+            labels = torch.cat([t.argmax(1) if t.ndim > 1 else t for t in targets])
+            right = (torch.cat(self._outputs).argmax(1) == labels).sum()
+            *losses, right_now = torch.cat([values, right.double().reshape(1)]).tolist()
+            self.right += int(right_now)
+        else:
+            losses = values.tolist()
+        for loss, count in zip(losses, self._counts, strict=True):
+            self.loss += loss * count
+            self.count += count
+        self._losses, self._counts, self._outputs, self._targets, self._held = [], [], [], [], 0
+
+    def means(self, prefix: str) -> dict[str, float]:
+        """{prefix}_loss and, in a classification, {prefix}_accuracy (a fraction), over all samples so far."""
+        self.settle()
+        return self._figures(f"{prefix}_", self.loss, self.right, self.count)
+
+    def since_last(self, prefix: str) -> dict[str, float]:
+        """{prefix}loss and {prefix}accuracy over the samples since the last call."""
+        self.settle()
+        loss, right, count = self._reported
+        self._reported = self.loss, self.right, self.count
+        return self._figures(prefix, self.loss - loss, self.right - right, self.count - count)
+
+    def _figures(self, prefix: str, loss: float, right: int, count: int) -> dict[str, float]:
+        figures = {f"{prefix}loss": loss / max(count, 1)}
+        if self.classify:
+            figures[f"{prefix}accuracy"] = right / max(count, 1)
+        return figures
+
+    def state_dict(self) -> dict[str, Any]:
+        self.settle()
+        return {"loss": self.loss, "right": self.right, "count": self.count}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.loss, self.right, self.count = state["loss"], state["right"], state["count"]
+        self._reported = self.loss, self.right, self.count

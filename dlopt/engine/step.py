@@ -1,0 +1,177 @@
+"""One optimizer update: forward and backward over the batch's micro-batches, clipping, the update itself.
+
+Every optimizer is driven through `optimizer.step(closure)`, so that gradient descent, L-BFGS, SAM and Newton with a line
+search share one loop. An optimizer that evaluates once per update is given its gradients first and then steps without
+the closure: a bad number is seen before it reaches the weights, and the gradient scaler can do the step.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.optim import Optimizer
+
+from dlopt.engine.clipping import Clip, gradient_norm
+from dlopt.engine.metrics import Sums
+from dlopt.errors import RunError
+from dlopt.random import stream
+
+
+class Closure:
+    """Loss and gradients of the current batch, as often as an optimizer asks.
+
+    Within a step the random draws of the model are frozen, and batch-norm statistics move with the first evaluation only.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: Callable[[Tensor], Tensor],
+        module: nn.Module,
+        loss: nn.Module,
+        optimizer: Optimizer,
+        clip: Clip,
+        autocast: Callable[[Callable[..., Tensor]], Callable[..., Tensor]],
+        scaler: torch.amp.GradScaler | None,
+        accumulate: int,
+        seed: int,
+    ) -> None:
+        self.module = module
+        self.optimizer = optimizer
+        self.clip = clip
+        self.scaler = scaler
+        self.accumulate = accumulate
+        self.seed = seed
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.norm_wanted = False
+        self.norm: Tensor | None = None
+        self._model = autocast(model)
+        self._loss = autocast(loss)
+        self._generators = _generators(self.parameters)
+
+    def begin(self, inputs: Tensor, targets: Tensor, step: int, sums: Sums) -> None:
+        """Sets the batch of update `step`; its first evaluation is added to `sums`."""
+        self.batch = inputs, targets
+        self.draws = stream(self.seed, step)
+        self.sums: Sums | None = sums
+
+    def __call__(self) -> Tensor:
+        """Leaves the clipped gradients of the batch's mean loss in the parameters; returns that loss, detached."""
+        self.optimizer.zero_grad()
+        if self.sums is None:
+            with frozen_statistics(self.module):
+                loss = self._evaluate(backward=True)
+        else:
+            loss = self._evaluate(backward=True)
+            self.sums = None
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        self.norm = self.clip(self.parameters)
+        if self.norm is None and self.norm_wanted:
+            self.norm = gradient_norm(self.parameters)
+        return loss
+
+    def loss(self) -> Tensor:
+        """The batch's mean loss with its graph and without backward: for Hessian-vector products."""
+        with torch.enable_grad(), frozen_statistics(self.module):
+            return self._evaluate(backward=False)
+
+    def _evaluate(self, backward: bool) -> Tensor:
+        for generator in self._generators:
+            generator.manual_seed(self.draws)
+        inputs, targets = self.batch
+        if self.accumulate == 1:
+            return self._part(inputs, targets, 1.0, backward)
+        count = len(targets)
+        parts = zip(inputs.chunk(self.accumulate), targets.chunk(self.accumulate), strict=True)
+        return torch.stack([self._part(x, y, len(y) / count, backward) for x, y in parts]).sum()
+
+    def _part(self, inputs: Tensor, targets: Tensor, share: float, backward: bool) -> Tensor:
+        """The loss of one micro-batch times its share of the batch's samples."""
+        outputs = self._model(inputs)
+        loss = self._loss(outputs, targets)
+        if self.sums is not None:
+            self.sums.add(loss.detach(), outputs.detach(), targets)
+        if share != 1.0:
+            loss = loss * share
+        if not backward:
+            return loss
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        return loss.detach()
+
+
+class Update:
+    """`update(inputs, targets, step, sums)` moves the weights once."""
+
+    def __init__(
+        self,
+        closure: Closure,
+        schedule: torch.optim.lr_scheduler.LRScheduler,
+        *,
+        evaluations: str,
+        after: Callable[[], None] | None,
+        check_now: bool,
+    ) -> None:
+        """`after` follows every update (weight averaging); `check_now` looks at the loss in every step, before the
+        update: free on a CPU, a synchronization on a GPU."""
+        self.closure = closure
+        self.optimizer = closure.optimizer
+        self.schedule = schedule
+        self.once = evaluations == "once"
+        self.after = after
+        self.check_now = check_now
+
+    def __call__(self, inputs: Tensor, targets: Tensor, step: int, sums: Sums) -> Tensor:
+        closure = self.closure
+        closure.begin(inputs, targets, step, sums)
+        self.rate = self.optimizer.param_groups[0]["lr"]
+        if self.once:
+            loss = closure()
+            if self.check_now:
+                self.check(loss, step)
+            if closure.scaler is None:
+                self.optimizer.step()
+            else:
+                closure.scaler.step(self.optimizer)
+                closure.scaler.update()
+        else:
+            loss = self.optimizer.step(closure)  # type: ignore[arg-type, assignment]
+            if self.check_now:
+                self.check(loss, step)
+        self.schedule.step()
+        if self.after is not None:
+            self.after()
+        return loss
+
+    def check(self, loss: Tensor, step: int) -> None:
+        value = loss.item()
+        if not math.isfinite(value):
+            raise RunError(
+                f"the loss became {value} at update {step + 1} with a learning rate of {float(self.rate):g}; "
+                "try a smaller optimizer.lr, a warmup (schedule.warmup_epochs) or clip=norm"
+            )
+
+
+@contextmanager
+def frozen_statistics(model: nn.Module) -> Iterator[None]:
+    """Batch norm normalizes with the batch's statistics within, and leaves its running ones alone."""
+    norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.training and m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+def _generators(parameters: Sequence[Tensor]) -> list[torch.Generator]:
+    """The generators from which dropout draws on the devices of the parameters."""
+    generators = [torch.default_generator]
+    if any(p.is_cuda for p in parameters):
+        index = parameters[0].device.index or 0
+        generators.append(torch.cuda.default_generators[index])
+    return generators

@@ -1,0 +1,106 @@
+"""When to stop, and which model was best: both follow one validation figure."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import math
+
+from dlopt.errors import UserError
+from dlopt.ranges import Count, NonNegative
+
+
+class Stopping(Protocol):
+    def update(self, metrics: Mapping[str, Any]) -> bool:
+        """Takes an evaluation's figures; true when the run should end."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+def figure(metrics: Mapping[str, Any], monitor: str) -> float:
+    """The monitored figure as a loss (lower is better): accuracies and the like are negated.
+
+    `auto` is val_accuracy, or val_loss where there is none. Raises `UserError` when the figure is not logged.
+    """
+    if monitor == "auto":
+        monitor = "val_accuracy" if metrics.get("val_accuracy") is not None else "val_loss"
+    value = metrics.get(monitor)
+    if value is None:
+        logged = ", ".join(sorted(key for key in metrics if key.startswith("val_"))) or "none"
+        raise UserError(f"monitor={monitor}: this run logs no such validation figure; it logs: {logged}")
+    return float(value) if lower_is_better(monitor) else -float(value)
+
+
+def lower_is_better(monitor: str) -> bool:
+    return monitor.endswith(("loss", "error"))
+
+
+class Never:
+    """No early end."""
+
+    def update(self, metrics: Mapping[str, Any]) -> bool:
+        return False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        pass
+
+
+class Early:
+    """Ends the run when `patience` evaluations in a row brought no improvement by more than `min_delta`.
+
+    A figure that is not finite is no improvement.
+    """
+
+    def __init__(self, *, monitor: str, patience: Count, min_delta: NonNegative) -> None:
+        self.monitor = monitor
+        self.patience = patience
+        self.min_delta = min_delta
+        self.best = math.inf
+        self.waited = 0
+
+    def update(self, metrics: Mapping[str, Any]) -> bool:
+        value = figure(metrics, self.monitor)
+        if value < self.best - self.min_delta:
+            self.best, self.waited = value, 0
+        else:
+            self.waited += 1
+        return self.waited >= self.patience
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "waited": self.waited}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.best, self.waited = state["best"], state["waited"]
+
+
+@dataclass
+class Best:
+    """The best evaluation so far. The first of equals stays."""
+
+    monitor: str
+    value: float = math.inf
+    epoch: int | None = None
+    val_loss: float | None = None
+    val_accuracy: float | None = None
+
+    def update(self, metrics: Mapping[str, Any]) -> bool:
+        """True when these figures are the best so far."""
+        value = figure(metrics, self.monitor)
+        if not value < self.value:
+            return False
+        self.value, self.epoch = value, metrics["epoch"]
+        self.val_loss, self.val_accuracy = metrics.get("val_loss"), metrics.get("val_accuracy")
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
