@@ -12,7 +12,7 @@ ensure_venv() {  # [test]: with the test tools
     if venv_is_ready; then return; fi
 
     find_python
-    mkdir -p "$venv" && : >>"$venv/.lock" || stop "cannot write to $venv"
+    if ! { mkdir -p "$venv" && touch "$venv/.lock"; } 2>/dev/null; then stop "cannot write to $venv"; fi
     exec 9>>"$venv/.lock"
     if ! lock LOCK_NB; then
         say "waiting for another call that sets up $venv ..."
@@ -143,11 +143,11 @@ install_packages() {
         export TMPDIR="$venv/.tmp"
         mkdir -p "$TMPDIR"
     fi
-    if PIP_USER=0 "$venv/bin/python" -m pip install -q --disable-pip-version-check -e "$root[$extras]" >"$log" 2>&1; then
-        rm -rf "$venv/.tmp"
-        return
-    fi
+    failed=
+    PIP_USER=0 "$venv/bin/python" -m pip install -q --disable-pip-version-check -e "${root}[$extras]" \
+        >"$log" 2>&1 || failed=yes
     rm -rf "$venv/.tmp"
+    if [ -z "$failed" ]; then return; fi
     if [ "$how" = update ]; then write_state "$state"; fi
     tail -n 30 "$log" >&2
     if grep -qiE 'NewConnectionError|name resolution|Max retries|timed out|unreachable|Connection (refused|reset)|ProxyError' "$log"; then

@@ -1,0 +1,105 @@
+"""The wheel holds the package and its configuration, and works outside the checkout."""
+
+import email
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import dlopt
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source archive, and the wheel built from it rather than from the checkout."""
+    folder = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(dist: Path) -> Path:
+    (path,) = dist.glob("*.whl")
+    return path
+
+
+def files(folder: str, prefix: str = "") -> set[str]:
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", folder]
+    listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if listing.returncode != 0:
+        pytest.skip("no git checkout to compare with")
+    return {prefix + name for name in listing.stdout.split("\0") if name and (ROOT / name).exists()}
+
+
+def test_wheel_holds_the_package_and_conf_and_nothing_else(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    contents = {name for name in names if ".dist-info/" not in name}
+    assert contents == files("dlopt") | files("conf", "dlopt/")
+    assert "dlopt/conf/train.yaml" in contents
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+
+
+def test_source_archive_holds_no_outputs(dist: Path) -> None:
+    (path,) = dist.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        top = {name.split("/")[1] for name in archive.getnames()}
+    assert {"dlopt", "conf", "tests", "pyproject.toml", "LICENSE"} <= top
+    assert not top & {"outputs", "data", ".venv", "dist", "build"}
+
+
+def test_metadata(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+    metadata = email.message_from_bytes(archive.read(name))
+    assert metadata["Name"] == "dlopt" and metadata["Version"] == dlopt.__version__
+    assert metadata["Requires-Python"] == ">=3.11"
+    required = metadata.get_all("Requires-Dist") or []
+    assert "torch>=2.11" in required and "torchvision>=0.26" in required
+    (hydra,) = (line for line in required if line.startswith("hydra-core"))
+    assert ">=1.3.8" in hydra and "<1.4" in hydra
+    assert {"sweep", "test"} <= set(metadata.get_all("Provides-Extra") or [])
+    entry_points = archive.read(name.replace("METADATA", "entry_points.txt")).decode()
+    assert "dlopt = dlopt.cli:main" in entry_points
+
+
+@pytest.mark.slow
+def test_installed_wheel_trains_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
+    venv = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
+    python = str(venv / "bin/python")
+    install = [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run(install, check=True)
+    # The packages of this environment, without its own (editable) dlopt: a folder named in a .pth file is put on the
+    # path, but the .pth files in it are not read.
+    (site_packages,) = venv.glob("lib/python*/site-packages")
+    (site_packages / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
+
+    work = tmp_path / "work"
+    work.mkdir()
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def run(*command: str) -> str:
+        result = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result.stdout
+
+    command = str(venv / "bin/dlopt")
+    assert run(python, "-c", "import dlopt; print(dlopt.__file__)").startswith(str(venv))
+    assert dlopt.__version__ in run(command, "--version")
+    assert dlopt.__version__ in run(python, "-m", "dlopt", "--version")
+    assert list(work.iterdir()) == []
+    run(command, "train", "epochs=1")
+    (path,) = work.glob("outputs/*/*/summary.json")
+    summary = json.loads(path.read_text())
+    assert summary["status"] == "finished" and summary["epochs"] == 1
+    assert len((path.parent / "metrics.jsonl").read_text().splitlines()) == 1
