@@ -1,0 +1,198 @@
+"""Residual networks for images (He, Zhang, Ren & Sun 2016, "Deep Residual Learning for Image Recognition")."""
+
+from collections import OrderedDict
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dlopt.errors import UserError
+from dlopt.models.layers import GlobalAveragePool, Norm, NormKind, check_extent, conv, image_shape, zero_branch
+from dlopt.ranges import Count, Share
+
+
+class ZeroPadShortcut(nn.Module):
+    """Option A of the paper: every `stride`-th pixel, and zeros for the channels that are new. No parameters."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.extra = outputs - inputs
+        self.stride = stride
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return F.pad(maps[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.extra))
+
+    def extra_repr(self) -> str:
+        return f"stride={self.stride}, extra_channels={self.extra}"
+
+
+class BasicBlock(nn.Module):
+    """relu(norm(conv(relu(norm(conv(x))))) + shortcut(x)); without a shortcut the plain net's pair of layers."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, *, shortcut: nn.Module | None, norm: Norm) -> None:
+        super().__init__()
+        self.conv1 = conv(inputs, outputs, 3, stride=stride, bias=norm.bias)
+        self.norm1 = norm.maps(outputs)
+        self.act1 = nn.ReLU()
+        self.conv2 = conv(outputs, outputs, 3, bias=norm.bias)
+        self.norm2 = norm.maps(outputs)
+        self.act2 = nn.ReLU()
+        self.shortcut = shortcut
+
+    def forward(self, maps: Tensor) -> Tensor:
+        branch = self.norm2(self.conv2(self.act1(self.norm1(self.conv1(maps)))))
+        return self.act2(branch if self.shortcut is None else branch + self.shortcut(maps))
+
+    def zero_init_last(self) -> None:
+        """Makes the block start as its shortcut."""
+        if self.shortcut is None:
+            raise UserError("init.zero_last_gamma=true: a net without skips would output zero; use a residual model")
+        zero_branch(self.norm2, self.conv2)
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions, the last with four times the channels; the stride is in the 3x3 one.
+
+    The paper has the stride in the first; torchvision and others moved it (ResNet v1.5), which is a little better.
+    """
+
+    expansion = 4
+
+    def __init__(self, inputs: int, width: int, stride: int, *, shortcut: nn.Module, norm: Norm) -> None:
+        super().__init__()
+        self.conv1 = conv(inputs, width, 1, bias=norm.bias)
+        self.norm1 = norm.maps(width)
+        self.act1 = nn.ReLU()
+        self.conv2 = conv(width, width, 3, stride=stride, bias=norm.bias)
+        self.norm2 = norm.maps(width)
+        self.act2 = nn.ReLU()
+        self.conv3 = conv(width, width * self.expansion, 1, bias=norm.bias)
+        self.norm3 = norm.maps(width * self.expansion)
+        self.act3 = nn.ReLU()
+        self.shortcut = shortcut
+
+    def forward(self, maps: Tensor) -> Tensor:
+        branch = self.act1(self.norm1(self.conv1(maps)))
+        branch = self.act2(self.norm2(self.conv2(branch)))
+        return self.act3(self.norm3(self.conv3(branch)) + self.shortcut(maps))
+
+    def zero_init_last(self) -> None:
+        """Makes the block start as its shortcut."""
+        zero_branch(self.norm3, self.conv3)
+
+
+class CifarResNet(nn.Sequential):
+    """The paper's nets for CIFAR-10 (section 4.2): 6n+2 layers, three stages of n blocks with 16, 32, 64 channels.
+
+    Where the channels double, the shortcut is option A: stride 2 and zero channels. `residual=false` gives the plain
+    nets of the same layers. Takes images [B, C, H, W] of any size, returns [B, classes].
+
+    Errors: UserError for a depth other than 6n+2, or data that are no images.
+    """
+
+    def __init__(
+        self,
+        *,
+        input_shape: tuple[int, ...],
+        classes: int,
+        depth: Count,
+        width: Count,
+        residual: bool,
+        dropout: Share,
+        norm: NormKind,
+        norm_affine: bool,
+        norm_groups: Count,
+        norm_ghost_batch: Count | None,
+    ) -> None:
+        channels, _, _ = image_shape(input_shape, "a ResNet")
+        if depth < 8 or depth % 6 != 2:
+            raise UserError(f"model.depth={depth}: these nets have 6n+2 layers; use 8, 14, 20, 32, 44, 56, 110 or 1202")
+        normalize = Norm(kind=norm, affine=norm_affine, groups=norm_groups, ghost_batch=norm_ghost_batch)
+
+        def block(inputs: int, outputs: int, stride: int) -> BasicBlock:
+            shortcut: nn.Module | None = None
+            if residual:
+                same = inputs == outputs and stride == 1
+                shortcut = nn.Identity() if same else ZeroPadShortcut(inputs, outputs, stride)
+            return BasicBlock(inputs, outputs, stride, shortcut=shortcut, norm=normalize)
+
+        parts: OrderedDict[str, nn.Module] = OrderedDict()
+        parts["stem"] = nn.Sequential(conv(channels, width, 3, bias=normalize.bias), normalize.maps(width), nn.ReLU())
+        inputs = width
+        for stage in range(3):
+            outputs = width * 2**stage
+            blocks = []
+            for index in range((depth - 2) // 6):
+                blocks.append(block(inputs, outputs, 2 if stage > 0 and index == 0 else 1))
+                inputs = outputs
+            parts[f"stage{stage + 1}"] = nn.Sequential(*blocks)
+        parts["pool"] = GlobalAveragePool()
+        parts["dropout"] = nn.Dropout(dropout)
+        parts["head"] = nn.Linear(inputs, classes)
+        super().__init__(parts)
+        check_extent(self, input_shape, normalize, shrinks=False)
+
+
+_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
+
+
+class ResNet(nn.Sequential):
+    """ResNet-18, 34 (basic blocks), 50 and 101 (bottlenecks) with projection shortcuts (option B; table 1).
+
+    `stem=imagenet` is a 7x7 convolution of stride 2 and a 3x3 max-pooling of stride 2; `stem=small` is one 3x3
+    convolution of stride 1 and no pooling, for images of some 32 pixels. Takes images [B, C, H, W], returns
+    [B, classes].
+
+    Errors: UserError where the data are no images.
+    """
+
+    def __init__(
+        self,
+        *,
+        input_shape: tuple[int, ...],
+        classes: int,
+        depth: Literal[18, 34, 50, 101],
+        stem: Literal["small", "imagenet"],
+        dropout: Share,
+        norm: NormKind,
+        norm_affine: bool,
+        norm_groups: Count,
+        norm_ghost_batch: Count | None,
+    ) -> None:
+        channels, _, _ = image_shape(input_shape, "a ResNet")
+        normalize = Norm(kind=norm, affine=norm_affine, groups=norm_groups, ghost_batch=norm_ghost_batch)
+        expansion = 1 if depth < 50 else Bottleneck.expansion
+
+        def block(inputs: int, width: int, stride: int) -> nn.Module:
+            outputs = width * expansion
+            shortcut: nn.Module = nn.Identity()
+            if stride != 1 or inputs != outputs:
+                shortcut = nn.Sequential(
+                    conv(inputs, outputs, 1, stride=stride, bias=normalize.bias), normalize.maps(outputs)
+                )
+            if expansion == 1:
+                return BasicBlock(inputs, width, stride, shortcut=shortcut, norm=normalize)
+            return Bottleneck(inputs, width, stride, shortcut=shortcut, norm=normalize)
+
+        parts: OrderedDict[str, nn.Module] = OrderedDict()
+        if stem == "imagenet":
+            parts["stem"] = nn.Sequential(
+                conv(channels, 64, 7, stride=2, bias=normalize.bias),
+                normalize.maps(64),
+                nn.ReLU(),
+                nn.MaxPool2d(3, stride=2, padding=1),
+            )
+        else:
+            parts["stem"] = nn.Sequential(conv(channels, 64, 3, bias=normalize.bias), normalize.maps(64), nn.ReLU())
+        inputs = 64
+        for stage, count in enumerate(_BLOCKS[depth]):
+            blocks = []
+            for index in range(count):
+                blocks.append(block(inputs, 64 * 2**stage, 2 if stage > 0 and index == 0 else 1))
+                inputs = 64 * 2**stage * expansion
+            parts[f"stage{stage + 1}"] = nn.Sequential(*blocks)
+        parts["pool"] = GlobalAveragePool()
+        parts["dropout"] = nn.Dropout(dropout)
+        parts["head"] = nn.Linear(inputs, classes)
+        super().__init__(parts)
+        check_extent(self, input_shape, normalize, shrinks=False)

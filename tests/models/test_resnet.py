@@ -1,0 +1,193 @@
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from dlopt.errors import UserError
+from dlopt.models.resnet import BasicBlock, CifarResNet, ResNet, ZeroPadShortcut
+
+NORM: dict[str, Any] = {"norm": "batch", "norm_affine": True, "norm_groups": 8, "norm_ghost_batch": None}
+
+
+def cifar(**changes: Any) -> CifarResNet:
+    keys = {"input_shape": (3, 16, 16), "classes": 10, "depth": 8, "width": 16, "residual": True, "dropout": 0.0}
+    return CifarResNet(**{**keys, **NORM, **changes})
+
+
+def imagenet(**changes: Any) -> ResNet:
+    keys = {"input_shape": (3, 32, 32), "classes": 10, "depth": 18, "stem": "small", "dropout": 0.0}
+    return ResNet(**{**keys, **NORM, **changes})
+
+
+def first_block(model: nn.Module) -> BasicBlock:
+    block = model.get_submodule("stage1.0")
+    assert isinstance(block, BasicBlock)
+    return block
+
+
+def count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def images(shape: tuple[int, ...], batch: int = 4, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("choice", "millions"),
+    [
+        ("resnet20", 0.27),
+        ("resnet32", 0.46),
+        ("resnet44", 0.66),
+        ("resnet56", 0.85),
+        ("resnet110", 1.7),
+        ("resnet1202", 19.4),
+        ("plain20", 0.27),
+        ("plain56", 0.85),
+    ],
+)
+def test_parameters_of_the_cifar_nets_are_those_of_the_paper(
+    build: Callable[..., nn.Module], choice: str, millions: float
+) -> None:
+    """Table 6 of the paper; exactly: convolutions of 16, 32, 64 channels, two norms' numbers each, one classifier."""
+    n = (int("".join(filter(str.isdigit, choice))) - 2) // 6
+    expected = 27 * 16 + 2 * 16 + 64 * 10 + 10
+    for inputs, width in ((16, 16), (16, 32), (32, 64)):
+        expected += 9 * inputs * width + (2 * n - 1) * 9 * width**2 + 2 * n * 2 * width
+    with torch.device("meta"):
+        model = build(choice, input_shape=(3, 32, 32), classes=10)
+    assert count(model) == expected
+    assert expected / 1e6 == pytest.approx(millions, abs=0.05 if millions > 1 else 0.006)
+
+
+@pytest.mark.parametrize("depth", [18, 34, 50, 101])
+def test_parameters_of_the_imagenet_nets_equal_torchvisions(build: Callable[..., nn.Module], depth: int) -> None:
+    with torch.device("meta"):
+        ours = build(f"resnet{depth}", "stem=imagenet", input_shape=(3, 224, 224), classes=1000)
+        theirs = getattr(torchvision.models, f"resnet{depth}")()
+    assert count(ours) == count(theirs)
+
+
+def test_the_imagenet_net_computes_what_torchvisions_does() -> None:
+    ours = imagenet(stem="imagenet", classes=7, depth=50).double().eval()
+    theirs = torchvision.models.resnet50(num_classes=7).double().eval()
+    state = ours.state_dict()
+    theirs_by_shape = theirs.state_dict()
+    # Both list stem, blocks, head; within a block torchvision's names differ, and its activations have no entries.
+    assert [value.shape for value in state.values()] == [value.shape for value in theirs_by_shape.values()]
+    for value in theirs_by_shape.values():
+        if value.is_floating_point():
+            value.copy_(torch.rand(value.shape, generator=torch.Generator().manual_seed(value.numel())) * 0.02 + 0.005)
+    ours.load_state_dict(dict(zip(state, theirs_by_shape.values(), strict=True)))
+    torch.testing.assert_close(
+        ours(images((3, 64, 64), 2, torch.float64)), theirs(images((3, 64, 64), 2, torch.float64))
+    )
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 32, 32), (3, 17, 9), (2, 1, 1)])
+def test_any_image_size_and_number_of_channels(shape: tuple[int, ...]) -> None:
+    assert cifar(input_shape=shape, classes=3)(images(shape)).shape == (4, 3)
+
+
+def test_the_stages_halve_the_maps_and_double_the_channels() -> None:
+    shapes = []
+    model = cifar(depth=14)
+    for stage in (1, 2, 3):
+        model.get_submodule(f"stage{stage}").register_forward_hook(
+            lambda module, arguments, output: shapes.append(tuple(output.shape))
+        )
+    model(images((3, 16, 16)))
+    assert shapes == [(4, 16, 16, 16), (4, 32, 8, 8), (4, 64, 4, 4)]
+
+
+@pytest.mark.parametrize("stem", ["small", "imagenet"])
+def test_the_stems(stem: str) -> None:
+    model = imagenet(stem=stem)
+    expected = (2, 64, 32, 32) if stem == "small" else (2, 64, 8, 8)
+    assert model.get_submodule("stem")(images((3, 32, 32), 2)).shape == expected
+    assert model(images((3, 32, 32), 2)).shape == (2, 10)
+
+
+def test_option_a_takes_every_second_pixel_and_appends_zero_channels() -> None:
+    maps = images((3, 5, 4))
+    output = ZeroPadShortcut(3, 5, 2)(maps)
+    assert torch.equal(output[:, :3], maps[:, :, ::2, ::2])
+    assert output.shape == (4, 5, 3, 2) and not output[:, 3:].any()
+
+
+def test_residual_and_plain_block_by_hand() -> None:
+    maps = images((16, 6, 6), dtype=torch.float64)
+    for residual in (True, False):
+        block = first_block(cifar(residual=residual).double())
+        w1, w2 = (block.get_parameter(name) for name in ("conv1.weight", "conv2.weight"))
+
+        def normalized(x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.batch_norm(x, None, None, training=True)
+
+        hidden = normalized(nn.functional.conv2d(maps, w1, padding=1)).relu()
+        expected = normalized(nn.functional.conv2d(hidden, w2, padding=1))
+        torch.testing.assert_close(block(maps), (expected + maps if residual else expected).relu())
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("kind", ["batch", "layer", "group", "instance", "none"])
+@pytest.mark.parametrize("make", [cifar, imagenet])
+def test_every_norm_goes_forward_and_backward(make: Callable[..., nn.Module], kind: str, affine: bool) -> None:
+    model = make(norm=kind, norm_affine=affine, input_shape=(1, 16, 16))
+    model(images((1, 16, 16))).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+    assert any(module.bias is not None for module in model.modules() if isinstance(module, nn.Conv2d)) == (
+        kind == "none"
+    )
+
+
+def test_instance_norm_over_one_pixel_is_refused_at_building() -> None:
+    assert cifar(norm="instance", input_shape=(1, 8, 8))(images((1, 8, 8))).shape == (4, 10)
+    with pytest.raises(UserError, match=r"model\.norm=instance: images of 4x4"):
+        cifar(norm="instance", input_shape=(1, 4, 4))
+
+
+def test_channels_last_gives_the_same_and_stays_channels_last() -> None:
+    model = cifar(dropout=0.0).double()
+    batch = images((3, 16, 16), dtype=torch.float64)
+    expected = model(batch)
+    seen = []
+    model.get_submodule("stage3").register_forward_hook(lambda module, arguments, output: seen.append(output))
+    model.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(model(batch.to(memory_format=torch.channels_last)), expected)
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_dropout_stands_in_front_of_the_classifier() -> None:
+    model = cifar(dropout=0.5)
+    features = []
+    model.get_submodule("head").register_forward_hook(lambda module, arguments, output: features.append(arguments[0]))
+    model(images((3, 16, 16), 16))
+    assert 0.3 < (features[0] == 0).float().mean() < 0.7
+
+
+def test_zero_init_last_makes_blocks_their_shortcut() -> None:
+    maps = images((16, 6, 6)).relu()
+    for kind in ("batch", "none"):
+        block = first_block(cifar(norm=kind))
+        assert not torch.equal(block(maps), maps)
+        block.zero_init_last()
+        assert torch.equal(block(maps), maps)
+    for refused in (cifar(norm_affine=False), cifar(residual=False)):
+        with pytest.raises(UserError, match="zero_last_gamma"):
+            first_block(refused).zero_init_last()
+
+
+@pytest.mark.parametrize("depth", [2, 7, 21, 100])
+def test_a_depth_that_does_not_exist_is_refused(depth: int) -> None:
+    with pytest.raises(UserError, match=rf"model\.depth={depth}: "):
+        cifar(depth=depth)
+
+
+def test_vectors_are_refused() -> None:
+    with pytest.raises(UserError, match=r"\[channels, height, width\]"):
+        cifar(input_shape=(64,))

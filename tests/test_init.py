@@ -1,0 +1,236 @@
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from dlopt import init
+from dlopt.errors import UserError
+from dlopt.models.mlp import MLP
+from dlopt.models.resnet import CifarResNet
+
+CONF = Path(__file__).parents[1] / "conf" / "init"
+CHOICES = sorted(path.stem for path in CONF.glob("[a-z]*.yaml"))
+DATA_DRIVEN = {"lsuv", "whitening"}
+NORM: dict[str, Any] = {"norm": "batch", "norm_affine": True, "norm_groups": 8, "norm_ghost_batch": None}
+
+
+def resnet(**changes: Any) -> CifarResNet:
+    keys = {"input_shape": (3, 16, 16), "classes": 10, "depth": 8, "width": 32, "residual": True, "dropout": 0.0}
+    return CifarResNet(**{**keys, **NORM, **changes})
+
+
+def mlp(activation: str = "relu", **changes: Any) -> MLP:
+    keys = {"input_shape": (3, 16, 16), "classes": 10, "widths": (200, 300), "activation": activation, "dropout": 0.0}
+    return MLP(**{**keys, **NORM, "norm": "none", **changes})
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def images(count: int = 64) -> torch.Tensor:
+    """Correlated noise, as neighbouring pixels are."""
+    noise = torch.randn(count, 3, 18, 18, generator=generator(7))
+    return nn.functional.avg_pool2d(noise, 3, stride=1) * 3 + 0.3 * noise[:, :, 1:-1, 1:-1]
+
+
+def apply(choice: str, model: nn.Module, seed: int = 0, **changes: Any) -> nn.Module:
+    """What `init=choice` does, with the values of its YAML file."""
+    keys = {
+        **yaml.safe_load((CONF / "_common.yaml").read_text()),
+        **yaml.safe_load((CONF / f"{choice}.yaml").read_text()),
+    }
+    del keys["defaults"]
+    scheme = getattr(init, keys.pop("_target_").removeprefix("dlopt.init."))
+    if choice in DATA_DRIVEN:
+        keys["inputs"] = images()
+    scheme(model, generator(seed), **{**keys, **changes})
+    return model
+
+
+def test_all_choices_are_there() -> None:
+    assert len(CHOICES) == 15
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_choice_is_a_function_of_the_generator_and_trains(choice: str) -> None:
+    first, again, other = (apply(choice, resnet(), seed).state_dict() for seed in (0, 0, 1))
+    if choice not in {"default", "whitening"}:  # these leave what the layers drew
+        torch.testing.assert_close(first, again, rtol=0, atol=0)
+        assert not torch.equal(first["head.weight"], other["head.weight"])
+    model = apply(choice, resnet())
+    model(images(4)).square().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+SCHEMES: dict[str, Callable[[int, int], float]] = {
+    "normal": lambda fan_in, fan_out: 0.01**2,
+    "uniform": lambda fan_in, fan_out: 0.05**2 / 3,
+    "fan_in_normal": lambda fan_in, fan_out: 1 / fan_in,
+    "fan_in_uniform": lambda fan_in, fan_out: 1 / fan_in,
+    "fan_out_normal": lambda fan_in, fan_out: 1 / fan_out,
+    "fan_out_uniform": lambda fan_in, fan_out: 1 / fan_out,
+    "xavier_normal": lambda fan_in, fan_out: 2 / (fan_in + fan_out),
+    "xavier_uniform": lambda fan_in, fan_out: 2 / (fan_in + fan_out),
+    "kaiming_normal": lambda fan_in, fan_out: 2 / fan_in,
+    "kaiming_uniform": lambda fan_in, fan_out: 2 / fan_in,
+}
+
+
+@pytest.mark.parametrize("choice", SCHEMES)
+def test_variances_of_real_layers(choice: str) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(16, 48, 5),
+        nn.ReLU(),
+        nn.Conv2d(48, 96, 3, groups=4),
+        nn.ConvTranspose2d(96, 24, 3),
+        nn.Linear(200, 400),
+        nn.BatchNorm1d(7),
+    )
+    apply(choice, model)
+    real = {0: (16 * 25, 48 * 25), 2: (12 * 9, 24 * 9), 3: (96 * 9, 24 * 9), 4: (200, 400)}
+    for index, (fan_in, fan_out) in real.items():
+        weight, bias = model[index].get_parameter("weight"), model[index].get_parameter("bias")
+        expected = SCHEMES[choice](fan_in, fan_out)
+        # The relative standard error of a measured variance is at most sqrt(2 / numel); four of them.
+        assert weight.var().item() == pytest.approx(expected, rel=4 * math.sqrt(2 / weight.numel())), index
+        assert abs(weight.mean().item()) < 4 * math.sqrt(expected / weight.numel())
+        assert not bias.any()
+        if choice.endswith("uniform"):
+            assert weight.abs().max().item() == pytest.approx(math.sqrt(3 * expected), rel=0.01)
+        else:
+            assert weight.abs().max() > 3 * math.sqrt(expected)
+    assert model[5].get_parameter("weight").eq(1).all()
+
+
+def test_kaiming_modes_and_gain() -> None:
+    for changes, expected in (
+        ({"mode": "fan_out"}, 2 / 300),
+        ({"mode": "fan_in", "gain": 3.0}, 9 / 200),
+    ):
+        weight = apply("kaiming_normal", mlp(), **changes).get_parameter("layer2.linear.weight")
+        assert weight.var().item() == pytest.approx(expected, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("activation", "expected"),
+    [("relu", math.sqrt(2)), ("tanh", 5 / 3), ("sigmoid", 1), ("selu", 0.75), ("identity", 1)]
+    + [("leaky_relu", math.sqrt(2 / (1 + 0.01**2)))],
+)
+def test_gains_are_torchs_where_it_has_them(activation: str, expected: float) -> None:
+    assert init.activation_gain(mlp(activation)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "silu", "elu", "mish", "softplus", "softsign"])
+def test_other_gains_keep_the_second_moment(activation: str) -> None:
+    model = mlp(activation)
+    z = torch.randn(2_000_000, dtype=torch.float64, generator=generator())
+    after = model.get_submodule("layer1.activation")(z)
+    assert init.activation_gain(model) ** 2 * after.square().mean().item() == pytest.approx(1, rel=0.01)
+
+
+def test_kaiming_keeps_the_signal_through_a_deep_relu_net_and_a_small_normal_loses_it() -> None:
+    scale = {}
+    for choice in ("kaiming_normal", "normal"):
+        model = apply(choice, mlp(widths=(256,) * 20))
+        vectors = torch.randn(64, 3, 16, 16, generator=generator(1))
+        for name, module in model.named_children():
+            vectors = module(vectors) if name != "head" else vectors
+        scale[choice] = vectors.square().mean().item()
+    assert 0.2 < scale["kaiming_normal"] < 5
+    assert scale["normal"] < 1e-20
+
+
+def test_orthogonal_has_orthonormal_rows_or_columns_times_the_gain() -> None:
+    for gain, expected in ((1.0, 1.0), (None, 2.0)):
+        model = apply("orthogonal", mlp(), gain=gain)
+        wide = model.get_parameter("layer1.linear.weight")  # 200 x 768
+        tall = model.get_parameter("layer2.linear.weight")  # 300 x 200
+        torch.testing.assert_close(wide @ wide.T, expected * torch.eye(200), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(tall.T @ tall, expected * torch.eye(200), atol=1e-5, rtol=1e-5)
+
+
+def test_dirac_convolutions_pass_their_input_on() -> None:
+    model = apply("dirac", nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 4, 5, padding=2), nn.Linear(9, 5)))
+    maps = images(2)
+    torch.testing.assert_close(model[0](maps), torch.cat([maps, maps], 1))  # type: ignore[index]
+    torch.testing.assert_close(model[1](model[0](maps)), torch.cat([maps, maps[:, :1]], 1))  # type: ignore[index]
+    assert model.get_parameter("2.weight").unique().numel() == 45
+
+
+@pytest.mark.parametrize("model", [resnet(norm="none"), mlp("tanh"), resnet(norm="batch", norm_affine=False)])
+def test_lsuv_gives_every_layer_unit_variance(model: nn.Module) -> None:
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model.eval()
+    apply("lsuv", model)
+    assert not any(module.training for module in model.modules())
+    torch.testing.assert_close(dict(model.named_buffers()), buffers, rtol=0, atol=0)
+    variances = {}
+
+    def measure(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, arguments: object, output: torch.Tensor) -> None:
+            variances[name] = output.var().item()
+
+        return hook
+
+    for weight in init.weights(model):
+        weight.layer.register_forward_hook(measure(weight.name))
+    model.train()(images())
+    assert len(variances) in {3, 8}
+    assert all(abs(variance - 1) < 0.11 for variance in variances.values()), variances
+
+
+def test_lsuv_refuses_data_on_which_a_layer_is_constant() -> None:
+    with pytest.raises(UserError, match=r"init=lsuv: the output of layer1\.linear is constant"):
+        apply("lsuv", mlp(), inputs=torch.zeros(8, 3, 16, 16))
+
+
+@pytest.mark.parametrize("width", [16, 27, 32, 64])
+def test_whitening_decorrelates_the_patches(width: int) -> None:
+    model = resnet(width=width)
+    before = model.get_parameter("stem.0.weight").clone()
+    apply("whitening", model, epsilon=0.0)
+    after = model.get_parameter("stem.0.weight")
+    responses = nn.functional.conv2d(images().double(), after.double())
+    whitened = responses[:, :27].transpose(0, 1).flatten(1)
+    second_moments = whitened @ whitened.T / whitened.shape[1]
+    torch.testing.assert_close(second_moments, torch.eye(min(width, 27)).double(), atol=1e-3, rtol=0)
+    negatives = min(width, 54) - 27
+    if negatives > 0:
+        assert torch.equal(after[27 : 27 + negatives], -after[:negatives])
+    assert torch.equal(after[54:], before[54:])
+    # The largest eigenvalue comes first: a smooth filter of small weights, as the patches vary most along it.
+    assert after[0].norm() < after[min(width, 27) - 1].norm()
+
+
+def test_whitening_needs_a_convolution_over_the_image() -> None:
+    with pytest.raises(UserError, match="init=whitening"):
+        apply("whitening", mlp())
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_zero_last_gamma_is_a_switch_of_every_scheme(choice: str) -> None:
+    for on in (True, False):
+        model = apply(choice, resnet(), zero_last_gamma=on)
+        last = [parameter for name, parameter in model.named_parameters() if name.endswith("norm2.weight")]
+        others = [parameter for name, parameter in model.named_parameters() if name.endswith("norm1.weight")]
+        assert len(last) == len(others) == 3
+        assert all(parameter.eq(0 if on else 1).all() for parameter in last)
+        assert all(parameter.eq(1).all() for parameter in others)
+
+
+def test_zero_last_gamma_needs_residual_blocks() -> None:
+    with pytest.raises(UserError, match=r"init\.zero_last_gamma=true"):
+        apply("kaiming_normal", mlp(), zero_last_gamma=True)
+
+
+def test_embeddings_stay() -> None:
+    embedding = nn.Embedding(5, 4)
+    before = embedding.weight.clone()
+    apply("normal", nn.Sequential(embedding, nn.Linear(4, 2)))
+    assert torch.equal(embedding.weight, before)
