@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
+from omegaconf import OmegaConf
 from torch import nn
 
 from dlopt import init
@@ -41,10 +41,8 @@ def images(count: int = 64) -> torch.Tensor:
 
 def apply(choice: str, model: nn.Module, seed: int = 0, **changes: Any) -> nn.Module:
     """What `init=choice` does, with the values of its YAML file."""
-    keys = {
-        **yaml.safe_load((CONF / "_common.yaml").read_text()),
-        **yaml.safe_load((CONF / f"{choice}.yaml").read_text()),
-    }
+    merged = OmegaConf.merge(OmegaConf.load(CONF / "_common.yaml"), OmegaConf.load(CONF / f"{choice}.yaml"))
+    keys: Any = OmegaConf.to_container(merged)
     del keys["defaults"]
     scheme = getattr(init, keys.pop("_target_").removeprefix("dlopt.init."))
     if choice in DATA_DRIVEN:
@@ -119,8 +117,14 @@ def test_kaiming_modes_and_gain() -> None:
 
 @pytest.mark.parametrize(
     ("activation", "expected"),
-    [("relu", math.sqrt(2)), ("tanh", 5 / 3), ("sigmoid", 1), ("selu", 0.75), ("identity", 1)]
-    + [("leaky_relu", math.sqrt(2 / (1 + 0.01**2)))],
+    [
+        ("relu", math.sqrt(2)),
+        ("leaky_relu", math.sqrt(2 / (1 + 0.01**2))),
+        ("tanh", 5 / 3),
+        ("sigmoid", 1),
+        ("selu", 0.75),
+        ("identity", 1),
+    ],
 )
 def test_gains_are_torchs_where_it_has_them(activation: str, expected: float) -> None:
     assert init.activation_gain(mlp(activation)) == pytest.approx(expected)
