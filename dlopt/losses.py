@@ -1,0 +1,71 @@
+"""Losses: modules (outputs, targets) -> scalar mean over the samples.
+
+Always a mean over samples, never over a sum of weights: the losses of micro-batches, weighted by their samples, add up
+to the loss of the whole batch.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dlopt.errors import UserError
+from dlopt.ranges import NonNegative, Share
+
+
+class CrossEntropy(nn.Module):
+    """-sum_k q_k log softmax(outputs)_k, mean over samples.
+
+    outputs [N, K]; targets int64 [N], or probabilities [N, K] (mixed samples). Label smoothing e puts q (1 - e) + e / K
+    in place of q (Szegedy et al. 2016); class weights multiply the terms. Both belong to training: in evaluation mode
+    the loss is the plain one, so that runs compare.
+    """
+
+    weight: Tensor | None
+
+    def __init__(
+        self, *, label_smoothing: Share, class_weights: tuple[NonNegative, ...] | None, classes: int | None
+    ) -> None:
+        super().__init__()
+        if classes is None:
+            raise UserError("loss=cross_entropy: the targets are numbers, not classes; for regression use loss=mse")
+        if class_weights is not None and len(class_weights) != classes:
+            raise UserError(
+                f"loss.class_weights={list(class_weights)}: {len(class_weights)} weights for {classes} classes; "
+                f"give one per class"
+            )
+        self.label_smoothing = label_smoothing
+        weight = None if class_weights is None else torch.tensor(class_weights)
+        self.register_buffer("weight", weight, persistent=False)
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        if not self.training:
+            return F.cross_entropy(outputs, targets)
+        if self.weight is None:
+            return F.cross_entropy(outputs, targets, label_smoothing=self.label_smoothing)
+        weight = self.weight.to(outputs.dtype)
+        loss = F.cross_entropy(outputs, targets, weight, label_smoothing=self.label_smoothing, reduction="sum")
+        return loss / len(outputs)
+
+
+class MSE(nn.Module):
+    """Mean over samples of the mean over outputs of (outputs - targets)^2.
+
+    outputs [N, K]. Classification: targets int64 [N], compared as one-hot vectors, or probabilities [N, K]. Regression
+    (classes is None): targets float [N, K], or [N] where K = 1.
+    """
+
+    def __init__(self, *, classes: int | None) -> None:
+        super().__init__()
+        self.classes = classes
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        if self.classes is not None and not targets.is_floating_point():
+            targets = F.one_hot(targets, self.classes)
+        elif targets.ndim == outputs.ndim - 1:
+            targets = targets.unsqueeze(-1)
+        if targets.shape != outputs.shape:
+            raise UserError(
+                f"loss=mse: the model gives {list(outputs.shape[1:])} numbers per sample, the targets have "
+                f"{list(targets.shape[1:])}"
+            )
+        return F.mse_loss(outputs, targets.to(outputs.dtype))

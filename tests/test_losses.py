@@ -1,0 +1,71 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from dlopt.errors import UserError
+from dlopt.losses import MSE, CrossEntropy
+
+CLASSES = 5
+
+
+def batch(n: int = 7, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    outputs = torch.randn(n, CLASSES, generator=draw, dtype=torch.float64)
+    return outputs, torch.randint(CLASSES, (n,), generator=draw)
+
+
+def test_cross_entropy_in_training_smooths_the_targets() -> None:
+    outputs, targets = batch()
+    loss = CrossEntropy(label_smoothing=0.2, class_weights=None, classes=CLASSES)
+    q = 0.8 * F.one_hot(targets, CLASSES) + 0.2 / CLASSES
+    logs = outputs - outputs.exp().sum(1, keepdim=True).log()
+    torch.testing.assert_close(loss(outputs, targets), -(q * logs).sum(1).mean())
+    torch.testing.assert_close(loss(outputs, F.one_hot(targets, CLASSES).double()), -(q * logs).sum(1).mean())
+    loss.eval()
+    torch.testing.assert_close(loss(outputs, targets), -logs[torch.arange(7), targets].mean())
+
+
+def test_class_weights_multiply_the_terms() -> None:
+    outputs, targets = batch()
+    weights = (0.0, 1.0, 2.0, 3.0, 4.0)
+    loss = CrossEntropy(label_smoothing=0.0, class_weights=weights, classes=CLASSES)
+    terms = F.cross_entropy(outputs, targets, reduction="none") * torch.tensor(weights).double()[targets]
+    torch.testing.assert_close(loss(outputs, targets), terms.mean())
+    torch.testing.assert_close(loss.eval()(outputs, targets), F.cross_entropy(outputs, targets))
+    assert not loss.state_dict()
+
+
+def test_mse() -> None:
+    outputs, targets = batch()
+    one_hot = F.one_hot(targets, CLASSES).double()
+    expected = ((outputs - one_hot) ** 2).mean(1).mean()
+    torch.testing.assert_close(MSE(classes=CLASSES)(outputs, targets), expected)
+    torch.testing.assert_close(MSE(classes=CLASSES)(outputs, one_hot), expected)
+    direct = torch.randn(7, CLASSES, dtype=torch.float64)
+    torch.testing.assert_close(MSE(classes=None)(outputs, direct), ((outputs - direct) ** 2).mean())
+    torch.testing.assert_close(MSE(classes=None)(outputs[:, :1], direct[:, 0]), F.mse_loss(outputs[:, 0], direct[:, 0]))
+    with pytest.raises(UserError, match=r"\[5\] numbers per sample, the targets have \[1\]"):
+        MSE(classes=None)(outputs, direct[:, 0])
+
+
+@given(seed=st.integers(0, 999), cut=st.integers(1, 6), smoothing=st.floats(0, 0.9), weighted=st.booleans())
+def test_micro_batches_weighted_by_their_samples_give_the_whole(
+    seed: int, cut: int, smoothing: float, weighted: bool
+) -> None:
+    outputs, targets = batch(seed=seed)
+    weights = (0.5, 1.0, 2.0, 3.0, 4.0) if weighted else None
+    for loss in (
+        CrossEntropy(label_smoothing=smoothing, class_weights=weights, classes=CLASSES),
+        MSE(classes=CLASSES),
+    ):
+        parts = cut * loss(outputs[:cut], targets[:cut]) + (7 - cut) * loss(outputs[cut:], targets[cut:])
+        torch.testing.assert_close(parts / 7, loss(outputs, targets))
+
+
+def test_mistakes_are_named() -> None:
+    with pytest.raises(UserError, match="loss=mse"):
+        CrossEntropy(label_smoothing=0.0, class_weights=None, classes=None)
+    with pytest.raises(UserError, match=r"loss\.class_weights=\[1\.0, 2\.0\]: 2 weights for 5 classes"):
+        CrossEntropy(label_smoothing=0.0, class_weights=(1.0, 2.0), classes=CLASSES)

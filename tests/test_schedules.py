@@ -1,0 +1,376 @@
+import inspect
+import itertools
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import get_method, get_object
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+from torch.optim import lr_scheduler
+
+from dlopt import schedules
+from dlopt.errors import UserError
+from dlopt.schedules import Factor, Horizon, Plateau, Scheduler, WarmedUp, Warmup, build
+
+CONF = Path(__file__).parents[1] / "conf"
+CHOICES = sorted(path.stem for path in (CONF / "schedule").glob("[!_]*.yaml"))
+PURE = [name for name in CHOICES if name != "plateau"]
+NO_WARMUP = Warmup(warmup_epochs=None, warmup_steps=0, warmup_share=0.0, warmup_start=0.0)
+STEPS, EPOCH = 240, 24
+
+
+def values(name: str, **typed: Any) -> dict[str, Any]:
+    """The keys of a choice as its YAML gives them, changed by what is typed."""
+    with initialize_config_dir(str(CONF), version_base=None):
+        config = compose(overrides=[f"+schedule={name}"]).schedule
+    loaded = OmegaConf.to_container(config)
+    assert isinstance(loaded, dict)
+    assert not set(typed) - set(loaded)
+    return {str(key): typed.get(str(key), value) for key, value in loaded.items()}
+
+
+VALUES = {name: values(name) for name in CHOICES}
+
+
+def make(name: str, steps: int = STEPS, epoch: float = EPOCH, **typed: Any) -> Factor:
+    assert not set(typed) - set(VALUES[name]), typed
+    keys = {**VALUES[name], **typed}
+    target = get_object(keys.pop("_target_"))
+    warmup = Warmup(**{key: keys.pop(key) for key in Warmup.__dataclass_fields__})
+    return build(partial(target, **keys), warmup, steps=steps, steps_per_epoch=epoch)
+
+
+def curve(factor: Factor, steps: int = STEPS) -> list[float]:
+    return [factor(t) for t in range(steps)]
+
+
+def one_parameter(lr: float = 1.0, **keys: Any) -> torch.optim.SGD:
+    return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr, **keys)
+
+
+def torch_curve(build_scheduler: Any, steps: int = STEPS) -> list[float]:
+    optimizer = one_parameter(momentum=0.9)
+    scheduler = build_scheduler(optimizer)
+    rates = []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+def ours_through_scheduler(factor: Factor, steps: int = STEPS) -> list[float]:
+    return torch_curve(lambda optimizer: Scheduler(optimizer, factor), steps)
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_yaml_and_signature_name_the_same_keys(name: str) -> None:
+    keys = set(VALUES[name]) - {"_target_"} - set(Warmup.__dataclass_fields__)
+    parameters = inspect.signature(get_method(VALUES[name]["_target_"])).parameters
+    assert keys == set(parameters) - {"horizon"}
+    assert all(p.kind is p.KEYWORD_ONLY and p.default is p.empty for p in parameters.values())
+
+
+CLOSED_FORMS = {
+    "constant": (make("constant"), lambda t: 1.0),
+    "step": (make("step", every_epochs=3), lambda t: 0.1 ** (t // (3 * EPOCH))),
+    "step in steps": (make("step", every_steps=50, gamma=0.5), lambda t: 0.5 ** (t // 50)),
+    "multistep": (make("multistep", milestones_epochs=[5, 7.5]), lambda t: 0.1 ** ((t >= 120) + (t >= 180))),
+    "multistep by share": (make("multistep"), lambda t: 0.1 ** ((t >= 120) + (t >= 180))),
+    "exponential": (make("exponential"), lambda t: math.exp(-0.1 * t / EPOCH)),
+    "exponential in steps": (make("exponential", k=0.01, unit="steps"), lambda t: math.exp(-0.01 * t)),
+    "time_decay": (make("time_decay", decay=0.5), lambda t: 1 / (1 + 0.5 * t / EPOCH)),
+    "cosine": (make("cosine", final=0.1), lambda t: 0.1 + 0.9 * (1 + math.cos(math.pi * t / STEPS)) / 2),
+    "cosine over 5 epochs": (
+        make("cosine", decay_epochs=5),
+        lambda t: (1 + math.cos(math.pi * min(t, 120) / 120)) / 2,
+    ),
+    "linear": (make("linear", final=0.2), lambda t: 1 - 0.8 * t / STEPS),
+    "polynomial": (make("polynomial", power=3.0), lambda t: (1 - t / STEPS) ** 3),
+    "linear_warmup": (
+        make("linear_warmup", warmup_steps=40),
+        lambda t: (t + 1) / 41 if t < 40 else (STEPS - t) / (STEPS - 40),
+    ),
+    "cosine_warmup": (
+        make("cosine_warmup", warmup_epochs=2),
+        lambda t: (t + 1) / 49 if t < 48 else (1 + math.cos(math.pi * (t - 48) / (STEPS - 48))) / 2,
+    ),
+    "wsd": (
+        make("wsd", warmup_share=0.1, decay_share=0.5),
+        lambda t: (t + 1) / 25 if t < 24 else 1.0 if t < 132 else 1 - math.sqrt((t - 132) / 108),
+    ),
+    "exponential after a warmup": (
+        make("exponential", warmup_epochs=1, warmup_start=0.5),
+        lambda t: 0.5 + 0.5 * (t + 1) / 25 if t < 24 else math.exp(-0.1 * (t - 24) / EPOCH),
+    ),
+    "milestones count from the start of training": (
+        make("step", every_steps=60, warmup_steps=40),
+        lambda t: 0.1 ** (t // 60) * min((t + 1) / 41, 1),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CLOSED_FORMS)
+def test_closed_form_at_every_step(case: str) -> None:
+    factor, expected = CLOSED_FORMS[case]
+    assert curve(factor) == pytest.approx([expected(t) for t in range(STEPS)], rel=1e-12, abs=1e-15)
+
+
+TORCH = {
+    "step": (make("step", every_steps=30), lambda o: lr_scheduler.StepLR(o, 30)),
+    "multistep": (
+        make("multistep", milestones_steps=[7, 90]),
+        lambda o: lr_scheduler.MultiStepLR(o, [7, 90]),
+    ),
+    "exponential": (
+        make("exponential", k=0.02, unit="steps"),
+        lambda o: lr_scheduler.ExponentialLR(o, math.exp(-0.02)),
+    ),
+    "cosine": (make("cosine", final=0.01), lambda o: lr_scheduler.CosineAnnealingLR(o, STEPS, eta_min=0.01)),
+    "polynomial": (make("polynomial", power=1.7), lambda o: lr_scheduler.PolynomialLR(o, STEPS, power=1.7)),
+    "linear": (make("linear", final=0.25), lambda o: lr_scheduler.LinearLR(o, 1.0, 0.25, STEPS)),
+    "cosine_restarts": (
+        make("cosine_restarts", T_0_steps=34, T_mult=2, eta_min=0.05),
+        lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 34, 2, eta_min=0.05),
+    ),
+    "one_cycle": (make("one_cycle"), lambda o: lr_scheduler.OneCycleLR(o, 1.0, STEPS)),
+    "one_cycle, three linear phases": (
+        make("one_cycle", three_phase=True, anneal="linear", pct_start=0.4),
+        lambda o: lr_scheduler.OneCycleLR(o, 1.0, STEPS, pct_start=0.4, anneal_strategy="linear", three_phase=True),
+    ),
+    "warmup": (
+        make("cosine", warmup_steps=19),
+        lambda o: lr_scheduler.SequentialLR(
+            o,
+            [lr_scheduler.LinearLR(o, 1 / 20, 1.0, 19), lr_scheduler.CosineAnnealingLR(o, STEPS - 19)],
+            [19],
+        ),
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The epoch parameter:UserWarning")
+@pytest.mark.parametrize("case", TORCH)
+def test_equals_torch(case: str) -> None:
+    factor, reference = TORCH[case]
+    assert ours_through_scheduler(factor) == pytest.approx(torch_curve(reference), rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("three_phase", [False, True])
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+def test_one_cycle_turns_the_momentum_like_torch(optimizer: Any, three_phase: bool) -> None:
+    def momenta(attach: Any) -> list[float]:
+        opt = optimizer([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+        scheduler, seen = attach(opt), []
+        for _ in range(100):
+            group = opt.param_groups[0]
+            seen.append(group["betas"][0] if "betas" in group else group["momentum"])
+            opt.step()
+            scheduler.step()
+        return seen
+
+    factor = make("one_cycle", steps=100, three_phase=three_phase)
+    ours = momenta(lambda o: Scheduler(o, factor))
+    assert ours == pytest.approx(momenta(lambda o: lr_scheduler.OneCycleLR(o, 0.1, 100, three_phase=three_phase)))
+    assert max(ours) == pytest.approx(0.95)
+    assert min(ours) == pytest.approx(0.85, abs=1e-3)
+
+
+def test_one_cycle_momentum_needs_an_optimizer_that_has_one() -> None:
+    optimizer = torch.optim.Adagrad([torch.nn.Parameter(torch.zeros(1))])
+    Scheduler(optimizer, make("one_cycle")).step()
+    with pytest.raises(UserError, match=r"schedule\.cycle_momentum=true"):
+        Scheduler(optimizer, make("one_cycle", cycle_momentum=True))
+
+
+def test_restarts_change_peak_and_minimum_and_end_at_a_minimum() -> None:
+    factor = make(
+        "cosine_restarts", steps=70, T_0_steps=10, T_mult=2, eta_min=0.1, peak_factor=0.5, eta_min_factor=0.25
+    )
+    for begin, length, high, low in [(0, 10, 1.0, 0.1), (10, 20, 0.5, 0.025), (30, 40, 0.25, 0.00625)]:
+        expected = [low + (high - low) * (1 + math.cos(math.pi * t / length)) / 2 for t in range(length)]
+        assert [factor(begin + t) for t in range(length)] == pytest.approx(expected, rel=1e-12)
+    assert factor(70) == factor(10**6) == pytest.approx(0.00625)
+
+
+@pytest.mark.parametrize("steps", [14, 100, 997])
+def test_a_number_of_cycles_divides_the_run(steps: int) -> None:
+    peaks = curve(make("cosine_restarts", steps=steps), steps)
+    assert sum(b > a for a, b in itertools.pairwise(peaks)) == 2  # T_mult 2: 1/7, 2/7 and 4/7 of the run
+    assert make("cosine_restarts", steps=steps)(steps) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_each_cycle_warms_up() -> None:
+    factor = make("cosine_warmup_restarts", steps=60, T_0_steps=20, T_mult=1, cycle_warmup_steps=5, eta_min=0.2)
+    cycle = [0.2 + 0.8 * (t + 1) / 6 for t in range(5)]
+    cycle += [0.2 + 0.8 * (1 + math.cos(math.pi * (t - 5) / 15)) / 2 for t in range(5, 20)]
+    assert curve(factor, 60) == pytest.approx(cycle * 3, rel=1e-12)
+
+
+FIGURES = [1.0, 0.9, 0.9, 0.95, 0.9, 0.89995, 0.5, 0.6, 0.6, math.nan, 0.6, 0.6, 0.6, 0.4] + [0.4] * 12
+
+
+@pytest.mark.parametrize("cooldown", [0, 2])
+@pytest.mark.parametrize(("mode", "sign"), [("min", 1), ("max", -1)])
+@pytest.mark.parametrize("threshold_mode", ["rel", "abs"])
+def test_plateau_equals_torch(mode: Any, sign: int, threshold_mode: Any, cooldown: int) -> None:
+    optimizer = one_parameter(0.3)
+    reference = lr_scheduler.ReduceLROnPlateau(
+        optimizer, mode=mode, patience=2, threshold_mode=threshold_mode, threshold=0.01, cooldown=cooldown,
+        min_lr=0.3 * 2e-3, eps=0,
+    )  # fmt: skip
+    keys: dict[str, Any] = {
+        "mode": mode,
+        "patience": 2,
+        "threshold_mode": threshold_mode,
+        "threshold": 0.01,
+        "cooldown": cooldown,
+    }
+    ours = Scheduler(one_parameter(0.3), make("plateau", monitor="x", min_factor=2e-3, **keys))
+    rates = []
+    for figure in FIGURES:
+        reference.step(sign * figure + (2 if sign < 0 else 0))
+        ours.update({"x": sign * figure + (2 if sign < 0 else 0)})
+        ours.step()
+        rates.append(ours.get_last_lr()[0])
+        assert rates[-1] == pytest.approx(optimizer.param_groups[0]["lr"])
+    assert len(set(rates)) > 2
+
+
+def test_plateau_under_a_warmup_resumes_and_names_a_missing_figure() -> None:
+    def fresh() -> Scheduler:
+        return Scheduler(one_parameter(), make("plateau", patience=0, warmup_steps=4))
+
+    first = fresh()
+    for t in range(6):
+        first.step()
+        first.update({"val_loss": float(t)})
+    assert first.get_last_lr() == pytest.approx([1e-5])
+    second = fresh()
+    second.load_state_dict(first.state_dict())
+    for scheduler in (first, second):
+        scheduler.update({"val_loss": 7.0})
+    assert second.get_last_lr() == first.get_last_lr() == pytest.approx([1e-6])
+    with pytest.raises(UserError, match=r"schedule\.monitor=val_loss.*val_accuracy"):
+        first.update({"val_accuracy": 0.5})
+    assert isinstance(make("plateau", monitor="val_accuracy"), Plateau)
+
+
+def test_plateau_takes_higher_accuracies_for_better_ones() -> None:
+    factor = make("plateau", monitor="val_accuracy", patience=0)
+    assert isinstance(factor, Plateau)
+    for accuracy in (0.5, 0.6, 0.7):
+        factor.update({"val_accuracy": accuracy})
+    assert factor(0) == 1.0
+    factor.update({"val_accuracy": 0.6})
+    assert factor(0) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("name", CHOICES)
+@given(steps=st.integers(1, 2000), epoch=st.integers(1, 300), t=st.integers(0, 3000))
+def test_defaults_are_valid_for_every_run_and_never_lose_an_update(name: str, steps: int, epoch: int, t: int) -> None:
+    factor = make(name, steps=steps, epoch=epoch)
+    assert 0.0 <= factor(t) <= 1.0
+    assert factor(min(t, steps - 1)) > 0.0
+    assert factor(steps + t) == factor(steps)  # past the end it stays
+
+
+SMOOTH = [n for n in PURE if n not in ("step", "multistep", "cosine_restarts", "cosine_warmup_restarts")]
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+@given(steps=st.integers(50, 3000), warmup=st.floats(0.1, 0.5))
+def test_curves_have_no_jumps(name: str, steps: int, warmup: float) -> None:
+    factor = make(name, steps=steps, epoch=steps / 10, warmup_share=warmup)
+    points = curve(factor, steps + 1)
+    slope = 20 if name == "one_cycle" else 12
+    if name == "wsd":  # 1 - sqrt(x) is vertical where it begins
+        slope = 12 * math.isqrt(steps)
+    assert max(abs(b - a) for a, b in itertools.pairwise(points)) <= slope / steps
+
+
+@given(a=st.integers(2, 40), b=st.integers(2, 40))
+def test_the_curve_depends_on_the_share_of_the_run_only(a: int, b: int) -> None:
+    """Twice the updates per epoch (fewer accumulated micro-batches, more ranks) stretch a schedule, no more."""
+    for name in ("exponential", "cosine", "step", "time_decay", "polynomial"):
+        keys: dict[str, Any] = {"every_epochs": 3} if name == "step" else {}
+        one, two = (make(name, steps=10 * e, epoch=e, **keys) for e in (a, a * b))
+        assert [one(t) for t in range(10 * a)] == pytest.approx([two(t * b) for t in range(10 * a)], rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "typed", "message"),
+    [
+        ("step", {"every_epochs": 2, "every_steps": 3}, r"schedule\.every_epochs=2 and schedule\.every_steps=3"),
+        ("multistep", {"milestones_epochs": [1], "milestones_steps": [2]}, "milestones_epochs"),
+        ("multistep", {"milestones_epochs": [7, 5]}, "milestones must increase"),
+        ("cosine", {"warmup_epochs": 1, "warmup_steps": 3}, "warmup_epochs=1"),
+        ("cosine", {"warmup_epochs": 11}, r"schedule\.warmup_epochs=11.*264 steps.*240"),
+        ("cosine_warmup", {"warmup_steps": 241}, r"schedule\.warmup_steps=241"),
+        ("wsd", {"decay_epochs": 11}, "does not fit"),
+        ("one_cycle", {"base_momentum": 0.96}, r"schedule\.base_momentum=0\.96"),
+        ("cosine_warmup_restarts", {"T_0_steps": 10, "cycle_warmup_steps": 10}, "leaves nothing"),
+    ],
+)
+def test_mistakes_are_named(name: str, typed: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make(name, **typed)
+
+
+def test_a_warmup_may_fill_the_training() -> None:
+    for name in CHOICES:
+        assert all(math.isfinite(x) for x in curve(make(name, warmup_epochs=10), STEPS + 5))
+
+
+def test_warmup_overrides_the_share_that_is_the_default() -> None:
+    for name in ("cosine_warmup", "linear_warmup", "wsd"):
+        by_epochs, none = make(name, warmup_epochs=5), make(name, warmup_epochs=0)
+        assert isinstance(by_epochs, WarmedUp)
+        assert by_epochs.length == 120
+        assert none(0) == 1.0
+
+
+def test_scheduler_multiplies_every_groups_own_base() -> None:
+    a, b = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
+    tensor_lr = torch.tensor(0.5, dtype=torch.float64)
+    optimizer = torch.optim.SGD([{"params": [a], "lr": 0.1}, {"params": [b], "lr": tensor_lr}], lr=1.0)
+    factor = make("cosine_warmup")
+    scheduler = Scheduler(optimizer, factor)
+    assert isinstance(scheduler, lr_scheduler.LRScheduler)
+    for t in range(STEPS):
+        assert optimizer.param_groups[0]["lr"] == 0.1 * factor(t)
+        assert optimizer.param_groups[1]["lr"] is tensor_lr  # changed in place
+        assert tensor_lr.item() == 0.5 * factor(t)
+        assert scheduler.get_last_lr() == [0.1 * factor(t), tensor_lr]
+        optimizer.step()
+        scheduler.step()
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_scheduler_resumes_exactly(name: str) -> None:
+    whole = ours_through_scheduler(make(name))
+    optimizer = one_parameter()
+    scheduler = Scheduler(optimizer, make(name))
+    for _ in range(101):
+        scheduler.step()
+    saved = scheduler.state_dict()
+    resumed_optimizer = one_parameter()
+    resumed = Scheduler(resumed_optimizer, make(name))
+    resumed.load_state_dict(saved)
+    rates = []
+    for _ in range(101, STEPS):
+        rates.append(resumed_optimizer.param_groups[0]["lr"])
+        resumed.step()
+    assert rates == whole[101:]
+
+
+def test_horizon_is_all_a_choice_needs() -> None:
+    factor = schedules.cosine(final=0.0, decay_epochs=None, decay_steps=None, horizon=Horizon(10, 110, 10))
+    assert factor(60) == pytest.approx(0.5)
+    assert NO_WARMUP.length(10, 1) == 0
