@@ -1,0 +1,1 @@
+"""Datasets, splits, input normalization, samplers and batches (in memory or streamed)."""

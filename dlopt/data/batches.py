@@ -1,0 +1,141 @@
+"""What the training loop iterates: batches on the device, augmented and normalized."""
+
+from collections.abc import Callable, Iterator
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dlopt.data.loading import Loader, materialize, worker_count
+from dlopt.data.samplers import Sampler, Sequential
+from dlopt.data.samples import Samples
+from dlopt.errors import UserError
+from dlopt.random import generator
+
+
+class Augment(Protocol):
+    def __call__(
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        *,
+        generator: torch.Generator,
+        total: int,
+        part: slice,
+        indices: Tensor,
+        epoch: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Augments the samples `part` of a global batch of `total`; `indices` are their positions in the data."""
+        ...
+
+
+class Batches:
+    """Batches of an epoch, the same whether samples lie in memory or are streamed from worker processes.
+
+    In memory, the samples are one tensor on the device and a batch is an index. Streamed, workers fetch batches ahead.
+    Augmentation and normalization run on the device either way.
+
+    Args:
+        batch_size: samples in a global batch; `full`: all of them.
+        sampler: order of the samples in each epoch; None: as they stand, each once (for evaluation).
+        drop_last: leave out a last batch that is smaller than the others.
+        workers: processes that fetch streamed samples; 0: none.
+        in_memory: whether the samples are to live on the device; those that do not yet are read at once.
+        augment: see `Augment`; None: nothing.
+        seed: of the augmentation draws.
+        normalize: module on the device; None: conversion to `dtype` alone.
+        memory_format: of image batches.
+        dtype: of the inputs given out.
+        share: this rank's part of a global batch of n samples; None: everything.
+
+    Raises:
+        UserError: no batch is left, or a sample cannot be read.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        *,
+        batch_size: int | Literal["full"],
+        device: torch.device | str,
+        sampler: Sampler | None = None,
+        drop_last: bool = False,
+        workers: int | Literal["auto"] = "auto",
+        in_memory: bool = True,
+        augment: Augment | None = None,
+        seed: int = 0,
+        normalize: nn.Module | None = None,
+        memory_format: torch.memory_format = torch.contiguous_format,
+        dtype: torch.dtype = torch.float32,
+        share: Callable[[int], slice] | None = None,
+    ) -> None:
+        self._device = torch.device(device)
+        self._sampler = sampler if sampler is not None else Sequential(targets=samples.targets)
+        drawn = len(self._sampler)
+        self.batch_size = drawn if batch_size == "full" else min(batch_size, drawn)
+        if drop_last and batch_size != "full" and batch_size > drawn:
+            raise UserError(
+                f"data.drop_last=true: the {drawn} training samples do not fill one batch of "
+                f"data.batch_size={batch_size}; use drop_last=false or a smaller batch"
+            )
+        self.count = drawn // self.batch_size * self.batch_size if drop_last else drawn
+        self._share = share
+        self._augment = augment
+        self._seed = seed
+        self._normalize = normalize
+        self._memory_format = memory_format if len(samples.shape) == 3 else torch.contiguous_format
+        self._dtype = dtype
+        self._targets = samples.targets.to(self._device)
+        self._inputs: Tensor | None = None
+        self._loader: Loader | None = None
+        if in_memory:
+            self._inputs = materialize(samples, workers).inputs.to(self._device)
+        else:
+            self._loader = Loader(samples, worker_count(workers, samples), pin=self._device.type == "cuda")
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return -(-self.count // self.batch_size)
+
+    def epoch(self, epoch: int, start: int = 0, step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields (inputs, targets) of this rank for the batches of epoch `epoch` from number `start` on.
+
+        `step` is the global number of the update that the first batch given out serves: the augmentation of each
+        batch is drawn from (seed, number of its update).
+        """
+        order = self._sampler.order(epoch)[start * self.batch_size : self.count]
+        totals = [len(part) for part in order.split(self.batch_size)] if len(order) else []
+        shares = [slice(0, total) if self._share is None else self._share(total) for total in totals]
+        indices = self._cut(order.to(self._device), shares)
+        fetched = self._select(indices) if self._loader is None else self._stream(self._cut(order, shares))
+        for number, (inputs, own, part, total) in enumerate(zip(fetched, indices, shares, totals, strict=True)):
+            targets = self._targets.index_select(0, own)
+            if self._augment is not None:
+                draws = generator(self._device, self._seed, step + number)
+                inputs, targets = self._augment(
+                    inputs, targets, generator=draws, total=total, part=part, indices=own, epoch=epoch
+                )
+            if self._normalize is not None:
+                inputs = self._normalize(inputs)
+            yield inputs.to(dtype=self._dtype, memory_format=self._memory_format), targets
+
+    def close(self) -> None:
+        """Ends the worker processes, if there are any."""
+        if self._loader is not None:
+            self._loader.close()
+
+    def _cut(self, order: Tensor, shares: list[slice]) -> list[Tensor]:
+        parts = order.split(self.batch_size) if shares else ()
+        if self._share is None:
+            return list(parts)
+        return [part[own] for part, own in zip(parts, shares, strict=True)]
+
+    def _select(self, indices: list[Tensor]) -> Iterator[Tensor]:
+        assert self._inputs is not None
+        for own in indices:
+            yield self._inputs.index_select(0, own)
+
+    def _stream(self, indices: list[Tensor]) -> Iterator[Tensor]:
+        assert self._loader is not None
+        for inputs in self._loader.run(indices):
+            yield inputs.to(self._device, non_blocking=True)

@@ -1,0 +1,39 @@
+"""CIFAR-10 and CIFAR-100, through torchvision."""
+
+from typing import Literal
+
+import torch
+
+from dlopt.data.samples import Dataset, InMemory
+from dlopt.data.sources import data_root, through_torchvision
+
+
+def cifar10(*, root: str | None, download: bool) -> Dataset:
+    """CIFAR-10: 50,000 training and 10,000 test images [3, 32, 32] of ten classes (Krizhevsky 2009)."""
+    return _load("CIFAR10", root, download)
+
+
+def cifar100(*, root: str | None, download: bool) -> Dataset:
+    """CIFAR-100: 50,000 training and 10,000 test images [3, 32, 32] of a hundred classes (Krizhevsky 2009)."""
+    return _load("CIFAR100", root, download)
+
+
+def _load(name: Literal["CIFAR10", "CIFAR100"], root: str | None, download: bool) -> Dataset:
+    import torchvision.datasets
+
+    source = getattr(torchvision.datasets, name)
+    folder = data_root(root)
+    if folder.name == source.base_folder:  # the folder of the batches itself
+        folder = folder.parent
+    parts = []
+    for train in (True, False):
+        # torchvision compares checksums before it unpickles anything
+        part = through_torchvision(
+            f"data={name.lower()}",
+            folder,
+            download,
+            lambda train=train: source(folder, train=train, download=download),  # type: ignore[misc]
+        )
+        inputs = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
+        parts.append(InMemory(inputs, torch.tensor(part.targets, dtype=torch.int64)))
+    return Dataset(parts[0], None, parts[1], tuple(part.classes))

@@ -1,0 +1,98 @@
+"""MNIST and Fashion-MNIST, from IDX files."""
+
+import gzip
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dlopt.data.samples import Dataset, InMemory
+from dlopt.data.sources import data_root, through_torchvision
+from dlopt.errors import UserError
+
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where the package dataset-fashion-mnist puts it
+_PARTS = {"train": "train", "test": "t10k"}
+_FASHION_CLASSES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
+
+
+def mnist(*, root: str | None, download: bool) -> Dataset:
+    """MNIST: 60,000 training and 10,000 test images [1, 28, 28] (LeCun et al. 1998)."""
+    return _load("mnist", "MNIST", tuple(str(digit) for digit in range(10)), root, download, ())
+
+
+def fashion_mnist(*, root: str | None, download: bool) -> Dataset:
+    """Fashion-MNIST: 60,000 training and 10,000 test images [1, 28, 28] (Xiao et al. 2017).
+
+    With `root` None, Debian's package dataset-fashion-mnist serves where it is installed.
+    """
+    elsewhere = (DEBIAN_FASHION_MNIST,) if root is None else ()
+    return _load("fashion_mnist", "FashionMNIST", _FASHION_CLASSES, root, download, elsewhere)
+
+
+def read_idx(path: Path) -> Tensor:
+    """The uint8 tensor in an IDX file, plain or gzipped (format: yann.lecun.com/exdb/mnist).
+
+    Raises:
+        UserError: the file cannot be read, is damaged, or holds something else than unsigned bytes.
+    """
+    try:
+        data = path.read_bytes()
+        if path.suffix == ".gz":
+            data = gzip.decompress(data)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    if len(data) < 4 or data[:3] != b"\x00\x00\x08":
+        raise UserError(f"{path}: is not an IDX file of unsigned bytes")
+    dimensions = data[3]
+    start = 4 + 4 * dimensions
+    shape = np.frombuffer(data[4:start].ljust(4 * dimensions, b"\0"), dtype=">u4").astype(np.int64).tolist()
+    if len(data) - start != int(np.prod(shape)):
+        raise UserError(f"{path}: is damaged: {len(data) - start} bytes follow the header, which says {shape}")
+    return torch.frombuffer(bytearray(data[start:]), dtype=torch.uint8).view(shape)
+
+
+def _load(
+    name: str, folder: str, classes: tuple[str, ...], root: str | None, download: bool, elsewhere: tuple[Path, ...]
+) -> Dataset:
+    key = f"data={name}"
+    base = data_root(root)
+    places = (base, base / "raw", base / folder / "raw", *elsewhere)
+    found = next((place for place in places if all(_find(place, stem) for stem in _stems())), None)
+    if found is None and download:
+        import torchvision.datasets
+
+        through_torchvision(key, base, download, lambda: getattr(torchvision.datasets, folder)(base, download=True))
+        found = base / folder / "raw"
+    if found is None:
+        raise UserError(
+            f"{key}: no IDX files ({next(iter(_stems()))}[.gz] and so on) in {', '.join(map(str, places))}; "
+            "set data.root to the folder that has them, or data.download=true"
+        )
+    train, test = (_part(key, found, prefix, len(classes)) for prefix in _PARTS.values())
+    return Dataset(train, None, test, classes)
+
+
+def _part(key: str, folder: Path, prefix: str, classes: int) -> InMemory:
+    images_path, labels_path = (_find(folder, stem) for stem in _stems(prefix))
+    assert images_path is not None and labels_path is not None
+    images, labels = read_idx(images_path), read_idx(labels_path)
+    if images.dim() != 3 or len(images) == 0:
+        raise UserError(f"{key}: {images_path}: holds an array {list(images.shape)}; [N, height, width] is needed")
+    if labels.dim() != 1 or len(labels) != len(images):
+        raise UserError(f"{key}: {labels_path}: holds {list(labels.shape)} labels for {len(images)} images")
+    if int(labels.max()) >= classes:
+        raise UserError(f"{key}: {labels_path}: has a label {int(labels.max())}; 0 to {classes - 1} are allowed")
+    return InMemory(images.unsqueeze(1), labels.to(torch.int64))
+
+
+def _stems(*prefixes: str) -> list[str]:
+    kinds = ("images-idx3-ubyte", "labels-idx1-ubyte")
+    return [f"{prefix}-{kind}" for prefix in prefixes or _PARTS.values() for kind in kinds]
+
+
+def _find(folder: Path, stem: str) -> Path | None:
+    return next((path for path in (folder / stem, folder / f"{stem}.gz") if path.is_file()), None)

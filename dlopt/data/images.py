@@ -1,0 +1,135 @@
+"""Images from files: decoding to uint8, and bringing to one size.
+
+PIL alone is used: importing torchvision takes longer than reading a small dataset.
+"""
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from dlopt.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif"))
+_ORIENTATION = 0x0112  # EXIF tag; values from 5 on swap width and height
+
+
+def size_pair(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    """`image_size` as (height, width); a single number is a square."""
+    return (size, size) if isinstance(size, int) else size
+
+
+def decode(path: str, size: tuple[int, int] | None, channels: int) -> Tensor:
+    """The image in `path` as uint8 [channels, H, W], turned upright as its EXIF data say.
+
+    With `size` = (H, W) the image is scaled to cover that size, keeping its aspect ratio, and the centre is cut
+    out. Transparency is dropped, of an animation the first frame is taken, 16-bit grey keeps its upper 8 bits.
+
+    Raises:
+        UserError: the file cannot be read as an image.
+    """
+    try:
+        with open(path, "rb") as file:
+            return _decode(file.read(), size, channels)
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error ... on broken files
+        raise UserError(f"{path}: cannot be read as an image ({_reason(error)})") from error
+
+
+def header_size(path: str) -> tuple[int, int]:
+    """(height, width) of the upright image in `path`, without decoding it.
+
+    Raises:
+        UserError: the file cannot be read as an image.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            return (width, height) if _orientation(image) >= 5 else (height, width)
+    except Exception as error:
+        raise UserError(f"{path}: cannot be read as an image ({_reason(error)})") from error
+
+
+def from_pil(image: "Image", channels: int | None = None) -> Tensor:
+    """A PIL image as uint8 [C, H, W]; `channels` None: 1 where the image is grey, else 3."""
+    if channels is None:
+        channels = 1 if image.mode in ("1", "L", "LA", "I", "I;16", "F") else 3
+    if image.mode.startswith("I"):  # 16-bit grey: converting would clip at 255 instead of scaling
+        from PIL import Image
+
+        image = Image.fromarray((np.clip(np.asarray(image), 0, 65535) >> 8).astype(np.uint8))
+    mode = "L" if channels == 1 else "RGB"
+    if image.mode != mode:
+        if image.mode == "P":  # a palette with transparency warns unless it goes through RGBA
+            image = image.convert("RGBA")
+        image = image.convert(mode)
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return pixels.view(image.height, image.width, channels).permute(2, 0, 1).contiguous()
+
+
+def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Images [B, C, H, W] scaled to cover (H', W'), keeping their aspect ratio, and cut to the centre.
+
+    Bilinear with anti-aliasing; the dtype stays.
+    """
+    if tuple(images.shape[-2:]) == size:
+        return images
+    height, width = images.shape[-2:]
+    left, top, right, bottom = (round(edge) for edge in _centre_box(width, height, size))
+    cut = images[..., top : max(bottom, top + 1), left : max(right, left + 1)]
+    result = interpolate(cut.float(), size=size, mode="bilinear", antialias=True, align_corners=False)
+    return result.round_().clamp_(0, 255).to(torch.uint8) if images.dtype == torch.uint8 else result.to(images.dtype)
+
+
+def _decode(data: bytes, size: tuple[int, int] | None, channels: int) -> Tensor:
+    from PIL import Image, ImageOps
+
+    image: Image.Image = Image.open(io.BytesIO(data))
+    orientation = _orientation(image)
+    if size is not None and image.format == "JPEG":
+        # The decoder halves large images on the way, down to twice the size that is wanted.
+        wanted = size[::-1] if orientation >= 5 else size
+        scale = 2 * max(wanted[0] / image.height, wanted[1] / image.width)
+        if scale < 1:
+            image.draft(None, (round(image.width * scale), round(image.height * scale)))
+    if orientation > 1:
+        image = ImageOps.exif_transpose(image)
+    if size is None or image.size == size[::-1]:
+        return from_pil(image, channels)
+    if image.mode not in ("L", "RGB"):
+        pixels = from_pil(image, channels).permute(1, 2, 0)
+        image = Image.fromarray(pixels.squeeze(-1).contiguous().numpy())
+    box = _centre_box(image.width, image.height, size)
+    return from_pil(image.resize(size[::-1], Image.Resampling.BILINEAR, box=box), channels)
+
+
+def _centre_box(width: int, height: int, size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """The largest centred box (left, top, right, bottom) with the aspect ratio of `size` = (H, W)."""
+    scale = min(height / size[0], width / size[1])
+    box_width, box_height = scale * size[1], scale * size[0]
+    left, top = (width - box_width) / 2, (height - box_height) / 2
+    return left, top, left + box_width, top + box_height
+
+
+def _orientation(image: "Image") -> int:
+    return image.getexif().get(_ORIENTATION, 1) if "exif" in image.info else 1
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = str(error).split("<_io.BytesIO")[0].strip()
+    return text or type(error).__name__
+
+
+def is_image(path: Path) -> bool:
+    """Whether the name says image; hidden files (`._x.jpg` of some file systems) are not."""
+    return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")

@@ -1,0 +1,164 @@
+"""Fetching samples in worker processes, ahead of their use."""
+
+import atexit
+import os
+import signal
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from dlopt.data.samples import InMemory, Samples
+from dlopt.errors import RunError, UserError
+
+_CHUNK_BYTES = 1 << 22  # of inputs that pass through at once where a dataset is read from end to end
+_WORTH_WORKERS = 1000  # samples; below, starting processes takes longer than decoding
+_MAX_WORKERS = 16
+_GRACE = 60  # seconds for which a worker outlives a termination signal, see `_start_worker`
+
+
+def worker_count(workers: int | Literal["auto"], samples: Samples, processes: int = 1) -> int:
+    """Worker processes for `samples`, when `processes` training processes share this machine.
+
+    `auto`: the cores that this process may use, shared among the training processes; none where the samples are in
+    memory already, or so few that starting workers would take longer than the work.
+    """
+    if workers != "auto":
+        return workers
+    if isinstance(samples, InMemory) or len(samples) < _WORTH_WORKERS:
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores // processes, _MAX_WORKERS))
+
+
+class Loader:
+    """Fetches batches of samples in order, in `workers` processes (0: in this one) that live until `close`."""
+
+    def __init__(self, samples: Samples, workers: int, pin: bool = False) -> None:
+        self._plan = _Plan()
+        self._loader: DataLoader[Any] = DataLoader(
+            _Fetch(samples),  # type: ignore[arg-type]
+            batch_sampler=self._plan,  # type: ignore[arg-type]
+            collate_fn=_unchanged,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            worker_init_fn=_start_worker,
+            pin_memory=pin,
+            generator=torch.Generator(),  # its own: the global one must not depend on how data is read
+        )
+        self._exit_hook_set = workers == 0
+
+    def run(self, parts: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Inputs for each tensor of indices in `parts`. A new run ends an unfinished one.
+
+        Raises:
+            UserError: a sample cannot be read.
+            RunError: a worker process was killed.
+        """
+        self._plan.parts = [part.numpy() for part in parts]
+        try:
+            iterator = iter(self._loader)
+            if not self._exit_hook_set:
+                # After the workers have started, so that it runs before multiprocessing's own exit hook, which
+                # would send them a signal that they outlive for a while and then wait.
+                atexit.register(_close, weakref.ref(self))
+                self._exit_hook_set = True
+            for fetched in iterator:
+                if isinstance(fetched, UserError):
+                    raise fetched
+                yield fetched
+        except RuntimeError as error:
+            if "DataLoader worker" in str(error):
+                raise RunError(f"a data loader worker died (out of memory?): {error}") from error
+            raise
+
+    def close(self) -> None:
+        """Ends the worker processes."""
+        iterator, self._loader._iterator = self._loader._iterator, None
+        if iterator is not None and hasattr(iterator, "_shutdown_workers"):
+            iterator._shutdown_workers()
+
+
+def chunks(samples: Samples, workers: int | Literal["auto"] = "auto") -> Iterator[Tensor]:
+    """All inputs in order, in chunks of a few megabytes whose borders depend on the shape alone."""
+    size = max(1, _CHUNK_BYTES // max(1, int(np.prod(samples.shape))))
+    if isinstance(samples, InMemory):
+        yield from samples.inputs.split(size)
+        return
+    loader = Loader(samples, worker_count(workers, samples))
+    try:
+        yield from loader.run(torch.arange(len(samples)).split(size))
+    finally:
+        loader.close()
+
+
+def materialize(samples: Samples, workers: int | Literal["auto"] = "auto") -> InMemory:
+    """The samples read into one tensor."""
+    if isinstance(samples, InMemory):
+        return samples
+    inputs: Tensor | None = None
+    filled = 0
+    for chunk in chunks(samples, workers):
+        if inputs is None:
+            inputs = torch.empty((len(samples), *samples.shape), dtype=chunk.dtype)
+        inputs[filled : filled + len(chunk)] = chunk
+        filled += len(chunk)
+    assert inputs is not None and filled == len(samples)  # no dataset is empty
+    return InMemory(inputs, samples.targets)
+
+
+class _Plan:
+    """The batches of the run to come; iterated in the main process, so that setting it is enough."""
+
+    def __init__(self) -> None:
+        self.parts: list[np.ndarray] = []
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return iter(self.parts)
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+
+class _Fetch:
+    """Samples as the data loader wants them: a whole batch in one call."""
+
+    def __init__(self, samples: Samples) -> None:
+        self._samples = samples
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self._samples.fetch(torch.tensor([index]))[0]
+
+    def __getitems__(self, indices: np.ndarray) -> Tensor | UserError:
+        try:
+            return self._samples.fetch(torch.from_numpy(indices))
+        except UserError as error:
+            return UserError(str(error))  # handed over as it is: an exception would come wrapped in tracebacks
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+def _start_worker(worker: int) -> None:
+    """One thread each; signals are the main process's business.
+
+    A cluster's signal reaches the whole process group. A worker that died of it would take the main process along
+    before that has written its checkpoint, so a worker stays for a while after a termination signal.
+    """
+    torch.set_num_threads(1)
+    for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "SIGALRM"):
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE))
+
+
+def _close(reference: "weakref.ref[Loader]") -> None:
+    if (loader := reference()) is not None:
+        loader.close()

@@ -1,0 +1,248 @@
+"""Where samples come from: memory, image files, or a `torch.utils.data.Dataset` of the user.
+
+A `Samples` object gives batches by index and knows all targets in advance; whether it decodes files or picks rows of
+a tensor is its own matter.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dlopt.data.images import decode, from_pil, header_size, resize
+from dlopt.errors import UserError
+
+_HEADERS_CHECKED = 256  # of images that must have one size; the others are checked when they are decoded
+
+
+class Samples(Protocol):
+    """Inputs and targets by index.
+
+    `targets`: int64 [N] class indices, or float32 [N] or [N, K] for regression.
+    `shape`: of one input, (C, H, W) for images or (F,) for vectors.
+    """
+
+    @property
+    def targets(self) -> Tensor: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __len__(self) -> int: ...
+
+    def fetch(self, indices: Tensor) -> Tensor:
+        """Inputs [B, *shape] for int64 `indices` [B]: uint8 0..255 for images, else float32."""
+        ...
+
+    def select(self, indices: Tensor) -> "Samples":
+        """The samples at `indices`, in that order."""
+        ...
+
+
+@dataclass
+class Dataset:
+    """The three parts of a dataset; `classes` None means regression.
+
+    `in_memory`: all parts fit into the memory of the training device as one tensor (decided by `prepare`).
+    """
+
+    train: Samples
+    val: Samples | None
+    test: Samples | None
+    classes: tuple[str, ...] | None
+    in_memory: bool = False
+
+
+class InMemory:
+    """Samples that live in one tensor [N, *shape]."""
+
+    def __init__(self, inputs: Tensor, targets: Tensor) -> None:
+        if len(inputs) != len(targets):
+            raise ValueError(f"{len(inputs)} inputs but {len(targets)} targets")
+        self.inputs = inputs
+        self.targets = targets
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.inputs.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def fetch(self, indices: Tensor) -> Tensor:
+        return self.inputs.index_select(0, indices)
+
+    def select(self, indices: Tensor) -> "InMemory":
+        return InMemory(self.inputs.index_select(0, indices), self.targets.index_select(0, indices))
+
+
+class Files:
+    """Images in files, decoded when they are fetched.
+
+    `image_size` None: the images are used as they are and must all have the size of the first.
+    `channels`: 1 (grey) or 3 (RGB).
+    """
+
+    def __init__(
+        self, paths: "Sequence[str] | np.ndarray", targets: Tensor, image_size: tuple[int, int] | None, channels: int
+    ) -> None:
+        # One array of bytes: a list of a million strings would be copied into every worker, page by page, as
+        # reference counts change.
+        self._paths = paths if isinstance(paths, np.ndarray) else np.array([os.fsencode(path) for path in paths])
+        self.targets = targets
+        self.image_size = image_size
+        self.channels = channels
+        self._size = image_size if image_size is not None else self._native_size()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.channels, *self._size)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def path(self, index: int) -> str:
+        return os.fsdecode(bytes(self._paths[index]))
+
+    def fetch(self, indices: Tensor) -> Tensor:
+        result = torch.empty((len(indices), *self.shape), dtype=torch.uint8)
+        for row, index in zip(result, indices.tolist(), strict=True):
+            path = self.path(index)
+            image = decode(path, self.image_size, self.channels)
+            if image.shape != row.shape:
+                raise self._mismatch(path, (image.shape[1], image.shape[2]))
+            row.copy_(image)
+        return result
+
+    def select(self, indices: Tensor) -> "Files":
+        chosen = Files.__new__(Files)
+        chosen.__dict__.update(self.__dict__)
+        chosen._paths = self._paths[indices.numpy()]
+        chosen.targets = self.targets.index_select(0, indices)
+        return chosen
+
+    def _native_size(self) -> tuple[int, int]:
+        self._size = header_size(self.path(0))
+        for index in np.unique(np.linspace(0, len(self) - 1, _HEADERS_CHECKED, dtype=np.int64)).tolist():
+            path = self.path(index)
+            if (size := header_size(path)) != self._size:
+                raise self._mismatch(path, size)
+        return self._size
+
+    def _mismatch(self, path: str, size: tuple[int, int]) -> UserError:
+        (height, width), (expected_height, expected_width) = size, self._size
+        return UserError(
+            f"data.image_size=null: the images have different sizes ({path} is {height}x{width}, others are "
+            f"{expected_height}x{expected_width}, height x width); give one, for example data.image_size=224"
+        )
+
+
+class Wrapped:
+    """A map-style `torch.utils.data.Dataset` of the user whose items are pairs (input, label).
+
+    Inputs: a PIL image, a uint8 array [H, W] or [H, W, C], or a tensor [F], [H, W] or [C, H, W]; uint8 inputs are
+    images 0..255, all others become float32. Labels: an integer class, or floating-point values (regression).
+    Labels are taken from the attribute `targets` or `labels` where it agrees with the first item, otherwise every
+    item is read once.
+
+    Raises:
+        UserError: it is no map-style dataset, is empty, or gives something else.
+    """
+
+    def __init__(self, dataset: Any, image_size: tuple[int, int] | None, key: str) -> None:
+        self._dataset = dataset
+        self._image_size = image_size
+        self._name = f"{key} ({type(dataset).__module__}.{type(dataset).__qualname__})"
+        if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+            raise UserError(f"{self._name}: has no __getitem__ and __len__; a map-style torch Dataset is needed")
+        if len(dataset) == 0:
+            raise UserError(f"{self._name}: is empty")
+        self._indices = torch.arange(len(dataset))
+        first, label = self._item(0)
+        self.shape = tuple(first.shape)
+        self.targets = self._targets(label)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def fetch(self, indices: Tensor) -> Tensor:
+        inputs = [self._item(index)[0] for index in self._indices[indices].tolist()]
+        for index, item in zip(indices.tolist(), inputs, strict=True):
+            if tuple(item.shape) != self.shape:
+                raise UserError(
+                    f"{self._name}[{index}]: has shape {tuple(item.shape)}, the first item has {self.shape}; "
+                    "all inputs must have one shape (data.image_size brings images to one)"
+                )
+        return torch.stack(inputs) if inputs else self._item(0)[0].new_empty((0, *self.shape))
+
+    def select(self, indices: Tensor) -> "Wrapped":
+        chosen = Wrapped.__new__(Wrapped)
+        chosen.__dict__.update(self.__dict__)
+        chosen._indices = self._indices[indices]
+        chosen.targets = self.targets[indices]
+        return chosen
+
+    def _item(self, index: int) -> tuple[Tensor, Any]:
+        try:
+            item = self._dataset[index]
+        except UserError:
+            raise
+        except Exception as error:  # code of the user: whatever it raises is told with the sample's number
+            raise UserError(f"{self._name}[{index}]: {type(error).__name__}: {error}") from error
+        if not isinstance(item, tuple | list) or len(item) != 2:
+            raise UserError(f"{self._name}[{index}]: gives {_describe(item)}; a pair (input, label) is needed")
+        return self._input(item[0], index), item[1]
+
+    def _input(self, value: Any, index: int) -> Tensor:
+        if hasattr(value, "tobytes") and hasattr(value, "mode"):  # a PIL image, told without importing PIL
+            value = from_pil(value)
+        elif isinstance(value, np.ndarray):
+            image = value.dtype == np.uint8 and value.ndim == 3
+            value = torch.from_numpy(np.ascontiguousarray(value.transpose(2, 0, 1) if image else value))
+        if not isinstance(value, Tensor) or not 1 <= value.dim() <= 3 or value.is_complex():
+            raise UserError(
+                f"{self._name}[{index}]: the input is {_describe(value)}; a PIL image, an array, or a tensor [F], "
+                "[H, W] or [C, H, W] is needed"
+            )
+        value = value.detach().cpu()
+        if value.dim() == 2:
+            value = value.unsqueeze(0)
+        if value.dtype != torch.uint8 or value.dim() == 1:
+            value = value.to(torch.float32)
+        if self._image_size is not None and value.dim() == 3:
+            value = resize(value.unsqueeze(0), self._image_size).squeeze(0)
+        return value.contiguous()
+
+    def _targets(self, first: Any) -> Tensor:
+        for attribute in ("targets", "labels"):
+            values = getattr(self._dataset, attribute, None)
+            if isinstance(values, list | tuple | np.ndarray | Tensor) and len(values) == len(self):
+                targets = self._as_targets(list(values) if isinstance(values, tuple) else values)
+                if torch.equal(targets[0], self._as_targets([first])[0]):
+                    return targets
+        return self._as_targets([self._item(index)[1] for index in range(len(self))])
+
+    def _as_targets(self, values: Any) -> Tensor:
+        try:
+            if isinstance(values, list) and isinstance(values[0], Tensor | np.ndarray):
+                values = torch.stack([torch.as_tensor(value) for value in values])
+            targets = torch.as_tensor(values).detach().cpu()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"{self._name}: labels must be class numbers or float values ({error})") from error
+        if targets.is_floating_point():
+            return targets.to(torch.float32)
+        if targets.dim() == 2 and targets.shape[1] == 1:
+            targets = targets.squeeze(1)
+        if targets.dim() != 1 or targets.is_complex():
+            raise UserError(f"{self._name}: class labels must be one integer per sample, got {_describe(targets[0])}")
+        return targets.to(torch.int64)
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor | np.ndarray):
+        return f"a {type(value).__name__} of shape {tuple(value.shape)} and type {value.dtype}"
+    return f"of type {type(value).__name__}"

@@ -1,0 +1,20 @@
+"""The keys that every dataset has: how it is split, brought to one size, and cut into batches."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dlopt.ranges import Count, Natural, PositiveShare, Share
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """Checked against `conf/data/_common.yaml`, where the defaults and the meaning of each key stand."""
+
+    batch_size: Count | Literal["full"]
+    val_split: Share
+    subset: Count | PositiveShare | None
+    split_seed: int
+    image_size: Count | tuple[Count, Count] | None
+    memory: Literal["auto"] | bool
+    workers: Natural | Literal["auto"]
+    drop_last: bool

@@ -1,0 +1,104 @@
+"""Images listed in a CSV file."""
+
+import csv as csv_module
+import math
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dlopt.data.images import size_pair
+from dlopt.data.samples import Dataset, Files
+from dlopt.errors import UserError
+
+_PARTS = ("train", "val", "test")
+
+
+def csv(
+    *,
+    file: str,
+    root: str | None,
+    path_column: str,
+    label_column: str,
+    split_column: str | None,
+    labels: Literal["class", "value"],
+    channels: Literal[1, 3],
+    image_size: int | tuple[int, int] | None,
+) -> Dataset:
+    """Images whose paths and labels stand in a CSV file with a header line.
+
+    Args:
+        root: folder that relative paths start from; None: the CSV file's.
+        split_column: column with train, val or test; None: every row is for training.
+        labels: names of classes, or numbers to regress on.
+
+    Raises:
+        UserError: the file or an image in it is missing, a column is missing, a field is empty or not what it should
+            be, or a part has a class that the training rows lack.
+    """
+    path = Path(file).expanduser()
+    rows = _rows(path, [column for column in (path_column, label_column, split_column) if column is not None])
+    base = path.parent if root is None else Path(root).expanduser()
+    parts: dict[str, list[tuple[str, str]]] = {name: [] for name in _PARTS}
+    for number, row in rows:
+        where = f"data.file={file}, line {number}"
+        name = "train" if split_column is None else row[split_column].strip()
+        if name not in _PARTS:
+            raise UserError(f"{where}: {split_column} is {name!r}; train, val or test are allowed")
+        image = base / row[path_column].strip()
+        if not image.is_file():
+            raise UserError(f"{where}: {image} is missing or no file")
+        parts[name].append((str(image), row[label_column].strip()))
+    if not parts["train"]:
+        raise UserError(f"data.file={file}: has no training rows")
+    classes = tuple(sorted({label for _, label in parts["train"]})) if labels == "class" else None
+    size = size_pair(image_size)
+    train, val, test = (
+        Files([path for path, _ in part], _targets(file, part, classes), size, channels) if part else None
+        for part in parts.values()
+    )
+    assert train is not None
+    return Dataset(train, val, test, classes)
+
+
+def _rows(path: Path, columns: list[str]) -> list[tuple[int, dict[str, str]]]:
+    """(line number, fields by column) of every row."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv_module.DictReader(file)
+            header = reader.fieldnames or []
+            for column in columns:
+                if column not in header:
+                    raise UserError(f"data.file={path}: has no column {column!r}; it has {', '.join(header) or 'none'}")
+            rows = []
+            for row in reader:
+                for column in columns:
+                    if not row[column]:
+                        raise UserError(f"data.file={path}, line {reader.line_num}: {column} is empty")
+                rows.append((reader.line_num, row))
+            return rows
+    except OSError as error:
+        raise UserError(f"data.file={path}: cannot be read ({error.strerror})") from error
+    except (csv_module.Error, UnicodeDecodeError) as error:
+        raise UserError(f"data.file={path}: is not a CSV file in UTF-8 ({error})") from error
+
+
+def _targets(file: str, part: list[tuple[str, str]], classes: tuple[str, ...] | None) -> Tensor:
+    if classes is None:
+        return torch.tensor([_number(file, path, label) for path, label in part], dtype=torch.float32)
+    index = {name: i for i, name in enumerate(classes)}
+    for path, label in part:
+        if label not in index:
+            raise UserError(f"data.file={file}: {path} has the class {label!r}, which no training row has")
+    return torch.tensor([index[label] for _, label in part], dtype=torch.int64)
+
+
+def _number(file: str, path: str, label: str) -> float:
+    try:
+        value = float(label)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise UserError(f"data.file={file}: the label of {path} is {label!r}; data.labels=value needs finite numbers")
+    return value
