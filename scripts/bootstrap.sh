@@ -149,14 +149,14 @@ install_packages() {
     rm -rf "$venv/.tmp"
     if [ -z "$failed" ]; then return; fi
     if [ "$how" = update ]; then write_state "$state"; fi
-    tail -n 30 "$log" >&2
-    if grep -qiE 'NewConnectionError|name resolution|Max retries|timed out|unreachable|Connection (refused|reset)|ProxyError' "$log"; then
-        stop "no network: the package index cannot be reached. It is needed once; pip's settings (PIP_INDEX_URL," \
-            "PIP_PROXY, PIP_FIND_LINKS) are honoured. Then call again."
+    if grep -qiE 'NewConnectionError|name resolution|Max retries|timed out|unreachable|ProxyError' "$log"; then
+        stop "no network: the package index cannot be reached ($log). It is needed once; pip's settings" \
+            "(PIP_INDEX_URL, PIP_PROXY, PIP_FIND_LINKS) are honoured. Then call again."
     fi
     if grep -q 'No space left' "$log"; then
         stop "no space left in $venv or ${TMPDIR}: 6 GB are needed, and as much again for a moment"
     fi
+    tail -n 30 "$log" >&2
     stop "pip could not install the packages (above, and in $log). A Python for which there is no PyTorch yet?" \
         "DLOPT_PYTHON=/path/to/python3 chooses another one. Then call again."
 }

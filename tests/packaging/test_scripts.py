@@ -23,7 +23,7 @@ INTERPRETER = r"""#!/bin/sh
 here=$(dirname "$(dirname "$0")")
 case "$1 $2" in
     "-c"*_base_executable*) echo "$0"; case "$0" in */old/*) exit 1 ;; esac; exit 0 ;;
-    "-c"*) exec {python} "$@" ;;
+    "-c"*) exec "{python}" "$@" ;;
 esac
 echo "$@" >>"$LOG"
 case "$*" in
