@@ -45,24 +45,18 @@ def parse_arguments(arguments: list[str]) -> Namespace:
 
 
 class Composer:
-    """Composes configs of one command line; a context manager, since Hydra keeps a global."""
+    """Composes the configs of one command line."""
 
     def __init__(self, config_name: str | None = None, config_dir: str | None = None) -> None:
         self.config_name = config_name or CONFIG_NAME
-        self.config_dir = config_dir
-
-    def __enter__(self) -> "Composer":
         setbase("1.3")
-        GlobalHydra.instance().clear()
         path = create_config_search_path(str(config_folder()))
-        if self.config_dir is not None:
-            folder = f"file://{Path(self.config_dir).resolve()}"
+        if config_dir is not None:
+            folder = f"file://{Path(config_dir).resolve()}"
             path.prepend("command-line", folder, SearchPathQuery(provider="schema"))
-        self.hydra = Hydra.create_main_hydra2(CONFIG_NAME, path)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
         GlobalHydra.instance().clear()
+        self.hydra = Hydra.create_main_hydra2(CONFIG_NAME, path)
+        GlobalHydra.instance().clear()  # Hydra's own main wants to be the first
 
     def parse(self, overrides: list[str]) -> list[Override]:
         try:
@@ -169,8 +163,13 @@ def _elsewhere(name: str, config: DictConfig) -> str:
     return f"did you mean {places[close[0]]}? " if close else ""
 
 
-def to_plain(config: DictConfig, typed: Iterable[str] = ()) -> dict[str, Any]:
-    """The task's part as plain, resolved dicts and lists. Raises `UserError` for `???` and broken interpolations."""
+def to_plain(config: DictConfig, typed: Iterable[str] | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The task's part as plain dicts and lists: resolved, and as it may be saved.
+
+    What came from the environment (`${oc.env:TOKEN}`) stays an interpolation in the second. Raises `UserError` for `???`,
+    for broken interpolations, and for packages that a file instead of a person wants trusted (`typed`: the command
+    line's overrides; None: that was seen to before).
+    """
     task = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
     missing = sorted(OmegaConf.missing_keys(task))
     if missing:
@@ -178,13 +177,37 @@ def to_plain(config: DictConfig, typed: Iterable[str] = ()) -> dict[str, Any]:
     try:
         plain = OmegaConf.to_container(task, resolve=True)
     except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None)
-        raise UserError(f"{key}: {_first_lines(error)}") from None
+        raise UserError(f"{getattr(error, 'full_key', None)}: {_first_lines(error)}") from None
     except RecursionError:
         raise UserError("an interpolation ${...} refers to itself") from None
-    assert isinstance(plain, dict)
-    _check_trust(plain, typed)
-    return {str(key): value for key, value in plain.items()}
+    raw = OmegaConf.to_container(task, resolve=False)
+    assert isinstance(plain, dict) and isinstance(raw, dict)
+    if typed is not None:
+        _check_trust(plain, typed)
+    return plain, _without(plain, raw, _from_environment(plain, raw))
+
+
+def resolve_saved(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved config with its interpolations of the environment resolved again. Raises `UserError`."""
+    return to_plain(OmegaConf.create(dict(saved)), None)[0]
+
+
+def _from_environment(plain: Any, raw: Any) -> set[str]:
+    """The texts that interpolations of the environment became."""
+    if isinstance(raw, dict):
+        return set().union(*(_from_environment(plain[key], value) for key, value in raw.items()))
+    if isinstance(raw, list):
+        return set().union(*(_from_environment(value, other) for value, other in zip(plain, raw, strict=True)))
+    return {str(plain)} if isinstance(raw, str) and "${oc.env:" in raw and str(plain) else set()
+
+
+def _without(plain: Any, raw: Any, secrets: set[str]) -> Any:
+    if isinstance(raw, dict):
+        return {key: _without(plain[key], value, secrets) for key, value in raw.items()}
+    if isinstance(raw, list):
+        return [_without(value, other, secrets) for value, other in zip(plain, raw, strict=True)]
+    hidden = isinstance(raw, str) and "${" in raw and any(secret in str(plain) for secret in secrets)
+    return raw if hidden else plain
 
 
 def _check_trust(plain: Mapping[Any, Any], typed: Iterable[str]) -> None:

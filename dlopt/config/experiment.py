@@ -56,11 +56,14 @@ class Experiment:
     clip: Component
     stopping: Component
     parallel: Component
-    config: Mapping[str, Any] = field(repr=False)  # resolved, as written to config.yaml
+    config: Mapping[str, Any] = field(repr=False)  # as it is saved: resolved, but for what the environment gave
 
 
-def parse(config: Mapping[str, Any]) -> Experiment:
-    """Checks a composed and resolved config (plain dicts and lists). Raises `UserError`."""
+def parse(config: Mapping[str, Any], saved: Mapping[str, Any] | None = None) -> Experiment:
+    """Checks a composed and resolved config (plain dicts and lists). Raises `UserError`.
+
+    `saved` is the form that may be written to disk, where that differs.
+    """
     run_keys = {key: value for key, value in config.items() if key not in GROUPS}
     settings = Settings(**check_arguments("", Settings, run_keys, related=tuple(GROUPS)))
     packages = (*ALLOWED_PACKAGES, *settings.allow_packages)
@@ -80,7 +83,7 @@ def parse(config: Mapping[str, Any]) -> Experiment:
         settings=settings,
         data_settings=parts.pop("DataSettings"),
         warmup=parts.pop("Warmup"),
-        config=config,
+        config=config if saved is None else saved,
         **parts,
     )
     check_combinations(experiment)

@@ -40,6 +40,9 @@ class Component:
         known = {name: value for name, value in runtime.items() if name in names}
         return self.target(**known, **{name: _built(value, runtime) for name, value in self.arguments.items()})
 
+    def takes(self, name: str) -> bool:
+        return name in _parameters(self.target)
+
     def partial(self, **extra: Any) -> "Component":
         return dataclasses.replace(self, arguments={**self.arguments, **extra})
 
@@ -81,7 +84,7 @@ def resolve_target(key: str, path: str, packages: Iterable[str]) -> Callable[...
             f"{key}={path}: only callables of {', '.join(packages)} may be named; "
             f"type allow_packages=[{path.split('.')[0]}] on the command line to trust another package"
         )
-    found = _locate(path)
+    found = _locate(key, path)
     if found is None:
         raise UserError(f"{key}={path}: there is no such callable{_importable(path)}")
     home = getattr(found, "__module__", None) or ""
@@ -95,7 +98,7 @@ def _within(path: str, packages: tuple[str, ...]) -> bool:
     return any(path == package or path.startswith(f"{package}.") for package in packages)
 
 
-def _locate(path: str) -> Any:
+def _locate(key: str, path: str) -> Any:
     parts = path.split(".")
     for cut in range(len(parts) - 1, 0, -1):
         name = ".".join(parts[:cut])
@@ -104,9 +107,9 @@ def _locate(path: str) -> Any:
         except ModuleNotFoundError as error:
             if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
                 continue
-            raise UserError(f"_target_={path}: importing {name} failed: {error}") from error
+            raise UserError(f"{key}={path}: importing {name} failed: {error}") from error
         except Exception as error:
-            raise UserError(f"_target_={path}: importing {name} failed: {type(error).__name__}: {error}") from error
+            raise UserError(f"{key}={path}: importing {name} failed: {type(error).__name__}: {error}") from error
         for part in parts[cut:]:
             found = getattr(found, part, None)
         return found

@@ -114,6 +114,22 @@ def load(path: Path) -> dict[str, Any]:
     return state
 
 
+def load_weights(path: Path) -> dict[str, Any]:
+    """The weights in a checkpoint (its average where it has one) or in a file of weights alone. Raises `UserError`."""
+    if not path.is_file():
+        raise UserError(f"init_from={path}: there is no such file")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"init_from={path}: this file holds no weights: {_reason(error)}") from None
+    if isinstance(state, dict) and "format" in state:
+        state = load(path)  # with its checksum
+        state = state["ema"] or state["model"]
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UserError(f"init_from={path}: this file holds no weights by name")
+    return state
+
+
 def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
     """Writes a file and its checksum so that a crash at any moment leaves a file that matches its checksum.
 

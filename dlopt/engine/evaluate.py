@@ -17,10 +17,11 @@ def evaluate(
     *,
     classify: bool,
     prefix: str,
-) -> dict[str, float]:
+    interruption: object = None,
+) -> dict[str, float] | None:
     """Sample-weighted means over `batches`: {prefix}_loss and, in a classification, {prefix}_accuracy.
 
-    `model` is how `module` is called (compiled, under autocast); both are in evaluation mode within, and back in
+    None when `interruption` became true on the way. `model` is how `module` is called (compiled, under autocast); both are in evaluation mode within, and back in
     their former mode afterwards.
     """
     sums = Sums(classify)
@@ -30,6 +31,8 @@ def evaluate(
         for inputs, targets in batches:
             outputs = model(inputs)
             sums.add(loss(outputs, targets), outputs, targets)
+            if interruption:
+                return None
     finally:
         module.train(modes[0]), loss.train(modes[1])
     return sums.means(prefix)

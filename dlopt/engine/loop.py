@@ -40,6 +40,7 @@ class Progress:
     position: int = 0
     step: int = 0
     seconds: float = 0.0
+    horizon: int = 0  # updates over which the schedule runs
     stopped_early: bool = False
     resumed_from: list[int] = field(default_factory=list)
 
@@ -51,7 +52,7 @@ class Training:
     module: nn.Module
     update: Update
     batches: Batches
-    validate: Callable[[], dict[str, float]] | None
+    validate: Callable[[Interruption], dict[str, float] | None] | None  # None: interrupted
     tracking: Tracking
     checkpoints: Checkpoints
     stopping: Stopping
@@ -78,6 +79,7 @@ class Training:
             "rng": rng.state(),
             "progress": {
                 **vars(self.progress),
+                "lr": float(self.update.rate),
                 "sums": self.sums.state_dict(),
                 "stopping": self.stopping.state_dict(),
                 "best": self.best.state_dict(),
@@ -99,10 +101,11 @@ class Training:
         self.sums.load_state_dict(progress.pop("sums"))
         self.stopping.load_state_dict(progress.pop("stopping"))
         self.best.load_state_dict(progress.pop("best"))
+        self.update.rate = progress.pop("lr")
         scaler = progress.pop("scaler")
         if closure.scaler is not None and scaler is not None:
             closure.scaler.load_state_dict(scaler)
-        self.progress = Progress(**progress)
+        self.progress = Progress(**{**progress, "horizon": self.progress.horizon})
         self.progress.resumed_from = [*self.progress.resumed_from, self.progress.step]
         rng.restore(state["rng"])
 
@@ -112,59 +115,62 @@ def fit(training: Training, interruption: Interruption) -> Status:
     t, progress, update, tracking = training, training.progress, training.update, training.tracking
     t.module.train()
     clock = _Clock(t)
-    while progress.step < t.steps and not progress.stopped_early:
+    while (progress.step < t.steps or progress.position > 0) and not progress.stopped_early:
         for inputs, targets in t.batches.epoch(progress.epoch, progress.position, progress.step):
+            if progress.step == t.steps:
+                break  # resumed behind the last update, whose evaluation was interrupted
             logging = t.log_every_steps is not None and (progress.step + 1) % t.log_every_steps == 0
             update.closure.norm_wanted = logging
-            loss = update(inputs, targets, progress.step, t.sums)
+            update(inputs, targets, progress.step, t.sums)
             progress.step += 1
             progress.position += 1
             tracking.advance(progress.step)
             if logging:
-                update.check(loss, progress.step - 1)
+                update.check()
                 tracking.step(progress.step, clock.figures())
-            if progress.step == t.steps:
-                break
             if interruption:
-                clock.stop()
-                t.checkpoints.save(t.state_dict(), best=False)
-                return "interrupted"
+                break
             if t.save_every_steps is not None and progress.step % t.save_every_steps == 0:
                 clock.stop()
                 t.checkpoints.save(t.state_dict(), best=False)
-        update.check(loss, progress.step - 1)
-        _end_epoch(t, clock)
+        update.check()
+        if interruption or not _end_epoch(t, clock, interruption):
+            clock.stop()
+            t.checkpoints.save(t.state_dict(), best=False)
+            return "interrupted"
     return "stopped_early" if progress.stopped_early else "finished"
 
 
-def _end_epoch(t: Training, clock: "_Clock") -> None:
-    """Evaluates, lets stopping and schedule see the figures, and saves, each where it is due."""
-    progress = t.progress
-    metrics = t.sums.means("train")
+def _end_epoch(t: Training, clock: "_Clock", interruption: Interruption) -> bool:
+    """Evaluates, lets stopping and schedule see the figures, and saves, each where it is due.
+
+    False when the evaluation was interrupted: nothing has changed then, and the resumed run evaluates again.
+    """
+    progress, epoch = t.progress, t.progress.epoch + 1
+    last = progress.step >= t.steps
+    evaluated = last or epoch % t.evaluate_every == 0
+    metrics: dict[str, Any] = {"epoch": epoch, "step": progress.step, "lr": float(t.update.rate), **t.sums.means("train")}
+    if evaluated and t.validate is not None:
+        figures = t.validate(interruption)
+        if figures is None:
+            return False
+        metrics |= figures
     t.sums = Sums(t.sums.classify)
-    progress.epoch, progress.position = progress.epoch + 1, 0
-    last = progress.step == t.steps
+    progress.epoch, progress.position = epoch, 0
+    clock.stop()
     improved = False
-    if last or progress.epoch % t.evaluate_every == 0:
-        if t.validate is not None:
-            metrics |= t.validate()
-        clock.stop()
-        metrics = {
-            "epoch": progress.epoch,
-            "step": progress.step,
-            "lr": float(t.update.rate),
-            **metrics,
-            "seconds": progress.seconds,
-        }
+    if evaluated:
+        metrics["seconds"] = progress.seconds
         if t.validate is not None:
             improved = t.best.update(metrics)
             progress.stopped_early = t.stopping.update(metrics) and not last
             t.update.schedule.update(metrics)  # type: ignore[attr-defined]
         t.tracking.epoch(metrics)
-    due = t.save_every_epochs is not None and progress.epoch % t.save_every_epochs == 0
+    due = t.save_every_epochs is not None and epoch % t.save_every_epochs == 0
     if improved or due or last or progress.stopped_early:
-        clock.stop()
         t.checkpoints.save(t.state_dict(), best=improved)
+        clock.stop()
+    return True
 
 
 class _Clock:

@@ -123,34 +123,36 @@ class Update:
         self.once = evaluations == "once"
         self.after = after
         self.check_now = check_now
+        self.rate = self.optimizer.param_groups[0]["lr"]  # of the latest update
+        self._loss, self._step = torch.zeros(()), 0
 
-    def __call__(self, inputs: Tensor, targets: Tensor, step: int, sums: Sums) -> Tensor:
+    def __call__(self, inputs: Tensor, targets: Tensor, step: int, sums: Sums) -> None:
         closure = self.closure
         closure.begin(inputs, targets, step, sums)
-        self.rate = self.optimizer.param_groups[0]["lr"]
+        self.rate, self._step = self.optimizer.param_groups[0]["lr"], step
         if self.once:
-            loss = closure()
+            self._loss = closure()
             if self.check_now:
-                self.check(loss, step)
+                self.check()
             if closure.scaler is None:
                 self.optimizer.step()
             else:
                 closure.scaler.step(self.optimizer)
                 closure.scaler.update()
         else:
-            loss = self.optimizer.step(closure)  # type: ignore[arg-type, assignment]
+            self._loss = self.optimizer.step(closure)  # type: ignore[arg-type, assignment]
             if self.check_now:
-                self.check(loss, step)
+                self.check()
         self.schedule.step()
         if self.after is not None:
             self.after()
-        return loss
 
-    def check(self, loss: Tensor, step: int) -> None:
-        value = loss.item()
+    def check(self) -> None:
+        """Raises `RunError` when the latest loss is not finite. Waits for the device."""
+        value = float(self._loss)
         if not math.isfinite(value):
             raise RunError(
-                f"the loss became {value} at update {step + 1} with a learning rate of {float(self.rate):g}; "
+                f"the loss became {value} at update {self._step + 1} with a learning rate of {float(self.rate):g}; "
                 "try a smaller optimizer.lr, a warmup (schedule.warmup_epochs) or clip=norm"
             )
 

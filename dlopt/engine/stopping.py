@@ -81,7 +81,7 @@ class Early:
 
 @dataclass
 class Best:
-    """The best evaluation so far. The first of equals stays."""
+    """The best evaluation so far; of equal figures the one with the smaller loss, then the first."""
 
     monitor: str
     value: float = math.inf
@@ -91,8 +91,9 @@ class Best:
 
     def update(self, metrics: Mapping[str, Any]) -> bool:
         """True when these figures are the best so far."""
-        value = figure(metrics, self.monitor)
-        if not value < self.value:
+        value, loss = figure(metrics, self.monitor), metrics.get("val_loss")
+        tie = value == self.value and None not in (loss, self.val_loss) and loss < self.val_loss
+        if not (value < self.value or tie):
             return False
         self.value, self.epoch = value, metrics["epoch"]
         self.val_loss, self.val_accuracy = metrics.get("val_loss"), metrics.get("val_accuracy")

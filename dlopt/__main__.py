@@ -1,0 +1,6 @@
+"""`python -m dlopt`."""
+
+from dlopt.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,246 @@
+"""Building the objects of an experiment: what training and testing have in common, and what only training needs."""
+
+import math
+import os
+from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dlopt.config.experiment import Experiment
+from dlopt.data.batches import Batches
+from dlopt.data.samples import Dataset, Samples
+from dlopt.data.splits import prepare
+from dlopt.engine import checkpoint, rng
+from dlopt.engine.precision import Precision, choose_precision
+from dlopt.errors import UserError
+from dlopt.parameters import parameter_groups
+from dlopt.random import generator, stream
+
+_WEIGHTS, _SCHEME = 1, 2  # streams of init_seed
+
+
+@dataclass
+class Setup:
+    """Data, normalization and model on their device."""
+
+    experiment: Experiment
+    parallel: Any
+    precision: Precision
+    dataset: Dataset
+    normalize: nn.Module
+    module: nn.Module
+    model: Callable[[Tensor], Tensor]  # the module as it is called: placed, compiled
+    loss: nn.Module
+    memory_format: torch.memory_format
+
+    @property
+    def device(self) -> torch.device:
+        return self.precision.device
+
+    @property
+    def classify(self) -> bool:
+        return self.dataset.classes is not None
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` takes the accelerator that torch finds, else the CPU."""
+    if name != "auto":
+        return torch.device(name)
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found if found is not None and found.type in ("cuda", "mps") else torch.device("cpu")
+
+
+def set_threads(threads: int | str) -> None:
+    torch.set_num_threads(threads if isinstance(threads, int) else len(os.sched_getaffinity(0)))
+
+
+def set_up(experiment: Experiment, normalization: dict[str, Any] | None = None) -> Setup:
+    """Reads the data and builds the model. `normalization` is the state of a checkpoint; None: from the training split."""
+    settings = experiment.settings
+    set_threads(settings.threads)
+    torch.use_deterministic_algorithms(settings.deterministic)
+    device = choose_device(settings.device)
+    parallel = experiment.parallel.build(device=device)
+    precision = choose_precision(settings.precision, device)
+    source: Dataset = experiment.data.build(**vars(experiment.data_settings))
+    dataset = prepare(source, experiment.data_settings, device=device)
+    shape = dataset.train.shape
+
+    normalize: nn.Module = experiment.normalize.build(input_shape=shape).to(precision.dtype)
+    if normalization is None:
+        normalize.fit(dataset.train)  # type: ignore[operator]
+    else:
+        normalize.load_state_dict(normalization)
+    normalize = normalize.to(device)
+
+    module = _model(experiment, dataset, normalize)
+    convolves = len(shape) == 3 and any(isinstance(m, nn.Conv2d) for m in module.modules())
+    wanted = settings.channels_last
+    memory_format = torch.channels_last if (convolves if wanted == "auto" else wanted) else torch.contiguous_format
+    module = module.to(device=device, dtype=precision.dtype)
+    if convolves:
+        module = module.to(memory_format=memory_format)  # type: ignore[call-overload]
+    loss: nn.Module = experiment.loss.build(classes=None if dataset.classes is None else len(dataset.classes))
+    compiled = device.type == "cuda" if settings.compile == "auto" else settings.compile
+    model = parallel.place(module)
+    return Setup(
+        experiment=experiment,
+        parallel=parallel,
+        precision=precision,
+        dataset=dataset,
+        normalize=normalize,
+        module=module,
+        model=torch.compile(model) if compiled else model,
+        loss=loss.to(device),
+        memory_format=memory_format,
+    )
+
+
+def outputs_of(dataset: Dataset) -> int:
+    """The number of outputs: classes, or numbers per target in a regression."""
+    if dataset.classes is not None:
+        return len(dataset.classes)
+    targets = dataset.train.targets
+    return 1 if targets.ndim == 1 else targets.shape[1]
+
+
+def _model(experiment: Experiment, dataset: Dataset, normalize: nn.Module) -> nn.Module:
+    """The model with its first weights, made on the CPU so that they are the same on every device."""
+    seed = experiment.settings.init_seed
+    rng.seed_all(stream(seed, _WEIGHTS))
+    module: nn.Module = experiment.model.build(input_shape=dataset.train.shape, classes=outputs_of(dataset))
+    runtime: dict[str, Any] = {"model": module, "generator": generator("cpu", seed, _SCHEME)}
+    if experiment.init.takes("inputs"):
+        runtime["inputs"] = _first_inputs(dataset.train, normalize)
+    experiment.init.build(**runtime)
+    return module
+
+
+def _first_inputs(samples: Samples, normalize: nn.Module, count: int = 5000) -> Tensor:
+    """Normalized training inputs for initializations that look at data, evenly spread over the split."""
+    indices = torch.linspace(0, len(samples) - 1, min(count, len(samples))).long()
+    device = next(iter(normalize.buffers()), torch.zeros(())).device
+    inputs: Tensor = normalize(samples.fetch(indices).to(device))
+    return inputs.float().cpu()
+
+
+def training_batches(setup: Setup) -> Batches:
+    experiment, dataset = setup.experiment, setup.dataset
+    settings = experiment.settings
+    sampler = experiment.sampler.build(targets=dataset.train.targets, seed=settings.order_seed)
+    classes = None if dataset.classes is None else len(dataset.classes)
+    augment = experiment.augmentation.build(input_shape=dataset.train.shape, classes=classes, train=dataset.train)
+    drop_last = experiment.data_settings.drop_last
+    seed = settings.augmentation_seed
+    return _batches(setup, dataset.train, sampler=sampler, augment=augment, seed=seed, drop_last=drop_last)
+
+
+def evaluation_batches(setup: Setup, samples: Samples) -> Batches:
+    return _batches(setup, samples)
+
+
+def _batches(setup: Setup, samples: Samples, **training: Any) -> Batches:
+    data = setup.experiment.data_settings
+    return Batches(
+        samples,
+        batch_size=data.batch_size,
+        device=setup.device,
+        workers=data.workers,
+        in_memory=setup.dataset.in_memory,
+        normalize=setup.normalize,
+        memory_format=setup.memory_format,
+        dtype=setup.precision.dtype,
+        **training,
+    )
+
+
+def optimizer_of(setup: Setup) -> torch.optim.Optimizer:
+    """The optimizer over the model's parameter groups, its learning rate scaled by the batch size where that is asked."""
+    experiment, settings = setup.experiment, setup.experiment.settings
+    component = experiment.optimizer
+    if settings.scale_lr != "none":
+        component = component.partial(lr=component.arguments["lr"] * _lr_scale(experiment, len(setup.dataset.train)))
+    groups = parameter_groups(setup.module, decay_norm_and_bias=settings.decay_norm_and_bias)
+    if not groups:
+        raise UserError(f"model={experiment.model.target.__name__}: the model has no trainable parameter")
+    optimizer: torch.optim.Optimizer = component.build(params=groups)
+    return optimizer
+
+
+def _lr_scale(experiment: Experiment, count: int) -> float:
+    size = experiment.data_settings.batch_size
+    ratio = (count if size == "full" else size) / experiment.settings.scale_lr_reference
+    return math.sqrt(ratio) if experiment.settings.scale_lr == "sqrt" else ratio
+
+
+def evaluations(setup: Setup, optimizer: torch.optim.Optimizer) -> str:
+    """Whether the optimizer evaluates the loss once or many times per update: it says so, or it is torch's L-BFGS."""
+    many = isinstance(optimizer, torch.optim.LBFGS)
+    declared: str = getattr(optimizer, "evaluations", "many" if many else "once")
+    if declared == "many" and setup.precision.name == "fp16":
+        raise UserError(
+            f"precision=fp16: {type(optimizer).__name__} evaluates the loss several times per update, "
+            "which loss scaling cannot follow; use precision=bf16 or fp32"
+        )
+    return declared
+
+
+def _smallest_part(count: int, batch_size: int, accumulate: int, drop_last: bool) -> int:
+    """Samples of the smallest micro-batch of an epoch."""
+    full, rest = divmod(count, batch_size)
+    sizes = ([batch_size] if full else []) + ([rest] if rest and not (drop_last and full) else [])
+    parts = [size - (n - 1) * chunk for size in sizes for chunk in [-(-size // accumulate)] for n in [-(-size // chunk)]]
+    return min(parts)
+
+
+def check_single_values(setup: Setup) -> None:
+    """Refuses batch norm over one value per channel: its output would be the shift, whatever the input."""
+    data = setup.experiment.data_settings
+    count = len(setup.dataset.train)
+    batch_size = count if data.batch_size == "full" else min(data.batch_size, count)
+    if _smallest_part(count, batch_size, setup.experiment.settings.accumulate, data.drop_last) > 1:
+        return
+    single: list[str] = []
+
+    def look(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if inputs[0].numel() == inputs[0].shape[1]:
+                single.append(name)
+
+        return hook
+
+    norms = [(n, m) for n, m in setup.module.named_modules() if isinstance(m, _BatchNorm)]
+    handles = [m.register_forward_pre_hook(look(n)) for n, m in norms]
+    inputs = setup.normalize(setup.dataset.train.fetch(torch.tensor([0])).to(setup.device)).to(setup.precision.dtype)
+    was_training = setup.module.training
+    setup.module.eval()
+    with torch.no_grad():
+        setup.module(inputs)
+    setup.module.train(was_training)
+    for handle in handles:
+        handle.remove()
+    if single:
+        raise UserError(
+            f"data.batch_size={data.batch_size}: {count} training samples leave a (micro-)batch of one, which gives the batch norm "
+            f"{single[0]} one value per channel; use larger batches, data.drop_last=true, or model.norm=group"
+        )
+
+
+
+def load_weights(module: nn.Module, path: Path) -> str:
+    """Starts from the weights of a checkpoint, or of a file that holds nothing but weights. Returns a line for the user.
+
+    Raises `UserError` when a name or a shape does not fit.
+    """
+    state = checkpoint.load_weights(path)
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        reasons = "; ".join(line.strip() for line in str(error).splitlines()[1:4])
+        raise UserError(f"init_from={path}: the weights do not fit this model: {reasons}") from None
+    return f"weights from {path}"

@@ -1,0 +1,74 @@
+"""The command line: sub-commands only. Each parses, hands over, and turns the outcome into an exit code.
+
+torch is imported no sooner than a command needs it: `--help`, `--version` and completion answer at once.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+import dlopt
+from dlopt.errors import UserError
+
+USAGE = f"""\
+dlopt {dlopt.__version__}: runs experiments on the optimization of deep networks
+
+  dlopt train [group=choice] [key=value] [-m]    train; `dlopt train --help` lists every group, choice and key
+  dlopt eval checkpoint=PATH [key=value]         test a checkpoint
+
+  dlopt train optimizer=adamw schedule=cosine_warmup epochs=20
+  dlopt train -m optimizer.lr=0.01,0.03,0.1 seed=0,1,2
+  dlopt train resume=auto
+
+Completion for bash: eval "$(dlopt train -sc install=bash)"
+"""
+
+
+def main() -> None:
+    """The `dlopt` command."""
+    try:
+        code = _main(sys.argv[1:])
+    except UserError as error:
+        print(f"dlopt: {error}", file=sys.stderr)
+        code = 2
+    except BrokenPipeError:  # `dlopt ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except KeyboardInterrupt:
+        print("dlopt: stopped", file=sys.stderr)
+        code = 75
+    sys.exit(code)
+
+
+def _main(arguments: Sequence[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        print(f"dlopt {dlopt.__version__}")
+        return 0
+    command, rest = arguments[0], list(arguments[1:])
+    if command in ("-sc", "--shell-completion"):
+        from dlopt.commands.completion import complete
+
+        return complete(list(arguments))
+    found = _commands().get(command)
+    if found is None:
+        raise UserError(f"{command}: there is no such command; allowed: {', '.join(_commands())}")
+    return found(rest)
+
+
+def _commands() -> dict[str, Callable[[list[str]], int]]:
+    return {"train": _train, "eval": _eval}
+
+
+def _train(arguments: list[str]) -> int:
+    from dlopt.commands.train import train
+
+    return train(arguments)
+
+
+def _eval(arguments: list[str]) -> int:
+    from dlopt.commands.eval import evaluate
+
+    return evaluate(arguments)

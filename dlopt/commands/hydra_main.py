@@ -1,0 +1,23 @@
+"""Handing a checked command line over to Hydra's own main."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig
+
+from dlopt.config.compose import CONFIG_NAME, config_folder
+
+
+def run_hydra(arguments: list[str], task: Callable[[DictConfig], Any]) -> None:
+    """`hydra.main` on `arguments`. It may leave through SystemExit."""
+    former, sys.argv = sys.argv, [sys.argv[0], *arguments]
+    try:
+        hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=CONFIG_NAME)(task)()
+    finally:
+        sys.argv = former
+
+
+def nothing(config: DictConfig) -> None:
+    """The task where Hydra only shows something."""

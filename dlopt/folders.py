@@ -1,0 +1,138 @@
+"""Run folders: one folder, one run. Finding, locking, and telling apart what is finished, unfinished and live."""
+
+import fcntl
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from dlopt.errors import UserError
+
+LOCK = ".lock"
+_ENDED = ("finished", "stopped_early")
+
+# Keys that a resumed run may change: where and how long it runs and what it writes, not what it computes.
+FREE = (
+    "name", "resume", "init_from", "allow_packages", "epochs", "steps", "max_time", "schedule_epochs", "device",
+    "compile", "threads", "checkpoint", "tracking", "log_every_steps", "parallel", "data.workers", "data.memory",
+)  # fmt: skip
+
+
+@dataclass
+class RunFolder:
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def config(self) -> dict[str, Any] | None:
+        """The saved config; None where there is no readable one."""
+        try:
+            found = yaml.safe_load((self.path / "config.yaml").read_text())
+        except (OSError, yaml.YAMLError, UnicodeDecodeError):
+            return None
+        return found if isinstance(found, dict) else None
+
+    def summary(self) -> dict[str, Any] | None:
+        try:
+            found = json.loads((self.path / "summary.json").read_text())
+        except (OSError, ValueError):
+            return None
+        return found if isinstance(found, dict) else None
+
+    def holds_a_run(self) -> bool:
+        return any((self.path / name).exists() for name in ("config.yaml", "summary.json", "checkpoints"))
+
+    def is_finished(self) -> bool:
+        return (self.summary() or {}).get("status") in _ENDED
+
+    def is_live(self) -> bool:
+        """Whether a process is at work here; a lock left by a killed one does not count."""
+        try:
+            with (self.path / LOCK).open("r+") as file:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True
+        return False
+
+    def lock(self) -> IO[str]:
+        """Holds the folder until the returned file is closed or the process ends. Raises `UserError` when it is held.
+
+        A POSIX record lock: it goes with its owner, and a forked child does not inherit it.
+        """
+        file = (self.path / LOCK).open("a+")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.close()
+            raise UserError(f"hydra.run.dir={self.path}: another run is at work in this folder") from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        return file
+
+    def history(self) -> list[str]:
+        """What was typed for the run."""
+        try:
+            found = yaml.safe_load((self.path / "overrides.yaml").read_text())
+        except (OSError, yaml.YAMLError, UnicodeDecodeError):
+            return []
+        return [str(each) for each in found] if isinstance(found, list) else []
+
+
+def make_new(path: Path) -> Path:
+    """Makes a dated folder; runs of the same second get -1, -2 ... behind it."""
+    for suffix in ("", *(f"-{i}" for i in range(1, 1000))):
+        candidate = path.with_name(path.name + suffix)
+        try:
+            candidate.mkdir(parents=True)
+            return candidate
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(f"hydra.run.dir={path}: the folder cannot be made: {error.strerror}") from None
+    raise UserError(f"hydra.run.dir={path}: a thousand folders of this name exist")
+
+
+def newest_unfinished(parent: Path, config: Mapping[str, Any]) -> RunFolder | None:
+    """The newest unfinished run of this config below `parent` that has no process at work in it."""
+    try:
+        folders = sorted((p for p in parent.iterdir() if p.is_dir()), key=lambda p: p.name, reverse=True)
+    except OSError:
+        return None
+    for path in folders:
+        folder = RunFolder(path)
+        saved = folder.config()
+        if saved is None or folder.is_finished() or folder.is_live():
+            continue
+        if not differences(saved, config):
+            return folder
+    return None
+
+
+def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys in which two configs differ beyond `FREE`: (saved, wanted)."""
+    flat_saved, flat_wanted = _flat(saved), _flat(wanted)
+    keys = [key for key in (*flat_saved, *flat_wanted) if not _is_free(key)]
+    pairs = {key: (flat_saved.get(key), flat_wanted.get(key)) for key in keys}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in FREE)
+
+
+def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(config, Mapping):
+        return {prefix: list(config) if isinstance(config, tuple) else config}
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat

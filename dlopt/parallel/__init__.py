@@ -1,0 +1,1 @@
+"""Parallelism: one file per mode; nothing else in the project calls torch.distributed."""

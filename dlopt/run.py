@@ -1,0 +1,229 @@
+"""A run: build everything, fit, test the best model once, write the summary."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dlopt import build, schedules
+from dlopt.build import Setup
+from dlopt.config.experiment import Experiment
+from dlopt.engine.averaging import ExponentialAverage
+from dlopt.engine.checkpoint import Checkpoints, load
+from dlopt.engine.evaluate import evaluate
+from dlopt.engine.interruption import Interruption
+from dlopt.engine.loop import Progress, Training, fit
+from dlopt.engine.metrics import Sums
+from dlopt.engine.step import Closure, Update
+from dlopt.engine.stopping import Best
+from dlopt.errors import UserError
+from dlopt.tracking.tracking import Tracking
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is to be run, and where."""
+
+    experiment: Experiment
+    folder: Path
+    checkpoint: Mapping[str, Any] | None = None  # go on from here
+    choices: Mapping[str, str] = field(default_factory=dict)  # group -> name of the YAML file, for showing
+
+
+def train(run: Run, *, console: bool = True) -> dict[str, Any]:
+    """Trains and tests. Returns the summary, which is also written to summary.json.
+
+    Raises `UserError` before the first update when something cannot work, `RunError` when the run fails later.
+    """
+    settings, state = run.experiment.settings, run.checkpoint
+    with Interruption(settings.max_time) as interruption:
+        setup = build.set_up(run.experiment, state and state["normalize"])
+        length = _length(setup, state)
+        tracking = _tracking(run, console)
+        with tracking:
+            training = _training(setup, run, length, tracking)
+            if state is not None:
+                training.load_state_dict(state)
+            elif settings.init_from is not None:
+                tracking.message(build.load_weights(setup.module, Path(settings.init_from)))
+            _introduce(setup, run, training, length)
+            status = fit(training, interruption)
+            summary = _summary(training, setup, status)
+            if status != "interrupted":
+                summary |= _test_best(training, setup)
+            else:
+                tracking.message(f"{interruption.reason}: stopped; go on with the same command and resume=auto")
+            tracking.finish(summary)
+    return summary
+
+
+@dataclass(frozen=True)
+class Length:
+    steps: int
+    epochs: int
+    steps_per_epoch: int
+    horizon: int  # updates over which the schedule runs
+
+
+def _length(setup: Setup, state: Mapping[str, Any] | None) -> Length:
+    settings = setup.experiment.settings
+    steps_per_epoch = len(build.training_batches(setup))
+    steps = settings.steps if settings.steps is not None else settings.epochs * steps_per_epoch
+    horizon = steps if settings.schedule_epochs is None else round(settings.schedule_epochs * steps_per_epoch)
+    if state is not None and settings.schedule_epochs is None:
+        horizon = state["progress"]["horizon"]  # a lengthened run keeps its schedule
+    return Length(steps, math.ceil(steps / steps_per_epoch), steps_per_epoch, horizon)
+
+
+def _tracking(run: Run, console: bool) -> Tracking:
+    settings, progress = run.experiment.settings, (run.checkpoint or {}).get("progress")
+    return Tracking(
+        run.folder,
+        sinks=settings.tracking,
+        console=console,
+        log_every_steps=settings.log_every_steps,
+        resume_from=progress and (progress["epoch"], progress["step"]),
+    )
+
+
+def _training(setup: Setup, run: Run, length: Length, tracking: Tracking) -> Training:
+    experiment, settings = run.experiment, run.experiment.settings
+    batches = build.training_batches(setup)
+    build.check_single_values(setup)
+    optimizer = build.optimizer_of(setup)
+    closure = Closure(
+        model=setup.model,
+        module=setup.module,
+        loss=setup.loss,
+        optimizer=optimizer,
+        clip=experiment.clip.build(model=setup.module),
+        autocast=setup.precision.autocast,
+        scaler=setup.precision.scaler(),
+        accumulate=settings.accumulate,
+        seed=settings.augmentation_seed,
+    )
+    factor = schedules.build(
+        experiment.schedule.build, experiment.warmup, steps=length.horizon, steps_per_epoch=length.steps_per_epoch
+    )
+    average = None if settings.ema is None else ExponentialAverage(setup.module, settings.ema)
+    update = Update(
+        closure,
+        schedules.Scheduler(optimizer, factor),
+        evaluations=build.evaluations(setup, optimizer),
+        after=None if average is None else average.update,
+        check_now=setup.device.type == "cpu",
+    )
+    return Training(
+        module=setup.module,
+        update=update,
+        batches=batches,
+        validate=_validation(setup, average),
+        tracking=tracking,
+        checkpoints=Checkpoints(run.folder / "checkpoints", settings.checkpoint.keep),
+        stopping=experiment.stopping.build(),
+        best=Best(settings.monitor),
+        average=average,
+        normalize=setup.normalize,
+        config=experiment.config,
+        steps=length.steps,
+        epochs=length.epochs,
+        progress=Progress(horizon=length.horizon),
+        evaluate_every=settings.evaluate.every_epochs,
+        save_every_epochs=settings.checkpoint.every_epochs,
+        save_every_steps=settings.checkpoint.every_steps,
+        log_every_steps=settings.log_every_steps,
+        sums=Sums(setup.classify),
+    )
+
+
+def _validation(setup: Setup, average: ExponentialAverage | None) -> Any:
+    """The validation of the model, or of its average; None where there is no validation set."""
+    samples = setup.dataset.val
+    if samples is None:
+        if "monitor" in setup.experiment.stopping.arguments:
+            raise UserError("stopping=early: there is no validation set; set data.val_split=0.1 or stopping=none")
+        return None
+    module = setup.module if average is None else average.model
+    model = setup.precision.autocast(setup.model if average is None else module)
+    batches = build.evaluation_batches(setup, samples)
+
+    def validate(interruption: Interruption) -> dict[str, float] | None:
+        return evaluate(
+            module, model, batches.epoch(0), setup.loss,
+            classify=setup.classify, prefix="val", interruption=interruption,
+        )  # fmt: skip
+
+    return validate
+
+
+def _introduce(setup: Setup, run: Run, training: Training, length: Length) -> None:
+    """Shows what is about to be trained."""
+    dataset, settings = setup.dataset, run.experiment.settings
+    facts: dict[str, Any] = {
+        "parameters": sum(p.numel() for p in setup.module.parameters()),
+        "train": len(dataset.train),
+        "val": len(dataset.val) if dataset.val is not None else 0,
+        "test": len(dataset.test) if dataset.test is not None else 0,
+        "device": str(setup.device),
+        "precision": setup.precision.name,
+    }
+    if setup.device.type == "cpu":
+        facts["threads"] = torch.get_num_threads()
+    training.tracking.begin(
+        dict(run.experiment.config),
+        facts,
+        epochs=length.epochs,
+        steps_per_epoch=length.steps_per_epoch,
+        first_step=training.progress.step,
+        steps=length.steps,
+        choices=run.choices,
+    )
+    if training.progress.step == 0 and len(dataset.train.shape) == 3 and settings.tracking:
+        inputs, _ = next(iter(training.batches.epoch(0)))
+        training.tracking.images(inputs[:64].float().cpu())
+
+
+def _test_best(training: Training, setup: Setup) -> dict[str, Any]:
+    """The test figures of the best model, which stays in `setup.module`."""
+    checkpoints = training.checkpoints
+    if training.best.epoch is not None:
+        state = load(checkpoints.best)
+        setup.module.load_state_dict(state["ema"] or state["model"])
+    elif training.average is not None:
+        setup.module.load_state_dict(training.average.state_dict())
+    return test_figures(setup)
+
+
+def test_figures(setup: Setup) -> dict[str, Any]:
+    """test_loss and test_accuracy of the model as it stands; nothing where there is no test set."""
+    if setup.dataset.test is None:
+        return {"test_loss": None, "test_accuracy": None}
+    batches = build.evaluation_batches(setup, setup.dataset.test)
+    model = setup.precision.autocast(setup.model)
+    figures = evaluate(
+        setup.module, model, batches.epoch(0), setup.loss, classify=setup.classify, prefix="test"
+    )
+    assert figures is not None
+    return figures
+
+
+def _summary(training: Training, setup: Setup, status: str) -> dict[str, Any]:
+    best, progress = training.best, training.progress
+    return {
+        "status": status,
+        "epochs": progress.epoch,
+        "steps": progress.step,
+        "best_epoch": best.epoch,
+        "best_val_loss": best.val_loss,
+        "best_val_accuracy": best.val_accuracy,
+        "test_loss": None,
+        "test_accuracy": None,
+        "seconds": progress.seconds,
+        "parameters": sum(p.numel() for p in setup.module.parameters()),
+        "parallel": setup.parallel.name,
+        "processes": setup.parallel.processes,
+        "resumed_from": progress.resumed_from,
+    }
