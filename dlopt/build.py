@@ -2,9 +2,9 @@
 
 import math
 import os
-from pathlib import Path
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,7 +59,7 @@ def set_threads(threads: int | str) -> None:
     torch.set_num_threads(threads if isinstance(threads, int) else len(os.sched_getaffinity(0)))
 
 
-def set_up(experiment: Experiment, normalization: dict[str, Any] | None = None) -> Setup:
+def set_up(experiment: Experiment, normalization: Mapping[str, Any] | None = None) -> Setup:
     """Reads the data and builds the model. `normalization` is the state of a checkpoint; None: from the training split."""
     settings = experiment.settings
     set_threads(settings.threads)
@@ -84,7 +84,7 @@ def set_up(experiment: Experiment, normalization: dict[str, Any] | None = None) 
     memory_format = torch.channels_last if (convolves if wanted == "auto" else wanted) else torch.contiguous_format
     module = module.to(device=device, dtype=precision.dtype)
     if convolves:
-        module = module.to(memory_format=memory_format)  # type: ignore[call-overload]
+        module = module.to(memory_format=memory_format)
     loss: nn.Module = experiment.loss.build(classes=None if dataset.classes is None else len(dataset.classes))
     compiled = device.type == "cuda" if settings.compile == "auto" else settings.compile
     model = parallel.place(module)
@@ -194,7 +194,9 @@ def _smallest_part(count: int, batch_size: int, accumulate: int, drop_last: bool
     """Samples of the smallest micro-batch of an epoch."""
     full, rest = divmod(count, batch_size)
     sizes = ([batch_size] if full else []) + ([rest] if rest and not (drop_last and full) else [])
-    parts = [size - (n - 1) * chunk for size in sizes for chunk in [-(-size // accumulate)] for n in [-(-size // chunk)]]
+    parts = [
+        size - (n - 1) * chunk for size in sizes for chunk in [-(-size // accumulate)] for n in [-(-size // chunk)]
+    ]
     return min(parts)
 
 
@@ -229,7 +231,6 @@ def check_single_values(setup: Setup) -> None:
             f"data.batch_size={data.batch_size}: {count} training samples leave a (micro-)batch of one, which gives the batch norm "
             f"{single[0]} one value per channel; use larger batches, data.drop_last=true, or model.norm=group"
         )
-
 
 
 def load_weights(module: nn.Module, path: Path) -> str:

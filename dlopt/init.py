@@ -16,6 +16,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from dlopt.errors import UserError
 from dlopt.models.layers import ACTIVATIONS
+from dlopt.models.locally_connected import LocallyConnected2d
 from dlopt.ranges import Count, NonNegative, Positive
 
 Fan = Literal["fan_in", "fan_out"]
@@ -43,6 +44,9 @@ def weights(model: nn.Module) -> Iterator[Weight]:
 
 def fans(layer: nn.Module, weight: Tensor) -> tuple[int, int]:
     """(fan_in, fan_out) of a layer's weight; of a grouped convolution those within one group."""
+    if isinstance(layer, LocallyConnected2d):
+        _, outputs, inputs = weight.shape
+        return inputs, outputs * layer.kernel**2
     receptive_field = weight[0, 0].numel()
     first, second = weight.shape[0] * receptive_field, weight.shape[1] * receptive_field
     if isinstance(layer, _ConvTransposeNd):
@@ -148,7 +152,10 @@ def orthogonal(model: nn.Module, generator: torch.Generator, *, gain: Positive |
     """Orthonormal rows or columns times the gain (Saxe, McClelland & Ganguli 2014); None: that of the activation."""
     gain = activation_gain(model) if gain is None else gain
     for weight in _zero_biases(model):
-        nn.init.orthogonal_(weight.tensor, gain=gain, generator=generator)
+        # the filters of each position by themselves
+        matrices = weight.tensor if isinstance(weight.layer, LocallyConnected2d) else [weight.tensor]
+        for matrix in matrices:
+            nn.init.orthogonal_(matrix, gain=gain, generator=generator)
     _finish(model, zero_last_gamma)
 
 
@@ -171,6 +178,7 @@ def lsuv(
     generator: torch.Generator,
     *,
     inputs: Tensor,
+    samples: Count,
     tolerance: Positive,
     iterations: Count,
     zero_last_gamma: bool,
@@ -178,12 +186,13 @@ def lsuv(
     """Layer-sequential unit-variance (Mishkin & Matas 2016, algorithm 1).
 
     Orthonormal weights; then, layer by layer in the order of the forward pass, each weight is divided by its output's
-    standard deviation on `inputs` ([B, *shape], normalized, on the model's device) until the variance is within
+    standard deviation on `samples` of the `inputs` ([B, *shape], normalized, on the model's device) until the variance is within
     `tolerance` of 1, in at most `iterations` rounds.
 
     Errors: UserError where a layer's output on `inputs` is constant or not finite.
     """
     orthogonal(model, generator, gain=1.0, zero_last_gamma=False)
+    inputs = inputs[:: max(1, len(inputs) // samples)][:samples]
     training = {module: module.training for module in model.modules()}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     model.train()

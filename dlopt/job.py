@@ -1,7 +1,7 @@
 """One run as a job: its exit code, what it says when it fails, what it leaves in its folder.
 
-`python -m dlopt.job FOLDER` runs what FOLDER/config.yaml says, with the checkpoint there if it has one: so every job of a
-sweep is a process of its own, and one that is killed takes nothing with it.
+`python -m dlopt.job FOLDER` runs what FOLDER/config.yaml says, from the checkpoint there if it has one: so every job of
+a sweep is a process of its own, and one that is killed takes nothing with it.
 """
 
 import contextlib
@@ -116,7 +116,9 @@ def main() -> int:
         if plain is None:
             raise UserError(f"{folder.path}: there is no config.yaml to run")
         choices = json.loads((folder.path / "environment.json").read_text())["choices"]
-        run = Run(parse(resolve_saved(plain), plain), folder.path, Checkpoints(folder.checkpoints).load_newest(), choices)
+        run = Run(
+            parse(resolve_saved(plain), plain), folder.path, Checkpoints(folder.checkpoints).load_newest(), choices
+        )
     except (UserError, RunError) as error:
         complain(str(error))
         _record_failure(folder.path, str(error))

@@ -20,5 +20,5 @@ def parameter_groups(model: nn.Module, *, decay_norm_and_bias: bool) -> list[dic
     norms = {p for module in model.modules() if isinstance(module, _NORMS) for p in module.parameters(recurse=False)}
     exempt = [p for name, p in trainable if p in norms or name.rpartition(".")[2].startswith("bias")]
     decayed = [p for name, p in trainable if not (p in norms or name.rpartition(".")[2].startswith("bias"))]
-    groups = [{"params": decayed}, {"params": exempt, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": exempt, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]

@@ -40,7 +40,7 @@ def train(run: Run, *, console: bool = True) -> dict[str, Any]:
     """
     settings, state = run.experiment.settings, run.checkpoint
     with Interruption(settings.max_time) as interruption:
-        setup = build.set_up(run.experiment, state and state["normalize"])
+        setup = build.set_up(run.experiment, None if state is None else state["normalize"])
         length = _length(setup, state)
         tracking = _tracking(run, console)
         with tracking:
@@ -49,7 +49,7 @@ def train(run: Run, *, console: bool = True) -> dict[str, Any]:
                 training.load_state_dict(state)
             elif settings.init_from is not None:
                 tracking.message(build.load_weights(setup.module, Path(settings.init_from)))
-            _introduce(setup, run, training, length)
+            _introduce(setup, run, training, length, tracking)
             status = fit(training, interruption)
             summary = _summary(training, setup, status)
             if status != "interrupted":
@@ -159,7 +159,7 @@ def _validation(setup: Setup, average: ExponentialAverage | None) -> Any:
     return validate
 
 
-def _introduce(setup: Setup, run: Run, training: Training, length: Length) -> None:
+def _introduce(setup: Setup, run: Run, training: Training, length: Length, tracking: Tracking) -> None:
     """Shows what is about to be trained."""
     dataset, settings = setup.dataset, run.experiment.settings
     facts: dict[str, Any] = {
@@ -172,7 +172,7 @@ def _introduce(setup: Setup, run: Run, training: Training, length: Length) -> No
     }
     if setup.device.type == "cpu":
         facts["threads"] = torch.get_num_threads()
-    training.tracking.begin(
+    tracking.begin(
         dict(run.experiment.config),
         facts,
         epochs=length.epochs,
@@ -183,7 +183,7 @@ def _introduce(setup: Setup, run: Run, training: Training, length: Length) -> No
     )
     if training.progress.step == 0 and len(dataset.train.shape) == 3 and settings.tracking:
         inputs, _ = next(iter(training.batches.epoch(0)))
-        training.tracking.images(inputs[:64].float().cpu())
+        tracking.images(inputs[:64].float().cpu())
 
 
 def _test_best(training: Training, setup: Setup) -> dict[str, Any]:
@@ -203,9 +203,7 @@ def test_figures(setup: Setup) -> dict[str, Any]:
         return {"test_loss": None, "test_accuracy": None}
     batches = build.evaluation_batches(setup, setup.dataset.test)
     model = setup.precision.autocast(setup.model)
-    figures = evaluate(
-        setup.module, model, batches.epoch(0), setup.loss, classify=setup.classify, prefix="test"
-    )
+    figures = evaluate(setup.module, model, batches.epoch(0), setup.loss, classify=setup.classify, prefix="test")
     assert figures is not None
     return figures
 

@@ -1,7 +1,60 @@
 """Augmentation of whole batches on the training device: `Pipeline` and its operations."""
 
-from dlopt.augment.geometry import HorizontalFlip, PadCrop
+from dlopt.augment.choice import RandAugment, RandomMix, TrivialAugment
+from dlopt.augment.colour import Brightness, Contrast, PCAColour, Saturation
+from dlopt.augment.erasing import Erase
+from dlopt.augment.geometry import (
+    AlternatingFlip,
+    HorizontalFlip,
+    Lens,
+    PadCrop,
+    RandomResizedCrop,
+    RandomScaleCrop,
+    Rotate,
+    Scale,
+    ShearX,
+    ShearY,
+    Stretch,
+    TranslateX,
+    TranslateY,
+)
+from dlopt.augment.mixing import CutMix, Mixup
+from dlopt.augment.noise import GaussianNoise
 from dlopt.augment.operation import Draws, Operation
 from dlopt.augment.pipeline import Pipeline
+from dlopt.augment.tone import AutoContrast, Equalize, Posterize, Sharpness, Solarize
 
-__all__ = ["Draws", "HorizontalFlip", "Operation", "PadCrop", "Pipeline"]
+__all__ = [
+    "AlternatingFlip",
+    "AutoContrast",
+    "Brightness",
+    "Contrast",
+    "CutMix",
+    "Draws",
+    "Equalize",
+    "Erase",
+    "GaussianNoise",
+    "HorizontalFlip",
+    "Lens",
+    "Mixup",
+    "Operation",
+    "PCAColour",
+    "PadCrop",
+    "Pipeline",
+    "Posterize",
+    "RandAugment",
+    "RandomMix",
+    "RandomResizedCrop",
+    "RandomScaleCrop",
+    "Rotate",
+    "Saturation",
+    "Scale",
+    "Sharpness",
+    "ShearX",
+    "ShearY",
+    "Solarize",
+    "Stretch",
+    "TranslateX",
+    "TranslateY",
+    "TrivialAugment",
+]

@@ -2,8 +2,9 @@
 
 from torch import Generator, Tensor
 
-from dlopt.augment.geometry import Affine, Border, compose, shift_exactly
-from dlopt.augment.operation import Draws, Operation, Step
+from dlopt.augment.colour import Colour
+from dlopt.augment.geometry import Border, warp
+from dlopt.augment.operation import Draws, MixingStep, Operation, PixelStep, Step, Warp
 from dlopt.errors import UserError
 
 
@@ -11,8 +12,11 @@ class Pipeline:
     """Augments batches of images with the operations of a list, every sample with parameters of its own.
 
     Parameters are drawn in a fixed order from the generator handed to each call, for the whole global batch, and
-    never depend on the data: any sharding of a batch gives the same samples. All geometric operations become one
-    warp. Pipelines of flips and whole-pixel crops copy pixels exactly and keep the dtype.
+    never depend on the data: any sharding of a batch gives the same samples (mixing: any even one).
+
+    Whatever their places in the list, geometric operations run first, as one warp; then colour and tone (neighbouring
+    colour operations as one transform), noise, erasing, mixing. Pipelines of flips, whole-pixel crops, erasing and
+    CutMix copy pixels exactly and keep the dtype; all others return float32 in 0..255, clamped and not rounded.
 
     Args:
         operations: applied in this order within each kind.
@@ -32,9 +36,12 @@ class Pipeline:
         for i, operation in enumerate(operations):
             if not isinstance(operation, Operation):
                 raise UserError(f"augmentation.operations.{i}: {operation!r} is no operation; see dlopt.augment")
+            channels, height, width = input_shape
+            input_shape = operation.output_shape((channels, height, width))
         self.operations = operations
         self.border: Border = border
-        self.output_shape = input_shape
+        self.output_shape = tuple(input_shape)
+        """[C, H, W] of an augmented sample."""
 
     def __call__(
         self,
@@ -51,15 +58,15 @@ class Pipeline:
 
         Args:
             inputs: uint8, or float in 0..255.
-            targets: [b, ...].
+            targets: [b] class indices, or [b, ...] numbers to be predicted.
             generator: on the inputs' device, freshly seeded for the step, equal on all ranks.
             total: samples in the global batch.
             part: contiguous positions of `inputs` in the global batch.
-            indices: [b] positions of the samples in the training set.
-            epoch: from 0.
+            indices: [b] positions of the samples in the training set (`AlternatingFlip` needs them).
+            epoch: from 0 (`AlternatingFlip` needs it).
 
         Returns:
-            Inputs and targets of the same batch size.
+            Inputs and targets of the same batch size. Mixed class targets are float probabilities [b, classes].
         """
         if not self.operations:
             return inputs, targets
@@ -69,16 +76,31 @@ class Pipeline:
             everyones = indices.new_zeros(total)
             everyones[part] = indices
             indices = everyones
-        draws = Draws(generator, total, indices=indices, epoch=epoch)
-        size = (inputs.shape[2], inputs.shape[3])
+        return self.apply(inputs, targets, Draws(generator, total, indices=indices, epoch=epoch), part)
+
+    def apply(self, images: Tensor, targets: Tensor, draws: Draws, part: slice) -> tuple[Tensor, Tensor]:
+        """The same with draws of the caller's."""
+        channels, height, width = images.shape[1:]
         steps: list[Step] = []
         for operation in self.operations:
-            for step in operation.plan(draws, size):
-                steps.append(step.take(part))
-                if isinstance(step, Affine):
-                    size = step.size
-        return self._apply(inputs, steps), targets
+            steps += [step.take(part) for step in operation.plan(draws, (channels, height, width))]
+            channels, height, width = operation.output_shape((channels, height, width))
+        warps = [step for step in steps if isinstance(step, Warp)]
+        if warps:
+            images = warp(images, warps, self.border)
+        for pixels in _composed([step for step in steps if isinstance(step, PixelStep)]):
+            images = pixels.apply(images if pixels.keeps_dtype else images.float())
+        for mixing in steps:
+            if isinstance(mixing, MixingStep):
+                images, targets = mixing.mix(images, targets)
+        return images, targets
 
-    def _apply(self, images: Tensor, steps: list[Step]) -> Tensor:
-        warp = compose([step for step in steps if isinstance(step, Affine)])
-        return shift_exactly(images, warp, self.border)
+
+def _composed(steps: list[PixelStep]) -> list[PixelStep]:
+    result: list[PixelStep] = []
+    for step in sorted(steps, key=lambda step: step.phase):
+        if isinstance(step, Colour) and result and isinstance(result[-1], Colour):
+            result[-1] = result[-1].then(step)
+        else:
+            result.append(step)
+    return result

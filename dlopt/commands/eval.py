@@ -22,7 +22,7 @@ def evaluate(arguments: list[str]) -> int:
     from dlopt.config.experiment import parse
     from dlopt.engine.checkpoint import load
     from dlopt.run import test_figures
-    from dlopt.tracking.console import show_figures
+    from dlopt.tracking.console import ConsoleView
 
     path, overrides = _parse(arguments)
     state = load(path)
@@ -37,10 +37,12 @@ def evaluate(arguments: list[str]) -> int:
     except RunError as error:
         complain(str(error))
         return FAILED
-    show_figures(figures)
+    lines = [f"checkpoint: {path}"]
     run = path.absolute().parents[1]
     if (run / "config.yaml").is_file():
         (run / "eval.json").write_text(json.dumps(figures, indent=2) + "\n")
+        lines.append(f"figures: {run / 'eval.json'}")
+    ConsoleView().finish({"status": "tested", "best_epoch": figures["epoch"], **figures}, lines)
     return DONE
 
 

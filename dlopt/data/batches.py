@@ -37,10 +37,10 @@ class Batches:
 
     Args:
         batch_size: samples in a global batch; `full`: all of them.
+        in_memory: whether the samples are to live on the device (`Dataset.in_memory`); those still in files are read.
+        workers: processes that read files; 0: none.
         sampler: order of the samples in each epoch; None: as they stand, each once (for evaluation).
         drop_last: leave out a last batch that is smaller than the others.
-        workers: processes that fetch streamed samples; 0: none.
-        in_memory: whether the samples are to live on the device; those that do not yet are read at once.
         augment: see `Augment`; None: nothing.
         seed: of the augmentation draws.
         normalize: module on the device; None: conversion to `dtype` alone.
@@ -58,10 +58,10 @@ class Batches:
         *,
         batch_size: int | Literal["full"],
         device: torch.device | str,
+        in_memory: bool,
+        workers: int | Literal["auto"],
         sampler: Sampler | None = None,
         drop_last: bool = False,
-        workers: int | Literal["auto"] = "auto",
-        in_memory: bool = True,
         augment: Augment | None = None,
         seed: int = 0,
         normalize: nn.Module | None = None,

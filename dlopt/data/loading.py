@@ -3,6 +3,7 @@
 import atexit
 import os
 import signal
+import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -50,7 +51,7 @@ class Loader:
             pin_memory=pin,
             generator=torch.Generator(),  # its own: the global one must not depend on how data is read
         )
-        self._exit_hook_set = workers == 0
+        self._started = False
 
     def run(self, parts: Sequence[Tensor]) -> Iterator[Tensor]:
         """Inputs for each tensor of indices in `parts`. A new run ends an unfinished one.
@@ -61,13 +62,7 @@ class Loader:
         """
         self._plan.parts = [part.numpy() for part in parts]
         try:
-            iterator = iter(self._loader)
-            if not self._exit_hook_set:
-                # After the workers have started, so that it runs before multiprocessing's own exit hook, which
-                # would send them a signal that they outlive for a while and then wait.
-                atexit.register(_close, weakref.ref(self))
-                self._exit_hook_set = True
-            for fetched in iterator:
+            for fetched in self._start():
                 if isinstance(fetched, UserError):
                     raise fetched
                 yield fetched
@@ -75,6 +70,21 @@ class Loader:
             if "DataLoader worker" in str(error):
                 raise RunError(f"a data loader worker died (out of memory?): {error}") from error
             raise
+
+    def _start(self) -> Iterator[Any]:
+        if self._started or self._loader.num_workers == 0:
+            return iter(self._loader)
+        handler = signal.getsignal(signal.SIGCHLD)
+        iterator = iter(self._loader)
+        if threading.current_thread() is threading.main_thread():
+            # torch installs a handler that raises wherever the main thread happens to be when a worker dies.
+            # Waiting for the next batch notices it as well, and there the error can be told properly.
+            signal.signal(signal.SIGCHLD, handler)
+        # Registered once the workers run, so that it comes before multiprocessing's own exit hook, which would send
+        # them a signal that they outlive for a while, and wait.
+        atexit.register(_close, weakref.ref(self))
+        self._started = True
+        return iterator
 
     def close(self) -> None:
         """Ends the worker processes."""

@@ -42,7 +42,8 @@ def prepare(
         chosen, _ = split(train, _subset_count(train, settings.subset, regression), settings.split_seed, _SUBSET)
         train = train.select(chosen)
     if val is None and settings.val_split > 0:
-        held_out, kept = split(train, round(settings.val_split * len(train)), settings.split_seed, _VAL, spare=True)
+        count = max(1, round(settings.val_split * len(train)))
+        held_out, kept = split(train, count, settings.split_seed, _VAL, spare=True)
         if len(held_out):
             train, val = train.select(kept), train.select(held_out)
     size = size_pair(settings.image_size)

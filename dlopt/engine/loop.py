@@ -149,7 +149,12 @@ def _end_epoch(t: Training, clock: "_Clock", interruption: Interruption) -> bool
     progress, epoch = t.progress, t.progress.epoch + 1
     last = progress.step >= t.steps
     evaluated = last or epoch % t.evaluate_every == 0
-    metrics: dict[str, Any] = {"epoch": epoch, "step": progress.step, "lr": float(t.update.rate), **t.sums.means("train")}
+    metrics: dict[str, Any] = {
+        "epoch": epoch,
+        "step": progress.step,
+        "lr": float(t.update.rate),
+        **t.sums.means("train"),
+    }
     if evaluated and t.validate is not None:
         figures = t.validate(interruption)
         if figures is None:

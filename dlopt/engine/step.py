@@ -1,7 +1,7 @@
 """One optimizer update: forward and backward over the batch's micro-batches, clipping, the update itself.
 
-Every optimizer is driven through `optimizer.step(closure)`, so that gradient descent, L-BFGS, SAM and Newton with a line
-search share one loop. An optimizer that evaluates once per update is given its gradients first and then steps without
+Every optimizer is driven through `optimizer.step(closure)`, so that gradient descent, L-BFGS, SAM and Newton with a
+line search share one loop. An optimizer that evaluates once per update is given its gradients first and then steps without
 the closure: a bad number is seen before it reaches the weights, and the gradient scaler can do the step.
 """
 
@@ -23,7 +23,7 @@ from dlopt.random import stream
 class Closure:
     """Loss and gradients of the current batch, as often as an optimizer asks.
 
-    Within a step the random draws of the model are frozen, and batch-norm statistics move with the first evaluation only.
+    Within a step the random draws of the model are frozen, and batch-norm statistics move with the first evaluation.
     """
 
     def __init__(

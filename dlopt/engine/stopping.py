@@ -1,10 +1,9 @@
 """When to stop, and which model was best: both follow one validation figure."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
-
-import math
 
 from dlopt.errors import UserError
 from dlopt.ranges import Count, NonNegative
@@ -92,7 +91,7 @@ class Best:
     def update(self, metrics: Mapping[str, Any]) -> bool:
         """True when these figures are the best so far."""
         value, loss = figure(metrics, self.monitor), metrics.get("val_loss")
-        tie = value == self.value and None not in (loss, self.val_loss) and loss < self.val_loss
+        tie = value == self.value and loss is not None and self.val_loss is not None and loss < self.val_loss
         if not (value < self.value or tie):
             return False
         self.value, self.epoch = value, metrics["epoch"]

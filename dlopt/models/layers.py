@@ -178,29 +178,23 @@ def image_shape(input_shape: tuple[int, ...], model: str) -> tuple[int, int, int
     return input_shape[0], input_shape[1], input_shape[2]
 
 
-def check_extent(model: nn.Module, input_shape: tuple[int, ...], norm: Norm, *, shrinks: bool) -> None:
-    """Refuses images that become too small inside the model, by a forward pass without data (on the meta device).
+def check_instance_norm(model: nn.Module, input_shape: tuple[int, ...], norm: Norm) -> None:
+    """Refuses instance normalization over maps of one pixel, which a forward pass without data finds.
 
-    `shrinks` says that the model has layers without padding; a net whose layers all pad can only fail under instance
-    normalization, at maps of one pixel, so that others skip the pass. Errors: UserError.
+    Errors: UserError.
     """
-    if not shrinks and norm.kind != "instance":
+    if norm.kind != "instance":
         return
     state = {name: tensor.detach().to("meta") for name, tensor in model.state_dict().items()}
     images = torch.empty(2, *input_shape, device="meta", dtype=next(model.parameters()).dtype)
     try:
         with torch.no_grad():
             torch.func.functional_call(model, state, (images,))
-    except (RuntimeError, ValueError) as error:
+    except ValueError as error:
         height, width = input_shape[-2:]
-        if "more than 1 spatial element" in str(error):
-            raise UserError(
-                f"model.norm=instance: images of {height}x{width} become maps of one pixel in this model, over which "
-                "nothing can be averaged; use batch, layer, group or none, or a larger data.image_size"
-            ) from error
         raise UserError(
-            f"data.image_size: images of {height}x{width} are too small for this model; use a larger data.image_size "
-            f"or another model ({error})"
+            f"model.norm=instance: images of {height}x{width} become maps of one pixel in this model, over which "
+            "nothing can be averaged; use batch, layer, group or none, or a larger data.image_size"
         ) from error
 
 

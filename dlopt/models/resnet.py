@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dlopt.errors import UserError
-from dlopt.models.layers import GlobalAveragePool, Norm, NormKind, check_extent, conv, image_shape, zero_branch
+from dlopt.models.layers import GlobalAveragePool, Norm, NormKind, check_instance_norm, conv, image_shape, zero_branch
 from dlopt.ranges import Count, Share
 
 
@@ -130,7 +130,7 @@ class CifarResNet(nn.Sequential):
         parts["dropout"] = nn.Dropout(dropout)
         parts["head"] = nn.Linear(inputs, classes)
         super().__init__(parts)
-        check_extent(self, input_shape, normalize, shrinks=False)
+        check_instance_norm(self, input_shape, normalize)
 
 
 _BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
@@ -195,4 +195,4 @@ class ResNet(nn.Sequential):
         parts["dropout"] = nn.Dropout(dropout)
         parts["head"] = nn.Linear(inputs, classes)
         super().__init__(parts)
-        check_extent(self, input_shape, normalize, shrinks=False)
+        check_instance_norm(self, input_shape, normalize)
