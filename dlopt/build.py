@@ -60,7 +60,7 @@ def set_threads(threads: int | str) -> None:
 
 
 def set_up(experiment: Experiment, normalization: Mapping[str, Any] | None = None) -> Setup:
-    """Reads the data and builds the model. `normalization` is the state of a checkpoint; None: from the training split."""
+    """Reads the data and builds the model. `normalization`: a checkpoint's; None: computed on the training split."""
     settings = experiment.settings
     set_threads(settings.threads)
     torch.use_deterministic_algorithms(settings.deterministic)
@@ -160,7 +160,7 @@ def _batches(setup: Setup, samples: Samples, **training: Any) -> Batches:
 
 
 def optimizer_of(setup: Setup) -> torch.optim.Optimizer:
-    """The optimizer over the model's parameter groups, its learning rate scaled by the batch size where that is asked."""
+    """The optimizer over the model's parameter groups; its learning rate follows the batch size where that is asked."""
     experiment, settings = setup.experiment, setup.experiment.settings
     component = experiment.optimizer
     if settings.scale_lr != "none":
@@ -228,13 +228,13 @@ def check_single_values(setup: Setup) -> None:
         handle.remove()
     if single:
         raise UserError(
-            f"data.batch_size={data.batch_size}: {count} training samples leave a (micro-)batch of one, which gives the batch norm "
-            f"{single[0]} one value per channel; use larger batches, data.drop_last=true, or model.norm=group"
+            f"data.batch_size={data.batch_size}: {count} training samples leave a (micro-)batch of one, which gives the "
+            f"batch norm {single[0]} one value per channel; use larger batches, data.drop_last=true, or model.norm=group"
         )
 
 
 def load_weights(module: nn.Module, path: Path) -> str:
-    """Starts from the weights of a checkpoint, or of a file that holds nothing but weights. Returns a line for the user.
+    """Starts from the weights of a checkpoint, or of a file with nothing but weights. Returns a line for the user.
 
     Raises `UserError` when a name or a shape does not fit.
     """

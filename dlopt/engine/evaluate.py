@@ -21,8 +21,8 @@ def evaluate(
 ) -> dict[str, float] | None:
     """Sample-weighted means over `batches`: {prefix}_loss and, in a classification, {prefix}_accuracy.
 
-    None when `interruption` became true on the way. `model` is how `module` is called (compiled, under autocast); both are in evaluation mode within, and back in
-    their former mode afterwards.
+    None when `interruption` became true on the way. `model` is how `module` is called (compiled, under autocast);
+    both are in evaluation mode within, and back in their former mode afterwards.
     """
     sums = Sums(classify)
     modes = module.training, loss.training

@@ -1,4 +1,4 @@
-"""The states of the global random generators, for whatever draws from them besides dlopt's own counter-based streams."""
+"""The states of the global random generators, for what draws from them besides dlopt's counter-based streams."""
 
 import random
 from collections.abc import Mapping

@@ -1,8 +1,8 @@
 """One optimizer update: forward and backward over the batch's micro-batches, clipping, the update itself.
 
 Every optimizer is driven through `optimizer.step(closure)`, so that gradient descent, L-BFGS, SAM and Newton with a
-line search share one loop. An optimizer that evaluates once per update is given its gradients first and then steps without
-the closure: a bad number is seen before it reaches the weights, and the gradient scaler can do the step.
+line search share one loop. An optimizer that evaluates once per update is given its gradients first and then steps
+without the closure: a bad number is seen before it reaches the weights, and the gradient scaler can do the step.
 """
 
 import math
