@@ -1,0 +1,276 @@
+"""What the user sees: a live display at a terminal, one plain line per epoch elsewhere."""
+
+import contextlib
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Mapping
+from time import perf_counter
+from typing import IO, Any, TextIO, cast
+
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.segment import Segment
+from rich.style import Style
+from rich.text import Text
+
+from dlopt.tracking import layout
+
+_REDRAW_SECONDS = 0.1
+_REDRAW_SHARE = 0.01  # of the training time that redrawing may take
+
+
+class _Output:
+    """A text stream that goes silent, instead of raising, when its reader is gone (`| head`, a closed terminal)."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream
+        self.encoding = getattr(stream, "encoding", None) or "utf-8"
+
+    @property
+    def dead(self) -> bool:
+        return self._stream is None
+
+    def write(self, text: str) -> int:
+        if self._stream is not None:
+            try:
+                self._stream.write(text)
+            except UnicodeEncodeError:
+                self._stream.write(text.encode(self.encoding, "replace").decode(self.encoding))
+            except (OSError, ValueError):
+                self._silence()
+        return len(text)
+
+    def flush(self) -> None:
+        if self._stream is not None:
+            try:
+                self._stream.flush()
+            except (OSError, ValueError):
+                self._silence()
+
+    def _silence(self) -> None:
+        stream, self._stream = self._stream, None
+        # The interpreter flushes stdout when it exits; to a broken pipe that would end a good run with code 120.
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            devnull = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(devnull, cast(TextIO, stream).fileno())
+            os.close(devnull)
+
+    def isatty(self) -> bool:
+        try:
+            return self._stream is not None and self._stream.isatty()
+        except ValueError:
+            return False
+
+    def fileno(self) -> int:
+        if self._stream is None:
+            raise OSError("closed")
+        return self._stream.fileno()
+
+
+class _Display:
+    """The live part: epochs, steps of this epoch, training figures, validation figures; one line each."""
+
+    def __init__(self, epochs: int, steps_per_epoch: int, steps: int, step: int, samples_per_step: float) -> None:
+        self._epochs = epochs
+        self._steps_per_epoch = steps_per_epoch
+        self._steps = steps
+        self._samples_per_step = samples_per_step
+        self.step = step
+        self.evaluation: tuple[int, int] | None = None
+        self.train: dict[str, float | None] = {}
+        self.val: dict[str, float | None] = {}
+        # The clock for the time left starts after the first step, which compiles and warms up.
+        self._clock_start: tuple[float, int] | None = None
+        self._recent: tuple[float, int] | None = None
+        self._speed: float | None = None
+
+    def advance(self, step: int, now: float) -> None:
+        self.evaluation = None
+        self.step = step
+        if self._clock_start is None or self._recent is None:
+            self._clock_start = self._recent = (now, step)
+            return
+        seconds = now - self._recent[0]
+        if seconds >= 0.5 and step > self._recent[1]:
+            speed = (step - self._recent[1]) * self._samples_per_step / seconds
+            self._speed = speed if self._speed is None else 0.7 * self._speed + 0.3 * speed
+            self._recent = (now, step)
+
+    def evaluate(self, batch: int, batches: int) -> None:
+        self.evaluation = (batch, batches)
+        self._recent = None if self._clock_start is None else (perf_counter(), self.step)
+
+    def _left(self) -> str:
+        if self._clock_start is None or self.step <= self._clock_start[1]:
+            return ""
+        seconds = (perf_counter() - self._clock_start[0]) / (self.step - self._clock_start[1])
+        return f"{layout.clock(seconds * max(self._steps - self.step, 0))} left"
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        width = options.max_width
+        epoch = min((max(self.step, 1) - 1) // self._steps_per_epoch + 1, self._epochs)
+        in_epoch = self.step - (epoch - 1) * self._steps_per_epoch
+        steps = min(self._steps_per_epoch, self._steps - (epoch - 1) * self._steps_per_epoch)
+        speed = f"{self._speed:,.0f} samples/s" if self._speed is not None else ""
+        yield from self._bar(console, options, "epoch", f"{epoch}/{self._epochs}", self.step, self._steps, self._left())
+        if self.evaluation is None:
+            yield from self._bar(console, options, "step", f"{in_epoch}/{steps}", in_epoch, steps, speed)
+        else:
+            done, total = self.evaluation
+            yield from self._bar(console, options, "eval", f"{done}/{total}", done, total, "")
+        for name, figures in (("train", self.train), ("val", self.val)):
+            words = [f"{key} {_figure(key, value)}" for key, value in figures.items()]
+            yield Segment(name.ljust(7), Style(bold=True))
+            yield Segment("   ".join(words)[: width - 8] or "-")
+            yield Segment.line()
+
+    def _bar(
+        self, console: Console, options: ConsoleOptions, name: str, count: str, done: float, total: float, tail: str
+    ) -> Iterable[Segment]:
+        size = 2 * len(str(max(self._epochs, self._steps_per_epoch))) + 1
+        bar = max(min(options.max_width - 7 - size - 2 - 20, 60), 4)
+        yield Segment(name.ljust(7), Style(bold=True))
+        yield Segment(count.rjust(size) + "  ")
+        widget = ProgressBar(total=max(total, 1), completed=done, width=bar, complete_style="cyan")
+        yield from cast(Iterable[Segment], widget.__rich_console__(console, options))
+        yield Segment(f"  {tail}"[: max(options.max_width - 7 - size - 2 - bar - 1, 0)])
+        yield Segment.line()
+
+
+def _figure(name: str, value: float | None) -> str:
+    return layout.rate(value) if name == "lr" else layout.figure(name, value)
+
+
+class ConsoleView:
+    """Shows a run on `stream` (stdout when not given); nothing here raises because of the stream."""
+
+    def __init__(self, stream: IO[str] | None = None) -> None:
+        self._output = _Output(cast("TextIO | None", sys.stdout if stream is None else stream))
+        self.terminal = self._output.isatty() and os.environ.get("TERM", "dumb") not in ("", "dumb", "unknown")
+        self._width = shutil.get_terminal_size().columns if self._output.isatty() else None
+        self._console = Console(
+            file=cast(IO[str], self._output),
+            force_terminal=self.terminal,
+            force_interactive=self.terminal,
+            force_jupyter=False,
+            color_system="auto" if self.terminal else None,
+            highlight=False,
+            markup=False,
+            emoji=False,
+        )
+        self._display: _Display | None = None
+        self._live: Live | None = None
+        self._rows: layout.EpochRows | None = None
+        self._epochs = 0
+        self._due = float("inf")
+
+    def begin(
+        self,
+        config: Mapping[str, Any],
+        choices: Mapping[str, str],
+        facts: Mapping[str, Any],
+        *,
+        epochs: int,
+        steps_per_epoch: int,
+        steps: int,
+        first_step: int,
+    ) -> None:
+        self._epochs = epochs
+        lines = layout.flow(layout.facts_parts(facts), self._console.width)
+        self._block(layout.config_tree(config, choices), Text("\n".join([*lines, ""])))
+        if not self.terminal:
+            return
+        samples = facts.get("train") or 0
+        self._display = _Display(epochs, steps_per_epoch, steps, first_step, samples / max(steps_per_epoch, 1))
+        # No refreshing thread: it would take the interpreter's lock away from the training.
+        self._live = Live(
+            get_renderable=lambda: cast(_Display, self._display),
+            console=self._console,
+            auto_refresh=False,
+            transient=True,
+            redirect_stderr=sys.stderr is not None and sys.stderr.isatty(),
+        )
+        self._live.start(refresh=True)
+        self._due = perf_counter() + _REDRAW_SECONDS
+
+    def advance(self, step: int) -> None:
+        """After every update. Costs a look at the clock unless a redraw is due."""
+        now = perf_counter()
+        if now >= self._due and self._display is not None:
+            self._display.advance(step, now)
+            self._redraw()
+
+    def evaluating(self, batch: int, batches: int) -> None:
+        if perf_counter() >= self._due and self._display is not None:
+            self._display.evaluate(batch, batches)
+            self._redraw()
+
+    def step(self, step: int, values: Mapping[str, float]) -> None:
+        """Take over figures under TensorBoard's tags; shown with the next redraw."""
+        if self._display is not None:
+            shown = {"train/loss": "loss", "train/accuracy": "accuracy", "lr": "lr"}
+            self._display.train = {name: values[tag] for tag, name in shown.items() if tag in values}
+
+    def _redraw(self) -> None:
+        if self._live is None:
+            return
+        start = perf_counter()
+        self._live.refresh()
+        end = perf_counter()
+        self._due = float("inf") if self._output.dead else end + max(_REDRAW_SECONDS, (end - start) / _REDRAW_SHARE)
+
+    def epoch(self, metrics: Mapping[str, Any], best: bool) -> None:
+        if self._display is None:
+            self._print(layout.plain_epoch(metrics, self._epochs, best=best, width=self._width))
+            return
+        if self._rows is None or self._rows.width != self._console.width:
+            self._rows = layout.EpochRows(metrics, self._epochs, self._console.width)
+            self._console.print(self._rows.header())
+        self._console.print(self._rows.row(metrics, best))
+        display = self._display
+        display.step = metrics["step"]
+        display.train = {
+            name: metrics.get(key)
+            for name, key in (("loss", "train_loss"), ("accuracy", "train_accuracy"), ("lr", "lr"))
+            if key in metrics
+        }
+        display.val = {
+            name: metrics.get(key)
+            for name, key in (("loss", "val_loss"), ("accuracy", "val_accuracy"))
+            if key in metrics
+        }
+        self._redraw()
+
+    def message(self, text: str) -> None:
+        if self.terminal:
+            self._console.print(text)
+        else:
+            self._print(text)
+
+    def _block(self, *renderables: RenderableType) -> None:
+        """Print tables and trees, without the spaces with which they fill their lines."""
+        with self._console.capture() as capture:
+            self._console.print(*renderables, sep="\n")
+        self._output.write("".join(f"{line.rstrip()}\n" for line in capture.get().splitlines()))
+        self._output.flush()
+
+    def _print(self, text: str) -> None:
+        self._console.print(text, soft_wrap=True)
+        self._output.flush()
+
+    def finish(self, summary: Mapping[str, Any], lines: Iterable[str]) -> None:
+        """The result table, then `lines` (where the run lies, how to look at it) unwrapped."""
+        self.close()
+        self._block(Text(""), layout.result(summary), Text(""))
+        for line in lines:
+            self._print(line)
+
+    def close(self) -> None:
+        """Take the live display away and show the cursor again; safe to call twice and at any time."""
+        live, self._live = self._live, None
+        self._due = float("inf")
+        if live is not None:
+            live.stop()
+        self._output.flush()

@@ -1,0 +1,173 @@
+"""TensorBoard event files, written from its protocol buffers.
+
+torch's SummaryWriter hands every event to a queue and a thread, whose death on a full disk raises in the training loop,
+and its `add_hparams` opens a second run. Here an event is one record appended to a file, and HParams stand in the run.
+"""
+
+import io
+import os
+import shlex
+import shutil
+import socket
+import struct
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+from tensorboard.compat.proto.tensor_pb2 import TensorProto
+from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
+from tensorboard.compat.proto.types_pb2 import DT_FLOAT, DT_STRING
+from tensorboard.plugins.hparams import api_pb2
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo, SessionStartInfo
+
+from dlopt.tracking.files import AppendFile
+from dlopt.tracking.images import image_grid
+from dlopt.tracking.layout import short_path
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_FLUSH_SECONDS = 2.0
+
+
+def _crc_table() -> tuple[int, ...]:
+    table = []
+    for value in range(256):
+        for _ in range(8):
+            value = value >> 1 ^ (0x82F63B78 if value & 1 else 0)  # Castagnoli's polynomial, bits reversed
+        table.append(value)
+    return tuple(table)
+
+
+_CRC = _crc_table()
+
+
+def _masked_crc(data: bytes) -> int:
+    """CRC-32C, rotated and shifted as the TFRecord format wants it."""
+    table, crc = _CRC, 0xFFFFFFFF
+    for byte in data:
+        crc = table[(crc ^ byte) & 0xFF] ^ crc >> 8
+    crc ^= 0xFFFFFFFF
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def record(event: bytes) -> bytes:
+    """A serialized event in TFRecord framing: length, CRC of the length, data, CRC of the data."""
+    length = struct.pack("<Q", len(event))
+    return b"%s%s%s%s" % (
+        length,
+        struct.pack("<I", _masked_crc(length)),
+        event,
+        struct.pack("<I", _masked_crc(event)),
+    )
+
+
+def _plugin(name: str, content: bytes = b"") -> SummaryMetadata:
+    return SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name=name, content=content))
+
+
+class TensorBoard:
+    """One run's event file in `folder`; nothing here raises because of the disk.
+
+    `purge_step`: events of earlier files with this step or a later one are void (a resumed run writes them anew).
+    """
+
+    def __init__(self, folder: Path, complain: Callable[[str], None], *, purge_step: int | None = None) -> None:
+        # TensorBoard reads a run's files in the order of their names; two in the same second must not meet.
+        stamp = f"{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{time.time_ns() % 10**9:09d}"
+        self._file = AppendFile(folder / f"events.out.tfevents.{stamp}", complain)
+        self._flushed = time.monotonic()
+        self._add(Event(file_version="brain.Event:2"))
+        if purge_step is not None:
+            self._add(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
+
+    def _add(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._file.write(record(event.SerializeToString()))
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """One event with all the values; written out at the latest two seconds later, at the next call."""
+        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
+        self._add(Event(step=step, summary=summary))
+        now = time.monotonic()
+        if now - self._flushed > _FLUSH_SECONDS:
+            self._flushed = now
+            self._file.flush()
+
+    def images(self, tag: str, step: int, images: "Tensor") -> None:
+        """[B, C, H, W] as one grid (see `image_grid`)."""
+        picture = image_grid(images)
+        file = io.BytesIO()
+        picture.save(file, "PNG")
+        image = Summary.Image(
+            height=picture.height, width=picture.width, colorspace=3, encoded_image_string=file.getvalue()
+        )
+        self._add(Event(step=step, summary=Summary(value=[Summary.Value(tag=tag, image=image)])))
+
+    def config(self, config: Mapping[str, Any], hparams: Mapping[str, str | bool | float]) -> None:
+        """The config as text, and its flat form as this run's HParams.
+
+        No experiment summary is written: TensorBoard then gathers the columns from all the runs below its folder, where
+        with one it would take those of the first run only, and the runs of a sweep need not have the same keys.
+        """
+        text = f"```yaml\n{yaml.safe_dump(dict(config), sort_keys=False, default_flow_style=None, width=100)}```"
+        value = Summary.Value(
+            tag="config",
+            metadata=_plugin("text"),
+            tensor=TensorProto(
+                dtype=DT_STRING,
+                string_val=[text.encode()],
+                tensor_shape=TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)]),
+            ),
+        )
+        self._add(Event(step=0, summary=Summary(value=[value])))
+        start = SessionStartInfo(start_time_secs=time.time())
+        for key, item in hparams.items():
+            if isinstance(item, bool):
+                start.hparams[key].bool_value = item
+            elif isinstance(item, str):
+                start.hparams[key].string_value = item
+            else:
+                start.hparams[key].number_value = item
+        self._hparams("_hparams_/session_start_info", HParamsPluginData(version=0, session_start_info=start))
+        self.flush()
+
+    def end(self, status: str) -> None:
+        """Close the HParams session; `status` as in summary.json."""
+        known = {"finished": api_pb2.STATUS_SUCCESS, "stopped_early": api_pb2.STATUS_SUCCESS}
+        known |= {"failed": api_pb2.STATUS_FAILURE}
+        info = SessionEndInfo(status=known.get(status, api_pb2.STATUS_UNKNOWN), end_time_secs=time.time())
+        self._hparams("_hparams_/session_end_info", HParamsPluginData(version=0, session_end_info=info))
+
+    def _hparams(self, tag: str, data: HParamsPluginData) -> None:
+        value = Summary.Value(
+            tag=tag,
+            metadata=_plugin("hparams", data.SerializeToString()),
+            # The tensor carries nothing; TensorBoard only wants one.
+            tensor=TensorProto(dtype=DT_FLOAT, tensor_shape=TensorShapeProto(dim=[TensorShapeProto.Dim(size=0)])),
+        )
+        self._add(Event(summary=Summary(value=[value])))
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def command(folder: Path) -> str:
+    """The line that shows `folder` in TensorBoard, to be pasted into a shell in the current folder."""
+    beside = Path(sys.executable).with_name("tensorboard")
+    found = shutil.which("tensorboard")
+    if found and (not beside.exists() or Path(found).resolve() == beside.resolve()):
+        program = "tensorboard"
+    elif beside.exists():
+        program = shlex.quote(short_path(beside))
+    else:
+        program = f"{shlex.quote(short_path(Path(sys.executable)))} -m tensorboard.main"
+    return f"{program} --logdir {shlex.quote(short_path(folder))}"

@@ -1,0 +1,217 @@
+"""What the engine sees: one object that shows a run and writes its figures."""
+
+import contextlib
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from dlopt.errors import UserError
+from dlopt.tracking import layout
+from dlopt.tracking.console import ConsoleView
+from dlopt.tracking.log import TrainLog
+from dlopt.tracking.metrics import MetricsFile, write_summary
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dlopt.tracking.tensorboard import TensorBoard
+
+
+class Tracking:
+    """Shows a run on the console and writes metrics.jsonl, summary.json, train.log and TensorBoard into `folder`.
+
+    `folder` None writes no file, so `Tracking(None, sinks=[], console=False)` is what ranks other than 0 hold.
+    `sinks`: `["tensorboard"]` or `[]`. `log_every_steps` None switches `step` off. `resume_from`: (evaluated epochs,
+    updates) contained in the checkpoint that the run goes on from; what was written beyond is cut.
+
+    A disk or a terminal that fails never raises here, except that `finish` must be able to write summary.json.
+    As a context manager it closes itself and leaves the traceback of an exception in train.log.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None,
+        *,
+        sinks: Sequence[str],
+        console: bool,
+        log_every_steps: int | None = None,
+        resume_from: tuple[int, int] | None = None,
+    ) -> None:
+        unknown = set(sinks) - {"tensorboard"}
+        if unknown:
+            raise UserError(f"sinks={list(sinks)}: {sorted(unknown)[0]} is unknown; allowed: tensorboard")
+        self.log_every_steps = log_every_steps
+        self._folder = folder
+        self._console = ConsoleView() if console else None
+        # Only a terminal has anything to redraw between epochs.
+        self._live = self._console if self._console is not None and self._console.terminal else None
+        self._stepped: set[str] = set()
+        self._epochs = 0
+        self._log: TrainLog | None = None
+        self._metrics: MetricsFile | None = None
+        self._tensorboard: TensorBoard | None = None
+        if folder is not None:
+            with contextlib.suppress(OSError):  # each file complains for itself
+                folder.mkdir(parents=True, exist_ok=True)
+            self._log = TrainLog(folder, show=self._show, complain=self._show)
+            self._metrics = MetricsFile(folder, resume_from, self.message)
+            if "tensorboard" in sinks:
+                from dlopt.tracking import tensorboard
+
+                purge = None if resume_from is None else resume_from[1] + 1
+                self._tensorboard = tensorboard.TensorBoard(folder / "tensorboard", self.message, purge_step=purge)
+
+    def begin(
+        self,
+        config: Mapping[str, Any],
+        facts: Mapping[str, Any],
+        *,
+        epochs: int,
+        steps_per_epoch: int,
+        first_step: int = 0,
+        steps: int | None = None,
+        choices: Mapping[str, str] | None = None,
+    ) -> None:
+        """Show the config and start the progress display.
+
+        `config`: resolved, plain, without secrets. `facts`: shown below it (`parameters`, `train`, `val`, `test`,
+        `device`, ...). `first_step`: updates already done. `steps`: updates in all (None: epochs * steps_per_epoch).
+        `choices`: group -> chosen YAML name; without it the last part of `_target_` is shown.
+        """
+        self._epochs = epochs
+        choices = choices or {}
+        total = epochs * steps_per_epoch if steps is None else steps
+        if self._log is not None:
+            verb = "begins" if first_step == 0 else f"goes on from step {first_step}"
+            self._log.write(" | ".join([verb, *layout.facts_parts(facts)]))
+        if self._tensorboard is not None:
+            self._tensorboard.config(config, layout.hparams(config, choices))
+        if self._console is not None:
+            self._console.begin(
+                config,
+                choices,
+                facts,
+                epochs=epochs,
+                steps_per_epoch=steps_per_epoch,
+                steps=total,
+                first_step=first_step,
+            )
+
+    def images(self, images: "Tensor", step: int = 0) -> None:
+        """[B, C, H, W], uint8 or float: a grid of them goes to TensorBoard. Inputs of other shapes are ignored."""
+        if self._tensorboard is not None and images.ndim == 4 and images.numel():
+            self._tensorboard.images("train/images", step, images)
+            self._tensorboard.flush()
+
+    def advance(self, step: int) -> None:
+        """After every update; `step` counts them from 1."""
+        if self._live is not None:
+            self._live.advance(step)
+
+    def evaluating(self, batch: int, batches: int) -> None:
+        """After every evaluated batch; `batch` counts them from 1."""
+        if self._live is not None:
+            self._live.evaluating(batch, batches)
+
+    def step(self, step: int, values: Mapping[str, float]) -> None:
+        """At logging points: `values` under TensorBoard's tags (`train/loss`, `lr`, `grad_norm/global`, ...)."""
+        if self.log_every_steps is None:
+            return
+        self._stepped.update(values)
+        if self._tensorboard is not None:
+            self._tensorboard.scalars(step, values)
+        if self._live is not None:
+            self._live.step(step, values)
+
+    def epoch(self, metrics: Mapping[str, Any], *, best: bool = False) -> None:
+        """An evaluated epoch, with metrics.jsonl's keys; `best` marks it as the best so far.
+
+        In TensorBoard `train_loss` becomes `train/loss` and so on; a tag that `step` writes is left to it.
+        """
+        if self._metrics is not None:
+            self._metrics.write(metrics)
+        if self._tensorboard is not None:
+            self._tensorboard.scalars(metrics["step"], _scalars(metrics, self._stepped))
+            self._tensorboard.flush()
+        if self._log is not None:
+            self._log.write(layout.plain_epoch(metrics, self._epochs, best=best))
+        if self._console is not None:
+            self._console.epoch(metrics, best)
+
+    def message(self, text: str) -> None:
+        """A line to the user, above the progress display, and into train.log."""
+        if self._log is not None:
+            self._log.write(text)
+        self._show(text)
+
+    def _show(self, text: str) -> None:
+        if self._console is not None:
+            self._console.message(text)
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write summary.json (RunError when that fails), show the result, and close."""
+        lines = [] if self._folder is None else [f"run folder: {layout.short_path(self._folder)}"]
+        if self._tensorboard is not None and self._folder is not None:
+            from dlopt.tracking.tensorboard import command
+
+            # TensorBoard's HParams table shows the first five figures by name: `best/` comes before all the curves.
+            names = {"test_loss": "test/loss", "test_accuracy": "test/accuracy"}
+            names |= {"best_val_loss": "best/val_loss", "best_val_accuracy": "best/val_accuracy"}
+            figures = {tag: float(summary[key]) for key, tag in names.items() if _is_number(summary.get(key))}
+            if figures:
+                self._tensorboard.scalars(int(summary.get("steps", 0)), figures)
+            self._tensorboard.end(str(summary.get("status", "")))
+            lines.append(command(self._folder))
+        try:
+            if self._folder is not None:
+                write_summary(self._folder, summary)
+        finally:
+            if self._log is not None:
+                figures_text = ", ".join(
+                    f"{key} {layout.figure(key, value)}"
+                    for key, value in summary.items()
+                    if key.startswith(("best_val_", "test_")) and isinstance(value, int | float)
+                )
+                self._log.write(f"{summary.get('status', 'ended')}: {figures_text}")
+            if self._console is not None:
+                self._console.finish(summary, lines)
+            self.close()
+
+    def close(self) -> None:
+        """Give the terminal back and close the files; safe at any time, also twice."""
+        if self._console is not None:
+            self._console.close()
+        for file in (self._metrics, self._tensorboard, self._log):
+            if file is not None:
+                file.close()
+
+    def __enter__(self) -> "Tracking":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None and self._log is not None:
+            self._log.error(f"ended by {type(error).__name__}", error)
+        self.close()
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _scalars(metrics: Mapping[str, Any], taken: set[str]) -> dict[str, float]:
+    """metrics.jsonl's keys -> TensorBoard's tags."""
+    scalars = {}
+    for key, value in metrics.items():
+        if key in ("epoch", "step") or not _is_number(value):
+            continue
+        split, _, rest = key.partition("_")
+        tag = f"{split}/{rest}" if split in ("train", "val") and rest else key
+        if key == "seconds":
+            tag = "throughput/seconds_per_epoch"
+        if tag not in taken:
+            scalars[tag] = float(value) if math.isfinite(value) else math.nan
+    return scalars

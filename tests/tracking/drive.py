@@ -1,0 +1,51 @@
+"""Drives Tracking as the engine does: `python drive.py FOLDER [EPOCHS [SECONDS_PER_STEP]]`; run by the tests."""
+
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+
+from dlopt.tracking import Tracking
+
+STEPS = 10
+CONFIG = {
+    "name": "digits",
+    "seed": 0,
+    "epochs": 3,
+    "resume": None,
+    "data": {"_target_": "dlopt.data.digits", "batch_size": 128, "val_split": 0.1, "memory": "auto"},
+    "model": {"_target_": "dlopt.models.resnet", "depth": 20, "norm": "batch", "widths": [16, 32, 64]},
+    "optimizer": {"_target_": "torch.optim.SGD", "lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-4},
+    "clip": None,
+}
+CHOICES = {"data": "digits", "model": "resnet20", "optimizer": "sgd", "clip": "none"}
+FACTS = {"parameters": 272474, "train": 1437, "val": 160, "test": 360, "device": "cpu", "threads": 2}
+
+
+def drive(folder: Path, epochs: int = 3, seconds: float = 0.0) -> None:
+    with Tracking(folder, sinks=["tensorboard"], console=True, log_every_steps=5) as tracking:
+        tracking.begin(CONFIG, FACTS, epochs=epochs, steps_per_epoch=STEPS, choices=CHOICES)
+        for step in range(1, epochs * STEPS + 1):
+            time.sleep(seconds)
+            tracking.advance(step)
+            loss = 2.3 / step
+            if step % 5 == 0:
+                tracking.step(step, {"train/loss": loss, "lr": 0.1, "throughput/samples_per_second": 1500.0})
+            if step == 12:
+                tracking.message("said to the user")
+                logging.getLogger("a.library").warning("a library's warning")
+            if step % STEPS == 0:
+                tracking.evaluating(1, 1)
+                figures = {"train_loss": loss, "train_accuracy": 0.9, "val_loss": loss + 0.1, "val_accuracy": 0.875}
+                tracking.epoch({"epoch": step // STEPS, "step": step, "lr": 0.1, **figures, "seconds": 1.5}, best=True)
+        figures = {"best_val_loss": 0.2, "best_val_accuracy": 0.875, "test_loss": 0.3, "test_accuracy": 0.9778}
+        tracking.finish(
+            {"status": "finished", "epochs": epochs, "steps": step, "best_epoch": epochs, **figures, "seconds": 4.2}
+        )
+
+
+if __name__ == "__main__":
+    if os.environ.get("DRIVE_WITHOUT_STDOUT"):
+        sys.stdout = None
+    drive(Path(sys.argv[1]), *(int(sys.argv[2]), float(sys.argv[3])) if len(sys.argv) > 3 else ())

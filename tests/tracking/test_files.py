@@ -1,0 +1,61 @@
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from dlopt.tracking.files import AppendFile
+
+
+def test_a_full_disk_is_told_once_and_the_file_is_whole_again_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    complaints: list[str] = []
+    file = AppendFile(tmp_path / "records", complaints.append)
+    file.write(b"first\n")
+    file.flush()
+
+    write = os.write
+
+    def full(descriptor: int, data: bytes) -> int:
+        if len(data) > 3:
+            return write(descriptor, data[:3])  # a part still fits
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    for record in (b"second\n", b"third\n"):
+        file.write(record)
+        file.flush()
+    assert (tmp_path / "records").read_bytes() == b"first\n", "half-written records must not stay"
+    monkeypatch.undo()
+
+    file.write(b"fourth\n")
+    file.close()
+    assert (tmp_path / "records").read_bytes() == b"first\nsecond\nthird\nfourth\n"
+    assert len(complaints) == 1
+    assert "No space left" in complaints[0]
+    assert str(tmp_path / "records") in complaints[0]
+
+
+def test_a_folder_that_cannot_be_made_does_not_raise(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    complaints: list[str] = []
+    file = AppendFile(tmp_path / "file" / "below", complaints.append)
+    for _ in range(3):
+        file.write(b"x")
+        file.flush()
+    file.close()
+    assert len(complaints) == 1
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_waiting_records_do_not_fill_the_memory(tmp_path: Path) -> None:
+    (tmp_path / "records").symlink_to("/dev/full")
+    complaints: list[str] = []
+    file = AppendFile(tmp_path / "records", complaints.append, limit=1000)
+    for _ in range(100):
+        file.write(b"x" * 100)
+        file.flush()
+        assert len(file.waiting) <= 1000
+    file.close()
+    assert len(complaints) == 1

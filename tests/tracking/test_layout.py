@@ -1,0 +1,144 @@
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from dlopt.tracking import layout
+
+METRICS = {
+    "epoch": 100,
+    "step": 46900,
+    "lr": 0.00669873,
+    "train_loss": 1.23456,
+    "train_accuracy": 0.5,
+    "val_loss": 12.3456,
+    "val_accuracy": 1.0,
+    "seconds": 123.4,
+}
+
+
+def rendered(renderable: object, width: int) -> list[str]:
+    console = Console(width=width, color_system=None)
+    with console.capture() as capture:
+        console.print(renderable)
+    return capture.get().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0, "0.0000"), (2.30259, "2.3026"), (123.456, "123.5"), (1e-5, "1.00e-05"), (1e6, "1.00e+06"), (None, "-")],
+)
+def test_number(value: float | None, text: str) -> None:
+    assert layout.number(value) == text
+
+
+def test_what_is_not_finite_is_shown_as_such() -> None:
+    assert layout.number(math.nan) == "nan"
+    assert layout.number(-math.inf) == "-inf"
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(7, "0:07"), (59.2, "1:00"), (754, "12:34"), (3723, "1:02:03")])
+def test_clock(seconds: float, text: str) -> None:
+    assert layout.clock(seconds) == text
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+@pytest.mark.parametrize("best", [True, False])
+def test_plain_epoch_fits(width: int, best: bool) -> None:
+    assert len(layout.plain_epoch(METRICS, 200, best=best, width=width)) <= width
+
+
+def test_plain_epoch_in_full() -> None:
+    assert layout.plain_epoch(METRICS, 200, best=True) == (
+        "epoch 100/200  train loss 1.2346 accuracy 50.00 %  val loss 12.3456 accuracy 100.00 %  lr 0.006699  2:04  best"
+    )
+    regression = {key: value for key, value in METRICS.items() if "accuracy" not in key}
+    assert layout.plain_epoch(regression, 200, best=False) == (
+        "epoch 100/200  train loss 1.2346  val loss 12.3456  lr 0.006699  2:04"
+    )
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+@pytest.mark.parametrize("regression", [True, False])
+def test_rows_are_aligned_with_their_header_and_fit(width: int, regression: bool) -> None:
+    metrics = {key: value for key, value in METRICS.items() if not (regression and "accuracy" in key)}
+    rows = layout.EpochRows(metrics, 200, width)
+    header, row = rows.header().plain, rows.row(metrics, best=False).plain
+    assert len(header) == len(row) <= width - 2
+    assert ("accuracy" in header) != regression
+    assert header.index("val loss") + len("val loss") == row.index("12.3456") + len("12.3456")
+
+
+keys = st.text("abcdefghijklmnop_", min_size=1, max_size=12)
+scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text("xyz", max_size=70)
+
+
+@given(
+    st.dictionaries(keys, scalars | st.dictionaries(keys, scalars | st.lists(scalars, max_size=3), max_size=4)),
+    st.integers(60, 120),
+)
+def test_config_tree_shows_every_value_within_the_width(config: dict[str, object], width: int) -> None:
+    lines = rendered(layout.config_tree(config, {}), width)
+    assert all(len(line) <= width for line in lines)
+    shown = "".join(line.lstrip("│├└─ ").replace(" ", "") for line in lines)
+    for key, value in layout.flatten({key: value for key, value in config.items() if key != "name"}):
+        if value is not None and "." in key:
+            assert f"{key.split('.', 1)[1]}=" in shown
+
+
+def test_config_tree_names_choices_and_leaves_nulls_out() -> None:
+    config = {
+        "name": "try",
+        "seed": 3,
+        "steps": None,
+        "model": {"_target_": "dlopt.models.MLP", "widths": [64, 64], "bias": True, "dropout": None},
+        "optimizer": {"_target_": "torch.optim.SGD", "lr": 0.1},
+        "clip": None,
+    }
+    assert [
+        line.rstrip() for line in rendered(layout.config_tree(config, {"optimizer": "sgd", "clip": "none"}), 80)
+    ] == [
+        "try",
+        "├── model      MLP  widths=[64,64]  bias=true",
+        "├── optimizer  sgd  lr=0.1",
+        "├── clip       none",
+        "└── run        seed=3",
+    ]
+
+
+def test_hparams_are_flat() -> None:
+    config = {"seed": 3, "steps": None, "model": {"_target_": "a.MLP", "widths": [64, 64], "inner": {"bias": True}}}
+    assert layout.hparams(config, {}) == {
+        "model": "MLP",
+        "seed": 3,
+        "model.widths": "[64,64]",
+        "model.inner.bias": True,
+    }
+    assert layout.hparams(config, {"model": "mlp"})["model"] == "mlp"
+
+
+def test_facts_flow_without_breaking_a_part() -> None:
+    parts = layout.facts_parts({"parameters": 272474, "train": 1437, "test": 360, "device": "cpu", "threads": 2})
+    assert parts == ["272,474 parameters", "samples: 1,437 train, 360 test", "device cpu", "2 threads"]
+    assert layout.flow(parts, 55) == [f"{parts[0]} | {parts[1]}", f"{parts[2]} | {parts[3]}"]
+
+
+@pytest.mark.parametrize("status", ["finished", "stopped_early", "interrupted", "failed"])
+def test_result_of_any_ending(status: str) -> None:
+    text = "\n".join(rendered(layout.result({"status": status, "epochs": 3, "steps": 1200, "seconds": 61.0}), 60))
+    assert text.startswith(f"{status.replace('_', ' ')} after 3 epochs, 1,200 steps in 1:01")
+
+
+def test_result_table() -> None:
+    summary = {
+        "best_epoch": 2,
+        "best_val_loss": 0.5,
+        "best_val_accuracy": 0.75,
+        "test_loss": 0.25,
+        "test_accuracy": 0.5,
+    }
+    rows = [line.split() for line in rendered(layout.result(summary), 60)]
+    assert ["best", "validation", "0.5000", "75.00", "%", "2"] in rows
+    assert ["test", "0.2500", "50.00", "%", "2"] in rows
