@@ -228,8 +228,9 @@ def check_single_values(setup: Setup) -> None:
         handle.remove()
     if single:
         raise UserError(
-            f"data.batch_size={data.batch_size}: {count} training samples leave a (micro-)batch of one, which gives the "
-            f"batch norm {single[0]} one value per channel; use larger batches, data.drop_last=true, or model.norm=group"
+            f"data.batch_size={data.batch_size}: {count} training samples leave a (micro-)batch of one, "
+            f"which gives the batch norm {single[0]} one value per channel; "
+            "use larger batches, data.drop_last=true, or model.norm=group"
         )
 
 
