@@ -1,0 +1,64 @@
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch.optim.optimizer import ParamsT
+
+from dlopt.optim.common import Closure, buffers, chunks, count_steps, evaluate, gradients
+from dlopt.ranges import NonNegative, Positive, Share
+
+
+class LAMB(torch.optim.Optimizer):
+    """Adam whose update of each tensor is scaled to the norm of that tensor, for large batches (You et al. 2020, alg.
+    2).
+
+    u = m^ / (sqrt(v^) + eps) + weight_decay * theta; theta <- theta - lr * min(|theta|, max_weight_norm) / |u| * u.
+    The decay passes no moment and is in this sense decoupled; the ratio is 1 where a norm is zero.
+    `bias_correction=False` is what the authors published as code.
+    """
+
+    evaluations: ClassVar[str] = "once"
+    elementwise: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        params: ParamsT,
+        *,
+        lr: Positive = 0.001,
+        betas: tuple[Share, Share] = (0.9, 0.999),
+        eps: Positive = 1e-6,
+        weight_decay: NonNegative = 0.01,
+        bias_correction: bool = True,
+        max_weight_norm: Positive | None = 10.0,
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, {**defaults, "bias_correction": bias_correction, "max_weight_norm": max_weight_norm})
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None) -> Any:
+        loss = evaluate(closure)
+        for group in self.param_groups:
+            lr, (beta1, beta2), decay = float(group["lr"]), group["betas"], group["weight_decay"]
+            for params in chunks(group["params"]):
+                grads = gradients(params)
+                averages, squares = buffers(self, params, "exp_avg"), buffers(self, params, "exp_avg_sq")
+                counts = count_steps(self, params)
+                torch._foreach_lerp_(averages, grads, 1 - beta1)
+                torch._foreach_mul_(squares, beta2)
+                torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
+                updates = torch._foreach_sqrt(squares)
+                if group["bias_correction"]:
+                    torch._foreach_div_(updates, [math.sqrt(1 - beta2**t) for t in counts])
+                torch._foreach_add_(updates, group["eps"])
+                torch._foreach_reciprocal_(updates)
+                torch._foreach_mul_(updates, averages)
+                if group["bias_correction"]:
+                    torch._foreach_div_(updates, [1 - beta1**t for t in counts])
+                if decay:
+                    torch._foreach_add_(updates, params, alpha=decay)
+                weights = torch.stack(torch._foreach_norm(params)).clamp_(max=group["max_weight_norm"] or math.inf)
+                norms = torch.stack(torch._foreach_norm(updates))
+                ratios = torch.where((weights > 0) & (norms > 0), weights / norms, 1.0)
+                torch._foreach_mul_(updates, list(ratios.unbind()))
+                torch._foreach_add_(params, updates, alpha=-lr)
+        return loss

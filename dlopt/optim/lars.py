@@ -1,0 +1,63 @@
+from typing import Any, ClassVar
+
+import torch
+from torch.optim.optimizer import ParamsT
+
+from dlopt.optim.common import Closure, buffers, chunks, evaluate, gradients
+from dlopt.ranges import NonNegative, Positive, Share
+
+
+class LARS(torch.optim.Optimizer):
+    """Momentum SGD whose rate for each tensor follows the norms of weights and gradient (You et al. 2017, algorithm 1).
+
+    local = trust_coefficient * |w| / (|g| + weight_decay * |w|);
+    v <- momentum * v + lr * local * (g + weight_decay * w); w <- w - v.
+
+    The rate stands inside v, as in the paper: a changed lr acts on new gradients only. `decoupled_weight_decay` takes
+    the decay out of both: w <- w - v - lr * weight_decay * w. Vectors (biases, norms) have local = 1 unless
+    `adapt_vectors`: their norms say little, and a bias that starts at zero would stay there for long.
+    """
+
+    evaluations: ClassVar[str] = "once"
+    elementwise: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        params: ParamsT,
+        *,
+        lr: Positive = 1.0,
+        momentum: Share = 0.9,
+        weight_decay: NonNegative = 0.0005,
+        decoupled_weight_decay: bool = False,
+        trust_coefficient: Positive = 0.001,
+        adapt_vectors: bool = False,
+    ) -> None:
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        defaults |= {"decoupled_weight_decay": decoupled_weight_decay, "trust_coefficient": trust_coefficient}
+        super().__init__(params, {**defaults, "adapt_vectors": adapt_vectors})
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None) -> Any:
+        loss = evaluate(closure)
+        for group in self.param_groups:
+            for params in chunks(p for p in group["params"] if p.ndim > 1 or group["adapt_vectors"]):
+                self._update(group, params, adapt=True)
+            for params in chunks(p for p in group["params"] if p.ndim <= 1 and not group["adapt_vectors"]):
+                self._update(group, params, adapt=False)
+        return loss
+
+    def _update(self, group: dict[str, Any], params: list[torch.Tensor], adapt: bool) -> None:
+        lr, momentum, decay = float(group["lr"]), group["momentum"], group["weight_decay"]
+        grads, velocities = gradients(params), buffers(self, params, "momentum_buffer")
+        coupled = 0.0 if group["decoupled_weight_decay"] else decay
+        direction = torch._foreach_add(grads, params, alpha=coupled) if coupled else grads
+        torch._foreach_mul_(velocities, momentum)
+        if adapt:
+            weights, norms = torch.stack(torch._foreach_norm(params)), torch.stack(torch._foreach_norm(grads))
+            below = norms + coupled * weights
+            trust = torch.where((weights > 0) & (below > 0), group["trust_coefficient"] * weights / below, 1.0)
+            direction = torch._foreach_mul(direction, list(trust.unbind()))
+        torch._foreach_add_(velocities, direction, alpha=lr)
+        if decay and not coupled:
+            torch._foreach_mul_(params, 1 - lr * decay)
+        torch._foreach_sub_(params, velocities)

@@ -1,0 +1,115 @@
+from collections.abc import Iterable
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.optim._muon import muon
+from torch.optim.optimizer import ParamsT
+
+from dlopt.optim.common import Closure, evaluate
+from dlopt.ranges import Count, NonNegative, Positive, Share
+
+
+class Muon(torch.optim.Optimizer):
+    """Orthogonalized momentum for matrices (Jordan et al. 2024; torch's implementation), another method for the rest.
+
+    Matrices are the parameters of two and more dimensions; a convolution's kernel counts as [out, in * height * width].
+    A group with `use_muon=False` leaves its matrices to the other method, as is advised for embeddings and the last
+    layer. The rest is updated by torch's AdamW, or SGD with Nesterov momentum, with a learning rate of its own. Both
+    decays are decoupled (SGD's is the L2 penalty of torch's SGD).
+
+    The parameters are regrouped: each group given becomes one of matrices and one of the rest.
+    """
+
+    evaluations: ClassVar[str] = "once"
+    elementwise: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        params: ParamsT,
+        *,
+        lr: Positive = 0.02,
+        weight_decay: NonNegative = 0.01,
+        momentum: Share = 0.95,
+        nesterov: bool = True,
+        ns_coefficients: tuple[float, float, float] = (3.4445, -4.775, 2.0315),
+        ns_steps: Count = 5,
+        eps: Positive = 1e-7,
+        adjust_lr_fn: Literal["original", "match_rms_adamw", "spectral_unclamped"] = "original",
+        rest: Literal["adamw", "sgd"] = "adamw",
+        rest_lr: Positive = 0.001,
+        rest_momentum: Share = 0.9,
+        rest_betas: tuple[Share, Share] = (0.9, 0.999),
+        rest_eps: Positive = 1e-8,
+    ) -> None:
+        own = {"momentum": momentum, "nesterov": nesterov, "ns_coefficients": ns_coefficients, "ns_steps": ns_steps}
+        own |= {"eps": eps, "adjust_lr_fn": adjust_lr_fn}
+        matrices, others = [], []
+        for group in _groups(params):
+            members, keys = group.pop("params"), {"lr": lr, "weight_decay": weight_decay, **group}
+            wanted = keys.pop("use_muon", True)
+            chosen = [p for p in members if wanted and p.ndim > 1]
+            left = [p for p in members if not (wanted and p.ndim > 1)]
+            if chosen:
+                matrices.append({**own, **keys, "params": chosen, "use_muon": True})
+            if left:
+                keys["lr"] = keys["lr"] / lr * rest_lr
+                others.append({**keys, "params": left, "use_muon": False})
+        self._rest: torch.optim.Optimizer | None = None
+        if others:
+            self._rest = (
+                torch.optim.AdamW(others, lr=rest_lr, betas=rest_betas, eps=rest_eps)
+                if rest == "adamw"
+                else torch.optim.SGD(others, lr=rest_lr, momentum=rest_momentum, nesterov=rest_momentum > 0)
+            )
+        super().__init__([*matrices, *(self._rest.param_groups if self._rest else [])], {})
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None) -> Any:
+        loss = evaluate(closure)
+        for group in self.param_groups:
+            if group["use_muon"]:
+                self._step_matrices(group)
+        if self._rest is not None:  # shares groups and state, which loading a state replaces
+            self._rest.param_groups = [group for group in self.param_groups if not group["use_muon"]]
+            self._rest.state = self.state
+            self._rest.step()
+        return loss
+
+    def _step_matrices(self, group: dict[str, Any]) -> None:
+        members = [p for p in group["params"] if p.grad is not None]
+        for p in members:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        keys = ("lr", "weight_decay", "momentum", "nesterov", "ns_coefficients", "ns_steps", "eps", "adjust_lr_fn")
+        muon(
+            [_matrix(p, p) for p in members],
+            [_matrix(p.grad, p) for p in members],
+            [_matrix(self.state[p]["momentum_buffer"], p) for p in members],
+            has_complex=False,
+            **{key: group[key] for key in keys},
+        )
+
+
+def _groups(params: ParamsT) -> list[dict[str, Any]]:
+    given: Iterable[Any] = list(params)
+    if all(isinstance(entry, dict) for entry in given):
+        return [{**group, "params": _tensors(group["params"])} for group in given]
+    return [{"params": _tensors(given)}]
+
+
+def _tensors(params: Any) -> list[Tensor]:
+    if isinstance(params, Tensor):
+        return [params]
+    return [p[1] if isinstance(p, tuple) else p for p in params]
+
+
+def _matrix(t: Tensor, like: Tensor) -> Tensor:
+    """[out, everything else], a view wherever t is laid out like `like`. The order of the columns is the layout's: it
+    differs for channels-last kernels, and orthogonalization does not depend on it."""
+    if like.ndim == 2:
+        return t
+    if not like.is_contiguous():
+        order = sorted(range(1, like.ndim), key=like.stride, reverse=True)
+        t = t.permute(0, *order)
+    return t.reshape(len(t), -1)

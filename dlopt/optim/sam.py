@@ -1,0 +1,100 @@
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from dlopt.errors import UserError
+from dlopt.optim.common import Closure, chunks, evaluate, gradients, needs_closure
+from dlopt.ranges import NonNegative, Positive
+
+Tensors = list[Tensor] | tuple[Tensor, ...]
+
+
+class SAM(torch.optim.Optimizer):
+    """Sharpness-aware minimization (Foret et al. 2021): the base optimizer steps with the gradient taken where the loss
+    is highest nearby, at w + rho * g / |g|.
+
+    `adaptive` is ASAM (Kwon et al. 2021): e = rho * w^2 g / | |w| g |, which does not change when weights are rescaled.
+    The closure is called twice: at w and at w + e. The loss returned is the one at w. Groups and state are the base's;
+    `rho` and `adaptive` may differ between groups, the norm goes over all of them.
+
+    `lr`, where given, takes the place of the base's: groups with rates of their own keep their ratio to it.
+    """
+
+    evaluations: ClassVar[str] = "many"
+    elementwise: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        *,
+        base: torch.optim.Optimizer,
+        lr: Positive | None = None,
+        rho: NonNegative = 0.05,
+        adaptive: bool = False,
+    ) -> None:
+        many = getattr(base, "evaluations", "once") != "once" or isinstance(base, torch.optim.LBFGS)
+        if many or hasattr(base, "train"):
+            raise UserError(
+                f"optimizer.base={type(base).__name__}: SAM needs a base that takes one gradient per step at the point "
+                f"where the model is evaluated, such as sgd or adamw"
+            )
+        if lr is not None:
+            for group in base.param_groups:
+                group["lr"] *= lr / base.defaults["lr"]
+        self.base = base
+        super().__init__(base.param_groups, {"rho": rho, "adaptive": adaptive})
+        self._share()
+
+    def _share(self) -> None:
+        self.param_groups, self.state = self.base.param_groups, self.base.state
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None) -> Any:
+        loss = evaluate(needs_closure(self, closure))
+        saved = self._climb()
+        evaluate(closure)
+        for params, weights in saved:
+            torch._foreach_copy_(params, weights)
+        self.base.step()
+        return loss
+
+    def _climb(self) -> list[tuple[list[Tensor], list[Tensor]]]:
+        """Moves the weights to w + e; returns the parameters with copies of what they were."""
+        steps: list[tuple[list[Tensor], Tensors, float]] = []
+        norms: list[Tensor] = []
+        for group in self.param_groups:
+            for params in chunks(group["params"]):
+                direction: Tensors = gradients(params)
+                if group["adaptive"]:
+                    scale = torch._foreach_abs(params)
+                    direction = torch._foreach_mul(direction, scale)
+                    norms += torch._foreach_norm(direction)
+                    torch._foreach_mul_(direction, scale)
+                else:
+                    norms += torch._foreach_norm(direction)
+                steps.append((params, direction, group["rho"]))
+        if not norms:
+            return []
+        norm = torch.stack([n.to(norms[0].device) for n in norms]).norm() + 1e-12
+        saved = []
+        for params, direction, rho in steps:
+            saved.append((params, [p.clone() for p in params]))
+            radius: Tensor = (rho / norm).to(params[0].device)
+            torch._foreach_add_(params, torch._foreach_mul(direction, radius))
+        return saved
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if any(
+            param_group is group for group in self.base.param_groups
+        ):  # called by Optimizer.__init__ with the base's own groups
+            param_group.setdefault("rho", self.defaults["rho"])
+            param_group.setdefault("adaptive", self.defaults["adaptive"])
+            return
+        self.base.add_param_group({**self.defaults, **param_group})
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.base.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.base.load_state_dict(state_dict)
+        self._share()

@@ -1,0 +1,84 @@
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import get_class
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+CONF = Path(__file__).parents[2] / "conf"
+
+
+def _build(node: dict[str, Any], params: Any) -> torch.optim.Optimizer:
+    keys = {k: _build(v, params) if isinstance(v, dict) else v for k, v in node.items() if k != "_target_"}
+    if "base" not in keys:
+        keys["params"] = params
+    built = get_class(node["_target_"])(**keys)
+    assert isinstance(built, torch.optim.Optimizer)
+    return built
+
+
+@pytest.fixture(scope="session")
+def keys_of() -> Callable[..., dict[str, Any]]:
+    """The keys of a choice, `_target_` among them, changed by what is typed."""
+
+    def keys_of(name: str, *typed: str) -> dict[str, Any]:
+        with initialize_config_dir(str(CONF), version_base=None):
+            config = compose(overrides=[f"+optimizer={name}", *(f"optimizer.{t}" for t in typed)])
+        keys = OmegaConf.to_container(config, resolve=True)
+        assert isinstance(keys, dict)
+        return keys["optimizer"]  # type: ignore[no-any-return]
+
+    return keys_of
+
+
+@pytest.fixture(scope="session")
+def choose(keys_of: Callable[..., dict[str, Any]]) -> Callable[..., torch.optim.Optimizer]:
+    """`choose(name, params, "lr=0.1", ...)` builds a choice from its YAML."""
+    return lambda name, params, *typed: _build(keys_of(name, *typed), params)
+
+
+class Problem:
+    """A small net (kernel, matrix, vectors) on fixed data in float64, with the closure that every optimizer takes."""
+
+    def __init__(self) -> None:
+        draw = torch.Generator().manual_seed(0)
+        self.model = nn.Sequential(nn.Conv2d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 3)).double()
+        with torch.no_grad():
+            for p in self.model.parameters():
+                p.copy_(0.5 * torch.randn(p.shape, generator=draw, dtype=p.dtype))
+        self.inputs = torch.randn(12, 1, 3, 3, generator=draw, dtype=torch.float64)
+        self.targets = torch.randint(3, (12,), generator=draw)
+
+    @property
+    def params(self) -> list[Tensor]:
+        return list(self.model.parameters())
+
+    def loss(self) -> Tensor:
+        return nn.functional.cross_entropy(self.model(self.inputs), self.targets)
+
+    def weights(self) -> Tensor:
+        return torch.cat([p.detach().reshape(-1) for p in self.params]).clone()
+
+
+@pytest.fixture
+def problem() -> Callable[[], Problem]:
+    return Problem
+
+
+@pytest.fixture(scope="session")
+def run_quadratic() -> Callable[..., list[Tensor]]:
+    """Feeds scripted gradients to an optimizer and returns the parameter after each step."""
+
+    def run(optimizer: torch.optim.Optimizer, p: Tensor, grads: Iterable[Tensor]) -> list[Tensor]:
+        path = []
+        for g in grads:
+            p.grad = g.clone()
+            optimizer.step()
+            path.append(p.detach().clone())
+        return path
+
+    return run

@@ -1,0 +1,178 @@
+"""What holds for every choice of the group, whosever class it is."""
+
+import copy
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import get_class
+
+from dlopt import optim
+from dlopt.optim import LossClosure
+from dlopt.optim.common import chunks
+
+CONF = Path(__file__).parents[2] / "conf"
+CHOICES = sorted(path.stem for path in (CONF / "optimizer").glob("[!_]*.yaml"))
+VARIANTS = {"dfp", "momentum"}  # a class under a second name, with other values
+
+
+@pytest.fixture(params=CHOICES)
+def name(request: pytest.FixtureRequest) -> str:
+    if request.param.startswith("schedule_free"):
+        pytest.importorskip("schedulefree")
+    return str(request.param)
+
+
+def plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def test_defaults_of_our_classes_are_those_of_the_yaml(name: str, keys_of: Callable[..., Any]) -> None:
+    keys = keys_of(name)
+    target = get_class(keys.pop("_target_"))
+    parameters = dict(inspect.signature(target).parameters)
+    parameters.pop("params", None)
+    if not target.__module__.startswith("dlopt."):
+        assert set(keys) <= set(parameters)
+        return
+    assert set(keys) == set(parameters)
+    assert all(p.kind is p.KEYWORD_ONLY for p in parameters.values())
+    if name not in VARIANTS:
+        expected = {key: plain(p.default) for key, p in parameters.items()}
+        if name == "sam":  # a base has to be given, and its learning rate is its own
+            expected |= {"base": keys["base"], "lr": keys["lr"]}
+        assert keys == expected
+
+
+def test_a_few_steps_lower_the_loss(name: str, problem: Callable[..., Any], choose: Callable[..., Any]) -> None:
+    p = problem()
+    optimizer, before = choose(name, p.params), p.loss().item()
+    closure = LossClosure(optimizer, p.loss)
+    losses = [float(optimizer.step(closure)) for _ in range(12)]
+    if hasattr(optimizer, "eval"):
+        optimizer.eval()
+    assert losses[0] == pytest.approx(before)  # the loss before the step
+    assert p.loss().item() < before
+
+
+def test_saving_midway_and_resuming_changes_nothing(
+    name: str, problem: Callable[..., Any], choose: Callable[..., Any], tmp_path: Path
+) -> None:
+    def steps(p: Any, optimizer: Any, n: int) -> None:
+        for _ in range(n):
+            optimizer.step(LossClosure(optimizer, p.loss))
+
+    def groups(p: Any) -> list[dict[str, Any]]:
+        return [{"params": p.params[::2]}, {"params": p.params[1::2]}] if name != "lbfgs" else [{"params": p.params}]
+
+    typed = ["max_iter=2", "history_size=3"] if name == "lbfgs" else []  # not at the minimum before it is saved
+    whole, first, second = problem(), problem(), problem()
+    steps(whole, choose(name, groups(whole), *typed), 9)
+
+    optimizer = choose(name, groups(first), *typed)
+    steps(first, optimizer, 5)
+    if hasattr(optimizer, "eval"):
+        optimizer.eval()  # a checkpoint holds the weights that are evaluated
+    torch.save({"model": first.model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "x.pt")
+    saved = torch.load(tmp_path / "x.pt", weights_only=True)
+
+    resumed = choose(name, groups(second), *typed)
+    second.model.load_state_dict(saved["model"])
+    resumed.load_state_dict(saved["optimizer"])
+    if hasattr(resumed, "train"):
+        resumed.train()
+    steps(second, resumed, 4)
+    assert torch.equal(second.weights(), whole.weights())
+    assert not torch.equal(first.weights(), whole.weights())
+
+
+def test_parameters_without_gradient_stay(name: str, problem: Callable[..., Any], choose: Callable[..., Any]) -> None:
+    p = problem()
+    p.model[0].weight.requires_grad_(False)
+    frozen = p.model[0].weight.clone()
+    optimizer = choose(name, p.params)
+    before = p.weights()
+    for _ in range(2):
+        optimizer.step(LossClosure(optimizer, p.loss))
+    assert torch.equal(p.model[0].weight, frozen)
+    assert not torch.equal(p.weights(), before)
+
+
+def test_our_classes_say_how_often_they_evaluate(
+    name: str, problem: Callable[..., Any], choose: Callable[..., Any]
+) -> None:
+    p = problem()
+    optimizer = choose(name, p.params)
+    calls = 0
+
+    def loss() -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return p.loss()  # type: ignore[no-any-return]
+
+    optimizer.step(LossClosure(optimizer, loss))
+    if type(optimizer).__module__.startswith("dlopt."):
+        assert optimizer.evaluations == ("once" if calls == 1 else "many")
+    else:
+        assert (calls > 1) == isinstance(optimizer, torch.optim.LBFGS)
+
+
+DECOUPLED = ["adamw", "sgdw", "momentum", "lamb", "lion", "muon", "nadam", "radam", "schedule_free_adamw"]
+
+
+@pytest.mark.parametrize("choice", [*DECOUPLED, "lars"])
+def test_decay_is_decoupled(choice: str, problem: Callable[..., Any], choose: Callable[..., Any]) -> None:
+    """Without a gradient the weights shrink by lr * weight_decay and moments stay empty."""
+    if choice.startswith("schedule_free"):
+        pytest.importorskip("schedulefree")
+    p = problem()
+    typed = ["lr=0.1", "weight_decay=0.5"]
+    typed += ["rest_lr=0.1"] if choice == "muon" else ["decoupled_weight_decay=true"] if choice == "lars" else []
+    optimizer, before = choose(choice, p.params, *typed), p.weights()
+    for q in p.params:
+        q.grad = torch.zeros_like(q)
+    optimizer.step()
+    moved = before - p.weights()
+    if choice == "lamb":  # the decay is scaled with the update: here each tensor moves by lr times its norm
+        for q, m in zip(p.params, moved.split([q.numel() for q in p.params]), strict=True):
+            assert float(m.norm()) == pytest.approx(0.1 * float(q.norm()) / 0.9)
+    else:
+        torch.testing.assert_close(moved, 0.05 * before)
+    for state in optimizer.state.values():
+        for key in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
+            assert not state.get(key, torch.zeros(1)).any()
+
+
+def test_gradient_descent_takes_the_full_batch_unless_something_else_is_typed() -> None:
+    with initialize_config_dir(str(CONF), version_base=None):
+        full = compose("train", overrides=["optimizer=gradient_descent", "optimizer.lr=0.3"])
+        typed = compose("train", overrides=["data.batch_size=32", "optimizer=gradient_descent"])
+        other = compose("train")
+    assert full.data.batch_size == "full"
+    assert full.optimizer.lr == 0.3
+    assert typed.data.batch_size == 32
+    assert typed.optimizer.momentum == 0.0
+    keys = {"_target_", "lr", "momentum", "dampening", "nesterov", "weight_decay"}
+    assert set(full.optimizer) == set(typed.optimizer) == keys
+    assert isinstance(other.data.batch_size, int)
+
+
+def test_chunks_hold_every_parameter_with_a_gradient_once() -> None:
+    sizes = (10, 1 << 18, 5, 1 << 16, 1 << 17, 1)
+    params = [torch.zeros(n, dtype=d) for n in sizes for d in (torch.float, torch.double)]
+    for p in params[1:]:
+        p.grad = torch.zeros_like(p)
+    lists = list(chunks(params))
+    assert sorted(id(p) for part in lists for p in part) == sorted(id(p) for p in params[1:])
+    assert all(len(part) == 1 or sum(p.numel() for p in part) <= 1 << 17 for part in lists)
+    assert len(lists) < len(params) - 1
+
+
+def test_exported_classes_can_be_copied() -> None:
+    p = torch.nn.Parameter(torch.ones(2))
+    for name in set(optim.__all__) - {"LossClosure", "SAM"}:
+        copy.deepcopy(getattr(optim, name)([p]))
