@@ -52,7 +52,7 @@ def read_idx(path: Path) -> Tensor:
     shape = np.frombuffer(data[4:start].ljust(4 * dimensions, b"\0"), dtype=">u4").astype(np.int64).tolist()
     if len(data) - start != int(np.prod(shape)):
         raise UserError(f"{path}: is damaged: {len(data) - start} bytes follow the header, which says {shape}")
-    return torch.frombuffer(bytearray(data[start:]), dtype=torch.uint8).view(shape)
+    return torch.from_numpy(np.frombuffer(data, dtype=np.uint8, offset=start).reshape(shape).copy())
 
 
 def _load(

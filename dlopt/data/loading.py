@@ -79,7 +79,7 @@ class Loader:
         if threading.current_thread() is threading.main_thread():
             # torch installs a handler that raises wherever the main thread happens to be when a worker dies.
             # Waiting for the next batch notices it as well, and there the error can be told properly.
-            signal.signal(signal.SIGCHLD, handler)
+            signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
         # Registered once the workers run, so that it comes before multiprocessing's own exit hook, which would send
         # them a signal that they outlive for a while, and wait.
         atexit.register(_close, weakref.ref(self))

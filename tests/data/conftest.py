@@ -1,0 +1,60 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dlopt.data.samples import InMemory
+from dlopt.data.settings import DataSettings
+
+
+@pytest.fixture
+def settings() -> Callable[..., DataSettings]:
+    def make(**changed: Any) -> DataSettings:
+        defaults: dict[str, Any] = {
+            "batch_size": 8,
+            "val_split": 0.0,
+            "subset": None,
+            "split_seed": 0,
+            "image_size": None,
+            "memory": "auto",
+            "workers": 0,
+            "drop_last": False,
+        }
+        return DataSettings(**defaults | changed)
+
+    return make
+
+
+@pytest.fixture
+def write_images() -> Callable[..., list[Path]]:
+    """Writes `count` random images into a folder."""
+
+    def write(
+        folder: Path, count: int, size: tuple[int, int] = (6, 5), suffix: str = ".png", mode: str = "RGB", seed: int = 0
+    ) -> list[Path]:
+        folder.mkdir(parents=True, exist_ok=True)
+        draw = np.random.default_rng(seed)
+        paths = []
+        for number in range(count):
+            shape = (*size, 3) if mode == "RGB" else size
+            path = folder / f"{number:03d}{suffix}"
+            Image.fromarray(draw.integers(0, 256, shape, dtype=np.uint8)).save(path)
+            paths.append(path)
+        return paths
+
+    return write
+
+
+@pytest.fixture
+def numbered() -> Callable[..., InMemory]:
+    """Images whose pixels tell their number, so that a batch shows which samples it holds."""
+
+    def make(count: int, classes: int = 3) -> InMemory:
+        inputs = torch.arange(count).view(count, 1, 1, 1).expand(count, 1, 2, 2).to(torch.uint8)
+        return InMemory(inputs.contiguous(), torch.arange(count) % classes)
+
+    return make

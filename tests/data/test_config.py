@@ -1,0 +1,34 @@
+"""Every choice's file fits its callable: the keys are its arguments, explained on the first line."""
+
+import importlib
+import inspect
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dlopt.data.settings import DataSettings
+
+CONF = Path(__file__).parents[2] / "conf"
+COMMON = {field.name for field in fields(DataSettings)}
+RUNTIME = {"normalize": {"input_shape"}, "sampler": {"targets", "seed"}, "data": COMMON}
+
+
+CHOICES = [path for group in RUNTIME for path in sorted((CONF / group).glob("[!_]*.yaml"))]
+
+
+@pytest.mark.parametrize("path", CHOICES, ids=lambda path: f"{path.parent.name}={path.stem}")
+def test_keys_are_the_arguments(path: Path) -> None:
+    first = path.read_text().splitlines()[0]
+    assert first.startswith("# ") and len(first) > 10
+    node = yaml.safe_load(path.read_text())
+    assert path.parent.name != "data" or node["defaults"] == ["_common", "_self_"]
+    module, _, name = node["_target_"].rpartition(".")
+    parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters.values()
+    assert all(p.kind is p.KEYWORD_ONLY and p.default is p.empty and p.annotation is not p.empty for p in parameters)
+    assert {p.name for p in parameters} - RUNTIME[path.parent.name] == set(node) - {"_target_", "defaults"}
+
+
+def test_the_common_keys_are_the_settings() -> None:
+    assert set(yaml.safe_load((CONF / "data" / "_common.yaml").read_text())) == COMMON

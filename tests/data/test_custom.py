@@ -1,0 +1,65 @@
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import Dataset, TensorDataset
+
+from dlopt.data.custom import custom
+from dlopt.errors import UserError
+
+
+class Points(Dataset[tuple[torch.Tensor, Any]]):
+    """Vectors with the given labels."""
+
+    def __init__(self, labels: list[Any]) -> None:
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, Any]:
+        return torch.full((3,), float(index)), self.labels[index]
+
+
+def load(**changed: Any) -> Any:
+    return custom(
+        **{"train": Points([0, 1, 2, 1]), "val": None, "test": None, "classes": None, "image_size": None} | changed
+    )
+
+
+def test_datasets_of_the_user() -> None:
+    data = load(val=Points([2, 0]), test=TensorDataset(torch.rand(5, 3), torch.arange(5) % 3))
+    assert data.classes == ("0", "1", "2") and data.train.shape == (3,)
+    assert data.train.targets.tolist() == [0, 1, 2, 1] and data.test.targets.tolist() == [0, 1, 2, 0, 1]
+    assert data.train.fetch(torch.tensor([2])).tolist() == [[2.0] * 3]
+
+
+def test_classes_may_be_named_or_counted() -> None:
+    assert load(classes=["a", "b", "c"]).classes == ("a", "b", "c")
+    assert len(load(classes=5).classes) == 5
+
+
+def test_floating_point_labels_mean_regression() -> None:
+    data = load(train=Points([0.5, 1.5]))
+    assert data.classes is None and data.train.targets.tolist() == [0.5, 1.5]
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"train": None}, "data.train=null: a dataset is needed"),
+        ({"train": 3}, r"data.train \(builtins.int\): has no __getitem__"),
+        ({"classes": 2}, "data.train: has labels from 0 to 2; with 2 classes 0 to 1 are allowed"),
+        ({"classes": ["a"]}, "with 1 classes"),
+        ({"test": Points([0, 3])}, "data.test: has labels from 0 to 3; with 3 classes"),
+        ({"val": Points([0, -1])}, "data.val: has labels from -1"),
+        ({"train": Points([1, 2, 3])}, "labels must be 0 to 3 without a gap, lacks 0"),
+        ({"train": Points([0, -1])}, "without a gap, has -1"),
+        ({"val": Points([0.5])}, "data.val: its labels are not of the kind"),
+        ({"train": Points([0.5, float("nan")])}, "labels that are not finite"),
+        ({"train": Points([0.5]), "classes": 2}, "data.classes=2: the labels are floating-point"),
+    ],
+)
+def test_mistakes_are_told(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load(**changed)

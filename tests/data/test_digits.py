@@ -1,0 +1,54 @@
+import hashlib
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from dlopt.data.digits import digits
+from dlopt.data.samples import InMemory
+from dlopt.data.settings import DataSettings
+from dlopt.data.splits import prepare
+from dlopt.errors import UserError
+
+
+def test_digits_equal_those_of_scikit_learn() -> None:
+    from sklearn.datasets import load_digits
+
+    ours, theirs = digits(), load_digits()
+    assert isinstance(ours.train, InMemory) and isinstance(ours.test, InMemory)
+    inputs = torch.cat([ours.train.inputs, ours.test.inputs])
+    targets = torch.cat([ours.train.targets, ours.test.targets])
+    assert inputs.shape == (1797, 1, 8, 8) and inputs.dtype == torch.uint8 and ours.classes == tuple("0123456789")
+    rows = {(bytes(image.flatten().tolist()), int(label)) for image, label in zip(inputs, targets, strict=True)}
+    scaled = (torch.from_numpy(theirs.images) * 255 / 16).round().to(torch.uint8)
+    expected = {
+        (bytes(image.flatten().tolist()), int(label)) for image, label in zip(scaled, theirs.target, strict=True)
+    }
+    assert rows == expected and len(rows) == 1797
+
+
+@pytest.mark.parametrize("seed", [0, 1, 12345])
+def test_the_test_split_is_fixed_and_stratified(settings: Callable[..., DataSettings], seed: int) -> None:
+    """The hash is part of the promise: test figures of all versions can be compared."""
+    parts = prepare(digits(), settings(split_seed=seed, val_split=0.1))
+    assert isinstance(parts.test, InMemory)
+    digest = hashlib.sha256(parts.test.inputs.numpy().tobytes() + parts.test.targets.numpy().tobytes()).hexdigest()
+    assert digest == "9e7b638abe2c9e6883c2f1cf614903abc8a2cafc0751212893b2f1dd8d60beec"
+    counts = torch.bincount(parts.test.targets)
+    whole = counts + torch.bincount(digits().train.targets)
+    assert len(parts.test) == 359 and ((counts - 0.2 * whole).abs() <= 1).all()
+
+
+def test_neither_scikit_learn_nor_torchvision_is_imported() -> None:
+    heavy = "{'sklearn', 'torchvision', 'PIL'}"
+    code = f"import sys; from dlopt.data.digits import digits; digits(); print({heavy} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"data=digits: .*pip install scikit-learn"):
+        digits()

@@ -1,0 +1,139 @@
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from dlopt.data.batches import Batches
+from dlopt.data.folder import image_folder
+from dlopt.data.images import decode
+from dlopt.data.samples import Dataset
+from dlopt.data.settings import DataSettings
+from dlopt.data.splits import prepare
+from dlopt.errors import UserError
+
+WriteImages = Callable[..., list[Path]]
+
+
+def load(root: Path, size: int | tuple[int, int] | None = None) -> Dataset:
+    return image_folder(root=str(root), channels=3, image_size=size)
+
+
+@pytest.fixture
+def root(tmp_path: Path, write_images: WriteImages) -> Path:
+    for part, cats, dogs in (("train", 4, 3), ("val", 2, 1), ("test", 1, 2)):
+        write_images(tmp_path / part / "cat", cats, suffix=".jpg", seed=cats)
+        write_images(tmp_path / part / "dog", dogs, suffix=".jpg", seed=10 + dogs)
+    return tmp_path
+
+
+def test_folders_become_classes(root: Path, write_images: WriteImages) -> None:
+    nested = write_images(root / "train" / "dog" / "more", 1)[0]
+    (root / "train" / "cat" / "notes.txt").write_text("no image")
+    (root / "train" / "cat" / "._000.jpg").write_text("of a file system")
+    (root / "train" / ".cache").mkdir()
+    data = load(root)
+    assert data.classes == ("cat", "dog") and data.train.shape == (3, 6, 5)
+    assert data.val is not None and data.test is not None
+    assert [part.targets.tolist() for part in (data.train, data.val, data.test)] == [
+        [0] * 4 + [1] * 4, [0, 0, 1], [0, 1, 1],
+    ]  # fmt: skip
+    first = decode(str(root / "train" / "cat" / "000.jpg"), None, 3)
+    assert torch.equal(data.train.fetch(torch.tensor([0]))[0], first)
+    assert torch.equal(data.train.fetch(torch.tensor([7]))[0], decode(str(nested), None, 3))
+
+
+def test_without_val_and_test(tmp_path: Path, write_images: WriteImages, settings: Callable[..., DataSettings]) -> None:
+    for name in "ab":
+        write_images(tmp_path / "train" / name, 10, seed=ord(name))
+    parts = prepare(load(tmp_path), settings(val_split=0.2))
+    assert parts.test is None and parts.val is not None and parts.val.targets.tolist() == [0, 0, 1, 1]
+
+
+def test_any_size_with_image_size(tmp_path: Path, write_images: WriteImages) -> None:
+    write_images(tmp_path / "train" / "a", 1, size=(9, 30))
+    write_images(tmp_path / "train" / "b", 1, size=(50, 20), mode="L")
+    assert load(tmp_path, 8).train.fetch(torch.arange(2)).shape == (2, 3, 8, 8)
+    assert load(tmp_path, (4, 6)).train.shape == (3, 4, 6)
+    with pytest.raises(UserError, match=r"data.image_size=null"):
+        load(tmp_path)
+
+
+def test_one_sample_per_class_and_one_channel(
+    tmp_path: Path, write_images: WriteImages, settings: Callable[..., DataSettings]
+) -> None:
+    for name in "abc":
+        write_images(tmp_path / "train" / name, 1, mode="L", seed=ord(name))
+    parts = prepare(image_folder(root=str(tmp_path), channels=1, image_size=None), settings(val_split=0.1))
+    assert parts.val is None
+    ((inputs, targets),) = Batches(
+        parts.train, batch_size=128, device="cpu", in_memory=parts.in_memory, workers=0
+    ).epoch(0)
+    assert inputs.shape == (3, 1, 6, 5) and targets.tolist() == [0, 1, 2]
+
+
+def remove(path: Path) -> None:
+    for name in path.iterdir():
+        name.unlink()
+    path.rmdir()
+
+
+def test_a_missing_root_or_train_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"data.root={tmp_path}/none: is missing"):
+        load(tmp_path / "none")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"is not a folder"):
+        load(tmp_path / "file")
+    with pytest.raises(UserError, match=rf"{tmp_path}/train is missing; images are expected as train/CLASS/IMAGE"):
+        load(tmp_path)
+    (tmp_path / "train").mkdir()
+    with pytest.raises(UserError, match=rf"{tmp_path}/train has no class folders"):
+        load(tmp_path)
+
+
+def test_an_empty_class_folder_is_named(root: Path) -> None:
+    (root / "train" / "eel").mkdir()
+    with pytest.raises(UserError, match=rf"{root}/train/eel has no images"):
+        load(root)
+
+
+@pytest.mark.parametrize("part", ["val", "test"])
+def test_a_class_missing_from_one_part_is_named(root: Path, part: str) -> None:
+    remove(root / part / "dog")
+    with pytest.raises(UserError, match=rf"{root}/{part}/dog is missing; train has it"):
+        load(root)
+
+
+def test_a_class_that_train_lacks_is_named(root: Path) -> None:
+    remove(root / "train" / "dog")
+    with pytest.raises(UserError, match=rf"train has no class folder like {root}/val/dog"):
+        load(root)
+
+
+def test_an_unreadable_folder_is_named(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listdir, scandir = os.listdir, os.scandir
+
+    def refuse(path: str | Path, name: str, real: Callable[..., object]) -> object:
+        if str(path).endswith(name):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "listdir", lambda path: refuse(path, "val", listdir))
+    with pytest.raises(UserError, match=rf"{root}/val: cannot be read \(Permission denied\)"):
+        load(root)
+    monkeypatch.setattr(os, "listdir", listdir)
+    monkeypatch.setattr(os, "scandir", lambda path: refuse(path, "dog", scandir))
+    with pytest.raises(UserError, match=rf"{root}/train/dog: cannot be read \(Permission denied\)"):
+        load(root)
+
+
+def test_a_corrupt_image_is_named(root: Path, settings: Callable[..., DataSettings]) -> None:
+    bad = root / "train" / "cat" / "000.jpg"
+    good = bad.read_bytes()
+    bad.write_bytes(good[: len(good) * 3 // 4])  # the header is whole, the pixels are not
+    with pytest.raises(UserError, match=rf"{bad}: cannot be read as an image"):
+        prepare(load(root), settings())
+    bad.write_bytes(b"")
+    with pytest.raises(UserError, match=rf"{bad}: cannot be read as an image"):
+        load(root)

@@ -1,0 +1,143 @@
+import gzip
+import os
+import struct
+import urllib.error
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dlopt.data import idx
+from dlopt.data.idx import fashion_mnist, mnist, read_idx
+from dlopt.errors import UserError
+
+
+def idx_bytes(array: np.ndarray) -> bytes:
+    return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.astype(np.uint8).tobytes()
+
+
+def write(folder: Path, zipped: bool, train: int = 12, test: int = 5) -> dict[str, np.ndarray]:
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = np.random.default_rng(0)
+    arrays = {}
+    for prefix, count in (("train", train), ("t10k", test)):
+        arrays[f"{prefix}-images-idx3-ubyte"] = draw.integers(0, 256, (count, 4, 3))
+        arrays[f"{prefix}-labels-idx1-ubyte"] = np.arange(count) % 10
+    for name, array in arrays.items():
+        data = idx_bytes(array)
+        (folder / (name + ".gz" * zipped)).write_bytes(gzip.compress(data) if zipped else data)
+    return arrays
+
+
+@pytest.mark.parametrize("place", [".", "raw", "MNIST/raw"])
+@pytest.mark.parametrize("zipped", [False, True])
+def test_files_are_found_and_read(tmp_path: Path, place: str, zipped: bool) -> None:
+    arrays = write(tmp_path / place, zipped)
+    data = mnist(root=str(tmp_path), download=False)
+    assert data.test is not None and data.classes == tuple("0123456789")
+    for part, prefix in ((data.train, "train"), (data.test, "t10k")):
+        images = torch.from_numpy(arrays[f"{prefix}-images-idx3-ubyte"]).unsqueeze(1)
+        assert part.shape == (1, 4, 3) and torch.equal(part.fetch(torch.arange(len(part))).long(), images)
+        assert part.targets.tolist() == arrays[f"{prefix}-labels-idx1-ubyte"].tolist()
+
+
+def test_the_root_comes_from_the_environment_where_none_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "elsewhere", True)
+    monkeypatch.setenv("DLOPT_DATA", str(tmp_path / "elsewhere"))
+    assert len(mnist(root=None, download=False).train) == 12
+    monkeypatch.delenv("DLOPT_DATA")
+    write(tmp_path / "data" / "raw", True, train=11)
+    monkeypatch.chdir(tmp_path)
+    assert len(mnist(root=None, download=False).train) == 11
+
+
+def test_debians_package_serves_where_no_root_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "debian", True, train=10)
+    monkeypatch.setattr(idx, "DEBIAN_FASHION_MNIST", tmp_path / "debian")
+    monkeypatch.chdir(tmp_path)
+    data = fashion_mnist(root=None, download=False)
+    assert len(data.train) == 10 and data.classes is not None and data.classes[9] == "Ankle boot"
+    with pytest.raises(UserError, match=r"data=fashion_mnist: no IDX files .* set data.root"):
+        fashion_mnist(root=str(tmp_path), download=False)
+    write(tmp_path / "data", False, train=20)
+    assert len(fashion_mnist(root=None, download=False).train) == 20
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not idx.DEBIAN_FASHION_MNIST.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
+def test_the_installed_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DLOPT_DATA", raising=False)
+    data = fashion_mnist(root=None, download=False)
+    assert data.test is not None and data.train.shape == (1, 28, 28)
+    assert torch.bincount(data.train.targets).tolist() == [6000] * 10
+    assert torch.bincount(data.test.targets).tolist() == [1000] * 10
+
+
+def test_missing_files_are_downloaded_by_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(url: str, download_root: str, filename: str, **_: Any) -> None:
+        prefix, kind = filename.split("-")[0], filename.split("-")[1]
+        array = np.zeros((10, 4, 4)) if kind == "images" else np.arange(10)
+        Path(download_root, filename.removesuffix(".gz")).write_bytes(idx_bytes(array))
+        assert prefix in ("train", "t10k")
+
+    monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", download)
+    assert len(mnist(root=str(tmp_path), download=True).train) == 10
+    monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", None)
+    assert len(mnist(root=str(tmp_path), download=True).train) == 10  # they are there now
+
+
+def test_a_failing_download_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(*_: Any, **__: Any) -> None:
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", download)
+    with pytest.raises(UserError, match=rf"data=mnist: {tmp_path}: Error downloading") as caught:
+        mnist(root=str(tmp_path), download=True)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        (b"", "is not an IDX file"),
+        (b"hello world", "is not an IDX file"),
+        (struct.pack(">HBBI", 0, 9, 1, 3) + b"123", "is not an IDX file"),
+        (struct.pack(">HBBI", 0, 8, 1, 3) + b"12", r"is damaged: 2 bytes follow the header, which says \[3\]"),
+        (struct.pack(">HBB", 0, 8, 3) + b"\0\0\0\5", "is damaged"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path: Path, data: bytes, message: str) -> None:
+    path = tmp_path / "x-ubyte"
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=f"{path}: {message}"):
+        read_idx(path)
+
+
+def test_a_truncated_or_false_gzip_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.gz"
+    whole = gzip.compress(idx_bytes(np.frombuffer(os.urandom(1000), np.uint8)))
+    for data in (whole[: len(whole) // 2], b"plain", whole[:15] + b"\xff" * 30 + whole[45:]):
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=f"{path}: cannot be read"):
+            read_idx(path)
+
+
+@pytest.mark.parametrize(
+    "name, array, message",
+    [
+        ("train-labels-idx1-ubyte", np.arange(11) % 10, "labels for 12 images"),
+        ("train-labels-idx1-ubyte", np.full(12, 10), "has a label 10; 0 to 9"),
+        ("t10k-images-idx3-ubyte", np.zeros((5, 3)), r"an array \[5, 3\]"),
+        ("t10k-images-idx3-ubyte", np.zeros((0, 3, 3)), r"an array \[0, 3, 3\]"),
+    ],
+)
+def test_files_that_do_not_go_together(tmp_path: Path, name: str, array: np.ndarray, message: str) -> None:
+    write(tmp_path, zipped=False)
+    (tmp_path / name).write_bytes(idx_bytes(array))
+    with pytest.raises(UserError, match=f"{tmp_path / name}.*{message}"):
+        mnist(root=str(tmp_path), download=False)

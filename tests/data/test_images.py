@@ -1,0 +1,148 @@
+import struct
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+from dlopt.data.images import _centre_box, decode, from_pil, header_size, is_image, resize
+from dlopt.errors import UserError
+
+
+def gradient(height: int, width: int) -> np.ndarray:
+    rows, columns = np.mgrid[0:height, 0:width]
+    return np.stack([rows * 255 // height, columns * 255 // width, (rows + columns) % 256], -1).astype(np.uint8)
+
+
+def test_native_size_keeps_every_pixel(tmp_path: Path) -> None:
+    pixels = gradient(7, 9)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    assert torch.equal(decode(str(tmp_path / "a.png"), None, 3), torch.from_numpy(pixels).permute(2, 0, 1))
+
+
+@pytest.mark.parametrize("height, width", [(40, 90), (90, 40), (33, 33), (300, 520)])
+@pytest.mark.parametrize("size", [(32, 32), (16, 24)])
+def test_scaled_to_cover_and_cut_to_the_centre(tmp_path: Path, height: int, width: int, size: tuple[int, int]) -> None:
+    """On an image that rises linearly, the value of a pixel tells the position that it was taken from."""
+    Image.fromarray(gradient(height, width)).save(tmp_path / "a.png")
+    ours = decode(str(tmp_path / "a.png"), size, 3).float()
+    scale = min(height / size[0], width / size[1])
+    rows = height / 2 + scale * (torch.arange(size[0]) + 0.5 - size[0] / 2) - 0.5
+    columns = width / 2 + scale * (torch.arange(size[1]) + 0.5 - size[1] / 2) - 0.5
+    inner = slice(2, -2)  # at the borders less than a full window is averaged
+    assert (ours[0, inner, 0] - rows[inner] * 255 / height).abs().max() <= 1.5
+    assert (ours[1, 0, inner] - columns[inner] * 255 / width).abs().max() <= 1.5
+
+
+@pytest.mark.parametrize("height, width", [(40, 90), (33, 33), (8, 8), (300, 520)])
+@pytest.mark.parametrize("size", [(32, 32), (16, 24)])
+def test_tensors_are_resized_as_torchvision_does(height: int, width: int, size: tuple[int, int]) -> None:
+    images = torch.from_numpy(gradient(height, width)).permute(2, 0, 1)[None]
+    left, top, right, bottom = (round(edge) for edge in _centre_box(width, height, size))
+    expected = v2.functional.resize(images[..., top:bottom, left:right].float(), list(size), antialias=True)
+    assert (resize(images, size).float() - expected).abs().max() <= 0.5
+    assert (resize(images.float(), size) - expected).abs().max() == 0
+
+
+def test_a_large_jpeg_is_decoded_at_reduced_size_without_visible_change(tmp_path: Path) -> None:
+    smooth = gradient(640, 960)
+    smooth[..., 2] = 0
+    Image.fromarray(smooth).save(tmp_path / "a.jpg", quality=95)
+    Image.fromarray(smooth).save(tmp_path / "a.png")
+    jpeg, png = (decode(str(tmp_path / name), (32, 32), 3).float() for name in ("a.jpg", "a.png"))
+    assert (jpeg - png).abs().max() <= 6
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [None, (4, 4)])
+def test_every_mode_gives_the_wanted_channels(mode: str, channels: int, size: tuple[int, int] | None) -> None:
+    image = Image.fromarray(gradient(8, 8)).convert(mode)
+    assert from_pil(image, channels).shape == (channels, 8, 8)
+
+
+def test_palette_with_transparency_does_not_warn(tmp_path: Path) -> None:
+    image = Image.fromarray(gradient(8, 8)).convert("P")
+    image.save(tmp_path / "a.png", transparency=bytes(range(256)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert decode(str(tmp_path / "a.png"), None, 3).shape == (3, 8, 8)
+
+
+def test_16_bit_grey_is_scaled_not_clipped(tmp_path: Path) -> None:
+    values = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    ours = decode(str(tmp_path / "a.png"), None, 1)
+    assert torch.equal(ours[0], torch.from_numpy((values >> 8).astype(np.uint8)))
+
+
+def test_exif_orientation_is_followed(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying; a quarter turn clockwise makes it upright
+    lying = np.zeros((16, 32, 3), np.uint8)
+    lying[:, :8] = 255  # its left edge, which becomes the upper edge
+    Image.fromarray(lying).save(tmp_path / "a.jpg", exif=exif, quality=95)
+    path = str(tmp_path / "a.jpg")
+    upright = decode(path, None, 1)
+    assert header_size(path) == (32, 16) and upright.shape == (1, 32, 16)
+    assert upright[0, :6].float().mean() > 240 and upright[0, 10:].float().mean() < 15
+    assert decode(path, (8, 4), 1)[0, 0].float().mean() > 200
+
+
+def test_of_an_animation_the_first_frame(tmp_path: Path) -> None:
+    frames = [Image.new("L", (4, 4), value) for value in (10, 200)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert decode(str(tmp_path / "a.gif"), None, 1).unique().tolist() == [10]
+
+
+@pytest.mark.parametrize("height, width", [(1, 1), (1, 3000), (3000, 1)])
+def test_extreme_shapes(tmp_path: Path, height: int, width: int) -> None:
+    Image.new("L", (width, height), 77).save(tmp_path / "a.png")
+    assert decode(str(tmp_path / "a.png"), (8, 8), 1).unique().tolist() == [77]
+
+
+def broken_files(tmp_path: Path) -> dict[str, Path]:
+    Image.fromarray(gradient(64, 64)).save(tmp_path / "good.jpg")
+    Image.fromarray(gradient(64, 64)).save(tmp_path / "good.png")
+    jpeg, png = (tmp_path / "good.jpg").read_bytes(), (tmp_path / "good.png").read_bytes()
+    bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(">I4sIIBBBBB", 13, b"IHDR", 60000, 60000, 8, 2, 0, 0, 0) + b"\0" * 40
+    contents = {
+        "empty": b"",
+        "cut_head": jpeg[:20],
+        "cut_body": jpeg[: len(jpeg) // 2],
+        "cut_png": png[: len(png) // 2],
+        "wrong_header": b"\0" * 20 + jpeg[20:],
+        "text": b"this is no image\n",
+        "bomb": bomb,
+    }
+    for name, data in contents.items():
+        (tmp_path / f"{name}.jpg").write_bytes(data)
+    (tmp_path / "folder.jpg").mkdir()
+    return {name: tmp_path / f"{name}.jpg" for name in (*contents, "missing", "folder")}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["empty", "cut_head", "cut_body", "cut_png", "wrong_header", "text", "bomb", "missing", "folder"],
+)
+def test_a_broken_file_is_named_in_one_line(tmp_path: Path, name: str) -> None:
+    path = broken_files(tmp_path)[name]
+    with pytest.raises(UserError) as caught:
+        decode(str(path), (8, 8), 3)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: cannot be read as an image (") and "\n" not in message
+
+
+def test_the_content_counts_not_the_extension(tmp_path: Path) -> None:
+    Image.fromarray(gradient(8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "a.png").rename(tmp_path / "a.jpg")
+    assert decode(str(tmp_path / "a.jpg"), None, 3).shape == (3, 8, 8)
+
+
+def test_which_names_are_images() -> None:
+    assert [is_image(Path(name)) for name in ("a.JPG", "b.webp", "._a.jpg", "notes.txt", "a")] == [True, True] + [
+        False
+    ] * 3

@@ -1,0 +1,118 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dlopt.data.normalization import Nothing, ScaleShift, Standardize, Unit, moments
+from dlopt.data.samples import Files, InMemory
+
+
+def samples(inputs: Tensor) -> InMemory:
+    return InMemory(inputs, torch.zeros(len(inputs), dtype=torch.int64))
+
+
+def images(count: int = 40, channels: int = 3) -> Tensor:
+    draw = torch.Generator().manual_seed(0)
+    spread = torch.tensor([20, 100, 256])[:channels].view(-1, 1, 1)
+    return (torch.rand(count, channels, 6, 5, generator=draw) * spread).to(torch.uint8)
+
+
+def fitted(kind: type[ScaleShift], inputs: Tensor, dtype: torch.dtype = torch.float64) -> ScaleShift:
+    module = kind(input_shape=tuple(inputs.shape[1:])).to(dtype)
+    module.fit(samples(inputs))
+    return module
+
+
+def test_standardized_channels_have_mean_0_and_deviation_1() -> None:
+    inputs = images()
+    result = fitted(Standardize, inputs)(inputs)
+    assert torch.allclose(result.mean((0, 2, 3)), torch.zeros(3).double(), atol=1e-12)
+    assert torch.allclose(result.var((0, 2, 3), correction=0), torch.ones(3).double(), atol=1e-12)
+
+
+def test_standardized_features() -> None:
+    inputs = torch.randn(50, 7) * torch.logspace(-3, 3, 7) + torch.logspace(3, -3, 7)
+    result = fitted(Standardize, inputs)(inputs)
+    assert result.shape == (50, 7) and result.dtype == torch.float64
+    assert torch.allclose(result.mean(0), torch.zeros(7).double(), atol=1e-9)
+    assert torch.allclose(result.std(0, correction=0), torch.ones(7).double(), atol=1e-9)
+
+
+@given(count=st.integers(1, 30), chunk=st.integers(1, 9), offset=st.floats(-1e6, 1e6))
+def test_moments_do_not_depend_on_the_chunks(count: int, chunk: int, offset: float) -> None:
+    inputs = torch.randn(count, 4, generator=torch.Generator().manual_seed(count)) + offset
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dlopt.data.loading._CHUNK_BYTES", 4 * chunk)
+        mean, deviation = moments(samples(inputs))
+    exact = inputs.double()
+    assert torch.allclose(mean, exact.mean(0), rtol=1e-12, atol=1e-12)
+    if count > 1 and len(inputs.unique(dim=0)) == count:
+        assert torch.allclose(deviation, exact.std(0, correction=0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1e6 + 0.1, -3.7])
+@pytest.mark.parametrize("kind", [Standardize, Unit])
+def test_what_is_constant_becomes_0(kind: type[ScaleShift], value: float) -> None:
+    inputs = torch.randn(1001, 3)
+    inputs[:, 1] = value
+    result = fitted(kind, inputs)(inputs)
+    assert result.isfinite().all() and result[:, 1].abs().max() < 1e-6 and result[:, 0].abs().max() > 0.1
+
+
+@pytest.mark.parametrize("kind", [Standardize, Unit, Nothing])
+def test_one_sample_and_a_black_channel(kind: type[ScaleShift]) -> None:
+    inputs = images(1)
+    inputs[:, 0] = 0
+    result = fitted(kind, inputs)(inputs)
+    assert result.isfinite().all() and result[:, 0].abs().max() == 0
+
+
+def test_unit_images_and_features() -> None:
+    inputs = images()
+    assert torch.equal(fitted(Unit, inputs)(inputs), inputs * torch.tensor(1 / 255, dtype=torch.float64))
+    vectors = torch.randn(30, 4)
+    result = fitted(Unit, vectors)(vectors)
+    assert torch.allclose(result.amin(0), torch.zeros(4).double()) and torch.allclose(
+        result.amax(0), torch.ones(4).double()
+    )
+
+
+def test_nothing_converts_only() -> None:
+    inputs = images()
+    result = fitted(Nothing, inputs)(inputs)
+    assert result.dtype == torch.float64 and torch.equal(result, inputs.double())
+
+
+@pytest.mark.parametrize("kind", [Standardize, Unit, Nothing])
+def test_inputs_are_not_changed(kind: type[ScaleShift]) -> None:
+    inputs = torch.randn(10, 4)
+    before = inputs.clone()
+    fitted(kind, inputs, torch.float32)(inputs).add_(1 if kind is not Nothing else 0)
+    assert torch.equal(inputs, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_module_decides_the_dtype_and_the_batch_the_layout(dtype: torch.dtype) -> None:
+    inputs = images().contiguous(memory_format=torch.channels_last)
+    result = fitted(Standardize, inputs, dtype)(inputs)
+    assert result.dtype == dtype and result.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_state_is_all_there_is() -> None:
+    inputs = images()
+    module = fitted(Standardize, inputs)
+    other = Standardize(input_shape=(3, 6, 5)).double()
+    other.load_state_dict(module.state_dict())
+    assert torch.equal(other(inputs), module(inputs))
+
+
+def test_statistics_of_files_equal_those_in_memory(tmp_path: Path, write_images: Callable[..., list[Path]]) -> None:
+    files = Files([str(path) for path in write_images(tmp_path, 9)], torch.zeros(9), None, 3)
+    a, b = Standardize(input_shape=files.shape), Standardize(input_shape=files.shape)
+    a.fit(files)
+    b.fit(samples(files.fetch(torch.arange(9))))
+    assert torch.equal(a.scale, b.scale) and torch.equal(a.shift, b.shift)

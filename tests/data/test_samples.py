@@ -1,0 +1,169 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dlopt.data.samples import Files, InMemory, Samples, Wrapped
+from dlopt.errors import UserError
+
+WriteImages = Callable[..., list[Path]]
+
+
+class Items:
+    """A map-style dataset over a list."""
+
+    def __init__(self, items: list[Any], **attributes: Any) -> None:
+        self.items = items
+        self.reads = 0
+        self.__dict__.update(attributes)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Any:
+        self.reads += 1
+        return self.items[index]
+
+
+def check_protocol(samples: Samples) -> None:
+    everything = samples.fetch(torch.arange(len(samples)))
+    assert everything.shape == (len(samples), *samples.shape)
+    picked = torch.tensor([3, 0, 2])
+    assert torch.equal(samples.fetch(picked), everything[picked])
+    chosen = samples.select(picked)
+    assert len(chosen) == 3 and torch.equal(chosen.targets, samples.targets[picked])
+    assert torch.equal(chosen.fetch(torch.tensor([1, 2])), everything[picked[1:]])
+    again = chosen.select(torch.tensor([2]))
+    assert torch.equal(again.fetch(torch.tensor([0])), everything[[2]])
+    assert samples.fetch(torch.tensor([], dtype=torch.int64)).shape == (0, *samples.shape)
+
+
+def test_in_memory_follows_the_protocol() -> None:
+    check_protocol(InMemory(torch.randint(0, 256, (5, 1, 2, 2), dtype=torch.uint8), torch.arange(5)))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [None, (4, 7)])
+def test_files_follow_the_protocol(
+    tmp_path: Path, write_images: WriteImages, channels: int, size: tuple[int, int] | None
+) -> None:
+    paths = write_images(tmp_path, 5)
+    samples = Files([str(path) for path in paths], torch.arange(5), size, channels)
+    assert samples.shape == (channels, *(size or (6, 5)))
+    check_protocol(samples)
+
+
+def test_files_of_different_sizes_need_an_image_size(tmp_path: Path, write_images: WriteImages) -> None:
+    paths = write_images(tmp_path / "a", 2) + write_images(tmp_path / "b", 1, size=(9, 9))
+    with pytest.raises(UserError, match=rf"data.image_size=null.*{paths[2]} is 9x9, others are 6x5.*image_size=224"):
+        Files([str(path) for path in paths], torch.arange(3), None, 3)
+
+
+def test_an_odd_size_that_the_first_look_missed_is_told_when_it_is_met(
+    tmp_path: Path, write_images: WriteImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dlopt.data.samples._HEADERS_CHECKED", 2)
+    paths = write_images(tmp_path / "a", 2) + write_images(tmp_path / "b", 1, size=(9, 9))
+    samples = Files([str(paths[i]) for i in (0, 2, 1)], torch.arange(3), None, 3)
+    with pytest.raises(UserError, match="9x9"):
+        samples.fetch(torch.arange(3))
+
+
+def test_paths_outside_ascii(tmp_path: Path, write_images: WriteImages) -> None:
+    paths = write_images(tmp_path / "Käfer 甲虫", 2)
+    samples = Files([str(path) for path in paths], torch.arange(2), None, 3)
+    assert samples.path(1) == str(paths[1]) and samples.fetch(torch.tensor([1])).shape == (1, 3, 6, 5)
+
+
+IMAGE = torch.arange(24, dtype=torch.uint8).view(2, 3, 4)
+
+
+@pytest.mark.parametrize(
+    "value, expected",
+    [
+        (IMAGE, IMAGE),
+        (IMAGE[0], IMAGE[:1]),
+        (IMAGE.float() / 7, IMAGE.float() / 7),
+        (IMAGE.double(), IMAGE.float()),
+        (IMAGE.permute(1, 2, 0).numpy(), IMAGE),
+        (IMAGE[0].numpy(), IMAGE[:1]),
+        (Image.fromarray(IMAGE[0].numpy()), IMAGE[:1]),
+        (Image.fromarray(IMAGE[0].numpy()).convert("RGB"), IMAGE[:1].expand(3, 3, 4)),
+        (torch.tensor([1, 2, 3]), torch.tensor([1.0, 2, 3])),
+        (np.array([1.5, 2]), torch.tensor([1.5, 2])),
+        (torch.tensor([1, 2], dtype=torch.uint8), torch.tensor([1.0, 2])),
+    ],
+)
+def test_wrapped_inputs_of_every_kind(value: Any, expected: Tensor) -> None:
+    samples = Wrapped(Items([(value, 0), (value, 1)]), None, "data.train")
+    fetched = samples.fetch(torch.tensor([1]))
+    assert samples.shape == expected.shape and fetched.dtype == expected.dtype and torch.equal(fetched[0], expected)
+
+
+def test_wrapped_follows_the_protocol() -> None:
+    check_protocol(Wrapped(Items([(torch.rand(3), i % 2) for i in range(5)]), None, "data.train"))
+
+
+def test_wrapped_images_come_to_one_size() -> None:
+    items = [(torch.full((1, 4 + i, 9), i, dtype=torch.uint8), i) for i in range(4)]
+    samples = Wrapped(Items(items), (3, 3), "data.train")
+    assert samples.shape == (1, 3, 3)
+    assert samples.fetch(torch.tensor([2, 3])).unique().tolist() == [2, 3]
+    with pytest.raises(UserError, match=r"data.train \(.*Items\)\[1\]: has shape \(1, 5, 9\).*image_size"):
+        Wrapped(Items(items), None, "data.train").fetch(torch.arange(2))
+
+
+@pytest.mark.parametrize(
+    "labels, expected",
+    [
+        ([2, 0, 1], torch.tensor([2, 0, 1])),
+        ([torch.tensor(2), torch.tensor(0), torch.tensor(1)], torch.tensor([2, 0, 1])),
+        ([np.int32(2), np.int32(0), np.int32(1)], torch.tensor([2, 0, 1])),
+        ([torch.tensor([2]), torch.tensor([0]), torch.tensor([1])], torch.tensor([2, 0, 1])),
+        ([0.5, 1.5, 2.0], torch.tensor([0.5, 1.5, 2.0])),
+        ([torch.tensor([0.5, 1.0])] * 3, torch.tensor([[0.5, 1.0]] * 3)),
+    ],
+)
+def test_wrapped_labels_of_every_kind(labels: list[Any], expected: Tensor) -> None:
+    samples = Wrapped(Items([(torch.rand(2), label) for label in labels]), None, "data.train")
+    assert samples.targets.dtype == expected.dtype and torch.equal(samples.targets, expected)
+
+
+def test_labels_come_from_an_attribute_only_where_it_agrees() -> None:
+    items = [(torch.rand(2), label) for label in (1, 0, 1)]
+    quick, wrong = Items(items, targets=[1, 0, 1]), Items(items, targets=[0, 0, 0])
+    for dataset in (quick, wrong):
+        assert Wrapped(dataset, None, "data.train").targets.tolist() == [1, 0, 1]
+    assert quick.reads == 1 and wrong.reads > 3
+
+
+class Raising(Items):
+    def __getitem__(self, index: int) -> Any:
+        raise KeyError("colour")
+
+
+@pytest.mark.parametrize(
+    "dataset, message",
+    [
+        (42, "no __getitem__"),
+        (iter([1]), "map-style"),
+        (Items([]), "is empty"),
+        (Items([torch.rand(2)]), r"\[0\]: gives a Tensor.*a pair"),
+        (Items([(torch.rand(2), 0, 1)]), "a pair"),
+        (Items([("image.jpg", 0)]), "the input is of type str"),
+        (Items([(torch.rand(1, 2, 3, 4), 0)]), r"shape \(1, 2, 3, 4\)"),
+        (Items([(torch.tensor(1.0), 0)]), "the input is"),
+        (Items([(torch.rand(2), "cat")]), "labels must be class numbers"),
+        (Items([(torch.rand(2), [0, 1])]), "one integer per sample"),
+        (Raising([1]), r"\[0\]: KeyError: 'colour'"),
+    ],
+)
+def test_wrapped_says_what_is_wrong(dataset: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        Wrapped(dataset, None, "data.train")
+    assert str(caught.value).startswith("data.train (")

@@ -1,0 +1,98 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dlopt.data.images import decode
+from dlopt.data.samples import Dataset
+from dlopt.data.table import csv
+from dlopt.errors import UserError
+
+
+@pytest.fixture
+def table(tmp_path: Path, write_images: Callable[..., list[Path]]) -> Callable[..., Dataset]:
+    write_images(tmp_path / "images", 6)
+
+    def load(text: str | bytes, **changed: Any) -> Dataset:
+        file = tmp_path / "list.csv"
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+        options: dict[str, Any] = {
+            "root": None,
+            "path_column": "path",
+            "label_column": "label",
+            "split_column": None,
+            "labels": "class",
+            "channels": 3,
+            "image_size": None,
+        }
+        return csv(**{"file": str(file), **options, **changed})
+
+    return load
+
+
+ROWS = "path,label\nimages/003.png,zebra\nimages/000.png,ant\nimages/001.png,zebra\n"
+
+
+def test_rows_become_samples(tmp_path: Path, table: Callable[..., Dataset]) -> None:
+    data = table(ROWS)
+    assert data.classes == ("ant", "zebra") and data.train.targets.tolist() == [1, 0, 1]
+    assert data.val is None and data.test is None
+    expected = decode(str(tmp_path / "images" / "003.png"), None, 3)
+    assert torch.equal(data.train.fetch(torch.tensor([0]))[0], expected)
+
+
+def test_other_names_absolute_paths_and_a_byte_order_mark(tmp_path: Path, table: Callable[..., Dataset]) -> None:
+    text = f'"a file";kind\n{tmp_path}/images/000.png;1\n'.replace(";", ",")
+    data = table(b"\xef\xbb\xbf" + text.encode(), path_column="a file", label_column="kind", image_size=4, channels=1)
+    assert data.classes == ("1",) and data.train.shape == (1, 4, 4)
+    assert len(table("path,label\n000.png,a\n", root=str(tmp_path / "images")).train) == 1
+
+
+def test_a_split_column(table: Callable[..., Dataset]) -> None:
+    rows = ["train,a", "test,b", "train,b", "val,a", "train,a", "test,a"]
+    text = "path,split,label\n" + "\n".join(f"images/00{i}.png,{row}" for i, row in enumerate(rows))
+    data = table(text, split_column="split")
+    assert data.val is not None and data.test is not None
+    assert [part.targets.tolist() for part in (data.train, data.val, data.test)] == [[0, 1, 0], [0], [1, 0]]
+
+
+def test_numbers_to_regress_on(table: Callable[..., Dataset]) -> None:
+    data = table("path,label\nimages/000.png,1.5\nimages/001.png,-2e3\n", labels="value")
+    assert data.classes is None and torch.equal(data.train.targets, torch.tensor([1.5, -2000.0]))
+
+
+@pytest.mark.parametrize(
+    "text, options, message",
+    [
+        ("", {}, r"has no column 'path'; it has none"),
+        ("file,label\na,b\n", {}, r"has no column 'path'; it has file, label"),
+        (ROWS, {"label_column": "class"}, r"has no column 'class'; it has path, label"),
+        (ROWS, {"split_column": "fold"}, r"has no column 'fold'"),
+        ("path,label\n", {}, "has no training rows"),
+        ("path,label\nimages/000.png,\n", {}, "line 2: label is empty"),
+        ("path,label\nimages/000.png\n", {}, "line 2: label is empty"),
+        ("path,label\nimages/000.png,a\nimages/9.png,b\n", {}, r"line 3: .*images/9.png is missing"),
+        ("path,label\nimages,a\n", {}, "images is missing or no file"),
+        ("path,label,s\nimages/000.png,a,dev\n", {"split_column": "s"}, "s is 'dev'; train, val or test"),
+        ("path,label,s\nimages/000.png,a,test\n", {"split_column": "s"}, "has no training rows"),
+        ("path,label,s\nimages/000.png,a,train\nimages/001.png,b,test\n", {"split_column": "s"},
+         "001.png has the class 'b', which no training row has"),
+        ("path,label\nimages/000.png,high\n", {"labels": "value"}, "is 'high'; data.labels=value needs finite"),
+        ("path,label\nimages/000.png,nan\n", {"labels": "value"}, "is 'nan'"),
+        (b"path,label\n\xff\xfe,a\n", {}, "is not a CSV file in UTF-8"),
+        (b"path,label\nimages/000.png,a\0\n" + b"x" * 200000, {}, "data.file="),
+    ],
+)  # fmt: skip
+def test_mistakes_are_told(
+    tmp_path: Path, table: Callable[..., Dataset], text: str | bytes, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        table(text, **options)
+    assert str(caught.value).startswith(f"data.file={tmp_path / 'list.csv'}")
+
+
+def test_a_missing_file(tmp_path: Path, table: Callable[..., Dataset]) -> None:
+    with pytest.raises(UserError, match=r"none.csv: cannot be read \(No such file"):
+        table(ROWS, file=str(tmp_path / "none.csv"))
