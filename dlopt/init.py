@@ -186,8 +186,8 @@ def lsuv(
     """Layer-sequential unit-variance (Mishkin & Matas 2016, algorithm 1).
 
     Orthonormal weights; then, layer by layer in the order of the forward pass, each weight is divided by its output's
-    standard deviation on `samples` of the `inputs` ([B, *shape], normalized, on the model's device) until the variance is within
-    `tolerance` of 1, in at most `iterations` rounds.
+    standard deviation until the variance is within `tolerance` of 1, in at most `iterations` rounds. It is measured on
+    `samples` of the `inputs` ([B, *shape], normalized, on the model's device).
 
     Errors: UserError where a layer's output on `inputs` is constant or not finite.
     """

@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import nn
+
+from dlopt.config.schema import ALLOWED_PACKAGES, component
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -22,7 +23,8 @@ def build(tmp_path: Path) -> Build:
         with initialize_config_dir(str(tmp_path), version_base=None):
             keys = [f"model.{override}" for override in overrides]
             config = compose("train", [f"hydra.searchpath=[file://{CONF}]", f"model={choice}", *keys])
-        model = instantiate(OmegaConf.to_container(config.model), _convert_="all", **arguments)
+        node: Any = OmegaConf.to_container(config.model)
+        model = component("model", node, ("input_shape", "classes"), ALLOWED_PACKAGES).build(**arguments)
         assert isinstance(model, nn.Module)
         return model
 

@@ -1,0 +1,84 @@
+"""A net of locally connected layers: the connections of a convolution, with filters of its own at every position."""
+
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dlopt.errors import UserError
+from dlopt.models.layers import Activation, Norm, NormKind, check_instance_norm, image_shape
+from dlopt.models.layers import activation as make_activation
+from dlopt.ranges import Count, Share
+
+
+class LocallyConnected2d(nn.Module):
+    """[B, inputs, H, W] -> [B, outputs, H', W'] with unshared filters (LeCun 1989); padding kernel // 2.
+
+    `weight` is [H'*W', outputs, inputs*kernel*kernel], `bias` [outputs, H', W'] or None. Drawn as torch draws its
+    convolutions: uniform within 1 / sqrt(fan_in).
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, kernel: int, *, extent: tuple[int, int], stride: int, bias: bool
+    ) -> None:
+        super().__init__()
+        self.kernel, self.stride, self.padding = kernel, stride, kernel // 2
+        height, width = ((pixels + 2 * self.padding - kernel) // stride + 1 for pixels in extent)
+        self.extent = (height, width)
+        self.weight = nn.Parameter(torch.empty(height * width, outputs, inputs * kernel**2))
+        self.bias = nn.Parameter(torch.empty(outputs, height, width)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        bound = self.weight.shape[2] ** -0.5
+        for parameter in self.parameters(recurse=False):
+            nn.init.uniform_(parameter, -bound, bound)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        patches = F.unfold(maps, self.kernel, padding=self.padding, stride=self.stride)  # [B, inputs*k*k, positions]
+        output = torch.einsum("bip,poi->bop", patches, self.weight).unflatten(2, self.extent)
+        return output if self.bias is None else output + self.bias
+
+    def extra_repr(self) -> str:
+        positions, outputs, fan_in = self.weight.shape
+        return f"fan_in={fan_in}, outputs={outputs}, positions={positions}, kernel={self.kernel}, stride={self.stride}"
+
+
+class LocallyConnectedNet(nn.Sequential):
+    """Locally connected layers of the given `channels`, each with normalization and activation, and a classifier.
+
+    What weight sharing is worth shows beside a convolutional net of the same connections. Takes images [B, C, H, W]
+    of one fixed size, returns [B, classes]. Errors: UserError for an even kernel, or data that are no images.
+    """
+
+    def __init__(
+        self,
+        *,
+        input_shape: tuple[int, ...],
+        classes: int,
+        channels: tuple[Count, ...],
+        kernel: Count,
+        stride: Count,
+        activation: Activation,
+        dropout: Share,
+        norm: NormKind,
+        norm_affine: bool,
+        norm_groups: Count,
+        norm_ghost_batch: Count | None,
+    ) -> None:
+        inputs, height, width = image_shape(input_shape, "a locally connected net")
+        if kernel % 2 == 0:
+            raise UserError(f"model.kernel={kernel}: the kernel is centred on a pixel; use an odd number")
+        normalize = Norm(kind=norm, affine=norm_affine, groups=norm_groups, ghost_batch=norm_ghost_batch)
+        extent = (height, width)
+        parts: OrderedDict[str, nn.Module] = OrderedDict()
+        for index, outputs in enumerate(channels):
+            layer = LocallyConnected2d(inputs, outputs, kernel, extent=extent, stride=stride, bias=normalize.bias)
+            parts[f"layer{index + 1}"] = nn.Sequential(layer, normalize.maps(outputs), make_activation(activation))
+            inputs, extent = outputs, layer.extent
+        parts["flatten"] = nn.Flatten()
+        parts["dropout"] = nn.Dropout(dropout)
+        parts["head"] = nn.Linear(inputs * extent[0] * extent[1], classes)
+        super().__init__(parts)
+        check_instance_norm(self, input_shape, normalize)

@@ -1,0 +1,146 @@
+"""Recurrent nets that read an image row by row: the plain tanh RNN and the LSTM."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dlopt.errors import UserError
+from dlopt.models.layers import Norm, NormKind, image_shape
+from dlopt.ranges import Count, Share
+
+
+class Rows(nn.Module):
+    """[B, C, H, W] -> [B, H, C*W]: one step of the sequence per row of pixels."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.transpose(1, 2).flatten(2)
+
+
+class LastStep(nn.Module):
+    """[B, T, F] -> [B, F]: the features of the last step."""
+
+    def forward(self, sequence: Tensor) -> Tensor:
+        return sequence[:, -1]
+
+
+class RecurrentLayer(nn.Module):
+    """h_t = tanh(norm(W x_t + U h_{t-1} + b)), h_0 = 0 (Elman 1990; the norm: Ba, Kiros & Hinton 2016, equation 4).
+
+    [B, T, inputs] -> [B, T, hidden].
+    """
+
+    def __init__(self, inputs: int, hidden: int, norm: Norm) -> None:
+        super().__init__()
+        self.input = nn.Linear(inputs, hidden, bias=norm.bias)
+        self.hidden = nn.Linear(hidden, hidden, bias=False)
+        self.norm = norm.vectors(hidden)
+        self.activation = nn.Tanh()
+
+    def forward(self, sequence: Tensor) -> Tensor:
+        driven = self.input(sequence)
+        state = driven.new_zeros(len(driven), self.hidden.out_features)
+        states = []
+        for drive in driven.unbind(1):
+            state = self.activation(self.norm(drive + self.hidden(state)))
+            states.append(state)
+        return torch.stack(states, 1)
+
+
+class LSTMLayer(nn.Module):
+    """Long short-term memory (Hochreiter & Schmidhuber 1997; forget gate: Gers et al. 2000). [B, T, F] -> [B, T, H].
+
+    i, f, g, o = norm(W x_t) + norm(U h_{t-1}) + b; c_t = s(f + forget_bias) c_{t-1} + s(i) tanh(g);
+    h_t = s(o) tanh(norm(c_t)): the three normalizations of Ba, Kiros & Hinton 2016, equations 20 to 22.
+    """
+
+    def __init__(self, inputs: int, hidden: int, forget_bias: float, norm: Norm) -> None:
+        super().__init__()
+        self.input = nn.Linear(inputs, 4 * hidden, bias=norm.bias)
+        self.hidden = nn.Linear(hidden, 4 * hidden, bias=False)
+        self.input_norm = norm.vectors(4 * hidden)
+        self.hidden_norm = norm.vectors(4 * hidden)
+        self.cell_norm = norm.vectors(hidden)
+        self.activation = nn.Tanh()
+        self.forget_bias = forget_bias
+
+    def forward(self, sequence: Tensor) -> Tensor:
+        driven = self.input_norm(self.input(sequence))
+        cell = state = driven.new_zeros(len(driven), self.hidden.in_features)
+        states = []
+        for drive in driven.unbind(1):
+            i, f, g, o = (drive + self.hidden_norm(self.hidden(state))).chunk(4, dim=1)
+            cell = torch.sigmoid(f + self.forget_bias) * cell + torch.sigmoid(i) * self.activation(g)
+            state = torch.sigmoid(o) * self.activation(self.cell_norm(cell))
+            states.append(state)
+        return torch.stack(states, 1)
+
+
+class RNN(nn.Sequential):
+    """`layers` plain tanh layers of `hidden` units over the rows, and a classifier on the last step.
+
+    Takes images [B, C, H, W], returns [B, classes]. The recurrence is written out, so that second derivatives and
+    every precision work. Errors: UserError for another norm than layer or none, or data that are no images.
+    """
+
+    def __init__(
+        self,
+        *,
+        input_shape: tuple[int, ...],
+        classes: int,
+        hidden: Count,
+        layers: Count,
+        dropout: Share,
+        norm: NormKind,
+        norm_affine: bool,
+    ) -> None:
+        inputs, normalize = _check(input_shape, norm, norm_affine)
+        stack = [RecurrentLayer(hidden if index else inputs, hidden, normalize) for index in range(layers)]
+        super().__init__(_parts(stack, hidden, classes, dropout))
+
+
+class LSTM(nn.Sequential):
+    """`layers` LSTM layers of `hidden` units over the rows, and a classifier on the last step.
+
+    `forget_bias` is added to the forget gate and is no parameter, so that no init scheme loses it (1: Jozefowicz et
+    al. 2015). Takes images [B, C, H, W], returns [B, classes].
+    Errors: UserError for another norm than layer or none, or data that are no images.
+    """
+
+    def __init__(
+        self,
+        *,
+        input_shape: tuple[int, ...],
+        classes: int,
+        hidden: Count,
+        layers: Count,
+        forget_bias: float,
+        dropout: Share,
+        norm: NormKind,
+        norm_affine: bool,
+    ) -> None:
+        inputs, normalize = _check(input_shape, norm, norm_affine)
+        stack = [LSTMLayer(hidden if index else inputs, hidden, forget_bias, normalize) for index in range(layers)]
+        super().__init__(_parts(stack, hidden, classes, dropout))
+
+
+def _check(input_shape: tuple[int, ...], norm: NormKind, affine: bool) -> tuple[int, Norm]:
+    channels, _, width = image_shape(input_shape, "a recurrent net")
+    if norm not in ("layer", "none"):
+        reason = {
+            "batch": "batch statistics differ from step to step of the recurrence",
+            "group": "a recurrent layer has no groups of channels",
+            "instance": "a step of the recurrence has no pixels to average over",
+        }[norm]
+        raise UserError(f"model.norm={norm}: {reason}; use layer or none with recurrent nets")
+    return channels * width, Norm(kind=norm, affine=affine, groups=1, ghost_batch=None)
+
+
+def _parts(stack: Sequence[nn.Module], hidden: int, classes: int, dropout: float) -> OrderedDict[str, nn.Module]:
+    parts: OrderedDict[str, nn.Module] = OrderedDict(rows=Rows())
+    for index, layer in enumerate(stack):
+        parts[f"layer{index + 1}"] = nn.Sequential(OrderedDict(recurrent=layer, dropout=nn.Dropout(dropout)))
+    parts["last"] = LastStep()
+    parts["head"] = nn.Linear(hidden, classes)
+    return parts

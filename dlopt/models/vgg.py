@@ -1,0 +1,58 @@
+"""VGG-11 (Simonyan & Zisserman 2015, "Very Deep Convolutional Networks", table 1, configuration A)."""
+
+from collections import OrderedDict
+from typing import Literal
+
+from torch import nn
+
+from dlopt.models.layers import GlobalAveragePool, Norm, NormKind, check_instance_norm, conv, image_shape
+from dlopt.ranges import Count, Share
+
+_STAGES = ((64,), (128,), (256, 256), (512, 512), (512, 512))
+
+
+class VGG11(nn.Sequential):
+    """Eight 3x3 convolutions in five stages, each stage followed by 2x2 max-pooling, and the classifier.
+
+    `classifier=imagenet` is the paper's: 7x7 maps, two layers of 4096 features with dropout. `classifier=small` is
+    one linear layer on the averaged maps, as is usual for CIFAR. Maps of one pixel are not pooled, so that 8x8 images
+    pass too. Takes images [B, C, H, W], returns [B, classes].
+
+    Errors: UserError where the data are no images, or instance normalization meets maps of one pixel.
+    """
+
+    def __init__(
+        self,
+        *,
+        input_shape: tuple[int, ...],
+        classes: int,
+        classifier: Literal["small", "imagenet"],
+        dropout: Share,
+        norm: NormKind,
+        norm_affine: bool,
+        norm_groups: Count,
+        norm_ghost_batch: Count | None,
+    ) -> None:
+        inputs, height, width = image_shape(input_shape, "a VGG net")
+        normalize = Norm(kind=norm, affine=norm_affine, groups=norm_groups, ghost_batch=norm_ghost_batch)
+        parts: OrderedDict[str, nn.Module] = OrderedDict()
+        for index, widths in enumerate(_STAGES):
+            layers: list[nn.Module] = []
+            for outputs in widths:
+                layers += [conv(inputs, outputs, 3, bias=normalize.bias), normalize.maps(outputs), nn.ReLU()]
+                inputs = outputs
+            if min(height, width) > 1:
+                layers.append(nn.MaxPool2d(2))
+                height, width = height // 2, width // 2
+            parts[f"stage{index + 1}"] = nn.Sequential(*layers)
+        if classifier == "small":
+            parts["pool"] = GlobalAveragePool()
+            parts["dropout"] = nn.Dropout(dropout)
+            parts["head"] = nn.Linear(inputs, classes)
+        else:
+            parts["pool"] = nn.Sequential(nn.AdaptiveAvgPool2d(7), nn.Flatten())
+            parts["hidden1"] = nn.Sequential(nn.Linear(inputs * 49, 4096), nn.ReLU(), nn.Dropout(dropout))
+            parts["hidden2"] = nn.Sequential(nn.Linear(4096, 4096), nn.ReLU(), nn.Dropout(dropout))
+            parts["head"] = nn.Linear(4096, classes)
+        super().__init__(parts)
+        check_instance_norm(self, input_shape, normalize)

@@ -1,0 +1,133 @@
+"""The vision transformer (Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words")."""
+
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, nn
+
+from dlopt.errors import UserError
+from dlopt.models.layers import Norm, NormKind, image_shape
+from dlopt.ranges import Count, Positive, Share
+
+
+class PatchEmbedding(nn.Module):
+    """[B, C, H, W] -> [B, 1 + patches, width]: the class token, then one token per patch, plus learned positions."""
+
+    def __init__(self, channels: int, width: int, patch: int, patches: int, dropout: float) -> None:
+        super().__init__()
+        self.project = nn.Conv2d(channels, width, patch, stride=patch)
+        self.class_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.positions = nn.Parameter(torch.empty(1, 1 + patches, width))
+        self.dropout = nn.Dropout(dropout)
+        nn.init.normal_(self.positions, std=0.02)
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = self.project(images).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.class_token.expand(len(images), -1, -1), patches], 1)
+        return self.dropout(tokens + self.positions)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention (Vaswani et al. 2017, section 3.2) on [B, T, width].
+
+    Written out instead of torch's fused kernel, whose backward cannot be differentiated again: second-order
+    optimizers need that, and at some 65 tokens the fused kernel gains little.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.project = nn.Linear(width, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        q, k, v = self.qkv(tokens).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, heads, T, d]
+        weights = torch.softmax(q @ k.transpose(2, 3) * q.shape[3] ** -0.5, dim=3)
+        return self.project((weights @ v).transpose(1, 2).flatten(2))
+
+
+class TransformerBlock(nn.Module):
+    """Attention and a two-layer perceptron, each with a skip, on [B, T, width].
+
+    `pre_norm`: x + f(norm(x)), as in the vision transformer; else norm(x + f(x)), as in Vaswani et al. 2017, which
+    does not train without warmup (Xiong et al. 2020).
+    """
+
+    def __init__(self, width: int, heads: int, expansion: float, *, pre_norm: bool, dropout: float, norm: Norm) -> None:
+        super().__init__()
+        hidden = round(width * expansion)
+        self.norm1 = norm.tokens(width)
+        self.attention = SelfAttention(width, heads)
+        self.dropout = nn.Dropout(dropout)
+        self.norm2 = norm.tokens(width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, width), nn.Dropout(dropout)
+        )
+        self.pre_norm = pre_norm
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if self.pre_norm:
+            tokens = tokens + self.dropout(self.attention(self.norm1(tokens)))
+            return tokens + self.mlp(self.norm2(tokens))
+        tokens = self.norm1(tokens + self.dropout(self.attention(tokens)))
+        return self.norm2(tokens + self.mlp(tokens))
+
+    def zero_init_last(self) -> None:
+        """Makes both branches start at zero."""
+        for layer in (self.attention.project, self.mlp[3]):
+            for parameter in layer.parameters():
+                nn.init.zeros_(parameter)
+
+
+class ClassToken(nn.Module):
+    """[B, T, width] -> [B, width]: the first token."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return tokens[:, 0]
+
+
+class ViT(nn.Sequential):
+    """Patches of `patch` x `patch` pixels, a class token, learned positions, `depth` blocks, and a linear classifier.
+
+    Takes images [B, C, H, W] of one fixed size, returns [B, classes].
+    Errors: UserError where patches do not tile the image or heads do not divide the width, or for data that are no
+    images.
+    """
+
+    def __init__(
+        self,
+        *,
+        input_shape: tuple[int, ...],
+        classes: int,
+        patch: Count,
+        width: Count,
+        depth: Count,
+        heads: Count,
+        expansion: Positive,
+        pre_norm: bool,
+        dropout: Share,
+        norm: NormKind,
+        norm_affine: bool,
+        norm_groups: Count,
+        norm_ghost_batch: Count | None,
+    ) -> None:
+        channels, image_height, image_width = image_shape(input_shape, "a vision transformer")
+        if image_height % patch or image_width % patch:
+            raise UserError(
+                f"model.patch={patch}: patches do not tile images of {image_height}x{image_width}; "
+                "use a divisor of both, or another data.image_size"
+            )
+        if width % heads:
+            raise UserError(f"model.heads={heads}: the heads share model.width={width}; use a divisor of it")
+        normalize = Norm(kind=norm, affine=norm_affine, groups=norm_groups, ghost_batch=norm_ghost_batch)
+        patches = (image_height // patch) * (image_width // patch)
+        parts: OrderedDict[str, nn.Module] = OrderedDict()
+        parts["embedding"] = PatchEmbedding(channels, width, patch, patches, dropout)
+        for index in range(depth):
+            parts[f"block{index + 1}"] = TransformerBlock(
+                width, heads, expansion, pre_norm=pre_norm, dropout=dropout, norm=normalize
+            )
+        parts["norm"] = normalize.tokens(width) if pre_norm else nn.Identity()
+        parts["pool"] = ClassToken()
+        parts["head"] = nn.Linear(width, classes)
+        super().__init__(parts)

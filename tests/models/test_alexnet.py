@@ -1,0 +1,90 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from dlopt.errors import UserError
+
+Build = Callable[..., nn.Module]
+CHOICES = ["alexnet", "two_column_alexnet"]
+
+
+def images(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def test_parameters_of_the_paper_and_of_the_net_in_one_column(build: Build) -> None:
+    """60 million in the paper's abstract; counted: kernels of section 3.5 with their biases."""
+    two = 96 * (11 * 11 * 3) + 256 * (5 * 5 * 48) + 384 * (3 * 3 * 256) + 384 * (3 * 3 * 192) + 256 * (3 * 3 * 192)
+    one = 96 * (11 * 11 * 3) + 256 * (5 * 5 * 96) + 384 * (3 * 3 * 256) + 384 * (3 * 3 * 384) + 256 * (3 * 3 * 384)
+    both = 96 + 256 + 384 + 384 + 256 + 6 * 6 * 256 * 4096 + 4096 + 4096**2 + 4096 + 4096 * 1000 + 1000
+    for choice, kernels in (("two_column_alexnet_224", two), ("alexnet_224", one)):
+        with torch.device("meta"):
+            model = build(choice, input_shape=(3, 224, 224), classes=1000)
+        assert sum(parameter.numel() for parameter in model.parameters()) == kernels + both
+
+
+def test_the_maps_of_the_paper(build: Build) -> None:
+    shapes = []
+    with torch.device("meta"):
+        model = build("two_column_alexnet_224", input_shape=(3, 224, 224), classes=1000)
+        for module in model.get_submodule("columns.0").modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                module.register_forward_hook(lambda layer, inputs, output: shapes.append(tuple(output.shape[1:])))
+        assert model(torch.empty(2, 3, 224, 224)).shape == (2, 1000)
+    maps = [(48, 55, 55), (128, 27, 27), (192, 13, 13), (192, 13, 13), (128, 13, 13)]
+    assert shapes == [*maps, (2048,), (2048,)]
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 32), (1, 28, 20)])
+def test_small_images(build: Build, choice: str, shape: tuple[int, ...]) -> None:
+    assert build(choice, input_shape=shape, classes=3)(images(2, *shape)).shape == (2, 3)
+
+
+def test_two_columns_are_the_one_column_net_without_some_connections(build: Build) -> None:
+    """Where the columns do not meet, the kernel of the one-column net is block-diagonal."""
+    shape = (3, 16, 16)
+    keys = ["norm=none", "local_response=false", "hidden=8", "dropout=0.0"]
+    two = build("two_column_alexnet", *keys, input_shape=shape, classes=5).double()
+    one = build("alexnet", *keys, input_shape=shape, classes=5).double()
+    for name, parameter in one.named_parameters():
+        if name.startswith("head"):
+            parameter.data = two.get_parameter(name).data
+            continue
+        first, second = (two.get_parameter(f"columns.{column}.{name}").data for column in (0, 1))
+        if parameter.dim() > 1 and first.shape[1] < parameter.shape[1]:
+            parameter.data.zero_()
+            parameter.data[: len(first), : first.shape[1]] = first
+            parameter.data[len(first) :, first.shape[1] :] = second
+        else:
+            parameter.data = torch.cat([first, second])
+    block_diagonal = [name for name, p in one.named_parameters() if p.dim() == 4 and not p[: len(p) // 2, -1].any()]
+    assert block_diagonal == ["front.4.weight", "back.3.weight", "back.6.weight"]
+    batch = images(4, *shape).double()
+    torch.testing.assert_close(two(batch), one(batch))
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("kind", ["batch", "layer", "group", "instance", "none"])
+def test_every_norm_goes_forward_and_backward(build: Build, choice: str, kind: str) -> None:
+    model = build(choice, f"norm={kind}", "hidden=32", input_shape=(1, 16, 16), classes=3)
+    model(images(4, 1, 16, 16)).square().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_local_response_normalization_is_the_papers(build: Build) -> None:
+    model = build("alexnet", input_shape=(1, 16, 16), classes=3)
+    (first, _) = (module for module in model.modules() if isinstance(module, nn.LocalResponseNorm))
+    maps = images(2, 9, 3, 3).double() * 30
+    sums = torch.stack([maps[:, max(0, i - 2) : i + 3].square().sum(1) for i in range(9)], 1)
+    torch.testing.assert_close(first(maps), maps / (2 + 1e-4 * sums) ** 0.75)
+
+
+def test_what_cannot_be_is_refused(build: Build) -> None:
+    with pytest.raises(UserError, match=r"model\.hidden=33"):
+        build("two_column_alexnet", "hidden=33", input_shape=(1, 16, 16), classes=3)
+    build("alexnet_224", "hidden=4", input_shape=(3, 63, 63), classes=3)(images(2, 3, 63, 63))
+    with pytest.raises(UserError, match=r"model\.stem=imagenet: images of 62x80 are too small"):
+        build("alexnet_224", input_shape=(3, 62, 80), classes=3)

@@ -1,0 +1,110 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from dlopt.errors import UserError
+from dlopt.models.layers import Norm
+from dlopt.models.recurrent import LSTMLayer, RecurrentLayer, Rows
+
+Build = Callable[..., nn.Module]
+
+
+def norm(kind: str) -> Norm:
+    return Norm(kind=kind, affine=True, groups=1, ghost_batch=None)  # type: ignore[arg-type]
+
+
+def sequence() -> torch.Tensor:
+    return torch.randn(3, 7, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def test_rows_are_the_steps() -> None:
+    images = torch.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5)
+    steps = Rows()(images)
+    assert steps.shape == (2, 4, 15)
+    assert torch.equal(steps[1, 2], images[1, :, 2].flatten())
+
+
+def test_the_plain_layer_equals_torchs() -> None:
+    ours, theirs = RecurrentLayer(5, 6, norm("none")).double(), nn.RNN(5, 6, batch_first=True).double()
+    theirs.load_state_dict(
+        {
+            "weight_ih_l0": ours.input.weight,
+            "weight_hh_l0": ours.hidden.weight,
+            "bias_ih_l0": ours.input.bias,
+            "bias_hh_l0": torch.zeros(6),
+        }
+    )
+    torch.testing.assert_close(ours(sequence()), theirs(sequence())[0])
+
+
+@pytest.mark.parametrize("forget_bias", [0.0, 1.0])
+def test_the_lstm_layer_equals_torchs(forget_bias: float) -> None:
+    ours, theirs = LSTMLayer(5, 6, forget_bias, norm("none")).double(), nn.LSTM(5, 6, batch_first=True).double()
+    bias = ours.input.bias.detach().clone()
+    bias[6:12] += forget_bias
+    theirs.load_state_dict(
+        {
+            "weight_ih_l0": ours.input.weight,
+            "weight_hh_l0": ours.hidden.weight,
+            "bias_ih_l0": bias,
+            "bias_hh_l0": torch.zeros(24),
+        }
+    )
+    torch.testing.assert_close(ours(sequence()), theirs(sequence())[0])
+
+
+def test_layer_norm_stands_inside_the_recurrence() -> None:
+    layer = RecurrentLayer(5, 6, norm("layer")).double()
+    state = torch.zeros(3, 6, dtype=torch.float64)
+    for step in sequence().unbind(1):
+        drive = step @ layer.input.weight.T + state @ layer.hidden.weight.T
+        state = nn.functional.layer_norm(drive, (6,)).tanh()
+    torch.testing.assert_close(layer(sequence())[:, -1], state)
+
+
+def test_layer_norm_in_the_lstm() -> None:
+    layer = LSTMLayer(5, 6, 0.5, norm("layer")).double()
+    state = cell = torch.zeros(3, 6, dtype=torch.float64)
+    for step in sequence().unbind(1):
+        from_input = nn.functional.layer_norm(step @ layer.input.weight.T, (24,))
+        i, f, g, o = (from_input + nn.functional.layer_norm(state @ layer.hidden.weight.T, (24,))).chunk(4, 1)
+        cell = (f + 0.5).sigmoid() * cell + i.sigmoid() * g.tanh()
+        state = o.sigmoid() * nn.functional.layer_norm(cell, (6,)).tanh()
+    torch.testing.assert_close(layer(sequence())[:, -1], state)
+
+
+@pytest.mark.parametrize("choice", ["rnn", "lstm"])
+@pytest.mark.parametrize("kind", ["layer", "none"])
+@pytest.mark.parametrize("affine", ["true", "false"])
+def test_forward_and_backward(build: Build, choice: str, kind: str, affine: str) -> None:
+    keys = ["layers=2", "hidden=16", "dropout=0.1", f"norm={kind}", f"norm_affine={affine}"]
+    model = build(choice, *keys, input_shape=(3, 8, 6), classes=4)
+    output = model(torch.randn(5, 3, 8, 6))
+    assert output.shape == (5, 4)
+    output.square().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("choice", ["rnn", "lstm"])
+@pytest.mark.parametrize("kind", ["batch", "group", "instance"])
+def test_other_norms_are_refused_by_name(build: Build, choice: str, kind: str) -> None:
+    with pytest.raises(UserError, match=rf"model\.norm={kind}: .*layer or none"):
+        build(choice, f"norm={kind}", input_shape=(1, 8, 8), classes=4)
+
+
+def test_large_recurrent_weights_make_the_gradient_explode() -> None:
+    """A linear recurrence multiplies the gradient by the spectral radius at every step; tanh near zero is linear."""
+    norms = {}
+    for radius in (0.5, 1.5):
+        layer = RecurrentLayer(5, 6, norm("none")).double()
+        with torch.no_grad():
+            layer.hidden.weight.copy_(radius * torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64))[0])
+            layer.input.bias.zero_()
+        steps = torch.zeros(1, 30, 5, dtype=torch.float64, requires_grad=True)
+        layer(steps)[:, -1].sum().backward()
+        assert steps.grad is not None
+        norms[radius] = (steps.grad[0, 0].norm() / steps.grad[0, -1].norm()).item()
+    assert norms[0.5] < 0.5**29 * 100
+    assert norms[1.5] > 1.5**29 / 100

@@ -1,0 +1,94 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from dlopt.errors import UserError
+from dlopt.models.layers import Norm
+from dlopt.models.vit import SelfAttention, TransformerBlock
+
+Build = Callable[..., nn.Module]
+
+
+def tokens() -> torch.Tensor:
+    return torch.randn(3, 5, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def test_parameters_of_vit_b_16_equal_torchvisions(build: Build) -> None:
+    with torch.device("meta"):
+        keys = ["patch=16", "width=768", "depth=12", "heads=12"]
+        ours = build("vit", *keys, input_shape=(3, 224, 224), classes=1000)
+        theirs = torchvision.models.vit_b_16()
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
+
+
+def test_attention_equals_torchs() -> None:
+    ours, theirs = SelfAttention(12, 3).double(), nn.MultiheadAttention(12, 3, batch_first=True).double()
+    theirs.load_state_dict(
+        {
+            "in_proj_weight": ours.qkv.weight,
+            "in_proj_bias": ours.qkv.bias,
+            "out_proj.weight": ours.project.weight,
+            "out_proj.bias": ours.project.bias,
+        }
+    )
+    torch.testing.assert_close(ours(tokens()), theirs(tokens(), tokens(), tokens(), need_weights=False)[0])
+
+
+@pytest.mark.parametrize("pre_norm", [True, False])
+def test_the_block_equals_torchs_encoder_layer(pre_norm: bool) -> None:
+    norm = Norm(kind="layer", affine=True, groups=1, ghost_batch=None)
+    ours = TransformerBlock(12, 3, 2.0, pre_norm=pre_norm, dropout=0.0, norm=norm).double()
+    theirs = nn.TransformerEncoderLayer(
+        12, 3, 24, dropout=0.0, activation="gelu", batch_first=True, norm_first=pre_norm
+    ).double()
+    names = {"attention.qkv.": "self_attn.in_proj_", "attention.project": "self_attn.out_proj"}
+    names |= {"mlp.0": "linear1", "mlp.3": "linear2"}
+    state = {}
+    for name, value in ours.state_dict().items():
+        for old, new in names.items():
+            name = name.replace(old, new)
+        state[name] = value
+    theirs.load_state_dict(state)
+    torch.testing.assert_close(ours(tokens()), theirs(tokens()))
+
+
+def test_second_derivatives(build: Build) -> None:
+    keys = ["width=12", "depth=1", "heads=2"]
+    model = build("vit", *keys, input_shape=(1, 8, 8), classes=3).double()
+    loss = model(torch.randn(2, 1, 8, 8, dtype=torch.float64)).square().sum()
+    weight = model.get_parameter("block1.attention.qkv.weight")
+    (gradient,) = torch.autograd.grad(loss, weight, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.square().sum(), weight)
+    assert second.isfinite().all() and second.any()
+
+
+@pytest.mark.parametrize("kind", ["batch", "layer", "group", "instance", "none"])
+@pytest.mark.parametrize("pre_norm", ["true", "false"])
+def test_every_norm_goes_forward_and_backward(build: Build, kind: str, pre_norm: str) -> None:
+    keys = [f"norm={kind}", f"pre_norm={pre_norm}", "width=12", "depth=2", "heads=2", "dropout=0.1"]
+    model = build("vit", *keys, input_shape=(1, 8, 12), classes=3)
+    output = model(torch.randn(4, 1, 8, 12))
+    assert output.shape == (4, 3)
+    output.square().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_positions_matter_and_blocks_can_start_as_the_identity(build: Build) -> None:
+    keys = ["width=12", "depth=2", "heads=2"]
+    model = build("vit", *keys, input_shape=(1, 8, 8), classes=3).double().eval()
+    image = torch.randn(1, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert not torch.allclose(model(image), model(image.roll(4, 3)))
+    block = model.get_submodule("block1")
+    assert isinstance(block, TransformerBlock)
+    block.zero_init_last()
+    assert torch.equal(block(tokens()), tokens())
+
+
+def test_what_cannot_be_is_refused(build: Build) -> None:
+    with pytest.raises(UserError, match=r"model\.patch=5: patches do not tile images of 8x8"):
+        build("vit", "patch=5", input_shape=(1, 8, 8), classes=3)
+    with pytest.raises(UserError, match=r"model\.heads=5"):
+        build("vit", "heads=5", input_shape=(1, 8, 8), classes=3)
