@@ -180,7 +180,7 @@ class ShearX(Operation):
         self.about = about
 
     def plan(self, draws: Draws, shape: Shape) -> list[Step]:
-        slope = -draws.symmetric(self.limit)
+        slope = draws.symmetric(self.limit)
         return _affine(draws, shape, xy=slope, x=slope * (shape[1] / 2) if self.about == "corner" else 0.0)
 
 
@@ -192,7 +192,7 @@ class ShearY(Operation):
         self.about = about
 
     def plan(self, draws: Draws, shape: Shape) -> list[Step]:
-        slope = -draws.symmetric(self.limit)
+        slope = draws.symmetric(self.limit)
         return _affine(draws, shape, yx=slope, y=slope * (shape[2] / 2) if self.about == "corner" else 0.0)
 
 
@@ -270,8 +270,8 @@ class RandomResizedCrop(Operation):
         any_fits = fits.any(1)
         w = torch.where(any_fits, w.gather(1, first)[:, 0], min(width, round(height * bounded)))
         h = torch.where(any_fits, h.gather(1, first)[:, 0], min(height, round(width / bounded)))
-        left = (torch.where(any_fits, draws.position(), 0.5) * (width - w + 1)).floor()
-        top = (torch.where(any_fits, draws.position(), 0.5) * (height - h + 1)).floor()
+        left = torch.where(any_fits, draws.position() * (width - w + 1), (width - w) / 2).floor()
+        top = torch.where(any_fits, draws.position() * (height - h + 1), (height - h) / 2).floor()
         out = self.output_shape(shape)
         return _affine(
             draws,
@@ -285,8 +285,11 @@ class RandomResizedCrop(Operation):
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b for batches of small matrices [n, i, j] and [n, j, k], never in TF32 or bf16."""
-    return (a[..., None] * b[:, None]).sum(2)
+    """a @ b for batches of small matrices [n, i, j] and [n, j, k], float32."""
+    if a.device.type == "mps":  # has no float64
+        return (a[..., None] * b[:, None]).sum(2)
+    # float64 is what neither autocast nor TF32 touches: a shift by 100 pixels in bf16 would be off by half a pixel
+    return (a.double() @ b.double()).float()
 
 
 def warp(images: Tensor, steps: Sequence[Warp], border: Border) -> Tensor:

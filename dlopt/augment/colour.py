@@ -1,0 +1,150 @@
+"""Colour operations that are affine in the channels: a pipeline's neighbours become one transform per sample.
+
+Values are 0..255 and are clamped to that range once, after the composed transform.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from dlopt.augment.geometry import product
+from dlopt.augment.operation import Draws, Operation, PixelStep, Shape, Step
+from dlopt.data.samples import Samples
+from dlopt.ranges import NonNegative, Probability
+
+
+@dataclass
+class Colour(PixelStep):
+    """x -> matrix x + mean m + offset for each pixel's channels x, with m the image's mean of x.
+
+    `matrix` and `mean` are [n, C, C], `offset` is [n, C, 1]. With `mean` a contrast needs no second look at the
+    image after what ran before it: m is known to follow the same transform.
+    """
+
+    matrix: Tensor
+    mean: Tensor | None = None
+    offset: Tensor | None = None
+
+    def only(self, mask: Tensor) -> Self:
+        mask = mask[:, None, None]
+        identity = torch.eye(self.matrix.shape[-1], device=self.matrix.device)
+        return replace(
+            self,
+            matrix=torch.where(mask, self.matrix, identity),
+            mean=None if self.mean is None else self.mean * mask,
+            offset=None if self.offset is None else self.offset * mask,
+        )
+
+    def then(self, other: "Colour") -> "Colour":
+        """This transform and then the other one."""
+        mean = None if self.mean is None else product(other.matrix, self.mean)
+        offset = None if self.offset is None else product(other.matrix, self.offset)
+        if other.mean is not None:
+            of_mean = self.matrix if self.mean is None else self.matrix + self.mean
+            mean = _sum(mean, product(other.mean, of_mean))
+            if self.offset is not None:
+                offset = _sum(offset, product(other.mean, self.offset))
+        return Colour(product(other.matrix, self.matrix), mean, _sum(offset, other.offset))
+
+    def apply(self, images: Tensor) -> Tensor:
+        flat = images.flatten(2)
+        offset = self.offset
+        if self.mean is not None:
+            offset = _sum(offset, product(self.mean, flat.mean(2, keepdim=True)))
+        # sums of products: a batched matrix product would be taken in TF32 or bf16 where the run computes in these
+        out = self.matrix[:, :, :1] * flat[:, :1]
+        for c in range(1, flat.shape[1]):
+            out.addcmul_(self.matrix[:, :, c : c + 1], flat[:, c : c + 1])
+        if offset is not None:
+            out.add_(offset)
+        return out.clamp_(0, 255).view(images.shape)
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return a if b is None else b
+    return a + b
+
+
+def grey_weights(channels: int, device: torch.device) -> Tensor:
+    """[C]: ITU-R 601 luminance for three channels, as in torchvision; equal weights otherwise."""
+    if channels == 3:
+        return torch.tensor([0.2989, 0.587, 0.114], device=device)
+    return torch.full((channels,), 1.0 / channels, device=device)
+
+
+class Brightness(Operation):
+    """Multiplies by 1 - limit .. 1 + limit."""
+
+    def __init__(self, *, limit: Probability) -> None:
+        self.limit = limit
+
+    def plan(self, draws: Draws, shape: Shape) -> list[Step]:
+        factor = 1.0 + draws.symmetric(self.limit)
+        return [Colour(torch.eye(shape[0], device=draws.device) * factor[:, None, None])]
+
+
+class Contrast(Operation):
+    """Spreads the values about the image's mean grey by a factor of 1 - limit .. 1 + limit."""
+
+    def __init__(self, *, limit: Probability) -> None:
+        self.limit = limit
+
+    def plan(self, draws: Draws, shape: Shape) -> list[Step]:
+        factor = 1.0 + draws.symmetric(self.limit)[:, None, None]
+        grey = grey_weights(shape[0], draws.device).expand(shape[0], -1)
+        return [Colour(torch.eye(shape[0], device=draws.device) * factor, mean=grey * (1.0 - factor))]
+
+
+class Saturation(Operation):
+    """Spreads the channels about the pixel's grey by a factor of 1 - limit .. 1 + limit; nothing on one channel."""
+
+    def __init__(self, *, limit: Probability) -> None:
+        self.limit = limit
+
+    def plan(self, draws: Draws, shape: Shape) -> list[Step]:
+        factor = 1.0 + draws.symmetric(self.limit)[:, None, None]
+        if shape[0] == 1:
+            return []
+        grey = grey_weights(shape[0], draws.device).expand(shape[0], -1)
+        return [Colour(torch.eye(shape[0], device=draws.device) * factor + grey * (1.0 - factor))]
+
+
+class PCAColour(Operation):
+    """Adds to each image a random multiple of the principal components of the training set's colours.
+
+    The offset is sum_i p_i lambda_i a_i with a_i ~ N(0, std) per image; p_i and lambda_i are the eigenvectors and
+    eigenvalues of the covariance of pixel values (Krizhevsky et al. 2012, section 4.1). The paper gives no unit of
+    the values; it is 0..1 here, as the product of eigenvalue and value would be meaningless on 0..255.
+    """
+
+    def __init__(self, *, std: NonNegative, train: Samples) -> None:
+        self.std = std
+        values, vectors = torch.linalg.eigh(colour_statistics(train)[1])
+        self.components = (vectors * values * 255.0).float()
+        """[C, C], a column per component, in 0..255."""
+
+    def plan(self, draws: Draws, shape: Shape) -> list[Step]:
+        amounts = draws.normal(shape[0])[:, :, None] * self.std
+        identity = torch.eye(shape[0], device=draws.device).expand(draws.total, -1, -1)
+        components = self.components.to(draws.device).expand(draws.total, -1, -1)
+        return [Colour(identity, offset=product(components, amounts))]
+
+
+def colour_statistics(train: Samples) -> tuple[Tensor, Tensor]:
+    """Mean [C] and covariance [C, C] of the pixels' channels, float64, unit 0..1, in one pass over the images.
+
+    Of very many pixels (over 2^26 and over 10,000 images) an evenly spaced selection of images is taken.
+    """
+    images = max(10_000, 2**26 // (train.shape[1] * train.shape[2]))
+    every = -(-len(train) // images)
+    count, total, outer = 0, torch.zeros(()), torch.zeros(())
+    for indices in torch.arange(0, len(train), every).split(512):
+        pixels = train.fetch(indices).transpose(0, 1).flatten(1).double() / 255.0
+        count += pixels.shape[1]
+        total = total + pixels.sum(1).cpu()
+        outer = outer + (pixels @ pixels.T).cpu()
+    mean = total / count
+    return mean, outer / count - torch.outer(mean, mean)

@@ -1,0 +1,61 @@
+"""Noise on pixels."""
+
+import functools
+from dataclasses import dataclass, field, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from dlopt.augment.operation import Draws, Operation, PixelStep, Shape, Step
+from dlopt.ranges import NonNegative
+
+
+@dataclass
+class _Noise(PixelStep):
+    std: Tensor  # [n]
+    draws: Draws
+    part: slice = field(default_factory=lambda: slice(None))
+
+    phase = 1
+
+    def take(self, part: slice) -> Self:
+        return replace(self, std=self.std[part], part=part)
+
+    def only(self, mask: Tensor) -> Self:
+        return replace(self, std=self.std * mask)
+
+    def apply(self, images: Tensor) -> Tensor:
+        shape = (self.draws.total, *images.shape[1:])
+        normal = normals(shape, self.draws.generator)[self.part]
+        return normal.mul_(self.std.view(-1, 1, 1, 1)).add_(images).clamp_(0, 255)
+
+
+class GaussianNoise(Operation):
+    """Adds to each value its own normal number; the standard deviation is per image, uniform in 0..`std` (of 255)."""
+
+    def __init__(self, *, std: NonNegative) -> None:
+        self.std = std
+
+    def plan(self, draws: Draws, shape: Shape) -> list[Step]:
+        return [_Noise(draws.strength() * self.std, draws)]
+
+
+def normals(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """float32 of that shape from the standard normal distribution.
+
+    On a CPU these are 2^16 quantiles, looked up by 16 random bits each, in a third of torch.randn's time: the
+    distribution function is right within 2^-17, the largest value is 4.3.
+    """
+    if generator.device.type != "cpu":
+        return torch.randn(shape, generator=generator, device=generator.device)
+    count = torch.Size(shape).numel()
+    bits = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    places = bits.view(torch.int16)[:count].int().add_(2**15)
+    return _quantiles().index_select(0, places).view(shape)
+
+
+@functools.cache
+def _quantiles() -> Tensor:
+    middle = (torch.arange(2**16, dtype=torch.float64) + 0.5) / 2**16
+    return torch.special.ndtri(middle).float()

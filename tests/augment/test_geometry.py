@@ -1,0 +1,269 @@
+"""Geometric operations against torchvision's functional on single images.
+
+Both resample with the same bilinear kernel: 0.02 of 255 is what float32 coordinates leave.
+"""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import scipy.stats
+import torch
+import torchvision.transforms.v2 as v2
+import torchvision.transforms.v2.functional as vision
+from torch import Tensor
+
+from dlopt.augment import (
+    AlternatingFlip,
+    Draws,
+    HorizontalFlip,
+    Lens,
+    Operation,
+    PadCrop,
+    RandomResizedCrop,
+    RandomScaleCrop,
+    Rotate,
+    Scale,
+    ShearX,
+    ShearY,
+    Stretch,
+    TranslateX,
+    TranslateY,
+)
+from dlopt.augment.geometry import Affine
+from dlopt.errors import UserError
+from dlopt.random import generator
+from tests.augment.helpers import pictures, run, smooth_pictures
+
+TOLERANCE = 0.02
+BILINEAR = v2.InterpolationMode.BILINEAR
+STRENGTHS = torch.tensor([1.0, 0.7, 0.25, 0.0, 0.5, 1.0])
+SIGNS = torch.tensor([1.0, -1.0, 1.0, 1.0, -1.0, -1.0])
+
+
+def affine(
+    image: Tensor,
+    angle: float = 0.0,
+    translate: tuple[float, float] = (0.0, 0.0),
+    scale: float = 1.0,
+    shear: tuple[float, float] = (0.0, 0.0),
+    center: list[float] | None = None,
+) -> Tensor:
+    degrees = [math.degrees(math.atan(slope)) for slope in shear]
+    result: Tensor = vision.affine(
+        image, angle, list(translate), scale, degrees, interpolation=BILINEAR, center=center
+    )
+    return result
+
+
+@pytest.mark.parametrize(
+    ("operation", "reference"),
+    [
+        (TranslateX(limit=0.3), lambda image, s: affine(image, translate=(0.3 * 21 * s, 0))),
+        (TranslateY(limit=0.3), lambda image, s: affine(image, translate=(0, 0.3 * 16 * s))),
+        (Scale(factor=1.5), lambda image, s: affine(image, scale=1.5**s)),
+        (Rotate(degrees=40.0), lambda image, s: affine(image, angle=40 * s)),
+        (ShearX(limit=0.4, about="centre"), lambda image, s: affine(image, shear=(0.4 * s, 0))),
+        (ShearY(limit=0.4, about="centre"), lambda image, s: affine(image, shear=(0, 0.4 * s))),
+        (ShearX(limit=0.4, about="corner"), lambda image, s: affine(image, shear=(0.4 * s, 0), center=[0, 0])),
+        (ShearY(limit=0.4, about="corner"), lambda image, s: affine(image, shear=(0, 0.4 * s), center=[0, 0])),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Operation) else "",
+)
+def test_affine_operations_are_torchvisions(operation: Operation, reference: Callable[..., Tensor]) -> None:
+    images = pictures(6, 3, 16, 21)
+    out = run([operation], images, strength=STRENGTHS, sign=SIGNS)
+    for image, got, strength in zip(images, out, (STRENGTHS * SIGNS).tolist(), strict=True):
+        want = reference(image.float(), strength)
+        assert (got - want).abs().max() < TOLERANCE
+        if strength:
+            assert (got - image).abs().max() > 10
+
+
+def test_a_stretch_is_the_perspective_transform_of_the_corners() -> None:
+    images = pictures(2, 3, 20, 20)
+    out = run([Stretch(factor=2.0)], images, strength=0.5)
+    factor = math.sqrt(2.0)
+    start = [[0, 0], [20, 0], [20, 20], [0, 20]]
+    end = [[10 + (x - 10) * factor, 10 + (y - 10) / factor] for x, y in start]
+    want = vision.perspective(images.float(), start, end, interpolation=BILINEAR)
+    # the transform is estimated by least squares in float32, and pixel centres are half a pixel off the corners
+    inner = (slice(None), slice(None), slice(4, 16), slice(2, 18))
+    assert (out[inner] - want[inner]).abs().max() < 0.5
+    assert (out[inner] - images[inner]).abs().mean() > 10
+
+
+@pytest.mark.parametrize("strength", [-1.0, -0.4, 0.6, 1.0])
+def test_a_lens_displaces_by_the_cube_of_the_radius(strength: float) -> None:
+    images = pictures(2, 3, 18, 24)
+    out = run([Lens(limit=0.5)], images, strength=abs(strength), sign=1.0 if strength > 0 else -1.0)
+    y, x = torch.meshgrid(torch.arange(18) - 8.5, torch.arange(24) - 11.5, indexing="ij")
+    cubic = 0.5 * strength * (x**2 + y**2) / (9**2 + 12**2)
+    displacement = torch.stack([x * cubic / 12, y * cubic / 9], -1)[None]
+    want = vision.elastic(images.float(), displacement, interpolation=BILINEAR)
+    assert (out - want).abs().max() < TOLERANCE
+
+
+def test_a_barrel_bends_outwards_and_a_pincushion_inwards() -> None:
+    line = torch.zeros(2, 1, 33, 33)
+    line[:, :, 4] = 255.0  # above the centre
+    out = run([Lens(limit=0.4)], line, strength=1.0, sign=torch.tensor([1.0, -1.0]))
+    rows = torch.arange(33.0)[:, None]
+    height = (out[:, 0] * rows).sum(1) / out[:, 0].sum(1)
+    assert height[0, 16] < height[0, 24]  # the middle of the line is farther from the centre than its ends
+    assert height[1, 16] > height[1, 24]
+
+
+def test_reflection_is_that_of_padding() -> None:
+    images = pictures(3, 3, 16, 16)
+    out = run([Rotate(degrees=30.0)], images, strength=1.0, border="reflect")
+    padded = torch.nn.functional.pad(images.float(), (12,) * 4, mode="reflect")
+    want = affine(padded, angle=30.0)[:, :, 12:-12, 12:-12]
+    assert (out - want).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("border", ["zero", "reflect"])
+def test_flips_and_crops_within_a_warp_stay_exact(border: str) -> None:
+    images = pictures(64, 3, 12, 10)
+    exact = run([PadCrop(padding=3), HorizontalFlip(p=0.5)], images, border=border)  # type: ignore[arg-type]
+    warped = run(
+        [PadCrop(padding=3), HorizontalFlip(p=0.5), Rotate(degrees=0.0)], images, border=border  # type: ignore[arg-type]
+    )
+    assert (warped - exact).abs().max() < TOLERANCE
+
+
+def test_one_warp_equals_one_after_the_other_up_to_interpolation() -> None:
+    images = smooth_pictures(8, 3, 48, 40)
+    chain: list[Operation] = [
+        TranslateX(limit=0.1),
+        Rotate(degrees=20.0),
+        Lens(limit=0.2),
+        ShearX(limit=0.2, about="centre"),
+        Stretch(factor=1.2),
+        Scale(factor=1.2),
+        Lens(limit=0.1),
+    ]
+    strength = torch.linspace(0.2, 1.0, 8)
+    at_once = run(chain, images, strength=strength)
+    after_another = images
+    for operation in chain:
+        after_another = run([operation], after_another, strength=strength)
+    inner = (slice(None), slice(None), slice(16, 32), slice(14, 26))  # never black
+    difference = (at_once - after_another)[inner].abs()
+    assert difference.mean() < 0.7 and difference.max() < 4
+    assert (at_once - images)[inner].abs().mean() > 10
+    reverse = run(chain[::-1], images, strength=strength)
+    assert (at_once - reverse)[inner].abs().mean() > 2  # the order counts
+
+
+def matrix(operation: Operation, total: int, shape: tuple[int, int, int], seed: int = 0) -> Tensor:
+    (step,) = operation.plan(Draws(generator("cpu", seed), total), shape)
+    assert isinstance(step, Affine)
+    return step.matrix
+
+
+def test_drawn_parameters_have_their_distributions() -> None:
+    shape = (3, 20, 30)
+    angle = torch.rad2deg(torch.atan2(*matrix(Rotate(degrees=25.0), 4000, shape)[:, 0, :2].flip(1).unbind(1)))
+    drawn = {
+        "rotate": angle / 25,
+        "translate_x": matrix(TranslateX(limit=0.2), 4000, shape)[:, 0, 2] / 6,
+        "translate_y": matrix(TranslateY(limit=0.2), 4000, shape)[:, 1, 2] / 4,
+        "scale": matrix(Scale(factor=1.5), 4000, shape)[:, 0, 0].log() / math.log(1.5),
+        "stretch": matrix(Stretch(factor=1.5), 4000, shape)[:, 1, 1].log() / math.log(1.5),
+        "shear": matrix(ShearX(limit=0.3, about="centre"), 4000, shape)[:, 0, 1] / 0.3,
+    }
+    for name, values in drawn.items():
+        assert scipy.stats.kstest(values.numpy(), scipy.stats.uniform(-1, 2).cdf).pvalue > 1e-3, name
+
+
+# -- crops with a new size
+
+
+def test_scale_and_crop_is_resize_and_crop() -> None:
+    images = smooth_pictures(5, 3, 40, 50)
+    strength = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])
+    out = run([RandomScaleCrop(short_side=(40, 64), size=32)], images, strength=strength, border="reflect")
+    assert out.shape == (5, 3, 32, 32)
+    for image, got, side in zip(images, out, [40, 46, 52, 58, 64], strict=True):
+        resized = vision.resize(image, [side, int(50 * side / 40 + 1e-3)], antialias=False)
+        start = [(n - 32 + 1) // 2 for n in resized.shape[1:]]
+        want = resized[:, start[0] : start[0] + 32, start[1] : start[1] + 32]
+        assert (got - want).abs().max() < TOLERANCE
+
+
+def test_scale_and_crop_reaches_every_side_and_place() -> None:
+    drawn = matrix(RandomScaleCrop(short_side=(8, 12), size=6), 6000, (3, 8, 8))
+    side = 8 / drawn[:, 0, 0]
+    for k in range(8, 13):
+        chosen = drawn[(side - k).abs() < 1e-3]
+        assert abs(len(chosen) / 6000 - 0.2) < 0.03
+        start = (chosen[:, :2, 2] * k / 8 - 6 / 2 + k / 2).round().long()
+        assert set(start[:, 0].tolist()) == set(start[:, 1].tolist()) == set(range(k - 6 + 1))
+
+
+def test_reducing_averages() -> None:
+    checks = torch.zeros(1, 1, 64, 64)
+    checks[:, :, ::2, ::2] = checks[:, :, 1::2, 1::2] = 255.0
+    out = run([RandomScaleCrop(short_side=(32, 32), size=32)], checks, strength=0.0, border="reflect")
+    assert (out - 127.5).abs().max() < 1
+
+
+def test_random_resized_crop_is_resized_crop() -> None:
+    images = smooth_pictures(12, 3, 40, 56)
+    operation = RandomResizedCrop(size=40, scale=(0.2, 0.9), ratio=(0.7, 1.4))
+    out = run([operation], images, seed=3, border="reflect")
+    drawn = matrix(operation, 12, (3, 40, 56), seed=3)
+    assert out.shape == (12, 3, 40, 40)
+    for image, got, m in zip(images, out, drawn, strict=True):
+        w, h = m[0, 0] * 40, m[1, 1] * 40
+        left, top = m[0, 2] - w / 2 + 28, m[1, 2] - h / 2 + 20
+        box = [round(float(value)) for value in (top, left, h, w)]
+        assert max(abs(float(a) - b) for a, b in zip((top, left, h, w), box, strict=True)) < 1e-3
+        want = vision.resized_crop(image, *box, size=[40, 40], antialias=False)
+        inner = (slice(None), slice(2, -2), slice(2, -2))  # at the edge torchvision does not see beyond the crop
+        assert (got - want)[inner].abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize(("shape", "scale"), [((3, 40, 56), (0.08, 1.0)), ((3, 20, 90), (0.5, 1.0))])
+def test_random_resized_crop_draws_as_torchvision(shape: tuple[int, int, int], scale: tuple[float, float]) -> None:
+    torch.manual_seed(0)
+    theirs = v2.RandomResizedCrop(24, scale=scale)
+    image = torch.zeros(shape)
+    parameters = [theirs.make_params([image]) for _ in range(3000)]
+    ours = matrix(RandomResizedCrop(size=24, scale=scale, ratio=(3 / 4, 4 / 3)), 3000, shape)
+    w, h = ours[:, 0, 0] * 24, ours[:, 1, 1] * 24
+    left, top = ours[:, 0, 2] - w / 2 + shape[2] / 2, ours[:, 1, 2] - h / 2 + shape[1] / 2
+    for key, values in {"width": w, "height": h, "left": left, "top": top}.items():
+        wanted = [each[key] for each in parameters]
+        assert scipy.stats.ks_2samp(values.round().numpy(), wanted).pvalue > 1e-3, key
+
+
+def test_crops_with_impossible_sizes_are_refused() -> None:
+    with pytest.raises(UserError, match=r"short_side=\[200,480\].*size=224"):
+        RandomScaleCrop(short_side=(200, 480), size=224)
+    with pytest.raises(UserError, match=r"scale=\[1,0.5\]"):
+        RandomResizedCrop(size=None, scale=(1.0, 0.5), ratio=(1.0, 1.0))
+
+
+# -- alternating flip
+
+
+def test_an_alternating_flip_shows_both_sides_in_two_epochs() -> None:
+    def mirrored(indices: Tensor, epoch: int) -> Tensor:
+        draws = Draws(generator("cpu", epoch), len(indices), indices=indices, epoch=epoch)
+        (step,) = AlternatingFlip().plan(draws, (3, 8, 8))
+        assert isinstance(step, Affine) and step.exact
+        return step.matrix[:, 0, 0] == -1
+
+    indices = torch.arange(10000)
+    first, second, third = (mirrored(indices, epoch) for epoch in range(3))
+    assert torch.equal(first, ~second) and torch.equal(first, third)
+    assert abs(first.float().mean() - 0.5) < 0.02
+    assert abs((first[1:] == first[:-1]).float().mean() - 0.5) < 0.02  # neighbours are unrelated
+    assert torch.equal(mirrored(indices.flip(0), 0), first.flip(0))  # the index decides, not the place in the batch
+
+
+def test_an_alternating_flip_needs_to_know_the_sample() -> None:
+    with pytest.raises(ValueError, match="indices and the epoch"):
+        AlternatingFlip().plan(Draws(generator("cpu", 0), 4), (3, 8, 8))
