@@ -66,9 +66,13 @@ class Loader:
                 if isinstance(fetched, UserError):
                     raise fetched
                 yield fetched
-        except RuntimeError as error:
-            if "DataLoader worker" in str(error):
-                raise RunError(f"a data loader worker died (out of memory?): {error}") from error
+        except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
+            # A worker that dies while it hands a batch over breaks the connection; otherwise torch finds it missing.
+            # What a worker itself has raised comes as "Caught ...", and is no death.
+            told = str(error) or type(error).__name__
+            broken = not isinstance(error, RuntimeError) or told.startswith("DataLoader worker (pid")
+            if self._loader.num_workers > 0 and broken and not told.startswith("Caught"):
+                raise RunError(f"a data loader worker died (out of memory?): {told}") from error
             raise
 
     def _start(self) -> Iterator[Any]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dlopt.data.loading import chunks
 from dlopt.data.samples import Samples
+from dlopt.errors import UserError
 
 
 class ScaleShift(nn.Module):
@@ -62,6 +63,53 @@ class Standardize(ScaleShift):
     def fit(self, samples: Samples) -> None:
         mean, deviation = moments(samples)
         self._set(1 / deviation, -mean / deviation)
+
+
+class MeanPixel(ScaleShift):
+    """x minus one value per channel, or per feature; the scale stays (images: 0..255).
+
+    `values`: fixed, in the units of the data (images: 0..255); None: the mean of the training samples.
+    """
+
+    def __init__(self, *, values: tuple[float, ...] | None, input_shape: tuple[int, ...]) -> None:
+        super().__init__(input_shape=input_shape)
+        if values is not None and len(values) != input_shape[0]:
+            raise UserError(
+                f"normalize.values={list(values)}: has {len(values)} values; the data have {input_shape[0]} "
+                f"{'channels' if len(input_shape) == 3 else 'features'}"
+            )
+        self._fixed = values
+        if values is not None:
+            self.shift.copy_(-torch.tensor(values).view_as(self.shift))
+
+    def fit(self, samples: Samples) -> None:
+        if self._fixed is None:
+            self._set(torch.ones_like(self.scale), -moments(samples)[0])
+
+
+class MeanImage(nn.Module):
+    """x minus the mean training image (Krizhevsky et al. 2012), a value for each pixel of each channel (0..255)."""
+
+    mean: Tensor
+
+    def __init__(self, *, input_shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(input_shape))
+
+    def fit(self, samples: Samples) -> None:
+        """Computes the mean of the training samples."""
+        total = torch.zeros(samples.shape, dtype=torch.float64)
+        for chunk in chunks(samples):
+            total += chunk.sum(0, dtype=torch.float64)
+        self.mean.copy_(total / len(samples))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if inputs.shape[1:] != self.mean.shape:
+            raise UserError(
+                f"normalize=mean_image: the mean image is {list(self.mean.shape)}, the batch's images are "
+                f"{list(inputs.shape[1:])}; use an augmentation that keeps the size, or normalize=mean_pixel"
+            )
+        return torch.sub(inputs, self.mean)
 
 
 def moments(samples: Samples) -> tuple[Tensor, Tensor]:

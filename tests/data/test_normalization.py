@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dlopt.data.normalization import Nothing, ScaleShift, Standardize, Unit, moments
+from dlopt.data.normalization import MeanImage, MeanPixel, Nothing, ScaleShift, Standardize, Unit, moments
 from dlopt.data.samples import Files, InMemory
+from dlopt.errors import UserError
 
 
 def samples(inputs: Tensor) -> InMemory:
@@ -116,3 +117,24 @@ def test_statistics_of_files_equal_those_in_memory(tmp_path: Path, write_images:
     a.fit(files)
     b.fit(samples(files.fetch(torch.arange(9))))
     assert torch.equal(a.scale, b.scale) and torch.equal(a.shift, b.shift)
+
+
+def test_mean_pixel_computed_and_fixed() -> None:
+    inputs = images()
+    module = MeanPixel(values=None, input_shape=(3, 6, 5)).double()
+    module.fit(samples(inputs))
+    assert torch.allclose(module(inputs), inputs - inputs.double().mean((0, 2, 3)).view(3, 1, 1))
+    fixed = MeanPixel(values=(124.96, 115.97, 106.13), input_shape=(3, 6, 5))
+    fixed.fit(samples(inputs))
+    assert torch.equal(fixed(inputs), inputs - torch.tensor([124.96, 115.97, 106.13]).view(3, 1, 1))
+    with pytest.raises(UserError, match=r"normalize.values=\[1.0\]: has 1 values; the data have 3 channels"):
+        MeanPixel(values=(1.0,), input_shape=(3, 6, 5))
+
+
+def test_mean_image() -> None:
+    inputs = images()
+    module = MeanImage(input_shape=(3, 6, 5)).double()
+    module.fit(samples(inputs))
+    assert torch.allclose(module(inputs), inputs - inputs.double().mean(0))
+    with pytest.raises(UserError, match=r"normalize=mean_image: the mean image is \[3, 6, 5\].*\[3, 4, 4\]"):
+        module(inputs[..., :4, :4])
