@@ -17,9 +17,10 @@ class ExponentialAverage:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self.model = copy.deepcopy(model).requires_grad_(False).eval()
-        pairs = list(zip(self.model.state_dict().values(), model.state_dict().values(), strict=True))
+        # Not by state_dict, in which a tensor that two layers share stands twice.
+        pairs = list(zip(_tensors(self.model), _tensors(model), strict=True))
         self._averages = [average for average, value in pairs if value.is_floating_point()]
-        self._values = [value for value in model.state_dict().values() if value.is_floating_point()]
+        self._values = [value for _, value in pairs if value.is_floating_point()]
         self._copied = [pair for pair in pairs if not pair[1].is_floating_point()]
 
     @torch.no_grad()
@@ -33,3 +34,7 @@ class ExponentialAverage:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.model.load_state_dict(state)
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]

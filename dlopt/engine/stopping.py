@@ -22,7 +22,8 @@ class Stopping(Protocol):
 def figure(metrics: Mapping[str, Any], monitor: str) -> float:
     """The monitored figure as a loss (lower is better): accuracies and the like are negated.
 
-    `auto` is val_accuracy, or val_loss where there is none. Raises `UserError` when the figure is not logged.
+    `auto` is val_accuracy, or val_loss where there is none. What is not finite is as bad as can be (infinity). Raises
+    `UserError` when the figure is not logged.
     """
     if monitor == "auto":
         monitor = "val_accuracy" if metrics.get("val_accuracy") is not None else "val_loss"
@@ -30,7 +31,11 @@ def figure(metrics: Mapping[str, Any], monitor: str) -> float:
     if value is None:
         logged = ", ".join(sorted(key for key in metrics if key.startswith("val_"))) or "none"
         raise UserError(f"monitor={monitor}: this run logs no such validation figure; it logs: {logged}")
-    return float(value) if lower_is_better(monitor) else -float(value)
+    return _finite(value if lower_is_better(monitor) else -value)
+
+
+def _finite(value: float | None) -> float:
+    return float(value) if value is not None and math.isfinite(value) else math.inf
 
 
 def lower_is_better(monitor: str) -> bool:
@@ -90,9 +95,8 @@ class Best:
 
     def update(self, metrics: Mapping[str, Any]) -> bool:
         """True when these figures are the best so far."""
-        value, loss = figure(metrics, self.monitor), metrics.get("val_loss")
-        tie = value == self.value and loss is not None and self.val_loss is not None and loss < self.val_loss
-        if not (value < self.value or tie):
+        value, loss = figure(metrics, self.monitor), _finite(metrics.get("val_loss"))
+        if value == math.inf or (value, loss) >= (self.value, _finite(self.val_loss)):
             return False
         self.value, self.epoch = value, metrics["epoch"]
         self.val_loss, self.val_accuracy = metrics.get("val_loss"), metrics.get("val_accuracy")
