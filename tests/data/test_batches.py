@@ -228,3 +228,19 @@ def test_a_killed_worker_fails_the_run() -> None:
         for _ in range(12):
             next(run)
     loader.close()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_both_paths_are_equal_and_a_step_does_not_synchronize(files: Files) -> None:
+    options: dict[str, Any] = {"device": "cuda", "augment": flip_or_shift, "memory_format": torch.channels_last}
+    resident = shuffled(files, in_memory=True, **options)
+    streamed = shuffled(files, in_memory=False, workers=2, **options)
+    assert equal(list(resident.epoch(0)), list(streamed.epoch(0)))
+    streamed.close()
+    epoch = resident.epoch(1)
+    next(epoch)  # the order goes to the device with the first batch
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert len(list(epoch)) == 5
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
