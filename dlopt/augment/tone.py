@@ -79,7 +79,8 @@ class _AutoContrast(_Tone):
     def change(self, images: Tensor) -> Tensor:
         low, high = images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)
         flat = high == low
-        return (images - torch.where(flat, 0.0, low)) * torch.where(flat, 1.0, 255.0 / (high - low))
+        spread = (images - torch.where(flat, 0.0, low)) * torch.where(flat, 1.0, 255.0 / (high - low))
+        return spread.clamp_(max=255)
 
 
 class AutoContrast(Operation):

@@ -50,9 +50,7 @@ def affine(
     center: list[float] | None = None,
 ) -> Tensor:
     degrees = [math.degrees(math.atan(slope)) for slope in shear]
-    result: Tensor = vision.affine(
-        image, angle, list(translate), scale, degrees, interpolation=BILINEAR, center=center
-    )
+    result: Tensor = vision.affine(image, angle, list(translate), scale, degrees, interpolation=BILINEAR, center=center)
     return result
 
 
@@ -127,7 +125,9 @@ def test_flips_and_crops_within_a_warp_stay_exact(border: str) -> None:
     images = pictures(64, 3, 12, 10)
     exact = run([PadCrop(padding=3), HorizontalFlip(p=0.5)], images, border=border)  # type: ignore[arg-type]
     warped = run(
-        [PadCrop(padding=3), HorizontalFlip(p=0.5), Rotate(degrees=0.0)], images, border=border  # type: ignore[arg-type]
+        [PadCrop(padding=3), HorizontalFlip(p=0.5), Rotate(degrees=0.0)],
+        images,
+        border=border,  # type: ignore[arg-type]
     )
     assert (warped - exact).abs().max() < TOLERANCE
 

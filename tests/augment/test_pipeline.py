@@ -1,23 +1,23 @@
 from itertools import pairwise
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from dlopt.augment import HorizontalFlip, Operation, PadCrop, Pipeline
+from dlopt.config.schema import component
 from dlopt.errors import UserError
 from dlopt.random import generator
+from tests.augment.helpers import Whole, pictures
 
 
-def pictures(n: int, *shape: int) -> Tensor:
-    return torch.randint(0, 256, (n, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-
-
-def run(pipeline: Pipeline, images: Tensor, seed: int = 0) -> Tensor:
+def call(pipeline: Pipeline, images: Tensor, seed: int = 0) -> Tensor:
     targets = torch.arange(len(images))
     out, same = pipeline(
         images, targets, generator=generator("cpu", seed), total=len(images), part=slice(0, len(images))
@@ -43,7 +43,7 @@ def test_crop_and_flip_copy_pixels_exactly(
 ) -> None:
     images = pictures(200, *shape).to(dtype)
     pipeline = Pipeline(operations=[PadCrop(padding=3), HorizontalFlip(p=0.5)], border=border, input_shape=shape)
-    out = run(pipeline, images)
+    out = call(pipeline, images)
     assert out.dtype == dtype and out.shape == images.shape
     seen = []
     for before, after in zip(images, out, strict=True):
@@ -58,24 +58,24 @@ def test_a_flip_is_torch_flip() -> None:
     images = pictures(4, 3, 5, 6)
     always = Pipeline(operations=[HorizontalFlip(p=1.0)], border="zero", input_shape=(3, 5, 6))
     never = Pipeline(operations=[HorizontalFlip(p=0.0)], border="zero", input_shape=(3, 5, 6))
-    assert torch.equal(run(always, images), images.flip(-1))
-    assert torch.equal(run(never, images), images)
+    assert torch.equal(call(always, images), images.flip(-1))
+    assert torch.equal(call(never, images), images)
 
 
 def test_crops_and_flips_are_drawn_evenly() -> None:
     position = torch.zeros(20000, 1, 5, 5, dtype=torch.uint8)
     position[:, 0, 2, 1] = 1
-    crops = run(Pipeline(operations=[PadCrop(padding=1)], border="zero", input_shape=(1, 5, 5)), position)
+    crops = call(Pipeline(operations=[PadCrop(padding=1)], border="zero", input_shape=(1, 5, 5)), position)
     counts = crops.sum((0, 1)).float()
     assert counts[1:4, 0:3].sum() == 20000
     assert (counts[1:4, 0:3] / 20000 - 1 / 9).abs().max() < 5 * (1 / 9 * 8 / 9 / 20000) ** 0.5
-    flips = run(Pipeline(operations=[HorizontalFlip(p=0.3)], border="zero", input_shape=(1, 5, 5)), position)
+    flips = call(Pipeline(operations=[HorizontalFlip(p=0.3)], border="zero", input_shape=(1, 5, 5)), position)
     assert abs(flips[:, 0, 2, 3].float().mean() - 0.3) < 5 * (0.3 * 0.7 / 20000) ** 0.5
 
 
 def test_without_operations_the_batch_itself_comes_back() -> None:
     images = torch.randn(4, 7)
-    out = run(Pipeline(operations=[], border="zero", input_shape=(7,)), images)
+    out = call(Pipeline(operations=[], border="zero", input_shape=(7,)), images)
     assert out is images
 
 
@@ -84,7 +84,7 @@ def test_without_operations_the_batch_itself_comes_back() -> None:
 def test_any_sharding_gives_the_same_samples(cuts: list[int], seed: int) -> None:
     images = pictures(12, 3, 8, 8)
     pipeline = Pipeline(operations=[PadCrop(padding=4), HorizontalFlip(p=0.5)], border="zero", input_shape=(3, 8, 8))
-    whole = run(pipeline, images, seed)
+    whole = call(pipeline, images, seed)
     edges = [0, *sorted(cuts), 12]
     parts = [
         pipeline(images[a:b], torch.zeros(b - a), generator=generator("cpu", seed), total=12, part=slice(a, b))[0]
@@ -96,8 +96,8 @@ def test_any_sharding_gives_the_same_samples(cuts: list[int], seed: int) -> None
 def test_seeds_decide() -> None:
     images = pictures(16, 3, 8, 8)
     pipeline = Pipeline(operations=[PadCrop(padding=4)], border="zero", input_shape=(3, 8, 8))
-    assert torch.equal(run(pipeline, images, 1), run(pipeline, images, 1))
-    assert not torch.equal(run(pipeline, images, 1), run(pipeline, images, 2))
+    assert torch.equal(call(pipeline, images, 1), call(pipeline, images, 1))
+    assert not torch.equal(call(pipeline, images, 1), call(pipeline, images, 2))
 
 
 def test_vectors_and_foreign_operations_are_refused() -> None:
@@ -112,3 +112,102 @@ def test_a_part_of_another_length_is_refused() -> None:
     pipeline = Pipeline(operations=[HorizontalFlip(p=0.5)], border="zero", input_shape=(3, 8, 8))
     with pytest.raises(ValueError, match="4 samples"):
         pipeline(pictures(4, 3, 8, 8), torch.zeros(4), generator=generator("cpu", 0), total=8, part=slice(0, 3))
+
+
+# -- the ready pipelines
+
+CHOICES = sorted(Path(__file__).parents[2].joinpath("conf", "augmentation").glob("[!_]*.yaml"))
+
+
+def ready(path: Path, images: Tensor) -> Pipeline:
+    node: Any = yaml.safe_load(path.read_text())
+    checked = component("augmentation", node, ("input_shape", "classes", "train"), ("dlopt",))
+    pipeline = checked.build(input_shape=tuple(images.shape[1:]), classes=10, train=Whole(images))
+    assert isinstance(pipeline, Pipeline)
+    return pipeline
+
+
+def test_all_choices_are_there() -> None:
+    assert {path.stem for path in CHOICES} >= {
+        *("none", "flip", "crop_flip", "affine", "photometric", "noise", "lens", "imagenet", "inception", "random_mix"),
+        *("randaugment", "trivialaugment", "erasing", "mixup", "cutmix", "alternating_flip"),
+    }
+    assert all(path.read_text().startswith("# ") for path in CHOICES)
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 9, 7)], ids=["colour", "grey"])
+@pytest.mark.parametrize("path", CHOICES, ids=lambda path: path.stem)
+def test_each_choice_shards_repeats_and_keeps_the_range(path: Path, shape: tuple[int, int, int]) -> None:
+    images, targets = pictures(12, *shape), torch.arange(12) % 10
+    pipeline = ready(path, images)
+
+    def part(a: int, b: int, seed: int) -> tuple[Tensor, Tensor]:
+        return pipeline(
+            images[a:b],
+            targets[a:b],
+            generator=generator("cpu", seed),
+            total=12,
+            part=slice(a, b),
+            indices=torch.arange(a, b),
+            epoch=seed,
+        )
+
+    inputs, labels = part(0, 12, 1)
+    assert tuple(inputs.shape[1:]) == pipeline.output_shape and len(inputs) == len(labels) == 12
+    assert inputs.dtype in (torch.uint8, torch.float32)
+    assert inputs.min() >= 0 and inputs.max() <= 255 and inputs.float().std() > 1
+    again = part(0, 12, 1)
+    assert torch.equal(again[0], inputs) and torch.equal(again[1], labels)
+    if path.stem != "none":
+        assert not torch.equal(part(0, 12, 2)[0], inputs)
+    for edges in ((0, 6, 12), (0, 2, 4, 12), (0, 0, 10, 12)):
+        parts = [part(a, b, 1) for a, b in pairwise(edges)]
+        assert torch.equal(torch.cat([each[0] for each in parts]), inputs)
+        assert torch.equal(torch.cat([each[1] for each in parts]), labels)
+
+
+@pytest.mark.parametrize("path", CHOICES, ids=lambda path: path.stem)
+def test_autocast_changes_nothing(path: Path) -> None:
+    images = pictures(4, 3, 32, 32)
+    pipeline = ready(path, images)
+
+    def once() -> Tensor:
+        return pipeline(
+            images,
+            torch.zeros(4, dtype=torch.long),
+            generator=generator("cpu", 0),
+            total=4,
+            part=slice(0, 4),
+            indices=torch.arange(4),
+            epoch=0,
+        )[0]
+
+    plain = once()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(once(), plain)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("path", CHOICES, ids=lambda path: path.stem)
+def test_a_gpu_never_waits_and_shards_alike(path: Path) -> None:
+    images, targets = pictures(12, 3, 32, 32), torch.arange(12, device="cuda") % 10
+    pipeline, images = ready(path, images), images.cuda()
+
+    def part(a: int, b: int) -> Tensor:
+        return pipeline(
+            images[a:b],
+            targets[a:b],
+            generator=generator("cuda", 1),
+            total=12,
+            part=slice(a, b),
+            indices=torch.arange(a, b, device="cuda"),
+            epoch=0,
+        )[0]
+
+    whole = part(0, 12)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        parts = [part(0, 4), part(4, 12)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert (torch.cat(parts).float() - whole.float()).abs().max() < 1e-3
