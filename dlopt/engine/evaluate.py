@@ -30,6 +30,7 @@ def evaluate(
     try:
         for inputs, targets in batches:
             outputs = model(inputs)
+            outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))  # a loss has more digits than bf16
             sums.add(loss(outputs, targets), outputs, targets)
             if interruption:
                 return None

@@ -69,9 +69,9 @@ class Closure:
             self.sums = None
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        self.norm = self.clip(self.parameters)
-        if self.norm is None and self.norm_wanted:
-            self.norm = gradient_norm(self.parameters)
+        norm = gradient_norm(self.parameters) if self.norm_wanted else None
+        clipped = self.clip(self.parameters)
+        self.norm = norm if clipped is None else clipped
         return loss
 
     def loss(self) -> Tensor:
@@ -93,7 +93,7 @@ class Closure:
         """The loss of one micro-batch times its share of the batch's samples."""
         outputs = self._model(inputs)
         loss = self._loss(outputs, targets)
-        if self.sums is not None:
+        if backward and self.sums is not None:
             self.sums.add(loss.detach(), outputs.detach(), targets)
         if share != 1.0:
             loss = loss * share
@@ -161,13 +161,16 @@ class Update:
 def frozen_statistics(model: nn.Module) -> Iterator[None]:
     """Batch norm normalizes with the batch's statistics within, and leaves its running ones alone."""
     norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.training and m.track_running_stats]
+    momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.track_running_stats = False
+        norm.momentum = 0.0  # instance norm moves its statistics whatever track_running_stats says
     try:
         yield
     finally:
-        for norm in norms:
+        for norm, momentum in zip(norms, momenta, strict=True):
             norm.track_running_stats = True
+            norm.momentum = momentum
 
 
 def _generators(parameters: Sequence[Tensor]) -> list[torch.Generator]:
