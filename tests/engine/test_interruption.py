@@ -1,0 +1,67 @@
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from dlopt.engine.interruption import SIGNALS, Interruption
+
+
+def send(number: signal.Signals) -> None:
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_asks_and_does_not_tear(number: signal.Signals) -> None:
+    former = [signal.getsignal(each) for each in SIGNALS]
+    with Interruption() as interruption:
+        assert not interruption and interruption.reason is None
+        send(number)
+        assert interruption and interruption.reason == number.name
+    assert [signal.getsignal(each) for each in SIGNALS] == former
+
+
+def test_a_second_sigint_ends_at_once() -> None:
+    with Interruption() as interruption:
+        send(signal.SIGINT)
+        assert interruption
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)
+
+
+def test_repeated_termination_signals_do_no_more_than_the_first() -> None:
+    with Interruption() as interruption:
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM):
+            send(number)
+        assert interruption
+
+
+def test_handlers_come_back_after_an_error() -> None:
+    former = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(ZeroDivisionError), Interruption():
+        raise ZeroDivisionError
+    assert signal.getsignal(signal.SIGTERM) is former
+
+
+def test_max_time_is_in_minutes() -> None:
+    with Interruption(max_time=0.05 / 60) as interruption:
+        assert not interruption
+        time.sleep(0.06)
+        assert interruption and interruption.reason is not None and interruption.reason.startswith("max_time=")
+    with Interruption(max_time=1.0) as interruption:
+        time.sleep(0.06)
+        assert not interruption
+
+
+def test_outside_the_main_thread() -> None:
+    seen = []
+
+    def work() -> None:
+        with Interruption() as interruption:
+            seen.append(bool(interruption))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [False]
