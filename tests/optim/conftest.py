@@ -30,7 +30,7 @@ def keys_of() -> Callable[..., dict[str, Any]]:
             config = compose(overrides=[f"+optimizer={name}", *(f"optimizer.{t}" for t in typed)])
         keys = OmegaConf.to_container(config, resolve=True)
         assert isinstance(keys, dict)
-        return keys["optimizer"]  # type: ignore[no-any-return]
+        return keys["optimizer"]
 
     return keys_of
 

@@ -112,7 +112,7 @@ def test_our_classes_say_how_often_they_evaluate(
     def loss() -> torch.Tensor:
         nonlocal calls
         calls += 1
-        return p.loss()  # type: ignore[no-any-return]
+        return p.loss()
 
     optimizer.step(LossClosure(optimizer, loss))
     if type(optimizer).__module__.startswith("dlopt."):

@@ -1,0 +1,411 @@
+"""Updates against formulas written out in NumPy, against torch, and against other implementations."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from dlopt.errors import UserError
+from dlopt.optim import LAMB, LARS, SAM, SGDW, Lion, LossClosure, Muon, Rprop
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+Gradients = list[Array]
+DRAW = np.random.default_rng(0)
+SHAPES = {"kernel": (3, 2, 2, 2), "matrix": (4, 3), "vector": (5,)}
+START = {name: DRAW.normal(size=shape) for name, shape in SHAPES.items()}
+GRADS = [{name: DRAW.normal(size=shape) for name, shape in SHAPES.items()} for _ in range(8)]
+
+
+def path(optimizer: Any, params: dict[str, nn.Parameter], grads: list[dict[str, Array]] = GRADS) -> list[Tensor]:
+    seen = []
+    for gradient in grads:
+        for name, p in params.items():
+            p.grad = torch.tensor(gradient[name])
+        optimizer.step()
+        seen.append(torch.cat([p.detach().reshape(-1) for p in params.values()]))
+    return seen
+
+
+def parameters() -> dict[str, nn.Parameter]:
+    return {name: nn.Parameter(torch.tensor(value)) for name, value in START.items()}
+
+
+# Each formula: initial weights, gradients -> the weights after every step.
+
+
+def sgd(w: Array, gs: Gradients, lr: float = 0.1, m: float = 0.9, wd: float = 0.3) -> Iterator[Array]:
+    delta: Any = None
+    for g in gs:
+        g = g + wd * w
+        delta = g if delta is None else m * delta + g
+        w = w - lr * delta
+        yield w
+
+
+def nesterov(w: Array, gs: Gradients, lr: float = 0.1, m: float = 0.9) -> Iterator[Array]:
+    delta: Any = np.zeros_like(w)
+    for g in gs:
+        delta = m * delta + g
+        w = w - lr * (g + m * delta)
+        yield w
+
+
+def averaging(w: Array, gs: Gradients, lr: float = 0.1, m: float = 0.9, wd: float = 0.0) -> Iterator[Array]:
+    delta: Any = np.zeros_like(w)
+    for g in gs:
+        delta = m * delta + (1 - m) * g
+        w = w - lr * delta - lr * wd * w
+        yield w
+
+
+def rprop(w: Array, gs: Gradients, skip: bool = False) -> Iterator[Array]:
+    size, before = np.full_like(w, 0.1), np.zeros_like(w)
+    for g in gs:
+        size = np.where(g * before > 0, size * 1.2, np.where(g * before < 0, size * 0.5, size)).clip(0.04, 0.13)
+        if skip:
+            g = np.where(g * before < 0, 0.0, g)
+        w, before = w - size * np.sign(g), g
+        yield w
+
+
+def adagrad(w: Array, gs: Gradients) -> Iterator[Array]:
+    total: Any = 0.0
+    for g in gs:
+        total = total + g**2
+        w = w - 0.1 * g / (np.sqrt(total) + 1e-10)
+        yield w
+
+
+def adadelta(w: Array, gs: Gradients) -> Iterator[Array]:
+    squares, deltas = np.zeros_like(w), np.zeros_like(w)
+    for g in gs:
+        squares = 0.9 * squares + 0.1 * g**2
+        delta = np.sqrt(deltas + 1e-6) / np.sqrt(squares + 1e-6) * g  # the average of deltas up to the previous one
+        deltas = 0.9 * deltas + 0.1 * delta**2
+        w = w - delta
+        yield w
+
+
+def rmsprop(w: Array, gs: Gradients) -> Iterator[Array]:
+    squares = np.zeros_like(w)
+    for g in gs:
+        squares = 0.9 * squares + 0.1 * g**2
+        w = w - 0.1 * g / (np.sqrt(squares) + 1e-8)
+        yield w
+
+
+def moments(gs: Gradients, b1: float = 0.9, b2: float = 0.999) -> Iterator[tuple[int, Array, Array, Array]]:
+    m, v = np.zeros_like(gs[0]), np.zeros_like(gs[0])
+    for t, g in enumerate(gs, 1):
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
+        yield t, g, m, v
+
+
+def adam(w: Array, gs: Gradients, wd: float = 0.0) -> Iterator[Array]:
+    for t, _, m, v in moments(gs):
+        w = w - 0.1 * wd * w - 0.1 * m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+        yield w
+
+
+def nadam(w: Array, gs: Gradients) -> Iterator[Array]:
+    product = 1.0
+    for t, g, m, v in moments(gs):
+        now, after = (0.9 * (1 - 0.5 * 0.96 ** (i * 0.004)) for i in (t, t + 1))
+        product *= now
+        average = (1 - now) * g / (1 - product) + after * m / (1 - product * after)
+        w = w - 0.1 * average / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+        yield w
+
+
+def radam(w: Array, gs: Gradients) -> Iterator[Array]:
+    longest = 2 / (1 - 0.999) - 1
+    for t, _, m, v in moments(gs):
+        length = longest - 2 * t * 0.999**t / (1 - 0.999**t)
+        mean = m / (1 - 0.9**t)
+        if length > 5:
+            above, below = (length - 4) * (length - 2) * longest, (longest - 4) * (longest - 2) * length
+            mean = mean * np.sqrt(above / below) * np.sqrt(1 - 0.999**t) / (np.sqrt(v) + 1e-8)
+        w = w - 0.1 * mean
+        yield w
+
+
+def lion(w: Array, gs: Gradients) -> Iterator[Array]:
+    m = np.zeros_like(w)
+    for g in gs:
+        w = w - 0.1 * (np.sign(0.9 * m + 0.1 * g) + 0.3 * w)
+        m = 0.99 * m + 0.01 * g
+        yield w
+
+
+def lamb(w: Array, gs: Gradients) -> Iterator[Array]:
+    for t, _, m, v in moments(gs):
+        u = m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.999**t)) + 1e-6) + 0.3 * w
+        w = w - 0.1 * np.linalg.norm(w) / np.linalg.norm(u) * u
+        yield w
+
+
+def lars(w: Array, gs: Gradients) -> Iterator[Array]:
+    v = np.zeros_like(w)
+    for g in gs:
+        norm = np.linalg.norm(w)
+        local = 0.02 * norm / (np.linalg.norm(g) + 0.3 * norm) if w.ndim > 1 else 1.0
+        v = 0.9 * v + 0.1 * local * (g + 0.3 * w)
+        w = w - v
+        yield w
+
+
+FORMULAS: dict[str, tuple[str, list[str], Callable[..., Iterator[Array]]]] = {
+    "sgd": ("sgd", ["lr=0.1", "weight_decay=0.3"], sgd),
+    "sgd without momentum": ("sgd", ["lr=0.1", "momentum=0.0"], lambda w, gs: sgd(w, gs, m=0, wd=0)),
+    "nesterov": ("sgd", ["lr=0.1", "nesterov=true"], nesterov),
+    "gradient_descent": ("gradient_descent", ["lr=0.1"], lambda w, gs: sgd(w, gs, m=0, wd=0)),
+    "momentum": ("momentum", ["lr=0.1"], averaging),
+    "sgdw": ("sgdw", ["lr=0.1", "weight_decay=0.3"], lambda w, gs: averaging(w, gs, wd=0.3)),
+    "rprop": ("rprop", ["lr=0.1", "step_sizes=[0.04,0.13]"], rprop),
+    "irprop": ("irprop", ["lr=0.1", "step_sizes=[0.04,0.13]"], lambda w, gs: rprop(w, gs, skip=True)),
+    "adagrad": ("adagrad", ["lr=0.1"], adagrad),
+    "adadelta": ("adadelta", [], adadelta),
+    "rmsprop": ("rmsprop", ["lr=0.1"], rmsprop),
+    "adam": ("adam", ["lr=0.1"], adam),
+    "adamw": ("adamw", ["lr=0.1", "weight_decay=0.3"], lambda w, gs: adam(w, gs, wd=0.3)),
+    "nadam": ("nadam", ["lr=0.1"], nadam),
+    "radam": ("radam", ["lr=0.1"], radam),
+    "lion": ("lion", ["lr=0.1", "weight_decay=0.3"], lion),
+    "lamb": ("lamb", ["lr=0.1", "weight_decay=0.3"], lamb),
+    "lars": ("lars", ["lr=0.1", "weight_decay=0.3", "trust_coefficient=0.02"], lars),
+}
+
+
+@pytest.mark.parametrize("case", FORMULAS)
+def test_formula_at_every_step(case: str, choose: Callable[..., Any]) -> None:
+    choice, typed, formula = FORMULAS[case]
+    params = parameters()
+    ours = path(choose(choice, params.values(), *typed), params)
+    written = [list(formula(START[name], [g[name] for g in GRADS])) for name in SHAPES]
+    expected = [torch.cat([torch.tensor(w).reshape(-1) for w in weights]) for weights in zip(*written, strict=True)]
+    # torch keeps NAdam's product of momenta as a float32 number
+    torch.testing.assert_close(ours, expected, rtol=2e-6 if choice == "nadam" else 1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize(("momentum", "equal"), [(0.0, True), (0.9, False)])
+def test_sgdw_is_the_l2_loss_without_momentum_only(momentum: float, equal: bool) -> None:
+    first, second = parameters()["vector"], parameters()["vector"]
+    inputs, targets = torch.tensor(DRAW.normal(size=(20, 5))), torch.tensor(DRAW.normal(size=20))
+
+    def squared_error(p: Tensor) -> Tensor:
+        return ((inputs @ p - targets) ** 2).mean()
+
+    decoupled = SGDW([first], lr=0.05, momentum=momentum, weight_decay=0.3)
+    coupled = SGDW([second], lr=0.05, momentum=momentum, weight_decay=0.0)
+    for _ in range(10):
+        decoupled.step(LossClosure(decoupled, lambda: squared_error(first)))
+        coupled.step(LossClosure(coupled, lambda: squared_error(second) + 0.5 * 0.3 * (second**2).sum()))
+    assert torch.allclose(first, second, rtol=1e-12, atol=0) is equal
+
+
+def test_rprop_always_steps_and_torchs_skips_after_a_change_of_sign() -> None:
+    for make, third in ((Rprop, -0.5), (torch.optim.Rprop, 0.0)):
+        p = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+        optimizer = make([p], lr=1.0)
+        steps, before = [], 0.0
+        for g in (1.0, 1.0, -1.0, -1.0):
+            p.grad = torch.full_like(p, g)
+            optimizer.step()
+            steps.append(before - p.item())
+            before = p.item()
+        assert steps[:3] == pytest.approx([1.0, 1.2, 1.2 * third])
+
+
+@given(st.lists(st.floats(-10, 10), min_size=1, max_size=20), st.floats(1e-3, 10))
+def test_rprop_step_sizes_stay_within_their_bounds(grads: list[float], lr: float) -> None:
+    p = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    optimizer = Rprop([p], lr=lr, step_sizes=(0.01, 0.5))
+    for i, g in enumerate(grads):
+        before = p.item()
+        p.grad = torch.full_like(p, g)
+        optimizer.step()
+        moved = abs(p.item() - before)
+        assert moved == 0 if g == 0 else 0.01 - 1e-9 <= moved <= 0.5 + 1e-9, i
+
+
+# pytorch-optimizer's LAMB adds eps to the norm below as well; adam_debias=True leaves the bias uncorrected.
+ORACLES = {
+    "LAMB": (
+        lambda p: LAMB(p, lr=0.1, weight_decay=0.3, eps=1e-13, bias_correction=False, max_weight_norm=10.0),
+        lambda o, p: o.Lamb(p, lr=0.1, weight_decay=0.3, eps=1e-13, weight_decouple=False, adam_debias=True),
+    ),
+    "LARS": (
+        lambda p: LARS(p, lr=0.1, weight_decay=0.0, momentum=0.8, trust_coefficient=0.02),
+        lambda o, p: o.LARS(p, lr=0.1, weight_decay=0.0, momentum=0.8, trust_coefficient=0.02),
+    ),
+    "LARS with decay, on matrices": (
+        lambda p: LARS(p[:2], lr=0.1, weight_decay=0.3),
+        lambda o, p: o.LARS(p[:2], lr=0.1, weight_decay=0.3),
+    ),
+    "Lion": (lambda p: Lion(p, lr=0.1, weight_decay=0.3), lambda o, p: o.Lion(p, lr=0.1, weight_decay=0.3)),
+}
+
+
+@pytest.mark.parametrize("case", ORACLES)
+def test_equals_pytorch_optimizer(case: str) -> None:
+    oracle = pytest.importorskip("pytorch_optimizer")
+    ours, theirs = ORACLES[case]
+    first, second = parameters(), parameters()
+    a = path(ours(list(first.values())), first)
+    b = path(theirs(oracle, list(second.values())), second)
+    torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    assert not torch.equal(a[0], a[-1])
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
+def test_sam_equals_pytorch_optimizer(base: Any, adaptive: bool, problem: Callable[..., Any]) -> None:
+    oracle = pytest.importorskip("pytorch_optimizer")
+    first, second = problem(), problem()
+    ours = SAM(base=base(first.params, lr=0.1), rho=0.2, adaptive=adaptive)
+    theirs = oracle.SAM(second.params, base, lr=0.1, rho=0.2, adaptive=adaptive)
+    for _ in range(6):
+        ours.step(LossClosure(ours, first.loss))
+        closure = LossClosure(theirs, second.loss)
+        closure()  # theirs wants the first gradient in place
+        theirs.step(closure)
+    torch.testing.assert_close(first.weights(), second.weights(), rtol=1e-5, atol=1e-7)  # theirs: float32 norms
+
+
+def test_sam_steps_with_the_gradient_at_the_top_of_the_neighbourhood(problem: Callable[..., Any]) -> None:
+    p = problem()
+    before = p.weights()
+    gradient = torch.cat([g.reshape(-1) for g in torch.autograd.grad(p.loss(), p.params)])
+    other = problem()
+    with torch.no_grad():
+        nn.utils.vector_to_parameters(before + 0.3 * gradient / gradient.norm(), other.params)
+    expected = torch.cat([g.reshape(-1) for g in torch.autograd.grad(other.loss(), other.params)])
+    # two groups, one learning rate twice the other: the neighbourhood is that of all parameters
+    groups: list[dict[str, Any]] = [{"params": p.params[:2]}, {"params": p.params[2:], "lr": 0.2}]
+    optimizer = SAM(base=torch.optim.SGD(groups, lr=0.1), lr=0.05, rho=0.3)
+    optimizer.step(LossClosure(optimizer, p.loss))
+    size = sum(q.numel() for q in p.params[:2])
+    moved = before - p.weights()
+    torch.testing.assert_close(moved[:size], 0.05 * expected[:size])
+    torch.testing.assert_close(moved[size:], 0.1 * expected[size:])
+
+
+def test_sam_with_rho_zero_is_its_base(problem: Callable[..., Any]) -> None:
+    first, second = problem(), problem()
+    sam, plain = SAM(base=torch.optim.Adam(first.params), rho=0.0), torch.optim.Adam(second.params)
+    for _ in range(4):
+        sam.step(LossClosure(sam, first.loss))
+        plain.step(LossClosure(plain, second.loss))
+    assert torch.equal(first.weights(), second.weights())
+
+
+def test_sam_needs_a_closure_and_a_base_of_one_gradient(problem: Callable[..., Any]) -> None:
+    p = problem()
+    with pytest.raises(UserError, match=r"SAM.*call step"):
+        SAM(base=torch.optim.SGD(p.params)).step()
+    with pytest.raises(UserError, match=r"optimizer\.base=LBFGS"):
+        SAM(base=torch.optim.LBFGS(p.params))
+
+
+def test_muon_is_torchs_for_matrices_and_adamw_for_the_rest() -> None:
+    first, second = parameters(), parameters()
+    ours = Muon(first.values(), lr=0.05, weight_decay=0.3, rest_lr=0.01)
+    kernel = nn.Parameter(second["kernel"].detach().reshape(3, -1))  # an independent one takes matrices only
+    torchs = torch.optim.Muon([kernel, second["matrix"]], lr=0.05, weight_decay=0.3)
+    adamw = torch.optim.AdamW([second["vector"]], lr=0.01, weight_decay=0.3)
+    for gradient in GRADS:
+        for params in (first, second):
+            for name, p in params.items():
+                p.grad = torch.tensor(gradient[name])
+        kernel.grad = torch.tensor(gradient["kernel"].reshape(3, -1))
+        for optimizer in (ours, torchs, adamw):
+            optimizer.step()
+    assert torch.equal(first["kernel"].reshape(3, -1), kernel)
+    assert torch.equal(first["matrix"], second["matrix"])
+    assert torch.equal(first["vector"], second["vector"])
+
+
+def test_muon_does_not_depend_on_the_layout_of_kernels() -> None:
+    first, second = parameters(), parameters()
+    second["kernel"].data = second["kernel"].data.contiguous(memory_format=torch.channels_last)
+    gradients = [{name: 1e3 * g for name, g in gradient.items()} for gradient in GRADS]
+    a, b = path(Muon(first.values()), first, gradients), path(Muon(second.values()), second, gradients)
+    assert second["kernel"].is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(a, b, rtol=0, atol=0.02 * 8 * 0.02)  # bfloat16 inside
+    assert float((second["kernel"] - torch.tensor(START["kernel"])).detach().norm()) > 0.1
+
+
+def test_muon_groups() -> None:
+    params = parameters()
+    groups = [
+        {"params": [params["kernel"], params["vector"]], "lr": 0.5, "weight_decay": 0.0},
+        {"params": [params["matrix"]], "use_muon": False},
+    ]
+    optimizer = Muon(groups, lr=0.1, rest_lr=0.01, rest="sgd")
+    seen = {tuple(g["params"][0].shape): (g["lr"], g["weight_decay"], g["use_muon"]) for g in optimizer.param_groups}
+    assert seen[SHAPES["kernel"]] == (0.5, 0.0, True)
+    assert seen[SHAPES["vector"]] == (pytest.approx(0.05), 0.0, False)  # keeps its ratio to the default
+    assert seen[SHAPES["matrix"]] == (pytest.approx(0.01), 0.01, False)
+    reference = nn.Parameter(torch.tensor(START["matrix"]))
+    sgd_ = torch.optim.SGD([reference], lr=0.01, momentum=0.9, nesterov=True, weight_decay=0.01)
+    path(optimizer, params)
+    path(sgd_, {"matrix": reference})
+    assert torch.equal(params["matrix"], reference)
+
+
+@pytest.mark.parametrize("choice", ["schedule_free_sgd", "schedule_free_adamw"])
+def test_evaluations_leave_no_trace_in_schedule_free_training(
+    choice: str, problem: Callable[..., Any], choose: Callable[..., Any]
+) -> None:
+    package = pytest.importorskip("schedulefree")
+    first, second, third = problem(), problem(), problem()
+    plain, watched = choose(choice, first.params), choose(choice, second.params)
+    original = package.SGDScheduleFree if choice.endswith("sgd") else package.AdamWScheduleFree
+    reference = original(third.params, lr=plain.defaults["lr"])
+    reference.train()
+    for _ in range(8):
+        plain.step(LossClosure(plain, first.loss))
+        watched.step(LossClosure(watched, second.loss))
+        reference.step(LossClosure(reference, third.loss))
+        training = second.weights()
+        watched.eval()
+        assert _ == 0 or not torch.equal(second.weights(), training)
+        watched.train()
+        assert torch.equal(second.weights(), training)
+    assert torch.equal(first.weights(), second.weights())
+    assert torch.equal(first.weights(), third.weights())
+    plain.eval()
+    reference.eval()
+    assert torch.equal(first.weights(), third.weights())
+
+
+def test_sgd_on_a_two_layer_net_equals_backpropagation_by_hand() -> None:
+    """tanh hidden layer, softmax cross-entropy; heavy ball and L2 penalty; NumPy from the inputs to the weights."""
+    x, y = DRAW.normal(size=(16, 6)), DRAW.integers(3, size=16)
+    net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    w1, b1, w2, b2 = (p.detach().numpy().copy() for p in net.parameters())
+    buffers = [np.zeros_like(w) for w in (w1, b1, w2, b2)]
+    lr, momentum, decay = 0.2, 0.9, 0.01
+    optimizer = torch.optim.SGD(net.parameters(), lr=lr, momentum=momentum, weight_decay=decay)
+    for _ in range(25):
+        closure = LossClosure(optimizer, lambda: nn.functional.cross_entropy(net(torch.tensor(x)), torch.tensor(y)))
+        loss = optimizer.step(closure)
+
+        hidden = np.tanh(x @ w1.T + b1)
+        scores = hidden @ w2.T + b2
+        shares = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
+        assert float(loss) == pytest.approx(-np.log(shares[np.arange(16), y]).mean(), rel=1e-13)
+        error = (shares - np.eye(3)[y]) / 16
+        back = error @ w2 * (1 - hidden**2)
+        grads = (back.T @ x, back.sum(0), error.T @ hidden, error.sum(0))
+        for w, g, v in zip((w1, b1, w2, b2), grads, buffers, strict=True):
+            v *= momentum
+            v += g + decay * w
+            w -= lr * v
+        for p, w in zip(net.parameters(), (w1, b1, w2, b2), strict=True):
+            np.testing.assert_allclose(p.detach().numpy(), w, rtol=1e-12, atol=1e-14)
