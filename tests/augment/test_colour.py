@@ -57,7 +57,7 @@ def test_any_two_transforms_compose(with_mean: tuple[bool, bool], with_offset: t
             return (torch.rand(5, 3, columns, generator=numbers) - 0.5) * size
 
         return Colour(
-            torch.eye(3) * 0.7 + random(3, 0.2), random(3, 0.2) if mean else None, random(1, 20) if offset else None
+            torch.eye(3) * 0.9 + random(3, 0.1), random(3, 0.2) if mean else None, random(1, 20) if offset else None
         )
 
     first, second = (transform(*kinds) for kinds in zip(with_mean, with_offset, strict=True))

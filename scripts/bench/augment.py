@@ -1,0 +1,162 @@
+"""Speed of augmentation on batches of 128 x 3 x 32 x 32 from memory.
+
+    python scripts/bench/augment.py --threads 2 --rounds 15
+
+1. A pipeline of ten operations against flip and crop alone: the pipelines by themselves, and the whole path from
+   indices to standardized float32 input.
+2. The same ten operations against torchvision v2, image by image, in a DataLoader with two workers.
+
+Contestants take turns within every round; figures are medians over the rounds, ratios those of the same round.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+from dlopt.augment import (
+    Brightness,
+    Contrast,
+    GaussianNoise,
+    HorizontalFlip,
+    PadCrop,
+    Pipeline,
+    Rotate,
+    Saturation,
+    Scale,
+    ShearX,
+    TranslateX,
+)
+from dlopt.random import generator
+
+BATCH, SHAPE, IMAGES = 128, (3, 32, 32), 4096
+MEAN, STD = torch.full((3, 1, 1), 121.0), torch.full((3, 1, 1), 64.0)
+
+
+def crop_and_flip() -> Pipeline:
+    return Pipeline(operations=[PadCrop(padding=4), HorizontalFlip(p=0.5)], border="zero", input_shape=SHAPE)
+
+
+def ten() -> Pipeline:
+    return Pipeline(
+        operations=[
+            PadCrop(padding=4),
+            HorizontalFlip(p=0.5),
+            TranslateX(limit=0.1),
+            Scale(factor=1.2),
+            Rotate(degrees=15.0),
+            ShearX(limit=0.15, about="centre"),
+            Brightness(limit=0.4),
+            Contrast(limit=0.4),
+            Saturation(limit=0.4),
+            GaussianNoise(std=10.0),
+        ],
+        border="zero",
+        input_shape=SHAPE,
+    )
+
+
+class ImageByImage(Dataset[Tensor]):
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
+        self.transform = v2.Compose(
+            [
+                v2.RandomCrop(32, padding=4),
+                v2.RandomHorizontalFlip(),
+                v2.RandomAffine(
+                    15,
+                    translate=(0.1, 0.0),
+                    scale=(1 / 1.2, 1.2),
+                    shear=(-8.5, 8.5),
+                    interpolation=v2.InterpolationMode.BILINEAR,
+                ),
+                v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4),
+                v2.ToDtype(torch.float32, scale=True),
+                v2.GaussianNoise(sigma=10 / 255),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        result: Tensor = self.transform(self.images[index])
+        return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--batches", type=int, default=32, help="per contestant and round")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    images = torch.randint(0, 256, (IMAGES, *SHAPE), dtype=torch.uint8)
+    targets = torch.zeros(BATCH, dtype=torch.long)
+    order = torch.randperm(IMAGES)
+    batch = images[:BATCH]
+
+    def augment(pipeline: Pipeline, inputs: Tensor, step: int) -> Tensor:
+        return pipeline(inputs, targets, generator=generator("cpu", 0, step), total=BATCH, part=slice(0, BATCH))[0]
+
+    def alone(pipeline: Pipeline) -> Callable[[], None]:
+        def once() -> None:
+            for step in range(arguments.batches):
+                augment(pipeline, batch, step)
+
+        return once
+
+    def path(pipeline: Pipeline) -> Callable[[], None]:
+        def once() -> None:
+            for step in range(arguments.batches):
+                indices = order[step * BATCH % IMAGES :][:BATCH]
+                (augment(pipeline, images[indices], step).float() - MEAN).div_(STD)
+
+        return once
+
+    loader = DataLoader(
+        ImageByImage(images[: arguments.batches * BATCH]),
+        batch_size=BATCH,
+        shuffle=True,
+        num_workers=2,
+        persistent_workers=True,
+    )
+
+    def torchvision() -> None:
+        for _ in loader:
+            pass
+
+    contestants = {
+        "crop and flip": alone(crop_and_flip()),
+        "ten operations": alone(ten()),
+        "path with crop and flip": path(crop_and_flip()),
+        "path with ten operations": path(ten()),
+        "torchvision, ten operations": torchvision,
+    }
+    for once in contestants.values():
+        once()
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(arguments.rounds):
+        for name, once in contestants.items():
+            start = time.perf_counter()
+            once()
+            seconds[name].append((time.perf_counter() - start) / arguments.batches)
+    for name, values in seconds.items():
+        middle = statistics.median(values)
+        print(f"{name:30s} {1e3 * middle:8.3f} ms a batch {BATCH / middle:10.0f} images/s")
+    for above, below in (
+        ("ten operations", "crop and flip"),
+        ("path with ten operations", "path with crop and flip"),
+        ("torchvision, ten operations", "path with ten operations"),
+    ):
+        ratios = [a / b for a, b in zip(seconds[above], seconds[below], strict=True)]
+        print(f"{above} / {below}: {statistics.median(ratios):.2f} (from {min(ratios):.2f} to {max(ratios):.2f})")
+
+
+if __name__ == "__main__":
+    main()
