@@ -21,7 +21,8 @@ from dlopt.errors import UserError
 from dlopt.parameters import parameter_groups
 from dlopt.random import generator, stream
 
-_WEIGHTS, _SCHEME = 1, 2  # streams of init_seed
+# Streams: what is drawn for one purpose tells nothing about another, also where the seeds are equal.
+_WEIGHTS, _SCHEME, _ORDER, _AUGMENTATION, DROPOUT = range(11, 16)
 
 
 @dataclass
@@ -132,11 +133,15 @@ def _first_inputs(samples: Samples, normalize: nn.Module, count: int = 5000) -> 
 def training_batches(setup: Setup) -> Batches:
     experiment, dataset = setup.experiment, setup.dataset
     settings = experiment.settings
-    sampler = experiment.sampler.build(targets=dataset.train.targets, seed=settings.order_seed)
+    sampler = experiment.sampler.build(targets=dataset.train.targets, seed=stream(settings.order_seed, _ORDER))
     classes = None if dataset.classes is None else len(dataset.classes)
-    augment = experiment.augmentation.build(input_shape=dataset.train.shape, classes=classes, train=dataset.train)
+    augment: Any = experiment.augmentation
+    if augment.arguments.get("operations") == []:
+        augment = None  # an empty pipeline would still draw from a generator in every step
+    else:
+        augment = augment.build(input_shape=dataset.train.shape, classes=classes, train=dataset.train)
     drop_last = experiment.data_settings.drop_last
-    seed = settings.augmentation_seed
+    seed = stream(settings.augmentation_seed, _AUGMENTATION)
     return _batches(setup, dataset.train, sampler=sampler, augment=augment, seed=seed, drop_last=drop_last)
 
 

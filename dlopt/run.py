@@ -1,12 +1,13 @@
 """A run: build everything, fit, test the best model once, write the summary."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dlopt import build, schedules
 from dlopt.build import Setup
@@ -20,6 +21,7 @@ from dlopt.engine.metrics import Sums
 from dlopt.engine.step import Closure, Update
 from dlopt.engine.stopping import Best
 from dlopt.errors import UserError
+from dlopt.random import stream
 from dlopt.tracking.tracking import Tracking
 
 
@@ -103,7 +105,7 @@ def _training(setup: Setup, run: Run, length: Length, tracking: Tracking) -> Tra
         autocast=setup.precision.autocast,
         scaler=setup.precision.scaler(),
         accumulate=settings.accumulate,
-        seed=settings.augmentation_seed,
+        seed=stream(settings.augmentation_seed, build.DROPOUT),
     )
     factor = schedules.build(
         experiment.schedule.build, experiment.warmup, steps=length.horizon, steps_per_epoch=length.steps_per_epoch
@@ -120,7 +122,7 @@ def _training(setup: Setup, run: Run, length: Length, tracking: Tracking) -> Tra
         module=setup.module,
         update=update,
         batches=batches,
-        validate=_validation(setup, average),
+        validate=_validation(setup, average, tracking),
         tracking=tracking,
         checkpoints=Checkpoints(run.folder / "checkpoints", settings.checkpoint.keep),
         stopping=experiment.stopping.build(),
@@ -139,22 +141,33 @@ def _training(setup: Setup, run: Run, length: Length, tracking: Tracking) -> Tra
     )
 
 
-def _validation(setup: Setup, average: ExponentialAverage | None) -> Any:
+def _validation(setup: Setup, average: ExponentialAverage | None, tracking: Tracking) -> Any:
     """The validation of the model, or of its average; None where there is no validation set."""
-    samples = setup.dataset.val
+    samples, early = setup.dataset.val, "monitor" in setup.experiment.stopping.arguments
     if samples is None:
-        if "monitor" in setup.experiment.stopping.arguments:
+        if early:
             raise UserError("stopping=early: there is no validation set; set data.val_split=0.1 or stopping=none")
         return None
+    known = {"auto", "val_loss", "val_accuracy"} if setup.classify else {"auto", "val_loss"}
+    for key, monitor in (
+        ("monitor", setup.experiment.settings.monitor),
+        ("stopping.monitor", setup.experiment.stopping.arguments["monitor"] if early else "auto"),
+    ):
+        if monitor not in known:
+            raise UserError(f"{key}={monitor}: this run has no such figure; allowed: {', '.join(sorted(known))}")
     module = setup.module if average is None else average.model
     model = setup.precision.autocast(setup.model if average is None else module)
     batches = build.evaluation_batches(setup, samples)
 
+    def shown() -> Iterator[tuple[Tensor, Tensor]]:
+        for number, batch in enumerate(batches.epoch(0), 1):
+            yield batch
+            tracking.evaluating(number, len(batches))
+
     def validate(interruption: Interruption) -> dict[str, float] | None:
         return evaluate(
-            module, model, batches.epoch(0), setup.loss,
-            classify=setup.classify, prefix="val", interruption=interruption,
-        )  # fmt: skip
+            module, model, shown(), setup.loss, classify=setup.classify, prefix="val", interruption=interruption
+        )
 
     return validate
 

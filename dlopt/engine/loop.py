@@ -29,7 +29,7 @@ class Batches(Protocol):
 class Tracking(Protocol):
     def advance(self, step: int) -> None: ...
     def step(self, step: int, values: Mapping[str, float]) -> None: ...
-    def epoch(self, metrics: Mapping[str, Any]) -> None: ...
+    def epoch(self, metrics: Mapping[str, Any], *, best: bool = False) -> None: ...
 
 
 @dataclass
@@ -106,6 +106,8 @@ class Training:
         if closure.scaler is not None and scaler is not None:
             closure.scaler.load_state_dict(scaler)
         self.progress = Progress(**{**progress, "horizon": self.progress.horizon})
+        if self.best.epoch == self.progress.epoch and self.progress.position == 0:
+            self.checkpoints.restore_best(dict(state))
         self.progress.resumed_from = [*self.progress.resumed_from, self.progress.step]
         rng.restore(state["rng"])
 
@@ -170,7 +172,7 @@ def _end_epoch(t: Training, clock: "_Clock", interruption: Interruption) -> bool
             improved = t.best.update(metrics)
             progress.stopped_early = t.stopping.update(metrics) and not last
             t.update.schedule.update(metrics)  # type: ignore[attr-defined]
-        t.tracking.epoch(metrics)
+        t.tracking.epoch(metrics, best=improved)
     due = t.save_every_epochs is not None and epoch % t.save_every_epochs == 0
     if improved or due or last or progress.stopped_early:
         t.checkpoints.save(t.state_dict(), best=improved)

@@ -210,8 +210,6 @@ def _scalars(metrics: Mapping[str, Any], taken: set[str]) -> dict[str, float]:
             continue
         split, _, rest = key.partition("_")
         tag = f"{split}/{rest}" if split in ("train", "val") and rest else key
-        if key == "seconds":
-            tag = "throughput/seconds_per_epoch"
         if tag not in taken:
             scalars[tag] = float(value) if math.isfinite(value) else math.nan
     return scalars

@@ -50,7 +50,7 @@ def test_a_run_leaves_its_files(tmp_path: Path) -> None:
         "train/loss": [5, 10, 15, 20, 25, 30],
         "grad_norm/global": [5, 10, 15, 20, 25, 30],
         **{tag: [10, 20, 30] for tag in ("train/accuracy", "val/loss", "val/accuracy", "lr")},
-        "throughput/seconds_per_epoch": [10, 20, 30],
+        "seconds": [10, 20, 30],
         "test/loss": [30],
         "test/accuracy": [30],
     }
