@@ -3,6 +3,7 @@
 Values are 0..255 and are clamped to that range once, after the composed transform.
 """
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -68,6 +69,7 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return a + b
 
 
+@functools.cache
 def grey_weights(channels: int, device: torch.device) -> Tensor:
     """[C]: ITU-R 601 luminance for three channels, as in torchvision; equal weights otherwise."""
     if channels == 3:
@@ -129,8 +131,8 @@ class PCAColour(Operation):
     def plan(self, draws: Draws, shape: Shape) -> list[Step]:
         amounts = draws.normal(shape[0])[:, :, None] * self.std
         identity = torch.eye(shape[0], device=draws.device).expand(draws.total, -1, -1)
-        components = self.components.to(draws.device).expand(draws.total, -1, -1)
-        return [Colour(identity, offset=product(components, amounts))]
+        self.components = self.components.to(draws.device)  # once: a copy from the host makes it wait
+        return [Colour(identity, offset=product(self.components.expand(draws.total, -1, -1), amounts))]
 
 
 def colour_statistics(train: Samples) -> tuple[Tensor, Tensor]:

@@ -33,8 +33,7 @@ class _Erase(PixelStep):
         height, width = images.shape[2:]
         side = round(self.size * min(height, width))
         box = inside(self.x, side, width)[:, None, :] & inside(self.y, side, height)[:, :, None]
-        colour = self.colour.to(images.device)
-        colour = (colour if images.is_floating_point() else colour.round()).to(images.dtype)
+        colour = (self.colour if images.is_floating_point() else self.colour.round()).to(images.dtype)
         return torch.where((box & self.mask[:, None, None])[:, None], colour[:, None, None], images)
 
 
@@ -58,4 +57,5 @@ class Erase(Operation):
         self.colour = 255.0 * colour_statistics(train)[0].float() if fill == "mean" else torch.zeros(train.shape[0])
 
     def plan(self, draws: Draws, shape: Shape) -> list[Step]:
+        self.colour = self.colour.to(draws.device)  # once: a copy from the host makes it wait
         return [_Erase(draws.chance(self.p), draws.position(), draws.position(), self.size, self.colour)]

@@ -333,8 +333,8 @@ def _resample(images: Tensor, chain: Sequence[Affine | Radial], border: Border) 
             grid = grid * (1.0 + (unit * step.strength).view(-1, 1, 1, 1) * grid.square().sum(1, keepdim=True))
     # grid_sample's mirrors stand on the outermost pixels' centres with align_corners, on their outer edges without
     reflect = border == "reflect"
-    half = [max(1, n - 1) / 2 if reflect else n / 2 for n in (width, height)]
-    grid.div_(torch.tensor(half, device=images.device).view(2, 1, 1))
+    for axis, length in enumerate((width, height)):
+        grid[:, axis].mul_(2 / max(1, length - 1) if reflect else 2 / length)
     mode = "reflection" if reflect else "zeros"
     result = F.grid_sample(images, grid.permute(0, 2, 3, 1), padding_mode=mode, align_corners=reflect)
     return F.avg_pool2d(result, finer) if finer > 1 else result

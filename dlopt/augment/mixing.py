@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from typing import Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dlopt.augment.erasing import inside
@@ -44,7 +43,7 @@ class _Mix(MixingStep):
 
     def mix_targets(self, targets: Tensor, share: Tensor, partners: Tensor) -> Tensor:
         if not targets.is_floating_point() and self.classes is not None:
-            targets = F.one_hot(targets, self.classes).float()
+            targets = (targets[:, None] == torch.arange(self.classes, device=targets.device)).float()
         share = share.to(targets.dtype).view(-1, *(1 for _ in targets.shape[1:]))
         return targets * share + targets[partners] * (1.0 - share)
 

@@ -9,8 +9,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from dlopt.augment import HorizontalFlip, Operation, PadCrop, Pipeline
+from dlopt.augment import Draws, HorizontalFlip, Operation, PadCrop, Pipeline
 from dlopt.config.schema import component
 from dlopt.errors import UserError
 from dlopt.random import generator
@@ -185,6 +186,32 @@ def test_autocast_changes_nothing(path: Path) -> None:
     plain = once()
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(once(), plain)
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what makes the host wait for a device: values read from it, tensors made from Python numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.lift_fresh.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("path", CHOICES, ids=lambda path: path.stem)
+def test_from_the_second_step_on_no_value_travels_to_or_from_the_host(path: Path) -> None:
+    images = pictures(4, 3, 32, 32)
+    pipeline = ready(path, images)
+    for step in range(2):
+        draws = Draws(generator("cpu", step), 4, indices=torch.arange(4), epoch=0)
+        with HostReads() as reads:
+            pipeline.apply(images, torch.zeros(4, dtype=torch.long), draws, slice(0, 4))
+    assert reads.count == 0
+    with HostReads() as reads:
+        torch.tensor([1.0]).item()
+    assert reads.count == 2
 
 
 @pytest.mark.gpu
