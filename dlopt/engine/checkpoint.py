@@ -8,7 +8,7 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,7 +30,8 @@ class Checkpoints:
         self.keep = keep
         self.last = folder / "last.pt"
         self.best = folder / "best.pt"
-        self._step_of_last: int | None = None  # None: last.pt is absent, or not known to be whole
+        self._step_of_last: int | None = None  # None: last.pt is absent, or not whole
+        self._taken_over = False
 
     def save(self, state: dict[str, Any], *, best: bool) -> None:
         """Writes `state` as last.pt, and as best.pt when it is the best so far. Raises `RunError` when it cannot.
@@ -39,6 +40,7 @@ class Checkpoints:
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._take_over()
             self._retire_last()
             write(self.last, lambda file: torch.save({"format": FORMAT, **state}, file))
             self._step_of_last = state["progress"]["step"]
@@ -56,9 +58,7 @@ class Checkpoints:
             if not path.exists() and not path.is_symlink():
                 continue
             try:
-                state = load(path)
-                self._step_of_last = state["progress"]["step"] if path == self.last else None
-                return state
+                return load(path)
             except UserError as error:
                 damaged.append(path)
                 log.warning("%s; trying the one before it", error)
@@ -68,6 +68,31 @@ class Checkpoints:
                 "start again in a new folder"
             )
         return None
+
+    def restore_best(self, state: dict[str, Any]) -> None:
+        """Makes `state`, which a run goes on from and which is its best so far, best.pt where it is not.
+
+        A run killed between the two files of a save leaves a last.pt that speaks of a best.pt still to be written.
+        """
+        with contextlib.suppress(UserError):
+            if load(self.best)["progress"]["step"] == state["progress"]["step"]:
+                return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write(self.best, lambda file: torch.save(state, file))
+        except (OSError, RuntimeError) as error:
+            raise RunError(f"the checkpoint {self.best} could not be written: {_reason(error)}") from error
+
+    def _take_over(self) -> None:
+        """Before the first save: what a killed process left half done goes, and its last.pt counts if it is whole."""
+        if self._taken_over:
+            return
+        self._taken_over = True
+        for path in (*self.folder.glob(".*.tmp"), *self.folder.glob("*.sha256")):
+            if path.suffix == ".tmp" or not path.with_suffix("").exists():
+                path.unlink(missing_ok=True)
+        with contextlib.suppress(UserError):
+            self._step_of_last = load(self.last)["progress"]["step"]
 
     def _earlier(self) -> list[Path]:
         """Kept checkpoints before last.pt, oldest first, by number: step 10 is newer than step 9."""
@@ -106,8 +131,11 @@ def load(path: Path) -> dict[str, Any]:
         raise UserError(f"checkpoint={path}: this is no dlopt checkpoint: {_reason(error)}") from None
     if not isinstance(state, dict) or "format" not in state:
         raise UserError(f"checkpoint={path}: this file holds no run; take its weights with init_from={path}")
-    if state["format"] > FORMAT:
-        raise UserError(f"checkpoint={path}: written by a newer dlopt (format {state['format']}; this reads {FORMAT})")
+    form = state["format"]
+    if type(form) is not int:
+        raise UserError(f"checkpoint={path}: this is no dlopt checkpoint: its format is {form!r}, not a number")
+    if form > FORMAT:
+        raise UserError(f"checkpoint={path}: written by a newer dlopt (format {form}; this reads {FORMAT})")
     missing = sorted(KEYS - state.keys())
     if missing:
         raise UserError(f"checkpoint={path}: {', '.join(missing)} missing; take its weights with init_from={path}")
@@ -136,33 +164,40 @@ def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
     Two files cannot be renamed at once: the checksum file names the new digest beside the old one before the rename,
     and the new one alone after it. A reader takes either.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    with _temporary(path) as temporary:
         with temporary.open("wb") as file:
             fill(file)
             file.flush()
             os.fsync(file.fileno())
         _publish(temporary, path, _sha256(temporary))
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
 
 
 def _copy(source: Path, target: Path) -> None:
     """Makes `target` the same file as `source`: a hard link where the file system has them."""
-    temporary = target.with_name(f".{target.name}.tmp")
+    with _temporary(target) as temporary:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            with source.open("rb") as read, temporary.open("wb") as file:
+                while block := read.read(1 << 20):
+                    file.write(block)
+                file.flush()
+                os.fsync(file.fileno())
+        digests = _recorded_digests(source)
+        _publish(temporary, target, digests[0] if len(digests) == 1 else _sha256(source))
+
+
+@contextlib.contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """A path beside `path` to be renamed to it. It is gone afterwards: also after an error, and where the renaming of
+    one link to another of the same file did nothing."""
+    temporary = path.with_name(f".{path.name}.tmp")
     temporary.unlink(missing_ok=True)
     try:
-        os.link(source, temporary)
-    except OSError:
-        with source.open("rb") as read, temporary.open("wb") as file:
-            while block := read.read(1 << 20):
-                file.write(block)
-            file.flush()
-            os.fsync(file.fileno())
-    digests = _recorded_digests(source)
-    _publish(temporary, target, digests[0] if len(digests) == 1 else _sha256(source))
+        yield temporary
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _publish(temporary: Path, path: Path, digest: str) -> None:
@@ -176,12 +211,12 @@ def _publish(temporary: Path, path: Path, digest: str) -> None:
 
 def _write_digests(path: Path, digests: list[str]) -> None:
     target = _digest_file(path)
-    temporary = target.with_name(f".{target.name}.tmp")
-    with temporary.open("w") as file:
-        file.writelines(f"{digest}  {path.name}\n" for digest in digests)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, target)
+    with _temporary(target) as temporary:
+        with temporary.open("w") as file:
+            file.writelines(f"{digest}  {path.name}\n" for digest in digests)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
     _sync_folder(path.parent)
 
 
