@@ -8,12 +8,13 @@ from typing import Any, Literal, Protocol
 from torch import Tensor, nn
 
 from dlopt.engine import rng
-from dlopt.engine.averaging import ExponentialAverage
+from dlopt.engine.averaging import ExponentialAverage, at_evaluation_point
 from dlopt.engine.checkpoint import Checkpoints
 from dlopt.engine.interruption import Interruption
 from dlopt.engine.metrics import Sums
 from dlopt.engine.step import Update
 from dlopt.engine.stopping import Best, Stopping
+from dlopt.errors import RunError, UserError
 
 Status = Literal["finished", "stopped_early", "interrupted"]
 
@@ -41,7 +42,6 @@ class Progress:
     step: int = 0
     seconds: float = 0.0
     horizon: int = 0  # updates over which the schedule runs
-    stopped_early: bool = False
     resumed_from: list[int] = field(default_factory=list)
 
 
@@ -75,7 +75,7 @@ class Training:
             "model": self.module.state_dict(),
             "optimizer": closure.optimizer.state_dict(),
             "schedule": self.update.schedule.state_dict(),
-            "ema": None if self.average is None else self.average.state_dict(),
+            "ema": self._evaluated_weights(),
             "rng": rng.state(),
             "progress": {
                 **vars(self.progress),
@@ -88,6 +88,16 @@ class Training:
             "config": dict(self.config),
             "normalize": self.normalize.state_dict(),
         }
+
+    def _evaluated_weights(self) -> dict[str, Any] | None:
+        """The weights that are validated and tested, where these are not the model's own."""
+        if self.average is not None:
+            return self.average.state_dict()
+        optimizer = self.update.closure.optimizer
+        if not hasattr(optimizer, "eval"):
+            return None
+        with at_evaluation_point(optimizer):
+            return {name: value.clone() for name, value in self.module.state_dict().items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes back to where `state` was taken. The normalization is not touched: it comes before everything else."""
@@ -113,13 +123,28 @@ class Training:
 
 
 def fit(training: Training, interruption: Interruption) -> Status:
-    """Trains from `training.progress` on. Returns why it ended; the newest checkpoint is on disk in any case."""
+    """Trains from `training.progress` on. Returns why it ended; the newest checkpoint is on disk in any case.
+
+    Input found to be wrong (a damaged image) is the user's error before the first update, and the run's later.
+    """
+    start = training.progress.step
+    try:
+        return _fit(training, interruption)
+    except UserError as error:
+        if training.progress.step == start:
+            raise
+        raise RunError(str(error)) from error
+
+
+def _fit(training: Training, interruption: Interruption) -> Status:
     t, progress, update, tracking = training, training.progress, training.update, training.tracking
     t.module.train()
     clock = _Clock(t)
-    while (progress.step < t.steps or progress.position > 0) and not progress.stopped_early:
+    if t.stopping.met and progress.position == 0 and progress.step < t.steps:
+        return "stopped_early"  # the kill came between the last checkpoint and the summary
+    while progress.step < t.steps or progress.position > 0:
         for inputs, targets in t.batches.epoch(progress.epoch, progress.position, progress.step):
-            if progress.step == t.steps:
+            if progress.step == t.steps or t.stopping.met:
                 break  # resumed behind the last update, whose evaluation was interrupted
             logging = t.log_every_steps is not None and (progress.step + 1) % t.log_every_steps == 0
             update.closure.norm_wanted = logging
@@ -130,9 +155,10 @@ def fit(training: Training, interruption: Interruption) -> Status:
             if logging:
                 update.check()
                 tracking.step(progress.step, clock.figures())
-            if interruption:
+            if interruption or t.stopping.met:
                 break
             if t.save_every_steps is not None and progress.step % t.save_every_steps == 0:
+                update.check()
                 clock.stop()
                 t.checkpoints.save(t.state_dict(), best=False)
         update.check()
@@ -140,7 +166,9 @@ def fit(training: Training, interruption: Interruption) -> Status:
             clock.stop()
             t.checkpoints.save(t.state_dict(), best=False)
             return "interrupted"
-    return "stopped_early" if progress.stopped_early else "finished"
+        if t.stopping.met and progress.step < t.steps:
+            return "stopped_early"
+    return "finished"
 
 
 def _end_epoch(t: Training, clock: "_Clock", interruption: Interruption) -> bool:
@@ -149,7 +177,7 @@ def _end_epoch(t: Training, clock: "_Clock", interruption: Interruption) -> bool
     False when the evaluation was interrupted: nothing has changed then, and the resumed run evaluates again.
     """
     progress, epoch = t.progress, t.progress.epoch + 1
-    last = progress.step >= t.steps
+    last = progress.step >= t.steps or t.stopping.met
     evaluated = last or epoch % t.evaluate_every == 0
     metrics: dict[str, Any] = {
         "epoch": epoch,
@@ -170,11 +198,11 @@ def _end_epoch(t: Training, clock: "_Clock", interruption: Interruption) -> bool
         metrics["seconds"] = progress.seconds
         if t.validate is not None:
             improved = t.best.update(metrics)
-            progress.stopped_early = t.stopping.update(metrics) and not last
+            t.stopping.update(metrics)
             t.update.schedule.update(metrics)  # type: ignore[attr-defined]
         t.tracking.epoch(metrics, best=improved)
     due = t.save_every_epochs is not None and epoch % t.save_every_epochs == 0
-    if improved or due or last or progress.stopped_early:
+    if improved or due or last or t.stopping.met:
         t.checkpoints.save(t.state_dict(), best=improved)
         clock.stop()
     return True
