@@ -12,7 +12,7 @@ from torch import Tensor
 from dlopt import build, schedules
 from dlopt.build import Setup
 from dlopt.config.experiment import Experiment
-from dlopt.engine.averaging import ExponentialAverage
+from dlopt.engine.averaging import ExponentialAverage, at_evaluation_point
 from dlopt.engine.checkpoint import Checkpoints, load
 from dlopt.engine.evaluate import evaluate
 from dlopt.engine.interruption import Interruption
@@ -111,21 +111,22 @@ def _training(setup: Setup, run: Run, length: Length, tracking: Tracking) -> Tra
         experiment.schedule.build, experiment.warmup, steps=length.horizon, steps_per_epoch=length.steps_per_epoch
     )
     average = None if settings.ema is None else ExponentialAverage(setup.module, settings.ema)
+    stopping = experiment.stopping.build(model=setup.module)
     update = Update(
         closure,
         schedules.Scheduler(optimizer, factor),
         evaluations=build.evaluations(setup, optimizer),
-        after=None if average is None else average.update,
+        after=[each for each in (average and average.update, getattr(stopping, "after_update", None)) if each],
         check_now=setup.device.type == "cpu",
     )
     return Training(
         module=setup.module,
         update=update,
         batches=batches,
-        validate=_validation(setup, average, tracking),
+        validate=_validation(setup, optimizer, average, tracking),
         tracking=tracking,
         checkpoints=Checkpoints(run.folder / "checkpoints", settings.checkpoint.keep),
-        stopping=experiment.stopping.build(),
+        stopping=stopping,
         best=Best(settings.monitor),
         average=average,
         normalize=setup.normalize,
@@ -141,7 +142,9 @@ def _training(setup: Setup, run: Run, length: Length, tracking: Tracking) -> Tra
     )
 
 
-def _validation(setup: Setup, average: ExponentialAverage | None, tracking: Tracking) -> Any:
+def _validation(
+    setup: Setup, optimizer: torch.optim.Optimizer, average: ExponentialAverage | None, tracking: Tracking
+) -> Any:
     """The validation of the model, or of its average; None where there is no validation set."""
     samples, early = setup.dataset.val, "monitor" in setup.experiment.stopping.arguments
     if samples is None:
@@ -165,9 +168,10 @@ def _validation(setup: Setup, average: ExponentialAverage | None, tracking: Trac
             tracking.evaluating(number, len(batches))
 
     def validate(interruption: Interruption) -> dict[str, float] | None:
-        return evaluate(
-            module, model, shown(), setup.loss, classify=setup.classify, prefix="val", interruption=interruption
-        )
+        with at_evaluation_point(optimizer):
+            return evaluate(
+                module, model, shown(), setup.loss, classify=setup.classify, prefix="val", interruption=interruption
+            )
 
     return validate
 
@@ -207,6 +211,9 @@ def _test_best(training: Training, setup: Setup) -> dict[str, Any]:
         setup.module.load_state_dict(state["ema"] or state["model"])
     elif training.average is not None:
         setup.module.load_state_dict(training.average.state_dict())
+    else:
+        with at_evaluation_point(training.update.optimizer):
+            return test_figures(setup)
     return test_figures(setup)
 
 

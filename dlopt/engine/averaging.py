@@ -1,7 +1,8 @@
 """Averages of the weights along the way, which are validated and tested in the weights' place."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -38,3 +39,16 @@ class ExponentialAverage:
 
 def _tensors(model: nn.Module) -> list[Tensor]:
     return [*model.parameters(), *model.buffers()]
+
+
+@contextmanager
+def at_evaluation_point(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """The weights are those to evaluate: schedule-free methods train at another point than they are tested at."""
+    if not (hasattr(optimizer, "eval") and hasattr(optimizer, "train")):
+        yield
+        return
+    optimizer.eval()
+    try:
+        yield
+    finally:
+        optimizer.train()

@@ -112,11 +112,13 @@ class Update:
         schedule: torch.optim.lr_scheduler.LRScheduler,
         *,
         evaluations: str,
-        after: Callable[[], None] | None,
+        after: Sequence[Callable[[], None]],
         check_now: bool,
     ) -> None:
-        """`after` follows every update (weight averaging); `check_now` looks at the loss in every step, before the
-        update: free on a CPU, a synchronization on a GPU."""
+        """`after` follows every update (weight averaging, stopping rules).
+
+        `check_now` looks at the loss in every step, before the update: free on a CPU, a synchronization on a GPU.
+        """
         self.closure = closure
         self.optimizer = closure.optimizer
         self.schedule = schedule
@@ -144,8 +146,8 @@ class Update:
             if self.check_now:
                 self.check()
         self.schedule.step()
-        if self.after is not None:
-            self.after()
+        for follow in self.after:
+            follow()
 
     def check(self) -> None:
         """Raises `RunError` when the latest loss is not finite. Waits for the device."""

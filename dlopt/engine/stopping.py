@@ -1,17 +1,22 @@
-"""When to stop, and which model was best: both follow one validation figure."""
+"""When to stop, and which model was best."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+import torch
+from torch import nn
+
 from dlopt.errors import UserError
-from dlopt.ranges import Count, NonNegative
+from dlopt.ranges import Count, Natural, NonNegative, Positive
 
 
 class Stopping(Protocol):
-    def update(self, metrics: Mapping[str, Any]) -> bool:
-        """Takes an evaluation's figures; true when the run should end."""
+    met: bool  # the run should end
+
+    def update(self, metrics: Mapping[str, Any]) -> None:
+        """Takes an evaluation's figures."""
         ...
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -45,8 +50,10 @@ def lower_is_better(monitor: str) -> bool:
 class Never:
     """No early end."""
 
-    def update(self, metrics: Mapping[str, Any]) -> bool:
-        return False
+    met = False
+
+    def update(self, metrics: Mapping[str, Any]) -> None:
+        pass
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -68,19 +75,58 @@ class Early:
         self.best = math.inf
         self.waited = 0
 
-    def update(self, metrics: Mapping[str, Any]) -> bool:
+    @property
+    def met(self) -> bool:
+        return self.waited >= self.patience
+
+    def update(self, metrics: Mapping[str, Any]) -> None:
         value = figure(metrics, self.monitor)
         if value < self.best - self.min_delta:
             self.best, self.waited = value, 0
         else:
             self.waited += 1
-        return self.waited >= self.patience
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best, "waited": self.waited}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.best, self.waited = state["best"], state["waited"]
+
+
+class Tolerance:
+    """Ends the run when the parameters moved by less than `tolerance` (2-norm) for more than `iterations` updates.
+
+    The stopping rule of plain gradient descent. `after_update` has to follow every update; it waits for the device.
+    """
+
+    def __init__(self, model: nn.Module, *, tolerance: Positive, iterations: Natural) -> None:
+        self.tolerance = tolerance
+        self.iterations = iterations
+        self.count = 0
+        self._parameters = [p.detach() for p in model.parameters() if p.requires_grad]
+        self._before = [p.clone() for p in self._parameters]
+
+    @property
+    def met(self) -> bool:
+        return self.count > self.iterations
+
+    @torch.no_grad()
+    def after_update(self) -> None:
+        moved = torch._foreach_sub(self._parameters, self._before)
+        norm = torch.nn.utils.get_total_norm(moved).item()
+        torch._foreach_copy_(self._before, self._parameters)
+        self.count = self.count + 1 if norm < self.tolerance else 0
+
+    def update(self, metrics: Mapping[str, Any]) -> None:
+        pass
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """To be called when the model has been loaded: the next update is measured from there."""
+        self.count = state["count"]
+        torch._foreach_copy_(self._before, self._parameters)
 
 
 @dataclass

@@ -98,7 +98,7 @@ def training(
     tracking.begin({}, {}, epochs=1, steps_per_epoch=len(batches), steps=steps)
     return Training(
         module=module,
-        update=Update(closure, schedule, evaluations="once", after=None, check_now=check_now),
+        update=Update(closure, schedule, evaluations="once", after=(), check_now=check_now),
         batches=batches,
         validate=None,
         tracking=tracking,
