@@ -1,0 +1,55 @@
+"""Noisy samples of a function of one variable: the smallest regression on which overfitting and capacity show."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dlopt.data.samples import Dataset, InMemory
+from dlopt.errors import UserError
+from dlopt.random import generator
+from dlopt.ranges import Count, Natural, NonNegative
+
+Function = Literal["sine", "runge", "cubic", "step"]
+
+FUNCTIONS: Mapping[Function, Callable[[Tensor], Tensor]] = {
+    "sine": lambda x: torch.sin(math.pi * x),
+    "runge": lambda x: 1 / (1 + 25 * x**2),  # Runge 1901: interpolation at evenly spaced points diverges
+    "cubic": lambda x: (5 * x**3 - 3 * x) / 2,  # Legendre's, between -1 and 1
+    "step": torch.sign,
+}
+_TRAIN, _VAL, _TEST = range(3)  # streams: the size of one part changes no other
+
+
+def polynomial(
+    *,
+    function: Function,
+    interval: tuple[float, float],
+    noise: NonNegative,
+    train_size: Count,
+    val_size: Natural,
+    test_size: Natural,
+    seed: int,
+) -> Dataset:
+    """y = f(x) + noise * standard normal, for x uniform in `interval`: inputs float32 [N, 1], targets float32 [N].
+
+    The least expected loss (mean squared error) is noise^2, on every part. A size of 0 leaves a part out.
+
+    Raises:
+        UserError: the interval is empty.
+    """
+    low, high = interval
+    if low >= high:
+        raise UserError(f"data.interval={list(interval)}: is empty; give [low,high] with low < high")
+
+    def draw(size: int, part: int) -> InMemory:
+        source = generator("cpu", seed, part)
+        x = low + (high - low) * torch.rand(size, generator=source, dtype=torch.float64)
+        y = FUNCTIONS[function](x) + noise * torch.randn(size, generator=source, dtype=torch.float64)
+        return InMemory(x.float().unsqueeze(1), y.float())
+
+    val = draw(val_size, _VAL) if val_size else None
+    test = draw(test_size, _TEST) if test_size else None
+    return Dataset(draw(train_size, _TRAIN), val, test, classes=None)
