@@ -9,7 +9,7 @@ from torch import Tensor
 from dlopt.errors import UserError
 
 Closure = Callable[[], Any]
-_CACHE = 1 << 17  # elements: what an update touches of them stays in a core's cache from one operation to the next
+_CACHE = 1 << 18  # elements: what an update touches of them stays in a core's cache from one operation to the next
 
 
 class LossClosure:

@@ -46,16 +46,16 @@ class LAMB(torch.optim.Optimizer):
                 torch._foreach_lerp_(averages, grads, 1 - beta1)
                 torch._foreach_mul_(squares, beta2)
                 torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
-                updates = torch._foreach_sqrt(squares)
                 if group["bias_correction"]:
-                    torch._foreach_div_(updates, [math.sqrt(1 - beta2**t) for t in counts])
-                torch._foreach_add_(updates, group["eps"])
-                torch._foreach_reciprocal_(updates)
-                torch._foreach_mul_(updates, averages)
-                if group["bias_correction"]:
-                    torch._foreach_div_(updates, [1 - beta1**t for t in counts])
-                if decay:
-                    torch._foreach_add_(updates, params, alpha=decay)
+                    roots = [math.sqrt(1 - beta2**t) for t in counts]
+                    scales = [root / (1 - beta1**t) for root, t in zip(roots, counts, strict=True)]
+                else:
+                    roots = scales = [1.0] * len(params)
+                # m^ / (sqrt(v^) + eps) = scale * m / (sqrt(v) + eps * root)
+                below = torch._foreach_sqrt(squares)
+                torch._foreach_add_(below, [group["eps"] * root for root in roots])
+                updates = torch._foreach_mul(params, decay)
+                torch._foreach_addcdiv_(updates, averages, below, scales)
                 weights = torch.stack(torch._foreach_norm(params)).clamp_(max=group["max_weight_norm"] or math.inf)
                 norms = torch.stack(torch._foreach_norm(updates))
                 ratios = torch.where((weights > 0) & (norms > 0), weights / norms, 1.0)

@@ -50,14 +50,19 @@ class LARS(torch.optim.Optimizer):
         lr, momentum, decay = float(group["lr"]), group["momentum"], group["weight_decay"]
         grads, velocities = gradients(params), buffers(self, params, "momentum_buffer")
         coupled = 0.0 if group["decoupled_weight_decay"] else decay
-        direction = torch._foreach_add(grads, params, alpha=coupled) if coupled else grads
         torch._foreach_mul_(velocities, momentum)
         if adapt:
             weights, norms = torch.stack(torch._foreach_norm(params)), torch.stack(torch._foreach_norm(grads))
-            below = norms + coupled * weights
-            trust = torch.where((weights > 0) & (below > 0), group["trust_coefficient"] * weights / below, 1.0)
-            direction = torch._foreach_mul(direction, list(trust.unbind()))
-        torch._foreach_add_(velocities, direction, alpha=lr)
+            below = torch.add(norms, weights, alpha=coupled).clamp_min_(1e-30)  # zero only where there is no update
+            scaled = (weights / below).mul_(lr * group["trust_coefficient"])
+            rates = list(torch.where(weights > 0, scaled, lr).unbind())
+            torch._foreach_addcmul_(velocities, grads, rates)
+            if coupled:
+                torch._foreach_addcmul_(velocities, params, rates, coupled)
+        else:
+            torch._foreach_add_(velocities, grads, alpha=lr)
+            if coupled:
+                torch._foreach_add_(velocities, params, alpha=lr * coupled)
         if decay and not coupled:
             torch._foreach_mul_(params, 1 - lr * decay)
         torch._foreach_sub_(params, velocities)

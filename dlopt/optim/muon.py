@@ -1,12 +1,12 @@
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.optim._muon import muon
 from torch.optim.optimizer import ParamsT
 
-from dlopt.optim.common import Closure, evaluate
+from dlopt.optim.common import Closure, buffers, evaluate
 from dlopt.ranges import Count, NonNegative, Positive, Share
 
 
@@ -35,7 +35,7 @@ class Muon(torch.optim.Optimizer):
         ns_coefficients: tuple[float, float, float] = (3.4445, -4.775, 2.0315),
         ns_steps: Count = 5,
         eps: Positive = 1e-7,
-        adjust_lr_fn: Literal["original", "match_rms_adamw", "spectral_unclamped"] = "original",
+        adjust_lr_fn: Literal["original", "match_rms_adamw"] = "original",
         rest: Literal["adamw", "sgd"] = "adamw",
         rest_lr: Positive = 0.001,
         rest_momentum: Share = 0.9,
@@ -55,6 +55,7 @@ class Muon(torch.optim.Optimizer):
             if left:
                 keys["lr"] = keys["lr"] / lr * rest_lr
                 others.append({**keys, "params": left, "use_muon": False})
+        self._muon = torch.optim.Muon([torch.zeros(1, 1)])  # given its matrices in every step
         self._rest: torch.optim.Optimizer | None = None
         if others:
             self._rest = (
@@ -67,28 +68,29 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:
         loss = evaluate(closure)
-        for group in self.param_groups:
-            if group["use_muon"]:
-                self._step_matrices(group)
+        self._step_matrices([group for group in self.param_groups if group["use_muon"]])
         if self._rest is not None:  # shares groups and state, which loading a state replaces
             self._rest.param_groups = [group for group in self.param_groups if not group["use_muon"]]
             self._rest.state = self.state
             self._rest.step()
         return loss
 
-    def _step_matrices(self, group: dict[str, Any]) -> None:
-        members = [p for p in group["params"] if p.grad is not None]
-        for p in members:
-            if "momentum_buffer" not in self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        keys = ("lr", "weight_decay", "momentum", "nesterov", "ns_coefficients", "ns_steps", "eps", "adjust_lr_fn")
-        muon(
-            [_matrix(p, p) for p in members],
-            [_matrix(p.grad, p) for p in members],
-            [_matrix(self.state[p]["momentum_buffer"], p) for p in members],
-            has_complex=False,
-            **{key: group[key] for key in keys},
-        )
+    def _step_matrices(self, groups: list[dict[str, Any]]) -> None:
+        """torch's Muon takes two dimensions only: it works on views of the parameters and of their state."""
+        inner = self._muon
+        inner.param_groups, inner.state = [], defaultdict(dict)
+        for group in groups:
+            views = []
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                (average,) = buffers(self, [p], "momentum_buffer")
+                view = _matrix(p.detach(), p)
+                view.grad = _matrix(p.grad, p)
+                inner.state[view] = {"momentum_buffer": _matrix(average, p)}
+                views.append(view)
+            inner.param_groups.append({**inner.defaults, **group, "params": views})
+        inner.step()
 
 
 def _groups(params: ParamsT) -> list[dict[str, Any]]:
