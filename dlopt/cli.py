@@ -8,13 +8,15 @@ import sys
 from collections.abc import Callable, Sequence
 
 import dlopt
-from dlopt.errors import UserError
+from dlopt.errors import RunError, UserError
 
 USAGE = f"""\
 dlopt {dlopt.__version__}: runs experiments on the optimization of deep networks
 
   dlopt train [group=choice] [key=value] [-m]    train; `dlopt train --help` lists every group, choice and key
   dlopt eval checkpoint=PATH [key=value]         test a checkpoint
+  dlopt trajectory schedule=a,b [key=value]      draw learning-rate curves into one picture
+  dlopt options [group | group=choice]           every choice of every group; a group's keys with their defaults
 
   dlopt train optimizer=adamw schedule=cosine_warmup epochs=20
   dlopt train -m optimizer.lr=0.01,0.03,0.1 seed=0,1,2
@@ -31,6 +33,9 @@ def main() -> None:
     except UserError as error:
         print(f"dlopt: {error}", file=sys.stderr)
         code = 2
+    except RunError as error:
+        print(f"dlopt: {error}", file=sys.stderr)
+        code = 1
     except BrokenPipeError:  # `dlopt ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
@@ -52,14 +57,15 @@ def _main(arguments: Sequence[str]) -> int:
         from dlopt.commands.completion import complete
 
         return complete(list(arguments))
-    found = _commands().get(command)
+    found = commands().get(command)
     if found is None:
-        raise UserError(f"{command}: there is no such command; allowed: {', '.join(_commands())}")
+        raise UserError(f"{command}: there is no such command; allowed: {', '.join(commands())}")
     return found(rest)
 
 
-def _commands() -> dict[str, Callable[[list[str]], int]]:
-    return {"train": _train, "eval": _eval}
+def commands() -> dict[str, Callable[[list[str]], int]]:
+    """The sub-commands: what each makes of its arguments, to an exit code."""
+    return {"train": _train, "eval": _eval, "trajectory": _trajectory, "options": _options}
 
 
 def _train(arguments: list[str]) -> int:
@@ -72,3 +78,15 @@ def _eval(arguments: list[str]) -> int:
     from dlopt.commands.eval import evaluate
 
     return evaluate(arguments)
+
+
+def _trajectory(arguments: list[str]) -> int:
+    from dlopt.commands.trajectory import trajectory
+
+    return trajectory(arguments)
+
+
+def _options(arguments: list[str]) -> int:
+    from dlopt.commands.options import options
+
+    return options(arguments)
