@@ -1,5 +1,6 @@
 """Building the objects of an experiment: what training and testing have in common, and what only training needs."""
 
+import contextlib
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -17,12 +18,15 @@ from dlopt.data.samples import Dataset, Samples
 from dlopt.data.splits import prepare
 from dlopt.engine import checkpoint, rng
 from dlopt.engine.precision import Precision, choose_precision
+from dlopt.engine.statistics import exact_statistics
 from dlopt.errors import UserError
 from dlopt.parameters import parameter_groups
 from dlopt.random import generator, stream
 
 # Streams: what is drawn for one purpose tells nothing about another, also where the seeds are equal.
 _WEIGHTS, _SCHEME, _ORDER, _AUGMENTATION, DROPOUT = range(11, 16)
+
+SMALL_NORM_BATCH = 8  # samples per device below which batch statistics are too noisy (Wu & He 2018, figure 1)
 
 
 @dataclass
@@ -170,10 +174,13 @@ def optimizer_of(setup: Setup) -> torch.optim.Optimizer:
     component = experiment.optimizer
     if settings.scale_lr != "none":
         component = component.partial(lr=component.arguments["lr"] * _lr_scale(experiment, len(setup.dataset.train)))
-    groups = parameter_groups(setup.module, decay_norm_and_bias=settings.decay_norm_and_bias)
-    if not groups:
-        raise UserError(f"model={experiment.model.target.__name__}: the model has no trainable parameter")
-    optimizer: torch.optim.Optimizer = component.build(params=groups)
+    groups = parameter_groups(
+        setup.module, experiment.grouping, component.arguments, decay_norm_and_bias=settings.decay_norm_and_bias
+    )
+    try:
+        optimizer: torch.optim.Optimizer = component.build(params=groups)
+    except ValueError as error:  # a class that is not ours has a range of its own, or takes one group only
+        raise UserError(f"optimizer={component.target.__name__}: {error}") from None
     return optimizer
 
 
@@ -239,15 +246,46 @@ def check_single_values(setup: Setup) -> None:
         )
 
 
-def load_weights(module: nn.Module, path: Path) -> str:
-    """Starts from the weights of a checkpoint, or of a file with nothing but weights. Returns a line for the user.
+def norm_statistics(
+    setup: Setup, module: nn.Module, model: Callable[[Tensor], Tensor]
+) -> contextlib.AbstractContextManager[None]:
+    """The batch-norm statistics with which `module` is evaluated: running ones, or exact ones over the training set."""
+    if setup.experiment.settings.norm_statistics == "running":
+        return contextlib.nullcontext()
+    batches = evaluation_batches(setup, setup.dataset.train)
+    return exact_statistics(module, model, batches.epoch(0))
 
-    Raises `UserError` when a name or a shape does not fit.
+
+def warnings(setup: Setup) -> list[str]:
+    """What is allowed and yet seldom wanted."""
+    data, settings = setup.experiment.data_settings, setup.experiment.settings
+    count = len(setup.dataset.train)
+    size = count if data.batch_size == "full" else min(data.batch_size, count)
+    device_batch = size // setup.parallel.processes // settings.accumulate
+    if device_batch < SMALL_NORM_BATCH and any(isinstance(m, _BatchNorm) for m in setup.module.modules()):
+        return [
+            f"warning: batch norm over {device_batch} samples per device is noisy (fewer than {SMALL_NORM_BATCH}): "
+            "use model.norm=group, a larger data.batch_size, or, with several devices, parallel.sync_batchnorm=true"
+        ]
+    return []
+
+
+def load_weights(module: nn.Module, path: Path) -> list[str]:
+    """Starts from the weights of a checkpoint, or of a file with nothing but weights. Returns lines for the user.
+
+    Weights whose name or shape the model does not have (another head, for other classes) are left out and listed.
+    Raises `UserError` when nothing fits.
     """
-    state = checkpoint.load_weights(path)
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as error:
-        reasons = "; ".join(line.strip() for line in str(error).splitlines()[1:4])
-        raise UserError(f"init_from={path}: the weights do not fit this model: {reasons}") from None
-    return f"weights from {path}"
+    state, own = checkpoint.load_weights(path), module.state_dict()
+    fitting = {name: value for name, value in state.items() if name in own and own[name].shape == value.shape}
+    if not any(name in fitting for name, _ in module.named_parameters()):
+        raise UserError(f"init_from={path}: none of its {len(state)} weights fits this model by name and shape")
+    module.load_state_dict(fitting, strict=False)
+    fresh = [name for name in own if name not in fitting]
+    unused = [name for name in state if name not in fitting]
+    lines = [f"weights from {path}: {len(fitting)} of {len(own)} tensors loaded"]
+    if fresh:
+        lines.append(f"  not in the file, or of another shape, so freshly initialized: {', '.join(fresh)}")
+    if unused:
+        lines.append(f"  in the file and not used: {', '.join(unused)}")
+    return lines

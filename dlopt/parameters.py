@@ -1,24 +1,102 @@
-"""Parameter groups: which parameters an optimizer decays."""
+"""Parameter groups: which parameters are trained, how fast, and with how much decay."""
 
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
+from dlopt.errors import UserError
+from dlopt.ranges import NonNegative, PositiveShare
+
+_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
-def parameter_groups(model: nn.Module, *, decay_norm_and_bias: bool) -> list[dict[str, Any]]:
-    """The trainable parameters as groups for an optimizer, in the model's order.
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """What holds for the parameters whose name `match`es (a shell pattern: `head.*`, `*.bias`, `*`).
 
-    With `decay_norm_and_bias=False` normalization parameters and biases stand in a group whose weight decay is zero,
-    which every optimizer that has decay understands.
+    `lr` and `weight_decay` are multipliers of the optimizer's own; null leaves a thing to the rules before.
     """
-    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    if decay_norm_and_bias:
-        return [{"params": [p for _, p in trainable]}]
+
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+
+    match: str
+    lr: NonNegative | None = None
+    weight_decay: NonNegative | None = None
+    freeze: bool | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grouping:
+    """The keys that every optimizer has besides its own."""
+
+    groups: list[Rule]
+    layer_decay: PositiveShare | None
+
+
+def parameter_groups(
+    model: nn.Module, grouping: Grouping, arguments: Mapping[str, Any], *, decay_norm_and_bias: bool
+) -> list[dict[str, Any]]:
+    """The trainable parameters as groups for an optimizer with those `arguments`; parameters alike share a group.
+
+    Rules apply in order, so that a later one wins. `layer_decay` d multiplies the learning rate of the i-th of n weight
+    layers, counted from the input, by d^(n-1-i) (layer-wise decay; Howard & Ruder 2018, Clark et al. 2020).
+    `decay_norm_and_bias=False` takes normalization parameters and biases out of weight decay, whatever the optimizer.
+    Frozen parameters no longer ask for gradients. Raises `UserError` for rules that fit nothing.
+    """
+    rate, decay = _layer_rates(model, grouping.layer_decay), _decays(model, decay_norm_and_bias)
+    names = dict(model.named_parameters())
+    for number, rule in enumerate(grouping.groups):
+        matched = [name for name in names if fnmatchcase(name, rule.match)]
+        key = f"optimizer.groups.{number}"
+        if not matched:
+            some = ", ".join(list(names)[:3])
+            raise UserError(f"{key}.match={rule.match}: no parameter has such a name; the model has {some}, ...")
+        for name in matched:
+            if rule.freeze is not None:
+                names[name].requires_grad_(not rule.freeze)
+            rate[name] *= 1.0 if rule.lr is None else rule.lr
+            decay[name] *= 1.0 if rule.weight_decay is None else rule.weight_decay
+    trainable = {name: p for name, p in names.items() if p.requires_grad}
+    if not trainable:
+        raise UserError("optimizer.groups: every parameter is frozen; leave some to train")
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter in trainable.items():
+        kind = rate[name], decay[name]
+        group = groups.setdefault(kind, {"params": [], **_scaled(arguments, *kind)})
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def _scaled(arguments: Mapping[str, Any], rate: float, decay: float) -> dict[str, Any]:
+    scaled: dict[str, Any] = {}
+    for name, factor in (("lr", rate), ("weight_decay", decay)):
+        if factor == 1.0:
+            continue
+        if name in arguments:
+            scaled[name] = arguments[name] * factor
+        elif name == "lr" or factor != 0.0:
+            raise UserError(f"optimizer.groups: this optimizer has no {name} to multiply by {factor:g}")
+    return scaled
+
+
+def _decays(model: nn.Module, decay_norm_and_bias: bool) -> dict[str, float]:
     norms = {p for module in model.modules() if isinstance(module, _NORMS) for p in module.parameters(recurse=False)}
-    exempt = [p for name, p in trainable if p in norms or name.rpartition(".")[2].startswith("bias")]
-    decayed = [p for name, p in trainable if not (p in norms or name.rpartition(".")[2].startswith("bias"))]
-    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": exempt, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    decays = {}
+    for name, parameter in model.named_parameters():
+        exempt = parameter in norms or name.rpartition(".")[2].startswith("bias")
+        decays[name] = 0.0 if exempt and not decay_norm_and_bias else 1.0
+    return decays
+
+
+def _layer_rates(model: nn.Module, layer_decay: float | None) -> dict[str, float]:
+    """Each weight (of two dimensions or more) begins a layer; what follows it, such as its norm, belongs to it."""
+    layer, layers = -1, {}
+    for name, parameter in model.named_parameters():
+        layer += parameter.ndim > 1
+        layers[name] = max(layer, 0)
+    decay = 1.0 if layer_decay is None else layer_decay
+    return {name: decay ** (max(layer, 0) - depth) for name, depth in layers.items()}

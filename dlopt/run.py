@@ -50,7 +50,8 @@ def train(run: Run, *, console: bool = True) -> dict[str, Any]:
             if state is not None:
                 training.load_state_dict(state)
             elif settings.init_from is not None:
-                tracking.message(build.load_weights(setup.module, Path(settings.init_from)))
+                for line in build.load_weights(setup.module, Path(settings.init_from)):
+                    tracking.message(line)
             _introduce(setup, run, training, length, tracking)
             status = fit(training, interruption)
             summary = _summary(training, setup, status)
@@ -168,7 +169,7 @@ def _validation(
             tracking.evaluating(number, len(batches))
 
     def validate(interruption: Interruption) -> dict[str, float] | None:
-        with at_evaluation_point(optimizer):
+        with at_evaluation_point(optimizer), build.norm_statistics(setup, module, model):
             return evaluate(
                 module, model, shown(), setup.loss, classify=setup.classify, prefix="val", interruption=interruption
             )
@@ -198,6 +199,8 @@ def _introduce(setup: Setup, run: Run, training: Training, length: Length, track
         steps=length.steps,
         choices=run.choices,
     )
+    for line in build.warnings(setup):
+        tracking.message(line)
     if training.progress.step == 0 and len(dataset.train.shape) == 3 and settings.tracking:
         inputs, _ = next(iter(training.batches.epoch(0)))
         tracking.images(inputs[:64].float().cpu())
@@ -218,12 +221,13 @@ def _test_best(training: Training, setup: Setup) -> dict[str, Any]:
 
 
 def test_figures(setup: Setup) -> dict[str, Any]:
-    """test_loss and test_accuracy of the model as it stands; nothing where there is no test set."""
+    """test_loss and test_accuracy of the model as it stands; null where there is no test set."""
     if setup.dataset.test is None:
         return {"test_loss": None, "test_accuracy": None}
     batches = build.evaluation_batches(setup, setup.dataset.test)
     model = setup.precision.autocast(setup.model)
-    figures = evaluate(setup.module, model, batches.epoch(0), setup.loss, classify=setup.classify, prefix="test")
+    with build.norm_statistics(setup, setup.module, model):
+        figures = evaluate(setup.module, model, batches.epoch(0), setup.loss, classify=setup.classify, prefix="test")
     assert figures is not None
     return figures
 

@@ -13,7 +13,7 @@ from dlopt.config.compose import resolve_saved
 from dlopt.errors import RunError, UserError
 from dlopt.job import DONE, FAILED, complain
 
-_MAY_CHANGE = ("data", "device", "precision", "threads", "channels_last", "compile", "deterministic", "allow_packages")
+_MAY_CHANGE = ("data", "device", "precision", "threads", "channels_last", "compile", "deterministic", "norm_statistics", "allow_packages")
 
 
 def evaluate(arguments: list[str]) -> int:

@@ -1,5 +1,7 @@
 """The checked experiment: every group's component, the keys that a group's choices share, and the run's settings."""
 
+import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -9,6 +11,7 @@ from dlopt.config.schema import ALLOWED_PACKAGES, Component, check_arguments, co
 from dlopt.config.settings import Settings
 from dlopt.data.settings import DataSettings
 from dlopt.errors import UserError
+from dlopt.parameters import Grouping
 from dlopt.schedules import Warmup
 
 
@@ -31,10 +34,10 @@ GROUPS: Mapping[str, Group] = {
     "model": Group(("input_shape", "classes")),
     "init": Group(("model", "generator", "inputs")),
     "loss": Group(("classes",)),
-    "optimizer": Group(("params",)),
+    "optimizer": Group(("params",), Grouping),
     "schedule": Group(("horizon",), Warmup),
-    "clip": Group(),
-    "stopping": Group(),
+    "clip": Group(("model",)),
+    "stopping": Group(("model",)),
     "parallel": Group(("device",)),
 }
 
@@ -51,6 +54,7 @@ class Experiment:
     init: Component
     loss: Component
     optimizer: Component
+    grouping: Grouping
     schedule: Component
     warmup: Warmup
     clip: Component
@@ -67,11 +71,14 @@ def parse(config: Mapping[str, Any], saved: Mapping[str, Any] | None = None) -> 
     run_keys = {key: value for key, value in config.items() if key not in GROUPS}
     settings = Settings(**check_arguments("", Settings, run_keys, related=tuple(GROUPS)))
     packages = (*ALLOWED_PACKAGES, *settings.allow_packages)
+    if settings.allow_packages and not {"", os.getcwd()} & set(sys.path):
+        sys.path.append(os.getcwd())  # a person's package may stand in the current folder, as with `python -m dlopt`
     parts: dict[str, Any] = {}
     for name, group in GROUPS.items():
         node = config.get(name)
         if not isinstance(node, Mapping) or "_target_" not in node:
-            raise UserError(f"{name}={show(node)}: one of the group's choices is needed; `dlopt train --help` lists them")
+            shown = "{...}" if isinstance(node, Mapping) else show(node)
+            raise UserError(f"{name}={shown}: one of the group's choices is needed; `dlopt train --help` lists them")
         names = _field_names(group.common)
         own = {key: value for key, value in node.items() if key not in names}
         runtime = (*group.runtime, *names)
@@ -82,6 +89,7 @@ def parse(config: Mapping[str, Any], saved: Mapping[str, Any] | None = None) -> 
     experiment = Experiment(
         settings=settings,
         data_settings=parts.pop("DataSettings"),
+        grouping=parts.pop("Grouping"),
         warmup=parts.pop("Warmup"),
         config=config if saved is None else saved,
         **parts,

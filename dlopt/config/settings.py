@@ -5,9 +5,8 @@ from typing import Annotated, Literal
 
 from annotated_types import Interval
 
-from dlopt.ranges import Count, Positive
+from dlopt.ranges import Count, Positive, Seed
 
-Seed = Annotated[int, Interval(ge=0, lt=2**63)]
 Decay = Annotated[float, Interval(gt=0, lt=1)]
 Toggle = bool | Literal["auto"]
 
@@ -49,6 +48,7 @@ class Settings:
     scale_lr_reference: Count
     decay_norm_and_bias: bool
     ema: Decay | None
+    norm_statistics: Literal["running", "exact"]
     monitor: str
     evaluate: Evaluate
     checkpoint: Checkpoint
