@@ -1,9 +1,11 @@
 """Run folders: one folder, one run. Finding, locking, and telling apart what is finished, unfinished and live."""
 
+import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -51,15 +53,25 @@ class RunFolder:
     def is_finished(self) -> bool:
         return (self.summary() or {}).get("status") in _ENDED
 
+    def is_done(self, config: Mapping[str, Any]) -> bool:
+        """Whether nothing is left to do: the run is finished, and `config` does not ask for a longer one."""
+        status, saved = (self.summary() or {}).get("status"), self.config() or {}
+        key = "epochs" if config["steps"] is None else "steps"
+        length = saved.get(key)
+        is_longer = isinstance(length, int) and config[key] > length
+        return status == "stopped_early" or (status == "finished" and not is_longer)
+
     def is_live(self) -> bool:
         """Whether a process is at work here; a lock left by a killed one does not count."""
         try:
-            with (self.path / LOCK).open("r+") as file:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except FileNotFoundError:
+            file = (self.path / LOCK).open("r+")
+        except OSError:  # no folder, no lock in it, or not ours: then it cannot be written either
             return False
-        except OSError:
-            return True
+        with file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                return True
         return False
 
     def lock(self) -> IO[str]:
@@ -67,7 +79,10 @@ class RunFolder:
 
         A POSIX record lock: it goes with its owner, and a forked child does not inherit it.
         """
-        file = (self.path / LOCK).open("a+")
+        try:
+            file = (self.path / LOCK).open("a+")
+        except OSError as error:
+            raise UserError(f"hydra.run.dir={self.path}: the folder cannot be written: {error.strerror}") from None
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -87,34 +102,70 @@ class RunFolder:
         return [str(each) for each in found] if isinstance(found, list) else []
 
 
-def make_new(path: Path) -> Path:
+def make(path: Path, key: str) -> Path:
+    """Makes the folder that was asked for. Raises `UserError` when that cannot be."""
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError:
+        raise UserError(f"{key}={path}: there is a file of this name, or another run makes this folder") from None
+    except OSError as error:
+        raise UserError(f"{key}={path}: the folder cannot be made: {error.strerror}") from None
+    return path
+
+
+def make_new(path: Path, key: str) -> Path:
     """Makes a dated folder; runs of the same second get -1, -2 ... behind it."""
     for suffix in ("", *(f"-{i}" for i in range(1, 1000))):
         candidate = path.with_name(path.name + suffix)
-        try:
-            candidate.mkdir(parents=True)
-            return candidate
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise UserError(f"hydra.run.dir={path}: the folder cannot be made: {error.strerror}") from None
-    raise UserError(f"hydra.run.dir={path}: a thousand folders of this name exist")
+        if not candidate.exists():
+            try:
+                return make(candidate, key)
+            except UserError:
+                if not candidate.exists():  # another process was no faster
+                    raise
+    raise UserError(f"{key}={path}: a thousand folders of this name exist")
+
+
+class Trace:
+    """What stands at a path before a run touches it, so that one which cannot begin leaves no trace."""
+
+    def __init__(self, path: Path) -> None:
+        self.entries = set(os.listdir(path)) if path.is_dir() else set()
+        self.missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+
+    def erase(self, path: Path) -> None:
+        """Takes back what has come since in `path` (the same, or one beside it), and folders made for it."""
+        with contextlib.suppress(OSError):
+            for entry in (each for each in path.iterdir() if each.name not in self.entries):
+                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+            for folder in (path, *self.missing[1:]) if self.missing else ():
+                folder.rmdir()
+
+
+def newest(parent: Path, fits: Callable[[RunFolder], bool]) -> RunFolder | None:
+    """The newest folder below `parent` that fits."""
+    try:
+        folders = sorted((p for p in parent.iterdir() if p.is_dir()), key=_age, reverse=True)
+    except OSError:
+        return None
+    return next((folder for folder in map(RunFolder, folders) if fits(folder)), None)
 
 
 def newest_unfinished(parent: Path, config: Mapping[str, Any]) -> RunFolder | None:
     """The newest unfinished run of this config below `parent` that has no process at work in it."""
-    try:
-        folders = sorted((p for p in parent.iterdir() if p.is_dir()), key=lambda p: p.name, reverse=True)
-    except OSError:
-        return None
-    for path in folders:
-        folder = RunFolder(path)
+
+    def fits(folder: RunFolder) -> bool:
         saved = folder.config()
         if saved is None or folder.is_finished() or folder.is_live():
-            continue
-        if not differences(saved, config):
-            return folder
-    return None
+            return False
+        return not differences(saved, config)
+
+    return newest(parent, fits)
+
+
+def _age(folder: Path) -> tuple[str, int, str]:
+    """Order of dated names: of one second, -10 is newer than -9."""
+    return folder.name[:19], len(folder.name), folder.name
 
 
 def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -20,6 +20,7 @@ import yaml
 import dlopt
 from dlopt.errors import RunError, UserError
 from dlopt.folders import RunFolder
+from dlopt.tracking.files import write_atomically
 
 if TYPE_CHECKING:
     from dlopt.run import Run
@@ -28,32 +29,43 @@ DONE, FAILED, USER_ERROR, INTERRUPTED = 0, 1, 2, 75
 _STATUS_OF = {"finished": DONE, "stopped_early": DONE, "interrupted": INTERRUPTED}
 
 
-def execute(run: "Run", *, console: bool = True) -> int:
-    """Runs in this process and returns the exit code. A failure is told in one message, and recorded in the folder."""
+def execute(run: "Run", *, typed: Sequence[str] | None = None, console: bool = True) -> int:
+    """Runs in this process and returns the exit code. A failure is told in one message, and recorded in the folder.
+
+    `typed`: the command line's overrides, where the folder does not say yet what is run in it.
+    """
     from dlopt.run import train
 
     try:
-        with RunFolder(run.folder).lock():
-            return _STATUS_OF[train(run, console=console)["status"]]
+        lock = RunFolder(run.folder).lock()
     except UserError as error:
         complain(str(error))
-        _record_failure(run.folder, str(error))
         return USER_ERROR
-    except RunError as error:
-        complain(str(error))
-        _record_failure(run.folder, str(error))
-        return FAILED
-    except KeyboardInterrupt:
-        complain("stopped at once; what was saved last is in the checkpoints folder")
-        return INTERRUPTED
-    except Exception as error:
-        text = traceback.format_exc()
-        with contextlib.suppress(OSError):
-            (run.folder / "traceback.txt").write_text(text)
-        _record_failure(run.folder, f"{type(error).__name__}: {error}")
-        complain(f"the run failed: {type(error).__name__}: {error}")
-        print(text, file=sys.stderr)
-        return FAILED
+    with lock:
+        try:
+            if typed is not None:
+                describe(run.folder, run.experiment.config, typed, run.choices)
+            return _STATUS_OF[train(run, console=console)["status"]]
+        except UserError as error:
+            complain(str(error))
+            if typed is None:
+                _record_failure(run.folder, str(error))
+            return USER_ERROR
+        except RunError as error:
+            complain(str(error))
+            _record_failure(run.folder, str(error))
+            return FAILED
+        except KeyboardInterrupt:
+            complain("stopped at once; what was saved last is in the checkpoints folder")
+            return INTERRUPTED
+        except Exception as error:
+            text = traceback.format_exc()
+            with contextlib.suppress(OSError):
+                (run.folder / "traceback.txt").write_text(text)
+            _record_failure(run.folder, f"{type(error).__name__}: {error}")
+            complain(f"the run failed: {type(error).__name__}: {error}")
+            print(text, file=sys.stderr)
+            return FAILED
 
 
 def complain(message: str) -> None:
@@ -73,11 +85,15 @@ def describe(folder: Path, config: Mapping[str, Any], overrides: Sequence[str], 
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
-        (folder / "overrides.yaml").write_text(yaml.safe_dump(list(overrides), allow_unicode=True))
-        (folder / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+        _write(folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+        _write(folder / "overrides.yaml", yaml.safe_dump(list(overrides), allow_unicode=True))
+        _write(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"hydra.run.dir={folder}: the folder cannot be written: {error.strerror}") from None
+
+
+def _write(path: Path, text: str) -> None:
+    write_atomically(path, text.encode())
 
 
 def _versions() -> dict[str, Any]:
@@ -101,7 +117,7 @@ def _git_commit() -> str | None:
 def _record_failure(folder: Path, reason: str) -> None:
     summary = {"status": "failed", "reason": reason}
     with contextlib.suppress(OSError):
-        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        _write(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
 def main() -> int:

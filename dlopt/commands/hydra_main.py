@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -21,3 +22,9 @@ def run_hydra(arguments: list[str], task: Callable[[DictConfig], Any]) -> None:
 
 def nothing(config: DictConfig) -> None:
     """The task where Hydra only shows something."""
+
+
+def quoted(path: Path) -> str:
+    """A path as a value of Hydra's override grammar."""
+    escaped = str(path).replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"

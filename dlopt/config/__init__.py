@@ -1,1 +1,1 @@
-"""From what was typed to a checked experiment: compose, check against signatures, check combinations, explain errors."""
+"""From what was typed to a checked experiment: compose, check signatures and combinations, explain errors."""

@@ -5,7 +5,7 @@ from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from hydra._internal.hydra import Hydra
@@ -23,9 +23,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 import dlopt
 from dlopt.config.schema import show
+from dlopt.config.trust import check_hydra, leaves
 from dlopt.errors import UserError
 
 CONFIG_NAME = "train"
+OPTIONAL_GROUPS = ("experiment",)  # null is no choice of theirs
 
 
 def config_folder() -> Path:
@@ -35,13 +37,38 @@ def config_folder() -> Path:
 
 
 def parse_arguments(arguments: list[str]) -> Namespace:
-    """Hydra's own command line: overrides and flags such as -m, --cfg, --config-dir."""
-    parsed: Namespace = get_args_parser().parse_args(arguments)
+    """Hydra's own command line: overrides and flags such as -m, --cfg, --config-dir, in any order."""
+    parser = get_args_parser()
+    parser.error = _refuse_flags  # type: ignore[method-assign]
+    for action in parser._actions:
+        if action.dest == "version":
+            action.version = f"dlopt {dlopt.__version__}"  # type: ignore[attr-defined]
+    parsed: Namespace = parser.parse_intermixed_args(arguments)
     if parsed.experimental_rerun is not None:
         raise UserError("--experimental-rerun: not offered, since it runs whatever a pickle file says")
+    if parsed.config_path is not None:
+        raise UserError(f"--config-path={parsed.config_path}: not offered; --config-dir adds a folder to dlopt's own")
     if parsed.config_dir is not None and not Path(parsed.config_dir).is_dir():
         raise UserError(f"--config-dir={parsed.config_dir}: there is no such folder")
     return parsed
+
+
+def _refuse_flags(message: str) -> NoReturn:
+    raise UserError(f"{message}; `dlopt train --help` shows what is allowed")
+
+
+def hydra_arguments(parsed: Namespace, *more: str) -> list[str]:
+    """The command line as Hydra's main wants it: flags first, then the overrides and `more` of them."""
+    flags = [f"--{name.replace('_', '-')}" for name in _SWITCHES if getattr(parsed, name)]
+    for name in _VALUES:
+        value = getattr(parsed, name)
+        if value is not None:
+            flags += [f"--{name.replace('_', '-')}", value]
+    return [*flags, *parsed.overrides, *more]
+
+
+_SWITCHES = ("help", "hydra_help", "resolve", "run", "multirun")
+_VALUES = ("cfg", "package", "info", "config_name", "config_dir")
 
 
 class Composer:
@@ -59,17 +86,23 @@ class Composer:
         GlobalHydra.instance().clear()  # Hydra's own main wants to be the first
 
     def parse(self, overrides: list[str]) -> list[Override]:
-        try:
-            return OverridesParser.create(self.hydra.config_loader).parse_overrides(overrides)
-        except HydraException as error:
-            raise UserError(_first_lines(error)) from None
+        parser = OverridesParser.create(self.hydra.config_loader)
+        parsed = []
+        for line in overrides:
+            try:
+                parsed += parser.parse_overrides([line])
+            except HydraException as error:
+                raise UserError(_explain_grammar(line, error)) from None
+        return parsed
 
     def compose(self, overrides: list[str], multirun: bool = False) -> DictConfig:
         """The composed config with Hydra's own node. Every way in which typed overrides can be wrong is explained."""
         parsed = self.parse(overrides)
         self._refuse_what_hydra_accepts(parsed, multirun)
         try:
-            return self._compose(overrides, multirun)
+            config = self._compose(overrides, multirun)
+            check_hydra(config, overrides)
+            return config
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(self._explain(parsed, error)) from None
         except yaml.YAMLError as error:
@@ -94,23 +127,25 @@ class Composer:
     def _refuse_what_hydra_accepts(self, overrides: Iterable[Override], multirun: bool) -> None:
         groups = self.groups()
         for override in overrides:
-            key, value = override.get_key_element(), override.value()
+            line, key, value = override.input_line, override.get_key_element(), override.value()
             plain = key.lstrip("+~")
-            if override.is_sweep_override() and not multirun and not plain.startswith("hydra."):
-                raise UserError(
-                    f"{override.input_line}: several values need -m (one run each); a list is written [a,b]"
-                )
-            if plain in groups and not override.is_delete() and not override.is_sweep_override():
-                if not isinstance(value, str):
-                    raise UserError(f"{plain}={_show(value)}: {self._choose(plain)}")
-            if plain in groups and override.is_delete():
-                raise UserError(f"{override.input_line}: {self._choose(plain)}")
-            if plain.startswith("hydra.") and plain.split(".")[-1] == "_target_":
-                raise UserError(f"{override.input_line}: no _target_ of Hydra's own config can be set from here")
+            if not plain:
+                raise UserError(f"{line}: an override is key=value or group=choice")
+            if override.is_sweep_override():
+                if not multirun and not plain.startswith("hydra."):
+                    raise UserError(f"{line}: several values need -m (one run each); a list is written [a,b]")
+                continue
+            if override.is_delete() and not plain.startswith("hydra"):
+                hint = self._choose(plain) if plain in groups else "set it, to null where that is allowed"
+                raise UserError(f"{line}: nothing can be left out; {hint}")
+            if plain in groups and not isinstance(value, str) and not (plain in OPTIONAL_GROUPS and value is None):
+                raise UserError(f"{plain}={show(value)}: one of the choices is needed; {self._choose(plain)}")
+            if value == {}:
+                raise UserError(f"{line}: an empty block changes nothing; set its keys one by one")
 
     def _choose(self, group: str, typed: str = "") -> str:
         choices = self.choices(group)
-        close = get_close_matches(typed.lower(), choices, n=1, cutoff=0.5)
+        close = get_close_matches(typed.lower(), choices, n=1, cutoff=0.6)
         hint = f"did you mean {group}={close[0]}? " if close else ""
         return f"{hint}choices: {', '.join(choices)}"
 
@@ -120,68 +155,103 @@ class Composer:
         chosen = [o for o in overrides if o.get_key_element().lstrip("+~") in groups]
         typed = [o for o in overrides if o not in chosen]
         accepted: list[str] = []
+        fault = self._fault(accepted)
+        if fault is not None:
+            return self._explain_files(fault)
         for override in (*chosen, *typed):
             line = override.input_line
             assert line is not None
-            try:
-                self._compose([*accepted, line])
-            except (HydraException, OmegaConfBaseException) as fault:
-                key = override.get_key_element().lstrip("+~")
-                if key in groups and isinstance(override.value(), str):
-                    if override.value() not in self.choices(key):
-                        return f"{line}: there is no such choice; {self._choose(key, override.value())}"
-                    return f"{line}: {_first_lines(fault)}"
-                return self._explain_key(line, key, accepted, fault)
+            fault = self._fault([*accepted, line])
+            if fault is not None:
+                return self._explain_override(override, line, accepted, fault)
             accepted.append(line)
         return _first_lines(error)
 
-    def _explain_key(self, line: str, key: str, accepted: list[str], fault: Exception) -> str:
-        if "is not in struct" in str(fault) or "Could not override" in str(fault) or "Could not delete" in str(fault):
-            parent, _, name = key.rpartition(".")
-            try:
-                node = OmegaConf.select(self._compose(accepted), parent) if parent else self._compose(accepted)
-            except (HydraException, OmegaConfBaseException):
-                node = None
-            if isinstance(node, DictConfig):
-                names = [str(each) for each in node if each not in ("_target_", "hydra")]
-                close = get_close_matches(name, names, n=1, cutoff=0.6)
-                prefix = f"{parent}." if parent else ""
-                hint = f"did you mean {prefix}{close[0]}? " if close else _elsewhere(name, self._compose(accepted))
-                return f"{line}: there is no key {key}; {hint}allowed: {', '.join(names)}"
-        return f"{line}: {_first_lines(fault)}"
+    def _fault(self, overrides: list[str]) -> Exception | None:
+        try:
+            self._compose(overrides)
+        except (HydraException, OmegaConfBaseException) as error:
+            return error
+        return None
+
+    def _explain_files(self, fault: Exception) -> str:
+        """What is wrong whatever is typed: the primary config, or what it pulls in."""
+        if self.config_name != CONFIG_NAME and "primary config" in str(fault):
+            return f"--config-name={self.config_name}: there is no such file in dlopt's folder or in --config-dir"
+        return _first_lines(fault)
+
+    def _explain_override(self, override: Override, line: str, accepted: list[str], fault: Exception) -> str:
+        key, value = override.get_key_element().lstrip("+~"), override.value()
+        if key in self.groups() and isinstance(value, str):
+            if value not in self.choices(key):
+                return f"{line}: there is no such choice; {self._choose(key, value)}"
+            return f"{line}: {_first_lines(fault)}"
+        if "/" in key or "@" in key:
+            return f"{line}: {_first_lines(fault)}"
+        parent, _, name = key.rpartition(".")
+        config = self._compose(accepted)
+        node = OmegaConf.select(config, parent, throw_on_resolution_failure=False) if parent else config
+        if not isinstance(node, DictConfig):
+            group, _, rest = key.partition(".")
+            names = [str(each) for each in config]
+            if group in names:
+                return f"{line}: there is no key {key}, since {parent} holds a value and no keys"
+            close = get_close_matches(group.lower(), names, n=1, cutoff=0.6)
+            hint = f"did you mean {close[0]}.{rest}? " if close else ""
+            return f"{line}: there is no group {group}; {hint}groups: {', '.join(self.groups())}"
+        names = [str(each) for each in node if each not in ("_target_", "hydra")]
+        if name in names:  # the key is there, but not those that its value brings
+            return f"{line}: {_first_lines(fault)}; a new key is typed with a plus sign: +{key}.KEY=VALUE"
+        close = get_close_matches(name.lower(), names, n=1, cutoff=0.6)
+        prefix = f"{parent}." if parent else ""
+        hint = f"did you mean {prefix}{close[0]}? " if close else "" if parent else _elsewhere(name, config)
+        return f"{line}: there is no key {key}; {hint}allowed: {', '.join(names)}"
+
+
+def _explain_grammar(line: str, error: Exception) -> str:
+    key, equals, value = line.partition("=")
+    if not equals and not key.startswith("~"):
+        return f"{line}: an override is key=value or group=choice"
+    if not re.fullmatch(r"[+~]{0,2}[\w/-]+([.@][\w/-]+)*", key):
+        return f"{line}: {key!r} is no name of a key or a group; an override is key=value or group=choice"
+    quoted = f"{key}='{value}'"
+    return f"{line!r}: this value has to be quoted for Hydra, once more than for the shell: {quoted!r}"
 
 
 def _elsewhere(name: str, config: DictConfig) -> str:
     """`lr=1` for `optimizer.lr=1`: a key of that name (or nearly) one level down."""
     places = {
-        key: f"{group}.{key}"
+        str(key): f"{group!s}.{key!s}"
         for group, node in config.items_ex(resolve=False)
         if isinstance(node, DictConfig) and group != "hydra"
         for key in node
+        if key != "_target_"
     }
-    close = get_close_matches(name, list(places), n=1, cutoff=0.6)
+    close = get_close_matches(name.lower(), list(places), n=1, cutoff=0.6)
     return f"did you mean {places[close[0]]}? " if close else ""
 
 
 def to_plain(config: DictConfig, typed: Iterable[str] | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """The task's part as plain dicts and lists: resolved, and as it may be saved.
 
-    What came from the environment (`${oc.env:TOKEN}`) stays an interpolation in the second. Raises `UserError` for `???`,
-    for broken interpolations, and for packages that a file instead of a person wants trusted (`typed`: the command
-    line's overrides; None: that was seen to before).
+    What came from the environment (`${oc.env:TOKEN}`) stays an interpolation in the second. Raises `UserError` for
+    `???`, for broken interpolations, and for packages that a file instead of a person wants trusted (`typed`: the
+    command line's overrides; None: that was seen to before).
     """
-    task = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
-    missing = sorted(OmegaConf.missing_keys(task))
-    if missing:
-        raise UserError(f"{missing[0]}: a value is needed; type {missing[0]}=...")
+    raw: Any = OmegaConf.to_container(config, resolve=False)
+    assert isinstance(raw, dict)
+    raw.pop("hydra", None)
+    task = OmegaConf.create(raw)
+    for key, value in leaves("", raw):
+        if value == "???":
+            raise UserError(f"{key}: a value is needed; type {key}=...")
     try:
-        plain = OmegaConf.to_container(task, resolve=True)
+        plain: Any = OmegaConf.to_container(task, resolve=True)
     except OmegaConfBaseException as error:
-        raise UserError(f"{getattr(error, 'full_key', None)}: {_first_lines(error)}") from None
+        typed_value = dict(leaves("", raw)).get(str(error.full_key).replace("[", ".").replace("]", ""))
+        raise UserError(f"{error.full_key}={typed_value}: {_first_lines(error)}") from None
     except RecursionError:
         raise UserError("an interpolation ${...} refers to itself") from None
-    raw = OmegaConf.to_container(task, resolve=False)
-    assert isinstance(plain, dict) and isinstance(raw, dict)
     if typed is not None:
         _check_trust(plain, typed)
     return plain, _without(plain, raw, _from_environment(plain, raw))
@@ -212,14 +282,9 @@ def _without(plain: Any, raw: Any, secrets: set[str]) -> Any:
 
 def _check_trust(plain: Mapping[Any, Any], typed: Iterable[str]) -> None:
     """Which packages are trusted is for the person at the keyboard to say, not for a file."""
-    if plain.get("allow_packages") and not any(line.startswith("allow_packages=") for line in typed):
-        raise UserError(
-            f"allow_packages={show(plain['allow_packages'])}: stands in a config file; it has to be typed on the command line"
-        )
-
-
-def _show(value: Any) -> str:
-    return "null" if value is None else "true" if value is True else "false" if value is False else str(value)
+    if plain.get("allow_packages") and not any(line.lstrip("+").startswith("allow_packages=") for line in typed):
+        names = show(plain["allow_packages"])
+        raise UserError(f"allow_packages={names}: stands in a config file; it has to be typed on the command line")
 
 
 def _first_lines(error: Exception) -> str:

@@ -1,7 +1,6 @@
 """Combinations that cannot work, in one place. Each message names the key, its value, and which key to change."""
 
 import os
-import re
 from typing import TYPE_CHECKING
 
 from dlopt.errors import UserError
@@ -10,13 +9,17 @@ if TYPE_CHECKING:
     from dlopt.config.experiment import Experiment
 
 _MAX_NAME = 100
-_MONITORS = re.compile(r"auto|val_\w+")
+_PER_CORE = 64  # threads and loader processes: more is a slip of the pen
+MONITORS = ("auto", "val_loss", "val_accuracy")
 
 
 def check_combinations(experiment: "Experiment") -> None:
     """Everything that can be known before data are read. Raises `UserError`."""
     settings = experiment.settings
     _check_name(settings.name)
+    for key, path in (("resume", settings.resume), ("init_from", settings.init_from)):
+        if path == "":
+            raise UserError(f"{key}=: the path of a checkpoint is needed, or {key}=null")
     _check_monitor("monitor", settings.monitor)
     if "monitor" in experiment.stopping.arguments:
         _check_monitor("stopping.monitor", experiment.stopping.arguments["monitor"])
@@ -25,15 +28,17 @@ def check_combinations(experiment: "Experiment") -> None:
 
 
 def _check_name(name: str) -> None:
-    if not name.strip() or name in (".", "..") or len(name.encode()) > _MAX_NAME:
+    if not name.strip() or len(name.encode()) > _MAX_NAME:
         raise UserError(f"name={name}: a run's name has between 1 and {_MAX_NAME} bytes")
-    if any(character in name for character in "/\\\0\n\r\t") or not name.isprintable():
-        raise UserError(f"name={name!r}: a run's name is one folder name: no slashes, no control characters")
+    if name in (".", "..") or any(character in name for character in "/\\\0\n\r\t") or not name.isprintable():
+        raise UserError(
+            f"name={name!r}: a run's name is one folder name: not . or .., no slashes, no control characters"
+        )
 
 
 def _check_monitor(key: str, monitor: str) -> None:
-    if not _MONITORS.fullmatch(monitor):
-        raise UserError(f"{key}={monitor}: only validation figures are monitored: auto, val_loss, val_accuracy")
+    if monitor not in MONITORS:
+        raise UserError(f"{key}={monitor}: no validation figure of this name is logged; allowed: {', '.join(MONITORS)}")
 
 
 def _check_device(experiment: "Experiment") -> None:
@@ -51,8 +56,11 @@ def _check_device(experiment: "Experiment") -> None:
     if on_mps and settings.precision in ("fp64", "tf32"):
         raise UserError(f"precision={settings.precision}: not on an Apple GPU; use precision=fp32, bf16 or fp16")
     cores = os.cpu_count() or 1
-    if isinstance(settings.threads, int) and settings.threads > 64 * cores:
-        raise UserError(f"threads={settings.threads}: this machine has {cores} cores; use threads=auto")
+    for key, number in (("threads", settings.threads), ("data.workers", experiment.data_settings.workers)):
+        if isinstance(number, int) and number > _PER_CORE * cores:
+            raise UserError(
+                f"{key}={number}: this machine has {cores} cores; at most {_PER_CORE * cores}, or {key}=auto"
+            )
 
 
 def _check_batch(experiment: "Experiment") -> None:

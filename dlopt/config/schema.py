@@ -7,6 +7,7 @@ Values are checked as JSON in pydantic's strict mode: an int is accepted for a f
 import dataclasses
 import functools
 import importlib
+import importlib.util
 import inspect
 import json
 import re
@@ -22,6 +23,12 @@ from dlopt.config.foreign import RANGES
 from dlopt.errors import UserError
 
 ALLOWED_PACKAGES = ("dlopt", "torch.optim", "torch.nn", "torchvision")
+# What acts on files, processes and the network instead of being built: a config from elsewhere may not reach it.
+_NO_PARTS = (
+    "dlopt.analysis", "dlopt.build", "dlopt.cli", "dlopt.commands", "dlopt.config", "dlopt.engine.checkpoint",
+    "dlopt.folders", "dlopt.job", "dlopt.run", "dlopt.tracking", "torchvision.datasets.utils", "torchvision.io",
+    "torchvision.utils",
+)  # fmt: skip
 _STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
 _EMPTY = inspect.Parameter.empty
 
@@ -69,7 +76,7 @@ def component(
     Raises `UserError` for a target outside `packages`, and for unknown, missing, mistyped and out-of-range arguments.
     """
     if not isinstance(node.get("_target_"), str):
-        raise UserError(f"{key}: _target_ is missing; it names the callable to build")
+        raise UserError(f"{key}._target_={show(node.get('_target_'))}: the dotted name of a callable is needed")
     packages, runtime = tuple(packages), frozenset(runtime)
     target = resolve_target(f"{key}._target_", node["_target_"], packages)
     values = {name: value for name, value in node.items() if name != "_target_"}
@@ -77,19 +84,24 @@ def component(
 
 
 def resolve_target(key: str, path: str, packages: Iterable[str]) -> Callable[..., Any]:
-    """The callable of that dotted path. It must be defined in an allowed package, not merely be reachable through one."""
+    """The class or function of that dotted path.
+
+    It must be defined in an allowed package, at the top level of a module, not merely be reachable through one.
+    """
     packages = tuple(packages)
     if not _within(path, packages):
-        raise UserError(
-            f"{key}={path}: only callables of {', '.join(packages)} may be named; "
-            f"type allow_packages=[{path.split('.')[0]}] on the command line to trust another package"
-        )
+        package = path.split(".")[0]
+        hint = f"; type allow_packages=[{package}] on the command line to trust another package" if package else ""
+        raise UserError(f"{key}={path}: only callables of {', '.join(packages)} may be named{hint}")
     found = _locate(key, path)
     if found is None:
         raise UserError(f"{key}={path}: there is no such callable{_importable(path)}")
     home = getattr(found, "__module__", None) or ""
-    if not callable(found) or inspect.ismodule(found) or not _within(f"{home}.", packages):
-        raise UserError(f"{key}={path}: this is not a callable defined in {', '.join(packages)}")
+    if not callable(found) or inspect.ismodule(found) or not _within(home, packages):
+        raise UserError(f"{key}={path}: this is not a class or function defined in {', '.join(packages)}")
+    is_function_of_datasets = _within(home, ("torchvision.datasets",)) and not inspect.isclass(found)
+    if _within(home, _NO_PARTS) or is_function_of_datasets:
+        raise UserError(f"{key}={path}: this is no part of an experiment")
     return typing.cast(Callable[..., Any], found)
 
 
@@ -99,21 +111,18 @@ def _within(path: str, packages: tuple[str, ...]) -> bool:
 
 
 def _locate(key: str, path: str) -> Any:
-    parts = path.split(".")
-    for cut in range(len(parts) - 1, 0, -1):
-        name = ".".join(parts[:cut])
-        try:
-            found: Any = importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
-                continue
-            raise UserError(f"{key}={path}: importing {name} failed: {error}") from error
-        except Exception as error:
-            raise UserError(f"{key}={path}: importing {name} failed: {type(error).__name__}: {error}") from error
-        for part in parts[cut:]:
-            found = getattr(found, part, None)
-        return found
-    return None
+    """What stands at the top level of a module; None where there is nothing. Private names are not looked up."""
+    module, _, name = path.rpartition(".")
+    if not module or any(not part.isidentifier() or part.startswith("_") for part in path.split(".")):
+        return None
+    try:
+        return getattr(importlib.import_module(module), name, None)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (module == error.name or module.startswith(f"{error.name}.")):
+            return None
+        raise UserError(f"{key}={path}: importing {module} failed: {error}") from error
+    except Exception as error:
+        raise UserError(f"{key}={path}: importing {module} failed: {type(error).__name__}: {error}") from error
 
 
 def _importable(path: str) -> str:
@@ -129,7 +138,7 @@ def check_arguments(
     packages: tuple[str, ...] = (),
     related: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """The arguments of `target` as its annotations want them. `runtime` names those that are not the config's to give."""
+    """The arguments of `target` as its annotations want them. `runtime` names those that no config gives."""
     parameters = _parameters(target)
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     own = [name for name, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
@@ -219,6 +228,8 @@ def _reason(error: ValidationError) -> str:
     """The first complaint that speaks of the value itself: pydantic lists one per member of a union."""
     details = error.errors(include_url=False, include_input=False, include_context=False)
     ranked = sorted(details, key=lambda detail: detail["type"] in _TYPE_MISMATCH)
+    if ranked[0]["type"] == "missing":
+        return "too few values"
     message = ranked[0]["msg"]
     return message[0].lower() + message[1:].replace("Input should", "should") if message else "not valid"
 
@@ -255,10 +266,14 @@ _SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 def _bounds(extra: Any) -> list[str]:
     return [
-        f"{sign} {getattr(extra, name):g}"
+        f"{sign} {_number(getattr(extra, name))}"
         for name, sign in _SIGNS.items()
         if getattr(extra, name, None) is not None
     ]
+
+
+def _number(value: Any) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"
 
 
 def _is_tensor(annotation: Any) -> bool:

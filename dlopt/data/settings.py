@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from dlopt.ranges import Count, Natural, PositiveShare, Share
+from dlopt.ranges import Count, Natural, PositiveShare, Seed, Share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,7 +13,7 @@ class DataSettings:
     batch_size: Count | Literal["full"]
     val_split: Share
     subset: Count | PositiveShare | None
-    split_seed: int
+    split_seed: Seed
     image_size: Count | tuple[Count, Count] | None
     memory: Literal["auto"] | bool
     workers: Natural | Literal["auto"]
