@@ -1,0 +1,99 @@
+"""Parameter groups: rules by name, decay of norms and biases, layer-wise learning rates."""
+
+import pytest
+import torch
+from torch import nn
+
+from dlopt.errors import UserError
+from dlopt.parameters import Grouping, Rule, parameter_groups
+
+ARGUMENTS = {"lr": 0.1, "weight_decay": 0.01}
+
+
+@pytest.fixture
+def model() -> nn.Sequential:
+    parts = {"stem": nn.Conv2d(1, 4, 3), "norm": nn.BatchNorm2d(4), "hidden": nn.Linear(4, 4), "head": nn.Linear(4, 2)}
+    built = nn.Sequential()
+    for name, part in parts.items():
+        built.add_module(name, part)
+    return built
+
+
+def groups(model: nn.Module, *rules: Rule, decay: bool = True, layer_decay: float | None = None) -> dict[str, dict]:
+    """Name of each parameter -> the settings of its group."""
+    found = parameter_groups(
+        model, Grouping(groups=list(rules), layer_decay=layer_decay), ARGUMENTS, decay_norm_and_bias=decay
+    )
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {names[p]: {k: v for k, v in group.items() if k != "params"} for group in found for p in group["params"]}
+
+
+def test_without_rules_all_parameters_share_one_group_in_the_models_order(model: nn.Module) -> None:
+    found = parameter_groups(model, Grouping(groups=[], layer_decay=None), ARGUMENTS, decay_norm_and_bias=True)
+    assert found == [{"params": list(model.parameters())}]
+
+
+def test_norms_and_biases_can_be_left_without_decay(model: nn.Module) -> None:
+    found = groups(model, decay=False)
+    exempt = {name for name, group in found.items() if group == {"weight_decay": 0.0}}
+    assert exempt == {"stem.bias", "norm.weight", "norm.bias", "hidden.bias", "head.bias"}
+    assert all(found[name] == {} for name in set(found) - exempt)
+
+
+def test_rules_multiply_and_match_by_pattern(model: nn.Module) -> None:
+    found = groups(model, Rule(match="head.*", lr=10.0), Rule(match="*.bias", weight_decay=0.0, lr=0.5))
+    assert found["head.weight"] == pytest.approx({"lr": 1.0})
+    assert found["head.bias"] == pytest.approx({"lr": 0.5, "weight_decay": 0.0})
+    assert found["stem.weight"] == {}
+
+
+def test_freezing_everything_but_the_head(model: nn.Module) -> None:
+    found = groups(model, Rule(match="*", freeze=True), Rule(match="head.*", freeze=False))
+    assert set(found) == {"head.weight", "head.bias"}
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == ["head.weight", "head.bias"]
+
+
+def test_layer_decay_slows_the_layers_on_the_input_side(model: nn.Module) -> None:
+    found = groups(model, layer_decay=0.5)
+    rates = {name: group.get("lr", 0.1) for name, group in found.items()}
+    assert rates == pytest.approx(
+        {
+            "stem.weight": 0.025, "stem.bias": 0.025, "norm.weight": 0.025, "norm.bias": 0.025,
+            "hidden.weight": 0.05, "hidden.bias": 0.05, "head.weight": 0.1, "head.bias": 0.1,
+        }
+    )  # fmt: skip
+
+
+def test_a_group_moves_by_its_own_rate_and_a_frozen_one_not_at_all(model: nn.Module) -> None:
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    rules = [Rule(match="stem*", freeze=True), Rule(match="head.*", lr=10.0)]
+    found = parameter_groups(model, Grouping(groups=rules, layer_decay=None), ARGUMENTS, decay_norm_and_bias=True)
+    optimizer = torch.optim.SGD(found, lr=0.1)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    moved = {name: (before[name] - p).mean().item() for name, p in model.named_parameters()}
+    assert moved["stem.weight"] == 0
+    assert moved["hidden.weight"] == pytest.approx(0.1, rel=1e-4)
+    assert moved["head.weight"] == pytest.approx(1.0, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("rules", "arguments", "message"),
+    [
+        ([Rule(match="tail.*", lr=2.0)], ARGUMENTS, "tail"),
+        ([Rule(match="*", freeze=True)], ARGUMENTS, "frozen"),
+        ([Rule(match="head.*", lr=2.0)], {}, "no lr"),
+        ([Rule(match="head.*", weight_decay=2.0)], {"lr": 0.1}, "no weight_decay"),
+    ],
+)
+def test_rules_that_cannot_hold_are_refused(
+    model: nn.Module, rules: list[Rule], arguments: dict[str, float], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        parameter_groups(model, Grouping(groups=rules, layer_decay=None), arguments, decay_norm_and_bias=True)
+
+
+def test_an_optimizer_without_decay_needs_no_exemption(model: nn.Module) -> None:
+    found = parameter_groups(model, Grouping(groups=[], layer_decay=None), {"lr": 0.1}, decay_norm_and_bias=False)
+    assert all("weight_decay" not in group for group in found)
