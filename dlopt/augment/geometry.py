@@ -54,21 +54,21 @@ def _affine(
     draws: Draws,
     shape: Shape,
     *,
-    xx: Tensor | float = 1.0,
-    xy: Tensor | float = 0.0,
-    x: Tensor | float = 0.0,
-    yx: Tensor | float = 0.0,
-    yy: Tensor | float = 1.0,
-    y: Tensor | float = 0.0,
+    xx: Tensor | None = None,
+    xy: Tensor | None = None,
+    x: Tensor | None = None,
+    yx: Tensor | None = None,
+    yy: Tensor | None = None,
+    y: Tensor | None = None,
     exact: bool = False,
     shrink: float = 1.0,
 ) -> list[Step]:
-    """The step with the matrix (xx, xy, x), (yx, yy, y), (0, 0, 1)."""
-    matrix = torch.zeros(draws.total, 9, device=draws.device)
-    for column, value in zip((0, 1, 2, 3, 4, 5, 8), (xx, xy, x, yx, yy, y, 1.0), strict=True):
-        if isinstance(value, Tensor) or value != 0.0:
-            matrix[:, column] = value
-    return [Affine(matrix.view(-1, 3, 3), shape[1:], exact, shrink)]
+    """The step with the matrix (xx, xy, x), (yx, yy, y), (0, 0, 1); what is not given is the identity's."""
+    matrix = torch.eye(3, device=draws.device).repeat(draws.total, 1, 1)
+    for place, value in enumerate((xx, xy, x, yx, yy, y)):
+        if value is not None:
+            matrix[:, place // 3, place % 3] = value
+    return [Affine(matrix, shape[1:], exact, shrink)]
 
 
 class HorizontalFlip(Operation):
@@ -181,7 +181,7 @@ class ShearX(Operation):
 
     def plan(self, draws: Draws, shape: Shape) -> list[Step]:
         slope = draws.symmetric(self.limit)
-        return _affine(draws, shape, xy=slope, x=slope * (shape[1] / 2) if self.about == "corner" else 0.0)
+        return _affine(draws, shape, xy=slope, x=slope * (shape[1] / 2) if self.about == "corner" else None)
 
 
 class ShearY(Operation):
@@ -193,7 +193,7 @@ class ShearY(Operation):
 
     def plan(self, draws: Draws, shape: Shape) -> list[Step]:
         slope = draws.symmetric(self.limit)
-        return _affine(draws, shape, yx=slope, y=slope * (shape[2] / 2) if self.about == "corner" else 0.0)
+        return _affine(draws, shape, yx=slope, y=slope * (shape[2] / 2) if self.about == "corner" else None)
 
 
 class Lens(Operation):

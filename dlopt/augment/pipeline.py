@@ -83,8 +83,10 @@ class Pipeline:
         channels, height, width = images.shape[1:]
         steps: list[Step] = []
         for operation in self.operations:
-            steps += [step.take(part) for step in operation.plan(draws, (channels, height, width))]
+            steps += operation.plan(draws, (channels, height, width))
             channels, height, width = operation.output_shape((channels, height, width))
+        if part.indices(draws.total) != (0, draws.total, 1):
+            steps = [step.take(part) for step in steps]
         warps = [step for step in steps if isinstance(step, Warp)]
         if warps:
             images = warp(images, warps, self.border)
