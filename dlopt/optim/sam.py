@@ -80,7 +80,7 @@ class SAM(torch.optim.Optimizer):
         for params, direction, rho in steps:
             saved.append((params, [p.clone() for p in params]))
             radius: Tensor = (rho / norm).to(params[0].device)
-            torch._foreach_add_(params, torch._foreach_mul(direction, radius))
+            torch._foreach_addcmul_(params, direction, [radius] * len(params))
         return saved
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -127,6 +127,7 @@ class Bench:
 
     def closure(self) -> Tensor:
         """Gradients as backward would leave them: some optimizers change them in place."""
+        self.optimizer.zero_grad()
         for p, g in zip(self.params, self.grads, strict=True):
             p.grad = g.clone()
         return self.loss
