@@ -1,6 +1,6 @@
 """Speed of augmentation on batches of 128 x 3 x 32 x 32 from memory.
 
-    python scripts/bench/augment.py --threads 2 --rounds 15
+    python scripts/bench/augment.py [--threads 2] [--rounds 15] [--json FILE]
 
 1. A pipeline of ten operations against flip and crop alone: the pipelines by themselves, and the whole path from
    indices to standardized float32 input.
@@ -10,9 +10,11 @@ Contestants take turns within every round; figures are medians over the rounds, 
 """
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -94,6 +96,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--batches", type=int, default=32, help="per contestant and round")
+    parser.add_argument("--json", type=Path, help="file for the figures")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     images = torch.randint(0, 256, (IMAGES, *SHAPE), dtype=torch.uint8)
@@ -146,8 +149,9 @@ def main() -> None:
             start = time.perf_counter()
             once()
             seconds[name].append((time.perf_counter() - start) / arguments.batches)
+    figures: dict[str, float] = {}
     for name, values in seconds.items():
-        middle = statistics.median(values)
+        middle = figures[name] = statistics.median(values)
         print(f"{name:30s} {1e3 * middle:8.3f} ms a batch {BATCH / middle:10.0f} images/s")
     for above, below in (
         ("ten operations", "crop and flip"),
@@ -155,7 +159,10 @@ def main() -> None:
         ("torchvision, ten operations", "path with ten operations"),
     ):
         ratios = [a / b for a, b in zip(seconds[above], seconds[below], strict=True)]
-        print(f"{above} / {below}: {statistics.median(ratios):.2f} (from {min(ratios):.2f} to {max(ratios):.2f})")
+        ratio = figures[f"{above} / {below}"] = statistics.median(ratios)
+        print(f"{above} / {below}: {ratio:.2f} (from {min(ratios):.2f} to {max(ratios):.2f})")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=1))
 
 
 if __name__ == "__main__":
