@@ -114,7 +114,7 @@ def training(
         closure,
         Scheduler(optimizer, lambda t: 1 / (1 + 0.1 * t)),
         evaluations="once",
-        after=None if average is None else average.update,
+        after=() if average is None else (average.update,),
         check_now=check_now,
     )
     inputs, targets = samples()

@@ -50,7 +50,7 @@ def closure(model: nn.Module, optimizer: torch.optim.Optimizer, **changed: Any) 
 
 
 def updater(closure: Closure, factor: Callable[[int], float] = lambda t: 1.0, **changed: Any) -> Update:
-    arguments: dict[str, Any] = {"evaluations": "once", "after": None, "check_now": True}
+    arguments: dict[str, Any] = {"evaluations": "once", "after": (), "check_now": True}
     return Update(closure, Scheduler(closure.optimizer, factor), **arguments | changed)
 
 
@@ -313,7 +313,7 @@ def test_what_follows_an_update_sees_the_new_weights() -> None:
     model = net()
     seen = []
     update = updater(
-        closure(model, torch.optim.SGD(model.parameters(), lr=0.1)), after=lambda: seen.append(copy.deepcopy(model))
+        closure(model, torch.optim.SGD(model.parameters(), lr=0.1)), after=[lambda: seen.append(copy.deepcopy(model))]
     )
     for step in range(3):
         update(*batch(step), step, Sums(True))

@@ -3,10 +3,12 @@ import math
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
-from dlopt.engine.stopping import Best, Early, Never, figure
+from dlopt.engine.stopping import Best, Early, Never, Tolerance, figure
 from dlopt.errors import UserError
 
 NAN, INF = math.nan, math.inf
@@ -15,7 +17,8 @@ NAN, INF = math.nan, math.inf
 def stops_at(stopping: Early, losses: list[float], key: str = "val_loss") -> int | None:
     """The evaluation (from 1) at which the run ends."""
     for number, loss in enumerate(losses, start=1):
-        if stopping.update({"epoch": number, key: loss}):
+        stopping.update({"epoch": number, key: loss})
+        if stopping.met:
             return number
     return None
 
@@ -60,7 +63,8 @@ def test_a_checkpoint_between_any_two_evaluations_changes_nothing(losses: list[f
         state = stopping.state_dict()
         stopping = early(patience=patience)
         stopping.load_state_dict(state)
-        if stopping.update({"epoch": number, "val_loss": loss}):
+        stopping.update({"epoch": number, "val_loss": loss})
+        if stopping.met:
             found = number
             break
     assert found == expected
@@ -80,8 +84,35 @@ def test_against_a_look_at_the_whole_history(losses: list[float], patience: int,
 
 def test_never() -> None:
     stopping = Never()
-    assert not any(stopping.update({"epoch": n, "val_loss": NAN}) for n in range(10))
+    for epoch in range(1, 11):
+        stopping.update({"epoch": epoch, "val_loss": NAN})
     stopping.load_state_dict(stopping.state_dict())
+    assert not stopping.met
+
+
+@given(moves=st.lists(st.sampled_from([0.0, 0.5, 0.999, 1.001, 2.0]), max_size=30), iterations=st.integers(0, 3))
+def test_tolerance_against_a_plain_count(moves: list[float], iterations: int) -> None:
+    """Met when more than `iterations` updates in a row moved the parameters, as one vector, by less than 1; a frozen
+    parameter does not count, and a checkpoint at any place changes nothing."""
+    first, second = nn.Linear(2, 2), nn.Linear(2, 2)
+    model = nn.Sequential(first, second).double()
+    second.weight.requires_grad_(False)
+    stopping, row, expected = Tolerance(model, tolerance=1.0, iterations=iterations), 0, []
+    seen = []
+    for n, move in enumerate(moves):
+        with torch.no_grad():
+            second.weight.add_(100.0)
+            first.bias[n % 2] += 0.6 * move
+            second.bias[n % 2] += 0.8 * move
+        stopping.after_update()
+        stopping.update({"epoch": 1, "val_loss": NAN})
+        row = row + 1 if move < 1 else 0
+        expected.append(row > iterations)
+        seen.append(stopping.met)
+        if n % 3 == 0:
+            state, stopping = stopping.state_dict(), Tolerance(model, tolerance=1.0, iterations=iterations)
+            stopping.load_state_dict(state)
+    assert seen == expected
 
 
 @pytest.mark.parametrize(
