@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dlopt.augment.geometry import product
-from dlopt.augment.operation import Draws, Operation, PixelStep, Shape, Step
+from dlopt.augment.operation import Draws, Operation, PixelStep, Shape, Step, image_shape
 from dlopt.data.samples import Samples
 from dlopt.ranges import NonNegative, Probability
 
@@ -140,13 +140,14 @@ def colour_statistics(train: Samples) -> tuple[Tensor, Tensor]:
 
     Of very many pixels (over 2^26 and over 10,000 images) an evenly spaced selection of images is taken.
     """
-    images = max(10_000, 2**26 // (train.shape[1] * train.shape[2]))
+    _, height, width = image_shape(train.shape)
+    images = max(10_000, 2**26 // (height * width))
     every = -(-len(train) // images)
     count, total, outer = 0, torch.zeros(()), torch.zeros(())
     for indices in torch.arange(0, len(train), every).split(512):
-        pixels = train.fetch(indices).transpose(0, 1).flatten(1).double() / 255.0
+        pixels = train.fetch(indices).cpu().transpose(0, 1).flatten(1).double() / 255.0
         count += pixels.shape[1]
-        total = total + pixels.sum(1).cpu()
-        outer = outer + (pixels @ pixels.T).cpu()
+        total = total + pixels.sum(1)
+        outer = outer + pixels @ pixels.T
     mean = total / count
     return mean, outer / count - torch.outer(mean, mean)

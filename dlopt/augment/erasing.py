@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dlopt.augment.colour import colour_statistics
-from dlopt.augment.operation import Draws, Operation, PixelStep, Shape, Step
+from dlopt.augment.operation import Draws, Operation, PixelStep, Shape, Step, image_shape
 from dlopt.data.samples import Samples
 from dlopt.ranges import PositiveShare, Probability
 
@@ -54,7 +54,9 @@ class Erase(Operation):
     def __init__(self, *, p: Probability, size: PositiveShare, fill: Literal["zero", "mean"], train: Samples) -> None:
         self.p = p
         self.size = size
-        self.colour = 255.0 * colour_statistics(train)[0].float() if fill == "mean" else torch.zeros(train.shape[0])
+        self.colour = (
+            255.0 * colour_statistics(train)[0].float() if fill == "mean" else torch.zeros(image_shape(train.shape)[0])
+        )
 
     def plan(self, draws: Draws, shape: Shape) -> list[Step]:
         self.colour = self.colour.to(draws.device)  # once: a copy from the host makes it wait

@@ -1,14 +1,32 @@
 """What an operation is: it draws parameters for the global batch, as steps that can be applied to a part of it."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Self
 
 import torch
 from torch import Tensor
 
+from dlopt.errors import UserError
+
 Shape = tuple[int, int, int]
 """Channels, height, width of one image."""
+
+
+def image_shape(shape: Sequence[int]) -> Shape:
+    """The shape of one sample, if it is that of an image.
+
+    Raises:
+        UserError: it is not.
+    """
+    if len(shape) != 3:
+        raise UserError(
+            f"augmentation: works on images [channels, height, width], but this dataset's samples have the shape "
+            f"{list(shape)}; use augmentation=none"
+        )
+    channels, height, width = shape
+    return channels, height, width
 
 
 class Draws:

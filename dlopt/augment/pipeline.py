@@ -4,7 +4,7 @@ from torch import Generator, Tensor
 
 from dlopt.augment.colour import Colour
 from dlopt.augment.geometry import Border, warp
-from dlopt.augment.operation import Draws, MixingStep, Operation, PixelStep, Step, Warp
+from dlopt.augment.operation import Draws, MixingStep, Operation, PixelStep, Step, Warp, image_shape
 from dlopt.errors import UserError
 
 
@@ -28,16 +28,10 @@ class Pipeline:
     """
 
     def __init__(self, *, operations: list[Operation], border: Border, input_shape: tuple[int, ...]) -> None:
-        if operations and len(input_shape) != 3:
-            raise UserError(
-                f"augmentation: works on images [channels, height, width], but this dataset's samples have the shape "
-                f"{list(input_shape)}; use augmentation=none"
-            )
         for i, operation in enumerate(operations):
             if not isinstance(operation, Operation):
                 raise UserError(f"augmentation.operations.{i}: {operation!r} is no operation; see dlopt.augment")
-            channels, height, width = input_shape
-            input_shape = operation.output_shape((channels, height, width))
+            input_shape = operation.output_shape(image_shape(input_shape))
         self.operations = operations
         self.border: Border = border
         self.output_shape = tuple(input_shape)
@@ -80,11 +74,11 @@ class Pipeline:
 
     def apply(self, images: Tensor, targets: Tensor, draws: Draws, part: slice) -> tuple[Tensor, Tensor]:
         """The same with draws of the caller's."""
-        channels, height, width = images.shape[1:]
+        shape = image_shape(images.shape[1:])
         steps: list[Step] = []
         for operation in self.operations:
-            steps += operation.plan(draws, (channels, height, width))
-            channels, height, width = operation.output_shape((channels, height, width))
+            steps += operation.plan(draws, shape)
+            shape = operation.output_shape(shape)
         if part.indices(draws.total) != (0, draws.total, 1):
             steps = [step.take(part) for step in steps]
         warps = [step for step in steps if isinstance(step, Warp)]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dlopt.augment.operation import Draws, Graded, Operation, Shape
+from dlopt.augment.operation import Draws, Graded, Operation, Shape, image_shape
 from dlopt.augment.pipeline import Pipeline
 from dlopt.random import generator
 
@@ -29,8 +29,7 @@ def operations_picture(pipeline: Pipeline, images: Tensor) -> "Image":
         pipeline: operations that choose among others show each of these.
         images: uint8 [n, C, H, W]; rows show image 0, 1, 2, ... in turn, and mixing needs at least two.
     """
-    channels, height, width = images.shape[1:]
-    shape = (channels, height, width)
+    shape = image_shape(images.shape[1:])
     operations = [part for operation in pipeline.operations for part in _parts(operation, shape)]
     rows, labels = [], []
     for i, operation in enumerate(operations):

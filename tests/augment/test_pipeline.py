@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dlopt.augment import Draws, HorizontalFlip, Operation, PadCrop, Pipeline
+from dlopt.augment import Draws, HorizontalFlip, Operation, PadCrop, PCAColour, Pipeline
 from dlopt.config.schema import component
 from dlopt.errors import UserError
 from dlopt.random import generator
@@ -104,6 +104,8 @@ def test_seeds_decide() -> None:
 def test_vectors_and_foreign_operations_are_refused() -> None:
     with pytest.raises(UserError, match="use augmentation=none"):
         Pipeline(operations=[HorizontalFlip(p=0.5)], border="zero", input_shape=(64,))
+    with pytest.raises(UserError, match="use augmentation=none"):
+        PCAColour(std=0.1, train=Whole(torch.zeros(5, 64)))
     strange: list[Operation] = [torch.nn.ReLU()]  # type: ignore[list-item]
     with pytest.raises(UserError, match=r"augmentation\.operations\.0: ReLU"):
         Pipeline(operations=strange, border="zero", input_shape=(3, 8, 8))
