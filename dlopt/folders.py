@@ -113,7 +113,7 @@ def make(path: Path, key: str) -> Path:
     return path
 
 
-def make_new(path: Path, key: str) -> Path:
+def make_new(path: Path, key: str = "hydra.run.dir") -> Path:
     """Makes a dated folder; runs of the same second get -1, -2 ... behind it."""
     for suffix in ("", *(f"-{i}" for i in range(1, 1000))):
         candidate = path.with_name(path.name + suffix)

@@ -9,15 +9,26 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dlopt.config.compose import resolve_saved
+from dlopt.config.compose import explain_grammar, resolve_saved
 from dlopt.errors import RunError, UserError
 from dlopt.job import DONE, FAILED, complain
 
-_MAY_CHANGE = ("data", "device", "precision", "threads", "channels_last", "compile", "deterministic", "norm_statistics", "allow_packages")
+_MAY_CHANGE = (
+    "data", "device", "precision", "threads", "channels_last", "compile", "deterministic", "norm_statistics",
+    "allow_packages",
+)  # fmt: skip
+_USAGE = f"""\
+dlopt eval checkpoint=PATH [key=value]
+
+Tests the weights in a checkpoint (outputs/NAME/DATE/checkpoints/best.pt) with the config that stands in it.
+Keys that may be changed: {", ".join(f"{key}.*" if key == "data" else key for key in _MAY_CHANGE)}"""
 
 
 def evaluate(arguments: list[str]) -> int:
     """Tests the best weights of `checkpoint=PATH` once; prints the figures and writes eval.json beside the run."""
+    if {"-h", "--help"} & set(arguments):
+        print(_USAGE)
+        return DONE
     from dlopt import build
     from dlopt.config.experiment import parse
     from dlopt.engine.checkpoint import load
@@ -38,7 +49,7 @@ def evaluate(arguments: list[str]) -> int:
         complain(str(error))
         return FAILED
     lines = [f"checkpoint: {path}"]
-    run = path.absolute().parents[1]
+    run = path.absolute().parent.parent
     if (run / "config.yaml").is_file():
         (run / "eval.json").write_text(json.dumps(figures, indent=2) + "\n")
         lines.append(f"figures: {run / 'eval.json'}")
@@ -48,13 +59,15 @@ def evaluate(arguments: list[str]) -> int:
 
 def _parse(arguments: list[str]) -> tuple[Path, dict[str, Any]]:
     """The checkpoint, and the keys to change with their values."""
-    try:
-        parsed = OverridesParser.create().parse_overrides(arguments)
-    except HydraException as error:
-        raise UserError(str(error).splitlines()[0]) from None
-    values = {override.get_key_element(): override.value() for override in parsed}
+    values = {}
+    for line in arguments:
+        try:
+            [override] = OverridesParser.create().parse_overrides([line])
+        except HydraException:
+            raise UserError(explain_grammar(line)) from None
+        values[override.get_key_element()] = override.value()
     checkpoint = values.pop("checkpoint", None)
-    if not isinstance(checkpoint, str):
+    if not isinstance(checkpoint, str) or not checkpoint:
         raise UserError("checkpoint: a path is needed: dlopt eval checkpoint=outputs/.../checkpoints/best.pt")
     for key in values:
         if key.split(".")[0] not in _MAY_CHANGE:

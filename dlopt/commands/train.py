@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from dlopt.commands.hydra_main import nothing, quoted, run_hydra
@@ -21,16 +22,22 @@ def train(arguments: list[str]) -> int:
         from dlopt.commands.completion import complete
 
         return complete(arguments)
+    if parsed.help:
+        from dlopt.commands.help import help_page
+
+        print(help_page(parsed.config_dir))
+        return 0
     composer = Composer(parsed.config_name, parsed.config_dir)
-    if parsed.help or parsed.hydra_help or parsed.cfg or parsed.info:
+    if parsed.hydra_help or parsed.cfg or parsed.info:
         composer.compose(parsed.overrides, parsed.multirun)  # explains what is wrong better than Hydra does
         run_hydra(hydra_arguments(parsed), nothing)
         return 0
-    if parsed.multirun:
+    config = None if parsed.multirun else composer.compose(parsed.overrides)
+    if config is None or config.hydra.mode == RunMode.MULTIRUN:  # which a recipe may set
         from dlopt.commands.sweep import sweep
 
         return sweep(composer, parsed)
-    return _run(composer.compose(parsed.overrides), parsed)
+    return _run(config, parsed)
 
 
 def _run(config: DictConfig, parsed: Namespace) -> int:

@@ -67,7 +67,7 @@ def hydra_arguments(parsed: Namespace, *more: str) -> list[str]:
     return [*flags, *parsed.overrides, *more]
 
 
-_SWITCHES = ("help", "hydra_help", "resolve", "run", "multirun")
+_SWITCHES = ("hydra_help", "resolve", "run", "multirun")
 _VALUES = ("cfg", "package", "info", "config_name", "config_dir")
 
 
@@ -91,8 +91,8 @@ class Composer:
         for line in overrides:
             try:
                 parsed += parser.parse_overrides([line])
-            except HydraException as error:
-                raise UserError(_explain_grammar(line, error)) from None
+            except HydraException:
+                raise UserError(explain_grammar(line)) from None
         return parsed
 
     def compose(self, overrides: list[str], multirun: bool = False) -> DictConfig:
@@ -121,8 +121,12 @@ class Composer:
         return [name for name in listed if name != "hydra"]
 
     def choices(self, group: str) -> list[str]:
-        found = self.hydra.config_loader.get_group_options(group, ObjectType.CONFIG)
-        return [name for name in found if not name.startswith("_")]
+        """The names of a group's files, those in folders below it included (`lecture/capacity`)."""
+        loader = self.hydra.config_loader
+        found = [name for name in loader.get_group_options(group, ObjectType.CONFIG) if not name.startswith("_")]
+        for folder in loader.get_group_options(group, ObjectType.GROUP):
+            found += [f"{folder}/{name}" for name in self.choices(f"{group}/{folder}")]
+        return found
 
     def _refuse_what_hydra_accepts(self, overrides: Iterable[Override], multirun: bool) -> None:
         groups = self.groups()
@@ -205,10 +209,11 @@ class Composer:
         close = get_close_matches(name.lower(), names, n=1, cutoff=0.6)
         prefix = f"{parent}." if parent else ""
         hint = f"did you mean {prefix}{close[0]}? " if close else "" if parent else _elsewhere(name, config)
-        return f"{line}: there is no key {key}; {hint}allowed: {', '.join(names)}"
+        return f"{line}: there is no key {key}; {hint}allowed: {', '.join(names) or 'none'}"
 
 
-def _explain_grammar(line: str, error: Exception) -> str:
+def explain_grammar(line: str) -> str:
+    """What is wrong with an override that Hydra's grammar does not take."""
     key, equals, value = line.partition("=")
     if not equals and not key.startswith("~"):
         return f"{line}: an override is key=value or group=choice"

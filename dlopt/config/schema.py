@@ -143,9 +143,9 @@ def check_arguments(
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     own = [name for name, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
     allowed = [name for name in own if name not in runtime]
-    for name in values:
+    for name, value in values.items():
         if name not in allowed and not (open_ended and name not in runtime):
-            raise UserError(unknown(_join(key, name), name, (*allowed, *related)))
+            raise UserError(_unknown(_join(key, name), name, value, (*allowed, *related)))
     for name in allowed:
         if name not in values and parameters[name].default is _EMPTY:
             raise UserError(f"{_join(key, name)}: a value is needed ({_describe(parameters[name].annotation)})")
@@ -163,11 +163,11 @@ def _join(key: str, name: str) -> str:
     return f"{key}.{name}" if key else name
 
 
-def unknown(key: str, name: str, allowed: Iterable[str]) -> str:
+def _unknown(key: str, name: str, value: Any, allowed: Iterable[str]) -> str:
     allowed = list(allowed)
     close = get_close_matches(name, allowed, n=1, cutoff=0.6)
     hint = f"did you mean {key[: len(key) - len(name)]}{close[0]}? " if close else ""
-    return f"{key}: there is no such key; {hint}allowed: {', '.join(allowed) or 'none'}"
+    return f"{key}={show(value)}: there is no such key; {hint}allowed: {', '.join(allowed) or 'none'}"
 
 
 def _checked(key: str, value: Any, annotation: Any, runtime: frozenset[str], packages: tuple[str, ...]) -> Any:
