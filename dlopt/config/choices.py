@@ -1,0 +1,223 @@
+"""The choices that there are, read from the YAML files alone: without Hydra and torch, listing them is instant."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+import dlopt
+from dlopt.errors import UserError
+
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_SELF = yaml.ScalarNode("tag:yaml.org,2002:str", "_self_")
+_COMMENT = re.compile(r"\s*#\s*(.*?)\s*$")
+
+
+def config_folder() -> Path:
+    """The shipped YAML files: inside the installed package, or beside it in a checkout."""
+    installed = Path(dlopt.__file__).parent / "conf"
+    return installed if installed.is_dir() else installed.parents[1] / "conf"
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key with its default: `name` as it is typed (optimizer.lr), `value` as it stands in the file."""
+
+    name: str
+    value: str
+    comment: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    group: str
+    name: str
+    path: Path
+
+    @property
+    def header(self) -> list[str]:
+        """The comment lines on top of the file, but for Hydra's directives (`# @package`)."""
+        lines = []
+        for line in _read(self.path).splitlines():
+            if line.strip() and not line.startswith("#"):
+                break
+            if line.startswith("#") and not re.match(r"#\s*@", line):
+                lines.append(line.removeprefix("#").removeprefix(" ").rstrip())
+        return lines
+
+    @property
+    def description(self) -> str:
+        """The first of these lines: what the choice is."""
+        return next(iter(self.header), "").removesuffix(".")
+
+
+class Catalogue:
+    """The groups and choices of dlopt's own folder and of the user's, whose files come first."""
+
+    def __init__(self, config_dir: str | None = None) -> None:
+        if config_dir is not None and not Path(config_dir).is_dir():
+            raise UserError(f"--config-dir={config_dir}: there is no such folder")
+        self._folders = [*([Path(config_dir)] if config_dir is not None else []), config_folder()]
+
+    def groups(self) -> dict[str, str | None]:
+        """Each group's default choice (None: none unless one is chosen), in the order of train.yaml's defaults list."""
+        path = self._find("train")
+        assert path is not None
+        listed = {}
+        for node in _defaults(_parse(path)):
+            entry, value = _entry(node)
+            if value is not None and not entry.startswith("override "):
+                listed[entry.removeprefix("optional ").split("@")[0].strip("/")] = None if value == "null" else value
+        return listed
+
+    def choices(self, group: str) -> list[Choice]:
+        """By name, numbers in their order. Files and folders whose names start with `_` are fragments of choices."""
+        found: dict[str, Choice] = {}
+        for folder in self._folders:
+            for path in (folder / group).rglob("*.yaml"):
+                parts = path.relative_to(folder / group).with_suffix("").parts
+                if not any(part.startswith(("_", ".")) for part in parts):
+                    name = "/".join(parts)
+                    found.setdefault(name, Choice(group, name, path))
+        return sorted(found.values(), key=lambda choice: _natural(choice.name))
+
+    def keys(self, choice: Choice) -> list[Key]:
+        """Every key that the choice brings, those of the fragments it pulls in included, and what it sets elsewhere;
+        then what train.yaml gives to all choices of the group."""
+        is_global = re.search(r"^#\s*@package\s+_global_\s*$", _read(choice.path), re.MULTILINE)
+        package = "" if is_global else choice.group.replace("/", ".")
+        folder = f"{choice.group}/{choice.name}".rpartition("/")[0]
+        found = self._keys(choice.path, folder, package, ())
+        found.pop(f"{package}._target_", None)
+        return list((found | {key: each for key, each in self._of_all(package).items() if key not in found}).values())
+
+    def _of_all(self, package: str) -> dict[str, Key]:
+        path = self._find("train")
+        assert path is not None
+        found = _own(path, "") if package else {}
+        return {key: each for key, each in found.items() if key.startswith(f"{package}.")}
+
+    def _find(self, name: str) -> Path | None:
+        paths = (folder / f"{name}.yaml" for folder in self._folders)
+        return next((path for path in paths if path.is_file()), None)
+
+    def _keys(self, path: Path, folder: str, package: str, parents: tuple[Path, ...]) -> dict[str, Key]:
+        lines = _read(path).splitlines()
+        entries = _defaults(_parse(path))
+        if not any(_entry(node)[0] == "_self_" for node in entries):
+            entries = [_SELF, *entries]  # Hydra's rule
+        entries = sorted(entries, key=lambda node: not _entry(node)[0].startswith("override "))
+        found: dict[str, Key] = {}
+        for node in entries:
+            if _entry(node)[0] == "_self_":
+                found |= _own(path, package)
+            else:
+                found |= self._pulled_in(node, folder, package, (*parents, path), lines)
+        return found
+
+    def _pulled_in(
+        self, node: yaml.Node, folder: str, package: str, parents: tuple[Path, ...], lines: list[str]
+    ) -> dict[str, Key]:
+        """The keys of one entry of a defaults list: `name`, `/group/name@package`, `group: choice`, `override ...`."""
+        entry, value = _entry(node)
+        place, _, wanted = entry.removeprefix("override ").removeprefix("optional ").partition("@")
+        if entry.startswith("override "):
+            name = place.strip("/") + (f"@{wanted}" if wanted else "")
+            return {name: Key(name, value or "null", _comment(node, lines))}
+        whole = place if value is None else f"{place}/{value}"
+        whole = whole.strip("/") if place.startswith("/") else f"{folder}/{whole}"
+        group = whole.rpartition("/")[0]
+        if wanted.split(".")[0] == "_global_":
+            inner = wanted.partition(".")[2]
+        elif wanted:
+            inner = package if wanted == "_here_" else _join(package, wanted)
+        else:
+            inner = package if group == folder else _join(package, group.removeprefix(f"{folder}/").replace("/", "."))
+        found = {}
+        if value is not None:
+            name = f"{group}@{inner}" if inner != group.replace("/", ".") else group
+            found[name] = Key(name, value, _comment(node, lines))
+        path = self._find(whole)
+        if path is not None and path not in parents:
+            found |= self._keys(path, group, inner, parents)
+        return found
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+def _parse(path: Path) -> yaml.Node | None:
+    try:
+        root: yaml.Node | None = yaml.compose(_read(path), Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: no valid YAML: {' '.join(str(error).split())}") from None
+    return root
+
+
+def _own(path: Path, package: str) -> dict[str, Key]:
+    """The keys that stand in the file itself."""
+    root, lines = _parse(path), _read(path).splitlines()
+    pairs = root.value if isinstance(root, yaml.MappingNode) else []
+    return {
+        each.name: each
+        for key, node in pairs
+        if key.value != "defaults"
+        for each in _flatten(_join(package, key.value), node, key, lines)
+    }
+
+
+def _defaults(root: yaml.Node | None) -> list[yaml.Node]:
+    if not isinstance(root, yaml.MappingNode):
+        return []
+    return [each for key, node in root.value if key.value == "defaults" for each in node.value]
+
+
+def _entry(node: yaml.Node) -> tuple[str, str | None]:
+    """(name, None) or (group, choice) of an entry of a defaults list."""
+    if isinstance(node, yaml.MappingNode):
+        key, value = node.value[0]
+        return str(key.value), str(value.value)
+    return str(node.value), None
+
+
+def _flatten(name: str, node: yaml.Node, key: yaml.Node, lines: list[str]) -> Iterator[Key]:
+    """Dotted keys of a block; items of a list of blocks by their number."""
+    if isinstance(node, yaml.MappingNode) and node.value:
+        for inner, value in node.value:
+            yield from _flatten(f"{name}.{inner.value}", value, inner, lines)
+    elif isinstance(node, yaml.SequenceNode) and any(isinstance(item, yaml.MappingNode) for item in node.value):
+        for i, item in enumerate(node.value):
+            yield from _flatten(f"{name}.{i}", item, item, lines)
+    else:
+        is_block = isinstance(node, yaml.SequenceNode) and not node.flow_style
+        yield Key(name, _text(node), _comment(key if is_block else node, lines))
+
+
+def _text(node: yaml.Node) -> str:
+    if isinstance(node, yaml.SequenceNode):
+        return f"[{', '.join(_text(item) for item in node.value)}]"
+    if isinstance(node, yaml.MappingNode):
+        return "{" + ", ".join(f"{_text(key)}: {_text(value)}" for key, value in node.value) + "}"
+    is_quoted = isinstance(node, yaml.ScalarNode) and node.style in ("'", '"')
+    return " ".join(str(node.value).split()) or ("''" if is_quoted else "null")
+
+
+def _comment(node: yaml.Node, lines: list[str]) -> str:
+    """What stands behind a node on its last line."""
+    if isinstance(node, yaml.MappingNode) and not node.flow_style:
+        node = node.value[-1][1]
+    line = lines[node.end_mark.line] if node.end_mark.line < len(lines) else ""
+    found = _COMMENT.match(line[node.end_mark.column :].removeprefix(":"))
+    return found[1] if found else ""
+
+
+def _join(package: str, name: str) -> str:
+    return f"{package}.{name}" if package else name
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """resnet20 before resnet110."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

@@ -1,0 +1,120 @@
+"""What `dlopt options` prints, and the README's table."""
+
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dlopt.commands.options import markdown, options
+from dlopt.config.choices import Catalogue
+from dlopt.errors import UserError
+from scripts.choices import with_table
+
+ROOT = Path(__file__).resolve().parents[2]
+CATALOGUE = Catalogue()
+
+
+@pytest.fixture
+def printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    def run(*arguments: str, columns: int | None = None) -> str:
+        monkeypatch.delenv("COLUMNS", raising=False)
+        if columns is not None:
+            monkeypatch.setenv("COLUMNS", str(columns))
+        assert options(list(arguments)) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_every_choice_has_a_line_of_its_own_and_the_default_a_mark(printed: Callable[..., str]) -> None:
+    lines = printed().splitlines()
+    begin = 0
+    for group, default in CATALOGUE.groups().items():
+        begin = lines.index(group, begin)
+        end = lines.index("", begin)
+        choices = CATALOGUE.choices(group)
+        for line, choice in zip(lines[begin + 1 : end], choices, strict=False):
+            mark = "*" if choice.name == default else " "
+            assert re.fullmatch(rf"{re.escape(mark)} {choice.name} {{2,}}{re.escape(choice.description)}", line)
+        assert end - begin - 1 == max(len(choices), 1)
+
+
+@pytest.mark.parametrize("columns", [60, 90, 120])
+def test_lines_fit_the_width_and_nothing_is_lost(printed: Callable[..., str], columns: int) -> None:
+    for arguments in ((), ("model", "optimizer", "schedule=wsd")):
+        narrow, wide = printed(*arguments, columns=columns), printed(*arguments)
+        assert max(map(len, narrow.splitlines())) <= columns
+        assert narrow.split() == wide.split()
+        assert "\033" not in narrow
+
+
+def test_a_group_shows_keys_defaults_and_comments(printed: Callable[..., str]) -> None:
+    text = printed("schedule", "stopping=early")
+    common, _, rest = text.partition("\nconstant: ")
+    assert re.search(r"warmup_epochs=null +length of the linear warmup in epochs", common)
+    wsd = rest[rest.index("\nwsd: ") :]
+    assert "warmup_epochs=null" not in wsd and re.search(r"warmup_share=0\.1 +a tenth of the run", wsd)
+    assert re.search(r"final=0\.0 +share of optimizer\.lr at the end", wsd)
+    assert "\n* cosine_warmup: Linear warmup" in rest
+    assert "stopping=early" in rest and re.search(r"patience=\d+ +\w", rest)
+
+
+def test_a_users_folder_is_listed_too(printed: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "optimizer").mkdir()
+    (tmp_path / "optimizer/mine.yaml").write_text("# My own\n_target_: mine.Mine\nlr: 1 # rate\n")
+    assert re.search(r"\n  mine +My own\n", printed(f"--config-dir={tmp_path}"))
+    assert re.search(r"mine: My own\n +lr=1 +rate\n", printed("optimizer=mine", "--config-dir", str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("optimiser", "did you mean optimizer? groups: data, "),
+        ("adamw", "did you mean optimizer=adamw? "),
+        ("optimizer=adamv", "optimizer=adamv: there is no such choice; did you mean optimizer=adam? choices: "),
+        ("optimizer=_full_batch", "there is no such choice"),
+        ("--width=3", "unrecognized arguments: --width=3"),
+    ],
+)
+def test_what_does_not_exist_is_answered_by_what_does(typed: str, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        options([typed])
+
+
+def test_neither_torch_nor_hydra_is_imported_and_the_answer_comes_at_once() -> None:
+    code = (
+        "import sys; from dlopt.cli import _main; _main(['options']); "
+        "print(*{'torch', 'hydra', 'pydantic'} & {*sys.modules}, file=sys.stderr)"
+    )
+    begin = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "" and "optimizer\n" in done.stdout
+    assert time.perf_counter() - begin < 3  # 0.15 s where the machine is free
+
+
+def test_table_names_every_choice() -> None:
+    table = markdown(CATALOGUE)
+    rows = re.findall(r"^\|(?: `(\w+)` )?[^|`]*\| \**`([\w/]+)`\** \| (.+) \|$", table, re.MULTILINE)
+    assert len(rows) == sum(len(CATALOGUE.choices(group)) for group in CATALOGUE.groups()) == table.count("\n") - 2
+    assert [group for group, _, _ in rows if group] == [g for g in CATALOGUE.groups() if CATALOGUE.choices(g)]
+    assert "**`sgd`**" in table
+
+
+def test_the_table_goes_between_the_markers_only() -> None:
+    text = "a\n<!-- choices -->\nold\n<!-- /choices -->\nb\n"
+    once = with_table(text, "| \\1 |\n")
+    assert once == "a\n<!-- choices -->\n\n| \\1 |\n\n<!-- /choices -->\nb\n"
+    assert with_table(once, "| \\1 |\n") == once
+    with pytest.raises(ValueError, match="0 times"):
+        with_table("nothing", "")
+
+
+def test_the_readmes_table_is_current() -> None:
+    text = (ROOT / "README.md").read_text()
+    if "<!-- choices -->" not in text:
+        pytest.skip("README.md has no table of choices")
+    assert with_table(text, markdown(CATALOGUE)) == text, "run scripts/choices.py --write README.md"
