@@ -131,7 +131,7 @@ def _overview(catalogue: Catalogue, page: _Page) -> None:
 def _group(catalogue: Catalogue, group: str, choices: Sequence[Choice], page: _Page) -> None:
     default = catalogue.groups()[group]
     keys = {choice.name: catalogue.keys(choice) for choice in choices}
-    shared = _shared(keys.values())
+    shared = [] if default is None else _shared(keys.values())  # each recipe is read as a whole
     page.gap()
     page.heading(f"{group}={'|'.join(each.name for each in choices) if len(choices) == 1 else 'CHOICE'}")
     note = "none unless one is chosen" if default is None else f"{default} unless another is chosen"
