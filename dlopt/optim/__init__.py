@@ -9,6 +9,7 @@ from dlopt.optim.bfgs import BFGS
 from dlopt.optim.common import LossClosure
 from dlopt.optim.lamb import LAMB
 from dlopt.optim.lars import LARS
+from dlopt.optim.lbfgs import LBFGS
 from dlopt.optim.lion import Lion
 from dlopt.optim.muon import Muon
 from dlopt.optim.nadam import NAdam
@@ -17,4 +18,18 @@ from dlopt.optim.rprop import Rprop
 from dlopt.optim.sam import SAM
 from dlopt.optim.sgdw import SGDW
 
-__all__ = ["BFGS", "LAMB", "LARS", "SAM", "SGDW", "Lion", "LossClosure", "Muon", "NAdam", "Newton", "NewtonCG", "Rprop"]
+__all__ = [
+    "BFGS",
+    "LAMB",
+    "LARS",
+    "LBFGS",
+    "SAM",
+    "SGDW",
+    "Lion",
+    "LossClosure",
+    "Muon",
+    "NAdam",
+    "Newton",
+    "NewtonCG",
+    "Rprop",
+]

@@ -4,7 +4,17 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from dlopt.optim.common import Closure, assign, evaluate, flat, flat_gradient, needs_closure, refuse_above, trainable
+from dlopt.optim.common import (
+    Closure,
+    assign,
+    evaluate,
+    flat,
+    flat_gradient,
+    needs_closure,
+    refuse_above,
+    refuse_own_rates,
+    trainable,
+)
 from dlopt.optim.line_search import Point, strong_wolfe
 from dlopt.ranges import Count, Positive, Probability, Share
 
@@ -18,8 +28,8 @@ class BFGS(torch.optim.Optimizer):
     zero makes it exact, which DFP depends on. B is the identity at first: scaled to p^T q / q^T q, as is often advised,
     it begins too small in the flat directions, and a quadratic of condition 1e4 takes seven times the steps.
 
-    Step and gradients of an update come from one batch. All parameters are one vector; the learning rate, the first
-    step length that is tried, is the first group's. Models above `max_parameters` are refused.
+    Step and gradients of an update come from one batch. All parameters are one vector with one learning rate, the first
+    step length that is tried. Models above `max_parameters` are refused.
     """
 
     evaluations: ClassVar[str] = "many"
@@ -37,6 +47,7 @@ class BFGS(torch.optim.Optimizer):
         max_parameters: Count = 10_000,
     ) -> None:
         super().__init__(params, {"lr": lr, "xi": xi, "c1": c1, "c2": c2, "max_evaluations": max_evaluations})
+        refuse_own_rates("bfgs", lr, self.param_groups)
         refuse_above("bfgs", trainable(self), max_parameters, "lbfgs")
 
     @torch.no_grad()

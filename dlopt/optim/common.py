@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from dlopt.errors import UserError
 
@@ -108,6 +109,30 @@ def count_steps(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> list[
         state["step"] = state["step"] + 1 if "step" in state else torch.tensor(1.0)
         counts.append(int(state["step"]))
     return counts
+
+
+def as_groups(params: ParamsT) -> list[dict[str, Any]]:
+    """What an optimizer may be given, as groups that are the caller's no more."""
+    given: list[Any] = list(params)
+    if all(isinstance(entry, dict) for entry in given):
+        return [{**group, "params": _tensors(group["params"])} for group in given]
+    return [{"params": _tensors(given)}]
+
+
+def _tensors(params: Any) -> list[Tensor]:
+    if isinstance(params, Tensor):
+        return [params]
+    return [p[1] if isinstance(p, tuple) else p for p in params]
+
+
+def refuse_own_rates(name: str, lr: float, groups: Iterable[dict[str, Any]]) -> None:
+    """Raises UserError for groups with rates of their own: a line search has one step length for all parameters."""
+    for group in groups:
+        if group.get("lr", lr) != lr:
+            raise UserError(
+                f"optimizer={name}: one step length goes for all parameters; a group with a learning rate of its own "
+                f"({group['lr']:g} beside {lr:g}) is not possible"
+            )
 
 
 def trainable(optimizer: torch.optim.Optimizer) -> list[Tensor]:

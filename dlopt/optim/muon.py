@@ -1,12 +1,11 @@
 from collections import defaultdict
-from collections.abc import Iterable
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from dlopt.optim.common import Closure, buffers, evaluate
+from dlopt.optim.common import Closure, as_groups, buffers, evaluate
 from dlopt.ranges import Count, NonNegative, Positive, Share
 
 
@@ -45,7 +44,7 @@ class Muon(torch.optim.Optimizer):
         own = {"momentum": momentum, "nesterov": nesterov, "ns_coefficients": ns_coefficients, "ns_steps": ns_steps}
         own |= {"eps": eps, "adjust_lr_fn": adjust_lr_fn}
         matrices, others = [], []
-        for group in _groups(params):
+        for group in as_groups(params):
             members, keys = group.pop("params"), {"lr": lr, "weight_decay": weight_decay, **group}
             wanted = keys.pop("use_muon", True)
             chosen = [p for p in members if wanted and p.ndim > 1]
@@ -91,19 +90,6 @@ class Muon(torch.optim.Optimizer):
                 views.append(view)
             inner.param_groups.append({**inner.defaults, **group, "params": views})
         inner.step()
-
-
-def _groups(params: ParamsT) -> list[dict[str, Any]]:
-    given: Iterable[Any] = list(params)
-    if all(isinstance(entry, dict) for entry in given):
-        return [{**group, "params": _tensors(group["params"])} for group in given]
-    return [{"params": _tensors(given)}]
-
-
-def _tensors(params: Any) -> list[Tensor]:
-    if isinstance(params, Tensor):
-        return [params]
-    return [p[1] if isinstance(p, tuple) else p for p in params]
 
 
 def _matrix(t: Tensor, like: Tensor) -> Tensor:

@@ -1,8 +1,7 @@
 """Newton's method with the exact Hessian, and without ever forming it.
 
 Both need `closure.loss()`, the differentiable loss of the step's batch: from it come the gradient and its derivatives.
-All parameters are one vector; the learning rate, the first step length that the line search tries, is the first
-group's.
+All parameters are one vector with one learning rate, the first step length that the line search tries.
 """
 
 import math
@@ -21,6 +20,7 @@ from dlopt.optim.common import (
     flat,
     needs_closure,
     refuse_above,
+    refuse_own_rates,
     trainable,
 )
 from dlopt.optim.line_search import backtracking
@@ -90,6 +90,7 @@ class Newton(_SecondOrder):
         max_parameters: Count = 10_000,
     ) -> None:
         super().__init__(params, {"lr": lr, "damping": damping, "c1": c1, "max_backtracks": max_backtracks})
+        refuse_own_rates("newton", lr, self.param_groups)
         refuse_above("newton", trainable(self), max_parameters, "newton_cg")
 
     def _direction(self, group: dict[str, Any], params: list[Tensor], gradient: Tensor) -> Tensor:
@@ -151,6 +152,7 @@ class NewtonCG(_SecondOrder):
     ) -> None:
         defaults = {"lr": lr, "damping": damping, "tolerance": tolerance, "max_iterations": max_iterations}
         super().__init__(params, {**defaults, "c1": c1, "max_backtracks": max_backtracks})
+        refuse_own_rates("newton_cg", lr, self.param_groups)
 
     def _direction(self, group: dict[str, Any], params: list[Tensor], gradient: Tensor) -> Tensor:
         def product(v: Tensor) -> Tensor:

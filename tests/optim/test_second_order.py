@@ -14,7 +14,7 @@ from scipy import optimize
 from torch import Tensor, nn
 
 from dlopt.errors import UserError
-from dlopt.optim import BFGS, LossClosure, Newton, NewtonCG
+from dlopt.optim import BFGS, LBFGS, LossClosure, Newton, NewtonCG
 from dlopt.optim.bfgs import broyden
 from dlopt.optim.line_search import Point, backtracking, strong_wolfe
 
@@ -265,6 +265,14 @@ def test_large_models_are_refused() -> None:
             make(big, max_parameters=1999)
         make(big, max_parameters=2000)
     NewtonCG(big)
+
+
+def test_groups_may_not_have_rates_of_their_own() -> None:
+    groups: list[dict[str, Any]] = [{"params": [nn.Parameter(torch.ones(2))]} for _ in range(2)]
+    for make in (Newton, NewtonCG, BFGS, LBFGS):
+        make([{**group, "weight_decay": 0.0} for group in groups], lr=0.5)
+        with pytest.raises(UserError, match="one step length"):
+            make([groups[0], {**groups[1], "lr": 0.1}], lr=0.5)
 
 
 def test_a_plain_function_is_not_enough_for_second_derivatives() -> None:
