@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dlopt.augment import Pipeline
+from dlopt.augment.crop import CentreCrop
 from dlopt.config.experiment import Experiment
 from dlopt.data.batches import Batches
 from dlopt.data.samples import Dataset, Samples
@@ -42,6 +44,7 @@ class Setup:
     model: Callable[[Tensor], Tensor]  # the module as it is called: placed, compiled
     loss: nn.Module
     memory_format: torch.memory_format
+    augment: Pipeline | None
 
     @property
     def device(self) -> torch.device:
@@ -74,16 +77,18 @@ def set_up(experiment: Experiment, normalization: Mapping[str, Any] | None = Non
     precision = choose_precision(settings.precision, device)
     source: Dataset = experiment.data.build(**vars(experiment.data_settings))
     dataset = prepare(source, experiment.data_settings, device=device)
-    shape = dataset.train.shape
+    augment = _augmentation(experiment, dataset)
+    shape = dataset.train.shape if augment is None else augment.output_shape
 
-    normalize: nn.Module = experiment.normalize.build(input_shape=shape).to(precision.dtype)
+    normalize: nn.Module = experiment.normalize.build(input_shape=dataset.train.shape).to(precision.dtype)
     if normalization is None:
         normalize.fit(dataset.train)  # type: ignore[operator]
     else:
         normalize.load_state_dict(normalization)
     normalize = normalize.to(device)
+    _check_normalization(experiment, normalize, shape)
 
-    module = _model(experiment, dataset, normalize)
+    module = _model(experiment, dataset, normalize, shape)
     convolves = len(shape) == 3 and any(isinstance(m, nn.Conv2d) for m in module.modules())
     wanted = settings.channels_last
     memory_format = torch.channels_last if (convolves if wanted == "auto" else wanted) else torch.contiguous_format
@@ -103,7 +108,30 @@ def set_up(experiment: Experiment, normalization: Mapping[str, Any] | None = Non
         model=torch.compile(model) if compiled else model,
         loss=loss.to(device),
         memory_format=memory_format,
+        augment=augment,
     )
+
+
+def _check_normalization(experiment: Experiment, normalize: nn.Module, shape: tuple[int, ...]) -> None:
+    """Statistics per pixel do not go with an augmentation that gives out windows of another size."""
+    try:
+        normalize(torch.zeros(1, *shape, device=next(iter(normalize.buffers()), torch.zeros(())).device))
+    except RuntimeError:
+        raise UserError(
+            f"normalize={experiment.normalize.target.__name__}: it has a value for each pixel of the images, and the "
+            f"augmentation gives out windows of {shape[1]}x{shape[2]}; use normalize=standardize"
+        ) from None
+
+
+def _augmentation(experiment: Experiment, dataset: Dataset) -> Pipeline | None:
+    """None for an empty pipeline, which would still draw from a generator in every step."""
+    if experiment.augmentation.arguments.get("operations") == []:
+        return None
+    classes = None if dataset.classes is None else len(dataset.classes)
+    pipeline: Pipeline = experiment.augmentation.build(
+        input_shape=dataset.train.shape, classes=classes, train=dataset.train
+    )
+    return pipeline
 
 
 def outputs_of(dataset: Dataset) -> int:
@@ -114,43 +142,42 @@ def outputs_of(dataset: Dataset) -> int:
     return 1 if targets.ndim == 1 else targets.shape[1]
 
 
-def _model(experiment: Experiment, dataset: Dataset, normalize: nn.Module) -> nn.Module:
+def _model(experiment: Experiment, dataset: Dataset, normalize: nn.Module, shape: tuple[int, ...]) -> nn.Module:
     """The model with its first weights, made on the CPU so that they are the same on every device."""
     seed = experiment.settings.init_seed
     rng.seed_all(stream(seed, _WEIGHTS))
-    module: nn.Module = experiment.model.build(input_shape=dataset.train.shape, classes=outputs_of(dataset))
+    module: nn.Module = experiment.model.build(input_shape=shape, classes=outputs_of(dataset))
     runtime: dict[str, Any] = {"model": module, "generator": generator("cpu", seed, _SCHEME)}
     if experiment.init.takes("inputs"):
-        runtime["inputs"] = _first_inputs(dataset.train, normalize)
+        runtime["inputs"] = _first_inputs(dataset.train, normalize, shape)
     experiment.init.build(**runtime)
     return module
 
 
-def _first_inputs(samples: Samples, normalize: nn.Module, count: int = 5000) -> Tensor:
+def _first_inputs(samples: Samples, normalize: nn.Module, shape: tuple[int, ...], count: int = 5000) -> Tensor:
     """Normalized training inputs for initializations that look at data, evenly spread over the split."""
     indices = torch.linspace(0, len(samples) - 1, min(count, len(samples))).long()
     device = next(iter(normalize.buffers()), torch.zeros(())).device
-    inputs: Tensor = normalize(samples.fetch(indices).to(device))
-    return inputs.float().cpu()
+    inputs = samples.fetch(indices).to(device)
+    if shape != samples.shape:
+        inputs, _ = CentreCrop(shape)(inputs, indices)
+    normalized: Tensor = normalize(inputs)
+    return normalized.float().cpu()
 
 
 def training_batches(setup: Setup) -> Batches:
     experiment, dataset = setup.experiment, setup.dataset
     settings = experiment.settings
     sampler = experiment.sampler.build(targets=dataset.train.targets, seed=stream(settings.order_seed, _ORDER))
-    classes = None if dataset.classes is None else len(dataset.classes)
-    augment: Any = experiment.augmentation
-    if augment.arguments.get("operations") == []:
-        augment = None  # an empty pipeline would still draw from a generator in every step
-    else:
-        augment = augment.build(input_shape=dataset.train.shape, classes=classes, train=dataset.train)
     drop_last = experiment.data_settings.drop_last
     seed = stream(settings.augmentation_seed, _AUGMENTATION)
-    return _batches(setup, dataset.train, sampler=sampler, augment=augment, seed=seed, drop_last=drop_last)
+    return _batches(setup, dataset.train, sampler=sampler, augment=setup.augment, seed=seed, drop_last=drop_last)
 
 
 def evaluation_batches(setup: Setup, samples: Samples) -> Batches:
-    return _batches(setup, samples)
+    """The samples as they are, or their centre where the training sees a smaller window of them."""
+    shape = samples.shape if setup.augment is None else setup.augment.output_shape
+    return _batches(setup, samples, augment=None if shape == samples.shape else CentreCrop(shape))
 
 
 def _batches(setup: Setup, samples: Samples, **training: Any) -> Batches:
@@ -230,7 +257,7 @@ def check_single_values(setup: Setup) -> None:
 
     norms = [(n, m) for n, m in setup.module.named_modules() if isinstance(m, _BatchNorm)]
     handles = [m.register_forward_pre_hook(look(n)) for n, m in norms]
-    inputs = setup.normalize(setup.dataset.train.fetch(torch.tensor([0])).to(setup.device)).to(setup.precision.dtype)
+    inputs, _ = next(iter(evaluation_batches(setup, setup.dataset.train.select(torch.tensor([0]))).epoch(0)))
     was_training = setup.module.training
     setup.module.eval()
     with torch.no_grad():
