@@ -65,6 +65,8 @@ def _parse(arguments: list[str]) -> tuple[Path, dict[str, Any]]:
             [override] = OverridesParser.create().parse_overrides([line])
         except HydraException:
             raise UserError(explain_grammar(line)) from None
+        if override.is_sweep_override():
+            raise UserError(f"{line}: one value is needed; a list is written [a,b]")
         values[override.get_key_element()] = override.value()
     checkpoint = values.pop("checkpoint", None)
     if not isinstance(checkpoint, str) or not checkpoint:

@@ -1,5 +1,6 @@
 """Handing a checked command line over to Hydra's own main."""
 
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,8 @@ from dlopt.config.compose import CONFIG_NAME, config_folder
 
 def run_hydra(arguments: list[str], task: Callable[[DictConfig], Any]) -> None:
     """`hydra.main` on `arguments`. It may leave through SystemExit."""
+    if task is nothing:
+        logging.raiseExceptions = False  # Hydra shows through logging: a closed pipe (`| head`) is no error
     former, sys.argv = sys.argv, [sys.argv[0], *arguments]
     try:
         hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=CONFIG_NAME)(task)()

@@ -27,7 +27,6 @@ from dlopt.config.trust import check_hydra, leaves
 from dlopt.errors import UserError
 
 CONFIG_NAME = "train"
-OPTIONAL_GROUPS = ("experiment",)  # null is no choice of theirs
 
 
 def config_folder() -> Path:
@@ -44,6 +43,7 @@ def parse_arguments(arguments: list[str]) -> Namespace:
         if action.dest == "version":
             action.version = f"dlopt {dlopt.__version__}"  # type: ignore[attr-defined]
     parsed: Namespace = parser.parse_intermixed_args(arguments)
+    parsed.overrides = [_quoted(line) for line in parsed.overrides]
     if parsed.experimental_rerun is not None:
         raise UserError("--experimental-rerun: not offered, since it runs whatever a pickle file says")
     if parsed.config_path is not None:
@@ -51,6 +51,13 @@ def parse_arguments(arguments: list[str]) -> Namespace:
     if parsed.config_dir is not None and not Path(parsed.config_dir).is_dir():
         raise UserError(f"--config-dir={parsed.config_dir}: there is no such folder")
     return parsed
+
+
+def _quoted(line: str) -> str:
+    """Quotes for a plain value with letters that Hydra's grammar does not know: name=größe."""
+    key, equals, value = line.partition("=")
+    is_plain = equals and value.isprintable() and not re.search(r"""['"\[\]{}(),$\\]""", value)
+    return line if value.isascii() or not is_plain else f"{key}='{value}'"
 
 
 def _refuse_flags(message: str) -> NoReturn:
@@ -142,8 +149,10 @@ class Composer:
             if override.is_delete() and not plain.startswith("hydra"):
                 hint = self._choose(plain) if plain in groups else "set it, to null where that is allowed"
                 raise UserError(f"{line}: nothing can be left out; {hint}")
-            if plain in groups and not isinstance(value, str) and not (plain in OPTIONAL_GROUPS and value is None):
+            if plain in groups and not isinstance(value, str):
                 raise UserError(f"{plain}={show(value)}: one of the choices is needed; {self._choose(plain)}")
+            if plain in groups and str(value).split("/")[-1].startswith("_"):  # a fragment
+                raise UserError(f"{line}: there is no such choice; {self._choose(plain, str(value))}")
             if value == {}:
                 raise UserError(f"{line}: an empty block changes nothing; set its keys one by one")
 
@@ -205,7 +214,9 @@ class Composer:
             return f"{line}: there is no group {group}; {hint}groups: {', '.join(self.groups())}"
         names = [str(each) for each in node if each not in ("_target_", "hydra")]
         if name in names:  # the key is there, but not those that its value brings
-            return f"{line}: {_first_lines(fault)}; a new key is typed with a plus sign: +{key}.KEY=VALUE"
+            is_new = "Could not override" in str(fault)
+            hint = f"; a new key is typed with a plus sign: +{key}.KEY=VALUE" if is_new else ""
+            return f"{line}: {_first_lines(fault)}{hint}"
         close = get_close_matches(name.lower(), names, n=1, cutoff=0.6)
         prefix = f"{parent}." if parent else ""
         hint = f"did you mean {prefix}{close[0]}? " if close else "" if parent else _elsewhere(name, config)

@@ -1,0 +1,79 @@
+"""Typing a command line in tests: in this process, so that torch is imported once."""
+
+import contextlib
+import io
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from dlopt import cli
+
+SMALL = ("model=mlp", "model.widths=[4]", "data.subset=40", "epochs=2", "threads=1")
+"""A run of a fraction of a second."""
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+    seconds: float
+
+
+def dlopt(folder: Path, *arguments: str) -> Result:
+    """Runs `dlopt ARGUMENTS` in `folder`."""
+    out, err = io.StringIO(), io.StringIO()
+    start = time.process_time()
+    with _state_kept(), contextlib.chdir(folder), mock.patch.object(sys, "argv", ["dlopt", *arguments]):
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                cli.main()
+                code: object = None
+            except SystemExit as end:
+                code = end.code
+    assert isinstance(code, int), f"left with {code!r}"
+    return Result(code, out.getvalue(), err.getvalue(), time.process_time() - start)
+
+
+def refused(folder: Path, *arguments: str) -> str:
+    """The message with which a command line is refused: exit code 2, one line, at once, and nothing left behind."""
+    before = entries(folder)
+    result = dlopt(folder, *arguments)
+    assert result.code == 2, result
+    assert result.out == ""
+    assert "Traceback" not in result.err
+    assert result.err.startswith("dlopt: ") and result.err.count("\n") == 1, result.err
+    assert entries(folder) == before
+    assert result.seconds < 5
+    return result.err
+
+
+def entries(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def only(folder: Path, pattern: str) -> Path:
+    [found] = folder.glob(pattern)
+    return found
+
+
+@contextlib.contextmanager
+def _state_kept() -> Iterator[None]:
+    """What a run changes in its process: environment, search path, torch's settings, warnings' filters aside."""
+    environment, path = dict(os.environ), list(sys.path)
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)
+        sys.path[:] = path
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(dtype)
+        torch.use_deterministic_algorithms(False)

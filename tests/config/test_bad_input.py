@@ -1,0 +1,276 @@
+"""What a clumsy user types. Each line is refused with one message that names the key, the value and what is allowed."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.commands.line import dlopt, refused
+
+TINY = ("model=mlp", "model.widths=[4]", "data.subset=40", "steps=1", "threads=1")
+
+# what is typed behind `dlopt train` -> parts of the message
+KEYS = {
+    "optimizer.lrr=1": ("optimizer.lrr=1", "did you mean optimizer.lr?", "momentum"),
+    "lrr=1": ("lrr=1", "did you mean optimizer.lr?"),
+    "lr=1": ("did you mean optimizer.lr?",),
+    "seeed=1": ("did you mean seed?",),
+    "model=nope": ("model=nope", "no such choice", "resnet20"),
+    "optimizer=SGD": ("did you mean optimizer=sgd?",),
+    "optimizer=adamm": ("did you mean optimizer=adam?",),
+    "OPTIMIZER=sgd": ("did you mean optimizer?",),
+    "Optimizer.lr=1": ("did you mean optimizer.lr?",),
+    "SEED=1": ("did you mean seed?",),
+    "+model.x=1": ("model.x=1", "no such key", "widths"),
+    "+x=1": ("x=1", "no such key"),
+    "~model": ("~model", "nothing can be left out", "resnet20"),
+    "~optimizer.lr": ("~optimizer.lr", "nothing can be left out"),
+    "~seed": ("~seed",),
+    "optimizer=null": ("optimizer=null", "sgd"),
+    "experiment=null": ("experiment=null", "resnet20_cifar10"),
+    "optimizer=": ("optimizer=", "sgd"),
+    "model={}": ("model={}", "resnet20"),
+    "optimizer={lr:1}": ("optimizer=", "sgd"),
+    "model=[]": ("model=[]", "resnet20"),
+    "model=_norm": ("model=_norm", "no such choice"),
+    "optimizer=../data/digits": ("no such choice",),
+    "optimizer@model=sgd": ("optimizer@model=sgd",),
+    "hydra/launcher=nope": ("hydra/launcher=nope",),
+    "evaluate={}": ("evaluate={}", "one by one"),
+    "evaluate=1": ("evaluate=1", "every_epochs"),
+    "checkpoint=null": ("checkpoint=null", "keep"),
+    "optimizer.lr.x=1": ("optimizer.lr.x", "holds a value"),
+    "parallel.nope=3": ("parallel.nope=3",),
+    "optimizer.lr=???": ("optimizer.lr", "a value is needed"),
+    "data=image_folder": ("data.root", "a value is needed"),
+    "'optimizer.lr=${nope}'": ("optimizer.lr=${nope}", "not found"),
+    "'optimizer.lr=${optimizer.lr}'": ("optimizer.lr=${optimizer.lr}", "ecursive"),
+    "'seed=${order_seed}'": ("seed=${", "ecursive"),
+    "'optimizer.lr=${oc.env:NO_SUCH_VARIABLE}'": ("NO_SUCH_VARIABLE", "not found"),
+    "'optimizer.lr=${oops'": ("optimizer.lr=${oops", "quoted"),
+    "foo": ("foo", "key=value"),
+    "optimizer.lr": ("optimizer.lr", "key=value"),
+    "=1": ("=1", "key=value"),
+    "optimizer..lr=1": ("optimizer..lr",),
+    "--nope": ("--nope",),
+    "--cfg nope": ("--cfg", "nope", "job"),
+    "--config-dir nowhere": ("--config-dir=nowhere", "no such folder"),
+    "--config-name nope": ("--config-name=nope", "no such file"),
+    "--config-path .": ("--config-path", "--config-dir"),
+}
+TYPES = {
+    "optimizer.lr=abc": ("optimizer.lr=abc", "a number > 0"),
+    "optimizer.lr=true": ("optimizer.lr=true", "a number > 0"),
+    "optimizer.lr=[1]": ("optimizer.lr=[1]", "a number > 0"),
+    "optimizer.lr={a:1}": ("optimizer.lr", "a number > 0"),
+    "optimizer.lr=1e-3x": ("optimizer.lr=1e-3x", "a number > 0"),
+    "optimizer.lr=": ("optimizer.lr=", "a number > 0"),
+    "optimizer.lr=null": ("optimizer.lr=null", "a number > 0"),
+    "epochs=1.5": ("epochs=1.5", "a whole number >= 1"),
+    "epochs=true": ("epochs=true", "a whole number >= 1"),
+    "data.batch_size=null": ("data.batch_size=null", "a whole number >= 1 | full"),
+    "seed=1.2": ("seed=1.2", "a whole number >= 0"),
+    "optimizer=adam optimizer.betas=[0.9]": ("optimizer.betas=[0.9]", "too few", "a list"),
+    "optimizer=adam optimizer.betas=[0.9,0.9,0.9]": ("optimizer.betas", "a list"),
+    "optimizer=adam optimizer.betas=0.9": ("optimizer.betas=0.9", "a list"),
+    "optimizer=adam optimizer.betas=[0.9,x]": ("optimizer.betas", "a number >= 0 and < 1"),
+    "compile=yes": ("compile=yes", "true | false | auto"),
+    "device=tpu": ("device=tpu", "cpu | cuda"),
+    "precision=FP32": ("precision=FP32", "fp32 | tf32"),
+    "tracking=tensorboard": ("tracking=tensorboard", "a list"),
+    "tracking=[wandb]": ("tracking", "tensorboard"),
+    "name=1": ("name=1", "a text"),
+    "resume=false": ("resume=false", "a text | null"),
+    "allow_packages=os": ("allow_packages=os", "a list"),
+    "model.activation=foo": ("model.activation=foo", "tanh"),
+    "model.widths=5": ("model.widths=5", "a list"),
+}
+RANGES = {
+    "optimizer.lr=-1": ("optimizer.lr=-1", "a number > 0"),
+    "optimizer.lr=0": ("optimizer.lr=0", "a number > 0"),
+    "optimizer.lr=nan": ("optimizer.lr=nan", "finite"),
+    "optimizer.lr=inf": ("optimizer.lr=inf", "finite"),
+    "optimizer.lr=1e400": ("optimizer.lr=inf", "finite"),
+    "optimizer.momentum=1.5": ("optimizer.momentum=1.5", "< 1"),
+    "optimizer.weight_decay=-1": ("optimizer.weight_decay=-1", ">= 0"),
+    "optimizer=adam optimizer.betas=[0.9,1.0]": ("optimizer.betas", "< 1"),
+    "epochs=0": ("epochs=0", ">= 1"),
+    "epochs=-1": ("epochs=-1", ">= 1"),
+    "steps=0": ("steps=0", ">= 1"),
+    "max_time=0": ("max_time=0", "> 0"),
+    "data.batch_size=0": ("data.batch_size=0", ">= 1"),
+    "data.batch_size=-4": ("data.batch_size=-4", ">= 1"),
+    "seed=-1": ("seed=-1", ">= 0"),
+    "seed=18446744073709551616": ("seed=18446744073709551616", "< 9223372036854775808"),
+    "init_seed=-1": ("init_seed=-1",),
+    "data.split_seed=-1": ("data.split_seed=-1", ">= 0"),
+    "model.dropout=1.1": ("model.dropout=1.1", "< 1"),
+    "model.widths=[0]": ("model.widths=[0]", ">= 1"),
+    "model.norm_groups=0": ("model.norm_groups=0", ">= 1"),
+    "loss.label_smoothing=2": ("loss.label_smoothing=2",),
+    "data.workers=-1": ("data.workers=-1", ">= 0"),
+    "data.workers=1000000": ("data.workers=1000000", "cores", "auto"),
+    "threads=1000000": ("threads=1000000", "cores", "auto"),
+    "clip=norm clip.max_norm=-1": ("clip.max_norm=-1", "> 0"),
+    "clip=adaptive clip.clipping=0": ("clip.clipping=0", "> 0"),
+    "accumulate=0": ("accumulate=0", ">= 1"),
+    "checkpoint.keep=0": ("checkpoint.keep=0", ">= 1"),
+    "checkpoint.every_epochs=0": ("checkpoint.every_epochs=0", ">= 1"),
+    "evaluate.every_epochs=0": ("evaluate.every_epochs=0", ">= 1"),
+    "log_every_steps=0": ("log_every_steps=0", ">= 1"),
+    "ema=1.5": ("ema=1.5", "< 1"),
+    "data.image_size=0": ("data.image_size=0", ">= 1"),
+    "data.image_size=[8]": ("data.image_size=[8]", "too few"),
+    "data.val_split=1": ("data.val_split=1", "< 1"),
+    "data.val_split=1.2": ("data.val_split=1.2", "< 1"),
+    "data.subset=0": ("data.subset=0", ">= 1"),
+    "data.subset=1.5": ("data.subset=1.5", "<= 1"),
+    "data.subset=1000000": ("data.subset=1000000", "only 1438"),
+    "data.subset=9": ("data.subset=9", "10 classes"),
+    "stopping=early stopping.patience=0": ("stopping.patience=0", ">= 1"),
+    "schedule=cosine_restarts schedule.T_0_epochs=0": ("schedule.T_0_epochs=0", "> 0"),
+    "schedule=cosine_restarts schedule.T_mult=0": ("schedule.T_mult=0", ">= 1"),
+    "schedule=cosine_restarts schedule.cycles=1000000000": ("schedule.cycles=1000000000",),
+    "schedule=multistep schedule.milestones_epochs=[5,3]": ("milestones", "increase"),
+}
+COMBINATIONS = {
+    "schedule=cosine schedule.warmup_epochs=20 epochs=2 steps=null": ("schedule.warmup_epochs=20", "longer"),
+    "accumulate=100 data.batch_size=10": ("accumulate=100", "data.batch_size=10"),
+    "precision=fp16 device=cpu": ("precision=fp16", "bf16"),
+    "stopping=early data.val_split=0": ("stopping=early", "data.val_split"),
+    "stopping=early stopping.monitor=train_loss": ("stopping.monitor=train_loss", "val_loss"),
+    "stopping=early stopping.monitor=val_foo": ("stopping.monitor=val_foo", "val_accuracy"),
+    "monitor=val_foo": ("monitor=val_foo", "val_accuracy"),
+    "data.batch_size=1": ("data.batch_size=1", "norm"),
+    "data=image_folder data.root=/nonexistent": ("data.root=/nonexistent", "missing"),
+    "data=image_folder data.root=/etc/passwd": ("data.root=/etc/passwd", "not a folder"),
+    "data=mnist data.root=/nonexistent data.download=false": ("data=mnist", "/nonexistent", "data.root"),
+    "data=cifar10 data.root=/nonexistent data.download=false": ("data=cifar10", "/nonexistent"),
+    "data=csv data.file=/nonexistent": ("data.file=/nonexistent",),
+    "resume=/nonexistent/last.pt": ("resume=/nonexistent/last.pt", "no such file"),
+    "resume=/tmp": ("resume=/tmp", "folder", "last.pt"),
+    "resume=/etc/passwd": ("resume=/etc/passwd", "init_from=/etc/passwd"),
+    "resume=/last.pt": ("resume=/last.pt", "no such file"),
+    "resume=": ("resume=",),
+    "init_from=/nonexistent": ("init_from=/nonexistent",),
+    "init_from=/tmp": ("init_from=/tmp",),
+    "init_from=/etc/passwd": ("init_from=/etc/passwd",),
+    "init_from=": ("init_from=",),
+}
+PATHS = {
+    "name=../x": ("name='../x'", "slashes"),
+    "name=/abs": ("name='/abs'", "slashes"),
+    "name=..": ("name='..'",),
+    "name=.": ("name='.'",),
+    "name=a/b": ("name='a/b'",),
+    "name=": ("name=", "between 1 and"),
+    "\"name='   '\"": ("name=", "between 1 and"),
+    "\"name='a\nb'\"": ("control",),
+    "\"name='a\0b'\"": ("control",),
+    f"name={'x' * 300}": ("name=xxx", "bytes"),
+    "hydra.run.dir=": ("hydra.run.dir=", "folder"),
+    "hydra.run.dir=null": ("hydra.run.dir=null",),
+    "hydra.run.dir=/etc/passwd": ("hydra.run.dir=/etc/passwd", "file"),
+    "hydra.run.dir=/etc/passwd/x": ("hydra.run.dir=/etc/passwd/x", "cannot be made"),
+    "hydra.run.dir=/proc/x/y": ("hydra.run.dir=/proc/x/y", "cannot be made"),
+}
+SWEEPS = {
+    "optimizer.lr=0.1,0.2": ("optimizer.lr=0.1,0.2", "-m", "[a,b]"),
+    "optimizer=adam,sgd": ("optimizer=adam,sgd", "-m"),
+    "'seed=range(1,5)'": ("seed=range(1,5)", "-m"),
+    "-m optimizer.lr=": ("optimizer.lr=", "> 0"),
+    "-m optimizer.lr=,": ("optimizer.lr=,",),
+    "-m 'seed=range(0,0)'": ("empty",),
+    "-m 'optimizer.lr=choice()'": ("optimizer.lr=choice()",),
+    "-m 'optimizer.lr=interval(0,1)'": ("sweep type",),
+    "-m optimizer.lr=0.1,-1": ("optimizer.lr=-1", "> 0"),
+    "-m optimizer=sgd,nope": ("optimizer=nope", "no such choice"),
+    "-m name=a/b,c": ("name='a/b'",),
+    "-m resume=/x/last.pt seed=1,2": ("resume=/x/last.pt", "resume=auto"),
+    "-m seed=1,2 hydra.sweep.subdir=x": ("hydra.sweep.subdir=x", "folder of its own"),
+    "-m seed=1,2 hydra.sweep.dir=": ("hydra.sweep.dir=", "folder"),
+}
+ALL = KEYS | TYPES | RANGES | COMBINATIONS | PATHS | SWEEPS
+
+
+def command(line: str) -> list[str]:
+    """What is typed, before which the tiny run stands, but for what the line itself chooses."""
+    typed = shlex.split(line)
+    keys = {each.partition("=")[0].lstrip("+~").lower() for each in typed}
+    small = [each for each in TINY if each.partition("=")[0] not in keys]
+    if "model" in keys:
+        small = [each for each in small if not each.startswith("model")]
+    return ["train", *small, *typed]
+
+
+@pytest.mark.parametrize("line", ALL, ids=lambda line: line[:60].encode("unicode_escape").decode())
+def test_refused_with_one_message(line: str, tmp_path: Path) -> None:
+    message = refused(tmp_path, *command(line))
+    for part in ALL[line]:
+        assert part in message, f"{part!r} is not in {message}"
+
+
+def test_the_list_is_long() -> None:
+    assert len(ALL) >= 60
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_no_cuda(tmp_path: Path) -> None:
+    assert "device=cuda" in refused(tmp_path, *command("device=cuda"))
+
+
+def test_checkpoint_of_weights_alone_names_init_from(tmp_path: Path) -> None:
+    torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "weights.pt")
+    message = refused(tmp_path, *command("resume=weights.pt"))
+    assert "resume=weights.pt" in message and "init_from=weights.pt" in message
+
+
+def test_file_that_is_no_text(tmp_path: Path) -> None:
+    message = refused(tmp_path, *command("name=x"), "name=\udcff")
+    assert "name=" in message
+
+
+# -- what looks odd, and is fine
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "data.batch_size=1000000000",  # one batch of all samples; nothing of that size is allocated
+        "data.batch_size=full",
+        "\"name='with spaces'\"",
+        "\"name='a=b'\"",
+        "name=größe-大",
+        "name=.hidden",
+        "seed=9223372036854775807",
+        "optimizer=adam optimizer=sgd",  # as everywhere on a command line, the last one counts
+        "seed=1 seed=2",
+    ],
+)
+def test_accepted(line: str, tmp_path: Path) -> None:
+    result = dlopt(tmp_path, *command(line))
+    assert (result.code, result.err) == (0, "")
+    assert len(list(tmp_path.glob("outputs/*/*/summary.json"))) == 1
+
+
+# -- dlopt eval
+
+EVAL = {
+    "": ("checkpoint", "a path is needed"),
+    "checkpoint=": ("checkpoint", "a path is needed"),
+    "checkpoint=/nonexistent.pt": ("checkpoint=/nonexistent.pt", "no such file"),
+    "checkpoint=/tmp": ("checkpoint=/tmp", "folder"),
+    "checkpoint=/etc/passwd": ("checkpoint=/etc/passwd",),
+    "--nope": ("--nope", "key=value"),
+    "checkpoint=x.pt optimizer.lr=1": ("optimizer.lr", "may be changed"),
+    "checkpoint=x.pt ~data": ("~data", "may be changed"),
+    "checkpoint=x.pt data.batch_size=1,2": ("data.batch_size=1,2", "one value"),
+}
+
+
+@pytest.mark.parametrize("line", EVAL)
+def test_eval_refuses_with_one_message(line: str, tmp_path: Path) -> None:
+    message = refused(tmp_path, "eval", *shlex.split(line))
+    for part in EVAL[line]:
+        assert part in message
