@@ -86,12 +86,13 @@ def parse(config: Mapping[str, Any], saved: Mapping[str, Any] | None = None) -> 
         if group.common is not None:
             common = {key: value for key, value in node.items() if key in names}
             parts[group.common.__name__] = group.common(**check_arguments(name, group.common, common))
+    kept = config if saved is None else saved
     experiment = Experiment(
         settings=settings,
         data_settings=parts.pop("DataSettings"),
         grouping=parts.pop("Grouping"),
         warmup=parts.pop("Warmup"),
-        config=config if saved is None else saved,
+        config={**{key: kept[key] for key in run_keys}, **{name: kept[name] for name in GROUPS}},
         **parts,
     )
     check_combinations(experiment)

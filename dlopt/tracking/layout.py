@@ -141,7 +141,9 @@ def facts_parts(facts: Mapping[str, Any]) -> list[str]:
     if samples:
         parts.append(f"samples: {', '.join(samples)}")
     parts += [
-        f"{value:,} {key}" if isinstance(value, int) and not isinstance(value, bool) else f"{key} {value}"
+        f"{value:,} {key.removesuffix('s') if value == 1 else key}"
+        if isinstance(value, int) and not isinstance(value, bool)
+        else f"{key} {value}"
         for key, value in rest.items()
         if value is not None and key not in ("train", "val", "test")
     ]
