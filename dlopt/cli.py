@@ -15,6 +15,7 @@ dlopt {dlopt.__version__}: runs experiments on the optimization of deep networks
 
   dlopt train [group=choice] [key=value] [-m]    train; `dlopt train --help` lists every group, choice and key
   dlopt eval checkpoint=PATH [key=value]         test a checkpoint
+  dlopt show-batch [group=choice] [key=value]    draw what an augmentation does to images
   dlopt trajectory schedule=a,b [key=value]      draw learning-rate curves into one picture
   dlopt options [group | group=choice]           every choice of every group; a group's keys with their defaults
 
@@ -65,7 +66,13 @@ def _main(arguments: Sequence[str]) -> int:
 
 def commands() -> dict[str, Callable[[list[str]], int]]:
     """The sub-commands: what each makes of its arguments, to an exit code."""
-    return {"train": _train, "eval": _eval, "trajectory": _trajectory, "options": _options}
+    return {
+        "train": _train,
+        "eval": _eval,
+        "show-batch": _show_batch,
+        "trajectory": _trajectory,
+        "options": _options,
+    }
 
 
 def _train(arguments: list[str]) -> int:
@@ -78,6 +85,12 @@ def _eval(arguments: list[str]) -> int:
     from dlopt.commands.eval import evaluate
 
     return evaluate(arguments)
+
+
+def _show_batch(arguments: list[str]) -> int:
+    from dlopt.commands.show_batch import show_batch
+
+    return show_batch(arguments)
 
 
 def _trajectory(arguments: list[str]) -> int:

@@ -1,0 +1,51 @@
+"""`dlopt show-batch`: two pictures, and what cannot be shown."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.commands.line import dlopt, entries, refused
+
+
+def test_two_pictures(tmp_path: Path) -> None:
+    result = dlopt(tmp_path, "show-batch", "augmentation=affine", "output=a/shown.png")
+    assert (result.code, result.err) == (0, "")
+    assert result.out.splitlines() == ["a/shown.png", "a/shown_operations.png"]
+    assert entries(tmp_path) == {"a", "a/shown.png", "a/shown_operations.png"}
+    batch, operations = (np.asarray(Image.open(tmp_path / line)) for line in result.out.splitlines())
+    assert batch.std() > 30 and operations.std() > 30
+    again = dlopt(tmp_path, "show-batch", "augmentation=affine", "output=b")
+    assert again.out.splitlines() == ["b.png", "b_operations.png"]
+    assert (tmp_path / "b.png").read_bytes() == (tmp_path / "a/shown.png").read_bytes()
+    other = dlopt(tmp_path, "show-batch", "augmentation=affine", "augmentation_seed=1", "output=c.png")
+    assert other.code == 0
+    assert (tmp_path / "c.png").read_bytes() != (tmp_path / "b.png").read_bytes()
+
+
+def test_default_place_and_nothing_to_do(tmp_path: Path) -> None:
+    result = dlopt(tmp_path, "show-batch")
+    assert result.code == 0 and "no operations" in result.out
+    [picture] = tmp_path.glob("outputs/show-batch/*/*")
+    columns = np.asarray(Image.open(picture))
+    assert picture.name == "batch.png"
+    assert (columns[18:130, 4:116] == columns[18:130, 120:232]).all()  # the original, and what is made of it
+
+
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        (["output=x.txt"], ["output=x.txt", ".txt"]),
+        (["output=."], ["output=.", "folder"]),
+        (["output=a,b"], ["output=a,b", "one value"]),
+        (["augmentation=a,b"], ["augmentation=a,b"]),
+        (["-m"], ["-m"]),
+        (["augmentation=nope"], ["augmentation=nope", "flip"]),
+        (["data=polynomial", "model=polynomial", "loss=mse"], ["data=polynomial", "vectors"]),
+    ],
+)
+def test_refused(line: list[str], parts: list[str], tmp_path: Path) -> None:
+    message = refused(tmp_path, "show-batch", *line)
+    for part in parts:
+        assert part in message
