@@ -182,7 +182,7 @@ def test_the_smallest_micro_batch_is_found(count: int, size: int, accumulate: in
         (["data.batch_size=30"], False),
         (["data.batch_size=30", "accumulate=30"], True),
         (["data.batch_size=31", "accumulate=10"], True),  # the last batch of 28 is cut into 9 * 3 + 1
-        (["data.batch_size=31", "accumulate=7"], False),
+        (["data.batch_size=31", "accumulate=8"], False),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
