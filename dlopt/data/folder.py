@@ -1,74 +1,69 @@
 """Images in class folders."""
 
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from dlopt.data.images import is_image, size_pair
-from dlopt.data.samples import Dataset, Files
+from dlopt.data.images import size_pair
+from dlopt.data.samples import Dataset, ImageList
+from dlopt.data.scan import Listing, scan
+from dlopt.data.verify import image_files
 from dlopt.errors import UserError
+from dlopt.ranges import Natural, PositiveShare
 
 
-def image_folder(*, root: str, channels: Literal[1, 3], image_size: int | tuple[int, int] | None) -> Dataset:
+def image_folder(
+    *,
+    root: str,
+    channels: Literal[1, 3],
+    on_error: Literal["fail", "skip"],
+    max_skips: Natural | PositiveShare,
+    image_size: int | tuple[int, int] | None,
+) -> Dataset:
     """Images under `root`/train/CLASS/, and where they exist `root`/val/CLASS/ and `root`/test/CLASS/.
 
-    Folders within a class folder belong to the class; hidden files and other files than images are passed over.
+    Folders within a class folder belong to the class; hidden files and folders and other files than images are passed
+    over.
 
     Raises:
-        UserError: a folder is missing, unreadable or empty, or the parts have different classes.
+        UserError: a folder is missing, unreadable or empty, the parts have different classes, or too many images
+            cannot be read.
     """
+    base = data_folder(root, "train/CLASS/IMAGE")
+    found = {name: scan(base / name) for name in ("train", "val", "test") if (base / name).is_dir()}
+    check_classes(root, found)
+    parts, notes = image_files(
+        str(base),
+        {name: image_list(listing) for name, listing in found.items()},
+        image_size=size_pair(image_size),
+        channels=channels,
+        on_error=on_error,
+        max_skips=max_skips,
+    )
+    return Dataset(parts["train"], parts.get("val"), parts.get("test"), found["train"].classes, notes=notes)
+
+
+def data_folder(root: str, layout: str) -> Path:
+    """The folder `root`, which has to hold a folder train."""
     base = Path(root).expanduser()
     if not base.is_dir():
         raise UserError(f"data.root={root}: is {'not a folder' if base.exists() else 'missing'}")
     if not (base / "train").is_dir():
-        raise UserError(f"data.root={root}: {base / 'train'} is missing; images are expected as train/CLASS/IMAGE")
-    found = {name: _classes(base / name) for name in ("train", "val", "test") if (base / name).is_dir()}
-    classes = tuple(found["train"])
-    for name, theirs in found.items():
-        for missing in set(classes) - set(theirs):
-            raise UserError(f"data.root={root}: the class folder {base / name / missing} is missing; train has it")
-        for extra in set(theirs) - set(classes):
-            raise UserError(f"data.root={root}: train has no class folder like {base / name / extra}")
-    parts = {name: _files(theirs, size_pair(image_size), channels) for name, theirs in found.items()}
-    return Dataset(parts["train"], parts.get("val"), parts.get("test"), classes)
+        raise UserError(f"data.root={root}: {base / 'train'} is missing; images are expected as {layout}")
+    return base
 
 
-def _classes(folder: Path) -> dict[str, list[str]]:
-    """The images of each class, in a fixed order."""
-    result = {}
-    for name in sorted(_entries(folder)):
-        if not name.startswith(".") and (folder / name).is_dir():
-            result[name] = sorted(_images(folder / name))
-            if not result[name]:
-                raise UserError(f"data=image_folder: {folder / name} has no images")
-    if not result:
-        raise UserError(f"data=image_folder: {folder} has no class folders; images are expected as CLASS/IMAGE in it")
-    return result
+def check_classes(root: str, found: dict[str, Listing]) -> None:
+    """Refuses parts with other classes than train's."""
+    classes = found["train"].classes
+    for listing in found.values():
+        for missing in sorted(set(classes) - set(listing.classes)):
+            raise UserError(f"data.root={root}: the class folder {listing.folder / missing} is missing; train has it")
+        for extra in sorted(set(listing.classes) - set(classes)):
+            raise UserError(f"data.root={root}: train has no class folder like {listing.folder / extra}")
 
 
-def _images(folder: Path) -> Iterator[str]:
-    def fail(error: OSError) -> None:
-        raise _unreadable(Path(error.filename), error)
-
-    for current, _, names in os.walk(folder, onerror=fail, followlinks=True):
-        yield from (os.path.join(current, name) for name in names if is_image(Path(name)))
-
-
-def _entries(folder: Path) -> list[str]:
-    try:
-        return os.listdir(folder)
-    except OSError as error:
-        raise _unreadable(folder, error) from error
-
-
-def _unreadable(folder: Path, error: OSError) -> UserError:
-    return UserError(f"data=image_folder: {folder}: cannot be read ({error.strerror})")
-
-
-def _files(classes: dict[str, list[str]], size: tuple[int, int] | None, channels: int) -> Files:
-    paths = [path for images in classes.values() for path in images]
-    counts = torch.tensor([len(images) for images in classes.values()])
-    return Files(paths, torch.arange(len(classes)).repeat_interleave(counts), size, channels)
+def image_list(listing: Listing) -> ImageList:
+    targets = torch.arange(len(listing.classes)).repeat_interleave(torch.from_numpy(listing.counts))
+    return ImageList(listing.paths, targets, str(listing.folder))

@@ -120,7 +120,12 @@ def _centre_box(width: int, height: int, size: tuple[int, int]) -> tuple[float, 
 
 
 def _orientation(image: "Image") -> int:
-    return image.getexif().get(_ORIENTATION, 1) if "exif" in image.info else 1
+    if "exif" not in image.info:
+        return 1
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # damaged EXIF data raise whatever the parser meets; the pixels are whole
+        return 1
 
 
 def _reason(error: Exception) -> str:

@@ -48,6 +48,7 @@ class Dataset:
     """The three parts of a dataset; `classes` None means regression.
 
     `in_memory`: all parts fit into the memory of the training device as one tensor (decided by `prepare`).
+    `notes`: lines that the user should see, about samples that were left out.
     """
 
     train: Samples
@@ -55,6 +56,7 @@ class Dataset:
     test: Samples | None
     classes: tuple[str, ...] | None
     in_memory: bool = False
+    notes: tuple[str, ...] = ()
 
 
 class InMemory:
@@ -80,33 +82,63 @@ class InMemory:
         return InMemory(self.inputs.index_select(0, indices), self.targets.index_select(0, indices))
 
 
+@dataclass(frozen=True)
+class ImageList:
+    """Image files with their targets, as they were found.
+
+    `paths` [N] is one array of bytes: a list of a million strings would be copied into every worker, page by page, as
+    reference counts change. Relative ones start from `folder`, which keeps the array small.
+    """
+
+    paths: np.ndarray
+    targets: Tensor
+    folder: str = ""
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def path(self, index: int) -> str:
+        return os.path.join(self.folder, os.fsdecode(bytes(self.paths[index])))
+
+    def select(self, indices: Tensor) -> "ImageList":
+        return ImageList(self.paths[indices.numpy()], self.targets.index_select(0, indices), self.folder)
+
+
 class Files:
     """Images in files, decoded when they are fetched.
 
     `image_size` None: the images are used as they are and must all have the size of the first.
     `channels`: 1 (grey) or 3 (RGB).
+    `paths`: relative ones start from `folder`.
     """
 
     def __init__(
-        self, paths: "Sequence[str] | np.ndarray", targets: Tensor, image_size: tuple[int, int] | None, channels: int
+        self,
+        paths: "Sequence[str] | np.ndarray",
+        targets: Tensor,
+        image_size: tuple[int, int] | None,
+        channels: int,
+        folder: str = "",
     ) -> None:
-        # One array of bytes: a list of a million strings would be copied into every worker, page by page, as
-        # reference counts change.
-        self._paths = paths if isinstance(paths, np.ndarray) else np.array([os.fsencode(path) for path in paths])
-        self.targets = targets
+        array = paths if isinstance(paths, np.ndarray) else np.array([os.fsencode(path) for path in paths])
+        self._images = ImageList(array, targets, folder)
         self.image_size = image_size
         self.channels = channels
         self._size = image_size if image_size is not None else self._native_size()
+
+    @property
+    def targets(self) -> Tensor:
+        return self._images.targets
 
     @property
     def shape(self) -> tuple[int, ...]:
         return (self.channels, *self._size)
 
     def __len__(self) -> int:
-        return len(self.targets)
+        return len(self._images)
 
     def path(self, index: int) -> str:
-        return os.fsdecode(bytes(self._paths[index]))
+        return self._images.path(index)
 
     def fetch(self, indices: Tensor) -> Tensor:
         result = torch.empty((len(indices), *self.shape), dtype=torch.uint8)
@@ -121,8 +153,7 @@ class Files:
     def select(self, indices: Tensor) -> "Files":
         chosen = Files.__new__(Files)
         chosen.__dict__.update(self.__dict__)
-        chosen._paths = self._paths[indices.numpy()]
-        chosen.targets = self.targets.index_select(0, indices)
+        chosen._images = self._images.select(indices)
         return chosen
 
     def _native_size(self) -> tuple[int, int]:

@@ -61,7 +61,7 @@ def prepare(
     if in_memory:
         train = materialize(train, _workers(settings, train, processes))
         val = None if val is None else materialize(val, _workers(settings, val, processes))
-    return Dataset(train, val, test, dataset.classes, in_memory)
+    return Dataset(train, val, test, dataset.classes, in_memory, dataset.notes)
 
 
 def split(samples: Samples, count: int, seed: int, *counters: int, spare: bool = False) -> tuple[Tensor, Tensor]:

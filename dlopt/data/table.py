@@ -2,15 +2,19 @@
 
 import csv as csv_module
 import math
+import os
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dlopt.data.images import size_pair
-from dlopt.data.samples import Dataset, Files
+from dlopt.data.samples import Dataset, ImageList
+from dlopt.data.verify import image_files
 from dlopt.errors import UserError
+from dlopt.ranges import Natural, PositiveShare
 
 _PARTS = ("train", "val", "test")
 
@@ -24,6 +28,8 @@ def csv(
     split_column: str | None,
     labels: Literal["class", "value"],
     channels: Literal[1, 3],
+    on_error: Literal["fail", "skip"],
+    max_skips: Natural | PositiveShare,
     image_size: int | tuple[int, int] | None,
 ) -> Dataset:
     """Images whose paths and labels stand in a CSV file with a header line.
@@ -47,19 +53,21 @@ def csv(
         if name not in _PARTS:
             raise UserError(f"{where}: {split_column} is {name!r}; train, val or test are allowed")
         image = base / row[path_column].strip()
-        if not image.is_file():
+        if on_error == "fail" and not image.is_file():
             raise UserError(f"{where}: {image} is missing or no file")
         parts[name].append((str(image), row[label_column].strip()))
     if not parts["train"]:
         raise UserError(f"data.file={file}: has no training rows")
     classes = tuple(sorted({label for _, label in parts["train"]})) if labels == "class" else None
-    size = size_pair(image_size)
-    train, val, test = (
-        Files([path for path, _ in part], _targets(file, part, classes), size, channels) if part else None
-        for part in parts.values()
+    files, notes = image_files(
+        str(path),
+        {name: _images(file, part, classes) for name, part in parts.items() if part},
+        image_size=size_pair(image_size),
+        channels=channels,
+        on_error=on_error,
+        max_skips=max_skips,
     )
-    assert train is not None
-    return Dataset(train, val, test, classes)
+    return Dataset(files["train"], files.get("val"), files.get("test"), classes, notes=notes)
 
 
 def _rows(path: Path, columns: list[str]) -> list[tuple[int, dict[str, str]]]:
@@ -82,6 +90,10 @@ def _rows(path: Path, columns: list[str]) -> list[tuple[int, dict[str, str]]]:
         raise UserError(f"data.file={path}: cannot be read ({error.strerror})") from error
     except (csv_module.Error, UnicodeDecodeError) as error:
         raise UserError(f"data.file={path}: is not a CSV file in UTF-8 ({error})") from error
+
+
+def _images(file: str, part: list[tuple[str, str]], classes: tuple[str, ...] | None) -> ImageList:
+    return ImageList(np.array([os.fsencode(path) for path, _ in part]), _targets(file, part, classes))
 
 
 def _targets(file: str, part: list[tuple[str, str]], classes: tuple[str, ...] | None) -> Tensor:

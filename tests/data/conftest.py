@@ -58,3 +58,11 @@ def numbered() -> Callable[..., InMemory]:
         return InMemory(inputs.contiguous(), torch.arange(count) % classes)
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where scans and verifications are kept: not the cache of the person who runs the tests."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder / "dlopt"

@@ -17,7 +17,7 @@ WriteImages = Callable[..., list[Path]]
 
 
 def load(root: Path, size: int | tuple[int, int] | None = None) -> Dataset:
-    return image_folder(root=str(root), channels=3, image_size=size)
+    return image_folder(root=str(root), channels=3, on_error="fail", max_skips=0, image_size=size)
 
 
 @pytest.fixture
@@ -33,6 +33,7 @@ def test_folders_become_classes(root: Path, write_images: WriteImages) -> None:
     (root / "train" / "cat" / "notes.txt").write_text("no image")
     (root / "train" / "cat" / "._000.jpg").write_text("of a file system")
     (root / "train" / ".cache").mkdir()
+    write_images(root / "train" / "dog" / ".thumbnails", 1)
     data = load(root)
     assert data.classes == ("cat", "dog") and data.train.shape == (3, 6, 5)
     assert data.val is not None and data.test is not None
@@ -65,7 +66,8 @@ def test_one_sample_per_class_and_one_channel(
 ) -> None:
     for name in "abc":
         write_images(tmp_path / "train" / name, 1, mode="L", seed=ord(name))
-    parts = prepare(image_folder(root=str(tmp_path), channels=1, image_size=None), settings(val_split=0.1))
+    data = image_folder(root=str(tmp_path), channels=1, on_error="fail", max_skips=0, image_size=None)
+    parts = prepare(data, settings(val_split=0.1))
     assert parts.val is None
     ((inputs, targets),) = Batches(
         parts.train, batch_size=128, device="cpu", in_memory=parts.in_memory, workers=0
@@ -112,18 +114,20 @@ def test_a_class_that_train_lacks_is_named(root: Path) -> None:
 
 
 def test_an_unreadable_folder_is_named(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    listdir, scandir = os.listdir, os.scandir
+    scandir = os.scandir
 
-    def refuse(path: str | Path, name: str, real: Callable[..., object]) -> object:
-        if str(path).endswith(name):
-            raise PermissionError(13, "Permission denied", str(path))
-        return real(path)
+    def refuse(name: str) -> Callable[[bytes], object]:
+        def look(path: bytes) -> object:
+            if os.fsdecode(path).rstrip("/").endswith(name):
+                raise PermissionError(13, "Permission denied", path)
+            return scandir(path)
 
-    monkeypatch.setattr(os, "listdir", lambda path: refuse(path, "val", listdir))
+        return look
+
+    monkeypatch.setattr(os, "scandir", refuse("val"))
     with pytest.raises(UserError, match=rf"{root}/val: cannot be read \(Permission denied\)"):
         load(root)
-    monkeypatch.setattr(os, "listdir", listdir)
-    monkeypatch.setattr(os, "scandir", lambda path: refuse(path, "dog", scandir))
+    monkeypatch.setattr(os, "scandir", refuse("dog"))
     with pytest.raises(UserError, match=rf"{root}/train/dog: cannot be read \(Permission denied\)"):
         load(root)
 

@@ -25,6 +25,8 @@ def table(tmp_path: Path, write_images: Callable[..., list[Path]]) -> Callable[.
             "split_column": None,
             "labels": "class",
             "channels": 3,
+            "on_error": "fail",
+            "max_skips": 0,
             "image_size": None,
         }
         return csv(**{"file": str(file), **options, **changed})
