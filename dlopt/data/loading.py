@@ -19,6 +19,8 @@ from dlopt.errors import RunError, UserError
 _CHUNK_BYTES = 1 << 22  # of inputs that pass through at once where a dataset is read from end to end
 _WORTH_WORKERS = 1000  # samples; below, starting processes takes longer than decoding
 _MAX_WORKERS = 16
+_PIECE = 32  # samples that a worker fetches at a time: all workers share in a batch, so the first one comes early
+_AHEAD = 2  # batches that are fetched ahead of their use
 _GRACE = 60  # seconds for which a worker outlives a termination signal, see `_start_worker`
 
 
@@ -37,21 +39,18 @@ def worker_count(workers: int | Literal["auto"], samples: Samples, processes: in
 
 
 class Loader:
-    """Fetches batches of samples in order, in `workers` processes (0: in this one) that live until `close`."""
+    """Fetches batches of samples in order, in `workers` processes (0: in this one) that live until `close`.
+
+    Workers fetch pieces of batches, which are put together here, in page-locked memory where `pin` asks for it. They
+    work two batches ahead, and at least two pieces each; that bounds the memory.
+    """
 
     def __init__(self, samples: Samples, workers: int, pin: bool = False) -> None:
+        self._samples = samples
+        self._workers = workers
+        self._pin = pin
         self._plan = _Plan()
-        self._loader: DataLoader[Any] = DataLoader(
-            _Fetch(samples),  # type: ignore[arg-type]
-            batch_sampler=self._plan,  # type: ignore[arg-type]
-            collate_fn=_unchanged,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            worker_init_fn=_start_worker,
-            pin_memory=pin,
-            generator=torch.Generator(),  # its own: the global one must not depend on how data is read
-        )
-        self._started = False
+        self._loader: DataLoader[Any] | None = None
 
     def run(self, parts: Sequence[Tensor]) -> Iterator[Tensor]:
         """Inputs for each tensor of indices in `parts`. A new run ends an unfinished one.
@@ -60,23 +59,56 @@ class Loader:
             UserError: a sample cannot be read.
             RunError: a worker process was killed.
         """
-        self._plan.parts = [part.numpy() for part in parts]
+        if not parts:
+            return
+        longest = max(len(part) for part in parts)
+        pieces = [part.split(_PIECE) if self._workers else (part,) for part in parts]
+        self._plan.parts = [piece.numpy() for cut in pieces for piece in cut]
         try:
-            for fetched in self._start():
-                if isinstance(fetched, UserError):
-                    raise fetched
-                yield fetched
+            fetched = self._start(longest)
+            for part, cut in zip(parts, pieces, strict=True):
+                yield self._assemble(len(part), [len(piece) for piece in cut], fetched)
         except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
             # A worker that dies while it hands a batch over breaks the connection; otherwise torch finds it missing.
             # What a worker itself has raised comes as "Caught ...", and is no death.
             told = str(error) or type(error).__name__
             broken = not isinstance(error, RuntimeError) or told.startswith("DataLoader worker (pid")
-            if self._loader.num_workers > 0 and broken and not told.startswith("Caught"):
+            if self._workers > 0 and broken and not told.startswith("Caught"):
                 raise RunError(f"a data loader worker died (out of memory?): {told}") from error
             raise
 
-    def _start(self) -> Iterator[Any]:
-        if self._started or self._loader.num_workers == 0:
+    def _assemble(self, total: int, lengths: list[int], fetched: Iterator[Any]) -> Tensor:
+        """The next `total` samples, from pieces of the given lengths."""
+        batch: Tensor | None = None
+        filled = 0
+        for length in lengths:
+            piece = next(fetched)
+            if isinstance(piece, UserError):
+                raise piece
+            if length == total and not self._pin:
+                return piece
+            if batch is None:
+                batch = torch.empty((total, *piece.shape[1:]), dtype=piece.dtype, pin_memory=self._pin)
+            batch[filled : filled + length] = piece
+            filled += length
+        assert batch is not None
+        return batch
+
+    def _start(self, longest: int) -> Iterator[Any]:
+        if self._loader is not None:
+            return iter(self._loader)
+        ahead = max(_AHEAD, -(-_AHEAD * longest // (_PIECE * max(1, self._workers))))
+        self._loader = DataLoader(
+            _Fetch(self._samples),  # type: ignore[arg-type]
+            batch_sampler=self._plan,  # type: ignore[arg-type]
+            collate_fn=_unchanged,
+            num_workers=self._workers,
+            prefetch_factor=ahead if self._workers else None,
+            persistent_workers=self._workers > 0,
+            worker_init_fn=_start_worker,
+            generator=torch.Generator(),  # its own: the global one must not depend on how data is read
+        )
+        if self._workers == 0:
             return iter(self._loader)
         handler = signal.getsignal(signal.SIGCHLD)
         iterator = iter(self._loader)
@@ -87,11 +119,12 @@ class Loader:
         # Registered once the workers run, so that it comes before multiprocessing's own exit hook, which would send
         # them a signal that they outlive for a while, and wait.
         atexit.register(_close, weakref.ref(self))
-        self._started = True
         return iterator
 
     def close(self) -> None:
         """Ends the worker processes."""
+        if self._loader is None:
+            return
         iterator, self._loader._iterator = self._loader._iterator, None
         if iterator is not None and hasattr(iterator, "_shutdown_workers"):
             iterator._shutdown_workers()
