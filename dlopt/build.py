@@ -168,7 +168,12 @@ def _first_inputs(samples: Samples, normalize: nn.Module, shape: tuple[int, ...]
 def training_batches(setup: Setup) -> Batches:
     experiment, dataset = setup.experiment, setup.dataset
     settings = experiment.settings
-    sampler = experiment.sampler.build(targets=dataset.train.targets, seed=stream(settings.order_seed, _ORDER))
+    sampler = experiment.sampler.build(
+        targets=dataset.train.targets,
+        samples=dataset.train,
+        batch_size=experiment.data_settings.batch_size,
+        seed=stream(settings.order_seed, _ORDER),
+    )
     drop_last = experiment.data_settings.drop_last
     seed = stream(settings.augmentation_seed, _AUGMENTATION)
     return _batches(setup, dataset.train, sampler=sampler, augment=setup.augment, seed=seed, drop_last=drop_last)

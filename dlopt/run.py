@@ -1,23 +1,24 @@
 """A run: build everything, fit, test the best model once, write the summary."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dlopt import build, schedules
 from dlopt.build import Setup
 from dlopt.config.experiment import Experiment
+from dlopt.data.samplers import Attentive
 from dlopt.engine.averaging import ExponentialAverage, at_evaluation_point
 from dlopt.engine.checkpoint import Checkpoints, load
 from dlopt.engine.evaluate import evaluate
 from dlopt.engine.interruption import Interruption
 from dlopt.engine.loop import Progress, Training, fit
-from dlopt.engine.metrics import Sums
+from dlopt.engine.metrics import Sums, sample_losses
 from dlopt.engine.step import Closure, Update
 from dlopt.engine.stopping import Best
 from dlopt.errors import UserError
@@ -95,6 +96,7 @@ def _tracking(run: Run, console: bool) -> Tracking:
 def _training(setup: Setup, run: Run, length: Length, tracking: Tracking) -> Training:
     experiment, settings = run.experiment, run.experiment.settings
     batches = build.training_batches(setup)
+    sampler = batches.sampler if isinstance(batches.sampler, Attentive) else None
     build.check_single_values(setup)
     optimizer = build.optimizer_of(setup)
     closure = Closure(
@@ -139,8 +141,15 @@ def _training(setup: Setup, run: Run, length: Length, tracking: Tracking) -> Tra
         save_every_epochs=settings.checkpoint.every_epochs,
         save_every_steps=settings.checkpoint.every_steps,
         log_every_steps=settings.log_every_steps,
-        sums=Sums(setup.classify),
+        sums=Sums(setup.classify, None if sampler is None else _teaching(sampler, setup.loss)),
+        sampler=sampler,
+        figures=getattr(batches.sampler, "figures", dict),
     )
+
+
+def _teaching(sampler: Attentive, loss: nn.Module) -> Callable[[Tensor, Tensor], None]:
+    """Tells `sampler` the losses of the samples that it has served."""
+    return lambda outputs, targets: sampler.observe(sample_losses(loss, outputs, targets))
 
 
 def _validation(

@@ -29,7 +29,7 @@ class Group:
 GROUPS: Mapping[str, Group] = {
     "data": Group((), DataSettings),
     "normalize": Group(("input_shape",)),
-    "sampler": Group(("targets", "seed")),
+    "sampler": Group(("targets", "samples", "batch_size", "seed")),
     "augmentation": Group(("input_shape", "classes", "train")),
     "model": Group(("input_shape", "classes")),
     "init": Group(("model", "generator", "inputs")),

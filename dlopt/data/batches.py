@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dlopt.data.loading import Loader, materialize, worker_count
-from dlopt.data.samplers import Sampler, Sequential
+from dlopt.data.samplers import Attentive, Sampler, Sequential
 from dlopt.data.samples import Samples
 from dlopt.errors import UserError
 from dlopt.random import generator
@@ -70,8 +70,8 @@ class Batches:
         share: Callable[[int], slice] | None = None,
     ) -> None:
         self._device = torch.device(device)
-        self._sampler = sampler if sampler is not None else Sequential(targets=samples.targets)
-        drawn = len(self._sampler)
+        self.sampler = sampler if sampler is not None else Sequential(targets=samples.targets)
+        drawn = len(self.sampler)
         self.batch_size = drawn if batch_size == "full" else min(batch_size, drawn)
         if drop_last and batch_size != "full" and batch_size > drawn:
             raise UserError(
@@ -103,7 +103,10 @@ class Batches:
         `step` is the global number of the update that the first batch given out serves: the augmentation of each
         batch is drawn from (seed, number of its update).
         """
-        order = self._sampler.order(epoch)[start * self.batch_size : self.count]
+        attentive = self.sampler if isinstance(self.sampler, Attentive) else None
+        if attentive is not None:
+            attentive.begin()
+        order = self.sampler.order(epoch)[start * self.batch_size : self.count]
         totals = [len(part) for part in order.split(self.batch_size)] if len(order) else []
         shares = [slice(0, total) if self._share is None else self._share(total) for total in totals]
         indices = self._cut(order.to(self._device), shares)
@@ -117,6 +120,8 @@ class Batches:
                 )
             if self._normalize is not None:
                 inputs = self._normalize(inputs)
+            if attentive is not None:
+                attentive.serve(step + number, order[number * self.batch_size :][part])
             yield inputs.to(dtype=self._dtype, memory_format=self._memory_format), targets
 
     def close(self) -> None:

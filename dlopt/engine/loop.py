@@ -27,6 +27,11 @@ class Batches(Protocol):
         ...
 
 
+class Stateful(Protocol):
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
 class Tracking(Protocol):
     def advance(self, step: int) -> None: ...
     def step(self, step: int, values: Mapping[str, float]) -> None: ...
@@ -68,6 +73,8 @@ class Training:
     log_every_steps: int | None
     progress: Progress = field(default_factory=Progress)
     sums: Sums = field(default_factory=lambda: Sums(classify=True))
+    sampler: Stateful | None = None  # where the order of the samples depends on more than seed and epoch
+    figures: Callable[[], Mapping[str, float]] = dict  # more of them at the end of an epoch
 
     def state_dict(self) -> dict[str, Any]:
         closure = self.update.closure
@@ -81,6 +88,7 @@ class Training:
                 **vars(self.progress),
                 "lr": float(self.update.rate),
                 "sums": self.sums.state_dict(),
+                "sampler": None if self.sampler is None else self.sampler.state_dict(),  # behind what the sums tell it
                 "stopping": self.stopping.state_dict(),
                 "best": self.best.state_dict(),
                 "scaler": None if closure.scaler is None else closure.scaler.state_dict(),
@@ -109,6 +117,9 @@ class Training:
         if self.average is not None:
             self.average.load_state_dict(state["ema"])
         self.sums.load_state_dict(progress.pop("sums"))
+        sampler = progress.pop("sampler", None)
+        if self.sampler is not None and sampler is not None:
+            self.sampler.load_state_dict(sampler)
         self.stopping.load_state_dict(progress.pop("stopping"))
         self.best.load_state_dict(progress.pop("best"))
         self.update.rate = progress.pop("lr")
@@ -184,13 +195,14 @@ def _end_epoch(t: Training, clock: "_Clock", interruption: Interruption) -> bool
         "step": progress.step,
         "lr": float(t.update.rate),
         **t.sums.means("train"),
+        **t.figures(),
     }
     if evaluated and t.validate is not None:
         figures = t.validate(interruption)
         if figures is None:
             return False
         metrics |= figures
-    t.sums = Sums(t.sums.classify)
+    t.sums = Sums(t.sums.classify, t.sums.watch)
     progress.epoch, progress.position = epoch, 0
     clock.stop()
     improved = False

@@ -1,10 +1,10 @@
 """Sample-weighted means over an epoch, without a host-device synchronization per step."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _HELD_NUMBERS = 1 << 20  # outputs held back before they are counted: 4 MiB in fp32
 
@@ -16,8 +16,10 @@ class Sums:
     The sums do not depend on when they are counted, so a resumed epoch ends with the uninterrupted one's figures.
     """
 
-    def __init__(self, classify: bool) -> None:
+    def __init__(self, classify: bool, watch: Callable[[Tensor, Tensor], None] | None = None) -> None:
+        """`watch` is shown the outputs and targets of many steps at once, in their order, whenever they are counted."""
         self.classify = classify
+        self.watch = watch
         self.loss = 0.0
         self.right = 0
         self.count = 0
@@ -32,7 +34,7 @@ class Sums:
         """Takes a batch's mean loss (scalar), outputs [B, K] and targets [B] (or [B, K]: probabilities)."""
         self._losses.append(loss)
         self._counts.append(len(targets))
-        if self.classify:
+        if self.classify or self.watch is not None:
             self._outputs.append(outputs)
             self._targets.append(targets)
             self._held += outputs.numel()
@@ -55,6 +57,8 @@ class Sums:
         for loss, count in zip(losses, self._counts, strict=True):
             self.loss += loss * count
             self.count += count
+        if self.watch is not None:
+            self.watch(torch.cat(self._outputs), torch.cat(self._targets))
         self._losses, self._counts, self._outputs, self._targets, self._held = [], [], [], [], 0
 
     def means(self, prefix: str) -> dict[str, float]:
@@ -82,3 +86,13 @@ class Sums:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.loss, self.right, self.count = state["loss"], state["right"], state["count"]
         self._reported = self.loss, self.right, self.count
+
+
+@torch.no_grad()
+def sample_losses(loss: nn.Module, outputs: Tensor, targets: Tensor) -> Tensor:
+    """The loss of each sample [N]: what `loss` gives for it as a batch of one. `targets` as `Sums.add` takes them.
+
+    In float64 where the device has it, so that the figures do not show how many samples are computed at once.
+    """
+    outputs = outputs.float() if outputs.device.type == "mps" else outputs.double()
+    return torch.vmap(lambda output, target: loss(output.unsqueeze(0), target.unsqueeze(0)))(outputs, targets)

@@ -1,21 +1,9 @@
-"""The order in which an epoch visits the training samples: a function of the seed and of the epoch."""
-
-from typing import Protocol
+"""Samplers that look at nothing but the number of samples."""
 
 import torch
 from torch import Tensor
 
 from dlopt.random import generator
-
-
-class Sampler(Protocol):
-    def __len__(self) -> int:
-        """Indices in an epoch."""
-        ...
-
-    def order(self, epoch: int) -> Tensor:
-        """int64 indices of epoch `epoch` (from 0), the same at every call."""
-        ...
 
 
 class Random:
@@ -43,3 +31,17 @@ class Sequential:
 
     def order(self, epoch: int) -> Tensor:
         return torch.arange(self._count)
+
+
+class WithReplacement:
+    """As many independent draws as there are samples: an epoch sees a share of about 1 - 1/e of them."""
+
+    def __init__(self, *, targets: Tensor, seed: int) -> None:
+        self._count = len(targets)
+        self._seed = seed
+
+    def __len__(self) -> int:
+        return self._count
+
+    def order(self, epoch: int) -> Tensor:
+        return torch.randint(self._count, (self._count,), generator=generator("cpu", self._seed, epoch))
