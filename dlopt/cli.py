@@ -14,7 +14,7 @@ USAGE = f"""\
 dlopt {dlopt.__version__}: runs experiments on the optimization of deep networks
 
   dlopt train [group=choice] [key=value] [-m]    train; `dlopt train --help` lists every group, choice and key
-  dlopt eval checkpoint=PATH [key=value]         test a checkpoint
+  dlopt eval checkpoint=PATH [tta=CHOICE]        test a checkpoint, or the mean of several; with many crops
   dlopt show-batch [group=choice] [key=value]    draw what an augmentation does to images
   dlopt trajectory schedule=a,b [key=value]      draw learning-rate curves into one picture
   dlopt options [group | group=choice]           every choice of every group; a group's keys with their defaults

@@ -1,0 +1,1 @@
+"""Testing trained models: views of an image averaged, figures beyond loss and accuracy, use without training data."""

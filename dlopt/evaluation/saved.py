@@ -1,0 +1,61 @@
+"""What the commands on checkpoints have in common: reading their command lines, changing keys of a saved config."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dlopt.config.compose import explain_grammar
+from dlopt.errors import UserError
+
+
+def typed_values(arguments: Iterable[str]) -> dict[str, Any]:
+    """The values of `key=value` lines. Raises `UserError`."""
+    values = {}
+    for line in arguments:
+        try:
+            [override] = OverridesParser.create().parse_overrides([line])
+        except HydraException:
+            raise UserError(explain_grammar(line)) from None
+        if override.is_sweep_override():
+            raise UserError(f"{line}: one value is needed; a list is written [a,b]")
+        values[override.get_key_element()] = override.value()
+    return values
+
+
+def take_path(values: dict[str, Any], command: str) -> Path:
+    """The checkpoint, which leaves `values`."""
+    path = values.pop("checkpoint", None)
+    if not isinstance(path, str) or not path:
+        raise UserError(f"checkpoint: a path is needed: dlopt {command} checkpoint=outputs/.../checkpoints/best.pt")
+    return Path(path)
+
+
+def refuse_others(keys: Iterable[str], may_change: Iterable[str]) -> None:
+    """Raises `UserError` for a key of the config that may not be changed."""
+    for key in keys:
+        if key.split(".")[0] not in may_change:
+            raise UserError(f"{key}: the config is the checkpoint's; only {', '.join(may_change)} may be changed")
+
+
+def with_changes(saved: Mapping[str, Any], overrides: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The saved config with the typed keys changed. Trust in packages is not taken from the file."""
+    changes = dict(overrides)
+    trusted = changes.pop("allow_packages", [])
+    if saved.get("allow_packages") and not trusted:
+        names = ",".join(saved["allow_packages"])
+        raise UserError(f"checkpoint={path}: it names callables of {names}; trust them by allow_packages=[{names}]")
+    config = OmegaConf.create({**saved, "allow_packages": trusted})
+    OmegaConf.set_struct(config, True)
+    for key, value in changes.items():
+        try:
+            OmegaConf.update(config, key, value, merge=False)
+        except OmegaConfBaseException:
+            raise UserError(f"{key}={value}: the checkpoint's config has no such key") from None
+    plain = OmegaConf.to_container(config, resolve=False)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}

@@ -1,0 +1,208 @@
+"""`dlopt eval`: figures of a run, views and ensembles, and what it writes."""
+
+import contextlib
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn import metrics
+from torch.nn import functional as F
+
+from dlopt.build import set_up
+from dlopt.config.experiment import parse
+from dlopt.engine.checkpoint import load
+from tests.commands.line import Result, dlopt, entries, refused
+
+RUN = (
+    "model=resnet20",
+    "model.width=4",
+    "data.subset=300",
+    "data.batch_size=20",
+    "epochs=3",
+    "threads=1",
+    "tracking=[]",
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two runs `a` and `b`, which differ in their seed."""
+    folder = tmp_path_factory.mktemp("runs")
+    for seed, name in enumerate("ab"):
+        line = (*RUN, f"seed={seed}")
+        result = dlopt(folder, "train", *line, f"hydra.run.dir={name}")
+        assert result.code == 0, result.err
+    return folder
+
+
+def figures_of(folder: Path, *arguments: str, run: str = "a") -> dict[str, Any]:
+    result = dlopt(folder, "eval", *arguments)
+    assert (result.code, result.err) == (0, "")
+    figures: dict[str, Any] = json.loads((folder / run / "eval.json").read_text())
+    return figures
+
+
+def outputs(folder: Path, run: str, views: Any = lambda x: [x]) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """The outputs of best.pt for each view of the test images, and the targets."""
+    state = load(folder / run / "checkpoints/best.pt")
+    setup = set_up(parse(state["config"]), state["normalize"])
+    assert setup.dataset.test is not None
+    setup.module.load_state_dict(state["model"])
+    setup.module.eval()
+    indices = torch.arange(len(setup.dataset.test))
+    images = setup.dataset.test.fetch(indices).float()
+    with torch.no_grad():
+        return [setup.module(setup.normalize(view)) for view in views(images)], setup.dataset.test.targets
+
+
+def test_figures_are_the_runs_own_to_the_last_digit(folder: Path) -> None:
+    summary = json.loads((folder / "a/summary.json").read_text())
+    for checkpoint in ("a/checkpoints/best.pt", "[a/checkpoints/best.pt]"):
+        figures = figures_of(folder, f"checkpoint={checkpoint}")
+        assert figures["test_loss"] == summary["test_loss"]
+        assert figures["test_accuracy"] == summary["test_accuracy"]
+        assert figures["tta"] == {"name": "none"} and figures["average"] is None
+    assert 0.15 < figures["test_accuracy"] < 1
+
+
+def test_what_is_written(folder: Path) -> None:
+    figures = figures_of(folder, "checkpoint=a/checkpoints/best.pt", "output=out", run="out")
+    [scores], targets = outputs(folder, "a")
+    predictions = scores.argmax(1)
+    assert figures["test_macro_f1"] == pytest.approx(metrics.f1_score(targets, predictions, average="macro"))
+    assert figures["test_top5_accuracy"] == pytest.approx(metrics.top_k_accuracy_score(targets, scores, k=5))
+    with (folder / "out/confusion.csv").open() as file:
+        head, *rows = csv.reader(file)
+    matrix = np.array([[int(cell) for cell in row[1:]] for row in rows])
+    assert head[1:] == [row[0] for row in rows] == [str(digit) for digit in range(10)]
+    assert (matrix == metrics.confusion_matrix(targets, predictions)).all()
+    recall = metrics.recall_score(targets, predictions, average=None, zero_division=0)
+    assert [row["accuracy"] for row in figures["classes"]] == pytest.approx(recall.tolist())
+    assert sum(row["samples"] for row in figures["classes"]) == len(targets)
+    assert (folder / "out/confusion.png").read_bytes().startswith(b"\x89PNG")
+    assert entries(folder / "out") == {"eval.json", "confusion.csv", "confusion.png"}
+
+
+@pytest.mark.parametrize("average", ["probabilities", "logits"])
+def test_flip_by_hand(folder: Path, average: str) -> None:
+    figures = figures_of(folder, "checkpoint=a/checkpoints/best.pt", "tta=flip", f"average={average}")
+    (plain, mirrored), targets = outputs(folder, "a", lambda x: [x, x.flip(3)])
+    if average == "logits":
+        loss = F.cross_entropy((plain + mirrored) / 2, targets)
+    else:
+        loss = F.nll_loss(((plain.softmax(1) + mirrored.softmax(1)) / 2).log(), targets)
+    assert figures["test_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert figures["average"] == average
+
+
+def test_ensemble_by_hand(folder: Path) -> None:
+    figures = figures_of(folder, "checkpoint=[a/checkpoints/best.pt,b/checkpoints/best.pt]", "data.batch_size=50")
+    ([a], targets), ([b], _) = outputs(folder, "a"), outputs(folder, "b")
+    mean = (a.softmax(1) + b.softmax(1)) / 2
+    assert figures["test_loss"] == pytest.approx(F.nll_loss(mean.log(), targets).item(), rel=1e-5)
+    assert figures["test_accuracy"] == pytest.approx((mean.argmax(1) == targets).double().mean().item())
+    assert figures["checkpoint"] == ["a/checkpoints/best.pt", "b/checkpoints/best.pt"]
+
+
+def test_crops_of_another_size(folder: Path) -> None:
+    from torchvision.transforms.v2.functional import ten_crop
+
+    line = ["tta=ten_crop", "tta.scale=8", "tta.crop=7", "average=logits"]
+    figures = figures_of(folder, "checkpoint=a/checkpoints/best.pt", *line)
+    views, targets = outputs(folder, "a", lambda x: ten_crop(x, [7, 7]))
+    assert figures["test_loss"] == pytest.approx(F.cross_entropy(torch.stack(views).mean(0), targets).item(), rel=1e-5)
+    assert figures["tta"] == {"name": "ten_crop", "scale": 8, "crop": 7}
+    multi = figures_of(
+        folder, "checkpoint=a/checkpoints/best.pt", *line[2:], "tta=multi_scale_ten_crop", "tta.scales=[8]"
+    )
+    assert multi["test_loss"] == figures["test_loss"]
+
+
+def test_files_are_decoded_at_the_size_of_the_crops_source(tmp_path: Path) -> None:
+    from torchvision.transforms.v2.functional import ten_crop
+
+    from dlopt.data.images import decode
+
+    draws = np.random.default_rng(0)
+    for part in ("train", "test"):
+        for label in ("dark", "light"):
+            (tmp_path / "data" / part / label).mkdir(parents=True)
+            for i in range(6):
+                pixels = draws.integers(0, 160, (24, 30, 3), dtype=np.uint8) + np.uint8(90 * (label == "light"))
+                Image.fromarray(pixels).save(tmp_path / "data" / part / label / f"{i}.png")
+    line = ("data=image_folder", "data.root=data", "data.image_size=7", "data.val_split=0.2", "data.batch_size=5")
+    line += ("model=resnet20", "model.width=4", "epochs=2", "threads=1", "hydra.run.dir=run")
+    assert dlopt(tmp_path, "train", *line).code == 0
+    figures = figures_of(tmp_path, "checkpoint=run/checkpoints/best.pt", "tta=ten_crop", "average=logits", run="run")
+    state = load(tmp_path / "run/checkpoints/best.pt")
+    with contextlib.chdir(tmp_path):
+        setup = set_up(parse(state["config"]), state["normalize"])
+    setup.module.load_state_dict(state["model"])
+    setup.module.eval()
+    images = torch.stack([decode(str(path), (8, 8), 3) for path in sorted((tmp_path / "data/test").rglob("*.png"))])
+    with torch.no_grad():
+        scores = torch.stack([setup.module(setup.normalize(view)) for view in ten_crop(images.float(), [7, 7])])
+    expected = F.cross_entropy(scores.mean(0), torch.arange(2).repeat_interleave(6)).item()
+    assert figures["test_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_squared_errors_estimate_probabilities(tmp_path: Path) -> None:
+    line = ("model=mlp", "model.widths=[16]", "loss=mse", "epochs=1", "threads=1", "hydra.run.dir=run")
+    assert dlopt(tmp_path, "train", *line).code == 0
+    figures = figures_of(tmp_path, "checkpoint=run/checkpoints/best.pt", "tta=flip", run="run")
+    (plain, mirrored), targets = outputs(tmp_path, "run", lambda x: [x, x.flip(3)])
+    loss = F.mse_loss((plain + mirrored) / 2, F.one_hot(targets, 10).float())
+    assert figures["test_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert figures["average"] == "logits" and 0 <= figures["test_calibration_error"] <= 1
+
+
+def test_regression(tmp_path: Path) -> None:
+    line = ("data=polynomial", "model=polynomial", "loss=mse", "epochs=2", "threads=1", "hydra.run.dir=run")
+    assert dlopt(tmp_path, "train", *line).code == 0
+    figures = figures_of(tmp_path, "checkpoint=run/checkpoints/best.pt", run="run")
+    assert figures["test_loss"] == json.loads((tmp_path / "run/summary.json").read_text())["test_loss"]
+    assert figures["test_r2"] < 1 and figures["test_mae"] > 0
+    assert "test_accuracy" not in figures and not (tmp_path / "run/confusion.csv").exists()
+    for typed, word in (("tta=flip", "images"), ("average=probabilities", "average=logits")):
+        assert word in refused(tmp_path, "eval", "checkpoint=run/checkpoints/best.pt", typed)
+
+
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        (["tta=nope"], ["tta=nope", "ten_crop"]),
+        (["tta.crop=7"], ["tta.crop=7", "tta=none"]),
+        (["tta=flip", "tta.crop=7"], ["tta.crop=7", "no such key"]),
+        (["tta=ten_crop", "tta.crop=0"], ["tta.crop=0", ">= 1"]),
+        (["tta=ten_crop", "tta.crop=9", "tta.scale=8"], ["tta.scale=8", "9x9"]),
+        (["tta=multi_scale_ten_crop", "tta.scales=8"], ["tta.scales=8"]),
+        (["average=median"], ["average=median"]),
+        (["output=a/config.yaml"], ["output=a/config.yaml"]),
+    ],
+)
+def test_refused(folder: Path, line: list[str], parts: list[str]) -> None:
+    message = refused(folder, "eval", "checkpoint=a/checkpoints/best.pt", *line)
+    for part in parts:
+        assert part in message
+
+
+def test_members_of_an_ensemble_have_one_test_set(folder: Path) -> None:
+    other = dlopt(folder, "train", "model=polynomial", "data=polynomial", "loss=mse", "epochs=1", "hydra.run.dir=c")
+    assert other.code == 0
+    message = refused(folder, "eval", "checkpoint=[a/checkpoints/best.pt,c/checkpoints/best.pt]", "average=logits")
+    assert "c/checkpoints/best.pt" in message and "classes" in message
+    assert "checkpoint=[]" in refused(folder, "eval", "checkpoint=[]")
+
+
+def test_a_model_of_fixed_size_says_which(tmp_path: Path) -> None:
+    line = ("model=mlp", "model.widths=[4]", "data.subset=40", "epochs=1", "threads=1", "hydra.run.dir=run")
+    assert dlopt(tmp_path, "train", *line).code == 0
+    message = refused(tmp_path, "eval", "checkpoint=run/checkpoints/best.pt", "tta=ten_crop", "tta.crop=7")
+    assert "tta.crop=7" in message and "8x8" in message
+    result: Result = dlopt(tmp_path, "eval", "checkpoint=run/checkpoints/best.pt", "tta=ten_crop")
+    assert result.code == 0, result.err
