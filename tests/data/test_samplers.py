@@ -1,9 +1,38 @@
+"""Samplers that look at nothing, and what all samplers promise: equal orders in equal places, shares of every batch."""
+
+from collections.abc import Callable
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dlopt.data.samplers import Random, Sequential
+from dlopt.data.batches import Batches
+from dlopt.data.samplers import (
+    Attentive,
+    ClassBalanced,
+    ClassInterleaved,
+    Diverse,
+    HardExamples,
+    Random,
+    Sampler,
+    Sequential,
+    WithReplacement,
+)
+from dlopt.data.samples import InMemory
 from dlopt.random import generator
+
+ALL: dict[str, Callable[[InMemory], Sampler]] = {
+    "random": lambda s: Random(targets=s.targets, seed=3),
+    "sequential": lambda s: Sequential(targets=s.targets),
+    "with_replacement": lambda s: WithReplacement(targets=s.targets, seed=3),
+    "class_interleaved": lambda s: ClassInterleaved(targets=s.targets, seed=3),
+    "class_balanced": lambda s: ClassBalanced(targets=s.targets, seed=3),
+    "diverse": lambda s: Diverse(targets=s.targets, samples=s, batch_size=8, seed=3, clusters=3),
+    "hard_examples": lambda s: HardExamples(targets=s.targets, seed=3, floor=0.2, max_draws=4.0),
+}
+STATELESS = [name for name in ALL if name != "hard_examples"]
+RANDOM = [name for name in ALL if name != "sequential"]
 
 
 @given(count=st.integers(1, 300), seed=st.integers(0, 2**62), epoch=st.integers(0, 10**6))
@@ -32,3 +61,74 @@ def test_the_global_generator_is_left_alone() -> None:
 def test_sequential() -> None:
     sampler = Sequential(targets=torch.zeros(5))
     assert len(sampler) == 5 and sampler.order(3).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_with_replacement_draws_independently() -> None:
+    sampler = WithReplacement(targets=torch.zeros(1000), seed=5)
+    counts = torch.stack([sampler.order(epoch).bincount(minlength=1000) for epoch in range(200)]).double()
+    assert len(sampler) == 1000 and bool((counts.sum(1) == 1000).all())
+    assert abs(float((counts == 0).double().mean()) - (1 - 1 / 1000) ** 1000) < 0.005  # 5 standard errors are 0.003
+    assert abs(float(counts.var(0).mean()) - 1) < 0.03
+    total = counts.sum(0)
+    assert abs(float(((total - 200) ** 2 / 200).sum()) - 999) < 5 * (2 * 999) ** 0.5  # chi-square
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_orders_are_indices_and_the_same_in_every_process(numbered: Callable[..., InMemory], name: str) -> None:
+    samples = numbered(50)
+    first, second = ALL[name](samples), ALL[name](samples)
+    before = torch.get_rng_state()
+    orders = [first.order(epoch) for epoch in range(4)]
+    assert torch.equal(torch.get_rng_state(), before)
+    for epoch in range(4) if name not in STATELESS else (3, 0, 2, 1):
+        again = second.order(epoch)
+        assert torch.equal(again, orders[epoch]) and torch.equal(second.order(epoch), again)
+        assert again.dtype == torch.int64 and len(again) == len(second)
+        assert 0 <= int(again.min()) and int(again.max()) < 50
+    assert (len({tuple(order.tolist()) for order in orders}) == 4) == (name in RANDOM)
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_seeds_differ(numbered: Callable[..., InMemory], name: str) -> None:
+    samples = numbered(50)
+    same, other = ALL[name](samples), ALL[name](samples)
+    other._seed = 4  # type: ignore[attr-defined]
+    assert not torch.equal(same.order(0), other.order(0))
+
+
+def batches(samples: InMemory, name: str, rank: int = 0, ranks: int = 1) -> Batches:
+    def share(total: int) -> slice:
+        return slice(rank * total // ranks, (rank + 1) * total // ranks)
+
+    sampler = ALL[name](samples)
+    return Batches(samples, batch_size=8, device="cpu", in_memory=True, workers=0, sampler=sampler, share=share)
+
+
+def numbers(inputs: torch.Tensor) -> list[int]:
+    return inputs[:, 0, 0, 0].int().tolist()
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("name", ALL)
+def test_ranks_share_every_batch_without_overlap(numbered: Callable[..., InMemory], name: str, ranks: int) -> None:
+    samples = numbered(50)
+    whole = [numbers(inputs) for inputs, _ in batches(samples, name).epoch(0)]
+    parts = [[numbers(inputs) for inputs, _ in batches(samples, name, r, ranks).epoch(0)] for r in range(ranks)]
+    assert whole == [sum(shares, []) for shares in zip(*parts, strict=True)]
+    assert sum(whole, []) == ALL[name](samples).order(0).tolist()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_an_epoch_goes_on_where_it_stopped(numbered: Callable[..., InMemory], name: str) -> None:
+    samples = numbered(50)
+    whole = [numbers(inputs) for inputs, _ in batches(samples, name).epoch(2)]
+    assert [numbers(inputs) for inputs, _ in batches(samples, name).epoch(2, start=3)] == whole[3:]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_one_sample(numbered: Callable[..., InMemory], name: str) -> None:
+    assert ALL[name](numbered(1)).order(0).tolist() == [0]
+
+
+def test_only_hard_examples_looks_at_losses(numbered: Callable[..., InMemory]) -> None:
+    assert [name for name in ALL if isinstance(ALL[name](numbered(5)), Attentive)] == ["hard_examples"]

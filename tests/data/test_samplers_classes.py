@@ -1,0 +1,106 @@
+"""Class-balanced and class-interleaved orders against brute force and closed forms."""
+
+import itertools
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dlopt.data.samplers import ClassBalanced, ClassInterleaved
+from dlopt.errors import UserError
+
+
+def equal_neighbours(row: list[int]) -> int:
+    return sum(a == b for a, b in itertools.pairwise(row))
+
+
+def interleaved(labels: list[int], epoch: int = 0, seed: int = 0) -> list[int]:
+    """The labels in the order of the sampler, which visits each sample once."""
+    sampler = ClassInterleaved(targets=torch.tensor(labels), seed=seed)
+    order = sampler.order(epoch)
+    assert sorted(order.tolist()) == list(range(len(labels))) and len(sampler) == len(labels)
+    return [labels[i] for i in order]
+
+
+@given(labels=st.lists(st.sampled_from([0, 3, 4, 9]), min_size=1, max_size=8), epoch=st.integers(0, 10**6))
+def test_no_order_has_fewer_equal_neighbours(labels: list[int], epoch: int) -> None:
+    best = min(equal_neighbours(list(row)) for row in set(itertools.permutations(labels)))
+    assert equal_neighbours(interleaved(labels, epoch)) == best
+
+
+@st.composite
+def class_sizes(draw: st.DrawFn) -> list[int]:
+    """Sizes of classes, tight ones among them: the largest about half of all."""
+    others = draw(st.lists(st.integers(1, 60), min_size=1, max_size=12))
+    return [*others, max(1, sum(others) + draw(st.integers(-3, 30)))] if draw(st.booleans()) else others
+
+
+@given(sizes=class_sizes(), seed=st.integers(0, 2**62))
+def test_equal_neighbours_only_beyond_half(sizes: list[int], seed: int) -> None:
+    labels = [label for label, size in enumerate(sizes) for _ in range(size)]
+    count, largest = len(labels), max(sizes)
+    assert equal_neighbours(interleaved(labels, seed=seed)) == max(0, 2 * largest - count - 1)
+
+
+@pytest.mark.parametrize(
+    "shares", [[1] * 10, [1, 1], [1, 1, 1], [4, 4, 2], [5, 4, 1], [5, 5, 1], [26, 26, 26, 22], [1] * 300]
+)
+def test_many_samples_in_a_short_time(shares: list[int]) -> None:
+    """Each is a case of its own: no slack, little, or plenty. With quadratic time this would take minutes."""
+    labels = [label for label, share in enumerate(shares) for _ in range(share * 30_000 // sum(shares))]
+    assert equal_neighbours(interleaved(labels)) == 0
+
+
+@pytest.mark.parametrize("labels", [[0, 0, 1, 1, 2], [0, 0, 0, 0, 1, 2], [0, 1, 2, 3, 4], [0, 0, 1, 1, 2, 2]])
+def test_every_best_arrangement_comes_up(labels: list[int]) -> None:
+    rows = set(itertools.permutations(labels))
+    best = min(equal_neighbours(list(row)) for row in rows)
+    seen = {tuple(interleaved(labels, epoch)) for epoch in range(1000)}
+    assert seen == {row for row in rows if equal_neighbours(list(row)) == best}
+
+
+def test_a_dominating_class_is_broken_up_evenly() -> None:
+    """The few others do not all come first."""
+    row = interleaved([0] * 900 + [1] * 100)
+    assert all(2 <= sum(row[start : start + 100]) <= 25 for start in range(0, 1000, 100))
+
+
+@given(
+    labels=st.lists(st.sampled_from([0, 0, 0, 0, 2, 2, 5]), min_size=1, max_size=60),
+    epochs=st.integers(1, 6),
+    seed=st.integers(0, 2**62),
+)
+def test_classes_and_the_samples_of_a_class_take_turns(labels: list[int], epochs: int, seed: int) -> None:
+    sampler = ClassBalanced(targets=torch.tensor(labels), seed=seed)
+    drawn: Counter[int] = Counter()
+    classes = set(labels)
+    for epoch in range(epochs):
+        order = sampler.order(epoch).tolist()
+        assert len(order) == len(labels) == len(sampler)
+        by_class = Counter(labels[i] for i in order)
+        assert by_class.keys() == classes and max(by_class.values()) - min(by_class.values()) <= 1
+        for start in range(0, len(order) - len(classes) + 1, len(classes)):
+            assert {labels[i] for i in order[start : start + len(classes)]} == classes
+        drawn.update(order)
+    for label in classes:
+        counts = [drawn[i] for i, own in enumerate(labels) if own == label]
+        assert max(counts) - min(counts) <= 1
+    totals = Counter(labels[i] for i in drawn.elements())
+    assert max(totals.values()) - min(totals.values()) <= 1
+
+
+def test_the_samples_of_a_class_come_in_ever_new_orders() -> None:
+    sampler = ClassBalanced(targets=torch.tensor([0] * 30 + [1] * 30), seed=0)
+    orders = [[i for i in sampler.order(epoch).tolist() if i < 30] for epoch in range(5)]
+    assert len({tuple(order) for order in orders}) == 5
+    first_classes = {int(sampler.order(epoch)[0]) < 30 for epoch in range(20)}
+    assert first_classes == {True, False}
+
+
+@pytest.mark.parametrize("sampler", [ClassBalanced, ClassInterleaved])
+def test_a_regression_has_no_classes(sampler: type[ClassBalanced] | type[ClassInterleaved]) -> None:
+    name = {ClassBalanced: "class_balanced", ClassInterleaved: "class_interleaved"}[sampler]
+    with pytest.raises(UserError, match=f"sampler={name}: the targets are numbers, not classes"):
+        sampler(targets=torch.rand(5), seed=0)
