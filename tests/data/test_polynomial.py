@@ -18,7 +18,7 @@ from dlopt.data.settings import DataSettings
 from dlopt.data.splits import prepare
 from dlopt.errors import UserError
 
-EXACT = {
+EXACT: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "sine": lambda x: np.sin(np.pi * x),
     "runge": lambda x: 1 / (1 + 25 * x * x),
     "cubic": lambda x: np.polynomial.legendre.legval(x, [0, 0, 0, 1]),
