@@ -63,7 +63,7 @@ def test_batches_vary_more_than_random_ones() -> None:
     assert diverse.figures() == {}
     order = diverse.order(0)
     features = input_features(InMemory(inputs, own))
-    (name, variation), = diverse.figures().items()
+    ((name, variation),) = diverse.figures().items()
     random = Random(targets=own, seed=0)
     chance = [batch_variation(features, random.order(epoch), 8) for epoch in range(30)]
     assert name == "batch_variation" and variation == batch_variation(features, order, 8)
@@ -100,9 +100,7 @@ def test_k_means_against_scikit_learn(clusters: int) -> None:
         return float(sum(((part - part.mean(0)) ** 2).sum() for part in parts))
 
     ours = inertia(k_means(rows, clusters, generator("cpu", 0)).numpy())
-    single = [
-        inertia(KMeans(clusters, n_init=1, random_state=seed).fit(rows.numpy()).labels_) for seed in range(10)
-    ]
+    single = [inertia(KMeans(clusters, n_init=1, random_state=seed).fit(rows.numpy()).labels_) for seed in range(10)]
     assert min(single) * 0.999 <= ours <= max(single) * 1.05
 
 

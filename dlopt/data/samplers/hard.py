@@ -98,7 +98,7 @@ class HardExamples:
         finite = np.isfinite(values)
         own, steps, values = own[finite], steps[finite], values[finite]
         by = np.lexsort((values, steps, own))
-        by = by[np.append(own[by][1:] != own[by][:-1], [True] * (len(by) > 0))]  # the last one of each sample
+        by = by[np.append(own[by][1:] != own[by][:-1], True)[: len(by)]]  # the last one of each sample
         indices, seen, latest = (torch.from_numpy(each[by]) for each in (own, steps, values))
         same_batch = self._seen[indices] == seen
         self._losses[indices] = torch.where(same_batch, torch.maximum(latest, self._losses[indices]), latest)
