@@ -1,0 +1,148 @@
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dlopt.data import scan as module
+from dlopt.data.scan import Listing, scan
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two classes, one with a folder in it; the scan is worth keeping, and at once."""
+    monkeypatch.setattr(module, "CACHED_FROM", 1)
+    monkeypatch.setattr(module, "_SETTLED", -(10**12))
+    folder = tmp_path / "images"
+    for name in ("b/2.jpg", "b/1.PNG", "a/x/y.jpg", "a/z.jpg", "a/notes.txt", "a/.hidden.jpg", "a/.thumbs/t.jpg"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return folder
+
+
+def same(one: Listing, other: Listing) -> bool:
+    arrays = zip((one.counts, one.paths), (other.counts, other.paths), strict=True)
+    return one.classes == other.classes and all(np.array_equal(a, b) for a, b in arrays)
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """The folders that are listed."""
+    names: list[bytes] = []
+    scandir = os.scandir
+
+    def look(path: bytes) -> object:
+        names.append(path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", look)
+    return names
+
+
+def test_what_is_found(folder: Path) -> None:
+    found = scan(folder)
+    assert found.classes == ("a", "b") and found.counts.tolist() == [2, 2]
+    assert found.paths.tolist() == [b"a/x/y.jpg", b"a/z.jpg", b"b/1.PNG", b"b/2.jpg"]
+
+
+def test_a_second_scan_lists_nothing(folder: Path, looks: list[bytes]) -> None:
+    first = scan(folder)
+    assert len(looks) == 4
+    assert same(scan(folder), first) and len(looks) == 4
+
+
+def add(folder: Path) -> None:
+    (folder / "a/new.jpg").touch()
+
+
+def add_deep(folder: Path) -> None:
+    (folder / "a/x/new.jpg").touch()
+
+
+def add_class(folder: Path) -> None:
+    (folder / "c").mkdir()
+    (folder / "c/0.jpg").touch()
+
+
+def remove(folder: Path) -> None:
+    (folder / "b/2.jpg").unlink()
+
+
+def rename(folder: Path) -> None:
+    (folder / "b/2.jpg").rename(folder / "b/3.jpg")
+
+
+def replace_folder(folder: Path) -> None:
+    (folder / "b").rename(folder.parent / "old")
+    (folder / "b").mkdir()
+    (folder / "b/9.jpg").touch()
+
+
+def remove_folder(folder: Path) -> None:
+    (folder / "a/x/y.jpg").unlink()
+    (folder / "a/x").rmdir()
+
+
+def add_and_set_the_time_back(folder: Path) -> None:
+    """As tools that copy folders with their times do."""
+    before = (folder / "a").stat()
+    (folder / "a/new.jpg").touch()
+    os.utime(folder / "a", ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [add, add_deep, add_class, remove, rename, replace_folder, remove_folder, add_and_set_the_time_back],
+    ids=lambda change: change.__name__,
+)
+def test_a_stale_cache_is_recognised(
+    folder: Path, change: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = scan(folder)
+    time.sleep(0.02)  # file systems tell times apart by ticks of a few milliseconds
+    change(folder)
+    changed = scan(folder)
+    monkeypatch.setattr(module, "_cached", lambda *_: None)
+    assert same(changed, scan(folder)) and not same(changed, first)
+
+
+def test_a_folder_that_has_just_changed_is_not_kept(
+    folder: Path, looks: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_SETTLED", 10**12)
+    scan(folder)
+    scan(folder)
+    assert len(looks) == 8
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "foreign"])
+def test_a_damaged_cache_is_no_cache(folder: Path, looks: list[bytes], own_cache: Path, damage: str) -> None:
+    first = scan(folder)
+    (file,) = own_cache.iterdir()
+    data = bytearray(file.read_bytes())
+    data[-100] ^= 1
+    whole = file.read_bytes()
+    contents = {"flip": bytes(data), "cut": whole[:-10], "empty": b"", "foreign": b"x" * 100}
+    file.write_bytes(contents[damage])
+    assert same(scan(folder), first) and len(looks) == 8
+    assert same(scan(folder), first) and len(looks) == 8  # it was written anew
+
+
+def test_small_folders_and_unwritable_caches_leave_nothing(
+    folder: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "CACHED_FROM", 5)
+    scan(folder)
+    assert not own_cache.exists()
+    monkeypatch.setattr(module, "CACHED_FROM", 1)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    assert same(scan(folder), scan(folder))
+
+
+def test_links_are_followed_but_not_in_circles(folder: Path) -> None:
+    (folder / "b/again").symlink_to(folder / "b")
+    (folder / "b/other").symlink_to(folder / "a/x")
+    found = scan(folder)
+    assert found.paths.tolist()[2:] == [b"b/1.PNG", b"b/2.jpg", b"b/other/y.jpg"]

@@ -1,0 +1,123 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from dlopt.data import verify
+from dlopt.data.folder import image_folder
+from dlopt.data.images import decode
+from dlopt.data.samples import Dataset
+from dlopt.data.splits import prepare
+from dlopt.data.table import csv
+from dlopt.errors import UserError
+
+WriteImages = Callable[..., list[Path]]
+
+
+@pytest.fixture
+def root(tmp_path: Path, write_images: WriteImages) -> Path:
+    for name in "ab":
+        write_images(tmp_path / "train" / name, 6, seed=ord(name))
+    (tmp_path / "train/a/003.png").write_bytes(b"")
+    return tmp_path
+
+
+def load(root: Path) -> Dataset:
+    return image_folder(root=str(root), channels=3, on_error="skip", max_skips=2, image_size=None)
+
+
+@pytest.fixture
+def looked_at(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The images that are decoded to see whether they can be read."""
+    paths: list[str] = []
+
+    def look(path: str, size: tuple[int, int] | None, channels: int) -> torch.Tensor:
+        paths.append(path)
+        return decode(path, size, channels)
+
+    monkeypatch.setattr(verify, "decode", look)
+    monkeypatch.setattr(verify, "_reason", lambda path: f"{path}: broken")
+    return paths
+
+
+def test_only_changed_files_are_looked_at_again(root: Path, looked_at: list[str], write_images: WriteImages) -> None:
+    first = load(root)
+    assert len(looked_at) == 12 and len(first.train) == 11
+    looked_at.clear()
+    # an empty file has no content whose change could be told, so it is looked at every time
+    again = load(root)
+    assert looked_at == [str(root / "train/a/003.png")] and again.notes == first.notes
+    assert torch.equal(again.train.targets, first.train.targets)
+
+    looked_at.clear()
+    (root / "train/a/003.png").write_bytes((root / "train/a/002.png").read_bytes())  # repaired
+    (root / "train/b/001.png").write_bytes(b"damaged")
+    write_images(root / "train/b/new", 1)
+    changed = load(root)
+    assert sorted(looked_at) == [str(root / f"train/{name}") for name in ("a/003.png", "b/001.png", "b/new/000.png")]
+    assert len(changed.train) == 12 and "train/b/001.png" in changed.notes[1]
+
+
+def test_a_damaged_cache_is_no_cache(root: Path, looked_at: list[str], own_cache: Path) -> None:
+    load(root)
+    (file,) = own_cache.glob("readable-*.npz")
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    looked_at.clear()
+    assert len(load(root).train) == 11 and len(looked_at) == 12
+
+
+def test_without_a_cache_folder_every_image_is_looked_at(
+    root: Path, looked_at: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    assert len(load(root).train) == len(load(root).train) == 11
+    assert len(looked_at) == 24
+
+
+def test_workers_find_the_same(root: Path, monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:
+    alone = load(root)
+    for file in own_cache.iterdir():
+        file.unlink()
+    monkeypatch.setattr(verify, "_WORTH_WORKERS", 1)
+    monkeypatch.setattr(verify, "worker_count", lambda *_: 2)
+    assert load(root).notes == alone.notes and len(load(root).train) == 11
+
+
+def test_a_long_list_is_cut_and_kept_whole_in_a_file(
+    tmp_path: Path, write_images: WriteImages, own_cache: Path
+) -> None:
+    write_images(tmp_path / "train/a", 2)
+    bad = [tmp_path / "train/a" / f"bad{number:02d}.jpg" for number in range(23)]
+    for path in bad:
+        path.write_text("no image")
+    data = image_folder(root=str(tmp_path), channels=3, on_error="skip", max_skips=1.0, image_size=None)
+    assert len(data.notes) == 22 and data.notes[-1].startswith("  and 3 more: ")
+    (listed,) = own_cache.glob("skipped-*.txt")
+    assert str(listed) in data.notes[-1] and listed.read_text().splitlines() == [str(path) for path in bad]
+
+
+def test_notes_reach_the_run(root: Path, settings: Callable[..., object]) -> None:
+    data = load(root)
+    assert prepare(data, settings()).notes == data.notes != ()  # type: ignore[arg-type]
+
+
+def test_rows_of_a_table_whose_image_is_missing_or_broken(tmp_path: Path, write_images: WriteImages) -> None:
+    write_images(tmp_path, 3)
+    (tmp_path / "001.png").write_text("no image")
+    rows = "".join(f"{number:03d}.png,{number}.5\n" for number in range(4))
+    (tmp_path / "list.csv").write_text("path,label\n" + rows)
+
+    def table(max_skips: int) -> Dataset:
+        return csv(
+            file=str(tmp_path / "list.csv"), root=None, path_column="path", label_column="label", split_column=None,
+            labels="value", channels=3, on_error="skip", max_skips=max_skips, image_size=None,
+        )  # fmt: skip
+
+    data = table(2)
+    assert data.train.targets.tolist() == [0.5, 2.5]
+    assert [line.split("(")[-1] for line in data.notes[1:]][1] == "No such file or directory)"
+    with pytest.raises(UserError, match=r"data.max_skips=1: more than 1 of 4 images"):
+        table(1)
