@@ -142,6 +142,19 @@ def outputs_of(dataset: Dataset) -> int:
     return 1 if targets.ndim == 1 else targets.shape[1]
 
 
+def data_facts(setup: Setup) -> dict[str, Any]:
+    """What a checkpoint says of the data, so that the model can be used without them: names of the `classes` (None in
+    a regression), number of `outputs`, shape of a `sample`, and of the `window` of it that the model sees.
+    """
+    dataset = setup.dataset
+    return {
+        "classes": None if dataset.classes is None else list(dataset.classes),
+        "outputs": outputs_of(dataset),
+        "sample": list(dataset.train.shape),
+        "window": list(dataset.train.shape if setup.augment is None else setup.augment.output_shape),
+    }
+
+
 def _model(experiment: Experiment, dataset: Dataset, normalize: nn.Module, shape: tuple[int, ...]) -> nn.Module:
     """The model with its first weights, made on the CPU so that they are the same on every device."""
     seed = experiment.settings.init_seed

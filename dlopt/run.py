@@ -136,7 +136,7 @@ def _training(setup: Setup, run: Run, length: Length, tracking: Tracking) -> Tra
         config=experiment.config,
         steps=length.steps,
         epochs=length.epochs,
-        progress=Progress(horizon=length.horizon),
+        progress=Progress(horizon=length.horizon, data=build.data_facts(setup)),
         evaluate_every=settings.evaluate.every_epochs,
         save_every_epochs=settings.checkpoint.every_epochs,
         save_every_steps=settings.checkpoint.every_steps,

@@ -48,6 +48,7 @@ class Progress:
     seconds: float = 0.0
     horizon: int = 0  # updates over which the schedule runs
     resumed_from: list[int] = field(default_factory=list)
+    data: Mapping[str, Any] = field(default_factory=dict)  # what using the model without its data needs to know
 
 
 @dataclass
@@ -126,7 +127,7 @@ class Training:
         scaler = progress.pop("scaler")
         if closure.scaler is not None and scaler is not None:
             closure.scaler.load_state_dict(scaler)
-        self.progress = Progress(**{**progress, "horizon": self.progress.horizon})
+        self.progress = Progress(**{**progress, "horizon": self.progress.horizon, "data": self.progress.data})
         if self.best.epoch == self.progress.epoch and self.progress.position == 0:
             self.checkpoints.restore_best(dict(state))
         self.progress.resumed_from = [*self.progress.resumed_from, self.progress.step]

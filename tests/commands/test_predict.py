@@ -1,0 +1,127 @@
+"""`dlopt predict`: the labels against the model itself, and files that cannot be read."""
+
+import csv
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dlopt.build import set_up
+from dlopt.config.experiment import parse
+from dlopt.engine.checkpoint import load, write
+from tests.commands.line import dlopt, entries, refused
+
+CHECKPOINT = "run/checkpoints/best.pt"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on a folder of images 10x14, brought to 8x8, of which the model sees 6x6."""
+    folder = tmp_path_factory.mktemp("trained")
+    draws = np.random.default_rng(0)
+    for label, low in (("bright, very", 120), ("dark", 0)):
+        (folder / "data/train" / label).mkdir(parents=True)
+        for i in range(10):
+            pixels = draws.integers(low, low + 130, (10, 14, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / "data/train" / label / f"{i}.png")
+    line = ["data=image_folder", "data.root=data", "data.image_size=8", "data.batch_size=4", "augmentation=imagenet"]
+    line += ["augmentation.operations.0.short_side=[8,9]", "augmentation.operations.0.size=6"]
+    line += ["model=mlp", "model.widths=[8]", "epochs=3", "threads=1", "hydra.run.dir=run"]
+    result = dlopt(folder, "train", *line)
+    assert result.code == 0, result.err
+    return folder
+
+
+@pytest.fixture
+def place(trained: Path, tmp_path: Path) -> Path:
+    """The checkpoint and images, without the data that the model was trained on."""
+    shutil.copytree(trained / "run", tmp_path / "run")
+    shutil.copytree(trained / "data/train", tmp_path / "images")
+    return tmp_path
+
+
+def table(path: Path) -> tuple[list[str], list[list[str]]]:
+    with path.open(newline="") as file:
+        head, *rows = csv.reader(file)
+    return head, rows
+
+
+def test_labels_are_the_models(place: Path, trained: Path) -> None:
+    result = dlopt(place, "predict", f"checkpoint={CHECKPOINT}", "images=images", "batch_size=7")
+    assert (result.code, result.err) == (0, "")
+    assert result.out == "20 images labelled: predictions.csv\n"
+    head, rows = table(place / "predictions.csv")
+    assert head == ["image", "class", "probability", "p(bright, very)", "p(dark)"]
+    assert [row[0] for row in rows] == sorted(str(path.relative_to(place)) for path in place.glob("images/*/*.png"))
+
+    state = load(place / CHECKPOINT)
+    state["config"]["data"]["root"] = str(trained / "data")
+    state["config"]["data"]["val_split"] = 0.0
+    setup = set_up(parse(state["config"]), state["normalize"])
+    setup.module.load_state_dict(state["model"])
+    setup.module.eval()
+    images = setup.dataset.train.fetch(torch.arange(20))[:, :, 1:7, 1:7]
+    with torch.no_grad():
+        expected = setup.module(setup.normalize(images)).softmax(1)
+    found = np.array([[float(cell) for cell in row[3:]] for row in rows])
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4)  # six digits are written
+    assert [row[1] for row in rows] == [["bright, very", "dark"][i] for i in expected.argmax(1)]
+    assert {row[1] for row in rows} == {"bright, very", "dark"}
+    assert [float(row[2]) for row in rows] == found.max(1).tolist()
+
+
+def test_one_file_and_another_place(place: Path) -> None:
+    line = ["predict", f"checkpoint={CHECKPOINT}", "images=images/dark/3.png", "output=a/b.csv"]
+    assert dlopt(place, *line).code == 0
+    _, [row] = table(place / "a/b.csv")
+    assert row[0] == "images/dark/3.png"
+
+
+def test_unreadable_files_are_told_and_left_out(place: Path) -> None:
+    (place / "images/dark/3.png").write_bytes(b"")
+    (place / "images/text.jpg").write_text("no image")
+    (place / "images/notes.txt").write_text("not meant")
+    line = ["predict", f"checkpoint={CHECKPOINT}", "images=images"]
+    result = dlopt(place, *line, "max_errors=2")
+    assert result.code == 0 and "19 images labelled, 2 left out" in result.out
+    assert [("images/dark/3.png" in each, "images/text.jpg" in each) for each in result.err.splitlines()] == [
+        (True, False),
+        (False, True),
+    ]
+    assert len(table(place / "predictions.csv")[1]) == 19
+    before = entries(place)
+    result = dlopt(place, *line, "max_errors=1", "output=none.csv")
+    assert result.code == 1 and "max_errors=1" in result.err
+    assert entries(place) == before
+
+
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        ([], ["images", "needed"]),
+        (["images=nowhere"], ["images=nowhere"]),
+        (["images=run/tensorboard"], ["images=run/tensorboard", "no images"]),
+        (["images=images", "output=images"], ["output=images", "folder"]),
+        (["images=images", "max_errors=-1"], ["max_errors=-1"]),
+        (["images=images", "optimizer.lr=1"], ["optimizer.lr", "may be changed"]),
+        (["images=images", "device=tpu"], ["device=tpu", "cpu"]),
+    ],
+)
+def test_refused(place: Path, line: list[str], parts: list[str]) -> None:
+    message = refused(place, "predict", f"checkpoint={CHECKPOINT}", *line)
+    for part in parts:
+        assert part in message
+
+
+def test_no_checkpoint_none_readable_and_an_older_checkpoint(place: Path) -> None:
+    assert "checkpoint: a path is needed" in refused(place, "predict", "images=images")
+    (place / "empty.png").write_bytes(b"")
+    result = dlopt(place, "predict", f"checkpoint={CHECKPOINT}", "images=empty.png")
+    assert result.code == 2 and "none of the files" in result.err
+    state = load(place / CHECKPOINT)
+    del state["progress"]["data"]
+    write(place / CHECKPOINT, lambda file: torch.save(state, file))
+    assert "older dlopt" in refused(place, "predict", f"checkpoint={CHECKPOINT}", "images=images")
