@@ -1,6 +1,7 @@
 """Building the objects of an experiment: what training and testing have in common, and what only training needs."""
 
 import contextlib
+import itertools
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -45,6 +46,7 @@ class Setup:
     loss: nn.Module
     memory_format: torch.memory_format
     augment: Pipeline | None
+    statistics_batches: Batches | None = None  # the training split, where exact batch-norm statistics are wanted
 
     @property
     def device(self) -> torch.device:
@@ -251,10 +253,7 @@ def _smallest_part(count: int, batch_size: int, accumulate: int, drop_last: bool
     """Samples of the smallest micro-batch of an epoch."""
     full, rest = divmod(count, batch_size)
     sizes = ([batch_size] if full else []) + ([rest] if rest and not (drop_last and full) else [])
-    parts = [
-        size - (n - 1) * chunk for size in sizes for chunk in [-(-size // accumulate)] for n in [-(-size // chunk)]
-    ]
-    return min(parts)
+    return min(size // min(accumulate, size) for size in sizes)
 
 
 def check_single_values(setup: Setup) -> None:
@@ -292,13 +291,18 @@ def check_single_values(setup: Setup) -> None:
 
 
 def norm_statistics(
-    setup: Setup, module: nn.Module, model: Callable[[Tensor], Tensor]
+    setup: Setup, module: nn.Module, model: Callable[[Tensor], Tensor], interruption: object = None
 ) -> contextlib.AbstractContextManager[None]:
-    """The batch-norm statistics with which `module` is evaluated: running ones, or exact ones over the training set."""
+    """The batch-norm statistics with which `module` is evaluated: running ones, or exact ones over the training set.
+
+    What is evaluated after an `interruption` on the way is worth nothing.
+    """
     if setup.experiment.settings.norm_statistics == "running":
         return contextlib.nullcontext()
-    batches = evaluation_batches(setup, setup.dataset.train)
-    return exact_statistics(module, model, batches.epoch(0))
+    if setup.statistics_batches is None:
+        setup.statistics_batches = evaluation_batches(setup, setup.dataset.train)
+    batches = itertools.takewhile(lambda _: not interruption, setup.statistics_batches.epoch(0))
+    return exact_statistics(module, model, batches)
 
 
 def warnings(setup: Setup) -> list[str]:

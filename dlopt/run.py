@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dlopt import build, schedules
 from dlopt.build import Setup
 from dlopt.config.experiment import Experiment
+from dlopt.data.batches import Batches
 from dlopt.data.samplers import Attentive
 from dlopt.engine.averaging import ExponentialAverage, at_evaluation_point
 from dlopt.engine.checkpoint import Checkpoints, load
@@ -21,7 +22,7 @@ from dlopt.engine.loop import Progress, Training, fit
 from dlopt.engine.metrics import Sums, sample_losses
 from dlopt.engine.step import Closure, Update
 from dlopt.engine.stopping import Best
-from dlopt.errors import UserError
+from dlopt.errors import RunError, UserError
 from dlopt.random import stream
 from dlopt.tracking.tracking import Tracking
 
@@ -44,10 +45,10 @@ def train(run: Run, *, console: bool = True) -> dict[str, Any]:
     settings, state = run.experiment.settings, run.checkpoint
     with Interruption(settings.max_time) as interruption:
         setup = build.set_up(run.experiment, None if state is None else state["normalize"])
-        length = _length(setup, state)
-        tracking = _tracking(run, console)
-        with tracking:
-            training = _training(setup, run, length, tracking)
+        batches = build.training_batches(setup)
+        length = _length(setup, len(batches), state)
+        with _tracking(run, console) as tracking:
+            training = _training(setup, run, batches, length, tracking)
             if state is not None:
                 training.load_state_dict(state)
             elif settings.init_from is not None:
@@ -72,9 +73,8 @@ class Length:
     horizon: int  # updates over which the schedule runs
 
 
-def _length(setup: Setup, state: Mapping[str, Any] | None) -> Length:
+def _length(setup: Setup, steps_per_epoch: int, state: Mapping[str, Any] | None) -> Length:
     settings = setup.experiment.settings
-    steps_per_epoch = len(build.training_batches(setup))
     steps = settings.steps if settings.steps is not None else settings.epochs * steps_per_epoch
     horizon = steps if settings.schedule_epochs is None else round(settings.schedule_epochs * steps_per_epoch)
     if state is not None and settings.schedule_epochs is None:
@@ -93,9 +93,8 @@ def _tracking(run: Run, console: bool) -> Tracking:
     )
 
 
-def _training(setup: Setup, run: Run, length: Length, tracking: Tracking) -> Training:
+def _training(setup: Setup, run: Run, batches: Batches, length: Length, tracking: Tracking) -> Training:
     experiment, settings = run.experiment, run.experiment.settings
-    batches = build.training_batches(setup)
     sampler = batches.sampler if isinstance(batches.sampler, Attentive) else None
     build.check_single_values(setup)
     optimizer = build.optimizer_of(setup)
@@ -178,7 +177,7 @@ def _validation(
             tracking.evaluating(number, len(batches))
 
     def validate(interruption: Interruption) -> dict[str, float] | None:
-        with at_evaluation_point(optimizer), build.norm_statistics(setup, module, model):
+        with at_evaluation_point(optimizer), build.norm_statistics(setup, module, model, interruption):
             return evaluate(
                 module, model, shown(), setup.loss, classify=setup.classify, prefix="val", interruption=interruption
             )
@@ -216,17 +215,20 @@ def _introduce(setup: Setup, run: Run, training: Training, length: Length, track
 
 
 def _test_best(training: Training, setup: Setup) -> dict[str, Any]:
-    """The test figures of the best model, which stays in `setup.module`."""
+    """The test figures of the best model, which stays in `setup.module`. Raises `RunError`: the run has begun."""
     checkpoints = training.checkpoints
-    if training.best.epoch is not None:
-        state = load(checkpoints.best)
-        setup.module.load_state_dict(state["ema"] or state["model"])
-    elif training.average is not None:
-        setup.module.load_state_dict(training.average.state_dict())
-    else:
-        with at_evaluation_point(training.update.optimizer):
-            return test_figures(setup)
-    return test_figures(setup)
+    try:
+        if training.best.epoch is not None:
+            state = load(checkpoints.best)
+            setup.module.load_state_dict(state["ema"] or state["model"])
+        elif training.average is not None:
+            setup.module.load_state_dict(training.average.state_dict())
+        else:
+            with at_evaluation_point(training.update.optimizer):
+                return test_figures(setup)
+        return test_figures(setup)
+    except UserError as error:
+        raise RunError(f"the run is trained, but its test failed: {error}; mend it and type resume=auto") from error
 
 
 def test_figures(setup: Setup) -> dict[str, Any]:

@@ -167,7 +167,7 @@ def test_the_smallest_micro_batch_is_found(count: int, size: int, accumulate: in
     parts = torch.zeros(count).split(size)
     if drop_last:
         parts = tuple(part for part in parts if len(part) == size)
-    sizes = [len(micro) for part in parts for micro in part.chunk(accumulate)]
+    sizes = [len(micro) for part in parts for micro in part.tensor_split(min(accumulate, len(part)))]
     assert build._smallest_part(count, size, accumulate, drop_last) == min(sizes)
 
 
@@ -181,8 +181,8 @@ def test_the_smallest_micro_batch_is_found(count: int, size: int, accumulate: in
         (["data.batch_size=89", "data.drop_last=true"], False),
         (["data.batch_size=30"], False),
         (["data.batch_size=30", "accumulate=30"], True),
-        (["data.batch_size=31", "accumulate=10"], True),  # the last batch of 28 is cut into 9 * 3 + 1
-        (["data.batch_size=31", "accumulate=8"], False),
+        (["data.batch_size=31", "accumulate=10"], False),  # the last batch of 28 is cut into parts of 3 and 2
+        (["data.batch_size=31", "accumulate=15"], True),  # and here of 2 and 1
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -103,7 +103,7 @@ def test_equals_a_hand_written_loop_in_fp64(tmp_path: Path, optimizer: str) -> N
     else:
         made = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.01)
     for epoch, line in enumerate(metrics(tmp_path)):
-        order = batches._sampler.order(epoch)
+        order = batches.sampler.order(epoch)
         assert sorted(order.tolist()) == list(range(75)), "every sample once"
         total, right = 0.0, 0
         for part in order.split(25):

@@ -47,8 +47,8 @@ class ByValue:
 class Adaptive:
     """Scales each unit's gradient to at most `clipping` times its weight norm (AGC; Brock et al. 2021, eq. 3).
 
-    A unit is one output of a linear or convolutional layer (one row of the weight); biases and gains are taken
-    entry by entry. The final linear layer is left alone, as in the paper.
+    A unit is one output of a linear or convolutional layer (one row of the weight); a bias or gain is one unit as a
+    whole, as in the authors' code. The final linear layer is left alone, as in the paper.
     """
 
     def __init__(self, model: nn.Module, *, clipping: Positive, eps: NonNegative) -> None:
@@ -69,5 +69,5 @@ class Adaptive:
 
 def _unit_norm(tensor: Tensor) -> Tensor:
     if tensor.ndim <= 1:
-        return tensor.abs()
+        return torch.linalg.vector_norm(tensor)
     return torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.ndim)), keepdim=True)

@@ -86,7 +86,8 @@ class Closure:
         if self.accumulate == 1:
             return self._part(inputs, targets, 1.0, backward)
         count = len(targets)
-        parts = zip(inputs.chunk(self.accumulate), targets.chunk(self.accumulate), strict=True)
+        number = min(self.accumulate, count)
+        parts = zip(inputs.tensor_split(number), targets.tensor_split(number), strict=True)
         return torch.stack([self._part(x, y, len(y) / count, backward) for x, y in parts]).sum()
 
     def _part(self, inputs: Tensor, targets: Tensor, share: float, backward: bool) -> Tensor:

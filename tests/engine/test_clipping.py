@@ -79,6 +79,8 @@ def test_unclipped() -> None:
 
 def equation_3(weight: Tensor, gradient: Tensor, clipping: float, eps: float) -> Tensor:
     """G_i <- lambda * max(|W_i|, eps) / |G_i| * G_i where |G_i| / max(|W_i|, eps) > lambda, unit by unit."""
+    if weight.ndim == 1:  # a bias or gain is one unit, as in the authors' code
+        return equation_3(weight[None], gradient[None], clipping, eps)[0]
     result = gradient.clone()
     for i in range(len(weight)):
         w = math.sqrt(sum(x * x for x in weight[i].flatten().tolist()))

@@ -80,7 +80,7 @@ def test_updates_equal_a_plain_loop_bit_for_bit(name: str, accumulate: int) -> N
         inputs, targets = batch(step, size=10 - step)
         optimizer.param_groups[0]["lr"] = base * factor(step)
         optimizer.zero_grad()
-        for x, y in zip(inputs.chunk(accumulate), targets.chunk(accumulate), strict=True):
+        for x, y in zip(inputs.tensor_split(accumulate), targets.tensor_split(accumulate), strict=True):
             outputs = reference(x)
             loss = F.cross_entropy(outputs, y)
             losses += loss.item() * len(y)
@@ -257,7 +257,7 @@ def test_loss_can_be_differentiated_twice() -> None:
     assert all(p.grad is None for p in parameters)
     found = product(loss)
     torch.manual_seed(stream(SEED, 4))
-    parts = zip(inputs.chunk(3), targets.chunk(3), strict=True)
+    parts = zip(inputs.tensor_split(3), targets.tensor_split(3), strict=True)
     expected = product(sum(F.cross_entropy(model(x), y, reduction="sum") for x, y in parts) / 10)  # type: ignore[arg-type]
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-14)
