@@ -1,6 +1,10 @@
 """Fetching samples in worker processes, ahead of their use."""
 
 import atexit
+import contextlib
+import ctypes
+import math
+import mmap
 import os
 import signal
 import threading
@@ -21,6 +25,7 @@ _WORTH_WORKERS = 1000  # samples; below, starting processes takes longer than de
 _MAX_WORKERS = 16
 _PIECE = 32  # samples that a worker fetches at a time: all workers share in a batch, so the first one comes early
 _AHEAD = 2  # batches that are fetched ahead of their use
+_MAPPED = 1 << 20  # bytes from which on memory for inputs is mapped for itself
 _GRACE = 60  # seconds for which a worker outlives a termination signal, see `_start_worker`
 
 
@@ -88,7 +93,7 @@ class Loader:
             if length == total and not self._pin:
                 return piece
             if batch is None:
-                batch = torch.empty((total, *piece.shape[1:]), dtype=piece.dtype, pin_memory=self._pin)
+                batch = _empty((total, *piece.shape[1:]), piece.dtype, self._pin)
             batch[filled : filled + length] = piece
             filled += length
         assert batch is not None
@@ -191,6 +196,21 @@ def _unchanged(batch: Any) -> Any:
     return batch
 
 
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, pin: bool) -> Tensor:
+    """Memory for a batch that goes back to the system as a whole: from the heap, batches would be cut up by what is
+    allocated between them, and the process would grow by hundreds of megabytes."""
+    size = math.prod(shape) * dtype.itemsize
+    if pin or size < _MAPPED:
+        return torch.empty(shape, dtype=dtype, pin_memory=pin)
+    return torch.frombuffer(mmap.mmap(-1, size), dtype=dtype).view(shape)
+
+
+def _map_large_blocks() -> None:
+    """In a worker all large blocks are returned to the system, for the same reason (glibc's M_MMAP_THRESHOLD)."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
+        ctypes.CDLL(None).mallopt(-3, _MAPPED)
+
+
 def _start_worker(worker: int) -> None:
     """One thread each; signals are the main process's business.
 
@@ -198,6 +218,7 @@ def _start_worker(worker: int) -> None:
     before that has written its checkpoint, so a worker stays for a while after a termination signal.
     """
     torch.set_num_threads(1)
+    _map_large_blocks()
     for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
