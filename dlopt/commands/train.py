@@ -1,5 +1,6 @@
 """`dlopt train`: compose, check, find the folder, and only then let Hydra start the run or the sweep."""
 
+import contextlib
 import shutil
 from argparse import Namespace
 from collections.abc import Mapping
@@ -105,10 +106,11 @@ def _find_folder(wanted: Path, is_typed: bool, saved: Mapping[str, Any]) -> tupl
         checkpoint = _load(resume)
         refuse_other_config(checkpoint["config"], saved, resume, RunFolder(home).history())
     if is_typed and wanted.is_dir():
-        return given, checkpoint
-    folder = RunFolder(make(wanted, "hydra.run.dir") if is_typed else make_new(wanted, "hydra.run.dir"))
-    if home is not None:
-        _take_history(home, folder.path)
+        folder = given
+    else:
+        folder = RunFolder(make(wanted, "hydra.run.dir") if is_typed else make_new(wanted, "hydra.run.dir"))
+    if home is not None and checkpoint is not None and folder.path != home:
+        _take_history(RunFolder(home), folder, checkpoint["progress"]["best"]["epoch"])
     return folder, checkpoint
 
 
@@ -123,10 +125,21 @@ def _load(resume: str) -> dict[str, Any]:
         raise UserError(f"resume={resume}: {reason}{'' if 'init_from' in reason else hint}") from None
 
 
-def _take_history(source: Path, target: Path) -> None:
-    """The figures up to the checkpoint belong to the continued run too; the tracking cuts what lies beyond it."""
-    if (source / "metrics.jsonl").is_file():
-        shutil.copy(source / "metrics.jsonl", target / "metrics.jsonl")
+def _take_history(source: RunFolder, target: RunFolder, best_epoch: int | None) -> None:
+    """The figures up to the checkpoint and its best model belong to the continued run too.
+
+    The tracking cuts the figures that lie beyond; a best model of a later epoch than the checkpoint knows stays behind.
+    """
+    from dlopt.engine.checkpoint import Checkpoints, load
+
+    if (source.path / "metrics.jsonl").is_file():
+        shutil.copy(source.path / "metrics.jsonl", target.path / "metrics.jsonl")
+    best = Checkpoints(source.checkpoints).best
+    with contextlib.suppress(UserError):
+        if best_epoch is not None and load(best)["progress"]["epoch"] == best_epoch:
+            target.checkpoints.mkdir(exist_ok=True)
+            for path in (best.with_name(f"{best.name}.sha256"), best):
+                shutil.copy(path, target.checkpoints / path.name)
 
 
 def refuse_other_config(old: Mapping[str, Any], new: Mapping[str, Any], place: str, typed: list[str]) -> None:

@@ -1,5 +1,6 @@
 """The loop: epochs of updates, an evaluation after each, checkpoints between."""
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ from dlopt.engine.metrics import Sums
 from dlopt.engine.step import Update
 from dlopt.engine.stopping import Best, Stopping
 from dlopt.errors import RunError, UserError
+
+log = logging.getLogger(__name__)
 
 Status = Literal["finished", "stopped_early", "interrupted"]
 
@@ -130,6 +133,9 @@ class Training:
         self.progress = Progress(**{**progress, "horizon": self.progress.horizon, "data": self.progress.data})
         if self.best.epoch == self.progress.epoch and self.progress.position == 0:
             self.checkpoints.restore_best(dict(state))
+        if self.best.epoch is not None and not self.checkpoints.best.exists():
+            log.warning("the best model so far, of epoch %d, did not come along: epochs to come count", self.best.epoch)
+            self.best = Best(self.best.monitor)
         self.progress.resumed_from = [*self.progress.resumed_from, self.progress.step]
         rng.restore(state["rng"])
 
