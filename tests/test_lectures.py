@@ -1,0 +1,233 @@
+"""The lecture sweeps: that their commands run, and that their figures show what their headers say."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from dlopt.commands import sweep
+from dlopt.commands.train import train as train_command
+from dlopt.config.compose import Composer, config_folder, to_plain
+from dlopt.config.experiment import parse
+from dlopt.data.polynomial import polynomial
+from dlopt.data.samples import InMemory
+from dlopt.errors import UserError
+from dlopt.run import Run, train
+
+RECIPES = {
+    path.stem: path
+    for path in sorted((config_folder() / "experiment" / "lecture").glob("*.yaml"))
+    if path.stem[0] != "_"
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a job left behind."""
+
+    summary: Mapping[str, Any]
+    metrics: list[dict[str, Any]]
+
+    @property
+    def error(self) -> float:
+        """The training error of the last epoch."""
+        return float(self.metrics[-1]["train_loss"])
+
+    @property
+    def gap(self) -> float:
+        return float(self.summary["test_loss"]) - self.error
+
+
+Execute = Callable[..., dict[tuple[str, ...], Result]]
+
+
+def grid(composer: Composer, recipe: str, **fixed: str) -> list[list[str]]:
+    """The jobs of a recipe, expanded as Hydra does; `fixed` takes the place of a swept key's values."""
+    whole = composer.compose([f"experiment=lecture/{recipe}"], multirun=True)
+    assert whole.hydra.mode == RunMode.MULTIRUN
+    params = {**whole.hydra.sweeper.params, **fixed}
+    [jobs] = BasicSweeper.split_arguments(composer.parse([f"{key}={value}" for key, value in params.items()]), None)
+    return jobs
+
+
+@pytest.fixture
+def execute(tmp_path: Path) -> Execute:
+    """Runs a recipe's jobs in this process: values of the swept keys -> result."""
+
+    def run(recipe: str, *overrides: str, **fixed: str) -> dict[tuple[str, ...], Result]:
+        composer, results = Composer(), {}
+        for number, job in enumerate(grid(composer, recipe, **fixed)):
+            lines = [*job, f"experiment=lecture/{recipe}", "tracking=[]", *overrides]
+            plain, saved = to_plain(composer.compose(lines), lines)
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            summary = train(Run(parse(plain, saved), folder), console=False)
+            metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            results[tuple(line.partition("=")[2] for line in job)] = Result(summary, metrics)
+        return results
+
+    return run
+
+
+def test_the_recipes_are_those_of_the_lecture() -> None:
+    assert {"overfitting_polynomial", "capacity"} < set(RECIPES)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_value_of_a_recipe_is_valid_and_the_header_says_how_it_is_run(recipe: str) -> None:
+    composer = Composer()
+    jobs = grid(composer, recipe)
+    assert len(jobs) > 3
+    for job in jobs:
+        if sum(ours != first for ours, first in zip(job, jobs[0], strict=True)) > 1:
+            continue  # each value once will do
+        lines = [*job, f"experiment=lecture/{recipe}"]
+        parse(*to_plain(composer.compose(lines), lines))
+    directive, *header = RECIPES[recipe].read_text().partition("\ndefaults:")[0].splitlines()
+    assert directive == "# @package _global_" and all(line.startswith("#") for line in header)
+    text = "\n".join(header)
+    assert f"  dlopt train experiment=lecture/{recipe}\n" in text and f"{len(jobs)} runs" in text
+    assert "two cores" in text and "metrics.jsonl" in text
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ([], [f"stopping.patience={patience} seed={seed}" for patience in (2, 20, 300) for seed in (0, 1, 2)]),
+        (["seed=7"], [f"stopping.patience={patience} seed=7" for patience in (2, 20, 300)]),
+        (["-m", "seed=7"], [f"stopping.patience={patience} seed=7" for patience in (2, 20, 300)]),
+        (["-m", "stopping.patience=9", "seed=5,6"], [f"stopping.patience=9 seed={seed}" for seed in (5, 6)]),
+    ],
+)
+def test_a_recipe_sweeps_with_and_without_the_flag(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: list[str], expected: list[str]
+) -> None:
+    seen = []
+
+    def record(config: DictConfig) -> str:
+        hydra = HydraConfig.get()
+        seen.append(" ".join(line for line in hydra.overrides.task if not line.startswith("experiment=")))
+        (Path(hydra.runtime.output_dir) / "summary.json").write_text('{"status": "finished"}')
+        return "finished"
+
+    monkeypatch.setattr(sweep, "start_job", record)
+    monkeypatch.chdir(tmp_path)
+    assert train_command(["experiment=lecture/overfitting_polynomial", *typed]) == 0
+    assert seen == expected
+    [folder] = (tmp_path / "outputs" / "overfitting_polynomial").iterdir()
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == {str(number) for number in range(len(seen))}
+
+
+def test_several_values_still_need_the_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"seed=5,6: several values need -m"):
+        train_command(["experiment=lecture/overfitting_polynomial", "seed=5,6"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_single_run_of_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    typed = ["experiment=lecture/overfitting_polynomial", "hydra.mode=RUN", "epochs=1", "hydra.run.dir=run"]
+    assert train_command(typed) == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["epochs"] == 1
+
+
+def test_a_recipe_typed_wrongly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"did you mean experiment=lecture/capacity\?.*lecture/overfitting_polynomial"):
+        train_command(["experiment=lecture/capasity"])
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
+def test_overfitting(execute: Execute, seed: int) -> None:
+    runs = execute("overfitting_polynomial", "epochs=100", seed=str(seed))
+    little, enough, never = (runs[patience, str(seed)] for patience in ("2", "20", "300"))
+
+    # training error falls, validation error turns
+    best = never.summary["best_epoch"]
+    assert never.summary["status"] == "finished" and 3 <= best <= 20
+    first, turn, last = (never.metrics[epoch - 1] for epoch in (1, best, 100))
+    assert first["train_loss"] > turn["train_loss"] > 1.5 * last["train_loss"]
+    assert first["val_loss"] > 2 * turn["val_loss"] and last["val_loss"] > 2 * turn["val_loss"]
+
+    # early stopping saves epochs at no worse test error
+    assert enough.summary["status"] == "stopped_early" and enough.summary["epochs"] <= 40
+    assert enough.summary["test_loss"] <= never.summary["test_loss"]
+
+    # too little patience stops too early
+    assert little.summary["status"] == "stopped_early" and little.summary["epochs"] < best
+    assert little.summary["test_loss"] > 1.1 * enough.summary["test_loss"]
+
+
+@pytest.mark.slow
+def test_capacity(execute: Execute) -> None:
+    runs = execute("capacity")
+    optimizers, rates = ("gradient_descent", "sgd", "adam"), ("0.003", "0.03")
+
+    # the convex model: all optimizers and learning rates end at the least-squares line
+    data = polynomial(
+        function="sine", interval=(-2.0, 2.0), noise=0.3, train_size=400, val_size=0, test_size=1000, seed=0
+    )
+    assert isinstance(data.train, InMemory) and isinstance(data.test, InMemory)
+    line = np.polyfit(data.train.inputs[:, 0].double(), data.train.targets.double(), 1)
+    least = [
+        np.mean((np.polyval(line, part.inputs[:, 0].double()) - part.targets.double().numpy()) ** 2)
+        for part in (data.train, data.test)
+    ]
+    for optimizer in optimizers:
+        for rate in rates:
+            run = runs["[]", "null", optimizer, rate]
+            assert [run.error, run.summary["test_loss"]] == pytest.approx(least, rel=1e-3)
+    few = [runs["[]", "20", optimizer, rate].error for optimizer in optimizers for rate in rates]
+    assert max(few) == pytest.approx(min(few), rel=1e-3)
+
+    # effective capacity: what a wide network fits in a thousand updates depends on the optimizer and its learning rate
+    for count in ("20", "null"):
+        errors = [
+            runs["[64]", count, optimizer, rate].error
+            for optimizer, rate in zip(optimizers, ("0.003", "0.03", "0.03"), strict=True)
+        ]
+        assert errors[0] > 2 * errors[1] > 2 * errors[2]
+
+    # it grows with width, and what it costs depends on the data
+    narrow, middle, wide = (runs[width, "null", "adam", "0.03"] for width in ("[]", "[4]", "[64]"))
+    assert narrow.error > 3 * middle.error > 3 * wide.error
+    assert runs["[64]", "20", "adam", "0.03"].gap > 0.1 > 10 * abs(wide.gap)
+
+
+@pytest.mark.slow
+def test_fit_error_falls_with_width(execute: Execute) -> None:
+    runs = execute("capacity_width")
+    for seed in ("0", "1", "2"):
+        for kind in ("train", "test"):
+            found = [runs[width, seed] for width in ("[]", "[2]", "[4]", "[8]")]
+            errors = [run.error if kind == "train" else run.summary["test_loss"] for run in found]
+            assert all(wider < 0.8 * narrower for narrower, wider in pairwise(errors)), errors
+            assert errors[-1] < 1e-2 * errors[0]
+
+
+@pytest.mark.slow
+def test_capacity_on_digits(execute: Execute) -> None:
+    runs = execute("capacity_digits")
+
+    def accuracies(*values: str) -> tuple[float, float]:
+        run = runs[values]
+        return run.metrics[-1]["train_accuracy"], run.summary["test_accuracy"]
+
+    # the same small net, the same number of updates: the learning rate decides what it can fit
+    assert accuracies("[8]", "null", "sgd", "0.001")[0] < 0.8 < 0.95 < accuracies("[8]", "null", "sgd", "0.03")[0]
+    # a hundred digits are learned by heart, all of them are not: the gap is the data's doing
+    for width in ("[]", "[128]"):
+        (few, few_test), (many, many_test) = (accuracies(width, count, "sgd", "0.03") for count in ("100", "null"))
+        assert few == 1.0 and few - few_test > 0.05 > 2 * (many - many_test)
+    # width gives capacity
+    assert accuracies("[128]", "null", "sgd", "0.03")[0] > accuracies("[]", "null", "sgd", "0.03")[0]
