@@ -83,6 +83,7 @@ class Composer:
 
     def __init__(self, config_name: str | None = None, config_dir: str | None = None) -> None:
         self.config_name = config_name or CONFIG_NAME
+        self.config_dir = config_dir
         setbase("1.3")
         path = create_config_search_path(str(config_folder()))
         if config_dir is not None:
@@ -115,7 +116,7 @@ class Composer:
         except yaml.YAMLError as error:
             raise UserError(f"a config file is no valid YAML: {' '.join(str(error).split())}") from None
         except (UnicodeDecodeError, ValueError, AttributeError, TypeError) as error:
-            raise UserError(f"a config file cannot be read: {_first_lines(error)}") from None
+            raise UserError(f"{self._undecodable()} cannot be read: {_first_lines(error)}") from None
 
     def _compose(self, overrides: list[str], multirun: bool = False) -> DictConfig:
         mode = RunMode.MULTIRUN if multirun else RunMode.RUN
@@ -155,6 +156,15 @@ class Composer:
                 raise UserError(f"{line}: there is no such choice; {self._choose(plain, str(value))}")
             if value == {}:
                 raise UserError(f"{line}: an empty block changes nothing; set its keys one by one")
+
+    def _undecodable(self) -> str:
+        """The file of --config-dir that is no text; Hydra does not say which."""
+        for path in () if self.config_dir is None else sorted(Path(self.config_dir).rglob("*.yaml")):
+            try:
+                path.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError):
+                return str(path)
+        return "a config file"
 
     def _choose(self, group: str, typed: str = "") -> str:
         choices = self.choices(group)

@@ -77,8 +77,13 @@ def parse(config: Mapping[str, Any], saved: Mapping[str, Any] | None = None) -> 
     for name, group in GROUPS.items():
         node = config.get(name)
         if not isinstance(node, Mapping) or "_target_" not in node:
-            shown = "{...}" if isinstance(node, Mapping) else show(node)
-            raise UserError(f"{name}={shown}: one of the group's choices is needed; `dlopt train --help` lists them")
+            if isinstance(node, Mapping):
+                raise UserError(
+                    f"{name}._target_: the choice names no callable to build: _target_: package.module.Name"
+                )
+            raise UserError(
+                f"{name}={show(node)}: one of the group's choices is needed; `dlopt options {name}` lists them"
+            )
         names = _field_names(group.common)
         own = {key: value for key, value in node.items() if key not in names}
         runtime = (*group.runtime, *names)

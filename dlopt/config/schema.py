@@ -145,7 +145,7 @@ def check_arguments(
     allowed = [name for name in own if name not in runtime]
     for name, value in values.items():
         if name not in allowed and not (open_ended and name not in runtime):
-            raise UserError(_unknown(_join(key, name), name, value, (*allowed, *related)))
+            raise UserError(_unknown(_join(key, name), str(name), value, (*allowed, *related)))
     for name in allowed:
         if name not in values and parameters[name].default is _EMPTY:
             raise UserError(f"{_join(key, name)}: a value is needed ({_describe(parameters[name].annotation)})")

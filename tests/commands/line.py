@@ -30,13 +30,17 @@ def dlopt(folder: Path, *arguments: str) -> Result:
     """Runs `dlopt ARGUMENTS` in `folder`."""
     out, err = io.StringIO(), io.StringIO()
     start = time.process_time()
-    with _state_kept(), contextlib.chdir(folder), mock.patch.object(sys, "argv", ["dlopt", *arguments]):
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                cli.main()
-                code: object = None
-            except SystemExit as end:
-                code = end.code
+    code: object = None
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_state_kept())
+        stack.enter_context(contextlib.chdir(folder))
+        stack.enter_context(mock.patch.object(sys, "argv", ["dlopt", *arguments]))
+        stack.enter_context(contextlib.redirect_stdout(out))
+        stack.enter_context(contextlib.redirect_stderr(err))
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code
     assert isinstance(code, int), f"left with {code!r}"
     return Result(code, out.getvalue(), err.getvalue(), time.process_time() - start)
 

@@ -1,0 +1,151 @@
+"""A user's own config folder: broken files are explained; own components need a file and a callable, and no fork."""
+
+import textwrap
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.commands.line import SMALL, dlopt, only, refused
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(textwrap.dedent(text))
+
+
+SGD = "_target_: torch.optim.SGD\n"
+BROKEN = {
+    "a tab": (SGD + "\tlr: 0.1\n", ("mine.yaml", "no valid YAML")),
+    "a duplicate key": (SGD + "lr: 0.1\nlr: 0.2\n", ("mine.yaml", "duplicate key lr")),
+    "an open bracket": (SGD + "lr: [0.1\n", ("mine.yaml", "no valid YAML")),
+    "a list": ("- 1\n- 2\n", ("optimizer=mine",)),
+    "a text": ("hello\n", ("optimizer._target_",)),
+    "nothing": ("", ("optimizer._target_",)),
+    "cyclic interpolations": (SGD + "lr: ${.momentum}\nmomentum: ${.lr}\n", ("optimizer", "ecursive")),
+    "a missing interpolation": (SGD + "lr: ${learning_rate}\n", ("optimizer.lr=${learning_rate}", "not found")),
+    "a missing value": (SGD + "lr: ???\n", ("optimizer.lr", "a value is needed")),
+    "a missing fragment": ("defaults: [_nope]\n" + SGD, ("optimizer=mine", "_nope")),
+    "no target": ("lr: 0.1\n", ("optimizer",)),
+    "an unknown key": (SGD + "lrr: 0.1\n", ("optimizer.lrr=0.1", "did you mean optimizer.lr?")),
+    "a wrong type": (SGD + "lr: fast\n", ("optimizer.lr=fast", "a number > 0")),
+    "a wrong range": (SGD + "lr: 0.1\nmomentum: 2\n", ("optimizer.momentum=2", "< 1")),
+    "a number as key": (SGD + "1: 2\n", ("optimizer.1=2",)),
+    "a target that is not there": ("_target_: torch.optim.SDG\n", ("torch.optim.SDG", "no such callable")),
+    "a date": (SGD + "lr: 2026-01-01\n", ("optimizer.lr=2026-01-01", "a number > 0")),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_broken_file(kind: str, tmp_path: Path) -> None:
+    text, parts = BROKEN[kind]
+    path = tmp_path / "conf/optimizer/mine.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    message = refused(tmp_path, "train", "--config-dir", "conf", "optimizer=mine", *SMALL)
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    "content", [b"\x00\x01\xff\xfe\x80", b"\xff\xfel\x00r\x00", b"lr: \xe9\n", b"\x7fELF" + bytes(100)]
+)
+def test_binary_file(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "conf/optimizer/mine.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    assert "mine.yaml" in refused(tmp_path, "train", "--config-dir", "conf", "optimizer=mine", *SMALL)
+
+
+def test_broken_primary_config(tmp_path: Path) -> None:
+    write(tmp_path / "conf/mine.yaml", "defaults: [nope]\n")
+    assert "nope" in refused(tmp_path, "train", "--config-dir", "conf", "--config-name", "mine")
+
+
+def test_primary_config_of_ones_own(tmp_path: Path) -> None:
+    write(tmp_path / "conf/mine.yaml", """\
+        defaults: [train, _self_]
+        epochs: 1
+        seed: 7
+        """)  # fmt: skip
+    small = [each for each in SMALL if not each.startswith("epochs")]
+    result = dlopt(tmp_path, "train", "--config-dir", "conf", "--config-name", "mine", *small)
+    assert result.code == 0, result.err
+    config = yaml.safe_load(only(tmp_path, "outputs/train/*/config.yaml").read_text())
+    assert (config["epochs"], config["seed"]) == (1, 7)
+
+
+PACKAGE = """\
+    from typing import Annotated
+
+    import torch
+    from annotated_types import Ge
+
+
+    class SignSGD(torch.optim.Optimizer):
+        def __init__(self, params, *, lr: Annotated[float, Ge(0)], flip: bool) -> None:
+            super().__init__(params, {"lr": lr, "flip": flip})
+
+        @torch.no_grad()
+        def step(self, closure=None):
+            loss = None if closure is None else torch.enable_grad()(closure)()
+            for group in self.param_groups:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        p.add_(p.grad.sign(), alpha=-group["lr"])
+            return loss
+    """
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> list[str]:
+    """A package in the current folder, a config folder, and the line that uses both."""
+    name = f"package_of_{tmp_path.name}"  # modules stay imported: another name for each test
+    write(tmp_path / name / "optim.py", PACKAGE)
+    write(tmp_path / "conf/optimizer/sign_sgd.yaml", f"""\
+        # Sign SGD
+        _target_: {name}.optim.SignSGD
+        lr: 0.01 # learning rate
+        flip: false # of no use
+        """)  # fmt: skip
+    return ["--config-dir", "conf", "optimizer=sign_sgd", f"allow_packages=[{name}]"]
+
+
+def test_own_component(tmp_path: Path, own: list[str]) -> None:
+    result = dlopt(tmp_path, "train", *SMALL, *own, "optimizer.lr=0.02")
+    assert result.code == 0, result.err
+    run = only(tmp_path, "outputs/train/*/")
+    assert yaml.safe_load((run / "config.yaml").read_text())["optimizer"]["lr"] == 0.02
+    refused(tmp_path, "eval", f"checkpoint={run}/checkpoints/best.pt")  # trust is not taken from a file
+    evaluated = dlopt(tmp_path, "eval", f"checkpoint={run}/checkpoints/best.pt", own[-1])
+    assert evaluated.code == 0, evaluated.err
+
+
+def test_own_component_in_a_sweep(tmp_path: Path, own: list[str]) -> None:
+    result = dlopt(tmp_path, "train", "-m", *SMALL, *own, "optimizer.lr=0.01,0.02")
+    assert result.code == 0, result.err
+    assert len(list(tmp_path.glob("outputs/train/*/[01]/summary.json"))) == 2
+
+
+def test_own_component_wants_trust(tmp_path: Path, own: list[str]) -> None:
+    message = refused(tmp_path, "train", *SMALL, *own[:-1])
+    assert own[-1] in message
+
+
+def test_own_component_is_checked_like_any(tmp_path: Path, own: list[str]) -> None:
+    assert "optimizer.lr=-1" in refused(tmp_path, "train", *SMALL, *own, "optimizer.lr=-1")
+    assert "optimizer.flip=2" in refused(tmp_path, "train", *SMALL, *own, "optimizer.flip=2")
+    assert "did you mean optimizer.flip?" in refused(tmp_path, "train", *SMALL, *own, "optimizer.flop=true")
+
+
+def test_own_choice_is_offered(tmp_path: Path, own: list[str]) -> None:
+    assert "sign_sgd" in dlopt(tmp_path, "train", "--config-dir", "conf", "--help").out
+    assert "sign_sgd" in refused(tmp_path, "train", "--config-dir", "conf", "optimizer=nope")
+
+
+def test_own_choice_of_a_shipped_callable(tmp_path: Path) -> None:
+    write(tmp_path / "conf/optimizer/heavy.yaml", "defaults: [sgd, _self_]\nmomentum: 0.99\n")
+    result = dlopt(tmp_path, "train", "--config-dir", "conf", "optimizer=heavy", *SMALL)
+    assert result.code == 0, result.err
+    config = yaml.safe_load(only(tmp_path, "outputs/train/*/config.yaml").read_text())
+    assert (config["optimizer"]["momentum"], config["optimizer"]["lr"]) == (0.99, 0.1)
