@@ -16,6 +16,7 @@ dlopt {dlopt.__version__}: runs experiments on the optimization of deep networks
   dlopt train [group=choice] [key=value] [-m]    train; `dlopt train --help` lists every group, choice and key
   dlopt eval checkpoint=PATH [tta=CHOICE]        test a checkpoint, or the mean of several; with many crops
   dlopt predict checkpoint=PATH images=FOLDER    label images
+  dlopt export checkpoint=PATH format=FORMAT     a model for other tools: safetensors, onnx, torch_export
   dlopt show-batch [group=choice] [key=value]    draw what an augmentation does to images
   dlopt trajectory schedule=a,b [key=value]      draw learning-rate curves into one picture
   dlopt options [group | group=choice]           every choice of every group; a group's keys with their defaults
@@ -71,6 +72,7 @@ def commands() -> dict[str, Callable[[list[str]], int]]:
         "train": _train,
         "eval": _eval,
         "predict": _predict,
+        "export": _export,
         "show-batch": _show_batch,
         "trajectory": _trajectory,
         "options": _options,
@@ -93,6 +95,12 @@ def _predict(arguments: list[str]) -> int:
     from dlopt.commands.predict import predict
 
     return predict(arguments)
+
+
+def _export(arguments: list[str]) -> int:
+    from dlopt.commands.export import export
+
+    return export(arguments)
 
 
 def _show_batch(arguments: list[str]) -> int:

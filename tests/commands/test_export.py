@@ -1,0 +1,165 @@
+"""`dlopt export`: what the files compute, read without dlopt."""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dlopt.build import set_up
+from dlopt.config.experiment import parse
+from dlopt.engine.checkpoint import load
+from dlopt.errors import RunError
+from dlopt.evaluation import exporting
+from tests.commands.line import SMALL, dlopt, entries, refused
+
+CHECKPOINT = "run/checkpoints/best.pt"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    assert dlopt(folder, "train", *SMALL, "hydra.run.dir=run", "tracking=[]").code == 0
+    return folder
+
+
+def reference(folder: Path) -> tuple[Tensor, Tensor]:
+    """uint8 images of the test set, and the trained model's outputs for them."""
+    state = load(folder / CHECKPOINT)
+    setup = set_up(parse(state["config"]), state["normalize"])
+    assert setup.dataset.test is not None
+    setup.module.load_state_dict(state["model"])
+    setup.module.eval()
+    images = setup.dataset.test.fetch(torch.arange(5))
+    with torch.no_grad():
+        return images, setup.module(setup.normalize(images))
+
+
+def exported(folder: Path, *arguments: str) -> str:
+    result = dlopt(folder, "export", f"checkpoint={CHECKPOINT}", *arguments)
+    assert (result.code, result.err) == (0, "")
+    assert "16 samples of the test set" in result.out
+    return result.out
+
+
+def test_safetensors(run: Path) -> None:
+    pytest.importorskip("safetensors")
+    from safetensors import safe_open
+
+    assert exported(run, "format=safetensors").startswith("run/best.safetensors\ninput: uint8 [batch, 1, 8, 8]\n")
+    state = load(run / CHECKPOINT)
+    with safe_open(run / "run/best.safetensors", "pt") as file:
+        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata()
+    expected = {f"model.{k}": v for k, v in state["model"].items()}
+    expected |= {f"normalize.{k}": v for k, v in state["normalize"].items()}
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    assert json.loads(metadata["classes"]) == [str(digit) for digit in range(10)]
+    assert json.loads(metadata["config"]) == state["config"]
+    assert (run / "run/best.safetensors").stat().st_mode == (run / "run/config.yaml").stat().st_mode
+
+
+@pytest.mark.parametrize("kind", ["uint8", "float32"])
+def test_torch_export(run: Path, kind: str, tmp_path: Path) -> None:
+    exported(run, "format=torch_export", f"input={kind}", f"output={tmp_path / 'model.pt2'}")
+    images, expected = reference(run)
+    extra = {"metadata.json": ""}
+    program = torch.export.load(tmp_path / "model.pt2", extra_files=extra).module()
+    for count in (1, 5):
+        found = program(images[:count].to(getattr(torch, kind)))
+        torch.testing.assert_close(found, expected[:count])
+    assert json.loads(extra["metadata.json"])["input"] == {"shape": [1, 8, 8], "type": kind}
+
+
+@pytest.mark.skipif(
+    any(find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")), reason="needs dlopt[export]"
+)
+@pytest.mark.parametrize("kind", ["uint8", "float32"])
+def test_onnx(run: Path, kind: str, tmp_path: Path) -> None:
+    import onnxruntime
+
+    exported(run, "format=onnx", f"input={kind}", f"output={tmp_path / 'model.onnx'}")
+    images, expected = reference(run)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    for count in (1, 5):
+        [found] = session.run(None, {"images": images[:count].numpy().astype(kind)})
+        np.testing.assert_allclose(found, expected[:count].numpy(), rtol=1e-4, atol=1e-5)
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["classes"]) == [str(digit) for digit in range(10)]
+    assert entries(tmp_path) == {"model.onnx"}
+
+
+def test_a_file_that_computes_something_else_is_not_left(run: Path) -> None:
+    before = entries(run)
+    line = ("export", f"checkpoint={CHECKPOINT}", "format=torch_export", "output=wrong.pt2")
+    with mock.patch.object(exporting, "_read", lambda form, path, trained, inputs: torch.zeros(len(inputs), 10)):
+        result = dlopt(run, *line)
+    assert result.code == 1 and "differ from the model's" in result.err
+    with mock.patch.object(exporting, "_read", side_effect=RuntimeError("Got: 16 Expected: 2")):
+        result = dlopt(run, *line)
+    assert result.code == 1 and "does not take 16 inputs: Got: 16 Expected: 2" in result.err
+    assert entries(run) == before
+
+
+class Branching(torch.nn.Module):
+    """Its path depends on the values of its input, which no graph can say."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1) if x.sum() > 0 else -x.flatten(1)
+
+
+def test_a_model_that_cannot_be_converted(tmp_path: Path) -> None:
+    trained = mock.Mock(normalize=torch.nn.Identity(), module=Branching())
+    with pytest.raises(RunError, match="format=torch_export: torch cannot convert this model"):
+        exporting.write("torch_export", trained, torch.ones(2, 1, 4, 4), {}, tmp_path / "model.pt2")
+
+
+def test_packages_that_are_missing(run: Path) -> None:
+    with mock.patch.object(exporting, "find_spec", lambda name: None):
+        message = refused(run, "export", f"checkpoint={CHECKPOINT}", "format=onnx")
+    assert "onnx and onnxscript" in message and "dlopt[export]" in message
+
+
+def test_where_the_data_are_gone_random_images_are_compared(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for part, label in (("train", "a"), ("train", "b")):
+        (tmp_path / "data" / part / label).mkdir(parents=True)
+        for i in range(3):
+            Image.new("RGB", (9, 8), (40 * i, 90 * (label == "a"), 7)).save(tmp_path / f"data/{part}/{label}/{i}.png")
+    line = [
+        "data=image_folder",
+        "data.root=data",
+        "data.val_split=0",
+        "model=mlp",
+        "model.widths=[4]",
+        "model.norm=none",
+    ]
+    assert dlopt(tmp_path, "train", *line, "epochs=1", "threads=1", "hydra.run.dir=run").code == 0
+    export = ["export", "checkpoint=run/checkpoints/last.pt", "format=torch_export"]
+    assert "6 samples of the training set" in dlopt(tmp_path, *export).out
+    (tmp_path / "data").rename(tmp_path / "moved")
+    result = dlopt(tmp_path, *export)
+    assert result.code == 0 and "random samples" in result.out and "data" in result.out
+    assert "6 samples of the training set" in dlopt(tmp_path, *export, "data.root=moved").out
+    assert "data.root=nowhere" in refused(tmp_path, *export, "data.root=nowhere")
+
+
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        ([], ["format", "needed"]),
+        (["format=pickle"], ["format=pickle", "onnx"]),
+        (["format=onnx", "input=int4"], ["input=int4", "uint8"]),
+        (["format=onnx", "output=."], ["output=.", "folder"]),
+        (["format=onnx", "model.widths=[3]"], ["model.widths", "may be changed"]),
+    ],
+)
+def test_refused(run: Path, line: list[str], parts: list[str]) -> None:
+    message = refused(run, "export", f"checkpoint={CHECKPOINT}", *line)
+    for part in parts:
+        assert part in message
