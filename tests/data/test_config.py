@@ -12,7 +12,7 @@ from dlopt.data.settings import DataSettings
 
 CONF = Path(__file__).parents[2] / "conf"
 COMMON = {field.name for field in fields(DataSettings)}
-RUNTIME = {"normalize": {"input_shape"}, "sampler": {"targets", "seed"}, "data": COMMON}
+RUNTIME = {"normalize": {"input_shape"}, "sampler": {"targets", "samples", "batch_size", "seed"}, "data": COMMON}
 
 
 CHOICES = [path for group in RUNTIME for path in sorted((CONF / group).glob("[!_]*.yaml"))]
