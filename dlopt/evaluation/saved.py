@@ -9,7 +9,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dlopt.config.compose import explain_grammar
+from dlopt.config.compose import config_folder, explain_grammar
 from dlopt.errors import UserError
 
 
@@ -43,13 +43,17 @@ def refuse_others(keys: Iterable[str], may_change: Iterable[str]) -> None:
 
 
 def with_changes(saved: Mapping[str, Any], overrides: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The saved config with the typed keys changed. Trust in packages is not taken from the file."""
+    """The saved config with the typed keys changed, for one process, however many trained it.
+
+    Trust in packages is not taken from the file.
+    """
     changes = dict(overrides)
     trusted = changes.pop("allow_packages", [])
     if saved.get("allow_packages") and not trusted:
         names = ",".join(saved["allow_packages"])
         raise UserError(f"checkpoint={path}: it names callables of {names}; trust them by allow_packages=[{names}]")
-    config = OmegaConf.create({**saved, "allow_packages": trusted})
+    single = OmegaConf.to_container(OmegaConf.load(config_folder() / "parallel" / "single.yaml"))
+    config = OmegaConf.create({**saved, "allow_packages": trusted, "parallel": single})
     OmegaConf.set_struct(config, True)
     for key, value in changes.items():
         try:
