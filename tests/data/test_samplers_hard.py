@@ -385,7 +385,7 @@ def test_runs_with_the_other_samplers_resume(tmp_path: Path, name: str) -> None:
 @pytest.mark.slow
 def test_the_command_stopped_by_a_signal(tmp_path: Path) -> None:
     """Two processes, the first of which is told to end in the middle of its run."""
-    line = [sys.executable, "-m", "dlopt", "train", *HARD, "epochs=400", "checkpoint.every_epochs=50"]
+    line = [sys.executable, "-m", "dlopt", "train", *HARD, "epochs=120", "checkpoint.every_epochs=50"]
 
     def run(folder: str) -> list[str]:
         return [*line, "resume=auto", f"hydra.run.dir={tmp_path / folder}"]
