@@ -64,15 +64,12 @@ def _no_choice(catalogue: Catalogue, group: str, typed: str) -> NoReturn:
 
 
 def markdown(catalogue: Catalogue) -> str:
-    """A table of groups and choices, the defaults in bold."""
-    rows = ["| group | choice | |", "|---|---|---|"]
+    """A table of groups and choices, a line each, the defaults in bold."""
+    rows = ["| group | choices |", "|---|---|"]
     for group, default in catalogue.groups().items():
-        shown = f"`{group}`"
-        for choice in catalogue.choices(group):
-            name = f"**`{choice.name}`**" if choice.name == default else f"`{choice.name}`"
-            description = choice.description.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
-            rows.append(f"| {shown} | {name} | {description} |")
-            shown = ""
+        names = [choice.name for choice in catalogue.choices(group)]
+        shown = [f"**`{name}`**" if name == default else f"`{name}`" for name in names]
+        rows.append(f"| `{group}` | {' '.join(shown)} |")
     return "\n".join(rows) + "\n"
 
 
