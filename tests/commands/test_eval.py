@@ -25,6 +25,7 @@ RUN = (
     "data.batch_size=20",
     "epochs=3",
     "threads=1",
+    "device=cpu",
     "tracking=[]",
 )
 
@@ -136,7 +137,7 @@ def test_files_are_decoded_at_the_size_of_the_crops_source(tmp_path: Path) -> No
                 pixels = draws.integers(0, 160, (24, 30, 3), dtype=np.uint8) + np.uint8(90 * (label == "light"))
                 Image.fromarray(pixels).save(tmp_path / "data" / part / label / f"{i}.png")
     line = ("data=image_folder", "data.root=data", "data.image_size=7", "data.val_split=0.2", "data.batch_size=5")
-    line += ("model=resnet20", "model.width=4", "epochs=2", "threads=1", "hydra.run.dir=run")
+    line += ("model=resnet20", "model.width=4", "epochs=2", "threads=1", "device=cpu", "hydra.run.dir=run")
     assert dlopt(tmp_path, "train", *line).code == 0
     figures = figures_of(tmp_path, "checkpoint=run/checkpoints/best.pt", "tta=ten_crop", "average=logits", run="run")
     state = load(tmp_path / "run/checkpoints/best.pt")
@@ -152,7 +153,7 @@ def test_files_are_decoded_at_the_size_of_the_crops_source(tmp_path: Path) -> No
 
 
 def test_squared_errors_estimate_probabilities(tmp_path: Path) -> None:
-    line = ("model=mlp", "model.widths=[16]", "loss=mse", "epochs=1", "threads=1", "hydra.run.dir=run")
+    line = ("model=mlp", "model.widths=[16]", "loss=mse", "epochs=1", "threads=1", "device=cpu", "hydra.run.dir=run")
     assert dlopt(tmp_path, "train", *line).code == 0
     figures = figures_of(tmp_path, "checkpoint=run/checkpoints/best.pt", "tta=flip", run="run")
     (plain, mirrored), targets = outputs(tmp_path, "run", lambda x: [x, x.flip(3)])
@@ -162,7 +163,15 @@ def test_squared_errors_estimate_probabilities(tmp_path: Path) -> None:
 
 
 def test_regression(tmp_path: Path) -> None:
-    line = ("data=polynomial", "model=polynomial", "loss=mse", "epochs=2", "threads=1", "hydra.run.dir=run")
+    line = (
+        "data=polynomial",
+        "model=polynomial",
+        "loss=mse",
+        "epochs=2",
+        "threads=1",
+        "device=cpu",
+        "hydra.run.dir=run",
+    )
     assert dlopt(tmp_path, "train", *line).code == 0
     figures = figures_of(tmp_path, "checkpoint=run/checkpoints/best.pt", run="run")
     assert figures["test_loss"] == json.loads((tmp_path / "run/summary.json").read_text())["test_loss"]
@@ -200,7 +209,15 @@ def test_members_of_an_ensemble_have_one_test_set(folder: Path) -> None:
 
 
 def test_a_model_of_fixed_size_says_which(tmp_path: Path) -> None:
-    line = ("model=mlp", "model.widths=[4]", "data.subset=40", "epochs=1", "threads=1", "hydra.run.dir=run")
+    line = (
+        "model=mlp",
+        "model.widths=[4]",
+        "data.subset=40",
+        "epochs=1",
+        "threads=1",
+        "device=cpu",
+        "hydra.run.dir=run",
+    )
     assert dlopt(tmp_path, "train", *line).code == 0
     message = refused(tmp_path, "eval", "checkpoint=run/checkpoints/best.pt", "tta=ten_crop", "tta.crop=7")
     assert "tta.crop=7" in message and "8x8" in message

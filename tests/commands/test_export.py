@@ -23,7 +23,7 @@ CHECKPOINT = "run/checkpoints/best.pt"
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
-    assert dlopt(folder, "train", *SMALL, "hydra.run.dir=run", "tracking=[]").code == 0
+    assert dlopt(folder, "train", *SMALL, "hydra.run.dir=run", "tracking=[]", "device=cpu").code == 0
     return folder
 
 

@@ -29,7 +29,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
             Image.fromarray(pixels).save(folder / "data/train" / label / f"{i}.png")
     line = ["data=image_folder", "data.root=data", "data.image_size=8", "data.batch_size=4", "augmentation=imagenet"]
     line += ["augmentation.operations.0.short_side=[8,9]", "augmentation.operations.0.size=6"]
-    line += ["model=mlp", "model.widths=[8]", "epochs=3", "threads=1", "hydra.run.dir=run"]
+    line += ["model=mlp", "model.widths=[8]", "epochs=3", "threads=1", "device=cpu", "hydra.run.dir=run"]
     result = dlopt(folder, "train", *line)
     assert result.code == 0, result.err
     return folder
