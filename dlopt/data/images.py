@@ -120,12 +120,8 @@ def _centre_box(width: int, height: int, size: tuple[int, int]) -> tuple[float, 
 
 
 def _orientation(image: "Image") -> int:
-    if "exif" not in image.info:
-        return 1
-    try:
-        return image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # damaged EXIF data raise whatever the parser meets; the pixels are whole
-        return 1
+    found = image.getexif().get(_ORIENTATION, 1) if "exif" in image.info else 1
+    return found if found in range(1, 9) else 1  # damaged EXIF data may hold anything
 
 
 def _reason(error: Exception) -> str:

@@ -92,6 +92,22 @@ def test_exif_orientation_is_followed(tmp_path: Path) -> None:
     assert decode(path, (8, 4), 1)[0, 0].float().mean() > 200
 
 
+@pytest.mark.parametrize(
+    "exif",
+    [
+        b"no TIFF header",
+        b"II*\0" + struct.pack("<I", 9999),  # the directory lies behind the end
+        b"II*\0" + struct.pack("<IHHHI4sI", 8, 1, 0x0112, 2, 2, b"6\0\0\0", 0),  # a text
+        b"II*\0" + struct.pack("<IHHHIHHI", 8, 1, 0x0112, 3, 1, 77, 0, 0),  # none of the eight
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_damaged_exif_data_do_not_cost_the_image(tmp_path: Path, exif: bytes) -> None:
+    Image.new("L", (6, 4), 77).save(tmp_path / "a.jpg", exif=b"Exif\0\0" + exif)
+    path = str(tmp_path / "a.jpg")
+    assert header_size(path) == (4, 6) and decode(path, None, 1).unique().tolist() == [77]
+
+
 def test_of_an_animation_the_first_frame(tmp_path: Path) -> None:
     frames = [Image.new("L", (4, 4), value) for value in (10, 200)]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
