@@ -40,7 +40,7 @@ class RecurrentLayer(nn.Module):
 
     def forward(self, sequence: Tensor) -> Tensor:
         driven = self.input(sequence)
-        state = driven.new_zeros(len(driven), self.hidden.out_features)
+        state = driven.new_zeros(driven.shape[0], self.hidden.out_features)
         states = []
         for drive in driven.unbind(1):
             state = self.activation(self.norm(drive + self.hidden(state)))
@@ -67,7 +67,7 @@ class LSTMLayer(nn.Module):
 
     def forward(self, sequence: Tensor) -> Tensor:
         driven = self.input_norm(self.input(sequence))
-        cell = state = driven.new_zeros(len(driven), self.hidden.in_features)
+        cell = state = driven.new_zeros(driven.shape[0], self.hidden.in_features)
         states = []
         for drive in driven.unbind(1):
             i, f, g, o = (drive + self.hidden_norm(self.hidden(state))).chunk(4, dim=1)

@@ -23,7 +23,7 @@ class PatchEmbedding(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         patches = self.project(images).flatten(2).transpose(1, 2)
-        tokens = torch.cat([self.class_token.expand(len(images), -1, -1), patches], 1)
+        tokens = torch.cat([self.class_token.expand(images.shape[0], -1, -1), patches], 1)
         return self.dropout(tokens + self.positions)
 
 
