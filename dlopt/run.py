@@ -232,9 +232,9 @@ def _test_best(training: Training, setup: Setup) -> dict[str, Any]:
 
 
 def test_figures(setup: Setup) -> dict[str, Any]:
-    """test_loss and test_accuracy of the model as it stands; null where there is no test set."""
+    """test_loss and, in a classification, test_accuracy of the model as it stands; {} where there is no test set."""
     if setup.dataset.test is None:
-        return {"test_loss": None, "test_accuracy": None}
+        return {}
     batches = build.evaluation_batches(setup, setup.dataset.test)
     model = setup.precision.autocast(setup.model)
     with build.norm_statistics(setup, setup.module, model):
@@ -244,8 +244,9 @@ def test_figures(setup: Setup) -> dict[str, Any]:
 
 
 def _summary(training: Training, setup: Setup, status: str) -> dict[str, Any]:
+    """summary.json before the test; a regression has no accuracies."""
     best, progress = training.best, training.progress
-    return {
+    summary = {
         "status": status,
         "epochs": progress.epoch,
         "steps": progress.step,
@@ -260,3 +261,4 @@ def _summary(training: Training, setup: Setup, status: str) -> dict[str, Any]:
         "processes": setup.parallel.processes,
         "resumed_from": progress.resumed_from,
     }
+    return {key: value for key, value in summary.items() if setup.classify or not key.endswith("accuracy")}
