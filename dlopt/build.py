@@ -306,17 +306,18 @@ def norm_statistics(
 
 
 def warnings(setup: Setup) -> list[str]:
-    """What is allowed and yet seldom wanted."""
+    """What the user should know of the data, and what is allowed and yet seldom wanted."""
     data, settings = setup.experiment.data_settings, setup.experiment.settings
+    notes = list(setup.dataset.notes)
     count = len(setup.dataset.train)
     size = count if data.batch_size == "full" else min(data.batch_size, count)
     device_batch = size // setup.parallel.processes // settings.accumulate
     if device_batch < SMALL_NORM_BATCH and any(isinstance(m, _BatchNorm) for m in setup.module.modules()):
-        return [
+        notes.append(
             f"warning: batch norm over {device_batch} samples per device is noisy (fewer than {SMALL_NORM_BATCH}): "
             "use model.norm=group, a larger data.batch_size, or, with several devices, parallel.sync_batchnorm=true"
-        ]
-    return []
+        )
+    return notes
 
 
 def load_weights(module: nn.Module, path: Path) -> list[str]:
