@@ -16,7 +16,8 @@ from omegaconf import DictConfig
 
 from dlopt.commands import sweep
 from dlopt.commands.train import train as train_command
-from dlopt.config.compose import Composer, config_folder, to_plain
+from dlopt.config.choices import config_folder
+from dlopt.config.compose import Composer, to_plain
 from dlopt.config.experiment import parse
 from dlopt.data.polynomial import polynomial
 from dlopt.data.samples import InMemory

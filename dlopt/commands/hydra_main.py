@@ -9,7 +9,8 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from dlopt.config.compose import CONFIG_NAME, config_folder
+from dlopt.config.choices import config_folder
+from dlopt.config.compose import CONFIG_NAME
 
 
 def run_hydra(arguments: list[str], task: Callable[[DictConfig], Any]) -> None:

@@ -22,17 +22,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import dlopt
+from dlopt.config.choices import config_folder
 from dlopt.config.schema import show
 from dlopt.config.trust import check_hydra, leaves
 from dlopt.errors import UserError
 
 CONFIG_NAME = "train"
-
-
-def config_folder() -> Path:
-    """The shipped YAML files: inside the installed package, or beside it in a checkout."""
-    installed = Path(dlopt.__file__).parent / "conf"
-    return installed if installed.is_dir() else installed.parents[1] / "conf"
 
 
 def parse_arguments(arguments: list[str]) -> Namespace:

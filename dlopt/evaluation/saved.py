@@ -9,7 +9,8 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dlopt.config.compose import config_folder, explain_grammar
+from dlopt.config.choices import config_folder
+from dlopt.config.compose import explain_grammar
 from dlopt.errors import UserError
 
 
