@@ -23,6 +23,8 @@ from dlopt.engine import checkpoint, rng
 from dlopt.engine.precision import Precision, choose_precision
 from dlopt.engine.statistics import exact_statistics
 from dlopt.errors import UserError
+from dlopt.parallel.single import Single
+from dlopt.parallel.world import current
 from dlopt.parameters import parameter_groups
 from dlopt.random import generator, stream
 
@@ -65,17 +67,36 @@ def choose_device(name: str) -> torch.device:
     return found if found is not None and found.type in ("cuda", "mps") else torch.device("cpu")
 
 
-def set_threads(threads: int | str) -> None:
-    torch.set_num_threads(threads if isinstance(threads, int) else len(os.sched_getaffinity(0)))
+def set_threads(threads: int | str, sharing: int = 1) -> None:
+    """`sharing`: processes that share the machine's cores."""
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads if isinstance(threads, int) else max(cores // sharing, 1))
 
 
-def set_up(experiment: Experiment, normalization: Mapping[str, Any] | None = None) -> Setup:
-    """Reads the data and builds the model. `normalization`: a checkpoint's; None: computed on the training split."""
+def parallel_of(experiment: Experiment) -> Any:
+    """The mode of parallelism, in whose group this process then is. Raises `UserError`."""
     settings = experiment.settings
-    set_threads(settings.threads)
+    mode = experiment.parallel.build(device=choose_device(settings.device), accumulate=settings.accumulate)
+    world = current()
+    if world is not None and mode.processes == 1:
+        raise UserError(
+            f"parallel={mode.name}: {world.launcher} started {world.size} processes, and each would train the same; "
+            "use parallel=ddp, or start one"
+        )
+    return mode
+
+
+def set_up(experiment: Experiment, normalization: Mapping[str, Any] | None = None, *, parallel: Any = None) -> Setup:
+    """Reads the data and builds the model.
+
+    `normalization`: a checkpoint's; None: computed on the training split. `parallel`: see `parallel_of`; None: one
+    process, whatever the experiment says.
+    """
+    settings = experiment.settings
+    parallel = Single(choose_device(settings.device)) if parallel is None else parallel
+    set_threads(settings.threads, parallel.local_processes)
     torch.use_deterministic_algorithms(settings.deterministic)
-    device = choose_device(settings.device)
-    parallel = experiment.parallel.build(device=device)
+    device = parallel.device
     precision = choose_precision(settings.precision, device)
     source: Dataset = experiment.data.build(**vars(experiment.data_settings))
     dataset = prepare(source, experiment.data_settings, device=device)
@@ -191,13 +212,18 @@ def training_batches(setup: Setup) -> Batches:
     )
     drop_last = experiment.data_settings.drop_last
     seed = stream(settings.augmentation_seed, _AUGMENTATION)
-    return _batches(setup, dataset.train, sampler=sampler, augment=setup.augment, seed=seed, drop_last=drop_last)
+    augment, share = setup.parallel.augmented(setup.augment), setup.parallel.share
+    return _batches(setup, dataset.train, sampler=sampler, augment=augment, seed=seed, drop_last=drop_last, share=share)
 
 
-def evaluation_batches(setup: Setup, samples: Samples) -> Batches:
-    """The samples as they are, or their centre where the training sees a smaller window of them."""
+def evaluation_batches(setup: Setup, samples: Samples, *, shared: bool = True) -> Batches:
+    """The samples as they are, or their centre where the training sees a smaller window of them.
+
+    `shared`: each process has its part of them; else each has all.
+    """
     shape = samples.shape if setup.augment is None else setup.augment.output_shape
-    return _batches(setup, samples, augment=None if shape == samples.shape else CentreCrop(shape))
+    share = setup.parallel.share_evaluation if shared else None
+    return _batches(setup, samples, augment=None if shape == samples.shape else CentreCrop(shape), share=share)
 
 
 def _batches(setup: Setup, samples: Samples, **training: Any) -> Batches:
@@ -261,7 +287,17 @@ def check_single_values(setup: Setup) -> None:
     data = setup.experiment.data_settings
     count = len(setup.dataset.train)
     batch_size = count if data.batch_size == "full" else min(data.batch_size, count)
-    if _smallest_part(count, batch_size, setup.experiment.settings.accumulate, data.drop_last) > 1:
+    smallest = _smallest_part(count, batch_size, setup.experiment.settings.accumulate, data.drop_last)
+    shares = setup.parallel.norm_shares
+    if shares > 1:
+        smallest = smallest // shares if smallest < 2 * shares else max(smallest // shares - 1, 1)
+        if smallest == 0 and any(isinstance(m, _BatchNorm) for m in setup.module.modules()):
+            raise UserError(
+                f"data.batch_size={data.batch_size}: {count} training samples leave a (micro-)batch of which one of "
+                f"{shares} processes has no part, and its batch norm nothing to normalize; use "
+                "parallel.sync_batchnorm=true, larger batches, data.drop_last=true, or model.norm=group"
+            )
+    if smallest > 1:
         return
     single: list[str] = []
 
@@ -274,7 +310,8 @@ def check_single_values(setup: Setup) -> None:
 
     norms = [(n, m) for n, m in setup.module.named_modules() if isinstance(m, _BatchNorm)]
     handles = [m.register_forward_pre_hook(look(n)) for n, m in norms]
-    inputs, _ = next(iter(evaluation_batches(setup, setup.dataset.train.select(torch.tensor([0]))).epoch(0)))
+    first = setup.dataset.train.select(torch.tensor([0]))
+    inputs, _ = next(iter(evaluation_batches(setup, first, shared=False).epoch(0)))
     was_training = setup.module.training
     setup.module.eval()
     with torch.no_grad():
@@ -286,7 +323,8 @@ def check_single_values(setup: Setup) -> None:
         raise UserError(
             f"data.batch_size={data.batch_size}: {count} training samples leave a (micro-)batch of one, "
             f"which gives the batch norm {single[0]} one value per channel; "
-            "use larger batches, data.drop_last=true, or model.norm=group"
+            "use larger batches, data.drop_last=true, model.norm=group"
+            + (", or parallel.sync_batchnorm=true" if setup.parallel.norm_shares > 1 else "")
         )
 
 
@@ -300,7 +338,7 @@ def norm_statistics(
     if setup.experiment.settings.norm_statistics == "running":
         return contextlib.nullcontext()
     if setup.statistics_batches is None:
-        setup.statistics_batches = evaluation_batches(setup, setup.dataset.train)
+        setup.statistics_batches = evaluation_batches(setup, setup.dataset.train, shared=False)  # of whole batches
     batches = itertools.takewhile(lambda _: not interruption, setup.statistics_batches.epoch(0))
     return exact_statistics(module, model, batches)
 
@@ -311,7 +349,7 @@ def warnings(setup: Setup) -> list[str]:
     notes = list(setup.dataset.notes)
     count = len(setup.dataset.train)
     size = count if data.batch_size == "full" else min(data.batch_size, count)
-    device_batch = size // setup.parallel.processes // settings.accumulate
+    device_batch = size // setup.parallel.norm_shares // settings.accumulate
     if device_batch < SMALL_NORM_BATCH and any(isinstance(m, _BatchNorm) for m in setup.module.modules()):
         notes.append(
             f"warning: batch norm over {device_batch} samples per device is noisy (fewer than {SMALL_NORM_BATCH}): "

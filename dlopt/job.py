@@ -1,7 +1,8 @@
 """One run as a job: its exit code, what it says when it fails, what it leaves in its folder.
 
-`python -m dlopt.job FOLDER` runs what FOLDER/config.yaml says, from the checkpoint there if it has one: so every job of
-a sweep is a process of its own, and one that is killed takes nothing with it.
+`python -m dlopt.job FOLDER [CHECKPOINT]` runs what FOLDER/config.yaml says, from that checkpoint, or else from the
+newest there if it has one: so every job of a sweep is a process of its own, and one that is killed takes nothing
+with it. The processes of a parallel run are started in the same way.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
 
@@ -34,37 +35,58 @@ def execute(run: "Run", *, typed: Sequence[str] | None = None, console: bool = T
 
     `typed`: the command line's overrides, where the folder does not say yet what is run in it.
     """
+    from dlopt.parallel import world as worlds
+    from dlopt.parallel.launch import RECORD, run_group, wanted
     from dlopt.run import train
 
+    world = worlds.current()
+    is_main = world is None or world.is_main
+    record = typed is None if world is None else os.environ.get(RECORD) == "1"  # a user's mistake, too
     try:
-        lock = RunFolder(run.folder).lock()
+        experiment = run.experiment
+        processes = 1 if world is not None else wanted(experiment.parallel.arguments, experiment.settings.device)
+        # Where processes are started, the first of them locks.
+        lock = RunFolder(run.folder).lock() if is_main and processes == 1 else contextlib.nullcontext()
     except UserError as error:
         complain(str(error))
         return USER_ERROR
     with lock:
         try:
-            if typed is not None:
+            if typed is not None and is_main:
                 describe(run.folder, run.experiment.config, typed, run.choices)
-            return _STATUS_OF[train(run, console=console)["status"]]
+            if processes > 1:
+                resume = run.experiment.settings.resume
+                return run_group(run.folder, processes, None if resume == "auto" else resume, record=typed is None)
+            status = train(run, console=console and is_main)["status"]
+            worlds.leave()
+            return _STATUS_OF[status]
         except UserError as error:
-            complain(str(error))
-            if typed is None:
-                _record_failure(run.folder, str(error))
+            if worlds.first_to_fail():
+                complain(str(error))
+                if record:
+                    _record_failure(run.folder, str(error))
             return USER_ERROR
         except RunError as error:
-            complain(str(error))
-            _record_failure(run.folder, str(error))
+            if worlds.first_to_fail():
+                complain(str(error))
+                _record_failure(run.folder, str(error))
             return FAILED
         except KeyboardInterrupt:
-            complain("stopped at once; what was saved last is in the checkpoints folder")
+            if is_main:
+                complain("stopped at once; what was saved last is in the checkpoints folder")
             return INTERRUPTED
         except Exception as error:
-            text = traceback.format_exc()
-            with contextlib.suppress(OSError):
-                (run.folder / "traceback.txt").write_text(text)
-            _record_failure(run.folder, f"{type(error).__name__}: {error}")
-            complain(f"the run failed: {type(error).__name__}: {error}")
-            print(text, file=sys.stderr)
+            if worlds.first_to_fail():
+                text = traceback.format_exc()
+                place = "" if world is None else f"rank {world.rank}: "
+                with contextlib.suppress(OSError):
+                    (run.folder / "traceback.txt").write_text(text)
+                _record_failure(run.folder, f"{place}{type(error).__name__}: {error}")
+                if world is not None and worlds.is_lost_connection(error):
+                    complain(f"{place}another process of this run has ended")  # its launcher tells how
+                else:
+                    complain(f"{place}the run failed: {type(error).__name__}: {error}")
+                    print(text, file=sys.stderr)
             return FAILED
 
 
@@ -123,24 +145,41 @@ def _record_failure(folder: Path, reason: str) -> None:
 def main() -> int:
     from dlopt.config.compose import resolve_saved
     from dlopt.config.experiment import parse
-    from dlopt.engine.checkpoint import Checkpoints
+    from dlopt.engine.checkpoint import Checkpoints, load
+    from dlopt.parallel import launch
+    from dlopt.parallel.world import RANK, current
     from dlopt.run import Run
 
+    if RANK in os.environ:
+        launch.end_with_parent()
+    world = current()
     folder = RunFolder(Path(sys.argv[1]))
     try:
         plain = folder.config()
         if plain is None:
             raise UserError(f"{folder.path}: there is no config.yaml to run")
         choices = json.loads((folder.path / "environment.json").read_text())["choices"]
-        run = Run(
-            parse(resolve_saved(plain), plain), folder.path, Checkpoints(folder.checkpoints).load_newest(), choices
-        )
+        experiment = parse(resolve_saved(plain), plain)
+        state = None
+        if world is None or world.is_main:
+            given = sys.argv[2:]
+            state = load(Path(given[0])) if given else Checkpoints(folder.checkpoints).load_newest()
+        run = Run(experiment, folder.path, state, choices)
     except (UserError, RunError) as error:
-        complain(str(error))
-        _record_failure(folder.path, str(error))
+        if world is None or world.is_main:
+            complain(str(error))
+            _record_failure(folder.path, str(error))
         return USER_ERROR if isinstance(error, UserError) else FAILED
     return execute(run)
 
 
+def _end(code: int) -> NoReturn:
+    from dlopt.parallel.world import current, end_process
+
+    if current() is None:
+        sys.exit(code)
+    end_process(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _end(main())

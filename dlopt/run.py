@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from dlopt.engine.checkpoint import Checkpoints, load
 from dlopt.engine.evaluate import evaluate
 from dlopt.engine.interruption import Interruption
 from dlopt.engine.loop import Progress, Training, fit
-from dlopt.engine.metrics import Sums, sample_losses
+from dlopt.engine.metrics import Reduce, Sums, sample_losses
+from dlopt.engine.shared import SharedClosure
 from dlopt.engine.step import Closure, Update
 from dlopt.engine.stopping import Best
 from dlopt.errors import RunError, UserError
@@ -44,23 +46,29 @@ def train(run: Run, *, console: bool = True) -> dict[str, Any]:
     """
     settings, state = run.experiment.settings, run.checkpoint
     with Interruption(settings.max_time) as interruption:
-        setup = build.set_up(run.experiment, None if state is None else state["normalize"])
+        parallel = build.parallel_of(run.experiment)
+        state = parallel.broadcast(state)
+        run = replace(run, checkpoint=state)
+        setup = build.set_up(run.experiment, None if state is None else state["normalize"], parallel=parallel)
         batches = build.training_batches(setup)
         length = _length(setup, len(batches), state)
-        with _tracking(run, console) as tracking:
+        tracking = _tracking(run, console) if parallel.is_main else Tracking(None, sinks=[], console=False)
+        with tracking:
             training = _training(setup, run, batches, length, tracking)
             if state is not None:
                 training.load_state_dict(state)
+                training.best.load_state_dict(parallel.broadcast(training.best.state_dict()))  # what rank 0 found
             elif settings.init_from is not None:
                 for line in build.load_weights(setup.module, Path(settings.init_from)):
                     tracking.message(line)
             _introduce(setup, run, training, length, tracking)
-            status = fit(training, interruption)
+            asked = parallel.agree(interruption)
+            status = fit(training, asked)
             summary = _summary(training, setup, status)
             if status != "interrupted":
                 summary |= _test_best(training, setup)
             else:
-                tracking.message(f"{interruption.reason}: stopped; go on with the same command and resume=auto")
+                tracking.message(f"{asked.reason}: stopped; go on with the same command and resume=auto")
             tracking.finish(summary)
     return summary
 
@@ -98,7 +106,14 @@ def _training(setup: Setup, run: Run, batches: Batches, length: Length, tracking
     sampler = batches.sampler if isinstance(batches.sampler, Attentive) else None
     build.check_single_values(setup)
     optimizer = build.optimizer_of(setup)
-    closure = Closure(
+    if sampler is not None and setup.parallel.processes > 1:
+        raise UserError(
+            f"sampler={experiment.sampler.target.__name__}: its order follows the samples' losses, which the processes "
+            f"of parallel={setup.parallel.name} do not tell each other; use parallel=single or another sampler"
+        )
+    several = setup.parallel.processes > 1
+    kind = partial(SharedClosure, parallel=setup.parallel) if several else Closure
+    closure = kind(
         model=setup.model,
         module=setup.module,
         loss=setup.loss,
@@ -112,6 +127,7 @@ def _training(setup: Setup, run: Run, batches: Batches, length: Length, tracking
     factor = schedules.build(
         experiment.schedule.build, experiment.warmup, steps=length.horizon, steps_per_epoch=length.steps_per_epoch
     )
+    reduce = _reduction(setup)
     average = None if settings.ema is None else ExponentialAverage(setup.module, settings.ema)
     stopping = experiment.stopping.build(model=setup.module)
     update = Update(
@@ -124,10 +140,10 @@ def _training(setup: Setup, run: Run, batches: Batches, length: Length, tracking
     return Training(
         module=setup.module,
         update=update,
-        batches=batches,
+        batches=setup.parallel.batches(batches),
         validate=_validation(setup, optimizer, average, tracking),
         tracking=tracking,
-        checkpoints=Checkpoints(run.folder / "checkpoints", settings.checkpoint.keep),
+        checkpoints=Checkpoints(run.folder / "checkpoints", settings.checkpoint.keep, writes=setup.parallel.is_main),
         stopping=stopping,
         best=Best(settings.monitor),
         average=average,
@@ -140,7 +156,8 @@ def _training(setup: Setup, run: Run, batches: Batches, length: Length, tracking
         save_every_epochs=settings.checkpoint.every_epochs,
         save_every_steps=settings.checkpoint.every_steps,
         log_every_steps=settings.log_every_steps,
-        sums=Sums(setup.classify, None if sampler is None else _teaching(sampler, setup.loss)),
+        sums=Sums(setup.classify, None if sampler is None else _teaching(sampler, setup.loss), reduce),
+        align=lambda: setup.parallel.align(setup.module, *([] if average is None else [average.model])),
         sampler=sampler,
         figures=getattr(batches.sampler, "figures", dict),
     )
@@ -149,6 +166,11 @@ def _training(setup: Setup, run: Run, batches: Batches, length: Length, tracking
 def _teaching(sampler: Attentive, loss: nn.Module) -> Callable[[Tensor, Tensor], None]:
     """Tells `sampler` the losses of the samples that it has served."""
     return lambda outputs, targets: sampler.observe(sample_losses(loss, outputs, targets))
+
+
+def _reduction(setup: Setup) -> Reduce | None:
+    """How sums over a batch become those over all processes' parts of it."""
+    return setup.parallel.total if setup.parallel.processes > 1 else None
 
 
 def _validation(
@@ -179,7 +201,14 @@ def _validation(
     def validate(interruption: Interruption) -> dict[str, float] | None:
         with at_evaluation_point(optimizer), build.norm_statistics(setup, module, model, interruption):
             return evaluate(
-                module, model, shown(), setup.loss, classify=setup.classify, prefix="val", interruption=interruption
+                module,
+                model,
+                shown(),
+                setup.loss,
+                classify=setup.classify,
+                prefix="val",
+                interruption=setup.parallel.polled(interruption),
+                reduce=_reduction(setup),
             )
 
     return validate
@@ -209,7 +238,7 @@ def _introduce(setup: Setup, run: Run, training: Training, length: Length, track
     )
     for line in build.warnings(setup):
         tracking.message(line)
-    if training.progress.step == 0 and len(dataset.train.shape) == 3 and settings.tracking:
+    if training.progress.step == 0 and len(dataset.train.shape) == 3 and settings.tracking and setup.parallel.is_main:
         inputs, _ = next(iter(training.batches.epoch(0)))
         tracking.images(inputs[:64].float().cpu())
 
@@ -219,7 +248,7 @@ def _test_best(training: Training, setup: Setup) -> dict[str, Any]:
     checkpoints = training.checkpoints
     try:
         if training.best.epoch is not None:
-            state = load(checkpoints.best)
+            state = setup.parallel.broadcast(load(checkpoints.best) if setup.parallel.is_main else None)
             setup.module.load_state_dict(state["ema"] or state["model"])
         elif training.average is not None:
             setup.module.load_state_dict(training.average.state_dict())
@@ -238,7 +267,15 @@ def test_figures(setup: Setup) -> dict[str, Any]:
     batches = build.evaluation_batches(setup, setup.dataset.test)
     model = setup.precision.autocast(setup.model)
     with build.norm_statistics(setup, setup.module, model):
-        figures = evaluate(setup.module, model, batches.epoch(0), setup.loss, classify=setup.classify, prefix="test")
+        figures = evaluate(
+            setup.module,
+            model,
+            batches.epoch(0),
+            setup.loss,
+            classify=setup.classify,
+            prefix="test",
+            reduce=_reduction(setup),
+        )
     assert figures is not None
     return figures
 

@@ -1,19 +1,24 @@
 """`dlopt train`: compose, check, find the folder, and only then let Hydra start the run or the sweep."""
 
 import contextlib
+import json
 import shutil
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from dlopt.commands.hydra_main import nothing, quoted, run_hydra
-from dlopt.config.compose import Composer, hydra_arguments, parse_arguments, to_plain
+from dlopt.config.compose import Composer, hydra_arguments, parse_arguments, resolve_saved, to_plain
 from dlopt.errors import UserError
 from dlopt.folders import RunFolder, Trace, differences, make, make_new, newest_unfinished
+from dlopt.parallel.world import World, current, end_process, meet
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 
 def train(arguments: list[str]) -> int:
@@ -28,7 +33,12 @@ def train(arguments: list[str]) -> int:
 
         print(help_page(parsed.config_dir))
         return 0
+    world = current()
+    if world is not None and world.restarts and not any(line.startswith("resume=") for line in parsed.overrides):
+        parsed.overrides.append("resume=auto")  # the launcher has started the run again
     composer = Composer(parsed.config_name, parsed.config_dir)
+    if world is not None and not world.is_main:
+        return _follow(composer, parsed, world)
     if parsed.hydra_help or parsed.cfg or parsed.info:
         composer.compose(parsed.overrides, parsed.multirun)  # explains what is wrong better than Hydra does
         run_hydra(hydra_arguments(parsed), nothing)
@@ -38,10 +48,56 @@ def train(arguments: list[str]) -> int:
         from dlopt.commands.sweep import sweep
 
         return sweep(composer, parsed)
-    return _run(config, parsed)
+    return _run(config, parsed) if world is None else _lead(config, parsed, world)
 
 
-def _run(config: DictConfig, parsed: Namespace) -> int:
+def _lead(config: DictConfig, parsed: Namespace, world: World) -> int:
+    """Rank 0 of processes that a launcher started: it chooses the folder, and tells the others what is run in it."""
+    from dlopt.job import FAILED, USER_ERROR, complain
+
+    store = _meet(config, world)
+    code = FAILED
+    try:
+        code = _run(config, parsed, tell=lambda what: store.set("run", json.dumps(what)))
+    except UserError as error:
+        complain(str(error))
+        code = USER_ERROR
+    finally:
+        store.compare_set("run", "", json.dumps({"exit": code}))  # where nothing was told
+    end_process(code)
+
+
+def _follow(composer: Composer, parsed: Namespace, world: World) -> int:
+    """Another rank: what rank 0 tells is run, and what is wrong with the command line is left to it to say."""
+    from dlopt.config.experiment import parse
+    from dlopt.job import USER_ERROR, execute
+    from dlopt.run import Run
+
+    if parsed.multirun or parsed.hydra_help or parsed.cfg or parsed.info:
+        return USER_ERROR if parsed.multirun else 0
+    try:
+        config = composer.compose(parsed.overrides)
+    except UserError:
+        end_process(USER_ERROR)
+    told = json.loads(_meet(config, world).get("run"))
+    if "exit" in told:
+        end_process(told["exit"])
+    experiment = parse(resolve_saved(told["config"]), told["config"])
+    end_process(execute(Run(experiment, Path(told["folder"]), None, told["choices"]), typed=parsed.overrides))
+
+
+def _meet(config: DictConfig, world: World) -> "Store":
+    parallel = config.parallel
+    return meet(
+        world,
+        minutes=parallel.get("timeout_minutes", 10.0),
+        address=parallel.get("master_addr"),
+        port=parallel.get("master_port"),
+    )
+
+
+def _run(config: DictConfig, parsed: Namespace, tell: Callable[[Mapping[str, Any]], None] | None = None) -> int:
+    """`tell`: takes what other ranks need to join the run."""
     from dlopt.config.experiment import parse
     from dlopt.job import USER_ERROR, execute
     from dlopt.run import Run
@@ -63,6 +119,8 @@ def _run(config: DictConfig, parsed: Namespace) -> int:
 
     def task(_: DictConfig) -> None:
         nonlocal outcome
+        if tell is not None:
+            tell({"config": saved, "folder": str(folder.path), "choices": choices_of(config)})
         outcome = execute(Run(experiment, folder.path, state, choices_of(config)), typed=overrides)
 
     try:

@@ -38,7 +38,7 @@ GROUPS: Mapping[str, Group] = {
     "schedule": Group(("horizon",), Warmup),
     "clip": Group(("model",)),
     "stopping": Group(("model",)),
-    "parallel": Group(("device",)),
+    "parallel": Group(("device", "accumulate")),
 }
 
 

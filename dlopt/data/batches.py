@@ -1,7 +1,7 @@
 """What the training loop iterates: batches on the device, augmented and normalized."""
 
-from collections.abc import Callable, Iterator
-from typing import Literal, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,14 @@ class Augment(Protocol):
         *,
         generator: torch.Generator,
         total: int,
-        part: slice,
+        part: Any,
         indices: Tensor,
         epoch: int,
     ) -> tuple[Tensor, Tensor]:
-        """Augments the samples `part` of a global batch of `total`; `indices` are their positions in the data."""
+        """Augments the samples `part` (what `share` gave) of a global batch of `total`.
+
+        `indices` are their positions in the data.
+        """
         ...
 
 
@@ -46,7 +49,7 @@ class Batches:
         normalize: module on the device; None: conversion to `dtype` alone.
         memory_format: of image batches.
         dtype: of the inputs given out.
-        share: this rank's part of a global batch of n samples; None: everything.
+        share: this rank's part of a global batch of n samples, as positions; None: everything.
 
     Raises:
         UserError: no batch is left, or a sample cannot be read.
@@ -67,7 +70,7 @@ class Batches:
         normalize: nn.Module | None = None,
         memory_format: torch.memory_format = torch.contiguous_format,
         dtype: torch.dtype = torch.float32,
-        share: Callable[[int], slice] | None = None,
+        share: Callable[[int], slice | Tensor] | None = None,
     ) -> None:
         self._device = torch.device(device)
         self.sampler = sampler if sampler is not None else Sequential(targets=samples.targets)
@@ -129,7 +132,7 @@ class Batches:
         if self._loader is not None:
             self._loader.close()
 
-    def _cut(self, order: Tensor, shares: list[slice]) -> list[Tensor]:
+    def _cut(self, order: Tensor, shares: Sequence[slice | Tensor]) -> list[Tensor]:
         parts = order.split(self.batch_size) if shares else ()
         if self._share is None:
             return list(parts)

@@ -23,10 +23,11 @@ log = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """The checkpoint folder of one run."""
+    """The checkpoint folder of one run. `writes`: false for a process that leaves writing to another."""
 
-    def __init__(self, folder: Path, keep: int = 2) -> None:
+    def __init__(self, folder: Path, keep: int = 2, *, writes: bool = True) -> None:
         self.folder = folder
+        self.writes = writes
         self.keep = keep
         self.last = folder / "last.pt"
         self.best = folder / "best.pt"
@@ -38,6 +39,8 @@ class Checkpoints:
 
         The file that was last.pt stays as step-N.pt while it is among the `keep` newest.
         """
+        if not self.writes:
+            return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._take_over()
@@ -74,6 +77,8 @@ class Checkpoints:
 
         A run killed between the two files of a save leaves a last.pt that speaks of a best.pt still to be written.
         """
+        if not self.writes:
+            return
         with contextlib.suppress(UserError):
             if load(self.best)["progress"]["step"] == state["progress"]["step"]:
                 return

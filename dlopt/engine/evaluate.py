@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from dlopt.engine.metrics import Sums
+from dlopt.engine.metrics import Reduce, Sums
 
 
 @torch.inference_mode()
@@ -18,20 +18,25 @@ def evaluate(
     classify: bool,
     prefix: str,
     interruption: object = None,
+    reduce: Reduce | None = None,
 ) -> dict[str, float] | None:
     """Sample-weighted means over `batches`: {prefix}_loss and, in a classification, {prefix}_accuracy.
 
     None when `interruption` became true on the way. `model` is how `module` is called (compiled, under autocast);
-    both are in evaluation mode within, and back in their former mode afterwards.
+    both are in evaluation mode within, and back in their former mode afterwards. `reduce`: see `Sums`; a rank
+    may have no samples in a batch.
     """
-    sums = Sums(classify)
+    sums = Sums(classify, reduce=reduce)
     modes = module.training, loss.training
     module.eval(), loss.eval()
     try:
         for inputs, targets in batches:
-            outputs = model(inputs)
-            outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))  # a loss has more digits than bf16
-            sums.add(loss(outputs, targets), outputs, targets)
+            if len(targets):
+                outputs = model(inputs)
+                outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))  # a loss needs more than bf16
+                sums.add(loss(outputs, targets), outputs, targets)
+            else:
+                sums.add_nothing(inputs.device)
             if interruption:
                 return None
     finally:

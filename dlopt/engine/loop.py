@@ -77,11 +77,13 @@ class Training:
     log_every_steps: int | None
     progress: Progress = field(default_factory=Progress)
     sums: Sums = field(default_factory=lambda: Sums(classify=True))
+    align: Callable[[], None] = lambda: None  # makes equal on all ranks what is not kept so by every update
     sampler: Stateful | None = None  # where the order of the samples depends on more than seed and epoch
     figures: Callable[[], Mapping[str, float]] = dict  # more of them at the end of an epoch
 
     def state_dict(self) -> dict[str, Any]:
         closure = self.update.closure
+        self.align()
         return {
             "model": self.module.state_dict(),
             "optimizer": closure.optimizer.state_dict(),
@@ -205,11 +207,12 @@ def _end_epoch(t: Training, clock: "_Clock", interruption: Interruption) -> bool
         **t.figures(),
     }
     if evaluated and t.validate is not None:
+        t.align()
         figures = t.validate(interruption)
         if figures is None:
             return False
         metrics |= figures
-    t.sums = Sums(t.sums.classify, t.sums.watch)
+    t.sums = t.sums.fresh()
     progress.epoch, progress.position = epoch, 0
     clock.stop()
     improved = False

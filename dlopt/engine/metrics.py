@@ -1,10 +1,13 @@
 """Sample-weighted means over an epoch, without a host-device synchronization per step."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+Reduce = Callable[[Sequence[float]], Sequence[float]]
+"""Sums over ranks, entry by entry; every rank has to join."""
 
 _HELD_NUMBERS = 1 << 20  # outputs held back before they are counted: 4 MiB in fp32
 
@@ -14,12 +17,19 @@ class Sums:
 
     What a step hands in is held back, and counted for many steps at once: a step itself costs one list append.
     The sums do not depend on when they are counted, so a resumed epoch ends with the uninterrupted one's figures.
+    With several ranks each hands in its own samples of every batch, and the figures are those of all ranks.
     """
 
-    def __init__(self, classify: bool, watch: Callable[[Tensor, Tensor], None] | None = None) -> None:
+    def __init__(
+        self,
+        classify: bool,
+        watch: Callable[[Tensor, Tensor], None] | None = None,
+        reduce: Reduce | None = None,
+    ) -> None:
         """`watch` is shown the outputs and targets of many steps at once, in their order, whenever they are counted."""
         self.classify = classify
         self.watch = watch
+        self.reduce = reduce
         self.loss = 0.0
         self.right = 0
         self.count = 0
@@ -28,7 +38,13 @@ class Sums:
         self._outputs: list[Tensor] = []
         self._targets: list[Tensor] = []
         self._held = 0
+        self._read: list[float] = []  # per step: the loss times its samples
+        self._read_right = self._read_count = 0
         self._reported = (0.0, 0, 0)
+
+    def fresh(self) -> "Sums":
+        """Empty sums of the same kind."""
+        return Sums(self.classify, self.watch, self.reduce)
 
     def add(self, loss: Tensor, outputs: Tensor, targets: Tensor) -> None:
         """Takes a batch's mean loss (scalar), outputs [B, K] and targets [B] (or [B, K]: probabilities)."""
@@ -39,24 +55,43 @@ class Sums:
             self._targets.append(targets)
             self._held += outputs.numel()
             if self._held > _HELD_NUMBERS:
-                self.settle()
+                self._settle_own()
+
+    def add_nothing(self, device: torch.device) -> None:
+        """A batch of which this rank has no samples."""
+        self._losses.append(torch.zeros((), device=device))
+        self._counts.append(0)
 
     def settle(self) -> None:
-        """Counts what was held back: one transfer from the device."""
+        """Counts what was held back: one transfer from the device, and with several ranks one exchange."""
+        self._settle_own()
+        if not self._read:
+            return
+        losses, right, count = self._read, self._read_right, self._read_count
+        if self.reduce is not None:
+            *losses, rights, counts = self.reduce([*losses, right, count])
+            right, count = round(rights), round(counts)
+        for loss in losses:
+            self.loss += loss
+        self.right += right
+        self.count += count
+        self._read, self._read_right, self._read_count = [], 0, 0
+
+    def _settle_own(self) -> None:
         if not self._losses:
             return
         values = torch.stack(self._losses).double()
-        if self.classify:
+        if self.classify and self._outputs:
             targets = self._targets
             labels = torch.cat([t.argmax(1) if t.ndim > 1 else t for t in targets])
             right = (torch.cat(self._outputs).argmax(1) == labels).sum()
             *losses, right_now = torch.cat([values, right.double().reshape(1)]).tolist()
-            self.right += int(right_now)
+            self._read_right += int(right_now)
         else:
             losses = values.tolist()
         for loss, count in zip(losses, self._counts, strict=True):
-            self.loss += loss * count
-            self.count += count
+            self._read.append(loss * count)
+            self._read_count += count
         if self.watch is not None:
             self.watch(torch.cat(self._outputs), torch.cat(self._targets))
         self._losses, self._counts, self._outputs, self._targets, self._held = [], [], [], [], 0

@@ -1,0 +1,222 @@
+"""Data parallelism: every rank has the whole model and a part of each batch; gradients are averaged."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Annotated, Any, Literal, TypeVar
+
+import torch
+from annotated_types import Interval
+from torch import Tensor, distributed, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from dlopt.errors import UserError
+from dlopt.parallel import world as worlds
+from dlopt.parallel.dropout import Place, make_global
+from dlopt.parallel.group import Agreement, Group, Polled
+from dlopt.parallel.shares import PiecewiseAugment, cut, pieces, portions
+from dlopt.parallel.single import Single
+from dlopt.parallel.sync_batchnorm import SyncBatchNorm, synchronize
+from dlopt.ranges import Count, Positive
+
+T = TypeVar("T")
+Port = Annotated[int, Interval(ge=1, le=65535)]
+Compression = Literal["none", "bf16", "fp16", "powersgd"]
+
+
+def data_parallel(
+    *,
+    device: torch.device,
+    accumulate: int,
+    processes: Count | None,
+    bucket_cap_mb: Positive,
+    static_graph: bool,
+    find_unused_parameters: bool,
+    compression: Compression,
+    sync_batchnorm: bool,
+    timeout_minutes: Positive,
+    master_addr: str | None,
+    master_port: Port | None,
+) -> "Single | DataParallel":
+    """The mode for this process, which joins its group. Raises `UserError` where the set-up cannot work."""
+    world = worlds.current()
+    if world is None:
+        if processes is not None and processes > 1:
+            raise UserError(f"parallel.processes={processes}: these are started by `dlopt train`")
+        return Single(device, "ddp")
+    if processes not in (None, world.size):
+        raise UserError(
+            f"parallel.processes={processes}: {world.launcher} started {world.size} processes; "
+            "let them be equal, or leave parallel.processes out"
+        )
+    if static_graph and accumulate > 1:
+        raise UserError(
+            f"parallel.static_graph=true: not with accumulate={accumulate}, where not every backward reduces gradients"
+        )
+    if device.type == "cuda":
+        if world.local_size > torch.cuda.device_count():
+            raise UserError(
+                f"parallel=ddp: {world.local_size} processes on this machine, which has {torch.cuda.device_count()} "
+                "GPUs; start fewer, or set device=cpu"
+            )
+        device = torch.device("cuda", world.local_rank)
+    elif device.type != "cpu":
+        raise UserError(f"parallel=ddp: not on {device.type}; set device=cpu")
+    group = Group(world, device, minutes=timeout_minutes, address=master_addr, port=master_port)
+    options = {"static_graph": static_graph, "find_unused_parameters": find_unused_parameters}
+    return DataParallel(
+        group,
+        device,
+        accumulate=accumulate,
+        sync_batchnorm=sync_batchnorm,
+        compression=compression,
+        options={"bucket_cap_mb": bucket_cap_mb, **options},
+    )
+
+
+class DataParallel:
+    """See `Single` for what a mode is asked, and `dlopt.engine.shared` for what the step asks besides.
+
+    A rank's mean loss counts by its share of the samples, so that the average over ranks is the global batch's mean,
+    also for a rank without samples.
+    """
+
+    name = "ddp"
+
+    def __init__(
+        self,
+        group: Group,
+        device: torch.device,
+        *,
+        accumulate: int,
+        sync_batchnorm: bool,
+        compression: Compression,
+        options: dict[str, Any],
+    ) -> None:
+        self.group = group
+        self.device = device
+        self.accumulate = accumulate
+        self.sync_batchnorm = sync_batchnorm
+        self.compression = compression
+        self.options = options
+        self.rank, self.processes = group.rank, group.size
+        self.local_processes = group.world.local_size
+        self.is_main = group.world.is_main
+        self.norm_shares = 1 if sync_batchnorm else group.size
+        self.dropout = Place()
+        self.agreement = Agreement(None)
+        self.batch_total = 0  # samples of the global batch that is worked on
+        self._model: DistributedDataParallel | None = None
+
+    # -- what a rank sees
+
+    def share(self, total: int) -> slice | Tensor:
+        own = pieces(total, self.accumulate, self.rank, self.processes)
+        if len(own) == 1:
+            return own[0]
+        return torch.cat([torch.arange(piece.start, piece.stop) for piece in own])
+
+    def share_evaluation(self, total: int) -> slice:
+        return cut(0, total, self.rank, self.processes)
+
+    def augmented(self, augment: Any) -> Any:
+        return augment and PiecewiseAugment(augment, self.accumulate, self.rank, self.processes)
+
+    def batches(self, batches: Any) -> "Batches":
+        return Batches(batches, self)
+
+    # -- the model
+
+    def place(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
+        if self.sync_batchnorm:
+            synchronize(model, self.device)
+        make_global(model, self.dropout)
+        # Buffers need no broadcast in each forward: synchronized statistics are equal, others are averaged in `align`.
+        placed = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True, **self.options)
+        if self.compression == "bf16":
+            placed.register_comm_hook(None, default_hooks.bf16_compress_hook)
+        elif self.compression == "fp16":
+            placed.register_comm_hook(None, default_hooks.fp16_compress_hook)
+        elif self.compression == "powersgd":
+            state = powerSGD_hook.PowerSGDState(process_group=None, start_powerSGD_iter=10)
+            placed.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+        self._model = placed
+        return placed
+
+    def align(self, *models: nn.Module) -> None:
+        """Averages the running statistics of batch norms that are not synchronized.
+
+        They are linear in the batches' statistics, so that it makes no difference how often this is done.
+        """
+        synchronized = (SyncBatchNorm, nn.SyncBatchNorm)
+        norms = [m for model in models for m in model.modules() if isinstance(m, _BatchNorm)]
+        kept = [norm for norm in norms if norm.track_running_stats and not isinstance(norm, synchronized)]
+        buffers = [b for norm in kept for b in (norm.running_mean, norm.running_var) if b is not None]
+        if not buffers:
+            return
+        flat = torch.cat([b.reshape(-1) for b in buffers])
+        distributed.all_reduce(flat)
+        flat /= self.processes
+        for buffer, values in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
+            buffer.copy_(values.view_as(buffer))
+
+    # -- one update
+
+    def micro_batches(
+        self, inputs: Tensor, targets: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor, float, AbstractContextManager[Any]]]:
+        """(inputs, targets, weight of their mean loss, context for forward and backward) of each micro-batch.
+
+        The average over ranks of the weighted losses, summed over micro-batches, is the mean over the global batch.
+        """
+        assert self._model is not None
+        own = portions(self.batch_total, self.accumulate, self.rank, self.processes)
+        start = 0
+        for number, portion in enumerate(own, 1):
+            stop = start + portion.samples
+            self.dropout.portion = portion
+            weight = portion.samples * self.processes / self.batch_total
+            context = nullcontext() if number == len(own) else self._model.no_sync()
+            yield inputs[start:stop], targets[start:stop], weight, context
+            start = stop
+        self.dropout.portion = None
+
+    def mean_loss(self, loss: Tensor) -> Tensor:
+        """The average over ranks; whether one of them was asked to stop travels along."""
+        pair = torch.stack([loss, loss.new_full((), self.agreement.flag())])
+        losses, flags = self.group.gathered(pair).sum(0).unbind()
+        self.agreement.take(flags)
+        return losses / self.processes
+
+    # -- what is told and agreed
+
+    def agree(self, interruption: Any) -> Any:
+        self.agreement = Agreement(interruption)
+        return self.agreement
+
+    def polled(self, interruption: Any) -> Any:
+        return Polled(self.agreement, self.group)
+
+    def total(self, values: Sequence[float]) -> Sequence[float]:
+        return self.group.total(values)
+
+    def broadcast(self, value: T) -> T:
+        return self.group.broadcast(value)
+
+
+class Batches:
+    """This rank's training batches; the mode is told how large the global one is that each belongs to."""
+
+    def __init__(self, batches: Any, mode: DataParallel) -> None:
+        self.local = batches
+        self.mode = mode
+
+    def __len__(self) -> int:
+        return len(self.local)
+
+    def epoch(self, epoch: int, start: int = 0, step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        size, count = self.local.batch_size, self.local.count
+        for number, batch in enumerate(self.local.epoch(epoch, start, step), start):
+            self.mode.batch_total = min(size, count - number * size)
+            yield batch

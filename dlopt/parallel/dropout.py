@@ -1,0 +1,60 @@
+"""Dropout whose mask is a function of the position in the global batch, so that ranks drop what one process drops."""
+
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from dlopt.parallel.shares import Portion
+
+
+class Place:
+    """Where the samples that go through the model now stand among those of all ranks; None: they are all there are."""
+
+    def __init__(self) -> None:
+        self.portion: Portion | None = None
+
+    def __deepcopy__(self, memo: object) -> "Place":
+        return self
+
+
+class GlobalDropout(nn.Module):
+    """Any of torch's dropout modules, drawn for the samples of all ranks, of which this one keeps its own.
+
+    The generator has to be in the same state on all ranks, and is so afterwards: the draws do not depend on the share.
+    The leading dimension of the input is the sample.
+    """
+
+    def __init__(self, dropout: _DropoutNd, place: Place) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.place = place
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        portion = self.place.portion
+        if portion is None or not self.training or self.dropout.p == 0:
+            outputs: Tensor = self.dropout(inputs)
+            return outputs
+        if len(inputs) != portion.samples:
+            raise RuntimeError(
+                f"dropout sees {len(inputs)} samples where the rank has {portion.samples}: the leading dimension must "
+                "be the sample under data parallelism"
+            )
+        # Around the own samples the others' places are filled with zeros: kinds of dropout need not be told apart.
+        # The order of dimensions in memory is kept, since draws may follow it.
+        everyones = inputs.new_zeros(portion.total, *inputs.shape[1:])
+        if not inputs.is_contiguous():
+            strides = inputs.stride()
+            order = sorted(range(inputs.ndim), key=lambda axis: -strides[axis])
+            back = sorted(range(inputs.ndim), key=lambda axis: order[axis])
+            everyones = everyones.permute(order).contiguous().permute(back)
+        everyones[portion.own] = inputs
+        kept: Tensor = self.dropout(everyones)[portion.own]
+        return kept
+
+
+def make_global(module: nn.Module, place: Place) -> None:
+    """Replaces the dropout modules within `module`, each wherever it is used."""
+    replaced: dict[nn.Module, GlobalDropout] = {}
+    for parent in list(module.modules()):
+        for name, child in parent._modules.items():
+            if isinstance(child, _DropoutNd) and not isinstance(parent, GlobalDropout):
+                parent._modules[name] = replaced.setdefault(child, GlobalDropout(child, place))

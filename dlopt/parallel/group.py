@@ -1,0 +1,124 @@
+"""All processes of a run as one group: what they add up, tell each other, and agree on."""
+
+from collections import deque
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, distributed
+
+from dlopt.parallel.world import World, meet
+
+T = TypeVar("T")
+
+_LAG = 8  # updates after which a GPU's flag is looked at; the host is seldom further ahead
+
+
+class Asked(Protocol):
+    """Whether this process was asked to stop (`dlopt.engine.interruption.Interruption`)."""
+
+    reason: str | None
+
+    def __bool__(self) -> bool: ...
+
+
+class Group:
+    """The process group of a world; NCCL between GPUs, gloo between CPUs and for what lives on the host."""
+
+    def __init__(
+        self,
+        world: World,
+        device: torch.device,
+        *,
+        minutes: float,
+        address: str | None = None,
+        port: int | None = None,
+    ) -> None:
+        store = meet(world, minutes=minutes, address=address, port=port)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            store=distributed.PrefixStore("group", store),
+            rank=world.rank,
+            world_size=world.size,
+            timeout=timedelta(minutes=minutes),
+        )
+        self.world = world
+        self.rank = world.rank
+        self.size = world.size
+
+    def gathered(self, values: Tensor) -> Tensor:
+        """[size, n]: the values [n] of every rank, in the order of ranks: sums over them are equal everywhere."""
+        everyones = values.new_empty(self.size * values.numel())
+        distributed.all_gather_into_tensor(everyones, values.contiguous())
+        return everyones.view(self.size, -1)
+
+    def total(self, values: Sequence[float]) -> list[float]:
+        """The sums over ranks, to the last bit the same on each."""
+        everyones = self.gathered(torch.tensor(values, dtype=torch.float64))
+        return [float(each) for each in everyones.sum(0)]
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's value."""
+        box: list[Any] = [value]
+        distributed.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        found: T = box[0]
+        return found
+
+    def __deepcopy__(self, memo: object) -> "Group":
+        return self  # a model's copy talks to the same processes
+
+
+class Agreement:
+    """An interruption that becomes true on all ranks after the same update, as soon as one of them was asked.
+
+    `flag` goes with the reduction of the loss, which every update needs anyway; `take` is handed what came of it. On a
+    GPU it is read `_LAG` updates later, when it has long been computed, so that the host does not wait.
+    """
+
+    def __init__(self, asked: Asked | None) -> None:
+        self.asked = asked
+        self._agreed = False
+        self._pending: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+
+    @property
+    def reason(self) -> str | None:
+        own = None if self.asked is None else self.asked.reason
+        return own or ("another process was asked to stop" if self._agreed else None)
+
+    def __bool__(self) -> bool:
+        return self._agreed
+
+    def flag(self) -> float:
+        return 1.0 if self.asked else 0.0
+
+    def take(self, flags: Tensor) -> None:
+        """`flags`: a scalar, the sum over ranks."""
+        if flags.device.type == "cpu":
+            self._agreed |= bool(flags > 0)
+            return
+        held = torch.empty((), dtype=flags.dtype, pin_memory=True)
+        held.copy_(flags, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._pending.append((held, event))
+        if len(self._pending) > _LAG:
+            held, event = self._pending.popleft()
+            event.synchronize()
+            self._agreed |= bool(held > 0)
+
+
+class Polled:
+    """The same where no loss is reduced (in an evaluation): asking is a collective that every rank has to join."""
+
+    def __init__(self, agreement: Agreement, group: Group) -> None:
+        self.agreement = agreement
+        self.group = group
+
+    def __bool__(self) -> bool:
+        if not self.agreement:
+            [flags] = self.group.total([self.agreement.flag()])
+            self.agreement.take(torch.tensor(flags))
+        return bool(self.agreement)

@@ -1,0 +1,123 @@
+"""Batch norm over the batches of all ranks, on CPUs, where torch's SyncBatchNorm refuses to train."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dlopt.errors import UserError
+
+_PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+class SyncBatchNorm(_BatchNorm):
+    """`BatchNorm1d/2d/3d` whose batch is that of all ranks: exact for unequal and for empty parts of it.
+
+    Inputs [b, C, ...], b this rank's samples. All ranks have to come here in training. State and evaluation are those
+    of torch's batch norm. In its backward, too, all ranks meet: gradients by the input are those of the global batch,
+    those by weight and bias are this rank's share of them, as for any other layer.
+    """
+
+    def __init__(self, norm: _BatchNorm) -> None:
+        """Takes the parameters and buffers of `norm` themselves, not copies."""
+        super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+        self.weight, self.bias = norm.weight, norm.bias
+        self.running_mean, self.running_var = norm.running_mean, norm.running_var
+        self.num_batches_tracked = norm.num_batches_tracked
+        self.training = norm.training
+
+    def _check_input_dim(self, inputs: Tensor) -> None:
+        if inputs.ndim < 2:
+            raise ValueError(f"expected at least 2 dimensions, got {inputs.ndim}")
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self._check_input_dim(inputs)
+        alone = not distributed.is_initialized() or distributed.get_world_size() == 1
+        if alone or not (self.training or self.running_mean is None):
+            return super().forward(inputs)
+        outputs, mean, variance, count = _Normalize.apply(inputs, self.weight, self.bias, self.eps)
+        if self.training and self.track_running_stats:
+            self._track(mean, variance, count)
+        return outputs
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
+        """Running averages of the mean and of the unbiased variance, as torch's."""
+        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        factor = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        unbiased = variance * (count / (count - 1).clamp(min=1))
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), factor)
+        self.running_var.lerp_(unbiased.to(self.running_var.dtype), factor)
+
+
+class _Normalize(torch.autograd.Function):
+    """Ioffe & Szegedy 2015, algorithm 1; moments of the ranks merged by Chan, Golub & LeVeque 1983, equation 2.1."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, inputs: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        values = inputs.to(torch.promote_types(inputs.dtype, torch.float32))  # bf16 has too few digits for sums
+        channels, axes = inputs.shape[1], [0, *range(2, inputs.ndim)]
+        own = values.numel() // channels
+        moments = values.new_zeros(2 * channels + 1)
+        if own:
+            variance, mean = torch.var_mean(values, axes, correction=0)
+            moments[:channels], moments[channels:-1], moments[-1] = mean, variance * own, own
+        everyones = moments.new_empty(distributed.get_world_size() * len(moments))
+        distributed.all_gather_into_tensor(everyones, moments)
+        everyones = everyones.view(-1, len(moments))
+        means, squares, counts = everyones[:, :channels], everyones[:, channels:-1], everyones[:, -1:]
+        count = counts.sum()
+        mean = (means * counts).sum(0) / count
+        variance = (squares.sum(0) + (counts * (means - mean).square()).sum(0)) / count
+        scale = torch.rsqrt(variance + eps)
+        shape = (1, channels, *(1 for _ in axes[1:]))
+        gain = scale if weight is None else scale * weight
+        outputs = (values - mean.view(shape)) * gain.view(shape)
+        if bias is not None:
+            outputs = outputs + bias.view(shape)
+        ctx.save_for_backward(inputs, weight, mean, scale, count)
+        ctx.mark_non_differentiable(mean, variance, count)
+        return outputs.to(inputs.dtype), mean, variance, count
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
+        inputs, weight, mean, scale, count = ctx.saved_tensors
+        channels, axes = inputs.shape[1], [0, *range(2, inputs.ndim)]
+        shape = (1, channels, *(1 for _ in axes[1:]))
+        gradient = gradient.to(mean.dtype)
+        normalized = (inputs.to(mean.dtype) - mean.view(shape)) * scale.view(shape)
+        by_bias, by_weight = gradient.sum(axes), (gradient * normalized).sum(axes)
+        sums = torch.cat([by_bias, by_weight])
+        distributed.all_reduce(sums)
+        mean_gradient, mean_product = sums[:channels] / count, sums[channels:] / count
+        gain = scale if weight is None else scale * weight
+        by_inputs = (gradient - mean_gradient.view(shape) - normalized * mean_product.view(shape)) * gain.view(shape)
+        if weight is None:
+            return by_inputs.to(inputs.dtype), None, None, None
+        return by_inputs.to(inputs.dtype), by_weight.to(weight.dtype), by_bias.to(weight.dtype), None
+
+
+def synchronize(module: nn.Module, device: torch.device) -> None:
+    """Replaces the batch norms within `module` by synchronized ones: torch's on a GPU, the one above elsewhere.
+
+    Raises `UserError` for kinds that normalize by something else than the batch of the device (ghost batch norm).
+    """
+    for name, each in module.named_modules():
+        if isinstance(each, _BatchNorm) and type(each) not in (*_PLAIN, SyncBatchNorm, nn.SyncBatchNorm):
+            raise UserError(
+                f"parallel.sync_batchnorm=true: {name} is a {type(each).__name__}, which has batches of its own"
+            )
+    if device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        return
+    replaced: dict[nn.Module, SyncBatchNorm] = {}
+    for parent in list(module.modules()):
+        for name, child in parent._modules.items():
+            if type(child) in _PLAIN:
+                assert isinstance(child, _BatchNorm)
+                parent._modules[name] = replaced.setdefault(child, SyncBatchNorm(child))

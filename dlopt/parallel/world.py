@@ -1,0 +1,182 @@
+"""Which process of a run this is: told by dlopt itself, by torchrun, or by Slurm's srun; and how the others are met."""
+
+import contextlib
+import gc
+import os
+import re
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Literal, NoReturn
+
+from dlopt.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+RANK, PROCESSES, MEETING = "DLOPT_RANK", "DLOPT_PROCESSES", "DLOPT_MEETING"  # set by dlopt.parallel.launch
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of one run as their launcher numbers them."""
+
+    launcher: Literal["dlopt", "torchrun", "srun"]
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int  # processes on this machine
+    restarts: int = 0  # earlier attempts of the launcher's
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def current(environment: Mapping[str, str] = os.environ) -> World | None:
+    """The world that a launcher made; None in a process that stands alone, also when a launcher started but one."""
+
+    def get(name: str, otherwise: object = "") -> str:
+        return environment.get(name) or str(otherwise)
+
+    if RANK in environment:
+        rank, size = int(environment[RANK]), int(environment[PROCESSES])
+        return World("dlopt", rank, size, rank, size)
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+        local_rank, local_size = int(get("LOCAL_RANK", rank)), int(get("LOCAL_WORLD_SIZE", size))
+        found = World("torchrun", rank, size, local_rank, local_size, int(get("TORCHELASTIC_RESTART_COUNT", 0)))
+    elif "SLURM_PROCID" in environment and "SLURM_STEP_ID" in environment:
+        size = int(get("SLURM_STEP_NUM_TASKS", get("SLURM_NTASKS", 1)))
+        nodes = int(get("SLURM_STEP_NUM_NODES", get("SLURM_NNODES", 1)))
+        per_node = get("SLURM_STEP_TASKS_PER_NODE", get("SLURM_TASKS_PER_NODE"))
+        node, counts = int(get("SLURM_NODEID", 0)), _tasks_per_node(per_node)
+        local_size = counts[node] if node < len(counts) else -(-size // nodes)
+        found = World(
+            "srun",
+            int(environment["SLURM_PROCID"]),
+            size,
+            int(get("SLURM_LOCALID", 0)),
+            local_size,
+            int(get("SLURM_RESTART_COUNT", 0)),
+        )
+    else:
+        return None
+    return found if found.size > 1 else None
+
+
+def _tasks_per_node(text: str) -> list[int]:
+    """`2(x3),1` -> [2, 2, 2, 1]."""
+    counts: list[int] = []
+    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
+        counts += [int(count)] * int(times or 1)
+    return counts
+
+
+def first_host(nodes: str) -> str:
+    """The first name of a Slurm node list: `n[1-2,5],m1` -> `n1`."""
+    match = re.match(r"([^,\[]*)(?:\[(\d+)[^\]]*\]([^,]*))?", nodes)
+    assert match is not None
+    return match[1] + (match[2] or "") + (match[3] or "")
+
+
+def master(environment: Mapping[str, str]) -> tuple[str, int]:
+    """Address and port at which the ranks of a Slurm step meet; see `parallel.master_addr`.
+
+    The first node's name does not resolve everywhere: then the address of the node that ran srun, then loopback.
+    """
+    nodes = int(environment.get("SLURM_STEP_NUM_NODES") or environment.get("SLURM_NNODES") or 1)
+    job, step = int(environment.get("SLURM_JOB_ID", 0)), int(environment.get("SLURM_STEP_ID", 0))
+    port = 20000 + (job * 31 + step) % 12000
+    if nodes == 1:
+        return "127.0.0.1", port
+    name = first_host(environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", ""))
+    try:
+        socket.getaddrinfo(name, port)
+    except OSError:
+        name = environment.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
+    return name, port
+
+
+_met: "Store | None" = None
+
+
+def meet(world: World, *, minutes: float, address: str | None = None, port: int | None = None) -> "Store":
+    """The key-value store of this run's processes, made or joined at the first call. Raises `UserError`."""
+    global _met
+    if _met is not None:
+        return _met
+    if world.local_size == world.size and sys.platform.startswith("linux"):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host's own name need not resolve
+    limit = timedelta(minutes=minutes)
+    place = "the meeting file"
+    from torch import distributed
+
+    try:
+        if world.launcher == "dlopt":
+            _met = distributed.FileStore(os.environ[MEETING], world.size)
+            _met.set_timeout(limit)
+        elif world.launcher == "torchrun":
+            os.environ.update({k: str(v) for k, v in (("MASTER_ADDR", address), ("MASTER_PORT", port)) if v})
+            place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            _met, _, _ = next(iter(distributed.rendezvous("env://", timeout=limit)))
+        else:
+            found = master(os.environ)
+            host, number = address or found[0], port or found[1]
+            place = f"{host}:{number}"
+            _met = distributed.TCPStore(
+                host, number, world.size, is_master=world.is_main, timeout=limit, wait_for_workers=False
+            )
+    except (RuntimeError, ValueError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"parallel.master_addr: rank {world.rank} of {world.size} could not reach {place} within "
+            f"parallel.timeout_minutes={minutes:g} ({reason}); set parallel.master_addr and parallel.master_port"
+        ) from None
+    return _met
+
+
+def first_to_fail() -> bool:
+    """Whether no other rank has told of a failure yet: what follows on the other ranks is not worth a message.
+
+    It has to be asked before this rank leaves, so that it comes before what its leaving does to the others.
+    """
+    if _met is None:
+        return True
+    try:
+        return bool(_met.add("failures", 1) == 1)
+    except Exception:  # the rank that kept the store is gone; it has told of its failure, or its launcher will
+        return False
+
+
+def is_lost_connection(error: Exception) -> bool:
+    """Whether a collective failed because the process at its other end is gone."""
+    from torch import distributed
+
+    told = str(error)
+    is_gloo = isinstance(error, RuntimeError) and "gloo" in told and ("onnect" in told or "Read error" in told)
+    return is_gloo or isinstance(error, distributed.DistNetworkError)
+
+
+def leave() -> None:
+    """Ends the process group of a run that went well."""
+    from torch import distributed
+
+    gc.collect()  # gloo aborts at exit when DDP's hooks outlive the group
+    if distributed.is_initialized():
+        with contextlib.suppress(RuntimeError):  # rank 0 keeps the store until all have come here
+            distributed.barrier()
+        distributed.destroy_process_group()
+
+
+def end_process(code: int) -> NoReturn:
+    """Ends a rank without waiting for the others' threads and sockets, which a failed collective may block."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    if code not in (0, 75) and _met is not None and current() is not None:
+        time.sleep(0.2)  # others may still ask the store who failed first
+    os._exit(code)
