@@ -23,6 +23,7 @@ from dlopt.engine import checkpoint, rng
 from dlopt.engine.precision import Precision, choose_precision
 from dlopt.engine.statistics import exact_statistics
 from dlopt.errors import UserError
+from dlopt.parallel.shares import cut
 from dlopt.parallel.single import Single
 from dlopt.parallel.world import current
 from dlopt.parameters import parameter_groups
@@ -290,7 +291,8 @@ def check_single_values(setup: Setup) -> None:
     smallest = _smallest_part(count, batch_size, setup.experiment.settings.accumulate, data.drop_last)
     shares = setup.parallel.norm_shares
     if shares > 1:
-        smallest = smallest // shares if smallest < 2 * shares else max(smallest // shares - 1, 1)
+        parts = [cut(start, start + smallest, rank, shares) for rank in range(shares) for start in (0, 1)]
+        smallest = min(part.stop - part.start for part in parts)
         if smallest == 0 and any(isinstance(m, _BatchNorm) for m in setup.module.modules()):
             raise UserError(
                 f"data.batch_size={data.batch_size}: {count} training samples leave a (micro-)batch of which one of "

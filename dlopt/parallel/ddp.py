@@ -1,5 +1,6 @@
 """Data parallelism: every rank has the whole model and a part of each batch; gradients are averaged."""
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Annotated, Any, Literal, TypeVar
@@ -21,6 +22,8 @@ from dlopt.parallel.sync_batchnorm import SyncBatchNorm, synchronize
 from dlopt.ranges import Count, Positive
 
 T = TypeVar("T")
+_KNOWS_FORWARD_SYNC = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+
 Port = Annotated[int, Interval(ge=1, le=65535)]
 Compression = Literal["none", "bf16", "fp16", "powersgd"]
 
@@ -133,7 +136,8 @@ class DataParallel:
             synchronize(model, self.device)
         make_global(model, self.dropout)
         # Buffers need no broadcast in each forward: synchronized statistics are equal, others are averaged in `align`.
-        placed = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True, **self.options)
+        buffers = {"forward_sync_buffers" if _KNOWS_FORWARD_SYNC else "broadcast_buffers": False}
+        placed = DistributedDataParallel(model, gradient_as_bucket_view=True, **buffers, **self.options)
         if self.compression == "bf16":
             placed.register_comm_hook(None, default_hooks.bf16_compress_hook)
         elif self.compression == "fp16":

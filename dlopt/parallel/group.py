@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Sequence
 from datetime import timedelta
+from itertools import count
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, distributed
 from dlopt.parallel.world import World, meet
 
 T = TypeVar("T")
+
+_numbers = count()  # a process may be in one group after another
 
 _LAG = 8  # updates after which a GPU's flag is looked at; the host is seldom further ahead
 
@@ -40,7 +43,7 @@ class Group:
             torch.cuda.set_device(device)
         distributed.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            store=distributed.PrefixStore("group", store),
+            store=distributed.PrefixStore(f"group{next(_numbers)}", store),
             rank=world.rank,
             world_size=world.size,
             timeout=timedelta(minutes=minutes),

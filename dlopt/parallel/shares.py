@@ -29,8 +29,8 @@ def micro_batches(total: int, accumulate: int) -> list[tuple[int, int]]:
 def cut(start: int, stop: int, rank: int, ranks: int) -> slice:
     """The part of [start, stop) that is the rank's; the parts of all ranks are neighbours and fill it.
 
-    Samples 2i and 2i + 1 of the global batch stay together where there are two for each rank: mixing augmentations
-    make them partners. A part may be empty.
+    Samples 2i and 2i + 1 of the global batch stay together, since mixing augmentations make them partners, unless there
+    is just one sample for each rank. A part may be empty.
     """
     count = stop - start
 
@@ -38,7 +38,7 @@ def cut(start: int, stop: int, rank: int, ranks: int) -> slice:
         if index == ranks:
             return stop
         at = start + count * index // ranks
-        return max(at - at % 2, start) if count >= 2 * ranks else at
+        return at if count == ranks else max(at - at % 2, start)
 
     return slice(bound(rank), bound(rank + 1))
 

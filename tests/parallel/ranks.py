@@ -1,0 +1,52 @@
+"""Several processes of one test: each calls the same function of a test module, with its rank known to dlopt.
+
+Run as a script it is one of them.
+"""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_ranks(function: str, processes: int, folder: Path, *arguments: Any) -> list[str]:
+    """Calls `module:name` in so many processes and returns what each printed. Fails when one fails."""
+    environment = {
+        **os.environ,
+        "DLOPT_PROCESSES": str(processes),
+        "DLOPT_MEETING": str(folder / "meeting"),
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [sys.executable, __file__, function, json.dumps(arguments)]
+    started = [
+        subprocess.Popen(
+            command,
+            env={**environment, "DLOPT_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(processes)
+    ]
+    outputs = [process.communicate(timeout=300)[0] for process in started]
+    for process, output in zip(started, outputs, strict=True):
+        assert process.returncode == 0, output
+    return outputs
+
+
+def main() -> None:
+    module, _, name = sys.argv[1].partition(":")
+    getattr(importlib.import_module(module), name)(*json.loads(sys.argv[2]))
+    from dlopt.parallel import world
+
+    world.leave()
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    main()

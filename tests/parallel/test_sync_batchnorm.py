@@ -1,0 +1,95 @@
+"""Against torch's batch norm on the whole batch, in one process."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dlopt.errors import UserError
+from dlopt.models.layers import GhostBatchNorm2d
+from dlopt.parallel.sync_batchnorm import SyncBatchNorm, synchronize
+from tests.parallel.ranks import run_ranks
+
+SPLITS = [[3, 5], [8, 0], [1, 1], [0, 2]]
+VARIANTS = [
+    {"momentum": 0.1, "affine": True},
+    {"momentum": None, "affine": False},
+    {"momentum": 0.3, "affine": True, "track_running_stats": False},
+]
+
+
+def inputs_of(count: int, dims: int) -> tuple[Tensor, Tensor]:
+    draws = torch.Generator().manual_seed(count + dims)
+    shape = (count, 4, *[3, 2][: dims - 2])
+    values = [torch.randn(shape, generator=draws, dtype=torch.float64) for _ in range(2)]
+    return values[0] * 3 + 100, values[1]  # a mean far from zero: a difference of squares would lose digits
+
+
+def same(found: Tensor | None, wanted: Tensor | None) -> bool:
+    if found is None or wanted is None:
+        return found is wanted
+    return torch.allclose(found, wanted, rtol=1e-11, atol=1e-11)
+
+
+def compare() -> None:
+    from dlopt.parallel.group import Group
+    from dlopt.parallel.world import current
+
+    world = current()
+    assert world is not None
+    group = Group(world, torch.device("cpu"), minutes=1)
+    for split in SPLITS:
+        for dims in (2, 4):
+            for variant in VARIANTS:
+                kind = nn.BatchNorm1d if dims == 2 else nn.BatchNorm2d
+                whole = kind(4, dtype=torch.float64, **variant)  # type: ignore[arg-type]
+                model = nn.Sequential(kind(4, dtype=torch.float64, **variant))  # type: ignore[arg-type]
+                synchronize(model, torch.device("cpu"))
+                assert isinstance(model[0], SyncBatchNorm)
+                if variant["affine"]:
+                    for norm in (whole, model[0]):
+                        torch.nn.init.constant_(norm.weight, 1.5)
+                        torch.nn.init.constant_(norm.bias, -0.5)
+                start = sum(split[: group.rank])
+                own = slice(start, start + split[group.rank])
+                for _ in range(2):
+                    inputs, weights = inputs_of(sum(split), dims)
+                    part = inputs[own].clone().requires_grad_()
+                    inputs.requires_grad_()
+                    outputs, wanted = model(part), whole(inputs)
+                    assert same(outputs, wanted[own]), (split, dims, variant)
+                    (outputs * weights[own]).sum().backward()
+                    (wanted * weights).sum().backward()
+                    assert inputs.grad is not None and same(part.grad, inputs.grad[own])
+                assert same(model[0].running_mean, whole.running_mean)
+                assert same(model[0].running_var, whole.running_var)
+                if variant["affine"]:
+                    gradients = group.gathered(torch.cat([model[0].weight.grad, model[0].bias.grad])).sum(0)
+                    assert same(gradients, torch.cat([whole.weight.grad, whole.bias.grad]))  # type: ignore[list-item]
+                inputs, _ = inputs_of(3, dims)
+                assert same(model.eval()(inputs), whole.eval()(inputs)) or not whole.track_running_stats
+    print("compared")
+
+
+def test_equal_to_one_process_for_unequal_and_empty_parts(tmp_path: Path) -> None:
+    outputs = run_ranks("tests.parallel.test_sync_batchnorm:compare", 2, tmp_path)
+    assert all("compared" in output for output in outputs)
+
+
+def test_alone_it_is_batch_norm_and_keeps_its_state() -> None:
+    norm = nn.BatchNorm2d(4)
+    model = nn.Sequential(norm)
+    names = list(model.state_dict())
+    synchronize(model, torch.device("cpu"))
+    inputs = torch.randn(3, 4, 2, 2)
+    assert torch.equal(model(inputs), nn.functional.batch_norm(inputs, None, None, training=True))
+    assert list(model.state_dict()) == names
+    assert model[0].weight is norm.weight
+    assert model[0].running_mean is norm.running_mean
+
+
+def test_ghost_batches_are_refused() -> None:
+    model = nn.Sequential(GhostBatchNorm2d(4, affine=True, ghost_batch=8))
+    with pytest.raises(UserError, match=r"parallel\.sync_batchnorm=true"):
+        synchronize(model, torch.device("cpu"))
