@@ -136,8 +136,8 @@ class DataParallel:
             synchronize(model, self.device)
         make_global(model, self.dropout)
         # Buffers need no broadcast in each forward: synchronized statistics are equal, others are averaged in `align`.
-        buffers = {"forward_sync_buffers" if _KNOWS_FORWARD_SYNC else "broadcast_buffers": False}
-        placed = DistributedDataParallel(model, gradient_as_bucket_view=True, **buffers, **self.options)
+        options = self.options | {"forward_sync_buffers" if _KNOWS_FORWARD_SYNC else "broadcast_buffers": False}
+        placed = DistributedDataParallel(model, gradient_as_bucket_view=True, **options)
         if self.compression == "bf16":
             placed.register_comm_hook(None, default_hooks.bf16_compress_hook)
         elif self.compression == "fp16":

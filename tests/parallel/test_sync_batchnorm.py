@@ -1,6 +1,7 @@
 """Against torch's batch norm on the whole batch, in one process."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from dlopt.parallel.sync_batchnorm import SyncBatchNorm, synchronize
 from tests.parallel.ranks import run_ranks
 
 SPLITS = [[3, 5], [8, 0], [1, 1], [0, 2]]
-VARIANTS = [
+VARIANTS: list[dict[str, Any]] = [
     {"momentum": 0.1, "affine": True},
     {"momentum": None, "affine": False},
     {"momentum": 0.3, "affine": True, "track_running_stats": False},
@@ -43,8 +44,8 @@ def compare() -> None:
         for dims in (2, 4):
             for variant in VARIANTS:
                 kind = nn.BatchNorm1d if dims == 2 else nn.BatchNorm2d
-                whole = kind(4, dtype=torch.float64, **variant)  # type: ignore[arg-type]
-                model = nn.Sequential(kind(4, dtype=torch.float64, **variant))  # type: ignore[arg-type]
+                whole = kind(4, dtype=torch.float64, **variant)
+                model = nn.Sequential(kind(4, dtype=torch.float64, **variant))
                 synchronize(model, torch.device("cpu"))
                 assert isinstance(model[0], SyncBatchNorm)
                 if variant["affine"]:
@@ -65,7 +66,7 @@ def compare() -> None:
                 assert same(model[0].running_mean, whole.running_mean)
                 assert same(model[0].running_var, whole.running_var)
                 if variant["affine"]:
-                    gradients = group.gathered(torch.cat([model[0].weight.grad, model[0].bias.grad])).sum(0)
+                    gradients = group.gathered(torch.cat([model[0].weight.grad, model[0].bias.grad])).sum(0)  # type: ignore[list-item]
                     assert same(gradients, torch.cat([whole.weight.grad, whole.bias.grad]))  # type: ignore[list-item]
                 inputs, _ = inputs_of(3, dims)
                 assert same(model.eval()(inputs), whole.eval()(inputs)) or not whole.track_running_stats
