@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from dlopt.commands.hydra_main import quoted, run_hydra
@@ -16,13 +17,17 @@ from dlopt.commands.train import choices_of, refuse_other_config
 from dlopt.config.compose import Composer, hydra_arguments, to_plain
 from dlopt.errors import UserError
 from dlopt.folders import RunFolder, differences, make, make_new, newest
+from dlopt.tracking.files import write_atomically
 
 if TYPE_CHECKING:
     from dlopt.engine.interruption import Interruption
 
+_SPACE = "sweep.yaml"  # the overrides of each job
+
 
 @dataclass(frozen=True)
 class Job:
+    overrides: list[str]
     subfolder: str
     config: Mapping[str, Any]  # as it is saved
 
@@ -47,6 +52,7 @@ def sweep(composer: Composer, parsed: Namespace) -> int:
         print(f"this sweep is finished: {folder}")
         return 0
     with RunFolder(folder).lock():
+        write_atomically(folder / _SPACE, yaml.safe_dump([job.overrides for job in jobs], allow_unicode=True).encode())
         try:
             run_hydra(hydra_arguments(parsed, f"hydra.sweep.dir={quoted(folder)}"), start_job)
         except KeyboardInterrupt:
@@ -83,7 +89,7 @@ def _jobs(composer: Composer, whole: DictConfig, overrides: list[str]) -> list[J
             raise UserError(f"resume={saved['resume']}: a sweep goes on by resume=auto")
         with open_dict(config):
             config.hydra.job.num = config.hydra.job.id = number
-        jobs.append(Job(str(config.hydra.sweep.subdir), saved))
+        jobs.append(Job(job, str(config.hydra.sweep.subdir), saved))
     if len({job.subfolder for job in jobs}) < len(jobs):
         raise UserError(f"hydra.sweep.subdir={jobs[0].subfolder}: every job needs a folder of its own")
     return jobs
@@ -91,7 +97,7 @@ def _jobs(composer: Composer, whole: DictConfig, overrides: list[str]) -> list[J
 
 def _find_folder(wanted: Path, is_typed: bool, jobs: Sequence[Job], resume: str | None) -> Path:
     """The folder of the sweep, made if need be."""
-    if RunFolder(wanted).is_live():
+    if is_typed and RunFolder(wanted).is_live():
         raise UserError(f"hydra.sweep.dir={wanted}: another sweep is at work in this folder")
     if not is_typed:
         goes_on = resume == "auto" and jobs
@@ -110,11 +116,15 @@ def _find_folder(wanted: Path, is_typed: bool, jobs: Sequence[Job], resume: str 
 
 def _is_unfinished(sweep: RunFolder, jobs: Sequence[Job]) -> bool:
     """Whether this folder holds the same search space, with something left to do."""
-    if sweep.is_live() or (sweep.path / str(len(jobs))).exists():
+    try:
+        space = yaml.safe_load((sweep.path / _SPACE).read_text())
+    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        return False
+    if sweep.is_live() or not isinstance(space, list) or len(space) != len(jobs):
         return False
     folders = [job.folder(sweep.path) for job in jobs]
     configs = [folder.config() for folder in folders]
-    if configs[0] is None or all(f.is_done(job.config) for f, job in zip(folders, jobs, strict=True)):
+    if all(f.is_done(job.config) for f, job in zip(folders, jobs, strict=True)):
         return False
     pairs = zip(configs, jobs, strict=True)
     return not any(config is not None and differences(config, job.config) for config, job in pairs)

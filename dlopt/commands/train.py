@@ -143,7 +143,7 @@ def _find_folder(wanted: Path, is_typed: bool, saved: Mapping[str, Any]) -> tupl
     from dlopt.engine.checkpoint import Checkpoints
 
     given, resume = RunFolder(wanted), saved["resume"]
-    if given.is_live():
+    if is_typed and given.is_live():
         raise UserError(f"hydra.run.dir={wanted}: another run is at work in this folder")
     if resume == "auto":
         found = given if is_typed else newest_unfinished(wanted.parent, saved)
@@ -153,7 +153,7 @@ def _find_folder(wanted: Path, is_typed: bool, saved: Mapping[str, Any]) -> tupl
                 return found, None
             return found, Checkpoints(found.checkpoints).load_newest()
     home = None if resume in (None, "auto") else Path(resume).absolute().parent.parent
-    if given.holds_a_run() and given.path != home:
+    if is_typed and given.holds_a_run() and given.path != home:
         state = "finished" if given.is_finished() else "unfinished"
         raise UserError(
             f"hydra.run.dir={wanted}: this folder holds a run that is {state}; "

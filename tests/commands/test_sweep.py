@@ -1,0 +1,204 @@
+"""`-m`: every job in a process of its own, checked before the first starts; what a sweep leaves, and how it goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import yaml
+
+import dlopt as package
+from dlopt import job
+from tests.commands.line import SMALL, Result, dlopt, entries, refused
+
+TINY = [*[each for each in SMALL if not each.startswith("epochs")], "epochs=1", "tracking=[]", "hydra.sweep.dir=sweep"]
+HERE = "hydra.sweep.dir=sweep"
+
+
+def sweep(folder: Path, *arguments: str) -> Result:
+    return dlopt(folder, "train", "-m", *TINY, *arguments)
+
+
+def status(folder: Path) -> list[str]:
+    paths = sorted((folder / "sweep").glob("[0-9]*/summary.json"))
+    return [json.loads(path.read_text())["status"] for path in paths]
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> list[str]:
+    """An optimizer that ends its process in different ways."""
+    name = f"package_of_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(
+        "import os, signal, sys, time, pathlib, torch\n"
+        "class Odd(torch.optim.SGD):\n"
+        "    def __init__(self, params, *, lr: float, end: str) -> None:\n"
+        "        super().__init__(params, lr=lr)\n"
+        "        self.end = end\n"
+        "    def step(self, closure=None):\n"
+        "        if self.end == 'raise': raise RuntimeError('broken on purpose')\n"
+        "        if self.end == 'exit': os._exit(3)\n"
+        "        if self.end == 'sysexit': sys.exit(0)\n"
+        "        if self.end == 'kill': os.kill(os.getpid(), signal.SIGKILL)\n"
+        "        if self.end == 'term': os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        if self.end == 'slow': pathlib.Path('started').touch(); time.sleep(0.2)\n"
+        "        return super().step(closure)\n"
+    )
+    (tmp_path / "conf/optimizer").mkdir(parents=True)
+    (tmp_path / "conf/optimizer/odd.yaml").write_text(f"_target_: {name}.Odd\nlr: 0.1\nend: none\n")
+    return ["--config-dir", "conf", "optimizer=odd", f"allow_packages=[{name}]"]
+
+
+class InProcess:
+    """Stands for `subprocess.Popen` where a test is not about processes: torch need not be imported for each job."""
+
+    def __init__(self, command: list[str]) -> None:
+        assert command[1:3] == ["-m", "dlopt.job"]
+        with mock.patch.object(sys, "argv", command[2:]):
+            self.code = job.main()
+
+    def wait(self, timeout: float | None = None) -> int:
+        return self.code
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dlopt.commands.sweep.subprocess", mock.Mock(Popen=InProcess))
+
+
+def test_jobs_are_complete_runs(tmp_path: Path) -> None:
+    result = sweep(tmp_path, "optimizer.lr=0.1,0.01", "seed=1")
+    assert result.code == 0, result.err
+    assert status(tmp_path) == ["finished", "finished"]
+    for number, rate in enumerate([0.1, 0.01]):
+        run = tmp_path / "sweep" / str(number)
+        assert {path.name for path in run.iterdir()} >= {
+            "config.yaml", "overrides.yaml", "environment.json", "metrics.jsonl", "summary.json", "checkpoints", "train.log",
+        }  # fmt: skip
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        assert (config["optimizer"]["lr"], config["seed"]) == (rate, 1)
+        assert f"optimizer.lr={rate}" in yaml.safe_load((run / "overrides.yaml").read_text())
+        assert json.loads((run / "environment.json").read_text())["choices"]["optimizer"] == "sgd"
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_failing_job_does_not_stop_the_others(tmp_path: Path, own: list[str]) -> None:
+    result = sweep(tmp_path, *own, "optimizer.end=raise,exit,sysexit,none")
+    assert result.code == 1
+    first, second, third, last = (tmp_path / "sweep" / str(i) / "summary.json" for i in range(4))
+    assert json.loads(first.read_text())["status"] == "failed"
+    assert "broken on purpose" in json.loads(first.read_text())["reason"]
+    assert not second.exists() and not third.exists()
+    assert json.loads(last.read_text())["status"] == "finished"
+
+
+def test_a_job_that_ends_with_a_checkpoint_lets_the_others_go_on(tmp_path: Path, own: list[str]) -> None:
+    result = sweep(tmp_path, *own, "optimizer.end=term,none")
+    assert result.code == 75
+    assert status(tmp_path) == ["interrupted", "finished"]
+
+
+def test_an_invalid_job_is_refused_before_the_first_starts(tmp_path: Path) -> None:
+    assert "optimizer.lr=-1" in refused(tmp_path, "train", "-m", *TINY, "optimizer.lr=0.1,0.01,-1")
+
+
+def test_a_sweep_that_stands_in_a_file_is_checked_too(tmp_path: Path) -> None:
+    path = tmp_path / "conf/experiment/mine.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text("# @package _global_\nhydra: {sweeper: {params: {optimizer.momentum: '0,2'}}}\n")
+    message = refused(tmp_path, "train", "-m", "--config-dir", "conf", "experiment=mine", *TINY)
+    assert "optimizer.momentum=2" in message
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_job_refused_only_once_the_data_is_read_fails_alone(tmp_path: Path) -> None:
+    result = sweep(tmp_path, "data.subset=9,40")
+    assert result.code == 1 and "data.subset=9" in json.loads((tmp_path / "sweep/0/summary.json").read_text())["reason"]
+    assert status(tmp_path) == ["failed", "finished"]
+
+
+def test_not_inside_a_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    assert "torchrun" in refused(tmp_path, "train", "-m", *TINY, "seed=0,1")
+
+
+# -- going on
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_folder_that_holds_a_sweep(tmp_path: Path) -> None:
+    assert sweep(tmp_path, "seed=1,2").code == 0
+    assert "resume=auto" in refused(tmp_path, "train", "-m", *TINY, "seed=1,2")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    result = sweep(tmp_path, "seed=1,2", "resume=auto")
+    assert result.code == 0 and "finished" in result.out
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    assert "seed: 2 there, 3 now" in refused(tmp_path, "train", "-m", *TINY, "seed=1,3", "resume=auto")
+
+
+@pytest.mark.usefixtures("quick")
+def test_only_what_is_unfinished_runs_again(tmp_path: Path) -> None:
+    assert sweep(tmp_path, "seed=1,2,3").code == 0
+    first, second, third = (tmp_path / "sweep" / str(i) for i in range(3))
+    (second / "summary.json").unlink()
+    for path in sorted(third.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    before = {path: path.stat().st_mtime_ns for path in first.rglob("*")}
+    result = sweep(tmp_path, "seed=1,2,3", "resume=auto")
+    assert result.code == 0, result.err
+    assert status(tmp_path) == ["finished"] * 3
+    assert {path: path.stat().st_mtime_ns for path in first.rglob("*")} == before
+    for run in (second, third):
+        assert len((run / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.usefixtures("quick")
+def test_default_folder_goes_on_with_the_newest_unfinished_sweep_of_the_same_space(tmp_path: Path) -> None:
+    line = [each for each in TINY if each != HERE]
+    for seeds in ("1,2", "3,4"):
+        assert dlopt(tmp_path, "train", "-m", *line, f"seed={seeds}").code == 0
+    first, second = sorted(tmp_path.glob("outputs/train/*"))
+    for folder in (first, second):
+        (folder / "1/summary.json").unlink()
+    assert dlopt(tmp_path, "train", "-m", *line, "seed=1,2", "resume=auto").code == 0
+    assert (first / "1/summary.json").exists() and not (second / "1/summary.json").exists()
+    assert len(list(tmp_path.glob("outputs/train/*"))) == 2
+    assert dlopt(tmp_path, "train", "-m", *line, "seed=1,2,3", "resume=auto").code == 0  # another space: afresh
+    assert len(list(tmp_path.glob("outputs/train/*"))) == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_sweep_alone_reaches_its_job(number: signal.Signals, tmp_path: Path, own: list[str]) -> None:
+    command = [sys.executable, "-m", "dlopt", "train", "-m", *TINY, *own, "optimizer.end=slow,none", "epochs=1000"]
+    root = str(Path(package.__file__).parents[1])
+    process = subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": root}, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "started").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert json.loads((tmp_path / "sweep/0/summary.json").read_text())["status"] == "interrupted"
+    assert (tmp_path / "sweep/0/checkpoints/last.pt").is_file()
+    assert not (tmp_path / "sweep/1").exists()
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_live_sweep_is_refused(tmp_path: Path) -> None:
+    assert sweep(tmp_path, "seed=1").code == 0
+    (tmp_path / "sweep/0/summary.json").unlink()
+    code = (
+        "import sys, pathlib, dlopt.folders as f; l = f.RunFolder(pathlib.Path(sys.argv[1])).lock(); print(); input()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "sweep")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        before = entries(tmp_path)
+        assert "at work" in refused(tmp_path, "train", "-m", *TINY, "seed=1", "resume=auto")
+        assert entries(tmp_path) == before
+        process.kill()

@@ -1,0 +1,211 @@
+"""The command line as a person meets it: help, version, listings, completion, and how fast they answer."""
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+import dlopt as package
+from tests.commands.line import SMALL, dlopt, entries, refused
+
+DLOPT = [sys.executable, "-m", "dlopt"]
+ROOT = Path(package.__file__).parents[1]
+
+
+def process(*arguments: str, folder: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [*DLOPT, *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+# -- without a sub-command
+
+
+def test_version(tmp_path: Path) -> None:
+    for arguments in (["--version"], ["-V"], ["train", "--version"]):
+        result = dlopt(tmp_path, *arguments)
+        assert (result.code, result.out) == (0, f"dlopt {package.__version__}\n")
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"]])
+def test_help_names_the_commands(arguments: list[str], tmp_path: Path) -> None:
+    result = dlopt(tmp_path, *arguments)
+    assert result.code == 0
+    assert "dlopt train" in result.out and "dlopt eval" in result.out
+
+
+def test_unknown_command(tmp_path: Path) -> None:
+    message = refused(tmp_path, "trian")
+    assert "trian" in message and "train" in message and "eval" in message
+
+
+# -- behind the sub-command
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_train_help(flag: str, tmp_path: Path, conf_dir: Path) -> None:
+    text = dlopt(tmp_path, "train", flag).out
+    for path in conf_dir.glob("*/*.yaml"):
+        assert path.stem in text or path.stem.startswith("_")
+    assert " _" not in text  # fragments are no choices
+    keys = [key for key, value in OmegaConf.load(conf_dir / "train.yaml").items() if key not in ("defaults", "hydra")]
+    assert len(keys) > 20
+    for key in keys:
+        assert f"  {key}" in text
+    assert "passes over the training set" in text  # what a key means stands beside it
+    assert entries(tmp_path) == set()
+
+
+def test_eval_help(tmp_path: Path) -> None:
+    for flag in ("--help", "-h"):
+        result = dlopt(tmp_path, "eval", flag)
+        assert result.code == 0 and "checkpoint=PATH" in result.out
+
+
+def test_cfg_job_shows_what_would_run(tmp_path: Path) -> None:
+    for line in (["--cfg", "job", "optimizer=adamw", "seed=3"], ["optimizer=adamw", "seed=3", "-c", "job"]):
+        result = dlopt(tmp_path, "train", *line)
+        assert result.code == 0
+        config = OmegaConf.create(result.out)
+        assert config.optimizer._target_ == "torch.optim.AdamW" and config.order_seed == 3
+        assert "hydra" not in config
+    assert entries(tmp_path) == set()
+
+
+@pytest.mark.parametrize(
+    ("kind", "part"),
+    [
+        ("defaults", "optimizer/adamw"),
+        ("config", "optimizer/adamw"),
+        ("searchpath", "conf"),
+        ("defaults-tree", "optimizer"),
+    ],
+)
+def test_info(kind: str, part: str, tmp_path: Path) -> None:
+    result = process("train", "--info", kind, "optimizer=adamw", folder=tmp_path)
+    assert result.returncode == 0 and part in result.stdout, result.stderr
+    assert entries(tmp_path) == set()
+
+
+def test_what_is_wrong_is_explained_there_too(tmp_path: Path) -> None:
+    for flags in (["--cfg", "job"], ["--info", "config"]):
+        assert "did you mean optimizer.lr?" in refused(tmp_path, "train", *flags, "optimizer.lrr=1")
+
+
+def test_flags_stand_where_they_like(tmp_path: Path) -> None:
+    result = dlopt(tmp_path, "train", *SMALL[:2], "-m", *SMALL[2:], "epochs=1", "hydra.sweep.dir=sweep")
+    assert result.code == 0, result.err
+    assert (tmp_path / "sweep/0/summary.json").is_file()
+
+
+# -- as processes: nothing of torch, and soon
+
+
+QUICK = (
+    ["--version"],
+    ["--help"],
+    ["train", "--help"],
+    ["eval", "--help"],
+    ["train", "--cfg", "job"],
+    ["train", "-sc", "install=bash"],
+)
+
+
+@pytest.mark.parametrize("arguments", QUICK, ids=" ".join)
+def test_answers_at_once(arguments: list[str], tmp_path: Path) -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    probe = "import sys, dlopt.cli\ntry: dlopt.cli.main()\nfinally: print('torch' in sys.modules, file=sys.stderr)"
+    result = subprocess.run(
+        [sys.executable, "-c", probe, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert result.stderr == "False\n"
+    # processor time: the machine may be busy. Half a second is meant, and a slow one given twice that.
+    assert after.ru_utime - before.ru_utime < 1.0
+
+
+def test_mistakes_come_to_light_within_seconds(tmp_path: Path) -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    result = process("train", "optimizer.lr=0", folder=tmp_path)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "optimizer.lr=0" in result.stderr
+    assert after.ru_utime - before.ru_utime < 5
+    assert entries(tmp_path) == set()
+
+
+def test_closed_pipe(tmp_path: Path) -> None:
+    for arguments in ("train --help", "train --info config", "train --cfg job"):
+        line = f"{sys.executable} -m dlopt {arguments} | head -n 1"
+        result = subprocess.run(
+            ["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        assert "Traceback" not in result.stderr and "Logging error" not in result.stderr
+
+
+# -- completion
+
+
+def completed(folder: Path, typed: str) -> set[str]:
+    """What the function that `-sc install=bash` defines proposes, in a real bash."""
+    script = f"""
+        PATH={folder}:$PATH
+        eval "$(dlopt -sc install=bash)"
+        COMP_LINE={typed!r}; COMP_POINT=${{#COMP_LINE}}
+        read -ra COMP_WORDS <<< "$COMP_LINE"
+        COMP_CWORD=$(( ${{#COMP_WORDS[@]}} - 1 ))
+        case "$COMP_LINE" in *" ") COMP_CWORD=$(( COMP_CWORD + 1 ));; esac
+        hydra_bash_completion
+        echo "${{COMPREPLY[@]}}"
+        """
+    command = folder / "dlopt"
+    command.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -m dlopt "$@"\n')
+    command.chmod(0o755)
+    result = subprocess.run(["bash", "-c", script], cwd=folder, capture_output=True, text=True, timeout=60, check=True)
+    assert result.stderr == ""
+    return set(result.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("typed", "some", "none"),
+    [
+        ("dlopt ", {"train", "eval"}, {"optimizer="}),
+        ("dlopt tr", {"train"}, {"eval"}),
+        ("dlopt train optim", {"optimizer=", "optimizer."}, {"model="}),
+        ("dlopt train optimizer=", {"optimizer=sgd", "optimizer=adamw"}, {"optimizer=_full_batch"}),
+        ("dlopt train optimizer=ad", {"optimizer=adam", "optimizer=adamw"}, {"optimizer=sgd"}),
+        ("dlopt train optimizer.", {"optimizer.lr=", "optimizer.momentum="}, {"optimizer._target_="}),
+        ("dlopt train optimizer=adamw optimizer.e", {"optimizer.eps="}, {"optimizer.momentum="}),
+        ("dlopt train -m   see", {"seed="}, set()),
+        ("dlopt eval ch", {"checkpoint="}, {"checkpoint."}),
+        ("dlopt options opt", {"optimizer"}, {"optimizer="}),
+    ],
+)
+def test_completion_in_bash(typed: str, some: set[str], none: set[str], tmp_path: Path) -> None:
+    found = completed(tmp_path, typed)
+    assert some <= found and not none & found
+
+
+def test_completion_of_a_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "outputs").mkdir()
+    (tmp_path / "outputs/last.pt").touch()
+    (tmp_path / "outputs/last.pt.sha256").touch()
+    assert completed(tmp_path, "dlopt eval checkpoint=out") == {"checkpoint=outputs/"}
+    assert completed(tmp_path, "dlopt eval checkpoint=outputs/") == {"checkpoint=outputs/last.pt"}
+
+
+def test_completion_used_wrongly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COMP_LINE", raising=False)
+    for line in (["-sc", "foo"], ["train", "-sc", "install=tcsh"], ["-sc"], ["-sc", "query=bash"]):
+        assert "-sc" in refused(tmp_path, *line)

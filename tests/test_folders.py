@@ -1,0 +1,351 @@
+"""One folder, one run: fresh, finished, unfinished, live, resumed, lengthened."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from dlopt.engine import checkpoint
+from dlopt.errors import UserError
+from dlopt.folders import RunFolder, Trace, differences, make, make_new, newest
+from tests.commands.line import SMALL, Result, dlopt, entries, only, refused
+
+IN_RUN = "hydra.run.dir=run"
+
+
+def train(folder: Path, *arguments: str) -> Result:
+    result = dlopt(folder, "train", *SMALL, *arguments)
+    assert result.code == 0, result.err
+    return result
+
+
+def stop_after_first_epoch(folder: Path, *arguments: str) -> None:
+    """A run of two epochs of which one is done, as a kill leaves it: no summary, and the checkpoint of one epoch."""
+    train(folder, *arguments, "epochs=1", "schedule_epochs=2")
+    run = only(folder, "run") if IN_RUN in arguments else max(folder.glob("outputs/train/*"))
+    (run / "summary.json").unlink()
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    model: dict[str, torch.Tensor] = checkpoint.load(run / "checkpoints/last.pt")["model"]
+    return model
+
+
+def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+# -- what a run leaves
+
+
+def test_a_run_folder_holds_what_the_contract_says(tmp_path: Path) -> None:
+    train(tmp_path, "name=mine")
+    run = only(tmp_path, "outputs/mine/*")
+    assert {path.name for path in run.iterdir()} >= {
+        "config.yaml", "overrides.yaml", "environment.json", "metrics.jsonl", "summary.json", "checkpoints",
+        "tensorboard", "train.log",
+    }  # fmt: skip
+    assert {path.name for path in (run / "checkpoints").iterdir()} >= {
+        "last.pt", "last.pt.sha256", "best.pt", "best.pt.sha256",
+    }  # fmt: skip
+    assert yaml.safe_load((run / "overrides.yaml").read_text()) == [*SMALL, "name=mine"]
+    assert yaml.safe_load((run / "config.yaml").read_text())["model"]["widths"] == [4]
+    assert {"torch", "python", "git_commit"} <= json.loads((run / "environment.json").read_text()).keys()
+    assert [line["epoch"] for line in lines(run)] == [1, 2]
+    assert json.loads((run / "summary.json").read_text())["status"] == "finished"
+    assert not list(run.rglob("*.tmp"))
+
+
+def test_runs_of_one_second_do_not_share_a_folder(tmp_path: Path) -> None:
+    fixed = "2026-01-01_00-00-00"
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda _: make_new(tmp_path / "outputs/x" / fixed), range(24)))
+    assert len(set(made)) == 24 and all(path.is_dir() for path in made)
+    assert {path.name for path in made} == {fixed, *(f"{fixed}-{i}" for i in range(1, 24))}
+    found = newest(tmp_path / "outputs/x", lambda folder: True)
+    assert found is not None and found.path.name == f"{fixed}-23"  # not -9
+
+
+def test_the_folder_that_was_asked_for_is_made_once(tmp_path: Path) -> None:
+    make(tmp_path / "a/b", "hydra.run.dir")
+    with pytest.raises(UserError, match="hydra.run.dir="):
+        make(tmp_path / "a/b", "hydra.run.dir")
+
+
+def test_commands_of_one_second_do_not_share_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf/mine.yaml").write_text("defaults: [train, _self_]\nhydra: {run: {dir: outputs/train/now}}\n")
+    for _ in range(2):
+        train(tmp_path, "--config-dir", "conf", "--config-name", "mine")
+    assert {path.name for path in (tmp_path / "outputs/train").iterdir()} == {"now", "now-1"}
+
+
+# -- a folder that holds a run
+
+
+def test_finished_run_without_resume(tmp_path: Path) -> None:
+    train(tmp_path, IN_RUN)
+    before = contents(tmp_path)
+    message = refused(tmp_path, "train", *SMALL, IN_RUN)
+    assert "finished" in message and "resume=auto" in message
+    assert contents(tmp_path) == before
+
+
+def test_finished_run_with_resume_shows_its_summary_and_writes_nothing(tmp_path: Path) -> None:
+    train(tmp_path, IN_RUN)
+    before = contents(tmp_path)
+    result = train(tmp_path, IN_RUN, "resume=auto")
+    assert "finished" in result.out
+    assert f"{json.loads((tmp_path / 'run/summary.json').read_text())['test_accuracy']:.2%}".split("%")[0] in result.out
+    assert contents(tmp_path) == before
+
+
+def test_unfinished_run_without_resume(tmp_path: Path) -> None:
+    stop_after_first_epoch(tmp_path, IN_RUN)
+    message = refused(tmp_path, "train", *SMALL, IN_RUN)
+    assert "unfinished" in message and "resume=auto" in message
+
+
+def test_unfinished_run_goes_on_in_its_folder(tmp_path: Path) -> None:
+    stop_after_first_epoch(tmp_path, IN_RUN)
+    train(tmp_path, IN_RUN, "resume=auto", "schedule_epochs=2")
+    train(tmp_path, "hydra.run.dir=whole", "schedule_epochs=2")
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    assert [line["epoch"] for line in lines(run)] == [1, 2]
+    assert json.loads((run / "summary.json").read_text())["resumed_from"] == [1]
+    torch.testing.assert_close(weights(run), weights(whole), rtol=0, atol=0)
+
+
+def test_default_folder_goes_on_with_the_newest_unfinished_run(tmp_path: Path) -> None:
+    stop_after_first_epoch(tmp_path, "seed=1")
+    stop_after_first_epoch(tmp_path, "seed=2")
+    other, wanted = sorted(tmp_path.glob("outputs/train/*"))
+    before = contents(other)
+    train(tmp_path, "seed=2", "resume=auto", "schedule_epochs=2")
+    assert len(list(tmp_path.glob("outputs/train/*"))) == 2
+    assert RunFolder(wanted).is_finished() and contents(other) == before
+    train(tmp_path, "seed=2", "resume=auto", "schedule_epochs=2")  # none is unfinished now: afresh
+    assert len(list(tmp_path.glob("outputs/train/*"))) == 3
+    train(tmp_path, "seed=1", "name=other", "resume=auto", "schedule_epochs=2")  # nor of this name
+    assert len(list(tmp_path.glob("outputs/other/*"))) == 1 and contents(other) == before
+
+
+def test_default_folder_passes_over_a_live_run(tmp_path: Path) -> None:
+    stop_after_first_epoch(tmp_path)
+    run = only(tmp_path, "outputs/train/*")
+    with held_by_another_process(run):
+        train(tmp_path, "resume=auto", "schedule_epochs=2")
+    assert len(list(tmp_path.glob("outputs/train/*"))) == 2 and len(lines(run)) == 1
+
+
+def test_unfinished_run_without_a_checkpoint_starts_afresh_in_its_folder(tmp_path: Path) -> None:
+    stop_after_first_epoch(tmp_path, IN_RUN)
+    for path in (tmp_path / "run/checkpoints").iterdir():
+        path.unlink()
+    train(tmp_path, IN_RUN, "resume=auto")
+    assert [line["epoch"] for line in lines(tmp_path / "run")] == [1, 2]
+
+
+def test_run_all_of_whose_checkpoints_are_damaged_is_no_fresh_start(tmp_path: Path) -> None:
+    stop_after_first_epoch(tmp_path, IN_RUN)
+    for path in (tmp_path / "run/checkpoints").glob("*.pt"):
+        path.write_bytes(path.read_bytes()[:-100])
+    before = contents(tmp_path)
+    result = dlopt(tmp_path, "train", *SMALL, IN_RUN, "resume=auto", "schedule_epochs=2")
+    assert result.code == 1 and "none of the checkpoints" in result.err and "Traceback" not in result.err
+    assert contents(tmp_path) == before
+
+
+# -- length
+
+
+def test_lengthened_run_goes_on_and_keeps_its_schedule(tmp_path: Path) -> None:
+    train(tmp_path, IN_RUN)
+    train(tmp_path, IN_RUN, "resume=auto", "epochs=3")
+    run = tmp_path / "run"
+    rates = [line["lr"] for line in lines(run)]
+    assert [line["epoch"] for line in lines(run)] == [1, 2, 3]
+    assert rates[2] <= rates[1]  # the cosine has arrived at 0 and stays there; a new horizon would raise it again
+    assert json.loads((run / "summary.json").read_text())["epochs"] == 3
+
+
+def test_shortened_run_is_finished(tmp_path: Path) -> None:
+    train(tmp_path, IN_RUN)
+    before = contents(tmp_path)
+    train(tmp_path, IN_RUN, "resume=auto", "epochs=1")
+    assert contents(tmp_path) == before
+
+
+# -- another config
+
+
+@pytest.mark.parametrize(
+    "change", ["seed=5", "model.widths=[5]", "data.subset=50", "data.batch_size=8", "optimizer=adam"]
+)
+def test_other_config_is_refused_with_the_difference(change: str, tmp_path: Path) -> None:
+    stop_after_first_epoch(tmp_path, IN_RUN)
+    message = refused(tmp_path, "train", *SMALL, IN_RUN, "schedule_epochs=2", "resume=auto", change)
+    key, _, value = change.partition("=")
+    assert ("optimizer._target_" if key == "optimizer" else key) in message
+    assert (value if key != "optimizer" else "torch.optim.Adam").strip("[]") in message
+    assert " ".join(SMALL) in message  # how that run was started
+    message = refused(tmp_path, "train", *SMALL, "resume=run/checkpoints/last.pt", change)
+    assert "another config" in message
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "epochs=3",
+        "threads=auto",
+        "log_every_steps=1",
+        "tracking=[]",
+        "data.workers=0",
+        "checkpoint.keep=1",
+        "device=cpu",
+    ],
+)
+def test_what_may_change(change: str, tmp_path: Path) -> None:
+    stop_after_first_epoch(tmp_path, IN_RUN)
+    train(tmp_path, IN_RUN, "schedule_epochs=2", "resume=auto", change)
+
+
+def test_differences_names_dotted_keys() -> None:
+    saved = {"seed": 1, "epochs": 2, "model": {"widths": [4], "depth": 2}, "data": {"workers": 1}}
+    wanted = {"seed": 1, "epochs": 9, "model": {"widths": (4,), "norm": "batch"}, "data": {"workers": 7}}
+    assert differences(saved, wanted) == {"model.depth": (2, None), "model.norm": (None, "batch")}
+
+
+# -- resume=PATH
+
+
+def test_resume_from_a_path_takes_the_history_along(tmp_path: Path) -> None:
+    stop_after_first_epoch(tmp_path, IN_RUN)
+    before = contents(tmp_path / "run")
+    train(tmp_path, "schedule_epochs=2", "resume=run/checkpoints/last.pt")
+    run = only(tmp_path, "outputs/train/*")
+    assert [line["epoch"] for line in lines(run)] == [1, 2]
+    assert lines(run)[0] == lines(tmp_path / "run")[0]
+    assert contents(tmp_path / "run") == before
+    train(tmp_path, "schedule_epochs=2", "hydra.run.dir=whole")
+    torch.testing.assert_close(weights(run), weights(tmp_path / "whole"), rtol=0, atol=0)
+
+
+def test_resume_from_a_path_within_the_given_folder(tmp_path: Path) -> None:
+    stop_after_first_epoch(tmp_path, IN_RUN)
+    train(tmp_path, IN_RUN, "schedule_epochs=2", "resume=run/checkpoints/last.pt")
+    assert [line["epoch"] for line in lines(tmp_path / "run")] == [1, 2]
+
+
+def test_resume_from_a_path_into_another_run(tmp_path: Path) -> None:
+    stop_after_first_epoch(tmp_path, IN_RUN)
+    train(tmp_path, "hydra.run.dir=other")
+    refused(tmp_path, "train", *SMALL, "hydra.run.dir=other", "resume=run/checkpoints/last.pt")
+
+
+# -- live folders
+
+
+class held_by_another_process:
+    def __init__(self, folder: Path) -> None:
+        code = "import sys, pathlib, dlopt.folders as f; l = f.RunFolder(pathlib.Path(sys.argv[1])).lock(); print(); input()"
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.process = subprocess.Popen([sys.executable, "-c", code, str(folder)], **pipes)
+
+    def __enter__(self) -> "subprocess.Popen[bytes]":
+        assert self.process.stdout is not None
+        self.process.stdout.readline()
+        return self.process
+
+    def __exit__(self, *exception: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def test_live_folder_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    stop_after_first_epoch(tmp_path, IN_RUN)
+    with held_by_another_process(tmp_path / "run") as process:
+        before = contents(tmp_path)
+        for resume in ("resume=auto", "resume=null"):
+            assert "at work" in refused(tmp_path, "train", *SMALL, IN_RUN, resume, "schedule_epochs=2")
+        assert contents(tmp_path) == before
+        process.kill()
+        process.wait()
+        train(tmp_path, IN_RUN, "resume=auto", "schedule_epochs=2")  # a dead process's lock does not count
+
+
+def test_lock_is_held_by_one(tmp_path: Path) -> None:
+    with held_by_another_process(tmp_path):
+        assert RunFolder(tmp_path).is_live()
+        with pytest.raises(UserError, match="another run is at work"):
+            RunFolder(tmp_path).lock()
+    assert not RunFolder(tmp_path).is_live()
+
+
+def test_two_processes_at_one_folder(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "dlopt", "train", *SMALL, IN_RUN]
+    root = str(Path(__file__).parents[1])
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": root}, **pipes) for _ in range(2)]
+    ends = [(process.communicate(timeout=120), process.returncode) for process in both]
+    assert sorted(code for _, code in ends) == [0, 2], ends
+    assert json.loads((tmp_path / "run/summary.json").read_text())["status"] == "finished"
+    assert [line["epoch"] for line in lines(tmp_path / "run")] == [1, 2]
+
+
+# -- no trace of a run that cannot begin
+
+
+@pytest.mark.parametrize("place", ["run", "there", "there/already", "a/b/c", "."])
+def test_no_trace(place: str, tmp_path: Path) -> None:
+    (tmp_path / "there/already").mkdir(parents=True)
+    (tmp_path / "there/file").write_text("kept")
+    refused(tmp_path, "train", *SMALL, "data.subset=9", f"hydra.run.dir={place}")
+    assert (tmp_path / "there/file").read_text() == "kept"
+
+
+def test_no_trace_in_an_unfinished_run(tmp_path: Path) -> None:
+    stop_after_first_epoch(tmp_path, IN_RUN, "init_from=null")
+    before = entries(tmp_path)
+    refused(tmp_path, "train", *SMALL, IN_RUN, "resume=auto", "schedule_epochs=2", "epochs=2", "init_from=")
+    assert entries(tmp_path) == before
+
+
+def test_trace_keeps_what_was_there(tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    trace = Trace(tmp_path)
+    (tmp_path / "new/deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "kept")
+    trace.erase(tmp_path)
+    assert entries(tmp_path) == {"kept"}
+    trace = Trace(tmp_path / "x/y")
+    (tmp_path / "x/y").mkdir(parents=True)
+    (tmp_path / "x/other").touch()  # of somebody who was faster
+    trace.erase(tmp_path / "x/y")
+    assert entries(tmp_path) == {"kept", "x", "x/other"}
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir(mode=0o500)
+    assert "cannot be written" in refused(tmp_path, "train", *SMALL, IN_RUN)
+
+
+def test_relative_folders_start_where_the_command_is_typed(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    start = time.time()
+    train(tmp_path / "elsewhere", "hydra.run.dir=../run")
+    assert (tmp_path / "run/summary.json").stat().st_mtime >= start - 1
