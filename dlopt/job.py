@@ -41,6 +41,7 @@ def execute(run: "Run", *, typed: Sequence[str] | None = None, console: bool = T
 
     world = worlds.current()
     is_main = world is None or world.is_main
+    place = "" if world is None or world.is_main else f"rank {world.rank}: "
     record = typed is None if world is None else os.environ.get(RECORD) == "1"  # a user's mistake, too
     try:
         experiment = run.experiment
@@ -62,14 +63,14 @@ def execute(run: "Run", *, typed: Sequence[str] | None = None, console: bool = T
             return _STATUS_OF[status]
         except UserError as error:
             if worlds.first_to_fail():
-                complain(str(error))
+                complain(f"{place}{error}")
                 if record:
-                    _record_failure(run.folder, str(error))
+                    _record_failure(run.folder, f"{place}{error}")
             return USER_ERROR
         except RunError as error:
             if worlds.first_to_fail():
-                complain(str(error))
-                _record_failure(run.folder, str(error))
+                complain(f"{place}{error}")
+                _record_failure(run.folder, f"{place}{error}")
             return FAILED
         except KeyboardInterrupt:
             if is_main:
@@ -78,7 +79,6 @@ def execute(run: "Run", *, typed: Sequence[str] | None = None, console: bool = T
         except Exception as error:
             if worlds.first_to_fail():
                 text = traceback.format_exc()
-                place = "" if world is None else f"rank {world.rank}: "
                 with contextlib.suppress(OSError):
                     (run.folder / "traceback.txt").write_text(text)
                 _record_failure(run.folder, f"{place}{type(error).__name__}: {error}")

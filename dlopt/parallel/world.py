@@ -142,12 +142,16 @@ def meet(world: World, *, minutes: float, address: str | None = None, port: int 
 def first_to_fail() -> bool:
     """Whether no other rank has told of a failure yet: what follows on the other ranks is not worth a message.
 
-    It has to be asked before this rank leaves, so that it comes before what its leaving does to the others.
+    It has to be asked before this rank leaves, so that it comes before what its leaving does to the others. What goes
+    wrong on all of them is rank 0's to tell.
     """
-    if _met is None:
+    world = current()
+    if world is None:
         return True
+    if not world.is_main:
+        time.sleep(0.5)
     try:
-        return bool(_met.add("failures", 1) == 1)
+        return bool(meet(world, minutes=1.0).add("failures", 1) == 1)
     except Exception:  # the rank that kept the store is gone; it has told of its failure, or its launcher will
         return False
 

@@ -2,13 +2,20 @@
 
 import json
 import math
+import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from dlopt.engine.checkpoint import Checkpoints
+from dlopt.errors import UserError
 from dlopt.parallel import world
-from tests.engine.runs import experiment, metrics, start
+from dlopt.parallel.ddp import data_parallel
+from dlopt.run import Run, train
+from tests.engine.runs import at_update, experiment, metrics, resume, start, terminate
 from tests.parallel.ranks import run_ranks
 
 # 96 training samples
@@ -40,8 +47,6 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
 
 def run_all(folder: str, cases: dict[str, tuple[list[str], list[str]]]) -> None:
     """In each rank: the runs one after the other."""
-    from dlopt.run import Run, train
-
     for name, (both, own) in cases.items():
         checked = experiment(*both, "parallel=ddp", *own)
         summary = train(Run(checked, Path(folder) / name), console=False)
@@ -97,3 +102,72 @@ def test_compressed_gradients_train(tmp_path: Path, compression: str) -> None:
     run_ranks("tests.parallel.test_ddp:run_all", 2, tmp_path, str(tmp_path), {"run": both})
     losses = [line["train_loss"] for line in metrics(tmp_path / "run")]
     assert losses[-1] < 0.7 * losses[0]
+
+
+def interrupted_and_resumed(folder: str, left_by_one: str, overrides: list[str]) -> None:
+    """In each rank: a run that only rank 1 is asked to stop, then one that a single process has left."""
+    lines = [*overrides, "parallel=ddp", SYNC]
+    rank = int(os.environ["DLOPT_RANK"])
+    with at_update(5, terminate if rank == 1 else lambda: None):
+        summary = start(Path(folder), *lines)
+    assert (summary["status"], summary["steps"]) == ("interrupted", 6)  # told with the next loss
+    world.leave()
+    state = Checkpoints(Path(left_by_one) / "checkpoints").load_newest() if rank == 0 else None
+    train(Run(experiment(*lines), Path(left_by_one), state), console=False)
+    world.leave()
+
+
+def test_stopped_together_and_resumed_in_the_other_mode(tmp_path: Path) -> None:
+    case = [*MLP, "augmentation=crop_flip", "data.batch_size=35", "epochs=4", "ema=0.9"]
+    start(tmp_path / "whole", *case)
+    with at_update(5, terminate):
+        start(tmp_path / "one", *case)
+    both = str(tmp_path / "two"), str(tmp_path / "one")
+    run_ranks("tests.parallel.test_ddp:interrupted_and_resumed", 2, tmp_path, *both, case)
+    resume(tmp_path / "two", *case)
+    for folder, step in zip(both, (6, 5), strict=True):
+        for a, b in zip(metrics(tmp_path / "whole"), metrics(Path(folder)), strict=True):
+            assert figures(b) == pytest.approx(figures(a), rel=1e-9)
+        assert json.loads((Path(folder) / "summary.json").read_text())["resumed_from"] == [step]
+
+
+ARGUMENTS: dict[str, Any] = {
+    "device": torch.device("cpu"), "accumulate": 1, "processes": None, "bucket_cap_mb": 25.0, "static_graph": False,
+    "find_unused_parameters": False, "compression": "none", "sync_batchnorm": True, "timeout_minutes": 1.0,
+    "master_addr": None, "master_port": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"processes": 3}, "parallel.processes=3: torchrun started 2 processes"),
+        ({"static_graph": True, "accumulate": 2}, "parallel.static_graph=true: not with accumulate=2"),
+        ({"device": torch.device("mps")}, "parallel=ddp: not on mps"),
+    ],
+)
+def test_wrong_set_ups_get_one_line(arguments: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+        data_parallel(**{**ARGUMENTS, **arguments})
+
+
+def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    mode = data_parallel(**ARGUMENTS)
+    assert (mode.name, mode.processes, mode.share) == ("ddp", 1, None)
+    with pytest.raises(UserError, match=r"^parallel.processes=2: "):
+        data_parallel(**{**ARGUMENTS, "processes": 2})
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"^parallel=single: torchrun started 2 processes"):
+        start(Path("unused"), *MLP)
+
+
+@pytest.mark.slow
+def test_unequal_parts_without_synchronized_batch_norm_are_refused(tmp_path: Path) -> None:
+    case: dict[str, tuple[list[str], list[str]]] = {
+        "run": ([*MLP, "model.norm=batch", "data.batch_size=19", "epochs=1"], [])
+    }  # a last batch of one
+    with pytest.raises(AssertionError, match=r"parallel\.sync_batchnorm=true"):
+        run_ranks("tests.parallel.test_ddp:run_all", 2, tmp_path, str(tmp_path), case)

@@ -1,0 +1,100 @@
+"""Processes that `dlopt train` starts itself."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dlopt.parallel.launch import wanted
+from tests.parallel.ranks import ROOT
+
+
+class FailingOnRank1(torch.utils.data.Dataset[tuple[Tensor, float]]):
+    """A regression whose samples one rank cannot have once the training goes on."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.given = 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[Tensor, float]:
+        self.given += 1
+        if os.environ.get("DLOPT_RANK") == "1" and self.given > 3 * self.count:
+            raise ZeroDivisionError("no such sample")
+        return torch.full((3,), index / self.count), index / self.count
+
+
+def command(folder: Path, *overrides: str) -> list[str]:
+    lines = ["device=cpu", "threads=1", "tracking=[]", "parallel=ddp", "parallel.processes=2", *overrides]
+    return [sys.executable, "-m", "dlopt", "train", f"hydra.run.dir={folder}", *lines]
+
+
+SMALL = ["data.subset=100", "data.workers=0", "model=mlp", "model.widths=[8]"]
+
+
+def test_a_signal_ends_all_with_a_checkpoint(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    line = command(folder, *SMALL, "epochs=100000", "checkpoint.every_epochs=null")
+    process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (folder / "metrics.jsonl").exists() or len((folder / "metrics.jsonl").read_text()) < 100:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert (folder / "checkpoints" / "last.pt").exists()
+    assert json.loads((folder / "summary.json").read_text())["status"] == "interrupted"
+
+
+@pytest.mark.slow
+def test_an_exception_on_one_rank_ends_all_and_names_it(tmp_path: Path) -> None:
+    lines = [
+        "data=custom", "data.train._target_=tests.parallel.test_launch.FailingOnRank1", "+data.train.count=60",
+        "data.test=null",
+        "data.memory=false", "data.workers=0", "allow_packages=[tests]", "model=mlp", "normalize=none", "epochs=1000",
+        "loss=mse",
+    ]  # fmt: skip
+    done = subprocess.run(command(tmp_path / "run", *lines), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1, done.stderr
+    assert "rank 1: " in done.stderr and "no such sample" in done.stderr
+    assert done.stderr.count("dlopt: ") == 1  # what it did to the others is not worth a message
+    assert "rank 1" in json.loads((tmp_path / "run" / "summary.json").read_text())["reason"]
+
+
+@pytest.mark.slow
+def test_a_users_mistake_leaves_no_folder(tmp_path: Path) -> None:
+    line = command(tmp_path / "run", *SMALL, "parallel.static_graph=true", "accumulate=2")
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.startswith("dlopt: parallel.static_graph=true") and len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_torchrun(tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    line = [*launcher, *command(tmp_path / "run", *SMALL, "epochs=2")[1:]]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["status"], summary["processes"]) == ("finished", 2)
+
+
+def test_how_many_processes_are_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert wanted({}, "auto") == 1
+    assert wanted({"processes": None}, "auto") == 1
+    assert wanted({"processes": 3}, "auto") == 3
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert wanted({"processes": None}, "cuda") == 2
+    assert wanted({"processes": 3}, "cpu") == 3
