@@ -63,7 +63,8 @@ def _lead(config: DictConfig, parsed: Namespace, world: World) -> int:
         complain(str(error))
         code = USER_ERROR
     finally:
-        store.compare_set("run", "", json.dumps({"exit": code}))  # where nothing was told
+        with contextlib.suppress(RuntimeError):  # the launcher that keeps the store may be gone
+            store.compare_set("run", "", json.dumps({"exit": code}))  # where nothing was told
     end_process(code)
 
 

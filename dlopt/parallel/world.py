@@ -122,7 +122,8 @@ def meet(world: World, *, minutes: float, address: str | None = None, port: int 
         elif world.launcher == "torchrun":
             os.environ.update({k: str(v) for k, v in (("MASTER_ADDR", address), ("MASTER_PORT", port)) if v})
             place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            _met, _, _ = next(iter(distributed.rendezvous("env://", timeout=limit)))
+            agents, _, _ = next(iter(distributed.rendezvous("env://", timeout=limit)))
+            _met = distributed.PrefixStore(f"attempt{world.restarts}", agents)  # it outlives a failed attempt
         else:
             found = master(os.environ)
             host, number = address or found[0], port or found[1]
