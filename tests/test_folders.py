@@ -16,7 +16,7 @@ import yaml
 from dlopt.engine import checkpoint
 from dlopt.errors import UserError
 from dlopt.folders import RunFolder, Trace, differences, make, make_new, newest
-from tests.commands.line import SMALL, Result, dlopt, entries, only, refused
+from tests.commands.line import SMALL, HeldByAnotherProcess, Result, dlopt, entries, only, refused
 
 IN_RUN = "hydra.run.dir=run"
 
@@ -81,7 +81,7 @@ def test_runs_of_one_second_do_not_share_a_folder(tmp_path: Path) -> None:
 
 def test_the_folder_that_was_asked_for_is_made_once(tmp_path: Path) -> None:
     make(tmp_path / "a/b", "hydra.run.dir")
-    with pytest.raises(UserError, match="hydra.run.dir="):
+    with pytest.raises(UserError, match="another run makes this folder"):
         make(tmp_path / "a/b", "hydra.run.dir")
 
 
@@ -146,7 +146,7 @@ def test_default_folder_goes_on_with_the_newest_unfinished_run(tmp_path: Path) -
 def test_default_folder_passes_over_a_live_run(tmp_path: Path) -> None:
     stop_after_first_epoch(tmp_path)
     run = only(tmp_path, "outputs/train/*")
-    with held_by_another_process(run):
+    with HeldByAnotherProcess(run):
         train(tmp_path, "resume=auto", "schedule_epochs=2")
     assert len(list(tmp_path.glob("outputs/train/*"))) == 2 and len(lines(run)) == 1
 
@@ -259,25 +259,9 @@ def test_resume_from_a_path_into_another_run(tmp_path: Path) -> None:
 # -- live folders
 
 
-class held_by_another_process:
-    def __init__(self, folder: Path) -> None:
-        code = "import sys, pathlib, dlopt.folders as f; l = f.RunFolder(pathlib.Path(sys.argv[1])).lock(); print(); input()"
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self.process = subprocess.Popen([sys.executable, "-c", code, str(folder)], **pipes)
-
-    def __enter__(self) -> "subprocess.Popen[bytes]":
-        assert self.process.stdout is not None
-        self.process.stdout.readline()
-        return self.process
-
-    def __exit__(self, *exception: object) -> None:
-        self.process.kill()
-        self.process.communicate()
-
-
 def test_live_folder_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     stop_after_first_epoch(tmp_path, IN_RUN)
-    with held_by_another_process(tmp_path / "run") as process:
+    with HeldByAnotherProcess(tmp_path / "run") as process:
         before = contents(tmp_path)
         for resume in ("resume=auto", "resume=null"):
             assert "at work" in refused(tmp_path, "train", *SMALL, IN_RUN, resume, "schedule_epochs=2")
@@ -288,7 +272,7 @@ def test_live_folder_is_refused_before_anything_is_written(tmp_path: Path) -> No
 
 
 def test_lock_is_held_by_one(tmp_path: Path) -> None:
-    with held_by_another_process(tmp_path):
+    with HeldByAnotherProcess(tmp_path):
         assert RunFolder(tmp_path).is_live()
         with pytest.raises(UserError, match="another run is at work"):
             RunFolder(tmp_path).lock()

@@ -43,7 +43,7 @@ class Component:
 
     def build(self, **runtime: Any) -> Any:
         """Calls the target with its arguments and with those of `runtime` that its signature names."""
-        names = _parameters(self.target)
+        names = _parameters(self.target).keys() - self.arguments.keys()
         known = {name: value for name, value in runtime.items() if name in names}
         return self.target(**known, **{name: _built(value, runtime) for name, value in self.arguments.items()})
 
@@ -177,7 +177,8 @@ def _checked(key: str, value: Any, annotation: Any, runtime: frozenset[str], pac
             raise UserError(f"{key}={show(value)}: this is a block of keys ({names}); set them one by one")
         return annotation(**check_arguments(key, annotation, value, runtime, packages))
     if isinstance(value, Mapping) and "_target_" in value:
-        return component(key, value, runtime, packages)
+        # what is known at run time may mean another thing here: a dataset's image_size is its own
+        return component(key, value, runtime - value.keys(), packages)
     if isinstance(value, list) and any(isinstance(item, Mapping) and "_target_" in item for item in value):
         return [_checked(f"{key}.{i}", item, _EMPTY, runtime, packages) for i, item in enumerate(value)]
     adapter = _adapter(annotation)

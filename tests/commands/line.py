@@ -3,11 +3,13 @@
 import contextlib
 import io
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -81,3 +83,22 @@ def _state_kept() -> Iterator[None]:
         torch.set_num_threads(threads)
         torch.set_default_dtype(dtype)
         torch.use_deterministic_algorithms(False)
+
+
+class HeldByAnotherProcess:
+    """A folder at which another process is at work, within a `with` statement."""
+
+    def __init__(self, folder: Path) -> None:
+        lock = "l = dlopt.folders.RunFolder(pathlib.Path(sys.argv[1])).lock()"
+        code = f"import sys, pathlib, dlopt.folders; {lock}; print(flush=True); input()"
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.process = subprocess.Popen([sys.executable, "-c", code, str(folder)], **pipes)
+
+    def __enter__(self) -> "subprocess.Popen[bytes]":
+        assert self.process.stdout is not None
+        self.process.stdout.readline()
+        return self.process
+
+    def __exit__(self, *exception: object) -> None:
+        self.process.kill()
+        self.process.communicate()

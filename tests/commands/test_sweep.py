@@ -14,7 +14,7 @@ import yaml
 
 import dlopt as package
 from dlopt import job
-from tests.commands.line import SMALL, Result, dlopt, entries, refused
+from tests.commands.line import SMALL, HeldByAnotherProcess, Result, dlopt, refused
 
 TINY = [*[each for each in SMALL if not each.startswith("epochs")], "epochs=1", "tracking=[]", "hydra.sweep.dir=sweep"]
 HERE = "hydra.sweep.dir=sweep"
@@ -77,7 +77,8 @@ def test_jobs_are_complete_runs(tmp_path: Path) -> None:
     for number, rate in enumerate([0.1, 0.01]):
         run = tmp_path / "sweep" / str(number)
         assert {path.name for path in run.iterdir()} >= {
-            "config.yaml", "overrides.yaml", "environment.json", "metrics.jsonl", "summary.json", "checkpoints", "train.log",
+            "config.yaml", "overrides.yaml", "environment.json", "metrics.jsonl", "summary.json", "checkpoints",
+            "train.log",
         }  # fmt: skip
         config = yaml.safe_load((run / "config.yaml").read_text())
         assert (config["optimizer"]["lr"], config["seed"]) == (rate, 1)
@@ -191,14 +192,5 @@ def test_a_signal_to_the_sweep_alone_reaches_its_job(number: signal.Signals, tmp
 def test_a_live_sweep_is_refused(tmp_path: Path) -> None:
     assert sweep(tmp_path, "seed=1").code == 0
     (tmp_path / "sweep/0/summary.json").unlink()
-    code = (
-        "import sys, pathlib, dlopt.folders as f; l = f.RunFolder(pathlib.Path(sys.argv[1])).lock(); print(); input()"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path / "sweep")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        before = entries(tmp_path)
+    with HeldByAnotherProcess(tmp_path / "sweep"):
         assert "at work" in refused(tmp_path, "train", "-m", *TINY, "seed=1", "resume=auto")
-        assert entries(tmp_path) == before
-        process.kill()

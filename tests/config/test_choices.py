@@ -1,154 +1,147 @@
-"""Every choice says what it is; the keys that are listed are those that Hydra composes."""
+"""Every YAML file of every group composes, is valid, builds, and takes one update on a little data."""
 
+import importlib.util
+import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 
-from dlopt.config.choices import Catalogue
-from dlopt.config.compose import Composer
-from dlopt.errors import UserError
+from dlopt.config.compose import Composer, to_plain
+from dlopt.config.experiment import GROUPS, parse
+from tests.commands.line import dlopt, only
 
-CATALOGUE = Catalogue()
+CONF = Path(__file__).parents[2] / "conf"
+CHOICES = [
+    f"{path.parent.name}={path.stem}"
+    for path in sorted(CONF.glob("*/*.yaml"))
+    if not path.stem.startswith("_") and path.parent.name in GROUPS
+]
+EXPERIMENTS = sorted(
+    str(path.relative_to(CONF / "experiment").with_suffix(""))
+    for path in (CONF / "experiment").rglob("*.yaml")
+    if not path.stem.startswith("_")
+)
+SMALL = ("threads=1", "steps=1", "data.batch_size=20", "tracking=[]", "hydra.run.dir=run")
+MLP = ("model=mlp", "model.widths=[4]")
+DIGITS = ("data.subset=40",)
+# 32 pixels with 3 channels, for what wants images
+IMAGES = ("data=image_folder", "data.root=images", "data.val_split=0.5", "data.image_size=32", "data.subset=null")
 
-
-def write(folder: Path, **files: str) -> str:
-    for name, text in files.items():
-        path = folder / f"{name.replace('__', '/')}.yaml"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return str(folder)
-
-
-@pytest.mark.parametrize("group", CATALOGUE.groups())
-def test_every_choice_begins_with_what_it_is(group: str) -> None:
-    choices = CATALOGUE.choices(group)
-    assert choices or group == "experiment"
-    for choice in choices:
-        first = next(line for line in choice.path.read_text().splitlines() if not line.startswith("# @"))
-        assert first.startswith("# ") and first[2:].strip(), (
-            f"{choice.path}: a comment with a description is wanted first"
-        )
-        assert len(choice.description) <= 160, f"{choice.path}: one line"
-
-
-def test_groups_and_defaults_are_those_of_the_defaults_list() -> None:
-    composer = Composer()
-    chosen = composer.compose([]).hydra.runtime.choices
-    groups = CATALOGUE.groups()
-    assert set(groups) == {*composer.groups()} | {"experiment"}
-    assert groups == {group: chosen[group] for group in groups}
-    assert list(groups)[:2] == ["data", "normalize"] and list(groups)[-1] == "experiment"
+SLOW = {  # more than a second or two for one update: these are built and run elsewhere in small, here only on demand
+    "model=resnet1202", "model=preact_resnet1001", "model=wrn_28_10", "model=wrn_28_20", "model=wrn_22_8",
+    "model=alexnet_224", "model=two_column_alexnet_224", "model=resnet101", "model=vgg11", "model=vgg11_bn",
+    "model=preact_resnet164", "model=preact_resnet110", "model=resnet110", "model=wrn_16_4", "model=resnet50",
+    "model=alexnet", "model=two_column_alexnet", "model=resnet34", "model=vit", "parallel=ddp",
+}  # fmt: skip
+OPTIONAL = {"model=timm": "timm"}
 
 
-@pytest.mark.parametrize("group", ["data", "sampler", "loss", "clip", "parallel", "schedule", "init"])
-def test_choices_are_those_that_hydra_finds(group: str) -> None:
-    assert {choice.name for choice in CATALOGUE.choices(group)} == set(Composer().choices(group))
-
-
-def leaves(name: str, value: Any) -> dict[str, Any]:
-    items = list(value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ())
-    is_block = isinstance(value, dict) or any(isinstance(each, dict) for _, each in items)
-    if not value or not is_block:
-        return {name: value}
-    return {key: leaf for inner, each in items for key, leaf in leaves(f"{name}.{inner}", each).items()}
-
-
-KINDS = (
-    "schedule=wsd", "schedule=cosine", "optimizer=sam", "optimizer=gradient_descent", "optimizer=muon",
-    "model=resnet18", "model=mlp", "data=custom", "augmentation=random_mix",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("choice", KINDS)
-def test_keys_and_defaults_are_those_that_hydra_composes(choice: str) -> None:
-    from omegaconf import OmegaConf
-
-    group, _, name = choice.partition("=")
-    (found,) = [each for each in CATALOGUE.choices(group) if each.name == name]
-    config = OmegaConf.to_container(Composer().compose([choice]), resolve=False)
-    assert isinstance(config, dict)
-    wanted = {key: value for key, value in leaves(group, config[group]).items() if key != f"{group}._target_"}
-    keys = {key.name: yaml.safe_load(key.value) for key in CATALOGUE.keys(found)}
-    elsewhere = {key: keys.pop(key) for key in list(keys) if not key.startswith(f"{group}.")}
-    assert keys == wanted and len(wanted) > 1
-    assert elsewhere == {
-        "optimizer=gradient_descent": {"data.batch_size": "full"},
-        "optimizer=sam": {"optimizer@optimizer.base": "sgd"},
-    }.get(choice, {})
-
-
-def test_comments_stand_with_their_keys(tmp_path: Path) -> None:
-    text = """\
-# First line.
-# more: of it
-
-# @package ignored
-defaults:
-  - _more # not a key
-  - _self_
-_target_: a.b
-text: 'a # no comment' # quoted
-list: [1, 2]# no comment without a space, says YAML, yet shown
-blocks: # of scalars
-  - 1
-  - 2
-inner:
-  deep: ${seed} # far down
-bare: # nothing
-"""
-    folder = write(tmp_path, sampler__mine=text, sampler___more="shared: 1 # pulled in\ntext: x # replaced\n")
-    catalogue = Catalogue(folder)
-    (mine,) = [choice for choice in catalogue.choices("sampler") if choice.name == "mine"]
-    assert mine.description == "First line" and mine.header == ["First line.", "more: of it"]
-    assert {key.name.removeprefix("sampler."): (key.value, key.comment) for key in catalogue.keys(mine)} == {
-        "shared": ("1", "pulled in"),
-        "text": ("a # no comment", "quoted"),
-        "list": ("[1, 2]", "no comment without a space, says YAML, yet shown"),
-        "blocks": ("[1, 2]", "of scalars"),
-        "inner.deep": ("${seed}", "far down"),
-        "bare": ("null", "nothing"),
+def line(choice: str) -> tuple[str, ...]:
+    """What has to be typed with a choice so that it can work, and works on little."""
+    group = choice.split("=")[0]
+    data: tuple[str, ...] = IMAGES if group in ("model", "augmentation") else DIGITS
+    model: tuple[str, ...] = () if group == "model" else MLP
+    special: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+        "data=image_folder": (IMAGES[1:4], MLP),
+        "data=imagenet": (("data.root=images", "data.val_split=0.5", "data.image_size=8"), MLP),
+        "data=csv": (("data.file=images/list.csv", "data.val_split=0.5"), MLP),
+        "data=custom": (("data.train._target_=torchvision.datasets.FakeData", *FAKE), MLP),
+        "data=polynomial": (("loss=mse",), MLP),
+        "model=polynomial": (("data=polynomial", "loss=mse", "normalize=none"), ()),
+        "model=mlp": (DIGITS, ("model.widths=[4]",)),
+        "model=residual_mlp": (DIGITS, ()),
+        "model=alexnet_224": ((*IMAGES[:3], "data.image_size=224"), ()),
+        "model=two_column_alexnet_224": ((*IMAGES[:3], "data.image_size=224"), ()),
+        "augmentation=imagenet": ((*IMAGES[:3], "data.image_size=256"), ("model=resnet20",)),
+        "init=dirac": (IMAGES, ("model=resnet20",)),
+        "init=whitening": (IMAGES, ("model=resnet20",)),
+        "stopping=tolerance": (DIGITS, MLP),
     }
+    data, model = special.get(choice, (data, model))
+    own = (choice,) if choice not in data else ()
+    return (*own, *data, *model)
 
 
-def test_recipes_stand_in_folders_and_set_keys_anywhere(tmp_path: Path) -> None:
-    text = """\
-# @package _global_
-# A recipe
-# command: dlopt train experiment=lecture/one
-defaults:
-  - override /model: mlp # small
-epochs: 3 # few
-optimizer:
-  lr: 0.5
-"""
-    catalogue = Catalogue(write(tmp_path, experiment__lecture__one=text, experiment___part="# no choice\n"))
-    (recipe,) = [choice for choice in catalogue.choices("experiment") if choice.name == "lecture/one"]
-    assert not [choice for choice in catalogue.choices("experiment") if choice.name.startswith("_")]
-    assert recipe.header == ["A recipe", "command: dlopt train experiment=lecture/one"]
-    assert [(key.name, key.value, key.comment) for key in catalogue.keys(recipe)] == [
-        ("model", "mlp", "small"),
-        ("epochs", "3", "few"),
-        ("optimizer.lr", "0.5", ""),
-    ]
+FAKE = (
+    "+data.train.size=40",
+    "+data.train.image_size=[3,8,8]",
+    "+data.train.num_classes=2",
+    "+data.train.transform={_target_:torchvision.transforms.ToTensor}",
+)
 
 
-def test_the_users_own_choice_comes_before_ours_of_the_same_name(tmp_path: Path) -> None:
-    catalogue = Catalogue(write(tmp_path, optimizer__sgd="# Mine\n", optimizer__zzz="# Last\n"))
-    found = {choice.name: choice.description for choice in catalogue.choices("optimizer")}
-    assert found["sgd"] == "Mine" and list(found)[-1] == "zzz" and "adam" in found
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two classes of images, and the same as a list."""
+    folder = tmp_path_factory.mktemp("choices")
+    rows = ["path,label"]
+    for part in ("train", "val", "test"):
+        for label, shade in (("dark", 60), ("light", 180)):
+            (folder / "images" / part / label).mkdir(parents=True)
+            for i in range(12 if part == "train" else 2):
+                path = f"{part}/{label}/{i}.png"
+                Image.new("RGB", (40, 36), (shade + i, shade, shade - i)).save(folder / "images" / path)
+                rows += [f"{path},{label}"] if part == "train" else []
+    (folder / "images/list.csv").write_text("\n".join(rows) + "\n")
+    return folder
 
 
-def test_numbers_are_in_their_order() -> None:
-    names = [choice.name for choice in CATALOGUE.choices("model")]
-    assert names.index("resnet20") < names.index("resnet56") < names.index("resnet110")
+def missing(choice: str) -> str | None:
+    """Why a choice cannot run here."""
+    if choice in OPTIONAL and importlib.util.find_spec(OPTIONAL[choice]) is None:
+        return f"{OPTIONAL[choice]} is not installed"
+    if choice in ("data=mnist", "data=fashion_mnist", "data=cifar10", "data=cifar100"):
+        return "its files have to be downloaded; tests/data reads such files in small"
+    return None
 
 
-def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="there is no such folder"):
-        Catalogue(str(tmp_path / "none"))
-    catalogue = Catalogue(write(tmp_path, sampler__bad="# Bad\na: [1\n"))
-    (bad,) = [choice for choice in catalogue.choices("sampler") if choice.name == "bad"]
-    with pytest.raises(UserError, match=r"bad\.yaml: no valid YAML"):
-        catalogue.keys(bad)
+@pytest.mark.parametrize("choice", CHOICES)
+def test_composes_and_is_valid(choice: str) -> None:
+    group = choice.split("=")[0]
+    plain, _ = to_plain(Composer().compose([each for each in line(choice) if missing(choice) is None] or [choice]), [])
+    experiment = parse(plain)
+    assert getattr(experiment, group).target.__module__.split(".")[0] in ("dlopt", "torch")
+
+
+@pytest.mark.parametrize(
+    "choice", [pytest.param(choice, marks=pytest.mark.slow if choice in SLOW else ()) for choice in CHOICES]
+)
+def test_takes_one_update(choice: str, place: Path, tmp_path: Path) -> None:
+    reason = missing(choice)
+    if reason is not None:
+        pytest.skip(reason)
+    typed = [each.replace("images", str(place / "images")) if each.startswith(("data.root", "data.file")) else each
+             for each in (*SMALL, *line(choice))]  # fmt: skip
+    if choice.split("=")[0] == "optimizer":
+        typed = [each for each in typed if "batch_size" not in each]  # some set the full batch
+    result = dlopt(tmp_path, "train", *typed)
+    assert result.code == 0, result.err
+    [metrics] = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert math.isfinite(yaml.safe_load(metrics)["train_loss"])
+    assert yaml.safe_load(only(tmp_path, "run/summary.json").read_text())["steps"] == 1
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiments_compose_and_are_valid(name: str) -> None:
+    plain, _ = to_plain(Composer().compose([f"experiment={name}"]), [])
+    parse(plain)
+    text = (CONF / "experiment" / f"{name}.yaml").read_text()
+    assert f"experiment={name}" in text.split("defaults:")[0]  # a recipe states its command on top
+
+
+def test_what_is_typed_wins_over_a_recipe() -> None:
+    plain, _ = to_plain(Composer().compose(["experiment=resnet20_cifar10", "optimizer.lr=0.5", "data=digits"]), [])
+    assert plain["optimizer"]["lr"] == 0.5 and plain["data"]["_target_"] == "dlopt.data.digits.digits"
+    assert plain["epochs"] == 200 and plain["optimizer"]["weight_decay"] == 1e-4
+
+
+def test_the_list_of_choices_is_long() -> None:
+    assert len(CHOICES) > 80 and {choice.split("=")[0] for choice in CHOICES} == set(GROUPS)
+
+
+@pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONF)))
+def test_every_file_says_what_it_is(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    assert lines[0].startswith("# ") or path.stem.startswith("_")

@@ -1,0 +1,129 @@
+"""The signature is the schema: what is accepted, and how what is refused is described."""
+
+import math
+from typing import Annotated, Any, Literal
+
+import pytest
+from annotated_types import Ge
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dlopt.config.schema import check_arguments, component
+from dlopt.errors import UserError
+from dlopt.ranges import Count, Natural, NonNegative, Positive, PositiveShare, Probability, Share
+
+
+def target(
+    *,
+    count: Count = 1,
+    natural: Natural = 1,
+    positive: Positive = 1.0,
+    non_negative: NonNegative = 1.0,
+    probability: Probability = 0.5,
+    share: Share = 0.5,
+    positive_share: PositiveShare = 0.5,
+) -> None: ...
+
+
+RANGES: dict[str, tuple[type, Any]] = {
+    "count": (int, lambda x: x >= 1),
+    "natural": (int, lambda x: x >= 0),
+    "positive": (float, lambda x: x > 0),
+    "non_negative": (float, lambda x: x >= 0),
+    "probability": (float, lambda x: 0 <= x <= 1),
+    "share": (float, lambda x: 0 <= x < 1),
+    "positive_share": (float, lambda x: 0 < x <= 1),
+}
+NUMBERS = st.one_of(st.integers(-(2**70), 2**70), st.floats(), st.sampled_from([0, 1, -1, 0.0, 1.0, -0.0, 1e-320]))
+
+
+@pytest.mark.parametrize("name", RANGES)
+@given(value=st.one_of(NUMBERS, st.booleans(), st.text(), st.none(), st.lists(NUMBERS, max_size=2)))
+def test_a_value_is_accepted_when_and_only_when_it_lies_in_the_range(name: str, value: Any) -> None:
+    kind, is_in_range = RANGES[name]
+    is_number = type(value) in ((int,) if kind is int else (int, float)) and math.isfinite(value)
+    if is_number and is_in_range(value):
+        assert check_arguments("key", target, {name: value})[name] == value
+    else:
+        with pytest.raises(UserError, match=f"^key.{name}="):
+            check_arguments("key", target, {name: value})
+
+
+def many(
+    *,
+    text: str = "",
+    flag: bool = True,
+    choice: Literal["a", "b"] = "a",
+    pair: tuple[Share, Share] = (0.0, 0.0),
+    some: tuple[Count, ...] = (),
+    maybe: Annotated[float, Ge(2)] | None = None,
+    either: Count | Literal["auto"] = 1,
+) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"text": 1}, "allowed: a text"),
+        ({"flag": "yes"}, "allowed: true | false"),
+        ({"flag": 1}, "allowed: true | false"),
+        ({"choice": "c"}, "allowed: a | b"),
+        ({"pair": [0.1]}, "too few values; allowed: a list [a number >= 0 and < 1,a number >= 0 and < 1]"),
+        ({"pair": [0.1, 1]}, "less than 1"),
+        ({"some": [1, 0]}, "allowed: a list [a whole number >= 1]"),
+        ({"maybe": 1}, "allowed: a number >= 2 | null"),
+        ({"either": "atuo"}, "allowed: a whole number >= 1 | auto"),
+        ({"txt": "x"}, "key.txt=x: there is no such key; did you mean key.text? allowed: text, flag"),
+    ],
+)
+def test_messages_say_what_is_allowed(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check_arguments("key", many, values)
+    assert message in str(caught.value)
+
+
+def test_values_come_back_as_the_annotations_want_them() -> None:
+    values = {"pair": [0.1, 0], "some": [1, 2], "maybe": 3, "either": "auto"}
+    checked = check_arguments("key", many, values)
+    assert checked == {"pair": (0.1, 0.0), "some": (1, 2), "maybe": 3.0, "either": "auto"}
+    assert isinstance(checked["pair"][1], float)
+
+
+def test_missing_arguments_are_named_with_what_they_want() -> None:
+    def needs(*, lr: Positive, params: Any) -> None: ...
+
+    with pytest.raises(UserError, match=r"key\.lr: a value is needed \(a number > 0\)"):
+        check_arguments("key", needs, {}, frozenset({"params"}))
+    with pytest.raises(UserError, match="no such key"):
+        check_arguments("key", needs, {"lr": 1, "params": 2}, frozenset({"params"}))
+
+
+def test_components_within_components_get_what_is_known_at_run_time() -> None:
+    node = {
+        "_target_": "torch.nn.Sequential",
+        "lr": 1,
+    }
+    with pytest.raises(UserError):
+        component("key", node, (), ("torch.nn",))
+    outer = component(
+        "key",
+        {
+            "_target_": "tests.config.test_schema.Outer",
+            "inner": {"_target_": "tests.config.test_schema.Inner", "scale": 2.0},
+            "others": [{"_target_": "tests.config.test_schema.Inner", "scale": 3.0, "size": 7}],
+        },
+        ("size",),
+        ("tests",),
+    ).build(size=5, unused=1)
+    assert (outer.size, outer.inner.size, outer.others[0].size) == (5, 5, 7)  # its own, where it has one
+    assert outer.others[0].scale == 3.0
+
+
+class Inner:
+    def __init__(self, *, size: int, scale: Positive) -> None:
+        self.size, self.scale = size, scale
+
+
+class Outer:
+    def __init__(self, *, size: int, inner: Any, others: list[Any]) -> None:
+        self.size, self.inner, self.others = size, inner, others
