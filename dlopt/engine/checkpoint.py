@@ -72,6 +72,9 @@ class Checkpoints:
             )
         return None
 
+    def has_best(self) -> bool:
+        return self.best.exists()
+
     def restore_best(self, state: dict[str, Any]) -> None:
         """Makes `state`, which a run goes on from and which is its best so far, best.pt where it is not.
 

@@ -135,7 +135,7 @@ class Training:
         self.progress = Progress(**{**progress, "horizon": self.progress.horizon, "data": self.progress.data})
         if self.best.epoch == self.progress.epoch and self.progress.position == 0:
             self.checkpoints.restore_best(dict(state))
-        if self.best.epoch is not None and not self.checkpoints.best.exists():
+        if self.best.epoch is not None and not self.checkpoints.has_best():
             log.warning("the best model so far, of epoch %d, did not come along: epochs to come count", self.best.epoch)
             self.best = Best(self.best.monitor)
         self.progress.resumed_from = [*self.progress.resumed_from, self.progress.step]

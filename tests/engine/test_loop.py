@@ -79,6 +79,9 @@ class Checkpoints:
         if best:
             self.best.append(state["progress"]["step"])
 
+    def has_best(self) -> bool:
+        return True
+
     def restore_best(self, state: dict[str, Any]) -> None:
         self.restored.append(state["progress"]["step"])
 
