@@ -56,10 +56,11 @@ def _main(arguments: Sequence[str]) -> int:
         print(f"dlopt {dlopt.__version__}")
         return 0
     command, rest = arguments[0], list(arguments[1:])
-    if command in ("-sc", "--shell-completion"):
+    asked = [each for each in arguments if each in ("-sc", "--shell-completion")]
+    if asked:  # `dlopt -sc install=bash`; Hydra's users type it behind the sub-command
         from dlopt.commands.completion import complete
 
-        return complete(list(arguments))
+        return complete(list(arguments[arguments.index(asked[0]) :]), list(commands()))
     found = commands().get(command)
     if found is None:
         raise UserError(f"{command}: there is no such command; allowed: {', '.join(commands())}")

@@ -130,15 +130,17 @@ class Trace:
     """What stands at a path before a run touches it, so that one which cannot begin leaves no trace."""
 
     def __init__(self, path: Path) -> None:
-        self.entries = set(os.listdir(path)) if path.is_dir() else set()
-        self.missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+        self.path = path
+        self.entries = set(os.listdir(path)) if path.is_dir() else None
+        self.missing = [folder for folder in path.parents if not folder.exists()]
 
     def erase(self, path: Path) -> None:
         """Takes back what has come since in `path` (the same, or one beside it), and folders made for it."""
+        kept = self.entries if path == self.path else None
         with contextlib.suppress(OSError):
-            for entry in (each for each in path.iterdir() if each.name not in self.entries):
+            for entry in (each for each in path.iterdir() if each.name not in (kept or ())):
                 shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-            for folder in (path, *self.missing[1:]) if self.missing else ():
+            for folder in (path, *self.missing) if kept is None else ():
                 folder.rmdir()
 
 
@@ -187,3 +189,17 @@ def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
     for key, value in config.items():
         flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
     return flat
+
+
+def refuse_other_config(old: Mapping[str, Any], new: Mapping[str, Any], place: str, typed: list[str]) -> None:
+    """Raises `UserError` where a run is to be resumed under a config that computes something else."""
+    different = differences(old, new)
+    if not different:
+        return
+    shown = "; ".join(f"{key}: {_show_value(a)} there, {_show_value(b)} now" for key, (a, b) in different.items())
+    command = " ".join(["dlopt train", *(line for line in typed if not line.startswith("resume="))])
+    raise UserError(f"resume: {place} belongs to another config ({shown}); that run was started with: {command}")
+
+
+def _show_value(value: object) -> str:
+    return "null" if value is None else str(value)

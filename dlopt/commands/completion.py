@@ -7,12 +7,11 @@ import os
 import re
 from pathlib import Path
 
-from dlopt.cli import commands
 from dlopt.commands.hydra_main import nothing, run_hydra
 from dlopt.errors import UserError
 
 
-def complete(arguments: list[str]) -> int:
+def complete(arguments: list[str], commands: list[str]) -> int:
     """Answers `-sc install=bash`, `-sc uninstall=...`, and the shell's `-sc query=bash` (COMP_LINE, COMP_POINT).
 
     Raises `UserError` for anything else.
@@ -29,20 +28,20 @@ def complete(arguments: list[str]) -> int:
         raise UserError(f"-sc {action[0]}: this is for the shell, which sets COMP_LINE")
     line = line[: int(os.environ.get("COMP_POINT", len(line)))]
     program, *words = re.split(r" +", line)
-    print(" ".join(_candidates(program, words or [""], arguments)))
+    print(" ".join(_candidates(program, words or [""], arguments, commands)))
     return 0
 
 
-def _candidates(program: str, words: list[str], arguments: list[str]) -> list[str]:
+def _candidates(program: str, words: list[str], arguments: list[str], commands: list[str]) -> list[str]:
     """What the last of `words`, which stand behind the program's name, can become."""
     command, typed = words[0], words[-1]
     if len(words) == 1:
-        found = list(commands())
+        found = commands
     elif command == "options":
         from dlopt.config.choices import Catalogue
 
         found = list(Catalogue().groups())
-    elif command == "eval":
+    elif command in ("eval", "predict", "export"):
         found = _checkpoints(typed) if typed.startswith("checkpoint=") else ["checkpoint="]
     else:
         return _overrides(" ".join([program, *words[1:]]), typed, arguments)

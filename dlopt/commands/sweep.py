@@ -13,10 +13,9 @@ import yaml
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from dlopt.commands.hydra_main import quoted, run_hydra
-from dlopt.commands.train import choices_of, refuse_other_config
-from dlopt.config.compose import Composer, hydra_arguments, to_plain
+from dlopt.config.compose import Composer, choices_of, hydra_arguments, to_plain
 from dlopt.errors import UserError
-from dlopt.folders import RunFolder, differences, make, make_new, newest
+from dlopt.folders import RunFolder, differences, make, make_new, newest, refuse_other_config
 from dlopt.tracking.files import write_atomically
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from dlopt.commands.hydra_main import nothing, quoted, run_hydra
-from dlopt.config.compose import Composer, hydra_arguments, parse_arguments, resolve_saved, to_plain
+from dlopt.config.compose import Composer, choices_of, hydra_arguments, parse_arguments, resolve_saved, to_plain
 from dlopt.errors import UserError
-from dlopt.folders import RunFolder, Trace, differences, make, make_new, newest_unfinished
+from dlopt.folders import RunFolder, Trace, make, make_new, newest_unfinished, refuse_other_config
 from dlopt.parallel.world import World, current, end_process, meet
 
 if TYPE_CHECKING:
@@ -24,10 +24,6 @@ if TYPE_CHECKING:
 def train(arguments: list[str]) -> int:
     """Runs the command line behind `dlopt train`; returns the exit code. Raises `UserError`."""
     parsed = parse_arguments(arguments)
-    if parsed.shell_completion:
-        from dlopt.commands.completion import complete
-
-        return complete(arguments)
     if parsed.help:
         from dlopt.commands.help import help_page
 
@@ -100,7 +96,7 @@ def _meet(config: DictConfig, world: World) -> "Store":
 def _run(config: DictConfig, parsed: Namespace, tell: Callable[[Mapping[str, Any]], None] | None = None) -> int:
     """`tell`: takes what other ranks need to join the run."""
     from dlopt.config.experiment import parse
-    from dlopt.job import USER_ERROR, execute
+    from dlopt.job import USER_ERROR, complain, execute
     from dlopt.run import Run
 
     overrides = parsed.overrides
@@ -113,13 +109,18 @@ def _run(config: DictConfig, parsed: Namespace, tell: Callable[[Mapping[str, Any
     is_typed = any(line.lstrip("+").startswith("hydra.run.dir=") for line in overrides)
     before = Trace(wanted)
     folder, state = _find_folder(wanted, is_typed, saved)
-    is_new = not folder.holds_a_run()
+    is_new = folder.config() is None
+    is_taken = False  # by another process that chose the same folder meanwhile
     if plain["resume"] == "auto" and folder.is_done(saved):
         return _tell_finished(folder)
     outcome = USER_ERROR
 
     def task(_: DictConfig) -> None:
-        nonlocal outcome
+        nonlocal outcome, is_taken
+        is_taken = is_new and (folder.config() is not None or folder.is_live())
+        if is_taken:
+            complain(f"hydra.run.dir={folder.path}: another run is at work in this folder")
+            return
         if tell is not None:
             tell({"config": saved, "folder": str(folder.path), "choices": choices_of(config)})
         outcome = execute(Run(experiment, folder.path, state, choices_of(config)), typed=overrides)
@@ -127,16 +128,9 @@ def _run(config: DictConfig, parsed: Namespace, tell: Callable[[Mapping[str, Any
     try:
         run_hydra(hydra_arguments(parsed, f"hydra.run.dir={quoted(folder.path)}"), task)
     finally:
-        if outcome == USER_ERROR and is_new:
+        if outcome == USER_ERROR and is_new and not is_taken and not folder.is_live():
             before.erase(folder.path)
     return outcome
-
-
-def choices_of(config: DictConfig) -> dict[str, str]:
-    """Group -> name of the YAML file that was chosen."""
-    chosen = OmegaConf.to_container(config.hydra.runtime.choices)
-    assert isinstance(chosen, dict)
-    return {str(k): str(v) for k, v in chosen.items() if not str(k).startswith("hydra") and v is not None}
 
 
 def _find_folder(wanted: Path, is_typed: bool, saved: Mapping[str, Any]) -> tuple[RunFolder, Mapping[str, Any] | None]:
@@ -199,19 +193,6 @@ def _take_history(source: RunFolder, target: RunFolder, best_epoch: int | None) 
             target.checkpoints.mkdir(exist_ok=True)
             for path in (best.with_name(f"{best.name}.sha256"), best):
                 shutil.copy(path, target.checkpoints / path.name)
-
-
-def refuse_other_config(old: Mapping[str, Any], new: Mapping[str, Any], place: str, typed: list[str]) -> None:
-    different = differences(old, new)
-    if not different:
-        return
-    shown = "; ".join(f"{key}: {_show_value(a)} there, {_show_value(b)} now" for key, (a, b) in different.items())
-    command = " ".join(["dlopt train", *(line for line in typed if not line.startswith("resume="))])
-    raise UserError(f"resume: {place} belongs to another config ({shown}); that run was started with: {command}")
-
-
-def _show_value(value: object) -> str:
-    return "null" if value is None else str(value)
 
 
 def _tell_finished(folder: RunFolder) -> int:

@@ -252,6 +252,13 @@ def _elsewhere(name: str, config: DictConfig) -> str:
     return f"did you mean {places[close[0]]}? " if close else ""
 
 
+def choices_of(config: DictConfig) -> dict[str, str]:
+    """Group -> name of the YAML file that was chosen."""
+    chosen = OmegaConf.to_container(config.hydra.runtime.choices)
+    assert isinstance(chosen, dict)
+    return {str(k): str(v) for k, v in chosen.items() if not str(k).startswith("hydra") and v is not None}
+
+
 def to_plain(config: DictConfig, typed: Iterable[str] | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """The task's part as plain dicts and lists: resolved, and as it may be saved.
 
