@@ -315,6 +315,11 @@ def test_trace_keeps_what_was_there(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "kept")
     trace.erase(tmp_path)
     assert entries(tmp_path) == {"kept"}
+    trace = Trace(tmp_path / "kept")
+    (tmp_path / "kept-1").mkdir()
+    (tmp_path / "kept-1/file").touch()
+    trace.erase(tmp_path / "kept-1")  # the suffix of a run of the same second
+    assert entries(tmp_path) == {"kept"}
     trace = Trace(tmp_path / "x/y")
     (tmp_path / "x/y").mkdir(parents=True)
     (tmp_path / "x/other").touch()  # of somebody who was faster
@@ -333,3 +338,34 @@ def test_relative_folders_start_where_the_command_is_typed(tmp_path: Path) -> No
     start = time.time()
     train(tmp_path / "elsewhere", "hydra.run.dir=../run")
     assert (tmp_path / "run/summary.json").stat().st_mtime >= start - 1
+
+
+def test_a_folder_that_another_process_took_meanwhile_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dlopt.commands import train as command
+
+    def taken_meanwhile(arguments: list[str], task: Any) -> None:
+        monkeypatch.undo()
+        train(tmp_path, IN_RUN)
+        task(None)
+
+    monkeypatch.setattr(command, "run_hydra", taken_meanwhile)
+    result = dlopt(tmp_path, "train", *SMALL, IN_RUN)
+    assert result.code == 2 and "at work" in result.err
+    assert RunFolder(tmp_path / "run").is_finished() and len(lines(tmp_path / "run")) == 2
+
+
+@pytest.mark.parametrize("place", ["hydra.run.dir=second", "hydra.run.dir=made", "name=train"])
+def test_no_trace_of_a_resumed_run_that_cannot_begin(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_after_first_epoch(tmp_path, IN_RUN)
+    (tmp_path / "made").mkdir()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise UserError("data.root=x: it is gone")
+
+    monkeypatch.setattr("dlopt.run.train", refuse)
+    line = [*SMALL, "schedule_epochs=2", "resume=run/checkpoints/last.pt", place]
+    assert "it is gone" in refused(tmp_path, "train", *line)  # the history that was taken along is gone, too
