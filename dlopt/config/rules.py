@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 _MAX_NAME = 100
 _PER_CORE = 64  # threads and loader processes: more is a slip of the pen
+_PROCESSES_PER_CORE = 16  # training processes started here, each of which imports torch
 MONITORS = ("auto", "val_loss", "val_accuracy")
 
 
@@ -56,11 +57,13 @@ def _check_device(experiment: "Experiment") -> None:
     if on_mps and settings.precision in ("fp64", "tf32"):
         raise UserError(f"precision={settings.precision}: not on an Apple GPU; use precision=fp32, bf16 or fp16")
     cores = os.cpu_count() or 1
-    for key, number in (("threads", settings.threads), ("data.workers", experiment.data_settings.workers)):
-        if isinstance(number, int) and number > _PER_CORE * cores:
-            raise UserError(
-                f"{key}={number}: this machine has {cores} cores; at most {_PER_CORE * cores}, or {key}=auto"
-            )
+    for key, number, per_core in (
+        ("threads", settings.threads, _PER_CORE),
+        ("data.workers", experiment.data_settings.workers, _PER_CORE),
+        ("parallel.processes", experiment.parallel.arguments.get("processes"), _PROCESSES_PER_CORE),
+    ):
+        if isinstance(number, int) and number > per_core * cores:
+            raise UserError(f"{key}={number}: this machine has {cores} cores; at most {per_core * cores}")
 
 
 def _check_batch(experiment: "Experiment") -> None:
