@@ -110,8 +110,8 @@ RANGES = {
     "model.norm_groups=0": ("model.norm_groups=0", ">= 1"),
     "loss.label_smoothing=2": ("loss.label_smoothing=2",),
     "data.workers=-1": ("data.workers=-1", ">= 0"),
-    "data.workers=1000000": ("data.workers=1000000", "cores", "auto"),
-    "threads=1000000": ("threads=1000000", "cores", "auto"),
+    "data.workers=1000000": ("data.workers=1000000", "cores", "at most"),
+    "threads=1000000": ("threads=1000000", "cores", "at most"),
     "clip=norm clip.max_norm=-1": ("clip.max_norm=-1", "> 0"),
     "clip=adaptive clip.clipping=0": ("clip.clipping=0", "> 0"),
     "accumulate=0": ("accumulate=0", ">= 1"),
@@ -135,6 +135,8 @@ RANGES = {
     "schedule=multistep schedule.milestones_epochs=[5,3]": ("milestones", "increase"),
 }
 COMBINATIONS = {
+    "parallel=ddp parallel.processes=1000000": ("parallel.processes=1000000", "cores"),
+    "optimizer=newton model=resnet20": ("optimizer=newton", "newton_cg"),
     "schedule=cosine schedule.warmup_epochs=20 epochs=2 steps=null": ("schedule.warmup_epochs=20", "longer"),
     "accumulate=100 data.batch_size=10": ("accumulate=100", "data.batch_size=10"),
     "precision=fp16 device=cpu": ("precision=fp16", "bf16"),
