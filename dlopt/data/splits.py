@@ -143,6 +143,12 @@ def _resized(samples: Samples, size: tuple[int, int] | None) -> Samples:
         return samples
     if len(samples.shape) != 3:
         raise UserError(f"data.image_size={list(size)}: the samples are vectors, not images; use data.image_size=null")
+    needed = len(samples) * samples.shape[0] * size[0] * size[1]
+    if needed > available_memory():
+        raise UserError(
+            f"data.image_size={list(size)}: {len(samples):,} images of this size take {needed / 2**30:,.1f} GiB, "
+            "more than the memory that is free; use a smaller image_size or data.subset"
+        )
     chunks = samples.inputs.split(1024)
     return InMemory(torch.cat([resize(chunk, size) for chunk in chunks]), samples.targets)
 

@@ -42,29 +42,40 @@ def current(environment: Mapping[str, str] = os.environ) -> World | None:
     def get(name: str, otherwise: object = "") -> str:
         return environment.get(name) or str(otherwise)
 
+    def number(name: str, otherwise: object = "") -> int:
+        text = get(name, otherwise)
+        if not text.isascii() or not text.isdigit():
+            raise UserError(f"{name}={text}: the launcher's environment holds a whole number here, from 0")
+        return int(text)
+
     if RANK in environment:
-        rank, size = int(environment[RANK]), int(environment[PROCESSES])
+        rank, size = number(RANK), number(PROCESSES)
         return World("dlopt", rank, size, rank, size)
     if "RANK" in environment and "WORLD_SIZE" in environment:
-        rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-        local_rank, local_size = int(get("LOCAL_RANK", rank)), int(get("LOCAL_WORLD_SIZE", size))
-        found = World("torchrun", rank, size, local_rank, local_size, int(get("TORCHELASTIC_RESTART_COUNT", 0)))
+        rank, size = number("RANK"), number("WORLD_SIZE")
+        local_rank, local_size = number("LOCAL_RANK", rank), number("LOCAL_WORLD_SIZE", size)
+        found = World("torchrun", rank, size, local_rank, local_size, number("TORCHELASTIC_RESTART_COUNT", 0))
     elif "SLURM_PROCID" in environment and "SLURM_STEP_ID" in environment:
-        size = int(get("SLURM_STEP_NUM_TASKS", get("SLURM_NTASKS", 1)))
-        nodes = int(get("SLURM_STEP_NUM_NODES", get("SLURM_NNODES", 1)))
+        size = number("SLURM_STEP_NUM_TASKS", get("SLURM_NTASKS", 1))
+        nodes = number("SLURM_STEP_NUM_NODES", get("SLURM_NNODES", 1))
         per_node = get("SLURM_STEP_TASKS_PER_NODE", get("SLURM_TASKS_PER_NODE"))
-        node, counts = int(get("SLURM_NODEID", 0)), _tasks_per_node(per_node)
+        node, counts = number("SLURM_NODEID", 0), _tasks_per_node(per_node)
         local_size = counts[node] if node < len(counts) else -(-size // nodes)
         found = World(
             "srun",
-            int(environment["SLURM_PROCID"]),
+            number("SLURM_PROCID"),
             size,
-            int(get("SLURM_LOCALID", 0)),
+            number("SLURM_LOCALID", 0),
             local_size,
-            int(get("SLURM_RESTART_COUNT", 0)),
+            number("SLURM_RESTART_COUNT", 0),
         )
     else:
         return None
+    if found.rank >= found.size:
+        names = ("RANK", "WORLD_SIZE") if found.launcher == "torchrun" else ("SLURM_PROCID", "SLURM_NTASKS")
+        raise UserError(
+            f"{names[0]}={found.rank}: there are only {found.size} processes ({names[1]}); ranks count from 0"
+        )
     return found if found.size > 1 else None
 
 

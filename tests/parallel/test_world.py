@@ -1,5 +1,6 @@
 import pytest
 
+from dlopt.errors import UserError
 from dlopt.parallel.world import World, current, first_host, master
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
@@ -22,6 +23,19 @@ def test_launchers() -> None:
     assert current(SRUN | TORCHRUN) == World("torchrun", 3, 4, 1, 2)  # torchrun inside srun
     own = {"DLOPT_RANK": "1", "DLOPT_PROCESSES": "2"}
     assert current(SRUN | own) == World("dlopt", 1, 2, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ({"RANK": "5", "WORLD_SIZE": "2"}, "RANK=5: there are only 2"),
+        ({"WORLD_SIZE": "x"}, "WORLD_SIZE=x"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1"),
+    ],
+)
+def test_an_environment_that_cannot_be_is_refused(broken: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        current(TORCHRUN | broken)
 
 
 def test_restarts_are_counted() -> None:
