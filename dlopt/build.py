@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import math
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from dlopt.parallel.shares import cut
 from dlopt.parallel.single import Single
 from dlopt.parallel.world import current
 from dlopt.parameters import parameter_groups
+from dlopt.processor import keep_freed_memory, set_threads
 from dlopt.random import generator, stream
 
 # Streams: what is drawn for one purpose tells nothing about another, also where the seeds are equal.
@@ -68,12 +68,6 @@ def choose_device(name: str) -> torch.device:
     return found if found is not None and found.type in ("cuda", "mps") else torch.device("cpu")
 
 
-def set_threads(threads: int | str, sharing: int = 1) -> None:
-    """`sharing`: processes that share the machine's cores."""
-    cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(threads if isinstance(threads, int) else max(cores // sharing, 1))
-
-
 def parallel_of(experiment: Experiment) -> Any:
     """The mode of parallelism, in whose group this process then is. Raises `UserError`."""
     settings = experiment.settings
@@ -96,6 +90,7 @@ def set_up(experiment: Experiment, normalization: Mapping[str, Any] | None = Non
     settings = experiment.settings
     parallel = Single(choose_device(settings.device)) if parallel is None else parallel
     set_threads(settings.threads, parallel.local_processes)
+    keep_freed_memory()
     torch.use_deterministic_algorithms(settings.deterministic)
     device = parallel.device
     precision = choose_precision(settings.precision, device)

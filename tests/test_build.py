@@ -31,17 +31,6 @@ def test_auto_is_an_accelerator_or_the_cpu(monkeypatch: pytest.MonkeyPatch) -> N
         assert build.choose_device("auto") == torch.device(expected)
 
 
-def test_threads() -> None:
-    before = torch.get_num_threads()
-    try:
-        build.set_threads(2)
-        assert torch.get_num_threads() == 2
-        build.set_threads("auto")
-        assert torch.get_num_threads() >= 1
-    finally:
-        torch.set_num_threads(before)
-
-
 # -- model and weights
 
 

@@ -179,7 +179,7 @@ def test_regression(tmp_path: Path) -> None:
     """A linear model finds the sum of its inputs; there are no accuracies."""
     summary = start(tmp_path, *REGRESSION, "optimizer.lr=0.05", "epochs=30")
     assert summary["test_loss"] < 1e-2
-    assert summary["best_val_accuracy"] is None
+    assert not any(key.endswith("accuracy") for key in summary)
     assert all(not key.endswith("accuracy") for line in metrics(tmp_path) for key in line)
 
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
 from torch.optim import Optimizer
 
 from dlopt.engine.clipping import Clip, gradient_norm
@@ -50,12 +51,13 @@ class Closure:
         self.norm: Tensor | None = None
         self._model = autocast(model)
         self._loss = autocast(loss)
-        self._generators = _generators(self.parameters)
+        self._generators = _generators(self.parameters) if may_draw(module) else []
 
     def begin(self, inputs: Tensor, targets: Tensor, step: int, sums: Sums) -> None:
         """Sets the batch of update `step`; its first evaluation is added to `sums`."""
         self.batch = inputs, targets
-        self.draws = stream(self.seed, step)
+        if self._generators:
+            self.draws = stream(self.seed, step)
         self.sums: Sums | None = sums
 
     def __call__(self) -> Tensor:
@@ -94,14 +96,15 @@ class Closure:
         """The loss of one micro-batch times its share of the batch's samples."""
         outputs = self._model(inputs)
         loss = self._loss(outputs, targets)
-        if backward and self.sums is not None:
-            self.sums.add(loss.detach(), outputs.detach(), targets)
-        if share != 1.0:
-            loss = loss * share
         if not backward:
-            return loss
+            return loss if share == 1.0 else loss * share
+        value = loss.detach()
+        if self.sums is not None:
+            self.sums.add(value, outputs.detach(), targets)
+        if share != 1.0:
+            loss, value = loss * share, value * share
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
-        return loss.detach()
+        return value
 
 
 class Update:
@@ -174,6 +177,25 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.track_running_stats = True
             norm.momentum = momentum
+
+
+_DRAWING = (nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
+
+
+def may_draw(module: nn.Module) -> bool:
+    """Whether the model's forward may draw random numbers: torch's layers that do, and whatever is not known.
+
+    Setting a generator is cheap, and yet it pushes a tiny model out of the processor's cache: a tenth of its step.
+    """
+    return any(_draws(each) for each in module.modules())
+
+
+def _draws(layer: nn.Module) -> bool:
+    if isinstance(layer, _DropoutNd):
+        return layer.p > 0
+    share = getattr(layer, "dropout", 0)  # of recurrent and attention layers
+    known = type(layer).__module__.startswith(("torch.nn.", "dlopt.models."))
+    return not known or isinstance(layer, _DRAWING) or (isinstance(share, float) and share > 0)
 
 
 def _generators(parameters: Sequence[Tensor]) -> list[torch.Generator]:

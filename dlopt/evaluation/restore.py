@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from dlopt.augment.crop import CentreCrop
-from dlopt.build import choose_device, set_threads
+from dlopt.build import choose_device
 from dlopt.config.compose import resolve_saved
 from dlopt.config.experiment import parse
 from dlopt.engine.checkpoint import load
 from dlopt.engine.precision import Precision, choose_precision
 from dlopt.errors import UserError
 from dlopt.evaluation.saved import with_changes
+from dlopt.processor import set_threads
 
 
 @dataclass(frozen=True)

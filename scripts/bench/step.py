@@ -12,12 +12,16 @@ Both loops of a comparison run in turn, several rounds, and medians are compared
 """
 
 import argparse
+import contextlib
+import functools
 import itertools
 import json
+import multiprocessing
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +46,7 @@ from dlopt.engine.metrics import Sums
 from dlopt.engine.precision import Precision
 from dlopt.engine.step import Closure, Update
 from dlopt.engine.stopping import Best, Never
+from dlopt.processor import keep_freed_memory, set_threads
 from dlopt.schedules import Horizon, Scheduler, constant
 from dlopt.tracking.tracking import Tracking
 
@@ -200,13 +205,20 @@ def resnet20() -> nn.Module:
     return experiment("model=resnet20").model.build(input_shape=(3, 32, 32), classes=10)  # type: ignore[no-any-return]
 
 
-def throughput(rounds: int, count: int = 2560) -> dict[str, Any]:
+COUNT = 2560  # images of one measurement
+
+
+@functools.cache
+def images() -> tuple[Tensor, Tensor]:
+    rng = np.random.default_rng(0)
+    inputs = torch.from_numpy(rng.integers(0, 256, (COUNT, 3, 32, 32), dtype=np.uint8))
+    return inputs, torch.from_numpy(rng.integers(0, 10, COUNT))
+
+
+@functools.cache
+def loader() -> DataLoader[tuple[Tensor, int]]:
     from torchvision.transforms import v2
 
-    torch.set_num_threads(2)
-    rng = np.random.default_rng(0)
-    inputs = torch.from_numpy(rng.integers(0, 256, (count, 3, 32, 32), dtype=np.uint8))
-    targets = torch.from_numpy(rng.integers(0, 10, count))
     transform = v2.Compose(
         [
             v2.RandomCrop(32, padding=4),
@@ -216,49 +228,66 @@ def throughput(rounds: int, count: int = 2560) -> dict[str, Any]:
             v2.Normalize([0.5] * 3, [0.25] * 3),
         ]
     )
+    data = Images(*images(), transform)
+    return DataLoader(data, batch_size=128, shuffle=True, num_workers=2, persistent_workers=True)
 
-    loader = DataLoader(
-        Images(inputs, targets, transform), batch_size=128, shuffle=True, num_workers=2, persistent_workers=True
-    )
 
-    def by_hand() -> float:
-        torch.manual_seed(0)
-        module, loss_of = resnet20(), nn.CrossEntropyLoss()
-        optimizer = torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.9)
-        module.train()
-        began = time.perf_counter()
-        for x, y in loader:
-            optimizer.zero_grad()
-            loss = loss_of(module(x), y)
-            loss.backward()
-            optimizer.step()
-        return count / (time.perf_counter() - began)
+def rate_by_hand() -> float:
+    """Samples per second of the loop that one writes, with two threads."""
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    module, loss_of = resnet20(), nn.CrossEntropyLoss()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.9)
+    module.train()
+    began = time.perf_counter()
+    for x, y in loader():
+        optimizer.zero_grad()
+        loss = loss_of(module(x), y)
+        loss.backward()
+        optimizer.step()
+    return COUNT / (time.perf_counter() - began)
 
+
+def rate_of_dlopt(precision: str) -> float:
+    """Samples per second of the engine, set up as `dlopt train` does."""
+    set_threads(2)
+    keep_freed_memory()
+    torch.manual_seed(0)
+    inputs, targets = images()
     config = experiment("augmentation=crop_flip")
     samples = InMemory(inputs, targets)
     normalize = config.normalize.build(input_shape=(3, 32, 32))
     normalize.fit(samples)
-    augment = config.augmentation.build(input_shape=(3, 32, 32), classes=10, train=samples)
-    sampler = config.sampler.build(targets=targets, seed=0)
+    module = resnet20().to(memory_format=torch.channels_last)
+    batches = Batches(
+        samples, batch_size=128, device=CPU, in_memory=True, workers=0,
+        sampler=config.sampler.build(targets=targets, seed=0),
+        augment=config.augmentation.build(input_shape=(3, 32, 32), classes=10, train=samples),
+        normalize=normalize, memory_format=torch.channels_last,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        run, tracking = training(module, batches, Path(folder), precision=precision, log_every=50)
+        began = time.perf_counter()
+        with tracking, Interruption() as interruption:
+            fit(run, interruption)
+        return COUNT / (time.perf_counter() - began)
 
-    def dlopt(precision: str) -> Callable[[], float]:
-        def measure() -> float:
-            torch.manual_seed(0)
-            module = resnet20().to(memory_format=torch.channels_last)
-            batches = Batches(
-                samples, batch_size=128, device=CPU, sampler=sampler, augment=augment,
-                normalize=normalize, memory_format=torch.channels_last, in_memory=True, workers=0,
-            )  # fmt: skip
-            with tempfile.TemporaryDirectory() as folder:
-                run, tracking = training(module, batches, Path(folder), precision=precision, log_every=50)
-                began = time.perf_counter()
-                with tracking, Interruption() as interruption:
-                    fit(run, interruption)
-                return count / (time.perf_counter() - began)
 
-        return measure
+def throughput(rounds: int) -> dict[str, Any]:
+    """Each loop in a process of its own: dlopt tells the C library to keep memory, which would help the other too."""
+    spawn = multiprocessing.get_context("spawn")
+    with contextlib.ExitStack() as stack:
 
-    figures = interleave({"by hand": by_hand, "dlopt fp32": dlopt("fp32"), "dlopt bf16": dlopt("bf16")}, rounds)
+        def apart(measure: Callable[..., float], *arguments: str) -> Callable[[], float]:
+            process = stack.enter_context(ProcessPoolExecutor(1, mp_context=spawn))
+            return lambda: process.submit(measure, *arguments).result()
+
+        candidates = {
+            "by hand": apart(rate_by_hand),
+            "dlopt fp32": apart(rate_of_dlopt, "fp32"),
+            "dlopt bf16": apart(rate_of_dlopt, "bf16"),
+        }
+        figures = interleave(candidates, rounds)
     medians = {name: statistics.median(values) for name, values in figures.items()}
     ratios = {
         name: statistics.median(a / b for a, b in zip(figures[name], figures["by hand"], strict=True))

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from dlopt.engine.clipping import ByValue, Unclipped, gradient_norm
 from dlopt.engine.metrics import Sums
 from dlopt.engine.precision import Precision
-from dlopt.engine.step import Closure, Update
+from dlopt.engine.step import Closure, Update, may_draw
 from dlopt.errors import RunError
 from dlopt.random import stream
 from dlopt.schedules import Scheduler
@@ -344,3 +344,25 @@ def test_bfloat16_autocast_keeps_weights_and_loss_in_float32() -> None:
     torch.testing.assert_close(
         sums.means("t")["t_loss"], F.cross_entropy(reference(batch(0)[0]), batch(0)[1]).item(), rtol=0.02, atol=0
     )
+
+
+class _Drawing(nn.Module):
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs * torch.rand(())
+
+
+@pytest.mark.parametrize(
+    ("model", "draws"),
+    [
+        (nn.Linear(2, 2), False),
+        (nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.0)), False),
+        (nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1)), True),
+        (nn.LSTM(2, 2, num_layers=2, dropout=0.1), True),
+        (nn.MultiheadAttention(2, 1), False),
+        (nn.MultiheadAttention(2, 1, dropout=0.5), True),
+        (nn.RReLU(), True),
+        (_Drawing(), True),  # somebody's own: not known, so taken to draw
+    ],
+)
+def test_which_models_may_draw(model: nn.Module, draws: bool) -> None:
+    assert may_draw(model) is draws

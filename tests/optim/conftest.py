@@ -27,10 +27,10 @@ def keys_of() -> Callable[..., dict[str, Any]]:
 
     def keys_of(name: str, *typed: str) -> dict[str, Any]:
         with initialize_config_dir(str(CONF), version_base=None):
-            config = compose(overrides=[f"+optimizer={name}", *(f"optimizer.{t}" for t in typed)])
-        keys = OmegaConf.to_container(config, resolve=True)
+            config = compose("train", overrides=[f"optimizer={name}", *(f"optimizer.{t}" for t in typed)])
+        keys = OmegaConf.to_container(config.optimizer, resolve=True)
         assert isinstance(keys, dict)
-        return keys["optimizer"]
+        return {key: value for key, value in keys.items() if key not in ("groups", "layer_decay")}  # every choice's
 
     return keys_of
 
