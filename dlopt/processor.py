@@ -1,0 +1,29 @@
+"""How a run uses the processor: threads, and the memory that each step takes and gives back."""
+
+import contextlib
+import ctypes
+import os
+
+import torch
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
+_LARGEST_HEAP_BLOCK = 32 << 20  # glibc takes no larger threshold
+
+
+def set_threads(threads: int | str, sharing: int = 1) -> None:
+    """`auto`: the cores that this process may use; `sharing`: processes that share the machine's cores."""
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads if isinstance(threads, int) else max(cores // sharing, 1))
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep what is freed: every step needs the same large blocks again.
+
+    By default it gives them back to the system and takes them anew, page by page, zeroed: 5 to 10 % of a ResNet-20
+    step on two cores. Other C libraries are left alone.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        library = ctypes.CDLL(None)
+        library.mallopt(_M_MMAP_THRESHOLD, _LARGEST_HEAP_BLOCK)
+        library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        library.mallopt(_M_TOP_PAD, 64 << 20)

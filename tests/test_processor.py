@@ -1,0 +1,36 @@
+"""Threads, and memory that stays with the process."""
+
+import os
+import resource
+
+import pytest
+import torch
+
+from dlopt.processor import keep_freed_memory, set_threads
+
+
+def test_threads() -> None:
+    before = torch.get_num_threads()
+    try:
+        set_threads(2)
+        assert torch.get_num_threads() == 2
+        set_threads("auto")
+        assert torch.get_num_threads() == len(os.sched_getaffinity(0))
+        set_threads("auto", sharing=10_000)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self"), reason="other systems have another allocator")
+def test_blocks_that_come_and_go_are_not_taken_anew() -> None:
+    keep_freed_memory()
+
+    def faults(rounds: int) -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(rounds):
+            torch.ones(4 << 20, dtype=torch.uint8)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    faults(3)
+    assert faults(50) < 50 * 1024 / 4  # a block of 4 MiB has 1024 pages
