@@ -9,13 +9,15 @@ from torch import Tensor, nn
 Reduce = Callable[[Sequence[float]], Sequence[float]]
 """Sums over ranks, entry by entry; every rank has to join."""
 
-_HELD_NUMBERS = 1 << 20  # outputs held back before they are counted: 4 MiB in fp32
+# What is held back before it is counted. More would save little, and would push a small model out of the cache.
+_HELD_STEPS = 128
+_HELD_NUMBERS = 1 << 20  # outputs: 4 MiB in fp32
 
 
 class Sums:
     """Sums of loss and of right answers over samples.
 
-    What a step hands in is held back, and counted for many steps at once: a step itself costs one list append.
+    What a step hands in is held back, and counted for many steps at once.
     The sums do not depend on when they are counted, so a resumed epoch ends with the uninterrupted one's figures.
     With several ranks each hands in its own samples of every batch, and the figures are those of all ranks.
     """
@@ -38,6 +40,9 @@ class Sums:
         self._outputs: list[Tensor] = []
         self._targets: list[Tensor] = []
         self._held = 0
+        self._folded: list[
+            tuple[Tensor, list[int]]
+        ] = []  # per so many steps: their losses and right answers, their sizes
         self._read: list[float] = []  # per step: the loss times its samples
         self._read_right = self._read_count = 0
         self._reported = (0.0, 0, 0)
@@ -54,8 +59,8 @@ class Sums:
             self._outputs.append(outputs)
             self._targets.append(targets)
             self._held += outputs.numel()
-            if self._held > _HELD_NUMBERS:
-                self._settle_own()
+        if len(self._losses) == _HELD_STEPS or self._held > _HELD_NUMBERS:
+            self._fold()
 
     def add_nothing(self, device: torch.device) -> None:
         """A batch of which this rank has no samples."""
@@ -77,24 +82,31 @@ class Sums:
         self.count += count
         self._read, self._read_right, self._read_count = [], 0, 0
 
-    def _settle_own(self) -> None:
+    def _fold(self) -> None:
+        """Counts what was held back where it lies: nothing waits for the device."""
         if not self._losses:
             return
-        values = torch.stack(self._losses).double()
+        losses = torch.stack(self._losses)
+        losses = losses.double() if losses.device.type != "mps" else losses  # which has no float64
+        right = losses.new_zeros(1)
         if self.classify and self._outputs:
-            targets = self._targets
-            labels = torch.cat([t.argmax(1) if t.ndim > 1 else t for t in targets])
-            right = (torch.cat(self._outputs).argmax(1) == labels).sum()
-            *losses, right_now = torch.cat([values, right.double().reshape(1)]).tolist()
-            self._read_right += int(right_now)
-        else:
-            losses = values.tolist()
-        for loss, count in zip(losses, self._counts, strict=True):
-            self._read.append(loss * count)
-            self._read_count += count
+            labels = torch.cat([t.argmax(1) if t.ndim > 1 else t for t in self._targets])
+            right = (torch.cat(self._outputs).argmax(1) == labels).sum().to(losses.dtype).reshape(1)
         if self.watch is not None:
             self.watch(torch.cat(self._outputs), torch.cat(self._targets))
+        self._folded.append((torch.cat([losses, right]), self._counts))
         self._losses, self._counts, self._outputs, self._targets, self._held = [], [], [], [], 0
+
+    def _settle_own(self) -> None:
+        self._fold()
+        if not self._folded:
+            return
+        numbers = iter(torch.cat([folded for folded, _ in self._folded]).tolist())
+        for _, counts in self._folded:
+            self._read += [next(numbers) * count for count in counts]
+            self._read_right += round(next(numbers))
+            self._read_count += sum(counts)
+        self._folded = []
 
     def means(self, prefix: str) -> dict[str, float]:
         """{prefix}_loss and, in a classification, {prefix}_accuracy (a fraction), over all samples so far."""
