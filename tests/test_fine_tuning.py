@@ -1,0 +1,70 @@
+"""Starting from weights: another head, what was not loaded, frozen parts, and the warning of small batches."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dlopt import build
+from dlopt.errors import UserError
+from tests.engine.runs import SMALL, experiment
+
+
+def set_up(*overrides: str) -> build.Setup:
+    return build.set_up(experiment(*SMALL, *overrides))
+
+
+def test_all_weights_are_loaded_where_they_fit(tmp_path: Path) -> None:
+    source, target = set_up("init_seed=1"), set_up("init_seed=2")
+    torch.save(source.module.state_dict(), tmp_path / "weights.pt")
+    lines = build.load_weights(target.module, tmp_path / "weights.pt")
+    pairs = zip(source.module.state_dict().values(), target.module.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert len(lines) == 1
+
+
+def test_a_head_for_other_classes_stays_new_and_is_listed(tmp_path: Path) -> None:
+    target = set_up("init_seed=2")
+    own = {name: value.clone() for name, value in target.module.state_dict().items()}
+    head = [name for name, value in own.items() if value.shape[:1] == (10,)]
+    assert head, "the last layer has ten outputs"
+    state = {name: torch.ones_like(value) for name, value in own.items()}
+    for name in head:
+        state[name] = torch.ones(3, *own[name].shape[1:])
+    torch.save({**state, "extra.weight": torch.ones(2)}, tmp_path / "weights.pt")
+    lines = build.load_weights(target.module, tmp_path / "weights.pt")
+    loaded = target.module.state_dict()
+    assert all(torch.equal(loaded[name], own[name]) for name in head)
+    assert all(torch.equal(loaded[name], state[name]) for name in own if name not in head)
+    assert all(name in lines[1] for name in head) and "extra.weight" in lines[2]
+
+
+def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
+    torch.save({"some.weight": torch.ones(2)}, tmp_path / "weights.pt")
+    with pytest.raises(UserError, match=r"init_from=.*none of its 1 weights fits"):
+        build.load_weights(set_up().module, tmp_path / "weights.pt")
+
+
+def test_frozen_parameters_do_not_move() -> None:
+    setup = set_up('optimizer.groups=[{match: "*", freeze: true}, {match: "*bias", freeze: false}]')
+    before = {name: value.detach().clone() for name, value in setup.module.named_parameters()}
+    optimizer = build.optimizer_of(setup)
+    inputs, targets = next(iter(build.training_batches(setup).epoch(0)))
+    setup.loss(setup.model(inputs), targets).backward()
+    optimizer.step()
+    moved = {name for name, value in setup.module.named_parameters() if not torch.equal(value, before[name])}
+    assert moved and all(name.endswith("bias") for name in moved)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "warned"),
+    [
+        (["model.norm=batch", "data.batch_size=7"], True),
+        (["model.norm=batch", "data.batch_size=8"], False),
+        (["model.norm=batch", "data.batch_size=16", "accumulate=4"], True),
+        (["model.norm=layer", "data.batch_size=4"], False),
+    ],
+)
+def test_batch_norm_over_few_samples_is_warned_of(overrides: list[str], warned: bool) -> None:
+    lines = build.warnings(set_up(*overrides))
+    assert any("model.norm=group" in line and "sync_batchnorm" in line for line in lines) is warned
