@@ -54,11 +54,18 @@ class LAMB(torch.optim.Optimizer):
                 # m^ / (sqrt(v^) + eps) = scale * m / (sqrt(v) + eps * root)
                 below = torch._foreach_sqrt(squares)
                 torch._foreach_add_(below, [group["eps"] * root for root in roots])
-                updates = torch._foreach_mul(params, decay)
-                torch._foreach_addcdiv_(updates, averages, below, scales)
+                updates = below  # in place: a second temporary of the model's size costs more than the arithmetic
+                torch._foreach_reciprocal_(updates)
+                torch._foreach_mul_(updates, averages)
+                torch._foreach_mul_(updates, scales)
+                torch._foreach_add_(updates, params, alpha=decay)
                 weights = torch.stack(torch._foreach_norm(params)).clamp_(max=group["max_weight_norm"] or math.inf)
                 norms = torch.stack(torch._foreach_norm(updates))
                 ratios = torch.where((weights > 0) & (norms > 0), weights / norms, 1.0)
-                torch._foreach_mul_(updates, list(ratios.unbind()))
-                torch._foreach_add_(params, updates, alpha=-lr)
+                if ratios.is_cpu:  # where a number costs no synchronization, it saves a pass over the updates
+                    for parameter, update, ratio in zip(params, updates, ratios.tolist(), strict=True):
+                        parameter.add_(update, alpha=-lr * ratio)
+                else:
+                    torch._foreach_mul_(updates, list(ratios.unbind()))
+                    torch._foreach_add_(params, updates, alpha=-lr)
         return loss
