@@ -34,7 +34,7 @@ def drive(folder: Path, epochs: int = 3, seconds: float = 0.0) -> None:
                 tracking.step(step, {"train/loss": loss, "lr": 0.1, "throughput/samples_per_second": 1500.0})
             if step == 12:
                 tracking.message("said to the user")
-                logging.getLogger("a.library").warning("a library's warning")
+                logging.getLogger("a.package").warning("a library's warning")
             if step % STEPS == 0:
                 tracking.evaluating(1, 1)
                 figures = {"train_loss": loss, "train_accuracy": 0.9, "val_loss": loss + 0.1, "val_accuracy": 0.875}
