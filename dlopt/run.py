@@ -51,10 +51,10 @@ def train(run: Run, *, console: bool = True) -> dict[str, Any]:
         run = replace(run, checkpoint=state)
         setup = build.set_up(run.experiment, None if state is None else state["normalize"], parallel=parallel)
         batches = build.training_batches(setup)
-        length = _length(setup, len(batches), state)
+        length = length_of(setup, len(batches), state)
         tracking = _tracking(run, console) if parallel.is_main else Tracking(None, sinks=[], console=False)
         with tracking:
-            training = _training(setup, run, batches, length, tracking)
+            training = training_of(setup, run, batches, length, tracking)
             if state is not None:
                 training.load_state_dict(state)
                 training.best.load_state_dict(parallel.broadcast(training.best.state_dict()))  # what rank 0 found
@@ -81,7 +81,7 @@ class Length:
     horizon: int  # updates over which the schedule runs
 
 
-def _length(setup: Setup, steps_per_epoch: int, state: Mapping[str, Any] | None) -> Length:
+def length_of(setup: Setup, steps_per_epoch: int, state: Mapping[str, Any] | None) -> Length:
     settings = setup.experiment.settings
     steps = settings.steps if settings.steps is not None else settings.epochs * steps_per_epoch
     horizon = steps if settings.schedule_epochs is None else round(settings.schedule_epochs * steps_per_epoch)
@@ -101,7 +101,7 @@ def _tracking(run: Run, console: bool) -> Tracking:
     )
 
 
-def _training(setup: Setup, run: Run, batches: Batches, length: Length, tracking: Tracking) -> Training:
+def training_of(setup: Setup, run: Run, batches: Batches, length: Length, tracking: Tracking) -> Training:
     experiment, settings = run.experiment, run.experiment.settings
     sampler = batches.sampler if isinstance(batches.sampler, Attentive) else None
     build.check_single_values(setup)
