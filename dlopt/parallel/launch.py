@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,19 +43,8 @@ def run_group(folder: Path, processes: int, checkpoint: str | None, *, record: b
     `checkpoint`: to go on from; None: the folder's newest, if it has one. `record`: whether a user's mistake is to be
     recorded in the folder. Raises `RunError` naming the rank when one was killed.
     """
-    meeting = Path(tempfile.mkdtemp(prefix="dlopt-"))
     command = [sys.executable, "-m", "dlopt.job", str(folder), *([checkpoint] if checkpoint else [])]
-    shared = {PROCESSES: str(processes), MEETING: str(meeting / "store"), PARENT: str(os.getpid())}
-    children: list[subprocess.Popen[bytes]] = []
-    try:
-        with Interruption() as asked, _killed_at_the_end(children):
-            for rank in range(processes):
-                environment = {**os.environ, **shared, RANK: str(rank), RECORD: "1" if record else ""}
-                children.append(subprocess.Popen(command, env=environment))
-            stuck = _watch(children, asked)
-            codes = [child.wait() for child in children]
-    finally:
-        shutil.rmtree(meeting, ignore_errors=True)
+    codes, stuck, asked = run_processes(command, processes, {RECORD: "1" if record else ""})
     if asked and all(code in (0, 75, -signal.SIGTERM, -signal.SIGKILL) for code in codes):
         return 75
     for rank, code in enumerate(codes):
@@ -63,6 +52,28 @@ def run_group(folder: Path, processes: int, checkpoint: str | None, *, record: b
             name = signal.Signals(-code).name
             raise RunError(f"rank {rank} was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else ""))
     return next((code for code in (2, 1, 75) if code in codes), max(codes))
+
+
+def run_processes(
+    command: Sequence[str], processes: int, environment: Mapping[str, str]
+) -> tuple[list[int], set[int], Interruption]:
+    """Runs `command` so many times as the ranks of one world, with `environment` besides this process's own.
+
+    Returns exit codes, ranks that had to be killed once another had failed, and whether a signal asked all to stop.
+    """
+    meeting = Path(tempfile.mkdtemp(prefix="dlopt-"))
+    shared = {PROCESSES: str(processes), MEETING: str(meeting / "store"), PARENT: str(os.getpid())}
+    children: list[subprocess.Popen[bytes]] = []
+    try:
+        with Interruption() as asked, _killed_at_the_end(children):
+            for rank in range(processes):
+                own = {**os.environ, **shared, **environment, RANK: str(rank)}
+                children.append(subprocess.Popen(command, env=own))
+            stuck = _watch(children, asked)
+            codes = [child.wait() for child in children]
+    finally:
+        shutil.rmtree(meeting, ignore_errors=True)
+    return codes, stuck, asked
 
 
 def _watch(children: "list[subprocess.Popen[bytes]]", asked: Interruption) -> set[int]:
