@@ -1,0 +1,235 @@
+"""Which configuration is best, over seeds: means, deviations, paired differences, fronts of several objectives.
+
+Pure: what runs left behind goes in as `Entry`s, `Row`s come out; nothing here reads files or prints. Rows are ranked by
+a validation figure: a leaderboard ranked by test figures would choose on the test set.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Direction = Literal["maximize", "minimize"]
+Seeds = tuple[tuple[str, Any], ...]
+
+_ENDED = ("finished", "stopped_early")
+# Keys in which runs of one configuration may differ: where they run and what they write.
+_HOUSEKEEPING = (
+    "name", "resume", "allow_packages", "dry_run", "device", "threads", "checkpoint", "tracking", "log_every_steps",
+    "data.workers", "data.memory", "data.root",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One run: `config` as config.yaml holds it (nested or flat), `overrides` as typed, `figures` of summary.json."""
+
+    name: str
+    config: Mapping[str, Any]
+    figures: Mapping[str, Any]
+    overrides: Sequence[str] = ()
+
+    @property
+    def status(self) -> str:
+        return str(self.figures.get("status", "unfinished"))
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether its figures count: trained to its end, and not cut short by a pruner."""
+        return self.status in _ENDED and not self.is_pruned
+
+    @property
+    def is_pruned(self) -> bool:
+        return bool(self.figures.get("pruned", False))
+
+    def figure(self, key: str) -> float | None:
+        """A finite figure, or None."""
+        value = self.figures.get(key)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return float(value) if is_number and math.isfinite(value) else None  # type: ignore[arg-type]
+
+    @property
+    def seeds(self) -> Seeds:
+        """The values of all keys that are seeds: with these runs of two configurations are paired."""
+        return tuple((key, value) for key, value in sorted(flatten(self.config).items()) if is_seed(key))
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """`std` is the sample's, with count - 1 below; None for a single value."""
+
+    mean: float
+    std: float | None
+    count: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """`mean` of the paired differences with its confidence interval; None where one pair gives none."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    count: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One configuration: its runs, which differ in their seeds only."""
+
+    label: str
+    overrides: Sequence[str]
+    runs: Sequence[Entry]
+    value: Statistic | None  # of the figure that ranks; None where no run has it
+    difference: Difference | None = None  # to the first row, over the seeds that both have; None for the first
+
+    def statistic(self, figure: str) -> Statistic | None:
+        """Mean, deviation and count of any figure over the runs that have ended and have it."""
+        values = [run.figure(figure) for run in self.runs if run.has_ended]
+        return statistic([value for value in values if value is not None])
+
+    @property
+    def failed(self) -> int:
+        return sum(run.status == "failed" for run in self.runs)
+
+    def by_seeds(self, figure: str) -> dict[Seeds, float]:
+        pairs = [(run.seeds, run.figure(figure)) for run in self.runs if run.has_ended]
+        return {seeds: value for seeds, value in pairs if value is not None}
+
+
+@dataclass(frozen=True)
+class Leaderboard:
+    figure: str
+    direction: Direction
+    rows: Sequence[Row] = field(default_factory=tuple)
+
+    @property
+    def best(self) -> Row | None:
+        return self.rows[0] if self.rows and self.rows[0].value is not None else None
+
+
+def default_figure(entries: Sequence[Entry]) -> str:
+    """`best_val_accuracy` where any run has it, else `best_val_loss`."""
+    has_accuracy = any(entry.figure("best_val_accuracy") is not None for entry in entries)
+    return "best_val_accuracy" if has_accuracy else "best_val_loss"
+
+
+def direction_of(figure: str) -> Direction:
+    """Accuracies are to be large; losses, seconds, parameters and all others small."""
+    return "maximize" if "accuracy" in figure else "minimize"
+
+
+def leaderboard(
+    entries: Sequence[Entry],
+    *,
+    figure: str | None = None,
+    direction: Direction | None = None,
+    confidence: float = 0.95,
+) -> Leaderboard:
+    """Rows by the mean of `figure` over seeds, the best first, those without a value last."""
+    figure = default_figure(entries) if figure is None else figure
+    direction = direction_of(figure) if direction is None else direction
+    sign = -1.0 if direction == "maximize" else 1.0
+    rows = [
+        Row(label, overrides, runs, statistic(_values(runs, figure))) for label, overrides, runs in _grouped(entries)
+    ]
+    rows.sort(key=lambda row: math.inf if row.value is None else sign * row.value.mean)
+    if not rows:
+        return Leaderboard(figure, direction)
+    first = rows[0].by_seeds(figure)
+    compared = [
+        Row(row.label, row.overrides, row.runs, row.value, paired_difference(row.by_seeds(figure), first, confidence))
+        for row in rows[1:]
+    ]
+    return Leaderboard(figure, direction, [rows[0], *compared])
+
+
+def _values(runs: Sequence[Entry], figure: str) -> list[float]:
+    found = [run.figure(figure) for run in runs if run.has_ended]
+    return [value for value in found if value is not None]
+
+
+def _grouped(entries: Sequence[Entry]) -> list[tuple[str, list[str], list[Entry]]]:
+    """(label, overrides that vary, runs) of each configuration, in the order in which they first appear."""
+    groups: dict[str, list[Entry]] = {}
+    for entry in entries:
+        flat = flatten(entry.config)
+        kept = {key: value for key, value in flat.items() if not is_seed(key) and not _is_housekeeping(key)}
+        groups.setdefault(repr(sorted(kept.items(), key=lambda pair: pair[0])), []).append(entry)
+    common = set.intersection(*(set(entry.overrides) for entry in entries)) if len(entries) > 1 else set()
+    rows = []
+    for runs in groups.values():
+        typed = [line for line in runs[0].overrides if line not in common and not _is_bookkeeping(line)]
+        label = " ".join(typed) or (runs[0].name if len(groups) > 1 else "as configured")
+        rows.append((label, typed, runs))
+    return rows
+
+
+def _is_bookkeeping(override: str) -> bool:
+    key = override.lstrip("+~").partition("=")[0]
+    return is_seed(key) or _is_housekeeping(key)
+
+
+def _is_housekeeping(key: str) -> bool:
+    return any(key == each or key.startswith(f"{each}.") for each in _HOUSEKEEPING)
+
+
+def is_seed(key: str) -> bool:
+    """`seed`, `init_seed`, `data.seed`, ..."""
+    name = key.rpartition(".")[2]
+    return name == "seed" or name.endswith("_seed")
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted keys."""
+    if not isinstance(config, Mapping) or (not config and prefix):
+        return {prefix: config}
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def statistic(values: Sequence[float]) -> Statistic | None:
+    """None for no values."""
+    count = len(values)
+    if count == 0:
+        return None
+    mean = math.fsum(values) / count
+    if count == 1:
+        return Statistic(mean, None, 1)
+    return Statistic(mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1)), count)
+
+
+def paired_difference(
+    a: Mapping[Seeds, float], b: Mapping[Seeds, float], confidence: float = 0.95
+) -> Difference | None:
+    """a - b over the keys that both have, with the confidence interval of Student's t; None where they share none.
+
+    Pairing takes away what a seed does to both: the interval is that of the mean of the differences.
+    """
+    differences = statistic([a[key] - b[key] for key in a if key in b])
+    if differences is None:
+        return None
+    if differences.std is None:
+        return Difference(differences.mean, None, None, 1)
+    half = student_t(confidence, differences.count - 1) * differences.std / math.sqrt(differences.count)
+    return Difference(differences.mean, differences.mean - half, differences.mean + half, differences.count)
+
+
+def student_t(confidence: float, degrees: int) -> float:
+    """The half width, in standard errors, of a two-sided interval (2.776 for 95 % and 4 degrees of freedom)."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(degrees, 0.5 + confidence / 2))
+
+
+def front(points: Sequence[Sequence[float]], directions: Sequence[Direction]) -> list[int]:
+    """The Pareto front: numbers of the points that no other is at least as good as everywhere and better somewhere."""
+    signs = [-1.0 if each == "maximize" else 1.0 for each in directions]
+    costs = [tuple(sign * value for sign, value in zip(signs, point, strict=True)) for point in points]
+    return [
+        i
+        for i, own in enumerate(costs)
+        if not any(other != own and all(x <= y for x, y in zip(other, own, strict=True)) for other in costs)
+    ]
