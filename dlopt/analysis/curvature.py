@@ -1,0 +1,125 @@
+"""The Hessian of a loss without forming it: products with vectors, its extreme eigenvalues, curvature along a step."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Product = Callable[[Tensor], Tensor]
+"""v [n] -> H v [n]."""
+
+
+class Spectrum(NamedTuple):
+    """Eigenvalues with what is known of their error: `residuals[i]` = ||H v - w v|| bounds it (H is symmetric)."""
+
+    eigenvalues: Tensor  # [k], descending, float64
+    residuals: Tensor  # [k]
+    vectors: Tensor  # [k, n]
+
+
+def flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def hessian_product(loss: Tensor, parameters: Sequence[Tensor]) -> Product:
+    """Products with the Hessian of `loss` by differentiating <gradient, v> once more (Pearlmutter 1994).
+
+    The graph of the gradient is built once and kept while the function lives. `.grad` is not touched.
+    """
+    parameters = list(parameters)
+    gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+    used = [(g, p) for g, p in zip(gradients, parameters, strict=True) if g is not None and g.requires_grad]
+    sizes = [p.numel() for p in parameters]
+
+    def product(vector: Tensor) -> Tensor:
+        parts = dict(zip(map(id, parameters), vector.split(sizes), strict=True))
+        if not used:
+            return torch.zeros_like(vector)
+        directions = [parts[id(p)].view_as(p) for _, p in used]
+        found = torch.autograd.grad([g for g, _ in used], parameters, directions, retain_graph=True, allow_unused=True)
+        return flat([torch.zeros_like(p) if f is None else f for f, p in zip(found, parameters, strict=True)]).detach()
+
+    return product
+
+
+def lanczos(product: Product, start: Tensor, iterations: int, count: int) -> Spectrum:
+    """The `count` algebraically largest eigenvalues of a symmetric operator on vectors like `start` [n].
+
+    Lanczos with full reorthogonalization (Golub & Van Loan 2013, section 10.3): at most `iterations` products, fewer
+    where the Krylov space ends. Memory: `iterations` vectors.
+    """
+    basis = [start / start.norm()]
+    diagonal: list[float] = []
+    off: list[float] = []
+    for _ in range(min(iterations, start.numel())):
+        vector = product(basis[-1])
+        diagonal.append(float(vector.double() @ basis[-1].double()))
+        known = torch.stack(basis)
+        scale = float(vector.norm())
+        for _ in range(2):  # twice is enough (Parlett)
+            vector = vector - (known @ vector) @ known
+        off.append(float(vector.norm()))
+        if not math.isfinite(off[-1]) or off[-1] <= 1e-6 * max(scale, 1e-30):
+            off[-1] = 0.0 if math.isfinite(off[-1]) else math.nan
+            break
+        basis.append(vector / off[-1])
+    size = len(diagonal)
+    if not all(map(math.isfinite, diagonal + off)):
+        nothing = torch.full((1,), math.nan, dtype=torch.float64)
+        return Spectrum(nothing, nothing, start[None])
+    matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
+    for i, value in enumerate(off[: size - 1]):
+        matrix[i, i + 1] = matrix[i + 1, i] = value
+    values, coordinates = torch.linalg.eigh(matrix)
+    chosen = torch.arange(size - 1, max(size - 1 - count, -1), -1)
+    residuals = (coordinates[-1, chosen] * off[-1]).abs()
+    vectors = coordinates[:, chosen].T.to(start) @ torch.stack(basis[:size])
+    return Spectrum(values[chosen], residuals, vectors)
+
+
+def largest_eigenvalues(
+    loss: Callable[[], Tensor],
+    parameters: Sequence[Tensor],
+    *,
+    count: int,
+    iterations: int,
+    generator: torch.Generator | None = None,
+) -> Spectrum:
+    """The largest eigenvalues of the Hessian of `loss()` with respect to `parameters` (see `lanczos`).
+
+    The start is a random vector of `generator` (None: seed 0). Nothing is drawn from torch's own generators, but by
+    what `loss` draws itself.
+    """
+    parameters = list(parameters)
+    device, dtype = parameters[0].device, parameters[0].dtype
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    size = sum(p.numel() for p in parameters)
+    start = torch.randn(size, generator=generator, dtype=torch.float32).to(device, dtype)
+    with torch.enable_grad():
+        return lanczos(hessian_product(loss(), parameters), start, iterations, count)
+
+
+def curvature_along(product: Product, direction: Tensor) -> float:
+    """d'Hd / d'd: the second derivative of the loss along `direction` [n], per unit length squared."""
+    square = float(direction.double() @ direction.double())
+    return float(direction.double() @ product(direction).double()) / square if square > 0 else math.nan
+
+
+@torch.no_grad()
+def losses_along(
+    loss: Callable[[], Tensor], parameters: Sequence[Tensor], steps: Sequence[Tensor], shares: Sequence[float]
+) -> list[float]:
+    """The loss at `parameters` + share * `steps`, for each share. Afterwards the parameters are what they were."""
+    kept = [p.detach().clone() for p in parameters]
+    found = []
+    try:
+        for share in shares:
+            for p, start, step in zip(parameters, kept, steps, strict=True):
+                p.copy_(start + share * step)
+            found.append(float(loss()))
+    finally:
+        for p, start in zip(parameters, kept, strict=True):
+            p.copy_(start)
+    return found
