@@ -40,6 +40,7 @@ class Sums:
         self._outputs: list[Tensor] = []
         self._targets: list[Tensor] = []
         self._held = 0
+        self._mark: tuple[int, int] | None = None  # losses and outputs that came before the current update
         self._folded: list[
             tuple[Tensor, list[int]]
         ] = []  # per so many steps: their losses and right answers, their sizes
@@ -51,6 +52,19 @@ class Sums:
         """Empty sums of the same kind."""
         return Sums(self.classify, self.watch, self.reduce)
 
+    def begin(self) -> None:
+        """What is added from here on, until the next call, may be withdrawn."""
+        if self._is_full():
+            self._fold()
+        self._mark = len(self._losses), len(self._outputs)
+
+    def withdraw(self) -> None:
+        """Forgets what was added since `begin`."""
+        assert self._mark is not None
+        losses, outputs = self._mark
+        del self._losses[losses:], self._counts[losses:], self._outputs[outputs:], self._targets[outputs:]
+        self._held = sum(each.numel() for each in self._outputs)
+
     def add(self, loss: Tensor, outputs: Tensor, targets: Tensor) -> None:
         """Takes a batch's mean loss (scalar), outputs [B, K] and targets [B] (or [B, K]: probabilities)."""
         self._losses.append(loss)
@@ -59,7 +73,7 @@ class Sums:
             self._outputs.append(outputs)
             self._targets.append(targets)
             self._held += outputs.numel()
-        if len(self._losses) == _HELD_STEPS or self._held > _HELD_NUMBERS:
+        if self._mark is None and self._is_full():
             self._fold()
 
     def add_nothing(self, device: torch.device) -> None:
@@ -82,10 +96,14 @@ class Sums:
         self.count += count
         self._read, self._read_right, self._read_count = [], 0, 0
 
+    def _is_full(self) -> bool:
+        return len(self._losses) >= _HELD_STEPS or self._held > _HELD_NUMBERS
+
     def _fold(self) -> None:
         """Counts what was held back where it lies: nothing waits for the device."""
         if not self._losses:
             return
+        self._mark = None
         losses = torch.stack(self._losses)
         losses = losses.double() if losses.device.type != "mps" else losses  # which has no float64
         right = losses.new_zeros(1)

@@ -1,0 +1,166 @@
+"""Losses and gradients that are not finite: seen before they reach the weights, or on a GPU at the next look."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from dlopt.errors import RunError
+
+Policy = Literal["stop", "skip", "rollback"]
+
+_HELD_STEPS = 128
+_SMALLEST_SCALE = 2.0**-20  # of fp16's losses: below, no gradient will ever be finite again
+
+
+class Diverged(RunError):
+    """A loss, a gradient or a weight is not finite. `before_update`: the weights have not moved yet."""
+
+    def __init__(self, message: str, *, before_update: bool) -> None:
+        super().__init__(message)
+        self.before_update = before_update
+
+
+class Watch:
+    """Looks for NaN and infinity in the losses and in the reduced gradients of all updates.
+
+    `at_once`: in each update, before the weights move: cheap on a CPU, a synchronization on a GPU. Otherwise one flag
+    per update stays on the device until `look`.
+    `where` says, behind an update's loss and whether it is finite, which layer is the first that is not.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], *, at_once: bool, where: Callable[[bool], str]) -> None:
+        self.parameters = parameters
+        self.at_once = at_once
+        self.where = where
+        device = parameters[0].device if parameters else torch.device("cpu")
+        self._one = torch.ones((), device=device)
+        self._flag = torch.zeros((), device=device)  # of the update itself, where that is looked at
+        self._rate = self._step = 0.0
+        self._held: list[tuple[int, float, Tensor]] = []  # update, learning rate, loss
+        self._flags: list[Tensor] = []
+        self._slots: list[Tensor] = []
+        self._folded: list[tuple[list[tuple[int, float]], Tensor]] = []
+
+    def __call__(self, loss: Tensor, step: int, rate: float, *, gradients: bool) -> None:
+        """Takes update `step` (from 0), whose gradients are in the parameters. Raises `Diverged`.
+
+        Without `gradients` they are a loss scaler's to look at.
+        """
+        if not self.at_once:
+            self._hold(loss, step, rate, gradients)
+            return
+        if gradients:
+            self._find(self._flag)
+        value = loss.item()
+        is_found = gradients and bool(self._flag)
+        if is_found or not math.isfinite(value):
+            self._flag.zero_()
+            where = self.where(math.isfinite(value))
+            raise Diverged(_told(value, step, rate, where), before_update=True)
+
+    def _find(self, flag: Tensor) -> None:
+        """Sets `flag` to 1 when a gradient is not finite: one operation over all, which leaves them as they are."""
+        found = [p.grad for p in self.parameters if p.grad is not None]
+        if found:
+            torch._amp_foreach_non_finite_check_and_unscale_(found, flag, self._one)
+
+    def _hold(self, loss: Tensor, step: int, rate: float, gradients: bool) -> None:
+        if not self._slots:
+            self._slots = list(torch.zeros(_HELD_STEPS, device=self._one.device).unbind())
+        flag = self._slots.pop()
+        if gradients:
+            self._find(flag)
+        self._held.append((step, rate, loss))
+        self._flags.append(flag)
+        if len(self._held) == _HELD_STEPS:
+            self._fold()
+
+    def _fold(self) -> None:
+        if self._held:
+            losses, flags = torch.stack([loss.float() for _, _, loss in self._held]), torch.stack(self._flags)
+            self._folded.append(([(step, rate) for step, rate, _ in self._held], torch.stack([losses, flags])))
+            self._held, self._flags = [], []
+
+    def look(self, scaler: torch.amp.GradScaler | None = None) -> None:
+        """Raises `Diverged` for the first update since the last look that was not finite. Waits for the device."""
+        self._fold()
+        folded, self._folded = self._folded, []
+        for updates, numbers in folded:
+            for (step, rate), value, flag in zip(updates, *numbers.tolist(), strict=True):
+                if flag or not math.isfinite(value):
+                    raise Diverged(_told(value, step, rate, "check=step names the layer"), before_update=False)
+        if scaler is not None and scaler.get_scale() < _SMALLEST_SCALE:
+            raise Diverged(
+                "precision=fp16: the gradients are not finite, however small the loss scale; use precision=bf16 or fp32",
+                before_update=False,
+            )
+
+    def forget(self) -> None:
+        """Leaves out what was not looked at yet: the run goes back to before it."""
+        self._held, self._flags, self._folded = [], [], []
+
+
+def _told(value: float, step: int, rate: float, where: str) -> str:
+    what = "the gradient is not finite" if math.isfinite(value) else f"the loss became {value}"
+    return (
+        f"{what} at update {step + 1} with a learning rate of {rate:g} ({where}); "
+        "try a smaller optimizer.lr, a warmup (schedule.warmup_epochs) or clip=norm"
+    )
+
+
+def check_weights(module: nn.Module, step: int, rate: float) -> None:
+    """Raises `Diverged` when a weight is not finite, which no finite loss tells of. Waits for the device."""
+    named = [(name, p.detach()) for name, p in module.named_parameters() if p.numel()]
+    if not named or is_finite([p for _, p in named]):
+        return
+    name = next((name for name, p in named if not is_finite([p])), "of another rank")
+    raise Diverged(
+        f"the weights are not finite after update {step} with a learning rate of {rate:g} (first: {name}); "
+        "try a smaller optimizer.lr, a warmup (schedule.warmup_epochs) or clip=norm",
+        before_update=False,
+    )
+
+
+def is_finite(tensors: Sequence[Tensor]) -> bool:
+    largest = torch._foreach_norm(list(tensors), ord=math.inf)  # propagates NaN, and does not overflow
+    return bool(torch.stack([each.isfinite() for each in largest]).all())
+
+
+def first_bad_weight(module: nn.Module) -> str | None:
+    return next((name for name, p in module.named_parameters() if p.numel() and not is_finite([p.detach()])), None)
+
+
+def first_bad_gradient(module: nn.Module) -> str | None:
+    """The parameter whose gradient the backward pass found first: the last one in the model's order."""
+    names = [name for name, p in module.named_parameters() if p.grad is not None and not is_finite([p.grad])]
+    return names[-1] if names else None
+
+
+@torch.no_grad()
+def first_bad_output(module: nn.Module, forward: Callable[[], object]) -> str | None:
+    """The first layer within `module`, in the order of execution, whose output is not finite; `forward` calls it."""
+    found: list[str] = []
+
+    def hook(name: str) -> Callable[..., None]:
+        def look(layer: nn.Module, inputs: Any, output: Any) -> None:
+            outputs = output if isinstance(output, tuple) else (output,)
+            numbers = [each for each in outputs if isinstance(each, Tensor) and each.is_floating_point()]
+            if not found and any(each.numel() and not is_finite([each]) for each in numbers):
+                found.append(name)
+
+        return look
+
+    handles: list[RemovableHandle] = [
+        each.register_forward_hook(hook(f"{name or 'the model'} ({type(each).__name__})"))
+        for name, each in module.named_modules()
+    ]
+    try:
+        forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None
