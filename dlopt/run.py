@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dlopt import build, schedules
 from dlopt.build import Setup
 from dlopt.config.experiment import Experiment
+from dlopt.config.rules import further_figure
 from dlopt.data.batches import Batches
 from dlopt.data.samplers import Attentive
 from dlopt.engine.averaging import ExponentialAverage, at_evaluation_point
@@ -25,6 +26,7 @@ from dlopt.engine.shared import SharedClosure
 from dlopt.engine.step import Closure, Update
 from dlopt.engine.stopping import Best
 from dlopt.errors import RunError, UserError
+from dlopt.evaluation.validation import further_figures
 from dlopt.random import stream
 from dlopt.tracking.tracking import Tracking
 
@@ -59,7 +61,7 @@ def train(run: Run, *, console: bool = True) -> dict[str, Any]:
                 training.load_state_dict(state)
                 training.best.load_state_dict(parallel.broadcast(training.best.state_dict()))  # what rank 0 found
             elif settings.init_from is not None:
-                for line in build.load_weights(setup.module, Path(settings.init_from)):
+                for line in build.load_weights(setup.module, Path(settings.init_from), parallel.load_model):
                     tracking.message(line)
             _introduce(setup, run, training, length, tracking)
             asked = parallel.agree(interruption)
@@ -129,7 +131,7 @@ def training_of(setup: Setup, run: Run, batches: Batches, length: Length, tracki
     )
     reduce = _reduction(setup)
     average = None if settings.ema is None else ExponentialAverage(setup.module, settings.ema)
-    stopping = experiment.stopping.build(model=setup.module)
+    stopping = experiment.stopping.build(model=setup.module, norm=setup.parallel.norm)
     update = Update(
         closure,
         schedules.Scheduler(optimizer, factor),
@@ -157,10 +159,18 @@ def training_of(setup: Setup, run: Run, batches: Batches, length: Length, tracki
         save_every_steps=settings.checkpoint.every_steps,
         log_every_steps=settings.log_every_steps,
         sums=Sums(setup.classify, None if sampler is None else _teaching(sampler, setup.loss), reduce),
-        align=lambda: setup.parallel.align(setup.module, *([] if average is None else [average.model])),
+        align=lambda: _align(setup, average),
+        states=setup.parallel,
         sampler=sampler,
         figures=getattr(batches.sampler, "figures", dict),
     )
+
+
+def _align(setup: Setup, average: ExponentialAverage | None) -> None:
+    setup.parallel.align(setup.module)
+    if average is not None:
+        with average.in_place():
+            setup.parallel.align(setup.module)
 
 
 def _teaching(sampler: Attentive, loss: nn.Module) -> Callable[[Tensor, Tensor], None]:
@@ -182,15 +192,8 @@ def _validation(
         if early:
             raise UserError("stopping=early: there is no validation set; set data.val_split=0.1 or stopping=none")
         return None
-    known = {"auto", "val_loss", "val_accuracy"} if setup.classify else {"auto", "val_loss"}
-    for key, monitor in (
-        ("monitor", setup.experiment.settings.monitor),
-        ("stopping.monitor", setup.experiment.stopping.arguments["monitor"] if early else "auto"),
-    ):
-        if monitor not in known:
-            raise UserError(f"{key}={monitor}: this run has no such figure; allowed: {', '.join(sorted(known))}")
-    module = setup.module if average is None else average.model
-    model = setup.precision.autocast(setup.model if average is None else module)
+    further = further_figures(setup)
+    module, model = setup.module, setup.precision.autocast(setup.model)
     batches = build.evaluation_batches(setup, samples)
 
     def shown() -> Iterator[tuple[Tensor, Tensor]]:
@@ -199,7 +202,7 @@ def _validation(
             tracking.evaluating(number, len(batches))
 
     def validate(interruption: Interruption) -> dict[str, float] | None:
-        with at_evaluation_point(optimizer), build.norm_statistics(setup, module, model, interruption):
+        with at_evaluation_point(optimizer, average), build.norm_statistics(setup, module, model, interruption):
             return evaluate(
                 module,
                 model,
@@ -209,6 +212,7 @@ def _validation(
                 prefix="val",
                 interruption=setup.parallel.polled(interruption),
                 reduce=_reduction(setup),
+                more=further and further(),
             )
 
     return validate
@@ -249,11 +253,9 @@ def _test_best(training: Training, setup: Setup) -> dict[str, Any]:
     try:
         if training.best.epoch is not None:
             state = setup.parallel.broadcast(load(checkpoints.best) if setup.parallel.is_main else None)
-            setup.module.load_state_dict(state["ema"] or state["model"])
-        elif training.average is not None:
-            setup.module.load_state_dict(training.average.state_dict())
+            setup.parallel.load_model(setup.module, state["ema"] or state["model"])
         else:
-            with at_evaluation_point(training.update.optimizer):
+            with at_evaluation_point(training.update.optimizer, training.average):
                 return test_figures(setup)
         return test_figures(setup)
     except UserError as error:
@@ -298,4 +300,6 @@ def _summary(training: Training, setup: Setup, status: str) -> dict[str, Any]:
         "processes": setup.parallel.processes,
         "resumed_from": progress.resumed_from,
     }
+    if further_figure(best.monitor) is not None and best.epoch is not None:
+        summary[f"best_{best.monitor}"] = best.figure
     return {key: value for key, value in summary.items() if setup.classify or not key.endswith("accuracy")}

@@ -11,7 +11,16 @@ if TYPE_CHECKING:
 _MAX_NAME = 100
 _PER_CORE = 64  # threads and loader processes: more is a slip of the pen
 _PROCESSES_PER_CORE = 16  # training processes started here, each of which imports torch
-MONITORS = ("auto", "val_loss", "val_accuracy")
+_MONITORS = ("auto", "val_loss", "val_accuracy")
+_FURTHER = (
+    "val_top5_accuracy",
+    "val_macro_f1",
+    "val_calibration_error",
+    "val_worst_class_accuracy",
+    "val_r2",
+    "val_mae",
+)
+_CLASS = "val_class_accuracy/"
 
 
 def check_combinations(experiment: "Experiment") -> None:
@@ -38,8 +47,19 @@ def _check_name(name: str) -> None:
 
 
 def _check_monitor(key: str, monitor: str) -> None:
-    if monitor not in MONITORS:
-        raise UserError(f"{key}={monitor}: no validation figure of this name is logged; allowed: {', '.join(MONITORS)}")
+    allowed = (*_MONITORS, *_FURTHER)
+    if monitor not in allowed and not monitor.startswith(_CLASS):
+        raise UserError(
+            f"{key}={monitor}: there is no validation figure of this name; allowed: {', '.join(allowed)}, {_CLASS}NAME"
+        )
+
+
+def further_figure(monitor: str) -> str | None:
+    """The entry of `evaluate.figures` that brings the monitored figure; None for those that every run has."""
+    if monitor in _MONITORS:
+        return None
+    name = monitor.removeprefix("val_")
+    return "class_accuracy" if name == "worst_class_accuracy" or monitor.startswith(_CLASS) else name
 
 
 def _check_device(experiment: "Experiment") -> None:

@@ -11,9 +11,13 @@ Decay = Annotated[float, Interval(gt=0, lt=1)]
 Toggle = bool | Literal["auto"]
 
 
+Figure = Literal["top5_accuracy", "macro_f1", "calibration_error", "class_accuracy", "r2", "mae"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
     every_epochs: Count
+    figures: list[Figure]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from dlopt.engine.clipping import Norm, plain_norm
 from dlopt.errors import UserError
 from dlopt.ranges import Count, Natural, NonNegative, Positive
 
@@ -44,7 +45,7 @@ def _finite(value: float | None) -> float:
 
 
 def lower_is_better(monitor: str) -> bool:
-    return monitor.endswith(("loss", "error"))
+    return monitor.endswith(("loss", "error", "mae"))
 
 
 class Never:
@@ -99,11 +100,12 @@ class Tolerance:
     The stopping rule of plain gradient descent. `after_update` has to follow every update; it waits for the device.
     """
 
-    def __init__(self, model: nn.Module, *, tolerance: Positive, iterations: Natural) -> None:
+    def __init__(self, model: nn.Module, norm: Norm = plain_norm, *, tolerance: Positive, iterations: Natural) -> None:
+        self.norm = norm
         self.tolerance = tolerance
         self.iterations = iterations
         self.count = 0
-        self._parameters = [p.detach() for p in model.parameters() if p.requires_grad]
+        self._parameters = [p.detach() for p in model.parameters() if p.requires_grad and not p.is_meta]
         self._before = [p.clone() for p in self._parameters]
 
     @property
@@ -113,7 +115,7 @@ class Tolerance:
     @torch.no_grad()
     def after_update(self) -> None:
         moved = torch._foreach_sub(self._parameters, self._before)
-        norm = torch.nn.utils.get_total_norm(moved).item()
+        norm = self.norm(moved).item()
         torch._foreach_copy_(self._before, self._parameters)
         self.count = self.count + 1 if norm < self.tolerance else 0
 
@@ -147,6 +149,11 @@ class Best:
         self.value, self.epoch = value, metrics["epoch"]
         self.val_loss, self.val_accuracy = metrics.get("val_loss"), metrics.get("val_accuracy")
         return True
+
+    @property
+    def figure(self) -> float:
+        """The monitored figure as it is logged."""
+        return self.value if lower_is_better(self.monitor) else -self.value
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)

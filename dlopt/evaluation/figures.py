@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-_BINS = 15  # of confidence, as in Guo et al. 2017
+BINS = 15  # of confidence, as in Guo et al. 2017
 
 
 def confusion_matrix(targets: Tensor, predictions: Tensor, classes: int) -> Tensor:
@@ -30,17 +30,21 @@ def top_accuracy(outputs: Tensor, targets: Tensor, k: int) -> float:
     return found.any(1).double().mean().item()
 
 
-def calibration_error(probabilities: Tensor, targets: Tensor, bins: int = _BINS) -> float:
+def calibration_error(probabilities: Tensor, targets: Tensor, bins: int = BINS) -> float:
     """Expected calibration error (Guo et al. 2017, equation 5): sum over `bins` equal bins of confidence (the largest
     probability) of the bin's share of samples times |accuracy - mean confidence| within it.
 
     probabilities: [N, K]; a bin holds its upper border, not its lower one.
     """
+    return (calibration_gaps(probabilities, targets, bins).abs().sum() / len(targets)).item()
+
+
+def calibration_gaps(probabilities: Tensor, targets: Tensor, bins: int = BINS) -> Tensor:
+    """float64 [bins]: of each bin of confidence its right answers minus the sum of confidences."""
     confidence, predictions = probabilities.double().max(1)
     right = (predictions == targets).double()
     bin_of = ((confidence * bins).ceil().long() - 1).clamp(0, bins - 1)
-    gaps = torch.zeros(bins, dtype=torch.float64, device=right.device).index_add_(0, bin_of, right - confidence)
-    return (gaps.abs().sum() / len(right)).item()
+    return torch.zeros(bins, dtype=torch.float64, device=right.device).index_add_(0, bin_of, right - confidence)
 
 
 def determination(outputs: Tensor, targets: Tensor) -> float:
