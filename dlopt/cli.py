@@ -19,6 +19,8 @@ dlopt {dlopt.__version__}: runs experiments on the optimization of deep networks
   dlopt export checkpoint=PATH format=FORMAT     a model for other tools: safetensors, onnx, torch_export
   dlopt show-batch [group=choice] [key=value]    draw what an augmentation does to images
   dlopt trajectory schedule=a,b [key=value]      draw learning-rate curves into one picture
+  dlopt bench parallel=a,b processes=1,2         speed, memory and communication of parallel modes; of devices
+  dlopt runs [DIR...] [condition...]             list and find runs; `dlopt runs clean` removes spare checkpoints
   dlopt options [group | group=choice]           every choice of every group; a group's keys with their defaults
 
   dlopt train optimizer=adamw schedule=cosine_warmup epochs=20
@@ -76,6 +78,8 @@ def commands() -> dict[str, Callable[[list[str]], int]]:
         "export": _export,
         "show-batch": _show_batch,
         "trajectory": _trajectory,
+        "bench": _bench,
+        "runs": _runs,
         "options": _options,
     }
 
@@ -114,6 +118,18 @@ def _trajectory(arguments: list[str]) -> int:
     from dlopt.commands.trajectory import trajectory
 
     return trajectory(arguments)
+
+
+def _bench(arguments: list[str]) -> int:
+    from dlopt.commands.bench import bench
+
+    return bench(arguments)
+
+
+def _runs(arguments: list[str]) -> int:
+    from dlopt.commands.runs import runs
+
+    return runs(arguments)
 
 
 def _options(arguments: list[str]) -> int:
