@@ -150,6 +150,14 @@ def load(path: Path) -> dict[str, Any]:
     return state
 
 
+def is_whole(path: Path) -> bool:
+    """Whether the file is there and is the one whose checksum was recorded."""
+    try:
+        return _sha256(path) in _recorded_digests(path)
+    except OSError:
+        return False
+
+
 def load_weights(path: Path) -> dict[str, Any]:
     """The weights in a checkpoint (its average where it has one) or in a file of weights alone. Raises `UserError`."""
     if not path.is_file():

@@ -1,0 +1,1 @@
+"""What runs have left, gathered into a table, pictures and a page."""

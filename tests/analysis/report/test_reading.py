@@ -1,0 +1,144 @@
+import json
+import sys
+from pathlib import Path
+from subprocess import run
+
+import pytest
+
+from dlopt.analysis.report.keys import printable, text, varying
+from dlopt.analysis.report.reading import Damaged, Reader, Record, find, read
+from tests.analysis.report.folders import make_run
+from tests.commands.line import HeldByAnotherProcess
+
+
+def record(path: Path) -> Record:
+    found = read(path)
+    assert isinstance(found, Record), found
+    return found
+
+
+def test_a_run_by_its_config_figures_and_curves(tmp_path: Path) -> None:
+    found = record(make_run(tmp_path / "run", optimizer="adamw", lr=0.01, accuracies=(0.5, 0.9, 0.8)))
+    assert (found.status, found.reason, found.commit) == ("finished", None, "c" * 40)
+    assert found.config["optimizer"] == "adamw" and found.config["optimizer.betas"] == (0.9, 0.999)
+    assert found.config["clip"] == "none" and found.config["model.widths"] == (64, 64)
+    assert "optimizer._target_" not in found.config
+    assert found.overrides == ("optimizer=adamw", "optimizer.lr=0.01", "seed=0")
+    expected = {"val_accuracy": 0.9, "val_loss": 0.1, "train_accuracy": 0.8, "epochs": 3, "steps": 30, "best_epoch": 2}
+    assert {key: found.figures[key] for key in expected} == pytest.approx(expected)
+    assert found.figures["test_accuracy"] == 0.75 and found.figures["seconds"] == 3
+    assert [line["step"] for line in found.metrics] == [10, 20, 30]
+
+
+def test_a_run_without_a_summary_is_known_by_its_best_epoch_so_far(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run", accuracies=(0.5, 0.9, 0.8), status=None)
+    found = record(path)
+    assert found.status == "unfinished" and found.figures["val_accuracy"] == 0.9 and found.figures["epochs"] == 3
+    with HeldByAnotherProcess(path):
+        assert record(path).status == "running"
+
+
+def test_a_run_that_goes_on_is_running_whatever_its_old_summary_says(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run", status="interrupted")
+    assert record(path).status == "interrupted"
+    with HeldByAnotherProcess(path):
+        assert record(path).status == "running"
+
+
+def test_the_best_epoch_follows_monitor_and_what_is_not_finite_is_no_figure(tmp_path: Path) -> None:
+    path = make_run(
+        tmp_path / "run", status=None, accuracies=(0.9, 0.5), losses=(2.0, 1.0), config={"monitor": "val_loss"}
+    )
+    assert record(path).figures["val_accuracy"] == 0.5
+    line = {"epoch": 3, "step": 30, "val_loss": None, "val_accuracy": float("nan"), "note": "<b>", "odd": True}
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    assert record(path).metrics[-1] == {"epoch": 3, "step": 30}
+
+
+def test_a_torn_last_line_is_the_end_of_a_run_that_was_killed(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run", status=None)
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 4, "st')
+    assert len(record(path).metrics) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("config.yaml", b"a: [1", "config.yaml is damaged"),
+        ("config.yaml", b"- a", "holds no keys"),
+        ("config.yaml", b"\xff\xfe\x00", "config.yaml is damaged"),
+        ("config.yaml", b"a: !!python/object/apply:os.system ['touch x']", "config.yaml is damaged"),
+        ("config.yaml", None, "config.yaml is missing"),
+        ("summary.json", b"{", "summary.json is damaged"),
+        ("summary.json", b"[]", "summary.json is damaged"),
+        ("summary.json", b'{"status": "wonderful"}', "status is 'wonderful'"),
+        ("metrics.jsonl", b'{"epoch": 1}\n', "line 1: no epoch and step"),
+        ("metrics.jsonl", b'\0\0\0\n{"epoch": 1, "step": 1}\n', "damaged in line 1"),
+        ("metrics.jsonl", b"[" * 100_000 + b"\n\n", "damaged in line 1"),
+    ],
+)
+def test_damage_is_named(tmp_path: Path, name: str, content: bytes | None, reason: str) -> None:
+    path = make_run(tmp_path / "run")
+    (path / name).unlink() if content is None else (path / name).write_bytes(content)
+    found = read(path)
+    assert isinstance(found, Damaged) and reason in found.reason
+
+
+def test_folders_are_found_below_and_read_once(tmp_path: Path) -> None:
+    for number in (0, 2, 10):
+        make_run(tmp_path / "sweep" / str(number))
+    make_run(tmp_path / "single")
+    (tmp_path / "sweep/report").mkdir()
+    (tmp_path / "sweep/2/metrics.jsonl").write_text("?\n?\n")
+    (tmp_path / "sweep/loop").symlink_to(tmp_path, target_is_directory=True)
+    assert [path.name for path in find(tmp_path)] == ["single", "0", "2", "10"]
+    records, damaged = Reader().read([tmp_path / "sweep", tmp_path, tmp_path / "sweep/0"])
+    assert [each.path.name for each in records] == ["0", "10", "single"]
+    assert [each.path.name for each in damaged] == ["2"]
+
+
+def test_only_what_has_changed_is_read_again(tmp_path: Path) -> None:
+    for number in range(3):
+        make_run(tmp_path / str(number), status=None)
+    reader = Reader()
+    before, _ = reader.read([tmp_path])
+    with (tmp_path / "1/metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 4, "step": 40}\n')
+    after, _ = reader.read([tmp_path])
+    assert [old is new for old, new in zip(before, after, strict=True)] == [True, False, True]
+    assert len(after[1].metrics) == 4
+
+
+def test_keys_that_vary_leave_out_seeds_and_what_a_choice_implies() -> None:
+    sgd = {"seed": 0, "optimizer": "sgd", "optimizer.lr": 0.1, "optimizer.momentum": 0.9, "name": "a"}
+    configs = [
+        sgd,
+        {**sgd, "optimizer.lr": 0.2, "seed": 1},
+        {"seed": 0, "optimizer": "adamw", "optimizer.lr": 0.1, "optimizer.betas": (0.9, 0.99), "name": "b"},
+    ]
+    assert varying(configs) == ["optimizer", "optimizer.lr"]
+    assert varying([*configs, {**sgd, "optimizer.momentum": 0.5}]) == [
+        "optimizer",
+        "optimizer.lr",
+        "optimizer.momentum",
+    ]
+    assert varying(configs[:1]) == []
+
+
+def test_values_as_typed() -> None:
+    assert [text(value) for value in (True, None, 0.1, 3, (64, 64), "a")] == [
+        "true",
+        "null",
+        "0.1",
+        "3",
+        "[64,64]",
+        "a",
+    ]
+    assert printable("a\x1b[31m\nb\tgröße") == "a�[31m�b�größe"
+
+
+def test_torch_is_not_needed() -> None:
+    code = "import sys, dlopt.analysis.report.reading, dlopt.commands.runs; sys.exit('torch' in sys.modules)"
+    assert run([sys.executable, "-c", code]).returncode == 0

@@ -1,0 +1,186 @@
+"""`dlopt runs` finds runs; `dlopt runs clean` removes what no run needs."""
+
+import hashlib
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.analysis.report.folders import make_run
+from tests.commands.line import HeldByAnotherProcess, dlopt, entries, refused
+
+
+@pytest.fixture
+def outputs(tmp_path: Path) -> Path:
+    """Runs 0..5: sgd and adamw at three learning rates; a failed one; one that was killed."""
+    for i, (optimizer, lr) in enumerate((o, lr) for o in ("sgd", "adamw") for lr in (0.01, 0.1, 1.0)):
+        make_run(tmp_path / "outputs/night" / str(i), optimizer=optimizer, lr=lr, accuracies=(0.2, 0.1 * (i + 1)))
+    make_run(tmp_path / "outputs/failed", status="failed", accuracies=(0.1,))
+    make_run(tmp_path / "outputs/killed", status=None)
+    return tmp_path
+
+
+def names(folder: Path, *arguments: str) -> list[str]:
+    result = dlopt(folder, "runs", *arguments, "--paths")
+    assert result.code == 0, result.err
+    return [Path(line).name for line in result.out.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("optimizer=adamw", ["3", "4", "5"]),
+        ("optimizer=ada* optimizer.lr=1e-1", ["4"]),
+        ("optimizer.lr>=0.1 optimizer.lr<1 status=finished", ["1", "4"]),
+        ("val_accuracy>0.35 sort=val_accuracy", ["killed", "5", "4", "3"]),
+        ("best_val_accuracy>0.35 sort=val_accuracy limit=2", ["killed", "5"]),
+        ("sort=val_loss limit=1 optimizer=sgd status!=unfinished", ["2"]),
+        ("sort=optimizer.lr outputs/night limit=2", ["0", "3"]),
+        ("status=failed", ["failed"]),
+        ("status=unfinished", ["killed"]),
+        ("model.widths=[64,64] optimizer.betas!=[0.9,0.999] outputs/night", ["0", "1", "2"]),
+        ("steps=null status=finished optimizer.momentum=0.9", []),  # the figure: updates done
+        ("steps=20 clip=none optimizer=sgd", ["0", "1", "2"]),
+    ],
+)
+def test_runs_are_found_by_config_status_and_figure(outputs: Path, typed: str, expected: list[str]) -> None:
+    assert names(outputs, *typed.split()) == expected
+
+
+def test_piped_lines_have_tabs_and_the_columns_that_differ(outputs: Path) -> None:
+    result = dlopt(outputs, "runs", "outputs/night", "sort=val_accuracy", "limit=1")
+    header, line = result.out.splitlines()
+    assert header.split("\t") == ["run", "status", "val_accuracy", "val_loss", "epochs", "seconds"]
+    assert line.split("\t") == ["outputs/night/5", "finished", "0.6000000000000001", "0.3999999999999999", "2", "2.0"]
+    header = dlopt(outputs, "runs", "outputs/night").out.splitlines()[0]
+    assert header.split("\t")[2:4] == ["optimizer", "optimizer.lr"]
+    chosen = dlopt(outputs, "runs", "optimizer.lr=1.0", "columns=[optimizer.lr,test_accuracy,optimizer.momentum]").out
+    assert chosen.splitlines()[1:] == [
+        "outputs/night/2\tfinished\t1.0\t0.75\t0.9",
+        "outputs/night/5\tfinished\t1.0\t0.75\t",
+    ]
+
+
+def test_a_table_at_a_terminal(outputs: Path) -> None:
+    make_run(outputs / "outputs/odd\x1b[31m", status="failed")
+    main, side = pty.openpty()
+    command = [sys.executable, "-m", "dlopt", "runs"]
+    environment = {**os.environ, "COLUMNS": "120", "TERM": "xterm"}
+    process = subprocess.Popen(command, cwd=outputs, env=environment, stdout=side, stderr=side)
+    os.close(side)
+    shown = b""
+    try:
+        while block := os.read(main, 4096):
+            shown += block
+    except OSError:  # closed at the other end
+        pass
+    assert process.wait() == 0
+    text = shown.decode()
+    assert "9 runs" in text and "60.00 %" in text and "outputs/night/5" in text
+    assert "odd�[31m" in text and "odd\x1b" not in text
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("nowhere", "nowhere: there is no such folder"),
+        ("lr>0.1", "did you mean optimizer.lr?"),
+        ("optimzer=sgd", "did you mean optimizer?"),
+        ("sort=optimizer.lrr", "sort=optimizer.lrr: none of the runs has optimizer.lrr"),
+        ("columns=[foo]", "columns=foo: none of the runs has foo"),
+        ("val_accuracy>high", "a number is needed behind >"),
+        ("status=done", "status=done: there is no such status; allowed: finished"),
+        ("limit=0", "limit=0: a whole number > 0"),
+        ("--pahts", "--pahts: there is no such flag"),
+    ],
+)
+def test_mistakes_are_named(outputs: Path, typed: str, message: str) -> None:
+    assert message in refused(outputs, "runs", *typed.split())
+
+
+def test_without_outputs_a_folder_is_needed(tmp_path: Path) -> None:
+    assert "outputs: there is no such folder here" in refused(tmp_path, "runs")
+
+
+def test_a_damaged_folder_is_named_and_skipped(outputs: Path) -> None:
+    (outputs / "outputs/night/0/summary.json").write_text("{")
+    result = dlopt(outputs, "runs", "--paths", "outputs/night")
+    assert len(result.out.splitlines()) == 5
+    assert result.err == "dlopt: outputs/night/0: skipped: summary.json is damaged\n"
+
+
+# -- cleaning
+
+
+def checkpoints(run: Path, *names: str) -> None:
+    (run / "checkpoints").mkdir()
+    for name in names:
+        data = name.encode() * 1000
+        (run / "checkpoints" / name).write_bytes(data)
+        digest = hashlib.sha256(data).hexdigest()
+        (run / "checkpoints" / f"{name}.sha256").write_text(f"{digest}  {name}\n")
+
+
+@pytest.fixture
+def kept(outputs: Path) -> Path:
+    for run in ("night/0", "night/3", "killed", "failed"):
+        checkpoints(outputs / "outputs" / run, "last.pt", "best.pt", "step-10.pt", "step-9.pt")
+    (outputs / "outputs/failed/checkpoints/last.pt").write_bytes(b"torn")
+    return outputs
+
+
+def spare_of(names: set[str]) -> set[str]:
+    return {each for each in names if "/step-" in each}
+
+
+def test_clean_removes_neither_best_nor_last_of_what_it_is_told(kept: Path) -> None:
+    before = entries(kept)
+    result = dlopt(kept, "runs", "clean", "outputs/night", "optimizer=sgd", "--yes")
+    assert result.code == 0
+    gone = {f"outputs/night/0/checkpoints/step-{n}.pt{end}" for n in (9, 10) for end in ("", ".sha256")}
+    assert before - entries(kept) == gone
+    assert "outputs/night/0/checkpoints/step-9.pt" in result.out and "removed 2 checkpoints, 19 kB" in result.out
+    assert "nothing to remove" in dlopt(kept, "runs", "clean", "outputs/night", "optimizer=sgd", "--yes").out
+
+
+def test_clean_asks(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = entries(kept)
+    result = dlopt(kept, "runs", "clean")
+    assert result.code == 2 and "type --yes" in result.err and "step-9.pt" in result.out
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    for answer in ("", "n", "what"):
+        monkeypatch.setattr("builtins.input", lambda question, answer=answer: answer)
+        assert dlopt(kept, "runs", "clean", "outputs/night").code == 0
+    assert entries(kept) == before
+    monkeypatch.setattr("builtins.input", lambda question: "y")
+    assert dlopt(kept, "runs", "clean", "outputs/night").code == 0
+    assert before - entries(kept) == {each for each in spare_of(before) if "night" in each}
+
+
+def test_clean_leaves_running_runs_and_those_that_may_need_an_older_checkpoint(kept: Path) -> None:
+    with HeldByAnotherProcess(kept / "outputs/killed"):
+        result = dlopt(kept, "runs", "clean", "--yes")
+    assert "outputs/killed: left alone: it is running" in result.err
+    assert "outputs/failed: left alone: its last.pt is missing or damaged" in result.err
+    assert len(spare_of(entries(kept))) == 8 and not any("night" in each for each in spare_of(entries(kept)))
+
+
+def test_clean_follows_no_links(kept: Path) -> None:
+    elsewhere = kept / "elsewhere"
+    (kept / "outputs/night/0/checkpoints").rename(elsewhere)
+    (kept / "outputs/night/0/checkpoints").symlink_to(elsewhere)
+    (kept / "outputs/night/3/checkpoints/step-8.pt").symlink_to(elsewhere / "step-9.pt")
+    assert dlopt(kept, "runs", "clean", "outputs/night", "--yes").code == 0
+    assert (elsewhere / "step-9.pt").exists() and (kept / "outputs/night/3/checkpoints/step-8.pt").is_symlink()
+    assert not (kept / "outputs/night/3/checkpoints/step-9.pt").exists()
+
+
+def test_clean_counts_what_is_freed(kept: Path) -> None:
+    folder = kept / "outputs/night/0/checkpoints"
+    (folder / "step-9.pt").unlink()
+    os.link(folder / "best.pt", folder / "step-9.pt")
+    assert "10 kB" in dlopt(kept, "runs", "clean", "outputs/night/0", "--yes").out
+    assert (folder / "best.pt").exists()
