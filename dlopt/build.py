@@ -116,7 +116,7 @@ def set_up(experiment: Experiment, normalization: Mapping[str, Any] | None = Non
         module = module.to(memory_format=memory_format)
     loss: nn.Module = experiment.loss.build(classes=None if dataset.classes is None else len(dataset.classes))
     compiled = device.type == "cuda" if settings.compile == "auto" else settings.compile
-    model = parallel.place(module)
+    model = parallel.place(module, shape)
     return Setup(
         experiment=experiment,
         parallel=parallel,
@@ -250,7 +250,25 @@ def optimizer_of(setup: Setup) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer = component.build(params=groups)
     except ValueError as error:  # a class that is not ours has a range of its own, or takes one group only
         raise UserError(f"optimizer={component.target.__name__}: {error}") from None
+    check_optimizer(setup.parallel, optimizer)
     return optimizer
+
+
+_NOT_ELEMENTWISE = ("Adafactor", "LBFGS", "Muon")  # of torch.optim, which does not say so
+
+
+def check_optimizer(parallel: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Raises `UserError` where an update needs more of the model at once than a rank has of it."""
+    kind = type(optimizer)
+    name = f"parallel={parallel.name}: {kind.__name__}"
+    others = "use parallel=ddp or an optimizer that works element by element (sgd, adamw, ...)"
+    is_torchs = kind.__module__.startswith("torch.")
+    alone = getattr(kind, "elementwise", not (is_torchs and kind.__name__ in _NOT_ELEMENTWISE))
+    if parallel.splits == "tensors" and not alone:
+        raise UserError(f"{name} needs whole tensors or the whole model for an update, and ranks have parts; {others}")
+    many = getattr(optimizer, "evaluations", "many" if isinstance(optimizer, torch.optim.LBFGS) else "once") == "many"
+    if parallel.splits == "layers" and many:
+        raise UserError(f"{name} looks at all layers at once for an update, and each rank has some of them; {others}")
 
 
 def _lr_scale(experiment: Experiment, count: int) -> float:
@@ -283,7 +301,8 @@ def check_single_values(setup: Setup) -> None:
     data = setup.experiment.data_settings
     count = len(setup.dataset.train)
     batch_size = count if data.batch_size == "full" else min(data.batch_size, count)
-    smallest = _smallest_part(count, batch_size, setup.experiment.settings.accumulate, data.drop_last)
+    cuts = max(setup.experiment.settings.accumulate, setup.parallel.in_flight)
+    smallest = _smallest_part(count, batch_size, cuts, data.drop_last)
     shares = setup.parallel.norm_shares
     if shares > 1:
         parts = [cut(start, start + smallest, rank, shares) for rank in range(shares) for start in (0, 1)]
@@ -312,7 +331,7 @@ def check_single_values(setup: Setup) -> None:
     was_training = setup.module.training
     setup.module.eval()
     with torch.no_grad():
-        setup.module(inputs)
+        setup.model(inputs)
     setup.module.train(was_training)
     for handle in handles:
         handle.remove()
@@ -346,7 +365,7 @@ def warnings(setup: Setup) -> list[str]:
     notes = list(setup.dataset.notes)
     count = len(setup.dataset.train)
     size = count if data.batch_size == "full" else min(data.batch_size, count)
-    device_batch = size // setup.parallel.norm_shares // settings.accumulate
+    device_batch = size // setup.parallel.norm_shares // max(settings.accumulate, setup.parallel.in_flight)
     if device_batch < SMALL_NORM_BATCH and any(isinstance(m, _BatchNorm) for m in setup.module.modules()):
         notes.append(
             f"warning: batch norm over {device_batch} samples per device is noisy (fewer than {SMALL_NORM_BATCH}): "
@@ -355,17 +374,17 @@ def warnings(setup: Setup) -> list[str]:
     return notes
 
 
-def load_weights(module: nn.Module, path: Path) -> list[str]:
+def load_weights(module: nn.Module, path: Path, load: Callable[..., None] = Single.load_model) -> list[str]:
     """Starts from the weights of a checkpoint, or of a file with nothing but weights. Returns lines for the user.
 
     Weights whose name or shape the model does not have (another head, for other classes) are left out and listed.
-    Raises `UserError` when nothing fits.
+    `load`: a mode's `load_model`. Raises `UserError` when nothing fits.
     """
     state, own = checkpoint.load_weights(path), module.state_dict()
     fitting = {name: value for name, value in state.items() if name in own and own[name].shape == value.shape}
     if not any(name in fitting for name, _ in module.named_parameters()):
         raise UserError(f"init_from={path}: none of its {len(state)} weights fits this model by name and shape")
-    module.load_state_dict(fitting, strict=False)
+    load(module, fitting, strict=False)
     fresh = [name for name in own if name not in fitting]
     unused = [name for name in state if name not in fitting]
     lines = [f"weights from {path}: {len(fitting)} of {len(own)} tensors loaded"]

@@ -37,7 +37,7 @@ GROUPS: Mapping[str, Group] = {
     "optimizer": Group(("params",), Grouping),
     "schedule": Group(("horizon",), Warmup),
     "clip": Group(("model",)),
-    "stopping": Group(("model",)),
+    "stopping": Group(("model", "norm")),
     "parallel": Group(("device", "accumulate")),
 }
 

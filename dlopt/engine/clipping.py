@@ -1,24 +1,33 @@
 """Gradient clipping: pure functions of the reduced gradients, applied inside the step's closure."""
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from dlopt.parallel.shards import local, unit_norm
 from dlopt.ranges import NonNegative, Positive
 
-Clip = Callable[[Sequence[nn.Parameter]], Tensor | None]
-"""Clips the gradients in place; returns the global 2-norm before clipping where it was computed anyway."""
+Norm = Callable[[Sequence[Tensor]], Tensor]
+"""The 2-norm of tensors taken as one vector (scalar tensor), over all processes that have parts of the model."""
+
+plain_norm: Norm = torch.nn.utils.get_total_norm
 
 
-def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
+class Clip(Protocol):
+    """Clips the gradients in place; returns their global 2-norm before clipping where it was computed anyway."""
+
+    def __call__(self, parameters: Sequence[nn.Parameter], norm: Norm = plain_norm) -> Tensor | None: ...
+
+
+def gradient_norm(parameters: Sequence[nn.Parameter], norm: Norm = plain_norm) -> Tensor:
     """The 2-norm of all gradients taken as one vector (scalar tensor, no host synchronization)."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    return torch.nn.utils.get_total_norm(gradients)
+    return norm([p.grad for p in parameters if p.grad is not None])
 
 
 class Unclipped:
-    def __call__(self, parameters: Sequence[nn.Parameter]) -> None:
+    def __call__(self, parameters: Sequence[nn.Parameter], norm: Norm = plain_norm) -> None:
         return None
 
 
@@ -28,10 +37,13 @@ class ByNorm:
     def __init__(self, *, max_norm: Positive) -> None:
         self.max_norm = max_norm
 
-    def __call__(self, parameters: Sequence[nn.Parameter]) -> Tensor:
-        norm = gradient_norm(parameters)
-        torch.nn.utils.clip_grads_with_norm_(parameters, self.max_norm, norm)
-        return norm
+    @torch.no_grad()
+    def __call__(self, parameters: Sequence[nn.Parameter], norm: Norm = plain_norm) -> Tensor:
+        total = gradient_norm(parameters, norm)
+        factor = (self.max_norm / (total + 1e-6)).clamp(max=1.0)
+        if gradients := _own(parameters):
+            torch._foreach_mul_(gradients, factor)
+        return total
 
 
 class ByValue:
@@ -40,8 +52,11 @@ class ByValue:
     def __init__(self, *, max_value: Positive) -> None:
         self.max_value = max_value
 
-    def __call__(self, parameters: Sequence[nn.Parameter]) -> None:
-        torch.nn.utils.clip_grad_value_(parameters, self.max_value)
+    @torch.no_grad()
+    def __call__(self, parameters: Sequence[nn.Parameter], norm: Norm = plain_norm) -> None:
+        if gradients := _own(parameters):
+            torch._foreach_clamp_min_(gradients, -self.max_value)
+            torch._foreach_clamp_max_(gradients, self.max_value)
 
 
 class Adaptive:
@@ -58,16 +73,15 @@ class Adaptive:
         self.exempt = set(linears[-1].parameters()) if linears else set()
 
     @torch.no_grad()
-    def __call__(self, parameters: Sequence[nn.Parameter]) -> None:
+    def __call__(self, parameters: Sequence[nn.Parameter], norm: Norm = plain_norm) -> None:
         for parameter in parameters:
             if parameter.grad is None or parameter in self.exempt:
                 continue
-            limit = _unit_norm(parameter).clamp_(min=self.eps).mul_(self.clipping)
-            norm = _unit_norm(parameter.grad)
-            parameter.grad.mul_((limit / norm.clamp(min=1e-6)).clamp_(max=1.0))
+            limit = unit_norm(parameter).clamp_(min=self.eps).mul_(self.clipping)
+            norms = unit_norm(parameter.grad)
+            local(parameter.grad).mul_((limit / norms.clamp(min=1e-6)).clamp_(max=1.0))
 
 
-def _unit_norm(tensor: Tensor) -> Tensor:
-    if tensor.ndim <= 1:
-        return torch.linalg.vector_norm(tensor)
-    return torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.ndim)), keepdim=True)
+def _own(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """What this process has of the gradients."""
+    return [local(p.grad) for p in parameters if p.grad is not None]

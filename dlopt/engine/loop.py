@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from dlopt.engine import rng
 from dlopt.engine.averaging import ExponentialAverage, at_evaluation_point
@@ -16,6 +17,7 @@ from dlopt.engine.metrics import Sums
 from dlopt.engine.step import Update
 from dlopt.engine.stopping import Best, Stopping
 from dlopt.errors import RunError, UserError
+from dlopt.parallel.single import Whole
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +35,14 @@ class Batches(Protocol):
 class Stateful(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class States(Protocol):
+    """How states of a model that may be spread over processes are saved and loaded (`dlopt.parallel.single`)."""
+
+    def gathered(self, state: dict[str, Any]) -> dict[str, Any]: ...
+    def load_model(self, model: nn.Module, state: Mapping[str, Any]) -> None: ...
+    def load_optimizer(self, optimizer: Optimizer, state: Mapping[str, Any]) -> None: ...
 
 
 class Tracking(Protocol):
@@ -78,6 +88,7 @@ class Training:
     progress: Progress = field(default_factory=Progress)
     sums: Sums = field(default_factory=lambda: Sums(classify=True))
     align: Callable[[], None] = lambda: None  # makes equal on all ranks what is not kept so by every update
+    states: States = field(default_factory=Whole)
     sampler: Stateful | None = None  # where the order of the samples depends on more than seed and epoch
     figures: Callable[[], Mapping[str, float]] = dict  # more of them at the end of an epoch
 
@@ -85,8 +96,8 @@ class Training:
         closure = self.update.closure
         self.align()
         return {
-            "model": self.module.state_dict(),
-            "optimizer": closure.optimizer.state_dict(),
+            "model": self.states.gathered(self.module.state_dict()),
+            "optimizer": self.states.gathered(closure.optimizer.state_dict()),
             "schedule": self.update.schedule.state_dict(),
             "ema": self._evaluated_weights(),
             "rng": rng.state(),
@@ -105,23 +116,23 @@ class Training:
 
     def _evaluated_weights(self) -> dict[str, Any] | None:
         """The weights that are validated and tested, where these are not the model's own."""
-        if self.average is not None:
-            return self.average.state_dict()
         optimizer = self.update.closure.optimizer
-        if not hasattr(optimizer, "eval"):
+        if self.average is None and not hasattr(optimizer, "eval"):
             return None
-        with at_evaluation_point(optimizer):
-            return {name: value.clone() for name, value in self.module.state_dict().items()}
+        with at_evaluation_point(optimizer, self.average):
+            weights = self.states.gathered(self.module.state_dict())
+            return {name: value.clone() for name, value in weights.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes back to where `state` was taken. The normalization is not touched: it comes before everything else."""
         closure = self.update.closure
         progress = dict(state["progress"])
-        self.module.load_state_dict(state["model"])
-        closure.optimizer.load_state_dict(state["optimizer"])
-        self.update.schedule.load_state_dict(state["schedule"])
         if self.average is not None:
-            self.average.load_state_dict(state["ema"])
+            self.states.load_model(self.module, state["ema"])
+            self.average.restart()
+        self.states.load_model(self.module, state["model"])
+        self.states.load_optimizer(closure.optimizer, state["optimizer"])
+        self.update.schedule.load_state_dict(state["schedule"])
         self.sums.load_state_dict(progress.pop("sums"))
         sampler = progress.pop("sampler", None)
         if self.sampler is not None and sampler is not None:

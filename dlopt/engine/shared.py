@@ -1,6 +1,6 @@
 """The step of one rank among several that share each batch: loss and gradients are those of the global batch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -26,6 +26,10 @@ class Sharing(Protocol):
         """The average over ranks."""
         ...
 
+    def norm(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The 2-norm of the whole tensors, of which this rank may have but parts."""
+        ...
+
 
 class SharedClosure(Closure):
     """A closure that gives all ranks the same loss and, with the mode's help, the same gradients."""
@@ -33,6 +37,7 @@ class SharedClosure(Closure):
     def __init__(self, *, parallel: Sharing, **closure: Any) -> None:
         super().__init__(**closure)
         self.parallel = parallel
+        self.total_norm = parallel.norm
 
     def loss(self) -> Tensor:
         raise UserError(

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.optim import Optimizer
 
-from dlopt.engine.clipping import Clip, gradient_norm
+from dlopt.engine.clipping import Clip, Norm, gradient_norm, plain_norm
 from dlopt.engine.metrics import Sums
 from dlopt.errors import RunError
 from dlopt.random import stream
@@ -26,6 +26,8 @@ class Closure:
 
     Within a step the random draws of the model are frozen, and batch-norm statistics move with the first evaluation.
     """
+
+    total_norm: Norm = staticmethod(plain_norm)
 
     def __init__(
         self,
@@ -71,8 +73,8 @@ class Closure:
             self.sums = None
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        norm = gradient_norm(self.parameters) if self.norm_wanted else None
-        clipped = self.clip(self.parameters)
+        norm = gradient_norm(self.parameters, self.total_norm) if self.norm_wanted else None
+        clipped = self.clip(self.parameters, self.total_norm)
         self.norm = norm if clipped is None else clipped
         return loss
 
@@ -201,7 +203,8 @@ def _draws(layer: nn.Module) -> bool:
 def _generators(parameters: Sequence[Tensor]) -> list[torch.Generator]:
     """The generators from which dropout draws on the devices of the parameters."""
     generators = [torch.default_generator]
-    if any(p.is_cuda for p in parameters):
-        index = parameters[0].device.index or 0
+    device = next((p.device for p in parameters if p.is_cuda), None)
+    if device is not None:
+        index = device.index or 0
         generators.append(torch.cuda.default_generators[index])
     return generators

@@ -17,7 +17,7 @@ from dlopt.parallel import world as worlds
 from dlopt.parallel.dropout import Place, make_global
 from dlopt.parallel.group import Agreement, Group, Polled
 from dlopt.parallel.shares import PiecewiseAugment, cut, pieces, portions
-from dlopt.parallel.single import Single
+from dlopt.parallel.single import Single, Whole
 from dlopt.parallel.sync_batchnorm import SyncBatchNorm, synchronize
 from dlopt.ranges import Count, Positive
 
@@ -78,7 +78,7 @@ def data_parallel(
     )
 
 
-class DataParallel:
+class DataParallel(Whole):
     """See `Single` for what a mode is asked, and `dlopt.engine.shared` for what the step asks besides.
 
     A rank's mean loss counts by its share of the samples, so that the average over ranks is the global batch's mean,
@@ -110,7 +110,10 @@ class DataParallel:
         self.dropout = Place()
         self.agreement = Agreement(None)
         self.batch_total = 0  # samples of the global batch that is worked on
-        self._model: DistributedDataParallel | None = None
+        self.in_flight = 1
+        self._deferred: Callable[[], AbstractContextManager[Any]] = (
+            nullcontext  # within, gradients are not yet averaged
+        )
 
     # -- what a rank sees
 
@@ -131,7 +134,7 @@ class DataParallel:
 
     # -- the model
 
-    def place(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
+    def place(self, model: nn.Module, input_shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
         if self.sync_batchnorm:
             synchronize(model, self.device)
         make_global(model, self.dropout)
@@ -145,7 +148,7 @@ class DataParallel:
         elif self.compression == "powersgd":
             state = powerSGD_hook.PowerSGDState(process_group=None, start_powerSGD_iter=10)
             placed.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
-        self._model = placed
+        self._deferred = placed.no_sync
         return placed
 
     def align(self, *models: nn.Module) -> None:
@@ -174,14 +177,13 @@ class DataParallel:
 
         The average over ranks of the weighted losses, summed over micro-batches, is the mean over the global batch.
         """
-        assert self._model is not None
         own = portions(self.batch_total, self.accumulate, self.rank, self.processes)
         start = 0
         for number, portion in enumerate(own, 1):
             stop = start + portion.samples
             self.dropout.portion = portion
             weight = portion.samples * self.processes / self.batch_total
-            context = nullcontext() if number == len(own) else self._model.no_sync()
+            context = nullcontext() if number == len(own) else self._deferred()
             yield inputs[start:stop], targets[start:stop], weight, context
             start = stop
         self.dropout.portion = None

@@ -1,7 +1,7 @@
 """One process on one device; and, written out once, what the run asks of every mode."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,32 @@ from torch import Tensor, nn
 T = TypeVar("T")
 
 
-class Single:
+class Whole:
+    """States and norms where every process has the whole model; `dlopt.parallel.shards.Cut` is the other case."""
+
+    splits: Literal["nothing", "tensors", "layers"] = "nothing"  # what the processes divide among them
+
+    @staticmethod
+    def gathered(state: T) -> T:
+        """The state of a model or an optimizer with whole tensors, as one process has it; needed on the main one."""
+        return state
+
+    @staticmethod
+    def load_model(model: nn.Module, state: Mapping[str, Any], *, strict: bool = True) -> None:
+        """Loads what `gathered` gives, which all ranks have; each takes its part."""
+        model.load_state_dict(state, strict=strict)
+
+    @staticmethod
+    def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+        optimizer.load_state_dict(dict(state))
+
+    @staticmethod
+    def norm(tensors: Sequence[Tensor]) -> Tensor:
+        """The 2-norm of the model's tensors, or of as many gradients, taken as one vector; a plain scalar."""
+        return torch.nn.utils.get_total_norm(tensors)
+
+
+class Single(Whole):
     """What the run asks of every mode.
 
     The engine sees a mode only where there are several processes: `dlopt.engine.shared` has the step of a rank.
@@ -22,6 +47,7 @@ class Single:
     share: Callable[[int], slice | Tensor] | None = None  # own samples of a training batch; None: all
     share_evaluation: Callable[[int], slice] | None = None  # own samples of an evaluation batch; None: all
     norm_shares = 1  # parts into which a batch falls for a batch norm
+    in_flight = 1  # micro-batches into which the mode itself cuts a batch
 
     def __init__(self, device: torch.device, name: str = "single") -> None:
         self.device = device
@@ -35,8 +61,12 @@ class Single:
         """The training batches as the loop iterates them."""
         return batches
 
-    def place(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
-        """The model as the step calls it. Layers within `model` may be replaced by distributed ones; names stay."""
+    def place(self, model: nn.Module, input_shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+        """The model as it is called, on samples of `input_shape`.
+
+        Layers within `model` may be replaced by distributed ones; the names of parameters and buffers stay. Parameters
+        may become DTensors (all of them: optimizers do not mix), or go to the meta device where another rank has them.
+        """
         return model
 
     def agree(self, interruption: T) -> T:
@@ -51,7 +81,7 @@ class Single:
         """Before weights are looked at or saved: what is not kept equal on all ranks by itself becomes equal."""
 
     def total(self, values: Sequence[float]) -> Sequence[float]:
-        """Sums over ranks."""
+        """Sums over ranks, what several of them see counted once."""
         return values
 
     def broadcast(self, value: T) -> T:

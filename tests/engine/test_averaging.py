@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dlopt.engine.averaging import ExponentialAverage
 
@@ -10,6 +10,11 @@ from dlopt.engine.averaging import ExponentialAverage
 def net() -> nn.Sequential:
     torch.manual_seed(1)
     return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).double()
+
+
+def averaged(average: ExponentialAverage, model: nn.Module) -> dict[str, Tensor]:
+    with average.in_place():
+        return {name: value.clone() for name, value in model.state_dict().items()}
 
 
 def move(model: nn.Module, n: int) -> None:
@@ -30,7 +35,7 @@ def test_closed_form() -> None:
         move(model, n)
         average.update()
         history.append(copy.deepcopy(model.state_dict()))
-    for name, value in average.state_dict().items():
+    for name, value in averaged(average, model).items():
         if not value.is_floating_point():
             assert int(value) == int(history[-1][name]) > 0
             continue
@@ -45,12 +50,25 @@ def test_starts_at_the_weights_and_leaves_the_model_alone() -> None:
     model = net()
     before = copy.deepcopy(model.state_dict())
     average = ExponentialAverage(model, 0.9)
-    assert all(torch.equal(average.state_dict()[name], before[name]) for name in before)
+    assert all(torch.equal(averaged(average, model)[name], before[name]) for name in before)
     average.update()
     assert all(torch.equal(model.state_dict()[name], before[name]) for name in before)
-    assert model.training and not average.model.training
+    assert model.training
     assert all(p.requires_grad for p in model.parameters())
-    assert not any(p.requires_grad for p in average.model.parameters())
+
+
+def test_the_model_holds_the_average_for_a_while() -> None:
+    model = net()
+    average = ExponentialAverage(model, 0.9)
+    move(model, 1)
+    average.update()
+    weights, expected = copy.deepcopy(model.state_dict()), averaged(average, model)
+    with pytest.raises(KeyError), average.in_place():
+        assert all(torch.equal(model.state_dict()[name], expected[name]) for name in expected)
+        model[1].running_mean.fill_(7.0)
+        raise KeyError
+    assert all(torch.equal(model.state_dict()[name], weights[name]) for name in weights)
+    assert bool((averaged(average, model)["1.running_mean"] == 7.0).all()), "what was changed meanwhile is kept"
 
 
 def test_shared_weights_are_averaged_once() -> None:
@@ -62,7 +80,7 @@ def test_shared_weights_are_averaged_once() -> None:
     with torch.no_grad():
         first.weight.add_(1.0)
     average.update()
-    torch.testing.assert_close(average.state_dict()["1.weight"], start + 0.25, rtol=1e-14, atol=0)
+    torch.testing.assert_close(averaged(average, model)["1.weight"], start + 0.25, rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize("cut", [0, 3])
@@ -73,19 +91,21 @@ def test_a_checkpoint_changes_nothing(cut: int) -> None:
         move(model, n)
         average.update()
         if n == cut:
+            other.load_state_dict(averaged(average, model))
+            resumed.restart()
             other.load_state_dict(model.state_dict())
-            resumed.load_state_dict(average.state_dict())
         elif n > cut:
             move(other, n)
             resumed.update()
-    assert all(torch.equal(a, b) for a, b in zip(average.model.parameters(), resumed.model.parameters(), strict=True))
+    expected, found = averaged(average, model), averaged(resumed, other)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 def test_follows_weights_that_are_loaded_later() -> None:
     model = net()
     average = ExponentialAverage(model, 0.5)
     new = {name: torch.full_like(value, 3) for name, value in model.state_dict().items()}
-    expected = (average.state_dict()["0.weight"] + 3.0) / 2
+    expected = (averaged(average, model)["0.weight"] + 3.0) / 2
     model.load_state_dict(new)
     average.update()
-    torch.testing.assert_close(average.state_dict()["0.weight"], expected)
+    torch.testing.assert_close(averaged(average, model)["0.weight"], expected)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dlopt.engine.averaging import ExponentialAverage
+from dlopt.engine.averaging import ExponentialAverage, at_evaluation_point
 from dlopt.engine.clipping import Unclipped
 from dlopt.engine.evaluate import evaluate
 from dlopt.engine.interruption import Interruption
@@ -123,17 +123,17 @@ def training(
     inputs, targets = samples()
 
     def validate(interruption: Interruption) -> dict[str, float] | None:
-        module = model if average is None else average.model
         batches = zip(inputs.split(7), targets.split(7), strict=True)
-        return evaluate(
-            module,
-            module,
-            batches,
-            nn.CrossEntropyLoss(),
-            classify=True,
-            prefix="val",
-            interruption=interruption,
-        )
+        with at_evaluation_point(optimizer, average):
+            return evaluate(
+                model,
+                model,
+                batches,
+                nn.CrossEntropyLoss(),
+                classify=True,
+                prefix="val",
+                interruption=interruption,
+            )
 
     arguments: dict[str, Any] = {
         "batches": Batches(),

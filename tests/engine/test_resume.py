@@ -282,7 +282,7 @@ def optimizer_lost() -> AbstractContextManager[Any]:
 
 
 def average_lost() -> AbstractContextManager[Any]:
-    return patch.object(loop.ExponentialAverage, "load_state_dict", lambda self, state: None)
+    return patch.object(loop.ExponentialAverage, "restart", lambda self: None)
 
 
 def sums_lost() -> AbstractContextManager[Any]:
