@@ -1,54 +1,55 @@
-"""`dlopt trajectory`: learning-rate curves of the chosen schedules in one picture."""
+"""`dlopt trajectory`: what an optimizer or a schedule does, in one picture: paths, learning rates, loss landscapes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.errors import HydraException
 from omegaconf import DictConfig
 
+from dlopt.commands.series import Job, fixed, jobs, no_folder, own_keys, picture_folder, tell_skipped
 from dlopt.config.compose import Composer, parse_arguments, to_plain
-from dlopt.config.schema import check_arguments
 from dlopt.errors import UserError
-from dlopt.folders import make_new
 from dlopt.ranges import Count
 
 if TYPE_CHECKING:
     from dlopt.analysis.curves import Curve
 
 USAGE = """\
+dlopt trajectory function=CHOICE optimizer=a,b [key=value]: draws the paths of optimizers on a test function
+
+  dlopt trajectory function=quadratic optimizer=gradient_descent,momentum,newton
+  dlopt trajectory function=rosenbrock optimizer=momentum,adam,bfgs steps=200
+  dlopt trajectory function=digits function.batch_size=1,16,full optimizer=gradient_descent optimizer.lr=1
+  functions: quadratic, noisy_quadratic, rosenbrock, beale, himmelblau, saddle, plateau, digits
+  function.KEY=V      its keys: function.condition=50 function.angle=30 function.start=[-1,2] ...
+  steps=N             updates of each path (50)
+  seed=N              of the noise, where the function has some
+  tune_lr=BOOL        each path takes the learning rate with which it falls fastest, unless optimizer.lr is typed (true)
+  animation=gif|mp4   the same as a film too
+  Weight decay is off unless optimizer.weight_decay is typed. L-BFGS makes one iteration an update here.
+
 dlopt trajectory schedule=a,b [key=value]: draws the learning-rate curves of schedules into one picture
 
   dlopt trajectory schedule=cosine_warmup,step,one_cycle epochs=30
   dlopt trajectory schedule=cosine schedule.warmup_epochs=0,2,5 optimizer.lr=0.1
   dlopt trajectory schedule='glob(*)' log_y=true
-
-Any key may have several values: a curve for each combination. Besides the keys of `dlopt train` (which see):
   steps_per_epoch=N   updates in one epoch (100); the data are not read
   log_y=true          logarithmic axis of the learning rate
-  output=DIR          folder of learning_rates.png and learning_rates.svg (outputs/trajectory/<date>_<time>)
+  and the keys of `dlopt train` (which see)
+
+Any key may have several values: a curve for each combination.
+  output=DIR          folder of the pictures, PNG and SVG (outputs/trajectory/<date>_<time>)
 """
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Own:
-    """The keys of this command alone."""
+    """The keys of learning-rate curves alone."""
 
     steps_per_epoch: Count = 100
     log_y: bool = False
     output: str | None = None
-
-
-@dataclass(frozen=True)
-class _Job:
-    """The overrides of one curve: those to compose with, those of them that vary, those its schedule has no key for."""
-
-    overrides: list[str]
-    varied: list[str]
-    skipped: list[str]
 
 
 def trajectory(arguments: list[str]) -> int:
@@ -57,75 +58,33 @@ def trajectory(arguments: list[str]) -> int:
     if parsed.help:
         print(USAGE, end="")
         return 0
-    composer = Composer(parsed.config_name, parsed.config_dir)
-    own, overrides = _own(composer, parsed.overrides)
+    typed = [line.partition("=")[0].split(".")[0] for line in parsed.overrides]
+    if "function" in typed:
+        from dlopt.commands.paths import draw_paths
+
+        return draw_paths(Composer(parsed.config_name or "trajectory", parsed.config_dir), parsed.overrides)
+    return _learning_rates(Composer(parsed.config_name, parsed.config_dir), parsed.overrides)
+
+
+def _learning_rates(composer: Composer, typed: Sequence[str]) -> int:
+    from dlopt.analysis.curves import MOST
+
+    own, overrides = own_keys(composer, typed, _Own)
     curves: list[Curve] = []
-    skipped: dict[str, list[str]] = {}  # schedules by the override that is not for them
-    for job in _jobs(composer, overrides):
+    drawn: list[tuple[str, Job]] = []
+    for job in jobs(composer, overrides, ("schedule",), MOST):
         config = composer.compose(job.overrides)
         schedule = str(config.hydra.runtime.choices.schedule)
         names = [line.removeprefix("schedule.") for line in job.varied if not line.startswith("schedule=")]
         each = _curve(", ".join([schedule, *names]), config, job.overrides, own.steps_per_epoch)
         if each not in curves:  # a varied key that this schedule does not have
             curves.append(each)
-        for line in job.skipped:
-            skipped.setdefault(line.split("=")[0], []).append(schedule)
+        drawn.append((schedule, job))
     for path in _picture(curves, composer, own, overrides):
         print(path)
-    for key, names in skipped.items():
-        print(f"{key}: there is no such key in {', '.join(dict.fromkeys(names))}, drawn without it")
+    for line in tell_skipped(drawn):
+        print(line)
     return 0
-
-
-def _own(composer: Composer, overrides: Sequence[str]) -> tuple[_Own, list[str]]:
-    """This command's keys, and the overrides that are left for the config."""
-    names = ("steps_per_epoch", "log_y", "output")
-    mine = [line for line in overrides if line.partition("=")[0] in names]
-    for line in overrides:
-        if line.startswith("function="):
-            raise UserError(f"{line}: only learning-rate curves are drawn so far: schedule=a,b")
-    for override in composer.parse(mine):
-        if override.is_sweep_override():
-            raise UserError(f"{override.input_line}: one value is needed, for all curves stand in one picture")
-    values = {override.get_key_element(): override.value() for override in composer.parse(mine)}
-    return _Own(**check_arguments("", _Own, values)), [line for line in overrides if line not in mine]
-
-
-def _jobs(composer: Composer, overrides: list[str]) -> list[_Job]:
-    """One job per combination of values. A key that only some of the schedules have is left to these."""
-    from dlopt.analysis.curves import MOST
-
-    parsed = composer.parse(overrides)
-    try:
-        combinations = BasicSweeper.split_arguments(parsed, None)[0]
-    except HydraException as error:
-        raise UserError(str(error)) from None
-    sweeps = {override.get_key_element() for override in parsed if override.is_sweep_override()}
-    whole = [lines for lines in combinations if not any(line.startswith("schedule=_") for line in lines)]
-    combinations = whole or combinations  # glob(*) finds fragments too
-    if len(combinations) > MOST:
-        raise UserError(f"{' '.join(overrides)}: {len(combinations)} curves; {MOST} at most can be told apart")
-    offered = [_schedule_keys(composer, lines) for lines in combinations]
-    known = set[str]().union(*offered)
-    jobs = []
-    for lines, keys in zip(combinations, offered, strict=True):
-        skipped = [line for line in lines if _schedule_key(line) in known - keys]
-        kept = [line for line in lines if line not in skipped]
-        jobs.append(_Job(kept, [line for line in kept if line.split("=")[0] in sweeps], skipped))
-    return jobs
-
-
-def _schedule_keys(composer: Composer, lines: list[str]) -> set[str]:
-    if not any(_schedule_key(line) for line in lines):
-        return set()
-    config = composer.compose([line for line in lines if not _schedule_key(line)])
-    return {str(key) for key in config.schedule}
-
-
-def _schedule_key(line: str) -> str:
-    """x of schedule.x=...; nothing of other overrides."""
-    key = line.lstrip("+").partition("=")[0]
-    return key.split(".")[1] if key.startswith("schedule.") else ""
 
 
 def _curve(label: str, config: DictConfig, overrides: list[str], steps_per_epoch: int) -> "Curve":
@@ -153,18 +112,12 @@ def _picture(curves: list["Curve"], composer: Composer, own: _Own, overrides: li
     """Draws under a title that says what was typed for all curves."""
     from dlopt.analysis.curves import draw, save
 
-    fixed = [o.input_line for o in composer.parse(overrides) if not o.is_sweep_override()]
     lengths = {f"{each.epochs[-1]:g}" for each in curves}
     title = f"Learning rate of {curves[0].label}" if len(curves) == 1 else "Learning-rate schedules"
     title += f" over {' '.join(lengths)} epoch{'' if lengths == {'1'} else 's'}" if len(lengths) == 1 else ""
-    typed = " ".join(str(line) for line in fixed if not str(line).startswith(("schedule=", "epochs=")))
+    typed = " ".join(line for line in fixed(composer, overrides) if not line.startswith(("schedule=", "epochs=")))
     figure = draw(curves, title=title, subtitle=typed, steps_per_epoch=own.steps_per_epoch, log_y=own.log_y)
     try:
-        if own.output is None:
-            folder = make_new(Path("outputs/trajectory") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S"), "output")
-        else:
-            folder = Path(own.output)
-            folder.mkdir(parents=True, exist_ok=True)
-        return save(figure, folder, "learning_rates")
+        return save(figure, picture_folder(own.output), "learning_rates")
     except OSError as error:
-        raise UserError(f"output={own.output}: the picture cannot be written there: {error.strerror}") from None
+        raise no_folder(own.output, error) from None

@@ -80,7 +80,6 @@ def test_a_glob_draws_every_choice_and_no_fragment(drawn: dict[str, Any], conf_d
         ("output=a,b", "output=a,b: one value is needed"),
         ("scale_lr=linear", "scale_lr=linear: "),
         ("optimizer.lr=range(1,40)", "39 curves; 28 at most"),
-        ("function=quadratic", "function=quadratic: only learning-rate curves"),
     ],
 )
 def test_mistakes_are_named_and_leave_nothing_behind(drawn: dict[str, Any], typed: str, message: str) -> None:

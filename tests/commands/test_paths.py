@@ -1,0 +1,104 @@
+"""`dlopt trajectory function=...`: what is typed reaches the optimizers, and mistakes are named."""
+
+from collections.abc import Mapping
+from pathlib import Path as File
+from typing import Any
+
+import pytest
+
+from dlopt.analysis import curves, paths_picture
+from dlopt.analysis.paths import Path
+from dlopt.commands.trajectory import trajectory
+from dlopt.config.choices import config_folder
+from tests.commands.line import dlopt, refused
+
+OPTIMIZERS = sorted(
+    path.stem for path in (config_folder() / "optimizer").glob("*.yaml") if path.stem[0] != "_" and path.stem != "muon"
+)
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: File) -> dict[str, Any]:
+    """The paths that are handed to the drawing, which itself is left out."""
+    found: dict[str, Any] = {}
+
+    def draw(function: Any, paths: Mapping[str, Path], **words: Any) -> None:
+        found.update(words, function=function, paths=dict(paths))
+
+    monkeypatch.setattr(paths_picture, "draw", draw)
+    monkeypatch.setattr(curves, "save", lambda figure, folder, name: [folder / f"{name}.png"])
+    monkeypatch.chdir(tmp_path)
+    return found
+
+
+def test_the_contracts_command(tmp_path: File) -> None:
+    result = dlopt(tmp_path, "trajectory", "function=quadratic", "optimizer=momentum,newton", "output=x")
+    assert result.code == 0, result.err
+    lines = result.out.splitlines()
+    assert lines[0].split() == ["path", "lr", "updates", "evaluations", "distance"]
+    assert lines[1].startswith("momentum, lr ") and lines[2].startswith("newton  ")
+    assert lines[-2:] == ["x/paths.png", "x/paths.svg"]
+    assert all((tmp_path / path).stat().st_size > 10_000 for path in lines[-2:])
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimizer_gets_nearer(drawn: dict[str, Any], optimizer: str) -> None:
+    assert trajectory(["function=quadratic", f"optimizer={optimizer}", "steps=15"]) == 0
+    [path] = drawn["paths"].values()
+    assert len(path.points) == 16
+    assert float(path.distances[-1]) < 0.5 * float(path.distances[0])
+
+
+def test_keys_reach_function_optimizer_and_schedule(drawn: dict[str, Any]) -> None:
+    typed = "function=quadratic function.condition=9 optimizer=gradient_descent optimizer.lr=0.1,0.2 schedule=constant"
+    assert trajectory([*typed.split(), "function.start=[1,1]", "steps=1"]) == 0
+    assert [path.points[1].tolist() for path in drawn["paths"].values()] == [
+        pytest.approx([0.9, 0.1]),
+        pytest.approx([0.8, -0.8]),
+    ]
+    assert list(drawn["paths"]) == ["lr=0.1", "lr=0.2"]
+    assert drawn["title"] == "Paths on quadratic" and "function.condition=9" in drawn["subtitle"]
+
+
+def test_weight_decay_is_off_unless_typed(drawn: dict[str, Any]) -> None:
+    line = ["function=himmelblau", "optimizer=sgdw", "optimizer.lr=0.01", "optimizer.momentum=0", "steps=1"]
+    ends = []
+    for more in ([], ["optimizer.weight_decay=0"], ["optimizer.weight_decay=0.5"]):
+        assert trajectory([*line, *more]) == 0
+        [path] = drawn["paths"].values()
+        ends.append(path.points[1].tolist())
+    assert ends[0] == ends[1] != ends[2]
+
+
+def test_batch_sizes_share_one_picture_and_a_key_is_left_to_those_who_have_it(
+    drawn: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = "function=digits function.batch_size=1,full optimizer=gradient_descent optimizer.lr=1 steps=30"
+    assert trajectory(line.split()) == 0
+    single, whole = drawn["paths"].values()
+    assert list(drawn["paths"]) == ["batch_size=1", "batch_size=full"]
+    assert single.turns() > 0.2 > whole.turns() == 0
+    assert trajectory(["function=quadratic", "optimizer=adam,momentum", "optimizer.betas=[0.5,0.9]", "steps=2"]) == 0
+    assert "optimizer.betas: there is no such key in momentum, drawn without it" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("function=quad", "did you mean function=quadratic?"),
+        ("function=quadratic function.condition=-1", "function.condition=-1: input should be greater than 0"),
+        ("function=quadratic function.condition=5,50", "contours of one function"),
+        ("function=quadratic,beale", "contours of one function"),
+        ("function=quadratic steps=1,2", "of steps, seed, tune_lr, animation and output give one value"),
+        ("function=quadratic stps=3", "no key stps; did you mean steps?"),
+        ("function=quadratic model=mlp", "no key model; "),
+        ("function=quadratic animation=avi", "animation=avi: "),
+        ("function=quadratic steps=0", "steps=0: "),
+        ("function=quadratic optimizer.lr=range(1,10)", "9 curves; 7 at most"),
+        ("function=quadratic optimizer=muon", "optimizer=muon: it orthogonalizes matrices"),
+        ("function=quadratic optimizer=adamm", "did you mean optimizer=adam?"),
+        ("function=quadratic allow_packages=[os] function._target_=os.system", "function._target_=os.system"),
+    ],
+)
+def test_mistakes(tmp_path: File, typed: str, message: str) -> None:
+    assert message in refused(tmp_path, "trajectory", *typed.split())
