@@ -21,6 +21,7 @@ _ENDED = ("finished", "stopped_early")
 FREE = (
     "name", "resume", "init_from", "allow_packages", "epochs", "steps", "max_time", "schedule_epochs", "device",
     "compile", "threads", "checkpoint", "tracking", "log_every_steps", "parallel", "data.workers", "data.memory",
+    "check", "on_divergence", "recovery", "on_out_of_memory",
 )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from dlopt.engine.evaluate import evaluate
 from dlopt.engine.interruption import Interruption
 from dlopt.engine.loop import Progress, Training, fit
 from dlopt.engine.metrics import Reduce, Sums, sample_losses
+from dlopt.engine.recovery import Recovery
 from dlopt.engine.shared import SharedClosure
 from dlopt.engine.step import Closure, Update
 from dlopt.engine.stopping import Best
@@ -113,6 +114,11 @@ def training_of(setup: Setup, run: Run, batches: Batches, length: Length, tracki
             f"sampler={experiment.sampler.target.__name__}: its order follows the samples' losses, which the processes "
             f"of parallel={setup.parallel.name} do not tell each other; use parallel=single or another sampler"
         )
+    if sampler is not None and settings.on_divergence == "skip":
+        raise UserError(
+            f"on_divergence=skip: sampler={experiment.sampler.target.__name__} learns from the losses of every update; "
+            "use on_divergence=rollback or another sampler"
+        )
     several = setup.parallel.processes > 1
     kind = partial(SharedClosure, parallel=setup.parallel) if several else Closure
     closure = kind(
@@ -129,15 +135,37 @@ def training_of(setup: Setup, run: Run, batches: Batches, length: Length, tracki
     factor = schedules.build(
         experiment.schedule.build, experiment.warmup, steps=length.horizon, steps_per_epoch=length.steps_per_epoch
     )
+    if settings.on_out_of_memory == "halve":
+        if several:
+            raise UserError(
+                f"on_out_of_memory=halve: not with {setup.parallel.processes} processes, which would have to cut their "
+                "batches at the same time; set accumulate instead"
+            )
+        closure.halves = True
     reduce = _reduction(setup)
+    checkpoints = Checkpoints(
+        run.folder / "checkpoints",
+        settings.checkpoint.keep,
+        writes=setup.parallel.is_main,
+        asynchronous=settings.checkpoint.asynchronous,
+    )
+    recovery = Recovery(
+        settings.on_divergence,
+        attempts=settings.recovery.attempts,
+        lr_factor=settings.recovery.lr_factor,
+        newest=lambda: setup.parallel.broadcast(checkpoints.load_newest() if setup.parallel.is_main else None),
+        tell=tracking.message,
+    )
     average = None if settings.ema is None else ExponentialAverage(setup.module, settings.ema)
     stopping = experiment.stopping.build(model=setup.module, norm=setup.parallel.norm)
+    schedule = schedules.Scheduler(optimizer, factor)
     update = Update(
         closure,
-        schedules.Scheduler(optimizer, factor),
+        schedule,
         evaluations=build.evaluations(setup, optimizer),
         after=[each for each in (average and average.update, getattr(stopping, "after_update", None)) if each],
-        check_now=setup.device.type == "cpu",
+        check_now=setup.device.type == "cpu" or settings.check == "step" or settings.on_divergence == "skip",
+        skip=recovery.skip if settings.on_divergence == "skip" else None,
     )
     return Training(
         module=setup.module,
@@ -145,7 +173,7 @@ def training_of(setup: Setup, run: Run, batches: Batches, length: Length, tracki
         batches=setup.parallel.batches(batches),
         validate=_validation(setup, optimizer, average, tracking),
         tracking=tracking,
-        checkpoints=Checkpoints(run.folder / "checkpoints", settings.checkpoint.keep, writes=setup.parallel.is_main),
+        checkpoints=checkpoints,
         stopping=stopping,
         best=Best(settings.monitor),
         average=average,
@@ -158,11 +186,13 @@ def training_of(setup: Setup, run: Run, batches: Batches, length: Length, tracki
         save_every_epochs=settings.checkpoint.every_epochs,
         save_every_steps=settings.checkpoint.every_steps,
         log_every_steps=settings.log_every_steps,
+        landmark=_landmarks(setup, schedule),
         sums=Sums(setup.classify, None if sampler is None else _teaching(sampler, setup.loss), reduce),
         align=lambda: _align(setup, average),
         states=setup.parallel,
         sampler=sampler,
         figures=getattr(batches.sampler, "figures", dict),
+        recovery=recovery,
     )
 
 
@@ -171,6 +201,25 @@ def _align(setup: Setup, average: ExponentialAverage | None) -> None:
     if average is not None:
         with average.in_place():
             setup.parallel.align(setup.module)
+
+
+def _landmarks(setup: Setup, schedule: schedules.Scheduler) -> Callable[[int], str | None]:
+    """After how many updates a checkpoint is kept for good, and its name: snapshots of a schedule with restarts
+    (Huang et al. 2017, Snapshot Ensembles)."""
+    if not setup.experiment.settings.checkpoint.at_restarts:
+        return lambda step: None
+    if schedule.ended_cycle is None:
+        raise UserError(
+            "checkpoint.at_restarts=true: this schedule has no restarts; "
+            "use schedule=cosine_restarts or schedule=cosine_warmup_restarts"
+        )
+    ended = schedule.ended_cycle
+
+    def landmark(step: int) -> str | None:
+        cycle = ended(step - 1)
+        return None if cycle is None else f"restart-{cycle}"
+
+    return landmark
 
 
 def _teaching(sampler: Attentive, loss: nn.Module) -> Callable[[Tensor, Tensor], None]:
@@ -299,6 +348,7 @@ def _summary(training: Training, setup: Setup, status: str) -> dict[str, Any]:
         "parallel": setup.parallel.name,
         "processes": setup.parallel.processes,
         "resumed_from": progress.resumed_from,
+        **({} if training.recovery is None else training.recovery.summary()),
     }
     if further_figure(best.monitor) is not None and best.epoch is not None:
         summary[f"best_{best.monitor}"] = best.figure

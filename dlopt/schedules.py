@@ -175,26 +175,45 @@ def wsd(
     return lambda t: final + (1.0 - final) * curve(_progress(t, begin, length))
 
 
-def _cycles(
-    horizon: Horizon, epochs: float | None, steps: int | None, growth: float, cycles: int
-) -> Callable[[int], tuple[int, float, float]]:
-    """step -> (index of the cycle, steps since its beginning, its length in steps).
+class Cycles:
+    """Cycles of growing length between the warmup and the end of the run.
 
     The end of the run belongs to the cycle that arrives there: no restart falls on the step after the last.
     """
-    rest = horizon.steps - horizon.start
-    length = _length("T_0", epochs, steps, horizon, rest / sum(growth**i for i in range(cycles)))
-    begins, lengths = [float(horizon.start)], [length]
-    while begins[-1] + lengths[-1] < horizon.steps * (1 - 1e-12):
-        begins.append(begins[-1] + lengths[-1])
-        lengths.append(lengths[-1] * growth)
 
-    def locate(t: int) -> tuple[int, float, float]:
-        now = min(t, horizon.steps)
-        i = max(bisect_right(begins, now) - 1, 0)
-        return i, max(now - begins[i], 0.0), lengths[i]
+    def __init__(
+        self, horizon: Horizon, epochs: float | None, steps: int | None, growth: float, cycles: int
+    ) -> None:
+        rest = horizon.steps - horizon.start
+        length = _length("T_0", epochs, steps, horizon, rest / sum(growth**i for i in range(cycles)))
+        self.steps = horizon.steps
+        self.begins, self.lengths = [float(horizon.start)], [length]
+        while self.begins[-1] + self.lengths[-1] < horizon.steps * (1 - 1e-12):
+            self.begins.append(self.begins[-1] + self.lengths[-1])
+            self.lengths.append(self.lengths[-1] * growth)
 
-    return locate
+    def locate(self, t: int) -> tuple[int, float, float]:
+        """(index of the cycle, steps since its beginning, its length in steps)."""
+        now = min(t, self.steps)
+        i = max(bisect_right(self.begins, now) - 1, 0)
+        return i, max(now - self.begins[i], 0.0), self.lengths[i]
+
+    def ended(self, t: int) -> int | None:
+        """The number, from 1, of the cycle of which update t is the last."""
+        i, since, period = self.locate(t)
+        return i + 1 if t < self.steps and since + 1 >= period * (1 - 1e-12) else None
+
+
+class Restarts:
+    """A factor that depends on where in which cycle a step is."""
+
+    def __init__(self, cycles: Cycles, factor: Callable[[int, float, float], float]) -> None:
+        self.ended_cycle = cycles.ended
+        self._locate = cycles.locate
+        self._factor = factor
+
+    def __call__(self, t: int) -> float:
+        return self._factor(*self._locate(t))
 
 
 def cosine_restarts(
@@ -246,19 +265,18 @@ def cosine_warmup_restarts(
 
     The warmup is a share of each cycle, or of one length for all.
     """
-    locate = _cycles(horizon, T_0_epochs, T_0_steps, T_mult, cycles)
+    periods = Cycles(horizon, T_0_epochs, T_0_steps, T_mult, cycles)
     _one_unit("cycle_warmup", cycle_warmup_epochs, cycle_warmup_steps)
     fixed = cycle_warmup_epochs is not None or cycle_warmup_steps is not None
     length = _length("cycle_warmup", cycle_warmup_epochs, cycle_warmup_steps, horizon, 0.0)
-    shortest = locate(horizon.start)[2]
+    shortest = periods.lengths[0]
     if fixed and length >= shortest > 0:
         raise UserError(
             f"schedule=cosine_warmup_restarts: a warmup of {length:g} steps leaves nothing of the first cycle "
             f"({shortest:g} steps); shorten schedule.cycle_warmup_* or lengthen schedule.T_0_*"
         )
 
-    def factor(t: int) -> float:
-        i, since, period = locate(t)
+    def factor(i: int, since: float, period: float) -> float:
         high = peak_factor**i
         low = min(eta_min * eta_min_factor**i, high)
         warm = length if fixed else cycle_warmup_share * period
@@ -266,7 +284,7 @@ def cosine_warmup_restarts(
             return low + (high - low) * (since + 1) / (warm + 1)  # as in WarmedUp, no update at zero
         return low + (high - low) * _half_cosine(_progress(since, warm, period - warm))
 
-    return factor
+    return Restarts(periods, factor)
 
 
 class OneCycle:
@@ -440,6 +458,7 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
             )
         self._cycles_momentum = wanted is not False
         self._floats: list[float] = []
+        self.ended_cycle: Callable[[int], int | None] | None = getattr(self._component, "ended_cycle", None)
         super().__init__(optimizer)
 
     def step(self, epoch: int | None = None) -> None:
@@ -469,6 +488,12 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
         if hasattr(self._component, "update"):
             self._component.update(metrics)
             self._apply()
+
+    def scale(self, ratio: float) -> None:
+        """Multiplies the learning rates by `ratio` from here on."""
+        self.base_lrs = [base * ratio for base in self.base_lrs]
+        self._floats = []
+        self._apply()
 
     def get_lr(self) -> list[float | torch.Tensor]:
         factor = self.factor(self.last_epoch)

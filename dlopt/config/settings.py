@@ -25,6 +25,14 @@ class Checkpoint:
     every_epochs: Count | None
     every_steps: Count | None
     keep: Count
+    at_restarts: bool
+    asynchronous: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recovery:
+    attempts: Count
+    lr_factor: Decay
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +60,10 @@ class Settings:
     scale_lr_reference: Count
     decay_norm_and_bias: bool
     ema: Decay | None
+    check: Literal["auto", "step"]
+    on_divergence: Literal["stop", "skip", "rollback"]
+    recovery: Recovery
+    on_out_of_memory: Literal["stop", "halve"]
     norm_statistics: Literal["running", "exact"]
     monitor: str
     evaluate: Evaluate

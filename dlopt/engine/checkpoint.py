@@ -8,8 +8,10 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from threading import Thread
 from typing import Any, BinaryIO
 
 import torch
@@ -23,29 +25,65 @@ log = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """The checkpoint folder of one run. `writes`: false for a process that leaves writing to another."""
+    """The checkpoint folder of one run.
 
-    def __init__(self, folder: Path, keep: int = 2, *, writes: bool = True) -> None:
+    `writes`: false for a process that leaves writing to another. `asynchronous`: `save` copies the state and returns;
+    a thread writes it, one after the other, and what goes wrong there is raised by the next call.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2, *, writes: bool = True, asynchronous: bool = False) -> None:
         self.folder = folder
         self.writes = writes
+        self.asynchronous = asynchronous
         self.keep = keep
         self.last = folder / "last.pt"
         self.best = folder / "best.pt"
         self._step_of_last: int | None = None  # None: last.pt is absent, or not whole
         self._taken_over = False
+        self._writing: Thread | None = None
+        self._failure: RunError | None = None
 
-    def save(self, state: dict[str, Any], *, best: bool) -> None:
+    def save(self, state: dict[str, Any], *, best: bool, landmark: str | None = None) -> None:
         """Writes `state` as last.pt, and as best.pt when it is the best so far. Raises `RunError` when it cannot.
 
-        The file that was last.pt stays as step-N.pt while it is among the `keep` newest.
+        The file that was last.pt stays as step-N.pt while it is among the `keep` newest; a `landmark` stays for good.
         """
         if not self.writes:
             return
+        if not self.asynchronous:
+            self._save(state, best, landmark)
+            return
+        self.settle()
+        # No daemon: an interpreter that ends waits for it.
+        self._writing = Thread(target=self._save_behind, args=(_copied(state), best, landmark), name="checkpoint")
+        self._writing.start()
+
+    def settle(self) -> None:
+        """Waits until everything is on the disk. Raises `RunError` when that failed."""
+        if self._writing is not None:
+            self._writing.join()
+            self._writing = None
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def _save_behind(self, state: dict[str, Any], best: bool, landmark: str | None) -> None:
+        try:
+            self._save(state, best, landmark)
+        except RunError as error:
+            self._failure = error
+        except Exception as error:  # it must not be lost with the thread
+            self._failure = RunError(f"the checkpoint {self.last} could not be written: {type(error).__name__}: {error}")
+
+    def _save(self, state: dict[str, Any], best: bool, landmark: str | None) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._take_over()
             self._retire_last()
-            write(self.last, lambda file: torch.save({"format": FORMAT, **state}, file))
+            target = self.last if landmark is None else self.folder / f"{landmark}.pt"
+            write(target, lambda file: torch.save({"format": FORMAT, **state}, file))
+            if landmark is not None:  # whoever goes on from last.pt does not pass this point again
+                _copy(target, self.last)
             self._step_of_last = state["progress"]["step"]
             if best:
                 _copy(self.last, self.best)
@@ -55,6 +93,7 @@ class Checkpoints:
 
     def load_newest(self) -> dict[str, Any] | None:
         """The newest whole checkpoint; None when there is no file at all. Raises `RunError` when none is whole."""
+        self.settle()
         candidates = [self.last, *reversed(self._earlier())]
         damaged = []
         for path in candidates:
@@ -73,6 +112,7 @@ class Checkpoints:
         return None
 
     def has_best(self) -> bool:
+        self.settle()
         return self.best.exists()
 
     def restore_best(self, state: dict[str, Any]) -> None:
@@ -82,6 +122,7 @@ class Checkpoints:
         """
         if not self.writes:
             return
+        self.settle()
         with contextlib.suppress(UserError):
             if load(self.best)["progress"]["step"] == state["progress"]["step"]:
                 return
@@ -116,6 +157,18 @@ class Checkpoints:
         for path in earlier[: max(len(earlier) - (self.keep - 1), 0)]:
             path.unlink(missing_ok=True)
             _digest_file(path).unlink(missing_ok=True)
+
+
+def _copied(state: Any) -> Any:
+    """The state as it is now, in the host's memory, whatever the training does to its tensors afterwards."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, Mapping):
+        copied = {key: _copied(value) for key, value in state.items()}
+        return OrderedDict(copied) if isinstance(state, OrderedDict) else copied
+    if isinstance(state, list | tuple):
+        return type(state)(map(_copied, state))
+    return state
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -2,25 +2,29 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from dlopt.engine.clipping import Norm
 from dlopt.errors import RunError
-
-Policy = Literal["stop", "skip", "rollback"]
+from dlopt.parallel.shards import local
 
 _HELD_STEPS = 128
 _SMALLEST_SCALE = 2.0**-20  # of fp16's losses: below, no gradient will ever be finite again
 
 
 class Diverged(RunError):
-    """A loss, a gradient or a weight is not finite. `before_update`: the weights have not moved yet."""
+    """A loss, a gradient or a weight is not finite at update `step` (from 1).
 
-    def __init__(self, message: str, *, before_update: bool) -> None:
+    `before_update`: the weights have not moved yet.
+    """
+
+    def __init__(self, message: str, step: int, *, before_update: bool) -> None:
         super().__init__(message)
+        self.step = step
         self.before_update = before_update
 
 
@@ -29,17 +33,21 @@ class Watch:
 
     `at_once`: in each update, before the weights move: cheap on a CPU, a synchronization on a GPU. Otherwise one flag
     per update stays on the device until `look`.
-    `where` says, behind an update's loss and whether it is finite, which layer is the first that is not.
+    `where` says which layer is the first that is not finite, given whether the loss is. `norm`: of gradients of which
+    this rank has but parts, so that all ranks see the same; None: it has them all.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], *, at_once: bool, where: Callable[[bool], str]) -> None:
+    def __init__(
+        self, parameters: Sequence[Tensor], *, at_once: bool, where: Callable[[bool], str], norm: Norm | None = None
+    ) -> None:
         self.parameters = parameters
         self.at_once = at_once
         self.where = where
+        self.norm = norm
         device = parameters[0].device if parameters else torch.device("cpu")
         self._one = torch.ones((), device=device)
         self._flag = torch.zeros((), device=device)  # of the update itself, where that is looked at
-        self._rate = self._step = 0.0
+        self.latest = 0  # update, from 1
         self._held: list[tuple[int, float, Tensor]] = []  # update, learning rate, loss
         self._flags: list[Tensor] = []
         self._slots: list[Tensor] = []
@@ -50,6 +58,7 @@ class Watch:
 
         Without `gradients` they are a loss scaler's to look at.
         """
+        self.latest = step + 1
         if not self.at_once:
             self._hold(loss, step, rate, gradients)
             return
@@ -60,12 +69,14 @@ class Watch:
         if is_found or not math.isfinite(value):
             self._flag.zero_()
             where = self.where(math.isfinite(value))
-            raise Diverged(_told(value, step, rate, where), before_update=True)
+            raise Diverged(_told(value, step, rate, where), step + 1, before_update=True)
 
     def _find(self, flag: Tensor) -> None:
         """Sets `flag` to 1 when a gradient is not finite: one operation over all, which leaves them as they are."""
         found = [p.grad for p in self.parameters if p.grad is not None]
-        if found:
+        if self.norm is not None:
+            flag.copy_(~self.norm(found).isfinite())
+        elif found:
             torch._amp_foreach_non_finite_check_and_unscale_(found, flag, self._one)
 
     def _hold(self, loss: Tensor, step: int, rate: float, gradients: bool) -> None:
@@ -92,10 +103,12 @@ class Watch:
         for updates, numbers in folded:
             for (step, rate), value, flag in zip(updates, *numbers.tolist(), strict=True):
                 if flag or not math.isfinite(value):
-                    raise Diverged(_told(value, step, rate, "check=step names the layer"), before_update=False)
+                    told = _told(value, step, rate, "check=step names the layer")
+                    raise Diverged(told, step + 1, before_update=False)
         if scaler is not None and scaler.get_scale() < _SMALLEST_SCALE:
             raise Diverged(
                 "precision=fp16: the gradients are not finite, however small the loss scale; use precision=bf16 or fp32",
+                self.latest,
                 before_update=False,
             )
 
@@ -112,26 +125,34 @@ def _told(value: float, step: int, rate: float, where: str) -> str:
     )
 
 
-def check_weights(module: nn.Module, step: int, rate: float) -> None:
-    """Raises `Diverged` when a weight is not finite, which no finite loss tells of. Waits for the device."""
-    named = [(name, p.detach()) for name, p in module.named_parameters() if p.numel()]
-    if not named or is_finite([p for _, p in named]):
-        return
-    name = next((name for name, p in named if not is_finite([p])), "of another rank")
-    raise Diverged(
-        f"the weights are not finite after update {step} with a learning rate of {rate:g} (first: {name}); "
-        "try a smaller optimizer.lr, a warmup (schedule.warmup_epochs) or clip=norm",
-        before_update=False,
-    )
+def check_weights(module: nn.Module, step: int, rate: float, norm: Norm | None = None) -> None:
+    """Raises `Diverged` when a weight is not finite, which no finite loss tells of. Waits for the device.
+
+    `norm`: see `Watch`.
+    """
+    parameters = [p.detach() for p in module.parameters()]
+    fine = is_finite(parameters) if norm is None else bool(norm(parameters).isfinite())
+    if not fine:
+        raise Diverged(
+            f"the weights are not finite after update {step} with a learning rate of {rate:g} "
+            f"(first: {first_bad_weight(module) or 'those of another rank'}); "
+            "try a smaller optimizer.lr, a warmup (schedule.warmup_epochs) or clip=norm",
+            step,
+            before_update=False,
+        )
 
 
 def is_finite(tensors: Sequence[Tensor]) -> bool:
-    largest = torch._foreach_norm(list(tensors), ord=math.inf)  # propagates NaN, and does not overflow
+    """Whether all numbers are that this process has of them."""
+    own = [part for part in map(local, tensors) if part.numel() and not part.is_meta]
+    if not own:
+        return True
+    largest = torch._foreach_norm(own, ord=math.inf)  # propagates NaN, and does not overflow
     return bool(torch.stack([each.isfinite() for each in largest]).all())
 
 
 def first_bad_weight(module: nn.Module) -> str | None:
-    return next((name for name, p in module.named_parameters() if p.numel() and not is_finite([p.detach()])), None)
+    return next((name for name, p in module.named_parameters() if not is_finite([p.detach()])), None)
 
 
 def first_bad_gradient(module: nn.Module) -> str | None:
@@ -149,7 +170,7 @@ def first_bad_output(module: nn.Module, forward: Callable[[], object]) -> str | 
         def look(layer: nn.Module, inputs: Any, output: Any) -> None:
             outputs = output if isinstance(output, tuple) else (output,)
             numbers = [each for each in outputs if isinstance(each, Tensor) and each.is_floating_point()]
-            if not found and any(each.numel() and not is_finite([each]) for each in numbers):
+            if not found and not is_finite([each.detach() for each in numbers]):
                 found.append(name)
 
         return look

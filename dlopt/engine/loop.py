@@ -1,19 +1,23 @@
 """The loop: epochs of updates, an evaluation after each, checkpoints between."""
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dlopt.engine import rng
 from dlopt.engine.averaging import ExponentialAverage, at_evaluation_point
 from dlopt.engine.checkpoint import Checkpoints
+from dlopt.engine.divergence import Diverged
 from dlopt.engine.interruption import Interruption
 from dlopt.engine.metrics import Sums
+from dlopt.engine.recovery import Recovery
 from dlopt.engine.step import Update
 from dlopt.engine.stopping import Best, Stopping
 from dlopt.errors import RunError, UserError
@@ -49,6 +53,7 @@ class Tracking(Protocol):
     def advance(self, step: int) -> None: ...
     def step(self, step: int, values: Mapping[str, float]) -> None: ...
     def epoch(self, metrics: Mapping[str, Any], *, best: bool = False) -> None: ...
+    def rewind(self, epoch: int, step: int) -> None: ...
 
 
 @dataclass
@@ -85,12 +90,14 @@ class Training:
     save_every_epochs: int | None
     save_every_steps: int | None
     log_every_steps: int | None
+    landmark: Callable[[int], str | None] = lambda step: None  # the name of what is kept for good after so many updates
     progress: Progress = field(default_factory=Progress)
     sums: Sums = field(default_factory=lambda: Sums(classify=True))
     align: Callable[[], None] = lambda: None  # makes equal on all ranks what is not kept so by every update
     states: States = field(default_factory=Whole)
     sampler: Stateful | None = None  # where the order of the samples depends on more than seed and epoch
     figures: Callable[[], Mapping[str, float]] = dict  # more of them at the end of an epoch
+    recovery: Recovery | None = None  # None: what is not finite ends the run
 
     def state_dict(self) -> dict[str, Any]:
         closure = self.update.closure
@@ -109,6 +116,8 @@ class Training:
                 "stopping": self.stopping.state_dict(),
                 "best": self.best.state_dict(),
                 "scaler": None if closure.scaler is None else closure.scaler.state_dict(),
+                "recovery": None if self.recovery is None else self.recovery.state_dict(),
+                "accumulate": closure.accumulate,
             },
             "config": dict(self.config),
             "normalize": self.normalize.state_dict(),
@@ -143,6 +152,11 @@ class Training:
         scaler = progress.pop("scaler")
         if closure.scaler is not None and scaler is not None:
             closure.scaler.load_state_dict(scaler)
+        recovery, accumulate = progress.pop("recovery", None), progress.pop("accumulate", 1)
+        if self.recovery is not None and recovery is not None:
+            self.recovery.load_state_dict(recovery)
+        if closure.halves:
+            closure.accumulate = max(closure.accumulate, accumulate)  # what did not fit will not fit now
         self.progress = Progress(**{**progress, "horizon": self.progress.horizon, "data": self.progress.data})
         if self.best.epoch == self.progress.epoch and self.progress.position == 0:
             self.checkpoints.restore_best(dict(state))
@@ -152,6 +166,27 @@ class Training:
         self.progress.resumed_from = [*self.progress.resumed_from, self.progress.step]
         rng.restore(state["rng"])
 
+    def save(self, *, best: bool = False) -> None:
+        """Writes a checkpoint. Raises `Diverged` instead where the weights are not finite."""
+        self.update.check_weights()
+        self.checkpoints.save(self.state_dict(), best=best)
+
+    def go_back(self, error: Diverged) -> None:
+        """To the newest checkpoint, with a smaller learning rate; raises `error` where that is not wanted."""
+        recovery = self.recovery
+        if recovery is None:
+            raise error
+        state = recovery.goal(error)
+        counted, resumed_from = recovery.state_dict(), self.progress.resumed_from
+        self.update.watch.forget()
+        self.sums = self.sums.fresh()
+        self.load_state_dict(state)
+        self.progress.resumed_from = resumed_from
+        # The checkpoint may itself be of a time behind some rollbacks.
+        self.update.schedule.scale(counted["lr_scale"] / recovery.lr_scale)  # type: ignore[attr-defined]
+        recovery.load_state_dict(counted)
+        self.tracking.rewind(self.progress.epoch, self.progress.step)
+
 
 def fit(training: Training, interruption: Interruption) -> Status:
     """Trains from `training.progress` on. Returns why it ended; the newest checkpoint is on disk in any case.
@@ -159,12 +194,29 @@ def fit(training: Training, interruption: Interruption) -> Status:
     Input found to be wrong (a damaged image) is the user's error before the first update, and the run's later.
     """
     start = training.progress.step
-    try:
-        return _fit(training, interruption)
-    except UserError as error:
-        if training.progress.step == start:
-            raise
-        raise RunError(str(error)) from error
+    recovery = training.recovery
+    if recovery is not None and recovery.policy == "rollback" and recovery.newest() is None:
+        training.save()  # something to go back to
+    while True:
+        try:
+            status = _fit(training, interruption)
+            training.checkpoints.settle()
+            return status
+        except Diverged as error:
+            training.go_back(error)
+        except UserError as error:
+            if training.progress.step == start:
+                raise
+            raise RunError(str(error)) from error
+        except torch.OutOfMemoryError as error:
+            told = str(error).split(". ")[0]
+            raise RunError(
+                f"out of memory on the device at update {training.progress.step + 1} ({told}); use a larger accumulate, "
+                "on_out_of_memory=halve, or a smaller data.batch_size"
+            ) from error
+        finally:
+            with contextlib.suppress(RunError):
+                training.checkpoints.settle()  # what ended the training is told, not what came of its last save
 
 
 def _fit(training: Training, interruption: Interruption) -> Status:
@@ -188,14 +240,13 @@ def _fit(training: Training, interruption: Interruption) -> Status:
                 tracking.step(progress.step, clock.figures())
             if interruption or t.stopping.met:
                 break
-            if t.save_every_steps is not None and progress.step % t.save_every_steps == 0:
-                update.check()
+            if t.save_is_due():
                 clock.stop()
-                t.checkpoints.save(t.state_dict(), best=False)
-        update.check()
+                t.save()
+        update.check_weights()
         if interruption or not _end_epoch(t, clock, interruption):
             clock.stop()
-            t.checkpoints.save(t.state_dict(), best=False)
+            t.save()
             return "interrupted"
         if t.stopping.met and progress.step < t.steps:
             return "stopped_early"
@@ -236,7 +287,7 @@ def _end_epoch(t: Training, clock: "_Clock", interruption: Interruption) -> bool
         t.tracking.epoch(metrics, best=improved)
     due = t.save_every_epochs is not None and epoch % t.save_every_epochs == 0
     if improved or due or last or t.stopping.met:
-        t.checkpoints.save(t.state_dict(), best=improved)
+        t.save(best=improved)
         clock.stop()
     return True
 

@@ -5,7 +5,7 @@ line search share one loop. An optimizer that evaluates once per update is given
 without the closure: a bad number is seen before it reaches the weights, and the gradient scaler can do the step.
 """
 
-import math
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -16,9 +16,19 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.optim import Optimizer
 
 from dlopt.engine.clipping import Clip, Norm, gradient_norm, plain_norm
+from dlopt.engine.divergence import (
+    Diverged,
+    Watch,
+    check_weights,
+    first_bad_gradient,
+    first_bad_output,
+    first_bad_weight,
+    is_finite,
+)
 from dlopt.engine.metrics import Sums
-from dlopt.errors import RunError
 from dlopt.random import stream
+
+log = logging.getLogger(__name__)
 
 
 class Closure:
@@ -28,6 +38,7 @@ class Closure:
     """
 
     total_norm: Norm = staticmethod(plain_norm)
+    is_spread = False  # whether other ranks have parts of the model
 
     def __init__(
         self,
@@ -51,6 +62,9 @@ class Closure:
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.norm_wanted = False
         self.norm: Tensor | None = None
+        self.watch: Watch | None = None  # sees each update's first evaluation
+        self.halves = False  # micro-batches that do not fit into memory
+        self.buffers: Buffers | None = None  # as they were before the update, where it may be taken back
         self._model = autocast(model)
         self._loss = autocast(loss)
         self._generators = _generators(self.parameters) if may_draw(module) else []
@@ -58,6 +72,10 @@ class Closure:
     def begin(self, inputs: Tensor, targets: Tensor, step: int, sums: Sums) -> None:
         """Sets the batch of update `step`; its first evaluation is added to `sums`."""
         self.batch = inputs, targets
+        self.step = step
+        sums.begin()
+        if self.buffers is not None:
+            self.buffers.keep()
         if self._generators:
             self.draws = stream(self.seed, step)
         self.sums: Sums | None = sums
@@ -65,14 +83,18 @@ class Closure:
     def __call__(self) -> Tensor:
         """Leaves the clipped gradients of the batch's mean loss in the parameters; returns that loss, detached."""
         self.optimizer.zero_grad()
-        if self.sums is None:
-            with frozen_statistics(self.module):
-                loss = self._evaluate(backward=True)
-        else:
-            loss = self._evaluate(backward=True)
+        is_first = self.sums is not None
+        if is_first:
+            loss = self._fitting()
             self.sums = None
+        else:
+            with frozen_statistics(self.module):
+                loss = self._fitting()
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
+        if is_first and self.watch is not None:
+            rate = self.optimizer.param_groups[0]["lr"]
+            self.watch(loss, self.step, rate, gradients=self.scaler is None)
         norm = gradient_norm(self.parameters, self.total_norm) if self.norm_wanted else None
         clipped = self.clip(self.parameters, self.total_norm)
         self.norm = norm if clipped is None else clipped
@@ -82,6 +104,41 @@ class Closure:
         """The batch's mean loss with its graph and without backward: for Hessian-vector products."""
         with torch.enable_grad(), frozen_statistics(self.module):
             return self._evaluate(backward=False)
+
+    def locate(self, loss_is_finite: bool) -> str:
+        """Which layer is the first that is not finite, in words: after an evaluation that found something."""
+        if weight := first_bad_weight(self.module):
+            return f"first: the weights {weight}"
+        if loss_is_finite:
+            return f"first in the backward pass: {first_bad_gradient(self.module)}"
+        if not is_finite([self.batch[0]]):
+            return "the inputs are not finite"
+        with frozen_statistics(self.module):
+            output = first_bad_output(self.module, lambda: self._evaluate(backward=False))
+        return "first: the loss itself" if output is None else f"first: the output of {output}"
+
+    def _fitting(self) -> Tensor:
+        """An evaluation with backward; where memory does not suffice for it, in smaller micro-batches if these are
+        allowed, which stay."""
+        while True:
+            try:
+                return self._evaluate(backward=True)
+            except torch.OutOfMemoryError:
+                if not self.halves or self.accumulate >= len(self.batch[1]):
+                    raise
+            self._halve()  # out of the exception's reach, which holds on to what is to be freed
+
+    def _halve(self) -> None:
+        self.optimizer.zero_grad()
+        if self.sums is not None:
+            self.sums.withdraw()
+            if self.buffers is not None:
+                self.buffers.take_back()
+        if self.batch[1].is_cuda:
+            torch.cuda.empty_cache()
+        self.accumulate *= 2
+        size = -(-len(self.batch[1]) // self.accumulate)
+        log.warning("out of memory at update %d: micro-batches of %d samples from here on", self.step + 1, size)
 
     def _evaluate(self, backward: bool) -> Tensor:
         for generator in self._generators:
@@ -120,49 +177,81 @@ class Update:
         evaluations: str,
         after: Sequence[Callable[[], None]],
         check_now: bool,
+        skip: Callable[[Diverged], bool] | None = None,
     ) -> None:
         """`after` follows every update (weight averaging, stopping rules).
 
-        `check_now` looks at the loss in every step, before the update: free on a CPU, a synchronization on a GPU.
+        `check_now` looks for NaN and infinity in every step, before the update: cheap on a CPU, a synchronization on a
+        GPU. `skip`: whether an update that cannot be made is to be left out.
         """
         self.closure = closure
         self.optimizer = closure.optimizer
         self.schedule = schedule
         self.once = evaluations == "once"
         self.after = after
-        self.check_now = check_now
+        self.skip = skip
+        self.watch = closure.watch = Watch(
+            closure.parameters,
+            at_once=check_now,
+            where=closure.locate,
+            norm=closure.total_norm if closure.is_spread else None,
+        )
+        if skip is not None or closure.halves:
+            closure.buffers = Buffers(closure.module)
         self.rate = self.optimizer.param_groups[0]["lr"]  # of the latest update
-        self._loss, self._step = torch.zeros(()), 0
 
     def __call__(self, inputs: Tensor, targets: Tensor, step: int, sums: Sums) -> None:
         closure = self.closure
         closure.begin(inputs, targets, step, sums)
-        self.rate, self._step = self.optimizer.param_groups[0]["lr"], step
-        if self.once:
-            self._loss = closure()
-            if self.check_now:
-                self.check()
-            if closure.scaler is None:
-                self.optimizer.step()
-            else:
-                closure.scaler.step(self.optimizer)
-                closure.scaler.update()
-        else:
-            self._loss = self.optimizer.step(closure)  # type: ignore[arg-type, assignment]
-            if self.check_now:
-                self.check()
+        self.rate = self.optimizer.param_groups[0]["lr"]
+        try:
+            self._move()
+        except Diverged as error:
+            if self.skip is None or not error.before_update or not self.skip(error):
+                raise
+            sums.withdraw()
+            if closure.buffers is not None:
+                closure.buffers.take_back()
         self.schedule.step()
         for follow in self.after:
             follow()
 
+    def _move(self) -> None:
+        closure = self.closure
+        if not self.once:
+            self.optimizer.step(closure)  # type: ignore[arg-type]
+            return
+        closure()
+        if closure.scaler is None:
+            self.optimizer.step()
+        else:
+            closure.scaler.step(self.optimizer)
+            closure.scaler.update()
+
     def check(self) -> None:
-        """Raises `RunError` when the latest loss is not finite. Waits for the device."""
-        value = float(self._loss)
-        if not math.isfinite(value):
-            raise RunError(
-                f"the loss became {value} at update {self._step + 1} with a learning rate of {float(self.rate):g}; "
-                "try a smaller optimizer.lr, a warmup (schedule.warmup_epochs) or clip=norm"
-            )
+        """Raises `Diverged` when an update since the last check was not finite. Waits for the device."""
+        self.watch.look(self.closure.scaler)
+
+    def check_weights(self) -> None:
+        """The same for the weights as they are now, which a finite gradient may have taken too far."""
+        self.check()
+        check_weights(self.closure.module, self.watch.latest, float(self.rate), self.watch.norm)
+
+
+class Buffers:
+    """Running statistics, which an update that is taken back must not have moved."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._now = [each for each in module.buffers() if each is not None]
+        self._before = [each.clone() for each in self._now]
+
+    def keep(self) -> None:
+        if self._now:
+            torch._foreach_copy_(self._before, self._now)
+
+    def take_back(self) -> None:
+        if self._now:
+            torch._foreach_copy_(self._now, self._before)
 
 
 @contextmanager

@@ -94,6 +94,7 @@ class MetricsFile:
 
     def __init__(self, folder: Path, resume_from: tuple[int, int] | None, complain: Callable[[str], None]) -> None:
         self._file = AppendFile(folder / METRICS, complain)
+        self._complain = complain
         try:
             cut_metrics(folder, *(resume_from or (0, 0)))
         except OSError as error:
@@ -102,6 +103,14 @@ class MetricsFile:
     def write(self, metrics: Mapping[str, Any]) -> None:
         self._file.write(to_json(metrics).encode() + b"\n")
         self._file.flush()
+
+    def rewind(self, epoch: int, step: int) -> None:
+        """Cuts the lines beyond `epoch` evaluated epochs or `step` updates."""
+        self._file.close()  # the lines that stay come into a new file
+        try:
+            cut_metrics(self._file.path.parent, epoch, step)
+        except OSError as error:
+            self._complain(f"{self._file.path}: lines beyond update {step} could not be cut ({error.strerror})")
 
     def close(self) -> None:
         self._file.close()

@@ -84,7 +84,11 @@ class TensorBoard:
         self._flushed = time.monotonic()
         self._add(Event(file_version="brain.Event:2"))
         if purge_step is not None:
-            self._add(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
+            self.purge(purge_step)
+
+    def purge(self, step: int) -> None:
+        """Events so far with this step or a later one are void."""
+        self._add(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
 
     def _add(self, event: Event) -> None:
         event.wall_time = time.time()

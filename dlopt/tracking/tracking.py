@@ -140,6 +140,13 @@ class Tracking:
         if self._console is not None:
             self._console.epoch(metrics, best)
 
+    def rewind(self, epoch: int, step: int) -> None:
+        """The run has gone back to `epoch` evaluated epochs and `step` updates: what was written beyond is cut."""
+        if self._metrics is not None:
+            self._metrics.rewind(epoch, step)
+        if self._tensorboard is not None:
+            self._tensorboard.purge(step + 1)
+
     def message(self, text: str) -> None:
         """A line to the user, above the progress display, and into train.log."""
         if self._log is not None:
