@@ -71,7 +71,13 @@ def choose_device(name: str) -> torch.device:
 def parallel_of(experiment: Experiment) -> Any:
     """The mode of parallelism, in whose group this process then is. Raises `UserError`."""
     settings = experiment.settings
-    mode = experiment.parallel.build(device=choose_device(settings.device), accumulate=settings.accumulate)
+    device = choose_device(settings.device)
+    mode = experiment.parallel.build(
+        device=device,
+        accumulate=settings.accumulate,
+        precision=choose_precision(settings.precision, device).name,
+        threads=settings.threads,
+    )
     world = current()
     if world is not None and mode.processes == 1:
         raise UserError(

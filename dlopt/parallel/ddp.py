@@ -13,12 +13,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from dlopt.errors import UserError
-from dlopt.parallel import world as worlds
 from dlopt.parallel.dropout import Place, make_global
-from dlopt.parallel.group import Agreement, Group, Polled
+from dlopt.parallel.group import Agreement, Group, Polled, join
 from dlopt.parallel.shares import PiecewiseAugment, cut, pieces, portions
 from dlopt.parallel.single import Single, Whole
 from dlopt.parallel.sync_batchnorm import SyncBatchNorm, synchronize
+from dlopt.parallel.world import current
 from dlopt.ranges import Count, Positive
 
 T = TypeVar("T")
@@ -43,30 +43,21 @@ def data_parallel(
     master_port: Port | None,
 ) -> "Single | DataParallel":
     """The mode for this process, which joins its group. Raises `UserError` where the set-up cannot work."""
-    world = worlds.current()
-    if world is None:
-        if processes is not None and processes > 1:
-            raise UserError(f"parallel.processes={processes}: these are started by `dlopt train`")
-        return Single(device, "ddp")
-    if processes not in (None, world.size):
-        raise UserError(
-            f"parallel.processes={processes}: {world.launcher} started {world.size} processes; "
-            "let them be equal, or leave parallel.processes out"
-        )
-    if static_graph and accumulate > 1:
+    if static_graph and accumulate > 1 and current() is not None:
         raise UserError(
             f"parallel.static_graph=true: not with accumulate={accumulate}, where not every backward reduces gradients"
         )
-    if device.type == "cuda":
-        if world.local_size > torch.cuda.device_count():
-            raise UserError(
-                f"parallel=ddp: {world.local_size} processes on this machine, which has {torch.cuda.device_count()} "
-                "GPUs; start fewer, or set device=cpu"
-            )
-        device = torch.device("cuda", world.local_rank)
-    elif device.type != "cpu":
-        raise UserError(f"parallel=ddp: not on {device.type}; set device=cpu")
-    group = Group(world, device, minutes=timeout_minutes, address=master_addr, port=master_port)
+    joined = join(
+        "ddp",
+        device,
+        processes=processes,
+        timeout_minutes=timeout_minutes,
+        master_addr=master_addr,
+        master_port=master_port,
+    )
+    if joined is None:
+        return Single(device, "ddp")
+    group, device = joined
     options = {"static_graph": static_graph, "find_unused_parameters": find_unused_parameters}
     return DataParallel(
         group,
@@ -111,9 +102,7 @@ class DataParallel(Whole):
         self.agreement = Agreement(None)
         self.batch_total = 0  # samples of the global batch that is worked on
         self.in_flight = 1
-        self._deferred: Callable[[], AbstractContextManager[Any]] = (
-            nullcontext  # within, gradients are not yet averaged
-        )
+        self._deferred: Callable[[], AbstractContextManager[Any]] = nullcontext  # within, nothing is averaged yet
 
     # -- what a rank sees
 

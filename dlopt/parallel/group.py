@@ -9,7 +9,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, distributed
 
-from dlopt.parallel.world import World, meet
+from dlopt.errors import UserError
+from dlopt.parallel.world import World, current, meet
 
 T = TypeVar("T")
 
@@ -72,6 +73,41 @@ class Group:
 
     def __deepcopy__(self, memo: object) -> "Group":
         return self  # a model's copy talks to the same processes
+
+
+def join(
+    mode: str,
+    device: torch.device,
+    *,
+    processes: int | None,
+    timeout_minutes: float,
+    master_addr: str | None,
+    master_port: int | None,
+) -> tuple[Group, torch.device] | None:
+    """The group of a mode of several processes, and this one's device; None in a process that stands alone.
+
+    Raises `UserError` where the set-up cannot work.
+    """
+    world = current()
+    if world is None:
+        if processes is not None and processes > 1:
+            raise UserError(f"parallel.processes={processes}: these are started by `dlopt train`")
+        return None
+    if processes not in (None, world.size):
+        raise UserError(
+            f"parallel.processes={processes}: {world.launcher} started {world.size} processes; "
+            "let them be equal, or leave parallel.processes out"
+        )
+    if device.type == "cuda":
+        if world.local_size > torch.cuda.device_count():
+            raise UserError(
+                f"parallel={mode}: {world.local_size} processes on this machine, which has {torch.cuda.device_count()} "
+                "GPUs; start fewer, or set device=cpu"
+            )
+        device = torch.device("cuda", world.local_rank)
+    elif device.type != "cpu":
+        raise UserError(f"parallel={mode}: not on {device.type}; set device=cpu")
+    return Group(world, device, minutes=timeout_minutes, address=master_addr, port=master_port), device
 
 
 class Agreement:

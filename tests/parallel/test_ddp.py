@@ -1,7 +1,6 @@
 """Runs of several processes against runs of one, in fp64."""
 
 import json
-import math
 import os
 import re
 from pathlib import Path
@@ -16,66 +15,25 @@ from dlopt.parallel import world
 from dlopt.parallel.ddp import data_parallel
 from dlopt.run import Run, train
 from tests.engine.runs import at_update, experiment, metrics, resume, start, terminate
+from tests.parallel.equality import MLP, RESNET, Cases, compare, figures
 from tests.parallel.ranks import run_ranks
 
-# 96 training samples
-BASE = [
-    "data.subset=120", "data.val_split=0.2", "data.workers=0", "tracking=[]", "threads=1", "device=cpu",
-    "precision=fp64", "schedule=constant", "optimizer.lr=0.05", "log_every_steps=3",
-]  # fmt: skip
-RESNET = [
-    *BASE, "model=resnet20", "model.depth=8", "model.dropout=0.2", "augmentation=crop_flip",
-    "optimizer.momentum=0.9", "optimizer.weight_decay=0.001",
-]  # fmt: skip
-MLP = [*BASE, "model=mlp", "model.widths=[12]", "model.dropout=0.3"]
 SYNC = "parallel.sync_batchnorm=true"
+DDP = ["parallel=ddp"]
+SYNC_DDP = [*DDP, SYNC]
 
-# name: overrides of both runs, overrides of the distributed one
-CASES: dict[str, tuple[list[str], list[str]]] = {
-    "last batch of two": ([*RESNET, "data.batch_size=47", "steps=6"], [SYNC]),
-    "accumulation": ([*RESNET, "data.batch_size=35", "accumulate=3", "steps=5"], [SYNC]),
-    "mixing": ([*MLP, "augmentation=cutmix", "data.batch_size=31", "epochs=2"], [SYNC]),
-    "no norm, empty shares": ([*MLP, "model.norm=none", "data.batch_size=19", "epochs=3"], []),
-    "exact statistics": ([*MLP, "norm_statistics=exact", "data.batch_size=32", "epochs=2"], [SYNC]),
+CASES: Cases = {
+    "last batch of two": ([*RESNET, "data.batch_size=47", "steps=6"], SYNC_DDP),
+    "accumulation": ([*RESNET, "data.batch_size=35", "accumulate=3", "steps=5"], SYNC_DDP),
+    "mixing": ([*MLP, "augmentation=cutmix", "data.batch_size=31", "epochs=2"], SYNC_DDP),
+    "no norm, empty shares": ([*MLP, "model.norm=none", "data.batch_size=19", "epochs=3"], DDP),
+    "exact statistics": ([*MLP, "norm_statistics=exact", "data.batch_size=32", "epochs=2"], SYNC_DDP),
     "average, clipping": (
         [*MLP, "ema=0.9", "clip=norm", "clip.max_norm=0.1", "data.batch_size=32", "epochs=2"],
-        [SYNC],
+        SYNC_DDP,
     ),
-    "many evaluations": ([*MLP, "optimizer=sam", "data.batch_size=32", "epochs=2"], [SYNC]),
+    "many evaluations": ([*MLP, "optimizer=sam", "data.batch_size=32", "epochs=2"], SYNC_DDP),
 }
-
-
-def run_all(folder: str, cases: dict[str, tuple[list[str], list[str]]]) -> None:
-    """In each rank: the runs one after the other."""
-    for name, (both, own) in cases.items():
-        checked = experiment(*both, "parallel=ddp", *own)
-        summary = train(Run(checked, Path(folder) / name), console=False)
-        assert summary["status"] in ("finished", "stopped_early")
-        world.leave()
-
-
-def figures(line: dict[str, Any]) -> dict[str, float]:
-    return {key: value for key, value in line.items() if key.startswith(("train_", "val_"))}
-
-
-def assert_equal(single: Path, several: Path, tolerance: float = 1e-9) -> None:
-    one, many = metrics(single), metrics(several)
-    assert len(one) == len(many) > 0
-    for a, b in zip(one, many, strict=True):
-        assert a["step"] == b["step"]
-        assert figures(b) == pytest.approx(figures(a), rel=tolerance), (single, a["epoch"])
-    ends = [json.loads((folder / "summary.json").read_text()) for folder in (single, several)]
-    for key in ("test_loss", "test_accuracy", "best_val_loss", "best_epoch", "steps"):
-        assert ends[1][key] == pytest.approx(ends[0][key], rel=tolerance)
-    assert ends[1]["processes"] > 1
-    assert math.isfinite(ends[1]["test_loss"])
-
-
-def compare(tmp_path: Path, processes: int, cases: dict[str, tuple[list[str], list[str]]]) -> None:
-    run_ranks("tests.parallel.test_ddp:run_all", processes, tmp_path, str(tmp_path / "several"), cases)
-    for name, (both, _) in cases.items():
-        start(tmp_path / "single" / name, *both)
-        assert_equal(tmp_path / "single" / name, tmp_path / "several" / name)
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
@@ -91,15 +49,15 @@ def test_four_processes_equal_one_with_empty_shares(tmp_path: Path) -> None:
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_fifty_steps(tmp_path: Path, accumulate: int) -> None:
     case = [*RESNET, "data.batch_size=35", f"accumulate={accumulate}", "steps=50"]
-    compare(tmp_path, 2, {"fifty": (case, [SYNC])})
+    compare(tmp_path, 2, {"fifty": (case, SYNC_DDP)})
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("compression", ["bf16", "powersgd"])
 def test_compressed_gradients_train(tmp_path: Path, compression: str) -> None:
     case = [*MLP, "model.dropout=0", "data.batch_size=32", "epochs=8", "precision=fp32"]
-    both = (case, [SYNC, f"parallel.compression={compression}", "parallel.static_graph=true"])
-    run_ranks("tests.parallel.test_ddp:run_all", 2, tmp_path, str(tmp_path), {"run": both})
+    both = (case, [*SYNC_DDP, f"parallel.compression={compression}", "parallel.static_graph=true"])
+    run_ranks("tests.parallel.equality:run_all", 2, tmp_path, str(tmp_path), {"run": both})
     losses = [line["train_loss"] for line in metrics(tmp_path / "run")]
     assert losses[-1] < 0.7 * losses[0]
 
@@ -166,8 +124,6 @@ def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_unequal_parts_without_synchronized_batch_norm_are_refused(tmp_path: Path) -> None:
-    case: dict[str, tuple[list[str], list[str]]] = {
-        "run": ([*MLP, "model.norm=batch", "data.batch_size=19", "epochs=1"], [])
-    }  # a last batch of one
+    case: Cases = {"run": ([*MLP, "model.norm=batch", "data.batch_size=19", "epochs=1"], DDP)}  # a last batch of one
     with pytest.raises(AssertionError, match=r"parallel\.sync_batchnorm=true"):
-        run_ranks("tests.parallel.test_ddp:run_all", 2, tmp_path, str(tmp_path), case)
+        run_ranks("tests.parallel.equality:run_all", 2, tmp_path, str(tmp_path), case)
