@@ -1,5 +1,6 @@
 """`dlopt eval`: tests checkpoints with the configs that they hold."""
 
+import glob
 import io
 import json
 import math
@@ -27,7 +28,8 @@ _USAGE = f"""\
 dlopt eval checkpoint=PATH [tta=CHOICE] [key=value]
 
 Tests the weights in a checkpoint (outputs/NAME/DATE/checkpoints/best.pt) with the config that stands in it.
-Several, as checkpoint=[PATH,PATH], are tested as an ensemble: their outputs are averaged.
+Several, as checkpoint=[PATH,PATH] or checkpoint=RUN/checkpoints/restart-*.pt, are tested as an ensemble: their outputs
+are averaged.
 Keys that may be changed: {", ".join(f"{key}.*" if key == "data" else key for key in _MAY_CHANGE)}
 
   tta=none                  the test images as in training's own test
@@ -104,7 +106,9 @@ def evaluate(arguments: list[str]) -> int:
 def _paths(values: dict[str, Any]) -> list[Path]:
     typed = values.get("checkpoint")
     if not isinstance(typed, list):
-        return [take_path(values, "eval")]
+        path = take_path(values, "eval")
+        found = sorted(glob.glob(str(path))) if "*" in path.name and not path.exists() else []
+        return [Path(each) for each in found] or [path]
     del values["checkpoint"]
     if not typed or not all(isinstance(each, str) and each for each in typed):
         raise UserError(f"checkpoint={show(typed)}: a list of paths is needed: checkpoint=[a/best.pt,b/best.pt]")

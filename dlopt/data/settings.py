@@ -17,4 +17,5 @@ class DataSettings:
     image_size: Count | tuple[Count, Count] | None
     memory: Literal["auto"] | bool
     workers: Natural | Literal["auto"]
+    statistics_samples: Count | None
     drop_last: bool

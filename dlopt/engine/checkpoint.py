@@ -73,7 +73,9 @@ class Checkpoints:
         except RunError as error:
             self._failure = error
         except Exception as error:  # it must not be lost with the thread
-            self._failure = RunError(f"the checkpoint {self.last} could not be written: {type(error).__name__}: {error}")
+            self._failure = RunError(
+                f"the checkpoint {self.last} could not be written: {type(error).__name__}: {error}"
+            )
 
     def _save(self, state: dict[str, Any], best: bool, landmark: str | None) -> None:
         try:

@@ -169,7 +169,12 @@ class Training:
     def save(self, *, best: bool = False) -> None:
         """Writes a checkpoint. Raises `Diverged` instead where the weights are not finite."""
         self.update.check_weights()
-        self.checkpoints.save(self.state_dict(), best=best)
+        self.checkpoints.save(self.state_dict(), best=best, landmark=self.landmark(self.progress.step))
+
+    def save_is_due(self) -> bool:
+        """Whether the updates done call for a checkpoint, wherever in an epoch they are."""
+        step, every = self.progress.step, self.save_every_steps
+        return (every is not None and step % every == 0) or self.landmark(step) is not None
 
     def go_back(self, error: Diverged) -> None:
         """To the newest checkpoint, with a smaller learning rate; raises `error` where that is not wanted."""
@@ -211,8 +216,8 @@ def fit(training: Training, interruption: Interruption) -> Status:
         except torch.OutOfMemoryError as error:
             told = str(error).split(". ")[0]
             raise RunError(
-                f"out of memory on the device at update {training.progress.step + 1} ({told}); use a larger accumulate, "
-                "on_out_of_memory=halve, or a smaller data.batch_size"
+                f"out of memory on the device at update {training.progress.step + 1} ({told}); "
+                "use a larger accumulate, on_out_of_memory=halve, or a smaller data.batch_size"
             ) from error
         finally:
             with contextlib.suppress(RunError):

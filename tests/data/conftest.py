@@ -22,6 +22,7 @@ def settings() -> Callable[..., DataSettings]:
             "image_size": None,
             "memory": "auto",
             "workers": 0,
+            "statistics_samples": None,
             "drop_last": False,
         }
         return DataSettings(**defaults | changed)

@@ -79,7 +79,7 @@ def test_no_sample_leaks(val_split: float, subset: int | float | None, seed: int
     dataset = random_dataset([40, 30, 20, 10], test=20)
     settings = DataSettings(
         batch_size=8, val_split=val_split, subset=subset, split_seed=seed, image_size=None, memory="auto", workers=0,
-        drop_last=False,
+        statistics_samples=None, drop_last=False,
     )  # fmt: skip
     parts = prepare(dataset, settings)
     assert parts.test is not None

@@ -1,0 +1,82 @@
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dlopt.data import statistics
+from dlopt.data.normalization import Standardize
+from dlopt.data.samples import Dataset, Files, InMemory, Samples
+
+
+class Counted(Standardize):
+    """Remembers how many samples it was fitted to."""
+
+    seen: ClassVar[list[int]] = []
+
+    def fit(self, samples: Samples) -> None:
+        self.seen.append(len(samples))
+        super().fit(samples)
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Files:
+    """24 images whose grey rises from file to file; the cache is the test's own, and worth having."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(statistics, "_WORTH_CACHE", 2)
+    Counted.seen.clear()
+    paths = []
+    for number in range(24):
+        pixels = np.random.default_rng(number).integers(10 * number, 10 * number + 20, (6, 6, 3), dtype=np.uint8)
+        paths.append(str(tmp_path / f"{number:02}.png"))
+        Image.fromarray(pixels).save(paths[-1])
+    return Files(paths, torch.zeros(24, dtype=torch.long), None, 3)
+
+
+def fitted(samples: Samples, count: int | None, kind: str = "a", in_memory: bool = False) -> dict[str, Tensor]:
+    normalize = Counted(input_shape=samples.shape)
+    statistics.fit(normalize, Dataset(samples, None, None, ("x",), in_memory), count=count, kind=kind)
+    return normalize.state_dict()
+
+
+def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_streamed_samples_are_read_in_part_and_evenly(files: Files) -> None:
+    whole, part = fitted(files, None, "whole"), fitted(files, 8)
+    assert Counted.seen == [24, 8]
+    assert not equal(whole, part)
+    means = [(-state["shift"] / state["scale"]).mean().item() for state in (part, whole)]
+    assert means[0] == pytest.approx(means[1], rel=0.05)  # the first third alone would be a third as bright
+
+
+def test_samples_in_memory_count_all(files: Files) -> None:
+    samples = InMemory(files.fetch(torch.arange(24)), files.targets)
+    assert equal(fitted(samples, 8, in_memory=True), fitted(files, None))
+    assert Counted.seen == [24, 24]
+
+
+def test_a_second_run_reads_nothing(files: Files) -> None:
+    first = fitted(files, 8)
+    assert equal(first, fitted(files, 8)) and Counted.seen == [8]
+    fitted(files, 8, "another normalization")
+    fitted(files.select(torch.arange(1, 24)), 8)
+    assert Counted.seen == [8, 8, 8]
+
+
+def test_an_image_that_has_changed_is_seen(files: Files) -> None:
+    first = fitted(files, None)
+    Image.fromarray(np.full((6, 6, 3), 255, dtype=np.uint8)).save(files.path(3))
+    assert not equal(first, fitted(files, None))
+    assert Counted.seen == [24, 24]
+
+
+def test_a_damaged_cache_is_no_cache(files: Files, tmp_path: Path) -> None:
+    first = fitted(files, 8)
+    [kept] = (tmp_path / "cache/dlopt").glob("statistics-*.npz")
+    kept.write_bytes(kept.read_bytes()[:-3] + b"abc")
+    assert equal(first, fitted(files, 8)) and Counted.seen == [8, 8]
