@@ -223,3 +223,13 @@ def test_a_model_of_fixed_size_says_which(tmp_path: Path) -> None:
     assert "tta.crop=7" in message and "8x8" in message
     result: Result = dlopt(tmp_path, "eval", "checkpoint=run/checkpoints/best.pt", "tta=ten_crop")
     assert result.code == 0, result.err
+
+
+def test_a_pattern_stands_for_the_checkpoints_that_it_matches(folder: Path) -> None:
+    checkpoints = folder / "a/checkpoints"
+    names = sorted(str(path.relative_to(folder)) for path in checkpoints.glob("*st.pt"))
+    assert [Path(name).name for name in names] == ["best.pt", "last.pt"]
+    listed = figures_of(folder, f"checkpoint=[{','.join(names)}]")
+    matched = figures_of(folder, "checkpoint=a/checkpoints/*st.pt")
+    assert matched == listed and len(matched["checkpoint"]) == 2
+    assert "a/checkpoints/none-*.pt" in refused(folder, "eval", "checkpoint=a/checkpoints/none-*.pt")
