@@ -1,0 +1,121 @@
+"""Curves that are given by the step alone."""
+
+import itertools
+import math
+from bisect import bisect_right
+from collections.abc import Callable
+from typing import Literal
+
+from dlopt.errors import UserError
+from dlopt.ranges import Count, NonNegative, Positive, PositiveShare, Probability
+from dlopt.schedules.horizon import Factor, Horizon, half_cosine, length_of, one_unit, progress
+
+Lengths = tuple[Positive, ...]
+
+
+def constant(*, horizon: Horizon) -> Factor:
+    return lambda t: 1.0
+
+
+def step(
+    *,
+    gamma: PositiveShare,
+    every_epochs: Positive | None,
+    every_steps: Count | None,
+    every_share: PositiveShare,
+    horizon: Horizon,
+) -> Factor:
+    """gamma^floor(t / every), counted from the start of training; torch's StepLR."""
+    every = length_of("every", every_epochs, every_steps, horizon, every_share * horizon.steps)
+    return lambda t: gamma ** (min(t, horizon.steps) // every)
+
+
+def multistep(
+    *,
+    gamma: PositiveShare,
+    milestones_epochs: Lengths | None,
+    milestones_steps: tuple[Count, ...] | None,
+    milestones_share: tuple[PositiveShare, ...],
+    horizon: Horizon,
+) -> Factor:
+    """gamma^(number of milestones reached), counted from the start of training; torch's MultiStepLR."""
+    one_unit("milestones", milestones_epochs, milestones_steps)
+    milestones: list[float]
+    if milestones_steps is not None:
+        milestones = [float(m) for m in milestones_steps]
+    elif milestones_epochs is not None:
+        milestones = [m * horizon.steps_per_epoch for m in milestones_epochs]
+    else:
+        milestones = [m * horizon.steps for m in milestones_share]
+    if any(b <= a for a, b in itertools.pairwise(milestones)):
+        raise UserError(
+            f"schedule.milestones_*={list(milestones_steps or milestones_epochs or milestones_share)}: "
+            f"milestones must increase"
+        )
+    return lambda t: gamma ** bisect_right(milestones, min(t, horizon.steps))
+
+
+def exponential(*, k: NonNegative, unit: Literal["epochs", "steps"], horizon: Horizon) -> Factor:
+    """exp(-k t), t in epochs (fractions included) or in steps since the warmup."""
+    rate = k / horizon.steps_per_epoch if unit == "epochs" else k
+    return lambda t: math.exp(-rate * max(min(t, horizon.steps) - horizon.start, 0))
+
+
+def time_decay(*, decay: NonNegative, unit: Literal["epochs", "steps"], horizon: Horizon) -> Factor:
+    """1 / (1 + decay t), t in epochs (fractions included) or in steps since the warmup. The peak is multiplied once; it
+    does not compound from step to step."""
+    rate = decay / horizon.steps_per_epoch if unit == "epochs" else decay
+    return lambda t: 1.0 / (1.0 + rate * max(min(t, horizon.steps) - horizon.start, 0))
+
+
+def cosine(*, final: Probability, decay_epochs: Positive | None, decay_steps: Count | None, horizon: Horizon) -> Factor:
+    """Half a cosine wave from 1 to `final`, over the rest of the run or the given length; torch's CosineAnnealingLR."""
+    length = length_of("decay", decay_epochs, decay_steps, horizon, horizon.steps - horizon.start)
+    return lambda t: final + (1.0 - final) * half_cosine(progress(t, horizon.start, length))
+
+
+def polynomial(
+    *,
+    power: Positive,
+    final: Probability,
+    decay_epochs: Positive | None,
+    decay_steps: Count | None,
+    horizon: Horizon,
+) -> Factor:
+    """final + (1 - final) (1 - x)^power, x = 0..1 over the rest of the run or the given length; PolynomialLR."""
+    length = length_of("decay", decay_epochs, decay_steps, horizon, horizon.steps - horizon.start)
+    return lambda t: final + (1.0 - final) * (1.0 - progress(t, horizon.start, length)) ** power
+
+
+def linear(*, final: Probability, decay_epochs: Positive | None, decay_steps: Count | None, horizon: Horizon) -> Factor:
+    """A straight line from 1 to `final`, over the rest of the run unless a length is given."""
+    return polynomial(power=1.0, final=final, decay_epochs=decay_epochs, decay_steps=decay_steps, horizon=horizon)
+
+
+def wsd(
+    *,
+    decay_epochs: Positive | None,
+    decay_steps: Count | None,
+    decay_share: PositiveShare,
+    final: Probability,
+    shape: Literal["linear", "cosine", "sqrt"],
+    horizon: Horizon,
+) -> Factor:
+    """Warmup (the common keys), stable, decay: 1 until the decay, which ends with the run (Hu et al. 2024, MiniCPM).
+
+    `sqrt` is 1 - sqrt(x), which Hagele et al. 2024 found the best shape.
+    """
+    rest = horizon.steps - horizon.start
+    length = length_of("decay", decay_epochs, decay_steps, horizon, decay_share * rest)
+    if length > rest:
+        raise UserError(
+            f"schedule=wsd: a decay of {length:g} steps does not fit into the {rest} steps after the warmup; shorten "
+            f"schedule.decay_epochs or schedule.decay_steps"
+        )
+    curves: dict[str, Callable[[float], float]] = {
+        "linear": lambda x: 1.0 - x,
+        "cosine": half_cosine,
+        "sqrt": lambda x: 1.0 - math.sqrt(x),
+    }
+    curve, begin = curves[shape], horizon.steps - length
+    return lambda t: final + (1.0 - final) * curve(progress(t, begin, length))

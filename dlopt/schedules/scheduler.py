@@ -1,0 +1,86 @@
+"""Factors as a standard `LRScheduler` of an optimizer."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from dlopt.errors import UserError
+from dlopt.schedules.horizon import Factor
+
+
+class Scheduler(torch.optim.lr_scheduler.LRScheduler):
+    """Sets every group's learning rate to its base times `factor(t)`; update t uses factor(t), t from 0.
+
+    A standard LRScheduler: `step()` after every update. It is stepped so often that it leaves out what torch's does
+    besides (order checks, a copy of all values). A learning rate held in a tensor is changed in place, as captured
+    graphs need it.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, factor: Factor) -> None:
+        self.factor = factor
+        self._component: Any = getattr(factor, "component", factor)
+        wanted = getattr(self._component, "momentum_wanted", False)
+        groups = optimizer.param_groups
+        if wanted is True and not all("momentum" in g or "betas" in g for g in groups):
+            raise UserError(
+                f"schedule.cycle_momentum=true: {type(optimizer).__name__} has neither momentum nor betas; "
+                f"allowed is auto or false"
+            )
+        self._cycles_momentum = wanted is not False
+        self._floats: list[float] = []
+        self.ended_cycle: Callable[[int], int | None] | None = getattr(self._component, "ended_cycle", None)
+        super().__init__(optimizer)
+
+    def step(self, epoch: int | None = None) -> None:
+        self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
+        self._apply()
+
+    def _apply(self) -> None:
+        floats = self._floats
+        if not floats:
+            floats = self._floats = [float(lr) for lr in self.base_lrs]
+        factor = self.factor(self.last_epoch)
+        for group, base in zip(self.optimizer.param_groups, floats, strict=True):
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(base * factor)
+            else:
+                group["lr"] = base * factor
+        if self._cycles_momentum:
+            momentum = self._component.momentum(self.last_epoch)
+            for group in self.optimizer.param_groups:
+                if "betas" in group:
+                    group["betas"] = (momentum, *group["betas"][1:])
+                elif "momentum" in group:
+                    group["momentum"] = momentum
+
+    def update(self, metrics: Mapping[str, float]) -> None:
+        """Hands the figures of an evaluation to a schedule that depends on them; the next update uses the new rate."""
+        if hasattr(self._component, "update"):
+            self._component.update(metrics)
+            self._apply()
+
+    def scale(self, ratio: float) -> None:
+        """Multiplies the learning rates by `ratio` from here on."""
+        self.base_lrs = [base * ratio for base in self.base_lrs]
+        self._floats = []
+        self._apply()
+
+    def get_lr(self) -> list[float | torch.Tensor]:
+        factor = self.factor(self.last_epoch)
+        return [base * factor for base in self.base_lrs]
+
+    def get_last_lr(self) -> list[float | torch.Tensor]:
+        lrs = [group["lr"] for group in self.optimizer.param_groups]
+        return [lr.clone() if isinstance(lr, torch.Tensor) else lr for lr in lrs]
+
+    def state_dict(self) -> dict[str, Any]:
+        component = self._component.state_dict() if hasattr(self._component, "state_dict") else None
+        return {"last_epoch": self.last_epoch, "base_lrs": list(self.base_lrs), "component": component}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.last_epoch, self.base_lrs = state_dict["last_epoch"], list(state_dict["base_lrs"])
+        self._floats = []
+        if state_dict["component"] is not None:
+            self._component.load_state_dict(state_dict["component"])
+        self._apply()

@@ -1,0 +1,54 @@
+"""The linear warmup that can stand before any schedule."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from dlopt.errors import UserError
+from dlopt.ranges import Natural, NonNegative, Probability
+from dlopt.schedules.horizon import Factor, Horizon, length_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Warmup:
+    """The keys that every schedule has (conf/schedule/_warmup.yaml): a linear warmup before it."""
+
+    warmup_epochs: NonNegative | None
+    warmup_steps: Natural | None
+    warmup_share: Probability
+    warmup_start: Probability
+
+    def length(self, steps: int, steps_per_epoch: float) -> int:
+        """Steps of warmup. Raises UserError when it is longer than the training."""
+        horizon = Horizon(0, steps, steps_per_epoch)
+        length = int(length_of("warmup", self.warmup_epochs, self.warmup_steps, horizon, self.warmup_share * steps))
+        if length > steps:
+            given = f"epochs={self.warmup_epochs:g}" if self.warmup_steps is None else f"steps={self.warmup_steps}"
+            raise UserError(
+                f"schedule.warmup_{given}: a warmup of {length} steps is longer than the training ({steps} steps); "
+                f"shorten it or raise epochs"
+            )
+        return length
+
+
+class WarmedUp:
+    """`component` under a linear ramp over the first `length` updates.
+
+    The ramp is start + (1 - start) (t + 1) / (length + 1): it stands at `start` before the first update, so no update
+    is lost to a learning rate of zero, and it reaches 1 at t = length, where the component takes over.
+    """
+
+    def __init__(self, component: Factor, length: int, start: float) -> None:
+        self.component, self.length, self.start = component, length, start
+        self._slope = (1.0 - start) / (length + 1)
+
+    def __call__(self, t: int) -> float:
+        if t >= self.length:
+            return self.component(t)
+        return (self.start + self._slope * (t + 1)) * self.component(t)
+
+
+def build(factory: Callable[..., Factor], warmup: Warmup, *, steps: int, steps_per_epoch: float) -> Factor:
+    """The schedule of a run of `steps` updates: `factory` is a choice with all its keys bound but `horizon`."""
+    length = warmup.length(steps, steps_per_epoch)
+    component = factory(horizon=Horizon(length, steps, steps_per_epoch))
+    return WarmedUp(component, length, warmup.warmup_start) if length else component
