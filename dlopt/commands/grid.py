@@ -1,0 +1,40 @@
+"""`python -m dlopt.commands.grid NUMBER [group=choice] [key=a,b]`: one job of a sweep, for launchers that number jobs.
+
+Of all the combinations of the listed values, in the order of `dlopt train -m`, prints the overrides of one.
+"""
+
+import sys
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.errors import HydraException
+
+from dlopt.config.compose import Composer, parse_arguments
+from dlopt.errors import UserError
+
+
+def overrides_of(number: int, arguments: list[str]) -> list[str]:
+    """The overrides of one job. Raises `UserError`."""
+    parsed = parse_arguments(arguments)
+    typed = Composer(parsed.config_name, parsed.config_dir).parse(parsed.overrides)
+    try:
+        [jobs] = BasicSweeper.split_arguments(typed, None)
+    except HydraException as error:
+        raise UserError(str(error)) from None
+    if not 0 <= number < len(jobs):
+        raise UserError(
+            f"job {number}: these values make {len(jobs)} jobs, 0 to {len(jobs) - 1}: {' '.join(arguments)}"
+        )
+    return [str(line) for line in jobs[number]]
+
+
+def main() -> int:
+    try:
+        print("\n".join(overrides_of(int(sys.argv[1]), sys.argv[2:])))
+    except UserError as error:
+        print(f"dlopt: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
