@@ -18,7 +18,7 @@ from dlopt import schedules
 from dlopt.errors import UserError
 from dlopt.schedules import Factor, Horizon, Plateau, Scheduler, WarmedUp, Warmup, build
 
-CONF = Path(__file__).parents[1] / "conf"
+CONF = Path(__file__).parents[2] / "conf"
 CHOICES = sorted(path.stem for path in (CONF / "schedule").glob("[!_]*.yaml"))
 PURE = [name for name in CHOICES if name != "plateau"]
 NO_WARMUP = Warmup(warmup_epochs=None, warmup_steps=0, warmup_share=0.0, warmup_start=0.0)
