@@ -44,7 +44,7 @@ class Watch:
         self.at_once = at_once
         self.where = where
         self.norm = norm
-        device = parameters[0].device if parameters else torch.device("cpu")
+        device = next((p.device for p in parameters if not p.is_meta), torch.device("cpu"))
         self._one = torch.ones((), device=device)
         self._flag = torch.zeros((), device=device)  # of the update itself, where that is looked at
         self.latest = 0  # update, from 1
@@ -107,7 +107,7 @@ class Watch:
                     raise Diverged(told, step + 1, before_update=False)
         if scaler is not None and scaler.get_scale() < _SMALLEST_SCALE:
             raise Diverged(
-                "precision=fp16: the gradients are not finite, however small the loss scale; use precision=bf16 or fp32",
+                "precision=fp16: the gradients are not finite, however small the loss scale; use precision=bf16",
                 self.latest,
                 before_update=False,
             )
@@ -161,6 +161,10 @@ def first_bad_gradient(module: nn.Module) -> str | None:
     return names[-1] if names else None
 
 
+def describe(name: str, layer: nn.Module) -> str:
+    return f"{name or 'the model'} ({type(layer).__name__})"
+
+
 @torch.no_grad()
 def first_bad_output(module: nn.Module, forward: Callable[[], object]) -> str | None:
     """The first layer within `module`, in the order of execution, whose output is not finite; `forward` calls it."""
@@ -176,8 +180,7 @@ def first_bad_output(module: nn.Module, forward: Callable[[], object]) -> str | 
         return look
 
     handles: list[RemovableHandle] = [
-        each.register_forward_hook(hook(f"{name or 'the model'} ({type(each).__name__})"))
-        for name, each in module.named_modules()
+        each.register_forward_hook(hook(describe(name, each))) for name, each in module.named_modules()
     ]
     try:
         forward()

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from dlopt.engine.divergence import describe, first_bad_gradient, first_bad_output, first_bad_weight, is_finite
 from dlopt.engine.step import Closure
 from dlopt.errors import UserError
 
@@ -15,6 +16,11 @@ class Sharing(Protocol):
     """What the step asks of a mode that shares batches (see `dlopt.parallel.ddp.DataParallel`)."""
 
     name: str
+    rank: int
+    processes: int
+    splits: Literal["nothing", "tensors", "layers"]
+
+    def total(self, values: Sequence[float]) -> Sequence[float]: ...
 
     def micro_batches(
         self, inputs: Tensor, targets: Tensor
@@ -38,12 +44,42 @@ class SharedClosure(Closure):
         super().__init__(**closure)
         self.parallel = parallel
         self.total_norm = parallel.norm
+        self.is_spread = parallel.splits != "nothing"
 
     def loss(self) -> Tensor:
         raise UserError(
             f"parallel={self.parallel.name}: {type(self.optimizer).__name__} needs Hessian-vector products, which are "
             "not averaged over processes; use parallel=single or another optimizer"
         )
+
+    def locate(self, loss_is_finite: bool) -> str:
+        """Every rank looks at its own part, and all are told of the first one that found something."""
+        if self.is_spread:
+            own = first_bad_weight(self.module) or first_bad_gradient(self.module)
+            return f"first on rank {self.parallel.rank}: {own}"
+        weights = [name for name, _ in self.module.named_parameters()]
+        layers = [describe(name, layer) for name, layer in self.module.named_modules()]
+        texts = [*(f"the weights {each}" for each in weights), *(f"the gradient of {each}" for each in weights)]
+        texts += ["the inputs", *(f"the output of {each}" for each in layers)]
+        found = self._find(loss_is_finite)
+        codes = [0.0] * self.parallel.processes
+        codes[self.parallel.rank] = 0.0 if found is None else 1.0 + texts.index(found)
+        rank, code = next(((r, c) for r, c in enumerate(self.parallel.total(codes)) if c), (0, 0.0))
+        return f"first on rank {rank}: {texts[round(code) - 1]}" if code else "first: the loss itself"
+
+    def _find(self, loss_is_finite: bool) -> str | None:
+        if weight := first_bad_weight(self.module):
+            return f"the weights {weight}"
+        if loss_is_finite:
+            return f"the gradient of {first_bad_gradient(self.module)}"
+        inputs = self.batch[0]
+        if not len(inputs) or not is_finite([inputs]):
+            return "the inputs" if len(inputs) else None
+        was_training = self.module.training
+        self.module.eval()  # in training, layers may talk to other ranks
+        output = first_bad_output(self.module, lambda: self.module(inputs))
+        self.module.train(was_training)
+        return None if output is None else f"the output of {output}"
 
     def _evaluate(self, backward: bool) -> Tensor:
         for generator in self._generators:

@@ -242,7 +242,7 @@ class Buffers:
     """Running statistics, which an update that is taken back must not have moved."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._now = [each for each in module.buffers() if each is not None]
+        self._now = [each for each in module.buffers() if not each.is_meta]
         self._before = [each.clone() for each in self._now]
 
     def keep(self) -> None:
