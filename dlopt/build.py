@@ -76,6 +76,7 @@ def parallel_of(experiment: Experiment) -> Any:
     mode = experiment.parallel.build(
         device=device,
         accumulate=settings.accumulate,
+        batch_size=experiment.data_settings.batch_size,
         precision=choose_precision(settings.precision, device).name,
         threads=settings.threads,
     )
@@ -124,6 +125,10 @@ def set_up(experiment: Experiment, normalization: Mapping[str, Any] | None = Non
         module = module.to(memory_format=memory_format)
     loss: nn.Module = experiment.loss.build(classes=None if dataset.classes is None else len(dataset.classes))
     compiled = device.type == "cuda" if settings.compile == "auto" else settings.compile
+    if parallel.splits == "layers" and compiled:
+        if settings.compile != "auto":
+            raise UserError(f"compile=true: not with parallel={parallel.name}, which calls layers one by one")
+        compiled = False
     model = parallel.place(module, shape)
     return Setup(
         experiment=experiment,
@@ -370,7 +375,7 @@ def norm_statistics(
 def warnings(setup: Setup) -> list[str]:
     """What the user should know of the data, and what is allowed and yet seldom wanted."""
     data, settings = setup.experiment.data_settings, setup.experiment.settings
-    notes = list(setup.dataset.notes)
+    notes = [*setup.dataset.notes, *setup.parallel.notes]
     count = len(setup.dataset.train)
     size = count if data.batch_size == "full" else min(data.batch_size, count)
     device_batch = size // setup.parallel.norm_shares // max(settings.accumulate, setup.parallel.in_flight)

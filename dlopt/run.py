@@ -22,6 +22,7 @@ from dlopt.engine.evaluate import evaluate
 from dlopt.engine.interruption import Interruption
 from dlopt.engine.loop import Progress, Training, fit
 from dlopt.engine.metrics import Reduce, Sums, sample_losses
+from dlopt.engine.pipelined import PipelinedClosure
 from dlopt.engine.recovery import Recovery
 from dlopt.engine.shared import SharedClosure
 from dlopt.engine.step import Closure, Update
@@ -120,7 +121,8 @@ def training_of(setup: Setup, run: Run, batches: Batches, length: Length, tracki
             "use on_divergence=rollback or another sampler"
         )
     several = setup.parallel.processes > 1
-    kind = partial(SharedClosure, parallel=setup.parallel) if several else Closure
+    shared = PipelinedClosure if setup.parallel.splits == "layers" else SharedClosure
+    kind = partial(shared, parallel=setup.parallel) if several else Closure
     closure = kind(
         model=setup.model,
         module=setup.module,

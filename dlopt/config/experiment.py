@@ -38,7 +38,7 @@ GROUPS: Mapping[str, Group] = {
     "schedule": Group(("horizon",), Warmup),
     "clip": Group(("model",)),
     "stopping": Group(("model", "norm")),
-    "parallel": Group(("device", "accumulate", "precision", "threads")),
+    "parallel": Group(("device", "accumulate", "batch_size", "precision", "threads")),
 }
 
 

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
 from annotated_types import Interval
@@ -14,14 +14,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dlopt.errors import UserError
 from dlopt.parallel.dropout import Place, make_global
-from dlopt.parallel.group import Agreement, Group, Polled, join
+from dlopt.parallel.group import Group, Member, join
 from dlopt.parallel.shares import PiecewiseAugment, cut, pieces, portions
 from dlopt.parallel.single import Single, Whole
 from dlopt.parallel.sync_batchnorm import SyncBatchNorm, synchronize
 from dlopt.parallel.world import current
 from dlopt.ranges import Count, Positive
 
-T = TypeVar("T")
 _KNOWS_FORWARD_SYNC = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
 
 Port = Annotated[int, Interval(ge=1, le=65535)]
@@ -69,7 +68,7 @@ def data_parallel(
     )
 
 
-class DataParallel(Whole):
+class DataParallel(Member, Whole):
     """See `Single` for what a mode is asked, and `dlopt.engine.shared` for what the step asks besides.
 
     A rank's mean loss counts by its share of the samples, so that the average over ranks is the global batch's mean,
@@ -88,20 +87,14 @@ class DataParallel(Whole):
         compression: Compression,
         options: dict[str, Any],
     ) -> None:
-        self.group = group
-        self.device = device
+        super().__init__(group, device)
         self.accumulate = accumulate
         self.sync_batchnorm = sync_batchnorm
         self.compression = compression
         self.options = options
-        self.rank, self.processes = group.rank, group.size
-        self.local_processes = group.world.local_size
-        self.is_main = group.world.is_main
         self.norm_shares = 1 if sync_batchnorm else group.size
         self.dropout = Place()
-        self.agreement = Agreement(None)
         self.batch_total = 0  # samples of the global batch that is worked on
-        self.in_flight = 1
         self._deferred: Callable[[], AbstractContextManager[Any]] = nullcontext  # within, nothing is averaged yet
 
     # -- what a rank sees
@@ -178,32 +171,20 @@ class DataParallel(Whole):
         self.dropout.portion = None
 
     def mean_loss(self, loss: Tensor) -> Tensor:
-        """The average over ranks; whether one of them was asked to stop travels along."""
-        pair = torch.stack([loss, loss.new_full((), self.agreement.flag())])
-        losses, flags = self.group.gathered(pair).sum(0).unbind()
-        self.agreement.take(flags)
-        return losses / self.processes
-
-    # -- what is told and agreed
-
-    def agree(self, interruption: Any) -> Any:
-        self.agreement = Agreement(interruption)
-        return self.agreement
-
-    def polled(self, interruption: Any) -> Any:
-        return Polled(self.agreement, self.group)
+        return self.summed_loss(loss) / self.processes
 
     def total(self, values: Sequence[float]) -> Sequence[float]:
         return self.group.total(values)
 
-    def broadcast(self, value: T) -> T:
-        return self.group.broadcast(value)
+
+class Told(Protocol):
+    batch_total: int  # samples of the global batch that is worked on
 
 
 class Batches:
     """This rank's training batches; the mode is told how large the global one is that each belongs to."""
 
-    def __init__(self, batches: Any, mode: DataParallel) -> None:
+    def __init__(self, batches: Any, mode: Told) -> None:
         self.local = batches
         self.mode = mode
 

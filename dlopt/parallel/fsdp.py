@@ -113,7 +113,9 @@ class FullySharded(Cut, DataParallel):
         if self.sync_batchnorm:
             synchronize(model, self.device)
         make_global(model, self.dropout)
-        model.to(memory_format=torch.contiguous_format)  # FSDP2 takes no others; the inputs' format decides the outputs'
+        model.to(
+            memory_format=torch.contiguous_format
+        )  # FSDP2 takes no others; the inputs' format decides the outputs'
         self._shard(model)
         if not self.sync_every_micro_batch:
             self._deferred = lambda: _unsynchronized(model)
@@ -140,7 +142,7 @@ class FullySharded(Cut, DataParallel):
         }
         if self.low_precision:
             # Weights travel as the bf16 in which autocast would use them; norms keep fp32, as under autocast.
-            norms = [m for m in model.modules() if isinstance(m, _NORMS) and any(True for _ in m.parameters(False))]
+            norms: list[nn.Module] = [m for m in model.modules() if isinstance(m, _NORMS) and [*m.parameters()]]
             if norms:
                 fully_shard(norms, **options)
             options["mp_policy"] = MixedPrecisionPolicy(
@@ -184,6 +186,8 @@ def _unsynchronized(model: nn.Module) -> Iterator[None]:
 
 
 def _reshard(model: nn.Module) -> None:
+    from torch.distributed.fsdp import FSDPModule
+
     for module in model.modules():
-        if hasattr(module, "reshard"):
+        if isinstance(module, FSDPModule):
             module.reshard()

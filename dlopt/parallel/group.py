@@ -149,6 +149,38 @@ class Agreement:
             self._agreed |= bool(held > 0)
 
 
+class Member:
+    """This process as one of a group: what every mode of several processes does alike."""
+
+    notes: tuple[str, ...] = ()
+    in_flight = 1
+
+    def __init__(self, group: Group, device: torch.device) -> None:
+        self.group = group
+        self.device = device
+        self.rank, self.processes = group.rank, group.size
+        self.local_processes = group.world.local_size
+        self.is_main = group.world.is_main
+        self.agreement = Agreement(None)
+
+    def agree(self, interruption: Any) -> Any:
+        self.agreement = Agreement(interruption)
+        return self.agreement
+
+    def polled(self, interruption: Any) -> Any:
+        return Polled(self.agreement, self.group)
+
+    def broadcast(self, value: T) -> T:
+        return self.group.broadcast(value)
+
+    def summed_loss(self, loss: Tensor) -> Tensor:
+        """The sum over ranks; whether one of them was asked to stop travels along."""
+        pair = torch.stack([loss, loss.new_full((), self.agreement.flag())])
+        losses, flags = self.group.gathered(pair).sum(0).unbind()
+        self.agreement.take(flags)
+        return losses
+
+
 class Polled:
     """The same where no loss is reduced (in an evaluation): asking is a collective that every rank has to join."""
 

@@ -33,7 +33,7 @@ def whole(state: T) -> T:
         found = {key: whole(value) for key, value in state.items()}
     elif isinstance(state, list):
         found = [whole(value) for value in state]
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def load_model(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool = True) -> None:

@@ -47,6 +47,7 @@ class Single(Whole):
     share: Callable[[int], slice | Tensor] | None = None  # own samples of a training batch; None: all
     share_evaluation: Callable[[int], slice] | None = None  # own samples of an evaluation batch; None: all
     norm_shares = 1  # parts into which a batch falls for a batch norm
+    notes: tuple[str, ...] = ()  # what the user should know of how the model was placed
     in_flight = 1  # micro-batches into which the mode itself cuts a batch
 
     def __init__(self, device: torch.device, name: str = "single") -> None:

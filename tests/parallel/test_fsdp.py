@@ -15,7 +15,15 @@ CASES: Cases = {
         [*SYNC_FSDP, KEPT],
     ),
     "no norm, empty shares": (
-        [*MLP, "model.norm=none", "data.batch_size=19", "epochs=3", "accumulate=2", "clip=value", "clip.max_value=0.01"],
+        [
+            *MLP,
+            "model.norm=none",
+            "data.batch_size=19",
+            "epochs=3",
+            "accumulate=2",
+            "clip=value",
+            "clip.max_value=0.01",
+        ],
         [*FSDP, "parallel.sync_every_micro_batch=true"],
     ),
     "average, adaptive clipping": (
