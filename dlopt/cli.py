@@ -19,7 +19,9 @@ dlopt {dlopt.__version__}: runs experiments on the optimization of deep networks
   dlopt export checkpoint=PATH format=FORMAT     a model for other tools: safetensors, onnx, torch_export
   dlopt show-batch [group=choice] [key=value]    draw what an augmentation does to images
   dlopt trajectory schedule=a,b [key=value]      draw learning-rate curves into one picture
+  dlopt diagnose [group=choice] [key=value]      activations, gradients and curvature of a model; a verdict per layer
   dlopt bench parallel=a,b processes=1,2         speed, memory and communication of parallel modes; of devices
+  dlopt report DIR... [key=value]                compare runs and sweeps: a table, pictures, a page (--open, --watch)
   dlopt runs [DIR...] [condition...]             list and find runs; `dlopt runs clean` removes spare checkpoints
   dlopt options [group | group=choice]           every choice of every group; a group's keys with their defaults
 
@@ -78,7 +80,9 @@ def commands() -> dict[str, Callable[[list[str]], int]]:
         "export": _export,
         "show-batch": _show_batch,
         "trajectory": _trajectory,
+        "diagnose": _diagnose,
         "bench": _bench,
+        "report": _report,
         "runs": _runs,
         "options": _options,
     }
@@ -120,10 +124,22 @@ def _trajectory(arguments: list[str]) -> int:
     return trajectory(arguments)
 
 
+def _diagnose(arguments: list[str]) -> int:
+    from dlopt.commands.diagnose import diagnose
+
+    return diagnose(arguments)
+
+
 def _bench(arguments: list[str]) -> int:
     from dlopt.commands.bench import bench
 
     return bench(arguments)
+
+
+def _report(arguments: list[str]) -> int:
+    from dlopt.commands.report import report
+
+    return report(arguments)
 
 
 def _runs(arguments: list[str]) -> int:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dlopt.schedules import Factor
-
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from dlopt.schedules import Factor
 
 # Okabe & Ito 2008, told apart by colour-blind readers; without their yellow, which is faint on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
@@ -31,7 +31,7 @@ class Curve:
 
 
 def curve(
-    label: str, factor: Factor, *, lr: float, steps: int, steps_per_epoch: float, evaluate_every: float = 1.0
+    label: str, factor: "Factor", *, lr: float, steps: int, steps_per_epoch: float, evaluate_every: float = 1.0
 ) -> Curve:
     """The rates of updates 0..steps-1 (of long runs some 4000 of them, evenly spread), closed at the end of the last.
 

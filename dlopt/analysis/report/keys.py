@@ -46,6 +46,11 @@ def text(value: Any) -> str:
     return "null" if value is None else str(value)
 
 
+def brief(value: Any) -> str:
+    """The same with four significant digits, for labels."""
+    return f"{value:.4g}" if isinstance(value, float) else text(value)
+
+
 def printable(value: str) -> str:
     """Without what would steer a terminal, or break a line of a table."""
     return "".join(character if character.isprintable() else "�" for character in value)

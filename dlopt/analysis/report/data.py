@@ -1,0 +1,213 @@
+"""The table as plain values: what summary.csv and the page hold.
+
+The test figures of the first row only, unless they are asked for: whoever sees all of them chooses by them.
+"""
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import dlopt
+from dlopt.analysis.leaderboard import Statistic, student_t
+from dlopt.analysis.report.keys import brief, printable, text
+from dlopt.analysis.report.reading import ENDED, Record, is_number
+from dlopt.analysis.report.statistics import Reached, importance, sensitivities, time_to_target
+from dlopt.analysis.report.table import Configuration, Table, command, command_from, short_key
+from dlopt.tracking.layout import short_path
+
+FIRST = ("val_accuracy", "val_loss", "train_accuracy", "train_loss")
+_COST = ("epochs", "steps", "seconds", "parameters")
+_TEST = ("test_accuracy", "test_loss")
+_AXES = ("epoch", "step", "seconds")
+_POINTS = 400_000  # figures of curves in one page; beyond, curves are thinned
+_FEWEST_POINTS = 12
+
+
+def columns(table: Table) -> list[str]:
+    """The figures of a leaderboard: the one that ranks, validation and training, cost."""
+    known = {name for record in table.records for name in record.figures}
+    names = [name for name in dict.fromkeys([table.by, *FIRST]) if name in known]
+    return names + [name for name in _COST if _differs(name, table.records)]
+
+
+def _differs(name: str, records: Iterable[Record]) -> bool:
+    """A cost that all runs share says nothing in a table; failed ones have come less far."""
+    return len({record.figures.get(name) for record in records if record.status in ENDED}) > 1
+
+
+def test_columns(table: Table) -> list[str]:
+    known = {name for record in table.records for name in record.figures}
+    return [name for name in _TEST if name in known]
+
+
+def summary_csv(table: Table, target: float | None, *, test: bool) -> str:
+    """A line per configuration. Figures as fractions; means, deviations (of a sample) and counts over seeds."""
+    figures, tests = columns(table), test_columns(table)
+    head = ["rank", *table.keys, "runs", "ended", "failed"]
+    head += [f"{name}{end}" for name in (*figures, *tests) for end in ("", "_std")]
+    head += ["difference", "difference_low", "difference_high", "pairs"]
+    head += [] if target is None else ["target", "reached", "steps_to_target", "seconds_to_target"]
+    output = io.StringIO()
+    writer = csv.writer(output, lineterminator="\n")
+    writer.writerow([*head, "folders", "command"])
+    for rank, row in enumerate(table.rows, 1):
+        shown = figures + (tests if test or rank == 1 else [])
+        cells: list[Any] = [rank, *(text(row.values[key]) if key in row.values else "" for key in table.keys)]
+        cells += [len(row.runs), sum(run.has_ended for run in row.row.runs), row.row.failed]
+        for name in (*figures, *tests):
+            cells += _pair(row.statistic(name) if name in shown else None)
+        gap = row.difference
+        cells += ["", "", "", ""] if gap is None else [gap.mean, gap.low, gap.high, gap.count]
+        if target is not None:
+            reached = time_to_target(row, table.by, target)
+            cells += [target, reached.count, _pair(reached.steps)[0], _pair(reached.seconds)[0]]
+        cells += [" ".join(short_path(run.path) for run in row.runs), row.command or ""]
+        writer.writerow([_cell(cell) for cell in cells])
+    return output.getvalue()
+
+
+def _pair(found: Statistic | None) -> list[float | None]:
+    return [None, None] if found is None else [found.mean, found.std]
+
+
+def _cell(value: Any) -> Any:
+    """Texts that a spreadsheet would take for a formula get a quote in front."""
+    if not isinstance(value, str):
+        return "" if value is None else value
+    value = printable(value)
+    is_formula = value[:1] in ("=", "+", "-", "@") and not _is_number_text(value)
+    return f"'{value}" if is_formula else value
+
+
+def _is_number_text(value: str) -> bool:
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True
+
+
+def page_data(
+    table: Table, *, title: str, made: str, target: float | None, test: bool, refresh: float | None
+) -> dict[str, Any]:
+    """What the page's script reads; JSON."""
+    row_of = {run.path: i for i, row in enumerate(table.rows) for run in row.runs}
+    metrics = _metrics(table.records)
+    step = _thinning(table.records, len(metrics) + len(_AXES))
+    shares = importance(table)
+    return {
+        "title": printable(title),
+        "made": made,
+        "version": dlopt.__version__,
+        "refresh": refresh,
+        "by": table.by,
+        "lower": table.lower,
+        "keys": list(table.keys),
+        "short": {key: short_key(key, table.keys) for key in table.keys},
+        "figures": columns(table),
+        "metrics": metrics,
+        "counts": table.counts(),
+        "target": target,
+        "allTests": test,
+        "t": [student_t(0.95, n) for n in range(1, 31)],
+        "rows": [_row(row, table, target, test or i == 0) for i, row in enumerate(table.rows)],
+        "runs": [_run(record, row_of[record.path], metrics, step, table.by) for record in table.records],
+        "importance": None if shares is None else {
+            "fit": shares.fit,
+            "keys": [[key, shares.alone[key], shares.total[key]] for key in shares.total],
+            "configurations": len(table.ranked),
+        },
+        "sensitivity": [
+            {
+                "name": printable(each.optimizer),
+                "points": [[lr, value.mean, row] for lr, value, row in each.points],
+                "best": [[lr, value.mean, value.std, value.count] for lr, value in each.best],
+                "good": each.good,
+                "tolerance": each.tolerance,
+                "failed": list(each.failed),
+            }
+            for each in sensitivities(table)
+        ],
+        "damaged": [[printable(short_path(each.path)), printable(each.reason)] for each in table.damaged],
+    }  # fmt: skip
+
+
+def _row(row: Configuration, table: Table, target: float | None, test: bool) -> dict[str, Any]:
+    found = {name: row.statistic(name) for name in columns(table)}
+    gap = row.difference
+    reached = None if target is None else time_to_target(row, table.by, target)
+    return {
+        "id": str(row.runs[0].path),
+        "label": row.label,
+        "values": {key: _value(value) for key, value in row.values.items()},
+        "figures": {name: [s.mean, s.std, s.count] for name, s in found.items() if s is not None},
+        "difference": None if gap is None else [gap.mean, gap.low, gap.high, gap.count],
+        "test": _test(row, table) if test else None,
+        "failed": row.row.failed,
+        "command": row.command,
+        "reached": None if reached is None else _reached(reached),
+    }
+
+
+def _test(row: Configuration, table: Table) -> dict[str, Any]:
+    found = {name: row.statistic(name) for name in test_columns(table)}
+    return {name: [s.mean, s.std, s.count] for name, s in found.items() if s is not None}
+
+
+def _reached(found: Reached) -> list[Any]:
+    return [found.count, *_pair(found.steps), *_pair(found.seconds)]
+
+
+def _value(value: Any) -> Any:
+    return value if is_number(value) else printable(brief(value))
+
+
+def _run(record: Record, row: int, metrics: Sequence[str], step: float, by: str) -> dict[str, Any]:
+    lines = _thinned(record.metrics, step, by)
+    return {
+        "path": printable(short_path(record.path)),
+        "row": row,
+        "seed": _value(record.config.get("seed")),
+        "status": record.status,
+        "reason": None if record.reason is None else printable(record.reason),
+        "label": record.path.name,
+        "figures": {k: v for k, v in record.figures.items() if k not in ("processes",) and not k.startswith("test_")},
+        "command": command(record),
+        "from": command_from(record),
+        "commit": None if record.commit is None else printable(record.commit),
+        "curve": {name: [_short(line.get(name)) for line in lines] for name in (*_AXES, *metrics)},
+    }
+
+
+def _short(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.6g}")
+
+
+def _metrics(records: Sequence[Record]) -> list[str]:
+    """Names of curves: what every part logs per epoch."""
+    names = dict.fromkeys(name for record in records for line in record.metrics[:1] for name in line)
+    names |= dict.fromkeys(name for record in records for line in record.metrics[-1:] for name in line)
+    first = [name for name in FIRST if name in names]
+    return [*first, *(name for name in names if name not in (*first, *_AXES))]
+
+
+def _thinning(records: Sequence[Record], values: int) -> float:
+    """Evaluated epochs per one that the page shows."""
+    return max(sum(len(record.metrics) for record in records) * values / _POINTS, 1.0)
+
+
+def _thinned(lines: Sequence[Mapping[str, float]], step: float, by: str) -> Iterable[Mapping[str, float]]:
+    """Evenly spread ones, the first and the last, and each that is better than all before: time to target is exact."""
+    count = max(round(len(lines) / step), _FEWEST_POINTS)
+    if len(lines) <= count:
+        return lines
+    kept = {round(i * (len(lines) - 1) / (count - 1)) for i in range(count)}
+    best = None
+    sign = 1 if by.endswith(("loss", "error")) else -1
+    for i, line in enumerate(lines):
+        value = line.get(by)
+        if value is not None and (best is None or sign * value < best):
+            best = sign * value
+            kept.add(i)
+    return [lines[i] for i in sorted(kept)]

@@ -1,0 +1,265 @@
+"""The report's pictures as files, for papers: one function each, from a table to a figure or None."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dlopt.analysis.curves import COLOURS, DASHES
+from dlopt.analysis.report.keys import text
+from dlopt.analysis.report.reading import is_number
+from dlopt.analysis.report.statistics import (
+    Importance,
+    Sensitivity,
+    band,
+    importance,
+    sensitivities,
+    time_to_target,
+)
+from dlopt.analysis.report.table import Configuration, Table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SHOWN = 6  # configurations in a picture of curves
+_AGAINST = {"epoch": "epoch", "step": "update", "seconds": "seconds of training"}
+_MARKERS = "osD^vPX"
+
+
+def pictures(table: Table, target: float | None) -> dict[str, "Figure"]:
+    """File name -> figure, of what the table has data for."""
+    makers: Mapping[str, Callable[[], Figure | None]] = {
+        "learning_curves.png": lambda: learning_curves(table),
+        "learning_rates.png": lambda: learning_rates(table),
+        "importance.png": lambda: importance_bars(table, importance(table)),
+        "parallel_coordinates.png": lambda: parallel_coordinates(table),
+        "lr_sensitivity.png": lambda: lr_sensitivity(table, sensitivities(table)),
+        "time_to_target.png": lambda: None if target is None else times(table, target),
+    }
+    found = {name: make() for name, make in makers.items()}
+    return {name: figure for name, figure in found.items() if figure is not None}
+
+
+def spelled(figure: str) -> str:
+    """val_accuracy -> validation accuracy."""
+    words = figure.replace("_", " ").replace("lr", "learning rate")
+    return words.replace("val ", "validation ").replace("train ", "training ")
+
+
+def _figure(width: float, height: float, columns: int = 1) -> tuple["Figure", "list[Axes]"]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = [figure.add_subplot(1, columns, i + 1) for i in range(columns)]
+    for each in axes:
+        each.grid(color="0.9")
+        each.set_axisbelow(True)
+        each.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _rows(table: Table) -> Sequence[Configuration]:
+    return (table.ranked or table.rows)[:SHOWN]
+
+
+def _style(i: int) -> dict[str, Any]:
+    return {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)], "linewidth": 1.8}
+
+
+def learning_curves(table: Table) -> "Figure | None":
+    """The ranking figure of the best configurations against epochs, updates and seconds, with 95 % intervals."""
+    figure, axes = _figure(12, 3.8 + 0.2 * len(_rows(table)), len(_AGAINST))
+    drawn = [_curve(axis, table, table.by, against) for axis, against in zip(axes, _AGAINST, strict=True)]
+    if not any(drawn):
+        return None
+    axes[0].set_ylabel(spelled(table.by))
+    return _with_legend(figure, axes[0], table, "mean over seeds; the band is its 95 % confidence interval")
+
+
+def learning_rates(table: Table) -> "Figure | None":
+    figure, [axis] = _figure(7.5, 4.5 + 0.2 * len(_rows(table)))
+    if not _curve(axis, table, "lr", "epoch"):
+        return None
+    curves = [np.asarray(line.get_ydata(), dtype=float) for line in axis.get_lines()]
+    rates = np.concatenate(curves)
+    rates, tops = rates[rates > 0], [curve.max() for curve in curves]
+    if len(rates) and max(tops) > 20 * min(tops):
+        axis.set_yscale("log", nonpositive="mask")
+        axis.set_ylim(max(rates.min() / 1.5, rates.max() * 1e-6), rates.max() * 1.5)
+    else:
+        axis.set_ylim(bottom=0)
+    axis.set_ylabel("learning rate at the end of the epoch")
+    return _with_legend(figure, axis, table, "")
+
+
+def _curve(axis: "Axes", table: Table, name: str, against: str) -> bool:
+    """The vertical range is that of the means: the interval of two runs can be wider than all there is."""
+    means: list[float] = []
+    for i, row in enumerate(_rows(table)):
+        found = band(row.runs, name, against)
+        if found is None:
+            continue
+        label = f"{row.label}  ({len(row.runs)} run{'s' * (len(row.runs) > 1)})"
+        axis.plot(found.x, found.mean, label=label, **_style(i))
+        axis.fill_between(found.x, found.low, found.high, color=COLOURS[i % len(COLOURS)], alpha=0.15, linewidth=0)
+        means += [value for value in found.mean if math.isfinite(value)]
+    axis.set_xlabel(_AGAINST[against])
+    if means:
+        margin = 0.08 * (max(means) - min(means)) or 0.1 * abs(means[0]) or 0.1
+        axis.set_ylim(min(means) - margin, max(means) + margin)
+    if against != "seconds":
+        axis.locator_params("x", integer=True)
+    return bool(means)
+
+
+def _with_legend(figure: "Figure", axis: "Axes", table: Table, note: str) -> "Figure":
+    handles, labels = axis.get_legend_handles_labels()
+    more = len(table.rows) - len(labels)
+    title = "; ".join(filter(None, [f"the best {len(labels)} of {len(table.rows)} configurations" * (more > 0), note]))
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=1, frameon=False, title=title,
+        title_fontsize="small", handlelength=3,
+    )  # fmt: skip
+    return figure
+
+
+def importance_bars(table: Table, found: Importance | None) -> "Figure | None":
+    if found is None:
+        return None
+    keys = sorted(found.total, key=lambda key: found.total[key])
+    figure, [axis] = _figure(7, 1.4 + 0.4 * len(keys))
+    axis.barh(keys, [100 * found.total[key] for key in keys], color="#9ecae1", label="with its interactions")
+    axis.barh(keys, [100 * found.alone[key] for key in keys], color=COLOURS[0], label="alone")
+    axis.set_xlabel(f"share of the variance of {spelled(table.by)} (%)")
+    axis.set_xlim(0, 100)
+    axis.grid(visible=False, axis="y")
+    axis.set_title(
+        f"random forest over {len(table.ranked)} configurations; it explains {max(found.fit, 0):.0%} of unseen ones",
+        fontsize="small",
+    )
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def lr_sensitivity(table: Table, found: Sequence[Sensitivity]) -> "Figure | None":
+    """The best figure at each learning rate by optimizer; the band of good rates below the curves."""
+    if not found:
+        return None
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 4.2 + 0.25 * len(found)), layout="constrained")
+    axis, strip = figure.subplots(2, 1, sharex=True, height_ratios=[16, len(found) + 0.5])
+    for i, each in enumerate(found):
+        colour, rates = COLOURS[i % len(COLOURS)], [lr for lr, _ in each.best]
+        means = [value.mean for _, value in each.best]
+        spread = [value.std or 0.0 for _, value in each.best]
+        axis.plot([p[0] for p in each.points], [p[1].mean for p in each.points], ".", color=colour, alpha=0.4)
+        axis.errorbar(
+            rates, means, spread, marker=_MARKERS[i % len(_MARKERS)], capsize=3, label=each.optimizer, **_style(i)
+        )
+        strip.plot(each.good, [-i, -i], color=colour, linewidth=4, marker=_MARKERS[i % len(_MARKERS)], markersize=7)
+        if each.failed:
+            axis.plot(each.failed, [0.02] * len(each.failed), "x", color=colour, transform=axis.get_xaxis_transform())
+    axis.set_xscale("log")
+    axis.set_ylabel(spelled(table.by))
+    axis.grid(color="0.9")
+    axis.spines[["top", "right"]].set_visible(False)
+    strip.set_ylim(-len(found) + 0.4, 0.6)
+    strip.set_yticks([-i for i in range(len(found))], [f"good: {each.optimizer}" for each in found], fontsize="small")
+    strip.set_xlabel("learning rate")
+    strip.spines[["top", "right", "left"]].set_visible(False)
+    strip.tick_params(left=False)
+    note = "best over the other keys; bars: standard deviation over seeds"
+    axis.set_title(note + ("; ×: failed runs" if any(each.failed for each in found) else ""), fontsize="small")
+    axis.legend(frameon=False)
+    return figure
+
+
+def parallel_coordinates(table: Table) -> "Figure | None":
+    """A line per configuration through its keys' values to its figure; the darker the better."""
+    rows = table.ranked
+    if len(table.keys) < 2 or len(rows) < 2:
+        return None
+    from matplotlib.colors import LinearSegmentedColormap
+
+    keys = list(table.keys)[:8]
+    scales = [_Scale([row.values.get(key) for row in rows]) for key in keys]
+    figures = [row.value.mean for row in rows if row.value is not None]
+    scales.append(_Scale(figures))
+    figure, [axis] = _figure(1.8 * len(scales) + 1, 4.5)
+    shades = LinearSegmentedColormap.from_list("", ["#d9d9d9", "#9ecae1", "#08306b"])
+    for i in reversed(range(len(rows))):
+        values = [*(rows[i].values.get(key) for key in keys), figures[i]]
+        places = [scale(value) for scale, value in zip(scales, values, strict=True)]
+        axis.plot(range(len(scales)), places, color=shades(1 - i / max(len(rows) - 1, 1)), linewidth=1.2, alpha=0.8)
+    for x, scale in enumerate(scales):
+        axis.axvline(x, color="0.3", linewidth=0.8)
+        for place, label in scale.ticks:
+            box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
+            axis.annotate(
+                label, (x, place), xytext=(5, 0), textcoords="offset points", fontsize="small", va="center", bbox=box
+            )
+    axis.set_xticks(range(len(scales)), [*keys, spelled(table.by)], fontsize="small")
+    axis.set_yticks([])
+    axis.grid(visible=False)
+    axis.set_xlim(-0.2, len(scales) - 0.6)
+    axis.spines[["left", "bottom"]].set_visible(False)
+    return figure
+
+
+class _Scale:
+    """Values of one axis -> 0..1, with a few labelled places."""
+
+    def __init__(self, values: Sequence[Any]) -> None:
+        known = [value for value in values if value is not None]
+        self.is_number = all(is_number(value) for value in known) and len(set(known)) > 1
+        if not self.is_number:
+            names = sorted({text(value) for value in values})
+            self.places = {name: (i + 0.5) / len(names) for i, name in enumerate(names)}
+            self.ticks = [(place, name) for name, place in self.places.items()]
+            return
+        self.low, self.high = min(known), max(known)
+        self.log = self.low > 0 and self.high / self.low >= 20
+        marks = sorted(set(known)) if len(set(known)) <= 8 else [self._at(i / 4) for i in range(5)]
+        self.ticks = [(self(value), f"{value:.4g}") for value in marks]
+
+    def _at(self, place: float) -> float:
+        if self.log:
+            return float(self.low * (self.high / self.low) ** place)
+        return float(self.low + place * (self.high - self.low))
+
+    def __call__(self, value: Any) -> float:
+        if not self.is_number:
+            return self.places[text(value)]
+        if value is None:
+            return math.nan
+        if self.log:
+            return math.log(value / self.low) / math.log(self.high / self.low)
+        return float((value - self.low) / (self.high - self.low))
+
+
+def times(table: Table, target: float) -> "Figure | None":
+    """Updates and seconds until the target, of the configurations that reach it, the quickest first."""
+    found = [(row, time_to_target(row, table.by, target)) for row in table.ranked]
+    reached = [(row, each) for row, each in found if each.steps is not None]
+    if not reached:
+        return None
+    reached.sort(key=lambda pair: (pair[1].count < pair[1].runs, pair[1].steps.mean if pair[1].steps else 0))
+    shown = reached[:15][::-1]
+    figure, axes = _figure(11, 1.6 + 0.34 * len(shown), 2)
+    for axis, name, colour in zip(axes, ("steps", "seconds"), (COLOURS[0], COLOURS[1]), strict=True):
+        values = [getattr(each, name) for _, each in shown]
+        axis.barh(
+            range(len(shown)), [0 if v is None else v.mean for v in values], color=colour, height=0.6,
+            xerr=[0 if v is None else v.std or 0 for v in values], ecolor="0.2", capsize=2,
+        )  # fmt: skip
+        axis.set_xlabel({"steps": "updates", "seconds": "seconds of training"}[name])
+        axis.grid(visible=False, axis="y")
+        axis.set_yticks([])
+    labels = [f"{row.label}  ({each.count}/{each.runs})" for row, each in shown]
+    axes[0].set_yticks(range(len(shown)), labels, fontsize="small")
+    sign = "≤" if table.lower else "≥"
+    figure.suptitle(f"until {spelled(table.by)} {sign} {target:g} (runs that reach it / runs)", fontsize="medium")
+    return figure

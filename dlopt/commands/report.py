@@ -1,0 +1,252 @@
+"""`dlopt report`: compares runs and sweeps in a table, in pictures and on a page."""
+
+import contextlib
+import io
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.table import Table as Grid
+from rich.text import Text
+
+from dlopt.analysis.report.data import columns, page_data, summary_csv, test_columns
+from dlopt.analysis.report.keys import brief, printable
+from dlopt.analysis.report.page import page
+from dlopt.analysis.report.reading import Reader
+from dlopt.analysis.report.statistics import default_target
+from dlopt.analysis.report.table import Configuration, Table, gather, short_key
+from dlopt.config.schema import check_arguments
+from dlopt.errors import UserError
+from dlopt.evaluation.saved import typed_values
+from dlopt.job import DONE
+from dlopt.ranges import Count
+from dlopt.tracking import layout
+from dlopt.tracking.files import write_atomically
+
+if TYPE_CHECKING:
+    from dlopt.analysis.leaderboard import Statistic
+
+USAGE = """\
+dlopt report DIR... [key=value] [--watch] [--open]
+
+Compares the runs and sweeps in and below the folders: a table here, and in DIR/report/ a page (index.html, which needs
+no network), summary.csv and pictures. Runs that differ in their seeds only are one configuration.
+
+  dlopt report outputs/night
+  dlopt report outputs/night by=val_loss target=0.4
+  dlopt report outputs/night --watch --open       while the sweep runs
+
+  by=FIGURE     the validation figure that ranks (val_accuracy; val_loss where there is none)
+  target=N      the figure whose time is taken (one that half of the configurations reach); accuracies as 0..1
+  test=true     the test figures of all rows, not of the first alone
+  top=N         rows of the table here (20)
+  output=DIR    instead of DIR/report (of the first DIR)
+  --watch       goes on until stopped, and writes anew whenever a run has written
+  --open        shows the page in the browser, served on this machine's loopback address until stopped
+"""
+
+_EVERY = 5.0  # seconds between two looks at the folders
+_KEYS_HERE = 6  # of the config, in a table at a terminal
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Own:
+    by: str | None = None
+    target: float | None = None
+    test: bool = False
+    top: Count = 20
+    output: str | None = None
+
+
+def report(arguments: list[str]) -> int:
+    """Writes, and shows; with `--watch` or `--open` until it is stopped. Raises `UserError`."""
+    if {"-h", "--help"} & set(arguments):
+        print(USAGE, end="")
+        return DONE
+    flags = {each for each in arguments if each in ("--watch", "--open")}
+    folders, own = _parse([each for each in arguments if each not in flags])
+    target = folders[0] / "report" if own.output is None else Path(own.output)
+    reader, console = Reader(), Console(highlight=False)
+    watch = "--watch" in flags
+    seen = _write(reader, folders, target, own, console, watch=watch)
+    if not flags:
+        return DONE
+    with contextlib.ExitStack() as stack:
+        if "--open" in flags:
+            from dlopt.analysis.report.serving import serve
+
+            address = stack.enter_context(serve(target))
+            print(f"{address}  (Ctrl+C ends)", flush=True)
+            _open_browser(address)
+        with contextlib.suppress(KeyboardInterrupt):
+            while True:
+                time.sleep(_EVERY)
+                if watch:
+                    seen = _write(reader, folders, target, own, console, watch=True, before=seen)
+    return DONE
+
+
+def _parse(arguments: Sequence[str]) -> tuple[list[Path], _Own]:
+    folders = [Path(each) for each in arguments if Path(each).is_dir()]
+    rest = [each for each in arguments if not Path(each).is_dir()]
+    for line in rest:
+        if line.startswith("-"):
+            raise UserError(f"{line}: there is no such flag; `dlopt report --help` shows what is allowed")
+        if "=" not in line:
+            raise UserError(f"{line}: there is no such folder")
+    own = _Own(**check_arguments("", _Own, typed_values(rest)))
+    if not folders:
+        raise UserError("report: a folder of runs is needed: dlopt report outputs/NAME")
+    return folders, own
+
+
+def _write(
+    reader: Reader,
+    folders: Sequence[Path],
+    target: Path,
+    own: _Own,
+    console: Console,
+    *,
+    watch: bool,
+    before: object = None,
+) -> object:
+    """Reads and writes everything, unless all is as it was `before`. Returns how it was."""
+    records, damaged = reader.read(folders)
+    if not records and not watch:
+        broken = (
+            f"; {len(damaged)} damaged: {layout.short_path(damaged[0].path)}: {damaged[0].reason}" if damaged else ""
+        )
+        raise UserError(f"{' '.join(map(str, folders))}: there is no run in or below{broken}")
+    state = [id(record) for record in records], [each.path for each in damaged]
+    if state == before:
+        return before
+    table = gather(records, damaged, own.by)
+    goal = default_target(table) if own.target is None else own.target
+    title = "Runs in " + ", ".join(layout.short_path(folder) for folder in folders)
+    made = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
+    data = page_data(table, title=title, made=made, target=goal, test=own.test, refresh=_EVERY if watch else None)
+    files = {"summary.csv": summary_csv(table, goal, test=own.test).encode(), "index.html": page(data).encode()}
+    written = _save(target, {**_pictures(table, goal), **files})
+    _show(table, own, console)
+    console.print(*(f"{layout.short_path(path)}" for path in written), sep="\n", markup=False, soft_wrap=True)
+    return state
+
+
+def _pictures(table: Table, target: float | None) -> dict[str, bytes]:
+    from dlopt.analysis.report.pictures import pictures
+
+    found = {}
+    for name, figure in pictures(table, target).items():
+        file = io.BytesIO()
+        figure.savefig(file, dpi=150, format="png")
+        found[name] = file.getvalue()
+    return found
+
+
+def _save(target: Path, files: Mapping[str, bytes]) -> list[Path]:
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            write_atomically(target / name, content)
+    except OSError as error:
+        raise UserError(f"output={target}: the report cannot be written there: {error.strerror}") from None
+    return [target / "index.html", target / "summary.csv"]
+
+
+def _open_browser(address: str) -> None:
+    import webbrowser
+
+    with contextlib.suppress(webbrowser.Error):
+        webbrowser.open(address)
+
+
+# -- the table at the terminal
+
+
+def _show(table: Table, own: _Own, console: Console) -> None:
+    """Columns that do not fit a terminal are left to the page, the least important first."""
+    expendable = ["steps", "val_loss", "seconds", "difference"]
+    dropped: set[str] = set()
+    unlimited = console.options.update(width=1000)
+    while (width := console.measure(_grid(table, own, dropped), options=unlimited).maximum) > console.width:
+        if not console.is_terminal:
+            console.width = width
+        elif expendable:
+            dropped.add(expendable.pop(0))
+        else:
+            break
+    console.print(_grid(table, own, dropped))
+    for line in _notes(table, own):
+        console.print(Text(printable(line)), soft_wrap=True)
+
+
+def _grid(table: Table, own: _Own, dropped: Collection[str]) -> Grid:
+    figures = [name for name in columns(table) if name in (table.by, "val_loss", "seconds", "steps")]
+    figures = [name for name in figures if name == table.by or name not in dropped]
+    tests = test_columns(table)[:1]
+    keys = list(table.keys)[:_KEYS_HERE]
+    compared = "difference" not in dropped and any(row.difference is not None for row in table.rows)
+    grid = Grid(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
+    grid.add_column("#", justify="right")
+    for key in keys:
+        grid.add_column(Text(printable(short_key(key, table.keys))), overflow="fold")
+    grid.add_column("runs", justify="right")
+    for name in (*figures, *tests):
+        grid.add_column(name.replace("_", " "), justify="right")
+    if compared:
+        grid.add_column(Text("to the first [95 %]"), justify="right")
+    for rank, row in enumerate(table.rows[: own.top], 1):
+        cells = [printable(brief(row.values[key])) if key in row.values else "-" for key in keys]
+        shown = [_statistic(name, row.statistic(name)) for name in figures]
+        shown += [_statistic(name, row.statistic(name)) if own.test or rank == 1 else "" for name in tests]
+        gap = [_difference(table.by, row)] if compared else []
+        style = "bold" if rank == 1 and row.value is not None else ""
+        grid.add_row(str(rank), *map(Text, cells), _runs(row), *shown, *map(Text, gap), style=style)
+    return grid
+
+
+def _runs(row: Configuration) -> str:
+    ended = sum(run.has_ended for run in row.row.runs)
+    return str(len(row.runs)) if ended == len(row.runs) else f"{ended}/{len(row.runs)}"
+
+
+def _statistic(name: str, found: "Statistic | None") -> str:
+    if found is None:
+        return "-"
+    if name == "seconds":
+        return layout.duration(found.mean)
+    mean = layout.figure(name, found.mean)
+    if name == "steps":
+        return f"{found.mean:,.0f}"
+    return mean if found.std is None else f"{mean.removesuffix(' %')} ± {layout.figure(name, found.std)}"
+
+
+def _difference(name: str, row: Configuration) -> str:
+    gap = row.difference
+    if gap is None:
+        return ""
+    scale, digits = (100, 2) if "accuracy" in name else (1, 4)
+    bounds = (
+        ""
+        if gap.low is None or gap.high is None
+        else f" [{scale * gap.low:+.{digits}f}, {scale * gap.high:+.{digits}f}]"
+    )
+    return f"{scale * gap.mean:+.{digits}f}{bounds}"
+
+
+def _notes(table: Table, own: _Own) -> list[str]:
+    counts = ", ".join(f"{count} {status.replace('_', ' ')}" for status, count in table.counts().items())
+    lines = [f"{len(table.rows)} configurations, {len(table.records)} runs: {counts}"]
+    if len(table.rows) > own.top:
+        lines[0] += f"; {len(table.rows) - own.top} more rows on the page"
+    best = table.ranked[0].command if table.ranked else None
+    lines += [] if best is None else [f"the first: {best}"]
+    lines += [f"failed: {layout.short_path(run.path)}: {run.reason or run.status}" for run in table.failed[:5]]
+    lines += [f"... and {len(table.failed) - 5} more failed runs"] if len(table.failed) > 5 else []
+    lines += [f"skipped: {layout.short_path(each.path)}: {each.reason}" for each in table.damaged]
+    return lines
