@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary, SummaryMetadata
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.compat.proto.types_pb2 import DT_FLOAT, DT_STRING
@@ -71,6 +71,20 @@ def _plugin(name: str, content: bytes = b"") -> SummaryMetadata:
     return SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name=name, content=content))
 
 
+def _histogram(values: "Tensor", bins: int = 50) -> HistogramProto:
+    counts, edges = values.histogram(bins) if values.max() > values.min() else (values.new_tensor([len(values)]), None)
+    limits = [float(values.max())] if edges is None else edges[1:].tolist()
+    return HistogramProto(
+        min=float(values.min()),
+        max=float(values.max()),
+        num=len(values),
+        sum=float(values.sum()),
+        sum_squares=float(values.square().sum()),
+        bucket_limit=limits,
+        bucket=counts.tolist(),
+    )
+
+
 class TensorBoard:
     """One run's event file in `folder`; nothing here raises because of the disk.
 
@@ -112,6 +126,15 @@ class TensorBoard:
             height=picture.height, width=picture.width, colorspace=3, encoded_image_string=file.getvalue()
         )
         self._add(Event(step=step, summary=Summary(value=[Summary.Value(tag=tag, image=image)])))
+
+    def histograms(self, step: int, values: Mapping[str, "Tensor"]) -> None:
+        """One event with the distribution of each tensor's finite values in 50 bins."""
+        found = []
+        for tag, tensor in values.items():
+            finite = tensor[tensor.isfinite()].double().cpu()
+            if finite.numel():
+                found.append(Summary.Value(tag=tag, histo=_histogram(finite)))
+        self._add(Event(step=step, summary=Summary(value=found)))
 
     def config(self, config: Mapping[str, Any], hparams: Mapping[str, str | bool | float]) -> None:
         """The config as text, and its flat form as this run's HParams.

@@ -1,0 +1,351 @@
+"""`dlopt diagnose`: what goes forward and backward through a model, in pictures, a table, and words."""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dlopt.commands.series import Job, fixed, jobs, own_keys, tell_skipped
+from dlopt.config.compose import Composer, choices_of, parse_arguments, resolve_saved, to_plain
+from dlopt.errors import UserError
+from dlopt.folders import make_new
+from dlopt.ranges import Count, Natural
+from dlopt.tracking.layout import short_path
+
+if TYPE_CHECKING:
+    from dlopt.analysis.diagnosis import Diagnosis, Snapshot
+    from dlopt.analysis.verdicts import Facts, Verdict
+    from dlopt.config.experiment import Experiment
+
+USAGE = """\
+dlopt diagnose [group=choice] [key=value]: what goes forward and backward through a model, and what is wrong with it
+
+  dlopt diagnose model=mlp model.widths=[100,100,100,100,100] model.activation=tanh model.norm=none init=xavier_normal
+  dlopt diagnose model=plain56,resnet56 model.norm=none,batch updates=0 eigenvalues=0
+  dlopt diagnose model=rnn,lstm data.image_size=64 clip=norm clip.max_norm=0.1
+  dlopt diagnose checkpoint=outputs/train/DATE/checkpoints/best.pt
+
+Looks at a few mini-batches, makes the first updates of this very training, and looks again: distributions of
+activations and of back-propagated gradients, their size against depth, saturated and dead units, gradient norms of the
+layers and the gradient noise scale, update-to-weight ratios, the Hessian's largest eigenvalues, the curvature along the
+updates, and the gradient against time lag in recurrent nets. A verdict for each layer, and what to try.
+Any key may have several values: a row or a curve for each combination. Besides the keys of `dlopt train` (which see):
+  updates=N       updates between the two looks (20); 0: only the first look
+  batches=N       mini-batches that are looked at (4)
+  eigenvalues=N   how many of the Hessian's largest (5); 0: nothing that needs second derivatives
+  iterations=N    Hessian-vector products for them (20)
+  checkpoint=PATH a trained model; the config is then the checkpoint's, of which keys may be changed
+  output=DIR      folder of pictures, diagnosis.json and TensorBoard's histograms (outputs/diagnose/<date>_<time>)
+"""
+
+_MOST = 7  # colours that can be told apart
+_ROWS = 60  # of the table
+_GROUPS = ("data", "model", "init", "normalize", "loss", "optimizer", "schedule", "clip")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Own:
+    """The keys of this command alone."""
+
+    updates: Natural = 20
+    batches: Count = 4
+    eigenvalues: Natural = 5
+    iterations: Count = 20
+    checkpoint: str | None = None
+    output: str | None = None
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """One model to look at."""
+
+    label: str
+    experiment: "Experiment"
+    choices: Mapping[str, str]
+    state: Mapping[str, Any] | None = None  # of a checkpoint
+
+
+def diagnose(arguments: list[str]) -> int:
+    """Measures, prints the table and the verdicts, and draws. Raises `UserError`."""
+    parsed = parse_arguments(arguments)
+    if parsed.help:
+        print(USAGE, end="")
+        return 0
+    if parsed.multirun:
+        raise UserError("-m: several values need no flag here: init=normal,xavier_normal")
+    composer = Composer(parsed.config_name, parsed.config_dir)
+    own, overrides = own_keys(composer, parsed.overrides, _Own)
+    skipped: list[tuple[str, Job]] = []
+    if own.checkpoint is None:
+        subjects = _subjects(composer, overrides, skipped)
+        title = " ".join(fixed(composer, overrides)) or "the default model"
+    else:
+        subjects = [_trained(Path(own.checkpoint), overrides)]
+        title = " ".join([short_path(Path(own.checkpoint)), *overrides])
+    for subject in subjects:
+        _check(subject.experiment)
+    folder = _folder(own.output)
+    found = [_measure(subject, own, folder) for subject in subjects]
+    for (diagnosis, facts), subject in zip(found, subjects, strict=True):
+        _tell(diagnosis, facts, subject.label if len(subjects) > 1 else "")
+    for path in _write(folder, found, title):
+        print(short_path(path))
+    for line in tell_skipped(skipped):
+        print(line)
+    return 0
+
+
+def _subjects(composer: Composer, overrides: list[str], skipped: list[tuple[str, Job]]) -> list[_Subject]:
+    from dlopt.config.experiment import parse
+
+    subjects = []
+    for job in jobs(composer, overrides, _GROUPS, _MOST):
+        config = composer.compose(job.overrides)
+        choices = choices_of(config)
+        label = job.label(choices, "model")
+        subjects.append(_Subject(label, parse(*to_plain(config, job.overrides)), choices))
+        skipped.append((label, job))
+    return subjects
+
+
+def _trained(path: Path, overrides: Sequence[str]) -> _Subject:
+    from dlopt.config.experiment import parse
+    from dlopt.engine.checkpoint import load
+    from dlopt.evaluation.saved import typed_values, with_changes
+
+    values = typed_values(overrides)
+    for key, value in values.items():
+        if "." not in key and isinstance(value, str) and key in ("model", "data", "init", *_GROUPS):
+            raise UserError(f"{key}={value}: with checkpoint= the choices are the checkpoint's; keys may be changed")
+    state = load(path)
+    experiment = parse(resolve_saved(with_changes(state["config"], values, path)))
+    return _Subject(f"epoch {state['progress']['epoch']}", experiment, {}, state)
+
+
+def _check(experiment: "Experiment") -> None:
+    from dlopt.parallel.world import current
+
+    settings, processes = experiment.settings, experiment.parallel.arguments.get("processes")
+    if current() is not None or (processes or 1) > 1:
+        raise UserError("parallel: one process looks at a model; type parallel=single, without a launcher")
+    if settings.resume is not None:
+        raise UserError(f"resume={settings.resume}: to look at a trained model, type checkpoint=PATH")
+
+
+def _folder(output: str | None) -> Path:
+    if output is None:
+        return make_new(Path("outputs/diagnose") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S"), "output")
+    try:
+        Path(output).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output={output}: the folder cannot be made: {error.strerror}") from None
+    return Path(output)
+
+
+def _measure(subject: _Subject, own: _Own, folder: Path) -> tuple["Diagnosis", "Facts"]:
+    from dlopt.analysis import diagnosis, probing
+    from dlopt.analysis.verdicts import Facts
+
+    setup, training = probing.prepare(subject.experiment, folder, subject.state)
+    keys = {"batches": own.batches, "updates": own.updates, "eigenvalues": own.eigenvalues}
+    found = diagnosis.diagnose(subject.label, setup, training, iterations=own.iterations, **keys)
+    model = subject.experiment.model
+    layers = found.before.layers
+    activations = [layer.activation for layer in layers if layer.activation is not None]
+    facts = Facts(
+        init=subject.choices.get("init", subject.experiment.init.target.__name__),
+        norm=model.arguments.get("norm"),
+        activation=max(activations, key=activations.count) if activations else None,
+        has_skips=probing.has_skips(model),
+        is_recurrent=bool(found.before.lags),
+        is_gated=model.target.__name__ == "LSTM",
+        clip="none" if subject.experiment.clip.target.__name__ == "Unclipped" else "some",
+        gradient_norms=found.path.norms or found.before.total_norms,
+    )
+    return found, facts
+
+
+def _tell(diagnosis: "Diagnosis", facts: "Facts", label: str) -> None:
+    from rich.console import Console
+
+    from dlopt.analysis.verdicts import advice, clipping_norm, typed, verdicts
+
+    console = Console(highlight=False, width=None if os.isatty(1) else 160)
+    if label:
+        console.print(f"\n{label}", style="bold", markup=False)
+    judged = [verdicts(each.layers, each.lags) for each in diagnosis.snapshots]
+    console.print(_table(diagnosis, judged))
+    for snapshot, found in zip(diagnosis.snapshots, judged, strict=True):
+        when = "before" if snapshot is diagnosis.before else f"after {snapshot.updates} updates"
+        figures = [f"loss {snapshot.loss:.4g}", f"gradient norm {_mean(snapshot.total_norms):.3g}"]
+        if math.isfinite(snapshot.noise_scale):
+            figures.append(f"gradient noise scale {snapshot.noise_scale:.3g} samples")
+        if snapshot.spectrum is not None:
+            values = ", ".join(f"{value:.3g}" for value in snapshot.spectrum.eigenvalues.tolist())
+            figures.append(f"largest eigenvalues of the Hessian {values}")
+        for lag in snapshot.lags:
+            figures.append(
+                f"{lag.name}: gradient {lag.states[0]:.2g} one step back, {lag.states[-1]:.2g} {len(lag.states)}"
+            )
+        console.print(f"{when}: {'; '.join(figures)}", markup=False, soft_wrap=True)
+        for line in advice(found, facts):
+            console.print(f"  {line}", markup=False, soft_wrap=True)
+    norm = clipping_norm(diagnosis.path.norms)
+    if norm is not None:
+        console.print(
+            f"gradient norms in {len(diagnosis.path.norms)} updates: median {norm:.3g}, largest "
+            f"{max(diagnosis.path.norms):.3g}; to clip the larger half: clip=norm clip.max_norm={typed(norm)}",
+            soft_wrap=True,
+        )
+    if diagnosis.path.ended:
+        console.print(f"the training ended early: {diagnosis.path.ended}", markup=False, soft_wrap=True)
+
+
+def _table(diagnosis: "Diagnosis", judged: Sequence[Sequence["Verdict"]]) -> Any:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("layer")
+    table.add_column("activation")
+    for name in (
+        "std",
+        "saturated\nor dead",
+        "gradient\nnorm",
+        "weights'\ngradient",
+        "noise\nscale",
+        "update /\nweights",
+    ):
+        table.add_column(name, justify="right")
+    table.add_column("before")
+    if diagnosis.after is not None:
+        table.add_column(f"after {diagnosis.after.updates} updates")
+    snapshot = diagnosis.before
+    for i, layer in enumerate(snapshot.layers[:_ROWS]):
+        share = layer.saturated if layer.saturated is not None else layer.dead
+        words = [
+            Text(str(found[i]), "" if found[i].word == "healthy" else "bold red") for found in judged if i < len(found)
+        ]
+        table.add_row(
+            layer.name,
+            layer.activation or "",
+            f"{layer.outputs.std:.2g}",
+            "" if share is None else f"{share:.0%}",
+            f"{layer.gradients.norm:.2g}",
+            _figure(_mean(snapshot.gradient_norms.get(layer.name, []))),
+            _figure(snapshot.noise_scales.get(layer.name, math.nan)),
+            _figure(_median(diagnosis.path.ratios.get(layer.name, []))),
+            *words,
+        )
+    if len(snapshot.layers) > _ROWS:
+        table.caption = f"the first {_ROWS} of {len(snapshot.layers)} layers; all stand in diagnosis.json"
+    return table
+
+
+def _figure(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.2g}"
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+def _median(values: Sequence[float]) -> float:
+    return sorted(values)[len(values) // 2] if values else math.nan
+
+
+def _write(folder: Path, found: Sequence[tuple["Diagnosis", "Facts"]], title: str) -> list[Path]:
+    from dlopt.analysis import curves
+    from dlopt.analysis.diagnosis_pictures import pictures
+    from dlopt.tracking.files import write_atomically
+
+    diagnoses = [diagnosis for diagnosis, _ in found]
+    paths = []
+    try:
+        for name, figure in pictures(diagnoses, title).items():
+            paths += curves.save(figure, folder, name)
+        records = json.dumps([_record(each) for each in diagnoses], indent=1, allow_nan=False)
+        write_atomically(folder / "diagnosis.json", (records + "\n").encode())
+        _histograms(folder, diagnoses)
+    except OSError as error:
+        raise UserError(f"output={folder}: nothing can be written there: {error.strerror}") from None
+    return [*paths, folder / "diagnosis.json", folder / "tensorboard"]
+
+
+def _record(diagnosis: "Diagnosis") -> dict[str, Any]:
+    """All figures, with null for what is not finite."""
+    path = diagnosis.path
+    record = {
+        "label": diagnosis.label,
+        "snapshots": [_snapshot(each) for each in diagnosis.snapshots],
+        "updates": {name: getattr(path, name) for name in ("losses", "norms", "clipped", "ratios", "along", "ended")},
+        "curvature_along_updates": {str(update): value for update, value in path.curvatures.items()},
+    }
+    cleaned: dict[str, Any] = _finite(record)
+    return cleaned
+
+
+def _snapshot(snapshot: "Snapshot") -> dict[str, Any]:
+    from dlopt.analysis.verdicts import verdicts
+
+    judged = verdicts(snapshot.layers, snapshot.lags)
+    layers = [
+        {
+            "name": layer.name,
+            "kind": layer.kind,
+            "activation": layer.activation,
+            "input_std": layer.inputs.std,
+            "output_mean": layer.outputs.mean,
+            "output_std": layer.outputs.std,
+            "gradient_std": layer.gradients.std,
+            "gradient_norm": layer.gradients.norm,
+            "weight_gradient_norms": snapshot.gradient_norms.get(layer.name),
+            "noise_scale": snapshot.noise_scales.get(layer.name),
+            "saturated": layer.saturated,
+            "dead": layer.dead,
+            "verdict": verdict.word,
+            "reason": verdict.reason,
+        }
+        for layer, verdict in zip(snapshot.layers, judged, strict=True)
+    ]
+    spectrum = snapshot.spectrum
+    return {
+        "updates": snapshot.updates,
+        "loss": snapshot.loss,
+        "gradient_norms": snapshot.total_norms,
+        "noise_scale": snapshot.noise_scale,
+        "eigenvalues": None if spectrum is None else spectrum.eigenvalues.tolist(),
+        "residuals": None if spectrum is None else spectrum.residuals.tolist(),
+        "time_lag": [vars(lag) for lag in snapshot.lags],
+        "layers": layers,
+    }
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _histograms(folder: Path, diagnoses: Sequence["Diagnosis"]) -> None:
+    from dlopt.tracking.tensorboard import TensorBoard
+
+    for number, diagnosis in enumerate(diagnoses):
+        name = "tensorboard" if len(diagnoses) == 1 else f"tensorboard/{number}_{_file_name(diagnosis.label)}"
+        board = TensorBoard(folder / name, print)
+        for snapshot in diagnosis.snapshots:
+            for kind in ("outputs", "gradients"):
+                tags = {f"{kind}/{layer.name}": getattr(layer, kind).values for layer in snapshot.layers}
+                board.histograms(snapshot.updates, tags)
+        board.close()
+
+
+def _file_name(label: str) -> str:
+    return "".join(each if each.isalnum() or each in "-_." else "_" for each in label)[:60]
