@@ -36,31 +36,20 @@ def execute(run: "Run", *, typed: Sequence[str] | None = None, console: bool = T
     `typed`: the command line's overrides, where the folder does not say yet what is run in it.
     """
     from dlopt.parallel import world as worlds
-    from dlopt.parallel.launch import RECORD, run_group, wanted
-    from dlopt.run import train
+    from dlopt.parallel.launch import RECORD
 
     world = worlds.current()
     is_main = world is None or world.is_main
     place = "" if world is None or world.is_main else f"rank {world.rank}: "
     record = typed is None if world is None else os.environ.get(RECORD) == "1"  # a user's mistake, too
     try:
-        experiment = run.experiment
-        processes = 1 if world is not None else wanted(experiment.parallel.arguments, experiment.settings.device)
-        # Where processes are started, the first of them locks.
-        lock = RunFolder(run.folder).lock() if is_main and processes == 1 else contextlib.nullcontext()
+        processes, lock = claim(run)
     except UserError as error:
         complain(str(error))
         return USER_ERROR
     with lock:
         try:
-            if typed is not None and is_main:
-                describe(run.folder, run.experiment.config, typed, run.choices)
-            if processes > 1:
-                resume = run.experiment.settings.resume
-                return run_group(run.folder, processes, None if resume == "auto" else resume, record=typed is None)
-            status = train(run, console=console and is_main)["status"]
-            worlds.leave()
-            return _STATUS_OF[status]
+            return start(run, processes, typed=typed, console=console)
         except UserError as error:
             if worlds.first_to_fail():
                 complain(f"{place}{error}")
@@ -88,6 +77,37 @@ def execute(run: "Run", *, typed: Sequence[str] | None = None, console: bool = T
                     complain(f"{place}the run failed: {type(error).__name__}: {error}")
                     print(text, file=sys.stderr)
             return FAILED
+
+
+def claim(run: "Run") -> tuple[int, contextlib.AbstractContextManager[object]]:
+    """The number of processes that the run is to start, one for none, and the lock on its folder for the time that it
+    takes. Raises `UserError`."""
+    from dlopt.parallel.launch import wanted
+    from dlopt.parallel.world import current
+
+    world, experiment = current(), run.experiment
+    processes = 1 if world is not None else wanted(experiment.parallel.arguments, experiment.settings.device)
+    # Where processes are started, the first of them locks.
+    is_mine = (world is None or world.is_main) and processes == 1
+    return processes, RunFolder(run.folder).lock() if is_mine else contextlib.nullcontext()
+
+
+def start(run: "Run", processes: int, *, typed: Sequence[str] | None, console: bool) -> int:
+    """Runs what was claimed and returns the exit code. Raises `UserError`, `RunError` and whatever else happens."""
+    from dlopt.parallel import world as worlds
+    from dlopt.parallel.launch import run_group
+    from dlopt.run import train
+
+    world = worlds.current()
+    is_main = world is None or world.is_main
+    if typed is not None and is_main:
+        describe(run.folder, run.experiment.config, typed, run.choices)
+    if processes > 1:
+        resume = run.experiment.settings.resume
+        return run_group(run.folder, processes, None if resume == "auto" else resume, record=typed is None)
+    status = train(run, console=console and is_main)["status"]
+    worlds.leave()
+    return _STATUS_OF[status]
 
 
 def complain(message: str) -> None:
@@ -143,15 +163,18 @@ def _record_failure(folder: Path, reason: str) -> None:
 
 
 def main() -> int:
-    from dlopt.config.compose import resolve_saved
-    from dlopt.config.experiment import parse
-    from dlopt.engine.checkpoint import Checkpoints, load
     from dlopt.parallel import launch
     from dlopt.parallel.world import RANK, current
-    from dlopt.run import Run
 
     if RANK in os.environ:
         launch.end_with_parent()
+    elif launch.SWEEP in os.environ:
+        launch.end_with_sweep()  # before what takes seconds to import
+    from dlopt.config.compose import resolve_saved
+    from dlopt.config.experiment import parse
+    from dlopt.engine.checkpoint import Checkpoints, load
+    from dlopt.run import Run
+
     world = current()
     folder = RunFolder(Path(sys.argv[1]))
     try:

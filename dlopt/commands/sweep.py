@@ -1,8 +1,6 @@
 """`dlopt train -m`: every job is checked before the first one starts, and runs in a process of its own."""
 
 import os
-import subprocess
-import sys
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,18 +8,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from hydra.core.plugins import Plugins
+from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from dlopt.commands.hydra_main import quoted, run_hydra
-from dlopt.config.compose import Composer, choices_of, hydra_arguments, to_plain
+from dlopt.commands.hydra_main import quoted
+from dlopt.config.compose import Composer, to_plain
 from dlopt.errors import UserError
 from dlopt.folders import RunFolder, differences, make, make_new, newest, refuse_other_config
+from dlopt.sweeps.jobs import SPACE
 from dlopt.tracking.files import write_atomically
 
 if TYPE_CHECKING:
-    from dlopt.engine.interruption import Interruption
-
-_SPACE = "sweep.yaml"  # the overrides of each job
+    from dlopt.sweeps.search import Plan
 
 
 @dataclass(frozen=True)
@@ -41,22 +40,52 @@ def sweep(composer: Composer, parsed: Namespace) -> int:
             "-m: not inside torchrun or srun, where every rank would start the sweep; start it from a shell"
         )
     whole = composer.compose(parsed.overrides, multirun=True)
-    jobs = _jobs(composer, whole, parsed.overrides)
     path = OmegaConf.select(whole, "hydra.sweep.dir")
     if not path or not str(path).strip():
         raise UserError(f"hydra.sweep.dir={path or ''}: the path of a folder is needed")
+    wanted = Path(str(path)).absolute()
     is_typed = any(line.lstrip("+").startswith("hydra.sweep.dir=") for line in parsed.overrides)
-    folder = _find_folder(Path(str(path)).absolute(), is_typed, jobs, whole.resume)
+    is_search = str(whole.hydra.sweeper._target_).endswith(".dlopt_sweeps.OptunaSweeper")
+    _check_launcher(composer, whole, is_search)
+    if is_search:
+        return _search(composer, parsed, whole, wanted, is_typed)
+    jobs = _jobs(composer, whole, parsed.overrides)
+    folder = _find_folder(wanted, is_typed, jobs, whole.resume)
     if jobs and all(job.folder(folder).is_done(job.config) for job in jobs):
         print(f"this sweep is finished: {folder}")
         return 0
     with RunFolder(folder).lock():
-        write_atomically(folder / _SPACE, yaml.safe_dump([job.overrides for job in jobs], allow_unicode=True).encode())
+        write_atomically(folder / SPACE, yaml.safe_dump([job.overrides for job in jobs], allow_unicode=True).encode())
+        _mark_dead(folder, jobs)
         try:
-            run_hydra(hydra_arguments(parsed, f"hydra.sweep.dir={quoted(folder)}"), start_job)
+            _hand_over(composer, parsed, folder)
         except KeyboardInterrupt:
             return 75
+    _show(folder, jobs)
     return _outcome(folder, jobs)
+
+
+def _check_launcher(composer: Composer, whole: DictConfig, is_search: bool) -> None:
+    """Has the launcher refuse its settings before anything is made."""
+    context = HydraContext(composer.hydra.config_loader, callbacks=None)  # type: ignore[arg-type]
+    launcher: Any = Plugins.instance().instantiate_launcher(context, start_job, whole)
+    if hasattr(launcher, "places"):
+        launcher.places()
+    elif is_search:
+        name = whole.hydra.runtime.choices["hydra/launcher"]
+        raise UserError(
+            f"hydra/launcher={name}: it starts jobs in batches, a search starts one whenever a place gets free; "
+            "allowed: serial, joblib, gpus, slurm"
+        )
+
+
+def _hand_over(composer: Composer, parsed: Namespace, folder: Path) -> Any:
+    """Hydra's sweeper and launcher do the rest; returns what the sweeper returns."""
+    overrides = [*parsed.overrides, f"hydra.sweep.dir={quoted(folder)}"]
+    return composer.hydra.multirun(config_name=composer.config_name, task_function=start_job, overrides=overrides)
+
+
+# -- grids
 
 
 def _jobs(composer: Composer, whole: DictConfig, overrides: list[str]) -> list[Job]:
@@ -64,7 +93,7 @@ def _jobs(composer: Composer, whole: DictConfig, overrides: list[str]) -> list[J
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.errors import HydraException
 
-    from dlopt.config.experiment import parse
+    from dlopt.sweeps.jobs import folder_name
 
     sweeper = whole.hydra.sweeper
     if not str(sweeper._target_).endswith("BasicSweeper"):
@@ -76,22 +105,30 @@ def _jobs(composer: Composer, whole: DictConfig, overrides: list[str]) -> list[J
     try:
         [grid] = BasicSweeper.split_arguments(swept, None)
     except HydraException as error:
-        raise UserError(str(error)) from None
+        raise UserError(f"{error} hydra/sweeper=dlopt_optuna draws from intervals") from None
     if not grid:
         raise UserError("-m: a list of values is empty, so that there is nothing to run")
     jobs = []
     for number, job in enumerate(grid):
-        config = composer.compose([*hydra, *job])
-        plain, saved = to_plain(config, overrides)
-        parse(plain, saved)
-        if saved["resume"] not in (None, "auto"):
-            raise UserError(f"resume={saved['resume']}: a sweep goes on by resume=auto")
+        config, saved = _checked(composer, [*hydra, *job], overrides)
         with open_dict(config):
             config.hydra.job.num = config.hydra.job.id = number
-        jobs.append(Job(job, str(config.hydra.sweep.subdir), saved))
+        jobs.append(Job(job, folder_name(str(config.hydra.sweep.subdir)), saved))
     if len({job.subfolder for job in jobs}) < len(jobs):
         raise UserError(f"hydra.sweep.subdir={jobs[0].subfolder}: every job needs a folder of its own")
     return jobs
+
+
+def _checked(composer: Composer, overrides: list[str], typed: list[str]) -> tuple[DictConfig, dict[str, Any]]:
+    """The composed config of a job, and as it is saved. Raises `UserError`."""
+    from dlopt.config.experiment import parse
+
+    config = composer.compose(overrides)
+    plain, saved = to_plain(config, typed)
+    parse(plain, saved)
+    if saved["resume"] not in (None, "auto"):
+        raise UserError(f"resume={saved['resume']}: a sweep goes on by resume=auto")
+    return config, saved
 
 
 def _find_folder(wanted: Path, is_typed: bool, jobs: Sequence[Job], resume: str | None) -> Path:
@@ -115,10 +152,7 @@ def _find_folder(wanted: Path, is_typed: bool, jobs: Sequence[Job], resume: str 
 
 def _is_unfinished(sweep: RunFolder, jobs: Sequence[Job]) -> bool:
     """Whether this folder holds the same search space, with something left to do."""
-    try:
-        space = yaml.safe_load((sweep.path / _SPACE).read_text())
-    except (OSError, yaml.YAMLError, UnicodeDecodeError):
-        return False
+    space = _space(sweep.path)
     if sweep.is_live() or not isinstance(space, list) or len(space) != len(jobs):
         return False
     folders = [job.folder(sweep.path) for job in jobs]
@@ -129,53 +163,18 @@ def _is_unfinished(sweep: RunFolder, jobs: Sequence[Job]) -> bool:
     return not any(config is not None and differences(config, job.config) for config, job in pairs)
 
 
-def start_job(config: DictConfig) -> str:
-    """One job of a sweep in a process of its own; returns its status. A job that fails does not stop the others."""
-    from hydra.core.hydra_config import HydraConfig
-
-    from dlopt.engine.interruption import Interruption
-    from dlopt.job import DONE, INTERRUPTED, complain, describe
-
-    hydra = HydraConfig.get()
-    folder = RunFolder(Path(hydra.runtime.output_dir))
-    overrides = [str(line) for line in hydra.overrides.task]
+def _space(sweep: Path) -> Any:
     try:
-        _, saved = to_plain(config, overrides)
-        if folder.holds_a_run():
-            refuse_other_config(folder.config() or saved, saved, str(folder.path), folder.history())
-            if folder.is_done(saved):
-                print(f"job {hydra.job.num}: finished before", flush=True)
-                return "finished"
-        whole = OmegaConf.create({**config, "hydra": {"runtime": {"choices": hydra.runtime.choices}}})
-        describe(folder.path, saved, overrides, choices_of(whole))
-    except UserError as error:
-        complain(str(error))
-        return "failed"
-    print(f"job {hydra.job.num}: {' '.join(overrides) or 'as configured'}", flush=True)
-    with Interruption() as interruption:
-        process = subprocess.Popen([sys.executable, "-m", "dlopt.job", str(folder.path)])
-        code = _wait(process, interruption)
-    if interruption:
-        raise KeyboardInterrupt
-    status = (folder.summary() or {}).get("status", "failed")
-    return "interrupted" if code == INTERRUPTED else str(status) if code == DONE else "failed"
+        return yaml.safe_load((sweep / SPACE).read_text())
+    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        return None
 
 
-def _wait(process: "subprocess.Popen[bytes]", interruption: "Interruption") -> int:
-    """Waits for the job, which hears of a signal that reached only this process."""
-    is_told = False
-    try:
-        while True:
-            try:
-                return process.wait(timeout=0.2)
-            except subprocess.TimeoutExpired:
-                if interruption and not is_told:
-                    process.terminate()
-                    is_told = True
-    except KeyboardInterrupt:
-        process.kill()
-        process.wait()
-        raise
+def _mark_dead(sweep: Path, jobs: Sequence[Job]) -> None:
+    from dlopt.sweeps.jobs import record_dead
+
+    for job in jobs:
+        record_dead(job.folder(sweep))
 
 
 def _outcome(sweep: Path, jobs: Sequence[Job]) -> int:
@@ -186,3 +185,124 @@ def _outcome(sweep: Path, jobs: Sequence[Job]) -> int:
     if not folders or "failed" in status:
         return 1
     return 75 if "interrupted" in status else 0
+
+
+def _show(sweep: Path, jobs: Sequence[Job]) -> None:
+    from dlopt.analysis.leaderboard import Entry, leaderboard
+    from dlopt.tracking.overview import show_leaderboard
+
+    entries = [
+        Entry(job.subfolder, job.config, job.folder(sweep).summary() or {}, [line for line in job.overrides])
+        for job in jobs
+    ]
+    board = leaderboard(entries)
+    show_leaderboard(board, board.figure.replace("best_val_", "test_"))
+    print(f"\nthe sweep lies in {sweep}")
+
+
+# -- searches
+
+
+def _search(composer: Composer, parsed: Namespace, whole: DictConfig, wanted: Path, is_typed: bool) -> int:
+    try:
+        from dlopt.sweeps.search import facts_of, plan_of, probes
+    except ModuleNotFoundError as error:
+        if error.name != "optuna":
+            raise
+        raise UserError("hydra/sweeper=dlopt_optuna: needs the package optuna: pip install 'dlopt[sweep]'") from None
+
+    typed = composer.parse(parsed.overrides)
+    lines = [str(o.input_line) for o in typed]
+    hydra = [line for line in lines if line.lstrip("+~").startswith(("hydra.", "hydra/"))]
+    plan = plan_of(composer.hydra.config_loader, whole, [line for line in lines if line not in hydra])
+    checked = [_checked(composer, [*hydra, *probe], parsed.overrides) for probe in probes(plan.space)]
+    facts = {**facts_of(plan, checked[0][1]), "space": plan.space.describe()}
+    folder = _find_search(wanted, is_typed, plan, facts, whole.resume)
+    known = _space(folder)
+    if isinstance(known, dict) and known.get("finished", 0) >= plan.total and known.get("facts") == facts:
+        print(f"this sweep is finished: {folder}")
+        return 0
+    try:
+        outcome = _hand_over(composer, parsed, folder)
+    except KeyboardInterrupt:
+        return 75
+    if outcome.elsewhere:
+        print(f"{outcome.elsewhere} jobs are at work in other processes")
+    _show_search(folder, plan, outcome.rows)
+    return int(outcome.code)
+
+
+def _find_search(wanted: Path, is_typed: bool, plan: "Plan", facts: Mapping[str, Any], resume: str | None) -> Path:
+    """The folder of the search, made if need be. A folder in which other processes search is joined."""
+    from dlopt.sweeps.study import differing, is_worked_on
+
+    def is_unfinished(folder: RunFolder) -> bool:
+        known = _space(folder.path)
+        return isinstance(known, dict) and known.get("facts") == facts and known.get("finished", 0) < plan.total
+
+    if not is_typed:
+        found = newest(wanted.parent, is_unfinished) if resume == "auto" else None
+        return make_new(wanted, "hydra.sweep.dir") if found is None else found.path
+    known = _space(wanted)
+    if known is not None:
+        if not isinstance(known, dict):
+            raise UserError(f"hydra.sweep.dir={wanted}: this folder holds a sweep of another kind, a grid")
+        different = differing(known.get("facts", {}), facts)
+        if different:
+            raise UserError(
+                f"hydra.sweep.dir={wanted}: this folder holds a search of something else ({different}); "
+                "take its search space, or another folder"
+            )
+        if resume != "auto" and not is_worked_on(wanted):
+            raise UserError(f"hydra.sweep.dir={wanted}: this folder holds a sweep; go on with it by resume=auto")
+    try:
+        wanted.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"hydra.sweep.dir={wanted}: the folder cannot be made: {error.strerror}") from None
+    return wanted
+
+
+def _show_search(sweep: Path, plan: "Plan", rows: Sequence[tuple[int, str, Sequence[float]]]) -> None:
+    from dlopt.analysis.leaderboard import Entry, front, leaderboard
+    from dlopt.tracking.overview import show_front, show_leaderboard
+
+    if len(plan.objectives) > 1:
+        chosen = front([values for _, _, values in rows], plan.directions)
+        named = [(f"job {rows[i][0]}: {rows[i][1]}", rows[i][2]) for i in chosen]
+        show_front(sorted(named, key=lambda row: list(row[1])), plan.objectives)
+    else:
+        figure = plan.objectives[0]
+        entries = []
+        for number, label, values in rows:
+            summary = {**(RunFolder(sweep / str(number)).summary() or {"status": "finished"}), figure: values[0]}
+            entries.append(Entry(f"job {number}", {"job": number}, summary, [f"job {number}:", label]))
+        board = leaderboard(entries, figure=figure, direction=plan.directions[0])
+        show_leaderboard(board, figure.replace("best_val_", "test_"))
+    print(f"\nthe sweep lies in {sweep}")
+
+
+# -- other people's launchers
+
+
+def start_job(config: DictConfig) -> str:
+    """One job that a launcher other than dlopt's own starts; returns its status."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from dlopt.config.experiment import parse
+    from dlopt.sweeps import jobs
+    from dlopt.sweeps.grid import run_job
+    from dlopt.sweeps.places import local
+
+    hydra = HydraConfig.get()
+    folder = RunFolder(Path(hydra.runtime.output_dir))
+    overrides = [str(line) for line in hydra.overrides.task]
+    chosen = {str(key): str(value) for key, value in hydra.runtime.choices.items() if value is not None}
+    try:
+        plain, saved = to_plain(config, overrides)
+        parse(plain, saved)
+    except UserError as error:
+        return jobs.record_failure(folder, str(error)).status
+    choices = {key: value for key, value in chosen.items() if not key.startswith("hydra")}
+    return run_job(
+        jobs.Job(int(hydra.job.num), folder, saved, overrides, choices, " ".join(overrides)), local(n_jobs=1)
+    )

@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import dlopt
+from dlopt.config import plugins
 from dlopt.config.choices import config_folder
 from dlopt.config.schema import show
 from dlopt.config.trust import check_hydra, leaves
@@ -80,6 +81,7 @@ class Composer:
         self.config_name = config_name or CONFIG_NAME
         self.config_dir = config_dir
         setbase("1.3")
+        plugins.offer()
         path = create_config_search_path(str(config_folder()))
         if config_dir is not None:
             folder = f"file://{Path(config_dir).resolve()}"
@@ -269,6 +271,7 @@ def to_plain(config: DictConfig, typed: Iterable[str] | None) -> tuple[dict[str,
     raw: Any = OmegaConf.to_container(config, resolve=False)
     assert isinstance(raw, dict)
     raw.pop("hydra", None)
+    raw.pop("comparison", None)  # which commands.compare makes of the config, and nothing else does
     task = OmegaConf.create(raw)
     for key, value in leaves("", raw):
         if value == "???":

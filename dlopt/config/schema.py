@@ -26,7 +26,9 @@ ALLOWED_PACKAGES = ("dlopt", "torch.optim", "torch.nn", "torchvision")
 # What acts on files, processes and the network instead of being built: a config from elsewhere may not reach it.
 _NO_PARTS = (
     "dlopt.analysis", "dlopt.build", "dlopt.cli", "dlopt.commands", "dlopt.config", "dlopt.engine.checkpoint",
-    "dlopt.folders", "dlopt.job", "dlopt.parallel.launch", "dlopt.parallel.world", "dlopt.run", "dlopt.tracking",
+    "dlopt.folders", "dlopt.hydra_plugins", "dlopt.job", "dlopt.parallel.launch", "dlopt.parallel.world", "dlopt.run",
+    "dlopt.sweeps.crew", "dlopt.sweeps.grid", "dlopt.sweeps.jobs", "dlopt.sweeps.locks", "dlopt.sweeps.places",
+    "dlopt.sweeps.search", "dlopt.sweeps.slurm", "dlopt.sweeps.study", "dlopt.tracking",
     "torchvision.datasets.utils", "torchvision.io", "torchvision.utils",
 )  # fmt: skip
 _STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)

@@ -4,6 +4,7 @@ Hydra's own blocklist lets `torch.load` pass, and `logging.config` calls whateve
 node is checked, wherever its values come from: the command line, a file, or a value that is itself a block.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -14,6 +15,10 @@ from dlopt.config.schema import show
 from dlopt.errors import UserError
 
 _PLUGINS = ("hydra._internal.core_plugins.", "hydra_plugins.")  # installed, and found by Hydra itself
+_PARTS = {  # of hydra/sweeper=dlopt_optuna
+    "hydra.sweeper.sampler._target_": r"dlopt\.sweeps\.samplers\.[a-z]\w*",
+    "hydra.sweeper.pruner._target_": r"dlopt\.sweeps\.pruners\.[a-z]\w*",
+}
 _HANDLERS = ("logging.StreamHandler", "logging.FileHandler", "logging.NullHandler")
 _STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
 
@@ -25,8 +30,9 @@ def check_hydra(config: DictConfig, typed: Iterable[str]) -> None:
     for key, value in leaves("hydra", hydra):
         name = key.rsplit(".", 1)[-1]
         if name == "_target_":
-            plugin = key in ("hydra.sweeper._target_", "hydra.launcher._target_")
-            if not plugin or not str(value).startswith(_PLUGINS):
+            plugin = key in ("hydra.sweeper._target_", "hydra.launcher._target_") and str(value).startswith(_PLUGINS)
+            part = key in _PARTS and re.fullmatch(_PARTS[key], str(value))  # checked again against its signature
+            if not plugin and not part:
                 raise UserError(f"{key}={show(value)}: of callables, only Hydra's plug-ins may be named here")
         if key.startswith(("hydra.job_logging.", "hydra.hydra_logging.")):
             _check_logging(key, name, str(value))

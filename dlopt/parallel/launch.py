@@ -18,6 +18,7 @@ from dlopt.errors import RunError, UserError
 from dlopt.parallel.world import MEETING, PROCESSES, RANK
 
 PARENT, RECORD = "DLOPT_PARENT", "DLOPT_RECORD"
+SWEEP = "DLOPT_SWEEP"  # environment variable of a sweep's job: the process id of its sweep
 _GRACE = 5.0  # seconds in which ranks may end by themselves once one has failed
 _PR_SET_PDEATHSIG = 1
 
@@ -119,3 +120,11 @@ def end_with_parent() -> None:
     if os.getppid() != int(os.environ[PARENT]):
         os._exit(1)  # it was killed before the line above
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # until the run catches it: the launcher passes signals on
+
+
+def end_with_sweep() -> None:
+    """In a job of a sweep: where the sweep is killed, the job writes a checkpoint and ends."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != int(os.environ.pop(SWEEP)):
+        os._exit(1)  # it was killed before the line above

@@ -143,23 +143,29 @@ def _figure(name: str, value: float | None) -> str:
     return layout.rate(value) if name == "lr" else layout.figure(name, value)
 
 
+def open_console(stream: IO[str] | None = None) -> tuple[_Output, Console, bool]:
+    """A console on `stream` (stdout when not given) that never raises because of it, and whether it can redraw."""
+    output = _Output(cast("TextIO | None", sys.stdout if stream is None else stream))
+    terminal = output.isatty() and os.environ.get("TERM", "dumb") not in ("", "dumb", "unknown")
+    console = Console(
+        file=cast(IO[str], output),
+        force_terminal=terminal,
+        force_interactive=terminal,
+        force_jupyter=False,
+        color_system="auto" if terminal else None,
+        highlight=False,
+        markup=False,
+        emoji=False,
+    )
+    return output, console, terminal
+
+
 class ConsoleView:
     """Shows a run on `stream` (stdout when not given); nothing here raises because of the stream."""
 
     def __init__(self, stream: IO[str] | None = None) -> None:
-        self._output = _Output(cast("TextIO | None", sys.stdout if stream is None else stream))
-        self.terminal = self._output.isatty() and os.environ.get("TERM", "dumb") not in ("", "dumb", "unknown")
+        self._output, self._console, self.terminal = open_console(stream)
         self._width = shutil.get_terminal_size().columns if self._output.isatty() else None
-        self._console = Console(
-            file=cast(IO[str], self._output),
-            force_terminal=self.terminal,
-            force_interactive=self.terminal,
-            force_jupyter=False,
-            color_system="auto" if self.terminal else None,
-            highlight=False,
-            markup=False,
-            emoji=False,
-        )
         self._display: _Display | None = None
         self._live: Live | None = None
         self._rows: layout.EpochRows | None = None

@@ -32,7 +32,7 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-def _parse(data: bytes) -> list[dict[str, Any]]:
+def parse_metrics(data: bytes) -> list[dict[str, Any]]:
     """The objects of the leading intact lines: a crash can tear only the end of the file."""
     lines = []
     for line in data.splitlines():
@@ -49,7 +49,7 @@ def _parse(data: bytes) -> list[dict[str, Any]]:
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of `folder`/metrics.jsonl, oldest first; [] where there is none yet. A torn last line is left out."""
     try:
-        return _parse((folder / METRICS).read_bytes())
+        return parse_metrics((folder / METRICS).read_bytes())
     except FileNotFoundError:
         return []
 
@@ -79,7 +79,7 @@ def cut_metrics(folder: Path, epoch: int, step: int) -> None:
         data = path.read_bytes()
     except FileNotFoundError:
         return
-    kept = [line for line in _parse(data) if line.get("epoch", 0) <= epoch and line.get("step", 0) <= step]
+    kept = [line for line in parse_metrics(data) if line.get("epoch", 0) <= epoch and line.get("step", 0) <= step]
     wanted = "".join(to_json(line) + "\n" for line in kept).encode()
     if wanted != data:
         write_atomically(path, wanted)

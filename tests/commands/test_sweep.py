@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -56,18 +57,18 @@ def own(tmp_path: Path) -> list[str]:
 class InProcess:
     """Stands for `subprocess.Popen` where a test is not about processes: torch need not be imported for each job."""
 
-    def __init__(self, command: list[str]) -> None:
+    def __init__(self, command: list[str], **_: Any) -> None:
         assert command[1:3] == ["-m", "dlopt.job"]
         with mock.patch.object(sys, "argv", command[2:]):
             self.code = job.main()
 
-    def wait(self, timeout: float | None = None) -> int:
+    def poll(self) -> int:
         return self.code
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dlopt.commands.sweep.subprocess", mock.Mock(Popen=InProcess))
+    monkeypatch.setattr("dlopt.sweeps.places.subprocess", mock.Mock(Popen=InProcess))
 
 
 def test_jobs_are_complete_runs(tmp_path: Path) -> None:
@@ -91,9 +92,10 @@ def test_a_failing_job_does_not_stop_the_others(tmp_path: Path, own: list[str]) 
     result = sweep(tmp_path, *own, "optimizer.end=raise,exit,sysexit,none")
     assert result.code == 1
     first, second, third, last = (tmp_path / "sweep" / str(i) / "summary.json" for i in range(4))
-    assert json.loads(first.read_text())["status"] == "failed"
-    assert "broken on purpose" in json.loads(first.read_text())["reason"]
-    assert not second.exists() and not third.exists()
+    reasons = [json.loads(path.read_text())["reason"] for path in (first, second, third)]
+    assert "broken on purpose" in reasons[0] and "exit code 3" in reasons[1] and "exit code 0" in reasons[2]
+    assert "broken on purpose" in (first.parent / "traceback.txt").read_text()
+    assert status(tmp_path) == ["failed", "failed", "failed", "finished"]
     assert json.loads(last.read_text())["status"] == "finished"
 
 

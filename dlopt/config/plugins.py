@@ -1,0 +1,19 @@
+"""dlopt's own sweeper and launchers, where Hydra looks for plug-ins."""
+
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+
+_FOLDER = Path(__file__).parents[1] / "hydra_plugins"
+
+
+def offer() -> None:
+    """Puts dlopt/hydra_plugins into the namespace `hydra_plugins`, which is all that Hydra scans; before it does."""
+    try:
+        namespace = importlib.import_module("hydra_plugins")
+    except ModuleNotFoundError:  # no plug-in is installed
+        namespace = sys.modules["hydra_plugins"] = ModuleType("hydra_plugins")
+        namespace.__path__ = []
+    if str(_FOLDER) not in namespace.__path__:
+        namespace.__path__.append(str(_FOLDER))

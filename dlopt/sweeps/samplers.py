@@ -1,0 +1,126 @@
+"""How a search draws its jobs' values. Each callable stands in conf/hydra/sweeper/sampler/ with its arguments.
+
+Every job gets a sampler of its own, seeded by the search's seed and the job's number: what job 7 draws does not depend
+on which process draws it, or on how often the sweep was stopped before (but on the results at hand, where a sampler
+learns from them).
+"""
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.samplers import BaseSampler
+
+from dlopt.errors import UserError
+from dlopt.ranges import Count, Natural
+from dlopt.sweeps.space import Space, grid_values
+
+Sampler = Callable[[int], BaseSampler]
+"""Number of the job -> what draws its values."""
+
+
+def random(*, space: Space, seed: int) -> Sampler:
+    """Independent draws (Bergstra & Bengio 2012)."""
+    return lambda number: optuna.samplers.RandomSampler(seed=_seed(seed, number))
+
+
+def tpe(*, space: Space, seed: int, startup_trials: Natural, multivariate: bool, constant_liar: bool) -> Sampler:
+    """The tree-structured Parzen estimator (Bergstra et al. 2011, Watanabe 2023)."""
+    return lambda number: optuna.samplers.TPESampler(
+        n_startup_trials=startup_trials,
+        multivariate=multivariate,
+        group=False,
+        constant_liar=constant_liar,
+        seed=_seed(seed, number),
+    )
+
+
+def cmaes(*, space: Space, seed: int, startup_trials: Count, sigma: float | None, population: Count | None) -> Sampler:
+    """Covariance matrix adaptation (Hansen 2016), over numbers; the first jobs and choices are drawn at random."""
+    try:
+        import cmaes as _  # noqa: F401
+    except ImportError:
+        raise UserError("hydra/sweeper/sampler=cmaes: needs the package cmaes: pip install 'dlopt[sweep]'") from None
+    if all(isinstance(each, CategoricalDistribution) for each in space.searched.values()):
+        raise UserError("hydra/sweeper/sampler=cmaes: needs numbers to search; choices alone go with random or tpe")
+    return lambda number: optuna.samplers.CmaEsSampler(
+        n_startup_trials=startup_trials,
+        sigma0=sigma,
+        popsize=population,
+        seed=_seed(seed, number),
+        independent_sampler=optuna.samplers.RandomSampler(seed=_seed(seed, number)),
+        warn_independent_sampling=False,
+    )
+
+
+def sobol(*, space: Space, seed: int, scramble: bool) -> Sampler:
+    """Points of Sobol's sequence, scrambled after Owen: evenest when the number of jobs is a power of two."""
+    from scipy.stats import qmc
+
+    def draw(number: int) -> np.ndarray:
+        engine = qmc.Sobol(len(space.searched), scramble=scramble, seed=np.random.default_rng(seed))
+        return np.asarray(engine.fast_forward(number).random(1)[0])
+
+    return lambda number: _Numbered(space, lambda: _from_unit_cube(space, draw(number)))
+
+
+def halton(*, space: Space, seed: int, scramble: bool) -> Sampler:
+    """Points of Halton's sequence, scrambled after Owen: even for any number of jobs, in few dimensions."""
+    from scipy.stats import qmc
+
+    def draw(number: int) -> np.ndarray:
+        engine = qmc.Halton(len(space.searched), scramble=scramble, seed=np.random.default_rng(seed))
+        return np.asarray(engine.fast_forward(number).random(1)[0])
+
+    return lambda number: _Numbered(space, lambda: _from_unit_cube(space, draw(number)))
+
+
+def grid(*, space: Space, seed: int) -> Sampler:
+    """Every combination, in order; all keys need lists or ranges. `seed` changes nothing."""
+    continuous = [key for key, each in space.searched.items() if grid_values(each) is None]
+    if continuous:
+        raise UserError(f"{continuous[0]}: hydra/sweeper/sampler=grid needs choice(a,b,...) or range(a,b,step)")
+    points = space.points()
+    return lambda number: _Numbered(space, lambda: points[number % len(points)])
+
+
+class _Numbered(BaseSampler):
+    """The values follow from the job's number alone."""
+
+    def __init__(self, space: Space, draw: Callable[[], dict[str, Any]]) -> None:
+        self._space, self._draw = space, draw
+
+    def infer_relative_search_space(self, study: Any, trial: Any) -> dict[str, BaseDistribution]:
+        return dict(self._space.searched)
+
+    def sample_relative(self, study: Any, trial: Any, search_space: Any) -> dict[str, Any]:
+        return self._draw()
+
+    def sample_independent(self, study: Any, trial: Any, name: str, distribution: BaseDistribution) -> Any:
+        raise RuntimeError(f"{name} was not drawn")
+
+
+def _from_unit_cube(space: Space, point: np.ndarray) -> dict[str, Any]:
+    return {key: _scaled(each, float(x)) for (key, each), x in zip(space.searched.items(), point, strict=True)}
+
+
+def _scaled(distribution: BaseDistribution, x: float) -> Any:
+    """The value at the share `x` (0 <= x < 1) of the distribution."""
+    if isinstance(distribution, FloatDistribution) and distribution.step is None:
+        low, high = distribution.low, distribution.high
+        value = low * (high / low) ** x if distribution.log else low + x * (high - low)
+        return min(max(value, low), high)
+    if isinstance(distribution, IntDistribution) and distribution.log:
+        low, high = distribution.low - 0.5, distribution.high + 0.5
+        return min(max(round(low * (high / low) ** x), distribution.low), distribution.high)
+    values = grid_values(distribution)
+    assert values is not None
+    return values[int(x * len(values))]
+
+
+def _seed(seed: int, number: int) -> int:
+    """Unrelated streams for neighbouring numbers."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:4], "little")

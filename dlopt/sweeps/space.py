@@ -1,0 +1,156 @@
+"""The search space: what Hydra's `interval()`, `range()`, `choice()` and `tag(log, ...)` mean to Optuna."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from itertools import product
+from typing import Any, cast
+
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+
+from dlopt.errors import UserError
+
+Value = str | int | float
+
+
+@dataclass(frozen=True)
+class Space:
+    """`searched`: key -> distribution; choices are the texts that one would type. `fixed`: overrides of every job."""
+
+    searched: Mapping[str, BaseDistribution]
+    fixed: tuple[str, ...]
+
+    def overrides(self, values: Mapping[str, Any]) -> list[str]:
+        """What one would type for the job that has these values."""
+        return [*self.fixed, *self._drawn(values)]
+
+    def label(self, values: Mapping[str, Any]) -> str:
+        """What tells the job from the others."""
+        return " ".join(self._drawn(values))
+
+    def _drawn(self, values: Mapping[str, Any]) -> list[str]:
+        return [f"{key}={_text(values[key])}" for key in self.searched]
+
+    def describe(self) -> dict[str, str]:
+        """Key -> distribution in Hydra's words: for showing, saving and comparing."""
+        return {key: _describe(each) for key, each in self.searched.items()}
+
+    def size(self) -> int | None:
+        """Number of points; None where a key is continuous."""
+        total = 1
+        for each in self.searched.values():
+            values = grid_values(each)
+            if values is None:
+                return None
+            total *= len(values)
+        return total
+
+    def points(self) -> list[dict[str, Value]]:
+        """All points of a space without continuous keys, the last key changing fastest."""
+        values = [grid_values(each) for each in self.searched.values()]
+        assert all(each is not None for each in values)
+        return [dict(zip(self.searched, point, strict=True)) for point in product(*cast("list[list[Value]]", values))]
+
+
+def space_of(overrides: Iterable[Override]) -> Space:
+    """The space of parsed overrides; of a key given twice the later counts. Raises `UserError`."""
+    searched: dict[str, BaseDistribution] = {}
+    fixed: dict[str, str] = {}
+    for override in overrides:
+        key = override.get_key_element()
+        searched.pop(key, None)
+        fixed.pop(key, None)
+        if override.is_sweep_override():
+            searched[key] = _distribution(key, override)
+        else:
+            fixed[key] = f"{key}={override.get_value_element_as_str()}"
+    if not searched:
+        raise UserError(
+            "hydra.sweeper.params: there is nothing to search; for example "
+            "'optimizer.lr=tag(log,interval(0.001,0.1))' or optimizer=sgd,adamw"
+        )
+    return Space(searched, tuple(fixed.values()))
+
+
+def _distribution(key: str, override: Override) -> BaseDistribution:
+    value = override.value()
+    if isinstance(value, IntervalSweep):
+        return _interval(key, value)
+    if isinstance(value, RangeSweep) and not value.shuffle:
+        return _range(key, value)
+    choices = list(override.sweep_string_iterator())
+    if not choices:
+        raise UserError(f"{key}: the list of values is empty")
+    if len(set(choices)) < len(choices):
+        raise UserError(f"{override.input_line}: a value stands twice in the list")
+    return CategoricalDistribution(choices)
+
+
+def _interval(key: str, sweep: IntervalSweep) -> BaseDistribution:
+    low, high, is_log = sweep.start, sweep.end, _is_log(key, sweep.tags)
+    assert low is not None and high is not None
+    if low > high or (is_log and low <= 0):
+        needed = "0 < a <= b" if is_log else "a <= b"
+        raise UserError(f"{key}=interval({low},{high}): interval(a,b) needs {needed}")
+    if isinstance(low, int) and isinstance(high, int):
+        return IntDistribution(low, high, log=is_log)
+    return FloatDistribution(float(low), float(high), log=is_log)
+
+
+def _range(key: str, sweep: RangeSweep) -> BaseDistribution:
+    """Without `stop`, as Hydra's range; Optuna's bounds include it."""
+    if _is_log(key, sweep.tags):
+        raise UserError(f"{key}: tag(log, ...) goes with interval(a,b), not with range")
+    values = list(sweep.range())
+    if not values:
+        raise UserError(f"{key}=range({sweep.start},{sweep.stop},{sweep.step}): the range is empty")
+    low, high = min(values), max(values)
+    if all(isinstance(value, int) for value in values):
+        return IntDistribution(int(low), int(high), step=abs(int(sweep.step)))
+    return FloatDistribution(float(low), float(high), step=abs(float(sweep.step)))
+
+
+def _is_log(key: str, tags: set[str]) -> bool:
+    unknown = tags - {"log"}
+    if unknown:
+        raise UserError(f"{key}: tag({sorted(unknown)[0]}, ...) means nothing here; allowed: tag(log, interval(a,b))")
+    return bool(tags)
+
+
+def grid_values(distribution: BaseDistribution) -> list[Value] | None:
+    """All values, in order; None where they are continuous."""
+    if isinstance(distribution, CategoricalDistribution):
+        return [str(choice) for choice in distribution.choices]
+    if isinstance(distribution, IntDistribution):
+        return list(range(distribution.low, distribution.high + 1, distribution.step))
+    if isinstance(distribution, FloatDistribution) and distribution.step is not None:
+        first, last, step = (Decimal(str(x)) for x in (distribution.low, distribution.high, distribution.step))
+        return [float(first + i * step) for i in range(int((last - first) / step) + 1)]
+    return None
+
+
+def suggest(trial: Any, key: str, distribution: BaseDistribution) -> Any:
+    """The trial's value of one key."""
+    if isinstance(distribution, CategoricalDistribution):
+        return trial.suggest_categorical(key, distribution.choices)
+    if isinstance(distribution, IntDistribution):
+        low, high = distribution.low, distribution.high
+        return trial.suggest_int(key, low, high, step=distribution.step, log=distribution.log)
+    assert isinstance(distribution, FloatDistribution)
+    return trial.suggest_float(key, distribution.low, distribution.high, step=distribution.step, log=distribution.log)
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else repr(value)
+
+
+def _describe(distribution: BaseDistribution) -> str:
+    if isinstance(distribution, CategoricalDistribution):
+        return f"choice({','.join(str(choice) for choice in distribution.choices)})"
+    assert isinstance(distribution, IntDistribution | FloatDistribution)
+    low, high, step = distribution.low, distribution.high, distribution.step
+    if step is not None and not (isinstance(distribution, IntDistribution) and step == 1):
+        return f"from {low} to {high} in steps of {step}"
+    interval = f"interval({low},{high})"
+    return f"tag(log,{interval})" if distribution.log else interval

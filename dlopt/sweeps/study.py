@@ -1,0 +1,293 @@
+"""A study that several processes share: its storage, who works on which job, and what a dead process left behind.
+
+Every job is laid down as a waiting trial when the study is made, so that their number is fixed, a trial's number is its
+folder's name, and taking one is a single atomic step of the storage. A trial that a dead process has taken is taken
+over, number, values and checkpoint included.
+"""
+
+import os
+import socket
+import time
+import uuid
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, cast
+
+import optuna
+from optuna.exceptions import DuplicatedStudyError, OptunaError, UpdateFinishedTrialError
+from optuna.pruners import BasePruner
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+
+from dlopt.analysis.leaderboard import Direction
+from dlopt.errors import RunError, UserError
+from dlopt.sweeps.locks import JournalLock, hold, is_held, locked, taken
+from dlopt.sweeps.samplers import Sampler
+from dlopt.sweeps.space import Space, suggest
+
+JOURNAL = "study.journal"
+WORKERS = "workers"
+_ORPHAN_SECONDS = 60.0  # after which a trial that nobody has put a name to belongs to a dead process
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A job of this process: `again` where a dead one had begun it."""
+
+    number: int
+    values: Mapping[str, Any]
+    trial: optuna.trial.Trial
+    again: bool
+
+
+@dataclass(frozen=True)
+class Counts:
+    waiting: int
+    running: int
+    finished: int
+    pruned: int
+    failed: int
+
+
+def open_storage(url: str | None, folder: Path) -> BaseStorage:
+    """The journal file of a sweep's folder, or the database at `url`. Raises `UserError`."""
+    if url is None:
+        path = folder / JOURNAL
+        return JournalStorage(JournalFileBackend(str(path), lock_obj=cast(Any, JournalLock(path))))
+    try:
+        (folder / WORKERS).mkdir(parents=True, exist_ok=True)
+        with locked(
+            folder / WORKERS / "setup.lock"
+        ):  # two processes that lay down the tables at once get in each other's way
+            return RDBStorage(url, engine_kwargs={} if url.startswith("sqlite") else {"pool_pre_ping": True})
+    except ImportError as error:
+        driver = {"psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}.get(str(error.name), str(error.name))
+        raise UserError(
+            f"hydra.sweeper.storage={hidden(url)}: needs a package: pip install {driver or 'sqlalchemy'}"
+        ) from None
+    except Exception as error:  # SQLAlchemy's, its drivers' and Optuna's own
+        raise UserError(f"hydra.sweeper.storage={hidden(url)}: {_reason(error, url)}") from None
+
+
+def hidden(url: str | None) -> str:
+    """A database's URL without its password."""
+    if url is None:
+        return JOURNAL
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        return make_url(url).render_as_string(hide_password=True)
+    except (SQLAlchemyError, ValueError):
+        return "***"
+
+
+def _reason(error: Exception, url: str) -> str:
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import SQLAlchemyError
+
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    try:
+        password = make_url(url).password
+    except (SQLAlchemyError, ValueError):
+        return "this is no URL of a database"
+    return text.replace(str(password), "***") if password else text
+
+
+class Study:
+    """One process's view of the study."""
+
+    def __init__(
+        self,
+        storage: BaseStorage,
+        *,
+        name: str,
+        folder: Path,
+        space: Space,
+        directions: Sequence[Direction],
+        total: int,
+        facts: Mapping[str, Any],
+        sampler: Sampler,
+        pruner: BasePruner,
+    ) -> None:
+        """Makes or joins the study. `facts`: what has to be equal for those who share it, as JSON.
+
+        Raises `UserError` with the difference where the study searches something else.
+        """
+        self.folder, self.space, self.total = folder, space, total
+        self._storage, self._sampler = storage, sampler
+        self._workers = folder / WORKERS
+        self._workers.mkdir(parents=True, exist_ok=True)
+        self.worker = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+        self._mine: set[int] = set()
+        self._alive = hold(self._workers / f"{self.worker}.lock")
+        with locked(self._workers / "setup.lock"):
+            self._study = _create(storage, name, directions, pruner)
+            _agree(self._study, {**facts, "space": space.describe(), "directions": list(directions)})
+            self._lay_down()
+
+    def close(self) -> None:
+        """Gives back what is not finished, to whoever goes on."""
+        self._alive.close()
+
+    def _lay_down(self) -> None:
+        """Waiting trials up to the total, which may have grown."""
+        missing = self.total - len(self._trials())
+        while missing > 0:  # another machine's process, which does not see our lock, may be at it: not if none comes
+            time.sleep(0 if missing == self.total else 1.0)
+            now = self.total - len(self._trials())
+            if now == missing:
+                break
+            missing = now
+        for _ in range(missing):
+            self._study.add_trial(optuna.trial.create_trial(state=TrialState.WAITING))
+
+    def _trials(self, *states: TrialState) -> list[FrozenTrial]:
+        found = self._study.get_trials(deepcopy=False, states=states or None)
+        return [trial for trial in found if trial.number < self.total]
+
+    def claim(self) -> Claim | None:
+        """The next job: one that a dead process has left, or a new one; None where nothing is left to take."""
+        for trial in self._trials(TrialState.RUNNING):
+            if trial.number not in self._mine and self._take_over(trial):
+                return self._claimed(trial, again=True)
+        for trial in self._trials(TrialState.WAITING):
+            if self._take(trial):
+                return self._claimed(trial, again=False)
+        return None
+
+    def _take(self, trial: FrozenTrial) -> bool:
+        try:
+            if not self._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING):
+                return False
+        except (UpdateFinishedTrialError, RuntimeError):  # another process was faster, and has even finished it
+            return False
+        self._sign(trial)
+        return True
+
+    def _sign(self, trial: FrozenTrial) -> None:
+        self._storage.set_trial_user_attr(trial._trial_id, "folder", str(self.folder))
+        self._storage.set_trial_user_attr(trial._trial_id, "worker", self.worker)
+
+    def _take_over(self, trial: FrozenTrial) -> bool:
+        """Whether the trial's process is dead, and no other has taken the trial over meanwhile."""
+        with taken(self._lock_of(trial)) as is_dead:
+            if not is_dead:
+                return False
+            now = self._storage.get_trial(trial._trial_id)
+            if now.state != TrialState.RUNNING or now.user_attrs.get("worker") != trial.user_attrs.get("worker"):
+                return False
+            self._sign(trial)
+            return True
+
+    def _lock_of(self, trial: FrozenTrial) -> Path:
+        worker = trial.user_attrs.get("worker")
+        if worker is None:
+            begun = trial.datetime_start
+            is_young = begun is None or (datetime.now() - begun).total_seconds() < _ORPHAN_SECONDS
+            orphans = self._workers / "orphans.lock"
+            orphans.touch()
+            return self._workers / "nobody" if is_young else orphans
+        there = Path(str(trial.user_attrs.get("folder", self.folder)))
+        return (there if there.is_dir() else self.folder) / WORKERS / f"{worker}.lock"
+
+    def _claimed(self, trial: FrozenTrial, again: bool) -> Claim:
+        self._mine.add(trial.number)
+        self._study.sampler = self._sampler(trial.number)
+        own = optuna.trial.Trial(self._study, trial._trial_id)
+        values = {key: suggest(own, key, each) for key, each in self.space.searched.items()}
+        return Claim(trial.number, values, own, again)
+
+    def report(self, claim: Claim, epoch: int, figure: float) -> bool:
+        """Takes a figure of a running job; returns whether the job is to be stopped."""
+        claim.trial.report(figure, epoch)
+        return claim.trial.should_prune()
+
+    def finish(self, claim: Claim, figures: Sequence[float]) -> None:
+        self._study.tell(claim.number, list(figures), skip_if_finished=True)
+
+    def prune(self, claim: Claim) -> None:
+        self._study.tell(claim.number, state=TrialState.PRUNED, skip_if_finished=True)
+
+    def fail(self, claim: Claim, reason: str) -> None:
+        self._storage.set_trial_user_attr(claim.trial._trial_id, "reason", reason)
+        self._study.tell(claim.number, state=TrialState.FAIL, skip_if_finished=True)
+
+    def counts(self) -> Counts:
+        states = [trial.state for trial in self._trials()]
+        return Counts(
+            states.count(TrialState.WAITING),
+            states.count(TrialState.RUNNING),
+            states.count(TrialState.COMPLETE),
+            states.count(TrialState.PRUNED),
+            states.count(TrialState.FAIL),
+        )
+
+    def finished(self) -> list[tuple[int, Mapping[str, Any], Sequence[float]]]:
+        """(number, values, objectives) of the jobs that count."""
+        return [(trial.number, trial.params, trial.values) for trial in self._trials(TrialState.COMPLETE)]
+
+    def awaits_orphans(self) -> bool:
+        """Whether a trial was taken by a process that may have died before it signed."""
+        return any(trial.user_attrs.get("worker") is None for trial in self._trials(TrialState.RUNNING))
+
+
+def is_worked_on(folder: Path) -> bool:
+    """Whether a living process works on the search in this folder."""
+    return any(is_held(path) for path in (folder / WORKERS).glob("*-*.lock"))
+
+
+def _create(storage: BaseStorage, name: str, directions: Sequence[Direction], pruner: BasePruner) -> optuna.Study:
+    try:
+        return optuna.create_study(storage=storage, study_name=name, directions=list(directions), pruner=pruner)
+    except DuplicatedStudyError:
+        return optuna.load_study(storage=storage, study_name=name, pruner=pruner)
+
+
+def _agree(study: optuna.Study, facts: Mapping[str, Any]) -> None:
+    """Raises `UserError` where the study was made for other facts; notes them where it is new."""
+    known = study.user_attrs.get("facts")
+    if known is None:
+        study.set_user_attr("facts", dict(facts))
+        return
+    different = differing(known, facts)
+    if different:
+        raise UserError(
+            f"hydra.sweeper: the study {study.study_name} searches something else ({different}); "
+            "take its search space, or another hydra.sweep.dir or hydra.sweeper.study_name"
+        )
+
+
+def differing(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """`key: a there, b now` for all keys that differ; '' where none does."""
+    pairs: list[tuple[str, Any, Any]] = []
+    for key in [*there, *(key for key in now if key not in there)]:
+        a, b = there.get(key), now.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            pairs += [(inner, a.get(inner), b.get(inner)) for inner in [*a, *(k for k in b if k not in a)]]
+        else:
+            pairs.append((key, a, b))
+    return "; ".join(f"{key}: {_show(a)} there, {_show(b)} now" for key, a, b in pairs if a != b)
+
+
+def _show(value: Any) -> str:
+    return "nothing" if value is None else str(value)
+
+
+@contextmanager
+def storage_errors(url: str | None) -> Iterator[None]:
+    """A database that fails in the middle of a sweep ends it in one message."""
+    try:
+        yield
+    except (OptunaError, OSError) as error:
+        reason = str(error).splitlines()[0] if url is None else _reason(error, url)
+        raise RunError(f"hydra.sweeper.storage={hidden(url)}: {reason}; resume=auto goes on") from error

@@ -1,0 +1,260 @@
+"""A sweep as the user sees it: one live overview at a terminal, plain lines elsewhere, the leaderboard at its end."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import IO, TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from dlopt.tracking import layout
+from dlopt.tracking.console import open_console
+
+if TYPE_CHECKING:
+    from dlopt.analysis.leaderboard import Direction, Leaderboard, Row
+
+_ROWS = 12  # of running jobs, and of the leaderboard
+
+
+@dataclass
+class Tally:
+    """How many jobs stand where."""
+
+    total: int
+    finished: int = 0
+    pruned: int = 0
+    interrupted: int = 0
+    failed: int = 0
+    running: int = 0
+
+    @property
+    def ended(self) -> int:
+        return self.finished + self.pruned + self.failed + self.interrupted
+
+    def words(self) -> str:
+        parts = [f"{self.finished} done"]
+        counts = {
+            "pruned": self.pruned, "interrupted": self.interrupted, "running": self.running, "failed": self.failed,
+        }  # fmt: skip
+        parts += [f"{count} {name}" for name, count in counts.items() if count or name == "failed"]
+        return f"{self.ended}/{self.total}: {', '.join(parts)}"
+
+
+@dataclass
+class _Running:
+    label: str
+    since: float
+    line: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Overview:
+    """Follows a sweep; nothing here raises because of the terminal.
+
+    `figure`, `direction`: what is best; without them the best validation accuracy, or loss where there is none.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        figure: str | None = None,
+        direction: "Direction | None" = None,
+        stream: IO[str] | None = None,
+    ) -> None:
+        self.tally = Tally(total)
+        self._figure, self._direction = figure, direction
+        self._output, self._console, self._terminal = open_console(stream)
+        self._running: dict[int, _Running] = {}
+        self._best: tuple[float, int, str] | None = None
+        self._begun, self._before = time.monotonic(), 0
+        self._live: Live | None = None
+        if self._terminal:
+            self._live = Live(
+                get_renderable=self._renderable,
+                console=self._console,
+                auto_refresh=False,
+                transient=True,
+                redirect_stdout=False,
+                redirect_stderr=False,
+            )
+            self._live.start(refresh=True)
+
+    def message(self, text: str, style: str = "") -> None:
+        self._console.print(Text(text, style), soft_wrap=True)
+        self._output.flush()
+
+    def started(self, number: int, label: str) -> None:
+        self._running[number] = _Running(label, time.monotonic())
+        self.tally.running = len(self._running)
+        if self._live is None:
+            self.message(f"job {number}: {label}")
+
+    def progress(self, number: int, line: Mapping[str, Any]) -> None:
+        """The newest line of a running job's metrics.jsonl."""
+        self._running[number].line = line
+
+    def ended(
+        self, number: int, label: str, status: str, figures: Mapping[str, Any], reason: str = "", known: bool = False
+    ) -> None:
+        """`known`: its end was told before, in an earlier session."""
+        running = self._running.pop(number, None)
+        self.tally.running = len(self._running)
+        kind = "finished" if status == "stopped_early" else status
+        setattr(self.tally, kind, getattr(self.tally, kind) + 1)
+        self._consider(number, label, status, figures)
+        if known:
+            self._before += 1
+            return
+        words = [f"job {number} {status.replace('_', ' ')}"]
+        if reason:
+            words[0] += f": {reason}"
+        value = figures.get(self._figure or "")
+        if self._figure is not None and isinstance(value, int | float):
+            words.append(f"{self._figure} {layout.figure(self._figure, value)}")
+        if running is not None and not reason:
+            words.append(f"in {layout.clock(time.monotonic() - running.since)}")
+        if self._live is not None:
+            words.append(label)
+        self.message(" | ".join([*words, *self._state()]), "red" if status == "failed" else "")
+
+    def _consider(self, number: int, label: str, status: str, figures: Mapping[str, Any]) -> None:
+        if self._figure is None and figures.get("best_val_accuracy") is not None:
+            self._figure, self._direction = "best_val_accuracy", "maximize"
+        elif self._figure is None and figures.get("best_val_loss") is not None:
+            self._figure, self._direction = "best_val_loss", "minimize"
+        value = figures.get(self._figure or "")
+        if status not in ("finished", "stopped_early") or not isinstance(value, int | float):
+            return
+        sign = 1 if self._direction == "maximize" else -1
+        if self._best is None or sign * value > sign * self._best[0]:
+            self._best = (value, number, label)
+
+    def _state(self) -> list[str]:
+        words = [self.tally.words()]
+        if self._best is not None and self._live is None:
+            words.append(f"best: job {self._best[1]}")
+        left = self._left()
+        return [*words, f"{layout.clock(left)} left"] if left else words
+
+    def _left(self) -> float | None:
+        """Seconds, by the pace of this session."""
+        ended = self.tally.ended - self._before
+        remaining = self.tally.total - self.tally.ended
+        if ended <= 0 or remaining <= 0:
+            return None
+        return (time.monotonic() - self._begun) / ended * remaining
+
+    def refresh(self) -> None:
+        if self._live is not None:
+            self._live.refresh()
+
+    def _renderable(self) -> RenderableType:
+        tally, left = self.tally, self._left()
+        bar = ProgressBar(total=max(tally.total, 1), completed=tally.ended, width=30, complete_style="cyan")
+        head = Table.grid(padding=(0, 2))
+        head.add_row(Text("sweep", "bold"), bar, tally.words(), f"{layout.clock(left)} left" if left else "")
+        parts: list[RenderableType] = [head]
+        if self._best is not None and self._figure is not None:
+            value, number, label = self._best
+            best = f"best   {self._figure} {layout.figure(self._figure, value)}  job {number}: {label}"
+            parts.append(Text(best, no_wrap=True, overflow="ellipsis"))
+        for number, running in list(self._running.items())[:_ROWS]:
+            words = [f"job {number}", running.label, *_figures(running.line)]
+            parts.append(Text("  ".join(words), "dim", no_wrap=True, overflow="ellipsis"))
+        return Group(*parts)
+
+    def close(self) -> None:
+        """Takes the live display away; safe to call twice."""
+        live, self._live = self._live, None
+        if live is not None:
+            live.stop()
+        self._output.flush()
+
+
+def _figures(line: Mapping[str, Any]) -> list[str]:
+    shown = ("epoch", "train_loss", "val_loss", "val_accuracy")
+    return [
+        f"{key} {layout.figure(key, line[key]) if key != 'epoch' else line[key]}"
+        for key in shown
+        if isinstance(line.get(key), int | float)
+    ]
+
+
+def show_leaderboard(
+    board: "Leaderboard", test: str, *, all_tests: bool = False, stream: IO[str] | None = None
+) -> None:
+    """The best rows, with the difference of the others to the first; the test figure of the first only, unless asked:
+    whoever looks at all of them and picks one has chosen on the test set."""
+    rows = [row for row in board.rows if row.value is not None]
+    output, console, _ = open_console(stream)
+    if not rows:
+        return
+    is_paired = any(row.difference is not None and row.difference.low is not None for row in rows)
+    title = (
+        f"{board.figure.replace('_', ' ')}, {'the higher' if board.direction == 'maximize' else 'the lower'} the better"
+    )
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold", title=title,
+                  title_justify="left", title_style="")  # fmt: skip
+    table.add_column("")
+    table.add_column("configuration", overflow="fold")
+    table.add_column("mean ± deviation" if is_paired else board.figure.replace("_", " "), justify="right", no_wrap=True)
+    table.add_column("runs", justify="right")
+    if is_paired:
+        table.add_column("difference to the first\n(95 % confidence)", justify="right", no_wrap=True)
+    table.add_column("test", justify="right")
+    for place, row in enumerate(rows[:_ROWS], 1):
+        tested = row.statistic(test) if place == 1 or all_tests else None
+        cells = [str(place), row.label, _spread(board.figure, row), _runs(row)]
+        cells += [_difference(board.figure, row)] if is_paired else []
+        table.add_row(*cells, "" if tested is None else layout.figure(test, tested.mean))
+    with console.capture() as capture:
+        console.print(table)
+    output.write("\n" + "".join(f"{line.rstrip()}\n" for line in capture.get().splitlines()))
+    if len(rows) > _ROWS:
+        output.write(f"... and {len(rows) - _ROWS} more\n")
+    output.flush()
+
+
+def _spread(figure: str, row: "Row") -> str:
+    assert row.value is not None
+    mean = layout.figure(figure, row.value.mean)
+    return mean if row.value.std is None else f"{mean} ± {layout.figure(figure, row.value.std)}"
+
+
+def _runs(row: "Row") -> str:
+    count = 0 if row.value is None else row.value.count
+    return str(count) if count == len(row.runs) else f"{count} of {len(row.runs)}"
+
+
+def _difference(figure: str, row: "Row") -> str:
+    found = row.difference
+    if found is None:
+        return ""
+    mean = _signed(figure, found.mean)
+    if found.low is None or found.high is None:
+        return mean
+    return f"{mean} [{_signed(figure, found.low)}, {_signed(figure, found.high)}]"
+
+
+def _signed(figure: str, value: float) -> str:
+    return f"{'+' if value >= 0 else '-'}{layout.figure(figure, abs(value))}"
+
+
+def show_front(rows: Sequence[tuple[str, Sequence[float]]], figures: Sequence[str]) -> None:
+    """What no other job beats in every objective."""
+    output, console, _ = open_console()
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold",
+                  title="no other job is better in all of these", title_justify="left", title_style="")  # fmt: skip
+    table.add_column("configuration", overflow="fold")
+    for figure in figures:
+        table.add_column(figure.replace("_", " "), justify="right")
+    for label, values in rows:
+        table.add_row(label, *(layout.figure(figure, value) for figure, value in zip(figures, values, strict=True)))
+    with console.capture() as capture:
+        console.print(table)
+    output.write("\n" + "".join(f"{line.rstrip()}\n" for line in capture.get().splitlines()))
+    output.flush()
