@@ -1,8 +1,11 @@
 """Dropout whose mask is a function of the position in the global batch, so that ranks drop what one process drops."""
 
+from collections.abc import Callable, Mapping
+
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from dlopt.parallel.cuts import Cut
 from dlopt.parallel.shares import Portion
 
 
@@ -20,19 +23,23 @@ class GlobalDropout(nn.Module):
     """Any of torch's dropout modules, drawn for the samples of all ranks, of which this one keeps its own.
 
     The generator has to be in the same state on all ranks, and is so afterwards: the draws do not depend on the share.
-    The leading dimension of the input is the sample.
+    The leading dimension of the input is the sample. `cut`: which of the features an
+    input is, where ranks have different ones.
     """
 
-    def __init__(self, dropout: _DropoutNd, place: Place) -> None:
+    def __init__(self, dropout: _DropoutNd, place: Place, cut: Callable[[Tensor], Cut] | None = None) -> None:
         super().__init__()
         self.dropout = dropout
         self.place = place
+        self.cut = cut
 
     def forward(self, inputs: Tensor) -> Tensor:
         portion = self.place.portion
-        if portion is None or not self.training or self.dropout.p == 0:
+        if (portion is None and self.cut is None) or not self.training or self.dropout.p == 0:
             outputs: Tensor = self.dropout(inputs)
             return outputs
+        if portion is None:
+            portion = Portion(len(inputs), slice(0, len(inputs)))
         if len(inputs) != portion.samples:
             raise RuntimeError(
                 f"dropout sees {len(inputs)} samples where the rank has {portion.samples}: the leading dimension must "
@@ -40,21 +47,29 @@ class GlobalDropout(nn.Module):
             )
         # Around the own samples the others' places are filled with zeros: kinds of dropout need not be told apart.
         # The order of dimensions in memory is kept, since draws may follow it.
-        everyones = inputs.new_zeros(portion.total, *inputs.shape[1:])
+        shape, cut = [portion.total, *inputs.shape[1:]], self.cut and self.cut(inputs)
+        if cut is not None:
+            shape[cut.dim] = cut.size
+        everyones = inputs.new_zeros(shape)
         if not inputs.is_contiguous():
             strides = inputs.stride()
             order = sorted(range(inputs.ndim), key=lambda axis: -strides[axis])
             back = sorted(range(inputs.ndim), key=lambda axis: order[axis])
             everyones = everyones.permute(order).contiguous().permute(back)
-        everyones[portion.own] = inputs
-        kept: Tensor = self.dropout(everyones)[portion.own]
-        return kept
+        if cut is None:
+            everyones[portion.own] = inputs
+            kept: Tensor = self.dropout(everyones)[portion.own]
+            return kept
+        everyones[portion.own] = cut.put(everyones[portion.own], inputs)
+        return cut.of(self.dropout(everyones)[portion.own])
 
 
-def make_global(module: nn.Module, place: Place) -> None:
-    """Replaces the dropout modules within `module`, each wherever it is used."""
+def make_global(
+    module: nn.Module, place: Place, cuts: Mapping[nn.Module, Callable[[Tensor], Cut]] | None = None
+) -> None:
+    """Replaces the dropout modules within `module`, each wherever it is used. `cuts`: see `GlobalDropout`."""
     replaced: dict[nn.Module, GlobalDropout] = {}
     for parent in list(module.modules()):
         for name, child in parent._modules.items():
             if isinstance(child, _DropoutNd) and not isinstance(parent, GlobalDropout):
-                parent._modules[name] = replaced.setdefault(child, GlobalDropout(child, place))
+                parent._modules[name] = replaced.setdefault(child, GlobalDropout(child, place, (cuts or {}).get(child)))

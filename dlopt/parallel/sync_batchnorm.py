@@ -16,16 +16,17 @@ class SyncBatchNorm(_BatchNorm):
 
     Inputs [b, C, ...], b this rank's samples. All ranks have to come here in training. State and evaluation are those
     of torch's batch norm. In its backward, too, all ranks meet: gradients by the input are those of the global batch,
-    those by weight and bias are this rank's share of them, as for any other layer.
+    those by weight and bias are this rank's share of them, as for any other layer. `group`: the ranks, where not all.
     """
 
-    def __init__(self, norm: _BatchNorm) -> None:
+    def __init__(self, norm: _BatchNorm, group: distributed.ProcessGroup | None = None) -> None:
         """Takes the parameters and buffers of `norm` themselves, not copies."""
         super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
         self.weight, self.bias = norm.weight, norm.bias
         self.running_mean, self.running_var = norm.running_mean, norm.running_var
         self.num_batches_tracked = norm.num_batches_tracked
         self.training = norm.training
+        self.group = group
 
     def _check_input_dim(self, inputs: Tensor) -> None:
         if inputs.ndim < 2:
@@ -33,10 +34,10 @@ class SyncBatchNorm(_BatchNorm):
 
     def forward(self, inputs: Tensor) -> Tensor:
         self._check_input_dim(inputs)
-        alone = not distributed.is_initialized() or distributed.get_world_size() == 1
+        alone = not distributed.is_initialized() or distributed.get_world_size(self.group) == 1
         if alone or not (self.training or self.running_mean is None):
             return super().forward(inputs)
-        outputs, mean, variance, count = _Normalize.apply(inputs, self.weight, self.bias, self.eps)
+        outputs, mean, variance, count = _Normalize.apply(inputs, self.weight, self.bias, self.eps, self.group)
         if self.training and self.track_running_stats:
             self._track(mean, variance, count)
         return outputs
@@ -57,7 +58,12 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, inputs: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+        ctx: Any,
+        inputs: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        group: distributed.ProcessGroup | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         values = inputs.to(torch.promote_types(inputs.dtype, torch.float32))  # bf16 has too few digits for sums
         channels, axes = inputs.shape[1], [0, *range(2, inputs.ndim)]
@@ -66,8 +72,8 @@ class _Normalize(torch.autograd.Function):
         if own:
             variance, mean = torch.var_mean(values, axes, correction=0)
             moments[:channels], moments[channels:-1], moments[-1] = mean, variance * own, own
-        everyones = moments.new_empty(distributed.get_world_size() * len(moments))
-        distributed.all_gather_into_tensor(everyones, moments)
+        everyones = moments.new_empty(distributed.get_world_size(group) * len(moments))
+        distributed.all_gather_into_tensor(everyones, moments, group=group)
         everyones = everyones.view(-1, len(moments))
         means, squares, counts = everyones[:, :channels], everyones[:, channels:-1], everyones[:, -1:]
         count = counts.sum()
@@ -79,13 +85,14 @@ class _Normalize(torch.autograd.Function):
         outputs = (values - mean.view(shape)) * gain.view(shape)
         if bias is not None:
             outputs = outputs + bias.view(shape)
+        ctx.group = group
         ctx.save_for_backward(inputs, weight, mean, scale, count)
         ctx.mark_non_differentiable(mean, variance, count)
         return outputs.to(inputs.dtype), mean, variance, count
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
         inputs, weight, mean, scale, count = ctx.saved_tensors
         channels, axes = inputs.shape[1], [0, *range(2, inputs.ndim)]
         shape = (1, channels, *(1 for _ in axes[1:]))
@@ -93,19 +100,20 @@ class _Normalize(torch.autograd.Function):
         normalized = (inputs.to(mean.dtype) - mean.view(shape)) * scale.view(shape)
         by_bias, by_weight = gradient.sum(axes), (gradient * normalized).sum(axes)
         sums = torch.cat([by_bias, by_weight])
-        distributed.all_reduce(sums)
+        distributed.all_reduce(sums, group=ctx.group)
         mean_gradient, mean_product = sums[:channels] / count, sums[channels:] / count
         gain = scale if weight is None else scale * weight
         by_inputs = (gradient - mean_gradient.view(shape) - normalized * mean_product.view(shape)) * gain.view(shape)
         if weight is None:
-            return by_inputs.to(inputs.dtype), None, None, None
-        return by_inputs.to(inputs.dtype), by_weight.to(weight.dtype), by_bias.to(weight.dtype), None
+            return by_inputs.to(inputs.dtype), None, None, None, None
+        return by_inputs.to(inputs.dtype), by_weight.to(weight.dtype), by_bias.to(weight.dtype), None, None
 
 
-def synchronize(module: nn.Module, device: torch.device) -> None:
+def synchronize(module: nn.Module, device: torch.device, group: distributed.ProcessGroup | None = None) -> None:
     """Replaces the batch norms within `module` by synchronized ones: torch's on a GPU, the one above elsewhere.
 
-    Raises `UserError` for kinds that normalize by something else than the batch of the device (ghost batch norm).
+    `group`: the ranks, where not all. Raises `UserError` for kinds that normalize by something else than the batch of
+    the device (ghost batch norm).
     """
     for name, each in module.named_modules():
         if isinstance(each, _BatchNorm) and type(each) not in (*_PLAIN, SyncBatchNorm, nn.SyncBatchNorm):
@@ -113,11 +121,11 @@ def synchronize(module: nn.Module, device: torch.device) -> None:
                 f"parallel.sync_batchnorm=true: {name} is a {type(each).__name__}, which has batches of its own"
             )
     if device.type == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        nn.SyncBatchNorm.convert_sync_batchnorm(module, group)
         return
     replaced: dict[nn.Module, SyncBatchNorm] = {}
     for parent in list(module.modules()):
         for name, child in parent._modules.items():
             if type(child) in _PLAIN:
                 assert isinstance(child, _BatchNorm)
-                parent._modules[name] = replaced.setdefault(child, SyncBatchNorm(child))
+                parent._modules[name] = replaced.setdefault(child, SyncBatchNorm(child, group))

@@ -1,0 +1,249 @@
+"""Model parallelism by filters: every rank has a part of each layer's filters or units, and sees the whole mini-batch.
+
+A convolution or linear layer is split by its outputs, and its outputs stay split until a layer needs all of them. The
+last layer of a residual block, and that of the net, is split by its inputs instead: a block of two convolutions costs
+one sum over ranks forward and one backward (Krizhevsky 2014, "One weird trick for parallelizing convolutional neural
+networks"; Shoeybi et al. 2019, "Megatron-LM", section 3).
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
+
+from dlopt.errors import UserError
+from dlopt.models.alexnet import TwoColumnAlexNet
+from dlopt.models.layers import ACTIVATIONS, GlobalAveragePool
+from dlopt.models.locally_connected import LocallyConnected2d
+from dlopt.models.mlp import ResidualPair
+from dlopt.models.preact import PreActBlock, PreActBottleneck
+from dlopt.models.resnet import BasicBlock, Bottleneck
+from dlopt.parallel.collectives import Ranks
+from dlopt.parallel.cuts import Cut
+from dlopt.parallel.ddp import Port
+from dlopt.parallel.group import join
+from dlopt.parallel.model_parallel import ModelParallel, Plan, check_precision
+from dlopt.parallel.single import Single
+from dlopt.parallel.split_layers import PROJECTED, InputSplitConv2d, InputSplitLinear, SplitInputs, before, behind
+from dlopt.ranges import Count, Positive
+
+Layout = Literal["whole", "split"]  # of features, along dimension 1
+
+_BY_CHANNEL = (
+    *ACTIVATIONS.values(), nn.Identity, nn.Flatten, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, GlobalAveragePool,
+)  # fmt: skip
+_WEIGHTED = (nn.Conv2d, nn.Linear, LocallyConnected2d)
+
+
+class Splitter:
+    """Splits a model in place. Names of parameters and buffers stay; `cuts` says by name which part a rank has.
+
+    `dropouts`: how those dropouts that see a part of the features know which (`dlopt.parallel.dropout`). Errors: UserError naming the layer that cannot be split.
+    """
+
+    def __init__(self, ranks: Ranks, mode: str = "filter") -> None:
+        self.ranks = ranks
+        self.mode = mode
+        self.cuts: dict[str, Cut] = {}
+        self.dropouts: dict[nn.Module, Callable[[Tensor], Cut]] = {}
+        self._last: nn.Module | None = None
+
+    def split(self, model: nn.Module) -> None:
+        if isinstance(model, TwoColumnAlexNet):
+            self._columns(model)
+        elif isinstance(model, nn.Sequential):
+            weighted = [each for each in model.modules() if isinstance(each, _WEIGHTED)]
+            self._last = next((each for each in weighted[-1:] if isinstance(each, nn.Linear)), None)
+            if self._chain(named(model), "whole") == "split":
+                behind(model, self.ranks.gathered)
+        else:
+            self.refuse("the model", model)
+
+    def _columns(self, model: TwoColumnAlexNet) -> None:
+        """Every segment of both columns is split; between the segments, everything is whole."""
+        for name, column in named(model.columns, "columns"):
+            for segment_name, segment in named(column, name):
+                if self._chain([(segment_name, segment)], "whole") == "split":
+                    behind(segment, self.ranks.gathered)
+        self.split_inputs("head", model.head, "whole")
+
+    def _chain(self, modules: Iterable[tuple[str, nn.Module]], layout: Layout) -> Layout:
+        """Splits modules that follow each other, the first of which gets features of this layout; returns the last's."""
+        for name, module in modules:
+            layout = self._next(name, module, layout)
+        return layout
+
+    def _next(self, name: str, module: nn.Module, layout: Layout) -> Layout:
+        match module:
+            case nn.Sequential():
+                return self._chain(named(module, name), layout)
+            case BasicBlock() | Bottleneck() | PreActBlock() | PreActBottleneck() | ResidualPair():
+                if layout == "split":
+                    before(module, self.ranks.gathered)
+                self._block(name, module)
+                return "whole"
+            case nn.Conv2d() | nn.Linear() | LocallyConnected2d():
+                if module is self._last:
+                    self.split_inputs(name, module, layout)
+                    return "whole"
+                self._split_outputs(name, module, layout)
+                return "split"
+            case _NormBase() | nn.GroupNorm() | nn.LayerNorm() | nn.LocalResponseNorm():
+                return self._norm(name, module, layout)
+            case _DropoutNd():
+                if layout == "split":
+                    self.dropouts[module] = self.ranks.cut
+                return layout
+        if not isinstance(module, _BY_CHANNEL):
+            self.refuse(name, module)
+        return layout
+
+    # -- layers
+
+    def _split_outputs(self, name: str, layer: nn.Module, layout: Layout, *, copied: bool = True) -> None:
+        """`copied=False`: the input is one of `Ranks.copied` already."""
+        self._refuse_groups(name, layer)
+        if isinstance(layer, LocallyConnected2d):
+            outputs, dims = layer.weight.shape[1], (1, 0)
+        else:
+            key = "out_features" if isinstance(layer, nn.Linear) else "out_channels"
+            outputs, dims = getattr(layer, key), (0, 0)
+            setattr(layer, key, outputs // self.ranks.size)
+        what = "units" if isinstance(layer, nn.Linear) else "filters"
+        for tensor, dim in zip(("weight", "bias"), dims, strict=True):
+            self._own(name, layer, tensor, dim, outputs, what)
+        if layout == "split":
+            before(layer, lambda part: self.ranks.gathered(part, copied=True))
+        elif copied:
+            before(layer, self.ranks.copied)
+
+    def split_inputs(self, name: str, layer: nn.Module, layout: Layout) -> None:
+        self._refuse_groups(name, layer)
+        is_linear = isinstance(layer, nn.Linear)
+        key = "in_features" if is_linear else "in_channels"
+        inputs = getattr(layer, key)
+        self._own(name, layer, "weight", 1, inputs, "inputs")
+        setattr(layer, key, inputs // self.ranks.size)
+        layer.__class__ = InputSplitLinear if is_linear else InputSplitConv2d
+        assert isinstance(layer, SplitInputs)
+        layer.ranks, layer.cuts = self.ranks, layout == "whole"
+
+    def _norm(self, name: str, norm: nn.Module, layout: Layout) -> Layout:
+        if layout == "whole":
+            return layout
+        if isinstance(norm, nn.GroupNorm) and norm.num_groups % self.ranks.size == 0:
+            norm.num_groups //= self.ranks.size
+            norm.num_channels //= self.ranks.size
+        elif isinstance(norm, _NormBase):
+            norm.num_features //= self.ranks.size
+        else:  # it mixes the channels of different ranks
+            before(norm, self.ranks.gathered)
+            return "whole"
+        for tensor in ("weight", "bias", "running_mean", "running_var"):
+            if getattr(norm, tensor, None) is not None:
+                self._own(name, norm, tensor, 0, len(getattr(norm, tensor)), "channels")
+        return layout
+
+    # -- blocks
+
+    def _block(self, name: str, block: nn.Module) -> None:
+        if isinstance(block, ResidualPair):
+            layout = self._chain([(f"{name}.layer1", block.layer1)], "whole")
+            (first, linear), *others = named(block.layer2, f"{name}.layer2")
+            self.split_inputs(first, linear, layout)
+            self._chain(others, "whole")
+            return
+        shortcut = block.shortcut
+        projection = (
+            next((each for each in shortcut.modules() if isinstance(each, nn.Conv2d)), None) if shortcut else None
+        )
+        branch = [(n, m) for n, m in named(block, name) if m is not shortcut]
+        *body, last = [number for number, (_, m) in enumerate(branch) if isinstance(m, nn.Conv2d)]
+        layout: Layout = "whole"
+        for number, (part_name, part) in enumerate(branch):
+            if number == body[0]:
+                self._split_outputs(part_name, part, layout, copied=projection is None)
+                layout = "split"
+            elif number == last:
+                self.split_inputs(part_name, part, layout)
+                layout = "whole"
+            else:
+                layout = self._next(part_name, part, layout)
+        if projection is not None:
+            place = f"{name}.shortcut" if projection is shortcut else f"{name}.shortcut.0"
+            self.split_inputs(place, projection, "split")
+            block.__class__ = PROJECTED[type(block)]
+            block.ranks = self.ranks
+
+    # -- tensors
+
+    def _own(self, name: str, module: nn.Module, tensor: str, dim: int, size: int, what: str) -> None:
+        """Replaces a parameter or buffer of `module` by the rank's equal part of it."""
+        if size % self.ranks.size:
+            fitting = [str(n) for n in range(2, size + 1) if size % n == 0][:5]
+            raise UserError(
+                f"parallel={self.mode}: {name} has {size} {what}, which {self.ranks.size} processes cannot share "
+                f"evenly; use {' or '.join(fitting) or 'one'} processes"
+            )
+        take(module, name, tensor, Cut(dim, self.ranks.own(size), size), self.cuts)
+
+    def _refuse_groups(self, name: str, layer: nn.Module) -> None:
+        if isinstance(layer, nn.Conv2d) and layer.groups != 1:
+            raise UserError(f"parallel={self.mode}: {name} is a convolution in groups, which it does not split")
+
+    def refuse(self, name: str, module: nn.Module) -> None:
+        raise UserError(
+            f"parallel={self.mode}: {name} is a {type(module).__name__}, which it does not know how to split; it "
+            "splits residual and plain nets, VGG, AlexNet, locally connected nets and MLPs; use parallel=ddp"
+        )
+
+
+def split_filters(model: nn.Module, input_shape: tuple[int, ...], ranks: Ranks) -> Plan:
+    splitter = Splitter(ranks)
+    splitter.split(model)
+    return Plan(splitter.cuts, splitter.dropouts)
+
+
+def filters(
+    *,
+    device: torch.device,
+    accumulate: int,
+    precision: str,
+    processes: Count | None,
+    timeout_minutes: Positive,
+    master_addr: str | None,
+    master_port: Port | None,
+) -> "Single | ModelParallel":
+    """The mode for this process, which joins its group. Raises `UserError` where the set-up cannot work."""
+    check_precision("filter", precision)
+    joined = join(
+        "filter",
+        device,
+        processes=processes,
+        timeout_minutes=timeout_minutes,
+        master_addr=master_addr,
+        master_port=master_port,
+    )
+    if joined is None:
+        return Single(device, "filter")
+    return ModelParallel("filter", *joined, accumulate=accumulate, split=split_filters, rows=1, sync=True)
+
+
+def named(module: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
+    """Children with their full names, in their order."""
+    return [(f"{prefix}.{name}" if prefix else name, child) for name, child in module.named_children()]
+
+
+@torch.no_grad()
+def take(module: nn.Module, name: str, tensor: str, cut: Cut, cuts: dict[str, Cut]) -> None:
+    """Replaces a parameter or buffer (None stays) by this part of it, and notes it in `cuts`."""
+    whole: Tensor | None = getattr(module, tensor)
+    if whole is None:
+        return
+    own = cut.of(whole).clone()
+    is_parameter = isinstance(whole, nn.Parameter)
+    setattr(module, tensor, nn.Parameter(own, requires_grad=whole.requires_grad) if is_parameter else own)
+    cuts[f"{name}.{tensor}"] = cut

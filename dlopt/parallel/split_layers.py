@@ -1,0 +1,130 @@
+"""Layers of which each rank has a part: of the outputs, or of the inputs; and blocks that need one sum for two paths."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from dlopt.models.preact import PreActBlock, PreActBottleneck
+from dlopt.models.resnet import BasicBlock, Bottleneck
+from dlopt.parallel.collectives import Ranks
+from dlopt.parallel.distribution import here
+
+
+class SplitInputs(nn.Module):
+    """What `InputSplitConv2d` and `InputSplitLinear` share: the ranks' products are summed, then comes the bias.
+
+    `cuts`: the input is whole, and the rank takes its part of it first.
+    """
+
+    ranks: Ranks
+    cuts: bool
+    bias: nn.Parameter | None
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        own = self.ranks.part(inputs) if self.cuts else inputs
+        return self.finished(self.ranks.summed(self.partial(own)))
+
+    def partial(self, part: Tensor) -> Tensor:
+        """The rank's summand: without the others' inputs, and without the bias."""
+        raise NotImplementedError
+
+    def finished(self, total: Tensor) -> Tensor:
+        return total if self.bias is None else total + here(self.bias).view(-1, *(1 for _ in total.shape[2:]))
+
+
+class InputSplitConv2d(SplitInputs, nn.Conv2d):
+    def partial(self, part: Tensor) -> Tensor:
+        return self._conv_forward(part, here(self.weight), None)
+
+
+class InputSplitLinear(SplitInputs, nn.Linear):
+    def partial(self, part: Tensor) -> Tensor:
+        return nn.functional.linear(part, here(self.weight))
+
+
+# -- blocks whose shortcut is a convolution: split by inputs, too, it is summed together with the branch
+
+
+class ProjectedBasicBlock(BasicBlock):
+    ranks: Ranks
+
+    def forward(self, maps: Tensor) -> Tensor:
+        shared = self.ranks.copied(maps)
+        branch = self.act1(self.norm1(self.conv1(shared)))
+        branch, skip = _summed_together(self.ranks, self.conv2, branch, self.shortcut, shared)
+        return self.act2(self.norm2(branch) + skip)
+
+
+class ProjectedBottleneck(Bottleneck):
+    ranks: Ranks
+
+    def forward(self, maps: Tensor) -> Tensor:
+        shared = self.ranks.copied(maps)
+        branch = self.act1(self.norm1(self.conv1(shared)))
+        branch = self.act2(self.norm2(self.conv2(branch)))
+        branch, skip = _summed_together(self.ranks, self.conv3, branch, self.shortcut, shared)
+        return self.act3(self.norm3(branch) + skip)
+
+
+class ProjectedPreActBlock(PreActBlock):
+    ranks: Ranks
+
+    def forward(self, maps: Tensor) -> Tensor:
+        shared = self.ranks.copied(self.act1(self.norm1(maps)))
+        branch = self.dropout(self.act2(self.norm2(self.conv1(shared))))
+        return _sum_of_both(self.ranks, self.conv2, branch, self.shortcut, shared)
+
+
+class ProjectedPreActBottleneck(PreActBottleneck):
+    ranks: Ranks
+
+    def forward(self, maps: Tensor) -> Tensor:
+        shared = self.ranks.copied(self.act1(self.norm1(maps)))
+        branch = self.act2(self.norm2(self.conv1(shared)))
+        branch = self.dropout(self.act3(self.norm3(self.conv2(branch))))
+        return _sum_of_both(self.ranks, self.conv3, branch, self.shortcut, shared)
+
+
+def _summed_together(
+    ranks: Ranks, conv: nn.Module, branch: Tensor, shortcut: nn.Module, shared: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The outputs of `conv` and of the shortcut (a convolution and its norm), by one sum over ranks."""
+    projection, norm = shortcut.children()
+    assert isinstance(conv, InputSplitConv2d) and isinstance(projection, InputSplitConv2d)
+    both = [_own_product(conv, branch, ranks), projection.partial(_own(shared, ranks))]
+    total, skip = ranks.summed(torch.cat(both, dim=1)).chunk(2, dim=1)
+    return conv.finished(total), norm(projection.finished(skip))
+
+
+def _sum_of_both(ranks: Ranks, conv: nn.Module, branch: Tensor, projection: nn.Module, shared: Tensor) -> Tensor:
+    assert isinstance(conv, InputSplitConv2d) and isinstance(projection, InputSplitConv2d)
+    total = ranks.summed(_own_product(conv, branch, ranks) + projection.partial(_own(shared, ranks)))
+    return projection.finished(conv.finished(total))
+
+
+def _own_product(conv: InputSplitConv2d, branch: Tensor, ranks: Ranks) -> Tensor:
+    return conv.partial(ranks.part(branch) if conv.cuts else branch)
+
+
+def _own(shared: Tensor, ranks: Ranks) -> Tensor:
+    """The rank's part of what `Ranks.copied` gave: the gradients of the parts are added up there."""
+    return shared[:, ranks.own(shared.shape[1])]
+
+
+PROJECTED: dict[type[nn.Module], type[nn.Module]] = {
+    BasicBlock: ProjectedBasicBlock,
+    Bottleneck: ProjectedBottleneck,
+    PreActBlock: ProjectedPreActBlock,
+    PreActBottleneck: ProjectedPreActBottleneck,
+}
+
+
+def before(module: nn.Module, action: Callable[[Tensor], Tensor]) -> None:
+    """Has the input of `module` go through `action` first."""
+    module.register_forward_pre_hook(lambda _, inputs: (action(inputs[0]),))
+
+
+def behind(module: nn.Module, action: Callable[[Tensor], Tensor]) -> None:
+    """Has the output of `module` go through `action`."""
+    module.register_forward_hook(lambda _, __, output: action(output))
