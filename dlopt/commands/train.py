@@ -4,7 +4,8 @@ import contextlib
 import json
 import shutil
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +14,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from dlopt.commands.hydra_main import nothing, quoted, run_hydra
 from dlopt.config.compose import Composer, choices_of, hydra_arguments, parse_arguments, resolve_saved, to_plain
+from dlopt.config.inherit import inherit
 from dlopt.errors import UserError
 from dlopt.folders import RunFolder, Trace, make, make_new, newest_unfinished, refuse_other_config
 from dlopt.parallel.world import World, current, end_process, meet
 
 if TYPE_CHECKING:
     from torch.distributed import Store
+
+    from dlopt.run import Run
 
 
 def train(arguments: list[str]) -> int:
@@ -33,6 +37,7 @@ def train(arguments: list[str]) -> int:
     if world is not None and world.restarts and not any(line.startswith("resume=") for line in parsed.overrides):
         parsed.overrides.append("resume=auto")  # the launcher has started the run again
     composer = Composer(parsed.config_name, parsed.config_dir)
+    parsed.overrides = inherit(composer, parsed.overrides)
     if world is not None and not world.is_main:
         return _follow(composer, parsed, world)
     if parsed.hydra_help or parsed.cfg or parsed.info:
@@ -44,6 +49,10 @@ def train(arguments: list[str]) -> int:
         from dlopt.commands.sweep import sweep
 
         return sweep(composer, parsed)
+    if "comparison" in config:
+        from dlopt.commands.compare import compare
+
+        return compare(composer, parsed, config)
     return _run(config, parsed) if world is None else _lead(config, parsed, world)
 
 
@@ -93,13 +102,22 @@ def _meet(config: DictConfig, world: World) -> "Store":
     )
 
 
-def _run(config: DictConfig, parsed: Namespace, tell: Callable[[Mapping[str, Any]], None] | None = None) -> int:
-    """`tell`: takes what other ranks need to join the run."""
+@dataclass(frozen=True)
+class Prepared:
+    """A checked run and its folder, in which nothing is written yet."""
+
+    run: "Run"
+    folder: RunFolder
+    before: Trace  # of the folder
+    is_new: bool
+    is_done: bool  # there is nothing left to do
+
+
+def prepare(config: DictConfig, overrides: Sequence[str]) -> Prepared:
+    """Checks the composed `config` and finds or makes its folder. Raises `UserError`."""
     from dlopt.config.experiment import parse
-    from dlopt.job import USER_ERROR, complain, execute
     from dlopt.run import Run
 
-    overrides = parsed.overrides
     plain, saved = to_plain(config, overrides)
     experiment = parse(plain, saved)
     run_dir = OmegaConf.select(config, "hydra.run.dir")
@@ -109,27 +127,37 @@ def _run(config: DictConfig, parsed: Namespace, tell: Callable[[Mapping[str, Any
     is_typed = any(line.lstrip("+").startswith("hydra.run.dir=") for line in overrides)
     before = Trace(wanted)
     folder, state = _find_folder(wanted, is_typed, saved)
-    is_new = folder.config() is None
-    is_taken = False  # by another process that chose the same folder meanwhile
-    if plain["resume"] == "auto" and folder.is_done(saved):
+    is_done = plain["resume"] == "auto" and folder.is_done(saved)
+    run = Run(experiment, folder.path, state, choices_of(config))
+    return Prepared(run, folder, before, folder.config() is None, is_done)
+
+
+def _run(config: DictConfig, parsed: Namespace, tell: Callable[[Mapping[str, Any]], None] | None = None) -> int:
+    """`tell`: takes what other ranks need to join the run."""
+    from dlopt.job import USER_ERROR, complain, execute
+
+    ready = prepare(config, parsed.overrides)
+    run, folder = ready.run, ready.folder
+    if ready.is_done:
         return _tell_finished(folder)
+    is_taken = False  # by another process that chose the same folder meanwhile
     outcome = USER_ERROR
 
     def task(_: DictConfig) -> None:
         nonlocal outcome, is_taken
-        is_taken = is_new and (folder.config() is not None or folder.is_live())
+        is_taken = ready.is_new and (folder.config() is not None or folder.is_live())
         if is_taken:
             complain(f"hydra.run.dir={folder.path}: another run is at work in this folder")
             return
         if tell is not None:
-            tell({"config": saved, "folder": str(folder.path), "choices": choices_of(config)})
-        outcome = execute(Run(experiment, folder.path, state, choices_of(config)), typed=overrides)
+            tell({"config": run.experiment.config, "folder": str(folder.path), "choices": run.choices})
+        outcome = execute(run, typed=parsed.overrides)
 
     try:
         run_hydra(hydra_arguments(parsed, f"hydra.run.dir={quoted(folder.path)}"), task)
     finally:
-        if outcome == USER_ERROR and is_new and not is_taken and not folder.is_live():
-            before.erase(folder.path)
+        if outcome == USER_ERROR and ready.is_new and not is_taken and not folder.is_live():
+            ready.before.erase(folder.path)
     return outcome
 
 

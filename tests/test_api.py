@@ -1,0 +1,119 @@
+"""dlopt from Python."""
+
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
+
+import dlopt
+from dlopt import load, train
+from dlopt.errors import RunError, UserError
+from tests.engine.runs import SMALL, same, timeless
+
+LINES = [*SMALL, "model.dropout=0.2", "augmentation=crop_flip", "epochs=2", "deterministic=true"]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def surroundings() -> dict[str, Any]:
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state()[1].tolist(),
+        "torch": torch.get_rng_state().tolist(),
+        "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "grad": torch.is_grad_enabled(),
+        "dtype": torch.get_default_dtype(),
+        "folder": os.getcwd(),
+        "environment": dict(os.environ),
+        "signals": [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)],
+        "handlers": list(logging.getLogger().handlers),
+        "hydra": GlobalHydra.instance().is_initialized(),
+        "arguments": list(sys.argv),
+    }
+
+
+def test_a_run_returns_what_it_left(tmp_path: Path) -> None:
+    result = train([*LINES, "name=mine"])
+    assert result.folder.parent == tmp_path / "outputs/mine"
+    assert result.summary["status"] == "finished" and result.summary["epochs"] == 2
+    assert [line["epoch"] for line in result.history] == [1, 2]
+    model = result.model
+    assert model.classes is not None and len(model.classes) == 10 and not model.training
+    assert model is result.model
+
+
+def test_the_model_takes_images_as_they_are() -> None:
+    from dlopt.build import set_up
+    from tests.engine.runs import experiment
+
+    result = train([*LINES, "hydra.run.dir=run"])
+    test = set_up(experiment(*LINES)).dataset.test
+    assert test is not None
+    with torch.no_grad():
+        found = load("run")(test.fetch(torch.arange(len(test)))).argmax(1)
+    assert (found == test.targets).double().mean().item() == result.summary["test_accuracy"]
+    assert same(load("run/checkpoints/best.pt").state_dict(), result.model.state_dict())
+
+
+def test_two_runs_in_one_process_are_those_of_two_processes(tmp_path: Path) -> None:
+    first, second, again = (train([*LINES, f"seed={seed}"]) for seed in (1, 2, 1))
+    assert timeless(first.folder) == timeless(again.folder) != timeless(second.folder)
+    line = [sys.executable, "-m", "dlopt", "train", *LINES, "seed=2", "hydra.run.dir=alone"]
+    subprocess.run(line, check=True, capture_output=True)
+    assert timeless(tmp_path / "alone") == timeless(second.folder)
+
+
+def test_nothing_global_is_left_behind(capfd: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(5), np.random.seed(5), random.seed(5)
+    before = surroundings()
+    train([*LINES, "threads=2"])
+    with pytest.raises(UserError):
+        train(["optimizer.lr=-1"])
+    assert surroundings() == before
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["optimzer=adamw"], "did you mean optimizer"),
+        (["data=image_folder", "data.root=nowhere"], "nowhere"),
+        (["experiment=lecture/batch_norm_learning_rate"], "one run at a time"),
+    ],
+)
+def test_a_mistake_is_an_exception_and_leaves_nothing(tmp_path: Path, lines: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        train(lines)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_fails_says_why() -> None:
+    with pytest.raises(RunError, match="learning rate"):
+        train([*LINES, "optimizer.lr=1e30", "schedule=constant", "model.norm=none"])
+
+
+def test_a_run_goes_on() -> None:
+    assert train([*LINES, "hydra.run.dir=run", "max_time=1e-9"]).summary["status"] == "interrupted"
+    whole = train([*LINES, "hydra.run.dir=whole"])
+    resumed = train([*LINES, "hydra.run.dir=run", "resume=auto"])
+    assert timeless(resumed.folder) == timeless(whole.folder)
+    assert train([*LINES, "hydra.run.dir=run", "resume=auto"]).summary == resumed.summary  # nothing left to do
+
+
+def test_the_package_is_imported_without_torch() -> None:
+    code = "import sys, dlopt; print(dlopt.__version__, 'torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert out.split() == [dlopt.__version__, "False"]
