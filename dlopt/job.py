@@ -168,8 +168,6 @@ def main() -> int:
 
     if RANK in os.environ:
         launch.end_with_parent()
-    elif launch.SWEEP in os.environ:
-        launch.end_with_sweep()  # before what takes seconds to import
     from dlopt.config.compose import resolve_saved
     from dlopt.config.experiment import parse
     from dlopt.engine.checkpoint import Checkpoints, load

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import multiprocessing
 import os
 import shutil
 import signal
@@ -18,7 +19,6 @@ from dlopt.errors import RunError, UserError
 from dlopt.parallel.world import MEETING, PROCESSES, RANK
 
 PARENT, RECORD = "DLOPT_PARENT", "DLOPT_RECORD"
-SWEEP = "DLOPT_SWEEP"  # environment variable of a sweep's job: the process id of its sweep
 _GRACE = 5.0  # seconds in which ranks may end by themselves once one has failed
 _PR_SET_PDEATHSIG = 1
 
@@ -126,5 +126,6 @@ def end_with_sweep() -> None:
     """In a job of a sweep: where the sweep is killed, the job writes a checkpoint and ends."""
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != int(os.environ.pop(SWEEP)):
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():
         os._exit(1)  # it was killed before the line above

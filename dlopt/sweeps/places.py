@@ -3,7 +3,6 @@
 import contextlib
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,9 @@ from omegaconf import OmegaConf
 from dlopt.config.schema import check_arguments
 from dlopt.errors import UserError
 from dlopt.folders import RunFolder
-from dlopt.parallel.launch import SWEEP
 from dlopt.ranges import Count
-from dlopt.sweeps.jobs import DONE, OUTPUT
+from dlopt.sweeps.jobs import DONE
+from dlopt.sweeps.warm import spawn
 
 
 class Process(Protocol):
@@ -62,7 +61,7 @@ def local(*, n_jobs: Annotated[int, Ge(-1)]) -> Places:
     cores = sorted(os.sched_getaffinity(0))
     count = len(cores) if n_jobs == -1 else n_jobs
     shares = [None] * count if count == 1 else [_share(cores, place, count) for place in range(count)]
-    return Places(count, lambda place, folder, more: _spawn(folder, more, shares[place]), find_local)
+    return Places(count, lambda place, folder, more: spawn(folder, more, shares[place]), find_local)
 
 
 def _share(cores: Sequence[int], place: int, count: int) -> set[int]:
@@ -80,7 +79,7 @@ def gpus(*, gpus: Literal["auto"] | list[Annotated[int, Ge(0)] | str], jobs_per_
     pool = [name for _ in range(jobs_per_gpu) for name in names]
 
     def start(place: int, folder: Path, more: Mapping[str, str]) -> Process:
-        return _spawn(folder, {**more, "CUDA_VISIBLE_DEVICES": pool[place]}, None)
+        return spawn(folder, {**more, "CUDA_VISIBLE_DEVICES": pool[place]}, None)
 
     return Places(len(pool), start, find_local)
 
@@ -95,39 +94,6 @@ def visible_gpus(environment: Mapping[str, str] = os.environ) -> list[str]:
         listed = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
         return [line.strip() for line in listed.splitlines() if line.strip().isdigit()]
     return []
-
-
-def _spawn(folder: Path, more: Mapping[str, str], cores: set[int] | None) -> Process:
-    with (folder / OUTPUT).open("ab") as output:
-        former = os.sched_getaffinity(0)
-        try:
-            if cores is not None:
-                os.sched_setaffinity(0, cores)  # a child inherits it
-            return _Local(
-                subprocess.Popen(
-                    [sys.executable, "-m", "dlopt.job", str(folder)],
-                    env={**os.environ, **more, SWEEP: str(os.getpid())},
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                )
-            )
-        finally:
-            os.sched_setaffinity(0, former)
-
-
-class _Local:
-    def __init__(self, process: "subprocess.Popen[Any]") -> None:
-        self._process = process
-
-    def poll(self) -> int | None:
-        return self._process.poll()
-
-    def stop(self) -> None:
-        self._process.terminate()
-
-    def kill(self) -> None:
-        self._process.kill()
 
 
 class _Left:

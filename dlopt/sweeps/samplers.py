@@ -62,7 +62,7 @@ def sobol(*, space: Space, seed: int, scramble: bool) -> Sampler:
 
     def draw(number: int) -> np.ndarray:
         engine = qmc.Sobol(len(space.searched), scramble=scramble, seed=np.random.default_rng(seed))
-        return np.asarray(engine.fast_forward(number).random(1)[0])
+        return _point(engine, number)
 
     return lambda number: _Numbered(space, lambda: _from_unit_cube(space, draw(number)))
 
@@ -73,9 +73,15 @@ def halton(*, space: Space, seed: int, scramble: bool) -> Sampler:
 
     def draw(number: int) -> np.ndarray:
         engine = qmc.Halton(len(space.searched), scramble=scramble, seed=np.random.default_rng(seed))
-        return np.asarray(engine.fast_forward(number).random(1)[0])
+        return _point(engine, number)
 
     return lambda number: _Numbered(space, lambda: _from_unit_cube(space, draw(number)))
+
+
+def _point(engine: Any, number: int) -> np.ndarray:
+    if number > 0:
+        engine.fast_forward(number)
+    return np.asarray(engine.random(1)[0])
 
 
 def grid(*, space: Space, seed: int) -> Sampler:

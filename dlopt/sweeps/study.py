@@ -59,14 +59,13 @@ class Counts:
 
 def open_storage(url: str | None, folder: Path) -> BaseStorage:
     """The journal file of a sweep's folder, or the database at `url`. Raises `UserError`."""
+    setup = folder / WORKERS / "setup.lock"
+    setup.parent.mkdir(parents=True, exist_ok=True)
     if url is None:
         path = folder / JOURNAL
         return JournalStorage(JournalFileBackend(str(path), lock_obj=cast(Any, JournalLock(path))))
     try:
-        (folder / WORKERS).mkdir(parents=True, exist_ok=True)
-        with locked(
-            folder / WORKERS / "setup.lock"
-        ):  # two processes that lay down the tables at once get in each other's way
+        with locked(setup):  # two processes may not lay down the tables at once
             return RDBStorage(url, engine_kwargs={} if url.startswith("sqlite") else {"pool_pre_ping": True})
     except ImportError as error:
         driver = {"psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}.get(str(error.name), str(error.name))

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dlopt.analysis.leaderboard import Direction, Leaderboard, Row
 
 _ROWS = 12  # of running jobs, and of the leaderboard
+_WIDTH = 130  # of tables in a file
 
 
 @dataclass
@@ -190,7 +191,7 @@ def show_leaderboard(
     """The best rows, with the difference of the others to the first; the test figure of the first only, unless asked:
     whoever looks at all of them and picks one has chosen on the test set."""
     rows = [row for row in board.rows if row.value is not None]
-    output, console, _ = open_console(stream)
+    output, console, terminal = open_console(stream)
     if not rows:
         return
     is_paired = any(row.difference is not None and row.difference.low is not None for row in rows)
@@ -212,7 +213,7 @@ def show_leaderboard(
         cells += [_difference(board.figure, row)] if is_paired else []
         table.add_row(*cells, "" if tested is None else layout.figure(test, tested.mean))
     with console.capture() as capture:
-        console.print(table)
+        console.print(table, width=None if terminal else _WIDTH)
     output.write("\n" + "".join(f"{line.rstrip()}\n" for line in capture.get().splitlines()))
     if len(rows) > _ROWS:
         output.write(f"... and {len(rows) - _ROWS} more\n")
@@ -246,7 +247,7 @@ def _signed(figure: str, value: float) -> str:
 
 def show_front(rows: Sequence[tuple[str, Sequence[float]]], figures: Sequence[str]) -> None:
     """What no other job beats in every objective."""
-    output, console, _ = open_console()
+    output, console, terminal = open_console()
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold",
                   title="no other job is better in all of these", title_justify="left", title_style="")  # fmt: skip
     table.add_column("configuration", overflow="fold")
@@ -255,6 +256,6 @@ def show_front(rows: Sequence[tuple[str, Sequence[float]]], figures: Sequence[st
     for label, values in rows:
         table.add_row(label, *(layout.figure(figure, value) for figure, value in zip(figures, values, strict=True)))
     with console.capture() as capture:
-        console.print(table)
+        console.print(table, width=None if terminal else _WIDTH)
     output.write("\n" + "".join(f"{line.rstrip()}\n" for line in capture.get().splitlines()))
     output.flush()

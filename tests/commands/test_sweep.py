@@ -6,8 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -55,11 +55,10 @@ def own(tmp_path: Path) -> list[str]:
 
 
 class InProcess:
-    """Stands for `subprocess.Popen` where a test is not about processes: torch need not be imported for each job."""
+    """Stands for a forked process where a test is not about processes."""
 
-    def __init__(self, command: list[str], **_: Any) -> None:
-        assert command[1:3] == ["-m", "dlopt.job"]
-        with mock.patch.object(sys, "argv", command[2:]):
+    def __init__(self, folder: Path, environment: Mapping[str, str], cores: set[int] | None) -> None:
+        with mock.patch.object(sys, "argv", ["dlopt.job", str(folder)]):
             self.code = job.main()
 
     def poll(self) -> int:
@@ -68,7 +67,7 @@ class InProcess:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dlopt.sweeps.places.subprocess", mock.Mock(Popen=InProcess))
+    monkeypatch.setattr("dlopt.sweeps.places.spawn", InProcess)
 
 
 def test_jobs_are_complete_runs(tmp_path: Path) -> None:
