@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from dlopt.analysis.curves import COLOURS
-from dlopt.errors import UserError
+from dlopt.errors import RunError, UserError
 from dlopt.parallel.launch import run_processes
 
 if TYPE_CHECKING:
@@ -52,7 +52,27 @@ class Row:
 def measure(
     config: Mapping[str, Any], folder: Path, *, label: str, mode: str, processes: int, plan: Mapping[str, Any]
 ) -> Row:
-    """Runs the measurement of `dlopt.analysis.bench_rank` in so many processes. Raises `UserError` when stopped."""
+    """The row of one measurement, with the reason instead of figures where it failed."""
+    ranks, codes = _run(config, folder, processes, plan)
+    problem = _problem(ranks, codes)
+    return Row(label, mode, processes, problem) if problem is not None else _row(label, mode, ranks)
+
+
+def steps_of(
+    config: Mapping[str, Any], folder: Path, mode: str, processes: int, plan: Mapping[str, Any]
+) -> list[float]:
+    """Seconds of each update, by the slowest rank. Raises `RunError`."""
+    ranks, codes = _run(config, folder, processes, plan)
+    problem = _problem(ranks, codes)
+    if problem is not None:
+        raise RunError(f"parallel={mode} on {processes} processes: {problem}")
+    return [max(steps) for steps in zip(*(each["steps"] for each in ranks if each is not None), strict=True)]
+
+
+def _run(
+    config: Mapping[str, Any], folder: Path, processes: int, plan: Mapping[str, Any]
+) -> tuple[list[Any], list[int]]:
+    """What each rank of `dlopt.analysis.bench_rank` left (None: nothing), and its exit code."""
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(dict(config)))
     (folder / "plan.json").write_text(json.dumps(dict(plan)))
@@ -64,11 +84,7 @@ def measure(
         if asked:
             raise KeyboardInterrupt
     files = [folder / f"rank-{rank}.json" for rank in range(processes)]
-    ranks = [json.loads(path.read_text()) if path.exists() else None for path in files]
-    problem = _problem(ranks, codes)
-    if problem is not None:
-        return Row(label, mode, processes, problem)
-    return _row(label, mode, ranks)
+    return [json.loads(path.read_text()) if path.exists() else None for path in files], codes
 
 
 def _problem(ranks: Sequence[Mapping[str, Any] | None], codes: Sequence[int]) -> str | None:

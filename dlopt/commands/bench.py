@@ -32,6 +32,7 @@ dlopt bench parallel=a,b processes=1,2 [key=value]: measures parallel modes and 
   dlopt bench parallel=ddp processes=2 parallel.bucket_cap_mb=0.25,1000 model=resnet56
   dlopt bench parallel=filter model=mlp model.widths=[8192,8192] memory_limit_mb=700
   dlopt bench device=[cpu,cuda]                      throughput of matrix products and convolutions against size
+  dlopt bench simulate=true devices=[8,64,512,4096]  what a cluster would do, calculated
 
 Any key of `dlopt train` may have several values, a row for each combination; the first row is one process. Per row:
 time per update, samples per second, speed-up and efficiency against one process, peak memory of each rank beyond that
@@ -72,14 +73,19 @@ def bench(arguments: list[str]) -> int:
     """Measures, prints and draws. Raises `UserError`."""
     parsed = parse_arguments(arguments)
     if parsed.help:
-        from dlopt.commands.bench_device import KEYS
+        from dlopt.commands.bench_device import KEYS as OF_DEVICE
+        from dlopt.commands.bench_simulate import KEYS as OF_SIMULATE
 
-        print(USAGE + KEYS, end="")
+        print(USAGE + OF_DEVICE + OF_SIMULATE, end="")
         return 0
     if parsed.multirun:
         raise UserError("-m: several values need no flag here: parallel=ddp,filter")
     composer = Composer(parsed.config_name, parsed.config_dir)
     keys = {line.partition("=")[0]: line.partition("=")[2] for line in parsed.overrides}
+    if "simulate" in keys:
+        from dlopt.commands.bench_simulate import bench_simulate
+
+        return bench_simulate(composer, parsed.overrides)
     if keys.get("device", "").startswith("["):
         from dlopt.commands.bench_device import bench_device
 

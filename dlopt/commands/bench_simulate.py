@@ -1,0 +1,142 @@
+"""`dlopt bench simulate=true`: what a cluster would make of three models under each mode of parallelism."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from dlopt.analysis.bench_simulation import Cluster, Estimate, estimates, size
+from dlopt.commands import bench
+from dlopt.config.compose import Composer, to_plain
+from dlopt.errors import UserError
+from dlopt.ranges import Count
+
+if TYPE_CHECKING:
+    from dlopt.analysis.bench_layers import Layer
+
+KEYS = """\
+
+Keys of dlopt bench simulate=true (no other keys are taken):
+  devices=[8,64,512,4096]   numbers of devices
+  models=[wrn_28_10,resnet50,resnet101]
+  batch=64                  samples per device, in all modes
+  layers=counted            counted: operations and bytes; measured: on this machine's device, one by one
+  validate=[]               numbers of processes here: measured and calculated times per update stand side by side
+The cluster: per_server=8, tflops=300 and memory_bandwidth=3000 (GB/s) that a device reaches, memory=80 (GB),
+  bandwidth_within=300 (GB/s between devices of a server), latency_within=5 (microseconds), bandwidth_between=50 (GB/s
+  of a server), latency_between=10, variation=0.02 (standard deviation over mean of a device's time per update),
+  value_bytes=2 (of an activation), micro_batches=32 (of the pipeline), bucket_mb=25
+"""
+
+Model = Literal["wrn_28_10", "resnet50", "resnet101"]
+MODELS: dict[Model, tuple[list[str], tuple[int, int, int], int]] = {
+    "wrn_28_10": (["model=wrn_28_10"], (3, 32, 32), 10),
+    "resnet50": (["model=resnet50", "model.stem=imagenet"], (3, 224, 224), 1000),
+    "resnet101": (["model=resnet101", "model.stem=imagenet"], (3, 224, 224), 1000),
+}
+_CLUSTER: dict[str, Any] = {
+    "per_server": 8, "tflops": 300.0, "memory_bandwidth": 3000.0, "memory": 80.0, "bandwidth_within": 300.0,
+    "latency_within": 5.0, "bandwidth_between": 50.0, "latency_between": 10.0, "variation": 0.02, "value_bytes": 2,
+    "micro_batches": 32, "bucket_mb": 25.0,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Own:
+    simulate: Literal[True]
+    devices: list[Count] = field(default_factory=lambda: [8, 64, 512, 4096])
+    models: list[Model] = field(default_factory=lambda: list(MODELS))
+    batch: Count = 64
+    layers: Literal["counted", "measured"] = "counted"
+    validate: list[Count] = field(default_factory=list)
+    output: str | None = None
+
+
+def bench_simulate(composer: Composer, overrides: Sequence[str]) -> int:
+    """Prints and draws. Raises `UserError`."""
+    values, rest = bench.own_keys(composer, overrides, _Own)
+    own = _Own(**values)
+    typed, rest = bench.own_keys(composer, [*(f"{k}={v}" for k, v in _CLUSTER.items()), *rest], Cluster)
+    if rest:
+        names = ", ".join((*_Own.__annotations__, *Cluster.__annotations__))
+        raise UserError(f"{rest[0]}: dlopt bench simulate=true has no such key; allowed: {names}")
+    cluster = Cluster(**typed)
+    for name in ("devices", "models"):
+        if not getattr(own, name):
+            raise UserError(f"{name}=[]: at least one value is needed")
+    from dlopt.analysis import bench_simulation_picture
+
+    found: dict[str, list[Estimate]] = {}
+    for name in dict.fromkeys(own.models):
+        layers = _layers(composer, name, own)
+        print(f"{name}: {size(layers)}")
+        print(f"{'devices':>9}  {'mode':14}  {'ms/step':>9}  {'computing':>9}  {'efficiency':>10}  {'GB/device':>9}")
+        found[name] = [e for count in sorted(set(own.devices)) for e in estimates(layers, own.batch, count, cluster)]
+        for each in found[name]:
+            share = each.compute / each.step
+            print(
+                f"{each.devices:9}  {each.mode:14}  {each.step * 1e3:9.2f}  {share:9.0%}  {each.efficiency:10.1%}  "
+                f"{each.memory / 1e9:9.1f}{'' if each.fits else '  too large'}"
+            )
+    points = _validate(own) if own.validate else []
+    folder = bench.output_folder(own.output)
+    title = f"Expected efficiency against one device, {own.batch} samples per device, layer times {own.layers}"
+    figure = bench_simulation_picture.draw(found, cluster, title=title, subtitle=_described(cluster))
+    figures = {
+        "cluster": asdict(cluster),
+        "estimates": {name: [asdict(each) for each in every] for name, every in found.items()},
+        "validation": points,
+    }
+    bench.save(figure, folder, "cluster", figures)
+    return 0
+
+
+def _described(cluster: Cluster) -> str:
+    return (
+        f"{cluster.per_server} devices a server, {cluster.tflops:g} TFLOP/s, {cluster.memory:g} GB; within "
+        f"{cluster.bandwidth_within:g} GB/s, {cluster.latency_within:g} µs; between servers "
+        f"{cluster.bandwidth_between:g} GB/s, {cluster.latency_between:g} µs; "
+        f"step times vary by {cluster.variation:.0%}"
+    )
+
+
+def _layers(composer: Composer, name: Model, own: _Own) -> "list[Layer]":
+    """Layers of one model, with the seconds of `own.batch` samples where they are measured."""
+    import torch
+
+    from dlopt.analysis import bench_layers
+    from dlopt.build import choose_device
+    from dlopt.config.experiment import parse
+
+    overrides, shape, classes = MODELS[name]
+    experiment = parse(to_plain(composer.compose(overrides), overrides)[0])
+
+    def make() -> Any:
+        return experiment.model.build(input_shape=shape, classes=classes)
+
+    if own.layers == "counted":
+        return bench_layers.layers_of(make, shape)
+    device = choose_device("auto")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    few = own.batch if device.type == "cuda" else 2  # a CPU takes its time: two samples stand for the others
+    module = make().to(device=device, dtype=dtype, memory_format=torch.channels_last)
+    inputs = torch.randn(few, *shape, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+    layers = bench_layers.timed(module, inputs)
+    scale = own.batch / few
+    return [dataclasses.replace(each, forward=each.forward * scale, backward=each.backward * scale) for each in layers]
+
+
+def _validate(own: _Own) -> list[dict[str, Any]]:
+    from dlopt.analysis.bench_validation import validate
+
+    points = []
+    print("calculated from measured layer times and a measured network, against measured times per update (ResNet-20):")
+    print(f"{'mode':8}  {'processes':>9}  {'calculated ms':>13}  {'measured ms':>11}  {'ratio':>5}")
+    for point in validate(sorted(set(own.validate))):
+        ratio = point.calculated / point.measured
+        print(
+            f"{point.mode:8}  {point.processes:9}  {point.calculated * 1e3:13.1f}  {point.measured * 1e3:11.1f}  "
+            f"{ratio:5.2f}"
+        )
+        points.append(asdict(point))
+    return points
