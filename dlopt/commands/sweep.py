@@ -46,9 +46,9 @@ def sweep(composer: Composer, parsed: Namespace) -> int:
     wanted = Path(str(path)).absolute()
     is_typed = any(line.lstrip("+").startswith("hydra.sweep.dir=") for line in parsed.overrides)
     is_search = str(whole.hydra.sweeper._target_).endswith(".dlopt_sweeps.OptunaSweeper")
-    _check_launcher(composer, whole, is_search)
+    is_here = _check_launcher(composer, whole, is_search)
     if is_search:
-        return _search(composer, parsed, whole, wanted, is_typed)
+        return _search(composer, parsed, whole, wanted, is_typed, is_here)
     jobs = _jobs(composer, whole, parsed.overrides)
     folder = _find_folder(wanted, is_typed, jobs, whole.resume)
     if jobs and all(job.folder(folder).is_done(job.config) for job in jobs):
@@ -58,30 +58,35 @@ def sweep(composer: Composer, parsed: Namespace) -> int:
         write_atomically(folder / SPACE, yaml.safe_dump([job.overrides for job in jobs], allow_unicode=True).encode())
         _mark_dead(folder, jobs)
         try:
-            _hand_over(composer, parsed, folder)
+            _hand_over(composer, parsed, folder, is_here)
         except KeyboardInterrupt:
             return 75
     _show(folder, jobs)
     return _outcome(folder, jobs)
 
 
-def _check_launcher(composer: Composer, whole: DictConfig, is_search: bool) -> None:
-    """Has the launcher refuse its settings before anything is made."""
+def _check_launcher(composer: Composer, whole: DictConfig, is_search: bool) -> bool:
+    """Has the launcher refuse its settings before anything is made; whether its jobs are processes of this machine."""
     context = HydraContext(composer.hydra.config_loader, callbacks=None)  # type: ignore[arg-type]
     launcher: Any = Plugins.instance().instantiate_launcher(context, start_job, whole)
     if hasattr(launcher, "places"):
-        launcher.places()
-    elif is_search:
+        return bool(launcher.places().is_here)
+    if is_search:
         name = whole.hydra.runtime.choices["hydra/launcher"]
         raise UserError(
             f"hydra/launcher={name}: it starts jobs in batches, a search starts one whenever a place gets free; "
             "allowed: serial, joblib, gpus, slurm"
         )
+    return False
 
 
-def _hand_over(composer: Composer, parsed: Namespace, folder: Path) -> Any:
-    """Hydra's sweeper and launcher do the rest; returns what the sweeper returns."""
+def _hand_over(composer: Composer, parsed: Namespace, folder: Path, is_here: bool) -> Any:
+    """Hydra's sweeper and launcher do the rest; returns what the sweeper returns. `is_here`: jobs run here."""
     overrides = [*parsed.overrides, f"hydra.sweep.dir={quoted(folder)}"]
+    if is_here:
+        from dlopt.sweeps import warm
+
+        warm.heat()
     return composer.hydra.multirun(config_name=composer.config_name, task_function=start_job, overrides=overrides)
 
 
@@ -203,7 +208,9 @@ def _show(sweep: Path, jobs: Sequence[Job]) -> None:
 # -- searches
 
 
-def _search(composer: Composer, parsed: Namespace, whole: DictConfig, wanted: Path, is_typed: bool) -> int:
+def _search(
+    composer: Composer, parsed: Namespace, whole: DictConfig, wanted: Path, is_typed: bool, is_here: bool
+) -> int:
     try:
         from dlopt.sweeps.search import facts_of, plan_of, probes
     except ModuleNotFoundError as error:
@@ -223,7 +230,7 @@ def _search(composer: Composer, parsed: Namespace, whole: DictConfig, wanted: Pa
         print(f"this sweep is finished: {folder}")
         return 0
     try:
-        outcome = _hand_over(composer, parsed, folder)
+        outcome = _hand_over(composer, parsed, folder, is_here)
     except KeyboardInterrupt:
         return 75
     if outcome.elsewhere:

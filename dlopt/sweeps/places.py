@@ -44,6 +44,7 @@ class Places:
     start: Start
     find: Callable[[Path], Process | None]
     seconds: float = 0.2  # between two looks at the jobs
+    is_here: bool = True  # whether jobs are processes of this machine
 
 
 def checked(launcher: Callable[..., Places], settings: Mapping[str, Any]) -> Places:

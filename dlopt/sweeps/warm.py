@@ -22,7 +22,9 @@ def spawn(folder: Path, environment: Mapping[str, str], cores: set[int] | None) 
     """Runs what `folder` describes, on these cores, with `environment` besides this process's own."""
     context: ForkServerContext = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_MODULES)
-    process = context.Process(target=_run, args=(str(folder), {**os.environ, **environment}, cores), daemon=False)
+    process = context.Process(
+        target=_run, args=(str(folder), os.getcwd(), {**os.environ, **environment}, cores), daemon=False
+    )
     process.start()
     return Forked(process)
 
@@ -48,12 +50,13 @@ class Forked:
         self._process.kill()
 
 
-def _run(folder: str, environment: Mapping[str, str], cores: set[int] | None) -> None:
+def _run(folder: str, place: str, environment: Mapping[str, str], cores: set[int] | None) -> None:
     """In the forked process."""
     output = os.open(os.path.join(folder, OUTPUT), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     for stream in (1, 2):
         os.dup2(output, stream)
     os.close(output)
+    os.chdir(place)
     os.environ.clear()
     os.environ.update(environment)
     if cores is not None:

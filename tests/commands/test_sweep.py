@@ -68,6 +68,7 @@ class InProcess:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dlopt.sweeps.places.spawn", InProcess)
+    monkeypatch.setattr("dlopt.sweeps.warm.heat", lambda: None)
 
 
 def test_jobs_are_complete_runs(tmp_path: Path) -> None:

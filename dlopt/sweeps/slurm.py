@@ -1,0 +1,159 @@
+"""`hydra/launcher=slurm`: every job of a sweep a Slurm job, sent through submitit, which also has it requeued."""
+
+import contextlib
+import getpass
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dlopt.errors import UserError
+from dlopt.folders import RunFolder
+from dlopt.ranges import Count, Natural, Positive
+from dlopt.sweeps.jobs import DONE, INTERRUPTED, OUTPUT
+from dlopt.sweeps.places import Places, Process
+
+_FOLDER = "slurm"  # in a job's folder: what submitit writes
+_ID = "job_id"
+_NOTICE = 120  # seconds before its end in which a job writes its checkpoint
+_ASKING = 5.0  # seconds between two questions to the cluster
+_LAST_WORDS = 15.0  # seconds that a summary may take to be seen on this machine
+
+
+def slurm(
+    *,
+    n_jobs: Count,
+    partition: str | None,
+    gpus_per_node: Natural,
+    cpus_per_task: Count,
+    mem_gb: Positive | None,
+    time: Count,
+    requeue: Natural,
+    account: str | None,
+    extra: dict[str, str | int | float | bool],
+) -> Places:
+    """So many Slurm jobs at once; `time` in minutes; `requeue`: how often a job that runs out of it is queued again.
+
+    The sweep's folder has to be seen by all nodes under the same path.
+    """
+    if shutil.which("sbatch") is None:
+        raise UserError("hydra/launcher=slurm: there is no sbatch here; start the sweep where Slurm's commands are")
+    try:
+        import submitit
+    except ImportError:
+        raise UserError("hydra/launcher=slurm: needs the package submitit: pip install 'dlopt[slurm]'") from None
+    asked = {
+        "job_name": "dlopt",
+        "partition": partition,
+        "gpus_per_node": gpus_per_node or None,
+        "cpus_per_task": cpus_per_task,
+        "mem": None if mem_gb is None else f"{round(1024 * mem_gb)}M",
+        "time": time,
+        "account": account,
+        "signal_delay_s": _NOTICE,
+        "additional_parameters": extra or None,
+    }
+    queue = _Queue()
+
+    def start(place: int, folder: Path, environment: Mapping[str, str]) -> Process:
+        executor = submitit.SlurmExecutor(folder=folder / _FOLDER, max_num_timeout=requeue)
+        executor.update_parameters(**{key: value for key, value in asked.items() if value is not None})
+        try:
+            sent = executor.submit(InSlurm(str(folder), dict(environment)))
+        except submitit.core.utils.FailedJobError as error:
+            raise OSError(" ".join(str(error).split())) from None
+        (folder / _FOLDER / _ID).write_text(f"{sent.job_id}\n")
+        return _Sent(str(sent.job_id), folder, queue)
+
+    def find(folder: Path) -> Process | None:
+        with contextlib.suppress(OSError):
+            number = (folder / _FOLDER / _ID).read_text().strip()
+            if queue.states().get(number):
+                return _Sent(number, folder, queue)
+        return None
+
+    return Places(n_jobs, start, find, seconds=1.0, is_here=False)
+
+
+class InSlurm:
+    """What runs on the node."""
+
+    def __init__(self, folder: str, environment: Mapping[str, str]) -> None:
+        self.folder, self.environment = folder, environment
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __call__(self) -> int:
+        with open(os.path.join(self.folder, OUTPUT), "ab") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "dlopt.job", self.folder],
+                env={**os.environ, **self.environment},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+        while self._process.poll() is None:
+            time.sleep(0.5)
+        return self._process.returncode
+
+    def checkpoint(self) -> Any:
+        """Called by submitit when the time is over or the job is preempted: what is to be queued again."""
+        from submitit.helpers import DelayedSubmission
+
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                self._process.terminate()  # it writes a checkpoint
+                os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)  # poll() may hold Popen's lock
+        return DelayedSubmission(InSlurm(self.folder, self.environment))
+
+
+class _Queue:
+    """The states of this user's jobs, asked for now and then for all of them at once."""
+
+    def __init__(self) -> None:
+        self._states: dict[str, str] = {}
+        self._asked = float("-inf")
+
+    def states(self) -> dict[str, str]:
+        """Number of the job -> PENDING, RUNNING, ...; what is over is not in it."""
+        if time.monotonic() - self._asked >= _ASKING:
+            command = ["squeue", "-h", "-u", getpass.getuser(), "-o", "%i %T"]
+            with contextlib.suppress(OSError, subprocess.SubprocessError):  # a busy controller answers next time
+                lines = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+                self._states = dict(line.split(maxsplit=1) for line in lines.splitlines() if " " in line)
+                self._asked = time.monotonic()
+        return self._states
+
+    def forget(self) -> None:
+        self._asked = float("-inf")
+
+
+class _Sent:
+    def __init__(self, number: str, folder: Path, queue: _Queue) -> None:
+        self._number, self._folder, self._queue = number, RunFolder(folder), queue
+        self._gone: float | None = None
+        queue.forget()
+
+    def poll(self) -> int | None:
+        if self._queue.states().get(self._number):
+            self._gone = None
+            return None
+        status = (self._folder.summary() or {}).get("status")
+        if status is None:
+            self._gone = self._gone or time.monotonic()
+            return None if time.monotonic() - self._gone < _LAST_WORDS else 1
+        return INTERRUPTED if status == "interrupted" else 1 if status == "failed" else DONE
+
+    def stop(self) -> None:
+        is_waiting = self._queue.states().get(self._number) == "PENDING"
+        self._cancel(*([] if is_waiting else ["--signal=TERM"]))
+
+    def kill(self) -> None:
+        self._cancel()
+
+    def _cancel(self, *options: str) -> None:
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            subprocess.run(["scancel", *options, self._number], capture_output=True, timeout=60, check=False)
