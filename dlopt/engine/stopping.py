@@ -10,6 +10,7 @@ from torch import nn
 
 from dlopt.engine.clipping import Norm, plain_norm
 from dlopt.errors import UserError
+from dlopt.parallel.shards import local
 from dlopt.ranges import Count, Natural, NonNegative, Positive
 
 
@@ -107,6 +108,7 @@ class Tolerance:
         self.count = 0
         self._parameters = [p.detach() for p in model.parameters() if p.requires_grad and not p.is_meta]
         self._before = [p.clone() for p in self._parameters]
+        self._own = [local(p) for p in self._parameters], [local(p) for p in self._before]
 
     @property
     def met(self) -> bool:
@@ -116,7 +118,7 @@ class Tolerance:
     def after_update(self) -> None:
         moved = torch._foreach_sub(self._parameters, self._before)
         norm = self.norm(moved).item()
-        torch._foreach_copy_(self._before, self._parameters)
+        self._look()
         self.count = self.count + 1 if norm < self.tolerance else 0
 
     def update(self, metrics: Mapping[str, Any]) -> None:
@@ -128,7 +130,11 @@ class Tolerance:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """To be called when the model has been loaded: the next update is measured from there."""
         self.count = state["count"]
-        torch._foreach_copy_(self._before, self._parameters)
+        self._look()
+
+    def _look(self) -> None:
+        now, before = self._own
+        torch._foreach_copy_(before, now)
 
 
 @dataclass
