@@ -73,10 +73,10 @@ def _distributions(
         later = {} if diagnosis.after is None else {layer.name: layer for layer in diagnosis.after.layers}
         bound = max((_bound(moments(layer).values) for layer in chosen), default=1.0)
         for axes, layer in zip(grid[row], chosen, strict=False):
-            axes.hist(_finite(moments(layer).values), _BINS, (-bound, bound), density=True, color=COLOURS[6])
+            axes.hist(_finite(moments(layer).values), _BINS, range=(-bound, bound), density=True, color=COLOURS[6])
             if layer.name in later:
                 values = _finite(moments(later[layer.name]).values)
-                axes.hist(values, _BINS, (-bound, bound), density=True, histtype="step", color=COLOURS[1], linewidth=1)
+                axes.hist(values, _BINS, range=(-bound, bound), density=True, histtype="step", color=COLOURS[1], linewidth=1)
             axes.set_title(f"{layer.name}\nstd {moments(layer).std:.2g}", fontsize=8)
             axes.set_yticks([])
             axes.tick_params(labelsize=7)
