@@ -16,7 +16,14 @@ from dlopt.models.resnet import CifarResNet
 CONF = Path(__file__).parents[1] / "conf" / "init"
 CHOICES = sorted(path.stem for path in CONF.glob("[a-z]*.yaml"))
 DATA_DRIVEN = {"lsuv", "whitening"}
-NORM: dict[str, Any] = {"norm": "batch", "norm_affine": True, "norm_groups": 8, "norm_ghost_batch": None}
+NORM: dict[str, Any] = {
+    "norm": "batch",
+    "norm_affine": True,
+    "norm_groups": 8,
+    "norm_ghost_batch": None,
+    "norm_eps": 1e-5,
+    "norm_momentum": 0.1,
+}
 
 
 def resnet(**changes: Any) -> CifarResNet:

@@ -2,7 +2,7 @@
 
 from dlopt.augment.choice import RandAugment, RandomMix, TrivialAugment
 from dlopt.augment.colour import Brightness, Contrast, PCAColour, Saturation
-from dlopt.augment.erasing import Erase
+from dlopt.augment.erasing import Erase, RandomErase
 from dlopt.augment.geometry import (
     AlternatingFlip,
     HorizontalFlip,
@@ -43,6 +43,7 @@ __all__ = [
     "Pipeline",
     "Posterize",
     "RandAugment",
+    "RandomErase",
     "RandomMix",
     "RandomResizedCrop",
     "RandomScaleCrop",

@@ -1,4 +1,4 @@
-"""Erased squares."""
+"""Erased boxes."""
 
 from dataclasses import dataclass, replace
 from typing import Literal, Self
@@ -9,7 +9,8 @@ from torch import Tensor
 from dlopt.augment.colour import colour_statistics
 from dlopt.augment.operation import Draws, Operation, PixelStep, Shape, Step, image_shape
 from dlopt.data.samples import Samples
-from dlopt.ranges import PositiveShare, Probability
+from dlopt.errors import UserError
+from dlopt.ranges import Positive, PositiveShare, Probability
 
 
 @dataclass
@@ -54,10 +55,92 @@ class Erase(Operation):
     def __init__(self, *, p: Probability, size: PositiveShare, fill: Literal["zero", "mean"], train: Samples) -> None:
         self.p = p
         self.size = size
-        self.colour = (
-            255.0 * colour_statistics(train)[0].float() if fill == "mean" else torch.zeros(image_shape(train.shape)[0])
-        )
+        self.colour = _colour(fill, train)
 
     def plan(self, draws: Draws, shape: Shape) -> list[Step]:
         self.colour = self.colour.to(draws.device)  # once: a copy from the host makes it wait
         return [_Erase(draws.chance(self.p), draws.position(), draws.position(), self.size, self.colour)]
+
+
+@dataclass
+class _EraseBox(PixelStep):
+    mask: Tensor  # [n] bool
+    left: Tensor  # [n] pixels, whole
+    top: Tensor  # [n]
+    width: Tensor  # [n]
+    height: Tensor  # [n]
+    fill: Tensor  # [n, C, H, W] or [n, C, 1, 1], 0..255
+
+    phase = 2
+    keeps_dtype = True
+
+    def only(self, mask: Tensor) -> Self:
+        return replace(self, mask=self.mask & mask)
+
+    def apply(self, images: Tensor) -> Tensor:
+        rows = _between(self.top, self.height, images.shape[2])
+        columns = _between(self.left, self.width, images.shape[3])
+        box = rows[:, :, None] & columns[:, None, :] & self.mask[:, None, None]
+        fill = self.fill if images.is_floating_point() else self.fill.round()
+        return torch.where(box[:, None], fill.to(images.dtype), images)
+
+
+def _between(start: Tensor, length: Tensor, pixels: int) -> Tensor:
+    """[n, pixels]"""
+    each = torch.arange(pixels, device=start.device)
+    return (each >= start[:, None]) & (each < (start + length)[:, None])
+
+
+class RandomErase(Operation):
+    """Random erasing (Zhong et al. 2020, algorithm 1): with probability `p` erases a box within the image.
+
+    Its area is uniform in `area`, a share of the image's, and its ratio of height to width uniform in `ratio`. The
+    first of ten drawn boxes that fits is taken; where none does the image stays whole. `fill`: the training set's mean
+    colour, zero (black), or a random value for each pixel of each channel.
+    """
+
+    _TRIALS = 10
+
+    def __init__(
+        self,
+        *,
+        p: Probability,
+        area: tuple[PositiveShare, PositiveShare],
+        ratio: tuple[Positive, Positive],
+        fill: Literal["zero", "mean", "random"],
+        train: Samples,
+    ) -> None:
+        for name, (low, high) in {"area": area, "ratio": ratio}.items():
+            if low > high:
+                raise UserError(f"{name}=[{low:g},{high:g}]: has to rise")
+        self.p = p
+        self.area = area
+        self.ratio = ratio
+        self.colour = None if fill == "random" else _colour(fill, train)
+
+    def plan(self, draws: Draws, shape: Shape) -> list[Step]:
+        channels, height, width = shape
+        area = draws.uniform(*self.area, self._TRIALS) * (height * width)
+        ratio = draws.uniform(*self.ratio, self._TRIALS)
+        h, w = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+        fits = (h > 0) & (h < height) & (w > 0) & (w < width)
+        first = fits.int().argmax(1, keepdim=True)
+        h, w = h.gather(1, first)[:, 0], w.gather(1, first)[:, 0]
+        left = (draws.position() * (width - w + 1)).floor()
+        top = (draws.position() * (height - h + 1)).floor()
+        mask = draws.chance(self.p) & fits.any(1)
+        if self.colour is None:
+            fill = (
+                torch.rand(draws.total, channels, height, width, generator=draws.generator, device=draws.device) * 255
+            )
+        else:
+            self.colour = self.colour.to(draws.device)
+            fill = self.colour[None, :, None, None].expand(draws.total, -1, -1, -1)
+        return [_EraseBox(mask, left, top, w, h, fill)]
+
+
+def _colour(fill: Literal["zero", "mean"], train: Samples) -> Tensor:
+    """[C], 0..255."""
+    if fill == "mean":
+        return 255.0 * colour_statistics(train)[0].float()
+    return torch.zeros(image_shape(train.shape)[0])

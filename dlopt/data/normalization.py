@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dlopt.data.loading import chunks
 from dlopt.data.samples import Samples
 from dlopt.errors import UserError
+from dlopt.ranges import Positive
 
 
 class ScaleShift(nn.Module):
@@ -66,12 +67,12 @@ class Standardize(ScaleShift):
 
 
 class MeanPixel(ScaleShift):
-    """x minus one value per channel, or per feature; the scale stays (images: 0..255).
+    """`scale` times x minus one value per channel, or per feature (images: 0..255).
 
     `values`: fixed, in the units of the data (images: 0..255); None: the mean of the training samples.
     """
 
-    def __init__(self, *, values: tuple[float, ...] | None, input_shape: tuple[int, ...]) -> None:
+    def __init__(self, *, values: tuple[float, ...] | None, scale: Positive, input_shape: tuple[int, ...]) -> None:
         super().__init__(input_shape=input_shape)
         if values is not None and len(values) != input_shape[0]:
             raise UserError(
@@ -79,21 +80,26 @@ class MeanPixel(ScaleShift):
                 f"{'channels' if len(input_shape) == 3 else 'features'}"
             )
         self._fixed = values
+        self._factor = scale
         if values is not None:
-            self.shift.copy_(-torch.tensor(values).view_as(self.shift))
+            self._set_mean(torch.tensor(values))
 
     def fit(self, samples: Samples) -> None:
         if self._fixed is None:
-            self._set(torch.ones_like(self.scale), -moments(samples)[0])
+            self._set_mean(moments(samples)[0])
+
+    def _set_mean(self, mean: Tensor) -> None:
+        self._set(torch.full_like(self.scale, self._factor), -self._factor * mean)
 
 
 class MeanImage(nn.Module):
-    """x minus the mean training image (Krizhevsky et al. 2012), a value for each pixel of each channel (0..255)."""
+    """`scale` times x minus the mean training image (Krizhevsky et al. 2012), a value for each pixel (0..255)."""
 
     mean: Tensor
 
-    def __init__(self, *, input_shape: tuple[int, ...]) -> None:
+    def __init__(self, *, scale: Positive, input_shape: tuple[int, ...]) -> None:
         super().__init__()
+        self._factor = scale
         self.register_buffer("mean", torch.zeros(input_shape))
 
     def fit(self, samples: Samples) -> None:
@@ -109,7 +115,7 @@ class MeanImage(nn.Module):
                 f"normalize=mean_image: the mean image is {list(self.mean.shape)}, the batch's images are "
                 f"{list(inputs.shape[1:])}; use an augmentation that keeps the size, or normalize=mean_pixel"
             )
-        return torch.sub(inputs, self.mean)
+        return torch.sub(inputs, self.mean).mul_(self._factor)
 
 
 def moments(samples: Samples) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dlopt.errors import UserError
 from dlopt.models.layers import Norm, NormKind, check_instance_norm, image_shape
-from dlopt.ranges import Count, Share
+from dlopt.ranges import Count, Positive, PositiveShare, Share
 
 Stem = Literal["small", "imagenet"]
 
@@ -36,8 +36,17 @@ class AlexNet(nn.Sequential):
         norm_affine: bool,
         norm_groups: Count,
         norm_ghost_batch: Count | None,
+        norm_eps: Positive,
+        norm_momentum: PositiveShare,
     ) -> None:
-        normalize = Norm(kind=norm, affine=norm_affine, groups=norm_groups, ghost_batch=norm_ghost_batch)
+        normalize = Norm(
+            kind=norm,
+            affine=norm_affine,
+            groups=norm_groups,
+            ghost_batch=norm_ghost_batch,
+            eps=norm_eps,
+            momentum=norm_momentum,
+        )
         segments = _segments(input_shape, 1, stem, hidden, local_response, dropout, normalize)
         super().__init__(OrderedDict([*segments.items(), ("head", nn.Linear(hidden, classes))]))
         check_instance_norm(self, input_shape, normalize)
@@ -68,11 +77,20 @@ class TwoColumnAlexNet(nn.Module):
         norm_affine: bool,
         norm_groups: Count,
         norm_ghost_batch: Count | None,
+        norm_eps: Positive,
+        norm_momentum: PositiveShare,
     ) -> None:
         super().__init__()
         if hidden % 2:
             raise UserError(f"model.hidden={hidden}: two columns share these features; use an even number")
-        normalize = Norm(kind=norm, affine=norm_affine, groups=norm_groups, ghost_batch=norm_ghost_batch)
+        normalize = Norm(
+            kind=norm,
+            affine=norm_affine,
+            groups=norm_groups,
+            ghost_batch=norm_ghost_batch,
+            eps=norm_eps,
+            momentum=norm_momentum,
+        )
         self.columns = nn.ModuleList(
             nn.Sequential(_segments(input_shape, 2, stem, hidden, local_response, dropout, normalize)) for _ in range(2)
         )

@@ -1,7 +1,7 @@
 """What the models share: the choice of normalization, activations, small layers, and checks of the input's shape."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +31,8 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 
 
 class _GhostBatchNorm(_BatchNorm):
-    def __init__(self, features: int, *, affine: bool, ghost_batch: int) -> None:
-        super().__init__(features, affine=affine)
+    def __init__(self, features: int, *, ghost_batch: int, **batch_norm: Any) -> None:
+        super().__init__(features, **batch_norm)
         self.ghost_batch = ghost_batch
 
     def forward(self, input: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ class ChannelsFirst(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Norm:
-    """The normalization that a model is built with: the keys `norm`, `norm_affine`, `norm_groups`, `norm_ghost_batch`.
+    """The normalization that a model is built with: its keys `norm` and `norm_...`.
 
     A layer in front of a normalization has no bias: batch and instance normalization subtract it again, and the
     others' beta takes its place. `norm_affine=false` therefore leaves neither bias nor gamma and beta.
@@ -85,6 +85,8 @@ class Norm:
     affine: bool
     groups: int
     ghost_batch: int | None
+    eps: float = 1e-5
+    momentum: float = 0.1  # of the running statistics: the share of the newest batch
 
     def __post_init__(self) -> None:
         if self.ghost_batch is not None and self.kind != "batch":
@@ -110,28 +112,40 @@ class Norm:
         """For feature maps [B, C, H, W]. `layer` is one group over all channels, with gamma and beta per channel."""
         match self.kind:
             case "batch" if self.ghost_batch is not None:
-                return GhostBatchNorm2d(channels, affine=self.affine, ghost_batch=self.ghost_batch)
+                return GhostBatchNorm2d(
+                    channels,
+                    eps=self.eps,
+                    momentum=self.momentum,
+                    affine=self.affine,
+                    ghost_batch=self.ghost_batch,
+                )
             case "batch":
-                return nn.BatchNorm2d(channels, affine=self.affine)
+                return nn.BatchNorm2d(channels, eps=self.eps, momentum=self.momentum, affine=self.affine)
             case "layer":
-                return nn.GroupNorm(1, channels, affine=self.affine)
+                return nn.GroupNorm(1, channels, eps=self.eps, affine=self.affine)
             case "group":
-                return nn.GroupNorm(self.groups_of(channels), channels, affine=self.affine)
+                return nn.GroupNorm(self.groups_of(channels), channels, eps=self.eps, affine=self.affine)
             case "instance":
-                return nn.InstanceNorm2d(channels, affine=self.affine)
+                return nn.InstanceNorm2d(channels, eps=self.eps, affine=self.affine)
         return nn.Identity()
 
     def vectors(self, features: int) -> nn.Module:
         """For feature vectors [B, F]."""
         match self.kind:
             case "batch" if self.ghost_batch is not None:
-                return GhostBatchNorm1d(features, affine=self.affine, ghost_batch=self.ghost_batch)
+                return GhostBatchNorm1d(
+                    features,
+                    eps=self.eps,
+                    momentum=self.momentum,
+                    affine=self.affine,
+                    ghost_batch=self.ghost_batch,
+                )
             case "batch":
-                return nn.BatchNorm1d(features, affine=self.affine)
+                return nn.BatchNorm1d(features, eps=self.eps, momentum=self.momentum, affine=self.affine)
             case "layer":
-                return nn.LayerNorm(features, elementwise_affine=self.affine)
+                return nn.LayerNorm(features, eps=self.eps, elementwise_affine=self.affine)
             case "group":
-                return nn.GroupNorm(self.groups_of(features), features, affine=self.affine)
+                return nn.GroupNorm(self.groups_of(features), features, eps=self.eps, affine=self.affine)
             case "instance":
                 raise UserError(
                     "model.norm=instance: instance normalization averages over the pixels of one feature map, and this "
@@ -143,9 +157,9 @@ class Norm:
         """For sequences of tokens [B, T, F]: `layer` normalizes each token, the others take T for the pixels."""
         match self.kind:
             case "layer":
-                return nn.LayerNorm(features, elementwise_affine=self.affine)
+                return nn.LayerNorm(features, eps=self.eps, elementwise_affine=self.affine)
             case "instance":
-                return ChannelsFirst(nn.InstanceNorm1d(features, affine=self.affine))
+                return ChannelsFirst(nn.InstanceNorm1d(features, eps=self.eps, affine=self.affine))
             case "none":
                 return nn.Identity()
         return ChannelsFirst(self.vectors(features))

@@ -6,7 +6,7 @@ from math import prod
 from torch import Tensor, nn
 
 from dlopt.models.layers import Activation, Norm, NormKind, activation
-from dlopt.ranges import Count, Natural, Share
+from dlopt.ranges import Count, Natural, Positive, PositiveShare, Share
 
 
 class MLP(nn.Sequential):
@@ -29,8 +29,17 @@ class MLP(nn.Sequential):
         norm_affine: bool,
         norm_groups: Count,
         norm_ghost_batch: Count | None,
+        norm_eps: Positive,
+        norm_momentum: PositiveShare,
     ) -> None:
-        normalize = Norm(kind=norm, affine=norm_affine, groups=norm_groups, ghost_batch=norm_ghost_batch)
+        normalize = Norm(
+            kind=norm,
+            affine=norm_affine,
+            groups=norm_groups,
+            ghost_batch=norm_ghost_batch,
+            eps=norm_eps,
+            momentum=norm_momentum,
+        )
         parts: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
         inputs = prod(input_shape)
         for index, width in enumerate(widths):
@@ -63,8 +72,17 @@ class ResidualMLP(nn.Sequential):
         norm_affine: bool,
         norm_groups: Count,
         norm_ghost_batch: Count | None,
+        norm_eps: Positive,
+        norm_momentum: PositiveShare,
     ) -> None:
-        normalize = Norm(kind=norm, affine=norm_affine, groups=norm_groups, ghost_batch=norm_ghost_batch)
+        normalize = Norm(
+            kind=norm,
+            affine=norm_affine,
+            groups=norm_groups,
+            ghost_batch=norm_ghost_batch,
+            eps=norm_eps,
+            momentum=norm_momentum,
+        )
         parts: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
         parts["stem"] = _layer(prod(input_shape), width, activation, 0.0, normalize)
         for index in range(blocks):

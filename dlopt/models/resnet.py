@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dlopt.errors import UserError
 from dlopt.models.layers import GlobalAveragePool, Norm, NormKind, check_instance_norm, conv, image_shape, zero_branch
-from dlopt.ranges import Count, Share
+from dlopt.ranges import Count, Positive, PositiveShare, Share
 
 
 class ZeroPadShortcut(nn.Module):
@@ -103,11 +103,20 @@ class CifarResNet(nn.Sequential):
         norm_affine: bool,
         norm_groups: Count,
         norm_ghost_batch: Count | None,
+        norm_eps: Positive,
+        norm_momentum: PositiveShare,
     ) -> None:
         channels, _, _ = image_shape(input_shape, "a ResNet")
         if depth < 8 or depth % 6 != 2:
             raise UserError(f"model.depth={depth}: these nets have 6n+2 layers; use 8, 14, 20, 32, 44, 56, 110 or 1202")
-        normalize = Norm(kind=norm, affine=norm_affine, groups=norm_groups, ghost_batch=norm_ghost_batch)
+        normalize = Norm(
+            kind=norm,
+            affine=norm_affine,
+            groups=norm_groups,
+            ghost_batch=norm_ghost_batch,
+            eps=norm_eps,
+            momentum=norm_momentum,
+        )
 
         def block(inputs: int, outputs: int, stride: int) -> BasicBlock:
             shortcut: nn.Module | None = None
@@ -158,9 +167,18 @@ class ResNet(nn.Sequential):
         norm_affine: bool,
         norm_groups: Count,
         norm_ghost_batch: Count | None,
+        norm_eps: Positive,
+        norm_momentum: PositiveShare,
     ) -> None:
         channels, _, _ = image_shape(input_shape, "a ResNet")
-        normalize = Norm(kind=norm, affine=norm_affine, groups=norm_groups, ghost_batch=norm_ghost_batch)
+        normalize = Norm(
+            kind=norm,
+            affine=norm_affine,
+            groups=norm_groups,
+            ghost_batch=norm_ghost_batch,
+            eps=norm_eps,
+            momentum=norm_momentum,
+        )
         expansion = 1 if depth < 50 else Bottleneck.expansion
 
         def block(inputs: int, width: int, stride: int) -> nn.Module:

@@ -6,7 +6,7 @@ from typing import Literal
 from torch import nn
 
 from dlopt.models.layers import GlobalAveragePool, Norm, NormKind, check_instance_norm, conv, image_shape
-from dlopt.ranges import Count, Share
+from dlopt.ranges import Count, Positive, PositiveShare, Share
 
 _STAGES = ((64,), (128,), (256, 256), (512, 512), (512, 512))
 
@@ -32,9 +32,18 @@ class VGG11(nn.Sequential):
         norm_affine: bool,
         norm_groups: Count,
         norm_ghost_batch: Count | None,
+        norm_eps: Positive,
+        norm_momentum: PositiveShare,
     ) -> None:
         inputs, height, width = image_shape(input_shape, "a VGG net")
-        normalize = Norm(kind=norm, affine=norm_affine, groups=norm_groups, ghost_batch=norm_ghost_batch)
+        normalize = Norm(
+            kind=norm,
+            affine=norm_affine,
+            groups=norm_groups,
+            ghost_batch=norm_ghost_batch,
+            eps=norm_eps,
+            momentum=norm_momentum,
+        )
         parts: OrderedDict[str, nn.Module] = OrderedDict()
         for index, widths in enumerate(_STAGES):
             layers: list[nn.Module] = []

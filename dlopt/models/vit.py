@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from dlopt.errors import UserError
 from dlopt.models.layers import Norm, NormKind, image_shape
-from dlopt.ranges import Count, Positive, Share
+from dlopt.ranges import Count, Positive, PositiveShare, Share
 
 
 class PatchEmbedding(nn.Module):
@@ -110,6 +110,8 @@ class ViT(nn.Sequential):
         norm_affine: bool,
         norm_groups: Count,
         norm_ghost_batch: Count | None,
+        norm_eps: Positive,
+        norm_momentum: PositiveShare,
     ) -> None:
         channels, image_height, image_width = image_shape(input_shape, "a vision transformer")
         if image_height % patch or image_width % patch:
@@ -119,7 +121,14 @@ class ViT(nn.Sequential):
             )
         if width % heads:
             raise UserError(f"model.heads={heads}: the heads share model.width={width}; use a divisor of it")
-        normalize = Norm(kind=norm, affine=norm_affine, groups=norm_groups, ghost_batch=norm_ghost_batch)
+        normalize = Norm(
+            kind=norm,
+            affine=norm_affine,
+            groups=norm_groups,
+            ghost_batch=norm_ghost_batch,
+            eps=norm_eps,
+            momentum=norm_momentum,
+        )
         patches = (image_height // patch) * (image_width // patch)
         parts: OrderedDict[str, nn.Module] = OrderedDict()
         parts["embedding"] = PatchEmbedding(channels, width, patch, patches, dropout)

@@ -1,7 +1,8 @@
-"""The linear warmup that can stand before any schedule."""
+"""The warmup that can stand before any schedule."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from dlopt.errors import UserError
 from dlopt.ranges import Natural, NonNegative, Probability
@@ -10,17 +11,23 @@ from dlopt.schedules.horizon import Factor, Horizon, length_of
 
 @dataclass(frozen=True, kw_only=True)
 class Warmup:
-    """The keys that every schedule has (conf/schedule/_warmup.yaml): a linear warmup before it."""
+    """The keys that every schedule has (conf/schedule/_warmup.yaml): a warmup before it."""
 
     warmup_epochs: NonNegative | None
     warmup_steps: Natural | None
     warmup_share: Probability
     warmup_start: Probability
+    warmup_shape: Literal["linear", "constant"]
 
     def length(self, steps: int, steps_per_epoch: float) -> int:
         """Steps of warmup. Raises UserError when it is longer than the training."""
         horizon = Horizon(0, steps, steps_per_epoch)
         length = int(length_of("warmup", self.warmup_epochs, self.warmup_steps, horizon, self.warmup_share * steps))
+        if length and self.warmup_shape == "constant" and self.warmup_start == 0:
+            raise UserError(
+                "schedule.warmup_start=0.0: with schedule.warmup_shape=constant the warmup would learn nothing; "
+                "allowed: a share of optimizer.lr above 0"
+            )
         if length > steps:
             given = f"epochs={self.warmup_epochs:g}" if self.warmup_steps is None else f"steps={self.warmup_steps}"
             raise UserError(
@@ -31,15 +38,16 @@ class Warmup:
 
 
 class WarmedUp:
-    """`component` under a linear ramp over the first `length` updates.
+    """`component` under a ramp over the first `length` updates.
 
-    The ramp is start + (1 - start) (t + 1) / (length + 1): it stands at `start` before the first update, so no update
-    is lost to a learning rate of zero, and it reaches 1 at t = length, where the component takes over.
+    The linear ramp is start + (1 - start) (t + 1) / (length + 1): it stands at `start` before the first update, so no
+    update is lost to a learning rate of zero, and it reaches 1 at t = length, where the component takes over. The
+    constant one stays at `start` until then.
     """
 
-    def __init__(self, component: Factor, length: int, start: float) -> None:
+    def __init__(self, component: Factor, length: int, start: float, shape: Literal["linear", "constant"]) -> None:
         self.component, self.length, self.start = component, length, start
-        self._slope = (1.0 - start) / (length + 1)
+        self._slope = (1.0 - start) / (length + 1) if shape == "linear" else 0.0
 
     def __call__(self, t: int) -> float:
         if t >= self.length:
@@ -51,4 +59,4 @@ def build(factory: Callable[..., Factor], warmup: Warmup, *, steps: int, steps_p
     """The schedule of a run of `steps` updates: `factory` is a choice with all its keys bound but `horizon`."""
     length = warmup.length(steps, steps_per_epoch)
     component = factory(horizon=Horizon(length, steps, steps_per_epoch))
-    return WarmedUp(component, length, warmup.warmup_start) if length else component
+    return WarmedUp(component, length, warmup.warmup_start, warmup.warmup_shape) if length else component

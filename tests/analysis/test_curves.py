@@ -31,7 +31,7 @@ def test_plateau_falls_when_patience_is_over(steps: int, warmup: int) -> None:
         monitor="val_loss", mode="auto", factor=0.1, patience=1, threshold=0.0, threshold_mode="abs", cooldown=0,
         min_factor=0.0, horizon=Horizon(warmup, steps, epoch),
     )  # fmt: skip
-    factor = WarmedUp(plateau, warmup, 0.0) if warmup else plateau
+    factor = WarmedUp(plateau, warmup, 0.0, "linear") if warmup else plateau
     found = curve("a", factor, lr=1.0, steps=steps, steps_per_epoch=epoch, evaluate_every=3)
     # Evaluations after epochs 3, 6, 9 ...: the first is the best, the third is the second without improvement.
     rates = dict(zip(found.epochs, found.rates, strict=True))

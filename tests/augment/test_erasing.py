@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from dlopt.augment import Erase
+from dlopt.augment import Erase, RandomErase
+from dlopt.errors import UserError
 from tests.augment.helpers import Whole, pictures, run
 
 
@@ -29,3 +30,52 @@ def test_the_mean_colour_is_the_training_sets_and_p_a_probability() -> None:
     assert abs(erased.float().mean() - 0.3) < 5 * (0.21 / 4000) ** 0.5
     colours = out[erased].amax((2, 3))
     assert torch.allclose(colours, train.images.float().mean((0, 2, 3)).expand_as(colours), atol=1e-3)
+
+
+def boxes(images: torch.Tensor) -> list[tuple[int, int, int, int]]:
+    """(top, left, height, width) of what is 0 in images of ones; fails where that is no box."""
+    found = []
+    for image in images:
+        y, x = (image[0] == 0).nonzero(as_tuple=True)
+        if len(y):
+            top, left, height, width = int(y[0]), int(x.min()), int(y[-1] - y[0] + 1), int(x.max() - x.min() + 1)
+            assert len(y) == height * width
+            found.append((top, left, height, width))
+    return found
+
+
+def test_random_boxes_lie_within_the_image_and_have_the_drawn_area_and_shape() -> None:
+    images = torch.ones(4000, 1, 28, 32, dtype=torch.uint8)
+    erase = RandomErase(p=0.5, area=(0.02, 0.4), ratio=(0.3, 1 / 0.3), fill="zero", train=Whole(images))
+    found = boxes(run([erase], images))
+    assert abs(len(found) / 4000 - 0.5) < 5 * (0.25 / 4000) ** 0.5
+    areas = torch.tensor([h * w / (28 * 32) for _, _, h, w in found])
+    ratios = torch.tensor([h / w for _, _, h, w in found])
+    assert 0.01 < areas.min() < 0.03 and 0.38 < areas.max() < 0.42
+    assert 0.2 < ratios.min() < 0.4 and 2.7 < ratios.max() < 4.5
+    reached = {(top == 0, left == 0, top + h == 28, left + w == 32) for top, left, h, w in found}
+    assert all(any(where[side] for where in reached) for side in range(4))  # every edge, and nothing beyond
+    largest = [f for f in found if f[2] * f[3] > 0.3 * 28 * 32]
+    tops = torch.tensor([top / (28 - h) for top, _, h, _ in largest if h < 27])
+    assert abs(tops.mean() - 0.5) < 0.06  # anywhere
+
+
+def test_a_box_that_does_not_fit_leaves_the_image_whole() -> None:
+    images = torch.ones(50, 1, 8, 8)
+    assert (
+        boxes(run([RandomErase(p=1.0, area=(1.0, 1.0), ratio=(1.0, 1.0), fill="zero", train=Whole(images))], images))
+        == []
+    )
+
+
+def test_random_values_fill_the_box() -> None:
+    images = torch.zeros(400, 3, 16, 16)
+    erase = RandomErase(p=1.0, area=(0.3, 0.3), ratio=(1.0, 1.0), fill="random", train=Whole(images))
+    values = run([erase], images)
+    values = values[values > 0]
+    assert abs(values.mean() - 127.5) < 1 and abs(values.std() - 255 / 12**0.5) < 1
+
+
+def test_ranges_have_to_rise() -> None:
+    with pytest.raises(UserError, match="area"):
+        RandomErase(p=1.0, area=(0.4, 0.02), ratio=(0.3, 3.3), fill="zero", train=Whole(torch.ones(2, 1, 4, 4)))

@@ -1,5 +1,7 @@
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -121,19 +123,28 @@ def test_statistics_of_files_equal_those_in_memory(tmp_path: Path, write_images:
 
 def test_mean_pixel_computed_and_fixed() -> None:
     inputs = images()
-    module = MeanPixel(values=None, input_shape=(3, 6, 5)).double()
+    module = MeanPixel(values=None, scale=1.0, input_shape=(3, 6, 5)).double()
     module.fit(samples(inputs))
     assert torch.allclose(module(inputs), inputs - inputs.double().mean((0, 2, 3)).view(3, 1, 1))
-    fixed = MeanPixel(values=(124.96, 115.97, 106.13), input_shape=(3, 6, 5))
+    fixed = MeanPixel(values=(124.96, 115.97, 106.13), scale=1.0, input_shape=(3, 6, 5))
     fixed.fit(samples(inputs))
     assert torch.equal(fixed(inputs), inputs - torch.tensor([124.96, 115.97, 106.13]).view(3, 1, 1))
     with pytest.raises(UserError, match=r"normalize.values=\[1.0\]: has 1 values; the data have 3 channels"):
-        MeanPixel(values=(1.0,), input_shape=(3, 6, 5))
+        MeanPixel(values=(1.0,), scale=1.0, input_shape=(3, 6, 5))
+
+
+@pytest.mark.parametrize("kind", [MeanImage, partial(MeanPixel, values=None)])
+def test_differences_from_the_mean_may_be_scaled(kind: Any) -> None:
+    inputs = images()
+    plain, scaled = (kind(scale=scale, input_shape=(3, 6, 5)) for scale in (1.0, 1 / 255))
+    plain.fit(samples(inputs)), scaled.fit(samples(inputs))
+    assert torch.allclose(scaled(inputs), plain(inputs) / 255, atol=1e-6)
+    assert plain(inputs).abs().max() > 1 > scaled(inputs).abs().max()
 
 
 def test_mean_image() -> None:
     inputs = images()
-    module = MeanImage(input_shape=(3, 6, 5)).double()
+    module = MeanImage(scale=1.0, input_shape=(3, 6, 5)).double()
     module.fit(samples(inputs))
     assert torch.allclose(module(inputs), inputs - inputs.double().mean(0))
     with pytest.raises(UserError, match=r"normalize=mean_image: the mean image is \[3, 6, 5\].*\[3, 4, 4\]"):

@@ -8,7 +8,14 @@ from torch import nn
 from dlopt.models.layers import ACTIVATIONS
 from dlopt.models.mlp import MLP, ResidualMLP
 
-NORM: dict[str, Any] = {"norm": "none", "norm_affine": True, "norm_groups": 8, "norm_ghost_batch": None}
+NORM: dict[str, Any] = {
+    "norm": "none",
+    "norm_affine": True,
+    "norm_groups": 8,
+    "norm_ghost_batch": None,
+    "norm_eps": 1e-5,
+    "norm_momentum": 0.1,
+}
 
 
 def mlp(**changes: Any) -> MLP:

@@ -8,7 +8,14 @@ from torch import nn
 from dlopt.errors import UserError
 from dlopt.models.preact import PreActBlock, PreActBottleneck, PreActResNet, WideResNet
 
-NORM: dict[str, Any] = {"norm": "batch", "norm_affine": True, "norm_groups": 8, "norm_ghost_batch": None}
+NORM: dict[str, Any] = {
+    "norm": "batch",
+    "norm_affine": True,
+    "norm_groups": 8,
+    "norm_ghost_batch": None,
+    "norm_eps": 1e-5,
+    "norm_momentum": 0.1,
+}
 
 
 def wide(**changes: Any) -> WideResNet:

@@ -9,7 +9,14 @@ from torch import nn
 from dlopt.errors import UserError
 from dlopt.models.resnet import BasicBlock, CifarResNet, ResNet, ZeroPadShortcut
 
-NORM: dict[str, Any] = {"norm": "batch", "norm_affine": True, "norm_groups": 8, "norm_ghost_batch": None}
+NORM: dict[str, Any] = {
+    "norm": "batch",
+    "norm_affine": True,
+    "norm_groups": 8,
+    "norm_ghost_batch": None,
+    "norm_eps": 1e-5,
+    "norm_momentum": 0.1,
+}
 
 
 def cifar(**changes: Any) -> CifarResNet:

@@ -21,7 +21,7 @@ from dlopt.schedules import Factor, Horizon, Plateau, Scheduler, WarmedUp, Warmu
 CONF = Path(__file__).parents[2] / "conf"
 CHOICES = sorted(path.stem for path in (CONF / "schedule").glob("[!_]*.yaml"))
 PURE = [name for name in CHOICES if name != "plateau"]
-NO_WARMUP = Warmup(warmup_epochs=None, warmup_steps=0, warmup_share=0.0, warmup_start=0.0)
+NO_WARMUP = Warmup(warmup_epochs=None, warmup_steps=0, warmup_share=0.0, warmup_start=0.0, warmup_shape="linear")
 STEPS, EPOCH = 240, 24
 
 
@@ -374,3 +374,14 @@ def test_horizon_is_all_a_choice_needs() -> None:
     factor = schedules.cosine(final=0.0, decay_epochs=None, decay_steps=None, horizon=Horizon(10, 110, 10))
     assert factor(60) == pytest.approx(0.5)
     assert NO_WARMUP.length(10, 1) == 0
+
+
+def test_a_constant_warmup_stays_at_its_start() -> None:
+    """He et al. 2016, section 4.2: ResNet-110 begins with a tenth of the learning rate for 400 updates."""
+    factor = make("multistep", steps=1000, warmup_steps=400, warmup_start=0.1, warmup_shape="constant")
+    assert [factor(t) for t in (0, 399, 400, 499, 500, 750)] == pytest.approx([0.1, 0.1, 1.0, 1.0, 0.1, 0.01])
+
+
+def test_a_constant_warmup_at_nothing_is_refused() -> None:
+    with pytest.raises(UserError, match=r"schedule.warmup_start=0.0.*above 0"):
+        make("cosine", warmup_steps=10, warmup_shape="constant")
