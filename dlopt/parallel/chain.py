@@ -54,17 +54,22 @@ class Link:
     seconds: float = 0.0  # forward and backward of a micro-batch
 
 
-def links(model: nn.Module) -> list[Link]:
+def links(model: nn.Module, stages: int) -> list[Link]:
     """The layers that `model` calls one after the other: nested `nn.Sequential`s, opened up.
 
-    Raises `UserError` for a model that is none.
+    Raises `UserError` for a model that is none, or that has fewer layers than there are stages.
     """
     if not _is_sequence(model):
         raise UserError(
             f"parallel=pipeline: {type(model).__name__} is no sequence of layers that could be cut; use parallel=ddp, "
             "parallel=fsdp, or a model such as resnet20"
         )
-    return [Link(name, layer) for name, layer in _flat(model, "")]
+    found = [Link(name, layer) for name, layer in _flat(model, "")]
+    if stages > len(found):
+        raise UserError(
+            f"parallel=pipeline: {stages} processes, and the model has only {len(found)} layers; start fewer"
+        )
+    return found
 
 
 def _is_sequence(module: nn.Module) -> bool:

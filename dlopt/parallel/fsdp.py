@@ -19,6 +19,7 @@ from dlopt.parallel.group import Group, join
 from dlopt.parallel.shards import Cut
 from dlopt.parallel.single import Single
 from dlopt.parallel.sync_batchnorm import synchronize
+from dlopt.parallel.world import current
 from dlopt.ranges import Count, Natural, Positive
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -50,6 +51,12 @@ def fully_sharded(
         raise UserError(
             "parallel.cpu_offload=true: there is no GPU to take weights from; set parallel.cpu_offload=false"
         )
+    world = current()
+    if world is not None and shards is not None and world.size % shards:
+        raise UserError(
+            f"parallel.shards={shards}: {world.size} processes cannot form groups of {shards}; allowed: divisors of "
+            f"{world.size}, or null for all"
+        )
     joined = join(
         "fsdp",
         device,
@@ -61,11 +68,6 @@ def fully_sharded(
     if joined is None:
         return Single(device, "fsdp")
     group, device = joined
-    if shards is not None and group.size % shards:
-        raise UserError(
-            f"parallel.shards={shards}: {group.size} processes cannot form groups of {shards}; allowed: divisors of "
-            f"{group.size}, or null for all"
-        )
     return FullySharded(
         group,
         device,
@@ -169,7 +171,7 @@ def units(model: nn.Module, least: int) -> list[nn.Module]:
 
     look(model)
     owners: dict[nn.Parameter, int] = {}
-    for module in model.modules():
+    for _, module in model.named_modules(remove_duplicate=False):
         for parameter in module.parameters(recurse=False):
             owners[parameter] = owners.get(parameter, 0) + 1
     return [unit for unit in found if all(owners[p] == 1 for p in unit.parameters())]

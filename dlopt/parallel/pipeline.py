@@ -5,7 +5,7 @@ which holds no more activations than there are stages. Both are torch.distribute
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from dlopt.parallel import chain as chains
 from dlopt.parallel.chain import Form, Link
 from dlopt.parallel.ddp import Batches, Port
 from dlopt.parallel.group import Group, Member, join
+from dlopt.parallel.owners import Owned
 from dlopt.parallel.shares import PiecewiseAugment, micro_batches
 from dlopt.parallel.single import Single
 from dlopt.ranges import Count, Positive
@@ -80,7 +81,7 @@ def pipeline(
     )
 
 
-class Pipeline(Member):
+class Pipeline(Owned, Member):
     """See `Single` for what a mode is asked. Rank r has the r-th stage; the others' layers are on the meta device, so
     that every rank knows all parameters by name and order, and keeps those of its own.
 
@@ -88,7 +89,6 @@ class Pipeline(Member):
     """
 
     name = "pipeline"
-    splits: Literal["nothing", "tensors", "layers"] = "layers"
     norm_shares = 1
     share_evaluation = None
 
@@ -131,11 +131,7 @@ class Pipeline(Member):
     # -- the model
 
     def place(self, model: nn.Module, input_shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
-        chain = chains.links(model)
-        if self.processes > len(chain):
-            raise UserError(
-                f"parallel=pipeline: {self.processes} processes, and the model has but {len(chain)} layers; start fewer"
-            )
+        chain = chains.links(model, self.processes)
         inputs = self._samples(model, input_shape)
         chains.look(chain, inputs[:2], self._calling)
         own = self._cut(chain, inputs)
@@ -273,34 +269,10 @@ class Pipeline(Member):
             distributed.broadcast(found, self.processes - 1)
         return found
 
-    # -- sums, norms and states
+    # -- sums
 
     def total(self, values: Sequence[float]) -> Sequence[float]:
         return self.group.total(values if self.is_last else [0.0] * len(values))
-
-    def norm(self, tensors: Sequence[Tensor]) -> Tensor:
-        own = [tensor for tensor in tensors if not tensor.is_meta]
-        norm = torch.nn.utils.get_total_norm(own) if own else torch.zeros(())
-        everyones = self.group.gathered(norm.to(device=self.device, dtype=self._dtype).reshape(1))
-        return torch.linalg.vector_norm(everyones)
-
-    def gathered(self, state: Any) -> Any:
-        everyones: list[Any] | None = [None] * self.processes if self.is_main else None
-        distributed.gather_object(_on_cpu(state), everyones, dst=0)
-        for other in (everyones or [])[1:]:
-            state = _merged(state, other)
-        return state
-
-    def load_model(self, model: nn.Module, state: Mapping[str, Any], *, strict: bool = True) -> None:
-        own = model.state_dict()
-        part = {name: own[name] if name in own and own[name].is_meta else value for name, value in state.items()}
-        model.load_state_dict(part, strict=strict)
-
-    def load_optimizer(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-        own: set[int] = set()
-        for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True):
-            own |= {n for n, p in zip(saved["params"], group["params"], strict=True) if not p.is_meta}
-        optimizer.load_state_dict({**state, "state": {n: v for n, v in state["state"].items() if n in own}})
 
 
 class Stage(nn.Module):
@@ -336,19 +308,3 @@ class Stage(nn.Module):
         for dropout, form in draws:
             if dropout.training:
                 dropout(form.arranged(torch.zeros_like(form.empty(len(inputs), inputs.device))))
-
-
-def _on_cpu(state: Any) -> Any:
-    if isinstance(state, Tensor):
-        return state if state.is_meta else state.cpu()
-    if isinstance(state, dict):
-        return {key: _on_cpu(value) for key, value in state.items()}
-    return [_on_cpu(value) for value in state] if isinstance(state, list) else state
-
-
-def _merged(state: Any, other: Any) -> Any:
-    """`state` with what only `other` has."""
-    if isinstance(state, dict):
-        both = {key: _merged(value, other[key]) if key in other else value for key, value in state.items()}
-        return {**both, **{key: value for key, value in other.items() if key not in state}}
-    return other if isinstance(state, Tensor) and state.is_meta else state

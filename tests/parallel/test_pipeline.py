@@ -1,7 +1,14 @@
 """Pipelined runs against runs of one process."""
 
+import re
 from pathlib import Path
+from typing import Any
 
+import pytest
+import torch
+
+from dlopt.errors import UserError
+from dlopt.parallel.pipeline import pipeline
 from tests.parallel.equality import MLP, RESNET, Cases, compare
 
 PIPELINE = ["parallel=pipeline"]
@@ -26,3 +33,42 @@ CASES: Cases = {
 
 def test_two_stages_equal_one_process(tmp_path: Path) -> None:
     compare(tmp_path, 2, CASES)
+
+
+def test_four_stages_and_fewer_micro_batches_than_stages(tmp_path: Path) -> None:
+    case = [*RESNET, "data.batch_size=35", "accumulate=2", "steps=4", "optimizer=lamb", "optimizer.lr=0.01"]
+    compare(tmp_path, 4, {"lamb": (case, PIPELINE)})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
+def test_fifty_steps(tmp_path: Path, schedule: str) -> None:
+    case = [*RESNET, "data.batch_size=35", "accumulate=3", "steps=50"]
+    compare(tmp_path, 2, {"fifty": (case, [*PIPELINE, f"parallel.schedule={schedule}"])})
+
+
+ARGUMENTS: dict[str, Any] = {
+    "device": torch.device("cpu"), "accumulate": 1, "batch_size": 32, "precision": "fp32", "threads": 1,
+    "processes": None, "micro_batches": None, "schedule": "1f1b", "split": None, "timeout_minutes": 1.0,
+    "master_addr": None, "master_port": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"processes": 3}, "parallel.processes=3: torchrun started 2 processes"),
+        ({"micro_batches": 4, "accumulate": 2}, "parallel.micro_batches=4: accumulate=2 cuts the batch, too"),
+        ({"micro_batches": 33}, "parallel.micro_batches=33: a batch of data.batch_size=32 has fewer samples"),
+        ({"precision": "fp16"}, "precision=fp16: not with parallel=pipeline"),
+    ],
+)
+def test_wrong_set_ups_get_one_line(arguments: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=f"^{re.escape(message)}[^\n]*$"):
+        pipeline(**{**ARGUMENTS, **arguments})
+
+
+def test_one_process_needs_no_group() -> None:
+    assert (pipeline(**ARGUMENTS).name, pipeline(**ARGUMENTS).processes) == ("pipeline", 1)
