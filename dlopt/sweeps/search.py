@@ -1,8 +1,9 @@
 """`hydra/sweeper=dlopt_optuna`: jobs drawn one by one, from a study that several processes may share."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -166,11 +167,9 @@ def run_search(loader: Any, config: DictConfig, places: Places, arguments: Seque
     study = open_study(plan, folder, facts)
     with storage_errors(plan.settings.storage):
         _note(folder, facts, study)
-        source = _Search(plan, study, loader, config)
-        overview = Overview(plan.total, plan.objectives[0], plan.directions[0])
-        source.show_known(overview)
+        source = Search(plan, study, partial(compose, loader, config))
         try:
-            work(source, places, overview)
+            source.run(places)
         finally:
             _note(folder, facts, study)
             study.close()
@@ -200,16 +199,26 @@ def open_study(plan: Plan, folder: Path, facts: Mapping[str, Any]) -> Study:
         )
 
 
-class _Search:
-    """Hands out the study's jobs."""
+Compose = Callable[[Sequence[str], int, str], Job]
+"""(overrides, number, label): the job, or `UserError`."""
 
-    def __init__(self, plan: Plan, study: Study, loader: Any, config: DictConfig) -> None:
-        self._plan, self._study, self._loader, self._config = plan, study, loader, config
+
+class Search:
+    """Hands out the study's jobs, and tells it how they end."""
+
+    def __init__(self, plan: Plan, study: Study, make: Compose) -> None:
+        self._plan, self._study, self._make = plan, study, make
         self._claims: dict[int, Claim] = {}
         self._interrupted = 0
         self._asked, self._over = 0.0, False
 
-    def show_known(self, overview: Overview) -> None:
+    def run(self, places: Places) -> None:
+        """Until nothing is left to take. Raises KeyboardInterrupt once a signal has come and the jobs have stopped."""
+        overview = Overview(self._plan.total, self._plan.objectives[0], self._plan.directions[0])
+        self._show_known(overview)
+        work(self, places, overview)
+
+    def _show_known(self, overview: Overview) -> None:
         """What is over already."""
         counts = self._study.counts()
         for number, values, figures in self._study.finished():
@@ -233,7 +242,7 @@ class _Search:
         overrides = self._plan.space.overrides(claim.values)
         label = self._plan.space.label(claim.values)
         try:
-            job = compose(self._loader, self._config, overrides, claim.number, label)
+            job = self._make(overrides, claim.number, label)
         except UserError as error:
             folder = RunFolder(self._study.folder / str(claim.number))
             return Refused(claim.number, label, record_failure(folder, str(error)))
