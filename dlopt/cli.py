@@ -19,6 +19,7 @@ dlopt {dlopt.__version__}: runs experiments on the optimization of deep networks
   dlopt export checkpoint=PATH format=FORMAT     a model for other tools: safetensors, onnx, torch_export
   dlopt show-batch [group=choice] [key=value]    draw what an augmentation does to images
   dlopt trajectory schedule=a,b [key=value]      draw learning-rate curves into one picture
+  dlopt summary model=CHOICE [key=value]         a model's layers: shapes, parameters, operations, memory
   dlopt diagnose [group=choice] [key=value]      activations, gradients and curvature of a model; a verdict per layer
   dlopt bench parallel=a,b processes=1,2         speed, memory and communication of parallel modes; of devices
   dlopt report DIR... [key=value]                compare runs and sweeps: a table, pictures, a page (--open, --watch)
@@ -80,6 +81,7 @@ def commands() -> dict[str, Callable[[list[str]], int]]:
         "export": _export,
         "show-batch": _show_batch,
         "trajectory": _trajectory,
+        "summary": _summary,
         "diagnose": _diagnose,
         "bench": _bench,
         "report": _report,
@@ -122,6 +124,12 @@ def _trajectory(arguments: list[str]) -> int:
     from dlopt.commands.trajectory import trajectory
 
     return trajectory(arguments)
+
+
+def _summary(arguments: list[str]) -> int:
+    from dlopt.commands.summary import summary
+
+    return summary(arguments)
 
 
 def _diagnose(arguments: list[str]) -> int:

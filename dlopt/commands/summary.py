@@ -1,0 +1,133 @@
+"""`dlopt summary`: the layers of a model with shapes, parameters, operations and memory."""
+
+import math
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dlopt.commands.series import own_keys
+from dlopt.config.compose import Composer, choices_of, parse_arguments, to_plain
+from dlopt.errors import UserError
+from dlopt.ranges import Count
+
+if TYPE_CHECKING:
+    from dlopt.analysis.model_summary import ModelSummary
+    from dlopt.config.experiment import Experiment
+
+USAGE = """\
+dlopt summary model=CHOICE [key=value]: the layers of a model with shapes, parameters, operations and memory
+
+  dlopt summary model=resnet56
+  dlopt summary model=resnet50 model.stem=imagenet input_shape=[3,224,224] classes=1000
+
+Multiply-accumulates (MACs, two FLOPs each) are those of convolutions, matrix products and attention, per sample.
+Nothing is computed: any size of model will do. Besides the keys of `dlopt train` (which see):
+  input_shape=[C,H,W]   shape of one sample, with classes=N (null: those of the data, which are then read)
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Own:
+    """The keys of this command alone."""
+
+    input_shape: list[Count] | None = None
+    classes: Count | None = None
+
+
+def summary(arguments: list[str]) -> int:
+    """Prints the table. Raises `UserError`."""
+    parsed = parse_arguments(arguments)
+    if parsed.help:
+        print(USAGE, end="")
+        return 0
+    if parsed.multirun:
+        raise UserError("-m: one model is shown at a time")
+    from dlopt.config.experiment import parse
+
+    composer = Composer(parsed.config_name, parsed.config_dir)
+    own, overrides = own_keys(composer, parsed.overrides, _Own)
+    config = composer.compose(overrides)
+    experiment = parse(*to_plain(config, overrides))
+    shape, classes = _sizes(experiment, own)
+    _print(choices_of(config).get("model", "model"), shape, _summarized(experiment, shape, classes))
+    return 0
+
+
+def _sizes(experiment: "Experiment", own: _Own) -> tuple[tuple[int, ...], int]:
+    """Shape of one sample as the model sees it, and the number of outputs."""
+    if (own.input_shape is None) != (own.classes is None):
+        missing = "classes=N" if own.classes is None else "input_shape=[C,H,W]"
+        raise UserError(f"input_shape and classes are typed together: add {missing}, or leave both to the data")
+    if own.input_shape is not None and own.classes is not None:
+        return tuple(own.input_shape), own.classes
+    from dataclasses import replace
+
+    from dlopt.build import outputs_of
+    from dlopt.data.splits import prepare
+
+    dataset = prepare(
+        experiment.data.build(**vars(experiment.data_settings)), replace(experiment.data_settings, memory=False)
+    )
+    if experiment.augmentation.arguments.get("operations") == []:
+        return dataset.train.shape, outputs_of(dataset)
+    classes = None if dataset.classes is None else len(dataset.classes)
+    pipeline = experiment.augmentation.build(input_shape=dataset.train.shape, classes=classes, train=dataset.train)
+    return pipeline.output_shape, outputs_of(dataset)
+
+
+def _summarized(experiment: "Experiment", shape: tuple[int, ...], classes: int) -> "ModelSummary":
+    import torch
+
+    from dlopt.analysis.model_summary import summarize
+
+    size = experiment.data_settings.batch_size
+    batch = size if isinstance(size, int) else 1
+    dtype = torch.float64 if experiment.settings.precision == "fp64" else torch.float32
+    module = experiment.model.build(input_shape=shape, classes=classes)
+    try:
+        return summarize(module.to("meta", dtype), torch.empty(batch, *shape, device="meta", dtype=dtype))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"input_shape={list(shape)}: the model cannot work on such samples: {reason}") from None
+
+
+def _print(name: str, shape: tuple[int, ...], found: "ModelSummary") -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("layer", "kind"):
+        table.add_column(column, no_wrap=True)
+    for column in ("output", "parameters", "MACs"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for layer in found.layers:
+        if layer.kind not in ("Identity", "Dropout") or layer.parameters:
+            size = "x".join(map(str, layer.output))
+            numbers = (f"{number:,}" if number else "" for number in (layer.parameters, layer.macs))
+            table.add_row(layer.name, layer.kind, size, *numbers)
+    console = Console(highlight=False, width=None if os.isatty(1) else 120)
+    console.print(table)
+    frozen = found.parameters - found.trainable
+    lines = {
+        "model": f"{name} on samples of {'x'.join(map(str, shape))}",
+        "parameters": f"{found.parameters:,}" + (f", of which {frozen:,} are frozen" if frozen else ""),
+        "forward": f"{_scaled(found.forward_macs)}MACs per sample",
+        "forward and backward": f"{_scaled(found.update_flops)}FLOPs per sample",
+        "weights": f"{_bytes(found.parameter_bytes)}, buffers {_bytes(found.buffer_bytes)}",
+        "kept for the backward pass": f"{_bytes(found.activation_bytes)} for a batch of {found.batch}",
+    }
+    for key, value in lines.items():
+        console.print(f"{key}: {value}", markup=False, soft_wrap=True)
+
+
+def _scaled(number: float) -> str:
+    if number < 1000:
+        return f"{number:g} "
+    power = min(int(math.log10(number)) // 3, 4)
+    return f"{number / 1000**power:.3g} {('', 'k', 'M', 'G', 'T')[power]}"
+
+
+def _bytes(number: float) -> str:
+    power = min(int(math.log2(max(number, 1))) // 10, 4)
+    return f"{number / 1024**power:.3g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
