@@ -1,11 +1,10 @@
 """What the ranks that hold one model together send each other within forward and backward.
 
-A tensor within a split model is either whole, the same on all ranks, or a part. The gradient of a whole tensor is whole
-and the same on all ranks, too, where nothing else is said. These functions come in conjugate pairs (Shoeybi et al. 2019,
-"Megatron-LM", section 3): what is a sum forward is a copy backward, and the other way round.
+A tensor within a split model is either whole, the same on all ranks, or a part. The gradient of a whole tensor is
+whole and the same on all ranks, too, where nothing else is said. These functions come in conjugate pairs (Shoeybi et
+al. 2019, "Megatron-LM", section 3): what is a sum forward is a copy backward, and the other way round.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -50,6 +49,10 @@ class Ranks:
         each = size // self.size
         return slice(self.rank * each, (self.rank + 1) * each)
 
+    def place(self, rank: int) -> int:
+        """What all processes call this rank."""
+        return rank if self.group is None else distributed.get_global_rank(self.group, rank)
+
     def cut(self, part: Tensor) -> Cut:
         """Which part of the features [B, F, ...] this one is."""
         size = part.shape[1] * self.size
@@ -87,7 +90,7 @@ def _is_channels_last(tensor: Tensor) -> bool:
     return tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
 
 
-def _in_memory_order(tensor: Tensor, dim: int) -> tuple[Tensor, int, Sequence[int]]:
+def _in_memory_order(tensor: Tensor, dim: int) -> tuple[Tensor, int, tuple[int, ...]]:
     """A contiguous view or copy, where `dim` is in it, and the permutation that leads back."""
     if _is_channels_last(tensor):
         return tensor.permute(0, 2, 3, 1), (0, 3, 1, 2)[dim], (0, 3, 1, 2)

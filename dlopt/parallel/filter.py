@@ -7,7 +7,7 @@ networks"; Shoeybi et al. 2019, "Megatron-LM", section 3).
 """
 
 from collections.abc import Callable, Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from dlopt.parallel.ddp import Port
 from dlopt.parallel.group import join
 from dlopt.parallel.model_parallel import ModelParallel, Plan, check_precision
 from dlopt.parallel.single import Single
-from dlopt.parallel.split_layers import PROJECTED, InputSplitConv2d, InputSplitLinear, SplitInputs, before, behind
+from dlopt.parallel.split_layers import PROJECTED, InputSplitConv2d, InputSplitLinear, become, before, behind
 from dlopt.ranges import Count, Positive
 
 Layout = Literal["whole", "split"]  # of features, along dimension 1
@@ -41,7 +41,8 @@ _WEIGHTED = (nn.Conv2d, nn.Linear, LocallyConnected2d)
 class Splitter:
     """Splits a model in place. Names of parameters and buffers stay; `cuts` says by name which part a rank has.
 
-    `dropouts`: how those dropouts that see a part of the features know which (`dlopt.parallel.dropout`). Errors: UserError naming the layer that cannot be split.
+    `dropouts`: how those dropouts that see a part of the features know which (`dlopt.parallel.dropout`).
+    Errors: UserError naming the layer that cannot be split.
     """
 
     def __init__(self, ranks: Ranks, mode: str = "filter") -> None:
@@ -55,23 +56,27 @@ class Splitter:
         if isinstance(model, TwoColumnAlexNet):
             self._columns(model)
         elif isinstance(model, nn.Sequential):
-            weighted = [each for each in model.modules() if isinstance(each, _WEIGHTED)]
-            self._last = next((each for each in weighted[-1:] if isinstance(each, nn.Linear)), None)
-            if self._chain(named(model), "whole") == "split":
+            self.see(model)
+            if self.chain(named(model), "whole") == "split":
                 behind(model, self.ranks.gathered)
         else:
             self.refuse("the model", model)
+
+    def see(self, model: nn.Module) -> None:
+        """Finds the last layer, whose outputs all ranks need: it is split by its inputs."""
+        weighted = [each for each in model.modules() if isinstance(each, _WEIGHTED)]
+        self._last = next((each for each in weighted[-1:] if isinstance(each, nn.Linear)), None)
 
     def _columns(self, model: TwoColumnAlexNet) -> None:
         """Every segment of both columns is split; between the segments, everything is whole."""
         for name, column in named(model.columns, "columns"):
             for segment_name, segment in named(column, name):
-                if self._chain([(segment_name, segment)], "whole") == "split":
+                if self.chain([(segment_name, segment)], "whole") == "split":
                     behind(segment, self.ranks.gathered)
         self.split_inputs("head", model.head, "whole")
 
-    def _chain(self, modules: Iterable[tuple[str, nn.Module]], layout: Layout) -> Layout:
-        """Splits modules that follow each other, the first of which gets features of this layout; returns the last's."""
+    def chain(self, modules: Iterable[tuple[str, nn.Module]], layout: Layout) -> Layout:
+        """Splits modules that follow each other. `layout`: of what the first of them gets; returns the last one's."""
         for name, module in modules:
             layout = self._next(name, module, layout)
         return layout
@@ -79,7 +84,7 @@ class Splitter:
     def _next(self, name: str, module: nn.Module, layout: Layout) -> Layout:
         match module:
             case nn.Sequential():
-                return self._chain(named(module, name), layout)
+                return self.chain(named(module, name), layout)
             case BasicBlock() | Bottleneck() | PreActBlock() | PreActBottleneck() | ResidualPair():
                 if layout == "split":
                     before(module, self.ranks.gathered)
@@ -127,9 +132,8 @@ class Splitter:
         inputs = getattr(layer, key)
         self._own(name, layer, "weight", 1, inputs, "inputs")
         setattr(layer, key, inputs // self.ranks.size)
-        layer.__class__ = InputSplitLinear if is_linear else InputSplitConv2d
-        assert isinstance(layer, SplitInputs)
-        layer.ranks, layer.cuts = self.ranks, layout == "whole"
+        kind = InputSplitLinear if is_linear else InputSplitConv2d
+        become(layer, kind, ranks=self.ranks, cuts=layout == "whole")
 
     def _norm(self, name: str, norm: nn.Module, layout: Layout) -> Layout:
         if layout == "whole":
@@ -151,15 +155,14 @@ class Splitter:
 
     def _block(self, name: str, block: nn.Module) -> None:
         if isinstance(block, ResidualPair):
-            layout = self._chain([(f"{name}.layer1", block.layer1)], "whole")
+            inner = self.chain([(f"{name}.layer1", block.layer1)], "whole")
             (first, linear), *others = named(block.layer2, f"{name}.layer2")
-            self.split_inputs(first, linear, layout)
-            self._chain(others, "whole")
+            self.split_inputs(first, linear, inner)
+            self.chain(others, "whole")
             return
-        shortcut = block.shortcut
-        projection = (
-            next((each for each in shortcut.modules() if isinstance(each, nn.Conv2d)), None) if shortcut else None
-        )
+        shortcut: Any = block.shortcut
+        convs = [each for each in shortcut.modules() if isinstance(each, nn.Conv2d)] if shortcut is not None else []
+        projection = convs[0] if convs else None
         branch = [(n, m) for n, m in named(block, name) if m is not shortcut]
         *body, last = [number for number, (_, m) in enumerate(branch) if isinstance(m, nn.Conv2d)]
         layout: Layout = "whole"
@@ -175,8 +178,7 @@ class Splitter:
         if projection is not None:
             place = f"{name}.shortcut" if projection is shortcut else f"{name}.shortcut.0"
             self.split_inputs(place, projection, "split")
-            block.__class__ = PROJECTED[type(block)]
-            block.ranks = self.ranks
+            become(block, PROJECTED[type(block)], ranks=self.ranks)
 
     # -- tensors
 

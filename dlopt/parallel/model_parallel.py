@@ -89,18 +89,22 @@ class ModelParallel(Cut, Member):
         if self.sync_batchnorm:
             synchronize(model, self.device, self.mesh.get_group("data"))
         make_global(model, self.dropout, plan.dropouts)
-        distribute(model, self.mesh["model"], plan.cuts)
+        self.spread(model, plan)
         named = dict(model.named_parameters())
         self._parameters, self._summands = list(named.values()), [named[name] for name in plan.summands]
-        self.notes = (self._told(named, plan), *plan.notes)
+        self.notes = (self._told(named), *plan.notes)
         return model
 
-    def _told(self, named: Mapping[str, nn.Parameter], plan: Plan) -> str:
+    def spread(self, model: nn.Module, plan: Plan) -> None:
+        """Parameters as the optimizer and the checkpoint see them."""
+        distribute(model, self.mesh["model"], plan.cuts)
+
+    def _told(self, named: Mapping[str, nn.Parameter]) -> str:
         total = sum(p.numel() for p in named.values())
-        whole = sum(p.numel() for name, p in named.items() if name not in plan.cuts)
+        own = sum(local(p).numel() for p in named.values() if not p.is_meta)
         return (
-            f"parallel={self.name}: {total - whole} of {total} parameters are split over {self.ranks.size} processes; "
-            f"each of them has the other {whole}"
+            f"parallel={self.name}: {self.ranks.size} processes hold the {total} parameters together, this one {own}; "
+            + ("all see the same samples" if self.rows == 1 else f"{self.rows} such groups share the batches")
         )
 
     def align(self, *models: nn.Module) -> None:
@@ -111,7 +115,7 @@ class ModelParallel(Cut, Member):
         norms = [m for model in models for m in model.modules() if isinstance(m, _BatchNorm)]
         kept = [norm for norm in norms if norm.track_running_stats and not isinstance(norm, synchronized)]
         buffers = [local(b) for norm in kept for b in (norm.running_mean, norm.running_var) if b is not None]
-        _sum_up(buffers, self.mesh.get_group("data"))
+        sum_up(buffers, self.mesh.get_group("data"))
         for buffer in buffers:
             buffer /= self.rows
 
@@ -122,7 +126,7 @@ class ModelParallel(Cut, Member):
     ) -> Iterator[tuple[Tensor, Tensor, float, AbstractContextManager[Any]]]:
         """(inputs, targets, weight of their mean loss, context for forward and backward) of each micro-batch.
 
-        The weighted losses, summed over the rows of the mesh and over micro-batches, are the mean over the global batch.
+        The weighted losses, summed over the mesh's rows and over micro-batches, are the mean over the global batch.
         """
         start = 0
         for portion in portions(self.batch_total, self.accumulate, self.row, self.rows):
@@ -131,10 +135,10 @@ class ModelParallel(Cut, Member):
             yield inputs[start:stop], targets[start:stop], portion.samples / self.batch_total, nullcontext()
             start = stop
         self.dropout.portion = None
-        _sum_up([local(p.grad) for p in self._summands if p.grad is not None], self.ranks.group)
+        sum_up([local(p.grad) for p in self._summands if p.grad is not None], self.ranks.group)
         if self.rows > 1:
             gradients = [local(p.grad) for p in self._parameters if p.grad is not None]
-            _sum_up(gradients, self.mesh.get_group("data"))
+            sum_up(gradients, self.mesh.get_group("data"))
 
     def mean_loss(self, loss: Tensor) -> Tensor:
         return self.summed_loss(loss if self.ranks.rank == 0 else torch.zeros_like(loss))
@@ -151,7 +155,7 @@ def check_precision(name: str, precision: str) -> None:
 
 
 @torch.no_grad()
-def _sum_up(tensors: Sequence[Tensor], group: distributed.ProcessGroup | None) -> None:
+def sum_up(tensors: Sequence[Tensor], group: distributed.ProcessGroup | None) -> None:
     """Replaces tensors by their sums over the group, many at once."""
     bucket: list[Tensor] = []
     for number, tensor in enumerate(tensors, 1):

@@ -1,6 +1,7 @@
-"""Layers of which each rank has a part: of the outputs, or of the inputs; and blocks that need one sum for two paths."""
+"""Layers of which each rank has a part of the inputs, and blocks that need one sum over ranks for two paths."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ class SplitInputs(nn.Module):
 
     ranks: Ranks
     cuts: bool
-    bias: nn.Parameter | None
+    bias: Any
 
     def forward(self, inputs: Tensor) -> Tensor:
         own = self.ranks.part(inputs) if self.cuts else inputs
@@ -87,9 +88,10 @@ class ProjectedPreActBottleneck(PreActBottleneck):
 
 
 def _summed_together(
-    ranks: Ranks, conv: nn.Module, branch: Tensor, shortcut: nn.Module, shared: Tensor
+    ranks: Ranks, conv: nn.Module, branch: Tensor, shortcut: nn.Module | None, shared: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The outputs of `conv` and of the shortcut (a convolution and its norm), by one sum over ranks."""
+    assert shortcut is not None
     projection, norm = shortcut.children()
     assert isinstance(conv, InputSplitConv2d) and isinstance(projection, InputSplitConv2d)
     both = [_own_product(conv, branch, ranks), projection.partial(_own(shared, ranks))]
@@ -118,6 +120,13 @@ PROJECTED: dict[type[nn.Module], type[nn.Module]] = {
     PreActBlock: ProjectedPreActBlock,
     PreActBottleneck: ProjectedPreActBottleneck,
 }
+
+
+def become(module: nn.Module, kind: type[nn.Module], **attributes: object) -> None:
+    """Makes `module` one of a subclass in place: its tensors, names and hooks stay."""
+    for name, value in attributes.items():
+        setattr(module, name, value)
+    module.__class__ = kind
 
 
 def before(module: nn.Module, action: Callable[[Tensor], Tensor]) -> None:

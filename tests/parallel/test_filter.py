@@ -1,0 +1,139 @@
+"""Models split by filters against the whole ones."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from dlopt.analysis.bench_communication import Traffic
+from dlopt.errors import UserError
+from dlopt.models.layers import GlobalAveragePool, Norm, NormKind
+from dlopt.models.preact import PreActBlock, PreActBottleneck
+from dlopt.models.resnet import BasicBlock, Bottleneck
+from dlopt.parallel.collectives import Ranks
+from dlopt.parallel.filter import Splitter, split_filters
+from tests.parallel.models import build, compare, joined
+from tests.parallel.ranks import run_ranks
+
+MODELS = {
+    "options A": ["model=resnet20", "model.depth=8", "model.dropout=0.2"],
+    "plain": ["model=plain20", "model.depth=8", "model.norm=none"],
+    "groups": ["model=resnet20", "model.depth=8", "model.norm=group"],
+    "layer norm": ["model=resnet20", "model.depth=8", "model.norm=layer"],
+    "alexnet": ["model=alexnet", "model.hidden=32", "model.norm=batch"],
+    "two columns": ["model=two_column_alexnet", "model.hidden=32"],
+    "locally connected": ["model=locally_connected", "model.channels=[4,8]", "model.dropout=0.2"],
+    "mlp": ["model=mlp", "model.widths=[12,8]", "model.dropout=0.3", "model.norm=batch"],
+    "mlp, layer norm": ["model=mlp", "model.widths=[12,8]", "model.norm=layer"],
+    "linear": ["model=mlp", "model.widths=[]"],
+    "residual mlp": ["model=residual_mlp", "model.width=12", "model.blocks=2", "model.dropout=0.3"],
+}  # fmt: skip
+LARGE = {
+    "wide": ["model=wrn_16_4", "model.depth=10", "model.widen=2", "model.dropout=0.3"],
+    "pre-activation": ["model=preact_resnet20", "model.depth=8", "model.norm=instance", "model.dropout=0.3"],
+    "pre-activation bottlenecks": ["model=preact_resnet164", "model.depth=11"],
+    "options B": ["model=resnet18"],
+    "bottlenecks": ["model=resnet50"],
+    "vgg": ["model=vgg11_bn", "model.dropout=0.3"],
+}  # fmt: skip
+
+
+def norm(kind: NormKind = "batch") -> Norm:
+    return Norm(kind=kind, affine=True, groups=4, ghost_batch=None)
+
+
+def small_blocks() -> dict[str, nn.Module]:
+    """One net of each kind of block whose shortcut projects."""
+    torch.manual_seed(0)
+
+    def net(*blocks: nn.Module, channels: int) -> nn.Module:
+        stem = nn.Conv2d(2, 8, 3, padding=1)
+        return nn.Sequential(stem, *blocks, GlobalAveragePool(), nn.Linear(channels, 10))
+
+    def option_b(kind: NormKind) -> nn.Module:
+        projection = nn.Sequential(nn.Conv2d(8, 16, 1, stride=2, bias=norm(kind).bias), norm(kind).maps(16))
+        return BasicBlock(8, 16, 2, shortcut=projection, norm=norm(kind))
+
+    projection = nn.Sequential(nn.Conv2d(8, 16, 1, stride=2, bias=False), nn.BatchNorm2d(16))
+    preact = {"projection": True, "dropout": 0.3, "norm": norm()}
+    return {
+        "option B": net(option_b("batch"), channels=16),
+        "option B without norm": net(option_b("none"), channels=16),
+        "bottleneck": net(Bottleneck(8, 4, 2, shortcut=projection, norm=norm()), channels=16),
+        "pre-activation": net(PreActBlock(8, 16, 2, **preact), channels=16),
+        "pre-activation bottleneck": net(PreActBottleneck(8, 4, 2, **preact), channels=16),
+    }
+
+
+def all_models(names: list[str]) -> None:
+    several = MODELS | LARGE
+    models = {name: build(*several[name]) for name in names}
+    compare({**(small_blocks() if "linear" in names else {}), **models}, split_filters)
+
+
+def test_two_ranks_compute_what_one_does(tmp_path: Path) -> None:
+    run_ranks("tests.parallel.test_filter:all_models", 2, tmp_path, list(MODELS))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "names"), [(2, list(LARGE)), (4, ["options A", "mlp", "wide", "linear"])])
+def test_ranks_compute_what_one_does(tmp_path: Path, processes: int, names: list[str]) -> None:
+    run_ranks("tests.parallel.test_filter:all_models", processes, tmp_path, names)
+
+
+def collectives_of_a_block() -> None:
+    ranks = joined()
+    counts = []
+    for name, block in small_blocks().items():
+        split_filters(block, (2, 8, 8), ranks)
+        maps, layer = torch.randn(3, 8, 8, 8, requires_grad=True), block[1]  # type: ignore[index]
+        layer._forward_pre_hooks.popitem()  # which gathers what the stem has split
+        with Traffic() as forward:
+            outputs = layer(maps)
+        with Traffic() as backward:
+            outputs.sum().backward()
+        counts.append((name, forward.collectives, backward.collectives))
+    assert counts == [
+        ("option B", 1, 1),
+        ("option B without norm", 1, 1),
+        ("bottleneck", 2, 2),
+        ("pre-activation", 1, 1),
+        ("pre-activation bottleneck", 2, 2),
+    ]
+
+
+def test_a_block_of_two_convolutions_costs_one_collective_each_way(tmp_path: Path) -> None:
+    run_ranks("tests.parallel.test_filter:collectives_of_a_block", 2, tmp_path)
+
+
+class Three(Ranks):
+    """The first of three ranks that send nothing."""
+
+    def __init__(self) -> None:
+        self.group, self.rank, self.size = None, 0, 3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["model=resnet20", "model.depth=8"],
+            "parallel=filter: stem.0 has 16 filters, which 3 processes cannot share evenly; use 2 or 4 or 8 or 16 p",
+        ),
+        (["model=mlp", "model.widths=[9,8]"], "parallel=filter: layer2.linear has 8 units, which 3 processes cannot"),
+        (["model=mlp", "model.widths=[]"], "parallel=filter: head has 128 inputs, which 3 processes cannot"),
+        (["model=vit"], "parallel=filter: the model is a VisionTransformer, which it does not know how to split"),
+    ],
+)
+def test_what_cannot_be_split_gets_one_line(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+        Splitter(Three()).split(build(*overrides))
+
+
+def test_unknown_layers_are_not_left_whole() -> None:
+    with pytest.raises(UserError, match=r"^parallel=filter: 1 is a Bilinear, which it does not know how to split"):
+        Splitter(Three()).split(nn.Sequential(nn.Flatten(), nn.Bilinear(3, 3, 3)))
+    with pytest.raises(UserError, match=r"^parallel=filter: 0 is a convolution in groups"):
+        Splitter(Three()).split(nn.Sequential(nn.Conv2d(6, 6, 1, groups=2)))
