@@ -123,9 +123,13 @@ class FullySharded(Cut, DataParallel):
             self._deferred = lambda: _unsynchronized(model)
 
         def call(inputs: Tensor) -> Tensor:
-            outputs: Tensor = model(inputs)
-            if not torch.is_grad_enabled():  # no backward will follow: weights may change before the next forward
-                _reshard(model)
+            outputs: Tensor
+            if torch.is_grad_enabled():
+                outputs = model(inputs)
+                return outputs
+            with torch.inference_mode(False), torch.no_grad():  # what is put together must serve in training, too
+                outputs = model(inputs)
+            _reshard(model)  # no backward will do so, and weights may change before the next forward
             return outputs
 
         return call
