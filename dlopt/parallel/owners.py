@@ -57,5 +57,7 @@ def _merged(state: Any, other: Any) -> Any:
     """`state` with what only `other` has."""
     if isinstance(state, dict):
         both = {key: _merged(value, other[key]) if key in other else value for key, value in state.items()}
-        return {**both, **{key: value for key, value in other.items() if key not in state}}
+        both.update((key, value) for key, value in other.items() if key not in state)
+        numbered = all(isinstance(key, int) for key in both)  # an optimizer's parameters, in their order
+        return {key: both[key] for key in (sorted(both) if numbered else both)}
     return other if isinstance(state, Tensor) and state.is_meta else state
