@@ -68,5 +68,5 @@ class Settings:
     monitor: str
     evaluate: Evaluate
     checkpoint: Checkpoint
-    tracking: list[Literal["tensorboard"]]
+    tracking: list[Literal["tensorboard", "mlflow", "wandb"]]
     log_every_steps: Count | None

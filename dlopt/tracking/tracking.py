@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -16,14 +16,17 @@ from dlopt.tracking.metrics import MetricsFile, write_summary
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from dlopt.tracking.remote import Remote
     from dlopt.tracking.tensorboard import TensorBoard
+
+SINKS = ("tensorboard", "mlflow", "wandb")
 
 
 class Tracking:
     """Shows a run on the console and writes metrics.jsonl, summary.json, train.log and TensorBoard into `folder`.
 
     `folder` None writes no file, so `Tracking(None, sinks=[], console=False)` is what ranks other than 0 hold.
-    `sinks`: `["tensorboard"]` or `[]`. `log_every_steps` None switches `step` off. `resume_from`: (evaluated epochs,
+    `sinks`: of `SINKS`. `log_every_steps` None switches `step` off. `resume_from`: (evaluated epochs,
     updates) contained in the checkpoint that the run goes on from; what was written beyond is cut.
 
     A disk or a terminal that fails never raises here, except that `finish` must be able to write summary.json.
@@ -39,9 +42,9 @@ class Tracking:
         log_every_steps: int | None = None,
         resume_from: tuple[int, int] | None = None,
     ) -> None:
-        unknown = set(sinks) - {"tensorboard"}
+        unknown = set(sinks) - set(SINKS)
         if unknown:
-            raise UserError(f"sinks={list(sinks)}: {sorted(unknown)[0]} is unknown; allowed: tensorboard")
+            raise UserError(f"sinks={list(sinks)}: {sorted(unknown)[0]} is unknown; allowed: {', '.join(SINKS)}")
         self.log_every_steps = log_every_steps
         self._folder = folder
         self._console = ConsoleView() if console else None
@@ -52,6 +55,7 @@ class Tracking:
         self._log: TrainLog | None = None
         self._metrics: MetricsFile | None = None
         self._tensorboard: TensorBoard | None = None
+        self._sinks: list[TensorBoard | Remote] = []  # all of them
         if folder is not None:
             with contextlib.suppress(OSError):  # each file complains for itself
                 folder.mkdir(parents=True, exist_ok=True)
@@ -62,6 +66,8 @@ class Tracking:
 
                 purge = None if resume_from is None else resume_from[1] + 1
                 self._tensorboard = tensorboard.TensorBoard(folder / "tensorboard", self.message, purge_step=purge)
+                self._sinks.append(self._tensorboard)
+            self._sinks += [_remote(name, folder, self.message) for name in dict.fromkeys(sinks) if name != SINKS[0]]
 
     def begin(
         self,
@@ -86,8 +92,8 @@ class Tracking:
         if self._log is not None:
             verb = "begins" if first_step == 0 else f"goes on from step {first_step}"
             self._log.write(" | ".join([verb, *layout.facts_parts(facts)]))
-        if self._tensorboard is not None:
-            self._tensorboard.config(config, layout.hparams(config, choices))
+        for sink in self._sinks:
+            sink.config(config, layout.hparams(config, choices))
         if self._console is not None:
             self._console.begin(
                 config,
@@ -120,8 +126,8 @@ class Tracking:
         if self.log_every_steps is None:
             return
         self._stepped.update(values)
-        if self._tensorboard is not None:
-            self._tensorboard.scalars(step, values)
+        for sink in self._sinks:
+            sink.scalars(step, values)
         if self._live is not None:
             self._live.step(step, values)
 
@@ -132,9 +138,9 @@ class Tracking:
         """
         if self._metrics is not None:
             self._metrics.write(metrics)
-        if self._tensorboard is not None:
-            self._tensorboard.scalars(metrics["step"], _scalars(metrics, self._stepped))
-            self._tensorboard.flush()
+        for sink in self._sinks:
+            sink.scalars(metrics["step"], _scalars(metrics, self._stepped))
+            sink.flush()
         if self._log is not None:
             self._log.write(layout.plain_epoch(metrics, self._epochs, best=best))
         if self._console is not None:
@@ -160,16 +166,17 @@ class Tracking:
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json (RunError when that fails), show the result, and close."""
         lines = [] if self._folder is None else [f"run folder: {layout.short_path(self._folder)}"]
+        # TensorBoard's HParams table shows the first five figures by name: `best/` comes before all the curves.
+        names = {"test_loss": "test/loss", "test_accuracy": "test/accuracy"}
+        names |= {"best_val_loss": "best/val_loss", "best_val_accuracy": "best/val_accuracy"}
+        figures = {tag: float(summary[key]) for key, tag in names.items() if _is_number(summary.get(key))}
+        for sink in self._sinks:
+            if figures:
+                sink.scalars(int(summary.get("steps", 0)), figures)
+            sink.end(str(summary.get("status", "")))
         if self._tensorboard is not None and self._folder is not None:
             from dlopt.tracking.tensorboard import command
 
-            # TensorBoard's HParams table shows the first five figures by name: `best/` comes before all the curves.
-            names = {"test_loss": "test/loss", "test_accuracy": "test/accuracy"}
-            names |= {"best_val_loss": "best/val_loss", "best_val_accuracy": "best/val_accuracy"}
-            figures = {tag: float(summary[key]) for key, tag in names.items() if _is_number(summary.get(key))}
-            if figures:
-                self._tensorboard.scalars(int(summary.get("steps", 0)), figures)
-            self._tensorboard.end(str(summary.get("status", "")))
             lines.append(command(self._folder))
         try:
             if self._folder is not None:
@@ -190,7 +197,7 @@ class Tracking:
         """Give the terminal back and close the files; safe at any time, also twice."""
         if self._console is not None:
             self._console.close()
-        for file in (self._metrics, self._tensorboard, self._log):
+        for file in (self._metrics, *self._sinks, self._log):  # the log is last: it takes the others' complaints
             if file is not None:
                 file.close()
 
@@ -203,6 +210,18 @@ class Tracking:
         if error is not None and self._log is not None:
             self._log.error(f"ended by {type(error).__name__}", error)
         self.close()
+
+
+def _remote(name: str, folder: Path, complain: Callable[[str], None]) -> "Remote":
+    from dlopt.tracking.remote import Remote
+
+    if name == "mlflow":
+        from dlopt.tracking.mlflow import MLflow
+
+        return Remote(name, MLflow(folder), complain)
+    from dlopt.tracking.wandb import Wandb
+
+    return Remote(name, Wandb(folder), complain)
 
 
 def _is_number(value: object) -> bool:

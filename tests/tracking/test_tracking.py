@@ -129,5 +129,5 @@ def test_closing_is_safe_at_any_time(tmp_path: Path) -> None:
 
 
 def test_an_unknown_sink_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"sinks.*wandb.*tensorboard"):
-        Tracking(tmp_path, sinks=["wandb"], console=False)
+    with pytest.raises(UserError, match=r"sinks.*visdom.*tensorboard"):
+        Tracking(tmp_path, sinks=["visdom"], console=False)

@@ -4,7 +4,6 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from dlopt.analysis.leaderboard import Difference, Entry, Row, Statistic, direction_of, leaderboard
@@ -43,9 +42,10 @@ class Configuration:
     @property
     def command(self) -> str | None:
         """What to type for these runs again, quoted for the shell; None where that is not known."""
-        lines = [[line for line in _repeatable(run.overrides) if not line.startswith("seed=")] for run in self.runs]
+        typed = [_repeatable(run.overrides) for run in self.runs]
+        lines = [None if each is None else [line for line in each if not line.startswith("seed=")] for each in typed]
         seeds = sorted({seed for run in self.runs if isinstance(seed := run.config.get("seed"), int)})
-        if any(line != lines[0] for line in lines) or len(seeds) != len(self.runs) or len(seeds) == 1:
+        if lines[0] is None or any(each != lines[0] for each in lines) or not 1 < len(seeds) == len(self.runs):
             return command(self.runs[0])
         return _shell(["-m", *lines[0], f"seed={','.join(map(str, seeds))}"])
 
@@ -121,17 +121,21 @@ def short_key(key: str, keys: Iterable[str]) -> str:
 
 def command(run: Record) -> str | None:
     """What to type for this run again, quoted for the shell; None where that is not known."""
-    return _shell(_repeatable(run.overrides)) if run.overrides else None
+    lines = _repeatable(run.overrides)
+    return None if lines is None else _shell(lines)
 
 
 def command_from(run: Record) -> str | None:
     """The same by the run's folder, whatever has become of the defaults meanwhile."""
-    return _shell([f"from={short_path(Path(run.path))}"])
+    return _shell([f"from={short_path(run.path)}"])
 
 
-def _repeatable(overrides: Iterable[str]) -> list[str]:
-    found = [line for line in overrides if _OVERRIDE.fullmatch(line) and not line.startswith(_NOT_REPEATED)]
-    return [line for line in found if not line.lstrip("+").startswith(_NOT_REPEATED)]
+def _repeatable(overrides: Iterable[str]) -> list[str] | None:
+    """Without where the run stood; None where a line is no override, so that the run cannot be told."""
+    lines = list(overrides)
+    if not lines or not all(_OVERRIDE.fullmatch(line) for line in lines):
+        return None
+    return [line for line in lines if not line.lstrip("+").startswith(_NOT_REPEATED)]
 
 
 def _shell(words: Sequence[str]) -> str | None:

@@ -90,6 +90,7 @@ function columns() {
         text: (row) => statistic(name, row.test && row.test[name]) });
     }
   }
+  if (innerWidth < 640) list.splice(1, 0, ...list.splice(list.findIndex((each) => each.strong), 1)); // without scrolling
   return list;
 }
 

@@ -1,0 +1,249 @@
+"""The page as its readers use it, in a real browser."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dlopt.analysis.report.data import page_data
+from dlopt.analysis.report.page import page
+from dlopt.analysis.report.reading import Reader
+from dlopt.analysis.report.statistics import band, time_to_target
+from dlopt.analysis.report.table import Table, gather
+from tests.analysis.report.browser import chromium, narrow
+from tests.analysis.report.folders import make_run
+
+pytestmark = pytest.mark.slow
+EVIL = "<img src=x onerror=alert(1)></script><script>alert(2)</script>"
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Table:
+    """adamw and sgd at four rates, three seeds each; sgd at 10 fails with a reason that is markup."""
+    folder = tmp_path_factory.mktemp("sweep")
+    tops = {("sgd", 0.01): 0.6, ("sgd", 0.1): 0.8, ("sgd", 1.0): 0.7, ("sgd", 10.0): 0.2,
+            ("adamw", 0.001): 0.75, ("adamw", 0.01): 0.9, ("adamw", 0.1): 0.85, ("adamw", 1.0): 0.3}  # fmt: skip
+    for i, ((optimizer, lr), top) in enumerate(tops.items()):
+        for seed in range(3):
+            make_run(
+                folder / f"{i}-{seed}", optimizer=optimizer, lr=lr, seed=seed, test=0.5 + i / 100,
+                accuracies=(0.1, top / 2, top + 0.01 * (seed - 1)), status="failed" if lr == 10 else "finished",
+                reason=EVIL, seconds=1 + 0.1 * seed,
+            )  # fmt: skip
+    (folder / "0-0/summary.json").write_text("{")
+    return gather(*Reader().read([folder]))
+
+
+@pytest.fixture(scope="module")
+def file(table: Table, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("page") / "index.html"
+    path.write_text(page(page_data(table, title=EVIL, made="now", target=0.7, test=False, refresh=None)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    with chromium(tmp_path_factory.mktemp("profile")) as found:
+        yield found
+
+
+@pytest.fixture
+def shown(browser: Any, file: Path) -> Iterator[Any]:
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    browser.get("about:blank")
+    browser.get(file.as_uri())
+    yield browser
+    assert [entry["message"] for entry in browser.get_log("browser")] == []
+
+
+def column(browser: Any, name: str) -> list[str]:
+    script = """
+        const heads = [...document.querySelectorAll("#leaderboard th")];
+        const i = heads.findIndex((head) => head.dataset.column === arguments[0]);
+        return [...document.querySelectorAll("#leaderboard tbody tr")].map((row) => row.cells[i].textContent);"""
+    found: list[str] = browser.execute_script(script, name)
+    return found
+
+
+def press(browser: Any, selector: str) -> None:
+    browser.execute_script("document.querySelector(arguments[0]).click()", selector)
+
+
+def text(browser: Any, selector: str) -> str:
+    return str(browser.execute_script("return document.querySelector(arguments[0]).innerText", selector))
+
+
+def hover(browser: Any, selector: str, x: float, y: float) -> str:
+    """The box of readings with the pointer at a share of an element's width and height."""
+    from selenium.webdriver import ActionChains
+    from selenium.webdriver.common.by import By
+
+    element = browser.find_element(By.CSS_SELECTOR, selector)
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
+    box = element.rect
+    place = round((x - 0.5) * box["width"]), round((y - 0.5) * box["height"])
+    ActionChains(browser).move_to_element_with_offset(element, *place).perform()
+    return text(browser, "#tip")
+
+
+def test_the_leaderboard_stands_in_the_order_of_the_table(shown: Any, table: Table) -> None:
+    assert column(shown, "rank") == [str(i) for i in range(1, 9)]
+    assert column(shown, "key optimizer.lr")[:3] == ["0.01", "0.1", "0.1"]
+    assert column(shown, "val_accuracy")[0] == "90.00 ± 1.00 %"
+    assert column(shown, "difference")[1] == "−5.00 [−5.00, −5.00]"
+    assert "3 failed" in column(shown, "runs")[-1]
+    assert text(shown, "#title").startswith("<img") and "Damaged" in text(shown, "#damaged")
+
+
+def test_every_column_sorts_both_ways(shown: Any) -> None:
+    ids = shown.execute_script(
+        "return [...document.querySelectorAll('th[data-column]')].map((each) => each.dataset.column)"
+    )
+    assert {"rank", "key optimizer", "key optimizer.lr", "val_accuracy", "val_loss", "difference"} <= set(ids)
+    for name in ids:
+        for _ in range(2):
+            press(shown, f"th[data-column='{name}'] button")
+            direction = shown.execute_script(
+                "return document.querySelector(arguments[0]).ariaSort", f"th[data-column='{name}']"
+            )
+            cells = column(shown, name)
+            known = [cell for cell in cells if cell not in ("–", "")]
+            values = [float(c.split()[0].replace("−", "-")) if name != "key optimizer" else c for c in known]
+            if name != "runs":
+                assert values == sorted(values, reverse=direction == "descending"), name
+            assert cells[: len(known)] == known, "what is missing stands last"
+
+
+def test_filters_take_away_and_give_back(shown: Any) -> None:
+    press(shown, "input[data-key='optimizer'][data-value='sgd']")
+    assert set(column(shown, "key optimizer")) == {"adamw"} and "4 of 8 configurations" in text(shown, "#filtered")
+    press(shown, "input[data-key='optimizer.lr'][data-value='0.01']")
+    assert "0.01" not in column(shown, "key optimizer.lr") and len(column(shown, "rank")) == 3
+    shown.refresh()  # the choice stands in the address
+    assert len(column(shown, "rank")) == 3
+    press(shown, "#clear")
+    assert len(column(shown, "rank")) == 8
+
+
+def test_the_test_figure_is_that_of_the_first_row_only(shown: Any) -> None:
+    assert "test accuracy 55.00 %" in text(shown, "#chosen").replace("\n", " ")
+    press(shown, "tr[data-rank='2']")
+    assert "#2" in text(shown, "#chosen") and "test accuracy" not in text(shown, "#chosen")
+    assert "for the first row only" in text(shown, "#chosen")
+    assert "dlopt train -m optimizer=adamw optimizer.lr=0.1 seed=0,1,2" in text(shown, "#chosen")
+
+
+def test_curves_are_read_by_hovering(shown: Any, table: Table) -> None:
+    found = hover(shown, "#curves-chart svg", 0.95, 0.3)
+    assert found.startswith("epoch 3") and "#1 optimizer=adamw lr=0.01" in found
+    row = band(table.rows[0].runs, "val_accuracy", "epoch")
+    assert (
+        row is not None
+        and f"{100 * row.mean[-1]:.2f} % [{100 * row.low[-1]:.2f} %, {100 * row.high[-1]:.2f} %] of 3" in found
+    )
+    assert len(found.splitlines()) > 6
+    for x, name in (("seconds", "seconds"), ("step", "updates")):
+        shown.execute_script(
+            """
+            const select = document.querySelector("[data-choice=x]");
+            select.value = arguments[0];
+            select.dispatchEvent(new Event("change"));""",
+            x,
+        )
+        assert hover(shown, "#curves-chart svg", 0.5, 0.5).startswith(name)
+    assert hover(shown, "#rates-chart svg", 0.5, 0.5).startswith("updates")
+    assert hover(shown, "#sensitivity-chart svg", 0.4, 0.5).startswith("learning rate")
+    press(shown, "#log")
+    press(shown, "#curves .legend button")
+    assert shown.execute_script("return document.querySelectorAll(\"#curves [aria-pressed='false']\").length") == 1
+
+
+def test_lines_are_drawn_for_the_rows_that_are_ticked(shown: Any) -> None:
+    lines = "return document.querySelectorAll('#curves-chart path[fill=none]').length"
+    assert shown.execute_script(lines) == 6
+    press(shown, "tr[data-rank='1'] input")
+    assert shown.execute_script(lines) == 5
+    press(shown, "tr[data-rank='7'] input")
+    assert shown.execute_script(lines) == 6
+
+
+def test_time_to_target_is_that_of_the_figures(shown: Any, table: Table) -> None:
+    def rows() -> dict[str, list[str]]:
+        script = """
+            const rows = [...document.querySelectorAll("#times tbody tr")];
+            return rows.map((row) => [...row.cells].map((cell) => cell.textContent));"""
+        return {cells[0]: cells[2:] for cells in shown.execute_script(script)}
+
+    for target in (70, 42, 85):
+        shown.execute_script(
+            """
+            const input = document.querySelector("#target");
+            input.value = arguments[0];
+            input.dispatchEvent(new Event("change"));""",
+            target,
+        )
+        found = rows()
+        for rank, row in enumerate(table.rows, 1):
+            wanted = time_to_target(row, "val_accuracy", target / 100)
+            reached, steps, _ = found[str(rank)]
+            assert reached == f"{wanted.count} of {wanted.runs}"
+            assert steps.split(" ")[0] == ("–" if wanted.steps is None else f"{wanted.steps.mean:.4g}")
+
+
+def test_parallel_coordinates_keep_what_a_brush_crosses(shown: Any) -> None:
+    from selenium.webdriver import ActionChains
+    from selenium.webdriver.common.by import By
+
+    kept = "return document.querySelectorAll('#parallel-chart path.kept').length"
+    assert shown.execute_script(kept) == 7
+    handle = shown.find_element(By.CSS_SELECTOR, "[data-axis='val_accuracy']")
+    shown.execute_script("arguments[0].scrollIntoView({block: 'center'})", handle)
+    half = handle.rect["height"] / 2
+    drag = ActionChains(shown).move_to_element_with_offset(handle, 0, round(-half + 3))
+    drag.click_and_hold().move_by_offset(0, round(half * 0.4)).release().perform()
+    assert 0 < shown.execute_script(kept) < 7
+    ActionChains(shown).move_to_element_with_offset(handle, 0, 0).click().perform()
+    assert shown.execute_script(kept) == 7
+
+
+def test_failed_runs_say_why_in_plain_text(shown: Any) -> None:
+    assert text(shown, "#failed").count("<img src=x onerror=alert(1)>") == 3
+    assert shown.execute_script("return document.images.length") == 0
+
+
+def test_at_the_width_of_a_phone_nothing_is_cut_off(shown: Any) -> None:
+    narrow(shown)
+    shown.refresh()
+    assert shown.execute_script("return document.documentElement.scrollWidth <= innerWidth"), (
+        "the page scrolls sideways"
+    )
+    heads = "return [...document.querySelectorAll('th')].slice(1, 3).map((head) => head.dataset.column)"
+    assert shown.execute_script(heads) == ["rank", "val_accuracy"]
+    small = shown.execute_script("""
+        return [...document.querySelectorAll("p, td, th, li, svg text")].filter((each) => each.textContent.trim() &&
+            each.getClientRects().length && parseFloat(getComputedStyle(each).fontSize) < 11).length""")
+    assert small == 0
+
+
+def test_a_page_that_is_watched_loads_itself_anew(browser: Any, table: Table, tmp_path: Path) -> None:
+    path = tmp_path / "index.html"
+    data = page_data(table, title="before", made="now", target=0.7, test=False, refresh=0.3)
+    path.write_text(page(data))
+    browser.get(path.as_uri())
+    path.write_text(page({**data, "title": "after"}))
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    WebDriverWait(browser, 20).until(lambda found: found.title == "after")
+    browser.get("about:blank")
+
+
+def test_nothing_to_show_is_no_error(browser: Any, tmp_path: Path) -> None:
+    make_run(tmp_path / "0", accuracies=(), status=None)
+    for i, found in enumerate((gather(*Reader().read([tmp_path])), gather([], []))):
+        path = tmp_path / f"{i}.html"
+        path.write_text(page(page_data(found, title="t", made="now", target=None, test=False, refresh=None)))
+        browser.get(path.as_uri())
+        assert json.dumps(browser.get_log("browser")) == "[]"
+        assert text(browser, "#counts")

@@ -1,0 +1,123 @@
+"""`dlopt report`: what it writes and shows, and what it refuses."""
+
+import http.client
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import dlopt as package
+from dlopt.analysis.report.serving import serve
+from tests.analysis.report.folders import make_run
+from tests.commands.line import dlopt, refused
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    for i, (optimizer, lr) in enumerate((o, lr) for o in ("sgd", "adamw") for lr in (0.01, 0.1)):
+        make_run(tmp_path / "night" / str(i), optimizer=optimizer, lr=lr, accuracies=(0.5, 0.5 + 0.1 * i))
+    make_run(tmp_path / "night/4", lr=9.0, status="failed", reason="step 3: the loss is nan\x1b[31m")
+    (tmp_path / "night/0/summary.json").write_text("{")
+    return tmp_path
+
+
+def test_a_table_a_page_and_pictures(runs: Path) -> None:
+    result = dlopt(runs, "report", "night")
+    assert result.code == 0, result.err
+    lines = result.out.splitlines()
+    assert lines[2].split()[:3] == ["1", "adamw", "0.1"] and "80.00 %" in lines[2]
+    assert "4 configurations, 4 runs: 3 finished, 1 failed" in result.out
+    assert "failed: night/4: step 3: the loss is nan�[31m" in result.out
+    assert "skipped: night/0: summary.json is damaged" in result.out
+    assert lines[-2:] == ["night/report/index.html", "night/report/summary.csv"]
+    names = {path.name for path in (runs / "night/report").iterdir()}
+    assert names == {"index.html", "summary.csv", "learning_curves.png", "learning_rates.png", "lr_sensitivity.png",
+                     "parallel_coordinates.png", "time_to_target.png"}  # fmt: skip
+    again = dlopt(runs, "report", "night", "night/1", "output=elsewhere", "by=val_loss", "test=true", "top=1")
+    assert again.code == 0 and (runs / "elsewhere/index.html").is_file()
+    assert "more rows on the page" in again.out
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("", "a folder of runs is needed"),
+        ("nowhere", "nowhere: there is no such folder"),
+        ("night --wach", "--wach: there is no such flag"),
+        ("night by=test_loss", "by=test_loss: ranked by a test figure"),
+        ("night by=speed", "by=speed: the runs have no such figure; allowed: "),
+        ("night top=0", "top=0: "),
+        ("night target=high", "target=high: "),
+        ("night targt=1", "did you mean target?"),
+        ("empty", "empty: there is no run in or below"),
+        ("night/0", "1 damaged: night/0: summary.json is damaged"),
+        ("night output=night/1/config.yaml", "the report cannot be written there"),
+    ],
+)
+def test_mistakes_are_named(runs: Path, typed: str, message: str) -> None:
+    (runs / "empty").mkdir()
+    assert message in refused(runs, "report", *typed.split())
+
+
+def request(address: str, path: str, host: str | None = None, method: str = "GET") -> http.client.HTTPResponse:
+    connection = http.client.HTTPConnection(address.removeprefix("http://").rstrip("/"), timeout=10)
+    connection.putrequest(method, path, skip_host=True)
+    connection.putheader("Host", host or address.removeprefix("http://").rstrip("/"))
+    connection.endheaders()
+    return connection.getresponse()
+
+
+def test_the_page_is_served_on_loopback_only_and_nothing_else(tmp_path: Path) -> None:
+    folder = tmp_path / "report"
+    folder.mkdir()
+    (folder / "index.html").write_text("the page")
+    (folder / "secret.txt").write_text("no")
+    (tmp_path / "outside.csv").write_text("no")
+    (folder / "link.csv").symlink_to(tmp_path / "outside.csv")
+    with serve(folder) as address:
+        assert address.startswith("http://127.0.0.1:")
+        found = request(address, "/?x=1")
+        assert found.status == 200 and found.read() == b"the page" and found.getheader("Cache-Control") == "no-store"
+        for path in (
+            "/secret.txt",
+            "/../outside.csv",
+            "/%2e%2e/outside.csv",
+            "/link.csv",
+            "/none.html",
+            "//etc/passwd",
+        ):
+            assert request(address, path).status == 404
+        assert request(address, "/", host="evil.example:80").status == 403
+        assert request(address, "/", method="POST").status == 501
+    with pytest.raises(OSError):
+        request(address, "/")
+
+
+@pytest.mark.slow
+def test_watching_writes_anew_when_a_run_has_written_and_ends_when_stopped(runs: Path) -> None:
+    command = [sys.executable, "-m", "dlopt", "report", "night", "--watch"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(package.__file__).parents[1])}
+    process = subprocess.Popen(command, cwd=runs, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    page = runs / "night/report/index.html"
+
+    def wait(done: str) -> None:
+        deadline = time.monotonic() + 90
+        while not (page.exists() and done in page.read_text()):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.5)
+
+    try:
+        wait('"refresh":5.0')
+        before = page.stat().st_mtime_ns
+        time.sleep(8)
+        assert page.stat().st_mtime_ns == before  # nothing new
+        make_run(runs / "night/5", lr=0.77)
+        wait("0.77")
+    finally:
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err

@@ -1,0 +1,94 @@
+"""MLflow, with its own server on this machine."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dlopt.tracking import Tracking
+from tests.commands.line import SMALL, dlopt, refused
+
+pytest.importorskip("mlflow")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("mlflow")
+    address = f"http://127.0.0.1:{(port := free_port())}"
+    store = ["--backend-store-uri", f"sqlite:///{folder}/m.db", "--artifacts-destination", str(folder / "artifacts")]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [*command, *store], stdout=log, stderr=log, cwd=folder, start_new_session=True,
+            env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"},
+        )  # fmt: skip
+        try:
+            _wait_for(f"{address}/health", folder / "log")
+            yield address
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(30)
+
+
+def _wait_for(address: str, log: Path) -> None:
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        try:
+            urllib.request.urlopen(address, timeout=5)
+            return
+        except OSError:
+            time.sleep(1)
+    pytest.fail(log.read_text()[-2000:])
+
+
+@pytest.mark.slow
+def test_a_run_on_a_real_server(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    line = ["train", *SMALL, "tracking=[tensorboard,mlflow]", "log_every_steps=1", "name=größe x", "hydra.run.dir=run"]
+    result = dlopt(tmp_path, *line)
+    assert result.code == 0 and "without it" not in result.out + result.err, result
+    client = MlflowClient(server)
+    experiment = client.get_experiment_by_name("größe x")
+    [run] = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED" and run.info.run_name == "run"
+    assert run.data.params["optimizer"] == "sgd" and run.data.params["model.widths"] == "[4]"
+    history = client.get_metric_history(run.info.run_id, "val/accuracy")
+    assert [point.step for point in history] == [1, 2] and "test/accuracy" in run.data.metrics
+    assert len(client.get_metric_history(run.info.run_id, "train/loss")) == 2
+    assert dlopt(tmp_path, *line, "epochs=3", "resume=auto").code == 0
+    [run] = client.search_runs([experiment.experiment_id])
+    assert [p.step for p in client.get_metric_history(run.info.run_id, "val/accuracy")] == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_a_server_that_is_gone_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with Tracking(tmp_path, sinks=["mlflow"], console=False) as tracking:
+        tracking.begin({"name": "x"}, {}, epochs=1, steps_per_epoch=1)
+        tracking.epoch({"epoch": 1, "step": 1, "val_loss": 1.0})
+        tracking.finish({"status": "finished", "steps": 1})
+    log = (tmp_path / "train.log").read_text()
+    assert log.count("tracking=mlflow: ") == 1 and "training goes on without it" in log
+
+
+def test_without_the_package_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dlopt.config.rules.find_spec", lambda name: None)
+    message = refused(tmp_path, "train", "tracking=[tensorboard,mlflow]")
+    assert "tracking=[tensorboard,mlflow]: the package mlflow is not installed; pip install 'dlopt[mlflow]'" in message

@@ -1,0 +1,104 @@
+"""What goes to services never holds training up: every failure is told once, and the figures arrive in order."""
+
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dlopt.tracking import Tracking
+from dlopt.tracking.remote import Point, Remote
+
+
+class Fake:
+    """Writes down what it is told; `fails` names the call that raises, `waits` how long each takes."""
+
+    def __init__(self, fails: str = "", waits: float = 0.0) -> None:
+        self.calls: list[Any] = []
+        self._fails, self._waits = fails, waits
+
+    def _do(self, name: str, what: Any) -> None:
+        time.sleep(self._waits)
+        if name == self._fails:
+            raise ConnectionError("no\nservice here")
+        self.calls.append((name, what))
+
+    def begin(self, hparams: Mapping[str, str | bool | float]) -> None:
+        self._do("begin", hparams)
+
+    def send(self, points: list[Point]) -> None:
+        for step, _, values in points:
+            self._do("send", (step, values))
+
+    def end(self, status: str) -> None:
+        self._do("end", status)
+
+
+def use(service: Any, *, status: str | None = "finished", patience: float = 5.0) -> list[str]:
+    complaints: list[str] = []
+    remote = Remote("fake", service, complaints.append, patience=patience)
+    remote.config({}, {"optimizer.lr": 0.1})
+    for step in range(1, 4):
+        remote.scalars(step, {"loss": 1 / step})
+        remote.flush()
+    if status is not None:
+        remote.end(status)
+    remote.close()
+    remote.close()
+    return complaints
+
+
+def test_everything_arrives_in_order() -> None:
+    service = Fake()
+    assert use(service) == []
+    assert service.calls == [
+        ("begin", {"optimizer.lr": 0.1}),
+        *[("send", (step, {"loss": 1 / step})) for step in range(1, 4)],
+        ("end", "finished"),
+    ]
+
+
+def test_a_run_without_an_end_has_failed() -> None:
+    service = Fake()
+    use(service, status=None)
+    assert service.calls[-1] == ("end", "failed")
+
+
+@pytest.mark.parametrize("fails", ["begin", "send", "end"])
+def test_a_failure_is_told_once_in_the_callers_thread(fails: str) -> None:
+    threads: set[int] = set()
+    told = use(Fake(fails=fails))
+    assert told == ["tracking=fake: ConnectionError: no service here; training goes on without it"]
+    complain = Remote("fake", Fake(fails=fails), lambda _: threads.add(threading.get_ident()))
+    complain.config({}, {})
+    complain.scalars(1, {"loss": 1.0})
+    complain.close()
+    assert threads == {threading.get_ident()}
+
+
+def test_a_service_that_hangs_holds_nothing_up() -> None:
+    start = time.monotonic()
+    told = use(Fake(waits=20), patience=0.2)
+    assert time.monotonic() - start < 5
+    assert told == ["tracking=fake: it did not take all figures within 0 s; training goes on without it"]
+
+
+def test_closing_what_never_began_does_nothing() -> None:
+    Remote("fake", Fake(), lambda _: pytest.fail("complained")).close()
+
+
+def test_tracking_hands_the_same_figures_to_every_sink(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = Fake()
+    monkeypatch.setattr("dlopt.tracking.mlflow.MLflow", lambda folder: service)
+    with Tracking(tmp_path, sinks=["mlflow"], console=False, log_every_steps=1) as tracking:
+        tracking.begin({"name": "x", "optimizer": {"lr": 0.1}}, {}, epochs=1, steps_per_epoch=1)
+        tracking.step(1, {"train/loss": 2.0})
+        tracking.epoch({"epoch": 1, "step": 1, "train_loss": 2.0, "val_accuracy": 0.5, "lr": 0.1})
+        tracking.finish({"status": "finished", "steps": 1, "test_accuracy": 0.4})
+    assert [name for name, _ in service.calls] == ["begin", "send", "send", "send", "end"]
+    assert service.calls[0][1]["optimizer.lr"] == 0.1
+    assert [call[1][1] for call in service.calls[1:4]] == [
+        {"train/loss": 2.0}, {"val/accuracy": 0.5, "lr": 0.1}, {"test/accuracy": 0.4}
+    ]  # fmt: skip
