@@ -68,9 +68,10 @@ def open_storage(url: str | None, folder: Path) -> BaseStorage:
         with locked(setup):  # two processes may not lay down the tables at once
             return RDBStorage(url, engine_kwargs={} if url.startswith("sqlite") else {"pool_pre_ping": True})
     except ImportError as error:
-        driver = {"psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}.get(str(error.name), str(error.name))
+        missing = getattr(error.__cause__, "name", None) or error.name or "the database's driver"
+        driver = {"psycopg": "'psycopg[binary]'", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
         raise UserError(
-            f"hydra.sweeper.storage={hidden(url)}: needs a package: pip install {driver or 'sqlalchemy'}"
+            f"hydra.sweeper.storage={hidden(url)}: needs a package: pip install {driver.get(missing, missing)}"
         ) from None
     except Exception as error:  # SQLAlchemy's, its drivers' and Optuna's own
         raise UserError(f"hydra.sweeper.storage={hidden(url)}: {_reason(error, url)}") from None

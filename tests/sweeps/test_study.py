@@ -1,0 +1,198 @@
+"""A study that several processes share, with the journal and with a real PostgreSQL; and what kills leave behind."""
+
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dlopt.errors import UserError
+from dlopt.sweeps.locks import is_held
+from dlopt.sweeps.study import JOURNAL, WORKERS, hidden, open_storage
+from tests.sweeps.worker import plan, study_of
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def begin_worker(folder: Path, total: int, url: str | None = None) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "tests.sweeps.worker", str(folder), str(total), *([url] if url else [])]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def figures(folder: Path, total: int, url: str | None = None) -> dict[int, tuple[float, ...]]:
+    study = study_of(folder, plan(total, url))
+    found = {number: tuple(values) for number, _, values in study.finished()}
+    study.close()
+    return found
+
+
+def events(folder: Path, kind: str) -> Counter[str]:
+    lines = (folder / "log").read_text().split("\n") if (folder / "log").exists() else []
+    return Counter(line.split()[1] for line in lines if line.startswith(kind))
+
+
+@pytest.fixture(scope="module")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server of its own on a loopback port; the URL of its database."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    binary = str(found[-1]) if found else shutil.which("initdb")
+    if binary is None:
+        pytest.skip("PostgreSQL is not installed (Debian: apt install postgresql)")
+    pytest.importorskip("psycopg")
+    tools = Path(binary).parent
+    folder = tmp_path_factory.mktemp("postgres")
+    as_user: list[str] = []
+    if os.geteuid() == 0:  # it refuses to run as root
+        as_user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
+        shutil.chown(folder, "postgres", "postgres")
+        for parent in folder.parents:
+            if parent != Path("/") and parent.stat().st_uid == 0 and not parent.stat().st_mode & 1:
+                parent.chmod(parent.stat().st_mode | 0o011)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    (folder / "password").write_text("open sesame")
+    (folder / "password").chmod(0o644)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.STDOUT, "cwd": "/", "check": True}
+    data = folder / "data"
+    initdb = [*as_user, str(tools / "initdb"), "-D", str(data), "-A", "scram-sha-256", "-U", "me", "-N"]
+    subprocess.run([*initdb, f"--pwfile={folder / 'password'}"], **quiet)  # type: ignore[call-overload]
+    settings = {"listen_addresses": "127.0.0.1", "unix_socket_directories": "", "fsync": "off"}
+    options = [part for key, value in settings.items() for part in ("-c", f"{key}={value}")]
+    with (folder / "log").open("wb") as log:
+        command = [*as_user, str(tools / "postgres"), "-D", str(data), "-p", str(port), *options]
+        server = subprocess.Popen(command, stdout=log, stderr=log, cwd="/")
+    ready = [str(tools / "pg_isready"), "-q", "-h", "127.0.0.1", "-p", str(port)]
+    deadline = time.monotonic() + 60
+    while subprocess.run(ready, check=False).returncode:
+        assert server.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
+        time.sleep(0.2)
+    try:
+        yield f"postgresql+psycopg://me:open sesame@127.0.0.1:{port}/postgres"
+    finally:
+        server.send_signal(signal.SIGQUIT)
+        server.wait(timeout=60)
+
+
+@pytest.mark.parametrize("kind", ["journal", "postgres"])
+def test_four_workers_share_a_study(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    total, url = 40, request.getfixturevalue("postgres") if kind == "postgres" else None
+    workers = [begin_worker(tmp_path, total, url) for _ in range(4)]
+    said = [worker.communicate(timeout=120)[0] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0] * 4, said
+    assert events(tmp_path, "begin") == events(tmp_path, "end") == Counter(map(str, range(total)))  # none twice
+    assert len(figures(tmp_path, total, url)) == total  # none lost
+    assert sum(len(set(line.split()[1] for line in text.splitlines() if "finished" in line)) > 0 for text in said) == 4
+
+
+def kill_and_go_on(folder: Path, kills: int, seed: int) -> int:
+    """Kills a worker at so many random moments, lets another finish; how often one was killed before it was done."""
+    draw, killed = random.Random(seed), 0
+    for _ in range(kills):
+        worker = begin_worker(folder, 30)
+        deadline = time.monotonic() + 60
+        before = sum(events(folder, "end").values())
+        while not list((folder / WORKERS).glob("*-*.lock")) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        while sum(events(folder, "end").values()) == before and worker.poll() is None:  # it is at work
+            time.sleep(0.02)
+        time.sleep(draw.uniform(0, 0.5))
+        killed += worker.poll() is None
+        worker.kill()
+        worker.communicate()
+    last = begin_worker(folder, 30)
+    said, _ = last.communicate(timeout=120)
+    assert last.returncode == 0, said
+    return killed
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_kills_at_random_moments_change_nothing(kills: int, tmp_path: Path) -> None:
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "whole").mkdir()
+    assert kill_and_go_on(tmp_path / "killed", kills, seed=kills) > 0
+    whole = begin_worker(tmp_path / "whole", 30)
+    assert whole.wait(timeout=120) == 0
+    assert figures(tmp_path / "killed", 30) == figures(tmp_path / "whole", 30)
+    ended = events(tmp_path / "killed", "end")
+    assert set(ended) == set(map(str, range(30)))
+    assert sum(ended.values()) <= 30 + 2 * kills  # only what was running ran again: two places
+
+
+def test_a_dead_process_leaves_its_job_to_one_other(tmp_path: Path) -> None:
+    """In processes of their own: a process does not see its own locks."""
+    code = (
+        "import sys; from pathlib import Path; from tests.sweeps.worker import *\n"
+        "study = study_of(Path(sys.argv[1]), plan(3, None)); claim = study.claim()\n"
+        "print(claim.number, claim.again, claim.values, flush=True); input()"
+    )
+
+    def worker() -> "subprocess.Popen[str]":
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        return subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, text=True, **pipes)  # type: ignore[call-overload]
+
+    first, second = worker(), worker()
+    lines = [each.stdout.readline().split(maxsplit=2) for each in (first, second) if each.stdout]
+    assert sorted(line[0] for line in lines) == ["0", "1"] and all(line[1] == "False" for line in lines)
+    first.kill()
+    first.wait()
+    third = worker()
+    assert third.stdout is not None
+    taken = third.stdout.readline().split(maxsplit=2)
+    assert taken[:2] == [lines[0][0], "True"] and taken[2] == lines[0][2]  # with the values that it had
+    fourth = worker()
+    assert fourth.stdout is not None
+    assert fourth.stdout.readline().split()[:2] == ["2", "False"]
+    assert sum(is_held(path) for path in (tmp_path / WORKERS).glob("*-*.lock")) == 3
+    for each in (second, third, fourth):
+        each.kill()
+        each.communicate()
+
+
+def test_a_torn_line_of_the_journal_is_cut_off(tmp_path: Path) -> None:
+    study = study_of(tmp_path, plan(3, None))
+    claim = study.claim()
+    assert claim is not None
+    study.close()
+    whole = (tmp_path / JOURNAL).read_bytes()
+    (tmp_path / JOURNAL).write_bytes(whole + b'{"op_code": 5, "work')
+    again = study_of(tmp_path, plan(4, None))
+    assert again.counts().waiting == 3
+    assert (tmp_path / JOURNAL).read_bytes().startswith(whole)
+    again.close()
+
+
+def test_the_total_may_grow(tmp_path: Path) -> None:
+    for total in (3, 5, 4):
+        study = study_of(tmp_path, plan(total, None))
+        assert study.counts().waiting == total
+        study.close()
+
+
+def test_another_space_is_refused_with_the_difference(tmp_path: Path) -> None:
+    study_of(tmp_path, plan(3, None)).close()
+    with pytest.raises(UserError) as error:
+        study_of(tmp_path, plan(3, None, "lr=tag(log,interval(0.001,0.5))", "kind=a,b"))
+    assert "lr: tag(log,interval(0.001,1.0)) there, tag(log,interval(0.001,0.5)) now" in str(error.value)
+    assert "kind" not in str(error.value)
+
+
+def test_a_database_that_does_not_answer(tmp_path: Path) -> None:
+    pytest.importorskip("psycopg")
+    with pytest.raises(UserError) as error:
+        open_storage("postgresql://me:sesame@127.0.0.1:1/none", tmp_path)
+    assert "sesame" not in str(error.value) and "127.0.0.1" in str(error.value)
+    with pytest.raises(UserError, match="no URL"):
+        open_storage("what is this", tmp_path)
+
+
+def test_passwords_are_not_shown() -> None:
+    assert hidden("postgresql://me:sesame@host/db") == "postgresql://me:***@host/db"

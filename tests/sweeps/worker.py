@@ -1,0 +1,99 @@
+"""One of several processes that work on a study, with jobs of a few milliseconds instead of trainings.
+
+`python -m tests.sweeps.worker FOLDER TOTAL [URL]`. A job's figure follows from its values; what ran is appended to
+FOLDER/log: "begin NUMBER", "end NUMBER".
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from unittest import mock
+
+from dlopt.errors import UserError
+from dlopt.folders import RunFolder
+from dlopt.sweeps import jobs, pruners, samplers
+from dlopt.sweeps.jobs import Job
+from dlopt.sweeps.places import Places, Process
+from dlopt.sweeps.search import Plan, Search, Settings
+from dlopt.sweeps.study import Study, open_storage
+from tests.sweeps.spaces import space
+
+SECONDS = 0.02
+
+
+def plan(total: int, url: str | None, *typed: str) -> Plan:
+    searched = space(*(typed or ("lr=tag(log,interval(0.001,1))", "kind=a,b")))
+    settings = Settings(
+        n_trials=total, objective="best_val_loss", direction="auto", watch="auto", storage=url, study_name="s", seed=0
+    )
+    draw = samplers.random(space=searched, seed=0)
+    return Plan(searched, settings, ["best_val_loss"], ["minimize"], None, draw, pruners.none(), total)
+
+
+def study_of(folder: Path, wanted: Plan) -> Study:
+    return Study(
+        open_storage(wanted.settings.storage, folder), name="s", folder=folder, space=wanted.space,
+        directions=wanted.directions, total=wanted.total, facts={"objective": list(wanted.objectives)},
+        sampler=wanted.sampler, pruner=wanted.pruner,
+    )  # fmt: skip
+
+
+def note(folder: Path, line: str) -> None:
+    log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.write(log, f"{line}\n".encode())
+    os.close(log)
+
+
+class Short:
+    """A job that takes `SECONDS`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.over = folder, time.monotonic() + SECONDS
+        note(folder.parent, f"begin {folder.name}")
+
+    def poll(self) -> int | None:
+        if time.monotonic() < self.over:
+            return None
+        values = dict(line.split("=") for line in json.loads((self.folder / "overrides.json").read_text()))
+        loss = float(values["lr"]) + (values["kind"] == "a")
+        note(self.folder.parent, f"end {self.folder.name}")
+        (self.folder / "summary.json").write_text(json.dumps({"status": "finished", "best_val_loss": loss}))
+        return 0
+
+    def stop(self) -> None: ...
+
+    def kill(self) -> None: ...
+
+
+def begin(job: Job) -> jobs.Result | None:
+    if job.folder.is_finished():
+        return jobs.result_of(job.folder, jobs.DONE)
+    job.folder.path.mkdir(exist_ok=True)
+    (job.folder.path / "overrides.json").write_text(json.dumps(list(job.overrides)))
+    return None
+
+
+def start(place: int, folder: Path, environment: Mapping[str, str]) -> Process:
+    return Short(folder)
+
+
+def make(folder: Path, overrides: Sequence[str], number: int, label: str) -> Job:
+    if not overrides:
+        raise UserError("a job without values")
+    return Job(number, RunFolder(folder / str(number)), {}, overrides, {}, label)
+
+
+def main(folder: Path, total: int, url: str | None) -> None:
+    wanted = plan(total, url)
+    study = study_of(folder, wanted)
+    search = Search(wanted, study, lambda *arguments: make(folder, *arguments))
+    with mock.patch("dlopt.sweeps.crew.begin", begin):
+        search.run(Places(2, start, lambda folder: None, seconds=0.005))
+    study.close()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] if len(sys.argv) > 3 else None)
