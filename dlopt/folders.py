@@ -12,6 +12,7 @@ from typing import IO, Any
 
 import yaml
 
+from dlopt.config.aliases import check_file
 from dlopt.errors import UserError
 
 LOCK = ".lock"
@@ -35,9 +36,11 @@ class RunFolder:
 
     def config(self) -> dict[str, Any] | None:
         """The saved config; None where there is no readable one."""
+        path = self.path / "config.yaml"
         try:
-            found = yaml.safe_load((self.path / "config.yaml").read_text())
-        except (OSError, yaml.YAMLError, UnicodeDecodeError):
+            check_file(path)
+            found = yaml.safe_load(path.read_text())
+        except (OSError, yaml.YAMLError, ValueError):  # UnicodeDecodeError is one
             return None
         return found if isinstance(found, dict) else None
 

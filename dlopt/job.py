@@ -66,7 +66,13 @@ def execute(run: "Run", *, typed: Sequence[str] | None = None, console: bool = T
                 complain("stopped at once; what was saved last is in the checkpoints folder")
             return INTERRUPTED
         except Exception as error:
-            if worlds.first_to_fail():
+            silent = worlds.silent_ranks(error)
+            if silent and worlds.first_to_fail():
+                ranks = ", ".join(map(str, silent))
+                text = f"rank {ranks} did not answer within parallel.timeout_minutes: stopped, or busy elsewhere"
+                complain(text)
+                _record_failure(run.folder, text)
+            elif worlds.first_to_fail():
                 text = traceback.format_exc()
                 with contextlib.suppress(OSError):
                     (run.folder / "traceback.txt").write_text(text)
@@ -170,6 +176,7 @@ def main() -> int:
         launch.end_with_parent()
     from dlopt.config.compose import resolve_saved
     from dlopt.config.experiment import parse
+    from dlopt.config.older import completed
     from dlopt.engine.checkpoint import Checkpoints, load
     from dlopt.run import Run
 
@@ -179,6 +186,7 @@ def main() -> int:
         plain = folder.config()
         if plain is None:
             raise UserError(f"{folder.path}: there is no config.yaml to run")
+        plain, _ = completed(plain)
         choices = json.loads((folder.path / "environment.json").read_text())["choices"]
         experiment = parse(resolve_saved(plain), plain)
         state = None

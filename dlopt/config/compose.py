@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import dlopt
 from dlopt.config import plugins
+from dlopt.config.aliases import check_file
 from dlopt.config.choices import config_folder
 from dlopt.config.schema import show
 from dlopt.config.trust import check_hydra, leaves
@@ -84,6 +85,7 @@ class Composer:
         plugins.offer()
         path = create_config_search_path(str(config_folder()))
         if config_dir is not None:
+            _check_files(Path(config_dir))
             folder = f"file://{Path(config_dir).resolve()}"
             path.prepend("command-line", folder, SearchPathQuery(provider="schema"))
         GlobalHydra.instance().clear()
@@ -228,6 +230,19 @@ class Composer:
         prefix = f"{parent}." if parent else ""
         hint = f"did you mean {prefix}{close[0]}? " if close else "" if parent else _elsewhere(name, config)
         return f"{line}: there is no key {key}; {hint}allowed: {', '.join(names) or 'none'}"
+
+
+def _check_files(folder: Path) -> None:
+    """Raises `UserError` for files that Hydra would find in `folder` and that are too large for a config."""
+    groups = [path.name for path in config_folder().iterdir() if path.is_dir()]
+    inner = [path for group in (*groups, "hydra") for path in (folder / group).rglob("*.yaml")]
+    for path in sorted([*folder.glob("*.yaml"), *inner]):
+        try:
+            check_file(path)
+        except ValueError as error:
+            raise UserError(f"--config-dir={folder}: {path.relative_to(folder)} {error}") from None
+        except OSError as error:
+            raise UserError(f"--config-dir={folder}: {path.relative_to(folder)} cannot be read: {error}") from None
 
 
 def explain_grammar(line: str) -> str:

@@ -7,6 +7,7 @@ import math
 import mmap
 import os
 import signal
+import sys
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
@@ -219,12 +220,20 @@ def _start_worker(worker: int) -> None:
     """
     torch.set_num_threads(1)
     _map_large_blocks()
+    _end_with_parent()
     for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "SIGALRM"):
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE))
+
+
+def _end_with_parent() -> None:
+    """A main process that is killed takes its workers along (Linux; elsewhere they notice after some seconds)."""
+    if sys.platform.startswith("linux"):
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _close(reference: "weakref.ref[Loader]") -> None:

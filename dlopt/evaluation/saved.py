@@ -1,5 +1,6 @@
 """What the commands on checkpoints have in common: reading their command lines, changing keys of a saved config."""
 
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dlopt.config.choices import config_folder
 from dlopt.config.compose import explain_grammar
+from dlopt.config.older import completed
 from dlopt.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 def typed_values(arguments: Iterable[str]) -> dict[str, Any]:
@@ -53,6 +57,9 @@ def with_changes(saved: Mapping[str, Any], overrides: Mapping[str, Any], path: P
     if saved.get("allow_packages") and not trusted:
         names = ",".join(saved["allow_packages"])
         raise UserError(f"checkpoint={path}: it names callables of {names}; trust them by allow_packages=[{names}]")
+    saved, filled = completed(saved)
+    if filled:
+        log.warning("checkpoint=%s: of an older dlopt; what it does not say is taken as: %s", path, ", ".join(filled))
     single = OmegaConf.to_container(OmegaConf.load(config_folder() / "parallel" / "single.yaml"))
     config = OmegaConf.create({**saved, "allow_packages": trusted, "parallel": single})
     OmegaConf.set_struct(config, True)

@@ -112,6 +112,8 @@ def master(environment: Mapping[str, str]) -> tuple[str, int]:
     return name, port
 
 
+_GATHERING = 3.0  # seconds within which ranks find that they have waited in vain
+
 _met: "Store | None" = None
 
 
@@ -175,6 +177,20 @@ def is_lost_connection(error: Exception) -> bool:
     told = str(error)
     is_gloo = isinstance(error, RuntimeError) and "gloo" in told and ("onnect" in told or "Read error" in told)
     return is_gloo or isinstance(error, distributed.DistNetworkError)
+
+
+def silent_ranks(error: Exception) -> list[int]:
+    """The ranks that did not answer in time, where that is what made a collective fail; every waiting rank asks."""
+    world, told = current(), str(error)
+    if world is None or not isinstance(error, RuntimeError) or "imed out" not in told:
+        return []
+    try:
+        store = meet(world, minutes=1.0)
+        store.set(f"waited{world.rank}", "")
+        time.sleep(_GATHERING)
+        return [rank for rank in range(world.size) if not store.check([f"waited{rank}"])]
+    except Exception:  # the rank that keeps the store does not answer either
+        return [0]
 
 
 def leave() -> None:
