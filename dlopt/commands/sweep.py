@@ -5,7 +5,7 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import yaml
 from hydra.core.plugins import Plugins
@@ -13,13 +13,14 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from dlopt.commands.hydra_main import quoted
-from dlopt.config.compose import Composer, to_plain
+from dlopt.config.compose import Composer, choices_of, to_plain
 from dlopt.errors import UserError
-from dlopt.folders import RunFolder, differences, make, make_new, newest, refuse_other_config
+from dlopt.folders import RunFolder, Trace, differences, make, make_new, newest, refuse_other_config
 from dlopt.sweeps.jobs import SPACE
 from dlopt.tracking.files import write_atomically
 
 if TYPE_CHECKING:
+    from dlopt.sweeps.places import Places
     from dlopt.sweeps.search import Plan
 
 
@@ -46,10 +47,12 @@ def sweep(composer: Composer, parsed: Namespace) -> int:
     wanted = Path(str(path)).absolute()
     is_typed = any(line.lstrip("+").startswith("hydra.sweep.dir=") for line in parsed.overrides)
     is_search = str(whole.hydra.sweeper._target_).endswith(".dlopt_sweeps.OptunaSweeper")
-    is_here = _check_launcher(composer, whole, is_search)
+    places = _check_launcher(composer, whole, is_search)
     if is_search:
-        return _search(composer, parsed, whole, wanted, is_typed, is_here)
+        return _search(composer, parsed, whole, wanted, is_typed, places)
     jobs = _jobs(composer, whole, parsed.overrides)
+    if whole.dry_run:
+        return _list_grid(jobs, whole, places)
     folder = _find_folder(wanted, is_typed, jobs, whole.resume)
     if jobs and all(job.folder(folder).is_done(job.config) for job in jobs):
         print(f"this sweep is finished: {folder}")
@@ -58,32 +61,32 @@ def sweep(composer: Composer, parsed: Namespace) -> int:
         write_atomically(folder / SPACE, yaml.safe_dump([job.overrides for job in jobs], allow_unicode=True).encode())
         _mark_dead(folder, jobs)
         try:
-            _hand_over(composer, parsed, folder, is_here)
+            _hand_over(composer, parsed, folder, places)
         except KeyboardInterrupt:
             return 75
     _show(folder, jobs)
     return _outcome(folder, jobs)
 
 
-def _check_launcher(composer: Composer, whole: DictConfig, is_search: bool) -> bool:
-    """Has the launcher refuse its settings before anything is made; whether its jobs are processes of this machine."""
+def _check_launcher(composer: Composer, whole: DictConfig, is_search: bool) -> "Places | None":
+    """Has the launcher refuse its settings before anything is made; where its jobs run, if it is dlopt's own."""
     context = HydraContext(composer.hydra.config_loader, callbacks=None)  # type: ignore[arg-type]
     launcher: Any = Plugins.instance().instantiate_launcher(context, start_job, whole)
     if hasattr(launcher, "places"):
-        return bool(launcher.places().is_here)
+        return cast("Places", launcher.places())
     if is_search:
         name = whole.hydra.runtime.choices["hydra/launcher"]
         raise UserError(
             f"hydra/launcher={name}: it starts jobs in batches, a search starts one whenever a place gets free; "
             "allowed: serial, joblib, gpus, slurm"
         )
-    return False
+    return None
 
 
-def _hand_over(composer: Composer, parsed: Namespace, folder: Path, is_here: bool) -> Any:
-    """Hydra's sweeper and launcher do the rest; returns what the sweeper returns. `is_here`: jobs run here."""
+def _hand_over(composer: Composer, parsed: Namespace, folder: Path, places: "Places | None") -> Any:
+    """Hydra's sweeper and launcher do the rest; returns what the sweeper returns."""
     overrides = [*parsed.overrides, f"hydra.sweep.dir={quoted(folder)}"]
-    if is_here:
+    if places is not None and places.is_here:
         from dlopt.sweeps import warm
 
         warm.heat()
@@ -205,11 +208,26 @@ def _show(sweep: Path, jobs: Sequence[Job]) -> None:
     print(f"\nthe sweep lies in {sweep}")
 
 
+def _list_grid(jobs: Sequence[Job], whole: DictConfig, places: "Places | None") -> int:
+    from dlopt.sweeps.jobs import labels
+
+    for number, label in enumerate(labels([job.overrides for job in jobs])):
+        print(f"job {number}: {label}")
+    return _estimate([job.config for job in jobs], len(jobs), whole, places)
+
+
+def _estimate(configs: Sequence[Mapping[str, Any]], jobs: int, whole: DictConfig, places: "Places | None") -> int:
+    from dlopt.sweeps.estimate import seconds_of, told
+
+    print(told(seconds_of(configs, choices_of(whole)), jobs, 1 if places is None else places.count))
+    return 0
+
+
 # -- searches
 
 
 def _search(
-    composer: Composer, parsed: Namespace, whole: DictConfig, wanted: Path, is_typed: bool, is_here: bool
+    composer: Composer, parsed: Namespace, whole: DictConfig, wanted: Path, is_typed: bool, places: "Places | None"
 ) -> int:
     try:
         from dlopt.sweeps.search import facts_of, plan_of, probes
@@ -224,19 +242,33 @@ def _search(
     plan = plan_of(composer.hydra.config_loader, whole, [line for line in lines if line not in hydra])
     checked = [_checked(composer, [*hydra, *probe], parsed.overrides) for probe in probes(plan.space)]
     facts = {**facts_of(plan, checked[0][1]), "space": plan.space.describe()}
+    if whole.dry_run:
+        return _list_search(plan, [saved for _, saved in checked], whole, places)
+    before = Trace(wanted)
     folder = _find_search(wanted, is_typed, plan, facts, whole.resume)
     known = _space(folder)
     if isinstance(known, dict) and known.get("finished", 0) >= plan.total and known.get("facts") == facts:
         print(f"this sweep is finished: {folder}")
         return 0
     try:
-        outcome = _hand_over(composer, parsed, folder, is_here)
+        outcome = _hand_over(composer, parsed, folder, places)
     except KeyboardInterrupt:
         return 75
+    except UserError:
+        if known is None:
+            before.erase(folder)
+        raise
     if outcome.elsewhere:
         print(f"{outcome.elsewhere} jobs are at work in other processes")
     _show_search(folder, plan, outcome.rows)
     return int(outcome.code)
+
+
+def _list_search(plan: "Plan", configs: Sequence[Mapping[str, Any]], whole: DictConfig, places: "Places | None") -> int:
+    for key, values in plan.space.describe().items():
+        print(f"{key}: {values}")
+    print("every job's values are drawn when it starts")
+    return _estimate(configs, plan.total, whole, places)
 
 
 def _find_search(wanted: Path, is_typed: bool, plan: "Plan", facts: Mapping[str, Any], resume: str | None) -> Path:

@@ -125,6 +125,8 @@ def prepare(config: DictConfig, overrides: Sequence[str]) -> Prepared:
         raise UserError(f"hydra.run.dir={'null' if run_dir is None else run_dir}: the path of a folder is needed")
     wanted = Path(str(run_dir)).absolute()
     is_typed = any(line.lstrip("+").startswith("hydra.run.dir=") for line in overrides)
+    if plain["dry_run"]:
+        raise UserError("dry_run=true: this is for `dlopt train` alone")
     before = Trace(wanted)
     folder, state = _find_folder(wanted, is_typed, saved)
     is_done = plain["resume"] == "auto" and folder.is_done(saved)
@@ -132,10 +134,22 @@ def prepare(config: DictConfig, overrides: Sequence[str]) -> Prepared:
     return Prepared(run, folder, before, folder.config() is None, is_done)
 
 
+def _estimate(config: DictConfig, overrides: Sequence[str]) -> int:
+    from dlopt.config.experiment import parse
+    from dlopt.sweeps.estimate import seconds_of, told
+
+    plain, saved = to_plain(config, overrides)
+    parse(plain, saved)
+    print(told(seconds_of([saved], choices_of(config)), 1, 1))
+    return 0
+
+
 def _run(config: DictConfig, parsed: Namespace, tell: Callable[[Mapping[str, Any]], None] | None = None) -> int:
     """`tell`: takes what other ranks need to join the run."""
     from dlopt.job import USER_ERROR, complain, execute
 
+    if config.dry_run is True:
+        return _estimate(config, parsed.overrides)
     ready = prepare(config, parsed.overrides)
     run, folder = ready.run, ready.folder
     if ready.is_done:

@@ -42,6 +42,7 @@ class Settings:
     init_seed: Seed
     order_seed: Seed
     augmentation_seed: Seed
+    dry_run: bool
     resume: str | None
     init_from: str | None
     allow_packages: list[str]
