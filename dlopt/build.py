@@ -125,9 +125,9 @@ def set_up(experiment: Experiment, normalization: Mapping[str, Any] | None = Non
         module = module.to(memory_format=memory_format)
     loss: nn.Module = experiment.loss.build(classes=None if dataset.classes is None else len(dataset.classes))
     compiled = device.type == "cuda" if settings.compile == "auto" else settings.compile
-    if parallel.splits == "layers" and compiled:
+    if compiled and not parallel.compiles:
         if settings.compile != "auto":
-            raise UserError(f"compile=true: not with parallel={parallel.name}, which calls layers one by one")
+            raise UserError(f"compile=true: not with parallel={parallel.name}, whose processes meet between the layers")
         compiled = False
     model = parallel.place(module, shape)
     return Setup(

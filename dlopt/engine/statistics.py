@@ -2,10 +2,13 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from dlopt.parallel.shards import local
 
 
 @contextmanager
@@ -19,14 +22,13 @@ def exact_statistics(
     unbiased one, as in the running average. Afterwards the running averages are back.
     """
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    kept = [(n.running_mean.clone(), n.running_var.clone()) for n in norms]  # type: ignore[union-attr]
+    kept = [tuple(each.clone() for each in _running(norm)) for norm in norms]
     _set_exact(module, model, batches, norms)
     try:
         yield
     finally:
-        for norm, (mean, variance) in zip(norms, kept, strict=True):
-            norm.running_mean.copy_(mean)  # type: ignore[union-attr]
-            norm.running_var.copy_(variance)  # type: ignore[union-attr]
+        for norm, statistics in zip(norms, kept, strict=True):
+            _set_running(norm, *statistics)
 
 
 @torch.no_grad()
@@ -54,8 +56,18 @@ def _set_exact(
             each.training = mode
     for norm, pool in zip(norms, pools, strict=True):
         if pool.count:
-            norm.running_mean.copy_(pool.mean)  # type: ignore[union-attr]
-            norm.running_var.copy_(pool.squares / max(pool.count - 1, 1))  # type: ignore[union-attr]
+            _set_running(norm, pool.mean, pool.squares / max(pool.count - 1, 1))
+
+
+def _running(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """Running mean and variance of the channels that this process has."""
+    assert norm.running_mean is not None and norm.running_var is not None
+    return local(norm.running_mean), local(norm.running_var)
+
+
+def _set_running(norm: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
+    for own, value in zip(_running(norm), (mean, variance), strict=True):
+        own.copy_(value)
 
 
 class _Pool:
@@ -67,9 +79,13 @@ class _Pool:
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         values = inputs[0].double() if inputs[0].device.type != "mps" else inputs[0].float()
-        axes = [0, *range(2, values.ndim)]
-        count = values.numel() // values.shape[1]
-        variance, mean = torch.var_mean(values, axes, correction=0)
+        moments: Any = getattr(module, "moments", None)
+        if moments is not None:  # the values are a part of what it normalizes by
+            mean, variance, counted = moments(values)
+            count = round(float(counted))
+        else:
+            variance, mean = torch.var_mean(values, [0, *range(2, values.ndim)], correction=0)
+            count = values.numel() // values.shape[1]
         delta, total = mean - self.mean, self.count + count
         self.squares = self.squares + variance * count + delta.square() * (self.count * count / total)
         self.mean = self.mean + delta * (count / total)

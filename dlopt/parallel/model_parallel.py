@@ -49,6 +49,8 @@ class ModelParallel(Cut, Member):
     `split` changes a model in place, for samples of the given shape. `rows`: the degree of data parallelism.
     """
 
+    compiles = False
+
     def __init__(
         self, name: str, group: Group, device: torch.device, *, accumulate: int, split: Split, rows: int, sync: bool
     ) -> None:

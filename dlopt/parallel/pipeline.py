@@ -90,6 +90,7 @@ class Pipeline(Owned, Member):
 
     name = "pipeline"
     norm_shares = 1
+    compiles = False
     share_evaluation = None
 
     def __init__(

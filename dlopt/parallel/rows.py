@@ -13,6 +13,7 @@ from dlopt.models.locally_connected import LocallyConnected2d
 from dlopt.models.resnet import ZeroPadShortcut
 from dlopt.parallel.collectives import Ranks
 from dlopt.parallel.distribution import here
+from dlopt.parallel.sync_batchnorm import SyncBatchNorm, moments
 
 Span = tuple[int, int]  # rows from, to
 
@@ -176,6 +177,14 @@ class RowLocallyConnected2d(LocallyConnected2d):
         patches = F.unfold(rows, self.kernel, padding=(0, self.padding), stride=self.stride)
         output = torch.einsum("bip,poi->bop", patches, self.weight).unflatten(2, (-1, self.extent[1]))
         return output if self.bias is None else output + self.bias
+
+
+class RowBatchNorm2d(SyncBatchNorm):
+    """Its inputs are strips of the maps, in training and in evaluation."""
+
+    def moments(self, strip: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, variance and count of the whole maps."""
+        return moments(strip, self.group)
 
 
 class RowZeroPadShortcut(ZeroPadShortcut):

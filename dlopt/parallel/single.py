@@ -13,6 +13,7 @@ class Whole:
     """States and norms where every process has the whole model; `dlopt.parallel.shards.Cut` is the other case."""
 
     splits: Literal["nothing", "tensors", "layers"] = "nothing"  # what the processes divide among them
+    compiles = True  # the model can be compiled as a whole
 
     @staticmethod
     def gathered(state: T) -> T:

@@ -26,6 +26,7 @@ from dlopt.parallel.group import join
 from dlopt.parallel.model_parallel import ModelParallel, Plan, check_precision
 from dlopt.parallel.rows import (
     RowAveragePool,
+    RowBatchNorm2d,
     RowConv2d,
     RowLocallyConnected2d,
     RowMaxPool2d,
@@ -37,7 +38,6 @@ from dlopt.parallel.rows import (
 )
 from dlopt.parallel.single import Single
 from dlopt.parallel.split_layers import become, before
-from dlopt.parallel.sync_batchnorm import SyncBatchNorm
 from dlopt.ranges import Count, Positive
 
 Layout = Literal["images", "rows", "whole", "split"]
@@ -100,7 +100,7 @@ class _Strips:
                 become(module, RowZeroPadShortcut, windows=windows)
             case nn.BatchNorm2d() if type(module) is nn.BatchNorm2d:
                 self._note_summands(name, module)
-                parent._modules[name.rpartition(".")[2]] = SyncBatchNorm(module, self.ranks.group)
+                parent._modules[name.rpartition(".")[2]] = RowBatchNorm2d(module, self.ranks.group)
             case _DropoutNd():
                 height = self.heights[module]
                 cut = Cut(2, slice(*strips(height, self.ranks.size)[self.ranks.rank]), height)

@@ -53,8 +53,27 @@ class SyncBatchNorm(_BatchNorm):
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), factor)
 
 
+def moments(values: Tensor, group: distributed.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and variance [C], and count [], of the values [b, C, ...] of all ranks, of which some may have none.
+
+    Merged as in Chan, Golub & LeVeque 1983, equation 2.1.
+    """
+    channels, own = values.shape[1], values.numel() // values.shape[1]
+    sums = values.new_zeros(2 * channels + 1)
+    if own:
+        variance, mean = torch.var_mean(values, [0, *range(2, values.ndim)], correction=0)
+        sums[:channels], sums[channels:-1], sums[-1] = mean, variance * own, own
+    everyones = sums.new_empty(distributed.get_world_size(group) * len(sums))
+    distributed.all_gather_into_tensor(everyones, sums, group=group)
+    everyones = everyones.view(-1, len(sums))
+    means, squares, counts = everyones[:, :channels], everyones[:, channels:-1], everyones[:, -1:]
+    count = counts.sum()
+    mean = (means * counts).sum(0) / count
+    return mean, (squares.sum(0) + (counts * (means - mean).square()).sum(0)) / count, count
+
+
 class _Normalize(torch.autograd.Function):
-    """Ioffe & Szegedy 2015, algorithm 1; moments of the ranks merged by Chan, Golub & LeVeque 1983, equation 2.1."""
+    """Ioffe & Szegedy 2015, algorithm 1."""
 
     @staticmethod
     def forward(
@@ -66,21 +85,9 @@ class _Normalize(torch.autograd.Function):
         group: distributed.ProcessGroup | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         values = inputs.to(torch.promote_types(inputs.dtype, torch.float32))  # bf16 has too few digits for sums
-        channels, axes = inputs.shape[1], [0, *range(2, inputs.ndim)]
-        own = values.numel() // channels
-        moments = values.new_zeros(2 * channels + 1)
-        if own:
-            variance, mean = torch.var_mean(values, axes, correction=0)
-            moments[:channels], moments[channels:-1], moments[-1] = mean, variance * own, own
-        everyones = moments.new_empty(distributed.get_world_size(group) * len(moments))
-        distributed.all_gather_into_tensor(everyones, moments, group=group)
-        everyones = everyones.view(-1, len(moments))
-        means, squares, counts = everyones[:, :channels], everyones[:, channels:-1], everyones[:, -1:]
-        count = counts.sum()
-        mean = (means * counts).sum(0) / count
-        variance = (squares.sum(0) + (counts * (means - mean).square()).sum(0)) / count
+        mean, variance, count = moments(values, group)
         scale = torch.rsqrt(variance + eps)
-        shape = (1, channels, *(1 for _ in axes[1:]))
+        shape = (1, len(mean), *(1 for _ in inputs.shape[2:]))
         gain = scale if weight is None else scale * weight
         outputs = (values - mean.view(shape)) * gain.view(shape)
         if bias is not None:

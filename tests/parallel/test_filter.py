@@ -124,7 +124,7 @@ class Three(Ranks):
         ),
         (["model=mlp", "model.widths=[9,8]"], "parallel=filter: layer2.linear has 8 units, which 3 processes cannot"),
         (["model=mlp", "model.widths=[]"], "parallel=filter: head has 128 inputs, which 3 processes cannot"),
-        (["model=vit"], "parallel=filter: the model is a VisionTransformer, which it does not know how to split"),
+        (["model=vit"], "parallel=filter: embedding is a PatchEmbedding, which it does not know how to split"),
     ],
 )
 def test_what_cannot_be_split_gets_one_line(overrides: list[str], message: str) -> None:

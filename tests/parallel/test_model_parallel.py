@@ -1,0 +1,162 @@
+"""Runs whose model is split against runs of one process, in fp64."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dlopt.engine.checkpoint import Checkpoints
+from dlopt.errors import UserError
+from dlopt.parallel import world
+from dlopt.parallel.hybrid import hybrid
+from dlopt.run import Run, train
+from tests.engine.runs import experiment, start
+from tests.parallel.equality import BASE, MLP, RESNET, Cases, compare
+from tests.parallel.ranks import run_ranks
+
+FILTER, SPATIAL, COLUMNS = (["parallel=filter"], ["parallel=spatial"], ["parallel=columns"])
+MESH = ["parallel=hybrid", "parallel.model_degree=2"]
+SYNC = "parallel.sync_batchnorm=true"
+ALEXNET = [*BASE, "model=two_column_alexnet", "model.hidden=16", "augmentation=crop_flip"]
+
+TWO: Cases = {
+    "filter, last batch of two": ([*RESNET, "data.batch_size=47", "steps=4"], FILTER),
+    "filter, accumulation": (
+        [*MLP, "data.batch_size=35", "accumulate=3", "epochs=2", "ema=0.9", "clip=norm", "clip.max_norm=0.1"],
+        FILTER,
+    ),
+    "filter, exact statistics": (
+        [*MLP, "norm_statistics=exact", "data.batch_size=32", "epochs=2", "clip=adaptive", "clip.clipping=0.02"],
+        FILTER,
+    ),
+    "spatial, accumulation": (
+        [*RESNET, "data.batch_size=35", "accumulate=3", "steps=4", "ema=0.9", "norm_statistics=exact"],
+        SPATIAL,
+    ),
+    "columns": (
+        [*ALEXNET, "data.batch_size=47", "steps=4", "clip=norm", "clip.max_norm=0.1", "optimizer=adamw"],
+        COLUMNS,
+    ),
+}
+FOUR: Cases = {
+    "filter": ([*RESNET, "data.batch_size=47", "steps=4"], FILTER),
+    "spatial": ([*RESNET, "data.batch_size=47", "steps=4"], SPATIAL),
+    "data x filter": ([*RESNET, "data.batch_size=35", "accumulate=2", "steps=4", "ema=0.9"], [*MESH, SYNC]),
+    "data x filter, empty shares": ([*MLP, "model.norm=none", "data.batch_size=19", "epochs=2"], MESH),
+    "data x columns": (
+        [*ALEXNET, "data.batch_size=35", "steps=3", "clip=norm", "clip.max_norm=0.1"],
+        [*MESH, "parallel.inside=columns"],
+    ),
+}
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    compare(tmp_path, 2, TWO)
+
+
+@pytest.mark.slow
+def test_four_processes_equal_one(tmp_path: Path) -> None:
+    compare(tmp_path, 4, FOUR)
+
+
+@pytest.mark.slow
+def test_fifty_steps(tmp_path: Path) -> None:
+    case = [*RESNET, "data.batch_size=35", "steps=50"]
+    compare(tmp_path / "two", 2, {"filter": (case, FILTER), "spatial": (case, SPATIAL)})
+    compare(tmp_path / "four", 4, {"hybrid": ([*case, "accumulate=3"], [*MESH, SYNC])})
+
+
+@pytest.mark.slow
+def test_elementwise_optimizers(tmp_path: Path) -> None:
+    names = ["adadelta", "adagrad", "adam", "irprop", "lion", "nadam", "radam", "rmsprop", "rprop"]
+    names += ["schedule_free_adamw", "sgdw"]
+    both = {name: [*MLP, f"optimizer={name}", "optimizer.lr=0.01", "data.batch_size=35", "epochs=2"] for name in names}
+    both["momentum"] = [*MLP, "optimizer=momentum", "data.batch_size=35", "epochs=2"]
+    compare(tmp_path, 2, {name: (case, FILTER) for name, case in both.items()})
+
+
+def in_turn(folder: str, both: list[str], legs: list[tuple[list[str], int]]) -> None:
+    """In each rank: one run, of which every leg goes on with what another mode has left."""
+    for mode, steps in legs:
+        checkpoints = Checkpoints(Path(folder) / "checkpoints")
+        state = checkpoints.load_newest() if os.environ["DLOPT_RANK"] == "0" else None
+        train(Run(experiment(*both, *mode, f"steps={steps}"), Path(folder), state), console=False)
+        world.leave()
+
+
+def relay(tmp_path: Path, processes: int, both: list[str], modes: list[list[str]]) -> None:
+    """One process begins, each of `modes` goes on for a part of an epoch, and one process ends what one never left."""
+    both = [*both, "optimizer=adamw", "optimizer.lr=0.01", "data.batch_size=24"]  # four updates per epoch
+    legs = [(mode, 2 + number) for number, mode in enumerate(modes, 1)]
+    start(tmp_path / "relay", *both, "steps=2")
+    run_ranks("tests.parallel.test_model_parallel:in_turn", processes, tmp_path, str(tmp_path / "relay"), both, legs)
+    state = Checkpoints(tmp_path / "relay" / "checkpoints").load_newest()
+    train(Run(experiment(*both, "epochs=2"), tmp_path / "relay", state), console=False)
+    start(tmp_path / "whole", *both, "epochs=2")
+    ends = [Checkpoints(tmp_path / name / "checkpoints").load_newest() for name in ("relay", "whole")]
+    for one, other in zip(*(_tensors(each) for each in ends), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+    assert ends[0] is not None and len(ends[0]["progress"]["resumed_from"]) == len(modes) + 1
+
+
+def _tensors(state: Any) -> list[torch.Tensor]:
+    parts = [state["model"], *state["optimizer"]["state"].values(), state["ema"] or {}]
+    return [value for part in parts for value in part.values() if isinstance(value, torch.Tensor)]
+
+
+def test_a_checkpoint_of_each_mode_resumes_in_the_others(tmp_path: Path) -> None:
+    relay(tmp_path, 2, [*MLP, "model.norm=batch", "ema=0.9"], [FILTER, ["parallel=ddp", SYNC], SPATIAL])
+
+
+@pytest.mark.slow
+def test_checkpoints_of_nets_for_images_resume_too(tmp_path: Path) -> None:
+    relay(tmp_path / "columns", 2, ALEXNET, [COLUMNS, FILTER, ["parallel=ddp"], COLUMNS])
+    relay(tmp_path / "four", 4, RESNET, [[*MESH, SYNC], SPATIAL, FILTER])
+
+
+ARGUMENTS: dict[str, Any] = {
+    "device": torch.device("cpu"), "accumulate": 1, "precision": "fp64", "processes": None, "data_degree": None,
+    "model_degree": 2, "inside": "filter", "sync_batchnorm": True, "timeout_minutes": 1.0, "master_addr": None,
+    "master_port": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {},
+            "parallel=hybrid: data_degree x model_degree = 1 x 2 = 2, but there is 1 process; set parallel.processes=2",
+        ),
+        ({"data_degree": 3}, "parallel=hybrid: data_degree x model_degree = 3 x 2 = 6, but there is 1 process"),
+        ({"precision": "fp16"}, "precision=fp16: not with parallel=hybrid"),
+    ],
+)
+def test_wrong_set_ups_get_one_line(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+        hybrid(**{**ARGUMENTS, **arguments})
+
+
+def refused(cases: list[tuple[list[str], str]]) -> None:
+    """In each rank."""
+    for overrides, message in cases:
+        with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+            train(Run(experiment(*MLP, *overrides), Path("unused")), console=False)
+        world.leave()
+
+
+def test_what_a_mode_cannot_do_gets_one_line(tmp_path: Path) -> None:
+    cases = [
+        ([*FILTER, "optimizer=lamb"], "parallel=filter: LAMB needs whole tensors or the whole model for an update"),
+        ([*COLUMNS, "model=mlp"], "parallel=columns: the model is a MLP, which has no columns"),
+        ([*MESH, "parallel.data_degree=2"], "parallel=hybrid: data_degree x model_degree = 2 x 2 = 4, but there are 2"),
+        ([*SPATIAL, "model=locally_connected", "model.norm=group"], "parallel=spatial: layer1.1 is a GroupNorm, which"),
+        (
+            [*SPATIAL, "compile=true"],
+            "compile=true: not with parallel=spatial, whose processes meet between the layers",
+        ),
+    ]
+    run_ranks("tests.parallel.test_model_parallel:refused", 2, tmp_path, cases)
