@@ -254,6 +254,8 @@ def optimizer_of(setup: Setup) -> torch.optim.Optimizer:
     """The optimizer over the model's parameter groups; its learning rate follows the batch size where that is asked."""
     experiment, settings = setup.experiment, setup.experiment.settings
     component = experiment.optimizer
+    if experiment.auto_lr:
+        raise UserError("optimizer.lr=auto: only `dlopt train` looks for the learning rate; type a number here")
     if settings.scale_lr != "none":
         component = component.partial(lr=component.arguments["lr"] * _lr_scale(experiment, len(setup.dataset.train)))
     groups = parameter_groups(

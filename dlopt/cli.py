@@ -19,6 +19,7 @@ dlopt {dlopt.__version__}: runs experiments on the optimization of deep networks
   dlopt export checkpoint=PATH format=FORMAT     a model for other tools: safetensors, onnx, torch_export
   dlopt show-batch [group=choice] [key=value]    draw what an augmentation does to images
   dlopt trajectory schedule=a,b [key=value]      draw learning-rate curves into one picture
+  dlopt find-lr [group=choice] [key=value]       a learning-rate range test; `dlopt train optimizer.lr=auto` uses it
   dlopt summary model=CHOICE [key=value]         a model's layers: shapes, parameters, operations, memory
   dlopt diagnose [group=choice] [key=value]      activations, gradients and curvature of a model; a verdict per layer
   dlopt bench parallel=a,b processes=1,2         speed, memory and communication of parallel modes; of devices
@@ -81,6 +82,7 @@ def commands() -> dict[str, Callable[[list[str]], int]]:
         "export": _export,
         "show-batch": _show_batch,
         "trajectory": _trajectory,
+        "find-lr": _find_lr,
         "summary": _summary,
         "diagnose": _diagnose,
         "bench": _bench,
@@ -124,6 +126,12 @@ def _trajectory(arguments: list[str]) -> int:
     from dlopt.commands.trajectory import trajectory
 
     return trajectory(arguments)
+
+
+def _find_lr(arguments: list[str]) -> int:
+    from dlopt.commands.find_lr import find_lr
+
+    return find_lr(arguments)
 
 
 def _summary(arguments: list[str]) -> int:

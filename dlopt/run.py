@@ -1,5 +1,6 @@
 """A run: build everything, fit, test the best model once, write the summary."""
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dlopt import build, schedules
+from dlopt.analysis import lr_range
 from dlopt.build import Setup
 from dlopt.config.experiment import Experiment
 from dlopt.config.rules import further_figure
@@ -29,6 +31,7 @@ from dlopt.engine.step import Closure, Update
 from dlopt.engine.stopping import Best
 from dlopt.errors import RunError, UserError
 from dlopt.evaluation.validation import further_figures
+from dlopt.parallel.pace import Pace
 from dlopt.random import stream
 from dlopt.tracking.tracking import Tracking
 
@@ -58,6 +61,7 @@ def train(run: Run, *, console: bool = True) -> dict[str, Any]:
         length = length_of(setup, len(batches), state)
         tracking = _tracking(run, console) if parallel.is_main else Tracking(None, sinks=[], console=False)
         with tracking:
+            setup = _with_lr(setup, run, tracking)
             training = training_of(setup, run, batches, length, tracking)
             if state is not None:
                 training.load_state_dict(state)
@@ -75,6 +79,32 @@ def train(run: Run, *, console: bool = True) -> dict[str, Any]:
                 tracking.message(f"{asked.reason}: stopped; go on with the same command and resume=auto")
             tracking.finish(summary)
     return summary
+
+
+def _with_lr(setup: Setup, run: Run, tracking: Tracking) -> Setup:
+    """Where it is optimizer.lr=auto: with the learning rate of the checkpoint, or one that is found now."""
+    experiment = setup.experiment
+    if not experiment.auto_lr:
+        return setup
+    rate = None if run.checkpoint is None else run.checkpoint["progress"].get("found_lr")
+    if rate is None:
+        lr_range.load_first_weights(setup)
+        silent = Tracking(None, sinks=[], console=False)
+
+        def trial(setup: Setup) -> Training:
+            batches = build.training_batches(setup)
+            return training_of(setup, replace(run, experiment=setup.experiment), batches, Length(1, 1, 1, 1), silent)
+
+        found = lr_range.find(setup, lr_range.Sweep(), trial)
+        rate = found.steepest
+        if rate is None:
+            raise UserError("optimizer.lr=auto: the loss fell with no learning rate; type a number")
+        tracking.message(f"optimizer.lr=auto: found {rate:.3g} (see find_lr.png) in {len(found.rates)} updates")
+        if setup.parallel.is_main:
+            with contextlib.suppress(OSError):  # a full disk shows itself at the first checkpoint
+                lr_range.write(found, run.folder, "Learning-rate range test")
+    optimizer = experiment.optimizer.partial(lr=rate)
+    return replace(setup, experiment=replace(experiment, optimizer=optimizer, auto_lr=False))
 
 
 @dataclass(frozen=True)
@@ -111,10 +141,13 @@ def training_of(setup: Setup, run: Run, batches: Batches, length: Length, tracki
     build.check_single_values(setup)
     optimizer = build.optimizer_of(setup)
     if sampler is not None and setup.parallel.processes > 1:
-        raise UserError(
-            f"sampler={experiment.sampler.target.__name__}: its order follows the samples' losses, which the processes "
-            f"of parallel={setup.parallel.name} do not tell each other; use parallel=single or another sampler"
-        )
+        if not hasattr(setup.parallel, "maximum"):
+            raise UserError(
+                f"sampler={experiment.sampler.target.__name__}: its order follows the samples' losses, which "
+                f"processes of parallel={setup.parallel.name} do not tell each other; "
+                "use parallel=ddp or another sampler"
+            )
+        sampler.maximum = setup.parallel.maximum
     if sampler is not None and settings.on_divergence == "skip":
         raise UserError(
             f"on_divergence=skip: sampler={experiment.sampler.target.__name__} learns from the losses of every update; "
@@ -183,7 +216,11 @@ def training_of(setup: Setup, run: Run, batches: Batches, length: Length, tracki
         config=experiment.config,
         steps=length.steps,
         epochs=length.epochs,
-        progress=Progress(horizon=length.horizon, data=build.data_facts(setup)),
+        progress=Progress(
+            horizon=length.horizon,
+            data=build.data_facts(setup),
+            found_lr=setup.experiment.optimizer.arguments["lr"] if experiment.auto_lr else None,
+        ),
         evaluate_every=settings.evaluate.every_epochs,
         save_every_epochs=settings.checkpoint.every_epochs,
         save_every_steps=settings.checkpoint.every_steps,
@@ -194,6 +231,7 @@ def training_of(setup: Setup, run: Run, batches: Batches, length: Length, tracki
         states=setup.parallel,
         sampler=sampler,
         figures=getattr(batches.sampler, "figures", dict),
+        pace=Pace(setup.parallel.group, setup.device, getattr(setup.parallel, "waiting", None)) if several else None,
         recovery=recovery,
     )
 
@@ -350,6 +388,7 @@ def _summary(training: Training, setup: Setup, status: str) -> dict[str, Any]:
         "parallel": setup.parallel.name,
         "processes": setup.parallel.processes,
         "resumed_from": progress.resumed_from,
+        **({} if progress.found_lr is None else {"found_lr": progress.found_lr}),
         **({} if training.recovery is None else training.recovery.summary()),
     }
     if further_figure(best.monitor) is not None and best.epoch is not None:

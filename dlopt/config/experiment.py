@@ -61,6 +61,7 @@ class Experiment:
     stopping: Component
     parallel: Component
     config: Mapping[str, Any] = field(repr=False)  # as it is saved: resolved, but for what the environment gave
+    auto_lr: bool = False  # optimizer.lr=auto: the learning rate is still to be found
 
 
 def parse(config: Mapping[str, Any], saved: Mapping[str, Any] | None = None) -> Experiment:
@@ -87,6 +88,8 @@ def parse(config: Mapping[str, Any], saved: Mapping[str, Any] | None = None) -> 
         names = _field_names(group.common)
         own = {key: value for key, value in node.items() if key not in names}
         runtime = (*group.runtime, *names)
+        if name == "optimizer" and own.get("lr") == "auto":
+            own["lr"] = 1.0  # stands for what the run will find
         parts[name] = component(name, own, runtime, packages, related=names)
         if group.common is not None:
             common = {key: value for key, value in node.items() if key in names}
@@ -98,6 +101,7 @@ def parse(config: Mapping[str, Any], saved: Mapping[str, Any] | None = None) -> 
         grouping=parts.pop("Grouping"),
         warmup=parts.pop("Warmup"),
         config={**{key: kept[key] for key in run_keys}, **{name: kept[name] for name in GROUPS}},
+        auto_lr=config["optimizer"].get("lr") == "auto",
         **parts,
     )
     check_combinations(experiment)

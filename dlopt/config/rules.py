@@ -1,7 +1,8 @@
 """Combinations that cannot work, in one place. Each message names the key, its value, and which key to change."""
 
 import os
-from typing import TYPE_CHECKING
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 from dlopt.errors import UserError
 
@@ -30,9 +31,15 @@ def check_combinations(experiment: "Experiment") -> None:
     for key, path in (("resume", settings.resume), ("init_from", settings.init_from)):
         if path == "":
             raise UserError(f"{key}=: the path of a checkpoint is needed, or {key}=null")
+    _check_tracking(settings.tracking)
     _check_monitor("monitor", settings.monitor)
     if "monitor" in experiment.stopping.arguments:
         _check_monitor("stopping.monitor", experiment.stopping.arguments["monitor"])
+    if experiment.auto_lr and settings.scale_lr != "none":
+        raise UserError(
+            f"scale_lr={settings.scale_lr}: with optimizer.lr=auto the rate is found for this batch size; "
+            "type scale_lr=none, or a number for optimizer.lr"
+        )
     _check_device(experiment)
     _check_batch(experiment)
 
@@ -44,6 +51,14 @@ def _check_name(name: str) -> None:
         raise UserError(
             f"name={name!r}: a run's name is one folder name: not . or .., no slashes, no control characters"
         )
+
+
+def _check_tracking(sinks: list[Any]) -> None:
+    for sink in sinks:
+        found = None if sink == "tensorboard" else find_spec(sink)
+        if sink != "tensorboard" and (found is None or found.origin is None):  # wandb leaves folders called wandb
+            shown = ",".join(sinks)
+            raise UserError(f"tracking=[{shown}]: the package {sink} is not installed; pip install 'dlopt[{sink}]'")
 
 
 def _check_monitor(key: str, monitor: str) -> None:

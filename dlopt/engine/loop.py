@@ -49,6 +49,11 @@ class States(Protocol):
     def load_optimizer(self, optimizer: Optimizer, state: Mapping[str, Any]) -> None: ...
 
 
+class Pace(Protocol):
+    def restart(self, step: int) -> None: ...
+    def figures(self, step: int) -> Mapping[str, float]: ...
+
+
 class Tracking(Protocol):
     def advance(self, step: int) -> None: ...
     def step(self, step: int, values: Mapping[str, float]) -> None: ...
@@ -67,6 +72,7 @@ class Progress:
     horizon: int = 0  # updates over which the schedule runs
     resumed_from: list[int] = field(default_factory=list)
     data: Mapping[str, Any] = field(default_factory=dict)  # what using the model without its data needs to know
+    found_lr: float | None = None  # the learning rate where it was to be found
 
 
 @dataclass
@@ -97,6 +103,7 @@ class Training:
     states: States = field(default_factory=Whole)
     sampler: Stateful | None = None  # where the order of the samples depends on more than seed and epoch
     figures: Callable[[], Mapping[str, float]] = dict  # more of them at the end of an epoch
+    pace: Pace | None = None  # of several ranks: how long each works by itself
     recovery: Recovery | None = None  # None: what is not finite ends the run
 
     def state_dict(self) -> dict[str, Any]:
@@ -304,6 +311,8 @@ class _Clock:
         self.training = training
         self._since = self._log_since = time.perf_counter()
         self._count = training.sums.count
+        if training.pace is not None:
+            training.pace.restart(training.progress.step)
 
     def stop(self) -> None:
         """Books the time since the last call to the run."""
@@ -312,6 +321,8 @@ class _Clock:
         self._since = self._log_since = now
         self.training.sums.settle()
         self._count = self.training.sums.count
+        if self.training.pace is not None:
+            self.training.pace.restart(self.training.progress.step)
 
     def figures(self) -> dict[str, float]:
         t = self.training
@@ -321,4 +332,4 @@ class _Clock:
         now = time.perf_counter()
         figures["throughput/samples_per_second"] = (t.sums.count - self._count) / max(now - self._log_since, 1e-9)
         self._log_since, self._count = now, t.sums.count
-        return figures
+        return figures if t.pace is None else {**figures, **t.pace.figures(t.progress.step)}

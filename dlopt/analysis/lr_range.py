@@ -1,0 +1,223 @@
+"""The learning-rate range test (Smith 2017, section 3.3): losses while the rate grows, and what they suggest."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+from annotated_types import Gt
+from torch import Tensor, nn
+
+from dlopt import build
+from dlopt.analysis.curves import COLOURS
+from dlopt.build import Setup
+from dlopt.config.experiment import Experiment
+from dlopt.config.schema import Component
+from dlopt.engine.loop import Training
+from dlopt.errors import UserError
+from dlopt.ranges import Count, Positive, Share
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_FEWEST = 5  # updates before a loss can be called divergent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """How the rates are tried: these are the keys of `dlopt find-lr`, and what `optimizer.lr=auto` takes.
+
+    `smoothing`: of the losses, the weight of the past in an exponential average. `diverge`: the test ends where the
+    smoothed loss is so many times the lowest one.
+    """
+
+    min_lr: Positive = 1e-6
+    max_lr: Positive = 10.0
+    updates: Count = 100
+    smoothing: Share = 0.9
+    diverge: Annotated[float, Gt(1)] = 4.0
+
+    def rate(self, update: int) -> float:
+        """Of update 0 .. updates - 1, evenly spaced on a logarithmic scale."""
+        share = update / max(self.updates - 1, 1)
+        return self.min_lr * (self.max_lr / self.min_lr) ** share
+
+
+@dataclass(frozen=True)
+class LearningRates:
+    """What a test found: the rates tried, with the loss of each update's batch before the update.
+
+    `steepest`: the rate at which the smoothed loss falls fastest against log(rate); `valley`: the middle of the longest
+    descent, which is more cautious. None: the loss never fell.
+    """
+
+    rates: list[float]
+    losses: list[float]
+    smoothed: list[float]
+    steepest: float | None
+    valley: float | None
+    diverged: bool
+
+
+def check(keys: Sweep) -> None:
+    """Raises `UserError` where the keys do not go together."""
+    if keys.max_lr <= keys.min_lr:
+        raise UserError(f"max_lr={keys.max_lr:g}: it has to be above min_lr={keys.min_lr:g}")
+    if keys.updates < 2 * _FEWEST:
+        raise UserError(f"updates={keys.updates}: so few show nothing; at least {2 * _FEWEST}")
+
+
+def trial(experiment: Experiment, keys: Sweep) -> Experiment:
+    """The experiment with the test's learning rates: multipliers of parameter groups stay."""
+
+    def exponential(horizon: Any) -> Callable[[int], float]:
+        return keys.rate
+
+    if "lr" not in experiment.optimizer.arguments:
+        raise UserError(f"optimizer={experiment.optimizer.target.__name__}: it has no learning rate to look for")
+    return replace(
+        experiment,
+        optimizer=experiment.optimizer.partial(lr=1.0),
+        auto_lr=False,
+        schedule=Component("schedule", exponential, {}),
+        warmup=replace(experiment.warmup, warmup_epochs=None, warmup_steps=0, warmup_share=0.0),
+        settings=replace(experiment.settings, scale_lr="none", ema=None, steps=keys.updates),
+    )
+
+
+def find(setup: Setup, keys: Sweep, make: Callable[[Setup], Training]) -> LearningRates:
+    """Trains with growing rates, and puts the model back as it was, to the bit.
+
+    `make` gives a training of that setup, whose experiment is `trial`'s. With several processes every rank must call
+    this; the losses are the global batch's, so that all find the same.
+    """
+    check(keys)
+    setup = replace(setup, experiment=trial(setup.experiment, keys))
+    with put_back(setup.module, setup.device):
+        training = make(setup)
+        update = training.update
+        update.skip, update.watch.at_once = (
+            None,
+            False,
+        )  # a loss that is not finite ends the test, here and on all ranks
+        rates, losses, smoothed = [], [], []
+        average, best, diverged = 0.0, math.inf, False
+        setup.module.train()
+        for number, (inputs, targets) in enumerate(_endless(training, keys.updates)):
+            rates.append(keys.rate(number))
+            update(inputs, targets, number, training.sums)
+            losses.append(training.sums.since_last("")["loss"])
+            average = keys.smoothing * average + (1 - keys.smoothing) * losses[-1]
+            smoothed.append(average / (1 - keys.smoothing ** (number + 1)))
+            best = min(best, smoothed[-1])
+            if not math.isfinite(losses[-1]) or (number >= _FEWEST and smoothed[-1] > keys.diverge * best):
+                diverged = True
+                break
+    finite = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), len(losses))
+    steepest, valley = suggestions(rates[:finite], smoothed[:finite])
+    return LearningRates(rates[:finite], losses[:finite], smoothed[:finite], steepest, valley, diverged)
+
+
+def _endless(training: Training, updates: int) -> Iterator[tuple[Tensor, Tensor]]:
+    step = epoch = 0
+    while step < updates:
+        for batch in training.batches.epoch(epoch, 0, step):
+            yield batch
+            step += 1
+            if step == updates:
+                return
+        epoch += 1
+
+
+@contextmanager
+def put_back(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Afterwards weights, buffers and torch's generators are what they were, and there are no gradients."""
+    kept = {name: value.clone() for name, value in module.state_dict().items()}
+    mode = module.training
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            module.load_state_dict(kept)
+            module.zero_grad(set_to_none=True)
+            module.train(mode)
+
+
+def suggestions(rates: Sequence[float], smoothed: Sequence[float]) -> tuple[float | None, float | None]:
+    """(steepest slope, valley) of the smoothed losses; None where they never fall."""
+    return _steepest(rates, smoothed), _valley(rates, smoothed)
+
+
+def _steepest(rates: Sequence[float], smoothed: Sequence[float]) -> float | None:
+    """By central differences, before the lowest loss."""
+    lowest = min(range(len(smoothed)), key=smoothed.__getitem__, default=0)
+    slopes = {
+        i: (smoothed[i + 1] - smoothed[i - 1]) / math.log(rates[i + 1] / rates[i - 1])
+        for i in range(1, min(lowest + 1, len(rates) - 1))
+    }
+    best = min(slopes, key=slopes.__getitem__, default=None)
+    return None if best is None or slopes[best] >= 0 else rates[best]
+
+
+def _valley(rates: Sequence[float], smoothed: Sequence[float]) -> float | None:
+    """The middle of the longest decreasing subsequence, as in fastai's `valley` (Howard & Gugger 2020).
+
+    `length[i]` is that of the longest one that ends at i.
+    """
+    length = [1] * len(smoothed)
+    for i, loss in enumerate(smoothed):
+        length[i] += max((length[j] for j in range(i) if smoothed[j] > loss), default=0)
+    if max(length, default=1) < 2:
+        return None
+    end = max(range(len(length)), key=length.__getitem__)
+    start = max(end - length[end] + 1, 0)
+    return rates[start + (end - start) // 2]
+
+
+def draw(found: LearningRates, title: str) -> "Figure":
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(found.rates, found.losses, color="0.75", linewidth=1, label="loss of each batch")
+    axes.plot(found.rates, found.smoothed, color=COLOURS[0], linewidth=2, label="smoothed")
+    for i, (name, rate) in enumerate((("steepest slope", found.steepest), ("valley", found.valley)), 1):
+        if rate is not None:
+            height = found.smoothed[found.rates.index(rate)]
+            axes.plot([rate], [height], "os"[i - 1], color=COLOURS[i], markersize=8, label=f"{name}: {rate:.2g}")
+            axes.axvline(rate, color=COLOURS[i], linewidth=1, linestyle=":")
+    axes.set_xscale("log")
+    finite = found.smoothed or [0.0]
+    low, high = min([*finite, *found.losses]), max(finite[0], sorted(finite)[len(finite) * 9 // 10])
+    margin = 0.15 * (high - low) or 0.1
+    axes.set_ylim(low - margin, high + 2 * margin)
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel("loss")
+    axes.set_title(title, fontsize=11, wrap=True)
+    axes.grid(color="0.92")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return figure
+
+
+def write(found: LearningRates, folder: Path, title: str) -> list[Path]:
+    """find_lr.png, .svg and .json in the folder. Raises OSError."""
+    import json
+
+    from dlopt.analysis.curves import save
+    from dlopt.tracking.files import write_atomically
+
+    path = folder / "find_lr.json"
+    write_atomically(path, (json.dumps(asdict(found), indent=1) + "\n").encode())
+    return [*save(draw(found, title), folder, "find_lr"), path]
+
+
+def load_first_weights(setup: Setup) -> None:
+    """Those of `init_from`, which the training will begin with."""
+    path = setup.experiment.settings.init_from
+    if path is not None:
+        build.load_weights(setup.module, Path(path), setup.parallel.load_model)

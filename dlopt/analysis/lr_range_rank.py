@@ -1,0 +1,69 @@
+"""`python -m dlopt.analysis.lr_range_rank FOLDER`: one rank of a learning-rate range test.
+
+It does what FOLDER/config.yaml and FOLDER/sweep.json say and writes FOLDER/rank-N.json.
+"""
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dlopt import build
+from dlopt.analysis.lr_range import LearningRates, Sweep, find, load_first_weights
+from dlopt.build import Setup
+from dlopt.config.compose import resolve_saved
+from dlopt.config.experiment import Experiment, parse
+from dlopt.engine.loop import Training
+from dlopt.errors import RunError, UserError
+from dlopt.parallel import launch
+from dlopt.parallel import world as worlds
+from dlopt.run import Run, length_of, training_of
+from dlopt.tracking.tracking import Tracking
+
+
+def test_range(experiment: Experiment, keys: Sweep, folder: Path) -> LearningRates:
+    """The test of this process, or of this rank among several. `folder` is not written."""
+    setup = build.set_up(experiment, parallel=build.parallel_of(experiment))
+    load_first_weights(setup)
+    return find(setup, keys, partial(training_for, folder=folder))
+
+
+def training_for(setup: Setup, folder: Path) -> Training:
+    batches = build.training_batches(setup)
+    silent = Tracking(None, sinks=[], console=False)
+    return training_of(setup, Run(setup.experiment, folder), batches, length_of(setup, len(batches), None), silent)
+
+
+def main() -> int:
+    if worlds.RANK in os.environ:
+        launch.end_with_parent()
+    folder = Path(sys.argv[1])
+    world = worlds.current()
+    rank = 0 if world is None else world.rank
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    keys = Sweep(**json.loads((folder / "sweep.json").read_text()))
+    outcome: dict[str, Any]
+    try:
+        outcome = asdict(test_range(parse(resolve_saved(config), config), keys, folder))
+        worlds.leave()
+        code = 0
+    except (UserError, RunError) as error:
+        code = 2 if isinstance(error, UserError) else 1
+        outcome = {"error": str(error)}
+    (folder / f"rank-{rank}.json").write_text(json.dumps(outcome))
+    return code
+
+
+def _end(code: int) -> None:
+    if worlds.current() is None:
+        sys.exit(code)
+    worlds.end_process(code)
+
+
+if __name__ == "__main__":
+    _end(main())

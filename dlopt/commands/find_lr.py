@@ -1,0 +1,141 @@
+"""`dlopt find-lr`: a learning-rate range test, its picture, and what it suggests."""
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dlopt.commands.series import fixed, own_keys
+from dlopt.config.compose import Composer, parse_arguments, to_plain
+from dlopt.errors import RunError, UserError
+from dlopt.folders import make_new
+from dlopt.tracking.layout import short_path
+
+if TYPE_CHECKING:
+    from dlopt.analysis.lr_range import LearningRates, Sweep
+    from dlopt.config.experiment import Experiment
+
+USAGE = """\
+dlopt find-lr [group=choice] [key=value]: trains while the learning rate grows, and suggests one
+
+  dlopt find-lr
+  dlopt find-lr model=mlp optimizer=adamw updates=200 max_lr=1
+  dlopt train optimizer.lr=auto                  finds one (the valley) and trains with it
+
+The rate grows from update to update until the loss diverges. Two suggestions: where the smoothed loss falls fastest,
+and the middle of its longest descent (valley), which is more cautious. Schedule and warmup are left out; the model is
+thrown away. Besides the keys of `dlopt train` (which see):
+  min_lr=X, max_lr=X   first and last rate (1e-6, 10)
+  updates=N            of the whole test (100)
+  smoothing=X          weight of the past in the smoothed loss (0.9)
+  diverge=X            the test ends at so many times the lowest smoothed loss (4)
+  output=DIR           folder of find_lr.png, .svg and .json (outputs/find-lr/<date>_<time>)
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    output: str | None = None
+
+
+def find_lr(arguments: list[str]) -> int:
+    """Finds, prints and draws. Raises `UserError`."""
+    parsed = parse_arguments(arguments)
+    if parsed.help:
+        print(USAGE, end="")
+        return 0
+    if parsed.multirun:
+        raise UserError("-m: one learning rate is looked for at a time")
+    from dlopt.analysis.lr_range import Sweep, check, trial, write
+    from dlopt.config.experiment import parse
+
+    composer = Composer(parsed.config_name, parsed.config_dir)
+    place, rest = own_keys(composer, parsed.overrides, _Place)
+    keys, overrides = own_keys(composer, rest, Sweep)
+    check(keys)
+    plain, saved = to_plain(composer.compose(overrides), overrides)
+    experiment = parse(plain, saved)
+    trial(experiment, keys)  # whether the optimizer has a learning rate
+    if experiment.settings.resume is not None:
+        raise UserError(f"resume={experiment.settings.resume}: the test begins with fresh weights, or init_from=PATH")
+    found = _found(experiment, saved, keys)
+    if found is None:
+        return 0  # another rank tells
+    folder = _folder(place.output)
+    typed = " ".join(fixed(composer, overrides)) or "the default experiment"
+    try:
+        paths = write(found, folder, f"Learning-rate range test: {typed}")
+    except OSError as error:
+        raise UserError(f"output={folder}: nothing can be written there: {error.strerror}") from None
+    _tell(found)
+    for path in paths:
+        print(short_path(path))
+    return 0
+
+
+def _found(experiment: "Experiment", config: Mapping[str, Any], keys: "Sweep") -> "LearningRates | None":
+    """The result of the main rank; None in others, where a launcher started them."""
+    from dlopt.analysis.lr_range_rank import test_range
+    from dlopt.parallel.launch import wanted
+    from dlopt.parallel.world import current, leave
+
+    world = current()
+    if world is None and wanted(experiment.parallel.arguments, experiment.settings.device) > 1:
+        return _by_ranks(experiment, config, keys)
+    found = test_range(experiment, keys, Path(os.devnull))
+    if world is not None:
+        leave()
+    return found if world is None or world.is_main else None
+
+
+def _by_ranks(experiment: "Experiment", config: Mapping[str, Any], keys: "Sweep") -> "LearningRates":
+    """The same in processes that are started here."""
+    import yaml
+
+    from dlopt.analysis.lr_range import LearningRates
+    from dlopt.parallel.launch import run_processes, wanted
+
+    scratch = Path(tempfile.mkdtemp(prefix="dlopt-find-lr-"))
+    try:
+        (scratch / "config.yaml").write_text(yaml.safe_dump(dict(config), allow_unicode=True))
+        (scratch / "sweep.json").write_text(json.dumps(asdict(keys)))
+        command = [sys.executable, "-m", "dlopt.analysis.lr_range_rank", str(scratch)]
+        processes = wanted(experiment.parallel.arguments, experiment.settings.device)
+        codes, _, asked = run_processes(command, processes, {})
+        if asked:
+            raise KeyboardInterrupt
+        told = [json.loads(path.read_text()) for path in sorted(scratch.glob("rank-*.json"))]
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    for each in told:
+        if "error" in each:
+            raise UserError(each["error"]) if 2 in codes else RunError(each["error"])
+    if any(codes) or not told:
+        raise RunError(f"the processes of the test ended with {', '.join(map(str, codes))}")
+    return LearningRates(**told[0])
+
+
+def _folder(output: str | None) -> Path:
+    if output is None:
+        return make_new(Path("outputs/find-lr") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S"), "output")
+    try:
+        Path(output).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output={output}: the folder cannot be made: {error.strerror}") from None
+    return Path(output)
+
+
+def _tell(found: "LearningRates") -> None:
+    end = "the loss diverged" if found.diverged else "the loss did not diverge: max_lr may be larger"
+    print(f"{len(found.rates)} updates up to a learning rate of {found.rates[-1]:.3g}; {end}")
+    if found.valley is None or found.steepest is None:
+        print("the loss never fell: no suggestion; try other values of min_lr and max_lr, or more updates")
+    else:
+        print(f"steepest slope: optimizer.lr={found.steepest:.2g}")
+        print(f"valley: optimizer.lr={found.valley:.2g}")
