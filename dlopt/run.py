@@ -154,7 +154,7 @@ def training_of(setup: Setup, run: Run, batches: Batches, length: Length, tracki
             "use on_divergence=rollback or another sampler"
         )
     several = setup.parallel.processes > 1
-    shared = PipelinedClosure if setup.parallel.splits == "layers" else SharedClosure
+    shared = PipelinedClosure if hasattr(setup.parallel, "run_batch") else SharedClosure
     kind = partial(shared, parallel=setup.parallel) if several else Closure
     closure = kind(
         model=setup.model,
