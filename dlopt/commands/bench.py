@@ -1,6 +1,7 @@
 """`dlopt bench`: how fast parallel modes are and what they need; how fast a device is; what a cluster would do."""
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -122,12 +123,21 @@ def save(figure: "Figure", folder: Path, name: str, figures: Any) -> None:
     from dlopt.analysis import curves
 
     try:
-        (folder / f"{name}.json").write_text(json.dumps(figures, indent=1) + "\n")
+        (folder / f"{name}.json").write_text(json.dumps(_without_nan(figures), indent=1) + "\n")
         paths = [*curves.save(figure, folder, name), folder / f"{name}.json"]
     except OSError as error:
         raise UserError(f"output={folder}: nothing can be written there: {error.strerror}") from None
     for path in paths:
         print(path)
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN: null stands for what there is no figure of."""
+    if isinstance(value, dict):
+        return {key: _without_nan(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(each) for each in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _bench_modes(composer: Composer, overrides: Sequence[str]) -> int:

@@ -73,10 +73,10 @@ class Cluster:
         return int(shown.partition("Restarts=")[2].split()[0])
 
     def wait(self, job: str, condition: Callable[[], bool], pause: float = 0.5) -> None:
-        deadline = time.monotonic() + 100
+        deadline, log = time.monotonic() + 100, self.home / f"slurm-{job}.log"
         while not condition():
-            log = self.home / f"slurm-{job}.log"
-            assert time.monotonic() < deadline, (self.run("squeue"), log.exists() and log.read_text()[-4000:])
+            told = log.read_text()[-4000:] if log.exists() else ""
+            assert time.monotonic() < deadline and "Traceback" not in told, (self.run("squeue"), told)
             time.sleep(pause)
 
 
