@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dlopt.errors import UserError
 from dlopt.parallel.dropout import Place, make_global
 from dlopt.parallel.group import Group, Member, join
+from dlopt.parallel.pace import Waiting
 from dlopt.parallel.shares import PiecewiseAugment, cut, pieces, portions
 from dlopt.parallel.single import Single, Whole
 from dlopt.parallel.sync_batchnorm import SyncBatchNorm, synchronize
@@ -94,6 +95,7 @@ class DataParallel(Member, Whole):
         self.options = options
         self.norm_shares = 1 if sync_batchnorm else group.size
         self.dropout = Place()
+        self.waiting: Waiting | None = None  # for the others, at the end of each backward
         self.batch_total = 0  # samples of the global batch that is worked on
         self._deferred: Callable[[], AbstractContextManager[Any]] = nullcontext  # within, nothing is averaged yet
 
@@ -131,6 +133,8 @@ class DataParallel(Member, Whole):
             state = powerSGD_hook.PowerSGDState(process_group=None, start_powerSGD_iter=10)
             placed.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
         self._deferred = placed.no_sync
+        self.waiting = Waiting(self.device)
+        self.waiting.watch(model)
         return placed
 
     def align(self, *models: nn.Module) -> None:
@@ -165,7 +169,7 @@ class DataParallel(Member, Whole):
             stop = start + portion.samples
             self.dropout.portion = portion
             weight = portion.samples * self.processes / self.batch_total
-            context = nullcontext() if number == len(own) else self._deferred()
+            context = (self.waiting or nullcontext()) if number == len(own) else self._deferred()
             yield inputs[start:stop], targets[start:stop], weight, context
             start = stop
         self.dropout.portion = None
@@ -175,6 +179,10 @@ class DataParallel(Member, Whole):
 
     def total(self, values: Sequence[float]) -> Sequence[float]:
         return self.group.total(values)
+
+    def maximum(self, values: Tensor) -> Tensor:
+        """Elementwise, over ranks; `values` lie on the host."""
+        return self.group.maximum(values)
 
 
 class Told(Protocol):

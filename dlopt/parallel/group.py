@@ -64,6 +64,12 @@ class Group:
         everyones = self.gathered(torch.tensor(values, dtype=torch.float64))
         return [float(each) for each in everyones.sum(0)]
 
+    def maximum(self, values: Tensor) -> Tensor:
+        """A new tensor on the host: the largest of all ranks' values, element by element."""
+        largest = values.clone()
+        distributed.all_reduce(largest, op=distributed.ReduceOp.MAX)
+        return largest
+
     def broadcast(self, value: T) -> T:
         """Rank 0's value."""
         box: list[Any] = [value]
@@ -172,6 +178,12 @@ class Member:
 
     def broadcast(self, value: T) -> T:
         return self.group.broadcast(value)
+
+    def everyones(self, values: list[T]) -> list[T]:
+        """The lists of all ranks as one."""
+        lists: list[Any] = [None] * self.processes
+        distributed.all_gather_object(lists, values)
+        return [value for each in lists for value in each]
 
     def summed_loss(self, loss: Tensor) -> Tensor:
         """The sum over ranks; whether one of them was asked to stop travels along."""

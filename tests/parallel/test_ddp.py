@@ -32,6 +32,7 @@ CASES: Cases = {
         [*MLP, "ema=0.9", "clip=norm", "clip.max_norm=0.1", "data.batch_size=32", "epochs=2"],
         SYNC_DDP,
     ),
+    "hard examples": ([*MLP, "sampler=hard_examples", "data.batch_size=30", "accumulate=2", "epochs=4"], SYNC_DDP),
     "many evaluations": ([*MLP, "optimizer=sam", "data.batch_size=32", "epochs=2"], SYNC_DDP),
 }
 

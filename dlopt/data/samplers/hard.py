@@ -65,7 +65,8 @@ class HardExamples:
 
     def _plan(self, permutation: Tensor) -> None:
         """Sets the draws of the next epoch. `permutation` decides between equals."""
-        self._merge()
+        if self._epoch >= 0:  # before the first one nothing is known, and rank 0 alone may look into it
+            self._merge()
         known = self._seen >= 0
         losses = self._losses.double()
         if not known.all():

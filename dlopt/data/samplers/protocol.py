@@ -1,6 +1,6 @@
 """What the batches and the engine ask of a sampler."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -19,6 +19,8 @@ class Sampler(Protocol):
 @runtime_checkable
 class Attentive(Sampler, Protocol):
     """A sampler that looks at the losses of the samples, and so has a state."""
+
+    maximum: Callable[[Tensor], Tensor]  # elementwise, over ranks, each of which sees its own samples' losses
 
     def begin(self) -> None:
         """Batches are served anew: what was served before and not observed will not be."""
