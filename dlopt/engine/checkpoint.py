@@ -316,5 +316,11 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
+    """In one line. What torch says of a file that it could not finish hides why it could not."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__context__
     return str(error).strip().split("\n")[0] or type(error).__name__

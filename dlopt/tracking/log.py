@@ -1,5 +1,6 @@
 """train.log: what was said to the user, and what libraries log, as plain text with times."""
 
+import contextlib
 import logging
 import sys
 from collections.abc import Callable
@@ -19,6 +20,11 @@ class _File(logging.FileHandler):
             super().emit(record)
         except OSError:  # from opening the file, which logging does not catch
             self.handleError(record)
+
+    def close(self) -> None:
+        """What a full disk did not take before, it does not take now either."""
+        with contextlib.suppress(OSError):
+            super().close()
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]

@@ -1,0 +1,175 @@
+"""Full and read-only disks, made of real mounts: one message, nothing lost, and the run goes on when there is room."""
+
+import json
+import os
+import resource
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dlopt import job
+from dlopt.engine.checkpoint import Checkpoints, load
+from dlopt.run import Run
+from tests.engine.runs import RICH, experiment, in_fork, resume, same, start, timeless
+from tests.engine.runs import result as result_of
+from tests.reliability.faults import can_mount, private_mounts, read_only, resize, small_disk, writable_again
+
+needs_mounts = pytest.mark.skipif(not can_mount(), reason="mounting needs root")
+
+# Its checkpoints are large beside whatever else is written.
+LARGE = [*RICH, "model.widths=[300]"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    start(folder, *LARGE)
+    return folder
+
+
+def assert_same_run(folder: Path, other: Path) -> None:
+    assert timeless(folder) == timeless(other)
+    for name in ("last.pt", "best.pt"):
+        assert same(result_of(folder, name), result_of(other, name)), name
+
+
+def execute(folder: Path, *overrides: str) -> int:
+    state = Checkpoints(folder / "checkpoints").load_newest()
+    return job.execute(Run(experiment(*overrides), folder, state), typed=[*overrides], console=False)
+
+
+def apart(function: Callable[[], None], place: Path) -> None:
+    """In a process with mounts of its own, which leaves at `place` what it failed by."""
+
+    def work() -> None:
+        try:
+            private_mounts()
+            function()
+        except BaseException:
+            place.write_text(traceback.format_exc())
+            raise
+
+    assert in_fork(work) == 0, place.read_text()
+
+
+def one_line(text: str) -> str:
+    lines = text.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("dlopt: ") and "Traceback" not in text, text
+    return lines[0]
+
+
+def stray(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.name.endswith(".tmp")]
+
+
+@needs_mounts
+@pytest.mark.parametrize("behind", [False, True], ids=["before going on", "behind"])
+def test_a_disk_with_room_for_one_and_a_half_checkpoints(
+    whole: Path, tmp_path: Path, behind: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    size = (whole / "checkpoints/last.pt").stat().st_size
+    lines = [*LARGE, "checkpoint.keep=1", "data.val_split=0.25", f"checkpoint.asynchronous={str(behind).lower()}"]
+
+    def run() -> None:
+        folder = tmp_path / "run"
+        small_disk(folder, int(1.5 * size))
+        assert execute(folder, *lines) == 1
+        told = one_line(capfd.readouterr().err)
+        assert "could not be written" in told and "No space left" in told
+        assert load(folder / "checkpoints/last.pt")["progress"]["step"] == 4, "the one before is whole"
+        assert not stray(folder)
+        assert json.loads((folder / "summary.json").read_text())["status"] == "failed"
+        resize(folder, 20 * size)
+        assert execute(folder, *lines) == 0
+        assert_same_run(folder, whole)
+
+    apart(run, tmp_path / "failure")
+
+
+@needs_mounts
+def test_a_read_only_checkpoint_folder(whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def run() -> None:
+        folder = tmp_path / "run"
+        start(folder, *LARGE, "max_time=0.00001")
+        before = {path.name: path.read_bytes() for path in (folder / "checkpoints").iterdir()}
+        read_only(folder / "checkpoints")
+        capfd.readouterr()
+        assert execute(folder, *LARGE) == 1
+        told = one_line(capfd.readouterr().err)
+        assert "could not be written" in told and "Read-only" in told
+        writable_again(folder / "checkpoints")
+        assert {path.name: path.read_bytes() for path in (folder / "checkpoints").iterdir()} == before
+        assert execute(folder, *LARGE) == 0
+        assert_same_run(folder, whole)
+
+    apart(run, tmp_path / "failure")
+
+
+@needs_mounts
+def test_logs_that_cannot_be_written_warn_once_and_training_goes_on(
+    whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def run() -> None:
+        folder = tmp_path / "run"
+        folder.mkdir()
+        for name in ("metrics.jsonl", "train.log"):
+            (folder / name).touch()
+            read_only(folder / name)
+        (folder / "tensorboard").mkdir()
+        read_only(folder / "tensorboard")
+        lines = [*LARGE, "tracking=[tensorboard]"]
+        state = job.execute(Run(experiment(*lines), folder, None), typed=[*lines], console=True)
+        assert state == 0
+        out = capfd.readouterr().out
+        for name in ("metrics.jsonl", "train.log", "tfevents"):
+            warned = [line for line in out.replace("\n", " ").split("cannot be written") if name in line[-200:]]
+            assert len(warned) == 1, (name, out)
+        assert same(result_of(folder)["model"], result_of(whole)["model"])
+        assert json.loads((folder / "summary.json").read_text())["status"] == "finished"
+
+    apart(run, tmp_path / "failure")
+
+
+def test_a_log_on_a_full_device(whole: Path, tmp_path: Path) -> None:
+    (tmp_path / "train.log").symlink_to("/dev/full")
+    start(tmp_path, *LARGE)
+    assert_same_run(tmp_path, whole)
+
+
+def test_a_limit_on_file_sizes(whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """As near to a quota as comes without one: writing fails in the middle of a file."""
+    size = (whole / "checkpoints/last.pt").stat().st_size
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
+        code = execute(tmp_path, *LARGE)
+        os.write(1, f"{code}".encode())
+
+    with_room = [*LARGE, "max_time=0.00001"]
+    start(tmp_path, *with_room)
+    capfd.readouterr()
+    assert in_fork(limited) == 0
+    out, err = capfd.readouterr()
+    assert out == "1"
+    assert "could not be written" in one_line(err)
+    assert not stray(tmp_path)
+    assert load(tmp_path / "checkpoints/last.pt")["progress"]["step"] == 1
+    assert resume(tmp_path, *LARGE)["status"] == "finished"
+    assert_same_run(tmp_path, whole)
+
+
+def test_the_summary_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it the run counts as unfinished; it is said, and resumed in no time."""
+    from dlopt.tracking import metrics
+
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(Exception, match=r"summary\.json: cannot be written"):
+        patch.setattr(metrics, "write_atomically", full)
+        start(tmp_path, *RICH)
+    summary: dict[str, Any] = resume(tmp_path, *RICH)
+    assert summary["status"] == "finished"
