@@ -350,7 +350,7 @@ def check_single_values(setup: Setup) -> None:
     setup.module.train(was_training)
     for handle in handles:
         handle.remove()
-    if single:
+    if single := setup.parallel.everyones(single):  # a rank may have some of the layers
         raise UserError(
             f"data.batch_size={data.batch_size}: {count} training samples leave a (micro-)batch of one, "
             f"which gives the batch norm {single[0]} one value per channel; "

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
-from statistics import median
 from typing import Any
 
 import torch
@@ -126,7 +125,7 @@ def measure(chain: Sequence[Link], inputs: Tensor, calling: Calling) -> list[flo
         layer = copy.deepcopy(link.layer).train()
         with calling():
             found = [_timed(layer, values) for _ in range(1 + _REPETITIONS)]
-        times.append(median(seconds for seconds, _ in found[1:]))
+        times.append(min(seconds for seconds, _ in found[1:]))  # what else the machine does only adds to it
         values = found[-1][1]
     return times
 
@@ -162,6 +161,15 @@ def balanced(seconds: Sequence[float], stages: int) -> list[int]:
         at = column[at][1]
         starts.append(at)
     return starts[::-1]
+
+
+def divided(cores: int, shares: Sequence[float]) -> list[int]:
+    """The cores in proportion to the shares, at least one for each; no more than there are where that can be."""
+    found = [1] * len(shares)
+    for _ in range(cores - len(shares)):  # one after the other to whom it helps most
+        needy = max(range(len(shares)), key=lambda i: shares[i] / found[i])
+        found[needy] += 1
+    return found
 
 
 def by_hand(split: Sequence[str], chain: Sequence[Link], stages: int) -> list[int]:

@@ -178,15 +178,20 @@ class Pipeline(Owned, Member):
             for s, t in zip(own, seconds, strict=True)
         ]
         self.notes = (f"stages, with their share of the layers' time: {'; '.join(parts)}",)
+        if self.in_flight < stages:
+            self.notes += (
+                f"warning: with accumulate={self.in_flight} the {stages} stages wait for each other; "
+                f"accumulate={4 * stages} would keep them busy (batch norm sees one micro-batch at a time)",
+            )
         return own
 
     def _use_cores(self, shares: list[float]) -> None:
-        """Each process of this machine gets so many threads as its stage needs of the time; at least one."""
+        """Each process of this machine gets so many threads as its stage needs of the time."""
         if self.threads != "auto" or self.device.type != "cpu":
             return
-        cores, first = len(os.sched_getaffinity(0)), self.rank - self.group.world.local_rank
-        here = shares[first : first + self.local_processes]
-        torch.set_num_threads(max(1, round(cores * shares[self.rank] / max(sum(here), 1e-9))))
+        place = self.group.world.local_rank
+        here = shares[self.rank - place :][: self.local_processes]
+        torch.set_num_threads(chains.divided(len(os.sched_getaffinity(0)), here)[place])
 
     def align(self, *models: nn.Module) -> None:
         """Nothing is held twice."""

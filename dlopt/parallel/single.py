@@ -86,6 +86,10 @@ class Single(Whole):
         """Sums over ranks, what several of them see counted once."""
         return values
 
+    def everyones(self, values: list[T]) -> list[T]:
+        """The lists of all ranks as one."""
+        return values
+
     def broadcast(self, value: T) -> T:
         """Rank 0's value, on all ranks."""
         return value

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dlopt.errors import UserError
-from dlopt.parallel.chain import Form, Link, balanced, by_hand, check_owners, links, look, measure, spans
+from dlopt.parallel.chain import Form, Link, balanced, by_hand, check_owners, divided, links, look, measure, spans
 
 
 def net() -> nn.Sequential:
@@ -63,6 +63,13 @@ def test_a_form_gives_a_tensor_its_order_back() -> None:
     tensor = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
     arranged = Form.of(tensor).arranged(tensor.contiguous())
     assert torch.equal(arranged, tensor) and arranged.stride() == tensor.stride()
+
+
+def test_cores_follow_the_work() -> None:
+    assert divided(8, [0.25, 0.75]) == [2, 6]
+    assert divided(2, [0.1, 0.9]) == [1, 1]
+    assert divided(1, [0.5, 0.5]) == [1, 1], "no process can do without"
+    assert divided(16, [0.5, 0.3, 0.2]) == [8, 5, 3]
 
 
 def test_by_hand() -> None:

@@ -9,7 +9,9 @@ import torch
 
 from dlopt.errors import UserError
 from dlopt.parallel.pipeline import pipeline
+from tests.engine.runs import metrics, start
 from tests.parallel.equality import MLP, RESNET, Cases, compare
+from tests.parallel.ranks import run_ranks
 
 PIPELINE = ["parallel=pipeline"]
 
@@ -45,6 +47,15 @@ def test_four_stages_and_fewer_micro_batches_than_stages(tmp_path: Path) -> None
 def test_fifty_steps(tmp_path: Path, schedule: str) -> None:
     case = [*RESNET, "data.batch_size=35", "accumulate=3", "steps=50"]
     compare(tmp_path, 2, {"fifty": (case, [*PIPELINE, f"parallel.schedule={schedule}"])})
+
+
+@pytest.mark.slow
+def test_low_precision_trains(tmp_path: Path) -> None:
+    case = [*RESNET, "model.dropout=0", "data.batch_size=32", "accumulate=2", "epochs=3", "precision=bf16"]
+    run_ranks("tests.parallel.equality:run_all", 2, tmp_path, str(tmp_path), {"run": (case, PIPELINE)})
+    start(tmp_path / "single", *case)
+    losses = [[line["train_loss"] for line in metrics(tmp_path / run)] for run in ("run", "single")]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
 ARGUMENTS: dict[str, Any] = {
