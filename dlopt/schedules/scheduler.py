@@ -31,6 +31,7 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
         self._floats: list[float] = []
         self.ended_cycle: Callable[[int], int | None] | None = getattr(self._component, "ended_cycle", None)
         super().__init__(optimizer)
+        vars(optimizer).pop("step", None)  # torch's wrapper, which serves its order check in every update
 
     def step(self, epoch: int | None = None) -> None:
         self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
