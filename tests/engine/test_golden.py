@@ -12,6 +12,7 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dlopt import build
-from dlopt.engine.step import Update
+from dlopt.engine.divergence import Watch
 from tests.engine.runs import experiment, start
 
 FILE = Path(__file__).with_name("golden.json")
@@ -73,16 +74,15 @@ RECIPES = {
 
 def losses(folder: Path, recipe: str) -> list[float]:
     found: list[float] = []
-    check = Update.check
+    see = Watch.__call__
 
-    def noted(self: Update) -> None:
-        if len(found) == self._step:
-            found.append(float(self._loss))
-        check(self)
+    def noted(self: Watch, loss: Tensor, *update: Any, **gradients: bool) -> None:
+        found.append(float(loss))
+        see(self, loss, *update, **gradients)
 
     weights = folder / "weights.pt"
     torch.save(exact_weights(*COMMON, *RECIPES[recipe]), weights)
-    with patch.object(Update, "check", noted):
+    with patch.object(Watch, "__call__", noted):
         start(folder, *COMMON, *RECIPES[recipe], f"init_from={weights}")
     return found
 
