@@ -1,0 +1,135 @@
+"""`dlopt bench`: which rows are measured, what they say, and what is refused."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dlopt.analysis import bench_device, bench_modes
+from dlopt.analysis.bench_modes import Row
+from dlopt.commands import bench
+from dlopt.config.compose import Composer
+from dlopt.errors import UserError
+from tests.commands.line import dlopt, refused
+
+SMALL = ["model=mlp", "model.widths=[8]", "model.norm=none", "data.subset=60", "data.batch_size=16", "data.workers=0"]
+
+
+def labels(*overrides: str) -> list[str]:
+    return [f"{job.label} {job.processes} {job.baseline}" for job in bench._jobs(Composer(), list(overrides))]
+
+
+def test_a_row_for_each_combination_and_one_process_first() -> None:
+    assert labels() == ["single 1 0", "ddp 2 0"]
+    assert labels("parallel=ddp,filter", "processes=1,2,4") == [
+        "single 1 0", "ddp 2 0", "ddp 4 0", "filter 2 0", "filter 4 0",
+    ]  # fmt: skip
+    assert labels("data.batch_size=32,64") == [
+        "single, data.batch_size=32 1 0", "ddp, data.batch_size=32 2 0",
+        "single, data.batch_size=64 1 2", "ddp, data.batch_size=64 2 2",
+    ]  # fmt: skip
+
+
+def test_a_key_of_a_mode_is_left_to_the_modes_that_have_it() -> None:
+    jobs = bench._jobs(Composer(), ["parallel=ddp,filter", "parallel.bucket_cap_mb=1,25"])
+    assert [job.label for job in jobs] == ["single", "ddp, bucket_cap_mb=1", "ddp, bucket_cap_mb=25", "filter"]
+    assert not any("bucket" in line for line in jobs[-1].overrides)
+
+
+def test_every_process_has_the_same_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    assert all("threads=2" in job.overrides for job in bench._jobs(Composer(), ["processes=2,4"]))
+    assert all("threads=3" in job.overrides for job in bench._jobs(Composer(), ["processes=2,4", "threads=3"]))
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("processes=0", "processes=0: input should be a whole number from 1"),
+        ("updates=0", "updates=0: input should be greater than or equal to 1"),
+        ("parallel.processes=2", "parallel.processes=2: here it is processes=2"),
+        ("parallel=single processes=2", "parallel=single processes=2: one process is all that this mode has"),
+        ("parallel=dpp", "parallel=dpp: there is no such choice; did you mean parallel=ddp?"),
+        ("optimizer.lr=-1", "optimizer.lr=-1: input should be greater than 0"),
+        ("device=[tpu]", 'device=["tpu"]: input should be'),
+        ("device=[cpu] lr=1", "lr=1: dlopt bench device=[...] has no such key"),
+        ("simulate=true models=[vgg]", 'models=["vgg"]: input should be'),
+        ("simulate=true tflops=0", "tflops=0: input should be greater than 0"),
+        ("simulate=true optimizer=sgd", "optimizer=sgd: dlopt bench simulate=true has no such key"),
+        ("simulate=false", "simulate=false: input should be"),
+    ],
+)
+def test_mistakes(tmp_path: Path, typed: str, message: str) -> None:
+    assert message in refused(tmp_path, "bench", *typed.split())
+
+
+def rank(number: int, steps: float, waiting: float, **figures: Any) -> Mapping[str, Any]:
+    common = {"rank": number, "threads": 1, "samples": 64.0, "sent_mb": 1.5, "collectives": 3.0, "communicating": 0.5}
+    return {**common, "steps": [steps, steps * 9, steps], "peak_mb": 10.0 + number, "waiting": waiting, **figures}
+
+
+def test_figures_of_a_row() -> None:
+    single = bench_modes._row("single", "single", [rank(0, 0.4, 0.0)])
+    row = bench_modes.against(bench_modes._row("ddp", "ddp", [rank(0, 0.25, 0.4), rank(1, 0.24, 0.0)]), single)
+    assert (row.step, row.samples_per_second, row.speedup, row.efficiency) == pytest.approx((0.25, 256, 1.6, 0.8))
+    assert row.own == pytest.approx((0.15, 0.24)) and row.spread == pytest.approx(0.375)
+    assert row.peak_mb == (10.0, 11.0) and row.waiting == pytest.approx(0.2)
+    heading, first = bench_modes.table([row])
+    assert len(heading) == len(first) and first.split()[:4] == ["ddp", "2", "1", "250.0"]
+
+
+def test_a_row_without_figures_says_why() -> None:
+    problem = bench_modes._problem([{"failed": "another process ended"}, {"failed": "out of memory"}], [1, 1])
+    assert problem == "out of memory"
+    row = Row("ddp", "ddp", 2, problem)
+    assert bench_modes.table([row])[-1] == "ddp on 2: out of memory" and math.isnan(row.spread)
+    assert bench_modes._problem([{"rank": 0}, None], [0, -9]) == "rank 1 ended with -9"
+    with pytest.raises(UserError, match="out of memory"):
+        bench_modes.refuse_if_all_failed([row])
+    bench_modes.draw([row, bench_modes._row("single", "single", [rank(0, 0.4, 0.0)])], title="")
+
+
+def test_two_processes_are_measured_and_drawn(tmp_path: Path) -> None:
+    result = dlopt(tmp_path, "bench", *SMALL, "updates=3", "warmup=1", "profiled=2", "output=out")
+    assert result.code == 0, result.err
+    single, ddp = json.loads((tmp_path / "out" / "modes.json").read_text())
+    assert (single["processes"], ddp["processes"]) == (1, 2) and single["sent_mb"] == 0 == single["waiting"]
+    weights = 64 * 8 + 8 + 8 * 10 + 10
+    # a ring over two ranks sends what is reduced: gradients, and of the loss and the flag two numbers
+    assert ddp["sent_mb"] * 2**20 == pytest.approx(4 * weights, abs=20)
+    assert 0 < ddp["waiting"] <= ddp["communicating"] <= 1 and len(ddp["own"]) == 2 == len(ddp["peak_mb"])
+    assert ddp["speedup"] == pytest.approx(2 * ddp["efficiency"]) and single["speedup"] == 1
+    assert (tmp_path / "out" / "modes.png").stat().st_size > 10_000
+    assert "out/modes.png" in result.out
+
+
+@pytest.mark.slow
+def test_a_model_too_large_for_one_process_trains_in_two(tmp_path: Path) -> None:
+    """Two layers of 4096 x 4096: weights, gradients and momenta take 3 x 128 MiB and a little."""
+    wide = [*SMALL, "model.widths=[4096,4096,4096]", "parallel=filter", "memory_limit_mb=450"]
+    result = dlopt(tmp_path, "bench", *wide, "updates=1", "warmup=0", "profiled=1", "output=out")
+    assert result.code == 0, result.err
+    single, filters = json.loads((tmp_path / "out" / "modes.json").read_text())
+    assert "out of memory of 450 MiB" in single["problem"] and filters["problem"] is None
+    assert max(filters["peak_mb"]) < 450
+
+
+def test_throughput(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[float] = []
+
+    def seconds(compute: Any, device: object, budget: float) -> float:
+        compute()
+        calls.append(budget)
+        return 1e-3
+
+    monkeypatch.setattr(bench_device, "_seconds", seconds)
+    keys = ["sizes=[100,10]", "channels=[4]", "precision=[fp32]", "seconds=0.1", "output=out"]
+    result = dlopt(tmp_path, "bench", "device=[cpu,cuda]", *keys)
+    assert result.code == 0 and calls[:3] == [0.1] * 3
+    assert "cuda: there is no CUDA device here, left out" in result.out or "cuda  fp32" in result.out
+    points = json.loads((tmp_path / "out" / "throughput.json").read_text())
+    assert [p["flops"] for p in points[:3]] == pytest.approx([2e6, 2e9, 3 * 2 * 9 * 16 * 32 * 32**2 * 1e3])
+    assert (tmp_path / "out" / "throughput.png").exists()
