@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -20,7 +21,9 @@ from tests.commands.line import dlopt, refused
 def runs(tmp_path: Path) -> Path:
     for i, (optimizer, lr) in enumerate((o, lr) for o in ("sgd", "adamw") for lr in (0.01, 0.1)):
         make_run(tmp_path / "night" / str(i), optimizer=optimizer, lr=lr, accuracies=(0.5, 0.5 + 0.1 * i))
-    make_run(tmp_path / "night/4", lr=9.0, status="failed", reason="step 3: the loss is nan\x1b[31m")
+    make_run(
+        tmp_path / "night/4", lr=9.0, status="failed", reason="step 3: the loss is nan\x1b[31m", accuracies=(0.1, 0.2)
+    )
     (tmp_path / "night/0/summary.json").write_text("{")
     return tmp_path
 
@@ -95,6 +98,24 @@ def test_the_page_is_served_on_loopback_only_and_nothing_else(tmp_path: Path) ->
         assert request(address, "/", method="POST").status == 501
     with pytest.raises(OSError):
         request(address, "/")
+
+
+@pytest.mark.slow
+def test_two_thousand_runs_take_less_than_twenty_seconds(tmp_path: Path) -> None:
+    """Processor time, for the machine that runs tests does other things too."""
+    random = Random(0)
+    for i in range(2000):
+        curve = tuple(0.9 * (1 - 0.8**epoch) + random.gauss(0, 0.01) for epoch in range(1, 31))
+        config = {"optimizer.weight_decay": 10 ** random.uniform(-5, -2), "model.widths": [random.choice((32, 64))]}
+        lr = 10 ** random.uniform(-3, 0)
+        make_run(tmp_path / "sweep" / str(i), lr=lr, seed=0, accuracies=curve, config=config)
+    environment = {**os.environ, "PYTHONPATH": str(Path(package.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    before = os.times()
+    subprocess.run([sys.executable, "-m", "dlopt", "report", "sweep"], cwd=tmp_path, env=environment, check=True)
+    after = os.times()
+    seconds = after.children_user + after.children_system - before.children_user - before.children_system
+    assert seconds < 20, f"{seconds:.1f} s"
+    assert (tmp_path / "sweep/report/index.html").stat().st_size < 12e6
 
 
 @pytest.mark.slow

@@ -92,6 +92,7 @@ def page_data(
     table: Table, *, title: str, made: str, target: float | None, test: bool, refresh: float | None
 ) -> dict[str, Any]:
     """What the page's script reads; JSON."""
+    figures, tests = columns(table), test_columns(table)
     row_of = {run.path: i for i, row in enumerate(table.rows) for run in row.runs}
     metrics = _metrics(table.records)
     step = _thinning(table.records, len(metrics) + len(_AXES))
@@ -105,13 +106,15 @@ def page_data(
         "lower": table.lower,
         "keys": list(table.keys),
         "short": {key: short_key(key, table.keys) for key in table.keys},
-        "figures": columns(table),
+        "figures": figures,
         "metrics": metrics,
         "counts": table.counts(),
         "target": target,
         "allTests": test,
         "t": [student_t(0.95, n) for n in range(1, 31)],
-        "rows": [_row(row, table, target, test or i == 0) for i, row in enumerate(table.rows)],
+        "rows": [
+            _row(row, table, figures, tests if test or i == 0 else (), target) for i, row in enumerate(table.rows)
+        ],
         "runs": [_run(record, row_of[record.path], metrics, step, table.by) for record in table.records],
         "importance": None if shares is None else {
             "fit": shares.fit,
@@ -133,26 +136,26 @@ def page_data(
     }  # fmt: skip
 
 
-def _row(row: Configuration, table: Table, target: float | None, test: bool) -> dict[str, Any]:
-    found = {name: row.statistic(name) for name in columns(table)}
+def _row(
+    row: Configuration, table: Table, figures: Sequence[str], tests: Sequence[str], target: float | None
+) -> dict[str, Any]:
     gap = row.difference
     reached = None if target is None else time_to_target(row, table.by, target)
     return {
         "id": str(row.runs[0].path),
         "label": row.label,
         "values": {key: _value(value) for key, value in row.values.items()},
-        "figures": {name: [s.mean, s.std, s.count] for name, s in found.items() if s is not None},
+        "figures": {name: found for name in figures if (found := _triple(row.statistic(name))) is not None},
         "difference": None if gap is None else [gap.mean, gap.low, gap.high, gap.count],
-        "test": _test(row, table) if test else None,
+        "test": {name: _triple(row.statistic(name)) for name in tests} if tests else None,
         "failed": row.row.failed,
         "command": row.command,
         "reached": None if reached is None else _reached(reached),
     }
 
 
-def _test(row: Configuration, table: Table) -> dict[str, Any]:
-    found = {name: row.statistic(name) for name in test_columns(table)}
-    return {name: [s.mean, s.std, s.count] for name, s in found.items() if s is not None}
+def _triple(found: Statistic | None) -> list[float | None] | None:
+    return None if found is None else [found.mean, found.std, found.count]
 
 
 def _reached(found: Reached) -> list[Any]:

@@ -53,4 +53,6 @@ def brief(value: Any) -> str:
 
 def printable(value: str) -> str:
     """Without what would steer a terminal, or break a line of a table."""
+    if value.isprintable():
+        return value
     return "".join(character if character.isprintable() else "�" for character in value)

@@ -182,6 +182,7 @@ def parallel_coordinates(table: Table) -> "Figure | None":
     rows = table.ranked
     if len(table.keys) < 2 or len(rows) < 2:
         return None
+    from matplotlib.collections import LineCollection
     from matplotlib.colors import LinearSegmentedColormap
 
     keys = list(table.keys)[:8]
@@ -190,10 +191,13 @@ def parallel_coordinates(table: Table) -> "Figure | None":
     scales.append(_Scale(figures))
     figure, [axis] = _figure(1.8 * len(scales) + 1, 4.5)
     shades = LinearSegmentedColormap.from_list("", ["#d9d9d9", "#9ecae1", "#08306b"])
-    for i in reversed(range(len(rows))):
-        values = [*(rows[i].values.get(key) for key in keys), figures[i]]
-        places = [scale(value) for scale, value in zip(scales, values, strict=True)]
-        axis.plot(range(len(scales)), places, color=shades(1 - i / max(len(rows) - 1, 1)), linewidth=1.2, alpha=0.8)
+    lines = [
+        [(x, scale(value)) for x, (scale, value) in enumerate(zip(scales, values, strict=True))]
+        for values in ((*(row.values.get(key) for key in keys), figures[i]) for i, row in enumerate(rows))
+    ]
+    colours = [shades(1 - i / (len(rows) - 1)) for i in range(len(rows))]
+    axis.add_collection(LineCollection(lines[::-1], colors=colours[::-1], linewidths=1.2, alpha=0.8))
+    axis.set_ylim(-0.04, 1.04)
     for x, scale in enumerate(scales):
         axis.axvline(x, color="0.3", linewidth=0.8)
         for place, label in scale.ticks:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,7 @@ class Importance:
     fit: float
 
 
+@lru_cache(maxsize=1)  # for the picture and the page
 def importance(table: Table, trees: int = 100) -> Importance | None:
     """First-order and total Sobol indices (Saltelli et al. 2010) of a random forest fitted to the configurations'
     means, as functional ANOVA does for hyperparameters (Hutter, Hoos, Leyton-Brown 2014).

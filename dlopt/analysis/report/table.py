@@ -50,7 +50,7 @@ class Configuration:
         return _shell(["-m", *lines[0], f"seed={','.join(map(str, seeds))}"])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Table:
     """All that the pictures and the page show. Rows without a value (failed, or still running) stand last."""
 

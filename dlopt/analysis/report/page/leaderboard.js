@@ -191,7 +191,7 @@ function chosen() {
     make("p", {}, make("b", {}, `#${row.rank} `), row.label),
     make("ul", { class: "facts" }, ...facts.map(([name, text]) => make("li", {}, `${name} `, make("b", {}, text)))),
     make("p", { class: "note" }, row.test ? (data.allTests ? "" : "The test figures are those of the first row; the choice was made on the validation set.")
-      : "Test figures are shown for the first row only: to choose by them would be to train on the test set. dlopt report test=true shows all."),
+      : row.rank === 1 ? "" : "Test figures are shown for the first row only: to choose by them would be to train on the test set. dlopt report test=true shows all."),
     row.command ? commandLine(row.command) : make("p", { class: "note" }, "What was typed for it is not known; each run can be started again from its folder."),
     make("div", { class: "scroll" }, make("table", {}, make("thead", {}, make("tr", {}, ...head.map((name) => make("th", { scope: "col" }, name)))), make("tbody", {}, ...runs))));
 }
