@@ -111,7 +111,7 @@ class Composer:
             check_hydra(config, overrides)
             return config
         except (HydraException, OmegaConfBaseException) as error:
-            raise UserError(self._explain(parsed, error)) from None
+            raise UserError(self._explain(parsed, error, multirun)) from None
         except yaml.YAMLError as error:
             raise UserError(f"a config file is no valid YAML: {' '.join(str(error).split())}") from None
         except (UnicodeDecodeError, ValueError, AttributeError, TypeError) as error:
@@ -171,27 +171,27 @@ class Composer:
         hint = f"did you mean {group}={close[0]}? " if close else ""
         return f"{hint}choices: {', '.join(choices)}"
 
-    def _explain(self, overrides: list[Override], error: Exception) -> str:
+    def _explain(self, overrides: list[Override], error: Exception, multirun: bool) -> str:
         """Finds the override at fault by adding them one by one: groups first, as Hydra does, then keys."""
         groups = self.groups()
         chosen = [o for o in overrides if o.get_key_element().lstrip("+~") in groups]
         typed = [o for o in overrides if o not in chosen]
         accepted: list[str] = []
-        fault = self._fault(accepted)
+        fault = self._fault(accepted, multirun)
         if fault is not None:
             return self._explain_files(fault)
         for override in (*chosen, *typed):
             line = override.input_line
             assert line is not None
-            fault = self._fault([*accepted, line])
+            fault = self._fault([*accepted, line], multirun)
             if fault is not None:
-                return self._explain_override(override, line, accepted, fault)
+                return self._explain_override(override, line, accepted, fault, multirun)
             accepted.append(line)
         return _first_lines(error)
 
-    def _fault(self, overrides: list[str]) -> Exception | None:
+    def _fault(self, overrides: list[str], multirun: bool) -> Exception | None:
         try:
-            self._compose(overrides)
+            self._compose(overrides, multirun)
         except (HydraException, OmegaConfBaseException) as error:
             return error
         return None
@@ -202,7 +202,9 @@ class Composer:
             return f"--config-name={self.config_name}: there is no such file in dlopt's folder or in --config-dir"
         return _first_lines(fault)
 
-    def _explain_override(self, override: Override, line: str, accepted: list[str], fault: Exception) -> str:
+    def _explain_override(
+        self, override: Override, line: str, accepted: list[str], fault: Exception, multirun: bool
+    ) -> str:
         key, value = override.get_key_element().lstrip("+~"), override.value()
         if key in self.groups() and isinstance(value, str):
             if value not in self.choices(key):
@@ -211,7 +213,7 @@ class Composer:
         if "/" in key or "@" in key:
             return f"{line}: {_first_lines(fault)}"
         parent, _, name = key.rpartition(".")
-        config = self._compose(accepted)
+        config = self._compose(accepted, multirun)
         node = OmegaConf.select(config, parent, throw_on_resolution_failure=False) if parent else config
         if not isinstance(node, DictConfig):
             group, _, rest = key.partition(".")

@@ -6,16 +6,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import yaml
 
 import dlopt as package
-from dlopt import job
 from tests.commands.line import SMALL, HeldByAnotherProcess, Result, dlopt, refused
+from tests.sweeps.processes import InProcess
 
 TINY = [*[each for each in SMALL if not each.startswith("epochs")], "epochs=1", "tracking=[]", "hydra.sweep.dir=sweep"]
 HERE = "hydra.sweep.dir=sweep"
@@ -52,17 +50,6 @@ def own(tmp_path: Path) -> list[str]:
     (tmp_path / "conf/optimizer").mkdir(parents=True)
     (tmp_path / "conf/optimizer/odd.yaml").write_text(f"_target_: {name}.Odd\nlr: 0.1\nend: none\n")
     return ["--config-dir", "conf", "optimizer=odd", f"allow_packages=[{name}]"]
-
-
-class InProcess:
-    """Stands for a forked process where a test is not about processes."""
-
-    def __init__(self, folder: Path, environment: Mapping[str, str], cores: set[int] | None) -> None:
-        with mock.patch.object(sys, "argv", ["dlopt.job", str(folder)]):
-            self.code = job.main()
-
-    def poll(self) -> int:
-        return self.code
 
 
 @pytest.fixture
