@@ -1,0 +1,134 @@
+"""`dlopt train -m hydra/sweeper=dlopt_optuna`, as one types it; its jobs run in this process."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.commands.line import SMALL, Result, dlopt, refused
+from tests.sweeps.processes import InProcess
+
+TINY = [*[each for each in SMALL if not each.startswith("epochs")], "epochs=1", "tracking=[]"]
+SEARCH = ["hydra/sweeper=dlopt_optuna", "hydra/sweeper/sampler=random", "hydra.sweeper.objective=best_val_loss"]
+SPACE = "optimizer.lr=tag(log,interval(0.01,1))"
+HERE = "hydra.sweep.dir=sweep"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dlopt.sweeps.places.spawn", InProcess)
+    monkeypatch.setattr("dlopt.sweeps.warm.heat", lambda: None)
+
+
+def search(folder: Path, *arguments: str) -> Result:
+    return dlopt(folder, "train", "-m", *TINY, *SEARCH, HERE, *arguments)
+
+
+def summaries(folder: Path) -> dict[str, dict[str, object]]:
+    return {path.parent.name: json.loads(path.read_text()) for path in sorted(folder.glob("sweep/[0-9]*/summary.json"))}
+
+
+def test_a_search_from_its_start_to_a_longer_one(tmp_path: Path) -> None:
+    result = search(tmp_path, SPACE, "optimizer=sgd,adamw", "hydra.sweeper.n_trials=3")
+    assert result.code == 0, result.err
+    first = summaries(tmp_path)
+    assert list(first) == ["0", "1", "2"] and {each["status"] for each in first.values()} == {"finished"}
+    rates = [yaml.safe_load((tmp_path / f"sweep/{i}/config.yaml").read_text())["optimizer"]["lr"] for i in range(3)]
+    assert len(set(rates)) == 3 and all(0.01 <= rate <= 1 for rate in rates)
+    assert any(
+        line.startswith("optimizer.lr=") for line in yaml.safe_load((tmp_path / "sweep/0/overrides.yaml").read_text())
+    )
+    best = min(first, key=lambda number: float(str(first[number]["best_val_loss"])))
+    board = result.out.partition("lowest first")[2] or result.out.partition("the lower the better")[2]
+    assert f"job {best}: optimizer.lr=" in board.split("\n")[3]
+    tests = [line for line in board.splitlines() if f"{first[best]['test_loss']:.3f}"[:4] in line]
+    assert tests and tests[0].startswith("1")
+
+    line = [SPACE, "optimizer=sgd,adamw"]
+    whole = ("train", "-m", *TINY, *SEARCH, HERE, *line)
+    assert "resume=auto" in refused(tmp_path, *whole, "hydra.sweeper.n_trials=3")
+    again = search(tmp_path, *line, "hydra.sweeper.n_trials=3", "resume=auto")
+    assert again.code == 0 and "finished" in again.out and summaries(tmp_path) == first
+    more = search(tmp_path, *line, "hydra.sweeper.n_trials=4", "resume=auto")  # the total number of jobs
+    assert more.code == 0 and list(summaries(tmp_path)) == ["0", "1", "2", "3"]
+    other = "optimizer.lr=tag(log,interval(0.01,2))"
+    message = refused(tmp_path, "train", "-m", *TINY, *SEARCH, HERE, other, "optimizer=sgd,adamw", "resume=auto")
+    assert "optimizer.lr: tag(log,interval(0.01,1.0)) there, tag(log,interval(0.01,2.0)) now" in message
+    message = refused(tmp_path, *whole, "epochs=2", "resume=auto")
+    assert "epochs: 1 there, 2 now" in message
+
+
+def test_default_folder_goes_on_with_the_unfinished_search(tmp_path: Path) -> None:
+    line = ["train", "-m", *TINY, *SEARCH, SPACE]
+    assert dlopt(tmp_path, *line, "hydra.sweeper.n_trials=1").code == 0
+    assert dlopt(tmp_path, *line, "hydra.sweeper.n_trials=2", "resume=auto").code == 0
+    [folder] = tmp_path.glob("outputs/train/*")
+    assert (folder / "1/summary.json").is_file()
+
+
+def test_a_failing_job_does_not_stop_the_others_and_a_failure_is_told(tmp_path: Path) -> None:
+    result = search(tmp_path, "data.subset=40,9", "hydra/sweeper/sampler=grid")
+    assert result.code == 1 and "job 1 failed: " in result.out
+    assert {number: each["status"] for number, each in summaries(tmp_path).items()} == {"0": "finished", "1": "failed"}
+
+
+def test_an_objective_that_no_run_has(tmp_path: Path) -> None:
+    result = search(tmp_path, SPACE, "hydra.sweeper.n_trials=1", "hydra.sweeper.objective=best_val_f2")
+    assert result.code == 1
+
+
+def test_several_objectives_end_in_a_front(tmp_path: Path) -> None:
+    objectives = "hydra.sweeper.objective=[best_val_accuracy,parameters]"
+    line = ["model.widths=[4],[8]", "hydra/sweeper/sampler=grid", objectives]
+    result = search(tmp_path, *line)
+    assert result.code == 0, result.err
+    assert "model.widths=[4]" in result.out.partition("no other job")[2]
+
+
+def test_a_password_reaches_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STUDY", f"sqlite:///{tmp_path}/study.db?sesame=1")
+    result = search(tmp_path, SPACE, "hydra.sweeper.n_trials=1", "hydra.sweeper.storage=${oc.env:STUDY}")
+    assert result.code == 0, result.err
+    assert (tmp_path / "study.db").is_file()
+    files = [path for path in (tmp_path / "sweep").rglob("*") if path.is_file()]
+    assert not [path for path in files if b"sesame" in path.read_bytes()]
+
+
+def test_grid_runs_seeds_as_an_axis(tmp_path: Path) -> None:
+    assert search(tmp_path, "seed=range(0,2)", "optimizer.lr=0.1,0.2", "hydra/sweeper/sampler=grid").code == 0
+    assert len(summaries(tmp_path)) == 4
+    losses = [float(str(each["best_val_loss"])) for each in summaries(tmp_path).values()]
+    assert all(map(math.isfinite, losses))
+
+
+BAD = {
+    "a space without values to draw": ([], "nothing to search"),
+    "a value that no job takes": (["optimizer.lr=interval(-1,1)"], "optimizer.lr=-1"),
+    "a whole number drawn as another": (["model.widths=[4],[x]"], "model.widths"),
+    "a key that one of the choices lacks": (["optimizer.momentum=interval(0,0.9)", "optimizer=sgd,adam"], "momentum"),
+    "a seed": (["seed=range(0,5)", SPACE], "seeds"),
+    "no number of jobs": ([SPACE, "hydra.sweeper.n_trials=0"], "hydra.sweeper.n_trials=0"),
+    "no end": ([SPACE, "hydra.sweeper.n_trials=null"], "n_trials=null"),
+    "an unknown direction": ([SPACE, "hydra.sweeper.direction=up"], "hydra.sweeper.direction=up"),
+    "too few directions": (
+        [SPACE, "hydra.sweeper.objective=[seconds,best_val_loss]", "hydra.sweeper.direction=[minimize]"],
+        "one for each objective",
+    ),
+    "a pruner without a figure": ([SPACE, "hydra/sweeper/pruner=asha", "hydra.sweeper.objective=seconds"], "watch"),
+    "an unknown sampler": ([SPACE, "hydra/sweeper/sampler=tpx"], "tpx"),
+    "a sampler's key": ([SPACE, "+hydra.sweeper.sampler.x=1"], "hydra.sweeper.sampler.x"),
+    "code for a sampler": ([SPACE, "hydra.sweeper.sampler._target_=os.system"], "_target_"),
+    "a database without a server": ([SPACE, "hydra.sweeper.storage=nothing://here"], "hydra.sweeper.storage"),
+    "another launcher": ([SPACE, "hydra/launcher=basic"], "hydra/launcher=basic"),
+    "no place": ([SPACE, "hydra/launcher=joblib", "hydra.launcher.n_jobs=0"], "hydra.launcher.n_jobs=0"),
+    "no GPU": ([SPACE, "hydra/launcher=gpus"], "hydra.launcher.gpus=auto"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_is_refused(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    arguments, said = BAD[case]
+    assert said in refused(tmp_path, "train", "-m", *TINY, *SEARCH, *arguments)
