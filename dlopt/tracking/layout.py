@@ -72,7 +72,10 @@ def _choice(name: str, group: Mapping[str, Any], choices: Mapping[str, str]) -> 
 
 
 def hparams(config: Mapping[str, Any], choices: Mapping[str, str]) -> dict[str, str | bool | float]:
-    """The config as flat hyperparameters; a group's own name holds its choice; nulls are left out."""
+    """The config as flat hyperparameters; a group's own name holds its choice; nulls are left out.
+
+    So are the seeds that follow `seed`: TensorBoard shows five columns before it is asked for more.
+    """
     flat: dict[str, str | bool | float] = {}
     for key, value in config.items():
         if isinstance(value, Mapping):
@@ -82,7 +85,7 @@ def hparams(config: Mapping[str, Any], choices: Mapping[str, str]) -> dict[str, 
         elif value is None and choices.get(key) is not None:
             flat[key] = choices[key]
     for key, value in flatten(config):
-        if value is not None:
+        if value is not None and not (key.endswith("_seed") and value == config.get("seed")):
             flat[key] = value if isinstance(value, str | bool | int | float) else _value(value)
     return flat
 

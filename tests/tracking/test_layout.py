@@ -142,3 +142,10 @@ def test_result_table() -> None:
     rows = [line.split() for line in rendered(layout.result(summary), 60)]
     assert ["best", "validation", "0.5000", "75.00", "%", "2"] in rows
     assert ["test", "0.2500", "50.00", "%", "2"] in rows
+
+
+def test_seeds_that_follow_the_seed_are_no_hyperparameters() -> None:
+    config = {"seed": 3, "init_seed": 3, "order_seed": 5, "data": {"split_seed": 3, "batch_size": 8}}
+    assert layout.hparams(config, {"data": "digits"}) == {
+        "data": "digits", "seed": 3, "order_seed": 5, "data.batch_size": 8
+    }  # fmt: skip
