@@ -33,7 +33,7 @@ def run_ranks(function: str, processes: int, folder: Path, *arguments: Any) -> l
         )
         for rank in range(processes)
     ]
-    outputs = [process.communicate(timeout=300)[0] for process in started]
+    outputs = [process.communicate(timeout=900)[0] for process in started]
     for process, output in zip(started, outputs, strict=True):
         assert process.returncode == 0, output
     return outputs
