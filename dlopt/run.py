@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from dlopt import build, schedules
 from dlopt.analysis import lr_range
+from dlopt.analysis.live import Diagnostics
+from dlopt.analysis.profiling import Profile, Profiling
+from dlopt.analysis.profiling import table as profile_table
 from dlopt.build import Setup
 from dlopt.config.experiment import Experiment
 from dlopt.config.rules import further_figure
@@ -24,6 +27,7 @@ from dlopt.engine.evaluate import evaluate
 from dlopt.engine.interruption import Interruption
 from dlopt.engine.loop import Progress, Training, fit
 from dlopt.engine.metrics import Reduce, Sums, sample_losses
+from dlopt.engine.observed import ObservedUpdate, Observer
 from dlopt.engine.pipelined import PipelinedClosure
 from dlopt.engine.recovery import Recovery
 from dlopt.engine.shared import SharedClosure
@@ -63,6 +67,7 @@ def train(run: Run, *, console: bool = True) -> dict[str, Any]:
         with tracking:
             setup = _with_lr(setup, run, tracking)
             training = training_of(setup, run, batches, length, tracking)
+            _observe(training, setup, run, tracking)
             if state is not None:
                 training.load_state_dict(state)
                 training.best.load_state_dict(parallel.broadcast(training.best.state_dict()))  # what rank 0 found
@@ -79,6 +84,32 @@ def train(run: Run, *, console: bool = True) -> dict[str, Any]:
                 tracking.message(f"{asked.reason}: stopped; go on with the same command and resume=auto")
             tracking.finish(summary)
     return summary
+
+
+def _observe(training: Training, setup: Setup, run: Run, tracking: Tracking) -> None:
+    """Diagnostics and the profiler look on, on the main process; without them the update is a plain one."""
+    update, settings = training.update, run.experiment.settings
+    if not isinstance(update, ObservedUpdate):
+        return
+    observers: list[Observer] = []
+    if settings.diagnostics:
+        kinds, every = settings.diagnostics, settings.diagnostics_every
+        observers.append(Diagnostics(setup, update, kinds, every, tracking.diagnostics))
+    if settings.profile:
+        if settings.profile_steps[1] > training.steps:
+            shown = ",".join(map(str, settings.profile_steps))
+            raise UserError(f"profile_steps=[{shown}]: the run ends after {training.steps} updates; choose earlier")
+        folder = run.folder / "profile"
+
+        def tell(found: Profile) -> None:
+            for line in profile_table(found, folder):
+                tracking.message(line)
+
+        profiling = Profiling(setup, update, settings.profile_steps, folder, tell)
+        training.batches = profiling.batches(training.batches)
+        observers.append(profiling)
+    if setup.parallel.is_main:
+        update.observers = observers
 
 
 def _with_lr(setup: Setup, run: Run, tracking: Tracking) -> Setup:
@@ -194,7 +225,8 @@ def training_of(setup: Setup, run: Run, batches: Batches, length: Length, tracki
     average = None if settings.ema is None else ExponentialAverage(setup.module, settings.ema)
     stopping = experiment.stopping.build(model=setup.module, norm=setup.parallel.norm)
     schedule = schedules.Scheduler(optimizer, factor)
-    update = Update(
+    kind_of_update = ObservedUpdate if settings.diagnostics or settings.profile else Update
+    update = kind_of_update(
         closure,
         schedule,
         evaluations=build.evaluations(setup, optimizer),

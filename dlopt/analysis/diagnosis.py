@@ -88,7 +88,7 @@ def snapshot(setup: Setup, batches: Sequence[Batch], updates: int, *, eigenvalue
     module.train()
     layers = layer_parameters(module)
     trained = [p for p in module.parameters() if p.requires_grad]
-    probe, lag = LayerProbe(module, keep=True), TimeLagProbe(module)
+    probe, lag = LayerProbe(module, keep=20_000), TimeLagProbe(module)
     spread, totals, losses = GradientSpread(list(layers)), [], []
     with untouched(setup):
         for number, (inputs, targets) in enumerate(batches):

@@ -76,7 +76,8 @@ def _distributions(
             axes.hist(_finite(moments(layer).values), _BINS, range=(-bound, bound), density=True, color=COLOURS[6])
             if layer.name in later:
                 values = _finite(moments(later[layer.name]).values)
-                axes.hist(values, _BINS, range=(-bound, bound), density=True, histtype="step", color=COLOURS[1], linewidth=1)
+                style = {"histtype": "step", "color": COLOURS[1], "linewidth": 1}
+                axes.hist(values, _BINS, range=(-bound, bound), density=True, **style)
             axes.set_title(f"{layer.name}\nstd {moments(layer).std:.2g}", fontsize=8)
             axes.set_yticks([])
             axes.tick_params(labelsize=7)

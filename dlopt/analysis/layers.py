@@ -38,7 +38,7 @@ class LayerStatistics:
 
     name: str
     kind: str  # the class of the weight layer: Linear, Conv2d, ...
-    keep: bool = False
+    keep: int = 0
     activation: str | None = None
     calls: int = 0
     _plain: tuple[Moments, Moments] = field(init=False)  # of the output of the weight layer: values, gradients
@@ -90,13 +90,11 @@ class LayerStatistics:
 class LayerProbe:
     """Watches a model: within `watching()` every forward and backward in training mode adds to `layers`.
 
-    Without `gradients` only what goes forward is seen. `keep`: values stay for histograms. The model computes what it
-    would compute without; a model in evaluation mode is not watched.
+    Without `gradients` only what goes forward is seen. `keep`: so many values of each tensor stay for histograms. The
+    model computes what it would compute without; a model in evaluation mode is not watched.
     """
 
-    def __init__(
-        self, module: nn.Module, *, activations: bool = True, gradients: bool = True, keep: bool = False
-    ) -> None:
+    def __init__(self, module: nn.Module, *, activations: bool = True, gradients: bool = True, keep: int = 0) -> None:
         self.module = module
         self.with_activations = activations
         self.with_gradients = gradients

@@ -51,7 +51,7 @@ def summarize(module: nn.Module, inputs: Tensor) -> ModelSummary:
         handles.append(leaf.register_forward_pre_hook(_before(name, flops, counter)))
         handles.append(leaf.register_forward_hook(_after(name, flops, shapes, counter)))
     try:
-        with counter, _kept_for_backward(module) as kept:
+        with counter, kept_for_backward(module) as kept:
             outputs = module(inputs)
             forward = counter.get_total_flops()
             outputs.sum().backward()
@@ -96,7 +96,7 @@ def _after(name: str, flops: dict[str, int], shapes: dict[str, tuple[int, ...]],
 
 
 @contextmanager
-def _kept_for_backward(module: nn.Module) -> Iterator[dict[int, int]]:
+def kept_for_backward(module: nn.Module) -> Iterator[dict[int, int]]:
     """Bytes of each storage that autograd saves within, but for the model's own tensors and views of one storage."""
     own = {tensor.untyped_storage()._cdata for tensor in (*module.parameters(), *module.buffers())}
     kept: dict[int, int] = {}

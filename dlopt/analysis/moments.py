@@ -6,18 +6,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-_KEPT = 20_000  # values of one tensor that are kept: a histogram of more looks the same
-
 
 @dataclass
 class Moments:
     """Count, mean and sum of squared deviations of all values added (merged as in Chan, Golub & LeVeque 1983).
 
-    Nothing waits for the device before a figure is read. `keep`: up to 20,000 values of each tensor, drawn evenly at
-    random from a generator of their own, stay for `values`.
+    Nothing waits for the device before a figure is read. `keep`: so many values of each tensor, drawn evenly at random
+    from a generator of their own, stay for `values`; 20,000 look in a histogram like all of them.
     """
 
-    keep: bool = False
+    keep: int = 0
     count: int = 0
     _mean: Tensor = field(default_factory=lambda: torch.zeros(()))
     _deviations: Tensor = field(default_factory=lambda: torch.zeros(()))
@@ -40,7 +38,7 @@ class Moments:
             self._deviations, self._mean = variance * count, mean
         self.count = total
         if self.keep:
-            self._kept.append(_some(values).cpu())
+            self._kept.append(_some(values, self.keep).cpu())
 
     @property
     def mean(self) -> float:
@@ -72,9 +70,9 @@ class Moments:
         return torch.cat(self._kept) if self._kept else torch.empty(0)
 
 
-def _some(values: Tensor) -> Tensor:
+def _some(values: Tensor, number: int) -> Tensor:
     flat = values.flatten()
-    if flat.numel() <= _KEPT:
+    if flat.numel() <= number:
         return flat.clone()
     generator = torch.Generator(flat.device).manual_seed(0)
-    return flat[torch.randint(flat.numel(), (_KEPT,), generator=generator, device=flat.device)]
+    return flat[torch.randint(flat.numel(), (number,), generator=generator, device=flat.device)]

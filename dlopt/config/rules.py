@@ -8,6 +8,7 @@ from dlopt.errors import UserError
 
 if TYPE_CHECKING:
     from dlopt.config.experiment import Experiment
+    from dlopt.config.settings import Settings
 
 _MAX_NAME = 100
 _PER_CORE = 64  # threads and loader processes: more is a slip of the pen
@@ -35,6 +36,7 @@ def check_combinations(experiment: "Experiment") -> None:
     _check_monitor("monitor", settings.monitor)
     if "monitor" in experiment.stopping.arguments:
         _check_monitor("stopping.monitor", experiment.stopping.arguments["monitor"])
+    _check_looking(settings)
     if experiment.auto_lr and settings.scale_lr != "none":
         raise UserError(
             f"scale_lr={settings.scale_lr}: with optimizer.lr=auto the rate is found for this batch size; "
@@ -59,6 +61,18 @@ def _check_tracking(sinks: list[Any]) -> None:
         if sink != "tensorboard" and (found is None or found.origin is None):  # wandb leaves folders called wandb
             shown = ",".join(sinks)
             raise UserError(f"tracking=[{shown}]: the package {sink} is not installed; pip install 'dlopt[{sink}]'")
+
+
+def _check_looking(settings: "Settings") -> None:
+    if settings.diagnostics and not settings.tracking:
+        shown = ",".join(settings.diagnostics)
+        raise UserError(f"diagnostics=[{shown}]: there is nowhere to write them; type tracking=[tensorboard]")
+    first, last = settings.profile_steps
+    if last < first + 2:
+        raise UserError(
+            f"profile_steps=[{first},{last}]: the first update is for the memory, those after it for the time; "
+            f"at least [{first},{first + 2}]"
+        )
 
 
 def _check_monitor(key: str, monitor: str) -> None:

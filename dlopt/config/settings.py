@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Interval
 
-from dlopt.ranges import Count, Positive, Seed
+from dlopt.ranges import Count, Natural, Positive, Seed
 
 Decay = Annotated[float, Interval(gt=0, lt=1)]
 Toggle = bool | Literal["auto"]
@@ -70,4 +70,8 @@ class Settings:
     evaluate: Evaluate
     checkpoint: Checkpoint
     tracking: list[Literal["tensorboard", "mlflow", "wandb"]]
+    diagnostics: list[Literal["gradients", "activations", "curvature"]]
+    diagnostics_every: Count
+    profile: bool
+    profile_steps: tuple[Natural, Count]
     log_every_steps: Count | None

@@ -131,6 +131,13 @@ class Tracking:
         if self._live is not None:
             self._live.step(step, values)
 
+    def diagnostics(self, step: int, values: Mapping[str, float], histograms: Mapping[str, "Tensor"]) -> None:
+        """What was seen of the layers at one update; histograms go to TensorBoard alone."""
+        for sink in self._sinks:
+            sink.scalars(step, values)
+        if self._tensorboard is not None and histograms:
+            self._tensorboard.histograms(step, histograms)
+
     def epoch(self, metrics: Mapping[str, Any], *, best: bool = False) -> None:
         """An evaluated epoch, with metrics.jsonl's keys; `best` marks it as the best so far.
 

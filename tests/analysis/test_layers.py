@@ -39,7 +39,7 @@ def _by_hand(net: nn.Sequential, x: Tensor, y: Tensor) -> dict[str, Tensor]:
 def test_values_and_gradients_are_those_of_the_chain_rule() -> None:
     net = _three_layers()
     x, y = torch.randn(16, 4, dtype=torch.float64), torch.randint(3, (16,))
-    with LayerProbe(net, keep=True).watching() as probe:
+    with LayerProbe(net, keep=20_000).watching() as probe:
         nn.functional.cross_entropy(net(x), y).backward()
     hand = _by_hand(net, x, y)
     assert [layer.name for layer in probe.layers] == ["first", "second", "head"]
@@ -118,7 +118,7 @@ def test_watching_changes_nothing_and_leaves_nothing_behind() -> None:
 
     before = gradients()
     state = torch.get_rng_state()
-    with LayerProbe(net, keep=True).watching() as probe:
+    with LayerProbe(net, keep=20_000).watching() as probe:
         watched = gradients()
         net.eval()
         net(x)
@@ -135,7 +135,7 @@ def test_weight_layers_leave_norms_and_embeddings_out() -> None:
 def test_moments_merge_as_one_tensor() -> None:
     torch.manual_seed(0)
     parts = [torch.randn(n, dtype=torch.float64) * 3 + 100 for n in (1, 50, 7)]
-    moments, whole = Moments(keep=True), torch.cat(parts)
+    moments, whole = Moments(keep=20_000), torch.cat(parts)
     assert math.isnan(moments.mean)
     for part in parts:
         moments.add(part)
@@ -143,6 +143,6 @@ def test_moments_merge_as_one_tensor() -> None:
     assert moments.variance == pytest.approx(float(whole.var(correction=0)), rel=1e-11)
     assert moments.rms == pytest.approx(float(whole.square().mean().sqrt()), rel=1e-13)
     assert torch.equal(moments.values, whole)
-    many = Moments(keep=True)
+    many = Moments(keep=20_000)
     many.add(torch.arange(100_000.0))
     assert len(many.values) == 20_000 and abs(float(many.values.mean()) - 50_000) < 1000

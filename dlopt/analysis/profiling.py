@@ -1,0 +1,261 @@
+"""`profile=true`: where the time and the memory of some updates go."""
+
+import contextlib
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from dlopt.analysis.bench_communication import times
+from dlopt.analysis.model_summary import kept_for_backward
+from dlopt.build import Setup
+from dlopt.engine.loop import Batches
+from dlopt.engine.step import Update
+
+_COSTLIEST = 10
+_PREFIX = "dlopt: "
+
+
+@dataclass(frozen=True)
+class Operation:
+    name: str
+    calls: int
+    seconds: float  # its own, on the device
+
+
+@dataclass
+class Profile:
+    """Per update; `communication` overlaps with the other parts, mostly with the backward pass."""
+
+    updates: int
+    seconds: float = 0.0
+    parts: dict[str, float] = field(default_factory=dict)
+    communication: float = 0.0
+    operations: list[Operation] = field(default_factory=list)
+    memory: dict[str, int] = field(default_factory=dict)  # bytes
+    peaks: dict[str, int] = field(default_factory=dict)  # bytes allocated on a GPU at most, by part
+
+
+class Profiling:
+    """Observes the updates first .. last - 1: memory in the first of them, time in the others.
+
+    `report` takes what was found after the last. On a GPU the parts wait for the device at their ends, so that the
+    split is true; what overlaps without a profiler no longer does.
+    """
+
+    def __init__(
+        self, setup: Setup, update: Update, steps: tuple[int, int], folder: Path, report: Callable[[Profile], None]
+    ) -> None:
+        self.setup = setup
+        self.update = update
+        self.first, self.last = steps
+        self.folder = folder
+        self.report = report
+        self.found = Profile(updates=self.last - self.first - 1)
+        self.seconds = dict.fromkeys(("data", "forward", "forward and backward", "update"), 0.0)
+        self._profiler: profile | None = None
+        self._start = 0.0
+
+    def around(self, inputs: Tensor, targets: Tensor, step: int) -> contextlib.AbstractContextManager[None] | None:
+        if step == self.first:
+            return self._measuring_memory(inputs, targets)
+        return self._timing(step) if self.first < step < self.last and self._profiler is not None else None
+
+    # -- time
+
+    def batches(self, batches: Batches) -> "TimedBatches":
+        """The batches whose fetching is the part `data`."""
+        return TimedBatches(batches, self)
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Books the time within, while the profiler runs."""
+        if self._profiler is None:
+            yield
+            return
+        start = self._now()
+        with record_function(_PREFIX + name):
+            yield
+            end = self._now()
+        self.seconds[name] += end - start
+
+    def _now(self) -> float:
+        if self.setup.device.type == "cuda":
+            torch.cuda.synchronize(self.setup.device)
+        return time.perf_counter()
+
+    @contextlib.contextmanager
+    def _timing(self, step: int) -> Iterator[None]:
+        with self._parts_of_the_step(), self.part("update"):
+            yield
+        if step + 1 == self.last:
+            self._finish()
+
+    @contextlib.contextmanager
+    def _parts_of_the_step(self) -> Iterator[None]:
+        """Forward is what the model and the loss compute; an evaluation is forward and backward; the rest of an update
+        is clipping, the optimizer, the schedule and averages of weights."""
+        closure = self.update.closure
+        model, loss, evaluate = closure._model, closure._loss, closure._evaluate
+
+        def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*arguments: Any, **words: Any) -> Any:
+                with self.part(name):
+                    return function(*arguments, **words)
+
+            return call
+
+        closure._model, closure._loss = timed("forward", model), timed("forward", loss)
+        closure._evaluate = timed("forward and backward", evaluate)  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            closure._model, closure._loss = model, loss
+            del closure._evaluate
+
+    def _begin(self) -> None:
+        kinds = [ProfilerActivity.CPU]
+        if self.setup.device.type == "cuda":
+            kinds.append(ProfilerActivity.CUDA)
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its library tells on stderr that there is no GPU
+        self._profiler = profile(activities=kinds)
+        self._profiler.start()
+        self._start = self._now()
+
+    def _finish(self) -> None:
+        profiler, found = self._profiler, self.found
+        assert profiler is not None
+        elapsed = self._now() - self._start
+        profiler.stop()
+        self._profiler = None
+        both, update = self.seconds["forward and backward"], self.seconds["update"]
+        sums = {"data": self.seconds["data"], "forward": self.seconds["forward"]}
+        sums |= {"backward": both - self.seconds["forward"], "optimizer": update - both}
+        found.parts = {name: value / found.updates for name, value in sums.items()}
+        found.seconds = elapsed / found.updates
+        found.communication = times(profiler.events() or [], self.setup.device)[0] / found.updates
+        found.operations = _costliest(profiler, self.setup.device, found.updates)
+        with contextlib.suppress(OSError):  # the figures are shown all the same
+            self.folder.mkdir(parents=True, exist_ok=True)
+            profiler.export_chrome_trace(str(self.folder / "updates.pt.trace.json"))
+            (self.folder / "profile.json").write_text(json.dumps(asdict(found), indent=1) + "\n")
+        self.report(found)
+
+    # -- memory
+
+    @contextlib.contextmanager
+    def _measuring_memory(self, inputs: Tensor, targets: Tensor) -> Iterator[None]:
+        module, optimizer = self.setup.module, self.update.optimizer
+        with self._peaks(), kept_for_backward(module) as kept:
+            yield
+        state = [value for each in optimizer.state.values() for value in _tensors(each)]
+        self.found.memory = {
+            "weights": _bytes(module.parameters()),
+            "buffers": _bytes(module.buffers()),
+            "gradients": _bytes(p.grad for p in module.parameters() if p.grad is not None),
+            "optimizer": _bytes(state),
+            "batch": _bytes([inputs, targets]),
+            "activations kept for the backward pass": sum(kept.values()),
+            "peak of the process": _process_peak(),
+        }
+        self._begin()
+
+    @contextlib.contextmanager
+    def _peaks(self) -> Iterator[None]:
+        """On a GPU: the most that was allocated within the forward and the backward pass and in the rest."""
+        device, closure = self.setup.device, self.update.closure
+        if device.type != "cuda":
+            yield
+            return
+        evaluate = closure._evaluate
+
+        def call(backward: bool) -> Tensor:
+            torch.cuda.reset_peak_memory_stats(device)
+            found = evaluate(backward)
+            self.found.peaks["forward and backward"] = torch.cuda.max_memory_allocated(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            return found
+
+        closure._evaluate = call  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del closure._evaluate
+            self.found.peaks["optimizer"] = torch.cuda.max_memory_allocated(device)
+
+
+class TimedBatches:
+    """Batches whose fetching a profile books as `data`."""
+
+    def __init__(self, batches: Batches, profiling: Profiling) -> None:
+        self.inner = batches
+        self.profiling = profiling
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def epoch(self, epoch: int, start: int = 0, step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        batches = iter(self.inner.epoch(epoch, start, step))
+        while True:
+            with self.profiling.part("data"):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+
+
+def _costliest(profiler: profile, device: torch.device, updates: int) -> list[Operation]:
+    """By the time that each spends itself, without what it calls."""
+    name = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    own = [
+        Operation(str(each.key), round(each.count / updates), getattr(each, name) * 1e-6 / updates)
+        for each in profiler.key_averages()
+        if not str(each.key).startswith(_PREFIX)
+    ]
+    return sorted(own, key=lambda each: each.seconds, reverse=True)[:_COSTLIEST]
+
+
+def _tensors(state: Any) -> list[Tensor]:
+    values = state.values() if isinstance(state, Mapping) else [state]
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+def _bytes(tensors: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _process_peak() -> int:
+    """The most memory that this process has had in its life."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def table(found: Profile, folder: Path) -> list[str]:
+    """The figures as lines for the console."""
+    total = max(found.seconds, 1e-12)
+    lines = [f"profile of {found.updates} updates: {found.seconds * 1e3:.2f} ms each, under the profiler"]
+    split = {**found.parts, "other": max(found.seconds - sum(found.parts.values()), 0.0)}
+    lines.append("  " + ", ".join(f"{name} {value / total:.0%}" for name, value in split.items()))
+    lines.append(f"  communication, which overlaps with them: {found.communication / total:.0%}")
+    width = max((len(each.name) for each in found.operations), default=0)
+    lines.append(f"  {'costliest operations':{width}}  {'calls':>6}  {'ms':>8}  share")
+    for each in found.operations:
+        share = each.seconds / total
+        lines.append(f"  {each.name:{width}}  {each.calls:6}  {each.seconds * 1e3:8.3f}  {share:5.1%}")
+    lines.append("  memory: " + ", ".join(_sizes(found.memory)))
+    if found.peaks:
+        lines.append("  peak on the device: " + ", ".join(_sizes(found.peaks)))
+    lines.append(f"  trace for Perfetto (ui.perfetto.dev) and TensorBoard: {folder / 'updates.pt.trace.json'}")
+    return lines
+
+
+def _sizes(sizes: Mapping[str, int]) -> Sequence[str]:
+    return [f"{name} {size / 2**20:.1f} MiB" for name, size in sizes.items()]
