@@ -24,10 +24,10 @@ from dlopt.data.samples import InMemory
 from dlopt.errors import UserError
 from dlopt.run import Run, train
 
-RECIPES = {
+RECIPES = {  # those that are sweeps; tests/test_comparisons.py has the others
     path.stem: path
     for path in sorted((config_folder() / "experiment" / "lecture").glob("*.yaml"))
-    if path.stem[0] != "_"
+    if path.stem[0] != "_" and "MULTIRUN" in path.read_text()
 }
 
 

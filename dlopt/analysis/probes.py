@@ -1,0 +1,107 @@
+"""Figures that a run does not log, computed from the checkpoints that it kept: (progress, figure) of each, in order."""
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dlopt import build
+from dlopt.build import Setup
+from dlopt.config.compose import resolve_saved
+from dlopt.config.experiment import parse
+from dlopt.engine.checkpoint import load
+from dlopt.engine.step import frozen_statistics
+
+Probe = Callable[[Path], list[tuple[Mapping[str, Any], float]]]
+
+
+def checkpoints(folder: Path) -> Iterator[Mapping[str, Any]]:
+    """The states of a run in the order of their updates."""
+    steps = sorted((folder / "checkpoints").glob("step-*.pt"), key=lambda path: int(path.stem.partition("-")[2]))
+    newest = folder / "checkpoints" / "last.pt"
+    seen = set()
+    for path in [*steps, newest]:
+        if path.is_file():
+            state = load(path)
+            if state["progress"]["step"] not in seen:
+                seen.add(state["progress"]["step"])
+                yield state
+
+
+def effective_rate(folder: Path) -> list[tuple[Mapping[str, Any], float]]:
+    """The median over all weights of what an adaptive method multiplies the gradient with.
+
+    Adagrad: lr / (sqrt(sum g^2) + eps); RMSprop: lr / (sqrt(E g^2) + eps); Adam: the same without the bias of E g^2;
+    Adadelta: lr sqrt(E delta^2 + eps) / sqrt(E g^2 + eps); others: lr.
+    """
+    found = []
+    for state in checkpoints(folder):
+        optimizer = state["optimizer"]
+        groups = optimizer["param_groups"]
+        rates = [
+            _rates(optimizer["state"].get(index, {}), group).flatten() for group in groups for index in group["params"]
+        ]
+        found.append((state["progress"], float(torch.cat(rates).median())))
+    return found
+
+
+def _rates(state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
+    lr, eps = float(group["lr"]), group.get("eps", 0.0)
+    if "sum" in state:
+        return lr / (state["sum"].sqrt() + eps)
+    if "acc_delta" in state:
+        return lr * (state["acc_delta"] + eps).sqrt() / (state["square_avg"] + eps).sqrt()
+    if "square_avg" in state:
+        return lr / (state["square_avg"].sqrt() + eps)
+    if "exp_avg_sq" in state:
+        correction = 1 - group["betas"][1] ** float(state["step"])
+        return lr / ((state["exp_avg_sq"] / correction).sqrt() + eps)
+    return torch.tensor([lr])
+
+
+def input_drift(folder: Path) -> list[tuple[Mapping[str, Any], float]]:
+    """How far the distribution of the hidden layers' inputs has moved since the checkpoint before.
+
+    For each input of a linear layer but the first: the Wasserstein distance between the normal distributions with its
+    mean and standard deviation over 500 training samples then and now, sqrt((m - m')^2 + (s - s')^2), in units of the
+    layer's mean standard deviation then; the mean over inputs and layers. Batch norm takes the batch's statistics.
+    """
+    setup: Setup | None = None
+    found: list[tuple[Mapping[str, Any], float]] = []
+    before: list[tuple[Tensor, Tensor]] = []
+    for state in checkpoints(folder):
+        if setup is None:
+            setup = build.set_up(parse(resolve_saved(state["config"])), state["normalize"])
+            few = setup.dataset.train.select(torch.arange(min(500, len(setup.dataset.train))))
+            inputs = torch.cat([batch for batch, _ in build.evaluation_batches(setup, few).epoch(0)])
+        setup.module.load_state_dict(state["model"])
+        now = _moments(setup.module.train(), inputs)
+        if before:
+            distances = [
+                ((mean - old).square() + (spread - old_spread).square()).sqrt().mean() / old_spread.mean()
+                for (mean, spread), (old, old_spread) in zip(now, before, strict=True)
+            ]
+            found.append((state["progress"], float(torch.stack(distances).mean())))
+        before = now
+    return found
+
+
+@torch.no_grad()
+def _moments(module: nn.Module, inputs: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Mean and standard deviation over the samples of each input of the linear layers but the first."""
+    found: list[tuple[Tensor, Tensor]] = []
+
+    def look(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        found.append((arguments[0].mean(0), arguments[0].std(0)))
+
+    handles = [each.register_forward_pre_hook(look) for each in module.modules() if isinstance(each, nn.Linear)]
+    with frozen_statistics(module):
+        module(inputs)
+    for handle in handles:
+        handle.remove()
+    return found[1:]
+
+
+PROBES: Mapping[str, Probe] = {"effective_rate": effective_rate, "input_drift": input_drift}

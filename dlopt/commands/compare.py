@@ -1,0 +1,144 @@
+"""`dlopt train experiment=...` where the experiment file compares: small runs one after another, and one picture.
+
+In this process, since a lecture's runs take a second or less each, and starting a process as long as several of them.
+What a file compares stands under its key `comparison`, which no other command looks at.
+"""
+
+import gc
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from dlopt.config.compose import Composer, choices_of, parse_arguments, to_plain
+from dlopt.config.schema import check_arguments
+from dlopt.errors import UserError
+from dlopt.folders import RunFolder, make, make_new, refuse_other_config
+from dlopt.parallel.world import current
+
+if TYPE_CHECKING:
+    from dlopt.analysis.comparison import Cell, Comparison, Outcome
+    from dlopt.config.experiment import Experiment
+
+PICTURE = "comparison"
+_FIGURES = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "test_loss", "test_accuracy")
+
+
+@dataclass(frozen=True)
+class _Run:
+    cell: "Cell"
+    overrides: list[str]
+    experiment: "Experiment"
+    saved: Mapping[str, Any]
+    choices: Mapping[str, str]
+
+
+def compare(composer: Composer, parsed: Namespace, config: DictConfig) -> int:
+    """Runs, draws, prints a table; returns the exit code. Raises `UserError` before anything is made."""
+    from dlopt.analysis.comparison import table
+    from dlopt.analysis.comparison_picture import draw
+    from dlopt.analysis.curves import save
+
+    if current() is not None:
+        raise UserError("a comparison starts its runs itself: not inside torchrun or srun; start it from a shell")
+    comparison = _comparison(composer, config, parsed.overrides)
+    runs = _runs(composer, comparison, parsed.overrides)
+    folder = _folder(config, parsed.overrides, runs)
+    print(f"{comparison.title}: {len(runs)} runs in {folder}", flush=True)
+    gc.freeze()  # every run ends with a full collection, which need not look at the libraries' objects again
+    try:
+        outcomes, code = _execute(runs, folder, comparison)
+    finally:
+        gc.unfreeze()
+    if code:
+        return code
+    for line in (
+        *table(comparison, outcomes),
+        comparison.see,
+        *map(str, save(draw(comparison, outcomes), folder, PICTURE)),
+    ):
+        print(line)
+    return 0
+
+
+def _comparison(composer: Composer, config: DictConfig, overrides: list[str]) -> "Comparison":
+    """What the file says; a key that is typed is no axis any more, and a typed seed is the only one."""
+    from dlopt.analysis.comparison import Comparison
+    from dlopt.analysis.probes import PROBES
+
+    node = OmegaConf.to_container(config.comparison, resolve=True)
+    assert isinstance(node, dict)
+    comparison = Comparison(**check_arguments("comparison", Comparison, {str(k): v for k, v in node.items()}))
+    for name in ("variants", "seeds", "figures"):
+        if not getattr(comparison, name):
+            raise UserError(f"comparison.{name}: at least one is needed")
+    for figure in comparison.figures:
+        if figure not in (*_FIGURES, *PROBES) and not figure.startswith("val_"):
+            raise UserError(f"comparison.figures: a run has no {figure}; allowed: {', '.join((*_FIGURES, *PROBES))}")
+    if len(comparison.along) > 2:
+        raise UserError(f"comparison.along: {len(comparison.along)} keys; a picture has room for two")
+    if len(comparison.along) == 2 and len(comparison.figures) > 1:
+        raise UserError("comparison.figures: heat maps show one figure")
+    given: dict[str, Any] = {each.get_key_element(): each.value() for each in composer.parse(overrides)}
+    for variant, lines in comparison.variants.items():
+        for line in lines:
+            if line.partition("=")[0] in given:
+                raise UserError(f"{line.partition('=')[0]}: this comparison varies it ({variant}: {line})")
+    along = {key: values for key, values in comparison.along.items() if key not in given}
+    return replace(comparison, along=along, seeds=[given["seed"]] if "seed" in given else comparison.seeds)
+
+
+def _runs(composer: Composer, comparison: "Comparison", overrides: list[str]) -> list[_Run]:
+    from dlopt.config.experiment import parse
+
+    given = [line for line in overrides if not line.startswith(("seed=", "comparison.", "hydra."))]
+    found = []
+    for cell in comparison.cells():
+        lines = [*given, *parse_arguments(comparison.overrides(cell)).overrides]
+        config = composer.compose(lines)
+        plain, saved = to_plain(config, lines)
+        found.append(_Run(cell, lines, parse(plain, saved), saved, choices_of(config)))
+    return found
+
+
+def _folder(config: DictConfig, overrides: list[str], runs: list[_Run]) -> Path:
+    """The folder of the comparison, made if need be; that of a run is its number in it."""
+    wanted = Path(str(OmegaConf.select(config, "hydra.run.dir"))).absolute()
+    if not any(line.lstrip("+").startswith("hydra.run.dir=") for line in overrides):
+        return make_new(wanted, "hydra.run.dir")
+    if not wanted.is_dir():
+        return make(wanted, "hydra.run.dir")
+    for number, run in enumerate(runs):
+        folder = RunFolder(wanted / str(number))
+        if folder.holds_a_run():
+            if run.saved["resume"] != "auto":
+                raise UserError(f"hydra.run.dir={wanted}: this folder holds runs; go on with them by resume=auto")
+            refuse_other_config(folder.config() or run.saved, run.saved, str(folder.path), folder.history())
+    return wanted
+
+
+def _execute(runs: list[_Run], folder: Path, comparison: "Comparison") -> "tuple[dict[Cell, Outcome], int]":
+    """What the runs leave, and the exit code. One that diverges is a result, too."""
+    from dlopt.analysis.comparison import read, show, typed
+    from dlopt.engine.checkpoint import Checkpoints
+    from dlopt.job import INTERRUPTED, USER_ERROR, execute
+    from dlopt.run import Run
+
+    outcomes: dict[Cell, Outcome] = {}
+    for number, each in enumerate(runs):
+        place = RunFolder(folder / str(number))
+        if not (place.holds_a_run() and place.is_done(each.saved)):
+            place.path.mkdir(exist_ok=True)
+            state = Checkpoints(place.checkpoints).load_newest() if place.holds_a_run() else None
+            code = execute(Run(each.experiment, place.path, state, each.choices), typed=each.overrides, console=False)
+            if code in (INTERRUPTED, USER_ERROR):
+                return outcomes, code
+        outcome = outcomes[each.cell] = read(place.path, comparison.figures)
+        cell = each.cell
+        words = [cell.variant, *(f"{k}={typed(v)}" for k, v in zip(comparison.along, cell.point, strict=True))]
+        figures = ", ".join(f"{name} {show(outcome.final(name))}" for name in comparison.figures)
+        print(f"  {number + 1}/{len(runs)} {', '.join(words)}, seed {cell.seed}: {figures}", flush=True)
+    return outcomes, 0

@@ -1,0 +1,120 @@
+"""A file that compares: its runs, its picture, and what may be typed besides."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from tests.commands.line import Result, dlopt, refused
+
+RECIPE = """\
+# @package _global_
+# A small comparison
+defaults:
+  - /experiment/lecture/_comparison
+  - override /model: mlp
+  - override /schedule: constant
+  - _self_
+
+comparison:
+  title: Widths & 100 % of them
+  see: Wider is better.
+  variants:
+    narrow: ["model.widths=[2]"]
+    wide: ["model.widths=[8]"]
+  along: {}
+  seeds: [0, 1]
+  figures: [train_loss, val_accuracy]
+
+name: small
+epochs: 2
+data:
+  subset: 60
+  batch_size: 20
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Where `compare` runs: with a recipe of its own in a config folder."""
+    (tmp_path / "myconf" / "experiment").mkdir(parents=True)
+    (tmp_path / "myconf" / "experiment" / "small.yaml").write_text(RECIPE)
+    (tmp_path / "work").mkdir()
+    return tmp_path / "work"
+
+
+def compare(folder: Path, *typed: str) -> Result:
+    return dlopt(folder, "train", "--config-dir", "../myconf", "experiment=small", *typed)
+
+
+def test_runs_table_and_picture(folder: Path) -> None:
+    result = compare(folder, "hydra.run.dir=out")
+    assert result.code == 0, result.err
+    lines = result.out.splitlines()
+    assert lines[0].startswith("Widths & 100 % of them: 4 runs in ")
+    assert lines[1].startswith("  1/4 narrow, seed 0: train_loss ") and lines[4].startswith("  4/4 wide, seed 1: ")
+    assert lines[5].split() == ["variant", "train_loss", "val_accuracy"]
+    assert lines[8] == "Wider is better." and len(lines) == 11
+    last = [json.loads((folder / f"out/{i}/metrics.jsonl").read_text().splitlines()[-1]) for i in range(4)]
+    assert float(lines[6].split()[1]) == pytest.approx((last[0]["train_loss"] + last[1]["train_loss"]) / 2, rel=1e-3)
+    config = yaml.safe_load((folder / "out/3/config.yaml").read_text())
+    assert config["model"]["widths"] == [8] and config["seed"] == 1 and "comparison" not in config
+    with Image.open(folder / "out/comparison.png") as image:
+        assert image.width > 1000 and len(image.convert("RGB").getcolors(1 << 20) or []) > 50
+    assert (folder / "out/comparison.svg").is_file()
+
+
+def test_it_goes_on_where_it_stopped(folder: Path) -> None:
+    assert compare(folder, "hydra.run.dir=out", "seed=3").code == 0
+    before = (folder / "out/0/summary.json").read_bytes()
+    (folder / "out/1/summary.json").unlink()
+    message = compare(folder, "hydra.run.dir=out", "seed=3")
+    assert message.code == 2 and "this folder holds runs; go on with them by resume=auto" in message.err
+    result = compare(folder, "hydra.run.dir=out", "seed=3", "resume=auto")
+    assert result.code == 0 and "2 runs" in result.out
+    assert (folder / "out/0/summary.json").read_bytes() == before
+    assert json.loads((folder / "out/1/summary.json").read_text())["status"] == "finished"
+
+
+def change(folder: Path, old: str, new: str) -> None:
+    recipe = folder.parent / "myconf" / "experiment" / "small.yaml"
+    assert old in recipe.read_text()
+    recipe.write_text(recipe.read_text().replace(old, new))
+
+
+def test_an_axis_and_a_run_that_diverges(folder: Path) -> None:
+    change(folder, "along: {}", "along: {optimizer.lr: [0.1, 1.0e+30]}")
+    one = compare(folder, "epochs=1", "hydra.run.dir=one", "seed=0")
+    assert one.code == 0, one.err
+    rows = [line.split() for line in one.out.splitlines() if line.startswith(("narrow", "wide"))]
+    assert [row[1] for row in rows] == ["0.1", "1e+30"] * 2
+    assert [row[2] == "diverged" for row in rows] == [False, True] * 2
+    assert (folder / "one/comparison.png").stat().st_size > 10_000
+
+
+def test_a_typed_key_is_no_axis(folder: Path) -> None:
+    change(folder, "along: {}", "along: {optimizer.lr: [0.1, 0.2]}")
+    result = compare(folder, "optimizer.lr=0.3", "epochs=1", "seed=5")
+    assert result.code == 0, result.err
+    assert "2 runs" in result.out
+    [config] = folder.glob("outputs/small/*/1/config.yaml")
+    saved = yaml.safe_load(config.read_text())
+    assert saved["optimizer"]["lr"] == 0.3 and saved["seed"] == 5
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("model.widths=[4]", "model.widths: this comparison varies it (narrow: model.widths=[2])"),
+        ("comparison.figures=[]", "comparison.figures: at least one is needed"),
+        ("comparison.x=hours", "comparison.x=hours: "),
+        ("comparison.sees=x", "comparison.sees"),
+        ("optimizer.lr=-1", "optimizer.lr=-1: "),
+        ("epochs=2,3", "epochs=2,3: several values need -m"),
+        ("comparison.figures=[val_loss,valloss]", "comparison.figures: a run has no valloss"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_made(folder: Path, typed: str, message: str) -> None:
+    assert message in refused(folder, "train", "--config-dir", "../myconf", "experiment=small", typed)
