@@ -49,6 +49,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     compare(tmp_path, 2, CASES)
 
 
+@pytest.mark.slow
 def test_four_processes_with_two_copies(tmp_path: Path) -> None:
     case = [*RESNET, "data.batch_size=18", "accumulate=2", "steps=4"]
     compare(tmp_path, 4, {"two copies": (case, [*SYNC_FSDP, "parallel.shards=2"])})

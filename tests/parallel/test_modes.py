@@ -93,6 +93,7 @@ def ends(folder: str) -> None:
         print("found:", json.dumps(found))
 
 
+@pytest.mark.slow
 def test_all_ranks_end_together(tmp_path: Path) -> None:
     outputs = run_ranks("tests.parallel.test_modes:ends", 2, tmp_path, str(tmp_path))
     told = [[line.partition("found: ")[2] for line in output.splitlines() if "found: " in line] for output in outputs]
