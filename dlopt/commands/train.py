@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +35,8 @@ def train(arguments: list[str]) -> int:
         print(help_page(parsed.config_dir))
         return 0
     world = current()
+    if world is not None:  # torch is not imported yet; a peer that is lost is told in one line, not in frames of C++
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     if world is not None and world.restarts and not any(line.startswith("resume=") for line in parsed.overrides):
         parsed.overrides.append("resume=auto")  # the launcher has started the run again
     composer = Composer(parsed.config_name, parsed.config_dir)

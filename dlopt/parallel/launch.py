@@ -68,7 +68,7 @@ def run_processes(
     try:
         with Interruption() as asked, _killed_at_the_end(children):
             for rank in range(processes):
-                own = {**os.environ, **shared, **environment, RANK: str(rank)}
+                own = {"TORCH_CPP_LOG_LEVEL": "FATAL", **os.environ, **shared, **environment, RANK: str(rank)}
                 children.append(subprocess.Popen(command, env=own))
             stuck = _watch(children, asked)
             codes = [child.wait() for child in children]
