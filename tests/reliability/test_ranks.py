@@ -1,0 +1,165 @@
+"""Processes of one run that are killed or stopped: the others end, the silent one is named, the run goes on."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from dlopt.parallel import world
+from tests.engine.runs import RICH, STEPS_PER_EPOCH, at_update, metrics, resume
+from tests.parallel.ranks import ROOT
+from tests.reliability.faults import fork
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+
+
+def children(pid: int) -> list[int]:
+    try:
+        return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except FileNotFoundError:
+        return []
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def until(condition: Callable[[], bool], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def test_loader_workers_end_with_a_killed_run(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+
+    def work() -> None:
+        with at_update(STEPS_PER_EPOCH + 1, lambda: (os.write(writing, b"x"), time.sleep(60))):
+            resume(tmp_path, *RICH, "data.memory=false", "data.workers=2")
+
+    child = fork(work)
+    os.read(reading, 1)
+    workers = [pid for pid in children(child) if is_alive(pid)]
+    assert len(workers) >= 2
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert until(lambda: not any(map(is_alive, workers)), 2)
+
+
+class Store:
+    def __init__(self, *waiting: int) -> None:
+        self.keys = {f"waited{rank}" for rank in waiting}
+
+    def set(self, key: str, value: str) -> None:
+        self.keys.add(key)
+
+    def check(self, keys: list[str]) -> bool:
+        return self.keys >= set(keys)
+
+
+def test_who_did_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    late = RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv operation")
+    assert world.silent_ranks(late) == [], "without other ranks"
+    monkeypatch.setattr(world, "current", lambda: world.World("torchrun", 1, 4, 1, 4))
+    monkeypatch.setattr(world, "_GATHERING", 0.0)
+    monkeypatch.setattr(world, "meet", lambda *_, **__: Store(0))
+    assert world.silent_ranks(late) == [2, 3]
+    assert world.silent_ranks(RuntimeError("Connection closed by peer")) == []
+
+
+# -- real processes
+
+
+def command(folder: Path, *overrides: str) -> list[str]:
+    small = ["data.subset=100", "data.workers=0", "model=mlp", "model.widths=[8]", "epochs=100000"]
+    lines = ["device=cpu", "threads=1", "tracking=[]", "parallel=ddp", "checkpoint.every_steps=50", *small, *overrides]
+    return [sys.executable, "-m", "dlopt", "train", f"hydra.run.dir={folder}", *lines]
+
+
+@contextlib.contextmanager
+def started(line: list[str], folder: Path) -> Iterator["subprocess.Popen[str]"]:
+    """A run that has trained for some epochs; nothing of it is left behind."""
+    process = subprocess.Popen(
+        line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        assert until(lambda: len(lines(folder)) > 5 or process.poll() is not None, 150)
+        assert process.poll() is None, process.communicate()[1]
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def lines(folder: Path) -> list[object]:
+    try:
+        return list(metrics(folder))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return []
+
+
+def ranks(process: "subprocess.Popen[str]") -> list[int]:
+    found = [pid for pid in children(process.pid) if b"dlopt" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert len(found) == 2
+    return found  # in the order in which they were started
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who", ["rank", "launcher"])
+def test_killed(who: str, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with started(command(folder, "parallel.processes=2"), folder) as process:
+        pids = ranks(process)
+        os.kill(process.pid if who == "launcher" else pids[1], signal.SIGKILL)
+        assert until(lambda: not any(map(is_alive, pids)), 20), "no rank outlives the others"
+        told = process.communicate(timeout=20)[1]
+        assert process.returncode == (-9 if who == "launcher" else 1)
+    if who == "rank":
+        assert "rank 1 was killed by SIGKILL" in told
+    before = len(lines(folder))
+    with started([*command(folder, "parallel.processes=2"), "resume=auto"], folder) as process:
+        assert until(lambda: len(lines(folder)) > before + 5, 60)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=30)
+        assert process.returncode == 75
+    assert [line["epoch"] for line in metrics(folder)] == list(range(1, len(metrics(folder)) + 1))
+
+
+@pytest.mark.slow
+def test_a_stopped_rank_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    line = command(folder, "parallel.processes=2", "parallel.timeout_minutes=0.4")
+    with started(line, folder) as process:
+        os.kill(ranks(process)[1], signal.SIGSTOP)
+        told = process.communicate(timeout=90)[1]
+        assert process.returncode == 1
+    assert "rank 1 did not answer within parallel.timeout_minutes" in told and "Traceback" not in told, told
+    assert json.loads((folder / "summary.json").read_text())["status"] == "failed"
+
+
+@pytest.mark.slow
+def test_torchrun_starts_again_what_was_killed(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    with started([*launcher, "--max-restarts", "2", *command(folder)[1:]], folder) as process:
+        os.kill(ranks(process)[1], signal.SIGKILL)
+        before = len(lines(folder))
+        assert until(lambda: len(lines(folder)) > before + 10, 120)
+        assert re.match(r"\d+$", str(metrics(folder)[-1]["step"]))
+        epochs = [line["epoch"] for line in metrics(folder)]
+        assert epochs == list(range(1, len(epochs) + 1)), "no line lost or repeated"
