@@ -192,6 +192,7 @@ def show_leaderboard(
     whoever looks at all of them and picks one has chosen on the test set."""
     rows = [row for row in board.rows if row.value is not None]
     output, console, terminal = open_console(stream)
+    console.width = console.width if terminal else _WIDTH
     if not rows:
         return
     is_paired = any(row.difference is not None and row.difference.low is not None for row in rows)
@@ -213,7 +214,7 @@ def show_leaderboard(
         cells += [_difference(board.figure, row)] if is_paired else []
         table.add_row(*cells, "" if tested is None else layout.figure(test, tested.mean))
     with console.capture() as capture:
-        console.print(table, width=None if terminal else _WIDTH)
+        console.print(table)
     output.write("\n" + "".join(f"{line.rstrip()}\n" for line in capture.get().splitlines()))
     if len(rows) > _ROWS:
         output.write(f"... and {len(rows) - _ROWS} more\n")
@@ -248,6 +249,7 @@ def _signed(figure: str, value: float) -> str:
 def show_front(rows: Sequence[tuple[str, Sequence[float]]], figures: Sequence[str]) -> None:
     """What no other job beats in every objective."""
     output, console, terminal = open_console()
+    console.width = console.width if terminal else _WIDTH
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold",
                   title="no other job is better in all of these", title_justify="left", title_style="")  # fmt: skip
     table.add_column("configuration", overflow="fold")
@@ -256,6 +258,6 @@ def show_front(rows: Sequence[tuple[str, Sequence[float]]], figures: Sequence[st
     for label, values in rows:
         table.add_row(label, *(layout.figure(figure, value) for figure, value in zip(figures, values, strict=True)))
     with console.capture() as capture:
-        console.print(table, width=None if terminal else _WIDTH)
+        console.print(table)
     output.write("\n" + "".join(f"{line.rstrip()}\n" for line in capture.get().splitlines()))
     output.flush()

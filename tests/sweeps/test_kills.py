@@ -1,0 +1,57 @@
+"""A sweep that is killed at any moment and typed again ends as one that nothing happened to."""
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dlopt.engine.checkpoint import load
+from dlopt.folders import RunFolder
+from tests.engine.runs import same, timeless
+from tests.parallel.ranks import ROOT
+
+LINE = [
+    "model=mlp", "model.widths=[8]", "data.subset=100", "threads=1", "tracking=[]", "epochs=40", "seed=0,1",
+    "optimizer.lr=0.01,0.1", "log_every_steps=null", "resume=auto",
+]  # fmt: skip
+
+
+def begin(folder: Path) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "dlopt", "train", "-m", *LINE, f"hydra.sweep.dir={folder}"]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
+def test_kills_at_random_moments(kills: int, tmp_path: Path) -> None:
+    draw, killed, start = random.Random(kills), 0, time.monotonic()
+    whole = begin(tmp_path / "whole")
+    said, _ = whole.communicate(timeout=300)
+    assert whole.returncode == 0, said
+    takes = time.monotonic() - start
+    for number in range(kills):
+        sweep = begin(tmp_path / "killed")
+        if kills == 1:  # in the middle of a job
+            while not list(tmp_path.glob("killed/1/metrics.jsonl")) and sweep.poll() is None:
+                time.sleep(0.05)
+        else:
+            time.sleep(draw.uniform(0.3, 1.2) * takes * (0.5 if number % 2 else 1))
+        killed += sweep.poll() is None
+        sweep.send_signal(signal.SIGKILL)
+        sweep.communicate()
+    assert killed > 0
+    last = begin(tmp_path / "killed")
+    said, _ = last.communicate(timeout=300)
+    assert last.returncode == 0, said
+    for number in range(4):
+        ours, theirs = tmp_path / "killed" / str(number), tmp_path / "whole" / str(number)
+        assert timeless(ours) == timeless(theirs)
+        figures = [dict(RunFolder(folder).summary() or {}) for folder in (ours, theirs)]
+        for each in figures:
+            assert each.pop("status") == "finished" and each.pop("seconds") > 0
+            each.pop("resumed_from")
+        assert figures[0] == figures[1]
+        assert same(*(load(folder / "checkpoints/last.pt")["model"] for folder in (ours, theirs)))

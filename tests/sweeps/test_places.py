@@ -1,0 +1,185 @@
+"""Where jobs run: shares of the cores, GPUs from a pool, and the loop that keeps all places at work."""
+
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from dlopt.config.compose import Composer
+from dlopt.errors import UserError
+from dlopt.folders import RunFolder
+from dlopt.sweeps import crew, places
+from dlopt.sweeps.crew import Refused, work
+from dlopt.sweeps.jobs import Job, Result, folder_name, labels, record_dead, result_of
+from dlopt.sweeps.places import Places, checked, gpus, local, visible_gpus
+from dlopt.tracking.overview import Overview
+
+Started = list[tuple[Path, Mapping[str, str], set[int] | None]]
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> Started:
+    calls: Started = []
+    monkeypatch.setattr(places, "spawn", lambda *arguments: calls.append(arguments))
+    return calls
+
+
+def test_every_job_sees_one_gpu(started: Started, tmp_path: Path) -> None:
+    pool = gpus(gpus=[0, "GPU-ab", 3], jobs_per_gpu=2)
+    assert pool.count == 6
+    for place in range(6):
+        pool.start(place, tmp_path, {"A": "1"})
+    assert [each[1] for each in started] == [
+        {"A": "1", "CUDA_VISIBLE_DEVICES": name} for name in ["0", "GPU-ab", "3"] * 2
+    ]
+
+
+def test_gpus_that_are_visible() -> None:
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": "2,GPU-x"}) == ["2", "GPU-x"]
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": ""}) == visible_gpus({"CUDA_VISIBLE_DEVICES": "-1"}) == []
+
+
+def test_local_jobs_share_the_cores(started: Started, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    for jobs, shares in ((1, [None]), (2, [{0, 2, 4, 6}, {1, 3, 5, 7}]), (-1, [{i} for i in range(8)])):
+        started.clear()
+        pool = local(n_jobs=jobs)
+        for place in range(pool.count):
+            pool.start(place, tmp_path, {})
+        assert [each[2] for each in started] == shares
+    assert local(n_jobs=20).count == 20
+
+
+@pytest.mark.parametrize(
+    "launcher, settings, said",
+    [
+        (local, {"n_jobs": 0}, "n_jobs=0"),
+        (local, {"n_jobs": "two"}, "n_jobs=two"),
+        (local, {"jobs": 2}, "hydra.launcher.jobs"),
+        (gpus, {"gpus": [0, 0], "jobs_per_gpu": 1}, "twice"),
+        (gpus, {"gpus": [], "jobs_per_gpu": 1}, "no GPU"),
+    ],
+)
+def test_what_a_launcher_refuses(launcher: Callable[..., Places], settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError) as error:
+        checked(launcher, settings)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["serial", "joblib", "gpus", "slurm"])
+def test_launchers_are_found_by_hydra(name: str) -> None:
+    config = Composer().compose([f"hydra/launcher={name}"], multirun=True)
+    assert config.hydra.launcher._target_.startswith("hydra_plugins.dlopt_sweeps.")
+
+
+# -- the loop
+
+
+class Fake:
+    """A job that runs for some looks at it, and then leaves a summary."""
+
+    alive: ClassVar[Counter[int]] = Counter()
+    most: ClassVar[Counter[int]] = Counter()
+
+    def __init__(self, place: int, folder: Path, environment: Mapping[str, str]) -> None:
+        self.place, self.folder, self.looks, self.stopped = place, folder, 3, False
+        Fake.alive[place] += 1
+        Fake.most[place] = max(Fake.most[place], Fake.alive[place])
+        (folder / "metrics.jsonl").write_text('{"epoch": 1, "val_loss": 1.0}\n{"epoch": 2, "val_lo')
+
+    def poll(self) -> int | None:
+        self.looks -= 1
+        if self.looks > 0 and not self.stopped:
+            return None
+        Fake.alive[self.place] -= 1
+        number = int(self.folder.name)
+        if number == 3:
+            return -9
+        status = "interrupted" if self.stopped else "finished"
+        (self.folder / "summary.json").write_text(json.dumps({"status": status, "best_val_loss": float(number)}))
+        return 75 if self.stopped else 0
+
+    def stop(self) -> None:
+        self.stopped = True
+
+    def kill(self) -> None: ...
+
+
+class Ten:
+    """Ten jobs, of which one is to be stopped at its first epoch, and one cannot be composed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.given = folder, 0
+        self.results: dict[int, Result] = {}
+
+    def next(self) -> Job | Refused | None:
+        if self.is_over():
+            return None
+        number, self.given = self.given, self.given + 1
+        if number == 5:
+            return Refused(5, "five", Result("failed", {}, "cannot be composed"))
+        return Job(number, RunFolder(self.folder / str(number)), {}, [], {}, f"job={number}")
+
+    def is_over(self) -> bool:
+        return self.given == 10
+
+    def stops(self, job: Job, line: Mapping[str, Any]) -> bool:
+        assert line == {"epoch": 1, "val_loss": 1.0}  # no torn line
+        return job.number == 7
+
+    def ended(self, job: Job | Refused, result: Result) -> None:
+        assert job.number not in self.results
+        self.results[job.number] = result
+
+
+def test_all_places_work_and_no_job_stops_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(crew, "begin", lambda job: job.folder.path.mkdir())
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    Fake.alive, Fake.most = Counter(), Counter()
+    source = Ten(tmp_path)
+    work(source, Places(3, Fake, lambda folder: None), Overview(10))
+    status = {number: result.status for number, result in source.results.items()}
+    assert status == {i: "finished" for i in range(10)} | {3: "failed", 5: "failed", 7: "pruned"}
+    assert Fake.most == {0: 1, 1: 1, 2: 1}  # one job at a time in each place
+    assert "SIGKILL" in source.results[3].reason
+    pruned = json.loads((tmp_path / "7/summary.json").read_text())
+    assert (pruned["status"], pruned["pruned"], pruned["pruned_at_epoch"]) == ("stopped_early", True, 1)
+    said = capsys.readouterr().out.splitlines()
+    assert "job 3 failed: killed by SIGKILL (out of memory?) | " in next(line for line in said if "job 3 f" in line)
+    assert "10/10: 7 done, 1 pruned, 2 failed" in said[-1] and "best: job 0" in said[-1]
+
+
+def test_how_a_job_ended(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    assert result_of(folder, 3).reason.startswith("its process ended with exit code 3")
+    assert json.loads((tmp_path / "summary.json").read_text())["status"] == "failed"
+    (tmp_path / "summary.json").write_text('{"status": "finished", "best_val_loss": 1.0}')
+    assert result_of(folder, 0).status == "finished"
+
+
+def test_a_dead_job_is_marked_until_it_has_run_again(tmp_path: Path) -> None:
+    record_dead(RunFolder(tmp_path))
+    assert not (tmp_path / "summary.json").exists()  # it never began
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    record_dead(RunFolder(tmp_path))
+    assert json.loads((tmp_path / "summary.json").read_text())["status"] == "failed"
+
+
+def test_folders_are_sanitised() -> None:
+    assert folder_name("lr=0.1,data.root=x y:z") == "lr=0.1,data.root=x_y_z"
+    assert folder_name("a/b=[1,2]") == "a/b=_1,2_"
+    for outside in ("../x", "/x", ""):
+        with pytest.raises(UserError, match="below"):
+            folder_name(outside)
+
+
+def test_labels() -> None:
+    assert labels([["a=1", "b=2"], ["a=1", "b=3"]]) == ["b=2", "b=3"]
+    assert labels([["a=1"]]) == ["a=1"]

@@ -1,0 +1,64 @@
+"""`hydra/launcher=slurm` on a real Slurm, and what it asks of one."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from dlopt.errors import UserError
+from dlopt.sweeps import slurm as launcher
+from dlopt.sweeps.places import checked
+from tests.cluster.test_slurm import LONG, SMALL, Cluster, cluster, pytestmark, summary  # noqa: F401
+
+SETTINGS = {
+    "n_jobs": 2, "partition": None, "gpus_per_node": 0, "cpus_per_task": 1, "mem_gb": None, "time": 30, "requeue": 3,
+    "account": None, "extra": {},
+}  # fmt: skip
+
+
+def begin_sweep(cluster: Cluster, *arguments: str) -> "subprocess.Popen[str]":  # noqa: F811
+    line = [sys.executable, "-m", "dlopt", "train", "-m", "hydra/launcher=slurm", "hydra.launcher.time=30", *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(line, cwd=cluster.home, env=cluster.environment, **pipes)  # type: ignore[call-overload,no-any-return]
+
+
+def test_a_sweep_whose_job_runs_out_of_time_goes_on(cluster: Cluster) -> None:  # noqa: F811
+    """One job is told that its time is over, writes a checkpoint and is queued again; the sweep sees none of it."""
+    long = [each for each in LONG if not each.startswith("parallel")]
+    sweep = begin_sweep(cluster, *long, "optimizer.lr=0.01,0.02", "hydra.launcher.n_jobs=2", "hydra.sweep.dir=jobs")
+    first, second = cluster.home / "jobs/0", cluster.home / "jobs/1"
+    deadline = time.monotonic() + 150
+    while not (first / "metrics.jsonl").exists() or len((first / "metrics.jsonl").read_text()) < 1000:
+        assert time.monotonic() < deadline and sweep.poll() is None, sweep.communicate()
+        time.sleep(0.2)
+    number = (first / "slurm/job_id").read_text().strip()
+    cluster.run("scancel", "--signal=USR2", number)  # as submitit has Slurm do before the time is over
+    cluster.wait(number, lambda: cluster.restarts(number) == 1 and cluster.states(number) == ["PENDING"])
+    stopped = summary(first)
+    assert stopped["status"] == "interrupted"
+    cluster.run("scontrol", "update", f"JobId={number}", "StartTime=now")  # else two minutes later
+    said, _ = sweep.communicate(timeout=200)
+    assert sweep.returncode == 0, said
+    assert summary(first)["status"] == summary(second)["status"] == "finished"
+    assert summary(first)["resumed_from"] == [stopped["steps"]] and summary(second)["resumed_from"] == []
+
+
+def test_a_job_that_the_cluster_cancels_fails_alone(cluster: Cluster) -> None:  # noqa: F811
+    sweep = begin_sweep(cluster, *SMALL, "epochs=100000,1", "checkpoint.every_epochs=null", "hydra.sweep.dir=cancelled")
+    folder, deadline = cluster.home / "cancelled/0", time.monotonic() + 150
+    while not (folder / "metrics.jsonl").exists():
+        assert time.monotonic() < deadline and sweep.poll() is None, sweep.communicate()
+        time.sleep(0.2)
+    cluster.run("scancel", "--signal=KILL", "--full", (folder / "slurm/job_id").read_text().strip())
+    said, _ = sweep.communicate(timeout=200)
+    assert sweep.returncode == 1, said
+    assert json.loads((folder / "summary.json").read_text())["status"] == "failed"
+    assert summary(cluster.home / "cancelled/1")["status"] == "finished"
+
+
+def test_without_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match="no sbatch"):
+        checked(launcher.slurm, SETTINGS)

@@ -1,0 +1,120 @@
+"""Jobs forked from a process that has imported torch: the same bits, each for itself, none outlives its sweep."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from dlopt.config.compose import Composer, choices_of, to_plain
+from dlopt.engine import checkpoint
+from dlopt.folders import RunFolder
+from dlopt.job import describe
+from dlopt.sweeps.jobs import OUTPUT
+from dlopt.sweeps.warm import Forked, spawn
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def described(folder: Path, *overrides: str) -> Path:
+    config = Composer().compose(["data.subset=100", "threads=1", "tracking=[]", *overrides])
+    describe(folder, to_plain(config, [])[1], [], choices_of(config))
+    return folder
+
+
+def ended(process: Forked, seconds: float = 120) -> int:
+    deadline = time.monotonic() + seconds
+    while (code := process.poll()) is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return code
+
+
+def test_forked_and_fresh_processes_compute_the_same_bits(tmp_path: Path) -> None:
+    line = ["epochs=2", "augmentation=crop_flip", "model=resnet20", "data.subset=40"]
+    forked, fresh = described(tmp_path / "forked", *line), described(tmp_path / "fresh", *line)
+    assert ended(spawn(forked, {}, None)) == 0
+    subprocess.run([sys.executable, "-m", "dlopt.job", str(fresh)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    ours, theirs = (checkpoint.load(folder / "checkpoints/last.pt")["model"] for folder in (forked, fresh))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    assert "test" in (forked / OUTPUT).read_text()
+
+
+def test_a_job_that_is_killed_ends_alone_and_the_next_runs(tmp_path: Path) -> None:
+    line = ["model=mlp", "model.widths=[4]", "epochs=100000", "checkpoint.every_epochs=null"]
+    first, second = (spawn(described(tmp_path / name, *line), {}, None) for name in ("first", "second"))
+    deadline = time.monotonic() + 120
+    while not all((tmp_path / name / "metrics.jsonl").exists() for name in ("first", "second")):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    first.kill()
+    assert ended(first) == -signal.SIGKILL and second.poll() is None
+    second.stop()
+    assert ended(second) == 75
+    assert (RunFolder(tmp_path / "second").summary() or {})["status"] == "interrupted"
+
+
+def test_the_environment_and_the_cores_are_the_jobs_own(tmp_path: Path) -> None:
+    name = f"package_of_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(
+        "import os, pathlib, threading, torch\n"
+        "class Sgd(torch.optim.SGD):\n"
+        "    def __init__(self, params, *, lr: float) -> None:\n"
+        "        super().__init__(params, lr=lr)\n"
+        "        threads = [each.name for each in threading.enumerate()]\n"
+        "        facts = [os.environ.get('CUDA_VISIBLE_DEVICES'), len(os.sched_getaffinity(0)), os.getcwd()]\n"
+        "        pathlib.Path(os.environ['PLACE']).write_text(repr([*facts, torch.cuda.is_initialized(), threads]))\n"
+    )
+    folder = described(tmp_path / "run", "model=mlp", "epochs=1")
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config |= {
+        "allow_packages": [name],
+        "optimizer": {"_target_": f"{name}.Sgd", "lr": 0.1, "groups": [], "layer_decay": None},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    core = min(os.sched_getaffinity(0))
+    environment = {"CUDA_VISIBLE_DEVICES": "7", "PLACE": str(tmp_path / "told")}
+    before = os.getcwd()
+    os.chdir(tmp_path)
+    try:
+        process = spawn(folder, environment, {core})
+    finally:
+        os.chdir(before)
+    assert ended(process) == 0, (folder / OUTPUT).read_text()
+    assert (tmp_path / "told").read_text() == repr(["7", 1, str(tmp_path), False, ["MainThread"]])
+
+
+def test_a_sweep_that_is_killed_takes_its_job_along_with_a_checkpoint(tmp_path: Path) -> None:
+    folder = described(
+        tmp_path / "run", "model=mlp", "model.widths=[4]", "epochs=100000", "checkpoint.every_epochs=null"
+    )
+    code = (
+        "import sys, time; from pathlib import Path; from dlopt.sweeps.warm import spawn\n"
+        "if __name__ == '__main__':\n    process = spawn(Path(sys.argv[1]), {}, None); time.sleep(600)\n"
+    )
+    (tmp_path / "sweep.py").write_text(code)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    sweep = subprocess.Popen([sys.executable, str(tmp_path / "sweep.py"), str(folder)], env=environment)
+    deadline = time.monotonic() + 120
+    while not (folder / "metrics.jsonl").exists():
+        assert time.monotonic() < deadline and sweep.poll() is None
+        time.sleep(0.1)
+    sweep.kill()
+    sweep.wait()
+    while RunFolder(folder).is_live():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert (RunFolder(folder).summary() or {})["status"] == "interrupted"
+    assert (folder / "checkpoints/last.pt").is_file()
+
+
+@pytest.mark.parametrize("name", ["output", "config"])
+def test_a_folder_that_is_not_there(name: str, tmp_path: Path) -> None:
+    if name == "config":
+        (tmp_path / "run").mkdir()
+    assert ended(spawn(tmp_path / "run", {}, None)) != 0

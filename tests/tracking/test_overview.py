@@ -1,0 +1,101 @@
+"""A sweep on the screen: plain lines, the live overview, the leaderboard."""
+
+import io
+import os
+from typing import Any
+
+import pytest
+
+from dlopt.analysis.leaderboard import Entry, leaderboard
+from dlopt.tracking.overview import Overview, show_front, show_leaderboard
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        raise OSError
+
+
+def entry(lr: float, seed: int, accuracy: float, test: float) -> Entry:
+    figures = {"status": "finished", "best_val_accuracy": accuracy, "test_accuracy": test}
+    config = {"optimizer": {"lr": lr}, "seed": seed}
+    return Entry(f"{lr}/{seed}", config, figures, [f"optimizer.lr={lr}", f"seed={seed}"])
+
+
+def test_plain_lines_tell_how_far_the_sweep_is() -> None:
+    stream = io.StringIO()
+    overview = Overview(4, stream=stream)
+    overview.started(0, "lr=0.1")
+    overview.progress(0, {"epoch": 1, "val_accuracy": 0.5})
+    overview.ended(0, "lr=0.1", "finished", {"best_val_accuracy": 0.75})
+    overview.started(1, "lr=0.2")
+    overview.ended(1, "lr=0.2", "failed", {}, "the loss is not finite")
+    overview.ended(2, "lr=0.3", "stopped_early", {"best_val_accuracy": 0.875}, known=True)
+    overview.started(3, "lr=0.4")
+    overview.refresh()
+    overview.ended(3, "lr=0.4", "pruned", {"best_val_accuracy": 0.99})
+    overview.close()
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "job 0: lr=0.1"
+    assert lines[1].startswith("job 0 finished | best_val_accuracy 75.00 % | in 0:0")
+    assert "1/4: 1 done, 0 failed | best: job 0 | 0:0" in lines[1] and lines[1].endswith(" left")
+    assert lines[3].startswith("job 1 failed: the loss is not finite | 2/4: 1 done, 1 failed")
+    assert lines[-1].endswith("4/4: 2 done, 1 pruned, 1 failed | best: job 2")  # a pruned job is never the best
+    assert "\x1b" not in stream.getvalue()
+
+
+def test_the_live_overview_shows_what_runs_and_what_is_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    stream = Terminal()
+    overview = Overview(3, stream=stream)
+    overview.started(0, "lr=0.1")
+    overview.ended(0, "lr=0.1", "finished", {"best_val_loss": 0.5})
+    overview.started(1, "lr=0.2")
+    overview.progress(1, {"epoch": 4, "train_loss": 0.25, "val_loss": 0.3})
+    overview.refresh()
+    shown = stream.getvalue()
+    assert "best   best_val_loss 0.5000  job 0: lr=0.1" in shown
+    assert "job 1  lr=0.2  epoch 4  train_loss 0.2500" in shown and "1/3: 1 done, 1 running, 0 failed" in shown
+    overview.close()
+    overview.close()
+
+
+def test_a_terminal_that_is_gone_does_no_harm() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as stream:
+        overview = Overview(1, stream=stream)
+        overview.started(0, "x")
+        overview.ended(0, "x", "finished", {})
+        overview.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def board(**more: Any) -> str:
+    stream = io.StringIO()
+    runs = [entry(lr, seed, 0.9 - lr + 0.01 * seed, 0.5 + lr) for lr in (0.1, 0.2) for seed in (0, 1)]
+    show_leaderboard(leaderboard(runs), "test_accuracy", stream=stream, **more)
+    return stream.getvalue()
+
+
+def test_the_test_figure_is_that_of_the_first_row_only() -> None:
+    lines = board().splitlines()
+    first, second = (next(line for line in lines if f"optimizer.lr={lr}" in line) for lr in (0.1, 0.2))
+    assert "80.50 % ± 0.71 %" in first and "60.00 %" in first
+    assert "-10.00 % [-10.00 %, -10.00 %]" in second and "70.50 %" in second
+    assert "70.00 %" not in second and "70.00 %" in board(all_tests=True)
+
+
+def test_no_row_no_table() -> None:
+    stream = io.StringIO()
+    show_leaderboard(leaderboard([]), "test_accuracy", stream=stream)
+    assert stream.getvalue() == ""
+
+
+def test_a_front(capsys: pytest.CaptureFixture[str]) -> None:
+    show_front([("job 1: lr=0.1", [0.5, 10.0])], ["best_val_accuracy", "seconds"])
+    said = capsys.readouterr().out
+    assert "50.00 %" in said and "job 1: lr=0.1" in said
