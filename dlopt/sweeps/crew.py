@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from dlopt.engine.interruption import Interruption
 from dlopt.errors import UserError
-from dlopt.sweeps.jobs import Job, Result, begin, record_failure, record_pruned, result_of
+from dlopt.sweeps.jobs import INTERRUPTED, Job, Result, begin, record_failure, record_pruned, result_of
 from dlopt.sweeps.places import Places, Process
 from dlopt.tracking.metrics import parse_metrics
 from dlopt.tracking.overview import Overview
@@ -171,8 +171,10 @@ class _Crew:
                 code = work.process.poll()
                 if code is not None:
                     del self._at[place]
-                    if not work.is_left:
-                        self._told(work.job, result_of(work.job.folder, code), known=False)
+                    if not work.is_left:  # the signal may have come before the job could catch it
+                        is_silent = work.job.folder.summary() is None
+                        result = result_of(work.job.folder, INTERRUPTED if is_silent else code)
+                        self._told(work.job, result, known=False)
             time.sleep(self._places.seconds)
 
     def kill(self) -> None:

@@ -103,6 +103,8 @@ def begin(job: Job) -> Result | None:
 def result_of(folder: RunFolder, code: int) -> Result:
     """How the process ended that has just run in this folder; one that left no summary is recorded as failed."""
     summary = folder.summary()
+    if summary is None and code == INTERRUPTED:  # stopped before there was anything to write
+        return Result("interrupted", {})
     if summary is None or (code not in (DONE, INTERRUPTED) and summary.get("status") != "failed"):
         return record_failure(folder, _ended(code))
     status = str(summary.get("status", "failed"))

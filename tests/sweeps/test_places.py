@@ -158,6 +158,7 @@ def test_all_places_work_and_no_job_stops_the_others(
 
 def test_how_a_job_ended(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
+    assert result_of(folder, 75).status == "interrupted"
     assert result_of(folder, 3).reason.startswith("its process ended with exit code 3")
     assert json.loads((tmp_path / "summary.json").read_text())["status"] == "failed"
     (tmp_path / "summary.json").write_text('{"status": "finished", "best_val_loss": 1.0}')
