@@ -23,7 +23,12 @@ class Comparison:
     along: dict[str, list[Value]]
     seeds: list[Seed]
     figures: list[str]
-    x: Literal["epoch", "step", "seconds"]
+    x: Literal["epoch", "step", "seconds", "step_and_seconds"]
+
+    @property
+    def axes(self) -> list[str]:
+        """What curves are drawn against, each in a panel of its own."""
+        return self.x.split("_and_")
 
     def cells(self) -> Iterator["Cell"]:
         """Every run, variant by variant."""
@@ -72,7 +77,7 @@ class Outcome:
         if name in self.probed:
             pairs = [(progress[x], value) for progress, value in self.probed[name]]
         else:
-            pairs = [(line[x], line[name]) for line in self.metrics if line.get(name) is not None]
+            pairs = [(line[x], value) for line in self.metrics if (value := _figure(line, name)) is not None]
         return [float(at) for at, _ in pairs], [float(value) for _, value in pairs]
 
     def final(self, name: str) -> float:
@@ -83,6 +88,14 @@ class Outcome:
             return float(self.summary[name])
         values = self.curve(name, "step")[1]
         return values[-1] if values else math.nan
+
+
+def _figure(line: Mapping[str, Any], name: str) -> Any:
+    """Of a line of metrics.jsonl; `val_error` is the share that is not right."""
+    if not name.endswith("_error"):
+        return line.get(name)
+    accuracy = line.get(name.replace("_error", "_accuracy"))
+    return None if accuracy is None else 1 - accuracy
 
 
 def read(folder: Path, figures: Sequence[str]) -> Outcome:

@@ -19,6 +19,7 @@ _NAMES = {
     "test_loss": "test loss",
     "train_accuracy": "training accuracy",
     "val_accuracy": "validation accuracy",
+    "val_error": "validation error (share that is wrong)",
     "test_accuracy": "test accuracy",
     "input_drift": "drift of the layers' inputs in an epoch (standard deviations)",
     "effective_rate": "effective learning rate (median weight)",
@@ -32,11 +33,15 @@ def draw(comparison: Comparison, outcomes: Mapping[Cell, Outcome]) -> "Figure":
         return _heat_maps(comparison, outcomes)
     from matplotlib.figure import Figure
 
-    count = len(comparison.figures)
+    shown = [(name, x) for name in comparison.figures for x in (comparison.axes if not comparison.along else [""])]
+    count = len(shown)
     figure = Figure(figsize=(9.5 if count > 1 else 8, 5), layout="constrained")
     panels = figure.subplots(1, count, squeeze=False)[0]
-    for axes, name in zip(panels, comparison.figures, strict=True):
-        (_along if comparison.along else _curves)(axes, comparison, outcomes, name)
+    for axes, (name, x) in zip(panels, shown, strict=True):
+        if comparison.along:
+            _along(axes, comparison, outcomes, name)
+        else:
+            _curves(axes, comparison, outcomes, name, x)
         axes.set_ylabel(_NAMES.get(name, name))
         if not name.endswith("accuracy"):
             axes.set_yscale("log")
@@ -65,12 +70,13 @@ def _style(i: int) -> dict[str, Any]:
     return {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i // len(COLOURS) % len(DASHES)], "linewidth": 1.8}
 
 
-def _curves(axes: "Axes", comparison: Comparison, outcomes: Mapping[Cell, Outcome], name: str) -> None:
+def _curves(axes: "Axes", comparison: Comparison, outcomes: Mapping[Cell, Outcome], name: str, x_axis: str) -> None:
     """The mean over the seeds and the range that they span; a cross ends the curve of a run that diverged."""
     for i, variant in enumerate(comparison.variants):
-        style = _style(i)
+        width = 3.2 - 1.8 * i / max(len(comparison.variants) - 1, 1)  # what lies below another shows at its sides
+        style = _style(i) | {"linewidth": width}
         runs = [outcomes[Cell(variant, (), seed)] for seed in comparison.seeds]
-        pairs = [run.curve(name, comparison.x) for run in runs]
+        pairs = [run.curve(name, x_axis) for run in runs]
         length = min(len(values) for _, values in pairs)
         x = pairs[0][0][:length]
         columns = list(zip(*(values[:length] for _, values in pairs), strict=True))
@@ -81,9 +87,9 @@ def _curves(axes: "Axes", comparison: Comparison, outcomes: Mapping[Cell, Outcom
         if any(run.failed for run in runs):
             end = (x[-1], mean(columns[-1])) if x else (0.0, 1.0)
             axes.plot(*end, "x", color=style["color"], markersize=12, markeredgewidth=3)
-    axes.set_xlabel(_UNITS[comparison.x])
+    axes.set_xlabel(_UNITS[x_axis])
     axes.set_xlim(left=0)
-    if comparison.x != "seconds":
+    if x_axis != "seconds":
         axes.locator_params(axis="x", integer=True)
 
 

@@ -82,3 +82,15 @@ def test_two_keys_make_a_map_for_each_variant_and_frame_the_best() -> None:
     assert frame.get_xy() == (1.5, -0.5)  # 0.1 * 1 + 0.3, since the cell beyond it diverged
     assert maps[0].get_xlabel() == "decay" and maps[0].get_ylabel() == "lr"
     assert [text.get_text() for text in maps[0].texts] == ["20.0", "30.0", "40.0", "30.0", "40.0", "×"]
+
+
+def test_an_error_against_updates_and_against_time() -> None:
+    lines = [{"epoch": i + 1, "step": 5 * i, "seconds": 2.0 * i, "val_accuracy": 0.5 + i / 4} for i in range(2)]
+    spec = comparison(figures=["val_error"], x="step_and_seconds", seeds=[0])
+    figure = draw(spec, {cell: Outcome(lines, {"status": "finished"}, {}) for cell in spec.cells()})
+    updates, time = figure.axes
+    assert (updates.get_xlabel(), time.get_xlabel()) == ("update", "seconds")
+    assert list(updates.lines[0].get_xdata()) == [0, 5] and list(time.lines[0].get_xdata()) == [0, 2]
+    assert list(updates.lines[0].get_ydata()) == list(time.lines[0].get_ydata()) == [0.5, 0.25]
+    below, above = updates.lines[:2]  # curves that lie on each other can both be seen
+    assert below.get_linewidth() > above.get_linewidth() + 1
