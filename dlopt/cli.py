@@ -30,6 +30,7 @@ dlopt {dlopt.__version__}: runs experiments on the optimization of deep networks
   dlopt train optimizer=adamw schedule=cosine_warmup epochs=20
   dlopt train -m optimizer.lr=0.01,0.03,0.1 seed=0,1,2
   dlopt train resume=auto
+  dlopt train from=outputs/train/DATE optimizer.lr=0.01
 
 Completion for bash: eval "$(dlopt train -sc install=bash)"
 """

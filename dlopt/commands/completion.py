@@ -41,6 +41,8 @@ def _candidates(program: str, words: list[str], arguments: list[str], commands: 
         from dlopt.config.choices import Catalogue
 
         found = list(Catalogue().groups())
+    elif command in ("report", "runs"):
+        found = glob.glob(glob.escape(typed) + "*/")
     elif command in ("eval", "predict", "export"):
         found = _checkpoints(typed) if typed.startswith("checkpoint=") else ["checkpoint="]
     else:

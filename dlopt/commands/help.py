@@ -30,6 +30,9 @@ def help_page(config_dir: str | None = None) -> str:
     keys = [key for key in catalogue.keys(primary) if key.name.split(".")[0] not in (*groups, "hydra")]
     keys = [key for key in keys if "/" not in key.name]  # the defaults list itself
     lines += _table([(f"{key.name}={key.value}", key.comment) for key in keys])
+    lines += _table(
+        [("from=RUN", "start from the config of an earlier run, by its folder; what else is typed comes on top")]
+    )
     lines += ["", "Flags", *_table(_FLAGS), ""]
     lines += ["Lists are typed [a,b]; a value with spaces or commas is quoted twice: name=\"'two words'\""]
     return "\n".join(lines)

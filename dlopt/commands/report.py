@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import operator
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from rich.text import Text
 from dlopt.analysis.report.data import columns, page_data, summary_csv, test_columns
 from dlopt.analysis.report.keys import brief, printable
 from dlopt.analysis.report.page import page
-from dlopt.analysis.report.reading import Reader
+from dlopt.analysis.report.reading import Damaged, Reader, Record
 from dlopt.analysis.report.statistics import default_target
 from dlopt.analysis.report.table import Configuration, Table, gather, short_key
 from dlopt.config.schema import check_arguments
@@ -113,8 +114,8 @@ def _write(
     console: Console,
     *,
     watch: bool,
-    before: object = None,
-) -> object:
+    before: "Sequence[Record | Damaged] | None" = None,
+) -> "Sequence[Record | Damaged]":
     """Reads and writes everything, unless all is as it was `before`. Returns how it was."""
     records, damaged = reader.read(folders)
     if not records and not watch:
@@ -122,8 +123,8 @@ def _write(
             f"; {len(damaged)} damaged: {layout.short_path(damaged[0].path)}: {damaged[0].reason}" if damaged else ""
         )
         raise UserError(f"{' '.join(map(str, folders))}: there is no run in or below{broken}")
-    state = [id(record) for record in records], [each.path for each in damaged]
-    if state == before:
+    state: list[Record | Damaged] = [*records, *damaged]
+    if before is not None and len(before) == len(state) and all(map(operator.is_, before, state)):
         return before
     table = gather(records, damaged, own.by)
     goal = default_target(table) if own.target is None else own.target

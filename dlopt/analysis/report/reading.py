@@ -19,7 +19,7 @@ STATUSES = (*ENDED, "pruned", "running", "interrupted", "unfinished", "failed")
 """As in summary.json, and `pruned` (by its sweep), `running` (a process is at work there), `unfinished` (none is)."""
 
 _MARKS = ("config.yaml", SUMMARY, METRICS)
-_OURS = ("checkpoints", "tensorboard", "report")
+_OURS = ("checkpoints", "tensorboard")  # of a run
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is five times as fast
 
 
@@ -74,9 +74,11 @@ def find(folder: Path) -> Iterator[Path]:
         entries = list(os.scandir(folder))
     except OSError:
         return
-    if any(entry.name in _MARKS for entry in entries):
+    is_run = any(entry.name in _MARKS for entry in entries)
+    if is_run:
         yield folder
-    below = [e for e in entries if e.is_dir(follow_symlinks=False) and e.name not in _OURS and e.name[0] != "."]
+    below = [each for each in entries if each.is_dir(follow_symlinks=False) and not each.name.startswith(".")]
+    below = [each for each in below if not (is_run and each.name in _OURS)]
     for entry in sorted(below, key=lambda each: (len(each.name) if each.name.isdigit() else 0, each.name)):
         yield from find(folder / entry.name)
 

@@ -91,11 +91,13 @@ def test_folders_are_found_below_and_read_once(tmp_path: Path) -> None:
         make_run(tmp_path / "sweep" / str(number))
     make_run(tmp_path / "single")
     (tmp_path / "sweep/report").mkdir()
+    make_run(tmp_path / "sweep/0/tensorboard/0")  # a run's own folders hold none
+    make_run(tmp_path / "report/tensorboard/7")  # names are free elsewhere
     (tmp_path / "sweep/2/metrics.jsonl").write_text("?\n?\n")
     (tmp_path / "sweep/loop").symlink_to(tmp_path, target_is_directory=True)
-    assert [path.name for path in find(tmp_path)] == ["single", "0", "2", "10"]
+    assert [path.name for path in find(tmp_path)] == ["7", "single", "0", "2", "10"]
     records, damaged = Reader().read([tmp_path / "sweep", tmp_path, tmp_path / "sweep/0"])
-    assert [each.path.name for each in records] == ["0", "10", "single"]
+    assert [each.path.name for each in records] == ["0", "10", "7", "single"]
     assert [each.path.name for each in damaged] == ["2"]
 
 
