@@ -33,9 +33,21 @@ def help_page(config_dir: str | None = None) -> str:
     lines += _table(
         [("from=RUN", "start from the config of an earlier run, by its folder; what else is typed comes on top")]
     )
+    lines += ["", "Sweeps, with -m (* the default)", *_table(_sweeps())]
     lines += ["", "Flags", *_table(_FLAGS), ""]
     lines += ["Lists are typed [a,b]; a value with spaces or commas is quoted twice: name=\"'two words'\""]
     return "\n".join(lines)
+
+
+def _sweeps() -> list[tuple[str, str]]:
+    """How sweeps choose their jobs, and where these run."""
+    folder = config_folder() / "hydra"
+    defaults = {"launcher": "serial", "sweeper/sampler": "tpe", "sweeper/pruner": "none"}
+    rows = [("hydra/sweeper=dlopt_optuna", "draw values from interval(a,b), choice(a,b), tag(log,...): see its file")]
+    for group, default in defaults.items():
+        names = sorted(path.stem for path in (folder / group).glob("*.yaml"))
+        rows.append((f"hydra/{group}", ", ".join(f"{name}*" if name == default else name for name in names)))
+    return rows
 
 
 def _table(rows: list[tuple[str, str]] | tuple[tuple[str, str], ...]) -> list[str]:
