@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from dlopt.commands.series import Job, fixed, jobs, no_folder, picture_folder, tell_skipped
 from dlopt.config.compose import Composer, choices_of, to_plain
 from dlopt.config.experiment import GROUPS
-from dlopt.config.schema import ALLOWED_PACKAGES, Component, check_arguments, component
+from dlopt.config.schema import Component, check_arguments, component, trusted_packages
 from dlopt.errors import UserError
 from dlopt.ranges import Count, Seed
 from dlopt.schedules import Warmup
@@ -105,7 +105,7 @@ def _plan(config: DictConfig, job: Job) -> _Plan:
     plain, _ = to_plain(config, job.overrides)
     keys = {key: value for key, value in plain.items() if key not in (*_GROUPS, "data")}  # data: of gradient_descent
     settings = _Settings(**check_arguments("", _Settings, keys, related=_GROUPS))
-    packages = (*ALLOWED_PACKAGES, *settings.allow_packages)
+    packages = (*trusted_packages(), *settings.allow_packages)
     for name in _GROUPS:
         if not isinstance(plain[name], dict) or "_target_" not in plain[name]:
             raise UserError(f"{name}: one of the group's choices is needed")

@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 import dlopt
+from dlopt.config.extensions import extensions
 from dlopt.errors import UserError
 
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -54,12 +55,13 @@ class Choice:
 
 
 class Catalogue:
-    """The groups and choices of dlopt's own folder and of the user's, whose files come first."""
+    """The groups and choices of dlopt's own folder, of the user's, which goes before it, and of installed packages."""
 
     def __init__(self, config_dir: str | None = None) -> None:
         if config_dir is not None and not Path(config_dir).is_dir():
             raise UserError(f"--config-dir={config_dir}: there is no such folder")
-        self._folders = [*([Path(config_dir)] if config_dir is not None else []), config_folder()]
+        own = [Path(config_dir)] if config_dir is not None else []
+        self._folders = [*own, config_folder(), *(extension.folder for extension in extensions())]
 
     def groups(self) -> dict[str, str | None]:
         """Each group's default choice (None: none unless one is chosen), in the order of train.yaml's defaults list."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from dlopt.config.rules import check_combinations
-from dlopt.config.schema import ALLOWED_PACKAGES, Component, check_arguments, component, show
+from dlopt.config.schema import Component, check_arguments, component, show, trusted_packages
 from dlopt.config.settings import Settings
 from dlopt.data.settings import DataSettings
 from dlopt.errors import UserError
@@ -71,7 +71,7 @@ def parse(config: Mapping[str, Any], saved: Mapping[str, Any] | None = None) -> 
     """
     run_keys = {key: value for key, value in config.items() if key not in GROUPS}
     settings = Settings(**check_arguments("", Settings, run_keys, related=tuple(GROUPS)))
-    packages = (*ALLOWED_PACKAGES, *settings.allow_packages)
+    packages = (*trusted_packages(), *settings.allow_packages)
     if settings.allow_packages and not {"", os.getcwd()} & set(sys.path):
         sys.path.append(os.getcwd())  # a person's package may stand in the current folder, as with `python -m dlopt`
     parts: dict[str, Any] = {}

@@ -1,7 +1,7 @@
 """Configs saved by an older dlopt: keys that have come since are filled in."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,18 +11,19 @@ import yaml
 from dlopt.config.choices import config_folder
 from dlopt.config.compose import Composer, resolve_saved, to_plain
 from dlopt.config.experiment import GROUPS, parse
-from dlopt.config.schema import ALLOWED_PACKAGES, resolve_target
+from dlopt.config.schema import resolve_target, trusted_packages
 from dlopt.errors import UserError
 
 
-def completed(saved: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def completed(saved: Mapping[str, Any], trusted: Sequence[str] = ()) -> tuple[dict[str, Any], list[str]]:
     """`saved` with the keys that it lacks at the values that dlopt would give them now; lines on what was filled in.
 
-    A config that is complete, or that cannot be completed, comes back as it is.
+    `trusted`: packages whose callables it may name. A config that is complete, or that cannot be completed, comes back
+    as it is.
     """
     kept = dict(saved)
     try:
-        parse(resolve_saved({**kept, "allow_packages": []}))
+        parse(resolve_saved({**kept, "allow_packages": list(trusted)}))
         return kept, []
     except UserError:
         pass
@@ -34,7 +35,7 @@ def completed(saved: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
             kept[key] = value
             lines.append(f"{key}={'...' if isinstance(value, Mapping) else value}")
         elif isinstance(value, Mapping) and isinstance(kept[key], Mapping):
-            lacking = _lacking(key, kept[key]) if key in GROUPS else value.keys() - kept[key].keys()
+            lacking = _lacking(key, kept[key], trusted) if key in GROUPS else value.keys() - kept[key].keys()
             node = _choice(composer, key, kept[key]) if key in GROUPS and lacking else value
             more = {name: each for name, each in node.items() if name in lacking}
             kept[key] = {**kept[key], **more}
@@ -42,10 +43,10 @@ def completed(saved: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return kept, lines
 
 
-def _lacking(group: str, node: Mapping[str, Any]) -> set[str]:
+def _lacking(group: str, node: Mapping[str, Any], trusted: Sequence[str]) -> set[str]:
     """The keys that the group's callable, or every choice of the group, needs and the node has not."""
     common, runtime = GROUPS[group].common, GROUPS[group].runtime
-    target = resolve_target(f"{group}._target_", str(node.get("_target_")), ALLOWED_PACKAGES)
+    target = resolve_target(f"{group}._target_", str(node.get("_target_")), (*trusted_packages(), *trusted))
     wanted = {
         name
         for name, each in inspect.signature(target).parameters.items()

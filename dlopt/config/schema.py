@@ -19,20 +19,28 @@ from typing import Any
 from pydantic import ConfigDict, PydanticSchemaGenerationError, PydanticUserError, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUndefinedAnnotation
 
+from dlopt.config.extensions import extensions
 from dlopt.config.foreign import RANGES
 from dlopt.errors import UserError
 
 ALLOWED_PACKAGES = ("dlopt", "torch.optim", "torch.nn", "torchvision")
-# What acts on files, processes and the network instead of being built: a config from elsewhere may not reach it.
+# Of dlopt itself, what experiments are made of; the rest acts on files, processes and the network.
+_PARTS = (
+    "dlopt.augment", "dlopt.data", "dlopt.engine.clipping", "dlopt.engine.stopping", "dlopt.functions", "dlopt.init",
+    "dlopt.losses", "dlopt.models", "dlopt.optim", "dlopt.parallel", "dlopt.schedules", "dlopt.sweeps.pruners",
+    "dlopt.sweeps.samplers",
+)  # fmt: skip
 _NO_PARTS = (
-    "dlopt.analysis", "dlopt.build", "dlopt.cli", "dlopt.commands", "dlopt.config", "dlopt.engine.checkpoint",
-    "dlopt.folders", "dlopt.hydra_plugins", "dlopt.job", "dlopt.parallel.launch", "dlopt.parallel.world", "dlopt.run",
-    "dlopt.sweeps.crew", "dlopt.sweeps.grid", "dlopt.sweeps.jobs", "dlopt.sweeps.locks", "dlopt.sweeps.places",
-    "dlopt.sweeps.search", "dlopt.sweeps.slurm", "dlopt.sweeps.study", "dlopt.tracking",
+    "dlopt.data.cache", "dlopt.data.verify", "dlopt.parallel.launch", "dlopt.parallel.world",
     "torchvision.datasets.utils", "torchvision.io", "torchvision.utils",
 )  # fmt: skip
 _STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
 _EMPTY = inspect.Parameter.empty
+
+
+def trusted_packages() -> tuple[str, ...]:
+    """The packages whose callables a config may name without being trusted on the command line."""
+    return (*ALLOWED_PACKAGES, *(extension.package for extension in extensions()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +110,8 @@ def resolve_target(key: str, path: str, packages: Iterable[str]) -> Callable[...
     if not callable(found) or inspect.ismodule(found) or not _within(home, packages):
         raise UserError(f"{key}={path}: this is not a class or function defined in {', '.join(packages)}")
     is_function_of_datasets = _within(home, ("torchvision.datasets",)) and not inspect.isclass(found)
-    if _within(home, _NO_PARTS) or is_function_of_datasets:
+    is_other = _within(home, ("dlopt",)) and not _within(home, _PARTS)
+    if is_other or is_function_of_datasets or _within(home, _NO_PARTS):
         raise UserError(f"{key}={path}: this is no part of an experiment")
     return typing.cast(Callable[..., Any], found)
 
