@@ -38,7 +38,17 @@ dlopt trajectory schedule=a,b [key=value]: draws the learning-rate curves of sch
   log_y=true          logarithmic axis of the learning rate
   and the keys of `dlopt train` (which see)
 
-Any key may have several values: a curve for each combination.
+dlopt trajectory checkpoint=PATH [key=value]: draws the loss around a trained model, on a plane through its weights
+
+  dlopt train checkpoint.keep=100 epochs=20; dlopt trajectory checkpoint=outputs/train/DATE/checkpoints/last.pt
+  directions=path     the plane in which the training's checkpoints vary most (PCA), with its path; random: two random
+                      directions with filter normalization (Li et al. 2018); auto: path where three checkpoints are kept
+  points=N            N x N points (21)
+  samples=N           training samples of the loss (500)
+  span=X              of random directions: how far, in norms of the filters (1)
+  seed=N              of random directions
+
+Of functions and schedules any key may have several values: a curve for each combination.
   output=DIR          folder of the pictures, PNG and SVG (outputs/trajectory/<date>_<time>)
 """
 
@@ -59,6 +69,10 @@ def trajectory(arguments: list[str]) -> int:
         print(USAGE, end="")
         return 0
     typed = [line.partition("=")[0].split(".")[0] for line in parsed.overrides]
+    if "checkpoint" in typed and not any(line.startswith("checkpoint.") for line in parsed.overrides):
+        from dlopt.commands.landscape import draw_landscape
+
+        return draw_landscape(parsed.overrides)
     if "function" in typed:
         from dlopt.commands.paths import draw_paths
 

@@ -1,0 +1,138 @@
+"""The loss around a trained model, on a plane through its weights (Li et al. 2018, Visualizing the loss landscape)."""
+
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dlopt.engine.step import frozen_statistics
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Weights = Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class Plane:
+    """origin + x first + y second, over x and y in `window`; `path` holds a training's places on it [n, 2]."""
+
+    origin: Weights
+    first: Weights
+    second: Weights
+    window: tuple[float, float, float, float]
+    axes: tuple[str, str]
+    path: Tensor | None = None
+    steps: Sequence[int] = ()
+
+
+def random_plane(weights: Weights, span: float, generator: torch.Generator) -> Plane:
+    """Two random directions with filter normalization: each filter of a direction has the norm of the model's.
+
+    A filter is what one output is computed from, a row of a matrix. Biases and the parameters of normalizations stay
+    as they are. So planes of different models can be compared: a step of 1 is as long as the filters themselves.
+    """
+    first, second = ([_normalized(weight, generator) for weight in weights] for _ in range(2))
+    names = ("first random direction (filter norms)", "second random direction (filter norms)")
+    return Plane(weights, first, second, (-span, span, -span, span), names)
+
+
+def _normalized(weight: Tensor, generator: torch.Generator) -> Tensor:
+    if weight.ndim < 2:
+        return torch.zeros_like(weight)
+    drawn = torch.randn(weight.shape, generator=generator, dtype=torch.float64).to(weight)
+    lengths = weight.flatten(1).norm(dim=1) / drawn.flatten(1).norm(dim=1).clamp(min=1e-12)
+    return drawn * lengths.view(-1, *[1] * (weight.ndim - 1))
+
+
+def path_plane(path: Sequence[Weights], steps: Sequence[int]) -> Plane:
+    """The plane through the last weights along which a training's weights vary most: the first two principal
+    components of their differences to the last, of unit length. Needs three points or more."""
+    last = path[-1]
+    differences = torch.stack([_flat(weights) - _flat(last) for weights in path[:-1]])
+    _, scales, rows = torch.linalg.svd(differences, full_matrices=False)
+    shares = scales**2 / (scales**2).sum()
+    places = torch.cat([differences @ rows[:2].T, differences.new_zeros(1, 2)])
+    low, high = places.min(0).values, places.max(0).values
+    margin = 0.25 * (high - low).clamp(min=0.25 * float((high - low).max()))
+    window = (low[0] - margin[0], high[0] + margin[0], low[1] - margin[1], high[1] + margin[1])
+    first, second = (_shaped(row, last) for row in rows[:2])
+    names = [f"principal component {i + 1} ({float(share):.0%} of the path)" for i, share in enumerate(shares[:2])]
+    left, right, bottom, top = (float(edge) for edge in window)
+    return Plane(last, first, second, (left, right, bottom, top), (names[0], names[1]), places, list(steps))
+
+
+def _flat(weights: Weights) -> Tensor:
+    return torch.cat([weight.detach().double().flatten() for weight in weights])
+
+
+def _shaped(vector: Tensor, like: Weights) -> list[Tensor]:
+    parts = vector.split([weight.numel() for weight in like])
+    return [part.view(weight.shape).to(weight) for part, weight in zip(parts, like, strict=True)]
+
+
+@torch.no_grad()
+def surface(
+    module: nn.Module, loss: Callable[[], Tensor], plane: Plane, points: int, moved: Callable[[int], None]
+) -> Tensor:
+    """The loss [points, points], row by row from the bottom; the module's weights are afterwards what they were.
+
+    Dropout is off, and batch norm normalizes with the statistics of the samples at hand: running ones belong to one
+    point of the plane. `moved` is told how many points are done.
+    """
+    parameters = list(module.parameters())
+    before = [p.detach().clone() for p in parameters]
+    was_training = module.training
+    left, right, bottom, top = plane.window
+    values = torch.empty(points, points, dtype=torch.float64)
+    module.eval()
+    for layer in module.modules():
+        if isinstance(layer, _BatchNorm):
+            layer.train()
+    try:
+        with frozen_statistics(module):
+            for i, y in enumerate(np.linspace(bottom, top, points)):
+                for j, x in enumerate(np.linspace(left, right, points)):
+                    for p, origin, one, two in zip(parameters, plane.origin, plane.first, plane.second, strict=True):
+                        p.copy_(origin + x * one + y * two)
+                    values[i, j] = float(loss())
+                moved((i + 1) * points)
+    finally:
+        for p, value in zip(parameters, before, strict=True):
+            p.copy_(value)
+        module.train(was_training)
+    return values
+
+
+def draw(plane: Plane, values: Tensor, *, title: str, subtitle: str) -> "Figure":
+    """Contours of the loss, evenly spread over its logarithm, with the training's path where there is one."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 6.4), layout="constrained")
+    axes = figure.add_subplot()
+    left, right, bottom, top = plane.window
+    x, y = np.linspace(left, right, len(values)), np.linspace(bottom, top, len(values))
+    heights = values.clamp(min=1e-12).numpy()
+    finite = heights[np.isfinite(heights)]
+    levels = np.geomspace(finite.min(), finite.max() * (1 + 1e-9), 25)
+    filled = axes.contourf(x, y, heights, levels=levels, cmap="viridis_r", norm="log")
+    axes.contour(x, y, heights, levels=levels, colors="white", linewidths=0.4)
+    bar = figure.colorbar(filled, ax=axes, label="training loss", format="%.3g")
+    bar.set_ticks(levels[::4])
+    if plane.path is None:
+        axes.plot(0, 0, "*", color="white", markeredgecolor="black", markersize=16)
+    else:
+        path = plane.path.numpy()
+        axes.plot(*path.T, "-o", color="#D55E00", markersize=4, linewidth=1.5)
+        axes.plot(*path[-1], "*", color="white", markeredgecolor="black", markersize=16)
+        for i in (0, len(path) - 1):
+            axes.annotate(f"update {plane.steps[i]:,}", path[i], xytext=(8, 8), textcoords="offset points")
+    axes.set_xlabel(plane.axes[0])
+    axes.set_ylabel(plane.axes[1])
+    axes.set_title("\n".join([title, *textwrap.wrap(subtitle, 90)]), fontsize=10)
+    return figure

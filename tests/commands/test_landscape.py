@@ -1,0 +1,41 @@
+"""`dlopt trajectory checkpoint=...` draws around what a run left."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.commands.line import SMALL, dlopt, refused
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("landscape")
+    line = [each for each in SMALL if not each.startswith("epochs")]
+    result = dlopt(folder, "train", *line, "epochs=4", "checkpoint.keep=10", "hydra.run.dir=run", "tracking=[]")
+    assert result.code == 0, result.err
+    return folder
+
+
+def test_the_path_and_random_directions(trained: Path) -> None:
+    for directions in ("auto", "random"):
+        line = ["checkpoint=run/checkpoints/last.pt", f"directions={directions}", "points=5", f"output={directions}"]
+        result = dlopt(trained, "trajectory", *line)
+        assert result.code == 0, result.err
+        assert result.out.splitlines() == [f"{directions}/landscape.png", f"{directions}/landscape.svg"]
+    svgs = [(trained / f"{directions}/landscape.svg").stat().st_size for directions in ("auto", "random")]
+    assert min(svgs) > 10_000
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("checkpoint=run/checkpoints/none.pt", "none.pt"),
+        ("points=2", "points=2: "),
+        ("directions=pca", "directions=pca: "),
+        ("optimizer.lr=1", "optimizer.lr: the config is the checkpoint's"),
+        ("span=0", "span=0: "),
+    ],
+)
+def test_mistakes(trained: Path, typed: str, message: str) -> None:
+    line = [] if typed.startswith("checkpoint") else ["checkpoint=run/checkpoints/last.pt"]
+    assert message in refused(trained, "trajectory", *line, typed)
