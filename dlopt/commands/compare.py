@@ -44,7 +44,7 @@ def compare(composer: Composer, parsed: Namespace, config: DictConfig) -> int:
 
     if current() is not None:
         raise UserError("a comparison starts its runs itself: not inside torchrun or srun; start it from a shell")
-    comparison = _comparison(composer, config, parsed.overrides)
+    comparison = comparison_of(composer, config, parsed.overrides)
     runs = _runs(composer, comparison, parsed.overrides)
     folder = _folder(config, parsed.overrides, runs)
     print(f"{comparison.title}: {len(runs)} runs in {folder}", flush=True)
@@ -64,7 +64,7 @@ def compare(composer: Composer, parsed: Namespace, config: DictConfig) -> int:
     return 0
 
 
-def _comparison(composer: Composer, config: DictConfig, overrides: list[str]) -> "Comparison":
+def comparison_of(composer: Composer, config: DictConfig, overrides: list[str]) -> "Comparison":
     """What the file says; a key that is typed is no axis any more, and a typed seed is the only one."""
     from dlopt.analysis.comparison import Comparison
     from dlopt.analysis.probes import PROBES
