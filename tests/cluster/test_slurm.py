@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from torch import Tensor
 
 from dlopt.engine.checkpoint import load
 from tests.engine.runs import same, timeless
@@ -29,10 +31,27 @@ pytestmark = [
 
 SMALL = [
     "device=cpu", "threads=1", "tracking=[]", "model=mlp", "model.widths=[8]", "data.subset=100", "data.workers=0",
-    "log_every_steps=null", "model.norm=none",
+    "log_every_steps=null",
 ]  # fmt: skip
-EPOCHS = 700  # some ten seconds
-LONG = [*SMALL, "parallel=ddp", f"epochs={EPOCHS}", "checkpoint.every_epochs=null"]
+EPOCHS = 150
+LONG = [
+    "device=cpu", "threads=1", "tracking=[]", "log_every_steps=null", "parallel=ddp", f"epochs={EPOCHS}",
+    "checkpoint.every_epochs=null", "data=custom", "data.train._target_=tests.cluster.test_slurm.Slow",
+    "data.test=null", "data.memory=false", "data.workers=0", "data.batch_size=8", "allow_packages=[tests]",
+    "normalize=none", "loss=mse", "model=mlp", "model.widths=[8]", "model.norm=none", "model.dropout=0.2",
+    "optimizer.lr=0.02",
+]  # fmt: skip
+
+
+class Slow(torch.utils.data.Dataset[tuple[Tensor, float]]):
+    """A regression whose epochs take as long on a quick machine as on a busy one: some seven seconds in all."""
+
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, index: int) -> tuple[Tensor, float]:
+        time.sleep(0.004)
+        return torch.tensor([index / 20, 1.0, (index % 5) / 5]), (index % 7) / 7
 
 
 def free_ports() -> int:
@@ -58,7 +77,7 @@ class Cluster:
 
     def run(self, *command: str) -> str:
         words: dict[str, Any] = {"cwd": self.home, "env": self.environment, "capture_output": True, "text": True}
-        done = subprocess.run(command, timeout=150, **words)
+        done = subprocess.run(command, timeout=170, **words)
         assert done.returncode == 0, (command, done.stdout[-2000:], done.stderr[-4000:])
         return str(done.stdout)
 
@@ -84,6 +103,7 @@ class Cluster:
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     base = tmp_path_factory.mktemp("slurm")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH"))}
+    environment["PYTHONPATH"] = str(ROOT)
     environment["PATH"] = f"{Path(sys.executable).parent}:{_SEARCHED}"
     up = subprocess.run(
         [CLUSTER, "up", base / "cluster"],
