@@ -17,6 +17,14 @@ _MARK = "*"  # of the default, as in `git branch`
 _WIDEST = 120
 _SHARED = 0.75  # of a group's choices have a key just so: it is shown once for all
 
+# Hydra's own groups, of which dlopt has choices: how the jobs of -m are chosen, and where they run.
+_SWEEPS = {
+    "hydra/launcher": "serial",
+    "hydra/sweeper": "basic",
+    "hydra/sweeper/sampler": "tpe",
+    "hydra/sweeper/pruner": "none",
+}
+
 
 def options(arguments: list[str]) -> int:
     """Prints every group, or the keys of the groups and choices (`optimizer`, `optimizer=sgd`) that are named."""
@@ -34,9 +42,11 @@ def options(arguments: list[str]) -> int:
         _overview(catalogue, page)
     for name in parsed.names:
         group, equals, choice = name.partition("=")
-        if group not in catalogue.groups():
+        if group not in (*catalogue.groups(), *_SWEEPS):
             raise UserError(_no_group(catalogue, name))
         choices = catalogue.choices(group)
+        if group in _SWEEPS:
+            choices = [each for each in choices if "/" not in each.name]  # not the groups below it
         if equals:
             choices = [each for each in choices if each.name == choice] or _no_choice(catalogue, group, choice)
         _group(catalogue, group, choices, page)
@@ -120,19 +130,20 @@ def _overview(catalogue: Catalogue, page: _Page) -> None:
         if not choices:
             page.rows([("", "(no choices)", "")])
         page.lines.append("")
+    page.heading(f"of sweeps (-m): {', '.join(_SWEEPS)}", bold=False)
     page.heading(
         f"{_MARK} the default. Type group=choice; `dlopt options GROUP` shows the keys of a group.", bold=False
     )
 
 
 def _group(catalogue: Catalogue, group: str, choices: Sequence[Choice], page: _Page) -> None:
-    default = catalogue.groups()[group]
+    default = {**_SWEEPS, **catalogue.groups()}[group]
     keys = {choice.name: catalogue.keys(choice) for choice in choices}
     shared = [] if default is None else _shared(keys.values())  # each recipe is read as a whole
     page.gap()
     page.heading(f"{group}={'|'.join(each.name for each in choices) if len(choices) == 1 else 'CHOICE'}")
     note = "none unless one is chosen" if default is None else f"{default} unless another is chosen"
-    own = "" if default is None else f"; a key is typed as {group}.KEY=VALUE"
+    own = "" if default is None else f"; a key is typed as {group.replace('/', '.')}.KEY=VALUE"
     page.heading(f"{note}{own}", bold=False)
     if shared:
         page.gap()
@@ -158,4 +169,5 @@ def _shared(every: Iterable[Sequence[Key]]) -> list[Key]:
 
 
 def _row(group: str, key: Key) -> tuple[str, str, str]:
-    return "", f"  {key.name.removeprefix(f'{group}.')}={key.value}", key.comment
+    package = group.replace("/", ".")
+    return "", f"  {key.name.removeprefix(f'{package}.')}={key.value}", key.comment

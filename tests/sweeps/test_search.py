@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dlopt.sweeps.estimate import seconds_of, told
 from tests.commands.line import SMALL, Result, dlopt, refused
 from tests.sweeps.processes import InProcess
 
@@ -132,3 +133,35 @@ def test_what_is_refused(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     arguments, said = BAD[case]
     assert said in refused(tmp_path, "train", "-m", *TINY, *SEARCH, *arguments)
+
+
+def test_dry_run_lists_the_jobs_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dlopt.sweeps.warm.spawn", InProcess)
+    result = dlopt(tmp_path, "train", "-m", *TINY, "optimizer.lr=0.1,0.2", "seed=1", HERE, "dry_run=true")
+    lines = result.out.splitlines()
+    assert result.code == 0 and lines[0] == "job 0: optimizer.lr=0.1" and lines[1] == "job 1: optimizer.lr=0.2"
+    assert lines[-1].startswith("2 jobs of about 0:0") and "1 at once" in lines[-1]
+    assert not list(tmp_path.iterdir())
+    line = ["hydra.sweep.subdir=../x", "dry_run=true", "seed=0,1"]
+    assert "hydra.sweep.subdir" in refused(tmp_path, "train", "-m", *TINY, *line)
+
+
+@pytest.mark.parametrize("share, horizon", [(0.25, 8), (None, 2)])
+def test_an_estimate_is_by_the_share_that_was_trained(
+    share: float | None, horizon: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of eight updates in three seconds: twelve; a run that has ended tells itself."""
+    summary = {"status": "finished" if share is None else "interrupted", "seconds": 3.0, "steps": 2}
+    state = {"progress": {"horizon": horizon}}
+
+    class Stopped:
+        def __init__(self, folder: Path, *_: object) -> None:
+            (folder / "summary.json").write_text(json.dumps(summary))
+
+        def poll(self) -> int:
+            return 0 if share is None else 75
+
+    monkeypatch.setattr("dlopt.sweeps.warm.spawn", Stopped)
+    monkeypatch.setattr("dlopt.engine.checkpoint.Checkpoints.load_newest", lambda self: state)
+    assert seconds_of([{"seed": 0}], {}) == (3.0 if share is None else 12.0)
+    assert told(12.0, 5, 2) == "5 jobs of about 0:12 each, 2 at once: about 0:36 in all"

@@ -27,7 +27,7 @@ def described(folder: Path, *overrides: str) -> Path:
     return folder
 
 
-def ended(process: Forked, seconds: float = 120) -> int:
+def ended(process: Forked, seconds: float = 300) -> int:
     deadline = time.monotonic() + seconds
     while (code := process.poll()) is None:
         assert time.monotonic() < deadline
@@ -48,7 +48,7 @@ def test_forked_and_fresh_processes_compute_the_same_bits(tmp_path: Path) -> Non
 def test_a_job_that_is_killed_ends_alone_and_the_next_runs(tmp_path: Path) -> None:
     line = ["model=mlp", "model.widths=[4]", "epochs=100000", "checkpoint.every_epochs=null"]
     first, second = (spawn(described(tmp_path / name, *line), {}, None) for name in ("first", "second"))
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not all((tmp_path / name / "metrics.jsonl").exists() for name in ("first", "second")):
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -100,7 +100,7 @@ def test_a_sweep_that_is_killed_takes_its_job_along_with_a_checkpoint(tmp_path: 
     (tmp_path / "sweep.py").write_text(code)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     sweep = subprocess.Popen([sys.executable, str(tmp_path / "sweep.py"), str(folder)], env=environment)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (folder / "metrics.jsonl").exists():
         assert time.monotonic() < deadline and sweep.poll() is None
         time.sleep(0.1)
