@@ -144,7 +144,7 @@ function near(points, x) {
 
 // -- the two sections of curves
 
-const BANDS = { confidence: "95 % confidence", std: "± standard deviation", range: "lowest to highest", none: "none" };
+const BANDS = { confidence: "95 % interval of the mean", std: "± standard deviation", range: "lowest to highest", none: "none" };
 
 function bandDefault() {
   const most = Math.max(...data.rows.map((row) => row.runs.length));

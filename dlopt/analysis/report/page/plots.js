@@ -83,7 +83,7 @@ function parallel() {
   const place = make("div", { class: "chart", id: "parallel-chart" });
   body("parallel").replaceChildren(place, make("p", { class: "note" }, `A line per configuration, the darker the better by ${title(data.by)}. Drag along an axis to keep the lines that cross there; a click on it lets go.`));
   const list = [...data.keys.slice(0, 9).map((key) => axisOf(key, rows.map((row) => row.values[key]))), axisOf(data.by, rows.map((row) => row.figures[data.by][0]))];
-  const full = Math.max(280, place.clientWidth), width = Math.max(full, 92 * list.length), height = 330, top = 34, bottom = height - 14;
+  const full = Math.max(280, place.clientWidth), width = Math.max(full, 118 * list.length), height = 330, top = 34, bottom = height - 14;
   const x = (i) => 14 + (i * (width - 100)) / (list.length - 1), y = (share) => bottom - share * (bottom - top);
   const root = draw("svg", { viewBox: `0 0 ${width} ${height}`, height, width, role: "img", "aria-label": "parallel coordinates" });
   const lines = rows.map((row, i) => {
