@@ -186,7 +186,7 @@ def main() -> int:
         plain = folder.config()
         if plain is None:
             raise UserError(f"{folder.path}: there is no config.yaml to run")
-        plain, _ = completed(plain)
+        plain, _ = completed(plain, plain.get("allow_packages") or [])  # what was typed for this run
         choices = json.loads((folder.path / "environment.json").read_text())["choices"]
         experiment = parse(resolve_saved(plain), plain)
         state = None
