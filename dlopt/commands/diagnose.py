@@ -88,8 +88,10 @@ def diagnose(arguments: list[str]) -> int:
         title = " ".join([short_path(Path(own.checkpoint)), *overrides])
     for subject in subjects:
         _check(subject.experiment)
+    if own.output is not None and Path(own.output).exists() and not Path(own.output).is_dir():
+        raise UserError(f"output={own.output}: this is a file; name a folder")
+    found = [_measure(subject, own) for subject in subjects]
     folder = _folder(own.output)
-    found = [_measure(subject, own, folder) for subject in subjects]
     for (diagnosis, facts), subject in zip(found, subjects, strict=True):
         _tell(diagnosis, facts, subject.label if len(subjects) > 1 else "")
     for path in _write(folder, found, title):
@@ -146,11 +148,11 @@ def _folder(output: str | None) -> Path:
     return Path(output)
 
 
-def _measure(subject: _Subject, own: _Own, folder: Path) -> tuple["Diagnosis", "Facts"]:
+def _measure(subject: _Subject, own: _Own) -> tuple["Diagnosis", "Facts"]:
     from dlopt.analysis import diagnosis, probing
     from dlopt.analysis.verdicts import Facts
 
-    setup, training = probing.prepare(subject.experiment, folder, subject.state)
+    setup, training = probing.prepare(subject.experiment, Path(os.devnull), subject.state)
     keys = {"batches": own.batches, "updates": own.updates, "eigenvalues": own.eigenvalues}
     found = diagnosis.diagnose(subject.label, setup, training, iterations=own.iterations, **keys)
     model = subject.experiment.model

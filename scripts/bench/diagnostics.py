@@ -1,0 +1,79 @@
+"""What diagnostics cost: the share of the training time at the default interval, by kind.
+
+    python scripts/bench/diagnostics.py [--rounds 9] [--batch 128] [--models resnet20,mlp]
+
+An update that is looked at (statistics, histograms, TensorBoard's file) and a plain one run in turn; of the medians,
+(looked at - plain) / (diagnostics_every x plain). Synthetic images of 32x32 for ResNet-20, digits for the MLP.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dlopt.analysis import probing
+from dlopt.analysis.live import Diagnostics, Kind
+from dlopt.config.compose import Composer, to_plain
+from dlopt.config.experiment import parse
+from dlopt.engine.observed import ObservedUpdate
+from dlopt.tracking.tracking import Tracking
+
+KINDS: tuple[tuple[Kind, ...], ...] = (
+    ("activations",),
+    ("gradients",),
+    ("curvature",),
+    ("gradients", "activations", "curvature"),
+)
+MODELS = {"resnet20": ["model=resnet20", "data.image_size=32"], "mlp": ["model=mlp"]}
+
+
+def measure(typed: list[str], kinds: tuple[Kind, ...], rounds: int) -> tuple[float, float, int]:
+    """Seconds of a plain update and of one that is looked at, and the interval."""
+    lines = [*typed, f"diagnostics=[{','.join(kinds)}]"]
+    experiment = parse(to_plain(Composer().compose(lines), lines)[0])
+    every = experiment.settings.diagnostics_every
+    with tempfile.TemporaryDirectory() as folder:
+        setup, training = probing.prepare(experiment, Path(folder))
+        update = training.update
+        assert isinstance(update, ObservedUpdate)
+        tracking = Tracking(Path(folder), sinks=["tensorboard"], console=False)
+        observer = Diagnostics(setup, update, kinds, every, tracking.diagnostics)
+        batches: list[tuple[Tensor, Tensor]] = list(training.batches.epoch(0))[:8]
+        setup.module.train()
+        times: dict[bool, list[float]] = {False: [], True: []}
+        for number in range(2 * (rounds + 2)):
+            looked = bool(number % 2)
+            update.observers = [observer] if looked else []
+            start = time.perf_counter()
+            update(*batches[number % len(batches)], every * number, training.sums)
+            if setup.device.type == "cuda":
+                torch.cuda.synchronize()
+            times[looked].append(time.perf_counter() - start)
+        tracking.close()
+    return statistics.median(times[False][2:]), statistics.median(times[True][2:]), every
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--models", default="resnet20,mlp")
+    arguments = parser.parse_args()
+    for model in arguments.models.split(","):
+        for kinds in KINDS:
+            typed = [*MODELS[model], f"data.batch_size={arguments.batch}"]
+            plain, looked, every = measure(typed, kinds, arguments.rounds)
+            share = (looked - plain) / (every * plain)
+            print(
+                f"{model:9} {','.join(kinds):32} plain {plain * 1e3:8.2f} ms, looked at {looked * 1e3:8.2f} ms: "
+                f"{share:.2%} of the training time at diagnostics_every={every}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

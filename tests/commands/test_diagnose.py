@@ -1,0 +1,63 @@
+"""`dlopt diagnose`, `dlopt find-lr` and `dlopt summary` as they are typed."""
+
+import json
+from pathlib import Path
+
+from tests.commands.line import SMALL, dlopt, only, refused
+
+NET = ("model=mlp", "model.widths=[6,6]", "model.activation=tanh", "model.norm=none", "data.subset=60", "threads=1")
+SHORT = ("data.batch_size=20", "updates=2", "batches=2", "eigenvalues=1", "iterations=3")
+
+
+def test_several_inits_in_one_picture_with_verdicts(tmp_path: Path) -> None:
+    result = dlopt(tmp_path, "diagnose", *NET, *SHORT, "init=normal,xavier_normal", "init.std=30", "output=x")
+    assert (result.code, result.err) == (0, "")
+    names = {"activations", "gradients", "depth", "updates", "curvature"}
+    assert {path.name for path in (tmp_path / "x").glob("*.*")} == {
+        *(f"{name}.{kind}" for name in names for kind in ("png", "svg")),
+        "diagnosis.json",
+    }
+    assert "saturated (2 of 3 layers): try init=xavier_normal, model.norm=batch" in result.out
+    assert "init.std: there is no such key in xavier_normal" in result.out
+    wide, xavier = json.loads((tmp_path / "x" / "diagnosis.json").read_text())
+    assert wide["label"] == "normal" and [each["updates"] for each in wide["snapshots"]] == [0, 2]
+    assert [layer["verdict"] for layer in wide["snapshots"][0]["layers"]] == ["saturated", "saturated", "healthy"]
+    assert {layer["verdict"] for layer in xavier["snapshots"][0]["layers"]} == {"healthy"}
+    assert len(wide["updates"]["losses"]) == 2 and len(list((tmp_path / "x" / "tensorboard").rglob("events*"))) == 2
+
+
+def test_a_trained_checkpoint(tmp_path: Path) -> None:
+    assert dlopt(tmp_path, "train", *SMALL, "hydra.run.dir=run").code == 0
+    typed = ("checkpoint=run/checkpoints/last.pt", "updates=1", "batches=1", "eigenvalues=0")
+    result = dlopt(tmp_path, "diagnose", *typed, "threads=1")
+    assert (result.code, result.err) == (0, "")
+    [found] = json.loads(only(tmp_path, "outputs/diagnose/*/diagnosis.json").read_text())
+    assert found["snapshots"][0]["updates"] == json.loads((tmp_path / "run" / "summary.json").read_text())["steps"]
+    assert "with checkpoint= the choices are" in refused(tmp_path, "diagnose", *typed, "model=resnet20")
+
+
+def test_find_lr_suggests_and_draws(tmp_path: Path) -> None:
+    result = dlopt(tmp_path, "find-lr", *NET, "data.batch_size=20", "updates=30", "output=lr")
+    assert (result.code, result.err) == (0, "")
+    found = json.loads((tmp_path / "lr" / "find_lr.json").read_text())
+    assert f"valley: optimizer.lr={found['valley']:.2g}" in result.out
+    assert {path.name for path in (tmp_path / "lr").iterdir()} == {"find_lr.png", "find_lr.svg", "find_lr.json"}
+
+
+def test_summary_reads_no_data_where_it_is_told_the_shape(tmp_path: Path) -> None:
+    typed = ("model=resnet50", "model.stem=imagenet", "input_shape=[3,224,224]", "classes=1000", "data=imagenet")
+    result = dlopt(tmp_path, "summary", *typed, "data.root=nowhere")
+    assert (result.code, result.err) == (0, "")
+    assert "parameters: 25,557,032" in result.out and "forward: 4.09 GMACs per sample" in result.out
+    assert "model: resnet20 on samples of 1x8x8" in dlopt(tmp_path, "summary").out
+
+
+def test_what_cannot_work_is_told_in_one_line(tmp_path: Path) -> None:
+    assert "updates=-1: input should be" in refused(tmp_path, "diagnose", "updates=-1")
+    assert "checkpoint=none.pt" in refused(tmp_path, "diagnose", "checkpoint=none.pt")
+    assert "type checkpoint=PATH" in refused(tmp_path, "diagnose", "resume=auto")
+    assert "one process looks" in refused(tmp_path, "diagnose", "parallel=ddp", "parallel.processes=2")
+    assert "only `dlopt train` looks" in refused(tmp_path, "diagnose", *NET, "optimizer.lr=auto")
+    assert "max_lr=0.1: it has to be above min_lr=1" in refused(tmp_path, "find-lr", "min_lr=1", "max_lr=0.1")
+    assert "add classes=N" in refused(tmp_path, "summary", "input_shape=[3,8,8]")
+    assert "input_shape=[5, 0]" in refused(tmp_path, "summary", "input_shape=[5,0]", "classes=2")
