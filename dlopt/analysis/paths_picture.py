@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _FRAMES = 120  # of a film, at most
-_FLOOR = 1e-12  # distances below are rounding
+_FLOOR = 1e-6  # share of the first distance; below it is there
 _LINE = 120  # letters in a line of the legend
 
 
@@ -78,7 +78,7 @@ def _finish_distances(axes: "Axes", paths: Mapping[str, Path], label: str, longe
     start = max(float(path.distances[0]) for path in paths.values())
     highest = min(max(float(path.distances.max()) for path in paths.values()), 100 * start)
     axes.set_yscale("log", nonpositive="clip")
-    axes.set_ylim(max(lowest / 2, _FLOOR), 2 * highest)
+    axes.set_ylim(max(lowest / 2, _FLOOR * start), 2 * highest)
     axes.set_xlim(0, longest)
     axes.set_xlabel(label)
     axes.set_ylabel("distance to the minimum")

@@ -1,0 +1,242 @@
+"""The lectures that compare: their commands run, and what their pictures are said to show is there."""
+
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from dlopt.analysis.comparison import Cell, Comparison, Outcome, finals, mean, read
+from dlopt.commands.compare import comparison_of
+from dlopt.config.choices import config_folder
+from dlopt.config.compose import Composer, to_plain
+from dlopt.config.experiment import parse
+from tests.commands.line import dlopt
+
+FOLDER = config_folder() / "experiment" / "lecture"
+LECTURES = sorted(
+    path.stem for path in FOLDER.glob("*.yaml") if path.stem[0] != "_" and "\ncomparison:\n" in path.read_text()
+)
+
+
+class Shown:
+    """What a lecture's runs left."""
+
+    def __init__(self, comparison: Comparison, outcomes: dict[Cell, Outcome]) -> None:
+        self.comparison = comparison
+        self.outcomes = outcomes
+
+    def final(self, variant: str, *point: object, figure: str | None = None) -> float:
+        """The figure at the end, its mean over the seeds; NaN where one of them diverged."""
+        name = self.comparison.figures[0] if figure is None else figure
+        return mean(finals(self.comparison, self.outcomes, variant, name)[point])
+
+    def curve(self, variant: str, figure: str) -> list[float]:
+        """The mean over the seeds, epoch by epoch."""
+        runs = [self.outcomes[Cell(variant, (), seed)] for seed in self.comparison.seeds]
+        return [mean(column) for column in zip(*(run.curve(figure, "epoch")[1] for run in runs), strict=True)]
+
+
+Run = Callable[..., Shown]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Types the lecture's command, and `more`."""
+
+    def type_it(name: str, *more: str) -> Shown:
+        line = [f"experiment=lecture/{name}", *more]
+        result = dlopt(tmp_path, "train", *line, "hydra.run.dir=out")
+        assert result.code == 0, result.err
+        assert (tmp_path / "out/comparison.png").stat().st_size > 20_000
+        composer = Composer()
+        comparison = comparison_of(composer, composer.compose(line), line)
+        cells = list(comparison.cells())
+        return Shown(
+            comparison, {cell: read(tmp_path / f"out/{i}", comparison.figures) for i, cell in enumerate(cells)}
+        )
+
+    return type_it
+
+
+@pytest.mark.parametrize("name", LECTURES)
+def test_every_run_is_valid_and_the_header_states_command_and_time(name: str) -> None:
+    composer, line = Composer(), [f"experiment=lecture/{name}"]
+    comparison = comparison_of(composer, composer.compose(line), line)
+    cells = list(comparison.cells())
+    for cell in [*{cell.variant: cell for cell in cells}.values(), cells[0]]:  # the last of each variant, and the first
+        overrides = [*line, *comparison.overrides(cell)]
+        parse(*to_plain(composer.compose(overrides), overrides))
+    directive, *header = (FOLDER / f"{name}.yaml").read_text().partition("\ndefaults:")[0].splitlines()
+    assert directive == "# @package _global_" and all(line.startswith("#") for line in header)
+    assert f"  dlopt train experiment=lecture/{name}" in "\n".join(header)
+    assert f"{len(cells)} runs" in "\n".join(header) and "on one core" in "\n".join(header)
+    assert comparison.see.endswith(".") and len(comparison.see) < 300
+
+
+@pytest.mark.slow
+def test_batch_norm_allows_larger_learning_rates(run: Run) -> None:
+    shown = run("batch_norm_learning_rate", "comparison.seeds=[0]")
+    assert all(shown.final("with batch norm", lr) > 0.9 for lr in (0.003, 0.01, 0.03, 0.1, 0.3))
+    assert not any(shown.final("without batch norm", lr) > 0.85 for lr in (0.001, 0.003, 0.01, 0.03, 0.3, 1.0, 3.0))
+
+
+@pytest.mark.slow
+def test_batch_norm_depends_less_on_the_scale(run: Run) -> None:
+    shown = run("batch_norm_initialization", "comparison.seeds=[0]")
+    assert shown.final("without batch norm", 0.2) > 0.9
+    assert not any(shown.final("without batch norm", std) > 0.3 for std in (0.01, 0.03, 0.5, 1.0, 3.0))
+    assert all(shown.final("with batch norm", std) > 0.85 for std in (0.01, 0.03, 0.1, 0.2, 0.5))
+
+
+@pytest.mark.slow
+def test_batch_norm_rescues_sigmoids(run: Run) -> None:
+    shown = run("batch_norm_sigmoid", "comparison.seeds=[0]")
+    assert shown.final("sigmoid, without batch norm", figure="val_accuracy") < 0.2
+    assert shown.final("sigmoid, with batch norm", figure="val_accuracy") > 0.9
+
+
+@pytest.mark.slow
+def test_gamma_and_beta_matter_little(run: Run) -> None:
+    shown = run("batch_norm_affine", "comparison.seeds=[0]", "epochs=5")
+    plain, bare, whole = (shown.final(variant, figure="val_accuracy") for variant in shown.comparison.variants)
+    assert plain < 0.8 < 0.9 < min(bare, whole) and abs(bare - whole) < 0.04
+
+
+@pytest.mark.slow
+def test_inputs_of_layers_drift_less_with_batch_norm(run: Run) -> None:
+    shown = run("covariate_shift", "epochs=10")
+    without, with_norm = (shown.curve(variant, "input_drift") for variant in shown.comparison.variants)
+    assert len(without) == 9 and min(without) > 5 * max(with_norm)
+
+
+@pytest.mark.slow
+def test_batch_norm_suffers_from_tiny_batches_and_layer_norm_does_not(run: Run) -> None:
+    shown = run("normalization_batch_size", "comparison.along={data.batch_size:[2,16]}")
+    assert shown.final("batch norm", 2) < 0.7 < 0.85 < shown.final("batch norm", 16)
+    for variant in ("layer norm", "group norm"):
+        assert shown.final(variant, 2) > 0.85 < shown.final(variant, 16)
+
+
+@pytest.mark.slow
+def test_one_sample_per_device_is_too_few_without_synchronization(run: Run) -> None:
+    shown = run("batch_norm_per_device", "comparison.seeds=[0]")
+    own, sync = ({n: shown.final(variant, n) for n in (1, 2, 8, 32)} for variant in shown.comparison.variants)
+    assert own[1] < sync[1] - 0.05 and own[32] == sync[32] == sync[1]
+    assert abs(own[8] - sync[8]) < 0.04
+
+
+@pytest.mark.slow
+def test_batch_norm_needs_less_regularization(run: Run) -> None:
+    shown = run("batch_norm_regularization", "comparison.along={model.dropout:[0.0,0.4]}")
+    without, with_norm = ((shown.final(v, 0.0), shown.final(v, 0.4)) for v in shown.comparison.variants)
+    assert without[1] - without[0] > with_norm[1] - with_norm[0]
+    assert with_norm[0] > with_norm[1] and with_norm[0] > without[0]
+
+
+@pytest.mark.slow
+def test_dropout_narrows_the_gap(run: Run) -> None:
+    shown = run("dropout", "comparison.seeds=[0]")
+    for figure, order in (("train_loss", 1), ("val_loss", -1)):
+        assert order * shown.final("dropout 0.5", figure=figure) > order * shown.final("no dropout", figure=figure)
+    assert shown.curve("no dropout", "val_loss")[-1] > 1.05 * min(shown.curve("no dropout", "val_loss"))
+
+
+@pytest.mark.slow
+def test_centring_and_whitening_help_and_one_scale_does_not(run: Run) -> None:
+    shown = run("feature_scaling")
+    raw, scaled, centred, white = (shown.final(variant) for variant in shown.comparison.variants)
+    assert 1 / 5 < raw / scaled < 5
+    assert min(raw, scaled) > 10 * centred > 20 * white
+
+
+@pytest.mark.slow
+def test_the_mean_bounds_the_learning_rate(run: Run) -> None:
+    shown = run("mean_image")
+    nothing, pixel, image = ([shown.final(v, lr) for lr in (1e-4, 1e-3)] for v in shown.comparison.variants)
+    assert nothing[0] > 1.5 * pixel[0] and nothing[1] > 2 * pixel[1] > 4 * image[1]
+
+
+@pytest.mark.slow
+def test_more_updates_of_fewer_samples(run: Run) -> None:
+    shown = run("batch_size", "epochs=6")
+    whole, mini, single = (shown.curve(variant, "train_loss") for variant in shown.comparison.variants)
+    assert whole[-1] > 4 * mini[-1] and single[0] < 0.5 * mini[0]
+    rises = [sum(b > a for a, b in pairwise(c)) for c in (whole, mini)]
+    assert rises == [0, 0]
+
+
+@pytest.mark.slow
+def test_decay_is_decoupled_from_adams_scaling_and_the_same_for_sgd(run: Run) -> None:
+    grid = "comparison.along={optimizer.lr:[0.003,0.01],optimizer.weight_decay:[0.01,1.0]}"
+    shown = run("weight_decay_adam", grid)
+    for lr in (0.003, 0.01):
+        assert shown.final("Adam, L2 in the loss", lr, 1.0) < 0.5
+        assert shown.final("AdamW, decoupled", lr, 1.0) > 0.9 < shown.final("Adam, L2 in the loss", lr, 0.01)
+
+
+@pytest.mark.slow
+def test_for_sgd_it_does_not_matter_where_the_decay_stands(run: Run) -> None:
+    shown = run("weight_decay_sgd", "comparison.along={optimizer.lr:[0.1,0.3],optimizer.weight_decay:[0.001,0.1]}")
+    for cell in shown.comparison.cells():
+        if cell.variant.startswith("SGDW"):
+            other = shown.final("SGD with momentum, L2 in the loss", *cell.point)
+            assert abs(shown.final(cell.variant, *cell.point) - other) < 0.05
+
+
+@pytest.mark.slow
+def test_adagrads_rate_shrinks_and_the_others_rise(run: Run) -> None:
+    shown = run("effective_rate", "epochs=15")
+    adagrad, adadelta, adam = (shown.curve(variant, "effective_rate") for variant in shown.comparison.variants)
+    assert all(later < earlier for earlier, later in pairwise(adagrad))
+    assert adagrad[-1] < 0.5 * adagrad[0]
+    assert adadelta[-1] > 1.2 * adadelta[1] and adam[-1] > 1.1 * adam[1]
+
+
+@pytest.mark.slow
+def test_adaptive_methods_need_schedules_too(run: Run) -> None:
+    shown = run("adaptive_schedules", "comparison.along={schedule:[constant,cosine]}")
+    for variant in ("Adam", "RMSprop"):
+        assert shown.final(variant, "constant") > 2 * shown.final(variant, "cosine")
+    assert shown.final("Adagrad", "constant") < 1.1 * shown.final("Adagrad", "cosine")
+
+
+@pytest.mark.slow
+def test_schedules_that_decay_end_below_the_constant_one(run: Run) -> None:
+    shown = run("schedules", "comparison.seeds=[0]")
+    ends = {variant: shown.final(variant) for variant in shown.comparison.variants}
+    constant = ends.pop("constant")
+    assert all(end < 0.9 * constant for end in ends.values()), (constant, ends)
+
+
+@pytest.mark.slow
+def test_restarts_throw_the_loss_up_and_cycles_end_lower(run: Run) -> None:
+    shown = run("warm_restarts", "comparison.seeds=[0]")
+    loss = shown.curve("cosine with warm restarts", "train_loss")
+    ends = [loss[2], loss[8], loss[20]]  # cycles of 3, 6 and 12 epochs
+    assert loss[3] > 1.2 * ends[0] and max(loss[9:11]) > 1.2 * ends[1]
+    assert ends[0] > 2 * ends[1] > 4 * ends[2]
+    assert ends[2] < 0.7 * shown.final("constant")
+
+
+@pytest.mark.slow
+def test_the_transformer_needs_warmup(run: Run) -> None:
+    shown = run("transformer_warmup")
+    without, warmed = (shown.final(variant, figure="val_accuracy") for variant in shown.comparison.variants)
+    assert without < 0.3 < 0.7 < warmed
+
+
+@pytest.mark.slow
+def test_hard_examples_help_and_interleaving_does_no_harm(run: Run) -> None:
+    shown = run("sampling", "comparison.seeds=[0,1,2]")
+    at_random, interleaved, hard = (shown.curve(variant, "val_accuracy") for variant in shown.comparison.variants)
+    assert mean(hard[3:7]) > mean(at_random[3:7]) + 0.005
+    assert mean(interleaved) > mean(at_random) - 0.005
+
+
+@pytest.mark.slow
+def test_augmentation_helps_where_data_are_few(run: Run) -> None:
+    shown = run("augmentation", "comparison.seeds=[0]")
+    known, moved = shown.comparison.variants
+    assert shown.final(known, figure="train_accuracy") > 0.99 > 0.97 > shown.final(moved, figure="train_accuracy")
+    assert shown.final(moved, figure="val_accuracy") > shown.final(known, figure="val_accuracy") + 0.015
