@@ -8,11 +8,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Cut:
-    """The positions `index` of `size` along dimension `dim`."""
+    """The positions `index` of `size` along dimension `dim`: one part of the whole, or of each of so many `pieces`."""
 
     dim: int
     index: slice | Tensor
     size: int
+    pieces: int = 1
 
     def of(self, whole: Tensor) -> Tensor:
         """The part of a whole tensor."""

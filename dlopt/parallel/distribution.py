@@ -15,10 +15,15 @@ def distribute(model: nn.Module, mesh: Any, cuts: Mapping[str, Cut]) -> None:
     their gradients (or are made so behind the backward). The layers see what this rank has.
     """
     from torch.distributed.tensor import DTensor, Replicate, Shard
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    def placement(cut: Cut | None) -> Any:
+        if cut is None:
+            return Replicate()
+        return Shard(cut.dim) if cut.pieces == 1 else _StridedShard(cut.dim, split_factor=cut.pieces)
 
     def spread(name: str, tensor: Tensor) -> Any:
-        placement = Shard(cuts[name].dim) if name in cuts else Replicate()
-        return DTensor.from_local(tensor.detach(), mesh, [placement], run_check=False)
+        return DTensor.from_local(tensor.detach(), mesh, [placement(cuts.get(name))], run_check=False)
 
     for prefix, module in model.named_modules():
         found = False

@@ -19,8 +19,6 @@ from dlopt.models.alexnet import TwoColumnAlexNet
 from dlopt.models.layers import ACTIVATIONS, GlobalAveragePool
 from dlopt.models.locally_connected import LocallyConnected2d
 from dlopt.models.mlp import ResidualPair
-from dlopt.models.preact import PreActBlock, PreActBottleneck
-from dlopt.models.resnet import BasicBlock, Bottleneck
 from dlopt.parallel.collectives import Ranks
 from dlopt.parallel.cuts import Cut
 from dlopt.parallel.ddp import Port
@@ -55,7 +53,7 @@ class Splitter:
     def split(self, model: nn.Module) -> None:
         if isinstance(model, TwoColumnAlexNet):
             self._columns(model)
-        elif isinstance(model, nn.Sequential):
+        elif is_chain(model):
             self.see(model)
             if self.chain(named(model), "whole") == "split":
                 behind(model, self.ranks.gathered)
@@ -64,7 +62,7 @@ class Splitter:
 
     def see(self, model: nn.Module) -> None:
         """Finds the last layer, whose outputs all ranks need: it is split by its inputs."""
-        weighted = [each for each in model.modules() if isinstance(each, _WEIGHTED)]
+        weighted = [each for each in model.modules() if type(each) in _WEIGHTED]
         self._last = next((each for each in weighted[-1:] if isinstance(each, nn.Linear)), None)
 
     def _columns(self, model: TwoColumnAlexNet) -> None:
@@ -82,27 +80,27 @@ class Splitter:
         return layout
 
     def _next(self, name: str, module: nn.Module, layout: Layout) -> Layout:
-        match module:
-            case nn.Sequential():
-                return self.chain(named(module, name), layout)
-            case BasicBlock() | Bottleneck() | PreActBlock() | PreActBottleneck() | ResidualPair():
-                if layout == "split":
-                    before(module, self.ranks.gathered)
-                self._block(name, module)
+        if is_chain(module):
+            return self.chain(named(module, name), layout)
+        if type(module) in (*PROJECTED, ResidualPair):
+            if layout == "split":
+                before(module, self.ranks.gathered)
+            self._block(name, module)
+            return "whole"
+        if type(module) in _WEIGHTED:
+            if module is self._last:
+                self.split_inputs(name, module, layout)
                 return "whole"
-            case nn.Conv2d() | nn.Linear() | LocallyConnected2d():
-                if module is self._last:
-                    self.split_inputs(name, module, layout)
-                    return "whole"
-                self._split_outputs(name, module, layout)
-                return "split"
+            self._split_outputs(name, module, layout)
+            return "split"
+        match module:
             case _NormBase() | nn.GroupNorm() | nn.LayerNorm() | nn.LocalResponseNorm():
                 return self._norm(name, module, layout)
             case _DropoutNd():
                 if layout == "split":
                     self.dropouts[module] = self.ranks.cut
                 return layout
-        if not isinstance(module, _BY_CHANNEL):
+        if not isinstance(module, _BY_CHANNEL) or (isinstance(module, nn.Flatten) and module.start_dim != 1):
             self.refuse(name, module)
         return layout
 
@@ -232,6 +230,11 @@ def filters(
     if joined is None:
         return Single(device, "filter")
     return ModelParallel("filter", *joined, accumulate=accumulate, split=split_filters, rows=1, sync=True)
+
+
+def is_chain(module: nn.Module) -> bool:
+    """Whether its children are called one after the other, and nothing else happens."""
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
 
 
 def named(module: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:

@@ -79,7 +79,9 @@ class ModelParallel(Cut, Member):
         return own[0] if len(own) == 1 else torch.cat([torch.arange(piece.start, piece.stop) for piece in own])
 
     def augmented(self, augment: Any) -> Any:
-        return augment and PiecewiseAugment(augment, self.accumulate, self.row, self.rows)
+        if self.rows == 1 or augment is None:
+            return augment
+        return PiecewiseAugment(augment, self.accumulate, self.row, self.rows)
 
     def batches(self, batches: Any) -> Any:
         return Batches(batches, self)
@@ -104,9 +106,12 @@ class ModelParallel(Cut, Member):
     def _told(self, named: Mapping[str, nn.Parameter]) -> str:
         total = sum(p.numel() for p in named.values())
         own = sum(local(p).numel() for p in named.values() if not p.is_meta)
-        return (
-            f"parallel={self.name}: {self.ranks.size} processes hold the {total} parameters together, this one {own}; "
-            + ("all see the same samples" if self.rows == 1 else f"{self.rows} such groups share the batches")
+        whole = sum(p.numel() for p in named.values() if not p.is_meta and local(p).numel() == p.numel())
+        told = f"{self.ranks.size} processes hold the {total} parameters together; {own} are on this one"
+        if self.splits == "tensors":
+            told += f", of which {whole} are on each"
+        return f"parallel={self.name}: {told}" + (
+            f"; {self.rows} such groups share the batches" if self.rows > 1 else ""
         )
 
     def align(self, *models: nn.Module) -> None:

@@ -97,7 +97,7 @@ def _sharing(tensor: Tensor) -> tuple[tuple[Any, int, int], ...]:
     mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
     if any(each.is_partial() for each in placements):
         raise TypeError(f"a tensor of {placements} is a summand and no part of a whole")
-    return tuple((mesh, axis, each.dim) for axis, each in enumerate(placements) if each.is_shard())
+    return tuple((mesh, axis, each.dim) for axis, each in enumerate(placements) if not each.is_replicate())
 
 
 def _summed(values: Tensor, sharing: Sequence[tuple[Any, int, int]]) -> Tensor:

@@ -16,12 +16,11 @@ from torch.nn.modules.dropout import _DropoutNd
 from dlopt.errors import UserError
 from dlopt.models.layers import ACTIVATIONS, GlobalAveragePool
 from dlopt.models.locally_connected import LocallyConnected2d
-from dlopt.models.preact import PreActBlock, PreActBottleneck
-from dlopt.models.resnet import BasicBlock, Bottleneck, ZeroPadShortcut
+from dlopt.models.resnet import ZeroPadShortcut
 from dlopt.parallel.collectives import Ranks
 from dlopt.parallel.cuts import Cut
 from dlopt.parallel.ddp import Port
-from dlopt.parallel.filter import Splitter, named, take
+from dlopt.parallel.filter import Splitter, is_chain, named, take
 from dlopt.parallel.group import join
 from dlopt.parallel.model_parallel import ModelParallel, Plan, check_precision
 from dlopt.parallel.rows import (
@@ -37,11 +36,11 @@ from dlopt.parallel.rows import (
     strips,
 )
 from dlopt.parallel.single import Single
-from dlopt.parallel.split_layers import become, before
+from dlopt.parallel.split_layers import PROJECTED, InputSplitLinear, become, before
 from dlopt.ranges import Count, Positive
 
-Layout = Literal["images", "rows", "whole", "split"]
-"""Maps that all ranks have, maps in strips; then features as in `dlopt.parallel.filter`."""
+Layout = Literal["images", "rows", "strips", "whole", "split"]
+"""Maps that all ranks have, maps in strips, flattened strips; then features as in `dlopt.parallel.filter`."""
 
 _BY_PIXEL = (*ACTIVATIONS.values(), nn.Identity, nn.LocalResponseNorm)
 
@@ -49,14 +48,16 @@ _BY_PIXEL = (*ACTIVATIONS.values(), nn.Identity, nn.LocalResponseNorm)
 class _Strips:
     """Splits a model in place, as `Splitter` does; `summands`: names of parameters whose gradients are to be summed."""
 
-    def __init__(self, ranks: Ranks, heights: dict[nn.Module, int]) -> None:
+    def __init__(self, ranks: Ranks, maps: dict[nn.Module, torch.Size]) -> None:
         self.ranks = ranks
-        self.heights = heights  # of the maps that each module reads
+        self.maps = maps  # [B, C, H, W], which each module reads
+        self.heights = {module: shape[2] for module, shape in maps.items()}
         self.features = Splitter(ranks, "spatial")
         self.summands: list[str] = []
+        self._flat: Cut | None = None
 
     def split(self, model: nn.Module) -> None:
-        if not isinstance(model, nn.Sequential):
+        if not is_chain(model):
             self.features.refuse("the model", model)
         self.features.see(model)
         layout: Layout = "images"
@@ -68,15 +69,21 @@ class _Strips:
     def _next(self, parent: nn.Module, name: str, module: nn.Module, layout: Layout) -> Layout:
         if layout in ("whole", "split"):
             return self.features.chain([(name, module)], layout)
-        if isinstance(module, nn.Sequential):
+        if is_chain(module):
             for child_name, child in named(module, name):
                 layout = self._next(module, child_name, child, layout)
             return layout
+        if layout == "strips":
+            return self._behind_maps(name, module)
         if isinstance(module, nn.Flatten):
-            if layout == "rows":
-                self._gather_before(module)
+            if layout == "images":
+                return "whole"
+            self._flat = self._features_of(self.maps[module])
+            if self._flat is not None:
+                return "strips"
+            self._gather_before(module)
             return "whole"
-        if isinstance(module, nn.Conv2d | nn.MaxPool2d | LocallyConnected2d):
+        if type(module) in (nn.Conv2d, nn.MaxPool2d, LocallyConnected2d):
             self._windows(name, module, from_whole=layout == "images")
             return "rows"
         if layout == "images":
@@ -85,10 +92,11 @@ class _Strips:
         return self._on_rows(parent, name, module)
 
     def _on_rows(self, parent: nn.Module, name: str, module: nn.Module) -> Layout:
+        if type(module) in PROJECTED:
+            for child_name, child in named(module, name):
+                self._next(module, child_name, child, "rows")
+            return "rows"
         match module:
-            case BasicBlock() | Bottleneck() | PreActBlock() | PreActBottleneck():
-                for child_name, child in named(module, name):
-                    self._next(module, child_name, child, "rows")
             case GlobalAveragePool():
                 become(module, RowAveragePool, ranks=self.ranks, height=self.heights[module])
                 return "whole"
@@ -113,6 +121,30 @@ class _Strips:
             case _ if not isinstance(module, _BY_PIXEL):
                 self.features.refuse(name, module)
         return "rows"
+
+    def _features_of(self, maps: torch.Size) -> Cut | None:
+        """Which of the features of flattened maps are in this rank's strip; None where strips are not equal."""
+        _, channels, height, width = maps
+        if height % self.ranks.size:
+            return None
+        start, stop = strips(height, self.ranks.size)[self.ranks.rank]
+        positions = torch.arange(channels * height * width).view(channels, height, width)
+        return Cut(1, positions[:, start:stop].reshape(-1), positions.numel(), pieces=channels)
+
+    def _behind_maps(self, name: str, module: nn.Module) -> Layout:
+        """The first layer behind flattened strips is split by its inputs: nothing but its outputs is exchanged."""
+        cut = self._flat
+        assert cut is not None
+        if isinstance(module, nn.Linear):
+            take(module, name, "weight", cut, self.features.cuts)
+            module.in_features //= self.ranks.size
+            become(module, InputSplitLinear, ranks=self.ranks, cuts=False)
+            return "whole"
+        if isinstance(module, _DropoutNd):
+            self.features.dropouts[module] = lambda _: cut
+        elif not isinstance(module, _BY_PIXEL):
+            self.features.refuse(name, module)
+        return "strips"
 
     def _windows(self, name: str, layer: nn.Module, *, from_whole: bool) -> None:
         """Makes a layer that reads windows of the whole maps one that reads strips."""
@@ -159,13 +191,13 @@ class _Strips:
 
 
 @torch.no_grad()
-def _heights(model: nn.Module, input_shape: tuple[int, ...]) -> dict[nn.Module, int]:
-    """How many rows the maps have that each module reads."""
-    heights: dict[nn.Module, int] = {}
+def _maps(model: nn.Module, input_shape: tuple[int, ...]) -> dict[nn.Module, torch.Size]:
+    """The shape of the maps that each module reads."""
+    maps: dict[nn.Module, torch.Size] = {}
 
     def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if inputs[0].ndim == 4:
-            heights[module] = inputs[0].shape[2]
+            maps[module] = inputs[0].shape
 
     handles = [module.register_forward_pre_hook(look) for module in model.modules()]
     modes = {module: module.training for module in model.modules()}
@@ -177,15 +209,14 @@ def _heights(model: nn.Module, input_shape: tuple[int, ...]) -> dict[nn.Module, 
             handle.remove()
         for module, mode in modes.items():
             module.training = mode
-    return heights
+    return maps
 
 
 def split_rows(model: nn.Module, input_shape: tuple[int, ...], ranks: Ranks) -> Plan:
-    heights = _heights(model, input_shape)
-    splitter = _Strips(ranks, heights)
+    splitter = _Strips(ranks, _maps(model, input_shape))
     splitter.split(model)
     notes = []
-    least = min((h for m, h in heights.items() if isinstance(m, nn.Conv2d | LocallyConnected2d)), default=ranks.size)
+    least = min(splitter.heights.values(), default=ranks.size)
     if least < ranks.size:
         notes.append(f"parallel=spatial: some maps have {least} rows only, so that some processes have none of them")
     return Plan(splitter.features.cuts, splitter.features.dropouts, splitter.summands, notes)

@@ -57,13 +57,14 @@ def small_blocks() -> dict[str, nn.Module]:
         return BasicBlock(8, 16, 2, shortcut=projection, norm=norm(kind))
 
     projection = nn.Sequential(nn.Conv2d(8, 16, 1, stride=2, bias=False), nn.BatchNorm2d(16))
-    preact = {"projection": True, "dropout": 0.3, "norm": norm()}
     return {
         "option B": net(option_b("batch"), channels=16),
         "option B without norm": net(option_b("none"), channels=16),
         "bottleneck": net(Bottleneck(8, 4, 2, shortcut=projection, norm=norm()), channels=16),
-        "pre-activation": net(PreActBlock(8, 16, 2, **preact), channels=16),
-        "pre-activation bottleneck": net(PreActBottleneck(8, 4, 2, **preact), channels=16),
+        "pre-activation": net(PreActBlock(8, 16, 2, projection=True, dropout=0.3, norm=norm()), channels=16),
+        "pre-activation bottleneck": net(
+            PreActBottleneck(8, 4, 2, projection=True, dropout=0.3, norm=norm()), channels=16
+        ),
     }
 
 

@@ -80,22 +80,23 @@ def test_elementwise_optimizers(tmp_path: Path) -> None:
 
 def in_turn(folder: str, both: list[str], legs: list[tuple[list[str], int]]) -> None:
     """In each rank: one run, of which every leg goes on with what another mode has left."""
-    for mode, steps in legs:
+    for mode, epochs in legs:
         checkpoints = Checkpoints(Path(folder) / "checkpoints")
         state = checkpoints.load_newest() if os.environ["DLOPT_RANK"] == "0" else None
-        train(Run(experiment(*both, *mode, f"steps={steps}"), Path(folder), state), console=False)
+        train(Run(experiment(*both, *mode, f"epochs={epochs}"), Path(folder), state), console=False)
         world.leave()
 
 
 def relay(tmp_path: Path, processes: int, both: list[str], modes: list[list[str]]) -> None:
-    """One process begins, each of `modes` goes on for a part of an epoch, and one process ends what one never left."""
-    both = [*both, "optimizer=adamw", "optimizer.lr=0.01", "data.batch_size=24"]  # four updates per epoch
-    legs = [(mode, 2 + number) for number, mode in enumerate(modes, 1)]
-    start(tmp_path / "relay", *both, "steps=2")
+    """One process begins, each of `modes` goes on for an epoch, and one process ends what it might never have left."""
+    both = [*both, "optimizer=adamw", "optimizer.lr=0.01", "data.batch_size=48"]  # two updates per epoch
+    legs = [(mode, 1 + number) for number, mode in enumerate(modes, 1)]
+    start(tmp_path / "relay", *both, "epochs=1")
     run_ranks("tests.parallel.test_model_parallel:in_turn", processes, tmp_path, str(tmp_path / "relay"), both, legs)
     state = Checkpoints(tmp_path / "relay" / "checkpoints").load_newest()
-    train(Run(experiment(*both, "epochs=2"), tmp_path / "relay", state), console=False)
-    start(tmp_path / "whole", *both, "epochs=2")
+    epochs = f"epochs={len(modes) + 2}"
+    train(Run(experiment(*both, epochs), tmp_path / "relay", state), console=False)
+    start(tmp_path / "whole", *both, epochs)
     ends = [Checkpoints(tmp_path / name / "checkpoints").load_newest() for name in ("relay", "whole")]
     for one, other in zip(*(_tensors(each) for each in ends), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
@@ -144,15 +145,21 @@ def refused(cases: list[tuple[list[str], str]]) -> None:
     """In each rank."""
     for overrides, message in cases:
         with pytest.raises(UserError, match=f"^{re.escape(message)}"):
-            train(Run(experiment(*MLP, *overrides), Path("unused")), console=False)
+            train(Run(experiment(*BASE, *overrides), Path("unused")), console=False)
         world.leave()
 
 
 def test_what_a_mode_cannot_do_gets_one_line(tmp_path: Path) -> None:
     cases = [
-        ([*FILTER, "optimizer=lamb"], "parallel=filter: LAMB needs whole tensors or the whole model for an update"),
+        (
+            [*FILTER, "model=mlp", "optimizer=lamb"],
+            "parallel=filter: LAMB needs whole tensors or the whole model for an update",
+        ),
         ([*COLUMNS, "model=mlp"], "parallel=columns: the model is a MLP, which has no columns"),
-        ([*MESH, "parallel.data_degree=2"], "parallel=hybrid: data_degree x model_degree = 2 x 2 = 4, but there are 2"),
+        (
+            [*MESH, "model=mlp", "parallel.data_degree=2"],
+            "parallel=hybrid: data_degree x model_degree = 2 x 2 = 4, but there are 2",
+        ),
         ([*SPATIAL, "model=locally_connected", "model.norm=group"], "parallel=spatial: layer1.1 is a GroupNorm, which"),
         (
             [*SPATIAL, "compile=true"],

@@ -1,29 +1,95 @@
 """Models whose maps are cut into strips against the whole ones."""
 
+import re
 from pathlib import Path
 
+import pytest
+import torch
+from torch import nn
+
+from dlopt.analysis.bench_communication import Traffic
+from dlopt.errors import UserError
+from dlopt.parallel.model_parallel import sum_up
 from dlopt.parallel.spatial import split_rows
-from tests.parallel.models import build, compare
+from tests.parallel.models import build, compare, joined, passed
 from tests.parallel.ranks import run_ranks
+from tests.parallel.test_filter import Three
 
 MODELS = {
     "basic": ["model=resnet20", "model.depth=8", "model.dropout=0.2"],
     "plain": ["model=plain20", "model.depth=8", "model.norm=none"],
     "wide": ["model=wrn_16_4", "model.depth=10", "model.widen=1", "model.dropout=0.3"],
-    "vgg": ["model=vgg11_bn", "model.dropout=0.3"],
     "alexnet": ["model=alexnet", "model.hidden=32", "model.norm=batch"],
     "locally connected": ["model=locally_connected", "model.channels=[4,8]", "model.dropout=0.2"],
     "mlp": ["model=mlp", "model.widths=[12,8]", "model.dropout=0.3", "model.norm=batch"],
 }
+VGG = {"vgg": ["model=vgg11_bn", "model.dropout=0.3"]}
 
 
 def all_models(names: list[str], shape: list[int]) -> None:
-    compare({name: build(*MODELS[name], shape=tuple(shape)) for name in names}, split_rows, shape)
+    compare({name: build(*(MODELS | VGG)[name], shape=tuple(shape)) for name in names}, split_rows, shape)
 
 
-def test_split_models_equal_whole_ones(tmp_path: Path) -> None:
+def test_two_ranks_compute_what_one_does(tmp_path: Path) -> None:
     run_ranks("tests.parallel.test_spatial:all_models", 2, tmp_path, list(MODELS), [2, 8, 8])
 
 
 def test_uneven_strips_and_ranks_without_rows(tmp_path: Path) -> None:
-    run_ranks("tests.parallel.test_spatial:all_models", 4, tmp_path, ["basic", "vgg"], [2, 11, 7])
+    run_ranks("tests.parallel.test_spatial:all_models", 4, tmp_path, ["basic", "alexnet"], [2, 11, 7])
+
+
+@pytest.mark.slow
+def test_four_ranks_compute_what_one_does(tmp_path: Path) -> None:
+    run_ranks("tests.parallel.test_spatial:all_models", 4, tmp_path, [*MODELS, *VGG], [2, 16, 16])
+
+
+def bytes_of_a_step() -> None:
+    """Three nets with layers of 4 maps of 16x16 pixels."""
+    ranks, shape, channels = joined(), (2, 16, 16), 4
+    torch.manual_seed(0)
+    convolutional = nn.Sequential(
+        *(nn.Conv2d(2, channels, 3, padding=1), nn.ReLU(), nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU()),
+        *(nn.Flatten(), nn.Linear(channels * 256, 10)),
+    )
+    local = ["model=locally_connected", "model.channels=[4,4]", "model.stride=1", "model.norm=none"]
+    dense = ["model=mlp", "model.widths=[1024,1024]", "model.norm=none"]
+    models = {"convolution": convolutional, "local": build(*local, shape=shape), "dense": build(*dense, shape=shape)}
+    sent = {}
+    for name, model in models.items():
+        plan = split_rows(model, shape, ranks)
+        named = dict(model.named_parameters())
+        with Traffic() as traffic:
+            passed(model, torch.randn(6, *shape))
+            sum_up([named[each].grad for each in plan.summands], ranks.group)  # type: ignore[misc]
+        sent[name] = traffic.sent / 4
+    row, features, logits = channels * 16, channels * 256, 10
+    shared = 2 * 4 * 9 + 4 + 4 * 4 * 9 + 4
+    assert sent == {
+        "local": 6 * (2 * row + logits),  # a row in front of the second layer, and its gradient
+        "convolution": 6 * (2 * row + logits) + shared,  # and the gradients of the filters that all positions share
+        "dense": 6 * (features + logits),  # half the features there, half the gradients back
+    }
+
+
+def test_locally_connected_layers_send_boundaries_and_dense_ones_everything(tmp_path: Path) -> None:
+    run_ranks("tests.parallel.test_spatial:bytes_of_a_step", 2, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["model=resnet20", "model.norm=group"],
+            "parallel=spatial: stem.1 is a GroupNorm, which averages over the pixels of a map, and ranks have strips",
+        ),
+        (
+            ["model=locally_connected"],
+            "parallel=spatial: layer1.0 has filters at 4 rows of positions, which 3 processes cannot share evenly",
+        ),
+        (["model=vit"], "parallel=spatial: embedding is a PatchEmbedding, which it does not know how to split"),
+        (["model=two_column_alexnet"], "parallel=spatial: the model is a TwoColumnAlexNet, which it does not know how"),
+    ],
+)
+def test_what_cannot_be_split_gets_one_line(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+        split_rows(build(*overrides), (2, 8, 8), Three())
