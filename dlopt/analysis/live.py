@@ -32,7 +32,7 @@ def check(setup: Setup, kinds: Sequence[Kind]) -> None:
             f"diagnostics=[{','.join(kinds)}]: with parallel={setup.parallel.name} no process has the whole model; "
             "use parallel=single or ddp"
         )
-    if setup.model is not setup.module and setup.parallel.processes == 1 and set(kinds) - {"curvature"}:
+    if hasattr(setup.model, "_orig_mod") and set(kinds) - {"curvature"}:  # torch.compile's
         raise UserError("diagnostics: a compiled model shows nothing of its layers; type compile=false")
     if "curvature" in kinds and setup.parallel.processes > 1:
         raise UserError(
@@ -48,7 +48,8 @@ class Diagnostics:
     back-propagated gradients and of the weights' (before clipping), update-to-weight ratio, and, with one process, the
     gradient noise scale from the two halves of the batch. curvature: largest eigenvalue of the Hessian of the batch's
     loss behind the update, and the curvature along the update. With several processes the main one reports, of the
-    gradients the averaged ones, of the activations its own.
+    gradients the averaged ones, of the activations its own. Each look at the curvature starts from the eigenvector that
+    the one before found; the first one of a resumed run starts anew.
     """
 
     def __init__(self, setup: Setup, update: Update, kinds: Sequence[Kind], every: int, report: Report) -> None:

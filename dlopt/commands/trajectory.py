@@ -110,6 +110,8 @@ def _curve(label: str, config: DictConfig, overrides: list[str], steps_per_epoch
     settings, lr = experiment.settings, experiment.optimizer.arguments.get("lr")
     if lr is None:
         raise UserError(f"optimizer={config.hydra.runtime.choices.optimizer}: it has no learning rate to draw")
+    if experiment.auto_lr:
+        raise UserError("optimizer.lr=auto: only `dlopt train` looks for the learning rate; type a number here")
     if settings.scale_lr != "none":
         raise UserError(f"scale_lr={settings.scale_lr}: what is drawn is optimizer.lr itself; type scale_lr=none")
     steps = settings.epochs * steps_per_epoch if settings.steps is None else settings.steps

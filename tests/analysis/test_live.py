@@ -119,6 +119,6 @@ def test_what_cannot_be_seen_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"diagnostics\.0=loss|diagnostics"):
         experiment("diagnostics=[loss]")
     setup, training = probing.prepare(experiment(*SMALL, *LOOKING), tmp_path)
-    compiled = build.Setup(**{**vars(setup), "model": lambda inputs: inputs})
+    compiled = build.Setup(**{**vars(setup), "model": torch.compile(setup.module)})
     with pytest.raises(UserError, match="compile=false"):
         Diagnostics(compiled, training.update, ["activations"], 1, lambda *_: None)
