@@ -115,9 +115,7 @@ class FullySharded(Cut, DataParallel):
         if self.sync_batchnorm:
             synchronize(model, self.device)
         make_global(model, self.dropout)
-        model.to(
-            memory_format=torch.contiguous_format
-        )  # FSDP2 takes no others; the inputs' format decides the outputs'
+        model.to(memory_format=torch.contiguous_format)  # FSDP2 takes no others; layers follow the format of inputs
         self._shard(model)
         if not self.sync_every_micro_batch:
             self._deferred = lambda: _unsynchronized(model)

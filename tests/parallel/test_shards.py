@@ -17,7 +17,10 @@ from dlopt.engine.clipping import Adaptive, ByNorm, ByValue, gradient_norm
 from dlopt.engine.stopping import Tolerance
 from dlopt.errors import UserError
 from dlopt.optim import LBFGS
+from dlopt.parallel.fsdp import FullySharded
+from dlopt.parallel.group import Group
 from dlopt.parallel.shards import Cut, load_model, load_optimizer, local, total_norm, whole
+from dlopt.parallel.world import current
 from tests.engine.runs import experiment
 from tests.parallel.ranks import ROOT, run_ranks
 
@@ -76,18 +79,31 @@ def assert_alike(one: nn.Module, other: nn.Module, what: str) -> None:
 
 
 def in_each_rank() -> None:
-    from dlopt.parallel.group import Group
-    from dlopt.parallel.world import current
-
     world = current()
     assert world is not None
-    Group(world, torch.device("cpu"), minutes=1.0)
+    placed(Group(world, torch.device("cpu"), minutes=1.0))
     for choice in CHOICES:
         if choice not in WHOLE_TENSORS | WHOLE_MODEL:
             updated(choice)
     clipped()
     averaged()
     tolerated()
+
+
+def placed(group: Group) -> None:
+    """Each process has its part of fsdp's weights from the start, and together they have those of the one model."""
+    mode = FullySharded(
+        group, torch.device("cpu"), accumulate=1, sync_batchnorm=True, shards=2, unit_parameters=1,
+        reshard_after_forward=True, sync_every_micro_batch=False, cpu_offload=False, low_precision=False,
+    )  # fmt: skip
+    one, other = net(), net()
+    call = mode.place(other, (1, 3, 3))
+    assert_alike(one, other, "placed")
+    held, total = (sum(kind(p).numel() for p in other.parameters()) for kind in (local, lambda p: p))
+    assert total == sum(p.numel() for p in one.parameters()) and held < 0.7 * total
+    inputs = torch.randn(4, 1, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(call(inputs), one(inputs), rtol=1e-12, atol=1e-13)
 
 
 def updated(choice: str) -> None:
