@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dlopt.analysis.leaderboard import direction_of
 from dlopt.analysis.report.keys import printable, text, varying
-from dlopt.analysis.report.reading import Damaged, Reader, Record, is_number, lower_is_better
+from dlopt.analysis.report.reading import Damaged, Reader, Record, is_number
 from dlopt.analysis.report.selecting import Condition, check_key, condition, select, value_of
 from dlopt.errors import UserError
 from dlopt.job import DONE, complain
@@ -130,7 +131,7 @@ def chosen(asked: Asked) -> tuple[list[Record], list[Damaged]]:
 def _sorted(records: list[Record], key: str) -> list[Record]:
     """Numbers before texts, and runs without a value last."""
     is_figure = any(key.removeprefix("best_") in record.figures for record in records)
-    sign = -1 if is_figure and not lower_is_better(key) else 1
+    sign = -1 if is_figure and direction_of(key) == "maximize" else 1
 
     def order(record: Record) -> tuple[int, float, str]:
         value = value_of(record, key)

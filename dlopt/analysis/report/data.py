@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import dlopt
-from dlopt.analysis.leaderboard import Statistic, student_t
+from dlopt.analysis.leaderboard import Statistic, direction_of, student_t
 from dlopt.analysis.report.keys import brief, printable, text
 from dlopt.analysis.report.reading import ENDED, Record, is_number
 from dlopt.analysis.report.statistics import Reached, importance, sensitivities, time_to_target
@@ -207,7 +207,7 @@ def _thinned(lines: Sequence[Mapping[str, float]], step: float, by: str) -> Iter
         return lines
     kept = {round(i * (len(lines) - 1) / (count - 1)) for i in range(count)}
     best = None
-    sign = 1 if by.endswith(("loss", "error")) else -1
+    sign = 1 if direction_of(by) == "minimize" else -1
     for i, line in enumerate(lines):
         value = line.get(by)
         if value is not None and (best is None or sign * value < best):

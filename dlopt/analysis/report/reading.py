@@ -10,6 +10,7 @@ from typing import Any, TypeGuard
 
 import yaml
 
+from dlopt.analysis.leaderboard import direction_of
 from dlopt.folders import RunFolder
 from dlopt.tracking.layout import flatten
 from dlopt.tracking.metrics import METRICS, SUMMARY
@@ -229,12 +230,8 @@ def best_line(metrics: Iterable[Mapping[str, float]], monitor: str) -> Mapping[s
     if monitor == "auto":
         monitor = "val_accuracy" if any("val_accuracy" in line for line in lines) else "val_loss"
     known = [line for line in lines if monitor in line]
-    sign = 1 if lower_is_better(monitor) else -1
+    sign = 1 if direction_of(monitor) == "minimize" else -1
     return min(known, key=lambda line: sign * line[monitor], default=None)
-
-
-def lower_is_better(figure: str) -> bool:
-    return figure.endswith(("loss", "error", "seconds", "steps", "epochs"))
 
 
 def _state(path: Path) -> object:
