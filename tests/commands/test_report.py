@@ -120,8 +120,8 @@ def test_two_thousand_runs_take_less_than_twenty_seconds(tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_watching_writes_anew_when_a_run_has_written_and_ends_when_stopped(runs: Path) -> None:
-    command = [sys.executable, "-m", "dlopt", "report", "night", "--watch"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(package.__file__).parents[1])}
+    command = [sys.executable, "-m", "dlopt", "report", "night", "--watch", "--open"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(package.__file__).parents[1]), "BROWSER": "true"}
     process = subprocess.Popen(command, cwd=runs, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     page = runs / "night/report/index.html"
 
@@ -133,6 +133,9 @@ def test_watching_writes_anew_when_a_run_has_written_and_ends_when_stopped(runs:
 
     try:
         wait('"refresh":5.0')
+        assert process.stdout is not None
+        shown = next(line for line in map(bytes.decode, process.stdout) if line.startswith("http://127.0.0.1:"))
+        assert b'"refresh":5.0' in request(shown.split()[0], "/").read()
         before = page.stat().st_mtime_ns
         time.sleep(8)
         assert page.stat().st_mtime_ns == before  # nothing new
