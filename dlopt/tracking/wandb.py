@@ -19,8 +19,8 @@ class Wandb:
     def begin(self, hparams: Mapping[str, str | bool | float]) -> None:
         import wandb
 
-        if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.api.api_key:
-            raise PermissionError("no account: set WANDB_API_KEY, or WANDB_MODE=offline")  # it would ask, and wait
+        if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.login(prompt=False):
+            raise PermissionError("no account: set WANDB_API_KEY, or WANDB_MODE=offline")
         kept = self._folder / "wandb.id"
         self._run = wandb.init(
             project=str(hparams["name"]),
