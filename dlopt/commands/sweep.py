@@ -259,7 +259,8 @@ def _search(
             before.erase(folder)
         raise
     if outcome.elsewhere:
-        print(f"{outcome.elsewhere} jobs are at work in other processes")
+        are = "job is" if outcome.elsewhere == 1 else "jobs are"
+        print(f"{outcome.elsewhere} {are} at work in other processes")
     _show_search(folder, plan, outcome.rows)
     return int(outcome.code)
 

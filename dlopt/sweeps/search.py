@@ -214,9 +214,14 @@ class Search:
 
     def run(self, places: Places) -> None:
         """Until nothing is left to take. Raises KeyboardInterrupt once a signal has come and the jobs have stopped."""
-        overview = Overview(self._plan.total, self._plan.objectives[0], self._plan.directions[0])
-        self._show_known(overview)
-        work(self, places, overview)
+        self._overview = Overview(self._plan.total, self._plan.objectives[0], self._plan.directions[0])
+        self._show_known(self._overview)
+        work(self, places, self._overview)
+
+    def _share(self) -> None:
+        counts, objective = self._study.counts(), self._plan.objectives[0]
+        done = [(n, self._plan.space.label(values), {objective: f[0]}) for n, values, f in self._study.finished()]
+        self._overview.share(counts.finished, counts.pruned, counts.failed, done)
 
     def _show_known(self, overview: Overview) -> None:
         """What is over already."""
@@ -233,6 +238,7 @@ class Search:
         now = time.monotonic()
         if now < self._asked:  # nothing was left: other processes' jobs are looked at now and then
             return None
+        self._share()
         claim = self._study.claim()
         if claim is None:
             self._asked = now + _PATIENCE

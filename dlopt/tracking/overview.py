@@ -1,7 +1,7 @@
 """A sweep as the user sees it: one live overview at a terminal, plain lines elsewhere, the leaderboard at its end."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any
 
@@ -121,6 +121,14 @@ class Overview:
         if self._live is not None:
             words.append(label)
         self.message(" | ".join([*words, *self._state()]), "red" if status == "failed" else "")
+
+    def share(
+        self, finished: int, pruned: int, failed: int, best: Iterable[tuple[int, str, Mapping[str, float]]]
+    ) -> None:
+        """Takes over how far the sweep is where other processes work on it; `best`: (number, label, figures) of jobs."""
+        self.tally.finished, self.tally.pruned, self.tally.failed = finished, pruned, failed
+        for number, label, figures in best:
+            self._consider(number, label, "finished", figures)
 
     def _consider(self, number: int, label: str, status: str, figures: Mapping[str, Any]) -> None:
         if self._figure is None and figures.get("best_val_accuracy") is not None:
