@@ -115,7 +115,7 @@ class Campaign:
         return done, lost
 
     def at_random(self, reading: int) -> None:
-        time.sleep(self.draws.uniform(0, self.seconds * 0.8))
+        time.sleep(self.draws.uniform(0, self.seconds * 0.5))
 
     def kills(self) -> Iterator[Row]:
         count = 6 if self.short else 80

@@ -54,8 +54,10 @@ class Checkpoints:
             self._save(state, best, landmark)
             return
         self.settle()
-        # No daemon: an interpreter that ends waits for it.
-        self._writing = Thread(target=self._save_behind, args=(_copied(state), best, landmark), name="checkpoint")
+        # A daemon: only who is told to stop at once does not wait for it, and then the checkpoint before counts.
+        self._writing = Thread(
+            target=self._save_behind, args=(_copied(state), best, landmark), name="checkpoint", daemon=True
+        )
         self._writing.start()
 
     def settle(self) -> None:

@@ -206,6 +206,32 @@ def fit(training: Training, interruption: Interruption) -> Status:
     Input found to be wrong (a damaged image) is the user's error before the first update, and the run's later.
     """
     start = training.progress.step
+    try:
+        return _recovering(training, interruption)
+    except UserError as error:
+        _finish_saving(training)
+        if training.progress.step == start:
+            raise
+        raise RunError(str(error)) from error
+    except torch.OutOfMemoryError as error:
+        _finish_saving(training)
+        told = str(error).split(". ")[0]
+        raise RunError(
+            f"out of memory on the device at update {training.progress.step + 1} ({told}); "
+            "use a larger accumulate, on_out_of_memory=halve, or a smaller data.batch_size"
+        ) from error
+    except Exception:  # and not what ends a run at once
+        _finish_saving(training)
+        raise
+
+
+def _finish_saving(training: Training) -> None:
+    """Of a training that has failed: that is told, and not what came of its last save."""
+    with contextlib.suppress(RunError):
+        training.checkpoints.settle()
+
+
+def _recovering(training: Training, interruption: Interruption) -> Status:
     recovery = training.recovery
     if recovery is not None and recovery.policy == "rollback" and recovery.newest() is None:
         training.save()  # something to go back to
@@ -216,19 +242,6 @@ def fit(training: Training, interruption: Interruption) -> Status:
             return status
         except Diverged as error:
             training.go_back(error)
-        except UserError as error:
-            if training.progress.step == start:
-                raise
-            raise RunError(str(error)) from error
-        except torch.OutOfMemoryError as error:
-            told = str(error).split(". ")[0]
-            raise RunError(
-                f"out of memory on the device at update {training.progress.step + 1} ({told}); "
-                "use a larger accumulate, on_out_of_memory=halve, or a smaller data.batch_size"
-            ) from error
-        finally:
-            with contextlib.suppress(RunError):
-                training.checkpoints.settle()  # what ended the training is told, not what came of its last save
 
 
 def _fit(training: Training, interruption: Interruption) -> Status:

@@ -77,7 +77,7 @@ class Checkpoints:
     best: list[int] = field(default_factory=list)
     restored: list[int] = field(default_factory=list)
 
-    def save(self, state: dict[str, Any], *, best: bool) -> None:
+    def save(self, state: dict[str, Any], *, best: bool, landmark: str | None = None) -> None:
         self.saved.append(copy.deepcopy(state))
         if best:
             self.best.append(state["progress"]["step"])
@@ -278,7 +278,7 @@ def test_a_metric_line_is_written_before_the_checkpoint_that_counts_it() -> None
             order.append(f"line {metrics['epoch']}")
 
     class Saves(Checkpoints):
-        def save(self, state: dict[str, Any], *, best: bool) -> None:
+        def save(self, state: dict[str, Any], *, best: bool, landmark: str | None = None) -> None:
             order.append(f"save {state['progress']['epoch']}")
 
     run(training(tracking=Lines(), checkpoints=Saves()))

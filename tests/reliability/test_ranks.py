@@ -1,6 +1,7 @@
 """Processes of one run that are killed or stopped: the others end, the silent one is named, the run goes on."""
 
 import contextlib
+import ctypes
 import json
 import os
 import re
@@ -94,7 +95,13 @@ def command(folder: Path, *overrides: str) -> list[str]:
 def started(line: list[str], folder: Path) -> Iterator["subprocess.Popen[str]"]:
     """A run that has trained for some epochs; nothing of it is left behind."""
     process = subprocess.Popen(
-        line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+        line,
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: ctypes.CDLL(None).prctl(1, signal.SIGKILL),  # it ends with the tests, however these end
     )
     try:
         assert until(lambda: len(lines(folder)) > 5 or process.poll() is not None, 150)
