@@ -22,6 +22,9 @@ Report = Callable[[int, Mapping[str, float], Mapping[str, Tensor]], None]
 """Takes the number of updates, figures and histograms, by tag."""
 
 _PRODUCTS = 4  # Hessian-vector products of one look; the vector found is where the next look starts
+SELDOMER = 10
+"""The curvature, which costs some twenty updates, is looked at in every tenth look only."""
+
 _KEPT = 2000  # values of a histogram
 
 
@@ -46,10 +49,10 @@ class Diagnostics:
 
     activations: mean, standard deviation, saturated and dead shares of each layer. gradients: norms of the
     back-propagated gradients and of the weights' (before clipping), update-to-weight ratio, and, with one process, the
-    gradient noise scale from the two halves of the batch. curvature: largest eigenvalue of the Hessian of the batch's
-    loss behind the update, and the curvature along the update. With several processes the main one reports, of the
-    gradients the averaged ones, of the activations its own. Each look at the curvature starts from the eigenvector that
-    the one before found; the first one of a resumed run starts anew.
+    gradient noise scale from the two halves of the batch. curvature, in every tenth look: largest eigenvalue of the
+    Hessian of the batch's loss behind the update, and the curvature along the update. With several processes the main
+    one reports, of the gradients the averaged ones, of the activations its own. Each look at the curvature starts from
+    the eigenvector that the one before found; the first one of a resumed run starts anew.
     """
 
     def __init__(self, setup: Setup, update: Update, kinds: Sequence[Kind], every: int, report: Report) -> None:
@@ -70,8 +73,14 @@ class Diagnostics:
         figures: dict[str, float] = {}
         histograms: dict[str, Tensor] = {}
         with_activations, with_gradients = "activations" in self.kinds, "gradients" in self.kinds
+        with_curvature = "curvature" in self.kinds and step % (SELDOMER * self.every) == 0
+        if not (with_activations or with_gradients or with_curvature):
+            yield
+            return
         probe = LayerProbe(self.setup.module, activations=with_activations, gradients=with_gradients, keep=_KEPT)
-        before = [p.detach().clone() for p in self.update.closure.parameters] if self._needs_steps else []
+        before = (
+            [p.detach().clone() for p in self.update.closure.parameters] if with_gradients or with_curvature else []
+        )
         scale = self._loss_scale()
         with contextlib.ExitStack() as stack:
             if with_activations or with_gradients:
@@ -95,14 +104,10 @@ class Diagnostics:
             figures |= self._ratios(steps, before)
             if self.setup.parallel.processes == 1:
                 figures["gradients/noise_scale"] = self._noise_scale(inputs, targets)
-        if "curvature" in self.kinds:
+        if with_curvature:
             figures |= self._curvature(inputs, targets, steps)
         finite = {tag: value for tag, value in figures.items() if not math.isnan(value)}
         self.report(step + 1, finite, histograms)
-
-    @property
-    def _needs_steps(self) -> bool:
-        return "gradients" in self.kinds or "curvature" in self.kinds
 
     def _loss_scale(self) -> float:
         scaler = self.update.closure.scaler
