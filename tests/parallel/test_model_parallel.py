@@ -21,6 +21,7 @@ FILTER, SPATIAL, COLUMNS = (["parallel=filter"], ["parallel=spatial"], ["paralle
 MESH = ["parallel=hybrid", "parallel.model_degree=2"]
 SYNC = "parallel.sync_batchnorm=true"
 ALEXNET = [*BASE, "model=two_column_alexnet", "model.hidden=16", "augmentation=crop_flip"]
+IMAGES = [*BASE, "model=resnet20", "model.depth=8", "model.dropout=0.2", "augmentation=crop_flip"]
 
 TWO: Cases = {
     "filter, last batch of two": ([*RESNET, "data.batch_size=47", "steps=4"], FILTER),
@@ -99,7 +100,7 @@ def relay(tmp_path: Path, processes: int, both: list[str], modes: list[list[str]
     start(tmp_path / "whole", *both, epochs)
     ends = [Checkpoints(tmp_path / name / "checkpoints").load_newest() for name in ("relay", "whole")]
     for one, other in zip(*(_tensors(each) for each in ends), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
     assert ends[0] is not None and len(ends[0]["progress"]["resumed_from"]) == len(modes) + 1
 
 
@@ -115,7 +116,7 @@ def test_a_checkpoint_of_each_mode_resumes_in_the_others(tmp_path: Path) -> None
 @pytest.mark.slow
 def test_checkpoints_of_nets_for_images_resume_too(tmp_path: Path) -> None:
     relay(tmp_path / "columns", 2, ALEXNET, [COLUMNS, FILTER, ["parallel=ddp"], COLUMNS])
-    relay(tmp_path / "four", 4, RESNET, [[*MESH, SYNC], SPATIAL, FILTER])
+    relay(tmp_path / "four", 4, IMAGES, [[*MESH, SYNC], SPATIAL, FILTER])
 
 
 ARGUMENTS: dict[str, Any] = {
