@@ -125,7 +125,7 @@ class Overview:
     def share(
         self, finished: int, pruned: int, failed: int, best: Iterable[tuple[int, str, Mapping[str, float]]]
     ) -> None:
-        """Takes over how far the sweep is where other processes work on it; `best`: (number, label, figures) of jobs."""
+        """Takes over how far a sweep is that other processes work on, too; `best`: (number, label, figures) of jobs."""
         self.tally.finished, self.tally.pruned, self.tally.failed = finished, pruned, failed
         for number, label, figures in best:
             self._consider(number, label, "finished", figures)
