@@ -43,7 +43,7 @@ def draw(comparison: Comparison, outcomes: Mapping[Cell, Outcome]) -> "Figure":
         else:
             _curves(axes, comparison, outcomes, name, x)
         axes.set_ylabel(_NAMES.get(name, name))
-        if not name.endswith("accuracy"):
+        if not name.endswith(("accuracy", "_error")):
             axes.set_yscale("log")
         axes.grid(color="0.9")
         axes.set_axisbelow(True)
@@ -73,8 +73,9 @@ def _style(i: int) -> dict[str, Any]:
 def _curves(axes: "Axes", comparison: Comparison, outcomes: Mapping[Cell, Outcome], name: str, x_axis: str) -> None:
     """The mean over the seeds and the range that they span; a cross ends the curve of a run that diverged."""
     for i, variant in enumerate(comparison.variants):
-        width = 3.2 - 1.8 * i / max(len(comparison.variants) - 1, 1)  # what lies below another shows at its sides
-        style = _style(i) | {"linewidth": width}
+        style = _style(i)
+        if len(comparison.axes) > 1:  # against updates curves may lie on each other: what is below shows at the sides
+            style["linewidth"] = 7 - 5.6 * i / max(len(comparison.variants) - 1, 1)
         runs = [outcomes[Cell(variant, (), seed)] for seed in comparison.seeds]
         pairs = [run.curve(name, x_axis) for run in runs]
         length = min(len(values) for _, values in pairs)
