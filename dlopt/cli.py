@@ -18,7 +18,7 @@ dlopt {dlopt.__version__}: runs experiments on the optimization of deep networks
   dlopt predict checkpoint=PATH images=FOLDER    label images
   dlopt export checkpoint=PATH format=FORMAT     a model for other tools: safetensors, onnx, torch_export
   dlopt show-batch [group=choice] [key=value]    draw what an augmentation does to images
-  dlopt trajectory schedule=a,b [key=value]      draw learning-rate curves into one picture
+  dlopt trajectory function=F optimizer=a,b      draw the paths of optimizers; or schedule=a,b, or checkpoint=PATH
   dlopt find-lr [group=choice] [key=value]       a learning-rate range test; `dlopt train optimizer.lr=auto` uses it
   dlopt summary model=CHOICE [key=value]         a model's layers: shapes, parameters, operations, memory
   dlopt diagnose [group=choice] [key=value]      activations, gradients and curvature of a model; a verdict per layer

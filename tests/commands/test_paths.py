@@ -102,3 +102,9 @@ def test_batch_sizes_share_one_picture_and_a_key_is_left_to_those_who_have_it(
 )
 def test_mistakes(tmp_path: File, typed: str, message: str) -> None:
     assert message in refused(tmp_path, "trajectory", *typed.split())
+
+
+def test_help_names_every_function(capsys: pytest.CaptureFixture[str]) -> None:
+    assert trajectory(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(path.stem in text for path in (config_folder() / "function").glob("*.yaml"))
