@@ -99,7 +99,7 @@ def test_the_slowest_device_sets_the_pace() -> None:
 def test_a_block_of_two_convolutions_costs_one_sum_forward_and_one_backward() -> None:
     block = [layer(name="a", block="b", role="first"), layer(name="c", block="b", role="last")]
     lone = [layer(name="a"), layer(name="c")]
-    quick = replace(IDEAL, bandwidth_within=1.0)
+    quick = replace(IDEAL, bandwidth_within=1.0)  # a gathering costs half a sum
     sums = 2 * bench_costs.all_reduce(10**4 * 64 * 8 * 2, 8, quick.within)
     # what comes first has no gradient by its input
     block, lone = [layer(name="stem", kind="other"), *block], [layer(name="stem", kind="other"), *lone]
