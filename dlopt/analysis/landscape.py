@@ -131,7 +131,9 @@ def draw(plane: Plane, values: Tensor, *, title: str, subtitle: str) -> "Figure"
         axes.plot(*path.T, "-o", color="#D55E00", markersize=4, linewidth=1.5)
         axes.plot(*path[-1], "*", color="white", markeredgecolor="black", markersize=16)
         for i in (0, len(path) - 1):
-            axes.annotate(f"update {plane.steps[i]:,}", path[i], xytext=(8, 8), textcoords="offset points")
+            box = {"boxstyle": "round", "facecolor": "white", "alpha": 0.8, "linewidth": 0}
+            text = f"update {plane.steps[i]:,}"
+            axes.annotate(text, path[i], xytext=(9, 9), textcoords="offset points", fontsize=9, bbox=box)
     axes.set_xlabel(plane.axes[0])
     axes.set_ylabel(plane.axes[1])
     axes.set_title("\n".join([title, *textwrap.wrap(subtitle, 90)]), fontsize=10)
