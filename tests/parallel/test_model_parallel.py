@@ -72,11 +72,12 @@ def test_fifty_steps(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_elementwise_optimizers(tmp_path: Path) -> None:
+    # Without batch norm, behind which some gradients are zero but for rounding, whose sign Lion and Rprop would follow.
+    both = [*MLP, "model.norm=none", "data.batch_size=35", "epochs=2"]
     names = ["adadelta", "adagrad", "adam", "irprop", "lion", "nadam", "radam", "rmsprop", "rprop"]
     names += ["schedule_free_adamw", "sgdw"]
-    both = {name: [*MLP, f"optimizer={name}", "optimizer.lr=0.01", "data.batch_size=35", "epochs=2"] for name in names}
-    both["momentum"] = [*MLP, "optimizer=momentum", "data.batch_size=35", "epochs=2"]
-    compare(tmp_path, 2, {name: (case, FILTER) for name, case in both.items()})
+    cases: Cases = {name: ([*both, f"optimizer={name}", "optimizer.lr=0.01"], FILTER) for name in [*names, "momentum"]}
+    compare(tmp_path, 2, cases)
 
 
 def in_turn(folder: str, both: list[str], legs: list[tuple[list[str], int]]) -> None:
