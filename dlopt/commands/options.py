@@ -24,6 +24,7 @@ _SWEEPS = {
     "hydra/sweeper/sampler": "tpe",
     "hydra/sweeper/pruner": "none",
 }
+_TRAJECTORY = {"function": "quadratic"}  # of `dlopt trajectory` alone
 
 
 def options(arguments: list[str]) -> int:
@@ -42,7 +43,7 @@ def options(arguments: list[str]) -> int:
         _overview(catalogue, page)
     for name in parsed.names:
         group, equals, choice = name.partition("=")
-        if group not in (*catalogue.groups(), *_SWEEPS):
+        if group not in (*catalogue.groups(), *_SWEEPS, *_TRAJECTORY):
             raise UserError(_no_group(catalogue, name))
         choices = catalogue.choices(group)
         if group in _SWEEPS:
@@ -130,14 +131,14 @@ def _overview(catalogue: Catalogue, page: _Page) -> None:
         if not choices:
             page.rows([("", "(no choices)", "")])
         page.lines.append("")
-    page.heading(f"of sweeps (-m): {', '.join(_SWEEPS)}", bold=False)
+    page.heading(f"of sweeps (-m): {', '.join(_SWEEPS)}; of dlopt trajectory: {', '.join(_TRAJECTORY)}", bold=False)
     page.heading(
         f"{_MARK} the default. Type group=choice; `dlopt options GROUP` shows the keys of a group.", bold=False
     )
 
 
 def _group(catalogue: Catalogue, group: str, choices: Sequence[Choice], page: _Page) -> None:
-    default = {**_SWEEPS, **catalogue.groups()}[group]
+    default = {**_SWEEPS, **_TRAJECTORY, **catalogue.groups()}[group]
     keys = {choice.name: catalogue.keys(choice) for choice in choices}
     shared = [] if default is None else _shared(keys.values())  # each recipe is read as a whole
     page.gap()
