@@ -20,6 +20,7 @@ from dlopt.analysis.model_summary import kept_for_backward
 from dlopt.build import Setup
 from dlopt.engine.loop import Batches
 from dlopt.engine.step import Update
+from dlopt.tracking.layout import size
 
 _COSTLIEST = 10
 _PREFIX = "dlopt: "
@@ -258,4 +259,4 @@ def table(found: Profile, folder: Path) -> list[str]:
 
 
 def _sizes(sizes: Mapping[str, int]) -> Sequence[str]:
-    return [f"{name} {size / 2**20:.1f} MiB" for name, size in sizes.items()]
+    return [f"{name} {size(number)}" for name, number in sizes.items()]

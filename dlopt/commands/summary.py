@@ -9,6 +9,7 @@ from dlopt.commands.series import own_keys
 from dlopt.config.compose import Composer, choices_of, parse_arguments, to_plain
 from dlopt.errors import UserError
 from dlopt.ranges import Count
+from dlopt.tracking.layout import size
 
 if TYPE_CHECKING:
     from dlopt.analysis.model_summary import ModelSummary
@@ -80,8 +81,8 @@ def _summarized(experiment: "Experiment", shape: tuple[int, ...], classes: int) 
 
     from dlopt.analysis.model_summary import summarize
 
-    size = experiment.data_settings.batch_size
-    batch = size if isinstance(size, int) else 1
+    batch_size = experiment.data_settings.batch_size
+    batch = batch_size if isinstance(batch_size, int) else 1
     dtype = torch.float64 if experiment.settings.precision == "fp64" else torch.float32
     module = experiment.model.build(input_shape=shape, classes=classes)
     try:
@@ -103,9 +104,9 @@ def _print(name: str, shape: tuple[int, ...], found: "ModelSummary") -> None:
         table.add_column(column, justify="right", no_wrap=True)
     for layer in found.layers:
         if layer.kind not in ("Identity", "Dropout") or layer.parameters:
-            size = "x".join(map(str, layer.output))
+            output = "x".join(map(str, layer.output))
             numbers = (f"{number:,}" if number else "" for number in (layer.parameters, layer.macs))
-            table.add_row(layer.name, layer.kind, size, *numbers)
+            table.add_row(layer.name, layer.kind, output, *numbers)
     console = Console(highlight=False, width=None if os.isatty(1) else 120)
     console.print(table)
     frozen = found.parameters - found.trainable
@@ -114,8 +115,8 @@ def _print(name: str, shape: tuple[int, ...], found: "ModelSummary") -> None:
         "parameters": f"{found.parameters:,}" + (f", of which {frozen:,} are frozen" if frozen else ""),
         "forward": f"{_scaled(found.forward_macs)}MACs per sample",
         "forward and backward": f"{_scaled(found.update_flops)}FLOPs per sample",
-        "weights": f"{_bytes(found.parameter_bytes)}, buffers {_bytes(found.buffer_bytes)}",
-        "kept for the backward pass": f"{_bytes(found.activation_bytes)} for a batch of {found.batch}",
+        "weights": f"{size(found.parameter_bytes)}, buffers {size(found.buffer_bytes)}",
+        "kept for the backward pass": f"{size(found.activation_bytes)} for a batch of {found.batch}",
     }
     for key, value in lines.items():
         console.print(f"{key}: {value}", markup=False, soft_wrap=True)
@@ -126,8 +127,3 @@ def _scaled(number: float) -> str:
         return f"{number:g} "
     power = min(int(math.log10(number)) // 3, 4)
     return f"{number / 1000**power:.3g} {('', 'k', 'M', 'G', 'T')[power]}"
-
-
-def _bytes(number: float) -> str:
-    power = min(int(math.log2(max(number, 1))) // 10, 4)
-    return f"{number / 1024**power:.3g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"

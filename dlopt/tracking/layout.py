@@ -31,6 +31,12 @@ def rate(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
+def size(number: float) -> str:
+    """Bytes: 1.5 MiB."""
+    power = min(int(math.log2(max(number, 1))) // 10, 4)
+    return f"{number / 1024**power:.3g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+
+
 def duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"

@@ -61,4 +61,4 @@ def test_the_lines_name_the_split_and_the_costliest_operations() -> None:
     assert lines[1] == "  data 10%, forward 30%, backward 50%, optimizer 10%, other 0%"
     assert lines[2].endswith("20%")
     assert lines[4].split() == ["aten::mm", "7", "4.000", "40.0%"]
-    assert "weights 1.0 MiB" in lines[5] and "optimizer 2.0 MiB" in lines[6]
+    assert "weights 1 MiB" in lines[5] and "optimizer 2 MiB" in lines[6]
