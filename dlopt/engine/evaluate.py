@@ -43,8 +43,8 @@ def evaluate(
     module.eval(), loss.eval()
     try:
         for inputs, targets in batches:
+            outputs = model(inputs)  # also without samples: other ranks may wait within it
             if len(targets):
-                outputs = model(inputs)
                 outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))  # a loss needs more than bf16
                 sums.add(loss(outputs, targets), outputs, targets)
                 if more is not None:
