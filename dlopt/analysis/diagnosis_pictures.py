@@ -1,6 +1,7 @@
 """What a diagnosis found, drawn: distributions per layer, figures against depth, training, curvature, time lag."""
 
 import math
+import re
 import textwrap
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -44,7 +45,8 @@ def _figure(width: float, height: float, title: str) -> "Figure":
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    figure.suptitle("\n".join(textwrap.wrap(title, int(width * 11))), fontsize=11)
+    shorter = re.sub(r"\b(\w+)(?:,\1){3,}\b", lambda run: f"{run[1]},...,{run[1]}", title)  # widths of many layers
+    figure.suptitle("\n".join(textwrap.wrap(shorter, int(width * 11))), fontsize=11)
     return figure
 
 
@@ -73,12 +75,17 @@ def _distributions(
         later = {} if diagnosis.after is None else {layer.name: layer for layer in diagnosis.after.layers}
         bound = max((_bound(moments(layer).values) for layer in chosen), default=1.0)
         for axes, layer in zip(grid[row], chosen, strict=False):
-            axes.hist(_finite(moments(layer).values), _BINS, range=(-bound, bound), density=True, color=COLOURS[6])
+            values = _finite(moments(layer).values)
+            low = 0.0 if len(values) and values.min() >= 0 else -bound
+            heights, _, _ = axes.hist(values, _BINS, range=(low, bound), density=True, color=COLOURS[6])
+            zeros = f", {(values == 0).mean():.0%} zeros" if len(values) and (values == 0).mean() > 0.05 else ""
             if layer.name in later:
                 values = _finite(moments(later[layer.name]).values)
                 style = {"histtype": "step", "color": COLOURS[1], "linewidth": 1}
-                axes.hist(values, _BINS, range=(-bound, bound), density=True, **style)
-            axes.set_title(f"{layer.name}\nstd {moments(layer).std:.2g}", fontsize=8)
+                axes.hist(values, _BINS, range=(low, bound), density=True, **style)
+            if zeros and sorted(heights)[-2] > 0:
+                axes.set_ylim(0, 1.3 * sorted(heights)[-2])  # the zeros of a ReLU stand far above all others
+            axes.set_title(f"{layer.name}\nstd {moments(layer).std:.2g}{zeros}", fontsize=8)
             axes.set_yticks([])
             axes.tick_params(labelsize=7)
             axes.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3))
