@@ -83,12 +83,27 @@ def comparison_of(composer: Composer, config: DictConfig, overrides: list[str]) 
     if len(comparison.along) == 2 and len(comparison.figures) > 1:
         raise UserError("comparison.figures: heat maps show one figure")
     given: dict[str, Any] = {each.get_key_element(): each.value() for each in composer.parse(overrides)}
+    for key in comparison.along:
+        _refuse_powers(key, key)
     for variant, lines in comparison.variants.items():
         for line in lines:
+            _refuse_powers(line, line.partition("=")[0])
             if line.partition("=")[0] in given:
                 raise UserError(f"{line.partition('=')[0]}: this comparison varies it ({variant}: {line})")
     along = {key: values for key, values in comparison.along.items() if key not in given}
     return replace(comparison, along=along, seeds=[given["seed"]] if "seed" in given else comparison.seeds)
+
+
+def _refuse_powers(line: str, key: str) -> None:
+    """What a person has to type, and what is the command's own, is not for a file to say."""
+    if key.lstrip("+~").split(".")[0].split("/")[0] in (
+        "allow_packages",
+        "hydra",
+        "comparison",
+        "resume",
+        "experiment",
+    ):
+        raise UserError(f"comparison: {line}: a comparison may not set this")
 
 
 def _runs(composer: Composer, comparison: "Comparison", overrides: list[str]) -> list[_Run]:
@@ -99,7 +114,7 @@ def _runs(composer: Composer, comparison: "Comparison", overrides: list[str]) ->
     for cell in comparison.cells():
         lines = [*given, *parse_arguments(comparison.overrides(cell)).overrides]
         config = composer.compose(lines)
-        plain, saved = to_plain(config, lines)
+        plain, saved = to_plain(config, overrides)
         found.append(_Run(cell, lines, parse(plain, saved), saved, choices_of(config)))
     return found
 

@@ -118,3 +118,12 @@ def test_a_typed_key_is_no_axis(folder: Path) -> None:
 )
 def test_mistakes_are_named_before_anything_is_made(folder: Path, typed: str, message: str) -> None:
     assert message in refused(folder, "train", "--config-dir", "../myconf", "experiment=small", typed)
+
+
+@pytest.mark.parametrize(
+    "line", ["allow_packages=[os]", "hydra.job.env_set.A=1", "+hydra.job.chdir=true", "resume=auto"]
+)
+def test_a_file_grants_itself_no_powers(folder: Path, line: str) -> None:
+    change(folder, '["model.widths=[2]"]', f'["{line}"]')
+    message = refused(folder, "train", "--config-dir", "../myconf", "experiment=small")
+    assert f"comparison: {line}: a comparison may not set this" in message
