@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from dlopt.config.compose import Composer, to_plain
@@ -24,9 +24,10 @@ SHAPE, CLASSES = (2, 8, 8), 10
 
 def joined() -> Ranks:
     """All processes of a test, as they are started by `run_ranks`."""
-    world = worlds.current()
-    assert world is not None
-    Group(world, torch.device("cpu"), minutes=1.0)
+    if not distributed.is_initialized():
+        world = worlds.current()
+        assert world is not None
+        Group(world, torch.device("cpu"), minutes=1.0)
     return Ranks()
 
 

@@ -74,10 +74,6 @@ def all_models(names: list[str]) -> None:
     compare({**(small_blocks() if "linear" in names else {}), **models}, split_filters)
 
 
-def test_two_ranks_compute_what_one_does(tmp_path: Path) -> None:
-    run_ranks("tests.parallel.test_filter:all_models", 2, tmp_path, list(MODELS))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "names"), [(2, list(LARGE)), (4, ["options A", "mlp", "wide", "linear"])])
 def test_ranks_compute_what_one_does(tmp_path: Path, processes: int, names: list[str]) -> None:
@@ -105,8 +101,13 @@ def collectives_of_a_block() -> None:
     ]
 
 
-def test_a_block_of_two_convolutions_costs_one_collective_each_way(tmp_path: Path) -> None:
-    run_ranks("tests.parallel.test_filter:collectives_of_a_block", 2, tmp_path)
+def everything() -> None:
+    collectives_of_a_block()
+    all_models(list(MODELS))
+
+
+def test_two_ranks_compute_what_one_does_and_a_block_costs_one_collective_each_way(tmp_path: Path) -> None:
+    run_ranks("tests.parallel.test_filter:everything", 2, tmp_path)
 
 
 class Three(Ranks):

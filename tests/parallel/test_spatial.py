@@ -30,10 +30,7 @@ def all_models(names: list[str], shape: list[int]) -> None:
     compare({name: build(*(MODELS | VGG)[name], shape=tuple(shape)) for name in names}, split_rows, shape)
 
 
-def test_two_ranks_compute_what_one_does(tmp_path: Path) -> None:
-    run_ranks("tests.parallel.test_spatial:all_models", 2, tmp_path, list(MODELS), [2, 8, 8])
-
-
+@pytest.mark.slow
 def test_uneven_strips_and_ranks_without_rows(tmp_path: Path) -> None:
     run_ranks("tests.parallel.test_spatial:all_models", 4, tmp_path, ["basic", "alexnet"], [2, 11, 7])
 
@@ -71,8 +68,13 @@ def bytes_of_a_step() -> None:
     }
 
 
-def test_locally_connected_layers_send_boundaries_and_dense_ones_everything(tmp_path: Path) -> None:
-    run_ranks("tests.parallel.test_spatial:bytes_of_a_step", 2, tmp_path)
+def everything() -> None:
+    bytes_of_a_step()
+    all_models(list(MODELS), [2, 8, 8])
+
+
+def test_two_ranks_compute_what_one_does_and_local_layers_send_boundaries_only(tmp_path: Path) -> None:
+    run_ranks("tests.parallel.test_spatial:everything", 2, tmp_path)
 
 
 @pytest.mark.parametrize(
