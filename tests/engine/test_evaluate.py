@@ -110,3 +110,22 @@ def test_under_bfloat16_the_loss_itself_is_computed_in_float32() -> None:
     assert outputs.dtype == torch.bfloat16
     assert found is not None
     assert found["val_loss"] == pytest.approx(F.cross_entropy(outputs.float(), data()[1]).item(), rel=1e-6)
+
+
+def test_a_batch_without_samples_goes_through_the_model_and_counts_for_nothing() -> None:
+    """Another rank that has samples may wait for this one within the model."""
+    model, sizes = net().double(), []
+    inputs, targets = data()
+    inputs = inputs.double()
+
+    def call(inputs: Tensor) -> Tensor:
+        sizes.append(len(inputs))
+        outputs: Tensor = model(inputs)
+        return outputs
+
+    parts = [(inputs, targets), (inputs[:0], targets[:0])]
+    whole, with_none = (
+        evaluate(model, call, batches, CROSS_ENTROPY, classify=True, prefix="val") for batches in (parts[:1], parts)
+    )
+    assert whole == with_none
+    assert sizes == [23, 23, 0]
