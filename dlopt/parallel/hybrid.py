@@ -1,7 +1,7 @@
 """Data parallelism outside, model parallelism inside: a mesh of processes, `data_degree` rows of `model_degree` ranks.
 
 The ranks of a row hold one model together, split by filters or by columns; the rows share each batch, and gradients are
-averaged down the mesh's columns. Four GPUs are a mesh of 2 x 2.
+summed over rows behind each backward. Four GPUs are a mesh of 2 x 2.
 """
 
 from typing import Literal
