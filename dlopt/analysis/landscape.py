@@ -123,7 +123,7 @@ def draw(plane: Plane, values: Tensor, *, title: str, subtitle: str) -> "Figure"
     filled = axes.contourf(x, y, heights, levels=levels, cmap="viridis_r", norm="log")
     axes.contour(x, y, heights, levels=levels, colors="white", linewidths=0.4)
     bar = figure.colorbar(filled, ax=axes, label="training loss", format="%.3g")
-    bar.set_ticks(levels[::4])
+    bar.set_ticks(levels[::4].tolist())
     if plane.path is None:
         axes.plot(0, 0, "*", color="white", markeredgecolor="black", markersize=16)
     else:
