@@ -46,7 +46,7 @@ class Recovery:
             return False
         self.skipped += 1
         self._last_skipped = error.step
-        self.tell(f"update {error.step} is left out: {error}")
+        self.tell(f"update {error.step} is left out: {_found(error)}")
         return True
 
     def goal(self, error: Diverged) -> Mapping[str, Any]:
@@ -63,7 +63,7 @@ class Recovery:
         self.rollbacks += 1
         self.lr_scale *= self.lr_factor
         self.tell(
-            f"{error}; rollback {self.rollbacks} of {self.attempts}: back to update {state['progress']['step']}, "
+            f"{_found(error)}; rollback {self.rollbacks} of {self.attempts}: back to update {state['progress']['step']}, "
             f"the learning rate is {self.lr_scale:g} times the configured one"
         )
         return state
@@ -84,3 +84,8 @@ class Recovery:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.rollbacks, self.skipped, self.lr_scale = state["rollbacks"], state["skipped"], state["lr_scale"]
         self._in_a_row, self._last_skipped = state["in_a_row"], state["last_skipped"]
+
+
+def _found(error: Diverged) -> str:
+    """Without the advice, which is about to be taken."""
+    return str(error).partition("; try ")[0]
