@@ -20,9 +20,9 @@ _ENDED = ("finished", "stopped_early")
 
 # Keys that a resumed run may change: where and how long it runs and what it writes, not what it computes.
 FREE = (
-    "name", "dry_run", "resume", "init_from", "allow_packages", "epochs", "steps", "max_time", "schedule_epochs", "device",
-    "compile", "threads", "checkpoint", "tracking", "log_every_steps", "parallel", "data.workers", "data.memory",
-    "check", "on_divergence", "recovery", "on_out_of_memory",
+    "name", "dry_run", "resume", "init_from", "allow_packages", "epochs", "steps", "max_time", "schedule_epochs",
+    "device", "compile", "threads", "checkpoint", "tracking", "log_every_steps", "parallel", "data.workers",
+    "data.memory", "check", "on_divergence", "recovery", "on_out_of_memory",
 )  # fmt: skip
 
 
