@@ -12,7 +12,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dlopt.config.choices import config_folder
 from dlopt.config.compose import explain_grammar
-from dlopt.config.older import completed
 from dlopt.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -52,6 +51,8 @@ def with_changes(saved: Mapping[str, Any], overrides: Mapping[str, Any], path: P
 
     Trust in packages is not taken from the file.
     """
+    from dlopt.config.older import completed  # brings torch along
+
     changes = dict(overrides)
     trusted = changes.pop("allow_packages", [])
     if saved.get("allow_packages") and not trusted:
