@@ -55,7 +55,7 @@ def test_lines_fit_the_width_and_nothing_is_lost(printed: Callable[..., str], co
 def test_a_group_shows_keys_defaults_and_comments(printed: Callable[..., str]) -> None:
     text = printed("schedule", "stopping=early")
     common, _, rest = text.partition("\nconstant: ")
-    assert re.search(r"warmup_epochs=null +length of the linear warmup in epochs", common)
+    assert re.search(r"warmup_epochs=null +length of the warmup in epochs", common)
     wsd = rest[rest.index("\nwsd: ") :]
     assert "warmup_epochs=null" not in wsd and re.search(r"warmup_share=0\.1 +a tenth of the run", wsd)
     assert re.search(r"final=0\.0 +share of optimizer\.lr at the end", wsd)
