@@ -31,7 +31,7 @@ dlopt bench parallel=a,b processes=1,2 [key=value]: measures parallel modes and 
 
   dlopt bench parallel=ddp,filter processes=1,2
   dlopt bench parallel=ddp processes=2 parallel.bucket_cap_mb=0.25,1000 model=resnet56
-  dlopt bench parallel=filter model=mlp model.widths=[8192,8192] model.norm=none memory_limit_mb=700
+  dlopt bench parallel=filter model=mlp model.widths=[8192,8192] model.norm=none memory_limit_mb=720
   dlopt bench device=[cpu,cuda]                      throughput of matrix products and convolutions against size
   dlopt bench simulate=true devices=[8,64,512,4096]  what a cluster would do, calculated
 

@@ -63,7 +63,7 @@ PARTS: dict[str, tuple[list[str], Callable[[Rows], list[str]]]] = {
     "columns": (["parallel=filter,columns", "model=two_column_alexnet", "data.batch_size=32"], columns),
     "memory": (
         [
-            "parallel=filter", "model=mlp", "model.widths=[8192,8192]", "model.norm=none", "memory_limit_mb=700",
+            "parallel=filter", "model=mlp", "model.widths=[8192,8192]", "model.norm=none", "memory_limit_mb=720",
             "updates=3", "warmup=1", "profiled=1",
         ],
         memory,
