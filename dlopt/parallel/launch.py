@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import multiprocessing
 import os
 import shutil
 import signal
@@ -120,12 +119,3 @@ def end_with_parent() -> None:
     if os.getppid() != int(os.environ[PARENT]):
         os._exit(1)  # it was killed before the line above
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # until the run catches it: the launcher passes signals on
-
-
-def end_with_sweep() -> None:
-    """In a job of a sweep: where the sweep is killed, the job writes a checkpoint and ends."""
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    parent = multiprocessing.parent_process()
-    if parent is not None and not parent.is_alive():
-        os._exit(1)  # it was killed before the line above

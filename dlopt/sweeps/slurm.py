@@ -42,6 +42,8 @@ def slurm(
     """
     if shutil.which("sbatch") is None:
         raise UserError("hydra/launcher=slurm: there is no sbatch here; start the sweep where Slurm's commands are")
+    # Slurm signals all processes of a job, and a run writes a checkpoint at this one. submitit reads it when imported.
+    os.environ["SUBMITIT_PREEMPT_SIGNAL"] = "USR1"
     try:
         import submitit
     except ImportError:
@@ -142,10 +144,11 @@ class _Sent:
             self._gone = None
             return None
         status = (self._folder.summary() or {}).get("status")
-        if status is None:
+        if status in (None, "interrupted"):  # a job that is being queued again is out of sight for a moment
             self._gone = self._gone or time.monotonic()
-            return None if time.monotonic() - self._gone < _LAST_WORDS else 1
-        return INTERRUPTED if status == "interrupted" else 1 if status == "failed" else DONE
+            if time.monotonic() - self._gone < _LAST_WORDS:
+                return None
+        return INTERRUPTED if status == "interrupted" else DONE if status in ("finished", "stopped_early") else 1
 
     def stop(self) -> None:
         is_waiting = self._queue.states().get(self._number) == "PENDING"

@@ -6,7 +6,9 @@ ends alone when it is killed, and computes the same bits. `multiprocessing` prov
 
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 from collections.abc import Mapping
 from multiprocessing.context import ForkServerContext
 from multiprocessing.forkserver import ensure_running
@@ -64,12 +66,20 @@ def _run(folder: str, place: str, environment: Mapping[str, str], cores: set[int
     import numpy as np
 
     from dlopt import job
-    from dlopt.parallel.launch import end_with_sweep
 
     np.random.seed()  # torch and random are fresh after a fork, NumPy's global generator is the server's
-    end_with_sweep()
+    threading.Thread(target=_end_with_sweep, name="sweep", daemon=True).start()
     sys.argv = ["dlopt.job", folder]
     code = job.main()
     sys.stdout.flush()
     sys.stderr.flush()
     sys.exit(code)
+
+
+def _end_with_sweep() -> None:
+    """Where the sweep is killed, the job writes a checkpoint and ends. (The server outlives the sweep: it waits for the
+    jobs.)"""
+    sweep = multiprocessing.parent_process()
+    assert sweep is not None
+    sweep.join()
+    os.kill(os.getpid(), signal.SIGTERM)

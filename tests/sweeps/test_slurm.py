@@ -1,6 +1,5 @@
 """`hydra/launcher=slurm` on a real Slurm, and what it asks of one."""
 
-import json
 import subprocess
 import sys
 import time
@@ -12,7 +11,7 @@ from dlopt.sweeps import slurm as launcher
 from dlopt.sweeps.places import checked
 from tests.cluster.test_slurm import LONG, SMALL, Cluster, cluster, pytestmark, summary  # noqa: F401
 
-SETTINGS = {
+SETTINGS: dict[str, object] = {
     "n_jobs": 2, "partition": None, "gpus_per_node": 0, "cpus_per_task": 1, "mem_gb": None, "time": 30, "requeue": 3,
     "account": None, "extra": {},
 }  # fmt: skip
@@ -21,7 +20,7 @@ SETTINGS = {
 def begin_sweep(cluster: Cluster, *arguments: str) -> "subprocess.Popen[str]":  # noqa: F811
     line = [sys.executable, "-m", "dlopt", "train", "-m", "hydra/launcher=slurm", "hydra.launcher.time=30", *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(line, cwd=cluster.home, env=cluster.environment, **pipes)  # type: ignore[call-overload,no-any-return]
+    return subprocess.Popen(line, cwd=cluster.home, env=cluster.environment, **pipes)  # type: ignore[call-overload]
 
 
 def test_a_sweep_whose_job_runs_out_of_time_goes_on(cluster: Cluster) -> None:  # noqa: F811
@@ -34,7 +33,7 @@ def test_a_sweep_whose_job_runs_out_of_time_goes_on(cluster: Cluster) -> None:  
         assert time.monotonic() < deadline and sweep.poll() is None, sweep.communicate()
         time.sleep(0.2)
     number = (first / "slurm/job_id").read_text().strip()
-    cluster.run("scancel", "--signal=USR2", number)  # as submitit has Slurm do before the time is over
+    cluster.run("scancel", "--signal=USR1", number)  # as Slurm does before the time is over
     cluster.wait(number, lambda: cluster.restarts(number) == 1 and cluster.states(number) == ["PENDING"])
     stopped = summary(first)
     assert stopped["status"] == "interrupted"
@@ -45,16 +44,16 @@ def test_a_sweep_whose_job_runs_out_of_time_goes_on(cluster: Cluster) -> None:  
     assert summary(first)["resumed_from"] == [stopped["steps"]] and summary(second)["resumed_from"] == []
 
 
-def test_a_job_that_the_cluster_cancels_fails_alone(cluster: Cluster) -> None:  # noqa: F811
+def test_a_job_that_the_cluster_cancels_ends_alone(cluster: Cluster) -> None:  # noqa: F811
     sweep = begin_sweep(cluster, *SMALL, "epochs=100000,1", "checkpoint.every_epochs=null", "hydra.sweep.dir=cancelled")
     folder, deadline = cluster.home / "cancelled/0", time.monotonic() + 150
     while not (folder / "metrics.jsonl").exists():
         assert time.monotonic() < deadline and sweep.poll() is None, sweep.communicate()
         time.sleep(0.2)
-    cluster.run("scancel", "--signal=KILL", "--full", (folder / "slurm/job_id").read_text().strip())
+    cluster.run("scancel", (folder / "slurm/job_id").read_text().strip())
     said, _ = sweep.communicate(timeout=200)
-    assert sweep.returncode == 1, said
-    assert json.loads((folder / "summary.json").read_text())["status"] == "failed"
+    assert sweep.returncode == 75, said  # Slurm gives it the time for a checkpoint
+    assert summary(folder)["status"] == "interrupted" and (folder / "checkpoints/last.pt").is_file()
     assert summary(cluster.home / "cancelled/1")["status"] == "finished"
 
 

@@ -86,7 +86,7 @@ def test_the_environment_and_the_cores_are_the_jobs_own(tmp_path: Path) -> None:
     finally:
         os.chdir(before)
     assert ended(process) == 0, (folder / OUTPUT).read_text()
-    assert (tmp_path / "told").read_text() == repr(["7", 1, str(tmp_path), False, ["MainThread"]])
+    assert (tmp_path / "told").read_text() == repr(["7", 1, str(tmp_path), False, ["MainThread", "sweep"]])
 
 
 def test_a_sweep_that_is_killed_takes_its_job_along_with_a_checkpoint(tmp_path: Path) -> None:
