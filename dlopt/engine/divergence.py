@@ -65,15 +65,14 @@ class Watch:
         if gradients:
             self._find(self._flag)
         value = loss.item()
-        is_found = gradients and bool(self._flag)
-        if is_found or not math.isfinite(value):
+        if not math.isfinite(value) or (gradients and self._flag.item()):
             self._flag.zero_()
             where = self.where(math.isfinite(value))
             raise Diverged(_told(value, step, rate, where), step + 1, before_update=True)
 
     def _find(self, flag: Tensor) -> None:
         """Sets `flag` to 1 when a gradient is not finite: one operation over all, which leaves them as they are."""
-        found = [p.grad for p in self.parameters if p.grad is not None]
+        found = [gradient for p in self.parameters if (gradient := p.grad) is not None]
         if self.norm is not None:
             flag.copy_(~self.norm(found).isfinite())
         elif found:

@@ -73,8 +73,8 @@ class Closure:
         """Sets the batch of update `step`; its first evaluation is added to `sums`."""
         self.batch = inputs, targets
         self.step = step
-        sums.begin()
         if self.buffers is not None:
+            sums.begin()
             self.buffers.keep()
         if self._generators:
             self.draws = stream(self.seed, step)

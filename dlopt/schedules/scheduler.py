@@ -43,10 +43,10 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
             floats = self._floats = [float(lr) for lr in self.base_lrs]
         factor = self.factor(self.last_epoch)
         for group, base in zip(self.optimizer.param_groups, floats, strict=True):
-            if isinstance(group["lr"], torch.Tensor):
-                group["lr"].fill_(base * factor)
-            else:
+            if type(group["lr"]) is float or not isinstance(group["lr"], torch.Tensor):
                 group["lr"] = base * factor
+            else:
+                group["lr"].fill_(base * factor)
         if self._cycles_momentum:
             momentum = self._component.momentum(self.last_epoch)
             for group in self.optimizer.param_groups:
