@@ -35,12 +35,10 @@ class Sums:
         self.loss = 0.0
         self.right = 0
         self.count = 0
-        self._losses: list[Tensor] = []
-        self._counts: list[int] = []
-        self._outputs: list[Tensor] = []
-        self._targets: list[Tensor] = []
-        self._held = 0
-        self._mark: tuple[int, int] | None = None  # losses and outputs that came before the current update
+        self._looks = classify or watch is not None
+        self._held: list[tuple[Tensor, Tensor | None, Tensor | None]] = []  # losses, outputs, targets
+        self._most = 0  # of them that are held back
+        self._mark: int | None = None  # of them that came before the current update
         self._folded: list[
             tuple[Tensor, list[int]]
         ] = []  # per so many steps: their losses and right answers, their sizes
@@ -54,32 +52,27 @@ class Sums:
 
     def begin(self) -> None:
         """What is added from here on, until the next call, may be withdrawn."""
-        if self._is_full():
+        if len(self._held) >= self._most:
             self._fold()
-        self._mark = len(self._losses), len(self._outputs)
+        self._mark = len(self._held)
 
     def withdraw(self) -> None:
         """Forgets what was added since `begin`."""
         assert self._mark is not None
-        losses, outputs = self._mark
-        del self._losses[losses:], self._counts[losses:], self._outputs[outputs:], self._targets[outputs:]
-        self._held = sum(each.numel() for each in self._outputs)
+        del self._held[self._mark :]
 
     def add(self, loss: Tensor, outputs: Tensor, targets: Tensor) -> None:
         """Takes a batch's mean loss (scalar), outputs [B, K] and targets [B] (or [B, K]: probabilities)."""
-        self._losses.append(loss)
-        self._counts.append(len(targets))
-        if self.classify or self.watch is not None:
-            self._outputs.append(outputs)
-            self._targets.append(targets)
-            self._held += outputs.numel()
-        if self._mark is None and self._is_full():
+        held = self._held
+        if not held:
+            self._most = max(min(_HELD_STEPS, _HELD_NUMBERS // max(outputs.numel(), 1)), 1)
+        held.append((loss, outputs if self._looks else None, targets))
+        if len(held) >= self._most and self._mark is None:
             self._fold()
 
     def add_nothing(self, device: torch.device) -> None:
         """A batch of which this rank has no samples."""
-        self._losses.append(torch.zeros((), device=device))
-        self._counts.append(0)
+        self._held.append((torch.zeros((), device=device), None, None))
 
     def settle(self) -> None:
         """Counts what was held back: one transfer from the device, and with several ranks one exchange."""
@@ -96,24 +89,24 @@ class Sums:
         self.count += count
         self._read, self._read_right, self._read_count = [], 0, 0
 
-    def _is_full(self) -> bool:
-        return len(self._losses) >= _HELD_STEPS or self._held > _HELD_NUMBERS
-
     def _fold(self) -> None:
         """Counts what was held back where it lies: nothing waits for the device."""
-        if not self._losses:
+        held, self._held, self._mark = self._held, [], None
+        if not held:
             return
-        self._mark = None
-        losses = torch.stack(self._losses)
+        losses = torch.stack([loss for loss, _, _ in held])
         losses = losses.double() if losses.device.type != "mps" else losses  # which has no float64
         right = losses.new_zeros(1)
-        if self.classify and self._outputs:
-            labels = torch.cat([t.argmax(1) if t.ndim > 1 else t for t in self._targets])
-            right = (torch.cat(self._outputs).argmax(1) == labels).sum().to(losses.dtype).reshape(1)
-        if self.watch is not None:
-            self.watch(torch.cat(self._outputs), torch.cat(self._targets))
-        self._folded.append((torch.cat([losses, right]), self._counts))
-        self._losses, self._counts, self._outputs, self._targets, self._held = [], [], [], [], 0
+        shown = [(outputs, targets) for _, outputs, targets in held if outputs is not None and targets is not None]
+        if shown:
+            outputs = torch.cat([outputs for outputs, _ in shown])
+            if self.classify:
+                labels = torch.cat([t.argmax(1) if t.ndim > 1 else t for _, t in shown])
+                right = (outputs.argmax(1) == labels).sum().to(losses.dtype).reshape(1)
+            if self.watch is not None:
+                self.watch(outputs, torch.cat([targets for _, targets in shown]))
+        counts = [0 if targets is None else len(targets) for _, _, targets in held]
+        self._folded.append((torch.cat([losses, right]), counts))
 
     def _settle_own(self) -> None:
         self._fold()

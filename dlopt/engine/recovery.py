@@ -63,8 +63,8 @@ class Recovery:
         self.rollbacks += 1
         self.lr_scale *= self.lr_factor
         self.tell(
-            f"{_found(error)}; rollback {self.rollbacks} of {self.attempts}: back to update {state['progress']['step']}, "
-            f"the learning rate is {self.lr_scale:g} times the configured one"
+            f"{_found(error)}; rollback {self.rollbacks} of {self.attempts}: back to update "
+            f"{state['progress']['step']}, the learning rate is {self.lr_scale:g} times the configured one"
         )
         return state
 

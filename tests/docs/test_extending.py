@@ -43,7 +43,11 @@ def test_an_optimizer_of_the_users(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("typed", "told"),
-    [("optimizer.lr=-1", "greater than 0"), ("optimizer.lrr=1", "did you mean optimizer.lr"), ("optimizer.momentum=1.5", "1.5")],
+    [
+        ("optimizer.lr=-1", "greater than 0"),
+        ("optimizer.lrr=1", "did you mean optimizer.lr"),
+        ("optimizer.momentum=1.5", "1.5"),
+    ],
 )
 def test_its_keys_are_checked_like_all_others(folder: Path, typed: str, told: str) -> None:
     message = refused(folder, *LINE, typed)
