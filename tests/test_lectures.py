@@ -10,11 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
 
-from dlopt.commands import sweep
 from dlopt.commands.train import train as train_command
 from dlopt.config.choices import config_folder
 from dlopt.config.compose import Composer, to_plain
@@ -23,6 +20,8 @@ from dlopt.data.polynomial import polynomial
 from dlopt.data.samples import InMemory
 from dlopt.errors import UserError
 from dlopt.run import Run, train
+from dlopt.sweeps import grid as grids
+from dlopt.sweeps import jobs
 
 RECIPES = {  # those that are sweeps; tests/test_comparisons.py has the others
     path.stem: path
@@ -114,13 +113,15 @@ def test_a_recipe_sweeps_with_and_without_the_flag(
 ) -> None:
     seen = []
 
-    def record(config: DictConfig) -> str:
-        hydra = HydraConfig.get()
-        seen.append(" ".join(line for line in hydra.overrides.task if not line.startswith("experiment=")))
-        (Path(hydra.runtime.output_dir) / "summary.json").write_text('{"status": "finished"}')
-        return "finished"
+    def record(batch: Any, places: object, overview: object) -> None:
+        while not batch.is_over():
+            job = batch.next()
+            seen.append(" ".join(line for line in job.overrides if not line.startswith("experiment=")))
+            job.folder.path.mkdir(parents=True, exist_ok=True)
+            (job.folder.path / "summary.json").write_text('{"status": "finished"}')
+            batch.ended(job, jobs.Result("finished", {}))
 
-    monkeypatch.setattr(sweep, "start_job", record)
+    monkeypatch.setattr(grids, "work", record)
     monkeypatch.chdir(tmp_path)
     assert train_command(["experiment=lecture/overfitting_polynomial", *typed]) == 0
     assert seen == expected

@@ -5,6 +5,10 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+from hydra.core.plugins import Plugins
+from hydra.core.singleton import Singleton
+
+_ONE = "hydra_plugins.dlopt_sweeps.LocalLauncher"
 _FOLDER = Path(__file__).parents[1] / "hydra_plugins"
 
 
@@ -17,3 +21,5 @@ def offer() -> None:
         namespace.__path__ = []
     if str(_FOLDER) not in namespace.__path__:
         namespace.__path__.append(str(_FOLDER))
+    if Plugins in Singleton._instances and _ONE not in Plugins.instance().class_name_to_class:
+        Plugins.instance()._initialize()  # Hydra was used before, in this process, and has looked already

@@ -58,11 +58,11 @@ def with_changes(saved: Mapping[str, Any], overrides: Mapping[str, Any], path: P
     if saved.get("allow_packages") and not trusted:
         names = ",".join(saved["allow_packages"])
         raise UserError(f"checkpoint={path}: it names callables of {names}; trust them by allow_packages=[{names}]")
-    saved, filled = completed(saved, trusted)
+    single = OmegaConf.to_container(OmegaConf.load(config_folder() / "parallel" / "single.yaml"))
+    saved, filled = completed({**saved, "parallel": single}, trusted)
     if filled:
         log.warning("checkpoint=%s: of an older dlopt; what it does not say is taken as: %s", path, ", ".join(filled))
-    single = OmegaConf.to_container(OmegaConf.load(config_folder() / "parallel" / "single.yaml"))
-    config = OmegaConf.create({**saved, "allow_packages": trusted, "parallel": single})
+    config = OmegaConf.create({**saved, "allow_packages": trusted})
     OmegaConf.set_struct(config, True)
     for key, value in changes.items():
         try:

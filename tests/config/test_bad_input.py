@@ -79,7 +79,7 @@ TYPES = {
     "device=tpu": ("device=tpu", "cpu | cuda"),
     "precision=FP32": ("precision=FP32", "fp32 | tf32"),
     "tracking=tensorboard": ("tracking=tensorboard", "a list"),
-    "tracking=[wandb]": ("tracking", "tensorboard"),
+    "tracking=[nope]": ("tracking", "tensorboard"),
     "name=1": ("name=1", "a text"),
     "resume=false": ("resume=false", "a text | null"),
     "allow_packages=os": ("allow_packages=os", "a list"),

@@ -57,6 +57,7 @@ def line(choice: str) -> tuple[str, ...]:
         "init=dirac": (IMAGES, ("model=resnet20",)),
         "init=whitening": (IMAGES, ("model=resnet20",)),
         "stopping=tolerance": (DIGITS, MLP),
+        "parallel=hybrid": ((*DIGITS, "parallel.model_degree=1"), MLP),
     }
     data, model = special.get(choice, (data, model))
     own = (choice,) if choice not in data else ()
@@ -91,6 +92,8 @@ def missing(choice: str) -> str | None:
     """Why a choice cannot run here."""
     if choice in OPTIONAL and importlib.util.find_spec(OPTIONAL[choice]) is None:
         return f"{OPTIONAL[choice]} is not installed"
+    if choice == "parallel=columns":
+        return "one process has no second column; tests/parallel has two"
     if choice in ("data=mnist", "data=fashion_mnist", "data=cifar10", "data=cifar100"):
         return "its files have to be downloaded; tests/data reads such files in small"
     return None

@@ -104,7 +104,7 @@ def kill_and_go_on(folder: Path, kills: int, seed: int) -> int:
             time.sleep(0.02)
         while sum(events(folder, "end").values()) == before and worker.poll() is None:  # it is at work
             time.sleep(0.02)
-        time.sleep(draw.uniform(0, 0.5))
+        time.sleep(draw.uniform(0, 0.1))
         killed += worker.poll() is None
         worker.kill()
         worker.communicate()
