@@ -2,6 +2,7 @@
 
 import os
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -146,8 +147,8 @@ def test_wrong_set_ups_get_one_line(arguments: dict[str, Any], message: str) -> 
 def refused(cases: list[tuple[list[str], str]]) -> None:
     """In each rank."""
     for overrides, message in cases:
-        with pytest.raises(UserError, match=f"^{re.escape(message)}"):
-            train(Run(experiment(*BASE, *overrides), Path("unused")), console=False)
+        with pytest.raises(UserError, match=f"^{re.escape(message)}"), tempfile.TemporaryDirectory() as folder:
+            train(Run(experiment(*BASE, *overrides), Path(folder)), console=False)
         world.leave()
 
 
