@@ -69,7 +69,7 @@ TYPES = {
     "optimizer.lr=null": ("optimizer.lr=null", "a number > 0"),
     "epochs=1.5": ("epochs=1.5", "a whole number >= 1"),
     "epochs=true": ("epochs=true", "a whole number >= 1"),
-    "data.batch_size=null": ("data.batch_size=null", "a whole number >= 1 | full"),
+    "data.batch_size=null": ("data.batch_size=null", "a whole number >= 1 and <= 16777216 | full"),
     "seed=1.2": ("seed=1.2", "a whole number >= 0"),
     "optimizer=adam optimizer.betas=[0.9]": ("optimizer.betas=[0.9]", "too few", "a list"),
     "optimizer=adam optimizer.betas=[0.9,0.9,0.9]": ("optimizer.betas", "a list"),
@@ -104,6 +104,7 @@ RANGES = {
     "steps=0": ("steps=0", ">= 1"),
     "max_time=0": ("max_time=0", "> 0"),
     "data.batch_size=0": ("data.batch_size=0", ">= 1"),
+    "data.batch_size=1000000000": ("data.batch_size=1000000000", "16777216 | full"),
     "data.batch_size=-4": ("data.batch_size=-4", ">= 1"),
     "seed=-1": ("seed=-1", ">= 0"),
     "seed=18446744073709551616": ("seed=18446744073709551616", "< 9223372036854775808"),
@@ -246,7 +247,7 @@ def test_file_that_is_no_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        "data.batch_size=1000000000",  # one batch of all samples; nothing of that size is allocated
+        "data.batch_size=16777216",  # one batch of all samples; nothing of that size is allocated
         "data.batch_size=full",
         "\"name='with spaces'\"",
         "\"name='a=b'\"",
