@@ -94,8 +94,8 @@ class Terminal:
     def __init__(self, columns: int, command: str) -> None:
         self.columns = columns
         self._name = f"dlopt-{os.getpid()}-{time.monotonic_ns()}"
-        # The shell prompt tells that the command has ended.
-        script = f"{command}; echo; echo rc=$?=; exec sleep 60"
+        # The last line tells that the command has ended; without the trap Ctrl-C ends the shell, and the terminal, too.
+        script = f"trap : INT; {command}; echo; echo rc=$?=; exec sleep 60"
         self._tmux("new-session", "-d", "-x", str(columns), "-y", "50", f"exec sh -c {shlex.quote(script)}")
 
     def _tmux(self, *arguments: str) -> str:
