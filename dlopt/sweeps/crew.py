@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -151,6 +152,8 @@ class _Crew:
             if result is None:
                 self._start(place, work.job)
                 return
+        elif work.pruned_at is not None and code == -signal.SIGTERM and work.job.folder.summary() is None:
+            result = record_pruned(work.job.folder, work.pruned_at)  # the signal came when nothing could catch it
         else:
             result = result_of(work.job.folder, code)
         if work.pruned_at is not None and result.status == "interrupted":
