@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from dlopt.errors import UserError
 from dlopt.parallel.cuts import Cut
 from dlopt.parallel.shares import Portion
 
@@ -49,6 +50,11 @@ class GlobalDropout(nn.Module):
         # The order of dimensions in memory is kept, since draws may follow it.
         shape, cut = [portion.total, *inputs.shape[1:]], self.cut and self.cut(inputs)
         if cut is not None:
+            if inputs.ndim > 2 and inputs.shape[cut.dim] == 1:  # whose order in memory says nothing of the whole's
+                raise UserError(
+                    "model.dropout: with one channel for each process its masks cannot be those of one process; "
+                    "use fewer processes, a wider model, or model.dropout=0"
+                )
             shape[cut.dim] = cut.size
         everyones = inputs.new_zeros(shape)
         if not inputs.is_contiguous():

@@ -92,7 +92,7 @@ class Cluster:
         return int(shown.partition("Restarts=")[2].split()[0])
 
     def wait(self, job: str, condition: Callable[[], bool], pause: float = 0.5) -> None:
-        deadline, log = time.monotonic() + 100, self.home / f"slurm-{job}.log"
+        deadline, log = time.monotonic() + 240, self.home / f"slurm-{job}.log"
         while not condition():
             told = log.read_text()[-4000:] if log.exists() else ""
             assert time.monotonic() < deadline and "Traceback" not in told, (self.run("squeue"), told)

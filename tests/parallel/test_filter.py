@@ -63,7 +63,7 @@ def small_blocks() -> dict[str, nn.Module]:
         "bottleneck": net(Bottleneck(8, 4, 2, shortcut=projection, norm=norm()), channels=16),
         "pre-activation": net(PreActBlock(8, 16, 2, projection=True, dropout=0.3, norm=norm()), channels=16),
         "pre-activation bottleneck": net(
-            PreActBottleneck(8, 4, 2, projection=True, dropout=0.3, norm=norm()), channels=16
+            PreActBottleneck(8, 8, 2, projection=True, dropout=0.3, norm=norm()), channels=32
         ),
     }
 
