@@ -101,7 +101,7 @@ class Overview:
     def ended(
         self, number: int, label: str, status: str, figures: Mapping[str, Any], reason: str = "", known: bool = False
     ) -> None:
-        """`known`: its end was told before, in an earlier session."""
+        """`known`: its end was told before, by an earlier call."""
         running = self._running.pop(number, None)
         self.tally.running = len(self._running)
         kind = "finished" if status == "stopped_early" else status
@@ -150,7 +150,7 @@ class Overview:
         return [*words, f"{layout.clock(left)} left"] if left else words
 
     def _left(self) -> float | None:
-        """Seconds, by the pace of this session."""
+        """Seconds, by the pace since this process began."""
         ended = self.tally.ended - self._before
         remaining = self.tally.total - self.tally.ended
         if ended <= 0 or remaining <= 0:
