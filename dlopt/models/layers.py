@@ -85,8 +85,8 @@ class Norm:
     affine: bool
     groups: int
     ghost_batch: int | None
-    eps: float = 1e-5
-    momentum: float = 0.1  # of the running statistics: the share of the newest batch
+    eps: float
+    momentum: float  # of the running statistics: the share of the newest batch
 
     def __post_init__(self) -> None:
         if self.ghost_batch is not None and self.kind != "batch":

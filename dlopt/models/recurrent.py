@@ -134,7 +134,7 @@ def _check(input_shape: tuple[int, ...], norm: NormKind, affine: bool) -> tuple[
             "instance": "a step of the recurrence has no pixels to average over",
         }[norm]
         raise UserError(f"model.norm={norm}: {reason}; use layer or none with recurrent nets")
-    return channels * width, Norm(kind=norm, affine=affine, groups=1, ghost_batch=None)
+    return channels * width, Norm(kind=norm, affine=affine, groups=1, ghost_batch=None, eps=1e-5, momentum=0.1)
 
 
 def _parts(stack: Sequence[nn.Module], hidden: int, classes: int, dropout: float) -> OrderedDict[str, nn.Module]:

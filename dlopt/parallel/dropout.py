@@ -1,6 +1,7 @@
 """Dropout whose mask is a function of the position in the global batch, so that ranks drop what one process drops."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
@@ -50,12 +51,12 @@ class GlobalDropout(nn.Module):
         # The order of dimensions in memory is kept, since draws may follow it.
         shape, cut = [portion.total, *inputs.shape[1:]], self.cut and self.cut(inputs)
         if cut is not None:
-            if inputs.ndim > 2 and inputs.shape[cut.dim] == 1:  # whose order in memory says nothing of the whole's
-                raise UserError(
-                    "model.dropout: with one channel for each process its masks cannot be those of one process; "
-                    "use fewer processes, a wider model, or model.dropout=0"
-                )
             shape[cut.dim] = cut.size
+            if _has_one_order(inputs.shape) and not _has_one_order(shape):
+                raise UserError(
+                    "model.dropout: with one channel or one pixel for each process its masks cannot be those of one "
+                    "process; use fewer processes, a wider model, or model.dropout=0"
+                )
         everyones = inputs.new_zeros(shape)
         if not inputs.is_contiguous():
             strides = inputs.stride()
@@ -68,6 +69,11 @@ class GlobalDropout(nn.Module):
             return kept
         everyones[portion.own] = cut.put(everyones[portion.own], inputs)
         return cut.of(self.dropout(everyones)[portion.own])
+
+
+def _has_one_order(shape: Sequence[int]) -> bool:
+    """Whether maps (or features) of this shape lie the same way in memory channels first and channels last."""
+    return len(shape) > 2 and (shape[1] == 1 or math.prod(shape[2:]) == 1)
 
 
 def make_global(

@@ -204,7 +204,12 @@ class Study:
         self._mine.add(trial.number)
         self._study.sampler = self._sampler(trial.number)
         own = optuna.trial.Trial(self._study, trial._trial_id)
-        values = {key: suggest(own, key, each) for key, each in self.space.searched.items()}
+        values = {}
+        for key, each in self.space.searched.items():
+            if key in trial.params and key not in own.relative_params and not each.single():
+                # A dead process has drawn it, and perhaps not all: what follows is drawn from where it stood.
+                self._study.sampler.sample_independent(self._study, trial, key, each)
+            values[key] = suggest(own, key, each)
         return Claim(trial.number, values, own, again)
 
     def report(self, claim: Claim, epoch: int, figure: float) -> bool:

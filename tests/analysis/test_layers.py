@@ -85,7 +85,7 @@ def test_a_unit_that_fires_once_is_alive() -> None:
 
 
 def test_the_relu_behind_a_sum_belongs_to_the_last_convolution() -> None:
-    norm = Norm(kind="batch", affine=True, groups=1, ghost_batch=None)
+    norm = Norm(kind="batch", affine=True, groups=1, ghost_batch=None, eps=1e-5, momentum=0.1)
     block = BasicBlock(3, 3, 1, shortcut=nn.Identity(), norm=norm)
     maps = torch.randn(4, 3, 5, 5)
     seen = []
@@ -97,7 +97,7 @@ def test_the_relu_behind_a_sum_belongs_to_the_last_convolution() -> None:
 
 
 def test_calls_of_a_recurrent_layer_are_taken_together() -> None:
-    layer = RecurrentLayer(2, 3, Norm(kind="none", affine=False, groups=1, ghost_batch=None))
+    layer = RecurrentLayer(2, 3, Norm(kind="none", affine=False, groups=1, ghost_batch=None, eps=1e-5, momentum=0.1))
     sequence = torch.randn(4, 6, 2)
     with LayerProbe(layer).watching() as probe:
         states = layer(sequence)

@@ -8,7 +8,7 @@ from dlopt.analysis.time_lag import TimeLagProbe
 from dlopt.models.layers import Norm
 from dlopt.models.recurrent import LSTMLayer, RecurrentLayer
 
-NONE = Norm(kind="none", affine=False, groups=1, ghost_batch=None)
+NONE = Norm(kind="none", affine=False, groups=1, ghost_batch=None, eps=1e-5, momentum=0.1)
 
 
 def test_a_linear_recurrence_shrinks_by_the_weight_in_every_step() -> None:

@@ -12,7 +12,7 @@ Build = Callable[..., nn.Module]
 
 
 def norm(kind: str) -> Norm:
-    return Norm(kind=kind, affine=True, groups=1, ghost_batch=None)  # type: ignore[arg-type]
+    return Norm(kind=kind, affine=True, groups=1, ghost_batch=None, eps=1e-5, momentum=0.1)  # type: ignore[arg-type]
 
 
 def sequence() -> torch.Tensor:

@@ -41,7 +41,7 @@ LARGE = {
 
 
 def norm(kind: NormKind = "batch") -> Norm:
-    return Norm(kind=kind, affine=True, groups=4, ghost_batch=None)
+    return Norm(kind=kind, affine=True, groups=4, ghost_batch=None, eps=1e-5, momentum=0.1)
 
 
 def small_blocks() -> dict[str, nn.Module]:

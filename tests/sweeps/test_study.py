@@ -10,11 +10,13 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from dlopt.errors import UserError
+from dlopt.sweeps import samplers
 from dlopt.sweeps.locks import is_held
 from dlopt.sweeps.study import JOURNAL, WORKERS, hidden, open_storage
 from tests.sweeps.worker import plan, study_of
@@ -155,6 +157,26 @@ def test_a_dead_process_leaves_its_job_to_one_other(tmp_path: Path) -> None:
     for each in (second, third, fourth):
         each.kill()
         each.communicate()
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe", "sobol"])
+def test_values_of_which_a_dead_process_drew_some_are_those_it_would_have_drawn(sampler: str, tmp_path: Path) -> None:
+    wanted = plan(3, None, "lr=tag(log,interval(0.001,1))", "fixed=interval(2,2)", "kind=a,b", "width=range(1,99)")
+    more = {"random": {}, "tpe": {"startup_trials": 2, "multivariate": False, "constant_liar": True}}
+    options = more.get(sampler, {"scramble": True})
+    wanted = replace(wanted, sampler=getattr(samplers, sampler)(space=wanted.space, seed=0, **options))
+    study = study_of(tmp_path, wanted)
+    whole = study.claim()
+    assert whole is not None and len(whole.values) == 4
+    study.close()
+    lines = (tmp_path / JOURNAL).read_bytes().splitlines(keepends=True)
+    for drawn in range(5):
+        (tmp_path / JOURNAL).write_bytes(b"".join(lines[: len(lines) - drawn]))
+        study = study_of(tmp_path, wanted)
+        again = study.claim()
+        assert again is not None and again.again
+        assert (again.number, again.values) == (whole.number, whole.values)
+        study.close()
 
 
 def test_a_torn_line_of_the_journal_is_cut_off(tmp_path: Path) -> None:
