@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dlopt import build, schedules
 from dlopt.analysis import lr_range
-from dlopt.analysis.live import Diagnostics
+from dlopt.analysis.diagnosis.live import Diagnostics
 from dlopt.analysis.profiling import Profile, Profiling
 from dlopt.analysis.profiling import table as profile_table
 from dlopt.build import Setup

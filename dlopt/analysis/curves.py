@@ -4,19 +4,14 @@ import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from dlopt.analysis.drawing import COLOURS, DASHES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from dlopt.schedules import Factor
-
-# Okabe & Ito 2008, told apart by colour-blind readers; without their yellow, which is faint on white.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
-DASHES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
-MOST = len(COLOURS) * len(DASHES)
-"""Curves that can be told apart."""
 
 _POINTS = 4000  # more cannot be seen
 
@@ -82,11 +77,3 @@ def draw(curves: Sequence[Curve], *, title: str, subtitle: str = "", steps_per_e
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right upper", frameon=False, handlelength=3.5)
     return figure
-
-
-def save(figure: "Figure", folder: Path, name: str) -> list[Path]:
-    """Writes `name`.png and `name`.svg into the folder."""
-    paths = [folder / f"{name}.png", folder / f"{name}.svg"]
-    for path in paths:
-        figure.savefig(path, dpi=150)
-    return paths

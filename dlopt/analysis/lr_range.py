@@ -12,7 +12,7 @@ from annotated_types import Gt
 from torch import Tensor, nn
 
 from dlopt import build
-from dlopt.analysis.curves import COLOURS
+from dlopt.analysis.drawing import COLOURS
 from dlopt.build import Setup
 from dlopt.config.experiment import Experiment
 from dlopt.config.schema import Component
@@ -208,7 +208,7 @@ def write(found: LearningRates, folder: Path, title: str) -> list[Path]:
     """find_lr.png, .svg and .json in the folder. Raises OSError."""
     import json
 
-    from dlopt.analysis.curves import save
+    from dlopt.analysis.drawing import save
     from dlopt.tracking.files import write_atomically
 
     path = folder / "find_lr.json"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from dlopt.analysis.bench_communication import times
+from dlopt.analysis.bench.communication import times
 from dlopt.analysis.model_summary import kept_for_backward
 from dlopt.build import Setup
 from dlopt.engine.loop import Batches

@@ -24,7 +24,7 @@ from dlopt.ranges import Count, Natural, Positive
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from dlopt.analysis.bench_modes import Row
+    from dlopt.analysis.bench.modes import Row
 
 USAGE = """\
 dlopt bench parallel=a,b processes=1,2 [key=value]: measures parallel modes and draws what it finds
@@ -120,11 +120,11 @@ def output_folder(output: str | None) -> Path:
 
 def save(figure: "Figure", folder: Path, name: str, figures: Any) -> None:
     """Writes picture and figures, and prints where they are."""
-    from dlopt.analysis import curves
+    from dlopt.analysis import drawing
 
     try:
         (folder / f"{name}.json").write_text(json.dumps(_without_nan(figures), indent=1) + "\n")
-        paths = [*curves.save(figure, folder, name), folder / f"{name}.json"]
+        paths = [*drawing.save(figure, folder, name), folder / f"{name}.json"]
     except OSError as error:
         raise UserError(f"output={folder}: nothing can be written there: {error.strerror}") from None
     for path in paths:
@@ -141,7 +141,7 @@ def _without_nan(value: Any) -> Any:
 
 
 def _bench_modes(composer: Composer, overrides: Sequence[str]) -> int:
-    from dlopt.analysis import bench_modes
+    from dlopt.analysis.bench import modes
     from dlopt.config.experiment import parse
 
     values, rest = own_keys(composer, overrides, _Own)
@@ -160,15 +160,15 @@ def _bench_modes(composer: Composer, overrides: Sequence[str]) -> int:
         for number, (job, (config, mode)) in enumerate(zip(jobs, configs, strict=True)):
             print(f"{number + 1} of {len(jobs)}: {job.label} on {job.processes}", file=sys.stderr, flush=True)
             place = scratch / str(number)
-            row = bench_modes.measure(config, place, label=job.label, mode=mode, processes=job.processes, plan=plan)
-            rows.append(bench_modes.against(row, rows[job.baseline] if rows else row))
+            row = modes.measure(config, place, label=job.label, mode=mode, processes=job.processes, plan=plan)
+            rows.append(modes.against(row, rows[job.baseline] if rows else row))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    bench_modes.refuse_if_all_failed(rows)
-    for line in bench_modes.table(rows):
+    modes.refuse_if_all_failed(rows)
+    for line in modes.table(rows):
         print(line)
     typed = " ".join(line for line in rest if not line.startswith("processes="))
-    figure = bench_modes.draw(rows, title=f"dlopt bench {typed}")
+    figure = modes.draw(rows, title=f"dlopt bench {typed}")
     save(figure, folder, "modes", [asdict(row) | {"spread": row.spread} for row in rows])
     return 0
 

@@ -42,7 +42,7 @@ def bench_device(composer: Composer, overrides: Sequence[str]) -> int:
             raise UserError(f"{name}=[]: at least one value is needed")
     import torch
 
-    from dlopt.analysis import bench_device as measuring
+    from dlopt.analysis.bench import device as measuring
     from dlopt.processor import set_threads
 
     set_threads(own.threads)

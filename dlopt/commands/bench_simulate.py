@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from dlopt.analysis.bench_simulation import Cluster, Estimate, estimates, size
+from dlopt.analysis.bench.simulation import Cluster, Estimate, estimates, size
 from dlopt.commands import bench
 from dlopt.config.compose import Composer, to_plain
 from dlopt.errors import UserError
 from dlopt.ranges import Count
 
 if TYPE_CHECKING:
-    from dlopt.analysis.bench_layers import Layer
+    from dlopt.analysis.bench.layers import Layer
 
 KEYS = """\
 
@@ -64,7 +64,7 @@ def bench_simulate(composer: Composer, overrides: Sequence[str]) -> int:
     for name in ("devices", "models"):
         if not getattr(own, name):
             raise UserError(f"{name}=[]: at least one value is needed")
-    from dlopt.analysis import bench_simulation_picture
+    from dlopt.analysis.bench import simulation_picture
 
     found: dict[str, list[Estimate]] = {}
     for name in dict.fromkeys(own.models):
@@ -81,7 +81,7 @@ def bench_simulate(composer: Composer, overrides: Sequence[str]) -> int:
     points = _validate(own) if own.validate else []
     folder = bench.output_folder(own.output)
     title = f"Expected efficiency against one device, {own.batch} samples per device, layer times {own.layers}"
-    figure = bench_simulation_picture.draw(found, cluster, title=title, subtitle=_described(cluster))
+    figure = simulation_picture.draw(found, cluster, title=title, subtitle=_described(cluster))
     figures = {
         "cluster": asdict(cluster),
         "estimates": {name: [asdict(each) for each in every] for name, every in found.items()},
@@ -104,7 +104,7 @@ def _layers(composer: Composer, name: Model, own: _Own) -> "list[Layer]":
     """Layers of one model, with the seconds of `own.batch` samples where they are measured."""
     import torch
 
-    from dlopt.analysis import bench_layers
+    from dlopt.analysis.bench import layers
     from dlopt.build import choose_device
     from dlopt.config.experiment import parse
 
@@ -115,19 +115,21 @@ def _layers(composer: Composer, name: Model, own: _Own) -> "list[Layer]":
         return experiment.model.build(input_shape=shape, classes=classes)
 
     if own.layers == "counted":
-        return bench_layers.layers_of(make, shape)
+        return layers.layers_of(make, shape)
     device = choose_device("auto")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     few = own.batch if device.type == "cuda" else 2  # a CPU takes its time: two samples stand for the others
     module = make().to(device=device, dtype=dtype, memory_format=torch.channels_last)
     inputs = torch.randn(few, *shape, device=device, dtype=dtype).to(memory_format=torch.channels_last)
-    layers = bench_layers.timed(module, inputs)
+    timed = layers.timed(module, inputs)
     scale = own.batch / few
-    return [dataclasses.replace(each, forward=each.forward * scale, backward=each.backward * scale) for each in layers]
+    return [
+        dataclasses.replace(each, forward=each.forward * scale, backward=each.backward * scale) for each in timed
+    ]
 
 
 def _validate(own: _Own) -> list[dict[str, Any]]:
-    from dlopt.analysis.bench_validation import validate
+    from dlopt.analysis.bench.validation import validate
 
     points = []
     print("calculated from measured layer times and a measured network, against measured times per update (ResNet-20):")

@@ -20,7 +20,7 @@ from dlopt.folders import RunFolder, make, make_new, refuse_other_config
 from dlopt.parallel.world import current
 
 if TYPE_CHECKING:
-    from dlopt.analysis.comparison import Cell, Comparison, Outcome
+    from dlopt.analysis.comparison.runs import Cell, Comparison, Outcome
     from dlopt.config.experiment import Experiment
 
 PICTURE = "comparison"
@@ -38,9 +38,9 @@ class _Run:
 
 def compare(composer: Composer, parsed: Namespace, config: DictConfig) -> int:
     """Runs, draws, prints a table; returns the exit code. Raises `UserError` before anything is made."""
-    from dlopt.analysis.comparison import table
-    from dlopt.analysis.comparison_picture import draw
-    from dlopt.analysis.curves import save
+    from dlopt.analysis.comparison.picture import draw
+    from dlopt.analysis.comparison.runs import table
+    from dlopt.analysis.drawing import save
 
     if current() is not None:
         raise UserError("a comparison starts its runs itself: not inside torchrun or srun; start it from a shell")
@@ -66,8 +66,8 @@ def compare(composer: Composer, parsed: Namespace, config: DictConfig) -> int:
 
 def comparison_of(composer: Composer, config: DictConfig, overrides: list[str]) -> "Comparison":
     """What the file says; a key that is typed is no axis any more, and a typed seed is the only one."""
-    from dlopt.analysis.comparison import Comparison
-    from dlopt.analysis.probes import PROBES
+    from dlopt.analysis.comparison.probes import PROBES
+    from dlopt.analysis.comparison.runs import Comparison
 
     node = OmegaConf.to_container(config.comparison, resolve=True)
     assert isinstance(node, dict)
@@ -137,7 +137,7 @@ def _folder(config: DictConfig, overrides: list[str], runs: list[_Run]) -> Path:
 
 def _execute(runs: list[_Run], folder: Path, comparison: "Comparison") -> "tuple[dict[Cell, Outcome], int]":
     """What the runs leave, and the exit code. One that diverges is a result, too."""
-    from dlopt.analysis.comparison import read, show, typed
+    from dlopt.analysis.comparison.runs import read, show, typed
     from dlopt.engine.checkpoint import Checkpoints
     from dlopt.job import INTERRUPTED, USER_ERROR, execute
     from dlopt.run import Run

@@ -17,8 +17,8 @@ from dlopt.ranges import Count, Natural
 from dlopt.tracking.layout import short_path
 
 if TYPE_CHECKING:
-    from dlopt.analysis.diagnosis import Diagnosis, Snapshot
-    from dlopt.analysis.verdicts import Facts, Verdict
+    from dlopt.analysis.diagnosis.measuring import Diagnosis, Snapshot
+    from dlopt.analysis.diagnosis.verdicts import Facts, Verdict
     from dlopt.config.experiment import Experiment
 
 USAGE = """\
@@ -149,12 +149,13 @@ def _folder(output: str | None) -> Path:
 
 
 def _measure(subject: _Subject, own: _Own) -> tuple["Diagnosis", "Facts"]:
-    from dlopt.analysis import diagnosis, probing
-    from dlopt.analysis.verdicts import Facts
+    from dlopt.analysis.diagnosis import measuring
+    from dlopt.analysis.diagnosis.preparation import has_skips, prepare
+    from dlopt.analysis.diagnosis.verdicts import Facts
 
-    setup, training = probing.prepare(subject.experiment, Path(os.devnull), subject.state)
+    setup, training = prepare(subject.experiment, Path(os.devnull), subject.state)
     keys = {"batches": own.batches, "updates": own.updates, "eigenvalues": own.eigenvalues}
-    found = diagnosis.diagnose(subject.label, setup, training, iterations=own.iterations, **keys)
+    found = measuring.diagnose(subject.label, setup, training, iterations=own.iterations, **keys)
     model = subject.experiment.model
     layers = found.before.layers
     activations = [layer.activation for layer in layers if layer.activation is not None]
@@ -162,7 +163,7 @@ def _measure(subject: _Subject, own: _Own) -> tuple["Diagnosis", "Facts"]:
         init=subject.choices.get("init", subject.experiment.init.target.__name__),
         norm=model.arguments.get("norm"),
         activation=max(activations, key=activations.count) if activations else None,
-        has_skips=probing.has_skips(model),
+        has_skips=has_skips(model),
         is_recurrent=bool(found.before.lags),
         is_gated=model.target.__name__ == "LSTM",
         clip="none" if subject.experiment.clip.target.__name__ == "Unclipped" else "some",
@@ -174,7 +175,7 @@ def _measure(subject: _Subject, own: _Own) -> tuple["Diagnosis", "Facts"]:
 def _tell(diagnosis: "Diagnosis", facts: "Facts", label: str) -> None:
     from rich.console import Console
 
-    from dlopt.analysis.verdicts import advice, clipping_norm, typed, verdicts
+    from dlopt.analysis.diagnosis.verdicts import advice, clipping_norm, typed, verdicts
 
     console = Console(highlight=False, width=None if os.isatty(1) else 160)
     if label:
@@ -262,15 +263,15 @@ def _median(values: Sequence[float]) -> float:
 
 
 def _write(folder: Path, found: Sequence[tuple["Diagnosis", "Facts"]], title: str) -> list[Path]:
-    from dlopt.analysis import curves
-    from dlopt.analysis.diagnosis_pictures import pictures
+    from dlopt.analysis import drawing
+    from dlopt.analysis.diagnosis.pictures import pictures
     from dlopt.tracking.files import write_atomically
 
     diagnoses = [diagnosis for diagnosis, _ in found]
     paths = []
     try:
         for name, figure in pictures(diagnoses, title).items():
-            paths += curves.save(figure, folder, name)
+            paths += drawing.save(figure, folder, name)
         records = json.dumps([_record(each) for each in diagnoses], indent=1, allow_nan=False)
         write_atomically(folder / "diagnosis.json", (records + "\n").encode())
         _histograms(folder, diagnoses)
@@ -293,7 +294,7 @@ def _record(diagnosis: "Diagnosis") -> dict[str, Any]:
 
 
 def _snapshot(snapshot: "Snapshot") -> dict[str, Any]:
-    from dlopt.analysis.verdicts import verdicts
+    from dlopt.analysis.diagnosis.verdicts import verdicts
 
     judged = verdicts(snapshot.layers, snapshot.lags)
     layers = [

@@ -36,7 +36,7 @@ class _Own:
 def draw_landscape(arguments: list[str]) -> int:
     """Draws, and prints where the picture is. Raises `UserError`."""
     from dlopt import build
-    from dlopt.analysis.curves import save
+    from dlopt.analysis.drawing import save
     from dlopt.analysis.landscape import draw, surface
     from dlopt.config.compose import resolve_saved
     from dlopt.config.experiment import parse
@@ -70,8 +70,8 @@ def draw_landscape(arguments: list[str]) -> int:
 
 def _plane(setup: "Setup", path: Path, own: _Own) -> "Plane":
     """Through the checkpoints beside `path` where there are enough of them, else random."""
+    from dlopt.analysis.comparison.probes import checkpoints
     from dlopt.analysis.landscape import path_plane, random_plane
-    from dlopt.analysis.probes import checkpoints
     from dlopt.random import generator
 
     names = [name for name, _ in setup.module.named_parameters()]

@@ -17,7 +17,7 @@ from dlopt.ranges import Count, Seed
 from dlopt.schedules import Warmup
 
 if TYPE_CHECKING:
-    from dlopt.analysis.paths import Path
+    from dlopt.analysis.paths.walking import Path
     from dlopt.functions import Function
 
 _GROUPS = ("function", "optimizer", "schedule")
@@ -54,8 +54,8 @@ class _Plan:
 
 def draw_paths(composer: Composer, overrides: list[str]) -> int:
     """Draws, prints a table and where the pictures are. Raises `UserError`."""
-    from dlopt.analysis.curves import COLOURS, save
-    from dlopt.analysis.paths_picture import animate, draw, table
+    from dlopt.analysis.drawing import COLOURS, save
+    from dlopt.analysis.paths.picture import animate, draw, table
 
     _refuse_others(overrides)
     found = jobs(composer, overrides, _GROUPS, len(COLOURS))
@@ -152,7 +152,7 @@ def _one_function(plans: Sequence[_Plan]) -> "Function":
 def _follow(plan: _Plan) -> tuple["Path", float | None]:
     """The path, and its learning rate where that counts."""
     from dlopt import schedules
-    from dlopt.analysis.paths import best_rate, follow
+    from dlopt.analysis.paths.walking import best_rate, follow
 
     settings = plan.settings
     function = plan.function.build()

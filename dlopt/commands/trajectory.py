@@ -81,7 +81,7 @@ def trajectory(arguments: list[str]) -> int:
 
 
 def _learning_rates(composer: Composer, typed: Sequence[str]) -> int:
-    from dlopt.analysis.curves import MOST
+    from dlopt.analysis.drawing import MOST
 
     own, overrides = own_keys(composer, typed, _Own)
     curves: list[Curve] = []
@@ -126,7 +126,8 @@ def _curve(label: str, config: DictConfig, overrides: list[str], steps_per_epoch
 
 def _picture(curves: list["Curve"], composer: Composer, own: _Own, overrides: list[str]) -> list[Path]:
     """Draws under a title that says what was typed for all curves."""
-    from dlopt.analysis.curves import draw, save
+    from dlopt.analysis.curves import draw
+    from dlopt.analysis.drawing import save
 
     lengths = {f"{each.epochs[-1]:g}" for each in curves}
     title = f"Learning rate of {curves[0].label}" if len(curves) == 1 else "Learning-rate schedules"

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dlopt.analysis import probing
-from dlopt.analysis.live import SELDOMER, Diagnostics, Kind
+from dlopt.analysis.diagnosis.live import SELDOMER, Diagnostics, Kind
+from dlopt.analysis.diagnosis.preparation import prepare
 from dlopt.config.compose import Composer, to_plain
 from dlopt.config.experiment import parse
 from dlopt.engine.observed import ObservedUpdate
@@ -32,7 +32,7 @@ def measure(typed: list[str], kinds: tuple[Kind, ...], rounds: int) -> tuple[flo
     experiment = parse(to_plain(Composer().compose(lines), lines)[0])
     every = experiment.settings.diagnostics_every
     with tempfile.TemporaryDirectory() as folder:
-        setup, training = probing.prepare(experiment, Path(folder))
+        setup, training = prepare(experiment, Path(folder))
         update = training.update
         assert isinstance(update, ObservedUpdate)
         tracking = Tracking(Path(folder), sinks=["tensorboard"], console=False)

@@ -7,7 +7,8 @@ from xml.etree import ElementTree
 import pytest
 from PIL import Image
 
-from dlopt.analysis.curves import MOST, Curve, curve, draw, save
+from dlopt.analysis.curves import Curve, curve, draw
+from dlopt.analysis.drawing import MOST, save
 from dlopt.schedules import Horizon, Plateau, WarmedUp
 
 

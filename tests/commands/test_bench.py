@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from dlopt.analysis import bench_device, bench_modes
-from dlopt.analysis.bench_modes import Row
+from dlopt.analysis.bench import device, modes
+from dlopt.analysis.bench.modes import Row
 from dlopt.commands import bench
 from dlopt.config.compose import Composer
 from dlopt.errors import UserError
@@ -72,24 +72,24 @@ def rank(number: int, steps: float, waiting: float, **figures: Any) -> Mapping[s
 
 
 def test_figures_of_a_row() -> None:
-    single = bench_modes._row("single", "single", [rank(0, 0.4, 0.0)])
-    row = bench_modes.against(bench_modes._row("ddp", "ddp", [rank(0, 0.25, 0.4), rank(1, 0.24, 0.0)]), single)
+    single = modes._row("single", "single", [rank(0, 0.4, 0.0)])
+    row = modes.against(modes._row("ddp", "ddp", [rank(0, 0.25, 0.4), rank(1, 0.24, 0.0)]), single)
     assert (row.step, row.samples_per_second, row.speedup, row.efficiency) == pytest.approx((0.25, 256, 1.6, 0.8))
     assert row.own == pytest.approx((0.15, 0.24)) and row.spread == pytest.approx(0.375)
     assert row.peak_mb == (10.0, 11.0) and row.waiting == pytest.approx(0.2)
-    heading, first = bench_modes.table([row])
+    heading, first = modes.table([row])
     assert len(heading) == len(first) and first.split()[:4] == ["ddp", "2", "1", "250.0"]
 
 
 def test_a_row_without_figures_says_why() -> None:
-    problem = bench_modes._problem([{"failed": "another process ended"}, {"failed": "out of memory"}], [1, 1])
+    problem = modes._problem([{"failed": "another process ended"}, {"failed": "out of memory"}], [1, 1])
     assert problem == "out of memory"
     row = Row("ddp", "ddp", 2, problem)
-    assert bench_modes.table([row])[-1] == "ddp on 2: out of memory" and math.isnan(row.spread)
-    assert bench_modes._problem([{"rank": 0}, None], [0, -9]) == "rank 1 ended with -9"
+    assert modes.table([row])[-1] == "ddp on 2: out of memory" and math.isnan(row.spread)
+    assert modes._problem([{"rank": 0}, None], [0, -9]) == "rank 1 ended with -9"
     with pytest.raises(UserError, match="out of memory"):
-        bench_modes.refuse_if_all_failed([row])
-    bench_modes.draw([row, bench_modes._row("single", "single", [rank(0, 0.4, 0.0)])], title="")
+        modes.refuse_if_all_failed([row])
+    modes.draw([row, modes._row("single", "single", [rank(0, 0.4, 0.0)])], title="")
 
 
 def test_two_processes_are_measured_and_drawn(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_throughput(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append(budget)
         return 1e-3
 
-    monkeypatch.setattr(bench_device, "_seconds", seconds)
+    monkeypatch.setattr(device, "_seconds", seconds)
     keys = ["sizes=[100,10]", "channels=[4]", "precision=[fp32]", "seconds=0.1", "output=out"]
     result = dlopt(tmp_path, "bench", "device=[cpu,cuda]", *keys)
     assert result.code == 0 and calls[:3] == [0.1] * 3

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from dlopt.analysis import curves, paths_picture
-from dlopt.analysis.paths import Path
+from dlopt.analysis import drawing
+from dlopt.analysis.paths import picture
+from dlopt.analysis.paths.walking import Path
 from dlopt.commands.trajectory import trajectory
 from dlopt.config.choices import config_folder
 from tests.commands.line import dlopt, refused
@@ -25,8 +26,8 @@ def drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: File) -> dict[str, Any]:
     def draw(function: Any, paths: Mapping[str, Path], **words: Any) -> None:
         found.update(words, function=function, paths=dict(paths))
 
-    monkeypatch.setattr(paths_picture, "draw", draw)
-    monkeypatch.setattr(curves, "save", lambda figure, folder, name: [folder / f"{name}.png"])
+    monkeypatch.setattr(picture, "draw", draw)
+    monkeypatch.setattr(drawing, "save", lambda figure, folder, name: [folder / f"{name}.png"])
     monkeypatch.chdir(tmp_path)
     return found
 

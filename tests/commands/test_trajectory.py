@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dlopt.analysis import curves
+from dlopt.analysis import curves, drawing
 from dlopt.analysis.curves import Curve
 from dlopt.commands.trajectory import trajectory
 from dlopt.errors import UserError
@@ -21,7 +21,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
         found.update(words, curves={each.label: each for each in curves})
 
     monkeypatch.setattr(curves, "draw", draw)
-    monkeypatch.setattr(curves, "save", lambda figure, folder, name: [folder / f"{name}.png"])
+    monkeypatch.setattr(drawing, "save", lambda figure, folder, name: [folder / f"{name}.png"])
     monkeypatch.chdir(tmp_path)
     return found
 

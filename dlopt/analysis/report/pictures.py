@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dlopt.analysis.curves import COLOURS, DASHES
+from dlopt.analysis.drawing import COLOURS, DASHES
 from dlopt.analysis.report.keys import text
 from dlopt.analysis.report.reading import is_number
 from dlopt.analysis.report.statistics import (

@@ -1,0 +1,1 @@
+"""Measuring and calculating what devices, layers and modes of parallelism cost."""

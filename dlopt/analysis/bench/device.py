@@ -1,0 +1,106 @@
+"""How many operations a device computes per second, against the size of what it computes."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dlopt.analysis.drawing import COLOURS, DASHES
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+BATCH, PIXELS = 32, 32  # of the convolutions' inputs
+
+
+@dataclass(frozen=True)
+class Point:
+    """`flops` floating-point operations per second; `size`: rows of the square matrices, or channels."""
+
+    device: str
+    precision: str
+    kind: str  # matrix product | convolution
+    size: int
+    flops: float
+
+
+def throughput(
+    device: torch.device, precision: str, *, sizes: Sequence[int], channels: Sequence[int], seconds: float
+) -> list[Point]:
+    """Square matrix products, and 3x3 convolutions of 32 maps of 32x32 pixels, forward and backward.
+
+    Each is repeated for `seconds`. A multiplication and an addition are two operations: a product of n x n matrices
+    has 2 n^3, a convolution of c to c channels 2 * 9 c^2 per pixel, and its backward twice those of its forward.
+    """
+    points = []
+    for n in sizes:
+        a, b = (torch.randn(n, n, device=device).to(DTYPES[precision]) for _ in range(2))
+        flops = 2 * n**3 / _seconds(lambda a=a, b=b: a @ b, device, seconds)  # type: ignore[misc]
+        points.append(Point(str(device), precision, "matrix product", n, flops))
+    for c in channels:
+        maps = torch.randn(BATCH, c, PIXELS, PIXELS, device=device).to(DTYPES[precision])
+        maps = maps.to(memory_format=torch.channels_last).requires_grad_()
+        kernel = torch.randn(c, c, 3, 3, device=device).to(DTYPES[precision]).requires_grad_()
+        upstream = torch.ones_like(maps)
+
+        def step(maps: Tensor = maps, kernel: Tensor = kernel, upstream: Tensor = upstream) -> object:
+            return torch.autograd.grad(functional.conv2d(maps, kernel, padding=1), (maps, kernel), upstream)
+
+        work = 3 * 2 * 9 * c * c * BATCH * PIXELS * PIXELS
+        points.append(Point(str(device), precision, "convolution", c, work / _seconds(step, device, seconds)))
+    return points
+
+
+def _seconds(compute: Callable[[], object], device: torch.device, budget: float) -> float:
+    """Of one call: the least mean over rounds, which other processes on the machine disturb least."""
+
+    def timed(calls: int) -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            compute()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return (time.perf_counter() - start) / calls
+
+    timed(2)
+    calls = max(int(budget / 5 / timed(1)), 1)
+    return min(timed(calls) for _ in range(5)) if calls > 1 else min(timed(1) for _ in range(2))
+
+
+def draw(points: Sequence[Point], title: str) -> "Figure":
+    """A panel for the products, a panel for the convolutions; a line per device and precision."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    lines = list(dict.fromkeys((p.device, p.precision) for p in points))
+    labels = {
+        "matrix product": "n, of n × n matrices",
+        "convolution": f"channels, 3 × 3, {BATCH} maps of {PIXELS} × {PIXELS}",
+    }
+    for axes, (kind, label) in zip(figure.subplots(1, 2), labels.items(), strict=True):
+        for i, (device, precision) in enumerate(lines):
+            own = [p for p in points if (p.device, p.precision, p.kind) == (device, precision, kind)]
+            style = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)], "marker": "o"}
+            axes.plot([p.size for p in own], [p.flops / 1e9 for p in own], label=f"{device}, {precision}", **style)
+        axes.set_xscale("log", base=2)
+        ticks = sorted({p.size for p in points if p.kind == kind})
+        axes.set_xticks(ticks, [str(tick) for tick in ticks], fontsize=8)
+        axes.minorticks_off()
+        axes.set_yscale("log")
+        top = max((p.flops for p in points if p.kind == kind), default=1e9)
+        axes.set_ylim(top=10 ** (math.ceil(4 * math.log10(top / 1e9) + 0.5) / 4))
+        axes.set_title(f"{kind}s", fontsize=10)
+        axes.set_xlabel(label)
+        axes.set_ylabel("GFLOP/s")
+        axes.grid(color="0.9", which="both")
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return figure

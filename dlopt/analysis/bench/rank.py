@@ -1,0 +1,225 @@
+"""`python -m dlopt.analysis.bench.rank FOLDER`: one rank's measurement of what FOLDER/config.yaml says.
+
+It takes the updates of a run, with the run's own objects, and writes FOLDER/rank-N.json.
+"""
+
+import gc
+import json
+import os
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, distributed
+
+from dlopt import build
+from dlopt.analysis.bench import communication
+from dlopt.config.compose import resolve_saved
+from dlopt.config.experiment import Experiment, parse
+from dlopt.engine.loop import Training
+from dlopt.errors import UserError
+from dlopt.parallel import launch
+from dlopt.parallel import world as worlds
+from dlopt.processor import keep_freed_memory, set_threads
+from dlopt.run import Run, length_of, training_of
+from dlopt.tracking.tracking import Tracking
+
+MIB = 2.0**20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured; see `dlopt bench`."""
+
+    updates: int
+    warmup: int
+    profiled: int
+    memory_limit_mb: float | None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One rank's figures; times in seconds, per update."""
+
+    rank: int
+    processes: int
+    threads: int
+    samples: float  # of the global batch
+    steps: list[float]
+    peak_mb: float  # memory beyond that of the process before its data and model were made
+    sent_mb: float  # bytes that this rank sends
+    collectives: float
+    communicating: float  # share of the time in which a collective is under way
+    waiting: float  # share of it in which nothing is computed besides
+
+    @property
+    def step(self) -> float:
+        return statistics.median(self.steps)
+
+    @property
+    def own(self) -> float:
+        """The time in which this rank works by itself: the slowest rank sets the pace of the others."""
+        return self.step * (1 - self.waiting)
+
+
+def main() -> int:
+    if worlds.RANK in os.environ:
+        launch.end_with_parent()
+    folder = Path(sys.argv[1])
+    world = worlds.current()
+    rank = 0 if world is None else world.rank
+    plan = Plan(**json.loads((folder / "plan.json").read_text()))
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    code = 0
+    try:
+        outcome: dict[str, Any] = asdict(measure(parse(resolve_saved(config), config), folder, plan, rank))
+        worlds.leave()
+    except UserError as error:
+        outcome, code = {"refused": str(error)}, 2
+    except (RuntimeError, MemoryError) as error:
+        outcome, code = {"failed": _reason(error, plan)}, 1
+    (folder / f"rank-{rank}.json").write_text(json.dumps(outcome))
+    return code
+
+
+def _reason(error: RuntimeError | MemoryError, plan: Plan) -> str:
+    text = (str(error).splitlines() or [""])[0]
+    is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "not enough memory" in text
+    if is_memory or "alloc" in text:
+        limit = "" if plan.memory_limit_mb is None else f" of {plan.memory_limit_mb:g} MiB beyond the bare process"
+        return f"out of memory{limit}"
+    return "another process ended" if worlds.is_lost_connection(error) else f"{type(error).__name__}: {text}"
+
+
+def measure(experiment: Experiment, folder: Path, plan: Plan, rank: int) -> Measured:
+    """Warm-up, timed updates, updates whose bytes are counted, updates under the profiler."""
+    parallel = build.parallel_of(experiment)
+    device = parallel.device
+    set_threads(experiment.settings.threads, parallel.local_processes)
+    keep_freed_memory()
+    torch.ones(64, 64).mm(torch.ones(64, 64))  # the libraries have their own
+    before = _memory(device)
+    if plan.memory_limit_mb is not None:
+        _limit(plan.memory_limit_mb, device)
+    setup = build.set_up(experiment, parallel=parallel)
+    batches = build.training_batches(setup)
+    run = Run(experiment, folder / f"run-{rank}")
+    tracking = Tracking(None, sinks=[], console=False)
+    training = training_of(setup, run, batches, length_of(setup, len(batches), None), tracking)
+    update = _updates(training, device)
+    for _ in range(plan.warmup):
+        update()
+    _together(parallel)
+    steps, samples = [], 0
+    for _ in range(plan.updates):
+        start = time.perf_counter()
+        samples += update()
+        steps.append(time.perf_counter() - start)
+    peak = _peak(device)
+    with communication.Traffic() as traffic:
+        for _ in range(plan.profiled):
+            update()
+    talking, waiting = _profiled(update, plan.profiled, device, parallel)
+    [everyones] = parallel.total([float(samples)])
+    shared = parallel.share is not None
+    return Measured(
+        rank=rank,
+        processes=parallel.processes,
+        threads=torch.get_num_threads(),
+        samples=(everyones if shared else samples) / plan.updates,
+        steps=steps,
+        peak_mb=(peak - before) / MIB,
+        sent_mb=traffic.sent / plan.profiled / MIB,
+        collectives=traffic.collectives / plan.profiled,
+        communicating=talking,
+        waiting=waiting,
+    )
+
+
+def _updates(training: Training, device: torch.device) -> Callable[[], int]:
+    """A function that takes the next update, waits for the device, and returns the samples of this rank."""
+    training.module.train()
+    progress = training.progress
+
+    def endless() -> Iterator[tuple[Tensor, Tensor]]:
+        while True:
+            yield from training.batches.epoch(progress.epoch, 0, progress.step)
+            progress.epoch += 1
+
+    batches = endless()
+
+    def update() -> int:
+        inputs, targets = next(batches)
+        training.update(inputs, targets, progress.step, training.sums)
+        progress.step += 1
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return len(targets)
+
+    return update
+
+
+def _profiled(update: Callable[[], int], number: int, device: torch.device, parallel: Any) -> tuple[float, float]:
+    """Shares of the time: a collective is under way; and nothing is computed besides."""
+    if parallel.processes == 1:
+        return 0.0, 0.0
+    from torch.profiler import ProfilerActivity, profile
+
+    kinds = [ProfilerActivity.CUDA] if device.type == "cuda" else [ProfilerActivity.CPU]
+    with profile(activities=kinds) as profiler:
+        _together(parallel)  # a profiler takes its time to start
+        start = time.perf_counter()
+        for _ in range(number):
+            update()
+        seconds = time.perf_counter() - start
+    events = list(profiler.events() or [])
+    first = max((e.time_range.end for e in events), default=0.0) - seconds * 1e6
+    talking, waiting = communication.times([e for e in events if e.time_range.start >= first], device)
+    return min(talking / seconds, 1.0), min(waiting / seconds, 1.0)
+
+
+def _together(parallel: Any) -> None:
+    if parallel.processes > 1:
+        distributed.barrier()
+
+
+def _status(name: str) -> float:
+    """Bytes of a line of /proc/self/status."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:  # not Linux: the maximum is all there is, of the process's life
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1.0
+    return next(float(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+def _memory(device: torch.device) -> float:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return float(torch.cuda.memory_allocated(device))
+    return _status("VmRSS")
+
+
+def _peak(device: torch.device) -> float:
+    return float(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else _status("VmHWM")
+
+
+def _limit(megabytes: float, device: torch.device) -> None:
+    """This process may allocate so much more; beyond it an allocation fails."""
+    if device.type == "cuda":
+        whole = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(megabytes * MIB / whole, 1.0), device)
+        return
+    data = int(_status("VmData") + megabytes * MIB)
+    resource.setrlimit(resource.RLIMIT_DATA, (data, data))
+
+
+if __name__ == "__main__":
+    worlds.end_process(main())

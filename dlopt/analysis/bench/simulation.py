@@ -1,0 +1,322 @@
+"""What a cluster would make of a model: time per update, efficiency and memory under each mode of parallelism.
+
+The costs are those of `dlopt.analysis.bench.costs`. Every mode works on the same global batch, `batch` samples per
+device, and is compared with one device that works on `batch` samples alone.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby, pairwise
+
+from dlopt.analysis.bench import costs
+from dlopt.analysis.bench.costs import Link
+from dlopt.analysis.bench.layers import Layer, operations, parameters
+from dlopt.ranges import Count, NonNegative, Positive
+
+GRADIENT = 4  # bytes of a gradient, a weight, a momentum
+_BACKWARD = 2  # operations of a backward per operation of the forward: by the inputs and by the weights
+_NEEDED = 2.0  # bytes moved per byte of a layer's inputs and outputs are these plus as much again in the backward
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """Servers with `per_server` devices each; gigabytes are 1e9 bytes."""
+
+    per_server: Count
+    tflops: Positive  # that a device computes of a large layer
+    memory_bandwidth: Positive  # of a device, GB/s
+    memory: Positive  # of a device, GB
+    bandwidth_within: Positive  # between two devices of a server, GB/s
+    latency_within: Positive  # microseconds
+    bandwidth_between: Positive  # of a server, GB/s
+    latency_between: Positive  # microseconds
+    variation: NonNegative  # standard deviation over mean of a device's time per update
+    value_bytes: Count  # of an activation
+    micro_batches: Count  # of the pipeline
+    bucket_mb: Positive  # of gradients that are reduced together
+
+    @property
+    def within(self) -> Link:
+        return Link(self.latency_within * 1e-6, self.bandwidth_within * 1e9)
+
+    @property
+    def between(self) -> Link:
+        return Link(self.latency_between * 1e-6, self.bandwidth_between * 1e9)
+
+    def link(self, devices: int) -> Link:
+        """The connection that limits a ring over so many neighbouring devices."""
+        return self.within if devices <= self.per_server else self.between
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of one mode; seconds per update, bytes of memory of a device."""
+
+    mode: str
+    devices: int
+    step: float
+    compute: float  # seconds in which the slowest device computes
+    memory: float
+    efficiency: float
+    fits: bool
+
+
+def seconds(layer: Layer, samples: float, cluster: Cluster) -> tuple[float, float]:
+    """Of forward and backward: measured ones where there are any, else the longer of computing and moving data.
+
+    Measured seconds are those of `samples` samples already. The longer of the two: Williams, Waterman & Patterson 2009,
+    "Roofline", for `tflops` and `memory_bandwidth`.
+    """
+    if layer.forward:
+        return layer.forward, layer.backward
+    compute = layer.operations * samples / (cluster.tflops * 1e12)
+    moved = (layer.inputs + layer.outputs) * samples * cluster.value_bytes + layer.parameters * GRADIENT
+    move = moved / (cluster.memory_bandwidth * 1e9)
+    return max(compute, move), _BACKWARD * max(compute, move)
+
+
+def single(layers: Sequence[Layer], batch: float, cluster: Cluster) -> float:
+    """Seconds of an update on one device."""
+    return sum(sum(seconds(layer, batch, cluster)) for layer in layers) + _update(parameters(layers), cluster)
+
+
+def _update(values: float, cluster: Cluster) -> float:
+    """The optimizer reads weights, gradients and momenta, and writes two of them."""
+    return 5 * values * GRADIENT / (cluster.memory_bandwidth * 1e9)
+
+
+def _states(values: float) -> float:
+    return 3 * values * GRADIENT
+
+
+def _activations(layers: Sequence[Layer], samples: float, cluster: Cluster) -> float:
+    """What the backward needs: every layer's output once."""
+    return sum(layer.outputs for layer in layers) * samples * cluster.value_bytes
+
+
+def _servers(devices: int, cluster: Cluster) -> tuple[int, int]:
+    """Devices per server, and servers."""
+    per_server = min(devices, cluster.per_server)
+    return per_server, math.ceil(devices / per_server)
+
+
+def _reduced(
+    layers: Sequence[Layer], times: Sequence[float], start: float, shards: int, devices: int, cluster: Cluster
+) -> float:
+    """When the gradients of 1/`shards` of the model are averaged over `devices` devices, a backward from `start` on.
+
+    Layer by layer from the last one, gradients become ready; a bucket of them is reduced as soon as it is full.
+    """
+    per_server, servers = (1, devices) if shards > 1 else _servers(devices, cluster)
+    clock, filled = start, 0.0
+    ready, durations = [], []
+
+    def reduce(size: float) -> None:
+        ready.append(clock)
+        # all shards of a server go between servers at the same time
+        durations.append(
+            costs.two_level_all_reduce(size, per_server, servers, cluster.within, cluster.between)
+            if shards == 1
+            else costs.all_reduce(size * shards, servers, cluster.between)
+        )
+
+    for layer, time in zip(reversed(layers), reversed(times), strict=True):
+        clock += time
+        filled += layer.parameters * GRADIENT / shards
+        if filled >= cluster.bucket_mb * 1e6:
+            reduce(filled)
+            filled = 0.0
+    if filled:
+        reduce(filled)
+    return max(clock, costs.overlapped(ready, durations)) if devices > 1 else clock
+
+
+def _estimate(
+    mode: str, devices: int, step: float, compute: float, memory: float, one: float, cluster: Cluster
+) -> Estimate:
+    return Estimate(mode, devices, step, compute, memory, one / step, memory <= cluster.memory * 1e9)
+
+
+def ddp(layers: Sequence[Layer], batch: float, devices: int, cluster: Cluster) -> Estimate:
+    """Gradients averaged beside the backward; the slowest device sets the pace."""
+    slow = costs.slowed(devices, cluster.variation)
+    times = [seconds(layer, batch, cluster) for layer in layers]
+    forward, backward = slow * sum(f for f, _ in times), [slow * b for _, b in times]
+    update = _update(parameters(layers), cluster)
+    step = _reduced(layers, backward, forward, 1, devices, cluster) + update
+    memory = _states(parameters(layers)) + _activations(layers, batch, cluster)
+    compute = forward + sum(backward) + update
+    return _estimate("ddp", devices, step, compute, memory, single(layers, batch, cluster), cluster)
+
+
+def fsdp(layers: Sequence[Layer], batch: float, devices: int, cluster: Cluster, shards: int) -> Estimate:
+    """Weights are gathered before they are needed, forward and backward, and gradients scattered, all beside computing.
+
+    Over `shards` devices; gradients of a shard are then averaged over the groups of these, behind the backward. The
+    first gathering and the last scattering have nothing to hide behind. Zhao et al. 2023, "PyTorch FSDP", section 3.
+    """
+    slow = costs.slowed(devices, cluster.variation)
+    per_server, servers = _servers(shards, cluster)
+    groups = devices // shards
+    times = [seconds(layer, batch, cluster) for layer in layers]
+    units = [list(each) for _, each in groupby(layers, key=lambda layer: layer.block or layer.name.partition(".")[0])]
+    gathers = [
+        costs.two_level_gather(parameters(unit) * GRADIENT, per_server, servers, cluster.within, cluster.between)
+        for unit in units
+        if parameters(unit)
+    ]
+    forward, backward = slow * sum(f for f, _ in times), slow * sum(b for _, b in times)
+    update = _update(parameters(layers) / shards, cluster)
+    step = gathers[0] + max(forward, sum(gathers[1:])) + max(backward, 2 * sum(gathers)) + gathers[0] + update
+    if groups > 1:  # all shards of a server at once
+        step += costs.all_reduce(parameters(layers) * GRADIENT, groups, cluster.between)
+    largest = max(parameters(unit) for unit in units)
+    memory = _states(parameters(layers) / shards) + 2 * largest * GRADIENT + _activations(layers, batch, cluster)
+    compute = forward + backward + update
+    return _estimate("fsdp", devices, step, compute, memory, single(layers, batch, cluster), cluster)
+
+
+def filter_parallel(layers: Sequence[Layer], batch: float, devices: int, cluster: Cluster, degree: int) -> Estimate:
+    """Each layer's units split over `degree` devices, data parallel over groups of these.
+
+    A device has ceil(N / degree) of N units. A residual block needs one all-reduce forward (its last convolution is
+    split by inputs) and one backward (the gradient by the input of its first); within a bottleneck and outside of
+    blocks outputs are gathered, and input gradients summed. Nothing hides these. Devices of a group meet at each of
+    them.
+    """
+    groups, samples = devices // degree, batch * degree
+    link = cluster.link(degree)
+    meetings, talk = 0, 0.0
+    forward, kept, backward = 0.0, 0.0, list[float]()
+    for number, layer in enumerate(layers):
+        share = math.ceil(layer.units / degree) / layer.units
+        f, b = (share * each for each in seconds(layer, samples, cluster))
+        is_split = layer.kind != "other"
+        out = layer.outputs * samples * cluster.value_bytes
+        into = layer.inputs * samples * cluster.value_bytes if number else 0.0  # nobody asks for the images' gradient
+        reduces = (layer.role == "last") + (layer.role == "first")  # its outputs, and its input's gradient
+        gathers = is_split and layer.role in ("alone", "inner")
+        if is_split and degree > 1:
+            size = out if layer.role == "last" else into
+            talk += reduces * costs.all_reduce(size, degree, link)
+            talk += gathers * (costs.ring_gather(out, degree, link) + costs.all_reduce(into, degree, link))
+            meetings += reduces + 2 * gathers
+        forward, backward = forward + f, [*backward, b]
+        kept += out if layer.role == "last" or gathers else out * share
+    slow = costs.slowed(devices, cluster.variation, max(meetings, 1))
+    forward, backward = slow * forward + talk, [slow * b for b in backward]
+    update = _update(parameters(layers) / degree, cluster)
+    end = _reduced(layers, backward, forward, degree, groups, cluster) if groups > 1 else forward + sum(backward)
+    memory = _states(parameters(layers) / degree) + kept
+    compute = forward - talk + sum(backward) + update
+    one = single(layers, batch, cluster)
+    return _estimate("filter", devices, end + update, compute, memory, one, cluster)
+
+
+def spatial(layers: Sequence[Layer], batch: float, devices: int, cluster: Cluster, degree: int) -> Estimate:
+    """Maps in `degree` strips of rows, data parallel over groups: rows at the boundaries are exchanged, weights whole.
+
+    A device has ceil(H / degree) of H rows; layers without a map are computed by all. Gradients are summed over all
+    devices.
+    """
+    samples, link = batch * degree, cluster.link(degree)
+    talk, forward, kept, meetings, backward = 0.0, 0.0, 0.0, 0, list[float]()
+    for layer in layers:
+        share = math.ceil(layer.rows / degree) / layer.rows if layer.rows > 1 else 1.0
+        f, b = (share * each for each in seconds(layer, samples, cluster))
+        if layer.halo and degree > 1:
+            talk += 2 * 2 * costs.send(layer.halo * samples * cluster.value_bytes, link)  # up and down; and gradients
+            meetings += 2
+        forward, backward = forward + f, [*backward, b]
+        kept += share * layer.outputs * samples * cluster.value_bytes
+    slow = costs.slowed(devices, cluster.variation, max(meetings, 1))
+    forward, backward = slow * forward + talk, [slow * b for b in backward]
+    update = _update(parameters(layers), cluster)
+    step = _reduced(layers, backward, forward, 1, devices, cluster) + update
+    memory = _states(parameters(layers)) + kept
+    compute = forward - talk + sum(backward) + update
+    one = single(layers, batch, cluster)
+    return _estimate("spatial", devices, step, compute, memory, one, cluster)
+
+
+def pipeline(layers: Sequence[Layer], batch: float, devices: int, cluster: Cluster, stages: int) -> Estimate:
+    """Layers in `stages` parts of nearly equal time, 1F1B over micro-batches, data parallel over groups.
+
+    A boundary's activation and its gradient are sent once per micro-batch. A stage keeps the activations of as many
+    micro-batches as there are stages from it to the last.
+    """
+    groups, micro = devices // stages, batch * stages / cluster.micro_batches
+    times = [seconds(layer, micro, cluster) for layer in layers]
+    bounds = partition([f + b for f, b in times], stages)
+    link = cluster.link(stages)
+    slow = costs.slowed(devices, cluster.variation, cluster.micro_batches)
+    forwards, backwards, memory = [], [], 0.0
+    for stage, (start, stop) in enumerate(bounds):
+        sent = costs.send(layers[stop - 1].outputs * micro * cluster.value_bytes, link) if stop < len(layers) else 0.0
+        forwards.append(slow * sum(f for f, _ in times[start:stop]) + sent)
+        backwards.append(slow * sum(b for _, b in times[start:stop]) + sent)
+        in_flight = min(stages - stage, cluster.micro_batches)
+        own = _states(parameters(layers[start:stop]))
+        memory = max(memory, own + in_flight * _activations(layers[start:stop], micro, cluster))
+    step = costs.pipeline(forwards, backwards, cluster.micro_batches)
+    compute = step
+    heaviest = max(parameters(layers[start:stop]) for start, stop in bounds)
+    update = _update(heaviest, cluster)
+    if groups > 1:  # all stages of a server at once, behind the last micro-batch
+        step += costs.all_reduce(parameters(layers) * GRADIENT, groups, cluster.between)
+    one = single(layers, batch, cluster)
+    return _estimate("pipeline", devices, step + update, compute + update, memory, one, cluster)
+
+
+def partition(times: Sequence[float], parts: int) -> list[tuple[int, int]]:
+    """Bounds of `parts` consecutive parts, none empty, whose largest sum is as small as can be (by bisection)."""
+
+    def cut(limit: float) -> list[int]:
+        bounds, total = [0], 0.0
+        for i, time in enumerate(times):
+            left = parts - len(bounds)  # parts that are still to be begun
+            if i > bounds[-1] and (total + time > limit or len(times) - i == left) and left > 0:
+                bounds.append(i)
+                total = 0.0
+            total += time
+        return [*bounds, len(times)]
+
+    def largest(bounds: list[int]) -> float:
+        return max(sum(times[a:b]) for a, b in pairwise(bounds))
+
+    low, high = max(times), sum(times)
+    for _ in range(50):
+        middle = (low + high) / 2
+        if largest(cut(middle)) <= middle * (1 + 1e-12):
+            high = middle
+        else:
+            low = middle
+    bounds = cut(high)
+    return list(pairwise(bounds))
+
+
+def estimates(layers: Sequence[Layer], batch: float, devices: int, cluster: Cluster) -> list[Estimate]:
+    """Every mode on so many devices; model parallelism within a server, data parallelism between, and filter over all.
+
+    Modes that cannot use so many devices are left out.
+    """
+    degree = math.gcd(devices, cluster.per_server)
+    kernels = [layer for layer in layers if layer.kind != "other"]
+    found = [
+        ddp(layers, batch, devices, cluster),
+        replace(fsdp(layers, batch, devices, cluster, devices), mode="fsdp"),
+        replace(fsdp(layers, batch, devices, cluster, degree), mode="fsdp × ddp"),
+    ]
+    if devices <= max(layer.units for layer in kernels):
+        found.append(replace(filter_parallel(layers, batch, devices, cluster, devices), mode="filter"))
+    found.append(replace(filter_parallel(layers, batch, devices, cluster, degree), mode="filter × ddp"))
+    found.append(replace(spatial(layers, batch, devices, cluster, degree), mode="spatial × ddp"))
+    if degree <= len(kernels):
+        found.append(replace(pipeline(layers, batch, devices, cluster, degree), mode="pipeline × ddp"))
+    return found
+
+
+def size(layers: Sequence[Layer]) -> str:
+    """Parameters and operations of a training step, to be shown."""
+    return f"{parameters(layers) / 1e6:.1f} M parameters, {3 * operations(layers) / 1e9:.1f} GFLOP per sample"

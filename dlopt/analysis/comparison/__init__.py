@@ -1,0 +1,1 @@
+"""A few small runs set beside each other."""

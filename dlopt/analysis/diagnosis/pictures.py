@@ -1,0 +1,306 @@
+"""What a diagnosis found, drawn: distributions per layer, figures against depth, training, curvature, time lag."""
+
+import math
+import re
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dlopt.analysis.diagnosis.layers import LayerStatistics
+from dlopt.analysis.diagnosis.measuring import SHARES, Diagnosis, Snapshot
+from dlopt.analysis.diagnosis.moments import Moments
+from dlopt.analysis.drawing import COLOURS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_MOST_PANELS = 6  # layers of which the distribution is drawn, evenly over the depth
+_BINS = 60
+_BEFORE: dict[str, Any] = {"linestyle": "-", "marker": "o", "markersize": 3}
+_AFTER: dict[str, Any] = {"linestyle": (0, (4, 2)), "marker": "s", "markersize": 3, "alpha": 0.7}
+
+
+def pictures(diagnoses: Sequence[Diagnosis], title: str) -> dict[str, "Figure"]:
+    """The figures by the name of their file. All diagnoses stand in each."""
+    found = {
+        "activations": _distributions(diagnoses, lambda layer: layer.outputs, f"Activations: {title}"),
+        "gradients": _distributions(
+            diagnoses, lambda layer: layer.gradients, f"Back-propagated gradients (at the activations' inputs): {title}"
+        ),
+        "depth": _depth(diagnoses, title),
+    }
+    if any(each.path.losses for each in diagnoses):
+        found["updates"] = _updates([each for each in diagnoses if each.path.losses], title)
+    if any(each.before.spectrum is not None for each in diagnoses):
+        found["curvature"] = _curvature(diagnoses, title)
+    if any(each.before.lags for each in diagnoses):
+        found["time_lag"] = _time_lag(diagnoses, title)
+    return found
+
+
+def _figure(width: float, height: float, title: str) -> "Figure":
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    shorter = re.sub(r"\b(\w+)(?:,\1){3,}\b", lambda run: f"{run[1]},...,{run[1]}", title)  # widths of many layers
+    figure.suptitle("\n".join(textwrap.wrap(shorter, int(width * 11))), fontsize=11)
+    return figure
+
+
+def _plain(axes: "Axes") -> None:
+    axes.grid(color="0.92")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def some(layers: Sequence[LayerStatistics], most: int = _MOST_PANELS) -> list[int]:
+    """Positions of at most so many layers, the first and the last among them."""
+    count = min(len(layers), most)
+    return [round(i * (len(layers) - 1) / max(count - 1, 1)) for i in range(count)]
+
+
+def _distributions(
+    diagnoses: Sequence[Diagnosis], moments: Callable[[LayerStatistics], Moments], title: str
+) -> "Figure":
+    """A row per diagnosis, a panel per layer: the histogram before training filled, the later one as a line."""
+    active = [[each for each in d.before.layers if each.activation] or d.before.layers for d in diagnoses]
+    columns = max(len(some(layers)) for layers in active)
+    figure = _figure(2.1 * columns + 0.4, 1.9 * len(diagnoses) + 1.1, title)
+    grid = figure.subplots(len(diagnoses), columns, squeeze=False)
+    for row, (diagnosis, layers) in enumerate(zip(diagnoses, active, strict=True)):
+        chosen = [layers[i] for i in some(layers)]
+        later = {} if diagnosis.after is None else {layer.name: layer for layer in diagnosis.after.layers}
+        bound = max((_bound(moments(layer).values) for layer in chosen), default=1.0)
+        for axes, layer in zip(grid[row], chosen, strict=False):
+            values = _finite(moments(layer).values)
+            low = 0.0 if len(values) and values.min() >= 0 else -bound
+            heights, _, _ = axes.hist(values, _BINS, range=(low, bound), density=True, color=COLOURS[6])
+            zeros = f", {(values == 0).mean():.0%} zeros" if len(values) and (values == 0).mean() > 0.05 else ""
+            if layer.name in later:
+                values = _finite(moments(later[layer.name]).values)
+                style = {"histtype": "step", "color": COLOURS[1], "linewidth": 1}
+                axes.hist(values, _BINS, range=(low, bound), density=True, **style)
+            if zeros and sorted(heights)[-2] > 0:
+                axes.set_ylim(0, 1.3 * sorted(heights)[-2])  # the zeros of a ReLU stand far above all others
+            axes.set_title(f"{layer.name}\nstd {moments(layer).std:.2g}{zeros}", fontsize=8)
+            axes.set_yticks([])
+            axes.tick_params(labelsize=7)
+            axes.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3))
+            axes.xaxis.get_offset_text().set_fontsize(7)
+            axes.spines[["top", "right", "left"]].set_visible(False)
+        for axes in grid[row][len(chosen) :]:
+            axes.set_visible(False)
+        grid[row][0].set_ylabel("\n".join(textwrap.wrap(diagnosis.label, 22)), fontsize=8)
+    _say_when(figure, diagnoses)
+    return figure
+
+
+def _say_when(figure: "Figure", diagnoses: Sequence[Diagnosis]) -> None:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    handles: list[Any] = [Patch(color=COLOURS[6], label=_when(diagnoses[0].before))]
+    after = next((each.after for each in diagnoses if each.after is not None), None)
+    if after is not None:
+        handles.append(Line2D([], [], color=COLOURS[1], label=_when(after)))
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+
+
+def _when(snapshot: Snapshot) -> str:
+    return "at initialization" if snapshot.updates == 0 else f"after {snapshot.updates} updates"
+
+
+def _finite(values: torch.Tensor) -> Any:
+    return values[values.isfinite()].numpy()
+
+
+def _bound(values: torch.Tensor) -> float:
+    """Half the width of the axis: all but the outermost thousandth of the values."""
+    finite = values[values.isfinite()].abs()
+    bound = float(finite.quantile(0.999)) if len(finite) else 1.0
+    return bound if bound > 0 else 1.0
+
+
+def _depth(diagnoses: Sequence[Diagnosis], title: str) -> "Figure":
+    figure = _figure(10, 7, f"Against depth: {title}")
+    panels = figure.subplots(2, 2)
+    shares = _share_name(diagnoses)
+    for number, diagnosis in enumerate(diagnoses):
+        for snapshot in diagnosis.snapshots:
+            style = {**(_BEFORE if snapshot is diagnosis.before else _AFTER), "color": COLOURS[number % len(COLOURS)]}
+            depth = range(1, len(snapshot.layers) + 1)
+            label = _label(diagnosis, snapshot, diagnoses)
+            panels[0, 0].plot(depth, [each.outputs.std for each in snapshot.layers], label=label, **style)
+            panels[0, 1].plot(depth, [each.gradients.norm for each in snapshot.layers], label=label, **style)
+            _weight_gradients(panels[1, 0], snapshot, label, style)
+            values = [_share(each) for each in snapshot.layers]
+            panels[1, 1].plot(depth, values, label=label, **style)
+    names = (
+        ("standard deviation of the activations", "log"),
+        ("norm of the gradient at the\nactivations' inputs", "log"),
+        ("norm of the weights' gradient\n(band: smallest to largest batch)", "log"),
+        (shares, "linear"),
+    )
+    for axes, (name, scale) in zip(panels.flat, names, strict=True):
+        _plain(axes)
+        axes.set_yscale(scale, **({"nonpositive": "mask"} if scale == "log" else {}))
+        axes.set_ylabel(name)
+        axes.set_xlabel("layer, from the input")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    panels[1, 1].set_ylim(-0.02, 1.02)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def _weight_gradients(axes: "Axes", snapshot: Snapshot, label: str, style: dict[str, Any]) -> None:
+    depth = range(1, len(snapshot.gradient_norms) + 1)
+    batches = list(snapshot.gradient_norms.values())
+    axes.plot(depth, [sum(each) / len(each) for each in batches], label=label, **style)
+    low, high = [min(each) for each in batches], [max(each) for each in batches]
+    axes.fill_between(depth, low, high, color=style["color"], alpha=0.15, linewidth=0)
+
+
+def _share(layer: LayerStatistics) -> float:
+    share = layer.saturated if layer.saturated is not None else layer.dead
+    return math.nan if share is None else share
+
+
+def _share_name(diagnoses: Sequence[Diagnosis]) -> str:
+    layers = [layer for each in diagnoses for layer in each.before.layers]
+    names = ["saturated values" if any(layer.saturated is not None for layer in layers) else ""]
+    names.append("dead units" if any(layer.dead is not None for layer in layers) else "")
+    return "share of " + (", ".join(name for name in names if name) or "saturated values (no such activation)")
+
+
+def _label(diagnosis: Diagnosis, snapshot: Snapshot, diagnoses: Sequence[Diagnosis]) -> str:
+    return _when(snapshot) if len(diagnoses) == 1 else f"{diagnosis.label}, {_when(snapshot)}"
+
+
+def _updates(diagnoses: Sequence[Diagnosis], title: str) -> "Figure":
+    figure = _figure(11, 3.9, f"The updates: {title}")
+    loss, norm, ratio = figure.subplots(1, 3)
+    is_clipped = any(_was_clipped(each) for each in diagnoses)
+    for number, diagnosis in enumerate(diagnoses):
+        path, colour = diagnosis.path, COLOURS[number % len(COLOURS)]
+        updates = range(diagnosis.before.updates + 1, diagnosis.before.updates + len(path.losses) + 1)
+        several = len(diagnoses) > 1
+        loss.plot(updates, path.losses, color=colour, label=diagnosis.label if several else None)
+        norm.plot(updates, path.norms, color=colour, label=None if several else "before clipping")
+        if _was_clipped(diagnosis):
+            norm.plot(updates, path.clipped, color=colour, linestyle=":", label=None if several else "after clipping")
+        if several:
+            ratio.plot(updates, [_median(each) for each in zip(*path.ratios.values(), strict=True)], color=colour)
+        else:
+            _by_layer(figure, ratio, updates, path.ratios)
+    ratio.axhline(1e-3, color="0.5", linewidth=1, linestyle=":")
+    ratio.annotate("1e-3: usual", (1, 1e-3), xycoords=ratio.get_yaxis_transform(), fontsize=8, va="top", ha="right")
+    clipped = "\n(dotted: after clipping)" if is_clipped and len(diagnoses) > 1 else ""
+    for axes, name in (
+        (loss, "loss of the batch"),
+        (norm, f"norm of the gradient{clipped}"),
+        (ratio, "||update|| / ||weights||\n" + ("median over layers" if len(diagnoses) > 1 else "of each layer")),
+    ):
+        _plain(axes)
+        axes.set_xlabel("update")
+        axes.set_ylabel(name)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    norm.set_yscale("log", nonpositive="mask")
+    ratio.set_yscale("log", nonpositive="mask")
+    if is_clipped and len(diagnoses) == 1:
+        norm.legend(frameon=False, fontsize=8)
+    if len(diagnoses) > 1:
+        figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def _by_layer(figure: "Figure", axes: "Axes", updates: range, ratios: dict[str, list[float]]) -> None:
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    colours = ScalarMappable(Normalize(1, max(len(ratios), 2)), colormaps["viridis"])
+    for number, values in enumerate(ratios.values(), 1):
+        axes.plot(updates, values, color=colormaps["viridis"]((number - 1) / max(len(ratios) - 1, 1)), linewidth=1)
+    figure.colorbar(colours, ax=axes, label="layer, from the input")
+
+
+def _was_clipped(diagnosis: Diagnosis) -> bool:
+    pairs = zip(diagnosis.path.norms, diagnosis.path.clipped, strict=True)
+    return any(after < before * (1 - 1e-4) for before, after in pairs)
+
+
+def _median(values: Sequence[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+def _curvature(diagnoses: Sequence[Diagnosis], title: str) -> "Figure":
+    figure = _figure(11, 3.9, f"Curvature of the loss of one batch: {title}")
+    spectrum, along, losses = figure.subplots(1, 3)
+    for number, diagnosis in enumerate(diagnoses):
+        colour, path = COLOURS[number % len(COLOURS)], diagnosis.path
+        for snapshot in diagnosis.snapshots:
+            if snapshot.spectrum is not None:
+                values = snapshot.spectrum.eigenvalues.tolist()
+                style = {**(_BEFORE if snapshot is diagnosis.before else _AFTER), "color": colour}
+                spectrum.plot(range(1, len(values) + 1), values, label=_label(diagnosis, snapshot, diagnoses), **style)
+        first = diagnosis.before.updates + 1
+        along.plot([first + u for u in path.curvatures], list(path.curvatures.values()), color=colour, marker="o")
+        losses.plot(SHARES[: len(path.along)], path.along, color=colour, marker="o", markersize=3)
+    losses.axvline(1, color="0.5", linewidth=1, linestyle=":")
+    for axes, x, y in (
+        (spectrum, "rank", "eigenvalues of the Hessian"),
+        (along, "update", "curvature along the update\n(d'Hd / d'd)"),
+        (losses, "part of the last update (1: where it went)", "loss of its batch"),
+    ):
+        _plain(axes)
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+    spectrum.xaxis.get_major_locator().set_params(integer=True)
+    along.xaxis.get_major_locator().set_params(integer=True)
+    figure.legend(*spectrum.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def _time_lag(diagnoses: Sequence[Diagnosis], title: str) -> "Figure":
+    """Left the gradient at the states, right what each step adds to the recurrent weight's, before and after clips."""
+    figure = _figure(10, 4.3, f"Gradient against time lag at initialization: {title}")
+    states, weights = figure.subplots(1, 2)
+    for diagnosis in diagnoses:
+        factor = clipping_factor(diagnosis)
+        for lag in diagnosis.before.lags:
+            colour = COLOURS[len(states.lines) % len(COLOURS)]
+            name = lag.name if len(diagnoses) == 1 else diagnosis.label
+            if len(diagnosis.before.lags) > 1 and len(diagnoses) > 1:
+                name += f", {lag.name}"
+            states.plot(range(1, len(lag.states) + 1), lag.states, color=colour, label=name)
+            weights.plot(range(len(lag.contributions)), lag.contributions, color=colour)
+            if factor < 1:
+                values = [factor * each for each in lag.contributions]
+                weights.plot(range(len(values)), values, color=colour, linestyle=":")
+    is_clipped = any(clipping_factor(each) < 1 for each in diagnoses)
+    for axes, name in (
+        (states, "norm of the gradient at the state"),
+        (
+            weights,
+            "norm of what a step adds to the gradient\nof the recurrent weight"
+            + (", dotted: clipped" if is_clipped else ""),
+        ),
+    ):
+        _plain(axes)
+        axes.set_yscale("log", nonpositive="mask")
+        axes.set_xlabel("steps back from the last one")
+        axes.set_ylabel(name)
+    figure.legend(*states.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def clipping_factor(diagnosis: Diagnosis) -> float:
+    """What the clip made of the first update's gradient: its norm afterwards over its norm before."""
+    path = diagnosis.path
+    if not path.norms or not path.norms[0] > 0:
+        return 1.0
+    factor = path.clipped[0] / path.norms[0]
+    return factor if factor < 1 - 1e-4 else 1.0

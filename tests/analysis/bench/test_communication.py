@@ -1,0 +1,37 @@
+"""Intervals of talking and working; bytes are compared with counts by hand in tests/commands/test_bench.py."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.autograd import DeviceType
+
+from dlopt.analysis.bench.communication import _share_sent, length, overlap, times, union
+
+
+def event(name: str, start: float, end: float) -> SimpleNamespace:
+    return SimpleNamespace(name=name, time_range=SimpleNamespace(start=start, end=end), device_type=DeviceType.CPU)
+
+
+def test_intervals() -> None:
+    joined = union([(4, 6), (0, 2), (1, 3), (6, 7)])
+    assert joined == [(0, 3), (4, 7)] and length(joined) == 6
+    assert overlap(joined, [(2, 5), (6.5, 9)]) == pytest.approx(1 + 1 + 0.5)
+    assert overlap([], joined) == 0
+
+
+def test_time_in_which_nothing_else_goes_on() -> None:
+    """A transfer of 10 µs beside which 4 µs are computed; c10d's call into the library is no computing."""
+    events = [
+        event("gloo:all_reduce", 10, 20), event("gloo:all_reduce", 12, 18), event("c10d::allreduce_", 10, 11),
+        event("aten::mm", 5, 13), event("aten::add_", 19, 25), event("DistributedDataParallel.forward", 0, 30),
+    ]  # fmt: skip
+    talking, waiting = times(events, torch.device("cpu"))
+    assert (talking, waiting) == pytest.approx((10e-6, 6e-6))
+
+
+def test_what_a_rank_sends() -> None:
+    assert _share_sent("allreduce_", 4) == _share_sent("all_reduce", 4) == 1.5
+    assert _share_sent("_allgather_base_", 4) == _share_sent("reduce_scatter_tensor", 4) == 0.75
+    assert (_share_sent("send", 4), _share_sent("recv_", 4), _share_sent("barrier", 4)) == (1.0, 0.0, 0.0)
+    assert _share_sent("wait_tensor", 4) == 0

@@ -1,0 +1,145 @@
+"""A simulated cluster where its figures are known: without delays, without stragglers, with equal layers."""
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dlopt.analysis.bench import costs, layers, simulation
+from dlopt.analysis.bench.layers import Layer
+from dlopt.analysis.bench.network import fitted
+from dlopt.analysis.bench.simulation import Cluster, ddp, fsdp, partition, pipeline, single, spatial
+from dlopt.analysis.bench.simulation import filter_parallel as filters
+from dlopt.analysis.bench.simulation_picture import draw
+from dlopt.commands.bench_simulate import MODELS
+from dlopt.config.compose import Composer, to_plain
+from dlopt.config.experiment import parse
+
+IDEAL = Cluster(
+    per_server=8, tflops=100.0, memory_bandwidth=1e9, memory=80.0, bandwidth_within=1e12, latency_within=1e-9,
+    bandwidth_between=1e12, latency_between=1e-9, variation=0.0, value_bytes=2, micro_batches=24, bucket_mb=25.0,
+)  # fmt: skip
+REAL = replace(
+    IDEAL, memory_bandwidth=3000.0, bandwidth_within=300.0, latency_within=5.0, bandwidth_between=50.0,
+    latency_between=10.0, variation=0.02,
+)  # fmt: skip
+
+
+def layer(**figures: Any) -> Layer:
+    counts = {"operations": 1e9, "parameters": 10**6, "inputs": 10**4, "outputs": 10**4, "units": 64, "rows": 32}
+    return Layer(**{"name": "x", "block": None, "role": "alone", "kind": "convolution", "halo": 0, **counts, **figures})
+
+
+CHAIN = [layer(name=f"{i}") for i in range(16)]
+
+
+@pytest.mark.parametrize(
+    ("model", "millions", "gmacs"),
+    [
+        ("wrn_28_10", 36.5, 5.2),  # Zagoruyko & Komodakis 2016, table 5
+        ("resnet50", 25.6, 4.1),  # torchvision's table of weights: GFLOPS that count multiply-adds
+        ("resnet101", 44.5, 7.8),
+    ],
+)
+def test_models_are_counted_as_published(model: Any, millions: float, gmacs: float) -> None:
+    overrides, shape, classes = MODELS[model]
+    experiment = parse(to_plain(Composer().compose(overrides), overrides)[0])
+    found = layers.layers_of(lambda: experiment.model.build(input_shape=shape, classes=classes), shape)
+    assert layers.parameters(found) / 1e6 == pytest.approx(millions, abs=0.06)
+    assert layers.operations(found) / 2e9 == pytest.approx(gmacs, rel=0.02)
+    assert [each.role for each in found].count("first") == [each.role for each in found].count("last") > 10
+
+
+def test_layers_of_a_small_net() -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 8, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(128, 4))
+
+    convolution, relu, pool, _, linear = layers.layers_of(make, (3, 8, 8))
+    assert (convolution.operations, convolution.parameters, convolution.units) == (2 * 8 * 64 * 75, 8 * 76, 8)
+    assert convolution.halo == 2 * 3 * 8 and relu.halo == pool.halo == 0 and convolution.rows == 8
+    assert (linear.operations, linear.kind, linear.rows) == (2 * 128 * 4, "linear", 1)
+    timed = layers.timed(make(), torch.randn(4, 3, 8, 8))
+    assert [replace(each, forward=0.0, backward=0.0) for each in timed] == layers.layers_of(make, (3, 8, 8))
+    assert all(each.forward > 0 and each.backward > 0 for each in timed)
+
+
+@pytest.mark.parametrize("devices", [8, 64])
+def test_without_delays_nothing_is_lost(devices: int) -> None:
+    assert ddp(CHAIN, 64, devices, IDEAL).efficiency == pytest.approx(1)
+    assert fsdp(CHAIN, 64, devices, IDEAL, devices).efficiency == pytest.approx(1)
+    assert filters(CHAIN, 64, devices, IDEAL, 8).efficiency == pytest.approx(1)
+    assert spatial(CHAIN, 64, devices, IDEAL, 8).efficiency == pytest.approx(1)
+    # the bubble of a pipeline is what is left
+    assert pipeline(CHAIN, 64, devices, IDEAL, 8).efficiency == pytest.approx(24 / (24 + 7))
+
+
+def test_what_cannot_be_divided_stands_idle() -> None:
+    assert filters([layer(units=9)], 64, 8, IDEAL, 8).efficiency == pytest.approx(9 / (8 * 2))
+    assert spatial([layer(rows=12)], 64, 8, IDEAL, 8).efficiency == pytest.approx(12 / (8 * 2))
+
+
+def test_ddp_by_hand() -> None:
+    slow = replace(REAL, bucket_mb=1e6, variation=0.0)  # all gradients at once, behind the backward
+    reduced = costs.two_level_all_reduce(4 * 16e6, 8, 8, slow.within, slow.between)
+    assert ddp(CHAIN, 64, 64, slow).step == pytest.approx(single(CHAIN, 64, slow) + reduced)
+    overlapped = ddp(CHAIN, 64, 64, replace(slow, bucket_mb=1.0)).step
+    assert single(CHAIN, 64, slow) < overlapped < single(CHAIN, 64, slow) + reduced / 4
+
+
+def test_the_slowest_device_sets_the_pace() -> None:
+    varied = replace(IDEAL, variation=0.1)
+    factor = 1 + 0.1 * costs.expected_maximum(64)
+    assert ddp(CHAIN, 64, 64, varied).efficiency == pytest.approx(1 / factor, rel=1e-3)
+    assert filters(CHAIN, 64, 64, varied, 8).efficiency < 1 / factor  # its devices meet at every layer
+
+
+def test_a_block_of_two_convolutions_costs_one_sum_forward_and_one_backward() -> None:
+    block = [layer(name="a", block="b", role="first"), layer(name="c", block="b", role="last")]
+    lone = [layer(name="a"), layer(name="c")]
+    quick = replace(IDEAL, bandwidth_within=1.0)  # a gathering costs half a sum
+    sums = 2 * costs.all_reduce(10**4 * 64 * 8 * 2, 8, quick.within)
+    # what comes first has no gradient by its input
+    block, lone = [layer(name="stem", kind="other"), *block], [layer(name="stem", kind="other"), *lone]
+    at_rest = filters(block, 64, 8, IDEAL, 8).step
+    assert filters(block, 64, 8, quick, 8).step - at_rest == pytest.approx(sums, rel=1e-3)
+    assert filters(lone, 64, 8, quick, 8).step - at_rest == pytest.approx(
+        1.5 * sums, rel=1e-3
+    )  # a gathering is half a sum
+
+
+def test_memory() -> None:
+    assert ddp(CHAIN, 64, 8, IDEAL).memory == 3 * 4 * 16e6 + 16 * 10**4 * 64 * 2
+    assert fsdp(CHAIN, 64, 8, IDEAL, 8).memory < ddp(CHAIN, 64, 8, IDEAL).memory
+    assert not ddp(CHAIN, 64, 8, replace(IDEAL, memory=0.2)).fits and ddp(CHAIN, 64, 8, IDEAL).fits
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 5])
+def test_layers_are_parted_as_well_as_can_be(parts: int) -> None:
+    times = [3.0, 1, 4, 1, 5, 9, 2, 6, 5, 3]
+    cuts = itertools.combinations(range(1, len(times)), parts - 1)
+    sums = [[sum(times[a:b]) for a, b in itertools.pairwise([0, *cut, len(times)])] for cut in cuts]
+    bounds = partition(times, parts)
+    assert max(sum(times[a:b]) for a, b in bounds) == min(max(each) for each in sums)
+    assert len(bounds) == parts and bounds[0][0] == 0 and bounds[-1][1] == len(times)
+    assert all(a < b for a, b in bounds) and all(x[1] == y[0] for x, y in itertools.pairwise(bounds))
+
+
+def test_a_network_is_fitted() -> None:
+    link = costs.Link(2e-5, 3e9)
+    times = {size: costs.ring_all_reduce(size, 4, link) for size in (64, 10**5, 10**7)}
+    found = fitted(times, 4)
+    assert (found.latency, found.bandwidth) == pytest.approx((2e-5, 3e9))
+
+
+def test_every_mode_on_a_growing_cluster() -> None:
+    found = [each for devices in (8, 64, 512) for each in simulation.estimates(CHAIN, 8, devices, REAL)]
+    assert {each.mode for each in found} >= {"ddp", "fsdp", "filter × ddp", "spatial × ddp", "pipeline × ddp"}
+    for mode in {each.mode for each in found}:
+        efficiencies = [each.efficiency for each in found if each.mode == mode]
+        assert all(0 < each < 1 for each in efficiencies)
+        assert efficiencies == sorted(efficiencies, reverse=True), mode
+    figure = draw({"chain": found}, REAL, title="t", subtitle="s")
+    assert len(figure.axes) == 2

@@ -1,0 +1,96 @@
+"""Figures of a comparison are those that the runs left; its pictures have a curve, a line or a map for each variant."""
+
+import math
+from typing import Any
+
+import pytest
+
+from dlopt.analysis.comparison.picture import draw
+from dlopt.analysis.comparison.runs import Cell, Comparison, Outcome, table
+
+
+def comparison(**keys: Any) -> Comparison:
+    defaults: dict[str, Any] = {
+        "title": "A & B, 50 %: mini-batches of {2}", "see": "One is lower.", "variants": {"a": [], "b": ["x=1"]},
+        "along": {}, "seeds": [0, 1], "figures": ["train_loss"], "x": "epoch",
+    }  # fmt: skip
+    return Comparison(**{**defaults, **keys})
+
+
+def outcome(values: list[float], failed: bool = False, **summary: Any) -> Outcome:
+    lines = [{"epoch": i + 1, "step": 10 * i, "train_loss": value} for i, value in enumerate(values)]
+    return Outcome(lines, {"status": "failed" if failed else "finished", **summary}, {})
+
+
+def test_cells_are_a_grid_and_a_variant_comes_last() -> None:
+    found = comparison(along={"optimizer.lr": [0.1, 1], "norm": [None]}, seeds=[3])
+    assert list(found.cells()) == [Cell(variant, (lr, None), 3) for variant in "ab" for lr in (0.1, 1)]
+    assert found.overrides(Cell("b", (0.1, None), 3)) == ["optimizer.lr=0.1", "norm=null", "x=1", "seed=3"]
+
+
+def test_curves_show_mean_and_range_of_the_seeds() -> None:
+    spec = comparison()
+    curves = {"a": ([4.0, 2.0], [2.0, 1.0, 9.0]), "b": ([1.0, 1.0], [1.0, 1.0])}
+    outcomes = {Cell(v, (), seed): outcome(values) for v, pair in curves.items() for seed, values in enumerate(pair)}
+    figure = draw(spec, outcomes)
+    [axes] = figure.axes
+    first, second = (line for line in axes.lines if line.get_label() in ("a", "b"))
+    assert list(first.get_xdata()) == [1, 2] and list(first.get_ydata()) == [3.0, 1.5]
+    assert list(second.get_ydata()) == [1.0, 1.0]
+    assert axes.get_yscale() == "log" and axes.get_ylabel() == "training loss" and axes.get_xlabel() == "epoch"
+    low = axes.collections[0].get_paths()[0].vertices[:, 1]
+    assert low.min() == 1.0 and low.max() == 4.0
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
+    figure.canvas.draw()  # the title is valid mathematics
+
+
+def test_figures_along_a_key_leave_a_gap_where_a_seed_diverged() -> None:
+    spec = comparison(along={"optimizer.lr": [0.1, 1.0, 10.0]})
+    outcomes = {
+        cell: outcome([1.0], failed=cell == Cell("a", (10.0,), 1), test_loss=cell.point[0] + cell.seed)
+        for cell in spec.cells()
+    }
+    spec = comparison(along=spec.along, figures=["test_loss"])
+    [axes] = draw(spec, outcomes).axes
+    line = next(line for line in axes.lines if line.get_label() == "a")
+    assert list(line.get_ydata())[:2] == pytest.approx([0.6, 1.5]) and math.isnan(line.get_ydata()[2])
+    assert axes.get_xscale() == "log" and axes.get_xlabel() == "optimizer.lr   (crosses: diverged)"
+    assert table(spec, outcomes)[3].split() == ["a", "10.0", "diverged"]
+    assert table(spec, outcomes)[0].split() == ["variant", "optimizer.lr", "test_loss"]
+
+
+def test_names_along_an_axis_are_not_numbers() -> None:
+    spec = comparison(along={"schedule": ["cosine", "step"]}, seeds=[0])
+    [axes] = draw(spec, {cell: outcome([1.0]) for cell in spec.cells()}).axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == [
+        "cosine",
+        "step",
+    ] and axes.get_xscale() == "linear"
+
+
+def test_two_keys_make_a_map_for_each_variant_and_frame_the_best() -> None:
+    spec = comparison(along={"lr": [1, 2], "decay": [0.1, 0.2, 0.3]}, seeds=[0], figures=["test_accuracy"])
+    outcomes = {
+        cell: outcome([], failed=cell.point == (2, 0.3), test_accuracy=0.1 * cell.point[0] + cell.point[1])
+        for cell in spec.cells()
+    }
+    maps = draw(spec, outcomes).axes
+    assert [axes.get_title() for axes in maps] == ["a", "b"]
+    values = maps[0].images[0].get_array()
+    assert values.shape == (2, 3) and bool(values.mask[1, 2]) and float(values[0, 2]) == pytest.approx(0.4)
+    [frame] = maps[0].patches
+    assert frame.get_xy() == (1.5, -0.5)  # 0.1 * 1 + 0.3, since the cell beyond it diverged
+    assert maps[0].get_xlabel() == "decay" and maps[0].get_ylabel() == "lr"
+    assert [text.get_text() for text in maps[0].texts] == ["20.0", "30.0", "40.0", "30.0", "40.0", "×"]
+
+
+def test_an_error_against_updates_and_against_time() -> None:
+    lines = [{"epoch": i + 1, "step": 5 * i, "seconds": 2.0 * i, "val_accuracy": 0.5 + i / 4} for i in range(2)]
+    spec = comparison(figures=["val_error"], x="step_and_seconds", seeds=[0])
+    figure = draw(spec, {cell: Outcome(lines, {"status": "finished"}, {}) for cell in spec.cells()})
+    updates, time = figure.axes
+    assert (updates.get_xlabel(), time.get_xlabel()) == ("update", "seconds")
+    assert list(updates.lines[0].get_xdata()) == [0, 5] and list(time.lines[0].get_xdata()) == [0, 2]
+    assert list(updates.lines[0].get_ydata()) == list(time.lines[0].get_ydata()) == [0.5, 0.25]
+    below, above = updates.lines[:2]  # curves that lie on each other can both be seen
+    assert below.get_linewidth() > above.get_linewidth() + 1

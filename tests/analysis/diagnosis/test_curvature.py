@@ -1,0 +1,85 @@
+"""Eigenvalues and curvature against dense Hessians."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dlopt.analysis.diagnosis.curvature import (
+    curvature_along,
+    flat,
+    hessian_product,
+    lanczos,
+    largest_eigenvalues,
+    losses_along,
+)
+
+
+def _problem() -> tuple[nn.Module, Tensor, Tensor, list[Tensor]]:
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    return net, torch.randn(20, 3, dtype=torch.float64), torch.randint(2, (20,)), list(net.parameters())
+
+
+def _dense(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """The Hessian by differentiating every entry of the gradient."""
+    parameters = list(net.parameters())
+    loss = nn.functional.cross_entropy(net(x), y)
+    gradient = flat(torch.autograd.grad(loss, parameters, create_graph=True))
+    rows = [flat(torch.autograd.grad(entry, parameters, retain_graph=True)) for entry in gradient]
+    return torch.stack(rows)
+
+
+def test_products_and_eigenvalues_are_those_of_the_dense_hessian() -> None:
+    net, x, y, parameters = _problem()
+    dense = _dense(net, x, y)
+    product = hessian_product(nn.functional.cross_entropy(net(x), y), parameters)
+    vector = torch.randn(len(dense), dtype=torch.float64)
+    assert torch.allclose(product(vector), dense @ vector, rtol=1e-10, atol=1e-14)
+    assert all(p.grad is None for p in parameters)
+    found = largest_eigenvalues(
+        lambda: nn.functional.cross_entropy(net(x), y), parameters, count=5, iterations=len(dense)
+    )
+    true = torch.linalg.eigvalsh(dense).flip(0)
+    assert torch.allclose(found.eigenvalues, true[:5], rtol=1e-8)
+    first = found.vectors[0]
+    assert torch.allclose(dense @ first, true[0] * first, atol=1e-8)
+    direction = torch.randn(len(dense), dtype=torch.float64)
+    along = float(direction @ dense @ direction / direction.square().sum())
+    assert curvature_along(product, direction) == pytest.approx(along, rel=1e-10)
+
+
+def test_few_iterations_find_the_largest_eigenvalue_and_bound_its_error() -> None:
+    net, x, y, parameters = _problem()
+    true = float(torch.linalg.eigvalsh(_dense(net, x, y))[-1])
+    found = largest_eigenvalues(lambda: nn.functional.cross_entropy(net(x), y), parameters, count=1, iterations=12)
+    error = abs(float(found.eigenvalues[0]) - true)
+    assert error <= float(found.residuals[0]) + 1e-12 and error < 0.01 * true
+
+
+def test_lanczos_ends_with_the_krylov_space() -> None:
+    matrix = torch.diag(torch.tensor([3.0, 1.0, 1.0, -2.0], dtype=torch.float64))  # three different eigenvalues
+    found = lanczos(lambda v: matrix @ v, torch.ones(4, dtype=torch.float64), 10, 4)
+    assert found.eigenvalues.tolist() == pytest.approx([3, 1, -2])
+    zero = lanczos(torch.zeros_like, torch.ones(4), 10, 2)
+    assert zero.eigenvalues.tolist() == [0.0]
+
+
+def test_parameters_that_the_loss_does_not_see_have_no_curvature() -> None:
+    a, b = torch.ones(2, requires_grad=True), torch.ones(3, requires_grad=True)
+    product = hessian_product((a**3).sum(), [a, b])
+    assert product(torch.ones(5)).tolist() == [6, 6, 0, 0, 0]
+    linear = hessian_product(a.sum(), [a, b])  # no second derivative at all
+    assert linear(torch.ones(5)).tolist() == [0, 0, 0, 0, 0]
+
+
+def test_a_loss_that_is_not_finite_has_eigenvalues_that_are_not() -> None:
+    a = torch.zeros(2, requires_grad=True)
+    found = largest_eigenvalues(lambda: (a.log() * 2).sum(), [a], count=2, iterations=3)
+    assert found.eigenvalues.isnan().all()
+
+
+def test_losses_along_a_step_and_the_parameters_afterwards() -> None:
+    p = torch.tensor([1.0, 2.0], requires_grad=True)
+    kept = p.detach().clone()
+    found = losses_along(lambda: (p**2).sum(), [p], [torch.tensor([-1.0, 0.0])], [0.0, 0.5, 1.0])
+    assert found == pytest.approx([5.0, 4.25, 4.0]) and torch.equal(p, kept)

@@ -1,0 +1,125 @@
+"""Diagnostics while training: the right figures, and not a bit of the training changed."""
+
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from dlopt import build
+from dlopt.analysis.diagnosis.live import Diagnostics
+from dlopt.analysis.diagnosis.preparation import prepare
+from dlopt.engine.observed import ObservedUpdate
+from dlopt.engine.step import Update
+from dlopt.errors import UserError
+from dlopt.tracking.tracking import Tracking
+from tests.engine.runs import RICH, SMALL, experiment, result, resume, same, start
+
+LOOKING = ["diagnostics=[gradients,activations,curvature]", "diagnostics_every=3", "tracking=[tensorboard]"]
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        [*RICH, "epochs=2", "clip=norm", "clip.max_norm=0.5"],
+        [*SMALL[:-5], "threads=1", "device=cpu", "model=resnet20", "steps=4", "model.dropout=0.2", "accumulate=2"],
+        [*SMALL, "optimizer=lbfgs", "steps=4", "data.batch_size=full"],
+    ],
+    ids=["augmentation, dropout, averages, clipping", "batch norm, micro-batches", "many evaluations"],
+)
+def test_training_is_the_same_bit_for_bit(tmp_path: Path, typed: list[str]) -> None:
+    start(tmp_path / "plain", *typed)
+    start(tmp_path / "watched", *[line for line in typed if line != "tracking=[]"], *LOOKING)
+    assert same(result(tmp_path / "plain"), result(tmp_path / "watched"))
+
+
+def _seen(tmp_path: Path, *typed: str, steps: int = 7) -> dict[int, tuple[dict[str, float], dict[str, Tensor]]]:
+    """What the diagnostics of the first updates report, by the number of updates."""
+    seen: dict[int, Any] = {}
+    setup, training = prepare(experiment(*SMALL, *LOOKING, *typed), tmp_path)
+    update = training.update
+    assert isinstance(update, ObservedUpdate)
+    settings = setup.experiment.settings
+    report = lambda number, figures, histograms: seen.update({number: (figures, histograms)})  # noqa: E731
+    update.observers = [Diagnostics(setup, update, settings.diagnostics, settings.diagnostics_every, report)]
+    batches = [batch for epoch in range(steps) for batch in training.batches.epoch(epoch)]
+    setup.module.train()
+    for step, batch in enumerate(batches[:steps]):
+        update(*batch, step, training.sums)
+    return seen
+
+
+def test_the_figures_are_those_of_the_update(tmp_path: Path) -> None:
+    typed = ("precision=fp64", "model.norm=none", "optimizer.momentum=0", "schedule=constant", "optimizer.lr=0.1")
+    seen = _seen(tmp_path, *typed, "clip=norm", "clip.max_norm=1e-3")
+    assert list(seen) == [1, 4, 7]  # updates 0, 3, 6
+    figures, histograms = seen[1]
+    setup, training = prepare(experiment(*SMALL, *typed), tmp_path)
+    inputs, targets = next(iter(training.batches.epoch(0)))
+    module = setup.module
+    loss = setup.loss(module(inputs), targets)
+    parameters = list(module.parameters())
+    gradients = torch.autograd.grad(loss, parameters)
+    whole = float(torch.cat([g.flatten() for g in gradients]).norm())
+    names = [name for name, _ in module.named_parameters()]
+    head = [g for name, g in zip(names, gradients, strict=True) if name.startswith("head.")]
+    norm = float(torch.cat([g.flatten() for g in head]).norm())
+    assert figures["gradients/norm/head"] == pytest.approx(norm, rel=1e-5)  # before clipping
+    weights = torch.cat([p.detach().flatten() for name, p in module.named_parameters() if name.startswith("head.")])
+    step = 0.1 * norm * 1e-3 / whole  # after it
+    assert figures["gradients/update_to_weight/head"] == pytest.approx(step / float(weights.norm()), rel=1e-4)
+    assert figures["activations/std/head"] == pytest.approx(float(module(inputs).std(correction=0).detach()), rel=1e-9)
+    assert {"activations/dead/layer1.linear", "gradients/noise_scale", "curvature/along_update"} <= set(figures)
+    assert set(histograms) == {
+        f"{kind}/{name}" for kind in ("activations", "gradients") for name in ("layer1.linear", "head")
+    }
+
+
+def test_the_eigenvalue_is_found_over_several_looks(tmp_path: Path) -> None:
+    """Each look starts from the vector of the one before; with a tiny rate the Hessian stays."""
+    typed = ("precision=fp64", "data.batch_size=full", "schedule=constant", "optimizer.lr=1e-9", "diagnostics_every=1")
+    seen = _seen(tmp_path, *typed, steps=21)
+    setup, training = prepare(experiment(*SMALL, *typed), tmp_path)
+    [batch] = training.batches.epoch(0)
+    from dlopt.analysis.diagnosis.measuring import snapshot
+
+    spectrum = snapshot(setup, [batch], 0, eigenvalues=1, iterations=60).spectrum
+    assert spectrum is not None
+    first, second = (seen[number][0]["curvature/largest_eigenvalue"] for number in (1, 21))
+    assert "curvature/largest_eigenvalue" not in seen[2][0]
+    assert first < second == pytest.approx(float(spectrum.eigenvalues[0]), rel=0.05)
+
+
+def test_nothing_is_there_when_off(tmp_path: Path) -> None:
+    _, training = prepare(experiment(*SMALL), tmp_path)
+    assert type(training.update) is Update
+
+
+def test_figures_and_histograms_reach_tensorboard_and_a_resumed_run_looks_at_the_same_updates(tmp_path: Path) -> None:
+    typed = [line for line in SMALL if line != "tracking=[]"]
+    reported: list[int] = []
+
+    def diagnostics(self: Tracking, step: int, values: dict[str, float], histograms: dict[str, Tensor]) -> None:
+        reported.append(step)
+        original(self, step, values, histograms)
+
+    original = Tracking.diagnostics
+    with mock.patch.object(Tracking, "diagnostics", diagnostics):
+        start(tmp_path, *typed, *LOOKING, "epochs=1")  # four updates
+        resume(tmp_path, *typed, *LOOKING, "epochs=2")
+    assert reported == [1, 4, 7]
+    written = b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
+    assert b"gradients/norm/head" in written and b"curvature/largest_eigenvalue" in written
+
+
+def test_what_cannot_be_seen_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"diagnostics=\[gradients\]: there is nowhere to write them"):
+        experiment(*SMALL, "diagnostics=[gradients]")
+    with pytest.raises(UserError, match=r"diagnostics\.0=loss|diagnostics"):
+        experiment("diagnostics=[loss]")
+    setup, training = prepare(experiment(*SMALL, *LOOKING), tmp_path)
+    compiled = build.Setup(**{**vars(setup), "model": torch.compile(setup.module)})
+    with pytest.raises(UserError, match="compile=false"):
+        Diagnostics(compiled, training.update, ["activations"], 1, lambda *_: None)

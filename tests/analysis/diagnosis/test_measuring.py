@@ -1,0 +1,131 @@
+"""A diagnosis of small trainings: it measures what is there, and changes nothing."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dlopt.analysis.diagnosis.measuring import SHARES, Diagnosis, diagnose, loss_of, snapshot, walk
+from dlopt.analysis.diagnosis.pictures import clipping_factor, pictures, some
+from dlopt.analysis.diagnosis.preparation import prepare
+from tests.engine.runs import SMALL, experiment, same
+
+DEVICE = ["threads=1", "device=cpu"]
+MLP = [*SMALL, "model.widths=[8,8]", "model.activation=tanh", "precision=fp64"]
+
+
+def _diagnosed(tmp_path: Path, *overrides: str, **keys: Any) -> Diagnosis:
+    setup, training = prepare(experiment(*MLP, *overrides), tmp_path)
+    keys = {"batches": 3, "updates": 4, "eigenvalues": 2, "iterations": 5, **keys}
+    return diagnose("it", setup, training, **keys)
+
+
+def test_a_look_changes_nothing(tmp_path: Path) -> None:
+    setup, training = prepare(experiment(*SMALL[:-5], *DEVICE, "model=resnet20", "model.dropout=0.3"), tmp_path)
+    batches = list(training.batches.epoch(0))[:2]
+    before = {name: value.clone() for name, value in setup.module.state_dict().items()}
+    generator = torch.get_rng_state()
+    snapshot(setup, batches, 0, eigenvalues=1, iterations=2)
+    assert same(before, dict(setup.module.state_dict()))
+    assert torch.equal(generator, torch.get_rng_state())
+    assert all(p.grad is None for p in setup.module.parameters())
+    assert not list(tmp_path.iterdir())
+
+
+def test_walking_makes_the_updates_of_the_training_itself(tmp_path: Path) -> None:
+    typed = [*MLP, "model.dropout=0.2", "augmentation=crop_flip", "clip=norm", "clip.max_norm=0.5"]
+    weights: list[dict[str, Tensor]] = []
+    for watched in (True, False):
+        setup, training = prepare(experiment(*typed), tmp_path)
+        if watched:
+            path = walk(setup, training, 6, with_curvature=True)
+        else:
+            for step, batch in enumerate([*training.batches.epoch(0, 0, 0), *training.batches.epoch(1, 0, 4)][:6]):
+                training.update(*batch, step, training.sums)
+        weights.append({name: value.clone() for name, value in setup.module.state_dict().items()})
+    assert same(weights[0], weights[1])
+    assert len(path.losses) == len(path.norms) == 6 and all(len(each) == 6 for each in path.ratios.values())
+    assert max(path.clipped) <= 0.5 * (1 + 1e-6) < max(path.norms)
+
+
+def test_the_figures_of_a_look(tmp_path: Path) -> None:
+    setup, training = prepare(experiment(*MLP), tmp_path)
+    batches = list(training.batches.epoch(0))  # of 25, 25, 25, 15 samples
+    found = snapshot(setup, batches, 0, eigenvalues=1, iterations=300)
+    assert [layer.name for layer in found.layers] == ["layer1.linear", "layer2.linear", "head"]
+    assert {len(norms) for norms in found.gradient_norms.values()} == {3}  # of equal batches
+    assert len(found.total_norms) == 4 and found.lags == []
+    parameters = list(setup.module.parameters())
+    gradients = torch.autograd.grad(loss_of(setup, *batches[0]), parameters)
+    assert found.total_norms[0] == pytest.approx(math.sqrt(sum(float(g.square().sum()) for g in gradients)), rel=1e-6)
+    assert found.spectrum is not None
+    flat = torch.cat([p.detach().flatten() for p in parameters])
+    names = [name for name, _ in setup.module.named_parameters()]
+
+    def loss_at(vector: Tensor) -> Tensor:
+        parts = vector.split([p.numel() for p in parameters])
+        weights = {n: part.view_as(p) for n, part, p in zip(names, parts, parameters, strict=True)}
+        return setup.loss(torch.func.functional_call(setup.module, weights, (batches[0][0],)), batches[0][1])
+
+    dense = torch.autograd.functional.hessian(loss_at, flat)
+    assert isinstance(dense, Tensor)
+    assert float(found.spectrum.eigenvalues[0]) == pytest.approx(float(torch.linalg.eigvalsh(dense)[-1]), rel=1e-6)
+
+
+def test_sharpness_along_the_step_is_that_of_the_losses_along_it(tmp_path: Path) -> None:
+    """A second difference of the losses along the update gives d'Hd to second order."""
+    setup, training = prepare(experiment(*MLP, "schedule=constant", "optimizer.lr=1e-3"), tmp_path)
+    before = [p.detach().clone() for p in setup.module.parameters()]
+    path = walk(setup, training, 1, with_curvature=True)
+    square = sum(
+        float((p.detach() - start).square().sum()) for p, start in zip(setup.module.parameters(), before, strict=True)
+    )
+    at = dict(zip(SHARES, path.along, strict=True))
+    second = (at[0.5] - 2 * at[0.0] + at[-0.5]) / 0.25
+    assert second / square == pytest.approx(path.curvatures[0], rel=1e-2)
+    assert at[0.0] == pytest.approx(path.losses[0], rel=1e-12)
+
+
+def test_a_training_that_diverges_is_told(tmp_path: Path) -> None:
+    found = _diagnosed(tmp_path, "precision=fp32", "model.activation=relu", "optimizer.lr=1e30", eigenvalues=0)
+    assert "became" in found.path.ended or "not finite" in found.path.ended
+    assert len(found.path.losses) < 4
+
+
+def _axes(figure: Any, label: str) -> Any:
+    [found] = [axes for axes in figure.axes if label in axes.get_ylabel() and axes.get_visible()]
+    return found
+
+
+def test_pictures_have_a_curve_for_each_model_and_look(tmp_path: Path) -> None:
+    found = [_diagnosed(tmp_path), _diagnosed(tmp_path, "init=xavier_normal")]
+    drawn = pictures(found, "title")
+    assert set(drawn) == {"activations", "gradients", "depth", "updates", "curvature"}
+    assert len(_axes(drawn["depth"], "standard deviation").lines) == 4
+    assert len(_axes(drawn["depth"], "weights' gradient").collections) == 4
+    panels = [axes for axes in drawn["activations"].axes if axes.get_visible()]
+    assert len(panels) == 4 and all(axes.patches for axes in panels)  # two activations, two rows
+    assert len(_axes(drawn["curvature"], "eigenvalues").lines) == 4
+    assert len(_axes(drawn["updates"], "loss").lines) == 2
+    alone = pictures(found[:1], "title")
+    assert len(_axes(alone["updates"], "weights").lines) == 3 + 1  # a layer each, and the guide
+    drawn["depth"].savefig(tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 10_000
+
+
+def test_time_lag_before_and_after_clipping(tmp_path: Path) -> None:
+    typed = [*SMALL[:-5], *DEVICE, "model=rnn", "model.hidden=6", "clip=norm", "clip.max_norm=0.01"]
+    setup, training = prepare(experiment(*typed), tmp_path)
+    found = diagnose("rnn", setup, training, batches=1, updates=1, eigenvalues=0, iterations=1)
+    assert len(found.before.lags[0].states) == 7  # of 8 rows
+    assert 0 < clipping_factor(found) < 0.1
+    figure = pictures([found], "title")["time_lag"]
+    assert [len(axes.lines) for axes in figure.axes] == [1, 2]
+
+
+def test_some_layers_are_spread_over_the_depth(tmp_path: Path) -> None:
+    layers: Any = [None] * 56
+    assert some(layers) == [0, 11, 22, 33, 44, 55] and some(layers[:2]) == [0, 1] and some(layers[:1]) == [0]

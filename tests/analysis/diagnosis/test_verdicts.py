@@ -1,0 +1,96 @@
+"""Verdicts name what the numbers say, and advice leaves out what is there already."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dlopt.analysis.diagnosis.layers import LayerProbe, LayerStatistics
+from dlopt.analysis.diagnosis.time_lag import TimeLag
+from dlopt.analysis.diagnosis.verdicts import Facts, Verdict, advice, clipping_norm, verdicts
+
+
+def _probed(activation: type[nn.Module], std: float, layers: int = 6, width: int = 64) -> list[LayerStatistics]:
+    torch.manual_seed(0)
+    parts: list[nn.Module] = []
+    for _ in range(layers):
+        linear = nn.Linear(width, width, bias=False)
+        nn.init.normal_(linear.weight, std=std / math.sqrt(width))
+        parts += [linear, activation()]
+    net = nn.Sequential(*parts, nn.Linear(width, 3))
+    with LayerProbe(net).watching() as probe:
+        net(torch.randn(256, width)).square().mean().backward()
+    return probe.layers
+
+
+@pytest.mark.parametrize(
+    ("activation", "std", "word"),
+    [
+        (nn.Tanh, 1.0, "healthy"),
+        (nn.Tanh, 30.0, "saturated"),
+        (nn.Tanh, 0.1, "vanishing"),
+        (nn.ReLU, math.sqrt(2), "healthy"),
+        (nn.ReLU, 8.0, "exploding"),
+        (nn.ReLU, 0.1, "vanishing"),
+    ],
+)
+def test_a_verdict_per_layer(activation: type[nn.Module], std: float, word: str) -> None:
+    found = verdicts(_probed(activation, std))
+    assert len(found) == 7
+    assert word in {verdict.word for verdict in found}
+    if word == "healthy":
+        assert {verdict.word for verdict in found} == {"healthy"}
+
+
+def test_dead_units() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    with torch.no_grad():
+        net[0].bias[:6] = -100.0
+    with LayerProbe(net).watching() as probe:
+        net(torch.randn(50, 4)).sum().backward()
+    assert verdicts(probe.layers)[0] == Verdict("dead", "75% of the units")
+
+
+def test_what_is_not_finite_explodes() -> None:
+    net = nn.Sequential(nn.Linear(1, 1), nn.Tanh(), nn.Linear(1, 1))
+    with torch.no_grad():
+        net[2].weight.fill_(math.inf)
+    with LayerProbe(net).watching() as probe:
+        net(torch.ones(2, 1)).sum().backward()
+    assert verdicts(probe.layers)[1].word == "exploding"
+
+
+def test_a_gradient_that_fades_over_time() -> None:
+    layers = _probed(nn.Tanh, 1.0, layers=1)
+    layers[0].name = "hidden"
+    lag = TimeLag("hidden", [1.0, 0.1, 1e-5], [1.0, 1.0, 1.0, 0.0])
+    found = verdicts(layers, [lag])[0]
+    assert found.word == "vanishing" and "x 1e-05 over 2 steps back" in found.reason
+    assert verdicts(layers, [TimeLag("hidden", [1.0, 10.0, 1e5], [])])[0].word == "exploding"
+
+
+def _facts(**changes: Any) -> Facts:
+    facts = {"init": "normal", "norm": "none", "activation": "Tanh", "has_skips": False, "is_recurrent": False}
+    return Facts(**{**facts, "is_gated": False, "clip": "none", "gradient_norms": [3.0, 1234.0, 1.0], **changes})
+
+
+def test_advice_names_what_can_be_typed_and_is_not_there_yet() -> None:
+    bad = [Verdict("exploding", ""), Verdict("healthy", "")]
+    [line] = advice(bad, _facts())
+    assert line.startswith("exploding (1 of 2 layers): try init=xavier_normal, model.norm=batch, skip connections")
+    assert line.endswith("clip=norm clip.max_norm=3")
+    [line] = advice(bad, _facts(init="xavier_uniform", norm="batch", has_skips=True, clip="norm"))
+    assert line.endswith("try a smaller optimizer.lr")
+    [line] = advice([Verdict("dead", "")], _facts(activation="ReLU"))
+    assert "init=kaiming_normal" in line and "leaky_relu" in line
+    [line] = advice([Verdict("vanishing", "")], _facts(is_recurrent=True, init="xavier_normal"))
+    assert line.endswith("try model.norm=layer, model=lstm")
+    assert advice([Verdict("healthy", "")], _facts()) == ["healthy"]
+
+
+def test_the_norm_to_clip_at_is_the_median_of_what_was_seen() -> None:
+    assert clipping_norm([5.0, 1.0, math.nan, 3.0, math.inf]) == 3.0
+    assert clipping_norm([math.nan]) is None

@@ -1,0 +1,137 @@
+"""Paths are those of the optimizers themselves; what is said of them is counted right."""
+
+from collections.abc import Sequence
+from pathlib import Path as File
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.optim import SGD, Optimizer
+
+from dlopt.analysis.paths.picture import animate, draw, table
+from dlopt.analysis.paths.walking import RATES, Path, best_rate, follow
+from dlopt.functions import Quadratic, Rosenbrock
+from dlopt.optim import BFGS, LBFGS, Newton
+
+
+def constant(t: int) -> float:
+    return 1.0
+
+
+def bowl(condition: float = 5.0, noise: float = 0.0) -> Quadratic:
+    return Quadratic(
+        condition=condition, angle=0.0, noise=noise, batch_size=1, start=(-4.0, 1.5), window=(-5.0, 2.0, -2.2, 2.2)
+    )
+
+
+def sgd(lr: float, momentum: float = 0.0) -> Any:
+    return lambda params: SGD(params, lr=lr, momentum=momentum)
+
+
+def walk(build: Any, function: Any = None, steps: int = 20, seed: int = 0, factor: Any = constant) -> Path:
+    return follow(bowl() if function is None else function, build, steps=steps, seed=seed, factor=factor)
+
+
+def test_gradient_descent_zigzags_as_the_closed_form_says() -> None:
+    path = walk(sgd(1 / 3))  # 2 / (1 + 5): the best step
+    t = torch.arange(21, dtype=torch.float64)
+    expected = torch.stack([-4 * (2 / 3) ** t, 1.5 * (-2 / 3) ** t], 1)
+    assert torch.allclose(path.points, expected, rtol=1e-12, atol=0)
+    assert torch.allclose(path.distances, expected.norm(dim=1))
+    assert path.evaluations == list(range(21)) and not path.diverged
+    assert path.reached() == 18  # (2/3)^18 < 1e-3
+    assert path.turns() > 0.3
+
+
+def test_newton_is_there_in_one_step() -> None:
+    path = walk(lambda params: Newton(params, damping=0.0), steps=3)
+    assert path.distances[1] < 1e-14 and path.reached() == 1 and path.turns() == 0
+    straight = walk(lambda params: Newton(params, damping=1e-4), bowl(500.0), steps=1)
+    assert straight.distances[1] < 1e-3
+
+
+def test_quasi_newton_methods_end_on_a_quadratic_and_in_the_valley() -> None:
+    for build in (
+        lambda params: BFGS(params),
+        lambda params: LBFGS(params, max_iter=1, max_eval=25),
+    ):
+        assert (walk(build).reached() or 99) <= 8
+        valley = walk(build, Rosenbrock(start=(-1.2, 1.0), window=(-2.0, 2.0, -1.0, 2.0)), steps=60)
+        step = valley.reached()
+        assert step is not None and step < 50
+        assert valley.evaluations[step] > step  # the line search is counted
+
+
+def test_momentum_is_torchs() -> None:
+    path = walk(sgd(0.05, 0.9), steps=4)
+    x, v = np.array([-4.0, 1.5]), np.zeros(2)
+    for t in range(1, 5):
+        v = 0.9 * v + np.array([1.0, 5.0]) * x
+        x = x - 0.05 * v
+        assert path.points[t].numpy() == pytest.approx(x, rel=1e-12)
+
+
+def test_a_schedule_and_the_noise_are_functions_of_the_update() -> None:
+    halved = walk(sgd(0.2), factor=lambda t: 0.5 if t else 1.0, steps=2)
+    assert float(halved.points[2, 0]) == pytest.approx(-4 * 0.8 * 0.9)
+    noisy = [walk(sgd(0.1), bowl(noise=1.0), seed=seed).points for seed in (0, 0, 1)]
+    assert torch.equal(noisy[0], noisy[1]) and not torch.equal(noisy[0], noisy[2])
+    longer = walk(sgd(0.1), bowl(noise=1.0), steps=30).points
+    assert torch.equal(noisy[0], longer[:21])
+
+
+def test_divergence_is_told() -> None:
+    path = walk(sgd(1.0), steps=200)
+    assert path.diverged and 2 < len(path.points) < 20 and path.reached() is None
+    lines = table({"sgd": path}, {"sgd": 1.0})
+    assert "diverged after" in lines[1] and "a smaller optimizer.lr" in lines[1]
+
+
+def test_the_chosen_rate_is_the_best_of_its_series() -> None:
+    assert best_rate(lambda lr: walk(sgd(lr)), 0.0) == 0.33
+    assert best_rate(lambda lr: walk(sgd(lr), bowl(50.0), steps=60), 0.0) in (0.033, 0.039)  # 2 / 51
+    with pytest.raises(ValueError, match="diverges"):
+        best_rate(lambda lr: walk(sgd(1e5), steps=50), 0.0)
+    assert len(RATES) == 72 and RATES[0] == 1e-4 and RATES[-1] == 82.0
+
+
+def test_the_table_names_what_is_striking() -> None:
+    zigzag = walk(sgd(0.39))
+    lines = table({"a": zigzag, "b": walk(sgd(0.01))}, {"a": 0.39, "b": None})
+    assert "zigzags" in lines[1] and "search" in lines[2] and "not there yet: 0.78" in lines[2]
+
+
+def test_the_picture_has_every_path_in_three_panels(tmp_path: File) -> None:
+    paths = {"slow": walk(sgd(0.1)), "fast": walk(sgd(1 / 3))}
+    figure = draw(bowl(), paths, title="Paths", subtitle="steps=20")
+    plane, updates, evaluations = figure.axes
+    for axes in (updates, evaluations):
+        assert len(axes.lines) == 2 and axes.get_yscale() == "log"
+    drawn = [line for line in plane.lines if line.get_label() in paths]
+    assert [len(line.get_xdata()) for line in drawn] == [21, 21]
+    assert len({line.get_color() for line in drawn}) == 2
+    assert plane.get_xlim() == (-5, 2) and plane.get_xlabel().startswith("x")
+    figure.savefig(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as image:
+        assert len(image.convert("RGB").getcolors(1 << 20) or []) > 50
+
+
+def test_a_film_has_a_frame_for_every_update(tmp_path: File) -> None:
+    target = tmp_path / "paths.gif"
+    animate(bowl(), {"a": walk(sgd(0.1), steps=4)}, target, title="quadratic")
+    with Image.open(target) as film:
+        assert getattr(film, "n_frames", 1) >= 5
+
+
+def test_schedule_free_methods_are_shown_at_their_average() -> None:
+    schedule_free = pytest.importorskip("dlopt.optim.schedule_free")
+
+    def build(params: Sequence[torch.nn.Parameter]) -> Optimizer:
+        found: Optimizer = schedule_free.ScheduleFreeSGD(params, lr=0.3)
+        return found
+
+    path = walk(build, bowl(noise=1.0), steps=200)
+    rough = walk(sgd(0.3), bowl(noise=1.0), steps=200)
+    assert float(path.distances[-50:].mean()) < 0.5 * float(rough.distances[-50:].mean())
