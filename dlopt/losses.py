@@ -69,3 +69,9 @@ class MSE(nn.Module):
                 f"{list(targets.shape[1:])}"
             )
         return F.mse_loss(outputs, targets.to(outputs.dtype))
+
+
+def probabilities(outputs: Tensor, loss: nn.Module) -> Tensor:
+    """What outputs [N, K] say of the classes: their softmax; where a model was fitted to one-hot targets by squared
+    errors they are estimates of the probabilities already, cut off at 0 and 1."""
+    return outputs.clamp(0, 1) if isinstance(loss, MSE) else outputs.softmax(1)

@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
 
-from dlopt import build, job  # noqa: E402
+from dlopt import job, run  # noqa: E402
 from dlopt.engine import loop  # noqa: E402
 from dlopt.engine.checkpoint import Checkpoints  # noqa: E402
 from dlopt.engine.step import Closure  # noqa: E402
@@ -199,7 +199,7 @@ class Campaign:
 
     def signals(self) -> Iterator[Row]:
         stages = {
-            "while it is set up": (build, "training_batches"),
+            "while it is set up": (run, "training_batches"),
             "in training": (Closure, "begin"),
             "in an evaluation": (loop, "_end_epoch"),
             "in a save": (Checkpoints, "save"),

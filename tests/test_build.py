@@ -9,26 +9,31 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from dlopt import build
-from dlopt.data.samples import InMemory
+from dlopt.build.batches import evaluation_batches, training_batches
+from dlopt.build.norms import _smallest_part, check_single_values
+from dlopt.build.optimizer import evaluations, optimizer_of
+from dlopt.build.setup import Setup, choose_device, load_weights
+from dlopt.build.setup import set_up as set_up_experiment
+from dlopt.data.samples import Dataset, InMemory
+from dlopt.engine.precision import Precision
 from dlopt.errors import UserError
 from tests.engine.runs import SMALL, experiment, same
 
 
-def set_up(*overrides: str) -> build.Setup:
-    return build.set_up(experiment(*SMALL, *overrides))
+def set_up(*overrides: str) -> Setup:
+    return set_up_experiment(experiment(*SMALL, *overrides))
 
 
 # -- the machine
 
 
 def test_auto_is_an_accelerator_or_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert build.choose_device("cpu") == torch.device("cpu")
+    assert choose_device("cpu") == torch.device("cpu")
     for found, expected in (("cuda", "cuda"), ("mps", "mps"), ("xpu", "cpu"), (None, "cpu")):
         device = None if found is None else torch.device(found)
         monkeypatch.setattr(torch.accelerator, "is_available", lambda found=found: found is not None)
         monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda device=device: device)
-        assert build.choose_device("auto") == torch.device(expected)
+        assert choose_device("auto") == torch.device(expected)
 
 
 # -- model and weights
@@ -48,7 +53,7 @@ def test_weights_are_the_same_in_every_precision(precision: str) -> None:
     dtype = torch.float64 if precision == "fp64" else torch.float32
     for a, b in zip(reference.parameters(), setup.module.parameters(), strict=True):
         assert b.dtype == dtype and torch.equal(a.to(dtype), b)
-    inputs, _ = next(build.training_batches(setup).epoch(0))
+    inputs, _ = next(training_batches(setup).epoch(0))
     assert inputs.dtype == dtype
 
 
@@ -56,7 +61,7 @@ def test_outputs_follow_the_data() -> None:
     inputs = torch.zeros(4, 3)
 
     def outputs(targets: torch.Tensor, classes: tuple[str, ...] | None) -> int:
-        return build.outputs_of(build.Dataset(InMemory(inputs, targets), None, None, classes))
+        return Dataset(InMemory(inputs, targets), None, None, classes).outputs
 
     assert outputs(torch.zeros(4, dtype=torch.int64), ("a", "b", "c")) == 3
     assert outputs(torch.zeros(4), None) == 1
@@ -67,17 +72,17 @@ def test_outputs_follow_the_data() -> None:
 @pytest.mark.parametrize("model", ["resnet20", "mlp"])
 def test_memory_format(wanted: str, model: str) -> None:
     lines = [line for line in SMALL if not line.startswith("model")]
-    setup = build.set_up(experiment(*lines, f"model={model}", f"channels_last={wanted}"))
+    setup = set_up_experiment(experiment(*lines, f"model={model}", f"channels_last={wanted}"))
     expected = wanted == "true" or (wanted == "auto" and model == "resnet20")
     assert (setup.memory_format == torch.channels_last) is expected
-    inputs, _ = next(build.training_batches(setup).epoch(0))
+    inputs, _ = next(training_batches(setup).epoch(0))
     assert inputs.is_contiguous(memory_format=setup.memory_format)
 
 
 def test_normalization_comes_from_a_checkpoint_where_there_is_one() -> None:
     first = set_up()
     state = {name: value * 2 for name, value in first.normalize.state_dict().items()}
-    resumed = build.set_up(experiment(*SMALL), state)
+    resumed = set_up_experiment(experiment(*SMALL), state)
     assert same(dict(resumed.normalize.state_dict()), state)
     assert not same(dict(first.normalize.state_dict()), state)
 
@@ -87,7 +92,7 @@ def test_normalization_comes_from_a_checkpoint_where_there_is_one() -> None:
 
 def test_order_and_augmentation_have_streams_of_their_own() -> None:
     def first(*overrides: str) -> tuple[torch.Tensor, torch.Tensor]:
-        return next(build.training_batches(set_up("augmentation=crop_flip", *overrides)).epoch(0))
+        return next(training_batches(set_up("augmentation=crop_flip", *overrides)).epoch(0))
 
     reference = first()
     assert same(first(), reference)
@@ -101,7 +106,7 @@ def test_order_and_augmentation_have_streams_of_their_own() -> None:
 def test_evaluation_batches_are_neither_shuffled_nor_augmented_nor_cut() -> None:
     setup = set_up("augmentation=crop_flip", "data.drop_last=true")
     assert setup.dataset.val is not None
-    batches = list(build.evaluation_batches(setup, setup.dataset.val).epoch(0))
+    batches = list(evaluation_batches(setup, setup.dataset.val).epoch(0))
     assert [len(targets) for _, targets in batches] == [25, 5]
     everything = setup.normalize(setup.dataset.val.fetch(torch.arange(30)))
     assert torch.equal(torch.cat([inputs for inputs, _ in batches]), everything)
@@ -122,13 +127,13 @@ def test_evaluation_batches_are_neither_shuffled_nor_augmented_nor_cut() -> None
     ],
 )
 def test_learning_rate_by_batch_size(overrides: list[str], factor: float) -> None:
-    optimizer = build.optimizer_of(set_up("optimizer.lr=0.2", *overrides))
+    optimizer = optimizer_of(set_up("optimizer.lr=0.2", *overrides))
     assert [group["lr"] for group in optimizer.param_groups] == [pytest.approx(0.2 * factor, rel=1e-15)]
 
 
 def test_every_trainable_parameter_is_in_one_group() -> None:
     setup = set_up("model.norm=batch", "decay_norm_and_bias=false", "optimizer.weight_decay=0.1")
-    optimizer = build.optimizer_of(setup)
+    optimizer = optimizer_of(setup)
     found = [p for group in optimizer.param_groups for p in group["params"]]
     assert len(found) == len(set(found)) == len(list(setup.module.parameters()))
     decays = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
@@ -138,13 +143,13 @@ def test_every_trainable_parameter_is_in_one_group() -> None:
 
 def test_how_often_an_optimizer_evaluates() -> None:
     setup, parameters = set_up(), [nn.Parameter(torch.zeros(2))]
-    assert build.evaluations(setup, torch.optim.SGD(parameters, lr=1.0)) == "once"
+    assert evaluations(setup, torch.optim.SGD(parameters, lr=1.0)) == "once"
     lbfgs = torch.optim.LBFGS(parameters)
-    assert build.evaluations(setup, lbfgs) == "many"
-    setup.precision = build.Precision("fp16", torch.device("cpu"))
-    assert build.evaluations(setup, torch.optim.SGD(parameters, lr=1.0)) == "once"
+    assert evaluations(setup, lbfgs) == "many"
+    setup.precision = Precision("fp16", torch.device("cpu"))
+    assert evaluations(setup, torch.optim.SGD(parameters, lr=1.0)) == "once"
     with pytest.raises(UserError, match=r"precision=fp16: LBFGS .*=bf16 or fp32"):
-        build.evaluations(setup, lbfgs)
+        evaluations(setup, lbfgs)
 
 
 # -- batch norm over one value
@@ -157,7 +162,7 @@ def test_the_smallest_micro_batch_is_found(count: int, size: int, accumulate: in
     if drop_last:
         parts = tuple(part for part in parts if len(part) == size)
     sizes = [len(micro) for part in parts for micro in part.tensor_split(min(accumulate, len(part)))]
-    assert build._smallest_part(count, size, accumulate, drop_last) == min(sizes)
+    assert _smallest_part(count, size, accumulate, drop_last) == min(sizes)
 
 
 @pytest.mark.parametrize(
@@ -180,16 +185,16 @@ def test_batch_norm_over_one_value_is_refused(overrides: list[str], refused: boo
     before = {name: value.clone() for name, value in setup.module.state_dict().items()}
     if refused:
         with pytest.raises(UserError, match=r"one value per channel"):
-            build.check_single_values(setup)
+            check_single_values(setup)
     else:
-        build.check_single_values(setup)
+        check_single_values(setup)
     assert same(dict(setup.module.state_dict()), before)
     assert setup.module.training
 
 
 def test_batch_norm_over_one_image_has_many_values() -> None:
     lines = [line for line in SMALL if not line.startswith("model")]
-    build.check_single_values(build.set_up(experiment(*lines, "model=resnet20", "data.batch_size=1")))
+    check_single_values(set_up_experiment(experiment(*lines, "model=resnet20", "data.batch_size=1")))
 
 
 # -- weights from a file
@@ -217,7 +222,7 @@ def net(classes: int = 3) -> Net:
 
 def test_weights_of_the_same_model(save: Callable[[Any], Path]) -> None:
     source, model = net(), net()
-    lines = build.load_weights(model, save(source.state_dict()))
+    lines = load_weights(model, save(source.state_dict()))
     assert same(dict(model.state_dict()), dict(source.state_dict()))
     assert len(lines) == 1
 
@@ -225,7 +230,7 @@ def test_weights_of_the_same_model(save: Callable[[Any], Path]) -> None:
 def test_another_head_keeps_its_own_weights_and_is_told(save: Callable[[Any], Path]) -> None:
     source, model = net(10), net(3)
     head = model.head.weight.detach().clone()
-    lines = build.load_weights(model, save({**source.state_dict(), "extra": torch.zeros(1)}))
+    lines = load_weights(model, save({**source.state_dict(), "extra": torch.zeros(1)}))
     assert torch.equal(model.hidden.weight, source.hidden.weight) and torch.equal(model.head.weight, head)
     told = "\n".join(lines)
     assert "head.weight, head.bias" in told and "extra" in told
@@ -233,4 +238,4 @@ def test_another_head_keeps_its_own_weights_and_is_told(save: Callable[[Any], Pa
 
 def test_weights_of_which_none_fits_are_refused(save: Callable[[Any], Path]) -> None:
     with pytest.raises(UserError, match=r"init_from=.*weights\.pt: none"):
-        build.load_weights(net(), save({"other": torch.zeros(3)}))
+        load_weights(net(), save({"other": torch.zeros(3)}))

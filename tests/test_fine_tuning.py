@@ -5,19 +5,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from dlopt import build
+from dlopt.build.batches import training_batches
+from dlopt.build.norms import small_batches
+from dlopt.build.optimizer import optimizer_of
+from dlopt.build.setup import Setup, load_weights
+from dlopt.build.setup import set_up as set_up_experiment
 from dlopt.errors import UserError
 from tests.engine.runs import SMALL, experiment
 
 
-def set_up(*overrides: str) -> build.Setup:
-    return build.set_up(experiment(*SMALL, *overrides))
+def set_up(*overrides: str) -> Setup:
+    return set_up_experiment(experiment(*SMALL, *overrides))
 
 
 def test_all_weights_are_loaded_where_they_fit(tmp_path: Path) -> None:
     source, target = set_up("init_seed=1"), set_up("init_seed=2")
     torch.save(source.module.state_dict(), tmp_path / "weights.pt")
-    lines = build.load_weights(target.module, tmp_path / "weights.pt")
+    lines = load_weights(target.module, tmp_path / "weights.pt")
     pairs = zip(source.module.state_dict().values(), target.module.state_dict().values(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
     assert len(lines) == 1
@@ -32,7 +36,7 @@ def test_a_head_for_other_classes_stays_new_and_is_listed(tmp_path: Path) -> Non
     for name in head:
         state[name] = torch.ones(3, *own[name].shape[1:])
     torch.save({**state, "extra.weight": torch.ones(2)}, tmp_path / "weights.pt")
-    lines = build.load_weights(target.module, tmp_path / "weights.pt")
+    lines = load_weights(target.module, tmp_path / "weights.pt")
     loaded = target.module.state_dict()
     assert all(torch.equal(loaded[name], own[name]) for name in head)
     assert all(torch.equal(loaded[name], state[name]) for name in own if name not in head)
@@ -42,14 +46,14 @@ def test_a_head_for_other_classes_stays_new_and_is_listed(tmp_path: Path) -> Non
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     torch.save({"some.weight": torch.ones(2)}, tmp_path / "weights.pt")
     with pytest.raises(UserError, match=r"init_from=.*none of its 1 weights fits"):
-        build.load_weights(set_up().module, tmp_path / "weights.pt")
+        load_weights(set_up().module, tmp_path / "weights.pt")
 
 
 def test_frozen_parameters_do_not_move() -> None:
     setup = set_up('optimizer.groups=[{match: "*", freeze: true}, {match: "*bias", freeze: false}]')
     before = {name: value.detach().clone() for name, value in setup.module.named_parameters()}
-    optimizer = build.optimizer_of(setup)
-    inputs, targets = next(iter(build.training_batches(setup).epoch(0)))
+    optimizer = optimizer_of(setup)
+    inputs, targets = next(iter(training_batches(setup).epoch(0)))
     setup.loss(setup.model(inputs), targets).backward()
     optimizer.step()
     moved = {name for name, value in setup.module.named_parameters() if not torch.equal(value, before[name])}
@@ -66,5 +70,5 @@ def test_frozen_parameters_do_not_move() -> None:
     ],
 )
 def test_batch_norm_over_few_samples_is_warned_of(overrides: list[str], warned: bool) -> None:
-    lines = build.warnings(set_up(*overrides))
+    lines = small_batches(set_up(*overrides))
     assert any("model.norm=group" in line and "sync_batchnorm" in line for line in lines) is warned

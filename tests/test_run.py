@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dlopt import build, job
+from dlopt import job
+from dlopt.build.batches import training_batches
+from dlopt.build.setup import Setup, set_up
 from dlopt.engine.checkpoint import KEYS, Checkpoints, load
 from dlopt.errors import RunError, UserError
 from dlopt.run import Run
@@ -81,7 +83,7 @@ def means(module: nn.Module, inputs: Tensor, targets: Tensor) -> tuple[float, fl
     return loss / len(targets), right / len(targets)
 
 
-def evaluated(setup: build.Setup, samples: Any) -> tuple[Tensor, Tensor]:
+def evaluated(setup: Setup, samples: Any) -> tuple[Tensor, Tensor]:
     return setup.normalize(samples.fetch(torch.arange(len(samples)))), samples.targets
 
 
@@ -94,8 +96,8 @@ def test_equals_a_hand_written_loop_in_fp64(tmp_path: Path, optimizer: str) -> N
     overrides = [*PLAIN, f"optimizer={optimizer}", "optimizer.lr=0.05", "data.subset=100"]
     start(tmp_path, *overrides)
 
-    setup = build.set_up(experiment(*overrides))
-    batches, model = build.training_batches(setup), setup.module
+    setup = set_up(experiment(*overrides))
+    batches, model = training_batches(setup), setup.module
     inputs, targets = evaluated(setup, setup.dataset.train)
     made: torch.optim.Optimizer
     if optimizer == "sgd":
@@ -124,7 +126,7 @@ def test_equals_a_hand_written_loop_in_fp64(tmp_path: Path, optimizer: str) -> N
 def test_figures_are_those_of_the_models_that_were_kept(tmp_path: Path) -> None:
     """Every sample once, one at a time: validation of the last model, test of the best, both of the average."""
     summary = start(tmp_path, *RICH, "optimizer.lr=0.3")
-    setup = build.set_up(experiment(*RICH))
+    setup = set_up(experiment(*RICH))
     last, best = load(tmp_path / "checkpoints/last.pt"), load(tmp_path / "checkpoints/best.pt")
     assert setup.dataset.val is not None and setup.dataset.test is not None
     assert (len(setup.dataset.train), len(setup.dataset.val)) == (90, 30), "30 is no multiple of 25"
@@ -151,7 +153,7 @@ def test_the_best_model_is_tested_and_not_the_last(tmp_path: Path) -> None:
     overrides = [*SMALL, "model.norm=none", "epochs=4", "schedule=constant", "optimizer.lr=1", "seed=2"]
     summary = start(tmp_path, *overrides)
     assert summary["best_epoch"] < 4
-    setup = build.set_up(experiment(*overrides))
+    setup = set_up(experiment(*overrides))
     assert setup.dataset.test is not None
     figures = []
     for name in ("best.pt", "last.pt"):
@@ -160,7 +162,7 @@ def test_the_best_model_is_tested_and_not_the_last(tmp_path: Path) -> None:
     assert summary["test_accuracy"] == figures[0] != figures[1]
 
 
-def build_test(setup: build.Setup) -> float:
+def build_test(setup: Setup) -> float:
     assert setup.dataset.test is not None
     return means(setup.module, *evaluated(setup, setup.dataset.test))[1]
 
@@ -261,7 +263,7 @@ def test_checkpoints_hold_what_the_contract_says(tmp_path: Path, name: str) -> N
     state = torch.load(tmp_path / "checkpoints" / name, weights_only=True)
     assert set(state) == KEYS
     assert {"epoch", "step", "position", "sums", "stopping"} <= set(state["progress"])
-    model = build.set_up(experiment(*RICH)).module
+    model = set_up(experiment(*RICH)).module
     assert list(state["model"]) == list(model.state_dict())
     assert state["config"]["optimizer"]["lr"] == 0.1
     assert set(state["ema"]) == set(state["model"])

@@ -11,9 +11,8 @@ import torch
 from annotated_types import Gt
 from torch import Tensor, nn
 
-from dlopt import build
 from dlopt.analysis.drawing import COLOURS
-from dlopt.build import Setup
+from dlopt.build.setup import Setup, load_weights
 from dlopt.config.experiment import Experiment
 from dlopt.config.schema import Component
 from dlopt.engine.loop import Training
@@ -220,4 +219,4 @@ def load_first_weights(setup: Setup) -> None:
     """Those of `init_from`, which the training will begin with."""
     path = setup.experiment.settings.init_from
     if path is not None:
-        build.load_weights(setup.module, Path(path), setup.parallel.load_model)
+        load_weights(setup.module, Path(path), setup.parallel.load_model)

@@ -7,36 +7,26 @@ import json
 import os
 import sys
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from dlopt import build
 from dlopt.analysis.lr_range import LearningRates, Sweep, find, load_first_weights
-from dlopt.build import Setup
+from dlopt.build.setup import parallel_of, set_up
+from dlopt.build.training import unseen
 from dlopt.config.compose import resolve_saved
 from dlopt.config.experiment import Experiment, parse
-from dlopt.engine.loop import Training
 from dlopt.errors import RunError, UserError
 from dlopt.parallel import launch
 from dlopt.parallel import world as worlds
-from dlopt.run import Run, length_of, training_of
-from dlopt.tracking.tracking import Tracking
 
 
 def test_range(experiment: Experiment, keys: Sweep, folder: Path) -> LearningRates:
     """The test of this process, or of this rank among several. `folder` is not written."""
-    setup = build.set_up(experiment, parallel=build.parallel_of(experiment))
+    setup = set_up(experiment, parallel=parallel_of(experiment))
     load_first_weights(setup)
-    return find(setup, keys, partial(training_for, folder=folder))
-
-
-def training_for(setup: Setup, folder: Path) -> Training:
-    batches = build.training_batches(setup)
-    silent = Tracking(None, sinks=[], console=False)
-    return training_of(setup, Run(setup.experiment, folder), batches, length_of(setup, len(batches), None), silent)
+    return find(setup, keys, lambda setup: unseen(setup, folder))
 
 
 def main() -> int:

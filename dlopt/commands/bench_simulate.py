@@ -105,7 +105,7 @@ def _layers(composer: Composer, name: Model, own: _Own) -> "list[Layer]":
     import torch
 
     from dlopt.analysis.bench import layers
-    from dlopt.build import choose_device
+    from dlopt.build.setup import choose_device
     from dlopt.config.experiment import parse
 
     overrides, shape, classes = MODELS[name]
@@ -123,9 +123,7 @@ def _layers(composer: Composer, name: Model, own: _Own) -> "list[Layer]":
     inputs = torch.randn(few, *shape, device=device, dtype=dtype).to(memory_format=torch.channels_last)
     timed = layers.timed(module, inputs)
     scale = own.batch / few
-    return [
-        dataclasses.replace(each, forward=each.forward * scale, backward=each.backward * scale) for each in timed
-    ]
+    return [dataclasses.replace(each, forward=each.forward * scale, backward=each.backward * scale) for each in timed]
 
 
 def _validate(own: _Own) -> list[dict[str, Any]]:

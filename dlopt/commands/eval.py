@@ -134,7 +134,7 @@ def _test(
     paths: Sequence[Path], states: Sequence[Mapping[str, Any]], overrides: Mapping[str, Any], own: _Own, choice: Any
 ) -> tuple[list[_Member], "Report"]:
     """Every checkpoint by itself, on batches of the first one's size, and the figures of their mean."""
-    from dlopt import build
+    from dlopt.build.setup import set_up
     from dlopt.config.experiment import parse
     from dlopt.evaluation.testing import check_same_samples, choose_average, combine, outputs_on_test_set, report
 
@@ -142,7 +142,7 @@ def _test(
     size = {} if len(paths) == 1 else {"data.batch_size": states[0]["config"]["data"]["batch_size"]}
     for path, state in zip(paths, states, strict=True):
         experiment = parse(resolve_saved(with_changes(state["config"], {**size, **overrides}, path)))
-        setup = build.set_up(experiment, state["normalize"])
+        setup = set_up(experiment, state["normalize"])
         setup.module.load_state_dict(state["ema"] or state["model"])
         average = choose_average(own.average, setup)
         batches = outputs_on_test_set(setup, choice, average)

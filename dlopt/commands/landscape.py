@@ -15,7 +15,7 @@ from dlopt.ranges import Count, Positive, Seed
 
 if TYPE_CHECKING:
     from dlopt.analysis.landscape import Plane
-    from dlopt.build import Setup
+    from dlopt.build.setup import Setup
 
 _MAY_CHANGE = ("data", "device", "threads", "allow_packages")
 _LEAST = 3  # checkpoints of a path: two differences span the plane
@@ -35,9 +35,9 @@ class _Own:
 
 def draw_landscape(arguments: list[str]) -> int:
     """Draws, and prints where the picture is. Raises `UserError`."""
-    from dlopt import build
     from dlopt.analysis.drawing import save
     from dlopt.analysis.landscape import draw, surface
+    from dlopt.build.setup import set_up
     from dlopt.config.compose import resolve_saved
     from dlopt.config.experiment import parse
     from dlopt.engine.checkpoint import load
@@ -49,7 +49,7 @@ def draw_landscape(arguments: list[str]) -> int:
     own = _Own(**check_arguments("", _Own, mine))
     refuse_others(values, _MAY_CHANGE)
     state = load(path)
-    setup = build.set_up(parse(resolve_saved(with_changes(state["config"], values, path))), state["normalize"])
+    setup = set_up(parse(resolve_saved(with_changes(state["config"], values, path))), state["normalize"])
     setup.module.load_state_dict(state["ema"] or state["model"])
     plane = _plane(setup, path, own)
     try:
@@ -92,11 +92,11 @@ def _loss(setup: "Setup", count: int) -> tuple[Any, int]:
     """The loss over evenly chosen training samples, as a function of the module's weights, and how many these are."""
     import torch
 
-    from dlopt import build
+    from dlopt.build.batches import evaluation_batches
 
     samples = setup.dataset.train
     indices = torch.linspace(0, len(samples) - 1, min(count, len(samples))).long()
-    batches = list(build.evaluation_batches(setup, samples.select(indices)).epoch(0))
+    batches = list(evaluation_batches(setup, samples.select(indices)).epoch(0))
     inputs, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
     model, loss = setup.precision.autocast(setup.model), setup.precision.autocast(setup.loss)
     return lambda: loss(model(inputs), targets), len(indices)

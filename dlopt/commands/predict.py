@@ -164,7 +164,7 @@ def _decoded(
 
 
 def _values(outputs: "Tensor", trained: "Trained") -> list[list[float]]:
-    from dlopt.evaluation.testing import probabilities
+    from dlopt.losses import probabilities
 
     numbers: list[list[float]] = (outputs if trained.classes is None else probabilities(outputs, trained.loss)).tolist()
     return numbers

@@ -63,17 +63,16 @@ def _sizes(experiment: "Experiment", own: _Own) -> tuple[tuple[int, ...], int]:
         return tuple(own.input_shape), own.classes
     from dataclasses import replace
 
-    from dlopt.build import outputs_of
     from dlopt.data.splits import prepare
 
     dataset = prepare(
         experiment.data.build(**vars(experiment.data_settings)), replace(experiment.data_settings, memory=False)
     )
     if experiment.augmentation.arguments.get("operations") == []:
-        return dataset.train.shape, outputs_of(dataset)
+        return dataset.train.shape, dataset.outputs
     classes = None if dataset.classes is None else len(dataset.classes)
     pipeline = experiment.augmentation.build(input_shape=dataset.train.shape, classes=classes, train=dataset.train)
-    return pipeline.output_shape, outputs_of(dataset)
+    return pipeline.output_shape, dataset.outputs
 
 
 def _summarized(experiment: "Experiment", shape: tuple[int, ...], classes: int) -> "ModelSummary":

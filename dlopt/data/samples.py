@@ -58,6 +58,14 @@ class Dataset:
     in_memory: bool = False
     notes: tuple[str, ...] = ()
 
+    @property
+    def outputs(self) -> int:
+        """The number of outputs of a model: classes, or numbers per target in a regression."""
+        if self.classes is not None:
+            return len(self.classes)
+        targets = self.train.targets
+        return 1 if targets.ndim == 1 else targets.shape[1]
+
 
 class InMemory:
     """Samples that live in one tensor [N, *shape]."""

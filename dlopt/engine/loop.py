@@ -96,7 +96,7 @@ class Training:
     save_every_epochs: int | None
     save_every_steps: int | None
     log_every_steps: int | None
-    landmark: Callable[[int], str | None] = lambda step: None  # the name of what is kept for good after so many updates
+    landmark: Callable[[int], str | None] | None = None  # the name of what is kept for good after so many updates
     progress: Progress = field(default_factory=Progress)
     sums: Sums = field(default_factory=lambda: Sums(classify=True))
     align: Callable[[], None] = lambda: None  # makes equal on all ranks what is not kept so by every update
@@ -176,12 +176,15 @@ class Training:
     def save(self, *, best: bool = False) -> None:
         """Writes a checkpoint. Raises `Diverged` instead where the weights are not finite."""
         self.update.check_weights()
-        self.checkpoints.save(self.state_dict(), best=best, landmark=self.landmark(self.progress.step))
+        self.checkpoints.save(self.state_dict(), best=best, landmark=self._landmark())
 
     def save_is_due(self) -> bool:
         """Whether the updates done call for a checkpoint, wherever in an epoch they are."""
         step, every = self.progress.step, self.save_every_steps
-        return (every is not None and step % every == 0) or self.landmark(step) is not None
+        return (every is not None and step % every == 0) or self._landmark() is not None
+
+    def _landmark(self) -> str | None:
+        return None if self.landmark is None else self.landmark(self.progress.step)
 
     def go_back(self, error: Diverged) -> None:
         """To the newest checkpoint, with a smaller learning rate; raises `error` where that is not wanted."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dlopt.augment.crop import CentreCrop
-from dlopt.build import choose_device
+from dlopt.build.setup import choose_device
 from dlopt.config.compose import resolve_saved
 from dlopt.config.experiment import parse
 from dlopt.engine.checkpoint import load

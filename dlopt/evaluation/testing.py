@@ -8,8 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dlopt import build
-from dlopt.build import Setup
+from dlopt.build.batches import evaluation_batches
+from dlopt.build.norms import norm_statistics
+from dlopt.build.setup import Setup
 from dlopt.data.batches import Batches
 from dlopt.data.samples import Dataset, Files, Samples
 from dlopt.data.splits import prepare
@@ -17,7 +18,7 @@ from dlopt.engine.metrics import Sums
 from dlopt.errors import UserError
 from dlopt.evaluation import figures
 from dlopt.evaluation.tta import Flip, MultiScaleTenCrop, Plan, ShiftFlip, TenCrop
-from dlopt.losses import MSE
+from dlopt.losses import MSE, probabilities
 
 Average = Literal["probabilities", "logits"]
 Batch = tuple[Tensor, Tensor]  # outputs, targets
@@ -52,9 +53,9 @@ def outputs_on_test_set(
     if samples is None:
         raise UserError(f"data={setup.experiment.data.target.__name__}: this dataset has no test set")
     model = setup.precision.autocast(setup.model)
-    with build.norm_statistics(setup, setup.module, model):
+    with norm_statistics(setup, setup.module, model):
         if choice is None:
-            return _outputs(setup.module, model, build.evaluation_batches(setup, samples), _as_they_are)
+            return _outputs(setup.module, model, evaluation_batches(setup, samples), _as_they_are)
         plan = _plan(setup, choice, samples)
         batches = _image_batches(setup, samples, plan)
         try:
@@ -94,12 +95,6 @@ def report(batches: Sequence[Batch], loss: nn.Module, classes: int | None) -> Re
     means["test_macro_f1"] = figures.f1_scores(confusion).nanmean().item()
     means["test_calibration_error"] = figures.calibration_error(probabilities(outputs, loss), targets)
     return Report(means, confusion.cpu())
-
-
-def probabilities(outputs: Tensor, loss: nn.Module) -> Tensor:
-    """What outputs [N, K] say of the classes: their softmax; where a model was fitted to one-hot targets by squared
-    errors they are estimates of the probabilities already, cut off at 0 and 1."""
-    return outputs.clamp(0, 1) if isinstance(loss, MSE) else outputs.softmax(1)
 
 
 class _Mean:

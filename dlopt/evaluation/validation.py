@@ -6,26 +6,27 @@ What several processes counted of their parts adds up.
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dlopt.build import Setup, outputs_of
+from dlopt.config.experiment import Experiment
 from dlopt.config.rules import further_figure
+from dlopt.data.samples import Dataset
 from dlopt.engine.evaluate import Figures
 from dlopt.engine.metrics import Reduce
 from dlopt.errors import UserError
 from dlopt.evaluation import figures
-from dlopt.evaluation.testing import probabilities
+from dlopt.losses import probabilities
 
 TOP = 5
 _OF_CLASSES = ("top5_accuracy", "macro_f1", "calibration_error", "class_accuracy")
 
 
-def further_figures(setup: Setup) -> Callable[[], Figures] | None:
+def further_figures(experiment: Experiment, dataset: Dataset, loss: nn.Module) -> Callable[[], Figures] | None:
     """Makes the counter of one validation for what `evaluate.figures` lists and what is monitored; None: nothing more.
 
     Raises `UserError` for a figure that this run does not have.
     """
-    experiment, classes = setup.experiment, setup.dataset.classes
+    classes = dataset.classes
     monitors = {"monitor": experiment.settings.monitor}
     for key, component in (("stopping", experiment.stopping), ("schedule", experiment.schedule)):
         if "monitor" in component.arguments:
@@ -35,7 +36,7 @@ def further_figures(setup: Setup) -> Callable[[], Figures] | None:
         name = further_figure(monitor)
         if name is not None:
             wanted.setdefault(name, f"{key}={monitor}")
-        elif monitor == "val_accuracy" and not setup.classify:
+        elif monitor == "val_accuracy" and classes is None:
             raise UserError(f"{key}={monitor}: allowed in a regression: auto, val_loss, val_r2, val_mae")
     _check_names(wanted, classes)
     _check_classes(monitors, classes)
@@ -43,8 +44,8 @@ def further_figures(setup: Setup) -> Callable[[], Figures] | None:
         return None
     names = list(wanted)
     if classes is None:
-        return lambda: RegressionFigures(names, outputs_of(setup.dataset))
-    return lambda: ClassFigures(names, classes, lambda outputs: probabilities(outputs, setup.loss))
+        return lambda: RegressionFigures(names, dataset.outputs)
+    return lambda: ClassFigures(names, classes, lambda outputs: probabilities(outputs, loss))
 
 
 def _check_names(wanted: Mapping[str, str], classes: Sequence[str] | None) -> None:

@@ -19,8 +19,9 @@ import torch
 import yaml
 from torch import Tensor, distributed
 
-from dlopt import build
 from dlopt.analysis.bench import communication
+from dlopt.build.setup import parallel_of, set_up
+from dlopt.build.training import unseen
 from dlopt.config.compose import resolve_saved
 from dlopt.config.experiment import Experiment, parse
 from dlopt.engine.loop import Training
@@ -28,8 +29,6 @@ from dlopt.errors import UserError
 from dlopt.parallel import launch
 from dlopt.parallel import world as worlds
 from dlopt.processor import keep_freed_memory, set_threads
-from dlopt.run import Run, length_of, training_of
-from dlopt.tracking.tracking import Tracking
 
 MIB = 2.0**20
 
@@ -100,7 +99,7 @@ def _reason(error: RuntimeError | MemoryError, plan: Plan) -> str:
 
 def measure(experiment: Experiment, folder: Path, plan: Plan, rank: int) -> Measured:
     """Warm-up, timed updates, updates whose bytes are counted, updates under the profiler."""
-    parallel = build.parallel_of(experiment)
+    parallel = parallel_of(experiment)
     device = parallel.device
     set_threads(experiment.settings.threads, parallel.local_processes)
     keep_freed_memory()
@@ -108,11 +107,8 @@ def measure(experiment: Experiment, folder: Path, plan: Plan, rank: int) -> Meas
     before = _memory(device)
     if plan.memory_limit_mb is not None:
         _limit(plan.memory_limit_mb, device)
-    setup = build.set_up(experiment, parallel=parallel)
-    batches = build.training_batches(setup)
-    run = Run(experiment, folder / f"run-{rank}")
-    tracking = Tracking(None, sinks=[], console=False)
-    training = training_of(setup, run, batches, length_of(setup, len(batches), None), tracking)
+    setup = set_up(experiment, parallel=parallel)
+    training = unseen(setup, folder / f"run-{rank}")
     update = _updates(training, device)
     for _ in range(plan.warmup):
         update()

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dlopt import build
-from dlopt.build import Setup
+from dlopt.build.batches import evaluation_batches
+from dlopt.build.setup import Setup, set_up
 from dlopt.config.compose import resolve_saved
 from dlopt.config.experiment import parse
 from dlopt.engine.checkpoint import load
@@ -73,9 +73,9 @@ def input_drift(folder: Path) -> list[tuple[Mapping[str, Any], float]]:
     before: list[tuple[Tensor, Tensor]] = []
     for state in checkpoints(folder):
         if setup is None:
-            setup = build.set_up(parse(resolve_saved(state["config"])), state["normalize"])
+            setup = set_up(parse(resolve_saved(state["config"])), state["normalize"])
             few = setup.dataset.train.select(torch.arange(min(500, len(setup.dataset.train))))
-            inputs = torch.cat([batch for batch, _ in build.evaluation_batches(setup, few).epoch(0)])
+            inputs = torch.cat([batch for batch, _ in evaluation_batches(setup, few).epoch(0)])
         setup.module.load_state_dict(state["model"])
         now = _moments(setup.module.train(), inputs)
         if before:

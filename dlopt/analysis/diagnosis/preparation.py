@@ -4,13 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dlopt import build
-from dlopt.build import Setup
+from dlopt.build.setup import Setup, load_weights, set_up
+from dlopt.build.training import unseen
 from dlopt.config.experiment import Experiment
 from dlopt.config.schema import Component
 from dlopt.engine.loop import Training
-from dlopt.run import Run, length_of, training_of
-from dlopt.tracking.tracking import Tracking
 
 
 def prepare(
@@ -18,13 +16,10 @@ def prepare(
 ) -> tuple[Setup, Training]:
     """Data, model and optimizer as `dlopt train` would begin with them, or as a checkpoint's `state` left them.
 
-    Nothing is written: `folder` only stands where a run folder would. `parallel`: see `build.set_up`.
+    Nothing is written: `folder` only stands where a run folder would. `parallel`: see `set_up`.
     """
-    setup = build.set_up(experiment, None if state is None else state["normalize"], parallel=parallel)
-    batches = build.training_batches(setup)
-    length = length_of(setup, len(batches), state)
-    silent = Tracking(None, sinks=[], console=False)
-    training = training_of(setup, Run(experiment, folder), batches, length, silent)
+    setup = set_up(experiment, None if state is None else state["normalize"], parallel=parallel)
+    training = unseen(setup, folder, state)
     if state is not None:
         setup.module.load_state_dict(state["model"])
         training.update.closure.optimizer.load_state_dict(state["optimizer"])
@@ -32,7 +27,7 @@ def prepare(
         for name in ("epoch", "position", "step"):
             setattr(training.progress, name, state["progress"][name])
     elif experiment.settings.init_from is not None:
-        build.load_weights(setup.module, Path(experiment.settings.init_from))
+        load_weights(setup.module, Path(experiment.settings.init_from))
     return setup, training
 
 

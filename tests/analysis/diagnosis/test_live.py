@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dlopt import build
 from dlopt.analysis.diagnosis.live import Diagnostics
 from dlopt.analysis.diagnosis.preparation import prepare
+from dlopt.build.setup import Setup
 from dlopt.engine.observed import ObservedUpdate
 from dlopt.engine.step import Update
 from dlopt.errors import UserError
@@ -120,6 +120,6 @@ def test_what_cannot_be_seen_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"diagnostics\.0=loss|diagnostics"):
         experiment("diagnostics=[loss]")
     setup, training = prepare(experiment(*SMALL, *LOOKING), tmp_path)
-    compiled = build.Setup(**{**vars(setup), "model": torch.compile(setup.module)})
+    compiled = Setup(**{**vars(setup), "model": torch.compile(setup.module)})
     with pytest.raises(UserError, match="compile=false"):
         Diagnostics(compiled, training.update, ["activations"], 1, lambda *_: None)

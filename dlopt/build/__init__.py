@@ -1,0 +1,1 @@
+"""Building what a run works with, from its experiment: data and model, batches, optimizer, the training itself."""

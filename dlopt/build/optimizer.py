@@ -1,0 +1,65 @@
+"""The optimizer of an experiment over the parameters of its model."""
+
+import math
+from typing import Any
+
+import torch
+
+from dlopt.build.setup import Setup
+from dlopt.config.experiment import Experiment
+from dlopt.errors import UserError
+from dlopt.parameters import parameter_groups
+
+
+def optimizer_of(setup: Setup) -> torch.optim.Optimizer:
+    """The optimizer over the model's parameter groups; its learning rate follows the batch size where that is asked."""
+    experiment, settings = setup.experiment, setup.experiment.settings
+    component = experiment.optimizer
+    if experiment.auto_lr:
+        raise UserError("optimizer.lr=auto: only `dlopt train` looks for the learning rate; type a number here")
+    if settings.scale_lr != "none":
+        component = component.partial(lr=component.arguments["lr"] * _lr_scale(experiment, len(setup.dataset.train)))
+    groups = parameter_groups(
+        setup.module, experiment.grouping, component.arguments, decay_norm_and_bias=settings.decay_norm_and_bias
+    )
+    try:
+        optimizer: torch.optim.Optimizer = component.build(params=groups)
+    except ValueError as error:  # a class that is not ours has a range of its own, or takes one group only
+        raise UserError(f"optimizer={component.target.__name__}: {error}") from None
+    check_optimizer(setup.parallel, optimizer)
+    return optimizer
+
+
+_NOT_ELEMENTWISE = ("Adafactor", "LBFGS", "Muon")  # of torch.optim, which does not say so
+
+
+def check_optimizer(parallel: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Raises `UserError` where an update needs more of the model at once than a rank has of it."""
+    kind = type(optimizer)
+    name = f"parallel={parallel.name}: {kind.__name__}"
+    others = "use parallel=ddp or an optimizer that works element by element (sgd, adamw, ...)"
+    is_torchs = kind.__module__.startswith("torch.")
+    alone = getattr(kind, "elementwise", not (is_torchs and kind.__name__ in _NOT_ELEMENTWISE))
+    if parallel.splits == "tensors" and not alone:
+        raise UserError(f"{name} needs whole tensors or the whole model for an update, and ranks have parts; {others}")
+    many = getattr(optimizer, "evaluations", "many" if isinstance(optimizer, torch.optim.LBFGS) else "once") == "many"
+    if parallel.splits == "layers" and many:
+        raise UserError(f"{name} looks at all layers at once for an update, and each rank has some of them; {others}")
+
+
+def _lr_scale(experiment: Experiment, count: int) -> float:
+    size = experiment.data_settings.batch_size
+    ratio = (count if size == "full" else size) / experiment.settings.scale_lr_reference
+    return math.sqrt(ratio) if experiment.settings.scale_lr == "sqrt" else ratio
+
+
+def evaluations(setup: Setup, optimizer: torch.optim.Optimizer) -> str:
+    """Whether the optimizer evaluates the loss once or many times per update: it says so, or it is torch's L-BFGS."""
+    many = isinstance(optimizer, torch.optim.LBFGS)
+    declared: str = getattr(optimizer, "evaluations", "many" if many else "once")
+    if declared == "many" and setup.precision.name == "fp16":
+        raise UserError(
+            f"precision=fp16: {type(optimizer).__name__} evaluates the loss several times per update, "
+            "which loss scaling cannot follow; use precision=bf16 or fp32"
+        )
+    return declared
