@@ -31,6 +31,7 @@ from dlopt.engine.step import Closure, Update
 from dlopt.engine.stopping import Best
 from dlopt.errors import UserError
 from dlopt.parallel.pace import Pace
+from dlopt.parallel.shard_files import ShardWriter
 from dlopt.random import stream
 from dlopt.tracking.tracking import Tracking
 
@@ -72,6 +73,7 @@ def training_of(
         writes=setup.parallel.is_main,
         asynchronous=settings.checkpoint.asynchronous,
     )
+        shards=_shard_writer(setup),
     recovery = _recovery(setup, checkpoints, tracking)
     update = (ObservedUpdate if settings.diagnostics or settings.profile else Update)(
         _closure(setup, optimizer),
@@ -148,6 +150,25 @@ def _closure(setup: Setup, optimizer: torch.optim.Optimizer) -> Closure:
 
 
 def _schedule(setup: Setup, optimizer: torch.optim.Optimizer, length: Length) -> schedules.Scheduler:
+_SHARDED_FROM = 100_000_000  # parameters: fewer are gathered and written by one process in no time
+
+
+def _shard_writer(setup: Setup) -> ShardWriter | None:
+    """By which every process writes its own part of the checkpoints; None: the main one writes all of it."""
+    wanted, parallel = setup.experiment.settings.checkpoint.sharded, setup.parallel
+    if not hasattr(parallel, "shard_writer"):
+        if wanted is True:
+            why = "one process has it all" if parallel.processes == 1 else f"parallel={parallel.name} writes one file"
+            raise UserError(
+                f"checkpoint.sharded=true: {why}; use parallel=fsdp with several processes, or checkpoint.sharded=auto"
+            )
+        return None
+    if wanted == "auto":
+        wanted = sum(p.numel() for p in setup.module.parameters()) >= _SHARDED_FROM
+    writer: ShardWriter | None = parallel.shard_writer() if wanted else None
+    return writer
+
+
     experiment = setup.experiment
     factor = schedules.build(
         experiment.schedule.build, experiment.warmup, steps=length.horizon, steps_per_epoch=length.steps_per_epoch

@@ -29,6 +29,7 @@ class Checkpoint:
     asynchronous: bool
 
 
+    sharded: Toggle
 @dataclass(frozen=True, kw_only=True)
 class Recovery:
     attempts: Count

@@ -4,21 +4,23 @@
 """
 
 import contextlib
-import hashlib
 import logging
-import os
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from threading import Thread
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
+from dlopt.engine import sharded
+from dlopt.engine.durable import digest_file, link, reason, recorded_digests, sha256, write
 from dlopt.errors import RunError, UserError
+from dlopt.parallel.shard_files import ShardWriter
+from dlopt.parallel.world import comes_from_others
 
-FORMAT = 1
+FORMAT, SHARDED_FORMAT = 1, 2
 KEYS = {"format", "model", "optimizer", "schedule", "ema", "rng", "progress", "config", "normalize"}
 
 log = logging.getLogger(__name__)
@@ -28,12 +30,22 @@ class Checkpoints:
     """The checkpoint folder of one run.
 
     `writes`: false for a process that leaves writing to another. `asynchronous`: `save` copies the state and returns;
-    a thread writes it, one after the other, and what goes wrong there is raised by the next call.
+    a thread writes it, one after the other, and what goes wrong there is raised by the next call. `shards`: with it
+    every process writes what it has of the state's tensors; all of them call `save` then.
     """
 
-    def __init__(self, folder: Path, keep: int = 2, *, writes: bool = True, asynchronous: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        keep: int = 2,
+        *,
+        writes: bool = True,
+        asynchronous: bool = False,
+        shards: ShardWriter | None = None,
+    ) -> None:
         self.folder = folder
         self.writes = writes
+        self.shards = shards
         self.asynchronous = asynchronous
         self.keep = keep
         self.last = folder / "last.pt"
@@ -41,14 +53,16 @@ class Checkpoints:
         self._step_of_last: int | None = None  # None: last.pt is absent, or not whole
         self._taken_over = False
         self._writing: Thread | None = None
-        self._failure: RunError | None = None
+        self._failure: Exception | None = None
 
     def save(self, state: dict[str, Any], *, best: bool, landmark: str | None = None) -> None:
         """Writes `state` as last.pt, and as best.pt when it is the best so far. Raises `RunError` when it cannot.
 
         The file that was last.pt stays as step-N.pt while it is among the `keep` newest; a `landmark` stays for good.
         """
-        if not self.writes:
+        if self.shards is not None:
+            self.shards.join()
+        elif not self.writes:
             return
         if not self.asynchronous:
             self._save(state, best, landmark)
@@ -75,25 +89,36 @@ class Checkpoints:
         except RunError as error:
             self._failure = error
         except Exception as error:  # it must not be lost with the thread
-            self._failure = RunError(
-                f"the checkpoint {self.last} could not be written: {type(error).__name__}: {error}"
-            )
+            told = f"the checkpoint {self.last} could not be written: {type(error).__name__}: {error}"
+            self._failure = error if comes_from_others(error) else RunError(told)
 
     def _save(self, state: dict[str, Any], best: bool, landmark: str | None) -> None:
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._take_over()
+            if self.writes:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._take_over()
+            state = {"format": FORMAT, **state} if self.shards is None else self._with_shards(self.shards, state)
+            if not self.writes:
+                return
             self._retire_last()
             target = self.last if landmark is None else self.folder / f"{landmark}.pt"
-            write(target, lambda file: torch.save({"format": FORMAT, **state}, file))
+            write(target, lambda file: torch.save(state, file))
             if landmark is not None:  # whoever goes on from last.pt does not pass this point again
-                _copy(target, self.last)
+                link(target, self.last)
             self._step_of_last = state["progress"]["step"]
             if best:
-                _copy(self.last, self.best)
+                link(self.last, self.best)
             self._forget_oldest()
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-            raise RunError(f"the checkpoint {self.last} could not be written: {_reason(error)}") from error
+        except (OSError, RuntimeError, RunError) as error:  # torch reports a full disk as a RuntimeError
+            if comes_from_others(error):
+                raise
+            raise RunError(f"the checkpoint {self.last} could not be written: {reason(error)}") from error
+
+    def _with_shards(self, shards: ShardWriter, state: dict[str, Any]) -> dict[str, Any]:
+        """Writes what every process has, and returns what is left for the file."""
+        rest, tensors, places = sharded.separated(state)
+        name, files = shards.write(self.folder / sharded.FOLDER, f"step-{state['progress']['step']}", tensors)
+        return {"format": SHARDED_FORMAT, **rest, sharded.KEY: sharded.entry(name, files, places)}
 
     def load_newest(self) -> dict[str, Any] | None:
         """The newest whole checkpoint; None when there is no file at all. Raises `RunError` when none is whole."""
@@ -134,7 +159,7 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
             write(self.best, lambda file: torch.save(state, file))
         except (OSError, RuntimeError) as error:
-            raise RunError(f"the checkpoint {self.best} could not be written: {_reason(error)}") from error
+            raise RunError(f"the checkpoint {self.best} could not be written: {reason(error)}") from error
 
     def _take_over(self) -> None:
         """Before the first save: what a killed process left half done goes, and its last.pt counts if it is whole."""
@@ -154,13 +179,15 @@ class Checkpoints:
 
     def _retire_last(self) -> None:
         if self.keep > 1 and self._step_of_last is not None:
-            _copy(self.last, self.folder / f"step-{self._step_of_last}.pt")
+            link(self.last, self.folder / f"step-{self._step_of_last}.pt")
 
     def _forget_oldest(self) -> None:
         earlier = self._earlier()
         for path in earlier[: max(len(earlier) - (self.keep - 1), 0)]:
             path.unlink(missing_ok=True)
-            _digest_file(path).unlink(missing_ok=True)
+            digest_file(path).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            sharded.remove_unused(self.folder)
 
 
 def _copied(state: Any) -> Any:
@@ -182,35 +209,45 @@ def load(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"checkpoint={path}: there is no such file")
     try:
-        digest = _sha256(path)
-        recorded = _recorded_digests(path)
+        digest = sha256(path)
+        recorded = recorded_digests(path)
     except OSError as error:
-        raise UserError(f"checkpoint={path}: it cannot be read: {_reason(error)}") from None
+        raise UserError(f"checkpoint={path}: it cannot be read: {reason(error)}") from None
     if not recorded:
-        raise UserError(f"checkpoint={path}: its checksum {_digest_file(path).name} is missing or empty")
+        raise UserError(f"checkpoint={path}: its checksum {digest_file(path).name} is missing or empty")
     if digest not in recorded:
         raise UserError(f"checkpoint={path}: the file is damaged: its SHA-256 is not the recorded one")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UserError(f"checkpoint={path}: this is no dlopt checkpoint: {_reason(error)}") from None
+        raise UserError(f"checkpoint={path}: this is no dlopt checkpoint: {reason(error)}") from None
     if not isinstance(state, dict) or "format" not in state:
         raise UserError(f"checkpoint={path}: this file holds no run; take its weights with init_from={path}")
     form = state["format"]
     if type(form) is not int:
         raise UserError(f"checkpoint={path}: this is no dlopt checkpoint: its format is {form!r}, not a number")
-    if form > FORMAT:
-        raise UserError(f"checkpoint={path}: written by a newer dlopt (format {form}; this reads {FORMAT})")
+    if form > SHARDED_FORMAT:
+        raise UserError(f"checkpoint={path}: written by a newer dlopt (format {form}; this reads {SHARDED_FORMAT})")
     missing = sorted(KEYS - state.keys())
     if missing:
         raise UserError(f"checkpoint={path}: {', '.join(missing)} missing; take its weights with init_from={path}")
-    return state
+    return state if form < SHARDED_FORMAT else _with_tensors(path, state)
+
+
+def _with_tensors(path: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """A sharded checkpoint as if it had been written in one file."""
+    if damage := sharded.damage(path, state):
+        raise UserError(f"checkpoint={path}: {damage}")
+    try:
+        return {**sharded.joined(path, state), "format": FORMAT}
+    except Exception as error:
+        raise UserError(f"checkpoint={path}: its shards cannot be read: {reason(error)}") from None
 
 
 def is_whole(path: Path) -> bool:
-    """Whether the file is there and is the one whose checksum was recorded."""
+    """Whether the file, with its shards, is there and is the one whose checksum was recorded."""
     try:
-        return _sha256(path) in _recorded_digests(path)
+        return sha256(path) in recorded_digests(path) and sharded.damage(path, sharded.opened(path)) is None
     except OSError:
         return False
 
@@ -222,107 +259,10 @@ def load_weights(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UserError(f"init_from={path}: this file holds no weights: {_reason(error)}") from None
+        raise UserError(f"init_from={path}: this file holds no weights: {reason(error)}") from None
     if isinstance(state, dict) and "format" in state:
         state = load(path)  # with its checksum
         state = state["ema"] or state["model"]
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"init_from={path}: this file holds no weights by name")
     return state
-
-
-def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
-    """Writes a file and its checksum so that a crash at any moment leaves a file that matches its checksum.
-
-    Two files cannot be renamed at once: the checksum file names the new digest beside the old one before the rename,
-    and the new one alone after it. A reader takes either.
-    """
-    with _temporary(path) as temporary:
-        with temporary.open("wb") as file:
-            fill(file)
-            file.flush()
-            os.fsync(file.fileno())
-        _publish(temporary, path, _sha256(temporary))
-
-
-def _copy(source: Path, target: Path) -> None:
-    """Makes `target` the same file as `source`: a hard link where the file system has them."""
-    with _temporary(target) as temporary:
-        try:
-            os.link(source, temporary)
-        except OSError:
-            with source.open("rb") as read, temporary.open("wb") as file:
-                while block := read.read(1 << 20):
-                    file.write(block)
-                file.flush()
-                os.fsync(file.fileno())
-        digests = _recorded_digests(source)
-        _publish(temporary, target, digests[0] if len(digests) == 1 else _sha256(source))
-
-
-@contextlib.contextmanager
-def _temporary(path: Path) -> Iterator[Path]:
-    """A path beside `path` to be renamed to it. It is gone afterwards: also after an error, and where the renaming of
-    one link to another of the same file did nothing."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        yield temporary
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def _publish(temporary: Path, path: Path, digest: str) -> None:
-    before = _recorded_digests(path) if path.exists() else []
-    _write_digests(path, [digest, *(each for each in before if each != digest)])
-    os.replace(temporary, path)
-    _sync_folder(path.parent)
-    if before:
-        _write_digests(path, [digest])
-
-
-def _write_digests(path: Path, digests: list[str]) -> None:
-    target = _digest_file(path)
-    with _temporary(target) as temporary:
-        with temporary.open("w") as file:
-            file.writelines(f"{digest}  {path.name}\n" for digest in digests)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    _sync_folder(path.parent)
-
-
-def _recorded_digests(path: Path) -> list[str]:
-    try:
-        lines = _digest_file(path).read_text().splitlines()
-    except (FileNotFoundError, UnicodeDecodeError):
-        return []
-    return [line.split()[0] for line in lines if line.strip()]
-
-
-def _digest_file(path: Path) -> Path:
-    return path.with_name(f"{path.name}.sha256")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _reason(error: BaseException) -> str:
-    """In one line. What torch says of a file that it could not finish hides why it could not."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror
-        cause = cause.__context__
-    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -110,8 +110,8 @@ class Training:
         closure = self.update.closure
         self.align()
         return {
-            "model": self.states.gathered(self.module.state_dict()),
-            "optimizer": self.states.gathered(closure.optimizer.state_dict()),
+            "model": self._saved(self.module.state_dict()),
+            "optimizer": self._saved(closure.optimizer.state_dict()),
             "schedule": self.update.schedule.state_dict(),
             "ema": self._evaluated_weights(),
             "rng": rng.state(),
@@ -130,13 +130,17 @@ class Training:
             "normalize": self.normalize.state_dict(),
         }
 
+    def _saved(self, state: dict[str, Any]) -> dict[str, Any]:
+        """With whole tensors, unless every process writes what it has of them."""
+        return self.states.gathered(state) if self.checkpoints.shards is None else state
+
     def _evaluated_weights(self) -> dict[str, Any] | None:
         """The weights that are validated and tested, where these are not the model's own."""
         optimizer = self.update.closure.optimizer
         if self.average is None and not hasattr(optimizer, "eval"):
             return None
         with at_evaluation_point(optimizer, self.average):
-            weights = self.states.gathered(self.module.state_dict())
+            weights = self._saved(self.module.state_dict())
             return {name: value.clone() for name, value in weights.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ from dlopt.errors import UserError
 from dlopt.parallel.ddp import DataParallel, Port
 from dlopt.parallel.dropout import make_global
 from dlopt.parallel.group import Group, join
+from dlopt.parallel.shard_files import ShardWriter
 from dlopt.parallel.shards import Cut
 from dlopt.parallel.single import Single
 from dlopt.parallel.sync_batchnorm import synchronize
@@ -110,6 +111,10 @@ class FullySharded(Cut, DataParallel):
         self.sync_every_micro_batch = sync_every_micro_batch
         self.cpu_offload = cpu_offload
         self.low_precision = low_precision
+
+    def shard_writer(self) -> ShardWriter:
+        """By which every process writes what it has to a checkpoint."""
+        return ShardWriter(self.rank, minutes=self.group.minutes)
 
     def place(self, model: nn.Module, input_shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
         if self.sync_batchnorm:

@@ -50,6 +50,7 @@ class Group:
             timeout=timedelta(minutes=minutes),
         )
         self.world = world
+        self.minutes = minutes
         self.rank = world.rank
         self.size = world.size
 

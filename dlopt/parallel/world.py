@@ -179,10 +179,19 @@ def is_lost_connection(error: Exception) -> bool:
     return is_gloo or isinstance(error, distributed.DistNetworkError)
 
 
+def comes_from_others(error: Exception) -> bool:
+    """Whether a collective failed because of the processes at its other ends."""
+    return is_lost_connection(error) or _is_timeout(error)
+
+
+def _is_timeout(error: Exception) -> bool:
+    return isinstance(error, RuntimeError) and "imed out" in str(error)
+
+
 def silent_ranks(error: Exception) -> list[int]:
     """The ranks that did not answer in time, where that is what made a collective fail; every waiting rank asks."""
-    world, told = current(), str(error)
-    if world is None or not isinstance(error, RuntimeError) or "imed out" not in told:
+    world = current()
+    if world is None or not _is_timeout(error):
         return []
     try:
         store = meet(world, minutes=1.0)
