@@ -72,8 +72,8 @@ def training_of(
         settings.checkpoint.keep,
         writes=setup.parallel.is_main,
         asynchronous=settings.checkpoint.asynchronous,
-    )
         shards=_shard_writer(setup),
+    )
     recovery = _recovery(setup, checkpoints, tracking)
     update = (ObservedUpdate if settings.diagnostics or settings.profile else Update)(
         _closure(setup, optimizer),
@@ -149,7 +149,6 @@ def _closure(setup: Setup, optimizer: torch.optim.Optimizer) -> Closure:
     return closure
 
 
-def _schedule(setup: Setup, optimizer: torch.optim.Optimizer, length: Length) -> schedules.Scheduler:
 _SHARDED_FROM = 100_000_000  # parameters: fewer are gathered and written by one process in no time
 
 
@@ -169,6 +168,7 @@ def _shard_writer(setup: Setup) -> ShardWriter | None:
     return writer
 
 
+def _schedule(setup: Setup, optimizer: torch.optim.Optimizer, length: Length) -> schedules.Scheduler:
     experiment = setup.experiment
     factor = schedules.build(
         experiment.schedule.build, experiment.warmup, steps=length.horizon, steps_per_epoch=length.steps_per_epoch

@@ -27,9 +27,9 @@ class Checkpoint:
     keep: Count
     at_restarts: bool
     asynchronous: bool
-
-
     sharded: Toggle
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recovery:
     attempts: Count
