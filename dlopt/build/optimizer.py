@@ -1,13 +1,17 @@
 """The optimizer of an experiment over the parameters of its model."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dlopt.build.setup import Setup
 from dlopt.config.experiment import Experiment
+from dlopt.config.schema import Component
 from dlopt.errors import UserError
+from dlopt.parallel.shards import is_cut
 from dlopt.parameters import parameter_groups
 
 
@@ -22,12 +26,29 @@ def optimizer_of(setup: Setup) -> torch.optim.Optimizer:
     groups = parameter_groups(
         setup.module, experiment.grouping, component.arguments, decay_norm_and_bias=settings.decay_norm_and_bias
     )
+    if may_fuse(component, [p for group in groups for p in group["params"]]):
+        component = component.partial(fused=True)
     try:
         optimizer: torch.optim.Optimizer = component.build(params=groups)
     except ValueError as error:  # a class that is not ours has a range of its own, or takes one group only
         raise UserError(f"optimizer={component.target.__name__}: {error}") from None
     check_optimizer(setup.parallel, optimizer)
     return optimizer
+
+
+_FUSED = {"cpu": ("SGD", "Adam", "AdamW", "Adagrad"), "cuda": ("SGD", "Adam", "AdamW")}  # of torch.optim
+
+
+def may_fuse(component: Component, parameters: Sequence[Tensor]) -> bool:
+    """Whether torch has one kernel for an update of all these parameters, and nothing is typed about it.
+
+    On a CPU it spares a small model a tenth of its step. The kernel takes a gradient to lie in memory as its parameter
+    does, which autograd sees to.
+    """
+    target, devices = component.target, {p.device.type for p in parameters if not p.is_meta}
+    if target.__module__.partition(".")[0] != "torch" or {"fused", "foreach"} & set(component.arguments):
+        return False
+    return len(devices) == 1 and target.__name__ in _FUSED.get(*devices, ()) and not any(map(is_cut, parameters))
 
 
 _NOT_ELEMENTWISE = ("Adafactor", "LBFGS", "Muon")  # of torch.optim, which does not say so

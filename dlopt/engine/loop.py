@@ -151,7 +151,7 @@ class Training:
             self.states.load_model(self.module, state["ema"])
             self.average.restart()
         self.states.load_model(self.module, state["model"])
-        self.states.load_optimizer(closure.optimizer, state["optimizer"])
+        self.states.load_optimizer(closure.optimizer, _with_own_kernels(state["optimizer"], closure.optimizer))
         self.update.schedule.load_state_dict(state["schedule"])
         self.sums.load_state_dict(progress.pop("sums"))
         sampler = progress.pop("sampler", None)
@@ -205,6 +205,13 @@ class Training:
         self.update.schedule.scale(counted["lr_scale"] / recovery.lr_scale)  # type: ignore[attr-defined]
         recovery.load_state_dict(counted)
         self.tracking.rewind(self.progress.epoch, self.progress.step)
+
+
+def _with_own_kernels(state: Mapping[str, Any], optimizer: Optimizer) -> Mapping[str, Any]:
+    """Which kernels do the update is a matter of this process, its device and mode, and not of the checkpoint's."""
+    kernels = ("fused", "foreach", "capturable")
+    own = [{key: group[key] for key in kernels if key in group} for group in optimizer.param_groups]
+    return {**state, "param_groups": [{**a, **b} for a, b in zip(state["param_groups"], own, strict=True)]}
 
 
 def fit(training: Training, interruption: Interruption) -> Status:

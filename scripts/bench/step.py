@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
 
+from dlopt.build.optimizer import may_fuse
 from dlopt.config.compose import Composer, to_plain
 from dlopt.config.experiment import Experiment, parse
 from dlopt.data.batches import Batches
@@ -81,7 +82,9 @@ def training(
     check_now: bool = True,
 ) -> tuple[Training, Tracking]:
     """The engine as `dlopt train` sets it up, without console and evaluation."""
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.9)
+    parameters = list(module.parameters())
+    chosen = experiment("optimizer=sgd", "optimizer.lr=0.01").optimizer
+    optimizer = chosen.build(params=parameters, fused=may_fuse(chosen, parameters))
     numbers = Precision(precision, CPU)
     loss = nn.CrossEntropyLoss()
     closure = Closure(

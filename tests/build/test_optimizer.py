@@ -1,4 +1,5 @@
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,9 +8,10 @@ from torch import nn
 from dlopt.build.optimizer import evaluations, optimizer_of
 from dlopt.build.setup import Setup
 from dlopt.build.setup import set_up as set_up_experiment
+from dlopt.engine.checkpoint import load
 from dlopt.engine.precision import Precision
 from dlopt.errors import UserError
-from tests.engine.runs import SMALL, experiment
+from tests.engine.runs import SMALL, experiment, resume, start
 
 
 def set_up(*overrides: str) -> Setup:
@@ -50,3 +52,52 @@ def test_how_often_an_optimizer_evaluates() -> None:
     assert evaluations(setup, torch.optim.SGD(parameters, lr=1.0)) == "once"
     with pytest.raises(UserError, match=r"precision=fp16: LBFGS .*=bf16 or fp32"):
         evaluations(setup, lbfgs)
+
+
+# -- one kernel for an update
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fused"),
+    [
+        (["optimizer=sgd"], True),
+        (["optimizer=adam"], True),
+        (["optimizer=adamw"], True),
+        (["optimizer=adagrad"], True),
+        (["optimizer=rmsprop"], False),
+        (["optimizer=adamw", "+optimizer.fused=false"], False),
+        (["optimizer=adamw", "+optimizer.foreach=true"], False),
+    ],
+)
+def test_torchs_optimizers_are_fused_unless_something_is_typed(overrides: list[str], fused: bool) -> None:
+    optimizer = optimizer_of(set_up(*overrides))
+    assert bool(optimizer.param_groups[0].get("fused")) is fused
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "adagrad"])
+def test_the_one_kernel_does_what_torchs_loop_does(name: str) -> None:
+    """Through the backward pass of a convolutional net, channels last."""
+    lines = [each for each in SMALL if not each.startswith("model")]
+    overrides = [*lines, "model=resnet20", "model.depth=8", f"optimizer={name}", "optimizer.weight_decay=0.01"]
+    weights = []
+    for more in ([], ["+optimizer.fused=false", "+optimizer.foreach=false"]):
+        setup = set_up_experiment(experiment(*overrides, *more, "precision=fp64", "channels_last=true"))
+        optimizer = optimizer_of(setup)
+        for step in range(4):
+            torch.manual_seed(step)
+            inputs = torch.randn(6, *setup.dataset.train.shape, dtype=torch.float64)
+            optimizer.zero_grad()
+            setup.module(inputs.to(memory_format=torch.channels_last)).square().mean().backward()
+            assert all(p.grad is not None and p.grad.stride() == p.stride() for p in setup.module.parameters())
+            optimizer.step()
+        weights.append([p.detach().clone() for p in setup.module.parameters()])
+    for a, b in zip(*weights, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+def test_kernels_are_not_the_checkpoints_affair(tmp_path: Path) -> None:
+    start(tmp_path, *SMALL, "optimizer=adamw", "+optimizer.fused=false", "epochs=1")
+    state = load(tmp_path / "checkpoints" / "last.pt")
+    assert not state["optimizer"]["param_groups"][0]["fused"]
+    resume(tmp_path, *SMALL, "optimizer=adamw", "epochs=2")
+    assert load(tmp_path / "checkpoints" / "last.pt")["optimizer"]["param_groups"][0]["fused"]
