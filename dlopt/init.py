@@ -224,14 +224,21 @@ def whitening(
     *,
     inputs: Tensor,
     epsilon: NonNegative,
+    dirac: bool,
+    head_std: Positive | None,
     zero_last_gamma: bool,
 ) -> None:
-    """The first convolution whitens the patches of `inputs`; the other layers stay as they were built.
+    """The first convolution whitens the patches of `inputs`; the rest stays as it was built, but for two keys.
 
     Filter i is the i-th eigenvector of the patches' covariance, largest eigenvalue first, divided by
     sqrt(eigenvalue + epsilon); filters beyond the patch's dimension are the negatives of the first ones (behind a
     ReLU a direction needs both signs), and what is left beyond those stays (Page 2018, "How to train your ResNet 8";
-    Jordan 2024, airbench). `inputs` is [B, C, H, W], normalized, on the model's device; a few thousand do.
+    Jordan 2024, airbench). Its bias stays as it was drawn. `inputs` is [B, C, H, W], normalized, on the model's device;
+    a few thousand do.
+
+    `dirac`: the i-th filter of every other convolution passes channel i on, as far as there are channels (the filters
+    beyond stay). `head_std`: the last linear layer's weights are multiplied to have this standard deviation (both
+    Jordan 2024, sections 3.2 and 3.3 and its code).
 
     Errors: UserError where the model has no 2-d convolution over all its input's channels.
     """
@@ -251,8 +258,14 @@ def whitening(
         directions = (eigenvectors / (eigenvalues.clamp(min=0) + epsilon).sqrt()).T.flip(0)
         filters = torch.cat([directions, -directions])[: layer.out_channels].unflatten(1, layer.weight.shape[1:])
         layer.weight[: len(filters)] = filters.to(layer.weight)
-        if layer.bias is not None:
-            layer.bias[: len(filters)] = 0
+        for other in model.modules() if dirac else ():
+            if isinstance(other, nn.Conv2d) and other is not layer:
+                nn.init.dirac_(other.weight[: other.weight.shape[1]])
+        if head_std is not None:
+            heads = [each for each in model.modules() if isinstance(each, nn.Linear)]
+            if not heads:
+                raise UserError(f"init.head_std={head_std:g}: the model has no linear layer; set init.head_std=null")
+            heads[-1].weight.mul_(head_std / heads[-1].weight.std())
     _finish(model, zero_last_gamma)
 
 

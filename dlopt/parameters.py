@@ -18,7 +18,9 @@ _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 class Rule:
     """What holds for the parameters whose name `match`es (a shell pattern: `head.*`, `*.bias`, `*`).
 
-    `lr` and `weight_decay` are multipliers of the optimizer's own; null leaves a thing to the rules before.
+    `lr` and `weight_decay` are multipliers of the optimizer's own; `horizon` is the share of the run over which the
+    schedule runs for them, after which they stay at its end; `rest` hands matrices to the method that an optimizer has
+    for what is no matrix (`optimizer.rest`). null leaves a thing to the rules before.
     """
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
@@ -27,6 +29,8 @@ class Rule:
     lr: NonNegative | None = None
     weight_decay: NonNegative | None = None
     freeze: bool | None = None
+    horizon: PositiveShare | None = None
+    rest: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +53,7 @@ def parameter_groups(
     """
     rate, decay = _layer_rates(model, grouping.layer_decay), _decays(model, decay_norm_and_bias)
     names = dict(model.named_parameters())
+    further: dict[str, dict[str, Any]] = {name: {} for name in names}  # keys of a parameter's group besides
     for number, rule in enumerate(grouping.groups):
         matched = [name for name in names if fnmatchcase(name, rule.match)]
         key = f"optimizer.groups.{number}"
@@ -60,13 +65,19 @@ def parameter_groups(
                 names[name].requires_grad_(not rule.freeze)
             rate[name] *= 1.0 if rule.lr is None else rule.lr
             decay[name] *= 1.0 if rule.weight_decay is None else rule.weight_decay
+            if rule.horizon is not None:
+                further[name]["horizon"] = rule.horizon
+            if rule.rest is not None:
+                further[name]["use_muon"] = not rule.rest
+        if rule.rest is not None and "rest" not in arguments:
+            raise UserError(f"{key}.rest={str(rule.rest).lower()}: this optimizer has one method for all; use muon")
     trainable = {name: p for name, p in names.items() if p.requires_grad}
     if not trainable:
         raise UserError("optimizer.groups: every parameter is frozen; leave some to train")
-    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for name, parameter in trainable.items():
-        kind = rate[name], decay[name]
-        group = groups.setdefault(kind, {"params": [], **_scaled(arguments, *kind)})
+        kind = rate[name], decay[name], *further[name].items()
+        group = groups.setdefault(kind, {"params": [], **_scaled(arguments, rate[name], decay[name]), **further[name]})
         group["params"].append(parameter)
     return list(groups.values())
 

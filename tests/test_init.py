@@ -3,6 +3,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -15,7 +16,7 @@ from dlopt.models.resnet import CifarResNet
 
 CONF = Path(__file__).parents[1] / "conf" / "init"
 CHOICES = sorted(path.stem for path in CONF.glob("[a-z]*.yaml"))
-DATA_DRIVEN = {"lsuv", "whitening"}
+DATA_DRIVEN = {"lsuv", "whitening", "whitening_dirac"}
 NORM: dict[str, Any] = {
     "norm": "batch",
     "norm_affine": True,
@@ -46,11 +47,16 @@ def images(count: int = 64) -> torch.Tensor:
     return nn.functional.avg_pool2d(noise, 3, stride=1) * 3 + 0.3 * noise[:, :, 1:-1, 1:-1]
 
 
+def values(choice: str) -> dict[str, Any]:
+    """The keys of a choice's YAML file, with those of the files that it begins with."""
+    keys: Any = OmegaConf.to_container(OmegaConf.load(CONF / f"{choice}.yaml"))
+    before = [each for each in keys.pop("defaults", []) if each != "_self_"]
+    return {key: value for each in before for key, value in values(each).items()} | keys
+
+
 def apply(choice: str, model: nn.Module, seed: int = 0, **changes: Any) -> nn.Module:
     """What `init=choice` does, with the values of its YAML file."""
-    merged = OmegaConf.merge(OmegaConf.load(CONF / "_common.yaml"), OmegaConf.load(CONF / f"{choice}.yaml"))
-    keys: Any = OmegaConf.to_container(merged)
-    del keys["defaults"]
+    keys = values(choice)
     scheme = getattr(init, keys.pop("_target_").removeprefix("dlopt.init."))
     if choice in DATA_DRIVEN:
         keys["inputs"] = images()
@@ -59,13 +65,13 @@ def apply(choice: str, model: nn.Module, seed: int = 0, **changes: Any) -> nn.Mo
 
 
 def test_all_choices_are_there() -> None:
-    assert len(CHOICES) == 15
+    assert len(CHOICES) == 16
 
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_is_a_function_of_the_generator_and_trains(choice: str) -> None:
     first, again, other = (apply(choice, resnet(), seed).state_dict() for seed in (0, 0, 1))
-    if choice not in {"default", "whitening"}:  # these leave what the layers drew
+    if choice not in {"default", "whitening", "whitening_dirac"}:  # these leave what the layers drew
         torch.testing.assert_close(first, again, rtol=0, atol=0)
         assert not torch.equal(first["head.weight"], other["head.weight"])
     model = apply(choice, resnet())
@@ -217,6 +223,43 @@ def test_whitening_decorrelates_the_patches(width: int) -> None:
     assert torch.equal(after[54:], before[54:])
     # The largest eigenvalue comes first: a smooth filter of small weights, as the patches vary most along it.
     assert after[0].norm() < after[min(width, 27) - 1].norm()
+
+
+def test_whitening_is_the_eigen_decomposition_of_the_patches_covariance() -> None:
+    """Against NumPy: filter i is the i-th eigenvector over the root of its eigenvalue, but for the sign."""
+    model = apply("whitening", resnet(width=64), epsilon=0.01)
+    batch = images().double().numpy()
+    windows = np.lib.stride_tricks.sliding_window_view(batch, (3, 3), axis=(2, 3))  # [B, C, H', W', 3, 3]
+    patches = windows.transpose(0, 2, 3, 1, 4, 5).reshape(-1, 27)
+    eigenvalues, vectors = np.linalg.eigh(patches.T @ patches / len(patches))
+    expected = (vectors / np.sqrt(eigenvalues + 0.01)).T[::-1]
+    found = model.get_parameter("stem.0.weight").detach().double().numpy()[:27].reshape(27, 27)
+    signs = np.sign((found * expected).sum(1, keepdims=True))
+    np.testing.assert_allclose(found, signs * expected, rtol=0, atol=1e-4)
+
+
+def test_whitening_dirac_passes_the_channels_on_and_scales_the_head() -> None:
+    """Filter i of another convolution is one at the kernel's centre of channel i and zero elsewhere; the filters beyond
+    the channels stay as they were drawn."""
+    model = resnet()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    apply("whitening_dirac", model)
+    convolutions = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    for name in convolutions[1:]:
+        weight, old = model.get_parameter(f"{name}.weight"), before[f"{name}.weight"]
+        inputs = weight.shape[1]
+        expected = torch.zeros_like(weight[:inputs])
+        for i in range(inputs):
+            expected[i, i, 1, 1] = 1.0
+        assert torch.equal(weight[:inputs], expected) and torch.equal(weight[inputs:], old[inputs:])
+    head = model.get_parameter("head.weight")
+    assert head.std().item() == pytest.approx(1.0)
+    torch.testing.assert_close(head / head.norm(), before["head.weight"] / before["head.weight"].norm())
+
+
+def test_whitening_can_scale_a_head_only_where_there_is_one() -> None:
+    with pytest.raises(UserError, match=r"init\.head_std=1: the model has no linear layer"):
+        apply("whitening_dirac", nn.Sequential(nn.Conv2d(3, 8, 3)))
 
 
 def test_whitening_needs_a_convolution_over_the_image() -> None:

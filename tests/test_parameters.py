@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from dlopt.errors import UserError
+from dlopt.optim import Muon
 from dlopt.parameters import Grouping, Rule, parameter_groups
 
 ARGUMENTS = {"lr": 0.1, "weight_decay": 0.01}
@@ -85,6 +86,7 @@ def test_a_group_moves_by_its_own_rate_and_a_frozen_one_not_at_all(model: nn.Mod
         ([Rule(match="*", freeze=True)], ARGUMENTS, "frozen"),
         ([Rule(match="head.*", lr=2.0)], {}, "no lr"),
         ([Rule(match="head.*", weight_decay=2.0)], {"lr": 0.1}, "no weight_decay"),
+        ([Rule(match="head.*", rest=True)], ARGUMENTS, r"groups\.0\.rest=true: this optimizer has one method"),
     ],
 )
 def test_rules_that_cannot_hold_are_refused(
@@ -92,6 +94,20 @@ def test_rules_that_cannot_hold_are_refused(
 ) -> None:
     with pytest.raises(UserError, match=message):
         parameter_groups(model, Grouping(groups=rules, layer_decay=None), arguments, decay_norm_and_bias=True)
+
+
+def test_a_rule_may_give_a_horizon_and_leave_matrices_to_the_other_method(model: nn.Module) -> None:
+    arguments = {"lr": 0.2, "weight_decay": 0.0, "rest": "sgd", "rest_lr": 0.1}
+    rules = [Rule(match="head.weight", rest=True, lr=3.0), Rule(match="stem.bias", horizon=0.5)]
+    found = parameter_groups(model, Grouping(groups=rules, layer_decay=None), arguments, decay_norm_and_bias=True)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    special = {names[g["params"][0]]: {k: v for k, v in g.items() if k != "params"} for g in found if len(g) > 1}
+    assert special == {"head.weight": pytest.approx({"lr": 0.6, "use_muon": False}), "stem.bias": {"horizon": 0.5}}
+    optimizer = Muon(found, lr=0.2, weight_decay=0.0, rest="sgd", rest_lr=0.1)
+    [head] = [g for g in optimizer.param_groups if model.get_parameter("head.weight") in set(g["params"])]
+    assert head["use_muon"] is False and head["lr"] == pytest.approx(0.3)  # three times rest_lr
+    [bias] = [g for g in optimizer.param_groups if model.get_parameter("stem.bias") in set(g["params"])]
+    assert bias["horizon"] == 0.5
 
 
 def test_an_optimizer_without_decay_needs_no_exemption(model: nn.Module) -> None:

@@ -39,7 +39,7 @@ class Sweep:
     smoothing: Share = 0.9
     diverge: Annotated[float, Gt(1)] = 4.0
 
-    def rate(self, update: int) -> float:
+    def rate(self, update: float) -> float:
         """Of update 0 .. updates - 1, evenly spaced on a logarithmic scale."""
         share = update / max(self.updates - 1, 1)
         return self.min_lr * (self.max_lr / self.min_lr) ** share
@@ -72,7 +72,7 @@ def check(keys: Sweep) -> None:
 def trial(experiment: Experiment, keys: Sweep) -> Experiment:
     """The experiment with the test's learning rates: multipliers of parameter groups stay."""
 
-    def exponential(horizon: Any) -> Callable[[int], float]:
+    def exponential(horizon: Any) -> Callable[[float], float]:
         return keys.rate
 
     if "lr" not in experiment.optimizer.arguments:

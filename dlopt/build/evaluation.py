@@ -70,6 +70,8 @@ def test_figures(setup: Setup) -> dict[str, Any]:
     """test_loss and, in a classification, test_accuracy of the model as it stands; {} where there is no test set."""
     if setup.dataset.test is None:
         return {}
+    if setup.experiment.settings.evaluate.tta != "none":
+        return _figures_over_views(setup)
     batches = evaluation_batches(setup, setup.dataset.test)
     model = setup.precision.autocast(setup.model)
     with norm_statistics(setup, setup.module, model):
@@ -84,3 +86,30 @@ def test_figures(setup: Setup) -> dict[str, Any]:
         )
     assert figures is not None
     return figures
+
+
+def check_views(setup: Setup) -> None:
+    """Raises `UserError` where the final test cannot average over the views that `evaluate.tta` asks for."""
+    from dlopt.evaluation.testing import plan_of
+    from dlopt.evaluation.tta import CHOICES
+
+    wanted = setup.experiment.settings.evaluate.tta
+    if wanted == "none" or setup.dataset.test is None:
+        return
+    if setup.parallel.processes > 1:
+        raise UserError(
+            f"evaluate.tta={wanted}: the final test of {setup.parallel.processes} processes takes the images as they "
+            f"are; use evaluate.tta=none, and then dlopt eval tta={wanted}"
+        )
+    plan_of(setup, CHOICES[wanted](), setup.dataset.test)
+
+
+def _figures_over_views(setup: Setup) -> dict[str, Any]:
+    from dlopt.evaluation.testing import choose_average, outputs_on_test_set, report
+    from dlopt.evaluation.tta import CHOICES
+
+    settings = setup.experiment.settings.evaluate
+    average = choose_average(settings.average if setup.classify else None, setup)
+    outputs = outputs_on_test_set(setup, CHOICES[settings.tta](), average)
+    figures = report(outputs, setup.loss, setup.dataset.outputs if setup.classify else None).figures
+    return {name: figures[name] for name in ("test_loss", "test_accuracy") if name in figures}

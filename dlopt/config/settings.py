@@ -18,6 +18,8 @@ Figure = Literal["top5_accuracy", "macro_f1", "calibration_error", "class_accura
 class Evaluate:
     every_epochs: Count
     figures: list[Figure]
+    tta: Literal["none", "flip", "shift_flip", "ten_crop", "multi_scale_ten_crop"]
+    average: Literal["probabilities", "logits"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -56,7 +56,7 @@ def outputs_on_test_set(
     with norm_statistics(setup, setup.module, model):
         if choice is None:
             return _outputs(setup.module, model, evaluation_batches(setup, samples), _as_they_are)
-        plan = _plan(setup, choice, samples)
+        plan = plan_of(setup, choice, samples)
         batches = _image_batches(setup, samples, plan)
         try:
             return _outputs(setup.module, model, batches, _averaged(setup, plan, average))
@@ -150,7 +150,7 @@ def _normalized(setup: Setup, view: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def _plan(setup: Setup, choice: Any, samples: Samples) -> Plan:
+def plan_of(setup: Setup, choice: Any, samples: Samples) -> Plan:
     """The views for these samples. Raises `UserError` when they are no images or the model does not take the crops."""
     if len(samples.shape) != 3:
         raise UserError(f"tta: the samples of data={setup.experiment.data.target.__name__} are no images; use tta=none")

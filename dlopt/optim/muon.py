@@ -1,21 +1,41 @@
-from collections import defaultdict
+import math
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from dlopt.optim.common import Closure, as_groups, buffers, evaluate
+from dlopt.optim.common import Closure, as_groups, buffers, evaluate, gradients
 from dlopt.ranges import Count, NonNegative, Positive, Share
 
 
+def orthogonalize(matrices: Tensor, coefficients: Sequence[float], steps: int, eps: float) -> Tensor:
+    """U V^T, nearly, of each of the matrices U S V^T [n, rows, columns], in bfloat16.
+
+    The quintic Newton-Schulz iteration X <- a X + (b X X^T + c (X X^T)^2) X of Jordan et al. 2024 ("Muon"), whose
+    coefficients are chosen for few steps and not for convergence: the singular values end between 0.7 and 1.2.
+    """
+    a, b, c = coefficients
+    x = matrices.to(torch.bfloat16)
+    tall = x.shape[1] > x.shape[2]
+    if tall:
+        x = x.mT
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
 class Muon(torch.optim.Optimizer):
-    """Orthogonalized momentum for matrices (Jordan et al. 2024; torch's implementation), another method for the rest.
+    """Orthogonalized momentum for matrices (Jordan et al. 2024), another method for the rest.
 
     Matrices are the parameters of two and more dimensions; a convolution's kernel counts as [out, in * height * width].
     A group with `use_muon=False` leaves its matrices to the other method, as is advised for embeddings and the last
     layer. The rest is updated by torch's AdamW, or SGD with Nesterov momentum, with a learning rate of its own. Both
-    decays are decoupled (SGD's is the L2 penalty of torch's SGD).
+    decays are decoupled (SGD's is the L2 penalty of torch's SGD). `normalize_weights` brings each matrix to the norm
+    sqrt(rows) before its update (Jordan's airbench94_muon), so that the learning rate is relative to the weights.
 
     The parameters are regrouped: each group given becomes one of matrices and one of the rest.
     """
@@ -35,6 +55,7 @@ class Muon(torch.optim.Optimizer):
         ns_steps: Count = 5,
         eps: Positive = 1e-7,
         adjust_lr_fn: Literal["original", "match_rms_adamw"] = "original",
+        normalize_weights: bool = False,
         rest: Literal["adamw", "sgd"] = "adamw",
         rest_lr: Positive = 0.001,
         rest_momentum: Share = 0.9,
@@ -42,7 +63,7 @@ class Muon(torch.optim.Optimizer):
         rest_eps: Positive = 1e-8,
     ) -> None:
         own = {"momentum": momentum, "nesterov": nesterov, "ns_coefficients": ns_coefficients, "ns_steps": ns_steps}
-        own |= {"eps": eps, "adjust_lr_fn": adjust_lr_fn}
+        own |= {"eps": eps, "adjust_lr_fn": adjust_lr_fn, "normalize_weights": normalize_weights}
         matrices, others = [], []
         for group in as_groups(params):
             members, keys = group.pop("params"), {"lr": lr, "weight_decay": weight_decay, **group}
@@ -54,7 +75,6 @@ class Muon(torch.optim.Optimizer):
             if left:
                 keys["lr"] = keys["lr"] / lr * rest_lr
                 others.append({**keys, "params": left, "use_muon": False})
-        self._muon = torch.optim.Muon([torch.zeros(1, 1)])  # given its matrices in every step
         self._rest: torch.optim.Optimizer | None = None
         if others:
             self._rest = (
@@ -67,29 +87,44 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:
         loss = evaluate(closure)
-        self._step_matrices([group for group in self.param_groups if group["use_muon"]])
+        for group in self.param_groups:
+            if group["use_muon"]:
+                self._step_matrices(group)
         if self._rest is not None:  # shares groups and state, which loading a state replaces
             self._rest.param_groups = [group for group in self.param_groups if not group["use_muon"]]
             self._rest.state = self.state
             self._rest.step()
         return loss
 
-    def _step_matrices(self, groups: list[dict[str, Any]]) -> None:
-        """torch's Muon takes two dimensions only: it works on views of the parameters and of their state."""
-        inner = self._muon
-        inner.param_groups, inner.state = [], defaultdict(dict)
-        for group in groups:
-            views = []
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                (average,) = buffers(self, [p], "momentum_buffer")
-                view = _matrix(p.detach(), p)
-                view.grad = _matrix(p.grad, p)
-                inner.state[view] = {"momentum_buffer": _matrix(average, p)}
-                views.append(view)
-            inner.param_groups.append({**inner.defaults, **group, "params": views})
-        inner.step()
+    def _step_matrices(self, group: dict[str, Any]) -> None:
+        """Nothing here asks for a number: a captured graph of it follows a learning rate that is a tensor."""
+        params = [p for p in group["params"] if p.grad is not None]
+        if not params:
+            return
+        found, averages = gradients(params), buffers(self, params, "momentum_buffer")
+        torch._foreach_lerp_(averages, found, 1 - group["momentum"])
+        moves = torch._foreach_lerp(found, averages, group["momentum"]) if group["nesterov"] else averages
+        if group["normalize_weights"]:
+            for p in params:
+                p.mul_(math.sqrt(len(p)) / p.norm())
+        if group["weight_decay"]:
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for index, p in enumerate(params):
+            alike.setdefault((len(p), p.numel() // len(p)), []).append(index)
+        for shape, members in alike.items():
+            stacked = torch.stack([_matrix(moves[index], params[index]) for index in members])
+            turned = orthogonalize(stacked, group["ns_coefficients"], group["ns_steps"], group["eps"])
+            scaled = turned.to(stacked.dtype) * (group["lr"] * _rate_factor(shape, group["adjust_lr_fn"]))
+            for index, move in zip(members, scaled, strict=True):
+                _matrix(params[index], params[index]).sub_(move)
+
+
+def _rate_factor(shape: tuple[int, ...], how: str) -> float:
+    """By which the learning rate follows a matrix's shape: Jordan's, or the one that makes the updates as large as
+    AdamW's (Liu et al. 2025, "Muon is scalable for LLM training", section 2.2)."""
+    rows, columns = shape
+    return math.sqrt(max(1.0, rows / columns)) if how == "original" else 0.2 * math.sqrt(max(rows, columns))
 
 
 def _matrix(t: Tensor, like: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ class Cycles:
             self.begins.append(self.begins[-1] + self.lengths[-1])
             self.lengths.append(self.lengths[-1] * growth)
 
-    def locate(self, t: int) -> tuple[int, float, float]:
+    def locate(self, t: float) -> tuple[int, float, float]:
         """(index of the cycle, steps since its beginning, its length in steps)."""
         now = min(t, self.steps)
         i = max(bisect_right(self.begins, now) - 1, 0)
@@ -49,7 +49,7 @@ class Restarts:
         self._locate = cycles.locate
         self._factor = factor
 
-    def __call__(self, t: int) -> float:
+    def __call__(self, t: float) -> float:
         return self._factor(*self._locate(t))
 
 
@@ -161,7 +161,7 @@ class OneCycle:
         else:
             self._phases.append((steps - 1, 1.0, last, base_momentum, max_momentum))
 
-    def _value(self, t: int, which: int) -> float:
+    def _value(self, t: float, which: int) -> float:
         now, begin = max(t - self.start, 0), 0.0
         for i, phase in enumerate(self._phases):
             if now <= phase[0] or i == len(self._phases) - 1:
@@ -170,8 +170,8 @@ class OneCycle:
         a, b = phase[which], phase[which + 1]
         return b + (a - b) * self._anneal(progress(now, begin, phase[0] - begin))
 
-    def __call__(self, t: int) -> float:
+    def __call__(self, t: float) -> float:
         return self._value(t, 1)
 
-    def momentum(self, t: int) -> float:
+    def momentum(self, t: float) -> float:
         return self._value(t, 3)

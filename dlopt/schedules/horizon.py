@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from dlopt.errors import UserError
 
-Factor = Callable[[int], float]
+Factor = Callable[[float], float]
 
 
 @dataclass(frozen=True)

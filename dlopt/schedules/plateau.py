@@ -37,7 +37,7 @@ class Plateau:
         self._threshold, self._relative = threshold, threshold_mode == "rel"
         self.value, self.best, self.bad, self.resting = 1.0, math.inf, 0, 0
 
-    def __call__(self, t: int) -> float:
+    def __call__(self, t: float) -> float:
         return self.value
 
     def update(self, metrics: Mapping[str, float]) -> None:

@@ -12,12 +12,16 @@ from dlopt.schedules.horizon import Factor
 class Scheduler(torch.optim.lr_scheduler.LRScheduler):
     """Sets every group's learning rate to its base times `factor(t)`; update t uses factor(t), t from 0.
 
+    For a group with a `horizon` h, a share of the run, it is factor(t / h): the schedule runs faster for it, and where
+    that ends the group stays. With `freezes` its parameters ask for no gradients while their learning rate is zero,
+    which changes nothing but the time; `frozen` counts the groups of which this holds.
+
     A standard LRScheduler: `step()` after every update. It is stepped so often that it leaves out what torch's does
     besides (order checks, a copy of all values). A learning rate held in a tensor is changed in place, as captured
     graphs need it.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, factor: Factor) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, factor: Factor, *, freezes: bool = False) -> None:
         self.factor = factor
         self._component: Any = getattr(factor, "component", factor)
         wanted = getattr(self._component, "momentum_wanted", False)
@@ -27,7 +31,13 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
                 f"schedule.cycle_momentum=true: {type(optimizer).__name__} has neither momentum nor betas; "
                 f"allowed is auto or false"
             )
-        self._cycles_momentum = wanted is not False
+        self.cycles_momentum = wanted is not False
+        self._shares = [group.get("horizon", 1.0) for group in groups]
+        self._is_uneven = any(share != 1.0 for share in self._shares)
+        if self._is_uneven and hasattr(self._component, "update"):
+            raise UserError("optimizer.groups: a horizon is a share of the schedule, and this one has no length")
+        self._freezes = freezes
+        self.frozen = 0
         self._floats: list[float] = []
         self.ended_cycle: Callable[[int], int | None] | None = getattr(self._component, "ended_cycle", None)
         super().__init__(optimizer)
@@ -41,19 +51,36 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
         floats = self._floats
         if not floats:
             floats = self._floats = [float(lr) for lr in self.base_lrs]
-        factor = self.factor(self.last_epoch)
+        if self._is_uneven:
+            floats = self._uneven(floats)
+            factor = 1.0
+        else:
+            factor = self.factor(self.last_epoch)
         for group, base in zip(self.optimizer.param_groups, floats, strict=True):
             if type(group["lr"]) is float or not isinstance(group["lr"], torch.Tensor):
                 group["lr"] = base * factor
             else:
                 group["lr"].fill_(base * factor)
-        if self._cycles_momentum:
+        if self.cycles_momentum:
             momentum = self._component.momentum(self.last_epoch)
             for group in self.optimizer.param_groups:
                 if "betas" in group:
                     group["betas"] = (momentum, *group["betas"][1:])
                 elif "momentum" in group:
                     group["momentum"] = momentum
+
+    def _uneven(self, bases: list[float]) -> list[float]:
+        """The learning rates where not all groups follow the schedule at its own pace."""
+        factors = [self.factor(self.last_epoch / share) for share in self._shares]
+        if self._freezes:
+            resting = [share != 1.0 and factor == 0.0 for share, factor in zip(self._shares, factors, strict=True)]
+            if sum(resting) != self.frozen:
+                self.frozen = sum(resting)
+                for group, rests in zip(self.optimizer.param_groups, resting, strict=True):
+                    for parameter in group["params"]:
+                        parameter.requires_grad_(not rests)
+                        parameter.grad = None
+        return [base * factor for base, factor in zip(bases, factors, strict=True)]
 
     def update(self, metrics: Mapping[str, float]) -> None:
         """Hands the figures of an evaluation to a schedule that depends on them; the next update uses the new rate."""
@@ -68,8 +95,8 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
         self._apply()
 
     def get_lr(self) -> list[float | torch.Tensor]:
-        factor = self.factor(self.last_epoch)
-        return [base * factor for base in self.base_lrs]
+        factors = [self.factor(self.last_epoch / share) for share in self._shares]
+        return [base * factor for base, factor in zip(self.base_lrs, factors, strict=True)]
 
     def get_last_lr(self) -> list[float | torch.Tensor]:
         lrs = [group["lr"] for group in self.optimizer.param_groups]

@@ -49,7 +49,7 @@ class WarmedUp:
         self.component, self.length, self.start = component, length, start
         self._slope = (1.0 - start) / (length + 1) if shape == "linear" else 0.0
 
-    def __call__(self, t: int) -> float:
+    def __call__(self, t: float) -> float:
         if t >= self.length:
             return self.component(t)
         return (self.start + self._slope * (t + 1)) * self.component(t)

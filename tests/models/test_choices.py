@@ -22,7 +22,16 @@ FAMILIES = [
     "preact_resnet20",
     "vgg11",
 ]
-FAMILIES += ["preact_resnet164", "alexnet", "two_column_alexnet", "rnn", "lstm", "locally_connected", "vit"]
+FAMILIES += [
+    "airbench94",
+    "preact_resnet164",
+    "alexnet",
+    "two_column_alexnet",
+    "rnn",
+    "lstm",
+    "locally_connected",
+    "vit",
+]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dlopt.errors import UserError
 from dlopt.optim import LAMB, LARS, SAM, SGDW, Lion, LossClosure, Muon, Rprop
+from dlopt.optim.muon import orthogonalize
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Gradients = list[Array]
@@ -325,9 +326,48 @@ def test_muon_is_torchs_for_matrices_and_adamw_for_the_rest() -> None:
         kernel.grad = torch.tensor(gradient["kernel"].reshape(3, -1))
         for optimizer in (ours, torchs, adamw):
             optimizer.step()
-    assert torch.equal(first["kernel"].reshape(3, -1), kernel)
-    assert torch.equal(first["matrix"], second["matrix"])
+    torch.testing.assert_close(first["kernel"].reshape(3, -1), kernel, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(first["matrix"], second["matrix"], rtol=1e-12, atol=1e-14)
     assert torch.equal(first["vector"], second["vector"])
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 24, 216), (1, 64, 10)])
+def test_orthogonalization_against_singular_vectors(shape: tuple[int, ...]) -> None:
+    """The directions are those of the singular value decomposition, the singular values all come near 1."""
+    matrices = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    u, _, v = torch.linalg.svd(matrices, full_matrices=False)
+    found = orthogonalize(matrices, (3.4445, -4.775, 2.0315), 5, 1e-7)
+    assert found.dtype == torch.bfloat16
+    inner = u.mT @ found.double() @ v.mT  # diagonal where the directions are kept
+    values = inner.diagonal(dim1=1, dim2=2)
+    assert values.min() > 0.3 and values.max() < 1.3
+    assert (inner - torch.diag_embed(values)).abs().max() < 0.05  # bfloat16
+    # with coefficients that converge (1.875, -1.25, 0.375) and enough steps it is U V^T itself
+    exact = orthogonalize(matrices, (1.875, -1.25, 0.375), 25, 1e-7).double()
+    torch.testing.assert_close(exact, u @ v, rtol=0, atol=0.02)
+
+
+def test_muon_normalizes_weights_before_the_update() -> None:
+    params, plain = parameters(), parameters()
+    with torch.no_grad():
+        for name in ("kernel", "matrix"):
+            plain[name].mul_(len(plain[name]) ** 0.5 / plain[name].norm())
+    first = Muon(params.values(), lr=0.1, weight_decay=0.0, normalize_weights=True)
+    second = Muon(plain.values(), lr=0.1, weight_decay=0.0)
+    path(first, params, GRADS[:1])
+    path(second, plain, GRADS[:1])
+    torch.testing.assert_close(dict(params), dict(plain))
+
+
+def test_muon_takes_a_learning_rate_in_a_tensor() -> None:
+    """As captured graphs need it: the same weights as with a number."""
+    params, plain = parameters(), parameters()
+    first, second = Muon(params.values(), rest="sgd", rest_lr=0.01), Muon(plain.values(), rest="sgd", rest_lr=0.01)
+    for group in first.param_groups:
+        group["lr"] = torch.tensor(group["lr"], dtype=torch.float64)
+    path(first, params)
+    path(second, plain)
+    torch.testing.assert_close(dict(params), dict(plain))
 
 
 def test_muon_does_not_depend_on_the_layout_of_kernels() -> None:

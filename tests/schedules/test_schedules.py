@@ -385,3 +385,42 @@ def test_a_constant_warmup_stays_at_its_start() -> None:
 def test_a_constant_warmup_at_nothing_is_refused() -> None:
     with pytest.raises(UserError, match=r"schedule.warmup_start=0.0.*above 0"):
         make("cosine", warmup_steps=10, warmup_shape="constant")
+
+
+def two_groups(horizon: float) -> tuple[torch.optim.SGD, list[torch.nn.Parameter]]:
+    parameters = [torch.nn.Parameter(torch.ones(1)) for _ in range(2)]
+    groups = [{"params": [parameters[0]]}, {"params": [parameters[1]], "lr": 0.5, "horizon": horizon}]
+    return torch.optim.SGD(groups, lr=1.0), parameters
+
+
+def test_a_group_may_have_a_horizon_of_its_own() -> None:
+    """The schedule runs over that share of the run, and the group stays at its end."""
+    optimizer, parameters = two_groups(0.375)
+    scheduler = Scheduler(optimizer, make("linear", steps=200))
+    for t in range(200):
+        first, second = (group["lr"] for group in optimizer.param_groups)
+        assert first == pytest.approx(1 - t / 200)
+        assert second == pytest.approx(0.5 * max(1 - t / 75, 0))
+        assert scheduler.get_lr() == pytest.approx([first, second])
+        scheduler.step()
+    assert all(p.requires_grad for p in parameters) and scheduler.frozen == 0  # it was not asked to
+
+
+def test_a_group_at_its_end_asks_for_no_gradients() -> None:
+    optimizer, parameters = two_groups(0.5)
+    scheduler = Scheduler(optimizer, make("linear", steps=20), freezes=True)
+    asked = []
+    for _ in range(20):
+        asked.append([p.requires_grad for p in parameters])
+        scheduler.step()
+    assert asked == [[True, True]] * 10 + [[True, False]] * 10
+    assert scheduler.frozen == 1
+    early = {**scheduler.state_dict(), "last_epoch": 3}
+    scheduler.load_state_dict(early)  # a rollback
+    assert [p.requires_grad for p in parameters] == [True, True] and scheduler.frozen == 0
+
+
+def test_a_horizon_needs_a_schedule_with_a_length() -> None:
+    optimizer, _ = two_groups(0.5)
+    with pytest.raises(UserError, match="a horizon is a share of the schedule"):
+        Scheduler(optimizer, make("plateau"))

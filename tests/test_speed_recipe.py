@@ -1,0 +1,61 @@
+"""`experiment=cifar10_speed` in small: what the recipe says of every parameter, and that it learns at once."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dlopt.build.setup import Setup, set_up
+from dlopt.build.training import unseen
+from dlopt.config.compose import Composer, to_plain
+from dlopt.config.experiment import parse
+from tests.commands.line import dlopt
+
+SMALL = ("experiment=cifar10_speed", "data=digits", "device=cpu", "threads=1", "precision=fp32", "compile=false")
+
+
+def build(*overrides: str) -> Setup:
+    return set_up(parse(to_plain(Composer().compose([*SMALL, *overrides]), [])[0]))
+
+
+def test_every_parameter_has_the_published_rate_and_decay(tmp_path: Path) -> None:
+    """Of sums over 2000 samples: rates 0.24 (filters), 0.053 (biases), 0.67 (head), rate times decay 0.004."""
+    setup = build("model.widths=[4,4,8]", "data.batch_size=100")
+    optimizer = unseen(setup, tmp_path).update.optimizer
+    names = {p: name for name, p in setup.module.named_parameters()}
+    found = {names[p]: group for group in optimizer.param_groups for p in group["params"]}
+    filters = {f"stage{i}.conv{j}.weight" for i in (1, 2, 3) for j in (1, 2)}
+    biases = {f"stage{i}.norm{j}.bias" for i in (1, 2, 3) for j in (1, 2)} | {"whiten.bias"}
+    assert set(found) == filters | biases | {"head.weight"}  # whitening filters and gammas are frozen
+    for name, group in found.items():
+        rate, decay = group["initial_lr"], group["weight_decay"]
+        if name in filters:
+            assert (rate, decay, group["momentum"], group["ns_steps"]) == (0.24, 0.0, 0.6, 3)
+            continue
+        published = 0.67 if name == "head.weight" else 0.053
+        assert rate / 2000 == pytest.approx(published, rel=1e-4)
+        assert rate * decay == pytest.approx(0.004, rel=1e-4) and group["momentum"] == 0.85 and group["nesterov"]
+        assert group.get("horizon") == (0.375 if name == "whiten.bias" else None)
+
+
+def test_one_update_moves_what_is_trained(tmp_path: Path) -> None:
+    setup = build("model.widths=[4,4,8]", "data.batch_size=100")
+    training = unseen(setup, tmp_path)
+    before = {name: p.detach().clone() for name, p in setup.module.named_parameters()}
+    inputs, targets = next(training.batches.epoch(0))
+    training.update(inputs, targets, 0, training.sums)
+    moved = {name for name, p in setup.module.named_parameters() if not torch.equal(p, before[name])}
+    still = {"whiten.weight"} | {f"stage{i}.norm{j}.weight" for i in (1, 2, 3) for j in (1, 2)}
+    assert moved == set(before) - still
+    for i in (1, 2, 3):  # normalized to sqrt(rows), then moved by a rate of 0.24 times about sqrt(rows)
+        weight = setup.module.get_parameter(f"stage{i}.conv2.weight")
+        assert 0.6 < weight.norm().item() / len(weight) ** 0.5 < 1.4
+
+
+def test_it_learns_at_once(tmp_path: Path) -> None:
+    typed = ("data.batch_size=200", "model.widths=[8,16,256]", "tracking=[]", "hydra.run.dir=run")
+    result = dlopt(tmp_path, "train", *SMALL, *typed)
+    assert result.code == 0, result.err
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["steps"] == 56 and summary["test_accuracy"] > 0.8
