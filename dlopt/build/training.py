@@ -62,6 +62,7 @@ def training_of(
     """
     experiment, settings = setup.experiment, setup.experiment.settings
     check_single_values(setup)
+    evaluation.check_views(setup)
     optimizer = optimizer_of(setup)
     sampler = _attentive(setup, batches)
     schedule = _schedule(setup, optimizer, length)
@@ -173,7 +174,7 @@ def _schedule(setup: Setup, optimizer: torch.optim.Optimizer, length: Length) ->
     factor = schedules.build(
         experiment.schedule.build, experiment.warmup, steps=length.horizon, steps_per_epoch=length.steps_per_epoch
     )
-    return schedules.Scheduler(optimizer, factor)
+    return schedules.Scheduler(optimizer, factor, freezes=setup.parallel.processes == 1)
 
 
 def _recovery(setup: Setup, checkpoints: Checkpoints, tracking: Tracking) -> Recovery:
