@@ -56,6 +56,7 @@ def line(choice: str) -> tuple[str, ...]:
         "augmentation=imagenet": ((*IMAGES[:3], "data.image_size=256"), ("model=resnet20",)),
         "init=dirac": (IMAGES, ("model=resnet20",)),
         "init=whitening": (IMAGES, ("model=resnet20",)),
+        "init=whitening_dirac": (IMAGES, ("model=airbench94",)),
         "stopping=tolerance": (DIGITS, MLP),
         "parallel=hybrid": ((*DIGITS, "parallel.model_degree=1"), MLP),
     }
