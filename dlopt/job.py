@@ -35,10 +35,12 @@ def execute(run: "Run", *, typed: Sequence[str] | None = None, console: bool = T
 
     `typed`: the command line's overrides, where the folder does not say yet what is run in it.
     """
+    from dlopt.engine.divergence import Diverged
     from dlopt.parallel import world as worlds
-    from dlopt.parallel.launch import RECORD
+    from dlopt.parallel.launch import QUIET, RECORD
 
     world = worlds.current()
+    console = console and os.environ.get(QUIET) != "1"
     is_main = world is None or world.is_main
     place = "" if world is None or world.is_main else f"rank {world.rank}: "
     record = typed is None if world is None else os.environ.get(RECORD) == "1"  # a user's mistake, too
@@ -59,7 +61,7 @@ def execute(run: "Run", *, typed: Sequence[str] | None = None, console: bool = T
         except RunError as error:
             if worlds.first_to_fail():
                 complain(f"{place}{error}")
-                _record_failure(run.folder, f"{place}{error}")
+                _record_failure(run.folder, f"{place}{error}", diverged=isinstance(error, Diverged))
             return FAILED
         except KeyboardInterrupt:
             if is_main:
@@ -110,7 +112,8 @@ def start(run: "Run", processes: int, *, typed: Sequence[str] | None, console: b
         describe(run.folder, run.experiment.config, typed, run.choices)
     if processes > 1:
         resume = run.experiment.settings.resume
-        return run_group(run.folder, processes, None if resume == "auto" else resume, record=typed is None)
+        checkpoint = None if resume == "auto" else resume
+        return run_group(run.folder, processes, checkpoint, record=typed is None, console=console)
     status = train(run, console=console and is_main)["status"]
     worlds.leave()
     return _STATUS_OF[status]
@@ -162,8 +165,8 @@ def _git_commit() -> str | None:
     return None
 
 
-def _record_failure(folder: Path, reason: str) -> None:
-    summary = {"status": "failed", "reason": reason}
+def _record_failure(folder: Path, reason: str, *, diverged: bool = False) -> None:
+    summary = {"status": "failed", "reason": reason} | ({"diverged": True} if diverged else {})
     with contextlib.suppress(OSError):
         _write(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
 

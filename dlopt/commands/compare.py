@@ -83,9 +83,13 @@ def comparison_of(composer: Composer, config: DictConfig, overrides: list[str]) 
     if len(comparison.along) == 2 and len(comparison.figures) > 1:
         raise UserError("comparison.figures: heat maps show one figure")
     given: dict[str, Any] = {each.get_key_element(): each.value() for each in composer.parse(overrides)}
-    for key in comparison.along:
-        _refuse_powers(key, key)
-    for variant, lines in comparison.variants.items():
+    points: dict[str, list[str]] = {}
+    for key, values in comparison.along.items():
+        if isinstance(values, dict):
+            points |= {f"{key} {label}": lines for label, lines in values.items()}
+        else:
+            _refuse_powers(key, key)
+    for variant, lines in {**points, **comparison.variants}.items():
         for line in lines:
             _refuse_powers(line, line.partition("=")[0])
             if line.partition("=")[0] in given:
@@ -136,10 +140,10 @@ def _folder(config: DictConfig, overrides: list[str], runs: list[_Run]) -> Path:
 
 
 def _execute(runs: list[_Run], folder: Path, comparison: "Comparison") -> "tuple[dict[Cell, Outcome], int]":
-    """What the runs leave, and the exit code. One that diverges is a result, too."""
+    """What the runs leave, and the exit code. One that diverges is a result, too; one that fails otherwise is the end."""
     from dlopt.analysis.comparison.runs import read, show, typed
     from dlopt.engine.checkpoint import Checkpoints
-    from dlopt.job import INTERRUPTED, USER_ERROR, execute
+    from dlopt.job import FAILED, INTERRUPTED, USER_ERROR, execute
     from dlopt.run import Run
 
     outcomes: dict[Cell, Outcome] = {}
@@ -149,7 +153,7 @@ def _execute(runs: list[_Run], folder: Path, comparison: "Comparison") -> "tuple
             place.path.mkdir(exist_ok=True)
             state = Checkpoints(place.checkpoints).load_newest() if place.holds_a_run() else None
             code = execute(Run(each.experiment, place.path, state, each.choices), typed=each.overrides, console=False)
-            if code in (INTERRUPTED, USER_ERROR):
+            if code in (INTERRUPTED, USER_ERROR) or (code == FAILED and not (place.summary() or {}).get("diverged")):
                 return outcomes, code
         outcome = outcomes[each.cell] = read(place.path, comparison.figures)
         cell = each.cell

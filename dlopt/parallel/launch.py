@@ -17,7 +17,7 @@ from dlopt.engine.interruption import Interruption
 from dlopt.errors import RunError, UserError
 from dlopt.parallel.world import MEETING, PROCESSES, RANK
 
-PARENT, RECORD = "DLOPT_PARENT", "DLOPT_RECORD"
+PARENT, RECORD, QUIET = "DLOPT_PARENT", "DLOPT_RECORD", "DLOPT_QUIET"
 _GRACE = 5.0  # seconds in which ranks may end by themselves once one has failed
 _PR_SET_PDEATHSIG = 1
 
@@ -37,14 +37,16 @@ def wanted(arguments: Mapping[str, Any], device: str) -> int:
     return int(processes)
 
 
-def run_group(folder: Path, processes: int, checkpoint: str | None, *, record: bool) -> int:
+def run_group(folder: Path, processes: int, checkpoint: str | None, *, record: bool, console: bool) -> int:
     """Runs what FOLDER/config.yaml says in so many processes; returns their exit code.
 
     `checkpoint`: to go on from; None: the folder's newest, if it has one. `record`: whether a user's mistake is to be
-    recorded in the folder. Raises `RunError` naming the rank when one was killed.
+    recorded in the folder. `console`: whether the first rank shows how it goes. Raises `RunError` naming the rank when
+    one was killed.
     """
     command = [sys.executable, "-m", "dlopt.job", str(folder), *([checkpoint] if checkpoint else [])]
-    codes, stuck, asked = run_processes(command, processes, {RECORD: "1" if record else ""})
+    told = {RECORD: "1" if record else "", QUIET: "" if console else "1"}
+    codes, stuck, asked = run_processes(command, processes, told)
     if asked and all(code in (0, 75, -signal.SIGTERM, -signal.SIGKILL) for code in codes):
         return 75
     for rank, code in enumerate(codes):

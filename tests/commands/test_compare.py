@@ -94,6 +94,24 @@ def test_an_axis_and_a_run_that_diverges(folder: Path) -> None:
     assert (folder / "one/comparison.png").stat().st_size > 10_000
 
 
+def test_a_run_that_fails_otherwise_ends_the_comparison(folder: Path) -> None:
+    (folder / "out" / "1").mkdir(parents=True)
+    (folder / "out" / "1" / "checkpoints").write_text("no folder")
+    result = compare(folder, "epochs=1", "hydra.run.dir=out", "resume=auto")
+    assert result.code == 1 and "diverged" not in result.out and "  2/4" not in result.out
+    assert not (folder / "out/comparison.png").exists()
+
+
+def test_points_with_several_keys(folder: Path) -> None:
+    change(folder, "along: {}", 'along: {size: {"1": ["model.norm=none", "data.batch_size=10"], "2": ["optimizer.lr=0.3"]}}')
+    result = compare(folder, "epochs=1", "hydra.run.dir=out", "seed=0")
+    assert result.code == 0, result.err
+    saved = [yaml.safe_load((folder / f"out/{i}/config.yaml").read_text()) for i in range(4)]
+    assert [each["data"]["batch_size"] for each in saved] == [10, 20, 10, 20] and saved[3]["optimizer"]["lr"] == 0.3
+    message = refused(folder, "train", "--config-dir", "../myconf", "experiment=small", "optimizer.lr=1")
+    assert "optimizer.lr: this comparison varies it (size 2: optimizer.lr=0.3)" in message
+
+
 def test_a_typed_key_is_no_axis(folder: Path) -> None:
     change(folder, "along: {}", "along: {optimizer.lr: [0.1, 0.2]}")
     result = compare(folder, "optimizer.lr=0.3", "epochs=1", "seed=5")

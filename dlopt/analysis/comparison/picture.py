@@ -3,6 +3,7 @@
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from dlopt.analysis.comparison.runs import Cell, Comparison, Outcome, finals, mean, typed
@@ -44,7 +45,7 @@ def draw(comparison: Comparison, outcomes: Mapping[Cell, Outcome]) -> "Figure":
             _curves(axes, comparison, outcomes, name, x)
         axes.set_ylabel(_NAMES.get(name, name))
         if not name.endswith(("accuracy", "_error")):
-            axes.set_yscale("log")
+            _logarithmic(axes)
         axes.grid(color="0.9")
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
@@ -53,6 +54,21 @@ def draw(comparison: Comparison, outcomes: Mapping[Cell, Outcome]) -> "Figure":
     figure.legend(handles, labels, loc="outside lower center", frameon=False, ncols=columns, handlelength=3)
     _head(figure, comparison)
     return figure
+
+
+def _logarithmic(axes: "Axes") -> None:
+    """With ticks as one writes them, 0.6 and not 6 x 10^-1, where they are few."""
+    from matplotlib.ticker import LogFormatter
+
+    class Written(LogFormatter):
+        def __call__(self, value: float, position: int | None = None) -> str:
+            return f"{value:g}" if super().__call__(value, position) else ""
+
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    if 1e-4 < low < high < 1e4:
+        axes.yaxis.set_major_formatter(Written())
+        axes.yaxis.set_minor_formatter(Written(labelOnlyBase=False))
 
 
 def _head(figure: "Figure", comparison: Comparison) -> None:
@@ -74,8 +90,8 @@ def _curves(axes: "Axes", comparison: Comparison, outcomes: Mapping[Cell, Outcom
     """The mean over the seeds and the range that they span; a cross ends the curve of a run that diverged."""
     for i, variant in enumerate(comparison.variants):
         style = _style(i)
-        if len(comparison.axes) > 1:  # against updates curves may lie on each other: what is below shows at the sides
-            style["linewidth"] = 7 - 5.6 * i / max(len(comparison.variants) - 1, 1)
+        if len(comparison.axes) > 1:  # against updates curves may lie on each other
+            style["linewidth"] = _narrowing(i, len(comparison.variants))
         runs = [outcomes[Cell(variant, (), seed)] for seed in comparison.seeds]
         pairs = [run.curve(name, x_axis) for run in runs]
         length = min(len(values) for _, values in pairs)
@@ -94,15 +110,33 @@ def _curves(axes: "Axes", comparison: Comparison, outcomes: Mapping[Cell, Outcom
         axes.locator_params(axis="x", integer=True)
 
 
+def _narrowing(i: int, count: int) -> float:
+    """The width of the curve i of so many that may lie on each other: what is below shows at the sides."""
+    return 7 - 5.6 * i / max(count - 1, 1)
+
+
+def _coincide(curves: Sequence[Sequence[float]]) -> bool:
+    """Whether one of the curves hides another in most of its points."""
+    return any(
+        sum(math.isclose(x, y, rel_tol=0.01) for x, y in zip(a, b, strict=True)) > len(a) / 2
+        for a, b in combinations(curves, 2)
+    )
+
+
 def _along(axes: "Axes", comparison: Comparison, outcomes: Mapping[Cell, Outcome], name: str) -> None:
     """The figure at the end against the key's value; crosses at the edge are runs that diverged."""
-    [(key, values)] = comparison.along.items()
+    [(key, given)] = comparison.along.items()
+    values = [*given]
     places = _places(values)
     diverged = []
+    found = {variant: finals(comparison, outcomes, variant, name) for variant in comparison.variants}
+    coincide = _coincide([[mean(each[(value,)]) for value in values] for each in found.values()])
     for i, variant in enumerate(comparison.variants):
         style = _style(i)
-        found = finals(comparison, outcomes, variant, name)
-        columns = [found[(value,)] for value in values]
+        if coincide:
+            style["linewidth"] = _narrowing(i, len(comparison.variants))
+            style["markersize"] = 4 + style["linewidth"]
+        columns = [found[variant][(value,)] for value in values]
         axes.plot(
             places, [mean(column) for column in columns], **style, marker=_MARKERS[i % len(_MARKERS)], label=variant
         )
@@ -123,14 +157,20 @@ def _along(axes: "Axes", comparison: Comparison, outcomes: Mapping[Cell, Outcome
 
 
 def _places(values: Sequence[Any]) -> list[float]:
-    """The values themselves, or their numbers where they are not numbers."""
-    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
-    return [float(value) for value in values] if numbers else [float(i) for i in range(len(values))]
+    """The values themselves, or their positions where they are not numbers."""
+    return [float(value) for value in values] if _are_numbers(values) else [float(i) for i in range(len(values))]
+
+
+def _are_numbers(values: Sequence[Any]) -> bool:
+    """Also of names that are written as numbers: those of points that set several keys."""
+    try:
+        return not any(isinstance(value, bool) for value in values) and bool([float(value) for value in values])
+    except (TypeError, ValueError):
+        return False
 
 
 def _scale(axes: "Axes", values: Sequence[Any], places: Sequence[float]) -> None:
-    is_number = isinstance(values[0], int | float) and not isinstance(values[0], bool)
-    if is_number and min(places) > 0 and max(places) >= 8 * min(places):
+    if _are_numbers(values) and min(places) > 0 and max(places) >= 8 * min(places):
         axes.set_xscale("log")
     axes.set_xticks(places, [typed(value) for value in values])
     axes.minorticks_off()

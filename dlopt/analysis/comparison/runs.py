@@ -20,7 +20,7 @@ class Comparison:
     title: str
     see: str
     variants: dict[str, list[str]]
-    along: dict[str, list[Value]]
+    along: dict[str, list[Value] | dict[str, list[str]]]
     seeds: list[Seed]
     figures: list[str]
     x: Literal["epoch", "step", "seconds", "step_and_seconds"]
@@ -42,8 +42,10 @@ class Comparison:
 
     def overrides(self, cell: "Cell") -> list[str]:
         """What one run changes, as it would be typed. A variant may do without a key of `along`: it comes last."""
-        values = zip(self.along, cell.point, strict=True)
-        return [*(f"{key}={typed(value)}" for key, value in values), *self.variants[cell.variant], f"seed={cell.seed}"]
+        lines: list[str] = []
+        for (key, values), value in zip(self.along.items(), cell.point, strict=True):
+            lines += values[str(value)] if isinstance(values, dict) else [f"{key}={typed(value)}"]
+        return [*lines, *self.variants[cell.variant], f"seed={cell.seed}"]
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,22 @@ def test_cells_are_a_grid_and_a_variant_comes_last() -> None:
     assert found.overrides(Cell("b", (0.1, None), 3)) == ["optimizer.lr=0.1", "norm=null", "x=1", "seed=3"]
 
 
+def test_a_point_of_an_axis_may_set_several_keys_and_its_name_may_be_a_number() -> None:
+    spec = comparison(along={"samples": {"1": ["p=8", "g=1"], "8": ["p=1", "g=8"]}}, seeds=[0])
+    assert spec.overrides(Cell("b", ("8",), 0)) == ["p=1", "g=8", "x=1", "seed=0"]
+    outcomes = {cell: outcome([2.0 if cell.variant == "a" else 2.001]) for cell in spec.cells()}
+    [axes] = draw(spec, outcomes).axes
+    assert list(axes.lines[0].get_xdata()) == [1, 8] and axes.get_xlabel() == "samples"
+    assert axes.lines[0].get_linewidth() > 2 * axes.lines[1].get_linewidth()  # b lies on a, which shows at the sides
+
+
+def test_ticks_are_written_as_one_writes_them() -> None:
+    spec = comparison(along={"lr": [0.1, 0.2]}, seeds=[0])
+    [axes] = (figure := draw(spec, {cell: outcome([0.5 + cell.point[0]]) for cell in spec.cells()})).axes
+    figure.canvas.draw()
+    assert {"0.6", "0.7"} <= {label.get_text() for label in axes.get_yticklabels(which="both")}
+
+
 def test_curves_show_mean_and_range_of_the_seeds() -> None:
     spec = comparison()
     curves = {"a": ([4.0, 2.0], [2.0, 1.0, 9.0]), "b": ([1.0, 1.0], [1.0, 1.0])}
