@@ -48,7 +48,8 @@ def may_fuse(component: Component, parameters: Sequence[Tensor]) -> bool:
     target, devices = component.target, {p.device.type for p in parameters if not p.is_meta}
     if target.__module__.partition(".")[0] != "torch" or {"fused", "foreach"} & set(component.arguments):
         return False
-    return len(devices) == 1 and target.__name__ in _FUSED.get(*devices, ()) and not any(map(is_cut, parameters))
+    fusing = [name for device in devices for name in _FUSED.get(device, ())]
+    return len(devices) == 1 and target.__name__ in fusing and not any(map(is_cut, parameters))
 
 
 _NOT_ELEMENTWISE = ("Adafactor", "LBFGS", "Muon")  # of torch.optim, which does not say so

@@ -1,6 +1,5 @@
 """Configs saved by an older dlopt: keys that have come since are filled in."""
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -11,7 +10,7 @@ import yaml
 from dlopt.config.choices import config_folder
 from dlopt.config.compose import Composer, resolve_saved, to_plain
 from dlopt.config.experiment import GROUPS, parse
-from dlopt.config.schema import resolve_target, trusted_packages
+from dlopt.config.schema import parameters_of, resolve_target, trusted_packages
 from dlopt.errors import UserError
 
 
@@ -49,7 +48,7 @@ def _lacking(group: str, node: Mapping[str, Any], trusted: Sequence[str]) -> set
     target = resolve_target(f"{group}._target_", str(node.get("_target_")), (*trusted_packages(), *trusted))
     wanted = {
         name
-        for name, each in inspect.signature(target).parameters.items()
+        for name, each in parameters_of(target).items()
         if each.kind == each.KEYWORD_ONLY and each.default is each.empty and name not in runtime
     }
     return (wanted | {each.name for each in (() if common is None else fields(common))}) - node.keys()

@@ -53,12 +53,12 @@ class Component:
 
     def build(self, **runtime: Any) -> Any:
         """Calls the target with its arguments and with those of `runtime` that its signature names."""
-        names = _parameters(self.target).keys() - self.arguments.keys()
+        names = parameters_of(self.target).keys() - self.arguments.keys()
         known = {name: value for name, value in runtime.items() if name in names}
         return self.target(**known, **{name: _built(value, runtime) for name, value in self.arguments.items()})
 
     def takes(self, name: str) -> bool:
-        return name in _parameters(self.target)
+        return name in parameters_of(self.target)
 
     def partial(self, **extra: Any) -> "Component":
         return dataclasses.replace(self, arguments={**self.arguments, **extra})
@@ -150,7 +150,7 @@ def check_arguments(
     related: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """The arguments of `target` as its annotations want them. `runtime` names those that no config gives."""
-    parameters = _parameters(target)
+    parameters = parameters_of(target)
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     own = [name for name, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
     allowed = [name for name in own if name not in runtime]
@@ -202,14 +202,24 @@ def _checked(key: str, value: Any, annotation: Any, runtime: frozenset[str], pac
 
 
 @functools.cache
-def _parameters(target: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+def parameters_of(target: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """The parameters of a callable by name, with their types."""
     signature = inspect.signature(target)
     try:
         hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
     except Exception:  # somebody's annotations that do not evaluate: their arguments pass unchecked
         hints = {}
     parameters = [p.replace(annotation=hints.get(n, p.annotation)) for n, p in signature.parameters.items()]
-    return {p.name: p for p in parameters}
+    return {each.name: each for parameter in parameters for each in _unpacked(parameter)}
+
+
+def _unpacked(parameter: inspect.Parameter) -> list[inspect.Parameter]:
+    """Of `**keys: Unpack[SomeTypedDict]` the keys that it stands for (PEP 692); any other parameter as it is."""
+    if typing.get_origin(parameter.annotation) is not typing.Unpack:
+        return [parameter]
+    [keys] = typing.get_args(parameter.annotation)
+    hints = typing.get_type_hints(keys, include_extras=True)
+    return [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=hint) for name, hint in hints.items()]
 
 
 def _adapter(annotation: Any) -> TypeAdapter[Any] | None:

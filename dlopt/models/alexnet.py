@@ -1,14 +1,14 @@
 """AlexNet (Krizhevsky, Sutskever & Hinton 2012) as one column, and as the paper's two columns."""
 
 from collections import OrderedDict
-from typing import Literal
+from typing import Literal, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from dlopt.errors import UserError
-from dlopt.models.layers import Norm, NormKind, check_instance_norm, image_shape
-from dlopt.ranges import Count, Positive, PositiveShare, Share
+from dlopt.models.layers import Norm, NormKeys, check_instance_norm, image_shape
+from dlopt.ranges import Count, Share
 
 Stem = Literal["small", "imagenet"]
 
@@ -32,21 +32,9 @@ class AlexNet(nn.Sequential):
         hidden: Count,
         local_response: bool,
         dropout: Share,
-        norm: NormKind,
-        norm_affine: bool,
-        norm_groups: Count,
-        norm_ghost_batch: Count | None,
-        norm_eps: Positive,
-        norm_momentum: PositiveShare,
+        **norm: Unpack[NormKeys],
     ) -> None:
-        normalize = Norm(
-            kind=norm,
-            affine=norm_affine,
-            groups=norm_groups,
-            ghost_batch=norm_ghost_batch,
-            eps=norm_eps,
-            momentum=norm_momentum,
-        )
+        normalize = Norm.of(**norm)
         segments = _segments(input_shape, 1, stem, hidden, local_response, dropout, normalize)
         super().__init__(OrderedDict([*segments.items(), ("head", nn.Linear(hidden, classes))]))
         check_instance_norm(self, input_shape, normalize)
@@ -73,24 +61,12 @@ class TwoColumnAlexNet(nn.Module):
         hidden: Count,
         local_response: bool,
         dropout: Share,
-        norm: NormKind,
-        norm_affine: bool,
-        norm_groups: Count,
-        norm_ghost_batch: Count | None,
-        norm_eps: Positive,
-        norm_momentum: PositiveShare,
+        **norm: Unpack[NormKeys],
     ) -> None:
         super().__init__()
         if hidden % 2:
             raise UserError(f"model.hidden={hidden}: two columns share these features; use an even number")
-        normalize = Norm(
-            kind=norm,
-            affine=norm_affine,
-            groups=norm_groups,
-            ghost_batch=norm_ghost_batch,
-            eps=norm_eps,
-            momentum=norm_momentum,
-        )
+        normalize = Norm.of(**norm)
         self.columns = nn.ModuleList(
             nn.Sequential(_segments(input_shape, 2, stem, hidden, local_response, dropout, normalize)) for _ in range(2)
         )

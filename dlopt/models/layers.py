@@ -1,13 +1,14 @@
 """What the models share: the choice of normalization, activations, small layers, and checks of the input's shape."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dlopt.errors import UserError
+from dlopt.ranges import Count, Positive, PositiveShare
 
 NormKind = Literal["batch", "layer", "group", "instance", "none"]
 Activation = Literal[
@@ -71,6 +72,17 @@ class ChannelsFirst(nn.Module):
         return self.norm(tokens.transpose(1, 2)).transpose(1, 2)
 
 
+class NormKeys(TypedDict):
+    """The keys of a model that say how it normalizes."""
+
+    norm: NormKind
+    norm_affine: bool
+    norm_groups: Count
+    norm_ghost_batch: Count | None
+    norm_eps: Positive
+    norm_momentum: PositiveShare
+
+
 @dataclass(frozen=True, kw_only=True)
 class Norm:
     """The normalization that a model is built with: its keys `norm` and `norm_...`.
@@ -87,6 +99,17 @@ class Norm:
     ghost_batch: int | None
     eps: float
     momentum: float  # of the running statistics: the share of the newest batch
+
+    @classmethod
+    def of(cls, **keys: Unpack[NormKeys]) -> "Norm":
+        return cls(
+            kind=keys["norm"],
+            affine=keys["norm_affine"],
+            groups=keys["norm_groups"],
+            ghost_batch=keys["norm_ghost_batch"],
+            eps=keys["norm_eps"],
+            momentum=keys["norm_momentum"],
+        )
 
     def __post_init__(self) -> None:
         if self.ghost_batch is not None and self.kind != "batch":

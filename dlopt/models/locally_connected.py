@@ -1,15 +1,16 @@
 """A net of locally connected layers: the connections of a convolution, with filters of its own at every position."""
 
 from collections import OrderedDict
+from typing import Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dlopt.errors import UserError
-from dlopt.models.layers import Activation, Norm, NormKind, check_instance_norm, image_shape
+from dlopt.models.layers import Activation, Norm, NormKeys, check_instance_norm, image_shape
 from dlopt.models.layers import activation as make_activation
-from dlopt.ranges import Count, Positive, PositiveShare, Share
+from dlopt.ranges import Count, Share
 
 
 class LocallyConnected2d(nn.Module):
@@ -62,24 +63,12 @@ class LocallyConnectedNet(nn.Sequential):
         stride: Count,
         activation: Activation,
         dropout: Share,
-        norm: NormKind,
-        norm_affine: bool,
-        norm_groups: Count,
-        norm_ghost_batch: Count | None,
-        norm_eps: Positive,
-        norm_momentum: PositiveShare,
+        **norm: Unpack[NormKeys],
     ) -> None:
         inputs, height, width = image_shape(input_shape, "a locally connected net")
         if kernel % 2 == 0:
             raise UserError(f"model.kernel={kernel}: the kernel is centred on a pixel; use an odd number")
-        normalize = Norm(
-            kind=norm,
-            affine=norm_affine,
-            groups=norm_groups,
-            ghost_batch=norm_ghost_batch,
-            eps=norm_eps,
-            momentum=norm_momentum,
-        )
+        normalize = Norm.of(**norm)
         extent = (height, width)
         parts: OrderedDict[str, nn.Module] = OrderedDict()
         for index, outputs in enumerate(channels):

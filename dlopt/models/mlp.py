@@ -2,11 +2,12 @@
 
 from collections import OrderedDict
 from math import prod
+from typing import Unpack
 
 from torch import Tensor, nn
 
-from dlopt.models.layers import Activation, Norm, NormKind, activation
-from dlopt.ranges import Count, Natural, Positive, PositiveShare, Share
+from dlopt.models.layers import Activation, Norm, NormKeys, activation
+from dlopt.ranges import Count, Natural, Share
 
 
 class MLP(nn.Sequential):
@@ -25,21 +26,9 @@ class MLP(nn.Sequential):
         widths: tuple[Count, ...],
         activation: Activation,
         dropout: Share,
-        norm: NormKind,
-        norm_affine: bool,
-        norm_groups: Count,
-        norm_ghost_batch: Count | None,
-        norm_eps: Positive,
-        norm_momentum: PositiveShare,
+        **norm: Unpack[NormKeys],
     ) -> None:
-        normalize = Norm(
-            kind=norm,
-            affine=norm_affine,
-            groups=norm_groups,
-            ghost_batch=norm_ghost_batch,
-            eps=norm_eps,
-            momentum=norm_momentum,
-        )
+        normalize = Norm.of(**norm)
         parts: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
         inputs = prod(input_shape)
         for index, width in enumerate(widths):
@@ -68,21 +57,9 @@ class ResidualMLP(nn.Sequential):
         residual: bool,
         activation: Activation,
         dropout: Share,
-        norm: NormKind,
-        norm_affine: bool,
-        norm_groups: Count,
-        norm_ghost_batch: Count | None,
-        norm_eps: Positive,
-        norm_momentum: PositiveShare,
+        **norm: Unpack[NormKeys],
     ) -> None:
-        normalize = Norm(
-            kind=norm,
-            affine=norm_affine,
-            groups=norm_groups,
-            ghost_batch=norm_ghost_batch,
-            eps=norm_eps,
-            momentum=norm_momentum,
-        )
+        normalize = Norm.of(**norm)
         parts: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
         parts["stem"] = _layer(prod(input_shape), width, activation, 0.0, normalize)
         for index in range(blocks):

@@ -5,14 +5,14 @@ The sum of branch and shortcut stays as it is; normalization and ReLU stand in f
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, Unpack
 
 from torch import Tensor, nn
 
 from dlopt.errors import UserError
-from dlopt.models.layers import GlobalAveragePool, Norm, NormKind, check_instance_norm, conv, image_shape, zero_branch
+from dlopt.models.layers import GlobalAveragePool, Norm, NormKeys, check_instance_norm, conv, image_shape, zero_branch
 from dlopt.models.resnet import ZeroPadShortcut
-from dlopt.ranges import Count, Positive, PositiveShare, Share
+from dlopt.ranges import Count, Share
 
 
 class PreActBlock(nn.Module):
@@ -123,12 +123,7 @@ class PreActResNet(nn.Sequential):
         depth: Count,
         block: Literal["basic", "bottleneck"],
         dropout: Share,
-        norm: NormKind,
-        norm_affine: bool,
-        norm_groups: Count,
-        norm_ghost_batch: Count | None,
-        norm_eps: Positive,
-        norm_momentum: PositiveShare,
+        **norm: Unpack[NormKeys],
     ) -> None:
         channels, _, _ = image_shape(input_shape, "a ResNet")
         layers = 6 if block == "basic" else 9
@@ -137,14 +132,7 @@ class PreActResNet(nn.Sequential):
                 f"model.depth={depth}: with model.block={block} there are {layers}n+2 layers; "
                 f"use {', '.join(str(layers * n + 2) for n in (2, 3, 9, 18, 111))} or the like"
             )
-        normalize = Norm(
-            kind=norm,
-            affine=norm_affine,
-            groups=norm_groups,
-            ghost_batch=norm_ghost_batch,
-            eps=norm_eps,
-            momentum=norm_momentum,
-        )
+        normalize = Norm.of(**norm)
         kind = PreActBlock if block == "basic" else PreActBottleneck
 
         def make(inputs: int, width: int, stride: int) -> PreActBlock | PreActBottleneck:
@@ -171,24 +159,12 @@ class WideResNet(nn.Sequential):
         depth: Count,
         widen: Count,
         dropout: Share,
-        norm: NormKind,
-        norm_affine: bool,
-        norm_groups: Count,
-        norm_ghost_batch: Count | None,
-        norm_eps: Positive,
-        norm_momentum: PositiveShare,
+        **norm: Unpack[NormKeys],
     ) -> None:
         channels, _, _ = image_shape(input_shape, "a wide ResNet")
         if depth < 10 or depth % 6 != 4:
             raise UserError(f"model.depth={depth}: wide ResNets have 6n+4 layers; use 10, 16, 22, 28, 34 or 40")
-        normalize = Norm(
-            kind=norm,
-            affine=norm_affine,
-            groups=norm_groups,
-            ghost_batch=norm_ghost_batch,
-            eps=norm_eps,
-            momentum=norm_momentum,
-        )
+        normalize = Norm.of(**norm)
 
         def make(inputs: int, width: int, stride: int) -> PreActBlock:
             return PreActBlock(inputs, width, stride, projection=True, dropout=dropout, norm=normalize)

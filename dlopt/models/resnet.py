@@ -1,14 +1,14 @@
 """Residual networks for images (He, Zhang, Ren & Sun 2016, "Deep Residual Learning for Image Recognition")."""
 
 from collections import OrderedDict
-from typing import Literal
+from typing import Literal, Unpack
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dlopt.errors import UserError
-from dlopt.models.layers import GlobalAveragePool, Norm, NormKind, check_instance_norm, conv, image_shape, zero_branch
-from dlopt.ranges import Count, Positive, PositiveShare, Share
+from dlopt.models.layers import GlobalAveragePool, Norm, NormKeys, check_instance_norm, conv, image_shape, zero_branch
+from dlopt.ranges import Count, Share
 
 
 class ZeroPadShortcut(nn.Module):
@@ -99,24 +99,12 @@ class CifarResNet(nn.Sequential):
         width: Count,
         residual: bool,
         dropout: Share,
-        norm: NormKind,
-        norm_affine: bool,
-        norm_groups: Count,
-        norm_ghost_batch: Count | None,
-        norm_eps: Positive,
-        norm_momentum: PositiveShare,
+        **norm: Unpack[NormKeys],
     ) -> None:
         channels, _, _ = image_shape(input_shape, "a ResNet")
         if depth < 8 or depth % 6 != 2:
             raise UserError(f"model.depth={depth}: these nets have 6n+2 layers; use 8, 14, 20, 32, 44, 56, 110 or 1202")
-        normalize = Norm(
-            kind=norm,
-            affine=norm_affine,
-            groups=norm_groups,
-            ghost_batch=norm_ghost_batch,
-            eps=norm_eps,
-            momentum=norm_momentum,
-        )
+        normalize = Norm.of(**norm)
 
         def block(inputs: int, outputs: int, stride: int) -> BasicBlock:
             shortcut: nn.Module | None = None
@@ -163,22 +151,10 @@ class ResNet(nn.Sequential):
         depth: Literal[18, 34, 50, 101],
         stem: Literal["small", "imagenet"],
         dropout: Share,
-        norm: NormKind,
-        norm_affine: bool,
-        norm_groups: Count,
-        norm_ghost_batch: Count | None,
-        norm_eps: Positive,
-        norm_momentum: PositiveShare,
+        **norm: Unpack[NormKeys],
     ) -> None:
         channels, _, _ = image_shape(input_shape, "a ResNet")
-        normalize = Norm(
-            kind=norm,
-            affine=norm_affine,
-            groups=norm_groups,
-            ghost_batch=norm_ghost_batch,
-            eps=norm_eps,
-            momentum=norm_momentum,
-        )
+        normalize = Norm.of(**norm)
         expansion = 1 if depth < 50 else Bottleneck.expansion
 
         def block(inputs: int, width: int, stride: int) -> nn.Module:

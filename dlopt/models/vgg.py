@@ -1,12 +1,12 @@
 """VGG-11 (Simonyan & Zisserman 2015, "Very Deep Convolutional Networks", table 1, configuration A)."""
 
 from collections import OrderedDict
-from typing import Literal
+from typing import Literal, Unpack
 
 from torch import nn
 
-from dlopt.models.layers import GlobalAveragePool, Norm, NormKind, check_instance_norm, conv, image_shape
-from dlopt.ranges import Count, Positive, PositiveShare, Share
+from dlopt.models.layers import GlobalAveragePool, Norm, NormKeys, check_instance_norm, conv, image_shape
+from dlopt.ranges import Share
 
 _STAGES = ((64,), (128,), (256, 256), (512, 512), (512, 512))
 
@@ -28,22 +28,10 @@ class VGG11(nn.Sequential):
         classes: int,
         classifier: Literal["small", "imagenet"],
         dropout: Share,
-        norm: NormKind,
-        norm_affine: bool,
-        norm_groups: Count,
-        norm_ghost_batch: Count | None,
-        norm_eps: Positive,
-        norm_momentum: PositiveShare,
+        **norm: Unpack[NormKeys],
     ) -> None:
         inputs, height, width = image_shape(input_shape, "a VGG net")
-        normalize = Norm(
-            kind=norm,
-            affine=norm_affine,
-            groups=norm_groups,
-            ghost_batch=norm_ghost_batch,
-            eps=norm_eps,
-            momentum=norm_momentum,
-        )
+        normalize = Norm.of(**norm)
         parts: OrderedDict[str, nn.Module] = OrderedDict()
         for index, widths in enumerate(_STAGES):
             layers: list[nn.Module] = []

@@ -1,13 +1,14 @@
 """The vision transformer (Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words")."""
 
 from collections import OrderedDict
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
 from dlopt.errors import UserError
-from dlopt.models.layers import Norm, NormKind, image_shape
-from dlopt.ranges import Count, Positive, PositiveShare, Share
+from dlopt.models.layers import Norm, NormKeys, image_shape
+from dlopt.ranges import Count, Positive, Share
 
 
 class PatchEmbedding(nn.Module):
@@ -106,12 +107,7 @@ class ViT(nn.Sequential):
         expansion: Positive,
         pre_norm: bool,
         dropout: Share,
-        norm: NormKind,
-        norm_affine: bool,
-        norm_groups: Count,
-        norm_ghost_batch: Count | None,
-        norm_eps: Positive,
-        norm_momentum: PositiveShare,
+        **norm: Unpack[NormKeys],
     ) -> None:
         channels, image_height, image_width = image_shape(input_shape, "a vision transformer")
         if image_height % patch or image_width % patch:
@@ -121,14 +117,7 @@ class ViT(nn.Sequential):
             )
         if width % heads:
             raise UserError(f"model.heads={heads}: the heads share model.width={width}; use a divisor of it")
-        normalize = Norm(
-            kind=norm,
-            affine=norm_affine,
-            groups=norm_groups,
-            ghost_batch=norm_ghost_batch,
-            eps=norm_eps,
-            momentum=norm_momentum,
-        )
+        normalize = Norm.of(**norm)
         patches = (image_height // patch) * (image_width // patch)
         parts: OrderedDict[str, nn.Module] = OrderedDict()
         parts["embedding"] = PatchEmbedding(channels, width, patch, patches, dropout)
