@@ -209,11 +209,11 @@ def _tell(diagnosis: "Diagnosis", facts: "Facts", label: str) -> None:
 
 
 def _table(diagnosis: "Diagnosis", judged: Sequence[Sequence["Verdict"]]) -> Any:
-    from rich import box
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    from dlopt.tracking.tables import Fitted, plain_table
+
+    table = plain_table()
     table.add_column("layer")
     table.add_column("activation")
     for name in (
@@ -225,9 +225,9 @@ def _table(diagnosis: "Diagnosis", judged: Sequence[Sequence["Verdict"]]) -> Any
         "update /\nweights",
     ):
         table.add_column(name, justify="right")
-    table.add_column("before")
+    table.add_column("before", overflow="fold")
     if diagnosis.after is not None:
-        table.add_column(f"after {diagnosis.after.updates} updates")
+        table.add_column(f"after {diagnosis.after.updates} updates", overflow="fold")
     snapshot = diagnosis.before
     for i, layer in enumerate(snapshot.layers[:_ROWS]):
         share = layer.saturated if layer.saturated is not None else layer.dead
@@ -247,7 +247,7 @@ def _table(diagnosis: "Diagnosis", judged: Sequence[Sequence["Verdict"]]) -> Any
         )
     if len(snapshot.layers) > _ROWS:
         table.caption = f"the first {_ROWS} of {len(snapshot.layers)} layers; all stand in diagnosis.json"
-    return table
+    return Fitted(table)
 
 
 def _figure(value: float) -> str:

@@ -10,7 +10,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich import box
 from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
@@ -28,6 +27,7 @@ from dlopt.job import DONE
 from dlopt.ranges import Count
 from dlopt.tracking import layout
 from dlopt.tracking.files import write_atomically
+from dlopt.tracking.tables import Fitted, plain_table
 
 if TYPE_CHECKING:
     from dlopt.analysis.leaderboard import Statistic
@@ -171,17 +171,18 @@ def _open_browser(address: str) -> None:
 
 def _show(table: Table, own: _Own, console: Console) -> None:
     """Columns that do not fit a terminal are left to the page, the least important first."""
-    expendable = ["steps", "val_loss", "seconds", "difference"]
-    dropped: set[str] = set()
+    expendable = ("steps", "val_loss", "seconds", "difference")
     unlimited = console.options.update(width=1000)
-    while (width := console.measure(_grid(table, own, dropped), options=unlimited).maximum) > console.width:
-        if not console.is_terminal:
-            console.width = width
-        elif expendable:
-            dropped.add(expendable.pop(0))
-        else:
+    for count in range(len(expendable) + 1) if console.is_terminal else [0]:
+        grid = _grid(table, own, expendable[:count])
+        width = console.measure(grid, options=unlimited).maximum
+        if width <= console.width:
             break
-    console.print(_grid(table, own, dropped))
+    else:
+        grid = _grid(table, own, ())  # as a record for each row, which has room for all
+    if not console.is_terminal:
+        console.width = width
+    console.print(Fitted(grid))
     for line in _notes(table, own):
         console.print(Text(printable(line)), soft_wrap=True)
 
@@ -192,7 +193,7 @@ def _grid(table: Table, own: _Own, dropped: Collection[str]) -> Grid:
     tests = test_columns(table)[:1]
     keys = list(table.keys)[:_KEYS_HERE]
     compared = "difference" not in dropped and any(row.difference is not None for row in table.rows)
-    grid = Grid(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
+    grid = plain_table()
     grid.add_column("#", justify="right")
     for key in keys:
         grid.add_column(Text(printable(short_key(key, table.keys))), overflow="fold")

@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from dlopt.analysis.leaderboard import direction_of
@@ -18,6 +16,7 @@ from dlopt.analysis.report.selecting import Condition, check_key, condition, sel
 from dlopt.errors import UserError
 from dlopt.job import DONE, complain
 from dlopt.tracking import layout
+from dlopt.tracking.tables import Fitted, plain_table
 
 USAGE = """\
 dlopt runs [DIR...] [condition...] [sort=KEY] [columns=[KEY,...]] [limit=N] [--paths]
@@ -158,18 +157,20 @@ _STYLES = {"finished": "green", "stopped_early": "green", "running": "cyan", "fa
 
 
 def _show_table(records: Sequence[Record], columns: Sequence[str]) -> None:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
+    table = plain_table()
     table.add_column("run", overflow="fold")
     table.add_column("status")
     for key in columns:
         is_right = any(is_number(value_of(record, key)) for record in records)
-        table.add_column(Text(printable(key)), justify="right" if is_right else "left", overflow="fold")
+        table.add_column(
+            Text(printable(key)), justify="right" if is_right else "left", overflow="ellipsis" if is_right else "fold"
+        )
     for record in records:
         cells = [Text(printable(_cell(key, value_of(record, key)))) for key in columns]
         status = Text(record.status.replace("_", " "), _STYLES.get(record.status, "yellow"))
         table.add_row(Text(printable(layout.short_path(record.path))), status, *cells)
     console = Console(highlight=False)
-    console.print(table)
+    console.print(Fitted(table))
     console.print(f"{len(records)} run{'' if len(records) == 1 else 's'}", style="dim")
 
 

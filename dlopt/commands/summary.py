@@ -92,22 +92,22 @@ def _summarized(experiment: "Experiment", shape: tuple[int, ...], classes: int) 
 
 
 def _print(name: str, shape: tuple[int, ...], found: "ModelSummary") -> None:
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    from dlopt.tracking.tables import Fitted, plain_table
+
+    table = plain_table()
     for column in ("layer", "kind"):
-        table.add_column(column, no_wrap=True)
+        table.add_column(column)
     for column in ("output", "parameters", "MACs"):
-        table.add_column(column, justify="right", no_wrap=True)
+        table.add_column(column, justify="right")
     for layer in found.layers:
         if layer.kind not in ("Identity", "Dropout") or layer.parameters:
             output = "x".join(map(str, layer.output))
             numbers = (f"{number:,}" if number else "" for number in (layer.parameters, layer.macs))
             table.add_row(layer.name, layer.kind, output, *numbers)
     console = Console(highlight=False, width=None if os.isatty(1) else 120)
-    console.print(table)
+    console.print(Fitted(table))
     frozen = found.parameters - found.trainable
     lines = {
         "model": f"{name} on samples of {'x'.join(map(str, shape))}",

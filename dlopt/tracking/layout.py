@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
+
+from dlopt.tracking.tables import Fitted, plain_table
 
 
 def number(value: float | None) -> str:
@@ -266,7 +267,7 @@ def result(summary: Mapping[str, Any]) -> Group:
     names = list(dict.fromkeys(name for row in figures.values() for name in row))
     if not names:
         return Group(line)
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
+    table = plain_table()
     table.add_column("")
     for name in names:
         table.add_column(name.replace("_", " "), justify="right")
@@ -276,4 +277,4 @@ def result(summary: Mapping[str, Any]) -> Group:
         if row:
             cells = [figure(name, row.get(name)) for name in names]
             table.add_row(Text(split, "bold"), *cells, str(summary["best_epoch"]) if "best_epoch" in summary else "")
-    return Group(line, Text(""), table)
+    return Group(line, Text(""), Fitted(table))

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -14,6 +13,7 @@ from rich.text import Text
 
 from dlopt.tracking import layout
 from dlopt.tracking.console import open_console
+from dlopt.tracking.tables import Fitted, plain_table
 
 if TYPE_CHECKING:
     from dlopt.analysis.leaderboard import Direction, Leaderboard, Row
@@ -172,7 +172,7 @@ class Overview:
             best = f"best   {self._figure} {layout.figure(self._figure, value)}  job {number}: {label}"
             parts.append(Text(best, no_wrap=True, overflow="ellipsis"))
         for number, running in list(self._running.items())[:_ROWS]:
-            words = [f"job {number}", running.label, *_figures(running.line)]
+            words = [f"job {number}", *_figures(running.line), running.label]  # which a narrow terminal cuts
             parts.append(Text("  ".join(words), "dim", no_wrap=True, overflow="ellipsis"))
         return Group(*parts)
 
@@ -207,8 +207,7 @@ def show_leaderboard(
     title = (
         f"{board.figure.replace('_', ' ')}, {'the higher' if board.direction == 'maximize' else 'the lower'} the better"
     )
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold", title=title,
-                  title_justify="left", title_style="")  # fmt: skip
+    table = plain_table(title)
     table.add_column("")
     table.add_column("configuration", overflow="fold")
     table.add_column("mean ± deviation" if is_paired else board.figure.replace("_", " "), justify="right", no_wrap=True)
@@ -222,7 +221,7 @@ def show_leaderboard(
         cells += [_difference(board.figure, row)] if is_paired else []
         table.add_row(*cells, "" if tested is None else layout.figure(test, tested.mean))
     with console.capture() as capture:
-        console.print(table)
+        console.print(Fitted(table))
     output.write("\n" + "".join(f"{line.rstrip()}\n" for line in capture.get().splitlines()))
     if len(rows) > _ROWS:
         output.write(f"... and {len(rows) - _ROWS} more\n")
@@ -258,14 +257,13 @@ def show_front(rows: Sequence[tuple[str, Sequence[float]]], figures: Sequence[st
     """What no other job beats in every objective."""
     output, console, terminal = open_console()
     console.width = console.width if terminal else _WIDTH
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold",
-                  title="no other job is better in all of these", title_justify="left", title_style="")  # fmt: skip
+    table = plain_table("no other job is better in all of these")
     table.add_column("configuration", overflow="fold")
     for figure in figures:
         table.add_column(figure.replace("_", " "), justify="right")
     for label, values in rows:
         table.add_row(label, *(layout.figure(figure, value) for figure, value in zip(figures, values, strict=True)))
     with console.capture() as capture:
-        console.print(table)
+        console.print(Fitted(table))
     output.write("\n" + "".join(f"{line.rstrip()}\n" for line in capture.get().splitlines()))
     output.flush()

@@ -1,0 +1,45 @@
+"""What commands show in a terminal of 60 columns: readable, and nothing that matters is cut."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.analysis.report.folders import make_run
+from tests.commands.line import SMALL
+from tests.commands.terminal import in_terminal, plain
+
+
+@pytest.fixture
+def outputs(tmp_path: Path) -> Path:
+    for i, (optimizer, lr) in enumerate((o, lr) for o in ("sgd", "adamw") for lr in (0.01, 0.1)):
+        make_run(tmp_path / "outputs/night" / str(i), optimizer=optimizer, lr=lr, accuracies=(0.2, 0.1 * (i + 1)))
+    return tmp_path
+
+
+def test_lists_and_reports(outputs: Path) -> None:
+    for command in (["runs"], ["report", "outputs/night"]):
+        code, shown = in_terminal(outputs, 60, *command)
+        text = plain(shown)
+        assert code == 0, text
+        told = [line for line in text.splitlines() if not line.startswith("the first: dlopt")]  # to be copied
+        assert "…" not in text and [line for line in told if len(line.rstrip()) > 60] == []
+        words = " ".join(text.split())
+        assert all(figure in words for figure in ("adamw", "0.01", "40.00 %", "30.00 %")), text
+
+
+def test_layers(tmp_path: Path) -> None:
+    code, shown = in_terminal(tmp_path, 60, "summary", "model=resnet20", "input_shape=[3,32,32]", "classes=10")
+    words = " ".join(plain(shown).split())
+    assert code == 0 and "…" not in shown
+    assert "kind Conv2d output 16x32x32 parameters 432 MACs 442,368" in words
+
+
+def test_a_run(tmp_path: Path) -> None:
+    code, shown = in_terminal(tmp_path, 60, "train", *SMALL, "tracking=[]", "hydra.run.dir=run", NO_COLOR="1")
+    assert code == 0, shown
+    text = plain(shown)
+    assert not re.search(r"\x1b\[[0-9;]*3[0-7]m", shown), "colours"
+    assert all(len(line.rstrip()) <= 60 for line in text.splitlines())
+    assert re.search(r"^epoch +.*val loss +accuracy", text, re.MULTILINE) and re.search(r"^ *2/2 ", text, re.MULTILINE)
+    assert "run folder: run" in text
