@@ -12,6 +12,7 @@ from dlopt.config.compose import resolve_saved
 from dlopt.config.schema import check_arguments
 from dlopt.errors import RunError, UserError
 from dlopt.evaluation.saved import refuse_others, take_path, typed_values, with_changes
+from dlopt.extras import install
 from dlopt.job import DONE
 from dlopt.tracking.layout import short_path
 
@@ -148,7 +149,7 @@ def _compare(found: "Tensor | None", trained: "Trained", inputs: "Tensor", sourc
     import torch
 
     if found is None:
-        return "not compared with the model: that needs onnxruntime; pip install onnxruntime"
+        return f"not compared with the model: that needs onnxruntime; {install('dlopt[export]')}"
     with torch.inference_mode():
         expected = trained.module(trained.normalize(inputs))
     error = (found - expected).abs().max().item()

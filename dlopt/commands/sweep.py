@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from dlopt.commands.hydra_main import quoted
 from dlopt.config.compose import Composer, choices_of, to_plain
 from dlopt.errors import UserError
+from dlopt.extras import install
 from dlopt.folders import RunFolder, Trace, differences, make, make_new, newest, refuse_other_config
 from dlopt.sweeps.jobs import SPACE
 from dlopt.tracking.files import write_atomically
@@ -234,7 +235,7 @@ def _search(
     except ModuleNotFoundError as error:
         if error.name != "optuna":
             raise
-        raise UserError("hydra/sweeper=dlopt_optuna: needs the package optuna: pip install 'dlopt[sweep]'") from None
+        raise UserError(f"hydra/sweeper=dlopt_optuna: needs the package optuna: {install('dlopt[sweep]')}") from None
 
     typed = composer.parse(parsed.overrides)
     lines = [str(o.input_line) for o in typed]

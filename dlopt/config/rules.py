@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from dlopt.errors import UserError
+from dlopt.extras import install
 
 if TYPE_CHECKING:
     from dlopt.config.experiment import Experiment
@@ -60,7 +61,7 @@ def _check_tracking(sinks: list[Any]) -> None:
         found = None if sink == "tensorboard" else find_spec(sink)
         if sink != "tensorboard" and (found is None or found.origin is None):  # wandb leaves folders called wandb
             shown = ",".join(sinks)
-            raise UserError(f"tracking=[{shown}]: the package {sink} is not installed; pip install 'dlopt[{sink}]'")
+            raise UserError(f"tracking=[{shown}]: the package {sink} is not installed; {install(f'dlopt[{sink}]')}")
 
 
 def _check_looking(settings: "Settings") -> None:

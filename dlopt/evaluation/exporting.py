@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dlopt.errors import RunError, UserError
 from dlopt.evaluation.restore import Trained
+from dlopt.extras import install
 
 SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch_export": ".pt2"}
 _NEEDS = {"safetensors": ("safetensors",), "onnx": ("onnx", "onnxscript"), "torch_export": ()}
@@ -38,9 +39,7 @@ def check_installed(form: str) -> None:
     """Raises `UserError` when a package that the format needs is missing."""
     missing = [name for name in _NEEDS[form] if find_spec(name) is None]
     if missing:
-        raise UserError(
-            f"format={form}: needs {' and '.join(missing)}, not installed here; pip install 'dlopt[export]'"
-        )
+        raise UserError(f"format={form}: needs {' and '.join(missing)}, not installed here; {install('dlopt[export]')}")
 
 
 def write(form: str, trained: Trained, inputs: Tensor, metadata: Mapping[str, Any], path: Path) -> None:

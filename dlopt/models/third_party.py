@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from dlopt.errors import UserError
+from dlopt.extras import install
 from dlopt.models.layers import image_shape
 from dlopt.ranges import Share
 
@@ -21,7 +22,8 @@ def timm_model(*, input_shape: tuple[int, ...], classes: int, name: str, pretrai
     try:
         import timm
     except ImportError as error:
-        raise UserError(f"model=timm model.name={name}: the package timm is not installed; pip install timm") from error
+        hint = install("dlopt[timm]")
+        raise UserError(f"model=timm model.name={name}: the package timm is not installed; {hint}") from error
     if not timm.is_model(name):
         close = get_close_matches(name, timm.list_models(), n=3)
         hint = f"did you mean {' or '.join(close)}? " if close else ""

@@ -12,13 +12,14 @@ from annotated_types import Interval
 from torch.optim.optimizer import ParamsT
 
 from dlopt.errors import UserError
+from dlopt.extras import install
 from dlopt.ranges import NonNegative, Positive, Share
 
 try:
     import schedulefree
 except ModuleNotFoundError as missing:
     raise UserError(
-        "optimizer=schedule_free_*: the package schedulefree is not installed; pip install 'dlopt[schedulefree]'"
+        f"optimizer=schedule_free_*: the package schedulefree is not installed; {install('dlopt[schedulefree]')}"
     ) from missing
 
 Open = Annotated[float, Interval(gt=0, lt=1)]

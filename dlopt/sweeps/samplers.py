@@ -15,6 +15,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.samplers import BaseSampler
 
 from dlopt.errors import UserError
+from dlopt.extras import install
 from dlopt.ranges import Count, Natural
 from dlopt.sweeps.space import Space, grid_values
 
@@ -43,7 +44,7 @@ def cmaes(*, space: Space, seed: int, startup_trials: Count, sigma: float | None
     try:
         import cmaes as _  # noqa: F401
     except ImportError:
-        raise UserError("hydra/sweeper/sampler=cmaes: needs the package cmaes: pip install 'dlopt[sweep]'") from None
+        raise UserError(f"hydra/sweeper/sampler=cmaes: needs the package cmaes: {install('dlopt[sweep]')}") from None
     if all(isinstance(each, CategoricalDistribution) for each in space.searched.values()):
         raise UserError("hydra/sweeper/sampler=cmaes: needs numbers to search; choices alone go with random or tpe")
     return lambda number: optuna.samplers.CmaEsSampler(

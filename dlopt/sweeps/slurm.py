@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dlopt.errors import UserError
+from dlopt.extras import install
 from dlopt.folders import RunFolder
 from dlopt.ranges import Count, Natural, Positive
 from dlopt.sweeps.jobs import DONE, INTERRUPTED, OUTPUT
@@ -47,7 +48,7 @@ def slurm(
     try:
         import submitit
     except ImportError:
-        raise UserError("hydra/launcher=slurm: needs the package submitit: pip install 'dlopt[slurm]'") from None
+        raise UserError(f"hydra/launcher=slurm: needs the package submitit: {install('dlopt[slurm]')}") from None
     asked = {
         "job_name": "dlopt",
         "partition": partition,

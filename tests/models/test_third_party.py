@@ -13,7 +13,7 @@ Build = Callable[..., nn.Module]
 
 def test_without_timm_the_message_says_what_to_install(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(UserError, match="pip install timm"):
+    with pytest.raises(UserError, match=r"pip install 'dlopt\[timm\]'"):
         build("timm", input_shape=(3, 32, 32), classes=10)
 
 
