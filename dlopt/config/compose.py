@@ -208,6 +208,8 @@ class Composer:
         key, value = override.get_key_element().lstrip("+~"), override.value()
         if key in self.groups() and isinstance(value, str):
             if value not in self.choices(key):
+                if key == "data" and Path(value).expanduser().is_dir():
+                    return f"{line}: a folder is not a choice; for its images: data=image_folder data.root={value}"
                 return f"{line}: there is no such choice; {self._choose(key, value)}"
             return f"{line}: {_first_lines(fault)}"
         if "/" in key or "@" in key:
@@ -231,6 +233,8 @@ class Composer:
         close = get_close_matches(name.lower(), names, n=1, cutoff=0.6)
         prefix = f"{parent}." if parent else ""
         hint = f"did you mean {prefix}{close[0]}? " if close else "" if parent else _elsewhere(name, config)
+        if not hint and parent in self.groups():
+            hint = _with_key(parent, name, self.choices(parent))
         return f"{line}: there is no key {key}; {hint}allowed: {', '.join(names) or 'none'}"
 
 
@@ -256,6 +260,16 @@ def explain_grammar(line: str) -> str:
         return f"{line}: {key!r} is no name of a key or a group; an override is key=value or group=choice"
     quoted = f"{key}='{value}'"
     return f"{line!r}: this value has to be quoted for Hydra, once more than for the shell: {quoted!r}"
+
+
+def _with_key(group: str, name: str, choices: Iterable[str]) -> str:
+    """Which other choices of the group set a key of that name."""
+    files = {choice: config_folder() / group / f"{choice}.yaml" for choice in choices}
+    found = [
+        choice for choice, path in files.items() if path.exists() and name in (yaml.safe_load(path.read_text()) or {})
+    ]
+    more = f" and {len(found) - 8} more" if len(found) > 8 else ""
+    return f"{group}={','.join(found[:8])}{more} {'has' if len(found) == 1 else 'have'} it; " if found else ""
 
 
 def _elsewhere(name: str, config: DictConfig) -> str:

@@ -5,12 +5,14 @@ from typing import Literal
 
 import torch
 
-from dlopt.data.images import size_pair
+from dlopt.data.images import EXTENSIONS, size_pair
 from dlopt.data.samples import Dataset, ImageList
 from dlopt.data.scan import Listing, scan
 from dlopt.data.verify import image_files
 from dlopt.errors import UserError
 from dlopt.ranges import Natural, PositiveShare
+
+_PARTS = ("train", "val", "test")
 
 
 def image_folder(
@@ -23,6 +25,8 @@ def image_folder(
 ) -> Dataset:
     """Images under `root`/train/CLASS/, and where they exist `root`/val/CLASS/ and `root`/test/CLASS/.
 
+    A folder of class folders alone, `root`/CLASS/IMAGE, is a training set.
+
     Folders within a class folder belong to the class; hidden files and folders and other files than images are passed
     over.
 
@@ -30,8 +34,13 @@ def image_folder(
         UserError: a folder is missing, unreadable or empty, the parts have different classes, or too many images
             cannot be read.
     """
-    base = data_folder(root, "train/CLASS/IMAGE")
-    found = {name: scan(base / name) for name in ("train", "val", "test") if (base / name).is_dir()}
+    base = Path(root).expanduser()
+    whole = _holds_classes(base)
+    if whole:
+        found = {"train": scan(base)}
+    else:
+        base = data_folder(root, "train/CLASS/IMAGE, or as CLASS/IMAGE without a test set")
+        found = {name: scan(base / name) for name in _PARTS if (base / name).is_dir()}
     check_classes(root, found)
     parts, notes = image_files(
         str(base),
@@ -41,7 +50,25 @@ def image_folder(
         on_error=on_error,
         max_skips=max_skips,
     )
+    if whole:
+        notes = (*notes, f"data.root={root}: no train/, val/ or test/ in it, so all of it is the training set")
     return Dataset(parts["train"], parts.get("val"), parts.get("test"), found["train"].classes, notes=notes)
+
+
+def _holds_classes(base: Path) -> bool:
+    """Whether at least two folders stand there, none of them a part of a data set, and each holds images itself.
+
+    A folder one level too high, /data for /data/pets, is none.
+    """
+    try:
+        folders = [each for each in base.iterdir() if each.is_dir() and not each.name.startswith(".")]
+        return (
+            len(folders) > 1
+            and not any(each.name in _PARTS for each in folders)
+            and all(any(file.suffix.lower() in EXTENSIONS for file in each.iterdir()) for each in folders)
+        )
+    except OSError:
+        return False
 
 
 def data_folder(root: str, layout: str) -> Path:

@@ -250,7 +250,11 @@ def result(summary: Mapping[str, Any]) -> Group:
     """How the run ended, and a table of the best validation and the test figures."""
     status = str(summary.get("status", "finished"))
     line = Text(status.replace("_", " "), f"bold {_STATUS.get(status, '')}".strip())
-    counts = [f"{summary[key]:,} {key}" for key in ("epochs", "steps") if summary.get(key) is not None]
+    counts = [
+        f"{summary[key]:,} {key.removesuffix('s') if summary[key] == 1 else key}"
+        for key in ("epochs", "steps")
+        if summary.get(key) is not None
+    ]
     if counts:
         line.append(f" after {', '.join(counts)}", "none")
     if summary.get("seconds") is not None:

@@ -75,6 +75,27 @@ def test_one_sample_per_class_and_one_channel(
     assert inputs.shape == (3, 1, 6, 5) and targets.tolist() == [0, 1, 2]
 
 
+def test_class_folders_alone_are_a_training_set(
+    tmp_path: Path, write_images: WriteImages, settings: Callable[..., DataSettings]
+) -> None:
+    for name in ("cat", "dog"):
+        write_images(tmp_path / name, 10, seed=ord(name[0]))
+    data = load(tmp_path)
+    assert data.classes == ("cat", "dog") and len(data.train) == 20 and data.val is None and data.test is None
+    [note] = data.notes
+    assert str(tmp_path) in note and "training set" in note
+    parts = prepare(data, settings(val_split=0.2))
+    assert parts.val is not None and len(parts.val) == 4
+
+
+@pytest.mark.parametrize("more", ["pets/train/cat", "test/cat", "a/b"])
+def test_other_folders_are_not_taken_for_classes(tmp_path: Path, write_images: WriteImages, more: str) -> None:
+    write_images(tmp_path / "cat", 2)
+    write_images(tmp_path / more, 2)
+    with pytest.raises(UserError, match=r"train is missing; images are expected as train/CLASS/IMAGE, or as CLASS"):
+        load(tmp_path)
+
+
 def remove(path: Path) -> None:
     for name in path.iterdir():
         name.unlink()
