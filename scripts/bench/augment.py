@@ -34,6 +34,7 @@ from dlopt.augment import (
     ShearX,
     TranslateX,
 )
+from dlopt.processor import keep_freed_memory
 from dlopt.random import generator
 
 BATCH, SHAPE, IMAGES = 128, (3, 32, 32), 4096
@@ -99,6 +100,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for the figures")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    keep_freed_memory()  # as `dlopt train` does
     images = torch.randint(0, 256, (IMAGES, *SHAPE), dtype=torch.uint8)
     targets = torch.zeros(BATCH, dtype=torch.long)
     order = torch.randperm(IMAGES)
