@@ -12,11 +12,11 @@ from dlopt.analysis import lr_range
 from dlopt.analysis.diagnosis.live import Diagnostics
 from dlopt.analysis.profiling import Profile, Profiling
 from dlopt.analysis.profiling import table as profile_table
-from dlopt.build.batches import training_batches
-from dlopt.build.evaluation import test_figures
-from dlopt.build.norms import small_batches
-from dlopt.build.setup import Setup, load_weights, parallel_of, set_up
-from dlopt.build.training import Length, length_of, training_of, unseen
+from dlopt.assembly.batches import training_batches
+from dlopt.assembly.evaluation import test_figures
+from dlopt.assembly.norms import small_batches
+from dlopt.assembly.setup import Setup, load_weights, parallel_of, set_up
+from dlopt.assembly.training import Length, length_of, training_of, unseen
 from dlopt.config.experiment import Experiment
 from dlopt.config.rules import further_figure
 from dlopt.engine.averaging import at_evaluation_point

@@ -56,7 +56,7 @@ def test_a_run_returns_what_it_left(tmp_path: Path) -> None:
 
 
 def test_the_model_takes_images_as_they_are() -> None:
-    from dlopt.build.setup import set_up
+    from dlopt.assembly.setup import set_up
     from tests.engine.runs import experiment
 
     result = train([*LINES, "hydra.run.dir=run"])

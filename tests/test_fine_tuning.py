@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from dlopt.build.batches import training_batches
-from dlopt.build.norms import small_batches
-from dlopt.build.optimizer import optimizer_of
-from dlopt.build.setup import Setup, load_weights
-from dlopt.build.setup import set_up as set_up_experiment
+from dlopt.assembly.batches import training_batches
+from dlopt.assembly.norms import small_batches
+from dlopt.assembly.optimizer import optimizer_of
+from dlopt.assembly.setup import Setup, load_weights
+from dlopt.assembly.setup import set_up as set_up_experiment
 from dlopt.errors import UserError
 from tests.engine.runs import SMALL, experiment
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dlopt import job
-from dlopt.build.batches import training_batches
-from dlopt.build.setup import Setup, set_up
+from dlopt.assembly.batches import training_batches
+from dlopt.assembly.setup import Setup, set_up
 from dlopt.engine.checkpoint import KEYS, Checkpoints, load
 from dlopt.errors import RunError, UserError
 from dlopt.run import Run

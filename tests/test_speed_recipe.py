@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dlopt.build.setup import Setup, set_up
-from dlopt.build.training import unseen
+from dlopt.assembly.setup import Setup, set_up
+from dlopt.assembly.training import unseen
 from dlopt.config.compose import Composer, to_plain
 from dlopt.config.experiment import parse
 from tests.commands.line import dlopt

@@ -12,7 +12,7 @@ from annotated_types import Gt
 from torch import Tensor, nn
 
 from dlopt.analysis.drawing import COLOURS
-from dlopt.build.setup import Setup, load_weights
+from dlopt.assembly.setup import Setup, load_weights
 from dlopt.config.experiment import Experiment
 from dlopt.config.schema import Component
 from dlopt.engine.loop import Training

@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 
 from dlopt.analysis.lr_range import LearningRates, Sweep, find, load_first_weights
-from dlopt.build.setup import parallel_of, set_up
-from dlopt.build.training import unseen
+from dlopt.assembly.setup import parallel_of, set_up
+from dlopt.assembly.training import unseen
 from dlopt.config.compose import resolve_saved
 from dlopt.config.experiment import Experiment, parse
 from dlopt.errors import RunError, UserError

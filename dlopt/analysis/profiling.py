@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from dlopt.analysis.bench.communication import times
 from dlopt.analysis.model_summary import kept_for_backward
-from dlopt.build.setup import Setup
+from dlopt.assembly.setup import Setup
 from dlopt.engine.loop import Batches
 from dlopt.engine.step import Update
 from dlopt.tracking.layout import size

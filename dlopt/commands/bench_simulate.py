@@ -105,7 +105,7 @@ def _layers(composer: Composer, name: Model, own: _Own) -> "list[Layer]":
     import torch
 
     from dlopt.analysis.bench import layers
-    from dlopt.build.setup import choose_device
+    from dlopt.assembly.setup import choose_device
     from dlopt.config.experiment import parse
 
     overrides, shape, classes = MODELS[name]

@@ -134,7 +134,7 @@ def _test(
     paths: Sequence[Path], states: Sequence[Mapping[str, Any]], overrides: Mapping[str, Any], own: _Own, choice: Any
 ) -> tuple[list[_Member], "Report"]:
     """Every checkpoint by itself, on batches of the first one's size, and the figures of their mean."""
-    from dlopt.build.setup import set_up
+    from dlopt.assembly.setup import set_up
     from dlopt.config.experiment import parse
     from dlopt.evaluation.testing import check_same_samples, choose_average, combine, outputs_on_test_set, report
 

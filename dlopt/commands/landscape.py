@@ -15,7 +15,7 @@ from dlopt.ranges import Count, Positive, Seed
 
 if TYPE_CHECKING:
     from dlopt.analysis.landscape import Plane
-    from dlopt.build.setup import Setup
+    from dlopt.assembly.setup import Setup
 
 _MAY_CHANGE = ("data", "device", "threads", "allow_packages")
 _LEAST = 3  # checkpoints of a path: two differences span the plane
@@ -37,7 +37,7 @@ def draw_landscape(arguments: list[str]) -> int:
     """Draws, and prints where the picture is. Raises `UserError`."""
     from dlopt.analysis.drawing import save
     from dlopt.analysis.landscape import draw, surface
-    from dlopt.build.setup import set_up
+    from dlopt.assembly.setup import set_up
     from dlopt.config.compose import resolve_saved
     from dlopt.config.experiment import parse
     from dlopt.engine.checkpoint import load
@@ -92,7 +92,7 @@ def _loss(setup: "Setup", count: int) -> tuple[Any, int]:
     """The loss over evenly chosen training samples, as a function of the module's weights, and how many these are."""
     import torch
 
-    from dlopt.build.batches import evaluation_batches
+    from dlopt.assembly.batches import evaluation_batches
 
     samples = setup.dataset.train
     indices = torch.linspace(0, len(samples) - 1, min(count, len(samples))).long()

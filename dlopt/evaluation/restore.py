@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dlopt.assembly.setup import choose_device
 from dlopt.augment.crop import CentreCrop
-from dlopt.build.setup import choose_device
 from dlopt.config.compose import resolve_saved
 from dlopt.config.experiment import parse
 from dlopt.engine.checkpoint import load

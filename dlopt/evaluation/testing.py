@@ -8,9 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dlopt.build.batches import evaluation_batches
-from dlopt.build.norms import norm_statistics
-from dlopt.build.setup import Setup
+from dlopt.assembly.batches import evaluation_batches
+from dlopt.assembly.norms import norm_statistics
+from dlopt.assembly.setup import Setup
 from dlopt.data.batches import Batches
 from dlopt.data.samples import Dataset, Files, Samples
 from dlopt.data.splits import prepare

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dlopt.build.setup import choose_device
+from dlopt.assembly.setup import choose_device
 from dlopt.config.compose import Composer, to_plain
 from dlopt.config.experiment import parse
 from dlopt.engine.checkpoint import Checkpoints

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
 
-from dlopt.build.optimizer import may_fuse
+from dlopt.assembly.optimizer import may_fuse
 from dlopt.config.compose import Composer, to_plain
 from dlopt.config.experiment import Experiment, parse
 from dlopt.data.batches import Batches

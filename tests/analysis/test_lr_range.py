@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from dlopt.analysis.lr_range import LearningRates, Sweep, check, draw, find, suggestions, trial, write
-from dlopt.build.batches import training_batches
-from dlopt.build.optimizer import optimizer_of
-from dlopt.build.setup import set_up
-from dlopt.build.training import unseen
+from dlopt.assembly.batches import training_batches
+from dlopt.assembly.optimizer import optimizer_of
+from dlopt.assembly.setup import set_up
+from dlopt.assembly.training import unseen
 from dlopt.errors import UserError
 from tests.engine.runs import SMALL, experiment, metrics, result, resume, same, start
 from tests.parallel.ranks import run_ranks

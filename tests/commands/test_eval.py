@@ -13,7 +13,7 @@ from PIL import Image
 from sklearn import metrics
 from torch.nn import functional as F
 
-from dlopt.build.setup import set_up
+from dlopt.assembly.setup import set_up
 from dlopt.config.experiment import parse
 from dlopt.engine.checkpoint import load
 from tests.commands.line import Result, dlopt, entries, refused

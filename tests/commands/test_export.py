@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dlopt.build.setup import set_up
+from dlopt.assembly.setup import set_up
 from dlopt.config.experiment import parse
 from dlopt.engine.checkpoint import load
 from dlopt.errors import RunError

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dlopt.build.setup import set_up
+from dlopt.assembly.setup import set_up
 from dlopt.config.experiment import parse
 from dlopt.engine.checkpoint import load, write
 from tests.commands.line import dlopt, entries, refused

@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dlopt.build.setup import set_up
+from dlopt.assembly.setup import set_up
 from dlopt.engine.divergence import Watch
 from tests.engine.runs import experiment, start
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dlopt.build.optimizer import check_optimizer
+from dlopt.assembly.optimizer import check_optimizer
 from dlopt.config.schema import Component
 from dlopt.engine.averaging import ExponentialAverage
 from dlopt.engine.clipping import Adaptive, ByNorm, ByValue, gradient_norm

@@ -20,8 +20,8 @@ import yaml
 from torch import Tensor, distributed
 
 from dlopt.analysis.bench import communication
-from dlopt.build.setup import parallel_of, set_up
-from dlopt.build.training import unseen
+from dlopt.assembly.setup import parallel_of, set_up
+from dlopt.assembly.training import unseen
 from dlopt.config.compose import resolve_saved
 from dlopt.config.experiment import Experiment, parse
 from dlopt.engine.loop import Training

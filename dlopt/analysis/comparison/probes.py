@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dlopt.build.batches import evaluation_batches
-from dlopt.build.setup import Setup, set_up
+from dlopt.assembly.batches import evaluation_batches
+from dlopt.assembly.setup import Setup, set_up
 from dlopt.config.compose import resolve_saved
 from dlopt.config.experiment import parse
 from dlopt.engine.checkpoint import load

@@ -12,7 +12,7 @@ from dlopt.analysis.diagnosis.curvature import Spectrum, curvature_along, flat, 
 from dlopt.analysis.diagnosis.layers import LayerProbe, layer_parameters, norms
 from dlopt.analysis.diagnosis.measuring import loss_of, untouched
 from dlopt.analysis.diagnosis.noise import GradientSpread
-from dlopt.build.setup import Setup
+from dlopt.assembly.setup import Setup
 from dlopt.engine.clipping import Clip, Norm, plain_norm
 from dlopt.engine.step import Update
 from dlopt.errors import UserError

@@ -4,11 +4,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dlopt.build.setup import Setup, load_weights, set_up
-from dlopt.build.training import unseen
+import torch
+
+from dlopt.analysis.diagnosis.layers import layer_parameters
+from dlopt.assembly.setup import Setup, load_weights, set_up
+from dlopt.assembly.training import unseen
 from dlopt.config.experiment import Experiment
 from dlopt.config.schema import Component
 from dlopt.engine.loop import Training
+
+_SMALL = 2_000_000  # multiply-accumulates: some 50 microseconds of one core
 
 
 def prepare(
@@ -29,6 +34,26 @@ def prepare(
     elif experiment.settings.init_from is not None:
         load_weights(setup.module, Path(experiment.settings.init_from))
     return setup, training
+
+
+def spare_threads(setup: Setup, training: Training) -> None:
+    """Sets one thread where the layers are small: others would wait for each other longer than they work.
+
+    The measure is the multiply-accumulates of a batch in the mean layer with weights, so that the figures of a model
+    do not depend on the moment. A number of threads that was typed is left alone.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    if setup.experiment.settings.threads != "auto" or setup.device.type != "cpu":
+        return
+    inputs, _ = next(iter(training.batches.epoch(training.progress.epoch, 0, 0)))
+    was_training = setup.module.training
+    setup.module.eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        setup.precision.autocast(setup.module)(inputs[:1])
+    setup.module.train(was_training)
+    if counter.get_total_flops() / 2 * len(inputs) < _SMALL * len(layer_parameters(setup.module)):
+        torch.set_num_threads(1)
 
 
 def has_skips(model: Component) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dlopt.analysis.diagnosis.live import Diagnostics
 from dlopt.analysis.diagnosis.preparation import prepare
-from dlopt.build.setup import Setup
+from dlopt.assembly.setup import Setup
 from dlopt.engine.observed import ObservedUpdate
 from dlopt.engine.step import Update
 from dlopt.errors import UserError

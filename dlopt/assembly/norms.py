@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dlopt.build.batches import evaluation_batches
-from dlopt.build.setup import Setup
+from dlopt.assembly.batches import evaluation_batches
+from dlopt.assembly.setup import Setup
 from dlopt.engine.statistics import exact_statistics
 from dlopt.errors import UserError
 from dlopt.parallel.shares import cut

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from dlopt.build.batches import training_batches
-from dlopt.build.setup import Setup, choose_device, load_weights
-from dlopt.build.setup import set_up as set_up_experiment
+from dlopt.assembly.batches import training_batches
+from dlopt.assembly.setup import Setup, choose_device, load_weights
+from dlopt.assembly.setup import set_up as set_up_experiment
 from dlopt.data.samples import Dataset, InMemory
 from dlopt.errors import UserError
 from tests.engine.runs import SMALL, experiment, same

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlopt.build.batches import evaluation_batches
-from dlopt.build.norms import norm_statistics
-from dlopt.build.setup import Setup
+from dlopt.assembly.batches import evaluation_batches
+from dlopt.assembly.norms import norm_statistics
+from dlopt.assembly.setup import Setup
 from dlopt.engine.averaging import ExponentialAverage, at_evaluation_point
 from dlopt.engine.evaluate import evaluate
 from dlopt.engine.interruption import Interruption

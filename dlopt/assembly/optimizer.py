@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlopt.build.setup import Setup
+from dlopt.assembly.setup import Setup
 from dlopt.config.experiment import Experiment
 from dlopt.config.schema import Component
 from dlopt.errors import UserError

@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from dlopt.assembly.setup import Setup
+from dlopt.assembly.streams import AUGMENTATION, ORDER
 from dlopt.augment.crop import CentreCrop
-from dlopt.build.setup import Setup
-from dlopt.build.streams import AUGMENTATION, ORDER
 from dlopt.data.batches import Batches
 from dlopt.data.samples import Samples
 from dlopt.random import stream

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from dlopt.build.optimizer import evaluations, optimizer_of
-from dlopt.build.setup import Setup
-from dlopt.build.setup import set_up as set_up_experiment
+from dlopt.assembly.optimizer import evaluations, optimizer_of
+from dlopt.assembly.setup import Setup
+from dlopt.assembly.setup import set_up as set_up_experiment
 from dlopt.engine.checkpoint import load
 from dlopt.engine.precision import Precision
 from dlopt.errors import UserError

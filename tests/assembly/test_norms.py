@@ -3,9 +3,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dlopt.build.norms import _smallest_part, check_single_values
-from dlopt.build.setup import Setup
-from dlopt.build.setup import set_up as set_up_experiment
+from dlopt.assembly.norms import _smallest_part, check_single_values
+from dlopt.assembly.setup import Setup
+from dlopt.assembly.setup import set_up as set_up_experiment
 from dlopt.errors import UserError
 from tests.engine.runs import SMALL, experiment, same
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dlopt.assembly.streams import SCHEME, WEIGHTS
 from dlopt.augment import Pipeline
 from dlopt.augment.crop import CentreCrop
-from dlopt.build.streams import SCHEME, WEIGHTS
 from dlopt.config.experiment import Experiment
 from dlopt.data import statistics
 from dlopt.data.batches import Batches

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from dlopt import schedules
-from dlopt.build import evaluation
-from dlopt.build.batches import training_batches
-from dlopt.build.norms import check_single_values
-from dlopt.build.optimizer import evaluations, optimizer_of
-from dlopt.build.setup import Setup, data_facts
-from dlopt.build.streams import DROPOUT
+from dlopt.assembly import evaluation
+from dlopt.assembly.batches import training_batches
+from dlopt.assembly.norms import check_single_values
+from dlopt.assembly.optimizer import evaluations, optimizer_of
+from dlopt.assembly.setup import Setup, data_facts
+from dlopt.assembly.streams import DROPOUT
 from dlopt.data.batches import Batches
 from dlopt.data.samplers import Attentive
 from dlopt.engine.averaging import ExponentialAverage
@@ -76,11 +76,12 @@ def training_of(
         shards=_shard_writer(setup),
     )
     recovery = _recovery(setup, checkpoints, tracking)
+    align = setup.parallel.aligning(setup.module)
     update = (ObservedUpdate if settings.diagnostics or settings.profile else Update)(
         _closure(setup, optimizer),
         schedule,
         evaluations=evaluations(setup, optimizer),
-        after=[each for each in (average and average.update, getattr(stopping, "after_update", None)) if each],
+        after=[each for each in (align, average and average.update, getattr(stopping, "after_update", None)) if each],
         check_now=setup.device.type == "cpu" or settings.check == "step" or settings.on_divergence == "skip",
         skip=recovery.skip if settings.on_divergence == "skip" else None,
     )
@@ -107,7 +108,6 @@ def training_of(
         sums=Sums(
             setup.classify, None if sampler is None else _teaching(sampler, setup.loss), evaluation.reduction(setup)
         ),
-        align=lambda: _align(setup, average),
         states=setup.parallel,
         sampler=sampler,
         figures=getattr(batches.sampler, "figures", dict),
@@ -219,13 +219,6 @@ def _attentive(setup: Setup, batches: Batches) -> Attentive | None:
 def _teaching(sampler: Attentive, loss: nn.Module) -> Callable[[Tensor, Tensor], None]:
     """Tells `sampler` the losses of the samples that it has served."""
     return lambda outputs, targets: sampler.observe(sample_losses(loss, outputs, targets))
-
-
-def _align(setup: Setup, average: ExponentialAverage | None) -> None:
-    setup.parallel.align(setup.module)
-    if average is not None:
-        with average.in_place():
-            setup.parallel.align(setup.module)
 
 
 def _landmark(schedule: schedules.Scheduler) -> Callable[[int], str | None]:

@@ -1,8 +1,8 @@
 import torch
 
-from dlopt.build.batches import evaluation_batches, training_batches
-from dlopt.build.setup import Setup
-from dlopt.build.setup import set_up as set_up_experiment
+from dlopt.assembly.batches import evaluation_batches, training_batches
+from dlopt.assembly.setup import Setup
+from dlopt.assembly.setup import set_up as set_up_experiment
 from tests.engine.runs import SMALL, experiment, same
 
 
