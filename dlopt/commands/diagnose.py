@@ -150,10 +150,11 @@ def _folder(output: str | None) -> Path:
 
 def _measure(subject: _Subject, own: _Own) -> tuple["Diagnosis", "Facts"]:
     from dlopt.analysis.diagnosis import measuring
-    from dlopt.analysis.diagnosis.preparation import has_skips, prepare
+    from dlopt.analysis.diagnosis.preparation import has_skips, prepare, spare_threads
     from dlopt.analysis.diagnosis.verdicts import Facts
 
     setup, training = prepare(subject.experiment, Path(os.devnull), subject.state)
+    spare_threads(setup, training)
     keys = {"batches": own.batches, "updates": own.updates, "eigenvalues": own.eigenvalues}
     found = measuring.diagnose(subject.label, setup, training, iterations=own.iterations, **keys)
     model = subject.experiment.model

@@ -103,7 +103,11 @@ def test_a_run_that_fails_otherwise_ends_the_comparison(folder: Path) -> None:
 
 
 def test_points_with_several_keys(folder: Path) -> None:
-    change(folder, "along: {}", 'along: {size: {"1": ["model.norm=none", "data.batch_size=10"], "2": ["optimizer.lr=0.3"]}}')
+    change(
+        folder,
+        "along: {}",
+        'along: {size: {"1": ["model.norm=none", "data.batch_size=10"], "2": ["optimizer.lr=0.3"]}}',
+    )
     result = compare(folder, "epochs=1", "hydra.run.dir=out", "seed=0")
     assert result.code == 0, result.err
     saved = [yaml.safe_load((folder / f"out/{i}/config.yaml").read_text()) for i in range(4)]

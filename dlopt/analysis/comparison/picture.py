@@ -7,7 +7,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from dlopt.analysis.comparison.runs import Cell, Comparison, Outcome, finals, mean, typed
-from dlopt.analysis.drawing import COLOURS, DASHES
+from dlopt.analysis.drawing import COLOURS, DASHES, logarithmic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,7 +45,7 @@ def draw(comparison: Comparison, outcomes: Mapping[Cell, Outcome]) -> "Figure":
             _curves(axes, comparison, outcomes, name, x)
         axes.set_ylabel(_NAMES.get(name, name))
         if not name.endswith(("accuracy", "_error")):
-            _logarithmic(axes)
+            logarithmic(axes)
         axes.grid(color="0.9")
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
@@ -54,21 +54,6 @@ def draw(comparison: Comparison, outcomes: Mapping[Cell, Outcome]) -> "Figure":
     figure.legend(handles, labels, loc="outside lower center", frameon=False, ncols=columns, handlelength=3)
     _head(figure, comparison)
     return figure
-
-
-def _logarithmic(axes: "Axes") -> None:
-    """With ticks as one writes them, 0.6 and not 6 x 10^-1, where they are few."""
-    from matplotlib.ticker import LogFormatter
-
-    class Written(LogFormatter):
-        def __call__(self, value: float, position: int | None = None) -> str:
-            return f"{value:g}" if super().__call__(value, position) else ""
-
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    if 1e-4 < low < high < 1e4:
-        axes.yaxis.set_major_formatter(Written())
-        axes.yaxis.set_minor_formatter(Written(labelOnlyBase=False))
 
 
 def _head(figure: "Figure", comparison: Comparison) -> None:

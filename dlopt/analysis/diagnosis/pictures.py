@@ -11,7 +11,7 @@ import torch
 from dlopt.analysis.diagnosis.layers import LayerStatistics
 from dlopt.analysis.diagnosis.measuring import SHARES, Diagnosis, Snapshot
 from dlopt.analysis.diagnosis.moments import Moments
-from dlopt.analysis.drawing import COLOURS
+from dlopt.analysis.drawing import COLOURS, logarithmic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -77,12 +77,11 @@ def _distributions(
         for axes, layer in zip(grid[row], chosen, strict=False):
             values = _finite(moments(layer).values)
             low = 0.0 if len(values) and values.min() >= 0 else -bound
-            heights, _, _ = axes.hist(values, _BINS, range=(low, bound), density=True, color=COLOURS[6])
+            heights = _histogram(axes, values, (low, bound), fill=True, color=COLOURS[6])
             zeros = f", {(values == 0).mean():.0%} zeros" if len(values) and (values == 0).mean() > 0.05 else ""
             if layer.name in later:
                 values = _finite(moments(later[layer.name]).values)
-                style = {"histtype": "step", "color": COLOURS[1], "linewidth": 1}
-                axes.hist(values, _BINS, range=(low, bound), density=True, **style)
+                _histogram(axes, values, (low, bound), color=COLOURS[1], linewidth=1)
             if zeros and sorted(heights)[-2] > 0:
                 axes.set_ylim(0, 1.3 * sorted(heights)[-2])  # the zeros of a ReLU stand far above all others
             axes.set_title(f"{layer.name}\nstd {moments(layer).std:.2g}{zeros}", fontsize=8)
@@ -96,6 +95,16 @@ def _distributions(
         grid[row][0].set_ylabel("\n".join(textwrap.wrap(diagnosis.label, 22)), fontsize=8)
     _say_when(figure, diagnoses)
     return figure
+
+
+def _histogram(axes: "Axes", values: Any, limits: tuple[float, float], **style: Any) -> Sequence[float]:
+    """The heights of the bars, an outline of which is drawn: many times faster than a rectangle for each."""
+    import numpy
+
+    counts, edges = numpy.histogram(values, _BINS, range=limits)
+    heights = counts / max(counts.sum(), 1) / (edges[1] - edges[0])
+    axes.stairs(heights, edges, **style)
+    return [*heights]
 
 
 def _say_when(figure: "Figure", diagnoses: Sequence[Diagnosis]) -> None:
@@ -146,12 +155,13 @@ def _depth(diagnoses: Sequence[Diagnosis], title: str) -> "Figure":
     )
     for axes, (name, scale) in zip(panels.flat, names, strict=True):
         _plain(axes)
-        axes.set_yscale(scale, **({"nonpositive": "mask"} if scale == "log" else {}))
+        if scale == "log":
+            logarithmic(axes)
         axes.set_ylabel(name)
         axes.set_xlabel("layer, from the input")
         axes.xaxis.get_major_locator().set_params(integer=True)
     panels[1, 1].set_ylim(-0.02, 1.02)
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, handlelength=3.5)
     return figure
 
 
@@ -207,8 +217,8 @@ def _updates(diagnoses: Sequence[Diagnosis], title: str) -> "Figure":
         axes.set_xlabel("update")
         axes.set_ylabel(name)
         axes.xaxis.get_major_locator().set_params(integer=True)
-    norm.set_yscale("log", nonpositive="mask")
-    ratio.set_yscale("log", nonpositive="mask")
+    logarithmic(norm)
+    logarithmic(ratio)
     if is_clipped and len(diagnoses) == 1:
         norm.legend(frameon=False, fontsize=8)
     if len(diagnoses) > 1:
@@ -260,7 +270,7 @@ def _curvature(diagnoses: Sequence[Diagnosis], title: str) -> "Figure":
         axes.set_ylabel(y)
     spectrum.xaxis.get_major_locator().set_params(integer=True)
     along.xaxis.get_major_locator().set_params(integer=True)
-    figure.legend(*spectrum.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    figure.legend(*spectrum.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, handlelength=3.5)
     return figure
 
 
@@ -290,10 +300,10 @@ def _time_lag(diagnoses: Sequence[Diagnosis], title: str) -> "Figure":
         ),
     ):
         _plain(axes)
-        axes.set_yscale("log", nonpositive="mask")
+        logarithmic(axes)
         axes.set_xlabel("steps back from the last one")
         axes.set_ylabel(name)
-    figure.legend(*states.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    figure.legend(*states.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, handlelength=3.5)
     return figure
 
 
