@@ -50,6 +50,12 @@ def _figure(width: float, height: float, title: str) -> "Figure":
     return figure
 
 
+def _legend(figure: "Figure", axes: "Axes") -> None:
+    """What stands in `axes`, below all panels; the samples are long enough to show dashes."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, handlelength=3.5)
+
+
 def _plain(axes: "Axes") -> None:
     axes.grid(color="0.92")
     axes.set_axisbelow(True)
@@ -161,7 +167,7 @@ def _depth(diagnoses: Sequence[Diagnosis], title: str) -> "Figure":
         axes.set_xlabel("layer, from the input")
         axes.xaxis.get_major_locator().set_params(integer=True)
     panels[1, 1].set_ylim(-0.02, 1.02)
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, handlelength=3.5)
+    _legend(figure, panels[0, 0])
     return figure
 
 
@@ -270,7 +276,7 @@ def _curvature(diagnoses: Sequence[Diagnosis], title: str) -> "Figure":
         axes.set_ylabel(y)
     spectrum.xaxis.get_major_locator().set_params(integer=True)
     along.xaxis.get_major_locator().set_params(integer=True)
-    figure.legend(*spectrum.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, handlelength=3.5)
+    _legend(figure, spectrum)
     return figure
 
 
@@ -303,7 +309,7 @@ def _time_lag(diagnoses: Sequence[Diagnosis], title: str) -> "Figure":
         logarithmic(axes)
         axes.set_xlabel("steps back from the last one")
         axes.set_ylabel(name)
-    figure.legend(*states.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, handlelength=3.5)
+    _legend(figure, states)
     return figure
 
 
