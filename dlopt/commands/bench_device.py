@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
-from dlopt.commands import bench
+from dlopt.commands.bench_output import output_folder, own_keys, save
 from dlopt.config.compose import Composer
 from dlopt.errors import UserError
 from dlopt.ranges import Count, Positive
@@ -32,7 +32,7 @@ class _Own:
 
 
 def bench_device(composer: Composer, overrides: Sequence[str]) -> int:
-    values, rest = bench.own_keys(composer, overrides, _Own)
+    values, rest = own_keys(composer, overrides, _Own)
     if rest:
         names = ", ".join(_Own.__annotations__)
         raise UserError(f"{rest[0]}: dlopt bench device=[...] has no such key; allowed: {names}")
@@ -62,5 +62,5 @@ def bench_device(composer: Composer, overrides: Sequence[str]) -> int:
     about = [f"cpu: {torch.get_num_threads()} threads"] if "cpu" in own.device else []
     about += [torch.cuda.get_device_name(0)] if any(p.device == "cuda" for p in points) else []
     figure = measuring.draw(points, "Throughput against size (" + ", ".join(about) + ")")
-    bench.save(figure, bench.output_folder(own.output), "throughput", [asdict(p) for p in points])
+    save(figure, output_folder(own.output), "throughput", [asdict(p) for p in points])
     return 0

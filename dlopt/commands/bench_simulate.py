@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from dlopt.analysis.bench.simulation import Cluster, Estimate, estimates, size
-from dlopt.commands import bench
+from dlopt.commands.bench_output import output_folder, own_keys, save
 from dlopt.config.compose import Composer, to_plain
 from dlopt.errors import UserError
 from dlopt.ranges import Count
@@ -54,9 +54,9 @@ class _Own:
 
 def bench_simulate(composer: Composer, overrides: Sequence[str]) -> int:
     """Prints and draws. Raises `UserError`."""
-    values, rest = bench.own_keys(composer, overrides, _Own)
+    values, rest = own_keys(composer, overrides, _Own)
     own = _Own(**values)
-    typed, rest = bench.own_keys(composer, [*(f"{k}={v}" for k, v in _CLUSTER.items()), *rest], Cluster)
+    typed, rest = own_keys(composer, [*(f"{k}={v}" for k, v in _CLUSTER.items()), *rest], Cluster)
     if rest:
         names = ", ".join((*_Own.__annotations__, *Cluster.__annotations__))
         raise UserError(f"{rest[0]}: dlopt bench simulate=true has no such key; allowed: {names}")
@@ -79,7 +79,7 @@ def bench_simulate(composer: Composer, overrides: Sequence[str]) -> int:
                 f"{each.memory / 1e9:9.1f}{'' if each.fits else '  too large'}"
             )
     points = _validate(own) if own.validate else []
-    folder = bench.output_folder(own.output)
+    folder = output_folder(own.output)
     title = f"Expected efficiency against one device, {own.batch} samples per device, layer times {own.layers}"
     figure = simulation_picture.draw(found, cluster, title=title, subtitle=_described(cluster))
     figures = {
@@ -87,7 +87,7 @@ def bench_simulate(composer: Composer, overrides: Sequence[str]) -> int:
         "estimates": {name: [asdict(each) for each in every] for name, every in found.items()},
         "validation": points,
     }
-    bench.save(figure, folder, "cluster", figures)
+    save(figure, folder, "cluster", figures)
     return 0
 
 
