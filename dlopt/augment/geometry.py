@@ -318,7 +318,10 @@ def _resample(images: Tensor, chain: Sequence[Affine | Radial], border: Border) 
     height, width = images.shape[2:]
     affine = [step for step in chain if isinstance(step, Affine)]
     out = affine[-1].size if affine else (height, width)
-    finer = max(1, round(math.prod(step.shrink for step in affine)))
+    shrink = 1.0  # not math.prod, which torch.compile does not see through
+    for each in affine:
+        shrink *= each.shrink
+    finer = max(1, round(shrink))
     y, x = (
         (torch.arange(n * finer, device=images.device, dtype=torch.float32) - (n * finer - 1) / 2) / finer for n in out
     )

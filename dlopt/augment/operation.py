@@ -37,7 +37,12 @@ class Draws:
     """
 
     def __init__(
-        self, generator: torch.Generator, total: int, *, indices: Tensor | None = None, epoch: int | None = None
+        self,
+        generator: torch.Generator,
+        total: int,
+        *,
+        indices: Tensor | None = None,
+        epoch: int | Tensor | None = None,
     ) -> None:
         self.generator = generator
         self.total = total

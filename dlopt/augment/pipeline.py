@@ -1,5 +1,7 @@
 """The pipeline: draws for the global batch, composes what composes, applies it to the own part."""
 
+from collections.abc import Sequence
+
 from torch import Generator, Tensor
 
 from dlopt.augment.colour import Colour
@@ -46,7 +48,7 @@ class Pipeline:
         total: int,
         part: slice,
         indices: Tensor | None = None,
-        epoch: int | None = None,
+        epoch: int | Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Augments `inputs` [b, C, H, W], which are the samples `part` of a global batch of `total` samples.
 
@@ -66,21 +68,42 @@ class Pipeline:
             return inputs, targets
         if len(range(*part.indices(total))) != len(inputs):
             raise ValueError(f"{len(inputs)} samples do not fill {part} of a batch of {total}")
+        steps = self.plan(inputs.shape[1:], generator=generator, total=total, part=part, indices=indices, epoch=epoch)
+        return self.render(inputs, targets, steps)
+
+    def apply(self, images: Tensor, targets: Tensor, draws: Draws, part: slice) -> tuple[Tensor, Tensor]:
+        """The same with draws of the caller's."""
+        return self.render(images, targets, self._plan(images.shape[1:], draws, part))
+
+    def plan(
+        self,
+        sample_shape: Sequence[int],
+        *,
+        generator: Generator,
+        total: int,
+        part: slice,
+        indices: Tensor | None = None,
+        epoch: int | Tensor | None = None,
+    ) -> list[Step]:
+        """What is to be done with samples of that shape; all that is drawn is drawn here. Arguments as for a call."""
         if indices is not None:
             everyones = indices.new_zeros(total)
             everyones[part] = indices
             indices = everyones
-        return self.apply(inputs, targets, Draws(generator, total, indices=indices, epoch=epoch), part)
+        return self._plan(sample_shape, Draws(generator, total, indices=indices, epoch=epoch), part)
 
-    def apply(self, images: Tensor, targets: Tensor, draws: Draws, part: slice) -> tuple[Tensor, Tensor]:
-        """The same with draws of the caller's."""
-        shape = image_shape(images.shape[1:])
+    def _plan(self, sample_shape: Sequence[int], draws: Draws, part: slice) -> list[Step]:
+        shape = image_shape(sample_shape)
         steps: list[Step] = []
         for operation in self.operations:
             steps += operation.plan(draws, shape)
             shape = operation.output_shape(shape)
         if part.indices(draws.total) != (0, draws.total, 1):
             steps = [step.take(part) for step in steps]
+        return steps
+
+    def render(self, images: Tensor, targets: Tensor, steps: Sequence[Step]) -> tuple[Tensor, Tensor]:
+        """Does what was planned. A function of tensors alone, which can be compiled."""
         warps = [step for step in steps if isinstance(step, Warp)]
         if warps:
             images = warp(images, warps, self.border)

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from dlopt.data.loading import Loader, materialize, worker_count
 from dlopt.data.samplers import Attentive, Sampler, Sequential
 from dlopt.data.samples import Samples
+from dlopt.data.transfer import CudaLane, ahead
 from dlopt.errors import UserError
-from dlopt.random import generator
+from dlopt.graphs import Recorder, Replayed
+from dlopt.random import generator, stream
 
 
 class Augment(Protocol):
@@ -23,7 +25,7 @@ class Augment(Protocol):
         total: int,
         part: Any,
         indices: Tensor,
-        epoch: int,
+        epoch: int | Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Augments the samples `part` (what `share` gave) of a global batch of `total`.
 
@@ -50,6 +52,10 @@ class Batches:
         memory_format: of image batches.
         dtype: of the inputs given out.
         share: this rank's part of a global batch of n samples, as positions; None: everything.
+        compiled: whether index, augmentation and normalization are compiled as one function (in memory, with a pipeline
+            whose drawing and rendering are two things).
+        recorder: of CUDA graphs; None: no graph. With one the full batches lie in the same memory, each in the place of
+            the one before (in memory, all samples).
 
     Raises:
         UserError: no batch is left, or a sample cannot be read.
@@ -71,6 +77,8 @@ class Batches:
         memory_format: torch.memory_format = torch.contiguous_format,
         dtype: torch.dtype = torch.float32,
         share: Callable[[int], slice | Tensor] | None = None,
+        compiled: bool = False,
+        recorder: Recorder | None = None,
     ) -> None:
         self._device = torch.device(device)
         self.sampler = sampler if sampler is not None else Sequential(targets=samples.targets)
@@ -95,6 +103,12 @@ class Batches:
             self._inputs = materialize(samples, workers).inputs.to(self._device)
         else:
             self._loader = Loader(samples, worker_count(workers, samples), pin=self._device.type == "cuda")
+        self._rendered: Callable[..., tuple[Tensor, Tensor]] | None = None
+        if compiled and in_memory and (augment is None or hasattr(augment, "render")):
+            self._rendered = torch.compile(self._render, dynamic=False)
+        self._recorded: _Recorded | None = None
+        if recorder is not None and in_memory and share is None:
+            self._recorded = _Recorded(self._make, self.batch_size, self._device, recorder)
 
     def __len__(self) -> int:
         """Batches in an epoch."""
@@ -113,19 +127,58 @@ class Batches:
         totals = [len(part) for part in order.split(self.batch_size)] if len(order) else []
         shares = [slice(0, total) if self._share is None else self._share(total) for total in totals]
         indices = self._cut(order.to(self._device), shares)
-        fetched = self._select(indices) if self._loader is None else self._stream(self._cut(order, shares))
+        fetched = [None] * len(indices) if self._loader is None else self._stream(self._cut(order, shares))
         for number, (inputs, own, part, total) in enumerate(zip(fetched, indices, shares, totals, strict=True)):
-            targets = self._targets.index_select(0, own)
-            if self._augment is not None:
-                draws = generator(self._device, self._seed, step + number)
-                inputs, targets = self._augment(
-                    inputs, targets, generator=draws, total=total, part=part, indices=own, epoch=epoch
-                )
-            if self._normalize is not None:
-                inputs = self._normalize(inputs)
+            if self._recorded is not None and total == self.batch_size:
+                batch = self._recorded(own, stream(self._seed, step + number), epoch)
+            else:
+                draws = None if self._augment is None else generator(self._device, self._seed, step + number)
+                batch = self._make(inputs, own, draws, total, part, epoch)
             if attentive is not None:
                 attentive.serve(step + number, order[number * self.batch_size :][part])
-            yield inputs.to(dtype=self._dtype, memory_format=self._memory_format), targets
+            yield batch
+
+    def _make(
+        self,
+        inputs: Tensor | None,
+        own: Tensor,
+        draws: torch.Generator | None,
+        total: int,
+        part: slice | Tensor,
+        epoch: int | Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """The batch of the samples `own`; `inputs` None: those in memory."""
+        if self._rendered is not None:
+            assert self._inputs is not None
+            steps: Any = None
+            if self._augment is not None:
+                steps = self._augment.plan(  # type: ignore[attr-defined]
+                    self._inputs.shape[1:], generator=draws, total=total, part=part, indices=own, epoch=epoch
+                )
+            render = self._rendered if total == self.batch_size else self._render  # not compiled for one batch
+            return render(self._inputs, self._targets, own, steps)
+        if inputs is None:
+            assert self._inputs is not None
+            inputs = self._inputs.index_select(0, own)
+        targets = self._targets.index_select(0, own)
+        if self._augment is not None:
+            assert draws is not None
+            inputs, targets = self._augment(
+                inputs, targets, generator=draws, total=total, part=part, indices=own, epoch=epoch
+            )
+        return self._finish(inputs), targets
+
+    def _render(self, inputs: Tensor, targets: Tensor, own: Tensor, steps: Any) -> tuple[Tensor, Tensor]:
+        """The same from all inputs and targets and what was drawn: tensors alone, so that it can be compiled."""
+        inputs, targets = inputs.index_select(0, own), targets.index_select(0, own)
+        if steps:
+            inputs, targets = self._augment.render(inputs, targets, steps)  # type: ignore[union-attr]
+        return self._finish(inputs), targets
+
+    def _finish(self, inputs: Tensor) -> Tensor:
+        if self._normalize is not None:
+            inputs = self._normalize(inputs)
+        return inputs.to(dtype=self._dtype, memory_format=self._memory_format)
 
     def close(self) -> None:
         """Ends the worker processes, if there are any."""
@@ -138,12 +191,31 @@ class Batches:
             return list(parts)
         return [part[own] for part, own in zip(parts, shares, strict=True)]
 
-    def _select(self, indices: list[Tensor]) -> Iterator[Tensor]:
-        assert self._inputs is not None
-        for own in indices:
-            yield self._inputs.index_select(0, own)
-
     def _stream(self, indices: list[Tensor]) -> Iterator[Tensor]:
         assert self._loader is not None
-        for inputs in self._loader.run(indices):
-            yield inputs.to(self._device, non_blocking=True)
+        fetched = self._loader.run(indices)
+        if self._device.type == "cuda":
+            return ahead(fetched, CudaLane(self._device))
+        return (inputs.to(self._device, non_blocking=True) for inputs in fetched)
+
+
+class _Recorded:
+    """Full batches by replay. What changes between them is the samples' indices, the epoch and the seed of the draws."""
+
+    def __init__(
+        self, make: Callable[..., tuple[Tensor, Tensor]], size: int, device: torch.device, recorder: Recorder
+    ) -> None:
+        self._own = torch.zeros(size, dtype=torch.int64, device=device)
+        self._epoch = torch.zeros((), dtype=torch.int64, device=device)
+        self._draws = torch.Generator(device)
+
+        def work() -> tuple[Tensor, Tensor]:
+            return make(None, self._own, self._draws, size, slice(0, size), self._epoch)
+
+        self._replayed = Replayed("the data path", work, recorder, [self._draws])
+
+    def __call__(self, own: Tensor, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
+        self._own.copy_(own)
+        self._epoch.fill_(epoch)
+        self._draws.manual_seed(seed)
+        return self._replayed()

@@ -63,14 +63,14 @@ class Watch:
             self._hold(loss, step, rate, gradients)
             return
         if gradients:
-            self._find(self._flag)
+            self.find(self._flag)
         value = loss.item()
         if not math.isfinite(value) or (gradients and self._flag.item()):
             self._flag.zero_()
             where = self.where(math.isfinite(value))
             raise Diverged(_told(value, step, rate, where), step + 1, before_update=True)
 
-    def _find(self, flag: Tensor) -> None:
+    def find(self, flag: Tensor) -> None:
         """Sets `flag` to 1 when a gradient is not finite: one operation over all, which leaves them as they are."""
         found = [gradient for p in self.parameters if (gradient := p.grad) is not None]
         if self.norm is not None:
@@ -83,7 +83,12 @@ class Watch:
             self._slots = list(torch.zeros(_HELD_STEPS, device=self._one.device).unbind())
         flag = self._slots.pop()
         if gradients:
-            self._find(flag)
+            self.find(flag)
+        self.hold(loss, step, rate, flag)
+
+    def hold(self, loss: Tensor, step: int, rate: float, flag: Tensor) -> None:
+        """Takes update `step` (from 0) and the flag that says whether a gradient of it was not finite, for `look`."""
+        self.latest = step + 1
         self._held.append((step, rate, loss))
         self._flags.append(flag)
         if len(self._held) == _HELD_STEPS:

@@ -27,7 +27,7 @@ class PipelinedClosure(SharedClosure):
         super().__init__(parallel=parallel, **closure)
 
     def _evaluate(self, backward: bool) -> Tensor:
-        for generator in self._generators:
+        for generator in self.generators:
             generator.manual_seed(self.draws)
         losses = self.parallel.run_batch(*self.batch, self._micro_loss)
         if self.sums is not None and not self.parallel.is_last:

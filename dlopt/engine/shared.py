@@ -82,7 +82,7 @@ class SharedClosure(Closure):
         return None if output is None else f"the output of {output}"
 
     def _evaluate(self, backward: bool) -> Tensor:
-        for generator in self._generators:
+        for generator in self.generators:
             generator.manual_seed(self.draws)
         losses = []
         for inputs, targets, weight, context in self.parallel.micro_batches(*self.batch):

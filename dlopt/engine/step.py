@@ -67,7 +67,7 @@ class Closure:
         self.buffers: Buffers | None = None  # as they were before the update, where it may be taken back
         self._model = autocast(model)
         self._loss = autocast(loss)
-        self._generators = _generators(self.parameters) if may_draw(module) else []
+        self.generators = _generators(self.parameters) if may_draw(module) else []  # seeded in every update
 
     def begin(self, inputs: Tensor, targets: Tensor, step: int, sums: Sums) -> None:
         """Sets the batch of update `step`; its first evaluation is added to `sums`."""
@@ -76,7 +76,7 @@ class Closure:
         if self.buffers is not None:
             sums.begin()
             self.buffers.keep()
-        if self._generators:
+        if self.generators:
             self.draws = stream(self.seed, step)
         self.sums: Sums | None = sums
 
@@ -141,7 +141,7 @@ class Closure:
         log.warning("out of memory at update %d: micro-batches of %d samples from here on", self.step + 1, size)
 
     def _evaluate(self, backward: bool) -> Tensor:
-        for generator in self._generators:
+        for generator in self.generators:
             generator.manual_seed(self.draws)
         inputs, targets = self.batch
         if self.accumulate == 1:

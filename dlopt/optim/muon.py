@@ -42,6 +42,7 @@ class Muon(torch.optim.Optimizer):
 
     evaluations: ClassVar[str] = "once"
     elementwise: ClassVar[bool] = False
+    capturable: ClassVar[bool] = True  # on a GPU: nothing of an update is decided on the host
 
     def __init__(
         self,
@@ -77,10 +78,13 @@ class Muon(torch.optim.Optimizer):
                 others.append({**keys, "params": left, "use_muon": False})
         self._rest: torch.optim.Optimizer | None = None
         if others:
+            fused = all(p.device.type in ("cpu", "cuda") for group in others for p in group["params"]) or None
             self._rest = (
-                torch.optim.AdamW(others, lr=rest_lr, betas=rest_betas, eps=rest_eps)
+                torch.optim.AdamW(others, lr=rest_lr, betas=rest_betas, eps=rest_eps, fused=fused)
                 if rest == "adamw"
-                else torch.optim.SGD(others, lr=rest_lr, momentum=rest_momentum, nesterov=rest_momentum > 0)
+                else torch.optim.SGD(
+                    others, lr=rest_lr, momentum=rest_momentum, nesterov=rest_momentum > 0, fused=fused
+                )
             )
         super().__init__([*matrices, *(self._rest.param_groups if self._rest else [])], {})
 

@@ -38,6 +38,7 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
             raise UserError("optimizer.groups: a horizon is a share of the schedule, and this one has no length")
         self._freezes = freezes
         self.frozen = 0
+        self.rate = 0.0  # of the first group, for the next update: a number, whatever holds it
         self._floats: list[float] = []
         self.ended_cycle: Callable[[int], int | None] | None = getattr(self._component, "ended_cycle", None)
         super().__init__(optimizer)
@@ -56,6 +57,7 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
             factor = 1.0
         else:
             factor = self.factor(self.last_epoch)
+        self.rate = floats[0] * factor
         for group, base in zip(self.optimizer.param_groups, floats, strict=True):
             if type(group["lr"]) is float or not isinstance(group["lr"], torch.Tensor):
                 group["lr"] = base * factor

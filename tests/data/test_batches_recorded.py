@@ -1,0 +1,154 @@
+"""The data path as a recorded graph, and compiled: the batches are those of the plain one."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dlopt.augment import AlternatingFlip, HorizontalFlip, PadCrop, Pipeline
+from dlopt.config.compose import Composer, to_plain
+from dlopt.config.experiment import parse
+from dlopt.data.batches import Batches
+from dlopt.data.normalization import Standardize
+from dlopt.data.samplers import Random
+from dlopt.data.samples import InMemory
+from dlopt.data.transfer import ahead
+from tests.recorded import SimulatedRecorder
+
+CONF = Path(__file__).parents[2] / "conf" / "augmentation"
+CHOICES = sorted(path.stem for path in CONF.glob("[a-z]*.yaml") if path.stem != "none")
+
+
+def samples(count: int = 70, size: int = 12) -> InMemory:
+    draws = torch.Generator().manual_seed(0)
+    inputs = torch.randint(256, (count, 3, size, size), dtype=torch.uint8, generator=draws)
+    return InMemory(inputs, torch.randint(10, (count,), generator=draws))
+
+
+def batches(augment: Any, *, source: InMemory | None = None, **keys: Any) -> Batches:
+    source = samples() if source is None else source
+    normalize = Standardize(input_shape=source.shape)
+    normalize.fit(source)
+    sampler = Random(targets=source.targets, seed=3)
+    arguments: dict[str, Any] = {"batch_size": 16, "device": "cpu", "in_memory": True, "workers": 0, "seed": 5}
+    return Batches(
+        source, sampler=sampler, augment=augment, normalize=normalize, memory_format=torch.channels_last,
+        **arguments, **keys,
+    )  # fmt: skip
+
+
+def pipeline(*operations: Any, border: Any = "reflect") -> Pipeline:
+    return Pipeline(operations=list(operations), border=border, input_shape=(3, 12, 12))
+
+
+def drawn(batches: Batches, epochs: int = 3) -> list[tuple[Tensor, Tensor]]:
+    """The batches of some epochs, in which updates are numbered on."""
+    found, step = [], 0
+    for epoch in range(epochs):
+        for inputs, targets in batches.epoch(epoch, 0, step):
+            found.append((inputs.clone(), targets.clone()))
+            step += 1
+    return found
+
+
+def equal(a: list[tuple[Tensor, Tensor]], b: list[tuple[Tensor, Tensor]]) -> bool:
+    return len(a) == len(b) and all(
+        torch.equal(x, u) and torch.equal(y, v) for (x, y), (u, v) in zip(a, b, strict=True)
+    )
+
+
+def test_replayed_batches_are_the_plain_ones() -> None:
+    """Also behind an epoch's smaller last batch, with draws of the update's number and an epoch that is a tensor."""
+    augment = pipeline(PadCrop(padding=2), AlternatingFlip())
+    recorder = SimulatedRecorder()
+    assert equal(drawn(batches(augment, recorder=recorder)), drawn(batches(augment)))
+    assert (recorder.warmed, recorder.recorded) == (3, 1)
+    assert recorder.replayed == 12 - 3  # four full batches in each epoch
+
+
+def test_replayed_batches_lie_in_one_place() -> None:
+    loop = batches(pipeline(HorizontalFlip(p=0.5)), recorder=SimulatedRecorder())
+    places = [(inputs.data_ptr(), targets.data_ptr()) for epoch in range(3) for inputs, targets in loop.epoch(epoch)]
+    full = [place for number, place in enumerate(places) if number % 5 != 4]  # four of 16, one of 6
+    assert len(set(full[3:])) == 1
+
+
+def test_without_augmentation_too() -> None:
+    recorder = SimulatedRecorder()
+    assert equal(drawn(batches(None, recorder=recorder)), drawn(batches(None)))
+    assert recorder.replayed > 0
+
+
+def test_what_a_stream_gives_is_not_recorded() -> None:
+    recorder = SimulatedRecorder()
+    source = samples()
+    found = drawn(batches(None, source=source, recorder=recorder, share=lambda total: slice(0, total // 2)), 1)
+    assert len(found) == 5 and recorder.recorded == 0
+
+
+def augmentation(choice: str, source: InMemory) -> Any:
+    size = source.shape[1]
+    typed = [f"augmentation={choice}", *(["augmentation.operations.0.size=12"] if choice == "imagenet" else [])]
+    experiment = parse(to_plain(Composer().compose(typed), [])[0])
+    return experiment.augmentation.build(input_shape=(3, size, size), classes=10, train=source)
+
+
+QUICK = {"crop_flip", "shift_alternating_flip"}
+DRAWING = {"noise", "random_mix"}  # they draw while they render: the compiled function falls into parts
+
+
+@pytest.mark.parametrize(
+    "choice", [pytest.param(choice, marks=() if choice in QUICK else pytest.mark.slow) for choice in CHOICES]
+)
+def test_every_augmentation_can_be_compiled_in_one_piece(choice: str) -> None:
+    """`fullgraph`: nothing in it leaves the compiled function; and it computes the same."""
+    source = samples(40, 32)
+    try:
+        augment = augmentation(choice, source)
+    except Exception as error:  # it wants larger images
+        pytest.skip(str(error))
+    plain, compiled = (batches(augment, source=source) for _ in range(2))
+    compiled._rendered = torch.compile(
+        compiled._render, backend="aot_eager", dynamic=False, fullgraph=choice not in DRAWING
+    )
+    for (x, y), (u, v) in zip(drawn(plain, 1), drawn(compiled, 1), strict=True):
+        torch.testing.assert_close(u, x, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(v, y)
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+def test_the_compiled_data_path_gives_the_same_pixels() -> None:
+    augment = pipeline(PadCrop(padding=2), HorizontalFlip(p=0.5))
+    for (x, y), (u, v) in zip(drawn(batches(augment)), drawn(batches(augment, compiled=True)), strict=True):
+        torch.testing.assert_close(u, x)
+        assert torch.equal(v, y)
+
+
+class FakeLane:
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def send(self, batch: Tensor) -> tuple[Tensor, str]:
+        self.told.append(f"send {int(batch)}")
+        return batch.clone(), f"mark {int(batch)}"
+
+    def receive(self, batch: Tensor, mark: str) -> Tensor:
+        assert mark == f"mark {int(batch)}"
+        self.told.append(f"receive {int(batch)}")
+        return batch
+
+
+@pytest.mark.parametrize("count", [0, 1, 4])
+def test_a_copy_is_under_way_while_the_batch_before_is_used(count: int) -> None:
+    lane = FakeLane()
+    used = []
+    for batch in ahead([torch.tensor(number) for number in range(count)], lane):
+        used.append(int(batch))
+        lane.told.append(f"use {int(batch)}")
+    assert used == list(range(count))
+    for number in range(count - 1):
+        assert lane.told.index(f"send {number + 1}") < lane.told.index(f"use {number}")
+        assert lane.told.index(f"use {number}") < lane.told.index(f"receive {number + 1}")
