@@ -16,11 +16,13 @@ from dlopt.assembly.batches import training_batches
 from dlopt.assembly.evaluation import test_figures
 from dlopt.assembly.norms import small_batches
 from dlopt.assembly.setup import Setup, load_weights, parallel_of, set_up
+from dlopt.assembly.speed import chosen
 from dlopt.assembly.training import Length, length_of, training_of, unseen
 from dlopt.config.experiment import Experiment
 from dlopt.config.rules import further_figure
 from dlopt.engine.averaging import at_evaluation_point
 from dlopt.engine.checkpoint import load
+from dlopt.engine.graphed import obstacle
 from dlopt.engine.interruption import Interruption
 from dlopt.engine.loop import Training, fit
 from dlopt.engine.observed import ObservedUpdate, Observer
@@ -154,7 +156,9 @@ def _introduce(setup: Setup, run: Run, training: Training, length: Length, track
         steps=length.steps,
         choices=run.choices,
     )
-    for line in [*dataset.notes, *setup.parallel.notes, *small_batches(setup)]:
+    unrecorded = obstacle(setup.module, training.update, device=setup.device, processes=setup.parallel.processes)
+    told = chosen(run.experiment, setup.precision, setup.uncompiled, unrecorded)
+    for line in [*([told] if told else []), *dataset.notes, *setup.parallel.notes, *small_batches(setup)]:
         tracking.message(line)
     if training.progress.step == 0 and len(dataset.train.shape) == 3 and settings.tracking and setup.parallel.is_main:
         inputs, _ = next(iter(training.batches.epoch(0)))

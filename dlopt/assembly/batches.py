@@ -2,12 +2,15 @@
 
 from typing import Any
 
+from dlopt.assembly import speed
 from dlopt.assembly.setup import Setup
 from dlopt.assembly.streams import AUGMENTATION, ORDER
 from dlopt.augment.crop import CentreCrop
 from dlopt.data.batches import Batches
 from dlopt.data.samples import Samples
 from dlopt.random import stream
+
+_EVALUATED_AT_ONCE = 1024  # samples on a GPU at least: smaller batches are bound by launching kernels
 
 
 def training_batches(setup: Setup) -> Batches:
@@ -22,7 +25,18 @@ def training_batches(setup: Setup) -> Batches:
     drop_last = experiment.data_settings.drop_last
     seed = stream(settings.augmentation_seed, AUGMENTATION)
     augment, share = setup.parallel.augmented(setup.augment), setup.parallel.share
-    return _batches(setup, dataset.train, sampler=sampler, augment=augment, seed=seed, drop_last=drop_last, share=share)
+    return _batches(
+        setup,
+        dataset.train,
+        batch_size=experiment.data_settings.batch_size,
+        sampler=sampler,
+        augment=augment,
+        seed=seed,
+        drop_last=drop_last,
+        share=share,
+        compiled=setup.device.type == "cuda" and not setup.uncompiled,
+        recorder=speed.recorder(experiment, setup.device),
+    )
 
 
 def evaluation_batches(setup: Setup, samples: Samples, *, shared: bool = True) -> Batches:
@@ -32,14 +46,17 @@ def evaluation_batches(setup: Setup, samples: Samples, *, shared: bool = True) -
     """
     shape = samples.shape if setup.augment is None else setup.augment.output_shape
     share = setup.parallel.share_evaluation if shared else None
-    return _batches(setup, samples, augment=None if shape == samples.shape else CentreCrop(shape), share=share)
+    size = setup.experiment.data_settings.batch_size
+    if shared and setup.device.type == "cuda" and setup.dataset.in_memory and size != "full":
+        size = max(size, _EVALUATED_AT_ONCE)
+    augment = None if shape == samples.shape else CentreCrop(shape)
+    return _batches(setup, samples, batch_size=size, augment=augment, share=share)
 
 
 def _batches(setup: Setup, samples: Samples, **training: Any) -> Batches:
     data = setup.experiment.data_settings
     return Batches(
         samples,
-        batch_size=data.batch_size,
         device=setup.device,
         workers=data.workers,
         in_memory=setup.dataset.in_memory,

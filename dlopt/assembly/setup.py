@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dlopt.assembly import speed
 from dlopt.assembly.streams import SCHEME, WEIGHTS
 from dlopt.augment import Pipeline
 from dlopt.augment.crop import CentreCrop
@@ -39,6 +40,7 @@ class Setup:
     loss: nn.Module
     memory_format: torch.memory_format
     augment: Pipeline | None
+    uncompiled: str = ""  # why the model is not compiled; empty: it is
     statistics_batches: Batches | None = None  # the training split, where exact batch-norm statistics are wanted
 
     @property
@@ -90,6 +92,8 @@ def set_up(experiment: Experiment, normalization: Mapping[str, Any] | None = Non
     keep_freed_memory()
     torch.use_deterministic_algorithms(settings.deterministic)
     device = parallel.device
+    # By default cuDNN takes an algorithm by rule of thumb: here all batches but the last have one shape.
+    torch.backends.cudnn.benchmark = device.type == "cuda" and not settings.deterministic
     precision = choose_precision(settings.precision, device)
     source: Dataset = experiment.data.build(**vars(experiment.data_settings))
     dataset = prepare(source, experiment.data_settings, device=device)
@@ -113,11 +117,7 @@ def set_up(experiment: Experiment, normalization: Mapping[str, Any] | None = Non
     if convolves:
         module = module.to(memory_format=memory_format)
     loss: nn.Module = experiment.loss.build(classes=None if dataset.classes is None else len(dataset.classes))
-    compiled = device.type == "cuda" if settings.compile == "auto" else settings.compile
-    if compiled and not parallel.compiles:
-        if settings.compile != "auto":
-            raise UserError(f"compile=true: not with parallel={parallel.name}, whose processes meet between the layers")
-        compiled = False
+    uncompiled = speed.compiles(experiment, parallel, module, shape, len(dataset.train))
     model = parallel.place(module, shape)
     return Setup(
         experiment=experiment,
@@ -126,10 +126,11 @@ def set_up(experiment: Experiment, normalization: Mapping[str, Any] | None = Non
         dataset=dataset,
         normalize=normalize,
         module=module,
-        model=torch.compile(model) if compiled else model,
+        model=model if uncompiled else torch.compile(model),
         loss=loss.to(device),
         memory_format=memory_format,
         augment=augment,
+        uncompiled=uncompiled,
     )
 
 

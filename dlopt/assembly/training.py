@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dlopt import schedules
-from dlopt.assembly import evaluation
+from dlopt.assembly import evaluation, speed
 from dlopt.assembly.batches import training_batches
 from dlopt.assembly.norms import check_single_values
 from dlopt.assembly.optimizer import evaluations, optimizer_of
@@ -21,6 +21,7 @@ from dlopt.data.batches import Batches
 from dlopt.data.samplers import Attentive
 from dlopt.engine.averaging import ExponentialAverage
 from dlopt.engine.checkpoint import Checkpoints
+from dlopt.engine.graphed import GraphedUpdate
 from dlopt.engine.loop import Progress, Training
 from dlopt.engine.metrics import Sums, sample_losses
 from dlopt.engine.observed import ObservedUpdate
@@ -77,14 +78,19 @@ def training_of(
     )
     recovery = _recovery(setup, checkpoints, tracking)
     align = setup.parallel.aligning(setup.module)
-    update = (ObservedUpdate if settings.diagnostics or settings.profile else Update)(
+    average_on = average and average.update
+    kind: Callable[..., Update] = ObservedUpdate if settings.diagnostics or settings.profile else Update
+    if kind is Update and setup.device.type == "cuda" and setup.parallel.processes == 1:
+        kind, average_on = partial(GraphedUpdate, inside=[average_on] if average_on else []), None
+    update = kind(
         _closure(setup, optimizer),
         schedule,
         evaluations=evaluations(setup, optimizer),
-        after=[each for each in (align, average and average.update, getattr(stopping, "after_update", None)) if each],
+        after=[each for each in (align, average_on, getattr(stopping, "after_update", None)) if each],
         check_now=setup.device.type == "cpu" or settings.check == "step" or settings.on_divergence == "skip",
         skip=recovery.skip if settings.on_divergence == "skip" else None,
     )
+    speed.record(update, experiment, setup.parallel, setup.module, batches.batch_size)
     return Training(
         module=setup.module,
         update=update,

@@ -56,6 +56,7 @@ class Settings:
     device: Literal["auto", "cpu", "cuda", "mps"]
     precision: Literal["fp32", "tf32", "bf16", "fp16", "fp64", "auto"]
     compile: Toggle
+    cuda_graphs: Toggle
     channels_last: Toggle
     threads: Count | Literal["auto"]
     deterministic: bool

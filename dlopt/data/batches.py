@@ -200,7 +200,7 @@ class Batches:
 
 
 class _Recorded:
-    """Full batches by replay. What changes between them is the samples' indices, the epoch and the seed of the draws."""
+    """Full batches by replay. What changes between them: the samples' indices, the epoch, the seed of the draws."""
 
     def __init__(
         self, make: Callable[..., tuple[Tensor, Tensor]], size: int, device: torch.device, recorder: Recorder
