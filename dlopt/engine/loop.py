@@ -99,7 +99,6 @@ class Training:
     landmark: Callable[[int], str | None] | None = None  # the name of what is kept for good after so many updates
     progress: Progress = field(default_factory=Progress)
     sums: Sums = field(default_factory=lambda: Sums(classify=True))
-    align: Callable[[], None] = lambda: None  # makes equal on all ranks what is not kept so by every update
     states: States = field(default_factory=Whole)
     sampler: Stateful | None = None  # where the order of the samples depends on more than seed and epoch
     figures: Callable[[], Mapping[str, float]] = dict  # more of them at the end of an epoch
@@ -108,7 +107,6 @@ class Training:
 
     def state_dict(self) -> dict[str, Any]:
         closure = self.update.closure
-        self.align()
         return {
             "model": self._saved(self.module.state_dict()),
             "optimizer": self._saved(closure.optimizer.state_dict()),
@@ -308,7 +306,6 @@ def _end_epoch(t: Training, clock: "_Clock", interruption: Interruption) -> bool
         **t.figures(),
     }
     if evaluated and t.validate is not None:
-        t.align()
         figures = t.validate(interruption)
         if figures is None:
             return False

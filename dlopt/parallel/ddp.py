@@ -7,9 +7,8 @@ from typing import Annotated, Any, Literal, Protocol
 
 import torch
 from annotated_types import Interval
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from dlopt.errors import UserError
@@ -18,7 +17,8 @@ from dlopt.parallel.group import Group, Member, join
 from dlopt.parallel.pace import Waiting
 from dlopt.parallel.shares import PiecewiseAugment, cut, pieces, portions
 from dlopt.parallel.single import Single, Whole
-from dlopt.parallel.sync_batchnorm import SyncBatchNorm, synchronize
+from dlopt.parallel.statistics import averaging
+from dlopt.parallel.sync_batchnorm import synchronize
 from dlopt.parallel.world import current
 from dlopt.ranges import Count, Positive
 
@@ -122,7 +122,7 @@ class DataParallel(Member, Whole):
         if self.sync_batchnorm:
             synchronize(model, self.device)
         make_global(model, self.dropout)
-        # Buffers need no broadcast in each forward: synchronized statistics are equal, others are averaged in `align`.
+        # Buffers need no broadcast in each forward: synchronized statistics are equal, `aligning` averages others.
         options = self.options | {"forward_sync_buffers" if _KNOWS_FORWARD_SYNC else "broadcast_buffers": False}
         placed = DistributedDataParallel(model, gradient_as_bucket_view=True, **options)
         if self.compression == "bf16":
@@ -137,22 +137,8 @@ class DataParallel(Member, Whole):
         self.waiting.watch(model)
         return placed
 
-    def align(self, *models: nn.Module) -> None:
-        """Averages the running statistics of batch norms that are not synchronized.
-
-        They are linear in the batches' statistics, so that it makes no difference how often this is done.
-        """
-        synchronized = (SyncBatchNorm, nn.SyncBatchNorm)
-        norms = [m for model in models for m in model.modules() if isinstance(m, _BatchNorm)]
-        kept = [norm for norm in norms if norm.track_running_stats and not isinstance(norm, synchronized)]
-        buffers = [b for norm in kept for b in (norm.running_mean, norm.running_var) if b is not None]
-        if not buffers:
-            return
-        flat = torch.cat([b.reshape(-1) for b in buffers])
-        distributed.all_reduce(flat)
-        flat /= self.processes
-        for buffer, values in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
-            buffer.copy_(values.view_as(buffer))
+    def aligning(self, model: nn.Module) -> Callable[[], None] | None:
+        return averaging(model, self.processes)
 
     # -- one update
 

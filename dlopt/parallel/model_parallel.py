@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from dlopt.errors import UserError
 from dlopt.parallel.collectives import Ranks
@@ -21,7 +20,8 @@ from dlopt.parallel.dropout import Place, make_global
 from dlopt.parallel.group import Group, Member
 from dlopt.parallel.shards import Cut, local
 from dlopt.parallel.shares import PiecewiseAugment, cut, pieces, portions
-from dlopt.parallel.sync_batchnorm import SyncBatchNorm, synchronize
+from dlopt.parallel.statistics import averaging
+from dlopt.parallel.sync_batchnorm import synchronize
 
 _BUCKET = 25 * 2**20  # bytes of gradients that are added up at once
 
@@ -114,17 +114,8 @@ class ModelParallel(Cut, Member):
             f"; {self.rows} such groups share the batches" if self.rows > 1 else ""
         )
 
-    def align(self, *models: nn.Module) -> None:
-        """Averages the running statistics of batch norms that are not synchronized over the rows of the mesh."""
-        if self.rows == 1:
-            return
-        synchronized = (SyncBatchNorm, nn.SyncBatchNorm)
-        norms = [m for model in models for m in model.modules() if isinstance(m, _BatchNorm)]
-        kept = [norm for norm in norms if norm.track_running_stats and not isinstance(norm, synchronized)]
-        buffers = [local(b) for norm in kept for b in (norm.running_mean, norm.running_var) if b is not None]
-        sum_up(buffers, self.mesh.get_group("data"))
-        for buffer in buffers:
-            buffer /= self.rows
+    def aligning(self, model: nn.Module) -> Callable[[], None] | None:
+        return averaging(model, self.rows, self.mesh.get_group("data"))
 
     # -- one update
 

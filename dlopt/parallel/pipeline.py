@@ -193,7 +193,7 @@ class Pipeline(Owned, Member):
         here = shares[self.rank - place :][: self.local_processes]
         torch.set_num_threads(chains.divided(len(os.sched_getaffinity(0)), here)[place])
 
-    def align(self, *models: nn.Module) -> None:
+    def aligning(self, model: nn.Module) -> None:
         """Nothing is held twice."""
 
     # -- one update

@@ -79,8 +79,9 @@ class Single(Whole):
         """The same within an evaluation, where all ranks ask equally often."""
         return interruption
 
-    def align(self, *models: nn.Module) -> None:
-        """Before weights are looked at or saved: what is not kept equal on all ranks by itself becomes equal."""
+    def aligning(self, model: nn.Module) -> Callable[[], None] | None:
+        """What makes equal on all ranks, after every update, what the update does not by itself; or None."""
+        return None
 
     def total(self, values: Sequence[float]) -> Sequence[float]:
         """Sums over ranks, what several of them see counted once."""

@@ -1,0 +1,86 @@
+"""Running statistics of batch norms that are not synchronized: equal on all ranks, whenever somebody looks."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from dlopt.engine.checkpoint import Checkpoints
+from dlopt.parallel import world
+from dlopt.parallel.statistics import averaging
+from dlopt.run import Run, train
+from tests.engine.runs import SMALL, at_update, experiment, result, same, terminate, timeless
+from tests.parallel.models import joined
+from tests.parallel.ranks import run_ranks
+
+# 90 training samples: batches of 25, 25, 25, 15, of which each rank has parts that are not equal
+CASE = [
+    *(line for line in SMALL if not line.startswith("model")),
+    "model=resnet20", "model.depth=8", "augmentation=crop_flip", "model.dropout=0.2", "ema=0.9", "epochs=2",
+]  # fmt: skip
+
+
+def averaged() -> None:
+    """In each rank."""
+    ranks = joined()
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(2, track_running_stats=False), nn.BatchNorm1d(1))
+    average = averaging(model, ranks.size)
+    assert average is not None
+    for _ in range(2):  # statistics that are equal stay as they are
+        for number, norm in ((1, model[0]), (2, model[2])):
+            assert norm.running_mean is not None and norm.running_var is not None
+            norm.running_mean += ranks.rank * number
+            norm.running_var *= 1 + ranks.rank
+        average()
+    assert torch.equal(model[0].running_mean, torch.full((3,), 1.0)) and model[2].running_mean == 2
+    assert torch.equal(model[0].running_var, torch.full((3,), 2.25))
+    assert averaging(nn.Linear(2, 2), ranks.size) is None and averaging(model, 1) is None
+
+
+def go_on(folder: Path, *overrides: str, until: int | None = None) -> None:
+    """In each rank: the run in `folder`; only one of them is asked to stop."""
+    is_main = os.environ["DLOPT_RANK"] == "0"
+    state = Checkpoints(folder / "checkpoints").load_newest() if is_main else None
+    run = Run(experiment(*overrides), folder, state)
+    if until is None:
+        train(run, console=False)
+    else:
+        with at_update(until, terminate if is_main else lambda: None):
+            assert train(run, console=False)["status"] == "interrupted"
+    world.leave()
+
+
+def interrupted(folder: str, mode: list[str]) -> None:
+    """In each rank: a run, one that is stopped in the middle of both epochs, and one that is saved all the time."""
+    go_on(Path(folder) / "whole", *CASE, *mode)
+    for until in (2, 6, None):
+        go_on(Path(folder) / "stopped", *CASE, *mode, until=until)
+    go_on(Path(folder) / "saved", *CASE, *mode, "checkpoint.every_steps=1")
+
+
+def check(folder: Path) -> None:
+    for name in ("stopped", "saved"):
+        assert timeless(folder / name) == timeless(folder / "whole"), name
+        for file in ("last.pt", "best.pt"):
+            assert same(result(folder / name, file), result(folder / "whole", file)), (name, file)
+
+
+def test_the_average_over_ranks(tmp_path: Path) -> None:
+    run_ranks("tests.parallel.test_statistics:averaged", 2, tmp_path)
+
+
+def test_an_interruption_changes_no_bit(tmp_path: Path) -> None:
+    run_ranks("tests.parallel.test_statistics:interrupted", 2, tmp_path, str(tmp_path), ["parallel=ddp"])
+    check(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "mode", [["parallel=fsdp"], ["parallel=hybrid", "parallel.model_degree=2"]], ids=lambda m: m[0]
+)
+def test_nor_in_other_modes(tmp_path: Path, mode: list[str]) -> None:
+    four = [*mode, "data.batch_size=30"]  # three batches of 30
+    run_ranks("tests.parallel.test_statistics:interrupted", 4, tmp_path, str(tmp_path), four)
+    check(tmp_path)
