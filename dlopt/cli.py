@@ -17,6 +17,7 @@ dlopt {dlopt.__version__}: runs experiments on the optimization of deep networks
   dlopt eval checkpoint=PATH [tta=CHOICE]        test a checkpoint, or the mean of several; with many crops
   dlopt predict checkpoint=PATH images=FOLDER    label images
   dlopt export checkpoint=PATH format=FORMAT     a model for other tools: safetensors, onnx, torch_export
+  dlopt consolidate checkpoint=PATH              one file of a checkpoint in shards
   dlopt show-batch [group=choice] [key=value]    draw what an augmentation does to images
   dlopt trajectory function=F optimizer=a,b      draw the paths of optimizers; or schedule=a,b, or checkpoint=PATH
   dlopt find-lr [group=choice] [key=value]       a learning-rate range test; `dlopt train optimizer.lr=auto` uses it
@@ -81,6 +82,7 @@ def commands() -> dict[str, Callable[[list[str]], int]]:
         "eval": _eval,
         "predict": _predict,
         "export": _export,
+        "consolidate": _consolidate,
         "show-batch": _show_batch,
         "trajectory": _trajectory,
         "find-lr": _find_lr,
@@ -115,6 +117,12 @@ def _export(arguments: list[str]) -> int:
     from dlopt.commands.export import export
 
     return export(arguments)
+
+
+def _consolidate(arguments: list[str]) -> int:
+    from dlopt.commands.consolidate import consolidate
+
+    return consolidate(arguments)
 
 
 def _show_batch(arguments: list[str]) -> int:

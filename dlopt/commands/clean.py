@@ -45,6 +45,7 @@ def clean(arguments: list[str]) -> int:
 
 def _spare(record: Record) -> list[_Spare]:
     """The checkpoints that the run can do without: last.pt must be whole, and nobody at work there."""
+    from dlopt.engine import sharded
     from dlopt.engine.checkpoint import is_whole
 
     folder = record.path / "checkpoints"
@@ -58,7 +59,9 @@ def _spare(record: Record) -> list[_Spare]:
         why = "it is running" if record.status == "running" else "its last.pt is missing or damaged"
         complain(printable(f"{short_path(record.path)}: left alone: {why}"))
         return []
-    return [_Spare(path, path.stat().st_size if path.stat().st_nlink == 1 else 0) for path in paths]
+    return [
+        _Spare(path, (path.stat().st_size if path.stat().st_nlink == 1 else 0) + sharded.size(path)) for path in paths
+    ]
 
 
 def _agrees(question: str) -> bool:
@@ -71,7 +74,9 @@ def _agrees(question: str) -> bool:
 
 
 def _remove(spare: Sequence[_Spare]) -> Iterable[Path]:
-    """Removes each with its checksum, unless its run has begun to work again meanwhile."""
+    """Removes each with its checksum and shards, unless its run has begun to work again meanwhile."""
+    from dlopt.engine import sharded
+
     for each in spare:
         if RunFolder(each.path.parent.parent).is_live():
             complain(printable(f"{short_path(each.path)}: left alone: its run is at work again"))
@@ -79,6 +84,7 @@ def _remove(spare: Sequence[_Spare]) -> Iterable[Path]:
         try:
             each.path.unlink(missing_ok=True)
             each.path.with_name(f"{each.path.name}.sha256").unlink(missing_ok=True)
+            sharded.remove_unused(each.path.parent)
         except OSError as error:
             raise RunError(f"{each.path}: cannot be removed: {error.strerror}") from None
         yield each.path

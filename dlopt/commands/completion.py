@@ -43,7 +43,7 @@ def _candidates(program: str, words: list[str], arguments: list[str], commands: 
         found = list(Catalogue().groups())
     elif command in ("report", "runs"):
         found = glob.glob(glob.escape(typed) + "*/")
-    elif command in ("eval", "predict", "export"):
+    elif command in ("eval", "predict", "export", "consolidate"):
         found = _checkpoints(typed) if typed.startswith("checkpoint=") else ["checkpoint="]
     else:
         return _overrides(" ".join([program, *words[1:]]), typed, arguments)

@@ -228,6 +228,7 @@ def _take_history(source: RunFolder, target: RunFolder, best_epoch: int | None) 
 
     The tracking cuts the figures that lie beyond; a best model of a later epoch than the checkpoint knows stays behind.
     """
+    from dlopt.engine import sharded
     from dlopt.engine.checkpoint import Checkpoints, load
 
     if (source.path / "metrics.jsonl").is_file():
@@ -236,6 +237,7 @@ def _take_history(source: RunFolder, target: RunFolder, best_epoch: int | None) 
     with contextlib.suppress(UserError):
         if best_epoch is not None and load(best)["progress"]["epoch"] == best_epoch:
             target.checkpoints.mkdir(exist_ok=True)
+            sharded.copy(best, target.checkpoints)
             for path in (best.with_name(f"{best.name}.sha256"), best):
                 shutil.copy(path, target.checkpoints / path.name)
 

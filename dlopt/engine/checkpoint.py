@@ -236,12 +236,13 @@ def load(path: Path) -> dict[str, Any]:
 
 def _with_tensors(path: Path, state: dict[str, Any]) -> dict[str, Any]:
     """A sharded checkpoint as if it had been written in one file."""
-    if damage := sharded.damage(path, state):
-        raise UserError(f"checkpoint={path}: {damage}")
     try:
-        return {**sharded.joined(path, state), "format": FORMAT}
+        damage = sharded.damage(path, state)
+        if damage is None:
+            return {**sharded.joined(path, state), "format": FORMAT}
     except Exception as error:
-        raise UserError(f"checkpoint={path}: its shards cannot be read: {reason(error)}") from None
+        damage = f"its shards cannot be read: {reason(error)}"
+    raise UserError(f"checkpoint={path}: {damage}")
 
 
 def is_whole(path: Path) -> bool:

@@ -55,12 +55,12 @@ def damage(path: Path, state: Mapping[str, Any]) -> str | None:
     if not is_sharded(state):
         return None
     folder = _folder(path, state)
-    if folder is None:
+    if folder is None or not state[KEY].get("files"):
         return "it does not say where its shards are"
     if not folder.is_dir():
         return f"its shards are missing: the folder {folder} belongs to it"
-    for name, digest in state[KEY]["files"].items():
-        file = folder / Path(name).name
+    for name, digest in dict(state[KEY]["files"]).items():
+        file = folder / Path(str(name)).name
         try:
             if sha256(file) != digest:
                 return f"its shard {file} is damaged: its SHA-256 is not the recorded one"
@@ -85,6 +85,21 @@ def joined(path: Path, state: dict[str, Any]) -> dict[str, Any]:
             inner = inner[key]
         inner[keys[-1]] = tensors[name]
     return state
+
+
+def copy(path: Path, folder: Path) -> None:
+    """Copies the shards of the checkpoint file `path`, where it has any, to beside a copy of it in `folder`."""
+    shards = _folder(path, opened(path))
+    if shards is not None:
+        shutil.copytree(shards, folder / FOLDER / shards.name, dirs_exist_ok=True)
+
+
+def size(path: Path) -> int:
+    """Bytes of the shards of the checkpoint file `path` that no other checkpoint beside it has, too."""
+    name = shards_of(path)
+    if name is None or any(shards_of(other) == name for other in path.parent.glob("*.pt") if other != path):
+        return 0
+    return sum(each.stat().st_size for each in (path.parent / FOLDER / name).glob("*"))
 
 
 def remove_unused(folder: Path) -> None:
