@@ -8,5 +8,9 @@ class UserError(Exception):
     """
 
 
+class NewerError(UserError):
+    """The input was written by a newer dlopt, in a format that this one does not know: whole, but not readable here."""
+
+
 class RunError(Exception):
     """A run that had begun could not go on (a loss that is not finite, a full disk): one message, exit code 1."""

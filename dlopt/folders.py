@@ -15,6 +15,7 @@ import yaml
 from dlopt.config.aliases import check_file
 from dlopt.errors import UserError
 
+FORMAT = 1  # of run folders: which files there are and what their keys mean; environment.json says it
 LOCK = ".lock"
 _ENDED = ("finished", "stopped_early")
 
@@ -50,6 +51,24 @@ class RunFolder:
         except (OSError, ValueError):
             return None
         return found if isinstance(found, dict) else None
+
+    def newer_format(self) -> str | None:
+        """Where a newer dlopt wrote the folder in a format of its own: what is to be said of it.
+
+        Folders that do not say their format are of the first one.
+        """
+        try:
+            found = json.loads((self.path / "environment.json").read_text())["folder_format"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        if type(found) is not int or found <= FORMAT:
+            return None
+        return f"written by a newer dlopt (run folder format {found}; this reads {FORMAT})"
+
+    def refuse_newer(self, key: str) -> None:
+        """Raises `UserError` where a newer dlopt wrote the folder; `key`: what was typed to come here."""
+        if (reason := self.newer_format()) is not None:
+            raise UserError(f"{key}: {self.path}: {reason}")
 
     def holds_a_run(self) -> bool:
         return any((self.path / name).exists() for name in ("config.yaml", "summary.json", "checkpoints"))
@@ -175,7 +194,22 @@ def _age(folder: Path) -> tuple[str, int, str]:
 
 
 def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys in which two configs differ beyond `FREE`: (saved, wanted)."""
+    """Dotted keys in which two configs differ beyond `FREE`: (saved, wanted).
+
+    Keys that have come since an older dlopt saved its config count with the values that they have now.
+    """
+    found = _different(saved, wanted)
+    known = _flat(saved)
+    if all(key in known for key in found):
+        return found
+    from dlopt.config.older import completed
+
+    with contextlib.suppress(UserError):  # it names what is not here any more: that is a difference, too
+        found = _different(completed(saved, wanted.get("allow_packages") or [])[0], wanted)
+    return found
+
+
+def _different(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     flat_saved, flat_wanted = _flat(saved), _flat(wanted)
     keys = [key for key in (*flat_saved, *flat_wanted) if not _is_free(key)]
     pairs = {key: (flat_saved.get(key), flat_wanted.get(key)) for key in keys}

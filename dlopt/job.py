@@ -20,7 +20,7 @@ import yaml
 
 import dlopt
 from dlopt.errors import RunError, UserError
-from dlopt.folders import RunFolder
+from dlopt.folders import FORMAT, RunFolder
 from dlopt.tracking.files import write_atomically
 
 if TYPE_CHECKING:
@@ -127,6 +127,7 @@ def describe(folder: Path, config: Mapping[str, Any], overrides: Sequence[str], 
     """Writes what the run is: config.yaml, overrides.yaml, environment.json. Raises `UserError` when it cannot."""
     environment = {
         "dlopt": dlopt.__version__,
+        "folder_format": FORMAT,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
@@ -186,6 +187,7 @@ def main() -> int:
     world = current()
     folder = RunFolder(Path(sys.argv[1]))
     try:
+        folder.refuse_newer("dlopt.job")
         plain = folder.config()
         if plain is None:
             raise UserError(f"{folder.path}: there is no config.yaml to run")

@@ -147,9 +147,13 @@ def _find_folder(wanted: Path, is_typed: bool, jobs: Sequence[Job], resume: str 
     if not is_typed:
         goes_on = resume == "auto" and jobs
         found = newest(wanted.parent, lambda folder: _is_unfinished(folder, jobs)) if goes_on else None
-        return make_new(wanted, "hydra.sweep.dir") if found is None else found.path
+        if found is None:
+            return make_new(wanted, "hydra.sweep.dir")
+        _refuse_newer(found.path, jobs, "resume=auto")
+        return found.path
     if not wanted.is_dir():
         return make(wanted, "hydra.sweep.dir")
+    _refuse_newer(wanted, jobs, f"hydra.sweep.dir={wanted}")
     for job in jobs:
         folder = job.folder(wanted)
         if folder.holds_a_run():
@@ -157,6 +161,11 @@ def _find_folder(wanted: Path, is_typed: bool, jobs: Sequence[Job], resume: str 
                 raise UserError(f"hydra.sweep.dir={wanted}: this folder holds a sweep; go on with it by resume=auto")
             refuse_other_config(folder.config() or job.config, job.config, str(folder.path), folder.history())
     return wanted
+
+
+def _refuse_newer(sweep: Path, jobs: Sequence[Job], key: str) -> None:
+    for job in jobs:
+        job.folder(sweep).refuse_newer(key)
 
 
 def _is_unfinished(sweep: RunFolder, jobs: Sequence[Job]) -> bool:

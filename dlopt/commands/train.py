@@ -157,6 +157,8 @@ def _run(config: DictConfig, parsed: Namespace, tell: Callable[[Mapping[str, Any
     run, folder = ready.run, ready.folder
     if ready.is_done:
         return _tell_finished(folder)
+    if config.resume == "auto" and ready.is_new:
+        print("resume=auto: there is no unfinished run of this config, so a new one begins", flush=True)
     is_taken = False  # by another process that chose the same folder meanwhile
     outcome = USER_ERROR
 
@@ -185,9 +187,12 @@ def _find_folder(wanted: Path, is_typed: bool, saved: Mapping[str, Any]) -> tupl
     given, resume = RunFolder(wanted), saved["resume"]
     if is_typed and given.is_live():
         raise UserError(f"hydra.run.dir={wanted}: another run is at work in this folder")
+    if is_typed:
+        given.refuse_newer(f"hydra.run.dir={wanted}")
     if resume == "auto":
         found = given if is_typed else newest_unfinished(wanted.parent, saved)
         if found is not None and found.holds_a_run():
+            found.refuse_newer("resume=auto")
             refuse_other_config(found.config() or saved, saved, f"{found.path}", found.history())
             if found.is_done(saved):
                 return found, None
@@ -201,6 +206,7 @@ def _find_folder(wanted: Path, is_typed: bool, saved: Mapping[str, Any]) -> tupl
         )
     checkpoint = None
     if home is not None:
+        RunFolder(home).refuse_newer(f"resume={resume}")
         checkpoint = _load(resume)
         refuse_other_config(checkpoint["config"], saved, resume, RunFolder(home).history())
     if is_typed and wanted.is_dir():

@@ -33,6 +33,7 @@ def inherit(composer: Composer, overrides: Sequence[str]) -> list[str]:
         return list(overrides)
     typed = [line for line in overrides if line not in asked]
     folder = RunFolder(_path(composer, asked))
+    folder.refuse_newer(asked[0])
     saved = folder.config()
     if saved is None:
         raise UserError(f"{asked[0]}: a run's folder is needed; there is no readable config.yaml in {folder.path}")

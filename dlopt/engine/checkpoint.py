@@ -16,7 +16,7 @@ import torch
 
 from dlopt.engine import sharded
 from dlopt.engine.durable import digest_file, link, reason, recorded_digests, sha256, write
-from dlopt.errors import RunError, UserError
+from dlopt.errors import NewerError, RunError, UserError
 from dlopt.parallel.shard_files import ShardWriter
 from dlopt.parallel.world import comes_from_others
 
@@ -130,6 +130,8 @@ class Checkpoints:
                 continue
             try:
                 return load(path)
+            except NewerError:  # going on from an older one would undo what the newer dlopt has done
+                raise
             except UserError as error:
                 damaged.append(path)
                 log.warning("%s; trying the one before it", error)
@@ -227,7 +229,7 @@ def load(path: Path) -> dict[str, Any]:
     if type(form) is not int:
         raise UserError(f"checkpoint={path}: this is no dlopt checkpoint: its format is {form!r}, not a number")
     if form > SHARDED_FORMAT:
-        raise UserError(f"checkpoint={path}: written by a newer dlopt (format {form}; this reads {SHARDED_FORMAT})")
+        raise NewerError(f"checkpoint={path}: written by a newer dlopt (format {form}; this reads {SHARDED_FORMAT})")
     missing = sorted(KEYS - state.keys())
     if missing:
         raise UserError(f"checkpoint={path}: {', '.join(missing)} missing; take its weights with init_from={path}")

@@ -104,6 +104,8 @@ class Tracking:
                 steps=total,
                 first_step=first_step,
             )
+            if first_step:
+                self._console.message(f"goes on from step {first_step} of {total}")
 
     def images(self, images: "Tensor", step: int = 0) -> None:
         """[B, C, H, W], uint8 or float: a grid of them goes to TensorBoard. Inputs of other shapes are ignored."""

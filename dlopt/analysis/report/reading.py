@@ -99,6 +99,8 @@ class _DamageError(Exception):
 
 
 def _read(path: Path) -> Record:
+    if (reason := RunFolder(path).newer_format()) is not None:
+        raise _DamageError(reason)
     config = _mapping(path / "config.yaml", _yaml)
     if config is None:
         raise _DamageError("config.yaml is missing")
