@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from dlopt.engine import checkpoint
+from dlopt.engine import checkpoint, durable
 from dlopt.engine.checkpoint import KEYS, Checkpoints, load, load_weights
 from dlopt.errors import RunError, UserError
 from tests.engine.runs import in_fork, same
@@ -407,7 +407,7 @@ class Payload:
 
 def sign(path: Path) -> Path:
     """A checksum beside it: whoever can place a file can place that too."""
-    checkpoint._write_digests(path, [checkpoint._sha256(path)])
+    durable.write_digests(path, [durable.sha256(path)])
     return path
 
 
