@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -13,8 +14,25 @@ import pytest
 import torch
 from torch import Tensor
 
+from dlopt.losses import MSE
 from dlopt.parallel.launch import wanted
 from tests.parallel.ranks import ROOT
+
+
+def is_rank_1() -> bool:
+    return "1" in (os.environ.get("DLOPT_RANK"), os.environ.get("RANK"))
+
+
+class FailingLossOnRank1(MSE):
+    """As a bug does it: in the middle of an update."""
+
+    called = 0
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        self.called += 1
+        if is_rank_1() and self.called > 30:
+            raise ZeroDivisionError(f"nothing at {time.time()}")
+        return super().forward(outputs, targets)
 
 
 class FailingOnRank1(torch.utils.data.Dataset[tuple[Tensor, float]]):
@@ -29,8 +47,8 @@ class FailingOnRank1(torch.utils.data.Dataset[tuple[Tensor, float]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, float]:
         self.given += 1
-        if os.environ.get("DLOPT_RANK") == "1" and self.given > 3 * self.count:
-            raise ZeroDivisionError("no such sample")
+        if is_rank_1() and self.given > 3 * self.count:
+            raise ZeroDivisionError(f"nothing at {time.time()}")
         return torch.full((3,), index / self.count), index / self.count
 
 
@@ -57,19 +75,43 @@ def test_a_signal_ends_all_with_a_checkpoint(tmp_path: Path) -> None:
     assert json.loads((folder / "summary.json").read_text())["status"] == "interrupted"
 
 
+BAD_LOSS = [*SMALL, "loss=mse", "loss._target_=tests.parallel.test_launch.FailingLossOnRank1"]
+BAD_DATA = [
+    "data=custom", "data.train._target_=tests.parallel.test_launch.FailingOnRank1", "+data.train.count=60",
+    "data.test=null", "data.memory=false", "data.workers=0", "model=mlp", "normalize=none", "loss=mse",
+]  # fmt: skip
+
+
 @pytest.mark.slow
-def test_an_exception_on_one_rank_ends_all_and_names_it(tmp_path: Path) -> None:
-    lines = [
-        "data=custom", "data.train._target_=tests.parallel.test_launch.FailingOnRank1", "+data.train.count=60",
-        "data.test=null",
-        "data.memory=false", "data.workers=0", "allow_packages=[tests]", "model=mlp", "normalize=none", "epochs=1000",
-        "loss=mse",
-    ]  # fmt: skip
-    done = subprocess.run(command(tmp_path / "run", *lines), cwd=ROOT, capture_output=True, text=True, timeout=120)
+@pytest.mark.parametrize(
+    ("launcher", "what", "mode"),
+    [
+        ("dlopt", BAD_LOSS, "ddp"),
+        ("dlopt", BAD_LOSS, "fsdp"),
+        ("dlopt", BAD_LOSS, "filter"),
+        ("dlopt", BAD_LOSS, "pipeline"),
+        ("torchrun", BAD_LOSS, "ddp"),
+        ("torchrun", BAD_LOSS, "filter"),
+        ("dlopt", BAD_DATA, "ddp"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "data" if value is BAD_DATA else "loss",
+)
+def test_an_exception_on_one_rank_ends_all_within_half_a_minute_and_names_it(
+    tmp_path: Path, launcher: str, what: list[str], mode: str
+) -> None:
+    line = command(tmp_path / "run", *what, f"parallel={mode}", "allow_packages=[tests]", "epochs=1000")
+    if launcher == "torchrun":
+        line[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=180)
+    ended = time.time()
     assert done.returncode == 1, done.stderr
-    assert "rank 1: " in done.stderr and "no such sample" in done.stderr
-    assert done.stderr.count("dlopt: ") == 1  # what it did to the others is not worth a message
-    assert "rank 1" in json.loads((tmp_path / "run" / "summary.json").read_text())["reason"]
+    told = [each for each in done.stderr.splitlines() if each.startswith("dlopt: ")]
+    assert len(told) == 1, "what it did to the others is not worth a message"
+    found = re.fullmatch(r"dlopt: rank 1: .*: ZeroDivisionError: nothing at ([\d.]+)", told[0])
+    assert found is not None, told
+    assert ended - float(found[1]) < 30
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["status"] == "failed" and "rank 1: " in summary["reason"]
 
 
 @pytest.mark.slow
