@@ -128,7 +128,7 @@ def test_one_sample_per_device_is_too_few_without_synchronization(run: Run) -> N
     assert own["1"][1] > 1.5 * own["2"][1] > 2.25 * own["8"][1]
     for n in ("1", "2", "8"):
         assert sync[n] == pytest.approx(own["8"], rel=1e-9)  # over eight samples, wherever they are
-        assert virtual[n][1] == pytest.approx(own[n][1], rel=1e-9)  # virtual batches are the batches of devices
+        assert virtual[n][1] == pytest.approx(own[n][1], rel=1e-7)  # virtual batches are the batches of devices
 
 
 @pytest.mark.slow
@@ -232,11 +232,22 @@ def test_the_transformer_needs_warmup(run: Run) -> None:
 
 
 @pytest.mark.slow
-def test_hard_examples_help_and_interleaving_does_no_harm(run: Run) -> None:
+def test_hard_examples_help(run: Run) -> None:
     shown = run("sampling", "comparison.seeds=[0,1,2]")
-    at_random, interleaved, hard = (shown.curve(variant, "val_accuracy") for variant in shown.comparison.variants)
+    at_random, hard = (shown.curve(variant, "val_accuracy") for variant in shown.comparison.variants)
     assert mean(hard[3:7]) > mean(at_random[3:7]) + 0.005
-    assert mean(interleaved) > mean(at_random) - 0.005
+
+
+@pytest.mark.slow
+def test_an_order_of_the_classes_changes_the_variance_of_the_gradients(run: Run) -> None:
+    shown = run("class_interleaving", "comparison.seeds=[0]")
+    ordered, at_random, interleaved, stratified = (
+        shown.curve(variant, "gradient_variance") for variant in shown.comparison.variants
+    )
+    assert min(ordered) > 3 and all(0.95 < each < 1.05 for each in at_random)
+    assert stratified[0] < 0.6 < 0.8 < interleaved[0] < 0.93 and mean(stratified) < mean(interleaved) < mean(at_random)
+    ends = [shown.final(variant, figure="val_accuracy") for variant in shown.comparison.variants]
+    assert ends[0] < 0.5 < 0.94 < min(ends[1:]) and max(ends[1:]) - min(ends[1:]) < 0.02
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dlopt.data.samplers import ClassBalanced, ClassInterleaved
+from dlopt.data.samplers import ClassBalanced, ClassInterleaved, ClassSorted
 from dlopt.errors import UserError
 
 
@@ -99,8 +99,19 @@ def test_the_samples_of_a_class_come_in_ever_new_orders() -> None:
     assert first_classes == {True, False}
 
 
-@pytest.mark.parametrize("sampler", [ClassBalanced, ClassInterleaved])
-def test_a_regression_has_no_classes(sampler: type[ClassBalanced] | type[ClassInterleaved]) -> None:
-    name = {ClassBalanced: "class_balanced", ClassInterleaved: "class_interleaved"}[sampler]
+def test_sorted_is_class_after_class_and_random_within() -> None:
+    labels = torch.tensor([7, 2, 7, 2, 2, 7] * 5)
+    sampler = ClassSorted(targets=labels, seed=1)
+    orders = [sampler.order(epoch) for epoch in range(3)]
+    assert all(sorted(order.tolist()) == list(range(30)) for order in orders)
+    assert all(labels[order].tolist() == [2] * 15 + [7] * 15 for order in orders)
+    assert len({tuple(order.tolist()) for order in orders}) == 3
+
+
+@pytest.mark.parametrize("sampler", [ClassBalanced, ClassInterleaved, ClassSorted])
+def test_a_regression_has_no_classes(sampler: type[ClassBalanced] | type[ClassInterleaved] | type[ClassSorted]) -> None:
+    name = {ClassBalanced: "class_balanced", ClassInterleaved: "class_interleaved", ClassSorted: "class_sorted"}[
+        sampler
+    ]
     with pytest.raises(UserError, match=f"sampler={name}: the targets are numbers, not classes"):
         sampler(targets=torch.rand(5), seed=0)

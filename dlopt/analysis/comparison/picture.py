@@ -23,6 +23,7 @@ _NAMES = {
     "val_error": "validation error (share that is wrong)",
     "test_accuracy": "test accuracy",
     "input_drift": "drift of the layers' inputs in an epoch (standard deviations)",
+    "gradient_variance": "variance of the batches' gradients (1: in a random order)",
     "effective_rate": "effective learning rate (median weight)",
 }
 _UNITS = {"epoch": "epoch", "step": "update", "seconds": "seconds"}

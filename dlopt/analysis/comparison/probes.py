@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dlopt.assembly.batches import evaluation_batches
+from dlopt.assembly.batches import evaluation_batches, training_batches
 from dlopt.assembly.setup import Setup, set_up
 from dlopt.config.compose import resolve_saved
 from dlopt.config.experiment import parse
+from dlopt.data.batches import Batches
 from dlopt.engine.checkpoint import load
 from dlopt.engine.step import frozen_statistics
 
@@ -88,6 +89,44 @@ def input_drift(folder: Path) -> list[tuple[Mapping[str, Any], float]]:
     return found
 
 
+def gradient_variance(folder: Path) -> list[tuple[Mapping[str, Any], float]]:
+    """How much the gradient varies from batch to batch, in units of what a random order would make it vary.
+
+    E ||g_b - g||^2 over the batches of ten epochs in the order of the run's sampler, by its expectation over all orders
+    of the N samples, s^2 / B (N - B) / (N - 1) with s^2 = E ||g_i - g||^2 (Cochran 1977, theorem 2.2): 1 for a random
+    order. Each sample's gradient is computed once, alone, without augmentation: for nets without batch norm. The first
+    figure is that of the initial weights.
+    """
+    setup: Setup | None = None
+    found: list[tuple[Mapping[str, Any], float]] = []
+    for state in checkpoints(folder):
+        if setup is None:
+            setup = set_up(parse(resolve_saved(state["config"])), state["normalize"])
+            batches = training_batches(setup)
+            found.append(({"epoch": 0, "step": 0, "seconds": 0.0}, _variance(setup, batches, 0)))
+        setup.module.load_state_dict(state["model"])
+        found.append((state["progress"], _variance(setup, batches, state["progress"]["epoch"])))
+    return found
+
+
+def _variance(setup: Setup, batches: Batches, epoch: int) -> float:
+    setup.module.train()
+    parameters = [p for p in setup.module.parameters() if p.requires_grad]
+    rows = []
+    for inputs, targets in evaluation_batches(setup, setup.dataset.train).epoch(0):
+        for sample, target in zip(inputs.split(1), targets.split(1), strict=True):
+            gradients = torch.autograd.grad(setup.loss(setup.module(sample), target), parameters)
+            rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
+    deviations = torch.stack(rows)
+    deviations = deviations - deviations.mean(0)
+    size, count = batches.batch_size, len(rows)
+    expected = deviations.square().sum(1).mean() / size * (count - size) / (count - 1)
+    whole = count // size * size  # the last batch may be smaller
+    orders = [batches.sampler.order(number)[:whole] for number in range(epoch, epoch + 10)]
+    means = torch.cat([deviations[order].view(-1, size, deviations.shape[1]).mean(1) for order in orders])
+    return float(means.square().sum(1).mean() / expected)
+
+
 @torch.no_grad()
 def _moments(module: nn.Module, inputs: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Mean and standard deviation over the samples of each input of the linear layers but the first."""
@@ -104,4 +143,8 @@ def _moments(module: nn.Module, inputs: Tensor) -> list[tuple[Tensor, Tensor]]:
     return found[1:]
 
 
-PROBES: Mapping[str, Probe] = {"effective_rate": effective_rate, "input_drift": input_drift}
+PROBES: Mapping[str, Probe] = {
+    "effective_rate": effective_rate,
+    "gradient_variance": gradient_variance,
+    "input_drift": input_drift,
+}

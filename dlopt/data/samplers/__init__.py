@@ -1,6 +1,6 @@
 """The order in which an epoch visits the training samples: a function of the seed, of the epoch, and of a state."""
 
-from dlopt.data.samplers.classes import ClassBalanced, ClassInterleaved
+from dlopt.data.samplers.classes import ClassBalanced, ClassInterleaved, ClassSorted
 from dlopt.data.samplers.diverse import Diverse
 from dlopt.data.samplers.hard import HardExamples
 from dlopt.data.samplers.protocol import Attentive, Sampler
@@ -10,6 +10,7 @@ __all__ = [
     "Attentive",
     "ClassBalanced",
     "ClassInterleaved",
+    "ClassSorted",
     "Diverse",
     "HardExamples",
     "Random",

@@ -46,6 +46,21 @@ class ClassBalanced:
         return torch.cat(turns)[start - first * size : stop - first * size]
 
 
+class ClassSorted:
+    """Every sample once, class after class, in a random order within each: what the shuffling is there to prevent."""
+
+    def __init__(self, *, targets: Tensor, seed: int) -> None:
+        self._labels = class_labels(targets, "class_sorted")
+        self._seed = seed
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def order(self, epoch: int) -> Tensor:
+        order = torch.randperm(len(self._labels), generator=generator("cpu", self._seed, epoch))
+        return order[self._labels[order].argsort(stable=True)]
+
+
 class ClassInterleaved:
     """Every sample once, in a random order in which successive samples are of different classes.
 

@@ -1,0 +1,43 @@
+"""Figures from checkpoints, against what they are by definition."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from dlopt import train
+from dlopt.analysis.comparison.probes import checkpoints, gradient_variance
+from dlopt.assembly.batches import evaluation_batches, training_batches
+from dlopt.assembly.setup import set_up
+from dlopt.config.compose import resolve_saved
+from dlopt.config.experiment import parse
+
+
+def test_variance_of_gradients_is_that_of_the_batches_by_that_of_all_batches(tmp_path: Path) -> None:
+    train(
+        ["model=mlp", "model.norm=none", "model.widths=[4]", "data.subset=23", "data.val_split=0.0", "epochs=1",
+         "data.batch_size=5", "sampler=class_sorted", "tracking=[]", "threads=1", f"hydra.run.dir={tmp_path}/run"]
+    )  # fmt: skip
+    folder = tmp_path / "run"
+    found = gradient_variance(folder)
+    assert [progress["epoch"] for progress, _ in found] == [0, 1]
+
+    [state] = checkpoints(folder)
+    setup = set_up(parse(resolve_saved(state["config"])), state["normalize"])
+    parts = evaluation_batches(setup, setup.dataset.train).epoch(0)
+    inputs, targets = (torch.cat(each) for each in zip(*parts, strict=True))
+    setup.module.load_state_dict(state["model"])
+
+    def gradient(indices: torch.Tensor) -> torch.Tensor:
+        loss = cross_entropy(setup.module(inputs[indices]), targets[indices])
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(setup.module.parameters()))])
+
+    mean = gradient(torch.arange(23))
+    sampler = training_batches(setup).sampler
+    seen = [batch for epoch in range(1, 11) for batch in sampler.order(epoch)[:20].split(5)]
+    variance = torch.stack([(gradient(batch) - mean).square().sum() for batch in seen]).mean()
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.randperm(23, generator=generator)[:5] for _ in range(2000)]
+    at_random = torch.stack([(gradient(batch) - mean).square().sum() for batch in drawn]).mean()
+    assert found[1][1] == pytest.approx(float(variance / at_random), rel=0.04)
