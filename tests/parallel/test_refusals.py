@@ -1,0 +1,122 @@
+"""Set-ups that cannot work: one line with the numbers, before anything is written."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dlopt.errors import UserError
+from dlopt.parallel.group import join
+from dlopt.parallel.launch import wanted
+from tests.commands.line import SMALL, dlopt, refused
+from tests.parallel.ranks import ROOT
+
+MODES = ("ddp", "fsdp", "filter", "columns", "pipeline", "spatial", "hybrid")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_nccl_without_cuda(tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    message = refused(tmp_path, "train", f"parallel={mode}", "parallel.processes=2", "device=cuda", *SMALL)
+    assert message == "dlopt: device=cuda: there is no CUDA device here; use device=cpu or device=auto\n"
+
+
+def test_more_processes_than_gpus_from_a_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for device in ("auto", "cuda"):
+        with pytest.raises(
+            UserError, match=r"^parallel\.processes=3: this machine has 2 GPUs; start fewer, or set dev"
+        ):
+            wanted({"processes": 3}, device)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_more_processes_than_gpus_from_a_launcher(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": 5, "WORLD_SIZE": 8, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 4}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    told = rf"^parallel={mode}: 4 processes on this machine, which has 2 GPUs; start fewer, or set device=cpu$"
+    with pytest.raises(UserError, match=told):
+        join(mode, torch.device("cuda"), processes=None, timeout_minutes=1.0, master_addr=None, master_port=None)
+
+
+@pytest.mark.parametrize("variable", ["TORCHELASTIC_RUN_ID", "SLURM_STEP_ID"])
+def test_sweeps_inside_a_launcher(tmp_path: Path, variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, "1")
+    message = refused(tmp_path, "train", "-m", *SMALL, "seed=0,1")
+    assert message.startswith("dlopt: -m: not inside torchrun or srun, where every rank would start the sweep; ")
+
+
+def lines(done: subprocess.CompletedProcess[str]) -> list[str]:
+    return [line for line in done.stderr.splitlines() if line.startswith("dlopt: ")]
+
+
+@pytest.mark.slow
+def test_a_sweep_under_torchrun(tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    line = [
+        *launcher,
+        "-m",
+        "dlopt",
+        "train",
+        "-m",
+        *SMALL,
+        "device=cpu",
+        "seed=0,1",
+        f"hydra.sweep.dir={tmp_path}/sweep",
+    ]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and not (tmp_path / "sweep").exists()
+    assert lines(done) and set(lines(done)) == {
+        "dlopt: -m: not inside torchrun or srun, where every rank would start the sweep; start it from a shell"
+    }
+
+
+@pytest.mark.slow
+def test_each_job_of_a_sweep_starts_its_own_processes(tmp_path: Path) -> None:
+    keys = ["parallel=ddp", "parallel.processes=2", "model.norm=none", "tracking=[]", "device=cpu", "seed=0,1"]
+    done = dlopt(tmp_path, "train", "-m", *SMALL, *keys, "hydra.sweep.dir=sweep")
+    assert done.code == 0, done.err
+    for job in ("0", "1"):
+        summary = json.loads((tmp_path / "sweep" / job / "summary.json").read_text())
+        assert (summary["status"], summary["processes"]) == ("finished", 2)
+
+
+@pytest.mark.slow
+def test_degrees_that_do_not_multiply(tmp_path: Path) -> None:
+    keys = ["parallel=hybrid", "parallel.processes=3", "parallel.data_degree=2", "parallel.model_degree=2"]
+    line = [sys.executable, "-m", "dlopt", "train", *SMALL, *keys, "device=cpu", f"hydra.run.dir={tmp_path}/run"]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stderr.splitlines() == lines(done), done.stderr
+    assert re.match(r"dlopt: parallel=hybrid: data_degree x model_degree = 2 x 2 = 4, but there are 3 pro", done.stderr)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["srun", "torchrun"])
+def test_an_unreachable_master(tmp_path: Path, launcher: str) -> None:
+    """At an address where nobody listens; how long to wait is configured."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        port = bound.getsockname()[1]
+        slurm = {"PROCID": 1, "STEP_ID": 0, "NTASKS": 2, "NNODES": 2, "JOB_ID": 1, "NODEID": 1, "LOCALID": 0}
+        torch_run = {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+        torch_run |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        own = {f"SLURM_{name}": value for name, value in slurm.items()} if launcher == "srun" else torch_run
+        keys = ["parallel=ddp", "parallel.timeout_minutes=0.05", "device=cpu", f"hydra.run.dir={tmp_path}/run"]
+        if launcher == "srun":
+            keys += ["parallel.master_addr=127.0.0.1", f"parallel.master_port={port}"]
+        environment = {**os.environ, **{name: str(value) for name, value in own.items()}}
+        line = [sys.executable, "-m", "dlopt", "train", *SMALL, *keys]
+        done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and len(lines(done)) == 1, done.stderr
+    told = lines(done)[0]
+    assert f"rank 1 of 2 could not reach 127.0.0.1:{port} within parallel.timeout_minutes=0.05" in told
+    assert told.endswith("; set parallel.master_addr and parallel.master_port")
+    assert not (tmp_path / "run").exists()
