@@ -1,13 +1,14 @@
 """The net with which Jordan 2024 ("94% on CIFAR-10 in 3.29 seconds on a single GPU", section 3.1) trains in seconds."""
 
 from collections import OrderedDict
+from typing import Unpack
 
 from torch import Tensor, nn
 
 from dlopt.errors import UserError
-from dlopt.models.layers import Activation, Norm, NormKind, check_instance_norm, conv, image_shape
+from dlopt.models.layers import Activation, Norm, NormKeys, check_instance_norm, conv, image_shape
 from dlopt.models.layers import activation as make_activation
-from dlopt.ranges import Count, Positive, PositiveShare
+from dlopt.ranges import Count
 
 
 class Divide(nn.Module):
@@ -43,26 +44,14 @@ class AirBench(nn.Sequential):
         whiten_kernel: Count,
         widths: tuple[Count, Count, Count],
         activation: Activation,
-        norm: NormKind,
-        norm_affine: bool,
-        norm_groups: Count,
-        norm_ghost_batch: Count | None,
-        norm_eps: Positive,
-        norm_momentum: PositiveShare,
+        **norm: Unpack[NormKeys],
     ) -> None:
         channels, height, width = image_shape(input_shape, "airbench94")
         if min(height, width) < whiten_kernel:
             raise UserError(
                 f"model.whiten_kernel={whiten_kernel}: the images have only {height}x{width} pixels; use a smaller one"
             )
-        normalize = Norm(
-            kind=norm,
-            affine=norm_affine,
-            groups=norm_groups,
-            ghost_batch=norm_ghost_batch,
-            eps=norm_eps,
-            momentum=norm_momentum,
-        )
+        normalize = Norm.of(**norm)
         inputs = 2 * channels * whiten_kernel**2
         parts: OrderedDict[str, nn.Module] = OrderedDict()
         parts["whiten"] = nn.Conv2d(channels, inputs, whiten_kernel)
