@@ -1,0 +1,61 @@
+"""The measurements of scripts/bench in small: nothing in them is broken on the day."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BENCH = ROOT / "scripts" / "bench"
+
+
+def run(*command: str, folder: Path, timeout: int = 900) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, timeout=timeout, check=False,
+        env={"PATH": "/usr/bin:/bin", "HOME": str(folder), "PYTHON": sys.executable},
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_everything_that_needs_a_gpu_runs_in_small_without_one(tmp_path: Path) -> None:
+    result = run(str(BENCH / "gpu.sh"), "--rehearse", "--out", "out", folder=tmp_path)
+    assert result.returncode == 0, result.stderr[-2000:]
+    measured = json.loads((tmp_path / "out/gpu.json").read_text())
+    names = " ".join(each["what"] for each in measured["rows"])
+    for part in ("matrix product", "ResNet-20, batch 128: dlopt", "speed recipe, mean accuracy", "data path", "peers:"):
+        assert part in names
+    assert all(each["figure"] is not None and each["figure"] >= 0 for each in measured["rows"])
+    assert (tmp_path / "out/gpu.png").stat().st_size > 1000
+
+
+def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    result = run(str(BENCH / "gpu.sh"), "--data", "nowhere", folder=tmp_path)
+    assert result.returncode == 1 and "there is no CUDA device here" in result.stderr
+
+
+def test_an_unknown_part_is_refused(tmp_path: Path) -> None:
+    result = run(str(BENCH / "gpu.sh"), "--only", "card,moon", folder=tmp_path)
+    assert result.returncode == 2 and "--only moon: the parts are card,step," in result.stderr
+
+
+@pytest.mark.slow
+def test_peers_that_are_there_take_turns_and_others_are_named(tmp_path: Path) -> None:
+    keys = ("--rounds", "1", "--steps", "8", "--batch", "8", "--json", "peers.json", "--picture", "peers.png")
+    only = ("--only", "by hand,dlopt,composer", "--precisions", "fp32")
+    result = run(sys.executable, str(BENCH / "peers.py"), *keys, *only, folder=tmp_path)
+    assert result.returncode == 0, result.stderr[-2000:]
+    found = json.loads((tmp_path / "peers.json").read_text())
+    assert set(found["samples_per_second"]) == {"by hand fp32", "dlopt fp32"}
+    assert "composer" in found["missing"]["composer fp32"]
+    assert (tmp_path / "peers.png").stat().st_size > 1000
+
+
+def test_a_measurement_needs_steps_that_count(tmp_path: Path) -> None:
+    result = run(sys.executable, str(BENCH / "peers.py"), "--steps", "5", folder=tmp_path)
+    assert result.returncode == 2 and "--steps 5: at least 7" in result.stderr
