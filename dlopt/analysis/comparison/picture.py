@@ -44,7 +44,7 @@ def draw(comparison: Comparison, outcomes: Mapping[Cell, Outcome]) -> "Figure":
             _along(axes, comparison, outcomes, name)
         else:
             _curves(axes, comparison, outcomes, name, x)
-        axes.set_ylabel(_NAMES.get(name, name))
+        axes.set_ylabel("\n".join(_evenly(_NAMES.get(name, name), 45)))
         if not name.endswith(("accuracy", "_error")):
             logarithmic(axes)
         axes.grid(color="0.9")
@@ -58,14 +58,23 @@ def draw(comparison: Comparison, outcomes: Mapping[Cell, Outcome]) -> "Figure":
 
 
 def _head(figure: "Figure", comparison: Comparison) -> None:
-    lines = textwrap.wrap(comparison.see, round(figure.get_figwidth() * 13.5))
+    lines = _evenly(comparison.see, round(figure.get_figwidth() * 13.5))
     figure.suptitle("\n".join([rf"$\bf{{{_escaped(comparison.title)}}}$", *lines]), fontsize=10)
+
+
+def _evenly(text: str, width: int) -> list[str]:
+    """As few lines as fit into `width`, as long as each other: no word stands alone on the last one."""
+    count = len(textwrap.wrap(text, width))
+    while width > 20 and len(textwrap.wrap(text, width - 1)) == count:
+        width -= 1
+    return textwrap.wrap(text, width)
 
 
 def _escaped(title: str) -> str:
     """A title as matplotlib's mathematics, the one way to have it bold above lines that are not."""
     hyphens = title.replace("-", "\u2010")  # which would be minus signs there
-    return "".join(f"\\{letter}" if letter in " %#_${}" else letter for letter in hyphens)
+    escaped = "".join(f"\\{letter}" if letter in " %#_${}" else letter for letter in hyphens)
+    return escaped.replace(",", "{,}")  # which would have a space behind it of its own
 
 
 def _style(i: int) -> dict[str, Any]:

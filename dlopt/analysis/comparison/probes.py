@@ -11,6 +11,7 @@ from dlopt.assembly.batches import evaluation_batches, training_batches
 from dlopt.assembly.setup import Setup, set_up
 from dlopt.config.compose import resolve_saved
 from dlopt.config.experiment import parse
+from dlopt.config.older import completed
 from dlopt.data.batches import Batches
 from dlopt.engine.checkpoint import load
 from dlopt.engine.step import frozen_statistics
@@ -62,6 +63,12 @@ def _rates(state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
     return torch.tensor([lr])
 
 
+def _set_up(state: Mapping[str, Any]) -> Setup:
+    """The run's data and its model at the initial weights."""
+    config, _ = completed(state["config"])  # the run may be one of last year's
+    return set_up(parse(resolve_saved(config)), state["normalize"])
+
+
 def input_drift(folder: Path) -> list[tuple[Mapping[str, Any], float]]:
     """How far the distribution of the hidden layers' inputs has moved since the checkpoint before.
 
@@ -74,7 +81,7 @@ def input_drift(folder: Path) -> list[tuple[Mapping[str, Any], float]]:
     before: list[tuple[Tensor, Tensor]] = []
     for state in checkpoints(folder):
         if setup is None:
-            setup = set_up(parse(resolve_saved(state["config"])), state["normalize"])
+            setup = _set_up(state)
             few = setup.dataset.train.select(torch.arange(min(500, len(setup.dataset.train))))
             inputs = torch.cat([batch for batch, _ in evaluation_batches(setup, few).epoch(0)])
         setup.module.load_state_dict(state["model"])
@@ -101,7 +108,7 @@ def gradient_variance(folder: Path) -> list[tuple[Mapping[str, Any], float]]:
     found: list[tuple[Mapping[str, Any], float]] = []
     for state in checkpoints(folder):
         if setup is None:
-            setup = set_up(parse(resolve_saved(state["config"])), state["normalize"])
+            setup = _set_up(state)
             batches = training_batches(setup)
             found.append(({"epoch": 0, "step": 0, "seconds": 0.0}, _variance(setup, batches, 0)))
         setup.module.load_state_dict(state["model"])
