@@ -413,9 +413,7 @@ def peers(bench: Bench) -> list[Row]:
     command += ["--steps", "8", "--batch", "8", "--only", "by hand,dlopt"] if bench.rehearse else ["--steps", "200"]
     subprocess.run(command, check=True)
     found = json.loads(result.read_text())
-    return [
-        row(f"{name}, bf16 where it has it", rate, "samples/s") for name, rate in found["samples_per_second"].items()
-    ]
+    return [row(f"peers: {name}", rate, "samples/s") for name, rate in found["samples_per_second"].items()]
 
 
 PARTS: dict[str, Callable[[Bench], list[Row]]] = {
