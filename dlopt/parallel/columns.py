@@ -4,7 +4,7 @@ The columns exchange features where the net lets them (Krizhevsky, Sutskever & H
 the third convolution and of the fully connected layers. The classifier is the first column's rank's.
 """
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, distributed, nn
@@ -13,14 +13,12 @@ from torch.nn.modules.dropout import _DropoutNd
 from dlopt.errors import UserError
 from dlopt.models.alexnet import TwoColumnAlexNet
 from dlopt.parallel.collectives import Ranks
-from dlopt.parallel.ddp import Port
 from dlopt.parallel.filter import named
-from dlopt.parallel.group import Group, join
+from dlopt.parallel.group import Group, Meeting, join
 from dlopt.parallel.model_parallel import ModelParallel, Plan, check_precision
 from dlopt.parallel.owners import Owned
 from dlopt.parallel.single import Single
 from dlopt.parallel.split_layers import become
-from dlopt.ranges import Count, Positive
 
 
 class ColumnParallel(Owned, ModelParallel):
@@ -149,21 +147,11 @@ def columns(
     device: torch.device,
     accumulate: int,
     precision: str,
-    processes: Count | None,
-    timeout_minutes: Positive,
-    master_addr: str | None,
-    master_port: Port | None,
+    **meeting: Unpack[Meeting],
 ) -> "Single | ColumnParallel":
     """The mode for this process, which joins its group. Raises `UserError` where the set-up cannot work."""
     check_precision("columns", precision)
-    joined = join(
-        "columns",
-        device,
-        processes=processes,
-        timeout_minutes=timeout_minutes,
-        master_addr=master_addr,
-        master_port=master_port,
-    )
+    joined = join("columns", device, **meeting)
     if joined is None:
         return Single(device, "columns")
     return ColumnParallel("columns", *joined, accumulate=accumulate, rows=1, sync=True)

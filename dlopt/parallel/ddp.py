@@ -3,28 +3,26 @@
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Annotated, Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Unpack
 
 import torch
-from annotated_types import Interval
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from dlopt.errors import UserError
 from dlopt.parallel.dropout import Place, make_global
-from dlopt.parallel.group import Group, Member, join
+from dlopt.parallel.group import Group, Meeting, Member, join
 from dlopt.parallel.pace import Waiting
 from dlopt.parallel.shares import PiecewiseAugment, cut, pieces, portions
 from dlopt.parallel.single import Single, Whole
 from dlopt.parallel.statistics import averaging
 from dlopt.parallel.sync_batchnorm import synchronize
 from dlopt.parallel.world import current
-from dlopt.ranges import Count, Positive
+from dlopt.ranges import Positive
 
 _KNOWS_FORWARD_SYNC = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
 
-Port = Annotated[int, Interval(ge=1, le=65535)]
 Compression = Literal["none", "bf16", "fp16", "powersgd"]
 
 
@@ -32,29 +30,19 @@ def data_parallel(
     *,
     device: torch.device,
     accumulate: int,
-    processes: Count | None,
     bucket_cap_mb: Positive,
     static_graph: bool,
     find_unused_parameters: bool,
     compression: Compression,
     sync_batchnorm: bool,
-    timeout_minutes: Positive,
-    master_addr: str | None,
-    master_port: Port | None,
+    **meeting: Unpack[Meeting],
 ) -> "Single | DataParallel":
     """The mode for this process, which joins its group. Raises `UserError` where the set-up cannot work."""
     if static_graph and accumulate > 1 and current() is not None:
         raise UserError(
             f"parallel.static_graph=true: not with accumulate={accumulate}, where not every backward reduces gradients"
         )
-    joined = join(
-        "ddp",
-        device,
-        processes=processes,
-        timeout_minutes=timeout_minutes,
-        master_addr=master_addr,
-        master_port=master_port,
-    )
+    joined = join("ddp", device, **meeting)
     if joined is None:
         return Single(device, "ddp")
     group, device = joined

@@ -7,7 +7,7 @@ networks"; Shoeybi et al. 2019, "Megatron-LM", section 3).
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,10 @@ from dlopt.models.locally_connected import LocallyConnected2d
 from dlopt.models.mlp import ResidualPair
 from dlopt.parallel.collectives import Ranks
 from dlopt.parallel.cuts import Cut
-from dlopt.parallel.ddp import Port
-from dlopt.parallel.group import join
+from dlopt.parallel.group import Meeting, join
 from dlopt.parallel.model_parallel import ModelParallel, Plan, check_precision
 from dlopt.parallel.single import Single
 from dlopt.parallel.split_layers import PROJECTED, InputSplitConv2d, InputSplitLinear, become, before, behind
-from dlopt.ranges import Count, Positive
 
 Layout = Literal["whole", "split"]  # of features, along dimension 1
 
@@ -212,21 +210,11 @@ def filters(
     device: torch.device,
     accumulate: int,
     precision: str,
-    processes: Count | None,
-    timeout_minutes: Positive,
-    master_addr: str | None,
-    master_port: Port | None,
+    **meeting: Unpack[Meeting],
 ) -> "Single | ModelParallel":
     """The mode for this process, which joins its group. Raises `UserError` where the set-up cannot work."""
     check_precision("filter", precision)
-    joined = join(
-        "filter",
-        device,
-        processes=processes,
-        timeout_minutes=timeout_minutes,
-        master_addr=master_addr,
-        master_port=master_port,
-    )
+    joined = join("filter", device, **meeting)
     if joined is None:
         return Single(device, "filter")
     return ModelParallel("filter", *joined, accumulate=accumulate, split=split_filters, rows=1, sync=True)

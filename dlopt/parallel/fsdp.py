@@ -6,22 +6,22 @@ Rajbhandari et al. 2020, "ZeRO" (stage 3); Zhao et al. 2023, "PyTorch FSDP".
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from dlopt.errors import UserError
-from dlopt.parallel.ddp import DataParallel, Port
+from dlopt.parallel.ddp import DataParallel
 from dlopt.parallel.dropout import make_global
-from dlopt.parallel.group import Group, join
+from dlopt.parallel.group import Group, Meeting, join
 from dlopt.parallel.shard_files import ShardWriter
 from dlopt.parallel.shards import Cut
 from dlopt.parallel.single import Single
 from dlopt.parallel.sync_batchnorm import synchronize
 from dlopt.parallel.world import current
-from dlopt.ranges import Count, Natural, Positive
+from dlopt.ranges import Count, Natural
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -32,16 +32,13 @@ def fully_sharded(
     device: torch.device,
     accumulate: int,
     precision: str,
-    processes: Count | None,
     shards: Count | None,
     unit_parameters: Natural,
     reshard_after_forward: bool,
     sync_every_micro_batch: bool,
     cpu_offload: bool,
     sync_batchnorm: bool,
-    timeout_minutes: Positive,
-    master_addr: str | None,
-    master_port: Port | None,
+    **meeting: Unpack[Meeting],
 ) -> "Single | FullySharded":
     """The mode for this process, which joins its group. Raises `UserError` where the set-up cannot work."""
     if precision == "fp16":
@@ -58,14 +55,7 @@ def fully_sharded(
             f"parallel.shards={shards}: {world.size} processes cannot form groups of {shards}; allowed: divisors of "
             f"{world.size}, or null for all"
         )
-    joined = join(
-        "fsdp",
-        device,
-        processes=processes,
-        timeout_minutes=timeout_minutes,
-        master_addr=master_addr,
-        master_port=master_port,
-    )
+    joined = join("fsdp", device, **meeting)
     if joined is None:
         return Single(device, "fsdp")
     group, device = joined

@@ -4,13 +4,15 @@ from collections import deque
 from collections.abc import Sequence
 from datetime import timedelta
 from itertools import count
-from typing import Any, Protocol, TypeVar
+from typing import Annotated, Any, Protocol, TypedDict, TypeVar, Unpack
 
 import torch
+from annotated_types import Interval
 from torch import Tensor, distributed
 
 from dlopt.errors import UserError
 from dlopt.parallel.world import World, current, meet
+from dlopt.ranges import Count, Positive
 
 T = TypeVar("T")
 
@@ -82,20 +84,21 @@ class Group:
         return self  # a model's copy talks to the same processes
 
 
-def join(
-    mode: str,
-    device: torch.device,
-    *,
-    processes: int | None,
-    timeout_minutes: float,
-    master_addr: str | None,
-    master_port: int | None,
-) -> tuple[Group, torch.device] | None:
+class Meeting(TypedDict):
+    """The keys of a mode that say how many processes there are, and where and how long they wait for each other."""
+
+    processes: Count | None
+    timeout_minutes: Positive
+    master_addr: str | None
+    master_port: Annotated[int, Interval(ge=1, le=65535)] | None
+
+
+def join(mode: str, device: torch.device, **meeting: Unpack[Meeting]) -> tuple[Group, torch.device] | None:
     """The group of a mode of several processes, and this one's device; None in a process that stands alone.
 
     Raises `UserError` where the set-up cannot work.
     """
-    world = current()
+    world, processes = current(), meeting["processes"]
     if world is None:
         if processes is not None and processes > 1:
             raise UserError(f"parallel.processes={processes}: these are started by `dlopt train`")
@@ -114,7 +117,8 @@ def join(
         device = torch.device("cuda", world.local_rank)
     elif device.type != "cpu":
         raise UserError(f"parallel={mode}: not on {device.type}; set device=cpu")
-    return Group(world, device, minutes=timeout_minutes, address=master_addr, port=master_port), device
+    address, port = meeting["master_addr"], meeting["master_port"]
+    return Group(world, device, minutes=meeting["timeout_minutes"], address=address, port=port), device
 
 
 class Agreement:

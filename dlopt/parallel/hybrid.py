@@ -4,18 +4,17 @@ The ranks of a row hold one model together, split by filters or by columns; the 
 summed over rows behind each backward. Four GPUs are a mesh of 2 x 2.
 """
 
-from typing import Literal
+from typing import Literal, Unpack
 
 import torch
 
 from dlopt.errors import UserError
 from dlopt.parallel.columns import ColumnParallel
-from dlopt.parallel.ddp import Port
 from dlopt.parallel.filter import split_filters
-from dlopt.parallel.group import join
+from dlopt.parallel.group import Meeting, join
 from dlopt.parallel.model_parallel import ModelParallel, check_precision
 from dlopt.parallel.single import Single
-from dlopt.ranges import Count, Positive
+from dlopt.ranges import Count
 
 
 def hybrid(
@@ -23,25 +22,15 @@ def hybrid(
     device: torch.device,
     accumulate: int,
     precision: str,
-    processes: Count | None,
     data_degree: Count | None,
     model_degree: Count,
     inside: Literal["filter", "columns"],
     sync_batchnorm: bool,
-    timeout_minutes: Positive,
-    master_addr: str | None,
-    master_port: Port | None,
+    **meeting: Unpack[Meeting],
 ) -> Single | ModelParallel:
     """The mode for this process, which joins its group. Raises `UserError` where the set-up cannot work."""
     check_precision("hybrid", precision)
-    joined = join(
-        "hybrid",
-        device,
-        processes=processes,
-        timeout_minutes=timeout_minutes,
-        master_addr=master_addr,
-        master_port=master_port,
-    )
+    joined = join("hybrid", device, **meeting)
     size = 1 if joined is None else joined[0].size
     rows = max(size // model_degree, 1) if data_degree is None else data_degree
     if rows * model_degree != size:

@@ -7,7 +7,7 @@ which holds no more activations than there are stages. Both are torch.distribute
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor, distributed, nn
@@ -16,12 +16,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dlopt.errors import UserError
 from dlopt.parallel import chain as chains
 from dlopt.parallel.chain import Form, Link
-from dlopt.parallel.ddp import Batches, Port
-from dlopt.parallel.group import Group, Member, join
+from dlopt.parallel.ddp import Batches
+from dlopt.parallel.group import Group, Meeting, Member, join
 from dlopt.parallel.owners import Owned
 from dlopt.parallel.shares import PiecewiseAugment, micro_batches
 from dlopt.parallel.single import Single
-from dlopt.ranges import Count, Positive
+from dlopt.ranges import Count
 
 Schedule = Literal["1f1b", "gpipe"]
 MicroLoss = Callable[[Tensor, Tensor], Tensor]
@@ -37,13 +37,10 @@ def pipeline(
     batch_size: int | str,
     precision: str,
     threads: int | str,
-    processes: Count | None,
     micro_batches: Count | None,
     schedule: Schedule,
     split: list[str] | None,
-    timeout_minutes: Positive,
-    master_addr: str | None,
-    master_port: Port | None,
+    **meeting: Unpack[Meeting],
 ) -> "Single | Pipeline":
     """The mode for this process, which joins its group. Raises `UserError` where the set-up cannot work."""
     if precision == "fp16":
@@ -57,14 +54,7 @@ def pipeline(
         raise UserError(
             f"parallel.micro_batches={in_flight}: a batch of data.batch_size={batch_size} has fewer samples to cut"
         )
-    joined = join(
-        "pipeline",
-        device,
-        processes=processes,
-        timeout_minutes=timeout_minutes,
-        master_addr=master_addr,
-        master_port=master_port,
-    )
+    joined = join("pipeline", device, **meeting)
     if joined is None:
         return Single(device, "pipeline")
     group, device = joined

@@ -6,7 +6,7 @@ connected layer belong to one position, and to one rank. What comes behind the m
 `dlopt.parallel.filter`.
 """
 
-from typing import Literal
+from typing import Literal, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,8 @@ from dlopt.models.locally_connected import LocallyConnected2d
 from dlopt.models.resnet import ZeroPadShortcut
 from dlopt.parallel.collectives import Ranks
 from dlopt.parallel.cuts import Cut
-from dlopt.parallel.ddp import Port
 from dlopt.parallel.filter import Splitter, is_chain, named, take
-from dlopt.parallel.group import join
+from dlopt.parallel.group import Meeting, join
 from dlopt.parallel.model_parallel import ModelParallel, Plan, check_precision
 from dlopt.parallel.rows import (
     RowAveragePool,
@@ -37,7 +36,6 @@ from dlopt.parallel.rows import (
 )
 from dlopt.parallel.single import Single
 from dlopt.parallel.split_layers import PROJECTED, InputSplitLinear, become, before
-from dlopt.ranges import Count, Positive
 
 Layout = Literal["images", "rows", "strips", "whole", "split"]
 """Maps that all ranks have, maps in strips, flattened strips; then features as in `dlopt.parallel.filter`."""
@@ -227,21 +225,11 @@ def spatial(
     device: torch.device,
     accumulate: int,
     precision: str,
-    processes: Count | None,
-    timeout_minutes: Positive,
-    master_addr: str | None,
-    master_port: Port | None,
+    **meeting: Unpack[Meeting],
 ) -> "Single | ModelParallel":
     """The mode for this process, which joins its group. Raises `UserError` where the set-up cannot work."""
     check_precision("spatial", precision)
-    joined = join(
-        "spatial",
-        device,
-        processes=processes,
-        timeout_minutes=timeout_minutes,
-        master_addr=master_addr,
-        master_port=master_port,
-    )
+    joined = join("spatial", device, **meeting)
     if joined is None:
         return Single(device, "spatial")
     return ModelParallel("spatial", *joined, accumulate=accumulate, split=split_rows, rows=1, sync=True)

@@ -35,9 +35,10 @@ def passed_on(folder: str) -> None:
     """In each rank: a run that one process has left goes through the modes, and is left by the last of them."""
     rank = int(os.environ["DLOPT_RANK"])
     for number, own in enumerate(MODES.values()):
-        with at_update(5 + 2 * number, terminate if rank == 1 else lambda: None):  # only one of them is asked
+        # Only one of them is asked, and not at the end of an epoch, whose evaluation may be stopped, too.
+        with at_update(4 + 3 * number, terminate if rank == 1 else lambda: None):
             summary = go_on(Path(folder), *CASE, *own)
-        assert (summary["status"], summary["steps"]) == ("interrupted", 6 + 2 * number)  # told with the next loss
+        assert (summary["status"], summary["steps"]) == ("interrupted", 5 + 3 * number)  # told with the next loss
         world.leave()
 
 
