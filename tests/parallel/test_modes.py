@@ -19,8 +19,14 @@ from tests.parallel.ranks import run_ranks
 
 FSDP = ["parallel=fsdp", "parallel.unit_parameters=100", "parallel.sync_batchnorm=true"]
 PIPELINE = ["parallel=pipeline"]
-MODES = {"fsdp": FSDP, "pipeline": PIPELINE}
-CASE = [*MLP, "augmentation=crop_flip", "data.batch_size=35", "epochs=4", "ema=0.9", "decay_norm_and_bias=false"]
+MODES = {
+    "fsdp": FSDP,
+    "pipeline": PIPELINE,
+    "filter": ["parallel=filter"],
+    "ddp": ["parallel=ddp", "parallel.sync_batchnorm=true"],
+    "spatial": ["parallel=spatial"],
+}
+CASE = [*MLP, "augmentation=crop_flip", "data.batch_size=35", "epochs=6", "ema=0.9", "decay_norm_and_bias=false"]
 FREEZE = 'optimizer.groups=[{match: "layer1.*", freeze: true}]'
 
 
@@ -64,7 +70,7 @@ def test_a_run_passes_from_mode_to_mode(tmp_path: Path) -> None:
     resume(run, *CASE)
     for a, b in zip(metrics(whole), metrics(run), strict=True):
         assert figures(b) == pytest.approx(figures(a), rel=1e-9)
-    assert json.loads((run / "summary.json").read_text())["resumed_from"] == [3, 6, 8]
+    assert json.loads((run / "summary.json").read_text())["resumed_from"] == [3, *range(5, 5 + 3 * len(MODES), 3)]
     one, other = (load(folder / "checkpoints/last.pt") for folder in (whole, run))
     for name, value in one["ema"].items():
         torch.testing.assert_close(other["ema"][name], value, rtol=1e-9, atol=1e-12)
