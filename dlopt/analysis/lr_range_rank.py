@@ -4,21 +4,17 @@ It does what FOLDER/config.yaml and FOLDER/sweep.json say and writes FOLDER/rank
 """
 
 import json
-import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dlopt.analysis.lr_range import LearningRates, Sweep, find, load_first_weights
+from dlopt.analysis.ranks import Told, run_rank
 from dlopt.assembly.setup import parallel_of, set_up
 from dlopt.assembly.training import unseen
-from dlopt.config.compose import resolve_saved
-from dlopt.config.experiment import Experiment, parse
+from dlopt.config.experiment import Experiment
 from dlopt.errors import RunError, UserError
-from dlopt.parallel import launch
 from dlopt.parallel import world as worlds
 
 
@@ -29,24 +25,15 @@ def test_range(experiment: Experiment, keys: Sweep, folder: Path) -> LearningRat
     return find(setup, keys, lambda setup: unseen(setup, folder))
 
 
-def main() -> int:
-    if worlds.RANK in os.environ:
-        launch.end_with_parent()
-    folder = Path(sys.argv[1])
-    world = worlds.current()
-    rank = 0 if world is None else world.rank
-    config = yaml.safe_load((folder / "config.yaml").read_text())
+def _measure(experiment: Experiment, folder: Path, _: int) -> dict[str, Any]:
     keys = Sweep(**json.loads((folder / "sweep.json").read_text()))
-    outcome: dict[str, Any]
-    try:
-        outcome = asdict(test_range(parse(resolve_saved(config), config), keys, folder))
-        worlds.leave()
-        code = 0
-    except (UserError, RunError) as error:
-        code = 2 if isinstance(error, UserError) else 1
-        outcome = {"error": str(error)}
-    (folder / f"rank-{rank}.json").write_text(json.dumps(outcome))
-    return code
+    return asdict(test_range(experiment, keys, folder))
+
+
+def _explain(error: Exception) -> Told | None:
+    if not isinstance(error, UserError | RunError):
+        return None
+    return {"error": str(error)}, 2 if isinstance(error, UserError) else 1
 
 
 def _end(code: int) -> None:
@@ -56,4 +43,4 @@ def _end(code: int) -> None:
 
 
 if __name__ == "__main__":
-    _end(main())
+    _end(run_rank(_measure, _explain))

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
-from dlopt.commands.bench_output import output_folder, own_keys, save
+from dlopt.commands.bench_output import save
+from dlopt.commands.line import output_folder, own_keys
 from dlopt.config.compose import Composer
 from dlopt.errors import UserError
 from dlopt.ranges import Count, Positive
@@ -32,11 +33,10 @@ class _Own:
 
 
 def bench_device(composer: Composer, overrides: Sequence[str]) -> int:
-    values, rest = own_keys(composer, overrides, _Own)
+    own, rest = own_keys(composer, overrides, _Own)
     if rest:
         names = ", ".join(_Own.__annotations__)
         raise UserError(f"{rest[0]}: dlopt bench device=[...] has no such key; allowed: {names}")
-    own = _Own(**values)
     for name in ("device", "precision", "sizes", "channels"):
         if not getattr(own, name):
             raise UserError(f"{name}=[]: at least one value is needed")
@@ -62,5 +62,5 @@ def bench_device(composer: Composer, overrides: Sequence[str]) -> int:
     about = [f"cpu: {torch.get_num_threads()} threads"] if "cpu" in own.device else []
     about += [torch.cuda.get_device_name(0)] if any(p.device == "cuda" for p in points) else []
     figure = measuring.draw(points, "Throughput against size (" + ", ".join(about) + ")")
-    save(figure, output_folder(own.output), "throughput", [asdict(p) for p in points])
+    save(figure, output_folder(own.output, "bench"), "throughput", [asdict(p) for p in points])
     return 0

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.errors import HydraException
 
-from dlopt.commands.bench_output import output_folder, own_keys, save
+from dlopt.commands.bench_output import save
+from dlopt.commands.line import output_folder, own_keys
 from dlopt.config.compose import Composer, choices_of, to_plain
 from dlopt.errors import UserError
 from dlopt.ranges import Count, Natural, Positive
@@ -68,15 +69,14 @@ def bench_modes(composer: Composer, overrides: Sequence[str]) -> int:
     from dlopt.analysis.bench import modes
     from dlopt.config.experiment import parse
 
-    values, rest = own_keys(composer, overrides, _Own)
-    own = _Own(**values)
+    own, rest = own_keys(composer, overrides, _Own)
     jobs = _jobs(composer, rest)
     configs = []
     for job in jobs:
         plain, saved = to_plain(composer.compose(job.overrides), job.overrides)
         parse(plain, saved)
         configs.append((saved, choices_of(composer.compose(job.overrides))["parallel"]))
-    folder = output_folder(own.output)
+    folder = output_folder(own.output, "bench")
     plan = {name: value for name, value in asdict(own).items() if name != "output"}
     rows: list[Row] = []
     scratch = Path(tempfile.mkdtemp(prefix="dlopt-bench-"))

@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from dlopt.analysis.bench.simulation import Cluster, Estimate, estimates, size
-from dlopt.commands.bench_output import output_folder, own_keys, save
+from dlopt.commands.bench_output import save
+from dlopt.commands.line import output_folder, own_keys
 from dlopt.config.compose import Composer, to_plain
 from dlopt.errors import UserError
 from dlopt.ranges import Count
@@ -54,13 +55,11 @@ class _Own:
 
 def bench_simulate(composer: Composer, overrides: Sequence[str]) -> int:
     """Prints and draws. Raises `UserError`."""
-    values, rest = own_keys(composer, overrides, _Own)
-    own = _Own(**values)
-    typed, rest = own_keys(composer, [*(f"{k}={v}" for k, v in _CLUSTER.items()), *rest], Cluster)
+    own, rest = own_keys(composer, overrides, _Own)
+    cluster, rest = own_keys(composer, [*(f"{k}={v}" for k, v in _CLUSTER.items()), *rest], Cluster)
     if rest:
         names = ", ".join((*_Own.__annotations__, *Cluster.__annotations__))
         raise UserError(f"{rest[0]}: dlopt bench simulate=true has no such key; allowed: {names}")
-    cluster = Cluster(**typed)
     for name in ("devices", "models"):
         if not getattr(own, name):
             raise UserError(f"{name}=[]: at least one value is needed")
@@ -79,7 +78,7 @@ def bench_simulate(composer: Composer, overrides: Sequence[str]) -> int:
                 f"{each.memory / 1e9:9.1f}{'' if each.fits else '  too large'}"
             )
     points = _validate(own) if own.validate else []
-    folder = output_folder(own.output)
+    folder = output_folder(own.output, "bench")
     title = f"Expected efficiency against one device, {own.batch} samples per device, layer times {own.layers}"
     figure = simulation_picture.draw(found, cluster, title=title, subtitle=_described(cluster))
     figures = {

@@ -5,14 +5,13 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dlopt.commands.series import Job, fixed, jobs, own_keys, tell_skipped
-from dlopt.config.compose import Composer, choices_of, parse_arguments, resolve_saved, to_plain
+from dlopt.commands.line import not_written, output_folder, own_keys, read_line
+from dlopt.commands.series import Job, fixed, jobs, tell_skipped
+from dlopt.config.compose import Composer, choices_of, resolve_saved, to_plain
 from dlopt.errors import UserError
-from dlopt.folders import make_new
 from dlopt.ranges import Count, Natural
 from dlopt.tracking.layout import short_path
 
@@ -71,14 +70,11 @@ class _Subject:
 
 def diagnose(arguments: list[str]) -> int:
     """Measures, prints the table and the verdicts, and draws. Raises `UserError`."""
-    parsed = parse_arguments(arguments)
-    if parsed.help:
-        print(USAGE, end="")
+    line = read_line(arguments, USAGE, several="several values need no flag here: init=normal,xavier_normal")
+    if line is None:
         return 0
-    if parsed.multirun:
-        raise UserError("-m: several values need no flag here: init=normal,xavier_normal")
-    composer = Composer(parsed.config_name, parsed.config_dir)
-    own, overrides = own_keys(composer, parsed.overrides, _Own)
+    composer = line.composer()
+    own, overrides = own_keys(composer, line.overrides, _Own)
     skipped: list[tuple[str, Job]] = []
     if own.checkpoint is None:
         subjects = _subjects(composer, overrides, skipped)
@@ -88,16 +84,15 @@ def diagnose(arguments: list[str]) -> int:
         title = " ".join([short_path(Path(own.checkpoint)), *overrides])
     for subject in subjects:
         _check(subject.experiment)
-    if own.output is not None and Path(own.output).exists() and not Path(own.output).is_dir():
-        raise UserError(f"output={own.output}: this is a file; name a folder")
+    folder = None if own.output is None else output_folder(own.output, "diagnose")  # before the work begins
     found = [_measure(subject, own) for subject in subjects]
-    folder = _folder(own.output)
+    folder = folder or output_folder(None, "diagnose")
     for (diagnosis, facts), subject in zip(found, subjects, strict=True):
         _tell(diagnosis, facts, subject.label if len(subjects) > 1 else "")
     for path in _write(folder, found, title):
         print(short_path(path))
-    for line in tell_skipped(skipped):
-        print(line)
+    for told in tell_skipped(skipped):
+        print(told)
     return 0
 
 
@@ -136,16 +131,6 @@ def _check(experiment: "Experiment") -> None:
         raise UserError("parallel: one process looks at a model; type parallel=single, without a launcher")
     if settings.resume is not None:
         raise UserError(f"resume={settings.resume}: to look at a trained model, type checkpoint=PATH")
-
-
-def _folder(output: str | None) -> Path:
-    if output is None:
-        return make_new(Path("outputs/diagnose") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S"), "output")
-    try:
-        Path(output).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output={output}: the folder cannot be made: {error.strerror}") from None
-    return Path(output)
 
 
 def _measure(subject: _Subject, own: _Own) -> tuple["Diagnosis", "Facts"]:
@@ -277,7 +262,7 @@ def _write(folder: Path, found: Sequence[tuple["Diagnosis", "Facts"]], title: st
         write_atomically(folder / "diagnosis.json", (records + "\n").encode())
         _histograms(folder, diagnoses)
     except OSError as error:
-        raise UserError(f"output={folder}: nothing can be written there: {error.strerror}") from None
+        raise not_written(folder, error) from None
     return [*paths, folder / "diagnosis.json", folder / "tensorboard"]
 
 

@@ -7,14 +7,13 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dlopt.commands.series import fixed, own_keys
-from dlopt.config.compose import Composer, parse_arguments, to_plain
+from dlopt.commands.line import not_written, output_folder, own_keys, read_line
+from dlopt.commands.series import fixed
+from dlopt.config.compose import to_plain
 from dlopt.errors import RunError, UserError
-from dlopt.folders import make_new
 from dlopt.tracking.layout import short_path
 
 if TYPE_CHECKING:
@@ -46,17 +45,14 @@ class _Place:
 
 def find_lr(arguments: list[str]) -> int:
     """Finds, prints and draws. Raises `UserError`."""
-    parsed = parse_arguments(arguments)
-    if parsed.help:
-        print(USAGE, end="")
+    line = read_line(arguments, USAGE, several="one learning rate is looked for at a time")
+    if line is None:
         return 0
-    if parsed.multirun:
-        raise UserError("-m: one learning rate is looked for at a time")
     from dlopt.analysis.lr_range import Sweep, check, trial, write
     from dlopt.config.experiment import parse
 
-    composer = Composer(parsed.config_name, parsed.config_dir)
-    place, rest = own_keys(composer, parsed.overrides, _Place)
+    composer = line.composer()
+    place, rest = own_keys(composer, line.overrides, _Place)
     keys, overrides = own_keys(composer, rest, Sweep)
     check(keys)
     plain, saved = to_plain(composer.compose(overrides), overrides)
@@ -67,12 +63,12 @@ def find_lr(arguments: list[str]) -> int:
     found = _found(experiment, saved, keys)
     if found is None:
         return 0  # another rank tells
-    folder = _folder(place.output)
+    folder = output_folder(place.output, "find-lr")
     typed = " ".join(fixed(composer, overrides)) or "the default experiment"
     try:
         paths = write(found, folder, f"Learning-rate range test: {typed}")
     except OSError as error:
-        raise UserError(f"output={folder}: nothing can be written there: {error.strerror}") from None
+        raise not_written(folder, error) from None
     _tell(found)
     for path in paths:
         print(short_path(path))
@@ -119,16 +115,6 @@ def _by_ranks(experiment: "Experiment", config: Mapping[str, Any], keys: "Sweep"
     if any(codes) or not told:
         raise RunError(f"the processes of the test ended with {', '.join(map(str, codes))}")
     return LearningRates(**told[0])
-
-
-def _folder(output: str | None) -> Path:
-    if output is None:
-        return make_new(Path("outputs/find-lr") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S"), "output")
-    try:
-        Path(output).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output={output}: the folder cannot be made: {error.strerror}") from None
-    return Path(output)
 
 
 def _tell(found: "LearningRates") -> None:

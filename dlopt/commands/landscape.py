@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Interval
 
-from dlopt.commands.series import no_folder, picture_folder
+from dlopt.commands.line import not_written, output_folder
 from dlopt.config.schema import check_arguments
 from dlopt.errors import UserError
 from dlopt.ranges import Count, Positive, Seed
@@ -52,10 +52,7 @@ def draw_landscape(arguments: list[str]) -> int:
     setup = set_up(parse(resolve_saved(with_changes(state["config"], values, path))), state["normalize"])
     setup.module.load_state_dict(state["ema"] or state["model"])
     plane = _plane(setup, path, own)
-    try:
-        folder = picture_folder(own.output)
-    except OSError as error:
-        raise no_folder(own.output, error) from None
+    folder = output_folder(own.output, "trajectory")
     loss, count = _loss(setup, own.samples)
     heights = surface(setup.module, loss, plane, own.points, _progress(own.points**2))
     title = f"Loss around {path}, epoch {state['progress']['epoch']}"
@@ -64,7 +61,7 @@ def draw_landscape(arguments: list[str]) -> int:
         for written in save(draw(plane, heights, title=title, subtitle=subtitle), folder, "landscape"):
             print(written)
     except OSError as error:
-        raise no_folder(own.output, error) from None
+        raise not_written(folder, error) from None
     return 0
 
 

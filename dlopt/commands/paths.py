@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from omegaconf import DictConfig
 
-from dlopt.commands.series import Job, fixed, jobs, no_folder, picture_folder, tell_skipped
+from dlopt.commands.line import not_written, output_folder
+from dlopt.commands.series import Job, fixed, jobs, tell_skipped
 from dlopt.config.compose import Composer, choices_of, to_plain
 from dlopt.config.experiment import GROUPS
 from dlopt.config.schema import Component, check_arguments, component, trusted_packages
@@ -75,15 +76,15 @@ def draw_paths(composer: Composer, overrides: list[str]) -> int:
     name = plans[0].name.replace("_", " ")
     title = f"{'Path' if len(paths) == 1 else 'Paths'} on {name}"
     typed = [line for line in fixed(composer, overrides) if not line.startswith(("function=", "output=", "animation="))]
+    folder = output_folder(settings.output, "trajectory")
     try:
-        folder = picture_folder(settings.output)
         written = save(draw(function, paths, title=title, subtitle=" ".join(typed)), folder, "paths")
         if settings.animation is not None:
             film = folder / f"paths.{settings.animation}"
             animate(function, paths, film, title=name)
             written.append(film)
     except OSError as error:
-        raise no_folder(settings.output, error) from None
+        raise not_written(folder, error) from None
     skipped = tell_skipped([(plan.label, job) for plan, job in zip(plans, found, strict=True)])
     for line in (*table(paths, rates), *written, *skipped):
         print(line)

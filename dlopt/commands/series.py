@@ -2,19 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from pathlib import Path
-from typing import Any, TypeVar
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.errors import HydraException
 
 from dlopt.config.compose import Composer
-from dlopt.config.schema import check_arguments
 from dlopt.errors import UserError
-from dlopt.folders import make_new
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -32,18 +25,6 @@ class Job:
         for group in choices:
             keys = [line.removeprefix(f"{group}.") for line in keys]
         return ", ".join([*words, *keys]) or choices[subject]
-
-
-def own_keys(composer: Composer, overrides: Sequence[str], kind: type[T]) -> tuple[T, list[str]]:
-    """The keys of a command alone, as its dataclass `kind`, and the overrides that are left. Raises `UserError`."""
-    names: Sequence[str] = [*kind.__dataclass_fields__]  # type: ignore[attr-defined]
-    mine = [line for line in overrides if line.partition("=")[0] in names]
-    parsed = composer.parse(mine)
-    for override in parsed:
-        if override.is_sweep_override():
-            raise UserError(f"{override.input_line}: one value is needed, for all curves stand in one picture")
-    values: dict[str, Any] = {override.get_key_element(): override.value() for override in parsed}
-    return kind(**check_arguments("", kind, values)), [line for line in overrides if line not in mine]
 
 
 def jobs(composer: Composer, overrides: list[str], groups: Sequence[str], most: int) -> list[Job]:
@@ -99,16 +80,3 @@ def tell_skipped(skipped: Sequence[tuple[str, Job]]) -> list[str]:
         f"{key}: there is no such key in {', '.join(dict.fromkeys(those))}, drawn without it"
         for key, those in names.items()
     ]
-
-
-def picture_folder(output: str | None) -> Path:
-    """The folder `output`, made if need be, or a new one. Raises OSError where it cannot be made."""
-    if output is None:
-        return make_new(Path("outputs/trajectory") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S"), "output")
-    folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def no_folder(output: str | None, error: OSError) -> UserError:
-    return UserError(f"output={output}: the picture cannot be written there: {error.strerror}")

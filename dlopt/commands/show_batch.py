@@ -1,16 +1,14 @@
 """`dlopt show-batch`: pictures of what an augmentation does to images of the chosen data."""
 
 from dataclasses import dataclass, replace
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from dlopt.config.compose import Composer, parse_arguments, to_plain
-from dlopt.config.schema import check_arguments
+from dlopt.commands.line import output_folder, own_keys, read_line
+from dlopt.config.compose import to_plain
 from dlopt.errors import UserError
-from dlopt.folders import make_new
 from dlopt.tracking.layout import short_path
 
 if TYPE_CHECKING:
@@ -41,28 +39,18 @@ class _Own:
 
 def show_batch(arguments: list[str]) -> int:
     """Draws both pictures and prints where they are. Raises `UserError`."""
-    parsed = parse_arguments(arguments)
-    if parsed.help:
-        print(USAGE, end="")
+    line = read_line(arguments, USAGE, several="one batch is shown at a time")
+    if line is None:
         return 0
-    if parsed.multirun:
-        raise UserError("-m: one batch is shown at a time")
     from dlopt.config.experiment import parse
 
-    composer = Composer(parsed.config_name, parsed.config_dir)
-    mine = [line for line in parsed.overrides if line.partition("=")[0] == "output"]
-    for override in composer.parse(mine):
-        if override.is_sweep_override():
-            raise UserError(f"{override.input_line}: one value is needed")
-    values = {override.get_key_element(): override.value() for override in composer.parse(mine)}
-    own = _Own(**check_arguments("", _Own, values))
-    overrides = [line for line in parsed.overrides if line not in mine]
+    composer = line.composer()
+    own, overrides = own_keys(composer, line.overrides, _Own)
     target = None if own.output is None else _target(own.output)
     experiment = parse(*to_plain(composer.compose(overrides), overrides))
     batch, operations = _draw(experiment)
     if target is None:
-        folder = make_new(Path("outputs/show-batch") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S"), "output")
-        target = folder / "batch.png"
+        target = output_folder(None, "show-batch") / "batch.png"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         batch.save(target)

@@ -5,8 +5,8 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dlopt.commands.series import own_keys
-from dlopt.config.compose import Composer, choices_of, parse_arguments, to_plain
+from dlopt.commands.line import own_keys, read_line
+from dlopt.config.compose import choices_of, to_plain
 from dlopt.errors import UserError
 from dlopt.ranges import Count
 from dlopt.tracking.layout import size
@@ -37,16 +37,13 @@ class _Own:
 
 def summary(arguments: list[str]) -> int:
     """Prints the table. Raises `UserError`."""
-    parsed = parse_arguments(arguments)
-    if parsed.help:
-        print(USAGE, end="")
+    line = read_line(arguments, USAGE, several="one model is shown at a time")
+    if line is None:
         return 0
-    if parsed.multirun:
-        raise UserError("-m: one model is shown at a time")
     from dlopt.config.experiment import parse
 
-    composer = Composer(parsed.config_name, parsed.config_dir)
-    own, overrides = own_keys(composer, parsed.overrides, _Own)
+    composer = line.composer()
+    own, overrides = own_keys(composer, line.overrides, _Own)
     config = composer.compose(overrides)
     experiment = parse(*to_plain(config, overrides))
     shape, classes = _sizes(experiment, own)

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from dlopt.commands.series import Job, fixed, jobs, no_folder, own_keys, picture_folder, tell_skipped
-from dlopt.config.compose import Composer, parse_arguments, to_plain
+from dlopt.commands.line import not_written, output_folder, own_keys, read_line
+from dlopt.commands.series import Job, fixed, jobs, tell_skipped
+from dlopt.config.compose import Composer, to_plain
 from dlopt.errors import UserError
 from dlopt.ranges import Count
 
@@ -64,20 +65,19 @@ class _Own:
 
 def trajectory(arguments: list[str]) -> int:
     """Draws, and prints where the picture is. Raises `UserError`."""
-    parsed = parse_arguments(arguments)
-    if parsed.help:
-        print(USAGE, end="")
+    line = read_line(arguments, USAGE, several="several values need no flag here: optimizer=momentum,adam")
+    if line is None:
         return 0
-    typed = [line.partition("=")[0].split(".")[0] for line in parsed.overrides]
-    if "checkpoint" in typed and not any(line.startswith("checkpoint.") for line in parsed.overrides):
+    keys = {each.partition("=")[0] for each in line.overrides}
+    if "checkpoint" in keys:
         from dlopt.commands.landscape import draw_landscape
 
-        return draw_landscape(parsed.overrides)
-    if "function" in typed:
+        return draw_landscape(line.overrides)
+    if "function" in {key.partition(".")[0] for key in keys}:
         from dlopt.commands.paths import draw_paths
 
-        return draw_paths(Composer(parsed.config_name or "trajectory", parsed.config_dir), parsed.overrides)
-    return _learning_rates(Composer(parsed.config_name, parsed.config_dir), parsed.overrides)
+        return draw_paths(line.composer("trajectory"), line.overrides)
+    return _learning_rates(line.composer(), line.overrides)
 
 
 def _learning_rates(composer: Composer, typed: Sequence[str]) -> int:
@@ -134,7 +134,8 @@ def _picture(curves: list["Curve"], composer: Composer, own: _Own, overrides: li
     title += f" over {' '.join(lengths)} epoch{'' if lengths == {'1'} else 's'}" if len(lengths) == 1 else ""
     typed = " ".join(line for line in fixed(composer, overrides) if not line.startswith(("schedule=", "epochs=")))
     figure = draw(curves, title=title, subtitle=typed, steps_per_epoch=own.steps_per_epoch, log_y=own.log_y)
+    folder = output_folder(own.output, "trajectory")
     try:
-        return save(figure, picture_folder(own.output), "learning_rates")
+        return save(figure, folder, "learning_rates")
     except OSError as error:
-        raise no_folder(own.output, error) from None
+        raise not_written(folder, error) from None

@@ -90,7 +90,7 @@ def test_mistakes_are_named_and_leave_nothing_behind(drawn: dict[str, Any], type
 
 def test_a_folder_that_cannot_be_made(drawn: dict[str, Any]) -> None:
     Path("file").touch()
-    with pytest.raises(UserError, match="output=file/x: the picture cannot be written there: Not a directory"):
+    with pytest.raises(UserError, match="output=file/x: the folder cannot be made: Not a directory"):
         trajectory(["output=file/x"])
 
 

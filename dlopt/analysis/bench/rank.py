@@ -5,7 +5,6 @@ It takes the updates of a run, with the run's own objects, and writes FOLDER/ran
 
 import gc
 import json
-import os
 import resource
 import statistics
 import sys
@@ -16,17 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, distributed
 
 from dlopt.analysis.bench import communication
+from dlopt.analysis.ranks import Told, run_rank
 from dlopt.assembly.setup import parallel_of, set_up
 from dlopt.assembly.training import unseen
-from dlopt.config.compose import resolve_saved
-from dlopt.config.experiment import Experiment, parse
+from dlopt.config.experiment import Experiment
 from dlopt.engine.loop import Training
 from dlopt.errors import UserError
-from dlopt.parallel import launch
 from dlopt.parallel import world as worlds
 from dlopt.processor import keep_freed_memory, set_threads
 
@@ -69,23 +66,14 @@ class Measured:
 
 
 def main() -> int:
-    if worlds.RANK in os.environ:
-        launch.end_with_parent()
-    folder = Path(sys.argv[1])
-    world = worlds.current()
-    rank = 0 if world is None else world.rank
-    plan = Plan(**json.loads((folder / "plan.json").read_text()))
-    config = yaml.safe_load((folder / "config.yaml").read_text())
-    code = 0
-    try:
-        outcome: dict[str, Any] = asdict(measure(parse(resolve_saved(config), config), folder, plan, rank))
-        worlds.leave()
-    except UserError as error:
-        outcome, code = {"refused": str(error)}, 2
-    except (RuntimeError, MemoryError) as error:
-        outcome, code = {"failed": _reason(error, plan)}, 1
-    (folder / f"rank-{rank}.json").write_text(json.dumps(outcome))
-    return code
+    plan = Plan(**json.loads((Path(sys.argv[1]) / "plan.json").read_text()))
+
+    def explain(error: Exception) -> Told | None:
+        if isinstance(error, UserError):
+            return {"refused": str(error)}, 2
+        return ({"failed": _reason(error, plan)}, 1) if isinstance(error, RuntimeError | MemoryError) else None
+
+    return run_rank(lambda experiment, folder, rank: asdict(measure(experiment, folder, plan, rank)), explain)
 
 
 def _reason(error: RuntimeError | MemoryError, plan: Plan) -> str:

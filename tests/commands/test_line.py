@@ -1,0 +1,41 @@
+"""What commands share: flags that mean nothing to them are refused, and folders are made where they were asked for."""
+
+from pathlib import Path
+
+import pytest
+
+from dlopt.commands.line import not_written, output_folder, read_line
+from dlopt.errors import UserError
+from tests.commands.line import refused
+
+
+def test_a_line_has_overrides_and_help_has_none(capsys: pytest.CaptureFixture[str]) -> None:
+    line = read_line(["a=1", "--config-name", "trajectory", "b=2"], "usage\n", several="no")
+    assert line is not None and line.overrides == ["a=1", "b=2"]
+    assert line.composer("train").compose(["function=beale"]).steps == 50  # what was typed goes before the default
+    assert read_line(["a=1", "--help"], "usage\n", several="no") is None
+    assert capsys.readouterr().out == "usage\n"
+
+
+@pytest.mark.parametrize("command", ["summary", "diagnose", "find-lr", "show-batch", "trajectory", "bench"])
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [("-m", "-m: "), ("--cfg=job", "--cfg: this is for `dlopt train` alone"), ("--info", "--info: ")],
+)
+def test_flags_of_a_training_are_refused(tmp_path: Path, command: str, flag: str, message: str) -> None:
+    assert message in refused(tmp_path, command, flag)
+
+
+def test_a_folder_is_made_or_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert output_folder("a/b", "x").is_dir() and output_folder("a/b", "x") == Path("a/b")
+    first, second = output_folder(None, "x"), output_folder(None, "x")
+    assert first.parent == second.parent == Path("outputs/x") and first != second
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="output=file: this is a file; name a folder"):
+        output_folder("file", "x")
+    with pytest.raises(UserError, match="output=file/b: the folder cannot be made: Not a directory"):
+        output_folder("file/b", "x")
+    assert str(not_written(Path("a"), OSError(28, "No space left on device"))).endswith(
+        "there: No space left on device"
+    )
