@@ -41,6 +41,15 @@ class Grouping:
     layer_decay: PositiveShare | None
 
 
+def freeze(model: nn.Module, grouping: Grouping) -> None:
+    """Parameters that are not to be trained ask for no gradients. Before a model is spread over processes: some modes
+    wait for the gradients of all parameters that ask for them."""
+    for name, parameter in model.named_parameters():
+        said = [rule.freeze for rule in grouping.groups if rule.freeze is not None and fnmatchcase(name, rule.match)]
+        if said:
+            parameter.requires_grad_(not said[-1])
+
+
 def parameter_groups(
     model: nn.Module, grouping: Grouping, arguments: Mapping[str, Any], *, decay_norm_and_bias: bool
 ) -> list[dict[str, Any]]:
@@ -61,8 +70,6 @@ def parameter_groups(
             some = ", ".join(list(names)[:3])
             raise UserError(f"{key}.match={rule.match}: no parameter has such a name; the model has {some}, ...")
         for name in matched:
-            if rule.freeze is not None:
-                names[name].requires_grad_(not rule.freeze)
             rate[name] *= 1.0 if rule.lr is None else rule.lr
             decay[name] *= 1.0 if rule.weight_decay is None else rule.weight_decay
             if rule.horizon is not None:
@@ -71,6 +78,7 @@ def parameter_groups(
                 further[name]["use_muon"] = not rule.rest
         if rule.rest is not None and "rest" not in arguments:
             raise UserError(f"{key}.rest={str(rule.rest).lower()}: this optimizer has one method for all; use muon")
+    freeze(model, grouping)
     trainable = {name: p for name, p in names.items() if p.requires_grad}
     if not trainable:
         raise UserError("optimizer.groups: every parameter is frozen; leave some to train")

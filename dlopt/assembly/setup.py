@@ -22,6 +22,7 @@ from dlopt.engine.precision import Precision, choose_precision
 from dlopt.errors import UserError
 from dlopt.parallel.single import Single
 from dlopt.parallel.world import current
+from dlopt.parameters import freeze
 from dlopt.processor import keep_freed_memory, set_threads
 from dlopt.random import generator, stream
 
@@ -118,6 +119,7 @@ def set_up(experiment: Experiment, normalization: Mapping[str, Any] | None = Non
         module = module.to(memory_format=memory_format)
     loss: nn.Module = experiment.loss.build(classes=None if dataset.classes is None else len(dataset.classes))
     uncompiled = speed.compiles(experiment, parallel, module, shape, len(dataset.train))
+    freeze(module, experiment.grouping)
     model = parallel.place(module, shape)
     return Setup(
         experiment=experiment,

@@ -49,11 +49,11 @@ def passed_on(folder: str) -> None:
 
 
 def structure(state: Any) -> Any:
-    """Names, shapes and types, in their order."""
+    """Names, shapes and types, in their order; not which kernels do the update, which each mode chooses for itself."""
     if isinstance(state, torch.Tensor):
         return tuple(state.shape), state.dtype
     if isinstance(state, dict):
-        return [(key, structure(value)) for key, value in state.items()]
+        return [(key, structure(value)) for key, value in state.items() if key not in ("fused", "foreach")]
     return [structure(each) for each in state] if isinstance(state, list) else type(state)
 
 
