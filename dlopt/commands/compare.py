@@ -46,6 +46,8 @@ def compare(composer: Composer, parsed: Namespace, config: DictConfig) -> int:
         raise UserError("a comparison starts its runs itself: not inside torchrun or srun; start it from a shell")
     comparison = comparison_of(composer, config, parsed.overrides)
     runs = _runs(composer, comparison, parsed.overrides)
+    if config.dry_run is True:
+        return _list(runs)
     folder = _folder(config, parsed.overrides, runs)
     print(f"{comparison.title}: {len(runs)} runs in {folder}", flush=True)
     gc.freeze()  # every run ends with a full collection, which need not look at the libraries' objects again
@@ -61,6 +63,16 @@ def compare(composer: Composer, parsed: Namespace, config: DictConfig) -> int:
         *map(str, save(draw(comparison, outcomes), folder, PICTURE)),
     ):
         print(line)
+    return 0
+
+
+def _list(runs: list[_Run]) -> int:
+    """What would run, and an estimate of the time."""
+    from dlopt.sweeps.estimate import seconds_of, told
+
+    for number, run in enumerate(runs):
+        print(f"run {number}: {' '.join(run.overrides)}")
+    print(told(seconds_of([run.saved for run in runs], runs[0].choices), len(runs), 1))
     return 0
 
 

@@ -212,6 +212,8 @@ class Composer:
                     return f"{line}: a folder is not a choice; for its images: data=image_folder data.root={value}"
                 return f"{line}: there is no such choice; {self._choose(key, value)}"
             return f"{line}: {_first_lines(fault)}"
+        if key.startswith("hydra/sweeper/"):
+            return f"{line}: only a search has this; add hydra/sweeper=dlopt_optuna"
         if "/" in key or "@" in key:
             return f"{line}: {_first_lines(fault)}"
         parent, _, name = key.rpartition(".")

@@ -149,3 +149,11 @@ def test_a_file_grants_itself_no_powers(folder: Path, line: str) -> None:
     change(folder, '["model.widths=[2]"]', f'["{line}"]')
     message = refused(folder, "train", "--config-dir", "../myconf", "experiment=small")
     assert f"comparison: {line}: a comparison may not set this" in message
+
+
+def test_a_dry_run_lists_the_runs_and_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dlopt.sweeps.estimate.seconds_of", lambda *_: 30.0)
+    result = compare(folder, "dry_run=true")
+    assert result.code == 0, result.err
+    assert [line for line in result.out.splitlines() if "run 3: " in line and "model.widths=[8]" in line]
+    assert "4 jobs of about 0:30 each" in result.out and list(folder.iterdir()) == []

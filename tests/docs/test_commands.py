@@ -1,0 +1,193 @@
+"""Every command line of the pages is valid; what answers in a moment is run.
+
+Lines of `dlopt train` are composed and checked (`dry_run=true`), with every job of a sweep and of a Slurm array, in a
+folder where the pages' placeholders (DATE, FOLDER, ...) are real. Lines of other commands run, on little.
+"""
+
+import re
+import shlex
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from dlopt.cli import commands
+from dlopt.commands.grid import overrides_of
+from tests.commands.line import SMALL, dlopt
+from tests.docs.pages import ROOT, blocks
+
+DATE = "outputs/train/DATE"
+LITTLE = {  # what makes a line of that command one of a moment; what is typed later wins
+    "find-lr": (*SMALL, "updates=10"),
+    "diagnose": ("updates=1", "eigenvalues=0", "batches=1", "data.subset=40", "threads=1"),
+    "trajectory": ("steps=3",),
+    "show-batch": ("threads=1",),
+}
+LONG = {"bench"}  # it starts processes and measures
+WATCHING = {"--watch", "--open"}
+_HEADS = {"pip", "tensorboard", "git", "cd", "eval", "squeue", "export", "until", "sinfo"}
+
+
+@dataclass(frozen=True)
+class Line:
+    page: str
+    text: str
+
+    @property
+    def words(self) -> list[str]:
+        return shlex.split(self.text, comments=True)
+
+    @property
+    def arguments(self) -> list[str] | None:
+        """Of dlopt, whoever starts it; None for a line of something else."""
+        words = self.words
+        for i, word in enumerate(words):
+            if word in ("dlopt", "scripts/dlopt"):
+                rest = words[i + 1 :]
+            elif word == "scripts/slurm/train.sbatch":
+                rest = ["train", *words[i + 1 :]]
+            else:
+                continue
+            end = next((j for j, each in enumerate(rest) if each in _ENDS), None)
+            return [each.removesuffix(";") for each in rest[:end]]
+        return None
+
+
+DATA_SET = """
+from torch.utils.data import Dataset
+class MyDataset(Dataset):
+    def __init__(self, *, root: str = "", argument: int = 0) -> None: ...
+"""
+_ENDS = {"&", "|", "||", "&&", ";", "do"}
+
+
+def lines() -> list[Line]:
+    found = []
+    for block in blocks("bash"):
+        for text in block.text.replace("\\\n", " ").splitlines():
+            for part in text.split("; dlopt"):  # two commands in a line
+                text = part if part == text.split("; dlopt")[0] else f"dlopt{part}"
+                if shlex.split(text, comments=True):
+                    found.append(Line(block.page, text))
+    return found
+
+
+LINES = lines()
+OURS = [line for line in LINES if line.arguments]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the placeholders of the pages are real."""
+    folder = tmp_path_factory.mktemp("pages")
+    colours = {"cats": (200, 90, 40), "dogs": (30, 90, 200)}
+    for part in ("FOLDER", "FOLDER/train", "images"):
+        for name, colour in colours.items():
+            (folder / part / name).mkdir(parents=True, exist_ok=True)
+            for i in range(4):
+                shade = tuple(min(255, value + 9 * i) for value in colour)
+                Image.new("RGB", (40, 36), shade).save(folder / part / name / f"{i}.jpg")
+    table = "".join(f"images/{name}/{i}.jpg,{name}\n" for name in colours for i in range(4))
+    (folder / "labels.csv").write_text(f"path,label\n{table}")
+    for name, run in (("train", DATE), ("night", "outputs/night"), ("base", "outputs/base")):
+        done = dlopt(folder, "train", *SMALL, f"name={name}", "checkpoint.keep=4", "epochs=4", f"hydra.run.dir={run}")
+        assert done.code == 0, done.err
+    for name in ("search", "schedules", "slurm"):
+        shutil.copytree(folder / "outputs/night", folder / "outputs" / name)
+    shutil.copy(folder / DATE / "checkpoints/best.pt", folder / "weights.pt")
+    page = (ROOT / "docs/extending.md").read_text()
+    for path, start in (("mine/optim.py", "`mine/optim.py`"), ("myconf/optimizer/signum.yaml", "`myconf/optimizer")):
+        block = re.search(r"```\w+\n(.*?)```", page[page.index(start) :], re.DOTALL)
+        assert block is not None
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(block[1])
+    (folder / "mine/__init__.py").write_text(DATA_SET)
+    (folder / "myconf/optimizer/mine.yaml").write_text((folder / "myconf/optimizer/signum.yaml").read_text())
+    (folder / "bin").mkdir()
+    (folder / "bin/sbatch").write_text("#!/bin/sh\n")
+    (folder / "bin/sbatch").chmod(0o755)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def equipped(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every optional package counts as installed, and Slurm; nothing is run for an estimate of its time."""
+    monkeypatch.setattr("dlopt.sweeps.estimate.seconds_of", lambda *_: None)
+    monkeypatch.syspath_prepend(place)
+    monkeypatch.setenv("PATH", str(place / "bin"), prepend=":")
+    monkeypatch.setattr("dlopt.config.rules.find_spec", lambda name: type("Found", (), {"origin": name}))
+
+
+def ids(line: Line) -> str:
+    return f"{line.page}: {line.text.strip()}"[:110]
+
+
+@pytest.mark.parametrize("line", [each for each in OURS if (each.arguments or [""])[0] == "train"], ids=ids)
+def test_lines_of_train_compose_and_validate(line: Line, place: Path) -> None:
+    words = [word for word in line.arguments or [] if word != "..."]
+    if "..." in (line.arguments or []):  # a sweep, or a search
+        words += ["hydra/sweeper=dlopt_optuna", "optimizer=sgd,adamw"] if "sweeper" in line.text else ["seed=0,1"]
+    if array := re.search(r"--array=0-(\d+)", line.text):
+        jobs = [overrides_of(number, words[1:]) for number in range(int(array[1]) + 1)]
+        with pytest.raises(Exception, match=f"make {len(jobs)} jobs"):
+            overrides_of(len(jobs), words[1:])
+    else:
+        jobs = [words[1:]]
+    for job in jobs:
+        if "--help" in job or "--cfg" in job:
+            assert dlopt(place, "train", *job).code == 0
+            return
+        result = dlopt(place, "train", *job, "dry_run=true")
+        assert result.code == 0, f"{line.text}\n{result.err}"
+        assert "jobs" in result.out, result.out
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        pytest.param(each, marks=pytest.mark.slow if each.arguments and each.arguments[0] in LONG else ())
+        for each in OURS
+        if (each.arguments or ["train"])[0] != "train"
+    ],
+    ids=ids,
+)
+def test_lines_of_other_commands_run(line: Line, place: Path, tmp_path: Path) -> None:
+    words = [word for word in line.arguments or [] if word not in WATCHING]
+    command = words[0]
+    if command in ("-h", "--help", "--version"):
+        return
+    assert command in commands(), line.text
+    more = LITTLE.get(command, ())
+    if command == "trajectory" and "function=" not in line.text:
+        more = ("points=3", "samples=20") if "checkpoint=" in line.text else ()
+    if command == "runs" and "clean" in words:
+        more = ("--yes",)
+        shutil.copytree(place / "outputs/night", tmp_path / "outputs/night")
+        place = tmp_path
+    result = dlopt(place, *words, *more)
+    assert result.code == 0, f"{line.text}\n{result.err}"
+
+
+@pytest.mark.parametrize("line", [each for each in LINES if each not in OURS], ids=ids)
+def test_other_lines_name_what_there_is(line: Line) -> None:
+    words = [word for word in line.words if "=" not in word] or ["export"]
+    named = [word for word in words if word.startswith(("scripts/", ".ci/"))]
+    assert named or words[0] in {*_HEADS, "python", "python3"} or words[0] == "sbatch", line.text
+    for word in named:
+        assert (ROOT / word).exists(), word
+
+
+@pytest.mark.parametrize("block", blocks("console"), ids=lambda block: block.page)
+def test_what_is_shown_is_what_is_answered(block: object, place: Path) -> None:
+    text = block.text  # type: ignore[attr-defined]
+    for typed, told in re.findall(r"^\$ dlopt (.*)\n((?:[^$].*\n)*)", text, re.MULTILINE):
+        result = dlopt(place, *shlex.split(typed))
+        pattern = ".*".join(re.escape(part) for part in told.strip().split("..."))
+        assert re.fullmatch(pattern, (result.out + result.err).strip(), re.DOTALL), result
+
+
+@pytest.mark.parametrize("block", blocks("python"), ids=lambda block: block.page)
+def test_python_is_python(block: object) -> None:
+    compile(block.text, "page", "exec")  # type: ignore[attr-defined]

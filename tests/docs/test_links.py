@@ -1,0 +1,40 @@
+"""Every link within the project leads somewhere, and every guide is linked."""
+
+import re
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+
+from tests.docs.pages import PAGES, ROOT, anchors, prose
+
+
+def links(page: Path) -> list[str]:
+    return [unquote(target) for target in re.findall(r"\]\(([^)\s]+)(?: \"[^\"]*\")?\)", prose(page))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    for link in links(page):
+        if link.startswith(("https://", "mailto:")):
+            continue
+        assert not re.match(r"\w+:", link), link
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.is_relative_to(ROOT) and target.exists(), link
+        if anchor:
+            assert anchor in anchors(target), f"{link}: {sorted(anchors(target))}"
+
+
+def test_every_guide_is_linked_from_the_readme() -> None:
+    linked = {(ROOT / link.partition("#")[0]).resolve() for link in links(ROOT / "README.md")}
+    assert {page for page in PAGES if page.parent.name == "docs"} <= linked
+
+
+def test_pictures_are_shown_somewhere() -> None:
+    shown = {(page.parent / link).resolve() for page in PAGES for link in links(page)}
+    assert {path for path in (ROOT / "docs").rglob("*.png")} <= shown
+
+
+def test_the_readme_is_no_longer_than_a_reader_wants() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) < 250
