@@ -1,8 +1,10 @@
 """The wheel holds the package and its configuration, and works outside the checkout."""
 
 import email
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -45,16 +47,37 @@ def test_wheel_holds_the_package_and_conf_and_nothing_else(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     contents = {name for name in names if ".dist-info/" not in name}
     assert contents == files("dlopt") | files("conf", "dlopt/")
-    assert "dlopt/conf/train.yaml" in contents
+    assert "dlopt/conf/train.yaml" in contents and "dlopt/py.typed" in contents
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 
-def test_source_archive_holds_no_outputs(dist: Path) -> None:
+def test_source_archive_holds_what_is_tracked_and_no_more(dist: Path) -> None:
+    """So that its tests, which read pages, pictures and scripts, find all that they need."""
     (path,) = dist.glob("*.tar.gz")
     with tarfile.open(path) as archive:
-        top = {name.split("/")[1] for name in archive.getnames()}
-    assert {"dlopt", "conf", "tests", "pyproject.toml", "LICENSE"} <= top
-    assert not top & {"outputs", "data", ".venv", "dist", "build"}
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert names - {"PKG-INFO"} == files(".")
+    assert not {name.split("/")[0] for name in names} & {"data", ".venv", "dist", "build"}
+
+
+@pytest.mark.slow
+def test_two_builds_are_equal_byte_for_byte(tmp_path: Path) -> None:
+    """From copies made at different times, under other masks and another clock."""
+    found = []
+    for name, mask in (("one", "022"), ("two", "077")):
+        copy = tmp_path / name / "dlopt"
+        for file in sorted(files(".")):
+            (copy / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / file, copy / file)
+            if name == "two":
+                os.utime(copy / file, (10**9, 10**9))
+        command = f"umask {mask}; exec {sys.executable} -m build --no-isolation --outdir {tmp_path / name} ."
+        environment = {**os.environ, "SOURCE_DATE_EPOCH": "1700000000", "TZ": "UTC-5" if name == "two" else "UTC"}
+        done = subprocess.run(["sh", "-c", command], cwd=copy, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        built = [path for path in (tmp_path / name).iterdir() if path.is_file()]
+        found.append({path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in built})
+    assert len(found[0]) == 2 and found[0] == found[1]
 
 
 def test_metadata(wheel: Path) -> None:
