@@ -16,7 +16,7 @@ _ENDED = ("finished", "stopped_early")
 # Keys in which runs of one configuration may differ: where they run and what they write.
 _HOUSEKEEPING = (
     "name", "resume", "allow_packages", "dry_run", "device", "threads", "checkpoint", "tracking", "log_every_steps",
-    "data.workers", "data.memory", "data.root",
+    "data.workers", "data.memory", "data.root", "published",
 )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from rich.text import Text
 from dlopt.analysis.report.data import columns, page_data, summary_csv, test_columns
 from dlopt.analysis.report.keys import brief, printable
 from dlopt.analysis.report.page import page
+from dlopt.analysis.report.published import Beside, beside_published, name_of
 from dlopt.analysis.report.reading import Damaged, Reader, Record
 from dlopt.analysis.report.statistics import default_target
 from dlopt.analysis.report.table import Configuration, Table, gather, short_key
@@ -180,9 +181,13 @@ def _show(table: Table, own: _Own, console: Console) -> None:
             break
     else:
         grid = _grid(table, own, ())  # as a record for each row, which has room for all
+    grids = [grid]
+    if found := beside_published(table):
+        grids.append(_published_grid(found[: own.top], table))
     if not console.is_terminal:
-        console.width = width
-    console.print(Fitted(grid))
+        console.width = max(console.measure(each, options=unlimited).maximum for each in grids)
+    for each in grids:
+        console.print(Fitted(each))
     for line in _notes(table, own):
         console.print(Text(printable(line)), soft_wrap=True)
 
@@ -209,6 +214,21 @@ def _grid(table: Table, own: _Own, dropped: Collection[str]) -> Grid:
         gap = [_difference(table.by, row)] if compared else []
         style = "bold" if rank == 1 and row.value is not None else ""
         grid.add_row(str(rank), *map(Text, cells), _runs(row), *shown, *map(Text, gap), style=style)
+    return grid
+
+
+def _published_grid(found: Sequence[Beside], table: Table) -> Grid:
+    """Errors, as papers give them."""
+    grid = plain_table()
+    grid.add_column("recipe", overflow="fold")
+    for name in ("runs", "test error %", "published", "difference"):
+        grid.add_column(name, justify="right")
+    for each in found:
+        error, gap = "-", ""
+        if each.measured is not None:
+            deviation = "" if each.measured.std is None else f" ± {each.measured.std:.2f}"
+            error, gap = f"{each.measured.mean:.2f}{deviation}", f"{each.measured.mean - each.published:+.2f}"
+        grid.add_row(Text(printable(name_of(each, table))), _runs(each.row), error, f"{each.published:.2f}", gap)
     return grid
 
 

@@ -39,6 +39,14 @@ class Recovery:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Published:
+    """A figure of a paper: the test error in %, for runs whose config has the values of `when` (dotted keys)."""
+
+    error: Positive
+    when: dict[str, bool | int | float | str | list[int] | None]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     name: str
     seed: Seed
@@ -79,3 +87,4 @@ class Settings:
     profile: bool
     profile_steps: tuple[Natural, Count]
     log_every_steps: Count | None
+    published: list[Published]

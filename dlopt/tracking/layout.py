@@ -78,6 +78,9 @@ def _choice(name: str, group: Mapping[str, Any], choices: Mapping[str, str]) -> 
     return str(target).rpartition(".")[2] if target else None
 
 
+_FOR_THE_REPORT = "published"  # a key that sets nothing
+
+
 def hparams(config: Mapping[str, Any], choices: Mapping[str, str]) -> dict[str, str | bool | float]:
     """The config as flat hyperparameters; a group's own name holds its choice; nulls are left out.
 
@@ -92,7 +95,7 @@ def hparams(config: Mapping[str, Any], choices: Mapping[str, str]) -> dict[str, 
         elif value is None and choices.get(key) is not None:
             flat[key] = choices[key]
     for key, value in flatten(config):
-        if value is not None and not (key.endswith("_seed") and value == config.get("seed")):
+        if value is not None and key != _FOR_THE_REPORT and not (key.endswith("_seed") and value == config.get("seed")):
             flat[key] = value if isinstance(value, str | bool | int | float) else _value(value)
     return flat
 
@@ -125,7 +128,7 @@ def config_tree(config: Mapping[str, Any], choices: Mapping[str, str]) -> Tree:
             rows.append((key, _pairs(value, Text(_choice(key, value, choices) or "", "cyan"))))
         elif key in choices:  # a choice that has nothing to set, such as clip=none
             rows.append((key, Text(str(choices[key]), "cyan")))
-        elif value is not None:
+        elif value is not None and key != _FOR_THE_REPORT:
             top[key] = value
     title = Text(str(top.pop("name", "config")), "bold")
     rows.append(("run", _pairs(top, Text())))

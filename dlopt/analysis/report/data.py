@@ -11,6 +11,7 @@ from typing import Any
 import dlopt
 from dlopt.analysis.leaderboard import Statistic, direction_of, student_t
 from dlopt.analysis.report.keys import brief, printable, text
+from dlopt.analysis.report.published import beside_published, name_of
 from dlopt.analysis.report.reading import ENDED, Record, is_number
 from dlopt.analysis.report.statistics import Reached, importance, sensitivities, time_to_target
 from dlopt.analysis.report.table import Configuration, Table, command, command_from, short_key
@@ -47,6 +48,8 @@ def summary_csv(table: Table, target: float | None, *, test: bool) -> str:
     head = ["rank", *table.keys, "runs", "ended", "failed"]
     head += [f"{name}{end}" for name in (*figures, *tests) for end in ("", "_std")]
     head += ["difference", "difference_low", "difference_high", "pairs"]
+    known = {id(each.row): each for each in beside_published(table)}
+    head += ["test_error_percent", "published_error_percent"] if known else []
     head += [] if target is None else ["target", "reached", "steps_to_target", "seconds_to_target"]
     output = io.StringIO()
     writer = csv.writer(output, lineterminator="\n")
@@ -59,6 +62,9 @@ def summary_csv(table: Table, target: float | None, *, test: bool) -> str:
             cells += _pair(row.statistic(name) if name in shown else None)
         gap = row.difference
         cells += ["", "", "", ""] if gap is None else [gap.mean, gap.low, gap.high, gap.count]
+        if known:
+            beside = known.get(id(row))
+            cells += [beside and beside.measured and beside.measured.mean, beside and beside.published]
         if target is not None:
             reached = time_to_target(row, table.by, target)
             cells += [target, reached.count, _pair(reached.steps)[0], _pair(reached.seconds)[0]]
@@ -111,6 +117,10 @@ def page_data(
         "counts": table.counts(),
         "target": target,
         "allTests": test,
+        "published": [
+            [printable(name_of(each, table)), _triple(each.measured), each.published]
+            for each in beside_published(table)
+        ],
         "t": [student_t(0.95, n) for n in range(1, 31)],
         "rows": [
             _row(row, table, figures, tests if test or i == 0 else (), target) for i, row in enumerate(table.rows)

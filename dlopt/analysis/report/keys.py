@@ -8,7 +8,7 @@ from dlopt.analysis.leaderboard import is_seed
 # Beside the seeds, keys of where a run stands and what it writes.
 _ASIDE = (
     "name", "resume", "allow_packages", "tracking", "log_every_steps", "checkpoint", "max_time", "threads", "dry_run",
-    "data.root", "data.workers", "data.memory",
+    "data.root", "data.workers", "data.memory", "published",
 )  # fmt: skip
 
 

@@ -170,6 +170,21 @@ function line(row, list, lines, update) {
     make("td", {}, make("span", { class: "swatch" }, box, place >= 0 ? swatch(styleOf(place)) : null)), ...cells);
 }
 
+// -- recipes of papers
+
+function published() {
+  if (!show("published", data.published.length > 0)) return;
+  const number = (text) => make("td", { class: "number" }, text);
+  const rows = data.published.map(([name, measured, error]) => {
+    const deviation = measured && measured[1] !== null ? ` ± ${measured[1].toFixed(2)}` : "";
+    return make("tr", {}, make("td", {}, name), number(measured ? measured[0].toFixed(2) + deviation : "–"), number(error.toFixed(2)),
+      number(measured ? (measured[0] - error).toFixed(2) : ""), number(measured ? String(measured[2]) : "0"));
+  });
+  const head = ["recipe", "test error %", "published", "difference", "runs"];
+  body("published").replaceChildren(make("div", { class: "scroll" }, make("table", {},
+    make("thead", {}, make("tr", {}, ...head.map((name) => make("th", { scope: "col" }, name)))), make("tbody", {}, ...rows))));
+}
+
 // -- the chosen configuration
 
 function chosenRow() {

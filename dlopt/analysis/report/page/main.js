@@ -21,6 +21,7 @@ function render() {
   refilter();
   leaderboard(render);
   chosen();
+  published();
   curves(render);
   rates(render);
   sensitivity();

@@ -1,0 +1,107 @@
+"""Runs of recipes beside published figures: what counts for which run, in the table, the file and the page."""
+
+import csv
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dlopt.analysis.report.data import page_data, summary_csv
+from dlopt.analysis.report.published import beside_published, name_of, published_error
+from dlopt.analysis.report.reading import Reader
+from dlopt.analysis.report.table import Table, gather
+from dlopt.config.compose import Composer, to_plain
+from dlopt.config.experiment import parse
+from dlopt.tracking.layout import flatten
+from tests.analysis.report.folders import make_run
+from tests.commands.line import dlopt
+
+RECIPE: dict[str, Any] = {"published": [{"error": 24.0, "when": {"epochs": 3}}], "name": "recipe"}
+
+
+def table(folder: Path) -> Table:
+    return gather(*Reader().read([folder]), None)
+
+
+def config(*typed: str) -> dict[str, Any]:
+    plain, saved = to_plain(Composer().compose(list(typed)), [])
+    parse(plain)
+    return dict(flatten(saved))
+
+
+@pytest.mark.parametrize(
+    ("typed", "error"),
+    [
+        ("experiment=resnet20_cifar10", 8.75),
+        ("experiment=resnet110_cifar10", 6.43),
+        ("experiment=resnet20_cifar10 epochs=100", None),
+        ("experiment=resnet20_cifar10 model=resnet32", None),
+        ("experiment=resnet20_cifar10_short", None),
+        ("experiment=wrn_28_10_cifar100", 19.25),
+        ("experiment=resnet20_fashion_mnist", 4.82),
+        ("experiment=resnet20_fashion_mnist_erasing", 4.45),
+        ("experiment=cifar10_speed", 5.99),
+        ("experiment=sgdr_cifar10 schedule.T_0_epochs=10 schedule.T_mult=2 epochs=150", 4.03),
+        ("experiment=sgdr_cifar10 schedule.T_0_epochs=200 schedule.T_mult=1", 3.86),
+        ("experiment=sgdr_cifar10 schedule.T_0_epochs=7", None),
+        ("experiment=sgdr_cifar100 model=wrn_28_20 schedule.T_0_epochs=1 schedule.T_mult=2 epochs=127", 18.9),
+        (
+            "experiment=sgdr_cifar10 schedule=multistep schedule.gamma=0.2 schedule.milestones_epochs=[60,120,160] "
+            "optimizer.lr=0.05",
+            4.13,
+        ),
+        ("experiment=sgdr_code_cifar10 schedule.T_0_steps=7810 schedule.T_mult=2 steps=117150", 4.03),
+        ("optimizer=sgd", None),
+    ],
+)
+def test_the_recipes_know_their_figures(typed: str, error: float | None) -> None:
+    assert published_error(config(*typed.split())) == error
+
+
+@pytest.mark.parametrize(
+    "damaged", [None, "8.75", [8.75], [{"error": "x", "when": {}}], [{"error": 1.0}], [{"when": {}}]]
+)
+def test_whatever_stands_in_a_config_is_no_reason_to_fail(damaged: Any) -> None:
+    assert published_error({"published": damaged}) is None
+
+
+def test_seeds_are_one_row_and_other_runs_are_left_out(tmp_path: Path) -> None:
+    for seed, test in enumerate((0.75, 0.77)):
+        make_run(tmp_path / str(seed), seed=seed, test=test, config=RECIPE)
+    make_run(tmp_path / "2", lr=0.5, test=0.7, config=RECIPE | {"published": []})
+    found = table(tmp_path)
+    assert found.keys == ["optimizer.lr"]  # a published figure is nothing in which runs differ
+    [beside] = beside_published(found)
+    assert beside.published == 24.0 and beside.measured is not None and beside.measured.count == 2
+    assert beside.measured.mean == pytest.approx(24.0) and beside.measured.std == pytest.approx(100 * 0.02 / 2**0.5)
+    assert name_of(beside, found) == "recipe lr=0.1"
+    rows = list(csv.DictReader(io.StringIO(summary_csv(found, None, test=False))))
+    assert {row["published_error_percent"] for row in rows} == {"24.0", ""}
+    data = page_data(found, title="t", made="m", target=None, test=False, refresh=None)
+    assert data["published"] == [["recipe lr=0.1", [pytest.approx(24.0), pytest.approx(1.414, rel=1e-3), 2], 24.0]]
+
+
+def test_without_published_figures_the_file_is_as_ever(tmp_path: Path) -> None:
+    make_run(tmp_path / "0")
+    assert "published" not in summary_csv(table(tmp_path), None, test=False).splitlines()[0]
+
+
+def test_the_command_shows_them(tmp_path: Path) -> None:
+    make_run(tmp_path / "runs/0", test=0.77, config=RECIPE)
+    make_run(tmp_path / "runs/1", lr=0.5, status=None, config=RECIPE)
+    result = dlopt(tmp_path, "report", "runs")
+    assert result.code == 0, result.err
+    lines = [re.split(r"\s{2,}", line.strip()) for line in result.out.splitlines()]
+    assert ["recipe", "runs", "test error %", "published", "difference"] in lines
+    assert ["recipe lr=0.1", "1", "23.00", "24.00", "-1.00"] in lines
+    assert ["recipe lr=0.5", "0/1", "-", "24.00"] in lines
+
+
+def test_a_run_takes_its_recipes_figures_along(tmp_path: Path) -> None:
+    typed = ("experiment=cifar10_speed", "data=digits", "model.widths=[4,4,8]", "data.batch_size=200", "steps=2")
+    result = dlopt(tmp_path, "train", *typed, "threads=1", "tracking=[]", "device=cpu", "hydra.run.dir=run")
+    assert result.code == 0, result.err
+    result = dlopt(tmp_path, "report", "run")
+    assert result.code == 0 and "published" not in result.out  # batches of 200 are not the recipe
