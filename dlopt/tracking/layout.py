@@ -95,7 +95,8 @@ def hparams(config: Mapping[str, Any], choices: Mapping[str, str]) -> dict[str, 
         elif value is None and choices.get(key) is not None:
             flat[key] = choices[key]
     for key, value in flatten(config):
-        if value is not None and key != _FOR_THE_REPORT and not (key.endswith("_seed") and value == config.get("seed")):
+        follows = key.endswith("_seed") and value == config.get("seed")
+        if value is not None and key != _FOR_THE_REPORT and not follows:
             flat[key] = value if isinstance(value, str | bool | int | float) else _value(value)
     return flat
 
