@@ -21,6 +21,9 @@ from dlopt.evaluation.restore import Trained, restore
 from dlopt.job import DONE, INTERRUPTED, claim, start
 from dlopt.parallel.world import current
 from dlopt.tracking import read_metrics, read_summary
+from dlopt.tracking.layout import short_path
+
+_SHOWN = ("epochs", "best_val_loss", "best_val_accuracy", "test_loss", "test_accuracy")
 
 
 class Model(nn.Module):
@@ -44,7 +47,7 @@ class Model(nn.Module):
         return outputs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
     """What a run left in `folder`: its `summary` (summary.json), and its `history`, a dict per evaluated epoch
     (metrics.jsonl)."""
@@ -52,6 +55,12 @@ class Result:
     folder: Path
     summary: dict[str, Any]
     history: list[dict[str, Any]]
+
+    def __repr__(self) -> str:
+        """One line, as the last line of a notebook's cell shows it."""
+        shown = {key: self.summary[key] for key in _SHOWN if self.summary.get(key) is not None}
+        figures = ", ".join(f"{key} {value:.4g}" for key, value in shown.items())
+        return f"<{self.summary.get('status')}: {figures}; {short_path(self.folder)}>"
 
     @functools.cached_property
     def model(self) -> Model:

@@ -7,6 +7,10 @@ class UserError(Exception):
     The message names the key, its value, what is wrong and what is allowed.
     """
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython and notebooks show in place of the frames, which are not what the user got wrong."""
+        return [f"dlopt: {self}"]
+
 
 class NewerError(UserError):
     """The input was written by a newer dlopt, in a format that this one does not know: whole, but not readable here."""

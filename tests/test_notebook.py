@@ -1,0 +1,42 @@
+"""A cell of a notebook, in a real kernel: plain text, and little of it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+nbformat = pytest.importorskip("nbformat")
+nbclient = pytest.importorskip("nbclient")
+pytest.importorskip("ipykernel")
+
+LINE = '"model=mlp", "model.widths=[4]", "data.subset=40", "epochs=2", "threads=1"'
+CELLS = [
+    f"from dlopt import train\nresult = train([{LINE}])\nresult",
+    f'train([{LINE}], console=True).summary["status"]',
+    'train(["optimzer=adamw"])',
+]
+
+
+@pytest.mark.slow
+def test_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(each) for each in CELLS])
+    kernel: Any = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(notebook, timeout=120, allow_errors=True, resources=kernel).execute()
+    silent, shown, wrong = (cell.outputs for cell in notebook.cells)
+
+    assert [output["output_type"] for output in silent] == ["execute_result"], silent
+    [value] = silent
+    text = value["data"]["text/plain"]
+    assert text.startswith("<finished: epochs 2, best_val_loss ") and "outputs/train/" in text and len(text) < 250
+
+    text = "".join(output["text"] for output in shown if output["output_type"] == "stream")
+    assert all(output.get("name") != "stderr" for output in shown)
+    assert not [character for character in text if character < " " and character != "\n"], "control characters"
+    assert [line.split()[1] for line in text.splitlines() if line.startswith("epoch ")] == ["1/2", "2/2"]
+    assert max(len(line) for line in text.splitlines()) <= 110 and len(text.splitlines()) < 60
+
+    [error] = wrong
+    assert error["ename"] == "UserError"
+    assert error["traceback"][0].startswith("dlopt: optimzer=adamw: there is no key optimzer; did you mean optimizer?")
+    assert len(error["traceback"]) == 1
