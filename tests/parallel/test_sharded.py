@@ -2,13 +2,19 @@
 
 import json
 import os
+import random
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from dlopt.engine import sharded
 from dlopt.engine.checkpoint import Checkpoints, load
 from dlopt.errors import UserError
 from dlopt.parallel import world
@@ -16,7 +22,7 @@ from dlopt.run import Run, train
 from tests.commands.line import dlopt, refused
 from tests.engine.runs import at_update, experiment, metrics, result, same, start, terminate, timeless
 from tests.parallel.equality import MLP, figures
-from tests.parallel.ranks import run_ranks
+from tests.parallel.ranks import ROOT, run_ranks
 
 FSDP = ["parallel=fsdp", "parallel.unit_parameters=100"]
 SYNC = "parallel.sync_batchnorm=true"
@@ -122,6 +128,48 @@ def test_shards_resume_with_another_number_of_processes(tmp_path: Path) -> None:
     run_ranks("tests.parallel.test_sharded:in_turn", 2, tmp_path / "again", str(run), [(SHARDED, 6)])
     one_process(run, 7)
     ended_like(run, tmp_path / "whole")
+
+
+def command(folder: Path, *overrides: str) -> list[str]:
+    lines = [*CASE, *SHARDED, "parallel.processes=2", "checkpoint.every_steps=1", "epochs=25", *overrides]
+    return [sys.executable, "-m", "dlopt", "train", f"hydra.run.dir={folder}", "resume=auto", *lines]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["false", "true"], ids=["before going on", "behind"])
+def test_killed_while_it_saves_all_the_time(tmp_path: Path, how: str) -> None:
+    """kill -9 of all processes of a run that spends most of its time in saves; the last one ends as if undisturbed."""
+    started = {"cwd": ROOT, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    folder, asynchronous, draws = tmp_path / "run", f"checkpoint.asynchronous={how}", random.Random(0)
+    inside = 0
+    for _ in range(3):
+        process = subprocess.Popen(command(folder, asynchronous), start_new_session=True, **started)  # type: ignore[call-overload]
+        seen = step_of(folder)
+        deadline = time.monotonic() + 120
+        while step_of(folder) in (None, seen) and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        time.sleep(draws.uniform(0, 0.6))
+        assert process.poll() is None, process.communicate()[1]
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        inside += any((folder / "checkpoints/shards").glob(".*.tmp"))
+    done = subprocess.run(command(folder, asynchronous), timeout=200, **started)  # type: ignore[call-overload]
+    assert done.returncode == 0, done.stderr
+    print(f"{inside} of 3 inside the writing of shards")
+    whole = subprocess.run(command(tmp_path / "whole"), timeout=200, **started)  # type: ignore[call-overload]
+    assert whole.returncode == 0, whole.stderr
+    assert len(json.loads((folder / "summary.json").read_text())["resumed_from"]) == 3
+    assert timeless(folder) == timeless(tmp_path / "whole")
+    for file in ("last.pt", "best.pt"):
+        assert same(result(folder, file), result(tmp_path / "whole", file))
+    assert not list(folder.rglob("*.tmp"))
+
+
+def step_of(folder: Path) -> int | None:
+    """Of the newest checkpoint, if it is there."""
+    raw = sharded.opened(folder / "checkpoints/last.pt")
+    return raw["progress"]["step"] if raw else None
 
 
 # -- commands
