@@ -76,7 +76,7 @@ def evaluate(arguments: list[str]) -> int:
     values = typed_values(arguments)
     paths = _paths(values)
     own, choice = _own(values)
-    refuse_others(values, _MAY_CHANGE)
+    refuse_others(values, _MAY_CHANGE, _Own.__dataclass_fields__)
     states = [load(path) for path in paths]
     try:
         tested = _test(paths, states, values, own, choice)

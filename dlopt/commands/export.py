@@ -57,7 +57,7 @@ def export(arguments: list[str]) -> int:
     values = typed_values(arguments)
     path = take_path(values, "export")
     own = _Own(**check_arguments("", _Own, {key: values.pop(key) for key in _OWN if key in values}))
-    refuse_others(values, _MAY_CHANGE)
+    refuse_others(values, _MAY_CHANGE, _OWN)
 
     from dlopt.evaluation import exporting
     from dlopt.evaluation.restore import restore

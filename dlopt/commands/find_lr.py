@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dlopt.commands.line import not_written, output_folder, own_keys, read_line
+from dlopt.commands.line import not_written, output_folder, own_keys, read_line, refuse_several
 from dlopt.commands.series import fixed
 from dlopt.config.compose import to_plain
 from dlopt.errors import RunError, UserError
@@ -37,6 +37,8 @@ thrown away. Besides the keys of `dlopt train` (which see):
   output=DIR           folder of find_lr.png, .svg and .json (outputs/find-lr/<date>_<time>)
 """
 
+_ONE = "one learning rate is looked for at a time"
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Place:
@@ -45,7 +47,7 @@ class _Place:
 
 def find_lr(arguments: list[str]) -> int:
     """Finds, prints and draws. Raises `UserError`."""
-    line = read_line(arguments, USAGE, several="one learning rate is looked for at a time")
+    line = read_line(arguments, USAGE, several=_ONE)
     if line is None:
         return 0
     from dlopt.analysis.lr_range import Sweep, check, trial, write
@@ -54,6 +56,7 @@ def find_lr(arguments: list[str]) -> int:
     composer = line.composer()
     place, rest = own_keys(composer, line.overrides, _Place)
     keys, overrides = own_keys(composer, rest, Sweep)
+    refuse_several(composer, overrides, _ONE)
     check(keys)
     plain, saved = to_plain(composer.compose(overrides), overrides)
     experiment = parse(plain, saved)

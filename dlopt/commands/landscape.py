@@ -47,7 +47,7 @@ def draw_landscape(arguments: list[str]) -> int:
     path = take_path(values, "trajectory")
     mine = {key: values.pop(key) for key in list(values) if key in _Own.__dataclass_fields__}
     own = _Own(**check_arguments("", _Own, mine))
-    refuse_others(values, _MAY_CHANGE)
+    refuse_others(values, _MAY_CHANGE, _Own.__dataclass_fields__)
     state = load(path)
     setup = set_up(parse(resolve_saved(with_changes(state["config"], values, path))), state["normalize"])
     setup.module.load_state_dict(state["ema"] or state["model"])

@@ -56,6 +56,13 @@ def own_keys(composer: Composer, overrides: Sequence[str], kind: type[T]) -> tup
     return kind(**check_arguments("", kind, values)), [line for line in overrides if line not in mine]
 
 
+def refuse_several(composer: Composer, overrides: Sequence[str], why: str) -> None:
+    """Raises `UserError` for a key with several values, saying why one is needed."""
+    for override in composer.parse(list(overrides)):
+        if override.is_sweep_override():
+            raise UserError(f"{override.input_line}: {why}; a list is written [a,b]")
+
+
 def output_folder(output: str | None, command: str) -> Path:
     """The folder `output`, made if need be, or a new one of the command's. Raises `UserError`."""
     if output is None:

@@ -54,7 +54,7 @@ def predict(arguments: list[str]) -> int:
     path = take_path(values, "predict")
     names = ("images", "output", "max_errors", "batch_size")
     own = _Own(**check_arguments("", _Own, {key: values.pop(key) for key in names if key in values}))
-    refuse_others(values, _MAY_CHANGE)
+    refuse_others(values, _MAY_CHANGE, names)
     files = _files(own.images)
     output = Path(own.output)
     if output.is_dir():

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dlopt.commands.line import output_folder, own_keys, read_line
+from dlopt.commands.line import output_folder, own_keys, read_line, refuse_several
 from dlopt.config.compose import to_plain
 from dlopt.errors import UserError
 from dlopt.tracking.layout import short_path
@@ -29,6 +29,8 @@ Without output= they go to outputs/show-batch/<date>_<time>/. The keys are those
 
 _IMAGES = 8
 
+_ONE = "one batch is shown at a time"
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Own:
@@ -39,13 +41,14 @@ class _Own:
 
 def show_batch(arguments: list[str]) -> int:
     """Draws both pictures and prints where they are. Raises `UserError`."""
-    line = read_line(arguments, USAGE, several="one batch is shown at a time")
+    line = read_line(arguments, USAGE, several=_ONE)
     if line is None:
         return 0
     from dlopt.config.experiment import parse
 
     composer = line.composer()
     own, overrides = own_keys(composer, line.overrides, _Own)
+    refuse_several(composer, overrides, _ONE)
     target = None if own.output is None else _target(own.output)
     experiment = parse(*to_plain(composer.compose(overrides), overrides))
     batch, operations = _draw(experiment)

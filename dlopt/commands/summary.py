@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dlopt.commands.line import own_keys, read_line
+from dlopt.commands.line import own_keys, read_line, refuse_several
 from dlopt.config.compose import choices_of, to_plain
 from dlopt.errors import UserError
 from dlopt.ranges import Count
@@ -26,6 +26,8 @@ Nothing is computed: any size of model will do. Besides the keys of `dlopt train
   input_shape=[C,H,W]   shape of one sample, with classes=N (null: those of the data, which are then read)
 """
 
+_ONE = "one model is shown at a time"
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Own:
@@ -37,13 +39,14 @@ class _Own:
 
 def summary(arguments: list[str]) -> int:
     """Prints the table. Raises `UserError`."""
-    line = read_line(arguments, USAGE, several="one model is shown at a time")
+    line = read_line(arguments, USAGE, several=_ONE)
     if line is None:
         return 0
     from dlopt.config.experiment import parse
 
     composer = line.composer()
     own, overrides = own_keys(composer, line.overrides, _Own)
+    refuse_several(composer, overrides, _ONE)
     config = composer.compose(overrides)
     experiment = parse(*to_plain(config, overrides))
     shape, classes = _sizes(experiment, own)

@@ -77,6 +77,9 @@ def trajectory(arguments: list[str]) -> int:
         from dlopt.commands.paths import draw_paths
 
         return draw_paths(line.composer("trajectory"), line.overrides)
+    if "optimizer" in keys and "schedule" not in {key.partition(".")[0] for key in keys}:
+        typed = next(each for each in line.overrides if each.startswith("optimizer="))
+        raise UserError(f"{typed}: its path on which function? add function=quadratic (or schedule=cosine, for that)")
     return _learning_rates(line.composer(), line.overrides)
 
 

@@ -1,7 +1,8 @@
 """What the commands on checkpoints have in common: reading their command lines, changing keys of a saved config."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,17 @@ def take_path(values: dict[str, Any], command: str) -> Path:
     return Path(path)
 
 
-def refuse_others(keys: Iterable[str], may_change: Iterable[str]) -> None:
-    """Raises `UserError` for a key of the config that may not be changed."""
+def refuse_others(keys: Iterable[str], may_change: Sequence[str], own: Iterable[str]) -> None:
+    """Raises `UserError` for a key of the config that may not be changed. `own`: keys of the command alone."""
+    names = [*own]
     for key in keys:
-        if key.split(".")[0] not in may_change:
-            raise UserError(f"{key}: the config is the checkpoint's; only {', '.join(may_change)} may be changed")
+        if key.split(".")[0] in may_change:
+            continue
+        close = get_close_matches(key, [*names, *may_change], n=1, cutoff=0.6)
+        raise UserError(
+            f"{key}: {f'did you mean {close[0]}? ' if close else ''}the config is the checkpoint's; only "
+            f"{', '.join(may_change)} may be changed; this command's own keys: {', '.join(names)}"
+        )
 
 
 def with_changes(saved: Mapping[str, Any], overrides: Mapping[str, Any], path: Path) -> dict[str, Any]:

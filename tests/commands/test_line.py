@@ -26,6 +26,22 @@ def test_flags_of_a_training_are_refused(tmp_path: Path, command: str, flag: str
     assert message in refused(tmp_path, command, flag)
 
 
+@pytest.mark.parametrize("command", ["summary", "find-lr", "show-batch"])
+def test_commands_that_look_at_one_say_so(tmp_path: Path, command: str) -> None:
+    assert "optimizer=adam,sgd: one " in refused(tmp_path, command, "optimizer=adam,sgd")
+
+
+def test_a_path_needs_a_function(tmp_path: Path) -> None:
+    message = refused(tmp_path, "trajectory", "optimizer=momentum,adam", "steps=5")
+    assert "optimizer=momentum,adam: its path on which function? add function=quadratic" in message
+
+
+def test_a_slip_in_a_key_of_a_command_on_checkpoints(tmp_path: Path) -> None:
+    (tmp_path / "x.pt").touch()
+    message = refused(tmp_path, "trajectory", "checkpoint=x.pt", "direction=random")
+    assert "direction: did you mean directions? the config is the checkpoint's" in message and "span" in message
+
+
 def test_a_folder_is_made_or_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert output_folder("a/b", "x").is_dir() and output_folder("a/b", "x") == Path("a/b")

@@ -38,11 +38,18 @@ def draw(function: Function, paths: Mapping[str, Path], *, title: str, subtitle:
         upper.plot(path.distances, **style)
         lower.plot(path.evaluations, path.distances, **style)
     _finish_distances(upper, paths, "updates", max(len(path.points) - 1 for path in paths.values()))
-    _finish_distances(lower, paths, "evaluations of the loss", max(path.evaluations[-1] for path in paths.values()))
+    evaluations = max(path.evaluations[_arrival(path)] for path in paths.values())
+    _finish_distances(lower, paths, "evaluations of the loss", evaluations)
     columns = max(1, min(len(paths), _LINE // (10 + max(map(len, paths)))))
     figure.legend(loc="outside lower center", frameon=False, ncols=columns, handlelength=3.5)
     figure.suptitle("\n".join([title, *textwrap.wrap(subtitle, 110)]), fontsize=11)
     return figure
+
+
+def _arrival(path: Path) -> int:
+    """The update after which nothing is left to see: a search along a line that has ended evaluates on and on."""
+    there = (path.distances <= _FLOOR * path.distances[0]).nonzero()
+    return int(there[0]) if len(there) else len(path.distances) - 1
 
 
 def _style(i: int, count: int) -> dict[str, Any]:
