@@ -39,6 +39,7 @@ Completion for bash: eval "$(dlopt train -sc install=bash)"
 
 def main() -> None:
     """The `dlopt` command."""
+    _open_streams()
     try:
         code = _main(sys.argv[1:])
     except UserError as error:
@@ -54,6 +55,19 @@ def main() -> None:
         print("dlopt: stopped", file=sys.stderr)
         code = 75
     sys.exit(code)
+
+
+def _open_streams() -> None:
+    """Puts nothing in the place of streams that were closed (`<&- >&-`, some cron daemons).
+
+    Or else the next files that are opened take their numbers, and what a library writes to stderr goes into them.
+    """
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number, which is this one
+            setattr(sys, name, os.fdopen(number, mode))
 
 
 def _main(arguments: Sequence[str]) -> int:

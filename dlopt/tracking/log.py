@@ -2,17 +2,26 @@
 
 import contextlib
 import logging
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 _FORMAT = "%(asctime)s %(levelname)-7s %(message)s"
+_CODES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f]")
+
+
+class _Plain(logging.Formatter):
+    """Without the codes for colours and cursors that some libraries put into their lines."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return _CODES.sub("", super().format(record))
 
 
 class _File(logging.FileHandler):
     def __init__(self, path: Path, complain: Callable[[str], None]) -> None:
         super().__init__(path, encoding="utf-8", delay=True)
-        self.setFormatter(logging.Formatter(_FORMAT))
+        self.setFormatter(_Plain(_FORMAT))
         self._complain: Callable[[str], None] | None = complain
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -40,6 +49,7 @@ class _Terminal(logging.Handler):
 
     def __init__(self, show: Callable[[str], None]) -> None:
         super().__init__(logging.WARNING)
+        self.setFormatter(_Plain())
         self._show = show
 
     def emit(self, record: logging.LogRecord) -> None:

@@ -1,0 +1,66 @@
+"""Commands whose input or output is a file, a pipe, or not there at all."""
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dlopt.engine.checkpoint import is_whole
+from dlopt.tracking import Tracking, read_metrics, read_summary
+from tests.commands.line import SMALL
+
+ROOT = Path(__file__).parents[2]
+RUN = " ".join(f"'{word}'" for word in (*SMALL, "tracking=[]"))
+
+
+def shell(folder: Path, line: str) -> subprocess.CompletedProcess[str]:
+    """`dlopt` in a shell line is this Python's."""
+    line = line.replace("dlopt ", f"{sys.executable} -m dlopt ")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(["sh", "-c", line], cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def is_complete(folder: Path) -> bool:
+    checkpoint = is_whole(folder / "checkpoints/last.pt") and is_whole(folder / "checkpoints/best.pt")
+    return checkpoint and (read_summary(folder) or {})["status"] == "finished" and len(read_metrics(folder)) == 2
+
+
+@pytest.mark.parametrize("closed", ["<&-", "<&- >&-", "<&- >&- 2>&-"])
+def test_streams_that_are_closed(tmp_path: Path, closed: str) -> None:
+    done = shell(tmp_path, f"dlopt train {RUN} hydra.run.dir=run {closed}")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert is_complete(tmp_path / "run")
+    asked = shell(tmp_path, f"dlopt runs clean run {closed}")
+    assert asked.returncode == 2 and "Traceback" not in asked.stderr  # there is nobody to ask
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "more", ["-m seed=0,1 hydra.sweep.dir=sweep", "parallel=ddp parallel.processes=2 hydra.run.dir=run"]
+)
+def test_other_processes_of_a_command_without_streams(tmp_path: Path, more: str) -> None:
+    done = shell(tmp_path, f"dlopt train {RUN} model.norm=none {more} <&- >&- 2>&-")
+    assert done.returncode == 0
+    assert all(map(is_complete, [tmp_path / "sweep/0", tmp_path / "sweep/1"] if "-m" in more else [tmp_path / "run"]))
+
+
+@pytest.mark.skipif(shutil.which("nohup") is None, reason="there is no nohup here")
+def test_under_nohup(tmp_path: Path) -> None:
+    done = shell(tmp_path, f"nohup dlopt train {RUN} hydra.run.dir=run >nohup.out 2>&1")
+    text = (tmp_path / "nohup.out").read_text()
+    assert done.returncode == 0 and is_complete(tmp_path / "run")
+    assert "epoch 2/2" in text and not [each for each in text if each < " " and each != "\n"], "control characters"
+
+
+def test_logs_hold_no_control_characters(tmp_path: Path) -> None:
+    with Tracking(tmp_path, sinks=[], console=False) as tracking:
+        tracking.message("\x1b[31msaid\x1b[0m")
+        logging.getLogger("a.package").warning("\x1b[1;33m12 %%\r\x1b[2K13 %%\x07 of it\x1b[?25h")
+        tracking.finish({"status": "finished", "steps": 1})
+    text = (tmp_path / "train.log").read_text()
+    assert "said" in text and "12 %%13 %% of it" in text
+    assert not [each for each in text if each < " " and each != "\n"]
