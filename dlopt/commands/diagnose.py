@@ -78,7 +78,7 @@ def diagnose(arguments: list[str]) -> int:
     skipped: list[tuple[str, Job]] = []
     if own.checkpoint is None:
         subjects = _subjects(composer, overrides, skipped)
-        title = " ".join(fixed(composer, overrides)) or "the default model"
+        title = " ".join(fixed(composer, overrides)) or ("all else by default" if overrides else "the default model")
     else:
         subjects = [_trained(Path(own.checkpoint), overrides)]
         title = " ".join([short_path(Path(own.checkpoint)), *overrides])
