@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.errors import HydraException
+from rich.console import Console
 
 from dlopt.commands.bench_output import save
 from dlopt.commands.line import output_folder, own_keys
@@ -89,7 +90,9 @@ def bench_modes(composer: Composer, overrides: Sequence[str]) -> int:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     modes.refuse_if_all_failed(rows)
-    for line in modes.table(rows):
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200)
+    console.print(modes.table(rows))
+    for line in modes.problems(rows):
         print(line)
     typed = " ".join(line for line in rest if not line.startswith("processes="))
     figure = modes.draw(rows, title=f"dlopt bench {typed}")

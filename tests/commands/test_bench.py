@@ -1,5 +1,6 @@
 """`dlopt bench`: which rows are measured, what they say, and what is refused."""
 
+import io
 import json
 import math
 from collections.abc import Mapping
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from dlopt.analysis.bench import device, modes
 from dlopt.analysis.bench.modes import Row
@@ -77,15 +79,17 @@ def test_figures_of_a_row() -> None:
     assert (row.step, row.samples_per_second, row.speedup, row.efficiency) == pytest.approx((0.25, 256, 1.6, 0.8))
     assert row.own == pytest.approx((0.15, 0.24)) and row.spread == pytest.approx(0.375)
     assert row.peak_mb == (10.0, 11.0) and row.waiting == pytest.approx(0.2)
-    heading, first = modes.table([row])
-    assert len(heading) == len(first) and first.split()[:4] == ["ddp", "2", "1", "250.0"]
+    console = Console(width=200, file=io.StringIO())
+    console.print(modes.table([row]))
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue().splitlines()[-1].split()[:4] == ["ddp", "2", "1", "250.0"]
 
 
 def test_a_row_without_figures_says_why() -> None:
     problem = modes._problem([{"failed": "another process ended"}, {"failed": "out of memory"}], [1, 1])
     assert problem == "out of memory"
     row = Row("ddp", "ddp", 2, problem)
-    assert modes.table([row])[-1] == "ddp on 2: out of memory" and math.isnan(row.spread)
+    assert modes.problems([row]) == ["ddp on 2: out of memory"] and math.isnan(row.spread)
     assert modes._problem([{"rank": 0}, None], [0, -9]) == "rank 1 ended with -9"
     with pytest.raises(UserError, match="out of memory"):
         modes.refuse_if_all_failed([row])

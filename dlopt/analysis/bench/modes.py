@@ -15,6 +15,7 @@ import yaml
 from dlopt.analysis.drawing import COLOURS
 from dlopt.errors import RunError, UserError
 from dlopt.parallel.launch import run_processes
+from dlopt.tracking.tables import Fitted, plain_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -131,18 +132,20 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def table(rows: Sequence[Row]) -> list[str]:
-    """Lines of aligned columns, the heading first; rows without figures say why below it."""
-    cells = [list(COLUMNS)]
+def table(rows: Sequence[Row]) -> Fitted:
+    """A row of figures for each."""
+    shown = plain_table()
+    for i, name in enumerate(COLUMNS):
+        shown.add_column(name, justify="left" if i == 0 else "right")
     for row in rows:
-        cells.append([row.label, str(row.processes), *(_cells(row) if row.problem is None else ["-"] * 12)])
-    widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
-    lines = [
-        "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(both))
-        for both in (list(zip(line, widths, strict=True)) for line in cells)
-    ]
-    told = [f"{row.label} on {row.processes}: {row.problem}" for row in rows if row.problem is not None]
-    return [*lines, *told]
+        figures = _cells(row) if row.problem is None else ["-"] * (len(COLUMNS) - 2)
+        shown.add_row(row.label, str(row.processes), *figures)
+    return Fitted(shown)
+
+
+def problems(rows: Sequence[Row]) -> list[str]:
+    """Why rows have no figures."""
+    return [f"{row.label} on {row.processes}: {row.problem}" for row in rows if row.problem is not None]
 
 
 def _cells(row: Row) -> list[str]:
