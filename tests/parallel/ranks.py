@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def run_ranks(function: str, processes: int, folder: Path, *arguments: Any) -> list[str]:
     """Calls `module:name` in so many processes and returns what each printed. Fails when one fails."""
+    folder.mkdir(parents=True, exist_ok=True)
     environment = {
         **os.environ,
         "DLOPT_PROCESSES": str(processes),

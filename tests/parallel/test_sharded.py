@@ -120,8 +120,6 @@ def test_shards_resume_with_another_number_of_processes(tmp_path: Path) -> None:
     """Also with copies of a model that is cut over two, and with strips in between."""
     run = tmp_path / "run"
     copies = [*SHARDED, "parallel.shards=2"]
-    for name in ("two", "four", "again"):
-        (tmp_path / name).mkdir()
     run_ranks("tests.parallel.test_sharded:in_turn", 2, tmp_path / "two", str(run), [(SHARDED, 1)])
     legs = [(SHARDED, 2), (copies, 3), (["parallel=spatial"], 4), (copies, 5)]
     run_ranks("tests.parallel.test_sharded:in_turn", 4, tmp_path / "four", str(run), legs)
