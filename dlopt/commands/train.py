@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from dlopt.commands.hydra_main import nothing, quoted, run_hydra
+from dlopt.commands.hydra_main import in_folder, nothing, quoted, run_hydra
 from dlopt.config.compose import Composer, choices_of, hydra_arguments, parse_arguments, resolve_saved, to_plain
 from dlopt.config.inherit import inherit
 from dlopt.errors import UserError
@@ -173,7 +173,8 @@ def _run(config: DictConfig, parsed: Namespace, tell: Callable[[Mapping[str, Any
         outcome = execute(run, typed=parsed.overrides)
 
     try:
-        run_hydra(hydra_arguments(parsed, f"hydra.run.dir={quoted(folder.path)}"), task)
+        arguments = hydra_arguments(parsed, f"hydra.run.dir={quoted(folder.path)}")
+        run_hydra(arguments, task, in_folder(config, folder.path))
     finally:
         if outcome == USER_ERROR and ready.is_new and not is_taken and not folder.is_live():
             ready.before.erase(folder.path)

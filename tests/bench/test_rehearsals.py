@@ -1,6 +1,8 @@
 """The measurements of scripts/bench in small: nothing in them is broken on the day."""
 
+import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -59,3 +61,38 @@ def test_peers_that_are_there_take_turns_and_others_are_named(tmp_path: Path) ->
 def test_a_measurement_needs_steps_that_count(tmp_path: Path) -> None:
     result = run(sys.executable, str(BENCH / "peers.py"), "--steps", "5", folder=tmp_path)
     assert result.returncode == 2 and "--steps 5: at least 7" in result.stderr
+
+
+def first_update(at_its_end: str, *words: str, folder: Path, before: str = "pass") -> str:
+    """What a process says that ends behind the first update of `dlopt train`; both are lines of Python within it."""
+    spec = importlib.util.spec_from_file_location("startup", BENCH / "startup.py")
+    assert spec is not None and spec.loader is not None
+    startup = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(startup)
+    script = startup.FIRST_UPDATE.replace("def tell():", f"{before}\ndef tell():\n    {at_its_end}", 1)
+    result = subprocess.run(
+        [sys.executable, "-c", script, "train", "device=cpu", "threads=1", *words], cwd=folder, capture_output=True,
+        text=True, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    return result.stdout
+
+
+def test_nothing_is_imported_before_it_is_needed(tmp_path: Path) -> None:
+    """What takes long, and has no part in the first update."""
+    heavy = ("matplotlib", "sklearn", "scipy", "pandas", "optuna", "mlflow", "torchvision")
+    said = f"import sys; sys.__stdout__.write(str([name for name in {heavy} if name in sys.modules]) + chr(10))"
+    assert "\n[]\n" in first_update(said, folder=tmp_path)
+
+
+def test_the_seconds_to_the_first_update(tmp_path: Path) -> None:
+    cpu, wall = first_update("pass", "model=mlp", folder=tmp_path).strip().splitlines()[-1].split()
+    assert 0.5 < float(cpu) < 60 and float(wall) > 0.5
+
+
+def test_a_config_is_composed_once(tmp_path: Path) -> None:
+    counting = (
+        "from hydra._internal.config_loader_impl import ConfigLoaderImpl as C; f = C.load_configuration; count = []; "
+        "C.load_configuration = lambda *a, **k: (count.append(1), f(*a, **k))[1]"
+    )
+    said = "import sys; sys.__stdout__.write(f'composed {len(count)}' + chr(10))"
+    assert "composed 1\n" in first_update(said, "model=mlp", folder=tmp_path, before=counting)
