@@ -345,7 +345,7 @@ def test_a_folder_that_another_process_took_meanwhile_is_left_alone(
 ) -> None:
     from dlopt.commands import train as command
 
-    def taken_meanwhile(arguments: list[str], task: Any) -> None:
+    def taken_meanwhile(arguments: list[str], task: Any, composed: Any) -> None:
         monkeypatch.undo()
         train(tmp_path, IN_RUN)
         task(None)
