@@ -51,7 +51,8 @@ class CudaRecorder:
         graph = torch.cuda.CUDAGraph()
         for generator in generators:
             graph.register_generator_state(generator)
-        with torch.cuda.graph(graph):
+        # other threads (a checkpoint that is being copied) may do what they like
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             results = work()
         return graph.replay, results
 
