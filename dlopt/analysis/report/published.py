@@ -18,7 +18,7 @@ class Beside:
 
 
 def published_error(config: Mapping[str, Any]) -> float | None:
-    """The test error (%) that stands in a run's config for what the run did: the first of `published` whose `when` holds.
+    """The test error (%) that a config gives for what its run did: the first of `published` whose `when` holds.
 
     `config` has dotted keys."""
     entries = config.get("published")
