@@ -160,6 +160,24 @@ def test_a_preempted_job_is_requeued_and_ends_with_the_weights_of_an_undisturbed
     assert same(*models)
 
 
+def test_a_job_that_is_preempted_while_python_starts_is_requeued(cluster: Cluster) -> None:
+    """The signal ends it then, since nobody has begun to listen."""
+    slow = cluster.home / "slow"
+    slow.mkdir()
+    (slow / "sitecustomize.py").write_text("import time\ntime.sleep(4)\n")
+    job = cluster.submit(f"--export=ALL,PYTHONPATH={slow}:{ROOT}", str(BATCH), *SMALL, "epochs=1")
+    folder, log = cluster.home / "outputs" / "slurm" / job, cluster.home / f"slurm-{job}.log"
+    cluster.wait(job, lambda: log.exists() and "dlopt train" in log.read_text(), pause=0.1)
+    time.sleep(1.5)  # srun has started Python
+    cluster.run("scancel", "--signal=TERM", "--full", job)
+    cluster.wait(job, lambda: cluster.restarts(job) == 1 and cluster.states(job) == ["PENDING"])
+    assert not folder.exists()
+
+    cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+    cluster.wait(job, lambda: cluster.states(job) == ["COMPLETED"])
+    assert summary(folder)["status"] == "finished"
+
+
 def test_every_task_of_an_array_is_a_job_of_the_sweep(cluster: Cluster) -> None:
     typed = [*SMALL, "epochs=1", "optimizer=sgd,adam", "optimizer.lr=0.1,0.01"]
     job = cluster.submit("--array=1-2", str(BATCH), *typed)
