@@ -146,6 +146,9 @@ def meet(world: World, *, minutes: float, address: str | None = None, port: int 
             )
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).splitlines()[0]
+        if "EADDRINUSE" in reason:
+            key = "MASTER_PORT" if world.launcher == "torchrun" else "parallel.master_port"
+            raise UserError(f"{key}: {place}: another program listens at this port; choose another one") from None
         raise UserError(
             f"parallel.master_addr: rank {world.rank} of {world.size} could not reach {place} within "
             f"parallel.timeout_minutes={minutes:g} ({reason}); set parallel.master_addr and parallel.master_port"

@@ -120,3 +120,19 @@ def test_an_unreachable_master(tmp_path: Path, launcher: str) -> None:
     assert f"rank 1 of 2 could not reach 127.0.0.1:{port} within parallel.timeout_minutes=0.05" in told
     assert told.endswith("; set parallel.master_addr and parallel.master_port")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_port_that_another_program_has(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        place = f"127.0.0.1:{taken.getsockname()[1]}"
+        address, _, port = place.partition(":")
+        launched = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": address, "MASTER_PORT": port}
+        line = [sys.executable, "-m", "dlopt", "train", *SMALL, "parallel=ddp", f"hydra.run.dir={tmp_path}/run"]
+        environment = {**os.environ, **launched}
+        done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert lines(done) == [f"dlopt: MASTER_PORT: {place}: another program listens at this port; choose another one"]
+    assert not (tmp_path / "run").exists()
