@@ -16,7 +16,7 @@ from dlopt.parallel.ddp import data_parallel
 from dlopt.run import Run, train
 from tests.engine.runs import at_update, experiment, metrics, resume, start, terminate
 from tests.parallel.equality import MLP, RESNET, Cases, compare, figures
-from tests.parallel.ranks import run_ranks
+from tests.parallel.ranks import ROOT, run_ranks
 
 SYNC = "parallel.sync_batchnorm=true"
 DDP = ["parallel=ddp"]
@@ -51,6 +51,30 @@ def test_four_processes_equal_one_with_empty_shares(tmp_path: Path) -> None:
 def test_fifty_steps(tmp_path: Path, accumulate: int) -> None:
     case = [*RESNET, "data.batch_size=35", f"accumulate={accumulate}", "steps=50"]
     compare(tmp_path, 2, {"fifty": (case, SYNC_DDP)})
+
+
+CHOICES = sorted(path.stem for path in (ROOT / "conf/optimizer").glob("[!_]*.yaml"))
+CURVATURE = {"newton", "newton_cg"}
+
+
+def hessian_vector_products(folder: str) -> None:
+    """In each rank."""
+    for choice in sorted(CURVATURE):
+        with pytest.raises(
+            UserError, match=r"^parallel=ddp: \w+ needs Hessian-vector products, .*; use parallel=single"
+        ):
+            start(Path(folder) / choice, *MLP, *DDP, "model.norm=none", f"optimizer={choice}", "steps=1")
+        world.leave()
+
+
+@pytest.mark.slow
+def test_every_optimizer(tmp_path: Path) -> None:
+    """Without batch norm, behind which some gradients are zero but for rounding, whose sign some would follow."""
+    both = [*MLP, "model.norm=none", "model.dropout=0", "data.batch_size=35", "epochs=1"]
+    rate = {choice: [f"optimizer={choice}", "optimizer.lr=0.01"] for choice in CHOICES}
+    cases: Cases = {choice: ([*both, *rate[choice]], DDP) for choice in CHOICES if choice not in CURVATURE}
+    compare(tmp_path, 2, cases)
+    run_ranks("tests.parallel.test_ddp:hessian_vector_products", 2, tmp_path / "refused", str(tmp_path / "refused"))
 
 
 @pytest.mark.slow
