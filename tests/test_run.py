@@ -101,9 +101,9 @@ def test_equals_a_hand_written_loop_in_fp64(tmp_path: Path, optimizer: str) -> N
     inputs, targets = evaluated(setup, setup.dataset.train)
     made: torch.optim.Optimizer
     if optimizer == "sgd":
-        made = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        made = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, fused=True)
     else:
-        made = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.01)
+        made = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.01, fused=True)
     for epoch, line in enumerate(metrics(tmp_path)):
         order = batches.sampler.order(epoch)
         assert sorted(order.tolist()) == list(range(75)), "every sample once"

@@ -76,6 +76,7 @@ class Checkpoints:
     saved: list[dict[str, Any]] = field(default_factory=list)
     best: list[int] = field(default_factory=list)
     restored: list[int] = field(default_factory=list)
+    shards: None = None
 
     def save(self, state: dict[str, Any], *, best: bool, landmark: str | None = None) -> None:
         self.saved.append(copy.deepcopy(state))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import dlopt.run
 from dlopt.data.batches import Batches
-from dlopt.engine import checkpoint, loop, rng
+from dlopt.engine import checkpoint, durable, loop, rng
 from dlopt.engine.checkpoint import Checkpoints
 from dlopt.engine.step import Closure
 from dlopt.errors import RunError
@@ -158,7 +158,7 @@ def killed_at(owner: Any, name: str, calls: int, behind: bool = True) -> Iterato
 PLACES: dict[str, tuple[Any, str, int]] = {
     "between evaluation and metric line": (loop.Best, "update", 2),
     "between metric line and checkpoint": (Tracking, "epoch", 2),
-    "inside a save": (checkpoint, "_publish", 3),
+    "inside a save": (durable, "_publish", 3),
     "behind a save": (Checkpoints, "save", 2),
     "behind the last save": (Checkpoints, "save", 4),
     "behind the test": (dlopt.run, "test_figures", 1),
@@ -184,7 +184,7 @@ def test_killed_between_last_and_best(tmp_path: Path, epochs: int) -> None:
     start(tmp_path / "whole", *overrides)
 
     def until() -> None:
-        with killed_at(checkpoint, "_copy", 1, behind=False):
+        with killed_at(checkpoint, "link", 1, behind=False):
             start(tmp_path / "killed", *overrides)
 
     assert os.WTERMSIG(in_fork(until)) == signal.SIGKILL

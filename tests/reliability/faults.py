@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 import torch
 
-from dlopt.engine import checkpoint
+from dlopt.engine import durable
 from tests.engine.runs import in_fork
 
 _CLONE_NEWNS = 0x00020000
@@ -163,7 +163,7 @@ def dangle(path: Path, draws: random.Random) -> None:
 
 
 def lose_checksum(path: Path, draws: random.Random) -> None:
-    checkpoint._digest_file(path).unlink()
+    durable.digest_file(path).unlink()
 
 
 DAMAGES: dict[str, Callable[[Path, random.Random], None]] = {
