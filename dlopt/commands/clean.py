@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dlopt.analysis.report.keys import printable
 from dlopt.analysis.report.reading import Record
-from dlopt.commands.runs import chosen, parse
+from dlopt.commands.finding import chosen, parse
 from dlopt.errors import RunError, UserError
 from dlopt.folders import RunFolder
 from dlopt.job import DONE, complain
