@@ -101,3 +101,48 @@ def test_kernels_are_not_the_checkpoints_affair(tmp_path: Path) -> None:
     assert not state["optimizer"]["param_groups"][0]["fused"]
     resume(tmp_path, *SMALL, "optimizer=adamw", "epochs=2")
     assert load(tmp_path / "checkpoints" / "last.pt")["optimizer"]["param_groups"][0]["fused"]
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "adagrad"])
+def test_a_state_that_lies_otherwise_is_laid_out_anew(name: str) -> None:
+    """As another mode may have saved it: the one kernel would mix up its elements."""
+
+    def made(*more: str) -> tuple[Setup, torch.optim.Optimizer]:
+        lines = [each for each in SMALL if not each.startswith("model")]
+        model = ["model=resnet20", "model.depth=8", "precision=fp64", "channels_last=true"]
+        setup = set_up_experiment(experiment(*lines, *model, f"optimizer={name}", *more))
+        return setup, optimizer_of(setup)
+
+    def update(setup: Setup, optimizer: torch.optim.Optimizer, seed: int) -> None:
+        torch.manual_seed(seed)
+        inputs = torch.randn(6, *setup.dataset.train.shape, dtype=torch.float64)
+        optimizer.zero_grad()
+        setup.module(inputs.to(memory_format=torch.channels_last)).square().mean().backward()
+        optimizer.step()
+
+    (one, fused), (other, plain) = made(), made("+optimizer.fused=false")
+    update(one, fused, 1)
+    update(other, plain, 1)
+    state = fused.state_dict()
+    for values in state["state"].values():
+        for key, value in values.items():
+            values[key] = value.contiguous() if isinstance(value, torch.Tensor) else value
+    fused.load_state_dict(state)
+    update(one, fused, 2)
+    update(other, plain, 2)
+    assert fused.param_groups[0]["fused"]
+    for a, b in zip(one.module.parameters(), other.module.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+def test_gradients_that_lie_otherwise_have_torchs_loop() -> None:
+    setup = set_up("optimizer=sgd")
+    optimizer = optimizer_of(setup)
+    for parameter in setup.module.parameters():
+        parameter.grad = torch.randn(*reversed(parameter.shape)).permute(*range(parameter.ndim - 1, -1, -1))
+    expected = [p.detach() - 0.1 * p.grad for p in setup.module.parameters() if p.grad is not None]
+    optimizer.param_groups[0].update(lr=0.1, momentum=0.0)
+    optimizer.step()
+    assert not optimizer.param_groups[0]["fused"]
+    for parameter, value in zip(setup.module.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.detach(), value)
