@@ -36,7 +36,10 @@ def train(arguments: list[str]) -> int:
         return 0
     world = current()
     if world is not None:  # torch is not imported yet; a peer that is lost is told in one line, not in frames of C++
+        from dlopt.parallel.launch import end_with_torchrun
+
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
+        end_with_torchrun()
     if world is not None and world.restarts and not any(line.startswith("resume=") for line in parsed.overrides):
         parsed.overrides.append("resume=auto")  # the launcher has started the run again
     composer = Composer(parsed.config_name, parsed.config_dir)

@@ -116,8 +116,18 @@ def _killed_at_the_end(children: "list[subprocess.Popen[bytes]]") -> Iterator[No
 
 def end_with_parent() -> None:
     """In a started rank: a launcher that is killed takes it along."""
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    _die_with_parent()
     if os.getppid() != int(os.environ[PARENT]):
         os._exit(1)  # it was killed before the line above
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # until the run catches it: the launcher passes signals on
+
+
+def end_with_torchrun() -> None:
+    """In a rank of torchrun's, which gives its ranks sessions of their own: if it is killed they would train on."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _die_with_parent()
+
+
+def _die_with_parent() -> None:
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

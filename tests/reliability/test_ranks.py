@@ -170,3 +170,6 @@ def test_torchrun_starts_again_what_was_killed(tmp_path: Path) -> None:
         assert re.match(r"\d+$", str(metrics(folder)[-1]["step"]))
         epochs = [line["epoch"] for line in metrics(folder)]
         assert epochs == list(range(1, len(epochs) + 1)), "no line lost or repeated"
+        pids = ranks(process)
+        process.kill()
+        assert until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 10), "they would train on"
