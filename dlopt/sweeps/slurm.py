@@ -23,7 +23,6 @@ _ID = "job_id"
 _NOTICE = 120  # seconds before its end in which a job writes its checkpoint
 _ASKING = 5.0  # seconds between two questions to the cluster
 _LAST_WORDS = 15.0  # seconds that a summary may take to be seen on this machine
-_REQUEUED = 90.0  # seconds that an interrupted job may be out of sight before it waits in the queue again
 
 
 def slurm(
@@ -139,7 +138,6 @@ class _Sent:
     def __init__(self, number: str, folder: Path, queue: _Queue) -> None:
         self._number, self._folder, self._queue = number, RunFolder(folder), queue
         self._gone: float | None = None
-        self._patience = _REQUEUED
         queue.forget()
 
     def poll(self) -> int | None:
@@ -147,19 +145,17 @@ class _Sent:
             self._gone = None
             return None
         status = (self._folder.summary() or {}).get("status")
-        if status in (None, "interrupted"):
+        if status in (None, "interrupted"):  # a job that is being queued again is out of sight for a moment
             self._gone = self._gone or time.monotonic()
-            if time.monotonic() - self._gone < (_LAST_WORDS if status is None else self._patience):
+            if time.monotonic() - self._gone < _LAST_WORDS:
                 return None
         return INTERRUPTED if status == "interrupted" else DONE if status in ("finished", "stopped_early") else 1
 
     def stop(self) -> None:
-        self._patience = _LAST_WORDS  # it will not be queued again
         is_waiting = self._queue.states().get(self._number) == "PENDING"
         self._cancel(*([] if is_waiting else ["--signal=TERM"]))
 
     def kill(self) -> None:
-        self._patience = _LAST_WORDS
         self._cancel()
 
     def _cancel(self, *options: str) -> None:

@@ -81,6 +81,12 @@ class Cluster:
         assert done.returncode == 0, (command, done.stdout[-2000:], done.stderr[-4000:])
         return str(done.stdout)
 
+    def start_now(self, job: str) -> None:
+        """A job that was queued again, which otherwise waits two minutes. One that starts in the second in which it was
+        queued has its credential revoked."""
+        time.sleep(5)
+        self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+
     def submit(self, *arguments: str) -> str:
         return self.run("sbatch", "--parsable", *arguments).strip()
 
@@ -140,14 +146,14 @@ def test_a_preempted_job_is_requeued_and_ends_with_the_weights_of_an_undisturbed
     first = summary(folder)
     assert first["status"] == "interrupted" and first["processes"] == 2 and 0 < first["epochs"] < EPOCHS - 10
 
-    cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")  # else two minutes later
+    cluster.start_now(job)
     cluster.wait(job, lambda: lines(folder) > first["epochs"] + 5, pause=0.1)
     cluster.submit("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
     cluster.wait(job, lambda: cluster.restarts(job) == 2 and cluster.states(job) == ["PENDING"])
     second = summary(folder)
     assert second["status"] == "interrupted" and second["resumed_from"] == [first["steps"]]
 
-    cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+    cluster.start_now(job)
     cluster.run("srun", "-n", "2", "dlopt", "train", *LONG, "hydra.run.dir=undisturbed")
     cluster.wait(job, lambda: cluster.states(job) == ["COMPLETED"])
     undisturbed = cluster.home / "undisturbed"
@@ -173,7 +179,7 @@ def test_a_job_that_is_preempted_while_python_starts_is_requeued(cluster: Cluste
     cluster.wait(job, lambda: cluster.restarts(job) == 1 and cluster.states(job) == ["PENDING"])
     assert not folder.exists()
 
-    cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+    cluster.start_now(job)
     cluster.wait(job, lambda: cluster.states(job) == ["COMPLETED"])
     assert summary(folder)["status"] == "finished"
 

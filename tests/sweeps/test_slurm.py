@@ -37,7 +37,7 @@ def test_a_sweep_whose_job_runs_out_of_time_goes_on(cluster: Cluster) -> None:  
     cluster.wait(number, lambda: cluster.restarts(number) == 1 and cluster.states(number) == ["PENDING"])
     stopped = summary(first)
     assert stopped["status"] == "interrupted"
-    cluster.run("scontrol", "update", f"JobId={number}", "StartTime=now")  # else two minutes later
+    cluster.start_now(number)
     said, _ = sweep.communicate(timeout=200)
     assert sweep.returncode == 0, said
     assert summary(first)["status"] == summary(second)["status"] == "finished"
