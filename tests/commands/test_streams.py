@@ -29,7 +29,9 @@ def is_complete(folder: Path) -> bool:
     return checkpoint and (read_summary(folder) or {})["status"] == "finished" and len(read_metrics(folder)) == 2
 
 
-@pytest.mark.parametrize("closed", ["<&-", "<&- >&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize(
+    "closed", ["<&- >&- 2>&-", *(pytest.param(some, marks=pytest.mark.slow) for some in ("<&-", "<&- >&-"))]
+)
 def test_streams_that_are_closed(tmp_path: Path, closed: str) -> None:
     done = shell(tmp_path, f"dlopt train {RUN} hydra.run.dir=run {closed}")
     assert (done.returncode, done.stderr) == (0, "")
@@ -48,6 +50,7 @@ def test_other_processes_of_a_command_without_streams(tmp_path: Path, more: str)
     assert all(map(is_complete, [tmp_path / "sweep/0", tmp_path / "sweep/1"] if "-m" in more else [tmp_path / "run"]))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nohup") is None, reason="there is no nohup here")
 def test_under_nohup(tmp_path: Path) -> None:
     done = shell(tmp_path, f"nohup dlopt train {RUN} hydra.run.dir=run >nohup.out 2>&1")

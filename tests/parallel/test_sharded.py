@@ -217,6 +217,7 @@ def test_help_for_consolidate(tmp_path: Path) -> None:
     assert done.code == 0 and done.out.startswith("dlopt consolidate checkpoint=PATH")
 
 
+@pytest.mark.slow
 def test_an_earlier_best_comes_along_to_a_new_folder(finished: Path, tmp_path: Path) -> None:
     """`resume=PATH` in another folder takes the best model so far, whose shards lie in the old one."""
     typed = [*CASE, *SHARDED, "checkpoint.sharded=auto", "parallel.processes=1", "epochs=5"]
@@ -251,6 +252,7 @@ def refusals(folder: str) -> None:
         world.leave()
 
 
+@pytest.mark.slow
 def test_elsewhere_it_is_refused(tmp_path: Path) -> None:
     run_ranks("tests.parallel.test_sharded:refusals", 2, tmp_path, str(tmp_path / "several"))
     for mode in ("single", "fsdp"):
