@@ -149,7 +149,7 @@ class Training:
             self.states.load_model(self.module, state["ema"])
             self.average.restart()
         self.states.load_model(self.module, state["model"])
-        self.states.load_optimizer(closure.optimizer, _with_own_kernels(state["optimizer"], closure.optimizer))
+        self.load_optimizer(state["optimizer"])
         self.update.schedule.load_state_dict(state["schedule"])
         self.sums.load_state_dict(progress.pop("sums"))
         sampler = progress.pop("sampler", None)
@@ -174,6 +174,13 @@ class Training:
             self.best = Best(self.best.monitor)
         self.progress.resumed_from = [*self.progress.resumed_from, self.progress.step]
         rng.restore(state["rng"])
+
+    def load_optimizer(self, state: Mapping[str, Any]) -> None:
+        """Which kernels do the update stays a matter of this process, its device and mode, and not the checkpoint's."""
+        optimizer, kernels = self.update.closure.optimizer, ("fused", "foreach", "capturable")
+        own = [{key: group[key] for key in kernels if key in group} for group in optimizer.param_groups]
+        groups = [{**saved, **mine} for saved, mine in zip(state["param_groups"], own, strict=True)]
+        self.states.load_optimizer(optimizer, {**state, "param_groups": groups})
 
     def save(self, *, best: bool = False) -> None:
         """Writes a checkpoint. Raises `Diverged` instead where the weights are not finite."""
@@ -203,13 +210,6 @@ class Training:
         self.update.schedule.scale(counted["lr_scale"] / recovery.lr_scale)  # type: ignore[attr-defined]
         recovery.load_state_dict(counted)
         self.tracking.rewind(self.progress.epoch, self.progress.step)
-
-
-def _with_own_kernels(state: Mapping[str, Any], optimizer: Optimizer) -> Mapping[str, Any]:
-    """Which kernels do the update is a matter of this process, its device and mode, and not of the checkpoint's."""
-    kernels = ("fused", "foreach", "capturable")
-    own = [{key: group[key] for key in kernels if key in group} for group in optimizer.param_groups]
-    return {**state, "param_groups": [{**a, **b} for a, b in zip(state["param_groups"], own, strict=True)]}
 
 
 def fit(training: Training, interruption: Interruption) -> Status:

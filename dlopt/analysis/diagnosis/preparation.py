@@ -27,7 +27,7 @@ def prepare(
     training = unseen(setup, folder, state)
     if state is not None:
         setup.module.load_state_dict(state["model"])
-        training.update.closure.optimizer.load_state_dict(state["optimizer"])
+        training.load_optimizer(state["optimizer"])
         training.update.schedule.load_state_dict(state["schedule"])
         for name in ("epoch", "position", "step"):
             setattr(training.progress, name, state["progress"][name])

@@ -1,0 +1,19 @@
+"""A training made ready to be looked at goes on as its checkpoint says, with kernels of this machine."""
+
+from pathlib import Path
+
+from dlopt.analysis.diagnosis.preparation import prepare
+from dlopt.engine.checkpoint import load
+from tests.engine.runs import SMALL, experiment, start
+
+
+def test_a_checkpoint_of_a_gpu_is_looked_at_on_a_cpu(tmp_path: Path) -> None:
+    """Updates recorded as a CUDA graph leave capturable=true behind, which torch refuses on a CPU."""
+    lines = [*SMALL, "optimizer=adamw", "+optimizer.fused=false", "epochs=1"]
+    start(tmp_path, *lines)
+    state = load(tmp_path / "checkpoints/last.pt")
+    state["optimizer"]["param_groups"][0]["capturable"] = True
+    _, training = prepare(experiment(*lines), tmp_path / "other", state)
+    inputs, targets = next(iter(training.batches.epoch(1)))
+    training.update(inputs, targets, training.progress.step, training.sums)
+    assert not training.update.optimizer.param_groups[0]["capturable"]
