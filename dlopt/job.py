@@ -102,6 +102,7 @@ def claim(run: "Run") -> tuple[int, contextlib.AbstractContextManager[object]]:
 
 def start(run: "Run", processes: int, *, typed: Sequence[str] | None, console: bool) -> int:
     """Runs what was claimed and returns the exit code. Raises `UserError`, `RunError` and whatever else happens."""
+    from dlopt.engine.interruption import Interruption
     from dlopt.parallel import world as worlds
     from dlopt.parallel.launch import run_group
     from dlopt.run import train
@@ -114,8 +115,9 @@ def start(run: "Run", processes: int, *, typed: Sequence[str] | None, console: b
         resume = run.experiment.settings.resume
         checkpoint = None if resume == "auto" else resume
         return run_group(run.folder, processes, checkpoint, record=typed is None, console=console)
-    status = train(run, console=console and is_main)["status"]
-    worlds.leave()
+    with Interruption(run.experiment.settings.max_time) as interruption:
+        status = train(run, interruption, console=console and is_main)["status"]
+        worlds.leave()  # while it waits for the others, too, a signal that comes again has nothing to end
     return _STATUS_OF[status]
 
 

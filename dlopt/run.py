@@ -40,39 +40,39 @@ class Run:
     choices: Mapping[str, str] = field(default_factory=dict)  # group -> name of the YAML file, for showing
 
 
-def train(run: Run, *, console: bool = True) -> dict[str, Any]:
-    """Trains and tests. Returns the summary, which is also written to summary.json.
+def train(run: Run, interruption: Interruption | None = None, *, console: bool = True) -> dict[str, Any]:
+    """Trains and tests until `interruption` is true. Returns the summary, which is also written to summary.json.
 
     Raises `UserError` before the first update when something cannot work, `RunError` when the run fails later.
     """
     settings, state = run.experiment.settings, run.checkpoint
-    with Interruption(settings.max_time) as interruption:
-        parallel = parallel_of(run.experiment)
-        state = parallel.broadcast(state)
-        run = replace(run, checkpoint=state)
-        setup = set_up(run.experiment, None if state is None else state["normalize"], parallel=parallel)
-        batches = training_batches(setup)
-        length = length_of(setup, len(batches), state)
-        tracking = _tracking(run, console) if parallel.is_main else Tracking(None, sinks=[], console=False)
-        with tracking:
-            setup, found_lr = _with_lr(setup, run, tracking)
-            training = training_of(setup, run.folder, batches, length, tracking, found_lr=found_lr)
-            _observe(training, setup, run, tracking)
-            if state is not None:
-                training.load_state_dict(state)
-                training.best.load_state_dict(parallel.broadcast(training.best.state_dict()))  # what rank 0 found
-            elif settings.init_from is not None:
-                for line in load_weights(setup.module, Path(settings.init_from), parallel.load_model):
-                    tracking.message(line)
-            _introduce(setup, run, training, length, tracking)
-            asked = parallel.agree(interruption)
-            status = fit(training, asked)
-            summary = _summary(training, setup, status)
-            if status != "interrupted":
-                summary |= _test_best(training, setup)
-            else:
-                tracking.message(f"{asked.reason}: stopped; go on with the same command and resume=auto")
-            tracking.finish(summary)
+    interruption = Interruption(settings.max_time) if interruption is None else interruption
+    parallel = parallel_of(run.experiment)
+    state = parallel.broadcast(state)
+    run = replace(run, checkpoint=state)
+    setup = set_up(run.experiment, None if state is None else state["normalize"], parallel=parallel)
+    batches = training_batches(setup)
+    length = length_of(setup, len(batches), state)
+    tracking = _tracking(run, console) if parallel.is_main else Tracking(None, sinks=[], console=False)
+    with tracking:
+        setup, found_lr = _with_lr(setup, run, tracking)
+        training = training_of(setup, run.folder, batches, length, tracking, found_lr=found_lr)
+        _observe(training, setup, run, tracking)
+        if state is not None:
+            training.load_state_dict(state)
+            training.best.load_state_dict(parallel.broadcast(training.best.state_dict()))  # what rank 0 found
+        elif settings.init_from is not None:
+            for line in load_weights(setup.module, Path(settings.init_from), parallel.load_model):
+                tracking.message(line)
+        _introduce(setup, run, training, length, tracking)
+        asked = parallel.agree(interruption)
+        status = fit(training, asked)
+        summary = _summary(training, setup, status)
+        if status != "interrupted":
+            summary |= _test_best(training, setup)
+        else:
+            tracking.message(f"{asked.reason}: stopped; go on with the same command and resume=auto")
+        tracking.finish(summary)
     return summary
 
 

@@ -184,6 +184,28 @@ def test_a_job_that_is_preempted_while_python_starts_is_requeued(cluster: Cluste
     assert summary(folder)["status"] == "finished"
 
 
+def test_a_cancelled_job_stays_cancelled(cluster: Cluster) -> None:
+    """It ends with 75, too, but nobody wants it back."""
+    job = cluster.submit(str(BATCH), *SMALL, "epochs=100000", "stopping=none")
+    folder = cluster.home / "outputs" / "slurm" / job
+    cluster.wait(job, lambda: lines(folder) > 5, pause=0.1)
+    cluster.run("scancel", job)
+    cluster.wait(job, lambda: cluster.states(job) == ["CANCELLED"])
+    assert cluster.restarts(job) == 0
+    assert summary(folder)["status"] == "interrupted" and (folder / "checkpoints" / "last.pt").exists()
+
+
+def test_a_task_of_an_array_that_is_interrupted_is_requeued_alone(cluster: Cluster) -> None:
+    job = cluster.submit("--array=0-1", str(BATCH), *SMALL, "epochs=100000", "stopping=none", "optimizer=sgd,adam")
+    folders = [cluster.home / "outputs" / "slurm" / job / str(task) for task in (0, 1)]
+    for task, folder in enumerate(folders):
+        cluster.wait(job, lambda folder=folder: lines(folder) > 5, pause=0.1)  # type: ignore[misc]
+        cluster.run("scancel", "--signal=USR1", f"{job}_{task}")
+        cluster.wait(job, lambda task=task: cluster.states(f"{job}_{task}") == ["PENDING"])  # type: ignore[misc]
+        assert sorted(cluster.states(job)) == ["PENDING", "RUNNING"][: 2 - task] + ["PENDING"] * task
+    cluster.run("scancel", job)
+
+
 def test_every_task_of_an_array_is_a_job_of_the_sweep(cluster: Cluster) -> None:
     typed = [*SMALL, "epochs=1", "optimizer=sgd,adam", "optimizer.lr=0.1,0.01"]
     job = cluster.submit("--array=1-2", str(BATCH), *typed)

@@ -1,5 +1,6 @@
 """Processes that `dlopt train` starts itself."""
 
+import contextlib
 import json
 import os
 import re
@@ -71,6 +72,45 @@ def test_a_signal_ends_all_with_a_checkpoint(tmp_path: Path) -> None:
     process.communicate(timeout=60)
     assert process.returncode == 75
     assert (folder / "checkpoints" / "last.pt").exists()
+    assert json.loads((folder / "summary.json").read_text())["status"] == "interrupted"
+
+
+def rank_1(folder: Path) -> int:
+    """Its process."""
+    for each in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (
+                b"DLOPT_RANK=1" in (each / "environ").read_bytes()
+                and str(folder).encode() in (each / "cmdline").read_bytes()
+            ):
+                return int(each.name)
+    raise LookupError(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_rank_that_waits_for_the_others_is_not_torn_by_a_signal_that_comes_again(tmp_path: Path) -> None:
+    """As Slurm sends it a second time when a busy node is slow to answer: rank 0 is still writing the checkpoint."""
+    folder = tmp_path / "run"
+    large = [
+        "data.subset=100",
+        "data.workers=0",
+        "model=mlp",
+        "model.widths=[4096,4096]",
+        "checkpoint.asynchronous=false",
+    ]
+    line = command(folder, *large, "epochs=100000", "checkpoint.every_epochs=null", "stopping=none")
+    process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (folder / "metrics.jsonl").exists() or len((folder / "metrics.jsonl").read_text()) < 100:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
+        time.sleep(0.1)
+    rank = rank_1(folder)
+    while not (folder / "summary.json").exists():
+        os.kill(rank, signal.SIGTERM)
+        time.sleep(0.01)
+    told = process.communicate(timeout=60)[1]
+    assert process.returncode == 75, told
     assert json.loads((folder / "summary.json").read_text())["status"] == "interrupted"
 
 
