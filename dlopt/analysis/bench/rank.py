@@ -97,7 +97,7 @@ def measure(experiment: Experiment, folder: Path, plan: Plan, rank: int) -> Meas
         _limit(plan.memory_limit_mb, device)
     setup = set_up(experiment, parallel=parallel)
     training = unseen(setup, folder / f"run-{rank}")
-    update = _updates(training, device)
+    update = updates_of(training, device)
     for _ in range(plan.warmup):
         update()
     _together(parallel)
@@ -127,7 +127,7 @@ def measure(experiment: Experiment, folder: Path, plan: Plan, rank: int) -> Meas
     )
 
 
-def _updates(training: Training, device: torch.device) -> Callable[[], int]:
+def updates_of(training: Training, device: torch.device) -> Callable[[], int]:
     """A function that takes the next update, waits for the device, and returns the samples of this rank."""
     training.module.train()
     progress = training.progress

@@ -14,7 +14,8 @@ from dlopt.analysis.bench.costs import Link
 from dlopt.analysis.bench.layers import Layer, operations, parameters
 from dlopt.ranges import Count, NonNegative, Positive
 
-GRADIENT = 4  # bytes of a gradient, a weight, a momentum
+GRADIENT = 4  # bytes of a gradient, a weight, a momentum, a running statistic
+_FIRST_BUCKET = 2.0**20  # bytes at most: DDP starts to talk early
 _BACKWARD = 2  # operations of a backward per operation of the forward: by the inputs and by the weights
 _NEEDED = 2.0  # bytes moved per byte of a layer's inputs and outputs are these plus as much again in the backward
 
@@ -124,12 +125,19 @@ def _reduced(
     for layer, time in zip(reversed(layers), reversed(times), strict=True):
         clock += time
         filled += layer.parameters * GRADIENT / shards
-        if filled >= cluster.bucket_mb * 1e6:
+        if filled >= min(cluster.bucket_mb * 1e6, math.inf if ready else _FIRST_BUCKET):
             reduce(filled)
             filled = 0.0
     if filled:
         reduce(filled)
     return max(clock, costs.overlapped(ready, durations)) if devices > 1 else clock
+
+
+def _aligned(layers: Sequence[Layer], devices: int, cluster: Cluster) -> float:
+    """Running statistics are averaged after the update; norms have two values a channel, as they have parameters."""
+    per_server, servers = _servers(devices, cluster)
+    size = sum(layer.parameters for layer in layers if layer.kind == "other") * GRADIENT
+    return costs.two_level_all_reduce(size, per_server, servers, cluster.within, cluster.between) if size else 0.0
 
 
 def _estimate(
@@ -144,7 +152,7 @@ def ddp(layers: Sequence[Layer], batch: float, devices: int, cluster: Cluster) -
     times = [seconds(layer, batch, cluster) for layer in layers]
     forward, backward = slow * sum(f for f, _ in times), [slow * b for _, b in times]
     update = _update(parameters(layers), cluster)
-    step = _reduced(layers, backward, forward, 1, devices, cluster) + update
+    step = _reduced(layers, backward, forward, 1, devices, cluster) + update + _aligned(layers, devices, cluster)
     memory = _states(parameters(layers)) + _activations(layers, batch, cluster)
     compute = forward + sum(backward) + update
     return _estimate("ddp", devices, step, compute, memory, single(layers, batch, cluster), cluster)
@@ -187,23 +195,25 @@ def filter_parallel(layers: Sequence[Layer], batch: float, devices: int, cluster
     """
     groups, samples = devices // degree, batch * degree
     link = cluster.link(degree)
-    meetings, talk = 0, 0.0
+    meetings, talk, is_whole = 0, 0.0, True
     forward, kept, backward = 0.0, 0.0, list[float]()
     for number, layer in enumerate(layers):
-        share = math.ceil(layer.units / degree) / layer.units
-        f, b = (share * each for each in seconds(layer, samples, cluster))
         is_split = layer.kind != "other"
+        share = math.ceil(layer.units / degree) / layer.units if is_split or not is_whole else 1.0
+        f, b = (share * each for each in seconds(layer, samples, cluster))
         out = layer.outputs * samples * cluster.value_bytes
         into = layer.inputs * samples * cluster.value_bytes if number else 0.0  # nobody asks for the images' gradient
         reduces = (layer.role == "last") + (layer.role == "first")  # its outputs, and its input's gradient
         gathers = is_split and layer.role in ("alone", "inner")
+        if is_split:
+            is_whole = layer.role == "last" or gathers  # then normed and rectified by all
         if is_split and degree > 1:
             size = out if layer.role == "last" else into
             talk += reduces * costs.all_reduce(size, degree, link)
             talk += gathers * (costs.ring_gather(out, degree, link) + costs.all_reduce(into, degree, link))
             meetings += reduces + 2 * gathers
         forward, backward = forward + f, [*backward, b]
-        kept += out if layer.role == "last" or gathers else out * share
+        kept += out if is_whole else out * share
     slow = costs.slowed(devices, cluster.variation, max(meetings, 1))
     forward, backward = slow * forward + talk, [slow * b for b in backward]
     update = _update(parameters(layers) / degree, cluster)

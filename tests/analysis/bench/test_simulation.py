@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from dlopt.analysis.bench import costs, layers, simulation
+from dlopt.analysis.bench.company import fitted, shared_out
 from dlopt.analysis.bench.layers import Layer
-from dlopt.analysis.bench.network import fitted
 from dlopt.analysis.bench.simulation import Cluster, ddp, fsdp, partition, pipeline, single, spatial
 from dlopt.analysis.bench.simulation import filter_parallel as filters
 from dlopt.analysis.bench.simulation_picture import draw
+from dlopt.analysis.bench.validation import validate
 from dlopt.commands.bench_simulate import MODELS
 from dlopt.config.compose import Composer, to_plain
 from dlopt.config.experiment import parse
@@ -82,11 +83,29 @@ def test_what_cannot_be_divided_stands_idle() -> None:
 
 
 def test_ddp_by_hand() -> None:
-    slow = replace(REAL, bucket_mb=1e6, variation=0.0)  # all gradients at once, behind the backward
-    reduced = costs.two_level_all_reduce(4 * 16e6, 8, 8, slow.within, slow.between)
+    # all gradients but those of the last layer, which DDP's first bucket holds, at once behind the backward
+    slow = replace(REAL, bucket_mb=1e6, variation=0.0)
+    reduced = costs.two_level_all_reduce(4 * 15e6, 8, 8, slow.within, slow.between)
     assert ddp(CHAIN, 64, 64, slow).step == pytest.approx(single(CHAIN, 64, slow) + reduced)
     overlapped = ddp(CHAIN, 64, 64, replace(slow, bucket_mb=1.0)).step
     assert single(CHAIN, 64, slow) < overlapped < single(CHAIN, 64, slow) + reduced / 4
+
+
+def test_running_statistics_are_averaged_behind_the_update() -> None:
+    norm = layer(name="norm", kind="other", operations=0.0, inputs=0, outputs=0, parameters=256)
+    slow = replace(REAL, variation=0.0, latency_within=1e4, latency_between=1e4)
+    more = ddp([*CHAIN, norm], 64, 8, slow).step - ddp(CHAIN, 64, 8, slow).step
+    assert more == pytest.approx(costs.two_level_all_reduce(4 * 256, 8, 1, slow.within, slow.between), rel=1e-3)
+
+
+def test_what_is_whole_is_normed_by_all() -> None:
+    """Within a block the first convolution's channels are a device's own, the last one's are everybody's."""
+    first, last = layer(name="a", block="b", role="first"), layer(name="c", block="b", role="last")
+    norm = layer(name="n", block="b", kind="other", parameters=0)
+    plain = filters([first, last], 64, 8, IDEAL, 8).step
+    alone = single([norm], 512, IDEAL)
+    assert filters([first, norm, last], 64, 8, IDEAL, 8).step - plain == pytest.approx(alone / 8, rel=1e-3)
+    assert filters([first, last, norm], 64, 8, IDEAL, 8).step - plain == pytest.approx(alone, rel=1e-3)
 
 
 def test_the_slowest_device_sets_the_pace() -> None:
@@ -132,6 +151,18 @@ def test_a_network_is_fitted() -> None:
     times = {size: costs.ring_all_reduce(size, 4, link) for size in (64, 10**5, 10**7)}
     found = fitted(times, 4)
     assert (found.latency, found.bandwidth) == pytest.approx((2e-5, 3e9))
+
+
+def test_an_update_is_shared_out_among_its_layers() -> None:
+    parts = shared_out(6.0, [layer(forward=1.0, backward=2.0), layer(forward=0.5, backward=0.5)])
+    assert [(each.forward, each.backward) for each in parts] == [(1.5, 3.0), (0.75, 0.75)]
+
+
+@pytest.mark.slow
+def test_calculated_and_measured_side_by_side() -> None:
+    points = validate([1, 2])
+    assert [(each.mode, each.processes) for each in points] == [("ddp", 2), ("filter", 2)]
+    assert all(0 < each.calculated < 10 and 0 < each.measured < 10 for each in points)
 
 
 def test_every_mode_on_a_growing_cluster() -> None:
