@@ -83,10 +83,6 @@ class Replayed(Generic[T]):
         self._replay: Callable[[], None] | None = None
         self._results: T | None = None
 
-    @property
-    def is_recorded(self) -> bool:
-        return self._replay is not None
-
     def __call__(self) -> T:
         if self._replay is None:
             if self._runs < _WARM or not self._is_possible:

@@ -181,8 +181,8 @@ def main() -> int:
     if RANK in os.environ:
         launch.end_with_parent()
     from dlopt.config.compose import resolve_saved
-    from dlopt.config.experiment import parse
     from dlopt.config.older import completed
+    from dlopt.config.parsing import parse
     from dlopt.engine.checkpoint import Checkpoints, load
     from dlopt.run import Run
 

@@ -9,7 +9,7 @@ import torch
 from dlopt.assembly.setup import Setup, set_up
 from dlopt.assembly.training import unseen
 from dlopt.config.compose import Composer, to_plain
-from dlopt.config.experiment import parse
+from dlopt.config.parsing import parse
 from tests.commands.line import dlopt
 
 SMALL = ("experiment=cifar10_speed", "data=digits", "device=cpu", "threads=1", "precision=fp32", "compile=false")

@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 
 from dlopt.config.compose import resolve_saved
-from dlopt.config.experiment import Experiment, parse
+from dlopt.config.experiment import Experiment
+from dlopt.config.parsing import parse
 from dlopt.parallel import launch
 from dlopt.parallel import world as worlds
 

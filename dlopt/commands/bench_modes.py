@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.errors import HydraException
-from rich.console import Console
 
 from dlopt.commands.bench_output import save
 from dlopt.commands.line import output_folder, own_keys
 from dlopt.config.compose import Composer, choices_of, to_plain
 from dlopt.errors import UserError
 from dlopt.ranges import Count, Natural, Positive
+from dlopt.tracking.tables import standard_output
 
 if TYPE_CHECKING:
     from dlopt.analysis.bench.modes import Row
@@ -68,7 +68,7 @@ class _Job:
 
 def bench_modes(composer: Composer, overrides: Sequence[str]) -> int:
     from dlopt.analysis.bench import modes
-    from dlopt.config.experiment import parse
+    from dlopt.config.parsing import parse
 
     own, rest = own_keys(composer, overrides, _Own)
     jobs = _jobs(composer, rest)
@@ -90,8 +90,7 @@ def bench_modes(composer: Composer, overrides: Sequence[str]) -> int:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     modes.refuse_if_all_failed(rows)
-    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200)
-    console.print(modes.table(rows))
+    standard_output().print(modes.table(rows))
     for line in modes.problems(rows):
         print(line)
     typed = " ".join(line for line in rest if not line.startswith("processes="))

@@ -11,6 +11,7 @@ from dlopt.commands.line import output_folder, own_keys
 from dlopt.config.compose import Composer, to_plain
 from dlopt.errors import UserError
 from dlopt.ranges import Count
+from dlopt.tracking.tables import Fitted, plain_table, standard_output
 
 if TYPE_CHECKING:
     from dlopt.analysis.bench.layers import Layer
@@ -68,15 +69,8 @@ def bench_simulate(composer: Composer, overrides: Sequence[str]) -> int:
     found: dict[str, list[Estimate]] = {}
     for name in dict.fromkeys(own.models):
         layers = _layers(composer, name, own)
-        print(f"{name}: {size(layers)}")
-        print(f"{'devices':>9}  {'mode':14}  {'ms/step':>9}  {'computing':>9}  {'efficiency':>10}  {'GB/device':>9}")
         found[name] = [e for count in sorted(set(own.devices)) for e in estimates(layers, own.batch, count, cluster)]
-        for each in found[name]:
-            share = each.compute / each.step
-            print(
-                f"{each.devices:9}  {each.mode:14}  {each.step * 1e3:9.2f}  {share:9.0%}  {each.efficiency:10.1%}  "
-                f"{each.memory / 1e9:9.1f}{'' if each.fits else '  too large'}"
-            )
+        standard_output().print(_table(f"{name}: {size(layers)}", found[name]))
     points = _validate(own) if own.validate else []
     folder = output_folder(own.output, "bench")
     title = f"Expected efficiency against one device, {own.batch} samples per device, layer times {own.layers}"
@@ -88,6 +82,17 @@ def bench_simulate(composer: Composer, overrides: Sequence[str]) -> int:
     }
     save(figure, folder, "cluster", figures)
     return 0
+
+
+def _table(title: str, found: "Sequence[Estimate]") -> Fitted:
+    table = plain_table(title)
+    for name in ("mode", "devices", "ms/step", "computing", "efficiency", "GB/device"):
+        table.add_column(name, justify="left" if name == "mode" else "right")
+    for each in found:
+        memory = f"{each.memory / 1e9:.1f}{'' if each.fits else ', too large'}"
+        share = f"{each.compute / each.step:.0%}"
+        table.add_row(each.mode, str(each.devices), f"{each.step * 1e3:.2f}", share, f"{each.efficiency:.1%}", memory)
+    return Fitted(table)
 
 
 def _described(cluster: Cluster) -> str:
@@ -105,7 +110,7 @@ def _layers(composer: Composer, name: Model, own: _Own) -> "list[Layer]":
 
     from dlopt.analysis.bench import layers
     from dlopt.assembly.setup import choose_device
-    from dlopt.config.experiment import parse
+    from dlopt.config.parsing import parse
 
     overrides, shape, classes = MODELS[name]
     experiment = parse(to_plain(composer.compose(overrides), overrides)[0])
@@ -128,14 +133,15 @@ def _layers(composer: Composer, name: Model, own: _Own) -> "list[Layer]":
 def _validate(own: _Own) -> list[dict[str, Any]]:
     from dlopt.analysis.bench.validation import validate
 
-    points = []
-    print("calculated from measured layer times and a measured network, against measured times per update (ResNet-20):")
-    print(f"{'mode':8}  {'processes':>9}  {'calculated ms':>13}  {'measured ms':>11}  {'ratio':>5}")
-    for point in validate(sorted(set(own.validate))):
-        ratio = point.calculated / point.measured
-        print(
-            f"{point.mode:8}  {point.processes:9}  {point.calculated * 1e3:13.1f}  {point.measured * 1e3:11.1f}  "
-            f"{ratio:5.2f}"
-        )
-        points.append(asdict(point))
-    return points
+    table = plain_table(
+        "ms per update of a ResNet-20 on digits: calculated from what updates, layers and all-reduces take"
+    )
+    for name in ("mode", "processes", "calculated", "measured", "ratio"):
+        table.add_column(name, justify="left" if name == "mode" else "right")
+    points = validate(sorted(set(own.validate)))
+    for each in points:
+        seconds = (each.calculated, each.measured)
+        ratio = f"{each.calculated / each.measured:.2f}"
+        table.add_row(each.mode, str(each.processes), *(f"{one * 1e3:.1f}" for one in seconds), ratio)
+    standard_output().print(Fitted(table))
+    return [asdict(each) for each in points]

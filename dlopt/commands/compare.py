@@ -123,7 +123,7 @@ def _refuse_powers(line: str, key: str) -> None:
 
 
 def _runs(composer: Composer, comparison: "Comparison", overrides: list[str]) -> list[_Run]:
-    from dlopt.config.experiment import parse
+    from dlopt.config.parsing import parse
 
     given = [line for line in overrides if not line.startswith(("seed=", "comparison.", "hydra."))]
     found = []

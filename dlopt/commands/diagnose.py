@@ -97,7 +97,7 @@ def diagnose(arguments: list[str]) -> int:
 
 
 def _subjects(composer: Composer, overrides: list[str], skipped: list[tuple[str, Job]]) -> list[_Subject]:
-    from dlopt.config.experiment import parse
+    from dlopt.config.parsing import parse
 
     subjects = []
     for job in jobs(composer, overrides, _GROUPS, _MOST):
@@ -110,7 +110,7 @@ def _subjects(composer: Composer, overrides: list[str], skipped: list[tuple[str,
 
 
 def _trained(path: Path, overrides: Sequence[str]) -> _Subject:
-    from dlopt.config.experiment import parse
+    from dlopt.config.parsing import parse
     from dlopt.engine.checkpoint import load
     from dlopt.evaluation.saved import typed_values, with_changes
 
@@ -159,13 +159,12 @@ def _measure(subject: _Subject, own: _Own) -> tuple["Diagnosis", "Facts"]:
 
 
 def _tell(diagnosis: "Diagnosis", facts: "Facts", label: str) -> None:
-    from rich.console import Console
-
     from dlopt.analysis.diagnosis.verdicts import advice, clipping_norm, typed, verdicts
+    from dlopt.tracking.tables import standard_output
 
-    console = Console(highlight=False, width=None if os.isatty(1) else 160)
+    console = standard_output()
     if label:
-        console.print(f"\n{label}", style="bold", markup=False)
+        console.print(f"\n{label}", style="bold")
     judged = [verdicts(each.layers, each.lags) for each in diagnosis.snapshots]
     console.print(_table(diagnosis, judged))
     for snapshot, found in zip(diagnosis.snapshots, judged, strict=True):
@@ -180,9 +179,9 @@ def _tell(diagnosis: "Diagnosis", facts: "Facts", label: str) -> None:
             figures.append(
                 f"{lag.name}: gradient {lag.states[0]:.2g} one step back, {lag.states[-1]:.2g} {len(lag.states)}"
             )
-        console.print(f"{when}: {'; '.join(figures)}", markup=False, soft_wrap=True)
+        console.print(f"{when}: {'; '.join(figures)}", soft_wrap=True)
         for line in advice(found, facts):
-            console.print(f"  {line}", markup=False, soft_wrap=True)
+            console.print(f"  {line}", soft_wrap=True)
     norm = clipping_norm(diagnosis.path.norms)
     if norm is not None:
         console.print(
@@ -191,7 +190,7 @@ def _tell(diagnosis: "Diagnosis", facts: "Facts", label: str) -> None:
             soft_wrap=True,
         )
     if diagnosis.path.ended:
-        console.print(f"the training ended early: {diagnosis.path.ended}", markup=False, soft_wrap=True)
+        console.print(f"the training ended early: {diagnosis.path.ended}", soft_wrap=True)
 
 
 def _table(diagnosis: "Diagnosis", judged: Sequence[Sequence["Verdict"]]) -> Any:

@@ -135,7 +135,7 @@ def _test(
 ) -> tuple[list[_Member], "Report"]:
     """Every checkpoint by itself, on batches of the first one's size, and the figures of their mean."""
     from dlopt.assembly.setup import set_up
-    from dlopt.config.experiment import parse
+    from dlopt.config.parsing import parse
     from dlopt.evaluation.testing import check_same_samples, choose_average, combine, outputs_on_test_set, report
 
     members: list[_Member] = []

@@ -111,7 +111,7 @@ def _inputs(trained: "Trained", overrides: Mapping[str, Any], path: Path) -> tup
     import torch
 
     from dlopt.augment.crop import CentreCrop
-    from dlopt.config.experiment import parse
+    from dlopt.config.parsing import parse
     from dlopt.data.samples import Dataset
     from dlopt.data.splits import prepare
 

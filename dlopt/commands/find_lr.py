@@ -51,7 +51,7 @@ def find_lr(arguments: list[str]) -> int:
     if line is None:
         return 0
     from dlopt.analysis.lr_range import Sweep, check, trial, write
-    from dlopt.config.experiment import parse
+    from dlopt.config.parsing import parse
 
     composer = line.composer()
     place, rest = own_keys(composer, line.overrides, _Place)

@@ -39,7 +39,7 @@ def draw_landscape(arguments: list[str]) -> int:
     from dlopt.analysis.landscape import draw, surface
     from dlopt.assembly.setup import set_up
     from dlopt.config.compose import resolve_saved
-    from dlopt.config.experiment import parse
+    from dlopt.config.parsing import parse
     from dlopt.engine.checkpoint import load
     from dlopt.evaluation.saved import refuse_others, take_path, typed_values, with_changes
 

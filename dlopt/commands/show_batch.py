@@ -44,7 +44,7 @@ def show_batch(arguments: list[str]) -> int:
     line = read_line(arguments, USAGE, several=_ONE)
     if line is None:
         return 0
-    from dlopt.config.experiment import parse
+    from dlopt.config.parsing import parse
 
     composer = line.composer()
     own, overrides = own_keys(composer, line.overrides, _Own)

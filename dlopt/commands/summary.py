@@ -1,7 +1,6 @@
 """`dlopt summary`: the layers of a model with shapes, parameters, operations and memory."""
 
 import math
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -42,7 +41,7 @@ def summary(arguments: list[str]) -> int:
     line = read_line(arguments, USAGE, several=_ONE)
     if line is None:
         return 0
-    from dlopt.config.experiment import parse
+    from dlopt.config.parsing import parse
 
     composer = line.composer()
     own, overrides = own_keys(composer, line.overrides, _Own)
@@ -92,9 +91,7 @@ def _summarized(experiment: "Experiment", shape: tuple[int, ...], classes: int) 
 
 
 def _print(name: str, shape: tuple[int, ...], found: "ModelSummary") -> None:
-    from rich.console import Console
-
-    from dlopt.tracking.tables import Fitted, plain_table
+    from dlopt.tracking.tables import Fitted, plain_table, standard_output
 
     table = plain_table()
     for column in ("layer", "kind"):
@@ -106,7 +103,7 @@ def _print(name: str, shape: tuple[int, ...], found: "ModelSummary") -> None:
             output = "x".join(map(str, layer.output))
             numbers = (f"{number:,}" if number else "" for number in (layer.parameters, layer.macs))
             table.add_row(layer.name, layer.kind, output, *numbers)
-    console = Console(highlight=False, width=None if os.isatty(1) else 120)
+    console = standard_output()
     console.print(Fitted(table))
     frozen = found.parameters - found.trainable
     lines = {
@@ -118,7 +115,7 @@ def _print(name: str, shape: tuple[int, ...], found: "ModelSummary") -> None:
         "kept for the backward pass": f"{size(found.activation_bytes)} for a batch of {found.batch}",
     }
     for key, value in lines.items():
-        console.print(f"{key}: {value}", markup=False, soft_wrap=True)
+        console.print(f"{key}: {value}", soft_wrap=True)
 
 
 def _scaled(number: float) -> str:

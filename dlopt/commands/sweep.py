@@ -130,7 +130,7 @@ def _jobs(composer: Composer, whole: DictConfig, overrides: list[str]) -> list[J
 
 def _checked(composer: Composer, overrides: list[str], typed: list[str]) -> tuple[DictConfig, dict[str, Any]]:
     """The composed config of a job, and as it is saved. Raises `UserError`."""
-    from dlopt.config.experiment import parse
+    from dlopt.config.parsing import parse
 
     config = composer.compose(overrides)
     plain, saved = to_plain(config, typed)
@@ -338,7 +338,7 @@ def start_job(config: DictConfig) -> str:
     """One job that a launcher other than dlopt's own starts; returns its status."""
     from hydra.core.hydra_config import HydraConfig
 
-    from dlopt.config.experiment import parse
+    from dlopt.config.parsing import parse
     from dlopt.sweeps import jobs
     from dlopt.sweeps.grid import run_job
     from dlopt.sweeps.places import local

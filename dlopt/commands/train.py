@@ -81,7 +81,7 @@ def _lead(config: DictConfig, parsed: Namespace, world: World) -> int:
 
 def _follow(composer: Composer, parsed: Namespace, world: World) -> int:
     """Another rank: what rank 0 tells is run, and what is wrong with the command line is left to it to say."""
-    from dlopt.config.experiment import parse
+    from dlopt.config.parsing import parse
     from dlopt.job import USER_ERROR, execute
     from dlopt.run import Run
 
@@ -121,7 +121,7 @@ class Prepared:
 
 def prepare(config: DictConfig, overrides: Sequence[str]) -> Prepared:
     """Checks the composed `config` and finds or makes its folder. Raises `UserError`."""
-    from dlopt.config.experiment import parse
+    from dlopt.config.parsing import parse
     from dlopt.run import Run
 
     plain, saved = to_plain(config, overrides)
@@ -141,7 +141,7 @@ def prepare(config: DictConfig, overrides: Sequence[str]) -> Prepared:
 
 
 def _estimate(config: DictConfig, overrides: Sequence[str]) -> int:
-    from dlopt.config.experiment import parse
+    from dlopt.config.parsing import parse
     from dlopt.sweeps.estimate import seconds_of, told
 
     plain, saved = to_plain(config, overrides)

@@ -107,7 +107,7 @@ def _learning_rates(composer: Composer, typed: Sequence[str]) -> int:
 def _curve(label: str, config: DictConfig, overrides: list[str], steps_per_epoch: int) -> "Curve":
     from dlopt import schedules
     from dlopt.analysis.curves import curve
-    from dlopt.config.experiment import parse
+    from dlopt.config.parsing import parse
 
     experiment = parse(*to_plain(config, overrides))
     settings, lr = experiment.settings, experiment.optimizer.arguments.get("lr")

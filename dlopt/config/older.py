@@ -9,7 +9,8 @@ import yaml
 
 from dlopt.config.choices import config_folder
 from dlopt.config.compose import Composer, resolve_saved, to_plain
-from dlopt.config.experiment import GROUPS, parse
+from dlopt.config.experiment import GROUPS
+from dlopt.config.parsing import parse
 from dlopt.config.schema import parameters_of, resolve_target, trusted_packages
 from dlopt.errors import UserError
 

@@ -2,14 +2,12 @@
 
 import os
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from dlopt.config.experiment import Experiment
+from dlopt.config.settings import Settings
 from dlopt.errors import UserError
 from dlopt.extras import install
-
-if TYPE_CHECKING:
-    from dlopt.config.experiment import Experiment
-    from dlopt.config.settings import Settings
 
 _MAX_NAME = 100
 _PER_CORE = 64  # threads and loader processes: more is a slip of the pen
@@ -26,7 +24,7 @@ _FURTHER = (
 _CLASS = "val_class_accuracy/"
 
 
-def check_combinations(experiment: "Experiment") -> None:
+def check_combinations(experiment: Experiment) -> None:
     """Everything that can be known before data are read. Raises `UserError`."""
     settings = experiment.settings
     _check_name(settings.name)
@@ -64,7 +62,7 @@ def _check_tracking(sinks: list[Any]) -> None:
             raise UserError(f"tracking=[{shown}]: the package {sink} is not installed; {install(f'dlopt[{sink}]')}")
 
 
-def _check_looking(settings: "Settings") -> None:
+def _check_looking(settings: Settings) -> None:
     if settings.diagnostics and not settings.tracking:
         shown = ",".join(settings.diagnostics)
         raise UserError(f"diagnostics=[{shown}]: there is nowhere to write them; type tracking=[tensorboard]")
@@ -92,7 +90,7 @@ def further_figure(monitor: str) -> str | None:
     return "class_accuracy" if name == "worst_class_accuracy" or monitor.startswith(_CLASS) else name
 
 
-def _check_device(experiment: "Experiment") -> None:
+def _check_device(experiment: Experiment) -> None:
     import torch
 
     settings = experiment.settings
@@ -116,7 +114,7 @@ def _check_device(experiment: "Experiment") -> None:
             raise UserError(f"{key}={number}: this machine has {cores} cores; at most {per_core * cores}")
 
 
-def _check_batch(experiment: "Experiment") -> None:
+def _check_batch(experiment: Experiment) -> None:
     size = experiment.data_settings.batch_size
     accumulate = experiment.settings.accumulate
     if isinstance(size, int) and accumulate > size:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dlopt.assembly.setup import choose_device
 from dlopt.augment.crop import CentreCrop
 from dlopt.config.compose import resolve_saved
-from dlopt.config.experiment import parse
+from dlopt.config.parsing import parse
 from dlopt.engine.checkpoint import load
 from dlopt.engine.precision import Precision, choose_precision
 from dlopt.errors import UserError

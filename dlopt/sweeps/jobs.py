@@ -60,7 +60,7 @@ def compose(loader: Any, sweep: DictConfig, overrides: Sequence[str], number: in
 
 def _job_of(config: DictConfig, sweep: Path, overrides: Sequence[str], label: str) -> Job:
     from dlopt.config.compose import choices_of, to_plain
-    from dlopt.config.experiment import parse
+    from dlopt.config.parsing import parse
 
     plain, saved = to_plain(config, None)  # whom to trust was seen to for the sweep as a whole
     parse(plain, saved)

@@ -1,5 +1,7 @@
 """Tables for terminals of any width: nothing is cut, and no word is broken."""
 
+import os
+
 from rich import box
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -7,6 +9,12 @@ from rich.table import Table
 from rich.text import Text
 
 _FOLDED = 16  # columns that a folding column keeps
+_PIPED = 160  # columns of an output that is no terminal
+
+
+def standard_output() -> Console:
+    """As wide as the terminal."""
+    return Console(highlight=False, markup=False, width=None if os.isatty(1) else _PIPED)
 
 
 def plain_table(title: str | None = None) -> Table:

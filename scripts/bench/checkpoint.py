@@ -20,7 +20,7 @@ from torch import nn
 
 from dlopt.assembly.setup import choose_device
 from dlopt.config.compose import Composer, to_plain
-from dlopt.config.experiment import parse
+from dlopt.config.parsing import parse
 from dlopt.engine.checkpoint import Checkpoints
 
 BATCH = 128

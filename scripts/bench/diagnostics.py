@@ -18,7 +18,7 @@ from torch import Tensor
 from dlopt.analysis.diagnosis.live import SELDOMER, Diagnostics, Kind
 from dlopt.analysis.diagnosis.preparation import prepare
 from dlopt.config.compose import Composer, to_plain
-from dlopt.config.experiment import parse
+from dlopt.config.parsing import parse
 from dlopt.engine.observed import ObservedUpdate
 from dlopt.tracking.tracking import Tracking
 

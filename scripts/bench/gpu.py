@@ -39,7 +39,8 @@ from dlopt.assembly.evaluation import test_figures
 from dlopt.assembly.setup import Setup, set_up
 from dlopt.assembly.training import unseen
 from dlopt.config.compose import Composer, to_plain
-from dlopt.config.experiment import Experiment, parse
+from dlopt.config.experiment import Experiment
+from dlopt.config.parsing import parse
 from dlopt.config.schema import Component
 from dlopt.data.loading import materialize
 from dlopt.data.samples import Dataset, InMemory

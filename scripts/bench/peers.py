@@ -186,7 +186,7 @@ def dlopt(job: Job) -> Callable[[], None]:
     from dlopt.assembly.setup import set_up
     from dlopt.assembly.training import unseen
     from dlopt.config.compose import Composer, to_plain
-    from dlopt.config.experiment import parse
+    from dlopt.config.parsing import parse
     from dlopt.config.schema import Component
     from dlopt.data.samples import Dataset as Samples
     from dlopt.data.samples import InMemory

@@ -36,7 +36,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from dlopt.assembly.optimizer import may_fuse
 from dlopt.config.compose import Composer, to_plain
-from dlopt.config.experiment import Experiment, parse
+from dlopt.config.experiment import Experiment
+from dlopt.config.parsing import parse
 from dlopt.data.batches import Batches
 from dlopt.data.samples import InMemory
 from dlopt.engine.checkpoint import Checkpoints

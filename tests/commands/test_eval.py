@@ -14,7 +14,7 @@ from sklearn import metrics
 from torch.nn import functional as F
 
 from dlopt.assembly.setup import set_up
-from dlopt.config.experiment import parse
+from dlopt.config.parsing import parse
 from dlopt.engine.checkpoint import load
 from tests.commands.line import Result, dlopt, entries, refused
 

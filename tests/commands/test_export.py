@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dlopt.assembly.setup import set_up
-from dlopt.config.experiment import parse
+from dlopt.config.parsing import parse
 from dlopt.engine.checkpoint import load
 from dlopt.errors import RunError
 from dlopt.evaluation import exporting

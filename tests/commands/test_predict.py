@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from dlopt.assembly.setup import set_up
-from dlopt.config.experiment import parse
+from dlopt.config.parsing import parse
 from dlopt.engine.checkpoint import load, write
 from tests.commands.line import dlopt, entries, refused
 

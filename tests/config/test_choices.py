@@ -9,7 +9,8 @@ import yaml
 from PIL import Image
 
 from dlopt.config.compose import Composer, to_plain
-from dlopt.config.experiment import GROUPS, parse
+from dlopt.config.experiment import GROUPS
+from dlopt.config.parsing import parse
 from tests.commands.line import dlopt, only
 
 CONF = Path(__file__).parents[2] / "conf"

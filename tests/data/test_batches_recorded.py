@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dlopt.augment import AlternatingFlip, HorizontalFlip, PadCrop, Pipeline
 from dlopt.config.compose import Composer, to_plain
-from dlopt.config.experiment import parse
+from dlopt.config.parsing import parse
 from dlopt.data.batches import Batches
 from dlopt.data.normalization import Standardize
 from dlopt.data.samplers import Random

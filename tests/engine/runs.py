@@ -12,7 +12,8 @@ from unittest.mock import patch
 import torch
 
 from dlopt.config.compose import Composer, to_plain
-from dlopt.config.experiment import Experiment, parse
+from dlopt.config.experiment import Experiment
+from dlopt.config.parsing import parse
 from dlopt.engine import checkpoint
 from dlopt.engine.checkpoint import Checkpoints
 from dlopt.engine.step import Update

@@ -9,7 +9,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from dlopt.config.compose import Composer, to_plain
-from dlopt.config.experiment import parse
+from dlopt.config.parsing import parse
 from dlopt.parallel import world as worlds
 from dlopt.parallel.collectives import Ranks
 from dlopt.parallel.distribution import distribute

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from dlopt.assembly.batches import evaluation_batches, training_batches
 from dlopt.assembly.setup import Setup, set_up
 from dlopt.config.compose import resolve_saved
-from dlopt.config.experiment import parse
 from dlopt.config.older import completed
+from dlopt.config.parsing import parse
 from dlopt.data.batches import Batches
 from dlopt.engine.checkpoint import load
 from dlopt.engine.step import frozen_statistics

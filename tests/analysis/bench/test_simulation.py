@@ -17,7 +17,7 @@ from dlopt.analysis.bench.simulation_picture import draw
 from dlopt.analysis.bench.validation import validate
 from dlopt.commands.bench_simulate import MODELS
 from dlopt.config.compose import Composer, to_plain
-from dlopt.config.experiment import parse
+from dlopt.config.parsing import parse
 
 IDEAL = Cluster(
     per_server=8, tflops=100.0, memory_bandwidth=1e9, memory=80.0, bandwidth_within=1e12, latency_within=1e-9,

@@ -11,7 +11,7 @@ from dlopt.analysis.comparison.probes import checkpoints, gradient_variance
 from dlopt.assembly.batches import evaluation_batches, training_batches
 from dlopt.assembly.setup import set_up
 from dlopt.config.compose import resolve_saved
-from dlopt.config.experiment import parse
+from dlopt.config.parsing import parse
 
 
 def test_variance_of_gradients_is_that_of_the_batches_by_that_of_all_batches(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from dlopt.analysis.report.published import beside_published, name_of, published
 from dlopt.analysis.report.reading import Reader
 from dlopt.analysis.report.table import Table, gather
 from dlopt.config.compose import Composer, to_plain
-from dlopt.config.experiment import parse
+from dlopt.config.parsing import parse
 from dlopt.tracking.layout import flatten
 from tests.analysis.report.folders import make_run
 from tests.commands.line import dlopt
