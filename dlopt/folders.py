@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import yaml
 
-from dlopt.config.aliases import check_file
+from dlopt.aliases import check_file
 from dlopt.errors import UserError
 
 FORMAT = 1  # of run folders: which files there are and what their keys mean; environment.json says it

@@ -102,7 +102,7 @@ def claim(run: "Run") -> tuple[int, contextlib.AbstractContextManager[object]]:
 
 def start(run: "Run", processes: int, *, typed: Sequence[str] | None, console: bool) -> int:
     """Runs what was claimed and returns the exit code. Raises `UserError`, `RunError` and whatever else happens."""
-    from dlopt.engine.interruption import Interruption
+    from dlopt.interruption import Interruption
     from dlopt.parallel import world as worlds
     from dlopt.parallel.launch import run_group
     from dlopt.run import train

@@ -1,4 +1,4 @@
-"""How a run uses the processor: threads, and the memory that each step takes and gives back."""
+"""What a run computes on: the device, its threads, and the memory that each step takes and gives back."""
 
 import contextlib
 import ctypes
@@ -8,6 +8,14 @@ import torch
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 _LARGEST_HEAP_BLOCK = 32 << 20  # glibc takes no larger threshold
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` takes the accelerator that torch finds, else the CPU."""
+    if name != "auto":
+        return torch.device(name)
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found if found is not None and found.type in ("cuda", "mps") else torch.device("cpu")
 
 
 def set_threads(threads: int | str, sharing: int = 1) -> None:

@@ -13,20 +13,20 @@ from dlopt.analysis.diagnosis.live import Diagnostics
 from dlopt.analysis.profiling import Profile, Profiling
 from dlopt.analysis.profiling import table as profile_table
 from dlopt.assembly.batches import training_batches
-from dlopt.assembly.evaluation import test_figures
 from dlopt.assembly.norms import small_batches
 from dlopt.assembly.setup import Setup, load_weights, parallel_of, set_up
 from dlopt.assembly.speed import chosen
+from dlopt.assembly.testing import test_figures
 from dlopt.assembly.training import Length, length_of, training_of, unseen
 from dlopt.config.experiment import Experiment
 from dlopt.config.rules import further_figure
 from dlopt.engine.averaging import at_evaluation_point
 from dlopt.engine.checkpoint import load
 from dlopt.engine.graphed import obstacle
-from dlopt.engine.interruption import Interruption
 from dlopt.engine.loop import Training, fit
 from dlopt.engine.observed import ObservedUpdate, Observer
 from dlopt.errors import RunError, UserError
+from dlopt.interruption import Interruption
 from dlopt.tracking.tracking import Tracking
 
 

@@ -23,7 +23,7 @@ from dlopt.errors import UserError
 from dlopt.parallel.single import Single
 from dlopt.parallel.world import current
 from dlopt.parameters import freeze
-from dlopt.processor import keep_freed_memory, set_threads
+from dlopt.processor import choose_device, keep_freed_memory, set_threads
 from dlopt.random import generator, stream
 
 
@@ -51,14 +51,6 @@ class Setup:
     @property
     def classify(self) -> bool:
         return self.dataset.classes is not None
-
-
-def choose_device(name: str) -> torch.device:
-    """`auto` takes the accelerator that torch finds, else the CPU."""
-    if name != "auto":
-        return torch.device(name)
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return found if found is not None and found.type in ("cuda", "mps") else torch.device("cpu")
 
 
 def parallel_of(experiment: Experiment) -> Any:

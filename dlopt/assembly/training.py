@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from dlopt import schedules
-from dlopt.assembly import evaluation, speed
+from dlopt.assembly import speed
 from dlopt.assembly.batches import training_batches
 from dlopt.assembly.norms import check_single_values
 from dlopt.assembly.optimizer import evaluations, optimizer_of
 from dlopt.assembly.setup import Setup, data_facts
 from dlopt.assembly.streams import DROPOUT
+from dlopt.assembly.testing import check_views
+from dlopt.assembly.validation import reduction, validation
 from dlopt.data.batches import Batches
 from dlopt.data.samplers import Attentive
 from dlopt.engine.averaging import ExponentialAverage
@@ -63,7 +65,7 @@ def training_of(
     """
     experiment, settings = setup.experiment, setup.experiment.settings
     check_single_values(setup)
-    evaluation.check_views(setup)
+    check_views(setup)
     optimizer = optimizer_of(setup)
     sampler = _attentive(setup, batches)
     schedule = _schedule(setup, optimizer, length)
@@ -95,7 +97,7 @@ def training_of(
         module=setup.module,
         update=update,
         batches=setup.parallel.batches(batches),
-        validate=evaluation.validation(setup, optimizer, average, tracking.evaluating),
+        validate=validation(setup, optimizer, average, tracking.evaluating),
         tracking=tracking,
         checkpoints=checkpoints,
         stopping=stopping,
@@ -111,9 +113,7 @@ def training_of(
         save_every_steps=settings.checkpoint.every_steps,
         log_every_steps=settings.log_every_steps,
         landmark=_landmark(schedule) if settings.checkpoint.at_restarts else None,
-        sums=Sums(
-            setup.classify, None if sampler is None else _teaching(sampler, setup.loss), evaluation.reduction(setup)
-        ),
+        sums=Sums(setup.classify, None if sampler is None else _teaching(sampler, setup.loss), reduction(setup)),
         states=setup.parallel,
         sampler=sampler,
         figures=getattr(batches.sampler, "figures", dict),

@@ -109,8 +109,8 @@ def _layers(composer: Composer, name: Model, own: _Own) -> "list[Layer]":
     import torch
 
     from dlopt.analysis.bench import layers
-    from dlopt.assembly.setup import choose_device
     from dlopt.config.parsing import parse
+    from dlopt.processor import choose_device
 
     overrides, shape, classes = MODELS[name]
     experiment = parse(to_plain(composer.compose(overrides), overrides)[0])

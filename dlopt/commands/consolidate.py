@@ -48,9 +48,9 @@ def consolidate(arguments: list[str]) -> int:
 
     import torch
 
+    from dlopt.durable import reason, write
     from dlopt.engine import sharded
     from dlopt.engine.checkpoint import load
-    from dlopt.engine.durable import reason, write
 
     state = load(path)
     if not sharded.is_sharded(sharded.opened(path)):

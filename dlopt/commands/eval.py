@@ -135,8 +135,9 @@ def _test(
 ) -> tuple[list[_Member], "Report"]:
     """Every checkpoint by itself, on batches of the first one's size, and the figures of their mean."""
     from dlopt.assembly.setup import set_up
+    from dlopt.assembly.testing import choose_average, outputs_on_test_set
     from dlopt.config.parsing import parse
-    from dlopt.evaluation.testing import check_same_samples, choose_average, combine, outputs_on_test_set, report
+    from dlopt.evaluation.testing import check_same_samples, combine, report
 
     members: list[_Member] = []
     size = {} if len(paths) == 1 else {"data.batch_size": states[0]["config"]["data"]["batch_size"]}

@@ -22,8 +22,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import dlopt
+from dlopt.aliases import check_file
 from dlopt.config import plugins
-from dlopt.config.aliases import check_file
 from dlopt.config.choices import config_folder
 from dlopt.config.schema import show
 from dlopt.config.trust import check_hydra, leaves

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from dlopt.durable import digest_file, link, reason, recorded_digests, sha256, write
 from dlopt.engine import sharded
-from dlopt.engine.durable import digest_file, link, reason, recorded_digests, sha256, write
 from dlopt.errors import NewerError, RunError, UserError
 from dlopt.parallel.shard_files import ShardWriter
 from dlopt.parallel.world import comes_from_others

@@ -15,12 +15,12 @@ from dlopt.engine import rng
 from dlopt.engine.averaging import ExponentialAverage, at_evaluation_point
 from dlopt.engine.checkpoint import Checkpoints
 from dlopt.engine.divergence import Diverged
-from dlopt.engine.interruption import Interruption
 from dlopt.engine.metrics import Sums
 from dlopt.engine.recovery import Recovery
 from dlopt.engine.step import Update
 from dlopt.engine.stopping import Best, Stopping
 from dlopt.errors import RunError, UserError
+from dlopt.interruption import Interruption
 from dlopt.parallel.single import Whole
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlopt.engine.durable import reason, sha256
+from dlopt.durable import reason, sha256
 from dlopt.parallel.shards import is_cut
 
 FOLDER = "shards"

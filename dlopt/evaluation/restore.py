@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dlopt.assembly.setup import choose_device
 from dlopt.augment.crop import CentreCrop
 from dlopt.config.compose import resolve_saved
 from dlopt.config.parsing import parse
@@ -16,7 +15,7 @@ from dlopt.engine.checkpoint import load
 from dlopt.engine.precision import Precision, choose_precision
 from dlopt.errors import UserError
 from dlopt.evaluation.saved import with_changes
-from dlopt.processor import set_threads
+from dlopt.processor import choose_device, set_threads
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ _LAG = 8  # updates after which a GPU's flag is looked at; the host is seldom fu
 
 
 class Asked(Protocol):
-    """Whether this process was asked to stop (`dlopt.engine.interruption.Interruption`)."""
+    """Whether this process was asked to stop (`dlopt.interruption.Interruption`)."""
 
     reason: str | None
 

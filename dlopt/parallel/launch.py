@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dlopt.engine.interruption import Interruption
 from dlopt.errors import RunError, UserError
+from dlopt.interruption import Interruption
 from dlopt.parallel.world import MEETING, PROCESSES, RANK
 
 PARENT, RECORD, QUIET = "DLOPT_PARENT", "DLOPT_RECORD", "DLOPT_QUIET"

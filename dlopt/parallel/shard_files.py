@@ -16,7 +16,7 @@ from typing import IO, Any, TypeVar
 import torch
 from torch import Tensor, distributed
 
-from dlopt.engine.durable import reason, sha256, sync_folder
+from dlopt.durable import reason, sha256, sync_folder
 from dlopt.errors import RunError
 
 T = TypeVar("T")

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from dlopt.engine.interruption import Interruption
 from dlopt.errors import UserError
+from dlopt.interruption import Interruption
 from dlopt.sweeps.jobs import INTERRUPTED, Job, Result, begin, record_failure, record_pruned, result_of
 from dlopt.sweeps.places import Places, Process
 from dlopt.tracking.metrics import parse_metrics

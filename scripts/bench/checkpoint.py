@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from dlopt.assembly.setup import choose_device
 from dlopt.config.compose import Composer, to_plain
 from dlopt.config.parsing import parse
 from dlopt.engine.checkpoint import Checkpoints
+from dlopt.processor import choose_device
 
 BATCH = 128
 

@@ -35,8 +35,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dlopt.assembly import speed
-from dlopt.assembly.evaluation import test_figures
 from dlopt.assembly.setup import Setup, set_up
+from dlopt.assembly.testing import test_figures
 from dlopt.assembly.training import unseen
 from dlopt.config.compose import Composer, to_plain
 from dlopt.config.experiment import Experiment
@@ -44,8 +44,8 @@ from dlopt.config.parsing import parse
 from dlopt.config.schema import Component
 from dlopt.data.loading import materialize
 from dlopt.data.samples import Dataset, InMemory
-from dlopt.engine.interruption import Interruption
 from dlopt.engine.loop import Training, fit
+from dlopt.interruption import Interruption
 from dlopt.run import Run, train
 
 Row = dict[str, Any]  # what, figure, unit, goal

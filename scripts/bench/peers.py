@@ -190,8 +190,8 @@ def dlopt(job: Job) -> Callable[[], None]:
     from dlopt.config.schema import Component
     from dlopt.data.samples import Dataset as Samples
     from dlopt.data.samples import InMemory
-    from dlopt.engine.interruption import Interruption
     from dlopt.engine.loop import fit
+    from dlopt.interruption import Interruption
 
     typed = [
         "model=resnet20", "augmentation=crop_flip", f"precision={job.precision}", f"data.batch_size={job.batch}",

@@ -42,12 +42,12 @@ from dlopt.data.batches import Batches
 from dlopt.data.samples import InMemory
 from dlopt.engine.checkpoint import Checkpoints
 from dlopt.engine.clipping import Unclipped
-from dlopt.engine.interruption import Interruption
 from dlopt.engine.loop import Progress, Training, fit
 from dlopt.engine.metrics import Sums
 from dlopt.engine.precision import Precision
 from dlopt.engine.step import Closure, Update
 from dlopt.engine.stopping import Best, Never
+from dlopt.interruption import Interruption
 from dlopt.processor import keep_freed_memory, set_threads
 from dlopt.schedules import Horizon, Scheduler, constant
 from dlopt.tracking.tracking import Tracking

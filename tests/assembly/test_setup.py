@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 from dlopt.assembly.batches import training_batches
-from dlopt.assembly.setup import Setup, choose_device, load_weights
+from dlopt.assembly.setup import Setup, load_weights
 from dlopt.assembly.setup import set_up as set_up_experiment
 from dlopt.data.samples import Dataset, InMemory
 from dlopt.errors import UserError
+from dlopt.processor import choose_device
 from tests.engine.runs import SMALL, experiment, same
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from dlopt.config.aliases import check_file, written_out
+from dlopt.aliases import check_file, written_out
 from dlopt.config.compose import Composer, to_plain
 from dlopt.config.older import completed
 from dlopt.engine import checkpoint

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from dlopt.engine import durable
+from dlopt import durable
 from dlopt.engine.checkpoint import KEYS, Checkpoints, load, load_weights
 from dlopt.errors import RunError, UserError
 from tests.engine.runs import in_fork, same

@@ -16,12 +16,12 @@ from torch.nn import functional as F
 from dlopt.engine.averaging import ExponentialAverage, at_evaluation_point
 from dlopt.engine.clipping import Unclipped
 from dlopt.engine.evaluate import evaluate
-from dlopt.engine.interruption import Interruption
 from dlopt.engine.loop import Progress, Training, fit
 from dlopt.engine.metrics import Sums
 from dlopt.engine.step import Closure, Update
 from dlopt.engine.stopping import Best, Early, Never
 from dlopt.errors import RunError, UserError
+from dlopt.interruption import Interruption
 from dlopt.schedules import Scheduler
 from tests.engine.runs import same
 

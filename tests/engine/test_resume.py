@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 import dlopt.run
+from dlopt import durable
 from dlopt.data.batches import Batches
-from dlopt.engine import checkpoint, durable, loop, rng
+from dlopt.engine import checkpoint, loop, rng
 from dlopt.engine.checkpoint import Checkpoints
 from dlopt.engine.step import Closure
 from dlopt.errors import RunError

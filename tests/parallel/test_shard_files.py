@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from dlopt.durable import sha256, write, write_digests
 from dlopt.engine import sharded
 from dlopt.engine.checkpoint import FORMAT, KEYS, Checkpoints, is_whole, load, load_weights
-from dlopt.engine.durable import sha256, write, write_digests
 from dlopt.errors import RunError, UserError
 from dlopt.parallel import shard_files, world
 from dlopt.parallel.group import Group

@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 import torch
 
-from dlopt.engine import durable
+from dlopt import durable
 from tests.engine.runs import in_fork
 
 _CLONE_NEWNS = 0x00020000

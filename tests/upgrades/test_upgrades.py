@@ -18,8 +18,8 @@ import yaml
 
 from dlopt import load
 from dlopt.config.compose import Composer, to_plain
+from dlopt.durable import write
 from dlopt.engine import checkpoint
-from dlopt.engine.durable import write
 from dlopt.folders import FORMAT, RunFolder, differences
 from dlopt.tracking import read_metrics, read_summary
 from tests.commands.line import dlopt, refused

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from dlopt.engine.interruption import SIGNALS, Interruption
+from dlopt.interruption import SIGNALS, Interruption
 
 
 def send(number: signal.Signals) -> None:
