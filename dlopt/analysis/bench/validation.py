@@ -29,7 +29,7 @@ class Point:
 
 
 def validate(processes: Sequence[int]) -> list[Point]:
-    """Data parallelism, and model parallelism where filters can be split, of a ResNet-20 on the digits.
+    """Data parallelism and model parallelism by filters of a ResNet-20 on the digits.
 
     Calculated from what the updates and layers of single processes take while as many of them compute side by side,
     and from the times of their all-reduces. A share of the filters is taken to cost what that share of the samples
@@ -46,9 +46,10 @@ def validate(processes: Sequence[int]) -> list[Point]:
             whole = [
                 replace(each, forward=each.forward * count, backward=each.backward * count) for each in found.layers
             ]
-            calculated = {"ddp": simulation.ddp(found.layers, batch, count, cluster)}
-            if "filter" in composer.choices("parallel"):
-                calculated["filter"] = simulation.filter_parallel(whole, batch, count, cluster, count)
+            calculated = {
+                "ddp": simulation.ddp(found.layers, batch, count, cluster),
+                "filter": simulation.filter_parallel(whole, batch, count, cluster, count),
+            }
             for mode, each in calculated.items():
                 config = _config(composer, mode, BATCH)
                 steps = modes.steps_of(config, folder / f"{mode}-{count}", mode, count, _PLAN)
@@ -68,7 +69,7 @@ def _cluster(processes: int, found: Company) -> Cluster:
     return Cluster(
         per_server=processes,
         tflops=1.0,  # not asked for: all layers are timed
-        memory_bandwidth=1e6,  # the optimizer's time is in what is added
+        memory_bandwidth=1e6,  # the optimizer's time is part of the layers'
         memory=1e6,
         bandwidth_within=link.bandwidth / 1e9,
         latency_within=link.latency * 1e6,
