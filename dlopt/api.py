@@ -122,7 +122,8 @@ def _undisturbed() -> Iterator[None]:
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
-    tf32, grad = torch.backends.cudnn.allow_tf32, torch.is_grad_enabled()
+    cudnn, grad = torch.backends.cudnn, torch.is_grad_enabled()
+    tf32, benchmark = cudnn.allow_tf32, cudnn.benchmark
     try:
         yield
     finally:
@@ -130,5 +131,5 @@ def _undisturbed() -> Iterator[None]:
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(precision)
         torch.use_deterministic_algorithms(is_strict, warn_only=warns)
-        torch.backends.cudnn.allow_tf32 = tf32
+        cudnn.allow_tf32, cudnn.benchmark = tf32, benchmark
         torch.set_grad_enabled(grad)

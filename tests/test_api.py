@@ -34,6 +34,8 @@ def surroundings() -> dict[str, Any]:
         "torch": torch.get_rng_state().tolist(),
         "threads": torch.get_num_threads(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "cudnn": (torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32),
+        "matmul": torch.get_float32_matmul_precision(),
         "grad": torch.is_grad_enabled(),
         "dtype": torch.get_default_dtype(),
         "folder": os.getcwd(),
@@ -76,7 +78,8 @@ def test_two_runs_in_one_process_are_those_of_two_processes(tmp_path: Path) -> N
     assert timeless(tmp_path / "alone") == timeless(second.folder)
 
 
-def test_nothing_global_is_left_behind(capfd: pytest.CaptureFixture[str]) -> None:
+def test_nothing_global_is_left_behind(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     torch.manual_seed(5), np.random.seed(5), random.seed(5)
     before = surroundings()
     train([*LINES, "threads=2"])
