@@ -13,9 +13,10 @@ import pytest
 import torch
 import yaml
 
+from dlopt.config.resuming import differences
 from dlopt.engine import checkpoint
 from dlopt.errors import UserError
-from dlopt.folders import RunFolder, Trace, differences, make, make_new, newest
+from dlopt.folders import RunFolder, Trace, make, make_new, newest
 from tests.commands.line import SMALL, HeldByAnotherProcess, Result, dlopt, entries, only, refused
 
 IN_RUN = "hydra.run.dir=run"

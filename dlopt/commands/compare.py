@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from dlopt.config.compose import Composer, choices_of, parse_arguments, to_plain
+from dlopt.config.resuming import refuse_other_config
 from dlopt.config.schema import check_arguments
 from dlopt.errors import UserError
-from dlopt.folders import RunFolder, make, make_new, refuse_other_config
+from dlopt.folders import RunFolder, make, make_new
 from dlopt.parallel.world import current
 
 if TYPE_CHECKING:

@@ -14,9 +14,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from dlopt.commands.hydra_main import quoted
 from dlopt.config.compose import Composer, choices_of, to_plain
+from dlopt.config.resuming import differences, refuse_other_config
 from dlopt.errors import UserError
 from dlopt.extras import install
-from dlopt.folders import RunFolder, Trace, differences, make, make_new, newest, refuse_other_config
+from dlopt.folders import RunFolder, Trace, make, make_new, newest
 from dlopt.sweeps.jobs import SPACE
 from dlopt.tracking.files import write_atomically
 
@@ -207,7 +208,7 @@ def _outcome(sweep: Path, jobs: Sequence[Job]) -> int:
 
 def _show(sweep: Path, jobs: Sequence[Job]) -> None:
     from dlopt.analysis.leaderboard import Entry, leaderboard
-    from dlopt.tracking.overview import show_leaderboard
+    from dlopt.commands.standings import show_leaderboard
 
     entries = [
         Entry(job.subfolder, job.config, job.folder(sweep).summary() or {}, [line for line in job.overrides])
@@ -314,7 +315,7 @@ def _find_search(wanted: Path, is_typed: bool, plan: "Plan", facts: Mapping[str,
 
 def _show_search(sweep: Path, plan: "Plan", rows: Sequence[tuple[int, str, Sequence[float]]]) -> None:
     from dlopt.analysis.leaderboard import Entry, front, leaderboard
-    from dlopt.tracking.overview import show_front, show_leaderboard
+    from dlopt.commands.standings import show_front, show_leaderboard
 
     if len(plan.objectives) > 1:
         chosen = front([values for _, _, values in rows], plan.directions)

@@ -16,8 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 from dlopt.commands.hydra_main import in_folder, nothing, quoted, run_hydra
 from dlopt.config.compose import Composer, choices_of, hydra_arguments, parse_arguments, resolve_saved, to_plain
 from dlopt.config.inherit import inherit
+from dlopt.config.resuming import newest_unfinished, refuse_other_config
 from dlopt.errors import UserError
-from dlopt.folders import RunFolder, Trace, make, make_new, newest_unfinished, refuse_other_config
+from dlopt.folders import RunFolder, Trace, make, make_new
 from dlopt.parallel.world import World, current, end_process, meet
 
 if TYPE_CHECKING:

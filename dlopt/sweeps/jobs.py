@@ -11,8 +11,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from dlopt.config.resuming import refuse_other_config
 from dlopt.errors import UserError
-from dlopt.folders import RunFolder, refuse_other_config
+from dlopt.folders import RunFolder
 from dlopt.tracking.files import write_atomically
 
 DONE, INTERRUPTED = 0, 75  # exit codes of dlopt.job

@@ -1,0 +1,53 @@
+"""Imports point one way: from what tells the story down to the parts, and the parts know nothing of the engine."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2] / "dlopt"
+FLOORS = [
+    ["__main__"],
+    ["cli"],
+    ["commands", "hydra_plugins", "api"],
+    ["sweeps"],
+    ["job"],
+    ["run"],
+    ["analysis"],
+    ["assembly"],
+    ["evaluation"],
+    ["engine"],
+    ["parallel", "config", "augment", "init", "functions"],
+    ["data", "models", "optim", "schedules", "losses", "tracking", "folders", "parameters"],
+    ["aliases", "durable", "errors", "extras", "graphs", "interruption", "processor", "random", "ranges"],
+]
+FLOOR = {room: len(FLOORS) - number for number, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def room(module: str) -> str:
+    return module.split(".")[1]
+
+
+def imported(path: Path) -> set[str]:
+    """Modules of dlopt, also those that are imported within functions."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {each.name for each in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names |= {f"{node.module}.{each.name}" for each in node.names}
+    return {name for name in names if name.startswith("dlopt.") and room(name) in FLOOR}
+
+
+@pytest.mark.parametrize("name", sorted(FLOOR))
+def test_imports_point_down(name: str) -> None:
+    paths = [ROOT / f"{name}.py"] if (ROOT / f"{name}.py").exists() else sorted((ROOT / name).rglob("*.py"))
+    assert paths
+    upwards = {f"{path.relative_to(ROOT)} imports {each}" for path in paths for each in imported(path)
+               if FLOOR[room(each)] > FLOOR[name]}  # fmt: skip
+    assert not upwards
+
+
+def test_every_module_has_a_floor() -> None:
+    rooms = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or [*path.glob("*.py")]}
+    assert rooms - {"__init__"} == set(FLOOR)
