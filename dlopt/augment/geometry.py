@@ -325,34 +325,41 @@ def _resample(images: Tensor, chain: Sequence[Affine | Radial], border: Border) 
     y, x = (
         (torch.arange(n * finer, device=images.device, dtype=torch.float32) - (n * finer - 1) / 2) / finer for n in out
     )
+    # grid_sample's mirrors stand on the outermost pixels' centres with align_corners, on their outer edges without
+    reflect = border == "reflect"
+    units = [2 / max(1, length - 1) if reflect else 2 / length for length in (width, height)]
     grid = torch.stack(torch.meshgrid(x, y, indexing="xy"))[None]
     for i in range(len(chain) - 1, -1, -1):
         step = chain[i]
         if isinstance(step, Affine):
-            grid = _plane(step.matrix, x, y) if i == len(chain) - 1 else _moved(step.matrix, grid)
+            matrix = _in_units(step.matrix[:, :2], units) if i == 0 else step.matrix[:, :2]
+            grid = _plane(matrix, x, y) if i == len(chain) - 1 else _moved(matrix, grid)
         else:
             reached = next((each.size for each in reversed(chain[:i]) if isinstance(each, Affine)), (height, width))
             unit = 4.0 / (reached[0] ** 2 + reached[1] ** 2)
             grid = grid * (1.0 + (unit * step.strength).view(-1, 1, 1, 1) * grid.square().sum(1, keepdim=True))
-    # grid_sample's mirrors stand on the outermost pixels' centres with align_corners, on their outer edges without
-    reflect = border == "reflect"
-    for axis, length in enumerate((width, height)):
-        grid[:, axis].mul_(2 / max(1, length - 1) if reflect else 2 / length)
+    if isinstance(chain[0], Radial):
+        grid = _in_units(grid, units)
     mode = "reflection" if reflect else "zeros"
     result = F.grid_sample(images, grid.permute(0, 2, 3, 1), padding_mode=mode, align_corners=reflect)
     return F.avg_pool2d(result, finer) if finer > 1 else result
 
 
+def _in_units(xy: Tensor, units: Sequence[float]) -> Tensor:
+    """[b, 2, ...] in units of grid_sample, which are numbers: as a tensor of them would be copied to a GPU."""
+    return torch.stack([xy[:, axis] * unit for axis, unit in enumerate(units)], 1)
+
+
 def _plane(matrix: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """[b, 2, len(y), len(x)]: matrix [b, 3, 3] on all (x, y, 1)."""
-    columns = matrix[:, :2, :1] * x
-    rows = torch.addcmul(matrix[:, :2, 2:], matrix[:, :2, 1:2], y)
+    """[b, 2, len(y), len(x)]: matrix [b, 2, 3] on all (x, y, 1)."""
+    columns = matrix[:, :, :1] * x
+    rows = torch.addcmul(matrix[:, :, 2:], matrix[:, :, 1:2], y)
     return rows[..., None] + columns[:, :, None]
 
 
 def _moved(matrix: Tensor, points: Tensor) -> Tensor:
-    """[b, 2, h, w]: matrix [b, 3, 3] on points [b, 2, h, w]."""
-    columns = matrix[:, :2, :, None, None].unbind(2)
+    """[b, 2, h, w]: matrix [b, 2, 3] on points [b, 2, h, w]."""
+    columns = matrix[:, :, :, None, None].unbind(2)
     return columns[0] * points[:, :1] + columns[1] * points[:, 1:] + columns[2]
 
 

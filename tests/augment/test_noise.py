@@ -16,6 +16,10 @@ def test_normals_are_normal() -> None:
     assert abs(scipy.stats.kurtosis(flat.numpy())) < 0.05 and flat.abs().max() > 4
     for lag in (1, 2, 3, 4, 210):
         assert abs((flat[lag:] * flat[:-lag]).mean()) < 5 / len(flat) ** 0.5
+    far = flat.abs() > 2  # neighbours are not only uncorrelated: neither are they far out together
+    for lag in (1, 2, 3, 4):
+        together = (far[lag:] & far[:-lag]).double().mean()
+        assert abs(together - far.double().mean() ** 2) < 5 * (0.0455**2 / len(flat)) ** 0.5
     assert torch.equal(values, normals((1000, 3, 70), generator("cpu", 0)))
     assert not torch.equal(values, normals((1000, 3, 70), generator("cpu", 1)))
 
