@@ -41,12 +41,15 @@ class Run:
 
 
 def train(run: Run, interruption: Interruption | None = None, *, console: bool = True) -> dict[str, Any]:
-    """Trains and tests until `interruption` is true. Returns the summary, which is also written to summary.json.
+    """Trains and tests until `interruption` is true (None: a signal, or `max_time`). Returns the summary, which is also
+    written to summary.json.
 
     Raises `UserError` before the first update when something cannot work, `RunError` when the run fails later.
     """
     settings, state = run.experiment.settings, run.checkpoint
-    interruption = Interruption(settings.max_time) if interruption is None else interruption
+    if interruption is None:
+        with Interruption(settings.max_time) as interruption:
+            return train(run, interruption, console=console)
     parallel = parallel_of(run.experiment)
     state = parallel.broadcast(state)
     run = replace(run, checkpoint=state)
