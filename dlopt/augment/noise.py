@@ -45,8 +45,8 @@ def normals(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """float32 of that shape from the standard normal distribution.
 
     On a CPU four neighbours come from a table of 2^16 fours of normal numbers, looked up by 16 random bits, in a fifth
-    of torch.randn's time: each number's distribution function is right within 2^-17, the largest is 4.3, and what a
-    four tells of its last number by the first three is known to this table only.
+    of torch.randn's time. Each number's distribution function is right within 2^-17, the largest is 4.3. Fours are
+    independent of each other; within one the numbers are uncorrelated (within 2^-8), and three of them tell the fourth.
     """
     if generator.device.type != "cpu":
         return torch.randn(shape, generator=generator, device=generator.device)

@@ -131,8 +131,12 @@ def _layers(composer: Composer, name: Model, own: _Own) -> "list[Layer]":
 
 
 def _validate(own: _Own) -> list[dict[str, Any]]:
-    from dlopt.analysis.bench.validation import validate
+    from dlopt.analysis.bench.validation import BATCH, validate
 
+    if max(own.validate) > BATCH:
+        raise UserError(
+            f"validate=[{max(own.validate)}]: a batch of {BATCH} is shared out; allowed: numbers up to {BATCH}"
+        )
     table = plain_table(
         "ms per update of a ResNet-20 on digits: calculated from what updates, layers and all-reduces take"
     )

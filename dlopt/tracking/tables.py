@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 _FOLDED = 16  # columns that a folding column keeps
-_PIPED = 160  # columns of an output that is no terminal
+_PIPED = 200  # columns of an output that is no terminal
 
 
 def standard_output() -> Console:

@@ -26,6 +26,7 @@ from dlopt.analysis.ranks import run_rank
 from dlopt.assembly.setup import set_up
 from dlopt.assembly.training import unseen
 from dlopt.config.experiment import Experiment
+from dlopt.errors import RunError
 from dlopt.parallel import launch
 from dlopt.parallel import world as worlds
 from dlopt.parallel.collectives import Ranks, all_reduced
@@ -62,7 +63,7 @@ def measured(config: Mapping[str, Any], folder: Path, processes: int) -> Company
     if asked:
         raise KeyboardInterrupt
     if any(codes):
-        raise RuntimeError(f"the processes that were to time each other ended with {codes}")
+        raise RunError(f"the processes that were to time each other ended with {codes}")
     ranks = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(processes)]
     updates = [each for rank in ranks for each in rank["updates"]]
     return Company(
