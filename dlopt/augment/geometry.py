@@ -6,7 +6,7 @@ Coordinates are pixels from the image's centre, x to the right and y down; a map
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -22,22 +22,73 @@ Factor = Annotated[float, Ge(1)]
 Degrees = Annotated[float, Interval(ge=0, le=180)]
 
 
+Entry = Tensor | float
+"""An entry of the samples' matrices: float32 [n], or one number for all of them, of which 0 and 1 cost nothing."""
+
+
 @dataclass
 class Affine(Warp):
-    """Output pixel to input pixel, `matrix` [n, 3, 3]; the output has `size` (height, width).
+    """Output pixel (x, y) to the input pixel (xx x + xy y + dx, yx x + yy y + dy).
 
-    `exact` promises that every map sends pixels to pixels along the axes (flips, whole shifts). `shrink` is the
-    largest factor by which the step may reduce an image: from 1.5 on, several input pixels are averaged per output.
+    The output has `size` (height, width). `exact` promises that every map sends pixels to pixels along the axes (flips,
+    whole shifts). `shrink` is the largest factor by which the step may reduce an image: from 1.5 on, several input
+    pixels are averaged per output.
     """
 
-    matrix: Tensor
     size: tuple[int, int]
+    xx: Entry = 1.0
+    xy: Entry = 0.0
+    dx: Entry = 0.0
+    yx: Entry = 0.0
+    yy: Entry = 1.0
+    dy: Entry = 0.0
     exact: bool = False
     shrink: float = 1.0
 
     def only(self, mask: Tensor) -> Self:
-        identity = torch.eye(3, device=self.matrix.device)
-        return replace(self, matrix=torch.where(mask[:, None, None], self.matrix, identity))
+        identity = Affine(self.size)
+        drawn: dict[str, Any] = {name: each for name in _ENTRIES if isinstance(each := getattr(self, name), Tensor)}
+        return replace(self, **{name: each.where(mask, getattr(identity, name)) for name, each in drawn.items()})
+
+    def then(self, second: "Affine") -> "Affine":
+        """This map of input pixels behind the second one's: what comes later in a pipeline maps its outputs first."""
+        a, b = self, second
+        return Affine(
+            b.size,
+            xx=_plus(_times(a.xx, b.xx), _times(a.xy, b.yx)),
+            xy=_plus(_times(a.xx, b.xy), _times(a.xy, b.yy)),
+            dx=_plus(_plus(_times(a.xx, b.dx), _times(a.xy, b.dy)), a.dx),
+            yx=_plus(_times(a.yx, b.xx), _times(a.yy, b.yx)),
+            yy=_plus(_times(a.yx, b.xy), _times(a.yy, b.yy)),
+            dy=_plus(_plus(_times(a.yx, b.dx), _times(a.yy, b.dy)), a.dy),
+            exact=a.exact and b.exact,
+            shrink=a.shrink * b.shrink,
+        )
+
+    def matrix(self, samples: int, device: torch.device) -> Tensor:
+        """float32 [samples, 2, 3]."""
+        entries = [getattr(self, name) for name in _ENTRIES]
+        columns = [
+            each if isinstance(each, Tensor) else torch.full((samples,), each, device=device) for each in entries
+        ]
+        return torch.stack(columns, 1).view(-1, 2, 3)
+
+
+_ENTRIES = ("xx", "xy", "dx", "yx", "yy", "dy")
+
+
+def _times(a: Entry, b: Entry) -> Entry:
+    for one, other in ((a, b), (b, a)):
+        if not isinstance(one, Tensor) and one in (0.0, 1.0):
+            return other if one == 1.0 else 0.0
+    return a * b
+
+
+def _plus(a: Entry, b: Entry) -> Entry:
+    for one, other in ((a, b), (b, a)):
+        if not isinstance(one, Tensor) and one == 0.0:
+            return other
+    return a + b
 
 
 @dataclass
@@ -50,27 +101,6 @@ class Radial(Warp):
         return replace(self, strength=self.strength * mask)
 
 
-def _affine(
-    draws: Draws,
-    shape: Shape,
-    *,
-    xx: Tensor | None = None,
-    xy: Tensor | None = None,
-    x: Tensor | None = None,
-    yx: Tensor | None = None,
-    yy: Tensor | None = None,
-    y: Tensor | None = None,
-    exact: bool = False,
-    shrink: float = 1.0,
-) -> list[Step]:
-    """The step with the matrix (xx, xy, x), (yx, yy, y), (0, 0, 1); what is not given is the identity's."""
-    matrix = torch.eye(3, device=draws.device).repeat(draws.total, 1, 1)
-    for place, value in enumerate((xx, xy, x, yx, yy, y)):
-        if value is not None:
-            matrix[:, place // 3, place % 3] = value
-    return [Affine(matrix, shape[1:], exact, shrink)]
-
-
 class HorizontalFlip(Operation):
     """Mirrors left and right with probability `p`."""
 
@@ -78,7 +108,7 @@ class HorizontalFlip(Operation):
         self.p = p
 
     def plan(self, draws: Draws, shape: Shape) -> list[Step]:
-        return _affine(draws, shape, xx=1.0 - 2.0 * draws.chance(self.p), exact=True)
+        return [Affine(shape[1:], xx=1.0 - 2.0 * draws.chance(self.p), exact=True)]
 
 
 class AlternatingFlip(Operation):
@@ -92,7 +122,7 @@ class AlternatingFlip(Operation):
         if draws.indices is None or draws.epoch is None:
             raise ValueError("AlternatingFlip needs the samples' indices and the epoch")
         mirrored = (_hash(draws.indices) + draws.epoch) % 2 == 0
-        return _affine(draws, shape, xx=1.0 - 2.0 * mirrored, exact=True)
+        return [Affine(shape[1:], xx=1.0 - 2.0 * mirrored, exact=True)]
 
 
 def _hash(numbers: Tensor) -> Tensor:
@@ -115,7 +145,7 @@ class PadCrop(Operation):
 
     def plan(self, draws: Draws, shape: Shape) -> list[Step]:
         x, y = draws.symmetric_integers(self.padding), draws.symmetric_integers(self.padding)
-        return _affine(draws, shape, x=x, y=y, exact=True)
+        return [Affine(shape[1:], dx=x.float(), dy=y.float(), exact=True)]
 
 
 class TranslateX(Operation):
@@ -125,7 +155,7 @@ class TranslateX(Operation):
         self.limit = limit
 
     def plan(self, draws: Draws, shape: Shape) -> list[Step]:
-        return _affine(draws, shape, x=-draws.symmetric(self.limit * shape[2]))
+        return [Affine(shape[1:], dx=-draws.symmetric(self.limit * shape[2]))]
 
 
 class TranslateY(Operation):
@@ -135,7 +165,7 @@ class TranslateY(Operation):
         self.limit = limit
 
     def plan(self, draws: Draws, shape: Shape) -> list[Step]:
-        return _affine(draws, shape, y=-draws.symmetric(self.limit * shape[1]))
+        return [Affine(shape[1:], dy=-draws.symmetric(self.limit * shape[1]))]
 
 
 class Scale(Operation):
@@ -146,7 +176,7 @@ class Scale(Operation):
 
     def plan(self, draws: Draws, shape: Shape) -> list[Step]:
         inverse = (-draws.symmetric(self.log)).exp()
-        return _affine(draws, shape, xx=inverse, yy=inverse)
+        return [Affine(shape[1:], xx=inverse, yy=inverse)]
 
 
 class Rotate(Operation):
@@ -158,7 +188,7 @@ class Rotate(Operation):
     def plan(self, draws: Draws, shape: Shape) -> list[Step]:
         angle = draws.symmetric(self.radians)
         cosine, sine = angle.cos(), angle.sin()
-        return _affine(draws, shape, xx=cosine, xy=sine, yx=-sine, yy=cosine)
+        return [Affine(shape[1:], xx=cosine, xy=sine, yx=-sine, yy=cosine)]
 
 
 class Stretch(Operation):
@@ -169,7 +199,7 @@ class Stretch(Operation):
 
     def plan(self, draws: Draws, shape: Shape) -> list[Step]:
         log = draws.symmetric(self.log)
-        return _affine(draws, shape, xx=(-log).exp(), yy=log.exp())
+        return [Affine(shape[1:], xx=(-log).exp(), yy=log.exp())]
 
 
 class ShearX(Operation):
@@ -181,7 +211,7 @@ class ShearX(Operation):
 
     def plan(self, draws: Draws, shape: Shape) -> list[Step]:
         slope = draws.symmetric(self.limit)
-        return _affine(draws, shape, xy=slope, x=slope * (shape[1] / 2) if self.about == "corner" else None)
+        return [Affine(shape[1:], xy=slope, dx=slope * (shape[1] / 2) if self.about == "corner" else 0.0)]
 
 
 class ShearY(Operation):
@@ -193,7 +223,7 @@ class ShearY(Operation):
 
     def plan(self, draws: Draws, shape: Shape) -> list[Step]:
         slope = draws.symmetric(self.limit)
-        return _affine(draws, shape, yx=slope, y=slope * (shape[2] / 2) if self.about == "corner" else None)
+        return [Affine(shape[1:], yx=slope, dy=slope * (shape[2] / 2) if self.about == "corner" else 0.0)]
 
 
 class Lens(Operation):
@@ -231,7 +261,7 @@ class RandomScaleCrop(Operation):
         scale = draws.integers(*self.short_side) / min(shape[1:])
         (xx, x), (yy, y) = self._axis(draws, scale, shape[2]), self._axis(draws, scale, shape[1])
         shrink = min(shape[1:]) / self.short_side[0]
-        return _affine(draws, self.output_shape(shape), xx=xx, x=x, yy=yy, y=y, shrink=shrink)
+        return [Affine(self.output_shape(shape)[1:], xx=xx, dx=x, yy=yy, dy=y, shrink=shrink)]
 
     def _axis(self, draws: Draws, scale: Tensor, length: int) -> tuple[Tensor, Tensor]:
         scaled = (length * scale + 1e-3).floor()
@@ -273,15 +303,16 @@ class RandomResizedCrop(Operation):
         left = torch.where(any_fits, draws.position() * (width - w + 1), (width - w) / 2).floor()
         top = torch.where(any_fits, draws.position() * (height - h + 1), (height - h) / 2).floor()
         out = self.output_shape(shape)
-        return _affine(
-            draws,
-            out,
-            xx=w / out[2],
-            x=left + w / 2 - width / 2,
-            yy=h / out[1],
-            y=top + h / 2 - height / 2,
-            shrink=math.sqrt(self.scale[1]) * max(height / out[1], width / out[2]),
-        )
+        return [
+            Affine(
+                out[1:],
+                xx=w / out[2],
+                dx=left + w / 2 - width / 2,
+                yy=h / out[1],
+                dy=top + h / 2 - height / 2,
+                shrink=math.sqrt(self.scale[1]) * max(height / out[1], width / out[2]),
+            )
+        ]
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -300,7 +331,7 @@ def warp(images: Tensor, steps: Sequence[Warp], border: Border) -> Tensor:
     chain: list[Affine | Radial] = []
     for step in steps:
         if isinstance(step, Affine) and chain and isinstance(chain[-1], Affine):
-            chain[-1] = _compose(chain[-1], step)
+            chain[-1] = chain[-1].then(step)
         else:
             assert isinstance(step, Affine | Radial)
             chain.append(step)
@@ -309,45 +340,36 @@ def warp(images: Tensor, steps: Sequence[Warp], border: Border) -> Tensor:
     return _resample(images.float(), chain, border)
 
 
-def _compose(first: Affine, second: Affine) -> Affine:
-    matrix = product(first.matrix, second.matrix)
-    return Affine(matrix, second.size, first.exact and second.exact, first.shrink * second.shrink)
-
-
 def _resample(images: Tensor, chain: Sequence[Affine | Radial], border: Border) -> Tensor:
     height, width = images.shape[2:]
-    affine = [step for step in chain if isinstance(step, Affine)]
-    out = affine[-1].size if affine else (height, width)
-    shrink = 1.0  # not math.prod, which torch.compile does not see through
-    for each in affine:
-        shrink *= each.shrink
-    finer = max(1, round(shrink))
-    y, x = (
-        (torch.arange(n * finer, device=images.device, dtype=torch.float32) - (n * finer - 1) / 2) / finer for n in out
-    )
     # grid_sample's mirrors stand on the outermost pixels' centres with align_corners, on their outer edges without
     reflect = border == "reflect"
-    units = [2 / max(1, length - 1) if reflect else 2 / length for length in (width, height)]
-    grid = torch.stack(torch.meshgrid(x, y, indexing="xy"))[None]
-    for i in range(len(chain) - 1, -1, -1):
-        step = chain[i]
+    x_unit, y_unit = (2 / max(1, length - 1) if reflect else 2 / length for length in (width, height))
+    units = Affine((height, width), xx=x_unit, yy=y_unit)
+    chain = [units.then(chain[0]), *chain[1:]] if isinstance(chain[0], Affine) else [units, *chain]
+    sizes: list[tuple[int, int]] = []
+    shrink = 1.0
+    for step in chain:
+        sizes.append(step.size if isinstance(step, Affine) else sizes[-1])
+        shrink *= step.shrink if isinstance(step, Affine) else 1.0
+    finer = max(1, round(shrink))
+    y, x = (
+        (torch.arange(n * finer, device=images.device, dtype=torch.float32) - (n * finer - 1) / 2) / finer
+        for n in sizes[-1]
+    )
+    grid: Tensor | None = None
+    for step, (rows, columns) in zip(reversed(chain), reversed(sizes), strict=True):
         if isinstance(step, Affine):
-            matrix = _in_units(step.matrix[:, :2], units) if i == 0 else step.matrix[:, :2]
-            grid = _plane(matrix, x, y) if i == len(chain) - 1 else _moved(matrix, grid)
+            matrix = step.matrix(len(images), images.device)
+            grid = _plane(matrix, x, y) if grid is None else _moved(matrix, grid)
         else:
-            reached = next((each.size for each in reversed(chain[:i]) if isinstance(each, Affine)), (height, width))
-            unit = 4.0 / (reached[0] ** 2 + reached[1] ** 2)
+            grid = torch.stack(torch.meshgrid(x, y, indexing="xy"))[None] if grid is None else grid
+            unit = 4.0 / (rows**2 + columns**2)
             grid = grid * (1.0 + (unit * step.strength).view(-1, 1, 1, 1) * grid.square().sum(1, keepdim=True))
-    if isinstance(chain[0], Radial):
-        grid = _in_units(grid, units)
+    assert grid is not None
     mode = "reflection" if reflect else "zeros"
     result = F.grid_sample(images, grid.permute(0, 2, 3, 1), padding_mode=mode, align_corners=reflect)
     return F.avg_pool2d(result, finer) if finer > 1 else result
-
-
-def _in_units(xy: Tensor, units: Sequence[float]) -> Tensor:
-    """[b, 2, ...] in units of grid_sample, which are numbers: as a tensor of them would be copied to a GPU."""
-    return torch.stack([xy[:, axis] * unit for axis, unit in enumerate(units)], 1)
 
 
 def _plane(matrix: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -366,19 +388,20 @@ def _moved(matrix: Tensor, points: Tensor) -> Tensor:
 def _copy(images: Tensor, step: Affine, border: Border) -> Tensor:
     """Flips and whole shifts as one gather: no pixel value changes, any dtype."""
     count, channels, height, width = images.shape
-    columns = _pixels(step.matrix[:, 0, 0], step.matrix[:, 0, 2], step.size[1], width, border)
-    rows = _pixels(step.matrix[:, 1, 1], step.matrix[:, 1, 2], step.size[0], height, border)
+    columns = _pixels(step.xx, step.dx, step.size[1], width, border, images.device)
+    rows = _pixels(step.yy, step.dy, step.size[0], height, border, images.device)
     if border == "zero":  # a frame of one black pixel, to which all that lies outside is sent
         images = F.pad(images, (1, 1, 1, 1))
         width += 2
     index = (rows[:, :, None] * width + columns[:, None, :]).flatten(1)[:, None]
-    return images.flatten(2).gather(2, index.expand(-1, channels, -1)).view(count, channels, *step.size)
+    return images.flatten(2).gather(2, index.expand(count, channels, -1)).view(count, channels, *step.size)
 
 
-def _pixels(sign: Tensor, shift: Tensor, size: int, source: int, border: Border) -> Tensor:
-    """[b, size] source pixels of the output pixels along one axis."""
-    centred = torch.arange(size, device=sign.device) - (size - 1) / 2
-    pixels = (sign[:, None] * centred + (shift[:, None] + (source - 1) / 2)).long()
+def _pixels(sign: Entry, shift: Entry, size: int, source: int, border: Border, device: torch.device) -> Tensor:
+    """[b or 1, size] source pixels of the output pixels along one axis."""
+    sign, shift = (each[:, None] if isinstance(each, Tensor) else each for each in (sign, shift))
+    centred = torch.arange(size, device=device)[None] - (size - 1) / 2
+    pixels = (centred * sign + (shift + (source - 1) / 2)).long()
     if border == "zero":
         return pixels.add_(1).clamp_(0, source + 1)
     if source == 1:

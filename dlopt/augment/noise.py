@@ -28,7 +28,7 @@ class _Noise(PixelStep):
     def apply(self, images: Tensor) -> Tensor:
         shape = (self.draws.total, *images.shape[1:])
         normal = normals(shape, self.draws.generator)[self.part]
-        return normal.mul_(self.std.view(-1, 1, 1, 1)).add_(images).clamp_(0, 255)
+        return torch.addcmul(images, normal, self.std.view(-1, 1, 1, 1), out=normal).clamp_(0, 255)
 
 
 class GaussianNoise(Operation):

@@ -53,7 +53,8 @@ class Draws:
 
     def uniform(self, low: float, high: float, *shape: int) -> Tensor:
         """[total, *shape] float32 in [low, high)."""
-        return self._rand(*shape) * (high - low) + low
+        numbers = torch.empty(self.total, *shape, device=self.device)
+        return numbers.uniform_(low, high, generator=self.generator)
 
     def symmetric(self, limit: float) -> Tensor:
         """[total] float32 in [-limit, limit): how strongly, and to which side."""

@@ -120,7 +120,7 @@ def main() -> None:
         def once() -> None:
             for step in range(arguments.batches):
                 indices = order[step * BATCH % IMAGES :][:BATCH]
-                (augment(pipeline, images[indices], step).float() - MEAN).div_(STD)
+                (augment(pipeline, images.index_select(0, indices), step).float() - MEAN).div_(STD)
 
         return once
 

@@ -71,12 +71,19 @@ def test_operations_and_ranges_are_torchvisions(
         assert (got - want.float()).abs().max() <= 2
 
 
+def moves(step: Step) -> Tensor:
+    """[n] which samples the map does not leave where they are."""
+    assert isinstance(step, Affine)
+    drawn = next(each for each in (step.xx, step.xy, step.dx, step.yx, step.dy) if isinstance(each, Tensor))
+    return (step.matrix(len(drawn), drawn.device) != torch.eye(3)[:2]).flatten(1).any(1)
+
+
 def chosen(steps: list[Step]) -> Tensor:
     """[operations, n] which samples each of RandAugment's steps changes."""
     masks = []
     for step in steps:
         if isinstance(step, Affine):
-            masks.append((step.matrix != torch.eye(3)).flatten(1).any(1))
+            masks.append(moves(step))
         elif hasattr(step, "mask"):
             masks.append(step.mask)
         else:
@@ -101,13 +108,15 @@ def test_every_operation_has_the_same_chance(operation: RandAugment | TrivialAug
 def test_signs_and_strengths_of_the_choices() -> None:
     trivial = TrivialAugment().plan(Draws(generator("cpu", 0), 20000), (3, 32, 32))[2]
     assert isinstance(trivial, Affine)
-    shifts = trivial.matrix[:, 0, 2]
+    shifts = trivial.dx
+    assert isinstance(shifts, Tensor)
     moved = shifts[shifts != 0]
     assert set((moved.abs() * 30 / 32).round().int().tolist()) == set(range(1, 31))
     assert abs((moved > 0).float().mean() - 0.5) < 0.1
     rand = RandAugment(n=1, magnitude=15).plan(Draws(generator("cpu", 0), 2000), (3, 32, 32))[2]
     assert isinstance(rand, Affine)
-    assert torch.allclose(rand.matrix[:, 0, 2].abs().unique(), torch.tensor([0.0, 0.5 * 32 * 150 / 331]))
+    assert isinstance(rand.dx, Tensor)
+    assert torch.allclose(rand.dx.abs().unique(), torch.tensor([0.0, 0.5 * 32 * 150 / 331]))
 
 
 def test_a_random_mix_applies_n_of_them() -> None:
@@ -122,8 +131,8 @@ def test_a_random_mix_applies_n_of_them() -> None:
     crop, turn, light, lens, noise = steps
     changes = torch.stack(
         [
-            (crop.matrix != torch.eye(3)).flatten(1).any(1),  # type: ignore[attr-defined]
-            (turn.matrix != torch.eye(3)).flatten(1).any(1),  # type: ignore[attr-defined]
+            moves(crop),
+            moves(turn),
             (light.matrix != torch.eye(3)).flatten(1).any(1),  # type: ignore[attr-defined]
             lens.strength != 0,  # type: ignore[attr-defined]
             noise.std != 0,  # type: ignore[attr-defined]

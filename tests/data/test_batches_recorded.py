@@ -15,6 +15,7 @@ from dlopt.data.normalization import Standardize
 from dlopt.data.samplers import Random
 from dlopt.data.samples import InMemory
 from dlopt.data.transfer import ahead
+from tests.engine.runs import in_fork
 from tests.recorded import SimulatedRecorder
 
 CONF = Path(__file__).parents[2] / "conf" / "augmentation"
@@ -103,28 +104,35 @@ DRAWING = {"noise", "random_mix"}  # they draw while they render: the compiled f
     "choice", [pytest.param(choice, marks=() if choice in QUICK else pytest.mark.slow) for choice in CHOICES]
 )
 def test_every_augmentation_can_be_compiled_in_one_piece(choice: str) -> None:
-    """`fullgraph`: nothing in it leaves the compiled function; and it computes the same."""
+    """`fullgraph`: nothing in it leaves the compiled function; and it computes the same.
+
+    In a child, as the compiler starts threads, behind which no later test could fork.
+    """
     source = samples(40, 32)
     try:
         augment = augmentation(choice, source)
     except Exception as error:  # it wants larger images
         pytest.skip(str(error))
+    assert in_fork(lambda: compiled_is_plain(augment, source, fullgraph=choice not in DRAWING)) == 0
+
+
+def compiled_is_plain(augment: Any, source: InMemory, *, fullgraph: bool) -> None:
     plain, compiled = (batches(augment, source=source) for _ in range(2))
-    compiled._rendered = torch.compile(
-        compiled._render, backend="aot_eager", dynamic=False, fullgraph=choice not in DRAWING
-    )
+    compiled._rendered = torch.compile(compiled._render, backend="aot_eager", dynamic=False, fullgraph=fullgraph)
     for (x, y), (u, v) in zip(drawn(plain, 1), drawn(compiled, 1), strict=True):
         torch.testing.assert_close(u, x, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(v, y)
-    torch._dynamo.reset()
 
 
 @pytest.mark.slow
 def test_the_compiled_data_path_gives_the_same_pixels() -> None:
-    augment = pipeline(PadCrop(padding=2), HorizontalFlip(p=0.5))
-    for (x, y), (u, v) in zip(drawn(batches(augment)), drawn(batches(augment, compiled=True)), strict=True):
-        torch.testing.assert_close(u, x)
-        assert torch.equal(v, y)
+    def check() -> None:
+        augment = pipeline(PadCrop(padding=2), HorizontalFlip(p=0.5))
+        for (x, y), (u, v) in zip(drawn(batches(augment)), drawn(batches(augment, compiled=True)), strict=True):
+            torch.testing.assert_close(u, x)
+            assert torch.equal(v, y)
+
+    assert in_fork(check) == 0
 
 
 class FakeLane:

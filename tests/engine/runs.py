@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,6 +80,9 @@ def in_fork(function: Callable[[], object]) -> int:
         try:
             function()
             code = 0
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
         finally:
             os._exit(code)
     return os.waitpid(child, 0)[1]
