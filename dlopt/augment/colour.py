@@ -10,7 +10,6 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from dlopt.augment.geometry import product
 from dlopt.augment.operation import Draws, Operation, PixelStep, Shape, Step, image_shape
 from dlopt.data.samples import Samples
 from dlopt.ranges import NonNegative, Probability
@@ -40,20 +39,20 @@ class Colour(PixelStep):
 
     def then(self, other: "Colour") -> "Colour":
         """This transform and then the other one."""
-        mean = None if self.mean is None else product(other.matrix, self.mean)
-        offset = None if self.offset is None else product(other.matrix, self.offset)
+        mean = None if self.mean is None else _product(other.matrix, self.mean)
+        offset = None if self.offset is None else _product(other.matrix, self.offset)
         if other.mean is not None:
             of_mean = self.matrix if self.mean is None else self.matrix + self.mean
-            mean = _sum(mean, product(other.mean, of_mean))
+            mean = _sum(mean, _product(other.mean, of_mean))
             if self.offset is not None:
-                offset = _sum(offset, product(other.mean, self.offset))
-        return Colour(product(other.matrix, self.matrix), mean, _sum(offset, other.offset))
+                offset = _sum(offset, _product(other.mean, self.offset))
+        return Colour(_product(other.matrix, self.matrix), mean, _sum(offset, other.offset))
 
     def apply(self, images: Tensor) -> Tensor:
         flat = images.flatten(2)
         offset = self.offset
         if self.mean is not None:
-            offset = _sum(offset, product(self.mean, flat.mean(2, keepdim=True)))
+            offset = _sum(offset, _product(self.mean, flat.mean(2, keepdim=True)))
         # sums of products: a batched matrix product would be taken in TF32 or bf16 where the run computes in these
         out = self.matrix[:, :, :1] * flat[:, :1]
         for c in range(1, flat.shape[1]):
@@ -61,6 +60,14 @@ class Colour(PixelStep):
         if offset is not None:
             out.add_(offset)
         return out.clamp_(0, 255).view(images.shape)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b for batches of small matrices [n, i, j] and [n, j, k], float32."""
+    if a.device.type == "mps":  # has no float64
+        return (a[..., None] * b[:, None]).sum(2)
+    # float64 is what neither autocast nor TF32 touches: a value of 200 in bf16 would be off by half a level
+    return (a.double() @ b.double()).float()
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -132,7 +139,7 @@ class PCAColour(Operation):
         amounts = draws.normal(shape[0])[:, :, None] * self.std
         identity = torch.eye(shape[0], device=draws.device).expand(draws.total, -1, -1)
         self.components = self.components.to(draws.device)  # once: a copy from the host makes it wait
-        return [Colour(identity, offset=product(self.components.expand(draws.total, -1, -1), amounts))]
+        return [Colour(identity, offset=_product(self.components.expand(draws.total, -1, -1), amounts))]
 
 
 def colour_statistics(train: Samples) -> tuple[Tensor, Tensor]:

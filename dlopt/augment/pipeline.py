@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from torch import Generator, Tensor
 
 from dlopt.augment.colour import Colour
-from dlopt.augment.geometry import Border, warp
 from dlopt.augment.operation import Draws, MixingStep, Operation, PixelStep, Step, Warp, image_shape
+from dlopt.augment.warp import Border, warp
 from dlopt.errors import UserError
 
 

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from dlopt.augment import Draws, Operation, Pipeline
-from dlopt.augment.geometry import Border
 from dlopt.augment.operation import Graded
+from dlopt.augment.warp import Border
 from dlopt.random import generator
 
 

@@ -18,8 +18,8 @@ from dlopt.augment import (
     Rotate,
     TrivialAugment,
 )
-from dlopt.augment.geometry import Affine
 from dlopt.augment.operation import Step
+from dlopt.augment.warp import Affine
 from dlopt.errors import UserError
 from dlopt.random import generator
 from tests.augment.helpers import pictures, run, smooth_pictures

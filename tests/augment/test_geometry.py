@@ -30,7 +30,7 @@ from dlopt.augment import (
     TranslateX,
     TranslateY,
 )
-from dlopt.augment.geometry import Affine
+from dlopt.augment.warp import Affine
 from dlopt.errors import UserError
 from dlopt.random import generator
 from tests.augment.helpers import pictures, run, smooth_pictures

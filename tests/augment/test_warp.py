@@ -1,0 +1,73 @@
+"""Maps as entries: drawn ones are tensors, the identity's are numbers."""
+
+from typing import Any
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dlopt.augment.warp import Affine, warp
+
+SAMPLES = 3
+NAMES = ("xx", "xy", "dx", "yx", "yy", "dy")
+CPU = torch.device("cpu")
+
+
+def whole(step: Affine) -> Tensor:
+    """[3, 3, 3] float64, the rows of the plane's points included."""
+    last = torch.tensor([0.0, 0.0, 1.0]).expand(SAMPLES, 1, 3)
+    return torch.cat([step.matrix(SAMPLES, CPU), last], 1).double()
+
+
+@st.composite
+def maps(draw: st.DrawFn) -> Affine:
+    """Some entries drawn for each sample, the others as they are in the identity or one number for all."""
+    numbers = st.floats(-4, 4, width=32)
+    entries: dict[str, Any] = {}
+    for name in draw(st.sets(st.sampled_from(NAMES))):
+        each = draw(st.lists(numbers, min_size=SAMPLES, max_size=SAMPLES))
+        entries[name] = torch.tensor(each) if draw(st.booleans()) else each[0]
+    return Affine((5, 7), **entries)
+
+
+@given(maps(), maps(), maps())
+def test_composed_maps_are_matrix_products(a: Affine, b: Affine, c: Affine) -> None:
+    torch.testing.assert_close(whole(a.then(b)), whole(a) @ whole(b), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(whole(a.then(b.then(c))), whole(a.then(b).then(c)), rtol=1e-5, atol=1e-3)
+
+
+@given(maps())
+def test_the_identity_changes_no_map_and_no_entry_of_its_own(step: Affine) -> None:
+    identity = Affine((5, 7))
+    for composed in (identity.then(step), step.then(identity)):
+        for name in NAMES:
+            mine, its = getattr(composed, name), getattr(step, name)
+            assert mine is its or (not isinstance(its, Tensor) and mine == its)
+
+
+@given(maps(), st.lists(st.booleans(), min_size=SAMPLES, max_size=SAMPLES))
+def test_drawn_maps_of_some_samples_only(step: Affine, chosen: list[bool]) -> None:
+    numbers = {name: each for name in NAMES if not isinstance(each := getattr(step, name), Tensor)}
+    got = whole(step.only(torch.tensor(chosen)))
+    assert torch.equal(got[chosen], whole(step)[chosen])
+    for name, number in numbers.items():  # what is not drawn holds for all
+        assert (got[:, NAMES.index(name) // 3, NAMES.index(name) % 3] == number).all()
+    entries: dict[str, Any] = {name: each for name in NAMES if isinstance(each := getattr(step, name), Tensor)}
+    drawn = Affine((5, 7), **entries)
+    others = [not each for each in chosen]
+    assert torch.equal(whole(drawn.only(torch.tensor(chosen)))[others], whole(Affine((5, 7)))[others])
+
+
+@given(maps())
+def test_a_part_of_the_samples(step: Affine) -> None:
+    assert torch.equal(step.take(slice(1, 3)).matrix(2, CPU), step.matrix(SAMPLES, CPU)[1:3])
+
+
+def test_maps_that_nobody_drew_leave_the_images_as_they_are() -> None:
+    images = torch.randint(256, (4, 3, 5, 7), dtype=torch.uint8)
+    assert torch.equal(warp(images, [Affine((5, 7), exact=True)], "zero"), images)
+    assert torch.equal(warp(images, [Affine((5, 7), exact=True)], "reflect"), images)
+    torch.testing.assert_close(warp(images, [Affine((5, 7))], "reflect"), images.float(), rtol=0, atol=1e-3)
+    moved = warp(images, [Affine((5, 7), dx=2.0, exact=True)], "zero")
+    assert torch.equal(moved[..., :5], images[..., 2:]) and not moved[..., 5:].any()
