@@ -67,6 +67,7 @@ class Overview:
         self._running: dict[int, _Running] = {}
         self._best: tuple[float, int, str] | None = None
         self._begun, self._before = time.monotonic(), 0
+        self._seconds: list[float] = []  # of the jobs that have ended here
         self._live: Live | None = None
         if self._terminal:
             self._live = Live(
@@ -105,6 +106,8 @@ class Overview:
         if known:
             self._before += 1
             return
+        if running is not None:
+            self._seconds.append(time.monotonic() - running.since)
         words = [f"job {number} {status.replace('_', ' ')}"]
         if reason:
             words[0] += f": {reason}"
@@ -112,7 +115,7 @@ class Overview:
         if self._figure is not None and isinstance(value, int | float):
             words.append(f"{self._figure} {layout.figure(self._figure, value)}")
         if running is not None and not reason:
-            words.append(f"in {layout.clock(time.monotonic() - running.since)}")
+            words.append(f"in {layout.clock(self._seconds[-1])}")
         if self._live is not None:
             words.append(label)
         self.message(" | ".join([*words, *self._state()]), "red" if status == "failed" else "")
@@ -145,12 +148,20 @@ class Overview:
         return [*words, f"{layout.clock(left)} left"] if left else words
 
     def _left(self) -> float | None:
-        """Seconds, by the pace since this process began."""
-        ended = self.tally.ended - self._before
-        remaining = self.tally.total - self.tally.ended
+        """Seconds, by the pace since this process began.
+
+        Of jobs that run counts what share of an ended job's mean time they have had: several at once end together.
+        """
+        now = time.monotonic()
+        ended: float = self.tally.ended - self._before
+        remaining: float = self.tally.total - self.tally.ended
         if ended <= 0 or remaining <= 0:
             return None
-        return (time.monotonic() - self._begun) / ended * remaining
+        if self._seconds:
+            mean = max(sum(self._seconds) / len(self._seconds), 1e-3)
+            under_way = sum(min((now - job.since) / mean, 0.95) for job in self._running.values())
+            ended, remaining = ended + under_way, remaining - under_way
+        return (now - self._begun) / ended * remaining
 
     def refresh(self) -> None:
         if self._live is not None:

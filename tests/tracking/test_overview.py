@@ -38,6 +38,25 @@ def test_plain_lines_tell_how_far_the_sweep_is() -> None:
     assert "\x1b" not in stream.getvalue()
 
 
+def test_the_time_left_knows_that_jobs_run_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr("dlopt.tracking.overview.time.monotonic", lambda: now)
+    stream = io.StringIO()
+    overview = Overview(16, stream=stream)
+    for number in range(2):
+        overview.started(number, "")
+    now += 1200
+    overview.ended(0, "", "finished", {})
+    overview.started(2, "")
+    now += 60
+    overview.ended(1, "", "finished", {})
+    lines = [line for line in stream.getvalue().splitlines() if line.endswith(" left")]
+    # 16 jobs of 20 minutes, two at once: 160 minutes in all, of which 20 and 21 have gone
+    for line, minutes in zip(lines, (140, 139), strict=True):
+        hours, rest, _ = line.removesuffix(" left").split(" | ")[-1].split(":")
+        assert abs(60 * int(hours) + int(rest) - minutes) <= 5
+
+
 def test_the_live_overview_shows_what_runs_and_what_is_best(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "100")
