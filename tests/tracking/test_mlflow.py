@@ -65,6 +65,7 @@ def test_a_run_on_a_real_server(server: str, tmp_path: Path, monkeypatch: pytest
     assert result.code == 0 and "without it" not in result.out + result.err, result
     client = MlflowClient(server)
     experiment = client.get_experiment_by_name("größe x")
+    assert experiment is not None
     [run] = client.search_runs([experiment.experiment_id])
     assert run.info.status == "FINISHED" and run.info.run_name == "run"
     assert run.data.params["optimizer"] == "sgd" and run.data.params["model.widths"] == "[4]"
