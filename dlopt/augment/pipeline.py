@@ -85,7 +85,7 @@ class Pipeline:
         indices: Tensor | None = None,
         epoch: int | Tensor | None = None,
     ) -> list[Step]:
-        """What is to be done with samples of that shape; all that is drawn is drawn here. Arguments as for a call."""
+        """What is to be done with samples of that shape: all parameters, drawn here. Arguments as for a call."""
         if indices is not None:
             everyones = indices.new_zeros(total)
             everyones[part] = indices
@@ -103,7 +103,7 @@ class Pipeline:
         return steps
 
     def render(self, images: Tensor, targets: Tensor, steps: Sequence[Step]) -> tuple[Tensor, Tensor]:
-        """Does what was planned. A function of tensors alone, which can be compiled."""
+        """Does what was planned: a function of tensors alone, but for noise, which is drawn as it is added."""
         warps = [step for step in steps if isinstance(step, Warp)]
         if warps:
             images = warp(images, warps, self.border)
