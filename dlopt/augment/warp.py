@@ -38,9 +38,12 @@ class Affine(Warp):
     shrink: float = 1.0
 
     def only(self, mask: Tensor) -> Self:
-        identity = Affine(self.size)
-        drawn: dict[str, Any] = {name: each for name in _ENTRIES if isinstance(each := getattr(self, name), Tensor)}
-        return replace(self, **{name: each.where(mask, getattr(identity, name)) for name, each in drawn.items()})
+        identity, entries = Affine(self.size), dict[str, Any]()
+        for name in _ENTRIES:
+            mine, its = getattr(self, name), getattr(identity, name)
+            if isinstance(mine, Tensor) or mine != its:
+                entries[name] = torch.where(mask, mine, its)
+        return replace(self, **entries)
 
     def then(self, second: "Affine") -> "Affine":
         """This map of input pixels behind the second one's: what comes later in a pipeline maps its outputs first."""
