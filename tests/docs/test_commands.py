@@ -7,6 +7,7 @@ folder where the pages' placeholders (DATE, FOLDER, ...) are real. Lines of othe
 import re
 import shlex
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,6 +117,8 @@ def equipped(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every optional package counts as installed, and Slurm; nothing is run for an estimate of its time."""
     monkeypatch.setattr("dlopt.sweeps.estimate.seconds_of", lambda *_: None)
     monkeypatch.syspath_prepend(place)
+    for name in [each for each in sys.modules if each.partition(".")[0] == "mine"]:  # another test's package
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setenv("PATH", str(place / "bin"), prepend=":")
     monkeypatch.setattr("dlopt.config.rules.find_spec", lambda name: type("Found", (), {"origin": name}))
 
