@@ -38,7 +38,8 @@ class Affine(Warp):
     shrink: float = 1.0
 
     def only(self, mask: Tensor) -> Self:
-        identity, entries = Affine(self.size), dict[str, Any]()
+        identity = Affine(self.size)
+        entries: dict[str, Any] = {}
         for name in _ENTRIES:
             mine, its = getattr(self, name), getattr(identity, name)
             if isinstance(mine, Tensor) or mine != its:
