@@ -114,6 +114,7 @@ def test_flags_stand_where_they_like(tmp_path: Path) -> None:
 # -- as processes: nothing of torch, and soon
 
 
+SLOW = {"torch", "torchvision", "numpy", "scipy", "sklearn", "pandas", "PIL", "matplotlib", "tensorboard"}
 QUICK = (
     ["--version"],
     ["--help"],
@@ -126,16 +127,15 @@ QUICK = (
 
 @pytest.mark.parametrize("arguments", QUICK, ids=" ".join)
 def test_answers_at_once(arguments: list[str], tmp_path: Path) -> None:
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    probe = "import sys, dlopt.cli\ntry: dlopt.cli.main()\nfinally: print('torch' in sys.modules, file=sys.stderr)"
+    """What takes long is importing, and what is imported does not depend on how busy the machine is."""
+    probe = "import sys, dlopt.cli\ntry: dlopt.cli.main()\nfinally: print(*sys.modules, file=sys.stderr)"
     result = subprocess.run(
         [sys.executable, "-c", probe, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert result.stderr == "False\n"
-    # processor time: the machine may be busy. Half a second is meant, and a slow one given twice that.
-    assert after.ru_utime - before.ru_utime < 1.0
+    imported = set(result.stderr.split())
+    assert "dlopt.cli" in imported and not imported & SLOW
+    assert len(imported) < (100 if arguments[0].startswith("--") else 600)
 
 
 def test_mistakes_come_to_light_within_seconds(tmp_path: Path) -> None:

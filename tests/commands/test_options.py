@@ -3,7 +3,6 @@
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,15 +84,12 @@ def test_what_does_not_exist_is_answered_by_what_does(typed: str, message: str) 
         options([typed])
 
 
-def test_neither_torch_nor_hydra_is_imported_and_the_answer_comes_at_once() -> None:
-    code = (
-        "import sys; from dlopt.cli import _main; _main(['options']); "
-        "print(*{'torch', 'hydra', 'pydantic'} & {*sys.modules}, file=sys.stderr)"
-    )
-    begin = time.perf_counter()
+def test_neither_torch_nor_hydra_is_imported() -> None:
+    code = "import sys; from dlopt.cli import _main; _main(['options']); print(*sys.modules, file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stderr.strip() == "" and "optimizer\n" in done.stdout
-    assert time.perf_counter() - begin < 3  # 0.15 s where the machine is free
+    imported = set(done.stderr.split())
+    assert "dlopt.commands.options" in imported and not imported & {"torch", "hydra", "pydantic", "numpy"}
+    assert "optimizer\n" in done.stdout
 
 
 def test_table_names_every_choice() -> None:
