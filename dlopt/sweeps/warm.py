@@ -61,6 +61,7 @@ def _run(folder: str, place: str, environment: Mapping[str, str], cores: set[int
     os.chdir(place)
     os.environ.clear()
     os.environ.update(environment)
+    multiprocessing.set_start_method(None, force=True)  # what the job starts in turn is not the server's business
     if cores is not None:
         os.sched_setaffinity(0, cores)
     import numpy as np

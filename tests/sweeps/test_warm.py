@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def described(folder: Path, *overrides: str) -> Path:
     config = Composer().compose(["data.subset=100", "threads=1", "tracking=[]", *overrides])
-    describe(folder, to_plain(config, [])[1], [], choices_of(config))
+    describe(folder, to_plain(config, overrides)[1], [], choices_of(config))
     return folder
 
 
@@ -111,6 +111,32 @@ def test_a_sweep_that_is_killed_takes_its_job_along_with_a_checkpoint(tmp_path: 
         time.sleep(0.1)
     assert (RunFolder(folder).summary() or {})["status"] == "interrupted"
     assert (folder / "checkpoints/last.pt").is_file()
+
+
+FUNCTIONS = """
+import torch
+
+class Squares:
+    def __init__(self, count):
+        self.value = lambda index: (torch.tensor([float(index)]), index % 2)  # what cannot be pickled
+        self.count = count
+    def __len__(self):
+        return self.count
+    def __getitem__(self, index):
+        return self.value(index)
+"""
+
+
+def test_loader_workers_are_forked_from_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a run by itself: a dataset that holds functions works, and workers share the job's memory."""
+    (tmp_path / "squares.py").write_text(FUNCTIONS)
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = described(
+        tmp_path / "run", "model=mlp", "model.widths=[4]", "epochs=1", "data=custom", "data.workers=1",
+        "data.memory=false", "data.train._target_=squares.Squares", "+data.train.count=200", "allow_packages=[squares]",
+    )  # fmt: skip
+    process = spawn(folder, {}, None)
+    assert ended(process) == 0, (folder / OUTPUT).read_text()
 
 
 @pytest.mark.parametrize("name", ["output", "config"])
