@@ -12,6 +12,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
+from multiprocessing.util import Finalize
 from typing import Any, Literal
 
 import numpy as np
@@ -124,9 +125,10 @@ class Loader:
             # torch installs a handler that raises wherever the main thread happens to be when a worker dies.
             # Waiting for the next batch notices it as well, and there the error can be told properly.
             signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
-        # Registered once the workers run, so that it comes before multiprocessing's own exit hook, which would send
-        # them a signal that they outlive for a while, and wait.
+        # Before multiprocessing closes the queues through which workers are told to end (priority 10) and sends them a
+        # signal that they outlive for a while: at the exit, before its hook; in a sweep's job, which has no other, in it.
         atexit.register(_close, weakref.ref(self))
+        Finalize(None, _close, args=(weakref.ref(self),), exitpriority=100)
         return iterator
 
     def close(self) -> None:

@@ -127,16 +127,31 @@ class Squares:
 """
 
 
-def test_loader_workers_are_forked_from_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a run by itself: a dataset that holds functions works, and workers share the job's memory."""
+@pytest.fixture
+def squares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A dataset that a worker reads."""
     (tmp_path / "squares.py").write_text(FUNCTIONS)
     monkeypatch.syspath_prepend(tmp_path)
-    folder = described(
-        tmp_path / "run", "model=mlp", "model.widths=[4]", "epochs=1", "data=custom", "data.workers=1",
-        "data.memory=false", "data.train._target_=squares.Squares", "+data.train.count=200", "allow_packages=[squares]",
-    )  # fmt: skip
-    process = spawn(folder, {}, None)
-    assert ended(process) == 0, (folder / OUTPUT).read_text()
+    return [
+        "model=mlp", "model.widths=[4]", "epochs=1", "data=custom", "data.workers=1", "data.memory=false",
+        "data.train._target_=squares.Squares", "+data.train.count=200", "allow_packages=[squares]",
+    ]  # fmt: skip
+
+
+def test_loader_workers_are_forked_from_the_job(squares: list[str], tmp_path: Path) -> None:
+    """As in a run by itself: a dataset that holds functions works, and workers share the job's memory."""
+    process = spawn(described(tmp_path / "run", *squares), {}, None)
+    assert ended(process) == 0, (tmp_path / "run" / OUTPUT).read_text()
+
+
+def test_a_job_that_fails_does_not_wait_for_its_workers(squares: list[str], tmp_path: Path) -> None:
+    """They outlive a termination signal by a minute."""
+    process = spawn(described(tmp_path / "run", *squares, "epochs=9", "optimizer.lr=1e30"), {}, None)
+    deadline = time.monotonic() + 300
+    while RunFolder(tmp_path / "run").summary() is None:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+    assert ended(process, seconds=30) == 1
 
 
 @pytest.mark.parametrize("name", ["output", "config"])
