@@ -126,7 +126,8 @@ class Loader:
             # Waiting for the next batch notices it as well, and there the error can be told properly.
             signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
         # Before multiprocessing closes the queues through which workers are told to end (priority 10) and sends them a
-        # signal that they outlive for a while: at the exit, before its hook; in a sweep's job, which has no other, in it.
+        # signal that they outlive for a while: ahead of its exit hook, or within it in a job of a sweep, which has no
+        # other.
         atexit.register(_close, weakref.ref(self))
         Finalize(None, _close, args=(weakref.ref(self),), exitpriority=100)
         return iterator
