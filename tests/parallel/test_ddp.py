@@ -41,6 +41,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     compare(tmp_path, 2, CASES)
 
 
+@pytest.mark.slow
 def test_four_processes_equal_one_with_empty_shares(tmp_path: Path) -> None:
     names = ["last batch of two", "no norm, empty shares"]
     compare(tmp_path, 4, {name: CASES[name] for name in names})

@@ -25,7 +25,8 @@ def begin(folder: Path) -> "subprocess.Popen[str]":
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [1, 20])
 def test_kills_at_random_moments(kills: int, tmp_path: Path) -> None:
     draw, killed, start = random.Random(kills), 0, time.monotonic()
     whole = begin(tmp_path / "whole")
