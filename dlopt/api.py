@@ -85,7 +85,7 @@ def train(overrides: Sequence[str] = (), *, console: bool = False) -> Result:
     if current() is not None:
         raise UserError("train(): not inside torchrun or srun; start `dlopt train` there")
     config = Composer().compose(lines)
-    if "comparison" in config or config.hydra.mode == RunMode.MULTIRUN:
+    if config.get("comparison") is not None or config.hydra.mode == RunMode.MULTIRUN:
         raise UserError("train(): one run at a time; sweeps and comparisons are started by `dlopt train`")
     ready = prepare(config, lines)
     folder = ready.folder.path

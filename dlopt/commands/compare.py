@@ -82,6 +82,8 @@ def comparison_of(composer: Composer, config: DictConfig, overrides: list[str]) 
     from dlopt.analysis.comparison.probes import PROBES
     from dlopt.analysis.comparison.runs import Comparison
 
+    if not OmegaConf.is_dict(config.comparison):
+        raise UserError(f"comparison={config.comparison}: allowed: a mapping, or null for the recipe by itself")
     node = OmegaConf.to_container(config.comparison, resolve=True)
     assert isinstance(node, dict)
     comparison = Comparison(**check_arguments("comparison", Comparison, {str(k): v for k, v in node.items()}))

@@ -56,7 +56,7 @@ def train(arguments: list[str]) -> int:
         from dlopt.commands.sweep import sweep
 
         return sweep(composer, parsed)
-    if "comparison" in config:
+    if config.get("comparison") is not None:
         from dlopt.commands.compare import compare
 
         return compare(composer, parsed, config)

@@ -126,6 +126,12 @@ def test_a_typed_key_is_no_axis(folder: Path) -> None:
     assert saved["optimizer"]["lr"] == 0.3 and saved["seed"] == 5
 
 
+def test_a_recipe_by_itself(folder: Path) -> None:
+    result = compare(folder, "comparison=null", "epochs=1", "hydra.run.dir=single")
+    assert result.code == 0, result.err
+    assert (folder / "single/summary.json").is_file()
+
+
 @pytest.mark.parametrize(
     ("typed", "message"),
     [
@@ -133,6 +139,7 @@ def test_a_typed_key_is_no_axis(folder: Path) -> None:
         ("comparison.figures=[]", "comparison.figures: at least one is needed"),
         ("comparison.x=hours", "comparison.x=hours: "),
         ("comparison.sees=x", "comparison.sees"),
+        ("comparison=3", "comparison=3: allowed: a mapping, or null"),
         ("optimizer.lr=-1", "optimizer.lr=-1: "),
         ("epochs=2,3", "epochs=2,3: several values need -m"),
         ("comparison.figures=[val_loss,valloss]", "comparison.figures: a run has no valloss"),
