@@ -134,6 +134,7 @@ def test_answers_at_once(arguments: list[str], tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     imported = set(result.stderr.split())
+    assert result.stderr.count("\n") == 1  # no warning beside it
     assert "dlopt.cli" in imported and not imported & SLOW
     assert len(imported) < (100 if arguments[0].startswith("--") else 600)
 
