@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from dlopt.augment.crop import CentreCrop
 from dlopt.commands.train import prepare
 from dlopt.config.compose import Composer
-from dlopt.engine import rng
 from dlopt.errors import RunError, UserError
-from dlopt.evaluation.restore import Trained, restore
 from dlopt.job import DONE, INTERRUPTED, claim, start
 from dlopt.parallel.world import current
 from dlopt.tracking import read_metrics, read_summary
 from dlopt.tracking.layout import short_path
+from dlopt.train import rng
+from dlopt.train.restore import Trained, restore
 
 _SHOWN = ("epochs", "best_val_loss", "best_val_accuracy", "test_loss", "test_accuracy")
 

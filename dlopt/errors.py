@@ -1,4 +1,6 @@
-"""The two ways in which a command ends badly without being a bug."""
+"""Exit codes, and the two exceptions that end a command with a message instead of a traceback."""
+
+DONE, FAILED, USER_ERROR, INTERRUPTED = 0, 1, 2, 75
 
 
 class UserError(Exception):

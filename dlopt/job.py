@@ -20,11 +20,11 @@ import yaml
 
 import dlopt
 from dlopt.errors import RunError, UserError
+from dlopt.files import write_atomically
 from dlopt.folders import FORMAT, RunFolder
-from dlopt.tracking.files import write_atomically
 
 if TYPE_CHECKING:
-    from dlopt.run import Run
+    from dlopt.train.trainer import Run
 
 DONE, FAILED, USER_ERROR, INTERRUPTED = 0, 1, 2, 75
 _STATUS_OF = {"finished": DONE, "stopped_early": DONE, "interrupted": INTERRUPTED}
@@ -35,9 +35,9 @@ def execute(run: "Run", *, typed: Sequence[str] | None = None, console: bool = T
 
     `typed`: the command line's overrides, where the folder does not say yet what is run in it.
     """
-    from dlopt.engine.divergence import Diverged
     from dlopt.parallel import world as worlds
     from dlopt.parallel.launch import QUIET, RECORD
+    from dlopt.train.nonfinite import Diverged
 
     world = worlds.current()
     console = console and os.environ.get(QUIET) != "1"
@@ -105,7 +105,7 @@ def start(run: "Run", processes: int, *, typed: Sequence[str] | None, console: b
     from dlopt.interruption import Interruption
     from dlopt.parallel import world as worlds
     from dlopt.parallel.launch import run_group
-    from dlopt.run import train
+    from dlopt.train.trainer import train
 
     world = worlds.current()
     is_main = world is None or world.is_main
@@ -183,8 +183,8 @@ def main() -> int:
     from dlopt.config.compose import resolve_saved
     from dlopt.config.older import completed
     from dlopt.config.parsing import parse
-    from dlopt.engine.checkpoint import Checkpoints, load
-    from dlopt.run import Run
+    from dlopt.train.checkpoint import Checkpoints, load
+    from dlopt.train.trainer import Run
 
     world = current()
     folder = RunFolder(Path(sys.argv[1]))

@@ -5,13 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from dlopt.assembly.batches import training_batches
-from dlopt.assembly.norms import small_batches
-from dlopt.assembly.optimizer import optimizer_of
-from dlopt.assembly.setup import Setup, load_weights
-from dlopt.assembly.setup import set_up as set_up_experiment
 from dlopt.errors import UserError
-from tests.engine.runs import SMALL, experiment
+from dlopt.train.batch_norm import small_batches
+from dlopt.train.build import Setup, load_weights, training_batches
+from dlopt.train.build import set_up as set_up_experiment
+from dlopt.train.optimizer import optimizer_of
+from tests.train.runs import SMALL, experiment
 
 
 def set_up(*overrides: str) -> Setup:

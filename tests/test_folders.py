@@ -14,9 +14,9 @@ import torch
 import yaml
 
 from dlopt.config.resuming import differences
-from dlopt.engine import checkpoint
 from dlopt.errors import UserError
 from dlopt.folders import RunFolder, Trace, make, make_new, newest
+from dlopt.train import checkpoint
 from tests.commands.line import SMALL, HeldByAnotherProcess, Result, dlopt, entries, only, refused
 
 IN_RUN = "hydra.run.dir=run"
@@ -367,6 +367,6 @@ def test_no_trace_of_a_resumed_run_that_cannot_begin(
     def refuse(*_: object, **__: object) -> None:
         raise UserError("data.root=x: it is gone")
 
-    monkeypatch.setattr("dlopt.run.train", refuse)
+    monkeypatch.setattr("dlopt.train.trainer.train", refuse)
     line = [*SMALL, "schedule_epochs=2", "resume=run/checkpoints/last.pt", place]
     assert "it is gone" in refused(tmp_path, "train", *line)  # the history that was taken along is gone, too

@@ -19,9 +19,9 @@ from dlopt.config.parsing import parse
 from dlopt.data.polynomial import polynomial
 from dlopt.data.samples import InMemory
 from dlopt.errors import UserError
-from dlopt.run import Run, train
 from dlopt.sweeps import grid as grids
 from dlopt.sweeps import jobs
+from dlopt.train.trainer import Run, train
 
 RECIPES = {  # those that are sweeps; tests/test_comparisons.py has the others
     path.stem: path

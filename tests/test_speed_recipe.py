@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dlopt.assembly.setup import Setup, set_up
-from dlopt.assembly.training import unseen
 from dlopt.config.compose import Composer, to_plain
 from dlopt.config.parsing import parse
+from dlopt.train.build import Setup, set_up
+from dlopt.train.trainer import unseen
 from tests.commands.line import dlopt
 
 SMALL = ("experiment=cifar10_speed", "data=digits", "device=cpu", "threads=1", "precision=fp32", "compile=false")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dlopt.engine.step import frozen_statistics
+from dlopt.train.step import frozen_statistics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

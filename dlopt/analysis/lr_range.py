@@ -12,12 +12,12 @@ from annotated_types import Gt
 from torch import Tensor, nn
 
 from dlopt.analysis.drawing import COLOURS
-from dlopt.assembly.setup import Setup, load_weights
 from dlopt.config.experiment import Experiment
 from dlopt.config.schema import Component
-from dlopt.engine.loop import Training
 from dlopt.errors import UserError
 from dlopt.ranges import Count, Positive, Share
+from dlopt.train.build import Setup, load_weights
+from dlopt.train.trainer import Training
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -208,7 +208,7 @@ def write(found: LearningRates, folder: Path, title: str) -> list[Path]:
     import json
 
     from dlopt.analysis.drawing import save
-    from dlopt.tracking.files import write_atomically
+    from dlopt.files import write_atomically
 
     path = folder / "find_lr.json"
     write_atomically(path, (json.dumps(asdict(found), indent=1) + "\n").encode())

@@ -11,11 +11,11 @@ from typing import Any
 
 from dlopt.analysis.lr_range import LearningRates, Sweep, find, load_first_weights
 from dlopt.analysis.ranks import Told, run_rank
-from dlopt.assembly.setup import parallel_of, set_up
-from dlopt.assembly.training import unseen
 from dlopt.config.experiment import Experiment
 from dlopt.errors import RunError, UserError
 from dlopt.parallel import world as worlds
+from dlopt.train.build import parallel_of, set_up
+from dlopt.train.trainer import unseen
 
 
 def test_range(experiment: Experiment, keys: Sweep, folder: Path) -> LearningRates:

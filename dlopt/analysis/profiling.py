@@ -17,10 +17,10 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from dlopt.analysis.bench.communication import times
 from dlopt.analysis.model_summary import kept_for_backward
-from dlopt.assembly.setup import Setup
-from dlopt.engine.loop import Batches
-from dlopt.engine.step import Update
 from dlopt.tracking.layout import size
+from dlopt.train.build import Setup
+from dlopt.train.step import Update
+from dlopt.train.trainer import EpochBatches
 
 _COSTLIEST = 10
 _PREFIX = "dlopt: "
@@ -73,7 +73,7 @@ class Profiling:
 
     # -- time
 
-    def batches(self, batches: Batches) -> "TimedBatches":
+    def batches(self, batches: EpochBatches) -> "TimedBatches":
         """The batches whose fetching is the part `data`."""
         return TimedBatches(batches, self)
 
@@ -197,7 +197,7 @@ class Profiling:
 class TimedBatches:
     """Batches whose fetching a profile books as `data`."""
 
-    def __init__(self, batches: Batches, profiling: Profiling) -> None:
+    def __init__(self, batches: EpochBatches, profiling: Profiling) -> None:
         self.inner = batches
         self.profiling = profiling
 

@@ -45,8 +45,8 @@ def clean(arguments: list[str]) -> int:
 
 def _spare(record: Record) -> list[_Spare]:
     """The checkpoints that the run can do without: last.pt must be whole, and nobody at work there."""
-    from dlopt.engine import sharded
-    from dlopt.engine.checkpoint import is_whole
+    from dlopt.train import sharded
+    from dlopt.train.checkpoint import is_whole
 
     folder = record.path / "checkpoints"
     names = re.compile(r"step-\d+\.pt")
@@ -75,7 +75,7 @@ def _agrees(question: str) -> bool:
 
 def _remove(spare: Sequence[_Spare]) -> Iterable[Path]:
     """Removes each with its checksum and shards, unless its run has begun to work again meanwhile."""
-    from dlopt.engine import sharded
+    from dlopt.train import sharded
 
     for each in spare:
         if RunFolder(each.path.parent.parent).is_live():

@@ -157,9 +157,9 @@ def _folder(config: DictConfig, overrides: list[str], runs: list[_Run]) -> Path:
 def _execute(runs: list[_Run], folder: Path, comparison: "Comparison") -> "tuple[dict[Cell, Outcome], int]":
     """What the runs leave, and the exit code. One that diverges is a result, too; any other failure is the end."""
     from dlopt.analysis.comparison.runs import read, show, typed
-    from dlopt.engine.checkpoint import Checkpoints
     from dlopt.job import FAILED, INTERRUPTED, USER_ERROR, execute
-    from dlopt.run import Run
+    from dlopt.train.checkpoint import Checkpoints
+    from dlopt.train.trainer import Run
 
     outcomes: dict[Cell, Outcome] = {}
     for number, each in enumerate(runs):

@@ -4,9 +4,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from dlopt.config.saved import take_path, typed_values
 from dlopt.config.schema import check_arguments
 from dlopt.errors import RunError, UserError
-from dlopt.evaluation.saved import take_path, typed_values
 from dlopt.job import DONE
 from dlopt.tracking.layout import short_path
 
@@ -48,9 +48,9 @@ def consolidate(arguments: list[str]) -> int:
 
     import torch
 
-    from dlopt.durable import reason, write
-    from dlopt.engine import sharded
-    from dlopt.engine.checkpoint import load
+    from dlopt.files import reason, write
+    from dlopt.train import sharded
+    from dlopt.train.checkpoint import load
 
     state = load(path)
     if not sharded.is_sharded(sharded.opened(path)):

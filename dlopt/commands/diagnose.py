@@ -111,8 +111,8 @@ def _subjects(composer: Composer, overrides: list[str], skipped: list[tuple[str,
 
 def _trained(path: Path, overrides: Sequence[str]) -> _Subject:
     from dlopt.config.parsing import parse
-    from dlopt.engine.checkpoint import load
-    from dlopt.evaluation.saved import typed_values, with_changes
+    from dlopt.config.saved import typed_values, with_changes
+    from dlopt.train.checkpoint import load
 
     values = typed_values(overrides)
     for key, value in values.items():
@@ -250,7 +250,7 @@ def _median(values: Sequence[float]) -> float:
 def _write(folder: Path, found: Sequence[tuple["Diagnosis", "Facts"]], title: str) -> list[Path]:
     from dlopt.analysis import drawing
     from dlopt.analysis.diagnosis.pictures import pictures
-    from dlopt.tracking.files import write_atomically
+    from dlopt.files import write_atomically
 
     diagnoses = [diagnosis for diagnosis, _ in found]
     paths = []

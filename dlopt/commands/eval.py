@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dlopt.config.compose import resolve_saved
+from dlopt.config.saved import refuse_others, take_path, typed_values, with_changes
 from dlopt.config.schema import check_arguments, show
 from dlopt.errors import RunError, UserError
-from dlopt.evaluation.saved import refuse_others, take_path, typed_values, with_changes
+from dlopt.files import write_atomically
 from dlopt.job import DONE, FAILED, complain
-from dlopt.tracking.files import write_atomically
 from dlopt.tracking.layout import percent
 
 if TYPE_CHECKING:
-    from dlopt.evaluation.testing import Average, Report
+    from dlopt.train.evaluate import Average, Report
 
 _MAY_CHANGE = (
     "data", "device", "precision", "threads", "channels_last", "compile", "deterministic", "norm_statistics",
@@ -70,8 +70,8 @@ def evaluate(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         print(_USAGE)
         return DONE
-    from dlopt.engine.checkpoint import load
     from dlopt.tracking.console import ConsoleView
+    from dlopt.train.checkpoint import load
 
     values = typed_values(arguments)
     paths = _paths(values)
@@ -117,7 +117,7 @@ def _paths(values: dict[str, Any]) -> list[Path]:
 
 def _own(values: dict[str, Any]) -> tuple[_Own, Any]:
     """This command's keys, which leave `values`, and the chosen views."""
-    from dlopt.evaluation.tta import CHOICES
+    from dlopt.train.tta import CHOICES
 
     mine: dict[str, Any] = {key: values.pop(key) for key in ("tta", "average", "output") if key in values}
     own = _Own(**check_arguments("", _Own, mine))
@@ -134,10 +134,9 @@ def _test(
     paths: Sequence[Path], states: Sequence[Mapping[str, Any]], overrides: Mapping[str, Any], own: _Own, choice: Any
 ) -> tuple[list[_Member], "Report"]:
     """Every checkpoint by itself, on batches of the first one's size, and the figures of their mean."""
-    from dlopt.assembly.setup import set_up
-    from dlopt.assembly.testing import choose_average, outputs_on_test_set
     from dlopt.config.parsing import parse
-    from dlopt.evaluation.testing import check_same_samples, combine, report
+    from dlopt.train.build import set_up
+    from dlopt.train.evaluate import check_same_samples, choose_average, combine, outputs_on_test_set, report
 
     members: list[_Member] = []
     size = {} if len(paths) == 1 else {"data.batch_size": states[0]["config"]["data"]["batch_size"]}
@@ -158,7 +157,7 @@ def _test(
 
 
 def _per_class(report: "Report", classes: Sequence[str]) -> list[dict[str, Any]]:
-    from dlopt.evaluation.figures import class_accuracies, f1_scores
+    from dlopt.train.metrics import class_accuracies, f1_scores
 
     assert report.confusion is not None
     columns = (report.confusion.sum(1), class_accuracies(report.confusion), f1_scores(report.confusion))
@@ -181,7 +180,7 @@ def _write(
     output: str | None, checkpoint: Path, figures: dict[str, Any], report: "Report", classes: Sequence[str] | None
 ) -> dict[str, Path]:
     """Writes into `output`, or into the run folder where the checkpoint stands in one; returns what -> path."""
-    from dlopt.evaluation.pictures import confusion_picture, confusion_table
+    from dlopt.commands.confusion import confusion_picture, confusion_table
 
     run = checkpoint.absolute().parent.parent
     if output is None and not (run / "config.yaml").is_file():

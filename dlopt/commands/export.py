@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import dlopt
 from dlopt.config.compose import resolve_saved
+from dlopt.config.saved import refuse_others, take_path, typed_values, with_changes
 from dlopt.config.schema import check_arguments
 from dlopt.errors import RunError, UserError
-from dlopt.evaluation.saved import refuse_others, take_path, typed_values, with_changes
 from dlopt.extras import install
 from dlopt.job import DONE
 from dlopt.tracking.layout import short_path
@@ -19,7 +19,7 @@ from dlopt.tracking.layout import short_path
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dlopt.evaluation.restore import Trained
+    from dlopt.train.restore import Trained
 
 _MAY_CHANGE = ("data", "threads", "allow_packages")
 _USAGE = """\
@@ -59,8 +59,8 @@ def export(arguments: list[str]) -> int:
     own = _Own(**check_arguments("", _Own, {key: values.pop(key) for key in _OWN if key in values}))
     refuse_others(values, _MAY_CHANGE, _OWN)
 
-    from dlopt.evaluation import exporting
-    from dlopt.evaluation.restore import restore
+    from dlopt.commands import exporting
+    from dlopt.train.restore import restore
 
     exporting.check_installed(own.format)
     output = _output(own, path, exporting.SUFFIXES[own.format])

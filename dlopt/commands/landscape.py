@@ -15,7 +15,7 @@ from dlopt.ranges import Count, Positive, Seed
 
 if TYPE_CHECKING:
     from dlopt.analysis.landscape import Plane
-    from dlopt.assembly.setup import Setup
+    from dlopt.train.build import Setup
 
 _MAY_CHANGE = ("data", "device", "threads", "allow_packages")
 _LEAST = 3  # checkpoints of a path: two differences span the plane
@@ -37,11 +37,11 @@ def draw_landscape(arguments: list[str]) -> int:
     """Draws, and prints where the picture is. Raises `UserError`."""
     from dlopt.analysis.drawing import save
     from dlopt.analysis.landscape import draw, surface
-    from dlopt.assembly.setup import set_up
     from dlopt.config.compose import resolve_saved
     from dlopt.config.parsing import parse
-    from dlopt.engine.checkpoint import load
-    from dlopt.evaluation.saved import refuse_others, take_path, typed_values, with_changes
+    from dlopt.config.saved import refuse_others, take_path, typed_values, with_changes
+    from dlopt.train.build import set_up
+    from dlopt.train.checkpoint import load
 
     values = typed_values(arguments)
     path = take_path(values, "trajectory")
@@ -89,7 +89,7 @@ def _loss(setup: "Setup", count: int) -> tuple[Any, int]:
     """The loss over evenly chosen training samples, as a function of the module's weights, and how many these are."""
     import torch
 
-    from dlopt.assembly.batches import evaluation_batches
+    from dlopt.train.build import evaluation_batches
 
     samples = setup.dataset.train
     indices = torch.linspace(0, len(samples) - 1, min(count, len(samples))).long()

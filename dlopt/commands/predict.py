@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dlopt.config.saved import refuse_others, take_path, typed_values
 from dlopt.config.schema import check_arguments
 from dlopt.errors import RunError, UserError
-from dlopt.evaluation.saved import refuse_others, take_path, typed_values
 from dlopt.job import DONE, complain
 from dlopt.ranges import Count, Natural
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dlopt.evaluation.restore import Trained
+    from dlopt.train.restore import Trained
 
 _MAY_CHANGE = ("device", "precision", "threads", "allow_packages")
 _USAGE = f"""\
@@ -60,7 +60,7 @@ def predict(arguments: list[str]) -> int:
     if output.is_dir():
         raise UserError(f"output={own.output}: this is a folder; name a file in it")
 
-    from dlopt.evaluation.restore import restore
+    from dlopt.train.restore import restore
 
     trained = restore(path, values)
     if len(trained.sample) != 3 or trained.sample[0] not in (1, 3):

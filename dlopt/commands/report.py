@@ -21,13 +21,13 @@ from dlopt.analysis.report.published import Beside, beside_published, name_of
 from dlopt.analysis.report.reading import Damaged, Reader, Record
 from dlopt.analysis.report.statistics import default_target
 from dlopt.analysis.report.table import Configuration, Table, gather, short_key
+from dlopt.config.saved import typed_values
 from dlopt.config.schema import check_arguments
 from dlopt.errors import UserError
-from dlopt.evaluation.saved import typed_values
+from dlopt.files import write_atomically
 from dlopt.job import DONE
 from dlopt.ranges import Count
 from dlopt.tracking import layout
-from dlopt.tracking.files import write_atomically
 from dlopt.tracking.tables import Fitted, plain_table
 
 if TYPE_CHECKING:

@@ -17,9 +17,9 @@ from dlopt.config.compose import Composer, choices_of, to_plain
 from dlopt.config.resuming import differences, refuse_other_config
 from dlopt.errors import UserError
 from dlopt.extras import install
+from dlopt.files import write_atomically
 from dlopt.folders import RunFolder, Trace, make, make_new, newest
 from dlopt.sweeps.jobs import SPACE
-from dlopt.tracking.files import write_atomically
 
 if TYPE_CHECKING:
     from dlopt.sweeps.places import Places

@@ -24,7 +24,7 @@ from dlopt.parallel.world import World, current, end_process, meet
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-    from dlopt.run import Run
+    from dlopt.train.trainer import Run
 
 
 def train(arguments: list[str]) -> int:
@@ -84,7 +84,7 @@ def _follow(composer: Composer, parsed: Namespace, world: World) -> int:
     """Another rank: what rank 0 tells is run, and what is wrong with the command line is left to it to say."""
     from dlopt.config.parsing import parse
     from dlopt.job import USER_ERROR, execute
-    from dlopt.run import Run
+    from dlopt.train.trainer import Run
 
     if parsed.multirun or parsed.hydra_help or parsed.cfg or parsed.info:
         return USER_ERROR if parsed.multirun else 0
@@ -123,7 +123,7 @@ class Prepared:
 def prepare(config: DictConfig, overrides: Sequence[str]) -> Prepared:
     """Checks the composed `config` and finds or makes its folder. Raises `UserError`."""
     from dlopt.config.parsing import parse
-    from dlopt.run import Run
+    from dlopt.train.trainer import Run
 
     plain, saved = to_plain(config, overrides)
     experiment = parse(plain, saved)
@@ -187,7 +187,7 @@ def _run(config: DictConfig, parsed: Namespace, tell: Callable[[Mapping[str, Any
 
 def _find_folder(wanted: Path, is_typed: bool, saved: Mapping[str, Any]) -> tuple[RunFolder, Mapping[str, Any] | None]:
     """The folder, made if need be, and the checkpoint to go on from or None."""
-    from dlopt.engine.checkpoint import Checkpoints
+    from dlopt.train.checkpoint import Checkpoints
 
     given, resume = RunFolder(wanted), saved["resume"]
     if is_typed and given.is_live():
@@ -224,7 +224,7 @@ def _find_folder(wanted: Path, is_typed: bool, saved: Mapping[str, Any]) -> tupl
 
 
 def _load(resume: str) -> dict[str, Any]:
-    from dlopt.engine.checkpoint import load
+    from dlopt.train.checkpoint import load
 
     try:
         return load(Path(resume))
@@ -239,8 +239,8 @@ def _take_history(source: RunFolder, target: RunFolder, best_epoch: int | None) 
 
     The tracking cuts the figures that lie beyond; a best model of a later epoch than the checkpoint knows stays behind.
     """
-    from dlopt.engine import sharded
-    from dlopt.engine.checkpoint import Checkpoints, load
+    from dlopt.train import sharded
+    from dlopt.train.checkpoint import Checkpoints, load
 
     if (source.path / "metrics.jsonl").is_file():
         shutil.copy(source.path / "metrics.jsonl", target.path / "metrics.jsonl")

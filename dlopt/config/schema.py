@@ -26,7 +26,7 @@ from dlopt.errors import UserError
 ALLOWED_PACKAGES = ("dlopt", "torch.optim", "torch.nn", "torchvision")
 # Of dlopt itself, what experiments are made of; the rest acts on files, processes and the network.
 _PARTS = (
-    "dlopt.augment", "dlopt.data", "dlopt.engine.clipping", "dlopt.engine.stopping", "dlopt.functions", "dlopt.init",
+    "dlopt.augment", "dlopt.data", "dlopt.train.clipping", "dlopt.train.stopping", "dlopt.functions", "dlopt.init",
     "dlopt.losses", "dlopt.models", "dlopt.optim", "dlopt.parallel", "dlopt.schedules", "dlopt.sweeps.pruners",
     "dlopt.sweeps.samplers",
 )  # fmt: skip

@@ -58,7 +58,7 @@ def data_parallel(
 
 
 class DataParallel(Member, Whole):
-    """See `Single` for what a mode is asked, and `dlopt.engine.shared` for what the step asks besides.
+    """See `Single` for what a mode is asked, and `dlopt.train.step` for what the step asks besides.
 
     A rank's mean loss counts by its share of the samples, so that the average over ranks is the global batch's mean,
     also for a rank without samples.

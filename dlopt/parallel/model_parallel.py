@@ -44,7 +44,7 @@ Split = Callable[[nn.Module, tuple[int, ...], Ranks], Plan]
 
 
 class ModelParallel(Cut, Member):
-    """See `Single` for what a mode is asked, and `dlopt.engine.shared` for what the step asks besides.
+    """See `Single` for what a mode is asked, and `dlopt.train.step` for what the step asks besides.
 
     `split` changes a model in place, for samples of the given shape. `rows`: the degree of data parallelism.
     """

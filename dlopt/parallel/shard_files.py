@@ -16,8 +16,8 @@ from typing import IO, Any, TypeVar
 import torch
 from torch import Tensor, distributed
 
-from dlopt.durable import reason, sha256, sync_folder
 from dlopt.errors import RunError
+from dlopt.files import reason, sha256, sync_folder
 
 T = TypeVar("T")
 

@@ -38,7 +38,7 @@ class Whole:
 class Single(Whole):
     """What the run asks of every mode.
 
-    The engine sees a mode only where there are several processes: `dlopt.engine.shared` has the step of a rank.
+    The engine sees a mode only where there are several processes: `dlopt.train.step` has the step of a rank.
     """
 
     rank = 0

@@ -24,9 +24,9 @@ def seconds_of(configs: Sequence[Mapping[str, Any]], choices: Mapping[str, str])
 
 
 def _probe(config: Mapping[str, Any], choices: Mapping[str, str]) -> float | None:
-    from dlopt.engine.checkpoint import Checkpoints
     from dlopt.errors import RunError, UserError
     from dlopt.job import describe
+    from dlopt.train.checkpoint import Checkpoints
 
     probing = {**config, "max_time": _MINUTES, "tracking": [], "resume": None, "dry_run": False}
     with tempfile.TemporaryDirectory(prefix="dlopt-") as place:

@@ -13,8 +13,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from dlopt.config.resuming import refuse_other_config
 from dlopt.errors import UserError
+from dlopt.files import write_atomically
 from dlopt.folders import RunFolder
-from dlopt.tracking.files import write_atomically
 
 DONE, INTERRUPTED = 0, 75  # exit codes of dlopt.job
 SPACE = "sweep.yaml"  # in a sweep's folder; of a grid: the overrides of each job; of a search: what it searches

@@ -1,50 +1,10 @@
-"""Locks that go with the process that holds them, also over NFS: whether a sweep is alive, and whose turn it is."""
+"""The lock of Optuna's journal."""
 
 import contextlib
 import fcntl
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Waits for the lock; a POSIX record lock, which a killed process gives up."""
-    with path.open("a+") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)
-        yield
-
-
-def hold(path: Path) -> IO[str]:
-    """Holds the lock until the returned file is closed or the process ends. The file must not be opened again here:
-    closing any file of it gives the lock up."""
-    file = path.open("a+")
-    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return file
-
-
-@contextlib.contextmanager
-def taken(path: Path) -> Iterator[bool]:
-    """Takes the lock of another process if that is dead; yields whether it was. False where there is no such file."""
-    try:
-        file = path.open("r+")
-    except OSError:
-        yield False
-        return
-    with file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-            return
-        yield True
-
-
-def is_held(path: Path) -> bool:
-    """Whether another process holds it."""
-    with taken(path) as was_free:
-        return path.exists() and not was_free
 
 
 class JournalLock:

@@ -16,6 +16,7 @@ from dlopt.analysis.leaderboard import Direction, direction_of, flatten, is_seed
 from dlopt.config.resuming import FREE
 from dlopt.config.schema import check_arguments, component, show
 from dlopt.errors import UserError
+from dlopt.files import write_atomically
 from dlopt.folders import RunFolder
 from dlopt.ranges import Count, Seed
 from dlopt.sweeps.crew import Refused, work
@@ -24,7 +25,6 @@ from dlopt.sweeps.places import Places
 from dlopt.sweeps.samplers import Sampler
 from dlopt.sweeps.space import Space, grid_values, space_of
 from dlopt.sweeps.study import Claim, Study, open_storage, storage_errors
-from dlopt.tracking.files import write_atomically
 from dlopt.tracking.overview import Overview
 
 _PATIENCE = 3.0  # seconds between two looks for the jobs of processes that may be dead

@@ -26,7 +26,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from dlopt.analysis.leaderboard import Direction
 from dlopt.errors import RunError, UserError
-from dlopt.sweeps.locks import JournalLock, hold, is_held, locked, taken
+from dlopt.locks import hold, is_held, locked, taken
+from dlopt.sweeps.locks import JournalLock
 from dlopt.sweeps.samplers import Sampler
 from dlopt.sweeps.space import Space, suggest
 

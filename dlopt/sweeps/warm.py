@@ -17,7 +17,7 @@ from pathlib import Path
 
 from dlopt.sweeps.jobs import OUTPUT
 
-_MODULES = ["dlopt.job", "dlopt.run", "dlopt.config.compose", "torch._dynamo", "torch.utils.tensorboard"]
+_MODULES = ["dlopt.job", "dlopt.train.trainer", "dlopt.config.compose", "torch._dynamo", "torch.utils.tensorboard"]
 
 
 def spawn(folder: Path, environment: Mapping[str, str], cores: set[int] | None) -> "Forked":

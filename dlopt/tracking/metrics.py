@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from dlopt.errors import RunError
-from dlopt.tracking.files import AppendFile, write_atomically
+from dlopt.files import write_atomically
+from dlopt.tracking.files import AppendFile
 
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"

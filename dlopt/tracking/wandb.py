@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dlopt.tracking.files import write_atomically
+from dlopt.files import write_atomically
 from dlopt.tracking.remote import Point
 
 

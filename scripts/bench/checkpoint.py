@@ -20,8 +20,8 @@ from torch import nn
 
 from dlopt.config.compose import Composer, to_plain
 from dlopt.config.parsing import parse
-from dlopt.engine.checkpoint import Checkpoints
 from dlopt.processor import choose_device
+from dlopt.train.checkpoint import Checkpoints
 
 BATCH = 128
 

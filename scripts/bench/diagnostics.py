@@ -19,8 +19,8 @@ from dlopt.analysis.diagnosis.live import SELDOMER, Diagnostics, Kind
 from dlopt.analysis.diagnosis.preparation import prepare
 from dlopt.config.compose import Composer, to_plain
 from dlopt.config.parsing import parse
-from dlopt.engine.observed import ObservedUpdate
 from dlopt.tracking.tracking import Tracking
+from dlopt.train.step import ObservedUpdate
 
 KINDS: tuple[tuple[Kind, ...], ...] = (("activations",), ("gradients", "activations"), ("curvature",))
 MODELS = {"resnet20": ["model=resnet20", "data.image_size=32"], "mlp": ["model=mlp"]}

@@ -34,19 +34,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from dlopt.assembly import speed
-from dlopt.assembly.setup import Setup, set_up
-from dlopt.assembly.testing import test_figures
-from dlopt.assembly.training import unseen
 from dlopt.config.compose import Composer, to_plain
 from dlopt.config.experiment import Experiment
 from dlopt.config.parsing import parse
 from dlopt.config.schema import Component
 from dlopt.data.loading import materialize
 from dlopt.data.samples import Dataset, InMemory
-from dlopt.engine.loop import Training, fit
 from dlopt.interruption import Interruption
-from dlopt.run import Run, train
+from dlopt.train import speed
+from dlopt.train.build import Setup, set_up
+from dlopt.train.evaluate import test_figures
+from dlopt.train.trainer import Run, Training, fit, train, unseen
 
 Row = dict[str, Any]  # what, figure, unit, goal
 

@@ -183,15 +183,14 @@ def dlopt(job: Job) -> Callable[[], None]:
     """The engine, set up as `dlopt train` does it, with its logging; the images are put where a data set would be."""
     import dataclasses
 
-    from dlopt.assembly.setup import set_up
-    from dlopt.assembly.training import unseen
     from dlopt.config.compose import Composer, to_plain
     from dlopt.config.parsing import parse
     from dlopt.config.schema import Component
     from dlopt.data.samples import Dataset as Samples
     from dlopt.data.samples import InMemory
-    from dlopt.engine.loop import fit
     from dlopt.interruption import Interruption
+    from dlopt.train.build import set_up
+    from dlopt.train.trainer import fit, unseen
 
     typed = [
         "model=resnet20", "augmentation=crop_flip", f"precision={job.precision}", f"data.batch_size={job.batch}",

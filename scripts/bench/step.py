@@ -34,23 +34,23 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
 
-from dlopt.assembly.optimizer import may_fuse
 from dlopt.config.compose import Composer, to_plain
 from dlopt.config.experiment import Experiment
 from dlopt.config.parsing import parse
 from dlopt.data.batches import Batches
 from dlopt.data.samples import InMemory
-from dlopt.engine.checkpoint import Checkpoints
-from dlopt.engine.clipping import Unclipped
-from dlopt.engine.loop import Progress, Training, fit
-from dlopt.engine.metrics import Sums
-from dlopt.engine.precision import Precision
-from dlopt.engine.step import Closure, Update
-from dlopt.engine.stopping import Best, Never
 from dlopt.interruption import Interruption
 from dlopt.processor import keep_freed_memory, set_threads
 from dlopt.schedules import Horizon, Scheduler, constant
 from dlopt.tracking.tracking import Tracking
+from dlopt.train.checkpoint import Checkpoints
+from dlopt.train.clipping import Unclipped
+from dlopt.train.metrics import Sums
+from dlopt.train.optimizer import may_fuse
+from dlopt.train.precision import Precision
+from dlopt.train.step import Closure, Update
+from dlopt.train.stopping import Best, Never
+from dlopt.train.trainer import Progress, Training, fit
 
 CPU = torch.device("cpu")
 

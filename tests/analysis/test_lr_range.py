@@ -9,13 +9,12 @@ import pytest
 import torch
 
 from dlopt.analysis.lr_range import LearningRates, Sweep, check, draw, find, suggestions, trial, write
-from dlopt.assembly.batches import training_batches
-from dlopt.assembly.optimizer import optimizer_of
-from dlopt.assembly.setup import set_up
-from dlopt.assembly.training import unseen
 from dlopt.errors import UserError
-from tests.engine.runs import SMALL, experiment, metrics, result, resume, same, start
+from dlopt.train.build import set_up, training_batches
+from dlopt.train.optimizer import optimizer_of
+from dlopt.train.trainer import unseen
 from tests.parallel.ranks import run_ranks
+from tests.train.runs import SMALL, experiment, metrics, result, resume, same, start
 
 QUICK = Sweep(updates=40)
 

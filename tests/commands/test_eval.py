@@ -13,9 +13,9 @@ from PIL import Image
 from sklearn import metrics
 from torch.nn import functional as F
 
-from dlopt.assembly.setup import set_up
 from dlopt.config.parsing import parse
-from dlopt.engine.checkpoint import load
+from dlopt.train.build import set_up
+from dlopt.train.checkpoint import load
 from tests.commands.line import Result, dlopt, entries, refused
 
 RUN = (

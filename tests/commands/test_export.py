@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from dlopt.assembly.setup import set_up
+from dlopt.commands import exporting
 from dlopt.config.parsing import parse
-from dlopt.engine.checkpoint import load
 from dlopt.errors import RunError
-from dlopt.evaluation import exporting
+from dlopt.train.build import set_up
+from dlopt.train.checkpoint import load
 from tests.commands.line import SMALL, dlopt, entries, refused
 
 CHECKPOINT = "run/checkpoints/best.pt"

@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dlopt.assembly.setup import set_up
 from dlopt.config.parsing import parse
-from dlopt.engine.checkpoint import load, write
+from dlopt.train.build import set_up
+from dlopt.train.checkpoint import load, write
 from tests.commands.line import dlopt, entries, refused
 
 CHECKPOINT = "run/checkpoints/best.pt"

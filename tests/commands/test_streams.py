@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from dlopt.engine.checkpoint import is_whole
 from dlopt.tracking import Tracking, read_metrics, read_summary
+from dlopt.train.checkpoint import is_whole
 from tests.commands.line import SMALL
 
 ROOT = Path(__file__).parents[2]

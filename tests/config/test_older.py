@@ -11,8 +11,8 @@ import yaml
 from dlopt.aliases import check_file, written_out
 from dlopt.config.compose import Composer, to_plain
 from dlopt.config.older import completed
-from dlopt.engine import checkpoint
 from dlopt.folders import RunFolder
+from dlopt.train import checkpoint
 from tests.commands.line import SMALL, dlopt, refused
 
 

@@ -21,10 +21,10 @@ from torch.nn import functional as F
 
 from dlopt.data.samplers import HardExamples
 from dlopt.data.samplers.hard import expected_draws
-from dlopt.engine.metrics import Sums, sample_losses
 from dlopt.errors import UserError
 from dlopt.losses import MSE, CrossEntropy
-from tests.engine.runs import (
+from dlopt.train.metrics import Sums, sample_losses
+from tests.train.runs import (
     RICH,
     STEPS_PER_EPOCH,
     at_update,

@@ -12,14 +12,23 @@ FLOORS = [
     ["commands", "hydra_plugins", "api"],
     ["sweeps"],
     ["job"],
-    ["run"],
     ["analysis"],
-    ["assembly"],
-    ["evaluation"],
-    ["engine"],
+    ["train"],
     ["parallel", "config", "augment", "init", "functions"],
     ["data", "models", "optim", "schedules", "losses", "tracking", "folders", "parameters"],
-    ["aliases", "durable", "errors", "extras", "graphs", "interruption", "processor", "random", "ranges"],
+    [
+        "aliases",
+        "errors",
+        "extras",
+        "files",
+        "graphs",
+        "interruption",
+        "locks",
+        "plain",
+        "processor",
+        "random",
+        "ranges",
+    ],
 ]
 FLOOR = {room: len(FLOORS) - number for number, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from dlopt.parallel import world
-from dlopt.run import Run, train
-from tests.engine.runs import experiment, metrics, start
+from dlopt.train.trainer import Run, train
 from tests.parallel.ranks import run_ranks
+from tests.train.runs import experiment, metrics, start
 
 # 96 training samples
 BASE = [

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from dlopt.engine.checkpoint import Checkpoints
 from dlopt.errors import UserError
 from dlopt.parallel import world
 from dlopt.parallel.ddp import data_parallel
-from dlopt.run import Run, train
-from tests.engine.runs import at_update, experiment, metrics, resume, start, terminate
+from dlopt.train.checkpoint import Checkpoints
+from dlopt.train.trainer import Run, train
 from tests.parallel.equality import MLP, RESNET, Cases, compare, figures
 from tests.parallel.ranks import ROOT, run_ranks
+from tests.train.runs import at_update, experiment, metrics, resume, start, terminate
 
 SYNC = "parallel.sync_batchnorm=true"
 DDP = ["parallel=ddp"]

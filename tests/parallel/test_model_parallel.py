@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from dlopt.engine.checkpoint import Checkpoints
 from dlopt.errors import UserError
 from dlopt.parallel import world
 from dlopt.parallel.hybrid import hybrid
-from dlopt.run import Run, train
-from tests.engine.runs import experiment, start
+from dlopt.train.checkpoint import Checkpoints
+from dlopt.train.trainer import Run, train
 from tests.parallel.equality import BASE, MLP, RESNET, Cases, compare
 from tests.parallel.ranks import run_ranks
+from tests.train.runs import experiment, start
 
 FILTER, SPATIAL, COLUMNS = (["parallel=filter"], ["parallel=spatial"], ["parallel=columns"])
 MESH = ["parallel=hybrid", "parallel.model_degree=2"]

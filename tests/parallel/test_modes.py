@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from dlopt.engine.checkpoint import Checkpoints, load
 from dlopt.errors import RunError
 from dlopt.parallel import world
-from dlopt.run import Run, train
-from tests.engine.runs import at_update, experiment, metrics, resume, start, terminate
+from dlopt.train.checkpoint import Checkpoints, load
+from dlopt.train.trainer import Run, train
 from tests.parallel.equality import MLP, figures
 from tests.parallel.ranks import run_ranks
+from tests.train.runs import at_update, experiment, metrics, resume, start, terminate
 
 FSDP = ["parallel=fsdp", "parallel.unit_parameters=100", "parallel.sync_batchnorm=true"]
 PIPELINE = ["parallel=pipeline"]

@@ -9,9 +9,9 @@ import torch
 
 from dlopt.errors import UserError
 from dlopt.parallel.pipeline import pipeline
-from tests.engine.runs import metrics, start
 from tests.parallel.equality import MLP, RESNET, Cases, compare
 from tests.parallel.ranks import run_ranks
+from tests.train.runs import metrics, start
 
 PIPELINE = ["parallel=pipeline"]
 

@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 import torch
 
-from dlopt.durable import sha256, write, write_digests
-from dlopt.engine import sharded
-from dlopt.engine.checkpoint import FORMAT, KEYS, Checkpoints, is_whole, load, load_weights
 from dlopt.errors import RunError, UserError
+from dlopt.files import sha256, write, write_digests
 from dlopt.parallel import shard_files, world
 from dlopt.parallel.group import Group
 from dlopt.parallel.shard_files import ShardWriter
-from tests.engine.runs import same
-from tests.engine.test_checkpoint import Crashes, Payload
-from tests.engine.test_checkpoint import state as small_state
+from dlopt.train import sharded
+from dlopt.train.checkpoint import FORMAT, KEYS, Checkpoints, is_whole, load, load_weights
+from tests.train.runs import same
+from tests.train.test_checkpoint import Crashes, Payload
+from tests.train.test_checkpoint import state as small_state
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks")
 

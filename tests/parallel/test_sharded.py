@@ -14,15 +14,15 @@ from typing import Any
 import pytest
 import torch
 
-from dlopt.engine import sharded
-from dlopt.engine.checkpoint import Checkpoints, load
 from dlopt.errors import UserError
 from dlopt.parallel import world
-from dlopt.run import Run, train
+from dlopt.train import sharded
+from dlopt.train.checkpoint import Checkpoints, load
+from dlopt.train.trainer import Run, train
 from tests.commands.line import dlopt, refused
-from tests.engine.runs import at_update, experiment, metrics, result, same, start, terminate, timeless
 from tests.parallel.equality import MLP, figures
 from tests.parallel.ranks import ROOT, run_ranks
+from tests.train.runs import at_update, experiment, metrics, result, same, start, terminate, timeless
 
 FSDP = ["parallel=fsdp", "parallel.unit_parameters=100"]
 SYNC = "parallel.sync_batchnorm=true"

@@ -10,19 +10,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dlopt.assembly.optimizer import check_optimizer
 from dlopt.config.schema import Component
-from dlopt.engine.averaging import ExponentialAverage
-from dlopt.engine.clipping import Adaptive, ByNorm, ByValue, gradient_norm
-from dlopt.engine.stopping import Tolerance
 from dlopt.errors import UserError
 from dlopt.optim import LBFGS
 from dlopt.parallel.fsdp import FullySharded
 from dlopt.parallel.group import Group
 from dlopt.parallel.shards import Cut, load_model, load_optimizer, local, total_norm, whole
 from dlopt.parallel.world import current
-from tests.engine.runs import experiment
+from dlopt.train.averaging import ExponentialAverage
+from dlopt.train.clipping import Adaptive, ByNorm, ByValue, gradient_norm
+from dlopt.train.optimizer import check_optimizer
+from dlopt.train.stopping import Tolerance
 from tests.parallel.ranks import ROOT, run_ranks
+from tests.train.runs import experiment
 
 CHOICES = sorted(path.stem for path in (ROOT / "conf/optimizer").glob("[!_]*.yaml"))
 WHOLE_TENSORS = {"lamb", "lars", "muon"}

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from dlopt.engine.checkpoint import Checkpoints
 from dlopt.parallel import world
 from dlopt.parallel.statistics import averaging
-from dlopt.run import Run, train
-from tests.engine.runs import SMALL, at_update, experiment, result, same, terminate, timeless
+from dlopt.train.checkpoint import Checkpoints
+from dlopt.train.trainer import Run, train
 from tests.parallel.models import joined
 from tests.parallel.ranks import run_ranks
+from tests.train.runs import SMALL, at_update, experiment, result, same, terminate, timeless
 
 # 90 training samples: batches of 25, 25, 25, 15, of which each rank has parts that are not equal
 CASE = [

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from dlopt.parallel import world
-from tests.engine.runs import RICH, STEPS_PER_EPOCH, at_update, metrics, resume
 from tests.parallel.ranks import ROOT
 from tests.reliability.faults import fork
+from tests.train.runs import RICH, STEPS_PER_EPOCH, at_update, metrics, resume
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from dlopt.engine.checkpoint import load
 from dlopt.folders import RunFolder
-from tests.engine.runs import same, timeless
+from dlopt.train.checkpoint import load
 from tests.parallel.ranks import ROOT
+from tests.train.runs import same, timeless
 
 LINE = [
     "model=mlp", "model.widths=[8]", "data.subset=100", "threads=1", "tracking=[]", "epochs=40", "seed=0,1",

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from dlopt.errors import UserError
+from dlopt.locks import is_held
 from dlopt.sweeps import samplers
-from dlopt.sweeps.locks import is_held
 from dlopt.sweeps.study import JOURNAL, WORKERS, hidden, open_storage
 from tests.sweeps.worker import plan, study_of
 

@@ -12,11 +12,11 @@ import torch
 import yaml
 
 from dlopt.config.compose import Composer, choices_of, to_plain
-from dlopt.engine import checkpoint
 from dlopt.folders import RunFolder
 from dlopt.job import describe
 from dlopt.sweeps.jobs import OUTPUT
 from dlopt.sweeps.warm import Forked, spawn
+from dlopt.train import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -19,10 +19,10 @@ import yaml
 from dlopt import load
 from dlopt.config.compose import Composer, to_plain
 from dlopt.config.resuming import differences
-from dlopt.durable import write
-from dlopt.engine import checkpoint
+from dlopt.files import write
 from dlopt.folders import FORMAT, RunFolder
 from dlopt.tracking import read_metrics, read_summary
+from dlopt.train import checkpoint
 from tests.commands.line import dlopt, refused
 
 OLD = Path(__file__).with_name("format_1")

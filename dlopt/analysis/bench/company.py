@@ -23,8 +23,6 @@ from dlopt.analysis.bench.costs import Link
 from dlopt.analysis.bench.layers import Layer
 from dlopt.analysis.bench.rank import updates_of
 from dlopt.analysis.ranks import run_rank
-from dlopt.assembly.setup import set_up
-from dlopt.assembly.training import unseen
 from dlopt.config.experiment import Experiment
 from dlopt.errors import RunError
 from dlopt.parallel import launch
@@ -33,6 +31,8 @@ from dlopt.parallel.collectives import Ranks, all_reduced
 from dlopt.parallel.group import Group
 from dlopt.parallel.single import Single
 from dlopt.processor import keep_freed_memory
+from dlopt.train.build import set_up
+from dlopt.train.trainer import unseen
 
 SIZES = (64, 16 << 10, 256 << 10, 1 << 20, 4 << 20)  # bytes
 _WARMUP, _UPDATES, _ROUNDS = 5, 60, 30

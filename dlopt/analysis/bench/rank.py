@@ -19,13 +19,12 @@ from torch import Tensor, distributed
 
 from dlopt.analysis.bench import communication
 from dlopt.analysis.ranks import Told, run_rank
-from dlopt.assembly.setup import parallel_of, set_up
-from dlopt.assembly.training import unseen
 from dlopt.config.experiment import Experiment
-from dlopt.engine.loop import Training
 from dlopt.errors import UserError
 from dlopt.parallel import world as worlds
 from dlopt.processor import keep_freed_memory, set_threads
+from dlopt.train.build import parallel_of, set_up
+from dlopt.train.trainer import Training, unseen
 
 MIB = 2.0**20
 

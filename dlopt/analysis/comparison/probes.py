@@ -7,14 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dlopt.assembly.batches import evaluation_batches, training_batches
-from dlopt.assembly.setup import Setup, set_up
 from dlopt.config.compose import resolve_saved
 from dlopt.config.older import completed
 from dlopt.config.parsing import parse
 from dlopt.data.batches import Batches
-from dlopt.engine.checkpoint import load
-from dlopt.engine.step import frozen_statistics
+from dlopt.train.build import Setup, evaluation_batches, set_up, training_batches
+from dlopt.train.checkpoint import load
+from dlopt.train.step import frozen_statistics
 
 Probe = Callable[[Path], list[tuple[Mapping[str, Any], float]]]
 

@@ -12,10 +12,10 @@ from dlopt.analysis.diagnosis.curvature import Spectrum, curvature_along, flat, 
 from dlopt.analysis.diagnosis.layers import LayerProbe, layer_parameters, norms
 from dlopt.analysis.diagnosis.measuring import loss_of, untouched
 from dlopt.analysis.diagnosis.noise import GradientSpread
-from dlopt.assembly.setup import Setup
-from dlopt.engine.clipping import Clip, Norm, plain_norm
-from dlopt.engine.step import Update
 from dlopt.errors import UserError
+from dlopt.train.build import Setup
+from dlopt.train.clipping import Clip, Norm, plain_norm
+from dlopt.train.step import Update
 
 Kind = Literal["gradients", "activations", "curvature"]
 Report = Callable[[int, Mapping[str, float], Mapping[str, Tensor]], None]

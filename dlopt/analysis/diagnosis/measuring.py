@@ -20,11 +20,11 @@ from dlopt.analysis.diagnosis.curvature import (
 from dlopt.analysis.diagnosis.layers import LayerProbe, LayerStatistics, layer_parameters, norms
 from dlopt.analysis.diagnosis.noise import GradientSpread
 from dlopt.analysis.diagnosis.time_lag import TimeLag, TimeLagProbe
-from dlopt.assembly.setup import Setup
-from dlopt.engine.clipping import gradient_norm
-from dlopt.engine.loop import Training
-from dlopt.engine.step import frozen_statistics
 from dlopt.errors import RunError, UserError
+from dlopt.train.build import Setup
+from dlopt.train.clipping import gradient_norm
+from dlopt.train.step import frozen_statistics
+from dlopt.train.trainer import Training
 
 Batch = tuple[Tensor, Tensor]
 

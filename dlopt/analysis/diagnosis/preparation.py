@@ -7,11 +7,10 @@ from typing import Any
 import torch
 
 from dlopt.analysis.diagnosis.layers import layer_parameters
-from dlopt.assembly.setup import Setup, load_weights, set_up
-from dlopt.assembly.training import unseen
 from dlopt.config.experiment import Experiment
 from dlopt.config.schema import Component
-from dlopt.engine.loop import Training
+from dlopt.train.build import Setup, load_weights, set_up
+from dlopt.train.trainer import Training, unseen
 
 _SMALL = 2_000_000  # multiply-accumulates: some 50 microseconds of one core
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dlopt.engine.averaging import at_evaluation_point
 from dlopt.functions import Function
 from dlopt.optim import LossClosure
 from dlopt.random import generator
 from dlopt.schedules import Factor, Scheduler
+from dlopt.train.averaging import at_evaluation_point
 
 Build = Callable[[Sequence[nn.Parameter]], Optimizer]
 

@@ -10,12 +10,11 @@ from torch import Tensor
 
 from dlopt.analysis.diagnosis.live import Diagnostics
 from dlopt.analysis.diagnosis.preparation import prepare
-from dlopt.assembly.setup import Setup
-from dlopt.engine.observed import ObservedUpdate
-from dlopt.engine.step import Update
 from dlopt.errors import UserError
 from dlopt.tracking.tracking import Tracking
-from tests.engine.runs import RICH, SMALL, experiment, result, resume, same, start
+from dlopt.train.build import Setup
+from dlopt.train.step import ObservedUpdate, Update
+from tests.train.runs import RICH, SMALL, experiment, result, resume, same, start
 
 LOOKING = ["diagnostics=[gradients,activations,curvature]", "diagnostics_every=3", "tracking=[tensorboard]"]
 

@@ -1,0 +1,1 @@
+"""The trainer: how a run is built, looped, evaluated, saved and summarized."""

@@ -1,0 +1,57 @@
+"""Changing a saved config: typed keys only, one process, and no trust taken from the file."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dlopt.config.compose import Composer, to_plain
+from dlopt.config.saved import with_changes
+from dlopt.errors import UserError
+from dlopt.train import checkpoint
+from tests.commands.line import SMALL, dlopt, refused
+
+PATH = Path("best.pt")
+
+
+@pytest.fixture
+def saved() -> dict[str, Any]:
+    return to_plain(Composer().compose([]), [])[1]
+
+
+def test_nothing_but_what_is_typed_changes(saved: dict[str, Any]) -> None:
+    assert with_changes(saved, {}, PATH) == saved
+    changed = with_changes(saved, {"data.batch_size": 7, "device": "cpu"}, PATH)
+    assert changed["data"]["batch_size"] == 7 and changed["device"] == "cpu"
+    changed["data"]["batch_size"], changed["device"] = saved["data"]["batch_size"], saved["device"]
+    assert changed == saved
+
+
+def test_one_process_whatever_trained_the_model(saved: dict[str, Any]) -> None:
+    several = {**saved, "parallel": {"_target_": "dlopt.parallel.ddp.DDP", "processes": 8}}
+    assert with_changes(several, {}, PATH) == saved
+
+
+def test_refused(saved: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"data\.nope=1: the checkpoint's config has no such key"):
+        with_changes(saved, {"data.nope": 1}, PATH)
+    with pytest.raises(UserError, match=r"allow_packages=\[evil\]"):
+        with_changes({**saved, "allow_packages": ["evil"]}, {}, PATH)
+    trusted = with_changes({**saved, "allow_packages": ["evil"]}, {"allow_packages": ["good"]}, PATH)
+    assert trusted["allow_packages"] == ["good"]
+
+
+@pytest.mark.parametrize("command", [["predict", "images=x.png"], ["export", "format=torch_export"]])
+def test_a_hostile_checkpoint_runs_nothing(command: list[str], tmp_path: Path) -> None:
+    assert dlopt(tmp_path, "train", *SMALL, "hydra.run.dir=run").code == 0
+    path = tmp_path / "run/checkpoints/last.pt"
+    (tmp_path / "x.png").write_bytes(b"")
+    marker = tmp_path / "marker"
+    for group in ("model", "normalize", "loss"):
+        state = checkpoint.load(path)
+        state["config"] = {**state["config"], group: {"_target_": "os.system", "command": f"touch {marker}"}}
+        bad = tmp_path / f"{group}.pt"
+        checkpoint.write(bad, lambda file, state=state: torch.save(state, file))  # type: ignore[misc]
+        assert "os.system" in refused(tmp_path, command[0], f"checkpoint={bad.name}", *command[1:])
+        assert not marker.exists()

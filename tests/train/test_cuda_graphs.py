@@ -1,0 +1,230 @@
+"""Updates by replay of a graph against plain updates, with a recorder that simulates a CUDA graph on the CPU."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dlopt.models.airbench import AirBench
+from dlopt.optim import Muon
+from dlopt.schedules import Scheduler
+from dlopt.train.averaging import ExponentialAverage
+from dlopt.train.clipping import ByNorm, Unclipped
+from dlopt.train.cuda_graphs import GraphedUpdate, obstacle
+from dlopt.train.metrics import Sums
+from dlopt.train.nonfinite import Diverged
+from dlopt.train.step import Closure, ObservedUpdate, Update
+from tests.recorded import SimulatedRecorder
+
+SIZE = 8
+Make = Callable[[Any], torch.optim.Optimizer]
+OPTIMIZERS: dict[str, Make] = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.125, momentum=0.9, nesterov=True, weight_decay=1e-3, fused=True),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.0625, fused=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.0625, weight_decay=0.1, fused=True),
+    "muon": lambda p: Muon(p, lr=0.125, rest="sgd", rest_lr=0.125, normalize_weights=True),
+}
+
+
+def net(dropout: float = 0.3) -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(dropout), nn.Flatten(), nn.Linear(64, 5)]
+    return nn.Sequential(*layers)
+
+
+def batch(number: int, size: int = SIZE) -> tuple[Tensor, Tensor]:
+    draws = torch.Generator().manual_seed(number)
+    return torch.randn(size, 3, 6, 6, generator=draws), torch.randint(5, (size,), generator=draws)
+
+
+class Run:
+    """Some updates, plain or recorded, and all that they leave."""
+
+    def __init__(self, make: Make, recorder: SimulatedRecorder | None, **closure: Any) -> None:
+        self.model = net()
+        self.optimizer = make(self.model.parameters())
+        self.schedule = Scheduler(self.optimizer, lambda t: 0.5 ** (t // 3))  # exact in single precision
+        self.average = ExponentialAverage(self.model, 0.9)
+        arguments: dict[str, Any] = {
+            "clip": ByNorm(max_norm=1.0), "autocast": lambda function: function, "scaler": None, "accumulate": 1,
+        }  # fmt: skip
+        made = Closure(
+            model=self.model, module=self.model, loss=nn.CrossEntropyLoss(), optimizer=self.optimizer, seed=3,
+            **arguments | closure,
+        )  # fmt: skip
+        keys: dict[str, Any] = {"evaluations": "once", "check_now": False, "after": ()}
+        self.update: Update
+        if recorder is None:
+            self.update = Update(made, self.schedule, **keys | {"after": [self.average.update]})
+        else:
+            graphed = GraphedUpdate(made, self.schedule, inside=[self.average.update], **keys)
+            graphed.use(recorder, SIZE, norm=True)
+            self.update = graphed
+        self.sums, self.rates = Sums(classify=True), []
+
+    def go(self, steps: range, sizes: Callable[[int], int] = lambda step: SIZE) -> "Run":
+        for step in steps:
+            self.update.closure.norm_wanted = True
+            self.update(*batch(step, sizes(step)), step, self.sums)
+            self.rates.append(float(self.update.rate))
+        return self
+
+    def left(self) -> list[Tensor]:
+        tensors = [*self.model.state_dict().values(), *self.average._averages]
+        assert self.update.closure.norm is not None
+        means = torch.tensor([*self.sums.means("").values(), *self.rates])
+        return [*(each.clone() for each in tensors), means, self.update.closure.norm.clone()]
+
+
+def equal(a: Run, b: Run) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.left(), b.left(), strict=True))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_replayed_updates_are_the_plain_ones_bit_for_bit(name: str, accumulate: int) -> None:
+    """Weights, running statistics, averages, dropout, clipping, figures and learning rates, which change on the way."""
+    recorder = SimulatedRecorder()
+    plain = Run(OPTIMIZERS[name], None, accumulate=accumulate).go(range(10))
+    replayed = Run(OPTIMIZERS[name], recorder, accumulate=accumulate).go(range(10))
+    assert (recorder.warmed, recorder.recorded, recorder.replayed) == (3, 1, 7)
+    assert equal(plain, replayed)
+    assert len({float(x) for x in plain.rates}) == 4
+
+
+def test_a_smaller_last_batch_is_run_as_it_is() -> None:
+    recorder = SimulatedRecorder()
+
+    def sizes(step: int) -> int:
+        return 5 if step % 4 == 3 else SIZE
+
+    plain, replayed = Run(OPTIMIZERS["sgd"], None), Run(OPTIMIZERS["sgd"], recorder)
+    assert equal(plain.go(range(12), sizes), replayed.go(range(12), sizes))
+    assert (recorder.warmed, recorder.recorded, recorder.replayed) == (3, 1, 6)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_loaded_state_is_recorded_anew_and_saved_with_numbers(name: str) -> None:
+    recorder = SimulatedRecorder()
+    plain, replayed = Run(OPTIMIZERS[name], None), Run(OPTIMIZERS[name], recorder)
+    for run in (plain, replayed):
+        run.go(range(6))
+        kept = copy.deepcopy((run.optimizer.state_dict(), run.schedule.state_dict(), run.model.state_dict()))
+        run.go(range(6, 9))
+        run.optimizer.load_state_dict(kept[0])
+        run.schedule.load_state_dict(kept[1])
+        run.model.load_state_dict(kept[2])
+        run.go(range(6, 12))
+        assert all(type(group["lr"]) is float for group in kept[0]["param_groups"])
+    assert recorder.recorded == 2
+    assert equal(plain, replayed)
+
+
+def test_parameters_that_rest_are_recorded_anew() -> None:
+    def make(parameters: Any) -> torch.optim.Optimizer:
+        first, *others = parameters
+        groups = [{"params": others}, {"params": [first], "horizon": 0.5}]
+        return torch.optim.SGD(groups, lr=0.125, momentum=0.5, fused=True)
+
+    recorder = SimulatedRecorder()
+    plain, replayed = Run(make, None), Run(make, recorder)
+    for run in (plain, replayed):
+        run.schedule = run.update.schedule = Scheduler(run.optimizer, lambda t: max(1 - t / 16, 0.0), freezes=True)
+        run.go(range(14))
+    assert not next(replayed.model.parameters()).requires_grad
+    assert recorder.recorded == 2
+    assert equal(plain, replayed)
+
+
+def test_what_is_not_finite_is_seen_at_the_next_look() -> None:
+    recorder = SimulatedRecorder()
+    run = Run(OPTIMIZERS["sgd"], recorder, clip=Unclipped()).go(range(6))
+    run.update.check()
+    inputs, targets = batch(6)
+    run.update(inputs * float("nan"), targets, 6, run.sums)
+    run.go(range(7, 9))
+    with pytest.raises(Diverged, match="update 7") as caught:
+        run.update.check()
+    assert caught.value.step == 7 and not caught.value.before_update
+
+
+def test_a_model_that_decides_on_the_host_goes_on_without_a_graph(caplog: pytest.LogCaptureFixture) -> None:
+    class Deciding(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 2 if x.mean().item() > 0 else x
+
+    def run(recorder: SimulatedRecorder | None) -> Run:
+        made = Run(OPTIMIZERS["sgd"], recorder)
+        made.model.append(Deciding())
+        return made.go(range(6))
+
+    recorder = SimulatedRecorder()
+    assert equal(run(None), run(recorder))
+    assert recorder.replayed == 0 and "cannot be recorded as a CUDA graph" in caplog.text
+
+
+def graphed(optimizer: Make = OPTIMIZERS["sgd"], model: nn.Module | None = None, **changed: Any) -> GraphedUpdate:
+    model = net() if model is None else model
+    closure = Closure(
+        model=model, module=model, loss=nn.CrossEntropyLoss(), optimizer=optimizer(model.parameters()),
+        clip=Unclipped(), autocast=lambda function: function, scaler=changed.pop("scaler", None), accumulate=1, seed=0,
+    )  # fmt: skip
+    schedule = Scheduler(closure.optimizer, lambda t: 1.0)
+    keys: dict[str, Any] = {"evaluations": "once", "check_now": False, "after": (), "kind": GraphedUpdate} | changed
+    kind = keys.pop("kind")
+    made: GraphedUpdate = kind(closure, schedule, **keys)
+    return made
+
+
+CUDA = torch.device("cuda")
+
+
+def test_who_is_eligible() -> None:
+    for name in OPTIMIZERS:
+        update = graphed(OPTIMIZERS[name])
+        assert obstacle(update.closure.module, update, device=CUDA, processes=1) is None, name
+    norm = {"norm": "batch", "norm_affine": True, "norm_groups": 8, "norm_ghost_batch": None, "norm_eps": 1e-5}
+    model = AirBench(
+        input_shape=(3, 8, 8), classes=3, whiten_kernel=2, widths=(4, 4, 4), activation="gelu", norm_momentum=0.1,
+        **norm,  # type: ignore[arg-type]
+    )  # fmt: skip
+    update = graphed(model=model)
+    assert obstacle(model, update, device=CUDA, processes=1) is None
+
+
+class Theirs(nn.Linear):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("changed", "where", "reason"),
+    [
+        ({}, {"device": torch.device("cpu")}, "none on cpu"),
+        ({}, {"processes": 2}, "several processes"),
+        ({"kind": ObservedUpdate}, {}, "diagnostics"),
+        ({"optimizer": lambda p: torch.optim.SGD(p, lr=0.1, fused=False)}, {}, "SGD decides on the host"),
+        ({"optimizer": lambda p: torch.optim.LBFGS(p)}, {}, "LBFGS"),
+        ({"evaluations": "many"}, {}, "SGD"),
+        ({"scaler": torch.amp.GradScaler("cpu")}, {}, "fp16"),
+        ({"check_now": True}, {}, "check=step"),
+        ({"model": nn.Sequential(nn.Flatten(), Theirs(4, 2))}, {}, "Theirs"),
+        ({"model": nn.LSTM(3, 2)}, {}, "LSTM"),
+    ],
+)
+def test_who_is_not(changed: dict[str, Any], where: dict[str, Any], reason: str) -> None:
+    update = graphed(**changed)
+    found = obstacle(update.closure.module, update, **{"device": CUDA, "processes": 1} | where)
+    assert found is not None and reason in found
+
+
+def test_without_use_it_is_a_plain_update() -> None:
+    plain, unused = Run(OPTIMIZERS["sgd"], None).go(range(3)), Run(OPTIMIZERS["sgd"], None)
+    made = GraphedUpdate(
+        unused.update.closure, unused.schedule, evaluations="once", check_now=False, after=(),
+        inside=[unused.average.update],
+    )  # fmt: skip
+    unused.update = made
+    assert equal(plain, unused.go(range(3)))
