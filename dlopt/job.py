@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import yaml
 
 import dlopt
-from dlopt.errors import RunError, UserError
+from dlopt.errors import DONE, FAILED, INTERRUPTED, USER_ERROR, RunError, UserError
 from dlopt.files import write_atomically
 from dlopt.folders import FORMAT, RunFolder
 
 if TYPE_CHECKING:
+    from dlopt.interruption import Interruption
     from dlopt.train.trainer import Run
 
-DONE, FAILED, USER_ERROR, INTERRUPTED = 0, 1, 2, 75
 _STATUS_OF = {"finished": DONE, "stopped_early": DONE, "interrupted": INTERRUPTED}
 
 
@@ -105,7 +105,6 @@ def start(run: "Run", processes: int, *, typed: Sequence[str] | None, console: b
     from dlopt.interruption import Interruption
     from dlopt.parallel import world as worlds
     from dlopt.parallel.launch import run_group
-    from dlopt.train.trainer import train
 
     world = worlds.current()
     is_main = world is None or world.is_main
@@ -119,6 +118,26 @@ def start(run: "Run", processes: int, *, typed: Sequence[str] | None, console: b
         status = train(run, interruption, console=console and is_main)["status"]
         worlds.leave()  # while it waits for the others, too, a signal that comes again has nothing to end
     return _STATUS_OF[status]
+
+
+def train(run: "Run", interruption: "Interruption | None" = None, *, console: bool = True) -> dict[str, Any]:
+    """Trains with what the settings ask of the laboratory: observers of the updates, a learning-rate range test.
+
+    See `dlopt.train.trainer.train`.
+    """
+    from dlopt.train import trainer
+
+    settings = run.experiment.settings
+    laboratory: dict[str, Any] = {}
+    if settings.diagnostics or settings.profile:
+        from dlopt.analysis.instruments import observers
+
+        laboratory["observe"] = observers
+    if run.experiment.auto_lr:
+        from dlopt.analysis.lr_range import find_lr
+
+        laboratory["find_lr"] = find_lr
+    return trainer.train(run, interruption, console=console, **laboratory)
 
 
 def complain(message: str) -> None:

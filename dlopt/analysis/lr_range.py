@@ -1,5 +1,6 @@
 """The learning-rate range test (Smith 2017, section 3.3): losses while the rate grows, and what they suggest."""
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,8 +17,9 @@ from dlopt.config.experiment import Experiment
 from dlopt.config.schema import Component
 from dlopt.errors import UserError
 from dlopt.ranges import Count, Positive, Share
+from dlopt.tracking.tracking import Tracking
 from dlopt.train.build import Setup, load_weights
-from dlopt.train.trainer import Training
+from dlopt.train.trainer import Trainer, dry_run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -87,28 +89,23 @@ def trial(experiment: Experiment, keys: Sweep) -> Experiment:
     )
 
 
-def find(setup: Setup, keys: Sweep, make: Callable[[Setup], Training]) -> LearningRates:
-    """Trains with growing rates, and puts the model back as it was, to the bit.
+def find(setup: Setup, keys: Sweep, folder: Path) -> LearningRates:
+    """Trains with growing rates and restores the model bitwise.
 
-    `make` gives a training of that setup, whose experiment is `trial`'s. With several processes every rank must call
-    this; the losses are the global batch's, so that all find the same.
+    `folder` stands where a run's would, and is not written. With several processes all ranks call this; the losses are
+    the global batch's, so that all find the same.
     """
     check(keys)
     setup = replace(setup, experiment=trial(setup.experiment, keys))
     with put_back(setup.module, setup.device):
-        training = make(setup)
-        update = training.update
-        update.skip, update.watch.at_once = (
-            None,
-            False,
-        )  # a loss that is not finite ends the test, here and on all ranks
+        trainer = dry_run(setup, folder, checks=False)  # a non-finite loss ends the test, here and on all ranks
         rates, losses, smoothed = [], [], []
         average, best, diverged = 0.0, math.inf, False
         setup.module.train()
-        for number, (inputs, targets) in enumerate(_endless(training, keys.updates)):
+        for number, (inputs, targets) in enumerate(_endless(trainer, keys.updates)):
             rates.append(keys.rate(number))
-            update(inputs, targets, number, training.sums)
-            losses.append(training.sums.since_last("")["loss"])
+            trainer.step.update(inputs, targets, number, trainer.sums)
+            losses.append(trainer.sums.since_last("")["loss"])
             average = keys.smoothing * average + (1 - keys.smoothing) * losses[-1]
             smoothed.append(average / (1 - keys.smoothing ** (number + 1)))
             best = min(best, smoothed[-1])
@@ -120,10 +117,10 @@ def find(setup: Setup, keys: Sweep, make: Callable[[Setup], Training]) -> Learni
     return LearningRates(rates[:finite], losses[:finite], smoothed[:finite], steepest, valley, diverged)
 
 
-def _endless(training: Training, updates: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _endless(trainer: Trainer, updates: int) -> Iterator[tuple[Tensor, Tensor]]:
     step = epoch = 0
     while step < updates:
-        for batch in training.batches.epoch(epoch, 0, step):
+        for batch in trainer.batches.epoch(epoch, 0, step):
             yield batch
             step += 1
             if step == updates:
@@ -219,4 +216,21 @@ def load_first_weights(setup: Setup) -> None:
     """Those of `init_from`, which the training will begin with."""
     path = setup.experiment.settings.init_from
     if path is not None:
-        load_weights(setup.module, Path(path), setup.parallel.load_model)
+        load_weights(setup.module, Path(path), setup.parallel)
+
+
+def find_lr(setup: Setup, tracking: Tracking, folder: Path) -> float:
+    """Returns the learning rate for `optimizer.lr=auto`: the one at which the loss falls fastest.
+
+    Writes find_lr.png and .json to the run's folder. Raises `UserError` where no learning rate reduced the loss.
+    """
+    load_first_weights(setup)
+    found = find(setup, Sweep(), folder)
+    rate = found.steepest
+    if rate is None:
+        raise UserError("optimizer.lr=auto: no learning rate reduced the loss; set optimizer.lr to a number")
+    tracking.message(f"optimizer.lr=auto: found {rate:.3g} (see find_lr.png) in {len(found.rates)} updates")
+    if setup.parallel.is_main:
+        with contextlib.suppress(OSError):  # a full disk shows at the first checkpoint
+            write(found, folder, "Learning-rate range test")
+    return rate

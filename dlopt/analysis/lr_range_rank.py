@@ -15,14 +15,13 @@ from dlopt.config.experiment import Experiment
 from dlopt.errors import RunError, UserError
 from dlopt.parallel import world as worlds
 from dlopt.train.build import parallel_of, set_up
-from dlopt.train.trainer import unseen
 
 
 def test_range(experiment: Experiment, keys: Sweep, folder: Path) -> LearningRates:
     """The test of this process, or of this rank among several. `folder` is not written."""
     setup = set_up(experiment, parallel=parallel_of(experiment))
     load_first_weights(setup)
-    return find(setup, keys, lambda setup: unseen(setup, folder))
+    return find(setup, keys, folder)
 
 
 def _measure(experiment: Experiment, folder: Path, _: int) -> dict[str, Any]:

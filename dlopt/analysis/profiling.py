@@ -17,10 +17,10 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from dlopt.analysis.bench.communication import times
 from dlopt.analysis.model_summary import kept_for_backward
+from dlopt.parallel.mode import EpochBatches
 from dlopt.tracking.layout import size
 from dlopt.train.build import Setup
-from dlopt.train.step import Update
-from dlopt.train.trainer import EpochBatches
+from dlopt.train.step import Network, Observer, Step
 
 _COSTLIEST = 10
 _PREFIX = "dlopt: "
@@ -46,18 +46,15 @@ class Profile:
     peaks: dict[str, int] = field(default_factory=dict)  # bytes allocated on a GPU at most, by part
 
 
-class Profiling:
+class Profiling(Observer):
     """Observes the updates first .. last - 1: memory in the first of them, time in the others.
 
     `report` takes what was found after the last. On a GPU the parts wait for the device at their ends, so that the
     split is true; what overlaps without a profiler no longer does.
     """
 
-    def __init__(
-        self, setup: Setup, update: Update, steps: tuple[int, int], folder: Path, report: Callable[[Profile], None]
-    ) -> None:
+    def __init__(self, setup: Setup, steps: tuple[int, int], folder: Path, report: Callable[[Profile], None]) -> None:
         self.setup = setup
-        self.update = update
         self.first, self.last = steps
         self.folder = folder
         self.report = report
@@ -65,17 +62,34 @@ class Profiling:
         self.seconds = dict.fromkeys(("data", "forward", "forward and backward", "update"), 0.0)
         self._profiler: profile | None = None
         self._start = 0.0
+        self._evaluation: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        self._measures_peaks = False
 
-    def around(self, inputs: Tensor, targets: Tensor, step: int) -> contextlib.AbstractContextManager[None] | None:
-        if step == self.first:
-            return self._measuring_memory(inputs, targets)
-        return self._timing(step) if self.first < step < self.last and self._profiler is not None else None
+    def instrument(self, network: Network, batches: EpochBatches) -> tuple[Network, EpochBatches]:
+        """Forward is what the model and the loss compute; fetching a batch is the part `data`."""
+        model, loss = self._timed("forward", network.model), self._timed("forward", network.loss)
+        return Network(network.module, model, loss), TimedBatches(batches, self)
+
+    def around(
+        self, step: Step, inputs: Tensor, targets: Tensor, number: int
+    ) -> contextlib.AbstractContextManager[None] | None:
+        if number == self.first:
+            return self._measuring_memory(step, inputs, targets)
+        return self._timing(number) if self.first < number < self.last and self._profiler is not None else None
+
+    def evaluation_begins(self) -> None:
+        if self._measures_peaks:
+            torch.cuda.reset_peak_memory_stats(self.setup.device)
+        self._evaluation = self.part("forward and backward")
+        self._evaluation.__enter__()
+
+    def evaluation_ends(self) -> None:
+        self._evaluation.__exit__(None, None, None)
+        if self._measures_peaks:
+            self.found.peaks["forward and backward"] = torch.cuda.max_memory_allocated(self.setup.device)
+            torch.cuda.reset_peak_memory_stats(self.setup.device)
 
     # -- time
-
-    def batches(self, batches: EpochBatches) -> "TimedBatches":
-        """The batches whose fetching is the part `data`."""
-        return TimedBatches(batches, self)
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -94,34 +108,21 @@ class Profiling:
             torch.cuda.synchronize(self.setup.device)
         return time.perf_counter()
 
+    def _timed(self, name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*arguments: Any, **words: Any) -> Tensor:
+            with self.part(name):
+                return function(*arguments, **words)
+
+        return call
+
     @contextlib.contextmanager
-    def _timing(self, step: int) -> Iterator[None]:
-        with self._parts_of_the_step(), self.part("update"):
+    def _timing(self, number: int) -> Iterator[None]:
+        """An evaluation is forward and backward; the rest of an update is clipping, the optimizer, the schedule and
+        averages of weights."""
+        with self.part("update"):
             yield
-        if step + 1 == self.last:
+        if number + 1 == self.last:
             self._finish()
-
-    @contextlib.contextmanager
-    def _parts_of_the_step(self) -> Iterator[None]:
-        """Forward is what the model and the loss compute; an evaluation is forward and backward; the rest of an update
-        is clipping, the optimizer, the schedule and averages of weights."""
-        closure = self.update.closure
-        model, loss, evaluate = closure._model, closure._loss, closure._evaluate
-
-        def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-            def call(*arguments: Any, **words: Any) -> Any:
-                with self.part(name):
-                    return function(*arguments, **words)
-
-            return call
-
-        closure._model, closure._loss = timed("forward", model), timed("forward", loss)
-        closure._evaluate = timed("forward and backward", evaluate)  # type: ignore[method-assign]
-        try:
-            yield
-        finally:
-            closure._model, closure._loss = model, loss
-            del closure._evaluate
 
     def _begin(self) -> None:
         kinds = [ProfilerActivity.CPU]
@@ -154,8 +155,8 @@ class Profiling:
     # -- memory
 
     @contextlib.contextmanager
-    def _measuring_memory(self, inputs: Tensor, targets: Tensor) -> Iterator[None]:
-        module, optimizer = self.setup.module, self.update.optimizer
+    def _measuring_memory(self, step: Step, inputs: Tensor, targets: Tensor) -> Iterator[None]:
+        module, optimizer = self.setup.module, step.optimizer
         with self._peaks(), kept_for_backward(module) as kept:
             yield
         state = [value for each in optimizer.state.values() for value in _tensors(each)]
@@ -172,26 +173,16 @@ class Profiling:
 
     @contextlib.contextmanager
     def _peaks(self) -> Iterator[None]:
-        """On a GPU: the most that was allocated within the forward and the backward pass and in the rest."""
-        device, closure = self.setup.device, self.update.closure
-        if device.type != "cuda":
+        """On a GPU: the peak memory of the forward and backward passes, and of the rest."""
+        if self.setup.device.type != "cuda":
             yield
             return
-        evaluate = closure._evaluate
-
-        def call(backward: bool) -> Tensor:
-            torch.cuda.reset_peak_memory_stats(device)
-            found = evaluate(backward)
-            self.found.peaks["forward and backward"] = torch.cuda.max_memory_allocated(device)
-            torch.cuda.reset_peak_memory_stats(device)
-            return found
-
-        closure._evaluate = call  # type: ignore[method-assign]
+        self._measures_peaks = True
         try:
             yield
         finally:
-            del closure._evaluate
-            self.found.peaks["optimizer"] = torch.cuda.max_memory_allocated(device)
+            self._measures_peaks = False
+            self.found.peaks["optimizer"] = torch.cuda.max_memory_allocated(self.setup.device)
 
 
 class TimedBatches:

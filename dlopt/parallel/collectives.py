@@ -5,12 +5,32 @@ whole and the same on all ranks, too, where nothing else is said. These function
 al. 2019, "Megatron-LM", section 3): what is a sum forward is a copy backward, and the other way round.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
 
-from dlopt.parallel.cuts import Cut
+
+@dataclass(frozen=True)
+class Cut:
+    """The positions `index` of `size` along dimension `dim`: one part of the whole, or of each of so many `pieces`."""
+
+    dim: int
+    index: slice | Tensor
+    size: int
+    pieces: int = 1
+
+    def of(self, whole: Tensor) -> Tensor:
+        """The part of a whole tensor."""
+        if isinstance(self.index, slice):
+            return whole[(slice(None),) * self.dim + (self.index,)]
+        return whole.index_select(self.dim, self.index.to(whole.device))
+
+    def put(self, whole: Tensor, part: Tensor) -> Tensor:
+        """The whole tensor with this part in its place."""
+        positions = torch.arange(self.size)[self.index] if isinstance(self.index, slice) else self.index
+        return whole.index_copy(self.dim, positions.to(whole.device), part)
 
 
 class Ranks:

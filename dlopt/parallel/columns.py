@@ -4,7 +4,8 @@ The columns exchange features where the net lets them (Krizhevsky, Sutskever & H
 the third convolution and of the fully connected layers. The classifier is the first column's rank's.
 """
 
-from typing import Any, Unpack
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeVar, Unpack
 
 import torch
 from torch import Tensor, distributed, nn
@@ -12,26 +13,44 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from dlopt.errors import UserError
 from dlopt.models.alexnet import TwoColumnAlexNet
+from dlopt.parallel import shards
 from dlopt.parallel.collectives import Ranks
 from dlopt.parallel.filter import named
-from dlopt.parallel.group import Group, Meeting, join
+from dlopt.parallel.mode import Mode
 from dlopt.parallel.model_parallel import ModelParallel, Plan, check_precision
-from dlopt.parallel.owners import Owned
-from dlopt.parallel.single import Single
+from dlopt.parallel.process_group import Group, ProcessKeys, join
 from dlopt.parallel.split_layers import become
 
+T = TypeVar("T")
 
-class ColumnParallel(Owned, ModelParallel):
-    """See `ModelParallel`. Each rank keeps its column; the other's layers are on the meta device."""
+
+class ColumnParallel(ModelParallel):
+    """Each rank keeps its column; the other's layers are on the meta device."""
+
+    sharding: Literal["replicated", "tensors", "layers"] = "layers"
 
     def __init__(
         self, name: str, group: Group, device: torch.device, *, accumulate: int, rows: int, sync: bool
     ) -> None:
         super().__init__(name, group, device, accumulate=accumulate, split=split_columns, rows=rows, sync=sync)
-        self.is_spare = self.row > 0
+        self._is_copy = self.row > 0  # the first row holds the same layers
 
     def spread(self, model: nn.Module, plan: Plan) -> None:
-        """Nothing becomes a DTensor: every tensor is on one rank of a row."""
+        """Leaves the parameters plain: every tensor is on one rank of a row."""
+
+    # -- state: each rank holds some layers
+
+    def full_state(self, state: T) -> T:
+        return shards.owned_full_state(state, self.group, is_copy=self._is_copy)
+
+    def load_model(self, model: nn.Module, state: Mapping[str, Any], *, strict: bool = True) -> None:
+        shards.load_owned_model(model, state, strict=strict)
+
+    def load_optimizer(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+        shards.load_owned_optimizer(optimizer, state)
+
+    def norm(self, tensors: Sequence[Tensor]) -> Tensor:
+        return shards.owned_norm(tensors, self.group, self.device, is_copy=self._is_copy)
 
 
 class OneColumnAlexNet(TwoColumnAlexNet):
@@ -147,11 +166,11 @@ def columns(
     device: torch.device,
     accumulate: int,
     precision: str,
-    **meeting: Unpack[Meeting],
-) -> "Single | ColumnParallel":
-    """The mode for this process, which joins its group. Raises `UserError` where the set-up cannot work."""
+    **keys: Unpack[ProcessKeys],
+) -> Mode:
+    """Builds the mode of this process, which joins its group. Raises `UserError` where the keys do not fit together."""
     check_precision("columns", precision)
-    joined = join("columns", device, **meeting)
+    joined = join("columns", device, **keys)
     if joined is None:
-        return Single(device, "columns")
+        return Mode(device, "columns")
     return ColumnParallel("columns", *joined, accumulate=accumulate, rows=1, sync=True)

@@ -1,9 +1,9 @@
-"""Data parallelism: every rank has the whole model and a part of each batch; gradients are averaged."""
+"""Data parallelism: every rank holds the whole model and a shard of each batch; gradients are averaged."""
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, Protocol, Unpack
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +12,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dlopt.errors import UserError
 from dlopt.parallel.dropout import Place, make_global
-from dlopt.parallel.group import Group, Meeting, Member, join
-from dlopt.parallel.pace import Waiting
-from dlopt.parallel.shares import PiecewiseAugment, cut, pieces, portions
-from dlopt.parallel.single import Single, Whole
-from dlopt.parallel.statistics import averaging
-from dlopt.parallel.sync_batchnorm import synchronize
+from dlopt.parallel.mode import BatchShard, MetricRecord, MicroSteps, Mode
+from dlopt.parallel.pace import StepTiming, Waiting
+from dlopt.parallel.process_group import Group, GroupMode, ProcessKeys, join
+from dlopt.parallel.shares import PiecewiseAugment, cut, portions, positions
+from dlopt.parallel.sync_batchnorm import buffer_averaging, synchronize
 from dlopt.parallel.world import current
 from dlopt.ranges import Positive
 
@@ -35,16 +34,16 @@ def data_parallel(
     find_unused_parameters: bool,
     compression: Compression,
     sync_batchnorm: bool,
-    **meeting: Unpack[Meeting],
-) -> "Single | DataParallel":
-    """The mode for this process, which joins its group. Raises `UserError` where the set-up cannot work."""
+    **keys: Unpack[ProcessKeys],
+) -> Mode:
+    """Builds the mode of this process, which joins its group. Raises `UserError` where the keys do not fit together."""
     if static_graph and accumulate > 1 and current() is not None:
         raise UserError(
             f"parallel.static_graph=true: not with accumulate={accumulate}, where not every backward reduces gradients"
         )
-    joined = join("ddp", device, **meeting)
+    joined = join("ddp", device, **keys)
     if joined is None:
-        return Single(device, "ddp")
+        return Mode(device, "ddp")
     group, device = joined
     options = {"static_graph": static_graph, "find_unused_parameters": find_unused_parameters}
     return DataParallel(
@@ -57,14 +56,10 @@ def data_parallel(
     )
 
 
-class DataParallel(Member, Whole):
-    """See `Single` for what a mode is asked, and `dlopt.train.step` for what the step asks besides.
-
-    A rank's mean loss counts by its share of the samples, so that the average over ranks is the global batch's mean,
-    also for a rank without samples.
+class DataParallel(GroupMode):
+    """A rank's mean loss is weighted by its share of the samples, so that the average over ranks is the global batch's
+    mean, also where a rank has no samples.
     """
-
-    name = "ddp"
 
     def __init__(
         self,
@@ -75,34 +70,30 @@ class DataParallel(Member, Whole):
         sync_batchnorm: bool,
         compression: Compression,
         options: dict[str, Any],
+        name: str = "ddp",
     ) -> None:
-        super().__init__(group, device)
+        super().__init__(group, device, name)
         self.accumulate = accumulate
         self.sync_batchnorm = sync_batchnorm
         self.compression = compression
         self.options = options
-        self.norm_shares = 1 if sync_batchnorm else group.size
+        self.batch_norm_shards = 1 if sync_batchnorm else group.size
         self.dropout = Place()
-        self.waiting: Waiting | None = None  # for the others, at the end of each backward
-        self.batch_total = 0  # samples of the global batch that is worked on
-        self._deferred: Callable[[], AbstractContextManager[Any]] = nullcontext  # within, nothing is averaged yet
+        self._waiting: Waiting | None = None  # for the others, at the end of each backward
+        self._no_sync: Callable[[], AbstractContextManager[Any]] = nullcontext  # within, gradients are not averaged
 
-    # -- what a rank sees
+    # -- sharing a batch
 
-    def share(self, total: int) -> slice | Tensor:
-        own = pieces(total, self.accumulate, self.rank, self.processes)
-        if len(own) == 1:
-            return own[0]
-        return torch.cat([torch.arange(piece.start, piece.stop) for piece in own])
+    @property
+    def batch_shard(self) -> BatchShard:
+        return lambda total: positions(total, self.accumulate, self.rank, self.processes)
 
-    def share_evaluation(self, total: int) -> slice:
-        return cut(0, total, self.rank, self.processes)
+    @property
+    def evaluation_shard(self) -> BatchShard:
+        return lambda total: cut(0, total, self.rank, self.processes)
 
-    def augmented(self, augment: Any) -> Any:
+    def shard_augmentation(self, augment: Any) -> Any:
         return augment and PiecewiseAugment(augment, self.accumulate, self.rank, self.processes)
-
-    def batches(self, batches: Any) -> "Batches":
-        return Batches(batches, self)
 
     # -- the model
 
@@ -110,7 +101,8 @@ class DataParallel(Member, Whole):
         if self.sync_batchnorm:
             synchronize(model, self.device)
         make_global(model, self.dropout)
-        # Buffers need no broadcast in each forward: synchronized statistics are equal, `aligning` averages others.
+        # Without a broadcast of buffers in each forward: synchronized statistics are equal anyway, and
+        # `buffer_synchronization` averages others.
         options = self.options | {"forward_sync_buffers" if _KNOWS_FORWARD_SYNC else "broadcast_buffers": False}
         placed = DistributedDataParallel(model, gradient_as_bucket_view=True, **options)
         if self.compression == "bf16":
@@ -120,22 +112,32 @@ class DataParallel(Member, Whole):
         elif self.compression == "powersgd":
             state = powerSGD_hook.PowerSGDState(process_group=None, start_powerSGD_iter=10)
             placed.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
-        self._deferred = placed.no_sync
-        self.waiting = Waiting(self.device)
-        self.waiting.watch(model)
+        self._no_sync = placed.no_sync
+        self._waiting = Waiting(self.device)
+        self._waiting.watch(model)
         return placed
 
-    def aligning(self, model: nn.Module) -> Callable[[], None] | None:
-        return averaging(model, self.processes)
+    def buffer_synchronization(self, model: nn.Module) -> Callable[[], None] | None:
+        return buffer_averaging(model, self.processes)
 
     # -- one update
 
-    def micro_batches(
+    def forward_backward(
+        self, step: MicroSteps, inputs: Tensor, targets: Tensor, record: MetricRecord | None
+    ) -> Tensor:
+        losses = []
+        for x, y, weight, context in self._micro_batches(inputs, targets):
+            with context:
+                losses.append(step.micro_batch(x, y, weight, record) if len(y) else step.empty_micro_batch(x, record))
+        return self.sum_loss(torch.stack(losses).sum()) / self.processes
+
+    def _micro_batches(
         self, inputs: Tensor, targets: Tensor
     ) -> Iterator[tuple[Tensor, Tensor, float, AbstractContextManager[Any]]]:
-        """(inputs, targets, weight of their mean loss, context for forward and backward) of each micro-batch.
+        """Yields inputs and targets of each micro-batch, the weight of their mean loss, and a context to compute in.
 
         The average over ranks of the weighted losses, summed over micro-batches, is the mean over the global batch.
+        Gradients are averaged in the last backward only.
         """
         own = portions(self.batch_total, self.accumulate, self.rank, self.processes)
         start = 0
@@ -143,38 +145,13 @@ class DataParallel(Member, Whole):
             stop = start + portion.samples
             self.dropout.portion = portion
             weight = portion.samples * self.processes / self.batch_total
-            context = (self.waiting or nullcontext()) if number == len(own) else self._deferred()
+            context = (self._waiting or nullcontext()) if number == len(own) else self._no_sync()
             yield inputs[start:stop], targets[start:stop], weight, context
             start = stop
         self.dropout.portion = None
 
-    def mean_loss(self, loss: Tensor) -> Tensor:
-        return self.summed_loss(loss) / self.processes
-
-    def total(self, values: Sequence[float]) -> Sequence[float]:
-        return self.group.total(values)
-
-    def maximum(self, values: Tensor) -> Tensor:
-        """Elementwise, over ranks; `values` lie on the host."""
+    def maximum_over_ranks(self, values: Tensor) -> Tensor:
         return self.group.maximum(values)
 
-
-class Told(Protocol):
-    batch_total: int  # samples of the global batch that is worked on
-
-
-class Batches:
-    """This rank's training batches; the mode is told how large the global one is that each belongs to."""
-
-    def __init__(self, batches: Any, mode: Told) -> None:
-        self.local = batches
-        self.mode = mode
-
-    def __len__(self) -> int:
-        return len(self.local)
-
-    def epoch(self, epoch: int, start: int = 0, step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        size, count = self.local.batch_size, self.local.count
-        for number, batch in enumerate(self.local.epoch(epoch, start, step), start):
-            self.mode.batch_total = min(size, count - number * size)
-            yield batch
+    def step_timing(self) -> StepTiming:
+        return StepTiming(self.group, self.device, self._waiting)

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dlopt.parallel.cuts import Cut
+from dlopt.parallel.collectives import Cut
 
 
 def distribute(model: nn.Module, mesh: Any, cuts: Mapping[str, Cut]) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from dlopt.errors import UserError
-from dlopt.parallel.cuts import Cut
+from dlopt.parallel.collectives import Cut
 from dlopt.parallel.shares import Portion
 
 

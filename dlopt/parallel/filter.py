@@ -19,11 +19,10 @@ from dlopt.models.alexnet import TwoColumnAlexNet
 from dlopt.models.layers import ACTIVATIONS, GlobalAveragePool
 from dlopt.models.locally_connected import LocallyConnected2d
 from dlopt.models.mlp import ResidualPair
-from dlopt.parallel.collectives import Ranks
-from dlopt.parallel.cuts import Cut
-from dlopt.parallel.group import Meeting, join
+from dlopt.parallel.collectives import Cut, Ranks
+from dlopt.parallel.mode import Mode
 from dlopt.parallel.model_parallel import ModelParallel, Plan, check_precision
-from dlopt.parallel.single import Single
+from dlopt.parallel.process_group import ProcessKeys, join
 from dlopt.parallel.split_layers import PROJECTED, InputSplitConv2d, InputSplitLinear, become, before, behind
 
 Layout = Literal["whole", "split"]  # of features, along dimension 1
@@ -210,13 +209,13 @@ def filters(
     device: torch.device,
     accumulate: int,
     precision: str,
-    **meeting: Unpack[Meeting],
-) -> "Single | ModelParallel":
-    """The mode for this process, which joins its group. Raises `UserError` where the set-up cannot work."""
+    **keys: Unpack[ProcessKeys],
+) -> Mode:
+    """Builds the mode of this process, which joins its group. Raises `UserError` where the keys do not fit together."""
     check_precision("filter", precision)
-    joined = join("filter", device, **meeting)
+    joined = join("filter", device, **keys)
     if joined is None:
-        return Single(device, "filter")
+        return Mode(device, "filter")
     return ModelParallel("filter", *joined, accumulate=accumulate, split=split_filters, rows=1, sync=True)
 
 

@@ -4,24 +4,26 @@ optimizer's state. A unit of the model is put together where it computes, and cu
 Rajbhandari et al. 2020, "ZeRO" (stage 3); Zhao et al. 2023, "PyTorch FSDP".
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Unpack
+from typing import Any, Literal, TypeVar, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from dlopt.errors import UserError
+from dlopt.parallel import shards
 from dlopt.parallel.ddp import DataParallel
 from dlopt.parallel.dropout import make_global
-from dlopt.parallel.group import Group, Meeting, join
+from dlopt.parallel.mode import Mode
+from dlopt.parallel.process_group import Group, ProcessKeys, join
 from dlopt.parallel.shard_files import ShardWriter
-from dlopt.parallel.shards import Cut
-from dlopt.parallel.single import Single
 from dlopt.parallel.sync_batchnorm import synchronize
 from dlopt.parallel.world import current
 from dlopt.ranges import Count, Natural
+
+T = TypeVar("T")
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -38,9 +40,9 @@ def fully_sharded(
     sync_every_micro_batch: bool,
     cpu_offload: bool,
     sync_batchnorm: bool,
-    **meeting: Unpack[Meeting],
-) -> "Single | FullySharded":
-    """The mode for this process, which joins its group. Raises `UserError` where the set-up cannot work."""
+    **keys: Unpack[ProcessKeys],
+) -> Mode:
+    """Builds the mode of this process, which joins its group. Raises `UserError` where the keys do not fit together."""
     if precision == "fp16":
         raise UserError(
             "precision=fp16: not with parallel=fsdp, whose ranks would scale losses apart; use precision=bf16"
@@ -55,9 +57,9 @@ def fully_sharded(
             f"parallel.shards={shards}: {world.size} processes cannot form groups of {shards}; allowed: divisors of "
             f"{world.size}, or null for all"
         )
-    joined = join("fsdp", device, **meeting)
+    joined = join("fsdp", device, **keys)
     if joined is None:
-        return Single(device, "fsdp")
+        return Mode(device, "fsdp")
     group, device = joined
     return FullySharded(
         group,
@@ -73,10 +75,10 @@ def fully_sharded(
     )
 
 
-class FullySharded(Cut, DataParallel):
-    """Data parallelism whose parameters are DTensors, cut along their first dimension."""
+class FullySharded(DataParallel):
+    """Data parallelism whose parameters are DTensors, sharded along their first dimension."""
 
-    name = "fsdp"
+    sharding: Literal["replicated", "tensors", "layers"] = "tensors"
 
     def __init__(
         self,
@@ -93,7 +95,13 @@ class FullySharded(Cut, DataParallel):
         low_precision: bool,
     ) -> None:
         super().__init__(
-            group, device, accumulate=accumulate, sync_batchnorm=sync_batchnorm, compression="none", options={}
+            group,
+            device,
+            accumulate=accumulate,
+            sync_batchnorm=sync_batchnorm,
+            compression="none",
+            options={},
+            name="fsdp",
         )
         self.shards = shards
         self.unit_parameters = unit_parameters
@@ -102,9 +110,22 @@ class FullySharded(Cut, DataParallel):
         self.cpu_offload = cpu_offload
         self.low_precision = low_precision
 
-    def shard_writer(self) -> ShardWriter:
-        """By which every process writes what it has to a checkpoint."""
+    def checkpoint_writer(self) -> ShardWriter:
         return ShardWriter(self.rank, minutes=self.group.minutes)
+
+    # -- state: parameters are DTensors
+
+    def full_state(self, state: T) -> T:
+        return shards.full_state(state)
+
+    def load_model(self, model: nn.Module, state: Mapping[str, Any], *, strict: bool = True) -> None:
+        shards.load_model(model, state, strict=strict)
+
+    def load_optimizer(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+        shards.load_optimizer(optimizer, state)
+
+    def norm(self, tensors: Sequence[Tensor]) -> Tensor:
+        return shards.total_norm(tensors)
 
     def place(self, model: nn.Module, input_shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
         if self.sync_batchnorm:
@@ -113,7 +134,7 @@ class FullySharded(Cut, DataParallel):
         model.to(memory_format=torch.contiguous_format)  # FSDP2 takes no others; layers follow the format of inputs
         self._shard(model)
         if not self.sync_every_micro_batch:
-            self._deferred = lambda: _unsynchronized(model)
+            self._no_sync = lambda: _unsynchronized(model)
 
         def call(inputs: Tensor) -> Tensor:
             outputs: Tensor

@@ -11,9 +11,9 @@ import torch
 from dlopt.errors import UserError
 from dlopt.parallel.columns import ColumnParallel
 from dlopt.parallel.filter import split_filters
-from dlopt.parallel.group import Meeting, join
+from dlopt.parallel.mode import Mode
 from dlopt.parallel.model_parallel import ModelParallel, check_precision
-from dlopt.parallel.single import Single
+from dlopt.parallel.process_group import ProcessKeys, join
 from dlopt.ranges import Count
 
 
@@ -26,11 +26,11 @@ def hybrid(
     model_degree: Count,
     inside: Literal["filter", "columns"],
     sync_batchnorm: bool,
-    **meeting: Unpack[Meeting],
-) -> Single | ModelParallel:
-    """The mode for this process, which joins its group. Raises `UserError` where the set-up cannot work."""
+    **keys: Unpack[ProcessKeys],
+) -> Mode:
+    """Builds the mode of this process, which joins its group. Raises `UserError` where the keys do not fit together."""
     check_precision("hybrid", precision)
-    joined = join("hybrid", device, **meeting)
+    joined = join("hybrid", device, **keys)
     size = 1 if joined is None else joined[0].size
     rows = max(size // model_degree, 1) if data_degree is None else data_degree
     if rows * model_degree != size:
@@ -40,7 +40,7 @@ def hybrid(
             ", or other degrees"
         )
     if joined is None:
-        return Single(device, "hybrid")
+        return Mode(device, "hybrid")
     group, device = joined
     if inside == "columns":
         return ColumnParallel("hybrid", group, device, accumulate=accumulate, rows=rows, sync=sync_batchnorm)

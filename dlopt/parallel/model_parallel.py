@@ -1,27 +1,27 @@
-"""What filter, columns, spatial and their hybrids with data parallelism have in common: a mesh of processes.
+"""The base of filter, columns, spatial and their hybrids with data parallelism: a mesh of processes.
 
-The ranks of a row of the mesh hold one model together and see the same samples; rows see different ones.
+The ranks of a row of the mesh hold one model together and see the same samples; rows see different samples.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
 
 from dlopt.errors import UserError
-from dlopt.parallel.collectives import Ranks
-from dlopt.parallel.cuts import Cut as Part
-from dlopt.parallel.ddp import Batches
+from dlopt.parallel import shards
+from dlopt.parallel.collectives import Cut, Ranks
 from dlopt.parallel.distribution import distribute
 from dlopt.parallel.dropout import Place, make_global
-from dlopt.parallel.group import Group, Member
-from dlopt.parallel.shards import Cut, local
-from dlopt.parallel.shares import PiecewiseAugment, cut, pieces, portions
-from dlopt.parallel.statistics import averaging
-from dlopt.parallel.sync_batchnorm import synchronize
+from dlopt.parallel.mode import BatchShard, MetricRecord, MicroSteps
+from dlopt.parallel.process_group import Group, GroupMode
+from dlopt.parallel.shards import local
+from dlopt.parallel.shares import PiecewiseAugment, cut, portions, positions
+from dlopt.parallel.sync_batchnorm import buffer_averaging, synchronize
+
+T = TypeVar("T")
 
 _BUCKET = 25 * 2**20  # bytes of gradients that are added up at once
 
@@ -34,8 +34,8 @@ class Plan:
     of which every rank has its summand of the gradient only.
     """
 
-    cuts: Mapping[str, Part]
-    dropouts: Mapping[nn.Module, Callable[[Tensor], Part]]
+    cuts: Mapping[str, Cut]
+    dropouts: Mapping[nn.Module, Callable[[Tensor], Cut]]
     summands: Sequence[str] = ()
     notes: Sequence[str] = field(default_factory=list)
 
@@ -43,48 +43,44 @@ class Plan:
 Split = Callable[[nn.Module, tuple[int, ...], Ranks], Plan]
 
 
-class ModelParallel(Cut, Member):
-    """See `Single` for what a mode is asked, and `dlopt.train.step` for what the step asks besides.
+class ModelParallel(GroupMode):
+    """`split` changes a model in place, for samples of the given shape. `rows`: the degree of data parallelism."""
 
-    `split` changes a model in place, for samples of the given shape. `rows`: the degree of data parallelism.
-    """
-
+    sharding: Literal["replicated", "tensors", "layers"] = "tensors"
     compiles = False
+    supports_loss_aware_samplers = False
 
     def __init__(
         self, name: str, group: Group, device: torch.device, *, accumulate: int, split: Split, rows: int, sync: bool
     ) -> None:
         from torch.distributed.device_mesh import init_device_mesh
 
-        super().__init__(group, device)
-        self.name = name
+        super().__init__(group, device, name)
         self.accumulate = accumulate
         self.split = split
         self.mesh = init_device_mesh(device.type, (rows, group.size // rows), mesh_dim_names=("data", "model"))
         self.rows, self.row = rows, self.mesh.get_local_rank("data")
         self.ranks = Ranks(self.mesh.get_group("model"))
         self.sync_batchnorm = sync and rows > 1
-        self.norm_shares = 1 if sync else rows
-        self.share = self._share if rows > 1 else None
-        self.share_evaluation = (lambda total: cut(0, total, self.row, rows)) if rows > 1 else None
+        self.batch_norm_shards = 1 if sync else rows
         self.dropout = Place()
-        self.batch_total = 0  # samples of the global batch that is worked on
         self._summands: list[nn.Parameter] = []
         self._parameters: list[nn.Parameter] = []
 
-    # -- what a rank sees
+    # -- sharing a batch
 
-    def _share(self, total: int) -> slice | Tensor:
-        own = pieces(total, self.accumulate, self.row, self.rows)
-        return own[0] if len(own) == 1 else torch.cat([torch.arange(piece.start, piece.stop) for piece in own])
+    @property
+    def batch_shard(self) -> BatchShard | None:
+        return None if self.rows == 1 else lambda total: positions(total, self.accumulate, self.row, self.rows)
 
-    def augmented(self, augment: Any) -> Any:
+    @property
+    def evaluation_shard(self) -> BatchShard | None:
+        return None if self.rows == 1 else lambda total: cut(0, total, self.row, self.rows)
+
+    def shard_augmentation(self, augment: Any) -> Any:
         if self.rows == 1 or augment is None:
             return augment
         return PiecewiseAugment(augment, self.accumulate, self.row, self.rows)
-
-    def batches(self, batches: Any) -> Any:
-        return Batches(batches, self)
 
     # -- the model
 
@@ -96,53 +92,65 @@ class ModelParallel(Cut, Member):
         self.spread(model, plan)
         named = dict(model.named_parameters())
         self._parameters, self._summands = list(named.values()), [named[name] for name in plan.summands]
-        self.notes = (self._told(named), *plan.notes)
+        self.notes = (self._placement(named), *plan.notes)
         return model
 
     def spread(self, model: nn.Module, plan: Plan) -> None:
-        """Parameters as the optimizer and the checkpoint see them."""
+        """Turns the parameters into what the optimizer and the checkpoint see."""
         distribute(model, self.mesh["model"], plan.cuts)
 
-    def _told(self, named: Mapping[str, nn.Parameter]) -> str:
+    def _placement(self, named: Mapping[str, nn.Parameter]) -> str:
         total = sum(p.numel() for p in named.values())
         own = sum(local(p).numel() for p in named.values() if not p.is_meta)
-        whole = sum(p.numel() for p in named.values() if not p.is_meta and local(p).numel() == p.numel())
-        told = f"{self.ranks.size} processes hold the {total} parameters together; {own} are on this one"
-        if self.splits == "tensors":
-            told += f", of which {whole} are on each"
-        return f"parallel={self.name}: {told}" + (
+        replicated = sum(p.numel() for p in named.values() if not p.is_meta and local(p).numel() == p.numel())
+        line = f"{self.ranks.size} processes hold the {total} parameters together; {own} are on this one"
+        if self.sharding == "tensors":
+            line += f", of which {replicated} are on each"
+        return f"parallel={self.name}: {line}" + (
             f"; {self.rows} such groups share the batches" if self.rows > 1 else ""
         )
 
-    def aligning(self, model: nn.Module) -> Callable[[], None] | None:
-        return averaging(model, self.rows, self.mesh.get_group("data"))
+    def buffer_synchronization(self, model: nn.Module) -> Callable[[], None] | None:
+        return buffer_averaging(model, self.rows, self.mesh.get_group("data"))
 
     # -- one update
 
-    def micro_batches(
-        self, inputs: Tensor, targets: Tensor
-    ) -> Iterator[tuple[Tensor, Tensor, float, AbstractContextManager[Any]]]:
-        """(inputs, targets, weight of their mean loss, context for forward and backward) of each micro-batch.
-
-        The weighted losses, summed over the mesh's rows and over micro-batches, are the mean over the global batch.
-        """
-        start = 0
+    def forward_backward(
+        self, step: MicroSteps, inputs: Tensor, targets: Tensor, record: MetricRecord | None
+    ) -> Tensor:
+        """The weighted losses, summed over rows and micro-batches, are the mean over the global batch."""
+        losses, start = [], 0
         for portion in portions(self.batch_total, self.accumulate, self.row, self.rows):
             stop = start + portion.samples
             self.dropout.portion = portion
-            yield inputs[start:stop], targets[start:stop], portion.samples / self.batch_total, nullcontext()
+            x, y, weight = inputs[start:stop], targets[start:stop], portion.samples / self.batch_total
+            losses.append(step.micro_batch(x, y, weight, record) if len(y) else step.empty_micro_batch(x, record))
             start = stop
         self.dropout.portion = None
+        # Within a row first: the rows then add up gradients that are complete.
         sum_up([local(p.grad) for p in self._summands if p.grad is not None], self.ranks.group)
         if self.rows > 1:
             gradients = [local(p.grad) for p in self._parameters if p.grad is not None]
             sum_up(gradients, self.mesh.get_group("data"))
+        loss = torch.stack(losses).sum()
+        return self.sum_loss(loss if self.ranks.rank == 0 else torch.zeros_like(loss))  # once per row
 
-    def mean_loss(self, loss: Tensor) -> Tensor:
-        return self.summed_loss(loss if self.ranks.rank == 0 else torch.zeros_like(loss))
+    def sum_over_ranks(self, values: Sequence[float]) -> Sequence[float]:
+        return self.group.sum(values if self.ranks.rank == 0 else [0.0] * len(values))
 
-    def total(self, values: Sequence[float]) -> Sequence[float]:
-        return self.group.total(values if self.ranks.rank == 0 else [0.0] * len(values))
+    # -- state: parameters are DTensors
+
+    def full_state(self, state: T) -> T:
+        return shards.full_state(state)
+
+    def load_model(self, model: nn.Module, state: Mapping[str, Any], *, strict: bool = True) -> None:
+        shards.load_model(model, state, strict=strict)
+
+    def load_optimizer(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+        shards.load_optimizer(optimizer, state)
+
+    def norm(self, tensors: Sequence[Tensor]) -> Tensor:
+        return shards.total_norm(tensors)
 
 
 def check_precision(name: str, precision: str) -> None:

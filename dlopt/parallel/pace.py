@@ -1,13 +1,16 @@
-"""How long each rank works by itself: the slowest one sets the pace, for the others wait for it."""
+"""Step timing: how long each rank computes per update. The slowest one sets the pace, since the others wait for it."""
 
 import time
 from collections.abc import Mapping
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from dlopt.parallel.group import Group
+if TYPE_CHECKING:
+    from dlopt.parallel.process_group import Group
+
 
 _KEPT = 1024  # pairs of events on a GPU between two looks
 
@@ -61,27 +64,27 @@ class Waiting:
         return seconds
 
 
-class Pace:
-    """Seconds of own work per update, of all ranks, told at logging points only.
+class StepTiming:
+    """Seconds of computation per update of all ranks, exchanged at logging points only.
 
-    With `waiting` that is the time that passed without what was waited. Without, on a CPU, it is the processor's time
-    by threads: a process that waits for a message takes none. On a GPU there is nothing to tell then.
+    With `waiting` that is the elapsed time without the time spent waiting. Without it, on a CPU, it is the processor
+    time by threads: a process that waits for a message uses none. On a GPU nothing is reported then.
     """
 
-    def __init__(self, group: Group, device: torch.device, waiting: Waiting | None = None) -> None:
+    def __init__(self, group: "Group", device: torch.device, waiting: Waiting | None = None) -> None:
         self.group = group
         self.device = device
         self.waiting = waiting
         self.restart(0)
 
     def restart(self, step: int) -> None:
-        """What came before `step` updates does not count: an evaluation, a checkpoint."""
+        """Discards the time before update `step` (an evaluation, a checkpoint)."""
         if self.waiting is not None:
             self.waiting.taken()
         self._step, self._since, self._processor = step, time.perf_counter(), time.process_time()
 
-    def figures(self, step: int) -> Mapping[str, float]:
-        """TensorBoard tags since the last call; on many ranks all call this together."""
+    def metrics(self, step: int) -> Mapping[str, float]:
+        """Returns TensorBoard tags since the last call. All ranks call this together."""
         updates = step - self._step
         if updates == 0 or (self.waiting is None and self.device.type != "cpu"):
             return {}
@@ -89,8 +92,8 @@ class Pace:
             own = time.perf_counter() - self._since - self.waiting.taken()
         else:
             own = (time.process_time() - self._processor) / torch.get_num_threads()
-        everyones = self.group.gathered(torch.tensor([own / updates], dtype=torch.float64))
-        slowest, fastest = float(everyones.max()), float(everyones.min())
+        gathered = self.group.gathered(torch.tensor([own / updates], dtype=torch.float64))
+        slowest, fastest = float(gathered.max()), float(gathered.min())
         self.restart(step)
         return {
             "step_time/slowest_rank": slowest,

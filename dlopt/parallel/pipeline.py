@@ -5,9 +5,10 @@ which holds no more activations than there are stages. Both are torch.distribute
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, Unpack
+from functools import partial
+from typing import Any, Literal, TypeVar, Unpack
 
 import torch
 from torch import Tensor, distributed, nn
@@ -15,14 +16,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dlopt.errors import UserError
 from dlopt.parallel import chain as chains
+from dlopt.parallel import shards
 from dlopt.parallel.chain import Form, Link
-from dlopt.parallel.ddp import Batches
-from dlopt.parallel.group import Group, Meeting, Member, join
-from dlopt.parallel.owners import Owned
+from dlopt.parallel.mode import BatchShard, MetricRecord, MicroSteps, Mode
+from dlopt.parallel.process_group import Group, GroupMode, ProcessKeys, join
 from dlopt.parallel.shares import PiecewiseAugment, micro_batches
-from dlopt.parallel.single import Single
 from dlopt.ranges import Count
 
+T = TypeVar("T")
 Schedule = Literal["1f1b", "gpipe"]
 MicroLoss = Callable[[Tensor, Tensor], Tensor]
 """(outputs, targets) of a micro-batch -> its mean loss."""
@@ -40,9 +41,9 @@ def pipeline(
     micro_batches: Count | None,
     schedule: Schedule,
     split: list[str] | None,
-    **meeting: Unpack[Meeting],
-) -> "Single | Pipeline":
-    """The mode for this process, which joins its group. Raises `UserError` where the set-up cannot work."""
+    **keys: Unpack[ProcessKeys],
+) -> Mode:
+    """Builds the mode of this process, which joins its group. Raises `UserError` where the keys do not fit together."""
     if precision == "fp16":
         raise UserError("precision=fp16: not with parallel=pipeline, whose stages would scale losses apart; use bf16")
     if micro_batches is not None and accumulate not in (1, micro_batches):
@@ -54,9 +55,9 @@ def pipeline(
         raise UserError(
             f"parallel.micro_batches={in_flight}: a batch of data.batch_size={batch_size} has fewer samples to cut"
         )
-    joined = join("pipeline", device, **meeting)
+    joined = join("pipeline", device, **keys)
     if joined is None:
-        return Single(device, "pipeline")
+        return Mode(device, "pipeline")
     group, device = joined
     probed = _PROBED if isinstance(batch_size, str) else min(max(batch_size // in_flight, 2), _PROBED)
     return Pipeline(
@@ -71,17 +72,16 @@ def pipeline(
     )
 
 
-class Pipeline(Owned, Member):
-    """See `Single` for what a mode is asked. Rank r has the r-th stage; the others' layers are on the meta device, so
-    that every rank knows all parameters by name and order, and keeps those of its own.
+class Pipeline(GroupMode):
+    """Rank r holds the r-th stage; the layers of other stages are on the meta device, so that every rank knows all
+    parameters by name and order.
 
     Batch norm sees one micro-batch at a time: the same as one process with accumulate = micro-batches.
     """
 
-    name = "pipeline"
-    norm_shares = 1
+    sharding: Literal["replicated", "tensors", "layers"] = "layers"
     compiles = False
-    share_evaluation = None
+    supports_loss_aware_samplers = False
 
     def __init__(
         self,
@@ -95,29 +95,25 @@ class Pipeline(Owned, Member):
         low_precision: bool,
         threads: int | str,
     ) -> None:
-        super().__init__(group, device)
-        self.in_flight = in_flight
+        super().__init__(group, device, "pipeline")
+        self.micro_batches_in_flight = in_flight
         self.schedule = schedule
         self.split = split
         self.probed = probed
         self.low_precision = low_precision
         self.threads = threads
         self.is_last = self.rank == self.processes - 1
-        self.batch_total = 0  # samples of the batch that is worked on
         self._schedules: dict[tuple[int, int], Any] = {}
         self._micro_loss: MicroLoss = lambda outputs, targets: outputs.sum()
 
-    # -- what a rank sees: the first needs the inputs, the last the targets, and those between need neither
+    # -- sharing a batch: the first rank needs the inputs, the last one the targets, and those between need neither
 
     @property
-    def share(self) -> Callable[[int], slice] | None:
+    def batch_shard(self) -> BatchShard | None:
         return None if self.rank == 0 or self.is_last else lambda total: slice(0, 0)
 
-    def augmented(self, augment: Any) -> Any:
-        return augment if self.share is None else augment and PiecewiseAugment(augment, 1, 0, 1)
-
-    def batches(self, batches: Any) -> Any:
-        return Batches(batches, self)
+    def shard_augmentation(self, augment: Any) -> Any:
+        return augment if self.batch_shard is None else augment and PiecewiseAugment(augment, 1, 0, 1)
 
     # -- the model
 
@@ -168,9 +164,9 @@ class Pipeline(Owned, Member):
             for s, t in zip(own, seconds, strict=True)
         ]
         self.notes = (f"stages, with their share of the layers' time: {'; '.join(parts)}",)
-        if self.in_flight < stages:
+        if self.micro_batches_in_flight < stages:
             self.notes += (
-                f"warning: with accumulate={self.in_flight} the {stages} stages wait for each other; "
+                f"warning: with accumulate={self.micro_batches_in_flight} the {stages} stages wait for each other; "
                 f"accumulate={4 * stages} would keep them busy (batch norm sees one micro-batch at a time)",
             )
         return own
@@ -183,23 +179,27 @@ class Pipeline(Owned, Member):
         here = shares[self.rank - place :][: self.local_processes]
         torch.set_num_threads(chains.divided(len(os.sched_getaffinity(0)), here)[place])
 
-    def aligning(self, model: nn.Module) -> None:
-        """Nothing is held twice."""
-
     # -- one update
 
-    def run_batch(self, inputs: Tensor, targets: Tensor, loss: MicroLoss) -> Tensor:
-        """Forward and backward of all micro-batches. Returns their losses, weighted by their samples: [micro-batches],
-        zeros on all ranks but the last, which has the outputs and calls `loss`."""
-        bounds = micro_batches(self.batch_total, self.in_flight)
+    def forward_backward(
+        self, step: MicroSteps, inputs: Tensor, targets: Tensor, record: MetricRecord | None
+    ) -> Tensor:
+        """The schedule interleaves forward and backward of the micro-batches. The last rank has the outputs, and with
+        them losses and metrics; the others contribute zeros.
+        """
+        bounds = micro_batches(self.batch_total, self.micro_batches_in_flight)
         losses: list[Tensor] = []
-        for size in sorted(
-            {stop - start for start, stop in bounds}, reverse=True
-        ):  # one or two sizes, the larger first
+        # torch's schedules need equal micro-batches: there are one or two sizes, the larger first.
+        for size in sorted({stop - start for start, stop in bounds}, reverse=True):
             same = [(start, stop) for start, stop in bounds if stop - start == size]
             span = slice(same[0][0], same[-1][1])
+            loss = partial(step.micro_loss, record=record)
             losses += self._run_equal(size, len(same), inputs[span], targets[span], loss)
-        return torch.stack(losses) if losses else torch.zeros(len(bounds), dtype=self._dtype, device=self.device)
+        if record is not None and not self.is_last:
+            for _ in bounds:
+                record.add_nothing(self.device)
+        total = torch.stack(losses).sum() if losses else torch.zeros((), dtype=self._dtype, device=self.device)
+        return self.sum_loss(total)
 
     def _run_equal(self, size: int, count: int, inputs: Tensor, targets: Tensor, loss: MicroLoss) -> list[Tensor]:
         """Micro-batches of one size: torch's schedules keep to the shapes of the first."""
@@ -236,15 +236,12 @@ class Pipeline(Owned, Member):
             )
         return self._schedules[size, count]
 
-    def mean_loss(self, loss: Tensor) -> Tensor:
-        return self.summed_loss(loss)
-
     # -- evaluation
 
     def _evaluate(self, inputs: Tensor) -> Tensor:
         """The model's outputs, on all ranks; no graph."""
         whole = any(isinstance(m, _BatchNorm) and m.training for m in self._model.modules())  # statistics of the batch
-        number = 1 if whole else min(self.in_flight, len(inputs))
+        number = 1 if whole else min(self.micro_batches_in_flight, len(inputs))
         outputs, sent = [], []
         with torch.no_grad():
             for part in inputs.tensor_split(number):
@@ -265,10 +262,22 @@ class Pipeline(Owned, Member):
             distributed.broadcast(found, self.processes - 1)
         return found
 
-    # -- sums
+    def sum_over_ranks(self, values: Sequence[float]) -> Sequence[float]:
+        return self.group.sum(values if self.is_last else [0.0] * len(values))
 
-    def total(self, values: Sequence[float]) -> Sequence[float]:
-        return self.group.total(values if self.is_last else [0.0] * len(values))
+    # -- state: each rank holds some layers
+
+    def full_state(self, state: T) -> T:
+        return shards.owned_full_state(state, self.group)
+
+    def load_model(self, model: nn.Module, state: Mapping[str, Any], *, strict: bool = True) -> None:
+        shards.load_owned_model(model, state, strict=strict)
+
+    def load_optimizer(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+        shards.load_owned_optimizer(optimizer, state)
+
+    def norm(self, tensors: Sequence[Tensor]) -> Tensor:
+        return shards.owned_norm(tensors, self.group, self.device)
 
 
 class Stage(nn.Module):

@@ -1,13 +1,18 @@
-"""Tensors that are cut over processes (DTensors), and plain ones: what is asked of both alike.
+"""States and norms of models that are spread over processes: as DTensors, or layer by layer.
 
-Nothing here imports torch's DTensor unless there is one: it takes a while.
+The first half treats plain tensors and DTensors alike, and imports torch's DTensor only where there is one, because
+the import is slow. The second half is for modes in which each rank holds some layers and the others are on the meta
+device: every rank knows all parameters by name and order.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
+
+if TYPE_CHECKING:
+    from dlopt.parallel.process_group import Group
 
 T = TypeVar("T")
 
@@ -24,15 +29,15 @@ def local(tensor: Tensor) -> Tensor:
     return own
 
 
-def whole(state: T) -> T:
+def full_state(state: T) -> T:
     """A state (nested dicts and lists) with whole tensors on every process. All processes have to join."""
     found: Any = state
     if is_cut(state):
         found = state.full_tensor()  # type: ignore[attr-defined]
     elif isinstance(state, dict):
-        found = {key: whole(value) for key, value in state.items()}
+        found = {key: full_state(value) for key, value in state.items()}
     elif isinstance(state, list):
-        found = [whole(value) for value in state]
+        found = [full_state(value) for value in state]
     return found
 
 
@@ -106,11 +111,56 @@ def _summed(values: Tensor, sharing: Sequence[tuple[Any, int, int]]) -> Tensor:
     return values
 
 
-class Cut:
-    """See `dlopt.parallel.single.Whole`: for modes whose parameters are DTensors."""
+# -- layers on different ranks
 
-    splits: Literal["nothing", "tensors", "layers"] = "tensors"
-    gathered = staticmethod(whole)
-    load_model = staticmethod(load_model)
-    load_optimizer = staticmethod(load_optimizer)
-    norm = staticmethod(total_norm)
+
+def owned_norm(tensors: Sequence[Tensor], group: "Group", device: torch.device, *, is_copy: bool = False) -> Tensor:
+    """Returns the 2-norm of all ranks' tensors taken as one vector.
+
+    `is_copy`: another rank holds the same layers, which count once.
+    """
+    own = [] if is_copy else [tensor for tensor in tensors if not tensor.is_meta]
+    norm = torch.nn.utils.get_total_norm(own) if own else torch.zeros((), device=device)
+    return torch.linalg.vector_norm(group.gathered(norm.to(device=device, dtype=torch.float64).reshape(1)))
+
+
+def owned_full_state(state: T, group: "Group", *, is_copy: bool = False) -> T:
+    """Returns, on rank 0, the state with the tensors of all ranks. All ranks call this together."""
+    states: list[Any] | None = [None] * group.size if group.rank == 0 else None
+    distributed.gather_object(None if is_copy else _on_cpu(state), states, dst=0)
+    for other in (states or [])[1:]:
+        state = state if other is None else _merged(state, other)
+    return state
+
+
+def load_owned_model(model: nn.Module, state: Mapping[str, Any], *, strict: bool = True) -> None:
+    """Loads the tensors that this rank holds."""
+    own = model.state_dict()
+    part = {name: own[name] if name in own and own[name].is_meta else value for name, value in state.items()}
+    model.load_state_dict(part, strict=strict)
+
+
+def load_owned_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """The same for an optimizer's state."""
+    own: set[int] = set()
+    for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True):
+        own |= {n for n, p in zip(saved["params"], group["params"], strict=True) if not p.is_meta}
+    optimizer.load_state_dict({**state, "state": {n: v for n, v in state["state"].items() if n in own}})
+
+
+def _on_cpu(state: Any) -> Any:
+    if isinstance(state, Tensor):
+        return state if state.is_meta else state.cpu()
+    if isinstance(state, dict):
+        return {key: _on_cpu(value) for key, value in state.items()}
+    return [_on_cpu(value) for value in state] if isinstance(state, list) else state
+
+
+def _merged(state: Any, other: Any) -> Any:
+    """`state` with what only `other` has."""
+    if isinstance(state, dict):
+        both = {key: _merged(value, other[key]) if key in other else value for key, value in state.items()}
+        both.update((key, value) for key, value in other.items() if key not in state)
+        numbered = all(isinstance(key, int) for key in both)  # an optimizer's parameters, in their order
+        return {key: both[key] for key in (sorted(both) if numbered else both)}
+    return other if isinstance(state, Tensor) and state.is_meta else state

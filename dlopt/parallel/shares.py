@@ -48,6 +48,12 @@ def pieces(total: int, accumulate: int, rank: int, ranks: int) -> list[slice]:
     return [cut(start, stop, rank, ranks) for start, stop in micro_batches(total, accumulate)]
 
 
+def positions(total: int, accumulate: int, rank: int, ranks: int) -> slice | Tensor:
+    """Returns the same as one index."""
+    own = pieces(total, accumulate, rank, ranks)
+    return own[0] if len(own) == 1 else torch.cat([torch.arange(piece.start, piece.stop) for piece in own])
+
+
 def portions(total: int, accumulate: int, rank: int, ranks: int) -> list[Portion]:
     """The same, as positions in the micro-batch."""
     bounds = micro_batches(total, accumulate)

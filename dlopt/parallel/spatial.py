@@ -17,11 +17,11 @@ from dlopt.errors import UserError
 from dlopt.models.layers import ACTIVATIONS, GlobalAveragePool
 from dlopt.models.locally_connected import LocallyConnected2d
 from dlopt.models.resnet import ZeroPadShortcut
-from dlopt.parallel.collectives import Ranks
-from dlopt.parallel.cuts import Cut
+from dlopt.parallel.collectives import Cut, Ranks
 from dlopt.parallel.filter import Splitter, is_chain, named, take
-from dlopt.parallel.group import Meeting, join
+from dlopt.parallel.mode import Mode
 from dlopt.parallel.model_parallel import ModelParallel, Plan, check_precision
+from dlopt.parallel.process_group import ProcessKeys, join
 from dlopt.parallel.rows import (
     RowAveragePool,
     RowBatchNorm2d,
@@ -34,7 +34,6 @@ from dlopt.parallel.rows import (
     gathered_rows,
     strips,
 )
-from dlopt.parallel.single import Single
 from dlopt.parallel.split_layers import PROJECTED, InputSplitLinear, become, before
 
 Layout = Literal["images", "rows", "strips", "whole", "split"]
@@ -225,11 +224,11 @@ def spatial(
     device: torch.device,
     accumulate: int,
     precision: str,
-    **meeting: Unpack[Meeting],
-) -> "Single | ModelParallel":
-    """The mode for this process, which joins its group. Raises `UserError` where the set-up cannot work."""
+    **keys: Unpack[ProcessKeys],
+) -> Mode:
+    """Builds the mode of this process, which joins its group. Raises `UserError` where the keys do not fit together."""
     check_precision("spatial", precision)
-    joined = join("spatial", device, **meeting)
+    joined = join("spatial", device, **keys)
     if joined is None:
-        return Single(device, "spatial")
+        return Mode(device, "spatial")
     return ModelParallel("spatial", *joined, accumulate=accumulate, split=split_rows, rows=1, sync=True)

@@ -1,5 +1,7 @@
-"""Batch norm over the batches of all ranks, on CPUs, where torch's SyncBatchNorm refuses to train."""
+"""Batch norm across ranks: over the global batch (on CPUs, too, where torch's SyncBatchNorm cannot train), or with
+running statistics that are averaged."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,6 +9,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dlopt.errors import UserError
+from dlopt.parallel.shards import local
 
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -136,3 +139,31 @@ def synchronize(module: nn.Module, device: torch.device, group: distributed.Proc
             if type(child) in _PLAIN:
                 assert isinstance(child, _BatchNorm)
                 parent._modules[name] = replaced.setdefault(child, SyncBatchNorm(child, group))
+
+
+def buffer_averaging(
+    model: nn.Module, size: int, group: distributed.ProcessGroup | None = None
+) -> Callable[[], None] | None:
+    """Returns a hook that averages the running statistics of unsynchronized batch norms over the `size` processes of
+    the group; None where there are none.
+
+    Call it after every update. The statistics are linear in those of the batches, so averaging them less often would
+    change them by rounding only; but then a run that was interrupted between two averages would differ from one that
+    was not. (DistributedDataParallel's default is to broadcast rank 0's statistics before each forward.)
+    """
+    synchronized = (SyncBatchNorm, nn.SyncBatchNorm)
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and not isinstance(m, synchronized)]
+    both = [b for norm in norms if norm.track_running_stats for b in (norm.running_mean, norm.running_var)]
+    buffers = [local(b) for b in both if b is not None]
+    if not buffers or size == 1:
+        return None
+    sizes = [b.numel() for b in buffers]
+
+    @torch.no_grad()
+    def average() -> None:
+        flat = torch.cat(buffers)
+        distributed.all_reduce(flat, group=group)
+        flat /= size
+        torch._foreach_copy_(buffers, flat.split(sizes))
+
+    return average

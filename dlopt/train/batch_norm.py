@@ -112,9 +112,9 @@ def check_single_values(setup: Setup) -> None:
     data = setup.experiment.data_settings
     count = len(setup.dataset.train)
     batch_size = count if data.batch_size == "full" else min(data.batch_size, count)
-    cuts = max(setup.experiment.settings.accumulate, setup.parallel.in_flight)
+    cuts = max(setup.experiment.settings.accumulate, setup.parallel.micro_batches_in_flight)
     smallest = _smallest_part(count, batch_size, cuts, data.drop_last)
-    shares = setup.parallel.norm_shares
+    shares = setup.parallel.batch_norm_shards
     if shares > 1:
         parts = [cut(start, start + smallest, rank, shares) for rank in range(shares) for start in (0, 1)]
         smallest = min(part.stop - part.start for part in parts)
@@ -146,12 +146,12 @@ def check_single_values(setup: Setup) -> None:
     setup.module.train(was_training)
     for handle in handles:
         handle.remove()
-    if single := setup.parallel.everyones(single):  # a rank may have some of the layers
+    if single := setup.parallel.gather_lists(single):  # a rank may have some of the layers
         raise UserError(
             f"data.batch_size={data.batch_size}: {count} training samples leave a (micro-)batch of one, "
             f"which gives the batch norm {single[0]} one value per channel; "
             "use larger batches, data.drop_last=true, model.norm=group"
-            + (", or parallel.sync_batchnorm=true" if setup.parallel.norm_shares > 1 else "")
+            + (", or parallel.sync_batchnorm=true" if setup.parallel.batch_norm_shards > 1 else "")
         )
 
 
@@ -175,7 +175,9 @@ def small_batches(setup: Setup) -> list[str]:
     data, settings = setup.experiment.data_settings, setup.experiment.settings
     count = len(setup.dataset.train)
     size = count if data.batch_size == "full" else min(data.batch_size, count)
-    device_batch = size // setup.parallel.norm_shares // max(settings.accumulate, setup.parallel.in_flight)
+    device_batch = (
+        size // setup.parallel.batch_norm_shards // max(settings.accumulate, setup.parallel.micro_batches_in_flight)
+    )
     if device_batch >= SMALL_NORM_BATCH or not any(isinstance(m, _BatchNorm) for m in setup.module.modules()):
         return []
     return [

@@ -1,7 +1,7 @@
 """Data, normalization and model of an experiment, on their device: what training and testing have in common."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,12 @@ from dlopt.augment.crop import CentreCrop
 from dlopt.config.experiment import Experiment
 from dlopt.data import statistics
 from dlopt.data.batches import Batches
+from dlopt.data.samplers import Attentive
 from dlopt.data.samples import Dataset, Samples
 from dlopt.data.splits import prepare
 from dlopt.errors import UserError
-from dlopt.parallel.single import Single
+from dlopt.parallel.mode import Mode
+from dlopt.parallel.shard_files import ShardWriter
 from dlopt.parallel.world import current
 from dlopt.parameters import freeze
 from dlopt.processor import choose_device, keep_freed_memory, set_threads
@@ -24,6 +26,7 @@ from dlopt.random import generator, stream
 from dlopt.train import checkpoint, rng, speed
 from dlopt.train.precision import Precision, choose_precision
 from dlopt.train.rng import AUGMENTATION, ORDER, SCHEME, WEIGHTS
+from dlopt.train.step import Network
 
 
 @dataclass
@@ -31,7 +34,7 @@ class Setup:
     """Data, normalization and model on their device."""
 
     experiment: Experiment
-    parallel: Any
+    parallel: Mode
     precision: Precision
     dataset: Dataset
     normalize: nn.Module
@@ -51,12 +54,21 @@ class Setup:
     def classify(self) -> bool:
         return self.dataset.classes is not None
 
+    @property
+    def network(self) -> Network:
+        return Network(self.module, self.model, self.loss)
 
-def parallel_of(experiment: Experiment) -> Any:
-    """The mode of parallelism, in whose group this process then is. Raises `UserError`."""
+    def with_lr(self, lr: float) -> "Setup":
+        """Replaces optimizer.lr=auto by a learning rate."""
+        optimizer = self.experiment.optimizer.partial(lr=lr)
+        return replace(self, experiment=replace(self.experiment, optimizer=optimizer, auto_lr=False))
+
+
+def parallel_of(experiment: Experiment) -> Mode:
+    """Builds the parallel mode; this process joins its group. Raises `UserError`."""
     settings = experiment.settings
     device = choose_device(settings.device)
-    mode = experiment.parallel.build(
+    mode: Mode = experiment.parallel.build(
         device=device,
         accumulate=settings.accumulate,
         batch_size=experiment.data_settings.batch_size,
@@ -72,14 +84,16 @@ def parallel_of(experiment: Experiment) -> Any:
     return mode
 
 
-def set_up(experiment: Experiment, normalization: Mapping[str, Any] | None = None, *, parallel: Any = None) -> Setup:
+def set_up(
+    experiment: Experiment, normalization: Mapping[str, Any] | None = None, *, parallel: Mode | None = None
+) -> Setup:
     """Reads the data and builds the model.
 
     `normalization`: a checkpoint's; None: computed on the training split. `parallel`: see `parallel_of`; None: one
     process, whatever the experiment says.
     """
     settings = experiment.settings
-    parallel = Single(choose_device(settings.device)) if parallel is None else parallel
+    parallel = Mode(choose_device(settings.device)) if parallel is None else parallel
     set_threads(settings.threads, parallel.local_processes)
     keep_freed_memory()
     torch.use_deterministic_algorithms(settings.deterministic)
@@ -185,17 +199,17 @@ def _first_inputs(samples: Samples, normalize: nn.Module, shape: tuple[int, ...]
     return normalized.float().cpu()
 
 
-def load_weights(module: nn.Module, path: Path, load: Callable[..., None] = Single.load_model) -> list[str]:
+def load_weights(module: nn.Module, path: Path, mode: Mode | None = None) -> list[str]:
     """Starts from the weights of a checkpoint, or of a file with nothing but weights. Returns lines for the user.
 
     Weights whose name or shape the model does not have (another head, for other classes) are left out and listed.
-    `load`: a mode's `load_model`. Raises `UserError` when nothing fits.
+    `mode`: loads them on all ranks. Raises `UserError` when nothing fits.
     """
     state, own = checkpoint.load_weights(path), module.state_dict()
     fitting = {name: value for name, value in state.items() if name in own and own[name].shape == value.shape}
     if not any(name in fitting for name, _ in module.named_parameters()):
         raise UserError(f"init_from={path}: none of its {len(state)} weights fits this model by name and shape")
-    load(module, fitting, strict=False)
+    (mode or Mode(torch.device("cpu"))).load_model(module, fitting, strict=False)
     fresh = [name for name in own if name not in fitting]
     unused = [name for name in state if name not in fitting]
     lines = [f"weights from {path}: {len(fitting)} of {len(own)} tensors loaded"]
@@ -220,7 +234,7 @@ def training_batches(setup: Setup) -> Batches:
     )
     drop_last = experiment.data_settings.drop_last
     seed = stream(settings.augmentation_seed, AUGMENTATION)
-    augment, share = setup.parallel.augmented(setup.augment), setup.parallel.share
+    augment, share = setup.parallel.shard_augmentation(setup.augment), setup.parallel.batch_shard
     return _batches(
         setup,
         dataset.train,
@@ -241,7 +255,7 @@ def evaluation_batches(setup: Setup, samples: Samples, *, shared: bool = True) -
     `shared`: each process has its part of them; else each has all.
     """
     shape = samples.shape if setup.augment is None else setup.augment.output_shape
-    share = setup.parallel.share_evaluation if shared else None
+    share = setup.parallel.evaluation_shard if shared else None
     size = setup.experiment.data_settings.batch_size
     if shared and setup.device.type == "cuda" and setup.dataset.in_memory and size != "full":
         size = max(size, _EVALUATED_AT_ONCE)
@@ -261,3 +275,45 @@ def _batches(setup: Setup, samples: Samples, **training: Any) -> Batches:
         dtype=setup.precision.dtype,
         **training,
     )
+
+
+# -- where processes and samplers set conditions
+
+
+_SHARDED_FROM = 100_000_000  # parameters: one process gathers and writes fewer in no time
+
+
+def checkpoint_writer(setup: Setup) -> ShardWriter | None:
+    """Returns what writes the shards of all ranks; None: the main rank writes everything. Raises `UserError`."""
+    sharded, mode = setup.experiment.settings.checkpoint.sharded, setup.parallel
+    writer = mode.checkpoint_writer()
+    if writer is None:
+        if sharded is True:
+            why = "one process has it all" if mode.processes == 1 else f"parallel={mode.name} writes one file"
+            raise UserError(
+                f"checkpoint.sharded=true: {why}; use parallel=fsdp with several processes, or checkpoint.sharded=auto"
+            )
+        return None
+    if sharded == "auto":
+        sharded = sum(p.numel() for p in setup.module.parameters()) >= _SHARDED_FROM
+    return writer if sharded else None
+
+
+def loss_aware_sampler(setup: Setup, batches: Batches) -> Attentive | None:
+    """Returns the sampler of `batches` where its order follows the samples' losses. Raises `UserError`."""
+    sampler, experiment, mode = batches.sampler, setup.experiment, setup.parallel
+    if not isinstance(sampler, Attentive):
+        return None
+    name = experiment.sampler.target.__name__
+    if not mode.supports_loss_aware_samplers:
+        raise UserError(
+            f"sampler={name}: its order follows the samples' losses, which processes of parallel={mode.name} do not "
+            "tell each other; use parallel=ddp or another sampler"
+        )
+    if experiment.settings.on_divergence == "skip":
+        raise UserError(
+            f"on_divergence=skip: sampler={name} learns from the losses of every update; "
+            "use on_divergence=rollback or another sampler"
+        )
+    sampler.maximum = mode.maximum_over_ranks
+    return sampler

@@ -1,7 +1,7 @@
-"""Updates by replay of a CUDA graph: small models at small batches are bound by launching kernels one by one."""
+"""Updates replayed from a CUDA graph: small models at small batches are bound by launching kernels one by one."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -9,175 +9,169 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dlopt.graphs import Recorder, Replayed
-from dlopt.train.step import Closure, Update
+from dlopt.parallel.mode import Mode
+from dlopt.schedules import Scheduler
+from dlopt.train.metrics import Sums
+from dlopt.train.precision import Precision
+from dlopt.train.step import Step, StepSettings
 
-Part = tuple[Tensor, Tensor, Tensor]  # of a (micro-)batch: loss, outputs, targets
-
-_OPTIMIZERS = ("SGD", "Adam", "AdamW")  # of torch.optim, with one kernel for all (fused)
-_RECURRENT = nn.RNNBase  # cuDNN keeps states of its own
+_FUSED_OPTIMIZERS = ("SGD", "Adam", "AdamW")  # of torch.optim, with one kernel for all parameters
 
 
-def obstacle(module: nn.Module, update: Update, *, device: torch.device, processes: int) -> str | None:
-    """Why an update cannot be recorded, in words; None: nothing stands against it.
+def obstacle(
+    module: nn.Module,
+    optimizer: Optimizer,
+    schedule: Scheduler,
+    mode: Mode,
+    settings: StepSettings,
+    *,
+    precision: Precision,
+    observed: bool = False,
+) -> str | None:
+    """Why updates cannot be captured, in words; None: they can.
 
-    What is recorded must not depend on the numbers in it, must not wait for the device, and must not change from step
-    to step but for tensors and seeds. torch's and dlopt's layers are like that; of others one cannot know.
+    A captured update must not depend on the values in it, must not wait for the device, and must not change from step
+    to step but for tensors and seeds. torch's and dlopt's layers are like that; other layers may not be.
     """
-    closure, optimizer = update.closure, update.optimizer
-    if device.type != "cuda":
-        return f"there are none on {device.type}"
-    if processes > 1:
+    if mode.device.type != "cuda":
+        return f"there are none on {mode.device.type}"
+    if mode.processes > 1:
         return "several processes meet within an update"
-    if type(closure) is not Closure or type(update) is not GraphedUpdate:
+    if observed:
         return "diagnostics or a profile look into the updates"
-    if not update.once or not _is_capturable(optimizer):
+    if not settings.evaluates_once or not _is_capturable(optimizer):
         return f"{type(optimizer).__name__} decides on the host"
-    if closure.scaler is not None:
+    if precision.name == "fp16":
         return "the loss scale of precision=fp16 is decided on the host"
-    if update.watch.at_once:
+    if settings.check_now:
         return "check=step and on_divergence=skip look at every update before it is made"
-    if closure.halves:
+    if settings.halve_on_out_of_memory:
         return "on_out_of_memory=halve may change the micro-batches"
-    if getattr(update.schedule, "cycles_momentum", False):
+    if schedule.cycles_momentum:
         return "the schedule changes the momentum"
     for layer in module.modules():
         known = type(layer).__module__.startswith(("torch.nn.", "dlopt.models."))
-        if not known or isinstance(layer, _RECURRENT):
+        if not known or isinstance(layer, nn.RNNBase):  # cuDNN keeps states of its own
             return f"of {type(layer).__name__} it is not known whether it decides on the host"
     return None
 
 
 def _is_capturable(optimizer: Optimizer) -> bool:
-    if getattr(optimizer, "capturable", False):  # dlopt's own say so
+    if getattr(optimizer, "capturable", False):  # dlopt's own optimizers declare it
         return True
-    torchs = type(optimizer).__module__.startswith("torch.") and type(optimizer).__name__ in _OPTIMIZERS
+    torchs = type(optimizer).__module__.startswith("torch.") and type(optimizer).__name__ in _FUSED_OPTIMIZERS
     return torchs and all(group.get("fused") for group in optimizer.param_groups)
 
 
-class GraphedUpdate(Update):
-    """An update that, once `use` is called, is recorded after some runs and replayed from then on.
-
-    Forward, backward, clipping, the optimizer's step and `inside` (weight averaging) are one graph for full batches;
-    others, such as an epoch's smaller last one, are run as they are. Learning rates become tensors, which the schedule
-    fills; dropout is seeded before each replay, so that its draws are what they are without a graph.
+@dataclass(frozen=True)
+class Capture:
+    """
+    size: samples of the batches whose updates are captured; others, such as an epoch's last one, run uncaptured.
+    log_norm: capture the norm of the gradient as well, for logging.
+    inside: those of the step's `after` that belong into the graph (weight averaging).
     """
 
-    def __init__(self, *arguments: Any, inside: Sequence[Callable[[], None]] = (), **keys: Any) -> None:
-        """`inside` come after the optimizer's step and before the schedule's; the rest as for `Update`."""
-        super().__init__(*arguments, **keys)
-        self.inside = inside
-        self._replayed: Replayed[_Results] | None = None
+    recorder: Recorder
+    size: int
+    log_norm: bool = False
+    inside: Sequence[Callable[[], None]] = ()
 
-    def use(self, recorder: Recorder, size: int, *, norm: bool) -> None:
-        """Records updates of batches of `size` samples from here on; `norm`: with the gradients' norm, for logging."""
-        optimizer, device = self.optimizer, self.closure.parameters[0].device
-        self._replayed = Replayed("the update", self._work, recorder)
-        self._size, self._norm = size, norm
-        self._batch: tuple[Tensor, Tensor] | None = None  # where the recorded update reads its inputs and targets
+
+class GraphedStep(Step):
+    """A step that runs a few updates as they are, then captures one, and replays it from there on.
+
+    Forward, backward, clipping, the optimizer's update and `Capture.inside` are one graph. A graph reads and writes
+    fixed memory, and none of its Python runs again. Therefore: a batch is copied to where the captured update reads it;
+    learning rates are tensors, which the schedule fills in place; dropout is seeded before each replay, so that its
+    draws are those of a step without a graph; losses and outputs are cloned before the next replay overwrites them.
+    """
+
+    def __init__(self, *arguments: Any, capture: Capture, **keys: Any) -> None:
+        super().__init__(*arguments, **keys)
+        device = self.parameters[0].device
+        self._capture = capture
+        self._outside = [follow for follow in self.after if follow not in capture.inside]
+        self._replayed = Replayed("the update", self._work, capture.recorder)
+        self._static: tuple[Tensor, Tensor] | None = None  # the inputs and targets that the graph reads
         self._flag = torch.zeros((), device=device)  # whether a gradient was not finite
         self._frozen = 0
-        self._rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
-        self._restore(optimizer)
-        optimizer.register_state_dict_post_hook(_with_plain_rates)
-        optimizer.register_load_state_dict_post_hook(self._restore)
+        self._rates = [torch.zeros((), device=device) for _ in self.optimizer.param_groups]
+        self._restore(self.optimizer)
+        self.optimizer.register_state_dict_post_hook(_with_plain_rates)
+        self.optimizer.register_load_state_dict_post_hook(self._restore)
+
+    def update(self, inputs: Tensor, targets: Tensor, number: int, sums: Sums, *, log_norm: bool = False) -> None:
+        if not self._take(inputs, targets):
+            super().update(inputs, targets, number, sums, log_norm=log_norm)
+            return
+        self.begin(inputs, targets, number, sums, log_norm=log_norm)
+        if self.schedule.frozen != self._frozen:  # other parameters than before require gradients
+            self._frozen = self.schedule.frozen
+            self._replayed.forget()
+        self._seed()
+        results = self._replayed()
+        for part in results.parts:
+            sums.add(*(each.clone() for each in part))
+        self.check.hold(results.loss.clone(), number, self.rate, results.flag.clone())
+        self.norm = results.norm
+        self.schedule.step()
+        for follow in self._outside:
+            follow()
+
+    def _work(self) -> "_Results":
+        """What is captured: the update of the static batch. Seeding and metrics stay on the host."""
+        assert self._static is not None
+        results = _Results(flag=self._flag)
+        self.optimizer.zero_grad()
+        results.loss = self.mode.forward_backward(self, *self._static, results)
+        self._flag.zero_()
+        self.check.find(self._flag)
+        results.norm = self._clip_gradients(self._capture.log_norm)
+        self.optimizer.step()
+        for follow in self._capture.inside:
+            follow()
+        return results
+
+    def _take(self, inputs: Tensor, targets: Tensor) -> bool:
+        """Copies a batch to where the graph reads it; False where it does not fit there."""
+        if self._static is None:
+            if len(targets) != self._capture.size:
+                return False
+            self._static = torch.empty_like(inputs), torch.empty_like(targets)
+        for place, value in zip(self._static, (inputs, targets), strict=True):
+            if place.shape != value.shape or place.dtype != value.dtype:
+                return False
+        self._static[0].copy_(inputs)
+        self._static[1].copy_(targets)
+        return True
 
     def _restore(self, optimizer: Optimizer) -> None:
-        """The learning rates are tensors that stay where they are, also behind a loaded state, which has other tensors
-        than were recorded."""
-        assert self._replayed is not None
+        """Keeps the learning rates in the same tensors, also after a state is loaded. Its tensors are not those that
+        were captured, so that the update is captured anew."""
         for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate.fill_(float(group["lr"]))
             if "capturable" in group:
                 group["capturable"] = True
         self._replayed.forget()
 
-    def _move(self) -> None:
-        closure, replayed = self.closure, self._replayed
-        if replayed is None:
-            self._move_plainly()
-            return
-        self.rate = rate = self.schedule.rate  # type: ignore[attr-defined]  # the tensor will hold the next one's
-        if not self._take(*closure.batch):
-            self._move_plainly()
-            return
-        frozen = self.schedule.frozen  # type: ignore[attr-defined]
-        if frozen != self._frozen:  # other parameters than before ask for gradients
-            self._frozen = frozen
-            replayed.forget()
-        for generator in closure.generators:
-            generator.manual_seed(closure.draws)
-        results = replayed()
-        sums, closure.sums = closure.sums, None
-        assert sums is not None
-        for part in results.parts:
-            sums.add(*(each.clone() for each in part))
-        self.watch.hold(results.loss.clone(), closure.step, rate, results.flag.clone())
-        closure.norm = results.norm
 
-    def _move_plainly(self) -> None:
-        super()._move()
-        for follow in self.inside:
-            follow()
-
-    def _take(self, inputs: Tensor, targets: Tensor) -> bool:
-        """Puts a batch where the recorded update reads it; False where it does not fit there."""
-        if self._batch is None:
-            if len(targets) != self._size:
-                return False
-            self._batch = torch.empty_like(inputs), torch.empty_like(targets)
-        for place, value in zip(self._batch, (inputs, targets), strict=True):
-            if place.shape != value.shape or place.dtype != value.dtype:
-                return False
-        self._batch[0].copy_(inputs)
-        self._batch[1].copy_(targets)
-        return True
-
-    def _work(self) -> "_Results":
-        """The update of the batch in its place. Its losses and outputs are caught instead of counted, and the draws are
-        not seeded in it: both are for the host to do."""
-        closure = self.closure
-        assert self._batch is not None
-        caught = _Caught()
-        kept = {name: getattr(closure, name) for name in ("batch", "sums", "watch", "generators", "norm_wanted")}
-        closure.batch, closure.generators, closure.norm_wanted = self._batch, [], self._norm
-        closure.sums, closure.watch = caught, self._look  # type: ignore[assignment]
-        try:
-            loss = closure()
-            norm = closure.norm
-            self.optimizer.step()
-            for follow in self.inside:
-                follow()
-        finally:
-            for name, value in kept.items():
-                setattr(closure, name, value)
-        return _Results(caught.parts, loss, self._flag, norm)
-
-    def _look(self, loss: Tensor, step: int, rate: object, *, gradients: bool) -> None:
-        self._flag.zero_()
-        self.watch.find(self._flag)
-
-
-@dataclass(frozen=True)
+@dataclass
 class _Results:
-    """Tensors that every replay writes anew."""
+    """Tensors that every replay overwrites. Records the losses and outputs of the micro-batches in place of `Sums`."""
 
-    parts: list[Part]
-    loss: Tensor
     flag: Tensor
-    norm: Tensor | None
-
-
-class _Caught:
-    """Stands where `Sums` stands."""
-
-    def __init__(self) -> None:
-        self.parts: list[Part] = []
+    parts: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)  # loss, outputs, targets
+    norm: Tensor | None = None
+    loss: Tensor = field(init=False)
 
     def add(self, loss: Tensor, outputs: Tensor, targets: Tensor) -> None:
         self.parts.append((loss, outputs, targets))
 
+    def add_nothing(self, device: torch.device) -> None:
+        raise AssertionError("one process has samples of every micro-batch")
+
 
 def _with_plain_rates(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """A saved state has numbers for learning rates, as any other run's has."""
+    """A saved state holds learning rates as numbers, like that of any other run."""
     for group in state["param_groups"]:
         group["lr"] = float(group["lr"])

@@ -156,7 +156,7 @@ Validate = Callable[[Interruption], dict[str, float] | None]
 
 def reduction(setup: Setup) -> Reduce | None:
     """How sums over a batch become those over all processes' parts of it."""
-    return setup.parallel.total if setup.parallel.processes > 1 else None
+    return setup.parallel.sum_over_ranks if setup.parallel.processes > 1 else None
 
 
 def validation(
@@ -192,7 +192,7 @@ def validation(
                 setup.loss,
                 classify=setup.classify,
                 prefix="val",
-                interruption=setup.parallel.polled(interruption),
+                interruption=setup.parallel.evaluation_stop(interruption),
                 reduce=reduction(setup),
                 more=further and further(),
             )

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dlopt.errors import RunError
+from dlopt.parallel.mode import Mode
 from dlopt.parallel.shards import local
 from dlopt.train.clipping import Norm
 
@@ -28,7 +29,7 @@ class Diverged(RunError):
         self.before_update = before_update
 
 
-class Watch:
+class NonFiniteCheck:
     """Looks for NaN and infinity in the losses and in the reduced gradients of all updates.
 
     `at_once`: in each update, before the weights move: cheap on a CPU, a synchronization on a GPU. Otherwise one flag
@@ -132,7 +133,7 @@ def _told(value: float, step: int, rate: float, where: str) -> str:
 def check_weights(module: nn.Module, step: int, rate: float, norm: Norm | None = None) -> None:
     """Raises `Diverged` when a weight is not finite, which no finite loss tells of. Waits for the device.
 
-    `norm`: see `Watch`.
+    `norm`: see `NonFiniteCheck`.
     """
     parameters = [p.detach() for p in module.parameters()]
     fine = is_finite(parameters) if norm is None else bool(norm(parameters).isfinite())
@@ -167,6 +168,57 @@ def first_bad_gradient(module: nn.Module) -> str | None:
 
 def describe(name: str, layer: nn.Module) -> str:
     return f"{name or 'the model'} ({type(layer).__name__})"
+
+
+def locate(
+    module: nn.Module, inputs: Tensor, mode: Mode, forward: Callable[[], object], *, loss_is_finite: bool
+) -> str:
+    """Names the first layer that is not finite, in words, after an evaluation that was not. All ranks call this.
+
+    `forward` runs the evaluation's forward pass again.
+    """
+    if mode.sharding != "replicated":
+        return f"first on rank {mode.rank}: {first_bad_weight(module) or first_bad_gradient(module)}"
+    if mode.processes > 1:
+        return _locate_on_ranks(module, inputs, mode, loss_is_finite)
+    if weight := first_bad_weight(module):
+        return f"first: the weights {weight}"
+    if loss_is_finite:
+        return f"first in the backward pass: {first_bad_gradient(module)}"
+    if not is_finite([inputs]):
+        return "the inputs are not finite"
+    output = first_bad_output(module, forward)
+    return "first: the loss itself" if output is None else f"first: the output of {output}"
+
+
+def _locate_on_ranks(module: nn.Module, inputs: Tensor, mode: Mode, loss_is_finite: bool) -> str:
+    """Every rank checks its own samples; the first rank with a finding is reported by all.
+
+    Findings travel as numbers: positions in a list of texts that is the same on all ranks.
+    """
+    weights = [name for name, _ in module.named_parameters()]
+    layers = [describe(name, layer) for name, layer in module.named_modules()]
+    texts = [*(f"the weights {each}" for each in weights), *(f"the gradient of {each}" for each in weights)]
+    texts += ["the inputs", *(f"the output of {each}" for each in layers)]
+    finding = _find(module, inputs, loss_is_finite)
+    codes = [0.0] * mode.processes
+    codes[mode.rank] = 0.0 if finding is None else 1.0 + texts.index(finding)
+    rank, code = next(((r, c) for r, c in enumerate(mode.sum_over_ranks(codes)) if c), (0, 0.0))
+    return f"first on rank {rank}: {texts[round(code) - 1]}" if code else "first: the loss itself"
+
+
+def _find(module: nn.Module, inputs: Tensor, loss_is_finite: bool) -> str | None:
+    if weight := first_bad_weight(module):
+        return f"the weights {weight}"
+    if loss_is_finite:
+        return f"the gradient of {first_bad_gradient(module)}"
+    if not len(inputs) or not is_finite([inputs]):
+        return "the inputs" if len(inputs) else None
+    was_training = module.training
+    module.eval()  # in training mode, layers may communicate with other ranks
+    output = first_bad_output(module, lambda: module(inputs))
+    module.train(was_training)
+    return None if output is None else f"the output of {output}"
 
 
 @torch.no_grad()

@@ -1,18 +1,30 @@
-"""The optimizer of an experiment over the parameters of its model."""
+"""Optimizer, schedule and step of an experiment."""
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
+from dlopt import schedules
 from dlopt.config.experiment import Experiment
 from dlopt.config.schema import Component
 from dlopt.errors import UserError
+from dlopt.graphs import CudaRecorder
+from dlopt.parallel.mode import Mode
 from dlopt.parallel.shards import is_cut
 from dlopt.parameters import parameter_groups
+from dlopt.random import stream
+from dlopt.schedules import Scheduler
+from dlopt.train import cuda_graphs, rng
+from dlopt.train.averaging import ExponentialAverage
 from dlopt.train.build import Setup
+from dlopt.train.cuda_graphs import Capture, GraphedStep
+from dlopt.train.nonfinite import Diverged
+from dlopt.train.progress import Length
+from dlopt.train.step import Network, Observer, Step, StepSettings
+from dlopt.train.stopping import Stopping
 
 
 def optimizer_of(setup: Setup) -> torch.optim.Optimizer:
@@ -82,17 +94,17 @@ def _is_alike(tensor: Tensor, parameter: Tensor) -> bool:
 _NOT_ELEMENTWISE = ("Adafactor", "LBFGS", "Muon")  # of torch.optim, which does not say so
 
 
-def check_optimizer(parallel: Any, optimizer: torch.optim.Optimizer) -> None:
+def check_optimizer(parallel: Mode, optimizer: torch.optim.Optimizer) -> None:
     """Raises `UserError` where an update needs more of the model at once than a rank has of it."""
     kind = type(optimizer)
     name = f"parallel={parallel.name}: {kind.__name__}"
     others = "use parallel=ddp or an optimizer that works element by element (sgd, adamw, ...)"
     is_torchs = kind.__module__.startswith("torch.")
     alone = getattr(kind, "elementwise", not (is_torchs and kind.__name__ in _NOT_ELEMENTWISE))
-    if parallel.splits == "tensors" and not alone:
+    if parallel.sharding == "tensors" and not alone:
         raise UserError(f"{name} needs whole tensors or the whole model for an update, and ranks have parts; {others}")
     many = getattr(optimizer, "evaluations", "many" if isinstance(optimizer, torch.optim.LBFGS) else "once") == "many"
-    if parallel.splits == "layers" and many:
+    if parallel.sharding == "layers" and many:
         raise UserError(f"{name} looks at all layers at once for an update, and each rank has some of them; {others}")
 
 
@@ -112,3 +124,76 @@ def evaluations(setup: Setup, optimizer: torch.optim.Optimizer) -> str:
             "which loss scaling cannot follow; use precision=bf16 or fp32"
         )
     return declared
+
+
+def build_schedule(setup: Setup, optimizer: Optimizer, length: Length) -> Scheduler:
+    experiment = setup.experiment
+    factor = schedules.build(
+        experiment.schedule.build, experiment.warmup, steps=length.horizon, steps_per_epoch=length.steps_per_epoch
+    )
+    return Scheduler(optimizer, factor, freezes=setup.parallel.processes == 1)
+
+
+def build_step(
+    setup: Setup,
+    network: Network,
+    optimizer: Optimizer,
+    schedule: Scheduler,
+    *,
+    average: ExponentialAverage | None,
+    stopping: Stopping,
+    skip: Callable[[Diverged], bool] | None,
+    observers: Sequence[Observer],
+    checks: bool,
+    batch_size: int,
+) -> tuple[Step, str | None]:
+    """Returns the step, and why it is not replayed from a CUDA graph; None: it is. Raises `UserError`."""
+    settings, mode, device = setup.experiment.settings, setup.parallel, setup.device
+    halves = settings.on_out_of_memory == "halve"
+    if halves and mode.processes > 1:
+        raise UserError(
+            f"on_out_of_memory=halve: not with {mode.processes} processes, which would have to cut their "
+            "batches at the same time; set accumulate instead"
+        )
+    check_now = device.type == "cpu" or settings.check == "step" or settings.on_divergence == "skip"
+    step_settings = StepSettings(
+        accumulate=settings.accumulate,
+        seed=stream(settings.augmentation_seed, rng.DROPOUT),
+        evaluates_once=evaluations(setup, optimizer) == "once",
+        check_now=checks and check_now,
+        halve_on_out_of_memory=halves,
+    )
+    observed = bool(settings.diagnostics or settings.profile)
+    reason = cuda_graphs.obstacle(
+        setup.module, optimizer, schedule, mode, step_settings, precision=setup.precision, observed=observed
+    )
+    if reason is not None and settings.cuda_graphs is True:
+        raise UserError(f"cuda_graphs=true: {reason}; use cuda_graphs=auto")
+    average_weights = None if average is None else average.update
+    synchronize = mode.buffer_synchronization(setup.module)
+    after = [each for each in (synchronize, average_weights, getattr(stopping, "after_update", None)) if each]
+    arguments = network, optimizer, schedule, mode, step_settings
+    clip = setup.experiment.clip.build(model=setup.module)
+    common = {"precision": setup.precision, "clip": clip, "after": after, "skip": skip, "observers": observers}
+    if reason is not None or settings.cuda_graphs is False:
+        return Step(*arguments, **common), reason
+    inside = [average_weights] if average_weights else []
+    capture = Capture(CudaRecorder(), batch_size, settings.log_every_steps is not None, inside)
+    return GraphedStep(*arguments, capture=capture, **common), None
+
+
+def snapshot_names(schedule: Scheduler) -> Callable[[int], str | None]:
+    """Returns which numbers of updates end a cycle of the schedule, by the name of the checkpoint that is kept there
+    (Huang et al. 2017, "Snapshot Ensembles")."""
+    ended = schedule.ended_cycle
+    if ended is None:
+        raise UserError(
+            "checkpoint.at_restarts=true: this schedule has no restarts; "
+            "use schedule=cosine_restarts or schedule=cosine_warmup_restarts"
+        )
+
+    def snapshot(step: int) -> str | None:
+        cycle = ended(step - 1)
+        return None if cycle is None else f"restart-{cycle}"
+
+    return snapshot

@@ -3,7 +3,6 @@
 import os
 import shutil
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import nn
@@ -12,14 +11,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from dlopt.config.experiment import Experiment
 from dlopt.errors import UserError
 from dlopt.graphs import CudaRecorder, Recorder
-from dlopt.train.cuda_graphs import GraphedUpdate, obstacle
+from dlopt.parallel.mode import Mode
 from dlopt.train.precision import Precision
-from dlopt.train.step import Update
 
 _WORTH_COMPILING = 3e16  # operations of a run: below these minutes of a GPU, compiling takes longer than it spares
 
 
-def compiles(experiment: Experiment, parallel: Any, module: nn.Module, shape: tuple[int, ...], samples: int) -> str:
+def compiles(experiment: Experiment, parallel: Mode, module: nn.Module, shape: tuple[int, ...], samples: int) -> str:
     """Why the model is not compiled, in words; empty: it is. `samples`: in an epoch.
 
     Raises `UserError` where compile=true cannot be.
@@ -60,19 +58,6 @@ def recorder(experiment: Experiment, device: torch.device) -> Recorder | None:
     settings = experiment.settings
     observed = settings.diagnostics or settings.profile  # these look at single batches
     return CudaRecorder() if device.type == "cuda" and settings.cuda_graphs is not False and not observed else None
-
-
-def record(update: Update, experiment: Experiment, parallel: Any, module: nn.Module, batch_size: int) -> None:
-    """Has the updates recorded where they can be. Raises `UserError` where cuda_graphs=true cannot be."""
-    settings = experiment.settings
-    if settings.cuda_graphs is False:
-        return
-    reason = obstacle(module, update, device=parallel.device, processes=parallel.processes)
-    if reason is None:
-        assert isinstance(update, GraphedUpdate)  # or there was an obstacle
-        update.use(CudaRecorder(), batch_size, norm=settings.log_every_steps is not None)
-    elif settings.cuda_graphs is True:
-        raise UserError(f"cuda_graphs=true: {reason}; use cuda_graphs=auto")
 
 
 def chosen(experiment: Experiment, precision: Precision, uncompiled: str, unrecorded: str | None) -> str:

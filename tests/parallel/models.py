@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from dlopt.parallel.group import Group
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -14,7 +15,6 @@ from dlopt.parallel import world as worlds
 from dlopt.parallel.collectives import Ranks
 from dlopt.parallel.distribution import distribute
 from dlopt.parallel.dropout import Place, make_global
-from dlopt.parallel.group import Group
 from dlopt.parallel.model_parallel import Split, sum_up
 from dlopt.parallel.shards import local
 from dlopt.parallel.shards import whole as whole_of

@@ -1,7 +1,6 @@
 """States of which each process has some entries."""
 
 import torch
-
 from dlopt.parallel.owners import _merged
 
 

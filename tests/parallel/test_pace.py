@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from dlopt.parallel.group import Group
 from torch import nn
 
 from dlopt.parallel import world
-from dlopt.parallel.group import Group
 from dlopt.parallel.pace import Pace, Waiting
 from tests.parallel.ranks import run_ranks
 

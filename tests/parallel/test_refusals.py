@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from dlopt.parallel.group import join
 
 from dlopt.errors import UserError
-from dlopt.parallel.group import join
 from dlopt.parallel.launch import wanted
 from tests.commands.line import SMALL, dlopt, refused
 from tests.parallel.ranks import ROOT

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from dlopt.parallel.group import Group
 from torch import Tensor, nn
 
 from dlopt.config.schema import Component
 from dlopt.errors import UserError
 from dlopt.optim import LBFGS
 from dlopt.parallel.fsdp import FullySharded
-from dlopt.parallel.group import Group
 from dlopt.parallel.shards import Cut, load_model, load_optimizer, local, total_norm, whole
 from dlopt.parallel.world import current
 from dlopt.train.averaging import ExponentialAverage

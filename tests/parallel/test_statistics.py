@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from dlopt.parallel.statistics import averaging
 from torch import nn
 
 from dlopt.parallel import world
-from dlopt.parallel.statistics import averaging
 from dlopt.train.checkpoint import Checkpoints
 from dlopt.train.trainer import Run, train
 from tests.parallel.models import joined

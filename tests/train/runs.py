@@ -16,10 +16,11 @@ import torch
 from dlopt.config.compose import Composer, to_plain
 from dlopt.config.experiment import Experiment
 from dlopt.config.parsing import parse
+from dlopt.job import train
 from dlopt.train import checkpoint
 from dlopt.train.checkpoint import Checkpoints
-from dlopt.train.step import Update
-from dlopt.train.trainer import Run, train
+from dlopt.train.step import Step
+from dlopt.train.trainer import Run
 
 SMALL = [
     "data.subset=120",
@@ -56,15 +57,15 @@ def resume(folder: Path, *overrides: str) -> dict[str, Any]:
 
 @contextmanager
 def at_update(number: int, action: Callable[[], object]) -> Iterator[None]:
-    """Calls `action` behind update `number` (from 1), counted over the whole run."""
-    original = Update.__call__
+    """Calls `action` after update `number` (from 1), counted over the whole run."""
+    original = Step.update
 
-    def update(self: Update, inputs: torch.Tensor, targets: torch.Tensor, step: int, sums: Any) -> None:
-        original(self, inputs, targets, step, sums)
-        if step + 1 == number:
+    def update(self: Step, inputs: torch.Tensor, targets: torch.Tensor, count: int, *others: Any, **keys: Any) -> None:
+        original(self, inputs, targets, count, *others, **keys)
+        if count + 1 == number:
             action()
 
-    with patch.object(Update, "__call__", update):
+    with patch.object(Step, "update", update):
         yield
 
 

@@ -10,13 +10,15 @@ from torch import Tensor, nn
 
 from dlopt.models.airbench import AirBench
 from dlopt.optim import Muon
+from dlopt.parallel.mode import Mode
 from dlopt.schedules import Scheduler
 from dlopt.train.averaging import ExponentialAverage
-from dlopt.train.clipping import ByNorm, Unclipped
-from dlopt.train.cuda_graphs import GraphedUpdate, obstacle
+from dlopt.train.clipping import ByNorm, Clip, Unclipped
+from dlopt.train.cuda_graphs import Capture, GraphedStep, obstacle
 from dlopt.train.metrics import Sums
 from dlopt.train.nonfinite import Diverged
-from dlopt.train.step import Closure, ObservedUpdate, Update
+from dlopt.train.precision import Precision
+from dlopt.train.step import Network, Step, StepSettings
 from tests.recorded import SimulatedRecorder
 
 SIZE = 8
@@ -43,40 +45,46 @@ def batch(number: int, size: int = SIZE) -> tuple[Tensor, Tensor]:
 class Run:
     """Some updates, plain or recorded, and all that they leave."""
 
-    def __init__(self, make: Make, recorder: SimulatedRecorder | None, **closure: Any) -> None:
+    def __init__(
+        self,
+        make: Make,
+        recorder: SimulatedRecorder | None,
+        *,
+        accumulate: int = 1,
+        clip: Clip | None = None,
+        schedule: Callable[[torch.optim.Optimizer], Scheduler] | None = None,
+    ) -> None:
         self.model = net()
         self.optimizer = make(self.model.parameters())
-        self.schedule = Scheduler(self.optimizer, lambda t: 0.5 ** (t // 3))  # exact in single precision
+        # Exact in single precision.
+        self.schedule = (schedule or (lambda each: Scheduler(each, lambda t: 0.5 ** (t // 3))))(self.optimizer)
         self.average = ExponentialAverage(self.model, 0.9)
-        arguments: dict[str, Any] = {
-            "clip": ByNorm(max_norm=1.0), "autocast": lambda function: function, "scaler": None, "accumulate": 1,
-        }  # fmt: skip
-        made = Closure(
-            model=self.model, module=self.model, loss=nn.CrossEntropyLoss(), optimizer=self.optimizer, seed=3,
-            **arguments | closure,
+        average = [self.average.update]
+        arguments: Any = (
+            Network(self.model, self.model, nn.CrossEntropyLoss()), self.optimizer, self.schedule, Mode(CPU),
+            StepSettings(accumulate=accumulate, seed=3, check_now=False),
         )  # fmt: skip
-        keys: dict[str, Any] = {"evaluations": "once", "check_now": False, "after": ()}
-        self.update: Update
-        if recorder is None:
-            self.update = Update(made, self.schedule, **keys | {"after": [self.average.update]})
-        else:
-            graphed = GraphedUpdate(made, self.schedule, inside=[self.average.update], **keys)
-            graphed.use(recorder, SIZE, norm=True)
-            self.update = graphed
+        keys: Any = {
+            "precision": Precision("fp32", CPU), "clip": clip or ByNorm(max_norm=1.0), "after": average,
+        }  # fmt: skip
+        self.step: Step = (
+            Step(*arguments, **keys)
+            if recorder is None
+            else GraphedStep(*arguments, **keys, capture=Capture(recorder, SIZE, log_norm=True, inside=average))
+        )
         self.sums, self.rates = Sums(classify=True), []
 
     def go(self, steps: range, sizes: Callable[[int], int] = lambda step: SIZE) -> "Run":
         for step in steps:
-            self.update.closure.norm_wanted = True
-            self.update(*batch(step, sizes(step)), step, self.sums)
-            self.rates.append(float(self.update.rate))
+            self.step.update(*batch(step, sizes(step)), step, self.sums, log_norm=True)
+            self.rates.append(float(self.step.rate))
         return self
 
     def left(self) -> list[Tensor]:
         tensors = [*self.model.state_dict().values(), *self.average._averages]
-        assert self.update.closure.norm is not None
+        assert self.step.norm is not None
         means = torch.tensor([*self.sums.means("").values(), *self.rates])
-        return [*(each.clone() for each in tensors), means, self.update.closure.norm.clone()]
+        return [*(each.clone() for each in tensors), means, self.step.norm.clone()]
 
 
 def equal(a: Run, b: Run) -> bool:
@@ -130,10 +138,12 @@ def test_parameters_that_rest_are_recorded_anew() -> None:
         return torch.optim.SGD(groups, lr=0.125, momentum=0.5, fused=True)
 
     recorder = SimulatedRecorder()
-    plain, replayed = Run(make, None), Run(make, recorder)
-    for run in (plain, replayed):
-        run.schedule = run.update.schedule = Scheduler(run.optimizer, lambda t: max(1 - t / 16, 0.0), freezes=True)
-        run.go(range(14))
+
+    def schedule(optimizer: torch.optim.Optimizer) -> Scheduler:
+        return Scheduler(optimizer, lambda t: max(1 - t / 16, 0.0), freezes=True)
+
+    plain = Run(make, None, schedule=schedule).go(range(14))
+    replayed = Run(make, recorder, schedule=schedule).go(range(14))
     assert not next(replayed.model.parameters()).requires_grad
     assert recorder.recorded == 2
     assert equal(plain, replayed)
@@ -142,12 +152,12 @@ def test_parameters_that_rest_are_recorded_anew() -> None:
 def test_what_is_not_finite_is_seen_at_the_next_look() -> None:
     recorder = SimulatedRecorder()
     run = Run(OPTIMIZERS["sgd"], recorder, clip=Unclipped()).go(range(6))
-    run.update.check()
+    run.step.check_updates()
     inputs, targets = batch(6)
-    run.update(inputs * float("nan"), targets, 6, run.sums)
+    run.step.update(inputs * float("nan"), targets, 6, run.sums)
     run.go(range(7, 9))
     with pytest.raises(Diverged, match="update 7") as caught:
-        run.update.check()
+        run.step.check_updates()
     assert caught.value.step == 7 and not caught.value.before_update
 
 
@@ -166,65 +176,66 @@ def test_a_model_that_decides_on_the_host_goes_on_without_a_graph(caplog: pytest
     assert recorder.replayed == 0 and "cannot be recorded as a CUDA graph" in caplog.text
 
 
-def graphed(optimizer: Make = OPTIMIZERS["sgd"], model: nn.Module | None = None, **changed: Any) -> GraphedUpdate:
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+def obstacle_of(
+    make: Make = OPTIMIZERS["sgd"],
+    *,
+    model: nn.Module | None = None,
+    mode: Mode | None = None,
+    precision: str = "fp32",
+    observed: bool = False,
+    **settings: Any,
+) -> str | None:
     model = net() if model is None else model
-    closure = Closure(
-        model=model, module=model, loss=nn.CrossEntropyLoss(), optimizer=optimizer(model.parameters()),
-        clip=Unclipped(), autocast=lambda function: function, scaler=changed.pop("scaler", None), accumulate=1, seed=0,
-    )  # fmt: skip
-    schedule = Scheduler(closure.optimizer, lambda t: 1.0)
-    keys: dict[str, Any] = {"evaluations": "once", "check_now": False, "after": (), "kind": GraphedUpdate} | changed
-    kind = keys.pop("kind")
-    made: GraphedUpdate = kind(closure, schedule, **keys)
-    return made
-
-
-CUDA = torch.device("cuda")
+    optimizer = make(model.parameters())
+    return obstacle(
+        model,
+        optimizer,
+        Scheduler(optimizer, lambda t: 1.0),
+        mode or Mode(CUDA),
+        StepSettings(**{"check_now": False, **settings}),
+        precision=Precision(precision, CUDA),
+        observed=observed,
+    )
 
 
 def test_who_is_eligible() -> None:
-    for name in OPTIMIZERS:
-        update = graphed(OPTIMIZERS[name])
-        assert obstacle(update.closure.module, update, device=CUDA, processes=1) is None, name
+    for name, make in OPTIMIZERS.items():
+        assert obstacle_of(make) is None, name
     norm = {"norm": "batch", "norm_affine": True, "norm_groups": 8, "norm_ghost_batch": None, "norm_eps": 1e-5}
     model = AirBench(
         input_shape=(3, 8, 8), classes=3, whiten_kernel=2, widths=(4, 4, 4), activation="gelu", norm_momentum=0.1,
         **norm,  # type: ignore[arg-type]
     )  # fmt: skip
-    update = graphed(model=model)
-    assert obstacle(model, update, device=CUDA, processes=1) is None
+    assert obstacle_of(model=model) is None
 
 
 class Theirs(nn.Linear):
     pass
 
 
+class Two(Mode):
+    processes = 2
+
+
 @pytest.mark.parametrize(
-    ("changed", "where", "reason"),
+    ("changed", "reason"),
     [
-        ({}, {"device": torch.device("cpu")}, "none on cpu"),
-        ({}, {"processes": 2}, "several processes"),
-        ({"kind": ObservedUpdate}, {}, "diagnostics"),
-        ({"optimizer": lambda p: torch.optim.SGD(p, lr=0.1, fused=False)}, {}, "SGD decides on the host"),
-        ({"optimizer": lambda p: torch.optim.LBFGS(p)}, {}, "LBFGS"),
-        ({"evaluations": "many"}, {}, "SGD"),
-        ({"scaler": torch.amp.GradScaler("cpu")}, {}, "fp16"),
-        ({"check_now": True}, {}, "check=step"),
-        ({"model": nn.Sequential(nn.Flatten(), Theirs(4, 2))}, {}, "Theirs"),
-        ({"model": nn.LSTM(3, 2)}, {}, "LSTM"),
+        ({"mode": Mode(CPU)}, "none on cpu"),
+        ({"mode": Two(CUDA)}, "several processes"),
+        ({"observed": True}, "diagnostics"),
+        ({"make": lambda p: torch.optim.SGD(p, lr=0.1, fused=False)}, "SGD decides on the host"),
+        ({"make": lambda p: torch.optim.LBFGS(p)}, "LBFGS"),
+        ({"evaluates_once": False}, "SGD"),
+        ({"precision": "fp16"}, "fp16"),
+        ({"check_now": True}, "check=step"),
+        ({"halve_on_out_of_memory": True}, "halve"),
+        ({"model": nn.Sequential(nn.Flatten(), Theirs(4, 2))}, "Theirs"),
+        ({"model": nn.LSTM(3, 2)}, "LSTM"),
     ],
 )
-def test_who_is_not(changed: dict[str, Any], where: dict[str, Any], reason: str) -> None:
-    update = graphed(**changed)
-    found = obstacle(update.closure.module, update, **{"device": CUDA, "processes": 1} | where)
+def test_who_is_not(changed: dict[str, Any], reason: str) -> None:
+    found = obstacle_of(**changed)
     assert found is not None and reason in found
-
-
-def test_without_use_it_is_a_plain_update() -> None:
-    plain, unused = Run(OPTIMIZERS["sgd"], None).go(range(3)), Run(OPTIMIZERS["sgd"], None)
-    made = GraphedUpdate(
-        unused.update.closure, unused.schedule, evaluations="once", check_now=False, after=(),
-        inside=[unused.average.update],
-    )  # fmt: skip
-    unused.update = made
-    assert equal(plain, unused.go(range(3)))

@@ -15,14 +15,17 @@ from torch.nn import functional as F
 
 from dlopt.errors import RunError, UserError
 from dlopt.interruption import Interruption
+from dlopt.parallel.mode import Mode
 from dlopt.schedules import Scheduler
 from dlopt.train.averaging import ExponentialAverage, at_evaluation_point
-from dlopt.train.clipping import Unclipped
 from dlopt.train.evaluate import evaluate
 from dlopt.train.metrics import Sums
-from dlopt.train.step import Closure, Update
+from dlopt.train.nonfinite import Recovery
+from dlopt.train.precision import Precision
+from dlopt.train.progress import Intervals, Progress
+from dlopt.train.step import Network, Step, StepSettings
 from dlopt.train.stopping import Best, Early, Never
-from dlopt.train.trainer import Progress, Training, fit
+from dlopt.train.trainer import Trainer
 from tests.train.runs import same
 
 COUNT, SIZE = 23, 5  # 5 batches an epoch, the last of 3 samples
@@ -97,6 +100,11 @@ class Checkpoints:
         return [state["progress"]["step"] for state in self.saved]
 
 
+INTERVALS = (
+    "steps", "evaluate_every", "save_every_epochs", "save_every_steps", "log_every_steps", "snapshot",
+)  # fmt: skip
+
+
 def training(
     *,
     lr: float = 0.1,
@@ -104,28 +112,20 @@ def training(
     loss: nn.Module | None = None,
     check_now: bool = True,
     **changed: Any,
-) -> Training:
+) -> Trainer:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 3))
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
-    closure = Closure(
-        model=model,
-        module=model,
-        loss=loss or nn.CrossEntropyLoss(),
-        optimizer=optimizer,
-        clip=Unclipped(),
-        autocast=lambda function: function,
-        scaler=None,
-        accumulate=1,
-        seed=0,
-    )
     average = None if ema is None else ExponentialAverage(model, ema)
-    update = Update(
-        closure,
+    cpu = torch.device("cpu")
+    step = Step(
+        Network(model, model, loss or nn.CrossEntropyLoss()),
+        optimizer,
         Scheduler(optimizer, lambda t: 1 / (1 + 0.1 * t)),
-        evaluations="once",
+        Mode(cpu),
+        StepSettings(check_now=check_now),
+        precision=Precision("fp32", cpu),
         after=() if average is None else (average.update,),
-        check_now=check_now,
     )
     inputs, targets = samples()
 
@@ -142,6 +142,7 @@ def training(
                 interruption=interruption,
             )
 
+    lengths = {"steps": 15, **{key: changed.pop(key) for key in INTERVALS if key in changed}}
     arguments: dict[str, Any] = {
         "batches": Batches(),
         "validate": validate,
@@ -149,16 +150,11 @@ def training(
         "checkpoints": Checkpoints(),
         "stopping": Never(),
         "best": Best("val_loss"),
-        "steps": 15,
-        "epochs": 3,
-        "evaluate_every": 1,
-        "save_every_epochs": 1,
-        "save_every_steps": None,
-        "log_every_steps": None,
+        "recovery": Recovery("stop", attempts=1, lr_factor=1.0, newest=lambda: None, tell=print),
     }
-    return Training(
-        module=model,
-        update=update,
+    return Trainer(
+        step=step,
+        intervals=Intervals(**lengths),
         average=average,
         normalize=nn.Identity(),
         config={"name": "try"},
@@ -168,8 +164,8 @@ def training(
     )
 
 
-def run(t: Training, interruption: Any = None) -> tuple[str, Tracking, Checkpoints]:
-    status = fit(t, Interruption() if interruption is None else interruption)
+def run(t: Trainer, interruption: Any = None) -> tuple[str, Tracking, Checkpoints]:
+    status = t.fit(Interruption() if interruption is None else interruption)
     assert isinstance(t.tracking, Tracking) and isinstance(t.checkpoints, Checkpoints)
     return status, t.tracking, t.checkpoints
 
@@ -230,7 +226,7 @@ def test_the_learning_rate_of_a_line_is_that_of_its_last_update() -> None:
 
 @pytest.mark.parametrize(("every", "expected"), [(1, [1, 2, 3, 4, 5]), (2, [2, 4, 5]), (3, [3, 5]), (9, [5])])
 def test_evaluates_every_so_many_epochs_and_at_the_end(every: int, expected: list[int]) -> None:
-    _, tracking, _ = run(training(steps=25, epochs=5, evaluate_every=every))
+    _, tracking, _ = run(training(steps=25, evaluate_every=every))
     assert [line["epoch"] for line in tracking.epochs] == expected
 
 
@@ -335,19 +331,19 @@ def scripted(*losses: float) -> Callable[[Interruption], dict[str, float]]:
 
 def test_stops_early_with_a_checkpoint_and_the_best_kept() -> None:
     early = Early(monitor="val_loss", patience=2, min_delta=0.0)
-    t = training(steps=50, epochs=10, stopping=early, validate=scripted(3, 2, 2.5, 2.5, 1), save_every_epochs=None)
+    t = training(steps=50, stopping=early, validate=scripted(3, 2, 2.5, 2.5, 1), save_every_epochs=None)
     status, tracking, checkpoints = run(t)
     assert status == "stopped_early"
     assert [line["epoch"] for line in tracking.epochs] == [1, 2, 3, 4]
     assert checkpoints.best == [5, 10] and checkpoints.steps == [5, 10, 20]
     assert t.best.epoch == 2
-    assert fit(t, Interruption()) == "stopped_early", "a run that stopped stays so"
+    assert t.fit(Interruption()) == "stopped_early", "a run that stopped stays so"
     assert tracking.advanced[-1] == 20
 
 
 def test_patience_that_ends_with_the_last_epoch_is_no_early_stop() -> None:
     early = Early(monitor="val_loss", patience=1, min_delta=0.0)
-    t = training(steps=10, epochs=2, stopping=early, validate=scripted(1, 2))
+    t = training(steps=10, stopping=early, validate=scripted(1, 2))
     assert run(t)[0] == "finished"
 
 
@@ -376,13 +372,13 @@ class StopAt(Tracking):
         return self.asked
 
 
-def resumed(state: dict[str, Any], **changed: Any) -> Training:
+def resumed(state: dict[str, Any], **changed: Any) -> Trainer:
     t = training(**changed)
     t.load_state_dict(state)
     return t
 
 
-def assert_equal_ends(t: Training, reference: Training, lines: list[dict[str, Any]]) -> None:
+def assert_equal_ends(t: Trainer, reference: Trainer, lines: list[dict[str, Any]]) -> None:
     left, right = t.state_dict(), reference.state_dict()
     for state in (left, right):
         state["progress"] = {k: v for k, v in state["progress"].items() if k not in ("seconds", "resumed_from")}
@@ -402,7 +398,7 @@ def test_stopped_behind_any_update_and_resumed(at: int, every: int) -> None:
 
     stop = StopAt(at)
     first = training(tracking=stop, **options)
-    assert fit(first, stop) == "interrupted"  # type: ignore[arg-type]
+    assert first.fit(stop) == "interrupted"  # type: ignore[arg-type]
     assert isinstance(first.checkpoints, Checkpoints)
     assert stop.advanced == list(range(1, at + 1)), "it ends behind the update at which it was asked"
     second = resumed(first.checkpoints.saved[-1], **options)

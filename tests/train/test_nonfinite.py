@@ -18,10 +18,11 @@ from dlopt.errors import RunError, UserError
 from dlopt.schedules import Scheduler
 from dlopt.train.metrics import Sums
 from dlopt.train.nonfinite import Diverged, Recovery, first_bad_output, is_finite
-from dlopt.train.step import Closure, Update
+from dlopt.train.precision import Precision
+from dlopt.train.step import Step
 from tests.parallel.ranks import run_ranks
 from tests.train.runs import SMALL, at_update, experiment, in_fork, result, resume, same, start, timeless
-from tests.train.test_step import batch, closure, equal, net, updater
+from tests.train.test_step import CPU, batch, equal, make_step, net
 
 NAN, INF = float("nan"), float("inf")
 
@@ -51,9 +52,9 @@ def test_one_bad_entry_of_a_gradient_stops_before_the_weights_move(name: str, ba
     spoil(dict(model.named_parameters())[name], bad, entry=-1)
     optimizer = sgd(model)
     before = copy.deepcopy(model.state_dict())
-    update = updater(closure(model, optimizer))
+    update = make_step(model, optimizer)
     with pytest.raises(Diverged, match=rf"gradient is not finite at update 8 .* of 0\.125 \(.*pass: {name}\)") as error:
-        update(*batch(0), 7, Sums(True))
+        update.update(*batch(0), 7, Sums(True))
     assert error.value.before_update and error.value.step == 8
     parameters = dict(model.named_parameters())
     assert all(torch.equal(before[key], value) for key, value in parameters.items())
@@ -63,8 +64,7 @@ def test_one_bad_entry_of_a_gradient_stops_before_the_weights_move(name: str, ba
 def test_looking_leaves_gradients_and_updates_as_they_are() -> None:
     """Bit for bit, for denormal and negative zero entries too."""
     model = nn.Linear(6, 3)
-    evaluate = closure(model, sgd(model))
-    updater(evaluate)
+    evaluate = make_step(model, sgd(model))
     entries = torch.tensor([1e-42, -0.0, 1e38, -1e-30, 3.0, -7.5])
     model.weight.register_hook(lambda gradient: entries.expand(3, 6).clone())
     evaluate.begin(*batch(0), 0, Sums(True))
@@ -77,8 +77,8 @@ def test_a_large_finite_gradient_is_none() -> None:
     """Whose squares overflow."""
     model = nn.Linear(6, 3)
     model.weight.register_hook(lambda gradient: torch.full_like(gradient, 1e30))
-    update = updater(closure(model, sgd(model, lr=1e-30)))
-    update(*batch(0), 0, Sums(True))
+    update = make_step(model, sgd(model, lr=1e-30))
+    update.update(*batch(0), 0, Sums(True))
 
 
 def test_the_bad_gradient_is_found_before_clipping_spreads_it() -> None:
@@ -86,9 +86,9 @@ def test_the_bad_gradient_is_found_before_clipping_spreads_it() -> None:
 
     model = net()
     spoil(model[4].weight, NAN)  # type: ignore[arg-type]
-    update = updater(closure(model, sgd(model), clip=ByNorm(max_norm=1.0)))
+    update = make_step(model, sgd(model), clip=ByNorm(max_norm=1.0))
     with pytest.raises(Diverged, match=r"pass: 4\.weight\)"):
-        update(*batch(0), 0, Sums(True))
+        update.update(*batch(0), 0, Sums(True))
 
 
 class Bad(nn.Module):
@@ -112,9 +112,9 @@ def test_the_first_layer_whose_output_is_bad_is_named(place: int) -> None:
     layers = list(net())
     layers.insert(place, Bad(NAN))
     model = nn.Sequential(*layers)
-    update = updater(closure(model, sgd(model)))
+    update = make_step(model, sgd(model))
     with pytest.raises(Diverged, match=rf"loss became nan .*first: the output of {place} \(Bad\)"):
-        update(*batch(0), 0, Sums(True))
+        update.update(*batch(0), 0, Sums(True))
 
 
 def test_bad_inputs_and_bad_weights_are_named() -> None:
@@ -122,11 +122,11 @@ def test_bad_inputs_and_bad_weights_are_named() -> None:
     inputs, targets = batch(0)
     inputs[3, 2] = INF
     with pytest.raises(Diverged, match="the inputs are not finite"):
-        updater(closure(model, sgd(model)))(inputs, targets, 0, Sums(True))
+        make_step(model, sgd(model)).update(inputs, targets, 0, Sums(True))
     with torch.no_grad():
         model[4].bias[1] = NAN  # type: ignore[index]
     with pytest.raises(Diverged, match=r"first: the weights 4\.bias"):
-        updater(closure(model, sgd(model)))(*batch(0), 0, Sums(True))
+        make_step(model, sgd(model)).update(*batch(0), 0, Sums(True))
 
 
 def test_a_recurrent_layer_is_named() -> None:
@@ -142,7 +142,7 @@ def test_a_recurrent_layer_is_named() -> None:
 def test_steps_are_told_exactly_also_when_looked_at_later(which: int, at_once: bool) -> None:
     """With flags held for many updates; the loss stays finite."""
     model = nn.Linear(6, 3)
-    update = updater(closure(model, sgd(model, lr=1e-30)), check_now=at_once)
+    update = make_step(model, sgd(model, lr=1e-30), check_now=at_once)
     poison: list[float] = []
     model.bias.register_hook(lambda gradient: gradient + poison[0] if poison else gradient)
     inputs, targets = batch(0)
@@ -154,18 +154,18 @@ def test_steps_are_told_exactly_also_when_looked_at_later(which: int, at_once: b
                     parameter.nan_to_num_()
             for state in update.optimizer.state.values():
                 state.clear()
-            update(inputs, targets, step, Sums(True))
-        update.check()
+            update.update(inputs, targets, step, Sums(True))
+        update.check_updates()
     assert error.value.before_update is at_once
     if not at_once:
-        update.check()  # told once
+        update.check_updates()  # told once
 
 
 def test_weights_that_a_finite_gradient_took_too_far() -> None:
     model = nn.Linear(6, 3)
-    update = updater(closure(model, torch.optim.SGD(model.parameters(), lr=3e38)))
+    update = make_step(model, torch.optim.SGD(model.parameters(), lr=3e38))
     model.weight.register_hook(lambda gradient: torch.full_like(gradient, 1e10))
-    update(*batch(0), 4, Sums(True))
+    update.update(*batch(0), 4, Sums(True))
     with pytest.raises(Diverged, match=r"weights are not finite after update 5 .*first: weight"):
         update.check_weights()
 
@@ -176,7 +176,7 @@ def test_many_evaluations_are_looked_at_before_the_first_move() -> None:
     spoil(model[0].weight, NAN)  # type: ignore[arg-type]
     before = copy.deepcopy(model)
     with pytest.raises(Diverged, match=r"0\.weight"):
-        updater(closure(model, optimizer), evaluations="many")(*batch(0), 0, Sums(True))
+        make_step(model, optimizer, evaluates_once=False).update(*batch(0), 0, Sums(True))
     assert equal(model, before)
 
 
@@ -191,13 +191,18 @@ def test_fp16_scaler_that_never_finds_a_scale() -> None:
     model = nn.Linear(6, 3)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-19)
     spoil(model.weight, INF)
-    update = updater(closure(model, sgd(model), scaler=scaler), check_now=False)
-    update(*batch(0), 0, Sums(True))
-    update.check()
+
+    class Scaled(Precision):
+        def scaler(self) -> torch.amp.GradScaler:
+            return scaler
+
+    update = make_step(model, sgd(model), precision=Scaled("fp32", CPU), check_now=False)
+    update.update(*batch(0), 0, Sums(True))
+    update.check_updates()
     for step in range(1, 4):
-        update(*batch(0), step, Sums(True))
+        update.update(*batch(0), step, Sums(True))
     with pytest.raises(Diverged, match="precision=fp16"):
-        update.check()
+        update.check_updates()
 
 
 # -- left out
@@ -212,23 +217,23 @@ def test_an_update_that_is_left_out_leaves_no_trace(how: str) -> None:
     """Weights, momentum, running statistics, figures; the schedule goes on, as the data do."""
     model = nn.Sequential(*list(net(dropout=0.0)), Bad(NAN, calls=10**6))
     skipping = recovery("skip")
-    update = updater(closure(model, sgd(model)), lambda t: 1 / (1 + t), skip=skipping.skip)
+    update = make_step(model, sgd(model), factor=lambda t: 1 / (1 + t), skip=skipping.skip)
     sums = Sums(True)
-    update(*batch(0), 0, sums)
+    update.update(*batch(0), 0, sums)
     before = copy.deepcopy((model.state_dict(), update.optimizer.state_dict()["state"]))
     if how == "loss":
         model[5].calls = 0
-        update(*batch(1), 1, sums)
+        update.update(*batch(1), 1, sums)
         model[5].calls = 10**6
     else:
         handle = model[0].bias.register_hook(lambda gradient: gradient * NAN)  # type: ignore[union-attr]
-        update(*batch(1), 1, sums)
+        update.update(*batch(1), 1, sums)
         handle.remove()
     assert same(before, (model.state_dict(), update.optimizer.state_dict()["state"]))
     assert update.optimizer.param_groups[0]["lr"] == 0.125 / 3
     assert (skipping.skipped, sums.means("t").keys()) == (1, {"t_loss", "t_accuracy"})
     assert sums.count == 10 and math.isfinite(sums.loss)
-    update(*batch(2), 2, sums)
+    update.update(*batch(2), 2, sums)
     assert not same(before[0], model.state_dict())
 
 
@@ -236,11 +241,11 @@ def test_so_many_updates_in_a_row_are_too_many() -> None:
     model = net(norm=False)
     spoil(model[0].weight, NAN)  # type: ignore[arg-type]
     skipping = recovery("skip", attempts=2)
-    update = updater(closure(model, sgd(model)), skip=skipping.skip)
+    update = make_step(model, sgd(model), skip=skipping.skip)
     for step in (0, 1):
-        update(*batch(step), step, Sums(True))
+        update.update(*batch(step), step, Sums(True))
     with pytest.raises(Diverged, match="at update 3 "):
-        update(*batch(2), 2, Sums(True))
+        update.update(*batch(2), 2, Sums(True))
     other = recovery("skip", attempts=2)
     assert all(other.skip(Diverged("", step, before_update=True)) for step in (1, 2, 4, 5, 9))
     assert other.skipped == 5
@@ -252,17 +257,17 @@ def test_so_many_updates_in_a_row_are_too_many() -> None:
 @contextmanager
 def explosions(bad: Callable[[int, float], bool], on: str = "loss") -> Iterator[None]:
     """Spoils the loss (or one gradient) of the updates (from 1) and learning rates for which `bad` holds."""
-    original = Closure._part
+    original = Step.micro_batch
 
-    def part(self: Closure, *arguments: Any) -> Tensor:
+    def micro_batch(self: Step, *arguments: Any) -> Tensor:
         value = original(self, *arguments)
-        if bad(self.step + 1, self.optimizer.param_groups[0]["lr"]):
+        if bad(self.number + 1, self.optimizer.param_groups[0]["lr"]):
             if on == "loss":
                 return value * NAN
             self.parameters[0].grad.view(-1)[0] = NAN  # type: ignore[union-attr]
         return value
 
-    with patch.object(Closure, "_part", part):
+    with patch.object(Step, "micro_batch", micro_batch):
         yield
 
 
@@ -376,15 +381,15 @@ def test_rollback_with_hard_examples(tmp_path: Path) -> None:
 def memory_for(samples: int) -> Iterator[list[int]]:
     """A forward pass of more samples than this finds no memory."""
     seen: list[int] = []
-    original = Closure._part
+    original = Step.micro_batch
 
-    def part(self: Closure, inputs: Tensor, *arguments: Any) -> Tensor:
+    def micro_batch(self: Step, inputs: Tensor, *arguments: Any) -> Tensor:
         if len(inputs) > samples:
             raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 1 GiB")
         seen.append(len(inputs))
         return original(self, inputs, *arguments)
 
-    with patch.object(Closure, "_part", part):
+    with patch.object(Step, "micro_batch", micro_batch):
         yield seen
 
 
@@ -439,27 +444,23 @@ def one_rank_diverges(folder: str) -> None:
 
     rank = int(os.environ["DLOPT_RANK"])
     lines = [*RUN, "parallel=ddp", "parallel.sync_batchnorm=true"]
-    part_of, made = Closure._part, Update.__init__
-    closures: list[Closure] = []
+    original, made = Step.micro_batch, Step.__init__
 
-    def is_time(closure: Closure, on: str) -> bool:
-        return rank == 1 and closure.step + 1 == 6 and on == kind
+    def is_time(step: Step, on: str) -> bool:
+        return rank == 1 and step.number + 1 == 6 and on == kind
 
-    def part(self: Closure, inputs: Tensor, targets: Tensor, *arguments: Any) -> Tensor:
+    def micro_batch(self: Step, inputs: Tensor, targets: Tensor, *arguments: Any) -> Tensor:
         if is_time(self, "inputs"):
             inputs = inputs.clone()
             inputs[0] = NAN
             self.batch = inputs, targets
-        return part_of(self, inputs, targets, *arguments)
+        return original(self, inputs, targets, *arguments)
 
-    def update(self: Update, closure: Closure, *arguments: Any, **named: Any) -> None:
-        closures.append(closure)
-        made(self, closure, *arguments, **named)
-        closure.parameters[0].register_hook(
-            lambda gradient: gradient * NAN if is_time(closure, "gradient") else gradient
-        )
+    def make(self: Step, *arguments: Any, **named: Any) -> None:
+        made(self, *arguments, **named)
+        self.parameters[0].register_hook(lambda gradient: gradient * NAN if is_time(self, "gradient") else gradient)
 
-    with patch.object(Closure, "_part", part), patch.object(Update, "__init__", update):
+    with patch.object(Step, "micro_batch", micro_batch), patch.object(Step, "__init__", make):
         for kind in ("inputs", "gradient"):
             try:
                 train(Run(experiment(*lines), Path(folder) / kind), console=False)

@@ -22,7 +22,7 @@ from dlopt.tracking import Tracking
 from dlopt.train import checkpoint, rng
 from dlopt.train import trainer as loop
 from dlopt.train.checkpoint import Checkpoints
-from dlopt.train.step import Closure
+from dlopt.train.step import Step
 from tests.train.runs import (
     RICH,
     STEPS_PER_EPOCH,
@@ -271,12 +271,12 @@ def augmentation_stream_lost() -> AbstractContextManager[Any]:
 
 
 def dropout_stream_lost() -> AbstractContextManager[Any]:
-    original = Closure.begin
+    original = Step.begin
 
-    def begin(self: Closure, inputs: Tensor, targets: Tensor, step: int, sums: Any) -> None:
-        original(self, inputs, targets, step - 6, sums)
+    def begin(self: Step, inputs: Tensor, targets: Tensor, number: int, sums: Any, **keys: Any) -> None:
+        original(self, inputs, targets, number - 6, sums, **keys)
 
-    return patch.object(Closure, "begin", begin)
+    return patch.object(Step, "begin", begin)
 
 
 def optimizer_lost() -> AbstractContextManager[Any]:
@@ -305,12 +305,12 @@ def test_negative_controls(whole: Path, tmp_path: Path, lost: Callable[[], Abstr
 @contextmanager
 def drawing() -> Iterator[None]:
     """A step that draws from Python's global generator, as the code of a user's model may."""
-    original = Closure._part
+    original = Step.micro_batch
 
-    def part(self: Closure, inputs: Tensor, *arguments: Any) -> Tensor:
+    def micro_batch(self: Step, inputs: Tensor, *arguments: Any) -> Tensor:
         return original(self, inputs * (1 + 0.1 * random.random()), *arguments)
 
-    with patch.object(Closure, "_part", part):
+    with patch.object(Step, "micro_batch", micro_batch):
         yield
 
 

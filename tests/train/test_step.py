@@ -1,7 +1,7 @@
 """The engine's update against hand-written PyTorch loops."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -10,13 +10,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dlopt.errors import RunError
+from dlopt.parallel.mode import Mode
 from dlopt.random import stream
 from dlopt.schedules import Scheduler
-from dlopt.train.clipping import ByValue, Unclipped, gradient_norm
+from dlopt.train.clipping import ByValue, Clip, gradient_norm
 from dlopt.train.metrics import Sums
+from dlopt.train.nonfinite import Diverged
 from dlopt.train.precision import Precision
-from dlopt.train.step import Closure, Update, may_draw
+from dlopt.train.step import Network, Step, StepSettings, may_draw
 
+CPU = torch.device("cpu")
 SEED = 11
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3),
@@ -35,23 +38,29 @@ def batch(number: int, size: int = 10, dtype: torch.dtype = torch.float32) -> tu
     return torch.randn(size, 6, generator=draws, dtype=dtype), torch.randint(3, (size,), generator=draws)
 
 
-def closure(model: nn.Module, optimizer: torch.optim.Optimizer, **changed: Any) -> Closure:
-    arguments: dict[str, Any] = {
-        "model": model,
-        "module": model,
-        "loss": nn.CrossEntropyLoss(),
-        "clip": Unclipped(),
-        "autocast": lambda function: function,
-        "scaler": None,
-        "accumulate": 1,
-        "seed": SEED,
-    }
-    return Closure(optimizer=optimizer, **arguments | changed)
-
-
-def updater(closure: Closure, factor: Callable[[int], float] = lambda t: 1.0, **changed: Any) -> Update:
-    arguments: dict[str, Any] = {"evaluations": "once", "after": (), "check_now": True}
-    return Update(closure, Scheduler(closure.optimizer, factor), **arguments | changed)
+def make_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    factor: Callable[[int], float] = lambda t: 1.0,
+    loss: nn.Module | None = None,
+    precision: Precision | None = None,
+    clip: Clip | None = None,
+    after: Sequence[Callable[[], None]] = (),
+    skip: Callable[[Diverged], bool] | None = None,
+    **settings: Any,
+) -> Step:
+    return Step(
+        Network(model, model, loss or nn.CrossEntropyLoss()),
+        optimizer,
+        Scheduler(optimizer, factor),
+        Mode(CPU),
+        StepSettings(**{"seed": SEED, **settings}),
+        precision=precision or Precision("fp32", CPU),
+        clip=clip,
+        after=after,
+        skip=skip,
+    )
 
 
 def equal(a: nn.Module, b: nn.Module) -> bool:
@@ -68,9 +77,9 @@ def test_updates_equal_a_plain_loop_bit_for_bit(name: str, accumulate: int) -> N
     def factor(t: int) -> float:
         return 1 / (1 + t)
 
-    update, sums = updater(closure(model, make(model.parameters()), accumulate=accumulate), factor), Sums(True)
+    update, sums = make_step(model, make(model.parameters()), accumulate=accumulate, factor=factor), Sums(True)
     for step in range(5):
-        update(*batch(step, size=10 - step), step, sums)
+        update.update(*batch(step, size=10 - step), step, sums)
 
     optimizer = make(reference.parameters())
     base = optimizer.param_groups[0]["lr"]
@@ -102,7 +111,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(accumulate: int, siz
     inputs, targets = batch(1, size, torch.float64)
     whole = F.cross_entropy(model(inputs), targets)
     expected = torch.autograd.grad(whole, list(model.parameters()))
-    evaluate = closure(model, optimizer, accumulate=accumulate)
+    evaluate = make_step(model, optimizer, accumulate=accumulate)
     evaluate.begin(inputs, targets, 0, Sums(True))
     torch.testing.assert_close(evaluate(), whole.detach(), rtol=1e-13, atol=0)
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
@@ -111,7 +120,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(accumulate: int, siz
 
 def test_a_batch_smaller_than_the_number_of_micro_batches() -> None:
     model = net(dropout=0.0, norm=False)
-    evaluate = closure(model, torch.optim.SGD(model.parameters(), lr=1.0), accumulate=8)
+    evaluate = make_step(model, torch.optim.SGD(model.parameters(), lr=1.0), accumulate=8)
     inputs, targets = batch(1, 3)
     evaluate.begin(inputs, targets, 0, Sums(True))
     torch.testing.assert_close(evaluate(), F.cross_entropy(model(inputs), targets).detach())
@@ -143,7 +152,7 @@ class Times(nn.Module):
 def test_draws_are_frozen_within_a_step_and_differ_between_steps() -> None:
     record = Record()
     model = nn.Sequential(nn.Dropout(0.5), record, nn.Linear(6, 3))
-    evaluate = closure(model, torch.optim.SGD(model.parameters(), lr=1.0))
+    evaluate = make_step(model, torch.optim.SGD(model.parameters(), lr=1.0))
     inputs, targets = torch.ones(50, 6), torch.zeros(50, dtype=torch.int64)
     for step in (0, 1):
         evaluate.begin(inputs, targets, step, Sums(True))
@@ -164,7 +173,7 @@ def test_statistics_move_with_the_first_evaluation_only(norm: str) -> None:
     if norm == "instance":
         layer = nn.InstanceNorm1d(6, momentum=0.25, track_running_stats=True)
     model = nn.Sequential(nn.Unflatten(1, (6, 4)), layer, nn.Flatten(), nn.Linear(24, 3))
-    evaluate = closure(model, torch.optim.SGD(model.parameters(), lr=1.0))
+    evaluate = make_step(model, torch.optim.SGD(model.parameters(), lr=1.0))
     draws = torch.Generator().manual_seed(0)
     inputs, targets = torch.randn(5, 24, generator=draws) + 2, torch.zeros(5, dtype=torch.int64)
     expected = copy.deepcopy(layer)
@@ -181,7 +190,7 @@ def test_statistics_move_with_the_first_evaluation_only(norm: str) -> None:
 
 def test_figures_count_a_batch_once_however_often_it_is_evaluated() -> None:
     model = net()
-    evaluate, sums = closure(model, torch.optim.SGD(model.parameters(), lr=1.0)), Sums(True)
+    evaluate, sums = make_step(model, torch.optim.SGD(model.parameters(), lr=1.0)), Sums(True)
     evaluate.begin(*batch(0), 0, sums)
     evaluate.loss()
     first = evaluate()
@@ -200,10 +209,9 @@ def test_lbfgs_equals_a_plain_loop_bit_for_bit() -> None:
     def make(model: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.LBFGS(model.parameters(), lr=0.5, max_iter=6, line_search_fn="strong_wolfe")
 
-    evaluate = closure(model, make(model))
-    update, sums = updater(evaluate, evaluations="many"), Sums(True)
+    update, sums = make_step(model, make(model), evaluates_once=False), Sums(True)
     for step in range(3):
-        update(*batch(step, dtype=torch.float64), step, sums)
+        update.update(*batch(step, dtype=torch.float64), step, sums)
 
     optimizer = make(reference)
     for step in range(3):
@@ -227,9 +235,9 @@ def test_lbfgs_on_a_net_with_dropout_and_batch_norm() -> None:
     """The line search sees one function: its loss goes down on the batch, with the same dropout mask."""
     model = net(dropout=0.5)
     optimizer = torch.optim.LBFGS(model.parameters(), max_iter=10, line_search_fn="strong_wolfe")
-    evaluate = closure(model, optimizer)
+    evaluate = make_step(model, optimizer, evaluates_once=False)
     inputs, targets = batch(0, 30)
-    updater(evaluate, evaluations="many")(inputs, targets, 0, Sums(True))
+    evaluate.update(inputs, targets, 0, Sums(True))
     after = evaluate.loss().item()
     assert int(model[1].num_batches_tracked) == 1  # type: ignore[arg-type]
     torch.manual_seed(0)
@@ -242,7 +250,7 @@ def test_loss_can_be_differentiated_twice() -> None:
     """A Hessian-vector product through closure.loss() equals the one of a hand-written loss."""
     model = net(dropout=0.4, norm=False).double()
     parameters = list(model.parameters())
-    evaluate = closure(model, torch.optim.SGD(parameters, lr=1.0), accumulate=3)
+    evaluate = make_step(model, torch.optim.SGD(parameters, lr=1.0), accumulate=3)
     inputs, targets = batch(0, dtype=torch.float64)
     evaluate.begin(inputs, targets, 4, Sums(True))
     direction = [torch.randn_like(p) for p in parameters]
@@ -266,12 +274,11 @@ def test_loss_can_be_differentiated_twice() -> None:
 
 def test_the_reported_gradient_norm_is_the_one_before_clipping() -> None:
     model = net(dropout=0.0)
-    evaluate = closure(model, torch.optim.SGD(model.parameters(), lr=1.0), clip=ByValue(max_value=1e-3))
-    unclipped = closure(model, torch.optim.SGD(model.parameters(), lr=1.0))
+    evaluate = make_step(model, torch.optim.SGD(model.parameters(), lr=1.0), clip=ByValue(max_value=1e-3))
+    unclipped = make_step(model, torch.optim.SGD(model.parameters(), lr=1.0))
     norms = []
     for each in (unclipped, evaluate):
-        each.norm_wanted = True
-        each.begin(*batch(0), 0, Sums(True))
+        each.begin(*batch(0), 0, Sums(True), log_norm=True)
         each()
         norms.append(each.norm)
     assert norms[0] is not None and norms[1] is not None
@@ -282,8 +289,8 @@ def test_the_reported_gradient_norm_is_the_one_before_clipping() -> None:
 def test_clipping_comes_before_the_update() -> None:
     model = net(dropout=0.0)
     before = [p.detach().clone() for p in model.parameters()]
-    evaluate = closure(model, torch.optim.SGD(model.parameters(), lr=1.0), clip=ByValue(max_value=1e-4))
-    updater(evaluate)(*batch(0), 0, Sums(True))
+    evaluate = make_step(model, torch.optim.SGD(model.parameters(), lr=1.0), clip=ByValue(max_value=1e-4))
+    evaluate.update(*batch(0), 0, Sums(True))
     moved = [float((p.detach() - b).abs().max()) for p, b in zip(model.parameters(), before, strict=True)]
     assert 0 < max(moved) <= 1.01e-4
 
@@ -292,31 +299,31 @@ def test_clipping_comes_before_the_update() -> None:
 def test_a_bad_loss_stops_before_the_weights_move(bad: float) -> None:
     model = net()
     trained = copy.deepcopy(list(model.parameters()))
-    update = updater(closure(model, torch.optim.SGD(model.parameters(), lr=0.125), loss=Times(bad)))
+    update = make_step(model, torch.optim.SGD(model.parameters(), lr=0.125), loss=Times(bad))
     with pytest.raises(RunError, match=rf"{bad} at update 8 with a learning rate of 0\.125.*optimizer\.lr"):
-        update(*batch(0), 7, Sums(True))
+        update.update(*batch(0), 7, Sums(True))
     assert all(map(torch.equal, model.parameters(), trained))
 
 
 def test_a_bad_loss_is_found_at_the_check_where_steps_do_not_look() -> None:
     model = net(dropout=0.0, norm=False)
-    update = updater(closure(model, torch.optim.SGD(model.parameters(), lr=0.1)), check_now=False)
+    update = make_step(model, torch.optim.SGD(model.parameters(), lr=0.1), check_now=False)
     inputs, targets = batch(0)
-    update(inputs, targets, 0, Sums(True))
-    update.check()
-    update(inputs * float("inf"), targets, 1, Sums(True))
+    update.update(inputs, targets, 0, Sums(True))
+    update.check_updates()
+    update.update(inputs * float("inf"), targets, 1, Sums(True))
     with pytest.raises(RunError, match="update 2"):
-        update.check()
+        update.check_updates()
 
 
 def test_what_follows_an_update_sees_the_new_weights() -> None:
     model = net()
     seen = []
-    update = updater(
-        closure(model, torch.optim.SGD(model.parameters(), lr=0.1)), after=[lambda: seen.append(copy.deepcopy(model))]
+    update = make_step(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), after=[lambda: seen.append(copy.deepcopy(model))]
     )
     for step in range(3):
-        update(*batch(step), step, Sums(True))
+        update.update(*batch(step), step, Sums(True))
     assert len(seen) == 3 and equal(seen[-1], model) and not equal(seen[0], seen[1])
 
 
@@ -325,7 +332,7 @@ def test_frozen_parameters_keep_their_place() -> None:
     model[0].requires_grad_(False)
     before = copy.deepcopy(model)
     trainable = [p for p in model.parameters() if p.requires_grad]
-    updater(closure(model, torch.optim.SGD(trainable, lr=0.1)))(*batch(0), 0, Sums(True))
+    make_step(model, torch.optim.SGD(trainable, lr=0.1)).update(*batch(0), 0, Sums(True))
     assert equal(model[0], before[0]) and not equal(model[4], before[4])
 
 
@@ -334,9 +341,9 @@ def test_bfloat16_autocast_keeps_weights_and_loss_in_float32() -> None:
     record = Record()
     model.append(record)
     precision = Precision("bf16", torch.device("cpu"))
-    evaluate = closure(model, torch.optim.SGD(model.parameters(), lr=0.1), autocast=precision.autocast)
-    update, sums = updater(evaluate), Sums(True)
-    update(*batch(0), 0, sums)
+    evaluate = make_step(model, torch.optim.SGD(model.parameters(), lr=0.1), precision=precision)
+    sums = Sums(True)
+    evaluate.update(*batch(0), 0, sums)
     assert record.seen[0].dtype == torch.bfloat16
     assert all(p.dtype == torch.float32 and p.grad is not None for p in model.parameters())
     assert evaluate.loss().dtype == torch.float32

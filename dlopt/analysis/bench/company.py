@@ -28,11 +28,11 @@ from dlopt.errors import RunError
 from dlopt.parallel import launch
 from dlopt.parallel import world as worlds
 from dlopt.parallel.collectives import Ranks, all_reduced
-from dlopt.parallel.group import Group
-from dlopt.parallel.single import Single
+from dlopt.parallel.mode import Mode
+from dlopt.parallel.process_group import Group
 from dlopt.processor import keep_freed_memory
 from dlopt.train.build import set_up
-from dlopt.train.trainer import unseen
+from dlopt.train.trainer import dry_run
 
 SIZES = (64, 16 << 10, 256 << 10, 1 << 20, 4 << 20)  # bytes
 _WARMUP, _UPDATES, _ROUNDS = 5, 60, 30
@@ -97,15 +97,15 @@ def _measure(experiment: Experiment, folder: Path, rank: int) -> Mapping[str, An
     keep_freed_memory()
     device = torch.device("cpu")
     Group(world, device, minutes=2.0)
-    setup = set_up(experiment, parallel=Single(device))
-    training = unseen(setup, folder / f"run-{rank}")
-    update = updates_of(training, device)
+    setup = set_up(experiment, parallel=Mode(device))
+    trainer = dry_run(setup, folder / f"run-{rank}")
+    update = updates_of(trainer, device)
     for _ in range(_WARMUP):
         update()
     distributed.barrier()
     updates = [_seconds(update) for _ in range(_UPDATES)]
     distributed.barrier()
-    inputs, _ = next(iter(training.batches.epoch(0)))
+    inputs, _ = next(iter(trainer.batches.epoch(0)))
     timed = layers.timed(setup.module, inputs)
     distributed.barrier()
     return {"updates": updates, "layers": [asdict(each) for each in timed], "all_reduces": _all_reduces(update)}

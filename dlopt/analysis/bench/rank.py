@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, distributed
@@ -22,9 +21,10 @@ from dlopt.analysis.ranks import Told, run_rank
 from dlopt.config.experiment import Experiment
 from dlopt.errors import UserError
 from dlopt.parallel import world as worlds
+from dlopt.parallel.mode import Mode
 from dlopt.processor import keep_freed_memory, set_threads
 from dlopt.train.build import parallel_of, set_up
-from dlopt.train.trainer import Training, unseen
+from dlopt.train.trainer import Trainer, dry_run
 
 MIB = 2.0**20
 
@@ -95,8 +95,8 @@ def measure(experiment: Experiment, folder: Path, plan: Plan, rank: int) -> Meas
     if plan.memory_limit_mb is not None:
         _limit(plan.memory_limit_mb, device)
     setup = set_up(experiment, parallel=parallel)
-    training = unseen(setup, folder / f"run-{rank}")
-    update = updates_of(training, device)
+    trainer = dry_run(setup, folder / f"run-{rank}")
+    update = updates_of(trainer, device)
     for _ in range(plan.warmup):
         update()
     _together(parallel)
@@ -110,13 +110,13 @@ def measure(experiment: Experiment, folder: Path, plan: Plan, rank: int) -> Meas
         for _ in range(plan.profiled):
             update()
     talking, waiting = _profiled(update, plan.profiled, device, parallel)
-    [everyones] = parallel.total([float(samples)])
-    shared = parallel.share is not None
+    [all_ranks_samples] = parallel.sum_over_ranks([float(samples)])
+    shared = parallel.batch_shard is not None
     return Measured(
         rank=rank,
         processes=parallel.processes,
         threads=torch.get_num_threads(),
-        samples=(everyones if shared else samples) / plan.updates,
+        samples=(all_ranks_samples if shared else samples) / plan.updates,
         steps=steps,
         peak_mb=(peak - before) / MIB,
         sent_mb=traffic.sent / plan.profiled / MIB,
@@ -126,21 +126,21 @@ def measure(experiment: Experiment, folder: Path, plan: Plan, rank: int) -> Meas
     )
 
 
-def updates_of(training: Training, device: torch.device) -> Callable[[], int]:
-    """A function that takes the next update, waits for the device, and returns the samples of this rank."""
-    training.module.train()
-    progress = training.progress
+def updates_of(trainer: Trainer, device: torch.device) -> Callable[[], int]:
+    """Returns a function that makes the next update, synchronizes with the device, and returns this rank's samples."""
+    trainer.module.train()
+    progress = trainer.progress
 
     def endless() -> Iterator[tuple[Tensor, Tensor]]:
         while True:
-            yield from training.batches.epoch(progress.epoch, 0, progress.step)
+            yield from trainer.batches.epoch(progress.epoch, 0, progress.step)
             progress.epoch += 1
 
     batches = endless()
 
     def update() -> int:
         inputs, targets = next(batches)
-        training.update(inputs, targets, progress.step, training.sums)
+        trainer.step.update(inputs, targets, progress.step, trainer.sums)
         progress.step += 1
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -149,7 +149,7 @@ def updates_of(training: Training, device: torch.device) -> Callable[[], int]:
     return update
 
 
-def _profiled(update: Callable[[], int], number: int, device: torch.device, parallel: Any) -> tuple[float, float]:
+def _profiled(update: Callable[[], int], number: int, device: torch.device, parallel: Mode) -> tuple[float, float]:
     """Shares of the time: a collective is under way; and nothing is computed besides."""
     if parallel.processes == 1:
         return 0.0, 0.0
@@ -168,7 +168,7 @@ def _profiled(update: Callable[[], int], number: int, device: torch.device, para
     return min(talking / seconds, 1.0), min(waiting / seconds, 1.0)
 
 
-def _together(parallel: Any) -> None:
+def _together(parallel: Mode) -> None:
     if parallel.processes > 1:
         distributed.barrier()
 

@@ -14,8 +14,7 @@ from dlopt.analysis.diagnosis.measuring import loss_of, untouched
 from dlopt.analysis.diagnosis.noise import GradientSpread
 from dlopt.errors import UserError
 from dlopt.train.build import Setup
-from dlopt.train.clipping import Clip, Norm, plain_norm
-from dlopt.train.step import Update
+from dlopt.train.step import Observer, Step
 
 Kind = Literal["gradients", "activations", "curvature"]
 Report = Callable[[int, Mapping[str, float], Mapping[str, Tensor]], None]
@@ -30,7 +29,7 @@ _KEPT = 2000  # values of a histogram
 
 def check(setup: Setup, kinds: Sequence[Kind]) -> None:
     """Raises `UserError` where there is nothing to be seen."""
-    if setup.parallel.splits != "nothing":
+    if setup.parallel.sharding != "replicated":
         raise UserError(
             f"diagnostics=[{','.join(kinds)}]: with parallel={setup.parallel.name} no process has the whole model; "
             "use parallel=single or ddp"
@@ -44,7 +43,7 @@ def check(setup: Setup, kinds: Sequence[Kind]) -> None:
         )
 
 
-class Diagnostics:
+class Diagnostics(Observer):
     """Looks at update 0 and at every `every`-th one after it, without changing anything about them.
 
     activations: mean, standard deviation, saturated and dead shares of each layer. gradients: norms of the
@@ -55,40 +54,50 @@ class Diagnostics:
     the eigenvector that the one before found; the first one of a resumed run starts anew.
     """
 
-    def __init__(self, setup: Setup, update: Update, kinds: Sequence[Kind], every: int, report: Report) -> None:
+    def __init__(self, setup: Setup, kinds: Sequence[Kind], every: int, report: Report) -> None:
         check(setup, kinds)
         self.setup = setup
-        self.update = update
         self.kinds = kinds
         self.every = every
         self.report = report
         self._layers = layer_parameters(setup.module)
         self._vector: Tensor | None = None
+        self._norms: dict[str, float] | None = None  # of the gradients, in an update that is looked at; {}: not yet
 
-    def around(self, inputs: Tensor, targets: Tensor, step: int) -> contextlib.AbstractContextManager[None] | None:
-        return None if step % self.every else self._looking(inputs, targets, step)
+    def around(
+        self, step: Step, inputs: Tensor, targets: Tensor, number: int
+    ) -> contextlib.AbstractContextManager[None] | None:
+        return None if number % self.every else self._looking(step, inputs, targets, number)
+
+    def evaluation_ends(self) -> None:
+        """Takes the norms of the gradients of an update's first evaluation, just before these are clipped."""
+        if self._norms == {}:
+            gradients = [[p.grad for p in each if p.grad is not None] for each in self._layers.values()]
+            values = norms(gradients).tolist()
+            self._norms = {f"gradients/norm/{name}": v for name, v in zip(self._layers, values, strict=True)}
 
     @contextlib.contextmanager
-    def _looking(self, inputs: Tensor, targets: Tensor, step: int) -> Iterator[None]:
+    def _looking(self, step: Step, inputs: Tensor, targets: Tensor, number: int) -> Iterator[None]:
         figures: dict[str, float] = {}
         histograms: dict[str, Tensor] = {}
         with_activations, with_gradients = "activations" in self.kinds, "gradients" in self.kinds
-        with_curvature = "curvature" in self.kinds and step % (SELDOMER * self.every) == 0
+        with_curvature = "curvature" in self.kinds and number % (SELDOMER * self.every) == 0
         if not (with_activations or with_gradients or with_curvature):
             yield
             return
         probe = LayerProbe(self.setup.module, activations=with_activations, gradients=with_gradients, keep=_KEPT)
-        before = (
-            [p.detach().clone() for p in self.update.closure.parameters] if with_gradients or with_curvature else []
-        )
-        scale = self._loss_scale()
+        before = [p.detach().clone() for p in step.parameters] if with_gradients or with_curvature else []
+        scale = 1.0 if step.scaler is None else float(step.scaler.get_scale())
         with contextlib.ExitStack() as stack:
             if with_activations or with_gradients:
                 stack.enter_context(probe.watching())
-            if with_gradients:
-                stack.enter_context(self._norms_before_clipping(figures))
-            yield
-        steps = [p.detach() - start for p, start in zip(self.update.closure.parameters, before, strict=False)]
+            self._norms = {} if with_gradients else None
+            try:
+                yield
+            finally:
+                found, self._norms = self._norms, None
+        figures |= found or {}
+        steps = [p.detach() - start for p, start in zip(step.parameters, before, strict=False)]
         for layer in probe.layers:
             if with_activations:
                 figures[f"activations/mean/{layer.name}"] = layer.outputs.mean
@@ -101,50 +110,27 @@ class Diagnostics:
                 figures[f"gradients/backpropagated/{layer.name}"] = layer.gradients.norm / scale
                 histograms[f"gradients/{layer.name}"] = layer.gradients.values / scale
         if with_gradients:
-            figures |= self._ratios(steps, before)
+            figures |= self._ratios(step.parameters, steps, before)
             if self.setup.parallel.processes == 1:
-                figures["gradients/noise_scale"] = self._noise_scale(inputs, targets)
+                figures["gradients/noise_scale"] = self._noise_scale(step.parameters, inputs, targets)
         if with_curvature:
-            figures |= self._curvature(inputs, targets, steps)
+            figures |= self._curvature(step.parameters, inputs, targets, steps)
         finite = {tag: value for tag, value in figures.items() if not math.isnan(value)}
-        self.report(step + 1, finite, histograms)
+        self.report(number + 1, finite, histograms)
 
-    def _loss_scale(self) -> float:
-        scaler = self.update.closure.scaler
-        return 1.0 if scaler is None else float(scaler.get_scale())
-
-    @contextlib.contextmanager
-    def _norms_before_clipping(self, figures: dict[str, float]) -> Iterator[None]:
-        """Takes the norms of the gradients of an update's first evaluation just before these are clipped."""
-        closure = self.update.closure
-        clip: Clip = closure.clip
-
-        def looking(parameters: Sequence[torch.nn.Parameter], norm: Norm = plain_norm) -> Tensor | None:
-            if not any(tag.startswith("gradients/norm/") for tag in figures):
-                gradients = [[p.grad for p in each if p.grad is not None] for each in self._layers.values()]
-                for name, value in zip(self._layers, norms(gradients).tolist(), strict=True):
-                    figures[f"gradients/norm/{name}"] = value
-            return clip(parameters, norm)
-
-        closure.clip = looking
-        try:
-            yield
-        finally:
-            closure.clip = clip
-
-    def _ratios(self, steps: Sequence[Tensor], before: Sequence[Tensor]) -> dict[str, float]:
+    def _ratios(self, trained: Sequence[Tensor], steps: Sequence[Tensor], before: Sequence[Tensor]) -> dict[str, float]:
         """||update|| / ||weights|| of each layer."""
-        places = {id(p): i for i, p in enumerate(self.update.closure.parameters)}
+        places = {id(p): i for i, p in enumerate(trained)}
         own = [[places[id(p)] for p in each if id(p) in places] for each in self._layers.values()]
         moved, sizes = (norms([[values[i] for i in each] for each in own]) for values in (steps, before))
         found = zip(self._layers, moved.tolist(), sizes.tolist(), strict=True)
-        return {f"gradients/update_to_weight/{name}": step / size for name, step, size in found if size > 0}
+        return {f"gradients/update_to_weight/{name}": move / size for name, move, size in found if size > 0}
 
-    def _noise_scale(self, inputs: Tensor, targets: Tensor) -> float:
+    def _noise_scale(self, trained: Sequence[Tensor], inputs: Tensor, targets: Tensor) -> float:
         half = len(targets) // 2
         if half < 1:
             return math.nan
-        spread, trained = GradientSpread(["all"]), self.update.closure.parameters
+        spread = GradientSpread(["all"])
         with untouched(self.setup):
             for part in (slice(0, half), slice(half, 2 * half)):
                 loss = loss_of(self.setup, inputs[part], targets[part])
@@ -152,8 +138,9 @@ class Diagnostics:
                 spread.add([[torch.zeros_like(p) if g is None else g for g, p in zip(found, trained, strict=True)]])
         return spread.noise_scale(half)[0]
 
-    def _curvature(self, inputs: Tensor, targets: Tensor, steps: Sequence[Tensor]) -> dict[str, float]:
-        trained = self.update.closure.parameters
+    def _curvature(
+        self, trained: Sequence[Tensor], inputs: Tensor, targets: Tensor, steps: Sequence[Tensor]
+    ) -> dict[str, float]:
         direction = flat(steps)
         with untouched(self.setup):
             product = hessian_product(loss_of(self.setup, inputs, targets), trained)

@@ -24,7 +24,7 @@ from dlopt.errors import RunError, UserError
 from dlopt.train.build import Setup
 from dlopt.train.clipping import gradient_norm
 from dlopt.train.step import frozen_statistics
-from dlopt.train.trainer import Training
+from dlopt.train.trainer import Trainer
 
 Batch = tuple[Tensor, Tensor]
 
@@ -73,16 +73,16 @@ class Diagnosis:
 
 
 def diagnose(
-    label: str, setup: Setup, training: Training, *, batches: int, updates: int, eigenvalues: int, iterations: int
+    label: str, setup: Setup, trainer: Trainer, *, batches: int, updates: int, eigenvalues: int, iterations: int
 ) -> Diagnosis:
     """Looks at the model on `batches` mini-batches, trains it for `updates`, looks again.
 
     `eigenvalues`: how many of the Hessian's largest, by `iterations` of Lanczos; 0: nothing of the curvature.
     """
-    progress = training.progress
-    seen = list(islice(training.batches.epoch(progress.epoch, 0, 0), batches))
+    progress = trainer.progress
+    seen = list(islice(trainer.batches.epoch(progress.epoch, 0, 0), batches))
     before = snapshot(setup, seen, progress.step, eigenvalues=eigenvalues, iterations=iterations)
-    path = walk(setup, training, updates, with_curvature=eigenvalues > 0)
+    path = walk(setup, trainer, updates, with_curvature=eigenvalues > 0)
     if not path.losses:
         return Diagnosis(label, before, path, None)
     done = progress.step + len(path.losses)
@@ -147,22 +147,21 @@ def _spectrum(setup: Setup, batch: Batch, parameters: Sequence[Tensor], count: i
     return largest_eigenvalues(lambda: loss_of(setup, *batch), parameters, count=count, iterations=iterations)
 
 
-def walk(setup: Setup, training: Training, updates: int, *, with_curvature: bool) -> Path:
-    """Makes the first `updates` of this training (or the next ones, behind a checkpoint), and notes what they do.
+def walk(setup: Setup, trainer: Trainer, updates: int, *, with_curvature: bool) -> Path:
+    """Makes the first `updates` of a run (or the next ones, after a checkpoint), and notes what they do.
 
     The curvature along an update, which needs a Hessian-vector product, is looked at in eight of them.
     """
-    path, closure, progress = Path(), training.update.closure, training.progress
+    path, training_step, progress = Path(), trainer.step, trainer.progress
     layers = layer_parameters(setup.module)
-    parameters = closure.parameters
+    parameters = training_step.parameters
     looked_at = {round(i * (updates - 1) / 7) for i in range(8)} if with_curvature else set()
-    closure.norm_wanted = True
     setup.module.train()
-    for number, (inputs, targets) in enumerate(islice(_endless(training), updates)):
+    for number, (inputs, targets) in enumerate(islice(_endless(trainer), updates)):
         before = {p: p.detach().clone() for p in parameters}
         try:
-            training.update(inputs, targets, progress.step + number, training.sums)
-            training.update.check()
+            training_step.update(inputs, targets, progress.step + number, trainer.sums, log_norm=True)
+            training_step.check_updates()
         except UserError:
             raise
         except RunError as error:
@@ -173,8 +172,8 @@ def walk(setup: Setup, training: Training, updates: int, *, with_curvature: bool
         sizes = norms([[before[p] for p in each if p in before] for each in layers.values()])
         for name, ratio in zip(layers, (moved / sizes).tolist(), strict=True):
             path.ratios.setdefault(name, []).append(ratio)
-        path.losses.append(training.sums.since_last("")["loss"])
-        path.norms.append(math.nan if closure.norm is None else float(closure.norm))
+        path.losses.append(trainer.sums.since_last("")["loss"])
+        path.norms.append(math.nan if training_step.norm is None else float(training_step.norm))
         path.clipped.append(float(gradient_norm(parameters)))
         if number in looked_at:
             with untouched(setup), _at(before):
@@ -186,18 +185,18 @@ def walk(setup: Setup, training: Training, updates: int, *, with_curvature: bool
     return path
 
 
-def _endless(training: Training) -> Iterator[Batch]:
-    progress = training.progress
+def _endless(trainer: Trainer) -> Iterator[Batch]:
+    progress = trainer.progress
     epoch, position, step = progress.epoch, progress.position, progress.step
     while True:
-        for batch in training.batches.epoch(epoch, position, step):
+        for batch in trainer.batches.epoch(epoch, position, step):
             yield batch
             step += 1
         epoch, position = epoch + 1, 0
 
 
 @contextlib.contextmanager
-def _at(weights: dict[Tensor, Tensor]) -> Iterator[None]:
+def _at(weights: dict[torch.nn.Parameter, Tensor]) -> Iterator[None]:
     """Within, the parameters hold these `weights`."""
     kept = {p: p.detach().clone() for p in weights}
     with torch.no_grad():

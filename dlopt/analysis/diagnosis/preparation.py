@@ -9,33 +9,34 @@ import torch
 from dlopt.analysis.diagnosis.layers import layer_parameters
 from dlopt.config.experiment import Experiment
 from dlopt.config.schema import Component
+from dlopt.parallel.mode import Mode
 from dlopt.train.build import Setup, load_weights, set_up
-from dlopt.train.trainer import Training, unseen
+from dlopt.train.trainer import Trainer, dry_run
 
 _SMALL = 2_000_000  # multiply-accumulates: some 50 microseconds of one core
 
 
 def prepare(
-    experiment: Experiment, folder: Path, state: Mapping[str, Any] | None = None, *, parallel: Any = None
-) -> tuple[Setup, Training]:
+    experiment: Experiment, folder: Path, state: Mapping[str, Any] | None = None, *, parallel: Mode | None = None
+) -> tuple[Setup, Trainer]:
     """Data, model and optimizer as `dlopt train` would begin with them, or as a checkpoint's `state` left them.
 
     Nothing is written: `folder` only stands where a run folder would. `parallel`: see `set_up`.
     """
     setup = set_up(experiment, None if state is None else state["normalize"], parallel=parallel)
-    training = unseen(setup, folder, state)
+    trainer = dry_run(setup, folder, state)
     if state is not None:
         setup.module.load_state_dict(state["model"])
-        training.load_optimizer(state["optimizer"])
-        training.update.schedule.load_state_dict(state["schedule"])
+        trainer.load_optimizer(state["optimizer"])
+        trainer.step.schedule.load_state_dict(state["schedule"])
         for name in ("epoch", "position", "step"):
-            setattr(training.progress, name, state["progress"][name])
+            setattr(trainer.progress, name, state["progress"][name])
     elif experiment.settings.init_from is not None:
         load_weights(setup.module, Path(experiment.settings.init_from))
-    return setup, training
+    return setup, trainer
 
 
-def spare_threads(setup: Setup, training: Training) -> None:
+def spare_threads(setup: Setup, trainer: Trainer) -> None:
     """Sets one thread where the layers are small: others would wait for each other longer than they work.
 
     The measure is the multiply-accumulates of a batch in the mean layer with weights, so that the figures of a model
@@ -45,7 +46,7 @@ def spare_threads(setup: Setup, training: Training) -> None:
 
     if setup.experiment.settings.threads != "auto" or setup.device.type != "cpu":
         return
-    inputs, _ = next(iter(training.batches.epoch(training.progress.epoch, 0, 0)))
+    inputs, _ = next(iter(trainer.batches.epoch(trainer.progress.epoch, 0, 0)))
     was_training = setup.module.training
     setup.module.eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

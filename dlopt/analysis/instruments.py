@@ -1,0 +1,33 @@
+"""What observes the updates of a run: diagnostics and the profiler."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from dlopt.analysis.diagnosis.live import Diagnostics
+from dlopt.analysis.profiling import Profile, Profiling, table
+from dlopt.errors import UserError
+from dlopt.tracking.tracking import Tracking
+from dlopt.train.build import Setup
+from dlopt.train.progress import Length
+from dlopt.train.step import Observer
+
+
+def observers(setup: Setup, length: Length, tracking: Tracking, folder: Path) -> Sequence[Observer]:
+    """Builds what `diagnostics` and `profile` enable. Raises `UserError` where there is nothing to be seen."""
+    settings = setup.experiment.settings
+    found: list[Observer] = []
+    if settings.diagnostics:
+        found.append(Diagnostics(setup, settings.diagnostics, settings.diagnostics_every, tracking.diagnostics))
+    if settings.profile:
+        first, last = settings.profile_steps
+        if last > length.steps:
+            raise UserError(
+                f"profile_steps=[{first},{last}]: the run ends after {length.steps} updates; choose earlier"
+            )
+
+        def report(profile: Profile) -> None:
+            for line in table(profile, folder / "profile"):
+                tracking.message(line)
+
+        found.append(Profiling(setup, settings.profile_steps, folder / "profile", report))
+    return found
