@@ -31,13 +31,13 @@ sys.path.insert(0, str(ROOT))
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
 
-from dlopt import job, run  # noqa: E402
+from dlopt import job  # noqa: E402
 from dlopt.errors import RunError, UserError  # noqa: E402
 from dlopt.folders import RunFolder  # noqa: E402
-from dlopt.train import trainer as loop  # noqa: E402
+from dlopt.train import trainer  # noqa: E402
 from dlopt.train.checkpoint import Checkpoints  # noqa: E402
-from dlopt.train.step import Closure  # noqa: E402
-from dlopt.train.trainer import Run  # noqa: E402
+from dlopt.train.step import Step  # noqa: E402
+from dlopt.train.trainer import Run, Trainer  # noqa: E402
 from tests.reliability import faults  # noqa: E402
 from tests.train.runs import RICH, experiment, result, resume, same, start, timeless  # noqa: E402
 
@@ -199,9 +199,9 @@ class Campaign:
 
     def signals(self) -> Iterator[Row]:
         stages = {
-            "while it is set up": (run, "training_batches"),
-            "in training": (Closure, "begin"),
-            "in an evaluation": (loop, "_end_epoch"),
+            "while it is set up": (trainer, "training_batches"),
+            "in training": (Step, "begin"),
+            "in an evaluation": (Trainer, "_end_epoch"),
             "in a save": (Checkpoints, "save"),
         }
         for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
@@ -259,7 +259,7 @@ class Campaign:
         folder = self.fresh()
         reading, writing = os.pipe()
 
-        child = faults.fork(lambda: self.run_for_long(folder, telling(Closure, "begin", writing, 3)))
+        child = faults.fork(lambda: self.run_for_long(folder, telling(Step, "begin", writing, 3)))
         os.close(writing)
         os.read(reading, 1)
         try:
@@ -329,12 +329,12 @@ def telling(owner: Any, name: str, writing: int, calls: int) -> Iterator[None]:
 @contextlib.contextmanager
 def drawing() -> Iterator[None]:
     """A model that draws from Python's own generator, as a user's may."""
-    original = Closure._part
+    original = Step.micro_batch
 
-    def part(self: Closure, inputs: Any, *arguments: Any) -> Any:
+    def micro_batch(self: Step, inputs: Any, *arguments: Any) -> Any:
         return original(self, inputs * (1 + 0.1 * random.random()), *arguments)
 
-    with patch.object(Closure, "_part", part):
+    with patch.object(Step, "micro_batch", micro_batch):
         yield
 
 

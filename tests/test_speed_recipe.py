@@ -9,7 +9,7 @@ import torch
 from dlopt.config.compose import Composer, to_plain
 from dlopt.config.parsing import parse
 from dlopt.train.build import Setup, set_up
-from dlopt.train.trainer import unseen
+from dlopt.train.trainer import dry_run
 from tests.commands.line import dlopt
 
 SMALL = ("experiment=cifar10_speed", "data=digits", "device=cpu", "threads=1", "precision=fp32", "compile=false")
@@ -22,7 +22,7 @@ def build(*overrides: str) -> Setup:
 def test_every_parameter_has_the_published_rate_and_decay(tmp_path: Path) -> None:
     """Of sums over 2000 samples: rates 0.24 (filters), 0.053 (biases), 0.67 (head), rate times decay 0.004."""
     setup = build("model.widths=[4,4,8]", "data.batch_size=100")
-    optimizer = unseen(setup, tmp_path).update.optimizer
+    optimizer = dry_run(setup, tmp_path).step.optimizer
     names = {p: name for name, p in setup.module.named_parameters()}
     found = {names[p]: group for group in optimizer.param_groups for p in group["params"]}
     filters = {f"stage{i}.conv{j}.weight" for i in (1, 2, 3) for j in (1, 2)}
@@ -41,10 +41,10 @@ def test_every_parameter_has_the_published_rate_and_decay(tmp_path: Path) -> Non
 
 def test_one_update_moves_what_is_trained(tmp_path: Path) -> None:
     setup = build("model.widths=[4,4,8]", "data.batch_size=100")
-    training = unseen(setup, tmp_path)
+    trainer = dry_run(setup, tmp_path)
     before = {name: p.detach().clone() for name, p in setup.module.named_parameters()}
-    inputs, targets = next(training.batches.epoch(0))
-    training.update(inputs, targets, 0, training.sums)
+    inputs, targets = next(iter(trainer.batches.epoch(0)))
+    trainer.step.update(inputs, targets, 0, trainer.sums)
     moved = {name for name, p in setup.module.named_parameters() if not torch.equal(p, before[name])}
     still = {"whiten.weight"} | {f"stage{i}.norm{j}.weight" for i in (1, 2, 3) for j in (1, 2)}
     assert moved == set(before) - still

@@ -4,8 +4,7 @@ The columns exchange features where the net lets them (Krizhevsky, Sutskever & H
 the third convolution and of the fully connected layers. The classifier is the first column's rank's.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeVar, Unpack
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor, distributed, nn
@@ -13,15 +12,12 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from dlopt.errors import UserError
 from dlopt.models.alexnet import TwoColumnAlexNet
-from dlopt.parallel import shards
 from dlopt.parallel.collectives import Ranks
 from dlopt.parallel.filter import named
 from dlopt.parallel.mode import Mode
 from dlopt.parallel.model_parallel import ModelParallel, Plan, check_precision
 from dlopt.parallel.process_group import Group, ProcessKeys, join
 from dlopt.parallel.split_layers import become
-
-T = TypeVar("T")
 
 
 class ColumnParallel(ModelParallel):
@@ -33,24 +29,10 @@ class ColumnParallel(ModelParallel):
         self, name: str, group: Group, device: torch.device, *, accumulate: int, rows: int, sync: bool
     ) -> None:
         super().__init__(name, group, device, accumulate=accumulate, split=split_columns, rows=rows, sync=sync)
-        self._is_copy = self.row > 0  # the first row holds the same layers
+        self.is_copy = self.row > 0  # the first row holds the same layers
 
     def spread(self, model: nn.Module, plan: Plan) -> None:
         """Leaves the parameters plain: every tensor is on one rank of a row."""
-
-    # -- state: each rank holds some layers
-
-    def full_state(self, state: T) -> T:
-        return shards.owned_full_state(state, self.group, is_copy=self._is_copy)
-
-    def load_model(self, model: nn.Module, state: Mapping[str, Any], *, strict: bool = True) -> None:
-        shards.load_owned_model(model, state, strict=strict)
-
-    def load_optimizer(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-        shards.load_owned_optimizer(optimizer, state)
-
-    def norm(self, tensors: Sequence[Tensor]) -> Tensor:
-        return shards.owned_norm(tensors, self.group, self.device, is_copy=self._is_copy)
 
 
 class OneColumnAlexNet(TwoColumnAlexNet):

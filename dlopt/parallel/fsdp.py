@@ -4,16 +4,15 @@ optimizer's state. A unit of the model is put together where it computes, and cu
 Rajbhandari et al. 2020, "ZeRO" (stage 3); Zhao et al. 2023, "PyTorch FSDP".
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, TypeVar, Unpack
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from dlopt.errors import UserError
-from dlopt.parallel import shards
 from dlopt.parallel.ddp import DataParallel
 from dlopt.parallel.dropout import make_global
 from dlopt.parallel.mode import Mode
@@ -22,8 +21,6 @@ from dlopt.parallel.shard_files import ShardWriter
 from dlopt.parallel.sync_batchnorm import synchronize
 from dlopt.parallel.world import current
 from dlopt.ranges import Count, Natural
-
-T = TypeVar("T")
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -112,20 +109,6 @@ class FullySharded(DataParallel):
 
     def checkpoint_writer(self) -> ShardWriter:
         return ShardWriter(self.rank, minutes=self.group.minutes)
-
-    # -- state: parameters are DTensors
-
-    def full_state(self, state: T) -> T:
-        return shards.full_state(state)
-
-    def load_model(self, model: nn.Module, state: Mapping[str, Any], *, strict: bool = True) -> None:
-        shards.load_model(model, state, strict=strict)
-
-    def load_optimizer(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-        shards.load_optimizer(optimizer, state)
-
-    def norm(self, tensors: Sequence[Tensor]) -> Tensor:
-        return shards.total_norm(tensors)
 
     def place(self, model: nn.Module, input_shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
         if self.sync_batchnorm:

@@ -5,13 +5,12 @@ The ranks of a row of the mesh hold one model together and see the same samples;
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, distributed, nn
 
 from dlopt.errors import UserError
-from dlopt.parallel import shards
 from dlopt.parallel.collectives import Cut, Ranks
 from dlopt.parallel.distribution import distribute
 from dlopt.parallel.dropout import Place, make_global
@@ -20,8 +19,6 @@ from dlopt.parallel.process_group import Group, GroupMode
 from dlopt.parallel.shards import local
 from dlopt.parallel.shares import PiecewiseAugment, cut, portions, positions
 from dlopt.parallel.sync_batchnorm import buffer_averaging, synchronize
-
-T = TypeVar("T")
 
 _BUCKET = 25 * 2**20  # bytes of gradients that are added up at once
 
@@ -137,20 +134,6 @@ class ModelParallel(GroupMode):
 
     def sum_over_ranks(self, values: Sequence[float]) -> Sequence[float]:
         return self.group.sum(values if self.ranks.rank == 0 else [0.0] * len(values))
-
-    # -- state: parameters are DTensors
-
-    def full_state(self, state: T) -> T:
-        return shards.full_state(state)
-
-    def load_model(self, model: nn.Module, state: Mapping[str, Any], *, strict: bool = True) -> None:
-        shards.load_model(model, state, strict=strict)
-
-    def load_optimizer(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-        shards.load_optimizer(optimizer, state)
-
-    def norm(self, tensors: Sequence[Tensor]) -> Tensor:
-        return shards.total_norm(tensors)
 
 
 def check_precision(name: str, precision: str) -> None:

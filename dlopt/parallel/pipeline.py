@@ -5,10 +5,10 @@ which holds no more activations than there are stages. Both are torch.distribute
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, Literal, TypeVar, Unpack
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor, distributed, nn
@@ -16,14 +16,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dlopt.errors import UserError
 from dlopt.parallel import chain as chains
-from dlopt.parallel import shards
 from dlopt.parallel.chain import Form, Link
 from dlopt.parallel.mode import BatchShard, MetricRecord, MicroSteps, Mode
 from dlopt.parallel.process_group import Group, GroupMode, ProcessKeys, join
 from dlopt.parallel.shares import PiecewiseAugment, micro_batches
 from dlopt.ranges import Count
 
-T = TypeVar("T")
 Schedule = Literal["1f1b", "gpipe"]
 MicroLoss = Callable[[Tensor, Tensor], Tensor]
 """(outputs, targets) of a micro-batch -> its mean loss."""
@@ -264,20 +262,6 @@ class Pipeline(GroupMode):
 
     def sum_over_ranks(self, values: Sequence[float]) -> Sequence[float]:
         return self.group.sum(values if self.is_last else [0.0] * len(values))
-
-    # -- state: each rank holds some layers
-
-    def full_state(self, state: T) -> T:
-        return shards.owned_full_state(state, self.group)
-
-    def load_model(self, model: nn.Module, state: Mapping[str, Any], *, strict: bool = True) -> None:
-        shards.load_owned_model(model, state, strict=strict)
-
-    def load_optimizer(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-        shards.load_owned_optimizer(optimizer, state)
-
-    def norm(self, tensors: Sequence[Tensor]) -> Tensor:
-        return shards.owned_norm(tensors, self.group, self.device)
 
 
 class Stage(nn.Module):

@@ -1,16 +1,17 @@
 """The process group of a run: collectives, the synchronized stop flag, and the base of modes of several processes."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from itertools import count
 from typing import Annotated, Any, Protocol, TypedDict, TypeVar, Unpack, cast
 
 import torch
 from annotated_types import Interval
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 from dlopt.errors import UserError
+from dlopt.parallel import shards
 from dlopt.parallel.mode import EpochBatches, MicroSteps, Mode
 from dlopt.parallel.pace import StepTiming
 from dlopt.parallel.world import World, current, meet
@@ -179,6 +180,8 @@ class PolledStopFlag:
 class GroupMode(Mode):
     """This process as one rank of a group: what every mode of several processes shares."""
 
+    is_copy = False  # with `sharding` "layers": another rank holds the same ones, which count once
+
     def __init__(self, group: Group, device: torch.device, name: str) -> None:
         super().__init__(device, name)
         self.group = group
@@ -224,6 +227,30 @@ class GroupMode(Mode):
 
     def step_timing(self) -> StepTiming | None:
         return StepTiming(self.group, self.device)
+
+    # -- norms and states follow from how the model is sharded
+
+    def norm(self, tensors: Sequence[Tensor]) -> Tensor:
+        if self.sharding == "layers":
+            return shards.owned_norm(tensors, self.group, self.device, is_copy=self.is_copy)
+        return shards.total_norm(tensors)
+
+    def full_state(self, state: T) -> T:
+        if self.sharding == "layers":
+            return shards.owned_full_state(state, self.group, is_copy=self.is_copy)
+        return shards.full_state(state) if self.sharding == "tensors" else state
+
+    def load_model(self, model: nn.Module, state: Mapping[str, Any], *, strict: bool = True) -> None:
+        load = {"replicated": super().load_model, "tensors": shards.load_model, "layers": shards.load_owned_model}
+        load[self.sharding](model, state, strict=strict)
+
+    def load_optimizer(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+        load = {
+            "replicated": super().load_optimizer,
+            "tensors": shards.load_optimizer,
+            "layers": shards.load_owned_optimizer,
+        }
+        load[self.sharding](optimizer, state)
 
 
 class SizedBatches(EpochBatches, Protocol):

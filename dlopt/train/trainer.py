@@ -194,7 +194,14 @@ def build_trainer(
     )
 
 
-def dry_run(setup: Setup, folder: Path, state: Mapping[str, Any] | None = None, *, checks: bool = True) -> "Trainer":
+def dry_run(
+    setup: Setup,
+    folder: Path,
+    state: Mapping[str, Any] | None = None,
+    *,
+    observers: Sequence[Observer] = (),
+    checks: bool = True,
+) -> "Trainer":
     """Builds a trainer without output, for probes: `folder` stands where a run's would, and is not written.
 
     `state`: of a checkpoint, for the length of its run. `checks`: see `build_trainer`.
@@ -202,7 +209,7 @@ def dry_run(setup: Setup, folder: Path, state: Mapping[str, Any] | None = None, 
     batches = training_batches(setup)
     silent = Tracking(None, sinks=[], console=False)
     length = length_of(setup.experiment.settings, len(batches), state)
-    return build_trainer(setup, folder, batches, length, silent, checks=checks)
+    return build_trainer(setup, folder, batches, length, silent, observers=observers, checks=checks)
 
 
 @dataclass

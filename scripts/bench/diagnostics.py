@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from dlopt.analysis.diagnosis.live import SELDOMER, Diagnostics, Kind
-from dlopt.analysis.diagnosis.preparation import prepare
 from dlopt.config.compose import Composer, to_plain
 from dlopt.config.parsing import parse
 from dlopt.tracking.tracking import Tracking
-from dlopt.train.step import ObservedUpdate
+from dlopt.train.build import set_up
+from dlopt.train.trainer import dry_run
 
 KINDS: tuple[tuple[Kind, ...], ...] = (("activations",), ("gradients", "activations"), ("curvature",))
 MODELS = {"resnet20": ["model=resnet20", "data.image_size=32"], "mlp": ["model=mlp"]}
@@ -32,19 +32,19 @@ def measure(typed: list[str], kinds: tuple[Kind, ...], rounds: int) -> tuple[flo
     experiment = parse(to_plain(Composer().compose(lines), lines)[0])
     every = experiment.settings.diagnostics_every
     with tempfile.TemporaryDirectory() as folder:
-        setup, training = prepare(experiment, Path(folder))
-        update = training.update
-        assert isinstance(update, ObservedUpdate)
+        setup = set_up(experiment)
         tracking = Tracking(Path(folder), sinks=["tensorboard"], console=False)
-        observer = Diagnostics(setup, update, kinds, every, tracking.diagnostics)
-        batches: list[tuple[Tensor, Tensor]] = list(training.batches.epoch(0))[:8]
+        observer = Diagnostics(setup, kinds, every, tracking.diagnostics)
+        # The same model and optimizer with and without the observer.
+        plain, watched = dry_run(setup, Path(folder)), dry_run(setup, Path(folder), observers=[observer])
+        batches: list[tuple[Tensor, Tensor]] = list(plain.batches.epoch(0))[:8]
         setup.module.train()
         times: dict[bool, list[float]] = {False: [], True: []}
         for number in range(2 * (rounds + 2)):
             looked = bool(number % 2)
-            update.observers = [observer] if looked else []
+            trainer = watched if looked else plain
             start = time.perf_counter()
-            update(*batches[number % len(batches)], SELDOMER * every * number, training.sums)
+            trainer.step.update(*batches[number % len(batches)], SELDOMER * every * number, trainer.sums)
             if setup.device.type == "cuda":
                 torch.cuda.synchronize()
             times[looked].append(time.perf_counter() - start)

@@ -44,7 +44,7 @@ from dlopt.interruption import Interruption
 from dlopt.train import speed
 from dlopt.train.build import Setup, set_up
 from dlopt.train.evaluate import test_figures
-from dlopt.train.trainer import Run, Training, fit, train, unseen
+from dlopt.train.trainer import Run, Trainer, dry_run, train
 
 Row = dict[str, Any]  # what, figure, unit, goal
 
@@ -74,9 +74,9 @@ class Bench:
         data = self.dataset
         return dataclasses.replace(made, data=Component("data", lambda: data, {}))
 
-    def training(self, *overrides: str) -> tuple[Setup, Training]:
+    def training(self, *overrides: str) -> tuple[Setup, Trainer]:
         setup = set_up(self.experiment(*overrides))
-        return setup, unseen(setup, self.folder)
+        return setup, dry_run(setup, self.folder)
 
     def wait(self) -> float:
         """Now, with all work done."""
@@ -140,7 +140,7 @@ def read(path: Path | None, scratch: Path) -> Dataset:
     return Dataset(materialize(found.train), None, materialize(found.test), found.classes, in_memory=True)
 
 
-def updates(training: Training) -> Callable[[], None]:
+def updates(training: Trainer) -> Callable[[], None]:
     """A function that makes the next update, of a full batch."""
 
     def endless() -> Iterator[tuple[Tensor, Tensor]]:
@@ -157,7 +157,7 @@ def updates(training: Training) -> Callable[[], None]:
 
     def update() -> None:
         inputs, targets = next(source)
-        training.update(inputs, targets, next(step), training.sums)
+        training.step.update(inputs, targets, next(step), training.sums)
 
     return update
 
@@ -299,10 +299,10 @@ def speed_recipe(bench: Bench) -> list[Row]:
 
         timed.__signature__ = inspect.signature(built)  # type: ignore[attr-defined]
         setup = set_up(dataclasses.replace(made, init=dataclasses.replace(made.init, target=timed)))
-        training = unseen(setup, bench.folder / f"speed{number}")
+        training = dry_run(setup, bench.folder / f"speed{number}")
         began = bench.wait()
         with Interruption() as interruption:
-            fit(training, interruption)
+            training.fit(interruption)
         trained = bench.wait()
         figures = test_figures(setup)
         if number:  # the first run compiles
@@ -358,7 +358,7 @@ def data_path(bench: Bench) -> list[Row]:
         _, training = bench.training(*typed)
         whole = bench.seconds_per_call(updates(training), warm=8, calls=20)
 
-        def endless(training: Training = training) -> Iterator[Any]:
+        def endless(training: Trainer = training) -> Iterator[Any]:
             epoch = 0
             while True:
                 yield from training.batches.epoch(epoch)

@@ -190,7 +190,7 @@ def dlopt(job: Job) -> Callable[[], None]:
     from dlopt.data.samples import InMemory
     from dlopt.interruption import Interruption
     from dlopt.train.build import set_up
-    from dlopt.train.trainer import fit, unseen
+    from dlopt.train.trainer import dry_run
 
     typed = [
         "model=resnet20", "augmentation=crop_flip", f"precision={job.precision}", f"data.batch_size={job.batch}",
@@ -204,9 +204,9 @@ def dlopt(job: Job) -> Callable[[], None]:
     def run() -> None:
         setup = set_up(experiment)
         with tempfile.TemporaryDirectory() as folder, Interruption() as interruption:
-            training = unseen(setup, Path(folder))
+            training = dry_run(setup, Path(folder))
             training.tracking.advance = job.mark  # type: ignore[method-assign]
-            fit(training, interruption)
+            training.fit(interruption)
 
     return run
 

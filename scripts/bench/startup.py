@@ -51,11 +51,11 @@ class AfterFirstUpdate:
         execute = spec.loader.exec_module
         def exec_module(module):
             execute(module)
-            update = module.Update.__call__
-            def first(self, *arguments):
-                update(self, *arguments)
+            update = module.Step.update
+            def first(self, *arguments, **keys):
+                update(self, *arguments, **keys)
                 tell()
-            module.Update.__call__ = first
+            module.Step.update = first
         spec.loader.exec_module = exec_module
         return spec
 

@@ -40,17 +40,19 @@ from dlopt.config.parsing import parse
 from dlopt.data.batches import Batches
 from dlopt.data.samples import InMemory
 from dlopt.interruption import Interruption
+from dlopt.parallel.mode import Mode
 from dlopt.processor import keep_freed_memory, set_threads
 from dlopt.schedules import Horizon, Scheduler, constant
 from dlopt.tracking.tracking import Tracking
 from dlopt.train.checkpoint import Checkpoints
-from dlopt.train.clipping import Unclipped
 from dlopt.train.metrics import Sums
+from dlopt.train.nonfinite import Recovery
 from dlopt.train.optimizer import may_fuse
 from dlopt.train.precision import Precision
-from dlopt.train.step import Closure, Update
+from dlopt.train.progress import Intervals, Progress
+from dlopt.train.step import Network, Step, StepSettings
 from dlopt.train.stopping import Best, Never
-from dlopt.train.trainer import Progress, Training, fit
+from dlopt.train.trainer import Trainer
 
 CPU = torch.device("cpu")
 
@@ -81,48 +83,37 @@ def training(
     log_every: int | None = None,
     steps: int | None = None,
     check_now: bool = True,
-) -> tuple[Training, Tracking]:
-    """The engine as `dlopt train` sets it up, without console and evaluation."""
+) -> tuple[Trainer, Tracking]:
+    """A trainer as `dlopt train` builds it, without console and evaluation."""
     parameters = list(module.parameters())
     chosen = experiment("optimizer=sgd", "optimizer.lr=0.01").optimizer
     optimizer = chosen.build(params=parameters, fused=may_fuse(chosen, parameters))
-    numbers = Precision(precision, CPU)
-    loss = nn.CrossEntropyLoss()
-    closure = Closure(
-        model=module,
-        module=module,
-        loss=loss,
-        optimizer=optimizer,
-        clip=Unclipped(),
-        autocast=numbers.autocast,
-        scaler=None,
-        accumulate=1,
-        seed=0,
-    )
     steps = steps if steps is not None else len(batches)
     schedule = Scheduler(optimizer, constant(horizon=Horizon(0, steps, len(batches))))
     tracking = Tracking(
         folder, sinks=[] if log_every is None else ["tensorboard"], console=False, log_every_steps=log_every
     )
     tracking.begin({}, {}, epochs=1, steps_per_epoch=len(batches), steps=steps)
-    return Training(
-        module=module,
-        update=Update(closure, schedule, evaluations="once", after=(), check_now=check_now),
+    step = Step(
+        Network(module, module, nn.CrossEntropyLoss()),
+        optimizer,
+        schedule,
+        Mode(CPU),
+        StepSettings(check_now=check_now),
+        precision=Precision(precision, CPU),
+    )
+    return Trainer(
+        step=step,
         batches=batches,
         validate=None,
         tracking=tracking,
         checkpoints=Checkpoints(folder / "checkpoints", 1),
         stopping=Never(),
         best=Best("auto"),
-        average=None,
         normalize=nn.Identity(),
         config={},
-        steps=steps,
-        epochs=1,
-        evaluate_every=1,
-        save_every_epochs=None,
-        save_every_steps=None,
-        log_every_steps=log_every,
+        recovery=Recovery("stop", attempts=1, lr_factor=1.0, newest=lambda: None, tell=print),
+        intervals=Intervals(steps, save_every_epochs=None, log_every_steps=log_every),
         progress=Progress(horizon=steps),
         sums=Sums(classify=True),
     ), tracking
@@ -176,7 +167,7 @@ def overhead(rounds: int, steps: int = 2000) -> dict[str, Any]:
 
                 run.batches.epoch = marked
                 with tracking, Interruption() as interruption:
-                    fit(run, interruption)
+                    run.fit(interruption)
                 return (marks[1] - marks[0]) / (steps + 1) * 1e6
 
         return measure
@@ -279,7 +270,7 @@ def rate_of_dlopt(precision: str) -> float:
         run, tracking = training(module, batches, Path(folder), precision=precision, log_every=50)
         began = time.perf_counter()
         with tracking, Interruption() as interruption:
-            fit(run, interruption)
+            run.fit(interruption)
         return COUNT / (time.perf_counter() - began)
 
 
@@ -337,7 +328,7 @@ def synchronization(steps: int = 40) -> dict[str, Any]:
 
         tracking.advance = counting  # type: ignore[method-assign]
         with tracking, waits:
-            fit(run, interruption)
+            run.fit(interruption)
     return {"steps": steps, "waits": counts[-1] - counts[0], "how": "operations counted on the CPU"}
 
 
@@ -352,7 +343,7 @@ def _synchronization_on_cuda(data: list[tuple[Tensor, Tensor]], steps: int) -> d
         with tracking, Interruption():
             for step, (x, y) in enumerate(batches.epoch(0)):
                 torch.cuda.set_sync_debug_mode("warn" if step else "default")
-                run.update(x, y, step, run.sums)
+                run.step.update(x, y, step, run.sums)
                 tracking.advance(step + 1)
             torch.cuda.set_sync_debug_mode("default")
     waits = sum("synchroniz" in str(each.message) for each in caught)

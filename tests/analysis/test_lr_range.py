@@ -2,7 +2,6 @@
 
 import json
 import math
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ from dlopt.analysis.lr_range import LearningRates, Sweep, check, draw, find, sug
 from dlopt.errors import UserError
 from dlopt.train.build import set_up, training_batches
 from dlopt.train.optimizer import optimizer_of
-from dlopt.train.trainer import unseen
 from tests.parallel.ranks import run_ranks
 from tests.train.runs import SMALL, experiment, metrics, result, resume, same, start
 
@@ -46,14 +44,14 @@ def test_the_model_is_put_back_and_a_divergence_ends_the_test(tmp_path: Path) ->
     before = {name: value.clone() for name, value in setup.module.state_dict().items()}
     generator = torch.get_rng_state()
     keys = Sweep(updates=60, max_lr=1e6)
-    found = find(setup, keys, partial(unseen, folder=tmp_path))
+    found = find(setup, keys, tmp_path)
     assert same(before, dict(setup.module.state_dict())) and torch.equal(generator, torch.get_rng_state())
     assert all(p.grad is None for p in setup.module.parameters()) and not list(tmp_path.iterdir())
     assert found.diverged and len(found.rates) < 60
     assert len(found.rates) == len(found.losses) == len(found.smoothed)
     assert found.valley is not None and found.steepest is not None
     assert 1e-5 < found.steepest < 10
-    again = find(setup, keys, partial(unseen, folder=tmp_path))
+    again = find(setup, keys, tmp_path)
     assert again == found
 
 
@@ -61,7 +59,7 @@ def test_the_losses_are_those_of_a_training_with_these_rates(tmp_path: Path) -> 
     """SGD by hand, without momentum, on the same batches."""
     typed = experiment(*SMALL, "precision=fp64", "optimizer.momentum=0", "optimizer.weight_decay=0")
     setup = set_up(typed)
-    found = find(setup, Sweep(updates=10, max_lr=0.1), partial(unseen, folder=tmp_path))
+    found = find(setup, Sweep(updates=10, max_lr=0.1), tmp_path)
     losses = []
     batches = training_batches(setup)
     stream = [batch for epoch in range(3) for batch in batches.epoch(epoch)]
@@ -131,6 +129,6 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     )
     assert first == second
     alone = experiment(*SMALL, "data.batch_size=24", "precision=fp64", "model.norm=none")
-    found = find(set_up(alone), QUICK, partial(unseen, folder=tmp_path))
+    found = find(set_up(alone), QUICK, tmp_path)
     assert first["losses"] == pytest.approx(found.losses, rel=1e-9)
     assert first["steepest"] == found.steepest and first["valley"] == found.valley

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from dlopt.parallel.group import Group
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -16,8 +15,9 @@ from dlopt.parallel.collectives import Ranks
 from dlopt.parallel.distribution import distribute
 from dlopt.parallel.dropout import Place, make_global
 from dlopt.parallel.model_parallel import Split, sum_up
+from dlopt.parallel.process_group import Group
+from dlopt.parallel.shards import full_state as whole_of
 from dlopt.parallel.shards import local
-from dlopt.parallel.shards import whole as whole_of
 
 SHAPE, CLASSES = (2, 8, 8), 10
 

@@ -139,7 +139,7 @@ def test_wrong_set_ups_get_one_line(arguments: dict[str, Any], message: str, mon
 
 def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
     mode = data_parallel(**ARGUMENTS)
-    assert (mode.name, mode.processes, mode.share) == ("ddp", 1, None)
+    assert (mode.name, mode.processes, mode.batch_shard) == ("ddp", 1, None)
     with pytest.raises(UserError, match=r"^parallel.processes=2: "):
         data_parallel(**{**ARGUMENTS, "processes": 2})
     monkeypatch.setenv("RANK", "0")

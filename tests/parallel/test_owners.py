@@ -1,7 +1,8 @@
 """States of which each process has some entries."""
 
 import torch
-from dlopt.parallel.owners import _merged
+
+from dlopt.parallel.shards import _merged
 
 
 def test_what_another_has_is_put_in_its_place() -> None:

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from dlopt.parallel.group import Group
 from torch import nn
 
 from dlopt.parallel import world
-from dlopt.parallel.pace import Pace, Waiting
+from dlopt.parallel.pace import StepTiming, Waiting
+from dlopt.parallel.process_group import Group
 from tests.parallel.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -37,14 +37,14 @@ def slow_on_rank_1(updates: int) -> None:
     model = nn.Linear(3, 2)
     placed = nn.parallel.DistributedDataParallel(model)
     waiting.watch(model)
-    pace = Pace(group, CPU, waiting)
+    pace = StepTiming(group, CPU, waiting)
     for logged in (0, updates):
         pace.restart(logged)
         for _ in range(updates):
             with waiting:
                 Slow.apply(placed(torch.ones(1, 3)), 0.06 * this.rank).sum().backward()
-        figures = pace.figures(logged + updates)
-    assert pace.figures(2 * updates) == {}  # no update since
+        figures = pace.metrics(logged + updates)
+    assert pace.metrics(2 * updates) == {}  # no update since
     assert figures["step_time/slowest_rank"] > 0.06 > 0.04 > figures["step_time/fastest_rank"]
     assert figures["step_time/spread"] == pytest.approx(
         1 - figures["step_time/fastest_rank"] / figures["step_time/slowest_rank"]

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from dlopt.parallel.group import join
 
 from dlopt.errors import UserError
 from dlopt.parallel.launch import wanted
+from dlopt.parallel.process_group import join
 from tests.commands.line import SMALL, dlopt, refused
 from tests.parallel.ranks import ROOT
 

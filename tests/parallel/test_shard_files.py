@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from dlopt.parallel.group import Group
 
 from dlopt.errors import RunError, UserError
 from dlopt.files import sha256, write, write_digests
 from dlopt.parallel import shard_files, world
+from dlopt.parallel.process_group import Group
 from dlopt.parallel.shard_files import ShardWriter
 from dlopt.train import sharded
 from dlopt.train.checkpoint import FORMAT, KEYS, Checkpoints, is_whole, load, load_weights

@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from dlopt.parallel.group import Group
 from torch import Tensor, nn
 
 from dlopt.config.schema import Component
 from dlopt.errors import UserError
 from dlopt.optim import LBFGS
 from dlopt.parallel.fsdp import FullySharded
-from dlopt.parallel.shards import Cut, load_model, load_optimizer, local, total_norm, whole
+from dlopt.parallel.mode import Mode
+from dlopt.parallel.process_group import Group
+from dlopt.parallel.shards import full_state, load_model, load_optimizer, local, total_norm
 from dlopt.parallel.world import current
 from dlopt.train.averaging import ExponentialAverage
 from dlopt.train.clipping import Adaptive, ByNorm, ByValue, gradient_norm
@@ -73,7 +74,7 @@ def set_gradients(one: nn.Module, other: nn.Module, step: int) -> None:
 
 
 def assert_alike(one: nn.Module, other: nn.Module, what: str) -> None:
-    found = whole(dict(other.state_dict()))
+    found = full_state(dict(other.state_dict()))
     for name, value in one.state_dict().items():
         assert torch.allclose(found[name], value, rtol=1e-12, atol=1e-14), (what, name)
 
@@ -113,7 +114,7 @@ def updated(choice: str) -> None:
     optimizers = optimizer_of(choice, one), optimizer_of(choice, other)
     for step in range(4):
         if step == 2:
-            kept, weights = whole(optimizers[1].state_dict()), whole(dict(other.state_dict()))
+            kept, weights = full_state(optimizers[1].state_dict()), full_state(dict(other.state_dict()))
             assert_alike_states(kept, optimizers[0].state_dict())
             optimizers = optimizers[0], optimizer_of(choice, other)
             load_optimizer(optimizers[1], kept)
@@ -146,7 +147,7 @@ def clipped() -> None:
         clip(list(other.parameters()), total_norm)
         for a, b in zip(one.parameters(), other.parameters(), strict=True):
             assert a.grad is not None and b.grad is not None
-            torch.testing.assert_close(whole(b.grad), a.grad, rtol=1e-12, atol=0)
+            torch.testing.assert_close(full_state(b.grad), a.grad, rtol=1e-12, atol=0)
         assert not torch.equal(gradient_norm(list(one.parameters())), before)
 
 
@@ -190,20 +191,21 @@ def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
     run_ranks("tests.parallel.test_shards:in_each_rank", 2, tmp_path)
 
 
-class Layers:
-    name = "pipeline"
-    splits = "layers"
+class Layers(Mode):
+    sharding = "layers"
 
 
-class Tensors(Cut):
-    name = "fsdp"
+class Tensors(Mode):
+    sharding = "tensors"
 
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_optimizers_that_need_more_than_a_part_are_refused(choice: str) -> None:
     model = nn.Linear(2, 2)
     optimizer = optimizer_of(choice, model)
-    for mode, refused in ((Tensors(), WHOLE_TENSORS | WHOLE_MODEL), (Layers(), WHOLE_MODEL)):
+    cpu = torch.device("cpu")
+    modes = (Tensors(cpu, "fsdp"), WHOLE_TENSORS | WHOLE_MODEL), (Layers(cpu, "pipeline"), WHOLE_MODEL)
+    for mode, refused in modes:
         if choice not in refused:
             check_optimizer(mode, optimizer)
             continue
@@ -215,4 +217,4 @@ def test_torchs_own_are_known() -> None:
     parameter = nn.Parameter(torch.zeros(2, 2))
     for optimizer in (torch.optim.LBFGS([parameter]), torch.optim.Adafactor([parameter]), LBFGS([parameter], lr=1.0)):
         with pytest.raises(UserError, match="parallel=fsdp"):
-            check_optimizer(Tensors(), optimizer)
+            check_optimizer(Tensors(torch.device("cpu"), "fsdp"), optimizer)

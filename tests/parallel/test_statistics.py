@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from dlopt.parallel.statistics import averaging
 from torch import nn
 
 from dlopt.parallel import world
+from dlopt.parallel.sync_batchnorm import buffer_averaging
 from dlopt.train.checkpoint import Checkpoints
 from dlopt.train.trainer import Run, train
 from tests.parallel.models import joined
@@ -26,7 +26,7 @@ def averaged() -> None:
     """In each rank."""
     ranks = joined()
     model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(2, track_running_stats=False), nn.BatchNorm1d(1))
-    average = averaging(model, ranks.size)
+    average = buffer_averaging(model, ranks.size)
     assert average is not None
     for _ in range(2):  # statistics that are equal stay as they are
         for number, norm in ((1, model[0]), (2, model[2])):
@@ -36,7 +36,7 @@ def averaged() -> None:
         average()
     assert torch.equal(model[0].running_mean, torch.full((3,), 1.0)) and model[2].running_mean == 2
     assert torch.equal(model[0].running_var, torch.full((3,), 2.25))
-    assert averaging(nn.Linear(2, 2), ranks.size) is None and averaging(model, 1) is None
+    assert buffer_averaging(nn.Linear(2, 2), ranks.size) is None and buffer_averaging(model, 1) is None
 
 
 def go_on(folder: Path, *overrides: str, until: int | None = None) -> None:

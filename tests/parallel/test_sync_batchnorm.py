@@ -34,8 +34,7 @@ def same(found: Tensor | None, wanted: Tensor | None) -> bool:
 
 
 def compare() -> None:
-    from dlopt.parallel.group import Group
-
+    from dlopt.parallel.process_group import Group
     from dlopt.parallel.world import current
 
     world = current()

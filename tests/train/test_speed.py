@@ -14,10 +14,10 @@ from dlopt.config.parsing import parse
 from dlopt.errors import UserError
 from dlopt.train import speed
 from dlopt.train.build import set_up
-from dlopt.train.cuda_graphs import GraphedUpdate
+from dlopt.train.cuda_graphs import GraphedStep
 from dlopt.train.precision import Precision
-from dlopt.train.step import Update
-from dlopt.train.trainer import unseen
+from dlopt.train.step import Step
+from dlopt.train.trainer import dry_run
 from tests.commands.line import refused
 
 
@@ -85,7 +85,8 @@ def test_graphs_on_a_cpu_are_refused_where_they_are_demanded(tmp_path: Path) -> 
 
 def test_a_cpu_has_plain_updates(tmp_path: Path) -> None:
     chosen = experiment("device=cpu", "threads=1", "model=mlp", "model.widths=[4]", "data.subset=40")
-    assert type(unseen(set_up(chosen), tmp_path).update) is Update
+    trainer = dry_run(set_up(chosen), tmp_path)
+    assert type(trainer.step) is Step and trainer.graph_obstacle == "there are none on cpu"
     assert speed.recorder(chosen, torch.device("cpu")) is None
 
 
@@ -117,16 +118,16 @@ def test_recorded_updates_on_a_gpu_are_the_plain_ones(tmp_path: Path, optimizer:
     weights = []
     for graphs in ("false", "true"):
         setup = set_up(experiment(*typed, "deterministic=true", f"cuda_graphs={graphs}"))
-        training = unseen(setup, tmp_path)
-        assert isinstance(training.update, GraphedUpdate)
+        trainer = dry_run(setup, tmp_path)
+        assert isinstance(trainer.step, GraphedStep) == (graphs == "true")
         step = 0
         for epoch in range(2):
-            for inputs, targets in training.batches.epoch(epoch, 0, step):
-                training.update(inputs, targets, step, training.sums)
+            for inputs, targets in trainer.batches.epoch(epoch, 0, step):
+                trainer.step.update(inputs, targets, step, trainer.sums)
                 step += 1
-        training.update.check()
-        replayed = training.update._replayed
-        assert (replayed is not None and replayed._replay is not None) == (graphs == "true")
+        trainer.step.check_updates()
+        if isinstance(trainer.step, GraphedStep):
+            assert trainer.step._replayed._replay is not None
         weights.append([*setup.module.state_dict().values()])
     for a, b in zip(*weights, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

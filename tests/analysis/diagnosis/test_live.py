@@ -12,8 +12,9 @@ from dlopt.analysis.diagnosis.live import Diagnostics
 from dlopt.analysis.diagnosis.preparation import prepare
 from dlopt.errors import UserError
 from dlopt.tracking.tracking import Tracking
-from dlopt.train.build import Setup
-from dlopt.train.step import ObservedUpdate, Update
+from dlopt.train.build import Setup, set_up
+from dlopt.train.step import Step
+from dlopt.train.trainer import dry_run
 from tests.train.runs import RICH, SMALL, experiment, result, resume, same, start
 
 LOOKING = ["diagnostics=[gradients,activations,curvature]", "diagnostics_every=3", "tracking=[tensorboard]"]
@@ -37,16 +38,15 @@ def test_training_is_the_same_bit_for_bit(tmp_path: Path, typed: list[str]) -> N
 def _seen(tmp_path: Path, *typed: str, steps: int = 7) -> dict[int, tuple[dict[str, float], dict[str, Tensor]]]:
     """What the diagnostics of the first updates report, by the number of updates."""
     seen: dict[int, Any] = {}
-    setup, training = prepare(experiment(*SMALL, *LOOKING, *typed), tmp_path)
-    update = training.update
-    assert isinstance(update, ObservedUpdate)
+    setup = set_up(experiment(*SMALL, *LOOKING, *typed))
     settings = setup.experiment.settings
     report = lambda number, figures, histograms: seen.update({number: (figures, histograms)})  # noqa: E731
-    update.observers = [Diagnostics(setup, update, settings.diagnostics, settings.diagnostics_every, report)]
-    batches = [batch for epoch in range(steps) for batch in training.batches.epoch(epoch)]
+    diagnostics = Diagnostics(setup, settings.diagnostics, settings.diagnostics_every, report)
+    trainer = dry_run(setup, tmp_path, observers=[diagnostics])
+    batches = [batch for epoch in range(steps) for batch in trainer.batches.epoch(epoch)]
     setup.module.train()
-    for step, batch in enumerate(batches[:steps]):
-        update(*batch, step, training.sums)
+    for number, batch in enumerate(batches[:steps]):
+        trainer.step.update(*batch, number, trainer.sums)
     return seen
 
 
@@ -92,8 +92,8 @@ def test_the_eigenvalue_is_found_over_several_looks(tmp_path: Path) -> None:
 
 
 def test_nothing_is_there_when_off(tmp_path: Path) -> None:
-    _, training = prepare(experiment(*SMALL), tmp_path)
-    assert type(training.update) is Update
+    _, trainer = prepare(experiment(*SMALL), tmp_path)
+    assert type(trainer.step) is Step and not trainer.step.observers
 
 
 def test_figures_and_histograms_reach_tensorboard_and_a_resumed_run_looks_at_the_same_updates(tmp_path: Path) -> None:

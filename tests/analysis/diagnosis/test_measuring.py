@@ -44,7 +44,7 @@ def test_walking_makes_the_updates_of_the_training_itself(tmp_path: Path) -> Non
             path = walk(setup, training, 6, with_curvature=True)
         else:
             for step, batch in enumerate([*training.batches.epoch(0, 0, 0), *training.batches.epoch(1, 0, 4)][:6]):
-                training.update(*batch, step, training.sums)
+                training.step.update(*batch, step, training.sums)
         weights.append({name: value.clone() for name, value in setup.module.state_dict().items()})
     assert same(weights[0], weights[1])
     assert len(path.losses) == len(path.norms) == 6 and all(len(each) == 6 for each in path.ratios.values())
