@@ -12,12 +12,12 @@ from torch import Tensor, distributed, nn
 
 from dlopt.errors import UserError
 from dlopt.parallel.collectives import Cut, Ranks
-from dlopt.parallel.distribution import distribute
 from dlopt.parallel.dropout import Place, make_global
 from dlopt.parallel.mode import BatchShard, MetricRecord, MicroSteps
 from dlopt.parallel.process_group import Group, GroupMode
 from dlopt.parallel.shards import local
 from dlopt.parallel.shares import PiecewiseAugment, cut, portions, positions
+from dlopt.parallel.split_layers import distribute
 from dlopt.parallel.sync_batchnorm import buffer_averaging, synchronize
 
 _BUCKET = 25 * 2**20  # bytes of gradients that are added up at once

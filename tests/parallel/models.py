@@ -12,12 +12,12 @@ from dlopt.config.compose import Composer, to_plain
 from dlopt.config.parsing import parse
 from dlopt.parallel import world as worlds
 from dlopt.parallel.collectives import Ranks
-from dlopt.parallel.distribution import distribute
 from dlopt.parallel.dropout import Place, make_global
 from dlopt.parallel.model_parallel import Split, sum_up
 from dlopt.parallel.process_group import Group
 from dlopt.parallel.shards import full_state as whole_of
 from dlopt.parallel.shards import local
+from dlopt.parallel.split_layers import distribute
 
 SHAPE, CLASSES = (2, 8, 8), 10
 
