@@ -150,13 +150,7 @@ def show(value: float) -> str:
 # -- the picture
 
 _NAMES = {
-    "train_loss": "training loss",
-    "val_loss": "validation loss",
-    "test_loss": "test loss",
-    "train_accuracy": "training accuracy",
-    "val_accuracy": "validation accuracy",
     "val_error": "validation error (share that is wrong)",
-    "test_accuracy": "test accuracy",
     "input_drift": "drift of the layers' inputs in an epoch (standard deviations)",
     "gradient_variance": "variance of the batches' gradients (1: in a random order)",
     "effective_rate": "effective learning rate (median weight)",
@@ -177,7 +171,7 @@ def draw(comparison: Comparison, outcomes: Mapping[Cell, Outcome]) -> "Figure":
             _along(axes, comparison, outcomes, name)
         else:
             _curves(axes, comparison, outcomes, name, x)
-        axes.set_ylabel("\n".join(_evenly(_NAMES.get(name, name), 45)))
+        axes.set_ylabel("\n".join(_evenly(_NAMES.get(name, drawing.spelled(name)), 45)))
         if not name.endswith(("accuracy", "_error")):
             drawing.logarithmic(axes)
     drawing.plain(*panels)
@@ -322,5 +316,5 @@ def _heat_maps(comparison: Comparison, outcomes: Mapping[Cell, Outcome]) -> "Fig
         axes.set_ylabel(row_key)
         axes.set_title(variant, fontsize=10)
     unit, note = (", percent", "the brighter the better; ") if is_accuracy else ("", "")
-    figure.supxlabel(f"{_NAMES.get(name, name)}{unit} ({note}× diverged; frame: best)", fontsize=9)
+    figure.supxlabel(f"{_NAMES.get(name, drawing.spelled(name))}{unit} ({note}× diverged; frame: best)", fontsize=9)
     return figure

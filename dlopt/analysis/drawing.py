@@ -39,6 +39,12 @@ def style(i: int, *, dash: int | None = None, **more: Any) -> dict[str, Any]:
     return {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[(i if dash is None else dash) % len(DASHES)]} | more
 
 
+def spelled(metric: str) -> str:
+    """val_accuracy -> validation accuracy."""
+    words = metric.replace("_", " ").replace("lr", "learning rate")
+    return words.replace("val ", "validation ").replace("train ", "training ")
+
+
 def headed(title: str, subtitle: str, width: int = 90) -> str:
     """A title with its subtitle below, in lines of `width` letters."""
     return "\n".join([title, *textwrap.wrap(subtitle, width)])

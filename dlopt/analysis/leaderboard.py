@@ -7,14 +7,14 @@ a validation figure: a leaderboard ranked by test figures would choose on the te
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from dlopt.plain import flatten
 
 Direction = Literal["maximize", "minimize"]
 Seeds = tuple[tuple[str, Any], ...]
 
-_ENDED = ("finished", "stopped_early")
+ENDED = ("finished", "stopped_early")
 HOUSEKEEPING = (
     "name", "resume", "allow_packages", "dry_run", "device", "threads", "checkpoint", "tracking", "log_every_steps",
     "data.workers", "data.memory", "data.root", "published",
@@ -38,7 +38,7 @@ class Entry:
     @property
     def has_ended(self) -> bool:
         """Whether its figures count: trained to its end, and not cut short by a pruner."""
-        return self.status in _ENDED and not self.is_pruned
+        return self.status in ENDED and not self.is_pruned
 
     @property
     def is_pruned(self) -> bool:
@@ -47,8 +47,7 @@ class Entry:
     def figure(self, key: str) -> float | None:
         """A finite figure, or None."""
         value = self.figures.get(key)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        return float(value) if is_number and math.isfinite(value) else None  # type: ignore[arg-type]
+        return float(value) if is_number(value) else None
 
     @property
     def seeds(self) -> Seeds:
@@ -87,16 +86,14 @@ class Row:
 
     def statistic(self, figure: str) -> Statistic | None:
         """Mean, deviation and count of any figure over the runs that have ended and have it."""
-        values = [run.figure(figure) for run in self.runs if run.has_ended]
-        return statistic([value for value in values if value is not None])
+        return statistic([v for run in self.runs if run.has_ended and (v := run.figure(figure)) is not None])
 
     @property
     def failed(self) -> int:
         return sum(run.status == "failed" for run in self.runs)
 
     def by_seeds(self, figure: str) -> dict[Seeds, float]:
-        pairs = [(run.seeds, run.figure(figure)) for run in self.runs if run.has_ended]
-        return {seeds: value for seeds, value in pairs if value is not None}
+        return {run.seeds: v for run in self.runs if run.has_ended and (v := run.figure(figure)) is not None}
 
 
 @dataclass(frozen=True)
@@ -165,6 +162,11 @@ def _is_aside(key: str) -> bool:
 def is_one_of(key: str, names: Sequence[str]) -> bool:
     """Whether `key` is one of `names` or lies below one (data.root is below data)."""
     return any(key == each or key.startswith(f"{each}.") for each in names)
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether it is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def is_seed(key: str) -> bool:

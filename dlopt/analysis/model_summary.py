@@ -5,14 +5,13 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from torch.utils.hooks import RemovableHandle
 
 
 @dataclass(frozen=True)
@@ -61,20 +60,16 @@ def summarize(module: nn.Module, inputs: Tensor) -> ModelSummary:
         if isinstance(output, Tensor):
             shapes.setdefault(names[leaf], tuple(output.shape[1:]))
 
-    handles: list[RemovableHandle] = []
-    for leaf in leaves.values():
-        handles += [leaf.register_forward_pre_hook(before), leaf.register_forward_hook(after)]
-    try:
+    with ExitStack() as hooks:
+        hooks.callback(module.zero_grad)
+        for leaf in leaves.values():
+            hooks.enter_context(leaf.register_forward_pre_hook(before))
+            hooks.enter_context(leaf.register_forward_hook(after))
         with counter, kept_for_backward(module) as kept:
             outputs = module(inputs)
             forward = counter.get_total_flops()
             outputs.sum().backward()
         total = counter.get_total_flops()
-    finally:
-        for handle in handles:
-            handle.remove()
-        for parameter in module.parameters():
-            parameter.grad = None
     layers = [
         LayerSummary(name, type(leaves[name]).__name__, shape, _count(leaves[name]), flops[name] // 2 // batch)
         for name, shape in shapes.items()
@@ -175,15 +170,12 @@ def _traced(module: nn.Module, inputs: Tensor) -> list[tuple[Layer, nn.Module, t
         return hook
 
     blocks = {name: each for name, each in module.named_modules() if hasattr(each, "conv1") and hasattr(each, "conv2")}
-    handles = []
-    for name, part in module.named_modules():
-        if any(True for _ in part.children()) or isinstance(part, nn.Identity):
-            continue
-        block = next((each for each in blocks if name.startswith(f"{each}.")), None)
-        handles.append(part.register_forward_hook(watch(name, block, _role(name, block, blocks))))
-    module(inputs)
-    for handle in handles:
-        handle.remove()
+    with ExitStack() as hooks:
+        for name, part in module.named_modules():
+            if not list(part.children()) and not isinstance(part, nn.Identity):
+                block = next((each for each in blocks if name.startswith(f"{each}.")), None)
+                hooks.enter_context(part.register_forward_hook(watch(name, block, _role(name, block, blocks))))
+        module(inputs)
     return found
 
 

@@ -1,19 +1,92 @@
-"""What goes forward and backward through the layers of a model, seen by hooks while it computes.
+"""What goes forward and backward through the layers of a model, recorded by hooks while it computes.
 
 A layer is one that has a weight of two dimensions or more, together with the activation that follows it before the
 next such layer runs: linear, norm, tanh is one layer; so is convolution, norm, sum with the shortcut, ReLU.
 """
 
+import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from dlopt.analysis.diagnosis.moments import Moments
+
+@dataclass
+class Moments:
+    """Statistics of many tensors taken together, and a few of their values for a histogram.
+
+    Count, mean and sum of squared deviations of all values added (merged as in Chan, Golub & LeVeque 1983).
+
+    Nothing waits for the device before a figure is read. `keep`: so many values of each tensor, drawn evenly at random
+    from a generator of their own, stay for `values`; 20,000 look in a histogram like all of them.
+    """
+
+    keep: int = 0
+    count: int = 0
+    _mean: Tensor = field(default_factory=lambda: torch.zeros(()))
+    _deviations: Tensor = field(default_factory=lambda: torch.zeros(()))
+    _kept: list[Tensor] = field(default_factory=list)
+
+    @torch.no_grad()
+    def add(self, tensor: Tensor) -> None:
+        values = tensor.detach()
+        values = values.to(torch.promote_types(values.dtype, torch.float32))
+        count = values.numel()
+        if not count:
+            return
+        variance, mean = torch.var_mean(values, correction=0)
+        total = self.count + count
+        if self.count:
+            delta = mean - self._mean
+            self._deviations = self._deviations + variance * count + delta.square() * (self.count * count / total)
+            self._mean = self._mean + delta * (count / total)
+        else:
+            self._deviations, self._mean = variance * count, mean
+        self.count = total
+        if self.keep:
+            self._kept.append(_some(values, self.keep).cpu())
+
+    @property
+    def mean(self) -> float:
+        return float(self._mean) if self.count else math.nan
+
+    @property
+    def variance(self) -> float:
+        """Divided by the count, not by one less."""
+        return float(self._deviations) / self.count if self.count else math.nan
+
+    @property
+    def std(self) -> float:
+        return math.sqrt(self.variance) if self.variance >= 0 else math.nan
+
+    @property
+    def rms(self) -> float:
+        """Root of the mean square."""
+        square = self.variance + self.mean**2
+        return math.sqrt(square) if square >= 0 else math.nan
+
+    @property
+    def norm(self) -> float:
+        """The 2-norm of all values added, as one vector."""
+        return self.rms * math.sqrt(self.count)
+
+    @property
+    def values(self) -> Tensor:
+        """[n] of the values, on the CPU."""
+        return torch.cat(self._kept) if self._kept else torch.empty(0)
+
+
+def _some(values: Tensor, number: int) -> Tensor:
+    flat = values.flatten()
+    if flat.numel() <= number:
+        return flat.clone()
+    generator = torch.Generator(flat.device).manual_seed(0)
+    return flat[torch.randint(flat.numel(), (number,), generator=generator, device=flat.device)]
+
 
 SATURATED_SLOPE = 0.05
 """A tanh or sigmoid unit counts as saturated where its slope is below this share of the largest slope."""
@@ -109,19 +182,15 @@ class LayerProbe:
 
     @contextmanager
     def watching(self) -> Iterator["LayerProbe"]:
-        handles: list[RemovableHandle] = []
-        for name, layer in weight_layers(self.module):
-            handles.append(layer.register_forward_hook(self._weight_hook(self._known[name])))
-        for module in self.module.modules():
-            if isinstance(module, _ACTIVATIONS):
-                handles.append(module.register_forward_pre_hook(self._before_activation))
-                handles.append(module.register_forward_hook(self._after_activation))
         self._latest = None
-        try:
+        with ExitStack() as hooks:
+            for name, layer in weight_layers(self.module):
+                hooks.enter_context(layer.register_forward_hook(self._weight_hook(self._known[name])))
+            for module in self.module.modules():
+                if isinstance(module, _ACTIVATIONS):
+                    hooks.enter_context(module.register_forward_pre_hook(self._before_activation))
+                    hooks.enter_context(module.register_forward_hook(self._after_activation))
             yield self
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _weight_hook(self, layer: LayerStatistics) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -158,11 +227,11 @@ class LayerProbe:
 
 def weight_layers(module: nn.Module) -> list[tuple[str, nn.Module]]:
     """The layers that hold a weight of two dimensions or more themselves, by name; the model itself is `model`."""
-    found = []
-    for name, layer in module.named_modules():
-        if not isinstance(layer, nn.Embedding) and any(p.ndim > 1 for p in layer.parameters(recurse=False)):
-            found.append((name or "model", layer))
-    return found
+    return [
+        (name or "model", layer)
+        for name, layer in module.named_modules()
+        if not isinstance(layer, nn.Embedding) and any(p.ndim > 1 for p in layer.parameters(recurse=False))
+    ]
 
 
 def layer_parameters(module: nn.Module) -> dict[str, list[nn.Parameter]]:
@@ -191,3 +260,71 @@ def _first_tensor(value: Any) -> Tensor | None:
     if isinstance(value, tuple | list) and value and isinstance(value[0], Tensor):
         return value[0]
     return None
+
+
+# -- recurrent layers: how far back in time the gradient reaches (Bengio, Simard & Frasconi 1994; Pascanu et al. 2013)
+
+
+@dataclass(frozen=True)
+class TimeLag:
+    """One recurrent layer. Index i stands for the state i steps before the last one.
+
+    `states[i]`: norm of the gradient of the loss with respect to the state, over the whole batch.
+    `contributions[i]`: norm of what the step that reads this state adds to the gradient of the recurrent weight, which
+    is the sum over steps. A clip by norm multiplies all of them by one factor.
+    """
+
+    name: str
+    states: list[float]
+    contributions: list[float]
+
+
+class TimeLagProbe:
+    """Watches linear layers that run several times in one forward pass: the recurrent ones."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self._states: dict[str, list[list[Tensor]]] = defaultdict(list)
+        self._inputs: dict[str, list[Tensor]] = defaultdict(list)
+        self._deltas: dict[str, list[list[Tensor]]] = defaultdict(list)
+
+    @contextmanager
+    def watching(self) -> Iterator["TimeLagProbe"]:
+        """Within, one forward and one backward pass."""
+        with ExitStack() as hooks:
+            for name, layer in self.module.named_modules():
+                if isinstance(layer, nn.Linear):
+                    hooks.enter_context(layer.register_forward_hook(self._hook(name)))
+            yield self
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            state = inputs[0]
+            if not module.training or not output.requires_grad:
+                return
+            seen: tuple[list[Tensor], list[Tensor]] = ([], [])
+            if state.requires_grad:
+                state.register_hook(seen[0].append)
+            output.register_hook(seen[1].append)
+            self._states[name].append(seen[0])
+            self._inputs[name].append(state.detach())
+            self._deltas[name].append(seen[1])
+
+        return hook
+
+    def lags(self) -> list[TimeLag]:
+        """One per recurrent layer; none where every layer ran once."""
+        return [self._lag(name) for name, inputs in self._inputs.items() if len(inputs) > 1]
+
+    def _lag(self, name: str) -> TimeLag:
+        states = [_norm(each) for each in self._states[name]]
+        contributions = []
+        for delta, state in zip(self._deltas[name], self._inputs[name], strict=True):
+            step = delta[0].flatten(0, -2).T @ state.flatten(0, -2) if delta else torch.zeros(())
+            contributions.append(float(step.norm()))
+        # The first state is a constant zero, to which no gradient goes.
+        return TimeLag(name, states[:0:-1], contributions[::-1])
+
+
+def _norm(gradients: list[Tensor]) -> float:
+    return float(torch.stack(gradients).sum(0).norm()) if gradients else 0.0

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dlopt.analysis import drawing
-from dlopt.analysis.drawing import COLOURS, style
+from dlopt.analysis.drawing import COLOURS, spelled, style
 from dlopt.analysis.report.reading import is_number, text
 from dlopt.analysis.report.table import (
     Configuration,
@@ -41,12 +41,6 @@ def pictures(table: Table, target: float | None) -> dict[str, "Figure"]:
     }
     found = {name: make() for name, make in makers.items()}
     return {name: figure for name, figure in found.items() if figure is not None}
-
-
-def spelled(figure: str) -> str:
-    """val_accuracy -> validation accuracy."""
-    words = figure.replace("_", " ").replace("lr", "learning rate")
-    return words.replace("val ", "validation ").replace("train ", "training ")
 
 
 def _figure(width: float, height: float, columns: int = 1) -> tuple["Figure", "list[Axes]"]:

@@ -4,7 +4,6 @@ The content of a run folder is data: it is checked, never trusted.
 """
 
 import json
-import math
 import operator
 import os
 import re
@@ -13,17 +12,16 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import yaml
 
-from dlopt.analysis.leaderboard import HOUSEKEEPING, direction_of, is_one_of, is_seed
+from dlopt.analysis.leaderboard import ENDED, HOUSEKEEPING, direction_of, is_number, is_one_of, is_seed
 from dlopt.errors import UserError
 from dlopt.folders import RunFolder
 from dlopt.plain import flatten
 from dlopt.tracking.metrics import METRICS, SUMMARY
 
-ENDED = ("finished", "stopped_early")
 STATUSES = (*ENDED, "pruned", "running", "interrupted", "unfinished", "failed")
 """As in summary.json, and `pruned` (by its sweep), `running` (a process is at work there), `unfinished` (none is)."""
 
@@ -174,10 +172,6 @@ def _numbers(found: Mapping[str, Any]) -> dict[str, float]:
     return {str(key): value for key, value in found.items() if is_number(value)}
 
 
-def is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _status(path: Path, summary: Mapping[str, Any] | None) -> str:
     status = None if summary is None else summary.get("status")
     if summary is not None and status in ENDED:
@@ -200,32 +194,31 @@ def _flat(config: Mapping[str, Any], choices: Mapping[str, Any]) -> dict[str, An
             flat[key] = str(choice)
         if isinstance(value, Mapping):
             inner = {name: item for name, item in flatten(value, key).items() if not name.endswith("._target_")}
-            flat |= {name: _tidy(item) for name, item in inner.items() if not isinstance(item, Mapping)}
+            flat |= {name: tidy(item) for name, item in inner.items() if not isinstance(item, Mapping)}
         elif key not in flat:
-            flat[key] = _tidy(value)
+            flat[key] = tidy(value)
     return flat
 
 
-def _tidy(value: Any) -> Any:
-    """Plain values; what YAML knows besides (dates) as text."""
+def tidy(value: Any) -> Any:
+    """Plain values: lists as tuples, mappings as tuples of pairs, what YAML knows besides (dates) as text."""
     if isinstance(value, list | tuple):
-        return tuple(_tidy(item) for item in value)
+        return tuple(tidy(item) for item in value)
     if isinstance(value, Mapping):
-        return tuple((str(key), _tidy(item)) for key, item in value.items())
+        return tuple((str(key), tidy(item)) for key, item in value.items())
     return value if isinstance(value, str | bool | int | float) or value is None else str(value)
 
 
 def _figures(
     summary: Mapping[str, Any], metrics: tuple[Mapping[str, float], ...], config: Mapping[str, Any]
 ) -> dict[str, float]:
-    figures: dict[str, Any] = dict(metrics[-1]) if metrics else {}
-    for key in [key for key in figures if key.startswith("val_") or key in ("epoch", "step", "lr")]:
-        figures.pop(key)
+    figures: dict[str, Any] = {}
     if metrics:
-        figures |= {"epochs": metrics[-1]["epoch"], "steps": metrics[-1]["step"]}
-        best = best_line(metrics, str(config.get("monitor", "auto")))
-        figures |= {} if best is None else {k: v for k, v in best.items() if k.startswith("val_")}
-        figures |= {} if best is None else {"best_epoch": best["epoch"]}
+        last, best = metrics[-1], best_line(metrics, str(config.get("monitor", "auto")))
+        figures = {k: v for k, v in last.items() if not k.startswith("val_") and k not in ("epoch", "step", "lr")}
+        figures |= {"epochs": last["epoch"], "steps": last["step"]}
+        if best is not None:
+            figures |= {k: v for k, v in best.items() if k.startswith("val_")} | {"best_epoch": best["epoch"]}
     for key, value in summary.items():
         if key not in ("epochs", "steps") or is_number(value):
             figures[str(key).removeprefix("best_") if str(key).startswith("best_val_") else str(key)] = value
@@ -299,8 +292,6 @@ def brief(value: Any) -> str:
 
 def printable(value: str) -> str:
     """Without what would steer a terminal, or break a line of a table."""
-    if value.isprintable():
-        return value
     return "".join(character if character.isprintable() else "�" for character in value)
 
 

@@ -6,6 +6,7 @@ That is: curves over seeds, importance of the keys, good learning rates, time to
 import math
 import re
 import shlex
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,11 +20,12 @@ from dlopt.analysis.leaderboard import (
     Row,
     Statistic,
     direction_of,
+    is_number,
     leaderboard,
     statistic,
     student_t,
 )
-from dlopt.analysis.report.reading import Damaged, Record, brief, is_number, printable, text, varying
+from dlopt.analysis.report.reading import Damaged, Record, brief, printable, text, tidy, varying
 from dlopt.errors import UserError
 from dlopt.extras import install
 from dlopt.tracking.layout import short_path
@@ -93,10 +95,7 @@ class Table:
 
     def counts(self) -> dict[str, int]:
         """Runs by status, in the order of their number."""
-        found: dict[str, int] = {}
-        for record in self.records:
-            found[record.status] = found.get(record.status, 0) + 1
-        return dict(sorted(found.items(), key=lambda pair: -pair[1]))
+        return dict(Counter(record.status for record in self.records).most_common())
 
 
 def gather(records: Sequence[Record], damaged: Sequence[Damaged], by: str | None = None) -> Table:
@@ -177,28 +176,22 @@ class Beside:
 def published_error(config: Mapping[str, Any]) -> float | None:
     """The test error (%) that a config gives for what its run did: the first of `published` whose `when` holds.
 
-    `config` has dotted keys."""
-    entries = config.get("published")
-    for entry in map(_mapping, entries if isinstance(entries, list | tuple) else ()):
+    `config` has dotted keys.
+    """
+    entries = tidy(config.get("published"))
+    for entry in map(_mapping, entries if isinstance(entries, tuple) else ()):
         error, when = entry.get("error"), entry.get("when")
         if not isinstance(error, int | float) or when is None:
             continue
-        if all(key in config and _plain(config[key]) == _plain(value) for key, value in _mapping(when).items()):
+        if all(key in config and tidy(config[key]) == value for key, value in _mapping(when).items()):
             return float(error)
     return None
 
 
-def _mapping(value: Any) -> dict[str, Any]:
-    """A mapping, or the pairs that a record keeps of one; of anything else nothing."""
-    if isinstance(value, Mapping):
-        return dict(value)
-    if isinstance(value, tuple) and all(isinstance(each, tuple) and len(each) == 2 for each in value):
-        return dict(value)
-    return {}
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+def _mapping(pairs: Any) -> dict[str, Any]:
+    """A mapping from the pairs that `tidy` makes of it; of anything else nothing."""
+    is_pairs = isinstance(pairs, tuple) and all(isinstance(each, tuple) and len(each) == 2 for each in pairs)
+    return dict(pairs) if is_pairs else {}
 
 
 def beside_published(table: Table) -> list[Beside]:
@@ -208,10 +201,9 @@ def beside_published(table: Table) -> list[Beside]:
     """
     found = []
     for row in table.rows:
-        error = published_error(row.runs[0].config)
+        error, accuracy = published_error(row.runs[0].config), row.statistic("test_accuracy")
         if error is None:
             continue
-        accuracy = row.statistic("test_accuracy")
         measured = None
         if accuracy is not None:
             std = None if accuracy.std is None else 100 * accuracy.std
@@ -249,9 +241,9 @@ def band(runs: Sequence[Record], figure: str, against: str, confidence: float = 
 
     Between its epochs a run's curve is linear. A point is shown where at least half of the runs reach it.
     """
-    curves = [np.array([(line[against], line[figure]) for line in run.metrics if figure in line and against in line])
+    points = [[(line[against], line[figure]) for line in run.metrics if figure in line and against in line]
               for run in runs]  # fmt: skip
-    curves = [curve for curve in curves if len(curve)]
+    curves = [np.array(each) for each in points if each]
     if not curves:
         return None
     if against == "seconds":
