@@ -16,6 +16,7 @@ from dlopt.analysis import drawing
 from dlopt.analysis.drawing import MARKERS, style
 from dlopt.analysis.probes import PROBES
 from dlopt.ranges import Seed
+from dlopt.tracking.tables import aligned
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -137,10 +138,8 @@ def table(comparison: Comparison, outcomes: Mapping[Cell, Outcome]) -> list[str]
     rows = [["variant", *comparison.along, *comparison.figures]]
     for variant in comparison.variants:
         columns = [finals(comparison, outcomes, variant, name) for name in comparison.figures]
-        for point in columns[0]:
-            rows.append([variant, *map(typed, point), *(show(mean(column[point])) for column in columns)])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        rows += [[variant, *map(typed, at), *(show(mean(column[at])) for column in columns)] for at in columns[0]]
+    return aligned(rows)
 
 
 def show(value: float) -> str:

@@ -21,6 +21,7 @@ from dlopt.functions import Function
 from dlopt.optim import LossClosure
 from dlopt.random import generator
 from dlopt.schedules import Factor, Scheduler
+from dlopt.tracking.tables import aligned
 from dlopt.train.averaging import at_evaluation_point
 
 if TYPE_CHECKING:
@@ -227,15 +228,14 @@ def animate(function: Function, paths: Mapping[str, Path], target: File, *, titl
 
 def table(paths: Mapping[str, Path], rates: Mapping[str, float | None]) -> list[str]:
     """A line for each path: learning rate, how near it came, how soon, and what is striking about it."""
-    rows = [("path", "lr", "updates", "evaluations", "distance", "")]
+    rows = [["path", "lr", "updates", "evaluations", "distance", ""]]
     for label, path in paths.items():
         step, rate = path.reached(), rates[label]
         when = ("-", f"{path.evaluations[-1]}") if step is None else (f"{step}", f"{path.evaluations[step]}")
         shown = "search" if rate is None else f"{rate:g}"
-        rows.append((label, shown, *when, f"{float(path.distances[-1]):.2g}", _verdict(path)))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return [*lines, f"updates and evaluations until the distance to a minimum stays below {REACHED:g} of the first one"]
+        rows.append([label, shown, *when, f"{float(path.distances[-1]):.2g}", _verdict(path)])
+    note = f"updates and evaluations until the distance to a minimum stays below {REACHED:g} of the first one"
+    return [*aligned(rows), note]
 
 
 def _verdict(path: Path) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 
 from dlopt.analysis import drawing
 from dlopt.analysis.model_summary import Layer, operations, parameters
+from dlopt.parallel.chain import balanced
 from dlopt.ranges import Count, NonNegative, Positive
 
 if TYPE_CHECKING:
@@ -105,10 +106,11 @@ def expected_maximum(count: int) -> float:
 
     So many devices wait for the slowest: mu + sigma times this. David & Nagaraja 2003, "Order statistics", section 3.1.
     """
+    from scipy.special import ndtr
+
     x = np.linspace(-9.0, 9.0, 7201)
-    below = np.array([0.5 * math.erfc(-each / math.sqrt(2)) for each in x])
     density = np.exp(-x * x / 2) / math.sqrt(2 * math.pi)
-    return float(np.sum(x * count * density * below ** (count - 1)) * (x[1] - x[0])) if count > 1 else 0.0
+    return float(np.sum(x * count * density * ndtr(x) ** (count - 1)) * (x[1] - x[0])) if count > 1 else 0.0
 
 
 def slowed(devices: int, variation: float, meetings: int = 1) -> float:
@@ -217,27 +219,19 @@ def _reduced(
 
     Layer by layer from the last one, gradients become ready; a bucket of them is reduced as soon as it is full.
     """
+    # All shards of a server go between servers at the same time.
     per_server, servers = (1, devices) if shards > 1 else _servers(devices, cluster)
     clock, filled = start, 0.0
-    ready, durations = [], []
-
-    def reduce(size: float) -> None:
-        ready.append(clock)
-        # all shards of a server go between servers at the same time
-        durations.append(
-            two_level_all_reduce(size, per_server, servers, cluster.within, cluster.between)
-            if shards == 1
-            else all_reduce(size * shards, servers, cluster.between)
-        )
-
-    for layer, time in zip(reversed(layers), reversed(times), strict=True):
-        clock += time
-        filled += layer.parameters * GRADIENT / shards
-        if filled >= min(cluster.bucket_mb * 1e6, math.inf if ready else _FIRST_BUCKET):
-            reduce(filled)
+    ready, durations = list[float](), list[float]()
+    for i in reversed(range(len(layers))):
+        clock += times[i]
+        filled += layers[i].parameters * GRADIENT / shards
+        if filled and (i == 0 or filled >= min(cluster.bucket_mb * 1e6, math.inf if ready else _FIRST_BUCKET)):
+            ready.append(clock)
+            durations.append(
+                two_level_all_reduce(filled * shards, per_server, servers, cluster.within, cluster.between)
+            )
             filled = 0.0
-    if filled:
-        reduce(filled)
     return max(clock, overlapped(ready, durations)) if devices > 1 else clock
 
 
@@ -370,7 +364,7 @@ def pipeline(layers: Sequence[Layer], batch: float, devices: int, cluster: Clust
     """
     groups, micro = devices // stages, batch * stages / cluster.micro_batches
     times = [seconds(layer, micro, cluster) for layer in layers]
-    bounds = partition([f + b for f, b in times], stages)
+    bounds = list(pairwise([*balanced([f + b for f, b in times], stages), len(layers)]))
     link = cluster.link(stages)
     slow = slowed(devices, cluster.variation, cluster.micro_batches)
     forwards, backwards, memory = [], [], 0.0
@@ -389,33 +383,6 @@ def pipeline(layers: Sequence[Layer], batch: float, devices: int, cluster: Clust
     return _Case("pipeline", layers, batch, devices, cluster).estimate(step + update, compute, memory)
 
 
-def partition(times: Sequence[float], parts: int) -> list[tuple[int, int]]:
-    """Bounds of `parts` consecutive parts, none empty, whose largest sum is as small as can be (by bisection)."""
-
-    def cut(limit: float) -> list[int]:
-        bounds, total = [0], 0.0
-        for i, time in enumerate(times):
-            left = parts - len(bounds)  # parts that are still to be begun
-            if i > bounds[-1] and (total + time > limit or len(times) - i == left) and left > 0:
-                bounds.append(i)
-                total = 0.0
-            total += time
-        return [*bounds, len(times)]
-
-    def largest(bounds: list[int]) -> float:
-        return max(sum(times[a:b]) for a, b in pairwise(bounds))
-
-    low, high = max(times), sum(times)
-    for _ in range(50):
-        middle = (low + high) / 2
-        if largest(cut(middle)) <= middle * (1 + 1e-12):
-            high = middle
-        else:
-            low = middle
-    bounds = cut(high)
-    return list(pairwise(bounds))
-
-
 def estimates(layers: Sequence[Layer], batch: float, devices: int, cluster: Cluster) -> list[Estimate]:
     """Every mode on so many devices; model parallelism within a server, data parallelism between, and filter over all.
 
@@ -423,17 +390,18 @@ def estimates(layers: Sequence[Layer], batch: float, devices: int, cluster: Clus
     """
     degree = math.gcd(devices, cluster.per_server)
     kernels = [layer for layer in layers if layer.kind != "other"]
-    found = [
-        ddp(layers, batch, devices, cluster),
-        replace(fsdp(layers, batch, devices, cluster, devices), mode="fsdp"),
-        replace(fsdp(layers, batch, devices, cluster, degree), mode="fsdp × ddp"),
-    ]
-    if devices <= max(layer.units for layer in kernels):
-        found.append(replace(filter_parallel(layers, batch, devices, cluster, devices), mode="filter"))
-    found.append(replace(filter_parallel(layers, batch, devices, cluster, degree), mode="filter × ddp"))
-    found.append(replace(spatial(layers, batch, devices, cluster, degree), mode="spatial × ddp"))
-    if degree <= len(kernels):
-        found.append(replace(pipeline(layers, batch, devices, cluster, degree), mode="pipeline × ddp"))
+    modes = {
+        "fsdp": (fsdp, devices, True),
+        "fsdp × ddp": (fsdp, degree, True),
+        "filter": (filter_parallel, devices, devices <= max(layer.units for layer in kernels)),
+        "filter × ddp": (filter_parallel, degree, True),
+        "spatial × ddp": (spatial, degree, True),
+        "pipeline × ddp": (pipeline, degree, degree <= len(kernels)),
+    }
+    found = [ddp(layers, batch, devices, cluster)]
+    for mode, (estimate, parts, is_possible) in modes.items():
+        if is_possible:
+            found.append(replace(estimate(layers, batch, devices, cluster, parts), mode=mode))
     return found
 
 

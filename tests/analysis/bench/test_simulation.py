@@ -1,6 +1,5 @@
 """A simulated cluster where its figures are known: without delays, without stragglers, with equal layers."""
 
-import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +11,7 @@ from dlopt.analysis import model_summary
 from dlopt.analysis.bench import simulation
 from dlopt.analysis.bench.company import fitted, shared_out
 from dlopt.analysis.bench.modes import validate
-from dlopt.analysis.bench.simulation import Cluster, ddp, draw, fsdp, partition, pipeline, single, spatial
+from dlopt.analysis.bench.simulation import Cluster, ddp, draw, fsdp, pipeline, single, spatial
 from dlopt.analysis.bench.simulation import filter_parallel as filters
 from dlopt.analysis.model_summary import Layer
 from dlopt.commands.bench_simulate import MODELS
@@ -133,17 +132,6 @@ def test_memory() -> None:
     assert ddp(CHAIN, 64, 8, IDEAL).memory == 3 * 4 * 16e6 + 16 * 10**4 * 64 * 2
     assert fsdp(CHAIN, 64, 8, IDEAL, 8).memory < ddp(CHAIN, 64, 8, IDEAL).memory
     assert not ddp(CHAIN, 64, 8, replace(IDEAL, memory=0.2)).fits and ddp(CHAIN, 64, 8, IDEAL).fits
-
-
-@pytest.mark.parametrize("parts", [1, 2, 3, 5])
-def test_layers_are_parted_as_well_as_can_be(parts: int) -> None:
-    times = [3.0, 1, 4, 1, 5, 9, 2, 6, 5, 3]
-    cuts = itertools.combinations(range(1, len(times)), parts - 1)
-    sums = [[sum(times[a:b]) for a, b in itertools.pairwise([0, *cut, len(times)])] for cut in cuts]
-    bounds = partition(times, parts)
-    assert max(sum(times[a:b]) for a, b in bounds) == min(max(each) for each in sums)
-    assert len(bounds) == parts and bounds[0][0] == 0 and bounds[-1][1] == len(times)
-    assert all(a < b for a, b in bounds) and all(x[1] == y[0] for x, y in itertools.pairwise(bounds))
 
 
 def test_a_network_is_fitted() -> None:
