@@ -177,13 +177,11 @@ def is_seed(key: str) -> bool:
 
 def statistic(values: Sequence[float]) -> Statistic | None:
     """None for no values."""
-    count = len(values)
-    if count == 0:
+    if not values:
         return None
-    mean = math.fsum(values) / count
-    if count == 1:
-        return Statistic(mean, None, 1)
-    return Statistic(mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1)), count)
+    mean, count = math.fsum(values) / len(values), len(values)
+    squares = math.fsum((value - mean) ** 2 for value in values)
+    return Statistic(mean, math.sqrt(squares / (count - 1)) if count > 1 else None, count)
 
 
 def paired_difference(

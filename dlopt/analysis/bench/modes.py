@@ -6,7 +6,6 @@ The check sets calculated times per update against measured ones, with a few pro
 import json
 import math
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -240,9 +239,9 @@ def validate(processes: Sequence[int]) -> list[Point]:
     from dlopt.analysis.bench import company, simulation
 
     composer = Composer()
-    folder = Path(tempfile.mkdtemp(prefix="dlopt-bench-"))
     points = []
-    try:
+    with tempfile.TemporaryDirectory(prefix="dlopt-bench-", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
         for count in (each for each in processes if each > 1):
             batch = BATCH // count
             found = company.measured(_config(composer, "single", batch), folder / f"company-{count}", count)
@@ -269,9 +268,7 @@ def validate(processes: Sequence[int]) -> list[Point]:
                 config = _config(composer, mode, BATCH)
                 steps = steps_of(config, folder / f"{mode}-{count}", mode, count, _PLAN)
                 points.append(Point(mode, count, each.step, statistics.median(steps)))
-        return points
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    return points
 
 
 def _config(composer: Composer, mode: str, batch: int) -> dict[str, Any]:

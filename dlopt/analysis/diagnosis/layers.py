@@ -114,31 +114,26 @@ class LayerStatistics:
     keep: int = 0
     activation: str | None = None
     calls: int = 0
-    _plain: tuple[Moments, Moments] = field(init=False)  # of the output of the weight layer: values, gradients
-    _active: tuple[Moments, Moments, Moments] = field(init=False)  # activation: inputs, gradients of these, outputs
+    inputs: Moments = field(init=False)
+    outputs: Moments = field(init=False)
+    gradients: Moments = field(init=False)
     _saturated: Tensor | None = None  # number of saturated values
     _peak: Tensor | None = None  # [units]: largest output
 
     def __post_init__(self) -> None:
-        self._plain = Moments(self.keep), Moments(self.keep)
-        self._active = Moments(self.keep), Moments(self.keep), Moments(self.keep)
+        self.inputs = self.outputs = Moments(self.keep)
+        self.gradients = Moments(self.keep)
 
-    @property
-    def inputs(self) -> Moments:
-        return self._plain[0] if self.activation is None else self._active[0]
-
-    @property
-    def outputs(self) -> Moments:
-        return self._plain[0] if self.activation is None else self._active[2]
-
-    @property
-    def gradients(self) -> Moments:
-        return self._plain[1] if self.activation is None else self._active[1]
+    def start_activation(self, module: nn.Module) -> None:
+        """From the first activation on its values count, and not those of the plain layer."""
+        if self.activation is None:
+            self.inputs, self.outputs, self.gradients = (Moments(self.keep) for _ in range(3))
+        self.activation = type(module).__name__
 
     @property
     def saturated(self) -> float | None:
         """Share of the values of tanh or sigmoid whose slope is below `SATURATED_SLOPE` of the largest."""
-        return None if self._saturated is None else float(self._saturated) / self._active[2].count
+        return None if self._saturated is None else float(self._saturated) / self.outputs.count
 
     @property
     def dead(self) -> float | None:
@@ -147,9 +142,8 @@ class LayerStatistics:
 
     @torch.no_grad()
     def add_activation(self, module: nn.Module, output: Tensor) -> None:
-        self.activation = type(module).__name__
         output = output.detach()
-        self._active[2].add(output)
+        self.outputs.add(output)
         if isinstance(module, nn.Tanh | nn.Sigmoid):
             centred = output if isinstance(module, nn.Tanh) else 2 * output - 1
             number = (centred.abs() > _SATURATED).sum()
@@ -172,13 +166,8 @@ class LayerProbe:
         self.with_activations = activations
         self.with_gradients = gradients
         self._known = {name: LayerStatistics(name, type(layer).__name__, keep) for name, layer in weight_layers(module)}
-        self._order: list[str] = []
+        self.layers: list[LayerStatistics] = []  # those that were called, in the order of their first call
         self._latest: LayerStatistics | None = None
-
-    @property
-    def layers(self) -> list[LayerStatistics]:
-        """Those that were called, in the order of their first call."""
-        return [self._known[name] for name in self._order]
 
     @contextmanager
     def watching(self) -> Iterator["LayerProbe"]:
@@ -198,31 +187,29 @@ class LayerProbe:
             if not module.training or tensor is None:
                 return
             if not layer.calls:
-                self._order.append(layer.name)
+                self.layers.append(layer)
             layer.calls += 1
             self._latest = layer
             if layer.activation is None:  # else the activation's values count
-                self._see(tensor, *layer._plain)
+                self._see(tensor, layer)
 
         return hook
 
     def _before_activation(self, module: nn.Module, inputs: Any) -> None:
         tensor = _first_tensor(inputs)
         if module.training and tensor is not None and self._latest is not None:
-            self._see(tensor, *self._latest._active[:2])
+            self._latest.start_activation(module)
+            self._see(tensor, self._latest)
 
     def _after_activation(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        if module.training and isinstance(output, Tensor) and self._latest is not None:
-            if self.with_activations:
-                self._latest.add_activation(module, output)
-            else:
-                self._latest.activation = type(module).__name__
+        if module.training and isinstance(output, Tensor) and self._latest is not None and self.with_activations:
+            self._latest.add_activation(module, output)
 
-    def _see(self, tensor: Tensor, values: Moments, gradients: Moments) -> None:
+    def _see(self, tensor: Tensor, layer: LayerStatistics) -> None:
         if self.with_activations:
-            values.add(tensor)
+            layer.inputs.add(tensor)
         if self.with_gradients and tensor.requires_grad:
-            tensor.register_hook(gradients.add)
+            tensor.register_hook(layer.gradients.add)
 
 
 def weight_layers(module: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -402,5 +402,4 @@ def default_target(table: Table) -> float | None:
         return None
     median = means[len(means) // 2] if table.lower else means[(len(means) - 1) // 2]
     scale = 10.0 ** (2 - math.floor(math.log10(abs(median)))) if median else 1.0
-    rounded = math.ceil(median * scale) if table.lower else math.floor(median * scale)
-    return rounded / scale
+    return (math.ceil(median * scale) if table.lower else math.floor(median * scale)) / scale
