@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dlopt.analysis.comparison.runs import Cell, Comparison, Outcome, finals, mean, read
+from dlopt.analysis.comparison import Cell, Comparison, Outcome, finals, mean, read
 from dlopt.commands.compare import comparison_of
 from dlopt.config.choices import config_folder
 from dlopt.config.compose import Composer

@@ -1,6 +1,5 @@
 """The loss around a trained model, on a plane through its weights (Li et al. 2018, Visualizing the loss landscape)."""
 
-import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dlopt.analysis import drawing
 from dlopt.train.step import frozen_statistics
 
 if TYPE_CHECKING:
@@ -62,9 +62,9 @@ def path_plane(path: Sequence[Weights], steps: Sequence[int]) -> Plane:
     margin = 0.25 * (high - low).clamp(min=0.25 * float((high - low).max()))
     window = (low[0] - margin[0], high[0] + margin[0], low[1] - margin[1], high[1] + margin[1])
     first, second = (_shaped(row, last) for row in rows[:2])
-    names = [f"principal component {i + 1} ({float(share):.0%} of the path)" for i, share in enumerate(shares[:2])]
-    left, right, bottom, top = (float(edge) for edge in window)
-    return Plane(last, first, second, (left, right, bottom, top), (names[0], names[1]), places, list(steps))
+    x, y = (f"principal component {i + 1} ({float(share):.0%} of the path)" for i, share in enumerate(shares[:2]))
+    left, right, bottom, top = map(float, window)
+    return Plane(last, first, second, (left, right, bottom, top), (x, y), places, list(steps))
 
 
 def _flat(weights: Weights) -> Tensor:
@@ -111,9 +111,7 @@ def surface(
 
 def draw(plane: Plane, values: Tensor, *, title: str, subtitle: str) -> "Figure":
     """Contours of the loss, evenly spread over its logarithm, with the training's path where there is one."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 6.4), layout="constrained")
+    figure = drawing.figure(8, 6.4)
     axes = figure.add_subplot()
     left, right, bottom, top = plane.window
     x, y = np.linspace(left, right, len(values)), np.linspace(bottom, top, len(values))
@@ -124,17 +122,16 @@ def draw(plane: Plane, values: Tensor, *, title: str, subtitle: str) -> "Figure"
     axes.contour(x, y, heights, levels=levels, colors="white", linewidths=0.4)
     bar = figure.colorbar(filled, ax=axes, label="training loss", format="%.3g")
     bar.set_ticks(levels[::4].tolist())
-    if plane.path is None:
-        axes.plot(0, 0, "*", color="white", markeredgecolor="black", markersize=16)
-    else:
-        path = plane.path.numpy()
-        axes.plot(*path.T, "-o", color="#D55E00", markersize=4, linewidth=1.5)
-        axes.plot(*path[-1], "*", color="white", markeredgecolor="black", markersize=16)
+    path = np.zeros((1, 2)) if plane.path is None else plane.path.numpy()
+    if plane.path is not None:
+        axes.plot(*path.T, "-o", color=drawing.COLOURS[1], markersize=4, linewidth=1.5)
+    axes.plot(*path[-1], "*", color="white", markeredgecolor="black", markersize=16)
+    if plane.path is not None:
         for i in (0, len(path) - 1):
             box = {"boxstyle": "round", "facecolor": "white", "alpha": 0.8, "linewidth": 0}
             text = f"update {plane.steps[i]:,}"
             axes.annotate(text, path[i], xytext=(9, 9), textcoords="offset points", fontsize=9, bbox=box)
     axes.set_xlabel(plane.axes[0])
     axes.set_ylabel(plane.axes[1])
-    axes.set_title("\n".join([title, *textwrap.wrap(subtitle, 90)]), fontsize=10)
+    axes.set_title(drawing.headed(title, subtitle), fontsize=10)
     return figure

@@ -6,18 +6,20 @@ a validation figure: a leaderboard ranked by test figures would choose on the te
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeGuard
+
+from dlopt.plain import flatten
 
 Direction = Literal["maximize", "minimize"]
 Seeds = tuple[tuple[str, Any], ...]
 
-_ENDED = ("finished", "stopped_early")
-# Keys in which runs of one configuration may differ: where they run and what they write.
-_HOUSEKEEPING = (
+ENDED = ("finished", "stopped_early")
+HOUSEKEEPING = (
     "name", "resume", "allow_packages", "dry_run", "device", "threads", "checkpoint", "tracking", "log_every_steps",
     "data.workers", "data.memory", "data.root", "published",
 )  # fmt: skip
+"""Keys in which runs of one configuration may differ: where they run and what they write."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Entry:
     @property
     def has_ended(self) -> bool:
         """Whether its figures count: trained to its end, and not cut short by a pruner."""
-        return self.status in _ENDED and not self.is_pruned
+        return self.status in ENDED and not self.is_pruned
 
     @property
     def is_pruned(self) -> bool:
@@ -45,8 +47,7 @@ class Entry:
     def figure(self, key: str) -> float | None:
         """A finite figure, or None."""
         value = self.figures.get(key)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        return float(value) if is_number and math.isfinite(value) else None  # type: ignore[arg-type]
+        return float(value) if is_number(value) else None
 
     @property
     def seeds(self) -> Seeds:
@@ -80,21 +81,19 @@ class Row:
     label: str
     overrides: Sequence[str]
     runs: Sequence[Entry]
-    value: Statistic | None  # of the figure that ranks; None where no run has it
+    value: Statistic | None = None  # of the figure that ranks; None where no run has it
     difference: Difference | None = None  # to the first row, over the seeds that both have; None for the first
 
     def statistic(self, figure: str) -> Statistic | None:
         """Mean, deviation and count of any figure over the runs that have ended and have it."""
-        values = [run.figure(figure) for run in self.runs if run.has_ended]
-        return statistic([value for value in values if value is not None])
+        return statistic([v for run in self.runs if run.has_ended and (v := run.figure(figure)) is not None])
 
     @property
     def failed(self) -> int:
         return sum(run.status == "failed" for run in self.runs)
 
     def by_seeds(self, figure: str) -> dict[Seeds, float]:
-        pairs = [(run.seeds, run.figure(figure)) for run in self.runs if run.has_ended]
-        return {seeds: value for seeds, value in pairs if value is not None}
+        return {run.seeds: v for run in self.runs if run.has_ended and (v := run.figure(figure)) is not None}
 
 
 @dataclass(frozen=True)
@@ -130,48 +129,44 @@ def leaderboard(
     figure = default_figure(entries) if figure is None else figure
     direction = direction_of(figure) if direction is None else direction
     sign = -1.0 if direction == "maximize" else 1.0
-    rows = [
-        Row(label, overrides, runs, statistic(_values(runs, figure))) for label, overrides, runs in _grouped(entries)
-    ]
+    rows = [replace(row, value=row.statistic(figure)) for row in _grouped(entries)]
     rows.sort(key=lambda row: math.inf if row.value is None else sign * row.value.mean)
     if not rows:
         return Leaderboard(figure, direction)
     first = rows[0].by_seeds(figure)
-    compared = [
-        Row(row.label, row.overrides, row.runs, row.value, paired_difference(row.by_seeds(figure), first, confidence))
-        for row in rows[1:]
-    ]
+    compared = [replace(row, difference=paired_difference(row.by_seeds(figure), first, confidence)) for row in rows[1:]]
     return Leaderboard(figure, direction, [rows[0], *compared])
 
 
-def _values(runs: Sequence[Entry], figure: str) -> list[float]:
-    found = [run.figure(figure) for run in runs if run.has_ended]
-    return [value for value in found if value is not None]
-
-
-def _grouped(entries: Sequence[Entry]) -> list[tuple[str, list[str], list[Entry]]]:
-    """(label, overrides that vary, runs) of each configuration, in the order in which they first appear."""
+def _grouped(entries: Sequence[Entry]) -> list[Row]:
+    """A row for each configuration, in the order in which they first appear."""
     groups: dict[str, list[Entry]] = {}
     for entry in entries:
         flat = flatten(entry.config)
-        kept = {key: value for key, value in flat.items() if not is_seed(key) and not _is_housekeeping(key)}
+        kept = {key: value for key, value in flat.items() if not _is_aside(key)}
         groups.setdefault(repr(sorted(kept.items(), key=lambda pair: pair[0])), []).append(entry)
     common = set.intersection(*(set(entry.overrides) for entry in entries)) if len(entries) > 1 else set()
     rows = []
     for runs in groups.values():
-        typed = [line for line in runs[0].overrides if line not in common and not _is_bookkeeping(line)]
+        keys = {line: line.lstrip("+~").partition("=")[0] for line in runs[0].overrides}
+        typed = [line for line, key in keys.items() if line not in common and not _is_aside(key)]
         label = " ".join(typed) or (runs[0].name if len(groups) > 1 else "as configured")
-        rows.append((label, typed, runs))
+        rows.append(Row(label, typed, runs))
     return rows
 
 
-def _is_bookkeeping(override: str) -> bool:
-    key = override.lstrip("+~").partition("=")[0]
-    return is_seed(key) or _is_housekeeping(key)
+def _is_aside(key: str) -> bool:
+    return is_seed(key) or is_one_of(key, HOUSEKEEPING)
 
 
-def _is_housekeeping(key: str) -> bool:
-    return any(key == each or key.startswith(f"{each}.") for each in _HOUSEKEEPING)
+def is_one_of(key: str, names: Sequence[str]) -> bool:
+    """Whether `key` is one of `names` or lies below one (data.root is below data)."""
+    return any(key == each or key.startswith(f"{each}.") for each in names)
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether it is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def is_seed(key: str) -> bool:
@@ -180,25 +175,13 @@ def is_seed(key: str) -> bool:
     return name == "seed" or name.endswith("_seed")
 
 
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted keys."""
-    if not isinstance(config, Mapping) or (not config and prefix):
-        return {prefix: config}
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat
-
-
 def statistic(values: Sequence[float]) -> Statistic | None:
     """None for no values."""
-    count = len(values)
-    if count == 0:
+    if not values:
         return None
-    mean = math.fsum(values) / count
-    if count == 1:
-        return Statistic(mean, None, 1)
-    return Statistic(mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1)), count)
+    mean, count = math.fsum(values) / len(values), len(values)
+    squares = math.fsum((value - mean) ** 2 for value in values)
+    return Statistic(mean, math.sqrt(squares / (count - 1)) if count > 1 else None, count)
 
 
 def paired_difference(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from dlopt.analysis.bench.simulation import Cluster, Estimate, estimates, size
+from dlopt.analysis.bench.simulation import Cluster, Estimate, draw, estimates, size
 from dlopt.commands.bench_output import save
 from dlopt.commands.line import output_folder, own_keys
 from dlopt.config.compose import Composer, to_plain
@@ -14,7 +14,7 @@ from dlopt.ranges import Count
 from dlopt.tracking.tables import Fitted, plain_table, standard_output
 
 if TYPE_CHECKING:
-    from dlopt.analysis.bench.layers import Layer
+    from dlopt.analysis.model_summary import Layer
 
 KEYS = """\
 
@@ -64,8 +64,6 @@ def bench_simulate(composer: Composer, overrides: Sequence[str]) -> int:
     for name in ("devices", "models"):
         if not getattr(own, name):
             raise UserError(f"{name}=[]: at least one value is needed")
-    from dlopt.analysis.bench import simulation_picture
-
     found: dict[str, list[Estimate]] = {}
     for name in dict.fromkeys(own.models):
         layers = _layers(composer, name, own)
@@ -74,7 +72,7 @@ def bench_simulate(composer: Composer, overrides: Sequence[str]) -> int:
     points = _validate(own) if own.validate else []
     folder = output_folder(own.output, "bench")
     title = f"Expected efficiency against one device, {own.batch} samples per device, layer times {own.layers}"
-    figure = simulation_picture.draw(found, cluster, title=title, subtitle=_described(cluster))
+    figure = draw(found, cluster, title=title, subtitle=_described(cluster))
     figures = {
         "cluster": asdict(cluster),
         "estimates": {name: [asdict(each) for each in every] for name, every in found.items()},
@@ -108,7 +106,7 @@ def _layers(composer: Composer, name: Model, own: _Own) -> "list[Layer]":
     """Layers of one model, with the seconds of `own.batch` samples where they are measured."""
     import torch
 
-    from dlopt.analysis.bench import layers
+    from dlopt.analysis import model_summary
     from dlopt.config.parsing import parse
     from dlopt.processor import choose_device
 
@@ -119,19 +117,19 @@ def _layers(composer: Composer, name: Model, own: _Own) -> "list[Layer]":
         return experiment.model.build(input_shape=shape, classes=classes)
 
     if own.layers == "counted":
-        return layers.layers_of(make, shape)
+        return model_summary.layers_of(make, shape)
     device = choose_device("auto")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     few = own.batch if device.type == "cuda" else 2  # a CPU takes its time: two samples stand for the others
     module = make().to(device=device, dtype=dtype, memory_format=torch.channels_last)
     inputs = torch.randn(few, *shape, device=device, dtype=dtype).to(memory_format=torch.channels_last)
-    timed = layers.timed(module, inputs)
+    timed = model_summary.timed(module, inputs)
     scale = own.batch / few
     return [dataclasses.replace(each, forward=each.forward * scale, backward=each.backward * scale) for each in timed]
 
 
 def _validate(own: _Own) -> list[dict[str, Any]]:
-    from dlopt.analysis.bench.validation import BATCH, validate
+    from dlopt.analysis.bench.modes import BATCH, validate
 
     if max(own.validate) > BATCH:
         raise UserError(

@@ -6,8 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dlopt.analysis.report.keys import printable
-from dlopt.analysis.report.reading import Record
+from dlopt.analysis.report.reading import Record, printable
 from dlopt.commands.finding import chosen, parse
 from dlopt.errors import RunError, UserError
 from dlopt.folders import RunFolder

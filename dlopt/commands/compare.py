@@ -21,7 +21,7 @@ from dlopt.folders import RunFolder, make, make_new
 from dlopt.parallel.world import current
 
 if TYPE_CHECKING:
-    from dlopt.analysis.comparison.runs import Cell, Comparison, Outcome
+    from dlopt.analysis.comparison import Cell, Comparison, Outcome
     from dlopt.config.experiment import Experiment
 
 PICTURE = "comparison"
@@ -39,8 +39,7 @@ class _Run:
 
 def compare(composer: Composer, parsed: Namespace, config: DictConfig) -> int:
     """Runs, draws, prints a table; returns the exit code. Raises `UserError` before anything is made."""
-    from dlopt.analysis.comparison.picture import draw
-    from dlopt.analysis.comparison.runs import table
+    from dlopt.analysis.comparison import draw, table
     from dlopt.analysis.drawing import save
 
     if current() is not None:
@@ -79,8 +78,8 @@ def _list(runs: list[_Run]) -> int:
 
 def comparison_of(composer: Composer, config: DictConfig, overrides: list[str]) -> "Comparison":
     """What the file says; a key that is typed is no axis any more, and a typed seed is the only one."""
-    from dlopt.analysis.comparison.probes import PROBES
-    from dlopt.analysis.comparison.runs import Comparison
+    from dlopt.analysis.comparison import Comparison
+    from dlopt.analysis.probes import PROBES
 
     if not OmegaConf.is_dict(config.comparison):
         raise UserError(f"comparison={config.comparison}: allowed: a mapping, or null for the recipe by itself")
@@ -156,7 +155,7 @@ def _folder(config: DictConfig, overrides: list[str], runs: list[_Run]) -> Path:
 
 def _execute(runs: list[_Run], folder: Path, comparison: "Comparison") -> "tuple[dict[Cell, Outcome], int]":
     """What the runs leave, and the exit code. One that diverges is a result, too; any other failure is the end."""
-    from dlopt.analysis.comparison.runs import read, show, typed
+    from dlopt.analysis.comparison import read, show, typed
     from dlopt.job import FAILED, INTERRUPTED, USER_ERROR, execute
     from dlopt.train.checkpoint import Checkpoints
     from dlopt.train.trainer import Run

@@ -5,9 +5,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dlopt.analysis.leaderboard import direction_of
-from dlopt.analysis.report.keys import text
-from dlopt.analysis.report.reading import Damaged, Reader, Record, is_number
-from dlopt.analysis.report.selecting import Condition, check_key, condition, select, value_of
+from dlopt.analysis.report.reading import (
+    Condition,
+    Damaged,
+    Reader,
+    Record,
+    check_key,
+    condition,
+    is_number,
+    select,
+    text,
+    value_of,
+)
 from dlopt.errors import UserError
 
 

@@ -67,8 +67,8 @@ def draw_landscape(arguments: list[str]) -> int:
 
 def _plane(setup: "Setup", path: Path, own: _Own) -> "Plane":
     """Through the checkpoints beside `path` where there are enough of them, else random."""
-    from dlopt.analysis.comparison.probes import checkpoints
     from dlopt.analysis.landscape import path_plane, random_plane
+    from dlopt.analysis.probes import checkpoints
     from dlopt.random import generator
 
     names = [name for name, _ in setup.module.named_parameters()]

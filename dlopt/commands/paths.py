@@ -18,7 +18,7 @@ from dlopt.ranges import Count, Seed
 from dlopt.schedules import Warmup
 
 if TYPE_CHECKING:
-    from dlopt.analysis.paths.walking import Path
+    from dlopt.analysis.trajectory import Path
     from dlopt.functions import Function
 
 _GROUPS = ("function", "optimizer", "schedule")
@@ -56,7 +56,7 @@ class _Plan:
 def draw_paths(composer: Composer, overrides: list[str]) -> int:
     """Draws, prints a table and where the pictures are. Raises `UserError`."""
     from dlopt.analysis.drawing import COLOURS, save
-    from dlopt.analysis.paths.picture import animate, draw, table
+    from dlopt.analysis.trajectory import animate, paths_picture, table
 
     _refuse_others(overrides)
     found = jobs(composer, overrides, _GROUPS, len(COLOURS))
@@ -78,7 +78,7 @@ def draw_paths(composer: Composer, overrides: list[str]) -> int:
     typed = [line for line in fixed(composer, overrides) if not line.startswith(("function=", "output=", "animation="))]
     folder = output_folder(settings.output, "trajectory")
     try:
-        written = save(draw(function, paths, title=title, subtitle=" ".join(typed)), folder, "paths")
+        written = save(paths_picture(function, paths, title=title, subtitle=" ".join(typed)), folder, "paths")
         if settings.animation is not None:
             film = folder / f"paths.{settings.animation}"
             animate(function, paths, film, title=name)
@@ -153,7 +153,7 @@ def _one_function(plans: Sequence[_Plan]) -> "Function":
 def _follow(plan: _Plan) -> tuple["Path", float | None]:
     """The path, and its learning rate where that counts."""
     from dlopt import schedules
-    from dlopt.analysis.paths.walking import best_rate, follow
+    from dlopt.analysis.trajectory import best_rate, follow
 
     settings = plan.settings
     function = plan.function.build()

@@ -14,13 +14,18 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
-from dlopt.analysis.report.data import columns, page_data, summary_csv, test_columns
-from dlopt.analysis.report.keys import brief, printable
-from dlopt.analysis.report.page import page
-from dlopt.analysis.report.published import Beside, beside_published, name_of
-from dlopt.analysis.report.reading import Damaged, Reader, Record
-from dlopt.analysis.report.statistics import default_target
-from dlopt.analysis.report.table import Configuration, Table, gather, short_key
+from dlopt.analysis.report.page import columns, page, page_data, summary_csv, test_columns
+from dlopt.analysis.report.reading import Damaged, Reader, Record, brief, printable
+from dlopt.analysis.report.table import (
+    Beside,
+    Configuration,
+    Table,
+    beside_published,
+    default_target,
+    gather,
+    name_of,
+    short_key,
+)
 from dlopt.config.saved import typed_values
 from dlopt.config.schema import check_arguments
 from dlopt.errors import UserError
@@ -80,7 +85,7 @@ def report(arguments: list[str]) -> int:
         return DONE
     with contextlib.ExitStack() as stack:
         if "--open" in flags:
-            from dlopt.analysis.report.serving import serve
+            from dlopt.analysis.report.page import serve
 
             address = stack.enter_context(serve(target))
             print(f"{address}  (Ctrl+C ends)", flush=True)

@@ -7,9 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from dlopt.analysis.report.keys import printable, text, varying
-from dlopt.analysis.report.reading import Record, is_number
-from dlopt.analysis.report.selecting import value_of
+from dlopt.analysis.report.reading import Record, is_number, printable, text, value_of, varying
 from dlopt.commands.clean import clean
 from dlopt.commands.finding import Asked, chosen, parse
 from dlopt.job import DONE, complain

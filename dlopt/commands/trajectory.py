@@ -14,7 +14,7 @@ from dlopt.errors import UserError
 from dlopt.ranges import Count
 
 if TYPE_CHECKING:
-    from dlopt.analysis.curves import Curve
+    from dlopt.analysis.trajectory import Curve
 
 USAGE = """\
 dlopt trajectory function=CHOICE optimizer=a,b [key=value]: draws the paths of optimizers on a test function
@@ -106,7 +106,7 @@ def _learning_rates(composer: Composer, typed: Sequence[str]) -> int:
 
 def _curve(label: str, config: DictConfig, overrides: list[str], steps_per_epoch: int) -> "Curve":
     from dlopt import schedules
-    from dlopt.analysis.curves import curve
+    from dlopt.analysis.trajectory import curve
     from dlopt.config.parsing import parse
 
     experiment = parse(*to_plain(config, overrides))
@@ -129,14 +129,14 @@ def _curve(label: str, config: DictConfig, overrides: list[str], steps_per_epoch
 
 def _picture(curves: list["Curve"], composer: Composer, own: _Own, overrides: list[str]) -> list[Path]:
     """Draws under a title that says what was typed for all curves."""
-    from dlopt.analysis.curves import draw
     from dlopt.analysis.drawing import save
+    from dlopt.analysis.trajectory import curves_picture
 
     lengths = {f"{each.epochs[-1]:g}" for each in curves}
     title = f"Learning rate of {curves[0].label}" if len(curves) == 1 else "Learning-rate schedules"
     title += f" over {' '.join(lengths)} epoch{'' if lengths == {'1'} else 's'}" if len(lengths) == 1 else ""
     typed = " ".join(line for line in fixed(composer, overrides) if not line.startswith(("schedule=", "epochs=")))
-    figure = draw(curves, title=title, subtitle=typed, steps_per_epoch=own.steps_per_epoch, log_y=own.log_y)
+    figure = curves_picture(curves, title=title, subtitle=typed, steps_per_epoch=own.steps_per_epoch, log_y=own.log_y)
     folder = output_folder(own.output, "trajectory")
     try:
         return save(figure, folder, "learning_rates")

@@ -12,12 +12,13 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from dlopt.analysis.leaderboard import Direction, direction_of, flatten, is_seed
+from dlopt.analysis.leaderboard import Direction, direction_of, is_seed
 from dlopt.config.resuming import FREE
 from dlopt.config.schema import check_arguments, component, show
 from dlopt.errors import UserError
 from dlopt.files import write_atomically
 from dlopt.folders import RunFolder
+from dlopt.plain import flatten
 from dlopt.ranges import Count, Seed
 from dlopt.sweeps.crew import Refused, work
 from dlopt.sweeps.jobs import SPACE, Job, Result, compose, record_dead, record_failure

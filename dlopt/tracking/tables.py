@@ -1,6 +1,7 @@
 """Tables for terminals of any width: nothing is cut, and no word is broken."""
 
 import os
+from collections.abc import Sequence
 
 from rich import box
 from rich.cells import cell_len
@@ -28,6 +29,12 @@ def plain_table(title: str | None = None) -> Table:
         title_justify="left",
         title_style="",
     )
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A line of plain text for each row, its cells in columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 class Fitted:

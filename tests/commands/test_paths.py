@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from dlopt.analysis import drawing
-from dlopt.analysis.paths import picture
-from dlopt.analysis.paths.walking import Path
+from dlopt.analysis.trajectory import Path
 from dlopt.commands.trajectory import trajectory
 from dlopt.config.choices import config_folder
 from tests.commands.line import dlopt, refused
@@ -26,7 +25,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: File) -> dict[str, Any]:
     def draw(function: Any, paths: Mapping[str, Path], **words: Any) -> None:
         found.update(words, function=function, paths=dict(paths))
 
-    monkeypatch.setattr(picture, "draw", draw)
+    monkeypatch.setattr("dlopt.analysis.trajectory.paths_picture", draw)
     monkeypatch.setattr(drawing, "save", lambda figure, folder, name: [folder / f"{name}.png"])
     monkeypatch.chdir(tmp_path)
     return found

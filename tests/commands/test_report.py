@@ -12,7 +12,7 @@ from random import Random
 import pytest
 
 import dlopt as package
-from dlopt.analysis.report.serving import serve
+from dlopt.analysis.report.page import serve
 from tests.analysis.report.folders import make_run
 from tests.commands.line import dlopt, refused
 

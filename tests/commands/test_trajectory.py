@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from dlopt.analysis import curves, drawing
-from dlopt.analysis.curves import Curve
+from dlopt.analysis import drawing
+from dlopt.analysis.trajectory import Curve
 from dlopt.commands.trajectory import trajectory
 from dlopt.errors import UserError
 
@@ -20,7 +20,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     def draw(curves: Sequence[Curve], **words: Any) -> None:
         found.update(words, curves={each.label: each for each in curves})
 
-    monkeypatch.setattr(curves, "draw", draw)
+    monkeypatch.setattr("dlopt.analysis.trajectory.curves_picture", draw)
     monkeypatch.setattr(drawing, "save", lambda figure, folder, name: [folder / f"{name}.png"])
     monkeypatch.chdir(tmp_path)
     return found

@@ -84,8 +84,8 @@ def times(events: Iterable[Any], device: torch.device) -> tuple[float, float]:
             talking.append(interval)
         elif on_gpu or event.name.startswith("aten::"):
             working.append(interval)
-    talk = union(talking)
-    return length(talk) * 1e-6, (length(talk) - overlap(talk, union(working))) * 1e-6
+    talk, work = length(union(talking)), length(union(working))
+    return talk * 1e-6, (length(union([*talking, *working])) - work) * 1e-6
 
 
 def union(intervals: Iterable[Interval]) -> list[Interval]:
@@ -101,15 +101,3 @@ def union(intervals: Iterable[Interval]) -> list[Interval]:
 
 def length(intervals: Iterable[Interval]) -> float:
     return sum(end - start for start, end in intervals)
-
-
-def overlap(first: Sequence[Interval], second: Sequence[Interval]) -> float:
-    """The length of what two lists of disjoint, ordered intervals have in common."""
-    common, i, j = 0.0, 0, 0
-    while i < len(first) and j < len(second):
-        common += max(min(first[i][1], second[j][1]) - max(first[i][0], second[j][0]), 0.0)
-        if first[i][1] < second[j][1]:
-            i += 1
-        else:
-            j += 1
-    return common

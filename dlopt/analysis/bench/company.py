@@ -18,10 +18,10 @@ import torch
 import yaml
 from torch import Tensor, distributed
 
-from dlopt.analysis.bench import layers
-from dlopt.analysis.bench.costs import Link
-from dlopt.analysis.bench.layers import Layer
+from dlopt.analysis import model_summary as layers
 from dlopt.analysis.bench.rank import updates_of
+from dlopt.analysis.bench.simulation import Link
+from dlopt.analysis.model_summary import Layer
 from dlopt.analysis.ranks import run_rank
 from dlopt.config.experiment import Experiment
 from dlopt.errors import RunError

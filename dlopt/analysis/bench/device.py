@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dlopt.analysis.drawing import COLOURS, DASHES
+from dlopt.analysis import drawing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -75,32 +75,25 @@ def _seconds(compute: Callable[[], object], device: torch.device, budget: float)
 
 def draw(points: Sequence[Point], title: str) -> "Figure":
     """A panel for the products, a panel for the convolutions; a line per device and precision."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    figure.suptitle(title, fontsize=11)
+    figure = drawing.figure(11, 4.5, title)
     lines = list(dict.fromkeys((p.device, p.precision) for p in points))
     labels = {
         "matrix product": "n, of n × n matrices",
         "convolution": f"channels, 3 × 3, {BATCH} maps of {PIXELS} × {PIXELS}",
     }
     for axes, (kind, label) in zip(figure.subplots(1, 2), labels.items(), strict=True):
-        for i, (device, precision) in enumerate(lines):
-            own = [p for p in points if (p.device, p.precision, p.kind) == (device, precision, kind)]
-            style = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)], "marker": "o"}
-            axes.plot([p.size for p in own], [p.flops / 1e9 for p in own], label=f"{device}, {precision}", **style)
-        axes.set_xscale("log", base=2)
-        ticks = sorted({p.size for p in points if p.kind == kind})
-        axes.set_xticks(ticks, [str(tick) for tick in ticks], fontsize=8)
-        axes.minorticks_off()
+        own = [p for p in points if p.kind == kind]
+        for i, line in enumerate(lines):
+            shown = [p for p in own if (p.device, p.precision) == line]
+            style = drawing.style(i, marker="o", label=", ".join(line))
+            axes.plot([p.size for p in shown], [p.flops / 1e9 for p in shown], **style)
+        drawing.powers_of_two(axes, sorted({p.size for p in own}), fontsize=8)
         axes.set_yscale("log")
-        top = max((p.flops for p in points if p.kind == kind), default=1e9)
+        top = max((p.flops for p in own), default=1e9)
         axes.set_ylim(top=10 ** (math.ceil(4 * math.log10(top / 1e9) + 0.5) / 4))
         axes.set_title(f"{kind}s", fontsize=10)
         axes.set_xlabel(label)
         axes.set_ylabel("GFLOP/s")
-        axes.grid(color="0.9", which="both")
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        drawing.plain(axes, which="both")
     axes.legend(frameon=False)
     return figure

@@ -1,23 +1,133 @@
-"""What a cluster would make of a model: time per update, efficiency and memory under each mode of parallelism.
+"""Estimates what a cluster would make of a model: time per update, efficiency, memory under each parallel mode.
 
-The costs are those of `dlopt.analysis.bench.costs`. Every mode works on the same global batch, `batch` samples per
-device, and is compared with one device that works on `batch` samples alone.
+First the closed forms of what communication, pipelines and stragglers cost, with n bytes, p ranks, alpha seconds of
+latency per message, beta bytes per second that a rank sends; then the modes; then the picture. Times are in seconds.
+Every mode works on the same global batch, `batch` samples per device, and is compared with one device that works on
+`batch` samples alone.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
+from typing import TYPE_CHECKING
 
-from dlopt.analysis.bench import costs
-from dlopt.analysis.bench.costs import Link
-from dlopt.analysis.bench.layers import Layer, operations, parameters
+import numpy as np
+
+from dlopt.analysis import drawing
+from dlopt.analysis.model_summary import Layer, operations, parameters
+from dlopt.parallel.chain import balanced
 from dlopt.ranges import Count, NonNegative, Positive
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Link:
+    """One kind of connection: seconds that a message takes to start, and bytes per second after that."""
+
+    latency: float
+    bandwidth: float
+
+
+def ring_all_reduce(size: float, ranks: int, link: Link) -> float:
+    """2 (p-1) alpha + 2 (p-1)/p n/beta: p-1 steps scatter the sums of n/p bytes each, p-1 gather them.
+
+    Patarasuk & Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of workstations", section 3.
+    """
+    return 2 * ring_gather(size, ranks, link)
+
+
+def ring_gather(size: float, ranks: int, link: Link) -> float:
+    """(p-1) alpha + (p-1)/p n/beta: an all-gather that ends with n bytes, or a reduce-scatter that begins with them.
+
+    Thakur, Rabenseifner & Gropp 2005, "Optimization of collective communication operations in MPICH", section 4.1.
+    """
+    return (ranks - 1) * (link.latency + size / ranks / link.bandwidth)
+
+
+def tree_all_reduce(size: float, ranks: int, link: Link) -> float:
+    """2 ceil(log2 p) alpha + 2 n/beta: two binary trees, each reducing and broadcasting a half, pipelined.
+
+    Sanders, Speck & Träff 2009, "Two-tree algorithms for full bandwidth broadcast, reduction and scan".
+    """
+    return 0.0 if ranks == 1 else 2 * math.ceil(math.log2(ranks)) * link.latency + 2 * size / link.bandwidth
+
+
+def all_reduce(size: float, ranks: int, link: Link) -> float:
+    """The faster of ring and trees: trees win where messages are small or ranks are many."""
+    return min(ring_all_reduce(size, ranks, link), tree_all_reduce(size, ranks, link))
+
+
+def two_level_all_reduce(size: float, per_server: int, servers: int, within: Link, between: Link) -> float:
+    """Reduce-scatter within each server, all-reduce of the parts between servers, all-gather within.
+
+    The g parts of n/g bytes cross at the same time and share the server's connection, whose bandwidth `between` has:
+    together they take as long as n bytes of one. Jia et al. 2018, "Highly scalable deep learning training system with
+    mixed-precision", section 3.2.
+    """
+    return 2 * ring_gather(size, per_server, within) + (all_reduce(size, servers, between) if servers > 1 else 0.0)
+
+
+def two_level_gather(size: float, per_server: int, servers: int, within: Link, between: Link) -> float:
+    """An all-gather that ends with n bytes everywhere, or a reduce-scatter that begins with them.
+
+    Parts of n/g bytes are gathered between servers, all g at once over the server's connection, then within.
+    """
+    across = ring_gather(size, servers, between) if servers > 1 else 0.0
+    return across + ring_gather(size, per_server, within)
+
+
+def send(size: float, link: Link) -> float:
+    return link.latency + size / link.bandwidth
+
+
+def pipelined(forward: Sequence[float], backward: Sequence[float], micro_batches: int) -> float:
+    """(m + S - 1) (f + b): 1F1B over S stages and m micro-batches, f and b the slowest stage's seconds per micro-batch.
+
+    The bubble is (S - 1) of the m + S - 1 slots. Exact where all stages are equal, an upper bound otherwise.
+    Narayanan et al. 2021, "Efficient large-scale language model training on GPU clusters using Megatron-LM",
+    section 2.2.1.
+    """
+    return (micro_batches + len(forward) - 1) * max(f + b for f, b in zip(forward, backward, strict=True))
+
+
+def overlapped(ready: Sequence[float], durations: Sequence[float]) -> float:
+    """When the last of several transfers ends that go one after the other, each no sooner than it is ready."""
+    end = 0.0
+    for start, duration in zip(ready, durations, strict=True):
+        end = max(end, start) + duration
+    return end
+
+
+def expected_maximum(count: int) -> float:
+    """Of `count` independent standard normals: the integral of x n phi(x) Phi(x)^(n-1) dx; 0 for one.
+
+    So many devices wait for the slowest: mu + sigma times this. David & Nagaraja 2003, "Order statistics", section 3.1.
+    """
+    from scipy.special import ndtr
+
+    x = np.linspace(-9.0, 9.0, 7201)
+    density = np.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+    return float(np.sum(x * count * density * ndtr(x) ** (count - 1)) * (x[1] - x[0])) if count > 1 else 0.0
+
+
+def slowed(devices: int, variation: float, meetings: int = 1) -> float:
+    """Factor on the time of `devices` that all wait for the slowest, `meetings` times in an update.
+
+    A device's time for an update varies by `variation` (standard deviation over mean), independently of the others and
+    from one part of the update to the next: a part between two of k meetings has 1/k of the variance, so that the sum
+    over k maxima is mu + sigma sqrt(k) E[max].
+    """
+    return 1 + variation * math.sqrt(meetings) * expected_maximum(devices)
+
+
+# -- the parallel modes
 
 GRADIENT = 4  # bytes of a gradient, a weight, a momentum, a running statistic
 _FIRST_BUCKET = 2.0**20  # bytes at most: DDP starts to talk early
 _BACKWARD = 2  # operations of a backward per operation of the forward: by the inputs and by the weights
-_NEEDED = 2.0  # bytes moved per byte of a layer's inputs and outputs are these plus as much again in the backward
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,53 +219,66 @@ def _reduced(
 
     Layer by layer from the last one, gradients become ready; a bucket of them is reduced as soon as it is full.
     """
+    # All shards of a server go between servers at the same time.
     per_server, servers = (1, devices) if shards > 1 else _servers(devices, cluster)
     clock, filled = start, 0.0
-    ready, durations = [], []
-
-    def reduce(size: float) -> None:
-        ready.append(clock)
-        # all shards of a server go between servers at the same time
-        durations.append(
-            costs.two_level_all_reduce(size, per_server, servers, cluster.within, cluster.between)
-            if shards == 1
-            else costs.all_reduce(size * shards, servers, cluster.between)
-        )
-
-    for layer, time in zip(reversed(layers), reversed(times), strict=True):
-        clock += time
-        filled += layer.parameters * GRADIENT / shards
-        if filled >= min(cluster.bucket_mb * 1e6, math.inf if ready else _FIRST_BUCKET):
-            reduce(filled)
+    ready, durations = list[float](), list[float]()
+    for i in reversed(range(len(layers))):
+        clock += times[i]
+        filled += layers[i].parameters * GRADIENT / shards
+        if filled and (i == 0 or filled >= min(cluster.bucket_mb * 1e6, math.inf if ready else _FIRST_BUCKET)):
+            ready.append(clock)
+            durations.append(
+                two_level_all_reduce(filled * shards, per_server, servers, cluster.within, cluster.between)
+            )
             filled = 0.0
-    if filled:
-        reduce(filled)
-    return max(clock, costs.overlapped(ready, durations)) if devices > 1 else clock
+    return max(clock, overlapped(ready, durations)) if devices > 1 else clock
 
 
 def _aligned(layers: Sequence[Layer], devices: int, cluster: Cluster) -> float:
     """Running statistics are averaged after the update; norms have two values a channel, as they have parameters."""
     per_server, servers = _servers(devices, cluster)
     size = sum(layer.parameters for layer in layers if layer.kind == "other") * GRADIENT
-    return costs.two_level_all_reduce(size, per_server, servers, cluster.within, cluster.between) if size else 0.0
+    return two_level_all_reduce(size, per_server, servers, cluster.within, cluster.between) if size else 0.0
 
 
-def _estimate(
-    mode: str, devices: int, step: float, compute: float, memory: float, one: float, cluster: Cluster
-) -> Estimate:
-    return Estimate(mode, devices, step, compute, memory, one / step, memory <= cluster.memory * 1e9)
+@dataclass(frozen=True)
+class _Case:
+    """What is estimated; `batch` samples per device."""
+
+    mode: str
+    layers: Sequence[Layer]
+    batch: float
+    devices: int
+    cluster: Cluster
+
+    def estimate(self, step: float, compute: float, memory: float) -> Estimate:
+        efficiency = single(self.layers, self.batch, self.cluster) / step
+        fits = memory <= self.cluster.memory * 1e9
+        return Estimate(self.mode, self.devices, step, compute, memory, efficiency, fits)
+
+    def split(
+        self, forward: float, backward: Sequence[float], talk: float, meetings: int, kept: float, shards: int
+    ) -> Estimate:
+        """Of layers whose work is split: they talk for `talk` seconds, which nothing hides, and wait for each other
+        `meetings` times. Each device has 1/`shards` of the weights and `kept` bytes of activations."""
+        slow = slowed(self.devices, self.cluster.variation, max(meetings, 1))
+        forward, backward = slow * forward + talk, [slow * each for each in backward]
+        update = _update(parameters(self.layers) / shards, self.cluster)
+        step = _reduced(self.layers, backward, forward, shards, self.devices // shards, self.cluster) + update
+        memory = _states(parameters(self.layers) / shards) + kept
+        return self.estimate(step, forward - talk + sum(backward) + update, memory)
 
 
 def ddp(layers: Sequence[Layer], batch: float, devices: int, cluster: Cluster) -> Estimate:
     """Gradients averaged beside the backward; the slowest device sets the pace."""
-    slow = costs.slowed(devices, cluster.variation)
+    slow = slowed(devices, cluster.variation)
     times = [seconds(layer, batch, cluster) for layer in layers]
     forward, backward = slow * sum(f for f, _ in times), [slow * b for _, b in times]
     update = _update(parameters(layers), cluster)
     step = _reduced(layers, backward, forward, 1, devices, cluster) + update + _aligned(layers, devices, cluster)
     memory = _states(parameters(layers)) + _activations(layers, batch, cluster)
-    compute = forward + sum(backward) + update
-    return _estimate("ddp", devices, step, compute, memory, single(layers, batch, cluster), cluster)
+    return _Case("ddp", layers, batch, devices, cluster).estimate(step, forward + sum(backward) + update, memory)
 
 
 def fsdp(layers: Sequence[Layer], batch: float, devices: int, cluster: Cluster, shards: int) -> Estimate:
@@ -164,13 +287,13 @@ def fsdp(layers: Sequence[Layer], batch: float, devices: int, cluster: Cluster, 
     Over `shards` devices; gradients of a shard are then averaged over the groups of these, behind the backward. The
     first gathering and the last scattering have nothing to hide behind. Zhao et al. 2023, "PyTorch FSDP", section 3.
     """
-    slow = costs.slowed(devices, cluster.variation)
+    slow = slowed(devices, cluster.variation)
     per_server, servers = _servers(shards, cluster)
     groups = devices // shards
     times = [seconds(layer, batch, cluster) for layer in layers]
     units = [list(each) for _, each in groupby(layers, key=lambda layer: layer.block or layer.name.partition(".")[0])]
     gathers = [
-        costs.two_level_gather(parameters(unit) * GRADIENT, per_server, servers, cluster.within, cluster.between)
+        two_level_gather(parameters(unit) * GRADIENT, per_server, servers, cluster.within, cluster.between)
         for unit in units
         if parameters(unit)
     ]
@@ -178,11 +301,10 @@ def fsdp(layers: Sequence[Layer], batch: float, devices: int, cluster: Cluster, 
     update = _update(parameters(layers) / shards, cluster)
     step = gathers[0] + max(forward, sum(gathers[1:])) + max(backward, 2 * sum(gathers)) + gathers[0] + update
     if groups > 1:  # all shards of a server at once
-        step += costs.all_reduce(parameters(layers) * GRADIENT, groups, cluster.between)
+        step += all_reduce(parameters(layers) * GRADIENT, groups, cluster.between)
     largest = max(parameters(unit) for unit in units)
     memory = _states(parameters(layers) / shards) + 2 * largest * GRADIENT + _activations(layers, batch, cluster)
-    compute = forward + backward + update
-    return _estimate("fsdp", devices, step, compute, memory, single(layers, batch, cluster), cluster)
+    return _Case("fsdp", layers, batch, devices, cluster).estimate(step, forward + backward + update, memory)
 
 
 def filter_parallel(layers: Sequence[Layer], batch: float, devices: int, cluster: Cluster, degree: int) -> Estimate:
@@ -193,10 +315,8 @@ def filter_parallel(layers: Sequence[Layer], batch: float, devices: int, cluster
     blocks outputs are gathered, and input gradients summed. Nothing hides these. Devices of a group meet at each of
     them.
     """
-    groups, samples = devices // degree, batch * degree
-    link = cluster.link(degree)
-    meetings, talk, is_whole = 0, 0.0, True
-    forward, kept, backward = 0.0, 0.0, list[float]()
+    samples, link = batch * degree, cluster.link(degree)
+    talk, forward, kept, meetings, is_whole, backward = 0.0, 0.0, 0.0, 0, True, list[float]()
     for number, layer in enumerate(layers):
         is_split = layer.kind != "other"
         share = math.ceil(layer.units / degree) / layer.units if is_split or not is_whole else 1.0
@@ -209,19 +329,12 @@ def filter_parallel(layers: Sequence[Layer], batch: float, devices: int, cluster
             is_whole = layer.role == "last" or gathers  # then normed and rectified by all
         if is_split and degree > 1:
             size = out if layer.role == "last" else into
-            talk += reduces * costs.all_reduce(size, degree, link)
-            talk += gathers * (costs.ring_gather(out, degree, link) + costs.all_reduce(into, degree, link))
+            talk += reduces * all_reduce(size, degree, link)
+            talk += gathers * (ring_gather(out, degree, link) + all_reduce(into, degree, link))
             meetings += reduces + 2 * gathers
         forward, backward = forward + f, [*backward, b]
         kept += out if is_whole else out * share
-    slow = costs.slowed(devices, cluster.variation, max(meetings, 1))
-    forward, backward = slow * forward + talk, [slow * b for b in backward]
-    update = _update(parameters(layers) / degree, cluster)
-    end = _reduced(layers, backward, forward, degree, groups, cluster) if groups > 1 else forward + sum(backward)
-    memory = _states(parameters(layers) / degree) + kept
-    compute = forward - talk + sum(backward) + update
-    one = single(layers, batch, cluster)
-    return _estimate("filter", devices, end + update, compute, memory, one, cluster)
+    return _Case("filter", layers, batch, devices, cluster).split(forward, backward, talk, meetings, kept, degree)
 
 
 def spatial(layers: Sequence[Layer], batch: float, devices: int, cluster: Cluster, degree: int) -> Estimate:
@@ -236,18 +349,11 @@ def spatial(layers: Sequence[Layer], batch: float, devices: int, cluster: Cluste
         share = math.ceil(layer.rows / degree) / layer.rows if layer.rows > 1 else 1.0
         f, b = (share * each for each in seconds(layer, samples, cluster))
         if layer.halo and degree > 1:
-            talk += 2 * 2 * costs.send(layer.halo * samples * cluster.value_bytes, link)  # up and down; and gradients
+            talk += 2 * 2 * send(layer.halo * samples * cluster.value_bytes, link)  # up and down; and gradients
             meetings += 2
         forward, backward = forward + f, [*backward, b]
         kept += share * layer.outputs * samples * cluster.value_bytes
-    slow = costs.slowed(devices, cluster.variation, max(meetings, 1))
-    forward, backward = slow * forward + talk, [slow * b for b in backward]
-    update = _update(parameters(layers), cluster)
-    step = _reduced(layers, backward, forward, 1, devices, cluster) + update
-    memory = _states(parameters(layers)) + kept
-    compute = forward - talk + sum(backward) + update
-    one = single(layers, batch, cluster)
-    return _estimate("spatial", devices, step, compute, memory, one, cluster)
+    return _Case("spatial", layers, batch, devices, cluster).split(forward, backward, talk, meetings, kept, 1)
 
 
 def pipeline(layers: Sequence[Layer], batch: float, devices: int, cluster: Cluster, stages: int) -> Estimate:
@@ -258,52 +364,23 @@ def pipeline(layers: Sequence[Layer], batch: float, devices: int, cluster: Clust
     """
     groups, micro = devices // stages, batch * stages / cluster.micro_batches
     times = [seconds(layer, micro, cluster) for layer in layers]
-    bounds = partition([f + b for f, b in times], stages)
+    bounds = list(pairwise([*balanced([f + b for f, b in times], stages), len(layers)]))
     link = cluster.link(stages)
-    slow = costs.slowed(devices, cluster.variation, cluster.micro_batches)
+    slow = slowed(devices, cluster.variation, cluster.micro_batches)
     forwards, backwards, memory = [], [], 0.0
     for stage, (start, stop) in enumerate(bounds):
-        sent = costs.send(layers[stop - 1].outputs * micro * cluster.value_bytes, link) if stop < len(layers) else 0.0
+        sent = send(layers[stop - 1].outputs * micro * cluster.value_bytes, link) if stop < len(layers) else 0.0
         forwards.append(slow * sum(f for f, _ in times[start:stop]) + sent)
         backwards.append(slow * sum(b for _, b in times[start:stop]) + sent)
         in_flight = min(stages - stage, cluster.micro_batches)
         own = _states(parameters(layers[start:stop]))
         memory = max(memory, own + in_flight * _activations(layers[start:stop], micro, cluster))
-    step = costs.pipeline(forwards, backwards, cluster.micro_batches)
-    compute = step
-    heaviest = max(parameters(layers[start:stop]) for start, stop in bounds)
-    update = _update(heaviest, cluster)
+    step = pipelined(forwards, backwards, cluster.micro_batches)
+    update = _update(max(parameters(layers[start:stop]) for start, stop in bounds), cluster)
+    compute = step + update
     if groups > 1:  # all stages of a server at once, behind the last micro-batch
-        step += costs.all_reduce(parameters(layers) * GRADIENT, groups, cluster.between)
-    one = single(layers, batch, cluster)
-    return _estimate("pipeline", devices, step + update, compute + update, memory, one, cluster)
-
-
-def partition(times: Sequence[float], parts: int) -> list[tuple[int, int]]:
-    """Bounds of `parts` consecutive parts, none empty, whose largest sum is as small as can be (by bisection)."""
-
-    def cut(limit: float) -> list[int]:
-        bounds, total = [0], 0.0
-        for i, time in enumerate(times):
-            left = parts - len(bounds)  # parts that are still to be begun
-            if i > bounds[-1] and (total + time > limit or len(times) - i == left) and left > 0:
-                bounds.append(i)
-                total = 0.0
-            total += time
-        return [*bounds, len(times)]
-
-    def largest(bounds: list[int]) -> float:
-        return max(sum(times[a:b]) for a, b in pairwise(bounds))
-
-    low, high = max(times), sum(times)
-    for _ in range(50):
-        middle = (low + high) / 2
-        if largest(cut(middle)) <= middle * (1 + 1e-12):
-            high = middle
-        else:
-            low = middle
-    bounds = cut(high)
-    return list(pairwise(bounds))
+        step += all_reduce(parameters(layers) * GRADIENT, groups, cluster.between)
+    return _Case("pipeline", layers, batch, devices, cluster).estimate(step + update, compute, memory)
 
 
 def estimates(layers: Sequence[Layer], batch: float, devices: int, cluster: Cluster) -> list[Estimate]:
@@ -313,20 +390,56 @@ def estimates(layers: Sequence[Layer], batch: float, devices: int, cluster: Clus
     """
     degree = math.gcd(devices, cluster.per_server)
     kernels = [layer for layer in layers if layer.kind != "other"]
-    found = [
-        ddp(layers, batch, devices, cluster),
-        replace(fsdp(layers, batch, devices, cluster, devices), mode="fsdp"),
-        replace(fsdp(layers, batch, devices, cluster, degree), mode="fsdp × ddp"),
-    ]
-    if devices <= max(layer.units for layer in kernels):
-        found.append(replace(filter_parallel(layers, batch, devices, cluster, devices), mode="filter"))
-    found.append(replace(filter_parallel(layers, batch, devices, cluster, degree), mode="filter × ddp"))
-    found.append(replace(spatial(layers, batch, devices, cluster, degree), mode="spatial × ddp"))
-    if degree <= len(kernels):
-        found.append(replace(pipeline(layers, batch, devices, cluster, degree), mode="pipeline × ddp"))
+    modes = {
+        "fsdp": (fsdp, devices, True),
+        "fsdp × ddp": (fsdp, degree, True),
+        "filter": (filter_parallel, devices, devices <= max(layer.units for layer in kernels)),
+        "filter × ddp": (filter_parallel, degree, True),
+        "spatial × ddp": (spatial, degree, True),
+        "pipeline × ddp": (pipeline, degree, degree <= len(kernels)),
+    }
+    found = [ddp(layers, batch, devices, cluster)]
+    for mode, (estimate, parts, is_possible) in modes.items():
+        if is_possible:
+            found.append(replace(estimate(layers, batch, devices, cluster, parts), mode=mode))
     return found
 
 
 def size(layers: Sequence[Layer]) -> str:
     """Parameters and operations of a training step, to be shown."""
     return f"{parameters(layers) / 1e6:.1f} M parameters, {3 * operations(layers) / 1e9:.1f} GFLOP per sample"
+
+
+# -- the picture: efficiency and memory of a device against the number of devices
+
+_MARKS = "os^Dv*P"
+
+
+def draw(models: Mapping[str, Sequence[Estimate]], cluster: Cluster, *, title: str, subtitle: str) -> "Figure":
+    """A column per model: efficiency above, memory below. What does not fit into a device's memory is hollow."""
+    figure = drawing.figure(4.3 * len(models) + 1.6, 7.4, f"{title}\n{subtitle}", fontsize=10)
+    panels = figure.subplots(2, len(models), squeeze=False, sharex=True, sharey="row")
+    drawing.plain(*panels.flat)
+    modes = list(dict.fromkeys(each.mode for found in models.values() for each in found))
+    lines = {mode: drawing.style(i, label=mode) for i, mode in enumerate(modes)}
+    marks = dict(zip(modes, _MARKS, strict=False))
+    for (top, bottom), (name, found) in zip(panels.T, models.items(), strict=True):
+        for mode, line in lines.items():
+            own = [each for each in found if each.mode == mode]
+            efficiencies, memories = [100 * each.efficiency for each in own], [each.memory / 1e9 for each in own]
+            for axes, values in ((top, efficiencies), (bottom, memories)):
+                axes.plot([each.devices for each in own], values, **line)
+                for y, each in zip(values, own, strict=True):
+                    face, colour = line["color"] if each.fits else "white", line["color"]
+                    axes.plot(each.devices, y, marks[mode], color=colour, markerfacecolor=face, markersize=6)
+        top.set_title(name, fontsize=10)
+        bottom.axhline(cluster.memory, color="0.4", linewidth=1, linestyle=":")
+        bottom.set_xlabel("devices")
+        drawing.powers_of_two(top, sorted({each.devices for each in found}))
+        bottom.set_yscale("log")
+    panels[0][0].set_ylim(0, 105)
+    panels[0][0].set_ylabel("efficiency in %")
+    panels[1][0].set_ylabel("memory of a device in GB (dotted: what it has)")
+    handles = [panels[0][0].plot([], [], marker=marks[mode], **line)[0] for mode, line in lines.items()]
+    figure.legend(handles=handles, loc="outside right upper", frameon=False, handlelength=3.5)
+    return figure

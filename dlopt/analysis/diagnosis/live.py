@@ -8,10 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dlopt.analysis.diagnosis.curvature import Spectrum, curvature_along, flat, hessian_product, lanczos
+from dlopt.analysis.diagnosis.curvature import GradientSpread, Spectrum, curvature_along, flat, hessian_product, lanczos
 from dlopt.analysis.diagnosis.layers import LayerProbe, layer_parameters, norms
 from dlopt.analysis.diagnosis.measuring import loss_of, untouched
-from dlopt.analysis.diagnosis.noise import GradientSpread
 from dlopt.errors import UserError
 from dlopt.train.build import Setup
 from dlopt.train.step import Observer, Step

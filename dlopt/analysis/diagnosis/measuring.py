@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dlopt.analysis.diagnosis.curvature import (
+    GradientSpread,
     Spectrum,
     curvature_along,
     flat,
@@ -17,9 +18,7 @@ from dlopt.analysis.diagnosis.curvature import (
     largest_eigenvalues,
     losses_along,
 )
-from dlopt.analysis.diagnosis.layers import LayerProbe, LayerStatistics, layer_parameters, norms
-from dlopt.analysis.diagnosis.noise import GradientSpread
-from dlopt.analysis.diagnosis.time_lag import TimeLag, TimeLagProbe
+from dlopt.analysis.diagnosis.layers import LayerProbe, LayerStatistics, TimeLag, TimeLagProbe, layer_parameters, norms
 from dlopt.errors import RunError, UserError
 from dlopt.train.build import Setup
 from dlopt.train.clipping import gradient_norm

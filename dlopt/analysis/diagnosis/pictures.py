@@ -1,17 +1,17 @@
-"""What a diagnosis found, drawn: distributions per layer, figures against depth, training, curvature, time lag."""
+"""Pictures of a diagnosis: distributions per layer, metrics against depth, training, curvature, time lag."""
 
 import math
 import re
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dlopt.analysis.diagnosis.layers import LayerStatistics
+from dlopt.analysis import drawing
+from dlopt.analysis.diagnosis.layers import LayerStatistics, Moments
 from dlopt.analysis.diagnosis.measuring import SHARES, Diagnosis, Snapshot
-from dlopt.analysis.diagnosis.moments import Moments
-from dlopt.analysis.drawing import COLOURS, logarithmic
+from dlopt.analysis.drawing import COLOURS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,12 +24,11 @@ _AFTER: dict[str, Any] = {"linestyle": (0, (4, 2)), "marker": "s", "markersize":
 
 
 def pictures(diagnoses: Sequence[Diagnosis], title: str) -> dict[str, "Figure"]:
-    """The figures by the name of their file. All diagnoses stand in each."""
+    """The figures by the name of their file. Each shows all diagnoses."""
+    gradients = "Back-propagated gradients (at the activations' inputs)"
     found = {
         "activations": _distributions(diagnoses, lambda layer: layer.outputs, f"Activations: {title}"),
-        "gradients": _distributions(
-            diagnoses, lambda layer: layer.gradients, f"Back-propagated gradients (at the activations' inputs): {title}"
-        ),
+        "gradients": _distributions(diagnoses, lambda layer: layer.gradients, f"{gradients}: {title}"),
         "depth": _depth(diagnoses, title),
     }
     if any(each.path.losses for each in diagnoses):
@@ -42,24 +41,29 @@ def pictures(diagnoses: Sequence[Diagnosis], title: str) -> dict[str, "Figure"]:
 
 
 def _figure(width: float, height: float, title: str) -> "Figure":
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
     shorter = re.sub(r"\b(\w+)(?:,\1){3,}\b", lambda run: f"{run[1]},...,{run[1]}", title)  # widths of many layers
-    figure.suptitle("\n".join(textwrap.wrap(shorter, int(width * 11))), fontsize=11)
-    return figure
+    return drawing.figure(width, height, "\n".join(textwrap.wrap(shorter, int(width * 11))))
 
 
-def _legend(figure: "Figure", axes: "Axes") -> None:
-    """What stands in `axes`, below all panels; the samples are long enough to show dashes."""
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, handlelength=3.5)
+def _finish(*panels: tuple["Axes", str, str]) -> None:
+    """Panels with the names of their axes."""
+    for axes, x, y in panels:
+        drawing.plain(axes, color="0.92")
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
 
 
-def _plain(axes: "Axes") -> None:
-    axes.grid(color="0.92")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+def _coloured(diagnoses: Sequence[Diagnosis]) -> list[tuple[Diagnosis, str]]:
+    return [(each, COLOURS[number % len(COLOURS)]) for number, each in enumerate(diagnoses)]
+
+
+def _snapshots(diagnoses: Sequence[Diagnosis]) -> Iterator[tuple[Snapshot, dict[str, Any]]]:
+    """Every snapshot with the style of its curves."""
+    for diagnosis, colour in _coloured(diagnoses):
+        for snapshot in diagnosis.snapshots:
+            label = _when(snapshot) if len(diagnoses) == 1 else f"{diagnosis.label}, {_when(snapshot)}"
+            style = _BEFORE if snapshot is diagnosis.before else _AFTER
+            yield snapshot, {**style, "color": colour, "label": label}
 
 
 def some(layers: Sequence[LayerStatistics], most: int = _MOST_PANELS) -> list[int]:
@@ -141,42 +145,29 @@ def _bound(values: torch.Tensor) -> float:
 
 def _depth(diagnoses: Sequence[Diagnosis], title: str) -> "Figure":
     figure = _figure(10, 7, f"Against depth: {title}")
-    panels = figure.subplots(2, 2)
-    shares = _share_name(diagnoses)
-    for number, diagnosis in enumerate(diagnoses):
-        for snapshot in diagnosis.snapshots:
-            style = {**(_BEFORE if snapshot is diagnosis.before else _AFTER), "color": COLOURS[number % len(COLOURS)]}
-            depth = range(1, len(snapshot.layers) + 1)
-            label = _label(diagnosis, snapshot, diagnoses)
-            panels[0, 0].plot(depth, [each.outputs.std for each in snapshot.layers], label=label, **style)
-            panels[0, 1].plot(depth, [each.gradients.norm for each in snapshot.layers], label=label, **style)
-            _weight_gradients(panels[1, 0], snapshot, label, style)
-            values = [_share(each) for each in snapshot.layers]
-            panels[1, 1].plot(depth, values, label=label, **style)
-    names = (
-        ("standard deviation of the activations", "log"),
-        ("norm of the gradient at the\nactivations' inputs", "log"),
-        ("norm of the weights' gradient\n(band: smallest to largest batch)", "log"),
-        (shares, "linear"),
+    [(outputs, inputs), (weights, shares)] = figure.subplots(2, 2)
+    for snapshot, style in _snapshots(diagnoses):
+        depth = range(1, len(snapshot.layers) + 1)
+        outputs.plot(depth, [each.outputs.std for each in snapshot.layers], **style)
+        inputs.plot(depth, [each.gradients.norm for each in snapshot.layers], **style)
+        shares.plot(depth, [_share(each) for each in snapshot.layers], **style)
+        batches = list(snapshot.gradient_norms.values())
+        depth = range(1, len(batches) + 1)
+        weights.plot(depth, [sum(each) / len(each) for each in batches], **style)
+        low, high = [min(each) for each in batches], [max(each) for each in batches]
+        weights.fill_between(depth, low, high, color=style["color"], alpha=0.15, linewidth=0)
+    depth_name = "layer, from the input"
+    _finish(
+        (outputs, depth_name, "standard deviation of the activations"),
+        (inputs, depth_name, "norm of the gradient at the\nactivations' inputs"),
+        (weights, depth_name, "norm of the weights' gradient\n(band: smallest to largest batch)"),
+        (shares, depth_name, _share_name(diagnoses)),
     )
-    for axes, (name, scale) in zip(panels.flat, names, strict=True):
-        _plain(axes)
-        if scale == "log":
-            logarithmic(axes)
-        axes.set_ylabel(name)
-        axes.set_xlabel("layer, from the input")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    panels[1, 1].set_ylim(-0.02, 1.02)
-    _legend(figure, panels[0, 0])
+    drawing.logarithmic(outputs, inputs, weights)
+    drawing.whole_numbers(outputs, inputs, weights, shares)
+    shares.set_ylim(-0.02, 1.02)
+    drawing.legend_below(figure, outputs, 2)
     return figure
-
-
-def _weight_gradients(axes: "Axes", snapshot: Snapshot, label: str, style: dict[str, Any]) -> None:
-    depth = range(1, len(snapshot.gradient_norms) + 1)
-    batches = list(snapshot.gradient_norms.values())
-    axes.plot(depth, [sum(each) / len(each) for each in batches], label=label, **style)
-    low, high = [min(each) for each in batches], [max(each) for each in batches]
-    axes.fill_between(depth, low, high, color=style["color"], alpha=0.15, linewidth=0)
 
 
 def _share(layer: LayerStatistics) -> float:
@@ -186,23 +177,18 @@ def _share(layer: LayerStatistics) -> float:
 
 def _share_name(diagnoses: Sequence[Diagnosis]) -> str:
     layers = [layer for each in diagnoses for layer in each.before.layers]
-    names = ["saturated values" if any(layer.saturated is not None for layer in layers) else ""]
-    names.append("dead units" if any(layer.dead is not None for layer in layers) else "")
-    return "share of " + (", ".join(name for name in names if name) or "saturated values (no such activation)")
-
-
-def _label(diagnosis: Diagnosis, snapshot: Snapshot, diagnoses: Sequence[Diagnosis]) -> str:
-    return _when(snapshot) if len(diagnoses) == 1 else f"{diagnosis.label}, {_when(snapshot)}"
+    names = ["saturated values"] if any(layer.saturated is not None for layer in layers) else []
+    names += ["dead units"] if any(layer.dead is not None for layer in layers) else []
+    return "share of " + (", ".join(names) or "saturated values (no such activation)")
 
 
 def _updates(diagnoses: Sequence[Diagnosis], title: str) -> "Figure":
     figure = _figure(11, 3.9, f"The updates: {title}")
     loss, norm, ratio = figure.subplots(1, 3)
-    is_clipped = any(_was_clipped(each) for each in diagnoses)
-    for number, diagnosis in enumerate(diagnoses):
-        path, colour = diagnosis.path, COLOURS[number % len(COLOURS)]
+    several, clipped = len(diagnoses) > 1, any(map(_was_clipped, diagnoses))
+    for diagnosis, colour in _coloured(diagnoses):
+        path = diagnosis.path
         updates = range(diagnosis.before.updates + 1, diagnosis.before.updates + len(path.losses) + 1)
-        several = len(diagnoses) > 1
         loss.plot(updates, path.losses, color=colour, label=diagnosis.label if several else None)
         norm.plot(updates, path.norms, color=colour, label=None if several else "before clipping")
         if _was_clipped(diagnosis):
@@ -213,21 +199,16 @@ def _updates(diagnoses: Sequence[Diagnosis], title: str) -> "Figure":
             _by_layer(figure, ratio, updates, path.ratios)
     ratio.axhline(1e-3, color="0.5", linewidth=1, linestyle=":")
     ratio.annotate("1e-3: usual", (1, 1e-3), xycoords=ratio.get_yaxis_transform(), fontsize=8, va="top", ha="right")
-    clipped = "\n(dotted: after clipping)" if is_clipped and len(diagnoses) > 1 else ""
-    for axes, name in (
-        (loss, "loss of the batch"),
-        (norm, f"norm of the gradient{clipped}"),
-        (ratio, "||update|| / ||weights||\n" + ("median over layers" if len(diagnoses) > 1 else "of each layer")),
-    ):
-        _plain(axes)
-        axes.set_xlabel("update")
-        axes.set_ylabel(name)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    logarithmic(norm)
-    logarithmic(ratio)
-    if is_clipped and len(diagnoses) == 1:
+    _finish(
+        (loss, "update", "loss of the batch"),
+        (norm, "update", "norm of the gradient" + ("\n(dotted: after clipping)" if clipped and several else "")),
+        (ratio, "update", "||update|| / ||weights||\n" + ("median over layers" if several else "of each layer")),
+    )
+    drawing.whole_numbers(loss, norm, ratio)
+    drawing.logarithmic(norm, ratio)
+    if clipped and not several:
         norm.legend(frameon=False, fontsize=8)
-    if len(diagnoses) > 1:
+    if several:
         figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return figure
 
@@ -255,28 +236,22 @@ def _median(values: Sequence[float]) -> float:
 def _curvature(diagnoses: Sequence[Diagnosis], title: str) -> "Figure":
     figure = _figure(11, 3.9, f"Curvature of the loss of one batch: {title}")
     spectrum, along, losses = figure.subplots(1, 3)
-    for number, diagnosis in enumerate(diagnoses):
-        colour, path = COLOURS[number % len(COLOURS)], diagnosis.path
-        for snapshot in diagnosis.snapshots:
-            if snapshot.spectrum is not None:
-                values = snapshot.spectrum.eigenvalues.tolist()
-                style = {**(_BEFORE if snapshot is diagnosis.before else _AFTER), "color": colour}
-                spectrum.plot(range(1, len(values) + 1), values, label=_label(diagnosis, snapshot, diagnoses), **style)
-        first = diagnosis.before.updates + 1
+    for snapshot, style in _snapshots(diagnoses):
+        if snapshot.spectrum is not None:
+            values = snapshot.spectrum.eigenvalues.tolist()
+            spectrum.plot(range(1, len(values) + 1), values, **style)
+    for diagnosis, colour in _coloured(diagnoses):
+        path, first = diagnosis.path, diagnosis.before.updates + 1
         along.plot([first + u for u in path.curvatures], list(path.curvatures.values()), color=colour, marker="o")
         losses.plot(SHARES[: len(path.along)], path.along, color=colour, marker="o", markersize=3)
     losses.axvline(1, color="0.5", linewidth=1, linestyle=":")
-    for axes, x, y in (
+    _finish(
         (spectrum, "rank", "eigenvalues of the Hessian"),
         (along, "update", "curvature along the update\n(d'Hd / d'd)"),
         (losses, "part of the last update (1: where it went)", "loss of its batch"),
-    ):
-        _plain(axes)
-        axes.set_xlabel(x)
-        axes.set_ylabel(y)
-    spectrum.xaxis.get_major_locator().set_params(integer=True)
-    along.xaxis.get_major_locator().set_params(integer=True)
-    _legend(figure, spectrum)
+    )
+    drawing.whole_numbers(spectrum, along)
+    drawing.legend_below(figure, spectrum, 2)
     return figure
 
 
@@ -292,24 +267,17 @@ def _time_lag(diagnoses: Sequence[Diagnosis], title: str) -> "Figure":
             if len(diagnosis.before.lags) > 1 and len(diagnoses) > 1:
                 name += f", {lag.name}"
             states.plot(range(1, len(lag.states) + 1), lag.states, color=colour, label=name)
-            weights.plot(range(len(lag.contributions)), lag.contributions, color=colour)
+            weights.plot(lag.contributions, color=colour)
             if factor < 1:
-                values = [factor * each for each in lag.contributions]
-                weights.plot(range(len(values)), values, color=colour, linestyle=":")
-    is_clipped = any(clipping_factor(each) < 1 for each in diagnoses)
-    for axes, name in (
-        (states, "norm of the gradient at the state"),
-        (
-            weights,
-            "norm of what a step adds to the gradient\nof the recurrent weight"
-            + (", dotted: clipped" if is_clipped else ""),
-        ),
-    ):
-        _plain(axes)
-        logarithmic(axes)
-        axes.set_xlabel("steps back from the last one")
-        axes.set_ylabel(name)
-    _legend(figure, states)
+                weights.plot([factor * each for each in lag.contributions], color=colour, linestyle=":")
+    clipped = ", dotted: clipped" if any(clipping_factor(each) < 1 for each in diagnoses) else ""
+    steps = "steps back from the last one"
+    _finish(
+        (states, steps, "norm of the gradient at the state"),
+        (weights, steps, f"norm of what a step adds to the gradient\nof the recurrent weight{clipped}"),
+    )
+    drawing.logarithmic(states, weights)
+    drawing.legend_below(figure, states, 2)
     return figure
 
 

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from dlopt.analysis.diagnosis.layers import LayerStatistics
-from dlopt.analysis.diagnosis.time_lag import TimeLag
+from dlopt.analysis.diagnosis.layers import LayerStatistics, TimeLag
 
 Word = Literal["healthy", "vanishing", "exploding", "saturated", "dead"]
 
@@ -96,24 +95,18 @@ def _told(what: str, ratio: float) -> str:
 
 def advice(found: Sequence[Verdict], facts: Facts) -> list[str]:
     """What to try, a line per kind of trouble; one line that says so where all is well."""
-    words = {verdict.word for verdict in found}
+    remedies = {
+        "saturated": ["model.activation=relu"],
+        "dead": ["a smaller optimizer.lr", "model.activation=leaky_relu"],
+        "vanishing": [_shorter_ways(facts)],
+        "exploding": [_shorter_ways(facts), _clip(facts)],
+    }
     lines = []
-    if "saturated" in words:
-        lines.append(_line("saturated", found, [_init(facts), _norm(facts), "model.activation=relu"]))
-    if "dead" in words:
-        others = ["a smaller optimizer.lr", "model.activation=leaky_relu"]
-        lines.append(_line("dead", found, [_init(facts), _norm(facts), *others]))
-    if "vanishing" in words:
-        lines.append(_line("vanishing", found, [_init(facts), _norm(facts), _shorter_ways(facts)]))
-    if "exploding" in words:
-        lines.append(_line("exploding", found, [_init(facts), _norm(facts), _shorter_ways(facts), _clip(facts)]))
+    for word, others in remedies.items():
+        if number := sum(verdict.word == word for verdict in found):
+            tried = [each for each in (_init(facts), _norm(facts), *others) if each] or ["a smaller optimizer.lr"]
+            lines.append(f"{word} ({number} of {len(found)} layers): try {', '.join(tried)}")
     return lines or ["healthy"]
-
-
-def _line(word: str, found: Sequence[Verdict], remedies: Sequence[str]) -> str:
-    number = sum(verdict.word == word for verdict in found)
-    tried = ", ".join(dict.fromkeys(each for each in remedies if each)) or "a smaller optimizer.lr"
-    return f"{word} ({number} of {len(found)} layers): try {tried}"
 
 
 def recommended_init(activation: str | None) -> str:

@@ -6,18 +6,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dlopt.analysis.drawing import COLOURS, DASHES
-from dlopt.analysis.report.keys import text
-from dlopt.analysis.report.reading import is_number
-from dlopt.analysis.report.statistics import (
+from dlopt.analysis import drawing
+from dlopt.analysis.drawing import COLOURS, spelled, style
+from dlopt.analysis.report.reading import is_number, text
+from dlopt.analysis.report.table import (
+    Configuration,
     Importance,
     Sensitivity,
+    Table,
     band,
     importance,
     sensitivities,
     time_to_target,
 )
-from dlopt.analysis.report.table import Configuration, Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,30 +43,15 @@ def pictures(table: Table, target: float | None) -> dict[str, "Figure"]:
     return {name: figure for name, figure in found.items() if figure is not None}
 
 
-def spelled(figure: str) -> str:
-    """val_accuracy -> validation accuracy."""
-    words = figure.replace("_", " ").replace("lr", "learning rate")
-    return words.replace("val ", "validation ").replace("train ", "training ")
-
-
 def _figure(width: float, height: float, columns: int = 1) -> tuple["Figure", "list[Axes]"]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = drawing.figure(width, height)
     axes = [figure.add_subplot(1, columns, i + 1) for i in range(columns)]
-    for each in axes:
-        each.grid(color="0.9")
-        each.set_axisbelow(True)
-        each.spines[["top", "right"]].set_visible(False)
+    drawing.plain(*axes)
     return figure, axes
 
 
 def _rows(table: Table) -> Sequence[Configuration]:
     return (table.ranked or table.rows)[:SHOWN]
-
-
-def _style(i: int) -> dict[str, Any]:
-    return {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)], "linewidth": 1.8}
 
 
 def learning_curves(table: Table) -> "Figure | None":
@@ -102,7 +88,7 @@ def _curve(axis: "Axes", table: Table, name: str, against: str) -> bool:
         if found is None:
             continue
         label = f"{row.label}  ({len(row.runs)} run{'s' * (len(row.runs) > 1)})"
-        axis.plot(found.x, found.mean, label=label, **_style(i))
+        axis.plot(found.x, found.mean, label=label, **style(i, linewidth=1.8))
         axis.fill_between(found.x, found.low, found.high, color=COLOURS[i % len(COLOURS)], alpha=0.15, linewidth=0)
         means += [value for value in found.mean if math.isfinite(value)]
     axis.set_xlabel(_AGAINST[against])
@@ -115,31 +101,24 @@ def _curve(axis: "Axes", table: Table, name: str, against: str) -> bool:
 
 
 def _with_legend(figure: "Figure", axis: "Axes", table: Table, note: str) -> "Figure":
-    handles, labels = axis.get_legend_handles_labels()
-    more = len(table.rows) - len(labels)
-    title = "; ".join(filter(None, [f"the best {len(labels)} of {len(table.rows)} configurations" * (more > 0), note]))
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=1, frameon=False, title=title,
-        title_fontsize="small", handlelength=3,
-    )  # fmt: skip
+    count, total = len(axis.get_legend_handles_labels()[1]), len(table.rows)
+    title = "; ".join(filter(None, [f"the best {count} of {total} configurations" * (total > count), note]))
+    drawing.legend_below(figure, axis, 1, title=title, title_fontsize="small", handlelength=3)
     return figure
 
 
 def importance_bars(table: Table, found: Importance | None) -> "Figure | None":
-    if found is None:
+    if found is None or found.missing:
         return None
-    keys = sorted(found.total, key=lambda key: found.total[key])
+    keys = sorted(found.shares, key=lambda key: found.shares[key])
     figure, [axis] = _figure(7, 1.4 + 0.4 * len(keys))
-    axis.barh(keys, [100 * found.total[key] for key in keys], color="#9ecae1", label="with its interactions")
-    axis.barh(keys, [100 * found.alone[key] for key in keys], color=COLOURS[0], label="alone")
+    axis.barh(keys, [100 * found.shares[key] for key in keys], color=COLOURS[0])
     axis.set_xlabel(f"share of the variance of {spelled(table.by)} (%)")
     axis.set_xlim(0, 100)
     axis.grid(visible=False, axis="y")
     axis.set_title(
-        f"random forest over {len(table.ranked)} configurations; it explains {max(found.fit, 0):.0%} of unseen ones",
-        fontsize="small",
+        f"explained by a key alone (functional ANOVA of {len(table.ranked)} configurations)", fontsize="small"
     )
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 
@@ -147,25 +126,19 @@ def lr_sensitivity(table: Table, found: Sequence[Sensitivity]) -> "Figure | None
     """The best figure at each learning rate by optimizer; the band of good rates below the curves."""
     if not found:
         return None
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.5, 4.2 + 0.25 * len(found)), layout="constrained")
+    figure = drawing.figure(7.5, 4.2 + 0.25 * len(found))
     axis, strip = figure.subplots(2, 1, sharex=True, height_ratios=[16, len(found) + 0.5])
     for i, each in enumerate(found):
-        colour, rates = COLOURS[i % len(COLOURS)], [lr for lr, _ in each.best]
-        means = [value.mean for _, value in each.best]
-        spread = [value.std or 0.0 for _, value in each.best]
+        colour, marker = COLOURS[i % len(COLOURS)], _MARKERS[i % len(_MARKERS)]
+        best = zip(*((lr, value.mean, value.std or 0.0) for lr, value in each.best), strict=True)
         axis.plot([p[0] for p in each.points], [p[1].mean for p in each.points], ".", color=colour, alpha=0.4)
-        axis.errorbar(
-            rates, means, spread, marker=_MARKERS[i % len(_MARKERS)], capsize=3, label=each.optimizer, **_style(i)
-        )
-        strip.plot(each.good, [-i, -i], color=colour, linewidth=4, marker=_MARKERS[i % len(_MARKERS)], markersize=7)
+        axis.errorbar(*best, capsize=3, label=each.optimizer, **style(i, linewidth=1.8, marker=marker))
+        strip.plot(each.good, [-i, -i], color=colour, linewidth=4, marker=marker, markersize=7)
         if each.failed:
             axis.plot(each.failed, [0.02] * len(each.failed), "x", color=colour, transform=axis.get_xaxis_transform())
     axis.set_xscale("log")
     axis.set_ylabel(spelled(table.by))
-    axis.grid(color="0.9")
-    axis.spines[["top", "right"]].set_visible(False)
+    drawing.plain(axis)
     strip.set_ylim(-len(found) + 0.4, 0.6)
     strip.set_yticks([-i for i in range(len(found))], [f"good: {each.optimizer}" for each in found], fontsize="small")
     strip.set_xlabel("learning rate")

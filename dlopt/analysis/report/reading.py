@@ -1,21 +1,27 @@
-"""Run folders read into records. Whatever stands in them is data: it is checked, never trusted."""
+"""Reads run folders into records, names the keys in which runs differ, and selects runs by conditions.
+
+The content of a run folder is data: it is checked, never trusted.
+"""
 
 import json
-import math
+import operator
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import yaml
 
-from dlopt.analysis.leaderboard import direction_of
+from dlopt.analysis.leaderboard import ENDED, HOUSEKEEPING, direction_of, is_number, is_one_of, is_seed
+from dlopt.errors import UserError
 from dlopt.folders import RunFolder
-from dlopt.tracking.layout import flatten
+from dlopt.plain import flatten
 from dlopt.tracking.metrics import METRICS, SUMMARY
 
-ENDED = ("finished", "stopped_early")
 STATUSES = (*ENDED, "pruned", "running", "interrupted", "unfinished", "failed")
 """As in summary.json, and `pruned` (by its sweep), `running` (a process is at work there), `unfinished` (none is)."""
 
@@ -107,20 +113,18 @@ def _read(path: Path) -> Record:
     environment = _mapping(path / "environment.json", json.loads) or {}
     summary = _mapping(path / SUMMARY, json.loads)
     metrics = tuple(_lines(path / METRICS))
-    choices = environment.get("choices")
-    overrides = RunFolder(path).history()
+    overrides = tuple(RunFolder(path).history())
     status = _status(path, summary)
-    if status == "running":
-        summary = None  # of an earlier part of the run
-    reason = (summary or {}).get("reason")
-    commit = environment.get("git_commit")
+    if status == "running" or summary is None:  # the summary of a running one is of an earlier part of the run
+        summary = {}
+    choices, reason, commit = environment.get("choices"), summary.get("reason"), environment.get("git_commit")
     return Record(
         path=path,
         status=status,
         config=_flat(config, choices if isinstance(choices, dict) else {}),
-        figures=_figures(summary or {}, metrics, config),
+        figures=_figures(summary, metrics, config),
         metrics=metrics,
-        overrides=tuple(overrides),
+        overrides=overrides,
         reason=reason if isinstance(reason, str) else None,
         commit=commit if isinstance(commit, str) else None,
     )
@@ -168,14 +172,10 @@ def _numbers(found: Mapping[str, Any]) -> dict[str, float]:
     return {str(key): value for key, value in found.items() if is_number(value)}
 
 
-def is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _status(path: Path, summary: Mapping[str, Any] | None) -> str:
-    status = (summary or {}).get("status")
-    if status in ENDED:
-        return "pruned" if (summary or {}).get("pruned") is True else str(status)
+    status = None if summary is None else summary.get("status")
+    if summary is not None and status in ENDED:
+        return "pruned" if summary.get("pruned") is True else str(status)
     if RunFolder(path).is_live():
         return "running"
     if summary is None:
@@ -189,37 +189,36 @@ def _flat(config: Mapping[str, Any], choices: Mapping[str, Any]) -> dict[str, An
     """Dotted keys in the config's order, a group's choice before its keys."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        if isinstance(value, Mapping) or key in choices:
-            target = value.get("_target_") if isinstance(value, Mapping) else None
-            choice = choices.get(key) or str(target or "").rpartition(".")[2]
-            flat |= {key: str(choice)} if choice else {}
+        target = value.get("_target_") if isinstance(value, Mapping) else None
+        if choice := choices.get(key) or str(target or "").rpartition(".")[2]:
+            flat[key] = str(choice)
         if isinstance(value, Mapping):
-            flat |= {name: _tidy(item) for name, item in flatten(value, f"{key}.")}
+            inner = {name: item for name, item in flatten(value, key).items() if not name.endswith("._target_")}
+            flat |= {name: tidy(item) for name, item in inner.items() if not isinstance(item, Mapping)}
         elif key not in flat:
-            flat[key] = _tidy(value)
+            flat[key] = tidy(value)
     return flat
 
 
-def _tidy(value: Any) -> Any:
-    """Plain values; what YAML knows besides (dates) as text."""
+def tidy(value: Any) -> Any:
+    """Plain values: lists as tuples, mappings as tuples of pairs, what YAML knows besides (dates) as text."""
     if isinstance(value, list | tuple):
-        return tuple(_tidy(item) for item in value)
+        return tuple(tidy(item) for item in value)
     if isinstance(value, Mapping):
-        return tuple((str(key), _tidy(item)) for key, item in value.items())
+        return tuple((str(key), tidy(item)) for key, item in value.items())
     return value if isinstance(value, str | bool | int | float) or value is None else str(value)
 
 
 def _figures(
     summary: Mapping[str, Any], metrics: tuple[Mapping[str, float], ...], config: Mapping[str, Any]
 ) -> dict[str, float]:
-    figures: dict[str, Any] = dict(metrics[-1]) if metrics else {}
-    for key in [key for key in figures if key.startswith("val_") or key in ("epoch", "step", "lr")]:
-        figures.pop(key)
+    figures: dict[str, Any] = {}
     if metrics:
-        figures |= {"epochs": metrics[-1]["epoch"], "steps": metrics[-1]["step"]}
-        best = best_line(metrics, str(config.get("monitor", "auto")))
-        figures |= {} if best is None else {k: v for k, v in best.items() if k.startswith("val_")}
-        figures |= {} if best is None else {"best_epoch": best["epoch"]}
+        last, best = metrics[-1], best_line(metrics, str(config.get("monitor", "auto")))
+        figures = {k: v for k, v in last.items() if not k.startswith("val_") and k not in ("epoch", "step", "lr")}
+        figures |= {"epochs": last["epoch"], "steps": last["step"]}
+        if best is not None:
+            figures |= {k: v for k, v in best.items() if k.startswith("val_")} | {"best_epoch": best["epoch"]}
     for key, value in summary.items():
         if key not in ("epochs", "steps") or is_number(value):
             figures[str(key).removeprefix("best_") if str(key).startswith("best_val_") else str(key)] = value
@@ -247,3 +246,131 @@ def _state(path: Path) -> object:
             found.append((0, 0, 0))
     ended = found[1] != (0, 0, 0)
     return (*found, None if ended else RunFolder(path).is_live())
+
+
+# -- keys in which runs differ, and how their values are written
+
+
+def varying(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Keys with several values, in the configs' order, seeds aside.
+
+    A key of a group is left out where the group's choice says its value: optimizers differ in more than their names.
+    """
+    keys = dict.fromkeys(key for config in configs for key in config)
+    found = [key for key in keys if not _is_aside(key) and len({text(config.get(key)) for config in configs}) > 1]
+    return [key for key in found if not _follows(key, configs)]
+
+
+def _is_aside(key: str) -> bool:
+    return is_seed(key) or (key != "device" and is_one_of(key, (*HOUSEKEEPING, "max_time")))
+
+
+def _follows(key: str, configs: Iterable[Mapping[str, Any]]) -> bool:
+    group, _, inner = key.partition(".")
+    if not inner:
+        return False
+    values: dict[str, set[str]] = {}
+    for config in configs:
+        if key in config:
+            values.setdefault(text(config.get(group)), set()).add(text(config[key]))
+    return len(values) > 0 and all(len(each) == 1 for each in values.values())
+
+
+def text(value: Any) -> str:
+    """As it is typed: true, null, [64,64]."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, tuple | list):
+        return f"[{','.join(map(text, value))}]"
+    return "null" if value is None else str(value)
+
+
+def brief(value: Any) -> str:
+    """The same with four significant digits, for labels."""
+    return f"{value:.4g}" if isinstance(value, float) else text(value)
+
+
+def printable(value: str) -> str:
+    """Without what would steer a terminal, or break a line of a table."""
+    return "".join(character if character.isprintable() else "�" for character in value)
+
+
+# -- conditions: optimizer=adamw, val_accuracy>0.9, optimizer.lr<=0.1, model=resnet*
+
+_LINE = re.compile(r"(?P<key>[\w./-]+?)(?P<sign>!=|>=|<=|=|>|<)(?P<value>.*)", re.DOTALL)
+_ORDER: Mapping[str, Callable[[float, float], bool]] = {
+    ">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Condition:
+    key: str
+    sign: str  # = != > >= < <=
+    value: str
+    line: str
+
+    def holds(self, record: Record) -> bool:
+        found = value_of(record, self.key)
+        number = number_in(self.value)
+        if self.sign in _ORDER:
+            return is_number(found) and number is not None and _ORDER[self.sign](found, number)
+        if is_number(found) and number is not None:
+            equal = found == number
+        else:
+            equal = fnmatchcase(text(found), _pattern(self.value))
+        return equal == (self.sign == "=")
+
+
+def condition(line: str) -> Condition | None:
+    """What was typed, taken apart; None where it is no condition. Raises `UserError` for one that cannot be."""
+    match = _LINE.fullmatch(line)
+    if match is None:
+        return None
+    found = Condition(match["key"], match["sign"], match["value"], line)
+    if found.sign in _ORDER and number_in(found.value) is None:
+        raise UserError(f"{line}: a number is needed behind {found.sign}")
+    return found
+
+
+def select(records: Sequence[Record], conditions: Sequence[Condition]) -> list[Record]:
+    """The runs that fulfil all of them. Raises `UserError` for a key that none of the runs has."""
+    for each in conditions:
+        check_key(each.key, each.line, records)
+        if each.key == "status" and not any(fnmatchcase(status, _pattern(each.value)) for status in STATUSES):
+            raise UserError(f"{each.line}: there is no such status; allowed: {', '.join(STATUSES)}")
+    return [record for record in records if all(each.holds(record) for each in conditions)]
+
+
+def check_key(key: str, line: str, records: Sequence[Record]) -> None:
+    """Raises `UserError` where none of the runs has such a key or figure."""
+    known = dict.fromkeys(["status", *(k for r in records for k in (*r.figures, *r.config))])
+    if not records or key in known or key.removeprefix("best_") in known:
+        return
+    ends = [each for each in known if each.rpartition(".")[2] == key]
+    close = ends or get_close_matches(key, list(known), n=1, cutoff=0.6)
+    hint = f"did you mean {close[0]}? " if close else ""
+    figures = ", ".join(dict.fromkeys(name for record in records for name in record.figures))
+    raise UserError(f"{line}: none of the runs has {key}; {hint}allowed: status, a key of the config, {figures}")
+
+
+def value_of(record: Record, key: str) -> Any:
+    """A figure, a value of the config, or the status; None where the run has none."""
+    if key == "status":
+        return record.status
+    figure = record.figures.get(key, record.figures.get(key.removeprefix("best_")))
+    return record.config.get(key) if figure is None else figure
+
+
+def number_in(value: str) -> float | None:
+    """The finite number that a text says; None where it says none."""
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return number if is_number(number) else None
+
+
+def _pattern(value: str) -> str:
+    """Brackets stand for themselves: model.widths=[64,64]; * and ? are wild."""
+    return value.replace(" ", "").replace("[", "[[]") if "[" in value else value

@@ -1,18 +1,39 @@
-"""Runs gathered into configurations, ranked by a validation figure."""
+"""Groups runs into configurations, ranked by a validation metric, and computes what the report shows of them.
 
+That is: curves over seeds, importance of the keys, good learning rates, time to a target, published results.
+"""
+
+import math
 import re
 import shlex
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
-from dlopt.analysis.leaderboard import Difference, Entry, Row, Statistic, direction_of, leaderboard
-from dlopt.analysis.report.keys import brief, printable, varying
-from dlopt.analysis.report.reading import Damaged, Record
+import numpy as np
+
+from dlopt.analysis.leaderboard import (
+    Difference,
+    Entry,
+    Row,
+    Statistic,
+    direction_of,
+    is_number,
+    leaderboard,
+    statistic,
+    student_t,
+)
+from dlopt.analysis.report.reading import Damaged, Record, brief, printable, text, tidy, varying
 from dlopt.errors import UserError
+from dlopt.extras import install
 from dlopt.tracking.layout import short_path
 
 _NOT_RANKED = ("epochs", "steps", "best_epoch", "parameters", "processes")
+_LR = "optimizer.lr"
+_GRID = 80  # points of a curve against seconds, where the runs of a configuration have no points in common
+_FEWEST = 6  # configurations from which importance is estimated
 _OVERRIDE = re.compile(r"[+~]{0,2}\w[\w./@-]*(=.*)?")
 _NOT_REPEATED = ("hydra.", "hydra/", "resume=", "dry_run=", "name=")  # where a run stands, not what it computes
 
@@ -74,10 +95,7 @@ class Table:
 
     def counts(self) -> dict[str, int]:
         """Runs by status, in the order of their number."""
-        found: dict[str, int] = {}
-        for record in self.records:
-            found[record.status] = found.get(record.status, 0) + 1
-        return dict(sorted(found.items(), key=lambda pair: -pair[1]))
+        return dict(Counter(record.status for record in self.records).most_common())
 
 
 def gather(records: Sequence[Record], damaged: Sequence[Damaged], by: str | None = None) -> Table:
@@ -141,3 +159,247 @@ def _repeatable(overrides: Iterable[str]) -> list[str] | None:
 def _shell(words: Sequence[str]) -> str | None:
     line = shlex.join(["dlopt", "train", *words])
     return line if printable(line) == line else None
+
+
+# -- runs of a paper's recipe beside what the paper says
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Test errors in %: of a configuration's runs (None where none has ended), and the published one."""
+
+    row: Configuration
+    measured: Statistic | None
+    published: float
+
+
+def published_error(config: Mapping[str, Any]) -> float | None:
+    """The test error (%) that a config gives for what its run did: the first of `published` whose `when` holds.
+
+    `config` has dotted keys.
+    """
+    entries = tidy(config.get("published"))
+    for entry in map(_mapping, entries if isinstance(entries, tuple) else ()):
+        error, when = entry.get("error"), entry.get("when")
+        if not isinstance(error, int | float) or when is None:
+            continue
+        if all(key in config and tidy(config[key]) == value for key, value in _mapping(when).items()):
+            return float(error)
+    return None
+
+
+def _mapping(pairs: Any) -> dict[str, Any]:
+    """A mapping from the pairs that `tidy` makes of it; of anything else nothing."""
+    is_pairs = isinstance(pairs, tuple) and all(isinstance(each, tuple) and len(each) == 2 for each in pairs)
+    return dict(pairs) if is_pairs else {}
+
+
+def beside_published(table: Table) -> list[Beside]:
+    """The configurations of which a published figure is known, in the table's order.
+
+    Their test figures are all shown: they are no candidates among which one is chosen.
+    """
+    found = []
+    for row in table.rows:
+        error, accuracy = published_error(row.runs[0].config), row.statistic("test_accuracy")
+        if error is None:
+            continue
+        measured = None
+        if accuracy is not None:
+            std = None if accuracy.std is None else 100 * accuracy.std
+            measured = Statistic(100 * (1 - accuracy.mean), std, accuracy.count)
+        found.append(Beside(row, measured, error))
+    return found
+
+
+def name_of(beside: Beside, table: Table) -> str:
+    """The recipe's name, and in what it differs from the other rows of that name."""
+    name = str(beside.row.runs[0].config.get("name", beside.row.label))
+    alike = [row for row in table.rows if row.runs[0].config.get("name") == name]
+    if len(alike) == 1:
+        return name
+    keys = [key for key, value in beside.row.values.items() if any(row.values.get(key) != value for row in alike)]
+    return " ".join([name, *(f"{key.rpartition('.')[2]}={beside.row.values[key]}" for key in keys)])
+
+
+# -- curves, importance of keys, good learning rates, time to a target
+
+
+@dataclass(frozen=True)
+class Band:
+    """A mean over runs, and its confidence interval where there are two or more."""
+
+    x: np.ndarray
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    count: np.ndarray
+
+
+def band(runs: Sequence[Record], figure: str, against: str, confidence: float = 0.95) -> Band | None:
+    """Pointwise mean of `figure` against `epoch`, `step` or `seconds`, with Student's interval of the mean.
+
+    Between its epochs a run's curve is linear. A point is shown where at least half of the runs reach it.
+    """
+    points = [[(line[against], line[figure]) for line in run.metrics if figure in line and against in line]
+              for run in runs]  # fmt: skip
+    curves = [np.array(each) for each in points if each]
+    if not curves:
+        return None
+    if against == "seconds":
+        x = np.linspace(min(curve[0, 0] for curve in curves), max(curve[-1, 0] for curve in curves), _GRID)
+    else:
+        x = np.unique(np.concatenate([curve[:, 0] for curve in curves]))
+    values = np.stack([np.interp(x, curve[:, 0], curve[:, 1], left=np.nan, right=np.nan) for curve in curves])
+    count = np.isfinite(values).sum(0)
+    kept = 2 * count >= len(curves)
+    x, values, count = x[kept], values[:, kept], count[kept]
+    mean = np.nanmean(values, 0)
+    deviation = np.sqrt(np.nansum((values - mean) ** 2, 0) / np.maximum(count - 1, 1))
+    half = np.array([student_t(confidence, n - 1) if n > 1 else 0.0 for n in count]) * deviation / np.sqrt(count)
+    return Band(x, mean, mean - half, mean + half, count)
+
+
+@dataclass(frozen=True)
+class Importance:
+    """The share of the metric's variance that each key explains alone; the rest is due to interactions and noise.
+
+    `missing`: why there are no shares, where Optuna is not installed.
+    """
+
+    shares: Mapping[str, float]
+    missing: str = ""
+
+
+@lru_cache(maxsize=1)  # for the picture and the page
+def importance(table: Table) -> Importance | None:
+    """Functional ANOVA (Hutter, Hoos & Leyton-Brown 2014) of the configurations' means, computed by Optuna.
+
+    Numbers enter by their rank among the key's values, so that each value has the same weight on any scale. A key that
+    some configurations lack is a category. None for too few configurations.
+    """
+    keys, rows = table.keys, table.ranked
+    means = [row.value.mean for row in rows if row.value is not None]
+    if len(rows) < _FEWEST or not keys or min(means) == max(means):
+        return None
+    try:
+        import optuna
+    except ImportError:
+        return Importance({}, f"needs Optuna: {install('dlopt[sweep]')}")
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    points: list[dict[str, Any]] = [{} for _ in rows]
+    distributions: dict[str, optuna.distributions.BaseDistribution] = {}
+    for key in keys:
+        values: list[Any] = [row.values.get(key) for row in rows]
+        if all(map(is_number, values)):
+            ranks = {value: float(i) for i, value in enumerate(sorted(set(values)))}
+            distributions[key] = optuna.distributions.FloatDistribution(-0.5, len(ranks) - 0.5)
+            values = [ranks[value] for value in values]
+        else:
+            values = list(map(text, values))
+            distributions[key] = optuna.distributions.CategoricalDistribution(sorted(set(values)))
+        for point, value in zip(points, values, strict=True):
+            point[key] = value
+    study = optuna.create_study()
+    study.add_trials(
+        [
+            optuna.create_trial(params=point, distributions=distributions, value=mean)
+            for point, mean in zip(points, means, strict=True)
+        ]
+    )
+    # Trees of more than 64 leaves change no share of a key alone, and take minutes for thousands of configurations.
+    evaluator = optuna.importance.FanovaImportanceEvaluator(max_depth=6, seed=0)
+    shares = evaluator.evaluate(study, params=list(keys))
+    return Importance({key: float(share) for key, share in shares.items()})
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """One optimizer's figure against its learning rate: every configuration, the best at each rate, the good rates."""
+
+    optimizer: str
+    points: Sequence[tuple[float, Statistic, int]]  # learning rate, figure, row of the table
+    best: Sequence[tuple[float, Statistic]]  # by learning rate
+    good: tuple[float, float]  # the lowest and the highest good rate around the best
+    tolerance: float
+    failed: Sequence[float]  # learning rates at which runs failed
+
+
+def sensitivities(table: Table) -> list[Sensitivity]:
+    """For each optimizer with several learning rates.
+
+    Good are the rates next to the best whose figure is at most `tolerance` worse: 0.01 for an accuracy, 5 % of the best
+    for other figures, or the standard deviation over seeds (pooled) where that is larger.
+    """
+    found = []
+    by_optimizer: dict[str, list[tuple[int, Configuration]]] = {}
+    for i, row in enumerate(table.rows):
+        by_optimizer.setdefault(text(row.values.get("optimizer", "")), []).append((i, row))
+    for group, rows in by_optimizer.items():
+        rates = [(row.runs[0].config.get(_LR), row.value, i) for i, row in rows]
+        points = sorted(
+            ((float(lr), value, i) for lr, value, i in rates if is_number(lr) and lr > 0 and value is not None),
+            key=lambda point: point[0],
+        )
+        if len({lr for lr, _, _ in points}) < 2:
+            continue
+        runs = [run for _, row in rows for run in row.runs if run.status == "failed"]
+        failed = sorted({float(lr) for run in runs if is_number(lr := run.config.get(_LR)) and lr > 0})
+        name = group or text(rows[0][1].runs[0].config.get("optimizer", "optimizer"))
+        found.append(_sensitivity(name, points, failed, table))
+    return found
+
+
+def _sensitivity(
+    name: str, points: Sequence[tuple[float, Statistic, int]], failed: Sequence[float], table: Table
+) -> Sensitivity:
+    sign = 1 if table.lower else -1
+    best: dict[float, Statistic] = {}
+    for lr, value, _ in points:
+        if lr not in best or sign * value.mean < sign * best[lr].mean:
+            best[lr] = value
+    spread = [(value.std, value.count) for _, value, _ in points if value.std is not None]
+    pooled = math.sqrt(sum((n - 1) * s * s for s, n in spread) / sum(n - 1 for _, n in spread)) if spread else 0.0
+    rates, costs = list(best), [sign * value.mean for value in best.values()]
+    top = costs.index(min(costs))
+    tolerance = max(pooled, 0.01 if direction_of(table.by) == "maximize" else 0.05 * abs(costs[top]))
+    low = high = top
+    while low > 0 and costs[low - 1] - costs[top] <= tolerance:
+        low -= 1
+    while high + 1 < len(rates) and costs[high + 1] - costs[top] <= tolerance:
+        high += 1
+    return Sensitivity(name, points, list(best.items()), (rates[low], rates[high]), tolerance, failed)
+
+
+@dataclass(frozen=True)
+class Reached:
+    """Where the runs of a configuration first met the target; means over those that did."""
+
+    count: int
+    runs: int
+    steps: Statistic | None
+    seconds: Statistic | None
+
+
+def time_to_target(row: Configuration, by: str, target: float) -> Reached:
+    lower = direction_of(by) == "minimize"
+    lines = [first_at(run, by, target, lower) for run in row.runs]
+    met = [line for line in lines if line is not None]
+    seconds = [line["seconds"] for line in met if "seconds" in line]
+    return Reached(len(met), len(row.runs), statistic([line["step"] for line in met]), statistic(seconds))
+
+
+def first_at(run: Record, by: str, target: float, lower: bool) -> Mapping[str, float] | None:
+    """The first evaluated epoch whose figure is at least as good as the target."""
+    good = (line for line in run.metrics if by in line and (line[by] <= target if lower else line[by] >= target))
+    return next(good, None)
+
+
+def default_target(table: Table) -> float | None:
+    """A figure that half of the configurations reach, rounded to the easier side."""
+    means = sorted(row.value.mean for row in table.ranked if row.value is not None)
+    if not means:
+        return None
+    median = means[len(means) // 2] if table.lower else means[(len(means) - 1) // 2]
+    scale = 10.0 ** (2 - math.floor(math.log10(abs(median)))) if median else 1.0
+    return (math.ceil(median * scale) if table.lower else math.floor(median * scale)) / scale

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from dlopt.analysis.bench import costs
-from dlopt.analysis.bench.costs import Link
+from dlopt.analysis.bench import simulation as costs
+from dlopt.analysis.bench.simulation import Link
 
 LINK = Link(latency=3e-6, bandwidth=5e9)
 
@@ -86,7 +86,7 @@ def simulated_pipeline(stages: int, micro_batches: int, forward: float, backward
 @pytest.mark.parametrize(("stages", "micro_batches"), [(1, 4), (2, 4), (4, 4), (4, 16), (3, 1)])
 def test_a_pipeline(stages: int, micro_batches: int) -> None:
     expected = simulated_pipeline(stages, micro_batches, 1.0, 2.0)
-    assert costs.pipeline([1.0] * stages, [2.0] * stages, micro_batches) == pytest.approx(expected)
+    assert costs.pipelined([1.0] * stages, [2.0] * stages, micro_batches) == pytest.approx(expected)
 
 
 def test_transfers_beside_the_computation() -> None:

@@ -1,6 +1,5 @@
 """A simulated cluster where its figures are known: without delays, without stragglers, with equal layers."""
 
-import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -8,13 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from dlopt.analysis.bench import costs, layers, simulation
+from dlopt.analysis import model_summary
+from dlopt.analysis.bench import simulation
 from dlopt.analysis.bench.company import fitted, shared_out
-from dlopt.analysis.bench.layers import Layer
-from dlopt.analysis.bench.simulation import Cluster, ddp, fsdp, partition, pipeline, single, spatial
+from dlopt.analysis.bench.modes import validate
+from dlopt.analysis.bench.simulation import Cluster, ddp, draw, fsdp, pipeline, single, spatial
 from dlopt.analysis.bench.simulation import filter_parallel as filters
-from dlopt.analysis.bench.simulation_picture import draw
-from dlopt.analysis.bench.validation import validate
+from dlopt.analysis.model_summary import Layer
 from dlopt.commands.bench_simulate import MODELS
 from dlopt.config.compose import Composer, to_plain
 from dlopt.config.parsing import parse
@@ -48,9 +47,9 @@ CHAIN = [layer(name=f"{i}") for i in range(16)]
 def test_models_are_counted_as_published(model: Any, millions: float, gmacs: float) -> None:
     overrides, shape, classes = MODELS[model]
     experiment = parse(to_plain(Composer().compose(overrides), overrides)[0])
-    found = layers.layers_of(lambda: experiment.model.build(input_shape=shape, classes=classes), shape)
-    assert layers.parameters(found) / 1e6 == pytest.approx(millions, abs=0.06)
-    assert layers.operations(found) / 2e9 == pytest.approx(gmacs, rel=0.02)
+    found = model_summary.layers_of(lambda: experiment.model.build(input_shape=shape, classes=classes), shape)
+    assert model_summary.parameters(found) / 1e6 == pytest.approx(millions, abs=0.06)
+    assert model_summary.operations(found) / 2e9 == pytest.approx(gmacs, rel=0.02)
     assert [each.role for each in found].count("first") == [each.role for each in found].count("last") > 10
 
 
@@ -58,12 +57,12 @@ def test_layers_of_a_small_net() -> None:
     def make() -> nn.Module:
         return nn.Sequential(nn.Conv2d(3, 8, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(128, 4))
 
-    convolution, relu, pool, _, linear = layers.layers_of(make, (3, 8, 8))
+    convolution, relu, pool, _, linear = model_summary.layers_of(make, (3, 8, 8))
     assert (convolution.operations, convolution.parameters, convolution.units) == (2 * 8 * 64 * 75, 8 * 76, 8)
     assert convolution.halo == 2 * 3 * 8 and relu.halo == pool.halo == 0 and convolution.rows == 8
     assert (linear.operations, linear.kind, linear.rows) == (2 * 128 * 4, "linear", 1)
-    timed = layers.timed(make(), torch.randn(4, 3, 8, 8))
-    assert [replace(each, forward=0.0, backward=0.0) for each in timed] == layers.layers_of(make, (3, 8, 8))
+    timed = model_summary.timed(make(), torch.randn(4, 3, 8, 8))
+    assert [replace(each, forward=0.0, backward=0.0) for each in timed] == model_summary.layers_of(make, (3, 8, 8))
     assert all(each.forward > 0 and each.backward > 0 for each in timed)
 
 
@@ -85,7 +84,7 @@ def test_what_cannot_be_divided_stands_idle() -> None:
 def test_ddp_by_hand() -> None:
     # all gradients but those of the last layer, which DDP's first bucket holds, at once behind the backward
     slow = replace(REAL, bucket_mb=1e6, variation=0.0)
-    reduced = costs.two_level_all_reduce(4 * 15e6, 8, 8, slow.within, slow.between)
+    reduced = simulation.two_level_all_reduce(4 * 15e6, 8, 8, slow.within, slow.between)
     assert ddp(CHAIN, 64, 64, slow).step == pytest.approx(single(CHAIN, 64, slow) + reduced)
     overlapped = ddp(CHAIN, 64, 64, replace(slow, bucket_mb=1.0)).step
     assert single(CHAIN, 64, slow) < overlapped < single(CHAIN, 64, slow) + reduced / 4
@@ -95,7 +94,7 @@ def test_running_statistics_are_averaged_behind_the_update() -> None:
     norm = layer(name="norm", kind="other", operations=0.0, inputs=0, outputs=0, parameters=256)
     slow = replace(REAL, variation=0.0, latency_within=1e4, latency_between=1e4)
     more = ddp([*CHAIN, norm], 64, 8, slow).step - ddp(CHAIN, 64, 8, slow).step
-    assert more == pytest.approx(costs.two_level_all_reduce(4 * 256, 8, 1, slow.within, slow.between), rel=1e-3)
+    assert more == pytest.approx(simulation.two_level_all_reduce(4 * 256, 8, 1, slow.within, slow.between), rel=1e-3)
 
 
 def test_what_is_whole_is_normed_by_all() -> None:
@@ -110,7 +109,7 @@ def test_what_is_whole_is_normed_by_all() -> None:
 
 def test_the_slowest_device_sets_the_pace() -> None:
     varied = replace(IDEAL, variation=0.1)
-    factor = 1 + 0.1 * costs.expected_maximum(64)
+    factor = 1 + 0.1 * simulation.expected_maximum(64)
     assert ddp(CHAIN, 64, 64, varied).efficiency == pytest.approx(1 / factor, rel=1e-3)
     assert filters(CHAIN, 64, 64, varied, 8).efficiency < 1 / factor  # its devices meet at every layer
 
@@ -119,7 +118,7 @@ def test_a_block_of_two_convolutions_costs_one_sum_forward_and_one_backward() ->
     block = [layer(name="a", block="b", role="first"), layer(name="c", block="b", role="last")]
     lone = [layer(name="a"), layer(name="c")]
     quick = replace(IDEAL, bandwidth_within=1.0)  # a gathering costs half a sum
-    sums = 2 * costs.all_reduce(10**4 * 64 * 8 * 2, 8, quick.within)
+    sums = 2 * simulation.all_reduce(10**4 * 64 * 8 * 2, 8, quick.within)
     # what comes first has no gradient by its input
     block, lone = [layer(name="stem", kind="other"), *block], [layer(name="stem", kind="other"), *lone]
     at_rest = filters(block, 64, 8, IDEAL, 8).step
@@ -135,20 +134,9 @@ def test_memory() -> None:
     assert not ddp(CHAIN, 64, 8, replace(IDEAL, memory=0.2)).fits and ddp(CHAIN, 64, 8, IDEAL).fits
 
 
-@pytest.mark.parametrize("parts", [1, 2, 3, 5])
-def test_layers_are_parted_as_well_as_can_be(parts: int) -> None:
-    times = [3.0, 1, 4, 1, 5, 9, 2, 6, 5, 3]
-    cuts = itertools.combinations(range(1, len(times)), parts - 1)
-    sums = [[sum(times[a:b]) for a, b in itertools.pairwise([0, *cut, len(times)])] for cut in cuts]
-    bounds = partition(times, parts)
-    assert max(sum(times[a:b]) for a, b in bounds) == min(max(each) for each in sums)
-    assert len(bounds) == parts and bounds[0][0] == 0 and bounds[-1][1] == len(times)
-    assert all(a < b for a, b in bounds) and all(x[1] == y[0] for x, y in itertools.pairwise(bounds))
-
-
 def test_a_network_is_fitted() -> None:
-    link = costs.Link(2e-5, 3e9)
-    times = {size: costs.ring_all_reduce(size, 4, link) for size in (64, 10**5, 10**7)}
+    link = simulation.Link(2e-5, 3e9)
+    times = {size: simulation.ring_all_reduce(size, 4, link) for size in (64, 10**5, 10**7)}
     found = fitted(times, 4)
     assert (found.latency, found.bandwidth) == pytest.approx((2e-5, 3e9))
 

@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from dlopt.analysis.diagnosis.layers import LayerProbe, LayerStatistics
-from dlopt.analysis.diagnosis.time_lag import TimeLag
+from dlopt.analysis.diagnosis.layers import LayerProbe, LayerStatistics, TimeLag
 from dlopt.analysis.diagnosis.verdicts import Facts, Verdict, advice, clipping_norm, verdicts
 
 

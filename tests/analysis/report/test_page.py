@@ -7,11 +7,9 @@ from typing import Any
 
 import pytest
 
-from dlopt.analysis.report.data import page_data
-from dlopt.analysis.report.page import page
+from dlopt.analysis.report.page import page, page_data
 from dlopt.analysis.report.reading import Reader
-from dlopt.analysis.report.statistics import band, time_to_target
-from dlopt.analysis.report.table import Table, gather
+from dlopt.analysis.report.table import Table, band, gather, time_to_target
 from tests.analysis.report.browser import chromium, narrow
 from tests.analysis.report.folders import make_run
 

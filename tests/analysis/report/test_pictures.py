@@ -1,7 +1,8 @@
 import io
 from pathlib import Path
 
-from dlopt.analysis.report.pictures import pictures, spelled
+from dlopt.analysis.drawing import spelled
+from dlopt.analysis.report.pictures import pictures
 from dlopt.analysis.report.reading import Reader
 from dlopt.analysis.report.table import gather
 from tests.analysis.report.folders import make_run

@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 
-from dlopt.analysis.report.data import page_data, summary_csv
-from dlopt.analysis.report.published import beside_published, name_of, published_error
+from dlopt.analysis.report.page import page_data, summary_csv
 from dlopt.analysis.report.reading import Reader
-from dlopt.analysis.report.table import Table, gather
+from dlopt.analysis.report.table import Table, beside_published, gather, name_of, published_error
 from dlopt.config.compose import Composer, to_plain
 from dlopt.config.parsing import parse
 from dlopt.tracking.layout import flatten

@@ -5,8 +5,7 @@ from subprocess import run
 
 import pytest
 
-from dlopt.analysis.report.keys import printable, text, varying
-from dlopt.analysis.report.reading import Damaged, Reader, Record, find, read
+from dlopt.analysis.report.reading import Damaged, Reader, Record, find, printable, read, text, varying
 from tests.analysis.report.folders import make_run
 from tests.commands.line import HeldByAnotherProcess
 

@@ -1,5 +1,6 @@
 import itertools
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -7,15 +8,15 @@ import pytest
 import scipy.stats
 
 from dlopt.analysis.report.reading import Reader
-from dlopt.analysis.report.statistics import (
-    _sobol,
+from dlopt.analysis.report.table import (
+    Table,
     band,
     default_target,
+    gather,
     importance,
     sensitivities,
     time_to_target,
 )
-from dlopt.analysis.report.table import Table, gather
 from tests.analysis.report.folders import make_run
 
 
@@ -61,16 +62,6 @@ def test_against_seconds_runs_of_different_speed_are_interpolated(tmp_path: Path
     assert found.mean[i] == pytest.approx(np.mean([each for each in (slow, fast) if each is not None]))
 
 
-def test_sobols_indices_of_known_functions() -> None:
-    random = np.random.default_rng(1)
-    data = random.uniform(-1, 1, (500, 2))
-    parts = {"a": slice(0, 1), "b": slice(1, 2)}
-    alone, total = _sobol(lambda x: 3 * x[:, 0] + x[:, 1], data, parts, samples=20_000)  # variances 9 : 1
-    assert alone == pytest.approx({"a": 0.9, "b": 0.1}, abs=0.03) and total == pytest.approx(alone, abs=0.03)
-    alone, total = _sobol(lambda x: x[:, 0] * x[:, 1], data, parts, samples=20_000)
-    assert alone == pytest.approx({"a": 0, "b": 0}, abs=0.03) and total == pytest.approx({"a": 1, "b": 1}, abs=0.05)
-
-
 def test_importance_of_keys(tmp_path: Path) -> None:
     """The figure is additive in the learning rate (variance 0.02) and the optimizer (0.0025); decay does nothing."""
     rates, decays = [0.01, 0.1, 1.0], [0.0, 0.1]
@@ -83,9 +74,25 @@ def test_importance_of_keys(tmp_path: Path) -> None:
     found = importance(table(tmp_path))
     assert found is not None
     expected = {"optimizer.lr": 0.02 / 0.0225, "optimizer": 0.0025 / 0.0225, "optimizer.weight_decay": 0.0}
-    assert found.alone == pytest.approx(expected, abs=0.12)
-    assert all(0 <= found.alone[key] <= found.total[key] <= 1 for key in expected)
+    assert found.shares == pytest.approx(expected, abs=0.12) and not found.missing
     assert importance(table(tmp_path)) == found  # no draw of chance
+
+
+def test_a_key_that_acts_only_with_another_has_no_share_alone(tmp_path: Path) -> None:
+    for i, (a, b) in enumerate(itertools.product((0.1, 0.2, 0.3), repeat=2)):
+        config = {"a": a, "b": b, "c": "x" if i else None}
+        make_run(tmp_path / str(i), accuracies=(0.5 + 20 * (a - 0.2) * (b - 0.2),), config=config)
+    found = importance(table(tmp_path))
+    assert found is not None and set(found.shares) == {"a", "b", "c"}  # a category where the first one lacks it
+    assert max(found.shares["a"], found.shares["b"]) < 0.25
+
+
+def test_without_optuna_a_line_says_what_importance_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(6):
+        make_run(tmp_path / str(i), lr=0.1 * (i + 1), accuracies=(0.1 * i,))
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    found = importance(table(tmp_path))
+    assert found is not None and not found.shares and "dlopt[sweep]" in found.missing
 
 
 def test_importance_needs_enough_to_look_at(tmp_path: Path) -> None:

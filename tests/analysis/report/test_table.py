@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from dlopt.analysis.report.data import page_data, summary_csv
-from dlopt.analysis.report.page import page
+from dlopt.analysis.report.page import page, page_data, summary_csv
 from dlopt.analysis.report.reading import Reader
 from dlopt.analysis.report.table import Table, gather
 from dlopt.errors import UserError
@@ -153,7 +152,7 @@ def test_the_page_needs_no_network(sweep: Path) -> None:
 def test_many_epochs_are_thinned_but_every_record_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     curve = tuple(0.5 + 0.4 * (i == 71) + 0.3 * (i == 33) for i in range(200))
     make_run(tmp_path / "0", accuracies=curve)
-    monkeypatch.setattr("dlopt.analysis.report.data._POINTS", 300)
+    monkeypatch.setattr("dlopt.analysis.report.page._POINTS", 300)
     data = page_data(table(tmp_path), title="t", made="now", target=0.7, test=False, refresh=None)
     epochs = data["runs"][0]["curve"]["epoch"]
     assert len(epochs) < 50 and {1, 34, 72, 200} <= set(epochs)

@@ -31,23 +31,21 @@ function sensitivity() {
 function importance() {
   const found = data.importance;
   if (!show("importance", Boolean(found))) return;
+  if (found.missing) return body("importance").replaceChildren(make("p", { class: "note" }, found.missing));
   const place = make("div", { class: "chart", id: "importance-chart" });
-  const fit = Math.max(0, Math.round(100 * found.fit));
   body("importance").replaceChildren(place, make("p", { class: "note" },
-    `Share of the variance of ${title(data.by)} over ${found.configurations} configurations that a key explains: alone (dark) and with its interactions (light). ` +
-    `Sobol indices of a random forest, as functional ANOVA; the forest explains ${fit} % of the variance of configurations that it has not seen` +
-    `${fit < 50 ? ", too little to trust the order" : ""}. Filters do not apply here.`));
-  const keys = [...found.keys].sort((a, b) => b[2] - a[2]);
+    `Share of the variance of ${title(data.by)} over ${found.configurations} configurations that a key explains alone, by functional ANOVA; ` +
+    "interactions of keys explain the rest. Filters do not apply here."));
+  const keys = [...found.keys].sort((a, b) => b[1] - a[1]);
   const width = Math.max(280, place.clientWidth), step = 26, left = Math.min(width * 0.42, 16 + 7.2 * Math.max(...keys.map(([key]) => key.length)));
   const x = linear(0, 1, left, width - 50);
   const root = draw("svg", { viewBox: `0 0 ${width} ${keys.length * step + 30}`, height: keys.length * step + 30, role: "img", "aria-label": "importance of the keys" });
   for (const tick of [0, 0.25, 0.5, 0.75, 1]) root.append(draw("line", { class: "grid", x1: x(tick), x2: x(tick), y1: 0, y2: keys.length * step }),
     draw("text", { x: x(tick), y: keys.length * step + 16, "text-anchor": "middle" }, `${100 * tick} %`));
-  keys.forEach(([key, alone, total], i) => {
-    const read = (event) => tell(event, key, [["", "alone", `${(100 * alone).toFixed(1)} %`], ["", "with interactions", `${(100 * total).toFixed(1)} %`]]);
+  keys.forEach(([key, alone], i) => {
+    const read = (event) => tell(event, key, [["", "alone", `${(100 * alone).toFixed(1)} %`]]);
     root.append(draw("g", { onpointermove: read, onpointerleave: hush },
       draw("rect", { x: 0, y: i * step, width, height: step, fill: "#fff", opacity: 0 }),
-      draw("rect", { x: left, y: i * step + 4, width: x(total) - left, height: step - 8, fill: "#9ecae1" }),
       draw("rect", { x: left, y: i * step + 4, width: x(alone) - left, height: step - 8, fill: COLOURS[0] }),
       draw("text", { x: left - 6, y: i * step + 17, "text-anchor": "end" }, key)));
   });

@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 
-from dlopt.analysis.comparison.picture import draw
-from dlopt.analysis.comparison.runs import Cell, Comparison, Outcome, table
+from dlopt.analysis.comparison import Cell, Comparison, Outcome, draw, table
 
 
 def comparison(**keys: Any) -> Comparison:

@@ -1,8 +1,13 @@
-"""Paths are those of the optimizers themselves; what is said of them is counted right."""
+"""Paths are those of the optimizers themselves, and curves hold every update's rate.
 
+A schedule that follows a metric is shown as if nothing improved.
+"""
+
+import math
 from collections.abc import Sequence
 from pathlib import Path as File
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -10,10 +15,22 @@ import torch
 from PIL import Image
 from torch.optim import SGD, Optimizer
 
-from dlopt.analysis.paths.picture import animate, draw, table
-from dlopt.analysis.paths.walking import RATES, Path, best_rate, follow
+from dlopt.analysis.drawing import MOST, save
+from dlopt.analysis.trajectory import (
+    RATES,
+    Curve,
+    Path,
+    animate,
+    best_rate,
+    curve,
+    curves_picture,
+    follow,
+    paths_picture,
+    table,
+)
 from dlopt.functions import Quadratic, Rosenbrock
 from dlopt.optim import BFGS, LBFGS, Newton
+from dlopt.schedules import Horizon, Plateau, WarmedUp
 
 
 def constant(t: int) -> float:
@@ -105,7 +122,7 @@ def test_the_table_names_what_is_striking() -> None:
 
 def test_the_picture_has_every_path_in_three_panels(tmp_path: File) -> None:
     paths = {"slow": walk(sgd(0.1)), "fast": walk(sgd(1 / 3))}
-    figure = draw(bowl(), paths, title="Paths", subtitle="steps=20")
+    figure = paths_picture(bowl(), paths, title="Paths", subtitle="steps=20")
     plane, updates, evaluations = figure.axes
     for axes in (updates, evaluations):
         assert len(axes.lines) == 2 and axes.get_yscale() == "log"
@@ -135,3 +152,54 @@ def test_schedule_free_methods_are_shown_at_their_average() -> None:
     path = walk(build, bowl(noise=1.0), steps=200)
     rough = walk(sgd(0.3), bowl(noise=1.0), steps=200)
     assert float(path.distances[-50:].mean()) < 0.5 * float(rough.distances[-50:].mean())
+
+
+def test_a_curve_has_the_rate_of_every_update_and_ends_with_the_run() -> None:
+    found = curve("a", lambda t: 0.5**t, lr=0.1, steps=5, steps_per_epoch=2)
+    assert found.epochs == [0, 0.5, 1, 1.5, 2, 2.5]
+    assert found.rates == [0.1 * 0.5**t for t in (0, 1, 2, 3, 4, 4)]
+
+
+def test_long_runs_are_thinned_out_evenly() -> None:
+    found = curve("a", float, lr=1, steps=100_001, steps_per_epoch=100)
+    assert 3000 < len(found.rates) < 4100
+    assert found.epochs[-1] == 1000.01 and found.rates[-2] == pytest.approx(100_000, rel=1e-3)
+    assert all(rate == pytest.approx(100 * epoch) for rate, epoch in zip(found.rates[:-1], found.epochs, strict=False))
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(40, 0), (40, 2), (40_000, 0)])
+def test_plateau_falls_when_patience_is_over(steps: int, warmup: int) -> None:
+    epoch = steps // 20
+    plateau = Plateau(
+        monitor="val_loss", mode="auto", factor=0.1, patience=1, threshold=0.0, threshold_mode="abs", cooldown=0,
+        min_factor=0.0, horizon=Horizon(warmup, steps, epoch),
+    )  # fmt: skip
+    factor = WarmedUp(plateau, warmup, 0.0, "linear") if warmup else plateau
+    found = curve("a", factor, lr=1.0, steps=steps, steps_per_epoch=epoch, evaluate_every=3)
+    # Evaluations after epochs 3, 6, 9 ...: the first is the best, the third is the second without improvement.
+    rates = dict(zip(found.epochs, found.rates, strict=True))
+    assert [math.log10(rates[e]) for e in (8.5, 9, 14.5, 15, 20)] == pytest.approx([0, -1, -1, -2, -2])
+
+
+@pytest.mark.parametrize("log_y", [False, True])
+def test_the_picture_says_what_it_shows(tmp_path: File, log_y: bool) -> None:
+    curves = [Curve("first", [0, 1, 4], [0.0, 0.2, 0.0]), Curve("second", [0, 2, 4], [0.1, 1e-12, 1e-12])]
+    figure = curves_picture(curves, title="Rates", subtitle="seed=0 " * 30, steps_per_epoch=7, log_y=log_y)
+    (axes,) = figure.axes
+    assert axes.get_title().startswith("Rates\nseed=0")
+    assert axes.get_xlabel() == "epoch (7 updates each)" and axes.get_ylabel() == "learning rate"
+    assert axes.get_xlim() == (0, 4) and axes.get_yscale() == ("log" if log_y else "linear")
+    assert axes.get_ylim()[0] == (pytest.approx(0.2e-6) if log_y else 0)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["first", "second"]
+    for line, each in zip(axes.lines, curves, strict=True):
+        assert list(line.get_xdata()) == each.epochs and list(line.get_ydata()) == each.rates
+    png, svg = save(figure, tmp_path, "rates")
+    with Image.open(png) as image:
+        assert image.format == "PNG" and image.width > 1000 and len(image.convert("RGB").getcolors(1 << 20) or []) > 10
+    assert ElementTree.parse(svg).getroot().tag.endswith("svg")
+
+
+def test_as_many_curves_as_allowed_look_different() -> None:
+    curves = [Curve(str(i), [0, 1], [i, i]) for i in range(MOST)]
+    lines = curves_picture(curves, title="", steps_per_epoch=1, log_y=False).axes[0].lines
+    assert len({(line.get_color(), str(line._unscaled_dash_pattern)) for line in lines}) == MOST == 28

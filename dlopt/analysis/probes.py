@@ -1,6 +1,7 @@
 """Figures that a run does not log, computed from the checkpoints that it kept: (progress, figure) of each, in order."""
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,12 @@ Probe = Callable[[Path], list[tuple[Mapping[str, Any], float]]]
 
 def checkpoints(folder: Path) -> Iterator[Mapping[str, Any]]:
     """The states of a run in the order of their updates."""
-    steps = sorted((folder / "checkpoints").glob("step-*.pt"), key=lambda path: int(path.stem.partition("-")[2]))
-    newest = folder / "checkpoints" / "last.pt"
+    kept = sorted((folder / "checkpoints").glob("step-*.pt"), key=lambda path: int(path.stem.partition("-")[2]))
     seen = set()
-    for path in [*steps, newest]:
-        if path.is_file():
-            state = load(path)
-            if state["progress"]["step"] not in seen:
-                seen.add(state["progress"]["step"])
-                yield state
+    for path in [*kept, folder / "checkpoints" / "last.pt"]:
+        if path.is_file() and (state := load(path))["progress"]["step"] not in seen:
+            seen.add(state["progress"]["step"])
+            yield state
 
 
 def effective_rate(folder: Path) -> list[tuple[Mapping[str, Any], float]]:
@@ -38,13 +36,10 @@ def effective_rate(folder: Path) -> list[tuple[Mapping[str, Any], float]]:
     Adadelta: lr sqrt(E delta^2 + eps) / sqrt(E g^2 + eps); others: lr.
     """
     found = []
-    for state in checkpoints(folder):
-        optimizer = state["optimizer"]
-        groups = optimizer["param_groups"]
-        rates = [
-            _rates(optimizer["state"].get(index, {}), group).flatten() for group in groups for index in group["params"]
-        ]
-        found.append((state["progress"], float(torch.cat(rates).median())))
+    for saved in checkpoints(folder):
+        groups, states = saved["optimizer"]["param_groups"], saved["optimizer"]["state"]
+        rates = [_rates(states.get(index, {}), group).flatten() for group in groups for index in group["params"]]
+        found.append((saved["progress"], float(torch.cat(rates).median())))
     return found
 
 
@@ -141,11 +136,11 @@ def _moments(module: nn.Module, inputs: Tensor) -> list[tuple[Tensor, Tensor]]:
     def look(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         found.append((arguments[0].mean(0), arguments[0].std(0)))
 
-    handles = [each.register_forward_pre_hook(look) for each in module.modules() if isinstance(each, nn.Linear)]
-    with frozen_statistics(module):
+    with ExitStack() as hooks, frozen_statistics(module):
+        for each in module.modules():
+            if isinstance(each, nn.Linear):
+                hooks.enter_context(each.register_forward_pre_hook(look))
         module(inputs)
-    for handle in handles:
-        handle.remove()
     return found[1:]
 
 

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from dlopt import train
-from dlopt.analysis.comparison.probes import checkpoints, gradient_variance
+from dlopt.analysis.probes import checkpoints, gradient_variance
 from dlopt.config.compose import resolve_saved
 from dlopt.config.parsing import parse
 from dlopt.train.build import evaluation_batches, set_up, training_batches

@@ -1,1 +1,0 @@
-"""A few small runs set beside each other."""
