@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from dlopt.commands.confusion import confusion_picture, confusion_table
+from dlopt.commands.eval import confusion_picture, confusion_table
 
 
 def test_table_survives_odd_names() -> None:

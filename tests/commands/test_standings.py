@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from dlopt.analysis.leaderboard import Entry, leaderboard
-from dlopt.commands.standings import show_front, show_leaderboard
+from dlopt.commands.report import show_front, show_leaderboard
 
 
 def entry(lr: float, seed: int, accuracy: float, test: float) -> Entry:

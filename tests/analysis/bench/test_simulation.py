@@ -15,7 +15,7 @@ from dlopt.analysis.bench.simulation import Cluster, ddp, fsdp, partition, pipel
 from dlopt.analysis.bench.simulation import filter_parallel as filters
 from dlopt.analysis.bench.simulation_picture import draw
 from dlopt.analysis.bench.validation import validate
-from dlopt.commands.bench_simulate import MODELS
+from dlopt.commands.bench import MODELS
 from dlopt.config.compose import Composer, to_plain
 from dlopt.config.parsing import parse
 
