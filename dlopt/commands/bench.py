@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dlopt.commands.command import Line, on_experiment, output_folder, refuse_empty, writing
 from dlopt.errors import DONE, UserError
+from dlopt.files import write_atomically
 from dlopt.plain import without_nan
 from dlopt.ranges import Count, Natural, Positive
 from dlopt.tracking.tables import Fitted, plain_table, standard_output
@@ -78,7 +79,7 @@ def _save(figure: "Figure", folder: Path, name: str, records: Any) -> None:
 
     path = folder / f"{name}.json"
     with writing(folder):
-        path.write_text(json.dumps(without_nan(records), indent=1) + "\n")
+        write_atomically(path, (json.dumps(without_nan(records), indent=1) + "\n").encode())
         written = [*drawing.save(figure, folder, name), path]
     print(*written, sep="\n")
 

@@ -11,20 +11,28 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from annotated_types import Interval
 from omegaconf import DictConfig
 
-from dlopt.commands.command import Job, Line, on_checkpoint, on_experiment, output_folder, skipped_keys, writing
+from dlopt.commands.command import (
+    Job,
+    Line,
+    on_checkpoint,
+    on_experiment,
+    output_folder,
+    own_names,
+    skipped_keys,
+    writing,
+)
 from dlopt.config.compose import CONFIG_NAME, Composer, choices_of, resolve_saved, to_plain
-from dlopt.config.experiment import GROUPS
 from dlopt.config.saved import with_changes
 from dlopt.config.schema import Component, check_arguments, component, trusted_packages
 from dlopt.errors import DONE, UserError
 from dlopt.ranges import Count, Positive, Seed
-from dlopt.schedules import Warmup
 
 if TYPE_CHECKING:
     from dlopt.analysis.curves import Curve
     from dlopt.analysis.landscape import Plane
     from dlopt.analysis.paths import walking
     from dlopt.functions import Function
+    from dlopt.schedules import Warmup
     from dlopt.train.build import Setup
 
 USAGE = """\
@@ -68,7 +76,6 @@ Of functions and schedules any key may have several values: a curve for each com
 _GROUPS = ("function", "optimizer", "schedule")
 _SEARCHES = ("max_evaluations", "max_backtracks", "line_search_fn")  # keys of optimizers that search along a line
 _SEARCH = 25  # evaluations of a line search where nothing is typed
-_WARMUP = tuple(Warmup.__dataclass_fields__)
 _LEAST = 3  # checkpoints of a path: two differences span the plane
 
 
@@ -167,7 +174,7 @@ class _Plan:
     function: Component
     optimizer: Component
     schedule: Component
-    warmup: Warmup
+    warmup: "Warmup"
     tunes: bool  # its learning rate is to be chosen
 
 
@@ -218,6 +225,9 @@ def _refuse_others(overrides: Sequence[str]) -> None:
 
 
 def _plan(config: DictConfig, job: Job) -> _Plan:
+    from dlopt.config.experiment import GROUPS
+    from dlopt.schedules import Warmup
+
     plain, _ = to_plain(config, job.overrides)
     keys = {key: value for key, value in plain.items() if key not in (*_GROUPS, "data")}  # data: of gradient_descent
     settings = _Settings(**check_arguments("", _Settings, keys, related=_GROUPS))
@@ -225,7 +235,7 @@ def _plan(config: DictConfig, job: Job) -> _Plan:
     for name in _GROUPS:
         if not isinstance(plain[name], dict) or "_target_" not in plain[name]:
             raise UserError(f"{name}: one of the group's choices is needed")
-    warmup = {key: plain["schedule"].pop(key) for key in _WARMUP if key in plain["schedule"]}
+    warmup = {key: plain["schedule"].pop(key) for key in own_names(Warmup) if key in plain["schedule"]}
     typed = {line.lstrip("+").partition("=")[0] for line in job.overrides}
     optimizer = component("optimizer", plain["optimizer"], GROUPS["optimizer"].runtime, packages)
     if optimizer.target.__name__ == "Muon":
