@@ -128,8 +128,8 @@ def _write(
     title = "Runs in " + ", ".join(layout.short_path(folder) for folder in folders)
     made = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
     data = page_data(table, title=title, made=made, target=goal, test=options.test, refresh=_EVERY if watch else None)
-    files = {"summary.csv": summary_csv(table, goal, test=options.test).encode(), "index.html": page(data).encode()}
-    files |= _pictures(table, goal)
+    files = _pictures(table, goal)
+    files |= {"summary.csv": summary_csv(table, goal, test=options.test).encode(), "index.html": page(data).encode()}
     with writing(target, "the report cannot be written there"):
         target.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
