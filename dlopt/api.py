@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from dlopt.augment.crop import CentreCrop
 from dlopt.commands.train import prepare
 from dlopt.config.compose import Composer
-from dlopt.errors import RunError, UserError
-from dlopt.job import DONE, INTERRUPTED, claim, start
+from dlopt.errors import DONE, INTERRUPTED, RunError, UserError
+from dlopt.job import claim, start
 from dlopt.parallel.world import current
 from dlopt.tracking import read_metrics, read_summary
 from dlopt.tracking.layout import short_path

@@ -3,12 +3,30 @@
 torch is imported no sooner than a command needs it: `--help`, `--version` and completion answer at once.
 """
 
+import importlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import dlopt
-from dlopt.errors import RunError, UserError
+from dlopt.errors import DONE, FAILED, INTERRUPTED, USER_ERROR, RunError, UserError
+
+COMMANDS = {  # each takes its arguments and returns the exit code
+    "train": "dlopt.commands.train:train",
+    "eval": "dlopt.commands.eval:evaluate",
+    "predict": "dlopt.commands.predict:predict",
+    "export": "dlopt.commands.export:export",
+    "consolidate": "dlopt.commands.consolidate:consolidate",
+    "show-batch": "dlopt.commands.show_batch:show_batch",
+    "trajectory": "dlopt.commands.trajectory:trajectory",
+    "find-lr": "dlopt.commands.find_lr:find_lr",
+    "summary": "dlopt.commands.summary:summary",
+    "diagnose": "dlopt.commands.diagnose:diagnose",
+    "bench": "dlopt.commands.bench:bench",
+    "report": "dlopt.commands.report:report",
+    "runs": "dlopt.commands.runs:runs",
+    "options": "dlopt.commands.options:options",
+}
 
 USAGE = f"""\
 dlopt {dlopt.__version__}: runs experiments on the optimization of deep networks
@@ -44,16 +62,16 @@ def main() -> None:
         code = _main(sys.argv[1:])
     except UserError as error:
         print(f"dlopt: {error}", file=sys.stderr)
-        code = 2
+        code = USER_ERROR
     except RunError as error:
         print(f"dlopt: {error}", file=sys.stderr)
-        code = 1
+        code = FAILED
     except BrokenPipeError:  # `dlopt ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
+        code = FAILED
     except KeyboardInterrupt:
         print("dlopt: stopped", file=sys.stderr)
-        code = 75
+        code = INTERRUPTED
     sys.exit(code)
 
 
@@ -73,121 +91,18 @@ def _open_streams() -> None:
 def _main(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
-        return 0
+        return DONE
     if arguments[0] in ("-V", "--version"):
         print(f"dlopt {dlopt.__version__}")
-        return 0
-    command, rest = arguments[0], list(arguments[1:])
-    asked = [each for each in arguments if each in ("-sc", "--shell-completion")]
-    if asked:  # `dlopt -sc install=bash`; Hydra's users type it behind the sub-command
-        from dlopt.commands.completion import complete
+        return DONE
+    for place, each in enumerate(arguments):  # `dlopt -sc install=bash`; Hydra's users type it after the sub-command
+        if each in ("-sc", "--shell-completion"):
+            from dlopt.commands.completion import complete
 
-        return complete(list(arguments[arguments.index(asked[0]) :]), list(commands()))
-    found = commands().get(command)
-    if found is None:
-        raise UserError(f"{command}: there is no such command; allowed: {', '.join(commands())}")
-    return found(rest)
-
-
-def commands() -> dict[str, Callable[[list[str]], int]]:
-    """The sub-commands: what each makes of its arguments, to an exit code."""
-    return {
-        "train": _train,
-        "eval": _eval,
-        "predict": _predict,
-        "export": _export,
-        "consolidate": _consolidate,
-        "show-batch": _show_batch,
-        "trajectory": _trajectory,
-        "find-lr": _find_lr,
-        "summary": _summary,
-        "diagnose": _diagnose,
-        "bench": _bench,
-        "report": _report,
-        "runs": _runs,
-        "options": _options,
-    }
-
-
-def _train(arguments: list[str]) -> int:
-    from dlopt.commands.train import train
-
-    return train(arguments)
-
-
-def _eval(arguments: list[str]) -> int:
-    from dlopt.commands.eval import evaluate
-
-    return evaluate(arguments)
-
-
-def _predict(arguments: list[str]) -> int:
-    from dlopt.commands.predict import predict
-
-    return predict(arguments)
-
-
-def _export(arguments: list[str]) -> int:
-    from dlopt.commands.export import export
-
-    return export(arguments)
-
-
-def _consolidate(arguments: list[str]) -> int:
-    from dlopt.commands.consolidate import consolidate
-
-    return consolidate(arguments)
-
-
-def _show_batch(arguments: list[str]) -> int:
-    from dlopt.commands.show_batch import show_batch
-
-    return show_batch(arguments)
-
-
-def _trajectory(arguments: list[str]) -> int:
-    from dlopt.commands.trajectory import trajectory
-
-    return trajectory(arguments)
-
-
-def _find_lr(arguments: list[str]) -> int:
-    from dlopt.commands.find_lr import find_lr
-
-    return find_lr(arguments)
-
-
-def _summary(arguments: list[str]) -> int:
-    from dlopt.commands.summary import summary
-
-    return summary(arguments)
-
-
-def _diagnose(arguments: list[str]) -> int:
-    from dlopt.commands.diagnose import diagnose
-
-    return diagnose(arguments)
-
-
-def _bench(arguments: list[str]) -> int:
-    from dlopt.commands.bench import bench
-
-    return bench(arguments)
-
-
-def _report(arguments: list[str]) -> int:
-    from dlopt.commands.report import report
-
-    return report(arguments)
-
-
-def _runs(arguments: list[str]) -> int:
-    from dlopt.commands.runs import runs
-
-    return runs(arguments)
-
-
-def _options(arguments: list[str]) -> int:
-    from dlopt.commands.options import options
-
-    return options(arguments)
+            return complete(list(arguments[place:]), list(COMMANDS))
+    name = arguments[0]
+    if name not in COMMANDS:
+        raise UserError(f"{name}: there is no such command; allowed: {', '.join(COMMANDS)}")
+    module, _, function = COMMANDS[name].partition(":")
+    code: int = getattr(importlib.import_module(module), function)(list(arguments[1:]))
+    return code

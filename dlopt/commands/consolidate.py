@@ -1,13 +1,11 @@
 """`dlopt consolidate`: one ordinary file of a checkpoint that every process has written its own shard of."""
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from dlopt.config.saved import take_path, typed_values
-from dlopt.config.schema import check_arguments
-from dlopt.errors import RunError, UserError
-from dlopt.job import DONE
+from dlopt.commands.command import on_checkpoint, refuse_folder
+from dlopt.errors import DONE, RunError, UserError
 from dlopt.tracking.layout import short_path
 
 _USAGE = """\
@@ -19,32 +17,17 @@ checkpoints as they are, and so does resume=PATH in any mode. Checksums are comp
 
   checkpoint=PATH   RUN/checkpoints/last.pt, best.pt, ...; of a folder (RUN, or RUN/checkpoints) it is best.pt, or else
                     last.pt
-  output=FILE       (NAME of the checkpoint with -whole.pt, beside it)"""
+  output=FILE       (NAME of the checkpoint with -whole.pt, beside it)
+"""
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Own:
-    """The keys of this command besides the path."""
-
-    output: str | None = None
-
-
-def consolidate(arguments: list[str]) -> int:
+@on_checkpoint("consolidate", _USAGE)
+def consolidate(path: Path, _: dict[str, Any], *, output: str | None = None) -> int:
     """Writes the file. Raises `UserError`, and `RunError` when it cannot be written."""
-    if {"-h", "--help"} & set(arguments):
-        print(_USAGE)
-        return DONE
-    values = typed_values(arguments)
-    path = _file(take_path(values, "consolidate"))
-    for key in values:
-        if key != "output":
-            raise UserError(f"{key}: there is no such key; allowed: checkpoint, output")
-    own = _Own(**check_arguments("", _Own, values))
-    output = path.with_name(f"{path.stem}-whole.pt") if own.output is None else Path(own.output)
-    if output.is_dir():
-        raise UserError(f"output={output}: this is a folder; name a file in it")
-    if output.exists() and os.path.samefile(output, path):
-        raise UserError(f"output={output}: this is the checkpoint itself; name another file")
+    path = _file(path)
+    target = refuse_folder(path.with_name(f"{path.stem}-whole.pt") if output is None else Path(output))
+    if target.exists() and os.path.samefile(target, path):
+        raise UserError(f"output={target}: this is the checkpoint itself; name another file")
 
     import torch
 
@@ -56,11 +39,11 @@ def consolidate(arguments: list[str]) -> int:
     if not sharded.is_sharded(sharded.opened(path)):
         raise UserError(f"checkpoint={path}: this is one file already")
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write(output, lambda file: torch.save(state, file))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write(target, lambda file: torch.save(state, file))
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        raise RunError(f"output={output}: cannot be written: {reason(error)}") from None
-    print(f"{short_path(output)}: {state['progress']['step']} updates, {output.stat().st_size / 1e6:.1f} MB")
+        raise RunError(f"output={target}: cannot be written: {reason(error)}") from None
+    print(f"{short_path(target)}: {state['progress']['step']} updates, {target.stat().st_size / 1e6:.1f} MB")
     return DONE
 
 

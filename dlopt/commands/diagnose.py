@@ -3,15 +3,16 @@
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dlopt.commands.line import not_written, output_folder, own_keys, read_line
-from dlopt.commands.series import Job, fixed, jobs, tell_skipped
-from dlopt.config.compose import Composer, choices_of, resolve_saved, to_plain
-from dlopt.errors import UserError
+from dlopt.commands.command import Job, Line, on_experiment, output_folder, skipped_keys, writing
+from dlopt.config.compose import resolve_saved
+from dlopt.errors import DONE, UserError
+from dlopt.plain import without_nan
 from dlopt.ranges import Count, Natural
 from dlopt.tracking.layout import short_path
 
@@ -46,18 +47,6 @@ _ROWS = 60  # of the table
 _GROUPS = ("data", "model", "init", "normalize", "loss", "optimizer", "schedule", "clip")
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Own:
-    """The keys of this command alone."""
-
-    updates: Natural = 20
-    batches: Count = 4
-    eigenvalues: Natural = 5
-    iterations: Count = 20
-    checkpoint: str | None = None
-    output: str | None = None
-
-
 @dataclass(frozen=True)
 class _Subject:
     """One model to look at."""
@@ -68,44 +57,45 @@ class _Subject:
     state: Mapping[str, Any] | None = None  # of a checkpoint
 
 
-def diagnose(arguments: list[str]) -> int:
+@on_experiment(USAGE, several="several values need no flag here: init=normal,xavier_normal")
+def diagnose(
+    line: Line,
+    *,
+    updates: Natural = 20,
+    batches: Count = 4,
+    eigenvalues: Natural = 5,
+    iterations: Count = 20,
+    checkpoint: str | None = None,
+    output: str | None = None,
+) -> int:
     """Measures, prints the table and the verdicts, and draws. Raises `UserError`."""
-    line = read_line(arguments, USAGE, several="several values need no flag here: init=normal,xavier_normal")
-    if line is None:
-        return 0
-    composer = line.composer()
-    own, overrides = own_keys(composer, line.overrides, _Own)
-    skipped: list[tuple[str, Job]] = []
-    if own.checkpoint is None:
-        subjects = _subjects(composer, overrides, skipped)
-        title = " ".join(fixed(composer, overrides)) or ("all else by default" if overrides else "the default model")
+    jobs: list[tuple[str, Job]] = []
+    if checkpoint is None:
+        subjects = _subjects(line, jobs)
+        title = " ".join(line.fixed()) or ("all else by default" if line.overrides else "the default model")
     else:
-        subjects = [_trained(Path(own.checkpoint), overrides)]
-        title = " ".join([short_path(Path(own.checkpoint)), *overrides])
+        subjects = [_trained(Path(checkpoint), line.overrides)]
+        title = " ".join([short_path(Path(checkpoint)), *line.overrides])
     for subject in subjects:
         _check(subject.experiment)
-    folder = None if own.output is None else output_folder(own.output, "diagnose")  # before the work begins
-    found = [_measure(subject, own) for subject in subjects]
+    folder = None if output is None else output_folder(output, "diagnose")  # before the work begins
+    keys = {"updates": updates, "batches": batches, "eigenvalues": eigenvalues, "iterations": iterations}
+    found = [_measure(subject, keys) for subject in subjects]
     folder = folder or output_folder(None, "diagnose")
     for (diagnosis, facts), subject in zip(found, subjects, strict=True):
         _tell(diagnosis, facts, subject.label if len(subjects) > 1 else "")
-    for path in _write(folder, found, title):
-        print(short_path(path))
-    for told in tell_skipped(skipped):
-        print(told)
-    return 0
+    written = _write(folder, [diagnosis for diagnosis, _ in found], title)
+    print(*map(short_path, written), *skipped_keys(jobs), sep="\n")
+    return DONE
 
 
-def _subjects(composer: Composer, overrides: list[str], skipped: list[tuple[str, Job]]) -> list[_Subject]:
-    from dlopt.config.parsing import parse
-
+def _subjects(line: Line, labelled: list[tuple[str, Job]]) -> list[_Subject]:
     subjects = []
-    for job in jobs(composer, overrides, _GROUPS, _MOST):
-        config = composer.compose(job.overrides)
-        choices = choices_of(config)
+    for job in line.jobs(_GROUPS, _MOST):
+        experiment, choices = line.experiment(job.overrides)
         label = job.label(choices, "model")
-        subjects.append(_Subject(label, parse(*to_plain(config, job.overrides)), choices))
-        skipped.append((label, job))
+        subjects.append(_Subject(label, experiment, choices))
+        labelled.append((label, job))
     return subjects
 
 
@@ -116,7 +106,7 @@ def _trained(path: Path, overrides: Sequence[str]) -> _Subject:
 
     values = typed_values(overrides)
     for key, value in values.items():
-        if "." not in key and isinstance(value, str) and key in ("model", "data", "init", *_GROUPS):
+        if key in _GROUPS and isinstance(value, str):
             raise UserError(f"{key}={value}: with checkpoint= the choices are the checkpoint's; keys may be changed")
     state = load(path)
     experiment = parse(resolve_saved(with_changes(state["config"], values, path)))
@@ -133,15 +123,14 @@ def _check(experiment: "Experiment") -> None:
         raise UserError(f"resume={settings.resume}: to look at a trained model, type checkpoint=PATH")
 
 
-def _measure(subject: _Subject, own: _Own) -> tuple["Diagnosis", "Facts"]:
+def _measure(subject: _Subject, keys: Mapping[str, int]) -> tuple["Diagnosis", "Facts"]:
     from dlopt.analysis.diagnosis import measuring
     from dlopt.analysis.diagnosis.preparation import has_skips, prepare, spare_threads
     from dlopt.analysis.diagnosis.verdicts import Facts
 
     setup, training = prepare(subject.experiment, Path(os.devnull), subject.state)
     spare_threads(setup, training)
-    keys = {"batches": own.batches, "updates": own.updates, "eigenvalues": own.eigenvalues}
-    found = measuring.diagnose(subject.label, setup, training, iterations=own.iterations, **keys)
+    found = measuring.diagnose(subject.label, setup, training, **keys)
     model = subject.experiment.model
     layers = found.before.layers
     activations = [layer.activation for layer in layers if layer.activation is not None]
@@ -176,9 +165,8 @@ def _tell(diagnosis: "Diagnosis", facts: "Facts", label: str) -> None:
             values = ", ".join(f"{value:.3g}" for value in snapshot.spectrum.eigenvalues.tolist())
             figures.append(f"largest eigenvalues of the Hessian {values}")
         for lag in snapshot.lags:
-            figures.append(
-                f"{lag.name}: gradient {lag.states[0]:.2g} one step back, {lag.states[-1]:.2g} {len(lag.states)}"
-            )
+            steps = f"{lag.states[0]:.2g} one step back, {lag.states[-1]:.2g} {len(lag.states)}"
+            figures.append(f"{lag.name}: gradient {steps}")
         console.print(f"{when}: {'; '.join(figures)}", soft_wrap=True)
         for line in advice(found, facts):
             console.print(f"  {line}", soft_wrap=True)
@@ -201,24 +189,16 @@ def _table(diagnosis: "Diagnosis", judged: Sequence[Sequence["Verdict"]]) -> Any
     table = plain_table()
     table.add_column("layer")
     table.add_column("activation")
-    for name in (
-        "std",
-        "saturated\nor dead",
-        "gradient\nnorm",
-        "weights'\ngradient",
-        "noise\nscale",
-        "update /\nweights",
-    ):
+    for name in ("std", "saturated\nor dead", "gradient\nnorm", "weights'\ngradient", "noise\nscale"):
         table.add_column(name, justify="right")
+    table.add_column("update /\nweights", justify="right")
     table.add_column("before", overflow="fold")
     if diagnosis.after is not None:
         table.add_column(f"after {diagnosis.after.updates} updates", overflow="fold")
     snapshot = diagnosis.before
     for i, layer in enumerate(snapshot.layers[:_ROWS]):
         share = layer.saturated if layer.saturated is not None else layer.dead
-        words = [
-            Text(str(found[i]), "" if found[i].word == "healthy" else "bold red") for found in judged if i < len(found)
-        ]
+        words = [found[i] for found in judged if i < len(found)]
         table.add_row(
             layer.name,
             layer.activation or "",
@@ -228,7 +208,7 @@ def _table(diagnosis: "Diagnosis", judged: Sequence[Sequence["Verdict"]]) -> Any
             _figure(_mean(snapshot.gradient_norms.get(layer.name, []))),
             _figure(snapshot.noise_scales.get(layer.name, math.nan)),
             _figure(_median(diagnosis.path.ratios.get(layer.name, []))),
-            *words,
+            *(Text(str(each), "" if each.word == "healthy" else "bold red") for each in words),
         )
     if len(snapshot.layers) > _ROWS:
         table.caption = f"the first {_ROWS} of {len(snapshot.layers)} layers; all stand in diagnosis.json"
@@ -247,35 +227,30 @@ def _median(values: Sequence[float]) -> float:
     return sorted(values)[len(values) // 2] if values else math.nan
 
 
-def _write(folder: Path, found: Sequence[tuple["Diagnosis", "Facts"]], title: str) -> list[Path]:
+def _write(folder: Path, diagnoses: Sequence["Diagnosis"], title: str) -> list[Path]:
+    """Writes pictures, diagnosis.json (all metrics, null for what is not finite) and histograms."""
     from dlopt.analysis import drawing
     from dlopt.analysis.diagnosis.pictures import pictures
     from dlopt.files import write_atomically
 
-    diagnoses = [diagnosis for diagnosis, _ in found]
     paths = []
-    try:
+    with writing(folder):
         for name, figure in pictures(diagnoses, title).items():
             paths += drawing.save(figure, folder, name)
-        records = json.dumps([_record(each) for each in diagnoses], indent=1, allow_nan=False)
-        write_atomically(folder / "diagnosis.json", (records + "\n").encode())
+        records = without_nan([_record(each) for each in diagnoses])
+        write_atomically(folder / "diagnosis.json", (json.dumps(records, indent=1, allow_nan=False) + "\n").encode())
         _histograms(folder, diagnoses)
-    except OSError as error:
-        raise not_written(folder, error) from None
     return [*paths, folder / "diagnosis.json", folder / "tensorboard"]
 
 
 def _record(diagnosis: "Diagnosis") -> dict[str, Any]:
-    """All figures, with null for what is not finite."""
     path = diagnosis.path
-    record = {
+    return {
         "label": diagnosis.label,
         "snapshots": [_snapshot(each) for each in diagnosis.snapshots],
         "updates": {name: getattr(path, name) for name in ("losses", "norms", "clipped", "ratios", "along", "ended")},
         "curvature_along_updates": {str(update): value for update, value in path.curvatures.items()},
     }
-    cleaned: dict[str, Any] = _finite(record)
-    return cleaned
 
 
 def _snapshot(snapshot: "Snapshot") -> dict[str, Any]:
@@ -314,26 +289,15 @@ def _snapshot(snapshot: "Snapshot") -> dict[str, Any]:
     }
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _histograms(folder: Path, diagnoses: Sequence["Diagnosis"]) -> None:
     from dlopt.tracking.tensorboard import TensorBoard
 
     for number, diagnosis in enumerate(diagnoses):
-        name = "tensorboard" if len(diagnoses) == 1 else f"tensorboard/{number}_{_file_name(diagnosis.label)}"
+        label = re.sub(r"[^\w.-]", "_", diagnosis.label)[:60]
+        name = "tensorboard" if len(diagnoses) == 1 else f"tensorboard/{number}_{label}"
         board = TensorBoard(folder / name, print)
         for snapshot in diagnosis.snapshots:
             for kind in ("outputs", "gradients"):
                 tags = {f"{kind}/{layer.name}": getattr(layer, kind).values for layer in snapshot.layers}
                 board.histograms(snapshot.updates, tags)
         board.close()
-
-
-def _file_name(label: str) -> str:
-    return "".join(each if each.isalnum() or each in "-_." else "_" for each in label)[:60]

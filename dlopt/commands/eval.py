@@ -1,23 +1,27 @@
 """`dlopt eval`: tests checkpoints with the configs that they hold."""
 
-import glob
+import csv
 import io
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from dlopt.commands.command import on_checkpoint, writing
 from dlopt.config.compose import resolve_saved
-from dlopt.config.saved import refuse_others, take_path, typed_values, with_changes
+from dlopt.config.saved import with_changes
 from dlopt.config.schema import check_arguments, show
-from dlopt.errors import RunError, UserError
+from dlopt.errors import DONE, FAILED, RunError, UserError
 from dlopt.files import write_atomically
-from dlopt.job import DONE, FAILED, complain
+from dlopt.job import complain
+from dlopt.plain import without_nan
 from dlopt.tracking.layout import percent
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from torch import Tensor
+
     from dlopt.train.evaluate import Average, Report
 
 _MAY_CHANGE = (
@@ -39,18 +43,12 @@ Keys that may be changed: {", ".join(f"{key}.*" if key == "data" else key for ke
                             images whose shorter side is tta.scale=SIZE (as they are, or 8/7 of the crop)
   tta=multi_scale_ten_crop  ten crops at each of tta.scales=[224,256,384,480,640] (for crops of 224; else in proportion)
   average=probabilities     what is averaged over views and checkpoints: probabilities | logits
-  output=DIR                where eval.json, confusion.csv and confusion.png go (the checkpoint's run folder)"""
+  output=DIR                where eval.json, confusion.csv and confusion.png go (the checkpoint's run folder)
+"""
 
 _SHOWN_CLASSES = 20
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Own:
-    """The keys of this command alone."""
-
-    tta: Literal["none", "flip", "shift_flip", "ten_crop", "multi_scale_ten_crop"] = "none"
-    average: Literal["probabilities", "logits"] | None = None
-    output: str | None = None
+_MOST_NUMBERS = 20  # classes up to which each cell of the confusion matrix shows its count
+_MOST_NAMES = 60  # classes up to which their names can be read
 
 
 @dataclass(frozen=True)
@@ -65,73 +63,65 @@ class _Member:
     average: "Average"
 
 
-def evaluate(arguments: list[str]) -> int:
-    """Tests `checkpoint=...` once; prints the figures and writes them with the confusion matrix into its run folder."""
-    if {"-h", "--help"} & set(arguments):
-        print(_USAGE)
-        return DONE
+@on_checkpoint("eval", _USAGE, _MAY_CHANGE, several=True)
+def evaluate(
+    paths: list[Path],
+    changes: dict[str, Any],
+    *,
+    tta: Literal["none", "flip", "shift_flip", "ten_crop", "multi_scale_ten_crop"] = "none",
+    average: Literal["probabilities", "logits"] | None = None,
+    output: str | None = None,
+) -> int:
+    """Tests the checkpoints once; prints the metrics and writes them with the confusion matrix into the run folder."""
     from dlopt.tracking.console import ConsoleView
     from dlopt.train.checkpoint import load
 
-    values = typed_values(arguments)
-    paths = _paths(values)
-    own, choice = _own(values)
-    refuse_others(values, _MAY_CHANGE, _Own.__dataclass_fields__)
+    views = _views(tta, changes)
     states = [load(path) for path in paths]
     try:
-        tested = _test(paths, states, values, own, choice)
+        members, report = _test(paths, states, changes, average, views)
     except RunError as error:
         complain(str(error))
         return FAILED
-    members, report = tested
-    first = members[0]
-    figures = {
-        "checkpoint": str(first.path) if len(paths) == 1 else [str(path) for path in paths],
-        "epoch": first.epoch if len(paths) == 1 else [member.epoch for member in members],
-        "tta": {"name": own.tta, **({} if choice is None else vars(choice))},
-        "average": first.average if choice is not None or len(paths) > 1 else None,
+    first, is_one = members[0], len(paths) == 1
+    classes = [] if first.classes is None else _per_class(report, first.classes)
+    record = {
+        "checkpoint": str(first.path) if is_one else [str(path) for path in paths],
+        "epoch": first.epoch if is_one else [member.epoch for member in members],
+        "tta": {"name": tta, **({} if views is None else vars(views))},
+        "average": None if views is None and is_one else first.average,
         **report.figures,
+        "classes": classes,
     }
     lines = [f"checkpoint: {path}" for path in paths]
-    per_class = [] if first.classes is None else _per_class(report, first.classes)
-    if per_class:
-        lines.append(_class_line(per_class))
-    for name, path in _write(own.output, first.path, {**figures, "classes": per_class}, report, first.classes).items():
-        lines.append(f"{name}: {path}")
-    epoch = {"best_epoch": first.epoch} if len(paths) == 1 else {}
+    if classes:
+        lines.append(_class_line(classes))
+    written = _write(output, first.path, record, report, first.classes)
+    lines += [f"{what}: {path}" for what, path in written.items()]
+    epoch = {"best_epoch": first.epoch} if is_one else {}
     ConsoleView().finish({"status": "tested", **epoch, **report.figures}, lines)
     return DONE
 
 
-def _paths(values: dict[str, Any]) -> list[Path]:
-    typed = values.get("checkpoint")
-    if not isinstance(typed, list):
-        path = take_path(values, "eval")
-        found = sorted(glob.glob(str(path))) if "*" in path.name and not path.exists() else []
-        return [Path(each) for each in found] or [path]
-    del values["checkpoint"]
-    if not typed or not all(isinstance(each, str) and each for each in typed):
-        raise UserError(f"checkpoint={show(typed)}: a list of paths is needed: checkpoint=[a/best.pt,b/best.pt]")
-    return [Path(each) for each in typed]
-
-
-def _own(values: dict[str, Any]) -> tuple[_Own, Any]:
-    """This command's keys, which leave `values`, and the chosen views."""
+def _views(tta: str, changes: dict[str, Any]) -> Any:
+    """The chosen test-time augmentation, whose keys leave `changes`; None for none."""
     from dlopt.train.tta import CHOICES
 
-    mine: dict[str, Any] = {key: values.pop(key) for key in ("tta", "average", "output") if key in values}
-    own = _Own(**check_arguments("", _Own, mine))
-    keys = {key: values.pop(key) for key in list(values) if key.startswith("tta.")}
-    if own.tta == "none":
-        for key, value in keys.items():
-            raise UserError(f"{key}={show(value)}: tta=none has no such key; choose {', '.join(CHOICES)}")
-        return own, None
-    target = CHOICES[own.tta]
-    return own, target(**check_arguments("tta", target, {key[4:]: value for key, value in keys.items()}))
+    keys = {key: changes.pop(key) for key in list(changes) if key.startswith("tta.")}
+    if tta != "none":
+        target = CHOICES[tta]
+        return target(**check_arguments("tta", target, {key[4:]: value for key, value in keys.items()}))
+    for key, value in keys.items():
+        raise UserError(f"{key}={show(value)}: tta=none has no such key; choose {', '.join(CHOICES)}")
+    return None
 
 
 def _test(
-    paths: Sequence[Path], states: Sequence[Mapping[str, Any]], overrides: Mapping[str, Any], own: _Own, choice: Any
+    paths: Sequence[Path],
+    states: Sequence[Mapping[str, Any]],
+    changes: Mapping[str, Any],
+    typed: "Average | None",
+    views: Any,
 ) -> tuple[list[_Member], "Report"]:
     """Every checkpoint by itself, on batches of the first one's size, and the figures of their mean."""
     from dlopt.config.parsing import parse
@@ -141,11 +131,11 @@ def _test(
     members: list[_Member] = []
     size = {} if len(paths) == 1 else {"data.batch_size": states[0]["config"]["data"]["batch_size"]}
     for path, state in zip(paths, states, strict=True):
-        experiment = parse(resolve_saved(with_changes(state["config"], {**size, **overrides}, path)))
+        experiment = parse(resolve_saved(with_changes(state["config"], {**size, **changes}, path)))
         setup = set_up(experiment, state["normalize"])
         setup.module.load_state_dict(state["ema"] or state["model"])
-        average = choose_average(own.average, setup)
-        batches = outputs_on_test_set(setup, choice, average)
+        average = choose_average(typed, setup)
+        batches = outputs_on_test_set(setup, views, average)
         epoch = state["progress"]["epoch"]
         members.append(_Member(path, epoch, setup.dataset.classes, batches, setup.loss, average))
         if len({member.average for member in members}) > 1:
@@ -163,31 +153,28 @@ def _per_class(report: "Report", classes: Sequence[str]) -> list[dict[str, Any]]
     columns = (report.confusion.sum(1), class_accuracies(report.confusion), f1_scores(report.confusion))
     rows = zip(classes, *(column.tolist() for column in columns), strict=True)
     return [
-        {"class": name, "samples": samples, "accuracy": _finite(accuracy), "f1": _finite(f1)}
+        {"class": name, "samples": samples, "accuracy": without_nan(accuracy), "f1": without_nan(f1)}
         for name, samples, accuracy, f1 in rows
     ]
 
 
 def _class_line(per_class: Sequence[Mapping[str, Any]]) -> str:
     known = [each for each in per_class if each["accuracy"] is not None]
-    if len(per_class) <= _SHOWN_CLASSES:
-        return "accuracy by class: " + ", ".join(f"{each['class']} {percent(each['accuracy'])}" for each in known)
-    worst = sorted(known, key=lambda each: each["accuracy"])[:5]
-    return "lowest accuracies: " + ", ".join(f"{each['class']} {percent(each['accuracy'])}" for each in worst)
+    title = "accuracy by class"
+    if len(per_class) > _SHOWN_CLASSES:
+        title, known = "lowest accuracies", sorted(known, key=lambda each: each["accuracy"])[:5]
+    return f"{title}: " + ", ".join(f"{each['class']} {percent(each['accuracy'])}" for each in known)
 
 
 def _write(
-    output: str | None, checkpoint: Path, figures: dict[str, Any], report: "Report", classes: Sequence[str] | None
+    output: str | None, checkpoint: Path, record: dict[str, Any], report: "Report", classes: Sequence[str] | None
 ) -> dict[str, Path]:
-    """Writes into `output`, or into the run folder where the checkpoint stands in one; returns what -> path."""
-    from dlopt.commands.confusion import confusion_picture, confusion_table
-
+    """Writes into `output`, or into the run folder where the checkpoint is in one; returns what -> path."""
     run = checkpoint.absolute().parent.parent
     if output is None and not (run / "config.yaml").is_file():
         return {}
     folder = run if output is None else Path(output)
-    figures = {key: _finite(value) for key, value in figures.items()}
-    files = {"figures": ("eval.json", (json.dumps(figures, indent=2) + "\n").encode())}
+    files = {"figures": ("eval.json", (json.dumps(without_nan(record), indent=2) + "\n").encode())}
     if report.confusion is not None and classes is not None:
         picture = io.BytesIO()
         title = f"{percent(report.figures['test_accuracy'])} of {int(report.confusion.sum())} test samples are right"
@@ -195,15 +182,45 @@ def _write(
         table = confusion_table(report.confusion, classes)
         files["confusion matrix"] = ("confusion.csv", table.encode("utf-8", "surrogateescape"))
         files["its picture"] = ("confusion.png", picture.getvalue())
-    try:
+    with writing(folder, "the figures cannot be written there"):
         folder.mkdir(parents=True, exist_ok=True)
         for name, data in files.values():
             write_atomically(folder / name, data)
-    except OSError as error:
-        raise UserError(f"output={folder}: the figures cannot be written there: {error.strerror}") from None
     return {what: folder / name for what, (name, _) in files.items()}
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no nan."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def confusion_table(confusion: "Tensor", classes: Sequence[str]) -> str:
+    """CSV: a row per true class, a column per predicted one, counts in the cells."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["true \\ predicted", *classes])
+    for name, row in zip(classes, confusion.tolist(), strict=True):
+        writer.writerow([name, *row])
+    return text.getvalue()
+
+
+def confusion_picture(confusion: "Tensor", classes: Sequence[str], title: str) -> "Figure":
+    """Rows are true classes, shaded by the share of the row; counts stand in the cells where there is room."""
+    from matplotlib.figure import Figure
+
+    count = len(classes)
+    shares = (confusion / confusion.sum(1, keepdim=True).clamp(min=1)).tolist()
+    size = min(max(3.2 + 0.42 * count, 5.0), 14.0)
+    figure = Figure(figsize=(size + 0.8, size), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)
+    if count <= _MOST_NUMBERS:
+        for y, row in enumerate(confusion.tolist()):
+            for x, number in enumerate(row):
+                colour = "white" if shares[y][x] > 0.5 else "black"
+                if number:
+                    axes.text(x, y, f"{number}", ha="center", va="center", fontsize=8, color=colour)
+    if count <= _MOST_NAMES:
+        longest = max(len(name) for name in classes)
+        axes.set_xticks(range(count), classes, rotation=90 if longest > 3 else 0, fontsize=8, parse_math=False)
+        axes.set_yticks(range(count), classes, fontsize=8, parse_math=False)
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
+    axes.set_title(title, fontsize=11)
+    return figure

@@ -1,27 +1,31 @@
-"""`dlopt export`: a trained model as a file for other tools."""
+"""`dlopt export`: a trained model with its input normalization as a file for other tools."""
 
+import contextlib
+import copy
+import io
+import json
+import logging
 import os
-from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import dataclass, replace
+import warnings
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import dlopt
+from dlopt.commands.command import on_checkpoint, read_dataset, refuse_folder, writing
 from dlopt.config.compose import resolve_saved
-from dlopt.config.saved import refuse_others, take_path, typed_values, with_changes
-from dlopt.config.schema import check_arguments
-from dlopt.errors import RunError, UserError
+from dlopt.config.saved import with_changes
+from dlopt.errors import DONE, RunError, UserError
 from dlopt.extras import install
-from dlopt.job import DONE
+from dlopt.files import temporary_beside
 from dlopt.tracking.layout import short_path
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from dlopt.train.restore import Trained
 
-_MAY_CHANGE = ("data", "threads", "allow_packages")
 _USAGE = """\
 dlopt export checkpoint=PATH format=safetensors|onnx|torch_export [output=FILE] [input=uint8|float32] [data.root=...]
 
@@ -34,39 +38,36 @@ set.
   format=onnx          one graph; needs onnx and onnxscript, and onnxruntime for the comparison
   format=torch_export  a program that torch.export.load reads without dlopt
   input=TYPE           of the images; the data's own where nothing is typed
-  output=FILE          (NAME of the checkpoint with the format's ending, in the run folder)"""
+  output=FILE          (NAME of the checkpoint with the format's ending, in the run folder)
+"""
 
 _IMAGES = 16
 _TOLERANCE = 1e-4  # times the largest output: fp32 sums in another order
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Own:
-    """The keys of this command alone."""
-
-    format: Literal["safetensors", "onnx", "torch_export"]
-    output: str | None = None
-    input: Literal["uint8", "float32"] | None = None
+_SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch_export": ".pt2"}
+_NEEDS = {"safetensors": ("safetensors",), "onnx": ("onnx", "onnxscript"), "torch_export": ()}
 
 
-def export(arguments: list[str]) -> int:
+@on_checkpoint("export", _USAGE, ("data", "threads", "allow_packages"))
+def export(
+    path: Path,
+    changes: dict[str, Any],
+    *,
+    format: Literal["safetensors", "onnx", "torch_export"],
+    output: str | None = None,
+    input: Literal["uint8", "float32"] | None = None,
+) -> int:
     """Writes the file and compares it. Raises `UserError`, and `RunError` when the model cannot be converted."""
-    if {"-h", "--help"} & set(arguments):
-        print(_USAGE)
-        return DONE
-    values = typed_values(arguments)
-    path = take_path(values, "export")
-    own = _Own(**check_arguments("", _Own, {key: values.pop(key) for key in _OWN if key in values}))
-    refuse_others(values, _MAY_CHANGE, _OWN)
-
-    from dlopt.commands import exporting
     from dlopt.train.restore import restore
 
-    exporting.check_installed(own.format)
-    output = _output(own, path, exporting.SUFFIXES[own.format])
-    trained = restore(path, {**values, "precision": "fp32", "device": "cpu"})
-    inputs, source = _inputs(trained, values, path)
-    inputs = _typed(inputs, own.input)
+    missing = [name for name in _NEEDS[format] if find_spec(name) is None]
+    if missing:
+        names = " and ".join(missing)
+        raise UserError(f"format={format}: needs {names}, not installed here; {install('dlopt[export]')}")
+    target = _target(output, path, _SUFFIXES[format])
+    trained = restore(path, {**changes, "precision": "fp32", "device": "cpu"})
+    inputs, source = _inputs(trained, changes, path)
+    inputs = _typed(inputs, input)
     kind = str(inputs.dtype).removeprefix("torch.")
     metadata: dict[str, Any] = {
         "classes": trained.classes,
@@ -74,58 +75,45 @@ def export(arguments: list[str]) -> int:
         "config": trained.config,
         "dlopt": dlopt.__version__,
     }
-    temporary = output.with_name(f".{output.name}.tmp")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        exporting.write(own.format, trained, inputs[:2], metadata, temporary)
-        verdict = _compare(exporting.read(own.format, temporary, trained, inputs), trained, inputs, source, own.format)
-        os.replace(temporary, output)
-    except OSError as error:
-        raise UserError(f"output={output}: cannot be written: {error.strerror or error}") from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-    print(short_path(output))
+    with writing(target, "cannot be written"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with temporary_beside(target) as temporary:
+            write(format, trained, inputs[:2], metadata, temporary)
+            verdict = _compare(read(format, temporary, trained, inputs), trained, inputs, source, format)
+            os.replace(temporary, target)
+    print(short_path(target))
     print(f"input: {kind} [batch, {', '.join(map(str, trained.window))}]")
     print(verdict)
     return DONE
 
 
-_OWN = ("format", "output", "input")
-
-
-def _output(own: _Own, checkpoint: Path, suffix: str) -> Path:
-    if own.output is None:
+def _target(output: str | None, checkpoint: Path, suffix: str) -> Path:
+    if output is None:
         run = checkpoint.absolute().parent.parent
         folder = run if (run / "config.yaml").is_file() else checkpoint.parent
         return folder / f"{checkpoint.stem}{suffix}"
-    path = Path(own.output)
-    if path.is_dir():
-        raise UserError(f"output={own.output}: this is a folder; name a file in it")
+    path = refuse_folder(Path(output))
     return path if path.suffix else path.with_suffix(suffix)
 
 
-def _inputs(trained: "Trained", overrides: Mapping[str, Any], path: Path) -> tuple["Tensor", str]:
+def _inputs(trained: "Trained", changes: Mapping[str, Any], path: Path) -> tuple["Tensor", str]:
     """Samples to compare on, cut to the model's window, and what they are: of the data, or random where these are
     not there."""
     import torch
 
     from dlopt.augment.crop import CentreCrop
     from dlopt.config.parsing import parse
-    from dlopt.data.samples import Dataset
-    from dlopt.data.splits import prepare
 
-    experiment = parse(resolve_saved(with_changes(trained.config, overrides, path)))
+    experiment = parse(resolve_saved(with_changes(trained.config, changes, path)))
     try:
-        source: Dataset = experiment.data.build(**vars(experiment.data_settings))
-        dataset = prepare(source, replace(experiment.data_settings, memory=False))
+        dataset = read_dataset(experiment)
         samples = dataset.test if dataset.test is not None else dataset.train
         inputs = samples.fetch(torch.linspace(0, len(samples) - 1, min(_IMAGES, len(samples))).long())
         if tuple(inputs.shape[1:]) != trained.sample:
             raise UserError(f"data: samples of shape {list(inputs.shape[1:])}, not {list(trained.sample)}")
         what = f"{len(inputs)} samples of the {'training' if dataset.test is None else 'test'} set"
     except UserError as error:
-        if any(key.startswith("data.") for key in overrides):  # then they are meant to be there
+        if any(key.startswith("data.") for key in changes):  # then they are meant to be there
             raise
         draws = torch.Generator().manual_seed(0)
         inputs = torch.randint(256, (_IMAGES, *trained.sample), generator=draws, dtype=torch.uint8)
@@ -156,3 +144,123 @@ def _compare(found: "Tensor | None", trained: "Trained", inputs: "Tensor", sourc
     if not error <= _TOLERANCE * max(expected.abs().max().item(), 1.0):
         raise RunError(f"format={form}: the file's outputs differ from the model's by {error:.2g}; nothing was written")
     return f"equal to the model within {error:.1g} on {source}"
+
+
+# -- the file formats
+
+
+def _deployed(trained: "Trained") -> "nn.Module":
+    """Images [B, *window] with values 0..255 (or vectors, as in the data) -> outputs [B, K] of the model."""
+    from torch import nn
+
+    class Deployed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.normalize = trained.normalize
+            self.model = trained.module
+
+        def forward(self, images: "Tensor") -> "Tensor":
+            outputs: Tensor = self.model(self.normalize(images))
+            return outputs
+
+    return Deployed().eval()
+
+
+def write(form: str, trained: "Trained", inputs: "Tensor", metadata: Mapping[str, Any], path: Path) -> None:
+    """Writes the model for inputs of the type and shape of `inputs` [B, *window] and any batch size.
+
+    Raises `RunError` when torch cannot bring this model into the format.
+    """
+    import torch
+
+    module = _deployed(trained)
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
+    if form == "safetensors":
+        from safetensors.torch import save  # which takes no two names of one memory
+
+        path.write_bytes(save({name: value.clone().contiguous() for name, value in module.state_dict().items()}, texts))
+        return
+    batch = {"images": {0: torch.export.Dim("batch")}}
+    try:
+        with _quiet(), torch.no_grad():
+            if form == "torch_export":
+                program = torch.export.export(module, (inputs,), dynamic_shapes=batch)
+                torch.export.save(program, path, extra_files={"metadata.json": json.dumps(dict(metadata))})
+            else:
+                _write_onnx(module, inputs, batch, texts, path)
+    except OSError:
+        raise
+    except Exception as error:  # torch's tracing raises whatever the model's code makes it raise
+        lines = str(error).strip().splitlines() or [""]
+        raise RunError(f"format={form}: torch cannot convert this model: {type(error).__name__}: {lines[0]}") from error
+
+
+def read(form: str, path: Path, trained: "Trained", inputs: "Tensor") -> "Tensor | None":
+    """What the written file makes of `inputs`; None where what is needed to run it is not installed.
+
+    Raises `RunError` when the file does not take them: torch may bind a model to the batch that it was traced with.
+    """
+    try:
+        return _read(form, path, trained, inputs)
+    except Exception as error:  # of another tool's reader
+        reason = " ".join(str(error).split())[:200]
+        raise RunError(
+            f"format={form}: the file written by torch does not take {len(inputs)} inputs: {reason}"
+        ) from error
+
+
+def _read(form: str, path: Path, trained: "Trained", inputs: "Tensor") -> "Tensor | None":
+    import torch
+
+    if form == "safetensors":
+        from safetensors.torch import load_file
+
+        module = copy.deepcopy(_deployed(trained))
+        module.load_state_dict({name: torch.zeros_like(value) for name, value in module.state_dict().items()})
+        module.load_state_dict(load_file(path))
+        with torch.inference_mode():
+            found: Tensor = module(inputs)
+        return found
+    if form == "torch_export":
+        with _quiet(), torch.inference_mode():
+            outputs: Tensor = torch.export.load(path).module()(inputs)
+        return outputs
+    if find_spec("onnxruntime") is None:
+        return None
+    import onnxruntime  # type: ignore[import-not-found, import-untyped, unused-ignore]
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {"images": inputs.numpy()})[0])
+
+
+def _write_onnx(module: "nn.Module", inputs: "Tensor", batch: Any, texts: Mapping[str, str], path: Path) -> None:
+    import onnx  # type: ignore[import-not-found, import-untyped, unused-ignore]
+    import torch
+
+    program = torch.onnx.export(
+        module,
+        (inputs,),
+        dynamo=True,
+        dynamic_shapes=batch,
+        input_names=["images"],
+        output_names=["outputs"],
+        verbose=False,
+    )
+    assert program is not None
+    model = program.model_proto
+    onnx.helper.set_model_props(model, dict(texts))
+    onnx.checker.check_model(model)
+    onnx.save(model, path)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch's exporters print and warn about on the way: of no use to who has not written the model."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)

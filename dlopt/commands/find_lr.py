@@ -5,15 +5,12 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from dlopt.commands.line import not_written, output_folder, own_keys, read_line, refuse_several
-from dlopt.commands.series import fixed
-from dlopt.config.compose import to_plain
-from dlopt.errors import RunError, UserError
+from dlopt.commands.command import Line, on_experiment, output_folder, writing
+from dlopt.errors import DONE, USER_ERROR, RunError, UserError
 from dlopt.tracking.layout import short_path
 
 if TYPE_CHECKING:
@@ -25,7 +22,7 @@ dlopt find-lr [group=choice] [key=value]: trains while the learning rate grows, 
 
   dlopt find-lr
   dlopt find-lr model=mlp optimizer=adamw updates=200 max_lr=1
-  dlopt train optimizer.lr=auto                  finds one (the valley) and trains with it
+  dlopt train optimizer.lr=auto                  finds one (the steepest slope) and trains with it
 
 The rate grows from update to update until the loss diverges. Two suggestions: where the smoothed loss falls fastest,
 and the middle of its longest descent (valley), which is more cautious. Schedule and warmup are left out; the model is
@@ -37,48 +34,33 @@ thrown away. Besides the keys of `dlopt train` (which see):
   output=DIR           folder of find_lr.png, .svg and .json (outputs/find-lr/<date>_<time>)
 """
 
-_ONE = "one learning rate is looked for at a time"
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Place:
-    output: str | None = None
-
-
-def find_lr(arguments: list[str]) -> int:
+@on_experiment(USAGE, several="one learning rate is looked for at a time", one=True)
+def find_lr(line: Line, *, output: str | None = None) -> int:
     """Finds, prints and draws. Raises `UserError`."""
-    line = read_line(arguments, USAGE, several=_ONE)
-    if line is None:
-        return 0
     from dlopt.analysis.lr_range import Sweep, check, trial, write
-    from dlopt.config.parsing import parse
 
-    composer = line.composer()
-    place, rest = own_keys(composer, line.overrides, _Place)
-    keys, overrides = own_keys(composer, rest, Sweep)
-    refuse_several(composer, overrides, _ONE)
+    own, line = line.take(Sweep)
+    keys = Sweep(**own)
     check(keys)
-    plain, saved = to_plain(composer.compose(overrides), overrides)
-    experiment = parse(plain, saved)
+    experiment, _ = line.experiment()
     trial(experiment, keys)  # whether the optimizer has a learning rate
     if experiment.settings.resume is not None:
         raise UserError(f"resume={experiment.settings.resume}: the test begins with fresh weights, or init_from=PATH")
-    found = _found(experiment, saved, keys)
+    found = _found(experiment, keys)
     if found is None:
-        return 0  # another rank tells
-    folder = output_folder(place.output, "find-lr")
-    typed = " ".join(fixed(composer, overrides)) or "the default experiment"
-    try:
+        return DONE  # another rank tells
+    folder = output_folder(output, "find-lr")
+    typed = " ".join(line.fixed()) or "the default experiment"
+    with writing(folder):
         paths = write(found, folder, f"Learning-rate range test: {typed}")
-    except OSError as error:
-        raise not_written(folder, error) from None
     _tell(found)
     for path in paths:
         print(short_path(path))
-    return 0
+    return DONE
 
 
-def _found(experiment: "Experiment", config: Mapping[str, Any], keys: "Sweep") -> "LearningRates | None":
+def _found(experiment: "Experiment", keys: "Sweep") -> "LearningRates | None":
     """The result of the main rank; None in others, where a launcher started them."""
     from dlopt.analysis.lr_range_rank import test_range
     from dlopt.parallel.launch import wanted
@@ -86,14 +68,14 @@ def _found(experiment: "Experiment", config: Mapping[str, Any], keys: "Sweep") -
 
     world = current()
     if world is None and wanted(experiment.parallel.arguments, experiment.settings.device) > 1:
-        return _by_ranks(experiment, config, keys)
+        return _by_ranks(experiment, keys)
     found = test_range(experiment, keys, Path(os.devnull))
     if world is not None:
         leave()
     return found if world is None or world.is_main else None
 
 
-def _by_ranks(experiment: "Experiment", config: Mapping[str, Any], keys: "Sweep") -> "LearningRates":
+def _by_ranks(experiment: "Experiment", keys: "Sweep") -> "LearningRates":
     """The same in processes that are started here."""
     import yaml
 
@@ -102,7 +84,7 @@ def _by_ranks(experiment: "Experiment", config: Mapping[str, Any], keys: "Sweep"
 
     scratch = Path(tempfile.mkdtemp(prefix="dlopt-find-lr-"))
     try:
-        (scratch / "config.yaml").write_text(yaml.safe_dump(dict(config), allow_unicode=True))
+        (scratch / "config.yaml").write_text(yaml.safe_dump(dict(experiment.config), allow_unicode=True))
         (scratch / "sweep.json").write_text(json.dumps(asdict(keys)))
         command = [sys.executable, "-m", "dlopt.analysis.lr_range_rank", str(scratch)]
         processes = wanted(experiment.parallel.arguments, experiment.settings.device)
@@ -114,7 +96,7 @@ def _by_ranks(experiment: "Experiment", config: Mapping[str, Any], keys: "Sweep"
         shutil.rmtree(scratch, ignore_errors=True)
     for each in told:
         if "error" in each:
-            raise UserError(each["error"]) if 2 in codes else RunError(each["error"])
+            raise UserError(each["error"]) if USER_ERROR in codes else RunError(each["error"])
     if any(codes) or not told:
         raise RunError(f"the processes of the test ended with {', '.join(map(str, codes))}")
     return LearningRates(**told[0])

@@ -5,36 +5,26 @@ Of all the combinations of the listed values, in the order of `dlopt train -m`, 
 
 import sys
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.errors import HydraException
-
+from dlopt.commands.command import Line
 from dlopt.config.compose import Composer, parse_arguments
-from dlopt.errors import UserError
+from dlopt.errors import DONE, USER_ERROR, UserError
 
 
 def overrides_of(number: int, arguments: list[str]) -> list[str]:
     """The overrides of one job. Raises `UserError`."""
     parsed = parse_arguments(arguments)
-    typed = Composer(parsed.config_name, parsed.config_dir).parse(parsed.overrides)
-    try:
-        [jobs] = BasicSweeper.split_arguments(typed, None)
-    except HydraException as error:
-        raise UserError(str(error)) from None
+    jobs = Line(Composer(parsed.config_name, parsed.config_dir), parsed.overrides).combinations()
     if not 0 <= number < len(jobs):
         raise UserError(
             f"job {number}: these values make {len(jobs)} jobs, 0 to {len(jobs) - 1}: {' '.join(arguments)}"
         )
-    return [str(line) for line in jobs[number]]
+    return jobs[number]
 
 
-def main() -> int:
+if __name__ == "__main__":
     try:
         print("\n".join(overrides_of(int(sys.argv[1]), sys.argv[2:])))
     except UserError as error:
         print(f"dlopt: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        sys.exit(USER_ERROR)
+    sys.exit(DONE)

@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from typing import NoReturn
 
 from dlopt.config.choices import Catalogue, Choice, Key
-from dlopt.errors import UserError
+from dlopt.errors import DONE, UserError
 
 _MARK = "*"  # of the default, as in `git branch`
 _WIDEST = 120
@@ -52,7 +52,7 @@ def options(arguments: list[str]) -> int:
             choices = [each for each in choices if each.name == choice] or _no_choice(catalogue, group, choice)
         _group(catalogue, group, choices, page)
     print("\n".join(page.lines))
-    return 0
+    return DONE
 
 
 def _refuse(message: str) -> NoReturn:

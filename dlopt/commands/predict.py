@@ -4,15 +4,13 @@ import csv
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from dlopt.config.saved import refuse_others, take_path, typed_values
-from dlopt.config.schema import check_arguments
-from dlopt.errors import RunError, UserError
-from dlopt.job import DONE, complain
+from dlopt.commands.command import on_checkpoint, refuse_folder, writing
+from dlopt.errors import DONE, RunError, UserError
+from dlopt.files import temporary_beside
+from dlopt.job import complain
 from dlopt.ranges import Count, Natural
 
 if TYPE_CHECKING:
@@ -32,61 +30,46 @@ Labels an image, or all images in a folder and the folders below it, with the we
   batch_size=N      images at a time (64)
 
 Images are scaled to the size of the training's and cut to the centre.
-Keys of the config that may be changed: {", ".join(_MAY_CHANGE)}"""
+Keys of the config that may be changed: {", ".join(_MAY_CHANGE)}
+"""
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Own:
-    """The keys of this command alone."""
-
-    images: str
-    output: str = "predictions.csv"
-    max_errors: Natural = 10
-    batch_size: Count = 64
-
-
-def predict(arguments: list[str]) -> int:
+@on_checkpoint("predict", _USAGE, _MAY_CHANGE)
+def predict(
+    path: Path,
+    changes: dict[str, Any],
+    *,
+    images: str,
+    output: str = "predictions.csv",
+    max_errors: Natural = 10,
+    batch_size: Count = 64,
+) -> int:
     """Writes the CSV. Raises `UserError` for wrong input, `RunError` when too many files cannot be read."""
-    if {"-h", "--help"} & set(arguments):
-        print(_USAGE)
-        return DONE
-    values = typed_values(arguments)
-    path = take_path(values, "predict")
-    names = ("images", "output", "max_errors", "batch_size")
-    own = _Own(**check_arguments("", _Own, {key: values.pop(key) for key in names if key in values}))
-    refuse_others(values, _MAY_CHANGE, names)
-    files = _files(own.images)
-    output = Path(own.output)
-    if output.is_dir():
-        raise UserError(f"output={own.output}: this is a folder; name a file in it")
+    files = _files(images)
+    target = refuse_folder(Path(output))
 
     from dlopt.train.restore import restore
 
-    trained = restore(path, values)
+    trained = restore(path, changes)
     if len(trained.sample) != 3 or trained.sample[0] not in (1, 3):
         raise UserError(f"checkpoint={path}: its model takes inputs of shape {list(trained.sample)}, not images")
     if trained.config["norm_statistics"] == "exact":
         complain("norm_statistics=exact: needs the training data; the running statistics are used instead")
-    temporary = output.with_name(f".{output.name}.tmp")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            writer = csv.writer(file)
-            writer.writerow(_header(trained))
-            count = 0
-            for row in _rows(files, trained, own):
-                writer.writerow(row)
-                count += 1
-        if count == 0:
-            raise UserError(f"images={own.images}: none of the files can be read as an image")
-        os.replace(temporary, output)
-    except OSError as error:
-        raise UserError(f"output={own.output}: cannot be written: {error.strerror}") from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    count = 0
+    with writing(target, "cannot be written"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with temporary_beside(target) as temporary:
+            with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+                writer = csv.writer(file)
+                writer.writerow(_header(trained))
+                for row in _rows(files, trained, batch_size, max_errors):
+                    writer.writerow(row)
+                    count += 1
+            if count == 0:
+                raise UserError(f"images={images}: none of the files can be read as an image")
+            os.replace(temporary, target)
     skipped = len(files) - count
-    print(f"{count} images labelled{f', {skipped} left out' if skipped else ''}: {output}")
+    print(f"{count} images labelled{f', {skipped} left out' if skipped else ''}: {target}")
     return DONE
 
 
@@ -120,24 +103,27 @@ def _header(trained: "Trained") -> list[str]:
     return ["image", "class", "probability", *(f"p({name})" for name in trained.classes)]
 
 
-def _rows(files: Sequence[str], trained: "Trained", own: _Own) -> Iterator[list[str]]:
+def _rows(files: Sequence[str], trained: "Trained", batch_size: int, max_errors: int) -> Iterator[list[str]]:
     """A row per readable file. The next batch is decoded while the model is at work on one."""
     import torch
 
+    from dlopt.losses import probabilities
+
     errors = 0
-    for paths, images in _decoded(files, trained, own.batch_size):
+    for paths, images in _decoded(files, trained, batch_size):
         good = []
         for path, image in zip(paths, images, strict=True):
             if isinstance(image, UserError):
                 errors += 1
                 complain(f"left out: {image}")
-                if errors > own.max_errors:
-                    raise RunError(f"more than max_errors={own.max_errors} files cannot be read; nothing was written")
+                if errors > max_errors:
+                    raise RunError(f"more than max_errors={max_errors} files cannot be read; nothing was written")
             else:
                 good.append((path, image))
         if good:
-            values = _values(trained.outputs(torch.stack([image for _, image in good])), trained)
-            for (path, _), row in zip(good, values, strict=True):
+            outputs = trained.outputs(torch.stack([image for _, image in good]))
+            values = outputs if trained.classes is None else probabilities(outputs, trained.loss)
+            for (path, _), row in zip(good, values.tolist(), strict=True):
                 yield _row(path, row, trained)
 
 
@@ -161,13 +147,6 @@ def _decoded(
         for number, paths in enumerate(parts, 1):
             running, ahead = ahead, [pool.submit(read, path) for path in (parts[number] if number < len(parts) else ())]
             yield paths, [future.result() for future in running]
-
-
-def _values(outputs: "Tensor", trained: "Trained") -> list[list[float]]:
-    from dlopt.losses import probabilities
-
-    numbers: list[list[float]] = (outputs if trained.classes is None else probabilities(outputs, trained.loss)).tolist()
-    return numbers
 
 
 def _row(path: str, values: list[float], trained: "Trained") -> list[str]:

@@ -4,11 +4,11 @@ import contextlib
 import io
 import operator
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table as Grid
@@ -26,17 +26,18 @@ from dlopt.analysis.report.table import (
     name_of,
     short_key,
 )
+from dlopt.commands.command import check_own, writing
+from dlopt.commands.runs import split_folders
 from dlopt.config.saved import typed_values
-from dlopt.config.schema import check_arguments
-from dlopt.errors import UserError
+from dlopt.errors import DONE, UserError
 from dlopt.files import write_atomically
-from dlopt.job import DONE
 from dlopt.ranges import Count
 from dlopt.tracking import layout
+from dlopt.tracking.console import open_console
 from dlopt.tracking.tables import Fitted, plain_table
 
 if TYPE_CHECKING:
-    from dlopt.analysis.leaderboard import Statistic
+    from dlopt.analysis.leaderboard import Leaderboard, Row, Statistic
 
 USAGE = """\
 dlopt report DIR... [key=value] [--watch] [--open]
@@ -59,10 +60,14 @@ no network), summary.csv and pictures. Runs that differ in their seeds only are 
 
 _EVERY = 5.0  # seconds between two looks at the folders
 _KEYS_HERE = 6  # of the config, in a table at a terminal
+_ROWS = 12  # of a sweep's leaderboard
+_WIDTH = 130  # columns of a sweep's leaderboard in a file
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Own:
+class _Options:
+    """The keys of this command."""
+
     by: str | None = None
     target: float | None = None
     test: bool = False
@@ -75,12 +80,17 @@ def report(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         print(USAGE, end="")
         return DONE
-    flags = {each for each in arguments if each in ("--watch", "--open")}
-    folders, own = _parse([each for each in arguments if each not in flags])
-    target = folders[0] / "report" if own.output is None else Path(own.output)
+    folders, flags, others = split_folders(arguments, "report", ("--watch", "--open"))
+    for line in others:
+        if "=" not in line:
+            raise UserError(f"{line}: there is no such folder")
+    options = _Options(**check_own(_Options, typed_values(others)))
+    if not folders:
+        raise UserError("report: a folder of runs is needed: dlopt report outputs/NAME")
+    target = folders[0] / "report" if options.output is None else Path(options.output)
     reader, console = Reader(), Console(highlight=False)
     watch = "--watch" in flags
-    seen = _write(reader, folders, target, own, console, watch=watch)
+    seen = _write(reader, folders, target, options, console, watch=watch)
     if not flags:
         return DONE
     with contextlib.ExitStack() as stack:
@@ -94,29 +104,15 @@ def report(arguments: list[str]) -> int:
             while True:
                 time.sleep(_EVERY)
                 if watch:
-                    seen = _write(reader, folders, target, own, console, watch=True, before=seen)
+                    seen = _write(reader, folders, target, options, console, watch=True, before=seen)
     return DONE
-
-
-def _parse(arguments: Sequence[str]) -> tuple[list[Path], _Own]:
-    folders = [Path(each) for each in arguments if Path(each).is_dir()]
-    rest = [each for each in arguments if not Path(each).is_dir()]
-    for line in rest:
-        if line.startswith("-"):
-            raise UserError(f"{line}: there is no such flag; `dlopt report --help` shows what is allowed")
-        if "=" not in line:
-            raise UserError(f"{line}: there is no such folder")
-    own = _Own(**check_arguments("", _Own, typed_values(rest)))
-    if not folders:
-        raise UserError("report: a folder of runs is needed: dlopt report outputs/NAME")
-    return folders, own
 
 
 def _write(
     reader: Reader,
     folders: Sequence[Path],
     target: Path,
-    own: _Own,
+    options: _Options,
     console: Console,
     *,
     watch: bool,
@@ -132,15 +128,20 @@ def _write(
     state: list[Record | Damaged] = [*records, *damaged]
     if before is not None and len(before) == len(state) and all(map(operator.is_, before, state)):
         return before
-    table = gather(records, damaged, own.by)
-    goal = default_target(table) if own.target is None else own.target
+    table = gather(records, damaged, options.by)
+    goal = default_target(table) if options.target is None else options.target
     title = "Runs in " + ", ".join(layout.short_path(folder) for folder in folders)
     made = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
-    data = page_data(table, title=title, made=made, target=goal, test=own.test, refresh=_EVERY if watch else None)
-    files = {"summary.csv": summary_csv(table, goal, test=own.test).encode(), "index.html": page(data).encode()}
-    written = _save(target, {**_pictures(table, goal), **files})
-    _show(table, own, console)
-    console.print(*(f"{layout.short_path(path)}" for path in written), sep="\n", markup=False, soft_wrap=True)
+    data = page_data(table, title=title, made=made, target=goal, test=options.test, refresh=_EVERY if watch else None)
+    files = _pictures(table, goal)
+    files |= {"summary.csv": summary_csv(table, goal, test=options.test).encode(), "index.html": page(data).encode()}
+    with writing(target, "the report cannot be written there"):
+        target.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            write_atomically(target / name, content)
+    _show(table, options, console)
+    written = [layout.short_path(target / name) for name in ("index.html", "summary.csv")]
+    console.print(*written, sep="\n", markup=False, soft_wrap=True)
     return state
 
 
@@ -155,16 +156,6 @@ def _pictures(table: Table, target: float | None) -> dict[str, bytes]:
     return found
 
 
-def _save(target: Path, files: Mapping[str, bytes]) -> list[Path]:
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            write_atomically(target / name, content)
-    except OSError as error:
-        raise UserError(f"output={target}: the report cannot be written there: {error.strerror}") from None
-    return [target / "index.html", target / "summary.csv"]
-
-
 def _open_browser(address: str) -> None:
     import webbrowser
 
@@ -175,29 +166,29 @@ def _open_browser(address: str) -> None:
 # -- the table at the terminal
 
 
-def _show(table: Table, own: _Own, console: Console) -> None:
+def _show(table: Table, options: _Options, console: Console) -> None:
     """Columns that do not fit a terminal are left to the page, the least important first."""
     expendable = ("steps", "val_loss", "seconds", "difference")
     unlimited = console.options.update(width=1000)
     for count in range(len(expendable) + 1) if console.is_terminal else [0]:
-        grid = _grid(table, own, expendable[:count])
+        grid = _grid(table, options, expendable[:count])
         width = console.measure(grid, options=unlimited).maximum
         if width <= console.width:
             break
     else:
-        grid = _grid(table, own, ())  # as a record for each row, which has room for all
+        grid = _grid(table, options, ())  # as a record for each row, which has room for all
     grids = [grid]
     if found := beside_published(table):
-        grids.append(_published_grid(found[: own.top], table))
+        grids.append(_published_grid(found[: options.top], table))
     if not console.is_terminal:
         console.width = max(console.measure(each, options=unlimited).maximum for each in grids)
     for each in grids:
         console.print(Fitted(each))
-    for line in _notes(table, own):
+    for line in _notes(table, options):
         console.print(Text(printable(line)), soft_wrap=True)
 
 
-def _grid(table: Table, own: _Own, dropped: Collection[str]) -> Grid:
+def _grid(table: Table, options: _Options, dropped: Collection[str]) -> Grid:
     figures = [name for name in columns(table) if name in (table.by, "val_loss", "seconds", "steps")]
     figures = [name for name in figures if name == table.by or name not in dropped]
     tests = test_columns(table)[:1]
@@ -212,10 +203,10 @@ def _grid(table: Table, own: _Own, dropped: Collection[str]) -> Grid:
         grid.add_column(name.replace("_", " "), justify="right")
     if compared:
         grid.add_column(Text("to the first [95 %]"), justify="right")
-    for rank, row in enumerate(table.rows[: own.top], 1):
+    for rank, row in enumerate(table.rows[: options.top], 1):
         cells = [printable(brief(row.values[key])) if key in row.values else "-" for key in keys]
         shown = [_statistic(name, row.statistic(name)) for name in figures]
-        shown += [_statistic(name, row.statistic(name)) if own.test or rank == 1 else "" for name in tests]
+        shown += [_statistic(name, row.statistic(name)) if options.test or rank == 1 else "" for name in tests]
         gap = [_difference(table.by, row)] if compared else []
         style = "bold" if rank == 1 and row.value is not None else ""
         grid.add_row(str(rank), *map(Text, cells), _runs(row), *shown, *map(Text, gap), style=style)
@@ -266,14 +257,93 @@ def _difference(name: str, row: Configuration) -> str:
     return f"{scale * gap.mean:+.{digits}f}{bounds}"
 
 
-def _notes(table: Table, own: _Own) -> list[str]:
+def _notes(table: Table, options: _Options) -> list[str]:
     counts = ", ".join(f"{count} {status.replace('_', ' ')}" for status, count in table.counts().items())
     lines = [f"{len(table.rows)} configurations, {len(table.records)} runs: {counts}"]
-    if len(table.rows) > own.top:
-        lines[0] += f"; {len(table.rows) - own.top} more rows on the page"
+    if len(table.rows) > options.top:
+        lines[0] += f"; {len(table.rows) - options.top} more rows on the page"
     best = table.ranked[0].command if table.ranked else None
     lines += [] if best is None else [f"the first: {best}"]
     lines += [f"failed: {layout.short_path(run.path)}: {run.reason or run.status}" for run in table.failed[:5]]
     lines += [f"... and {len(table.failed) - 5} more failed runs"] if len(table.failed) > 5 else []
     lines += [f"skipped: {layout.short_path(each.path)}: {each.reason}" for each in table.damaged]
     return lines
+
+
+# -- what a sweep ends with: its leaderboard, or the jobs of which none is better in everything
+
+
+def show_leaderboard(
+    board: "Leaderboard", test: str, *, all_tests: bool = False, stream: IO[str] | None = None
+) -> None:
+    """Prints the best rows, with the difference of the others to the first.
+
+    The test metric is that of the first only, unless `all_tests`: whoever looks at all of them and picks one has chosen
+    on the test set.
+    """
+    rows = [row for row in board.rows if row.value is not None]
+    if not rows:
+        return
+    is_paired = any(row.difference is not None and row.difference.low is not None for row in rows)
+    title = (
+        f"{board.figure.replace('_', ' ')}, {'the higher' if board.direction == 'maximize' else 'the lower'} the better"
+    )
+    table = plain_table(title)
+    table.add_column("")
+    table.add_column("configuration", overflow="fold")
+    table.add_column("mean ± deviation" if is_paired else board.figure.replace("_", " "), justify="right", no_wrap=True)
+    table.add_column("runs", justify="right")
+    if is_paired:
+        table.add_column("difference to the first\n(95 % confidence)", justify="right", no_wrap=True)
+    table.add_column("test", justify="right")
+    for place, row in enumerate(rows[:_ROWS], 1):
+        tested = row.statistic(test) if place == 1 or all_tests else None
+        cells = [str(place), row.label, _spread(board.figure, row), _complete(row)]
+        cells += [_gap(board.figure, row)] if is_paired else []
+        table.add_row(*cells, "" if tested is None else layout.figure(test, tested.mean))
+    _print(table, stream, f"... and {len(rows) - _ROWS} more\n" if len(rows) > _ROWS else "")
+
+
+def _spread(figure: str, row: "Row") -> str:
+    assert row.value is not None
+    mean = layout.figure(figure, row.value.mean)
+    return mean if row.value.std is None else f"{mean} ± {layout.figure(figure, row.value.std)}"
+
+
+def _complete(row: "Row") -> str:
+    count = 0 if row.value is None else row.value.count
+    return str(count) if count == len(row.runs) else f"{count} of {len(row.runs)}"
+
+
+def _gap(figure: str, row: "Row") -> str:
+    found = row.difference
+    if found is None:
+        return ""
+    mean = _signed(figure, found.mean)
+    if found.low is None or found.high is None:
+        return mean
+    return f"{mean} [{_signed(figure, found.low)}, {_signed(figure, found.high)}]"
+
+
+def _signed(figure: str, value: float) -> str:
+    return f"{'+' if value >= 0 else '-'}{layout.figure(figure, abs(value))}"
+
+
+def show_front(rows: Sequence[tuple[str, Sequence[float]]], figures: Sequence[str]) -> None:
+    """What no other job beats in every objective."""
+    table = plain_table("no other job is better in all of these")
+    table.add_column("configuration", overflow="fold")
+    for figure in figures:
+        table.add_column(figure.replace("_", " "), justify="right")
+    for label, values in rows:
+        table.add_row(label, *(layout.figure(figure, value) for figure, value in zip(figures, values, strict=True)))
+    _print(table)
+
+
+def _print(table: Grid, stream: IO[str] | None = None, more: str = "") -> None:
+    output, console, terminal = open_console(stream)
+    console.width = console.width if terminal else _WIDTH
+    with console.capture() as capture:
+        console.print(Fitted(table))
+    output.write("\n" + "".join(f"{line.rstrip()}\n" for line in capture.get().splitlines()) + more)
+    output.flush()

@@ -1,14 +1,10 @@
 """`dlopt show-batch`: pictures of what an augmentation does to images of the chosen data."""
 
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
-from dlopt.commands.line import output_folder, own_keys, read_line, refuse_several
-from dlopt.config.compose import to_plain
-from dlopt.errors import UserError
+from dlopt.commands.command import Line, on_experiment, output_folder, read_dataset, refuse_folder, writing
+from dlopt.errors import DONE, UserError
 from dlopt.tracking.layout import short_path
 
 if TYPE_CHECKING:
@@ -29,52 +25,32 @@ Without output= they go to outputs/show-batch/<date>_<time>/. The keys are those
 
 _IMAGES = 8
 
-_ONE = "one batch is shown at a time"
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Own:
-    """The keys of this command alone."""
-
-    output: str | None = None
-
-
-def show_batch(arguments: list[str]) -> int:
+@on_experiment(USAGE, several="one batch is shown at a time", one=True)
+def show_batch(line: Line, *, output: str | None = None) -> int:
     """Draws both pictures and prints where they are. Raises `UserError`."""
-    line = read_line(arguments, USAGE, several=_ONE)
-    if line is None:
-        return 0
-    from dlopt.config.parsing import parse
-
-    composer = line.composer()
-    own, overrides = own_keys(composer, line.overrides, _Own)
-    refuse_several(composer, overrides, _ONE)
-    target = None if own.output is None else _target(own.output)
-    experiment = parse(*to_plain(composer.compose(overrides), overrides))
-    batch, operations = _draw(experiment)
+    target = None if output is None else _target(output)
+    batch, operations = _draw(line.experiment()[0])
     if target is None:
         target = output_folder(None, "show-batch") / "batch.png"
-    try:
+    beside = target.with_stem(f"{target.stem}_operations")
+    with writing(target, "the picture cannot be written there"):
         target.parent.mkdir(parents=True, exist_ok=True)
         batch.save(target)
-        print(short_path(target))
         if operations is not None:
-            beside = target.with_stem(f"{target.stem}_operations")
             operations.save(beside)
-            print(short_path(beside))
-    except OSError as error:
-        raise UserError(f"output={target}: the picture cannot be written there: {error.strerror or error}") from None
+    print(short_path(target))
     if operations is None:
         print("this augmentation has no operations: the images are used as they are")
-    return 0
+    else:
+        print(short_path(beside))
+    return DONE
 
 
 def _target(output: str) -> Path:
     from PIL import Image
 
-    path = Path(output)
-    if path.is_dir() or not path.name:
-        raise UserError(f"output={output}: this is a folder; name a file in it, such as {path / 'batch.png'}")
+    path = refuse_folder(Path(output), f", such as {Path(output) / 'batch.png'}")
     if not path.suffix:
         path = path.with_suffix(".png")
     if path.suffix.lower() not in Image.registered_extensions():
@@ -84,15 +60,13 @@ def _target(output: str) -> Path:
 
 def _draw(experiment: "Experiment") -> tuple["Image", "Image | None"]:
     """The batch, and the operations where there are any, of images drawn evenly at random with `order_seed`."""
+    import torch
+
     from dlopt.augment import Pipeline
     from dlopt.augment.show import batch_picture, operations_picture
-    from dlopt.data.samples import Dataset
-    from dlopt.data.splits import prepare
     from dlopt.random import generator
 
-    settings = experiment.settings
-    source: Dataset = experiment.data.build(**vars(experiment.data_settings))
-    dataset = prepare(source, replace(experiment.data_settings, memory=False))  # a few images are enough
+    settings, dataset = experiment.settings, read_dataset(experiment)
     train = dataset.train
     order = torch.randperm(len(train), generator=generator("cpu", settings.order_seed))[:_IMAGES]
     images, targets = train.fetch(order), train.targets[order]

@@ -1,12 +1,10 @@
 """`dlopt summary`: the layers of a model with shapes, parameters, operations and memory."""
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dlopt.commands.line import own_keys, read_line, refuse_several
-from dlopt.config.compose import choices_of, to_plain
-from dlopt.errors import UserError
+from dlopt.commands.command import Line, on_experiment, read_dataset
+from dlopt.errors import DONE, UserError
 from dlopt.ranges import Count
 from dlopt.tracking.layout import size
 
@@ -25,48 +23,25 @@ Nothing is computed: any size of model will do. Besides the keys of `dlopt train
   input_shape=[C,H,W]   shape of one sample, with classes=N (null: those of the data, which are then read)
 """
 
-_ONE = "one model is shown at a time"
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Own:
-    """The keys of this command alone."""
-
-    input_shape: list[Count] | None = None
-    classes: Count | None = None
-
-
-def summary(arguments: list[str]) -> int:
+@on_experiment(USAGE, several="one model is shown at a time", one=True)
+def summary(line: Line, *, input_shape: list[Count] | None = None, classes: Count | None = None) -> int:
     """Prints the table. Raises `UserError`."""
-    line = read_line(arguments, USAGE, several=_ONE)
-    if line is None:
-        return 0
-    from dlopt.config.parsing import parse
-
-    composer = line.composer()
-    own, overrides = own_keys(composer, line.overrides, _Own)
-    refuse_several(composer, overrides, _ONE)
-    config = composer.compose(overrides)
-    experiment = parse(*to_plain(config, overrides))
-    shape, classes = _sizes(experiment, own)
-    _print(choices_of(config).get("model", "model"), shape, _summarized(experiment, shape, classes))
-    return 0
-
-
-def _sizes(experiment: "Experiment", own: _Own) -> tuple[tuple[int, ...], int]:
-    """Shape of one sample as the model sees it, and the number of outputs."""
-    if (own.input_shape is None) != (own.classes is None):
-        missing = "classes=N" if own.classes is None else "input_shape=[C,H,W]"
+    experiment, choices = line.experiment()
+    if (input_shape is None) != (classes is None):
+        missing = "classes=N" if classes is None else "input_shape=[C,H,W]"
         raise UserError(f"input_shape and classes are typed together: add {missing}, or leave both to the data")
-    if own.input_shape is not None and own.classes is not None:
-        return tuple(own.input_shape), own.classes
-    from dataclasses import replace
+    if input_shape is None or classes is None:
+        shape, outputs = _sizes(experiment)
+    else:
+        shape, outputs = tuple(input_shape), classes
+    _print(choices.get("model", "model"), shape, _summarized(experiment, shape, outputs))
+    return DONE
 
-    from dlopt.data.splits import prepare
 
-    dataset = prepare(
-        experiment.data.build(**vars(experiment.data_settings)), replace(experiment.data_settings, memory=False)
-    )
+def _sizes(experiment: "Experiment") -> tuple[tuple[int, ...], int]:
+    """Shape of one sample as the model sees it, and the number of outputs, from the data."""
+    dataset = read_dataset(experiment)
     if experiment.augmentation.arguments.get("operations") == []:
         return dataset.train.shape, dataset.outputs
     classes = None if dataset.classes is None else len(dataset.classes)

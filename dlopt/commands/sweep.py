@@ -208,7 +208,7 @@ def _outcome(sweep: Path, jobs: Sequence[Job]) -> int:
 
 def _show(sweep: Path, jobs: Sequence[Job]) -> None:
     from dlopt.analysis.leaderboard import Entry, leaderboard
-    from dlopt.commands.standings import show_leaderboard
+    from dlopt.commands.report import show_leaderboard
 
     entries = [
         Entry(job.subfolder, job.config, job.folder(sweep).summary() or {}, [line for line in job.overrides])
@@ -315,7 +315,7 @@ def _find_search(wanted: Path, is_typed: bool, plan: "Plan", facts: Mapping[str,
 
 def _show_search(sweep: Path, plan: "Plan", rows: Sequence[tuple[int, str, Sequence[float]]]) -> None:
     from dlopt.analysis.leaderboard import Entry, front, leaderboard
-    from dlopt.commands.standings import show_front, show_leaderboard
+    from dlopt.commands.report import show_front, show_leaderboard
 
     if len(plan.objectives) > 1:
         chosen = front([values for _, _, values in rows], plan.directions)

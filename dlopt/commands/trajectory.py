@@ -1,20 +1,39 @@
 """`dlopt trajectory`: what an optimizer or a schedule does, in one picture: paths, learning rates, loss landscapes."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from annotated_types import Interval
 from omegaconf import DictConfig
 
-from dlopt.commands.line import not_written, output_folder, own_keys, read_line
-from dlopt.commands.series import Job, fixed, jobs, tell_skipped
-from dlopt.config.compose import Composer, to_plain
-from dlopt.errors import UserError
-from dlopt.ranges import Count
+from dlopt.commands.command import (
+    Job,
+    Line,
+    on_checkpoint,
+    on_experiment,
+    output_folder,
+    own_names,
+    skipped_keys,
+    writing,
+)
+from dlopt.config.compose import CONFIG_NAME, Composer, choices_of, resolve_saved, to_plain
+from dlopt.config.saved import with_changes
+from dlopt.config.schema import Component, check_arguments, component, trusted_packages
+from dlopt.errors import DONE, UserError
+from dlopt.ranges import Count, Positive, Seed
 
 if TYPE_CHECKING:
+    from dlopt.analysis.landscape import Plane
     from dlopt.analysis.trajectory import Curve
+    from dlopt.analysis.trajectory import Path as OptimizerPath
+    from dlopt.functions import Function
+    from dlopt.schedules import Warmup
+    from dlopt.train.build import Setup
 
 USAGE = """\
 dlopt trajectory function=CHOICE optimizer=a,b [key=value]: draws the paths of optimizers on a test function
@@ -54,65 +73,66 @@ Of functions and schedules any key may have several values: a curve for each com
 """
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Own:
-    """The keys of learning-rate curves alone."""
-
-    steps_per_epoch: Count = 100
-    log_y: bool = False
-    output: str | None = None
+_GROUPS = ("function", "optimizer", "schedule")
+_SEARCHES = ("max_evaluations", "max_backtracks", "line_search_fn")  # keys of optimizers that search along a line
+_SEARCH = 25  # evaluations of a line search where nothing is typed
+_LEAST = 3  # checkpoints of a path: two differences span the plane
 
 
-def trajectory(arguments: list[str]) -> int:
+@on_experiment(USAGE, several="several values need no flag here: optimizer=momentum,adam")
+def trajectory(line: Line) -> int:
     """Draws, and prints where the picture is. Raises `UserError`."""
-    line = read_line(arguments, USAGE, several="several values need no flag here: optimizer=momentum,adam")
-    if line is None:
-        return 0
     keys = {each.partition("=")[0] for each in line.overrides}
+    groups = {key.partition(".")[0] for key in keys}
     if "checkpoint" in keys:
-        from dlopt.commands.landscape import draw_landscape
-
-        return draw_landscape(line.overrides)
-    if "function" in {key.partition(".")[0] for key in keys}:
-        from dlopt.commands.paths import draw_paths
-
-        return draw_paths(line.composer("trajectory"), line.overrides)
-    if "optimizer" in keys and "schedule" not in {key.partition(".")[0] for key in keys}:
+        return _draw_landscape(line.overrides)
+    if "function" in groups:
+        typed = line.composer.config_name
+        name = "trajectory" if typed == CONFIG_NAME else typed
+        return _draw_paths(replace(line, composer=Composer(name, line.composer.config_dir)))
+    if "optimizer" in keys and "schedule" not in groups:
         typed = next(each for each in line.overrides if each.startswith("optimizer="))
         raise UserError(f"{typed}: its path on which function? add function=quadratic (or schedule=cosine, for that)")
-    return _learning_rates(line.composer(), line.overrides)
+    return line.call(_draw_learning_rates)
 
 
-def _learning_rates(composer: Composer, typed: Sequence[str]) -> int:
-    from dlopt.analysis.drawing import MOST
+# -- learning-rate curves
 
-    own, overrides = own_keys(composer, typed, _Own)
+
+def _draw_learning_rates(
+    line: Line, *, steps_per_epoch: Count = 100, log_y: bool = False, output: str | None = None
+) -> int:
+    from dlopt.analysis.drawing import MOST, save
+    from dlopt.analysis.trajectory import curves_picture
+
     curves: list[Curve] = []
     drawn: list[tuple[str, Job]] = []
-    for job in jobs(composer, overrides, ("schedule",), MOST):
-        config = composer.compose(job.overrides)
-        schedule = str(config.hydra.runtime.choices.schedule)
-        names = [line.removeprefix("schedule.") for line in job.varied if not line.startswith("schedule=")]
-        each = _curve(", ".join([schedule, *names]), config, job.overrides, own.steps_per_epoch)
+    for job in line.jobs(("schedule",), MOST):
+        label, each = _curve(line, job, steps_per_epoch)
         if each not in curves:  # a varied key that this schedule does not have
             curves.append(each)
-        drawn.append((schedule, job))
-    for path in _picture(curves, composer, own, overrides):
-        print(path)
-    for line in tell_skipped(drawn):
-        print(line)
-    return 0
+        drawn.append((label, job))
+    lengths = {f"{each.epochs[-1]:g}" for each in curves}
+    title = f"Learning rate of {curves[0].label}" if len(curves) == 1 else "Learning-rate schedules"
+    title += f" over {' '.join(lengths)} epoch{'' if lengths == {'1'} else 's'}" if len(lengths) == 1 else ""
+    typed = " ".join(each for each in line.fixed() if not each.startswith(("schedule=", "epochs=")))
+    figure = curves_picture(curves, title=title, subtitle=typed, steps_per_epoch=steps_per_epoch, log_y=log_y)
+    folder = output_folder(output, "trajectory")
+    with writing(folder):
+        written = save(figure, folder, "learning_rates")
+    print(*written, *skipped_keys(drawn), sep="\n")
+    return DONE
 
 
-def _curve(label: str, config: DictConfig, overrides: list[str], steps_per_epoch: int) -> "Curve":
+def _curve(line: Line, job: Job, steps_per_epoch: int) -> tuple[str, "Curve"]:
+    """The schedule's name, and its curve."""
     from dlopt import schedules
     from dlopt.analysis.trajectory import curve
-    from dlopt.config.parsing import parse
 
-    experiment = parse(*to_plain(config, overrides))
+    experiment, choices = line.experiment(job.overrides)
     settings, lr = experiment.settings, experiment.optimizer.arguments.get("lr")
     if lr is None:
-        raise UserError(f"optimizer={config.hydra.runtime.choices.optimizer}: it has no learning rate to draw")
+        raise UserError(f"optimizer={choices['optimizer']}: it has no learning rate to draw")
     if experiment.auto_lr:
         raise UserError("optimizer.lr=auto: only `dlopt train` looks for the learning rate; type a number here")
     if settings.scale_lr != "none":
@@ -121,24 +141,241 @@ def _curve(label: str, config: DictConfig, overrides: list[str], steps_per_epoch
     horizon = steps if settings.schedule_epochs is None else round(settings.schedule_epochs * steps_per_epoch)
     schedule, warmup = experiment.schedule, experiment.warmup
     factor = schedules.build(schedule.build, warmup, steps=horizon, steps_per_epoch=steps_per_epoch)
+    name = choices["schedule"]
+    label = ", ".join([name, *(each.removeprefix("schedule.") for each in job.varied if each[:9] != "schedule=")])
     if schedule.target is schedules.Plateau:
         label += " (if nothing improves)"
     every = settings.evaluate.every_epochs
-    return curve(label, factor, lr=lr, steps=steps, steps_per_epoch=steps_per_epoch, evaluate_every=every)
+    return name, curve(label, factor, lr=lr, steps=steps, steps_per_epoch=steps_per_epoch, evaluate_every=every)
 
 
-def _picture(curves: list["Curve"], composer: Composer, own: _Own, overrides: list[str]) -> list[Path]:
-    """Draws under a title that says what was typed for all curves."""
-    from dlopt.analysis.drawing import save
-    from dlopt.analysis.trajectory import curves_picture
+# -- paths on test functions
 
-    lengths = {f"{each.epochs[-1]:g}" for each in curves}
-    title = f"Learning rate of {curves[0].label}" if len(curves) == 1 else "Learning-rate schedules"
-    title += f" over {' '.join(lengths)} epoch{'' if lengths == {'1'} else 's'}" if len(lengths) == 1 else ""
-    typed = " ".join(line for line in fixed(composer, overrides) if not line.startswith(("schedule=", "epochs=")))
-    figure = curves_picture(curves, title=title, subtitle=typed, steps_per_epoch=own.steps_per_epoch, log_y=own.log_y)
-    folder = output_folder(own.output, "trajectory")
+
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    """conf/trajectory.yaml explains these."""
+
+    steps: Count
+    seed: Seed
+    tune_lr: bool
+    animation: Literal["gif", "mp4"] | None
+    output: str | None
+    allow_packages: list[str]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """One path to follow, checked."""
+
+    name: str  # of the function
+    label: str
+    settings: _Settings
+    function: Component
+    optimizer: Component
+    schedule: Component
+    warmup: "Warmup"
+    tunes: bool  # its learning rate is to be chosen
+
+
+def _draw_paths(line: Line) -> int:
+    """Draws, prints a table and where the pictures are."""
+    from dlopt.analysis.drawing import COLOURS, save
+    from dlopt.analysis.trajectory import animate, paths_picture, table
+
+    _refuse_others(line.overrides)
+    jobs = line.jobs(_GROUPS, len(COLOURS))
+    plans = [_plan(line.composer.compose(job.overrides), job) for job in jobs]
+    settings = plans[0].settings
+    if any(plan.settings != settings for plan in plans):
+        raise UserError("all paths stand in one picture: of steps, seed, tune_lr, animation and output give one value")
+    if settings.animation == "mp4" and shutil.which("ffmpeg") is None:
+        raise UserError("animation=mp4: ffmpeg is not installed; use animation=gif")
+    function = _one_function(plans)
+    paths: dict[str, OptimizerPath] = {}
+    rates: dict[str, float | None] = {}
+    for plan in plans:
+        path, rate = _follow(plan)
+        label = f"{plan.label}, lr {rate:g}" if plan.tunes else plan.label
+        paths[label], rates[label] = path, rate
+    name = plans[0].name.replace("_", " ")
+    title = f"{'Path' if len(paths) == 1 else 'Paths'} on {name}"
+    typed = [each for each in line.fixed() if not each.startswith(("function=", "output=", "animation="))]
+    folder = output_folder(settings.output, "trajectory")
+    with writing(folder):
+        written = save(paths_picture(function, paths, title=title, subtitle=" ".join(typed)), folder, "paths")
+        if settings.animation is not None:
+            film = folder / f"paths.{settings.animation}"
+            animate(function, paths, film, title=name)
+            written.append(film)
+    skipped = skipped_keys([(plan.label, job) for plan, job in zip(plans, jobs, strict=True)])
+    print(*table(paths, rates), *written, *skipped, sep="\n")
+    return DONE
+
+
+def _refuse_others(overrides: Sequence[str]) -> None:
+    """Keys of a training, which mean nothing here."""
+    allowed = [*_Settings.__dataclass_fields__, *_GROUPS]
+    for line in overrides:
+        key = line.lstrip("+").partition("=")[0].partition(".")[0].partition("@")[0]
+        if key not in allowed and not key.startswith("hydra"):
+            close = get_close_matches(key, allowed, n=1, cutoff=0.6)
+            hint = f"did you mean {close[0]}? " if close else ""
+            raise UserError(f"{line}: paths on a function have no key {key}; {hint}allowed: {', '.join(allowed)}")
+
+
+def _plan(config: DictConfig, job: Job) -> _Plan:
+    from dlopt.config.experiment import GROUPS
+    from dlopt.schedules import Warmup
+
+    plain, _ = to_plain(config, job.overrides)
+    keys = {key: value for key, value in plain.items() if key not in (*_GROUPS, "data")}  # data: of gradient_descent
+    settings = _Settings(**check_arguments("", _Settings, keys, related=_GROUPS))
+    packages = (*trusted_packages(), *settings.allow_packages)
+    for name in _GROUPS:
+        if not isinstance(plain[name], dict) or "_target_" not in plain[name]:
+            raise UserError(f"{name}: one of the group's choices is needed")
+    warmup = {key: plain["schedule"].pop(key) for key in own_names(Warmup) if key in plain["schedule"]}
+    typed = {line.lstrip("+").partition("=")[0] for line in job.overrides}
+    optimizer = component("optimizer", plain["optimizer"], GROUPS["optimizer"].runtime, packages)
+    if optimizer.target.__name__ == "Muon":
+        raise UserError("optimizer=muon: it orthogonalizes matrices, and a point of the plane is a vector")
+    if "weight_decay" in optimizer.arguments and "optimizer.weight_decay" not in typed:
+        optimizer = optimizer.partial(weight_decay=0.0)  # it would pull towards the origin, away from the minimum
+    if "max_iter" in optimizer.arguments and "optimizer.max_iter" not in typed:
+        optimizer = optimizer.partial(max_iter=1, max_eval=_SEARCH)  # of L-BFGS: the path shows every iteration
+    searches = any(optimizer.arguments.get(key) is not None for key in _SEARCHES)
+    chosen = choices_of(config)
+    return _Plan(
+        name=chosen["function"],
+        label=job.label({group: chosen[group] for group in _GROUPS}, "optimizer"),
+        settings=settings,
+        function=component("function", plain["function"], (), packages),
+        optimizer=optimizer,
+        schedule=component("schedule", plain["schedule"], GROUPS["schedule"].runtime, packages),
+        warmup=Warmup(**check_arguments("schedule", Warmup, warmup)),
+        tunes=settings.tune_lr and "lr" in optimizer.arguments and "optimizer.lr" not in typed and not searches,
+    )
+
+
+def _one_function(plans: Sequence[_Plan]) -> "Function":
+    """The function of all paths, which may differ in the noise that they see of it."""
+    import torch
+
+    functions: list[Any] = [plan.function.build() for plan in plans]
+    first = functions[0]
+    left, right, bottom, top = first.window
+    corners = torch.tensor([[left, bottom], [right, top], [left, top], [0.3, 0.7]], dtype=torch.float64)
+    for each in functions[1:]:
+        same = torch.equal(each(corners), first(corners)) and each.window == first.window
+        if type(each) is not type(first) or not same:
+            raise UserError(
+                "function: all paths are drawn over the contours of one function; of what changes these give one value"
+            )
+    return first
+
+
+def _follow(plan: _Plan) -> tuple["OptimizerPath", float | None]:
+    """The path, and its learning rate where that counts."""
+    from dlopt import schedules
+    from dlopt.analysis.trajectory import best_rate, follow
+
+    settings = plan.settings
+    function = plan.function.build()
+
+    def along(optimizer: Component) -> "OptimizerPath":
+        factor = schedules.build(plan.schedule.build, plan.warmup, steps=settings.steps, steps_per_epoch=1)
+        build = lambda params: optimizer.build(params=params)  # noqa: E731
+        return follow(function, build, steps=settings.steps, seed=settings.seed, factor=factor)
+
+    if not plan.tunes:
+        given = plan.optimizer.arguments.get("lr")
+        searches = any(plan.optimizer.arguments.get(key) is not None for key in _SEARCHES)
+        return along(plan.optimizer), None if searches else given
     try:
-        return save(figure, folder, "learning_rates")
-    except OSError as error:
-        raise not_written(folder, error) from None
+        rate = best_rate(lambda lr: along(plan.optimizer.partial(lr=lr)), function.least)
+    except ValueError as error:
+        raise UserError(f"optimizer of {plan.label}: {error}; type optimizer.lr") from None
+    return along(replace(plan.optimizer, arguments={**plan.optimizer.arguments, "lr": rate})), rate
+
+
+# -- loss landscapes
+
+
+@on_checkpoint("trajectory", "", ("data", "device", "threads", "allow_packages"))
+def _draw_landscape(
+    path: Path,
+    changes: dict[str, Any],
+    *,
+    directions: Literal["auto", "random", "path"] = "auto",
+    points: Annotated[int, Interval(ge=3, le=501)] = 21,
+    samples: Count = 500,
+    span: Positive = 1.0,
+    seed: Seed = 0,
+    output: str | None = None,
+) -> int:
+    """Draws, and prints where the picture is. Raises `UserError`."""
+    from dlopt.analysis.drawing import save
+    from dlopt.analysis.landscape import draw, random_plane, surface
+    from dlopt.config.parsing import parse
+    from dlopt.random import generator
+    from dlopt.train.build import set_up
+    from dlopt.train.checkpoint import load
+
+    state = load(path)
+    setup = set_up(parse(resolve_saved(with_changes(state["config"], changes, path))), state["normalize"])
+    setup.module.load_state_dict(state["ema"] or state["model"])
+    plane = None if directions == "random" else _path_plane(setup, path, is_needed=directions == "path")
+    if plane is None:
+        origin = [p.detach().clone() for p in setup.module.parameters()]
+        plane = random_plane(origin, span, generator("cpu", seed))
+    folder = output_folder(output, "trajectory")
+    loss, count = _loss(setup, samples)
+    heights = surface(setup.module, loss, plane, points, _progress(points**2))
+    title = f"Loss around {path}, epoch {state['progress']['epoch']}"
+    subtitle = f"{count} training samples, {points} x {points} points"
+    with writing(folder):
+        written = save(draw(plane, heights, title=title, subtitle=subtitle), folder, "landscape")
+    print(*written, sep="\n")
+    return DONE
+
+
+def _path_plane(setup: "Setup", path: Path, *, is_needed: bool) -> "Plane | None":
+    """The plane through the checkpoints beside `path`; None where there are too few of them."""
+    from dlopt.analysis.landscape import path_plane
+    from dlopt.analysis.probes import checkpoints
+
+    states: list[Mapping[str, Any]] = list(checkpoints(path.parent.parent))
+    if len(states) >= _LEAST:
+        names = [name for name, _ in setup.module.named_parameters()]
+        weights = [[state["model"][name].to(setup.device) for name in names] for state in states]
+        return path_plane(weights, [state["progress"]["step"] for state in states])
+    if is_needed:
+        raise UserError(
+            f"directions=path: beside {path} there are {len(states)} checkpoints, and {_LEAST} are needed; "
+            "train with checkpoint.keep=100"
+        )
+    return None
+
+
+def _loss(setup: "Setup", count: int) -> tuple[Any, int]:
+    """The loss over evenly chosen training samples, as a function of the module's weights, and how many these are."""
+    import torch
+
+    from dlopt.train.build import evaluation_batches
+
+    samples = setup.dataset.train
+    indices = torch.linspace(0, len(samples) - 1, min(count, len(samples))).long()
+    batches = list(evaluation_batches(setup, samples.select(indices)).epoch(0))
+    inputs, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    model, loss = setup.precision.autocast(setup.model), setup.precision.autocast(setup.loss)
+    return lambda: loss(model(inputs), targets), len(indices)
+
+
+def _progress(total: int) -> Callable[[int], None]:
+    """Shows at a terminal how many points are done."""
+    if not sys.stderr.isatty():
+        return lambda done: None
+    return lambda done: print(
+        f"\r{done}/{total} points", end="\n" if done == total else "", file=sys.stderr, flush=True
+    )

@@ -12,7 +12,8 @@ from rich.console import Console
 
 from dlopt.analysis.bench import device, modes
 from dlopt.analysis.bench.modes import Row
-from dlopt.commands import bench_modes
+from dlopt.commands import bench
+from dlopt.commands.command import Line
 from dlopt.config.compose import Composer
 from dlopt.errors import UserError
 from tests.commands.line import dlopt, refused
@@ -20,8 +21,12 @@ from tests.commands.line import dlopt, refused
 SMALL = ["model=mlp", "model.widths=[8]", "model.norm=none", "data.subset=60", "data.batch_size=16", "data.workers=0"]
 
 
+def rows(*overrides: str) -> list[bench._Row]:
+    return bench._rows(Line(Composer(), list(overrides)))
+
+
 def labels(*overrides: str) -> list[str]:
-    return [f"{job.label} {job.processes} {job.baseline}" for job in bench_modes._jobs(Composer(), list(overrides))]
+    return [f"{job.label} {job.processes} {job.baseline}" for job in rows(*overrides)]
 
 
 def test_a_row_for_each_combination_and_one_process_first() -> None:
@@ -36,15 +41,15 @@ def test_a_row_for_each_combination_and_one_process_first() -> None:
 
 
 def test_a_key_of_a_mode_is_left_to_the_modes_that_have_it() -> None:
-    jobs = bench_modes._jobs(Composer(), ["parallel=ddp,filter", "parallel.bucket_cap_mb=1,25"])
+    jobs = rows("parallel=ddp,filter", "parallel.bucket_cap_mb=1,25")
     assert [job.label for job in jobs] == ["single", "ddp, bucket_cap_mb=1", "ddp, bucket_cap_mb=25", "filter"]
     assert not any("bucket" in line for line in jobs[-1].overrides)
 
 
 def test_every_process_has_the_same_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
-    assert all("threads=2" in job.overrides for job in bench_modes._jobs(Composer(), ["processes=2,4"]))
-    assert all("threads=3" in job.overrides for job in bench_modes._jobs(Composer(), ["processes=2,4", "threads=3"]))
+    assert all("threads=2" in job.overrides for job in rows("processes=2,4"))
+    assert all("threads=3" in job.overrides for job in rows("processes=2,4", "threads=3"))
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,10 @@ def test_find_lr_suggests_and_draws(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "lr").iterdir()} == {"find_lr.png", "find_lr.svg", "find_lr.json"}
 
 
+def test_the_help_of_find_lr_names_the_rate_that_training_takes(tmp_path: Path) -> None:
+    assert "(the steepest slope) and trains with it" in dlopt(tmp_path, "find-lr", "--help").out
+
+
 def test_summary_reads_no_data_where_it_is_told_the_shape(tmp_path: Path) -> None:
     typed = ("model=resnet50", "model.stem=imagenet", "input_shape=[3,224,224]", "classes=1000", "data=imagenet")
     result = dlopt(tmp_path, "summary", *typed, "data.root=nowhere")

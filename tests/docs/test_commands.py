@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dlopt.cli import commands
+from dlopt.cli import COMMANDS
 from dlopt.commands.grid import overrides_of
 from tests.commands.line import SMALL, dlopt
 from tests.docs.pages import ROOT, blocks
@@ -161,7 +161,7 @@ def test_lines_of_other_commands_run(line: Line, place: Path, tmp_path: Path) ->
     command = words[0]
     if command in ("-h", "--help", "--version"):
         return
-    assert command in commands(), line.text
+    assert command in COMMANDS, line.text
     more = LITTLE.get(command, ())
     if command == "trajectory" and "function=" not in line.text:
         more = ("points=3", "samples=20") if "checkpoint=" in line.text else ()

@@ -14,7 +14,7 @@ from dlopt.analysis.bench.modes import validate
 from dlopt.analysis.bench.simulation import Cluster, ddp, draw, fsdp, pipeline, single, spatial
 from dlopt.analysis.bench.simulation import filter_parallel as filters
 from dlopt.analysis.model_summary import Layer
-from dlopt.commands.bench_simulate import MODELS
+from dlopt.commands.bench import MODELS
 from dlopt.config.compose import Composer, to_plain
 from dlopt.config.parsing import parse
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dlopt.commands.line import not_written, output_folder, read_line
+from dlopt.commands.command import output_folder, read_line, writing
 from dlopt.errors import UserError
 from tests.commands.line import refused
 
@@ -12,7 +12,7 @@ from tests.commands.line import refused
 def test_a_line_has_overrides_and_help_has_none(capsys: pytest.CaptureFixture[str]) -> None:
     line = read_line(["a=1", "--config-name", "trajectory", "b=2"], "usage\n", several="no")
     assert line is not None and line.overrides == ["a=1", "b=2"]
-    assert line.composer("train").compose(["function=beale"]).steps == 50  # what was typed goes before the default
+    assert line.composer.compose(["function=beale"]).steps == 50
     assert read_line(["a=1", "--help"], "usage\n", several="no") is None
     assert capsys.readouterr().out == "usage\n"
 
@@ -52,6 +52,5 @@ def test_a_folder_is_made_or_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         output_folder("file", "x")
     with pytest.raises(UserError, match="output=file/b: the folder cannot be made: Not a directory"):
         output_folder("file/b", "x")
-    assert str(not_written(Path("a"), OSError(28, "No space left on device"))).endswith(
-        "there: No space left on device"
-    )
+    with pytest.raises(UserError, match="output=a: nothing can be written there: No space left"), writing(Path("a")):
+        raise OSError(28, "No space left on device")
