@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dlopt.train.build import set_up
-from dlopt.train.nonfinite import Watch
+from dlopt.train.nonfinite import NonFiniteCheck
 from tests.train.runs import experiment, start
 
 FILE = Path(__file__).with_name("golden.json")
@@ -74,15 +74,15 @@ RECIPES = {
 
 def losses(folder: Path, recipe: str) -> list[float]:
     found: list[float] = []
-    see = Watch.__call__
+    see = NonFiniteCheck.__call__
 
-    def noted(self: Watch, loss: Tensor, *update: Any, **gradients: bool) -> None:
+    def noted(self: NonFiniteCheck, loss: Tensor, *update: Any, **gradients: bool) -> None:
         found.append(float(loss))
         see(self, loss, *update, **gradients)
 
     weights = folder / "weights.pt"
     torch.save(exact_weights(*COMMON, *RECIPES[recipe]), weights)
-    with patch.object(Watch, "__call__", noted):
+    with patch.object(NonFiniteCheck, "__call__", noted):
         start(folder, *COMMON, *RECIPES[recipe], f"init_from={weights}")
     return found
 

@@ -118,7 +118,7 @@ def test_what_cannot_be_seen_is_refused(tmp_path: Path) -> None:
         experiment(*SMALL, "diagnostics=[gradients]")
     with pytest.raises(UserError, match=r"diagnostics\.0=loss|diagnostics"):
         experiment("diagnostics=[loss]")
-    setup, training = prepare(experiment(*SMALL, *LOOKING), tmp_path)
+    setup, _ = prepare(experiment(*SMALL, *LOOKING), tmp_path)
     compiled = Setup(**{**vars(setup), "model": torch.compile(setup.module)})
     with pytest.raises(UserError, match="compile=false"):
-        Diagnostics(compiled, training.update, ["activations"], 1, lambda *_: None)
+        Diagnostics(compiled, ["activations"], 1, lambda *_: None)

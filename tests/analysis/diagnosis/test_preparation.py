@@ -16,4 +16,4 @@ def test_a_checkpoint_of_a_gpu_is_looked_at_on_a_cpu(tmp_path: Path) -> None:
     _, training = prepare(experiment(*lines), tmp_path / "other", state)
     inputs, targets = next(iter(training.batches.epoch(1)))
     training.step.update(inputs, targets, training.progress.step, training.sums)
-    assert not training.update.optimizer.param_groups[0]["capturable"]
+    assert not training.step.optimizer.param_groups[0]["capturable"]
