@@ -9,12 +9,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.errors import HydraException
-
 from dlopt.commands.bench_output import save
 from dlopt.commands.line import output_folder, own_keys
-from dlopt.config.compose import Composer, choices_of, to_plain
+from dlopt.config.compose import Composer, choices_of, grid, to_plain
 from dlopt.errors import UserError
 from dlopt.ranges import Count, Natural, Positive
 from dlopt.tracking.tables import standard_output
@@ -109,10 +106,7 @@ def _jobs(composer: Composer, overrides: list[str]) -> list[_Job]:
         if line.lstrip("+").startswith("parallel.processes="):
             raise UserError(f"{line}: here it is processes={line.partition('=')[2]}, of which there may be several")
     parsed = composer.parse(overrides)
-    try:
-        [combinations] = BasicSweeper.split_arguments(parsed, None)
-    except HydraException as error:
-        raise UserError(str(error)) from None
+    combinations = grid(parsed)
     varied = {str(each.get_key_element()) for each in parsed if each.is_sweep_override()}
     largest = max(_processes(lines) for lines in combinations)
     threads = [] if any(line.startswith("threads=") for line in overrides) else [f"threads={_threads(largest)}"]

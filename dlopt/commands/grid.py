@@ -5,10 +5,7 @@ Of all the combinations of the listed values, in the order of `dlopt train -m`, 
 
 import sys
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.errors import HydraException
-
-from dlopt.config.compose import Composer, parse_arguments
+from dlopt.config.compose import Composer, grid, parse_arguments
 from dlopt.errors import UserError
 
 
@@ -16,10 +13,7 @@ def overrides_of(number: int, arguments: list[str]) -> list[str]:
     """The overrides of one job. Raises `UserError`."""
     parsed = parse_arguments(arguments)
     typed = Composer(parsed.config_name, parsed.config_dir).parse(parsed.overrides)
-    try:
-        [jobs] = BasicSweeper.split_arguments(typed, None)
-    except HydraException as error:
-        raise UserError(str(error)) from None
+    jobs = grid(typed)
     if not 0 <= number < len(jobs):
         raise UserError(
             f"job {number}: these values make {len(jobs)} jobs, 0 to {len(jobs) - 1}: {' '.join(arguments)}"

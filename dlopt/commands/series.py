@@ -3,10 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.errors import HydraException
-
-from dlopt.config.compose import Composer
+from dlopt.config.compose import Composer, grid
 from dlopt.errors import UserError
 
 
@@ -30,10 +27,7 @@ class Job:
 def jobs(composer: Composer, overrides: list[str], groups: Sequence[str], most: int) -> list[Job]:
     """One job per combination of values. A key that only some of the choices of a group have is left to these."""
     parsed = composer.parse(overrides)
-    try:
-        combinations = BasicSweeper.split_arguments(parsed, None)[0]
-    except HydraException as error:
-        raise UserError(str(error)) from None
+    combinations = grid(parsed)
     sweeps = {override.get_key_element() for override in parsed if override.is_sweep_override()}
     fragments = tuple(f"{group}=_" for group in groups)
     whole = [lines for lines in combinations if not any(line.startswith(fragments) for line in lines)]

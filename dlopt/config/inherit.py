@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from dlopt.config.compose import Composer
 from dlopt.errors import UserError
 from dlopt.folders import RunFolder
+from dlopt.plain import flatten
 
 _KEY = "from"
 _RECIPES = ("experiment", "comparison")  # whose effects stand in the saved config, key by key
@@ -46,9 +47,9 @@ def inherit(composer: Composer, overrides: Sequence[str]) -> list[str]:
     kept = [group for group in groups if group not in chosen]
     choices = [f"{group}={name}" for group, name in _choices(folder, kept).items()]
     _check_choices(composer, choices, asked[0])
-    _refuse_odd_keys(_flat(saved), asked[0])
+    _refuse_odd_keys(flatten(saved), asked[0])
     replaced = [key for key in chosen if key in groups]
-    wanted = {key: value for key, value in _flat(saved).items() if key.partition(".")[0] not in (*_LEFT, *replaced)}
+    wanted = {key: value for key, value in flatten(saved).items() if key.partition(".")[0] not in (*_LEFT, *replaced)}
     lines: list[str] = []
     for interpolated in (False, True):  # what follows another key (init_seed: ${seed}) may need no line of its own
         lines += _differences(composer, [*choices, *lines], wanted, interpolated)
@@ -99,7 +100,7 @@ def _check_choices(composer: Composer, choices: Sequence[str], asked: str) -> No
 def _differences(composer: Composer, lines: list[str], wanted: Mapping[str, Any], interpolated: bool) -> list[str]:
     """Overrides for the keys in which what `lines` compose differs; interpolations only where asked for."""
     config = composer.compose(lines)
-    raw = _flat(OmegaConf.to_container(config, resolve=False))
+    raw = flatten(OmegaConf.to_container(config, resolve=False))
     found = []
     for key, value in wanted.items():
         old = raw.get(key, _MISSING)
@@ -124,13 +125,3 @@ def _typed(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     return "null" if value is None else repr(value)
-
-
-def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted keys; lists, and blocks without keys, are values."""
-    if not isinstance(node, Mapping) or (prefix and not node):
-        return {prefix: node}
-    flat: dict[str, Any] = {}
-    for key, value in node.items():
-        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat
