@@ -22,6 +22,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra._internal.callbacks import Callbacks
 from hydra._internal.utils import get_args_parser
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -113,18 +114,12 @@ class Composer:
                 initialize_config_dir(str(config_folder()), job_name=CONFIG_NAME, version_base=_VERSION_BASE)
                 self._hydra = GlobalHydra.instance().hydra
                 self.loader = GlobalHydra.instance().config_loader()
+                self._context = HydraContext(self.loader, Callbacks())  # no callbacks: they would be code
         finally:
             searched.reset(token)
 
     def parse(self, overrides: list[str]) -> list[Override]:
-        parser = OverridesParser.create(self.loader)
-        parsed = []
-        for line in overrides:
-            try:
-                parsed += parser.parse_overrides([line])
-            except HydraException:
-                raise UserError(explain_grammar(line)) from None
-        return parsed
+        return parse_overrides(overrides, self.loader)
 
     def compose(self, overrides: list[str], multirun: bool = False) -> DictConfig:
         """Composes a config with Hydra's own node. Explains every way in which typed overrides can be wrong."""
@@ -149,8 +144,7 @@ class Composer:
 
     def launcher(self, config: DictConfig, task: Callable[[DictConfig], Any]) -> Any:
         """Builds the launcher that a composed sweep names."""
-        context = HydraContext(self.loader, Callbacks())
-        return Plugins.instance().instantiate_launcher(hydra_context=context, task_function=task, config=config)
+        return Plugins.instance().instantiate_launcher(hydra_context=self._context, task_function=task, config=config)
 
     def sweep(self, config: DictConfig, folder: Path, task: Callable[[DictConfig], Any]) -> Any:
         """Runs a composed sweep in `folder` by its sweeper and launcher; returns what the sweeper returns."""
@@ -158,8 +152,8 @@ class Composer:
         OmegaConf.update(config, "hydra.sweep.dir", str(folder))
         config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{path}'")  # with which every job is composed
         configure_log(config.hydra.hydra_logging, config.hydra.verbose)
-        context = HydraContext(self.loader, Callbacks())
-        sweeper = Plugins.instance().instantiate_sweeper(hydra_context=context, task_function=task, config=config)
+        plugins = Plugins.instance()
+        sweeper = plugins.instantiate_sweeper(hydra_context=self._context, task_function=task, config=config)
         typed: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
         return sweeper.sweep(typed)
 
@@ -279,6 +273,18 @@ class Composer:
         return f"{line}: there is no key {key}; {hint}allowed: {', '.join(names) or 'none'}"
 
 
+def parse_overrides(lines: Iterable[str], loader: ConfigLoader | None = None) -> list[Override]:
+    """Parses overrides; `loader` lists the choices for glob(*). Raises `UserError`."""
+    parser = OverridesParser.create(loader)
+    parsed = []
+    for line in lines:
+        try:
+            parsed += parser.parse_overrides([line])
+        except HydraException:
+            raise UserError(_explain_grammar(line)) from None
+    return parsed
+
+
 @contextlib.contextmanager
 def _as_global(own: Any) -> Iterator[None]:
     """Lets Hydra's functions work on `own`. A notebook may use Hydra too: what it has initialized comes back."""
@@ -359,7 +365,7 @@ def _check_files(folder: Path) -> None:
             raise UserError(f"--config-dir={folder}: {path.relative_to(folder)} cannot be read: {error}") from None
 
 
-def explain_grammar(line: str) -> str:
+def _explain_grammar(line: str) -> str:
     """What is wrong with an override that Hydra's grammar does not take."""
     key, equals, value = line.partition("=")
     if not equals and not key.startswith("~"):

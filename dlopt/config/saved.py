@@ -5,28 +5,21 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dlopt.config.choices import config_folder
-from dlopt.config.compose import explain_grammar
+from dlopt.config.compose import parse_overrides
 from dlopt.errors import UserError
 
 
 def typed_values(arguments: Iterable[str]) -> dict[str, Any]:
     """The values of `key=value` lines. Raises `UserError`."""
-    values = {}
-    for line in arguments:
-        try:
-            [override] = OverridesParser.create().parse_overrides([line])
-        except HydraException:
-            raise UserError(explain_grammar(line)) from None
+    parsed = parse_overrides(arguments)
+    for override in parsed:
         if override.is_sweep_override():
-            raise UserError(f"{line}: one value is needed; a list is written [a,b]")
-        values[override.get_key_element()] = override.value()
-    return values
+            raise UserError(f"{override.input_line}: one value is needed; a list is written [a,b]")
+    return {override.get_key_element(): override.value() for override in parsed}
 
 
 def take_path(values: dict[str, Any], command: str) -> Path:
