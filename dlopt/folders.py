@@ -12,8 +12,8 @@ from typing import IO, Any
 
 import yaml
 
-from dlopt.aliases import check_file
 from dlopt.errors import UserError
+from dlopt.plain import check_yaml
 
 FORMAT = 1  # of run folders: which files there are and what their keys mean; environment.json says it
 LOCK = ".lock"
@@ -32,7 +32,7 @@ class RunFolder:
         """The saved config; None where there is no readable one."""
         path = self.path / "config.yaml"
         try:
-            check_file(path)
+            check_yaml(path)
             found = yaml.safe_load(path.read_text())
         except (OSError, yaml.YAMLError, ValueError):  # UnicodeDecodeError is one
             return None

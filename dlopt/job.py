@@ -200,7 +200,6 @@ def main() -> int:
     if RANK in os.environ:
         launch.end_with_parent()
     from dlopt.config.compose import resolve_saved
-    from dlopt.config.older import completed
     from dlopt.config.parsing import parse
     from dlopt.train.checkpoint import Checkpoints, load
     from dlopt.train.trainer import Run
@@ -212,7 +211,6 @@ def main() -> int:
         plain = folder.config()
         if plain is None:
             raise UserError(f"{folder.path}: there is no config.yaml to run")
-        plain, _ = completed(plain, plain.get("allow_packages") or [])  # what was typed for this run
         choices = json.loads((folder.path / "environment.json").read_text())["choices"]
         experiment = parse(resolve_saved(plain), plain)
         state = None

@@ -2,7 +2,13 @@
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+import yaml
+
+_MAX_NODES = 100_000
+_MAX_BYTES = 10_000_000
 
 
 def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
@@ -22,3 +28,39 @@ def without_nan(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [without_nan(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def check_yaml(path: Path) -> None:
+    """Raises ValueError for a YAML file that is too large as it is, or with its aliases expanded.
+
+    Aliases make a config of any size out of a few lines: `a: [*b, *b]`, `b: [*c, *c]`.
+    """
+    if not path.is_file():
+        raise ValueError("is no regular file")
+    if path.stat().st_size > _MAX_BYTES:
+        raise ValueError(f"has more than {_MAX_BYTES} bytes")
+    text = path.read_bytes()
+    if b"&" in text and b"*" in text and expanded_size(text.decode("utf-8", "replace")) > _MAX_NODES:
+        raise ValueError(f"has aliases that stand for more than {_MAX_NODES} values")
+
+
+def expanded_size(text: str) -> int:
+    """Counts the values of a YAML text with every alias expanded; an alias within itself exceeds any limit."""
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node) -> int:
+        if id(node) not in sizes:
+            sizes[id(node)] = _MAX_NODES + 1  # while under way: an alias within itself
+            pairs = node.value if isinstance(node, yaml.MappingNode) else []
+            children = node.value if isinstance(node, yaml.SequenceNode) else [each for pair in pairs for each in pair]
+            sizes[id(node)] = 1 + sum(map(size, children))
+        return sizes[id(node)]
+
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, RecursionError):
+        return 0  # the reader of the file reports it
+    try:
+        return 0 if root is None else size(root)
+    except RecursionError:
+        return _MAX_NODES + 1

@@ -15,7 +15,8 @@ import yaml
 
 from dlopt.config.resuming import differences
 from dlopt.errors import UserError
-from dlopt.folders import RunFolder, Trace, make, make_new, newest
+from dlopt.files import write
+from dlopt.folders import FORMAT, RunFolder, Trace, make, make_new, newest
 from dlopt.train import checkpoint
 from tests.commands.line import SMALL, HeldByAnotherProcess, Result, dlopt, entries, only, refused
 
@@ -226,7 +227,7 @@ def test_what_may_change(change: str, tmp_path: Path) -> None:
 
 def test_differences_names_dotted_keys() -> None:
     saved = {"seed": 1, "epochs": 2, "model": {"widths": [4], "depth": 2}, "data": {"workers": 1}}
-    wanted = {"seed": 1, "epochs": 9, "model": {"widths": (4,), "norm": "batch"}, "data": {"workers": 7}}
+    wanted = {"seed": 1, "epochs": 9, "model": {"widths": [4], "norm": "batch"}, "data": {"workers": 7}}
     assert differences(saved, wanted) == {"model.depth": (2, None), "model.norm": (None, "batch")}
 
 
@@ -346,12 +347,15 @@ def test_a_folder_that_another_process_took_meanwhile_is_left_alone(
 ) -> None:
     from dlopt.commands import train as command
 
-    def taken_meanwhile(arguments: list[str], task: Any, composed: Any) -> None:
-        monkeypatch.undo()
-        train(tmp_path, IN_RUN)
-        task(None)
+    prepare = command.prepare
 
-    monkeypatch.setattr(command, "run_hydra", taken_meanwhile)
+    def taken_meanwhile(*arguments: Any) -> command.Prepared:
+        monkeypatch.undo()
+        ready = prepare(*arguments)
+        train(tmp_path, IN_RUN)
+        return ready
+
+    monkeypatch.setattr(command, "prepare", taken_meanwhile)
     result = dlopt(tmp_path, "train", *SMALL, IN_RUN)
     assert result.code == 2 and "at work" in result.err
     assert RunFolder(tmp_path / "run").is_finished() and len(lines(tmp_path / "run")) == 2
@@ -370,3 +374,41 @@ def test_no_trace_of_a_resumed_run_that_cannot_begin(
     monkeypatch.setattr("dlopt.train.trainer.train", refuse)
     line = [*SMALL, "schedule_epochs=2", "resume=run/checkpoints/last.pt", place]
     assert "it is gone" in refused(tmp_path, "train", *line)  # the history that was taken along is gone, too
+
+
+# -- formats
+
+
+def test_a_folder_of_a_newer_format_is_refused_by_name(tmp_path: Path) -> None:
+    run = tmp_path / "outputs/train/2026-11-20_12-00-00"
+    stop_after_first_epoch(tmp_path, f"hydra.run.dir={run}")
+    path = run / "environment.json"
+    environment = json.loads(path.read_text())
+    assert environment["folder_format"] == FORMAT and RunFolder(run).newer_format() is None
+    path.write_text(json.dumps({**environment, "folder_format": FORMAT + 1}))
+    reason = f"{run}: written by a newer dlopt (run folder format {FORMAT + 1}; this reads {FORMAT})"
+    for typed in (
+        ["resume=auto"],
+        ["resume=auto", f"hydra.run.dir={run}"],
+        [f"resume={run}/checkpoints/last.pt"],
+        [f"from={run}"],
+    ):
+        assert reason in refused(tmp_path, "train", *SMALL, *typed), typed
+    listed = dlopt(tmp_path, "runs", "outputs")
+    assert "skipped: written by a newer dlopt" in listed.err and run.name not in listed.out
+
+
+def test_a_checkpoint_of_a_newer_format_is_refused_by_name_and_none_before_it_is_taken_instead(tmp_path: Path) -> None:
+    stop_after_first_epoch(tmp_path, IN_RUN, "checkpoint.every_steps=1", "data.batch_size=10")
+    newest = tmp_path / "run/checkpoints/last.pt"
+    assert [*newest.parent.glob("step-*.pt")]
+    state = torch.load(newest, weights_only=True)
+    write(newest, lambda file: torch.save({**state, "format": 99}, file))
+    changed = ["checkpoint.every_steps=1", "data.batch_size=10"]
+    for command in (
+        ["train", *SMALL, *changed, IN_RUN, "resume=auto"],
+        ["train", *SMALL, *changed, f"resume={newest}"],
+        ["eval", f"checkpoint={newest}"],
+        ["train", *SMALL, *changed, f"init_from={newest}", "hydra.run.dir=new"],
+    ):
+        assert "written by a newer dlopt (format 99; this reads " in refused(tmp_path, *command)

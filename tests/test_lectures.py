@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.types import RunMode
 
 from dlopt.commands.train import train as train_command
+from dlopt.config import compose as composing
 from dlopt.config.choices import config_folder
 from dlopt.config.compose import Composer, to_plain
 from dlopt.config.parsing import parse
@@ -55,7 +55,7 @@ def grid(composer: Composer, recipe: str, **fixed: str) -> list[list[str]]:
     whole = composer.compose([f"experiment=lecture/{recipe}"], multirun=True)
     assert whole.hydra.mode == RunMode.MULTIRUN
     params = {**whole.hydra.sweeper.params, **fixed}
-    [jobs] = BasicSweeper.split_arguments(composer.parse([f"{key}={value}" for key, value in params.items()]), None)
+    jobs = composing.grid(composer.parse([f"{key}={value}" for key, value in params.items()]))
     return jobs
 
 

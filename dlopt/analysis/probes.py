@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from dlopt.config.compose import resolve_saved
-from dlopt.config.older import completed
 from dlopt.config.parsing import parse
 from dlopt.data.batches import Batches
 from dlopt.train.build import Setup, evaluation_batches, set_up, training_batches
@@ -59,8 +58,7 @@ def _rates(state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
 
 def _set_up(state: Mapping[str, Any]) -> Setup:
     """The run's data and its model at the initial weights."""
-    config, _ = completed(state["config"])  # the run may be one of last year's
-    return set_up(parse(resolve_saved(config)), state["normalize"])
+    return set_up(parse(resolve_saved(state["config"])), state["normalize"])
 
 
 def input_drift(folder: Path) -> list[tuple[Mapping[str, Any], float]]:

@@ -15,10 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.errors import HydraException
-
-from dlopt.config.compose import Composer, choices_of, parse_arguments, to_plain
+from dlopt.config.compose import Composer, choices_of, grid, parse_arguments, to_plain
 from dlopt.config.saved import refuse_others, take_path, typed_values
 from dlopt.config.schema import check_arguments, parameters_of, show
 from dlopt.errors import DONE, UserError
@@ -100,11 +97,7 @@ class Line:
 
     def combinations(self) -> list[list[str]]:
         """The overrides of each combination of values, in the order of `dlopt train -m`."""
-        try:
-            [found] = BasicSweeper.split_arguments(self.composer.parse(self.overrides), None)
-        except HydraException as error:
-            raise UserError(str(error)) from None
-        return [[str(each) for each in lines] for lines in found]
+        return grid(self.composer.parse(self.overrides))
 
     def jobs(self, groups: Sequence[str], most: float = math.inf) -> list[Job]:
         """One job per combination of values. A key that only some of the choices of a group have is left to these."""

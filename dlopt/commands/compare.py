@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from dlopt.config.compose import Composer, choices_of, parse_arguments, to_plain
+from dlopt.config.compose import Composer, choices_of, parse_arguments, to_plain, typed_folder
 from dlopt.config.resuming import refuse_other_config
 from dlopt.config.schema import check_arguments
 from dlopt.errors import UserError
@@ -139,8 +139,8 @@ def _runs(composer: Composer, comparison: "Comparison", overrides: list[str]) ->
 
 def _folder(config: DictConfig, overrides: list[str], runs: list[_Run]) -> Path:
     """The folder of the comparison, made if need be; that of a run is its number in it."""
-    wanted = Path(str(OmegaConf.select(config, "hydra.run.dir"))).absolute()
-    if not any(line.lstrip("+").startswith("hydra.run.dir=") for line in overrides):
+    wanted, is_typed = typed_folder(config, "hydra.run.dir", overrides)
+    if not is_typed:
         return make_new(wanted, "hydra.run.dir")
     if not wanted.is_dir():
         return make(wanted, "hydra.run.dir")

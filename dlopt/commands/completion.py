@@ -1,4 +1,4 @@
-"""Shell completion behind a sub-command: Hydra completes overrides, and knows nothing of `train` before them."""
+"""Shell completion after a sub-command: Hydra completes overrides, and does not know the `train` before them."""
 
 import contextlib
 import glob
@@ -7,7 +7,6 @@ import os
 import re
 from pathlib import Path
 
-from dlopt.commands.hydra_main import nothing, run_hydra
 from dlopt.errors import UserError
 
 
@@ -21,7 +20,7 @@ def complete(arguments: list[str], commands: list[str]) -> int:
         shown = " ".join(action) or "nothing"
         raise UserError(f"-sc {shown}: allowed: install=SHELL, uninstall=SHELL; SHELL is bash, zsh or fish")
     if not action[0].startswith("query="):
-        run_hydra(arguments, nothing)
+        _hydra_main(arguments)
         return 0
     line = os.environ.get("COMP_LINE")
     if line is None:
@@ -55,9 +54,15 @@ def _overrides(line: str, typed: str, arguments: list[str]) -> list[str]:
     os.environ["COMP_LINE"], os.environ["COMP_POINT"] = line, str(len(line))
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
-        run_hydra(arguments, nothing)
+        _hydra_main(arguments)
     found = output.getvalue().split()
     return [each for each in found if not re.search(r"[.=/]_[^.=/]*=?$", each) or re.search(r"[.=/]_[^.=/]*$", typed)]
+
+
+def _hydra_main(arguments: list[str]) -> None:
+    from dlopt.config.compose import hydra_main  # other completions need no Hydra
+
+    hydra_main(arguments)
 
 
 def _checkpoints(typed: str) -> list[str]:

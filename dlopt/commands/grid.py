@@ -5,15 +5,14 @@ Of all the combinations of the listed values, in the order of `dlopt train -m`, 
 
 import sys
 
-from dlopt.commands.command import Line
-from dlopt.config.compose import Composer, parse_arguments
+from dlopt.config.compose import Composer, grid, parse_arguments
 from dlopt.errors import DONE, USER_ERROR, UserError
 
 
 def overrides_of(number: int, arguments: list[str]) -> list[str]:
     """The overrides of one job. Raises `UserError`."""
     parsed = parse_arguments(arguments)
-    jobs = Line(Composer(parsed.config_name, parsed.config_dir), parsed.overrides).combinations()
+    jobs = grid(Composer(parsed.config_name, parsed.config_dir).parse(parsed.overrides))
     if not 0 <= number < len(jobs):
         raise UserError(
             f"job {number}: these values make {len(jobs)} jobs, 0 to {len(jobs) - 1}: {' '.join(arguments)}"

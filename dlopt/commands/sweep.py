@@ -2,23 +2,21 @@
 
 import os
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import yaml
-from hydra.core.plugins import Plugins
-from hydra.types import HydraContext
-from omegaconf import DictConfig, OmegaConf, open_dict
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, open_dict
 
-from dlopt.commands.hydra_main import quoted
-from dlopt.config.compose import Composer, choices_of, to_plain
+from dlopt.config.compose import Composer, choices_of, grid, to_plain, typed_folder
 from dlopt.config.resuming import differences, refuse_other_config
-from dlopt.errors import UserError
+from dlopt.errors import DONE, FAILED, INTERRUPTED, UserError
 from dlopt.extras import install
 from dlopt.files import write_atomically
-from dlopt.folders import RunFolder, Trace, make, make_new, newest
+from dlopt.folders import RunFolder, Trace, make_new, newest
 from dlopt.sweeps.jobs import SPACE
 
 if TYPE_CHECKING:
@@ -36,48 +34,80 @@ class Job:
         return RunFolder(sweep / self.subfolder)
 
 
+@dataclass(frozen=True)
+class Request:
+    """A composed sweep: `wanted` is its folder, typed or by default; `places` those of dlopt's own launchers."""
+
+    composer: Composer
+    typed: list[str]
+    config: DictConfig
+    wanted: Path
+    is_typed: bool
+    places: "Places | None"
+
+    def find_folder(self, is_unfinished: Callable[[RunFolder], bool], check: Callable[[Path, str], None]) -> Path:
+        """The folder to work in, made if need be. `check` refuses one, naming the key that led to it."""
+        if not self.is_typed:
+            found = newest(self.wanted.parent, is_unfinished) if self.config.resume == "auto" else None
+            if found is None:
+                return make_new(self.wanted, "hydra.sweep.dir")
+            check(found.path, "resume=auto")
+            return found.path
+        check(self.wanted, f"hydra.sweep.dir={self.wanted}")
+        try:
+            self.wanted.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"hydra.sweep.dir={self.wanted}: the folder cannot be made: {error.strerror}") from None
+        return self.wanted
+
+    def checked(self, overrides: list[str]) -> tuple[DictConfig, dict[str, Any]]:
+        """The composed config of a job, and as it is saved. Raises `UserError`."""
+        from dlopt.config.parsing import parse
+
+        config = self.composer.compose(overrides)
+        plain, saved = to_plain(config, self.typed)
+        parse(plain, saved)
+        if saved["resume"] not in (None, "auto"):
+            raise UserError(f"resume={saved['resume']}: a sweep goes on by resume=auto")
+        return config, saved
+
+    def run(self, folder: Path) -> Any:
+        """Has the sweeper and the launcher do the rest; returns what the sweeper returns."""
+        if self.places is not None and self.places.is_here:
+            from dlopt.sweeps import warm
+
+            warm.heat()
+        return self.composer.sweep(self.config, folder, start_job)
+
+    def estimate(self, configs: Sequence[Mapping[str, Any]], jobs: int) -> int:
+        from dlopt.sweeps.estimate import seconds_of, told
+
+        places = 1 if self.places is None else self.places.count
+        print(told(seconds_of(configs, choices_of(self.config)), jobs, places))
+        return 0
+
+
 def sweep(composer: Composer, parsed: Namespace) -> int:
     """Runs the sweep and returns its exit code. Raises `UserError` before anything is made."""
     if any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "SLURM_STEP_ID")):
         raise UserError(
             "-m: not inside torchrun or srun, where every rank would start the sweep; start it from a shell"
         )
-    whole = composer.compose(parsed.overrides, multirun=True)
-    path = OmegaConf.select(whole, "hydra.sweep.dir")
-    if not path or not str(path).strip():
-        raise UserError(f"hydra.sweep.dir={path or ''}: the path of a folder is needed")
-    wanted = Path(str(path)).absolute()
-    is_typed = any(line.lstrip("+").startswith("hydra.sweep.dir=") for line in parsed.overrides)
-    is_search = str(whole.hydra.sweeper._target_).endswith(".dlopt_sweeps.OptunaSweeper")
-    places = _check_launcher(composer, whole, is_search)
-    if is_search:
-        return _search(composer, parsed, whole, wanted, is_typed, places)
-    jobs = _jobs(composer, whole, parsed.overrides)
-    if whole.dry_run:
-        return _list_grid(jobs, whole, places)
-    folder = _find_folder(wanted, is_typed, jobs, whole.resume)
-    if jobs and all(job.folder(folder).is_done(job.config) for job in jobs):
-        print(f"this sweep is finished: {folder}")
-        return 0
-    with RunFolder(folder).lock():
-        write_atomically(folder / SPACE, yaml.safe_dump([job.overrides for job in jobs], allow_unicode=True).encode())
-        _mark_dead(folder, jobs)
-        try:
-            _hand_over(composer, parsed, folder, places)
-        except KeyboardInterrupt:
-            return 75
-    _show(folder, jobs)
-    return _outcome(folder, jobs)
+    config = composer.compose(parsed.overrides, multirun=True)
+    wanted, is_typed = typed_folder(config, "hydra.sweep.dir", parsed.overrides)
+    is_search = str(config.hydra.sweeper._target_).endswith(".dlopt_sweeps.OptunaSweeper")
+    places = _check_launcher(composer, config, is_search)
+    request = Request(composer, parsed.overrides, config, wanted, is_typed, places)
+    return _search(request) if is_search else _grid(request)
 
 
-def _check_launcher(composer: Composer, whole: DictConfig, is_search: bool) -> "Places | None":
+def _check_launcher(composer: Composer, config: DictConfig, is_search: bool) -> "Places | None":
     """Has the launcher refuse its settings before anything is made; where its jobs run, if it is dlopt's own."""
-    context = HydraContext(composer.hydra.config_loader, callbacks=None)  # type: ignore[arg-type]
-    launcher: Any = Plugins.instance().instantiate_launcher(context, start_job, whole)
+    launcher = composer.launcher(config, start_job)
     if hasattr(launcher, "places"):
         return cast("Places", launcher.places())
     if is_search:
-        name = whole.hydra.runtime.choices["hydra/launcher"]
+        name = config.hydra.runtime.choices["hydra/launcher"]
         raise UserError(
             f"hydra/launcher={name}: it starts jobs in batches, a search starts one whenever a place gets free; "
             "allowed: serial, joblib, gpus, slurm"
@@ -85,42 +115,59 @@ def _check_launcher(composer: Composer, whole: DictConfig, is_search: bool) -> "
     return None
 
 
-def _hand_over(composer: Composer, parsed: Namespace, folder: Path, places: "Places | None") -> Any:
-    """Hydra's sweeper and launcher do the rest; returns what the sweeper returns."""
-    overrides = [*parsed.overrides, f"hydra.sweep.dir={quoted(folder)}"]
-    if places is not None and places.is_here:
-        from dlopt.sweeps import warm
-
-        warm.heat()
-    return composer.hydra.multirun(config_name=composer.config_name, task_function=start_job, overrides=overrides)
+def _space(sweep: Path) -> Any:
+    """What the folder's sweep.yaml says; None where there is none."""
+    try:
+        return yaml.safe_load((sweep / SPACE).read_text())
+    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        return None
 
 
 # -- grids
 
 
-def _jobs(composer: Composer, whole: DictConfig, overrides: list[str]) -> list[Job]:
-    """The checked jobs of a grid, expanded as Hydra's own sweeper does; other sweepers choose as they go."""
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-    from hydra.errors import HydraException
+def _grid(request: Request) -> int:
+    from dlopt.sweeps.jobs import labels, record_dead
 
+    jobs = _jobs(request)
+    if request.config.dry_run:
+        for number, label in enumerate(labels([job.overrides for job in jobs])):
+            print(f"job {number}: {label}")
+        return request.estimate([job.config for job in jobs], len(jobs))
+    folder = request.find_folder(
+        lambda found: bool(jobs) and _is_unfinished(found, jobs),
+        lambda path, key: _check_folder(path, key, jobs, request.config.resume),
+    )
+    if jobs and all(job.folder(folder).is_done(job.config) for job in jobs):
+        print(f"this sweep is finished: {folder}")
+        return 0
+    with RunFolder(folder).lock():
+        write_atomically(folder / SPACE, yaml.safe_dump([job.overrides for job in jobs], allow_unicode=True).encode())
+        for job in jobs:
+            record_dead(job.folder(folder))
+        try:
+            request.run(folder)
+        except KeyboardInterrupt:
+            return INTERRUPTED
+    _show(folder, jobs)
+    return _outcome(folder, jobs)
+
+
+def _jobs(request: Request) -> list[Job]:
+    """The checked jobs of a grid, expanded as Hydra's own sweeper does; other sweepers choose as they go."""
     from dlopt.sweeps.jobs import folder_name
 
-    sweeper = whole.hydra.sweeper
+    sweeper = request.config.hydra.sweeper
     if not str(sweeper._target_).endswith("BasicSweeper"):
         return []
     lines = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
-    typed = composer.parse([*lines, *overrides])
-    swept = [o for o in typed if not o.get_key_element().lstrip("+~").startswith(("hydra.", "hydra/"))]
-    hydra = [str(o.input_line) for o in typed if o not in swept]
-    try:
-        [grid] = BasicSweeper.split_arguments(swept, None)
-    except HydraException as error:
-        raise UserError(f"{error} hydra/sweeper=dlopt_optuna draws from intervals") from None
-    if not grid:
+    hydra, swept = _apart(request.composer.parse([*lines, *request.typed]))
+    combinations = grid(swept)
+    if not combinations:
         raise UserError("-m: a list of values is empty, so that there is nothing to run")
     jobs = []
-    for number, job in enumerate(grid):
-        config, saved = _checked(composer, [*hydra, *job], overrides)
+    for number, job in enumerate(combinations):
+        config, saved = request.checked([*hydra, *job])
         with open_dict(config):
             config.hydra.job.num = config.hydra.job.id = number
         jobs.append(Job(job, folder_name(str(config.hydra.sweep.subdir)), saved))
@@ -129,44 +176,23 @@ def _jobs(composer: Composer, whole: DictConfig, overrides: list[str]) -> list[J
     return jobs
 
 
-def _checked(composer: Composer, overrides: list[str], typed: list[str]) -> tuple[DictConfig, dict[str, Any]]:
-    """The composed config of a job, and as it is saved. Raises `UserError`."""
-    from dlopt.config.parsing import parse
-
-    config = composer.compose(overrides)
-    plain, saved = to_plain(config, typed)
-    parse(plain, saved)
-    if saved["resume"] not in (None, "auto"):
-        raise UserError(f"resume={saved['resume']}: a sweep goes on by resume=auto")
-    return config, saved
+def _apart(typed: Sequence[Override]) -> tuple[list[str], list[Override]]:
+    """The lines that set up Hydra, and the overrides of the jobs."""
+    own = [each for each in typed if each.get_key_element().lstrip("+~").startswith(("hydra.", "hydra/"))]
+    return [str(each.input_line) for each in own], [each for each in typed if each not in own]
 
 
-def _find_folder(wanted: Path, is_typed: bool, jobs: Sequence[Job], resume: str | None) -> Path:
-    """The folder of the sweep, made if need be."""
-    if is_typed and RunFolder(wanted).is_live():
-        raise UserError(f"hydra.sweep.dir={wanted}: another sweep is at work in this folder")
-    if not is_typed:
-        goes_on = resume == "auto" and jobs
-        found = newest(wanted.parent, lambda folder: _is_unfinished(folder, jobs)) if goes_on else None
-        if found is None:
-            return make_new(wanted, "hydra.sweep.dir")
-        _refuse_newer(found.path, jobs, "resume=auto")
-        return found.path
-    if not wanted.is_dir():
-        return make(wanted, "hydra.sweep.dir")
-    _refuse_newer(wanted, jobs, f"hydra.sweep.dir={wanted}")
-    for job in jobs:
-        folder = job.folder(wanted)
-        if folder.holds_a_run():
-            if resume != "auto":
-                raise UserError(f"hydra.sweep.dir={wanted}: this folder holds a sweep; go on with it by resume=auto")
-            refuse_other_config(folder.config() or job.config, job.config, str(folder.path), folder.history())
-    return wanted
-
-
-def _refuse_newer(sweep: Path, jobs: Sequence[Job], key: str) -> None:
+def _check_folder(sweep: Path, key: str, jobs: Sequence[Job], resume: str | None) -> None:
+    if RunFolder(sweep).is_live():
+        raise UserError(f"{key}: another sweep is at work in this folder")
     for job in jobs:
         job.folder(sweep).refuse_newer(key)
+    for job in jobs:
+        folder = job.folder(sweep)
+        if folder.holds_a_run():
+            if resume != "auto":
+                raise UserError(f"{key}: this folder holds a sweep; go on with it by resume=auto")
+            refuse_other_config(folder.config() or job.config, job.config, str(folder.path), folder.history())
 
 
 def _is_unfinished(sweep: RunFolder, jobs: Sequence[Job]) -> bool:
@@ -174,26 +200,11 @@ def _is_unfinished(sweep: RunFolder, jobs: Sequence[Job]) -> bool:
     space = _space(sweep.path)
     if sweep.is_live() or not isinstance(space, list) or len(space) != len(jobs):
         return False
-    folders = [job.folder(sweep.path) for job in jobs]
-    configs = [folder.config() for folder in folders]
-    if all(f.is_done(job.config) for f, job in zip(folders, jobs, strict=True)):
+    folders = [(job.folder(sweep.path), job.config) for job in jobs]
+    if all(folder.is_done(config) for folder, config in folders):
         return False
-    pairs = zip(configs, jobs, strict=True)
-    return not any(config is not None and differences(config, job.config) for config, job in pairs)
-
-
-def _space(sweep: Path) -> Any:
-    try:
-        return yaml.safe_load((sweep / SPACE).read_text())
-    except (OSError, yaml.YAMLError, UnicodeDecodeError):
-        return None
-
-
-def _mark_dead(sweep: Path, jobs: Sequence[Job]) -> None:
-    from dlopt.sweeps.jobs import record_dead
-
-    for job in jobs:
-        record_dead(job.folder(sweep))
+    saved = [(folder.config(), config) for folder, config in folders]
+    return not any(old is not None and differences(old, config) for old, config in saved)
 
 
 def _outcome(sweep: Path, jobs: Sequence[Job]) -> int:
@@ -202,44 +213,24 @@ def _outcome(sweep: Path, jobs: Sequence[Job]) -> int:
         folders = [RunFolder(path) for path in sweep.iterdir() if (path / "config.yaml").exists()]
     status = [(folder.summary() or {}).get("status", "failed") for folder in folders]
     if not folders or "failed" in status:
-        return 1
-    return 75 if "interrupted" in status else 0
+        return FAILED
+    return INTERRUPTED if "interrupted" in status else DONE
 
 
 def _show(sweep: Path, jobs: Sequence[Job]) -> None:
     from dlopt.analysis.leaderboard import Entry, leaderboard
     from dlopt.commands.report import show_leaderboard
 
-    entries = [
-        Entry(job.subfolder, job.config, job.folder(sweep).summary() or {}, [line for line in job.overrides])
-        for job in jobs
-    ]
+    entries = [Entry(job.subfolder, job.config, job.folder(sweep).summary() or {}, job.overrides) for job in jobs]
     board = leaderboard(entries)
     show_leaderboard(board, board.figure.replace("best_val_", "test_"))
     print(f"\nthe sweep lies in {sweep}")
 
 
-def _list_grid(jobs: Sequence[Job], whole: DictConfig, places: "Places | None") -> int:
-    from dlopt.sweeps.jobs import labels
-
-    for number, label in enumerate(labels([job.overrides for job in jobs])):
-        print(f"job {number}: {label}")
-    return _estimate([job.config for job in jobs], len(jobs), whole, places)
-
-
-def _estimate(configs: Sequence[Mapping[str, Any]], jobs: int, whole: DictConfig, places: "Places | None") -> int:
-    from dlopt.sweeps.estimate import seconds_of, told
-
-    print(told(seconds_of(configs, choices_of(whole)), jobs, 1 if places is None else places.count))
-    return 0
-
-
 # -- searches
 
 
-def _search(
-    composer: Composer, parsed: Namespace, whole: DictConfig, wanted: Path, is_typed: bool, places: "Places | None"
-) -> int:
+def _search(request: Request) -> int:
     try:
         from dlopt.sweeps.search import facts_of, plan_of, probes
     except ModuleNotFoundError as error:
@@ -247,24 +238,29 @@ def _search(
             raise
         raise UserError(f"hydra/sweeper=dlopt_optuna: needs the package optuna: {install('dlopt[sweep]')}") from None
 
-    typed = composer.parse(parsed.overrides)
-    lines = [str(o.input_line) for o in typed]
-    hydra = [line for line in lines if line.lstrip("+~").startswith(("hydra.", "hydra/"))]
-    plan = plan_of(composer.hydra.config_loader, whole, [line for line in lines if line not in hydra])
-    checked = [_checked(composer, [*hydra, *probe], parsed.overrides) for probe in probes(plan.space)]
-    facts = {**facts_of(plan, checked[0][1]), "space": plan.space.describe()}
-    if whole.dry_run:
-        return _list_search(plan, [saved for _, saved in checked], whole, places)
-    before = Trace(wanted)
-    folder = _find_search(wanted, is_typed, plan, facts, whole.resume)
+    hydra, searched = _apart(request.composer.parse(request.typed))
+    plan = plan_of(request.composer.loader, request.config, [str(each.input_line) for each in searched])
+    configs = [request.checked([*hydra, *probe])[1] for probe in probes(plan.space)]
+    space = plan.space.describe()
+    facts = {**facts_of(plan, configs[0]), "space": space}
+    if request.config.dry_run:
+        for key, values in space.items():
+            print(f"{key}: {values}")
+        print("every job's values are drawn when it starts")
+        return request.estimate(configs, plan.total)
+    before = Trace(request.wanted)
+    folder = request.find_folder(
+        lambda found: _left_of_search(_space(found.path), facts, plan.total),
+        lambda path, key: _check_search(path, key, facts, request.config.resume),
+    )
     known = _space(folder)
-    if isinstance(known, dict) and known.get("finished", 0) >= plan.total and known.get("facts") == facts:
+    if isinstance(known, dict) and known.get("facts") == facts and not _left_of_search(known, facts, plan.total):
         print(f"this sweep is finished: {folder}")
         return 0
     try:
-        outcome = _hand_over(composer, parsed, folder, places)
+        outcome = request.run(folder)
     except KeyboardInterrupt:
-        return 75
+        return INTERRUPTED
     except UserError:
         if known is None:
             before.erase(folder)
@@ -276,41 +272,28 @@ def _search(
     return int(outcome.code)
 
 
-def _list_search(plan: "Plan", configs: Sequence[Mapping[str, Any]], whole: DictConfig, places: "Places | None") -> int:
-    for key, values in plan.space.describe().items():
-        print(f"{key}: {values}")
-    print("every job's values are drawn when it starts")
-    return _estimate(configs, plan.total, whole, places)
+def _left_of_search(known: Any, facts: Mapping[str, Any], total: int) -> bool:
+    """Whether a folder's sweep.yaml is of this search, with something left to do."""
+    return isinstance(known, dict) and known.get("facts") == facts and known.get("finished", 0) < total
 
 
-def _find_search(wanted: Path, is_typed: bool, plan: "Plan", facts: Mapping[str, Any], resume: str | None) -> Path:
-    """The folder of the search, made if need be. A folder in which other processes search is joined."""
+def _check_search(sweep: Path, key: str, facts: Mapping[str, Any], resume: str | None) -> None:
+    """Refuses a folder with another search. One in which other processes search is joined."""
     from dlopt.sweeps.study import differing, is_worked_on
 
-    def is_unfinished(folder: RunFolder) -> bool:
-        known = _space(folder.path)
-        return isinstance(known, dict) and known.get("facts") == facts and known.get("finished", 0) < plan.total
-
-    if not is_typed:
-        found = newest(wanted.parent, is_unfinished) if resume == "auto" else None
-        return make_new(wanted, "hydra.sweep.dir") if found is None else found.path
-    known = _space(wanted)
-    if known is not None:
-        if not isinstance(known, dict):
-            raise UserError(f"hydra.sweep.dir={wanted}: this folder holds a sweep of another kind, a grid")
-        different = differing(known.get("facts", {}), facts)
-        if different:
-            raise UserError(
-                f"hydra.sweep.dir={wanted}: this folder holds a search of something else ({different}); "
-                "take its search space, or another folder"
-            )
-        if resume != "auto" and not is_worked_on(wanted):
-            raise UserError(f"hydra.sweep.dir={wanted}: this folder holds a sweep; go on with it by resume=auto")
-    try:
-        wanted.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"hydra.sweep.dir={wanted}: the folder cannot be made: {error.strerror}") from None
-    return wanted
+    known = _space(sweep)
+    if known is None:
+        return
+    if not isinstance(known, dict):
+        raise UserError(f"{key}: this folder holds a sweep of another kind, a grid")
+    different = differing(known.get("facts", {}), facts)
+    if different:
+        raise UserError(
+            f"{key}: this folder holds a search of something else ({different}); "
+            "take its search space, or another folder"
+        )
+    if resume != "auto" and not is_worked_on(sweep):
+        raise UserError(f"{key}: this folder holds a sweep; go on with it by resume=auto")
 
 
 def _show_search(sweep: Path, plan: "Plan", rows: Sequence[tuple[int, str, Sequence[float]]]) -> None:

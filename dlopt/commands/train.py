@@ -1,4 +1,4 @@
-"""`dlopt train`: compose, check, find the folder, and only then let Hydra start the run or the sweep."""
+"""`dlopt train`: compose, check, find or make the folder, and only then run."""
 
 import contextlib
 import json
@@ -11,13 +11,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from dlopt.commands.hydra_main import in_folder, nothing, quoted, run_hydra
-from dlopt.config.compose import Composer, choices_of, hydra_arguments, parse_arguments, resolve_saved, to_plain
+from dlopt.config.compose import (
+    Composer,
+    choices_of,
+    job_environment,
+    parse_arguments,
+    resolve_saved,
+    show_config,
+    to_plain,
+    typed_folder,
+)
 from dlopt.config.inherit import inherit
 from dlopt.config.resuming import newest_unfinished, refuse_other_config
-from dlopt.errors import UserError
+from dlopt.errors import FAILED, USER_ERROR, UserError
 from dlopt.folders import RunFolder, Trace, make, make_new
 from dlopt.parallel.world import World, current, end_process, meet
 
@@ -28,28 +36,24 @@ if TYPE_CHECKING:
 
 
 def train(arguments: list[str]) -> int:
-    """Runs the command line behind `dlopt train`; returns the exit code. Raises `UserError`."""
+    """Runs the command line after `dlopt train`; returns the exit code. Raises `UserError`."""
     parsed = parse_arguments(arguments)
     if parsed.help:
         from dlopt.commands.help import help_page
 
         print(help_page(parsed.config_dir))
         return 0
+    _check_flags(parsed)
     world = current()
-    if world is not None:  # torch is not imported yet; a peer that is lost is told in one line, not in frames of C++
-        from dlopt.parallel.launch import end_with_torchrun
-
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
-        end_with_torchrun()
-    if world is not None and world.restarts and not any(line.startswith("resume=") for line in parsed.overrides):
-        parsed.overrides.append("resume=auto")  # the launcher has started the run again
+    if world is not None:
+        _prepare_rank(world, parsed)
     composer = Composer(parsed.config_name, parsed.config_dir)
     parsed.overrides = inherit(composer, parsed.overrides)
     if world is not None and not world.is_main:
         return _follow(composer, parsed, world)
     if parsed.hydra_help or parsed.cfg or parsed.info:
-        composer.compose(parsed.overrides, parsed.multirun)  # explains what is wrong better than Hydra does
-        run_hydra(hydra_arguments(parsed), nothing)
+        composer.compose(parsed.overrides)  # explains errors better than Hydra does
+        show_config(parsed)
         return 0
     config = None if parsed.multirun else composer.compose(parsed.overrides)
     if config is None or config.hydra.mode == RunMode.MULTIRUN:  # which a recipe may set
@@ -63,27 +67,45 @@ def train(arguments: list[str]) -> int:
     return _run(config, parsed) if world is None else _lead(config, parsed, world)
 
 
+def _check_flags(parsed: Namespace) -> None:
+    modes = [f"--{name}" for name in ("run", "multirun", "cfg", "info") if getattr(parsed, name)]
+    if len(modes) > 1:
+        raise UserError(f"{' '.join(modes)}: only one of these at a time")
+    if parsed.resolve and not parsed.cfg:
+        raise UserError("--resolve: only with --cfg, whose config it resolves")
+
+
+def _prepare_rank(world: World, parsed: Namespace) -> None:
+    """Sets up one of the processes of a launcher, before it imports torch."""
+    from dlopt.parallel.launch import end_with_torchrun
+
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # a lost peer is reported in one line, not in C++ frames
+    end_with_torchrun()
+    if world.restarts and not any(line.startswith("resume=") for line in parsed.overrides):
+        parsed.overrides.append("resume=auto")  # the launcher has started the run again
+
+
 def _lead(config: DictConfig, parsed: Namespace, world: World) -> int:
-    """Rank 0 of processes that a launcher started: it chooses the folder, and tells the others what is run in it."""
-    from dlopt.job import FAILED, USER_ERROR, complain
+    """Rank 0 of processes that a launcher started: chooses the folder and sends the run to the other ranks."""
+    from dlopt.job import complain
 
     store = _meet(config, world)
     code = FAILED
     try:
-        code = _run(config, parsed, tell=lambda what: store.set("run", json.dumps(what)))
+        code = _run(config, parsed, send=lambda what: store.set("run", json.dumps(what)))
     except UserError as error:
         complain(str(error))
         code = USER_ERROR
     finally:
         with contextlib.suppress(RuntimeError):  # the launcher that keeps the store may be gone
-            store.compare_set("run", "", json.dumps({"exit": code}))  # where nothing was told
+            store.compare_set("run", "", json.dumps({"exit": code}))  # unless the run was sent
     end_process(code)
 
 
 def _follow(composer: Composer, parsed: Namespace, world: World) -> int:
-    """Another rank: what rank 0 tells is run, and what is wrong with the command line is left to it to say."""
+    """Ranks > 0: receives the run from rank 0, which also reports config errors."""
     from dlopt.config.parsing import parse
-    from dlopt.job import USER_ERROR, execute
+    from dlopt.job import execute
     from dlopt.train.trainer import Run
 
     if parsed.multirun or parsed.hydra_help or parsed.cfg or parsed.info:
@@ -92,11 +114,11 @@ def _follow(composer: Composer, parsed: Namespace, world: World) -> int:
         config = composer.compose(parsed.overrides)
     except UserError:
         end_process(USER_ERROR)
-    told = json.loads(_meet(config, world).get("run"))
-    if "exit" in told:
-        end_process(told["exit"])
-    experiment = parse(resolve_saved(told["config"]), told["config"])
-    end_process(execute(Run(experiment, Path(told["folder"]), None, told["choices"]), typed=parsed.overrides))
+    sent = json.loads(_meet(config, world).get("run"))
+    if "exit" in sent:
+        end_process(sent["exit"])
+    experiment = parse(resolve_saved(sent["config"]), sent["config"])
+    end_process(execute(Run(experiment, Path(sent["folder"]), None, sent["choices"]), typed=parsed.overrides))
 
 
 def _meet(config: DictConfig, world: World) -> "Store":
@@ -127,11 +149,7 @@ def prepare(config: DictConfig, overrides: Sequence[str]) -> Prepared:
 
     plain, saved = to_plain(config, overrides)
     experiment = parse(plain, saved)
-    run_dir = OmegaConf.select(config, "hydra.run.dir")
-    if not run_dir or not str(run_dir).strip():
-        raise UserError(f"hydra.run.dir={'null' if run_dir is None else run_dir}: the path of a folder is needed")
-    wanted = Path(str(run_dir)).absolute()
-    is_typed = any(line.lstrip("+").startswith("hydra.run.dir=") for line in overrides)
+    wanted, is_typed = typed_folder(config, "hydra.run.dir", overrides)
     if plain["dry_run"]:
         raise UserError("dry_run=true: this is for `dlopt train` alone")
     before = Trace(wanted)
@@ -151,36 +169,28 @@ def _estimate(config: DictConfig, overrides: Sequence[str]) -> int:
     return 0
 
 
-def _run(config: DictConfig, parsed: Namespace, tell: Callable[[Mapping[str, Any]], None] | None = None) -> int:
-    """`tell`: takes what other ranks need to join the run."""
-    from dlopt.job import USER_ERROR, complain, execute
+def _run(config: DictConfig, parsed: Namespace, send: Callable[[Mapping[str, Any]], None] | None = None) -> int:
+    """`send`: takes what other ranks need to join the run."""
+    from dlopt.job import execute
 
     if config.dry_run is True:
         return _estimate(config, parsed.overrides)
     ready = prepare(config, parsed.overrides)
     run, folder = ready.run, ready.folder
     if ready.is_done:
-        return _tell_finished(folder)
+        return _show_finished(folder)
     if config.resume == "auto" and ready.is_new:
         print("resume=auto: there is no unfinished run of this config, so a new one begins", flush=True)
-    is_taken = False  # by another process that chose the same folder meanwhile
+    if ready.is_new and (folder.config() is not None or folder.is_live()):
+        raise UserError(f"hydra.run.dir={folder.path}: another run is at work in this folder")  # it was quicker
     outcome = USER_ERROR
-
-    def task(_: DictConfig) -> None:
-        nonlocal outcome, is_taken
-        is_taken = ready.is_new and (folder.config() is not None or folder.is_live())
-        if is_taken:
-            complain(f"hydra.run.dir={folder.path}: another run is at work in this folder")
-            return
-        if tell is not None:
-            tell({"config": run.experiment.config, "folder": str(folder.path), "choices": run.choices})
-        outcome = execute(run, typed=parsed.overrides)
-
     try:
-        arguments = hydra_arguments(parsed, f"hydra.run.dir={quoted(folder.path)}")
-        run_hydra(arguments, task, in_folder(config, folder.path))
+        with job_environment(config, folder.path):
+            if send is not None:
+                send({"config": run.experiment.config, "folder": str(folder.path), "choices": run.choices})
+            outcome = execute(run, typed=parsed.overrides)
     finally:
-        if outcome == USER_ERROR and ready.is_new and not is_taken and not folder.is_live():
+        if outcome == USER_ERROR and ready.is_new and not folder.is_live():
             ready.before.erase(folder.path)
     return outcome
 
@@ -253,7 +263,7 @@ def _take_history(source: RunFolder, target: RunFolder, best_epoch: int | None) 
                 shutil.copy(path, target.checkpoints / path.name)
 
 
-def _tell_finished(folder: RunFolder) -> int:
+def _show_finished(folder: RunFolder) -> int:
     from dlopt.tracking.console import ConsoleView
 
     summary = folder.summary() or {}

@@ -1,15 +1,28 @@
-"""The choices that there are, read from the YAML files alone: without Hydra and torch, listing them is instant."""
+"""The choices that there are, read from the YAML files alone: without Hydra and torch, listing them is instant.
 
+An installed package adds choices by an entry point that names a module with a folder `conf`:
+
+    [project.entry-points.dlopt]
+    mine = "mine"
+
+Its YAML files cannot replace dlopt's own, and `_target_` may name its callables: who installs a package trusts it.
+"""
+
+import functools
 import re
 from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
+from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 
 import yaml
 
 import dlopt
-from dlopt.config.extensions import extensions
 from dlopt.errors import UserError
+
+config_dir: ContextVar[Path | None] = ContextVar("config_dir", default=None)  # --config-dir, for the plug-in
 
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _SELF = yaml.ScalarNode("tag:yaml.org,2002:str", "_self_")
@@ -20,6 +33,30 @@ def config_folder() -> Path:
     """The shipped YAML files: inside the installed package, or beside it in a checkout."""
     installed = Path(dlopt.__file__).parent / "conf"
     return installed if installed.is_dir() else installed.parents[1] / "conf"
+
+
+@dataclass(frozen=True)
+class Extension:
+    package: str
+    folder: Path
+
+
+@functools.cache
+def extensions() -> tuple[Extension, ...]:
+    """Lists the installed extensions without importing them. Raises `UserError` where a package has no such folder."""
+    found = []
+    for entry in sorted(entry_points(group="dlopt"), key=lambda each: each.name):
+        package = entry.value.split(":")[0].split(".")[0]
+        spec = find_spec(package)
+        places = [] if spec is None else list(spec.submodule_search_locations or [])
+        folders = [folder for place in places if (folder := Path(place, "conf")).is_dir()]
+        if not folders:
+            raise UserError(
+                f"{entry.name}: this installed package says that it extends dlopt, but {package}/conf is no folder; "
+                "update or uninstall it"
+            )
+        found.append(Extension(package, folders[0]))
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -55,20 +92,20 @@ class Choice:
 
 
 class Catalogue:
-    """The groups and choices of dlopt's own folder, of the user's, which goes before it, and of installed packages."""
+    """The groups and choices of dlopt's own folder, of installed packages and of --config-dir: the first one wins, as
+    in Hydra's search path."""
 
     def __init__(self, config_dir: str | None = None) -> None:
         if config_dir is not None and not Path(config_dir).is_dir():
             raise UserError(f"--config-dir={config_dir}: there is no such folder")
-        own = [Path(config_dir)] if config_dir is not None else []
-        self._folders = [*own, config_folder(), *(extension.folder for extension in extensions())]
+        typed = [Path(config_dir)] if config_dir is not None else []
+        self._folders = [config_folder(), *(extension.folder for extension in extensions()), *typed]
+        self._primary = self._find("train") or config_folder() / "train.yaml"
 
     def groups(self) -> dict[str, str | None]:
         """Each group's default choice (None: none unless one is chosen), in the order of train.yaml's defaults list."""
-        path = self._find("train")
-        assert path is not None
         listed = {}
-        for node in _defaults(_parse(path)):
+        for node in _defaults(_parse(self._primary)):
             entry, value = _entry(node)
             if value is not None and not entry.startswith("override "):
                 listed[entry.removeprefix("optional ").split("@")[0].strip("/")] = None if value == "null" else value
@@ -91,15 +128,11 @@ class Catalogue:
         is_global = re.search(r"^#\s*@package\s+_global_\s*$", _read(choice.path), re.MULTILINE)
         package = "" if is_global else choice.group.replace("/", ".")
         folder = f"{choice.group}/{choice.name}".rpartition("/")[0]
+        of_all = _own(self._primary, "") if package else {}
+        of_all = {key: each for key, each in of_all.items() if key.startswith(f"{package}.")}
         found = self._keys(choice.path, folder, package, ())
         found.pop(f"{package}._target_", None)
-        return list((found | {key: each for key, each in self._of_all(package).items() if key not in found}).values())
-
-    def _of_all(self, package: str) -> dict[str, Key]:
-        path = self._find("train")
-        assert path is not None
-        found = _own(path, "") if package else {}
-        return {key: each for key, each in found.items() if key.startswith(f"{package}.")}
+        return [*found.values(), *(each for key, each in of_all.items() if key not in found)]
 
     def _find(self, name: str) -> Path | None:
         paths = (folder / f"{name}.yaml" for folder in self._folders)

@@ -1,39 +1,53 @@
-"""Composing with Hydra, as `dlopt train` will: the same search path, the same overrides, before Hydra's main runs."""
+"""Composes configs by Hydra's public functions, explains what is wrong with a command line, and enters Hydra's main.
 
+The only module that imports Hydra's internals, for two things without a public name: its argument parser, because
+`dlopt train` takes Hydra's flags, and the list of callbacks without which other people's launchers start no job.
+"""
+
+import contextlib
+import importlib
+import itertools
+import logging
 import re
+import sys
 from argparse import Namespace
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NoReturn
 
+import hydra
 import yaml
-from hydra._internal.hydra import Hydra
-from hydra._internal.utils import create_config_search_path, get_args_parser
-from hydra.core.config_search_path import SearchPathQuery
+from hydra import compose, initialize_config_dir
+from hydra._internal.callbacks import Callbacks
+from hydra._internal.utils import get_args_parser
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
+from hydra.core.utils import configure_log, env_override
 from hydra.errors import HydraException
-from hydra.types import RunMode
-from hydra.version import setbase
+from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import dlopt
-from dlopt.aliases import check_file
-from dlopt.config import plugins
+from dlopt.config.choices import config_dir as searched
 from dlopt.config.choices import config_folder
 from dlopt.config.schema import show
 from dlopt.config.trust import check_hydra, leaves
 from dlopt.errors import UserError
+from dlopt.plain import check_yaml
 
 CONFIG_NAME = "train"
+_VERSION_BASE = "1.3"
 
 
 def parse_arguments(arguments: list[str]) -> Namespace:
-    """Hydra's own command line: overrides and flags such as -m, --cfg, --config-dir, in any order."""
+    """Parses Hydra's command line: overrides and flags such as -m, --cfg, --config-dir, in any order."""
     parser = get_args_parser()
     parser.error = _refuse_flags  # type: ignore[method-assign]
     for action in parser._actions:
@@ -51,7 +65,7 @@ def parse_arguments(arguments: list[str]) -> Namespace:
 
 
 def _quoted(line: str) -> str:
-    """Quotes for a plain value with letters that Hydra's grammar does not know: name=größe."""
+    """Quotes a plain value with letters that Hydra's grammar does not know: name=größe."""
     key, equals, value = line.partition("=")
     is_plain = equals and value.isprintable() and not re.search(r"""['"\[\]{}(),$\\]""", value)
     return line if value.isascii() or not is_plain else f"{key}='{value}'"
@@ -61,18 +75,28 @@ def _refuse_flags(message: str) -> NoReturn:
     raise UserError(f"{message}; `dlopt train --help` shows what is allowed")
 
 
-def hydra_arguments(parsed: Namespace, *more: str) -> list[str]:
-    """The command line as Hydra's main wants it: flags first, then the overrides and `more` of them."""
-    flags = [f"--{name.replace('_', '-')}" for name in _SWITCHES if getattr(parsed, name)]
-    for name in _VALUES:
+def show_config(parsed: Namespace) -> None:
+    """Has Hydra's main print what --cfg, --info or --hydra-help asks for."""
+    flags = [f"--{name.replace('_', '-')}" for name in ("hydra_help", "resolve") if getattr(parsed, name)]
+    for name in ("cfg", "package", "info", "config_name", "config_dir"):
         value = getattr(parsed, name)
-        if value is not None:
-            flags += [f"--{name.replace('_', '-')}", value]
-    return [*flags, *parsed.overrides, *more]
+        flags += [] if value is None else [f"--{name.replace('_', '-')}", value]
+    hydra_main([*flags, *parsed.overrides])
 
 
-_SWITCHES = ("hydra_help", "resolve", "run", "multirun")
-_VALUES = ("cfg", "package", "info", "config_name", "config_dir")
+def hydra_main(arguments: list[str]) -> None:
+    """Enters Hydra's main for what it alone prints: configs and completions. It may raise SystemExit."""
+    _offer_plugins()
+    logging.raiseExceptions = False  # Hydra prints through logging: a closed pipe (`| head`) is no error
+    former, sys.argv = sys.argv, [sys.argv[0], *arguments]
+    try:
+        hydra.main(version_base=_VERSION_BASE, config_path=str(config_folder()), config_name=CONFIG_NAME)(_no_job)()
+    finally:
+        sys.argv = former
+
+
+def _no_job(config: DictConfig) -> None:
+    """The task that Hydra's main requires; it is not called when Hydra only prints."""
 
 
 class Composer:
@@ -81,29 +105,24 @@ class Composer:
     def __init__(self, config_name: str | None = None, config_dir: str | None = None) -> None:
         self.config_name = config_name or CONFIG_NAME
         self.config_dir = config_dir
-        setbase("1.3")
-        plugins.offer()
-        path = create_config_search_path(str(config_folder()))
         if config_dir is not None:
             _check_files(Path(config_dir))
-            folder = f"file://{Path(config_dir).resolve()}"
-            path.prepend("command-line", folder, SearchPathQuery(provider="schema"))
-        GlobalHydra.instance().clear()
-        self.hydra = Hydra.create_main_hydra2(CONFIG_NAME, path)
-        GlobalHydra.instance().clear()  # Hydra's own main wants to be the first
+        _offer_plugins()
+        token = searched.set(None if config_dir is None else Path(config_dir))
+        try:
+            with _as_global(None):
+                initialize_config_dir(str(config_folder()), job_name=CONFIG_NAME, version_base=_VERSION_BASE)
+                self._hydra = GlobalHydra.instance().hydra
+                self.loader = GlobalHydra.instance().config_loader()
+                self._context = HydraContext(self.loader, Callbacks())  # no callbacks: they would be code
+        finally:
+            searched.reset(token)
 
     def parse(self, overrides: list[str]) -> list[Override]:
-        parser = OverridesParser.create(self.hydra.config_loader)
-        parsed = []
-        for line in overrides:
-            try:
-                parsed += parser.parse_overrides([line])
-            except HydraException:
-                raise UserError(explain_grammar(line)) from None
-        return parsed
+        return parse_overrides(overrides, self.loader)
 
     def compose(self, overrides: list[str], multirun: bool = False) -> DictConfig:
-        """The composed config with Hydra's own node. Every way in which typed overrides can be wrong is explained."""
+        """Composes a config with Hydra's own node. Explains every way in which typed overrides can be wrong."""
         parsed = self.parse(overrides)
         self._refuse_what_hydra_accepts(parsed, multirun)
         try:
@@ -118,20 +137,34 @@ class Composer:
             raise UserError(f"{self._undecodable()} cannot be read: {_first_lines(error)}") from None
 
     def _compose(self, overrides: list[str], multirun: bool = False) -> DictConfig:
-        mode = RunMode.MULTIRUN if multirun else RunMode.RUN
-        return self.hydra.compose_config(
-            config_name=self.config_name, overrides=overrides, run_mode=mode, from_shell=True
-        )
+        if multirun:  # of a sweep as a whole: `compose` knows single runs only
+            return self.loader.load_configuration(self.config_name, overrides, RunMode.MULTIRUN)
+        with _as_global(self._hydra):
+            return compose(self.config_name, overrides, return_hydra_config=True)
+
+    def launcher(self, config: DictConfig, task: Callable[[DictConfig], Any]) -> Any:
+        """Builds the launcher that a composed sweep names."""
+        return Plugins.instance().instantiate_launcher(hydra_context=self._context, task_function=task, config=config)
+
+    def sweep(self, config: DictConfig, folder: Path, task: Callable[[DictConfig], Any]) -> Any:
+        """Runs a composed sweep in `folder` by its sweeper and launcher; returns what the sweeper returns."""
+        path = str(folder).replace("\\", "\\\\").replace("'", "\\'")
+        OmegaConf.update(config, "hydra.sweep.dir", str(folder))
+        config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{path}'")  # with which every job is composed
+        configure_log(config.hydra.hydra_logging, config.hydra.verbose)
+        plugins = Plugins.instance()
+        sweeper = plugins.instantiate_sweeper(hydra_context=self._context, task_function=task, config=config)
+        typed: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
+        return sweeper.sweep(typed)
 
     def groups(self) -> list[str]:
-        listed = self.hydra.config_loader.list_groups("")
-        return [name for name in listed if name != "hydra"]
+        return [name for name in self.loader.list_groups("") if name != "hydra"]
 
     def choices(self, group: str) -> list[str]:
         """The names of a group's files, those in folders below it included (`lecture/capacity`)."""
-        loader = self.hydra.config_loader
-        found = [name for name in loader.get_group_options(group, ObjectType.CONFIG) if not name.startswith("_")]
-        for folder in loader.get_group_options(group, ObjectType.GROUP):
+        options = self.loader.get_group_options
+        found = [name for name in options(group, ObjectType.CONFIG) if not name.startswith("_")]
+        for folder in options(group, ObjectType.GROUP):
             found += [f"{folder}/{name}" for name in self.choices(f"{group}/{folder}")]
         return found
 
@@ -240,20 +273,99 @@ class Composer:
         return f"{line}: there is no key {key}; {hint}allowed: {', '.join(names) or 'none'}"
 
 
+def parse_overrides(lines: Iterable[str], loader: ConfigLoader | None = None) -> list[Override]:
+    """Parses overrides; `loader` lists the choices for glob(*). Raises `UserError`."""
+    parser = OverridesParser.create(loader)
+    parsed = []
+    for line in lines:
+        try:
+            parsed += parser.parse_overrides([line])
+        except HydraException:
+            raise UserError(_explain_grammar(line)) from None
+    return parsed
+
+
+@contextlib.contextmanager
+def _as_global(own: Any) -> Iterator[None]:
+    """Lets Hydra's functions work on `own`. A notebook may use Hydra too: what it has initialized comes back."""
+    state = GlobalHydra.instance()
+    former, state.hydra = state.hydra, own
+    try:
+        yield
+    finally:
+        state.hydra = former
+
+
+def _offer_plugins() -> None:
+    """Registers dlopt's sweeper, launchers and config folders with Hydra.
+
+    It builds plug-ins of the namespace package `hydra_plugins` only, which dlopt/hydra_plugins therefore joins.
+    """
+    try:
+        namespace = importlib.import_module("hydra_plugins")
+    except ModuleNotFoundError:  # no other plug-in is installed
+        namespace = sys.modules["hydra_plugins"] = ModuleType("hydra_plugins")
+        namespace.__path__ = []
+    folder = str(Path(dlopt.__file__).with_name("hydra_plugins"))
+    if folder not in namespace.__path__:
+        namespace.__path__.append(folder)
+    plugins = Plugins.instance()  # scans the namespace, unless it was used before in this process
+    for each in importlib.import_module("hydra_plugins.dlopt_sweeps").PLUGINS:
+        plugins.register(each)
+
+
+def grid(overrides: Iterable[Override]) -> list[list[str]]:
+    """Returns the overrides of each combination of the listed values, in the order of Hydra's own sweeper.
+
+    Raises `UserError` for values that cannot be listed.
+    """
+    lists: dict[str, list[str]] = {}
+    for override in overrides:
+        key = override.get_key_element()
+        if not override.is_sweep_override():
+            lists[key] = [f"{key}={override.get_value_element_as_str()}"]
+        elif override.is_discrete_sweep():
+            lists[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
+        else:
+            raise UserError(f"{override.input_line}: a grid lists its values; hydra/sweeper=dlopt_optuna draws them")
+    return [list(each) for each in itertools.product(*lists.values())]
+
+
+def typed_folder(config: DictConfig, key: str, overrides: Iterable[str]) -> tuple[Path, bool]:
+    """The folder that `key` (hydra.run.dir or hydra.sweep.dir) names, and whether it was typed. Raises `UserError`."""
+    path = OmegaConf.select(config, key)
+    if not path or not str(path).strip():
+        raise UserError(f"{key}={'null' if path is None else path}: the path of a folder is needed")
+    return Path(str(path)).absolute(), is_typed(key, overrides)
+
+
+@contextlib.contextmanager
+def job_environment(config: DictConfig, folder: Path) -> Iterator[None]:
+    """Sets what the config says of the process: its logging, hydra.job.env_set, hydra.job.chdir. Raises `UserError`."""
+    config.hydra.runtime.output_dir = str(folder)
+    try:
+        configure_log(config.hydra.job_logging, config.hydra.verbose)
+    except (ValueError, OSError) as error:
+        raise UserError(f"hydra.job_logging: {_first_lines(error)}") from None
+    place = contextlib.chdir(folder) if config.hydra.job.chdir else contextlib.nullcontext()
+    with env_override(config.hydra.job.env_set), place:
+        yield
+
+
 def _check_files(folder: Path) -> None:
     """Raises `UserError` for files that Hydra would find in `folder` and that are too large for a config."""
     groups = [path.name for path in config_folder().iterdir() if path.is_dir()]
     inner = [path for group in (*groups, "hydra") for path in (folder / group).rglob("*.yaml")]
     for path in sorted([*folder.glob("*.yaml"), *inner]):
         try:
-            check_file(path)
+            check_yaml(path)
         except ValueError as error:
             raise UserError(f"--config-dir={folder}: {path.relative_to(folder)} {error}") from None
         except OSError as error:
             raise UserError(f"--config-dir={folder}: {path.relative_to(folder)} cannot be read: {error}") from None
 
 
-def explain_grammar(line: str) -> str:
+def _explain_grammar(line: str) -> str:
     """What is wrong with an override that Hydra's grammar does not take."""
     key, equals, value = line.partition("=")
     if not equals and not key.startswith("~"):
@@ -288,41 +400,41 @@ def _elsewhere(name: str, config: DictConfig) -> str:
 
 
 def choices_of(config: DictConfig) -> dict[str, str]:
-    """Group -> name of the YAML file that was chosen."""
-    chosen = OmegaConf.to_container(config.hydra.runtime.choices)
-    assert isinstance(chosen, dict)
+    """Maps each group to the name of the YAML file that was chosen."""
+    chosen: Any = OmegaConf.to_container(config.hydra.runtime.choices)
     return {str(k): str(v) for k, v in chosen.items() if not str(k).startswith("hydra") and v is not None}
 
 
 def to_plain(config: DictConfig, typed: Iterable[str] | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The task's part as plain dicts and lists: resolved, and as it may be saved.
+    """Returns the task's part as plain dicts and lists: resolved, and as it may be saved.
 
-    What came from the environment (`${oc.env:TOKEN}`) stays an interpolation in the second. Raises `UserError` for
-    `???`, for broken interpolations, and for packages that a file instead of a person wants trusted (`typed`: the
-    command line's overrides; None: that was seen to before).
+    In the second, what came from the environment (`${oc.env:TOKEN}`) stays an interpolation. Raises `UserError` for
+    `???`, for broken interpolations, and for `allow_packages` that a file sets instead of the command line (`typed`:
+    its overrides; None: already checked).
     """
     raw: Any = OmegaConf.to_container(config, resolve=False)
-    assert isinstance(raw, dict)
-    raw.pop("hydra", None)
-    raw.pop("comparison", None)  # which commands.compare makes of the config, and nothing else does
-    task = OmegaConf.create(raw)
-    for key, value in leaves("", raw):
+    for key in ("hydra", "comparison"):  # the latter is for commands.compare alone
+        raw.pop(key, None)
+    task, values = OmegaConf.create(raw), dict(leaves(raw))
+    for key, value in values.items():
         if value == "???":
             raise UserError(f"{key}: a value is needed; type {key}=...")
     try:
         plain: Any = OmegaConf.to_container(task, resolve=True)
     except OmegaConfBaseException as error:
-        typed_value = dict(leaves("", raw)).get(str(error.full_key).replace("[", ".").replace("]", ""))
-        raise UserError(f"{error.full_key}={typed_value}: {_first_lines(error)}") from None
+        key = str(error.full_key)
+        typed_value = values.get(key.replace("[", ".").replace("]", ""))
+        raise UserError(f"{key}={typed_value}: {_first_lines(error)}") from None
     except RecursionError:
         raise UserError("an interpolation ${...} refers to itself") from None
-    if typed is not None:
-        _check_trust(plain, typed)
+    if typed is not None and plain.get("allow_packages") and not is_typed("allow_packages", typed):
+        names = show(plain["allow_packages"])
+        raise UserError(f"allow_packages={names}: stands in a config file; it has to be typed on the command line")
     return plain, _without(plain, raw, _from_environment(plain, raw))
 
 
 def resolve_saved(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """A saved config with its interpolations of the environment resolved again. Raises `UserError`."""
+    """Resolves a saved config's interpolations of the environment again. Raises `UserError`."""
     return to_plain(OmegaConf.create(dict(saved)), None)[0]
 
 
@@ -336,6 +448,7 @@ def _from_environment(plain: Any, raw: Any) -> set[str]:
 
 
 def _without(plain: Any, raw: Any, secrets: set[str]) -> Any:
+    """`plain`, with the interpolations of `raw` wherever their value holds one of the secrets."""
     if isinstance(raw, dict):
         return {key: _without(plain[key], value, secrets) for key, value in raw.items()}
     if isinstance(raw, list):
@@ -344,11 +457,9 @@ def _without(plain: Any, raw: Any, secrets: set[str]) -> Any:
     return raw if hidden else plain
 
 
-def _check_trust(plain: Mapping[Any, Any], typed: Iterable[str]) -> None:
-    """Which packages are trusted is for the person at the keyboard to say, not for a file."""
-    if plain.get("allow_packages") and not any(line.lstrip("+").startswith("allow_packages=") for line in typed):
-        names = show(plain["allow_packages"])
-        raise UserError(f"allow_packages={names}: stands in a config file; it has to be typed on the command line")
+def is_typed(key: str, overrides: Iterable[str]) -> bool:
+    """Whether the command line sets the key."""
+    return any(line.lstrip("+").startswith(f"{key}=") for line in overrides)
 
 
 def _first_lines(error: Exception) -> str:

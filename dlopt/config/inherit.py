@@ -1,7 +1,7 @@
-"""`from=RUN`: the config of an earlier run as overrides, on which what is typed comes.
+"""`from=RUN`: the config of an earlier run as overrides, to which those of the command line are added.
 
-The run's choices are taken by name and every value in which it differs from them by key, so that the new run is
-composed, checked and trusted like any other, and needs the old folder no more.
+The run's choices are taken by name, and every value in which the run differs from them by key. The new run is therefore
+composed, checked and trusted like any other, and does not need the old folder any more.
 """
 
 import json
@@ -16,90 +16,85 @@ from omegaconf import OmegaConf
 from dlopt.config.compose import Composer
 from dlopt.errors import UserError
 from dlopt.folders import RunFolder
+from dlopt.plain import flatten
 
-_KEY = "from"
-_RECIPES = ("experiment", "comparison")  # whose effects stand in the saved config, key by key
+_RECIPES = ("experiment", "comparison")  # whose effects are in the saved config, key by key
 _LEFT = ("resume", "allow_packages")  # belong to a command line, not to what is computed
 _MISSING = object()
 
 
 def inherit(composer: Composer, overrides: Sequence[str]) -> list[str]:
-    """The overrides with `from=RUN` replaced by what it stands for; as they are where there is none.
+    """Replaces `from=RUN` by the overrides that it stands for; leaves other command lines as they are.
 
     A typed choice (`optimizer=adamw`) replaces the run's whole group. Raises `UserError`.
     """
-    asked = [line for line in overrides if line.lstrip("+").partition("=")[0] == _KEY]
-    if not asked:
+    sources = [line for line in overrides if _key(line) == "from"]
+    if not sources:
         return list(overrides)
-    typed = [line for line in overrides if line not in asked]
-    folder = RunFolder(_path(composer, asked))
-    folder.refuse_newer(asked[0])
-    saved = folder.config()
-    if saved is None:
-        raise UserError(f"{asked[0]}: a run's folder is needed; there is no readable config.yaml in {folder.path}")
+    source, typed = sources[0], [line for line in overrides if line not in sources]
+    keys = [_key(line) for line in typed]
+    folder = RunFolder(_path(composer, sources))
+    folder.refuse_newer(source)
+    config = folder.config()
+    if config is None:
+        raise UserError(f"{source}: a run's folder is needed; there is no readable config.yaml in {folder.path}")
+    saved = flatten(config)
+    _check(saved, config.get("allow_packages"), source, dict(zip(keys, typed, strict=True)))
     groups = [group for group in composer.groups() if group not in _RECIPES]
-    chosen = [line.lstrip("+").partition("=")[0] for line in typed]
-    for line, key in zip(typed, chosen, strict=True):
-        if key in _RECIPES:
-            raise UserError(f"{line}: a run's config is complete; a recipe is not put on top of it")
-    _refuse_foreign(saved, asked[0], chosen)
-    kept = [group for group in groups if group not in chosen]
-    choices = [f"{group}={name}" for group, name in _choices(folder, kept).items()]
-    _check_choices(composer, choices, asked[0])
-    _refuse_odd_keys(_flat(saved), asked[0])
-    replaced = [key for key in chosen if key in groups]
-    wanted = {key: value for key, value in _flat(saved).items() if key.partition(".")[0] not in (*_LEFT, *replaced)}
+    choices = _choices(composer, folder, [group for group in groups if group not in keys], source)
+    left = (*_LEFT, *(key for key in keys if key in groups))
+    wanted = {key: value for key, value in saved.items() if key.partition(".")[0] not in left}
     lines: list[str] = []
     for interpolated in (False, True):  # what follows another key (init_seed: ${seed}) may need no line of its own
         lines += _differences(composer, [*choices, *lines], wanted, interpolated)
-    return [*choices, *(line for line in lines if line.lstrip("+").partition("=")[0] not in chosen), *typed]
+    return [*choices, *(line for line in lines if _key(line) not in keys), *typed]
 
 
-def _path(composer: Composer, asked: Sequence[str]) -> Path:
-    overrides = composer.parse(list(asked))
-    value = overrides[0].value()
-    if len(asked) > 1 or overrides[0].is_sweep_override() or not isinstance(value, str) or not value:
-        raise UserError(f"{' '.join(asked)}: the folder of one run is needed")
+def _key(line: str) -> str:
+    return line.lstrip("+").partition("=")[0]
+
+
+def _path(composer: Composer, sources: Sequence[str]) -> Path:
+    override = composer.parse(list(sources))[0]
+    value = override.value()
+    if len(sources) > 1 or override.is_sweep_override() or not isinstance(value, str) or not value:
+        raise UserError(f"{' '.join(sources)}: the folder of one run is needed")
     path = Path(value)
     return path.parent if path.name == "config.yaml" else path
 
 
-def _refuse_foreign(saved: Mapping[str, Any], line: str, typed: Sequence[str]) -> None:
-    packages = saved.get("allow_packages")
+def _check(saved: Mapping[str, Any], packages: Any, source: str, typed: Mapping[str, str]) -> None:
+    """Refuses recipes on top, packages that are not trusted, and keys that act as something else on a command line."""
+    for recipe in _RECIPES:
+        if recipe in typed:
+            raise UserError(f"{typed[recipe]}: a run's config is complete; a recipe is not put on top of it")
     if packages and "allow_packages" not in typed:
         names = ",".join(map(str, packages)) if isinstance(packages, list) else str(packages)
-        raise UserError(f"{line}: its config names callables of {names}; trust them by allow_packages=[{names}]")
-
-
-def _refuse_odd_keys(saved: Mapping[str, Any], line: str) -> None:
-    """What is no plain key would act as something else on a command line, and Hydra's part is none of a run's."""
+        raise UserError(f"{source}: its config names callables of {names}; trust them by allow_packages=[{names}]")
     for key in saved:
         if not re.fullmatch(r"\w[\w-]*(\.[\w-]+)*", key) or key.partition(".")[0] == "hydra":
-            raise UserError(f"{line}: its config has the key {key!r}, which no run has")
+            raise UserError(f"{source}: its config has the key {key!r}, which no run has")
 
 
-def _choices(folder: RunFolder, groups: Sequence[str]) -> dict[str, str]:
+def _choices(composer: Composer, folder: RunFolder, groups: Sequence[str], source: str) -> list[str]:
+    """The run's choices as overrides."""
     try:
-        environment = json.loads((folder.path / "environment.json").read_text())
-        found = environment["choices"]
-        return {group: str(found[group]) for group in groups if group in found}
+        chosen = json.loads((folder.path / "environment.json").read_text())["choices"]
+        found = {group: str(chosen[group]) for group in groups if group in chosen}
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{_KEY}={folder.path}: its environment.json, which names the choices, is damaged") from None
-
-
-def _check_choices(composer: Composer, choices: Sequence[str], asked: str) -> None:
-    for line in choices:
-        group, _, name = line.partition("=")
+        raise UserError(f"from={folder.path}: its environment.json, which names the choices, is damaged") from None
+    for group, name in found.items():
         if name not in composer.choices(group):
             raise UserError(
-                f"{asked}: it chose {line}, which is not here; add the --config-dir that it was started with"
+                f"{source}: it chose {group}={name}, which is not here; add the --config-dir that it was started with"
             )
+    return [f"{group}={name}" for group, name in found.items()]
 
 
 def _differences(composer: Composer, lines: list[str], wanted: Mapping[str, Any], interpolated: bool) -> list[str]:
-    """Overrides for the keys in which what `lines` compose differs; interpolations only where asked for."""
+    """Overrides for the keys in which what `lines` compose differs; for interpolations only if `interpolated`."""
     config = composer.compose(lines)
-    raw = _flat(OmegaConf.to_container(config, resolve=False))
+    raw = flatten(OmegaConf.to_container(config, resolve=False))
     found = []
     for key, value in wanted.items():
         old = raw.get(key, _MISSING)
@@ -121,16 +116,4 @@ def _typed(value: Any) -> str:
         return f"[{','.join(map(_typed, value))}]"
     if isinstance(value, Mapping):
         return f"{{{','.join(f'{key}:{_typed(item)}' for key, item in value.items())}}}"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return "null" if value is None else repr(value)
-
-
-def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted keys; lists, and blocks without keys, are values."""
-    if not isinstance(node, Mapping) or (prefix and not node):
-        return {prefix: node}
-    flat: dict[str, Any] = {}
-    for key, value in node.items():
-        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat
+    return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from dlopt.config.experiment import GROUPS, Experiment
+from dlopt.config.experiment import GROUPS, Experiment, Settings
 from dlopt.config.rules import check_combinations
 from dlopt.config.schema import check_arguments, component, show, trusted_packages
-from dlopt.config.settings import Settings
 from dlopt.errors import UserError
 
 

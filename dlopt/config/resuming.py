@@ -1,12 +1,12 @@
-"""Which run goes on under which config: what has to be equal, and what may have changed."""
+"""Decides which run resumes under which config: which keys must be equal, and which may have changed."""
 
-import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dlopt.errors import UserError
 from dlopt.folders import RunFolder, newest
+from dlopt.plain import flatten
 
 # Keys that a resumed run may change: where and how long it runs and what it writes, not what it computes.
 FREE = (
@@ -17,7 +17,7 @@ FREE = (
 
 
 def newest_unfinished(parent: Path, config: Mapping[str, Any]) -> RunFolder | None:
-    """The newest unfinished run of this config below `parent` that has no process at work in it."""
+    """Returns the newest unfinished run of this config below `parent` that no process is working on."""
 
     def fits(folder: RunFolder) -> bool:
         saved = folder.config()
@@ -29,39 +29,10 @@ def newest_unfinished(parent: Path, config: Mapping[str, Any]) -> RunFolder | No
 
 
 def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys in which two configs differ beyond `FREE`: (saved, wanted).
-
-    Keys that have come since an older dlopt saved its config count with the values that they have now.
-    """
-    found = _different(saved, wanted)
-    known = _flat(saved)
-    if all(key in known for key in found):
-        return found
-    from dlopt.config.older import completed  # brings torch along
-
-    with contextlib.suppress(UserError):  # it names what is not here any more: that is a difference, too
-        found = _different(completed(saved, wanted.get("allow_packages") or [])[0], wanted)
-    return found
-
-
-def _different(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    flat_saved, flat_wanted = _flat(saved), _flat(wanted)
-    keys = [key for key in (*flat_saved, *flat_wanted) if not _is_free(key)]
-    pairs = {key: (flat_saved.get(key), flat_wanted.get(key)) for key in keys}
-    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
-
-
-def _is_free(key: str) -> bool:
-    return any(key == free or key.startswith(f"{free}.") for free in FREE)
-
-
-def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(config, Mapping):
-        return {prefix: list(config) if isinstance(config, tuple) else config}
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat
+    """Returns the dotted keys in which two configs differ beyond `FREE`: (saved, wanted)."""
+    old, new = flatten(saved), flatten(wanted)
+    keys = [key for key in old | new if not any(key == free or key.startswith(f"{free}.") for free in FREE)]
+    return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
 
 
 def refuse_other_config(old: Mapping[str, Any], new: Mapping[str, Any], place: str, typed: list[str]) -> None:
@@ -69,10 +40,10 @@ def refuse_other_config(old: Mapping[str, Any], new: Mapping[str, Any], place: s
     different = differences(old, new)
     if not different:
         return
-    shown = "; ".join(f"{key}: {_show_value(a)} there, {_show_value(b)} now" for key, (a, b) in different.items())
+    shown = "; ".join(f"{key}: {_shown(a)} there, {_shown(b)} now" for key, (a, b) in different.items())
     command = " ".join(["dlopt train", *(line for line in typed if not line.startswith("resume="))])
     raise UserError(f"resume: {place} belongs to another config ({shown}); that run was started with: {command}")
 
 
-def _show_value(value: object) -> str:
+def _shown(value: object) -> str:
     return "null" if value is None else str(value)

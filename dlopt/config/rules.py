@@ -4,8 +4,7 @@ import os
 from importlib.util import find_spec
 from typing import Any
 
-from dlopt.config.experiment import Experiment
-from dlopt.config.settings import Settings
+from dlopt.config.experiment import Experiment, Settings
 from dlopt.errors import UserError
 from dlopt.extras import install
 

@@ -1,35 +1,25 @@
 """What the commands on checkpoints have in common: reading their command lines, changing keys of a saved config."""
 
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dlopt.config.choices import config_folder
-from dlopt.config.compose import explain_grammar
+from dlopt.config.compose import parse_overrides
 from dlopt.errors import UserError
-
-log = logging.getLogger(__name__)
 
 
 def typed_values(arguments: Iterable[str]) -> dict[str, Any]:
     """The values of `key=value` lines. Raises `UserError`."""
-    values = {}
-    for line in arguments:
-        try:
-            [override] = OverridesParser.create().parse_overrides([line])
-        except HydraException:
-            raise UserError(explain_grammar(line)) from None
+    parsed = parse_overrides(arguments)
+    for override in parsed:
         if override.is_sweep_override():
-            raise UserError(f"{line}: one value is needed; a list is written [a,b]")
-        values[override.get_key_element()] = override.value()
-    return values
+            raise UserError(f"{override.input_line}: one value is needed; a list is written [a,b]")
+    return {override.get_key_element(): override.value() for override in parsed}
 
 
 def take_path(values: dict[str, Any], command: str) -> Path:
@@ -58,18 +48,13 @@ def with_changes(saved: Mapping[str, Any], overrides: Mapping[str, Any], path: P
 
     Trust in packages is not taken from the file.
     """
-    from dlopt.config.older import completed  # brings torch along
-
     changes = dict(overrides)
     trusted = changes.pop("allow_packages", [])
     if saved.get("allow_packages") and not trusted:
         names = ",".join(saved["allow_packages"])
         raise UserError(f"checkpoint={path}: it names callables of {names}; trust them by allow_packages=[{names}]")
     single = OmegaConf.to_container(OmegaConf.load(config_folder() / "parallel" / "single.yaml"))
-    saved, filled = completed({**saved, "parallel": single}, trusted)
-    if filled:
-        log.warning("checkpoint=%s: of an older dlopt; what it does not say is taken as: %s", path, ", ".join(filled))
-    config = OmegaConf.create({**saved, "allow_packages": trusted})
+    config = OmegaConf.create({**saved, "parallel": single, "allow_packages": trusted})
     OmegaConf.set_struct(config, True)
     for key, value in changes.items():
         try:

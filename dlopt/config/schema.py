@@ -10,18 +10,19 @@ import importlib
 import importlib.util
 import inspect
 import json
-import re
+import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import Ge, Interval
 from pydantic import ConfigDict, PydanticSchemaGenerationError, PydanticUserError, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUndefinedAnnotation
 
-from dlopt.config.extensions import extensions
-from dlopt.config.foreign import RANGES
+from dlopt.config.choices import extensions
 from dlopt.errors import UserError
+from dlopt.ranges import Count, NonNegative, Positive, Share
 
 ALLOWED_PACKAGES = ("dlopt", "torch.optim", "torch.nn", "torchvision")
 # Of dlopt itself, what experiments are made of; the rest acts on files, processes and the network.
@@ -34,6 +35,30 @@ _NO_PARTS = (
     "dlopt.data.cache", "dlopt.data.verify", "dlopt.parallel.launch", "dlopt.parallel.world",
     "torchvision.datasets.utils", "torchvision.io", "torchvision.utils",
 )  # fmt: skip
+# For arguments of callables that are not ours, by name: torch's SGD itself takes lr=nan and momentum=1.5.
+_RANGES: dict[str, Any] = {
+    "lr": Positive,
+    "momentum": Share,
+    "dampening": Annotated[float, Interval(ge=0, le=1)],
+    "weight_decay": NonNegative,
+    "eps": NonNegative,
+    "betas": tuple[Share, Share],
+    "alpha": Share,
+    "rho": Share,
+    "lambd": NonNegative,
+    "lr_decay": NonNegative,
+    "initial_accumulator_value": NonNegative,
+    "momentum_decay": NonNegative,
+    "etas": tuple[Annotated[float, Interval(gt=0, lt=1)], Annotated[float, Interval(gt=1)]],
+    "step_sizes": tuple[Positive, Positive],
+    "max_iter": Count,
+    "max_eval": Count | None,
+    "history_size": Count,
+    "tolerance_grad": NonNegative,
+    "tolerance_change": NonNegative,
+    "ns_steps": Count,
+    "label_smoothing": Annotated[float, Ge(0), Interval(le=1)],
+}
 _STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
 _EMPTY = inspect.Parameter.empty
 
@@ -165,7 +190,7 @@ def check_arguments(
     for name, value in values.items():
         annotation = parameters[name].annotation if name in parameters else _EMPTY
         if foreign:
-            annotation = RANGES.get(name, annotation)
+            annotation = _RANGES.get(name, annotation)
         checked[name] = _checked(_join(key, name), value, annotation, runtime, packages)
     return checked
 
@@ -196,7 +221,7 @@ def _checked(key: str, value: Any, annotation: Any, runtime: frozenset[str], pac
     if adapter is None:
         return value
     try:
-        return adapter.validate_json(_json(value))
+        return adapter.validate_json(json.dumps(value, default=str))
     except ValidationError as error:
         raise UserError(f"{key}={show(value)}: {_reason(error)}; allowed: {_describe(annotation)}") from None
 
@@ -233,17 +258,11 @@ def _adapter(annotation: Any) -> TypeAdapter[Any] | None:
         return TypeAdapter(annotation)  # the type brings a config of its own
 
 
-def _json(value: Any) -> str:
-    return json.dumps(value, default=str)
-
-
 def show(value: Any) -> str:
-    """A value as one types it on the command line."""
-    if isinstance(value, str):
-        return value
+    """A value as it is typed on the command line."""
     if isinstance(value, float):
-        return repr(value)
-    return json.dumps(value, default=str)
+        return repr(value)  # nan, which JSON has not
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _reason(error: ValidationError) -> str:
@@ -272,8 +291,8 @@ def _describe(annotation: Any) -> str:
         return " ".join([_describe(arguments[0]), " and ".join(bounds)]).strip()
     if origin is typing.Literal:
         return " | ".join(show(argument) for argument in arguments)
-    if origin in (typing.Union, *_UNION_TYPES):
-        return " | ".join(_describe(argument) for argument in arguments if not _is_tensor(argument))
+    if origin in (typing.Union, types.UnionType):  # of which a config gives no tensors
+        return " | ".join(_describe(each) for each in arguments if getattr(each, "__name__", "") != "Tensor")
     if origin is list:
         return f"a list [a,b,...] of {_describe(arguments[0])}"
     if origin is tuple:
@@ -282,21 +301,9 @@ def _describe(annotation: Any) -> str:
     return plain.get(annotation, getattr(annotation, "__name__", str(annotation)))
 
 
-_UNION_TYPES = (type(int | str),)
 _SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 
 def _bounds(extra: Any) -> list[str]:
-    return [
-        f"{sign} {_number(getattr(extra, name))}"
-        for name, sign in _SIGNS.items()
-        if getattr(extra, name, None) is not None
-    ]
-
-
-def _number(value: Any) -> str:
-    return str(value) if isinstance(value, int) else f"{value:g}"
-
-
-def _is_tensor(annotation: Any) -> bool:
-    return re.fullmatch(r"(torch\.)?Tensor", getattr(annotation, "__name__", "")) is not None
+    bounds = [(sign, getattr(extra, name, None)) for name, sign in _SIGNS.items()]
+    return [f"{sign} {each if isinstance(each, int) else f'{each:g}'}" for sign, each in bounds if each is not None]

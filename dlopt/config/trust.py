@@ -5,7 +5,7 @@ node is checked, wherever its values come from: the command line, a file, or a v
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dlopt.config.schema import show
 from dlopt.errors import UserError
+from dlopt.plain import flatten
 
 _PLUGINS = ("hydra._internal.core_plugins.", "hydra_plugins.")  # installed, and found by Hydra itself
 _PARTS = {  # of hydra/sweeper=dlopt_optuna
@@ -27,7 +28,7 @@ def check_hydra(config: DictConfig, typed: Iterable[str]) -> None:
     """Raises `UserError` when Hydra's part of the config names code, or sets the environment from a file."""
     hydra = OmegaConf.to_container(config.hydra, resolve=False)
     assert isinstance(hydra, dict)
-    for key, value in leaves("hydra", hydra):
+    for key, value in leaves(hydra, "hydra"):
         name = key.rsplit(".", 1)[-1]
         if name == "_target_":
             plugin = key in ("hydra.sweeper._target_", "hydra.launcher._target_") and str(value).startswith(_PLUGINS)
@@ -58,13 +59,11 @@ def _is_block(config: DictConfig, key: str) -> bool:
         return False  # known only within a job: a text
 
 
-def leaves(prefix: str, node: Any) -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values of nested dicts and lists."""
-    if isinstance(node, Mapping):
-        for key, value in node.items():
-            yield from leaves(f"{prefix}.{key}" if prefix else str(key), value)
-    elif isinstance(node, list):
-        for i, value in enumerate(node):
-            yield from leaves(f"{prefix}.{i}", value)
-    else:
-        yield prefix, node
+def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the values of nested dicts and lists by dotted key; the items of a list by their number."""
+    for key, value in flatten(node, prefix).items():
+        if isinstance(value, list):
+            for i, item in enumerate(value):
+                yield from leaves(item, f"{key}.{i}")
+        else:
+            yield key, value

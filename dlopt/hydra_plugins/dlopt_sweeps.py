@@ -1,18 +1,35 @@
-"""Hydra's view of dlopt's sweeper and launchers. Thin, and without heavy imports: Hydra loads it with every command."""
+"""dlopt's plug-ins for Hydra. Thin, and without heavy imports: Hydra loads this module with every command."""
 
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
+from dlopt.config.choices import config_dir, extensions
+
+
+class Folders(SearchPathPlugin):
+    """Adds the config folders of installed packages, and that of --config-dir, to the search path."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        for extension in extensions():
+            search_path.append(f"dlopt-{extension.package}", f"file://{extension.folder}")
+        if (folder := config_dir.get()) is not None:
+            search_path.append("command-line", f"file://{folder.resolve()}")
+
 
 class _Processes(Launcher):
     """Every job a process of its own, in one of `places()`; the task function is not called."""
+
+    function = ""  # module and name below dlopt.sweeps: returns the places for the settings of hydra.launcher
 
     def __init__(self, **settings: Any) -> None:
         self.settings = settings
@@ -21,8 +38,10 @@ class _Processes(Launcher):
         self._loader, self._config = hydra_context.config_loader, config
 
     def places(self) -> Any:
-        """Where jobs run: see dlopt.sweeps.places."""
-        raise NotImplementedError
+        from dlopt.sweeps.places import checked
+
+        module, _, name = self.function.partition(".")
+        return checked(getattr(importlib.import_module(f"dlopt.sweeps.{module}"), name), self.settings)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from dlopt.sweeps.grid import run_batch
@@ -31,31 +50,21 @@ class _Processes(Launcher):
 
 
 class LocalLauncher(_Processes):
-    """hydra/launcher=basic and joblib."""
+    """hydra/launcher=serial and joblib."""
 
-    def places(self) -> Any:
-        from dlopt.sweeps.places import checked, local
-
-        return checked(local, self.settings)
+    function = "places.local"
 
 
 class GpuLauncher(_Processes):
     """hydra/launcher=gpus."""
 
-    def places(self) -> Any:
-        from dlopt.sweeps.places import checked, gpus
-
-        return checked(gpus, self.settings)
+    function = "places.gpus"
 
 
 class SlurmLauncher(_Processes):
     """hydra/launcher=slurm."""
 
-    def places(self) -> Any:
-        from dlopt.sweeps.places import checked
-        from dlopt.sweeps.slurm import slurm
-
-        return checked(slurm, self.settings)
+    function = "slurm.slurm"
 
 
 class OptunaSweeper(Sweeper):
@@ -74,3 +83,6 @@ class OptunaSweeper(Sweeper):
         from dlopt.sweeps.search import run_search
 
         return run_search(self._loader, self._config, self._launcher.places(), arguments)
+
+
+PLUGINS = (Folders, LocalLauncher, GpuLauncher, SlurmLauncher, OptunaSweeper)

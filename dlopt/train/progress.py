@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from dlopt.config.settings import Settings
+from dlopt.config.experiment import Settings
 from dlopt.parallel.pace import StepTiming
 
 if TYPE_CHECKING:

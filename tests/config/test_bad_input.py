@@ -196,7 +196,7 @@ SWEEPS = {
     "-m optimizer.lr=,": ("optimizer.lr=,",),
     "-m 'seed=range(0,0)'": ("empty",),
     "-m 'optimizer.lr=choice()'": ("optimizer.lr=choice()",),
-    "-m 'optimizer.lr=interval(0,1)'": ("sweep type",),
+    "-m 'optimizer.lr=interval(0,1)'": ("lists its values", "dlopt_optuna"),
     "-m optimizer.lr=0.1,-1": ("optimizer.lr=-1", "> 0"),
     "-m optimizer=sgd,nope": ("optimizer=nope", "no such choice"),
     "-m name=a/b,c": ("name='a/b'",),

@@ -1,5 +1,6 @@
 """Hostile configs: what names code outside the allow-list is refused before it runs. The payload leaves a marker."""
 
+import contextlib
 import pickle
 from pathlib import Path
 from typing import Any
@@ -105,12 +106,24 @@ def test_typed(override: str, mode: str, tmp_path: Path, pickled: Path, marker: 
     assert not marker.exists()
 
 
-def test_callbacks_would_run_if_they_were_let_in(
+def test_a_launcher_would_run_if_it_were_let_in(
     tmp_path: Path, pickled: Path, marker: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compose, "check_hydra", lambda config, typed: None)
-    dlopt(tmp_path, "train", *SMALL, f"+hydra.callbacks.x={{{LOAD}}}".replace("PICKLED", str(pickled)))
+    inner = f"++hydra.launcher.extra={{{LOAD}}}".replace("PICKLED", str(pickled))
+    with contextlib.suppress(Exception):
+        dlopt(tmp_path, "train", *SMALL, "-m", "seed=0,1", inner)
     assert marker.exists()
+
+
+def test_callbacks_do_not_run_even_if_they_are_let_in(
+    tmp_path: Path, pickled: Path, marker: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compose, "check_hydra", lambda config, typed: None)
+    typed = [*SMALL, "epochs=1", f"+hydra.callbacks.x={{{LOAD}}}".replace("PICKLED", str(pickled))]
+    assert dlopt(tmp_path, "train", *typed).code == 0
+    assert dlopt(tmp_path, "train", *typed, "-m", "seed=0,1").code == 0
+    assert not marker.exists()
 
 
 def test_rerun_from_a_pickle(tmp_path: Path, pickled: Path, marker: Path) -> None:

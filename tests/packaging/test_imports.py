@@ -17,7 +17,6 @@ FLOORS = [
     ["parallel", "config", "augment", "init", "functions"],
     ["data", "models", "optim", "schedules", "losses", "tracking", "folders", "parameters"],
     [
-        "aliases",
         "errors",
         "extras",
         "files",
