@@ -17,7 +17,7 @@ from dlopt.commands.line import output_folder, own_keys
 from dlopt.config.compose import Composer, choices_of, to_plain
 from dlopt.errors import UserError
 from dlopt.ranges import Count, Natural, Positive
-from dlopt.tracking.tables import standard_output
+from dlopt.tracking.layout import standard_output
 
 if TYPE_CHECKING:
     from dlopt.analysis.bench.modes import Row

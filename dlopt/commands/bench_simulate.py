@@ -11,7 +11,7 @@ from dlopt.commands.line import output_folder, own_keys
 from dlopt.config.compose import Composer, to_plain
 from dlopt.errors import UserError
 from dlopt.ranges import Count
-from dlopt.tracking.tables import Fitted, plain_table, standard_output
+from dlopt.tracking.layout import Fitted, plain_table, standard_output
 
 if TYPE_CHECKING:
     from dlopt.analysis.bench.layers import Layer

@@ -14,7 +14,7 @@ from dlopt.commands.clean import clean
 from dlopt.commands.finding import Asked, chosen, parse
 from dlopt.job import DONE, complain
 from dlopt.tracking import layout
-from dlopt.tracking.tables import Fitted, plain_table
+from dlopt.tracking.layout import Fitted, plain_table
 
 USAGE = """\
 dlopt runs [DIR...] [condition...] [sort=KEY] [columns=[KEY,...]] [limit=N] [--paths]

@@ -6,7 +6,7 @@ from typing import IO
 from dlopt.analysis.leaderboard import Leaderboard, Row
 from dlopt.tracking import layout
 from dlopt.tracking.console import open_console
-from dlopt.tracking.tables import Fitted, plain_table
+from dlopt.tracking.layout import Fitted, plain_table
 
 _ROWS = 12
 _WIDTH = 130  # in a file

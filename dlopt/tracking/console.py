@@ -11,8 +11,7 @@ from typing import IO, Any, TextIO, cast
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.live import Live
 from rich.progress_bar import ProgressBar
-from rich.segment import Segment
-from rich.style import Style
+from rich.table import Table
 from rich.text import Text
 
 from dlopt.tracking import layout
@@ -70,7 +69,7 @@ class _Output:
 
 
 class _Display:
-    """The live part: epochs, steps of this epoch, training figures, validation figures; one line each."""
+    """The live part: epochs, steps of this epoch, training metrics, validation metrics; one line each."""
 
     def __init__(self, epochs: int, steps_per_epoch: int, steps: int, step: int, samples_per_step: float) -> None:
         self._epochs = epochs
@@ -109,38 +108,28 @@ class _Display:
         return f"{layout.clock(seconds * max(self._steps - self.step, 0))} left"
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        width = options.max_width
         epoch = min((max(self.step, 1) - 1) // self._steps_per_epoch + 1, self._epochs)
-        in_epoch = self.step - (epoch - 1) * self._steps_per_epoch
-        steps = min(self._steps_per_epoch, self._steps - (epoch - 1) * self._steps_per_epoch)
+        before = (epoch - 1) * self._steps_per_epoch
+        steps = min(self._steps_per_epoch, self._steps - before)
         speed = f"{self._speed:,.0f} samples/s" if self._speed is not None else ""
-        yield from self._bar(console, options, "epoch", f"{epoch}/{self._epochs}", self.step, self._steps, self._left())
+        count = 2 * len(str(max(self._epochs, self._steps_per_epoch))) + 1
+        bar = max(min(options.max_width - 7 - count - 2 - 20, 60), 4)
+        bars = Table.grid(padding=(0, 2, 0, 0))
+        for column in (5, count, bar, max(options.max_width - 7 - count - 2 - bar - 3, 1)):
+            bars.add_column(width=column, no_wrap=True, overflow="crop")
+        bars.columns[0].style, bars.columns[1].justify = "bold", "right"
+        rows = [("epoch", epoch, self._epochs, self.step, self._steps, self._left())]
         if self.evaluation is None:
-            yield from self._bar(console, options, "step", f"{in_epoch}/{steps}", in_epoch, steps, speed)
+            rows.append(("step", self.step - before, steps, self.step - before, steps, speed))
         else:
-            done, total = self.evaluation
-            yield from self._bar(console, options, "eval", f"{done}/{total}", done, total, "")
-        for name, figures in (("train", self.train), ("val", self.val)):
-            words = [f"{key} {_figure(key, value)}" for key, value in figures.items()]
-            yield Segment(name.ljust(7), Style(bold=True))
-            yield Segment("   ".join(words)[: width - 8] or "-")
-            yield Segment.line()
-
-    def _bar(
-        self, console: Console, options: ConsoleOptions, name: str, count: str, done: float, total: float, tail: str
-    ) -> Iterable[Segment]:
-        size = 2 * len(str(max(self._epochs, self._steps_per_epoch))) + 1
-        bar = max(min(options.max_width - 7 - size - 2 - 20, 60), 4)
-        yield Segment(name.ljust(7), Style(bold=True))
-        yield Segment(count.rjust(size) + "  ")
-        widget = ProgressBar(total=max(total, 1), completed=done, width=bar, complete_style="cyan")
-        yield from cast(Iterable[Segment], widget.__rich_console__(console, options))
-        yield Segment(f"  {tail}"[: max(options.max_width - 7 - size - 2 - bar - 1, 0)])
-        yield Segment.line()
-
-
-def _figure(name: str, value: float | None) -> str:
-    return layout.rate(value) if name == "lr" else layout.figure(name, value)
+            rows.append(("eval", *self.evaluation, *self.evaluation, ""))
+        for name, number, of, done, total, tail in rows:
+            widget = ProgressBar(total=max(total, 1), completed=done, width=bar, complete_style="cyan")
+            bars.add_row(name, f"{number}/{of}", widget, tail)
+        yield bars
+        for name, metrics in (("train", self.train), ("val", self.val)):
+            words = "   ".join(f"{key} {layout.figure(key, value)}" for key, value in metrics.items())
+            yield Text.assemble((f"{name:7}", "bold"), words or "-", no_wrap=True, overflow="crop")
 
 
 def open_console(stream: IO[str] | None = None) -> tuple[_Output, Console, bool]:
@@ -177,15 +166,14 @@ class ConsoleView:
         config: Mapping[str, Any],
         choices: Mapping[str, str],
         facts: Mapping[str, Any],
-        *,
         epochs: int,
         steps_per_epoch: int,
         steps: int,
         first_step: int,
     ) -> None:
         self._epochs = epochs
-        lines = layout.flow(layout.facts_parts(facts), self._console.width)
-        self._block(layout.config_tree(config, choices), Text("\n".join([*lines, ""])))
+        facts_line = layout.Flow(layout.facts_parts(facts), separator=" | ")
+        self._block(layout.config_tree(config, choices), facts_line, Text(""))
         if not self.terminal:
             return
         samples = facts.get("train") or 0
@@ -214,10 +202,10 @@ class ConsoleView:
             self._redraw()
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
-        """Take over figures under TensorBoard's tags; shown with the next redraw."""
+        """Takes over metrics under TensorBoard's tags; shown with the next redraw."""
         if self._display is not None:
-            shown = {"train/loss": "loss", "train/accuracy": "accuracy", "lr": "lr"}
-            self._display.train = {name: values[tag] for tag, name in shown.items() if tag in values}
+            names = {"train/loss": "loss", "train/accuracy": "accuracy", "lr": "lr"}
+            self._display.train = _renamed(values, **names)
 
     def _redraw(self) -> None:
         if self._live is None:
@@ -237,16 +225,8 @@ class ConsoleView:
         self._console.print(self._rows.row(metrics, best))
         display = self._display
         display.step = metrics["step"]
-        display.train = {
-            name: metrics.get(key)
-            for name, key in (("loss", "train_loss"), ("accuracy", "train_accuracy"), ("lr", "lr"))
-            if key in metrics
-        }
-        display.val = {
-            name: metrics.get(key)
-            for name, key in (("loss", "val_loss"), ("accuracy", "val_accuracy"))
-            if key in metrics
-        }
+        display.train = _renamed(metrics, train_loss="loss", train_accuracy="accuracy", lr="lr")
+        display.val = _renamed(metrics, val_loss="loss", val_accuracy="accuracy")
         self._redraw()
 
     def message(self, text: str) -> None:
@@ -280,3 +260,7 @@ class ConsoleView:
         if live is not None:
             live.stop()
         self._output.flush()
+
+
+def _renamed(values: Mapping[str, float | None], **names: str) -> dict[str, float | None]:
+    return {name: values[key] for key, name in names.items() if key in values}

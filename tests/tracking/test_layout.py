@@ -83,7 +83,7 @@ def test_config_tree_shows_every_value_within_the_width(config: dict[str, object
     lines = rendered(layout.config_tree(config, {}), width)
     assert all(len(line) <= width for line in lines)
     shown = "".join(line.lstrip("│├└─ ").replace(" ", "") for line in lines)
-    for key, value in layout.flatten({key: value for key, value in config.items() if key != "name"}):
+    for key, value in layout.settings({key: value for key, value in config.items() if key != "name"}).items():
         if value is not None and "." in key:
             assert f"{key.split('.', 1)[1]}=" in shown
 
@@ -122,7 +122,8 @@ def test_hparams_are_flat() -> None:
 def test_facts_flow_without_breaking_a_part() -> None:
     parts = layout.facts_parts({"parameters": 272474, "train": 1437, "test": 360, "device": "cpu", "threads": 2})
     assert parts == ["272,474 parameters", "samples: 1,437 train, 360 test", "device cpu", "2 threads"]
-    assert layout.flow(parts, 55) == [f"{parts[0]} | {parts[1]}", f"{parts[2]} | {parts[3]}"]
+    flow = layout.Flow(parts, separator=" | ")
+    assert rendered(flow, 55) == [f"{parts[0]} | {parts[1]}", f"{parts[2]} | {parts[3]}"]
 
 
 @pytest.mark.parametrize("status", ["finished", "stopped_early", "interrupted", "failed"])

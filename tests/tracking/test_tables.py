@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
-from dlopt.tracking.tables import Fitted, plain_table
+from dlopt.tracking.layout import Fitted, plain_table
 
 
 def shown(width: int) -> list[str]:

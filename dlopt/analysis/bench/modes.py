@@ -15,7 +15,7 @@ import yaml
 from dlopt.analysis.drawing import COLOURS
 from dlopt.errors import RunError, UserError
 from dlopt.parallel.launch import run_processes
-from dlopt.tracking.tables import Fitted, plain_table
+from dlopt.tracking.layout import Fitted, plain_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,7 +12,7 @@ import yaml
 
 from dlopt.analysis.leaderboard import direction_of
 from dlopt.folders import RunFolder
-from dlopt.tracking.layout import flatten
+from dlopt.tracking.layout import settings
 from dlopt.tracking.metrics import METRICS, SUMMARY
 
 ENDED = ("finished", "stopped_early")
@@ -194,7 +194,7 @@ def _flat(config: Mapping[str, Any], choices: Mapping[str, Any]) -> dict[str, An
             choice = choices.get(key) or str(target or "").rpartition(".")[2]
             flat |= {key: str(choice)} if choice else {}
         if isinstance(value, Mapping):
-            flat |= {name: _tidy(item) for name, item in flatten(value, f"{key}.")}
+            flat |= {name: _tidy(item) for name, item in settings({key: value}).items()}
         elif key not in flat:
             flat[key] = _tidy(value)
     return flat
