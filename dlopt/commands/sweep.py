@@ -22,8 +22,8 @@ from dlopt.folders import RunFolder, Trace, make, make_new, newest
 from dlopt.sweeps.jobs import SPACE
 
 if TYPE_CHECKING:
-    from dlopt.sweeps.places import Places
-    from dlopt.sweeps.search import Plan
+    from dlopt.sweeps.pool import Pool
+    from dlopt.sweeps.study import Plan
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,12 @@ def sweep(composer: Composer, parsed: Namespace) -> int:
     return _outcome(folder, jobs)
 
 
-def _check_launcher(composer: Composer, whole: DictConfig, is_search: bool) -> "Places | None":
+def _check_launcher(composer: Composer, whole: DictConfig, is_search: bool) -> "Pool | None":
     """Has the launcher refuse its settings before anything is made; where its jobs run, if it is dlopt's own."""
     context = HydraContext(composer.hydra.config_loader, callbacks=None)  # type: ignore[arg-type]
     launcher: Any = Plugins.instance().instantiate_launcher(context, start_job, whole)
     if hasattr(launcher, "places"):
-        return cast("Places", launcher.places())
+        return cast("Pool", launcher.places())
     if is_search:
         name = whole.hydra.runtime.choices["hydra/launcher"]
         raise UserError(
@@ -85,13 +85,13 @@ def _check_launcher(composer: Composer, whole: DictConfig, is_search: bool) -> "
     return None
 
 
-def _hand_over(composer: Composer, parsed: Namespace, folder: Path, places: "Places | None") -> Any:
+def _hand_over(composer: Composer, parsed: Namespace, folder: Path, places: "Pool | None") -> Any:
     """Hydra's sweeper and launcher do the rest; returns what the sweeper returns."""
     overrides = [*parsed.overrides, f"hydra.sweep.dir={quoted(folder)}"]
-    if places is not None and places.is_here:
-        from dlopt.sweeps import warm
+    if places is not None and places.is_local:
+        from dlopt.sweeps.pool import warm_up
 
-        warm.heat()
+        warm_up()
     return composer.hydra.multirun(config_name=composer.config_name, task_function=start_job, overrides=overrides)
 
 
@@ -219,7 +219,7 @@ def _show(sweep: Path, jobs: Sequence[Job]) -> None:
     print(f"\nthe sweep lies in {sweep}")
 
 
-def _list_grid(jobs: Sequence[Job], whole: DictConfig, places: "Places | None") -> int:
+def _list_grid(jobs: Sequence[Job], whole: DictConfig, places: "Pool | None") -> int:
     from dlopt.sweeps.jobs import labels
 
     for number, label in enumerate(labels([job.overrides for job in jobs])):
@@ -227,10 +227,10 @@ def _list_grid(jobs: Sequence[Job], whole: DictConfig, places: "Places | None") 
     return _estimate([job.config for job in jobs], len(jobs), whole, places)
 
 
-def _estimate(configs: Sequence[Mapping[str, Any]], jobs: int, whole: DictConfig, places: "Places | None") -> int:
-    from dlopt.sweeps.estimate import seconds_of, told
+def _estimate(configs: Sequence[Mapping[str, Any]], jobs: int, whole: DictConfig, places: "Pool | None") -> int:
+    from dlopt.sweeps.grid import estimate_line, seconds_of
 
-    print(told(seconds_of(configs, choices_of(whole)), jobs, 1 if places is None else places.count))
+    print(estimate_line(seconds_of(configs, choices_of(whole)), jobs, 1 if places is None else places.slots))
     return 0
 
 
@@ -238,7 +238,7 @@ def _estimate(configs: Sequence[Mapping[str, Any]], jobs: int, whole: DictConfig
 
 
 def _search(
-    composer: Composer, parsed: Namespace, whole: DictConfig, wanted: Path, is_typed: bool, places: "Places | None"
+    composer: Composer, parsed: Namespace, whole: DictConfig, wanted: Path, is_typed: bool, places: "Pool | None"
 ) -> int:
     try:
         from dlopt.sweeps.search import facts_of, plan_of, probes
@@ -276,7 +276,7 @@ def _search(
     return int(outcome.code)
 
 
-def _list_search(plan: "Plan", configs: Sequence[Mapping[str, Any]], whole: DictConfig, places: "Places | None") -> int:
+def _list_search(plan: "Plan", configs: Sequence[Mapping[str, Any]], whole: DictConfig, places: "Pool | None") -> int:
     for key, values in plan.space.describe().items():
         print(f"{key}: {values}")
     print("every job's values are drawn when it starts")
@@ -341,8 +341,8 @@ def start_job(config: DictConfig) -> str:
 
     from dlopt.config.parsing import parse
     from dlopt.sweeps import jobs
-    from dlopt.sweeps.grid import run_job
-    from dlopt.sweeps.places import local
+    from dlopt.sweeps.grid import run_jobs
+    from dlopt.sweeps.pool import local
 
     hydra = HydraConfig.get()
     folder = RunFolder(Path(hydra.runtime.output_dir))
@@ -354,6 +354,5 @@ def start_job(config: DictConfig) -> str:
     except UserError as error:
         return jobs.record_failure(folder, str(error)).status
     choices = {key: value for key, value in chosen.items() if not key.startswith("hydra")}
-    return run_job(
-        jobs.Job(int(hydra.job.num), folder, saved, overrides, choices, " ".join(overrides)), local(n_jobs=1)
-    )
+    job = jobs.Job(int(hydra.job.num), folder, saved, overrides, choices, " ".join(overrides))
+    return run_jobs([job], 1, local(n_jobs=1))[job.number]

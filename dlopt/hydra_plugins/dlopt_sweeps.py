@@ -21,7 +21,7 @@ class _Processes(Launcher):
         self._loader, self._config = hydra_context.config_loader, config
 
     def places(self) -> Any:
-        """Where jobs run: see dlopt.sweeps.places."""
+        """Where jobs run: see dlopt.sweeps.pool."""
         raise NotImplementedError
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
@@ -34,7 +34,7 @@ class LocalLauncher(_Processes):
     """hydra/launcher=basic and joblib."""
 
     def places(self) -> Any:
-        from dlopt.sweeps.places import checked, local
+        from dlopt.sweeps.pool import checked, local
 
         return checked(local, self.settings)
 
@@ -43,7 +43,7 @@ class GpuLauncher(_Processes):
     """hydra/launcher=gpus."""
 
     def places(self) -> Any:
-        from dlopt.sweeps.places import checked, gpus
+        from dlopt.sweeps.pool import checked, gpus
 
         return checked(gpus, self.settings)
 
@@ -52,7 +52,7 @@ class SlurmLauncher(_Processes):
     """hydra/launcher=slurm."""
 
     def places(self) -> Any:
-        from dlopt.sweeps.places import checked
+        from dlopt.sweeps.pool import checked
         from dlopt.sweeps.slurm import slurm
 
         return checked(slurm, self.settings)

@@ -8,7 +8,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from dlopt.sweeps import pruners, samplers
+from dlopt.sweeps import samplers
 from dlopt.sweeps.space import suggest
 from tests.sweeps.spaces import space
 
@@ -64,9 +64,9 @@ def test_asha_needs_fewer_epochs_than_random_search_for_the_same_figure() -> Non
     it, not to the last one."""
     shares = []
     for seed in range(20):
-        target, _ = search(pruners.none(), seed, JOBS)
-        _, spent = search(pruners.none(), seed, JOBS, target)
-        best, needed = search(pruners.asha(min_epochs=1, reduction_factor=3, grace_rungs=0), seed, 4 * JOBS, target)
+        target, _ = search(samplers.none(), seed, JOBS)
+        _, spent = search(samplers.none(), seed, JOBS, target)
+        best, needed = search(samplers.asha(min_epochs=1, reduction_factor=3, grace_rungs=0), seed, 4 * JOBS, target)
         shares.append(needed / spent if best >= target else math.inf)
     assert statistics.median(shares) < 0.5, sorted(shares)
 
@@ -74,13 +74,13 @@ def test_asha_needs_fewer_epochs_than_random_search_for_the_same_figure() -> Non
 @pytest.mark.parametrize(
     "pruner",
     [
-        pruners.asha(min_epochs=1, reduction_factor=3, grace_rungs=0),
-        pruners.hyperband(min_epochs=1, max_epochs=EPOCHS, reduction_factor=3),
-        pruners.median(startup_trials=3, warmup_epochs=1),
+        samplers.asha(min_epochs=1, reduction_factor=3, grace_rungs=0),
+        samplers.hyperband(min_epochs=1, max_epochs=EPOCHS, reduction_factor=3),
+        samplers.median(startup_trials=3, warmup_epochs=1),
     ],
 )
 def test_what_is_hopeless_is_stopped_and_what_is_good_goes_on(pruner: optuna.pruners.BasePruner) -> None:
     best, spent = search(pruner, 0, JOBS)
-    whole, all_epochs = search(pruners.none(), 0, JOBS)
+    whole, all_epochs = search(samplers.none(), 0, JOBS)
     assert all_epochs == JOBS * EPOCHS
     assert spent < 0.7 * all_epochs and best > whole - 0.05
