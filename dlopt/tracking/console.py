@@ -4,7 +4,7 @@ import contextlib
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from time import perf_counter
 from typing import IO, Any, TextIO, cast
 
@@ -149,14 +149,51 @@ def open_console(stream: IO[str] | None = None) -> tuple[_Output, Console, bool]
     return output, console, terminal
 
 
-class ConsoleView:
-    """Shows a run on `stream` (stdout when not given); nothing here raises because of the stream."""
+class Screen:
+    """Text and a live display on `stream` (stdout when not given); nothing here raises because of the stream."""
 
     def __init__(self, stream: IO[str] | None = None) -> None:
         self._output, self._console, self.terminal = open_console(stream)
+        self._live: Live | None = None
+
+    def _start_live(self, get_renderable: Callable[[], RenderableType], *, redirect: bool) -> None:
+        # No refreshing thread: it would take the interpreter's lock away from the training.
+        self._live = Live(
+            get_renderable=get_renderable,
+            console=self._console,
+            auto_refresh=False,
+            transient=True,
+            redirect_stdout=redirect,
+            redirect_stderr=redirect and sys.stderr is not None and sys.stderr.isatty(),
+        )
+        self._live.start(refresh=True)
+
+    def _print(self, text: str | Text) -> None:
+        self._console.print(text, soft_wrap=True)
+        self._output.flush()
+
+    def _block(self, *renderables: RenderableType) -> None:
+        """Print tables and trees, without the spaces with which they fill their lines."""
+        with self._console.capture() as capture:
+            self._console.print(*renderables, sep="\n")
+        self._output.write("".join(f"{line.rstrip()}\n" for line in capture.get().splitlines()))
+        self._output.flush()
+
+    def close(self) -> None:
+        """Take the live display away and show the cursor again; safe to call twice and at any time."""
+        live, self._live = self._live, None
+        if live is not None:
+            live.stop()
+        self._output.flush()
+
+
+class ConsoleView(Screen):
+    """Shows a run."""
+
+    def __init__(self, stream: IO[str] | None = None) -> None:
+        super().__init__(stream)
         self._width = shutil.get_terminal_size().columns if self._output.isatty() else None
         self._display: _Display | None = None
-        self._live: Live | None = None
         self._rows: layout.EpochRows | None = None
         self._epochs = 0
         self._due = float("inf")
@@ -178,15 +215,7 @@ class ConsoleView:
             return
         samples = facts.get("train") or 0
         self._display = _Display(epochs, steps_per_epoch, steps, first_step, samples / max(steps_per_epoch, 1))
-        # No refreshing thread: it would take the interpreter's lock away from the training.
-        self._live = Live(
-            get_renderable=lambda: cast(_Display, self._display),
-            console=self._console,
-            auto_refresh=False,
-            transient=True,
-            redirect_stderr=sys.stderr is not None and sys.stderr.isatty(),
-        )
-        self._live.start(refresh=True)
+        self._start_live(lambda: cast(_Display, self._display), redirect=True)
         self._due = perf_counter() + _REDRAW_SECONDS
 
     def advance(self, step: int) -> None:
@@ -235,17 +264,6 @@ class ConsoleView:
         else:
             self._print(text)
 
-    def _block(self, *renderables: RenderableType) -> None:
-        """Print tables and trees, without the spaces with which they fill their lines."""
-        with self._console.capture() as capture:
-            self._console.print(*renderables, sep="\n")
-        self._output.write("".join(f"{line.rstrip()}\n" for line in capture.get().splitlines()))
-        self._output.flush()
-
-    def _print(self, text: str) -> None:
-        self._console.print(text, soft_wrap=True)
-        self._output.flush()
-
     def finish(self, summary: Mapping[str, Any], lines: Iterable[str]) -> None:
         """The result table, then `lines` (where the run lies, how to look at it) unwrapped."""
         self.close()
@@ -254,12 +272,8 @@ class ConsoleView:
             self._print(line)
 
     def close(self) -> None:
-        """Take the live display away and show the cursor again; safe to call twice and at any time."""
-        live, self._live = self._live, None
         self._due = float("inf")
-        if live is not None:
-            live.stop()
-        self._output.flush()
+        super().close()
 
 
 def _renamed(values: Mapping[str, float | None], **names: str) -> dict[str, float | None]:

@@ -84,11 +84,11 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in flat if key.rpartition(".")[2] != "_target_" and value != {}}
 
 
-def _choice(name: str, group: Mapping[str, Any], choices: Mapping[str, str]) -> str | None:
-    if name in choices:
-        return str(choices[name])
-    target = group.get("_target_")
-    return str(target).rpartition(".")[2] if target else None
+def _choices(config: Mapping[str, Any], choices: Mapping[str, str]) -> dict[str, str]:
+    """The choice of each group that has one; without `choices` the last part of its `_target_`."""
+    groups = {key: value if isinstance(value, Mapping) else {} for key, value in config.items()}
+    targets = {key: str(group.get("_target_") or "").rpartition(".")[2] for key, group in groups.items()}
+    return {key: str(choice) for key, target in targets.items() if (choice := choices.get(key) or target)}
 
 
 def hparams(config: Mapping[str, Any], choices: Mapping[str, str]) -> dict[str, str | bool | float]:
@@ -96,14 +96,7 @@ def hparams(config: Mapping[str, Any], choices: Mapping[str, str]) -> dict[str, 
 
     So are the seeds that follow `seed`: TensorBoard shows five columns before it is asked for more.
     """
-    flat: dict[str, str | bool | float] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            choice = _choice(key, value, choices)
-            if choice is not None:
-                flat[key] = choice
-        elif value is None and choices.get(key) is not None:
-            flat[key] = choices[key]
+    flat: dict[str, str | bool | float] = {**_choices(config, choices)}
     for key, value in settings(config).items():
         follows = key.endswith("_seed") and value == config.get("seed")
         if value is not None and key != _FOR_THE_REPORT and not follows:
@@ -132,13 +125,12 @@ def _pairs(values: Mapping[str, Any], text: Text) -> Text:
 
 def config_tree(config: Mapping[str, Any], choices: Mapping[str, str]) -> Tree:
     """Groups with their choice and values, one row each (nulls left out), then the keys of the run itself."""
+    chosen = _choices(config, choices)
     top: dict[str, Any] = {}
     rows: list[tuple[str, Text]] = []
     for key, value in config.items():
-        if isinstance(value, Mapping):
-            rows.append((key, _pairs(value, Text(_choice(key, value, choices) or "", "cyan"))))
-        elif key in choices:  # a choice that has nothing to set, such as clip=none
-            rows.append((key, Text(str(choices[key]), "cyan")))
+        if isinstance(value, Mapping) or key in chosen:  # a choice may have nothing to set, such as clip=none
+            rows.append((key, _pairs(value if isinstance(value, Mapping) else {}, Text(chosen.get(key, ""), "cyan"))))
         elif value is not None and key != _FOR_THE_REPORT:
             top[key] = value
     title = Text(str(top.pop("name", "config")), "bold")

@@ -7,13 +7,12 @@ from dataclasses import dataclass, field
 from typing import IO, Any, Literal
 
 from rich.console import Group, RenderableType
-from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from dlopt.tracking import layout
-from dlopt.tracking.console import open_console
+from dlopt.tracking.console import Screen
 
 _ROWS = 12  # of running jobs
 
@@ -25,8 +24,8 @@ class _Running:
     line: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Overview:
-    """Follows a sweep; nothing here raises because of the terminal.
+class Overview(Screen):
+    """Follows a sweep.
 
     `metric`, `direction`: what is best; without them the best validation accuracy, or loss where there is none.
     """
@@ -38,29 +37,19 @@ class Overview:
         direction: Literal["maximize", "minimize"] | None = None,
         stream: IO[str] | None = None,
     ) -> None:
+        super().__init__(stream)
         self._total = total
         self._counts = Counter[str]()  # jobs by how they ended
         self._metric, self._direction = metric, direction
-        self._output, self._console, self._terminal = open_console(stream)
         self._running: dict[int, _Running] = {}
         self._best: tuple[float, int, str] | None = None
         self._begun, self._before = time.monotonic(), 0
         self._seconds: list[float] = []  # of the jobs that have ended here
-        self._live: Live | None = None
-        if self._terminal:
-            self._live = Live(
-                get_renderable=self._renderable,
-                console=self._console,
-                auto_refresh=False,
-                transient=True,
-                redirect_stdout=False,
-                redirect_stderr=False,
-            )
-            self._live.start(refresh=True)
+        if self.terminal:
+            self._start_live(self._renderable, redirect=False)
 
     def message(self, text: str, style: str = "") -> None:
-        self._console.print(Text(text, style), soft_wrap=True)
-        self._output.flush()
+        self._print(Text(text, style))
 
     def started(self, number: int, label: str) -> None:
         self._running[number] = _Running(label, time.monotonic())
@@ -161,13 +150,6 @@ class Overview:
         for row in rows:
             row.no_wrap, row.overflow = True, "ellipsis"
         return Group(head, *rows)
-
-    def close(self) -> None:
-        """Takes the live display away; safe to call twice."""
-        live, self._live = self._live, None
-        if live is not None:
-            live.stop()
-        self._output.flush()
 
 
 def _metrics(line: Mapping[str, Any]) -> list[str]:
