@@ -2,10 +2,12 @@
 
 import contextlib
 import hashlib
+import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
@@ -15,10 +17,8 @@ def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
     and the new one alone after it. A reader takes either.
     """
     with temporary_beside(path) as temporary:
-        with temporary.open("wb") as file:
+        with _synced(temporary) as file:
             fill(file)
-            file.flush()
-            os.fsync(file.fileno())
         _publish(temporary, path, sha256(temporary))
 
 
@@ -28,11 +28,8 @@ def link(source: Path, target: Path) -> None:
         try:
             os.link(source, temporary)
         except OSError:
-            with source.open("rb") as read, temporary.open("wb") as file:
-                while block := read.read(1 << 20):
-                    file.write(block)
-                file.flush()
-                os.fsync(file.fileno())
+            with source.open("rb") as read, _synced(temporary) as file:
+                shutil.copyfileobj(read, file, 1 << 20)
         digests = recorded_digests(source)
         _publish(temporary, target, digests[0] if len(digests) == 1 else sha256(source))
 
@@ -40,10 +37,8 @@ def link(source: Path, target: Path) -> None:
 def write_atomically(path: Path, data: bytes) -> None:
     """Replaces `path` by `data`, durably: a reader, or a crash, sees the old file or the new one. Raises OSError."""
     with temporary_beside(path) as temporary:
-        with temporary.open("wb") as file:
+        with _synced(temporary) as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
         os.replace(temporary, path)
 
 
@@ -59,6 +54,14 @@ def temporary_beside(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def _synced(path: Path) -> Iterator[BinaryIO]:
+    with path.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def _publish(temporary: Path, path: Path, digest: str) -> None:
     before = recorded_digests(path) if path.exists() else []
     write_digests(path, [digest, *(each for each in before if each != digest)])
@@ -69,13 +72,7 @@ def _publish(temporary: Path, path: Path, digest: str) -> None:
 
 
 def write_digests(path: Path, digests: list[str]) -> None:
-    target = digest_file(path)
-    with temporary_beside(target) as temporary:
-        with temporary.open("w") as file:
-            file.writelines(f"{digest}  {path.name}\n" for digest in digests)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
+    write_atomically(digest_file(path), "".join(f"{digest}  {path.name}\n" for digest in digests).encode())
     sync_folder(path.parent)
 
 
@@ -94,6 +91,15 @@ def digest_file(path: Path) -> Path:
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Returns the object in a JSON file; None where there is no such file, or none that holds an object."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,8 +1,6 @@
 """Run folders: one folder, one run. Finding, locking, and telling apart what is finished, unfinished and live."""
 
 import contextlib
-import fcntl
-import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -13,6 +11,8 @@ from typing import IO, Any
 import yaml
 
 from dlopt.errors import UserError
+from dlopt.files import read_json
+from dlopt.locks import hold, is_held
 from dlopt.plain import check_yaml
 
 FORMAT = 1  # of run folders: which files there are and what their keys mean; environment.json says it
@@ -39,24 +39,17 @@ class RunFolder:
         return found if isinstance(found, dict) else None
 
     def summary(self) -> dict[str, Any] | None:
-        try:
-            found = json.loads((self.path / "summary.json").read_text())
-        except (OSError, ValueError):
-            return None
-        return found if isinstance(found, dict) else None
+        return read_json(self.path / "summary.json")
 
     def newer_format(self) -> str | None:
-        """Where a newer dlopt wrote the folder in a format of its own: what is to be said of it.
+        """Returns the reason why this dlopt cannot read the folder, where a newer one wrote it in its own format.
 
-        Folders that do not say their format are of the first one.
+        Folders without a format are of the first one.
         """
-        try:
-            found = json.loads((self.path / "environment.json").read_text())["folder_format"]
-        except (OSError, ValueError, KeyError, TypeError):
+        version = (read_json(self.path / "environment.json") or {}).get("folder_format")
+        if type(version) is not int or version <= FORMAT:
             return None
-        if type(found) is not int or found <= FORMAT:
-            return None
-        return f"written by a newer dlopt (run folder format {found}; this reads {FORMAT})"
+        return f"written by a newer dlopt (run folder format {version}; this reads {FORMAT})"
 
     def refuse_newer(self, key: str) -> None:
         """Raises `UserError` where a newer dlopt wrote the folder; `key`: what was typed to come here."""
@@ -79,31 +72,16 @@ class RunFolder:
 
     def is_live(self) -> bool:
         """Whether a process is at work here; a lock left by a killed one does not count."""
-        try:
-            file = (self.path / LOCK).open("r+")
-        except OSError:  # no folder, no lock in it, or not ours: then it cannot be written either
-            return False
-        with file:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                return True
-        return False
+        return is_held(self.path / LOCK)
 
     def lock(self) -> IO[str]:
-        """Holds the folder until the returned file is closed or the process ends. Raises `UserError` when it is held.
-
-        A POSIX record lock: it goes with its owner, and a forked child does not inherit it.
-        """
+        """Locks the folder until the returned file is closed or the process ends. `UserError` where it is locked."""
         try:
-            file = (self.path / LOCK).open("a+")
+            file = hold(self.path / LOCK)
+        except BlockingIOError:
+            raise UserError(f"hydra.run.dir={self.path}: another run is at work in this folder") from None
         except OSError as error:
             raise UserError(f"hydra.run.dir={self.path}: the folder cannot be written: {error.strerror}") from None
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.close()
-            raise UserError(f"hydra.run.dir={self.path}: another run is at work in this folder") from None
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()

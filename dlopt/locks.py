@@ -16,16 +16,15 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def hold(path: Path) -> IO[str]:
-    """Takes the lock, or raises OSError, and holds it until the returned file is closed or the process ends.
+    """Takes the lock and holds it until the returned file is closed or the process ends.
 
-    Do not open the file again in this process: closing any handle of it releases the lock.
+    Raises BlockingIOError where another process holds it, and OSError where the file cannot be written. Do not open
+    the file again in this process: closing any handle of it releases the lock.
     """
     file = path.open("a+")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    if not _is_locked(file):
         file.close()
-        raise
+        raise BlockingIOError(f"{path}: another process holds this lock")
     return file
 
 
@@ -38,15 +37,22 @@ def taken(path: Path) -> Iterator[bool]:
         yield False
         return
     with file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-            return
-        yield True
+        yield _is_locked(file)
 
 
 def is_held(path: Path) -> bool:
-    """Whether another process holds the lock."""
-    with taken(path) as was_free:
-        return path.exists() and not was_free
+    """Whether another process holds the lock. A file that is missing or not writable here counts as free."""
+    try:
+        file = path.open("r+")
+    except OSError:
+        return False
+    with file:
+        return not _is_locked(file)
+
+
+def _is_locked(file: IO[str]) -> bool:
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

@@ -22,11 +22,16 @@ def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def without_nan(value: Any) -> Any:
-    """Replaces non-finite numbers in nested mappings and lists by None: JSON has no NaN."""
+    """Replaces non-finite numbers in nested mappings and lists by None: JSON has no NaN.
+
+    0-dim tensors and NumPy scalars become numbers.
+    """
     if isinstance(value, Mapping):
         return {key: without_nan(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [without_nan(each) for each in value]
+    if hasattr(value, "item"):
+        value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -19,8 +19,7 @@ from dlopt.config.parsing import parse
 from dlopt.data.polynomial import polynomial
 from dlopt.data.samples import InMemory
 from dlopt.errors import UserError
-from dlopt.sweeps import grid as grids
-from dlopt.sweeps import jobs
+from dlopt.sweeps import jobs, pool
 from dlopt.train.trainer import Run, train
 
 RECIPES = {  # those that are sweeps; tests/test_comparisons.py has the others
@@ -113,15 +112,14 @@ def test_a_recipe_sweeps_with_and_without_the_flag(
 ) -> None:
     seen = []
 
-    def record(batch: Any, places: object, overview: object) -> None:
-        while not batch.is_over():
-            job = batch.next()
+    def record(batch: Any, pool: object, overview: object) -> None:
+        while (job := batch.next()) is not None:
             seen.append(" ".join(line for line in job.overrides if not line.startswith("experiment=")))
             job.folder.path.mkdir(parents=True, exist_ok=True)
             (job.folder.path / "summary.json").write_text('{"status": "finished"}')
             batch.ended(job, jobs.Result("finished", {}))
 
-    monkeypatch.setattr(grids, "work", record)
+    monkeypatch.setattr(pool, "run", record)
     monkeypatch.chdir(tmp_path)
     assert train_command(["experiment=lecture/overfitting_polynomial", *typed]) == 0
     assert seen == expected

@@ -16,7 +16,7 @@ from dlopt.analysis import drawing
 from dlopt.analysis.drawing import MARKERS, style
 from dlopt.analysis.probes import PROBES
 from dlopt.ranges import Seed
-from dlopt.tracking.tables import aligned
+from dlopt.tracking.layout import aligned
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -21,7 +21,7 @@ from dlopt.functions import Function
 from dlopt.optim import LossClosure
 from dlopt.random import generator
 from dlopt.schedules import Factor, Scheduler
-from dlopt.tracking.tables import aligned
+from dlopt.tracking.layout import aligned
 from dlopt.train.averaging import at_evaluation_point
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from dlopt.errors import DONE, UserError
 from dlopt.files import write_atomically
 from dlopt.plain import without_nan
 from dlopt.ranges import Count, Natural, Positive
-from dlopt.tracking.tables import Fitted, plain_table, standard_output
+from dlopt.tracking.layout import Fitted, plain_table, standard_output
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

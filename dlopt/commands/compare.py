@@ -68,11 +68,11 @@ def compare(composer: Composer, parsed: Namespace, config: DictConfig) -> int:
 
 def _list(runs: list[_Run]) -> int:
     """What would run, and an estimate of the time."""
-    from dlopt.sweeps.estimate import seconds_of, told
+    from dlopt.sweeps.grid import estimate_line, seconds_of
 
     for number, run in enumerate(runs):
         print(f"run {number}: {' '.join(run.overrides)}")
-    print(told(seconds_of([run.saved for run in runs], runs[0].choices), len(runs), 1))
+    print(estimate_line(seconds_of([run.saved for run in runs], runs[0].choices), len(runs), 1))
     return 0
 
 

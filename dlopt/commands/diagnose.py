@@ -149,7 +149,7 @@ def _measure(subject: _Subject, keys: Mapping[str, int]) -> tuple["Diagnosis", "
 
 def _tell(diagnosis: "Diagnosis", facts: "Facts", label: str) -> None:
     from dlopt.analysis.diagnosis.verdicts import advice, clipping_norm, typed, verdicts
-    from dlopt.tracking.tables import standard_output
+    from dlopt.tracking.layout import standard_output
 
     console = standard_output()
     if label:
@@ -184,7 +184,7 @@ def _tell(diagnosis: "Diagnosis", facts: "Facts", label: str) -> None:
 def _table(diagnosis: "Diagnosis", judged: Sequence[Sequence["Verdict"]]) -> Any:
     from rich.text import Text
 
-    from dlopt.tracking.tables import Fitted, plain_table
+    from dlopt.tracking.layout import Fitted, plain_table
 
     table = plain_table()
     table.add_column("layer")

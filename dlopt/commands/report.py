@@ -34,7 +34,7 @@ from dlopt.files import write_atomically
 from dlopt.ranges import Count
 from dlopt.tracking import layout
 from dlopt.tracking.console import open_console
-from dlopt.tracking.tables import Fitted, plain_table
+from dlopt.tracking.layout import Fitted, plain_table
 
 if TYPE_CHECKING:
     from dlopt.analysis.leaderboard import Leaderboard, Row, Statistic

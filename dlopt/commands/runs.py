@@ -29,8 +29,7 @@ from dlopt.errors import DONE, RunError, UserError
 from dlopt.folders import RunFolder
 from dlopt.job import complain
 from dlopt.tracking import layout
-from dlopt.tracking.layout import short_path
-from dlopt.tracking.tables import Fitted, plain_table
+from dlopt.tracking.layout import Fitted, plain_table, short_path
 
 USAGE = """\
 dlopt runs [DIR...] [condition...] [sort=KEY] [columns=[KEY,...]] [limit=N] [--paths]

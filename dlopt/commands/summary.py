@@ -66,7 +66,7 @@ def _summarized(experiment: "Experiment", shape: tuple[int, ...], classes: int) 
 
 
 def _print(name: str, shape: tuple[int, ...], found: "ModelSummary") -> None:
-    from dlopt.tracking.tables import Fitted, plain_table, standard_output
+    from dlopt.tracking.layout import Fitted, plain_table, standard_output
 
     table = plain_table()
     for column in ("layer", "kind"):

@@ -20,8 +20,8 @@ from dlopt.folders import RunFolder, Trace, make_new, newest
 from dlopt.sweeps.jobs import SPACE
 
 if TYPE_CHECKING:
-    from dlopt.sweeps.places import Places
-    from dlopt.sweeps.search import Plan
+    from dlopt.sweeps.pool import Pool
+    from dlopt.sweeps.study import Plan
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Request:
-    """A composed sweep: `wanted` is its folder, typed or by default; `places` those of dlopt's own launchers."""
+    """A composed sweep. `wanted`: its folder; `places`: the worker pool of one of dlopt's own launchers."""
 
     composer: Composer
     typed: list[str]
     config: DictConfig
     wanted: Path
     is_typed: bool
-    places: "Places | None"
+    places: "Pool | None"
 
     def find_folder(self, is_unfinished: Callable[[RunFolder], bool], check: Callable[[Path, str], None]) -> Path:
         """The folder to work in, made if need be. `check` refuses one, naming the key that led to it."""
@@ -73,17 +73,17 @@ class Request:
 
     def run(self, folder: Path) -> Any:
         """Has the sweeper and the launcher do the rest; returns what the sweeper returns."""
-        if self.places is not None and self.places.is_here:
-            from dlopt.sweeps import warm
+        if self.places is not None and self.places.is_local:
+            from dlopt.sweeps.pool import warm_up
 
-            warm.heat()
+            warm_up()
         return self.composer.sweep(self.config, folder, start_job)
 
     def estimate(self, configs: Sequence[Mapping[str, Any]], jobs: int) -> int:
-        from dlopt.sweeps.estimate import seconds_of, told
+        from dlopt.sweeps.grid import estimate_line, seconds_of
 
-        places = 1 if self.places is None else self.places.count
-        print(told(seconds_of(configs, choices_of(self.config)), jobs, places))
+        places = 1 if self.places is None else self.places.slots
+        print(estimate_line(seconds_of(configs, choices_of(self.config)), jobs, places))
         return 0
 
 
@@ -101,11 +101,11 @@ def sweep(composer: Composer, parsed: Namespace) -> int:
     return _search(request) if is_search else _grid(request)
 
 
-def _check_launcher(composer: Composer, config: DictConfig, is_search: bool) -> "Places | None":
+def _check_launcher(composer: Composer, config: DictConfig, is_search: bool) -> "Pool | None":
     """Has the launcher refuse its settings before anything is made; where its jobs run, if it is dlopt's own."""
     launcher = composer.launcher(config, start_job)
     if hasattr(launcher, "places"):
-        return cast("Places", launcher.places())
+        return cast("Pool", launcher.places())
     if is_search:
         name = config.hydra.runtime.choices["hydra/launcher"]
         raise UserError(
@@ -324,8 +324,8 @@ def start_job(config: DictConfig) -> str:
 
     from dlopt.config.parsing import parse
     from dlopt.sweeps import jobs
-    from dlopt.sweeps.grid import run_job
-    from dlopt.sweeps.places import local
+    from dlopt.sweeps.grid import run_jobs
+    from dlopt.sweeps.pool import local
 
     hydra = HydraConfig.get()
     folder = RunFolder(Path(hydra.runtime.output_dir))
@@ -337,6 +337,5 @@ def start_job(config: DictConfig) -> str:
     except UserError as error:
         return jobs.record_failure(folder, str(error)).status
     choices = {key: value for key, value in chosen.items() if not key.startswith("hydra")}
-    return run_job(
-        jobs.Job(int(hydra.job.num), folder, saved, overrides, choices, " ".join(overrides)), local(n_jobs=1)
-    )
+    job = jobs.Job(int(hydra.job.num), folder, saved, overrides, choices, " ".join(overrides))
+    return run_jobs([job], 1, local(n_jobs=1))[job.number]

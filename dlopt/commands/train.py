@@ -161,11 +161,11 @@ def prepare(config: DictConfig, overrides: Sequence[str]) -> Prepared:
 
 def _estimate(config: DictConfig, overrides: Sequence[str]) -> int:
     from dlopt.config.parsing import parse
-    from dlopt.sweeps.estimate import seconds_of, told
+    from dlopt.sweeps.grid import estimate_line, seconds_of
 
     plain, saved = to_plain(config, overrides)
     parse(plain, saved)
-    print(told(seconds_of([saved], choices_of(config)), 1, 1))
+    print(estimate_line(seconds_of([saved], choices_of(config)), 1, 1))
     return 0
 
 

@@ -18,7 +18,7 @@ from dlopt.plain import flatten
 _PLUGINS = ("hydra._internal.core_plugins.", "hydra_plugins.")  # installed, and found by Hydra itself
 _PARTS = {  # of hydra/sweeper=dlopt_optuna
     "hydra.sweeper.sampler._target_": r"dlopt\.sweeps\.samplers\.[a-z]\w*",
-    "hydra.sweeper.pruner._target_": r"dlopt\.sweeps\.pruners\.[a-z]\w*",
+    "hydra.sweeper.pruner._target_": r"dlopt\.sweeps\.samplers\.[a-z]\w*",
 }
 _HANDLERS = ("logging.StreamHandler", "logging.FileHandler", "logging.NullHandler")
 _STREAMS = ("ext://sys.stdout", "ext://sys.stderr")

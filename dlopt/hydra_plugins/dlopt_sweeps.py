@@ -38,7 +38,7 @@ class _Processes(Launcher):
         self._loader, self._config = hydra_context.config_loader, config
 
     def places(self) -> Any:
-        from dlopt.sweeps.places import checked
+        from dlopt.sweeps.pool import checked
 
         module, _, name = self.function.partition(".")
         return checked(getattr(importlib.import_module(f"dlopt.sweeps.{module}"), name), self.settings)
@@ -52,13 +52,13 @@ class _Processes(Launcher):
 class LocalLauncher(_Processes):
     """hydra/launcher=serial and joblib."""
 
-    function = "places.local"
+    function = "pool.local"
 
 
 class GpuLauncher(_Processes):
     """hydra/launcher=gpus."""
 
-    function = "places.gpus"
+    function = "pool.gpus"
 
 
 class SlurmLauncher(_Processes):

@@ -1,86 +1,103 @@
-"""A batch of jobs that are known from the start: Hydra's own sweeper, or another that chooses batch by batch."""
+"""Jobs that are known from the start: how long they will take, and a run of all of them."""
 
-from collections.abc import Mapping, Sequence
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig
 
-from dlopt.errors import UserError
 from dlopt.folders import RunFolder
-from dlopt.sweeps.crew import Refused, work
-from dlopt.sweeps.jobs import Job, Result, compose, labels, record_failure
-from dlopt.sweeps.places import Places
+from dlopt.sweeps import pool as pools
+from dlopt.sweeps.jobs import Job, Result, compose_or_refuse, labels
+from dlopt.sweeps.pool import Pool, Source
 from dlopt.tracking.overview import Overview
+
+_PROBES = 3  # jobs that an estimate runs
+_MINUTES = 0.05  # that each of them trains
+_PATIENCE = 120.0  # seconds after which a probe is given up
 
 
 def run_batch(
-    loader: Any, config: DictConfig, places: Places, job_overrides: Sequence[Sequence[str]], first: int
-) -> list[JobReturn]:
-    """Runs jobs `first`, `first` + 1, ...; what is finished already is left alone. A job's return value is its status,
-    and its config that of the job."""
-    batch = _Batch(loader, config, job_overrides, first)
-    work(batch, places, Overview(len(job_overrides)))
-    return [_returned(batch.results[first + i], lines) for i, lines in enumerate(job_overrides)]
+    loader: Any, config: DictConfig, pool: Pool, job_overrides: Sequence[Sequence[str]], first: int
+) -> list[Any]:
+    """Runs jobs `first`, `first` + 1, ...; what is finished already is left alone.
+
+    Returns Hydra's `JobReturn` of each, whose value is the job's status.
+    """
+    from hydra.core.utils import JobReturn, JobStatus
+
+    numbered = enumerate(zip(job_overrides, labels(job_overrides), strict=True), first)
+    jobs = (compose_or_refuse(loader, config, overrides, number, label) for number, (overrides, label) in numbered)
+    statuses = run_jobs(jobs, len(job_overrides), pool)
+    return [
+        JobReturn(overrides=overrides, status=JobStatus.COMPLETED, _return_value=statuses[first + i])
+        for i, overrides in enumerate(job_overrides)
+    ]
 
 
-def run_job(job: Job, places: Places) -> str:
-    """Runs one job and returns its status."""
-    single = _Single(job)
-    work(single, places, Overview(1))
-    assert single.result is not None
-    return single.result.status
+def run_jobs(jobs: Iterable[Job], total: int, pool: Pool) -> dict[int, str]:
+    """Runs jobs and returns their status by number."""
+    batch = _Batch(iter(jobs))
+    pools.run(batch, pool, Overview(total))
+    return batch.statuses
 
 
-class _Single:
-    def __init__(self, job: Job) -> None:
-        self._waiting: Job | None = job
-        self.result: Result | None = None
+class _Batch(Source):
+    def __init__(self, jobs: Iterator[Job]) -> None:
+        self._jobs = jobs
+        self.statuses: dict[int, str] = {}
 
-    def next(self) -> Job | Refused | None:
-        job, self._waiting = self._waiting, None
-        return job
+    def next(self) -> Job | None:
+        return next(self._jobs, None)
 
-    def is_over(self) -> bool:
-        return self._waiting is None
-
-    def stops(self, job: Job, line: Mapping[str, Any]) -> bool:
-        return False
-
-    def ended(self, job: Job | Refused, result: Result) -> None:
-        self.result = result
+    def ended(self, job: Job, result: Result) -> None:
+        self.statuses[job.number] = result.status
 
 
-class _Batch:
-    def __init__(self, loader: Any, config: DictConfig, overrides: Sequence[Sequence[str]], first: int) -> None:
-        self._loader, self._config = loader, config
-        self._waiting = [(first + i, *each) for i, each in enumerate(zip(overrides, labels(overrides), strict=True))]
-        self.results: dict[int, Result] = {}
+# -- estimates
 
-    def next(self) -> Job | Refused | None:
-        if not self._waiting:
-            return None
-        number, overrides, label = self._waiting.pop(0)
+
+def seconds_of(configs: Sequence[Mapping[str, Any]], choices: Mapping[str, str]) -> float | None:
+    """Mean seconds of a job of these configs (as they are saved), by the first, the middle and the last of them, which
+    run for some seconds in a temporary folder; None where none of them came to train."""
+    picked = sorted({0, len(configs) // 2, len(configs) - 1})[:_PROBES]
+    known = [seconds for i in picked if (seconds := _probe(configs[i], choices)) is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _probe(config: Mapping[str, Any], choices: Mapping[str, str]) -> float | None:
+    from dlopt.errors import RunError, UserError
+    from dlopt.job import describe
+    from dlopt.train.checkpoint import Checkpoints
+
+    probing = {**config, "max_time": _MINUTES, "tracking": [], "resume": None, "dry_run": False}
+    with tempfile.TemporaryDirectory(prefix="dlopt-") as path:
+        folder = RunFolder(Path(path))
+        describe(folder.path, probing, [], choices)
+        process, deadline = pools.spawn(folder.path, {}, None), time.monotonic() + _PATIENCE
+        while process.poll() is None:
+            if time.monotonic() > deadline:
+                process.kill()
+                return None
+            time.sleep(0.1)
+        summary = folder.summary() or {}
+        seconds, steps = summary.get("seconds"), summary.get("steps")
+        if summary.get("status") in ("finished", "stopped_early") or not seconds or not steps:
+            return seconds
         try:
-            return compose(self._loader, self._config, overrides, number, label)
-        except UserError as error:
-            folder = RunFolder(Path(str(self._config.hydra.sweep.dir)) / str(number))
-            return Refused(number, label, record_failure(folder, str(error)))
-
-    def is_over(self) -> bool:
-        return not self._waiting
-
-    def stops(self, job: Job, line: Mapping[str, Any]) -> bool:
-        return False
-
-    def ended(self, job: Job | Refused, result: Result) -> None:
-        self.results[job.number] = result
+            state = Checkpoints(folder.checkpoints).load_newest()
+        except (RunError, UserError):
+            return None
+        return None if state is None else float(seconds * state["progress"]["horizon"] / steps)
 
 
-def _returned(result: Result, overrides: Sequence[str]) -> JobReturn:
-    returned = JobReturn()
-    returned.overrides = overrides
-    returned.status = JobStatus.COMPLETED
-    returned.return_value = result.status
-    return returned
+def estimate_line(seconds: float | None, jobs: int, at_once: int) -> str:
+    """One line for `jobs` jobs of `seconds` each, `at_once` of them at a time."""
+    from dlopt.tracking.layout import clock
+
+    if seconds is None:
+        return f"{jobs} jobs, {at_once} at once; how long they take could not be found out"
+    whole = seconds * -(-jobs // at_once)
+    return f"{jobs} jobs of about {clock(seconds)} each, {at_once} at once: about {clock(whole)} in all"

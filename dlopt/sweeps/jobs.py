@@ -12,11 +12,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from dlopt.config.resuming import refuse_other_config
-from dlopt.errors import UserError
+from dlopt.errors import DONE, INTERRUPTED, UserError
 from dlopt.files import write_atomically
 from dlopt.folders import RunFolder
 
-DONE, INTERRUPTED = 0, 75  # exit codes of dlopt.job
 SPACE = "sweep.yaml"  # in a sweep's folder; of a grid: the overrides of each job; of a search: what it searches
 OUTPUT = "output.log"  # what a job says on stdout and stderr
 _ODD = re.compile(r"[^\w.,=+@-]+")
@@ -31,6 +30,7 @@ class Job:
     choices: Mapping[str, str]
     label: str
     environment: Mapping[str, str] = field(default_factory=dict)  # hydra.job.env_set
+    error: str = ""  # why it cannot run
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Result:
     """`status`: one of summary.json's, or `pruned`."""
 
     status: str
-    figures: Mapping[str, Any]
+    metrics: Mapping[str, Any]
     reason: str = ""
 
 
@@ -50,26 +50,31 @@ def compose(loader: Any, sweep: DictConfig, overrides: Sequence[str], number: in
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    from dlopt.config.compose import choices_of, to_plain
+    from dlopt.config.parsing import parse
+
     try:
         config = loader.load_sweep_config(sweep, list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(" ".join(str(error).split())) from None
     with open_dict(config):
         config.hydra.job.num = config.hydra.job.id = number
-    return _job_of(config, Path(str(sweep.hydra.sweep.dir)), overrides, label)
-
-
-def _job_of(config: DictConfig, sweep: Path, overrides: Sequence[str], label: str) -> Job:
-    from dlopt.config.compose import choices_of, to_plain
-    from dlopt.config.parsing import parse
-
-    plain, saved = to_plain(config, None)  # whom to trust was seen to for the sweep as a whole
+    plain, saved = to_plain(config, None)  # allow_packages was checked for the sweep as a whole
     parse(plain, saved)
     environment = OmegaConf.to_container(config.hydra.job.env_set, resolve=True)
     assert isinstance(environment, dict)
-    folder = RunFolder(sweep / folder_name(str(config.hydra.sweep.subdir)))
+    folder = RunFolder(Path(str(sweep.hydra.sweep.dir)) / folder_name(str(config.hydra.sweep.subdir)))
     set_there = {str(key): str(value) for key, value in environment.items()}
-    return Job(int(config.hydra.job.num), folder, saved, list(overrides), choices_of(config), label, set_there)
+    return Job(number, folder, saved, list(overrides), choices_of(config), label, set_there)
+
+
+def compose_or_refuse(loader: Any, sweep: DictConfig, overrides: Sequence[str], number: int, label: str) -> Job:
+    """As `compose`; a job that cannot be composed carries the error instead."""
+    try:
+        return compose(loader, sweep, overrides, number, label)
+    except UserError as error:
+        folder = RunFolder(Path(str(sweep.hydra.sweep.dir)) / str(number))
+        return Job(number, folder, {}, list(overrides), {}, label, error=str(error))
 
 
 def labels(jobs: Sequence[Sequence[str]]) -> list[str]:
@@ -123,14 +128,14 @@ def record_failure(folder: RunFolder, reason: str) -> Result:
     summary = {"status": "failed", "reason": reason}
     with contextlib.suppress(OSError):
         folder.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder.path / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+        _write_summary(folder, summary)
     return Result("failed", summary, reason)
 
 
 def record_pruned(folder: RunFolder, epoch: int) -> Result:
-    """A stopped job counts as stopped early, with a mark: its figures are those up to there, and it is not tested."""
+    """A stopped job counts as stopped early, with a mark: its metrics are those up to there, and it is not tested."""
     summary = {**(folder.summary() or {}), "status": "stopped_early", "pruned": True, "pruned_at_epoch": epoch}
-    write_atomically(folder.path / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    _write_summary(folder, summary)
     return Result("pruned", summary)
 
 
@@ -138,3 +143,7 @@ def record_dead(folder: RunFolder) -> None:
     """Marks a job as failed whose process ended without a word, until it has run again."""
     if folder.holds_a_run() and folder.summary() is None and not folder.is_live():
         record_failure(folder, "its process was killed, with the sweep or before; resume=auto runs it again")
+
+
+def _write_summary(folder: RunFolder, summary: Mapping[str, Any]) -> None:
+    write_atomically(folder.path / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())

@@ -1,4 +1,6 @@
-"""How a search draws its jobs' values. Each callable stands in conf/hydra/sweeper/sampler/ with its arguments.
+"""How a search draws its jobs' values, and which jobs it stops early from their validation metrics so far.
+
+conf/hydra/sweeper/sampler/ and conf/hydra/sweeper/pruner/ name these callables with their arguments.
 
 Every job gets a sampler of its own, seeded by the search's seed and the job's number: what job 7 draws does not depend
 on which process draws it, or on how often the sweep was stopped before (but on the results at hand, where a sampler
@@ -7,11 +9,13 @@ learns from them).
 
 import hashlib
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import optuna
+from annotated_types import Ge
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 
 from dlopt.errors import UserError
@@ -21,6 +25,7 @@ from dlopt.sweeps.space import Space, grid_values
 
 Sampler = Callable[[int], BaseSampler]
 """Number of the job -> what draws its values."""
+Factor = Annotated[int, Ge(2)]
 
 
 def random(*, space: Space, seed: int) -> Sampler:
@@ -61,28 +66,25 @@ def sobol(*, space: Space, seed: int, scramble: bool) -> Sampler:
     """Points of Sobol's sequence, scrambled after Owen: evenest when the number of jobs is a power of two."""
     from scipy.stats import qmc
 
-    def draw(number: int) -> np.ndarray:
-        engine = qmc.Sobol(len(space.searched), scramble=scramble, seed=np.random.default_rng(seed))
-        return _point(engine, number)
-
-    return lambda number: _Numbered(space, lambda: _from_unit_cube(space, draw(number)))
+    return _sequence(qmc.Sobol, space, seed, scramble)
 
 
 def halton(*, space: Space, seed: int, scramble: bool) -> Sampler:
     """Points of Halton's sequence, scrambled after Owen: even for any number of jobs, in few dimensions."""
     from scipy.stats import qmc
 
-    def draw(number: int) -> np.ndarray:
-        engine = qmc.Halton(len(space.searched), scramble=scramble, seed=np.random.default_rng(seed))
-        return _point(engine, number)
-
-    return lambda number: _Numbered(space, lambda: _from_unit_cube(space, draw(number)))
+    return _sequence(qmc.Halton, space, seed, scramble)
 
 
-def _point(engine: Any, number: int) -> np.ndarray:
-    if number > 0:
-        engine.fast_forward(number)
-    return np.asarray(engine.random(1)[0])
+def _sequence(engine: Callable[..., Any], space: Space, seed: int, scramble: bool) -> Sampler:
+    def draw(number: int) -> dict[str, Any]:
+        points = engine(len(space.searched), scramble=scramble, seed=np.random.default_rng(seed))
+        if number > 0:
+            points.fast_forward(number)
+        pairs = zip(space.searched.items(), points.random(1)[0], strict=True)
+        return {key: _scaled(each, float(x)) for (key, each), x in pairs}
+
+    return lambda number: _Numbered(space, lambda: draw(number))
 
 
 def grid(*, space: Space, seed: int) -> Sampler:
@@ -110,10 +112,6 @@ class _Numbered(BaseSampler):
         raise RuntimeError(f"{name} was not drawn")
 
 
-def _from_unit_cube(space: Space, point: np.ndarray) -> dict[str, Any]:
-    return {key: _scaled(each, float(x)) for (key, each), x in zip(space.searched.items(), point, strict=True)}
-
-
 def _scaled(distribution: BaseDistribution, x: float) -> Any:
     """The value at the share `x` (0 <= x < 1) of the distribution."""
     if isinstance(distribution, FloatDistribution) and distribution.step is None:
@@ -131,3 +129,30 @@ def _scaled(distribution: BaseDistribution, x: float) -> Any:
 def _seed(seed: int, number: int) -> int:
     """Unrelated streams for neighbouring numbers."""
     return int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:4], "little")
+
+
+# -- pruners
+
+
+def none() -> BasePruner:
+    """Every job runs to its end."""
+    return optuna.pruners.NopPruner()
+
+
+def median(*, startup_trials: Natural, warmup_epochs: Natural) -> BasePruner:
+    """Stops a job that is worse than the median of those before it at the same epoch (Golovin et al. 2017)."""
+    return optuna.pruners.MedianPruner(n_startup_trials=startup_trials, n_warmup_steps=warmup_epochs)
+
+
+def asha(*, min_epochs: Count, reduction_factor: Factor, grace_rungs: Natural) -> BasePruner:
+    """Asynchronous successive halving (Li et al. 2020): of the jobs at each rung the best 1/reduction_factor go on."""
+    return optuna.pruners.SuccessiveHalvingPruner(
+        min_resource=min_epochs, reduction_factor=reduction_factor, min_early_stopping_rate=grace_rungs
+    )
+
+
+def hyperband(*, min_epochs: Count, max_epochs: Count, reduction_factor: Factor) -> BasePruner:
+    """Successive halving with several first rungs (Li et al. 2018): jobs are dealt to brackets by their number."""
+    return optuna.pruners.HyperbandPruner(
+        min_resource=min_epochs, max_resource=max_epochs, reduction_factor=reduction_factor
+    )

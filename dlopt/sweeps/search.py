@@ -5,30 +5,30 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard, cast
 
 import optuna
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
+from optuna.trial import TrialState
 
 from dlopt.analysis.leaderboard import Direction, direction_of, is_seed
 from dlopt.config.resuming import FREE
 from dlopt.config.schema import check_arguments, component, show
-from dlopt.errors import UserError
+from dlopt.errors import DONE, FAILED, INTERRUPTED, UserError
 from dlopt.files import write_atomically
-from dlopt.folders import RunFolder
 from dlopt.plain import flatten
 from dlopt.ranges import Count, Seed
-from dlopt.sweeps.crew import Refused, work
-from dlopt.sweeps.jobs import SPACE, Job, Result, compose, record_dead, record_failure
-from dlopt.sweeps.places import Places
-from dlopt.sweeps.samplers import Sampler
-from dlopt.sweeps.space import Space, grid_values, space_of
-from dlopt.sweeps.study import Claim, Study, open_storage, storage_errors
+from dlopt.sweeps import pool as pools
+from dlopt.sweeps.jobs import SPACE, Job, Result, compose, compose_or_refuse, record_dead
+from dlopt.sweeps.pool import Pool, Source
+from dlopt.sweeps.space import Space, space_of
+from dlopt.sweeps.study import Claim, Plan, Study, storage_errors
 from dlopt.tracking.overview import Overview
 
 _PATIENCE = 3.0  # seconds between two looks for the jobs of processes that may be dead
+_STATES = {"finished": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,23 +44,10 @@ class Settings:
     seed: Seed
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A checked search."""
-
-    space: Space
-    settings: Settings
-    objectives: Sequence[str]
-    directions: Sequence[Direction]
-    watched: str | None  # figure that the pruner compares; None: nothing is pruned
-    sampler: Sampler
-    pruner: optuna.pruners.BasePruner
-    total: int
-
-
 def plan_of(loader: Any, config: DictConfig, overrides: Sequence[str]) -> Plan:
-    """What the composed config and the task's overrides (as typed) ask for. Raises `UserError`."""
-    plain = {str(key): _resolved(config, key) for key in config.hydra.sweeper if not str(key).startswith("_")}
+    """The search of the composed config and the task's overrides (as typed). Raises `UserError`."""
+    sweeper = cast("dict[str, Any]", OmegaConf.to_container(config.hydra.sweeper, resolve=True))
+    plain = {key: value for key, value in sweeper.items() if not key.startswith("_")}
     params, sampler, pruner = plain.pop("params") or {}, plain.pop("sampler"), plain.pop("pruner")
     lines = [f"{key}={show(value)}" for key, value in params.items()]
     space = space_of(OverridesParser.create(loader).parse_overrides([*lines, *overrides]))
@@ -87,12 +74,7 @@ def plan_of(loader: Any, config: DictConfig, overrides: Sequence[str]) -> Plan:
     pruning = stop.build()
     watched = None if isinstance(pruning, optuna.pruners.NopPruner) else _watched(settings, objectives)
     sampling = draw.build(space=space, seed=settings.seed)
-    return Plan(space, settings, objectives, directions, watched, sampling, pruning, total)
-
-
-def _resolved(config: DictConfig, key: Any) -> Any:
-    value = OmegaConf.select(config, f"hydra.sweeper.{key}")
-    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    return Plan(space, objectives, directions, watched, sampling, pruning, total, settings.storage, settings.study_name)
 
 
 def _directions(settings: Settings, objectives: Sequence[str]) -> list[Direction]:
@@ -112,8 +94,8 @@ def _watched(settings: Settings, objectives: Sequence[str]) -> str:
         return settings.watch
     if not objectives[0].startswith("best_val_"):
         raise UserError(
-            f"hydra.sweeper.watch=auto: no epoch tells of {objectives[0]}; type the figure of metrics.jsonl "
-            "that the pruner shall compare: hydra.sweeper.watch=val_loss"
+            f"hydra.sweeper.watch=auto: metrics.jsonl has no {objectives[0]}; type one of its metrics "
+            "for the pruner to compare: hydra.sweeper.watch=val_loss"
         )
     return objectives[0].removeprefix("best_")
 
@@ -127,11 +109,9 @@ def probes(space: Space) -> list[list[str]]:
     return [space.overrides(point) for point in points]
 
 
-def _ends(distribution: Any) -> list[Any]:
-    values = grid_values(distribution)
-    if isinstance(distribution, optuna.distributions.CategoricalDistribution):
-        return values or []
-    return [distribution.low, distribution.high]
+def _ends(distribution: Any) -> Sequence[Any]:
+    is_choice = isinstance(distribution, optuna.distributions.CategoricalDistribution)
+    return distribution.choices if is_choice else (distribution.low, distribution.high)
 
 
 def facts_of(plan: Plan, saved: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,117 +137,81 @@ class Outcome:
 
     @property
     def code(self) -> int:
-        return 1 if self.failed else 75 if self.interrupted else 0
+        return FAILED if self.failed else INTERRUPTED if self.interrupted else DONE
 
 
-def run_search(loader: Any, config: DictConfig, places: Places, arguments: Sequence[str]) -> Outcome:
+def run_search(loader: Any, config: DictConfig, pool: Pool, arguments: Sequence[str]) -> Outcome:
     """Works on the study until nothing is left to take. Raises `UserError` before anything runs."""
     plan = plan_of(loader, config, arguments)
     folder = Path(str(config.hydra.sweep.dir))
     first = compose(loader, config, probes(plan.space)[0], 0)
     facts = {**facts_of(plan, first.config), "space": plan.space.describe()}
-    study = open_study(plan, folder, facts)
-    with storage_errors(plan.settings.storage):
+    with storage_errors(plan.storage):
+        study = Study(folder, plan, facts)
         _note(folder, facts, study)
-        source = Search(plan, study, partial(compose, loader, config))
+        search = Search(plan, study, partial(compose_or_refuse, loader, config))
         try:
-            source.run(places)
+            search.run(pool)
         finally:
             _note(folder, facts, study)
             study.close()
-        return source.outcome()
+        return search.outcome()
 
 
 def _note(folder: Path, facts: Mapping[str, Any], study: Study) -> None:
     """sweep.yaml, by which resume=auto finds the search."""
     counts = study.counts()
-    noted = {"facts": dict(facts), "finished": counts.finished + counts.pruned + counts.failed}
+    noted = {"facts": dict(facts), "finished": sum(counts[state] for state in _STATES.values())}
     write_atomically(folder / SPACE, yaml.safe_dump(noted, sort_keys=False, allow_unicode=True).encode())
 
 
-def open_study(plan: Plan, folder: Path, facts: Mapping[str, Any]) -> Study:
-    """Makes or joins the study. Raises `UserError` with the difference where it searches something else."""
-    with storage_errors(plan.settings.storage):
-        return Study(
-            open_storage(plan.settings.storage, folder),
-            name=plan.settings.study_name,
-            folder=folder,
-            space=plan.space,
-            directions=plan.directions,
-            total=plan.total,
-            facts=facts,
-            sampler=plan.sampler,
-            pruner=plan.pruner,
-        )
+class Search(Source):
+    """Hands out the study's jobs, and records how they end. `make` (overrides, number, label) composes a job."""
 
-
-Compose = Callable[[Sequence[str], int, str], Job]
-"""(overrides, number, label): the job, or `UserError`."""
-
-
-class Search:
-    """Hands out the study's jobs, and tells it how they end."""
-
-    def __init__(self, plan: Plan, study: Study, make: Compose) -> None:
+    def __init__(self, plan: Plan, study: Study, make: Callable[[Sequence[str], int, str], Job]) -> None:
         self._plan, self._study, self._make = plan, study, make
         self._claims: dict[int, Claim] = {}
         self._interrupted = 0
-        self._asked, self._over = 0.0, False
+        self._looked, self._over = float("-inf"), False
+        self._overview: Overview | None = None
 
-    def run(self, places: Places) -> None:
+    def run(self, pool: Pool) -> None:
         """Until nothing is left to take. Raises KeyboardInterrupt once a signal has come and the jobs have stopped."""
         self._overview = Overview(self._plan.total, self._plan.objectives[0], self._plan.directions[0])
-        self._show_known(self._overview)
-        work(self, places, self._overview)
+        pools.run(self, pool, self._overview)
 
-    def _share(self) -> None:
-        counts, objective = self._study.counts(), self._plan.objectives[0]
-        done = [(n, self._plan.space.label(values), {objective: f[0]}) for n, values, f in self._study.finished()]
-        self._overview.share(counts.finished, counts.pruned, counts.failed, done)
-
-    def _show_known(self, overview: Overview) -> None:
-        """What is over already."""
-        counts = self._study.counts()
-        for number, values, figures in self._study.finished():
-            label = self._plan.space.label(values)
-            known = dict(zip(self._plan.objectives, figures, strict=True))
-            overview.ended(number, label, "finished", known, known=True)
-        for status, count in (("pruned", counts.pruned), ("failed", counts.failed)):
-            for _ in range(count):
-                overview.ended(-1, "", status, {}, known=True)
-
-    def next(self) -> Job | Refused | None:
+    def next(self) -> Job | None:
         now = time.monotonic()
-        if now < self._asked:  # nothing was left: other processes' jobs are looked at now and then
+        if now < self._looked + _PATIENCE:  # nothing was left: other processes' jobs are looked at now and then
             return None
-        self._share()
+        counts = self._study.counts()
+        if self._overview is not None:
+            done = [(number, label, {self._plan.objectives[0]: values[0]}) for number, label, values in self._rows()]
+            self._overview.share({status: counts[state] for status, state in _STATES.items()}, done)
         claim = self._study.claim()
         if claim is None:
-            self._asked = now + _PATIENCE
-            self._over = self._study.counts().waiting == 0 and not self._study.awaits_orphans()
+            self._looked = now
+            self._over = self._study.counts()[TrialState.WAITING] == 0 and not self._study.awaits_orphans()
             return None
         self._claims[claim.number] = claim
-        overrides = self._plan.space.overrides(claim.values)
-        label = self._plan.space.label(claim.values)
-        try:
-            job = self._make(overrides, claim.number, label)
-        except UserError as error:
-            folder = RunFolder(self._study.folder / str(claim.number))
-            return Refused(claim.number, label, record_failure(folder, str(error)))
-        if claim.again:
+        job = self._make(self._plan.space.overrides(claim.values), claim.number, self._plan.space.label(claim.values))
+        if claim.again and not job.error:
             record_dead(job.folder)
         return job
+
+    def _rows(self) -> list[tuple[int, str, Sequence[float]]]:
+        return [(number, self._plan.space.label(values), scores) for number, values, scores in self._study.finished()]
 
     def is_over(self) -> bool:
         return self._over
 
     def stops(self, job: Job, line: Mapping[str, Any]) -> bool:
         value = line.get(self._plan.watched or "")
-        if self._plan.watched is None or not isinstance(value, int | float):
+        if self._plan.watched is None or not _is_number(value):
             return False
         return self._study.report(self._claims[job.number], int(line["epoch"]), float(value))
 
-    def ended(self, job: Job | Refused, result: Result) -> None:
+    def ended(self, job: Job, result: Result) -> None:
         claim = self._claims[job.number]
         if result.status == "interrupted":
             self._interrupted += 1
@@ -275,19 +219,22 @@ class Search:
         if result.status == "pruned":
             self._study.prune(claim)
             return
-        if result.status == "failed":
-            self._study.fail(claim, result.reason)
-            return
-        figures = [result.figures.get(key) for key in self._plan.objectives]
-        if all(isinstance(value, int | float) for value in figures):
-            self._study.finish(claim, [float(value) for value in figures if value is not None])
-            return
-        missing = [key for key, value in zip(self._plan.objectives, figures, strict=True) if value is None]
-        there = ", ".join(key for key, value in result.figures.items() if isinstance(value, int | float))
-        reason = f"hydra.sweeper.objective={missing[0]}: summary.json has no such figure; it has {there}"
+        reason = result.reason
+        if result.status != "failed":
+            scores = [value for key in self._plan.objectives if _is_number(value := result.metrics.get(key))]
+            if len(scores) == len(self._plan.objectives):
+                self._study.finish(claim, [float(score) for score in scores])
+                return
+            missing = next(key for key in self._plan.objectives if not _is_number(result.metrics.get(key)))
+            there = ", ".join(key for key, value in result.metrics.items() if _is_number(value))
+            reason = f"hydra.sweeper.objective={missing}: summary.json has no such figure; it has {there}"
         self._study.fail(claim, reason)
 
     def outcome(self) -> Outcome:
         counts = self._study.counts()
-        rows = [(number, self._plan.space.label(values), figures) for number, values, figures in self._study.finished()]
-        return Outcome(counts.failed, self._interrupted, counts.running - self._interrupted, rows)
+        elsewhere = counts[TrialState.RUNNING] - self._interrupted
+        return Outcome(counts[TrialState.FAIL], self._interrupted, elsewhere, self._rows())
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float)

@@ -1,4 +1,4 @@
-"""`hydra/launcher=slurm`: every job of a sweep a Slurm job, sent through submitit, which also has it requeued."""
+"""`hydra/launcher=slurm`: every job of a sweep is a Slurm job, submitted and requeued by submitit."""
 
 import contextlib
 import getpass
@@ -11,18 +11,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dlopt.errors import UserError
+from dlopt.errors import DONE, FAILED, INTERRUPTED, UserError
 from dlopt.extras import install
 from dlopt.folders import RunFolder
 from dlopt.ranges import Count, Natural, Positive
-from dlopt.sweeps.jobs import DONE, INTERRUPTED, OUTPUT
-from dlopt.sweeps.places import Places, Process
+from dlopt.sweeps.jobs import OUTPUT
+from dlopt.sweeps.pool import Pool, Process
 
-_FOLDER = "slurm"  # in a job's folder: what submitit writes
-_ID = "job_id"
+_FOLDER = "slurm"  # in a job's folder: what submitit writes, and the job's id
 _NOTICE = 120  # seconds before its end in which a job writes its checkpoint
-_ASKING = 5.0  # seconds between two questions to the cluster
-_LAST_WORDS = 15.0  # seconds that a summary may take to be seen on this machine
+_QUEUE_SECONDS = 5.0  # between two calls of squeue
+_SUMMARY_SECONDS = 15.0  # that a summary may take to be seen on this machine
+_CODE_OF = {"interrupted": INTERRUPTED, "finished": DONE, "stopped_early": DONE}
 
 
 def slurm(
@@ -36,10 +36,10 @@ def slurm(
     requeue: Natural,
     account: str | None,
     extra: dict[str, str | int | float | bool],
-) -> Places:
-    """So many Slurm jobs at once; `time` in minutes; `requeue`: how often a job that runs out of it is queued again.
+) -> Pool:
+    """`n_jobs` Slurm jobs at once; `time` in minutes; `requeue`: how often a job that runs out of it is queued again.
 
-    The sweep's folder has to be seen by all nodes under the same path.
+    All nodes must see the sweep's folder under the same path.
     """
     if shutil.which("sbatch") is None:
         raise UserError("hydra/launcher=slurm: there is no sbatch here; start the sweep where Slurm's commands are")
@@ -49,7 +49,7 @@ def slurm(
         import submitit
     except ImportError:
         raise UserError(f"hydra/launcher=slurm: needs the package submitit: {install('dlopt[slurm]')}") from None
-    asked = {
+    parameters = {
         "job_name": "dlopt",
         "partition": partition,
         "gpus_per_node": gpus_per_node or None,
@@ -62,24 +62,25 @@ def slurm(
     }
     queue = _Queue()
 
-    def start(place: int, folder: Path, environment: Mapping[str, str]) -> Process:
+    def start(slot: int, folder: Path, environment: Mapping[str, str]) -> Process:
         executor = submitit.SlurmExecutor(folder=folder / _FOLDER, max_num_timeout=requeue)
-        executor.update_parameters(**{key: value for key, value in asked.items() if value is not None})
+        executor.update_parameters(**{key: value for key, value in parameters.items() if value is not None})
         try:
-            sent = executor.submit(InSlurm(str(folder), dict(environment)))
+            number = str(executor.submit(InSlurm(str(folder), dict(environment))).job_id)
         except submitit.core.utils.FailedJobError as error:
             raise OSError(" ".join(str(error).split())) from None
-        (folder / _FOLDER / _ID).write_text(f"{sent.job_id}\n")
-        return _Sent(str(sent.job_id), folder, queue)
+        (folder / _FOLDER / "job_id").write_text(f"{number}\n")
+        queue.forget()
+        return _Submitted(number, folder, queue)
 
     def find(folder: Path) -> Process | None:
         with contextlib.suppress(OSError):
-            number = (folder / _FOLDER / _ID).read_text().strip()
-            if queue.states().get(number):
-                return _Sent(number, folder, queue)
+            number = (folder / _FOLDER / "job_id").read_text().strip()
+            if number in queue.states():
+                return _Submitted(number, folder, queue)
         return None
 
-    return Places(n_jobs, start, find, seconds=1.0, is_here=False)
+    return Pool(n_jobs, start, find, seconds=1.0, is_local=False)
 
 
 class InSlurm:
@@ -114,42 +115,41 @@ class InSlurm:
 
 
 class _Queue:
-    """The states of this user's jobs, asked for now and then for all of them at once."""
+    """The states of this user's jobs, from one squeue call for all of them."""
 
     def __init__(self) -> None:
         self._states: dict[str, str] = {}
-        self._asked = float("-inf")
+        self.forget()
+
+    def forget(self) -> None:
+        self._at = float("-inf")
 
     def states(self) -> dict[str, str]:
-        """Number of the job -> PENDING, RUNNING, ...; what is over is not in it."""
-        if time.monotonic() - self._asked >= _ASKING:
+        """Job id -> PENDING, RUNNING, ...; without the jobs that are over."""
+        if time.monotonic() - self._at >= _QUEUE_SECONDS:
             command = ["squeue", "-h", "-u", getpass.getuser(), "-o", "%i %T"]
             with contextlib.suppress(OSError, subprocess.SubprocessError):  # a busy controller answers next time
                 lines = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
                 self._states = dict(line.split(maxsplit=1) for line in lines.splitlines() if " " in line)
-                self._asked = time.monotonic()
+                self._at = time.monotonic()
         return self._states
 
-    def forget(self) -> None:
-        self._asked = float("-inf")
 
-
-class _Sent:
+class _Submitted:
     def __init__(self, number: str, folder: Path, queue: _Queue) -> None:
         self._number, self._folder, self._queue = number, RunFolder(folder), queue
-        self._gone: float | None = None
-        queue.forget()
+        self._gone: float | None = None  # since when it is not in the queue
 
     def poll(self) -> int | None:
-        if self._queue.states().get(self._number):
+        if self._number in self._queue.states():
             self._gone = None
             return None
         status = (self._folder.summary() or {}).get("status")
         if status in (None, "interrupted"):  # a job that is being queued again is out of sight for a moment
             self._gone = self._gone or time.monotonic()
-            if time.monotonic() - self._gone < _LAST_WORDS:
+            if time.monotonic() - self._gone < _SUMMARY_SECONDS:
                 return None
-        return INTERRUPTED if status == "interrupted" else DONE if status in ("finished", "stopped_early") else 1
+        return _CODE_OF.get(status or "", FAILED)
 
     def stop(self) -> None:
         is_waiting = self._queue.states().get(self._number) == "PENDING"

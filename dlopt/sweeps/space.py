@@ -1,5 +1,6 @@
 """The search space: what Hydra's `interval()`, `range()`, `choice()` and `tag(log, ...)` mean to Optuna."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
@@ -38,13 +39,8 @@ class Space:
 
     def size(self) -> int | None:
         """Number of points; None where a key is continuous."""
-        total = 1
-        for each in self.searched.values():
-            values = grid_values(each)
-            if values is None:
-                return None
-            total *= len(values)
-        return total
+        values = [grid_values(each) for each in self.searched.values()]
+        return None if None in values else math.prod(len(each or ()) for each in values)
 
     def points(self) -> list[dict[str, Value]]:
         """All points of a space without continuous keys, the last key changing fastest."""

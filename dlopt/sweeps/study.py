@@ -1,7 +1,7 @@
-"""A study that several processes share: its storage, who works on which job, and what a dead process left behind.
+"""A study that several processes share: its storage, who works on which job, and recovery from dead processes.
 
-Every job is laid down as a waiting trial when the study is made, so that their number is fixed, a trial's number is its
-folder's name, and taking one is a single atomic step of the storage. A trial that a dead process has taken is taken
+Every job is a waiting trial from the time when the study is made, so that their number is fixed, a trial's number is
+its folder's name, and taking one is a single atomic step of the storage. A trial that a dead process has taken is taken
 over, number, values and checkpoint included.
 """
 
@@ -10,8 +10,9 @@ import socket
 import time
 import uuid
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -27,7 +28,6 @@ from optuna.trial import FrozenTrial, TrialState
 from dlopt.analysis.leaderboard import Direction
 from dlopt.errors import RunError, UserError
 from dlopt.locks import hold, is_held, locked, taken
-from dlopt.sweeps.locks import JournalLock
 from dlopt.sweeps.samplers import Sampler
 from dlopt.sweeps.space import Space, suggest
 
@@ -40,6 +40,21 @@ warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning
 
 
 @dataclass(frozen=True)
+class Plan:
+    """What a search computes and how it chooses its jobs."""
+
+    space: Space
+    objectives: Sequence[str]
+    directions: Sequence[Direction]
+    watched: str | None  # metric that the pruner compares; None: nothing is pruned
+    sampler: Sampler
+    pruner: BasePruner
+    total: int
+    storage: str | None  # URL of a database; None: a journal in the sweep's folder
+    name: str
+
+
+@dataclass(frozen=True)
 class Claim:
     """A job of this process: `again` where a dead one had begun it."""
 
@@ -49,13 +64,32 @@ class Claim:
     again: bool
 
 
-@dataclass(frozen=True)
-class Counts:
-    waiting: int
-    running: int
-    finished: int
-    pruned: int
-    failed: int
+class _JournalLock:
+    """For Optuna's journal. Its own locks are files, which a killed process leaves behind: others then wait 30 s."""
+
+    def __init__(self, journal: Path) -> None:
+        self._journal, self._held = journal, ExitStack()
+
+    def acquire(self) -> bool:
+        self._held.enter_context(locked(self._journal.with_name(f"{self._journal.name}.lock")))
+        self._mend()
+        return True
+
+    def release(self) -> None:
+        self._held.close()
+
+    def _mend(self) -> None:
+        """Cuts off what a process that was killed while it wrote has left of its last line."""
+        with suppress(FileNotFoundError), self._journal.open("rb+") as journal:
+            size = journal.seek(0, os.SEEK_END)
+            if size == 0:
+                return
+            journal.seek(size - 1)
+            if journal.read(1) == b"\n":
+                return
+            start = max(size - (1 << 20), 0)
+            journal.seek(start)
+            journal.truncate(start + journal.read().rfind(b"\n") + 1)
 
 
 def open_storage(url: str | None, folder: Path) -> BaseStorage:
@@ -64,7 +98,7 @@ def open_storage(url: str | None, folder: Path) -> BaseStorage:
     setup.parent.mkdir(parents=True, exist_ok=True)
     if url is None:
         path = folder / JOURNAL
-        return JournalStorage(JournalFileBackend(str(path), lock_obj=cast(Any, JournalLock(path))))
+        return JournalStorage(JournalFileBackend(str(path), lock_obj=cast(Any, _JournalLock(path))))
     try:
         with locked(setup):  # two processes may not lay down the tables at once
             return RDBStorage(url, engine_kwargs={} if url.startswith("sqlite") else {"pool_pre_ping": True})
@@ -82,65 +116,55 @@ def hidden(url: str | None) -> str:
     """A database's URL without its password."""
     if url is None:
         return JOURNAL
+    parsed = _parsed(url)
+    return "***" if parsed is None else str(parsed.render_as_string(hide_password=True))
+
+
+def _parsed(url: str) -> Any:
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
-        return make_url(url).render_as_string(hide_password=True)
+        return make_url(url)
     except (SQLAlchemyError, ValueError):
-        return "***"
+        return None
 
 
-def _reason(error: Exception, url: str) -> str:
-    from sqlalchemy.engine import make_url
-    from sqlalchemy.exc import SQLAlchemyError
-
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
-    try:
-        password = make_url(url).password
-    except (SQLAlchemyError, ValueError):
+def _reason(error: Exception, url: str | None) -> str:
+    """The first line of the message, without the password of the database."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if url is None:
+        return text
+    parsed = _parsed(url)
+    if parsed is None:
         return "this is no URL of a database"
-    return text.replace(str(password), "***") if password else text
+    return text.replace(str(parsed.password), "***") if parsed.password else text
 
 
 class Study:
     """One process's view of the study."""
 
-    def __init__(
-        self,
-        storage: BaseStorage,
-        *,
-        name: str,
-        folder: Path,
-        space: Space,
-        directions: Sequence[Direction],
-        total: int,
-        facts: Mapping[str, Any],
-        sampler: Sampler,
-        pruner: BasePruner,
-    ) -> None:
+    def __init__(self, folder: Path, plan: Plan, facts: Mapping[str, Any]) -> None:
         """Makes or joins the study. `facts`: what has to be equal for those who share it, as JSON.
 
         Raises `UserError` with the difference where the study searches something else.
         """
-        self.folder, self.space, self.total = folder, space, total
-        self._storage, self._sampler = storage, sampler
+        self.folder, self.space, self.total = folder, plan.space, plan.total
+        self._storage, self._sampler = open_storage(plan.storage, folder), plan.sampler
         self._workers = folder / WORKERS
-        self._workers.mkdir(parents=True, exist_ok=True)
         self.worker = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
         self._mine: set[int] = set()
         self._alive = hold(self._workers / f"{self.worker}.lock")
         with locked(self._workers / "setup.lock"):
-            self._study = _create(storage, name, directions, pruner)
-            _agree(self._study, {**facts, "space": space.describe(), "directions": list(directions)})
-            self._lay_down()
+            self._study = _create(self._storage, plan)
+            _agree(self._study, {**facts, "space": plan.space.describe(), "directions": list(plan.directions)})
+            self._add_trials()
 
     def close(self) -> None:
-        """Gives back what is not finished, to whoever goes on."""
+        """Gives back what is not finished, to whoever resumes it."""
         self._alive.close()
 
-    def _lay_down(self) -> None:
+    def _add_trials(self) -> None:
         """Waiting trials up to the total, which may have grown."""
         missing = self.total - len(self._trials())
         while missing > 0:  # another machine's process, which does not see our lock, may be at it: not if none comes
@@ -153,8 +177,8 @@ class Study:
             self._study.add_trial(optuna.trial.create_trial(state=TrialState.WAITING))
 
     def _trials(self, *states: TrialState) -> list[FrozenTrial]:
-        found = self._study.get_trials(deepcopy=False, states=states or None)
-        return [trial for trial in found if trial.number < self.total]
+        trials = self._study.get_trials(deepcopy=False, states=states or None)
+        return [trial for trial in trials if trial.number < self.total]
 
     def claim(self) -> Claim | None:
         """The next job: one that a dead process has left, or a new one; None where nothing is left to take."""
@@ -213,13 +237,13 @@ class Study:
             values[key] = suggest(own, key, each)
         return Claim(trial.number, values, own, again)
 
-    def report(self, claim: Claim, epoch: int, figure: float) -> bool:
-        """Takes a figure of a running job; returns whether the job is to be stopped."""
-        claim.trial.report(figure, epoch)
+    def report(self, claim: Claim, epoch: int, value: float) -> bool:
+        """Takes a running job's metric; returns whether the job is to be stopped."""
+        claim.trial.report(value, epoch)
         return claim.trial.should_prune()
 
-    def finish(self, claim: Claim, figures: Sequence[float]) -> None:
-        self._study.tell(claim.number, list(figures), skip_if_finished=True)
+    def finish(self, claim: Claim, objectives: Sequence[float]) -> None:
+        self._study.tell(claim.number, list(objectives), skip_if_finished=True)
 
     def prune(self, claim: Claim) -> None:
         self._study.tell(claim.number, state=TrialState.PRUNED, skip_if_finished=True)
@@ -228,15 +252,8 @@ class Study:
         self._storage.set_trial_user_attr(claim.trial._trial_id, "reason", reason)
         self._study.tell(claim.number, state=TrialState.FAIL, skip_if_finished=True)
 
-    def counts(self) -> Counts:
-        states = [trial.state for trial in self._trials()]
-        return Counts(
-            states.count(TrialState.WAITING),
-            states.count(TrialState.RUNNING),
-            states.count(TrialState.COMPLETE),
-            states.count(TrialState.PRUNED),
-            states.count(TrialState.FAIL),
-        )
+    def counts(self) -> Counter[TrialState]:
+        return Counter(trial.state for trial in self._trials())
 
     def finished(self) -> list[tuple[int, Mapping[str, Any], Sequence[float]]]:
         """(number, values, objectives) of the jobs that count."""
@@ -252,11 +269,12 @@ def is_worked_on(folder: Path) -> bool:
     return any(is_held(path) for path in (folder / WORKERS).glob("*-*.lock"))
 
 
-def _create(storage: BaseStorage, name: str, directions: Sequence[Direction], pruner: BasePruner) -> optuna.Study:
+def _create(storage: BaseStorage, plan: Plan) -> optuna.Study:
+    directions = list(plan.directions)
     try:
-        return optuna.create_study(storage=storage, study_name=name, directions=list(directions), pruner=pruner)
+        return optuna.create_study(storage=storage, study_name=plan.name, directions=directions, pruner=plan.pruner)
     except DuplicatedStudyError:
-        return optuna.load_study(storage=storage, study_name=name, pruner=pruner)
+        return optuna.load_study(storage=storage, study_name=plan.name, pruner=plan.pruner)
 
 
 def _agree(study: optuna.Study, facts: Mapping[str, Any]) -> None:
@@ -275,14 +293,14 @@ def _agree(study: optuna.Study, facts: Mapping[str, Any]) -> None:
 
 def differing(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """`key: a there, b now` for all keys that differ; '' where none does."""
-    pairs: list[tuple[str, Any, Any]] = []
-    for key in [*there, *(key for key in now if key not in there)]:
+    pairs: dict[str, tuple[Any, Any]] = {}
+    for key in {**there, **now}:
         a, b = there.get(key), now.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
-            pairs += [(inner, a.get(inner), b.get(inner)) for inner in [*a, *(k for k in b if k not in a)]]
+            pairs |= {inner: (a.get(inner), b.get(inner)) for inner in {**a, **b}}
         else:
-            pairs.append((key, a, b))
-    return "; ".join(f"{key}: {_show(a)} there, {_show(b)} now" for key, a, b in pairs if a != b)
+            pairs[key] = (a, b)
+    return "; ".join(f"{key}: {_show(a)} there, {_show(b)} now" for key, (a, b) in pairs.items() if a != b)
 
 
 def _show(value: Any) -> str:
@@ -295,5 +313,4 @@ def storage_errors(url: str | None) -> Iterator[None]:
     try:
         yield
     except (OptunaError, OSError) as error:
-        reason = str(error).splitlines()[0] if url is None else _reason(error, url)
-        raise RunError(f"hydra.sweeper.storage={hidden(url)}: {reason}; resume=auto goes on") from error
+        raise RunError(f"hydra.sweeper.storage={hidden(url)}: {_reason(error, url)}; resume=auto goes on") from error

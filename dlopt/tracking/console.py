@@ -4,15 +4,14 @@ import contextlib
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from time import perf_counter
 from typing import IO, Any, TextIO, cast
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.live import Live
 from rich.progress_bar import ProgressBar
-from rich.segment import Segment
-from rich.style import Style
+from rich.table import Table
 from rich.text import Text
 
 from dlopt.tracking import layout
@@ -70,7 +69,7 @@ class _Output:
 
 
 class _Display:
-    """The live part: epochs, steps of this epoch, training figures, validation figures; one line each."""
+    """The live part: epochs, steps of this epoch, training metrics, validation metrics; one line each."""
 
     def __init__(self, epochs: int, steps_per_epoch: int, steps: int, step: int, samples_per_step: float) -> None:
         self._epochs = epochs
@@ -109,38 +108,28 @@ class _Display:
         return f"{layout.clock(seconds * max(self._steps - self.step, 0))} left"
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        width = options.max_width
         epoch = min((max(self.step, 1) - 1) // self._steps_per_epoch + 1, self._epochs)
-        in_epoch = self.step - (epoch - 1) * self._steps_per_epoch
-        steps = min(self._steps_per_epoch, self._steps - (epoch - 1) * self._steps_per_epoch)
+        before = (epoch - 1) * self._steps_per_epoch
+        steps = min(self._steps_per_epoch, self._steps - before)
         speed = f"{self._speed:,.0f} samples/s" if self._speed is not None else ""
-        yield from self._bar(console, options, "epoch", f"{epoch}/{self._epochs}", self.step, self._steps, self._left())
+        count = 2 * len(str(max(self._epochs, self._steps_per_epoch))) + 1
+        bar = max(min(options.max_width - 7 - count - 2 - 20, 60), 4)
+        bars = Table.grid(padding=(0, 2, 0, 0))
+        for column in (5, count, bar, max(options.max_width - 7 - count - 2 - bar - 3, 1)):
+            bars.add_column(width=column, no_wrap=True, overflow="crop")
+        bars.columns[0].style, bars.columns[1].justify = "bold", "right"
+        rows = [("epoch", epoch, self._epochs, self.step, self._steps, self._left())]
         if self.evaluation is None:
-            yield from self._bar(console, options, "step", f"{in_epoch}/{steps}", in_epoch, steps, speed)
+            rows.append(("step", self.step - before, steps, self.step - before, steps, speed))
         else:
-            done, total = self.evaluation
-            yield from self._bar(console, options, "eval", f"{done}/{total}", done, total, "")
-        for name, figures in (("train", self.train), ("val", self.val)):
-            words = [f"{key} {_figure(key, value)}" for key, value in figures.items()]
-            yield Segment(name.ljust(7), Style(bold=True))
-            yield Segment("   ".join(words)[: width - 8] or "-")
-            yield Segment.line()
-
-    def _bar(
-        self, console: Console, options: ConsoleOptions, name: str, count: str, done: float, total: float, tail: str
-    ) -> Iterable[Segment]:
-        size = 2 * len(str(max(self._epochs, self._steps_per_epoch))) + 1
-        bar = max(min(options.max_width - 7 - size - 2 - 20, 60), 4)
-        yield Segment(name.ljust(7), Style(bold=True))
-        yield Segment(count.rjust(size) + "  ")
-        widget = ProgressBar(total=max(total, 1), completed=done, width=bar, complete_style="cyan")
-        yield from cast(Iterable[Segment], widget.__rich_console__(console, options))
-        yield Segment(f"  {tail}"[: max(options.max_width - 7 - size - 2 - bar - 1, 0)])
-        yield Segment.line()
-
-
-def _figure(name: str, value: float | None) -> str:
-    return layout.rate(value) if name == "lr" else layout.figure(name, value)
+            rows.append(("eval", *self.evaluation, *self.evaluation, ""))
+        for name, number, of, done, total, tail in rows:
+            widget = ProgressBar(total=max(total, 1), completed=done, width=bar, complete_style="cyan")
+            bars.add_row(name, f"{number}/{of}", widget, tail)
+        yield bars
+        for name, metrics in (("train", self.train), ("val", self.val)):
+            words = "   ".join(f"{key} {layout.figure(key, value)}" for key, value in metrics.items())
+            yield Text.assemble((f"{name:7}", "bold"), words or "-", no_wrap=True, overflow="crop")
 
 
 def open_console(stream: IO[str] | None = None) -> tuple[_Output, Console, bool]:
@@ -160,14 +149,51 @@ def open_console(stream: IO[str] | None = None) -> tuple[_Output, Console, bool]
     return output, console, terminal
 
 
-class ConsoleView:
-    """Shows a run on `stream` (stdout when not given); nothing here raises because of the stream."""
+class Screen:
+    """Text and a live display on `stream` (stdout when not given); nothing here raises because of the stream."""
 
     def __init__(self, stream: IO[str] | None = None) -> None:
         self._output, self._console, self.terminal = open_console(stream)
+        self._live: Live | None = None
+
+    def _start_live(self, get_renderable: Callable[[], RenderableType], *, redirect: bool) -> None:
+        # No refreshing thread: it would take the interpreter's lock away from the training.
+        self._live = Live(
+            get_renderable=get_renderable,
+            console=self._console,
+            auto_refresh=False,
+            transient=True,
+            redirect_stdout=redirect,
+            redirect_stderr=redirect and sys.stderr is not None and sys.stderr.isatty(),
+        )
+        self._live.start(refresh=True)
+
+    def _print(self, text: str | Text) -> None:
+        self._console.print(text, soft_wrap=True)
+        self._output.flush()
+
+    def _block(self, *renderables: RenderableType) -> None:
+        """Print tables and trees, without the spaces with which they fill their lines."""
+        with self._console.capture() as capture:
+            self._console.print(*renderables, sep="\n")
+        self._output.write("".join(f"{line.rstrip()}\n" for line in capture.get().splitlines()))
+        self._output.flush()
+
+    def close(self) -> None:
+        """Take the live display away and show the cursor again; safe to call twice and at any time."""
+        live, self._live = self._live, None
+        if live is not None:
+            live.stop()
+        self._output.flush()
+
+
+class ConsoleView(Screen):
+    """Shows a run."""
+
+    def __init__(self, stream: IO[str] | None = None) -> None:
+        super().__init__(stream)
         self._width = shutil.get_terminal_size().columns if self._output.isatty() else None
         self._display: _Display | None = None
-        self._live: Live | None = None
         self._rows: layout.EpochRows | None = None
         self._epochs = 0
         self._due = float("inf")
@@ -177,28 +203,19 @@ class ConsoleView:
         config: Mapping[str, Any],
         choices: Mapping[str, str],
         facts: Mapping[str, Any],
-        *,
         epochs: int,
         steps_per_epoch: int,
         steps: int,
         first_step: int,
     ) -> None:
         self._epochs = epochs
-        lines = layout.flow(layout.facts_parts(facts), self._console.width)
-        self._block(layout.config_tree(config, choices), Text("\n".join([*lines, ""])))
+        facts_line = layout.Flow(layout.facts_parts(facts), separator=" | ")
+        self._block(layout.config_tree(config, choices), facts_line, Text(""))
         if not self.terminal:
             return
         samples = facts.get("train") or 0
         self._display = _Display(epochs, steps_per_epoch, steps, first_step, samples / max(steps_per_epoch, 1))
-        # No refreshing thread: it would take the interpreter's lock away from the training.
-        self._live = Live(
-            get_renderable=lambda: cast(_Display, self._display),
-            console=self._console,
-            auto_refresh=False,
-            transient=True,
-            redirect_stderr=sys.stderr is not None and sys.stderr.isatty(),
-        )
-        self._live.start(refresh=True)
+        self._start_live(lambda: cast(_Display, self._display), redirect=True)
         self._due = perf_counter() + _REDRAW_SECONDS
 
     def advance(self, step: int) -> None:
@@ -214,10 +231,10 @@ class ConsoleView:
             self._redraw()
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
-        """Take over figures under TensorBoard's tags; shown with the next redraw."""
+        """Takes over metrics under TensorBoard's tags; shown with the next redraw."""
         if self._display is not None:
-            shown = {"train/loss": "loss", "train/accuracy": "accuracy", "lr": "lr"}
-            self._display.train = {name: values[tag] for tag, name in shown.items() if tag in values}
+            names = {"train/loss": "loss", "train/accuracy": "accuracy", "lr": "lr"}
+            self._display.train = _renamed(values, **names)
 
     def _redraw(self) -> None:
         if self._live is None:
@@ -237,16 +254,8 @@ class ConsoleView:
         self._console.print(self._rows.row(metrics, best))
         display = self._display
         display.step = metrics["step"]
-        display.train = {
-            name: metrics.get(key)
-            for name, key in (("loss", "train_loss"), ("accuracy", "train_accuracy"), ("lr", "lr"))
-            if key in metrics
-        }
-        display.val = {
-            name: metrics.get(key)
-            for name, key in (("loss", "val_loss"), ("accuracy", "val_accuracy"))
-            if key in metrics
-        }
+        display.train = _renamed(metrics, train_loss="loss", train_accuracy="accuracy", lr="lr")
+        display.val = _renamed(metrics, val_loss="loss", val_accuracy="accuracy")
         self._redraw()
 
     def message(self, text: str) -> None:
@@ -254,17 +263,6 @@ class ConsoleView:
             self._console.print(text)
         else:
             self._print(text)
-
-    def _block(self, *renderables: RenderableType) -> None:
-        """Print tables and trees, without the spaces with which they fill their lines."""
-        with self._console.capture() as capture:
-            self._console.print(*renderables, sep="\n")
-        self._output.write("".join(f"{line.rstrip()}\n" for line in capture.get().splitlines()))
-        self._output.flush()
-
-    def _print(self, text: str) -> None:
-        self._console.print(text, soft_wrap=True)
-        self._output.flush()
 
     def finish(self, summary: Mapping[str, Any], lines: Iterable[str]) -> None:
         """The result table, then `lines` (where the run lies, how to look at it) unwrapped."""
@@ -274,9 +272,9 @@ class ConsoleView:
             self._print(line)
 
     def close(self) -> None:
-        """Take the live display away and show the cursor again; safe to call twice and at any time."""
-        live, self._live = self._live, None
         self._due = float("inf")
-        if live is not None:
-            live.stop()
-        self._output.flush()
+        super().close()
+
+
+def _renamed(values: Mapping[str, float | None], **names: str) -> dict[str, float | None]:
+    return {name: values[key] for key, name in names.items() if key in values}

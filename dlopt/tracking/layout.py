@@ -1,17 +1,23 @@
-"""How figures, the config and the result look as text; no I/O."""
+"""Formats metrics, configs, results and tables for terminals of any width."""
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Group
+from rich import box
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from dlopt.tracking.tables import Fitted, plain_table
+from dlopt.plain import flatten
+
+_FOLDED = 16  # columns that a folding column keeps
+_PIPED = 200  # columns of an output that is no terminal
+_FOR_THE_REPORT = "published"  # a key that sets nothing
 
 
 def number(value: float | None) -> str:
@@ -52,8 +58,15 @@ def clock(seconds: float) -> str:
 
 
 def figure(name: str, value: float | None) -> str:
-    """A metric by its kind: accuracies in percent, the rest as numbers."""
+    """A metric by its kind: accuracies in percent, learning rates and the rest as numbers."""
+    if name == "lr":
+        return rate(value)
     return percent(value) if "accuracy" in name or name.endswith(("top1", "top5")) else number(value)
+
+
+def counted(key: str, count: int) -> str:
+    """`1 epoch`, `1,200 steps`; `key` in the plural."""
+    return f"{count:,} {key.removesuffix('s') if count == 1 else key}"
 
 
 def short_path(path: Path) -> str:
@@ -62,23 +75,20 @@ def short_path(path: Path) -> str:
     return str(absolute.relative_to(Path.cwd()) if absolute.is_relative_to(Path.cwd()) else absolute)
 
 
-def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and their values; `_target_` and empty groups left out."""
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{key}.")
-        elif key != "_target_":
-            yield f"{prefix}{key}", value
+# -- configs
 
 
-def _choice(name: str, group: Mapping[str, Any], choices: Mapping[str, str]) -> str | None:
-    if name in choices:
-        return str(choices[name])
-    target = group.get("_target_")
-    return str(target).rpartition(".")[2] if target else None
+def settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config's values by dotted key, without `_target_` and empty groups."""
+    flat = flatten(config).items()
+    return {key: value for key, value in flat if key.rpartition(".")[2] != "_target_" and value != {}}
 
 
-_FOR_THE_REPORT = "published"  # a key that sets nothing
+def _choices(config: Mapping[str, Any], choices: Mapping[str, str]) -> dict[str, str]:
+    """The choice of each group that has one; without `choices` the last part of its `_target_`."""
+    groups = {key: value if isinstance(value, Mapping) else {} for key, value in config.items()}
+    targets = {key: str(group.get("_target_") or "").rpartition(".")[2] for key, group in groups.items()}
+    return {key: str(choice) for key, target in targets.items() if (choice := choices.get(key) or target)}
 
 
 def hparams(config: Mapping[str, Any], choices: Mapping[str, str]) -> dict[str, str | bool | float]:
@@ -86,15 +96,8 @@ def hparams(config: Mapping[str, Any], choices: Mapping[str, str]) -> dict[str, 
 
     So are the seeds that follow `seed`: TensorBoard shows five columns before it is asked for more.
     """
-    flat: dict[str, str | bool | float] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            choice = _choice(key, value, choices)
-            if choice is not None:
-                flat[key] = choice
-        elif value is None and choices.get(key) is not None:
-            flat[key] = choices[key]
-    for key, value in flatten(config):
+    flat: dict[str, str | bool | float] = {**_choices(config, choices)}
+    for key, value in settings(config).items():
         follows = key.endswith("_seed") and value == config.get("seed")
         if value is not None and key != _FOR_THE_REPORT and not follows:
             flat[key] = value if isinstance(value, str | bool | int | float) else _value(value)
@@ -112,7 +115,7 @@ def _value(value: Any) -> str:
 
 
 def _pairs(values: Mapping[str, Any], text: Text) -> Text:
-    for key, value in flatten(values):
+    for key, value in settings(values).items():
         if value is not None:
             if text:
                 text.append("  ")
@@ -122,13 +125,12 @@ def _pairs(values: Mapping[str, Any], text: Text) -> Text:
 
 def config_tree(config: Mapping[str, Any], choices: Mapping[str, str]) -> Tree:
     """Groups with their choice and values, one row each (nulls left out), then the keys of the run itself."""
+    chosen = _choices(config, choices)
     top: dict[str, Any] = {}
     rows: list[tuple[str, Text]] = []
     for key, value in config.items():
-        if isinstance(value, Mapping):
-            rows.append((key, _pairs(value, Text(_choice(key, value, choices) or "", "cyan"))))
-        elif key in choices:  # a choice that has nothing to set, such as clip=none
-            rows.append((key, Text(str(choices[key]), "cyan")))
+        if isinstance(value, Mapping) or key in chosen:  # a choice may have nothing to set, such as clip=none
+            rows.append((key, _pairs(value if isinstance(value, Mapping) else {}, Text(chosen.get(key, ""), "cyan"))))
         elif value is not None and key != _FOR_THE_REPORT:
             top[key] = value
     title = Text(str(top.pop("name", "config")), "bold")
@@ -155,24 +157,14 @@ def facts_parts(facts: Mapping[str, Any]) -> list[str]:
     if samples:
         parts.append(f"samples: {', '.join(samples)}")
     parts += [
-        f"{value:,} {key.removesuffix('s') if value == 1 else key}"
-        if isinstance(value, int) and not isinstance(value, bool)
-        else f"{key} {value}"
+        counted(key, value) if isinstance(value, int) and not isinstance(value, bool) else f"{key} {value}"
         for key, value in rest.items()
         if value is not None and key not in ("train", "val", "test")
     ]
     return parts
 
 
-def flow(parts: Sequence[str], width: int, separator: str = " | ") -> list[str]:
-    """Join `parts` into lines of at most `width` characters, where no part is broken."""
-    lines: list[str] = []
-    for part in parts:
-        if lines and len(lines[-1]) + len(separator) + len(part) <= width:
-            lines[-1] += separator + part
-        else:
-            lines.append(part)
-    return lines
+# -- epochs and results
 
 
 def plain_epoch(metrics: Mapping[str, Any], epochs: int, *, best: bool, width: int | None = None) -> str:
@@ -181,19 +173,17 @@ def plain_epoch(metrics: Mapping[str, Any], epochs: int, *, best: bool, width: i
     terse = [f"{metrics['epoch']}/{epochs}"]
     for split in ("train", "val"):
         if (loss := metrics.get(f"{split}_loss")) is not None:
-            line.append(f"{split} loss {number(loss)}")
-            terse.append(f"{split} {number(loss)}")
-            if (accuracy := metrics.get(f"{split}_accuracy")) is not None:
-                line[-1] += f" accuracy {percent(accuracy)}"
-                terse[-1] += f" {100 * accuracy:.2f}%"
+            accuracy = metrics.get(f"{split}_accuracy")
+            line.append(
+                f"{split} loss {number(loss)}" + (f" accuracy {percent(accuracy)}" if accuracy is not None else "")
+            )
+            terse.append(f"{split} {number(loss)}" + (f" {100 * accuracy:.2f}%" if accuracy is not None else ""))
     if metrics.get("lr") is not None:
         line.append(f"lr {rate(metrics['lr'])}")
         terse.append(f"lr {metrics['lr']:.2g}")
     if metrics.get("seconds") is not None:
         line.append(duration(metrics["seconds"]))
-    if best:
-        line.append("best")
-    text = "  ".join(line)
+    text = "  ".join(line + ["best"] * best)
     if width is None or len(text) <= width:
         return text
     while len(terse) > 2 and len(" ".join(terse)) > width - 2 * best:
@@ -207,46 +197,35 @@ class EpochRows:
     def __init__(self, first: Mapping[str, Any], epochs: int, width: int) -> None:
         self.width = width
         self._epochs = epochs
-        columns = [("epoch", "epoch", 2 * len(str(epochs)) + 1)]
-        columns += [
-            (key, title, size)
-            for key, title, size in (
-                ("step", "step", 8),
-                ("train_loss", "train loss", 10),
-                ("train_accuracy", "accuracy", 9),
-                ("val_loss", "val loss", 9),
-                ("val_accuracy", "accuracy", 9),
-                ("lr", "lr", 9),
-                ("seconds", "time", 7),
-            )
-            if key in first
-        ]
+        sizes = {"epoch": 2 * len(str(epochs)) + 1, **_SIZES}
+        self._columns = {
+            key: max(sizes.get(key, 9), len(title)) for key, title in _TITLES.items() if key in {"epoch", *first}
+        }
         for expendable in ("step", "lr", "seconds", "train_accuracy"):
-            if sum(max(size, len(title)) + 1 for _, title, size in columns) + 2 > width:
-                columns = [column for column in columns if column[0] != expendable]
-        self._columns = [(key, title, max(size, len(title))) for key, title, size in columns]
+            if sum(self._columns.values()) + len(self._columns) + 2 > width:
+                self._columns.pop(expendable, None)
 
     def header(self) -> Text:
-        return Text(" ".join(title.rjust(size) for _, title, size in self._columns), "bold", no_wrap=True)
+        titles = [_TITLES[key].rjust(size) for key, size in self._columns.items()]
+        return Text(" ".join(titles), "bold", no_wrap=True)
 
     def row(self, metrics: Mapping[str, Any], best: bool) -> Text:
-        cells = []
-        for key, _, size in self._columns:
-            value = metrics.get(key)
-            if key == "epoch":
-                cell = f"{value}/{self._epochs}"
-            elif key == "step":
-                cell = str(value)
-            elif key == "lr":
-                cell = rate(value)
-            elif key == "seconds":
-                cell = "-" if value is None else duration(value)
-            else:
-                cell = figure(key, value)
-            cells.append(cell.rjust(size))
+        cells = [self._cell(key, metrics.get(key)).rjust(size) for key, size in self._columns.items()]
         return Text(" ".join(cells) + (" *" if best else ""), "green" if best else "", no_wrap=True)
 
+    def _cell(self, key: str, value: Any) -> str:
+        if key == "epoch":
+            return f"{value}/{self._epochs}"
+        if key == "seconds" and value is not None:
+            return duration(value)
+        return str(value) if key == "step" else figure(key, value)
 
+
+_TITLES = {  # of the table of epochs
+    "epoch": "epoch", "step": "step", "train_loss": "train loss", "train_accuracy": "accuracy",
+    "val_loss": "val loss", "val_accuracy": "accuracy", "lr": "lr", "seconds": "time",
+}  # fmt: skip
+_SIZES = {"step": 8, "lr": 9, "seconds": 7}  # characters; the other columns take 9
 _STATUS = {"finished": "green", "stopped_early": "green", "interrupted": "yellow", "failed": "red"}
 
 
@@ -254,11 +233,7 @@ def result(summary: Mapping[str, Any]) -> Group:
     """How the run ended, and a table of the best validation and the test figures."""
     status = str(summary.get("status", "finished"))
     line = Text(status.replace("_", " "), f"bold {_STATUS.get(status, '')}".strip())
-    counts = [
-        f"{summary[key]:,} {key.removesuffix('s') if summary[key] == 1 else key}"
-        for key in ("epochs", "steps")
-        if summary.get(key) is not None
-    ]
+    counts = [counted(key, summary[key]) for key in ("epochs", "steps") if summary.get(key) is not None]
     if counts:
         line.append(f" after {', '.join(counts)}", "none")
     if summary.get("seconds") is not None:
@@ -286,3 +261,92 @@ def result(summary: Mapping[str, Any]) -> Group:
             cells = [figure(name, row.get(name)) for name in names]
             table.add_row(Text(split, "bold"), *cells, str(summary["best_epoch"]) if "best_epoch" in summary else "")
     return Group(line, Text(""), Fitted(table))
+
+
+# -- tables
+
+
+def standard_output() -> Console:
+    """As wide as the terminal."""
+    return Console(highlight=False, markup=False, width=None if os.isatty(1) else _PIPED)
+
+
+def plain_table(title: str | None = None) -> Table:
+    """An empty table in the project's one look. A column that may be broken anywhere has overflow="fold"."""
+    return Table(
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        header_style="bold",
+        title=title,
+        title_justify="left",
+        title_style="",
+    )
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Returns a line of plain text for each row, its cells in columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+class Fitted:
+    """`table` as wide as there is room for; where its words do not fit, its rows one below the other."""
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        wanted, least = [], []
+        for column in self.table.columns:
+            head = str(column.header)
+            content = max((cell_len(line) for cell in column.cells for line in str(cell).split("\n")), default=0)
+            wanted.append(max([content, *map(cell_len, head.split("\n"))]))
+            words = max([content, *map(cell_len, head.split())])
+            least.append(min(words, _FOLDED) if column.overflow == "fold" else words)
+        room = options.max_width - self._set_widths(console, least)
+        if room < 0:
+            yield _records(self.table)
+            return
+        for i, most in enumerate(wanted):
+            more = min(most - least[i], room)
+            least[i] += more
+            room -= more
+        self._set_widths(console, least)
+        yield self.table
+
+    def _set_widths(self, console: Console, widths: list[int]) -> int:
+        """Returns the width of the whole table."""
+        for column, width in zip(self.table.columns, widths, strict=True):
+            column.width = width
+        return console.measure(self.table, options=console.options.update(width=10_000)).maximum
+
+
+def _records(table: Table) -> Group:
+    """Each row as its first cell, and below it the others with their columns' names."""
+    heads = [" ".join(str(column.header).split()) for column in table.columns]
+    parts: list[RenderableType] = [] if table.title is None else [table.title]
+    for row, cells in zip(table.rows, zip(*(column.cells for column in table.columns), strict=True), strict=True):
+        first, *others = (cell if isinstance(cell, Text) else Text(str(cell)) for cell in cells)
+        parts.append(Text.assemble(first, style=row.style or "bold"))
+        pairs = [Text.assemble((name, "dim"), " ", cell) for name, cell in zip(heads[1:], others, strict=True) if cell]
+        parts += [Flow(pairs, indent="  ")] if pairs else []
+    parts += [] if table.caption is None else [table.caption]
+    return Group(*parts)
+
+
+class Flow:
+    """Texts side by side as far as the width goes, where none is broken."""
+
+    def __init__(self, parts: Sequence[Text | str], *, separator: str = "   ", indent: str = "") -> None:
+        self.parts, self.separator, self.indent = parts, separator, indent
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        line = Text()
+        for part in self.parts:
+            longer = Text.assemble(line, self.separator if line else self.indent, part, overflow="fold")
+            if line and longer.cell_len > options.max_width:
+                yield line
+                longer = Text.assemble(self.indent, part, overflow="fold")
+            line = longer
+        yield line

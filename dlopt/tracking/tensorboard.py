@@ -5,6 +5,7 @@ and its `add_hparams` opens a second run. Here an event is one record appended t
 """
 
 import io
+import math
 import os
 import shlex
 import shutil
@@ -26,25 +27,26 @@ from tensorboard.plugins.hparams import api_pb2
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo, SessionStartInfo
 
 from dlopt.tracking.files import AppendFile
-from dlopt.tracking.images import image_grid
 from dlopt.tracking.layout import short_path
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor
 
 _FLUSH_SECONDS = 2.0
+_SIDE = 512  # pixels: small images are enlarged up to this, and of large ones fewer are shown (but at least four)
+_STATUS = {
+    "finished": api_pb2.STATUS_SUCCESS, "stopped_early": api_pb2.STATUS_SUCCESS, "failed": api_pb2.STATUS_FAILURE
+}  # fmt: skip
 
 
-def _crc_table() -> tuple[int, ...]:
-    table = []
-    for value in range(256):
-        for _ in range(8):
-            value = value >> 1 ^ (0x82F63B78 if value & 1 else 0)  # Castagnoli's polynomial, bits reversed
-        table.append(value)
-    return tuple(table)
+def _crc_of(byte: int) -> int:
+    for _ in range(8):
+        byte = byte >> 1 ^ (0x82F63B78 if byte & 1 else 0)  # Castagnoli's polynomial, bits reversed
+    return byte
 
 
-_CRC = _crc_table()
+_CRC = [_crc_of(byte) for byte in range(256)]
 
 
 def _masked_crc(data: bytes) -> int:
@@ -59,12 +61,7 @@ def _masked_crc(data: bytes) -> int:
 def record(event: bytes) -> bytes:
     """A serialized event in TFRecord framing: length, CRC of the length, data, CRC of the data."""
     length = struct.pack("<Q", len(event))
-    return b"%s%s%s%s" % (
-        length,
-        struct.pack("<I", _masked_crc(length)),
-        event,
-        struct.pack("<I", _masked_crc(event)),
-    )
+    return length + struct.pack("<I", _masked_crc(length)) + event + struct.pack("<I", _masked_crc(event))
 
 
 def _plugin(name: str, content: bytes = b"") -> SummaryMetadata:
@@ -96,22 +93,22 @@ class TensorBoard:
         stamp = f"{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{time.time_ns() % 10**9:09d}"
         self._file = AppendFile(folder / f"events.out.tfevents.{stamp}", complain)
         self._flushed = time.monotonic()
-        self._add(Event(file_version="brain.Event:2"))
+        self._add(file_version="brain.Event:2")
         if purge_step is not None:
             self.purge(purge_step)
 
     def purge(self, step: int) -> None:
         """Events so far with this step or a later one are void."""
-        self._add(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
+        self._add(step=step, session_log=SessionLog(status=SessionLog.START))
 
-    def _add(self, event: Event) -> None:
-        event.wall_time = time.time()
-        self._file.write(record(event.SerializeToString()))
+    def _add(self, *values: Summary.Value, **fields: Any) -> None:
+        if values:
+            fields["summary"] = Summary(value=values)
+        self._file.write(record(Event(wall_time=time.time(), **fields).SerializeToString()))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """One event with all the values; written out at the latest two seconds later, at the next call."""
-        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
-        self._add(Event(step=step, summary=summary))
+        self._add(*(Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()), step=step)
         now = time.monotonic()
         if now - self._flushed > _FLUSH_SECONDS:
             self._flushed = now
@@ -125,16 +122,12 @@ class TensorBoard:
         image = Summary.Image(
             height=picture.height, width=picture.width, colorspace=3, encoded_image_string=file.getvalue()
         )
-        self._add(Event(step=step, summary=Summary(value=[Summary.Value(tag=tag, image=image)])))
+        self._add(Summary.Value(tag=tag, image=image), step=step)
 
     def histograms(self, step: int, values: Mapping[str, "Tensor"]) -> None:
         """One event with the distribution of each tensor's finite values in 50 bins."""
-        found = []
-        for tag, tensor in values.items():
-            finite = tensor[tensor.isfinite()].double().cpu()
-            if finite.numel():
-                found.append(Summary.Value(tag=tag, histo=_histogram(finite)))
-        self._add(Event(step=step, summary=Summary(value=found)))
+        finite = {tag: tensor[tensor.isfinite()].double().cpu() for tag, tensor in values.items()}
+        self._add(*(Summary.Value(tag=tag, histo=_histogram(t)) for tag, t in finite.items() if t.numel()), step=step)
 
     def config(self, config: Mapping[str, Any], hparams: Mapping[str, str | bool | float]) -> None:
         """The config as text, and its flat form as this run's HParams.
@@ -143,48 +136,73 @@ class TensorBoard:
         with one it would take those of the first run only, and the runs of a sweep need not have the same keys.
         """
         text = f"```yaml\n{yaml.safe_dump(dict(config), sort_keys=False, default_flow_style=None, width=100)}```"
-        value = Summary.Value(
-            tag="config",
-            metadata=_plugin("text"),
-            tensor=TensorProto(
-                dtype=DT_STRING,
-                string_val=[text.encode()],
-                tensor_shape=TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)]),
-            ),
-        )
-        self._add(Event(step=0, summary=Summary(value=[value])))
+        one = TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)])
+        tensor = TensorProto(dtype=DT_STRING, string_val=[text.encode()], tensor_shape=one)
+        self._add(Summary.Value(tag="config", metadata=_plugin("text"), tensor=tensor), step=0)
         start = SessionStartInfo(start_time_secs=time.time())
         for key, item in hparams.items():
-            if isinstance(item, bool):
-                start.hparams[key].bool_value = item
-            elif isinstance(item, str):
-                start.hparams[key].string_value = item
-            else:
-                start.hparams[key].number_value = item
+            kind = "bool" if isinstance(item, bool) else "string" if isinstance(item, str) else "number"
+            setattr(start.hparams[key], f"{kind}_value", item)
         self._hparams("_hparams_/session_start_info", HParamsPluginData(version=0, session_start_info=start))
         self.flush()
 
     def end(self, status: str) -> None:
         """Close the HParams session; `status` as in summary.json."""
-        known = {"finished": api_pb2.STATUS_SUCCESS, "stopped_early": api_pb2.STATUS_SUCCESS}
-        known |= {"failed": api_pb2.STATUS_FAILURE}
-        info = SessionEndInfo(status=known.get(status, api_pb2.STATUS_UNKNOWN), end_time_secs=time.time())
+        info = SessionEndInfo(status=_STATUS.get(status, api_pb2.STATUS_UNKNOWN), end_time_secs=time.time())
         self._hparams("_hparams_/session_end_info", HParamsPluginData(version=0, session_end_info=info))
 
     def _hparams(self, tag: str, data: HParamsPluginData) -> None:
-        value = Summary.Value(
-            tag=tag,
-            metadata=_plugin("hparams", data.SerializeToString()),
-            # The tensor carries nothing; TensorBoard only wants one.
-            tensor=TensorProto(dtype=DT_FLOAT, tensor_shape=TensorShapeProto(dim=[TensorShapeProto.Dim(size=0)])),
-        )
-        self._add(Event(summary=Summary(value=[value])))
+        # The tensor carries nothing; TensorBoard only requires one.
+        empty = TensorProto(dtype=DT_FLOAT, tensor_shape=TensorShapeProto(dim=[TensorShapeProto.Dim(size=0)]))
+        self._add(Summary.Value(tag=tag, metadata=_plugin("hparams", data.SerializeToString()), tensor=empty))
 
     def flush(self) -> None:
         self._file.flush()
 
     def close(self) -> None:
         self._file.close()
+
+
+def image_grid(images: "Tensor") -> "Image":
+    """[B, C, H, W] -> a picture of at most 64 images in a square grid, one pixel of border between them.
+
+    uint8 is taken as 0..255; float as 0..1, or, where values lie outside (normalized input), stretched from the
+    0.2 % to the 99.8 % quantile of what is shown. One or three channels; of any other number the first is shown.
+    """
+    from PIL import Image
+
+    batch, channels, height, width = images.shape
+    columns = min(max(_SIDE // max(height, width), 2), 8, math.ceil(math.sqrt(batch)))
+    rows = min(columns, math.ceil(batch / columns))
+    shown = images[: rows * columns].detach().cpu()
+    if channels not in (1, 3):
+        shown = shown[:, :1]
+    shown = _to_uint8(shown).permute(0, 2, 3, 1)
+
+    picture = Image.new("RGB", (columns * (width + 1) - 1, rows * (height + 1) - 1), "white")
+    for index, pixels in enumerate(shown.numpy()):
+        image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+        picture.paste(image, (index % columns * (width + 1), index // columns * (height + 1)))
+    enlarge = _SIDE // max(picture.size)
+    if enlarge > 1:
+        picture = picture.resize((picture.width * enlarge, picture.height * enlarge), Image.Resampling.NEAREST)
+    elif max(picture.size) > 2 * _SIDE:
+        picture.thumbnail((2 * _SIDE, 2 * _SIDE))
+    return picture
+
+
+def _to_uint8(images: "Tensor") -> "Tensor":
+    import torch
+
+    if images.dtype == torch.uint8:
+        return images
+    images = images.float().nan_to_num(0.0, 0.0, 0.0)
+    if images.numel() and (images.min() < 0 or images.max() > 1):
+        ordered = images.flatten().sort().values
+        last = ordered.numel() - 1
+        low, high = ordered[round(0.002 * last)], ordered[round(0.998 * last)]
+        images = (images - low) / (high - low).clamp(min=1e-12)
+    return (images.clamp(0, 1) * 255).round().byte()
 
 
 def command(folder: Path) -> str:

@@ -1,8 +1,8 @@
-"""What the engine sees: one object that shows a run and writes its figures."""
+"""The facade of tracking: one object that shows a run and writes its metrics."""
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dlopt.errors import UserError
 from dlopt.tracking import layout
 from dlopt.tracking.console import ConsoleView
-from dlopt.tracking.log import TrainLog
+from dlopt.tracking.files import TrainLog
 from dlopt.tracking.metrics import MetricsFile, write_summary
 
 if TYPE_CHECKING:
@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from dlopt.tracking.tensorboard import TensorBoard
 
 SINKS = ("tensorboard", "mlflow", "wandb")
+# TensorBoard's HParams table shows the first five metrics by name: `best/` comes before all the curves.
+_FINAL_TAGS = {
+    "test_loss": "test/loss", "test_accuracy": "test/accuracy",
+    "best_val_loss": "best/val_loss", "best_val_accuracy": "best/val_accuracy",
+}  # fmt: skip
 
 
 class Tracking:
@@ -48,8 +53,6 @@ class Tracking:
         self.log_every_steps = log_every_steps
         self._folder = folder
         self._console = ConsoleView() if console else None
-        # Only a terminal has anything to redraw between epochs.
-        self._live = self._console if self._console is not None and self._console.terminal else None
         self._stepped: set[str] = set()
         self._epochs = 0
         self._log: TrainLog | None = None
@@ -59,7 +62,7 @@ class Tracking:
         if folder is not None:
             with contextlib.suppress(OSError):  # each file complains for itself
                 folder.mkdir(parents=True, exist_ok=True)
-            self._log = TrainLog(folder, show=self._show, complain=self._show)
+            self._log = TrainLog(folder, self._show)
             self._metrics = MetricsFile(folder, resume_from, self.message)
             if "tensorboard" in sinks:
                 from dlopt.tracking import tensorboard
@@ -67,7 +70,11 @@ class Tracking:
                 purge = None if resume_from is None else resume_from[1] + 1
                 self._tensorboard = tensorboard.TensorBoard(folder / "tensorboard", self.message, purge_step=purge)
                 self._sinks.append(self._tensorboard)
-            self._sinks += [_remote(name, folder, self.message) for name in dict.fromkeys(sinks) if name != SINKS[0]]
+            for name in dict.fromkeys(sinks):
+                if name != "tensorboard":
+                    from dlopt.tracking import remote
+
+                    self._sinks.append(remote.Remote(name, remote.SERVICES[name](folder), self.message))
 
     def begin(
         self,
@@ -95,15 +102,7 @@ class Tracking:
         for sink in self._sinks:
             sink.config(config, layout.hparams(config, choices))
         if self._console is not None:
-            self._console.begin(
-                config,
-                choices,
-                facts,
-                epochs=epochs,
-                steps_per_epoch=steps_per_epoch,
-                steps=total,
-                first_step=first_step,
-            )
+            self._console.begin(config, choices, facts, epochs, steps_per_epoch, total, first_step)
             if first_step:
                 self._console.message(f"goes on from step {first_step} of {total}")
 
@@ -115,13 +114,13 @@ class Tracking:
 
     def advance(self, step: int) -> None:
         """After every update; `step` counts them from 1."""
-        if self._live is not None:
-            self._live.advance(step)
+        if self._console is not None:
+            self._console.advance(step)
 
     def evaluating(self, batch: int, batches: int) -> None:
         """After every evaluated batch; `batch` counts them from 1."""
-        if self._live is not None:
-            self._live.evaluating(batch, batches)
+        if self._console is not None:
+            self._console.evaluating(batch, batches)
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """At logging points: `values` under TensorBoard's tags (`train/loss`, `lr`, `grad_norm/global`, ...)."""
@@ -130,8 +129,8 @@ class Tracking:
         self._stepped.update(values)
         for sink in self._sinks:
             sink.scalars(step, values)
-        if self._live is not None:
-            self._live.step(step, values)
+        if self._console is not None:
+            self._console.step(step, values)
 
     def diagnostics(self, step: int, values: Mapping[str, float], histograms: Mapping[str, "Tensor"]) -> None:
         """What was seen of the layers at one update; histograms go to TensorBoard alone."""
@@ -175,13 +174,10 @@ class Tracking:
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json (RunError when that fails), show the result, and close."""
         lines = [] if self._folder is None else [f"run folder: {layout.short_path(self._folder)}"]
-        # TensorBoard's HParams table shows the first five figures by name: `best/` comes before all the curves.
-        names = {"test_loss": "test/loss", "test_accuracy": "test/accuracy"}
-        names |= {"best_val_loss": "best/val_loss", "best_val_accuracy": "best/val_accuracy"}
-        figures = {tag: float(summary[key]) for key, tag in names.items() if _is_number(summary.get(key))}
+        scalars = {tag: float(summary[key]) for key, tag in _FINAL_TAGS.items() if _is_number(summary.get(key))}
         for sink in self._sinks:
-            if figures:
-                sink.scalars(int(summary.get("steps", 0)), figures)
+            if scalars:
+                sink.scalars(int(summary.get("steps", 0)), scalars)
             sink.end(str(summary.get("status", "")))
         if self._tensorboard is not None and self._folder is not None:
             from dlopt.tracking.tensorboard import command
@@ -192,12 +188,12 @@ class Tracking:
                 write_summary(self._folder, summary)
         finally:
             if self._log is not None:
-                figures_text = ", ".join(
+                metrics = ", ".join(
                     f"{key} {layout.figure(key, value)}"
                     for key, value in summary.items()
                     if key.startswith(("best_val_", "test_")) and isinstance(value, int | float)
                 )
-                self._log.write(f"{summary.get('status', 'ended')}: {figures_text}")
+                self._log.write(f"{summary.get('status', 'ended')}: {metrics}")
             if self._console is not None:
                 self._console.finish(summary, lines)
             self.close()
@@ -219,18 +215,6 @@ class Tracking:
         if error is not None and self._log is not None:
             self._log.error(f"ended by {type(error).__name__}", error)
         self.close()
-
-
-def _remote(name: str, folder: Path, complain: Callable[[str], None]) -> "Remote":
-    from dlopt.tracking.remote import Remote
-
-    if name == "mlflow":
-        from dlopt.tracking.mlflow import MLflow
-
-        return Remote(name, MLflow(folder), complain)
-    from dlopt.tracking.wandb import Wandb
-
-    return Remote(name, Wandb(folder), complain)
 
 
 def _is_number(value: object) -> bool:

@@ -159,7 +159,7 @@ def test_a_file_grants_itself_no_powers(folder: Path, line: str) -> None:
 
 
 def test_a_dry_run_lists_the_runs_and_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dlopt.sweeps.estimate.seconds_of", lambda *_: 30.0)
+    monkeypatch.setattr("dlopt.sweeps.grid.seconds_of", lambda *_: 30.0)
     result = compare(folder, "dry_run=true")
     assert result.code == 0, result.err
     assert [line for line in result.out.splitlines() if "run 3: " in line and "model.widths=[8]" in line]

@@ -54,8 +54,8 @@ def own(tmp_path: Path) -> list[str]:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dlopt.sweeps.places.spawn", InProcess)
-    monkeypatch.setattr("dlopt.sweeps.warm.heat", lambda: None)
+    monkeypatch.setattr("dlopt.sweeps.pool.spawn", InProcess)
+    monkeypatch.setattr("dlopt.sweeps.pool.warm_up", lambda: None)
 
 
 def test_jobs_are_complete_runs(tmp_path: Path) -> None:

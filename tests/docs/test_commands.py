@@ -115,7 +115,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def equipped(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every optional package counts as installed, and Slurm; nothing is run for an estimate of its time."""
-    monkeypatch.setattr("dlopt.sweeps.estimate.seconds_of", lambda *_: None)
+    monkeypatch.setattr("dlopt.sweeps.grid.seconds_of", lambda *_: None)
     monkeypatch.syspath_prepend(place)
     for name in [each for each in sys.modules if each.partition(".")[0] == "mine"]:  # another test's package
         monkeypatch.delitem(sys.modules, name)

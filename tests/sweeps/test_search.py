@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dlopt.sweeps.estimate import seconds_of, told
+from dlopt.sweeps.grid import estimate_line, seconds_of
 from tests.commands.line import SMALL, Result, dlopt, refused
 from tests.sweeps.processes import InProcess
 
@@ -19,8 +19,8 @@ HERE = "hydra.sweep.dir=sweep"
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dlopt.sweeps.places.spawn", InProcess)
-    monkeypatch.setattr("dlopt.sweeps.warm.heat", lambda: None)
+    monkeypatch.setattr("dlopt.sweeps.pool.spawn", InProcess)
+    monkeypatch.setattr("dlopt.sweeps.pool.warm_up", lambda: None)
 
 
 def search(folder: Path, *arguments: str) -> Result:
@@ -136,7 +136,7 @@ def test_what_is_refused(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_dry_run_lists_the_jobs_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dlopt.sweeps.warm.spawn", InProcess)
+    monkeypatch.setattr("dlopt.sweeps.pool.spawn", InProcess)
     result = dlopt(tmp_path, "train", "-m", *TINY, "optimizer.lr=0.1,0.2", "seed=1", HERE, "dry_run=true")
     lines = result.out.splitlines()
     assert result.code == 0 and lines[0] == "job 0: optimizer.lr=0.1" and lines[1] == "job 1: optimizer.lr=0.2"
@@ -161,7 +161,7 @@ def test_an_estimate_is_by_the_share_that_was_trained(
         def poll(self) -> int:
             return 0 if share is None else 75
 
-    monkeypatch.setattr("dlopt.sweeps.warm.spawn", Stopped)
+    monkeypatch.setattr("dlopt.sweeps.pool.spawn", Stopped)
     monkeypatch.setattr("dlopt.train.checkpoint.Checkpoints.load_newest", lambda self: state)
     assert seconds_of([{"seed": 0}], {}) == (3.0 if share is None else 12.0)
-    assert told(12.0, 5, 2) == "5 jobs of about 0:12 each, 2 at once: about 0:36 in all"
+    assert estimate_line(12.0, 5, 2) == "5 jobs of about 0:12 each, 2 at once: about 0:36 in all"

@@ -8,7 +8,7 @@ import pytest
 
 from dlopt.errors import UserError
 from dlopt.sweeps import slurm as launcher
-from dlopt.sweeps.places import checked
+from dlopt.sweeps.pool import checked
 from tests.cluster.test_slurm import LONG, SMALL, Cluster, cluster, pytestmark, summary  # noqa: F401
 
 SETTINGS: dict[str, object] = {

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from optuna.trial import TrialState
 
 from dlopt.errors import UserError
 from dlopt.locks import is_held
@@ -187,7 +188,7 @@ def test_a_torn_line_of_the_journal_is_cut_off(tmp_path: Path) -> None:
     whole = (tmp_path / JOURNAL).read_bytes()
     (tmp_path / JOURNAL).write_bytes(whole + b'{"op_code": 5, "work')
     again = study_of(tmp_path, plan(4, None))
-    assert again.counts().waiting == 3
+    assert again.counts()[TrialState.WAITING] == 3
     assert (tmp_path / JOURNAL).read_bytes().startswith(whole)
     again.close()
 
@@ -195,7 +196,7 @@ def test_a_torn_line_of_the_journal_is_cut_off(tmp_path: Path) -> None:
 def test_the_total_may_grow(tmp_path: Path) -> None:
     for total in (3, 5, 4):
         study = study_of(tmp_path, plan(total, None))
-        assert study.counts().waiting == total
+        assert study.counts()[TrialState.WAITING] == total
         study.close()
 
 

@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from unittest import mock
 
-from dlopt.errors import UserError
+from dlopt.errors import DONE
 from dlopt.folders import RunFolder
-from dlopt.sweeps import jobs, pruners, samplers
+from dlopt.sweeps import jobs, samplers
 from dlopt.sweeps.jobs import Job
-from dlopt.sweeps.places import Places, Process
-from dlopt.sweeps.search import Plan, Search, Settings
-from dlopt.sweeps.study import Study, open_storage
+from dlopt.sweeps.pool import Pool, Process
+from dlopt.sweeps.search import Search
+from dlopt.sweeps.study import Plan, Study
 from tests.sweeps.spaces import space
 
 SECONDS = 0.02
@@ -26,19 +26,12 @@ SECONDS = 0.02
 
 def plan(total: int, url: str | None, *typed: str) -> Plan:
     searched = space(*(typed or ("lr=tag(log,interval(0.001,1))", "kind=a,b")))
-    settings = Settings(
-        n_trials=total, objective="best_val_loss", direction="auto", watch="auto", storage=url, study_name="s", seed=0
-    )
     draw = samplers.random(space=searched, seed=0)
-    return Plan(searched, settings, ["best_val_loss"], ["minimize"], None, draw, pruners.none(), total)
+    return Plan(searched, ["best_val_loss"], ["minimize"], None, draw, samplers.none(), total, storage=url, name="s")
 
 
 def study_of(folder: Path, wanted: Plan) -> Study:
-    return Study(
-        open_storage(wanted.settings.storage, folder), name="s", folder=folder, space=wanted.space,
-        directions=wanted.directions, total=wanted.total, facts={"objective": list(wanted.objectives)},
-        sampler=wanted.sampler, pruner=wanted.pruner,
-    )  # fmt: skip
+    return Study(folder, wanted, {"objective": list(wanted.objectives)})
 
 
 def note(folder: Path, line: str) -> None:
@@ -70,28 +63,27 @@ class Short:
 
 def begin(job: Job) -> jobs.Result | None:
     if job.folder.is_finished():
-        return jobs.result_of(job.folder, jobs.DONE)
+        return jobs.result_of(job.folder, DONE)
     job.folder.path.mkdir(exist_ok=True)
     (job.folder.path / "overrides.json").write_text(json.dumps(list(job.overrides)))
     return None
 
 
-def start(place: int, folder: Path, environment: Mapping[str, str]) -> Process:
+def start(slot: int, folder: Path, environment: Mapping[str, str]) -> Process:
     return Short(folder)
 
 
 def make(folder: Path, overrides: Sequence[str], number: int, label: str) -> Job:
-    if not overrides:
-        raise UserError("a job without values")
-    return Job(number, RunFolder(folder / str(number)), {}, overrides, {}, label)
+    error = "" if overrides else "a job without values"
+    return Job(number, RunFolder(folder / str(number)), {}, overrides, {}, label, error=error)
 
 
 def main(folder: Path, total: int, url: str | None) -> None:
     wanted = plan(total, url)
     study = study_of(folder, wanted)
     search = Search(wanted, study, lambda *arguments: make(folder, *arguments))
-    with mock.patch("dlopt.sweeps.crew.begin", begin):
-        search.run(Places(2, start, lambda folder: None, seconds=0.005))
+    with mock.patch("dlopt.sweeps.pool.begin", begin):
+        search.run(Pool(2, start, lambda folder: None, seconds=0.005))
     study.close()
 
 

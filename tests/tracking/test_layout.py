@@ -1,9 +1,11 @@
+import io
 import math
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from rich.text import Text
 
 from dlopt.tracking import layout
 
@@ -83,7 +85,7 @@ def test_config_tree_shows_every_value_within_the_width(config: dict[str, object
     lines = rendered(layout.config_tree(config, {}), width)
     assert all(len(line) <= width for line in lines)
     shown = "".join(line.lstrip("│├└─ ").replace(" ", "") for line in lines)
-    for key, value in layout.flatten({key: value for key, value in config.items() if key != "name"}):
+    for key, value in layout.settings({key: value for key, value in config.items() if key != "name"}).items():
         if value is not None and "." in key:
             assert f"{key.split('.', 1)[1]}=" in shown
 
@@ -122,7 +124,8 @@ def test_hparams_are_flat() -> None:
 def test_facts_flow_without_breaking_a_part() -> None:
     parts = layout.facts_parts({"parameters": 272474, "train": 1437, "test": 360, "device": "cpu", "threads": 2})
     assert parts == ["272,474 parameters", "samples: 1,437 train, 360 test", "device cpu", "2 threads"]
-    assert layout.flow(parts, 55) == [f"{parts[0]} | {parts[1]}", f"{parts[2]} | {parts[3]}"]
+    flow = layout.Flow(parts, separator=" | ")
+    assert rendered(flow, 55) == [f"{parts[0]} | {parts[1]}", f"{parts[2]} | {parts[3]}"]
 
 
 @pytest.mark.parametrize("status", ["finished", "stopped_early", "interrupted", "failed"])
@@ -149,3 +152,52 @@ def test_seeds_that_follow_the_seed_are_no_hyperparameters() -> None:
     assert layout.hparams(config, {"data": "digits"}) == {
         "data": "digits", "seed": 3, "order_seed": 5, "data.batch_size": 8
     }  # fmt: skip
+
+
+# -- tables
+
+
+def shown(width: int) -> list[str]:
+    table = layout.plain_table("runs")
+    table.add_column("run", overflow="fold")
+    table.add_column("best epoch", justify="right")
+    table.add_column("val accuracy", justify="right")
+    table.add_column("note")
+    table.add_row("outputs/train/2026-01-01_12-00-00", "12", Text("97.57 ± 1.47 %"), "")
+    table.add_row("outputs/b", "3", Text("9.10 %"), "failed")
+    console = Console(width=width, file=io.StringIO(), color_system=None)
+    console.print(layout.Fitted(table))
+    assert isinstance(console.file, io.StringIO)
+    return [line.rstrip() for line in console.file.getvalue().splitlines()]
+
+
+def test_with_room_every_cell_and_head_has_one_line() -> None:
+    assert shown(90) == [
+        "runs",
+        "run                                 best epoch     val accuracy   note",
+        "────────────────────────────────────────────────────────────────────────",
+        "outputs/train/2026-01-01_12-00-00           12   97.57 ± 1.47 %",
+        "outputs/b                                    3           9.10 %   failed",
+    ]
+
+
+def test_a_folding_column_gives_way_first() -> None:
+    lines = shown(60)
+    assert [line for line in lines if "97.57 ± 1.47 %" in line] and [line for line in lines if "failed" in line]
+    assert all(len(line) <= 60 for line in lines)
+    assert lines[4].split()[0] + lines[5].strip() == "outputs/train/2026-01-01_12-00-00"
+
+
+@pytest.mark.parametrize("width", [20, 40, 45])
+def test_without_room_each_row_becomes_a_record(width: int) -> None:
+    lines = shown(width)
+    assert all(len(line) <= width for line in lines)
+    text = " ".join(" ".join(lines).split())
+    for figure in ("best epoch 12", "val accuracy 97.57 ± 1.47 %", "best epoch 3", "note failed"):
+        assert figure in text
+    assert "…" not in text and text.count("note") == 1  # an empty cell is left out
+
+
+def test_columns_are_as_narrow_as_their_longest_word() -> None:
+    widths = [width for width in range(20, 90) if len(shown(width)) in (5, 6, 7) and "best" in shown(width)[1]]
+    assert min(widths) <= 55

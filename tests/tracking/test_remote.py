@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dlopt.tracking import Tracking
-from dlopt.tracking.remote import Point, Remote
+from dlopt.tracking.remote import SERVICES, Point, Remote
 
 
 class Fake:
@@ -91,7 +91,7 @@ def test_closing_what_never_began_does_nothing() -> None:
 
 def test_tracking_hands_the_same_figures_to_every_sink(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     service = Fake()
-    monkeypatch.setattr("dlopt.tracking.mlflow.MLflow", lambda folder: service)
+    monkeypatch.setitem(SERVICES, "mlflow", lambda folder: service)
     with Tracking(tmp_path, sinks=["mlflow"], console=False, log_every_steps=1) as tracking:
         tracking.begin({"name": "x", "optimizer": {"lr": 0.1}}, {}, epochs=1, steps_per_epoch=1)
         tracking.step(1, {"train/loss": 2.0})

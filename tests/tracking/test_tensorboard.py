@@ -15,8 +15,7 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import (
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from tensorboard.plugins.hparams import metadata
 
-from dlopt.tracking.images import image_grid
-from dlopt.tracking.tensorboard import TensorBoard, command, record
+from dlopt.tracking.tensorboard import TensorBoard, command, image_grid, record
 
 
 def no_complaint(text: str) -> None:

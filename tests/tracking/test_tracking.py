@@ -96,10 +96,10 @@ def test_regression_and_inputs_that_are_no_images(tmp_path: Path, capfd: pytest.
 def test_log_holds_messages_library_warnings_and_the_traceback(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), Tracking(tmp_path, sinks=[], console=False) as tracking:
         tracking.message("about to fail")
-        logging.getLogger("some.package").warning("take care")
+        logging.getLogger("some.package").warning("\x1b[31mtake care\x1b[0m")
         _ = 1 / 0
     log = (tmp_path / "train.log").read_text()
-    for words in ("about to fail", "take care", "Traceback", "ZeroDivisionError"):
+    for words in ("about to fail", "WARNING take care\n", "Traceback", "ZeroDivisionError"):
         assert words in log
     logging.getLogger("some.package").warning("after the run")
     assert "after the run" not in (tmp_path / "train.log").read_text()

@@ -21,7 +21,7 @@ from dlopt.analysis import drawing
 from dlopt.config.compose import Composer, to_plain
 from dlopt.errors import RunError, UserError
 from dlopt.parallel.launch import run_processes
-from dlopt.tracking.tables import Fitted, plain_table
+from dlopt.tracking.layout import Fitted, plain_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

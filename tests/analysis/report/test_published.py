@@ -13,7 +13,7 @@ from dlopt.analysis.report.reading import Reader
 from dlopt.analysis.report.table import Table, beside_published, gather, name_of, published_error
 from dlopt.config.compose import Composer, to_plain
 from dlopt.config.parsing import parse
-from dlopt.tracking.layout import flatten
+from dlopt.tracking.layout import settings
 from tests.analysis.report.folders import make_run
 from tests.commands.line import dlopt
 
@@ -27,7 +27,7 @@ def table(folder: Path) -> Table:
 def config(*typed: str) -> dict[str, Any]:
     plain, saved = to_plain(Composer().compose(list(typed)), [])
     parse(plain)
-    return dict(flatten(saved))
+    return settings(saved)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Where jobs run: shares of the cores, GPUs from a pool, and the loop that keeps all places at work."""
+"""The worker pool: shares of the cores, one GPU per job, and the loop that keeps all slots at work."""
 
 import json
 import os
@@ -13,10 +13,9 @@ import pytest
 from dlopt.config.compose import Composer
 from dlopt.errors import UserError
 from dlopt.folders import RunFolder
-from dlopt.sweeps import crew, places
-from dlopt.sweeps.crew import Refused, work
+from dlopt.sweeps import pool as pools
 from dlopt.sweeps.jobs import Job, Result, folder_name, labels, record_dead, result_of
-from dlopt.sweeps.places import Places, checked, gpus, local, visible_gpus
+from dlopt.sweeps.pool import Pool, checked, gpus, local, visible_gpus
 from dlopt.tracking.overview import Overview
 
 Started = list[tuple[Path, Mapping[str, str], set[int] | None]]
@@ -25,15 +24,15 @@ Started = list[tuple[Path, Mapping[str, str], set[int] | None]]
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> Started:
     calls: Started = []
-    monkeypatch.setattr(places, "spawn", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(pools, "spawn", lambda *arguments: calls.append(arguments))
     return calls
 
 
 def test_every_job_sees_one_gpu(started: Started, tmp_path: Path) -> None:
     pool = gpus(gpus=[0, "GPU-ab", 3], jobs_per_gpu=2)
-    assert pool.count == 6
-    for place in range(6):
-        pool.start(place, tmp_path, {"A": "1"})
+    assert pool.slots == 6
+    for slot in range(6):
+        pool.start(slot, tmp_path, {"A": "1"})
     assert [each[1] for each in started] == [
         {"A": "1", "CUDA_VISIBLE_DEVICES": name} for name in ["0", "GPU-ab", "3"] * 2
     ]
@@ -49,10 +48,10 @@ def test_local_jobs_share_the_cores(started: Started, tmp_path: Path, monkeypatc
     for jobs, shares in ((1, [None]), (2, [{0, 2, 4, 6}, {1, 3, 5, 7}]), (-1, [{i} for i in range(8)])):
         started.clear()
         pool = local(n_jobs=jobs)
-        for place in range(pool.count):
-            pool.start(place, tmp_path, {})
+        for slot in range(pool.slots):
+            pool.start(slot, tmp_path, {})
         assert [each[2] for each in started] == shares
-    assert local(n_jobs=20).count == 20
+    assert local(n_jobs=20).slots == 20
 
 
 @pytest.mark.parametrize(
@@ -65,7 +64,7 @@ def test_local_jobs_share_the_cores(started: Started, tmp_path: Path, monkeypatc
         (gpus, {"gpus": [], "jobs_per_gpu": 1}, "no GPU"),
     ],
 )
-def test_what_a_launcher_refuses(launcher: Callable[..., Places], settings: dict[str, Any], said: str) -> None:
+def test_what_a_launcher_refuses(launcher: Callable[..., Pool], settings: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError) as error:
         checked(launcher, settings)
     assert said in str(error.value)
@@ -86,17 +85,17 @@ class Fake:
     alive: ClassVar[Counter[int]] = Counter()
     most: ClassVar[Counter[int]] = Counter()
 
-    def __init__(self, place: int, folder: Path, environment: Mapping[str, str]) -> None:
-        self.place, self.folder, self.looks, self.stopped = place, folder, 3, False
-        Fake.alive[place] += 1
-        Fake.most[place] = max(Fake.most[place], Fake.alive[place])
+    def __init__(self, slot: int, folder: Path, environment: Mapping[str, str]) -> None:
+        self.slot, self.folder, self.looks, self.stopped = slot, folder, 3, False
+        Fake.alive[slot] += 1
+        Fake.most[slot] = max(Fake.most[slot], Fake.alive[slot])
         (folder / "metrics.jsonl").write_text('{"epoch": 1, "val_loss": 1.0}\n{"epoch": 2, "val_lo')
 
     def poll(self) -> int | None:
         self.looks -= 1
         if self.looks > 0 and not self.stopped:
             return None
-        Fake.alive[self.place] -= 1
+        Fake.alive[self.slot] -= 1
         number = int(self.folder.name)
         if number == 3:
             return -9
@@ -110,19 +109,19 @@ class Fake:
     def kill(self) -> None: ...
 
 
-class Ten:
+class Ten(pools.Source):
     """Ten jobs, of which one is to be stopped at its first epoch, and one cannot be composed."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.given = folder, 0
         self.results: dict[int, Result] = {}
 
-    def next(self) -> Job | Refused | None:
+    def next(self) -> Job | None:
         if self.is_over():
             return None
         number, self.given = self.given, self.given + 1
         if number == 5:
-            return Refused(5, "five", Result("failed", {}, "cannot be composed"))
+            return Job(5, RunFolder(self.folder / "5"), {}, [], {}, "five", error="cannot be composed")
         return Job(number, RunFolder(self.folder / str(number)), {}, [], {}, f"job={number}")
 
     def is_over(self) -> bool:
@@ -132,22 +131,22 @@ class Ten:
         assert line == {"epoch": 1, "val_loss": 1.0}  # no torn line
         return job.number == 7
 
-    def ended(self, job: Job | Refused, result: Result) -> None:
+    def ended(self, job: Job, result: Result) -> None:
         assert job.number not in self.results
         self.results[job.number] = result
 
 
-def test_all_places_work_and_no_job_stops_the_others(
+def test_all_slots_work_and_no_job_stops_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(crew, "begin", lambda job: job.folder.path.mkdir())
+    monkeypatch.setattr(pools, "begin", lambda job: job.folder.path.mkdir())
     monkeypatch.setattr(time, "sleep", lambda _: None)
     Fake.alive, Fake.most = Counter(), Counter()
     source = Ten(tmp_path)
-    work(source, Places(3, Fake, lambda folder: None), Overview(10))
+    pools.run(source, Pool(3, Fake, lambda folder: None), Overview(10))
     status = {number: result.status for number, result in source.results.items()}
     assert status == {i: "finished" for i in range(10)} | {3: "failed", 5: "failed", 7: "pruned"}
-    assert Fake.most == {0: 1, 1: 1, 2: 1}  # one job at a time in each place
+    assert Fake.most == {0: 1, 1: 1, 2: 1}  # one job at a time in each slot
     assert "SIGKILL" in source.results[3].reason
     pruned = json.loads((tmp_path / "7/summary.json").read_text())
     assert (pruned["status"], pruned["pruned"], pruned["pruned_at_epoch"]) == ("stopped_early", True, 1)

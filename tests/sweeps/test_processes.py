@@ -15,7 +15,7 @@ from dlopt.config.compose import Composer, choices_of, to_plain
 from dlopt.folders import RunFolder
 from dlopt.job import describe
 from dlopt.sweeps.jobs import OUTPUT
-from dlopt.sweeps.warm import Forked, spawn
+from dlopt.sweeps.pool import Forked, spawn
 from dlopt.train import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,7 +94,7 @@ def test_a_sweep_that_is_killed_takes_its_job_along_with_a_checkpoint(tmp_path: 
         tmp_path / "run", "model=mlp", "model.widths=[4]", "epochs=100000", "checkpoint.every_epochs=null"
     )
     code = (
-        "import sys, time; from pathlib import Path; from dlopt.sweeps.warm import spawn\n"
+        "import sys, time; from pathlib import Path; from dlopt.sweeps.pool import spawn\n"
         "if __name__ == '__main__':\n    process = spawn(Path(sys.argv[1]), {}, None); time.sleep(600)\n"
     )
     (tmp_path / "sweep.py").write_text(code)
