@@ -110,7 +110,7 @@ def _inputs(trained: "Trained", overrides: Mapping[str, Any], path: Path) -> tup
     not there."""
     import torch
 
-    from dlopt.augment.crop import CentreCrop
+    from dlopt.augment.pipeline import CentreCrop
     from dlopt.config.parsing import parse
     from dlopt.data.samples import Dataset
     from dlopt.data.splits import prepare

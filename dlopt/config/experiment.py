@@ -6,7 +6,7 @@ from typing import Any
 
 from dlopt.config.schema import Component
 from dlopt.config.settings import Settings
-from dlopt.data.settings import DataSettings
+from dlopt.data.splits import DataSettings
 from dlopt.parameters import Grouping
 from dlopt.schedules import Warmup
 
