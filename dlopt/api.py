@@ -12,7 +12,7 @@ import torch
 from hydra.types import RunMode
 from torch import Tensor, nn
 
-from dlopt.augment.crop import CentreCrop
+from dlopt.augment.pipeline import CentreCrop
 from dlopt.commands.train import prepare
 from dlopt.config.compose import Composer
 from dlopt.errors import DONE, INTERRUPTED, RunError, UserError

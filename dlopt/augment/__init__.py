@@ -19,10 +19,9 @@ from dlopt.augment.geometry import (
     TranslateY,
 )
 from dlopt.augment.mixing import CutMix, Mixup
-from dlopt.augment.noise import GaussianNoise
 from dlopt.augment.operation import Draws, Operation
 from dlopt.augment.pipeline import Pipeline
-from dlopt.augment.tone import AutoContrast, Equalize, Posterize, Sharpness, Solarize
+from dlopt.augment.tone import AutoContrast, Equalize, GaussianNoise, Posterize, Sharpness, Solarize
 
 __all__ = [
     "AlternatingFlip",

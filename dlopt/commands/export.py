@@ -101,7 +101,7 @@ def _inputs(trained: "Trained", changes: Mapping[str, Any], path: Path) -> tuple
     not there."""
     import torch
 
-    from dlopt.augment.crop import CentreCrop
+    from dlopt.augment.pipeline import CentreCrop
     from dlopt.config.parsing import parse
 
     experiment = parse(resolve_saved(with_changes(trained.config, changes, path)))

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Interval
 
 from dlopt.config.schema import Component
-from dlopt.data.settings import DataSettings
+from dlopt.data.splits import DataSettings
 from dlopt.parameters import Grouping
 from dlopt.ranges import Count, Natural, Positive, Seed
 from dlopt.schedules import Warmup

@@ -6,10 +6,9 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from dlopt.data.loading import Loader, materialize, worker_count
+from dlopt.data.loading import CudaLane, Loader, ahead, materialize, worker_count
 from dlopt.data.samplers import Attentive, Sampler, Sequential
 from dlopt.data.samples import Samples
-from dlopt.data.transfer import CudaLane, ahead
 from dlopt.errors import UserError
 from dlopt.graphs import Recorder, Replayed
 from dlopt.random import generator, stream

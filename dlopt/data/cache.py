@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from dlopt.locks import locked
+
 _DIGEST = 32  # bytes of SHA-256 before the arrays: a damaged file is no cache
 
 
@@ -63,10 +65,7 @@ def save(path: Path, data: bytes) -> bool:
 def alone(path: Path) -> Iterator[None]:
     """Of several processes one at a time; where the cache folder cannot be written, all at once."""
     with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError, ImportError):
-            import fcntl
-
+        with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(open(path.with_suffix(".lock"), "wb"))
-            fcntl.lockf(file, fcntl.LOCK_EX)  # released with the file, and by the death of the process
+            stack.enter_context(locked(path.with_suffix(".lock")))
         yield

@@ -4,8 +4,8 @@ from typing import Literal
 
 import torch
 
+from dlopt.data.idx import data_root, through_torchvision
 from dlopt.data.samples import Dataset, InMemory
-from dlopt.data.sources import data_root, through_torchvision
 
 
 def cifar10(*, root: str | None, download: bool) -> Dataset:

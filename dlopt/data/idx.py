@@ -1,15 +1,17 @@
 """MNIST and Fashion-MNIST, from IDX files."""
 
 import gzip
+import os
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dlopt.data.samples import Dataset, InMemory
-from dlopt.data.sources import data_root, through_torchvision
 from dlopt.errors import UserError
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where the package dataset-fashion-mnist puts it
@@ -96,3 +98,34 @@ def _stems(*prefixes: str) -> list[str]:
 
 def _find(folder: Path, stem: str) -> Path | None:
     return next((path for path in (folder / stem, folder / f"{stem}.gz") if path.is_file()), None)
+
+
+T = TypeVar("T")
+
+
+def data_root(root: str | None) -> Path:
+    """The folder for downloads: `root`, else $DLOPT_DATA, else `data` under the current folder."""
+    return Path(root if root is not None else os.environ.get("DLOPT_DATA") or "data").expanduser()
+
+
+def through_torchvision(key: str, root: Path, download: bool, load: Callable[[], T]) -> T:
+    """Calls `load`, torchvision's reading or downloading, and turns its errors into one message.
+
+    Raises:
+        UserError: the files are missing or damaged, cannot be downloaded, or the folder cannot be written.
+    """
+    import pickle
+    import urllib.error
+    import zipfile
+
+    try:
+        return load()
+    except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
+        raise UserError(
+            f"{key}: downloading to {root} failed ({error}); put the files there and set data.download=false, "
+            "or set data.root to a folder that has them"
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        reason = str(error).splitlines()[0].removesuffix(" You can use download=True to download it")
+        hint = "" if download else "; set data.download=true, or data.root to the folder that has the files"
+        raise UserError(f"{key}: {root}: {reason}{hint}") from error

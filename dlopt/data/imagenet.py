@@ -3,10 +3,9 @@
 from pathlib import Path
 from typing import Literal
 
-from dlopt.data.folder import check_classes, data_folder, image_list
+from dlopt.data.folder import check_classes, data_folder, image_list, scan
 from dlopt.data.images import size_pair
 from dlopt.data.samples import Dataset
-from dlopt.data.scan import scan
 from dlopt.data.verify import image_files
 from dlopt.errors import UserError
 from dlopt.ranges import Natural, PositiveShare

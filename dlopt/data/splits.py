@@ -2,17 +2,38 @@
 
 import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Interval
 from torch import Tensor
 
 from dlopt.data.images import resize, size_pair
 from dlopt.data.loading import materialize, worker_count
 from dlopt.data.samples import Dataset, InMemory, Samples
-from dlopt.data.settings import DataSettings
 from dlopt.errors import UserError
 from dlopt.random import generator
+from dlopt.ranges import Count, Natural, PositiveShare, Seed, Share
+
+BatchSize = Annotated[int, Interval(ge=1, le=1 << 24)]  # more is a slip of the pen
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """Checked against `conf/data/_common.yaml`, where the defaults and the meaning of each key stand."""
+
+    batch_size: BatchSize | Literal["full"]
+    val_split: Share
+    subset: Count | PositiveShare | None
+    split_seed: Seed
+    image_size: Count | tuple[Count, Count] | None
+    memory: Literal["auto"] | bool
+    workers: Natural | Literal["auto"]
+    statistics_samples: Count | None
+    drop_last: bool
+
 
 MEMORY_SHARE = 0.25  # of the free memory, main or GPU: what data.memory=auto may fill with samples
 _SUBSET, _VAL = 1, 2  # streams: the subset and the validation split are drawn independently

@@ -5,8 +5,8 @@ kept in the cache folder and hold for as long as a file keeps its size and its t
 the run that goes on with it, leave out the same images. An image that breaks later, during the run, fails it.
 """
 
+import logging
 import os
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +21,8 @@ from dlopt.data.images import decode
 from dlopt.data.loading import Loader, worker_count
 from dlopt.data.samples import Files, ImageList
 from dlopt.errors import UserError
+
+log = logging.getLogger(__name__)
 
 _SHOWN = 20  # images named on the console
 _WORTH_WORKERS = 1000  # images; below, starting processes takes longer than looking
@@ -109,7 +111,7 @@ def _readable(key: str, images: ImageList, checks: "_Checks", cap: int) -> np.nd
                     return good
                 if time.monotonic() - told > _PROGRESS:
                     told = time.monotonic()
-                    print(f"data.on_error=skip: {done:,} of {len(unknown):,} images looked at", file=sys.stderr)
+                    log.warning(f"data.on_error=skip: {done:,} of {len(unknown):,} images looked at")  # on stderr
         finally:
             loader.close()
         if len(unknown):

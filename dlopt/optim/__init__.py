@@ -5,18 +5,15 @@ that its update of an element depends on others, so that it needs whole, not sha
 The schedule-free ones stand in `dlopt.optim.schedule_free`: they need an optional package.
 """
 
-from dlopt.optim.bfgs import BFGS
+from dlopt.optim.adam import LAMB, NAdam
+from dlopt.optim.bfgs import BFGS, LBFGS
 from dlopt.optim.common import LossClosure
-from dlopt.optim.lamb import LAMB
-from dlopt.optim.lars import LARS
-from dlopt.optim.lbfgs import LBFGS
 from dlopt.optim.lion import Lion
 from dlopt.optim.muon import Muon
-from dlopt.optim.nadam import NAdam
 from dlopt.optim.newton import Newton, NewtonCG
 from dlopt.optim.rprop import Rprop
 from dlopt.optim.sam import SAM
-from dlopt.optim.sgdw import SGDW
+from dlopt.optim.sgd import LARS, SGDW
 
 __all__ = [
     "BFGS",

@@ -1,4 +1,6 @@
-from typing import Any, ClassVar
+"""Quasi-Newton methods."""
+
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -6,6 +8,7 @@ from torch.optim.optimizer import ParamsT
 
 from dlopt.optim.common import (
     Closure,
+    as_groups,
     assign,
     evaluate,
     flat,
@@ -16,7 +19,7 @@ from dlopt.optim.common import (
     trainable,
 )
 from dlopt.optim.line_search import Point, strong_wolfe
-from dlopt.ranges import Count, Positive, Probability, Share
+from dlopt.ranges import Count, NonNegative, Positive, Probability, Share
 
 
 class BFGS(torch.optim.Optimizer):
@@ -101,3 +104,29 @@ def broyden(inverse: Tensor | None, p: Tensor, q: Tensor, xi: float) -> Tensor |
     rows = torch.stack([p, bq, v])
     scales = torch.tensor([1 / pq, -1 / qbq, xi * qbq], dtype=p.dtype, device=p.device)
     return inverse.addmm_((rows * scales.unsqueeze(1)).T, rows)
+
+
+class LBFGS(torch.optim.LBFGS):
+    """torch's L-BFGS, which takes one group only: groups are joined, as it has no decay in which they differ."""
+
+    evaluations: ClassVar[str] = "many"
+    elementwise: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        params: ParamsT,
+        *,
+        lr: Positive = 1.0,
+        max_iter: Count = 20,
+        max_eval: Count | None = None,
+        history_size: Count = 10,
+        tolerance_grad: NonNegative = 1e-7,
+        tolerance_change: NonNegative = 1e-9,
+        line_search_fn: Literal["strong_wolfe"] | None = "strong_wolfe",
+    ) -> None:
+        groups = as_groups(params)
+        refuse_own_rates("lbfgs", lr, groups)
+        everything = [p for group in groups for p in group["params"]]
+        super().__init__(
+            everything, lr, max_iter, max_eval, tolerance_grad, tolerance_change, history_size, line_search_fn
+        )

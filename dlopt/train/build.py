@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from dlopt.augment import Pipeline
-from dlopt.augment.crop import CentreCrop
+from dlopt.augment.pipeline import CentreCrop
 from dlopt.config.experiment import Experiment
-from dlopt.data import statistics
 from dlopt.data.batches import Batches
+from dlopt.data.normalization import fit
 from dlopt.data.samplers import Attentive
 from dlopt.data.samples import Dataset, Samples
 from dlopt.data.splits import prepare
@@ -109,7 +109,7 @@ def set_up(
     normalize: nn.Module = experiment.normalize.build(input_shape=dataset.train.shape).to(precision.dtype)
     if normalization is None:
         kind = f"{experiment.normalize.target.__qualname__} {experiment.normalize.arguments} {precision.dtype}"
-        statistics.fit(normalize, dataset, count=experiment.data_settings.statistics_samples, kind=kind)
+        fit(normalize, dataset, count=experiment.data_settings.statistics_samples, kind=kind)
     else:
         normalize.load_state_dict(normalization)
     normalize = normalize.to(device)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dlopt.augment.crop import CentreCrop
+from dlopt.augment.pipeline import CentreCrop
 from dlopt.config.compose import resolve_saved
 from dlopt.config.parsing import parse
 from dlopt.config.saved import with_changes

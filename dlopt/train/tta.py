@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dlopt.augment.crop import CentreCrop
+from dlopt.augment.pipeline import CentreCrop
 from dlopt.data.images import resize
 from dlopt.errors import UserError
 from dlopt.ranges import Count

@@ -2,7 +2,7 @@ import scipy.stats
 import torch
 
 from dlopt.augment import GaussianNoise
-from dlopt.augment.noise import normals
+from dlopt.augment.tone import normals
 from dlopt.random import generator
 from tests.augment.helpers import run
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from dlopt.data.samples import InMemory
-from dlopt.data.settings import DataSettings
+from dlopt.data.splits import DataSettings
 
 
 @pytest.fixture

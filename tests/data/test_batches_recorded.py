@@ -11,10 +11,10 @@ from dlopt.augment import AlternatingFlip, HorizontalFlip, PadCrop, Pipeline
 from dlopt.config.compose import Composer, to_plain
 from dlopt.config.parsing import parse
 from dlopt.data.batches import Batches
+from dlopt.data.loading import ahead
 from dlopt.data.normalization import Standardize
 from dlopt.data.samplers import Random
 from dlopt.data.samples import InMemory
-from dlopt.data.transfer import ahead
 from tests.recorded import SimulatedRecorder
 from tests.train.runs import in_fork
 

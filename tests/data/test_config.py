@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dlopt.data.settings import DataSettings
+from dlopt.data.splits import DataSettings
 
 CONF = Path(__file__).parents[2] / "conf"
 COMMON = {field.name for field in fields(DataSettings)}

@@ -8,8 +8,7 @@ import torch
 
 from dlopt.data.digits import digits
 from dlopt.data.samples import InMemory
-from dlopt.data.settings import DataSettings
-from dlopt.data.splits import prepare
+from dlopt.data.splits import DataSettings, prepare
 from dlopt.errors import UserError
 
 

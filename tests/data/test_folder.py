@@ -9,8 +9,7 @@ from dlopt.data.batches import Batches
 from dlopt.data.folder import image_folder
 from dlopt.data.images import decode
 from dlopt.data.samples import Dataset
-from dlopt.data.settings import DataSettings
-from dlopt.data.splits import prepare
+from dlopt.data.splits import DataSettings, prepare
 from dlopt.errors import UserError
 
 WriteImages = Callable[..., list[Path]]

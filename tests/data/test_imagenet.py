@@ -6,8 +6,7 @@ import torch
 
 from dlopt.data.imagenet import imagenet
 from dlopt.data.samples import Dataset
-from dlopt.data.settings import DataSettings
-from dlopt.data.splits import prepare
+from dlopt.data.splits import DataSettings, prepare
 from dlopt.errors import UserError
 
 WNIDS = ("n01440764", "n02012849", "n03126707")

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 
 from dlopt.data.polynomial import polynomial
 from dlopt.data.samples import Dataset, InMemory
-from dlopt.data.settings import DataSettings
-from dlopt.data.splits import prepare
+from dlopt.data.splits import DataSettings, prepare
 from dlopt.errors import UserError
 
 EXACT: dict[str, Callable[[np.ndarray], np.ndarray]] = {

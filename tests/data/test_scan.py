@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dlopt.data import scan as module
-from dlopt.data.scan import Listing, scan
+from dlopt.data import folder as module
+from dlopt.data.folder import Listing, scan
 
 
 @pytest.fixture

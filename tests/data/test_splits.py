@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dlopt.data.samples import Dataset, Files, InMemory, Samples
-from dlopt.data.settings import DataSettings
-from dlopt.data.splits import available_memory, prepare, stratified
+from dlopt.data.splits import DataSettings, available_memory, prepare, stratified
 from dlopt.errors import UserError
 
 Make = Callable[..., DataSettings]

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dlopt.data import statistics
+from dlopt.data import normalization
 from dlopt.data.normalization import Standardize
 from dlopt.data.samples import Dataset, Files, InMemory, Samples
 
@@ -26,7 +26,7 @@ class Counted(Standardize):
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Files:
     """24 images whose grey rises from file to file; the cache is the test's own, and worth having."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(statistics, "_WORTH_CACHE", 2)
+    monkeypatch.setattr(normalization, "_WORTH_CACHE", 2)
     Counted.seen.clear()
     paths = []
     for number in range(24):
@@ -38,7 +38,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Files:
 
 def fitted(samples: Samples, count: int | None, kind: str = "a", in_memory: bool = False) -> dict[str, Tensor]:
     normalize = Counted(input_shape=samples.shape)
-    statistics.fit(normalize, Dataset(samples, None, None, ("x",), in_memory), count=count, kind=kind)
+    normalization.fit(normalize, Dataset(samples, None, None, ("x",), in_memory), count=count, kind=kind)
     return normalize.state_dict()
 
 

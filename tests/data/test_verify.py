@@ -86,6 +86,14 @@ def test_workers_find_the_same(root: Path, monkeypatch: pytest.MonkeyPatch, own_
     assert load(root).notes == alone.notes and len(load(root).train) == 11
 
 
+def test_a_long_look_reports_its_progress(
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(verify, "_PROGRESS", -1.0)  # seconds: at every piece
+    load(root)
+    assert caplog.messages == ["data.on_error=skip: 12 of 12 images looked at"]
+
+
 def test_a_long_list_is_cut_and_kept_whole_in_a_file(
     tmp_path: Path, write_images: WriteImages, own_cache: Path
 ) -> None:
