@@ -14,11 +14,11 @@ from dlopt.errors import UserError
 from dlopt.parallel.dropout import Place, make_global
 from dlopt.parallel.group import Group, Meeting, Member, join
 from dlopt.parallel.pace import Waiting
+from dlopt.parallel.rendezvous import current
 from dlopt.parallel.shares import PiecewiseAugment, cut, pieces, portions
 from dlopt.parallel.single import Single, Whole
 from dlopt.parallel.statistics import averaging
 from dlopt.parallel.sync_batchnorm import synchronize
-from dlopt.parallel.world import current
 from dlopt.ranges import Positive
 
 _KNOWS_FORWARD_SYNC = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters

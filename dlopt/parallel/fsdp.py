@@ -16,11 +16,11 @@ from dlopt.errors import UserError
 from dlopt.parallel.ddp import DataParallel
 from dlopt.parallel.dropout import make_global
 from dlopt.parallel.group import Group, Meeting, join
+from dlopt.parallel.rendezvous import current
 from dlopt.parallel.shard_files import ShardWriter
 from dlopt.parallel.shards import Cut
 from dlopt.parallel.single import Single
 from dlopt.parallel.sync_batchnorm import synchronize
-from dlopt.parallel.world import current
 from dlopt.ranges import Count, Natural
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)

@@ -11,7 +11,7 @@ from annotated_types import Interval
 from torch import Tensor, distributed
 
 from dlopt.errors import UserError
-from dlopt.parallel.world import World, current, meet
+from dlopt.parallel.rendezvous import World, current, join_store
 from dlopt.ranges import Count, Positive
 
 T = TypeVar("T")
@@ -41,7 +41,7 @@ class Group:
         address: str | None = None,
         port: int | None = None,
     ) -> None:
-        store = meet(world, minutes=minutes, address=address, port=port)
+        store = join_store(world, minutes=minutes, address=address, port=port)
         if device.type == "cuda":
             torch.cuda.set_device(device)
         distributed.init_process_group(

@@ -16,8 +16,8 @@ from dlopt.data.batches import Batches
 from dlopt.data.samples import Dataset, Samples
 from dlopt.data.splits import prepare
 from dlopt.errors import UserError
+from dlopt.parallel.rendezvous import current
 from dlopt.parallel.single import Single
-from dlopt.parallel.world import current
 from dlopt.parameters import freeze
 from dlopt.processor import choose_device, keep_freed_memory, set_threads
 from dlopt.random import generator, stream

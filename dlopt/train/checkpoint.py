@@ -17,7 +17,7 @@ import torch
 from dlopt.errors import NewerError, RunError, UserError
 from dlopt.files import digest_file, link, reason, recorded_digests, sha256, write
 from dlopt.parallel.shard_files import ShardWriter
-from dlopt.parallel.world import comes_from_others
+from dlopt.parallel.rendezvous import comes_from_others
 from dlopt.train import sharded
 
 FORMAT, SHARDED_FORMAT = 1, 2

@@ -43,9 +43,9 @@ def run_ranks(function: str, processes: int, folder: Path, *arguments: Any) -> l
 def main() -> None:
     module, _, name = sys.argv[1].partition(":")
     getattr(importlib.import_module(module), name)(*json.loads(sys.argv[2]))
-    from dlopt.parallel import world
+    from dlopt.parallel import rendezvous
 
-    world.leave()
+    rendezvous.leave()
 
 
 if __name__ == "__main__":

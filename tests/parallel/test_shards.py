@@ -15,8 +15,8 @@ from dlopt.errors import UserError
 from dlopt.optim import LBFGS
 from dlopt.parallel.fsdp import FullySharded
 from dlopt.parallel.group import Group
+from dlopt.parallel.rendezvous import current
 from dlopt.parallel.shards import Cut, load_model, load_optimizer, local, total_norm, whole
-from dlopt.parallel.world import current
 from dlopt.train.averaging import ExponentialAverage
 from dlopt.train.clipping import Adaptive, ByNorm, ByValue, gradient_norm
 from dlopt.train.optimizer import check_optimizer
