@@ -20,7 +20,7 @@ def run_ranks(function: str, processes: int, folder: Path, *arguments: Any) -> l
     environment = {
         **os.environ,
         "DLOPT_PROCESSES": str(processes),
-        "DLOPT_MEETING": str(folder / "meeting"),
+        "DLOPT_STORE": str(folder / "meeting"),
         "PYTHONPATH": str(ROOT),
     }
     command = [sys.executable, __file__, function, json.dumps(arguments)]

@@ -68,7 +68,7 @@ def in_ranks(folder: Path, function: Callable[[Checkpoints, int], object], **wor
         if child == 0:
             code = 1
             try:
-                os.environ.update(DLOPT_RANK=str(rank), DLOPT_PROCESSES="2", DLOPT_MEETING=str(meeting))
+                os.environ.update(DLOPT_RANK=str(rank), DLOPT_PROCESSES="2", DLOPT_STORE=str(meeting))
                 found = rendezvous.current()
                 assert found is not None
                 Group(found, torch.device("cpu"), minutes=0.5)
