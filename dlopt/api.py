@@ -17,7 +17,7 @@ from dlopt.commands.train import prepare
 from dlopt.config.compose import Composer
 from dlopt.errors import DONE, INTERRUPTED, RunError, UserError
 from dlopt.job import claim, start
-from dlopt.parallel.world import current
+from dlopt.parallel.rendezvous import current
 from dlopt.tracking import read_metrics, read_summary
 from dlopt.tracking.layout import short_path
 from dlopt.train import rng

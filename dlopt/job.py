@@ -35,11 +35,11 @@ def execute(run: "Run", *, typed: Sequence[str] | None = None, console: bool = T
 
     `typed`: the command line's overrides, where the folder does not say yet what is run in it.
     """
-    from dlopt.parallel import world as worlds
+    from dlopt.parallel import rendezvous
     from dlopt.parallel.launch import QUIET, RECORD
     from dlopt.train.nonfinite import Diverged
 
-    world = worlds.current()
+    world = rendezvous.current()
     console = console and os.environ.get(QUIET) != "1"
     is_main = world is None or world.is_main
     place = "" if world is None or world.is_main else f"rank {world.rank}: "
@@ -53,13 +53,13 @@ def execute(run: "Run", *, typed: Sequence[str] | None = None, console: bool = T
         try:
             return start(run, processes, typed=typed, console=console)
         except UserError as error:
-            if worlds.first_to_fail():
+            if rendezvous.first_to_fail():
                 complain(f"{place}{error}")
                 if record:
                     _record_failure(run.folder, f"{place}{error}")
             return USER_ERROR
         except RunError as error:
-            if worlds.first_to_fail():
+            if rendezvous.first_to_fail():
                 complain(f"{place}{error}")
                 _record_failure(run.folder, f"{place}{error}", diverged=isinstance(error, Diverged))
             return FAILED
@@ -68,18 +68,18 @@ def execute(run: "Run", *, typed: Sequence[str] | None = None, console: bool = T
                 complain("stopped at once; what was saved last is in the checkpoints folder")
             return INTERRUPTED
         except Exception as error:
-            silent = worlds.silent_ranks(error)
-            if silent and worlds.first_to_fail():
+            silent = rendezvous.silent_ranks(error)
+            if silent and rendezvous.first_to_fail():
                 ranks = ", ".join(map(str, silent))
                 text = f"rank {ranks} did not answer within parallel.timeout_minutes: stopped, or busy elsewhere"
                 complain(text)
                 _record_failure(run.folder, text)
-            elif worlds.first_to_fail():
+            elif rendezvous.first_to_fail():
                 text = traceback.format_exc()
                 with contextlib.suppress(OSError):
                     (run.folder / "traceback.txt").write_text(text)
                 _record_failure(run.folder, f"{place}{type(error).__name__}: {error}")
-                if world is not None and worlds.is_lost_connection(error):
+                if world is not None and rendezvous.is_lost_connection(error):
                     complain(f"{place}another process of this run has ended")  # its launcher tells how
                 else:
                     complain(f"{place}the run failed: {type(error).__name__}: {error}")
@@ -90,11 +90,11 @@ def execute(run: "Run", *, typed: Sequence[str] | None = None, console: bool = T
 def claim(run: "Run") -> tuple[int, contextlib.AbstractContextManager[object]]:
     """The number of processes that the run is to start, one for none, and the lock on its folder for the time that it
     takes. Raises `UserError`."""
-    from dlopt.parallel.launch import wanted
-    from dlopt.parallel.world import current
+    from dlopt.parallel.launch import count_processes
+    from dlopt.parallel.rendezvous import current
 
     world, experiment = current(), run.experiment
-    processes = 1 if world is not None else wanted(experiment.parallel.arguments, experiment.settings.device)
+    processes = 1 if world is not None else count_processes(experiment.parallel.arguments, experiment.settings.device)
     # Where processes are started, the first of them locks.
     is_mine = (world is None or world.is_main) and processes == 1
     return processes, RunFolder(run.folder).lock() if is_mine else contextlib.nullcontext()
@@ -103,10 +103,10 @@ def claim(run: "Run") -> tuple[int, contextlib.AbstractContextManager[object]]:
 def start(run: "Run", processes: int, *, typed: Sequence[str] | None, console: bool) -> int:
     """Runs what was claimed and returns the exit code. Raises `UserError`, `RunError` and whatever else happens."""
     from dlopt.interruption import Interruption
-    from dlopt.parallel import world as worlds
+    from dlopt.parallel import rendezvous
     from dlopt.parallel.launch import run_group
 
-    world = worlds.current()
+    world = rendezvous.current()
     is_main = world is None or world.is_main
     if typed is not None and is_main:
         describe(run.folder, run.experiment.config, typed, run.choices)
@@ -116,7 +116,7 @@ def start(run: "Run", processes: int, *, typed: Sequence[str] | None, console: b
         return run_group(run.folder, processes, checkpoint, record=typed is None, console=console)
     with Interruption(run.experiment.settings.max_time) as interruption:
         status = train(run, interruption, console=console and is_main)["status"]
-        worlds.leave()  # while it waits for the others, too, a signal that comes again has nothing to end
+        rendezvous.leave()  # while it waits for the others, too, a signal that comes again has nothing to end
     return _STATUS_OF[status]
 
 
@@ -195,10 +195,10 @@ def _record_failure(folder: Path, reason: str, *, diverged: bool = False) -> Non
 
 def main() -> int:
     from dlopt.parallel import launch
-    from dlopt.parallel.world import RANK, current
+    from dlopt.parallel.rendezvous import RANK, current
 
     if RANK in os.environ:
-        launch.end_with_parent()
+        launch.end_rank_with_parent()
     from dlopt.config.compose import resolve_saved
     from dlopt.config.parsing import parse
     from dlopt.train.checkpoint import Checkpoints, load
@@ -227,7 +227,7 @@ def main() -> int:
 
 
 def _end(code: int) -> NoReturn:
-    from dlopt.parallel.world import current, end_process
+    from dlopt.parallel.rendezvous import current, end_process
 
     if current() is None:
         sys.exit(code)

@@ -13,7 +13,7 @@ from dlopt.analysis.lr_range import LearningRates, Sweep, find, load_first_weigh
 from dlopt.analysis.ranks import Told, run_rank
 from dlopt.config.experiment import Experiment
 from dlopt.errors import RunError, UserError
-from dlopt.parallel import world as worlds
+from dlopt.parallel import rendezvous
 from dlopt.train.build import parallel_of, set_up
 
 
@@ -36,9 +36,9 @@ def _explain(error: Exception) -> Told | None:
 
 
 def _end(code: int) -> None:
-    if worlds.current() is None:
+    if rendezvous.current() is None:
         sys.exit(code)
-    worlds.end_process(code)
+    rendezvous.end_process(code)
 
 
 if __name__ == "__main__":

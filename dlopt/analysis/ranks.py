@@ -12,8 +12,7 @@ import yaml
 from dlopt.config.compose import resolve_saved
 from dlopt.config.experiment import Experiment
 from dlopt.config.parsing import parse
-from dlopt.parallel import launch
-from dlopt.parallel import world as worlds
+from dlopt.parallel import launch, rendezvous
 
 Told = tuple[Mapping[str, Any], int]  # what is written, and the exit code
 
@@ -26,16 +25,16 @@ def run_rank(
     FOLDER is the command line's one argument, and the experiment that of FOLDER/config.yaml. `explain`: what is
     written of an error instead; None: it is a bug, and raised.
     """
-    if worlds.RANK in os.environ:
-        launch.end_with_parent()
+    if rendezvous.RANK in os.environ:
+        launch.end_rank_with_parent()
     folder = Path(sys.argv[1])
-    world = worlds.current()
+    world = rendezvous.current()
     rank = 0 if world is None else world.rank
     config = yaml.safe_load((folder / "config.yaml").read_text())
     outcome: Mapping[str, Any]
     try:
         outcome, code = measure(parse(resolve_saved(config), config), folder, rank), 0
-        worlds.leave()
+        rendezvous.leave()
     except Exception as error:
         told = explain(error)
         if told is None:

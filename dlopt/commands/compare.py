@@ -18,7 +18,7 @@ from dlopt.config.resuming import refuse_other_config
 from dlopt.config.schema import check_arguments
 from dlopt.errors import UserError
 from dlopt.folders import RunFolder, make, make_new
-from dlopt.parallel.world import current
+from dlopt.parallel.rendezvous import current
 
 if TYPE_CHECKING:
     from dlopt.analysis.comparison import Cell, Comparison, Outcome

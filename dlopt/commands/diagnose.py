@@ -114,7 +114,7 @@ def _trained(path: Path, overrides: Sequence[str]) -> _Subject:
 
 
 def _check(experiment: "Experiment") -> None:
-    from dlopt.parallel.world import current
+    from dlopt.parallel.rendezvous import current
 
     settings, processes = experiment.settings, experiment.parallel.arguments.get("processes")
     if current() is not None or (processes or 1) > 1:

@@ -63,11 +63,11 @@ def find_lr(line: Line, *, output: str | None = None) -> int:
 def _found(experiment: "Experiment", keys: "Sweep") -> "LearningRates | None":
     """The result of the main rank; None in others, where a launcher started them."""
     from dlopt.analysis.lr_range_rank import test_range
-    from dlopt.parallel.launch import wanted
-    from dlopt.parallel.world import current, leave
+    from dlopt.parallel.launch import count_processes
+    from dlopt.parallel.rendezvous import current, leave
 
     world = current()
-    if world is None and wanted(experiment.parallel.arguments, experiment.settings.device) > 1:
+    if world is None and count_processes(experiment.parallel.arguments, experiment.settings.device) > 1:
         return _by_ranks(experiment, keys)
     found = test_range(experiment, keys, Path(os.devnull))
     if world is not None:
@@ -80,14 +80,14 @@ def _by_ranks(experiment: "Experiment", keys: "Sweep") -> "LearningRates":
     import yaml
 
     from dlopt.analysis.lr_range import LearningRates
-    from dlopt.parallel.launch import run_processes, wanted
+    from dlopt.parallel.launch import count_processes, run_processes
 
     scratch = Path(tempfile.mkdtemp(prefix="dlopt-find-lr-"))
     try:
         (scratch / "config.yaml").write_text(yaml.safe_dump(dict(experiment.config), allow_unicode=True))
         (scratch / "sweep.json").write_text(json.dumps(asdict(keys)))
         command = [sys.executable, "-m", "dlopt.analysis.lr_range_rank", str(scratch)]
-        processes = wanted(experiment.parallel.arguments, experiment.settings.device)
+        processes = count_processes(experiment.parallel.arguments, experiment.settings.device)
         codes, _, asked = run_processes(command, processes, {})
         if asked:
             raise KeyboardInterrupt

@@ -27,7 +27,7 @@ from dlopt.config.inherit import inherit
 from dlopt.config.resuming import newest_unfinished, refuse_other_config
 from dlopt.errors import FAILED, USER_ERROR, UserError
 from dlopt.folders import RunFolder, Trace, make, make_new
-from dlopt.parallel.world import World, current, end_process, meet
+from dlopt.parallel.rendezvous import World, current, end_process, join_store
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -123,7 +123,7 @@ def _follow(composer: Composer, parsed: Namespace, world: World) -> int:
 
 def _meet(config: DictConfig, world: World) -> "Store":
     parallel = config.parallel
-    return meet(
+    return join_store(
         world,
         minutes=parallel.get("timeout_minutes", 10.0),
         address=parallel.get("master_addr"),

@@ -31,7 +31,7 @@ _PARTS = (
     "dlopt.losses", "dlopt.models", "dlopt.optim", "dlopt.parallel", "dlopt.schedules", "dlopt.sweeps.samplers",
 )  # fmt: skip
 _NO_PARTS = (
-    "dlopt.data.cache", "dlopt.data.verify", "dlopt.parallel.launch", "dlopt.parallel.world",
+    "dlopt.data.cache", "dlopt.data.verify", "dlopt.parallel.launch", "dlopt.parallel.rendezvous",
     "torchvision.datasets.utils", "torchvision.io", "torchvision.utils",
 )  # fmt: skip
 # For arguments of callables that are not ours, by name: torch's SGD itself takes lr=nan and momentum=1.5.

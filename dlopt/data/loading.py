@@ -1,8 +1,6 @@
 """Fetching samples in worker processes, ahead of their use."""
 
 import atexit
-import contextlib
-import ctypes
 import math
 import mmap
 import multiprocessing
@@ -22,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from dlopt.data.samples import InMemory, Samples
 from dlopt.errors import RunError, UserError
+from dlopt.processor import M_MMAP_THRESHOLD, end_with_parent, set_malloc
 
 _CHUNK_BYTES = 1 << 22  # of inputs that pass through at once where a dataset is read from end to end
 _WORTH_WORKERS = 1000  # samples; below, starting processes takes longer than decoding
@@ -211,12 +210,6 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype, pin: bool) -> Tensor:
     return torch.frombuffer(mmap.mmap(-1, size), dtype=dtype).view(shape)
 
 
-def _map_large_blocks() -> None:
-    """In a worker all large blocks are returned to the system, for the same reason (glibc's M_MMAP_THRESHOLD)."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
-        ctypes.CDLL(None).mallopt(-3, _MAPPED)
-
-
 def _start_method() -> str | None:
     """Forked workers share what this process has imported and read: on Linux they cost 13 MiB each and start at once,
     others 290 MiB and three seconds. What the program that calls dlopt has chosen holds."""
@@ -231,21 +224,14 @@ def _start_worker(worker: int) -> None:
     before that has written its checkpoint, so a worker stays for a while after a termination signal.
     """
     torch.set_num_threads(1)
-    _map_large_blocks()
-    _end_with_parent()
+    set_malloc({M_MMAP_THRESHOLD: _MAPPED})  # returns large blocks to the system, as `_empty` does
+    end_with_parent()  # elsewhere than on Linux they notice after some seconds
     for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "SIGALRM"):
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE))
-
-
-def _end_with_parent() -> None:
-    """A main process that is killed takes its workers along (Linux; elsewhere they notice after some seconds)."""
-    if sys.platform.startswith("linux"):
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _close(reference: "weakref.ref[Loader]") -> None:

@@ -15,9 +15,9 @@ from dlopt.parallel.dropout import Place, make_global
 from dlopt.parallel.mode import BatchShard, MetricRecord, MicroSteps, Mode
 from dlopt.parallel.pace import StepTiming, Waiting
 from dlopt.parallel.process_group import Group, GroupMode, ProcessKeys, join
+from dlopt.parallel.rendezvous import current
 from dlopt.parallel.shares import PiecewiseAugment, cut, portions, positions
 from dlopt.parallel.sync_batchnorm import buffer_averaging, synchronize
-from dlopt.parallel.world import current
 from dlopt.ranges import Positive
 
 _KNOWS_FORWARD_SYNC = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters

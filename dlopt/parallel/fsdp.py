@@ -17,9 +17,9 @@ from dlopt.parallel.ddp import DataParallel
 from dlopt.parallel.dropout import make_global
 from dlopt.parallel.mode import Mode
 from dlopt.parallel.process_group import Group, ProcessKeys, join
+from dlopt.parallel.rendezvous import current
 from dlopt.parallel.shard_files import ShardWriter
 from dlopt.parallel.sync_batchnorm import synchronize
-from dlopt.parallel.world import current
 from dlopt.ranges import Count, Natural
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)

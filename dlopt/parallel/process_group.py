@@ -14,7 +14,7 @@ from dlopt.errors import UserError
 from dlopt.parallel import shards
 from dlopt.parallel.mode import EpochBatches, MicroSteps, Mode
 from dlopt.parallel.pace import StepTiming
-from dlopt.parallel.world import World, current, meet
+from dlopt.parallel.rendezvous import World, current, join_store
 from dlopt.ranges import Count, Positive
 
 T = TypeVar("T")
@@ -44,7 +44,7 @@ class Group:
         address: str | None = None,
         port: int | None = None,
     ) -> None:
-        store = meet(world, minutes=minutes, address=address, port=port)
+        store = join_store(world, minutes=minutes, address=address, port=port)
         if device.type == "cuda":
             torch.cuda.set_device(device)
         distributed.init_process_group(

@@ -1,7 +1,6 @@
-"""What processes have of tensors that are cut over them, as the files of one folder: written by all at once, read by
-any.
+"""Tensors that are sharded over processes, as the files of one folder: written by all at once, read by any.
 
-torch.distributed.checkpoint lays them out: `__RANK_0.distcp` holds what a process has, `.metadata` what lies where.
+torch.distributed.checkpoint lays them out: `__RANK_0.distcp` holds a process's shards, `.metadata` their places.
 """
 
 import os
@@ -10,8 +9,9 @@ import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from itertools import chain, count
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
@@ -28,8 +28,8 @@ METADATA = ".metadata"
 
 
 class ShardWriter:
-    """Writes on all processes together. Its messages go by a group of its own, so that a thread can write while the
-    training talks.
+    """Writes on all processes together, over a process group of its own: a thread can write while the training
+    communicates.
 
     `minutes`: how long processes wait for each other.
     """
@@ -78,7 +78,7 @@ class ShardWriter:
             failures = error.failures
         for rank, (failure, _) in sorted(failures.items()):
             if rank == self.rank and not isinstance(failure, Exception):
-                raise failure  # somebody wants an end
+                raise failure  # KeyboardInterrupt or SystemExit
             raise RunError(f"rank {rank}: {reason(failure)}")
 
     def _own_files(self, folder: Path) -> dict[str, tuple[str, int]]:
@@ -95,12 +95,12 @@ class ShardWriter:
             own = work(), None
         except (OSError, RuntimeError, RunError) as error:
             own = None, reason(error)
-        everyones: list[Any] = [None] * distributed.get_world_size(self._group)
-        distributed.all_gather_object(everyones, own, group=self._group)
-        for rank, (_, failure) in enumerate(everyones):
+        gathered: list[Any] = [None] * distributed.get_world_size(self._group)
+        distributed.all_gather_object(gathered, own, group=self._group)
+        for rank, (_, failure) in enumerate(gathered):
             if failure is not None:
                 raise RunError(f"rank {rank}: {failure}")
-        return [value for value, _ in everyones]
+        return [value for value, _ in gathered]
 
 
 def _temporary(parent: Path, name: str) -> Path:
@@ -108,16 +108,12 @@ def _temporary(parent: Path, name: str) -> Path:
 
 
 def _make(parent: Path, name: str) -> str:
-    """An empty temporary folder for one of this name, or of this name with a number behind it."""
+    """Makes an empty temporary folder for one of this name, or of this name with a number if that is taken."""
     parent.mkdir(parents=True, exist_ok=True)
-    taken = 0
-    found = name
-    while (parent / found).exists():
-        taken += 1
-        found = f"{name}-{taken}"
-    shutil.rmtree(_temporary(parent, found), ignore_errors=True)
-    _temporary(parent, found).mkdir()
-    return found
+    free = next(each for each in chain([name], (f"{name}-{n}" for n in count(1))) if not (parent / each).exists())
+    shutil.rmtree(_temporary(parent, free), ignore_errors=True)
+    _temporary(parent, free).mkdir()
+    return free
 
 
 def _publish(parent: Path, name: str, files: list[dict[str, tuple[str, int]]]) -> None:
@@ -186,10 +182,7 @@ _HARMLESS = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows what torch.distributed.checkpoint says of tensors, and nothing else."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        super().__init__(file)
+    """Knows the classes with which torch.distributed.checkpoint describes tensors, and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _HARMLESS:

@@ -18,8 +18,8 @@ from dlopt.data.samples import Dataset, Samples
 from dlopt.data.splits import prepare
 from dlopt.errors import UserError
 from dlopt.parallel.mode import Mode
+from dlopt.parallel.rendezvous import current
 from dlopt.parallel.shard_files import ShardWriter
-from dlopt.parallel.world import current
 from dlopt.parameters import freeze
 from dlopt.processor import choose_device, keep_freed_memory, set_threads
 from dlopt.random import generator, stream

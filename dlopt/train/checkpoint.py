@@ -1,6 +1,6 @@
-"""Checkpoints are whole or absent: temporary file, fsync, rename, fsync of the folder; a SHA-256 stands beside each.
+"""Checkpoints, whole or absent: temporary file, fsync, rename, fsync of the folder; each with its SHA-256 beside it.
 
-`last.pt` is the newest, `step-N.pt` are those before it, `best.pt` the one of the best evaluation.
+`last.pt` is the newest, `step-N.pt` are those before it, `best.pt` is the one of the best evaluation.
 """
 
 import contextlib
@@ -16,11 +16,11 @@ import torch
 
 from dlopt.errors import NewerError, RunError, UserError
 from dlopt.files import digest_file, link, reason, recorded_digests, sha256, write
+from dlopt.parallel.rendezvous import comes_from_others
 from dlopt.parallel.shard_files import ShardWriter
-from dlopt.parallel.world import comes_from_others
 from dlopt.train import sharded
 
-FORMAT, SHARDED_FORMAT = 1, 2
+FORMAT = 1  # of a whole and of a sharded file, which has the key "shards" in addition
 KEYS = {"format", "model", "optimizer", "schedule", "ema", "rng", "progress", "config", "normalize"}
 
 log = logging.getLogger(__name__)
@@ -30,8 +30,8 @@ class Checkpoints:
     """The checkpoint folder of one run.
 
     `writes`: false for a process that leaves writing to another. `asynchronous`: `save` copies the state and returns;
-    a thread writes it, one after the other, and what goes wrong there is raised by the next call. `shards`: with it
-    every process writes what it has of the state's tensors; all of them call `save` then.
+    a thread writes one checkpoint after the other, and the next call raises its failure. `shards`: every process writes
+    its shards of the state's tensors; then all of them call `save`.
     """
 
     def __init__(
@@ -64,14 +64,13 @@ class Checkpoints:
             self.shards.join()
         elif not self.writes:
             return
+        self.settle()
         if not self.asynchronous:
             self._save(state, best, landmark)
             return
-        self.settle()
-        # A daemon: only who is told to stop at once does not wait for it, and then the checkpoint before counts.
-        self._writing = Thread(
-            target=self._save_behind, args=(_copied(state), best, landmark), name="checkpoint", daemon=True
-        )
+        # A daemon: a process that is stopped at once does not wait for it, and then the checkpoint before counts.
+        arguments = (_copied(state), best, landmark)
+        self._writing = Thread(target=self._save_in_thread, args=arguments, name="checkpoint", daemon=True)
         self._writing.start()
 
     def settle(self) -> None:
@@ -83,27 +82,29 @@ class Checkpoints:
         if failure is not None:
             raise failure
 
-    def _save_behind(self, state: dict[str, Any], best: bool, landmark: str | None) -> None:
+    def _save_in_thread(self, state: dict[str, Any], best: bool, landmark: str | None) -> None:
         try:
             self._save(state, best, landmark)
-        except RunError as error:
-            self._failure = error
         except Exception as error:  # it must not be lost with the thread
-            told = f"the checkpoint {self.last} could not be written: {type(error).__name__}: {error}"
-            self._failure = error if comes_from_others(error) else RunError(told)
+            if not isinstance(error, RunError) and not comes_from_others(error):
+                error = _unwritten(self.last, f"{type(error).__name__}: {error}")
+            self._failure = error
 
     def _save(self, state: dict[str, Any], best: bool, landmark: str | None) -> None:
         try:
             if self.writes:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._take_over()
-            state = {"format": FORMAT, **state} if self.shards is None else self._with_shards(self.shards, state)
+            if self.shards is not None:
+                state = sharded.write(self.folder, state, self.shards)
+            state = {"format": FORMAT, **state}
             if not self.writes:
                 return
-            self._retire_last()
+            if self.keep > 1 and self._step_of_last is not None:
+                link(self.last, self.folder / f"step-{self._step_of_last}.pt")
             target = self.last if landmark is None else self.folder / f"{landmark}.pt"
             write(target, lambda file: torch.save(state, file))
-            if landmark is not None:  # whoever goes on from last.pt does not pass this point again
+            if landmark is not None:  # a run resumed from last.pt does not pass this point again
                 link(target, self.last)
             self._step_of_last = state["progress"]["step"]
             if best:
@@ -112,33 +113,25 @@ class Checkpoints:
         except (OSError, RuntimeError, RunError) as error:  # torch reports a full disk as a RuntimeError
             if comes_from_others(error):
                 raise
-            raise RunError(f"the checkpoint {self.last} could not be written: {reason(error)}") from error
-
-    def _with_shards(self, shards: ShardWriter, state: dict[str, Any]) -> dict[str, Any]:
-        """Writes what every process has, and returns what is left for the file."""
-        rest, tensors, places = sharded.separated(state)
-        name, files = shards.write(self.folder / sharded.FOLDER, f"step-{state['progress']['step']}", tensors)
-        return {"format": SHARDED_FORMAT, **rest, sharded.KEY: sharded.entry(name, files, places)}
+            raise _unwritten(self.last, reason(error)) from error
 
     def load_newest(self) -> dict[str, Any] | None:
         """The newest whole checkpoint; None when there is no file at all. Raises `RunError` when none is whole."""
         self.settle()
-        candidates = [self.last, *reversed(self._earlier())]
         damaged = []
-        for path in candidates:
+        for path in (self.last, *reversed(self._earlier())):
             if not path.exists() and not path.is_symlink():
                 continue
             try:
                 return load(path)
-            except NewerError:  # going on from an older one would undo what the newer dlopt has done
+            except NewerError:  # resuming from an older one would undo what the newer dlopt has done
                 raise
             except UserError as error:
-                damaged.append(path)
+                damaged.append(path.name)
                 log.warning("%s; trying the one before it", error)
         if damaged:
             raise RunError(
-                f"none of the checkpoints in {self.folder} is whole ({', '.join(p.name for p in damaged)}); "
-                "start again in a new folder"
+                f"none of the checkpoints in {self.folder} is whole ({', '.join(damaged)}); start again in a new folder"
             )
         return None
 
@@ -147,9 +140,9 @@ class Checkpoints:
         return self.best.exists()
 
     def restore_best(self, state: dict[str, Any]) -> None:
-        """Makes `state`, which a run goes on from and which is its best so far, best.pt where it is not.
+        """Writes best.pt again from `state`, the best so far, from which a run resumes, unless best.pt holds it.
 
-        A run killed between the two files of a save leaves a last.pt that speaks of a best.pt still to be written.
+        A run killed between the two files of a save leaves a last.pt whose best.pt is still to be written.
         """
         if not self.writes:
             return
@@ -161,10 +154,10 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
             write(self.best, lambda file: torch.save(state, file))
         except (OSError, RuntimeError) as error:
-            raise RunError(f"the checkpoint {self.best} could not be written: {reason(error)}") from error
+            raise _unwritten(self.best, reason(error)) from error
 
     def _take_over(self) -> None:
-        """Before the first save: what a killed process left half done goes, and its last.pt counts if it is whole."""
+        """Before the first save: removes what a killed process left unfinished; counts its last.pt if it is whole."""
         if self._taken_over:
             return
         self._taken_over = True
@@ -176,12 +169,8 @@ class Checkpoints:
 
     def _earlier(self) -> list[Path]:
         """Kept checkpoints before last.pt, oldest first, by number: step 10 is newer than step 9."""
-        found = [(int(m[1]), p) for p in self.folder.glob("step-*.pt") if (m := re.fullmatch(r"step-(\d+)", p.stem))]
-        return [path for _, path in sorted(found)]
-
-    def _retire_last(self) -> None:
-        if self.keep > 1 and self._step_of_last is not None:
-            link(self.last, self.folder / f"step-{self._step_of_last}.pt")
+        steps = [(int(m[1]), p) for p in self.folder.glob("step-*.pt") if (m := re.fullmatch(r"step-(\d+)", p.stem))]
+        return [path for _, path in sorted(steps)]
 
     def _forget_oldest(self) -> None:
         earlier = self._earlier()
@@ -192,8 +181,12 @@ class Checkpoints:
             sharded.remove_unused(self.folder)
 
 
+def _unwritten(path: Path, why: str) -> RunError:
+    return RunError(f"the checkpoint {path} could not be written: {why}")
+
+
 def _copied(state: Any) -> Any:
-    """The state as it is now, in the host's memory, whatever the training does to its tensors afterwards."""
+    """Copies the state into the host's memory: the training goes on to change its tensors."""
     if isinstance(state, torch.Tensor):
         return state.detach().to("cpu", copy=True)
     if isinstance(state, Mapping):
@@ -228,20 +221,17 @@ def load(path: Path) -> dict[str, Any]:
     form = state["format"]
     if type(form) is not int:
         raise UserError(f"checkpoint={path}: this is no dlopt checkpoint: its format is {form!r}, not a number")
-    if form > SHARDED_FORMAT:
-        raise NewerError(f"checkpoint={path}: written by a newer dlopt (format {form}; this reads {SHARDED_FORMAT})")
+    if form > FORMAT:
+        raise NewerError(f"checkpoint={path}: written by a newer dlopt (format {form}; this reads {FORMAT})")
     missing = sorted(KEYS - state.keys())
     if missing:
         raise UserError(f"checkpoint={path}: {', '.join(missing)} missing; take its weights with init_from={path}")
-    return state if form < SHARDED_FORMAT else _with_tensors(path, state)
-
-
-def _with_tensors(path: Path, state: dict[str, Any]) -> dict[str, Any]:
-    """A sharded checkpoint as if it had been written in one file."""
+    if not sharded.is_sharded(state):
+        return state
     try:
         damage = sharded.damage(path, state)
         if damage is None:
-            return {**sharded.joined(path, state), "format": FORMAT}
+            return sharded.joined(path, state)
     except Exception as error:
         damage = f"its shards cannot be read: {reason(error)}"
     raise UserError(f"checkpoint={path}: {damage}")

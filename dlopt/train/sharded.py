@@ -1,8 +1,8 @@
-"""Sharded checkpoints: the file holds everything but the tensors that are cut over processes; their shards lie in a
-folder `shards/NAME` beside it, and the file names that folder's files with their SHA-256.
+"""Sharded checkpoints: the file holds everything but the tensors that are sharded over processes. A folder
+`shards/NAME` beside it holds those, and the file names that folder's files with their SHA-256.
 
-So the file is what makes a checkpoint: it is written last, links to it share the shards, and shards that no file names
-belong to nothing.
+The file makes the checkpoint: it is written last, links to it share the shards, and shards that no file names are
+unused.
 """
 
 import shutil
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from dlopt.files import reason, sha256
+from dlopt.parallel import shard_files
+from dlopt.parallel.shard_files import ShardWriter
 from dlopt.parallel.shards import is_cut
 
 FOLDER = "shards"
@@ -23,8 +25,11 @@ Keys = list[str | int]
 """The way to a value in nested dicts."""
 
 
-def separated(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Keys]]:
-    """The state with None where a tensor is cut over processes; these tensors by name; and where they belong."""
+def write(folder: Path, state: Mapping[str, Any], writer: ShardWriter) -> dict[str, Any]:
+    """Writes the sharded tensors of `state` on all processes; returns the state for the file in `folder`.
+
+    That has None in their places, and their files under `KEY`. Raises `RunError` naming the rank that could not write.
+    """
     tensors: dict[str, Tensor] = {}
     places: dict[str, Keys] = {}
 
@@ -37,12 +42,9 @@ def separated(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tenso
             return {key: without(each, [*keys, key]) for key, each in value.items()}
         return value
 
-    return {key: without(value, [key]) for key, value in state.items()}, tensors, places
-
-
-def entry(folder: str, files: Mapping[str, str], places: Mapping[str, Keys]) -> dict[str, Any]:
-    """What the file says of its shards."""
-    return {"folder": folder, "files": dict(files), "tensors": dict(places)}
+    rest = {key: without(value, [key]) for key, value in state.items()}
+    name, files = writer.write(folder / FOLDER, f"step-{state['progress']['step']}", tensors)
+    return {**rest, KEY: {"folder": name, "files": files, "tensors": places}}
 
 
 def is_sharded(state: Mapping[str, Any]) -> bool:
@@ -51,7 +53,7 @@ def is_sharded(state: Mapping[str, Any]) -> bool:
 
 
 def damage(path: Path, state: Mapping[str, Any]) -> str | None:
-    """What is wrong with the shards of the checkpoint file `path`, which holds `state`."""
+    """Returns what is wrong with the shards of the checkpoint file `path`, which holds `state`."""
     if not is_sharded(state):
         return None
     folder = _folder(path, state)
@@ -72,9 +74,7 @@ def damage(path: Path, state: Mapping[str, Any]) -> str | None:
 
 
 def joined(path: Path, state: dict[str, Any]) -> dict[str, Any]:
-    """The state of the checkpoint file `path` with its tensors in their places. Raises whatever goes wrong."""
-    from dlopt.parallel import shard_files
-
+    """Returns the state of the checkpoint file `path` with its tensors in their places. Raises any exception."""
     folder = _folder(path, state)
     assert folder is not None
     places = state.pop(KEY)["tensors"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dlopt.parallel import world
+from dlopt.parallel import rendezvous
 from dlopt.train.trainer import Run, train
 from tests.parallel.ranks import run_ranks
 from tests.train.runs import experiment, metrics, start
@@ -32,7 +32,7 @@ def run_all(folder: str, cases: Cases) -> None:
     for name, (both, own) in cases.items():
         summary = train(Run(experiment(*both, *own), Path(folder) / name), console=False)
         assert summary["status"] in ("finished", "stopped_early")
-        world.leave()
+        rendezvous.leave()
 
 
 def figures(line: dict[str, Any]) -> dict[str, float]:

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from dlopt.config.compose import Composer, to_plain
 from dlopt.config.parsing import parse
-from dlopt.parallel import world as worlds
+from dlopt.parallel import rendezvous
 from dlopt.parallel.collectives import Ranks
 from dlopt.parallel.dropout import Place, make_global
 from dlopt.parallel.model_parallel import Split, sum_up
@@ -25,7 +25,7 @@ SHAPE, CLASSES = (2, 8, 8), 10
 def joined() -> Ranks:
     """All processes of a test, as they are started by `run_ranks`."""
     if not distributed.is_initialized():
-        world = worlds.current()
+        world = rendezvous.current()
         assert world is not None
         Group(world, torch.device("cpu"), minutes=1.0)
     return Ranks()

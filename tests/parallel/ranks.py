@@ -20,7 +20,7 @@ def run_ranks(function: str, processes: int, folder: Path, *arguments: Any) -> l
     environment = {
         **os.environ,
         "DLOPT_PROCESSES": str(processes),
-        "DLOPT_MEETING": str(folder / "meeting"),
+        "DLOPT_STORE": str(folder / "meeting"),
         "PYTHONPATH": str(ROOT),
     }
     command = [sys.executable, __file__, function, json.dumps(arguments)]
@@ -43,9 +43,9 @@ def run_ranks(function: str, processes: int, folder: Path, *arguments: Any) -> l
 def main() -> None:
     module, _, name = sys.argv[1].partition(":")
     getattr(importlib.import_module(module), name)(*json.loads(sys.argv[2]))
-    from dlopt.parallel import world
+    from dlopt.parallel import rendezvous
 
-    world.leave()
+    rendezvous.leave()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dlopt.errors import UserError
-from dlopt.parallel import world
+from dlopt.parallel import rendezvous
 from dlopt.parallel.ddp import data_parallel
 from dlopt.train.checkpoint import Checkpoints
 from dlopt.train.trainer import Run, train
@@ -65,7 +65,7 @@ def hessian_vector_products(folder: str) -> None:
             UserError, match=r"^parallel=ddp: \w+ needs Hessian-vector products, .*; use parallel=single"
         ):
             start(Path(folder) / choice, *MLP, *DDP, "model.norm=none", f"optimizer={choice}", "steps=1")
-        world.leave()
+        rendezvous.leave()
 
 
 @pytest.mark.slow
@@ -95,10 +95,10 @@ def interrupted_and_resumed(folder: str, left_by_one: str, overrides: list[str])
     with at_update(5, terminate if rank == 1 else lambda: None):
         summary = start(Path(folder), *lines)
     assert (summary["status"], summary["steps"]) == ("interrupted", 6)  # told with the next loss
-    world.leave()
+    rendezvous.leave()
     state = Checkpoints(Path(left_by_one) / "checkpoints").load_newest() if rank == 0 else None
     train(Run(experiment(*lines), Path(left_by_one), state), console=False)
-    world.leave()
+    rendezvous.leave()
 
 
 def test_stopped_together_and_resumed_in_the_other_mode(tmp_path: Path) -> None:

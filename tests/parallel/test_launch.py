@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dlopt.losses import MSE
-from dlopt.parallel.launch import wanted
+from dlopt.parallel.launch import count_processes
 from tests.parallel.ranks import ROOT
 
 
@@ -174,9 +174,9 @@ def test_torchrun(tmp_path: Path) -> None:
 
 def test_how_many_processes_are_started(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert wanted({}, "auto") == 1
-    assert wanted({"processes": None}, "auto") == 1
-    assert wanted({"processes": 3}, "auto") == 3
+    assert count_processes({}, "auto") == 1
+    assert count_processes({"processes": None}, "auto") == 1
+    assert count_processes({"processes": 3}, "auto") == 3
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert wanted({"processes": None}, "cuda") == 2
-    assert wanted({"processes": 3}, "cpu") == 3
+    assert count_processes({"processes": None}, "cuda") == 2
+    assert count_processes({"processes": 3}, "cpu") == 3

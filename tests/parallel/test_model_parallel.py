@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dlopt.errors import UserError
-from dlopt.parallel import world
+from dlopt.parallel import rendezvous
 from dlopt.parallel.hybrid import hybrid
 from dlopt.train.checkpoint import Checkpoints
 from dlopt.train.trainer import Run, train
@@ -87,7 +87,7 @@ def in_turn(folder: str, both: list[str], legs: list[tuple[list[str], int]]) -> 
         checkpoints = Checkpoints(Path(folder) / "checkpoints")
         state = checkpoints.load_newest() if os.environ["DLOPT_RANK"] == "0" else None
         train(Run(experiment(*both, *mode, f"epochs={epochs}"), Path(folder), state), console=False)
-        world.leave()
+        rendezvous.leave()
 
 
 def relay(tmp_path: Path, processes: int, both: list[str], modes: list[list[str]]) -> None:
@@ -149,7 +149,7 @@ def refused(cases: list[tuple[list[str], str]]) -> None:
     for overrides, message in cases:
         with pytest.raises(UserError, match=f"^{re.escape(message)}"), tempfile.TemporaryDirectory() as folder:
             train(Run(experiment(*BASE, *overrides), Path(folder)), console=False)
-        world.leave()
+        rendezvous.leave()
 
 
 def test_what_a_mode_cannot_do_gets_one_line(tmp_path: Path) -> None:

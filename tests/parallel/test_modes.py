@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dlopt.errors import RunError
-from dlopt.parallel import world
+from dlopt.parallel import rendezvous
 from dlopt.train.checkpoint import Checkpoints, load
 from dlopt.train.trainer import Run, train
 from tests.parallel.equality import MLP, figures
@@ -45,7 +45,7 @@ def passed_on(folder: str) -> None:
         with at_update(4 + 3 * number, terminate if rank == 1 else lambda: None):
             summary = go_on(Path(folder), *CASE, *own)
         assert (summary["status"], summary["steps"]) == ("interrupted", 5 + 3 * number)  # told with the next loss
-        world.leave()
+        rendezvous.leave()
 
 
 def structure(state: Any) -> Any:
@@ -84,19 +84,19 @@ def ends(folder: str) -> None:
             Path(folder) / mode / "early", *lines, "stopping=early", "stopping.patience=2", "stopping.min_delta=9"
         )
         found: dict[str, Any] = {"mode": mode, "early": [early["status"], early["epochs"], early["best_val_loss"]]}
-        world.leave()
+        rendezvous.leave()
         small = start(Path(folder) / mode / "moved", *lines, "stopping=tolerance", "stopping.tolerance=1e3")
         found["tolerance"] = [small["status"], small["steps"]]
-        world.leave()
+        rendezvous.leave()
         frozen = start(Path(folder) / mode / "frozen", *lines, FREEZE, "steps=2")
         found["frozen"] = frozen["test_loss"]
-        world.leave()
+        rendezvous.leave()
         try:
             start(Path(folder) / mode / "diverged", *lines, "optimizer.lr=1e160")
         except RunError as error:
             found["diverged"] = str(error)
             traceback.clear_frames(error.__traceback__)
-        world.leave()
+        rendezvous.leave()
         print("found:", json.dumps(found))
 
 

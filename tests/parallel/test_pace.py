@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from dlopt.parallel import world
+from dlopt.parallel import rendezvous
 from dlopt.parallel.pace import StepTiming, Waiting
 from dlopt.parallel.process_group import Group
 from tests.parallel.ranks import run_ranks
@@ -31,7 +31,7 @@ class Slow(torch.autograd.Function):
 
 def slow_on_rank_1(updates: int) -> None:
     """In each rank: rank 1 needs 60 ms for a backward, rank 0 waits for it in the averaging of gradients."""
-    this = world.current()
+    this = rendezvous.current()
     assert this is not None
     group, waiting = Group(this, CPU, minutes=1.0), Waiting(CPU)
     model = nn.Linear(3, 2)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dlopt.errors import UserError
-from dlopt.parallel.launch import wanted
+from dlopt.parallel.launch import count_processes
 from dlopt.parallel.process_group import join
 from tests.commands.line import SMALL, dlopt, refused
 from tests.parallel.ranks import ROOT
@@ -33,7 +33,7 @@ def test_more_processes_than_gpus_from_a_shell(monkeypatch: pytest.MonkeyPatch) 
         with pytest.raises(
             UserError, match=r"^parallel\.processes=3: this machine has 2 GPUs; start fewer, or set dev"
         ):
-            wanted({"processes": 3}, device)
+            count_processes({"processes": 3}, device)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -15,7 +15,7 @@ import torch
 
 from dlopt.errors import RunError, UserError
 from dlopt.files import sha256, write, write_digests
-from dlopt.parallel import shard_files, world
+from dlopt.parallel import rendezvous, shard_files
 from dlopt.parallel.process_group import Group
 from dlopt.parallel.shard_files import ShardWriter
 from dlopt.train import sharded
@@ -68,8 +68,8 @@ def in_ranks(folder: Path, function: Callable[[Checkpoints, int], object], **wor
         if child == 0:
             code = 1
             try:
-                os.environ.update(DLOPT_RANK=str(rank), DLOPT_PROCESSES="2", DLOPT_MEETING=str(meeting))
-                found = world.current()
+                os.environ.update(DLOPT_RANK=str(rank), DLOPT_PROCESSES="2", DLOPT_STORE=str(meeting))
+                found = rendezvous.current()
                 assert found is not None
                 Group(found, torch.device("cpu"), minutes=0.5)
                 function(saver(folder, rank, **words), rank)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from dlopt.errors import UserError
-from dlopt.parallel import world
+from dlopt.parallel import rendezvous
 from dlopt.train import sharded
 from dlopt.train.checkpoint import Checkpoints, load
 from dlopt.train.trainer import Run, train
@@ -39,7 +39,7 @@ def go_on(folder: Path, *overrides: str) -> dict[str, Any]:
     main = os.environ["DLOPT_RANK"] == "0"
     state = Checkpoints(folder / "checkpoints").load_newest() if main else None
     summary = train(Run(experiment(*overrides), folder, state), console=False)
-    world.leave()
+    rendezvous.leave()
     return summary
 
 
@@ -249,7 +249,7 @@ def refusals(folder: str) -> None:
     for mode in ("ddp", "filter", "pipeline"):
         with pytest.raises(UserError, match=rf"^checkpoint\.sharded=true: parallel={mode} writes one file; use "):
             start(Path(folder), *MLP, "model.norm=none", f"parallel={mode}", "checkpoint.sharded=true")
-        world.leave()
+        rendezvous.leave()
 
 
 @pytest.mark.slow

@@ -16,8 +16,8 @@ from dlopt.optim import LBFGS
 from dlopt.parallel.fsdp import FullySharded
 from dlopt.parallel.mode import Mode
 from dlopt.parallel.process_group import Group
+from dlopt.parallel.rendezvous import current
 from dlopt.parallel.shards import full_state, load_model, load_optimizer, local, total_norm
-from dlopt.parallel.world import current
 from dlopt.train.averaging import ExponentialAverage
 from dlopt.train.clipping import Adaptive, ByNorm, ByValue, gradient_norm
 from dlopt.train.optimizer import check_optimizer

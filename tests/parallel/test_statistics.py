@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from dlopt.parallel import world
+from dlopt.parallel import rendezvous
 from dlopt.parallel.sync_batchnorm import buffer_averaging
 from dlopt.train.checkpoint import Checkpoints
 from dlopt.train.trainer import Run, train
@@ -49,7 +49,7 @@ def go_on(folder: Path, *overrides: str, until: int | None = None) -> None:
     else:
         with at_update(until, terminate if is_main else lambda: None):
             assert train(run, console=False)["status"] == "interrupted"
-    world.leave()
+    rendezvous.leave()
 
 
 def interrupted(folder: str, mode: list[str]) -> None:

@@ -35,7 +35,7 @@ def same(found: Tensor | None, wanted: Tensor | None) -> bool:
 
 def compare() -> None:
     from dlopt.parallel.process_group import Group
-    from dlopt.parallel.world import current
+    from dlopt.parallel.rendezvous import current
 
     world = current()
     assert world is not None

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from dlopt.parallel import world
+from dlopt.parallel import rendezvous
 from tests.parallel.ranks import ROOT
 from tests.reliability.faults import fork
 from tests.train.runs import RICH, STEPS_PER_EPOCH, at_update, metrics, resume
@@ -73,13 +74,22 @@ class Store:
 
 
 def test_who_did_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    late = RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv operation")
-    assert world.silent_ranks(late) == [], "without other ranks"
-    monkeypatch.setattr(world, "current", lambda: world.World("torchrun", 1, 4, 1, 4))
-    monkeypatch.setattr(world, "_GATHERING", 0.0)
-    monkeypatch.setattr(world, "meet", lambda *_, **__: Store(0))
-    assert world.silent_ranks(late) == [2, 3]
-    assert world.silent_ranks(RuntimeError("Connection closed by peer")) == []
+    late = RuntimeError("as gloo raises it, whatever the cause")
+    assert rendezvous.silent_ranks(late) == [], "without other ranks"
+    monkeypatch.setattr(rendezvous, "current", lambda: rendezvous.World("torchrun", 1, 4, 1, 4))
+    monkeypatch.setattr(rendezvous, "_ROLL_CALL", 0.0)
+    monkeypatch.setattr(rendezvous, "join_store", lambda *_, **__: Store(0))
+    assert rendezvous.silent_ranks(late) == [], "an error of its own: all connections are open"
+    monkeypatch.setattr(rendezvous, "_is_broken", lambda: True)
+    monkeypatch.setattr(rendezvous, "_doors", {})
+    assert rendezvous.silent_ranks(late) == [2, 3] and not rendezvous.is_lost_connection(late)
+    assert rendezvous.silent_ranks(NotImplementedError("no collective raises this")) == []
+
+    door = socket.create_server(("127.0.0.1", 0))
+    rendezvous._doors[2] = door.getsockname()
+    assert rendezvous.silent_ranks(late) == [2, 3], "a stopped process still listens"
+    door.close()
+    assert rendezvous.silent_ranks(late) == [] and rendezvous.is_lost_connection(late), "an ended one does not"
 
 
 # -- real processes

@@ -439,7 +439,7 @@ def one_rank_diverges(folder: str) -> None:
     """In each rank: a run with bad inputs on rank 1, then one with a bad gradient there."""
     import os
 
-    from dlopt.parallel import world
+    from dlopt.parallel import rendezvous
     from dlopt.train.trainer import Run, train
 
     rank = int(os.environ["DLOPT_RANK"])
@@ -466,7 +466,7 @@ def one_rank_diverges(folder: str) -> None:
                 train(Run(experiment(*lines), Path(folder) / kind), console=False)
             except Diverged as error:
                 print(json.dumps([error.step, error.before_update, str(error)]))
-            world.leave()
+            rendezvous.leave()
 
 
 def test_one_rank_stops_all(tmp_path: Path) -> None:

@@ -25,8 +25,7 @@ from dlopt.analysis.model_summary import Layer
 from dlopt.analysis.ranks import run_rank
 from dlopt.config.experiment import Experiment
 from dlopt.errors import RunError
-from dlopt.parallel import launch
-from dlopt.parallel import world as worlds
+from dlopt.parallel import launch, rendezvous
 from dlopt.parallel.collectives import Ranks, all_reduced
 from dlopt.parallel.mode import Mode
 from dlopt.parallel.process_group import Group
@@ -91,7 +90,7 @@ def fitted(times: Mapping[int, float], processes: int) -> Link:
 
 
 def _measure(experiment: Experiment, folder: Path, rank: int) -> Mapping[str, Any]:
-    world = worlds.current()
+    world = rendezvous.current()
     assert world is not None
     torch.set_num_threads(1)
     keep_freed_memory()
@@ -141,4 +140,4 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 if __name__ == "__main__":
-    worlds.end_process(run_rank(_measure, lambda error: None))
+    rendezvous.end_process(run_rank(_measure, lambda error: None))

@@ -20,7 +20,7 @@ from dlopt.analysis.bench import communication
 from dlopt.analysis.ranks import Told, run_rank
 from dlopt.config.experiment import Experiment
 from dlopt.errors import UserError
-from dlopt.parallel import world as worlds
+from dlopt.parallel import rendezvous
 from dlopt.parallel.mode import Mode
 from dlopt.processor import keep_freed_memory, set_threads
 from dlopt.train.build import parallel_of, set_up
@@ -81,7 +81,7 @@ def _reason(error: RuntimeError | MemoryError, plan: Plan) -> str:
     if is_memory or "alloc" in text:
         limit = "" if plan.memory_limit_mb is None else f" of {plan.memory_limit_mb:g} MiB beyond the bare process"
         return f"out of memory{limit}"
-    return "another process ended" if worlds.is_lost_connection(error) else f"{type(error).__name__}: {text}"
+    return "another process ended" if rendezvous.is_lost_connection(error) else f"{type(error).__name__}: {text}"
 
 
 def measure(experiment: Experiment, folder: Path, plan: Plan, rank: int) -> Measured:
@@ -205,4 +205,4 @@ def _limit(megabytes: float, device: torch.device) -> None:
 
 
 if __name__ == "__main__":
-    worlds.end_process(main())
+    rendezvous.end_process(main())

@@ -1,12 +1,14 @@
+from pathlib import Path
+
 import pytest
 
 from dlopt.errors import UserError
-from dlopt.parallel.world import World, current, first_host, master
+from dlopt.parallel.rendezvous import World, current, slurm_master
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
 SRUN = {
     "SLURM_PROCID": "2", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "3", "SLURM_LOCALID": "0", "SLURM_NODEID": "1",
-    "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_TASKS_PER_NODE": "2,1", "SLURM_JOB_ID": "7",
+    "SLURM_STEP_NUM_NODES": "2", "SLURM_GTIDS": "2", "SLURM_JOB_ID": "7",
     "SLURM_STEP_NODELIST": "no-such-host-n[1-2]", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.9",
 }  # fmt: skip
 
@@ -45,17 +47,24 @@ def test_restarts_are_counted() -> None:
     assert srun is not None and srun.restarts == 1
 
 
-@pytest.mark.parametrize(
-    ("nodes", "first"),
-    [("n1", "n1"), ("n[1-2,5],m1", "n1"), ("gpu[007-010]", "gpu007"), ("a,b", "a"), ("r[1,3]-ib", "r1-ib")],
-)
-def test_first_of_a_node_list(nodes: str, first: str) -> None:
-    assert first_host(nodes) == first
+def test_processes_of_a_slurm_node() -> None:
+    two = current(SRUN | {"SLURM_PROCID": "0", "SLURM_GTIDS": "0,1"})
+    unknown = current({name: value for name, value in SRUN.items() if name != "SLURM_GTIDS"})
+    assert two is not None and two.local_size == 2
+    assert unknown is not None and unknown.local_size == 2, "as if spread evenly"
 
 
-def test_where_a_slurm_step_meets() -> None:
-    assert master(SRUN)[0] == "10.0.0.9"  # the first node's name does not resolve
-    assert master(SRUN | {"SLURM_STEP_NODELIST": "localhost"})[0] == "localhost"
-    assert master(SRUN | {"SLURM_STEP_NUM_NODES": "1"})[0] == "127.0.0.1"
-    ports = {master(SRUN | other)[1] for other in ({}, {"SLURM_STEP_ID": "1"}, {"SLURM_JOB_ID": "8"})}
+def test_where_a_slurm_step_meets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert slurm_master(SRUN)[0] == "10.0.0.9", "no scontrol"
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text('#!/bin/sh\n[ "$*" = "show hostnames $NODES" ] && printf "%s\\n" "$FIRST" n2\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("NODES", SRUN["SLURM_STEP_NODELIST"])
+    monkeypatch.setenv("FIRST", "no-such-host-n1")
+    assert slurm_master(SRUN)[0] == "10.0.0.9", "the first node's name does not resolve"
+    monkeypatch.setenv("FIRST", "localhost")
+    assert slurm_master(SRUN)[0] == "localhost"
+    assert slurm_master(SRUN | {"SLURM_STEP_NUM_NODES": "1"})[0] == "127.0.0.1"
+    ports = {slurm_master(SRUN | other)[1] for other in ({}, {"SLURM_STEP_ID": "1"}, {"SLURM_JOB_ID": "8"})}
     assert len(ports) == 3

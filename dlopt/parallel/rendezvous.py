@@ -1,0 +1,276 @@
+"""Rank detection (dlopt's own processes, torchrun, srun), rendezvous, and what to report when a rank fails."""
+
+import contextlib
+import errno
+import gc
+import ipaddress
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Literal, NoReturn
+
+from dlopt.errors import DONE, INTERRUPTED, UserError
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+RANK, PROCESSES, STORE = "DLOPT_RANK", "DLOPT_PROCESSES", "DLOPT_STORE"  # set by dlopt.parallel.launch
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of one run as their launcher numbers them."""
+
+    launcher: Literal["dlopt", "torchrun", "srun"]
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int  # processes on this machine
+    restarts: int = 0  # earlier attempts of the launcher
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def current(environment: Mapping[str, str] = os.environ) -> World | None:
+    """Returns the world that a launcher made; None in a single process, also when a launcher started only one."""
+
+    def number(name: str, *defaults: str | int) -> int:
+        text = str(next((value for value in (environment.get(name), *defaults) if value not in (None, "")), ""))
+        if not text.isascii() or not text.isdigit():
+            raise UserError(f"{name}={text}: the launcher's environment holds a whole number here, from 0")
+        return int(text)
+
+    if RANK in environment:
+        rank, size = number(RANK), number(PROCESSES)
+        return World("dlopt", rank, size, rank, size)
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        names = "RANK", "WORLD_SIZE"
+        rank, size = map(number, names)
+        local_rank, local_size = number("LOCAL_RANK", rank), number("LOCAL_WORLD_SIZE", size)
+        world = World("torchrun", rank, size, local_rank, local_size, number("TORCHELASTIC_RESTART_COUNT", 0))
+    elif "SLURM_PROCID" in environment and "SLURM_STEP_ID" in environment:
+        names = "SLURM_PROCID", "SLURM_NTASKS"
+        size = number("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", ""), 1)
+        local_ranks = environment.get("SLURM_GTIDS")  # the global ranks of this node's tasks: "2,3"
+        nodes = number("SLURM_STEP_NUM_NODES", environment.get("SLURM_NNODES", ""), 1)
+        local_size = len(local_ranks.split(",")) if local_ranks else -(-size // nodes)
+        rank, local_rank = number("SLURM_PROCID"), number("SLURM_LOCALID", 0)
+        world = World("srun", rank, size, local_rank, local_size, number("SLURM_RESTART_COUNT", 0))
+    else:
+        return None
+    if world.rank >= world.size:
+        raise UserError(
+            f"{names[0]}={world.rank}: there are only {world.size} processes ({names[1]}); ranks count from 0"
+        )
+    return world if world.size > 1 else None
+
+
+def slurm_master(environment: Mapping[str, str]) -> tuple[str, int]:
+    """Returns the address and port at which the ranks of a Slurm step meet; see `parallel.master_addr`.
+
+    Where the first node's name is unknown or does not resolve: the node that ran srun, then loopback.
+    """
+    nodes = int(environment.get("SLURM_STEP_NUM_NODES") or environment.get("SLURM_NNODES") or 1)
+    job, step = int(environment.get("SLURM_JOB_ID", 0)), int(environment.get("SLURM_STEP_ID", 0))
+    port = 20000 + (job * 31 + step) % 12000
+    if nodes == 1:
+        return "127.0.0.1", port
+    node_list = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
+    try:
+        command = ["scontrol", "show", "hostnames", node_list]
+        name = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.split()[0]
+        socket.getaddrinfo(name, port)
+    except (OSError, subprocess.SubprocessError, IndexError):
+        name = environment.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
+    return name, port
+
+
+_store: "Store | None" = None
+_doors: dict[int, tuple[str, int]] = {}  # addresses known without the store; see `_has_ended`
+_own_door: socket.socket | None = None
+
+
+def join_store(world: World, *, minutes: float, address: str | None = None, port: int | None = None) -> "Store":
+    """Returns the key-value store of this run's processes, made or joined at the first call. Raises `UserError`."""
+    global _store
+    if _store is not None:
+        return _store
+    if world.local_size == world.size and sys.platform.startswith("linux"):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host's own name need not resolve
+    from torch import distributed
+
+    limit = timedelta(minutes=minutes)
+    host, number = "127.0.0.1", 0
+    try:
+        if world.launcher == "dlopt":
+            store: Store = distributed.FileStore(os.environ[STORE], world.size)
+            store.set_timeout(limit)
+        elif world.launcher == "torchrun":
+            os.environ.update({k: str(v) for k, v in (("MASTER_ADDR", address), ("MASTER_PORT", port)) if v})
+            host, number = os.environ.get("MASTER_ADDR", "None"), int(os.environ.get("MASTER_PORT", 0))
+            agents, _, _ = next(iter(distributed.rendezvous("env://", timeout=limit)))
+            store = distributed.PrefixStore(f"attempt{world.restarts}", agents)  # it outlives a failed attempt
+        else:
+            master = slurm_master(os.environ)
+            host, number = _doors[0] = address or master[0], port or master[1]
+            store = distributed.TCPStore(
+                host, number, world.size, is_master=world.is_main, timeout=limit, wait_for_workers=False
+            )
+        _open_door(store, world, host, number)
+        _store = store
+    except (RuntimeError, ValueError, OSError) as error:
+        place = "the rendezvous file" if world.launcher == "dlopt" else f"{host}:{number}"
+        if world.is_main and number and _is_taken(number):
+            key = "MASTER_PORT" if world.launcher == "torchrun" else "parallel.master_port"
+            raise UserError(f"{key}: {place}: another program listens at this port; choose another one") from None
+        raise UserError(
+            f"parallel.master_addr: rank {world.rank} of {world.size} could not reach {place} within "
+            f"parallel.timeout_minutes={minutes:g} ({str(error).splitlines()[0]}); "
+            "set parallel.master_addr and parallel.master_port"
+        ) from None
+    return _store
+
+
+def _is_taken(port: int) -> bool:
+    """Asks the system: torch raises the same DistNetworkError for a port in use and for any other failure."""
+    try:
+        socket.create_server(("", port)).close()
+    except OSError as error:
+        return error.errno == errno.EADDRINUSE
+    return False
+
+
+# Which rank a failure comes from. Gloo raises a bare RuntimeError for a lost peer, for a timeout and for its own
+# mistakes alike (torch 2.15: DistError is raised by NCCL and by TCPStore only), and DDP raises it out of the backward
+# pass, so the type says little. The connections say the rest:
+# - Gloo closes a group's connections when a peer is lost or a collective times out, and then refuses to send at once.
+#   An error of this process's own leaves them open.
+# - Every rank listens at a port, its door, and never answers. The system accepts connections for a stopped process, and
+#   refuses them as soon as the process has ended.
+# - Ranks that waited in vain leave a key in the store; the ranks without one did not answer.
+
+_ROLL_CALL = 3.0  # seconds within which ranks find that they have waited in vain
+_CONNECT = 3.0  # seconds to reach a door
+_PROBE_TAG = 1 << 20  # no receiver waits for it
+
+
+def _open_door(store: "Store", world: World, host: str, port: int) -> None:
+    """Listens at a free port and publishes its address as other ranks reach it."""
+    global _own_door
+    if world.local_size == world.size:
+        host = "127.0.0.1"
+    family, _, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as route:  # sends nothing: only looks up this machine's address
+        route.connect(target)
+        own = str(route.getsockname()[0])
+    _own_door = socket.create_server(("", 0), family=family)
+    is_loopback = ipaddress.ip_address(own.partition("%")[0]).is_loopback  # then the store is on this machine
+    store.set(f"door{world.rank}", f"{host if is_loopback else own} {_own_door.getsockname()[1]}")
+
+
+def _has_ended(rank: int) -> bool:
+    """Whether the process of this rank is gone: not when it is stopped, busy or out of reach."""
+    try:
+        if rank not in _doors and _store is not None and _store.check([f"door{rank}"]):
+            host, port = _store.get(f"door{rank}").decode().split()
+            _doors[rank] = host, int(port)
+        if rank in _doors:
+            socket.create_connection(_doors[rank], timeout=_CONNECT).close()
+    except ConnectionRefusedError:
+        return True
+    except (OSError, RuntimeError):  # out of reach, or the store is
+        return False
+    return False
+
+
+def _is_broken() -> bool:
+    """Whether a process group of this rank has lost a connection."""
+    import torch
+    from torch import distributed
+
+    groups = distributed.distributed_c10d._world.pg_map if distributed.is_initialized() else ()
+    for group in list(groups):
+        peers = [rank for rank in range(group.size()) if rank != group.rank()]
+        for peer in peers if torch.device("cpu") in group._device_types else ():
+            try:
+                distributed.isend(torch.zeros(1), group=group, group_dst=peer, tag=_PROBE_TAG)
+            except RuntimeError:
+                return True
+    return False
+
+
+def comes_from_others(error: Exception) -> bool:
+    """Whether a collective failed because of the processes at its other ends."""
+    from torch import distributed
+
+    return isinstance(error, distributed.DistError) or (type(error) is RuntimeError and _is_broken())
+
+
+def is_lost_connection(error: Exception) -> bool:
+    """Whether a collective failed because the process at its other end is gone."""
+    from torch import distributed
+
+    world = current()
+    if world is None or not comes_from_others(error):
+        return False
+    others = (rank for rank in range(world.size) if rank != world.rank)
+    return isinstance(error, distributed.DistNetworkError) or any(map(_has_ended, others))
+
+
+def silent_ranks(error: Exception) -> list[int]:
+    """Returns the ranks that did not answer in time, if that made a collective fail; every waiting rank calls it."""
+    world = current()
+    if world is None or not comes_from_others(error) or is_lost_connection(error):
+        return []
+    try:
+        store = join_store(world, minutes=1.0)
+        store.set(f"waited{world.rank}", "")
+        time.sleep(_ROLL_CALL)
+        silent = [rank for rank in range(world.size) if not store.check([f"waited{rank}"])]
+    except Exception:  # the rank that keeps the store does not answer either
+        silent = [0]
+    return [] if any(map(_has_ended, silent)) else silent
+
+
+def first_to_fail() -> bool:
+    """Whether no other rank has reported a failure yet; failures that follow on the other ranks need no message.
+
+    Call before leaving the group: leaving makes the other ranks fail too. Rank 0 reports what fails on all ranks.
+    """
+    world = current()
+    if world is None:
+        return True
+    if not world.is_main:
+        time.sleep(0.5)
+    try:
+        return bool(join_store(world, minutes=1.0).add("failures", 1) == 1)
+    except Exception:  # the rank that kept the store is gone; it has reported its failure, or its launcher will
+        return False
+
+
+def leave() -> None:
+    """Ends the process group of a run that went well."""
+    from torch import distributed
+
+    gc.collect()  # gloo aborts at exit when DDP's hooks outlive the group
+    if distributed.is_initialized():
+        with contextlib.suppress(RuntimeError):  # rank 0 keeps the store until all have come here
+            distributed.barrier()
+        distributed.destroy_process_group()
+
+
+def end_process(code: int) -> NoReturn:
+    """Ends a rank without waiting for the others' threads and sockets, which a failed collective may block."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    if code not in (DONE, INTERRUPTED) and _store is not None and current() is not None:
+        time.sleep(0.2)  # others may still ask the store who failed first
+    os._exit(code)
