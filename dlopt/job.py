@@ -68,10 +68,10 @@ def execute(run: "Run", *, typed: Sequence[str] | None = None, console: bool = T
                 complain("stopped at once; what was saved last is in the checkpoints folder")
             return INTERRUPTED
         except Exception as error:
-            silent = rendezvous.silent_ranks(error)
-            if silent and rendezvous.first_to_fail():
-                ranks = ", ".join(map(str, silent))
-                text = f"rank {ranks} did not answer within parallel.timeout_minutes: stopped, or busy elsewhere"
+            missing = rendezvous.missing_ranks(error)
+            if missing and rendezvous.first_to_fail():
+                ranks = ", ".join(map(str, missing))
+                text = f"rank {ranks} ended, or did not answer within parallel.timeout_minutes (stopped, or busy)"
                 complain(text)
                 _record_failure(run.folder, text)
             elif rendezvous.first_to_fail():
@@ -79,11 +79,8 @@ def execute(run: "Run", *, typed: Sequence[str] | None = None, console: bool = T
                 with contextlib.suppress(OSError):
                     (run.folder / "traceback.txt").write_text(text)
                 _record_failure(run.folder, f"{place}{type(error).__name__}: {error}")
-                if world is not None and rendezvous.is_lost_connection(error):
-                    complain(f"{place}another process of this run has ended")  # its launcher tells how
-                else:
-                    complain(f"{place}the run failed: {type(error).__name__}: {error}")
-                    print(text, file=sys.stderr)
+                complain(f"{place}the run failed: {type(error).__name__}: {error}")
+                print(text, file=sys.stderr)
             return FAILED
 
 

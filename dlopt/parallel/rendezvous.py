@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import gc
-import ipaddress
 import os
 import socket
 import subprocess
@@ -93,8 +92,6 @@ def slurm_master(environment: Mapping[str, str]) -> tuple[str, int]:
 
 
 _store: "Store | None" = None
-_doors: dict[int, tuple[str, int]] = {}  # addresses known without the store; see `_has_ended`
-_own_door: socket.socket | None = None
 
 
 def join_store(world: World, *, minutes: float, address: str | None = None, port: int | None = None) -> "Store":
@@ -119,11 +116,10 @@ def join_store(world: World, *, minutes: float, address: str | None = None, port
             store = distributed.PrefixStore(f"attempt{world.restarts}", agents)  # it outlives a failed attempt
         else:
             master = slurm_master(os.environ)
-            host, number = _doors[0] = address or master[0], port or master[1]
+            host, number = address or master[0], port or master[1]
             store = distributed.TCPStore(
                 host, number, world.size, is_master=world.is_main, timeout=limit, wait_for_workers=False
             )
-        _open_door(store, world, host, number)
         _store = store
     except (RuntimeError, ValueError, OSError) as error:
         place = "the rendezvous file" if world.launcher == "dlopt" else f"{host}:{number}"
@@ -149,45 +145,19 @@ def _is_taken(port: int) -> bool:
 
 # Which rank a failure comes from. Gloo raises a bare RuntimeError for a lost peer, for a timeout and for its own
 # mistakes alike (torch 2.15: DistError is raised by NCCL and by TCPStore only), and DDP raises it out of the backward
-# pass, so the type says little. The connections say the rest:
-# - Gloo closes a group's connections when a peer is lost or a collective times out, and then refuses to send at once.
-#   An error of this process's own leaves them open.
-# - Every rank listens at a port, its door, and never answers. The system accepts connections for a stopped process, and
-#   refuses them as soon as the process has ended.
-# - Ranks that waited in vain leave a key in the store; the ranks without one did not answer.
+# pass, so the type says little. The connections say the rest: gloo closes a group's when a peer is lost or a collective
+# times out, and then refuses to send at once; an error of this process leaves them open. Ranks that waited in vain
+# leave a key in the store; those without one ended, or did not answer.
 
 _ROLL_CALL = 3.0  # seconds within which ranks find that they have waited in vain
-_CONNECT = 3.0  # seconds to reach a door
 _PROBE_TAG = 1 << 20  # no receiver waits for it
 
 
-def _open_door(store: "Store", world: World, host: str, port: int) -> None:
-    """Listens at a free port and publishes its address as other ranks reach it."""
-    global _own_door
-    if world.local_size == world.size:
-        host = "127.0.0.1"
-    family, _, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, socket.SOCK_DGRAM) as route:  # sends nothing: only looks up this machine's address
-        route.connect(target)
-        own = str(route.getsockname()[0])
-    _own_door = socket.create_server(("", 0), family=family)
-    is_loopback = ipaddress.ip_address(own.partition("%")[0]).is_loopback  # then the store is on this machine
-    store.set(f"door{world.rank}", f"{host if is_loopback else own} {_own_door.getsockname()[1]}")
+def comes_from_others(error: Exception) -> bool:
+    """Whether a collective failed because of the processes at its other ends."""
+    from torch import distributed
 
-
-def _has_ended(rank: int) -> bool:
-    """Whether the process of this rank is gone: not when it is stopped, busy or out of reach."""
-    try:
-        if rank not in _doors and _store is not None and _store.check([f"door{rank}"]):
-            host, port = _store.get(f"door{rank}").decode().split()
-            _doors[rank] = host, int(port)
-        if rank in _doors:
-            socket.create_connection(_doors[rank], timeout=_CONNECT).close()
-    except ConnectionRefusedError:
-        return True
-    except (OSError, RuntimeError):  # out of reach, or the store is
-        return False
-    return False
+    return isinstance(error, distributed.DistError) or (type(error) is RuntimeError and _is_broken())
 
 
 def _is_broken() -> bool:
@@ -206,37 +176,18 @@ def _is_broken() -> bool:
     return False
 
 
-def comes_from_others(error: Exception) -> bool:
-    """Whether a collective failed because of the processes at its other ends."""
-    from torch import distributed
-
-    return isinstance(error, distributed.DistError) or (type(error) is RuntimeError and _is_broken())
-
-
-def is_lost_connection(error: Exception) -> bool:
-    """Whether a collective failed because the process at its other end is gone."""
-    from torch import distributed
-
+def missing_ranks(error: Exception) -> list[int]:
+    """Returns the ranks that ended or did not answer in time, if that made a collective fail; all others call this."""
     world = current()
     if world is None or not comes_from_others(error):
-        return False
-    others = (rank for rank in range(world.size) if rank != world.rank)
-    return isinstance(error, distributed.DistNetworkError) or any(map(_has_ended, others))
-
-
-def silent_ranks(error: Exception) -> list[int]:
-    """Returns the ranks that did not answer in time, if that made a collective fail; every waiting rank calls it."""
-    world = current()
-    if world is None or not comes_from_others(error) or is_lost_connection(error):
         return []
     try:
         store = join_store(world, minutes=1.0)
         store.set(f"waited{world.rank}", "")
         time.sleep(_ROLL_CALL)
-        silent = [rank for rank in range(world.size) if not store.check([f"waited{rank}"])]
-    except Exception:  # the rank that keeps the store does not answer either
-        silent = [0]
-    return [] if any(map(_has_ended, silent)) else silent
+        return [rank for rank in range(world.size) if not store.check([f"waited{rank}"])]
+    except Exception:  # the rank that keeps the store is gone, too
+        return [0]
 
 
 def first_to_fail() -> bool:

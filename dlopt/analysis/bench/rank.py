@@ -81,7 +81,7 @@ def _reason(error: RuntimeError | MemoryError, plan: Plan) -> str:
     if is_memory or "alloc" in text:
         limit = "" if plan.memory_limit_mb is None else f" of {plan.memory_limit_mb:g} MiB beyond the bare process"
         return f"out of memory{limit}"
-    return "another process ended" if rendezvous.is_lost_connection(error) else f"{type(error).__name__}: {text}"
+    return "another process ended" if rendezvous.comes_from_others(error) else f"{type(error).__name__}: {text}"
 
 
 def measure(experiment: Experiment, folder: Path, plan: Plan, rank: int) -> Measured:
