@@ -20,8 +20,8 @@ from dlopt.job import claim, start
 from dlopt.parallel.rendezvous import current
 from dlopt.tracking import read_metrics, read_summary
 from dlopt.tracking.layout import short_path
-from dlopt.train import rng
-from dlopt.train.restore import Trained, restore
+from dlopt.training import rng
+from dlopt.training.restore import Trained, restore
 
 _SHOWN = ("epochs", "best_val_loss", "best_val_accuracy", "test_loss", "test_accuracy")
 

@@ -25,7 +25,7 @@ from dlopt.folders import FORMAT, RunFolder
 
 if TYPE_CHECKING:
     from dlopt.interruption import Interruption
-    from dlopt.train.trainer import Run
+    from dlopt.training.trainer import Run
 
 _STATUS_OF = {"finished": DONE, "stopped_early": DONE, "interrupted": INTERRUPTED}
 
@@ -37,7 +37,7 @@ def execute(run: "Run", *, typed: Sequence[str] | None = None, console: bool = T
     """
     from dlopt.parallel import rendezvous
     from dlopt.parallel.launch import QUIET, RECORD
-    from dlopt.train.nonfinite import Diverged
+    from dlopt.training.nonfinite import Diverged
 
     world = rendezvous.current()
     console = console and os.environ.get(QUIET) != "1"
@@ -120,9 +120,9 @@ def start(run: "Run", processes: int, *, typed: Sequence[str] | None, console: b
 def train(run: "Run", interruption: "Interruption | None" = None, *, console: bool = True) -> dict[str, Any]:
     """Trains with what the settings ask of the laboratory: observers of the updates, a learning-rate range test.
 
-    See `dlopt.train.trainer.train`.
+    See `dlopt.training.trainer.train`.
     """
-    from dlopt.train import trainer
+    from dlopt.training import trainer
 
     settings = run.experiment.settings
     laboratory: dict[str, Any] = {}
@@ -198,8 +198,8 @@ def main() -> int:
         launch.end_rank_with_parent()
     from dlopt.config.compose import resolve_saved
     from dlopt.config.parsing import parse
-    from dlopt.train.checkpoint import Checkpoints, load
-    from dlopt.train.trainer import Run
+    from dlopt.training.checkpoint import Checkpoints, load
+    from dlopt.training.trainer import Run
 
     world = current()
     folder = RunFolder(Path(sys.argv[1]))

@@ -34,12 +34,12 @@ for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
 from dlopt import job  # noqa: E402
 from dlopt.errors import RunError, UserError  # noqa: E402
 from dlopt.folders import RunFolder  # noqa: E402
-from dlopt.train import trainer  # noqa: E402
-from dlopt.train.checkpoint import Checkpoints  # noqa: E402
-from dlopt.train.step import Step  # noqa: E402
-from dlopt.train.trainer import Run, Trainer  # noqa: E402
+from dlopt.training import trainer  # noqa: E402
+from dlopt.training.checkpoint import Checkpoints  # noqa: E402
+from dlopt.training.step import Step  # noqa: E402
+from dlopt.training.trainer import Run, Trainer  # noqa: E402
 from tests.reliability import faults  # noqa: E402
-from tests.train.runs import RICH, experiment, result, resume, same, start, timeless  # noqa: E402
+from tests.training.runs import RICH, experiment, result, resume, same, start, timeless  # noqa: E402
 
 LINES = [*RICH, "epochs=50", "checkpoint.every_steps=7", "checkpoint.keep=3"]  # 200 updates
 STREAMED = ["data.memory=false", "data.workers=2"]
@@ -278,7 +278,7 @@ class Campaign:
     def tests(self) -> Iterator[Row]:
         files = {
             "full, read-only and limited disks": ["tests/reliability/test_disk.py"],
-            "not finite: losses, gradients, ranks; memory": ["tests/train/test_nonfinite.py"],
+            "not finite: losses, gradients, ranks; memory": ["tests/training/test_nonfinite.py"],
             "odd and hostile images": ["tests/data/test_hard_images.py"],
             "ranks killed, stopped, interrupted": ["tests/reliability/test_ranks.py", "-m", "slow or not slow"],
         }
@@ -296,7 +296,7 @@ class Campaign:
             return
         trace = self.work / "trace"
         code = (
-            "import sys; from pathlib import Path; from dlopt.train.checkpoint import Checkpoints; "
+            "import sys; from pathlib import Path; from dlopt.training.checkpoint import Checkpoints; "
             "Checkpoints(Path(sys.argv[1])).save({'progress': {'step': 1, 'epoch': 1}}, best=False)"
         )
         only = ["-f", "-y", "-e", "trace=fsync,rename,renameat,renameat2", "-o", str(trace)]
@@ -339,7 +339,7 @@ def drawing() -> Iterator[None]:
 
 
 def stopping_at(step: int) -> AbstractContextManager[Any]:
-    from tests.train.runs import at_update, terminate
+    from tests.training.runs import at_update, terminate
 
     return at_update(step, terminate)
 

@@ -17,7 +17,7 @@ from hydra.core.global_hydra import GlobalHydra
 import dlopt
 from dlopt import load, train
 from dlopt.errors import RunError, UserError
-from tests.train.runs import SMALL, same, timeless
+from tests.training.runs import SMALL, same, timeless
 
 LINES = [*SMALL, "model.dropout=0.2", "augmentation=crop_flip", "epochs=2", "deterministic=true"]
 
@@ -58,8 +58,8 @@ def test_a_run_returns_what_it_left(tmp_path: Path) -> None:
 
 
 def test_the_model_takes_images_as_they_are() -> None:
-    from dlopt.train.build import set_up
-    from tests.train.runs import experiment
+    from dlopt.training.build import set_up
+    from tests.training.runs import experiment
 
     result = train([*LINES, "hydra.run.dir=run"])
     test = set_up(experiment(*LINES)).dataset.test

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from dlopt.errors import UserError
-from dlopt.train.batch_norm import small_batches
-from dlopt.train.build import Setup, load_weights, training_batches
-from dlopt.train.build import set_up as set_up_experiment
-from dlopt.train.optimizer import optimizer_of
-from tests.train.runs import SMALL, experiment
+from dlopt.training.batch_norm import small_batches
+from dlopt.training.build import Setup, load_weights, training_batches
+from dlopt.training.build import set_up as set_up_experiment
+from dlopt.training.optimizer import optimizer_of
+from tests.training.runs import SMALL, experiment
 
 
 def set_up(*overrides: str) -> Setup:

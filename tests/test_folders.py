@@ -17,7 +17,7 @@ from dlopt.config.resuming import differences
 from dlopt.errors import UserError
 from dlopt.files import write
 from dlopt.folders import FORMAT, RunFolder, Trace, make, make_new, newest
-from dlopt.train import checkpoint
+from dlopt.training import checkpoint
 from tests.commands.line import SMALL, HeldByAnotherProcess, Result, dlopt, entries, only, refused
 
 IN_RUN = "hydra.run.dir=run"
@@ -371,7 +371,7 @@ def test_no_trace_of_a_resumed_run_that_cannot_begin(
     def refuse(*_: object, **__: object) -> None:
         raise UserError("data.root=x: it is gone")
 
-    monkeypatch.setattr("dlopt.train.trainer.train", refuse)
+    monkeypatch.setattr("dlopt.training.trainer.train", refuse)
     line = [*SMALL, "schedule_epochs=2", "resume=run/checkpoints/last.pt", place]
     assert "it is gone" in refused(tmp_path, "train", *line)  # the history that was taken along is gone, too
 

@@ -20,7 +20,7 @@ from dlopt.data.polynomial import polynomial
 from dlopt.data.samples import InMemory
 from dlopt.errors import UserError
 from dlopt.sweeps import jobs, pool
-from dlopt.train.trainer import Run, train
+from dlopt.training.trainer import Run, train
 
 RECIPES = {  # those that are sweeps; tests/test_comparisons.py has the others
     path.stem: path

@@ -8,8 +8,8 @@ import torch
 
 from dlopt.config.compose import Composer, to_plain
 from dlopt.config.parsing import parse
-from dlopt.train.build import Setup, set_up
-from dlopt.train.trainer import dry_run
+from dlopt.training.build import Setup, set_up
+from dlopt.training.trainer import dry_run
 from tests.commands.line import dlopt
 
 SMALL = ("experiment=cifar10_speed", "data=digits", "device=cpu", "threads=1", "precision=fp32", "compile=false")

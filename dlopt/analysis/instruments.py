@@ -7,9 +7,9 @@ from dlopt.analysis.diagnosis.live import Diagnostics
 from dlopt.analysis.profiling import Profile, Profiling, table
 from dlopt.errors import UserError
 from dlopt.tracking.tracking import Tracking
-from dlopt.train.build import Setup
-from dlopt.train.progress import Length
-from dlopt.train.step import Observer
+from dlopt.training.build import Setup
+from dlopt.training.progress import Length
+from dlopt.training.step import Observer
 
 
 def observers(setup: Setup, length: Length, tracking: Tracking, folder: Path) -> Sequence[Observer]:

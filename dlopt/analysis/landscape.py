@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dlopt.analysis import drawing
-from dlopt.train.step import frozen_statistics
+from dlopt.training.step import frozen_statistics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

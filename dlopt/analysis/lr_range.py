@@ -18,8 +18,8 @@ from dlopt.config.schema import Component
 from dlopt.errors import UserError
 from dlopt.ranges import Count, Positive, Share
 from dlopt.tracking.tracking import Tracking
-from dlopt.train.build import Setup, load_weights
-from dlopt.train.trainer import Trainer, dry_run
+from dlopt.training.build import Setup, load_weights
+from dlopt.training.trainer import Trainer, dry_run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -14,7 +14,7 @@ from dlopt.analysis.ranks import Told, run_rank
 from dlopt.config.experiment import Experiment
 from dlopt.errors import RunError, UserError
 from dlopt.parallel import rendezvous
-from dlopt.train.build import parallel_of, set_up
+from dlopt.training.build import parallel_of, set_up
 
 
 def test_range(experiment: Experiment, keys: Sweep, folder: Path) -> LearningRates:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from dlopt.config.compose import resolve_saved
 from dlopt.config.parsing import parse
 from dlopt.data.batches import Batches
-from dlopt.train.build import Setup, evaluation_batches, set_up, training_batches
-from dlopt.train.checkpoint import load
-from dlopt.train.step import frozen_statistics
+from dlopt.training.build import Setup, evaluation_batches, set_up, training_batches
+from dlopt.training.checkpoint import load
+from dlopt.training.step import frozen_statistics
 
 Probe = Callable[[Path], list[tuple[Mapping[str, Any], float]]]
 

@@ -19,8 +19,8 @@ from dlopt.analysis.bench.communication import times
 from dlopt.analysis.model_summary import kept_for_backward
 from dlopt.parallel.mode import EpochBatches
 from dlopt.tracking.layout import size
-from dlopt.train.build import Setup
-from dlopt.train.step import Network, Observer, Step
+from dlopt.training.build import Setup
+from dlopt.training.step import Network, Observer, Step
 
 _COSTLIEST = 10
 _PREFIX = "dlopt: "

@@ -22,7 +22,7 @@ from dlopt.optim import LossClosure
 from dlopt.random import generator
 from dlopt.schedules import Factor, Scheduler
 from dlopt.tracking.layout import aligned
-from dlopt.train.averaging import at_evaluation_point
+from dlopt.training.averaging import at_evaluation_point
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -157,8 +157,8 @@ def _execute(runs: list[_Run], folder: Path, comparison: "Comparison") -> "tuple
     """What the runs leave, and the exit code. One that diverges is a result, too; any other failure is the end."""
     from dlopt.analysis.comparison import read, show, typed
     from dlopt.job import FAILED, INTERRUPTED, USER_ERROR, execute
-    from dlopt.train.checkpoint import Checkpoints
-    from dlopt.train.trainer import Run
+    from dlopt.training.checkpoint import Checkpoints
+    from dlopt.training.trainer import Run
 
     outcomes: dict[Cell, Outcome] = {}
     for number, each in enumerate(runs):

@@ -32,8 +32,8 @@ def consolidate(path: Path, _: dict[str, Any], *, output: str | None = None) -> 
     import torch
 
     from dlopt.files import reason, write
-    from dlopt.train import sharded
-    from dlopt.train.checkpoint import load
+    from dlopt.training import sharded
+    from dlopt.training.checkpoint import load
 
     state = load(path)
     if not sharded.is_sharded(sharded.opened(path)):

@@ -102,7 +102,7 @@ def _subjects(line: Line, labelled: list[tuple[str, Job]]) -> list[_Subject]:
 def _trained(path: Path, overrides: Sequence[str]) -> _Subject:
     from dlopt.config.parsing import parse
     from dlopt.config.saved import typed_values, with_changes
-    from dlopt.train.checkpoint import load
+    from dlopt.training.checkpoint import load
 
     values = typed_values(overrides)
     for key, value in values.items():

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
-    from dlopt.train.evaluate import Average, Report
+    from dlopt.training.evaluate import Average, Report
 
 _MAY_CHANGE = (
     "data", "device", "precision", "threads", "channels_last", "compile", "deterministic", "norm_statistics",
@@ -74,7 +74,7 @@ def evaluate(
 ) -> int:
     """Tests the checkpoints once; prints the metrics and writes them with the confusion matrix into the run folder."""
     from dlopt.tracking.console import ConsoleView
-    from dlopt.train.checkpoint import load
+    from dlopt.training.checkpoint import load
 
     views = _views(tta, changes)
     states = [load(path) for path in paths]
@@ -105,7 +105,7 @@ def evaluate(
 
 def _views(tta: str, changes: dict[str, Any]) -> Any:
     """The chosen test-time augmentation, whose keys leave `changes`; None for none."""
-    from dlopt.train.tta import CHOICES
+    from dlopt.training.tta import CHOICES
 
     keys = {key: changes.pop(key) for key in list(changes) if key.startswith("tta.")}
     if tta != "none":
@@ -125,8 +125,8 @@ def _test(
 ) -> tuple[list[_Member], "Report"]:
     """Every checkpoint by itself, on batches of the first one's size, and the figures of their mean."""
     from dlopt.config.parsing import parse
-    from dlopt.train.build import set_up
-    from dlopt.train.evaluate import check_same_samples, choose_average, combine, outputs_on_test_set, report
+    from dlopt.training.build import set_up
+    from dlopt.training.evaluate import check_same_samples, choose_average, combine, outputs_on_test_set, report
 
     members: list[_Member] = []
     size = {} if len(paths) == 1 else {"data.batch_size": states[0]["config"]["data"]["batch_size"]}
@@ -147,7 +147,7 @@ def _test(
 
 
 def _per_class(report: "Report", classes: Sequence[str]) -> list[dict[str, Any]]:
-    from dlopt.train.metrics import class_accuracies, f1_scores
+    from dlopt.training.metrics import class_accuracies, f1_scores
 
     assert report.confusion is not None
     columns = (report.confusion.sum(1), class_accuracies(report.confusion), f1_scores(report.confusion))

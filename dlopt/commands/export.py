@@ -24,7 +24,7 @@ from dlopt.tracking.layout import short_path
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from dlopt.train.restore import Trained
+    from dlopt.training.restore import Trained
 
 _USAGE = """\
 dlopt export checkpoint=PATH format=safetensors|onnx|torch_export [output=FILE] [input=uint8|float32] [data.root=...]
@@ -58,7 +58,7 @@ def export(
     input: Literal["uint8", "float32"] | None = None,
 ) -> int:
     """Writes the file and compares it. Raises `UserError`, and `RunError` when the model cannot be converted."""
-    from dlopt.train.restore import restore
+    from dlopt.training.restore import restore
 
     missing = [name for name in _NEEDS[format] if find_spec(name) is None]
     if missing:

@@ -16,7 +16,7 @@ from dlopt.ranges import Count, Natural
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dlopt.train.restore import Trained
+    from dlopt.training.restore import Trained
 
 _MAY_CHANGE = ("device", "precision", "threads", "allow_packages")
 _USAGE = f"""\
@@ -48,7 +48,7 @@ def predict(
     files = _files(images)
     target = refuse_folder(Path(output))
 
-    from dlopt.train.restore import restore
+    from dlopt.training.restore import restore
 
     trained = restore(path, changes)
     if len(trained.sample) != 3 or trained.sample[0] not in (1, 3):

@@ -229,8 +229,8 @@ def _clean(arguments: list[str]) -> int:
 
 def _spare(record: Record) -> list[_Spare]:
     """The checkpoints that the run can do without: last.pt must be whole, and nobody at work there."""
-    from dlopt.train import sharded
-    from dlopt.train.checkpoint import is_whole
+    from dlopt.training import sharded
+    from dlopt.training.checkpoint import is_whole
 
     folder = record.path / "checkpoints"
     names = re.compile(r"step-\d+\.pt")
@@ -259,7 +259,7 @@ def _agrees(question: str) -> bool:
 
 def _remove(spare: Sequence[_Spare]) -> Iterable[Path]:
     """Removes each with its checksum and shards, unless its run has begun to work again meanwhile."""
-    from dlopt.train import sharded
+    from dlopt.training import sharded
 
     for each in spare:
         if RunFolder(each.path.parent.parent).is_live():

@@ -32,7 +32,7 @@ from dlopt.parallel.rendezvous import World, current, end_process, join_store
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-    from dlopt.train.trainer import Run
+    from dlopt.training.trainer import Run
 
 
 def train(arguments: list[str]) -> int:
@@ -106,7 +106,7 @@ def _follow(composer: Composer, parsed: Namespace, world: World) -> int:
     """Ranks > 0: receives the run from rank 0, which also reports config errors."""
     from dlopt.config.parsing import parse
     from dlopt.job import execute
-    from dlopt.train.trainer import Run
+    from dlopt.training.trainer import Run
 
     if parsed.multirun or parsed.hydra_help or parsed.cfg or parsed.info:
         return USER_ERROR if parsed.multirun else 0
@@ -145,7 +145,7 @@ class Prepared:
 def prepare(config: DictConfig, overrides: Sequence[str]) -> Prepared:
     """Checks the composed `config` and finds or makes its folder. Raises `UserError`."""
     from dlopt.config.parsing import parse
-    from dlopt.train.trainer import Run
+    from dlopt.training.trainer import Run
 
     plain, saved = to_plain(config, overrides)
     experiment = parse(plain, saved)
@@ -197,7 +197,7 @@ def _run(config: DictConfig, parsed: Namespace, send: Callable[[Mapping[str, Any
 
 def _find_folder(wanted: Path, is_typed: bool, saved: Mapping[str, Any]) -> tuple[RunFolder, Mapping[str, Any] | None]:
     """The folder, made if need be, and the checkpoint to go on from or None."""
-    from dlopt.train.checkpoint import Checkpoints
+    from dlopt.training.checkpoint import Checkpoints
 
     given, resume = RunFolder(wanted), saved["resume"]
     if is_typed and given.is_live():
@@ -234,7 +234,7 @@ def _find_folder(wanted: Path, is_typed: bool, saved: Mapping[str, Any]) -> tupl
 
 
 def _load(resume: str) -> dict[str, Any]:
-    from dlopt.train.checkpoint import load
+    from dlopt.training.checkpoint import load
 
     try:
         return load(Path(resume))
@@ -249,8 +249,8 @@ def _take_history(source: RunFolder, target: RunFolder, best_epoch: int | None) 
 
     The tracking cuts the figures that lie beyond; a best model of a later epoch than the checkpoint knows stays behind.
     """
-    from dlopt.train import sharded
-    from dlopt.train.checkpoint import Checkpoints, load
+    from dlopt.training import sharded
+    from dlopt.training.checkpoint import Checkpoints, load
 
     if (source.path / "metrics.jsonl").is_file():
         shutil.copy(source.path / "metrics.jsonl", target.path / "metrics.jsonl")

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from dlopt.analysis.trajectory import Path as OptimizerPath
     from dlopt.functions import Function
     from dlopt.schedules import Warmup
-    from dlopt.train.build import Setup
+    from dlopt.training.build import Setup
 
 USAGE = """\
 dlopt trajectory function=CHOICE optimizer=a,b [key=value]: draws the paths of optimizers on a test function
@@ -319,8 +319,8 @@ def _draw_landscape(
     from dlopt.analysis.landscape import draw, random_plane, surface
     from dlopt.config.parsing import parse
     from dlopt.random import generator
-    from dlopt.train.build import set_up
-    from dlopt.train.checkpoint import load
+    from dlopt.training.build import set_up
+    from dlopt.training.checkpoint import load
 
     state = load(path)
     setup = set_up(parse(resolve_saved(with_changes(state["config"], changes, path))), state["normalize"])
@@ -362,7 +362,7 @@ def _loss(setup: "Setup", count: int) -> tuple[Any, int]:
     """The loss over evenly chosen training samples, as a function of the module's weights, and how many these are."""
     import torch
 
-    from dlopt.train.build import evaluation_batches
+    from dlopt.training.build import evaluation_batches
 
     samples = setup.dataset.train
     indices = torch.linspace(0, len(samples) - 1, min(count, len(samples))).long()

@@ -27,8 +27,8 @@ from dlopt.ranges import Count, NonNegative, Positive, Share
 ALLOWED_PACKAGES = ("dlopt", "torch.optim", "torch.nn", "torchvision")
 # Of dlopt itself, what experiments are made of; the rest acts on files, processes and the network.
 _PARTS = (
-    "dlopt.augment", "dlopt.data", "dlopt.train.clipping", "dlopt.train.stopping", "dlopt.functions", "dlopt.init",
-    "dlopt.losses", "dlopt.models", "dlopt.optim", "dlopt.parallel", "dlopt.schedules", "dlopt.sweeps.samplers",
+    "dlopt.augment", "dlopt.data", "dlopt.functions", "dlopt.init", "dlopt.losses", "dlopt.models", "dlopt.optim",
+    "dlopt.parallel", "dlopt.schedules", "dlopt.sweeps.samplers", "dlopt.training.clipping", "dlopt.training.stopping",
 )  # fmt: skip
 _NO_PARTS = (
     "dlopt.data.cache", "dlopt.data.verify", "dlopt.parallel.launch", "dlopt.parallel.rendezvous",

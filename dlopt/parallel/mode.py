@@ -27,7 +27,7 @@ BatchShard = Callable[[int], slice | Tensor]
 
 
 class MetricRecord(Protocol):
-    """Accumulates the metrics of a step's first evaluation (`dlopt.train.metrics.Sums`)."""
+    """Accumulates the metrics of a step's first evaluation (`dlopt.training.metrics.Sums`)."""
 
     def add(self, loss: Tensor, outputs: Tensor, targets: Tensor) -> None: ...
 
@@ -37,7 +37,7 @@ class MetricRecord(Protocol):
 
 
 class MicroSteps(Protocol):
-    """The part of a training step that a mode drives (`dlopt.train.step.Step`)."""
+    """The part of a training step that a mode drives (`dlopt.training.step.Step`)."""
 
     accumulate: int
     optimizer: torch.optim.Optimizer

@@ -70,7 +70,7 @@ def seconds_of(configs: Sequence[Mapping[str, Any]], choices: Mapping[str, str])
 def _probe(config: Mapping[str, Any], choices: Mapping[str, str]) -> float | None:
     from dlopt.errors import RunError, UserError
     from dlopt.job import describe
-    from dlopt.train.checkpoint import Checkpoints
+    from dlopt.training.checkpoint import Checkpoints
 
     probing = {**config, "max_time": _MINUTES, "tracking": [], "resume": None, "dry_run": False}
     with tempfile.TemporaryDirectory(prefix="dlopt-") as path:

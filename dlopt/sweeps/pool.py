@@ -33,7 +33,7 @@ from dlopt.sweeps.jobs import OUTPUT, Job, Result, begin, record_failure, record
 from dlopt.tracking.metrics import METRICS, parse_metrics
 from dlopt.tracking.overview import Overview
 
-_MODULES = ["dlopt.job", "dlopt.train.trainer", "dlopt.config.compose", "torch._dynamo", "torch.utils.tensorboard"]
+_MODULES = ["dlopt.job", "dlopt.training.trainer", "dlopt.config.compose", "torch._dynamo", "torch.utils.tensorboard"]
 _MODULES += [__name__]
 
 

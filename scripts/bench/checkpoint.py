@@ -21,7 +21,7 @@ from torch import nn
 from dlopt.config.compose import Composer, to_plain
 from dlopt.config.parsing import parse
 from dlopt.processor import choose_device
-from dlopt.train.checkpoint import Checkpoints
+from dlopt.training.checkpoint import Checkpoints
 
 BATCH = 128
 

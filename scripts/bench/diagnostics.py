@@ -19,8 +19,8 @@ from dlopt.analysis.diagnosis.live import SELDOMER, Diagnostics, Kind
 from dlopt.config.compose import Composer, to_plain
 from dlopt.config.parsing import parse
 from dlopt.tracking.tracking import Tracking
-from dlopt.train.build import set_up
-from dlopt.train.trainer import dry_run
+from dlopt.training.build import set_up
+from dlopt.training.trainer import dry_run
 
 KINDS: tuple[tuple[Kind, ...], ...] = (("activations",), ("gradients", "activations"), ("curvature",))
 MODELS = {"resnet20": ["model=resnet20", "data.image_size=32"], "mlp": ["model=mlp"]}

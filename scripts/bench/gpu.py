@@ -41,10 +41,10 @@ from dlopt.config.schema import Component
 from dlopt.data.loading import materialize
 from dlopt.data.samples import Dataset, InMemory
 from dlopt.interruption import Interruption
-from dlopt.train import speed
-from dlopt.train.build import Setup, set_up
-from dlopt.train.evaluate import test_figures
-from dlopt.train.trainer import Run, Trainer, dry_run, train
+from dlopt.training import speed
+from dlopt.training.build import Setup, set_up
+from dlopt.training.evaluate import test_figures
+from dlopt.training.trainer import Run, Trainer, dry_run, train
 
 Row = dict[str, Any]  # what, figure, unit, goal
 

@@ -189,8 +189,8 @@ def dlopt(job: Job) -> Callable[[], None]:
     from dlopt.data.samples import Dataset as Samples
     from dlopt.data.samples import InMemory
     from dlopt.interruption import Interruption
-    from dlopt.train.build import set_up
-    from dlopt.train.trainer import dry_run
+    from dlopt.training.build import set_up
+    from dlopt.training.trainer import dry_run
 
     typed = [
         "model=resnet20", "augmentation=crop_flip", f"precision={job.precision}", f"data.batch_size={job.batch}",

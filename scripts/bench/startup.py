@@ -44,7 +44,7 @@ import importlib.util, sys
 class AfterFirstUpdate:
     "Ends the process behind the first update; it changes the module once that is imported, and imports nothing."
     def find_spec(self, name, path=None, target=None):
-        if name != "dlopt.train.step":
+        if name != "dlopt.training.step":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)

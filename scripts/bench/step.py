@@ -44,15 +44,15 @@ from dlopt.parallel.mode import Mode
 from dlopt.processor import keep_freed_memory, set_threads
 from dlopt.schedules import Horizon, Scheduler, constant
 from dlopt.tracking.tracking import Tracking
-from dlopt.train.checkpoint import Checkpoints
-from dlopt.train.metrics import Sums
-from dlopt.train.nonfinite import Recovery
-from dlopt.train.optimizer import may_fuse
-from dlopt.train.precision import Precision
-from dlopt.train.progress import Intervals, Progress
-from dlopt.train.step import Network, Step, StepSettings
-from dlopt.train.stopping import Best, Never
-from dlopt.train.trainer import Trainer
+from dlopt.training.checkpoint import Checkpoints
+from dlopt.training.metrics import Sums
+from dlopt.training.nonfinite import Recovery
+from dlopt.training.optimizer import may_fuse
+from dlopt.training.precision import Precision
+from dlopt.training.progress import Intervals, Progress
+from dlopt.training.step import Network, Step, StepSettings
+from dlopt.training.stopping import Best, Never
+from dlopt.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 

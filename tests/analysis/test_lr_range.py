@@ -9,10 +9,10 @@ import torch
 
 from dlopt.analysis.lr_range import LearningRates, Sweep, check, draw, find, suggestions, trial, write
 from dlopt.errors import UserError
-from dlopt.train.build import set_up, training_batches
-from dlopt.train.optimizer import optimizer_of
+from dlopt.training.build import set_up, training_batches
+from dlopt.training.optimizer import optimizer_of
 from tests.parallel.ranks import run_ranks
-from tests.train.runs import SMALL, experiment, metrics, result, resume, same, start
+from tests.training.runs import SMALL, experiment, metrics, result, resume, same, start
 
 QUICK = Sweep(updates=40)
 

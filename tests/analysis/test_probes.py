@@ -10,7 +10,7 @@ from dlopt import train
 from dlopt.analysis.probes import checkpoints, gradient_variance
 from dlopt.config.compose import resolve_saved
 from dlopt.config.parsing import parse
-from dlopt.train.build import evaluation_batches, set_up, training_batches
+from dlopt.training.build import evaluation_batches, set_up, training_batches
 
 
 def test_variance_of_gradients_is_that_of_the_batches_by_that_of_all_batches(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from dlopt.analysis.profiling import Operation, Profile, table
 from dlopt.errors import UserError
-from tests.train.runs import SMALL, experiment, result, same, start
+from tests.training.runs import SMALL, experiment, result, same, start
 
 PROFILED = ["profile=true", "profile_steps=[1,5]", "epochs=2"]
 

@@ -16,9 +16,9 @@ import torch
 import yaml
 from torch import Tensor
 
-from dlopt.train.checkpoint import load
+from dlopt.training.checkpoint import load
 from tests.parallel.ranks import ROOT
-from tests.train.runs import same, timeless
+from tests.training.runs import same, timeless
 
 CLUSTER, BATCH = ROOT / "scripts" / "slurm" / "one_host_cluster", ROOT / "scripts" / "slurm" / "train.sbatch"
 _SEARCHED = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"

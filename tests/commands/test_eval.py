@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from dlopt.commands.eval import confusion_picture, confusion_table
 from dlopt.config.parsing import parse
-from dlopt.train.build import set_up
-from dlopt.train.checkpoint import load
+from dlopt.training.build import set_up
+from dlopt.training.checkpoint import load
 from tests.commands.line import Result, dlopt, entries, refused
 
 RUN = (

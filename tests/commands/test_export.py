@@ -13,8 +13,8 @@ from torch import Tensor
 from dlopt.commands import export
 from dlopt.config.parsing import parse
 from dlopt.errors import RunError
-from dlopt.train.build import set_up
-from dlopt.train.checkpoint import load
+from dlopt.training.build import set_up
+from dlopt.training.checkpoint import load
 from tests.commands.line import SMALL, dlopt, entries, refused
 
 CHECKPOINT = "run/checkpoints/best.pt"

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from dlopt.config.parsing import parse
-from dlopt.train.build import set_up
-from dlopt.train.checkpoint import load, write
+from dlopt.training.build import set_up
+from dlopt.training.checkpoint import load, write
 from tests.commands.line import dlopt, entries, refused
 
 CHECKPOINT = "run/checkpoints/best.pt"

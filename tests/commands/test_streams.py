@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dlopt.tracking import Tracking, read_metrics, read_summary
-from dlopt.train.checkpoint import is_whole
+from dlopt.training.checkpoint import is_whole
 from tests.commands.line import SMALL
 
 ROOT = Path(__file__).parents[2]

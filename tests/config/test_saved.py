@@ -9,7 +9,7 @@ import torch
 from dlopt.config.compose import Composer, to_plain
 from dlopt.config.saved import with_changes
 from dlopt.errors import UserError
-from dlopt.train import checkpoint
+from dlopt.training import checkpoint
 from tests.commands.line import SMALL, dlopt, refused
 
 PATH = Path("best.pt")

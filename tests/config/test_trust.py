@@ -14,7 +14,7 @@ from dlopt.config import compose
 from dlopt.config.compose import Composer, to_plain
 from dlopt.config.schema import ALLOWED_PACKAGES, resolve_target
 from dlopt.errors import UserError
-from dlopt.train import checkpoint
+from dlopt.training import checkpoint
 from tests.commands.line import SMALL, dlopt, only, refused
 
 

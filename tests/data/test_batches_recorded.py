@@ -16,7 +16,7 @@ from dlopt.data.normalization import Standardize
 from dlopt.data.samplers import Random
 from dlopt.data.samples import InMemory
 from tests.recorded import SimulatedRecorder
-from tests.train.runs import in_fork
+from tests.training.runs import in_fork
 
 CONF = Path(__file__).parents[2] / "conf" / "augmentation"
 CHOICES = sorted(path.stem for path in CONF.glob("[a-z]*.yaml") if path.stem != "none")

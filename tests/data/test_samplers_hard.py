@@ -23,8 +23,8 @@ from dlopt.data.samplers import HardExamples
 from dlopt.data.samplers.hard import expected_draws
 from dlopt.errors import UserError
 from dlopt.losses import MSE, CrossEntropy
-from dlopt.train.metrics import Sums, sample_losses
-from tests.train.runs import (
+from dlopt.training.metrics import Sums, sample_losses
+from tests.training.runs import (
     RICH,
     STEPS_PER_EPOCH,
     at_update,

@@ -13,7 +13,7 @@ FLOORS = [
     ["sweeps"],
     ["job"],
     ["analysis"],
-    ["train"],
+    ["training"],
     ["parallel", "config", "augment", "init", "functions"],
     ["data", "models", "optim", "schedules", "losses", "tracking", "folders", "parameters"],
     [

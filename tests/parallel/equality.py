@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from dlopt.parallel import rendezvous
-from dlopt.train.trainer import Run, train
+from dlopt.training.trainer import Run, train
 from tests.parallel.ranks import run_ranks
-from tests.train.runs import experiment, metrics, start
+from tests.training.runs import experiment, metrics, start
 
 # 96 training samples
 BASE = [

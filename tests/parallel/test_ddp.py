@@ -12,11 +12,11 @@ import torch
 from dlopt.errors import UserError
 from dlopt.parallel import rendezvous
 from dlopt.parallel.ddp import data_parallel
-from dlopt.train.checkpoint import Checkpoints
-from dlopt.train.trainer import Run, train
+from dlopt.training.checkpoint import Checkpoints
+from dlopt.training.trainer import Run, train
 from tests.parallel.equality import MLP, RESNET, Cases, compare, figures
 from tests.parallel.ranks import ROOT, run_ranks
-from tests.train.runs import at_update, experiment, metrics, resume, start, terminate
+from tests.training.runs import at_update, experiment, metrics, resume, start, terminate
 
 SYNC = "parallel.sync_batchnorm=true"
 DDP = ["parallel=ddp"]

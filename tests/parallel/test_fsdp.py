@@ -12,7 +12,7 @@ from dlopt.errors import UserError
 from dlopt.parallel.fsdp import fully_sharded, units
 from tests.parallel.equality import MLP, RESNET, Cases, compare
 from tests.parallel.ranks import run_ranks
-from tests.train.runs import metrics, start
+from tests.training.runs import metrics, start
 
 FSDP = ["parallel=fsdp", "parallel.unit_parameters=100"]
 SYNC_FSDP = [*FSDP, "parallel.sync_batchnorm=true"]

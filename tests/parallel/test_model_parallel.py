@@ -12,11 +12,11 @@ import torch
 from dlopt.errors import UserError
 from dlopt.parallel import rendezvous
 from dlopt.parallel.hybrid import hybrid
-from dlopt.train.checkpoint import Checkpoints
-from dlopt.train.trainer import Run, train
+from dlopt.training.checkpoint import Checkpoints
+from dlopt.training.trainer import Run, train
 from tests.parallel.equality import BASE, MLP, RESNET, Cases, compare
 from tests.parallel.ranks import run_ranks
-from tests.train.runs import experiment, start
+from tests.training.runs import experiment, start
 
 FILTER, SPATIAL, COLUMNS = (["parallel=filter"], ["parallel=spatial"], ["parallel=columns"])
 MESH = ["parallel=hybrid", "parallel.model_degree=2"]

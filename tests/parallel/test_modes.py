@@ -11,11 +11,11 @@ import torch
 
 from dlopt.errors import RunError
 from dlopt.parallel import rendezvous
-from dlopt.train.checkpoint import Checkpoints, load
-from dlopt.train.trainer import Run, train
+from dlopt.training.checkpoint import Checkpoints, load
+from dlopt.training.trainer import Run, train
 from tests.parallel.equality import MLP, figures
 from tests.parallel.ranks import run_ranks
-from tests.train.runs import at_update, experiment, metrics, resume, start, terminate
+from tests.training.runs import at_update, experiment, metrics, resume, start, terminate
 
 FSDP = ["parallel=fsdp", "parallel.unit_parameters=100", "parallel.sync_batchnorm=true"]
 PIPELINE = ["parallel=pipeline"]

@@ -11,7 +11,7 @@ from dlopt.errors import UserError
 from dlopt.parallel.pipeline import pipeline
 from tests.parallel.equality import MLP, RESNET, Cases, compare
 from tests.parallel.ranks import run_ranks
-from tests.train.runs import metrics, start
+from tests.training.runs import metrics, start
 
 PIPELINE = ["parallel=pipeline"]
 

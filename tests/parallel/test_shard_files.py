@@ -18,11 +18,11 @@ from dlopt.files import sha256, write, write_digests
 from dlopt.parallel import rendezvous, shard_files
 from dlopt.parallel.process_group import Group
 from dlopt.parallel.shard_files import ShardWriter
-from dlopt.train import sharded
-from dlopt.train.checkpoint import FORMAT, KEYS, Checkpoints, is_whole, load, load_weights
-from tests.train.runs import same
-from tests.train.test_checkpoint import Crashes, Payload
-from tests.train.test_checkpoint import state as small_state
+from dlopt.training import sharded
+from dlopt.training.checkpoint import FORMAT, KEYS, Checkpoints, is_whole, load, load_weights
+from tests.training.runs import same
+from tests.training.test_checkpoint import Crashes, Payload
+from tests.training.test_checkpoint import state as small_state
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks")
 

@@ -16,13 +16,13 @@ import torch
 
 from dlopt.errors import UserError
 from dlopt.parallel import rendezvous
-from dlopt.train import sharded
-from dlopt.train.checkpoint import Checkpoints, load
-from dlopt.train.trainer import Run, train
+from dlopt.training import sharded
+from dlopt.training.checkpoint import Checkpoints, load
+from dlopt.training.trainer import Run, train
 from tests.commands.line import dlopt, refused
 from tests.parallel.equality import MLP, figures
 from tests.parallel.ranks import ROOT, run_ranks
-from tests.train.runs import at_update, experiment, metrics, result, same, start, terminate, timeless
+from tests.training.runs import at_update, experiment, metrics, result, same, start, terminate, timeless
 
 FSDP = ["parallel=fsdp", "parallel.unit_parameters=100"]
 SYNC = "parallel.sync_batchnorm=true"

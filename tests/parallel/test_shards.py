@@ -18,12 +18,12 @@ from dlopt.parallel.mode import Mode
 from dlopt.parallel.process_group import Group
 from dlopt.parallel.rendezvous import current
 from dlopt.parallel.shards import full_state, load_model, load_optimizer, local, total_norm
-from dlopt.train.averaging import ExponentialAverage
-from dlopt.train.clipping import Adaptive, ByNorm, ByValue, gradient_norm
-from dlopt.train.optimizer import check_optimizer
-from dlopt.train.stopping import Tolerance
+from dlopt.training.averaging import ExponentialAverage
+from dlopt.training.clipping import Adaptive, ByNorm, ByValue, gradient_norm
+from dlopt.training.optimizer import check_optimizer
+from dlopt.training.stopping import Tolerance
 from tests.parallel.ranks import ROOT, run_ranks
-from tests.train.runs import experiment
+from tests.training.runs import experiment
 
 CHOICES = sorted(path.stem for path in (ROOT / "conf/optimizer").glob("[!_]*.yaml"))
 WHOLE_TENSORS = {"lamb", "lars", "muon"}

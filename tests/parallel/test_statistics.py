@@ -9,11 +9,11 @@ from torch import nn
 
 from dlopt.parallel import rendezvous
 from dlopt.parallel.sync_batchnorm import buffer_averaging
-from dlopt.train.checkpoint import Checkpoints
-from dlopt.train.trainer import Run, train
+from dlopt.training.checkpoint import Checkpoints
+from dlopt.training.trainer import Run, train
 from tests.parallel.models import joined
 from tests.parallel.ranks import run_ranks
-from tests.train.runs import SMALL, at_update, experiment, result, same, terminate, timeless
+from tests.training.runs import SMALL, at_update, experiment, result, same, terminate, timeless
 
 # 90 training samples: batches of 25, 25, 25, 15, of which each rank has parts that are not equal
 CASE = [

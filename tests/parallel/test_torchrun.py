@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dlopt.train.checkpoint import load
+from dlopt.training.checkpoint import load
 from tests.parallel.ranks import ROOT
-from tests.train.runs import same, timeless
+from tests.training.runs import same, timeless
 
 EPOCHS, COUNT = 8, 24
 

@@ -15,7 +15,7 @@ from unittest.mock import patch
 import torch
 
 from dlopt import files as durable
-from tests.train.runs import in_fork
+from tests.training.runs import in_fork
 
 _CLONE_NEWNS = 0x00020000
 
@@ -179,7 +179,7 @@ DAMAGES: dict[str, Callable[[Path, random.Random], None]] = {
 @contextlib.contextmanager
 def no_generator_restored() -> Iterator[None]:
     """A negative control: the global generators stay as they are."""
-    from dlopt.train import rng
+    from dlopt.training import rng
 
     with patch.object(rng, "restore", lambda state: None):
         yield

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from dlopt import job
-from dlopt.train.checkpoint import Checkpoints, load
-from dlopt.train.trainer import Run
+from dlopt.training.checkpoint import Checkpoints, load
+from dlopt.training.trainer import Run
 from tests.reliability.faults import can_mount, private_mounts, read_only, resize, small_disk, writable_again
-from tests.train.runs import RICH, experiment, in_fork, resume, same, start, timeless
-from tests.train.runs import result as result_of
+from tests.training.runs import RICH, experiment, in_fork, resume, same, start, timeless
+from tests.training.runs import result as result_of
 
 needs_mounts = pytest.mark.skipif(not can_mount(), reason="mounting needs root")
 

@@ -17,7 +17,7 @@ import pytest
 from dlopt.parallel import rendezvous
 from tests.parallel.ranks import ROOT
 from tests.reliability.faults import fork
-from tests.train.runs import RICH, STEPS_PER_EPOCH, at_update, metrics, resume
+from tests.training.runs import RICH, STEPS_PER_EPOCH, at_update, metrics, resume
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 

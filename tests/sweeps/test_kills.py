@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from dlopt.folders import RunFolder
-from dlopt.train.checkpoint import load
+from dlopt.training.checkpoint import load
 from tests.parallel.ranks import ROOT
-from tests.train.runs import same, timeless
+from tests.training.runs import same, timeless
 
 LINE = [
     "model=mlp", "model.widths=[8]", "data.subset=100", "threads=1", "tracking=[]", "epochs=40", "seed=0,1",

@@ -16,7 +16,7 @@ from dlopt.folders import RunFolder
 from dlopt.job import describe
 from dlopt.sweeps.jobs import OUTPUT
 from dlopt.sweeps.pool import Forked, spawn
-from dlopt.train import checkpoint
+from dlopt.training import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -162,6 +162,6 @@ def test_an_estimate_is_by_the_share_that_was_trained(
             return 0 if share is None else 75
 
     monkeypatch.setattr("dlopt.sweeps.pool.spawn", Stopped)
-    monkeypatch.setattr("dlopt.train.checkpoint.Checkpoints.load_newest", lambda self: state)
+    monkeypatch.setattr("dlopt.training.checkpoint.Checkpoints.load_newest", lambda self: state)
     assert seconds_of([{"seed": 0}], {}) == (3.0 if share is None else 12.0)
     assert estimate_line(12.0, 5, 2) == "5 jobs of about 0:12 each, 2 at once: about 0:36 in all"

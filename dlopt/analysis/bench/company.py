@@ -30,8 +30,8 @@ from dlopt.parallel.collectives import Ranks, all_reduced
 from dlopt.parallel.mode import Mode
 from dlopt.parallel.process_group import Group
 from dlopt.processor import keep_freed_memory
-from dlopt.train.build import set_up
-from dlopt.train.trainer import dry_run
+from dlopt.training.build import set_up
+from dlopt.training.trainer import dry_run
 
 SIZES = (64, 16 << 10, 256 << 10, 1 << 20, 4 << 20)  # bytes
 _WARMUP, _UPDATES, _ROUNDS = 5, 60, 30

@@ -23,8 +23,8 @@ from dlopt.errors import UserError
 from dlopt.parallel import rendezvous
 from dlopt.parallel.mode import Mode
 from dlopt.processor import keep_freed_memory, set_threads
-from dlopt.train.build import parallel_of, set_up
-from dlopt.train.trainer import Trainer, dry_run
+from dlopt.training.build import parallel_of, set_up
+from dlopt.training.trainer import Trainer, dry_run
 
 MIB = 2.0**20
 

@@ -12,8 +12,8 @@ from dlopt.analysis.diagnosis.curvature import GradientSpread, Spectrum, curvatu
 from dlopt.analysis.diagnosis.layers import LayerProbe, layer_parameters, norms
 from dlopt.analysis.diagnosis.measuring import loss_of, untouched
 from dlopt.errors import UserError
-from dlopt.train.build import Setup
-from dlopt.train.step import Observer, Step
+from dlopt.training.build import Setup
+from dlopt.training.step import Observer, Step
 
 Kind = Literal["gradients", "activations", "curvature"]
 Report = Callable[[int, Mapping[str, float], Mapping[str, Tensor]], None]

@@ -20,10 +20,10 @@ from dlopt.analysis.diagnosis.curvature import (
 )
 from dlopt.analysis.diagnosis.layers import LayerProbe, LayerStatistics, TimeLag, TimeLagProbe, layer_parameters, norms
 from dlopt.errors import RunError, UserError
-from dlopt.train.build import Setup
-from dlopt.train.clipping import gradient_norm
-from dlopt.train.step import frozen_statistics
-from dlopt.train.trainer import Trainer
+from dlopt.training.build import Setup
+from dlopt.training.clipping import gradient_norm
+from dlopt.training.step import frozen_statistics
+from dlopt.training.trainer import Trainer
 
 Batch = tuple[Tensor, Tensor]
 

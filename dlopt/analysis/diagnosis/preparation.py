@@ -10,8 +10,8 @@ from dlopt.analysis.diagnosis.layers import layer_parameters
 from dlopt.config.experiment import Experiment
 from dlopt.config.schema import Component
 from dlopt.parallel.mode import Mode
-from dlopt.train.build import Setup, load_weights, set_up
-from dlopt.train.trainer import Trainer, dry_run
+from dlopt.training.build import Setup, load_weights, set_up
+from dlopt.training.trainer import Trainer, dry_run
 
 _SMALL = 2_000_000  # multiply-accumulates: some 50 microseconds of one core
 

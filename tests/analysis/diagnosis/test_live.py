@@ -12,10 +12,10 @@ from dlopt.analysis.diagnosis.live import Diagnostics
 from dlopt.analysis.diagnosis.preparation import prepare
 from dlopt.errors import UserError
 from dlopt.tracking.tracking import Tracking
-from dlopt.train.build import Setup, set_up
-from dlopt.train.step import Step
-from dlopt.train.trainer import dry_run
-from tests.train.runs import RICH, SMALL, experiment, result, resume, same, start
+from dlopt.training.build import Setup, set_up
+from dlopt.training.step import Step
+from dlopt.training.trainer import dry_run
+from tests.training.runs import RICH, SMALL, experiment, result, resume, same, start
 
 LOOKING = ["diagnostics=[gradients,activations,curvature]", "diagnostics_every=3", "tracking=[tensorboard]"]
 

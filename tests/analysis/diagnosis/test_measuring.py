@@ -11,7 +11,7 @@ from torch import Tensor
 from dlopt.analysis.diagnosis.measuring import SHARES, Diagnosis, diagnose, loss_of, snapshot, walk
 from dlopt.analysis.diagnosis.pictures import clipping_factor, pictures, some
 from dlopt.analysis.diagnosis.preparation import prepare
-from tests.train.runs import SMALL, experiment, same
+from tests.training.runs import SMALL, experiment, same
 
 DEVICE = ["threads=1", "device=cpu"]
 MLP = [*SMALL, "model.widths=[8,8]", "model.activation=tanh", "precision=fp64"]

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from dlopt.analysis.diagnosis.preparation import prepare
-from dlopt.train.checkpoint import load
-from tests.train.runs import SMALL, experiment, start
+from dlopt.training.checkpoint import load
+from tests.training.runs import SMALL, experiment, start
 
 
 def test_a_checkpoint_of_a_gpu_is_looked_at_on_a_cpu(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def make_run(
         "optimizer": {"_target_": TARGETS[optimizer], "lr": lr, "weight_decay": 0.0, **own},
         "data": {"_target_": "dlopt.data.digits.digits", "batch_size": 64},
         "model": {"_target_": "dlopt.models.mlp.MLP", "widths": [64, 64]},
-        "clip": {"_target_": "dlopt.train.clipping.Unclipped"},
+        "clip": {"_target_": "dlopt.training.clipping.Unclipped"},
     }  # fmt: skip
     for key, value in (config or {}).items():
         group, _, inner = key.partition(".")

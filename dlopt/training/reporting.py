@@ -1,0 +1,83 @@
+"""What a run shows at its beginning, and its summary at the end."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dlopt.config.rules import further_figure
+from dlopt.tracking.tracking import Tracking
+from dlopt.training.batch_norm import small_batches
+from dlopt.training.build import Setup
+from dlopt.training.progress import Length
+from dlopt.training.speed import chosen
+
+if TYPE_CHECKING:
+    from dlopt.training.trainer import Run, Status, Trainer
+
+
+def open_tracking(run: "Run", state: Mapping[str, Any] | None, console: bool) -> Tracking:
+    settings, progress = run.experiment.settings, None if state is None else state["progress"]
+    return Tracking(
+        run.folder,
+        sinks=settings.tracking,
+        console=console,
+        log_every_steps=settings.log_every_steps,
+        resume_from=progress and (progress["epoch"], progress["step"]),
+    )
+
+
+def introduce(trainer: "Trainer", setup: Setup, length: Length, choices: Mapping[str, str]) -> None:
+    """Shows what is about to be trained."""
+    dataset, settings, tracking = setup.dataset, setup.experiment.settings, trainer.tracking
+    facts: dict[str, Any] = {
+        "parameters": sum(p.numel() for p in setup.module.parameters()),
+        "train": len(dataset.train),
+        "val": len(dataset.val) if dataset.val is not None else 0,
+        "test": len(dataset.test) if dataset.test is not None else 0,
+        "device": str(setup.device),
+        "precision": setup.precision.name,
+    }
+    if setup.device.type == "cpu":
+        facts["threads"] = torch.get_num_threads()
+    tracking.begin(
+        dict(setup.experiment.config),
+        facts,
+        epochs=length.epochs,
+        steps_per_epoch=length.steps_per_epoch,
+        first_step=trainer.progress.step,
+        steps=length.steps,
+        choices=choices,
+    )
+    automatic = chosen(setup.experiment, setup.precision, setup.uncompiled, trainer.graph_obstacle)
+    lines = [*([automatic] if automatic else []), *dataset.notes, *setup.parallel.notes, *small_batches(setup)]
+    for line in lines:
+        tracking.message(line)
+    if trainer.progress.step == 0 and len(dataset.train.shape) == 3 and settings.tracking and setup.parallel.is_main:
+        inputs, _ = next(iter(trainer.batches.epoch(0)))
+        tracking.images(inputs[:64].float().cpu())
+
+
+def summarize(trainer: "Trainer", setup: Setup, status: "Status") -> dict[str, Any]:
+    """Returns summary.json before the test; a regression has no accuracies."""
+    best, progress = trainer.best, trainer.progress
+    summary = {
+        "status": status,
+        "epochs": progress.epoch,
+        "steps": progress.step,
+        "best_epoch": best.epoch,
+        "best_val_loss": best.val_loss,
+        "best_val_accuracy": best.val_accuracy,
+        "test_loss": None,
+        "test_accuracy": None,
+        "seconds": progress.seconds,
+        "parameters": sum(p.numel() for p in setup.module.parameters()),
+        "parallel": setup.parallel.name,
+        "processes": setup.parallel.processes,
+        "resumed_from": progress.resumed_from,
+        **({} if progress.found_lr is None else {"found_lr": progress.found_lr}),
+        **trainer.recovery.summary(),
+    }
+    if further_figure(best.monitor) is not None and best.epoch is not None:
+        summary[f"best_{best.monitor}"] = best.figure
+    return {key: value for key, value in summary.items() if setup.classify or not key.endswith("accuracy")}

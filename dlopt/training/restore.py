@@ -1,0 +1,76 @@
+"""A trained model from its checkpoint alone: no data are read."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dlopt.augment.pipeline import CentreCrop
+from dlopt.config.compose import resolve_saved
+from dlopt.config.parsing import parse
+from dlopt.config.saved import with_changes
+from dlopt.errors import UserError
+from dlopt.processor import choose_device, set_threads
+from dlopt.training.checkpoint import load
+from dlopt.training.precision import Precision, choose_precision
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model with its normalization, on its device and in evaluation mode."""
+
+    normalize: nn.Module
+    module: nn.Module
+    loss: nn.Module
+    precision: Precision
+    classes: tuple[str, ...] | None  # None: regression
+    outputs_count: int
+    sample: tuple[int, ...]  # shape of what it is given
+    window: tuple[int, ...]  # and of the part of it that the model sees
+    config: Mapping[str, Any]
+    epoch: int
+
+    @torch.inference_mode()
+    def outputs(self, inputs: Tensor) -> Tensor:
+        """Outputs [B, K], on the device in fp32 or fp64, of samples [B, *sample] as the data give them."""
+        inputs = inputs.to(self.precision.device)
+        if self.window != self.sample:
+            inputs, _ = CentreCrop(self.window)(inputs, torch.empty(0))
+        model: Callable[[Tensor], Tensor] = self.precision.autocast(self.module)
+        outputs = model(self.normalize(inputs).to(self.precision.dtype))
+        return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+
+
+def restore(path: Path, overrides: Mapping[str, Any]) -> Trained:
+    """The model in the checkpoint `path`, its config changed by the typed `overrides`. Raises `UserError`."""
+    state = load(path)
+    facts = state["progress"].get("data")
+    if not facts:
+        raise UserError(f"checkpoint={path}: it is of an older dlopt and does not say which classes the model knows")
+    experiment = parse(resolve_saved(with_changes(state["config"], overrides, path)))
+    settings = experiment.settings
+    set_threads(settings.threads)
+    device = choose_device(settings.device)
+    precision = choose_precision(settings.precision, device)
+    sample, window = tuple(facts["sample"]), tuple(facts["window"])
+    classes = None if facts["classes"] is None else tuple(facts["classes"])
+    normalize: nn.Module = experiment.normalize.build(input_shape=sample)
+    module: nn.Module = experiment.model.build(input_shape=window, classes=facts["outputs"])
+    loss: nn.Module = experiment.loss.build(classes=None if classes is None else len(classes))
+    normalize.load_state_dict(state["normalize"])
+    module.load_state_dict(state["ema"] or state["model"])
+    return Trained(
+        normalize=normalize.to(device=device, dtype=precision.dtype).eval(),
+        module=module.to(device=device, dtype=precision.dtype).eval(),
+        loss=loss.to(device).eval(),
+        precision=precision,
+        classes=classes,
+        outputs_count=facts["outputs"],
+        sample=sample,
+        window=window,
+        config=state["config"],
+        epoch=state["progress"]["epoch"],
+    )

@@ -1,0 +1,169 @@
+"""When to stop, and which model was best."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from dlopt.errors import UserError
+from dlopt.parallel.shards import local
+from dlopt.ranges import Count, Natural, NonNegative, Positive
+from dlopt.training.clipping import Norm, plain_norm
+
+
+class Stopping(Protocol):
+    met: bool  # the run should end
+
+    def update(self, metrics: Mapping[str, Any]) -> None:
+        """Takes an evaluation's figures."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+def figure(metrics: Mapping[str, Any], monitor: str) -> float:
+    """The monitored figure as a loss (lower is better): accuracies and the like are negated.
+
+    `auto` is val_accuracy, or val_loss where there is none. What is not finite is as bad as can be (infinity). Raises
+    `UserError` when the figure is not logged.
+    """
+    if monitor == "auto":
+        monitor = "val_accuracy" if metrics.get("val_accuracy") is not None else "val_loss"
+    value = metrics.get(monitor)
+    if value is None:
+        logged = ", ".join(sorted(key for key in metrics if key.startswith("val_"))) or "none"
+        raise UserError(f"monitor={monitor}: this run logs no such validation figure; it logs: {logged}")
+    return _finite(value if lower_is_better(monitor) else -value)
+
+
+def _finite(value: float | None) -> float:
+    return float(value) if value is not None and math.isfinite(value) else math.inf
+
+
+def lower_is_better(monitor: str) -> bool:
+    return monitor.endswith(("loss", "error", "mae"))
+
+
+class Never:
+    """No early end."""
+
+    met = False
+
+    def update(self, metrics: Mapping[str, Any]) -> None:
+        pass
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        pass
+
+
+class Early:
+    """Ends the run when `patience` evaluations in a row brought no improvement by more than `min_delta`.
+
+    A figure that is not finite is no improvement.
+    """
+
+    def __init__(self, *, monitor: str, patience: Count, min_delta: NonNegative) -> None:
+        self.monitor = monitor
+        self.patience = patience
+        self.min_delta = min_delta
+        self.best = math.inf
+        self.waited = 0
+
+    @property
+    def met(self) -> bool:
+        return self.waited >= self.patience
+
+    def update(self, metrics: Mapping[str, Any]) -> None:
+        value = figure(metrics, self.monitor)
+        if value < self.best - self.min_delta:
+            self.best, self.waited = value, 0
+        else:
+            self.waited += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "waited": self.waited}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.best, self.waited = state["best"], state["waited"]
+
+
+class Tolerance:
+    """Ends the run when the parameters moved by less than `tolerance` (2-norm) for more than `iterations` updates.
+
+    The stopping rule of plain gradient descent. `after_update` has to follow every update; it waits for the device.
+    """
+
+    def __init__(self, model: nn.Module, norm: Norm = plain_norm, *, tolerance: Positive, iterations: Natural) -> None:
+        self.norm = norm
+        self.tolerance = tolerance
+        self.iterations = iterations
+        self.count = 0
+        self._parameters = [p.detach() for p in model.parameters() if p.requires_grad and not p.is_meta]
+        self._before = [p.clone() for p in self._parameters]
+        self._own = [local(p) for p in self._parameters], [local(p) for p in self._before]
+
+    @property
+    def met(self) -> bool:
+        return self.count > self.iterations
+
+    @torch.no_grad()
+    def after_update(self) -> None:
+        moved = torch._foreach_sub(self._parameters, self._before)
+        norm = self.norm(moved).item()
+        self._look()
+        self.count = self.count + 1 if norm < self.tolerance else 0
+
+    def update(self, metrics: Mapping[str, Any]) -> None:
+        pass
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """To be called when the model has been loaded: the next update is measured from there."""
+        self.count = state["count"]
+        self._look()
+
+    def _look(self) -> None:
+        now, before = self._own
+        torch._foreach_copy_(before, now)
+
+
+@dataclass
+class Best:
+    """The best evaluation so far; of equal figures the one with the smaller loss, then the first."""
+
+    monitor: str
+    value: float = math.inf
+    epoch: int | None = None
+    val_loss: float | None = None
+    val_accuracy: float | None = None
+
+    def update(self, metrics: Mapping[str, Any]) -> bool:
+        """True when these figures are the best so far."""
+        value, loss = figure(metrics, self.monitor), _finite(metrics.get("val_loss"))
+        if value == math.inf or (value, loss) >= (self.value, _finite(self.val_loss)):
+            return False
+        self.value, self.epoch = value, metrics["epoch"]
+        self.val_loss, self.val_accuracy = metrics.get("val_loss"), metrics.get("val_accuracy")
+        return True
+
+    @property
+    def figure(self) -> float:
+        """The monitored figure as it is logged."""
+        return self.value if lower_is_better(self.monitor) else -self.value
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)

@@ -1,0 +1,116 @@
+"""Small runs inside the test process, and how they end early."""
+
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from dlopt.config.compose import Composer, to_plain
+from dlopt.config.experiment import Experiment
+from dlopt.config.parsing import parse
+from dlopt.job import train
+from dlopt.training import checkpoint
+from dlopt.training.checkpoint import Checkpoints
+from dlopt.training.step import Step
+from dlopt.training.trainer import Run
+
+SMALL = [
+    "data.subset=120",
+    "data.val_split=0.25",
+    "data.batch_size=25",  # 90 training samples: batches of 25, 25, 25, 15
+    "data.workers=0",
+    "model=mlp",
+    "model.widths=[12]",
+    "tracking=[]",
+    "threads=1",
+    "device=cpu",
+]
+# What resuming has to bring back: momentum, averages, dropout masks, augmentation draws.
+RICH = [*SMALL, "augmentation=crop_flip", "model.dropout=0.3", "ema=0.9", "epochs=4"]
+STEPS_PER_EPOCH = 4
+
+
+def experiment(*overrides: str) -> Experiment:
+    lines = list(overrides)
+    plain, saved = to_plain(Composer().compose(lines), lines)
+    return parse(plain, saved)
+
+
+def start(folder: Path, *overrides: str) -> dict[str, Any]:
+    """A new run in `folder`; returns its summary."""
+    return train(Run(experiment(*overrides), folder), console=False)
+
+
+def resume(folder: Path, *overrides: str) -> dict[str, Any]:
+    """Goes on with the newest checkpoint in `folder`, or from the beginning where there is none."""
+    state = Checkpoints(folder / "checkpoints").load_newest()
+    return train(Run(experiment(*overrides), folder, state), console=False)
+
+
+@contextmanager
+def at_update(number: int, action: Callable[[], object]) -> Iterator[None]:
+    """Calls `action` after update `number` (from 1), counted over the whole run."""
+    original = Step.update
+
+    def update(self: Step, inputs: torch.Tensor, targets: torch.Tensor, count: int, *others: Any, **keys: Any) -> None:
+        original(self, inputs, targets, count, *others, **keys)
+        if count + 1 == number:
+            action()
+
+    with patch.object(Step, "update", update):
+        yield
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def in_fork(function: Callable[[], object]) -> int:
+    """Runs `function` in a forked child; returns the wait status. A child that gets through exits with 0."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            function()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+        finally:
+            os._exit(code)
+    return os.waitpid(child, 0)[1]
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def timeless(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without the wall-clock time."""
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in metrics(folder)]
+
+
+def result(folder: Path, name: str = "last.pt") -> dict[str, Any]:
+    """What must be equal, bit for bit, however often a run was interrupted."""
+    state = checkpoint.load(folder / "checkpoints" / name)
+    progress = {k: v for k, v in state["progress"].items() if k not in ("seconds", "resumed_from")}
+    return {**{key: state[key] for key in ("model", "optimizer", "schedule", "ema", "normalize")}, "progress": progress}
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equality bit for bit through dicts, lists and tensors."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return isinstance(b, list | tuple) and len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and a == b

@@ -1,0 +1,111 @@
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dlopt.training.averaging import ExponentialAverage
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).double()
+
+
+def averaged(average: ExponentialAverage, model: nn.Module) -> dict[str, Tensor]:
+    with average.in_place():
+        return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def move(model: nn.Module, n: int) -> None:
+    with torch.no_grad():
+        for value in (*model.parameters(), *model.buffers()):
+            if value.is_floating_point():
+                value.add_(torch.randn(value.shape, generator=torch.Generator().manual_seed(n), dtype=value.dtype))
+            else:
+                value.add_(n)
+
+
+def test_closed_form() -> None:
+    """a_n = d^n w_0 + (1 - d) sum_k d^(n-k) w_k, for weights and batch-norm statistics; counters are copied."""
+    model, decay, count = net(), 0.8, 7
+    average = ExponentialAverage(model, decay)
+    history = [copy.deepcopy(model.state_dict())]
+    for n in range(1, count + 1):
+        move(model, n)
+        average.update()
+        history.append(copy.deepcopy(model.state_dict()))
+    for name, value in averaged(average, model).items():
+        if not value.is_floating_point():
+            assert int(value) == int(history[-1][name]) > 0
+            continue
+        expected = decay**count * history[0][name]
+        for n in range(1, count + 1):
+            expected = expected + (1 - decay) * decay ** (count - n) * history[n][name]
+        torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-13)
+        assert not torch.equal(value, history[-1][name])
+
+
+def test_starts_at_the_weights_and_leaves_the_model_alone() -> None:
+    model = net()
+    before = copy.deepcopy(model.state_dict())
+    average = ExponentialAverage(model, 0.9)
+    assert all(torch.equal(averaged(average, model)[name], before[name]) for name in before)
+    average.update()
+    assert all(torch.equal(model.state_dict()[name], before[name]) for name in before)
+    assert model.training
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_the_model_holds_the_average_for_a_while() -> None:
+    model = net()
+    average = ExponentialAverage(model, 0.9)
+    move(model, 1)
+    average.update()
+    weights, expected = copy.deepcopy(model.state_dict()), averaged(average, model)
+    with pytest.raises(KeyError), average.in_place():
+        assert all(torch.equal(model.state_dict()[name], expected[name]) for name in expected)
+        model[1].running_mean.fill_(7.0)
+        raise KeyError
+    assert all(torch.equal(model.state_dict()[name], weights[name]) for name in weights)
+    assert bool((averaged(average, model)["1.running_mean"] == 7.0).all()), "what was changed meanwhile is kept"
+
+
+def test_shared_weights_are_averaged_once() -> None:
+    first, second = nn.Linear(3, 3), nn.Linear(3, 3)
+    second.weight = first.weight
+    model = nn.Sequential(first, second).double()
+    average = ExponentialAverage(model, 0.75)
+    start = first.weight.detach().clone()
+    with torch.no_grad():
+        first.weight.add_(1.0)
+    average.update()
+    torch.testing.assert_close(averaged(average, model)["1.weight"], start + 0.25, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("cut", [0, 3])
+def test_a_checkpoint_changes_nothing(cut: int) -> None:
+    model, other = net(), net()
+    average, resumed = ExponentialAverage(model, 0.9), ExponentialAverage(other, 0.9)
+    for n in range(1, 6):
+        move(model, n)
+        average.update()
+        if n == cut:
+            other.load_state_dict(averaged(average, model))
+            resumed.restart()
+            other.load_state_dict(model.state_dict())
+        elif n > cut:
+            move(other, n)
+            resumed.update()
+    expected, found = averaged(average, model), averaged(resumed, other)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_follows_weights_that_are_loaded_later() -> None:
+    model = net()
+    average = ExponentialAverage(model, 0.5)
+    new = {name: torch.full_like(value, 3) for name, value in model.state_dict().items()}
+    expected = (averaged(average, model)["0.weight"] + 3.0) / 2
+    model.load_state_dict(new)
+    average.update()
+    torch.testing.assert_close(averaged(average, model)["0.weight"], expected)

@@ -1,0 +1,56 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dlopt.errors import UserError
+from dlopt.training.batch_norm import _smallest_part, check_single_values
+from dlopt.training.build import Setup
+from dlopt.training.build import set_up as set_up_experiment
+from tests.training.runs import SMALL, experiment, same
+
+
+def set_up(*overrides: str) -> Setup:
+    return set_up_experiment(experiment(*SMALL, *overrides))
+
+
+@given(count=st.integers(1, 60), size=st.integers(1, 60), accumulate=st.integers(1, 12), drop_last=st.booleans())
+def test_the_smallest_micro_batch_is_found(count: int, size: int, accumulate: int, drop_last: bool) -> None:
+    size = min(size, count)
+    parts = torch.zeros(count).split(size)
+    if drop_last:
+        parts = tuple(part for part in parts if len(part) == size)
+    sizes = [len(micro) for part in parts for micro in part.tensor_split(min(accumulate, len(part)))]
+    assert _smallest_part(count, size, accumulate, drop_last) == min(sizes)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "refused"),
+    [
+        (["data.batch_size=1"], True),
+        (["data.batch_size=1", "model.norm=none"], False),
+        (["data.batch_size=1", "model.norm=layer"], False),
+        (["data.batch_size=89"], True),  # 90 samples: one is left over
+        (["data.batch_size=89", "data.drop_last=true"], False),
+        (["data.batch_size=30"], False),
+        (["data.batch_size=30", "accumulate=30"], True),
+        (["data.batch_size=31", "accumulate=10"], False),  # the last batch of 28 is cut into parts of 3 and 2
+        (["data.batch_size=31", "accumulate=15"], True),  # and here of 2 and 1
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_batch_norm_over_one_value_is_refused(overrides: list[str], refused: bool) -> None:
+    setup = set_up("model.norm=batch", *overrides)
+    before = {name: value.clone() for name, value in setup.module.state_dict().items()}
+    if refused:
+        with pytest.raises(UserError, match=r"one value per channel"):
+            check_single_values(setup)
+    else:
+        check_single_values(setup)
+    assert same(dict(setup.module.state_dict()), before)
+    assert setup.module.training
+
+
+def test_batch_norm_over_one_image_has_many_values() -> None:
+    lines = [line for line in SMALL if not line.startswith("model")]
+    check_single_values(set_up_experiment(experiment(*lines, "model=resnet20", "data.batch_size=1")))

@@ -1,0 +1,32 @@
+import torch
+
+from dlopt.training.build import Setup, evaluation_batches, training_batches
+from dlopt.training.build import set_up as set_up_experiment
+from tests.training.runs import SMALL, experiment, same
+
+
+def set_up(*overrides: str) -> Setup:
+    return set_up_experiment(experiment(*SMALL, *overrides))
+
+
+def test_order_and_augmentation_have_streams_of_their_own() -> None:
+    def first(*overrides: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return next(training_batches(set_up("augmentation=crop_flip", *overrides)).epoch(0))
+
+    reference = first()
+    assert same(first(), reference)
+    other_order = first("order_seed=5")
+    assert not torch.equal(other_order[1], reference[1])
+    other_draws = first("augmentation_seed=5")
+    assert torch.equal(other_draws[1], reference[1]) and not torch.equal(other_draws[0], reference[0])
+    assert same(first("init_seed=5"), reference)
+
+
+def test_evaluation_batches_are_neither_shuffled_nor_augmented_nor_cut() -> None:
+    setup = set_up("augmentation=crop_flip", "data.drop_last=true")
+    assert setup.dataset.val is not None
+    batches = list(evaluation_batches(setup, setup.dataset.val).epoch(0))
+    assert [len(targets) for _, targets in batches] == [25, 5]
+    everything = setup.normalize(setup.dataset.val.fetch(torch.arange(30)))
+    assert torch.equal(torch.cat([inputs for inputs, _ in batches]), everything)
+    assert torch.equal(torch.cat([targets for _, targets in batches]), setup.dataset.val.targets)

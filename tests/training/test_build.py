@@ -1,0 +1,125 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dlopt.data.samples import Dataset, InMemory
+from dlopt.errors import UserError
+from dlopt.processor import choose_device
+from dlopt.training.build import Setup, load_weights, training_batches
+from dlopt.training.build import set_up as set_up_experiment
+from tests.training.runs import SMALL, experiment, same
+
+
+def set_up(*overrides: str) -> Setup:
+    return set_up_experiment(experiment(*SMALL, *overrides))
+
+
+# -- the machine
+
+
+def test_auto_is_an_accelerator_or_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_device("cpu") == torch.device("cpu")
+    for found, expected in (("cuda", "cuda"), ("mps", "mps"), ("xpu", "cpu"), (None, "cpu")):
+        device = None if found is None else torch.device(found)
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda found=found: found is not None)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda device=device: device)
+        assert choose_device("auto") == torch.device(expected)
+
+
+# -- model and weights
+
+
+def test_weights_follow_their_own_seed_alone() -> None:
+    first = dict(set_up("seed=1", "init_seed=7").module.state_dict())
+    torch.rand(5)  # whatever was drawn before
+    assert same(first, dict(set_up("seed=2", "init_seed=7").module.state_dict()))
+    assert not same(first, dict(set_up("seed=1").module.state_dict()))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp64", "bf16"])
+def test_weights_are_the_same_in_every_precision(precision: str) -> None:
+    reference = set_up("precision=fp32").module
+    setup = set_up(f"precision={precision}")
+    dtype = torch.float64 if precision == "fp64" else torch.float32
+    for a, b in zip(reference.parameters(), setup.module.parameters(), strict=True):
+        assert b.dtype == dtype and torch.equal(a.to(dtype), b)
+    inputs, _ = next(training_batches(setup).epoch(0))
+    assert inputs.dtype == dtype
+
+
+def test_outputs_follow_the_data() -> None:
+    inputs = torch.zeros(4, 3)
+
+    def outputs(targets: torch.Tensor, classes: tuple[str, ...] | None) -> int:
+        return Dataset(InMemory(inputs, targets), None, None, classes).outputs
+
+    assert outputs(torch.zeros(4, dtype=torch.int64), ("a", "b", "c")) == 3
+    assert outputs(torch.zeros(4), None) == 1
+    assert outputs(torch.zeros(4, 5), None) == 5
+
+
+@pytest.mark.parametrize("wanted", ["auto", "true", "false"])
+@pytest.mark.parametrize("model", ["resnet20", "mlp"])
+def test_memory_format(wanted: str, model: str) -> None:
+    lines = [line for line in SMALL if not line.startswith("model")]
+    setup = set_up_experiment(experiment(*lines, f"model={model}", f"channels_last={wanted}"))
+    expected = wanted == "true" or (wanted == "auto" and model == "resnet20")
+    assert (setup.memory_format == torch.channels_last) is expected
+    inputs, _ = next(training_batches(setup).epoch(0))
+    assert inputs.is_contiguous(memory_format=setup.memory_format)
+
+
+def test_normalization_comes_from_a_checkpoint_where_there_is_one() -> None:
+    first = set_up()
+    state = {name: value * 2 for name, value in first.normalize.state_dict().items()}
+    resumed = set_up_experiment(experiment(*SMALL), state)
+    assert same(dict(resumed.normalize.state_dict()), state)
+    assert not same(dict(first.normalize.state_dict()), state)
+
+
+# -- weights from a file
+
+
+@pytest.fixture
+def save(tmp_path: Path) -> Callable[[Any], Path]:
+    def write(content: Any) -> Path:
+        path = tmp_path / "weights.pt"
+        torch.save(content, path)
+        return path
+
+    return write
+
+
+class Net(nn.Module):
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.hidden, self.norm, self.head = nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, classes)
+
+
+def net(classes: int = 3) -> Net:
+    return Net(classes)
+
+
+def test_weights_of_the_same_model(save: Callable[[Any], Path]) -> None:
+    source, model = net(), net()
+    lines = load_weights(model, save(source.state_dict()))
+    assert same(dict(model.state_dict()), dict(source.state_dict()))
+    assert len(lines) == 1
+
+
+def test_another_head_keeps_its_own_weights_and_is_told(save: Callable[[Any], Path]) -> None:
+    source, model = net(10), net(3)
+    head = model.head.weight.detach().clone()
+    lines = load_weights(model, save({**source.state_dict(), "extra": torch.zeros(1)}))
+    assert torch.equal(model.hidden.weight, source.hidden.weight) and torch.equal(model.head.weight, head)
+    told = "\n".join(lines)
+    assert "head.weight, head.bias" in told and "extra" in told
+
+
+def test_weights_of_which_none_fits_are_refused(save: Callable[[Any], Path]) -> None:
+    with pytest.raises(UserError, match=r"init_from=.*weights\.pt: none"):
+        load_weights(net(), save({"other": torch.zeros(3)}))

@@ -1,0 +1,480 @@
+import io
+import logging
+import os
+import pickle
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dlopt import files as durable
+from dlopt.errors import RunError, UserError
+from dlopt.training.checkpoint import KEYS, Checkpoints, load, load_weights
+from tests.training.runs import in_fork, same
+
+
+def state(step: int, *, best_epoch: int | None = None, epoch: int | None = None) -> dict[str, Any]:
+    weights = torch.full((300,), float(step))
+    return {
+        "model": {"weight": weights},
+        "optimizer": {"state": {}, "param_groups": []},
+        "schedule": {},
+        "ema": None,
+        "rng": {},
+        "progress": {
+            "epoch": step if epoch is None else epoch,
+            "position": 0,
+            "step": step,
+            "best": {"epoch": best_epoch},
+        },
+        "config": {"name": "try"},
+        "normalize": {},
+    }
+
+
+def folder_of(tmp_path: Path, *steps: int, keep: int = 2, best: bool = False) -> Checkpoints:
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep)
+    for step in steps:
+        checkpoints.save(state(step), best=best)
+    return checkpoints
+
+
+def names(checkpoints: Checkpoints) -> set[str]:
+    return {path.name for path in checkpoints.folder.iterdir()}
+
+
+def newest_step(checkpoints: Checkpoints) -> int | None:
+    found = Checkpoints(checkpoints.folder, checkpoints.keep).load_newest()
+    return None if found is None else found["progress"]["step"]
+
+
+def with_checksums(*files: str) -> set[str]:
+    return {name for file in files for name in (file, f"{file}.sha256")}
+
+
+# -- what is there
+
+
+def test_what_is_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    checkpoints = folder_of(tmp_path, 3)
+    found = load(checkpoints.last)
+    assert set(found) == KEYS == {"format", *state(3)}
+    assert same({key: found[key] for key in state(3)}, state(3))
+
+
+@pytest.mark.parametrize(
+    ("keep", "earlier"), [(1, []), (2, ["step-10.pt"]), (3, ["step-9.pt", "step-10.pt"]), (9, ["step-8.pt"])]
+)
+def test_keeps_the_newest_by_number(tmp_path: Path, keep: int, earlier: list[str]) -> None:
+    """Step 10 is newer than step 9."""
+    checkpoints = folder_of(tmp_path, 8, 9, 10, 11, keep=keep)
+    assert with_checksums("last.pt", *earlier) <= names(checkpoints)
+    assert len(names(checkpoints)) == 2 * min(keep, 4)
+    assert newest_step(checkpoints) == 11
+    for number in (11, 10, 9, 8)[: min(keep, 4) - 1]:
+        damage(checkpoints.last if number == 11 else checkpoints.folder / f"step-{number}.pt")
+        assert newest_step(checkpoints) == number - 1
+
+
+def test_best_is_the_one_that_was_best(tmp_path: Path) -> None:
+    checkpoints = folder_of(tmp_path)
+    for step, best in ((1, True), (2, True), (3, False)):
+        checkpoints.save(state(step), best=best)
+    assert load(checkpoints.best)["progress"]["step"] == 2
+    assert load(checkpoints.last)["progress"]["step"] == 3
+    damage(checkpoints.last)
+    assert load(checkpoints.best)["progress"]["step"] == 2, "files are replaced, not written over"
+
+
+def test_a_new_folder_has_none(tmp_path: Path) -> None:
+    assert Checkpoints(tmp_path / "checkpoints").load_newest() is None
+
+
+def test_a_resumed_run_keeps_what_it_found(tmp_path: Path) -> None:
+    """The checkpoint from which a run went on stays until two newer ones are there."""
+    folder_of(tmp_path, 10)
+    resumed = Checkpoints(tmp_path / "checkpoints")
+    resumed.save(state(20), best=False)
+    damage(resumed.last)
+    assert newest_step(resumed) == 10
+
+
+def test_a_resumed_run_does_not_keep_what_is_damaged(tmp_path: Path) -> None:
+    damage(folder_of(tmp_path, 10, 20).last)
+    resumed = Checkpoints(tmp_path / "checkpoints")
+    assert newest_step(resumed) == 10
+    resumed.save(state(20), best=False)
+    damage(resumed.last)
+    assert newest_step(resumed) == 10
+
+
+# -- damage
+
+
+def damage(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.unlink()  # a hard link may share the data; a disk damages one place
+    path.write_bytes(data)
+
+
+def truncate(path: Path) -> None:
+    data = path.read_bytes()
+    path.unlink()
+    path.write_bytes(data[: len(data) // 3])
+
+
+def empty(path: Path) -> None:
+    path.unlink()
+    path.write_bytes(b"")
+
+
+def zero_a_page(path: Path) -> None:
+    data = path.read_bytes()
+    path.unlink()
+    path.write_bytes(data[:500] + bytes(400) + data[900:])
+
+
+def lose_checksum(path: Path) -> None:
+    path.with_name(f"{path.name}.sha256").unlink()
+
+
+def empty_checksum(path: Path) -> None:
+    path.with_name(f"{path.name}.sha256").write_text("")
+
+
+def binary_checksum(path: Path) -> None:
+    path.with_name(f"{path.name}.sha256").write_bytes(bytes(range(256)))
+
+
+def dangle(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("nowhere.pt")
+
+
+DAMAGES = [damage, truncate, empty, zero_a_page, lose_checksum, empty_checksum, binary_checksum, dangle]
+
+
+@pytest.mark.parametrize("spoil", DAMAGES, ids=lambda f: f.__name__)
+def test_a_damaged_newest_is_told_and_the_one_before_taken(
+    tmp_path: Path, spoil: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoints = folder_of(tmp_path, 1, 2, 3)
+    spoil(checkpoints.last)
+    with caplog.at_level(logging.WARNING):
+        assert newest_step(checkpoints) == 2
+    assert "last.pt" in caplog.text and "trying the one before" in caplog.text
+
+
+@pytest.mark.parametrize("spoil", DAMAGES, ids=lambda f: f.__name__)
+def test_none_whole_stops_and_never_starts_again(tmp_path: Path, spoil: Callable[[Path], None]) -> None:
+    checkpoints = folder_of(tmp_path, 1, 2)
+    for name in ("last.pt", "step-1.pt"):
+        spoil(checkpoints.folder / name)
+    with pytest.raises(RunError, match=r"none .* is whole \(last\.pt, step-1\.pt\)"):
+        newest_step(checkpoints)
+
+
+def test_every_flipped_bit_is_seen(tmp_path: Path) -> None:
+    checkpoints = folder_of(tmp_path, 1)
+    data = checkpoints.last.read_bytes()
+    for position in range(0, len(data), max(1, len(data) // 50)):
+        flipped = bytearray(data)
+        flipped[position] ^= 1 << position % 8
+        checkpoints.last.write_bytes(flipped)
+        with pytest.raises(UserError, match="damaged: its SHA-256"):
+            load(checkpoints.last)
+    checkpoints.last.write_bytes(data)
+    load(checkpoints.last)
+
+
+@pytest.mark.parametrize("position", [0, 5, 63])
+def test_a_flipped_bit_in_the_checksum_is_seen(tmp_path: Path, position: int) -> None:
+    checkpoints = folder_of(tmp_path, 1, 2)
+    path = checkpoints.folder / "last.pt.sha256"
+    digits = bytearray(path.read_bytes())
+    digits[position] ^= 1
+    path.write_bytes(digits)
+    assert newest_step(checkpoints) == 1
+
+
+# -- crashes
+
+
+@pytest.fixture
+def no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a killed process has written is seen by the next one without being synced, which would take its time."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+class Crashes:
+    """Ends the process like kill -9 at the n-th call that changes the file system, before or after it."""
+
+    def __init__(self, at: int, after: bool) -> None:
+        self.left, self.after = at, after
+
+    def install(self) -> None:
+        for name in ("replace", "fsync", "link", "unlink"):
+            setattr(os, name, self._wrap(getattr(os, name)))
+        torch.save = self._half(torch.save)
+
+    def _wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            self.left -= 1
+            if self.left == 0 and not self.after:
+                self._die()
+            try:
+                return function(*arguments, **named)
+            finally:
+                if self.left == 0:
+                    self._die()
+
+        return call
+
+    def _half(self, save: Callable[..., Any]) -> Callable[..., Any]:
+        def call(value: Any, file: Any) -> None:
+            buffer = io.BytesIO()
+            save(value, buffer)
+            data = buffer.getvalue()
+            file.write(data[: len(data) // 2])
+            file.flush()
+            self.left -= 1
+            if self.left == 0:
+                self._die()
+            file.write(data[len(data) // 2 :])
+
+        return call
+
+    @staticmethod
+    def _die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.usefixtures("no_sync")
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_crash_at_any_call_leaves_whole_files(tmp_path: Path, keep: int, after: bool) -> None:
+    """Saving a best checkpoint over an older one, killed at every call; afterwards the run can go on."""
+    boundary = 0
+    died = True
+    while died:
+        boundary += 1
+        checkpoints = folder_of(tmp_path / f"{boundary}", 8, 9, keep=keep, best=True)
+
+        def save(checkpoints: Checkpoints = checkpoints, boundary: int = boundary) -> None:
+            Crashes(boundary, after).install()
+            checkpoints.save(state(10, best_epoch=10), best=True)
+
+        died = os.WIFSIGNALED(in_fork(save))
+        resumed = Checkpoints(checkpoints.folder, keep)
+        found = resumed.load_newest()
+        assert found is not None
+        step = found["progress"]["step"]
+        assert step in (9, 10)
+        assert same(found["model"], state(step)["model"])
+        if step == 10:
+            resumed.restore_best(found)
+        best = load(resumed.best)
+        assert best["progress"]["step"] == step, "a best that last.pt speaks of is there"
+        for number in (10, 11, 12):
+            resumed.save(state(number), best=number == 11)
+        kept = ["step-11.pt"] if keep == 2 else []
+        assert names(resumed) == with_checksums("last.pt", "best.pt", *kept), "no stray files once it has gone on"
+        assert load(resumed.best)["progress"]["step"] == 11
+    assert boundary > 15, "otherwise the calls were not seen"
+    assert step == 10
+
+
+@pytest.mark.usefixtures("no_sync")
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_a_crash_in_the_first_save_leaves_nothing_or_a_whole_one(tmp_path: Path, after: bool) -> None:
+    boundary, died, seen = 0, True, set()
+    while died:
+        boundary += 1
+        checkpoints = Checkpoints(tmp_path / f"{boundary}")
+
+        def save(checkpoints: Checkpoints = checkpoints, boundary: int = boundary) -> None:
+            Crashes(boundary, after).install()
+            checkpoints.save(state(1), best=False)
+
+        died = os.WIFSIGNALED(in_fork(save))
+        seen.add(newest_step(checkpoints))
+        checkpoints.save(state(2), best=False)
+        assert newest_step(checkpoints) == 2
+    assert seen == {None, 1}
+
+
+@pytest.mark.usefixtures("no_sync")
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed")])
+def test_a_full_disk_is_one_message_and_leaves_no_stray_file(
+    tmp_path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every call that writes fails once; what was there before stays, and the next save works."""
+    boundary, failed = 0, True
+    while failed:
+        boundary += 1
+        failed = False
+        checkpoints = folder_of(tmp_path / f"{boundary}", 8, 9, best=True)
+        before = names(checkpoints)
+        left = boundary
+
+        def failing(function: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*arguments: Any, **named: Any) -> Any:
+                nonlocal left, failed
+                left -= 1
+                if left == 0:
+                    failed = True
+                    raise error
+                return function(*arguments, **named)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for name in ("replace", "fsync"):
+                patch.setattr(os, name, failing(getattr(os, name)))
+            patch.setattr(torch, "save", failing(torch.save))
+            try:
+                checkpoints.save(state(10), best=True)
+            except RunError as told:
+                assert str(told).startswith(f"the checkpoint {checkpoints.last} could not be written: ")
+        assert names(checkpoints) - before <= with_checksums("step-9.pt"), "no stray temporary file"
+        assert newest_step(checkpoints) in ((9, 10) if failed else (10,))
+        load(checkpoints.best)
+        checkpoints.save(state(11), best=True)
+        assert newest_step(checkpoints) == 11
+        assert not [name for name in names(checkpoints) if ".tmp" in name]
+    assert boundary > 8
+
+
+def test_an_interrupted_write_leaves_no_temporary_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = folder_of(tmp_path, 1)
+
+    def save(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.save(state(2), best=False)
+    assert newest_step(checkpoints) == 1
+    assert not [name for name in names(checkpoints) if ".tmp" in name]
+
+
+def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, str]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        calls.append(("fsync", os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))))
+        fsync(descriptor)
+
+    def replaced(source: Any, target: Any) -> None:
+        calls.append(("replace", os.path.basename(target)))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    folder_of(tmp_path, 1)
+    for name in ("last.pt", "last.pt.sha256"):
+        at = calls.index(("replace", name))
+        assert ("fsync", f".{name}.tmp") in calls[:at]
+        assert ("fsync", "checkpoints") in calls[at:]
+
+
+def test_without_hard_links_the_file_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def link(*arguments: Any) -> None:
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    checkpoints = folder_of(tmp_path, 1, 2, 3, best=True)
+    assert names(checkpoints) == with_checksums("last.pt", "best.pt", "step-2.pt")
+    assert load(checkpoints.best)["progress"]["step"] == 3
+    assert load(checkpoints.folder / "step-2.pt")["progress"]["step"] == 2
+
+
+# -- hostile and foreign files
+
+
+class Payload:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.marker,))
+
+
+def sign(path: Path) -> Path:
+    """A checksum beside it: whoever can place a file can place that too."""
+    durable.write_digests(path, [durable.sha256(path)])
+    return path
+
+
+@pytest.mark.parametrize("read", [load, load_weights])
+@pytest.mark.parametrize("kind", ["torch", "pickle", "legacy"])
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_code_in_a_checkpoint_does_not_run(tmp_path: Path, kind: str, read: Callable[[Path], Any]) -> None:
+    marker, path = tmp_path / "marker", tmp_path / "last.pt"
+    content = {"format": 1, **state(1), "config": Payload(marker)}
+    if kind == "pickle":
+        path.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=kind == "torch")
+    with pytest.raises(UserError, match=r"holds no weights|no dlopt checkpoint"):
+        read(sign(path))
+    assert not marker.exists()
+    pickle.loads(pickle.dumps(Payload(marker)))
+    assert marker.exists(), "the payload works where pickle is let loose"
+
+
+@pytest.mark.parametrize("form", [99, "2", None, 1.5, [1], True])
+def test_another_format_is_refused_by_name(tmp_path: Path, form: Any) -> None:
+    path = tmp_path / "last.pt"
+    torch.save({**state(1), "format": form}, path)
+    with pytest.raises(UserError, match=r"newer dlopt \(format 99" if form == 99 else r"last\.pt: .*format"):
+        load(sign(path))
+
+
+@pytest.mark.parametrize("content", [{"weight": torch.zeros(2)}, [1, 2], torch.zeros(3)])
+def test_a_file_of_weights_alone_is_no_run(tmp_path: Path, content: Any) -> None:
+    path = tmp_path / "weights.pt"
+    torch.save(content, path)
+    with pytest.raises(UserError, match="init_from="):
+        load(sign(path))
+
+
+@pytest.mark.parametrize("key", sorted(KEYS - {"format"}))
+def test_a_missing_part_is_named(tmp_path: Path, key: str) -> None:
+    path = tmp_path / "last.pt"
+    torch.save({k: v for k, v in {"format": 1, **state(1)}.items() if k != key}, path)
+    with pytest.raises(UserError, match=f": {key} missing"):
+        load(sign(path))
+
+
+def test_no_file_a_folder_and_noise(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        load(tmp_path / "nothing.pt")
+    with pytest.raises(UserError, match=r"folder; name a file"):
+        load(tmp_path)
+    noise = tmp_path / "noise.pt"
+    noise.write_bytes(os.urandom(1000))
+    with pytest.raises(UserError, match="no dlopt checkpoint"):
+        load(sign(noise))
+
+
+def test_weights_alone(tmp_path: Path) -> None:
+    checkpoints = folder_of(tmp_path, 4)
+    assert same(load_weights(checkpoints.last), state(4)["model"])
+    averaged = {**state(5), "ema": {"weight": torch.zeros(300)}}
+    checkpoints.save(averaged, best=False)
+    assert same(load_weights(checkpoints.last), averaged["ema"]), "the average where there is one"
+    plain = tmp_path / "weights.pt"
+    torch.save({"weight": torch.ones(2)}, plain)
+    assert same(load_weights(plain), {"weight": torch.ones(2)})
+    torch.save({"weight": 3}, plain)
+    with pytest.raises(UserError, match="no weights by name"):
+        load_weights(plain)
+    damage(checkpoints.last)
+    with pytest.raises(UserError):
+        load_weights(checkpoints.last)

@@ -1,0 +1,148 @@
+"""Checkpoints that are written while the training goes on."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from dlopt.errors import RunError
+from dlopt.training import checkpoint
+from dlopt.training.checkpoint import Checkpoints, load
+from tests.training.runs import RICH, at_update, in_fork, result, resume, same, start, terminate, timeless
+from tests.training.test_checkpoint import names, state, with_checksums
+
+BEHIND = "checkpoint.asynchronous=true"
+
+
+@contextmanager
+def slow_disk(seconds: float, fail: Callable[[int], bool] = lambda step: False) -> Iterator[list[int]]:
+    """Writing takes a while; the steps written, in their order."""
+    written: list[int] = []
+    original = torch.save
+
+    def save(value: Any, file: Any) -> None:
+        assert threading.current_thread() is not threading.main_thread()
+        time.sleep(seconds)
+        if fail(value["progress"]["step"]):
+            file.write(b"half of it")
+            raise OSError(28, "No space left on device")
+        original(value, file)
+        written.append(value["progress"]["step"])
+
+    with patch.object(torch, "save", save):
+        yield written
+
+
+def test_the_state_is_that_of_the_call_whatever_comes_after(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, asynchronous=True)
+    given = state(1)
+    with slow_disk(0.2):
+        begin = time.monotonic()
+        checkpoints.save(given, best=True)
+        assert time.monotonic() - begin < 0.15
+        given["model"]["weight"].zero_()
+        given["progress"]["step"] = 99
+        checkpoints.settle()
+    assert same({key: load(checkpoints.best)[key] for key in state(1)}, state(1))
+    assert names_in(tmp_path) == with_checksums("last.pt", "best.pt")
+
+
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_one_after_the_other(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, 3, asynchronous=True)
+    with slow_disk(0.03) as written:
+        for step in range(8, 12):
+            checkpoints.save(state(step), best=step == 9)
+        found = checkpoints.load_newest()
+    assert written == [8, 9, 10, 11] and found is not None and found["progress"]["step"] == 11
+    assert load(checkpoints.best)["progress"]["step"] == 9
+    assert names(checkpoints) == with_checksums("last.pt", "best.pt", "step-9.pt", "step-10.pt")
+
+
+@pytest.mark.parametrize("ask", ["save", "settle", "load_newest", "has_best"])
+def test_what_goes_wrong_is_told_by_the_next_call(tmp_path: Path, ask: str) -> None:
+    checkpoints = Checkpoints(tmp_path, asynchronous=True)
+    with slow_disk(0.0, lambda step: step == 2):
+        checkpoints.save(state(1), best=False)
+        checkpoints.save(state(2), best=False)
+        with pytest.raises(RunError, match=r"last\.pt could not be written: .*No space left"):
+            {"save": lambda: checkpoints.save(state(3), best=False)}.get(ask, getattr(checkpoints, ask))()
+        checkpoints.settle()
+    assert load(checkpoints.last)["progress"]["step"] == 1
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    start(folder, *RICH)
+    return folder
+
+
+def assert_same_run(folder: Path, other: Path) -> None:
+    assert timeless(folder) == timeless(other)
+    for name in ("last.pt", "best.pt"):
+        assert same(result(folder, name), result(other, name)), name
+
+
+def test_the_run_is_the_same(whole: Path, tmp_path: Path) -> None:
+    with slow_disk(0.01) as written:
+        assert start(tmp_path, *RICH, BEHIND, "checkpoint.every_steps=1")["status"] == "finished"
+    assert written == sorted(written) and written[-1] == 16
+    assert_same_run(tmp_path, whole)
+
+
+def test_an_interrupted_run_finishes_its_save(whole: Path, tmp_path: Path) -> None:
+    with slow_disk(0.3), at_update(6, terminate):
+        assert start(tmp_path, *RICH, BEHIND)["status"] == "interrupted"
+    assert load(tmp_path / "checkpoints/last.pt")["progress"]["step"] == 6
+    assert resume(tmp_path, *RICH, BEHIND)["resumed_from"] == [6]
+    assert_same_run(tmp_path, whole)
+
+
+@pytest.mark.parametrize("step", [5, 10, 16])
+def test_killed_while_something_is_written(whole: Path, tmp_path: Path, step: int) -> None:
+    def until() -> None:
+        with slow_disk(0.02), at_update(step, lambda: os.kill(os.getpid(), signal.SIGKILL)):
+            resume(tmp_path, *RICH, BEHIND, "checkpoint.every_steps=1")
+
+    assert os.WTERMSIG(in_fork(until)) == signal.SIGKILL
+    assert resume(tmp_path, *RICH, BEHIND)["status"] == "finished"
+    assert_same_run(tmp_path, whole)
+
+
+def test_a_full_disk_ends_the_run(whole: Path, tmp_path: Path) -> None:
+    with slow_disk(0.0, lambda step: step == 12), pytest.raises(RunError, match="No space left"):
+        start(tmp_path, *RICH, BEHIND)
+    assert resume(tmp_path, *RICH, BEHIND)["resumed_from"] == [8]
+    assert_same_run(tmp_path, whole)
+
+
+def test_a_failing_run_finishes_the_save_before(tmp_path: Path) -> None:
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    with slow_disk(0.2), at_update(5, fail), pytest.raises(ZeroDivisionError):
+        start(tmp_path, *RICH, BEHIND)
+    assert load(tmp_path / "checkpoints/last.pt")["progress"]["step"] == 4
+    assert not [each for each in threading.enumerate() if each.name == "checkpoint"]
+
+
+def test_copies_are_deep() -> None:
+    tensor = torch.ones(3)
+    given = {"a": [tensor, (1, tensor)], "b": {"c": None, 3: "x"}}
+    copied = checkpoint._copied(given)
+    assert same(copied, given)
+    tensor.zero_()
+    assert copied["a"][0].sum() == copied["a"][1][1].sum() == 3

@@ -1,0 +1,241 @@
+"""Updates by replay of a graph against plain updates, with a recorder that simulates a CUDA graph on the CPU."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dlopt.models.airbench import AirBench
+from dlopt.optim import Muon
+from dlopt.parallel.mode import Mode
+from dlopt.schedules import Scheduler
+from dlopt.training.averaging import ExponentialAverage
+from dlopt.training.clipping import ByNorm, Clip, Unclipped
+from dlopt.training.cuda_graphs import Capture, GraphedStep, obstacle
+from dlopt.training.metrics import Sums
+from dlopt.training.nonfinite import Diverged
+from dlopt.training.precision import Precision
+from dlopt.training.step import Network, Step, StepSettings
+from tests.recorded import SimulatedRecorder
+
+SIZE = 8
+Make = Callable[[Any], torch.optim.Optimizer]
+OPTIMIZERS: dict[str, Make] = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.125, momentum=0.9, nesterov=True, weight_decay=1e-3, fused=True),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.0625, fused=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.0625, weight_decay=0.1, fused=True),
+    "muon": lambda p: Muon(p, lr=0.125, rest="sgd", rest_lr=0.125, normalize_weights=True),
+}
+
+
+def net(dropout: float = 0.3) -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(dropout), nn.Flatten(), nn.Linear(64, 5)]
+    return nn.Sequential(*layers)
+
+
+def batch(number: int, size: int = SIZE) -> tuple[Tensor, Tensor]:
+    draws = torch.Generator().manual_seed(number)
+    return torch.randn(size, 3, 6, 6, generator=draws), torch.randint(5, (size,), generator=draws)
+
+
+class Run:
+    """Some updates, plain or recorded, and all that they leave."""
+
+    def __init__(
+        self,
+        make: Make,
+        recorder: SimulatedRecorder | None,
+        *,
+        accumulate: int = 1,
+        clip: Clip | None = None,
+        schedule: Callable[[torch.optim.Optimizer], Scheduler] | None = None,
+    ) -> None:
+        self.model = net()
+        self.optimizer = make(self.model.parameters())
+        # Exact in single precision.
+        self.schedule = (schedule or (lambda each: Scheduler(each, lambda t: 0.5 ** (t // 3))))(self.optimizer)
+        self.average = ExponentialAverage(self.model, 0.9)
+        average = [self.average.update]
+        arguments: Any = (
+            Network(self.model, self.model, nn.CrossEntropyLoss()), self.optimizer, self.schedule, Mode(CPU),
+            StepSettings(accumulate=accumulate, seed=3, check_now=False),
+        )  # fmt: skip
+        keys: Any = {
+            "precision": Precision("fp32", CPU), "clip": clip or ByNorm(max_norm=1.0), "after": average,
+        }  # fmt: skip
+        self.step: Step = (
+            Step(*arguments, **keys)
+            if recorder is None
+            else GraphedStep(*arguments, **keys, capture=Capture(recorder, SIZE, log_norm=True, inside=average))
+        )
+        self.sums, self.rates = Sums(classify=True), []
+
+    def go(self, steps: range, sizes: Callable[[int], int] = lambda step: SIZE) -> "Run":
+        for step in steps:
+            self.step.update(*batch(step, sizes(step)), step, self.sums, log_norm=True)
+            self.rates.append(float(self.step.rate))
+        return self
+
+    def left(self) -> list[Tensor]:
+        tensors = [*self.model.state_dict().values(), *self.average._averages]
+        assert self.step.norm is not None
+        means = torch.tensor([*self.sums.means("").values(), *self.rates])
+        return [*(each.clone() for each in tensors), means, self.step.norm.clone()]
+
+
+def equal(a: Run, b: Run) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.left(), b.left(), strict=True))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_replayed_updates_are_the_plain_ones_bit_for_bit(name: str, accumulate: int) -> None:
+    """Weights, running statistics, averages, dropout, clipping, figures and learning rates, which change on the way."""
+    recorder = SimulatedRecorder()
+    plain = Run(OPTIMIZERS[name], None, accumulate=accumulate).go(range(10))
+    replayed = Run(OPTIMIZERS[name], recorder, accumulate=accumulate).go(range(10))
+    assert (recorder.warmed, recorder.recorded, recorder.replayed) == (3, 1, 7)
+    assert equal(plain, replayed)
+    assert len({float(x) for x in plain.rates}) == 4
+
+
+def test_a_smaller_last_batch_is_run_as_it_is() -> None:
+    recorder = SimulatedRecorder()
+
+    def sizes(step: int) -> int:
+        return 5 if step % 4 == 3 else SIZE
+
+    plain, replayed = Run(OPTIMIZERS["sgd"], None), Run(OPTIMIZERS["sgd"], recorder)
+    assert equal(plain.go(range(12), sizes), replayed.go(range(12), sizes))
+    assert (recorder.warmed, recorder.recorded, recorder.replayed) == (3, 1, 6)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_loaded_state_is_recorded_anew_and_saved_with_numbers(name: str) -> None:
+    recorder = SimulatedRecorder()
+    plain, replayed = Run(OPTIMIZERS[name], None), Run(OPTIMIZERS[name], recorder)
+    for run in (plain, replayed):
+        run.go(range(6))
+        kept = copy.deepcopy((run.optimizer.state_dict(), run.schedule.state_dict(), run.model.state_dict()))
+        run.go(range(6, 9))
+        run.optimizer.load_state_dict(kept[0])
+        run.schedule.load_state_dict(kept[1])
+        run.model.load_state_dict(kept[2])
+        run.go(range(6, 12))
+        assert all(type(group["lr"]) is float for group in kept[0]["param_groups"])
+    assert recorder.recorded == 2
+    assert equal(plain, replayed)
+
+
+def test_parameters_that_rest_are_recorded_anew() -> None:
+    def make(parameters: Any) -> torch.optim.Optimizer:
+        first, *others = parameters
+        groups = [{"params": others}, {"params": [first], "horizon": 0.5}]
+        return torch.optim.SGD(groups, lr=0.125, momentum=0.5, fused=True)
+
+    recorder = SimulatedRecorder()
+
+    def schedule(optimizer: torch.optim.Optimizer) -> Scheduler:
+        return Scheduler(optimizer, lambda t: max(1 - t / 16, 0.0), freezes=True)
+
+    plain = Run(make, None, schedule=schedule).go(range(14))
+    replayed = Run(make, recorder, schedule=schedule).go(range(14))
+    assert not next(replayed.model.parameters()).requires_grad
+    assert recorder.recorded == 2
+    assert equal(plain, replayed)
+
+
+def test_what_is_not_finite_is_seen_at_the_next_look() -> None:
+    recorder = SimulatedRecorder()
+    run = Run(OPTIMIZERS["sgd"], recorder, clip=Unclipped()).go(range(6))
+    run.step.check_updates()
+    inputs, targets = batch(6)
+    run.step.update(inputs * float("nan"), targets, 6, run.sums)
+    run.go(range(7, 9))
+    with pytest.raises(Diverged, match="update 7") as caught:
+        run.step.check_updates()
+    assert caught.value.step == 7 and not caught.value.before_update
+
+
+def test_a_model_that_decides_on_the_host_goes_on_without_a_graph(caplog: pytest.LogCaptureFixture) -> None:
+    class Deciding(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 2 if x.mean().item() > 0 else x
+
+    def run(recorder: SimulatedRecorder | None) -> Run:
+        made = Run(OPTIMIZERS["sgd"], recorder)
+        made.model.append(Deciding())
+        return made.go(range(6))
+
+    recorder = SimulatedRecorder()
+    assert equal(run(None), run(recorder))
+    assert recorder.replayed == 0 and "cannot be recorded as a CUDA graph" in caplog.text
+
+
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+def obstacle_of(
+    make: Make = OPTIMIZERS["sgd"],
+    *,
+    model: nn.Module | None = None,
+    mode: Mode | None = None,
+    precision: str = "fp32",
+    observed: bool = False,
+    **settings: Any,
+) -> str | None:
+    model = net() if model is None else model
+    optimizer = make(model.parameters())
+    return obstacle(
+        model,
+        optimizer,
+        Scheduler(optimizer, lambda t: 1.0),
+        mode or Mode(CUDA),
+        StepSettings(**{"check_now": False, **settings}),
+        precision=Precision(precision, CUDA),
+        observed=observed,
+    )
+
+
+def test_who_is_eligible() -> None:
+    for name, make in OPTIMIZERS.items():
+        assert obstacle_of(make) is None, name
+    norm = {"norm": "batch", "norm_affine": True, "norm_groups": 8, "norm_ghost_batch": None, "norm_eps": 1e-5}
+    model = AirBench(
+        input_shape=(3, 8, 8), classes=3, whiten_kernel=2, widths=(4, 4, 4), activation="gelu", norm_momentum=0.1,
+        **norm,  # type: ignore[arg-type]
+    )  # fmt: skip
+    assert obstacle_of(model=model) is None
+
+
+class Theirs(nn.Linear):
+    pass
+
+
+class Two(Mode):
+    processes = 2
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"mode": Mode(CPU)}, "none on cpu"),
+        ({"mode": Two(CUDA)}, "several processes"),
+        ({"observed": True}, "diagnostics"),
+        ({"make": lambda p: torch.optim.SGD(p, lr=0.1, fused=False)}, "SGD decides on the host"),
+        ({"make": lambda p: torch.optim.LBFGS(p)}, "LBFGS"),
+        ({"evaluates_once": False}, "SGD"),
+        ({"precision": "fp16"}, "fp16"),
+        ({"check_now": True}, "check=step"),
+        ({"halve_on_out_of_memory": True}, "halve"),
+        ({"model": nn.Sequential(nn.Flatten(), Theirs(4, 2))}, "Theirs"),
+        ({"model": nn.LSTM(3, 2)}, "LSTM"),
+    ],
+)
+def test_who_is_not(changed: dict[str, Any], reason: str) -> None:
+    found = obstacle_of(**changed)
+    assert found is not None and reason in found

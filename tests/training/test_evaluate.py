@@ -1,0 +1,131 @@
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dlopt.losses import CrossEntropy
+from dlopt.training.evaluate import evaluate
+from dlopt.training.precision import Precision
+
+CROSS_ENTROPY = CrossEntropy(label_smoothing=0.2, class_weights=None, classes=3)
+
+
+def data(count: int = 23) -> tuple[Tensor, Tensor]:
+    draws = torch.Generator().manual_seed(0)
+    return torch.randn(count, 4, generator=draws), torch.randint(3, (count,), generator=draws)
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3))
+
+
+def cut(size: int, count: int = 23) -> Iterator[tuple[Tensor, Tensor]]:
+    inputs, targets = data(count)
+    yield from zip(inputs.split(size), targets.split(size), strict=True)
+
+
+@pytest.mark.parametrize("size", [1, 5, 22, 23, 50])
+def test_every_sample_counts_once_whatever_the_batches(size: int) -> None:
+    model = net().double().eval()
+    inputs, targets = data()
+    loss, right = 0.0, 0
+    for x, y in zip(inputs.double(), targets, strict=True):
+        outputs = model(x[None])
+        loss += F.cross_entropy(outputs, y[None]).item()
+        right += int(outputs.argmax()) == int(y)
+    batches = ((x.double(), y) for x, y in cut(size))
+    found = evaluate(model.train(), model, batches, CROSS_ENTROPY, classify=True, prefix="val")
+    assert found is not None and set(found) == {"val_loss", "val_accuracy"}
+    assert found["val_loss"] == pytest.approx(loss / 23, rel=1e-13)
+    assert found["val_accuracy"] == right / 23
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_leaves_the_model_as_it_was(training: bool) -> None:
+    model, loss = (
+        net().train(training),
+        CrossEntropy(label_smoothing=0.2, class_weights=None, classes=3).train(training),
+    )
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    random = torch.get_rng_state()
+    evaluate(model, model, cut(5), loss, classify=True, prefix="val")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(module.training is training for module in (*model.modules(), loss))
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def test_the_mode_comes_back_after_an_error() -> None:
+    model = net()
+    with pytest.raises(RuntimeError):
+        evaluate(model, model, [(torch.zeros(2, 5), torch.zeros(2))], CROSS_ENTROPY, classify=True, prefix="val")
+    assert model.training and CROSS_ENTROPY.training
+
+
+class After:
+    """Becomes true at the n-th look."""
+
+    def __init__(self, looks: int) -> None:
+        self.looks = looks
+
+    def __bool__(self) -> bool:
+        self.looks -= 1
+        return self.looks < 0
+
+
+def test_an_interruption_gives_no_figures() -> None:
+    model, taken = net(), []
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for number, each in enumerate(cut(5)):
+            taken.append(number)
+            yield each
+
+    found = evaluate(model, model, batches(), CROSS_ENTROPY, classify=True, prefix="val", interruption=After(2))
+    assert found is None and taken == [0, 1, 2]
+    assert model.training
+
+
+def test_regression() -> None:
+    model = nn.Linear(4, 1)
+    inputs = data()[0]
+    targets = inputs.sum(1)
+    batches = zip(inputs.split(6), targets.split(6), strict=True)
+    found = evaluate(model, lambda x: model(x).squeeze(1), batches, nn.MSELoss(), classify=False, prefix="test")
+    expected = F.mse_loss(model(inputs).squeeze(1), targets).item()
+    assert found == {"test_loss": pytest.approx(expected, rel=1e-6)}
+
+
+def test_under_bfloat16_the_loss_itself_is_computed_in_float32() -> None:
+    """The loss of bfloat16 outputs would have three digits."""
+    model = net()
+    autocast = Precision("bf16", torch.device("cpu")).autocast
+    low = autocast(model)
+    found = evaluate(model, low, cut(23), CROSS_ENTROPY, classify=True, prefix="val")
+    with torch.no_grad():
+        outputs = autocast(model.eval())(data()[0])
+    assert outputs.dtype == torch.bfloat16
+    assert found is not None
+    assert found["val_loss"] == pytest.approx(F.cross_entropy(outputs.float(), data()[1]).item(), rel=1e-6)
+
+
+def test_a_batch_without_samples_goes_through_the_model_and_counts_for_nothing() -> None:
+    """Another rank that has samples may wait for this one within the model."""
+    model, sizes = net().double(), []
+    inputs, targets = data()
+    inputs = inputs.double()
+
+    def call(inputs: Tensor) -> Tensor:
+        sizes.append(len(inputs))
+        outputs: Tensor = model(inputs)
+        return outputs
+
+    parts = [(inputs, targets), (inputs[:0], targets[:0])]
+    whole, with_none = (
+        evaluate(model, call, batches, CROSS_ENTROPY, classify=True, prefix="val") for batches in (parts[:1], parts)
+    )
+    assert whole == with_none
+    assert sizes == [23, 23, 0]

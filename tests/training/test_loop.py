@@ -1,0 +1,508 @@
+"""The loop with doubles for batches, tracking and checkpoints."""
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dlopt.errors import RunError, UserError
+from dlopt.interruption import Interruption
+from dlopt.parallel.mode import Mode
+from dlopt.schedules import Scheduler
+from dlopt.training.averaging import ExponentialAverage, at_evaluation_point
+from dlopt.training.evaluate import evaluate
+from dlopt.training.metrics import Sums
+from dlopt.training.nonfinite import Recovery
+from dlopt.training.precision import Precision
+from dlopt.training.progress import Intervals, Progress
+from dlopt.training.step import Network, Step, StepSettings
+from dlopt.training.stopping import Best, Early, Never
+from dlopt.training.trainer import Trainer
+from tests.training.runs import same
+
+COUNT, SIZE = 23, 5  # 5 batches an epoch, the last of 3 samples
+PER_EPOCH = 5
+
+
+def samples() -> tuple[Tensor, Tensor]:
+    draws = torch.Generator().manual_seed(0)
+    return torch.randn(COUNT, 4, generator=draws), torch.randint(3, (COUNT,), generator=draws)
+
+
+@dataclass
+class Batches:
+    asked: list[tuple[int, int, int]] = field(default_factory=list)
+    bad_at: int | None = None
+
+    def __len__(self) -> int:
+        return PER_EPOCH
+
+    def epoch(self, epoch: int, start: int = 0, step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        self.asked.append((epoch, start, step))
+        inputs, targets = samples()
+        order = torch.randperm(COUNT, generator=torch.Generator().manual_seed(epoch))
+        for number, part in enumerate(order.split(SIZE)[start:]):
+            if step + number == self.bad_at:
+                raise UserError("data.root=images: 7.png is damaged")
+            yield inputs[part], targets[part]
+
+
+@dataclass
+class Tracking:
+    advanced: list[int] = field(default_factory=list)
+    steps: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    epochs: list[dict[str, Any]] = field(default_factory=list)
+
+    def advance(self, step: int) -> None:
+        self.advanced.append(step)
+
+    def step(self, step: int, values: Mapping[str, float]) -> None:
+        self.steps.append((step, dict(values)))
+
+    def epoch(self, metrics: Mapping[str, Any], **_: Any) -> None:
+        self.epochs.append(dict(metrics))
+
+    def rewind(self, epoch: int, step: int) -> None:
+        self.epochs = [line for line in self.epochs if line["epoch"] <= epoch]
+
+
+@dataclass
+class Checkpoints:
+    saved: list[dict[str, Any]] = field(default_factory=list)
+    best: list[int] = field(default_factory=list)
+    restored: list[int] = field(default_factory=list)
+    shards: None = None
+
+    def save(self, state: dict[str, Any], *, best: bool, landmark: str | None = None) -> None:
+        self.saved.append(copy.deepcopy(state))
+        if best:
+            self.best.append(state["progress"]["step"])
+
+    def settle(self) -> None:
+        pass
+
+    def has_best(self) -> bool:
+        return True
+
+    def restore_best(self, state: dict[str, Any]) -> None:
+        self.restored.append(state["progress"]["step"])
+
+    @property
+    def steps(self) -> list[int]:
+        return [state["progress"]["step"] for state in self.saved]
+
+
+INTERVALS = (
+    "steps", "evaluate_every", "save_every_epochs", "save_every_steps", "log_every_steps", "snapshot",
+)  # fmt: skip
+
+
+def training(
+    *,
+    lr: float = 0.1,
+    ema: float | None = None,
+    loss: nn.Module | None = None,
+    check_now: bool = True,
+    **changed: Any,
+) -> Trainer:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+    average = None if ema is None else ExponentialAverage(model, ema)
+    cpu = torch.device("cpu")
+    step = Step(
+        Network(model, model, loss or nn.CrossEntropyLoss()),
+        optimizer,
+        Scheduler(optimizer, lambda t: 1 / (1 + 0.1 * t)),
+        Mode(cpu),
+        StepSettings(check_now=check_now),
+        precision=Precision("fp32", cpu),
+        after=() if average is None else (average.update,),
+    )
+    inputs, targets = samples()
+
+    def validate(interruption: Interruption) -> dict[str, float] | None:
+        batches = zip(inputs.split(7), targets.split(7), strict=True)
+        with at_evaluation_point(optimizer, average):
+            return evaluate(
+                model,
+                model,
+                batches,
+                nn.CrossEntropyLoss(),
+                classify=True,
+                prefix="val",
+                interruption=interruption,
+            )
+
+    lengths = {"steps": 15, **{key: changed.pop(key) for key in INTERVALS if key in changed}}
+    arguments: dict[str, Any] = {
+        "batches": Batches(),
+        "validate": validate,
+        "tracking": Tracking(),
+        "checkpoints": Checkpoints(),
+        "stopping": Never(),
+        "best": Best("val_loss"),
+        "recovery": Recovery("stop", attempts=1, lr_factor=1.0, newest=lambda: None, tell=print),
+    }
+    return Trainer(
+        step=step,
+        intervals=Intervals(**lengths),
+        average=average,
+        normalize=nn.Identity(),
+        config={"name": "try"},
+        progress=Progress(horizon=15),
+        sums=Sums(True),
+        **arguments | changed,
+    )
+
+
+def run(t: Trainer, interruption: Any = None) -> tuple[str, Tracking, Checkpoints]:
+    status = t.fit(Interruption() if interruption is None else interruption)
+    assert isinstance(t.tracking, Tracking) and isinstance(t.checkpoints, Checkpoints)
+    return status, t.tracking, t.checkpoints
+
+
+class Asked:
+    """An interruption that comes with the n-th look at it."""
+
+    def __init__(self, look: float) -> None:
+        self.left = look
+
+    def __bool__(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+# -- length
+
+
+@pytest.mark.parametrize(("steps", "epochs"), [(1, [1]), (4, [4]), (5, [5]), (6, [5, 6]), (15, [5, 10, 15])])
+def test_ends_at_the_last_step_and_evaluates_there(steps: int, epochs: list[int]) -> None:
+    status, tracking, checkpoints = run(training(steps=steps))
+    assert status == "finished"
+    assert tracking.advanced == list(range(1, steps + 1))
+    assert [line["step"] for line in tracking.epochs] == epochs
+    assert [line["epoch"] for line in tracking.epochs] == list(range(1, len(epochs) + 1))
+    assert checkpoints.steps == epochs
+
+
+def test_every_epoch_is_asked_for_with_its_first_step() -> None:
+    t = training()
+    run(t)
+    assert isinstance(t.batches, Batches)
+    assert t.batches.asked == [(0, 0, 0), (1, 0, 5), (2, 0, 10)]
+
+
+def test_training_figures_weigh_the_last_smaller_batch_by_its_samples() -> None:
+    """With a learning rate too small to move anything and no dropout, they are the mean over all samples."""
+    t = training(lr=1e-30)
+    t.module[3].p = 0.0  # type: ignore[index]
+    t.module[1].eval()  # type: ignore[index]
+    t.module.train = lambda mode=True: t.module  # type: ignore[method-assign]
+    _, tracking, _ = run(t)
+    inputs, targets = samples()
+    with torch.no_grad():
+        outputs = t.module(inputs)
+    for line in tracking.epochs:
+        assert line["train_loss"] == pytest.approx(F.cross_entropy(outputs, targets).item(), rel=1e-6)
+        assert line["train_accuracy"] == float((outputs.argmax(1) == targets).sum()) / COUNT
+
+
+def test_the_learning_rate_of_a_line_is_that_of_its_last_update() -> None:
+    _, tracking, _ = run(training())
+    assert [line["lr"] for line in tracking.epochs] == [0.1 * (1 / (1 + 0.1 * t)) for t in (4, 9, 14)]
+
+
+# -- evaluation and checkpoints
+
+
+@pytest.mark.parametrize(("every", "expected"), [(1, [1, 2, 3, 4, 5]), (2, [2, 4, 5]), (3, [3, 5]), (9, [5])])
+def test_evaluates_every_so_many_epochs_and_at_the_end(every: int, expected: list[int]) -> None:
+    _, tracking, _ = run(training(steps=25, evaluate_every=every))
+    assert [line["epoch"] for line in tracking.epochs] == expected
+
+
+def test_figures_of_epochs_that_are_not_evaluated_do_not_leak_into_the_next() -> None:
+    _, every, _ = run(training())
+    _, some, _ = run(training(evaluate_every=3))
+    keys = ("train_loss", "train_accuracy", "val_loss", "val_accuracy")
+    assert {key: every.epochs[2][key] for key in keys} == {key: some.epochs[0][key] for key in keys}
+
+
+@pytest.mark.parametrize(
+    ("epochs", "steps", "expected"),
+    [
+        (1, None, [5, 10, 15]),
+        (2, None, [10, 15]),
+        (None, None, [15]),
+        (None, 4, [4, 8, 12, 15]),
+        (None, 7, [7, 14, 15]),
+        (1, 4, [4, 5, 8, 10, 12, 15]),
+        (1, 5, [5, 5, 10, 10, 15, 15]),
+    ],
+)
+def test_saves_when_it_is_due(epochs: int | None, steps: int | None, expected: list[int]) -> None:
+    t = training(validate=None, save_every_epochs=epochs, save_every_steps=steps)
+    _, _, checkpoints = run(t)
+    assert checkpoints.steps == expected
+
+
+def test_saves_what_is_best_though_no_checkpoint_is_due() -> None:
+    _, tracking, checkpoints = run(training(save_every_epochs=None))
+    losses, best = [line["val_loss"] for line in tracking.epochs], math.inf
+    expected = []
+    for step, loss in zip((5, 10, 15), losses, strict=True):
+        if loss < best:
+            best = loss
+            expected.append(step)
+    assert checkpoints.best == expected
+    assert checkpoints.steps[-1] == 15
+
+
+def test_a_metric_line_is_written_before_the_checkpoint_that_counts_it() -> None:
+    order: list[str] = []
+
+    class Lines(Tracking):
+        def epoch(self, metrics: Mapping[str, Any], **_: Any) -> None:
+            order.append(f"line {metrics['epoch']}")
+
+    class Saves(Checkpoints):
+        def save(self, state: dict[str, Any], *, best: bool, landmark: str | None = None) -> None:
+            order.append(f"save {state['progress']['epoch']}")
+
+    run(training(tracking=Lines(), checkpoints=Saves()))
+    assert order == ["line 1", "save 1", "line 2", "save 2", "line 3", "save 3"]
+
+
+def test_without_a_validation_set() -> None:
+    status, tracking, checkpoints = run(training(validate=None))
+    assert status == "finished" and checkpoints.best == []
+    assert set(tracking.epochs[0]) == {"epoch", "step", "lr", "train_loss", "train_accuracy", "seconds"}
+
+
+def test_metrics_have_the_contracts_keys_and_no_nan() -> None:
+    _, tracking, _ = run(training())
+    expected = {"epoch", "step", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "seconds"}
+    for line in tracking.epochs:
+        assert set(line) == expected
+        assert all(math.isfinite(value) for value in line.values())
+        assert 0 <= line["train_accuracy"] <= 1 and 0 <= line["val_accuracy"] <= 1
+    seconds = [line["seconds"] for line in tracking.epochs]
+    assert seconds == sorted(seconds) and seconds[0] > 0
+
+
+# -- logging
+
+
+def test_logs_every_so_many_steps() -> None:
+    _, tracking, _ = run(training(log_every_steps=4))
+    assert [step for step, _ in tracking.steps] == [4, 8, 12]
+    for step, values in tracking.steps:
+        assert values["grad_norm/global"] > 0
+        assert values["lr"] == 0.1 * (1 / (1 + 0.1 * (step - 1)))
+        assert values["train/loss"] > 0 and 0 <= values["train/accuracy"] <= 1
+        assert values["throughput/samples_per_second"] > 0
+
+
+@pytest.mark.parametrize("every", [1, 3, 5, 7])
+def test_logging_changes_no_number(every: int) -> None:
+    quiet, logged = training(), training(log_every_steps=every)
+    run(quiet), run(logged)
+    assert same(dict(quiet.module.state_dict()), dict(logged.module.state_dict()))
+    for a, b in zip(quiet.tracking.epochs, logged.tracking.epochs, strict=True):  # type: ignore[attr-defined]
+        assert {**a, "seconds": 0} == {**b, "seconds": 0}
+
+
+# -- stopping
+
+
+def scripted(*losses: float) -> Callable[[Interruption], dict[str, float]]:
+    remaining = iter(losses)
+    return lambda interruption: {"val_loss": next(remaining), "val_accuracy": 0.5}
+
+
+def test_stops_early_with_a_checkpoint_and_the_best_kept() -> None:
+    early = Early(monitor="val_loss", patience=2, min_delta=0.0)
+    t = training(steps=50, stopping=early, validate=scripted(3, 2, 2.5, 2.5, 1), save_every_epochs=None)
+    status, tracking, checkpoints = run(t)
+    assert status == "stopped_early"
+    assert [line["epoch"] for line in tracking.epochs] == [1, 2, 3, 4]
+    assert checkpoints.best == [5, 10] and checkpoints.steps == [5, 10, 20]
+    assert t.best.epoch == 2
+    assert t.fit(Interruption()) == "stopped_early", "a run that stopped stays so"
+    assert tracking.advanced[-1] == 20
+
+
+def test_patience_that_ends_with_the_last_epoch_is_no_early_stop() -> None:
+    early = Early(monitor="val_loss", patience=1, min_delta=0.0)
+    t = training(steps=10, stopping=early, validate=scripted(1, 2))
+    assert run(t)[0] == "finished"
+
+
+def test_validation_figures_that_are_not_finite_end_nothing() -> None:
+    t = training(validate=scripted(math.nan, 2.0, math.inf))
+    status, _, checkpoints = run(t)
+    assert (status, t.best.epoch, checkpoints.best) == ("finished", 2, [10])
+
+
+# -- interruption
+
+
+class StopAt(Tracking):
+    """Asks for the end behind update `at`."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at = at
+        self.asked = False
+
+    def advance(self, step: int) -> None:
+        super().advance(step)
+        self.asked = step >= self.at
+
+    def __bool__(self) -> bool:
+        return self.asked
+
+
+def resumed(state: dict[str, Any], **changed: Any) -> Trainer:
+    t = training(**changed)
+    t.load_state_dict(state)
+    return t
+
+
+def assert_equal_ends(t: Trainer, reference: Trainer, lines: list[dict[str, Any]]) -> None:
+    left, right = t.state_dict(), reference.state_dict()
+    for state in (left, right):
+        state["progress"] = {k: v for k, v in state["progress"].items() if k not in ("seconds", "resumed_from")}
+        state.pop("rng")
+    assert same(left, right)
+    expected = reference.tracking.epochs  # type: ignore[attr-defined]
+    assert [{**line, "seconds": 0} for line in lines] == [{**line, "seconds": 0} for line in expected]
+
+
+@pytest.mark.parametrize("at", range(1, 13))
+@pytest.mark.parametrize("every", [1, 2])
+def test_stopped_behind_any_update_and_resumed(at: int, every: int) -> None:
+    """12 updates end within the third epoch; 5 and 10 are the last of an epoch, 12 the last of all."""
+    options: dict[str, Any] = {"steps": 12, "ema": 0.8, "evaluate_every": every}
+    reference = training(**options)
+    assert run(reference)[0] == "finished"
+
+    stop = StopAt(at)
+    first = training(tracking=stop, **options)
+    assert first.fit(stop) == "interrupted"  # type: ignore[arg-type]
+    assert isinstance(first.checkpoints, Checkpoints)
+    assert stop.advanced == list(range(1, at + 1)), "it ends behind the update at which it was asked"
+    second = resumed(first.checkpoints.saved[-1], **options)
+    status, tracking, _ = run(second)
+    assert status == "finished"
+    assert second.progress.resumed_from == [at]
+    assert_equal_ends(second, reference, stop.epochs + tracking.epochs)
+    assert isinstance(second.batches, Batches)
+    assert second.batches.asked[0] == ((at - 1) // 5, (at - 1) % 5 + 1, at)
+
+
+@given(looks=st.lists(st.integers(0, 9), min_size=1, max_size=6))
+def test_stopped_at_any_look_any_number_of_times(looks: list[int]) -> None:
+    """The end may be asked for in the middle of an evaluation too."""
+    reference = training(ema=0.8)
+    run(reference)
+    state, lines, stops = None, [], []
+    for look in [*looks, math.inf]:
+        t = training(ema=0.8) if state is None else resumed(state, ema=0.8)
+        status, tracking, checkpoints = run(t, Asked(look))
+        lines += tracking.epochs
+        if status == "finished":
+            break
+        assert status == "interrupted"
+        state = checkpoints.saved[-1]
+        stops.append(t.progress.step)
+    assert_equal_ends(t, reference, lines)
+    assert t.progress.resumed_from == stops
+
+
+def test_every_saved_checkpoint_leads_to_the_same_end() -> None:
+    reference = training(save_every_steps=2, log_every_steps=3)
+    _, _, checkpoints = run(reference)
+    assert checkpoints.steps == [2, 4, 5, 6, 8, 10, 10, 12, 14, 15]
+    for state in checkpoints.saved:
+        t = resumed(state)
+        assert run(t)[0] == "finished"
+        done = state["progress"]["epoch"]
+        lines = reference.tracking.epochs[:done] + t.tracking.epochs  # type: ignore[attr-defined]
+        assert_equal_ends(t, reference, lines)
+
+
+def test_a_checkpoint_that_is_the_best_is_restored_as_such() -> None:
+    t = training(validate=scripted(3, 2, 2.5), save_every_steps=2)
+    _, _, checkpoints = run(t)
+    restored: list[int] = []
+    for state in checkpoints.saved:
+        again = resumed(state)
+        assert isinstance(again.checkpoints, Checkpoints)
+        restored += again.checkpoints.restored
+    assert restored == [5, 10]
+
+
+def test_a_lengthened_run_goes_on() -> None:
+    short = training(steps=10)
+    run(short)
+    assert isinstance(short.checkpoints, Checkpoints)
+    long = resumed(short.checkpoints.saved[-1], steps=15)
+    run(long)
+    reference = training(steps=15)
+    run(reference)
+    assert same(dict(long.module.state_dict()), dict(reference.module.state_dict()))
+
+
+# -- failures
+
+
+def test_bad_data_before_the_first_update_is_the_users_error_and_later_the_runs() -> None:
+    with pytest.raises(UserError, match=r"7\.png"):
+        run(training(batches=Batches(bad_at=0)))
+    t = training(batches=Batches(bad_at=7))
+    with pytest.raises(RunError, match=r"7\.png"):
+        run(t)
+    assert isinstance(t.checkpoints, Checkpoints)
+    assert t.checkpoints.steps == [5]
+    with pytest.raises(UserError, match=r"7\.png"):
+        run(resumed(t.checkpoints.saved[-1], batches=Batches(bad_at=5)))
+
+
+class Explodes(nn.Module):
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.left = at
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        self.left -= 1
+        return F.cross_entropy(outputs, targets) * (math.nan if self.left == 0 else 1.0)
+
+
+@pytest.mark.parametrize("at", [1, 5, 6, 15])
+def test_a_bad_loss_ends_the_run_and_leaves_finite_checkpoints(at: int) -> None:
+    t = training(loss=Explodes(at), save_every_steps=1)
+    with pytest.raises(RunError, match=f"nan at update {at} "):
+        run(t)
+    assert isinstance(t.checkpoints, Checkpoints) and isinstance(t.tracking, Tracking)
+    assert all(bool(v.isfinite().all()) for s in t.checkpoints.saved for v in s["model"].values())
+    assert max(t.checkpoints.steps, default=0) == at - 1
+    assert len(t.tracking.epochs) == (at - 1) // PER_EPOCH
+
+
+def test_where_steps_do_not_look_no_bad_weights_are_saved() -> None:
+    """As on a GPU: what is not finite is found before the next checkpoint at the latest."""
+    t = training(loss=Explodes(7), check_now=False, save_every_steps=4)
+    with pytest.raises(RunError, match="nan at update 7 "):
+        run(t)
+    assert isinstance(t.checkpoints, Checkpoints)
+    assert t.checkpoints.steps == [4, 5]

@@ -1,0 +1,116 @@
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dlopt.training import metrics
+from dlopt.training.metrics import Sums
+
+Batch = tuple[Tensor, Tensor, Tensor]
+sizes = st.lists(st.integers(1, 7), min_size=1, max_size=12)
+
+
+def batches(sizes: list[int], seed: int = 0, mixed: bool = False) -> list[Batch]:
+    """(mean loss, outputs [B, 4], targets); with `mixed` every other batch has probabilities for targets."""
+    draws = torch.Generator().manual_seed(seed)
+    result = []
+    for number, size in enumerate(sizes):
+        outputs = torch.randn(size, 4, generator=draws)
+        targets = torch.randint(4, (size,), generator=draws)
+        if mixed and number % 2:
+            targets = torch.rand(size, 4, generator=draws).softmax(1)
+        result.append((torch.rand((), generator=draws) * 3, outputs, targets))
+    return result
+
+
+def plain_loop(parts: list[Batch]) -> dict[str, float]:
+    loss, right, count = 0.0, 0, 0
+    for mean, outputs, targets in parts:
+        for row, target in zip(outputs.tolist(), targets.tolist(), strict=True):
+            label = target if isinstance(target, int) else target.index(max(target))
+            right += row.index(max(row)) == label
+            count += 1
+        loss += float(mean) * len(outputs)
+    return {"train_loss": loss / count, "train_accuracy": right / count}
+
+
+@given(sizes=sizes, seed=st.integers(0, 99), mixed=st.booleans())
+def test_equal_to_a_plain_loop(sizes: list[int], seed: int, mixed: bool) -> None:
+    sums = Sums(classify=True)
+    for part in batches(sizes, seed, mixed):
+        sums.add(*part)
+    assert sums.means("train") == plain_loop(batches(sizes, seed, mixed))
+    assert sums.count == sum(sizes)
+
+
+@given(sizes=sizes, settled=st.sets(st.integers(0, 11)), reported=st.sets(st.integers(0, 11)))
+def test_independent_of_when_they_are_counted(sizes: list[int], settled: set[int], reported: set[int]) -> None:
+    reference, sums = Sums(classify=True), Sums(classify=True)
+    for number, part in enumerate(batches(sizes)):
+        reference.add(*part)
+        sums.add(*part)
+        if number in settled:
+            sums.settle()
+        if number in reported:
+            sums.since_last("train/")
+    assert sums.state_dict() == reference.state_dict()
+
+
+@given(sizes=sizes, cut=st.integers(0, 12))
+def test_a_checkpoint_changes_nothing(sizes: list[int], cut: int) -> None:
+    parts = batches(sizes)
+    first, second = Sums(classify=True), Sums(classify=True)
+    for part in parts[:cut]:
+        first.add(*part)
+    state = first.state_dict()
+    assert all(type(value) in (int, float) for value in state.values())
+    second.load_state_dict(state)
+    for part in parts[cut:]:
+        second.add(*part)
+    assert second.means("train") == plain_loop(parts)
+
+
+def test_holds_back_no_more_than_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "_HELD_NUMBERS", 40)
+    sums, held = Sums(classify=True), []
+    for part in batches([5] * 20):
+        sums.add(*part)
+        held.append(sum(outputs.numel() for _, outputs, _ in sums._held if outputs is not None))
+    assert 0 < max(held) <= 40
+    assert sums.means("train") == plain_loop(batches([5] * 20))
+
+
+def test_since_last_covers_each_sample_once() -> None:
+    sums = Sums(classify=True)
+    parts = batches([3, 4, 5, 2])
+    for part in parts[:2]:
+        sums.add(*part)
+    assert sums.since_last("train/")["train/accuracy"] == plain_loop(parts[:2])["train_accuracy"]
+    for part in parts[2:]:
+        sums.add(*part)
+    figures = sums.since_last("train/")
+    assert figures["train/accuracy"] == plain_loop(parts[2:])["train_accuracy"]
+    assert figures["train/loss"] == pytest.approx(plain_loop(parts[2:])["train_loss"], rel=1e-12)
+
+
+def test_regression_has_no_accuracy() -> None:
+    sums = Sums(classify=False)
+    sums.add(torch.tensor(2.0), torch.zeros(3, 1), torch.zeros(3))
+    sums.add(torch.tensor(4.0), torch.zeros(1, 1), torch.zeros(1))
+    assert sums.means("val") == {"val_loss": 2.5}
+
+
+def test_nothing_added() -> None:
+    assert Sums(classify=True).means("val") == {"val_loss": 0.0, "val_accuracy": 0.0}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_low_precision_losses_add_up_in_float64(dtype: Any) -> None:
+    sums = Sums(classify=False)
+    value = torch.tensor(1.0078125, dtype=dtype)  # exact in both
+    for _ in range(3000):
+        sums.add(value, torch.zeros(1, 1), torch.zeros(1))
+    assert sums.means("train")["train_loss"] == 1.0078125

@@ -1,0 +1,491 @@
+"""What is not finite: found before the weights move, named, and lived with where that is asked for."""
+
+import copy
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dlopt.errors import RunError, UserError
+from dlopt.schedules import Scheduler
+from dlopt.training.metrics import Sums
+from dlopt.training.nonfinite import Diverged, Recovery, first_bad_output, is_finite
+from dlopt.training.precision import Precision
+from dlopt.training.step import Step
+from tests.parallel.ranks import run_ranks
+from tests.training.runs import SMALL, at_update, experiment, in_fork, result, resume, same, start, timeless
+from tests.training.test_step import CPU, batch, equal, make_step, net
+
+NAN, INF = float("nan"), float("inf")
+
+
+def sgd(model: nn.Module, lr: float = 0.125) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+
+
+def spoil(parameter: nn.Parameter, value: float, entry: int = 0) -> None:
+    """Its gradient has one bad entry from here on."""
+
+    def hook(gradient: Tensor) -> Tensor:
+        bad = gradient.clone()
+        bad.view(-1)[entry] = value
+        return bad
+
+    parameter.register_hook(hook)
+
+
+# -- found
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+@pytest.mark.parametrize("name", ["0.weight", "1.bias", "4.bias"])
+def test_one_bad_entry_of_a_gradient_stops_before_the_weights_move(name: str, bad: float) -> None:
+    model = net()
+    spoil(dict(model.named_parameters())[name], bad, entry=-1)
+    optimizer = sgd(model)
+    before = copy.deepcopy(model.state_dict())
+    update = make_step(model, optimizer)
+    with pytest.raises(Diverged, match=rf"gradient is not finite at update 8 .* of 0\.125 \(.*pass: {name}\)") as error:
+        update.update(*batch(0), 7, Sums(True))
+    assert error.value.before_update and error.value.step == 8
+    parameters = dict(model.named_parameters())
+    assert all(torch.equal(before[key], value) for key, value in parameters.items())
+    assert not optimizer.state
+
+
+def test_looking_leaves_gradients_and_updates_as_they_are() -> None:
+    """Bit for bit, for denormal and negative zero entries too."""
+    model = nn.Linear(6, 3)
+    evaluate = make_step(model, sgd(model))
+    entries = torch.tensor([1e-42, -0.0, 1e38, -1e-30, 3.0, -7.5])
+    model.weight.register_hook(lambda gradient: entries.expand(3, 6).clone())
+    evaluate.begin(*batch(0), 0, Sums(True))
+    evaluate()
+    assert model.weight.grad is not None
+    assert torch.equal(model.weight.grad.view(torch.int32), entries.expand(3, 6).contiguous().view(torch.int32))
+
+
+def test_a_large_finite_gradient_is_none() -> None:
+    """Whose squares overflow."""
+    model = nn.Linear(6, 3)
+    model.weight.register_hook(lambda gradient: torch.full_like(gradient, 1e30))
+    update = make_step(model, sgd(model, lr=1e-30))
+    update.update(*batch(0), 0, Sums(True))
+
+
+def test_the_bad_gradient_is_found_before_clipping_spreads_it() -> None:
+    from dlopt.training.clipping import ByNorm
+
+    model = net()
+    spoil(model[4].weight, NAN)  # type: ignore[arg-type]
+    update = make_step(model, sgd(model), clip=ByNorm(max_norm=1.0))
+    with pytest.raises(Diverged, match=r"pass: 4\.weight\)"):
+        update.update(*batch(0), 0, Sums(True))
+
+
+class Bad(nn.Module):
+    """Passes on, with one entry spoiled from the given call on."""
+
+    def __init__(self, value: float, calls: int = 0) -> None:
+        super().__init__()
+        self.value, self.calls = value, calls
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.calls -= 1
+        if self.calls >= 0:
+            return inputs
+        outputs = inputs.clone()
+        outputs.view(-1)[0] = self.value
+        return outputs
+
+
+@pytest.mark.parametrize("place", [0, 2, 5])
+def test_the_first_layer_whose_output_is_bad_is_named(place: int) -> None:
+    layers = list(net())
+    layers.insert(place, Bad(NAN))
+    model = nn.Sequential(*layers)
+    update = make_step(model, sgd(model))
+    with pytest.raises(Diverged, match=rf"loss became nan .*first: the output of {place} \(Bad\)"):
+        update.update(*batch(0), 0, Sums(True))
+
+
+def test_bad_inputs_and_bad_weights_are_named() -> None:
+    model = net()
+    inputs, targets = batch(0)
+    inputs[3, 2] = INF
+    with pytest.raises(Diverged, match="the inputs are not finite"):
+        make_step(model, sgd(model)).update(inputs, targets, 0, Sums(True))
+    with torch.no_grad():
+        model[4].bias[1] = NAN  # type: ignore[index]
+    with pytest.raises(Diverged, match=r"first: the weights 4\.bias"):
+        make_step(model, sgd(model)).update(*batch(0), 0, Sums(True))
+
+
+def test_a_recurrent_layer_is_named() -> None:
+    model = nn.ModuleDict({"first": nn.LSTM(3, 4), "second": nn.Linear(4, 2)})
+    inputs = torch.full((2, 1, 3), NAN)
+    name = first_bad_output(model, lambda: model["second"](model["first"](inputs)[0]))
+    assert name == "first (LSTM)"
+    assert first_bad_output(model, lambda: model["first"](torch.ones(2, 1, 3))) is None
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("which", [3, 127, 128, 200])
+def test_steps_are_told_exactly_also_when_looked_at_later(which: int, at_once: bool) -> None:
+    """With flags held for many updates; the loss stays finite."""
+    model = nn.Linear(6, 3)
+    update = make_step(model, sgd(model, lr=1e-30), check_now=at_once)
+    poison: list[float] = []
+    model.bias.register_hook(lambda gradient: gradient + poison[0] if poison else gradient)
+    inputs, targets = batch(0)
+    with pytest.raises(Diverged, match=f"at update {which + 1} ") as error:
+        for step in range(300):
+            poison[:] = [NAN] if step == which else []
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.nan_to_num_()
+            for state in update.optimizer.state.values():
+                state.clear()
+            update.update(inputs, targets, step, Sums(True))
+        update.check_updates()
+    assert error.value.before_update is at_once
+    if not at_once:
+        update.check_updates()  # told once
+
+
+def test_weights_that_a_finite_gradient_took_too_far() -> None:
+    model = nn.Linear(6, 3)
+    update = make_step(model, torch.optim.SGD(model.parameters(), lr=3e38))
+    model.weight.register_hook(lambda gradient: torch.full_like(gradient, 1e10))
+    update.update(*batch(0), 4, Sums(True))
+    with pytest.raises(Diverged, match=r"weights are not finite after update 5 .*first: weight"):
+        update.check_weights()
+
+
+def test_many_evaluations_are_looked_at_before_the_first_move() -> None:
+    model = net(dropout=0.0, norm=False)
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=3)
+    spoil(model[0].weight, NAN)  # type: ignore[arg-type]
+    before = copy.deepcopy(model)
+    with pytest.raises(Diverged, match=r"0\.weight"):
+        make_step(model, optimizer, evaluates_once=False).update(*batch(0), 0, Sums(True))
+    assert equal(model, before)
+
+
+def test_is_finite() -> None:
+    assert is_finite([]) and is_finite([torch.zeros(0)]) and is_finite([torch.full((3,), 3e38), torch.zeros(2, 2)])
+    for bad in (NAN, INF, -INF):
+        assert not is_finite([torch.zeros(3), torch.tensor([[1.0, bad]])])
+        assert not is_finite([torch.tensor([bad], dtype=torch.bfloat16)])
+
+
+def test_fp16_scaler_that_never_finds_a_scale() -> None:
+    model = nn.Linear(6, 3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-19)
+    spoil(model.weight, INF)
+
+    class Scaled(Precision):
+        def scaler(self) -> torch.amp.GradScaler:
+            return scaler
+
+    update = make_step(model, sgd(model), precision=Scaled("fp32", CPU), check_now=False)
+    update.update(*batch(0), 0, Sums(True))
+    update.check_updates()
+    for step in range(1, 4):
+        update.update(*batch(0), step, Sums(True))
+    with pytest.raises(Diverged, match="precision=fp16"):
+        update.check_updates()
+
+
+# -- left out
+
+
+def recovery(policy: Any, attempts: int = 3, newest: Callable[[], Any] = lambda: None) -> Recovery:
+    return Recovery(policy, attempts=attempts, lr_factor=0.5, newest=newest, tell=lambda line: None)
+
+
+@pytest.mark.parametrize("how", ["loss", "gradient"])
+def test_an_update_that_is_left_out_leaves_no_trace(how: str) -> None:
+    """Weights, momentum, running statistics, figures; the schedule goes on, as the data do."""
+    model = nn.Sequential(*list(net(dropout=0.0)), Bad(NAN, calls=10**6))
+    skipping = recovery("skip")
+    update = make_step(model, sgd(model), factor=lambda t: 1 / (1 + t), skip=skipping.skip)
+    sums = Sums(True)
+    update.update(*batch(0), 0, sums)
+    before = copy.deepcopy((model.state_dict(), update.optimizer.state_dict()["state"]))
+    if how == "loss":
+        model[5].calls = 0
+        update.update(*batch(1), 1, sums)
+        model[5].calls = 10**6
+    else:
+        handle = model[0].bias.register_hook(lambda gradient: gradient * NAN)  # type: ignore[union-attr]
+        update.update(*batch(1), 1, sums)
+        handle.remove()
+    assert same(before, (model.state_dict(), update.optimizer.state_dict()["state"]))
+    assert update.optimizer.param_groups[0]["lr"] == 0.125 / 3
+    assert (skipping.skipped, sums.means("t").keys()) == (1, {"t_loss", "t_accuracy"})
+    assert sums.count == 10 and math.isfinite(sums.loss)
+    update.update(*batch(2), 2, sums)
+    assert not same(before[0], model.state_dict())
+
+
+def test_so_many_updates_in_a_row_are_too_many() -> None:
+    model = net(norm=False)
+    spoil(model[0].weight, NAN)  # type: ignore[arg-type]
+    skipping = recovery("skip", attempts=2)
+    update = make_step(model, sgd(model), skip=skipping.skip)
+    for step in (0, 1):
+        update.update(*batch(step), step, Sums(True))
+    with pytest.raises(Diverged, match="at update 3 "):
+        update.update(*batch(2), 2, Sums(True))
+    other = recovery("skip", attempts=2)
+    assert all(other.skip(Diverged("", step, before_update=True)) for step in (1, 2, 4, 5, 9))
+    assert other.skipped == 5
+
+
+# -- whole runs
+
+
+@contextmanager
+def explosions(bad: Callable[[int, float], bool], on: str = "loss") -> Iterator[None]:
+    """Spoils the loss (or one gradient) of the updates (from 1) and learning rates for which `bad` holds."""
+    original = Step.micro_batch
+
+    def micro_batch(self: Step, *arguments: Any) -> Tensor:
+        value = original(self, *arguments)
+        if bad(self.number + 1, self.optimizer.param_groups[0]["lr"]):
+            if on == "loss":
+                return value * NAN
+            self.parameters[0].grad.view(-1)[0] = NAN  # type: ignore[union-attr]
+        return value
+
+    with patch.object(Step, "micro_batch", micro_batch):
+        yield
+
+
+RUN = [*SMALL, "model.norm=none", "epochs=4", "schedule=constant", "optimizer.lr=0.08"]
+
+
+@pytest.mark.parametrize(("on", "check"), [("loss", "auto"), ("gradient", "step")])
+def test_a_run_stops_and_its_checkpoint_is_finite(tmp_path: Path, on: str, check: str) -> None:
+    with explosions(lambda step, lr: step == 10, on), pytest.raises(RunError, match=r"at update 10 .* of 0\.08"):
+        start(tmp_path, *RUN, f"check={check}")
+    assert result(tmp_path)["progress"]["step"] == 8
+    assert all(bool(value.isfinite().all()) for value in result(tmp_path)["model"].values())
+    assert resume(tmp_path, *RUN)["status"] == "finished"
+    start(tmp_path / "whole", *RUN)
+    assert same(result(tmp_path)["model"], result(tmp_path / "whole")["model"])
+
+
+def test_a_rollback_equals_a_resumed_run_with_the_smaller_rate(tmp_path: Path) -> None:
+    lines = [*RUN, "on_divergence=rollback", "recovery.lr_factor=0.25"]
+    with explosions(lambda step, lr: step == 10 and lr > 0.05):
+        summary = start(tmp_path / "run", *lines)
+    assert (summary["status"], summary["rollbacks"], summary["resumed_from"]) == ("finished", 1, [])
+    assert [line["lr"] for line in timeless(tmp_path / "run")] == [0.08, 0.08, 0.02, 0.02]
+    # by hand: two epochs, and two more from there at a quarter of the rate
+    start(tmp_path / "hand", *RUN, "epochs=2")
+    state = torch.load(tmp_path / "hand/checkpoints/last.pt", weights_only=True)
+    for group in state["optimizer"]["param_groups"]:
+        group["lr"] *= 0.25
+    state["schedule"]["base_lrs"] = [rate * 0.25 for rate in state["schedule"]["base_lrs"]]
+    from dlopt.training import checkpoint
+
+    checkpoint.write(tmp_path / "hand/checkpoints/last.pt", lambda file: torch.save(state, file))
+    resume(tmp_path / "hand", *RUN)
+    assert same(result(tmp_path / "run")["model"], result(tmp_path / "hand")["model"])
+    assert timeless(tmp_path / "run") == timeless(tmp_path / "hand")
+
+
+def test_the_first_epoch_has_something_to_go_back_to_and_lines_beyond_are_cut(tmp_path: Path) -> None:
+    lines = [*RUN, "on_divergence=rollback", "checkpoint.every_epochs=null", "data.val_split=0"]
+    with explosions(lambda step, lr: step == 9 and lr > 0.05):
+        summary = start(tmp_path, *lines)
+    assert summary["rollbacks"] == 1
+    assert [(line["epoch"], line["lr"]) for line in timeless(tmp_path)] == [(e, 0.04) for e in (1, 2, 3, 4)]
+
+
+def test_rollbacks_are_counted_and_end(tmp_path: Path) -> None:
+    """Each lowers the rate further, also when they go back to the same checkpoint."""
+    rates: list[float] = []
+
+    def bad(step: int, lr: float) -> bool:
+        if step == 6:
+            rates.append(lr)
+        return step == 6
+
+    with explosions(bad), pytest.raises(RunError, match=r"recovery\.attempts=2 rollbacks did not help"):
+        start(tmp_path, *RUN, "on_divergence=rollback", "recovery.attempts=2")
+    assert list(dict.fromkeys(rates)) == [0.08, 0.04, 0.02]
+
+
+def test_a_run_that_rolled_back_is_killed_and_resumed(tmp_path: Path) -> None:
+    """Before and behind the next checkpoint: as if nothing had been."""
+    import os
+    import signal
+
+    lines = [*RUN, "on_divergence=rollback", "recovery.lr_factor=0.25"]
+
+    def killed_at(step: int) -> None:
+        with at_update(step, lambda: os.kill(os.getpid(), signal.SIGKILL)):
+            resume(tmp_path / "killed", *lines)
+
+    with explosions(lambda step, lr: step in (6, 10) and lr > 0.05 / 4 ** (step > 6)):
+        start(tmp_path / "whole", *lines)
+        for step in (7, 11, 14):
+            assert os.WTERMSIG(in_fork(lambda step=step: killed_at(step))) == signal.SIGKILL  # type: ignore[misc]
+        summary = resume(tmp_path / "killed", *lines)
+    assert summary["rollbacks"] == 2
+    assert timeless(tmp_path / "killed") == timeless(tmp_path / "whole")
+    assert same(result(tmp_path / "killed"), result(tmp_path / "whole"))
+    assert [line["lr"] for line in timeless(tmp_path / "whole")] == [0.08, 0.02, 0.005, 0.005]
+
+
+def test_a_truly_diverging_run_recovers(tmp_path: Path) -> None:
+    lines = [*SMALL, "model.norm=none", "schedule=constant", "optimizer.lr=1e8", "epochs=3", "on_divergence=rollback"]
+    summary = start(tmp_path, *lines, "recovery.lr_factor=1e-5")
+    assert summary["status"] == "finished" and summary["rollbacks"] >= 1
+    assert math.isfinite(summary["test_loss"])
+
+
+def test_skipped_updates_stand_in_the_summary(tmp_path: Path) -> None:
+    with explosions(lambda step, lr: step in (2, 3, 9), "gradient"):
+        summary = start(tmp_path, *RUN, "on_divergence=skip")
+    assert (summary["status"], summary["steps"], summary["skipped_updates"]) == ("finished", 16, 3)
+    assert all(math.isfinite(line["train_loss"]) for line in timeless(tmp_path))
+
+
+def test_skipping_does_not_go_with_a_sampler_that_learns_from_losses(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"on_divergence=skip: .*on_divergence=rollback"):
+        start(tmp_path, *RUN, "on_divergence=skip", "sampler=hard_examples")
+
+
+def test_rollback_with_hard_examples(tmp_path: Path) -> None:
+    lines = [*RUN, "on_divergence=rollback", "sampler=hard_examples"]
+    with explosions(lambda step, lr: step == 7 and lr > 0.05):
+        assert start(tmp_path, *lines)["rollbacks"] == 1
+
+
+# -- memory
+
+
+@contextmanager
+def memory_for(samples: int) -> Iterator[list[int]]:
+    """A forward pass of more samples than this finds no memory."""
+    seen: list[int] = []
+    original = Step.micro_batch
+
+    def micro_batch(self: Step, inputs: Tensor, *arguments: Any) -> Tensor:
+        if len(inputs) > samples:
+            raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 1 GiB")
+        seen.append(len(inputs))
+        return original(self, inputs, *arguments)
+
+    with patch.object(Step, "micro_batch", micro_batch):
+        yield seen
+
+
+def test_out_of_memory_ends_in_one_line(tmp_path: Path) -> None:
+    with memory_for(12), pytest.raises(RunError, match=r"at update 1 \(Tried to allocate 2\.00 GiB\); .*halve"):
+        start(tmp_path, *RUN)
+
+
+def test_out_of_memory_halves_the_micro_batch_and_trains_the_same(tmp_path: Path, caplog: Any) -> None:
+    """In fp64, the weights of a run that has memory for all; the figures count each sample once."""
+    lines = [*RUN, "precision=fp64", "model.dropout=0", "data.drop_last=true"]
+    with memory_for(7) as seen, caplog.at_level(logging.WARNING):
+        start(tmp_path / "small", *lines, "on_out_of_memory=halve")
+    assert caplog.text.count("out of memory at update 1: ") == 2 and "micro-batches of 7" in caplog.text
+    assert max(seen) <= 7
+    start(tmp_path / "large", *lines)
+    for key, value in result(tmp_path / "large")["model"].items():
+        torch.testing.assert_close(result(tmp_path / "small")["model"][key], value, rtol=1e-10, atol=1e-12)
+    for a, b in zip(timeless(tmp_path / "small"), timeless(tmp_path / "large"), strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-10)
+        assert a["train_accuracy"] == b["train_accuracy"]
+
+
+def test_a_resumed_run_keeps_the_micro_batch(tmp_path: Path) -> None:
+    lines = [*RUN, "on_out_of_memory=halve", "model.norm=batch"]
+    from tests.training.runs import terminate
+
+    with memory_for(9):
+        start(tmp_path / "whole", *lines)
+        with at_update(6, terminate):
+            start(tmp_path / "run", *lines)
+    with memory_for(9):
+        resume(tmp_path / "run", *lines)
+    assert same(result(tmp_path / "run"), result(tmp_path / "whole"))
+    assert result(tmp_path / "run")["progress"]["accumulate"] == 4
+
+
+def test_not_even_one_sample(tmp_path: Path) -> None:
+    with memory_for(0), pytest.raises(RunError, match="out of memory"):
+        start(tmp_path, *RUN, "on_out_of_memory=halve")
+
+
+# -- ranks
+
+
+def one_rank_diverges(folder: str) -> None:
+    """In each rank: a run with bad inputs on rank 1, then one with a bad gradient there."""
+    import os
+
+    from dlopt.parallel import rendezvous
+    from dlopt.training.trainer import Run, train
+
+    rank = int(os.environ["DLOPT_RANK"])
+    lines = [*RUN, "parallel=ddp", "parallel.sync_batchnorm=true"]
+    original, made = Step.micro_batch, Step.__init__
+
+    def is_time(step: Step, on: str) -> bool:
+        return rank == 1 and step.number + 1 == 6 and on == kind
+
+    def micro_batch(self: Step, inputs: Tensor, targets: Tensor, *arguments: Any) -> Tensor:
+        if is_time(self, "inputs"):
+            inputs = inputs.clone()
+            inputs[0] = NAN
+            self.batch = inputs, targets
+        return original(self, inputs, targets, *arguments)
+
+    def make(self: Step, *arguments: Any, **named: Any) -> None:
+        made(self, *arguments, **named)
+        self.parameters[0].register_hook(lambda gradient: gradient * NAN if is_time(self, "gradient") else gradient)
+
+    with patch.object(Step, "micro_batch", micro_batch), patch.object(Step, "__init__", make):
+        for kind in ("inputs", "gradient"):
+            try:
+                train(Run(experiment(*lines), Path(folder) / kind), console=False)
+            except Diverged as error:
+                print(json.dumps([error.step, error.before_update, str(error)]))
+            rendezvous.leave()
+
+
+def test_one_rank_stops_all(tmp_path: Path) -> None:
+    outputs = run_ranks("tests.training.test_nonfinite:one_rank_diverges", 2, tmp_path, str(tmp_path))
+    for output in outputs:
+        inputs, gradient = [json.loads(line) for line in output.splitlines() if line.startswith("[")]
+        assert inputs[:2] == gradient[:2] == [6, True]
+        assert "first on rank 1: the inputs" in inputs[2] and ": the gradient of " in gradient[2]
+    for kind in ("inputs", "gradient"):
+        assert result(tmp_path / kind)["progress"]["step"] == 4
+
+
+def test_schedules_scale_their_rates() -> None:
+    optimizer = sgd(net(), lr=0.5)
+    schedule = Scheduler(optimizer, lambda t: 1 / (1 + t))
+    schedule.step()
+    schedule.scale(0.1)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.025)
+    state = schedule.state_dict()
+    other = Scheduler(sgd(net(), lr=0.5), lambda t: 1 / (1 + t))
+    other.load_state_dict(state)
+    assert other.get_last_lr() == [pytest.approx(0.025)]

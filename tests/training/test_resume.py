@@ -1,0 +1,407 @@
+"""Runs that are stopped or killed end as if nothing had happened: weights, averages, figures, bit for bit."""
+
+import os
+import random
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+
+import dlopt.training.trainer
+from dlopt import files as durable
+from dlopt.data.batches import Batches
+from dlopt.errors import RunError
+from dlopt.tracking import Tracking
+from dlopt.training import checkpoint, rng
+from dlopt.training import trainer as loop
+from dlopt.training.checkpoint import Checkpoints
+from dlopt.training.step import Step
+from tests.training.runs import (
+    RICH,
+    STEPS_PER_EPOCH,
+    at_update,
+    in_fork,
+    result,
+    resume,
+    same,
+    start,
+    terminate,
+    timeless,
+)
+
+LAST = 4 * STEPS_PER_EPOCH
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The uninterrupted run."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert start(folder, *RICH)["status"] == "finished"
+    return folder
+
+
+def assert_same_run(folder: Path, other: Path) -> None:
+    assert timeless(folder) == timeless(other)
+    for name in ("last.pt", "best.pt"):
+        assert same(result(folder, name), result(other, name)), name
+
+
+def stop_at(step: int, folder: Path, *overrides: str) -> dict[str, Any]:
+    with at_update(step, terminate):
+        return start(folder, *overrides)
+
+
+def test_same_config_same_bits(whole: Path, tmp_path: Path) -> None:
+    summaries = [start(tmp_path / name, *RICH) for name in ("a", "b")]
+    for name in ("a", "b"):
+        assert_same_run(tmp_path / name, whole)
+    timed = [{**summary, "seconds": 0} for summary in summaries]
+    assert timed[0] == timed[1]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    ["seed=1", "init_seed=1", "order_seed=1", "augmentation_seed=1", "data.split_seed=1"],
+)
+def test_every_stream_matters(whole: Path, tmp_path: Path, changed: str) -> None:
+    """Otherwise equality would show nothing."""
+    start(tmp_path, *RICH, changed)
+    assert not same(result(tmp_path)["model"], result(whole)["model"])
+
+
+@pytest.mark.parametrize("step", [1, 2, 6, 8, 15, LAST])
+def test_stopped_by_a_signal_and_resumed(whole: Path, tmp_path: Path, step: int) -> None:
+    """Mid-epoch, at an epoch's last batch (8), and behind the last update of all."""
+    summary = stop_at(step, tmp_path, *RICH)
+    assert (summary["status"], summary["steps"], summary["test_loss"]) == ("interrupted", step, None)
+    summary = resume(tmp_path, *RICH)
+    assert (summary["status"], summary["resumed_from"]) == ("finished", [step])
+    assert_same_run(tmp_path, whole)
+
+
+def test_a_resumed_run_is_resumed(whole: Path, tmp_path: Path) -> None:
+    stop_at(3, tmp_path, *RICH)
+    for step in (4, 9, 10):
+        with at_update(step, terminate):
+            assert resume(tmp_path, *RICH)["status"] == "interrupted"
+    assert resume(tmp_path, *RICH)["resumed_from"] == [3, 4, 9, 10]
+    assert_same_run(tmp_path, whole)
+
+
+def test_stopped_during_an_evaluation(whole: Path, tmp_path: Path) -> None:
+    evaluations = 0
+    original = Batches.epoch
+
+    def epoch(self: Batches, *arguments: int) -> Iterator[tuple[Tensor, Tensor]]:
+        nonlocal evaluations
+        for batch in original(self, *arguments):
+            if self._augment is None and (evaluations := evaluations + 1) == 3:  # 2 batches in a validation
+                terminate()
+            yield batch
+
+    with patch.object(Batches, "epoch", epoch):
+        summary = start(tmp_path, *RICH)
+    assert (summary["status"], summary["epochs"], summary["steps"]) == ("interrupted", 1, 2 * STEPS_PER_EPOCH)
+    assert [line["epoch"] for line in timeless(tmp_path)] == [1]
+    resume(tmp_path, *RICH)
+    assert_same_run(tmp_path, whole)
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("every_steps", [None, 1, 3])
+def test_killed_at_a_random_update(whole: Path, tmp_path: Path, every_steps: int | None) -> None:
+    """No handler runs: only what is on the disk counts. Twice, and from the beginning where nothing was saved."""
+    overrides = [*RICH, f"checkpoint.every_steps={'null' if every_steps is None else every_steps}"]
+    steps = sorted(random.Random(every_steps).sample(range(1, LAST + 1), 3))
+
+    def until(step: int) -> None:
+        with at_update(step, kill):
+            resume(tmp_path, *overrides)
+
+    for step in steps:
+        assert os.WTERMSIG(in_fork(lambda step=step: until(step))) == signal.SIGKILL  # type: ignore[misc]
+    resume(tmp_path, *overrides)
+    assert timeless(tmp_path) == timeless(whole)
+    assert same(result(tmp_path)["model"], result(whole)["model"])
+    for name in ("last.pt", "best.pt"):
+        for key in ("optimizer", "ema", "schedule", "progress"):
+            assert same(result(tmp_path, name)[key], result(whole, name)[key]), (name, key)
+
+
+@contextmanager
+def killed_at(owner: Any, name: str, calls: int, behind: bool = True) -> Iterator[None]:
+    """Kills the process at the n-th call of a function, behind or before it."""
+    original, left = getattr(owner, name), calls
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left == 0 and not behind:
+            kill()
+        value = original(*arguments, **named)
+        if left == 0:
+            kill()
+        return value
+
+    with patch.object(owner, name, call):
+        yield
+
+
+PLACES: dict[str, tuple[Any, str, int]] = {
+    "between evaluation and metric line": (loop.Best, "update", 2),
+    "between metric line and checkpoint": (Tracking, "epoch", 2),
+    "inside a save": (durable, "_publish", 3),
+    "behind a save": (Checkpoints, "save", 2),
+    "behind the last save": (Checkpoints, "save", 4),
+    "behind the test": (dlopt.training.trainer, "test_figures", 1),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_killed_where_it_hurts(whole: Path, tmp_path: Path, place: str) -> None:
+    def until() -> None:
+        with killed_at(*PLACES[place]):
+            start(tmp_path, *RICH)
+
+    assert os.WTERMSIG(in_fork(until)) == signal.SIGKILL
+    assert not (tmp_path / "summary.json").exists()
+    assert resume(tmp_path, *RICH)["status"] == "finished"
+    assert_same_run(tmp_path, whole)
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_killed_between_last_and_best(tmp_path: Path, epochs: int) -> None:
+    """last.pt speaks of a best.pt that is not there yet; after a single epoch nothing is left to train either."""
+    overrides = [*RICH, f"epochs={epochs}"]
+    start(tmp_path / "whole", *overrides)
+
+    def until() -> None:
+        with killed_at(checkpoint, "link", 1, behind=False):
+            start(tmp_path / "killed", *overrides)
+
+    assert os.WTERMSIG(in_fork(until)) == signal.SIGKILL
+    checkpoints = tmp_path / "killed/checkpoints"
+    assert (checkpoints / "last.pt").exists() and not (checkpoints / "best.pt").exists()
+    assert resume(tmp_path / "killed", *overrides)["status"] == "finished"
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_streamed_samples_give_the_same_run(whole: Path, tmp_path: Path, workers: int) -> None:
+    overrides = [*RICH, "data.memory=false", f"data.workers={workers}"]
+    with at_update(6, terminate):
+        assert start(tmp_path, *overrides)["status"] == "interrupted"
+    assert resume(tmp_path, *overrides)["status"] == "finished"
+    assert timeless(tmp_path) == timeless(whole)
+    for key in ("model", "optimizer", "ema"):
+        assert same(result(tmp_path)[key], result(whole)[key])
+
+
+CONF = Path(__file__).parents[2] / "conf"
+
+
+def choices(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("[!_]*.yaml"))
+
+
+@pytest.mark.parametrize("optimizer", choices("optimizer"))
+@pytest.mark.slow
+def test_every_optimizer(tmp_path: Path, optimizer: str) -> None:
+    """Batches are small, also for methods of the full batch, so that there is a middle of an epoch to stop in."""
+    overrides = [*RICH, f"optimizer={optimizer}", "data.batch_size=25", "epochs=2", "model.widths=[4]"]
+    start(tmp_path / "whole", *overrides)
+    stop_at(3, tmp_path / "stopped", *overrides)
+    resume(tmp_path / "stopped", *overrides)
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("schedule", choices("schedule"))
+@pytest.mark.slow
+def test_every_schedule(tmp_path: Path, schedule: str) -> None:
+    overrides = [*RICH, f"schedule={schedule}"]
+    start(tmp_path / "whole", *overrides)
+    stop_at(7, tmp_path / "stopped", *overrides)
+    resume(tmp_path / "stopped", *overrides)
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["model=resnet20", "data.subset=60", "model.norm=batch", "epochs=2"],
+        ["precision=fp64", "accumulate=3", "clip=norm"],
+        ["precision=bf16", "clip=adaptive", "evaluate.every_epochs=3"],
+        ["stopping=early", "stopping.patience=1", "monitor=val_loss", "data.drop_last=true"],
+        ["steps=13", "checkpoint.every_steps=5", "checkpoint.every_epochs=null"],
+        ["data.val_split=0", "ema=null"],
+        ["augmentation=none", "loss=mse", "data.batch_size=full"],
+    ],
+    ids=lambda extra: extra[0],
+)
+def test_other_recipes(tmp_path: Path, extra: list[str]) -> None:
+    overrides = [line for line in RICH if not (extra[0] == "model=resnet20" and line.startswith("model"))] + extra
+    start(tmp_path / "whole", *overrides)
+    stop_at(3, tmp_path / "stopped", *overrides)
+    resume(tmp_path / "stopped", *overrides)
+    assert timeless(tmp_path / "stopped") == timeless(tmp_path / "whole")
+    assert same(result(tmp_path / "stopped"), result(tmp_path / "whole"))
+
+
+# -- what resuming must bring back: with any of it left out the end is another one
+
+
+def sampler_position_lost() -> AbstractContextManager[Any]:
+    original = Batches.epoch
+    return patch.object(Batches, "epoch", lambda self, epoch, start=0, step=0: original(self, epoch, 0, step))
+
+
+def augmentation_stream_lost() -> AbstractContextManager[Any]:
+    original = Batches.epoch
+    return patch.object(Batches, "epoch", lambda self, epoch, start=0, step=0: original(self, epoch, start, 0))
+
+
+def dropout_stream_lost() -> AbstractContextManager[Any]:
+    original = Step.begin
+
+    def begin(self: Step, inputs: Tensor, targets: Tensor, number: int, sums: Any, **keys: Any) -> None:
+        original(self, inputs, targets, number - 6, sums, **keys)
+
+    return patch.object(Step, "begin", begin)
+
+
+def optimizer_lost() -> AbstractContextManager[Any]:
+    return patch.object(torch.optim.SGD, "load_state_dict", lambda self, state: None)
+
+
+def average_lost() -> AbstractContextManager[Any]:
+    return patch.object(loop.ExponentialAverage, "restart", lambda self: None)
+
+
+def sums_lost() -> AbstractContextManager[Any]:
+    return patch.object(loop.Sums, "load_state_dict", lambda self, state: None)
+
+
+LOSSES = [sampler_position_lost, augmentation_stream_lost, dropout_stream_lost, optimizer_lost, average_lost, sums_lost]
+
+
+@pytest.mark.parametrize("lost", LOSSES, ids=lambda f: f.__name__)
+def test_negative_controls(whole: Path, tmp_path: Path, lost: Callable[[], AbstractContextManager[Any]]) -> None:
+    stop_at(6, tmp_path, *RICH)
+    with lost():
+        resume(tmp_path, *RICH)
+    assert timeless(tmp_path) != timeless(whole)
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """A step that draws from Python's global generator, as the code of a user's model may."""
+    original = Step.micro_batch
+
+    def micro_batch(self: Step, inputs: Tensor, *arguments: Any) -> Tensor:
+        return original(self, inputs * (1 + 0.1 * random.random()), *arguments)
+
+    with patch.object(Step, "micro_batch", micro_batch):
+        yield
+
+
+@pytest.mark.parametrize("restored", [True, False])
+def test_global_generators_go_on(tmp_path: Path, restored: bool) -> None:
+    with drawing():
+        start(tmp_path / "whole", *RICH)
+        stop_at(6, tmp_path / "stopped", *RICH)
+        with ExitStack() as stack:
+            if not restored:
+                stack.enter_context(patch.object(rng, "restore", lambda state: None))
+            resume(tmp_path / "stopped", *RICH)
+    equal = timeless(tmp_path / "stopped") == timeless(tmp_path / "whole")
+    assert equal is restored
+
+
+# -- length, time, damage
+
+
+def test_a_lengthened_run_keeps_its_schedule(tmp_path: Path) -> None:
+    """Four epochs more under a schedule over the first four, whose end (zero) stays."""
+    start(tmp_path, *RICH)
+    summary = resume(tmp_path, *RICH, "epochs=6")
+    assert summary["epochs"] == 6
+    rates = [line["lr"] for line in timeless(tmp_path)]
+    other = tmp_path / "other"
+    start(other, *RICH, "epochs=6", "schedule_epochs=4")
+    assert rates == [line["lr"] for line in timeless(other)]
+    assert timeless(tmp_path) == timeless(other)
+    assert rates[4:] == [0.0, 0.0]
+
+
+def test_a_lengthened_run_takes_a_new_schedule_when_told(tmp_path: Path) -> None:
+    start(tmp_path, *RICH)
+    resume(tmp_path, *RICH, "epochs=6", "schedule_epochs=6")
+    assert timeless(tmp_path)[4]["lr"] > 0
+
+
+def test_max_time_stops_with_a_checkpoint(whole: Path, tmp_path: Path) -> None:
+    summary = start(tmp_path, *RICH, "max_time=0.00001")
+    assert (summary["status"], summary["steps"]) == ("interrupted", 1)
+    for _ in range(3):
+        resume(tmp_path, *RICH, "max_time=0.00001")
+    assert resume(tmp_path, *RICH)["resumed_from"] == [1, 2, 3, 4]
+    assert_same_run(tmp_path, whole)
+
+
+def test_a_second_sigint_ends_at_once(whole: Path, tmp_path: Path) -> None:
+    def twice() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with at_update(7, twice), pytest.raises(KeyboardInterrupt):
+        start(tmp_path, *RICH)
+    assert not [path for path in (tmp_path / "checkpoints").iterdir() if ".tmp" in path.name]
+    assert resume(tmp_path, *RICH)["resumed_from"] == [4]
+    assert_same_run(tmp_path, whole)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.unlink()
+    path.write_bytes(data)
+
+
+def test_a_damaged_newest_checkpoint_costs_time_and_nothing_else(whole: Path, tmp_path: Path) -> None:
+    stop_at(10, tmp_path, *RICH)
+    flip(tmp_path / "checkpoints/last.pt")
+    assert resume(tmp_path, *RICH)["resumed_from"] == [8]
+    assert_same_run(tmp_path, whole)
+
+
+def test_without_a_whole_checkpoint_it_never_starts_again(tmp_path: Path) -> None:
+    stop_at(10, tmp_path, *RICH)
+    for path in (tmp_path / "checkpoints").glob("*.pt"):
+        flip(path)
+    with pytest.raises(RunError, match="whole"):
+        resume(tmp_path, *RICH)
+
+
+def test_a_torn_metrics_line_is_cut(whole: Path, tmp_path: Path) -> None:
+    stop_at(10, tmp_path, *RICH)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 3, "st')
+    resume(tmp_path, *RICH)
+    assert_same_run(tmp_path, whole)
+
+
+def test_a_checkpoint_moves_with_its_folder(whole: Path, tmp_path: Path) -> None:
+    stop_at(10, tmp_path / "here", *RICH)
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    resume(tmp_path / "there", *RICH)
+    assert_same_run(tmp_path / "there", whole)

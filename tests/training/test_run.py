@@ -1,0 +1,403 @@
+"""A whole run: what it computes, against a hand-written loop, and what it leaves behind."""
+
+import copy
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dlopt import job
+from dlopt.errors import RunError, UserError
+from dlopt.training.build import Setup, set_up, training_batches
+from dlopt.training.checkpoint import KEYS, Checkpoints, load
+from dlopt.training.trainer import Run
+from tests.training.runs import (
+    RICH,
+    SMALL,
+    at_update,
+    experiment,
+    metrics,
+    result,
+    resume,
+    same,
+    start,
+    terminate,
+    timeless,
+)
+
+PLAIN = [*SMALL, "model.norm=none", "schedule=constant", "precision=fp64", "epochs=3"]
+
+
+class Numbers(torch.utils.data.Dataset[tuple[Tensor, float]]):
+    """A regression: the sum of the inputs."""
+
+    def __init__(self, count: int) -> None:
+        self.inputs = torch.randn(count, 5, generator=torch.Generator().manual_seed(count))
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, float]:
+        return self.inputs[index], float(self.inputs[index].sum())
+
+
+REGRESSION = [
+    "data=custom",
+    "data.train._target_=tests.training.test_run.Numbers",
+    "+data.train.count=60",
+    "data.test={_target_:tests.training.test_run.Numbers,count:17}",
+    "data.batch_size=16",
+    "data.workers=0",
+    "allow_packages=[tests]",
+    "model=mlp",
+    "model.widths=[]",
+    "normalize=none",
+    "loss=mse",
+    "tracking=[]",
+    "device=cpu",
+    "threads=1",
+    "epochs=4",
+]
+
+
+def means(module: nn.Module, inputs: Tensor, targets: Tensor) -> tuple[float, float]:
+    """Loss and accuracy, one sample after the other."""
+    module = copy.deepcopy(module).double().eval()
+    loss, right = 0.0, 0
+    with torch.no_grad():
+        for x, y in zip(inputs.double(), targets, strict=True):
+            outputs = module(x[None])
+            loss += F.cross_entropy(outputs, y[None]).item()
+            right += int(outputs.argmax()) == int(y)
+    return loss / len(targets), right / len(targets)
+
+
+def evaluated(setup: Setup, samples: Any) -> tuple[Tensor, Tensor]:
+    return setup.normalize(samples.fetch(torch.arange(len(samples)))), samples.targets
+
+
+# -- what is computed
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_equals_a_hand_written_loop_in_fp64(tmp_path: Path, optimizer: str) -> None:
+    """The same losses and weights, bit for bit."""
+    overrides = [*PLAIN, f"optimizer={optimizer}", "optimizer.lr=0.05", "data.subset=100"]
+    start(tmp_path, *overrides)
+
+    setup = set_up(experiment(*overrides))
+    batches, model = training_batches(setup), setup.module
+    inputs, targets = evaluated(setup, setup.dataset.train)
+    made: torch.optim.Optimizer
+    if optimizer == "sgd":
+        made = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, fused=True)
+    else:
+        made = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.01, fused=True)
+    for epoch, line in enumerate(metrics(tmp_path)):
+        order = batches.sampler.order(epoch)
+        assert sorted(order.tolist()) == list(range(75)), "every sample once"
+        total, right = 0.0, 0
+        for part in order.split(25):
+            made.zero_grad()
+            outputs = model(inputs[part].double())
+            loss = F.cross_entropy(outputs, targets[part])
+            loss.backward()
+            made.step()
+            total += loss.item() * len(part)
+            right += int((outputs.argmax(1) == targets[part]).sum())
+        assert line["train_loss"] == total / 75
+        assert line["train_accuracy"] == right / 75
+    weights = result(tmp_path)["model"]
+    assert same(weights, dict(model.state_dict()))
+    assert all(value.dtype == torch.float64 for value in weights.values())
+
+
+def test_figures_are_those_of_the_models_that_were_kept(tmp_path: Path) -> None:
+    """Every sample once, one at a time: validation of the last model, test of the best, both of the average."""
+    summary = start(tmp_path, *RICH, "optimizer.lr=0.3")
+    setup = set_up(experiment(*RICH))
+    last, best = load(tmp_path / "checkpoints/last.pt"), load(tmp_path / "checkpoints/best.pt")
+    assert setup.dataset.val is not None and setup.dataset.test is not None
+    assert (len(setup.dataset.train), len(setup.dataset.val)) == (90, 30), "30 is no multiple of 25"
+
+    setup.module.load_state_dict(last["ema"])
+    loss, accuracy = means(setup.module, *evaluated(setup, setup.dataset.val))
+    line = metrics(tmp_path)[-1]
+    assert line["val_loss"] == pytest.approx(loss, rel=1e-5)
+    assert line["val_accuracy"] == accuracy
+
+    setup.module.load_state_dict(best["ema"])
+    loss, accuracy = means(setup.module, *evaluated(setup, setup.dataset.test))
+    assert summary["test_loss"] == pytest.approx(loss, rel=1e-5)
+    assert summary["test_accuracy"] == accuracy
+    chosen = metrics(tmp_path)[summary["best_epoch"] - 1]
+    assert chosen["val_accuracy"] == max(line["val_accuracy"] for line in metrics(tmp_path))
+    for key in ("val_loss", "val_accuracy"):
+        assert summary[f"best_{key}"] == chosen[key]
+    assert best["progress"]["epoch"] == summary["best_epoch"]
+
+
+def test_the_best_model_is_tested_and_not_the_last(tmp_path: Path) -> None:
+    """A learning rate with which the last epoch is not the best."""
+    overrides = [*SMALL, "model.norm=none", "epochs=4", "schedule=constant", "optimizer.lr=1", "seed=2"]
+    summary = start(tmp_path, *overrides)
+    assert summary["best_epoch"] < 4
+    setup = set_up(experiment(*overrides))
+    assert setup.dataset.test is not None
+    figures = []
+    for name in ("best.pt", "last.pt"):
+        setup.module.load_state_dict(load(tmp_path / "checkpoints" / name)["model"])
+        figures.append(build_test(setup))
+    assert summary["test_accuracy"] == figures[0] != figures[1]
+
+
+def build_test(setup: Setup) -> float:
+    assert setup.dataset.test is not None
+    return means(setup.module, *evaluated(setup, setup.dataset.test))[1]
+
+
+def test_bf16_runs_with_figures_near_fp32(tmp_path: Path) -> None:
+    overrides = [*SMALL, "epochs=2", "schedule=constant", "optimizer.lr=0.01"]
+    for precision in ("fp32", "bf16"):
+        start(tmp_path / precision, *overrides, f"precision={precision}")
+    for full, low in zip(metrics(tmp_path / "fp32"), metrics(tmp_path / "bf16"), strict=True):
+        assert full["val_loss"] != low["val_loss"]
+        assert low["val_loss"] == pytest.approx(full["val_loss"], rel=0.05)
+    assert all(v.dtype == torch.float32 for k, v in result(tmp_path / "bf16")["model"].items() if "num" not in k)
+
+
+def test_regression(tmp_path: Path) -> None:
+    """A linear model finds the sum of its inputs; there are no accuracies."""
+    summary = start(tmp_path, *REGRESSION, "optimizer.lr=0.05", "epochs=30")
+    assert summary["test_loss"] < 1e-2
+    assert not any(key.endswith("accuracy") for key in summary)
+    assert all(not key.endswith("accuracy") for line in metrics(tmp_path) for key in line)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["data.val_split=0"],
+        ["data.subset=30", "data.batch_size=full"],
+        ["data.batch_size=1", "data.subset=20", "epochs=1", "model.norm=none"],
+        ["accumulate=5"],
+        ["evaluate.every_epochs=4", "epochs=5"],
+        ["steps=3"],
+        ["data.drop_last=true"],
+    ],
+    ids=" ".join,
+)
+def test_runs_of_odd_shapes(tmp_path: Path, extra: list[str]) -> None:
+    summary = start(tmp_path, *SMALL, "model.norm=none", "epochs=2", *extra)
+    assert summary["status"] == "finished"
+    assert math.isfinite(summary["test_loss"]) and 0 <= summary["test_accuracy"] <= 1
+    assert len(metrics(tmp_path)) >= 1
+    assert (summary["best_epoch"] is None) == (extra == ["data.val_split=0"])
+
+
+def test_a_dropped_last_batch_is_not_trained_on(tmp_path: Path) -> None:
+    assert start(tmp_path / "a", *SMALL, "epochs=1")["steps"] == 4
+    assert start(tmp_path / "b", *SMALL, "epochs=1", "data.drop_last=true")["steps"] == 3
+
+
+def test_starting_from_weights(tmp_path: Path) -> None:
+    """Epochs, optimizer and figures begin anew; the weights are the average of the other run."""
+    start(tmp_path / "first", *RICH)
+    best = tmp_path / "first/checkpoints/best.pt"
+    summary = start(tmp_path / "second", *RICH, f"init_from={best}", "optimizer.lr=1e-30", "epochs=1")
+    assert (summary["resumed_from"], summary["steps"]) == ([], 4)
+    given, taken = load(best)["ema"], load(tmp_path / "second/checkpoints/last.pt")["model"]
+    weights = [name for name in given if "running" not in name and "num_batches" not in name]
+    assert weights and all(torch.equal(given[name], taken[name]) for name in weights)
+
+
+# -- what is left behind
+
+
+def test_the_run_folder(tmp_path: Path) -> None:
+    summary = start(tmp_path, *RICH)
+    names = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    files = ("last.pt", "best.pt", "step-12.pt")
+    kept = {f"checkpoints/{name}{ending}" for name in files for ending in ("", ".sha256")}
+    assert names == {"metrics.jsonl", "summary.json", "train.log", *kept}
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    assert {
+        *("status", "epochs", "steps", "best_epoch", "best_val_loss", "best_val_accuracy", "test_loss"),
+        *("test_accuracy", "seconds", "parameters", "parallel", "processes", "resumed_from"),
+    } <= set(summary)
+    assert (summary["status"], summary["epochs"], summary["steps"]) == ("finished", 4, 16)
+    assert (summary["parallel"], summary["processes"], summary["resumed_from"]) == ("single", 1, [])
+    assert summary["parameters"] == sum(
+        value.numel() for name, value in result(tmp_path)["model"].items() if name.endswith(("weight", "bias"))
+    )
+
+
+def test_metrics_lines(tmp_path: Path) -> None:
+    start(tmp_path, *RICH)
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert "NaN" not in text and "Infinity" not in text and text.endswith("}\n")
+    keys = {"epoch", "step", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "seconds"}
+    lines = metrics(tmp_path)
+    assert [(line["epoch"], line["step"]) for line in lines] == [(1, 4), (2, 8), (3, 12), (4, 16)]
+    for line in lines:
+        assert keys <= set(line)
+        assert 0 <= line["train_accuracy"] <= 1 and 0 <= line["val_accuracy"] <= 1
+        assert line["train_accuracy"] * 90 == pytest.approx(round(line["train_accuracy"] * 90))
+        assert line["val_accuracy"] * 30 == pytest.approx(round(line["val_accuracy"] * 30))
+
+
+@pytest.mark.parametrize("name", ["last.pt", "best.pt", "step-12.pt"])
+def test_checkpoints_hold_what_the_contract_says(tmp_path: Path, name: str) -> None:
+    start(tmp_path, *RICH, "checkpoint.keep=3")
+    state = torch.load(tmp_path / "checkpoints" / name, weights_only=True)
+    assert set(state) == KEYS
+    assert {"epoch", "step", "position", "sums", "stopping"} <= set(state["progress"])
+    model = set_up(experiment(*RICH)).module
+    assert list(state["model"]) == list(model.state_dict())
+    assert state["config"]["optimizer"]["lr"] == 0.1
+    assert set(state["ema"]) == set(state["model"])
+    assert len(state["optimizer"]["state"]) == len(list(model.parameters()))
+
+
+def test_stopping_early(tmp_path: Path) -> None:
+    overrides = [*SMALL, "stopping=early", "stopping.patience=2", "monitor=val_loss", "schedule=constant"]
+    summary = start(tmp_path, *overrides, "optimizer.lr=1e-30", "epochs=50", "model.norm=none")
+    assert (summary["status"], summary["epochs"], summary["best_epoch"]) == ("stopped_early", 3, 1)
+    assert job._STATUS_OF[summary["status"]] == 0
+
+
+# -- how it ends
+
+
+def execute(folder: Path, *overrides: str) -> int:
+    folder.mkdir(exist_ok=True)
+    state = Checkpoints(folder / "checkpoints").load_newest()
+    return job.execute(Run(experiment(*overrides), folder, state), typed=[*overrides], console=False)
+
+
+def status(folder: Path) -> str:
+    return str(json.loads((folder / "summary.json").read_text())["status"])
+
+
+def test_exit_codes_and_status(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with at_update(5, terminate):
+        assert execute(tmp_path / "a", *RICH) == 75
+    assert status(tmp_path / "a") == "interrupted"
+    assert execute(tmp_path / "a", *RICH) == 0
+    assert status(tmp_path / "a") == "finished"
+    assert execute(tmp_path / "b", *RICH, "max_time=0.00001") == 75
+    assert status(tmp_path / "b") == "interrupted"
+
+
+def test_a_loss_that_is_not_finite(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    overrides = [*SMALL, "model.norm=none", "optimizer.lr=1e30", "schedule=constant", "checkpoint.every_steps=1"]
+    assert execute(tmp_path, *overrides) == 1
+    assert status(tmp_path) == "failed"
+    told = capfd.readouterr().err
+    assert told.count("\n") == 1 and "Traceback" not in told
+    assert "the loss became" in told and "learning rate of 1e+30" in told and "optimizer.lr" in told
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_sigint(tmp_path: Path, twice: bool, capfd: pytest.CaptureFixture[str]) -> None:
+    def interrupt() -> None:
+        for _ in range(1 + twice):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with at_update(6, interrupt):
+        assert execute(tmp_path, *RICH) == 75
+    assert load(tmp_path / "checkpoints/last.pt")["progress"]["step"] == (4 if twice else 6)
+    assert resume(tmp_path, *RICH)["status"] == "finished"
+
+
+def test_what_is_wrong_before_the_first_update_is_the_users_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"stopping=early.*data\.val_split"):
+        start(tmp_path, *SMALL, "stopping=early", "data.val_split=0")
+    with pytest.raises(UserError, match=r"batch norm .* one value per channel"):
+        start(tmp_path, *SMALL, "model.norm=batch", "data.batch_size=1")
+    with pytest.raises(UserError, match="init_from"):
+        start(tmp_path, *SMALL, f"init_from={tmp_path}/nothing.pt")
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_full_disk_ends_the_run_and_keeps_the_checkpoint_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = torch.save
+
+    def full(state: Any, file: Any) -> None:
+        if state["progress"]["step"] == 12:
+            file.write(b"half of it")
+            raise OSError(28, "No space left on device")
+        save(state, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(RunError, match=r"last\.pt could not be written: .*No space left"):
+            start(tmp_path, *RICH)
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+    summary = resume(tmp_path, *RICH)
+    assert summary["resumed_from"] == [8]
+    start(tmp_path / "whole", *RICH)
+    assert timeless(tmp_path) == timeless(tmp_path / "whole")
+
+
+# -- real processes
+
+
+def command(folder: Path, *overrides: str) -> list[str]:
+    return [sys.executable, "-m", "dlopt", "train", *overrides, f"hydra.run.dir={folder}"]
+
+
+def wait_for(path: Path, process: subprocess.Popen[bytes], lines: int) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists() or path.read_text().count("\n") < lines:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+LONG = [*RICH, "epochs=50"]
+
+
+WORKERS = ["data.memory=false", "data.workers=2"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "extra"),
+    [(signal.SIGTERM, WORKERS), (signal.SIGUSR1, []), (signal.SIGKILL, WORKERS)],
+    ids=["term", "usr1", "kill"],
+)
+def test_a_process_group_stopped_twice(tmp_path: Path, number: signal.Signals, extra: list[str]) -> None:
+    """A signal to the whole group, as a cluster sends it, at a moment of its own; then `resume=auto`."""
+    folder, resumed_from = tmp_path / "stopped", []
+    for lines in (4, 20, None):
+        overrides = [*LONG, *extra, *([] if lines == 4 else ["resume=auto"])]
+        process = subprocess.Popen(command(folder, *overrides), start_new_session=True, stdout=subprocess.DEVNULL)
+        if lines is not None:
+            wait_for(folder / "metrics.jsonl", process, lines)
+            os.killpg(process.pid, number)
+            begin = time.monotonic()
+            assert process.wait(30) == (-signal.SIGKILL if number == signal.SIGKILL else 75)
+            assert time.monotonic() - begin < 10
+            if number != signal.SIGKILL:
+                assert status(folder) == "interrupted"
+            resumed_from.append(load(folder / "checkpoints/last.pt")["progress"]["step"])
+        else:
+            assert process.wait(120) == 0
+    assert json.loads((folder / "summary.json").read_text())["resumed_from"] == resumed_from
+    start(tmp_path / "whole", *LONG)
+    assert timeless(folder) == timeless(tmp_path / "whole")
+    left, right = result(folder), result(tmp_path / "whole")
+    for key in ("model", "optimizer", "ema", "schedule"):
+        assert same(left[key], right[key]), key

@@ -1,0 +1,133 @@
+"""What is chosen where a key says `auto`, and what is refused where it says `true`."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dlopt.config.compose import Composer, to_plain
+from dlopt.config.experiment import Experiment
+from dlopt.config.parsing import parse
+from dlopt.errors import UserError
+from dlopt.training import speed
+from dlopt.training.build import set_up
+from dlopt.training.cuda_graphs import GraphedStep
+from dlopt.training.precision import Precision
+from dlopt.training.step import Step
+from dlopt.training.trainer import dry_run
+from tests.commands.line import refused
+
+
+def experiment(*overrides: str) -> Experiment:
+    return parse(to_plain(Composer().compose(list(overrides)), [])[0])
+
+
+def mode(device: str = "cuda", *, compiles: bool = True) -> Any:
+    return SimpleNamespace(device=torch.device(device), compiles=compiles, name="filter", processes=1)
+
+
+def net(*overrides: str) -> nn.Module:
+    built: nn.Module = experiment(*overrides).model.build(input_shape=(3, 32, 32), classes=10)
+    return built
+
+
+@pytest.mark.parametrize(
+    ("model", "published"),
+    [("resnet20", 0.243), ("resnet18", 3.33)],  # of forward and backward, in 1e9 per image of 32 x 32
+)
+def test_operations_are_those_that_papers_count(model: str, published: float) -> None:
+    module = net(f"model={model}")
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    assert 3 * speed.forward_operations(module, (3, 32, 32)) / 1e9 == pytest.approx(published, rel=0.01)
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+LONG, SHORT = ("model=wrn_16_4", "epochs=400"), ("model=resnet20", "epochs=200")
+
+
+@pytest.mark.parametrize(
+    ("typed", "parallel", "reason"),
+    [
+        (("compile=false", *LONG), mode(), "compile=false"),
+        (("compile=true", *SHORT), mode("cpu"), ""),
+        (("compile=auto", *LONG), mode("cpu"), "on cpu"),
+        (("compile=auto", *LONG), mode(compiles=False), "parallel=filter"),
+        (("compile=auto", *LONG), mode(), ""),
+        (("compile=auto", *SHORT), mode(), "as short as this"),
+        (("compile=auto", *LONG, "steps=100"), mode(), "as short as this"),
+    ],
+)
+def test_who_is_compiled(typed: tuple[str, ...], parallel: Any, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "find_spec", lambda name: object())
+    monkeypatch.setenv("CC", "cc")
+    found = speed.compiles(experiment(*typed), parallel, net(typed[1]), (3, 32, 32), 50_000)
+    assert bool(found) == bool(reason) and reason in found
+
+
+def test_without_triton_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "find_spec", lambda name: None)
+    found = speed.compiles(experiment("compile=auto", *LONG), mode(), net(LONG[0]), (3, 32, 32), 50_000)
+    assert "Triton" in found
+
+
+def test_processes_that_meet_between_layers_cannot_be_compiled() -> None:
+    with pytest.raises(UserError, match="compile=true: not with parallel=filter"):
+        speed.compiles(experiment("compile=true"), mode(compiles=False), net(), (3, 32, 32), 100)
+
+
+def test_graphs_on_a_cpu_are_refused_where_they_are_demanded(tmp_path: Path) -> None:
+    line = ("cuda_graphs=true", "device=cpu", "model=mlp", "data.subset=40", "hydra.run.dir=run")
+    assert "cuda_graphs=true: there are none on cpu; use cuda_graphs=auto" in refused(tmp_path, "train", *line)
+
+
+def test_a_cpu_has_plain_updates(tmp_path: Path) -> None:
+    chosen = experiment("device=cpu", "threads=1", "model=mlp", "model.widths=[4]", "data.subset=40")
+    trainer = dry_run(set_up(chosen), tmp_path)
+    assert type(trainer.step) is Step and trainer.graph_obstacle == "there are none on cpu"
+    assert speed.recorder(chosen, torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(
+    ("typed", "recorded"), [((), True), (("cuda_graphs=false",), False), (("profile=true",), False)]
+)
+def test_when_the_data_path_is_recorded(typed: tuple[str, ...], recorded: bool) -> None:
+    assert (speed.recorder(experiment(*typed), torch.device("cuda")) is not None) == recorded
+
+
+def test_what_was_chosen_is_told() -> None:
+    precision = Precision("bf16", torch.device("cuda"))
+    all_auto = experiment("precision=auto", "compile=auto", "cuda_graphs=auto")
+    assert speed.chosen(all_auto, precision, "", None) == (
+        "precision=auto: bf16 | compile=auto: true | cuda_graphs=auto: true"
+    )
+    assert speed.chosen(all_auto, precision, "too short", "it waits").endswith(
+        "compile=auto: false (too short) | cuda_graphs=auto: false (it waits)"
+    )
+    on_cpu = Precision("fp32", torch.device("cpu"))
+    assert speed.chosen(experiment(), on_cpu, "compile=false", "there are none on cpu") == ""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
+@pytest.mark.parametrize("augmentation", ["crop_flip", "shift_alternating_flip", "randaugment"])
+def test_recorded_updates_on_a_gpu_are_the_plain_ones(tmp_path: Path, optimizer: str, augmentation: str) -> None:
+    typed = ("device=cuda", "data.batch_size=64", f"optimizer={optimizer}", f"augmentation={augmentation}")
+    weights = []
+    for graphs in ("false", "true"):
+        setup = set_up(experiment(*typed, "deterministic=true", f"cuda_graphs={graphs}"))
+        trainer = dry_run(setup, tmp_path)
+        assert isinstance(trainer.step, GraphedStep) == (graphs == "true")
+        step = 0
+        for epoch in range(2):
+            for inputs, targets in trainer.batches.epoch(epoch, 0, step):
+                trainer.step.update(inputs, targets, step, trainer.sums)
+                step += 1
+        trainer.step.check_updates()
+        if isinstance(trainer.step, GraphedStep):
+            assert trainer.step._replayed._replay is not None
+        weights.append([*setup.module.state_dict().values()])
+    for a, b in zip(*weights, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,375 @@
+"""The engine's update against hand-written PyTorch loops."""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dlopt.errors import RunError
+from dlopt.parallel.mode import Mode
+from dlopt.random import stream
+from dlopt.schedules import Scheduler
+from dlopt.training.clipping import ByValue, Clip, gradient_norm
+from dlopt.training.metrics import Sums
+from dlopt.training.nonfinite import Diverged
+from dlopt.training.precision import Precision
+from dlopt.training.step import Network, Step, StepSettings, may_draw
+
+CPU = torch.device("cpu")
+SEED = 11
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
+}
+
+
+def net(dropout: float = 0.3, norm: bool = True) -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 8), nn.BatchNorm1d(8) if norm else nn.Identity(), nn.Tanh(), nn.Dropout(dropout)]
+    return nn.Sequential(*layers, nn.Linear(8, 3))
+
+
+def batch(number: int, size: int = 10, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    draws = torch.Generator().manual_seed(number)
+    return torch.randn(size, 6, generator=draws, dtype=dtype), torch.randint(3, (size,), generator=draws)
+
+
+def make_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    factor: Callable[[int], float] = lambda t: 1.0,
+    loss: nn.Module | None = None,
+    precision: Precision | None = None,
+    clip: Clip | None = None,
+    after: Sequence[Callable[[], None]] = (),
+    skip: Callable[[Diverged], bool] | None = None,
+    **settings: Any,
+) -> Step:
+    return Step(
+        Network(model, model, loss or nn.CrossEntropyLoss()),
+        optimizer,
+        Scheduler(optimizer, factor),
+        Mode(CPU),
+        StepSettings(**{"seed": SEED, **settings}),
+        precision=precision or Precision("fp32", CPU),
+        clip=clip,
+        after=after,
+        skip=skip,
+    )
+
+
+def equal(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_updates_equal_a_plain_loop_bit_for_bit(name: str, accumulate: int) -> None:
+    model = net(norm=accumulate == 1)  # a last micro-batch of one sample has no statistics
+    reference = copy.deepcopy(model)
+    make = OPTIMIZERS[name]
+
+    def factor(t: int) -> float:
+        return 1 / (1 + t)
+
+    update, sums = make_step(model, make(model.parameters()), accumulate=accumulate, factor=factor), Sums(True)
+    for step in range(5):
+        update.update(*batch(step, size=10 - step), step, sums)
+
+    optimizer = make(reference.parameters())
+    base = optimizer.param_groups[0]["lr"]
+    losses, right = 0.0, 0
+    for step in range(5):
+        torch.manual_seed(stream(SEED, step))
+        inputs, targets = batch(step, size=10 - step)
+        optimizer.param_groups[0]["lr"] = base * factor(step)
+        optimizer.zero_grad()
+        for x, y in zip(inputs.tensor_split(accumulate), targets.tensor_split(accumulate), strict=True):
+            outputs = reference(x)
+            loss = F.cross_entropy(outputs, y)
+            losses += loss.item() * len(y)
+            right += int((outputs.argmax(1) == y).sum())
+            (loss * (len(y) / len(targets)) if accumulate > 1 else loss).backward()
+        optimizer.step()
+    assert equal(model, reference)
+    count = 10 + 9 + 8 + 7 + 6
+    assert sums.means("train") == {"train_loss": losses / count, "train_accuracy": right / count}
+    assert update.rate == base * factor(4)
+
+
+@pytest.mark.parametrize("accumulate", [2, 3, 4, 7, 10])
+@pytest.mark.parametrize("size", [10, 11])
+def test_accumulated_gradients_are_those_of_the_whole_batch(accumulate: int, size: int) -> None:
+    """Micro-batches of 10 samples in 4: 3, 3, 3, 1; each counts by its samples."""
+    model = net(dropout=0.0, norm=False).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    inputs, targets = batch(1, size, torch.float64)
+    whole = F.cross_entropy(model(inputs), targets)
+    expected = torch.autograd.grad(whole, list(model.parameters()))
+    evaluate = make_step(model, optimizer, accumulate=accumulate)
+    evaluate.begin(inputs, targets, 0, Sums(True))
+    torch.testing.assert_close(evaluate(), whole.detach(), rtol=1e-13, atol=0)
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-12, atol=1e-14)
+
+
+def test_a_batch_smaller_than_the_number_of_micro_batches() -> None:
+    model = net(dropout=0.0, norm=False)
+    evaluate = make_step(model, torch.optim.SGD(model.parameters(), lr=1.0), accumulate=8)
+    inputs, targets = batch(1, 3)
+    evaluate.begin(inputs, targets, 0, Sums(True))
+    torch.testing.assert_close(evaluate(), F.cross_entropy(model(inputs), targets).detach())
+
+
+class Record(nn.Module):
+    """Keeps what passes through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Tensor] = []
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.seen.append(inputs.detach().clone())
+        return inputs
+
+
+class Times(nn.Module):
+    """Cross entropy times a factor."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return self.factor * F.cross_entropy(outputs, targets)
+
+
+def test_draws_are_frozen_within_a_step_and_differ_between_steps() -> None:
+    record = Record()
+    model = nn.Sequential(nn.Dropout(0.5), record, nn.Linear(6, 3))
+    evaluate = make_step(model, torch.optim.SGD(model.parameters(), lr=1.0))
+    inputs, targets = torch.ones(50, 6), torch.zeros(50, dtype=torch.int64)
+    for step in (0, 1):
+        evaluate.begin(inputs, targets, step, Sums(True))
+        torch.rand(step)  # whatever else draws has no part in it
+        first = evaluate()
+        assert torch.equal(evaluate(), first)
+        assert torch.equal(evaluate.loss().detach(), first)
+    masks = record.seen
+    assert all(torch.equal(mask, masks[0]) for mask in masks[:3])
+    assert all(torch.equal(mask, masks[3]) for mask in masks[3:])
+    assert not torch.equal(masks[0], masks[3])
+    assert 0.3 < float((masks[0] == 0).float().mean()) < 0.7
+
+
+@pytest.mark.parametrize("norm", ["batch", "instance"])
+def test_statistics_move_with_the_first_evaluation_only(norm: str) -> None:
+    layer: nn.Module = nn.BatchNorm1d(6, momentum=0.25)
+    if norm == "instance":
+        layer = nn.InstanceNorm1d(6, momentum=0.25, track_running_stats=True)
+    model = nn.Sequential(nn.Unflatten(1, (6, 4)), layer, nn.Flatten(), nn.Linear(24, 3))
+    evaluate = make_step(model, torch.optim.SGD(model.parameters(), lr=1.0))
+    draws = torch.Generator().manual_seed(0)
+    inputs, targets = torch.randn(5, 24, generator=draws) + 2, torch.zeros(5, dtype=torch.int64)
+    expected = copy.deepcopy(layer)
+    expected(inputs.view(5, 6, 4))
+    evaluate.begin(inputs, targets, 0, Sums(True))
+    losses = [evaluate(), evaluate(), evaluate.loss().detach(), evaluate()]
+    assert all(torch.equal(loss, losses[0]) for loss in losses), "normalized with the batch's statistics every time"
+    assert equal(layer, expected)
+    evaluate.begin(inputs, targets, 1, Sums(True))
+    evaluate()
+    expected(inputs.view(5, 6, 4))
+    assert equal(layer, expected), "the next step moves them again"
+
+
+def test_figures_count_a_batch_once_however_often_it_is_evaluated() -> None:
+    model = net()
+    evaluate, sums = make_step(model, torch.optim.SGD(model.parameters(), lr=1.0)), Sums(True)
+    evaluate.begin(*batch(0), 0, sums)
+    evaluate.loss()
+    first = evaluate()
+    evaluate()
+    evaluate.loss()
+    sums.settle()
+    assert sums.count == 10
+    assert sums.loss / 10 == float(first)
+
+
+def test_lbfgs_equals_a_plain_loop_bit_for_bit() -> None:
+    model = net(dropout=0.0, norm=False).double()
+    reference = copy.deepcopy(model)
+    calls = []
+
+    def make(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.LBFGS(model.parameters(), lr=0.5, max_iter=6, line_search_fn="strong_wolfe")
+
+    update, sums = make_step(model, make(model), evaluates_once=False), Sums(True)
+    for step in range(3):
+        update.update(*batch(step, dtype=torch.float64), step, sums)
+
+    optimizer = make(reference)
+    for step in range(3):
+        inputs, targets = batch(step, dtype=torch.float64)
+
+        def plain(inputs: Tensor = inputs, targets: Tensor = targets) -> Tensor:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(reference(inputs), targets)
+            loss.backward()
+            calls.append(1)
+            return loss
+
+        optimizer.step(plain)  # type: ignore[arg-type]
+    assert equal(model, reference)
+    assert len(calls) > 6, "otherwise L-BFGS evaluated once per update"
+    assert sums.means("t")["t_loss"] > 0
+    assert sums.count == 30
+
+
+def test_lbfgs_on_a_net_with_dropout_and_batch_norm() -> None:
+    """The line search sees one function: its loss goes down on the batch, with the same dropout mask."""
+    model = net(dropout=0.5)
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=10, line_search_fn="strong_wolfe")
+    evaluate = make_step(model, optimizer, evaluates_once=False)
+    inputs, targets = batch(0, 30)
+    evaluate.update(inputs, targets, 0, Sums(True))
+    after = evaluate.loss().item()
+    assert int(model[1].num_batches_tracked) == 1  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    fresh = net(dropout=0.5)
+    torch.manual_seed(stream(SEED, 0))
+    assert after < F.cross_entropy(fresh(inputs), targets).item() / 2
+
+
+def test_loss_can_be_differentiated_twice() -> None:
+    """A Hessian-vector product through closure.loss() equals the one of a hand-written loss."""
+    model = net(dropout=0.4, norm=False).double()
+    parameters = list(model.parameters())
+    evaluate = make_step(model, torch.optim.SGD(parameters, lr=1.0), accumulate=3)
+    inputs, targets = batch(0, dtype=torch.float64)
+    evaluate.begin(inputs, targets, 4, Sums(True))
+    direction = [torch.randn_like(p) for p in parameters]
+
+    def product(loss: Tensor) -> tuple[Tensor, ...]:
+        gradients = torch.autograd.grad(loss, parameters, create_graph=True)
+        slope = sum((g * d).sum() for g, d in zip(gradients, direction, strict=True))
+        return torch.autograd.grad(slope, parameters)  # type: ignore[arg-type]
+
+    with torch.no_grad():  # as inside optimizer.step
+        loss = evaluate.loss()
+    assert all(p.grad is None for p in parameters)
+    found = product(loss)
+    torch.manual_seed(stream(SEED, 4))
+    parts = zip(inputs.tensor_split(3), targets.tensor_split(3), strict=True)
+    expected = product(sum(F.cross_entropy(model(x), y, reduction="sum") for x, y in parts) / 10)  # type: ignore[arg-type]
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-14)
+    assert any(bool(b.abs().max() > 1e-3) for b in expected)
+
+
+def test_the_reported_gradient_norm_is_the_one_before_clipping() -> None:
+    model = net(dropout=0.0)
+    evaluate = make_step(model, torch.optim.SGD(model.parameters(), lr=1.0), clip=ByValue(max_value=1e-3))
+    unclipped = make_step(model, torch.optim.SGD(model.parameters(), lr=1.0))
+    norms = []
+    for each in (unclipped, evaluate):
+        each.begin(*batch(0), 0, Sums(True), log_norm=True)
+        each()
+        norms.append(each.norm)
+    assert norms[0] is not None and norms[1] is not None
+    assert torch.equal(norms[0], norms[1])
+    assert float(gradient_norm(evaluate.parameters)) < float(norms[1]) / 2
+
+
+def test_clipping_comes_before_the_update() -> None:
+    model = net(dropout=0.0)
+    before = [p.detach().clone() for p in model.parameters()]
+    evaluate = make_step(model, torch.optim.SGD(model.parameters(), lr=1.0), clip=ByValue(max_value=1e-4))
+    evaluate.update(*batch(0), 0, Sums(True))
+    moved = [float((p.detach() - b).abs().max()) for p, b in zip(model.parameters(), before, strict=True)]
+    assert 0 < max(moved) <= 1.01e-4
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_loss_stops_before_the_weights_move(bad: float) -> None:
+    model = net()
+    trained = copy.deepcopy(list(model.parameters()))
+    update = make_step(model, torch.optim.SGD(model.parameters(), lr=0.125), loss=Times(bad))
+    with pytest.raises(RunError, match=rf"{bad} at update 8 with a learning rate of 0\.125.*optimizer\.lr"):
+        update.update(*batch(0), 7, Sums(True))
+    assert all(map(torch.equal, model.parameters(), trained))
+
+
+def test_a_bad_loss_is_found_at_the_check_where_steps_do_not_look() -> None:
+    model = net(dropout=0.0, norm=False)
+    update = make_step(model, torch.optim.SGD(model.parameters(), lr=0.1), check_now=False)
+    inputs, targets = batch(0)
+    update.update(inputs, targets, 0, Sums(True))
+    update.check_updates()
+    update.update(inputs * float("inf"), targets, 1, Sums(True))
+    with pytest.raises(RunError, match="update 2"):
+        update.check_updates()
+
+
+def test_what_follows_an_update_sees_the_new_weights() -> None:
+    model = net()
+    seen = []
+    update = make_step(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), after=[lambda: seen.append(copy.deepcopy(model))]
+    )
+    for step in range(3):
+        update.update(*batch(step), step, Sums(True))
+    assert len(seen) == 3 and equal(seen[-1], model) and not equal(seen[0], seen[1])
+
+
+def test_frozen_parameters_keep_their_place() -> None:
+    model = net(norm=False)
+    model[0].requires_grad_(False)
+    before = copy.deepcopy(model)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    make_step(model, torch.optim.SGD(trainable, lr=0.1)).update(*batch(0), 0, Sums(True))
+    assert equal(model[0], before[0]) and not equal(model[4], before[4])
+
+
+def test_bfloat16_autocast_keeps_weights_and_loss_in_float32() -> None:
+    model = net(dropout=0.0)
+    record = Record()
+    model.append(record)
+    precision = Precision("bf16", torch.device("cpu"))
+    evaluate = make_step(model, torch.optim.SGD(model.parameters(), lr=0.1), precision=precision)
+    sums = Sums(True)
+    evaluate.update(*batch(0), 0, sums)
+    assert record.seen[0].dtype == torch.bfloat16
+    assert all(p.dtype == torch.float32 and p.grad is not None for p in model.parameters())
+    assert evaluate.loss().dtype == torch.float32
+    reference = net(dropout=0.0)
+    torch.testing.assert_close(
+        sums.means("t")["t_loss"], F.cross_entropy(reference(batch(0)[0]), batch(0)[1]).item(), rtol=0.02, atol=0
+    )
+
+
+class _Drawing(nn.Module):
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs * torch.rand(())
+
+
+@pytest.mark.parametrize(
+    ("model", "draws"),
+    [
+        (nn.Linear(2, 2), False),
+        (nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.0)), False),
+        (nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1)), True),
+        (nn.LSTM(2, 2, num_layers=2, dropout=0.1), True),
+        (nn.MultiheadAttention(2, 1), False),
+        (nn.MultiheadAttention(2, 1, dropout=0.5), True),
+        (nn.RReLU(), True),
+        (_Drawing(), True),  # somebody's own: not known, so taken to draw
+    ],
+)
+def test_which_models_may_draw(model: nn.Module, draws: bool) -> None:
+    assert may_draw(model) is draws

@@ -1,0 +1,174 @@
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from dlopt.errors import UserError
+from dlopt.training.stopping import Best, Early, Never, Tolerance, figure
+
+NAN, INF = math.nan, math.inf
+
+
+def stops_at(stopping: Early, losses: list[float], key: str = "val_loss") -> int | None:
+    """The evaluation (from 1) at which the run ends."""
+    for number, loss in enumerate(losses, start=1):
+        stopping.update({"epoch": number, key: loss})
+        if stopping.met:
+            return number
+    return None
+
+
+def early(monitor: str = "val_loss", patience: int = 2, min_delta: float = 0.0) -> Early:
+    return Early(monitor=monitor, patience=patience, min_delta=min_delta)
+
+
+@pytest.mark.parametrize(
+    ("losses", "patience", "min_delta", "expected"),
+    [
+        ([3, 2, 1, 0.5], 1, 0.0, None),
+        ([1, 2], 1, 0.0, 2),
+        ([1, 1], 1, 0.0, 2),  # equal is no improvement
+        ([1, 2, 2], 2, 0.0, 3),
+        ([1, 2, 0.9, 2, 2], 2, 0.0, 5),  # an improvement starts the count again
+        ([1, 0.95, 0.95, 0.95], 3, 0.1, 4),  # too small steps are none
+        ([1, 0.95, 0.85, 0.85], 3, 0.1, None),  # slow, but 0.15 below the best that counted
+        ([1, 0.9], 1, 0.1, 2),  # "more than" min_delta
+        ([NAN, NAN, NAN], 3, 0.0, 3),
+        ([NAN, 1, NAN, 2], 2, 0.0, 4),
+        ([1, NAN, 0.5, 0.4], 2, 0.0, None),
+        ([INF, INF], 2, 0.0, 2),
+        ([-INF, 1, 0.5], 2, 0.0, None),  # not finite: no improvement, and not the best for ever
+    ],
+)
+def test_patience(losses: list[float], patience: int, min_delta: float, expected: int | None) -> None:
+    assert stops_at(early(patience=patience, min_delta=min_delta), losses) == expected
+
+
+def test_accuracies_are_to_grow() -> None:
+    assert stops_at(early("val_accuracy"), [0.5, 0.6, 0.7, 0.7, 0.6], "val_accuracy") == 5
+    assert stops_at(early("val_accuracy", min_delta=0.05), [0.5, 0.54, 0.56, 0.57], "val_accuracy") is None
+    assert stops_at(early("val_accuracy", min_delta=0.05), [0.5, 0.54, 0.55, 0.57], "val_accuracy") == 3
+
+
+@given(losses=st.lists(st.one_of(st.floats(-5, 5), st.just(NAN)), min_size=1, max_size=30), patience=st.integers(1, 4))
+def test_a_checkpoint_between_any_two_evaluations_changes_nothing(losses: list[float], patience: int) -> None:
+    expected = stops_at(early(patience=patience), losses)
+    stopping, found = early(patience=patience), None
+    for number, loss in enumerate(losses, start=1):
+        state = stopping.state_dict()
+        stopping = early(patience=patience)
+        stopping.load_state_dict(state)
+        stopping.update({"epoch": number, "val_loss": loss})
+        if stopping.met:
+            found = number
+            break
+    assert found == expected
+
+
+@given(losses=st.lists(st.floats(-5, 5), min_size=1, max_size=40), patience=st.integers(1, 4), delta=st.floats(0, 1))
+def test_against_a_look_at_the_whole_history(losses: list[float], patience: int, delta: float) -> None:
+    anchor, expected = 0, None  # evaluation of the last improvement that counted
+    for n, loss in enumerate(losses):
+        if n == 0 or loss < losses[anchor] - delta:
+            anchor = n
+        elif n - anchor == patience:
+            expected = n + 1
+            break
+    assert stops_at(early(patience=patience, min_delta=delta), losses) == expected
+
+
+def test_never() -> None:
+    stopping = Never()
+    for epoch in range(1, 11):
+        stopping.update({"epoch": epoch, "val_loss": NAN})
+    stopping.load_state_dict(stopping.state_dict())
+    assert not stopping.met
+
+
+@given(moves=st.lists(st.sampled_from([0.0, 0.5, 0.999, 1.001, 2.0]), max_size=30), iterations=st.integers(0, 3))
+def test_tolerance_against_a_plain_count(moves: list[float], iterations: int) -> None:
+    """Met when more than `iterations` updates in a row moved the parameters, as one vector, by less than 1; a frozen
+    parameter does not count, and a checkpoint at any place changes nothing."""
+    first, second = nn.Linear(2, 2), nn.Linear(2, 2)
+    model = nn.Sequential(first, second).double()
+    second.weight.requires_grad_(False)
+    stopping, row, expected = Tolerance(model, tolerance=1.0, iterations=iterations), 0, []
+    seen = []
+    for n, move in enumerate(moves):
+        with torch.no_grad():
+            second.weight.add_(100.0)
+            first.bias[n % 2] += 0.6 * move
+            second.bias[n % 2] += 0.8 * move
+        stopping.after_update()
+        stopping.update({"epoch": 1, "val_loss": NAN})
+        row = row + 1 if move < 1 else 0
+        expected.append(row > iterations)
+        seen.append(stopping.met)
+        if n % 3 == 0:
+            state, stopping = stopping.state_dict(), Tolerance(model, tolerance=1.0, iterations=iterations)
+            stopping.load_state_dict(state)
+    assert seen == expected
+
+
+@pytest.mark.parametrize(
+    ("monitor", "metrics", "expected"),
+    [
+        ("auto", {"val_loss": 2.0, "val_accuracy": 0.25}, -0.25),
+        ("auto", {"val_loss": 2.0}, 2.0),
+        ("val_loss", {"val_loss": 2.0, "val_accuracy": 0.25}, 2.0),
+        ("val_accuracy", {"val_loss": 2.0, "val_accuracy": 0.0}, 0.0),
+        ("val_f1", {"val_f1": 0.5}, -0.5),
+        ("val_mean_error", {"val_mean_error": 0.5}, 0.5),
+    ],
+)
+def test_monitored_figure(monitor: str, metrics: dict[str, float], expected: float) -> None:
+    assert figure(metrics, monitor) == expected
+
+
+def test_a_figure_that_is_not_logged_is_named_with_those_that_are() -> None:
+    with pytest.raises(UserError, match=r"monitor=val_f1: .*val_accuracy, val_loss"):
+        figure({"val_loss": 1.0, "val_accuracy": 0.5, "train_loss": 1.0}, "val_f1")
+    with pytest.raises(UserError, match=r"monitor=val_loss: .* none"):
+        figure({"train_loss": 1.0}, "auto")
+
+
+def bests(monitor: str, sequence: list[tuple[float | None, float]]) -> tuple[list[bool], Best]:
+    best, seen = Best(monitor), []
+    for epoch, (accuracy, loss) in enumerate(sequence, start=1):
+        seen.append(best.update({"epoch": epoch, "val_accuracy": accuracy, "val_loss": loss}))
+    return seen, best
+
+
+def test_best_by_accuracy_then_loss_then_age() -> None:
+    seen, best = bests("auto", [(0.5, 1.0), (0.5, 1.0), (0.5, 0.9), (0.4, 0.1), (0.6, 3.0), (0.6, 3.0)])
+    assert seen == [True, False, True, False, True, False]
+    assert (best.epoch, best.val_accuracy, best.val_loss) == (5, 0.6, 3.0)
+
+
+def test_best_by_loss() -> None:
+    seen, best = bests("val_loss", [(0.9, 1.0), (0.1, 0.5), (0.95, 0.5)])
+    assert (seen, best.epoch) == ([True, True, False], 2)
+    seen, best = bests("auto", [(None, 1.0), (None, 0.5), (None, 0.7)])
+    assert (seen, best.epoch, best.val_accuracy) == ([True, True, False], 2, None)
+
+
+@pytest.mark.parametrize("monitor", ["auto", "val_loss"])
+def test_best_ignores_what_is_not_finite(monitor: str) -> None:
+    seen, best = bests(monitor, [(None, NAN), (None, INF), (None, 2.0), (None, -INF), (None, NAN), (None, 1.0)])
+    assert (seen, best.epoch) == ([False, False, True, False, False, True], 6)
+    seen, best = bests("auto", [(0.5, NAN), (0.5, 7.0), (0.5, NAN)])
+    assert (seen, best.epoch) == ([True, True, False], 2), "of equal accuracies the one whose loss is a number"
+
+
+def test_best_survives_a_checkpoint() -> None:
+    _, best = bests("auto", [(0.5, 1.0), (0.7, 2.0)])
+    state: dict[str, Any] = json.loads(json.dumps(best.state_dict()))
+    other = Best("auto")
+    other.load_state_dict(state)
+    assert other == best
+    assert not other.update({"epoch": 3, "val_accuracy": 0.7, "val_loss": 2.0})

@@ -1,0 +1,133 @@
+"""Validation figures as sums, against scikit-learn on the whole set, and as what decides which model is best."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn import metrics as reference
+from torch import Tensor
+
+from dlopt.errors import UserError
+from dlopt.training import metrics as figures
+from dlopt.training.metrics import ClassFigures, RegressionFigures, _check_names
+from tests.training.runs import SMALL, metrics, start
+from tests.training.test_run import REGRESSION
+
+CLASSES = ("a", "b", "c", "d", "e", "f", "g")
+NAMES = ["top5_accuracy", "macro_f1", "calibration_error", "class_accuracy"]
+
+
+def softmax(outputs: Tensor) -> Tensor:
+    return outputs.softmax(1)
+
+
+def answers(seed: int, count: int, classes: int = 6) -> tuple[Tensor, Tensor]:
+    """The last class of CLASSES never occurs."""
+    draws = torch.Generator().manual_seed(seed)
+    return torch.randn(count, classes + 1, generator=draws), torch.randint(classes, (count,), generator=draws)
+
+
+def batches(outputs: Tensor, targets: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    yield from zip(outputs.split(size), targets.split(size), strict=True)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 999), size=st.integers(1, 70))
+def test_classification_figures_are_scikit_learns_whatever_the_batches(seed: int, size: int) -> None:
+    outputs, targets = answers(seed, 60)
+    counter = ClassFigures(NAMES, CLASSES, softmax)
+    for batch in batches(outputs, targets, size):
+        counter.add(*batch)
+    found = counter.means(None)
+    predictions = outputs.argmax(1)
+    occurring = np.union1d(targets, predictions)
+    assert found["macro_f1"] == pytest.approx(
+        reference.f1_score(targets, predictions, average="macro", labels=occurring, zero_division=0)
+    )
+    assert found["top5_accuracy"] == pytest.approx(
+        reference.top_k_accuracy_score(targets, outputs, k=5, labels=np.arange(7))
+    )
+    assert found["calibration_error"] == pytest.approx(figures.calibration_error(softmax(outputs), targets))
+    recalls = reference.recall_score(targets, predictions, average=None, labels=targets.unique())
+    by_class = {f"class_accuracy/{CLASSES[i]}": r for i, r in zip(targets.unique().tolist(), recalls, strict=True)}
+    assert {name: value for name, value in found.items() if "/" in name} == pytest.approx(by_class)
+    assert found["worst_class_accuracy"] == pytest.approx(min(recalls))
+
+
+@pytest.mark.parametrize("columns", [1, 3])
+def test_regression_figures_are_scikit_learns(columns: int) -> None:
+    draws = torch.Generator().manual_seed(1)
+    targets = torch.randn(50, columns, generator=draws) + 5
+    outputs = targets + 0.3 * torch.randn(50, columns, generator=draws)
+    counter = RegressionFigures(["r2", "mae"], columns)
+    for batch in batches(outputs, targets, 7):
+        counter.add(*batch)
+    found = counter.means(None)
+    assert found["r2"] == pytest.approx(reference.r2_score(targets.double(), outputs.double()), rel=1e-9)
+    assert found["mae"] == pytest.approx(reference.mean_absolute_error(targets.double(), outputs.double()), rel=1e-9)
+
+
+def test_parts_of_several_processes_add_up() -> None:
+    """One of three processes has no samples at all."""
+    outputs, targets = answers(3, 40)
+    whole = ClassFigures(NAMES, CLASSES, softmax)
+    whole.add(outputs, targets)
+    states: list[list[float]] = []
+    for part in (slice(0, 13), slice(13, 40), None):
+        counter = ClassFigures(NAMES, CLASSES, softmax)
+        if part is not None:
+            counter.add(outputs[part], targets[part])
+        counter.means(lambda own: states.append(list(own)) or [1.0] * len(own))
+    together = ClassFigures(NAMES, CLASSES, softmax).means(
+        lambda own: [sum(each) for each in zip(*states, strict=True)]
+    )
+    assert together == pytest.approx(whole.means(None), rel=1e-12)
+
+
+def test_the_best_model_is_the_one_with_the_best_monitored_figure(tmp_path: Path) -> None:
+    keys = ["epochs=4", "schedule=constant", "optimizer.lr=0.3", "monitor=val_calibration_error"]
+    summary = start(tmp_path, *SMALL, *keys, "evaluate.figures=[class_accuracy,macro_f1]")
+    lines = metrics(tmp_path)
+    errors = [line["val_calibration_error"] for line in lines]
+    assert summary["best_epoch"] == 1 + errors.index(min(errors))
+    assert summary["best_val_calibration_error"] == min(errors)
+    assert all(0 <= line["val_worst_class_accuracy"] <= line["val_accuracy"] for line in lines)
+    assert (
+        min(v for k, v in lines[0].items() if k.startswith("val_class_accuracy/"))
+        == (lines[0]["val_worst_class_accuracy"])
+    )
+
+
+def test_a_regression_may_monitor_its_figures(tmp_path: Path) -> None:
+    start(tmp_path, *REGRESSION, "monitor=val_r2", "stopping=early", "evaluate.figures=[mae]", "epochs=2")
+    assert {"val_r2", "val_mae"} <= set(metrics(tmp_path)[0])
+
+
+BAD: dict[str, tuple[list[str], str]] = {
+    "unknown class": (["monitor=val_class_accuracy/11"], "no class 11"),
+    "regression's": (["evaluate.figures=[r2]"], "evaluate.figures=r2: a classification"),
+    "early": (["stopping=early", "stopping.monitor=val_mae"], "stopping.monitor=val_mae: a classification"),
+    "plateau": (["schedule=plateau", "schedule.monitor=val_r2"], "schedule.monitor=val_r2: a classification"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(BAD))
+def test_a_figure_that_the_run_does_not_have_is_refused(tmp_path: Path, name: str) -> None:
+    overrides, message = BAD[name]
+    with pytest.raises(UserError, match=message):
+        start(tmp_path, *SMALL, *overrides)
+
+
+@pytest.mark.parametrize("monitor", ["val_accuracy", "val_macro_f1"])
+def test_a_regression_has_no_classes(tmp_path: Path, monitor: str) -> None:
+    with pytest.raises(UserError, match=f"monitor={monitor}.*regression"):
+        start(tmp_path, *REGRESSION, f"monitor={monitor}")
+
+
+def test_top5_of_five_classes_says_nothing() -> None:
+    with pytest.raises(UserError, match="with 5 classes"):
+        _check_names({"top5_accuracy": "monitor=val_top5_accuracy"}, CLASSES[:5])
