@@ -1,6 +1,7 @@
 """What the training loop iterates: batches on the device, augmented and normalized."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
@@ -33,6 +34,32 @@ class Augment(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Delivery:
+    """Where samples live and in which form batches are given out.
+
+    Args:
+        in_memory: whether the samples live on the device (`Dataset.in_memory`); those still in files are read.
+        workers: processes that read files; 0: none.
+        normalize: module on the device; None: conversion to `dtype` alone.
+        memory_format: of image batches.
+        dtype: of the inputs.
+        compiled: whether index, augmentation and normalization are compiled as one function (in memory, with a pipeline
+            whose drawing and rendering are two steps).
+        recorder: of CUDA graphs; None: no graph. With one, full batches are in the same memory, each in the place of
+            the one before (in memory, all samples).
+    """
+
+    device: torch.device
+    in_memory: bool
+    workers: int | Literal["auto"]
+    normalize: nn.Module | None = None
+    memory_format: torch.memory_format = torch.contiguous_format
+    dtype: torch.dtype = torch.float32
+    compiled: bool = False
+    recorder: Recorder | None = None
+
+
 class Batches:
     """Batches of an epoch, the same whether samples lie in memory or are streamed from worker processes.
 
@@ -41,20 +68,11 @@ class Batches:
 
     Args:
         batch_size: samples in a global batch; `full`: all of them.
-        in_memory: whether the samples are to live on the device (`Dataset.in_memory`); those still in files are read.
-        workers: processes that read files; 0: none.
         sampler: order of the samples in each epoch; None: as they stand, each once (for evaluation).
         drop_last: leave out a last batch that is smaller than the others.
         augment: see `Augment`; None: nothing.
         seed: of the augmentation draws.
-        normalize: module on the device; None: conversion to `dtype` alone.
-        memory_format: of image batches.
-        dtype: of the inputs given out.
         share: this rank's part of a global batch of n samples, as positions; None: everything.
-        compiled: whether index, augmentation and normalization are compiled as one function (in memory, with a pipeline
-            whose drawing and rendering are two things).
-        recorder: of CUDA graphs; None: no graph. With one the full batches lie in the same memory, each in the place of
-            the one before (in memory, all samples).
 
     Raises:
         UserError: no batch is left, or a sample cannot be read.
@@ -63,23 +81,16 @@ class Batches:
     def __init__(
         self,
         samples: Samples,
+        delivery: Delivery,
         *,
         batch_size: int | Literal["full"],
-        device: torch.device | str,
-        in_memory: bool,
-        workers: int | Literal["auto"],
         sampler: Sampler | None = None,
         drop_last: bool = False,
         augment: Augment | None = None,
         seed: int = 0,
-        normalize: nn.Module | None = None,
-        memory_format: torch.memory_format = torch.contiguous_format,
-        dtype: torch.dtype = torch.float32,
         share: Callable[[int], slice | Tensor] | None = None,
-        compiled: bool = False,
-        recorder: Recorder | None = None,
     ) -> None:
-        self._device = torch.device(device)
+        self._device = device = delivery.device
         self.sampler = sampler if sampler is not None else Sequential(targets=samples.targets)
         drawn = len(self.sampler)
         self.batch_size = drawn if batch_size == "full" else min(batch_size, drawn)
@@ -92,22 +103,22 @@ class Batches:
         self._share = share
         self._augment = augment
         self._seed = seed
-        self._normalize = normalize
-        self._memory_format = memory_format if len(samples.shape) == 3 else torch.contiguous_format
-        self._dtype = dtype
-        self._targets = samples.targets.to(self._device)
+        self._normalize = delivery.normalize
+        self._memory_format = delivery.memory_format if len(samples.shape) == 3 else torch.contiguous_format
+        self._dtype = delivery.dtype
+        self._targets = samples.targets.to(device)
         self._inputs: Tensor | None = None
         self._loader: Loader | None = None
-        if in_memory:
-            self._inputs = materialize(samples, workers).inputs.to(self._device)
+        if delivery.in_memory:
+            self._inputs = materialize(samples, delivery.workers).inputs.to(device)
         else:
-            self._loader = Loader(samples, worker_count(workers, samples), pin=self._device.type == "cuda")
+            self._loader = Loader(samples, worker_count(delivery.workers, samples), pin=device.type == "cuda")
         self._rendered: Callable[..., tuple[Tensor, Tensor]] | None = None
-        if compiled and in_memory and (augment is None or hasattr(augment, "render")):
+        if delivery.compiled and delivery.in_memory and (augment is None or hasattr(augment, "render")):
             self._rendered = torch.compile(self._render, dynamic=False)
         self._recorded: _Recorded | None = None
-        if recorder is not None and in_memory and share is None:
-            self._recorded = _Recorded(self._make, self.batch_size, self._device, recorder)
+        if delivery.recorder is not None and delivery.in_memory and share is None:
+            self._recorded = _Recorded(self._make, self.batch_size, device, delivery.recorder)
 
     def __len__(self) -> int:
         """Batches in an epoch."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dlopt.augment import Pipeline
 from dlopt.augment.pipeline import CentreCrop
 from dlopt.config.experiment import Experiment
-from dlopt.data.batches import Batches
+from dlopt.data.batches import Batches, Delivery
 from dlopt.data.normalization import fit
 from dlopt.data.samplers import Attentive
 from dlopt.data.samples import Dataset, Samples
@@ -235,17 +235,16 @@ def training_batches(setup: Setup) -> Batches:
     drop_last = experiment.data_settings.drop_last
     seed = stream(settings.augmentation_seed, AUGMENTATION)
     augment, share = setup.parallel.shard_augmentation(setup.augment), setup.parallel.batch_shard
-    return _batches(
-        setup,
+    compiled = setup.device.type == "cuda" and not setup.uncompiled
+    return Batches(
         dataset.train,
+        _delivery(setup, compiled=compiled, recorder=speed.recorder(experiment, setup.device)),
         batch_size=experiment.data_settings.batch_size,
         sampler=sampler,
+        drop_last=drop_last,
         augment=augment,
         seed=seed,
-        drop_last=drop_last,
         share=share,
-        compiled=setup.device.type == "cuda" and not setup.uncompiled,
-        recorder=speed.recorder(experiment, setup.device),
     )
 
 
@@ -260,20 +259,18 @@ def evaluation_batches(setup: Setup, samples: Samples, *, shared: bool = True) -
     if shared and setup.device.type == "cuda" and setup.dataset.in_memory and size != "full":
         size = max(size, _EVALUATED_AT_ONCE)
     augment = None if shape == samples.shape else CentreCrop(shape)
-    return _batches(setup, samples, batch_size=size, augment=augment, share=share)
+    return Batches(samples, _delivery(setup), batch_size=size, augment=augment, share=share)
 
 
-def _batches(setup: Setup, samples: Samples, **training: Any) -> Batches:
-    data = setup.experiment.data_settings
-    return Batches(
-        samples,
-        device=setup.device,
-        workers=data.workers,
+def _delivery(setup: Setup, **acceleration: Any) -> Delivery:
+    return Delivery(
+        setup.device,
         in_memory=setup.dataset.in_memory,
+        workers=setup.experiment.data_settings.workers,
         normalize=setup.normalize,
         memory_format=setup.memory_format,
         dtype=setup.precision.dtype,
-        **training,
+        **acceleration,
     )
 
 

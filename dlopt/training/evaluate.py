@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dlopt.data.batches import Batches
+from dlopt.data.batches import Batches, Delivery
 from dlopt.data.samples import Dataset, Files, Samples
 from dlopt.data.splits import prepare
 from dlopt.errors import UserError
@@ -337,11 +337,5 @@ def _image_batches(setup: Setup, samples: Samples, plan: Plan) -> Batches:
         found = prepare(source, larger).test
         assert found is not None
         samples, in_memory = found, False
-    return Batches(
-        samples,
-        batch_size=data.batch_size,
-        device=setup.device,
-        workers=data.workers,
-        in_memory=in_memory,
-        dtype=setup.precision.dtype,
-    )
+    delivery = Delivery(setup.device, in_memory, data.workers, dtype=setup.precision.dtype)
+    return Batches(samples, delivery, batch_size=data.batch_size)

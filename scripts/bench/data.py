@@ -32,7 +32,7 @@ from torchvision.models import resnet18
 from torchvision.transforms import v2
 
 from dlopt.augment import HorizontalFlip, Pipeline, RandomScaleCrop
-from dlopt.data.batches import Batches
+from dlopt.data.batches import Batches, Delivery
 from dlopt.data.folder import image_folder
 from dlopt.data.loading import Loader
 from dlopt.data.normalization import Standardize
@@ -133,13 +133,10 @@ def waiting_share(samples: Samples, batch: int, workers: int, steps: int, device
     )
     batches = Batches(
         samples,
+        Delivery(torch.device(device), False, workers, normalize=Standardize(input_shape=samples.shape).to(device)),
         batch_size=batch,
-        device=device,
-        in_memory=False,
-        workers=workers,
         sampler=Random(targets=samples.targets, seed=0),
         augment=pipeline,
-        normalize=Standardize(input_shape=samples.shape).to(device),
     )
     model = resnet18().to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)

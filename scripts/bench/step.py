@@ -37,7 +37,7 @@ from torch.utils.data import DataLoader, Dataset
 from dlopt.config.compose import Composer, to_plain
 from dlopt.config.experiment import Experiment
 from dlopt.config.parsing import parse
-from dlopt.data.batches import Batches
+from dlopt.data.batches import Batches, Delivery
 from dlopt.data.samples import InMemory
 from dlopt.interruption import Interruption
 from dlopt.parallel.mode import Mode
@@ -261,10 +261,9 @@ def rate_of_dlopt(precision: str) -> float:
     normalize.fit(samples)
     module = resnet20().to(memory_format=torch.channels_last)
     batches = Batches(
-        samples, batch_size=128, device=CPU, in_memory=True, workers=0,
+        samples, Delivery(CPU, True, 0, normalize=normalize, memory_format=torch.channels_last), batch_size=128,
         sampler=config.sampler.build(targets=targets, seed=0),
         augment=config.augmentation.build(input_shape=(3, 32, 32), classes=10, train=samples),
-        normalize=normalize, memory_format=torch.channels_last,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         run, tracking = training(module, batches, Path(folder), precision=precision, log_every=50)

@@ -3,6 +3,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dlopt.data.batches import Batches
+from dlopt.data.batches import Batches, Delivery
 from dlopt.data.loading import Loader
 from dlopt.data.normalization import Standardize
 from dlopt.data.samplers import Random
@@ -27,8 +28,9 @@ def numbered(count: int) -> InMemory:
 
 
 def batches(samples: Samples, **changed: Any) -> Batches:
-    options: dict[str, Any] = {"batch_size": 4, "device": "cpu", "in_memory": True, "workers": 0}
-    return Batches(samples, **options | changed)
+    options: dict[str, Any] = {"device": torch.device("cpu"), "in_memory": True, "workers": 0}
+    options |= {key: changed.pop(key) for key in (each.name for each in fields(Delivery)) if key in changed}
+    return Batches(samples, Delivery(**options), **{"batch_size": 4, **changed})
 
 
 def shuffled(samples: Samples, **changed: Any) -> Batches:

@@ -10,7 +10,7 @@ from torch import Tensor
 from dlopt.augment import AlternatingFlip, HorizontalFlip, PadCrop, Pipeline
 from dlopt.config.compose import Composer, to_plain
 from dlopt.config.parsing import parse
-from dlopt.data.batches import Batches
+from dlopt.data.batches import Batches, Delivery
 from dlopt.data.loading import ahead
 from dlopt.data.normalization import Standardize
 from dlopt.data.samplers import Random
@@ -33,11 +33,10 @@ def batches(augment: Any, *, source: InMemory | None = None, **keys: Any) -> Bat
     normalize = Standardize(input_shape=source.shape)
     normalize.fit(source)
     sampler = Random(targets=source.targets, seed=3)
-    arguments: dict[str, Any] = {"batch_size": 16, "device": "cpu", "in_memory": True, "workers": 0, "seed": 5}
-    return Batches(
-        source, sampler=sampler, augment=augment, normalize=normalize, memory_format=torch.channels_last,
-        **arguments, **keys,
-    )  # fmt: skip
+    acceleration = {key: keys.pop(key) for key in ("recorder", "compiled") if key in keys}
+    cpu, order = torch.device("cpu"), torch.channels_last
+    delivery = Delivery(cpu, True, 0, normalize=normalize, memory_format=order, **acceleration)
+    return Batches(source, delivery, batch_size=16, sampler=sampler, augment=augment, seed=5, **keys)
 
 
 def pipeline(*operations: Any, border: Any = "reflect") -> Pipeline:

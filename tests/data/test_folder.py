@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dlopt.data.batches import Batches
+from dlopt.data.batches import Batches, Delivery
 from dlopt.data.folder import image_folder
 from dlopt.data.images import decode
 from dlopt.data.samples import Dataset
@@ -68,9 +68,8 @@ def test_one_sample_per_class_and_one_channel(
     data = image_folder(root=str(tmp_path), channels=1, on_error="fail", max_skips=0, image_size=None)
     parts = prepare(data, settings(val_split=0.1))
     assert parts.val is None
-    ((inputs, targets),) = Batches(
-        parts.train, batch_size=128, device="cpu", in_memory=parts.in_memory, workers=0
-    ).epoch(0)
+    delivery = Delivery(torch.device("cpu"), parts.in_memory, workers=0)
+    ((inputs, targets),) = Batches(parts.train, delivery, batch_size=128).epoch(0)
     assert inputs.shape == (3, 1, 6, 5) and targets.tolist() == [0, 1, 2]
 
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dlopt.data.batches import Batches
+from dlopt.data.batches import Batches, Delivery
 from dlopt.data.samplers import (
     Attentive,
     ClassBalanced,
@@ -104,7 +104,7 @@ def batches(samples: InMemory, name: str, rank: int = 0, ranks: int = 1) -> Batc
         return slice(rank * total // ranks, (rank + 1) * total // ranks)
 
     sampler = ALL[name](samples)
-    return Batches(samples, batch_size=8, device="cpu", in_memory=True, workers=0, sampler=sampler, share=share)
+    return Batches(samples, Delivery(torch.device("cpu"), True, 0), batch_size=8, sampler=sampler, share=share)
 
 
 def numbers(inputs: torch.Tensor) -> list[int]:
