@@ -1,4 +1,10 @@
-"""Exit codes, and the two exceptions that end a command with a message instead of a traceback."""
+"""Exit codes, the exceptions that end a command with a message instead of a traceback, and a line for such messages."""
+
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
 
 DONE, FAILED, USER_ERROR, INTERRUPTED = 0, 1, 2, 75
 
@@ -20,3 +26,15 @@ class NewerError(UserError):
 
 class RunError(Exception):
     """A run that had begun could not go on (a loss that is not finite, a full disk): one message, exit code 1."""
+
+
+def install(what: str) -> str:
+    """Returns the command that installs `what` (dlopt[export]) here; the pip on the PATH may be another one's."""
+    beside, found = Path(sys.executable).with_name("pip"), shutil.which("pip")
+    if found is not None and Path(found).absolute() == beside:
+        program = "pip"
+    elif beside.exists():
+        program = shlex.quote(min(os.path.relpath(beside), str(beside), key=len))
+    else:
+        program = f"{shlex.quote(sys.executable)} -m pip"
+    return f"{program} install {shlex.quote(what)}"

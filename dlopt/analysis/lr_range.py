@@ -1,7 +1,13 @@
-"""The learning-rate range test (Smith 2017, section 3.3): losses while the rate grows, and what they suggest."""
+"""The learning-rate range test (Smith 2017, section 3.3): losses while the rate grows, and what they suggest.
+
+`python -m dlopt.analysis.lr_range FOLDER` is one rank of a test: it does what FOLDER/config.yaml and FOLDER/sweep.json
+say and writes FOLDER/rank-N.json.
+"""
 
 import contextlib
+import json
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -13,12 +19,14 @@ from annotated_types import Gt
 from torch import Tensor, nn
 
 from dlopt.analysis.drawing import COLOURS
+from dlopt.analysis.ranks import Told, run_rank
 from dlopt.config.experiment import Experiment
 from dlopt.config.schema import Component
-from dlopt.errors import UserError
+from dlopt.errors import RunError, UserError
+from dlopt.parallel import rendezvous
 from dlopt.ranges import Count, Positive, Share
 from dlopt.tracking.tracking import Tracking
-from dlopt.training.build import Setup, load_weights
+from dlopt.training.build import Setup, load_weights, parallel_of, set_up
 from dlopt.training.trainer import Trainer, dry_run
 
 if TYPE_CHECKING:
@@ -202,8 +210,6 @@ def draw(found: LearningRates, title: str) -> "Figure":
 
 def write(found: LearningRates, folder: Path, title: str) -> list[Path]:
     """find_lr.png, .svg and .json in the folder. Raises OSError."""
-    import json
-
     from dlopt.analysis.drawing import save
     from dlopt.files import write_atomically
 
@@ -234,3 +240,31 @@ def find_lr(setup: Setup, tracking: Tracking, folder: Path) -> float:
         with contextlib.suppress(OSError):  # a full disk shows at the first checkpoint
             write(found, folder, "Learning-rate range test")
     return rate
+
+
+def test_range(experiment: Experiment, keys: Sweep, folder: Path) -> LearningRates:
+    """Tests in this process, or as one rank of several. `folder` is not written."""
+    setup = set_up(experiment, parallel=parallel_of(experiment))
+    load_first_weights(setup)
+    return find(setup, keys, folder)
+
+
+def _measure(experiment: Experiment, folder: Path, _: int) -> dict[str, Any]:
+    keys = Sweep(**json.loads((folder / "sweep.json").read_text()))
+    return asdict(test_range(experiment, keys, folder))
+
+
+def _explain(error: Exception) -> Told | None:
+    if not isinstance(error, UserError | RunError):
+        return None
+    return {"error": str(error)}, 2 if isinstance(error, UserError) else 1
+
+
+def _end(code: int) -> None:
+    if rendezvous.current() is None:
+        sys.exit(code)
+    rendezvous.end_process(code)
+
+
+if __name__ == "__main__":
+    _end(run_rank(_measure, _explain))

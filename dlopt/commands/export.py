@@ -16,8 +16,7 @@ import dlopt
 from dlopt.commands.command import on_checkpoint, read_dataset, refuse_folder, writing
 from dlopt.config.compose import resolve_saved
 from dlopt.config.saved import with_changes
-from dlopt.errors import DONE, RunError, UserError
-from dlopt.extras import install
+from dlopt.errors import DONE, RunError, UserError, install
 from dlopt.files import temporary_beside
 from dlopt.tracking.layout import short_path
 

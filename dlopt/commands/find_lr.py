@@ -62,7 +62,7 @@ def find_lr(line: Line, *, output: str | None = None) -> int:
 
 def _found(experiment: "Experiment", keys: "Sweep") -> "LearningRates | None":
     """The result of the main rank; None in others, where a launcher started them."""
-    from dlopt.analysis.lr_range_rank import test_range
+    from dlopt.analysis.lr_range import test_range
     from dlopt.parallel.launch import count_processes
     from dlopt.parallel.rendezvous import current, leave
 
@@ -86,7 +86,7 @@ def _by_ranks(experiment: "Experiment", keys: "Sweep") -> "LearningRates":
     try:
         (scratch / "config.yaml").write_text(yaml.safe_dump(dict(experiment.config), allow_unicode=True))
         (scratch / "sweep.json").write_text(json.dumps(asdict(keys)))
-        command = [sys.executable, "-m", "dlopt.analysis.lr_range_rank", str(scratch)]
+        command = [sys.executable, "-m", "dlopt.analysis.lr_range", str(scratch)]
         processes = count_processes(experiment.parallel.arguments, experiment.settings.device)
         codes, _, asked = run_processes(command, processes, {})
         if asked:

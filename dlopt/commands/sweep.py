@@ -13,8 +13,7 @@ from omegaconf import DictConfig, open_dict
 
 from dlopt.config.compose import Composer, choices_of, grid, to_plain, typed_folder
 from dlopt.config.resuming import differences, refuse_other_config
-from dlopt.errors import DONE, FAILED, INTERRUPTED, UserError
-from dlopt.extras import install
+from dlopt.errors import DONE, FAILED, INTERRUPTED, UserError, install
 from dlopt.files import write_atomically
 from dlopt.folders import RunFolder, Trace, make_new, newest
 from dlopt.sweeps.jobs import SPACE

@@ -5,8 +5,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from dlopt.config.experiment import Experiment, Settings
-from dlopt.errors import UserError
-from dlopt.extras import install
+from dlopt.errors import UserError, install
 
 _MAX_NAME = 100
 _PER_CORE = 64  # threads and loader processes: more is a slip of the pen

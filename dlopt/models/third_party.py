@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dlopt.errors import UserError
-from dlopt.extras import install
+from dlopt.errors import UserError, install
 from dlopt.models.layers import image_shape
 from dlopt.ranges import Share
 

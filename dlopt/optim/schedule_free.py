@@ -11,8 +11,7 @@ import torch
 from annotated_types import Interval
 from torch.optim.optimizer import ParamsT
 
-from dlopt.errors import UserError
-from dlopt.extras import install
+from dlopt.errors import UserError, install
 from dlopt.ranges import NonNegative, Positive, Share
 
 try:

@@ -18,8 +18,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 
-from dlopt.errors import UserError
-from dlopt.extras import install
+from dlopt.errors import UserError, install
 from dlopt.ranges import Count, Natural
 from dlopt.sweeps.space import Space, grid_values
 

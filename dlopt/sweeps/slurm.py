@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dlopt.errors import DONE, FAILED, INTERRUPTED, UserError
-from dlopt.extras import install
+from dlopt.errors import DONE, FAILED, INTERRUPTED, UserError, install
 from dlopt.folders import RunFolder
 from dlopt.ranges import Count, Natural, Positive
 from dlopt.sweeps.jobs import OUTPUT

@@ -117,7 +117,7 @@ def test_a_training_finds_its_rate_and_a_resumed_one_keeps_it(tmp_path: Path) ->
 
 def rank(folder: str) -> None:
     """What each rank of two does."""
-    from dlopt.analysis.lr_range_rank import test_range
+    from dlopt.analysis.lr_range import test_range
 
     typed = experiment(*SMALL, "data.batch_size=24", "parallel=ddp", "precision=fp64", "model.norm=none")
     print(json.dumps(vars(test_range(typed, QUICK, Path(folder)))))

@@ -1,4 +1,4 @@
-"""Imports point one way: from what tells the story down to the parts, and the parts know nothing of the engine."""
+"""Imports point one way: from the commands down to the parts, and the parts know nothing of the trainer."""
 
 import ast
 from pathlib import Path
@@ -16,18 +16,7 @@ FLOORS = [
     ["training"],
     ["parallel", "config", "augment", "init", "functions"],
     ["data", "models", "optim", "schedules", "losses", "tracking", "folders", "parameters"],
-    [
-        "errors",
-        "extras",
-        "files",
-        "graphs",
-        "interruption",
-        "locks",
-        "plain",
-        "processor",
-        "random",
-        "ranges",
-    ],
+    ["errors", "files", "graphs", "interruption", "locks", "plain", "processor", "random", "ranges"],
 ]
 FLOOR = {room: len(FLOORS) - number for number, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -26,8 +26,7 @@ from dlopt.analysis.leaderboard import (
     student_t,
 )
 from dlopt.analysis.report.reading import Damaged, Record, brief, printable, text, tidy, varying
-from dlopt.errors import UserError
-from dlopt.extras import install
+from dlopt.errors import UserError, install
 from dlopt.tracking.layout import short_path
 
 _NOT_RANKED = ("epochs", "steps", "best_epoch", "parameters", "processes")

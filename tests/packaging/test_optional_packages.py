@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dlopt.extras import install
+from dlopt.errors import install
 from tests.commands.line import SMALL, dlopt
 
 ROOT = Path(__file__).resolve().parents[2]
