@@ -12,7 +12,6 @@ from dlopt.augment.pipeline import CentreCrop
 from dlopt.config.compose import resolve_saved
 from dlopt.config.parsing import parse
 from dlopt.config.saved import with_changes
-from dlopt.errors import UserError
 from dlopt.processor import choose_device, set_threads
 from dlopt.training.checkpoint import load
 from dlopt.training.precision import Precision, choose_precision
@@ -47,9 +46,7 @@ class Trained:
 def restore(path: Path, overrides: Mapping[str, Any]) -> Trained:
     """The model in the checkpoint `path`, its config changed by the typed `overrides`. Raises `UserError`."""
     state = load(path)
-    facts = state["progress"].get("data")
-    if not facts:
-        raise UserError(f"checkpoint={path}: it is of an older dlopt and does not say which classes the model knows")
+    facts = state["progress"]["data"]
     experiment = parse(resolve_saved(with_changes(state["config"], overrides, path)))
     settings = experiment.settings
     set_threads(settings.threads)
