@@ -4,6 +4,7 @@ PIL alone is used: importing torchvision takes longer than reading a small datas
 """
 
 import io
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif"))
+# Of Pillow's formats. Others do more than decode: it hands EPS files to Ghostscript, a program.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM")
 _ORIENTATION = 0x0112  # EXIF tag; values from 5 on swap width and height
 
 
@@ -51,11 +54,20 @@ def header_size(path: str) -> tuple[int, int]:
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=_formats()) as image:
             width, height = image.size
             return (width, height) if _orientation(image) >= 5 else (height, width)
     except Exception as error:
         raise UserError(f"{path}: cannot be read as an image ({_reason(error)})") from error
+
+
+@cache
+def _formats() -> list[str]:
+    """Returns those of `_FORMATS` that this Pillow knows: Image.open() accepts no others."""
+    from PIL import Image
+
+    Image.init()
+    return [name for name in _FORMATS if name in Image.OPEN]
 
 
 def from_pil(image: "Image", channels: int | None = None) -> Tensor:
@@ -92,7 +104,7 @@ def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
 def _decode(data: bytes, size: tuple[int, int] | None, channels: int) -> Tensor:
     from PIL import Image, ImageOps
 
-    image: Image.Image = Image.open(io.BytesIO(data))
+    image: Image.Image = Image.open(io.BytesIO(data), formats=_formats())
     orientation = _orientation(image)
     if size is not None and image.format == "JPEG":
         # The decoder halves large images on the way, down to twice the size that is wanted.

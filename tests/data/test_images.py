@@ -1,6 +1,7 @@
 import struct
 import warnings
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -156,6 +157,17 @@ def test_the_content_counts_not_the_extension(tmp_path: Path) -> None:
     Image.fromarray(gradient(8, 8)).save(tmp_path / "a.png")
     (tmp_path / "a.png").rename(tmp_path / "a.jpg")
     assert decode(str(tmp_path / "a.jpg"), None, 3).shape == (3, 8, 8)
+
+
+def test_no_image_starts_a_program(tmp_path: Path) -> None:
+    """Pillow gives EPS files to Ghostscript, whatever their name is."""
+    path = tmp_path / "a.png"
+    Image.new("RGB", (4, 4)).save(path, format="EPS")
+    with patch("subprocess.check_call") as call, patch("subprocess.Popen") as opened:
+        for read in (lambda: decode(str(path), (4, 4), 3), lambda: header_size(str(path))):
+            with pytest.raises(UserError, match=r"a\.png: cannot be read as an image"):
+                read()
+    assert not call.called and not opened.called
 
 
 def test_which_names_are_images() -> None:
