@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -80,13 +79,13 @@ def _by_ranks(experiment: "Experiment", keys: "Sweep") -> "LearningRates":
     import yaml
 
     from dlopt.analysis.lr_range import LearningRates
-    from dlopt.parallel.launch import count_processes, run_processes
+    from dlopt.parallel.launch import count_processes, python_module, run_processes
 
     scratch = Path(tempfile.mkdtemp(prefix="dlopt-find-lr-"))
     try:
         (scratch / "config.yaml").write_text(yaml.safe_dump(dict(experiment.config), allow_unicode=True))
         (scratch / "sweep.json").write_text(json.dumps(asdict(keys)))
-        command = [sys.executable, "-m", "dlopt.analysis.lr_range", str(scratch)]
+        command = python_module("dlopt.analysis.lr_range", str(scratch))
         processes = count_processes(experiment.parallel.arguments, experiment.settings.device)
         codes, _, asked = run_processes(command, processes, {})
         if asked:

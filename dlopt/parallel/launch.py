@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import dlopt
 from dlopt.errors import DONE, FAILED, INTERRUPTED, USER_ERROR, RunError, UserError
 from dlopt.interruption import Interruption
 from dlopt.parallel.rendezvous import PROCESSES, RANK, STORE
@@ -34,6 +35,16 @@ def count_processes(arguments: Mapping[str, Any], device: str) -> int:
     return int(processes)
 
 
+def python_module(module: str, *arguments: str) -> list[str]:
+    """Returns the command that runs a module of dlopt in a process of its own.
+
+    -P keeps the current folder off the path, where a `random.py` would be imported in place of Python's own;
+    `allow_packages` appends the folder again (`config/parsing.py`). Not where dlopt itself was found that way.
+    """
+    is_here = Path(dlopt.__file__).parents[1] == Path.cwd()
+    return [sys.executable, *([] if is_here else ["-P"]), "-m", module, *arguments]
+
+
 def run_group(folder: Path, processes: int, checkpoint: str | None, *, record: bool, console: bool) -> int:
     """Runs FOLDER/config.yaml in so many processes; returns their exit code.
 
@@ -41,7 +52,7 @@ def run_group(folder: Path, processes: int, checkpoint: str | None, *, record: b
     in the folder. `console`: whether the first rank shows progress. Raises `RunError` naming the rank when one was
     killed.
     """
-    command = [sys.executable, "-m", "dlopt.job", str(folder), *([checkpoint] if checkpoint else [])]
+    command = python_module("dlopt.job", str(folder), *([checkpoint] if checkpoint else []))
     options = {RECORD: "1" if record else "", QUIET: "" if console else "1"}
     codes, stuck, interruption = run_processes(command, processes, options)
     if interruption and all(code in (DONE, INTERRUPTED, -signal.SIGTERM, -signal.SIGKILL) for code in codes):

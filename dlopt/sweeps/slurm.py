@@ -5,7 +5,6 @@ import getpass
 import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from dlopt.errors import DONE, FAILED, INTERRUPTED, UserError, install
 from dlopt.folders import RunFolder
+from dlopt.parallel.launch import python_module
 from dlopt.ranges import Count, Natural, Positive
 from dlopt.sweeps.jobs import OUTPUT
 from dlopt.sweeps.pool import Pool, Process
@@ -92,7 +92,7 @@ class InSlurm:
     def __call__(self) -> int:
         with open(os.path.join(self.folder, OUTPUT), "ab") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "dlopt.job", self.folder],
+                python_module("dlopt.job", self.folder),
                 env={**os.environ, **self.environment},
                 stdin=subprocess.DEVNULL,
                 stdout=output,

@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from dlopt.errors import USER_ERROR
 from dlopt.losses import MSE
-from dlopt.parallel.launch import count_processes
+from dlopt.parallel.launch import count_processes, python_module, run_processes
 from tests.parallel.ranks import ROOT
 
 
@@ -180,3 +181,11 @@ def test_how_many_processes_are_started(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert count_processes({"processes": None}, "cuda") == 2
     assert count_processes({"processes": 3}, "cpu") == 3
+
+
+def test_a_folder_of_the_users_does_not_shadow_pythons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("random", "signal", "dlopt"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit(99)")
+    monkeypatch.chdir(tmp_path)
+    codes, _, _ = run_processes(python_module("dlopt.job", "nowhere"), 1, {})
+    assert codes == [USER_ERROR], "there is no config.yaml to run"

@@ -6,7 +6,6 @@ Processes of one machine share its cores, caches and memory: each is timed while
 
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -57,7 +56,7 @@ def measured(config: Mapping[str, Any], folder: Path, processes: int) -> Company
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(dict(config)))
     codes, _, asked = launch.run_processes(
-        [sys.executable, "-m", "dlopt.analysis.bench.company", str(folder)], processes, {}
+        launch.python_module("dlopt.analysis.bench.company", str(folder)), processes, {}
     )
     if asked:
         raise KeyboardInterrupt

@@ -8,7 +8,6 @@ import math
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ import yaml
 from dlopt.analysis import drawing
 from dlopt.config.compose import Composer, to_plain
 from dlopt.errors import RunError, UserError
-from dlopt.parallel.launch import run_processes
+from dlopt.parallel.launch import python_module, run_processes
 from dlopt.tracking.layout import Fitted, plain_table
 
 if TYPE_CHECKING:
@@ -80,7 +79,7 @@ def _run(
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(dict(config)))
     (folder / "plan.json").write_text(json.dumps(dict(plan)))
-    command = [sys.executable, "-m", "dlopt.analysis.bench.rank", str(folder)]
+    command = python_module("dlopt.analysis.bench.rank", str(folder))
     # A limit is one of addresses: without this every thread has 64 MiB of its own that it does not use.
     environment = _QUIET | ({} if plan["memory_limit_mb"] is None else {"MALLOC_ARENA_MAX": "1"})
     if processes == 1:
