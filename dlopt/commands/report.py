@@ -31,6 +31,7 @@ from dlopt.commands.runs import split_folders
 from dlopt.config.saved import typed_values
 from dlopt.errors import DONE, UserError
 from dlopt.files import write_atomically
+from dlopt.interruption import Interruption
 from dlopt.ranges import Count
 from dlopt.tracking import layout
 from dlopt.tracking.console import open_console
@@ -100,12 +101,20 @@ def report(arguments: list[str]) -> int:
             address = stack.enter_context(serve(target))
             print(f"{address}  (Ctrl+C ends)", flush=True)
             _open_browser(address)
-        with contextlib.suppress(KeyboardInterrupt):
-            while True:
-                time.sleep(_EVERY)
+        # A flag: libraries that draw and rank may swallow a KeyboardInterrupt.
+        with Interruption() as stop, contextlib.suppress(KeyboardInterrupt):
+            while not _waited(stop, _EVERY):
                 if watch:
                     seen = _write(reader, folders, target, options, console, watch=True, before=seen)
     return DONE
+
+
+def _waited(stop: Interruption, seconds: float) -> bool:
+    """Waits for so long, or until `stop` is true; returns `stop`."""
+    until = time.monotonic() + seconds
+    while not stop and time.monotonic() < until:
+        time.sleep(0.1)
+    return bool(stop)
 
 
 def _write(

@@ -78,9 +78,19 @@ def make(folder: Path, overrides: Sequence[str], number: int, label: str) -> Job
     return Job(number, RunFolder(folder / str(number)), {}, overrides, {}, label, error=error)
 
 
+def _wait_for_others(folder: Path) -> None:
+    """Begins when so many workers are ready as TOGETHER says: jobs are done sooner than a process starts."""
+    together = int(os.environ.get("TOGETHER", 1))
+    note(folder, f"ready {os.getpid()}")
+    deadline = time.monotonic() + 100
+    while (folder / "log").read_text().count("ready ") < together and time.monotonic() < deadline:
+        time.sleep(0.005)
+
+
 def main(folder: Path, total: int, url: str | None) -> None:
     wanted = plan(total, url)
     study = study_of(folder, wanted)
+    _wait_for_others(folder)
     search = Search(wanted, study, lambda *arguments: make(folder, *arguments))
     with mock.patch("dlopt.sweeps.pool.begin", begin):
         search.run(Pool(2, start, lambda folder: None, seconds=0.005))
