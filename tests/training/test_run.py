@@ -8,14 +8,17 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import dlopt
 from dlopt import job
 from dlopt.errors import RunError, UserError
 from dlopt.training.build import Setup, set_up, training_batches
@@ -401,3 +404,19 @@ def test_a_process_group_stopped_twice(tmp_path: Path, number: signal.Signals, e
     left, right = result(folder), result(tmp_path / "whole")
     for key in ("model", "optimizer", "ema", "schedule"):
         assert same(left[key], right[key]), key
+
+
+def test_the_way_from_the_loop_to_backward_is_short(tmp_path: Path) -> None:
+    """A reader finds `backward()` from the loop: five of our frames, these."""
+    package = str(Path(dlopt.__file__).parent)
+    stacks: list[list[str]] = []
+    original = torch.Tensor.backward
+
+    def backward(self: torch.Tensor, *arguments: Any, **keys: Any) -> None:
+        stacks.append([each.name for each in traceback.extract_stack() if each.filename.startswith(package)])
+        original(self, *arguments, **keys)
+
+    with patch.object(torch.Tensor, "backward", backward):
+        start(tmp_path, *SMALL, "steps=1")
+    [stack] = stacks
+    assert stack[stack.index("fit") :] == ["fit", "update", "__call__", "forward_backward", "micro_batch"]
