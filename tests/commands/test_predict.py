@@ -11,7 +11,7 @@ from PIL import Image
 
 from dlopt.config.parsing import parse
 from dlopt.training.build import set_up
-from dlopt.training.checkpoint import load, write
+from dlopt.training.checkpoint import load
 from tests.commands.line import dlopt, entries, refused
 
 CHECKPOINT = "run/checkpoints/best.pt"
@@ -116,12 +116,8 @@ def test_refused(place: Path, line: list[str], parts: list[str]) -> None:
         assert part in message
 
 
-def test_no_checkpoint_none_readable_and_an_older_checkpoint(place: Path) -> None:
+def test_no_checkpoint_and_no_readable_image(place: Path) -> None:
     assert "checkpoint: a path is needed" in refused(place, "predict", "images=images")
     (place / "empty.png").write_bytes(b"")
     result = dlopt(place, "predict", f"checkpoint={CHECKPOINT}", "images=empty.png")
     assert result.code == 2 and "none of the files" in result.err
-    state = load(place / CHECKPOINT)
-    del state["progress"]["data"]
-    write(place / CHECKPOINT, lambda file: torch.save(state, file))
-    assert "older dlopt" in refused(place, "predict", f"checkpoint={CHECKPOINT}", "images=images")
