@@ -1,4 +1,4 @@
-"""What all pictures share: panels, colours and dashes that can be told apart, titles, legends, and files."""
+"""What all pictures share: panels, distinguishable colours and dashes, titles, legends, and files."""
 
 import textwrap
 from pathlib import Path

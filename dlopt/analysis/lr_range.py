@@ -19,7 +19,7 @@ from annotated_types import Gt
 from torch import Tensor, nn
 
 from dlopt.analysis.drawing import COLOURS
-from dlopt.analysis.ranks import Told, run_rank
+from dlopt.analysis.ranks import RankOutcome, run_rank
 from dlopt.config.experiment import Experiment
 from dlopt.config.schema import Component
 from dlopt.errors import RunError, UserError
@@ -254,7 +254,7 @@ def _measure(experiment: Experiment, folder: Path, _: int) -> dict[str, Any]:
     return asdict(test_range(experiment, keys, folder))
 
 
-def _explain(error: Exception) -> Told | None:
+def _explain(error: Exception) -> RankOutcome | None:
     if not isinstance(error, UserError | RunError):
         return None
     return {"error": str(error)}, 2 if isinstance(error, UserError) else 1

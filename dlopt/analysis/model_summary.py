@@ -141,7 +141,7 @@ def layers_of(make: Callable[[], nn.Module], input_shape: Sequence[int]) -> list
 
 
 def timed(module: nn.Module, inputs: Tensor, *, rounds: int = 3) -> list[Layer]:
-    """The same with the seconds that each layer by itself takes for this batch, forward and backward.
+    """The same, with the seconds that each layer alone takes for this batch, forward and backward.
 
     Layers of the same kind with the same sizes are timed once.
     """

@@ -14,11 +14,11 @@ from dlopt.config.experiment import Experiment
 from dlopt.config.parsing import parse
 from dlopt.parallel import launch, rendezvous
 
-Told = tuple[Mapping[str, Any], int]  # what is written, and the exit code
+RankOutcome = tuple[Mapping[str, Any], int]  # what is written, and the exit code
 
 
 def run_rank(
-    measure: Callable[[Experiment, Path, int], Mapping[str, Any]], explain: Callable[[Exception], Told | None]
+    measure: Callable[[Experiment, Path, int], Mapping[str, Any]], explain: Callable[[Exception], RankOutcome | None]
 ) -> int:
     """Writes what `measure(experiment, folder, rank)` finds into FOLDER/rank-N.json; returns the exit code.
 

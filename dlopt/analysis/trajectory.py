@@ -268,8 +268,8 @@ def curve(
 ) -> Curve:
     """The rates of updates 0..steps-1 (of long runs some 4000 of them, evenly spread), closed at the end of the last.
 
-    A schedule that follows a validation figure is told every `evaluate_every` epochs that nothing has improved: the
-    figure of the first evaluation, again and again.
+    A schedule that follows a validation metric sees no improvement: every `evaluate_every` epochs the metric of the
+    first evaluation.
     """
     component: Any = getattr(factor, "component", factor)
     stride = math.ceil(steps / _POINTS)

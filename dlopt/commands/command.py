@@ -1,4 +1,4 @@
-"""What the commands besides `dlopt train` share: reading a command line, composing it, and writing results.
+"""Shared by all commands except `dlopt train`: reading a command line, composing it, and writing results.
 
 A command is a function whose keyword-only parameters are the keys that only it has; they are checked against their
 annotations like the arguments of every component. `on_experiment` and `on_checkpoint` turn such a function into one of
@@ -107,7 +107,7 @@ class Line:
         combinations = whole or combinations  # glob(*) finds fragments too
         if len(combinations) > most:
             typed = " ".join(self.overrides)
-            raise UserError(f"{typed}: {len(combinations)} curves; {most} at most can be told apart")
+            raise UserError(f"{typed}: {len(combinations)} curves; {most} at most are drawn in one picture")
         swept = {each.get_key_element() for each in self.composer.parse(self.overrides) if each.is_sweep_override()}
         offered = [self._offered(lines, groups) for lines in combinations]
         known = set[str]().union(*offered)

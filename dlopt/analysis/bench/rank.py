@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, distributed
 
 from dlopt.analysis.bench import communication
-from dlopt.analysis.ranks import Told, run_rank
+from dlopt.analysis.ranks import RankOutcome, run_rank
 from dlopt.config.experiment import Experiment
 from dlopt.errors import UserError
 from dlopt.parallel import rendezvous
@@ -67,7 +67,7 @@ class Measured:
 def main() -> int:
     plan = Plan(**json.loads((Path(sys.argv[1]) / "plan.json").read_text()))
 
-    def explain(error: Exception) -> Told | None:
+    def explain(error: Exception) -> RankOutcome | None:
         if isinstance(error, UserError):
             return {"refused": str(error)}, 2
         return ({"failed": _reason(error, plan)}, 1) if isinstance(error, RuntimeError | MemoryError) else None

@@ -201,7 +201,7 @@ def _flat(config: Mapping[str, Any], choices: Mapping[str, Any]) -> dict[str, An
 
 
 def tidy(value: Any) -> Any:
-    """Plain values: lists as tuples, mappings as tuples of pairs, what YAML knows besides (dates) as text."""
+    """Plain values: lists as tuples, mappings as tuples of pairs, YAML's other types (dates) as text."""
     if isinstance(value, list | tuple):
         return tuple(tidy(item) for item in value)
     if isinstance(value, Mapping):
