@@ -59,12 +59,12 @@ class Result:
     def __repr__(self) -> str:
         """One line, as the last line of a notebook's cell shows it."""
         shown = {key: self.summary[key] for key in _SHOWN if self.summary.get(key) is not None}
-        figures = ", ".join(f"{key} {value:.4g}" for key, value in shown.items())
-        return f"<{self.summary.get('status')}: {figures}; {short_path(self.folder)}>"
+        metrics = ", ".join(f"{key} {value:.4g}" for key, value in shown.items())
+        return f"<{self.summary.get('status')}: {metrics}; {short_path(self.folder)}>"
 
     @functools.cached_property
     def model(self) -> Model:
-        """The best model by the validation figure."""
+        """The best model by the validation metric."""
         return load(self.folder)
 
 
@@ -104,7 +104,7 @@ def train(overrides: Sequence[str] = (), *, console: bool = False) -> Result:
 
 
 def load(run: str | PathLike[str]) -> Model:
-    """The model of a run's folder (the best one by its validation figure), or of a checkpoint. Raises `UserError`."""
+    """The model of a run's folder (the best one by its validation metric), or of a checkpoint. Raises `UserError`."""
     path = Path(run)
     if path.is_dir():
         best = path / "checkpoints" / "best.pt"

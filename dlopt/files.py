@@ -16,7 +16,7 @@ def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
     Two files cannot be renamed at once: the checksum file names the new digest beside the old one before the rename,
     and the new one alone after it. A reader takes either.
     """
-    with temporary_beside(path) as temporary:
+    with temporary_sibling(path) as temporary:
         with _synced(temporary) as file:
             fill(file)
         _publish(temporary, path, sha256(temporary))
@@ -24,7 +24,7 @@ def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
 
 def link(source: Path, target: Path) -> None:
     """Makes `target` the same file as `source`: a hard link where the file system has them."""
-    with temporary_beside(target) as temporary:
+    with temporary_sibling(target) as temporary:
         try:
             os.link(source, temporary)
         except OSError:
@@ -36,14 +36,14 @@ def link(source: Path, target: Path) -> None:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Replaces `path` by `data`, durably: a reader, or a crash, sees the old file or the new one. Raises OSError."""
-    with temporary_beside(path) as temporary:
+    with temporary_sibling(path) as temporary:
         with _synced(temporary) as file:
             file.write(data)
         os.replace(temporary, path)
 
 
 @contextlib.contextmanager
-def temporary_beside(path: Path) -> Iterator[Path]:
+def temporary_sibling(path: Path) -> Iterator[Path]:
     """Yields a path in the same folder, to be written and renamed to `path`; removes what is left of it afterwards."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.unlink(missing_ok=True)

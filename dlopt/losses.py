@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dlopt.errors import UserError
-from dlopt.ranges import NonNegative, Share
+from dlopt.ranges import Fraction, NonNegative
 
 
 class CrossEntropy(nn.Module):
@@ -23,7 +23,7 @@ class CrossEntropy(nn.Module):
     weight: Tensor | None
 
     def __init__(
-        self, *, label_smoothing: Share, class_weights: tuple[NonNegative, ...] | None, classes: int | None
+        self, *, label_smoothing: Fraction, class_weights: tuple[NonNegative, ...] | None, classes: int | None
     ) -> None:
         super().__init__()
         if classes is None:

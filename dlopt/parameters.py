@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from dlopt.errors import UserError
-from dlopt.ranges import NonNegative, PositiveShare
+from dlopt.ranges import NonNegative, PositiveFraction
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
@@ -29,7 +29,7 @@ class Rule:
     lr: NonNegative | None = None
     weight_decay: NonNegative | None = None
     freeze: bool | None = None
-    horizon: PositiveShare | None = None
+    horizon: PositiveFraction | None = None
     rest: bool | None = None
 
 
@@ -38,7 +38,7 @@ class Grouping:
     """The keys that every optimizer has besides its own."""
 
     groups: list[Rule]
-    layer_decay: PositiveShare | None
+    layer_decay: PositiveFraction | None
 
 
 def freeze(model: nn.Module, grouping: Grouping) -> None:

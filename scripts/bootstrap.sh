@@ -20,7 +20,7 @@ ensure_venv() {  # [test]: with the test tools
     fi
     if ! venv_is_ready; then
         # Without what a cluster's modules put on the path: pip would take it for installed.
-        (unset PYTHONPATH PYTHONHOME && set_up)
+        (unset PYTHONPATH PYTHONHOME && build_workload)
     fi
     exec 9>&-  # or the command would hold the lock for as long as it runs
 }
@@ -86,7 +86,7 @@ sys.exit(sys.version_info < (3, 11))' 2>/dev/null); then return; fi
         "Where another one is installed: DLOPT_PYTHON=/path/to/python3 scripts/dlopt ..."
 }
 
-set_up() {
+build_workload() {
     log=$venv/.setup.log
     how=new
     case $state in

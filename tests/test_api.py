@@ -58,11 +58,11 @@ def test_a_run_returns_what_it_left(tmp_path: Path) -> None:
 
 
 def test_the_model_takes_images_as_they_are() -> None:
-    from dlopt.training.build import set_up
+    from dlopt.training.build import build_workload
     from tests.training.runs import experiment
 
     result = train([*LINES, "hydra.run.dir=run"])
-    test = set_up(experiment(*LINES)).dataset.test
+    test = build_workload(experiment(*LINES)).dataset.test
     assert test is not None
     with torch.no_grad():
         found = load("run")(test.fetch(torch.arange(len(test)))).argmax(1)

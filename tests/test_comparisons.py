@@ -29,7 +29,7 @@ class Shown:
 
     def final(self, variant: str, *point: object, figure: str | None = None) -> float:
         """The figure at the end, its mean over the seeds; NaN where one of them diverged."""
-        name = self.comparison.figures[0] if figure is None else figure
+        name = self.comparison.metrics[0] if figure is None else figure
         return mean(finals(self.comparison, self.outcomes, variant, name)[point])
 
     def curve(self, variant: str, figure: str) -> list[float]:
@@ -54,7 +54,7 @@ def run(tmp_path: Path) -> Run:
         comparison = comparison_of(composer, composer.compose(line), line)
         cells = list(comparison.cells())
         return Shown(
-            comparison, {cell: read(tmp_path / f"out/{i}", comparison.figures) for i, cell in enumerate(cells)}
+            comparison, {cell: read(tmp_path / f"out/{i}", comparison.metrics) for i, cell in enumerate(cells)}
         )
 
     return type_it

@@ -7,18 +7,18 @@ import torch
 
 from dlopt.errors import UserError
 from dlopt.training.batch_norm import small_batches
-from dlopt.training.build import Setup, load_weights, training_batches
-from dlopt.training.build import set_up as set_up_experiment
+from dlopt.training.build import Workload, load_weights, training_batches
+from dlopt.training.build import build_workload as set_up_experiment
 from dlopt.training.optimizer import optimizer_of
 from tests.training.runs import SMALL, experiment
 
 
-def set_up(*overrides: str) -> Setup:
+def build_workload(*overrides: str) -> Workload:
     return set_up_experiment(experiment(*SMALL, *overrides))
 
 
 def test_all_weights_are_loaded_where_they_fit(tmp_path: Path) -> None:
-    source, target = set_up("init_seed=1"), set_up("init_seed=2")
+    source, target = build_workload("init_seed=1"), build_workload("init_seed=2")
     torch.save(source.module.state_dict(), tmp_path / "weights.pt")
     lines = load_weights(target.module, tmp_path / "weights.pt")
     pairs = zip(source.module.state_dict().values(), target.module.state_dict().values(), strict=True)
@@ -27,7 +27,7 @@ def test_all_weights_are_loaded_where_they_fit(tmp_path: Path) -> None:
 
 
 def test_a_head_for_other_classes_stays_new_and_is_listed(tmp_path: Path) -> None:
-    target = set_up("init_seed=2")
+    target = build_workload("init_seed=2")
     own = {name: value.clone() for name, value in target.module.state_dict().items()}
     head = [name for name, value in own.items() if value.shape[:1] == (10,)]
     assert head, "the last layer has ten outputs"
@@ -45,17 +45,17 @@ def test_a_head_for_other_classes_stays_new_and_is_listed(tmp_path: Path) -> Non
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     torch.save({"some.weight": torch.ones(2)}, tmp_path / "weights.pt")
     with pytest.raises(UserError, match=r"init_from=.*none of its 1 weights fits"):
-        load_weights(set_up().module, tmp_path / "weights.pt")
+        load_weights(build_workload().module, tmp_path / "weights.pt")
 
 
 def test_frozen_parameters_do_not_move() -> None:
-    setup = set_up('optimizer.groups=[{match: "*", freeze: true}, {match: "*bias", freeze: false}]')
-    before = {name: value.detach().clone() for name, value in setup.module.named_parameters()}
-    optimizer = optimizer_of(setup)
-    inputs, targets = next(iter(training_batches(setup).epoch(0)))
-    setup.loss(setup.model(inputs), targets).backward()
+    workload = build_workload('optimizer.groups=[{match: "*", freeze: true}, {match: "*bias", freeze: false}]')
+    before = {name: value.detach().clone() for name, value in workload.module.named_parameters()}
+    optimizer = optimizer_of(workload)
+    inputs, targets = next(iter(training_batches(workload).epoch(0)))
+    workload.loss(workload.model(inputs), targets).backward()
     optimizer.step()
-    moved = {name for name, value in setup.module.named_parameters() if not torch.equal(value, before[name])}
+    moved = {name for name, value in workload.module.named_parameters() if not torch.equal(value, before[name])}
     assert moved and all(name.endswith("bias") for name in moved)
 
 
@@ -69,5 +69,5 @@ def test_frozen_parameters_do_not_move() -> None:
     ],
 )
 def test_batch_norm_over_few_samples_is_warned_of(overrides: list[str], warned: bool) -> None:
-    lines = small_batches(set_up(*overrides))
+    lines = small_batches(build_workload(*overrides))
     assert any("model.norm=group" in line and "sync_batchnorm" in line for line in lines) is warned

@@ -8,22 +8,22 @@ import torch
 
 from dlopt.config.compose import Composer, to_plain
 from dlopt.config.parsing import parse
-from dlopt.training.build import Setup, set_up
+from dlopt.training.build import Workload, build_workload
 from dlopt.training.trainer import dry_run
 from tests.commands.line import dlopt
 
 SMALL = ("experiment=cifar10_speed", "data=digits", "device=cpu", "threads=1", "precision=fp32", "compile=false")
 
 
-def build(*overrides: str) -> Setup:
-    return set_up(parse(to_plain(Composer().compose([*SMALL, *overrides]), [])[0]))
+def build(*overrides: str) -> Workload:
+    return build_workload(parse(to_plain(Composer().compose([*SMALL, *overrides]), [])[0]))
 
 
 def test_every_parameter_has_the_published_rate_and_decay(tmp_path: Path) -> None:
     """Of sums over 2000 samples: rates 0.24 (filters), 0.053 (biases), 0.67 (head), rate times decay 0.004."""
-    setup = build("model.widths=[4,4,8]", "data.batch_size=100")
-    optimizer = dry_run(setup, tmp_path).step.optimizer
-    names = {p: name for name, p in setup.module.named_parameters()}
+    workload = build("model.widths=[4,4,8]", "data.batch_size=100")
+    optimizer = dry_run(workload, tmp_path).step.optimizer
+    names = {p: name for name, p in workload.module.named_parameters()}
     found = {names[p]: group for group in optimizer.param_groups for p in group["params"]}
     filters = {f"stage{i}.conv{j}.weight" for i in (1, 2, 3) for j in (1, 2)}
     biases = {f"stage{i}.norm{j}.bias" for i in (1, 2, 3) for j in (1, 2)} | {"whiten.bias"}
@@ -40,16 +40,16 @@ def test_every_parameter_has_the_published_rate_and_decay(tmp_path: Path) -> Non
 
 
 def test_one_update_moves_what_is_trained(tmp_path: Path) -> None:
-    setup = build("model.widths=[4,4,8]", "data.batch_size=100")
-    trainer = dry_run(setup, tmp_path)
-    before = {name: p.detach().clone() for name, p in setup.module.named_parameters()}
+    workload = build("model.widths=[4,4,8]", "data.batch_size=100")
+    trainer = dry_run(workload, tmp_path)
+    before = {name: p.detach().clone() for name, p in workload.module.named_parameters()}
     inputs, targets = next(iter(trainer.batches.epoch(0)))
     trainer.step.update(inputs, targets, 0, trainer.sums)
-    moved = {name for name, p in setup.module.named_parameters() if not torch.equal(p, before[name])}
+    moved = {name for name, p in workload.module.named_parameters() if not torch.equal(p, before[name])}
     still = {"whiten.weight"} | {f"stage{i}.norm{j}.weight" for i in (1, 2, 3) for j in (1, 2)}
     assert moved == set(before) - still
     for i in (1, 2, 3):  # normalized to sqrt(rows), then moved by a rate of 0.24 times about sqrt(rows)
-        weight = setup.module.get_parameter(f"stage{i}.conv2.weight")
+        weight = workload.module.get_parameter(f"stage{i}.conv2.weight")
         assert 0.6 < weight.norm().item() / len(weight) ** 0.5 < 1.4
 
 

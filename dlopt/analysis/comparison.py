@@ -34,7 +34,7 @@ class Comparison:
     variants: dict[str, list[str]]
     along: dict[str, list[Value] | dict[str, list[str]]]
     seeds: list[Seed]
-    figures: list[str]
+    metrics: list[str]
     x: Literal["epoch", "step", "seconds", "step_and_seconds"]
 
     @property
@@ -73,24 +73,24 @@ def typed(value: Value) -> str:
 class Outcome:
     """What a run left behind: the lines of its metrics.jsonl and its summary."""
 
-    metrics: Sequence[Mapping[str, Any]]
+    history: Sequence[Mapping[str, Any]]
     summary: Mapping[str, Any]
-    probed: Mapping[str, Sequence[tuple[Mapping[str, Any], float]]]  # probe -> (progress, figure) of each checkpoint
+    probed: Mapping[str, Sequence[tuple[Mapping[str, Any], float]]]  # probe -> (progress, value) of each checkpoint
 
     @property
     def failed(self) -> bool:
         return self.summary.get("status") == "failed"
 
     def curve(self, name: str, x: str) -> tuple[list[float], list[float]]:
-        """(x, figure) of every epoch, or of every checkpoint for a probe."""
+        """(x, value) of every epoch, or of every checkpoint for a probe."""
         if name in self.probed:
             pairs = [(progress[x], value) for progress, value in self.probed[name]]
         else:
-            pairs = [(line[x], value) for line in self.metrics if (value := _figure(line, name)) is not None]
+            pairs = [(line[x], value) for line in self.history if (value := _figure(line, name)) is not None]
         return [float(at) for at, _ in pairs], [float(value) for _, value in pairs]
 
     def final(self, name: str) -> float:
-        """The figure at the end; NaN for a run that failed, which is one that diverged."""
+        """The final value of the metric; NaN for a run that failed, which is one that diverged."""
         if self.failed:
             return math.nan
         if self.summary.get(name) is not None:  # of the test
@@ -107,15 +107,15 @@ def _figure(line: Mapping[str, Any], name: str) -> Any:
     return None if accuracy is None else 1 - accuracy
 
 
-def read(folder: Path, figures: Sequence[str]) -> Outcome:
-    """What the run in `folder` left; the probes among `figures` are computed from its checkpoints."""
+def read(folder: Path, metrics: Sequence[str]) -> Outcome:
+    """What the run in `folder` left; the probes among `metrics` are computed from its checkpoints."""
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.is_file() else []
     summary = folder / "summary.json"
     return Outcome(
-        metrics=[json.loads(line) for line in lines],
+        history=[json.loads(line) for line in lines],
         summary=json.loads(summary.read_text()) if summary.is_file() else {"status": "failed"},
-        probed={name: PROBES[name](folder) for name in figures if name in PROBES},
+        probed={name: PROBES[name](folder) for name in metrics if name in PROBES},
     )
 
 
@@ -125,7 +125,7 @@ def mean(values: Sequence[float]) -> float:
 
 
 def finals(comparison: Comparison, outcomes: Mapping[Cell, Outcome], variant: str, name: str) -> dict[Any, list[float]]:
-    """The figure at the end for each point of the axes: a value for each seed."""
+    """The final value of the metric for each point of the axes: a value for each seed."""
     found: dict[Any, list[float]] = {}
     for cell in comparison.cells():
         if cell.variant == variant:
@@ -134,10 +134,10 @@ def finals(comparison: Comparison, outcomes: Mapping[Cell, Outcome], variant: st
 
 
 def table(comparison: Comparison, outcomes: Mapping[Cell, Outcome]) -> list[str]:
-    """A line for each variant and point of the axes, with the figures at the end, means over the seeds."""
-    rows = [["variant", *comparison.along, *comparison.figures]]
+    """A line for each variant and point of the axes, with the metrics at the end, means over the seeds."""
+    rows = [["variant", *comparison.along, *comparison.metrics]]
     for variant in comparison.variants:
-        columns = [finals(comparison, outcomes, variant, name) for name in comparison.figures]
+        columns = [finals(comparison, outcomes, variant, name) for name in comparison.metrics]
         rows += [[variant, *map(typed, at), *(show(mean(column[at])) for column in columns)] for at in columns[0]]
     return aligned(rows)
 
@@ -158,10 +158,10 @@ _UNITS = {"epoch": "epoch", "step": "update", "seconds": "seconds"}
 
 
 def draw(comparison: Comparison, outcomes: Mapping[Cell, Outcome]) -> "Figure":
-    """A panel for each figure; with two keys along which the variants are run, one for each variant."""
+    """A panel for each metric; with two keys along which the variants are run, one for each variant."""
     if len(comparison.along) == 2:
         return _heat_maps(comparison, outcomes)
-    shown = [(name, x) for name in comparison.figures for x in (comparison.axes if not comparison.along else [""])]
+    shown = [(name, x) for name in comparison.metrics for x in (comparison.axes if not comparison.along else [""])]
     count = len(shown)
     figure = _headed(comparison, 9.5 if count > 1 else 8, 5)
     panels = figure.subplots(1, count, squeeze=False)[0]
@@ -241,7 +241,7 @@ def _coincide(curves: Sequence[Sequence[float]]) -> bool:
 
 
 def _along(axes: "Axes", comparison: Comparison, outcomes: Mapping[Cell, Outcome], name: str) -> None:
-    """The figure at the end against the key's value; crosses at the edge are runs that diverged."""
+    """The final value of the metric against the key's value; crosses at the edge are runs that diverged."""
     [(key, given)] = comparison.along.items()
     values = [*given]
     places = [float(value) if _are_numbers(values) else float(i) for i, value in enumerate(values)]
@@ -286,7 +286,7 @@ def _heat_maps(comparison: Comparison, outcomes: Mapping[Cell, Outcome]) -> "Fig
     import numpy as np
     from matplotlib.patches import Rectangle
 
-    [name] = comparison.figures
+    [name] = comparison.metrics
     (row_key, rows), (column_key, columns) = comparison.along.items()
     maps = []
     for variant in comparison.variants:

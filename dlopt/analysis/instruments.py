@@ -7,17 +7,17 @@ from dlopt.analysis.diagnosis.live import Diagnostics
 from dlopt.analysis.profiling import Profile, Profiling, table
 from dlopt.errors import UserError
 from dlopt.tracking.tracking import Tracking
-from dlopt.training.build import Setup
+from dlopt.training.build import Workload
 from dlopt.training.progress import Length
 from dlopt.training.step import Observer
 
 
-def observers(setup: Setup, length: Length, tracking: Tracking, folder: Path) -> Sequence[Observer]:
+def observers(workload: Workload, length: Length, tracking: Tracking, folder: Path) -> Sequence[Observer]:
     """Builds what `diagnostics` and `profile` enable. Raises `UserError` where there is nothing to be seen."""
-    settings = setup.experiment.settings
+    settings = workload.experiment.settings
     found: list[Observer] = []
     if settings.diagnostics:
-        found.append(Diagnostics(setup, settings.diagnostics, settings.diagnostics_every, tracking.diagnostics))
+        found.append(Diagnostics(workload, settings.diagnostics, settings.diagnostics_every, tracking.diagnostics))
     if settings.profile:
         first, last = settings.profile_steps
         if last > length.steps:
@@ -29,5 +29,5 @@ def observers(setup: Setup, length: Length, tracking: Tracking, folder: Path) ->
             for line in table(profile, folder / "profile"):
                 tracking.message(line)
 
-        found.append(Profiling(setup, settings.profile_steps, folder / "profile", report))
+        found.append(Profiling(workload, settings.profile_steps, folder / "profile", report))
     return found

@@ -1,7 +1,7 @@
 """Which configuration is best, over seeds: means, deviations, paired differences, fronts of several objectives.
 
 Pure: what runs left behind goes in as `Entry`s, `Row`s come out; nothing here reads files or prints. Rows are ranked by
-a validation figure: a leaderboard ranked by test figures would choose on the test set.
+a validation metric: a leaderboard ranked by test metrics would choose on the test set.
 """
 
 import math
@@ -24,29 +24,29 @@ HOUSEKEEPING = (
 
 @dataclass(frozen=True)
 class Entry:
-    """One run: `config` as config.yaml holds it (nested or flat), `overrides` as typed, `figures` of summary.json."""
+    """One run: `config` as config.yaml holds it (nested or flat), `overrides` as typed, `metrics` of summary.json."""
 
     name: str
     config: Mapping[str, Any]
-    figures: Mapping[str, Any]
+    metrics: Mapping[str, Any]
     overrides: Sequence[str] = ()
 
     @property
     def status(self) -> str:
-        return str(self.figures.get("status", "unfinished"))
+        return str(self.metrics.get("status", "unfinished"))
 
     @property
     def has_ended(self) -> bool:
-        """Whether its figures count: trained to its end, and not cut short by a pruner."""
+        """Whether its metrics count: trained to its end, and not cut short by a pruner."""
         return self.status in ENDED and not self.is_pruned
 
     @property
     def is_pruned(self) -> bool:
-        return bool(self.figures.get("pruned", False))
+        return bool(self.metrics.get("pruned", False))
 
-    def figure(self, key: str) -> float | None:
-        """A finite figure, or None."""
-        value = self.figures.get(key)
+    def metric(self, key: str) -> float | None:
+        """A finite metric, or None."""
+        value = self.metrics.get(key)
         return float(value) if is_number(value) else None
 
     @property
@@ -81,24 +81,24 @@ class Row:
     label: str
     overrides: Sequence[str]
     runs: Sequence[Entry]
-    value: Statistic | None = None  # of the figure that ranks; None where no run has it
+    value: Statistic | None = None  # of the metric that ranks; None where no run has it
     difference: Difference | None = None  # to the first row, over the seeds that both have; None for the first
 
-    def statistic(self, figure: str) -> Statistic | None:
-        """Mean, deviation and count of any figure over the runs that have ended and have it."""
-        return statistic([v for run in self.runs if run.has_ended and (v := run.figure(figure)) is not None])
+    def statistic(self, metric: str) -> Statistic | None:
+        """Mean, deviation and count of any metric over the runs that have ended and have it."""
+        return statistic([v for run in self.runs if run.has_ended and (v := run.metric(metric)) is not None])
 
     @property
     def failed(self) -> int:
         return sum(run.status == "failed" for run in self.runs)
 
-    def by_seeds(self, figure: str) -> dict[Seeds, float]:
-        return {run.seeds: v for run in self.runs if run.has_ended and (v := run.figure(figure)) is not None}
+    def by_seeds(self, metric: str) -> dict[Seeds, float]:
+        return {run.seeds: v for run in self.runs if run.has_ended and (v := run.metric(metric)) is not None}
 
 
 @dataclass(frozen=True)
 class Leaderboard:
-    figure: str
+    metric: str
     direction: Direction
     rows: Sequence[Row] = field(default_factory=tuple)
 
@@ -107,35 +107,35 @@ class Leaderboard:
         return self.rows[0] if self.rows and self.rows[0].value is not None else None
 
 
-def default_figure(entries: Sequence[Entry]) -> str:
+def default_metric(entries: Sequence[Entry]) -> str:
     """`best_val_accuracy` where any run has it, else `best_val_loss`."""
-    has_accuracy = any(entry.figure("best_val_accuracy") is not None for entry in entries)
+    has_accuracy = any(entry.metric("best_val_accuracy") is not None for entry in entries)
     return "best_val_accuracy" if has_accuracy else "best_val_loss"
 
 
-def direction_of(figure: str) -> Direction:
+def direction_of(metric: str) -> Direction:
     """Accuracies are to be large; losses, seconds, parameters and all others small."""
-    return "maximize" if "accuracy" in figure else "minimize"
+    return "maximize" if "accuracy" in metric else "minimize"
 
 
 def leaderboard(
     entries: Sequence[Entry],
     *,
-    figure: str | None = None,
+    metric: str | None = None,
     direction: Direction | None = None,
     confidence: float = 0.95,
 ) -> Leaderboard:
-    """Rows by the mean of `figure` over seeds, the best first, those without a value last."""
-    figure = default_figure(entries) if figure is None else figure
-    direction = direction_of(figure) if direction is None else direction
+    """Rows by the mean of `metric` over seeds, the best first, those without a value last."""
+    metric = default_metric(entries) if metric is None else metric
+    direction = direction_of(metric) if direction is None else direction
     sign = -1.0 if direction == "maximize" else 1.0
-    rows = [replace(row, value=row.statistic(figure)) for row in _grouped(entries)]
+    rows = [replace(row, value=row.statistic(metric)) for row in _grouped(entries)]
     rows.sort(key=lambda row: math.inf if row.value is None else sign * row.value.mean)
     if not rows:
-        return Leaderboard(figure, direction)
-    first = rows[0].by_seeds(figure)
-    compared = [replace(row, difference=paired_difference(row.by_seeds(figure), first, confidence)) for row in rows[1:]]
-    return Leaderboard(figure, direction, [rows[0], *compared])
+        return Leaderboard(metric, direction)
+    first = rows[0].by_seeds(metric)
+    compared = [replace(row, difference=paired_difference(row.by_seeds(metric), first, confidence)) for row in rows[1:]]
+    return Leaderboard(metric, direction, [rows[0], *compared])
 
 
 def _grouped(entries: Sequence[Entry]) -> list[Row]:

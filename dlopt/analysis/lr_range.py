@@ -24,9 +24,9 @@ from dlopt.config.experiment import Experiment
 from dlopt.config.schema import Component
 from dlopt.errors import RunError, UserError
 from dlopt.parallel import rendezvous
-from dlopt.ranges import Count, Positive, Share
+from dlopt.ranges import Count, Fraction, Positive
 from dlopt.tracking.tracking import Tracking
-from dlopt.training.build import Setup, load_weights, parallel_of, set_up
+from dlopt.training.build import Workload, build_workload, load_weights, parallel_of
 from dlopt.training.trainer import Trainer, dry_run
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Sweep:
     min_lr: Positive = 1e-6
     max_lr: Positive = 10.0
     updates: Count = 100
-    smoothing: Share = 0.9
+    smoothing: Fraction = 0.9
     diverge: Annotated[float, Gt(1)] = 4.0
 
     def rate(self, update: float) -> float:
@@ -92,24 +92,24 @@ def trial(experiment: Experiment, keys: Sweep) -> Experiment:
         optimizer=experiment.optimizer.partial(lr=1.0),
         auto_lr=False,
         schedule=Component("schedule", exponential, {}),
-        warmup=replace(experiment.warmup, warmup_epochs=None, warmup_steps=0, warmup_share=0.0),
+        warmup=replace(experiment.warmup, warmup_epochs=None, warmup_steps=0, warmup_fraction=0.0),
         settings=replace(experiment.settings, scale_lr="none", ema=None, steps=keys.updates),
     )
 
 
-def find(setup: Setup, keys: Sweep, folder: Path) -> LearningRates:
+def find(workload: Workload, keys: Sweep, folder: Path) -> LearningRates:
     """Trains with growing rates and restores the model bitwise.
 
     `folder` stands where a run's would, and is not written. With several processes all ranks call this; the losses are
     the global batch's, so that all find the same.
     """
     check(keys)
-    setup = replace(setup, experiment=trial(setup.experiment, keys))
-    with put_back(setup.module, setup.device):
-        trainer = dry_run(setup, folder, checks=False)  # a non-finite loss ends the test, here and on all ranks
+    workload = replace(workload, experiment=trial(workload.experiment, keys))
+    with put_back(workload.module, workload.device):
+        trainer = dry_run(workload, folder, checks=False)  # a non-finite loss ends the test, here and on all ranks
         rates, losses, smoothed = [], [], []
         average, best, diverged = 0.0, math.inf, False
-        setup.module.train()
+        workload.module.train()
         for number, (inputs, targets) in enumerate(_endless(trainer, keys.updates)):
             rates.append(keys.rate(number))
             trainer.step.update(inputs, targets, number, trainer.sums)
@@ -218,25 +218,25 @@ def write(found: LearningRates, folder: Path, title: str) -> list[Path]:
     return [*save(draw(found, title), folder, "find_lr"), path]
 
 
-def load_first_weights(setup: Setup) -> None:
+def load_first_weights(workload: Workload) -> None:
     """Those of `init_from`, which the training will begin with."""
-    path = setup.experiment.settings.init_from
+    path = workload.experiment.settings.init_from
     if path is not None:
-        load_weights(setup.module, Path(path), setup.parallel)
+        load_weights(workload.module, Path(path), workload.parallel)
 
 
-def find_lr(setup: Setup, tracking: Tracking, folder: Path) -> float:
+def find_lr(workload: Workload, tracking: Tracking, folder: Path) -> float:
     """Returns the learning rate for `optimizer.lr=auto`: the one at which the loss falls fastest.
 
     Writes find_lr.png and .json to the run's folder. Raises `UserError` where no learning rate reduced the loss.
     """
-    load_first_weights(setup)
-    found = find(setup, Sweep(), folder)
+    load_first_weights(workload)
+    found = find(workload, Sweep(), folder)
     rate = found.steepest
     if rate is None:
         raise UserError("optimizer.lr=auto: no learning rate reduced the loss; set optimizer.lr to a number")
     tracking.message(f"optimizer.lr=auto: found {rate:.3g} (see find_lr.png) in {len(found.rates)} updates")
-    if setup.parallel.is_main:
+    if workload.parallel.is_main:
         with contextlib.suppress(OSError):  # a full disk shows at the first checkpoint
             write(found, folder, "Learning-rate range test")
     return rate
@@ -244,9 +244,9 @@ def find_lr(setup: Setup, tracking: Tracking, folder: Path) -> float:
 
 def test_range(experiment: Experiment, keys: Sweep, folder: Path) -> LearningRates:
     """Tests in this process, or as one rank of several. `folder` is not written."""
-    setup = set_up(experiment, parallel=parallel_of(experiment))
-    load_first_weights(setup)
-    return find(setup, keys, folder)
+    workload = build_workload(experiment, parallel=parallel_of(experiment))
+    load_first_weights(workload)
+    return find(workload, keys, folder)
 
 
 def _measure(experiment: Experiment, folder: Path, _: int) -> dict[str, Any]:

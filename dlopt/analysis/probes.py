@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dlopt.config.compose import resolve_saved
 from dlopt.config.parsing import parse
 from dlopt.data.batches import Batches
-from dlopt.training.build import Setup, evaluation_batches, set_up, training_batches
+from dlopt.training.build import Workload, build_workload, evaluation_batches, training_batches
 from dlopt.training.checkpoint import load
 from dlopt.training.step import frozen_statistics
 
@@ -56,9 +56,9 @@ def _rates(state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
     return torch.tensor([lr])
 
 
-def _set_up(state: Mapping[str, Any]) -> Setup:
+def _set_up(state: Mapping[str, Any]) -> Workload:
     """The run's data and its model at the initial weights."""
-    return set_up(parse(resolve_saved(state["config"])), state["normalize"])
+    return build_workload(parse(resolve_saved(state["config"])), state["normalize"])
 
 
 def input_drift(folder: Path) -> list[tuple[Mapping[str, Any], float]]:
@@ -68,16 +68,16 @@ def input_drift(folder: Path) -> list[tuple[Mapping[str, Any], float]]:
     mean and standard deviation over 500 training samples then and now, sqrt((m - m')^2 + (s - s')^2), in units of the
     layer's mean standard deviation then; the mean over inputs and layers. Batch norm takes the batch's statistics.
     """
-    setup: Setup | None = None
+    workload: Workload | None = None
     found: list[tuple[Mapping[str, Any], float]] = []
     before: list[tuple[Tensor, Tensor]] = []
     for state in checkpoints(folder):
-        if setup is None:
-            setup = _set_up(state)
-            few = setup.dataset.train.select(torch.arange(min(500, len(setup.dataset.train))))
-            inputs = torch.cat([batch for batch, _ in evaluation_batches(setup, few).epoch(0)])
-        setup.module.load_state_dict(state["model"])
-        now = _moments(setup.module.train(), inputs)
+        if workload is None:
+            workload = _set_up(state)
+            few = workload.dataset.train.select(torch.arange(min(500, len(workload.dataset.train))))
+            inputs = torch.cat([batch for batch, _ in evaluation_batches(workload, few).epoch(0)])
+        workload.module.load_state_dict(state["model"])
+        now = _moments(workload.module.train(), inputs)
         if before:
             distances = [
                 ((mean - old).square() + (spread - old_spread).square()).sqrt().mean() / old_spread.mean()
@@ -96,25 +96,25 @@ def gradient_variance(folder: Path) -> list[tuple[Mapping[str, Any], float]]:
     order. Each sample's gradient is computed once, alone, without augmentation: for nets without batch norm. The first
     figure is that of the initial weights.
     """
-    setup: Setup | None = None
+    workload: Workload | None = None
     found: list[tuple[Mapping[str, Any], float]] = []
     for state in checkpoints(folder):
-        if setup is None:
-            setup = _set_up(state)
-            batches = training_batches(setup)
-            found.append(({"epoch": 0, "step": 0, "seconds": 0.0}, _variance(setup, batches, 0)))
-        setup.module.load_state_dict(state["model"])
-        found.append((state["progress"], _variance(setup, batches, state["progress"]["epoch"])))
+        if workload is None:
+            workload = _set_up(state)
+            batches = training_batches(workload)
+            found.append(({"epoch": 0, "step": 0, "seconds": 0.0}, _variance(workload, batches, 0)))
+        workload.module.load_state_dict(state["model"])
+        found.append((state["progress"], _variance(workload, batches, state["progress"]["epoch"])))
     return found
 
 
-def _variance(setup: Setup, batches: Batches, epoch: int) -> float:
-    setup.module.train()
-    parameters = [p for p in setup.module.parameters() if p.requires_grad]
+def _variance(workload: Workload, batches: Batches, epoch: int) -> float:
+    workload.module.train()
+    parameters = [p for p in workload.module.parameters() if p.requires_grad]
     rows = []
-    for inputs, targets in evaluation_batches(setup, setup.dataset.train).epoch(0):
+    for inputs, targets in evaluation_batches(workload, workload.dataset.train).epoch(0):
         for sample, target in zip(inputs.split(1), targets.split(1), strict=True):
-            gradients = torch.autograd.grad(setup.loss(setup.module(sample), target), parameters)
+            gradients = torch.autograd.grad(workload.loss(workload.module(sample), target), parameters)
             rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
     deviations = torch.stack(rows)
     deviations = deviations - deviations.mean(0)

@@ -19,7 +19,7 @@ from dlopt.analysis.bench.communication import times
 from dlopt.analysis.model_summary import kept_for_backward
 from dlopt.parallel.mode import EpochBatches
 from dlopt.tracking.layout import size
-from dlopt.training.build import Setup
+from dlopt.training.build import Workload
 from dlopt.training.step import Network, Observer, Step
 
 _COSTLIEST = 10
@@ -53,8 +53,10 @@ class Profiling(Observer):
     split is true; what overlaps without a profiler no longer does.
     """
 
-    def __init__(self, setup: Setup, steps: tuple[int, int], folder: Path, report: Callable[[Profile], None]) -> None:
-        self.setup = setup
+    def __init__(
+        self, workload: Workload, steps: tuple[int, int], folder: Path, report: Callable[[Profile], None]
+    ) -> None:
+        self.workload = workload
         self.first, self.last = steps
         self.folder = folder
         self.report = report
@@ -79,15 +81,15 @@ class Profiling(Observer):
 
     def evaluation_begins(self) -> None:
         if self._measures_peaks:
-            torch.cuda.reset_peak_memory_stats(self.setup.device)
+            torch.cuda.reset_peak_memory_stats(self.workload.device)
         self._evaluation = self.part("forward and backward")
         self._evaluation.__enter__()
 
     def evaluation_ends(self) -> None:
         self._evaluation.__exit__(None, None, None)
         if self._measures_peaks:
-            self.found.peaks["forward and backward"] = torch.cuda.max_memory_allocated(self.setup.device)
-            torch.cuda.reset_peak_memory_stats(self.setup.device)
+            self.found.peaks["forward and backward"] = torch.cuda.max_memory_allocated(self.workload.device)
+            torch.cuda.reset_peak_memory_stats(self.workload.device)
 
     # -- time
 
@@ -104,8 +106,8 @@ class Profiling(Observer):
         self.seconds[name] += end - start
 
     def _now(self) -> float:
-        if self.setup.device.type == "cuda":
-            torch.cuda.synchronize(self.setup.device)
+        if self.workload.device.type == "cuda":
+            torch.cuda.synchronize(self.workload.device)
         return time.perf_counter()
 
     def _timed(self, name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -126,7 +128,7 @@ class Profiling(Observer):
 
     def _begin(self) -> None:
         kinds = [ProfilerActivity.CPU]
-        if self.setup.device.type == "cuda":
+        if self.workload.device.type == "cuda":
             kinds.append(ProfilerActivity.CUDA)
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its library tells on stderr that there is no GPU
         self._profiler = profile(activities=kinds)
@@ -144,8 +146,8 @@ class Profiling(Observer):
         sums |= {"backward": both - self.seconds["forward"], "optimizer": update - both}
         found.parts = {name: value / found.updates for name, value in sums.items()}
         found.seconds = elapsed / found.updates
-        found.communication = times(profiler.events() or [], self.setup.device)[0] / found.updates
-        found.operations = _costliest(profiler, self.setup.device, found.updates)
+        found.communication = times(profiler.events() or [], self.workload.device)[0] / found.updates
+        found.operations = _costliest(profiler, self.workload.device, found.updates)
         with contextlib.suppress(OSError):  # the figures are shown all the same
             self.folder.mkdir(parents=True, exist_ok=True)
             profiler.export_chrome_trace(str(self.folder / "updates.pt.trace.json"))
@@ -156,7 +158,7 @@ class Profiling(Observer):
 
     @contextlib.contextmanager
     def _measuring_memory(self, step: Step, inputs: Tensor, targets: Tensor) -> Iterator[None]:
-        module, optimizer = self.setup.module, step.optimizer
+        module, optimizer = self.workload.module, step.optimizer
         with self._peaks(), kept_for_backward(module) as kept:
             yield
         state = [value for each in optimizer.state.values() for value in _tensors(each)]
@@ -174,7 +176,7 @@ class Profiling(Observer):
     @contextlib.contextmanager
     def _peaks(self) -> Iterator[None]:
         """On a GPU: the peak memory of the forward and backward passes, and of the rest."""
-        if self.setup.device.type != "cuda":
+        if self.workload.device.type != "cuda":
             yield
             return
         self._measures_peaks = True
@@ -182,7 +184,7 @@ class Profiling(Observer):
             yield
         finally:
             self._measures_peaks = False
-            self.found.peaks["optimizer"] = torch.cuda.max_memory_allocated(self.setup.device)
+            self.found.peaks["optimizer"] = torch.cuda.max_memory_allocated(self.workload.device)
 
 
 class TimedBatches:

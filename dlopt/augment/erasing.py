@@ -10,7 +10,7 @@ from dlopt.augment.colour import colour_statistics
 from dlopt.augment.operation import Draws, Operation, PixelStep, Shape, Step, image_shape
 from dlopt.data.samples import Samples
 from dlopt.errors import UserError
-from dlopt.ranges import Positive, PositiveShare, Probability
+from dlopt.ranges import Positive, PositiveFraction, Probability
 
 
 @dataclass
@@ -52,7 +52,9 @@ class Erase(Operation):
     `fill=mean` is the training set's mean colour (the paper's zero after standardization), `zero` is black.
     """
 
-    def __init__(self, *, p: Probability, size: PositiveShare, fill: Literal["zero", "mean"], train: Samples) -> None:
+    def __init__(
+        self, *, p: Probability, size: PositiveFraction, fill: Literal["zero", "mean"], train: Samples
+    ) -> None:
         self.p = p
         self.size = size
         self.colour = _colour(fill, train)
@@ -105,7 +107,7 @@ class RandomErase(Operation):
         self,
         *,
         p: Probability,
-        area: tuple[PositiveShare, PositiveShare],
+        area: tuple[PositiveFraction, PositiveFraction],
         ratio: tuple[Positive, Positive],
         fill: Literal["zero", "mean", "random"],
         train: Samples,

@@ -10,7 +10,7 @@ from torch import Tensor
 from dlopt.augment.operation import Draws, Operation, Shape, Step
 from dlopt.augment.warp import Affine, Radial
 from dlopt.errors import UserError
-from dlopt.ranges import Count, Natural, NonNegative, Positive, PositiveShare, Probability
+from dlopt.ranges import Count, Natural, NonNegative, Positive, PositiveFraction, Probability
 
 Factor = Annotated[float, Ge(1)]
 Degrees = Annotated[float, Interval(ge=0, le=180)]
@@ -192,7 +192,7 @@ class RandomResizedCrop(Operation):
     """
 
     def __init__(
-        self, *, size: Count | None, scale: tuple[PositiveShare, PositiveShare], ratio: tuple[Positive, Positive]
+        self, *, size: Count | None, scale: tuple[PositiveFraction, PositiveFraction], ratio: tuple[Positive, Positive]
     ) -> None:
         for name, (low, high) in {"scale": scale, "ratio": ratio}.items():
             if low > high:

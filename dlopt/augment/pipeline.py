@@ -88,9 +88,9 @@ class Pipeline:
     ) -> list[Step]:
         """What is to be done with samples of that shape: all parameters, drawn here. Arguments as for a call."""
         if indices is not None:
-            everyones = indices.new_zeros(total)
-            everyones[part] = indices
-            indices = everyones
+            all_indices = indices.new_zeros(total)
+            all_indices[part] = indices
+            indices = all_indices
         return self._plan(sample_shape, Draws(generator, total, indices=indices, epoch=epoch), part)
 
     def _plan(self, sample_shape: Sequence[int], draws: Draws, part: slice) -> list[Step]:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from dlopt.config.experiment import Experiment
 
 PICTURE = "comparison"
-_FIGURES = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "test_loss", "test_accuracy")
+_METRICS = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "test_loss", "test_accuracy")
 
 
 @dataclass(frozen=True)
@@ -86,16 +86,16 @@ def comparison_of(composer: Composer, config: DictConfig, overrides: list[str]) 
     node = OmegaConf.to_container(config.comparison, resolve=True)
     assert isinstance(node, dict)
     comparison = Comparison(**check_arguments("comparison", Comparison, {str(k): v for k, v in node.items()}))
-    for name in ("variants", "seeds", "figures"):
+    for name in ("variants", "seeds", "metrics"):
         if not getattr(comparison, name):
             raise UserError(f"comparison.{name}: at least one is needed")
-    for figure in comparison.figures:
-        if figure not in (*_FIGURES, *PROBES) and not figure.startswith("val_"):
-            raise UserError(f"comparison.figures: a run has no {figure}; allowed: {', '.join((*_FIGURES, *PROBES))}")
+    for metric in comparison.metrics:
+        if metric not in (*_METRICS, *PROBES) and not metric.startswith("val_"):
+            raise UserError(f"comparison.metrics: a run has no {metric}; allowed: {', '.join((*_METRICS, *PROBES))}")
     if len(comparison.along) > 2:
         raise UserError(f"comparison.along: {len(comparison.along)} keys; a picture has room for two")
-    if len(comparison.along) == 2 and len(comparison.figures) > 1:
-        raise UserError("comparison.figures: heat maps show one figure")
+    if len(comparison.along) == 2 and len(comparison.metrics) > 1:
+        raise UserError("comparison.metrics: heat maps show one metric")
     given: dict[str, Any] = {each.get_key_element(): each.value() for each in composer.parse(overrides)}
     points: dict[str, list[str]] = {}
     for key, values in comparison.along.items():
@@ -169,9 +169,9 @@ def _execute(runs: list[_Run], folder: Path, comparison: "Comparison") -> "tuple
             code = execute(Run(each.experiment, place.path, state, each.choices), typed=each.overrides, console=False)
             if code in (INTERRUPTED, USER_ERROR) or (code == FAILED and not (place.summary() or {}).get("diverged")):
                 return outcomes, code
-        outcome = outcomes[each.cell] = read(place.path, comparison.figures)
+        outcome = outcomes[each.cell] = read(place.path, comparison.metrics)
         cell = each.cell
         words = [cell.variant, *(f"{k}={typed(v)}" for k, v in zip(comparison.along, cell.point, strict=True))]
-        figures = ", ".join(f"{name} {show(outcome.final(name))}" for name in comparison.figures)
-        print(f"  {number + 1}/{len(runs)} {', '.join(words)}, seed {cell.seed}: {figures}", flush=True)
+        metrics = ", ".join(f"{name} {show(outcome.final(name))}" for name in comparison.metrics)
+        print(f"  {number + 1}/{len(runs)} {', '.join(words)}, seed {cell.seed}: {metrics}", flush=True)
     return outcomes, 0

@@ -128,9 +128,9 @@ def _measure(subject: _Subject, keys: Mapping[str, int]) -> tuple["Diagnosis", "
     from dlopt.analysis.diagnosis.preparation import has_skips, prepare, spare_threads
     from dlopt.analysis.diagnosis.verdicts import Facts
 
-    setup, training = prepare(subject.experiment, Path(os.devnull), subject.state)
-    spare_threads(setup, training)
-    found = measuring.diagnose(subject.label, setup, training, **keys)
+    workload, training = prepare(subject.experiment, Path(os.devnull), subject.state)
+    spare_threads(workload, training)
+    found = measuring.diagnose(subject.label, workload, training, **keys)
     model = subject.experiment.model
     layers = found.before.layers
     activations = [layer.activation for layer in layers if layer.activation is not None]

@@ -90,7 +90,7 @@ def evaluate(
         "epoch": first.epoch if is_one else [member.epoch for member in members],
         "tta": {"name": tta, **({} if views is None else vars(views))},
         "average": None if views is None and is_one else first.average,
-        **report.figures,
+        **report.metrics,
         "classes": classes,
     }
     lines = [f"checkpoint: {path}" for path in paths]
@@ -99,7 +99,7 @@ def evaluate(
     written = _write(output, first.path, record, report, first.classes)
     lines += [f"{what}: {path}" for what, path in written.items()]
     epoch = {"best_epoch": first.epoch} if is_one else {}
-    ConsoleView().finish({"status": "tested", **epoch, **report.figures}, lines)
+    ConsoleView().finish({"status": "tested", **epoch, **report.metrics}, lines)
     return DONE
 
 
@@ -125,19 +125,19 @@ def _test(
 ) -> tuple[list[_Member], "Report"]:
     """Every checkpoint by itself, on batches of the first one's size, and the figures of their mean."""
     from dlopt.config.parsing import parse
-    from dlopt.training.build import set_up
+    from dlopt.training.build import build_workload
     from dlopt.training.evaluate import check_same_samples, choose_average, combine, outputs_on_test_set, report
 
     members: list[_Member] = []
     size = {} if len(paths) == 1 else {"data.batch_size": states[0]["config"]["data"]["batch_size"]}
     for path, state in zip(paths, states, strict=True):
         experiment = parse(resolve_saved(with_changes(state["config"], {**size, **changes}, path)))
-        setup = set_up(experiment, state["normalize"])
-        setup.module.load_state_dict(state["ema"] or state["model"])
-        average = choose_average(typed, setup)
-        batches = outputs_on_test_set(setup, views, average)
+        workload = build_workload(experiment, state["normalize"])
+        workload.module.load_state_dict(state["ema"] or state["model"])
+        average = choose_average(typed, workload)
+        batches = outputs_on_test_set(workload, views, average)
         epoch = state["progress"]["epoch"]
-        members.append(_Member(path, epoch, setup.dataset.classes, batches, setup.loss, average))
+        members.append(_Member(path, epoch, workload.dataset.classes, batches, workload.loss, average))
         if len({member.average for member in members}) > 1:
             raise UserError(f"checkpoint={path}: trained with another kind of loss than {paths[0]}; use average=logits")
     check_same_samples([vars(member) for member in members])
@@ -177,7 +177,7 @@ def _write(
     files = {"figures": ("eval.json", (json.dumps(without_nan(record), indent=2) + "\n").encode())}
     if report.confusion is not None and classes is not None:
         picture = io.BytesIO()
-        title = f"{percent(report.figures['test_accuracy'])} of {int(report.confusion.sum())} test samples are right"
+        title = f"{percent(report.metrics['test_accuracy'])} of {int(report.confusion.sum())} test samples are right"
         confusion_picture(report.confusion, classes, title).savefig(picture, dpi=150, format="png")
         table = confusion_table(report.confusion, classes)
         files["confusion matrix"] = ("confusion.csv", table.encode("utf-8", "surrogateescape"))

@@ -17,7 +17,7 @@ from dlopt.commands.command import on_checkpoint, read_dataset, refuse_folder, w
 from dlopt.config.compose import resolve_saved
 from dlopt.config.saved import with_changes
 from dlopt.errors import DONE, RunError, UserError, install
-from dlopt.files import temporary_beside
+from dlopt.files import temporary_sibling
 from dlopt.tracking.layout import short_path
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def export(
     }
     with writing(target, "cannot be written"):
         target.parent.mkdir(parents=True, exist_ok=True)
-        with temporary_beside(target) as temporary:
+        with temporary_sibling(target) as temporary:
             write(format, trained, inputs[:2], metadata, temporary)
             verdict = _compare(read(format, temporary, trained, inputs), trained, inputs, source, format)
             os.replace(temporary, target)

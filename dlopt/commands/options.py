@@ -43,16 +43,25 @@ def options(arguments: list[str]) -> int:
         _overview(catalogue, page)
     for name in parsed.names:
         group, equals, choice = name.partition("=")
-        if group not in (*catalogue.groups(), *_SWEEPS, *_TRAJECTORY):
+        if group not in every_group(catalogue):
             raise UserError(_no_group(catalogue, name))
-        choices = catalogue.choices(group)
-        if group in _SWEEPS:
-            choices = [each for each in choices if "/" not in each.name]  # not the groups below it
+        choices = choices_of(catalogue, group)
         if equals:
             choices = [each for each in choices if each.name == choice] or _no_choice(catalogue, group, choice)
         _group(catalogue, group, choices, page)
     print("\n".join(page.lines))
     return DONE
+
+
+def every_group(catalogue: Catalogue) -> dict[str, str | None]:
+    """Maps each group to its default choice, including the groups of sweeps and of `dlopt trajectory`."""
+    return {**catalogue.groups(), **_TRAJECTORY, **_SWEEPS}
+
+
+def choices_of(catalogue: Catalogue, group: str) -> list[Choice]:
+    """Lists the choices of a group, without those of the groups below it (hydra/sweeper/sampler)."""
+    nested = group in _SWEEPS
+    return [choice for choice in catalogue.choices(group) if not (nested and "/" in choice.name)]
 
 
 def _refuse(message: str) -> NoReturn:
@@ -72,16 +81,6 @@ def _no_choice(catalogue: Catalogue, group: str, typed: str) -> NoReturn:
     close = get_close_matches(typed.lower(), names, n=1, cutoff=0.6)
     hint = f"did you mean {group}={close[0]}? " if close else ""
     raise UserError(f"{group}={typed}: there is no such choice; {hint}choices: {', '.join(names) or 'none'}")
-
-
-def markdown(catalogue: Catalogue) -> str:
-    """A table of groups and choices, a line each, the defaults in bold."""
-    rows = ["| group | choices |", "|---|---|"]
-    for group, default in catalogue.groups().items():
-        names = [choice.name for choice in catalogue.choices(group)]
-        shown = [f"**`{name}`**" if name == default else f"`{name}`" for name in names]
-        rows.append(f"| `{group}` | {' '.join(shown)} |")
-    return "\n".join(rows) + "\n"
 
 
 class _Page:
@@ -138,7 +137,7 @@ def _overview(catalogue: Catalogue, page: _Page) -> None:
 
 
 def _group(catalogue: Catalogue, group: str, choices: Sequence[Choice], page: _Page) -> None:
-    default = {**_SWEEPS, **_TRAJECTORY, **catalogue.groups()}[group]
+    default = every_group(catalogue)[group]
     keys = {choice.name: catalogue.keys(choice) for choice in choices}
     shared = [] if default is None else _shared(keys.values())  # each recipe is read as a whole
     page.gap()

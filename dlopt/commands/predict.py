@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dlopt.commands.command import on_checkpoint, refuse_folder, writing
 from dlopt.errors import DONE, RunError, UserError
-from dlopt.files import temporary_beside
+from dlopt.files import temporary_sibling
 from dlopt.job import complain
 from dlopt.ranges import Count, Natural
 
@@ -58,7 +58,7 @@ def predict(
     count = 0
     with writing(target, "cannot be written"):
         target.parent.mkdir(parents=True, exist_ok=True)
-        with temporary_beside(target) as temporary:
+        with temporary_sibling(target) as temporary:
             with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
                 writer = csv.writer(file)
                 writer.writerow(_header(trained))

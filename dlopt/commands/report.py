@@ -17,10 +17,10 @@ from rich.text import Text
 from dlopt.analysis.report.page import columns, page, page_data, summary_csv, test_columns
 from dlopt.analysis.report.reading import Damaged, Reader, Record, brief, printable
 from dlopt.analysis.report.table import (
-    Beside,
     Configuration,
+    PublishedRow,
     Table,
-    beside_published,
+    against_published,
     default_target,
     gather,
     name_of,
@@ -50,9 +50,9 @@ no network), summary.csv and pictures. Runs that differ in their seeds only are 
   dlopt report outputs/night by=val_loss target=0.4
   dlopt report outputs/night --watch --open       while the sweep runs
 
-  by=FIGURE     the validation figure that ranks (val_accuracy; val_loss where there is none)
-  target=N      the figure whose time is taken (one that half of the configurations reach); accuracies as 0..1
-  test=true     the test figures of all rows, not of the first alone
+  by=METRIC     the validation metric that ranks (val_accuracy; val_loss where there is none)
+  target=N      the metric whose time is taken (one that half of the configurations reach); accuracies as 0..1
+  test=true     the test metrics of all rows, not of the first alone
   top=N         rows of the table here (20)
   output=DIR    instead of DIR/report (of the first DIR)
   --watch       goes on until stopped, and writes anew whenever a run has written
@@ -187,7 +187,7 @@ def _show(table: Table, options: _Options, console: Console) -> None:
     else:
         grid = _grid(table, options, ())  # as a record for each row, which has room for all
     grids = [grid]
-    if found := beside_published(table):
+    if found := against_published(table):
         grids.append(_published_grid(found[: options.top], table))
     if not console.is_terminal:
         console.width = max(console.measure(each, options=unlimited).maximum for each in grids)
@@ -198,8 +198,8 @@ def _show(table: Table, options: _Options, console: Console) -> None:
 
 
 def _grid(table: Table, options: _Options, dropped: Collection[str]) -> Grid:
-    figures = [name for name in columns(table) if name in (table.by, "val_loss", "seconds", "steps")]
-    figures = [name for name in figures if name == table.by or name not in dropped]
+    metrics = [name for name in columns(table) if name in (table.by, "val_loss", "seconds", "steps")]
+    metrics = [name for name in metrics if name == table.by or name not in dropped]
     tests = test_columns(table)[:1]
     keys = list(table.keys)[:_KEYS_HERE]
     compared = "difference" not in dropped and any(row.difference is not None for row in table.rows)
@@ -208,13 +208,13 @@ def _grid(table: Table, options: _Options, dropped: Collection[str]) -> Grid:
     for key in keys:
         grid.add_column(Text(printable(short_key(key, table.keys))), overflow="fold")
     grid.add_column("runs", justify="right")
-    for name in (*figures, *tests):
+    for name in (*metrics, *tests):
         grid.add_column(name.replace("_", " "), justify="right")
     if compared:
         grid.add_column(Text("to the first [95 %]"), justify="right")
     for rank, row in enumerate(table.rows[: options.top], 1):
         cells = [printable(brief(row.values[key])) if key in row.values else "-" for key in keys]
-        shown = [_statistic(name, row.statistic(name)) for name in figures]
+        shown = [_statistic(name, row.statistic(name)) for name in metrics]
         shown += [_statistic(name, row.statistic(name)) if options.test or rank == 1 else "" for name in tests]
         gap = [_difference(table.by, row)] if compared else []
         style = "bold" if rank == 1 and row.value is not None else ""
@@ -222,7 +222,7 @@ def _grid(table: Table, options: _Options, dropped: Collection[str]) -> Grid:
     return grid
 
 
-def _published_grid(found: Sequence[Beside], table: Table) -> Grid:
+def _published_grid(found: Sequence[PublishedRow], table: Table) -> Grid:
     """Errors, as papers give them."""
     grid = plain_table()
     grid.add_column("recipe", overflow="fold")
@@ -247,10 +247,10 @@ def _statistic(name: str, found: "Statistic | None") -> str:
         return "-"
     if name == "seconds":
         return layout.duration(found.mean)
-    mean = layout.figure(name, found.mean)
+    mean = layout.metric(name, found.mean)
     if name == "steps":
         return f"{found.mean:,.0f}"
-    return mean if found.std is None else f"{mean.removesuffix(' %')} ± {layout.figure(name, found.std)}"
+    return mean if found.std is None else f"{mean.removesuffix(' %')} ± {layout.metric(name, found.std)}"
 
 
 def _difference(name: str, row: Configuration) -> str:
@@ -295,28 +295,28 @@ def show_leaderboard(
         return
     is_paired = any(row.difference is not None and row.difference.low is not None for row in rows)
     title = (
-        f"{board.figure.replace('_', ' ')}, {'the higher' if board.direction == 'maximize' else 'the lower'} the better"
+        f"{board.metric.replace('_', ' ')}, {'the higher' if board.direction == 'maximize' else 'the lower'} the better"
     )
     table = plain_table(title)
     table.add_column("")
     table.add_column("configuration", overflow="fold")
-    table.add_column("mean ± deviation" if is_paired else board.figure.replace("_", " "), justify="right", no_wrap=True)
+    table.add_column("mean ± deviation" if is_paired else board.metric.replace("_", " "), justify="right", no_wrap=True)
     table.add_column("runs", justify="right")
     if is_paired:
         table.add_column("difference to the first\n(95 % confidence)", justify="right", no_wrap=True)
     table.add_column("test", justify="right")
     for place, row in enumerate(rows[:_ROWS], 1):
         tested = row.statistic(test) if place == 1 or all_tests else None
-        cells = [str(place), row.label, _spread(board.figure, row), _complete(row)]
-        cells += [_gap(board.figure, row)] if is_paired else []
-        table.add_row(*cells, "" if tested is None else layout.figure(test, tested.mean))
+        cells = [str(place), row.label, _spread(board.metric, row), _complete(row)]
+        cells += [_gap(board.metric, row)] if is_paired else []
+        table.add_row(*cells, "" if tested is None else layout.metric(test, tested.mean))
     _print(table, stream, f"... and {len(rows) - _ROWS} more\n" if len(rows) > _ROWS else "")
 
 
-def _spread(figure: str, row: "Row") -> str:
+def _spread(metric: str, row: "Row") -> str:
     assert row.value is not None
-    mean = layout.figure(figure, row.value.mean)
-    return mean if row.value.std is None else f"{mean} ± {layout.figure(figure, row.value.std)}"
+    mean = layout.metric(metric, row.value.mean)
+    return mean if row.value.std is None else f"{mean} ± {layout.metric(metric, row.value.std)}"
 
 
 def _complete(row: "Row") -> str:
@@ -324,28 +324,28 @@ def _complete(row: "Row") -> str:
     return str(count) if count == len(row.runs) else f"{count} of {len(row.runs)}"
 
 
-def _gap(figure: str, row: "Row") -> str:
+def _gap(metric: str, row: "Row") -> str:
     found = row.difference
     if found is None:
         return ""
-    mean = _signed(figure, found.mean)
+    mean = _signed(metric, found.mean)
     if found.low is None or found.high is None:
         return mean
-    return f"{mean} [{_signed(figure, found.low)}, {_signed(figure, found.high)}]"
+    return f"{mean} [{_signed(metric, found.low)}, {_signed(metric, found.high)}]"
 
 
-def _signed(figure: str, value: float) -> str:
-    return f"{'+' if value >= 0 else '-'}{layout.figure(figure, abs(value))}"
+def _signed(metric: str, value: float) -> str:
+    return f"{'+' if value >= 0 else '-'}{layout.metric(metric, abs(value))}"
 
 
-def show_front(rows: Sequence[tuple[str, Sequence[float]]], figures: Sequence[str]) -> None:
+def show_front(rows: Sequence[tuple[str, Sequence[float]]], metrics: Sequence[str]) -> None:
     """What no other job beats in every objective."""
     table = plain_table("no other job is better in all of these")
     table.add_column("configuration", overflow="fold")
-    for figure in figures:
-        table.add_column(figure.replace("_", " "), justify="right")
+    for metric in metrics:
+        table.add_column(metric.replace("_", " "), justify="right")
     for label, values in rows:
-        table.add_row(label, *(layout.figure(figure, value) for figure, value in zip(figures, values, strict=True)))
+        table.add_row(label, *(layout.metric(metric, value) for metric, value in zip(metrics, values, strict=True)))
     _print(table)
 
 

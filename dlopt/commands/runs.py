@@ -1,4 +1,4 @@
-"""`dlopt runs`: lists and finds runs by config, status and figure; `dlopt runs clean` removes checkpoints."""
+"""`dlopt runs`: lists and finds runs by config, status and metric; `dlopt runs clean` removes checkpoints."""
 
 import re
 import sys
@@ -43,10 +43,10 @@ Lists the runs in and below DIR (outputs) that fulfil all conditions; piped, as 
   dlopt runs 'model=resnet*' columns=[optimizer.lr,val_loss,seconds] limit=10
 
   conditions       KEY=VALUE, KEY!=VALUE (* and ? are wild), KEY>N, KEY>=N, KEY<N, KEY<=N. A key is one of the config,
-                   a figure (val_accuracy, val_loss: of the best epoch; steps, seconds, ...), or status: finished,
+                   a metric (val_accuracy, val_loss: of the best epoch; steps, seconds, ...), or status: finished,
                    stopped_early, running, interrupted, unfinished (killed), failed
-  sort=KEY         best figure first; keys of the config upwards
-  columns=[...]    keys and figures shown (those in which the runs differ, and the figures of the best epoch)
+  sort=KEY         best metric first; keys of the config upwards
+  columns=[...]    keys and metrics shown (those in which the runs differ, and the metrics of the best epoch)
   limit=N          the first N
   --paths          the folders alone, for other commands: dlopt report $(dlopt runs optimizer=sgd --paths)
 
@@ -144,8 +144,8 @@ def split_folders(
 
 def _sorted(records: list[Record], key: str) -> list[Record]:
     """Numbers before texts, and runs without a value last."""
-    is_figure = any(key.removeprefix("best_") in record.figures for record in records)
-    sign = -1 if is_figure and direction_of(key) == "maximize" else 1
+    is_metric = any(key.removeprefix("best_") in record.metrics for record in records)
+    sign = -1 if is_metric and direction_of(key) == "maximize" else 1
 
     def order(record: Record) -> tuple[int, float, str]:
         value = value_of(record, key)
@@ -163,9 +163,9 @@ def _columns(query: _Query, records: Sequence[Record]) -> list[str]:
     keys += [each.key for each in query.conditions if each.key != "status" and each.key not in keys]
     if len({record.config.get("seed") for record in records}) > 1:
         keys.append("seed")
-    figures = ["val_accuracy", "val_loss", "epochs", "seconds"]
-    known = {name for record in records for name in record.figures}
-    return list(dict.fromkeys([*keys, *(name for name in figures if name in known)]))
+    metrics = ["val_accuracy", "val_loss", "epochs", "seconds"]
+    known = {name for record in records for name in record.metrics}
+    return list(dict.fromkeys([*keys, *(name for name in metrics if name in known)]))
 
 
 def _show_table(records: Sequence[Record], columns: Sequence[str]) -> None:
@@ -193,7 +193,7 @@ def _cell(key: str, value: Any) -> str:
     if key == "seconds" and is_number(value):
         return layout.duration(value)
     if key.startswith(("val_", "train_", "test_", "best_val_")) and is_number(value):
-        return layout.figure(key, value)
+        return layout.metric(key, value)
     return text(value)
 
 

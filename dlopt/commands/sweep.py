@@ -222,7 +222,7 @@ def _show(sweep: Path, jobs: Sequence[Job]) -> None:
 
     entries = [Entry(job.subfolder, job.config, job.folder(sweep).summary() or {}, job.overrides) for job in jobs]
     board = leaderboard(entries)
-    show_leaderboard(board, board.figure.replace("best_val_", "test_"))
+    show_leaderboard(board, board.metric.replace("best_val_", "test_"))
     print(f"\nthe sweep lies in {sweep}")
 
 
@@ -304,13 +304,13 @@ def _show_search(sweep: Path, plan: "Plan", rows: Sequence[tuple[int, str, Seque
         named = [(f"job {rows[i][0]}: {rows[i][1]}", rows[i][2]) for i in chosen]
         show_front(sorted(named, key=lambda row: list(row[1])), plan.objectives)
     else:
-        figure = plan.objectives[0]
+        metric = plan.objectives[0]
         entries = []
         for number, label, values in rows:
-            summary = {**(RunFolder(sweep / str(number)).summary() or {"status": "finished"}), figure: values[0]}
+            summary = {**(RunFolder(sweep / str(number)).summary() or {"status": "finished"}), metric: values[0]}
             entries.append(Entry(f"job {number}", {"job": number}, summary, [f"job {number}:", label]))
-        board = leaderboard(entries, figure=figure, direction=plan.directions[0])
-        show_leaderboard(board, figure.replace("best_val_", "test_"))
+        board = leaderboard(entries, metric=metric, direction=plan.directions[0])
+        show_leaderboard(board, metric.replace("best_val_", "test_"))
     print(f"\nthe sweep lies in {sweep}")
 
 

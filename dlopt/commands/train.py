@@ -245,9 +245,9 @@ def _load(resume: str) -> dict[str, Any]:
 
 
 def _take_history(source: RunFolder, target: RunFolder, best_epoch: int | None) -> None:
-    """The figures up to the checkpoint and its best model belong to the continued run too.
+    """The metrics up to the checkpoint and its best model belong to the continued run too.
 
-    The tracking cuts the figures that lie beyond; a best model of a later epoch than the checkpoint knows stays behind.
+    The tracking cuts the metrics that lie beyond; a best model of a later epoch than the checkpoint knows stays behind.
     """
     from dlopt.training import sharded
     from dlopt.training.checkpoint import Checkpoints, load

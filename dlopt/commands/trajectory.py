@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from dlopt.analysis.trajectory import Path as OptimizerPath
     from dlopt.functions import Function
     from dlopt.schedules import Warmup
-    from dlopt.training.build import Setup
+    from dlopt.training.build import Workload
 
 USAGE = """\
 dlopt trajectory function=CHOICE optimizer=a,b [key=value]: draws the paths of optimizers on a test function
@@ -319,19 +319,19 @@ def _draw_landscape(
     from dlopt.analysis.landscape import draw, random_plane, surface
     from dlopt.config.parsing import parse
     from dlopt.random import generator
-    from dlopt.training.build import set_up
+    from dlopt.training.build import build_workload
     from dlopt.training.checkpoint import load
 
     state = load(path)
-    setup = set_up(parse(resolve_saved(with_changes(state["config"], changes, path))), state["normalize"])
-    setup.module.load_state_dict(state["ema"] or state["model"])
-    plane = None if directions == "random" else _path_plane(setup, path, is_needed=directions == "path")
+    workload = build_workload(parse(resolve_saved(with_changes(state["config"], changes, path))), state["normalize"])
+    workload.module.load_state_dict(state["ema"] or state["model"])
+    plane = None if directions == "random" else _path_plane(workload, path, is_needed=directions == "path")
     if plane is None:
-        origin = [p.detach().clone() for p in setup.module.parameters()]
+        origin = [p.detach().clone() for p in workload.module.parameters()]
         plane = random_plane(origin, span, generator("cpu", seed))
     folder = output_folder(output, "trajectory")
-    loss, count = _loss(setup, samples)
-    heights = surface(setup.module, loss, plane, points, _progress(points**2))
+    loss, count = _loss(workload, samples)
+    heights = surface(workload.module, loss, plane, points, _progress(points**2))
     title = f"Loss around {path}, epoch {state['progress']['epoch']}"
     subtitle = f"{count} training samples, {points} x {points} points"
     with writing(folder):
@@ -340,15 +340,15 @@ def _draw_landscape(
     return DONE
 
 
-def _path_plane(setup: "Setup", path: Path, *, is_needed: bool) -> "Plane | None":
+def _path_plane(workload: "Workload", path: Path, *, is_needed: bool) -> "Plane | None":
     """The plane through the checkpoints beside `path`; None where there are too few of them."""
     from dlopt.analysis.landscape import path_plane
     from dlopt.analysis.probes import checkpoints
 
     states: list[Mapping[str, Any]] = list(checkpoints(path.parent.parent))
     if len(states) >= _LEAST:
-        names = [name for name, _ in setup.module.named_parameters()]
-        weights = [[state["model"][name].to(setup.device) for name in names] for state in states]
+        names = [name for name, _ in workload.module.named_parameters()]
+        weights = [[state["model"][name].to(workload.device) for name in names] for state in states]
         return path_plane(weights, [state["progress"]["step"] for state in states])
     if is_needed:
         raise UserError(
@@ -358,17 +358,17 @@ def _path_plane(setup: "Setup", path: Path, *, is_needed: bool) -> "Plane | None
     return None
 
 
-def _loss(setup: "Setup", count: int) -> tuple[Any, int]:
+def _loss(workload: "Workload", count: int) -> tuple[Any, int]:
     """The loss over evenly chosen training samples, as a function of the module's weights, and how many these are."""
     import torch
 
     from dlopt.training.build import evaluation_batches
 
-    samples = setup.dataset.train
+    samples = workload.dataset.train
     indices = torch.linspace(0, len(samples) - 1, min(count, len(samples))).long()
-    batches = list(evaluation_batches(setup, samples.select(indices)).epoch(0))
+    batches = list(evaluation_batches(workload, samples.select(indices)).epoch(0))
     inputs, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    model, loss = setup.precision.autocast(setup.model), setup.precision.autocast(setup.loss)
+    model, loss = workload.precision.autocast(workload.model), workload.precision.autocast(workload.loss)
     return lambda: loss(model(inputs), targets), len(indices)
 
 

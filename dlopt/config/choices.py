@@ -125,14 +125,24 @@ class Catalogue:
     def keys(self, choice: Choice) -> list[Key]:
         """Every key that the choice brings, those of the fragments it pulls in included, and what it sets elsewhere;
         then what train.yaml gives to all choices of the group."""
-        is_global = re.search(r"^#\s*@package\s+_global_\s*$", _read(choice.path), re.MULTILINE)
-        package = "" if is_global else choice.group.replace("/", ".")
-        folder = f"{choice.group}/{choice.name}".rpartition("/")[0]
+        package, found = self._composed(choice)
+        found.pop(_target_key(choice), None)
         of_all = _own(self._primary, "") if package else {}
         of_all = {key: each for key, each in of_all.items() if key.startswith(f"{package}.")}
-        found = self._keys(choice.path, folder, package, ())
-        found.pop(f"{package}._target_", None)
         return [*found.values(), *(each for key, each in of_all.items() if key not in found)]
+
+    def target(self, choice: Choice) -> str | None:
+        """Returns the dotted name of the callable that the choice configures; None for a recipe."""
+        target = self._composed(choice)[1].get(_target_key(choice))
+        return None if target is None else target.value
+
+    def _composed(self, choice: Choice) -> tuple[str, dict[str, Key]]:
+        """Returns the choice's place in the config and the keys that it sets, including those of its fragments."""
+        directive = re.search(r"^#\s*@package\s+(\S+)\s*$", _read(choice.path), re.MULTILINE)
+        package = directive[1] if directive else choice.group.replace("/", ".")
+        package = "" if package == "_global_" else package
+        folder = f"{choice.group}/{choice.name}".rpartition("/")[0]
+        return package, self._keys(choice.path, folder, package, ())
 
     def _find(self, name: str) -> Path | None:
         paths = (folder / f"{name}.yaml" for folder in self._folders)
@@ -178,6 +188,10 @@ class Catalogue:
         if path is not None and path not in parents:
             found |= self._keys(path, group, inner, parents)
         return found
+
+
+def _target_key(choice: Choice) -> str:
+    return f"{choice.group.replace('/', '.')}._target_"
 
 
 def _read(path: Path) -> str:

@@ -17,13 +17,13 @@ from dlopt.schedules import Warmup
 
 Decay = Annotated[float, Interval(gt=0, lt=1)]
 Toggle = bool | Literal["auto"]
-Figure = Literal["top5_accuracy", "macro_f1", "calibration_error", "class_accuracy", "r2", "mae"]
+ExtraMetric = Literal["top5_accuracy", "macro_f1", "calibration_error", "class_accuracy", "r2", "mae"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
     every_epochs: Count
-    figures: list[Figure]
+    metrics: list[ExtraMetric]
     tta: Literal["none", "flip", "shift_flip", "ten_crop", "multi_scale_ten_crop"]
     average: Literal["probabilities", "logits"]
 
@@ -46,7 +46,7 @@ class Recovery:
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """A figure of a paper: the test error in %, for runs whose config has the values of `when` (dotted keys)."""
+    """A metric of a paper: the test error in %, for runs whose config has the values of `when` (dotted keys)."""
 
     error: Positive
     when: dict[str, bool | int | float | str | list[int] | None]

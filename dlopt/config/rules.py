@@ -11,7 +11,7 @@ _MAX_NAME = 100
 _PER_CORE = 64  # threads and loader processes: more is a slip of the pen
 _PROCESSES_PER_CORE = 16  # training processes started here, each of which imports torch
 _MONITORS = ("auto", "val_loss", "val_accuracy")
-_FURTHER = (
+_EXTRA = (
     "val_top5_accuracy",
     "val_macro_f1",
     "val_calibration_error",
@@ -73,15 +73,15 @@ def _check_looking(settings: Settings) -> None:
 
 
 def _check_monitor(key: str, monitor: str) -> None:
-    allowed = (*_MONITORS, *_FURTHER)
+    allowed = (*_MONITORS, *_EXTRA)
     if monitor not in allowed and not monitor.startswith(_CLASS):
         raise UserError(
-            f"{key}={monitor}: there is no validation figure of this name; allowed: {', '.join(allowed)}, {_CLASS}NAME"
+            f"{key}={monitor}: there is no validation metric of this name; allowed: {', '.join(allowed)}, {_CLASS}NAME"
         )
 
 
-def further_figure(monitor: str) -> str | None:
-    """The entry of `evaluate.figures` that brings the monitored figure; None for those that every run has."""
+def extra_metric(monitor: str) -> str | None:
+    """The entry of `evaluate.metrics` that brings the monitored metric; None for those that every run has."""
     if monitor in _MONITORS:
         return None
     name = monitor.removeprefix("val_")

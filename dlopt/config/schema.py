@@ -22,7 +22,7 @@ from pydantic.errors import PydanticUndefinedAnnotation
 
 from dlopt.config.choices import extensions
 from dlopt.errors import UserError
-from dlopt.ranges import Count, NonNegative, Positive, Share
+from dlopt.ranges import Count, Fraction, NonNegative, Positive
 
 ALLOWED_PACKAGES = ("dlopt", "torch.optim", "torch.nn", "torchvision")
 # Of dlopt itself, what experiments are made of; the rest acts on files, processes and the network.
@@ -37,13 +37,13 @@ _NO_PARTS = (
 # For arguments of callables that are not ours, by name: torch's SGD itself takes lr=nan and momentum=1.5.
 _RANGES: dict[str, Any] = {
     "lr": Positive,
-    "momentum": Share,
+    "momentum": Fraction,
     "dampening": Annotated[float, Interval(ge=0, le=1)],
     "weight_decay": NonNegative,
     "eps": NonNegative,
-    "betas": tuple[Share, Share],
-    "alpha": Share,
-    "rho": Share,
+    "betas": tuple[Fraction, Fraction],
+    "alpha": Fraction,
+    "rho": Fraction,
     "lambd": NonNegative,
     "lr_decay": NonNegative,
     "initial_accumulator_value": NonNegative,
@@ -184,14 +184,21 @@ def check_arguments(
     for name in allowed:
         if name not in values and parameters[name].default is _EMPTY:
             raise UserError(f"{_join(key, name)}: a value is needed ({_describe(parameters[name].annotation)})")
-    foreign = not target.__module__.startswith("dlopt")
-    checked = {}
-    for name, value in values.items():
-        annotation = parameters[name].annotation if name in parameters else _EMPTY
-        if foreign:
-            annotation = _RANGES.get(name, annotation)
-        checked[name] = _checked(_join(key, name), value, annotation, runtime, packages)
-    return checked
+    return {
+        name: _checked(_join(key, name), value, _annotation(target, name), runtime, packages)
+        for name, value in values.items()
+    }
+
+
+def accepted(target: Callable[..., Any], name: str) -> str:
+    """Describes the values that an argument accepts: `a number > 0`."""
+    return _describe(_annotation(target, name))
+
+
+def _annotation(target: Callable[..., Any], name: str) -> Any:
+    parameters = parameters_of(target)
+    annotation = parameters[name].annotation if name in parameters else _EMPTY
+    return annotation if target.__module__.startswith("dlopt") else _RANGES.get(name, annotation)
 
 
 def _join(key: str, name: str) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dlopt.data.loading import CudaLane, Loader, ahead, materialize, worker_count
-from dlopt.data.samplers import Attentive, Sampler, Sequential
+from dlopt.data.samplers import LossAwareSampler, Sampler, Sequential
 from dlopt.data.samples import Samples
 from dlopt.errors import UserError
 from dlopt.graphs import Recorder, Replayed
@@ -130,9 +130,9 @@ class Batches:
         `step` is the global number of the update that the first batch given out serves: the augmentation of each
         batch is drawn from (seed, number of its update).
         """
-        attentive = self.sampler if isinstance(self.sampler, Attentive) else None
-        if attentive is not None:
-            attentive.begin()
+        loss_aware = self.sampler if isinstance(self.sampler, LossAwareSampler) else None
+        if loss_aware is not None:
+            loss_aware.begin()
         order = self.sampler.order(epoch)[start * self.batch_size : self.count]
         totals = [len(part) for part in order.split(self.batch_size)] if len(order) else []
         shares = [slice(0, total) if self._share is None else self._share(total) for total in totals]
@@ -144,8 +144,8 @@ class Batches:
             else:
                 draws = None if self._augment is None else generator(self._device, self._seed, step + number)
                 batch = self._make(inputs, own, draws, total, part, epoch)
-            if attentive is not None:
-                attentive.serve(step + number, order[number * self.batch_size :][part])
+            if loss_aware is not None:
+                loss_aware.serve(step + number, order[number * self.batch_size :][part])
             yield batch
 
     def _make(

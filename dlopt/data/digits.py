@@ -11,7 +11,7 @@ from dlopt.data.samples import Dataset, InMemory
 from dlopt.data.splits import stratified
 from dlopt.errors import UserError
 
-_TEST_SHARE = 0.2
+_TEST_FRACTION = 0.2
 _TEST_SEED = 0  # of the split that no setting changes, so that test figures can be compared
 
 
@@ -35,5 +35,5 @@ def digits() -> Dataset:
         raise UserError(f"data=digits: {path} cannot be read ({error}); reinstall scikit-learn") from error
     inputs = torch.from_numpy(np.rint(table[:, :-1] * (255 / 16)).astype(np.uint8)).view(-1, 1, 8, 8)
     samples = InMemory(inputs, torch.from_numpy(table[:, -1].astype(np.int64)))
-    test, train = stratified(samples.targets, round(_TEST_SHARE * len(samples)), _TEST_SEED)
+    test, train = stratified(samples.targets, round(_TEST_FRACTION * len(samples)), _TEST_SEED)
     return Dataset(samples.select(train), None, samples.select(test), tuple(str(digit) for digit in range(10)))

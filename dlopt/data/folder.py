@@ -18,7 +18,7 @@ from dlopt.data.images import EXTENSIONS, size_pair
 from dlopt.data.samples import Dataset, ImageList
 from dlopt.data.verify import image_files
 from dlopt.errors import UserError
-from dlopt.ranges import Natural, PositiveShare
+from dlopt.ranges import Natural, PositiveFraction
 
 CACHED_FROM = 10_000  # images; smaller folders are scanned faster than a cache is worth
 _SETTLED = 3 * 10**9  # nanoseconds: what changed shortly before the scan may change again within one tick of its time
@@ -132,7 +132,7 @@ def image_folder(
     root: str,
     channels: Literal[1, 3],
     on_error: Literal["fail", "skip"],
-    max_skips: Natural | PositiveShare,
+    max_skips: Natural | PositiveFraction,
     image_size: int | tuple[int, int] | None,
 ) -> Dataset:
     """Images under `root`/train/CLASS/, and where they exist `root`/val/CLASS/ and `root`/test/CLASS/.

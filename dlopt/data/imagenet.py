@@ -8,7 +8,7 @@ from dlopt.data.images import size_pair
 from dlopt.data.samples import Dataset
 from dlopt.data.verify import image_files
 from dlopt.errors import UserError
-from dlopt.ranges import Natural, PositiveShare
+from dlopt.ranges import Natural, PositiveFraction
 
 _NAMES = "LOC_synset_mapping.txt"  # "n01440764 tench, Tinca tinca", a line per class
 
@@ -18,7 +18,7 @@ def imagenet(
     root: str,
     class_names: str | None,
     on_error: Literal["fail", "skip"],
-    max_skips: Natural | PositiveShare,
+    max_skips: Natural | PositiveFraction,
     image_size: int | tuple[int, int] | None,
 ) -> Dataset:
     """Colour images under `root`/train/WNID/ and `root`/val/WNID/ (Russakovsky et al. 2015).

@@ -15,7 +15,7 @@ from dlopt.data.loading import materialize, worker_count
 from dlopt.data.samples import Dataset, InMemory, Samples
 from dlopt.errors import UserError
 from dlopt.random import generator
-from dlopt.ranges import Count, Natural, PositiveShare, Seed, Share
+from dlopt.ranges import Count, Fraction, Natural, PositiveFraction, Seed
 
 BatchSize = Annotated[int, Interval(ge=1, le=1 << 24)]  # more is a slip of the pen
 
@@ -25,8 +25,8 @@ class DataSettings:
     """Checked against `conf/data/_common.yaml`, where the defaults and the meaning of each key stand."""
 
     batch_size: BatchSize | Literal["full"]
-    val_split: Share
-    subset: Count | PositiveShare | None
+    val_split: Fraction
+    subset: Count | PositiveFraction | None
     split_seed: Seed
     image_size: Count | tuple[Count, Count] | None
     memory: Literal["auto"] | bool
@@ -35,7 +35,7 @@ class DataSettings:
     drop_last: bool
 
 
-MEMORY_SHARE = 0.25  # of the free memory, main or GPU: what data.memory=auto may fill with samples
+MEMORY_FRACTION = 0.25  # of the free memory, main or GPU: what data.memory=auto may fill with samples
 _SUBSET, _VAL = 1, 2  # streams: the subset and the validation split are drawn independently
 
 
@@ -183,7 +183,7 @@ def _fits(parts: list[Samples], settings: DataSettings, device: torch.device, pr
     if device.type == "cuda":
         free = min(free, torch.cuda.mem_get_info(device)[0])
     if settings.memory == "auto":
-        return needed <= MEMORY_SHARE * free
+        return needed <= MEMORY_FRACTION * free
     missing = 0 if all(isinstance(part, InMemory) for part in parts) else needed
     if missing > free:
         raise UserError(

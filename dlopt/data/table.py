@@ -14,7 +14,7 @@ from dlopt.data.images import size_pair
 from dlopt.data.samples import Dataset, ImageList
 from dlopt.data.verify import image_files
 from dlopt.errors import UserError
-from dlopt.ranges import Natural, PositiveShare
+from dlopt.ranges import Natural, PositiveFraction
 
 _PARTS = ("train", "val", "test")
 
@@ -29,7 +29,7 @@ def csv(
     labels: Literal["class", "value"],
     channels: Literal[1, 3],
     on_error: Literal["fail", "skip"],
-    max_skips: Natural | PositiveShare,
+    max_skips: Natural | PositiveFraction,
     image_size: int | tuple[int, int] | None,
 ) -> Dataset:
     """Images whose paths and labels stand in a CSV file with a header line.

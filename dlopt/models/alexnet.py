@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dlopt.errors import UserError
 from dlopt.models.layers import Norm, NormKeys, check_instance_norm, image_shape
-from dlopt.ranges import Count, Share
+from dlopt.ranges import Count, Fraction
 
 Stem = Literal["small", "imagenet"]
 
@@ -31,7 +31,7 @@ class AlexNet(nn.Sequential):
         stem: Stem,
         hidden: Count,
         local_response: bool,
-        dropout: Share,
+        dropout: Fraction,
         **norm: Unpack[NormKeys],
     ) -> None:
         normalize = Norm.of(**norm)
@@ -60,7 +60,7 @@ class TwoColumnAlexNet(nn.Module):
         stem: Stem,
         hidden: Count,
         local_response: bool,
-        dropout: Share,
+        dropout: Fraction,
         **norm: Unpack[NormKeys],
     ) -> None:
         super().__init__()

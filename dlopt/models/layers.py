@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dlopt.errors import UserError
-from dlopt.ranges import Count, Positive, PositiveShare
+from dlopt.ranges import Count, Positive, PositiveFraction
 
 NormKind = Literal["batch", "layer", "group", "instance", "none"]
 Activation = Literal[
@@ -80,7 +80,7 @@ class NormKeys(TypedDict):
     norm_groups: Count
     norm_ghost_batch: Count | None
     norm_eps: Positive
-    norm_momentum: PositiveShare
+    norm_momentum: PositiveFraction
 
 
 @dataclass(frozen=True, kw_only=True)

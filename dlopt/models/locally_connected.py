@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dlopt.errors import UserError
 from dlopt.models.layers import Activation, Norm, NormKeys, check_instance_norm, image_shape
 from dlopt.models.layers import activation as make_activation
-from dlopt.ranges import Count, Share
+from dlopt.ranges import Count, Fraction
 
 
 class LocallyConnected2d(nn.Module):
@@ -62,7 +62,7 @@ class LocallyConnectedNet(nn.Sequential):
         kernel: Count,
         stride: Count,
         activation: Activation,
-        dropout: Share,
+        dropout: Fraction,
         **norm: Unpack[NormKeys],
     ) -> None:
         inputs, height, width = image_shape(input_shape, "a locally connected net")

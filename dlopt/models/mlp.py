@@ -7,7 +7,7 @@ from typing import Unpack
 from torch import Tensor, nn
 
 from dlopt.models.layers import Activation, Norm, NormKeys, activation
-from dlopt.ranges import Count, Natural, Share
+from dlopt.ranges import Count, Fraction, Natural
 
 
 class MLP(nn.Sequential):
@@ -25,7 +25,7 @@ class MLP(nn.Sequential):
         classes: int,
         widths: tuple[Count, ...],
         activation: Activation,
-        dropout: Share,
+        dropout: Fraction,
         **norm: Unpack[NormKeys],
     ) -> None:
         normalize = Norm.of(**norm)
@@ -56,7 +56,7 @@ class ResidualMLP(nn.Sequential):
         blocks: Natural,
         residual: bool,
         activation: Activation,
-        dropout: Share,
+        dropout: Fraction,
         **norm: Unpack[NormKeys],
     ) -> None:
         normalize = Norm.of(**norm)

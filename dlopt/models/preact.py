@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dlopt.errors import UserError
 from dlopt.models.layers import GlobalAveragePool, Norm, NormKeys, check_instance_norm, conv, image_shape, zero_branch
 from dlopt.models.resnet import ZeroPadShortcut
-from dlopt.ranges import Count, Share
+from dlopt.ranges import Count, Fraction
 
 
 class PreActBlock(nn.Module):
@@ -122,7 +122,7 @@ class PreActResNet(nn.Sequential):
         classes: int,
         depth: Count,
         block: Literal["basic", "bottleneck"],
-        dropout: Share,
+        dropout: Fraction,
         **norm: Unpack[NormKeys],
     ) -> None:
         channels, _, _ = image_shape(input_shape, "a ResNet")
@@ -158,7 +158,7 @@ class WideResNet(nn.Sequential):
         classes: int,
         depth: Count,
         widen: Count,
-        dropout: Share,
+        dropout: Fraction,
         **norm: Unpack[NormKeys],
     ) -> None:
         channels, _, _ = image_shape(input_shape, "a wide ResNet")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dlopt.errors import UserError
 from dlopt.models.layers import Norm, NormKind, image_shape
-from dlopt.ranges import Count, Share
+from dlopt.ranges import Count, Fraction
 
 
 class Rows(nn.Module):
@@ -91,7 +91,7 @@ class RNN(nn.Sequential):
         classes: int,
         hidden: Count,
         layers: Count,
-        dropout: Share,
+        dropout: Fraction,
         norm: NormKind,
         norm_affine: bool,
     ) -> None:
@@ -116,7 +116,7 @@ class LSTM(nn.Sequential):
         hidden: Count,
         layers: Count,
         forget_bias: float,
-        dropout: Share,
+        dropout: Fraction,
         norm: NormKind,
         norm_affine: bool,
     ) -> None:

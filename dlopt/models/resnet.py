@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dlopt.errors import UserError
 from dlopt.models.layers import GlobalAveragePool, Norm, NormKeys, check_instance_norm, conv, image_shape, zero_branch
-from dlopt.ranges import Count, Share
+from dlopt.ranges import Count, Fraction
 
 
 class ZeroPadShortcut(nn.Module):
@@ -98,7 +98,7 @@ class CifarResNet(nn.Sequential):
         depth: Count,
         width: Count,
         residual: bool,
-        dropout: Share,
+        dropout: Fraction,
         **norm: Unpack[NormKeys],
     ) -> None:
         channels, _, _ = image_shape(input_shape, "a ResNet")
@@ -150,7 +150,7 @@ class ResNet(nn.Sequential):
         classes: int,
         depth: Literal[18, 34, 50, 101],
         stem: Literal["small", "imagenet"],
-        dropout: Share,
+        dropout: Fraction,
         **norm: Unpack[NormKeys],
     ) -> None:
         channels, _, _ = image_shape(input_shape, "a ResNet")

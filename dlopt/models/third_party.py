@@ -8,10 +8,12 @@ from torch import nn
 
 from dlopt.errors import UserError, install
 from dlopt.models.layers import image_shape
-from dlopt.ranges import Share
+from dlopt.ranges import Fraction
 
 
-def timm_model(*, input_shape: tuple[int, ...], classes: int, name: str, pretrained: bool, dropout: Share) -> nn.Module:
+def timm_model(
+    *, input_shape: tuple[int, ...], classes: int, name: str, pretrained: bool, dropout: Fraction
+) -> nn.Module:
     """A model of the timm package for images [B, C, H, W] of the data's size, with [B, classes] outputs.
 
     Errors: UserError where timm is not installed or does not know the name, or where pretrained weights or the image

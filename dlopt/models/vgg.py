@@ -6,7 +6,7 @@ from typing import Literal, Unpack
 from torch import nn
 
 from dlopt.models.layers import GlobalAveragePool, Norm, NormKeys, check_instance_norm, conv, image_shape
-from dlopt.ranges import Share
+from dlopt.ranges import Fraction
 
 _STAGES = ((64,), (128,), (256, 256), (512, 512), (512, 512))
 
@@ -27,7 +27,7 @@ class VGG11(nn.Sequential):
         input_shape: tuple[int, ...],
         classes: int,
         classifier: Literal["small", "imagenet"],
-        dropout: Share,
+        dropout: Fraction,
         **norm: Unpack[NormKeys],
     ) -> None:
         inputs, height, width = image_shape(input_shape, "a VGG net")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dlopt.errors import UserError
 from dlopt.models.layers import Norm, NormKeys, image_shape
-from dlopt.ranges import Count, Positive, Share
+from dlopt.ranges import Count, Fraction, Positive
 
 
 class PatchEmbedding(nn.Module):
@@ -106,7 +106,7 @@ class ViT(nn.Sequential):
         heads: Count,
         expansion: Positive,
         pre_norm: bool,
-        dropout: Share,
+        dropout: Fraction,
         **norm: Unpack[NormKeys],
     ) -> None:
         channels, image_height, image_width = image_shape(input_shape, "a vision transformer")

@@ -7,7 +7,7 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from dlopt.optim.common import Closure, buffers, chunks, count_steps, evaluate, gradients
-from dlopt.ranges import NonNegative, Positive, Share
+from dlopt.ranges import Fraction, NonNegative, Positive
 
 
 class LAMB(torch.optim.Optimizer):
@@ -27,7 +27,7 @@ class LAMB(torch.optim.Optimizer):
         params: ParamsT,
         *,
         lr: Positive = 0.001,
-        betas: tuple[Share, Share] = (0.9, 0.999),
+        betas: tuple[Fraction, Fraction] = (0.9, 0.999),
         eps: Positive = 1e-6,
         weight_decay: NonNegative = 0.01,
         bias_correction: bool = True,
@@ -87,7 +87,7 @@ class NAdam(torch.optim.NAdam):
         params: ParamsT,
         *,
         lr: Positive = 0.002,
-        betas: tuple[Share, Share] = (0.9, 0.999),
+        betas: tuple[Fraction, Fraction] = (0.9, 0.999),
         eps: NonNegative = 1e-8,
         momentum_decay: NonNegative = 0.004,
         weight_decay: NonNegative = 0.0,

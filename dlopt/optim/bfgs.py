@@ -19,7 +19,7 @@ from dlopt.optim.common import (
     trainable,
 )
 from dlopt.optim.line_search import Point, strong_wolfe
-from dlopt.ranges import Count, NonNegative, Positive, Probability, Share
+from dlopt.ranges import Count, Fraction, NonNegative, Positive, Probability
 
 
 class BFGS(torch.optim.Optimizer):
@@ -44,8 +44,8 @@ class BFGS(torch.optim.Optimizer):
         *,
         lr: Positive = 1.0,
         xi: Probability = 1.0,
-        c1: Share = 0.0001,
-        c2: Share = 0.9,
+        c1: Fraction = 0.0001,
+        c2: Fraction = 0.9,
         max_evaluations: Count = 25,
         max_parameters: Count = 10_000,
     ) -> None:

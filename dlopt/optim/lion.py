@@ -4,7 +4,7 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from dlopt.optim.common import Closure, buffers, chunks, evaluate, gradients
-from dlopt.ranges import NonNegative, Positive, Share
+from dlopt.ranges import Fraction, NonNegative, Positive
 
 
 class Lion(torch.optim.Optimizer):
@@ -20,7 +20,7 @@ class Lion(torch.optim.Optimizer):
         params: ParamsT,
         *,
         lr: Positive = 0.0001,
-        betas: tuple[Share, Share] = (0.9, 0.99),
+        betas: tuple[Fraction, Fraction] = (0.9, 0.99),
         weight_decay: NonNegative = 0.01,
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})

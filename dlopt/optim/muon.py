@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from dlopt.optim.common import Closure, as_groups, buffers, evaluate, gradients
-from dlopt.ranges import Count, NonNegative, Positive, Share
+from dlopt.ranges import Count, Fraction, NonNegative, Positive
 
 
 def orthogonalize(matrices: Tensor, coefficients: Sequence[float], steps: int, eps: float) -> Tensor:
@@ -50,7 +50,7 @@ class Muon(torch.optim.Optimizer):
         *,
         lr: Positive = 0.02,
         weight_decay: NonNegative = 0.01,
-        momentum: Share = 0.95,
+        momentum: Fraction = 0.95,
         nesterov: bool = True,
         ns_coefficients: tuple[float, float, float] = (3.4445, -4.775, 2.0315),
         ns_steps: Count = 5,
@@ -59,8 +59,8 @@ class Muon(torch.optim.Optimizer):
         normalize_weights: bool = False,
         rest: Literal["adamw", "sgd"] = "adamw",
         rest_lr: Positive = 0.001,
-        rest_momentum: Share = 0.9,
-        rest_betas: tuple[Share, Share] = (0.9, 0.999),
+        rest_momentum: Fraction = 0.9,
+        rest_betas: tuple[Fraction, Fraction] = (0.9, 0.999),
         rest_eps: Positive = 1e-8,
     ) -> None:
         own = {"momentum": momentum, "nesterov": nesterov, "ns_coefficients": ns_coefficients, "ns_steps": ns_steps}

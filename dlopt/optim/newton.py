@@ -24,7 +24,7 @@ from dlopt.optim.common import (
     trainable,
 )
 from dlopt.optim.line_search import backtracking
-from dlopt.ranges import Count, NonNegative, Positive, PositiveShare
+from dlopt.ranges import Count, NonNegative, Positive, PositiveFraction
 
 _ROWS = 64  # rows of the Hessian that one batched backward pass gives
 
@@ -85,7 +85,7 @@ class Newton(_SecondOrder):
         *,
         lr: Positive = 1.0,
         damping: NonNegative = 0.0001,
-        c1: PositiveShare = 0.0001,
+        c1: PositiveFraction = 0.0001,
         max_backtracks: Count = 25,
         max_parameters: Count = 10_000,
     ) -> None:
@@ -145,9 +145,9 @@ class NewtonCG(_SecondOrder):
         *,
         lr: Positive = 1.0,
         damping: NonNegative = 0.0001,
-        tolerance: PositiveShare = 0.5,
+        tolerance: PositiveFraction = 0.5,
         max_iterations: Count = 100,
-        c1: PositiveShare = 0.0001,
+        c1: PositiveFraction = 0.0001,
         max_backtracks: Count = 25,
     ) -> None:
         defaults = {"lr": lr, "damping": damping, "tolerance": tolerance, "max_iterations": max_iterations}

@@ -12,7 +12,7 @@ from annotated_types import Interval
 from torch.optim.optimizer import ParamsT
 
 from dlopt.errors import UserError, install
-from dlopt.ranges import NonNegative, Positive, Share
+from dlopt.ranges import Fraction, NonNegative, Positive
 
 try:
     import schedulefree
@@ -77,7 +77,7 @@ class ScheduleFreeAdamW(_KeepsTrainingPoint, schedulefree.AdamWScheduleFree):
         params: ParamsT,
         *,
         lr: Positive = 0.0025,
-        betas: tuple[Open, Share] = (0.9, 0.999),
+        betas: tuple[Open, Fraction] = (0.9, 0.999),
         eps: Positive = 1e-8,
         weight_decay: NonNegative = 0.0,
         r: NonNegative = 0.0,

@@ -6,7 +6,7 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from dlopt.optim.common import Closure, buffers, chunks, evaluate, gradients
-from dlopt.ranges import NonNegative, Positive, Share
+from dlopt.ranges import Fraction, NonNegative, Positive
 
 
 class SGDW(torch.optim.Optimizer):
@@ -21,7 +21,7 @@ class SGDW(torch.optim.Optimizer):
     evaluations: ClassVar[str] = "once"
 
     def __init__(
-        self, params: ParamsT, *, lr: Positive = 0.1, momentum: Share = 0.9, weight_decay: NonNegative = 0.0005
+        self, params: ParamsT, *, lr: Positive = 0.1, momentum: Fraction = 0.9, weight_decay: NonNegative = 0.0005
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
@@ -61,7 +61,7 @@ class LARS(torch.optim.Optimizer):
         params: ParamsT,
         *,
         lr: Positive = 1.0,
-        momentum: Share = 0.9,
+        momentum: Fraction = 0.9,
         weight_decay: NonNegative = 0.0005,
         decoupled_weight_decay: bool = False,
         trust_coefficient: Positive = 0.001,

@@ -57,18 +57,18 @@ class GlobalDropout(nn.Module):
                     "model.dropout: with one channel or one pixel for each process its masks cannot be those of one "
                     "process; use fewer processes, a wider model, or model.dropout=0"
                 )
-        everyones = inputs.new_zeros(shape)
+        full = inputs.new_zeros(shape)
         if not inputs.is_contiguous():
             strides = inputs.stride()
             order = sorted(range(inputs.ndim), key=lambda axis: -strides[axis])
             back = sorted(range(inputs.ndim), key=lambda axis: order[axis])
-            everyones = everyones.permute(order).contiguous().permute(back)
+            full = full.permute(order).contiguous().permute(back)
         if cut is None:
-            everyones[portion.own] = inputs
-            kept: Tensor = self.dropout(everyones)[portion.own]
+            full[portion.own] = inputs
+            kept: Tensor = self.dropout(full)[portion.own]
             return kept
-        everyones[portion.own] = cut.put(everyones[portion.own], inputs)
-        return cut.of(self.dropout(everyones)[portion.own])
+        full[portion.own] = cut.put(full[portion.own], inputs)
+        return cut.of(self.dropout(full)[portion.own])
 
 
 def _has_one_order(shape: Sequence[int]) -> bool:

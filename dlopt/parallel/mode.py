@@ -27,7 +27,7 @@ BatchShard = Callable[[int], slice | Tensor]
 
 
 class MetricRecord(Protocol):
-    """Accumulates the metrics of a step's first evaluation (`dlopt.training.metrics.Sums`)."""
+    """Accumulates the metrics of a step's first evaluation (`dlopt.training.metrics.MetricSum`)."""
 
     def add(self, loss: Tensor, outputs: Tensor, targets: Tensor) -> None: ...
 

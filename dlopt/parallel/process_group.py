@@ -232,23 +232,23 @@ class GroupMode(Mode):
 
     def norm(self, tensors: Sequence[Tensor]) -> Tensor:
         if self.sharding == "layers":
-            return shards.owned_norm(tensors, self.group, self.device, is_copy=self.is_copy)
+            return shards.stage_norm(tensors, self.group, self.device, is_copy=self.is_copy)
         return shards.total_norm(tensors)
 
     def full_state(self, state: T) -> T:
         if self.sharding == "layers":
-            return shards.owned_full_state(state, self.group, is_copy=self.is_copy)
+            return shards.stage_full_state(state, self.group, is_copy=self.is_copy)
         return shards.full_state(state) if self.sharding == "tensors" else state
 
     def load_model(self, model: nn.Module, state: Mapping[str, Any], *, strict: bool = True) -> None:
-        load = {"replicated": super().load_model, "tensors": shards.load_model, "layers": shards.load_owned_model}
+        load = {"replicated": super().load_model, "tensors": shards.load_model, "layers": shards.load_stage_model}
         load[self.sharding](model, state, strict=strict)
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
         load = {
             "replicated": super().load_optimizer,
             "tensors": shards.load_optimizer,
-            "layers": shards.load_owned_optimizer,
+            "layers": shards.load_stage_optimizer,
         }
         load[self.sharding](optimizer, state)
 

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def is_cut(tensor: object) -> bool:
+def is_sharded_tensor(tensor: object) -> bool:
     return isinstance(tensor, Tensor) and hasattr(tensor, "placements")
 
 
 def local(tensor: Tensor) -> Tensor:
     """What this process has of the tensor, in the same memory."""
-    if not is_cut(tensor):
+    if not is_sharded_tensor(tensor):
         return tensor
     own: Tensor = tensor.detach().to_local()  # type: ignore[attr-defined]
     return own
@@ -32,7 +32,7 @@ def local(tensor: Tensor) -> Tensor:
 def full_state(state: T) -> T:
     """A state (nested dicts and lists) with whole tensors on every process. All processes have to join."""
     found: Any = state
-    if is_cut(state):
+    if is_sharded_tensor(state):
         found = state.full_tensor()  # type: ignore[attr-defined]
     elif isinstance(state, dict):
         found = {key: full_state(value) for key, value in state.items()}
@@ -60,7 +60,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
 
 
 def _part(value: Any, like: Tensor | None) -> Any:
-    if like is None or not is_cut(like) or not isinstance(value, Tensor) or value.shape != like.shape:
+    if like is None or not is_sharded_tensor(like) or not isinstance(value, Tensor) or value.shape != like.shape:
         return value
     from torch.distributed.tensor import distribute_tensor
 
@@ -89,7 +89,7 @@ def unit_norm(tensor: Tensor) -> Tensor:
     """The 2-norms of the rows of a weight [N, ...], as [n, 1, ...] with n the rows that this process has of it; of a
     vector the norm of all of it."""
     if tensor.ndim <= 1:
-        return total_norm([tensor]) if is_cut(tensor) else torch.linalg.vector_norm(tensor)
+        return total_norm([tensor]) if is_sharded_tensor(tensor) else torch.linalg.vector_norm(tensor)
     norms = torch.linalg.vector_norm(local(tensor), dim=tuple(range(1, tensor.ndim)), keepdim=True)
     across = tuple(each for each in _sharing(tensor) if each[2] != 0)  # pieces of rows
     return _summed(norms.square(), across).sqrt() if across else norms
@@ -97,7 +97,7 @@ def unit_norm(tensor: Tensor) -> Tensor:
 
 def _sharing(tensor: Tensor) -> tuple[tuple[Any, int, int], ...]:
     """(mesh, dimension of the mesh, dimension of the tensor that is cut along it) for each cut."""
-    if not is_cut(tensor):
+    if not is_sharded_tensor(tensor):
         return ()
     mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
     if any(each.is_partial() for each in placements):
@@ -114,7 +114,7 @@ def _summed(values: Tensor, sharing: Sequence[tuple[Any, int, int]]) -> Tensor:
 # -- layers on different ranks
 
 
-def owned_norm(tensors: Sequence[Tensor], group: "Group", device: torch.device, *, is_copy: bool = False) -> Tensor:
+def stage_norm(tensors: Sequence[Tensor], group: "Group", device: torch.device, *, is_copy: bool = False) -> Tensor:
     """Returns the 2-norm of all ranks' tensors taken as one vector.
 
     `is_copy`: another rank holds the same layers, which count once.
@@ -124,7 +124,7 @@ def owned_norm(tensors: Sequence[Tensor], group: "Group", device: torch.device, 
     return torch.linalg.vector_norm(group.gathered(norm.to(device=device, dtype=torch.float64).reshape(1)))
 
 
-def owned_full_state(state: T, group: "Group", *, is_copy: bool = False) -> T:
+def stage_full_state(state: T, group: "Group", *, is_copy: bool = False) -> T:
     """Returns, on rank 0, the state with the tensors of all ranks. All ranks call this together."""
     states: list[Any] | None = [None] * group.size if group.rank == 0 else None
     distributed.gather_object(None if is_copy else _on_cpu(state), states, dst=0)
@@ -133,14 +133,14 @@ def owned_full_state(state: T, group: "Group", *, is_copy: bool = False) -> T:
     return state
 
 
-def load_owned_model(model: nn.Module, state: Mapping[str, Any], *, strict: bool = True) -> None:
+def load_stage_model(model: nn.Module, state: Mapping[str, Any], *, strict: bool = True) -> None:
     """Loads the tensors that this rank holds."""
     own = model.state_dict()
     part = {name: own[name] if name in own and own[name].is_meta else value for name, value in state.items()}
     model.load_state_dict(part, strict=strict)
 
 
-def load_owned_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+def load_stage_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
     """The same for an optimizer's state."""
     own: set[int] = set()
     for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True):

@@ -66,10 +66,10 @@ def moments(values: Tensor, group: distributed.ProcessGroup | None) -> tuple[Ten
     if own:
         variance, mean = torch.var_mean(values, [0, *range(2, values.ndim)], correction=0)
         sums[:channels], sums[channels:-1], sums[-1] = mean, variance * own, own
-    everyones = sums.new_empty(distributed.get_world_size(group) * len(sums))
-    distributed.all_gather_into_tensor(everyones, sums, group=group)
-    everyones = everyones.view(-1, len(sums))
-    means, squares, counts = everyones[:, :channels], everyones[:, channels:-1], everyones[:, -1:]
+    gathered = sums.new_empty(distributed.get_world_size(group) * len(sums))
+    distributed.all_gather_into_tensor(gathered, sums, group=group)
+    gathered = gathered.view(-1, len(sums))
+    means, squares, counts = gathered[:, :channels], gathered[:, channels:-1], gathered[:, -1:]
     count = counts.sum()
     mean = (means * counts).sum(0) / count
     return mean, (squares.sum(0) + (counts * (means - mean).square()).sum(0)) / count, count

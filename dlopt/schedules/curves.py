@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from dlopt.errors import UserError
-from dlopt.ranges import Count, NonNegative, Positive, PositiveShare, Probability
+from dlopt.ranges import Count, NonNegative, Positive, PositiveFraction, Probability
 from dlopt.schedules.horizon import Factor, Horizon, half_cosine, length_of, one_unit, progress
 
 Lengths = tuple[Positive, ...]
@@ -19,23 +19,23 @@ def constant(*, horizon: Horizon) -> Factor:
 
 def step(
     *,
-    gamma: PositiveShare,
+    gamma: PositiveFraction,
     every_epochs: Positive | None,
     every_steps: Count | None,
-    every_share: PositiveShare,
+    every_fraction: PositiveFraction,
     horizon: Horizon,
 ) -> Factor:
     """gamma^floor(t / every), counted from the start of training; torch's StepLR."""
-    every = length_of("every", every_epochs, every_steps, horizon, every_share * horizon.steps)
+    every = length_of("every", every_epochs, every_steps, horizon, every_fraction * horizon.steps)
     return lambda t: gamma ** (min(t, horizon.steps) // every)
 
 
 def multistep(
     *,
-    gamma: PositiveShare,
+    gamma: PositiveFraction,
     milestones_epochs: Lengths | None,
     milestones_steps: tuple[Count, ...] | None,
-    milestones_share: tuple[PositiveShare, ...],
+    milestones_fraction: tuple[PositiveFraction, ...],
     horizon: Horizon,
 ) -> Factor:
     """gamma^(number of milestones reached), counted from the start of training; torch's MultiStepLR."""
@@ -46,10 +46,10 @@ def multistep(
     elif milestones_epochs is not None:
         milestones = [m * horizon.steps_per_epoch for m in milestones_epochs]
     else:
-        milestones = [m * horizon.steps for m in milestones_share]
+        milestones = [m * horizon.steps for m in milestones_fraction]
     if any(b <= a for a, b in itertools.pairwise(milestones)):
         raise UserError(
-            f"schedule.milestones_*={list(milestones_steps or milestones_epochs or milestones_share)}: "
+            f"schedule.milestones_*={list(milestones_steps or milestones_epochs or milestones_fraction)}: "
             f"milestones must increase"
         )
     return lambda t: gamma ** bisect_right(milestones, min(t, horizon.steps))
@@ -96,7 +96,7 @@ def wsd(
     *,
     decay_epochs: Positive | None,
     decay_steps: Count | None,
-    decay_share: PositiveShare,
+    decay_fraction: PositiveFraction,
     final: Probability,
     shape: Literal["linear", "cosine", "sqrt"],
     horizon: Horizon,
@@ -106,7 +106,7 @@ def wsd(
     `sqrt` is 1 - sqrt(x), which Hagele et al. 2024 found the best shape.
     """
     rest = horizon.steps - horizon.start
-    length = length_of("decay", decay_epochs, decay_steps, horizon, decay_share * rest)
+    length = length_of("decay", decay_epochs, decay_steps, horizon, decay_fraction * rest)
     if length > rest:
         raise UserError(
             f"schedule=wsd: a decay of {length:g} steps does not fit into the {rest} steps after the warmup; shorten "

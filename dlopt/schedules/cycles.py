@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Interval
 
 from dlopt.errors import UserError
-from dlopt.ranges import Count, Natural, NonNegative, Positive, PositiveShare, Probability, Share
+from dlopt.ranges import Count, Fraction, Natural, NonNegative, Positive, PositiveFraction, Probability
 from dlopt.schedules.horizon import Factor, Horizon, half_cosine, length_of, one_unit, progress
 
 AtLeastOne = Annotated[float, Ge(1)]
@@ -60,8 +60,8 @@ def cosine_restarts(
     cycles: Annotated[int, Interval(ge=1, le=50)],
     T_mult: Annotated[float, Interval(ge=1, le=10)],
     eta_min: Probability,
-    peak_factor: PositiveShare,
-    eta_min_factor: PositiveShare,
+    peak_factor: PositiveFraction,
+    eta_min_factor: PositiveFraction,
     horizon: Horizon,
 ) -> Factor:
     """SGDR (Loshchilov & Hutter 2017), annealed every step; torch's CosineAnnealingWarmRestarts.
@@ -79,7 +79,7 @@ def cosine_restarts(
         eta_min_factor=eta_min_factor,
         cycle_warmup_epochs=None,
         cycle_warmup_steps=None,
-        cycle_warmup_share=0.0,
+        cycle_warmup_fraction=0.0,
         horizon=horizon,
     )
 
@@ -91,11 +91,11 @@ def cosine_warmup_restarts(
     cycles: Annotated[int, Interval(ge=1, le=50)],
     T_mult: Annotated[float, Interval(ge=1, le=10)],
     eta_min: Probability,
-    peak_factor: PositiveShare,
-    eta_min_factor: PositiveShare,
+    peak_factor: PositiveFraction,
+    eta_min_factor: PositiveFraction,
     cycle_warmup_epochs: NonNegative | None,
     cycle_warmup_steps: Natural | None,
-    cycle_warmup_share: Share,
+    cycle_warmup_fraction: Fraction,
     horizon: Horizon,
 ) -> Factor:
     """`cosine_restarts` in which every cycle begins with a linear warmup from its minimum to its peak, not a jump.
@@ -116,7 +116,7 @@ def cosine_warmup_restarts(
     def factor(i: int, since: float, period: float) -> float:
         high = peak_factor**i
         low = min(eta_min * eta_min_factor**i, high)
-        warm = length if fixed else cycle_warmup_share * period
+        warm = length if fixed else cycle_warmup_fraction * period
         if since < warm:
             return low + (high - low) * (since + 1) / (warm + 1)  # as in WarmedUp, no update at zero
         return low + (high - low) * half_cosine(progress(since, warm, period - warm))
@@ -138,8 +138,8 @@ class OneCycle:
         anneal: Literal["cosine", "linear"],
         three_phase: bool,
         cycle_momentum: bool | Literal["auto"],
-        base_momentum: Share,
-        max_momentum: Share,
+        base_momentum: Fraction,
+        max_momentum: Fraction,
         horizon: Horizon,
     ) -> None:
         if base_momentum > max_momentum:

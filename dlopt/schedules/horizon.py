@@ -55,14 +55,14 @@ class Warmup:
 
     warmup_epochs: NonNegative | None
     warmup_steps: Natural | None
-    warmup_share: Probability
+    warmup_fraction: Probability
     warmup_start: Probability
     warmup_shape: Literal["linear", "constant"]
 
     def length(self, steps: int, steps_per_epoch: float) -> int:
         """Steps of warmup. Raises UserError when it is longer than the training."""
         horizon = Horizon(0, steps, steps_per_epoch)
-        length = int(length_of("warmup", self.warmup_epochs, self.warmup_steps, horizon, self.warmup_share * steps))
+        length = int(length_of("warmup", self.warmup_epochs, self.warmup_steps, horizon, self.warmup_fraction * steps))
         if length and self.warmup_shape == "constant" and self.warmup_start == 0:
             raise UserError(
                 "schedule.warmup_start=0.0: with schedule.warmup_shape=constant the warmup would learn nothing; "

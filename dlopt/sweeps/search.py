@@ -227,7 +227,7 @@ class Search(Source):
                 return
             missing = next(key for key in self._plan.objectives if not _is_number(result.metrics.get(key)))
             there = ", ".join(key for key, value in result.metrics.items() if _is_number(value))
-            reason = f"hydra.sweeper.objective={missing}: summary.json has no such figure; it has {there}"
+            reason = f"hydra.sweeper.objective={missing}: summary.json has no such metric; it has {there}"
         self._study.fail(claim, reason)
 
     def outcome(self) -> Outcome:

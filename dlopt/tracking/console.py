@@ -17,7 +17,7 @@ from rich.text import Text
 from dlopt.tracking import layout
 
 _REDRAW_SECONDS = 0.1
-_REDRAW_SHARE = 0.01  # of the training time that redrawing may take
+_REDRAW_FRACTION = 0.01  # of the training time that redrawing may take
 
 
 class _Output:
@@ -128,7 +128,7 @@ class _Display:
             bars.add_row(name, f"{number}/{of}", widget, tail)
         yield bars
         for name, metrics in (("train", self.train), ("val", self.val)):
-            words = "   ".join(f"{key} {layout.figure(key, value)}" for key, value in metrics.items())
+            words = "   ".join(f"{key} {layout.metric(key, value)}" for key, value in metrics.items())
             yield Text.assemble((f"{name:7}", "bold"), words or "-", no_wrap=True, overflow="crop")
 
 
@@ -242,7 +242,7 @@ class ConsoleView(Screen):
         start = perf_counter()
         self._live.refresh()
         end = perf_counter()
-        self._due = float("inf") if self._output.dead else end + max(_REDRAW_SECONDS, (end - start) / _REDRAW_SHARE)
+        self._due = float("inf") if self._output.dead else end + max(_REDRAW_SECONDS, (end - start) / _REDRAW_FRACTION)
 
     def epoch(self, metrics: Mapping[str, Any], best: bool) -> None:
         if self._display is None:

@@ -57,7 +57,7 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def figure(name: str, value: float | None) -> str:
+def metric(name: str, value: float | None) -> str:
     """A metric by its kind: accuracies in percent, learning rates and the rest as numbers."""
     if name == "lr":
         return rate(value)
@@ -218,7 +218,7 @@ class EpochRows:
             return f"{value}/{self._epochs}"
         if key == "seconds" and value is not None:
             return duration(value)
-        return str(value) if key == "step" else figure(key, value)
+        return str(value) if key == "step" else metric(key, value)
 
 
 _TITLES = {  # of the table of epochs
@@ -230,7 +230,7 @@ _STATUS = {"finished": "green", "stopped_early": "green", "interrupted": "yellow
 
 
 def result(summary: Mapping[str, Any]) -> Group:
-    """How the run ended, and a table of the best validation and the test figures."""
+    """How the run ended, and a table of the best validation and the test metrics."""
     status = str(summary.get("status", "finished"))
     line = Text(status.replace("_", " "), f"bold {_STATUS.get(status, '')}".strip())
     counts = [counted(key, summary[key]) for key in ("epochs", "steps") if summary.get(key) is not None]
@@ -239,7 +239,7 @@ def result(summary: Mapping[str, Any]) -> Group:
     if summary.get("seconds") is not None:
         line.append(f" in {duration(summary['seconds'])}", "none")
 
-    figures = {
+    metrics = {
         split: {
             key.removeprefix(prefix): value
             for key, value in summary.items()
@@ -247,7 +247,7 @@ def result(summary: Mapping[str, Any]) -> Group:
         }
         for split, prefix in (("best validation", "best_val_"), ("test", "test_"))
     }
-    names = list(dict.fromkeys(name for row in figures.values() for name in row))
+    names = list(dict.fromkeys(name for row in metrics.values() for name in row))
     if not names:
         return Group(line)
     table = plain_table()
@@ -256,9 +256,9 @@ def result(summary: Mapping[str, Any]) -> Group:
         table.add_column(name.replace("_", " "), justify="right")
     if summary.get("best_epoch") is not None:
         table.add_column("epoch", justify="right")
-    for split, row in figures.items():
+    for split, row in metrics.items():
         if row:
-            cells = [figure(name, row.get(name)) for name in names]
+            cells = [metric(name, row.get(name)) for name in names]
             table.add_row(Text(split, "bold"), *cells, str(summary["best_epoch"]) if "best_epoch" in summary else "")
     return Group(line, Text(""), Fitted(table))
 

@@ -73,7 +73,7 @@ class Overview(Screen):
         words = [f"job {number} {status.replace('_', ' ')}" + (f": {reason}" if reason else "")]
         value = metrics.get(self._metric or "")
         if self._metric is not None and isinstance(value, int | float):
-            words.append(f"{self._metric} {layout.figure(self._metric, value)}")
+            words.append(f"{self._metric} {layout.metric(self._metric, value)}")
         if running is not None:
             self._seconds.append(time.monotonic() - running.since)
             if not reason:
@@ -143,7 +143,7 @@ class Overview(Screen):
         rows = []
         if self._best is not None and self._metric is not None:
             value, number, label = self._best
-            rows.append(Text(f"best   {self._metric} {layout.figure(self._metric, value)}  job {number}: {label}"))
+            rows.append(Text(f"best   {self._metric} {layout.metric(self._metric, value)}  job {number}: {label}"))
         for number, running in list(self._running.items())[:_ROWS]:
             words = [f"job {number}", *_metrics(running.line), running.label]  # which a narrow terminal cuts
             rows.append(Text("  ".join(words), "dim"))
@@ -155,7 +155,7 @@ class Overview(Screen):
 def _metrics(line: Mapping[str, Any]) -> list[str]:
     shown = ("epoch", "train_loss", "val_loss", "val_accuracy")
     return [
-        f"{key} {layout.figure(key, line[key]) if key != 'epoch' else line[key]}"
+        f"{key} {layout.metric(key, line[key]) if key != 'epoch' else line[key]}"
         for key in shown
         if isinstance(line.get(key), int | float)
     ]

@@ -65,7 +65,7 @@ class Remote:
             self._waiting.put(self._status)
             self._thread.join(self._patience)
             if self._thread.is_alive() and self._failure is None:
-                self._failure = f"it did not take all figures within {self._patience:.0f} s"
+                self._failure = f"it did not take all metrics within {self._patience:.0f} s"
         self.flush()
 
     def _work(self) -> None:

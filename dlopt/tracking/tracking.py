@@ -189,7 +189,7 @@ class Tracking:
         finally:
             if self._log is not None:
                 metrics = ", ".join(
-                    f"{key} {layout.figure(key, value)}"
+                    f"{key} {layout.metric(key, value)}"
                     for key, value in summary.items()
                     if key.startswith(("best_val_", "test_")) and isinstance(value, int | float)
                 )

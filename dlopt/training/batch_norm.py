@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dlopt.errors import UserError
 from dlopt.parallel.shards import local
 from dlopt.parallel.shares import cut
-from dlopt.training.build import Setup, evaluation_batches
+from dlopt.training.build import Workload, evaluation_batches
 
 
 @contextmanager
@@ -107,18 +107,18 @@ def _smallest_part(count: int, batch_size: int, accumulate: int, drop_last: bool
     return min(size // min(accumulate, size) for size in sizes)
 
 
-def check_single_values(setup: Setup) -> None:
+def check_single_values(workload: Workload) -> None:
     """Refuses batch norm over one value per channel: its output would be the shift, whatever the input."""
-    data = setup.experiment.data_settings
-    count = len(setup.dataset.train)
+    data = workload.experiment.data_settings
+    count = len(workload.dataset.train)
     batch_size = count if data.batch_size == "full" else min(data.batch_size, count)
-    cuts = max(setup.experiment.settings.accumulate, setup.parallel.micro_batches_in_flight)
+    cuts = max(workload.experiment.settings.accumulate, workload.parallel.micro_batches_in_flight)
     smallest = _smallest_part(count, batch_size, cuts, data.drop_last)
-    shares = setup.parallel.batch_norm_shards
+    shares = workload.parallel.batch_norm_shards
     if shares > 1:
         parts = [cut(start, start + smallest, rank, shares) for rank in range(shares) for start in (0, 1)]
         smallest = min(part.stop - part.start for part in parts)
-        if smallest == 0 and any(isinstance(m, _BatchNorm) for m in setup.module.modules()):
+        if smallest == 0 and any(isinstance(m, _BatchNorm) for m in workload.module.modules()):
             raise UserError(
                 f"data.batch_size={data.batch_size}: {count} training samples leave a (micro-)batch of which one of "
                 f"{shares} processes has no part, and its batch norm nothing to normalize; use "
@@ -135,50 +135,49 @@ def check_single_values(setup: Setup) -> None:
 
         return hook
 
-    norms = [(n, m) for n, m in setup.module.named_modules() if isinstance(m, _BatchNorm)]
+    norms = [(n, m) for n, m in workload.module.named_modules() if isinstance(m, _BatchNorm)]
     handles = [m.register_forward_pre_hook(look(n)) for n, m in norms]
-    first = setup.dataset.train.select(torch.tensor([0]))
-    inputs, _ = next(iter(evaluation_batches(setup, first, shared=False).epoch(0)))
-    was_training = setup.module.training
-    setup.module.eval()
+    first = workload.dataset.train.select(torch.tensor([0]))
+    inputs, _ = next(iter(evaluation_batches(workload, first, shared=False).epoch(0)))
+    was_training = workload.module.training
+    workload.module.eval()
     with torch.no_grad():
-        setup.model(inputs)
-    setup.module.train(was_training)
+        workload.model(inputs)
+    workload.module.train(was_training)
     for handle in handles:
         handle.remove()
-    if single := setup.parallel.gather_lists(single):  # a rank may have some of the layers
+    if single := workload.parallel.gather_lists(single):  # a rank may have some of the layers
         raise UserError(
             f"data.batch_size={data.batch_size}: {count} training samples leave a (micro-)batch of one, "
             f"which gives the batch norm {single[0]} one value per channel; "
             "use larger batches, data.drop_last=true, model.norm=group"
-            + (", or parallel.sync_batchnorm=true" if setup.parallel.batch_norm_shards > 1 else "")
+            + (", or parallel.sync_batchnorm=true" if workload.parallel.batch_norm_shards > 1 else "")
         )
 
 
 def norm_statistics(
-    setup: Setup, module: nn.Module, model: Callable[[Tensor], Tensor], interruption: object = None
+    workload: Workload, module: nn.Module, model: Callable[[Tensor], Tensor], interruption: object = None
 ) -> contextlib.AbstractContextManager[None]:
     """The batch-norm statistics with which `module` is evaluated: running ones, or exact ones over the training set.
 
     What is evaluated after an `interruption` on the way is worth nothing.
     """
-    if setup.experiment.settings.norm_statistics == "running":
+    if workload.experiment.settings.norm_statistics == "running":
         return contextlib.nullcontext()
-    if setup.statistics_batches is None:
-        setup.statistics_batches = evaluation_batches(setup, setup.dataset.train, shared=False)  # of whole batches
-    batches = itertools.takewhile(lambda _: not interruption, setup.statistics_batches.epoch(0))
+    if workload.statistics_batches is None:
+        workload.statistics_batches = evaluation_batches(workload, workload.dataset.train, shared=False)
+    batches = itertools.takewhile(lambda _: not interruption, workload.statistics_batches.epoch(0))
     return exact_statistics(module, model, batches)
 
 
-def small_batches(setup: Setup) -> list[str]:
+def small_batches(workload: Workload) -> list[str]:
     """A line for the user where batch norm averages over few samples of a device: allowed, and seldom wanted."""
-    data, settings = setup.experiment.data_settings, setup.experiment.settings
-    count = len(setup.dataset.train)
+    data, settings = workload.experiment.data_settings, workload.experiment.settings
+    count = len(workload.dataset.train)
     size = count if data.batch_size == "full" else min(data.batch_size, count)
-    device_batch = (
-        size // setup.parallel.batch_norm_shards // max(settings.accumulate, setup.parallel.micro_batches_in_flight)
-    )
-    if device_batch >= SMALL_NORM_BATCH or not any(isinstance(m, _BatchNorm) for m in setup.module.modules()):
+    mode = workload.parallel
+    device_batch = size // mode.batch_norm_shards // max(settings.accumulate, mode.micro_batches_in_flight)
+    if device_batch >= SMALL_NORM_BATCH or not any(isinstance(m, _BatchNorm) for m in workload.module.modules()):
         return []
     return [
         f"warning: batch norm over {device_batch} samples per device is noisy (fewer than {SMALL_NORM_BATCH}): "

@@ -13,7 +13,7 @@ from dlopt.augment.pipeline import CentreCrop
 from dlopt.config.experiment import Experiment
 from dlopt.data.batches import Batches, Delivery
 from dlopt.data.normalization import fit
-from dlopt.data.samplers import Attentive
+from dlopt.data.samplers import LossAwareSampler
 from dlopt.data.samples import Dataset, Samples
 from dlopt.data.splits import prepare
 from dlopt.errors import UserError
@@ -30,7 +30,7 @@ from dlopt.training.step import Network
 
 
 @dataclass
-class Setup:
+class Workload:
     """Data, normalization and model on their device."""
 
     experiment: Experiment
@@ -58,7 +58,7 @@ class Setup:
     def network(self) -> Network:
         return Network(self.module, self.model, self.loss)
 
-    def with_lr(self, lr: float) -> "Setup":
+    def with_lr(self, lr: float) -> "Workload":
         """Replaces optimizer.lr=auto by a learning rate."""
         optimizer = self.experiment.optimizer.partial(lr=lr)
         return replace(self, experiment=replace(self.experiment, optimizer=optimizer, auto_lr=False))
@@ -84,9 +84,9 @@ def parallel_of(experiment: Experiment) -> Mode:
     return mode
 
 
-def set_up(
+def build_workload(
     experiment: Experiment, normalization: Mapping[str, Any] | None = None, *, parallel: Mode | None = None
-) -> Setup:
+) -> Workload:
     """Reads the data and builds the model.
 
     `normalization`: a checkpoint's; None: computed on the training split. `parallel`: see `parallel_of`; None: one
@@ -126,7 +126,7 @@ def set_up(
     uncompiled = speed.compiles(experiment, parallel, module, shape, len(dataset.train))
     freeze(module, experiment.grouping)
     model = parallel.place(module, shape)
-    return Setup(
+    return Workload(
         experiment=experiment,
         parallel=parallel,
         precision=precision,
@@ -163,16 +163,16 @@ def _augmentation(experiment: Experiment, dataset: Dataset) -> Pipeline | None:
     return pipeline
 
 
-def data_facts(setup: Setup) -> dict[str, Any]:
+def data_facts(workload: Workload) -> dict[str, Any]:
     """What a checkpoint says of the data, so that the model can be used without them: names of the `classes` (None in
     a regression), number of `outputs`, shape of a `sample`, and of the `window` of it that the model sees.
     """
-    dataset = setup.dataset
+    dataset = workload.dataset
     return {
         "classes": None if dataset.classes is None else list(dataset.classes),
         "outputs": dataset.outputs,
         "sample": list(dataset.train.shape),
-        "window": list(dataset.train.shape if setup.augment is None else setup.augment.output_shape),
+        "window": list(dataset.train.shape if workload.augment is None else workload.augment.output_shape),
     }
 
 
@@ -223,8 +223,8 @@ def load_weights(module: nn.Module, path: Path, mode: Mode | None = None) -> lis
 _EVALUATED_AT_ONCE = 1024  # samples on a GPU at least: smaller batches are bound by launching kernels
 
 
-def training_batches(setup: Setup) -> Batches:
-    experiment, dataset = setup.experiment, setup.dataset
+def training_batches(workload: Workload) -> Batches:
+    experiment, dataset = workload.experiment, workload.dataset
     settings = experiment.settings
     sampler = experiment.sampler.build(
         targets=dataset.train.targets,
@@ -234,11 +234,11 @@ def training_batches(setup: Setup) -> Batches:
     )
     drop_last = experiment.data_settings.drop_last
     seed = stream(settings.augmentation_seed, AUGMENTATION)
-    augment, share = setup.parallel.shard_augmentation(setup.augment), setup.parallel.batch_shard
-    compiled = setup.device.type == "cuda" and not setup.uncompiled
+    augment, share = workload.parallel.shard_augmentation(workload.augment), workload.parallel.batch_shard
+    compiled = workload.device.type == "cuda" and not workload.uncompiled
     return Batches(
         dataset.train,
-        _delivery(setup, compiled=compiled, recorder=speed.recorder(experiment, setup.device)),
+        _delivery(workload, compiled=compiled, recorder=speed.recorder(experiment, workload.device)),
         batch_size=experiment.data_settings.batch_size,
         sampler=sampler,
         drop_last=drop_last,
@@ -248,28 +248,28 @@ def training_batches(setup: Setup) -> Batches:
     )
 
 
-def evaluation_batches(setup: Setup, samples: Samples, *, shared: bool = True) -> Batches:
+def evaluation_batches(workload: Workload, samples: Samples, *, shared: bool = True) -> Batches:
     """The samples as they are, or their centre where the training sees a smaller window of them.
 
     `shared`: each process has its part of them; else each has all.
     """
-    shape = samples.shape if setup.augment is None else setup.augment.output_shape
-    share = setup.parallel.evaluation_shard if shared else None
-    size = setup.experiment.data_settings.batch_size
-    if shared and setup.device.type == "cuda" and setup.dataset.in_memory and size != "full":
+    shape = samples.shape if workload.augment is None else workload.augment.output_shape
+    share = workload.parallel.evaluation_shard if shared else None
+    size = workload.experiment.data_settings.batch_size
+    if shared and workload.device.type == "cuda" and workload.dataset.in_memory and size != "full":
         size = max(size, _EVALUATED_AT_ONCE)
     augment = None if shape == samples.shape else CentreCrop(shape)
-    return Batches(samples, _delivery(setup), batch_size=size, augment=augment, share=share)
+    return Batches(samples, _delivery(workload), batch_size=size, augment=augment, share=share)
 
 
-def _delivery(setup: Setup, **acceleration: Any) -> Delivery:
+def _delivery(workload: Workload, **acceleration: Any) -> Delivery:
     return Delivery(
-        setup.device,
-        in_memory=setup.dataset.in_memory,
-        workers=setup.experiment.data_settings.workers,
-        normalize=setup.normalize,
-        memory_format=setup.memory_format,
-        dtype=setup.precision.dtype,
+        workload.device,
+        in_memory=workload.dataset.in_memory,
+        workers=workload.experiment.data_settings.workers,
+        normalize=workload.normalize,
+        memory_format=workload.memory_format,
+        dtype=workload.precision.dtype,
         **acceleration,
     )
 
@@ -280,9 +280,9 @@ def _delivery(setup: Setup, **acceleration: Any) -> Delivery:
 _SHARDED_FROM = 100_000_000  # parameters: one process gathers and writes fewer in no time
 
 
-def checkpoint_writer(setup: Setup) -> ShardWriter | None:
+def checkpoint_writer(workload: Workload) -> ShardWriter | None:
     """Returns what writes the shards of all ranks; None: the main rank writes everything. Raises `UserError`."""
-    sharded, mode = setup.experiment.settings.checkpoint.sharded, setup.parallel
+    sharded, mode = workload.experiment.settings.checkpoint.sharded, workload.parallel
     writer = mode.checkpoint_writer()
     if writer is None:
         if sharded is True:
@@ -292,14 +292,14 @@ def checkpoint_writer(setup: Setup) -> ShardWriter | None:
             )
         return None
     if sharded == "auto":
-        sharded = sum(p.numel() for p in setup.module.parameters()) >= _SHARDED_FROM
+        sharded = sum(p.numel() for p in workload.module.parameters()) >= _SHARDED_FROM
     return writer if sharded else None
 
 
-def loss_aware_sampler(setup: Setup, batches: Batches) -> Attentive | None:
+def loss_aware_sampler(workload: Workload, batches: Batches) -> LossAwareSampler | None:
     """Returns the sampler of `batches` where its order follows the samples' losses. Raises `UserError`."""
-    sampler, experiment, mode = batches.sampler, setup.experiment, setup.parallel
-    if not isinstance(sampler, Attentive):
+    sampler, experiment, mode = batches.sampler, workload.experiment, workload.parallel
+    if not isinstance(sampler, LossAwareSampler):
         return None
     name = experiment.sampler.target.__name__
     if not mode.supports_loss_aware_samplers:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from dlopt.graphs import Recorder, Replayed
 from dlopt.parallel.mode import Mode
 from dlopt.schedules import Scheduler
-from dlopt.training.metrics import Sums
+from dlopt.training.metrics import MetricSum
 from dlopt.training.precision import Precision
 from dlopt.training.step import Step, StepSettings
 
@@ -100,7 +100,7 @@ class GraphedStep(Step):
         self.optimizer.register_state_dict_post_hook(_with_plain_rates)
         self.optimizer.register_load_state_dict_post_hook(self._restore)
 
-    def update(self, inputs: Tensor, targets: Tensor, number: int, sums: Sums, *, log_norm: bool = False) -> None:
+    def update(self, inputs: Tensor, targets: Tensor, number: int, sums: MetricSum, *, log_norm: bool = False) -> None:
         if not self._take(inputs, targets):
             super().update(inputs, targets, number, sums, log_norm=log_norm)
             return
@@ -157,7 +157,7 @@ class GraphedStep(Step):
 
 @dataclass
 class _Results:
-    """Tensors that every replay overwrites. Records the losses and outputs of the micro-batches in place of `Sums`."""
+    """Tensors that every replay overwrites: losses and outputs of the micro-batches, in place of a `MetricSum`."""
 
     flag: Tensor
     parts: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)  # loss, outputs, targets

@@ -16,17 +16,17 @@ from dlopt.interruption import Interruption
 from dlopt.losses import MSE, probabilities
 from dlopt.training.averaging import ExponentialAverage, at_evaluation_point
 from dlopt.training.batch_norm import norm_statistics
-from dlopt.training.build import Setup, evaluation_batches
+from dlopt.training.build import Workload, evaluation_batches
 from dlopt.training.metrics import (
-    Figures,
+    ExtraMetrics,
+    MetricSum,
     Reduce,
-    Sums,
     absolute_error,
     calibration_error,
     confusion_matrix,
     determination,
+    extra_metrics,
     f1_scores,
-    further_figures,
     top_accuracy,
 )
 from dlopt.training.tta import CHOICES, Flip, MultiScaleTenCrop, Plan, ShiftFlip, TenCrop
@@ -43,15 +43,15 @@ def evaluate(
     prefix: str,
     interruption: object = None,
     reduce: Reduce | None = None,
-    more: Figures | None = None,
+    more: ExtraMetrics | None = None,
 ) -> dict[str, float] | None:
     """Sample-weighted means over `batches`: {prefix}_loss, {prefix}_accuracy (of a classification), what `more` counts.
 
     None when `interruption` became true on the way. `model` is how `module` is called (compiled, under autocast);
-    both are in evaluation mode within, and back in their former mode afterwards. `reduce`: see `Sums`; a rank
+    both are in evaluation mode within, and back in their former mode afterwards. `reduce`: see `MetricSum`; a rank
     may have no samples in a batch.
     """
-    sums = Sums(classify, reduce=reduce)
+    sums = MetricSum(classify, reduce=reduce)
     modes = module.training, loss.training
     module.eval(), loss.eval()
     try:
@@ -78,9 +78,9 @@ Batch = tuple[Tensor, Tensor]  # outputs, targets
 
 @dataclass(frozen=True)
 class Report:
-    """Figures of a test (`test_...`), and the confusion matrix [K, K] with a row per true class (None: regression)."""
+    """Metrics of a test (`test_...`), and the confusion matrix [K, K] with a row per true class (None: regression)."""
 
-    figures: dict[str, float]
+    metrics: dict[str, float]
     confusion: Tensor | None
 
 
@@ -98,8 +98,8 @@ def combine(members: Sequence[Sequence[Batch]], average: Average) -> list[Batch]
 
 
 def report(batches: Sequence[Batch], loss: nn.Module, classes: int | None) -> Report:
-    """The figures of outputs; loss and accuracy are computed as those of a run."""
-    sums = Sums(classes is not None)
+    """The metrics of outputs; loss and accuracy are computed as those of a run."""
+    sums = MetricSum(classes is not None)
     with torch.inference_mode():
         loss.eval()
         for outputs, targets in batches:
@@ -151,16 +151,16 @@ def check_same_samples(members: Sequence[Mapping[str, Any]]) -> None:
 
 
 Validate = Callable[[Interruption], dict[str, float] | None]
-"""The figures of the validation set; None where it was interrupted."""
+"""The metrics of the validation set; None where it was interrupted."""
 
 
-def reduction(setup: Setup) -> Reduce | None:
+def reduction(workload: Workload) -> Reduce | None:
     """How sums over a batch become those over all processes' parts of it."""
-    return setup.parallel.sum_over_ranks if setup.parallel.processes > 1 else None
+    return workload.parallel.sum_over_ranks if workload.parallel.processes > 1 else None
 
 
 def validation(
-    setup: Setup,
+    workload: Workload,
     optimizer: torch.optim.Optimizer,
     average: ExponentialAverage | None,
     evaluating: Callable[[int, int], None],
@@ -169,14 +169,14 @@ def validation(
 
     `evaluating` is told the batches done and all of them.
     """
-    samples, early = setup.dataset.val, "monitor" in setup.experiment.stopping.arguments
+    samples, early = workload.dataset.val, "monitor" in workload.experiment.stopping.arguments
     if samples is None:
         if early:
             raise UserError("stopping=early: there is no validation set; set data.val_split=0.1 or stopping=none")
         return None
-    further = further_figures(setup.experiment, setup.dataset, setup.loss)
-    module, model = setup.module, setup.precision.autocast(setup.model)
-    batches = evaluation_batches(setup, samples)
+    further = extra_metrics(workload.experiment, workload.dataset, workload.loss)
+    module, model = workload.module, workload.precision.autocast(workload.model)
+    batches = evaluation_batches(workload, samples)
 
     def shown() -> Iterator[tuple[Tensor, Tensor]]:
         for number, batch in enumerate(batches.epoch(0), 1):
@@ -184,16 +184,16 @@ def validation(
             evaluating(number, len(batches))
 
     def validate(interruption: Interruption) -> dict[str, float] | None:
-        with at_evaluation_point(optimizer, average), norm_statistics(setup, module, model, interruption):
+        with at_evaluation_point(optimizer, average), norm_statistics(workload, module, model, interruption):
             return evaluate(
                 module,
                 model,
                 shown(),
-                setup.loss,
-                classify=setup.classify,
+                workload.loss,
+                classify=workload.classify,
                 prefix="val",
-                interruption=setup.parallel.evaluation_stop(interruption),
-                reduce=reduction(setup),
+                interruption=workload.parallel.evaluation_stop(interruption),
+                reduce=reduction(workload),
                 more=further and further(),
             )
 
@@ -203,53 +203,53 @@ def validation(
 Reader = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]  # (model, inputs) -> outputs
 
 
-def test_figures(setup: Setup) -> dict[str, Any]:
+def test_metrics(workload: Workload) -> dict[str, Any]:
     """test_loss and, in a classification, test_accuracy of the model as it stands; {} where there is no test set."""
-    if setup.dataset.test is None:
+    if workload.dataset.test is None:
         return {}
-    if setup.experiment.settings.evaluate.tta != "none":
-        return _figures_over_views(setup)
-    batches = evaluation_batches(setup, setup.dataset.test)
-    model = setup.precision.autocast(setup.model)
-    with norm_statistics(setup, setup.module, model):
-        figures = evaluate(
-            setup.module,
+    if workload.experiment.settings.evaluate.tta != "none":
+        return _metrics_with_tta(workload)
+    batches = evaluation_batches(workload, workload.dataset.test)
+    model = workload.precision.autocast(workload.model)
+    with norm_statistics(workload, workload.module, model):
+        metrics = evaluate(
+            workload.module,
             model,
             batches.epoch(0),
-            setup.loss,
-            classify=setup.classify,
+            workload.loss,
+            classify=workload.classify,
             prefix="test",
-            reduce=reduction(setup),
+            reduce=reduction(workload),
         )
-    assert figures is not None
-    return figures
+    assert metrics is not None
+    return metrics
 
 
-def check_views(setup: Setup) -> None:
+def check_tta(workload: Workload) -> None:
     """Raises `UserError` where the final test cannot average over the views that `evaluate.tta` asks for."""
-    wanted = setup.experiment.settings.evaluate.tta
-    if wanted == "none" or setup.dataset.test is None:
+    wanted = workload.experiment.settings.evaluate.tta
+    if wanted == "none" or workload.dataset.test is None:
         return
-    if setup.parallel.processes > 1:
+    if workload.parallel.processes > 1:
         raise UserError(
-            f"evaluate.tta={wanted}: the final test of {setup.parallel.processes} processes takes the images as they "
-            f"are; use evaluate.tta=none, and then dlopt eval tta={wanted}"
+            f"evaluate.tta={wanted}: not supported in the final test of {workload.parallel.processes} processes; "
+            f"use evaluate.tta=none, then dlopt eval tta={wanted}"
         )
-    _plan_of(setup, CHOICES[wanted](), setup.dataset.test)
+    _plan_of(workload, CHOICES[wanted](), workload.dataset.test)
 
 
-def _figures_over_views(setup: Setup) -> dict[str, Any]:
-    settings = setup.experiment.settings.evaluate
-    average = choose_average(settings.average if setup.classify else None, setup)
-    outputs = outputs_on_test_set(setup, CHOICES[settings.tta](), average)
-    figures = report(outputs, setup.loss, setup.dataset.outputs if setup.classify else None).figures
-    return {name: figures[name] for name in ("test_loss", "test_accuracy") if name in figures}
+def _metrics_with_tta(workload: Workload) -> dict[str, Any]:
+    settings = workload.experiment.settings.evaluate
+    average = choose_average(settings.average if workload.classify else None, workload)
+    outputs = outputs_on_test_set(workload, CHOICES[settings.tta](), average)
+    metrics = report(outputs, workload.loss, workload.dataset.outputs if workload.classify else None).metrics
+    return {name: metrics[name] for name in ("test_loss", "test_accuracy") if name in metrics}
 
 
-def choose_average(typed: Average | None, setup: Setup) -> Average:
+def choose_average(typed: Average | None, workload: Workload) -> Average:
     """What is averaged where nothing was typed: probabilities; the outputs as they are, where they estimate the
     targets themselves (a squared error)."""
-    if setup.classify and not isinstance(setup.loss, MSE):
+    if workload.classify and not isinstance(workload.loss, MSE):
         return typed or "probabilities"
     if typed == "probabilities":
         raise UserError("average=probabilities: this model was trained by squared errors; use average=logits")
@@ -257,23 +257,23 @@ def choose_average(typed: Average | None, setup: Setup) -> Average:
 
 
 def outputs_on_test_set(
-    setup: Setup, choice: Flip | ShiftFlip | TenCrop | MultiScaleTenCrop | None, average: Average
+    workload: Workload, choice: Flip | ShiftFlip | TenCrop | MultiScaleTenCrop | None, average: Average
 ) -> list[Batch]:
     """Outputs (fp32 or fp64, on the device) and targets of the whole test set in its order, batch by batch.
 
     choice: the views whose outputs are averaged; None: the images as in `dlopt train`'s own test.
     """
-    samples = setup.dataset.test
+    samples = workload.dataset.test
     if samples is None:
-        raise UserError(f"data={setup.experiment.data.target.__name__}: this dataset has no test set")
-    model = setup.precision.autocast(setup.model)
-    with norm_statistics(setup, setup.module, model):
+        raise UserError(f"data={workload.experiment.data.target.__name__}: this dataset has no test set")
+    model = workload.precision.autocast(workload.model)
+    with norm_statistics(workload, workload.module, model):
         if choice is None:
-            return _outputs(setup.module, model, evaluation_batches(setup, samples), _as_they_are)
-        plan = _plan_of(setup, choice, samples)
-        batches = _image_batches(setup, samples, plan)
+            return _outputs(workload.module, model, evaluation_batches(workload, samples), _as_they_are)
+        plan = _plan_of(workload, choice, samples)
+        batches = _image_batches(workload, samples, plan)
         try:
-            return _outputs(setup.module, model, batches, _averaged(setup, plan, average))
+            return _outputs(workload.module, model, batches, _averaged(workload, plan, average))
         finally:
             batches.close()
 
@@ -282,11 +282,11 @@ def _as_they_are(model: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
     return model(inputs)
 
 
-def _averaged(setup: Setup, plan: Plan, average: Average) -> Reader:
+def _averaged(workload: Workload, plan: Plan, average: Average) -> Reader:
     def read(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
         mean = Mean(average)
         for weight, view in plan.views(images):
-            mean.add(_promoted(model(_normalized(setup, view))), weight)
+            mean.add(_promoted(model(_normalized(workload, view))), weight)
         return mean.outputs
 
     return read
@@ -302,24 +302,25 @@ def _promoted(outputs: Tensor) -> Tensor:
     return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
 
 
-def _normalized(setup: Setup, view: Tensor) -> Tensor:
-    inputs: Tensor = setup.normalize(view)
-    return inputs.to(dtype=setup.precision.dtype, memory_format=setup.memory_format)
+def _normalized(workload: Workload, view: Tensor) -> Tensor:
+    inputs: Tensor = workload.normalize(view)
+    return inputs.to(dtype=workload.precision.dtype, memory_format=workload.memory_format)
 
 
 @torch.inference_mode()
-def _plan_of(setup: Setup, choice: Any, samples: Samples) -> Plan:
+def _plan_of(workload: Workload, choice: Any, samples: Samples) -> Plan:
     """The views for these samples. Raises `UserError` when they are no images or the model does not take the crops."""
     if len(samples.shape) != 3:
-        raise UserError(f"tta: the samples of data={setup.experiment.data.target.__name__} are no images; use tta=none")
+        data = workload.experiment.data.target.__name__
+        raise UserError(f"tta: the samples of data={data} are not images; use tta=none")
     channels, *image = samples.shape
-    shape = samples.shape if setup.augment is None else setup.augment.output_shape
+    shape = samples.shape if workload.augment is None else workload.augment.output_shape
     plan: Plan = choice.views((shape[1], shape[2]), (image[0], image[1]))
     if plan.size != tuple(shape[1:]):
-        probe = torch.zeros(2, channels, *plan.size, device=setup.device)
-        setup.module.eval()
+        probe = torch.zeros(2, channels, *plan.size, device=workload.device)
+        workload.module.eval()
         try:
-            setup.module(_normalized(setup, probe))
+            workload.module(_normalized(workload, probe))
         except (RuntimeError, UserError):
             raise UserError(
                 f"tta.crop={plan.size[0]}: this model, or its normalization, takes images of {shape[1]}x{shape[2]} only"
@@ -327,9 +328,9 @@ def _plan_of(setup: Setup, choice: Any, samples: Samples) -> Plan:
     return plan
 
 
-def _image_batches(setup: Setup, samples: Samples, plan: Plan) -> Batches:
+def _image_batches(workload: Workload, samples: Samples, plan: Plan) -> Batches:
     """Batches of images before the normalization. Files are decoded at the largest size that a view wants."""
-    experiment, in_memory = setup.experiment, setup.dataset.in_memory
+    experiment, in_memory = workload.experiment, workload.dataset.in_memory
     data = experiment.data_settings
     if isinstance(samples, Files) and data.image_size is not None and min(plan.image) > min(samples.shape[1:]):
         larger = replace(data, image_size=plan.image, memory=False)
@@ -337,5 +338,5 @@ def _image_batches(setup: Setup, samples: Samples, plan: Plan) -> Batches:
         found = prepare(source, larger).test
         assert found is not None
         samples, in_memory = found, False
-    delivery = Delivery(setup.device, in_memory, data.workers, dtype=setup.precision.dtype)
+    delivery = Delivery(workload.device, in_memory, data.workers, dtype=workload.precision.dtype)
     return Batches(samples, delivery, batch_size=data.batch_size)

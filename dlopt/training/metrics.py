@@ -7,17 +7,17 @@ import torch
 from torch import Tensor, nn
 
 from dlopt.config.experiment import Experiment
-from dlopt.config.rules import further_figure
+from dlopt.config.rules import extra_metric
 from dlopt.data.samples import Dataset
 from dlopt.errors import UserError
 from dlopt.losses import probabilities
 
 Reduce = Callable[[Sequence[float]], Sequence[float]]
-"""Sums over ranks, entry by entry; every rank has to join."""
+"""MetricSum over ranks, entry by entry; every rank has to join."""
 
 
-class Figures(Protocol):
-    """Further figures, which are sums over samples."""
+class ExtraMetrics(Protocol):
+    """Further metrics, which are sums over samples."""
 
     def add(self, outputs: Tensor, targets: Tensor) -> None: ...
 
@@ -31,12 +31,12 @@ _HELD_STEPS = 128
 _HELD_NUMBERS = 1 << 20  # outputs: 4 MiB in fp32
 
 
-class Sums:
-    """Sums of loss and of right answers over samples.
+class MetricSum:
+    """MetricSum of loss and of right answers over samples.
 
     What a step hands in is held back, and counted for many steps at once.
-    The sums do not depend on when they are counted, so a resumed epoch ends with the uninterrupted one's figures.
-    With several ranks each hands in its own samples of every batch, and the figures are those of all ranks.
+    The sums do not depend on when they are counted, so a resumed epoch ends with the uninterrupted one's metrics.
+    With several ranks each hands in its own samples of every batch, and the metrics are those of all ranks.
     """
 
     def __init__(
@@ -63,9 +63,9 @@ class Sums:
         self._read_right = self._read_count = 0
         self._reported = (0.0, 0, 0)
 
-    def fresh(self) -> "Sums":
+    def fresh(self) -> "MetricSum":
         """Empty sums of the same kind."""
-        return Sums(self.classify, self.watch, self.reduce)
+        return MetricSum(self.classify, self.watch, self.reduce)
 
     def begin(self) -> None:
         """What is added from here on, until the next call, may be withdrawn."""
@@ -149,10 +149,10 @@ class Sums:
         return self._figures(prefix, self.loss - loss, self.right - right, self.count - count)
 
     def _figures(self, prefix: str, loss: float, right: int, count: int) -> dict[str, float]:
-        figures = {f"{prefix}loss": loss / max(count, 1)}
+        metrics = {f"{prefix}loss": loss / max(count, 1)}
         if self.classify:
-            figures[f"{prefix}accuracy"] = right / max(count, 1)
-        return figures
+            metrics[f"{prefix}accuracy"] = right / max(count, 1)
+        return metrics
 
     def state_dict(self) -> dict[str, Any]:
         self.settle()
@@ -165,9 +165,9 @@ class Sums:
 
 @torch.no_grad()
 def sample_losses(loss: nn.Module, outputs: Tensor, targets: Tensor) -> Tensor:
-    """The loss of each sample [N]: what `loss` gives for it as a batch of one. `targets` as `Sums.add` takes them.
+    """The loss of each sample [N]: what `loss` gives for it as a batch of one. `targets` as `MetricSum.add` takes them.
 
-    In float64 where the device has it, so that the figures do not show how many samples are computed at once.
+    In float64 where the device has it, so that the metrics do not show how many samples are computed at once.
     """
     outputs = outputs.float() if outputs.device.type == "mps" else outputs.double()
     return torch.vmap(lambda output, target: loss(output.unsqueeze(0), target.unsqueeze(0)))(outputs, targets)
@@ -233,19 +233,19 @@ TOP = 5
 _OF_CLASSES = ("top5_accuracy", "macro_f1", "calibration_error", "class_accuracy")
 
 
-def further_figures(experiment: Experiment, dataset: Dataset, loss: nn.Module) -> Callable[[], Figures] | None:
-    """Makes the counter of one validation for what `evaluate.figures` lists and what is monitored; None: nothing more.
+def extra_metrics(experiment: Experiment, dataset: Dataset, loss: nn.Module) -> Callable[[], ExtraMetrics] | None:
+    """Makes the counter of one validation for what `evaluate.metrics` lists and what is monitored; None: nothing more.
 
-    Raises `UserError` for a figure that this run does not have.
+    Raises `UserError` for a metric that this run does not have.
     """
     classes = dataset.classes
     monitors = {"monitor": experiment.settings.monitor}
     for key, component in (("stopping", experiment.stopping), ("schedule", experiment.schedule)):
         if "monitor" in component.arguments:
             monitors[f"{key}.monitor"] = component.arguments["monitor"]
-    wanted: dict[str, str] = {name: f"evaluate.figures={name}" for name in experiment.settings.evaluate.figures}
+    wanted: dict[str, str] = {name: f"evaluate.metrics={name}" for name in experiment.settings.evaluate.metrics}
     for key, monitor in monitors.items():
-        name = further_figure(monitor)
+        name = extra_metric(monitor)
         if name is not None:
             wanted.setdefault(name, f"{key}={monitor}")
         elif monitor == "val_accuracy" and classes is None:
@@ -256,15 +256,15 @@ def further_figures(experiment: Experiment, dataset: Dataset, loss: nn.Module) -
         return None
     names = list(wanted)
     if classes is None:
-        return lambda: RegressionFigures(names, dataset.outputs)
-    return lambda: ClassFigures(names, classes, lambda outputs: probabilities(outputs, loss))
+        return lambda: RegressionMetrics(names, dataset.outputs)
+    return lambda: ClassMetrics(names, classes, lambda outputs: probabilities(outputs, loss))
 
 
 def _check_names(wanted: Mapping[str, str], classes: Sequence[str] | None) -> None:
     for name, typed in wanted.items():
         if (name in _OF_CLASSES) != (classes is not None):
             kind = "regression" if classes is None else "classification"
-            raise UserError(f"{typed}: a {kind} has no such figure")
+            raise UserError(f"{typed}: a {kind} has no such metric")
         if name == "top5_accuracy" and classes is not None and len(classes) <= TOP:
             raise UserError(f"{typed}: with {len(classes)} classes the right one is always among the first {TOP}")
 
@@ -277,9 +277,9 @@ def _check_classes(monitors: Mapping[str, str], classes: Sequence[str] | None) -
             raise UserError(f"{key}={monitor}: there is no class {name}; the classes are {shown}")
 
 
-class ClassFigures:
-    """Figures of a classification by name: top5_accuracy, macro_f1, calibration_error, and class_accuracy, which stands
-    for class_accuracy/NAME of every class that occurs and worst_class_accuracy.
+class ClassMetrics:
+    """Metrics of a classification by name: top5_accuracy, macro_f1, calibration_error and class_accuracy, which
+    expands to class_accuracy/NAME of every class that occurs and worst_class_accuracy.
     """
 
     def __init__(self, names: Sequence[str], classes: Sequence[str], probabilities: Callable[[Tensor], Tensor]) -> None:
@@ -305,7 +305,7 @@ class ClassFigures:
         self._sums = sums if self._sums is None else self._sums + sums
 
     def means(self, reduce: Reduce | None) -> dict[str, float]:
-        """The figures of all samples so far; `reduce`: see `dlopt.training.metrics.Sums`."""
+        """The metrics of all samples so far; `reduce`: see `dlopt.training.metrics.MetricSum`."""
         size = 3 * len(self.classes) + ("top5_accuracy" in self.names)
         size += BINS if "calibration_error" in self.names else 0
         own = [0.0] * size if self._sums is None else self._sums.tolist()
@@ -327,7 +327,7 @@ class ClassFigures:
         return result
 
 
-class RegressionFigures:
+class RegressionMetrics:
     """r2 and mae of a regression (`dlopt.training.metrics`) with so many `outputs`, by name."""
 
     def __init__(self, names: Sequence[str], outputs: int) -> None:
@@ -345,7 +345,7 @@ class RegressionFigures:
         )
 
     def means(self, reduce: Reduce | None) -> dict[str, float]:
-        """See `ClassFigures.means`."""
+        """See `ClassMetrics.means`."""
         own = self._sums.tolist()
         count, absolute, *rest = own if reduce is None else reduce(own)
         residual, total, squares = torch.tensor(rest, dtype=torch.float64).view(3, self._outputs)

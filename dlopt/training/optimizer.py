@@ -13,13 +13,13 @@ from dlopt.config.schema import Component
 from dlopt.errors import UserError
 from dlopt.graphs import CudaRecorder
 from dlopt.parallel.mode import Mode
-from dlopt.parallel.shards import is_cut
+from dlopt.parallel.shards import is_sharded_tensor
 from dlopt.parameters import parameter_groups
 from dlopt.random import stream
 from dlopt.schedules import Scheduler
 from dlopt.training import cuda_graphs, rng
 from dlopt.training.averaging import ExponentialAverage
-from dlopt.training.build import Setup
+from dlopt.training.build import Workload
 from dlopt.training.cuda_graphs import Capture, GraphedStep
 from dlopt.training.nonfinite import Diverged
 from dlopt.training.progress import Length
@@ -27,23 +27,23 @@ from dlopt.training.step import Network, Observer, Step, StepSettings
 from dlopt.training.stopping import Stopping
 
 
-def optimizer_of(setup: Setup) -> torch.optim.Optimizer:
+def optimizer_of(workload: Workload) -> torch.optim.Optimizer:
     """The optimizer over the model's parameter groups; its learning rate follows the batch size where that is asked."""
-    experiment, settings = setup.experiment, setup.experiment.settings
+    experiment, settings = workload.experiment, workload.experiment.settings
     component = experiment.optimizer
     if experiment.auto_lr:
         raise UserError("optimizer.lr=auto: only `dlopt train` looks for the learning rate; type a number here")
     if settings.scale_lr != "none":
-        component = component.partial(lr=component.arguments["lr"] * _lr_scale(experiment, len(setup.dataset.train)))
+        component = component.partial(lr=component.arguments["lr"] * _lr_scale(experiment, len(workload.dataset.train)))
     groups = parameter_groups(
-        setup.module, experiment.grouping, component.arguments, decay_norm_and_bias=settings.decay_norm_and_bias
+        workload.module, experiment.grouping, component.arguments, decay_norm_and_bias=settings.decay_norm_and_bias
     )
     fused = may_fuse(component, [p for group in groups for p in group["params"]])
     try:
         optimizer: torch.optim.Optimizer = component.partial(**({"fused": True} if fused else {})).build(params=groups)
     except ValueError as error:  # a class that is not ours has a range of its own, or takes one group only
         raise UserError(f"optimizer={component.target.__name__}: {error}") from None
-    check_optimizer(setup.parallel, optimizer)
+    check_optimizer(workload.parallel, optimizer)
     if fused:
         keep_layout(optimizer)
     return optimizer
@@ -61,7 +61,7 @@ def may_fuse(component: Component, parameters: Sequence[Tensor]) -> bool:
     if target.__module__.partition(".")[0] != "torch" or {"fused", "foreach"} & set(component.arguments):
         return False
     fusing = [name for device in devices for name in _FUSED.get(device, ())]
-    return len(devices) == 1 and target.__name__ in fusing and not any(map(is_cut, parameters))
+    return len(devices) == 1 and target.__name__ in fusing and not any(map(is_sharded_tensor, parameters))
 
 
 def keep_layout(optimizer: torch.optim.Optimizer) -> None:
@@ -114,11 +114,11 @@ def _lr_scale(experiment: Experiment, count: int) -> float:
     return math.sqrt(ratio) if experiment.settings.scale_lr == "sqrt" else ratio
 
 
-def evaluations(setup: Setup, optimizer: torch.optim.Optimizer) -> str:
+def evaluations(workload: Workload, optimizer: torch.optim.Optimizer) -> str:
     """Whether the optimizer evaluates the loss once or many times per update: it says so, or it is torch's L-BFGS."""
     many = isinstance(optimizer, torch.optim.LBFGS)
     declared: str = getattr(optimizer, "evaluations", "many" if many else "once")
-    if declared == "many" and setup.precision.name == "fp16":
+    if declared == "many" and workload.precision.name == "fp16":
         raise UserError(
             f"precision=fp16: {type(optimizer).__name__} evaluates the loss several times per update, "
             "which loss scaling cannot follow; use precision=bf16 or fp32"
@@ -126,16 +126,16 @@ def evaluations(setup: Setup, optimizer: torch.optim.Optimizer) -> str:
     return declared
 
 
-def build_schedule(setup: Setup, optimizer: Optimizer, length: Length) -> Scheduler:
-    experiment = setup.experiment
+def build_schedule(workload: Workload, optimizer: Optimizer, length: Length) -> Scheduler:
+    experiment = workload.experiment
     factor = schedules.build(
         experiment.schedule.build, experiment.warmup, steps=length.horizon, steps_per_epoch=length.steps_per_epoch
     )
-    return Scheduler(optimizer, factor, freezes=setup.parallel.processes == 1)
+    return Scheduler(optimizer, factor, freezes=workload.parallel.processes == 1)
 
 
 def build_step(
-    setup: Setup,
+    workload: Workload,
     network: Network,
     optimizer: Optimizer,
     schedule: Scheduler,
@@ -148,7 +148,7 @@ def build_step(
     batch_size: int,
 ) -> tuple[Step, str | None]:
     """Returns the step, and why it is not replayed from a CUDA graph; None: it is. Raises `UserError`."""
-    settings, mode, device = setup.experiment.settings, setup.parallel, setup.device
+    settings, mode, device = workload.experiment.settings, workload.parallel, workload.device
     halves = settings.on_out_of_memory == "halve"
     if halves and mode.processes > 1:
         raise UserError(
@@ -159,22 +159,22 @@ def build_step(
     step_settings = StepSettings(
         accumulate=settings.accumulate,
         seed=stream(settings.augmentation_seed, rng.DROPOUT),
-        evaluates_once=evaluations(setup, optimizer) == "once",
+        evaluates_once=evaluations(workload, optimizer) == "once",
         check_now=checks and check_now,
         halve_on_out_of_memory=halves,
     )
     observed = bool(settings.diagnostics or settings.profile)
     reason = cuda_graphs.obstacle(
-        setup.module, optimizer, schedule, mode, step_settings, precision=setup.precision, observed=observed
+        workload.module, optimizer, schedule, mode, step_settings, precision=workload.precision, observed=observed
     )
     if reason is not None and settings.cuda_graphs is True:
         raise UserError(f"cuda_graphs=true: {reason}; use cuda_graphs=auto")
     average_weights = None if average is None else average.update
-    synchronize = mode.buffer_synchronization(setup.module)
+    synchronize = mode.buffer_synchronization(workload.module)
     after = [each for each in (synchronize, average_weights, getattr(stopping, "after_update", None)) if each]
     arguments = network, optimizer, schedule, mode, step_settings
-    clip = setup.experiment.clip.build(model=setup.module)
-    common = {"precision": setup.precision, "clip": clip, "after": after, "skip": skip, "observers": observers}
+    clip = workload.experiment.clip.build(model=workload.module)
+    common = {"precision": workload.precision, "clip": clip, "after": after, "skip": skip, "observers": observers}
     if reason is not None or settings.cuda_graphs is False:
         return Step(*arguments, **common), reason
     inside = [average_weights] if average_weights else []

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dlopt.config.rules import further_figure
+from dlopt.config.rules import extra_metric
 from dlopt.tracking.tracking import Tracking
 from dlopt.training.batch_norm import small_batches
-from dlopt.training.build import Setup
+from dlopt.training.build import Workload
 from dlopt.training.progress import Length
 from dlopt.training.speed import chosen
 
@@ -27,21 +27,21 @@ def open_tracking(run: "Run", state: Mapping[str, Any] | None, console: bool) ->
     )
 
 
-def introduce(trainer: "Trainer", setup: Setup, length: Length, choices: Mapping[str, str]) -> None:
+def introduce(trainer: "Trainer", workload: Workload, length: Length, choices: Mapping[str, str]) -> None:
     """Shows what is about to be trained."""
-    dataset, settings, tracking = setup.dataset, setup.experiment.settings, trainer.tracking
+    dataset, settings, tracking = workload.dataset, workload.experiment.settings, trainer.tracking
     facts: dict[str, Any] = {
-        "parameters": sum(p.numel() for p in setup.module.parameters()),
+        "parameters": sum(p.numel() for p in workload.module.parameters()),
         "train": len(dataset.train),
         "val": len(dataset.val) if dataset.val is not None else 0,
         "test": len(dataset.test) if dataset.test is not None else 0,
-        "device": str(setup.device),
-        "precision": setup.precision.name,
+        "device": str(workload.device),
+        "precision": workload.precision.name,
     }
-    if setup.device.type == "cpu":
+    if workload.device.type == "cpu":
         facts["threads"] = torch.get_num_threads()
     tracking.begin(
-        dict(setup.experiment.config),
+        dict(workload.experiment.config),
         facts,
         epochs=length.epochs,
         steps_per_epoch=length.steps_per_epoch,
@@ -49,16 +49,16 @@ def introduce(trainer: "Trainer", setup: Setup, length: Length, choices: Mapping
         steps=length.steps,
         choices=choices,
     )
-    automatic = chosen(setup.experiment, setup.precision, setup.uncompiled, trainer.graph_obstacle)
-    lines = [*([automatic] if automatic else []), *dataset.notes, *setup.parallel.notes, *small_batches(setup)]
+    automatic = chosen(workload.experiment, workload.precision, workload.uncompiled, trainer.graph_obstacle)
+    lines = [*([automatic] if automatic else []), *dataset.notes, *workload.parallel.notes, *small_batches(workload)]
     for line in lines:
         tracking.message(line)
-    if trainer.progress.step == 0 and len(dataset.train.shape) == 3 and settings.tracking and setup.parallel.is_main:
+    if trainer.progress.step == 0 and len(dataset.train.shape) == 3 and settings.tracking and workload.parallel.is_main:
         inputs, _ = next(iter(trainer.batches.epoch(0)))
         tracking.images(inputs[:64].float().cpu())
 
 
-def summarize(trainer: "Trainer", setup: Setup, status: "Status") -> dict[str, Any]:
+def summarize(trainer: "Trainer", workload: Workload, status: "Status") -> dict[str, Any]:
     """Returns summary.json before the test; a regression has no accuracies."""
     best, progress = trainer.best, trainer.progress
     summary = {
@@ -71,13 +71,13 @@ def summarize(trainer: "Trainer", setup: Setup, status: "Status") -> dict[str, A
         "test_loss": None,
         "test_accuracy": None,
         "seconds": progress.seconds,
-        "parameters": sum(p.numel() for p in setup.module.parameters()),
-        "parallel": setup.parallel.name,
-        "processes": setup.parallel.processes,
+        "parameters": sum(p.numel() for p in workload.module.parameters()),
+        "parallel": workload.parallel.name,
+        "processes": workload.parallel.processes,
         "resumed_from": progress.resumed_from,
         **({} if progress.found_lr is None else {"found_lr": progress.found_lr}),
         **trainer.recovery.summary(),
     }
-    if further_figure(best.monitor) is not None and best.epoch is not None:
-        summary[f"best_{best.monitor}"] = best.figure
-    return {key: value for key, value in summary.items() if setup.classify or not key.endswith("accuracy")}
+    if extra_metric(best.monitor) is not None and best.epoch is not None:
+        summary[f"best_{best.monitor}"] = best.metric
+    return {key: value for key, value in summary.items() if workload.classify or not key.endswith("accuracy")}

@@ -16,7 +16,7 @@ from torch import Tensor
 from dlopt.files import reason, sha256
 from dlopt.parallel import shard_files
 from dlopt.parallel.shard_files import ShardWriter
-from dlopt.parallel.shards import is_cut
+from dlopt.parallel.shards import is_sharded_tensor
 
 FOLDER = "shards"
 KEY = "shards"  # of the state in the file: {folder, files, tensors}
@@ -34,7 +34,7 @@ def write(folder: Path, state: Mapping[str, Any], writer: ShardWriter) -> dict[s
     places: dict[str, Keys] = {}
 
     def without(value: Any, keys: Keys) -> Any:
-        if is_cut(value):
+        if is_sharded_tensor(value):
             name = ".".join(map(str, keys))
             tensors[name], places[name] = value, keys
             return None

@@ -22,7 +22,7 @@ from dlopt.parallel.mode import EpochBatches, MetricRecord, Mode
 from dlopt.random import stream
 from dlopt.schedules import Scheduler
 from dlopt.training.clipping import Clip, Unclipped, gradient_norm
-from dlopt.training.metrics import Sums
+from dlopt.training.metrics import MetricSum
 from dlopt.training.nonfinite import Diverged, NonFiniteCheck, check_weights, locate
 from dlopt.training.precision import Precision
 
@@ -132,7 +132,7 @@ class Step:
 
     # -- the update
 
-    def update(self, inputs: Tensor, targets: Tensor, number: int, sums: Sums, *, log_norm: bool = False) -> None:
+    def update(self, inputs: Tensor, targets: Tensor, number: int, sums: MetricSum, *, log_norm: bool = False) -> None:
         """Makes update `number` (from 0) on this rank's samples of a batch and adds its loss and outputs to `sums`.
 
         `log_norm`: compute `norm`, the norm of the gradient before clipping. Raises `Diverged`.
@@ -157,7 +157,7 @@ class Step:
             for follow in self.after:
                 follow()
 
-    def begin(self, inputs: Tensor, targets: Tensor, number: int, sums: Sums, *, log_norm: bool = False) -> None:
+    def begin(self, inputs: Tensor, targets: Tensor, number: int, sums: MetricSum, *, log_norm: bool = False) -> None:
         """Sets the batch of update `number`; its first evaluation is added to `sums`."""
         self.batch = inputs, targets
         self.number = number
@@ -275,7 +275,7 @@ class Step:
         clipped = self.clip(self.parameters, self.mode.norm)
         return norm if clipped is None else clipped
 
-    def _withdraw(self, sums: Sums) -> None:
+    def _withdraw(self, sums: MetricSum) -> None:
         sums.withdraw()
         if self._buffers is not None:
             self._buffers.restore()
@@ -283,7 +283,7 @@ class Step:
     def _halve(self, record: MetricRecord | None) -> None:
         """Releases what the failed evaluation has left, and uses twice as many micro-batches from here on."""
         self.optimizer.zero_grad()
-        if isinstance(record, Sums):
+        if isinstance(record, MetricSum):
             self._withdraw(record)
         if self.batch[1].is_cuda:
             torch.cuda.empty_cache()

@@ -18,7 +18,7 @@ class Stopping(Protocol):
     met: bool  # the run should end
 
     def update(self, metrics: Mapping[str, Any]) -> None:
-        """Takes an evaluation's figures."""
+        """Takes an evaluation's metrics."""
         ...
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -26,18 +26,18 @@ class Stopping(Protocol):
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
-def figure(metrics: Mapping[str, Any], monitor: str) -> float:
-    """The monitored figure as a loss (lower is better): accuracies and the like are negated.
+def monitored_loss(metrics: Mapping[str, Any], monitor: str) -> float:
+    """The monitored metric as a loss (lower is better): accuracies and the like are negated.
 
     `auto` is val_accuracy, or val_loss where there is none. What is not finite is as bad as can be (infinity). Raises
-    `UserError` when the figure is not logged.
+    `UserError` when the metric is not logged.
     """
     if monitor == "auto":
         monitor = "val_accuracy" if metrics.get("val_accuracy") is not None else "val_loss"
     value = metrics.get(monitor)
     if value is None:
         logged = ", ".join(sorted(key for key in metrics if key.startswith("val_"))) or "none"
-        raise UserError(f"monitor={monitor}: this run logs no such validation figure; it logs: {logged}")
+        raise UserError(f"monitor={monitor}: this run logs no such validation metric; it logs: {logged}")
     return _finite(value if lower_is_better(monitor) else -value)
 
 
@@ -67,7 +67,7 @@ class Never:
 class Early:
     """Ends the run when `patience` evaluations in a row brought no improvement by more than `min_delta`.
 
-    A figure that is not finite is no improvement.
+    A metric that is not finite is no improvement.
     """
 
     def __init__(self, *, monitor: str, patience: Count, min_delta: NonNegative) -> None:
@@ -82,7 +82,7 @@ class Early:
         return self.waited >= self.patience
 
     def update(self, metrics: Mapping[str, Any]) -> None:
-        value = figure(metrics, self.monitor)
+        value = monitored_loss(metrics, self.monitor)
         if value < self.best - self.min_delta:
             self.best, self.waited = value, 0
         else:
@@ -139,7 +139,7 @@ class Tolerance:
 
 @dataclass
 class Best:
-    """The best evaluation so far; of equal figures the one with the smaller loss, then the first."""
+    """The best evaluation so far; of equal metrics the one with the smaller loss, then the first."""
 
     monitor: str
     value: float = math.inf
@@ -148,8 +148,8 @@ class Best:
     val_accuracy: float | None = None
 
     def update(self, metrics: Mapping[str, Any]) -> bool:
-        """True when these figures are the best so far."""
-        value, loss = figure(metrics, self.monitor), _finite(metrics.get("val_loss"))
+        """True when these metrics are the best so far."""
+        value, loss = monitored_loss(metrics, self.monitor), _finite(metrics.get("val_loss"))
         if value == math.inf or (value, loss) >= (self.value, _finite(self.val_loss)):
             return False
         self.value, self.epoch = value, metrics["epoch"]
@@ -157,8 +157,8 @@ class Best:
         return True
 
     @property
-    def figure(self) -> float:
-        """The monitored figure as it is logged."""
+    def metric(self) -> float:
+        """The monitored metric as it is logged."""
         return self.value if lower_is_better(self.monitor) else -self.value
 
     def state_dict(self) -> dict[str, Any]:

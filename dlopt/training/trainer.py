@@ -20,18 +20,18 @@ from dlopt.training import rng
 from dlopt.training.averaging import ExponentialAverage, at_evaluation_point
 from dlopt.training.batch_norm import check_single_values
 from dlopt.training.build import (
-    Setup,
+    Workload,
+    build_workload,
     checkpoint_writer,
     data_facts,
     load_weights,
     loss_aware_sampler,
     parallel_of,
-    set_up,
     training_batches,
 )
 from dlopt.training.checkpoint import Checkpoints, load
-from dlopt.training.evaluate import Validate, check_views, reduction, test_figures, validation
-from dlopt.training.metrics import Sums, sample_losses
+from dlopt.training.evaluate import Validate, check_tta, reduction, test_metrics, validation
+from dlopt.training.metrics import MetricSum, sample_losses
 from dlopt.training.nonfinite import Diverged, Recovery
 from dlopt.training.optimizer import build_schedule, build_step, optimizer_of, snapshot_names
 from dlopt.training.progress import Clock, Intervals, Length, Progress, length_of
@@ -42,9 +42,9 @@ from dlopt.training.stopping import Best, Stopping
 log = logging.getLogger(__name__)
 
 Status = Literal["finished", "stopped_early", "interrupted"]
-Observe = Callable[[Setup, Length, Tracking, Path], Sequence[Observer]]
+Observe = Callable[[Workload, Length, Tracking, Path], Sequence[Observer]]
 """Returns what observes the updates of a run of this length, given its folder. Raises `UserError`."""
-FindLr = Callable[[Setup, Tracking, Path], float]
+FindLr = Callable[[Workload, Tracking, Path], float]
 """Returns the learning rate for optimizer.lr=auto. Raises `UserError` where there is none."""
 
 
@@ -77,37 +77,37 @@ def train(
             return train(run, interruption, console=console, observe=observe, find_lr=find_lr)
     mode = parallel_of(run.experiment)
     state = mode.broadcast(run.checkpoint)
-    setup = set_up(run.experiment, None if state is None else state["normalize"], parallel=mode)
-    batches = training_batches(setup)
+    workload = build_workload(run.experiment, None if state is None else state["normalize"], parallel=mode)
+    batches = training_batches(workload)
     length = length_of(settings, len(batches), state)
     with open_tracking(run, state, console) if mode.is_main else Tracking(None, sinks=[], console=False) as tracking:
         found_lr = None
-        if setup.experiment.auto_lr and find_lr is not None:
+        if workload.experiment.auto_lr and find_lr is not None:
             found_lr = None if state is None else state["progress"].get("found_lr")
-            found_lr = find_lr(setup, tracking, run.folder) if found_lr is None else found_lr
-            setup = setup.with_lr(found_lr)
-        observers = () if observe is None else observe(setup, length, tracking, run.folder)
-        trainer = build_trainer(setup, run.folder, batches, length, tracking, found_lr=found_lr, observers=observers)
+            found_lr = find_lr(workload, tracking, run.folder) if found_lr is None else found_lr
+            workload = workload.with_lr(found_lr)
+        observers = () if observe is None else observe(workload, length, tracking, run.folder)
+        trainer = build_trainer(workload, run.folder, batches, length, tracking, found_lr=found_lr, observers=observers)
         if state is not None:
             trainer.load_state_dict(state)
             trainer.best.load_state_dict(mode.broadcast(trainer.best.state_dict()))  # rank 0 has seen the files
         elif settings.init_from is not None:
-            for line in load_weights(setup.module, Path(settings.init_from), mode):
+            for line in load_weights(workload.module, Path(settings.init_from), mode):
                 tracking.message(line)
-        introduce(trainer, setup, length, run.choices)
+        introduce(trainer, workload, length, run.choices)
         stop = mode.synchronized_stop(interruption)
         status = trainer.fit(stop)
-        summary = summarize(trainer, setup, status)
+        summary = summarize(trainer, workload, status)
         if status == "interrupted":
             tracking.message(f"{stop.reason}: stopped; go on with the same command and resume=auto")
         else:
-            summary |= _test_best(trainer, setup)
+            summary |= _test_best(trainer, workload)
         tracking.finish(summary)
     return summary
 
 
 def build_trainer(
-    setup: Setup,
+    workload: Workload,
     folder: Path,
     batches: Batches,
     length: Length,
@@ -122,20 +122,20 @@ def build_trainer(
     `found_lr`: of a range test. `checks`: false lets updates pass that are not finite. Raises `UserError` where parts
     do not fit together.
     """
-    experiment, settings, mode = setup.experiment, setup.experiment.settings, setup.parallel
-    check_single_values(setup)
-    check_views(setup)
-    optimizer = optimizer_of(setup)
-    sampler = loss_aware_sampler(setup, batches)
-    schedule = build_schedule(setup, optimizer, length)
-    average = None if settings.ema is None else ExponentialAverage(setup.module, settings.ema)
-    stopping: Stopping = experiment.stopping.build(model=setup.module, norm=mode.norm)
+    experiment, settings, mode = workload.experiment, workload.experiment.settings, workload.parallel
+    check_single_values(workload)
+    check_tta(workload)
+    optimizer = optimizer_of(workload)
+    sampler = loss_aware_sampler(workload, batches)
+    schedule = build_schedule(workload, optimizer, length)
+    average = None if settings.ema is None else ExponentialAverage(workload.module, settings.ema)
+    stopping: Stopping = experiment.stopping.build(model=workload.module, norm=mode.norm)
     checkpoints = Checkpoints(
         folder / "checkpoints",
         settings.checkpoint.keep,
         writes=mode.is_main,
         asynchronous=settings.checkpoint.asynchronous,
-        shards=checkpoint_writer(setup),
+        shards=checkpoint_writer(workload),
     )
     recovery = Recovery(
         settings.on_divergence,
@@ -145,11 +145,11 @@ def build_trainer(
         tell=tracking.message,
     )
     own_batches = mode.track_batches(batches)
-    network = setup.network
+    network = workload.network
     for observer in observers:
         network, own_batches = observer.instrument(network, own_batches)
     step, graph_obstacle = build_step(
-        setup,
+        workload,
         network,
         optimizer,
         schedule,
@@ -164,12 +164,12 @@ def build_trainer(
     if sampler is not None:
 
         def teach(outputs: torch.Tensor, targets: torch.Tensor) -> None:
-            sampler.observe(sample_losses(setup.loss, outputs, targets))
+            sampler.observe(sample_losses(workload.loss, outputs, targets))
 
     return Trainer(
         step=step,
         batches=own_batches,
-        validate=validation(setup, optimizer, average, tracking.evaluating),
+        validate=validation(workload, optimizer, average, tracking.evaluating),
         tracking=tracking,
         checkpoints=checkpoints,
         stopping=stopping,
@@ -183,19 +183,19 @@ def build_trainer(
             log_every_steps=settings.log_every_steps,
             snapshot=snapshot_names(schedule) if settings.checkpoint.at_restarts else None,
         ),
-        normalize=setup.normalize,
+        normalize=workload.normalize,
         config=experiment.config,
         average=average,
         sampler=sampler,
-        sampler_metrics=getattr(batches.sampler, "figures", dict),
-        sums=Sums(setup.classify, teach, reduction(setup)),
-        progress=Progress(horizon=length.horizon, data=data_facts(setup), found_lr=found_lr),
+        sampler_metrics=getattr(batches.sampler, "metrics", dict),
+        sums=MetricSum(workload.classify, teach, reduction(workload)),
+        progress=Progress(horizon=length.horizon, data=data_facts(workload), found_lr=found_lr),
         graph_obstacle=graph_obstacle,
     )
 
 
 def dry_run(
-    setup: Setup,
+    workload: Workload,
     folder: Path,
     state: Mapping[str, Any] | None = None,
     *,
@@ -206,10 +206,10 @@ def dry_run(
 
     `state`: of a checkpoint, for the length of its run. `checks`: see `build_trainer`.
     """
-    batches = training_batches(setup)
+    batches = training_batches(workload)
     silent = Tracking(None, sinks=[], console=False)
-    length = length_of(setup.experiment.settings, len(batches), state)
-    return build_trainer(setup, folder, batches, length, silent, observers=observers, checks=checks)
+    length = length_of(workload.experiment.settings, len(batches), state)
+    return build_trainer(workload, folder, batches, length, silent, observers=observers, checks=checks)
 
 
 @dataclass
@@ -230,7 +230,7 @@ class Trainer:
     average: ExponentialAverage | None = None
     sampler: Any = None  # where the order of the samples depends on their losses
     sampler_metrics: Callable[[], Mapping[str, float]] = dict
-    sums: Sums = field(default_factory=lambda: Sums(classify=True))
+    sums: MetricSum = field(default_factory=lambda: MetricSum(classify=True))
     progress: Progress = field(default_factory=Progress)
     graph_obstacle: str | None = None  # why updates are not replayed from a CUDA graph
 
@@ -443,16 +443,16 @@ class Trainer:
         self.mode.load_optimizer(optimizer, {**state, "param_groups": groups})
 
 
-def _test_best(trainer: Trainer, setup: Setup) -> dict[str, Any]:
-    """Tests the best model, which stays in `setup.module`. Raises `RunError`: the run has begun."""
-    mode = setup.parallel
+def _test_best(trainer: Trainer, workload: Workload) -> dict[str, Any]:
+    """Tests the best model, which stays in `workload.module`. Raises `RunError`: the run has begun."""
+    mode = workload.parallel
     try:
         if trainer.best.epoch is None:
             with at_evaluation_point(trainer.step.optimizer, trainer.average):
-                return test_figures(setup)
+                return test_metrics(workload)
         state = mode.broadcast(load(trainer.checkpoints.best) if mode.is_main else None)
         assert state is not None
-        mode.load_model(setup.module, state["ema"] or state["model"])
-        return test_figures(setup)
+        mode.load_model(workload.module, state["ema"] or state["model"])
+        return test_metrics(workload)
     except UserError as error:
         raise RunError(f"the run is trained, but its test failed: {error}; mend it and type resume=auto") from error

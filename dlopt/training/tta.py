@@ -14,7 +14,7 @@ from dlopt.errors import UserError
 from dlopt.ranges import Count
 
 Size = tuple[int, int]  # height, width
-Views = Callable[[Tensor], Iterator[tuple[float, Tensor]]]
+Crops = Callable[[Tensor], Iterator[tuple[float, Tensor]]]
 """Images [B, C, H, W] in 0..255 -> (weight, images of the model's size) of each view; the weights add up to 1."""
 
 # The scales of He et al. 2015 for crops of 224: 224, 256, 384, 480, 640.
@@ -97,7 +97,7 @@ class Plan:
 
     size: Size
     image: Size
-    views: Views
+    views: Crops
 
 
 CHOICES = {"flip": Flip, "shift_flip": ShiftFlip, "ten_crop": TenCrop, "multi_scale_ten_crop": MultiScaleTenCrop}
@@ -141,7 +141,7 @@ def _multi_scale(crop: Size, image: Size, scales: Sequence[int], key: str) -> Pl
     return Plan(crop, max(sizes), views)
 
 
-def _centre(window: Size) -> Views:
+def _centre(window: Size) -> Crops:
     def views(images: Tensor) -> Iterator[tuple[float, Tensor]]:
         if tuple(images.shape[2:]) == window:
             yield 1.0, images
@@ -151,7 +151,7 @@ def _centre(window: Size) -> Views:
     return views
 
 
-def _flipped(views: Views) -> Views:
+def _flipped(views: Crops) -> Crops:
     def both(images: Tensor) -> Iterator[tuple[float, Tensor]]:
         for weight, view in views(images):
             yield weight / 2, view

@@ -19,7 +19,7 @@ from dlopt.analysis.diagnosis.live import SELDOMER, Diagnostics, Kind
 from dlopt.config.compose import Composer, to_plain
 from dlopt.config.parsing import parse
 from dlopt.tracking.tracking import Tracking
-from dlopt.training.build import set_up
+from dlopt.training.build import build_workload
 from dlopt.training.trainer import dry_run
 
 KINDS: tuple[tuple[Kind, ...], ...] = (("activations",), ("gradients", "activations"), ("curvature",))
@@ -32,20 +32,20 @@ def measure(typed: list[str], kinds: tuple[Kind, ...], rounds: int) -> tuple[flo
     experiment = parse(to_plain(Composer().compose(lines), lines)[0])
     every = experiment.settings.diagnostics_every
     with tempfile.TemporaryDirectory() as folder:
-        setup = set_up(experiment)
+        workload = build_workload(experiment)
         tracking = Tracking(Path(folder), sinks=["tensorboard"], console=False)
-        observer = Diagnostics(setup, kinds, every, tracking.diagnostics)
+        observer = Diagnostics(workload, kinds, every, tracking.diagnostics)
         # The same model and optimizer with and without the observer.
-        plain, watched = dry_run(setup, Path(folder)), dry_run(setup, Path(folder), observers=[observer])
+        plain, watched = dry_run(workload, Path(folder)), dry_run(workload, Path(folder), observers=[observer])
         batches: list[tuple[Tensor, Tensor]] = list(plain.batches.epoch(0))[:8]
-        setup.module.train()
+        workload.module.train()
         times: dict[bool, list[float]] = {False: [], True: []}
         for number in range(2 * (rounds + 2)):
             looked = bool(number % 2)
             trainer = watched if looked else plain
             start = time.perf_counter()
             trainer.step.update(*batches[number % len(batches)], SELDOMER * every * number, trainer.sums)
-            if setup.device.type == "cuda":
+            if workload.device.type == "cuda":
                 torch.cuda.synchronize()
             times[looked].append(time.perf_counter() - start)
         tracking.close()

@@ -42,8 +42,8 @@ from dlopt.data.loading import materialize
 from dlopt.data.samples import Dataset, InMemory
 from dlopt.interruption import Interruption
 from dlopt.training import speed
-from dlopt.training.build import Setup, set_up
-from dlopt.training.evaluate import test_figures
+from dlopt.training.build import Workload, build_workload
+from dlopt.training.evaluate import test_metrics
 from dlopt.training.trainer import Run, Trainer, dry_run, train
 
 Row = dict[str, Any]  # what, figure, unit, goal
@@ -74,9 +74,9 @@ class Bench:
         data = self.dataset
         return dataclasses.replace(made, data=Component("data", lambda: data, {}))
 
-    def training(self, *overrides: str) -> tuple[Setup, Trainer]:
-        setup = set_up(self.experiment(*overrides))
-        return setup, dry_run(setup, self.folder)
+    def training(self, *overrides: str) -> tuple[Workload, Trainer]:
+        workload = build_workload(self.experiment(*overrides))
+        return workload, dry_run(workload, self.folder)
 
     def wait(self) -> float:
         """Now, with all work done."""
@@ -298,13 +298,13 @@ def speed_recipe(bench: Bench) -> list[Row]:
             spent[0] += bench.wait() - began
 
         timed.__signature__ = inspect.signature(built)  # type: ignore[attr-defined]
-        setup = set_up(dataclasses.replace(made, init=dataclasses.replace(made.init, target=timed)))
-        training = dry_run(setup, bench.folder / f"speed{number}")
+        workload = build_workload(dataclasses.replace(made, init=dataclasses.replace(made.init, target=timed)))
+        training = dry_run(workload, bench.folder / f"speed{number}")
         began = bench.wait()
         with Interruption() as interruption:
             training.fit(interruption)
         trained = bench.wait()
-        figures = test_figures(setup)
+        figures = test_metrics(workload)
         if number:  # the first run compiles
             seconds.append(spent[0] + bench.wait() - began)
             training_seconds.append(trained - began)
@@ -378,9 +378,9 @@ def wide(bench: Bench) -> list[Row]:
     for name, (model, size, goal) in jobs.items():
         keys = (f"model={model}", f"data.batch_size={size}", f"compile={str(bench.compiled).lower()}", *WIDE)
         with bench.peak() as peak:
-            setup, training = bench.training(*keys)
+            workload, training = bench.training(*keys)
             seconds = bench.seconds_per_call(updates(training), warm=10, calls=30)
-        operations = 3 * speed.forward_operations(setup.module, (3, 32, 32)) * size
+        operations = 3 * speed.forward_operations(workload.module, (3, 32, 32)) * size
         rows += [
             row(f"{name}, batch {size}: share of the card's rate", 100 * operations / seconds / bench.rate, "%", goal),
             row(f"{name}: 200 epochs of 50,000 images", 200 * 50_000 / size * seconds / 60, "min",

@@ -189,7 +189,7 @@ def dlopt(job: Job) -> Callable[[], None]:
     from dlopt.data.samples import Dataset as Samples
     from dlopt.data.samples import InMemory
     from dlopt.interruption import Interruption
-    from dlopt.training.build import set_up
+    from dlopt.training.build import build_workload
     from dlopt.training.trainer import dry_run
 
     typed = [
@@ -202,9 +202,9 @@ def dlopt(job: Job) -> Callable[[], None]:
     experiment = dataclasses.replace(experiment, data=Component("data", lambda: data, {}))
 
     def run() -> None:
-        setup = set_up(experiment)
+        workload = build_workload(experiment)
         with tempfile.TemporaryDirectory() as folder, Interruption() as interruption:
-            training = dry_run(setup, Path(folder))
+            training = dry_run(workload, Path(folder))
             training.tracking.advance = job.mark  # type: ignore[method-assign]
             training.fit(interruption)
 

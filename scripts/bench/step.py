@@ -45,7 +45,7 @@ from dlopt.processor import keep_freed_memory, set_threads
 from dlopt.schedules import Horizon, Scheduler, constant
 from dlopt.tracking.tracking import Tracking
 from dlopt.training.checkpoint import Checkpoints
-from dlopt.training.metrics import Sums
+from dlopt.training.metrics import MetricSum
 from dlopt.training.nonfinite import Recovery
 from dlopt.training.optimizer import may_fuse
 from dlopt.training.precision import Precision
@@ -115,7 +115,7 @@ def training(
         recovery=Recovery("stop", attempts=1, lr_factor=1.0, newest=lambda: None, tell=print),
         intervals=Intervals(steps, save_every_epochs=None, log_every_steps=log_every),
         progress=Progress(horizon=steps),
-        sums=Sums(classify=True),
+        sums=MetricSum(classify=True),
     ), tracking
 
 

@@ -11,7 +11,7 @@ from dlopt.analysis.comparison import Cell, Comparison, Outcome, draw, table
 def comparison(**keys: Any) -> Comparison:
     defaults: dict[str, Any] = {
         "title": "A & B, 50 %: mini-batches of {2}", "see": "One is lower.", "variants": {"a": [], "b": ["x=1"]},
-        "along": {}, "seeds": [0, 1], "figures": ["train_loss"], "x": "epoch",
+        "along": {}, "seeds": [0, 1], "metrics": ["train_loss"], "x": "epoch",
     }  # fmt: skip
     return Comparison(**{**defaults, **keys})
 
@@ -65,7 +65,7 @@ def test_figures_along_a_key_leave_a_gap_where_a_seed_diverged() -> None:
         cell: outcome([1.0], failed=cell == Cell("a", (10.0,), 1), test_loss=cell.point[0] + cell.seed)
         for cell in spec.cells()
     }
-    spec = comparison(along=spec.along, figures=["test_loss"])
+    spec = comparison(along=spec.along, metrics=["test_loss"])
     [axes] = draw(spec, outcomes).axes
     line = next(line for line in axes.lines if line.get_label() == "a")
     assert list(line.get_ydata())[:2] == pytest.approx([0.6, 1.5]) and math.isnan(line.get_ydata()[2])
@@ -84,7 +84,7 @@ def test_names_along_an_axis_are_not_numbers() -> None:
 
 
 def test_two_keys_make_a_map_for_each_variant_and_frame_the_best() -> None:
-    spec = comparison(along={"lr": [1, 2], "decay": [0.1, 0.2, 0.3]}, seeds=[0], figures=["test_accuracy"])
+    spec = comparison(along={"lr": [1, 2], "decay": [0.1, 0.2, 0.3]}, seeds=[0], metrics=["test_accuracy"])
     outcomes = {
         cell: outcome([], failed=cell.point == (2, 0.3), test_accuracy=0.1 * cell.point[0] + cell.point[1])
         for cell in spec.cells()
@@ -101,7 +101,7 @@ def test_two_keys_make_a_map_for_each_variant_and_frame_the_best() -> None:
 
 def test_an_error_against_updates_and_against_time() -> None:
     lines = [{"epoch": i + 1, "step": 5 * i, "seconds": 2.0 * i, "val_accuracy": 0.5 + i / 4} for i in range(2)]
-    spec = comparison(figures=["val_error"], x="step_and_seconds", seeds=[0])
+    spec = comparison(metrics=["val_error"], x="step_and_seconds", seeds=[0])
     figure = draw(spec, {cell: Outcome(lines, {"status": "finished"}, {}) for cell in spec.cells()})
     updates, time = figure.axes
     assert (updates.get_xlabel(), time.get_xlabel()) == ("update", "seconds")

@@ -28,7 +28,7 @@ def entry(lr: float, seed: int, accuracy: float | None, status: str = "finished"
 def test_seeds_of_a_configuration_are_one_row() -> None:
     runs = [entry(lr, seed, 0.9 + lr + 0.01 * seed) for lr in (0.01, 0.02) for seed in range(5)]
     board = leaderboard(runs)
-    assert board.figure == "best_val_accuracy" and board.direction == "maximize"
+    assert board.metric == "best_val_accuracy" and board.direction == "maximize"
     assert [row.label for row in board.rows] == ["optimizer.lr=0.02", "optimizer.lr=0.01"]
     best, second = board.rows
     assert best.value is not None and best.value.count == 5 and best.difference is None
@@ -88,7 +88,7 @@ def test_a_test_figure_does_not_rank() -> None:
 def test_losses_are_minimized() -> None:
     runs = [entry(0.1, 0, None, best_val_loss=2.0), entry(0.2, 0, None, best_val_loss=1.0)]
     board = leaderboard(runs)
-    assert (board.figure, board.direction, board.rows[0].label) == ("best_val_loss", "minimize", "optimizer.lr=0.2")
+    assert (board.metric, board.direction, board.rows[0].label) == ("best_val_loss", "minimize", "optimizer.lr=0.2")
     assert (direction_of("test_accuracy"), direction_of("seconds")) == ("maximize", "minimize")
 
 

@@ -9,7 +9,7 @@ import torch
 
 from dlopt.analysis.lr_range import LearningRates, Sweep, check, draw, find, suggestions, trial, write
 from dlopt.errors import UserError
-from dlopt.training.build import set_up, training_batches
+from dlopt.training.build import build_workload, training_batches
 from dlopt.training.optimizer import optimizer_of
 from tests.parallel.ranks import run_ranks
 from tests.training.runs import SMALL, experiment, metrics, result, resume, same, start
@@ -40,36 +40,36 @@ def test_the_longest_descent_may_be_interrupted() -> None:
 
 def test_the_model_is_put_back_and_a_divergence_ends_the_test(tmp_path: Path) -> None:
     typed = experiment(*SMALL, "data.batch_size=25", "model.dropout=0.3", "augmentation=crop_flip", "optimizer.lr=0.7")
-    setup = set_up(typed)
-    before = {name: value.clone() for name, value in setup.module.state_dict().items()}
+    workload = build_workload(typed)
+    before = {name: value.clone() for name, value in workload.module.state_dict().items()}
     generator = torch.get_rng_state()
     keys = Sweep(updates=60, max_lr=1e6)
-    found = find(setup, keys, tmp_path)
-    assert same(before, dict(setup.module.state_dict())) and torch.equal(generator, torch.get_rng_state())
-    assert all(p.grad is None for p in setup.module.parameters()) and not list(tmp_path.iterdir())
+    found = find(workload, keys, tmp_path)
+    assert same(before, dict(workload.module.state_dict())) and torch.equal(generator, torch.get_rng_state())
+    assert all(p.grad is None for p in workload.module.parameters()) and not list(tmp_path.iterdir())
     assert found.diverged and len(found.rates) < 60
     assert len(found.rates) == len(found.losses) == len(found.smoothed)
     assert found.valley is not None and found.steepest is not None
     assert 1e-5 < found.steepest < 10
-    again = find(setup, keys, tmp_path)
+    again = find(workload, keys, tmp_path)
     assert again == found
 
 
 def test_the_losses_are_those_of_a_training_with_these_rates(tmp_path: Path) -> None:
     """SGD by hand, without momentum, on the same batches."""
     typed = experiment(*SMALL, "precision=fp64", "optimizer.momentum=0", "optimizer.weight_decay=0")
-    setup = set_up(typed)
-    found = find(setup, Sweep(updates=10, max_lr=0.1), tmp_path)
+    workload = build_workload(typed)
+    found = find(workload, Sweep(updates=10, max_lr=0.1), tmp_path)
     losses = []
-    batches = training_batches(setup)
+    batches = training_batches(workload)
     stream = [batch for epoch in range(3) for batch in batches.epoch(epoch)]
     for rate, (inputs, targets) in zip(found.rates, stream, strict=False):
-        setup.module.zero_grad()
-        loss = setup.loss(setup.module(inputs), targets)
+        workload.module.zero_grad()
+        loss = workload.loss(workload.module(inputs), targets)
         loss.backward()
         losses.append(float(loss.detach()))
         with torch.no_grad():
-            for p in setup.module.parameters():
+            for p in workload.module.parameters():
                 p -= rate * p.grad  # type: ignore[operator]
     assert found.losses == pytest.approx(losses, rel=1e-12)
 
@@ -82,7 +82,7 @@ def test_bad_keys_are_refused() -> None:
     with pytest.raises(UserError, match="scale_lr=linear: with"):
         experiment("optimizer.lr=auto", "scale_lr=linear")
     with pytest.raises(UserError, match="only `dlopt train` looks for"):
-        optimizer_of(set_up(experiment(*SMALL, "optimizer.lr=auto")))
+        optimizer_of(build_workload(experiment(*SMALL, "optimizer.lr=auto")))
     multiplied = trial(experiment("optimizer.lr=auto"), QUICK)
     assert multiplied.optimizer.arguments["lr"] == 1.0 and not multiplied.auto_lr
 
@@ -129,6 +129,6 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     )
     assert first == second
     alone = experiment(*SMALL, "data.batch_size=24", "precision=fp64", "model.norm=none")
-    found = find(set_up(alone), QUICK, tmp_path)
+    found = find(build_workload(alone), QUICK, tmp_path)
     assert first["losses"] == pytest.approx(found.losses, rel=1e-9)
     assert first["steepest"] == found.steepest and first["valley"] == found.valley

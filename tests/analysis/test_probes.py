@@ -10,7 +10,7 @@ from dlopt import train
 from dlopt.analysis.probes import checkpoints, gradient_variance
 from dlopt.config.compose import resolve_saved
 from dlopt.config.parsing import parse
-from dlopt.training.build import evaluation_batches, set_up, training_batches
+from dlopt.training.build import build_workload, evaluation_batches, training_batches
 
 
 def test_variance_of_gradients_is_that_of_the_batches_by_that_of_all_batches(tmp_path: Path) -> None:
@@ -23,17 +23,17 @@ def test_variance_of_gradients_is_that_of_the_batches_by_that_of_all_batches(tmp
     assert [progress["epoch"] for progress, _ in found] == [0, 1]
 
     [state] = checkpoints(folder)
-    setup = set_up(parse(resolve_saved(state["config"])), state["normalize"])
-    parts = evaluation_batches(setup, setup.dataset.train).epoch(0)
+    workload = build_workload(parse(resolve_saved(state["config"])), state["normalize"])
+    parts = evaluation_batches(workload, workload.dataset.train).epoch(0)
     inputs, targets = (torch.cat(each) for each in zip(*parts, strict=True))
-    setup.module.load_state_dict(state["model"])
+    workload.module.load_state_dict(state["model"])
 
     def gradient(indices: torch.Tensor) -> torch.Tensor:
-        loss = cross_entropy(setup.module(inputs[indices]), targets[indices])
-        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(setup.module.parameters()))])
+        loss = cross_entropy(workload.module(inputs[indices]), targets[indices])
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(workload.module.parameters()))])
 
     mean = gradient(torch.arange(23))
-    sampler = training_batches(setup).sampler
+    sampler = training_batches(workload).sampler
     seen = [batch for epoch in range(1, 11) for batch in sampler.order(epoch)[:20].split(5)]
     variance = torch.stack([(gradient(batch) - mean).square().sum() for batch in seen]).mean()
     generator = torch.Generator().manual_seed(0)

@@ -26,7 +26,7 @@ comparison:
     wide: ["model.widths=[8]"]
   along: {}
   seeds: [0, 1]
-  figures: [train_loss, val_accuracy]
+  metrics: [train_loss, val_accuracy]
 
 name: small
 epochs: 2
@@ -136,13 +136,13 @@ def test_a_recipe_by_itself(folder: Path) -> None:
     ("typed", "message"),
     [
         ("model.widths=[4]", "model.widths: this comparison varies it (narrow: model.widths=[2])"),
-        ("comparison.figures=[]", "comparison.figures: at least one is needed"),
+        ("comparison.metrics=[]", "comparison.metrics: at least one is needed"),
         ("comparison.x=hours", "comparison.x=hours: "),
         ("comparison.sees=x", "comparison.sees"),
         ("comparison=3", "comparison=3: allowed: a mapping, or null"),
         ("optimizer.lr=-1", "optimizer.lr=-1: "),
         ("epochs=2,3", "epochs=2,3: several values need -m"),
-        ("comparison.figures=[val_loss,valloss]", "comparison.figures: a run has no valloss"),
+        ("comparison.metrics=[val_loss,valloss]", "comparison.metrics: a run has no valloss"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_made(folder: Path, typed: str, message: str) -> None:

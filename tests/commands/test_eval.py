@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from dlopt.commands.eval import confusion_picture, confusion_table
 from dlopt.config.parsing import parse
-from dlopt.training.build import set_up
+from dlopt.training.build import build_workload
 from dlopt.training.checkpoint import load
 from tests.commands.line import Result, dlopt, entries, refused
 
@@ -53,14 +53,14 @@ def figures_of(folder: Path, *arguments: str, run: str = "a") -> dict[str, Any]:
 def outputs(folder: Path, run: str, views: Any = lambda x: [x]) -> tuple[list[torch.Tensor], torch.Tensor]:
     """The outputs of best.pt for each view of the test images, and the targets."""
     state = load(folder / run / "checkpoints/best.pt")
-    setup = set_up(parse(state["config"]), state["normalize"])
-    assert setup.dataset.test is not None
-    setup.module.load_state_dict(state["model"])
-    setup.module.eval()
-    indices = torch.arange(len(setup.dataset.test))
-    images = setup.dataset.test.fetch(indices).float()
+    workload = build_workload(parse(state["config"]), state["normalize"])
+    assert workload.dataset.test is not None
+    workload.module.load_state_dict(state["model"])
+    workload.module.eval()
+    indices = torch.arange(len(workload.dataset.test))
+    images = workload.dataset.test.fetch(indices).float()
     with torch.no_grad():
-        return [setup.module(setup.normalize(view)) for view in views(images)], setup.dataset.test.targets
+        return [workload.module(workload.normalize(view)) for view in views(images)], workload.dataset.test.targets
 
 
 def test_figures_are_the_runs_own_to_the_last_digit(folder: Path) -> None:
@@ -144,12 +144,12 @@ def test_files_are_decoded_at_the_size_of_the_crops_source(tmp_path: Path) -> No
     figures = figures_of(tmp_path, "checkpoint=run/checkpoints/best.pt", "tta=ten_crop", "average=logits", run="run")
     state = load(tmp_path / "run/checkpoints/best.pt")
     with contextlib.chdir(tmp_path):
-        setup = set_up(parse(state["config"]), state["normalize"])
-    setup.module.load_state_dict(state["model"])
-    setup.module.eval()
+        workload = build_workload(parse(state["config"]), state["normalize"])
+    workload.module.load_state_dict(state["model"])
+    workload.module.eval()
     images = torch.stack([decode(str(path), (8, 8), 3) for path in sorted((tmp_path / "data/test").rglob("*.png"))])
     with torch.no_grad():
-        scores = torch.stack([setup.module(setup.normalize(view)) for view in ten_crop(images.float(), [7, 7])])
+        scores = torch.stack([workload.module(workload.normalize(view)) for view in ten_crop(images.float(), [7, 7])])
     expected = F.cross_entropy(scores.mean(0), torch.arange(2).repeat_interleave(6)).item()
     assert figures["test_loss"] == pytest.approx(expected, rel=1e-5)
 

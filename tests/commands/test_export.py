@@ -13,7 +13,7 @@ from torch import Tensor
 from dlopt.commands import export
 from dlopt.config.parsing import parse
 from dlopt.errors import RunError
-from dlopt.training.build import set_up
+from dlopt.training.build import build_workload
 from dlopt.training.checkpoint import load
 from tests.commands.line import SMALL, dlopt, entries, refused
 
@@ -30,13 +30,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def reference(folder: Path) -> tuple[Tensor, Tensor]:
     """uint8 images of the test set, and the trained model's outputs for them."""
     state = load(folder / CHECKPOINT)
-    setup = set_up(parse(state["config"]), state["normalize"])
-    assert setup.dataset.test is not None
-    setup.module.load_state_dict(state["model"])
-    setup.module.eval()
-    images = setup.dataset.test.fetch(torch.arange(5))
+    workload = build_workload(parse(state["config"]), state["normalize"])
+    assert workload.dataset.test is not None
+    workload.module.load_state_dict(state["model"])
+    workload.module.eval()
+    images = workload.dataset.test.fetch(torch.arange(5))
     with torch.no_grad():
-        return images, setup.module(setup.normalize(images))
+        return images, workload.module(workload.normalize(images))
 
 
 def exported(folder: Path, *arguments: str) -> str:

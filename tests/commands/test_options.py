@@ -1,4 +1,4 @@
-"""What `dlopt options` prints, and the README's table."""
+"""What `dlopt options` prints."""
 
 import re
 import subprocess
@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from dlopt.commands.options import markdown, options
+from dlopt.commands.options import options
 from dlopt.config.choices import Catalogue
 from dlopt.errors import UserError
-from scripts.choices import with_table
 
 ROOT = Path(__file__).resolve().parents[2]
 CATALOGUE = Catalogue()
@@ -56,7 +55,7 @@ def test_a_group_shows_keys_defaults_and_comments(printed: Callable[..., str]) -
     common, _, rest = text.partition("\nconstant: ")
     assert re.search(r"warmup_epochs=null +length of the warmup in epochs", common)
     wsd = rest[rest.index("\nwsd: ") :]
-    assert "warmup_epochs=null" not in wsd and re.search(r"warmup_share=0\.1 +a tenth of the run", wsd)
+    assert "warmup_epochs=null" not in wsd and re.search(r"warmup_fraction=0\.1 +a tenth of the run", wsd)
     assert re.search(r"final=0\.0 +share of optimizer\.lr at the end", wsd)
     assert "\n* cosine_warmup: Linear warmup" in rest
     assert "stopping=early" in rest and re.search(r"patience=\d+ +\w", rest)
@@ -90,26 +89,3 @@ def test_neither_torch_nor_hydra_is_imported() -> None:
     imported = set(done.stderr.split())
     assert "dlopt.commands.options" in imported and not imported & {"torch", "hydra", "pydantic", "numpy"}
     assert done.stderr.count("\n") == 1 and "optimizer\n" in done.stdout
-
-
-def test_table_names_every_choice() -> None:
-    table = markdown(CATALOGUE)
-    rows = {
-        group: set(re.findall(r"`([\w/]+)`", names)) for group, names in re.findall(r"\| `(\w+)` \| (.*) \|", table)
-    }
-    assert rows == {group: {choice.name for choice in CATALOGUE.choices(group)} for group in CATALOGUE.groups()}
-    assert "**`sgd`**" in table
-
-
-def test_the_table_goes_between_the_markers_only() -> None:
-    text = "a\n<!-- choices -->\nold\n<!-- /choices -->\nb\n"
-    once = with_table(text, "| \\1 |\n")
-    assert once == "a\n<!-- choices -->\n\n| \\1 |\n\n<!-- /choices -->\nb\n"
-    assert with_table(once, "| \\1 |\n") == once
-    with pytest.raises(ValueError, match="0 times"):
-        with_table("nothing", "")
-
-
-def test_the_readmes_table_is_current() -> None:
-    text = (ROOT / "README.md").read_text()
-    assert with_table(text, markdown(CATALOGUE)) == text, "run scripts/choices.py --write README.md"

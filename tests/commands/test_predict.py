@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from dlopt.config.parsing import parse
-from dlopt.training.build import set_up
+from dlopt.training.build import build_workload
 from dlopt.training.checkpoint import load
 from tests.commands.line import dlopt, entries, refused
 
@@ -60,12 +60,12 @@ def test_labels_are_the_models(place: Path, trained: Path) -> None:
     state = load(place / CHECKPOINT)
     state["config"]["data"]["root"] = str(trained / "data")
     state["config"]["data"]["val_split"] = 0.0
-    setup = set_up(parse(state["config"]), state["normalize"])
-    setup.module.load_state_dict(state["model"])
-    setup.module.eval()
-    images = setup.dataset.train.fetch(torch.arange(20))[:, :, 1:7, 1:7]
+    workload = build_workload(parse(state["config"]), state["normalize"])
+    workload.module.load_state_dict(state["model"])
+    workload.module.eval()
+    images = workload.dataset.train.fetch(torch.arange(20))[:, :, 1:7, 1:7]
     with torch.no_grad():
-        expected = setup.module(setup.normalize(images)).softmax(1)
+        expected = workload.module(workload.normalize(images)).softmax(1)
     found = np.array([[float(cell) for cell in row[3:]] for row in rows])
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4)  # six digits are written
     assert [row[1] for row in rows] == [["bright, very", "dark"][i] for i in expected.argmax(1)]

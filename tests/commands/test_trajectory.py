@@ -60,7 +60,7 @@ def test_any_key_may_vary_and_a_key_is_left_to_the_schedules_that_have_it(
 
 
 def test_a_glob_draws_every_choice_and_no_fragment(drawn: dict[str, Any], conf_dir: Path) -> None:
-    assert trajectory(["schedule=glob(c*)", "schedule.warmup_share=0.5", "epochs=1"]) == 0
+    assert trajectory(["schedule=glob(c*)", "schedule.warmup_fraction=0.5", "epochs=1"]) == 0
     names = {path.stem for path in (conf_dir / "schedule").glob("c*.yaml")}
     assert set(drawn["curves"]) == names and len(names) > 3
     assert trajectory(["schedule=glob([_w*,pl*])", "epochs=1"]) == 0

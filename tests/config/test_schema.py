@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dlopt.config.schema import check_arguments, component
 from dlopt.errors import UserError
-from dlopt.ranges import Count, Natural, NonNegative, Positive, PositiveShare, Probability, Share
+from dlopt.ranges import Count, Fraction, Natural, NonNegative, Positive, PositiveFraction, Probability
 
 
 def target(
@@ -20,8 +20,8 @@ def target(
     positive: Positive = 1.0,
     non_negative: NonNegative = 1.0,
     probability: Probability = 0.5,
-    share: Share = 0.5,
-    positive_share: PositiveShare = 0.5,
+    share: Fraction = 0.5,
+    positive_share: PositiveFraction = 0.5,
 ) -> None: ...
 
 
@@ -55,7 +55,7 @@ def many(
     text: str = "",
     flag: bool = True,
     choice: Literal["a", "b"] = "a",
-    pair: tuple[Share, Share] = (0.0, 0.0),
+    pair: tuple[Fraction, Fraction] = (0.0, 0.0),
     some: tuple[Count, ...] = (),
     maybe: Annotated[float, Ge(2)] | None = None,
     either: Count | Literal["auto"] = 1,

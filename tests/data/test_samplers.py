@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from dlopt.data.batches import Batches, Delivery
 from dlopt.data.samplers import (
-    Attentive,
     ClassBalanced,
     ClassInterleaved,
     ClassSorted,
     Diverse,
     HardExamples,
+    LossAwareSampler,
     Random,
     Sampler,
     Sequential,
@@ -134,4 +134,4 @@ def test_one_sample(numbered: Callable[..., InMemory], name: str) -> None:
 
 
 def test_only_hard_examples_looks_at_losses(numbered: Callable[..., InMemory]) -> None:
-    assert [name for name in ALL if isinstance(ALL[name](numbered(5)), Attentive)] == ["hard_examples"]
+    assert [name for name in ALL if isinstance(ALL[name](numbered(5)), LossAwareSampler)] == ["hard_examples"]

@@ -60,10 +60,10 @@ def test_batches_are_stratified(count: int, size: int, classes: int, clusters: i
 def test_batches_vary_more_than_random_ones() -> None:
     inputs, own = blobs(400, 4)
     diverse = sampler(inputs, own % 2, 8)
-    assert diverse.figures() == {}
+    assert diverse.metrics() == {}
     order = diverse.order(0)
     features = input_features(InMemory(inputs, own))
-    ((name, variation),) = diverse.figures().items()
+    ((name, variation),) = diverse.metrics().items()
     random = Random(targets=own, seed=0)
     chance = [batch_variation(features, random.order(epoch), 8) for epoch in range(30)]
     assert name == "batch_variation" and variation == batch_variation(features, order, 8)

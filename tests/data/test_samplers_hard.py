@@ -23,7 +23,7 @@ from dlopt.data.samplers import HardExamples
 from dlopt.data.samplers.hard import expected_draws
 from dlopt.errors import UserError
 from dlopt.losses import MSE, CrossEntropy
-from dlopt.training.metrics import Sums, sample_losses
+from dlopt.training.metrics import MetricSum, sample_losses
 from tests.training.runs import (
     RICH,
     STEPS_PER_EPOCH,
@@ -286,7 +286,7 @@ def test_losses_do_not_depend_on_their_company() -> None:
 
 def test_sums_show_what_they_hold_once_and_in_order() -> None:
     seen: list[tuple[Tensor, Tensor]] = []
-    sums = Sums(False, lambda outputs, targets: seen.append((outputs, targets)))
+    sums = MetricSum(False, lambda outputs, targets: seen.append((outputs, targets)))
     outputs, targets = torch.randn(6, 1), torch.randn(6)
     for x, y in zip(outputs.split(2), targets.split(2), strict=True):
         sums.add(torch.zeros(()), x, y)

@@ -21,7 +21,7 @@ from dlopt.schedules import Factor, Horizon, Plateau, Scheduler, WarmedUp, Warmu
 CONF = Path(__file__).parents[2] / "conf"
 CHOICES = sorted(path.stem for path in (CONF / "schedule").glob("[!_]*.yaml"))
 PURE = [name for name in CHOICES if name != "plateau"]
-NO_WARMUP = Warmup(warmup_epochs=None, warmup_steps=0, warmup_share=0.0, warmup_start=0.0, warmup_shape="linear")
+NO_WARMUP = Warmup(warmup_epochs=None, warmup_steps=0, warmup_fraction=0.0, warmup_start=0.0, warmup_shape="linear")
 STEPS, EPOCH = 240, 24
 
 
@@ -102,7 +102,7 @@ CLOSED_FORMS = {
         lambda t: (t + 1) / 49 if t < 48 else (1 + math.cos(math.pi * (t - 48) / (STEPS - 48))) / 2,
     ),
     "wsd": (
-        make("wsd", warmup_share=0.1, decay_share=0.5),
+        make("wsd", warmup_fraction=0.1, decay_fraction=0.5),
         lambda t: (t + 1) / 25 if t < 24 else 1.0 if t < 132 else 1 - math.sqrt((t - 132) / 108),
     ),
     "exponential after a warmup": (
@@ -287,7 +287,7 @@ SMOOTH = [n for n in PURE if n not in ("step", "multistep", "cosine_restarts", "
 @pytest.mark.parametrize("name", SMOOTH)
 @given(steps=st.integers(50, 3000), warmup=st.floats(0.1, 0.5))
 def test_curves_have_no_jumps(name: str, steps: int, warmup: float) -> None:
-    factor = make(name, steps=steps, epoch=steps / 10, warmup_share=warmup)
+    factor = make(name, steps=steps, epoch=steps / 10, warmup_fraction=warmup)
     points = curve(factor, steps + 1)
     slope = 20 if name == "one_cycle" else 12
     if name == "wsd":  # 1 - sqrt(x) is vertical where it begins

@@ -5,12 +5,12 @@ from hypothesis import strategies as st
 
 from dlopt.errors import UserError
 from dlopt.training.batch_norm import _smallest_part, check_single_values
-from dlopt.training.build import Setup
-from dlopt.training.build import set_up as set_up_experiment
+from dlopt.training.build import Workload
+from dlopt.training.build import build_workload as set_up_experiment
 from tests.training.runs import SMALL, experiment, same
 
 
-def set_up(*overrides: str) -> Setup:
+def build_workload(*overrides: str) -> Workload:
     return set_up_experiment(experiment(*SMALL, *overrides))
 
 
@@ -40,15 +40,15 @@ def test_the_smallest_micro_batch_is_found(count: int, size: int, accumulate: in
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_batch_norm_over_one_value_is_refused(overrides: list[str], refused: bool) -> None:
-    setup = set_up("model.norm=batch", *overrides)
-    before = {name: value.clone() for name, value in setup.module.state_dict().items()}
+    workload = build_workload("model.norm=batch", *overrides)
+    before = {name: value.clone() for name, value in workload.module.state_dict().items()}
     if refused:
         with pytest.raises(UserError, match=r"one value per channel"):
-            check_single_values(setup)
+            check_single_values(workload)
     else:
-        check_single_values(setup)
-    assert same(dict(setup.module.state_dict()), before)
-    assert setup.module.training
+        check_single_values(workload)
+    assert same(dict(workload.module.state_dict()), before)
+    assert workload.module.training
 
 
 def test_batch_norm_over_one_image_has_many_values() -> None:

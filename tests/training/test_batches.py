@@ -1,17 +1,17 @@
 import torch
 
-from dlopt.training.build import Setup, evaluation_batches, training_batches
-from dlopt.training.build import set_up as set_up_experiment
+from dlopt.training.build import Workload, evaluation_batches, training_batches
+from dlopt.training.build import build_workload as set_up_experiment
 from tests.training.runs import SMALL, experiment, same
 
 
-def set_up(*overrides: str) -> Setup:
+def build_workload(*overrides: str) -> Workload:
     return set_up_experiment(experiment(*SMALL, *overrides))
 
 
 def test_order_and_augmentation_have_streams_of_their_own() -> None:
     def first(*overrides: str) -> tuple[torch.Tensor, torch.Tensor]:
-        return next(training_batches(set_up("augmentation=crop_flip", *overrides)).epoch(0))
+        return next(training_batches(build_workload("augmentation=crop_flip", *overrides)).epoch(0))
 
     reference = first()
     assert same(first(), reference)
@@ -23,10 +23,10 @@ def test_order_and_augmentation_have_streams_of_their_own() -> None:
 
 
 def test_evaluation_batches_are_neither_shuffled_nor_augmented_nor_cut() -> None:
-    setup = set_up("augmentation=crop_flip", "data.drop_last=true")
-    assert setup.dataset.val is not None
-    batches = list(evaluation_batches(setup, setup.dataset.val).epoch(0))
+    workload = build_workload("augmentation=crop_flip", "data.drop_last=true")
+    assert workload.dataset.val is not None
+    batches = list(evaluation_batches(workload, workload.dataset.val).epoch(0))
     assert [len(targets) for _, targets in batches] == [25, 5]
-    everything = setup.normalize(setup.dataset.val.fetch(torch.arange(30)))
+    everything = workload.normalize(workload.dataset.val.fetch(torch.arange(30)))
     assert torch.equal(torch.cat([inputs for inputs, _ in batches]), everything)
-    assert torch.equal(torch.cat([targets for _, targets in batches]), setup.dataset.val.targets)
+    assert torch.equal(torch.cat([targets for _, targets in batches]), workload.dataset.val.targets)

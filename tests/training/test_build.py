@@ -9,12 +9,12 @@ from torch import nn
 from dlopt.data.samples import Dataset, InMemory
 from dlopt.errors import UserError
 from dlopt.processor import choose_device
-from dlopt.training.build import Setup, load_weights, training_batches
-from dlopt.training.build import set_up as set_up_experiment
+from dlopt.training.build import Workload, load_weights, training_batches
+from dlopt.training.build import build_workload as set_up_experiment
 from tests.training.runs import SMALL, experiment, same
 
 
-def set_up(*overrides: str) -> Setup:
+def build_workload(*overrides: str) -> Workload:
     return set_up_experiment(experiment(*SMALL, *overrides))
 
 
@@ -34,20 +34,20 @@ def test_auto_is_an_accelerator_or_the_cpu(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_weights_follow_their_own_seed_alone() -> None:
-    first = dict(set_up("seed=1", "init_seed=7").module.state_dict())
+    first = dict(build_workload("seed=1", "init_seed=7").module.state_dict())
     torch.rand(5)  # whatever was drawn before
-    assert same(first, dict(set_up("seed=2", "init_seed=7").module.state_dict()))
-    assert not same(first, dict(set_up("seed=1").module.state_dict()))
+    assert same(first, dict(build_workload("seed=2", "init_seed=7").module.state_dict()))
+    assert not same(first, dict(build_workload("seed=1").module.state_dict()))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp64", "bf16"])
 def test_weights_are_the_same_in_every_precision(precision: str) -> None:
-    reference = set_up("precision=fp32").module
-    setup = set_up(f"precision={precision}")
+    reference = build_workload("precision=fp32").module
+    workload = build_workload(f"precision={precision}")
     dtype = torch.float64 if precision == "fp64" else torch.float32
-    for a, b in zip(reference.parameters(), setup.module.parameters(), strict=True):
+    for a, b in zip(reference.parameters(), workload.module.parameters(), strict=True):
         assert b.dtype == dtype and torch.equal(a.to(dtype), b)
-    inputs, _ = next(training_batches(setup).epoch(0))
+    inputs, _ = next(training_batches(workload).epoch(0))
     assert inputs.dtype == dtype
 
 
@@ -66,15 +66,15 @@ def test_outputs_follow_the_data() -> None:
 @pytest.mark.parametrize("model", ["resnet20", "mlp"])
 def test_memory_format(wanted: str, model: str) -> None:
     lines = [line for line in SMALL if not line.startswith("model")]
-    setup = set_up_experiment(experiment(*lines, f"model={model}", f"channels_last={wanted}"))
+    workload = set_up_experiment(experiment(*lines, f"model={model}", f"channels_last={wanted}"))
     expected = wanted == "true" or (wanted == "auto" and model == "resnet20")
-    assert (setup.memory_format == torch.channels_last) is expected
-    inputs, _ = next(training_batches(setup).epoch(0))
-    assert inputs.is_contiguous(memory_format=setup.memory_format)
+    assert (workload.memory_format == torch.channels_last) is expected
+    inputs, _ = next(training_batches(workload).epoch(0))
+    assert inputs.is_contiguous(memory_format=workload.memory_format)
 
 
 def test_normalization_comes_from_a_checkpoint_where_there_is_one() -> None:
-    first = set_up()
+    first = build_workload()
     state = {name: value * 2 for name, value in first.normalize.state_dict().items()}
     resumed = set_up_experiment(experiment(*SMALL), state)
     assert same(dict(resumed.normalize.state_dict()), state)

@@ -15,7 +15,7 @@ from dlopt.schedules import Scheduler
 from dlopt.training.averaging import ExponentialAverage
 from dlopt.training.clipping import ByNorm, Clip, Unclipped
 from dlopt.training.cuda_graphs import Capture, GraphedStep, obstacle
-from dlopt.training.metrics import Sums
+from dlopt.training.metrics import MetricSum
 from dlopt.training.nonfinite import Diverged
 from dlopt.training.precision import Precision
 from dlopt.training.step import Network, Step, StepSettings
@@ -72,7 +72,7 @@ class Run:
             if recorder is None
             else GraphedStep(*arguments, **keys, capture=Capture(recorder, SIZE, log_norm=True, inside=average))
         )
-        self.sums, self.rates = Sums(classify=True), []
+        self.sums, self.rates = MetricSum(classify=True), []
 
     def go(self, steps: range, sizes: Callable[[int], int] = lambda step: SIZE) -> "Run":
         for step in steps:

@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dlopt.training.build import set_up
+from dlopt.training.build import build_workload
 from dlopt.training.nonfinite import NonFiniteCheck
 from tests.training.runs import experiment, start
 
@@ -90,7 +90,7 @@ def losses(folder: Path, recipe: str) -> list[float]:
 def exact_weights(*overrides: str) -> dict[str, Tensor]:
     """First weights out of integers: random floats differ in their last bit between processors."""
     draws = torch.Generator().manual_seed(0)
-    state = set_up(experiment(*overrides)).module.state_dict()
+    state = build_workload(experiment(*overrides)).module.state_dict()
     for name, value in state.items():
         if value.ndim > 1:
             integers = torch.randint(-999, 1000, value.shape, generator=draws)

@@ -19,7 +19,7 @@ from dlopt.parallel.mode import Mode
 from dlopt.schedules import Scheduler
 from dlopt.training.averaging import ExponentialAverage, at_evaluation_point
 from dlopt.training.evaluate import evaluate
-from dlopt.training.metrics import Sums
+from dlopt.training.metrics import MetricSum
 from dlopt.training.nonfinite import Recovery
 from dlopt.training.precision import Precision
 from dlopt.training.progress import Intervals, Progress
@@ -159,7 +159,7 @@ def training(
         normalize=nn.Identity(),
         config={"name": "try"},
         progress=Progress(horizon=15),
-        sums=Sums(True),
+        sums=MetricSum(True),
         **arguments | changed,
     )
 

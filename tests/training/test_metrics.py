@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dlopt.training import metrics
-from dlopt.training.metrics import Sums
+from dlopt.training.metrics import MetricSum
 
 Batch = tuple[Tensor, Tensor, Tensor]
 sizes = st.lists(st.integers(1, 7), min_size=1, max_size=12)
@@ -39,7 +39,7 @@ def plain_loop(parts: list[Batch]) -> dict[str, float]:
 
 @given(sizes=sizes, seed=st.integers(0, 99), mixed=st.booleans())
 def test_equal_to_a_plain_loop(sizes: list[int], seed: int, mixed: bool) -> None:
-    sums = Sums(classify=True)
+    sums = MetricSum(classify=True)
     for part in batches(sizes, seed, mixed):
         sums.add(*part)
     assert sums.means("train") == plain_loop(batches(sizes, seed, mixed))
@@ -48,7 +48,7 @@ def test_equal_to_a_plain_loop(sizes: list[int], seed: int, mixed: bool) -> None
 
 @given(sizes=sizes, settled=st.sets(st.integers(0, 11)), reported=st.sets(st.integers(0, 11)))
 def test_independent_of_when_they_are_counted(sizes: list[int], settled: set[int], reported: set[int]) -> None:
-    reference, sums = Sums(classify=True), Sums(classify=True)
+    reference, sums = MetricSum(classify=True), MetricSum(classify=True)
     for number, part in enumerate(batches(sizes)):
         reference.add(*part)
         sums.add(*part)
@@ -62,7 +62,7 @@ def test_independent_of_when_they_are_counted(sizes: list[int], settled: set[int
 @given(sizes=sizes, cut=st.integers(0, 12))
 def test_a_checkpoint_changes_nothing(sizes: list[int], cut: int) -> None:
     parts = batches(sizes)
-    first, second = Sums(classify=True), Sums(classify=True)
+    first, second = MetricSum(classify=True), MetricSum(classify=True)
     for part in parts[:cut]:
         first.add(*part)
     state = first.state_dict()
@@ -75,7 +75,7 @@ def test_a_checkpoint_changes_nothing(sizes: list[int], cut: int) -> None:
 
 def test_holds_back_no_more_than_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "_HELD_NUMBERS", 40)
-    sums, held = Sums(classify=True), []
+    sums, held = MetricSum(classify=True), []
     for part in batches([5] * 20):
         sums.add(*part)
         held.append(sum(outputs.numel() for _, outputs, _ in sums._held if outputs is not None))
@@ -84,7 +84,7 @@ def test_holds_back_no_more_than_a_bound(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_since_last_covers_each_sample_once() -> None:
-    sums = Sums(classify=True)
+    sums = MetricSum(classify=True)
     parts = batches([3, 4, 5, 2])
     for part in parts[:2]:
         sums.add(*part)
@@ -97,19 +97,19 @@ def test_since_last_covers_each_sample_once() -> None:
 
 
 def test_regression_has_no_accuracy() -> None:
-    sums = Sums(classify=False)
+    sums = MetricSum(classify=False)
     sums.add(torch.tensor(2.0), torch.zeros(3, 1), torch.zeros(3))
     sums.add(torch.tensor(4.0), torch.zeros(1, 1), torch.zeros(1))
     assert sums.means("val") == {"val_loss": 2.5}
 
 
 def test_nothing_added() -> None:
-    assert Sums(classify=True).means("val") == {"val_loss": 0.0, "val_accuracy": 0.0}
+    assert MetricSum(classify=True).means("val") == {"val_loss": 0.0, "val_accuracy": 0.0}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_low_precision_losses_add_up_in_float64(dtype: Any) -> None:
-    sums = Sums(classify=False)
+    sums = MetricSum(classify=False)
     value = torch.tensor(1.0078125, dtype=dtype)  # exact in both
     for _ in range(3000):
         sums.add(value, torch.zeros(1, 1), torch.zeros(1))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dlopt.errors import RunError, UserError
 from dlopt.schedules import Scheduler
-from dlopt.training.metrics import Sums
+from dlopt.training.metrics import MetricSum
 from dlopt.training.nonfinite import Diverged, Recovery, first_bad_output, is_finite
 from dlopt.training.precision import Precision
 from dlopt.training.step import Step
@@ -54,7 +54,7 @@ def test_one_bad_entry_of_a_gradient_stops_before_the_weights_move(name: str, ba
     before = copy.deepcopy(model.state_dict())
     update = make_step(model, optimizer)
     with pytest.raises(Diverged, match=rf"gradient is not finite at update 8 .* of 0\.125 \(.*pass: {name}\)") as error:
-        update.update(*batch(0), 7, Sums(True))
+        update.update(*batch(0), 7, MetricSum(True))
     assert error.value.before_update and error.value.step == 8
     parameters = dict(model.named_parameters())
     assert all(torch.equal(before[key], value) for key, value in parameters.items())
@@ -67,7 +67,7 @@ def test_looking_leaves_gradients_and_updates_as_they_are() -> None:
     evaluate = make_step(model, sgd(model))
     entries = torch.tensor([1e-42, -0.0, 1e38, -1e-30, 3.0, -7.5])
     model.weight.register_hook(lambda gradient: entries.expand(3, 6).clone())
-    evaluate.begin(*batch(0), 0, Sums(True))
+    evaluate.begin(*batch(0), 0, MetricSum(True))
     evaluate()
     assert model.weight.grad is not None
     assert torch.equal(model.weight.grad.view(torch.int32), entries.expand(3, 6).contiguous().view(torch.int32))
@@ -78,7 +78,7 @@ def test_a_large_finite_gradient_is_none() -> None:
     model = nn.Linear(6, 3)
     model.weight.register_hook(lambda gradient: torch.full_like(gradient, 1e30))
     update = make_step(model, sgd(model, lr=1e-30))
-    update.update(*batch(0), 0, Sums(True))
+    update.update(*batch(0), 0, MetricSum(True))
 
 
 def test_the_bad_gradient_is_found_before_clipping_spreads_it() -> None:
@@ -88,7 +88,7 @@ def test_the_bad_gradient_is_found_before_clipping_spreads_it() -> None:
     spoil(model[4].weight, NAN)  # type: ignore[arg-type]
     update = make_step(model, sgd(model), clip=ByNorm(max_norm=1.0))
     with pytest.raises(Diverged, match=r"pass: 4\.weight\)"):
-        update.update(*batch(0), 0, Sums(True))
+        update.update(*batch(0), 0, MetricSum(True))
 
 
 class Bad(nn.Module):
@@ -114,7 +114,7 @@ def test_the_first_layer_whose_output_is_bad_is_named(place: int) -> None:
     model = nn.Sequential(*layers)
     update = make_step(model, sgd(model))
     with pytest.raises(Diverged, match=rf"loss became nan .*first: the output of {place} \(Bad\)"):
-        update.update(*batch(0), 0, Sums(True))
+        update.update(*batch(0), 0, MetricSum(True))
 
 
 def test_bad_inputs_and_bad_weights_are_named() -> None:
@@ -122,11 +122,11 @@ def test_bad_inputs_and_bad_weights_are_named() -> None:
     inputs, targets = batch(0)
     inputs[3, 2] = INF
     with pytest.raises(Diverged, match="the inputs are not finite"):
-        make_step(model, sgd(model)).update(inputs, targets, 0, Sums(True))
+        make_step(model, sgd(model)).update(inputs, targets, 0, MetricSum(True))
     with torch.no_grad():
         model[4].bias[1] = NAN  # type: ignore[index]
     with pytest.raises(Diverged, match=r"first: the weights 4\.bias"):
-        make_step(model, sgd(model)).update(*batch(0), 0, Sums(True))
+        make_step(model, sgd(model)).update(*batch(0), 0, MetricSum(True))
 
 
 def test_a_recurrent_layer_is_named() -> None:
@@ -154,7 +154,7 @@ def test_steps_are_told_exactly_also_when_looked_at_later(which: int, at_once: b
                     parameter.nan_to_num_()
             for state in update.optimizer.state.values():
                 state.clear()
-            update.update(inputs, targets, step, Sums(True))
+            update.update(inputs, targets, step, MetricSum(True))
         update.check_updates()
     assert error.value.before_update is at_once
     if not at_once:
@@ -165,7 +165,7 @@ def test_weights_that_a_finite_gradient_took_too_far() -> None:
     model = nn.Linear(6, 3)
     update = make_step(model, torch.optim.SGD(model.parameters(), lr=3e38))
     model.weight.register_hook(lambda gradient: torch.full_like(gradient, 1e10))
-    update.update(*batch(0), 4, Sums(True))
+    update.update(*batch(0), 4, MetricSum(True))
     with pytest.raises(Diverged, match=r"weights are not finite after update 5 .*first: weight"):
         update.check_weights()
 
@@ -176,7 +176,7 @@ def test_many_evaluations_are_looked_at_before_the_first_move() -> None:
     spoil(model[0].weight, NAN)  # type: ignore[arg-type]
     before = copy.deepcopy(model)
     with pytest.raises(Diverged, match=r"0\.weight"):
-        make_step(model, optimizer, evaluates_once=False).update(*batch(0), 0, Sums(True))
+        make_step(model, optimizer, evaluates_once=False).update(*batch(0), 0, MetricSum(True))
     assert equal(model, before)
 
 
@@ -197,10 +197,10 @@ def test_fp16_scaler_that_never_finds_a_scale() -> None:
             return scaler
 
     update = make_step(model, sgd(model), precision=Scaled("fp32", CPU), check_now=False)
-    update.update(*batch(0), 0, Sums(True))
+    update.update(*batch(0), 0, MetricSum(True))
     update.check_updates()
     for step in range(1, 4):
-        update.update(*batch(0), step, Sums(True))
+        update.update(*batch(0), step, MetricSum(True))
     with pytest.raises(Diverged, match="precision=fp16"):
         update.check_updates()
 
@@ -218,7 +218,7 @@ def test_an_update_that_is_left_out_leaves_no_trace(how: str) -> None:
     model = nn.Sequential(*list(net(dropout=0.0)), Bad(NAN, calls=10**6))
     skipping = recovery("skip")
     update = make_step(model, sgd(model), factor=lambda t: 1 / (1 + t), skip=skipping.skip)
-    sums = Sums(True)
+    sums = MetricSum(True)
     update.update(*batch(0), 0, sums)
     before = copy.deepcopy((model.state_dict(), update.optimizer.state_dict()["state"]))
     if how == "loss":
@@ -243,9 +243,9 @@ def test_so_many_updates_in_a_row_are_too_many() -> None:
     skipping = recovery("skip", attempts=2)
     update = make_step(model, sgd(model), skip=skipping.skip)
     for step in (0, 1):
-        update.update(*batch(step), step, Sums(True))
+        update.update(*batch(step), step, MetricSum(True))
     with pytest.raises(Diverged, match="at update 3 "):
-        update.update(*batch(2), 2, Sums(True))
+        update.update(*batch(2), 2, MetricSum(True))
     other = recovery("skip", attempts=2)
     assert all(other.skip(Diverged("", step, before_update=True)) for step in (1, 2, 4, 5, 9))
     assert other.skipped == 5

@@ -6,15 +6,15 @@ import torch
 from torch import nn
 
 from dlopt.errors import UserError
-from dlopt.training.build import Setup
-from dlopt.training.build import set_up as set_up_experiment
+from dlopt.training.build import Workload
+from dlopt.training.build import build_workload as set_up_experiment
 from dlopt.training.checkpoint import load
 from dlopt.training.optimizer import evaluations, optimizer_of
 from dlopt.training.precision import Precision
 from tests.training.runs import SMALL, experiment, resume, start
 
 
-def set_up(*overrides: str) -> Setup:
+def build_workload(*overrides: str) -> Workload:
     return set_up_experiment(experiment(*SMALL, *overrides))
 
 
@@ -29,29 +29,29 @@ def set_up(*overrides: str) -> Setup:
     ],
 )
 def test_learning_rate_by_batch_size(overrides: list[str], factor: float) -> None:
-    optimizer = optimizer_of(set_up("optimizer.lr=0.2", *overrides))
+    optimizer = optimizer_of(build_workload("optimizer.lr=0.2", *overrides))
     assert [group["lr"] for group in optimizer.param_groups] == [pytest.approx(0.2 * factor, rel=1e-15)]
 
 
 def test_every_trainable_parameter_is_in_one_group() -> None:
-    setup = set_up("model.norm=batch", "decay_norm_and_bias=false", "optimizer.weight_decay=0.1")
-    optimizer = optimizer_of(setup)
+    workload = build_workload("model.norm=batch", "decay_norm_and_bias=false", "optimizer.weight_decay=0.1")
+    optimizer = optimizer_of(workload)
     found = [p for group in optimizer.param_groups for p in group["params"]]
-    assert len(found) == len(set(found)) == len(list(setup.module.parameters()))
+    assert len(found) == len(set(found)) == len(list(workload.module.parameters()))
     decays = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    for name, parameter in setup.module.named_parameters():
+    for name, parameter in workload.module.named_parameters():
         assert decays[parameter] == (0.1 if parameter.ndim > 1 else 0.0), name
 
 
 def test_how_often_an_optimizer_evaluates() -> None:
-    setup, parameters = set_up(), [nn.Parameter(torch.zeros(2))]
-    assert evaluations(setup, torch.optim.SGD(parameters, lr=1.0)) == "once"
+    workload, parameters = build_workload(), [nn.Parameter(torch.zeros(2))]
+    assert evaluations(workload, torch.optim.SGD(parameters, lr=1.0)) == "once"
     lbfgs = torch.optim.LBFGS(parameters)
-    assert evaluations(setup, lbfgs) == "many"
-    setup.precision = Precision("fp16", torch.device("cpu"))
-    assert evaluations(setup, torch.optim.SGD(parameters, lr=1.0)) == "once"
+    assert evaluations(workload, lbfgs) == "many"
+    workload.precision = Precision("fp16", torch.device("cpu"))
+    assert evaluations(workload, torch.optim.SGD(parameters, lr=1.0)) == "once"
     with pytest.raises(UserError, match=r"precision=fp16: LBFGS .*=bf16 or fp32"):
-        evaluations(setup, lbfgs)
+        evaluations(workload, lbfgs)
 
 
 # -- one kernel for an update
@@ -70,7 +70,7 @@ def test_how_often_an_optimizer_evaluates() -> None:
     ],
 )
 def test_torchs_optimizers_are_fused_unless_something_is_typed(overrides: list[str], fused: bool) -> None:
-    optimizer = optimizer_of(set_up(*overrides))
+    optimizer = optimizer_of(build_workload(*overrides))
     assert bool(optimizer.param_groups[0].get("fused")) is fused
 
 
@@ -81,16 +81,16 @@ def test_the_one_kernel_does_what_torchs_loop_does(name: str) -> None:
     overrides = [*lines, "model=resnet20", "model.depth=8", f"optimizer={name}", "optimizer.weight_decay=0.01"]
     weights = []
     for more in ([], ["+optimizer.fused=false", "+optimizer.foreach=false"]):
-        setup = set_up_experiment(experiment(*overrides, *more, "precision=fp64", "channels_last=true"))
-        optimizer = optimizer_of(setup)
+        workload = set_up_experiment(experiment(*overrides, *more, "precision=fp64", "channels_last=true"))
+        optimizer = optimizer_of(workload)
         for step in range(4):
             torch.manual_seed(step)
-            inputs = torch.randn(6, *setup.dataset.train.shape, dtype=torch.float64)
+            inputs = torch.randn(6, *workload.dataset.train.shape, dtype=torch.float64)
             optimizer.zero_grad()
-            setup.module(inputs.to(memory_format=torch.channels_last)).square().mean().backward()
-            assert all(p.grad is not None and p.grad.stride() == p.stride() for p in setup.module.parameters())
+            workload.module(inputs.to(memory_format=torch.channels_last)).square().mean().backward()
+            assert all(p.grad is not None and p.grad.stride() == p.stride() for p in workload.module.parameters())
             optimizer.step()
-        weights.append([p.detach().clone() for p in setup.module.parameters()])
+        weights.append([p.detach().clone() for p in workload.module.parameters()])
     for a, b in zip(*weights, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
 
@@ -107,17 +107,17 @@ def test_kernels_are_not_the_checkpoints_affair(tmp_path: Path) -> None:
 def test_a_state_that_lies_otherwise_is_laid_out_anew(name: str) -> None:
     """As another mode may have saved it: the one kernel would mix up its elements."""
 
-    def made(*more: str) -> tuple[Setup, torch.optim.Optimizer]:
+    def made(*more: str) -> tuple[Workload, torch.optim.Optimizer]:
         lines = [each for each in SMALL if not each.startswith("model")]
         model = ["model=resnet20", "model.depth=8", "precision=fp64", "channels_last=true"]
-        setup = set_up_experiment(experiment(*lines, *model, f"optimizer={name}", *more))
-        return setup, optimizer_of(setup)
+        workload = set_up_experiment(experiment(*lines, *model, f"optimizer={name}", *more))
+        return workload, optimizer_of(workload)
 
-    def update(setup: Setup, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    def update(workload: Workload, optimizer: torch.optim.Optimizer, seed: int) -> None:
         torch.manual_seed(seed)
-        inputs = torch.randn(6, *setup.dataset.train.shape, dtype=torch.float64)
+        inputs = torch.randn(6, *workload.dataset.train.shape, dtype=torch.float64)
         optimizer.zero_grad()
-        setup.module(inputs.to(memory_format=torch.channels_last)).square().mean().backward()
+        workload.module(inputs.to(memory_format=torch.channels_last)).square().mean().backward()
         optimizer.step()
 
     (one, fused), (other, plain) = made(), made("+optimizer.fused=false")
@@ -136,13 +136,13 @@ def test_a_state_that_lies_otherwise_is_laid_out_anew(name: str) -> None:
 
 
 def test_gradients_that_lie_otherwise_have_torchs_loop() -> None:
-    setup = set_up("optimizer=sgd")
-    optimizer = optimizer_of(setup)
-    for parameter in setup.module.parameters():
+    workload = build_workload("optimizer=sgd")
+    optimizer = optimizer_of(workload)
+    for parameter in workload.module.parameters():
         parameter.grad = torch.randn(*reversed(parameter.shape)).permute(*range(parameter.ndim - 1, -1, -1))
-    expected = [p.detach() - 0.1 * p.grad for p in setup.module.parameters() if p.grad is not None]
+    expected = [p.detach() - 0.1 * p.grad for p in workload.module.parameters() if p.grad is not None]
     optimizer.param_groups[0].update(lr=0.1, momentum=0.0)
     optimizer.step()
     assert not optimizer.param_groups[0]["fused"]
-    for parameter, value in zip(setup.module.parameters(), expected, strict=True):
+    for parameter, value in zip(workload.module.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.detach(), value)

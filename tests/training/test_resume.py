@@ -163,7 +163,7 @@ PLACES: dict[str, tuple[Any, str, int]] = {
     "inside a save": (durable, "_publish", 3),
     "behind a save": (Checkpoints, "save", 2),
     "behind the last save": (Checkpoints, "save", 4),
-    "behind the test": (dlopt.training.trainer, "test_figures", 1),
+    "behind the test": (dlopt.training.trainer, "test_metrics", 1),
 }
 
 
@@ -288,7 +288,7 @@ def average_lost() -> AbstractContextManager[Any]:
 
 
 def sums_lost() -> AbstractContextManager[Any]:
-    return patch.object(loop.Sums, "load_state_dict", lambda self, state: None)
+    return patch.object(loop.MetricSum, "load_state_dict", lambda self, state: None)
 
 
 LOSSES = [sampler_position_lost, augmentation_stream_lost, dropout_stream_lost, optimizer_lost, average_lost, sums_lost]

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 import dlopt
 from dlopt import job
 from dlopt.errors import RunError, UserError
-from dlopt.training.build import Setup, set_up, training_batches
+from dlopt.training.build import Workload, build_workload, training_batches
 from dlopt.training.checkpoint import KEYS, Checkpoints, load
 from dlopt.training.trainer import Run
 from tests.training.runs import (
@@ -85,8 +85,8 @@ def means(module: nn.Module, inputs: Tensor, targets: Tensor) -> tuple[float, fl
     return loss / len(targets), right / len(targets)
 
 
-def evaluated(setup: Setup, samples: Any) -> tuple[Tensor, Tensor]:
-    return setup.normalize(samples.fetch(torch.arange(len(samples)))), samples.targets
+def evaluated(workload: Workload, samples: Any) -> tuple[Tensor, Tensor]:
+    return workload.normalize(samples.fetch(torch.arange(len(samples)))), samples.targets
 
 
 # -- what is computed
@@ -98,9 +98,9 @@ def test_equals_a_hand_written_loop_in_fp64(tmp_path: Path, optimizer: str) -> N
     overrides = [*PLAIN, f"optimizer={optimizer}", "optimizer.lr=0.05", "data.subset=100"]
     start(tmp_path, *overrides)
 
-    setup = set_up(experiment(*overrides))
-    batches, model = training_batches(setup), setup.module
-    inputs, targets = evaluated(setup, setup.dataset.train)
+    workload = build_workload(experiment(*overrides))
+    batches, model = training_batches(workload), workload.module
+    inputs, targets = evaluated(workload, workload.dataset.train)
     made: torch.optim.Optimizer
     if optimizer == "sgd":
         made = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, fused=True)
@@ -128,19 +128,19 @@ def test_equals_a_hand_written_loop_in_fp64(tmp_path: Path, optimizer: str) -> N
 def test_figures_are_those_of_the_models_that_were_kept(tmp_path: Path) -> None:
     """Every sample once, one at a time: validation of the last model, test of the best, both of the average."""
     summary = start(tmp_path, *RICH, "optimizer.lr=0.3")
-    setup = set_up(experiment(*RICH))
+    workload = build_workload(experiment(*RICH))
     last, best = load(tmp_path / "checkpoints/last.pt"), load(tmp_path / "checkpoints/best.pt")
-    assert setup.dataset.val is not None and setup.dataset.test is not None
-    assert (len(setup.dataset.train), len(setup.dataset.val)) == (90, 30), "30 is no multiple of 25"
+    assert workload.dataset.val is not None and workload.dataset.test is not None
+    assert (len(workload.dataset.train), len(workload.dataset.val)) == (90, 30), "30 is no multiple of 25"
 
-    setup.module.load_state_dict(last["ema"])
-    loss, accuracy = means(setup.module, *evaluated(setup, setup.dataset.val))
+    workload.module.load_state_dict(last["ema"])
+    loss, accuracy = means(workload.module, *evaluated(workload, workload.dataset.val))
     line = metrics(tmp_path)[-1]
     assert line["val_loss"] == pytest.approx(loss, rel=1e-5)
     assert line["val_accuracy"] == accuracy
 
-    setup.module.load_state_dict(best["ema"])
-    loss, accuracy = means(setup.module, *evaluated(setup, setup.dataset.test))
+    workload.module.load_state_dict(best["ema"])
+    loss, accuracy = means(workload.module, *evaluated(workload, workload.dataset.test))
     assert summary["test_loss"] == pytest.approx(loss, rel=1e-5)
     assert summary["test_accuracy"] == accuracy
     chosen = metrics(tmp_path)[summary["best_epoch"] - 1]
@@ -155,18 +155,18 @@ def test_the_best_model_is_tested_and_not_the_last(tmp_path: Path) -> None:
     overrides = [*SMALL, "model.norm=none", "epochs=4", "schedule=constant", "optimizer.lr=1", "seed=2"]
     summary = start(tmp_path, *overrides)
     assert summary["best_epoch"] < 4
-    setup = set_up(experiment(*overrides))
-    assert setup.dataset.test is not None
+    workload = build_workload(experiment(*overrides))
+    assert workload.dataset.test is not None
     figures = []
     for name in ("best.pt", "last.pt"):
-        setup.module.load_state_dict(load(tmp_path / "checkpoints" / name)["model"])
-        figures.append(build_test(setup))
+        workload.module.load_state_dict(load(tmp_path / "checkpoints" / name)["model"])
+        figures.append(build_test(workload))
     assert summary["test_accuracy"] == figures[0] != figures[1]
 
 
-def build_test(setup: Setup) -> float:
-    assert setup.dataset.test is not None
-    return means(setup.module, *evaluated(setup, setup.dataset.test))[1]
+def build_test(workload: Workload) -> float:
+    assert workload.dataset.test is not None
+    return means(workload.module, *evaluated(workload, workload.dataset.test))[1]
 
 
 def test_bf16_runs_with_figures_near_fp32(tmp_path: Path) -> None:
@@ -265,7 +265,7 @@ def test_checkpoints_hold_what_the_contract_says(tmp_path: Path, name: str) -> N
     state = torch.load(tmp_path / "checkpoints" / name, weights_only=True)
     assert set(state) == KEYS
     assert {"epoch", "step", "position", "sums", "stopping"} <= set(state["progress"])
-    model = set_up(experiment(*RICH)).module
+    model = build_workload(experiment(*RICH)).module
     assert list(state["model"]) == list(model.state_dict())
     assert state["config"]["optimizer"]["lr"] == 0.1
     assert set(state["ema"]) == set(state["model"])

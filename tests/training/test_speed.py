@@ -13,7 +13,7 @@ from dlopt.config.experiment import Experiment
 from dlopt.config.parsing import parse
 from dlopt.errors import UserError
 from dlopt.training import speed
-from dlopt.training.build import set_up
+from dlopt.training.build import build_workload
 from dlopt.training.cuda_graphs import GraphedStep
 from dlopt.training.precision import Precision
 from dlopt.training.step import Step
@@ -85,7 +85,7 @@ def test_graphs_on_a_cpu_are_refused_where_they_are_demanded(tmp_path: Path) -> 
 
 def test_a_cpu_has_plain_updates(tmp_path: Path) -> None:
     chosen = experiment("device=cpu", "threads=1", "model=mlp", "model.widths=[4]", "data.subset=40")
-    trainer = dry_run(set_up(chosen), tmp_path)
+    trainer = dry_run(build_workload(chosen), tmp_path)
     assert type(trainer.step) is Step and trainer.graph_obstacle == "there are none on cpu"
     assert speed.recorder(chosen, torch.device("cpu")) is None
 
@@ -117,8 +117,8 @@ def test_recorded_updates_on_a_gpu_are_the_plain_ones(tmp_path: Path, optimizer:
     typed = ("device=cuda", "data.batch_size=64", f"optimizer={optimizer}", f"augmentation={augmentation}")
     weights = []
     for graphs in ("false", "true"):
-        setup = set_up(experiment(*typed, "deterministic=true", f"cuda_graphs={graphs}"))
-        trainer = dry_run(setup, tmp_path)
+        workload = build_workload(experiment(*typed, "deterministic=true", f"cuda_graphs={graphs}"))
+        trainer = dry_run(workload, tmp_path)
         assert isinstance(trainer.step, GraphedStep) == (graphs == "true")
         step = 0
         for epoch in range(2):
@@ -128,6 +128,6 @@ def test_recorded_updates_on_a_gpu_are_the_plain_ones(tmp_path: Path, optimizer:
         trainer.step.check_updates()
         if isinstance(trainer.step, GraphedStep):
             assert trainer.step._replayed._replay is not None
-        weights.append([*setup.module.state_dict().values()])
+        weights.append([*workload.module.state_dict().values()])
     for a, b in zip(*weights, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

@@ -14,7 +14,7 @@ from dlopt.parallel.mode import Mode
 from dlopt.random import stream
 from dlopt.schedules import Scheduler
 from dlopt.training.clipping import ByValue, Clip, gradient_norm
-from dlopt.training.metrics import Sums
+from dlopt.training.metrics import MetricSum
 from dlopt.training.nonfinite import Diverged
 from dlopt.training.precision import Precision
 from dlopt.training.step import Network, Step, StepSettings, may_draw
@@ -77,7 +77,7 @@ def test_updates_equal_a_plain_loop_bit_for_bit(name: str, accumulate: int) -> N
     def factor(t: int) -> float:
         return 1 / (1 + t)
 
-    update, sums = make_step(model, make(model.parameters()), accumulate=accumulate, factor=factor), Sums(True)
+    update, sums = make_step(model, make(model.parameters()), accumulate=accumulate, factor=factor), MetricSum(True)
     for step in range(5):
         update.update(*batch(step, size=10 - step), step, sums)
 
@@ -112,7 +112,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(accumulate: int, siz
     whole = F.cross_entropy(model(inputs), targets)
     expected = torch.autograd.grad(whole, list(model.parameters()))
     evaluate = make_step(model, optimizer, accumulate=accumulate)
-    evaluate.begin(inputs, targets, 0, Sums(True))
+    evaluate.begin(inputs, targets, 0, MetricSum(True))
     torch.testing.assert_close(evaluate(), whole.detach(), rtol=1e-13, atol=0)
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-12, atol=1e-14)
@@ -122,7 +122,7 @@ def test_a_batch_smaller_than_the_number_of_micro_batches() -> None:
     model = net(dropout=0.0, norm=False)
     evaluate = make_step(model, torch.optim.SGD(model.parameters(), lr=1.0), accumulate=8)
     inputs, targets = batch(1, 3)
-    evaluate.begin(inputs, targets, 0, Sums(True))
+    evaluate.begin(inputs, targets, 0, MetricSum(True))
     torch.testing.assert_close(evaluate(), F.cross_entropy(model(inputs), targets).detach())
 
 
@@ -155,7 +155,7 @@ def test_draws_are_frozen_within_a_step_and_differ_between_steps() -> None:
     evaluate = make_step(model, torch.optim.SGD(model.parameters(), lr=1.0))
     inputs, targets = torch.ones(50, 6), torch.zeros(50, dtype=torch.int64)
     for step in (0, 1):
-        evaluate.begin(inputs, targets, step, Sums(True))
+        evaluate.begin(inputs, targets, step, MetricSum(True))
         torch.rand(step)  # whatever else draws has no part in it
         first = evaluate()
         assert torch.equal(evaluate(), first)
@@ -178,11 +178,11 @@ def test_statistics_move_with_the_first_evaluation_only(norm: str) -> None:
     inputs, targets = torch.randn(5, 24, generator=draws) + 2, torch.zeros(5, dtype=torch.int64)
     expected = copy.deepcopy(layer)
     expected(inputs.view(5, 6, 4))
-    evaluate.begin(inputs, targets, 0, Sums(True))
+    evaluate.begin(inputs, targets, 0, MetricSum(True))
     losses = [evaluate(), evaluate(), evaluate.loss().detach(), evaluate()]
     assert all(torch.equal(loss, losses[0]) for loss in losses), "normalized with the batch's statistics every time"
     assert equal(layer, expected)
-    evaluate.begin(inputs, targets, 1, Sums(True))
+    evaluate.begin(inputs, targets, 1, MetricSum(True))
     evaluate()
     expected(inputs.view(5, 6, 4))
     assert equal(layer, expected), "the next step moves them again"
@@ -190,7 +190,7 @@ def test_statistics_move_with_the_first_evaluation_only(norm: str) -> None:
 
 def test_figures_count_a_batch_once_however_often_it_is_evaluated() -> None:
     model = net()
-    evaluate, sums = make_step(model, torch.optim.SGD(model.parameters(), lr=1.0)), Sums(True)
+    evaluate, sums = make_step(model, torch.optim.SGD(model.parameters(), lr=1.0)), MetricSum(True)
     evaluate.begin(*batch(0), 0, sums)
     evaluate.loss()
     first = evaluate()
@@ -209,7 +209,7 @@ def test_lbfgs_equals_a_plain_loop_bit_for_bit() -> None:
     def make(model: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.LBFGS(model.parameters(), lr=0.5, max_iter=6, line_search_fn="strong_wolfe")
 
-    update, sums = make_step(model, make(model), evaluates_once=False), Sums(True)
+    update, sums = make_step(model, make(model), evaluates_once=False), MetricSum(True)
     for step in range(3):
         update.update(*batch(step, dtype=torch.float64), step, sums)
 
@@ -237,7 +237,7 @@ def test_lbfgs_on_a_net_with_dropout_and_batch_norm() -> None:
     optimizer = torch.optim.LBFGS(model.parameters(), max_iter=10, line_search_fn="strong_wolfe")
     evaluate = make_step(model, optimizer, evaluates_once=False)
     inputs, targets = batch(0, 30)
-    evaluate.update(inputs, targets, 0, Sums(True))
+    evaluate.update(inputs, targets, 0, MetricSum(True))
     after = evaluate.loss().item()
     assert int(model[1].num_batches_tracked) == 1  # type: ignore[arg-type]
     torch.manual_seed(0)
@@ -252,7 +252,7 @@ def test_loss_can_be_differentiated_twice() -> None:
     parameters = list(model.parameters())
     evaluate = make_step(model, torch.optim.SGD(parameters, lr=1.0), accumulate=3)
     inputs, targets = batch(0, dtype=torch.float64)
-    evaluate.begin(inputs, targets, 4, Sums(True))
+    evaluate.begin(inputs, targets, 4, MetricSum(True))
     direction = [torch.randn_like(p) for p in parameters]
 
     def product(loss: Tensor) -> tuple[Tensor, ...]:
@@ -278,7 +278,7 @@ def test_the_reported_gradient_norm_is_the_one_before_clipping() -> None:
     unclipped = make_step(model, torch.optim.SGD(model.parameters(), lr=1.0))
     norms = []
     for each in (unclipped, evaluate):
-        each.begin(*batch(0), 0, Sums(True), log_norm=True)
+        each.begin(*batch(0), 0, MetricSum(True), log_norm=True)
         each()
         norms.append(each.norm)
     assert norms[0] is not None and norms[1] is not None
@@ -290,7 +290,7 @@ def test_clipping_comes_before_the_update() -> None:
     model = net(dropout=0.0)
     before = [p.detach().clone() for p in model.parameters()]
     evaluate = make_step(model, torch.optim.SGD(model.parameters(), lr=1.0), clip=ByValue(max_value=1e-4))
-    evaluate.update(*batch(0), 0, Sums(True))
+    evaluate.update(*batch(0), 0, MetricSum(True))
     moved = [float((p.detach() - b).abs().max()) for p, b in zip(model.parameters(), before, strict=True)]
     assert 0 < max(moved) <= 1.01e-4
 
@@ -301,7 +301,7 @@ def test_a_bad_loss_stops_before_the_weights_move(bad: float) -> None:
     trained = copy.deepcopy(list(model.parameters()))
     update = make_step(model, torch.optim.SGD(model.parameters(), lr=0.125), loss=Times(bad))
     with pytest.raises(RunError, match=rf"{bad} at update 8 with a learning rate of 0\.125.*optimizer\.lr"):
-        update.update(*batch(0), 7, Sums(True))
+        update.update(*batch(0), 7, MetricSum(True))
     assert all(map(torch.equal, model.parameters(), trained))
 
 
@@ -309,9 +309,9 @@ def test_a_bad_loss_is_found_at_the_check_where_steps_do_not_look() -> None:
     model = net(dropout=0.0, norm=False)
     update = make_step(model, torch.optim.SGD(model.parameters(), lr=0.1), check_now=False)
     inputs, targets = batch(0)
-    update.update(inputs, targets, 0, Sums(True))
+    update.update(inputs, targets, 0, MetricSum(True))
     update.check_updates()
-    update.update(inputs * float("inf"), targets, 1, Sums(True))
+    update.update(inputs * float("inf"), targets, 1, MetricSum(True))
     with pytest.raises(RunError, match="update 2"):
         update.check_updates()
 
@@ -323,7 +323,7 @@ def test_what_follows_an_update_sees_the_new_weights() -> None:
         model, torch.optim.SGD(model.parameters(), lr=0.1), after=[lambda: seen.append(copy.deepcopy(model))]
     )
     for step in range(3):
-        update.update(*batch(step), step, Sums(True))
+        update.update(*batch(step), step, MetricSum(True))
     assert len(seen) == 3 and equal(seen[-1], model) and not equal(seen[0], seen[1])
 
 
@@ -332,7 +332,7 @@ def test_frozen_parameters_keep_their_place() -> None:
     model[0].requires_grad_(False)
     before = copy.deepcopy(model)
     trainable = [p for p in model.parameters() if p.requires_grad]
-    make_step(model, torch.optim.SGD(trainable, lr=0.1)).update(*batch(0), 0, Sums(True))
+    make_step(model, torch.optim.SGD(trainable, lr=0.1)).update(*batch(0), 0, MetricSum(True))
     assert equal(model[0], before[0]) and not equal(model[4], before[4])
 
 
@@ -342,7 +342,7 @@ def test_bfloat16_autocast_keeps_weights_and_loss_in_float32() -> None:
     model.append(record)
     precision = Precision("bf16", torch.device("cpu"))
     evaluate = make_step(model, torch.optim.SGD(model.parameters(), lr=0.1), precision=precision)
-    sums = Sums(True)
+    sums = MetricSum(True)
     evaluate.update(*batch(0), 0, sums)
     assert record.seen[0].dtype == torch.bfloat16
     assert all(p.dtype == torch.float32 and p.grad is not None for p in model.parameters())

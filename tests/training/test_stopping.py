@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dlopt.errors import UserError
-from dlopt.training.stopping import Best, Early, Never, Tolerance, figure
+from dlopt.training.stopping import Best, Early, Never, Tolerance, monitored_loss
 
 NAN, INF = math.nan, math.inf
 
@@ -127,14 +127,14 @@ def test_tolerance_against_a_plain_count(moves: list[float], iterations: int) ->
     ],
 )
 def test_monitored_figure(monitor: str, metrics: dict[str, float], expected: float) -> None:
-    assert figure(metrics, monitor) == expected
+    assert monitored_loss(metrics, monitor) == expected
 
 
 def test_a_figure_that_is_not_logged_is_named_with_those_that_are() -> None:
     with pytest.raises(UserError, match=r"monitor=val_f1: .*val_accuracy, val_loss"):
-        figure({"val_loss": 1.0, "val_accuracy": 0.5, "train_loss": 1.0}, "val_f1")
+        monitored_loss({"val_loss": 1.0, "val_accuracy": 0.5, "train_loss": 1.0}, "val_f1")
     with pytest.raises(UserError, match=r"monitor=val_loss: .* none"):
-        figure({"train_loss": 1.0}, "auto")
+        monitored_loss({"train_loss": 1.0}, "auto")
 
 
 def bests(monitor: str, sequence: list[tuple[float | None, float]]) -> tuple[list[bool], Best]:

@@ -26,4 +26,4 @@ def test_the_final_test_is_that_of_eval_with_the_same_views(tmp_path: Path, aver
 
 def test_views_that_cannot_be_are_refused_before_the_training(tmp_path: Path) -> None:
     line = ("data=polynomial", "model=polynomial", "loss=mse", "evaluate.tta=flip", "hydra.run.dir=run")
-    assert "are no images" in refused(tmp_path, "train", *line)
+    assert "are not images" in refused(tmp_path, "train", *line)

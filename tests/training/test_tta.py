@@ -1,4 +1,4 @@
-"""Views of images: positions against torchvision, weights by hand."""
+"""Crops of images: positions against torchvision, weights by hand."""
 
 import pytest
 import torch

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dlopt.errors import UserError
 from dlopt.training import metrics as figures
-from dlopt.training.metrics import ClassFigures, RegressionFigures, _check_names
+from dlopt.training.metrics import ClassMetrics, RegressionMetrics, _check_names
 from tests.training.runs import SMALL, metrics, start
 from tests.training.test_run import REGRESSION
 
@@ -39,7 +39,7 @@ def batches(outputs: Tensor, targets: Tensor, size: int) -> Iterator[tuple[Tenso
 @given(seed=st.integers(0, 999), size=st.integers(1, 70))
 def test_classification_figures_are_scikit_learns_whatever_the_batches(seed: int, size: int) -> None:
     outputs, targets = answers(seed, 60)
-    counter = ClassFigures(NAMES, CLASSES, softmax)
+    counter = ClassMetrics(NAMES, CLASSES, softmax)
     for batch in batches(outputs, targets, size):
         counter.add(*batch)
     found = counter.means(None)
@@ -63,7 +63,7 @@ def test_regression_figures_are_scikit_learns(columns: int) -> None:
     draws = torch.Generator().manual_seed(1)
     targets = torch.randn(50, columns, generator=draws) + 5
     outputs = targets + 0.3 * torch.randn(50, columns, generator=draws)
-    counter = RegressionFigures(["r2", "mae"], columns)
+    counter = RegressionMetrics(["r2", "mae"], columns)
     for batch in batches(outputs, targets, 7):
         counter.add(*batch)
     found = counter.means(None)
@@ -74,15 +74,15 @@ def test_regression_figures_are_scikit_learns(columns: int) -> None:
 def test_parts_of_several_processes_add_up() -> None:
     """One of three processes has no samples at all."""
     outputs, targets = answers(3, 40)
-    whole = ClassFigures(NAMES, CLASSES, softmax)
+    whole = ClassMetrics(NAMES, CLASSES, softmax)
     whole.add(outputs, targets)
     states: list[list[float]] = []
     for part in (slice(0, 13), slice(13, 40), None):
-        counter = ClassFigures(NAMES, CLASSES, softmax)
+        counter = ClassMetrics(NAMES, CLASSES, softmax)
         if part is not None:
             counter.add(outputs[part], targets[part])
         counter.means(lambda own: states.append(list(own)) or [1.0] * len(own))
-    together = ClassFigures(NAMES, CLASSES, softmax).means(
+    together = ClassMetrics(NAMES, CLASSES, softmax).means(
         lambda own: [sum(each) for each in zip(*states, strict=True)]
     )
     assert together == pytest.approx(whole.means(None), rel=1e-12)
@@ -90,7 +90,7 @@ def test_parts_of_several_processes_add_up() -> None:
 
 def test_the_best_model_is_the_one_with_the_best_monitored_figure(tmp_path: Path) -> None:
     keys = ["epochs=4", "schedule=constant", "optimizer.lr=0.3", "monitor=val_calibration_error"]
-    summary = start(tmp_path, *SMALL, *keys, "evaluate.figures=[class_accuracy,macro_f1]")
+    summary = start(tmp_path, *SMALL, *keys, "evaluate.metrics=[class_accuracy,macro_f1]")
     lines = metrics(tmp_path)
     errors = [line["val_calibration_error"] for line in lines]
     assert summary["best_epoch"] == 1 + errors.index(min(errors))
@@ -103,13 +103,13 @@ def test_the_best_model_is_the_one_with_the_best_monitored_figure(tmp_path: Path
 
 
 def test_a_regression_may_monitor_its_figures(tmp_path: Path) -> None:
-    start(tmp_path, *REGRESSION, "monitor=val_r2", "stopping=early", "evaluate.figures=[mae]", "epochs=2")
+    start(tmp_path, *REGRESSION, "monitor=val_r2", "stopping=early", "evaluate.metrics=[mae]", "epochs=2")
     assert {"val_r2", "val_mae"} <= set(metrics(tmp_path)[0])
 
 
 BAD: dict[str, tuple[list[str], str]] = {
     "unknown class": (["monitor=val_class_accuracy/11"], "no class 11"),
-    "regression's": (["evaluate.figures=[r2]"], "evaluate.figures=r2: a classification"),
+    "regression's": (["evaluate.metrics=[r2]"], "evaluate.metrics=r2: a classification"),
     "early": (["stopping=early", "stopping.monitor=val_mae"], "stopping.monitor=val_mae: a classification"),
     "plateau": (["schedule=plateau", "schedule.monitor=val_r2"], "schedule.monitor=val_r2: a classification"),
 }

@@ -32,14 +32,14 @@ class Traffic(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         if function.namespace in ("c10d", "_c10d_functional"):
             name = function._schema.name.partition("::")[2]
-            share = _share_sent(name, _group_size(args))
+            share = _fraction_sent(name, _group_size(args))
             if share > 0:
                 self.collectives += 1
                 self.sent += share * max(_bytes(each) for each in (*args, result))
         return result
 
 
-def _share_sent(name: str, ranks: int) -> float:
+def _fraction_sent(name: str, ranks: int) -> float:
     """Bytes sent per byte of the operation's larger side; 0 for what only receives or waits."""
     if name == "send":
         return 1.0

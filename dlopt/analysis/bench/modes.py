@@ -235,7 +235,7 @@ def validate(processes: Sequence[int]) -> list[Point]:
     and from the times of their all-reduces. A share of the filters is taken to cost what that share of the samples
     does.
     """
-    from dlopt.analysis.bench import company, simulation
+    from dlopt.analysis.bench import contention, simulation
 
     composer = Composer()
     points = []
@@ -243,7 +243,7 @@ def validate(processes: Sequence[int]) -> list[Point]:
         folder = Path(name)
         for count in (each for each in processes if each > 1):
             batch = BATCH // count
-            found = company.measured(_config(composer, "single", batch), folder / f"company-{count}", count)
+            found = contention.measured(_config(composer, "single", batch), folder / f"contention-{count}", count)
             link = {"latency": found.link.latency * 1e6, "bandwidth": found.link.bandwidth / 1e9}
             cluster = simulation.Cluster(
                 per_server=count,

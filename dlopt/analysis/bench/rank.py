@@ -23,7 +23,7 @@ from dlopt.errors import UserError
 from dlopt.parallel import rendezvous
 from dlopt.parallel.mode import Mode
 from dlopt.processor import keep_freed_memory, set_threads
-from dlopt.training.build import parallel_of, set_up
+from dlopt.training.build import build_workload, parallel_of
 from dlopt.training.trainer import Trainer, dry_run
 
 MIB = 2.0**20
@@ -94,8 +94,8 @@ def measure(experiment: Experiment, folder: Path, plan: Plan, rank: int) -> Meas
     before = _memory(device)
     if plan.memory_limit_mb is not None:
         _limit(plan.memory_limit_mb, device)
-    setup = set_up(experiment, parallel=parallel)
-    trainer = dry_run(setup, folder / f"run-{rank}")
+    workload = build_workload(experiment, parallel=parallel)
+    trainer = dry_run(workload, folder / f"run-{rank}")
     update = updates_of(trainer, device)
     for _ in range(plan.warmup):
         update()

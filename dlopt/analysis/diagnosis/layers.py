@@ -132,12 +132,12 @@ class LayerStatistics:
 
     @property
     def saturated(self) -> float | None:
-        """Share of the values of tanh or sigmoid whose slope is below `SATURATED_SLOPE` of the largest."""
+        """Fraction of the values of tanh or sigmoid whose slope is below `SATURATED_SLOPE` of the largest."""
         return None if self._saturated is None else float(self._saturated) / self.outputs.count
 
     @property
     def dead(self) -> float | None:
-        """Share of the ReLU units (features, channels) that were zero for every sample, position and call."""
+        """Fraction of the ReLU units (features, channels) that were zero for every sample, position and call."""
         return None if self._peak is None else float((self._peak <= 0).float().mean())
 
     @torch.no_grad()

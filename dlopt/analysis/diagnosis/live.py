@@ -12,7 +12,7 @@ from dlopt.analysis.diagnosis.curvature import GradientSpread, Spectrum, curvatu
 from dlopt.analysis.diagnosis.layers import LayerProbe, layer_parameters, norms
 from dlopt.analysis.diagnosis.measuring import loss_of, untouched
 from dlopt.errors import UserError
-from dlopt.training.build import Setup
+from dlopt.training.build import Workload
 from dlopt.training.step import Observer, Step
 
 Kind = Literal["gradients", "activations", "curvature"]
@@ -26,16 +26,16 @@ SELDOMER = 10
 _KEPT = 2000  # values of a histogram
 
 
-def check(setup: Setup, kinds: Sequence[Kind]) -> None:
+def check(workload: Workload, kinds: Sequence[Kind]) -> None:
     """Raises `UserError` where there is nothing to be seen."""
-    if setup.parallel.sharding != "replicated":
+    if workload.parallel.sharding != "replicated":
         raise UserError(
-            f"diagnostics=[{','.join(kinds)}]: with parallel={setup.parallel.name} no process has the whole model; "
+            f"diagnostics=[{','.join(kinds)}]: with parallel={workload.parallel.name} no process has the whole model; "
             "use parallel=single or ddp"
         )
-    if hasattr(setup.model, "_orig_mod") and set(kinds) - {"curvature"}:  # torch.compile's
+    if hasattr(workload.model, "_orig_mod") and set(kinds) - {"curvature"}:  # torch.compile's
         raise UserError("diagnostics: a compiled model shows nothing of its layers; type compile=false")
-    if "curvature" in kinds and setup.parallel.processes > 1:
+    if "curvature" in kinds and workload.parallel.processes > 1:
         raise UserError(
             f"diagnostics=[{','.join(kinds)}]: the curvature needs second derivatives, which processes do not average; "
             "leave it out, or use parallel=single"
@@ -53,13 +53,13 @@ class Diagnostics(Observer):
     the eigenvector that the one before found; the first one of a resumed run starts anew.
     """
 
-    def __init__(self, setup: Setup, kinds: Sequence[Kind], every: int, report: Report) -> None:
-        check(setup, kinds)
-        self.setup = setup
+    def __init__(self, workload: Workload, kinds: Sequence[Kind], every: int, report: Report) -> None:
+        check(workload, kinds)
+        self.workload = workload
         self.kinds = kinds
         self.every = every
         self.report = report
-        self._layers = layer_parameters(setup.module)
+        self._layers = layer_parameters(workload.module)
         self._vector: Tensor | None = None
         self._norms: dict[str, float] | None = None  # of the gradients, in an update that is looked at; {}: not yet
 
@@ -84,7 +84,7 @@ class Diagnostics(Observer):
         if not (with_activations or with_gradients or with_curvature):
             yield
             return
-        probe = LayerProbe(self.setup.module, activations=with_activations, gradients=with_gradients, keep=_KEPT)
+        probe = LayerProbe(self.workload.module, activations=with_activations, gradients=with_gradients, keep=_KEPT)
         before = [p.detach().clone() for p in step.parameters] if with_gradients or with_curvature else []
         scale = 1.0 if step.scaler is None else float(step.scaler.get_scale())
         with contextlib.ExitStack() as stack:
@@ -110,7 +110,7 @@ class Diagnostics(Observer):
                 histograms[f"gradients/{layer.name}"] = layer.gradients.values / scale
         if with_gradients:
             figures |= self._ratios(step.parameters, steps, before)
-            if self.setup.parallel.processes == 1:
+            if self.workload.parallel.processes == 1:
                 figures["gradients/noise_scale"] = self._noise_scale(step.parameters, inputs, targets)
         if with_curvature:
             figures |= self._curvature(step.parameters, inputs, targets, steps)
@@ -130,9 +130,9 @@ class Diagnostics(Observer):
         if half < 1:
             return math.nan
         spread = GradientSpread(["all"])
-        with untouched(self.setup):
+        with untouched(self.workload):
             for part in (slice(0, half), slice(half, 2 * half)):
-                loss = loss_of(self.setup, inputs[part], targets[part])
+                loss = loss_of(self.workload, inputs[part], targets[part])
                 found = torch.autograd.grad(loss, trained, allow_unused=True)
                 spread.add([[torch.zeros_like(p) if g is None else g for g, p in zip(found, trained, strict=True)]])
         return spread.noise_scale(half)[0]
@@ -141,8 +141,8 @@ class Diagnostics(Observer):
         self, trained: Sequence[Tensor], inputs: Tensor, targets: Tensor, steps: Sequence[Tensor]
     ) -> dict[str, float]:
         direction = flat(steps)
-        with untouched(self.setup):
-            product = hessian_product(loss_of(self.setup, inputs, targets), trained)
+        with untouched(self.workload):
+            product = hessian_product(loss_of(self.workload, inputs, targets), trained)
             start = self._vector
             if start is None:
                 draws = torch.Generator().manual_seed(0)

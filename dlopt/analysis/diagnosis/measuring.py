@@ -20,7 +20,7 @@ from dlopt.analysis.diagnosis.curvature import (
 )
 from dlopt.analysis.diagnosis.layers import LayerProbe, LayerStatistics, TimeLag, TimeLagProbe, layer_parameters, norms
 from dlopt.errors import RunError, UserError
-from dlopt.training.build import Setup
+from dlopt.training.build import Workload
 from dlopt.training.clipping import gradient_norm
 from dlopt.training.step import frozen_statistics
 from dlopt.training.trainer import Trainer
@@ -72,7 +72,7 @@ class Diagnosis:
 
 
 def diagnose(
-    label: str, setup: Setup, trainer: Trainer, *, batches: int, updates: int, eigenvalues: int, iterations: int
+    label: str, workload: Workload, trainer: Trainer, *, batches: int, updates: int, eigenvalues: int, iterations: int
 ) -> Diagnosis:
     """Looks at the model on `batches` mini-batches, trains it for `updates`, looks again.
 
@@ -80,33 +80,36 @@ def diagnose(
     """
     progress = trainer.progress
     seen = list(islice(trainer.batches.epoch(progress.epoch, 0, 0), batches))
-    before = snapshot(setup, seen, progress.step, eigenvalues=eigenvalues, iterations=iterations)
-    path = walk(setup, trainer, updates, with_curvature=eigenvalues > 0)
+    before = snapshot(workload, seen, progress.step, eigenvalues=eigenvalues, iterations=iterations)
+    path = walk(workload, trainer, updates, with_curvature=eigenvalues > 0)
     if not path.losses:
         return Diagnosis(label, before, path, None)
     done = progress.step + len(path.losses)
-    return Diagnosis(label, before, path, snapshot(setup, seen, done, eigenvalues=eigenvalues, iterations=iterations))
+    after = snapshot(workload, seen, done, eigenvalues=eigenvalues, iterations=iterations)
+    return Diagnosis(label, before, path, after)
 
 
-def snapshot(setup: Setup, batches: Sequence[Batch], updates: int, *, eigenvalues: int, iterations: int) -> Snapshot:
+def snapshot(
+    workload: Workload, batches: Sequence[Batch], updates: int, *, eigenvalues: int, iterations: int
+) -> Snapshot:
     """Statistics in training mode; weights, batch-norm statistics and generators are left as they were."""
-    module = setup.module
+    module = workload.module
     module.train()
     layers = layer_parameters(module)
     trained = [p for p in module.parameters() if p.requires_grad]
     probe, lag = LayerProbe(module, keep=20_000), TimeLagProbe(module)
     spread, totals, losses = GradientSpread(list(layers)), [], []
-    with untouched(setup):
+    with untouched(workload):
         for number, (inputs, targets) in enumerate(batches):
             with probe.watching(), lag.watching() if number == 0 else contextlib.nullcontext():
-                loss = loss_of(setup, inputs, targets)
+                loss = loss_of(workload, inputs, targets)
                 found = torch.autograd.grad(loss, trained, allow_unused=True)
             gradients = {p: torch.zeros_like(p) if g is None else g for p, g in zip(trained, found, strict=True)}
             losses.append(float(loss.detach()))
             totals.append(float(norms([list(gradients.values())])[0]))
             if len(targets) == len(batches[0][1]):  # the noise scale wants equal batches
                 spread.add([[gradients[p] for p in each] for each in layers.values()])
-        spectrum = _spectrum(setup, batches[0], trained, eigenvalues, iterations)
+        spectrum = _spectrum(workload, batches[0], trained, eigenvalues, iterations)
     order = [layer.name for layer in probe.layers if layer.name in layers]
     total, by_name = spread.noise_scale(len(batches[0][1]))
     columns = dict(zip(spread.names, spread.norms().T.tolist(), strict=True))
@@ -124,38 +127,40 @@ def snapshot(setup: Setup, batches: Sequence[Batch], updates: int, *, eigenvalue
     )
 
 
-def loss_of(setup: Setup, inputs: Tensor, targets: Tensor) -> Tensor:
+def loss_of(workload: Workload, inputs: Tensor, targets: Tensor) -> Tensor:
     """The mean loss with its graph, uncompiled, so that hooks fire and second derivatives exist."""
-    autocast = setup.precision.autocast
-    loss: Tensor = autocast(setup.loss)(autocast(setup.module)(inputs), targets)
+    autocast = workload.precision.autocast
+    loss: Tensor = autocast(workload.loss)(autocast(workload.module)(inputs), targets)
     return loss
 
 
 @contextlib.contextmanager
-def untouched(setup: Setup) -> Iterator[None]:
+def untouched(workload: Workload) -> Iterator[None]:
     """Within, batch norm leaves its running statistics alone; afterwards the random generators are what they were."""
-    devices = [setup.device] if setup.device.type == "cuda" else []
-    with frozen_statistics(setup.module), torch.random.fork_rng(devices), torch.enable_grad():
+    devices = [workload.device] if workload.device.type == "cuda" else []
+    with frozen_statistics(workload.module), torch.random.fork_rng(devices), torch.enable_grad():
         yield
 
 
-def _spectrum(setup: Setup, batch: Batch, parameters: Sequence[Tensor], count: int, iterations: int) -> Spectrum | None:
+def _spectrum(
+    workload: Workload, batch: Batch, parameters: Sequence[Tensor], count: int, iterations: int
+) -> Spectrum | None:
     if not count:
         return None
     iterations = max(iterations, count)
-    return largest_eigenvalues(lambda: loss_of(setup, *batch), parameters, count=count, iterations=iterations)
+    return largest_eigenvalues(lambda: loss_of(workload, *batch), parameters, count=count, iterations=iterations)
 
 
-def walk(setup: Setup, trainer: Trainer, updates: int, *, with_curvature: bool) -> Path:
+def walk(workload: Workload, trainer: Trainer, updates: int, *, with_curvature: bool) -> Path:
     """Makes the first `updates` of a run (or the next ones, after a checkpoint), and notes what they do.
 
     The curvature along an update, which needs a Hessian-vector product, is looked at in eight of them.
     """
     path, training_step, progress = Path(), trainer.step, trainer.progress
-    layers = layer_parameters(setup.module)
+    layers = layer_parameters(workload.module)
     parameters = training_step.parameters
     looked_at = {round(i * (updates - 1) / 7) for i in range(8)} if with_curvature else set()
-    setup.module.train()
+    workload.module.train()
     for number, (inputs, targets) in enumerate(islice(_endless(trainer), updates)):
         before = {p: p.detach().clone() for p in parameters}
         try:
@@ -175,12 +180,12 @@ def walk(setup: Setup, trainer: Trainer, updates: int, *, with_curvature: bool) 
         path.norms.append(math.nan if training_step.norm is None else float(training_step.norm))
         path.clipped.append(float(gradient_norm(parameters)))
         if number in looked_at:
-            with untouched(setup), _at(before):
-                product = hessian_product(loss_of(setup, inputs, targets), parameters)
+            with untouched(workload), _at(before):
+                product = hessian_product(loss_of(workload, inputs, targets), parameters)
                 path.curvatures[number] = curvature_along(product, flat(list(step.values())))
                 if number == updates - 1:
                     deltas = list(step.values())
-                    path.along = losses_along(lambda: loss_of(setup, inputs, targets), parameters, deltas, SHARES)  # noqa: B023
+                    path.along = losses_along(lambda: loss_of(workload, inputs, targets), parameters, deltas, SHARES)  # noqa: B023
     return path
 
 

@@ -10,7 +10,7 @@ from dlopt.analysis.diagnosis.layers import layer_parameters
 from dlopt.config.experiment import Experiment
 from dlopt.config.schema import Component
 from dlopt.parallel.mode import Mode
-from dlopt.training.build import Setup, load_weights, set_up
+from dlopt.training.build import Workload, build_workload, load_weights
 from dlopt.training.trainer import Trainer, dry_run
 
 _SMALL = 2_000_000  # multiply-accumulates: some 50 microseconds of one core
@@ -18,25 +18,25 @@ _SMALL = 2_000_000  # multiply-accumulates: some 50 microseconds of one core
 
 def prepare(
     experiment: Experiment, folder: Path, state: Mapping[str, Any] | None = None, *, parallel: Mode | None = None
-) -> tuple[Setup, Trainer]:
+) -> tuple[Workload, Trainer]:
     """Data, model and optimizer as `dlopt train` would begin with them, or as a checkpoint's `state` left them.
 
-    Nothing is written: `folder` only stands where a run folder would. `parallel`: see `set_up`.
+    Nothing is written: `folder` only stands where a run folder would. `parallel`: see `build_workload`.
     """
-    setup = set_up(experiment, None if state is None else state["normalize"], parallel=parallel)
-    trainer = dry_run(setup, folder, state)
+    workload = build_workload(experiment, None if state is None else state["normalize"], parallel=parallel)
+    trainer = dry_run(workload, folder, state)
     if state is not None:
-        setup.module.load_state_dict(state["model"])
+        workload.module.load_state_dict(state["model"])
         trainer.load_optimizer(state["optimizer"])
         trainer.step.schedule.load_state_dict(state["schedule"])
         for name in ("epoch", "position", "step"):
             setattr(trainer.progress, name, state["progress"][name])
     elif experiment.settings.init_from is not None:
-        load_weights(setup.module, Path(experiment.settings.init_from))
-    return setup, trainer
+        load_weights(workload.module, Path(experiment.settings.init_from))
+    return workload, trainer
 
 
-def spare_threads(setup: Setup, trainer: Trainer) -> None:
+def spare_threads(workload: Workload, trainer: Trainer) -> None:
     """Sets one thread where the layers are small: others would wait for each other longer than they work.
 
     The measure is the multiply-accumulates of a batch in the mean layer with weights, so that the figures of a model
@@ -44,15 +44,15 @@ def spare_threads(setup: Setup, trainer: Trainer) -> None:
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    if setup.experiment.settings.threads != "auto" or setup.device.type != "cpu":
+    if workload.experiment.settings.threads != "auto" or workload.device.type != "cpu":
         return
     inputs, _ = next(iter(trainer.batches.epoch(trainer.progress.epoch, 0, 0)))
-    was_training = setup.module.training
-    setup.module.eval()
+    was_training = workload.module.training
+    workload.module.eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        setup.precision.autocast(setup.module)(inputs[:1])
-    setup.module.train(was_training)
-    if counter.get_total_flops() / 2 * len(inputs) < _SMALL * len(layer_parameters(setup.module)):
+        workload.precision.autocast(workload.module)(inputs[:1])
+    workload.module.train(was_training)
+    if counter.get_total_flops() / 2 * len(inputs) < _SMALL * len(layer_parameters(workload.module)):
         torch.set_num_threads(1)
 
 

@@ -12,9 +12,9 @@ Word = Literal["healthy", "vanishing", "exploding", "saturated", "dead"]
 SMALL, LARGE = 0.01, 100.0
 """Signals and gradients beyond these ratios to the net's other end are called vanishing and exploding."""
 SATURATED = 0.5
-"""Share of saturated values from which on a layer is called saturated."""
+"""Fraction of saturated values from which on a layer is called saturated."""
 DEAD = 0.5
-"""Share of dead units from which on a layer is called dead."""
+"""Fraction of dead units from which on a layer is called dead."""
 
 
 @dataclass(frozen=True)

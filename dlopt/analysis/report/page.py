@@ -26,7 +26,7 @@ from dlopt.analysis.report.reading import ENDED, Record, brief, is_number, numbe
 from dlopt.analysis.report.table import (
     Configuration,
     Table,
-    beside_published,
+    against_published,
     command,
     command_from,
     importance,
@@ -42,7 +42,7 @@ FIRST = ("val_accuracy", "val_loss", "train_accuracy", "train_loss")
 _COST = ("epochs", "steps", "seconds", "parameters")
 _TEST = ("test_accuracy", "test_loss")
 _AXES = ("epoch", "step", "seconds")
-_POINTS = 400_000  # figures of curves in one page; beyond, curves are thinned
+_POINTS = 400_000  # metrics of curves in one page; beyond, curves are thinned
 _FEWEST_POINTS = 12
 _TYPES = {".html": "text/html; charset=utf-8", ".csv": "text/csv; charset=utf-8", ".png": "image/png"}  # served
 _HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY"}
@@ -81,36 +81,36 @@ def _json(data: Mapping[str, Any]) -> str:
 
 
 def columns(table: Table) -> list[str]:
-    """The figures of a leaderboard: the one that ranks, validation and training, cost."""
-    known = {name for record in table.records for name in record.figures}
+    """The metrics of a leaderboard: the one that ranks, validation and training, cost."""
+    known = {name for record in table.records for name in record.metrics}
     names = [name for name in dict.fromkeys([table.by, *FIRST]) if name in known]
     # A cost that all runs share says nothing in a table; failed ones have come less far.
-    ended = [record.figures for record in table.records if record.status in ENDED]
-    return names + [name for name in _COST if len({figures.get(name) for figures in ended}) > 1]
+    ended = [record.metrics for record in table.records if record.status in ENDED]
+    return names + [name for name in _COST if len({metrics.get(name) for metrics in ended}) > 1]
 
 
 def test_columns(table: Table) -> list[str]:
-    known = {name for record in table.records for name in record.figures}
+    known = {name for record in table.records for name in record.metrics}
     return [name for name in _TEST if name in known]
 
 
 def summary_csv(table: Table, target: float | None, *, test: bool) -> str:
     """A line per configuration. Figures as fractions; means, deviations (of a sample) and counts over seeds."""
-    figures, tests = columns(table), test_columns(table)
+    metrics, tests = columns(table), test_columns(table)
     head = ["rank", *table.keys, "runs", "ended", "failed"]
-    head += [f"{name}{end}" for name in (*figures, *tests) for end in ("", "_std")]
+    head += [f"{name}{end}" for name in (*metrics, *tests) for end in ("", "_std")]
     head += ["difference", "difference_low", "difference_high", "pairs"]
-    known = {id(each.row): each for each in beside_published(table)}
+    known = {id(each.row): each for each in against_published(table)}
     head += ["test_error_percent", "published_error_percent"] if known else []
     head += [] if target is None else ["target", "reached", "steps_to_target", "seconds_to_target"]
     output = io.StringIO()
     writer = csv.writer(output, lineterminator="\n")
     writer.writerow([*head, "folders", "command"])
     for rank, row in enumerate(table.rows, 1):
-        shown = figures + (tests if test or rank == 1 else [])
+        shown = metrics + (tests if test or rank == 1 else [])
         cells: list[Any] = [rank, *(text(row.values[key]) if key in row.values else "" for key in table.keys)]
         cells += [len(row.runs), sum(run.has_ended for run in row.row.runs), row.row.failed]
-        for name in (*figures, *tests):
+        for name in (*metrics, *tests):
             cells += _pair(row.statistic(name) if name in shown else None)
         gap = row.difference
         cells += ["", "", "", ""] if gap is None else [gap.mean, gap.low, gap.high, gap.count]
@@ -142,10 +142,10 @@ def page_data(
     table: Table, *, title: str, made: str, target: float | None, test: bool, refresh: float | None
 ) -> dict[str, Any]:
     """What the page's script reads; JSON."""
-    figures, tests = columns(table), test_columns(table)
+    metrics, tests = columns(table), test_columns(table)
     row_of = {run.path: i for i, row in enumerate(table.rows) for run in row.runs}
-    metrics = _metrics(table.records)
-    values = sum(len(record.metrics) for record in table.records) * (len(metrics) + len(_AXES))
+    curves = _curves(table.records)
+    values = sum(len(record.history) for record in table.records) * (len(curves) + len(_AXES))
     step = max(values / _POINTS, 1.0)  # evaluated epochs per one that the page shows
     shares = importance(table)
     return {
@@ -157,20 +157,20 @@ def page_data(
         "lower": table.lower,
         "keys": list(table.keys),
         "short": {key: short_key(key, table.keys) for key in table.keys},
-        "figures": figures,
         "metrics": metrics,
+        "curves": curves,
         "counts": table.counts(),
         "target": target,
         "allTests": test,
         "published": [
             [printable(name_of(each, table)), _triple(each.measured), each.published]
-            for each in beside_published(table)
+            for each in against_published(table)
         ],
         "t": [student_t(0.95, n) for n in range(1, 31)],
         "rows": [
-            _row(row, table, figures, tests if test or i == 0 else (), target) for i, row in enumerate(table.rows)
+            _row(row, table, metrics, tests if test or i == 0 else (), target) for i, row in enumerate(table.rows)
         ],
-        "runs": [_run(record, row_of[record.path], metrics, step, table.by) for record in table.records],
+        "runs": [_run(record, row_of[record.path], curves, step, table.by) for record in table.records],
         "importance": None if shares is None else {
             "missing": shares.missing,
             "keys": list(shares.shares.items()),
@@ -192,7 +192,7 @@ def page_data(
 
 
 def _row(
-    row: Configuration, table: Table, figures: Sequence[str], tests: Sequence[str], target: float | None
+    row: Configuration, table: Table, metrics: Sequence[str], tests: Sequence[str], target: float | None
 ) -> dict[str, Any]:
     gap = row.difference
     reached = None if target is None else time_to_target(row, table.by, target)
@@ -200,7 +200,7 @@ def _row(
         "id": str(row.runs[0].path),
         "label": row.label,
         "values": {key: _value(value) for key, value in row.values.items()},
-        "figures": {name: found for name in figures if (found := _triple(row.statistic(name))) is not None},
+        "metrics": {name: found for name in metrics if (found := _triple(row.statistic(name))) is not None},
         "difference": None if gap is None else [gap.mean, gap.low, gap.high, gap.count],
         "test": {name: _triple(row.statistic(name)) for name in tests} if tests else None,
         "failed": row.row.failed,
@@ -217,8 +217,8 @@ def _value(value: Any) -> Any:
     return value if is_number(value) else printable(brief(value))
 
 
-def _run(record: Record, row: int, metrics: Sequence[str], step: float, by: str) -> dict[str, Any]:
-    lines = _thinned(record.metrics, step, by)
+def _run(record: Record, row: int, curves: Sequence[str], step: float, by: str) -> dict[str, Any]:
+    lines = _thinned(record.history, step, by)
     return {
         "path": printable(short_path(record.path)),
         "row": row,
@@ -226,20 +226,20 @@ def _run(record: Record, row: int, metrics: Sequence[str], step: float, by: str)
         "status": record.status,
         "reason": None if record.reason is None else printable(record.reason),
         "label": record.path.name,
-        "figures": {k: v for k, v in record.figures.items() if k != "processes" and not k.startswith("test_")},
+        "metrics": {k: v for k, v in record.metrics.items() if k != "processes" and not k.startswith("test_")},
         "command": command(record),
         "from": command_from(record),
         "commit": None if record.commit is None else printable(record.commit),
         "curve": {
             name: [float(f"{line[name]:.6g}") if name in line else None for line in lines]
-            for name in (*_AXES, *metrics)
+            for name in (*_AXES, *curves)
         },
     }
 
 
-def _metrics(records: Sequence[Record]) -> list[str]:
+def _curves(records: Sequence[Record]) -> list[str]:
     """Names of curves: what every part logs per epoch."""
-    names = dict.fromkeys(name for i in (0, -1) for record in records if record.metrics for name in record.metrics[i])
+    names = dict.fromkeys(name for i in (0, -1) for record in records if record.history for name in record.history[i])
     first = [name for name in FIRST if name in names]
     return [*first, *(name for name in names if name not in (*first, *_AXES))]
 

@@ -32,17 +32,17 @@ _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is fiv
 
 @dataclass(frozen=True)
 class Record:
-    """One run: `config` has dotted keys, a group's own name holds its choice; `metrics` are the evaluated epochs.
+    """One run: `config` has dotted keys, a group's own name holds its choice; `history` holds the evaluated epochs.
 
-    `figures`: of the best epoch (`val_loss`, `val_accuracy`), of the run (`epochs`, `steps`, `seconds`,
+    `metrics`: of the best epoch (`val_loss`, `val_accuracy`), of the run (`epochs`, `steps`, `seconds`,
     `parameters`) and of the test (`test_loss`, `test_accuracy`); what is not there, or not finite, is left out.
     """
 
     path: Path
     status: str
     config: Mapping[str, Any]
-    figures: Mapping[str, float]
-    metrics: tuple[Mapping[str, float], ...]
+    metrics: Mapping[str, float]
+    history: tuple[Mapping[str, float], ...]
     overrides: tuple[str, ...]
     reason: str | None
     commit: str | None
@@ -112,7 +112,7 @@ def _read(path: Path) -> Record:
         raise _DamageError("config.yaml is missing")
     environment = _mapping(path / "environment.json", json.loads) or {}
     summary = _mapping(path / SUMMARY, json.loads)
-    metrics = tuple(_lines(path / METRICS))
+    history = tuple(_lines(path / METRICS))
     overrides = tuple(RunFolder(path).history())
     status = _status(path, summary)
     if status == "running" or summary is None:  # the summary of a running one is of an earlier part of the run
@@ -122,8 +122,8 @@ def _read(path: Path) -> Record:
         path=path,
         status=status,
         config=_flat(config, choices if isinstance(choices, dict) else {}),
-        figures=_figures(summary, metrics, config),
-        metrics=metrics,
+        metrics=_metrics(summary, history, config),
+        history=history,
         overrides=overrides,
         reason=reason if isinstance(reason, str) else None,
         commit=commit if isinstance(commit, str) else None,
@@ -209,25 +209,25 @@ def tidy(value: Any) -> Any:
     return value if isinstance(value, str | bool | int | float) or value is None else str(value)
 
 
-def _figures(
-    summary: Mapping[str, Any], metrics: tuple[Mapping[str, float], ...], config: Mapping[str, Any]
+def _metrics(
+    summary: Mapping[str, Any], history: tuple[Mapping[str, float], ...], config: Mapping[str, Any]
 ) -> dict[str, float]:
-    figures: dict[str, Any] = {}
-    if metrics:
-        last, best = metrics[-1], best_line(metrics, str(config.get("monitor", "auto")))
-        figures = {k: v for k, v in last.items() if not k.startswith("val_") and k not in ("epoch", "step", "lr")}
-        figures |= {"epochs": last["epoch"], "steps": last["step"]}
+    metrics: dict[str, Any] = {}
+    if history:
+        last, best = history[-1], best_line(history, str(config.get("monitor", "auto")))
+        metrics = {k: v for k, v in last.items() if not k.startswith("val_") and k not in ("epoch", "step", "lr")}
+        metrics |= {"epochs": last["epoch"], "steps": last["step"]}
         if best is not None:
-            figures |= {k: v for k, v in best.items() if k.startswith("val_")} | {"best_epoch": best["epoch"]}
+            metrics |= {k: v for k, v in best.items() if k.startswith("val_")} | {"best_epoch": best["epoch"]}
     for key, value in summary.items():
         if key not in ("epochs", "steps") or is_number(value):
-            figures[str(key).removeprefix("best_") if str(key).startswith("best_val_") else str(key)] = value
-    return _numbers(figures)
+            metrics[str(key).removeprefix("best_") if str(key).startswith("best_val_") else str(key)] = value
+    return _numbers(metrics)
 
 
-def best_line(metrics: Iterable[Mapping[str, float]], monitor: str) -> Mapping[str, float] | None:
-    """The first of the epochs with the best monitored figure (`auto`: val_accuracy, or val_loss without it)."""
-    lines = list(metrics)
+def best_line(history: Iterable[Mapping[str, float]], monitor: str) -> Mapping[str, float] | None:
+    """The first of the epochs with the best monitored metric (`auto`: val_accuracy, or val_loss without it)."""
+    lines = list(history)
     if monitor == "auto":
         monitor = "val_accuracy" if any("val_accuracy" in line for line in lines) else "val_loss"
     known = [line for line in lines if monitor in line]
@@ -343,23 +343,23 @@ def select(records: Sequence[Record], conditions: Sequence[Condition]) -> list[R
 
 
 def check_key(key: str, line: str, records: Sequence[Record]) -> None:
-    """Raises `UserError` where none of the runs has such a key or figure."""
-    known = dict.fromkeys(["status", *(k for r in records for k in (*r.figures, *r.config))])
+    """Raises `UserError` where none of the runs has such a key or metric."""
+    known = dict.fromkeys(["status", *(k for r in records for k in (*r.metrics, *r.config))])
     if not records or key in known or key.removeprefix("best_") in known:
         return
     ends = [each for each in known if each.rpartition(".")[2] == key]
     close = ends or get_close_matches(key, list(known), n=1, cutoff=0.6)
     hint = f"did you mean {close[0]}? " if close else ""
-    figures = ", ".join(dict.fromkeys(name for record in records for name in record.figures))
-    raise UserError(f"{line}: none of the runs has {key}; {hint}allowed: status, a key of the config, {figures}")
+    metrics = ", ".join(dict.fromkeys(name for record in records for name in record.metrics))
+    raise UserError(f"{line}: none of the runs has {key}; {hint}allowed: status, a key of the config, {metrics}")
 
 
 def value_of(record: Record, key: str) -> Any:
-    """A figure, a value of the config, or the status; None where the run has none."""
+    """A metric, a value of the config, or the status; None where the run has none."""
     if key == "status":
         return record.status
-    figure = record.figures.get(key, record.figures.get(key.removeprefix("best_")))
-    return record.config.get(key) if figure is None else figure
+    metric = record.metrics.get(key, record.metrics.get(key.removeprefix("best_")))
+    return record.config.get(key) if metric is None else metric
 
 
 def number_in(value: str) -> float | None:

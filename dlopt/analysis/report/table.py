@@ -48,7 +48,7 @@ class Configuration:
 
     @property
     def value(self) -> Statistic | None:
-        """Of the figure that ranks, over the runs that have ended."""
+        """Of the metric that ranks, over the runs that have ended."""
         return self.row.value
 
     @property
@@ -56,8 +56,8 @@ class Configuration:
         """To the first row, paired over seeds."""
         return self.row.difference
 
-    def statistic(self, figure: str) -> Statistic | None:
-        return self.row.statistic(figure)
+    def statistic(self, metric: str) -> Statistic | None:
+        return self.row.statistic(metric)
 
     @property
     def command(self) -> str | None:
@@ -103,7 +103,7 @@ def gather(records: Sequence[Record], damaged: Sequence[Damaged], by: str | None
     keys = varying([record.config for record in records])
     known = {str(record.path): record for record in records}
     rows = []
-    for row in leaderboard([_entry(record) for record in records], figure=by).rows:
+    for row in leaderboard([_entry(record) for record in records], metric=by).rows:
         runs = tuple(known[run.name] for run in row.runs)
         values = {key: runs[0].config[key] for key in keys if key in runs[0].config}
         label = " ".join(f"{short_key(key, keys)}={brief(value)}" for key, value in values.items())
@@ -112,22 +112,22 @@ def gather(records: Sequence[Record], damaged: Sequence[Damaged], by: str | None
 
 
 def _figure(records: Sequence[Record], by: str | None) -> str:
-    names = dict.fromkeys(name for record in records for name in record.figures)
+    names = dict.fromkeys(name for record in records for name in record.metrics)
     allowed = [name for name in names if name not in _NOT_RANKED and not name.startswith("test_")]
     if by is None:
         return "val_accuracy" if "val_accuracy" in names or "val_loss" not in names else "val_loss"
     by = by.removeprefix("best_")
     if by.startswith("test_"):
-        raise UserError(f"by={by}: ranked by a test figure, runs would be chosen on the test set; by=val_accuracy")
+        raise UserError(f"by={by}: ranked by a test metric, runs would be chosen on the test set; by=val_accuracy")
     if by not in allowed:
-        raise UserError(f"by={by}: the runs have no such figure; allowed: {', '.join(allowed) or 'none'}")
+        raise UserError(f"by={by}: the runs have no such metric; allowed: {', '.join(allowed) or 'none'}")
     return by
 
 
 def _entry(record: Record) -> Entry:
     status = "stopped_early" if record.status == "pruned" else record.status
-    figures = {**record.figures, "status": status, "pruned": record.status == "pruned"}
-    return Entry(str(record.path), record.config, figures, record.overrides)
+    metrics = {**record.metrics, "status": status, "pruned": record.status == "pruned"}
+    return Entry(str(record.path), record.config, metrics, record.overrides)
 
 
 def short_key(key: str, keys: Iterable[str]) -> str:
@@ -164,7 +164,7 @@ def _shell(words: Sequence[str]) -> str | None:
 
 
 @dataclass(frozen=True)
-class Beside:
+class PublishedRow:
     """Test errors in %: of a configuration's runs (None where none has ended), and the published one."""
 
     row: Configuration
@@ -193,10 +193,10 @@ def _mapping(pairs: Any) -> dict[str, Any]:
     return dict(pairs) if is_pairs else {}
 
 
-def beside_published(table: Table) -> list[Beside]:
-    """The configurations of which a published figure is known, in the table's order.
+def against_published(table: Table) -> list[PublishedRow]:
+    """The configurations of which a published metric is known, in the table's order.
 
-    Their test figures are all shown: they are no candidates among which one is chosen.
+    Their test metrics are all shown: they are no candidates among which one is chosen.
     """
     found = []
     for row in table.rows:
@@ -207,11 +207,11 @@ def beside_published(table: Table) -> list[Beside]:
         if accuracy is not None:
             std = None if accuracy.std is None else 100 * accuracy.std
             measured = Statistic(100 * (1 - accuracy.mean), std, accuracy.count)
-        found.append(Beside(row, measured, error))
+        found.append(PublishedRow(row, measured, error))
     return found
 
 
-def name_of(beside: Beside, table: Table) -> str:
+def name_of(beside: PublishedRow, table: Table) -> str:
     """The recipe's name, and in what it differs from the other rows of that name."""
     name = str(beside.row.runs[0].config.get("name", beside.row.label))
     alike = [row for row in table.rows if row.runs[0].config.get("name") == name]
@@ -235,12 +235,12 @@ class Band:
     count: np.ndarray
 
 
-def band(runs: Sequence[Record], figure: str, against: str, confidence: float = 0.95) -> Band | None:
-    """Pointwise mean of `figure` against `epoch`, `step` or `seconds`, with Student's interval of the mean.
+def band(runs: Sequence[Record], metric: str, against: str, confidence: float = 0.95) -> Band | None:
+    """Pointwise mean of `metric` against `epoch`, `step` or `seconds`, with Student's interval of the mean.
 
     Between its epochs a run's curve is linear. A point is shown where at least half of the runs reach it.
     """
-    points = [[(line[against], line[figure]) for line in run.metrics if figure in line and against in line]
+    points = [[(line[against], line[metric]) for line in run.history if metric in line and against in line]
               for run in runs]  # fmt: skip
     curves = [np.array(each) for each in points if each]
     if not curves:
@@ -314,10 +314,10 @@ def importance(table: Table) -> Importance | None:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """One optimizer's figure against its learning rate: every configuration, the best at each rate, the good rates."""
+    """One optimizer's metric against its learning rate: every configuration, the best at each rate, the good rates."""
 
     optimizer: str
-    points: Sequence[tuple[float, Statistic, int]]  # learning rate, figure, row of the table
+    points: Sequence[tuple[float, Statistic, int]]  # learning rate, metric, row of the table
     best: Sequence[tuple[float, Statistic]]  # by learning rate
     good: tuple[float, float]  # the lowest and the highest good rate around the best
     tolerance: float
@@ -327,8 +327,8 @@ class Sensitivity:
 def sensitivities(table: Table) -> list[Sensitivity]:
     """For each optimizer with several learning rates.
 
-    Good are the rates next to the best whose figure is at most `tolerance` worse: 0.01 for an accuracy, 5 % of the best
-    for other figures, or the standard deviation over seeds (pooled) where that is larger.
+    Good are the rates next to the best whose metric is at most `tolerance` worse: 0.01 for an accuracy, 5 % of the best
+    for other metrics, or the standard deviation over seeds (pooled) where that is larger.
     """
     found = []
     by_optimizer: dict[str, list[tuple[int, Configuration]]] = {}
@@ -389,13 +389,13 @@ def time_to_target(row: Configuration, by: str, target: float) -> Reached:
 
 
 def first_at(run: Record, by: str, target: float, lower: bool) -> Mapping[str, float] | None:
-    """The first evaluated epoch whose figure is at least as good as the target."""
-    good = (line for line in run.metrics if by in line and (line[by] <= target if lower else line[by] >= target))
+    """The first evaluated epoch whose metric is at least as good as the target."""
+    good = (line for line in run.history if by in line and (line[by] <= target if lower else line[by] >= target))
     return next(good, None)
 
 
 def default_target(table: Table) -> float | None:
-    """A figure that half of the configurations reach, rounded to the easier side."""
+    """A metric that half of the configurations reach, rounded to the easier side."""
     means = sorted(row.value.mean for row in table.ranked if row.value is not None)
     if not means:
         return None

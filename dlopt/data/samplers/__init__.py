@@ -12,12 +12,12 @@ from dlopt.data.samplers.hard import HardExamples
 from dlopt.random import generator
 
 __all__ = [
-    "Attentive",
     "ClassBalanced",
     "ClassInterleaved",
     "ClassSorted",
     "Diverse",
     "HardExamples",
+    "LossAwareSampler",
     "Random",
     "Sampler",
     "Sequential",
@@ -36,7 +36,7 @@ class Sampler(Protocol):
 
 
 @runtime_checkable
-class Attentive(Sampler, Protocol):
+class LossAwareSampler(Sampler, Protocol):
     """A sampler that looks at the losses of the samples, and so has a state."""
 
     maximum: Callable[[Tensor], Tensor]  # elementwise, over ranks, each of which sees its own samples' losses

@@ -66,7 +66,7 @@ class Diverse:
         end = order[last]
         return torch.cat([hands.flatten(), end[torch.randperm(rest, generator=draws)]])
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """batch_variation: the variance of the inputs within batches over that of the whole training set.
 
         Sample-weighted mean over the batches of the latest epoch; its expectation in a random order is 1.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dlopt.errors import UserError
 from dlopt.random import generator
-from dlopt.ranges import PositiveShare
+from dlopt.ranges import PositiveFraction
 
 
 class HardExamples:
@@ -32,7 +32,9 @@ class HardExamples:
     `maximum` is the elementwise maximum over ranks, each of which sees the losses of its own samples.
     """
 
-    def __init__(self, *, targets: Tensor, seed: int, floor: PositiveShare, max_draws: Annotated[float, Ge(1)]) -> None:
+    def __init__(
+        self, *, targets: Tensor, seed: int, floor: PositiveFraction, max_draws: Annotated[float, Ge(1)]
+    ) -> None:
         count = len(targets)
         self.maximum: Callable[[Tensor], Tensor] = _own
         self._seed = seed

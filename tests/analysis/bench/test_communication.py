@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from dlopt.analysis.bench.communication import _share_sent, length, times, union
+from dlopt.analysis.bench.communication import _fraction_sent, length, times, union
 
 
 def event(name: str, start: float, end: float) -> SimpleNamespace:
@@ -30,7 +30,7 @@ def test_time_in_which_nothing_else_goes_on() -> None:
 
 
 def test_what_a_rank_sends() -> None:
-    assert _share_sent("allreduce_", 4) == _share_sent("all_reduce", 4) == 1.5
-    assert _share_sent("_allgather_base_", 4) == _share_sent("reduce_scatter_tensor", 4) == 0.75
-    assert (_share_sent("send", 4), _share_sent("recv_", 4), _share_sent("barrier", 4)) == (1.0, 0.0, 0.0)
-    assert _share_sent("wait_tensor", 4) == 0
+    assert _fraction_sent("allreduce_", 4) == _fraction_sent("all_reduce", 4) == 1.5
+    assert _fraction_sent("_allgather_base_", 4) == _fraction_sent("reduce_scatter_tensor", 4) == 0.75
+    assert (_fraction_sent("send", 4), _fraction_sent("recv_", 4), _fraction_sent("barrier", 4)) == (1.0, 0.0, 0.0)
+    assert _fraction_sent("wait_tensor", 4) == 0

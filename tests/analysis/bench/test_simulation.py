@@ -9,7 +9,7 @@ from torch import nn
 
 from dlopt.analysis import model_summary
 from dlopt.analysis.bench import simulation
-from dlopt.analysis.bench.company import fitted, shared_out
+from dlopt.analysis.bench.contention import fitted, shared_out
 from dlopt.analysis.bench.modes import validate
 from dlopt.analysis.bench.simulation import Cluster, ddp, draw, fsdp, pipeline, single, spatial
 from dlopt.analysis.bench.simulation import filter_parallel as filters

@@ -12,7 +12,7 @@ from dlopt.analysis.diagnosis.live import Diagnostics
 from dlopt.analysis.diagnosis.preparation import prepare
 from dlopt.errors import UserError
 from dlopt.tracking.tracking import Tracking
-from dlopt.training.build import Setup, set_up
+from dlopt.training.build import Workload, build_workload
 from dlopt.training.step import Step
 from dlopt.training.trainer import dry_run
 from tests.training.runs import RICH, SMALL, experiment, result, resume, same, start
@@ -38,13 +38,13 @@ def test_training_is_the_same_bit_for_bit(tmp_path: Path, typed: list[str]) -> N
 def _seen(tmp_path: Path, *typed: str, steps: int = 7) -> dict[int, tuple[dict[str, float], dict[str, Tensor]]]:
     """What the diagnostics of the first updates report, by the number of updates."""
     seen: dict[int, Any] = {}
-    setup = set_up(experiment(*SMALL, *LOOKING, *typed))
-    settings = setup.experiment.settings
+    workload = build_workload(experiment(*SMALL, *LOOKING, *typed))
+    settings = workload.experiment.settings
     report = lambda number, figures, histograms: seen.update({number: (figures, histograms)})  # noqa: E731
-    diagnostics = Diagnostics(setup, settings.diagnostics, settings.diagnostics_every, report)
-    trainer = dry_run(setup, tmp_path, observers=[diagnostics])
+    diagnostics = Diagnostics(workload, settings.diagnostics, settings.diagnostics_every, report)
+    trainer = dry_run(workload, tmp_path, observers=[diagnostics])
     batches = [batch for epoch in range(steps) for batch in trainer.batches.epoch(epoch)]
-    setup.module.train()
+    workload.module.train()
     for number, batch in enumerate(batches[:steps]):
         trainer.step.update(*batch, number, trainer.sums)
     return seen
@@ -55,10 +55,10 @@ def test_the_figures_are_those_of_the_update(tmp_path: Path) -> None:
     seen = _seen(tmp_path, *typed, "clip=norm", "clip.max_norm=1e-3")
     assert list(seen) == [1, 4, 7]  # updates 0, 3, 6
     figures, histograms = seen[1]
-    setup, training = prepare(experiment(*SMALL, *typed), tmp_path)
+    workload, training = prepare(experiment(*SMALL, *typed), tmp_path)
     inputs, targets = next(iter(training.batches.epoch(0)))
-    module = setup.module
-    loss = setup.loss(module(inputs), targets)
+    module = workload.module
+    loss = workload.loss(module(inputs), targets)
     parameters = list(module.parameters())
     gradients = torch.autograd.grad(loss, parameters)
     whole = float(torch.cat([g.flatten() for g in gradients]).norm())
@@ -80,11 +80,11 @@ def test_the_eigenvalue_is_found_over_several_looks(tmp_path: Path) -> None:
     """Each look starts from the vector of the one before; with a tiny rate the Hessian stays."""
     typed = ("precision=fp64", "data.batch_size=full", "schedule=constant", "optimizer.lr=1e-9", "diagnostics_every=1")
     seen = _seen(tmp_path, *typed, steps=21)
-    setup, training = prepare(experiment(*SMALL, *typed), tmp_path)
+    workload, training = prepare(experiment(*SMALL, *typed), tmp_path)
     [batch] = training.batches.epoch(0)
     from dlopt.analysis.diagnosis.measuring import snapshot
 
-    spectrum = snapshot(setup, [batch], 0, eigenvalues=1, iterations=60).spectrum
+    spectrum = snapshot(workload, [batch], 0, eigenvalues=1, iterations=60).spectrum
     assert spectrum is not None
     first, second = (seen[number][0]["curvature/largest_eigenvalue"] for number in (1, 21))
     assert "curvature/largest_eigenvalue" not in seen[2][0]
@@ -118,7 +118,7 @@ def test_what_cannot_be_seen_is_refused(tmp_path: Path) -> None:
         experiment(*SMALL, "diagnostics=[gradients]")
     with pytest.raises(UserError, match=r"diagnostics\.0=loss|diagnostics"):
         experiment("diagnostics=[loss]")
-    setup, _ = prepare(experiment(*SMALL, *LOOKING), tmp_path)
-    compiled = Setup(**{**vars(setup), "model": torch.compile(setup.module)})
+    workload, _ = prepare(experiment(*SMALL, *LOOKING), tmp_path)
+    compiled = Workload(**{**vars(workload), "model": torch.compile(workload.module)})
     with pytest.raises(UserError, match="compile=false"):
         Diagnostics(compiled, ["activations"], 1, lambda *_: None)

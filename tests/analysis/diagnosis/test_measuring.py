@@ -18,20 +18,20 @@ MLP = [*SMALL, "model.widths=[8,8]", "model.activation=tanh", "precision=fp64"]
 
 
 def _diagnosed(tmp_path: Path, *overrides: str, **keys: Any) -> Diagnosis:
-    setup, training = prepare(experiment(*MLP, *overrides), tmp_path)
+    workload, training = prepare(experiment(*MLP, *overrides), tmp_path)
     keys = {"batches": 3, "updates": 4, "eigenvalues": 2, "iterations": 5, **keys}
-    return diagnose("it", setup, training, **keys)
+    return diagnose("it", workload, training, **keys)
 
 
 def test_a_look_changes_nothing(tmp_path: Path) -> None:
-    setup, training = prepare(experiment(*SMALL[:-5], *DEVICE, "model=resnet20", "model.dropout=0.3"), tmp_path)
+    workload, training = prepare(experiment(*SMALL[:-5], *DEVICE, "model=resnet20", "model.dropout=0.3"), tmp_path)
     batches = list(training.batches.epoch(0))[:2]
-    before = {name: value.clone() for name, value in setup.module.state_dict().items()}
+    before = {name: value.clone() for name, value in workload.module.state_dict().items()}
     generator = torch.get_rng_state()
-    snapshot(setup, batches, 0, eigenvalues=1, iterations=2)
-    assert same(before, dict(setup.module.state_dict()))
+    snapshot(workload, batches, 0, eigenvalues=1, iterations=2)
+    assert same(before, dict(workload.module.state_dict()))
     assert torch.equal(generator, torch.get_rng_state())
-    assert all(p.grad is None for p in setup.module.parameters())
+    assert all(p.grad is None for p in workload.module.parameters())
     assert not list(tmp_path.iterdir())
 
 
@@ -39,36 +39,36 @@ def test_walking_makes_the_updates_of_the_training_itself(tmp_path: Path) -> Non
     typed = [*MLP, "model.dropout=0.2", "augmentation=crop_flip", "clip=norm", "clip.max_norm=0.5"]
     weights: list[dict[str, Tensor]] = []
     for watched in (True, False):
-        setup, training = prepare(experiment(*typed), tmp_path)
+        workload, training = prepare(experiment(*typed), tmp_path)
         if watched:
-            path = walk(setup, training, 6, with_curvature=True)
+            path = walk(workload, training, 6, with_curvature=True)
         else:
             for step, batch in enumerate([*training.batches.epoch(0, 0, 0), *training.batches.epoch(1, 0, 4)][:6]):
                 training.step.update(*batch, step, training.sums)
-        weights.append({name: value.clone() for name, value in setup.module.state_dict().items()})
+        weights.append({name: value.clone() for name, value in workload.module.state_dict().items()})
     assert same(weights[0], weights[1])
     assert len(path.losses) == len(path.norms) == 6 and all(len(each) == 6 for each in path.ratios.values())
     assert max(path.clipped) <= 0.5 * (1 + 1e-6) < max(path.norms)
 
 
 def test_the_figures_of_a_look(tmp_path: Path) -> None:
-    setup, training = prepare(experiment(*MLP), tmp_path)
+    workload, training = prepare(experiment(*MLP), tmp_path)
     batches = list(training.batches.epoch(0))  # of 25, 25, 25, 15 samples
-    found = snapshot(setup, batches, 0, eigenvalues=1, iterations=300)
+    found = snapshot(workload, batches, 0, eigenvalues=1, iterations=300)
     assert [layer.name for layer in found.layers] == ["layer1.linear", "layer2.linear", "head"]
     assert {len(norms) for norms in found.gradient_norms.values()} == {3}  # of equal batches
     assert len(found.total_norms) == 4 and found.lags == []
-    parameters = list(setup.module.parameters())
-    gradients = torch.autograd.grad(loss_of(setup, *batches[0]), parameters)
+    parameters = list(workload.module.parameters())
+    gradients = torch.autograd.grad(loss_of(workload, *batches[0]), parameters)
     assert found.total_norms[0] == pytest.approx(math.sqrt(sum(float(g.square().sum()) for g in gradients)), rel=1e-6)
     assert found.spectrum is not None
     flat = torch.cat([p.detach().flatten() for p in parameters])
-    names = [name for name, _ in setup.module.named_parameters()]
+    names = [name for name, _ in workload.module.named_parameters()]
 
     def loss_at(vector: Tensor) -> Tensor:
         parts = vector.split([p.numel() for p in parameters])
         weights = {n: part.view_as(p) for n, part, p in zip(names, parts, parameters, strict=True)}
-        return setup.loss(torch.func.functional_call(setup.module, weights, (batches[0][0],)), batches[0][1])
+        return workload.loss(torch.func.functional_call(workload.module, weights, (batches[0][0],)), batches[0][1])
 
     dense = torch.autograd.functional.hessian(loss_at, flat)
     assert isinstance(dense, Tensor)
@@ -77,11 +77,11 @@ def test_the_figures_of_a_look(tmp_path: Path) -> None:
 
 def test_sharpness_along_the_step_is_that_of_the_losses_along_it(tmp_path: Path) -> None:
     """A second difference of the losses along the update gives d'Hd to second order."""
-    setup, training = prepare(experiment(*MLP, "schedule=constant", "optimizer.lr=1e-3"), tmp_path)
-    before = [p.detach().clone() for p in setup.module.parameters()]
-    path = walk(setup, training, 1, with_curvature=True)
+    workload, training = prepare(experiment(*MLP, "schedule=constant", "optimizer.lr=1e-3"), tmp_path)
+    before = [p.detach().clone() for p in workload.module.parameters()]
+    path = walk(workload, training, 1, with_curvature=True)
     square = sum(
-        float((p.detach() - start).square().sum()) for p, start in zip(setup.module.parameters(), before, strict=True)
+        float((p.detach() - old).square().sum()) for p, old in zip(workload.module.parameters(), before, strict=True)
     )
     at = dict(zip(SHARES, path.along, strict=True))
     second = (at[0.5] - 2 * at[0.0] + at[-0.5]) / 0.25
@@ -118,8 +118,8 @@ def test_pictures_have_a_curve_for_each_model_and_look(tmp_path: Path) -> None:
 
 def test_time_lag_before_and_after_clipping(tmp_path: Path) -> None:
     typed = [*SMALL[:-5], *DEVICE, "model=rnn", "model.hidden=6", "clip=norm", "clip.max_norm=0.01"]
-    setup, training = prepare(experiment(*typed), tmp_path)
-    found = diagnose("rnn", setup, training, batches=1, updates=1, eigenvalues=0, iterations=1)
+    workload, training = prepare(experiment(*typed), tmp_path)
+    found = diagnose("rnn", workload, training, batches=1, updates=1, eigenvalues=0, iterations=1)
     assert len(found.before.lags[0].states) == 7  # of 8 rows
     assert 0 < clipping_factor(found) < 0.1
     figure = pictures([found], "title")["time_lag"]

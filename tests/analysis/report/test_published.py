@@ -10,7 +10,7 @@ import pytest
 
 from dlopt.analysis.report.page import page_data, summary_csv
 from dlopt.analysis.report.reading import Reader
-from dlopt.analysis.report.table import Table, beside_published, gather, name_of, published_error
+from dlopt.analysis.report.table import Table, against_published, gather, name_of, published_error
 from dlopt.config.compose import Composer, to_plain
 from dlopt.config.parsing import parse
 from dlopt.tracking.layout import settings
@@ -72,7 +72,7 @@ def test_seeds_are_one_row_and_other_runs_are_left_out(tmp_path: Path) -> None:
     make_run(tmp_path / "2", lr=0.5, test=0.7, config=RECIPE | {"published": []})
     found = table(tmp_path)
     assert found.keys == ["optimizer.lr"]  # a published figure is nothing in which runs differ
-    [beside] = beside_published(found)
+    [beside] = against_published(found)
     assert beside.published == 24.0 and beside.measured is not None and beside.measured.count == 2
     assert beside.measured.mean == pytest.approx(24.0) and beside.measured.std == pytest.approx(100 * 0.02 / 2**0.5)
     assert name_of(beside, found) == "recipe lr=0.1"

@@ -24,15 +24,15 @@ def test_a_run_by_its_config_figures_and_curves(tmp_path: Path) -> None:
     assert "optimizer._target_" not in found.config
     assert found.overrides == ("optimizer=adamw", "optimizer.lr=0.01", "seed=0")
     expected = {"val_accuracy": 0.9, "val_loss": 0.1, "train_accuracy": 0.8, "epochs": 3, "steps": 30, "best_epoch": 2}
-    assert {key: found.figures[key] for key in expected} == pytest.approx(expected)
-    assert found.figures["test_accuracy"] == 0.75 and found.figures["seconds"] == 3
-    assert [line["step"] for line in found.metrics] == [10, 20, 30]
+    assert {key: found.metrics[key] for key in expected} == pytest.approx(expected)
+    assert found.metrics["test_accuracy"] == 0.75 and found.metrics["seconds"] == 3
+    assert [line["step"] for line in found.history] == [10, 20, 30]
 
 
 def test_a_run_without_a_summary_is_known_by_its_best_epoch_so_far(tmp_path: Path) -> None:
     path = make_run(tmp_path / "run", accuracies=(0.5, 0.9, 0.8), status=None)
     found = record(path)
-    assert found.status == "unfinished" and found.figures["val_accuracy"] == 0.9 and found.figures["epochs"] == 3
+    assert found.status == "unfinished" and found.metrics["val_accuracy"] == 0.9 and found.metrics["epochs"] == 3
     with HeldByAnotherProcess(path):
         assert record(path).status == "running"
 
@@ -48,18 +48,18 @@ def test_the_best_epoch_follows_monitor_and_what_is_not_finite_is_no_figure(tmp_
     path = make_run(
         tmp_path / "run", status=None, accuracies=(0.9, 0.5), losses=(2.0, 1.0), config={"monitor": "val_loss"}
     )
-    assert record(path).figures["val_accuracy"] == 0.5
+    assert record(path).metrics["val_accuracy"] == 0.5
     line = {"epoch": 3, "step": 30, "val_loss": None, "val_accuracy": float("nan"), "note": "<b>", "odd": True}
     with (path / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
-    assert record(path).metrics[-1] == {"epoch": 3, "step": 30}
+    assert record(path).history[-1] == {"epoch": 3, "step": 30}
 
 
 def test_a_torn_last_line_is_the_end_of_a_run_that_was_killed(tmp_path: Path) -> None:
     path = make_run(tmp_path / "run", status=None)
     with (path / "metrics.jsonl").open("a") as file:
         file.write('{"epoch": 4, "st')
-    assert len(record(path).metrics) == 3
+    assert len(record(path).history) == 3
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_only_what_has_changed_is_read_again(tmp_path: Path) -> None:
         file.write('{"epoch": 4, "step": 40}\n')
     after, _ = reader.read([tmp_path])
     assert [old is new for old, new in zip(before, after, strict=True)] == [True, False, True]
-    assert len(after[1].metrics) == 4
+    assert len(after[1].history) == 4
 
 
 def test_keys_that_vary_leave_out_seeds_and_what_a_choice_implies() -> None:

@@ -1,4 +1,4 @@
-// Elements, figures as text, scales, state. Texts are only ever set as texts: the data are not trusted.
+// Elements, metrics as text, scales, state. Texts are only ever set as texts: the data are not trusted.
 const data = JSON.parse(document.getElementById("data").textContent);
 // Okabe & Ito 2008, without their yellow.
 const COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9"];
@@ -31,7 +31,7 @@ function show(section, visible) {
   return visible;
 }
 
-// -- figures
+// -- metrics
 
 const NAMES = { lr: "learning rate", epoch: "epoch", step: "updates", seconds: "seconds" };
 

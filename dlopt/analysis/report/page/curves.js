@@ -47,7 +47,7 @@ function chart(place, series, options) {
   const margin = { left: 62, right: 14, top: 10, bottom: 44 };
   let [x0, x1] = extent(series.flatMap((each) => each.points.map((p) => p[0])));
   let [y0, y1] = extent(series.flatMap((each) => each.points.map((p) => (options.logY && !(p[1] > 0) ? NaN : p[1]))));
-  if (!Number.isFinite(x0) || !Number.isFinite(y0)) return place.replaceChildren(make("p", { class: "note" }, "No figures yet."));
+  if (!Number.isFinite(x0) || !Number.isFinite(y0)) return place.replaceChildren(make("p", { class: "note" }, "No data yet."));
   if (x0 === x1) [x0, x1] = options.logX ? [x0 / 2, x1 * 2] : [x0 - 0.5, x1 + 0.5];
   if (options.logY) [y0, y1] = [Math.max(y0 / 1.15, y1 * 1e-6), y1 * 1.15];
   else {
@@ -157,7 +157,7 @@ function choice(name, label, options, update) {
 }
 
 function curves(update) {
-  const metrics = data.metrics.filter((name) => name !== "lr");
+  const metrics = data.curves.filter((name) => name !== "lr");
   if (!show("curves", metrics.length > 0)) return;
   if (!metrics.includes(state.metric)) state.metric = metrics.includes(data.by) ? data.by : metrics[0];
   if (!BANDS[state.band]) state.band = bandDefault();
@@ -177,7 +177,7 @@ function curves(update) {
 }
 
 function rates(update) {
-  if (!show("rates", data.metrics.includes("lr"))) return;
+  if (!show("rates", data.curves.includes("lr"))) return;
   const place = make("div", { class: "chart", id: "rates-chart" });
   const list = series((row) => aggregate(row.runs, "lr", state.x, "none"));
   const tops = list.map((each) => extent(each.points.map((p) => p[1]))[1]);

@@ -21,7 +21,7 @@ function refilter() {
 // The drawn configurations, in the order of their ranks, each with its place among the styles.
 function drawn() {
   if (state.drawn !== null) return visible.filter((row) => state.drawn.includes(row.id));
-  const ranked = visible.filter((row) => row.figures[data.by]);
+  const ranked = visible.filter((row) => row.metrics[data.by]);
   return (ranked.length ? ranked : visible).slice(0, SHOWN);
 }
 
@@ -79,9 +79,9 @@ function columns() {
     list.push({ id: `key ${key}`, name: data.short[key], full: key, number: numbers, key: true, of: (row) => row.values[key], text: (row) => value(row.values[key]) });
   }
   list.push({ id: "runs", name: "runs", number: true, of: (row) => row.runs.length, text: (row) => String(row.runs.length), more: notEnded });
-  for (const name of data.figures) {
-    list.push({ id: name, name: title(name), number: true, of: (row) => row.figures[name] && row.figures[name][0],
-      text: (row) => statistic(name, row.figures[name]), strong: name === data.by });
+  for (const name of data.metrics) {
+    list.push({ id: name, name: title(name), number: true, of: (row) => row.metrics[name] && row.metrics[name][0],
+      text: (row) => statistic(name, row.metrics[name]), strong: name === data.by });
     if (name === data.by && data.rows.some((row) => row.difference)) list.push(DIFFERENCE);
   }
   if (data.allTests) {
@@ -194,19 +194,19 @@ function chosenRow() {
 function chosen() {
   const row = chosenRow();
   if (!show("chosen", Boolean(row))) return;
-  const facts = data.figures.map((name) => [title(name), statistic(name, row.figures[name])]);
+  const facts = data.metrics.map((name) => [title(name), statistic(name, row.metrics[name])]);
   for (const [name, found] of Object.entries(row.test || {})) facts.push([title(name), statistic(name, found)]);
-  const shown = [...new Set([data.by, "val_loss", "best_epoch", "epochs", "seconds"])].filter((name) => row.runs.some((run) => name in run.figures));
+  const shown = [...new Set([data.by, "val_loss", "best_epoch", "epochs", "seconds"])].filter((name) => row.runs.some((run) => name in run.metrics));
   const runs = row.runs.map((run) => make("tr", {},
     make("td", {}, run.path), make("td", { class: "number" }, value(run.seed)), make("td", {}, run.status.replace("_", " ")),
-    ...shown.map((name) => make("td", { class: "number" }, figure(name, run.figures[name]))),
+    ...shown.map((name) => make("td", { class: "number" }, figure(name, run.metrics[name]))),
     make("td", {}, copying(run.command, "copy command")), make("td", {}, copying(run.from, "copy from="))));
   const head = ["folder", "seed", "status", ...shown.map(title), "this run again", "by its folder"];
   body("chosen").replaceChildren(
     make("p", {}, make("b", {}, `#${row.rank} `), row.label),
     make("ul", { class: "facts" }, ...facts.map(([name, text]) => make("li", {}, `${name} `, make("b", {}, text)))),
-    make("p", { class: "note" }, row.test ? (data.allTests ? "" : "The test figures are those of the first row; the choice was made on the validation set.")
-      : row.rank === 1 ? "" : "Test figures are shown for the first row only: to choose by them would be to train on the test set. dlopt report test=true shows all."),
+    make("p", { class: "note" }, row.test ? (data.allTests ? "" : "The test metrics are those of the first row; the choice was made on the validation set.")
+      : row.rank === 1 ? "" : "Test metrics are shown for the first row only: to choose by them would be to train on the test set. dlopt report test=true shows all."),
     row.command ? commandLine(row.command) : make("p", { class: "note" }, "What was typed for it is not known; each run can be started again from its folder."),
     make("div", { class: "scroll" }, make("table", {}, make("thead", {}, make("tr", {}, ...head.map((name) => make("th", { scope: "col" }, name)))), make("tbody", {}, ...runs))));
 }

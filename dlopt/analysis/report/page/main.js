@@ -13,7 +13,7 @@ function failures() {
 
 function damaged() {
   if (!show("damaged", data.damaged.length > 0)) return;
-  body("damaged").replaceChildren(make("p", { class: "note" }, "Not in the figures above."), make("ul", {}, ...data.damaged.map(([path, why]) => make("li", {}, make("code", {}, path), `: ${why}`))));
+  body("damaged").replaceChildren(make("p", { class: "note" }, "Not in the metrics above."), make("ul", {}, ...data.damaged.map(([path, why]) => make("li", {}, make("code", {}, path), `: ${why}`))));
 }
 
 function render() {

@@ -34,7 +34,7 @@ function importance() {
   if (found.missing) return body("importance").replaceChildren(make("p", { class: "note" }, found.missing));
   const place = make("div", { class: "chart", id: "importance-chart" });
   body("importance").replaceChildren(place, make("p", { class: "note" },
-    `Share of the variance of ${title(data.by)} over ${found.configurations} configurations that a key explains alone, by functional ANOVA; ` +
+    `Fraction of the variance of ${title(data.by)} over ${found.configurations} configurations that a key explains alone, by functional ANOVA; ` +
     "interactions of keys explain the rest. Filters do not apply here."));
   const keys = [...found.keys].sort((a, b) => b[1] - a[1]);
   const width = Math.max(280, place.clientWidth), step = 26, left = Math.min(width * 0.42, 16 + 7.2 * Math.max(...keys.map(([key]) => key.length)));
@@ -76,16 +76,16 @@ function shade(share) { // light grey to dark blue: the darker the better, in pr
 }
 
 function parallel() {
-  const rows = visible.filter((row) => row.figures[data.by]);
-  if (!show("parallel", data.keys.length > 1 && data.rows.filter((row) => row.figures[data.by]).length > 1)) return;
+  const rows = visible.filter((row) => row.metrics[data.by]);
+  if (!show("parallel", data.keys.length > 1 && data.rows.filter((row) => row.metrics[data.by]).length > 1)) return;
   const place = make("div", { class: "chart", id: "parallel-chart" });
   body("parallel").replaceChildren(place, make("p", { class: "note" }, `A line per configuration, the darker the better by ${title(data.by)}. Drag along an axis to keep the lines that cross there; a click on it lets go.`));
-  const list = [...data.keys.slice(0, 9).map((key) => axisOf(key, rows.map((row) => row.values[key]))), axisOf(data.by, rows.map((row) => row.figures[data.by][0]))];
+  const list = [...data.keys.slice(0, 9).map((key) => axisOf(key, rows.map((row) => row.values[key]))), axisOf(data.by, rows.map((row) => row.metrics[data.by][0]))];
   const full = Math.max(280, place.clientWidth), width = Math.max(full, 118 * list.length), height = 330, top = 34, bottom = height - 14;
   const x = (i) => 14 + (i * (width - 100)) / (list.length - 1), y = (share) => bottom - share * (bottom - top);
   const root = draw("svg", { viewBox: `0 0 ${width} ${height}`, height, width, role: "img", "aria-label": "parallel coordinates" });
   const lines = rows.map((row, i) => {
-    const places = list.map((axis, k) => axis.place(k < list.length - 1 ? row.values[axis.name] : row.figures[data.by][0]));
+    const places = list.map((axis, k) => axis.place(k < list.length - 1 ? row.values[axis.name] : row.metrics[data.by][0]));
     const points = places.map((each, k) => (each === null ? null : `${x(k).toFixed(1)} ${y(each).toFixed(1)}`)).filter(Boolean);
     return { row, places, colour: shade(1 - i / Math.max(rows.length - 1, 1)), path: draw("path", { d: `M${points.join("L")}`, fill: "none" }) };
   });
@@ -98,7 +98,7 @@ function parallel() {
   for (const line of [...lines].reverse()) {
     line.path.addEventListener("pointermove", (event) => {
       line.path.setAttribute("stroke-width", 3.5);
-      tell(event, `#${line.row.rank} ${line.row.label}`, [["", title(data.by), statistic(data.by, line.row.figures[data.by])]]);
+      tell(event, `#${line.row.rank} ${line.row.label}`, [["", title(data.by), statistic(data.by, line.row.metrics[data.by])]]);
     });
     line.path.addEventListener("pointerleave", () => { paint(); hush(); });
     line.path.addEventListener("click", () => { state.chosen = line.row.id; render(); });
@@ -160,7 +160,7 @@ function moments(values) {
 }
 
 function times(update) {
-  if (!show("times", state.target !== null && data.metrics.includes(data.by))) return;
+  if (!show("times", state.target !== null && data.curves.includes(data.by))) return;
   const share = isShare(data.by), factor = share ? 100 : 1;
   const rows = visible.map((row) => {
     const met = row.runs.map((run) => reach(run, state.target)).filter(Boolean);

@@ -1,4 +1,4 @@
-"""`python -m dlopt.analysis.bench.company FOLDER`: what an update, its layers and an all-reduce take one of several.
+"""`python -m dlopt.analysis.bench.contention FOLDER`: what an update, its layers and an all-reduce take one of several.
 
 Processes of one machine share its cores, caches and memory: each is timed while the others do the same. From Python
 `measured` starts them.
@@ -29,7 +29,7 @@ from dlopt.parallel.collectives import Ranks, all_reduced
 from dlopt.parallel.mode import Mode
 from dlopt.parallel.process_group import Group
 from dlopt.processor import keep_freed_memory
-from dlopt.training.build import set_up
+from dlopt.training.build import build_workload
 from dlopt.training.trainer import dry_run
 
 SIZES = (64, 16 << 10, 256 << 10, 1 << 20, 4 << 20)  # bytes
@@ -37,7 +37,7 @@ _WARMUP, _UPDATES, _ROUNDS = 5, 60, 30
 
 
 @dataclass(frozen=True)
-class Company:
+class Contention:
     """What several processes measured at the same time; seconds."""
 
     updates: list[float]  # each by itself
@@ -51,12 +51,12 @@ class Company:
         return 1.4826 * statistics.median([abs(each - middle) for each in self.updates]) / middle
 
 
-def measured(config: Mapping[str, Any], folder: Path, processes: int) -> Company:
+def measured(config: Mapping[str, Any], folder: Path, processes: int) -> Contention:
     """What `processes` take for updates of the experiment, each as if it were alone, and for telling each other."""
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(dict(config)))
     codes, _, asked = launch.run_processes(
-        launch.python_module("dlopt.analysis.bench.company", str(folder)), processes, {}
+        launch.python_module("dlopt.analysis.bench.contention", str(folder)), processes, {}
     )
     if asked:
         raise KeyboardInterrupt
@@ -64,7 +64,7 @@ def measured(config: Mapping[str, Any], folder: Path, processes: int) -> Company
         raise RunError(f"the processes that were to time each other ended with {codes}")
     ranks = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(processes)]
     updates = [each for rank in ranks for each in rank["updates"]]
-    return Company(
+    return Contention(
         updates,
         shared_out(statistics.median(updates), [Layer(**each) for each in ranks[0]["layers"]]),
         fitted({size: statistics.mean(rank["all_reduces"][str(size)] for rank in ranks) for size in SIZES}, processes),
@@ -95,8 +95,8 @@ def _measure(experiment: Experiment, folder: Path, rank: int) -> Mapping[str, An
     keep_freed_memory()
     device = torch.device("cpu")
     Group(world, device, minutes=2.0)
-    setup = set_up(experiment, parallel=Mode(device))
-    trainer = dry_run(setup, folder / f"run-{rank}")
+    workload = build_workload(experiment, parallel=Mode(device))
+    trainer = dry_run(workload, folder / f"run-{rank}")
     update = updates_of(trainer, device)
     for _ in range(_WARMUP):
         update()
@@ -104,7 +104,7 @@ def _measure(experiment: Experiment, folder: Path, rank: int) -> Mapping[str, An
     updates = [_seconds(update) for _ in range(_UPDATES)]
     distributed.barrier()
     inputs, _ = next(iter(trainer.batches.epoch(0)))
-    timed = layers.timed(setup.module, inputs)
+    timed = layers.timed(workload.module, inputs)
     distributed.barrier()
     return {"updates": updates, "layers": [asdict(each) for each in timed], "all_reduces": _all_reduces(update)}
 
