@@ -1,0 +1,80 @@
+"""Generates the gallery from the lecture recipes in conf/experiment/lecture."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from markup import block, code, table, text
+from reference import CATALOGUE, label
+
+from dlopt.config.choices import Choice
+from dlopt.config.schema import show
+
+FOLDER = "lecture/"
+
+
+def lectures(docs: Path) -> str:
+    """A section per lecture recipe: the picture, the command, what to see, what varies, what to change."""
+    found = [choice for choice in CATALOGUE.choices("experiment") if choice.name.startswith(FOLDER)]
+    return "\n".join(_section(choice, docs) for choice in found)
+
+
+def _section(choice: Choice, docs: Path) -> str:
+    recipe: dict[str, Any] = yaml.safe_load(choice.path.read_text(encoding="utf-8"))
+    comparison = recipe.get("comparison") or {}
+    name = choice.name.removeprefix(FOLDER)
+    lines = [f"(gallery-{name})=", f"## {text(choice.description)}", ""]
+    if (docs / "gallery" / f"{name}.png").exists():
+        lines += [f"![{text(comparison.get('title', name))}](gallery/{name}.png)", ""]
+    elif comparison:
+        lines += ["Run the command to draw the picture.", ""]
+    else:
+        lines += ["Run the command, then `dlopt report` on its folder, to draw the curves.", ""]
+    command = _command(choice)
+    lines += [block("bash", [command])]
+    if "see" in comparison:
+        lines += [f"**What to see:** {text(' '.join(comparison['see'].split()))}", ""]
+    notes = [line for line in choice.header[1:] if line.strip() != command]
+    lines += [_notes(notes), "", *_varied(recipe, comparison), ""]
+    lines += [f"**What to change:** {', '.join(code(each) for each in _own(recipe))}", ""]
+    lines += [f"All keys: [{code(f'experiment={choice.name}')}](#{label('experiment', choice.name)})", ""]
+    return "\n".join(lines)
+
+
+def _command(choice: Choice) -> str:
+    """The command in the header of the file, which names required keys too."""
+    commands = [line.strip() for line in choice.header if line.strip().startswith("dlopt train ")]
+    return commands[0] if commands else f"dlopt train experiment={choice.name}"
+
+
+def _notes(lines: list[str]) -> str:
+    """Prose as a paragraph; aligned columns, lists and further commands as they are in the file."""
+    if any(re.search(r"\S {2,}\S|^\s*- |^ {2,}", line) for line in lines):
+        return block("text", lines)
+    return text(" ".join(line.strip() for line in lines).replace("Its picture says what to see.", "").strip())
+
+
+def _varied(recipe: dict[str, Any], comparison: dict[str, Any]) -> Iterable[str]:
+    """The axes of the comparison or sweep."""
+    variants = [(text(str(name)), " ".join(map(code, lines))) for name, lines in comparison.get("variants", {}).items()]
+    yield table(("Variant", "Overrides"), variants)
+    swept = comparison.get("along") or recipe.get("hydra", {}).get("sweeper", {}).get("params", {})
+    yield table(("Swept", "Values"), [(code(key), _values(values)) for key, values in swept.items()])
+
+
+def _values(values: Any) -> str:
+    if isinstance(values, dict):  # labelled points, of several keys each
+        return "; ".join(f"{text(str(name))}: {' '.join(map(code, lines))}" for name, lines in values.items())
+    return code(", ".join(map(str, values)) if isinstance(values, list) else str(values))
+
+
+def _own(recipe: dict[str, Any], prefix: str = "") -> Iterable[str]:
+    """The keys that the recipe itself sets, as they are typed."""
+    for key, value in recipe.items():
+        if prefix or key not in ("defaults", "comparison", "hydra", "name"):
+            if isinstance(value, dict):
+                yield from _own(value, f"{prefix}{key}.")
+            else:
+                yield f"{prefix}{key}={show(value)}".replace(", ", ",")

@@ -1,0 +1,253 @@
+"""Generates the reference from the code and from conf/: a page per command, a page per group, the keys of a run.
+
+The pages are written before Sphinx reads its sources, and only if they changed, so a second build is quick. The suffix
+.myst separates them from the pages in the repository.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import inspect
+import io
+import os
+import pydoc
+import re
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from markup import block, code, docstring, table, text
+
+from dlopt.analysis.comparison import Comparison
+from dlopt.cli import COMMANDS, USAGE
+from dlopt.commands.command import own_names
+from dlopt.commands.options import choices_of, every_group
+from dlopt.config.choices import Catalogue, Choice, Key, config_folder
+from dlopt.config.experiment import GROUPS, Settings
+from dlopt.config.schema import accepted, parameters_of, show
+
+CATALOGUE = Catalogue()
+COLUMNS = ("Key", "Default", "Accepts", "Meaning")
+
+Owners = Mapping[str, Sequence[Callable[..., Any]]]
+"""Maps a place in the config (optimizer, optimizer.base) to the callables and dataclasses that take its keys."""
+
+
+def write(docs: Path) -> None:
+    """Writes every page below `docs`, and removes pages of commands and groups that are gone."""
+    pages = {docs / f"{name}.myst": page for name, page in generate().items()}
+    for folder in ("commands", "groups"):
+        (docs / "reference" / folder).mkdir(exist_ok=True)
+        for stale in {*(docs / "reference" / folder).glob("*.myst")} - pages.keys():
+            stale.unlink()
+    for path, page in pages.items():
+        if not path.exists() or path.read_text(encoding="utf-8") != page:
+            path.write_text(page, encoding="utf-8")
+
+
+def generate() -> dict[str, str]:
+    """Returns the generated pages by their names in the documentation."""
+    commands = {f"reference/commands/{name}": command_page(name) for name in COMMANDS}
+    groups = {f"reference/groups/{file_name(group)}": group_page(group) for group in every_group(CATALOGUE)}
+    return {**commands, **groups, "reference/settings": settings_page()}
+
+
+def file_name(group: str) -> str:
+    return group.replace("/", "-")
+
+
+def label(group: str, choice: str) -> str:
+    """The target of links to a choice."""
+    return f"choice-{file_name(group)}-{file_name(choice)}"
+
+
+# -- commands
+
+
+def command_page(name: str) -> str:
+    module, _, function = COMMANDS[name].partition(":")
+    command = getattr(importlib.import_module(module), function)
+    parameters = parameters_of(command)
+    rows = [(code(key), _default(parameters[key]), text(accepted(command, key))) for key in own_names(command)]
+    lines = [f"# dlopt {name}", "", _summary(name), "", block("text", _help(command))]
+    if rows:
+        lines += ["## Values", "", table(COLUMNS[:3], rows)]
+    lines += ["See also: [keys of a run](../settings.myst), [groups and choices](../groups.md)."]
+    return "\n".join(lines) + "\n"
+
+
+def _summary(name: str) -> str:
+    """The line of `dlopt --help` on the command."""
+    found = re.search(rf"^  dlopt {name}\b.*?\s{{2,}}(\S.*)$", USAGE, re.MULTILINE)
+    return text(found[1]) if found else ""
+
+
+def commands_table() -> str:
+    """Every command with its summary."""
+    rows = [(f"[{code(name)}](commands/{name}.myst)", _summary(name)) for name in COMMANDS]
+    return table(("Command", "Purpose"), rows)
+
+
+def _help(command: Callable[[list[str]], int]) -> list[str]:
+    out = io.StringIO()
+    with (
+        mock.patch.dict(os.environ, COLUMNS="100"),
+        contextlib.redirect_stdout(out),
+        contextlib.suppress(SystemExit),  # argparse
+    ):
+        command(["--help"])
+    return out.getvalue().rstrip().splitlines()
+
+
+def _default(parameter: inspect.Parameter) -> str:
+    return "required" if parameter.default is parameter.empty else code(show(parameter.default))
+
+
+# -- groups and their choices
+
+
+def group_page(group: str) -> str:
+    default, choices = every_group(CATALOGUE)[group], choices_of(CATALOGUE, group)
+    names = [choice.name for choice in choices]
+    selected = f"Default: {_link(group, default, names)}." if default else "Default: none."
+    lines = [f"# {group}", "", f"Select a choice with {code(f'{group}=CHOICE')}. {selected}"]
+    if group in GROUPS or "/" in group or group == "function":
+        place = group.replace("/", ".")
+        lines[-1] += f" Set its keys with {code(f'{place}.KEY=VALUE')}."
+    rows = [(_link(group, choice.name, names), text(choice.description)) for choice in choices]
+    lines += ["", table(("Choice", "Description"), rows)]
+    return "\n".join([*lines, *map(_choice_section, choices)])
+
+
+def _link(group: str, choice: str, names: Sequence[str]) -> str:
+    return f"[{code(choice)}](#{label(group, choice)})" if choice in names else code(choice)
+
+
+def _choice_section(choice: Choice) -> str:
+    lines = [f"({label(choice.group, choice.name)})=", f"## {choice.name}", "", text(choice.description), ""]
+    if len(choice.header) > 1:
+        lines += [block("text", choice.header[1:])]
+    target = CATALOGUE.target(choice)
+    if target is not None:
+        lines += [f"Callable: {code(target)}", ""]
+        if not target.startswith(("torch.", "torchvision.")):
+            lines += [docstring(_locate(target)), ""]
+    keys = CATALOGUE.keys(choice)
+    return "\n".join([*lines, table(COLUMNS, [_row(key, _owners(choice, keys)) for key in keys]), ""])
+
+
+def _owners(choice: Choice, keys: Sequence[Key]) -> Owners:
+    """Finds the callables that take the keys of a choice: its own, those of nested components, and the run's."""
+    targets = {key.name.removesuffix("._target_"): key.value for key in keys if key.name.endswith("._target_")}
+    targets[choice.group.replace("/", ".")] = CATALOGUE.target(choice)
+    if choice.group == "experiment":
+        chosen = CATALOGUE.groups() | {key.name: key.value for key in keys}
+        targets |= {group: _target_of(group, chosen[group]) for group in GROUPS}
+        targets["comparison"] = f"{Comparison.__module__}.{Comparison.__qualname__}"
+    given = {place: target for place, target in targets.items() if target not in (None, "???")}
+    owners = {"": [Settings], **{place: [_locate(target)] for place, target in given.items()}}
+    for group, shared in GROUPS.items():
+        if shared.common is not None:
+            owners.setdefault(group, []).append(shared.common)
+    return owners
+
+
+@functools.cache
+def _target_of(group: str, name: str) -> str | None:
+    found = [CATALOGUE.target(choice) for choice in CATALOGUE.choices(group) if choice.name == name]
+    return found[0] if found else None
+
+
+def _locate(target: str) -> Callable[..., Any]:
+    """Imports the callable; for a plug-in of Hydra, the function or dataclass that checks its settings."""
+    path = target
+    if target.startswith("hydra_plugins."):
+        path = f"dlopt.sweeps.{getattr(pydoc.locate(f'dlopt.{target}'), 'function', 'search.Settings')}"
+    found = pydoc.locate(path)
+    if not callable(found):
+        raise LookupError(f"{target}: no such callable")
+    return found
+
+
+def _row(key: Key, owners: Owners) -> tuple[str, str, str, str]:
+    return code(key.name), code(key.value), text(_accepted(key.name, owners)), text(key.comment)
+
+
+def _accepted(name: str, owners: Owners) -> str:
+    """Describes the values of a key by the signature that takes it; empty for keys that no signature names."""
+    group = name.split("@")[0]
+    if group in every_group(CATALOGUE):
+        return f"a choice of `{group}`"
+    if name.endswith("._target_"):
+        return "the dotted name of a callable"
+    for place in sorted(owners, key=len, reverse=True):
+        if not place or name.startswith(f"{place}."):
+            path = name.removeprefix(f"{place}." if place else "").split(".")
+            found = [described for owner in owners[place] if (described := _described(owner, path))]
+            if found:
+                return found[0]
+    return ""
+
+
+def _described(owner: Callable[..., Any], path: Sequence[str]) -> str:
+    parameter = parameters_of(owner).get(path[0])
+    if parameter is None:
+        return ""
+    if len(path) == 1:
+        return accepted(owner, path[0])
+    inner, rest = parameter.annotation, path[1:]
+    if typing.get_origin(inner) is list and rest[0].isdigit():  # an item of a list of blocks
+        inner, rest = typing.get_args(inner)[0], rest[1:]
+    is_block = dataclasses.is_dataclass(inner) and isinstance(inner, type)
+    return _described(inner, rest) if is_block and rest else ""
+
+
+# -- keys of a run
+
+
+def settings_page() -> str:
+    """The keys of conf/train.yaml that belong to no group, in the sections of the file."""
+    path = config_folder() / "train.yaml"
+    owners: Owners = {"": [Settings], "optimizer": [GROUPS["optimizer"].common or Settings]}
+    sections = _sections(path)
+    rows: dict[str, list[tuple[str, str, str, str]]] = {}
+    for key in CATALOGUE.keys(Choice("", "train", path)):
+        first = key.name.split(".")[0]
+        if first in sections and first != "hydra":
+            rows.setdefault(sections[first], []).append(_row(key, owners))
+    lines = [
+        "# Keys of a run",
+        "",
+        "Set these keys on the command line of `dlopt train` and of every command that builds an experiment:",
+        "`dlopt train epochs=5 precision=bf16`. [Groups](groups.md) have their own keys.",
+        "",
+    ]
+    for title, own in rows.items():
+        lines += [f"## {title[:1].upper()}{title[1:]}", "", table(COLUMNS, own)]
+    return "\n".join(lines)
+
+
+def _sections(path: Path) -> dict[str, str]:
+    """Maps the top-level keys below the defaults list to the title (`# -- title`) that they follow."""
+    title, found = "", {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if heading := re.match(r"# -- (.+)", line):
+            title = heading[1]
+        elif title and (key := re.match(r"(\w+):", line)):
+            found[key[1]] = title
+    return found
+
+
+def choices_table() -> str:
+    """Every group with links to its choices; defaults are bold."""
+    rows = []
+    for group, default in every_group(CATALOGUE).items():
+        page = f"groups/{file_name(group)}.myst"
+        names = [choice.name for choice in choices_of(CATALOGUE, group)]
+        links = [f"[{code(name)}]({page}#{label(group, name)})" for name in names]
+        shown = [f"**{link}**" if name == default else link for name, link in zip(names, links, strict=True)]
+        rows.append((f"[{code(group)}]({page})", " ".join(shown)))
+    return table(("Group", "Choices"), rows)

@@ -1,0 +1,168 @@
+"""The documentation site builds without warnings and without a network, and every link within it resolves."""
+
+import fcntl
+import functools
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+from dlopt.cli import COMMANDS
+from dlopt.commands.options import choices_of, every_group
+from dlopt.config.choices import Catalogue, config_folder
+from tests.docs.pages import ROOT
+
+CATALOGUE = Catalogue()
+UNTYPED = {"hydra.sweeper._recursive_", "hydra.sweeper.params", "hydra.sweeper.n_trials"}  # read by Hydra itself
+_LOADING = {"script": "src", "img": "src", "iframe": "src", "source": "src", "link": "href"}
+
+
+@dataclass
+class _Page(HTMLParser):
+    """What a page loads, links to, and can be linked at."""
+
+    loaded: list[str] = field(default_factory=list)
+    links: list[str] = field(default_factory=list)
+    ids: set[str] = field(default_factory=set)
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        values = {name: value or "" for name, value in attributes}
+        self.ids |= {values["id"]} if "id" in values else set()
+        if tag in _LOADING and _LOADING[tag] in values:
+            self.loaded.append(values[_LOADING[tag]])
+        if tag == "a" and "href" in values:
+            self.links.append(values["href"])
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@functools.cache
+def parsed(path: Path) -> _Page:
+    page = _Page()
+    page.feed(path.read_text(encoding="utf-8"))
+    return page
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built site. Workers of pytest-xdist share it: the first one builds."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    html, log = folder / "site", folder / "site.log"
+    with (folder / "site.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not log.exists():
+            options = ["-W", "--keep-going", "-q", "-b", "html", "-d", str(folder / "site-trees")]
+            command = [sys.executable, "-m", "sphinx", *options, "docs", str(html)]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+            log.write_text(done.stderr if done.returncode else "")
+    assert not log.read_text(), log.read_text()
+    return html
+
+
+def pages(site: Path) -> list[Path]:
+    found = sorted(site.rglob("*.html"))
+    assert len(found) > len(COMMANDS) + len(every_group(CATALOGUE))
+    return found
+
+
+def test_nothing_is_loaded_from_another_host(site: Path) -> None:
+    for page in pages(site):
+        for address in parsed(page).loaded:
+            assert not urlsplit(address).netloc and not urlsplit(address).scheme, f"{page.name}: {address}"
+            assert (page.parent / unquote(urlsplit(address).path)).exists(), f"{page.name}: {address}"
+    for sheet in site.rglob("*.css"):
+        remote = re.findall(r"(?:@import\s*|url\()\s*['\"]?(?:https?:)?//[^)'\"]*", sheet.read_text(encoding="utf-8"))
+        assert not remote, f"{sheet.name}: {remote}"
+
+
+def test_local_links_lead_to_pages_and_headings(site: Path) -> None:
+    for page in pages(site):
+        for link in parsed(page).links:
+            parts = urlsplit(link)
+            if parts.scheme or parts.netloc:
+                assert parts.scheme in ("https", "mailto"), link
+                continue
+            target = (page.parent / unquote(parts.path)).resolve() if parts.path else page
+            assert target.is_relative_to(site.resolve()) and target.is_file(), f"{page.relative_to(site)}: {link}"
+            if parts.fragment and target.suffix == ".html":
+                assert unquote(parts.fragment) in parsed(target).ids, f"{page.relative_to(site)}: {link}"
+
+
+def test_every_command_has_a_page(site: Path) -> None:
+    for name in COMMANDS:
+        assert f"dlopt {name} " in parsed(site / f"reference/commands/{name}.html").text
+    assert "checkpoint=PATH" in parsed(site / "reference/commands/eval.html").text
+
+
+def test_every_choice_has_a_section_with_its_keys(site: Path) -> None:
+    for group in every_group(CATALOGUE):
+        name = group.replace("/", "-")
+        page = parsed(site / f"reference/groups/{name}.html")
+        for choice in choices_of(CATALOGUE, group):
+            label = f"choice-{name}-{choice.name}".replace("/", "-").replace("_", "-").lower()
+            assert label in page.ids, f"{group}={choice.name}"
+            missing = [key.name for key in CATALOGUE.keys(choice) if key.name not in page.text]
+            assert not missing, f"{group}={choice.name}: {missing}"
+
+
+def test_types_and_ranges_are_those_of_the_signatures(site: Path) -> None:
+    rows = table_rows(site / "reference/groups/optimizer.html")
+    assert ("optimizer.lr", "0.001", "a number > 0", "learning rate") in rows
+    assert any(row[:3] == ("optimizer.nesterov", "false", "true | false") for row in rows)
+    nested = table_rows(site / "reference/groups/augmentation.html")
+    assert any(row[0] == "augmentation.operations.0.padding" and "a whole number" in row[2] for row in nested)
+
+
+def test_every_key_of_a_choice_has_a_type(site: Path) -> None:
+    for group in every_group(CATALOGUE).keys() - {"experiment"}:
+        rows = table_rows(site / f"reference/groups/{group.replace('/', '-')}.html")
+        assert {row[0] for row in rows if not row[2]} <= UNTYPED, group
+
+
+def test_every_key_of_a_run_is_listed(site: Path) -> None:
+    rows = table_rows(site / "reference/settings.html")
+    found = {row[0].split(".")[0]: row for row in rows}
+    written = re.findall(r"^(\w+):", (config_folder() / "train.yaml").read_text(), re.MULTILINE)
+    assert set(written) - {"defaults", "hydra"} == found.keys()
+    assert not [row for row in rows if not row[2]]
+    assert found["epochs"][1:3] == ("20", "a whole number >= 1")
+
+
+def test_the_gallery_shows_every_lecture(site: Path) -> None:
+    page = parsed(site / "gallery.html")
+    for path in (config_folder() / "experiment/lecture").glob("[!_]*.yaml"):
+        assert f"dlopt train experiment=lecture/{path.stem}" in page.text
+        picture = ROOT / "docs/gallery" / f"{path.stem}.png"
+        assert any(address.endswith(f"/{picture.name}") for address in page.loaded) == picture.exists()
+    assert "What to see: " in page.text and "What to change: " in page.text
+
+
+def table_rows(path: Path) -> list[tuple[str, ...]]:
+    """The text of the cells of every row with four of them."""
+    written = path.read_text(encoding="utf-8")
+    found = []
+    for row in re.findall(r"<tr class=\"row-\w+\">(.*?)</tr>", written, re.DOTALL):
+        cells = re.findall(r"<td>(.*?)</td>", row, re.DOTALL)
+        if len(cells) == 4:
+            found.append(tuple(_plain(cell) for cell in cells))
+    assert found
+    return found
+
+
+def _plain(cell: str) -> str:
+    page = _Page()
+    page.feed(cell)
+    return page.text.strip()
