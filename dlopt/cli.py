@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 import dlopt
-from dlopt.errors import DONE, FAILED, INTERRUPTED, USER_ERROR, RunError, UserError
+from dlopt.errors import DONE, FAILED, INTERRUPTED, USER_ERROR, RunError, UserError, suggest
 
 COMMANDS = {  # each takes its arguments and returns the exit code
     "train": "dlopt.commands.train:train",
@@ -102,7 +102,7 @@ def _main(arguments: Sequence[str]) -> int:
             return complete(list(arguments[place:]), list(COMMANDS))
     name = arguments[0]
     if name not in COMMANDS:
-        raise UserError(f"{name}: there is no such command; allowed: {', '.join(COMMANDS)}")
+        raise UserError(f"{name}: unknown command; {suggest(name, COMMANDS, 'dlopt --help')}")
     module, _, function = COMMANDS[name].partition(":")
     code: int = getattr(importlib.import_module(module), function)(list(arguments[1:]))
     return code

@@ -1,40 +1,62 @@
-"""Exit codes, the exceptions that end a command with a message instead of a traceback, and a line for such messages."""
+"""Exit codes, exceptions that end a command with one line instead of a traceback, and phrases of such lines."""
 
 import os
 import shlex
 import shutil
 import sys
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 
 DONE, FAILED, USER_ERROR, INTERRUPTED = 0, 1, 2, 75
+_MAX_NAMES = 5
 
 
 class UserError(Exception):
-    """The configuration or the input is wrong: one message, exit code 2, nothing left behind.
+    """Wrong configuration or input: one message, exit code 2, no files left behind.
 
-    The message names the key, its value, what is wrong and what is allowed.
+    The message gives the key, its value, what is wrong and what is allowed.
     """
 
     def _render_traceback_(self) -> list[str]:
-        """What IPython and notebooks show in place of the frames, which are not what the user got wrong."""
+        """IPython hook: shows the message only, because the stack frames do not help the user."""
         return [f"dlopt: {self}"]
 
 
 class NewerError(UserError):
-    """The input was written by a newer dlopt, in a format that this one does not know: whole, but not readable here."""
+    """An intact input in a format of a newer dlopt."""
 
 
 class RunError(Exception):
-    """A run that had begun could not go on (a loss that is not finite, a full disk): one message, exit code 1."""
+    """A failure of a running experiment (non-finite loss, full disk): one message, exit code 1."""
 
 
-def install(what: str) -> str:
-    """Returns the command that installs `what` (dlopt[export]) here; the pip on the PATH may be another one's."""
-    beside, found = Path(sys.executable).with_name("pip"), shutil.which("pip")
-    if found is not None and Path(found).absolute() == beside:
+def suggest(name: str, names: Iterable[str], more: str, *, prefix: str = "", title: str = "allowed") -> str:
+    """Returns the hint for an unknown name: "did you mean PREFIX+NAME? allowed: a, b". See `shorten` for `more`."""
+    names = list(names)
+    close = get_close_matches(name.lower(), names, n=1, cutoff=0.6)
+    hint = f"did you mean {prefix}{close[0]}? " if close else ""
+    return f"{hint}{title}: {shorten(name, names, more)}"
+
+
+def shorten(name: str, names: Sequence[str], more: str) -> str:
+    """Joins `names`; of more than five, those most similar to `name`, and the command `more` that lists all."""
+    if len(names) <= _MAX_NAMES:
+        return ", ".join(names) or "none"
+    nearest = get_close_matches(name.lower(), names, n=_MAX_NAMES, cutoff=0.0) if name else names[:_MAX_NAMES]
+    return f"{', '.join(nearest)}, ...; `{more}` lists all"
+
+
+def install(package: str) -> str:
+    """Returns the command that installs `package` (dlopt[export]) into this environment.
+
+    The pip on the PATH may belong to another environment.
+    """
+    own_pip, path_pip = Path(sys.executable).with_name("pip"), shutil.which("pip")
+    if path_pip is not None and Path(path_pip).absolute() == own_pip:
         program = "pip"
-    elif beside.exists():
-        program = shlex.quote(min(os.path.relpath(beside), str(beside), key=len))
+    elif own_pip.exists():
+        program = shlex.quote(min(os.path.relpath(own_pip), str(own_pip), key=len))
     else:
         program = f"{shlex.quote(sys.executable)} -m pip"
-    return f"{program} install {shlex.quote(what)}"
+    return f"{program} install {shlex.quote(package)}"

@@ -79,7 +79,7 @@ class RunFolder:
         try:
             file = hold(self.path / LOCK)
         except BlockingIOError:
-            raise UserError(f"hydra.run.dir={self.path}: another run is at work in this folder") from None
+            raise UserError(f"hydra.run.dir={self.path}: another run is active in this folder") from None
         except OSError as error:
             raise UserError(f"hydra.run.dir={self.path}: the folder cannot be written: {error.strerror}") from None
         file.truncate(0)

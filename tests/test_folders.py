@@ -266,7 +266,7 @@ def test_live_folder_is_refused_before_anything_is_written(tmp_path: Path) -> No
     with HeldByAnotherProcess(tmp_path / "run") as process:
         before = contents(tmp_path)
         for resume in ("resume=auto", "resume=null"):
-            assert "at work" in refused(tmp_path, "train", *SMALL, IN_RUN, resume, "schedule_epochs=2")
+            assert "active in this folder" in refused(tmp_path, "train", *SMALL, IN_RUN, resume, "schedule_epochs=2")
         assert contents(tmp_path) == before
         process.kill()
         process.wait()
@@ -276,7 +276,7 @@ def test_live_folder_is_refused_before_anything_is_written(tmp_path: Path) -> No
 def test_lock_is_held_by_one(tmp_path: Path) -> None:
     with HeldByAnotherProcess(tmp_path):
         assert RunFolder(tmp_path).is_live()
-        with pytest.raises(UserError, match="another run is at work"):
+        with pytest.raises(UserError, match="another run is active"):
             RunFolder(tmp_path).lock()
     assert not RunFolder(tmp_path).is_live()
 
@@ -357,7 +357,7 @@ def test_a_folder_that_another_process_took_meanwhile_is_left_alone(
 
     monkeypatch.setattr(command, "prepare", taken_meanwhile)
     result = dlopt(tmp_path, "train", *SMALL, IN_RUN)
-    assert result.code == 2 and "at work" in result.err
+    assert result.code == 2 and "active in this folder" in result.err
     assert RunFolder(tmp_path / "run").is_finished() and len(lines(tmp_path / "run")) == 2
 
 

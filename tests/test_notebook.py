@@ -38,5 +38,5 @@ def test_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     [error] = wrong
     assert error["ename"] == "UserError"
-    assert error["traceback"][0].startswith("dlopt: optimzer=adamw: there is no key optimzer; did you mean optimizer?")
+    assert error["traceback"][0].startswith("dlopt: optimzer=adamw: unknown key; did you mean optimizer?")
     assert len(error["traceback"]) == 1

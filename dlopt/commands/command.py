@@ -140,7 +140,7 @@ def skipped_keys(jobs: Sequence[tuple[str, Job]]) -> list[str]:
         for line in job.skipped:
             names.setdefault(line.split("=")[0], []).append(label)
     return [
-        f"{key}: there is no such key in {', '.join(dict.fromkeys(labels))}, drawn without it"
+        f"{key}: unknown key in {', '.join(dict.fromkeys(labels))}, drawn without it"
         for key, labels in names.items()
     ]
 
@@ -208,7 +208,7 @@ def on_checkpoint(
             own = check_own(function, {key: values.pop(key) for key in names if key in values})
             others = [key for key in values if key.split(".")[0] not in names]  # tta.crop belongs to tta
             if others and not may_change:
-                raise UserError(f"{others[0]}: there is no such key; allowed: checkpoint, {', '.join(names)}")
+                raise UserError(f"{others[0]}: unknown key; allowed: checkpoint, {', '.join(names)}")
             refuse_others(others, may_change, names)
             return function(paths, values, **own)
 

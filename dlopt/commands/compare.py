@@ -148,7 +148,7 @@ def _folder(config: DictConfig, overrides: list[str], runs: list[_Run]) -> Path:
         folder = RunFolder(wanted / str(number))
         if folder.holds_a_run():
             if run.saved["resume"] != "auto":
-                raise UserError(f"hydra.run.dir={wanted}: this folder holds runs; go on with them by resume=auto")
+                raise UserError(f"hydra.run.dir={wanted}: this folder holds runs; resume them with resume=auto")
             refuse_other_config(folder.config() or run.saved, run.saved, str(folder.path), folder.history())
     return wanted
 

@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from typing import NoReturn
 
 from dlopt.config.choices import Catalogue, Choice, Key
-from dlopt.errors import DONE, UserError
+from dlopt.errors import DONE, UserError, shorten, suggest
 
 _MARK = "*"  # of the default, as in `git branch`
 _WIDEST = 120
@@ -73,14 +73,13 @@ def _no_group(catalogue: Catalogue, typed: str) -> str:
     pairs = {choice.name: f"{group}={choice.name}" for group in groups for choice in catalogue.choices(group)}
     close = get_close_matches(typed.partition("=")[0].lower(), [*groups, *pairs], n=1, cutoff=0.6)
     hint = f"did you mean {pairs.get(close[0], close[0])}? " if close else ""
-    return f"{typed}: there is no such group; {hint}groups: {', '.join(groups)}"
+    return f"{typed}: unknown group; {hint}groups: {shorten(typed.partition('=')[0], groups, 'dlopt options')}"
 
 
 def _no_choice(catalogue: Catalogue, group: str, typed: str) -> NoReturn:
     names = [choice.name for choice in catalogue.choices(group)]
-    close = get_close_matches(typed.lower(), names, n=1, cutoff=0.6)
-    hint = f"did you mean {group}={close[0]}? " if close else ""
-    raise UserError(f"{group}={typed}: there is no such choice; {hint}choices: {', '.join(names) or 'none'}")
+    hint = suggest(typed, names, f"dlopt options {group}", prefix=f"{group}=", title="choices")
+    raise UserError(f"{group}={typed}: unknown choice; {hint}")
 
 
 class _Page:

@@ -80,7 +80,7 @@ def _files(images: str) -> list[str]:
     if os.path.isfile(images):
         return [images]
     if not os.path.isdir(images):
-        raise UserError(f"images={images}: there is no such file or folder")
+        raise UserError(f"images={images}: no such file or folder")
 
     def fail(error: OSError) -> None:
         raise UserError(f"images={images}: {error.filename}: cannot be read ({error.strerror})")

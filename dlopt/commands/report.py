@@ -84,7 +84,7 @@ def report(arguments: list[str]) -> int:
     folders, flags, others = split_folders(arguments, "report", ("--watch", "--open"))
     for line in others:
         if "=" not in line:
-            raise UserError(f"{line}: there is no such folder")
+            raise UserError(f"{line}: no such folder")
     options = _Options(**check_own(_Options, typed_values(others)))
     if not folders:
         raise UserError("report: a folder of runs is needed: dlopt report outputs/NAME")

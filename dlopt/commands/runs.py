@@ -114,9 +114,9 @@ def _parse(arguments: Sequence[str], own: Sequence[str], flags: Sequence[str]) -
         elif (found := condition(line)) is not None:
             conditions.append(found)
         else:
-            raise UserError(f"{line}: there is no such folder")
+            raise UserError(f"{line}: no such folder")
     if not folders and not Path("outputs").is_dir():
-        raise UserError("outputs: there is no such folder here; name the folders to look in")
+        raise UserError("outputs: no such folder here; name the folders to look in")
     limit, columns = values.get("limit"), values.get("columns")
     if limit is not None and (not limit.isdecimal() or int(limit) == 0):
         raise UserError(f"limit={limit}: a whole number > 0 is needed")
@@ -138,7 +138,7 @@ def split_folders(
     others = [each for each in arguments if not Path(each).is_dir()]
     for each in others:
         if each.startswith("-") and each not in flags:
-            raise UserError(f"{each}: there is no such flag; `dlopt {command} --help` shows what is allowed")
+            raise UserError(f"{each}: unknown flag; `dlopt {command} --help` shows what is allowed")
     return folders, {each for each in others if each in flags}, [each for each in others if each not in flags]
 
 
@@ -230,7 +230,7 @@ def _clean(arguments: list[str]) -> int:
 def _spare(record: Record) -> list[_Spare]:
     """The checkpoints that the run can do without: last.pt must be whole, and nobody at work there."""
     from dlopt.training import sharded
-    from dlopt.training.checkpoint import is_whole
+    from dlopt.training.checkpoint import is_intact
 
     folder = record.path / "checkpoints"
     names = re.compile(r"step-\d+\.pt")
@@ -239,7 +239,7 @@ def _spare(record: Record) -> list[_Spare]:
     paths = sorted(each for each in folder.iterdir() if names.fullmatch(each.name) and not each.is_symlink())
     if not paths:
         return []
-    if record.status == "running" or not is_whole(folder / "last.pt"):
+    if record.status == "running" or not is_intact(folder / "last.pt"):
         why = "it is running" if record.status == "running" else "its last.pt is missing or damaged"
         complain(printable(f"{short_path(record.path)}: left alone: {why}"))
         return []

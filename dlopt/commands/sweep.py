@@ -183,14 +183,14 @@ def _apart(typed: Sequence[Override]) -> tuple[list[str], list[Override]]:
 
 def _check_folder(sweep: Path, key: str, jobs: Sequence[Job], resume: str | None) -> None:
     if RunFolder(sweep).is_live():
-        raise UserError(f"{key}: another sweep is at work in this folder")
+        raise UserError(f"{key}: another sweep is active in this folder")
     for job in jobs:
         job.folder(sweep).refuse_newer(key)
     for job in jobs:
         folder = job.folder(sweep)
         if folder.holds_a_run():
             if resume != "auto":
-                raise UserError(f"{key}: this folder holds a sweep; go on with it by resume=auto")
+                raise UserError(f"{key}: this folder holds a sweep; resume it with resume=auto")
             refuse_other_config(folder.config() or job.config, job.config, str(folder.path), folder.history())
 
 
@@ -292,7 +292,7 @@ def _check_search(sweep: Path, key: str, facts: Mapping[str, Any], resume: str |
             "take its search space, or another folder"
         )
     if resume != "auto" and not is_worked_on(sweep):
-        raise UserError(f"{key}: this folder holds a sweep; go on with it by resume=auto")
+        raise UserError(f"{key}: this folder holds a sweep; resume it with resume=auto")
 
 
 def _show_search(sweep: Path, plan: "Plan", rows: Sequence[tuple[int, str, Sequence[float]]]) -> None:

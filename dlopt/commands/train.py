@@ -182,7 +182,7 @@ def _run(config: DictConfig, parsed: Namespace, send: Callable[[Mapping[str, Any
     if config.resume == "auto" and ready.is_new:
         print("resume=auto: there is no unfinished run of this config, so a new one begins", flush=True)
     if ready.is_new and (folder.config() is not None or folder.is_live()):
-        raise UserError(f"hydra.run.dir={folder.path}: another run is at work in this folder")  # it was quicker
+        raise UserError(f"hydra.run.dir={folder.path}: another run is active in this folder")  # it was quicker
     outcome = USER_ERROR
     try:
         with job_environment(config, folder.path):
@@ -201,7 +201,7 @@ def _find_folder(wanted: Path, is_typed: bool, saved: Mapping[str, Any]) -> tupl
 
     given, resume = RunFolder(wanted), saved["resume"]
     if is_typed and given.is_live():
-        raise UserError(f"hydra.run.dir={wanted}: another run is at work in this folder")
+        raise UserError(f"hydra.run.dir={wanted}: another run is active in this folder")
     if is_typed:
         given.refuse_newer(f"hydra.run.dir={wanted}")
     if resume == "auto":
@@ -217,7 +217,7 @@ def _find_folder(wanted: Path, is_typed: bool, saved: Mapping[str, Any]) -> tupl
         state = "finished" if given.is_finished() else "unfinished"
         raise UserError(
             f"hydra.run.dir={wanted}: this folder holds a run that is {state}; "
-            "go on with it by resume=auto, or name another folder"
+            "resume it with resume=auto, or name another folder"
         )
     checkpoint = None
     if home is not None:

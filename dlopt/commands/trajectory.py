@@ -4,7 +4,6 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -24,7 +23,7 @@ from dlopt.commands.command import (
 from dlopt.config.compose import CONFIG_NAME, Composer, choices_of, resolve_saved, to_plain
 from dlopt.config.saved import with_changes
 from dlopt.config.schema import Component, check_arguments, component, trusted_packages
-from dlopt.errors import DONE, UserError
+from dlopt.errors import DONE, UserError, suggest
 from dlopt.ranges import Count, Positive, Seed
 
 if TYPE_CHECKING:
@@ -219,9 +218,8 @@ def _refuse_others(overrides: Sequence[str]) -> None:
     for line in overrides:
         key = line.lstrip("+").partition("=")[0].partition(".")[0].partition("@")[0]
         if key not in allowed and not key.startswith("hydra"):
-            close = get_close_matches(key, allowed, n=1, cutoff=0.6)
-            hint = f"did you mean {close[0]}? " if close else ""
-            raise UserError(f"{line}: paths on a function have no key {key}; {hint}allowed: {', '.join(allowed)}")
+            hint = suggest(key, allowed, "dlopt trajectory --help")
+            raise UserError(f"{line}: unknown key of optimizer paths; {hint}")
 
 
 def _plan(config: DictConfig, job: Job) -> _Plan:

@@ -1,11 +1,11 @@
-"""The choices that there are, read from the YAML files alone: without Hydra and torch, listing them is instant.
+"""Lists config groups, choices and keys from the YAML files alone. Needs neither Hydra nor torch, so it is instant.
 
-An installed package adds choices by an entry point that names a module with a folder `conf`:
+An installed package adds choices through an entry point that names a module with a `conf` folder:
 
     [project.entry-points.dlopt]
     mine = "mine"
 
-Its YAML files cannot replace dlopt's own, and `_target_` may name its callables: who installs a package trusts it.
+Its YAML files cannot replace dlopt's own. `_target_` may name its callables: installing a package means trusting it.
 """
 
 import functools
@@ -22,7 +22,7 @@ import yaml
 import dlopt
 from dlopt.errors import UserError
 
-config_dir: ContextVar[Path | None] = ContextVar("config_dir", default=None)  # --config-dir, for the plug-in
+config_dir: ContextVar[Path | None] = ContextVar("config_dir", default=None)  # --config-dir, read by the Hydra plug-in
 
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _SELF = yaml.ScalarNode("tag:yaml.org,2002:str", "_self_")
@@ -30,7 +30,7 @@ _COMMENT = re.compile(r"\s*#\s*(.*?)\s*$")
 
 
 def config_folder() -> Path:
-    """The shipped YAML files: inside the installed package, or beside it in a checkout."""
+    """Returns the folder of dlopt's YAML files: inside the installed package, or next to it in a checkout."""
     installed = Path(dlopt.__file__).parent / "conf"
     return installed if installed.is_dir() else installed.parents[1] / "conf"
 
@@ -43,25 +43,25 @@ class Extension:
 
 @functools.cache
 def extensions() -> tuple[Extension, ...]:
-    """Lists the installed extensions without importing them. Raises `UserError` where a package has no such folder."""
-    found = []
-    for entry in sorted(entry_points(group="dlopt"), key=lambda each: each.name):
+    """Lists the installed extensions without importing them. Raises `UserError` for a package without `conf` folder."""
+    installed = []
+    for entry in sorted(entry_points(group="dlopt"), key=lambda entry: entry.name):
         package = entry.value.split(":")[0].split(".")[0]
         spec = find_spec(package)
-        places = [] if spec is None else list(spec.submodule_search_locations or [])
-        folders = [folder for place in places if (folder := Path(place, "conf")).is_dir()]
+        locations = [] if spec is None else list(spec.submodule_search_locations or [])
+        folders = [folder for location in locations if (folder := Path(location, "conf")).is_dir()]
         if not folders:
             raise UserError(
-                f"{entry.name}: this installed package says that it extends dlopt, but {package}/conf is no folder; "
-                "update or uninstall it"
+                f"{entry.name}: this installed package registers as a dlopt extension, but the folder {package}/conf "
+                "is missing; update or uninstall it"
             )
-        found.append(Extension(package, folders[0]))
-    return tuple(found)
+        installed.append(Extension(package, folders[0]))
+    return tuple(installed)
 
 
 @dataclass(frozen=True)
 class Key:
-    """One key with its default: `name` as it is typed (optimizer.lr), `value` as it stands in the file."""
+    """A config key: `name` as on the command line (optimizer.lr), `value` and `comment` as in the file."""
 
     name: str
     value: str
@@ -76,7 +76,7 @@ class Choice:
 
     @property
     def header(self) -> list[str]:
-        """The comment lines on top of the file, but for Hydra's directives (`# @package`)."""
+        """The comment lines at the top of the file, without Hydra's directives (`# @package`)."""
         lines = []
         for line in _read(self.path).splitlines():
             if line.strip() and not line.startswith("#"):
@@ -87,23 +87,25 @@ class Choice:
 
     @property
     def description(self) -> str:
-        """The first of these lines: what the choice is."""
+        """The first line of `header`, without its full stop."""
         return next(iter(self.header), "").removesuffix(".")
 
 
 class Catalogue:
-    """The groups and choices of dlopt's own folder, of installed packages and of --config-dir: the first one wins, as
-    in Hydra's search path."""
+    """The groups and choices in dlopt's own folder, installed packages and --config-dir.
+
+    The first folder that has a file wins, as in Hydra's search path.
+    """
 
     def __init__(self, config_dir: str | None = None) -> None:
         if config_dir is not None and not Path(config_dir).is_dir():
-            raise UserError(f"--config-dir={config_dir}: there is no such folder")
+            raise UserError(f"--config-dir={config_dir}: no such folder")
         typed = [Path(config_dir)] if config_dir is not None else []
         self._folders = [config_folder(), *(extension.folder for extension in extensions()), *typed]
         self._primary = self._find("train") or config_folder() / "train.yaml"
 
     def groups(self) -> dict[str, str | None]:
-        """Each group's default choice (None: none unless one is chosen), in the order of train.yaml's defaults list."""
+        """Maps each group to its default choice (None: no choice), in the order of train.yaml's defaults list."""
         listed = {}
         for node in _defaults(_parse(self._primary)):
             entry, value = _entry(node)
@@ -112,24 +114,29 @@ class Catalogue:
         return listed
 
     def choices(self, group: str) -> list[Choice]:
-        """By name, numbers in their order. Files and folders whose names start with `_` are fragments of choices."""
-        found: dict[str, Choice] = {}
+        """Returns the choices of a group in natural order of their names.
+
+        Files and folders whose names start with `_` are fragments, not choices.
+        """
+        by_name: dict[str, Choice] = {}
         for folder in self._folders:
             for path in (folder / group).rglob("*.yaml"):
                 parts = path.relative_to(folder / group).with_suffix("").parts
                 if not any(part.startswith(("_", ".")) for part in parts):
                     name = "/".join(parts)
-                    found.setdefault(name, Choice(group, name, path))
-        return sorted(found.values(), key=lambda choice: _natural(choice.name))
+                    by_name.setdefault(name, Choice(group, name, path))
+        return sorted(by_name.values(), key=lambda choice: _natural_order(choice.name))
 
     def keys(self, choice: Choice) -> list[Key]:
-        """Every key that the choice brings, those of the fragments it pulls in included, and what it sets elsewhere;
-        then what train.yaml gives to all choices of the group."""
-        package, found = self._composed(choice)
-        found.pop(_target_key(choice), None)
-        of_all = _own(self._primary, "") if package else {}
-        of_all = {key: each for key, each in of_all.items() if key.startswith(f"{package}.")}
-        return [*found.values(), *(each for key, each in of_all.items() if key not in found)]
+        """Returns every key that the choice sets, also through its fragments and in other groups, followed by the keys
+        that train.yaml gives to all choices of the group."""
+        package, keys = self._composed(choice)
+        keys.pop(_target_key(choice), None)
+        common = _keys_in_file(self._primary, "") if package else {}
+        return [
+            *keys.values(),
+            *(key for name, key in common.items() if name.startswith(f"{package}.") and name not in keys),
+        ]
 
     def target(self, choice: Choice) -> str | None:
         """Returns the dotted name of the callable that the choice configures; None for a recipe."""
@@ -137,7 +144,7 @@ class Catalogue:
         return None if target is None else target.value
 
     def _composed(self, choice: Choice) -> tuple[str, dict[str, Key]]:
-        """Returns the choice's place in the config and the keys that it sets, including those of its fragments."""
+        """Returns the choice's package (position in the config) and its keys by name, including its fragments' keys."""
         directive = re.search(r"^#\s*@package\s+(\S+)\s*$", _read(choice.path), re.MULTILINE)
         package = directive[1] if directive else choice.group.replace("/", ".")
         package = "" if package == "_global_" else package
@@ -152,42 +159,43 @@ class Catalogue:
         lines = _read(path).splitlines()
         entries = _defaults(_parse(path))
         if not any(_entry(node)[0] == "_self_" for node in entries):
-            entries = [_SELF, *entries]  # Hydra's rule
+            entries = [_SELF, *entries]  # Hydra's default: the file itself comes first
+        # Overrides of other groups are listed first; a file's later entries replace keys of its earlier ones.
         entries = sorted(entries, key=lambda node: not _entry(node)[0].startswith("override "))
-        found: dict[str, Key] = {}
+        keys: dict[str, Key] = {}
         for node in entries:
             if _entry(node)[0] == "_self_":
-                found |= _own(path, package)
+                keys |= _keys_in_file(path, package)
             else:
-                found |= self._pulled_in(node, folder, package, (*parents, path), lines)
-        return found
+                keys |= self._keys_of_entry(node, folder, package, (*parents, path), lines)
+        return keys
 
-    def _pulled_in(
+    def _keys_of_entry(
         self, node: yaml.Node, folder: str, package: str, parents: tuple[Path, ...], lines: list[str]
     ) -> dict[str, Key]:
-        """The keys of one entry of a defaults list: `name`, `/group/name@package`, `group: choice`, `override ...`."""
+        """Returns the keys of a defaults-list entry: `name`, `/group/name@package`, `group: choice`, `override ...`."""
         entry, value = _entry(node)
-        place, _, wanted = entry.removeprefix("override ").removeprefix("optional ").partition("@")
+        file, _, target_package = entry.removeprefix("override ").removeprefix("optional ").partition("@")
         if entry.startswith("override "):
-            name = place.strip("/") + (f"@{wanted}" if wanted else "")
+            name = file.strip("/") + (f"@{target_package}" if target_package else "")
             return {name: Key(name, value or "null", _comment(node, lines))}
-        whole = place if value is None else f"{place}/{value}"
-        whole = whole.strip("/") if place.startswith("/") else f"{folder}/{whole}"
-        group = whole.rpartition("/")[0]
-        if wanted.split(".")[0] == "_global_":
-            inner = wanted.partition(".")[2]
-        elif wanted:
-            inner = package if wanted == "_here_" else _join(package, wanted)
+        config = file if value is None else f"{file}/{value}"
+        config = config.strip("/") if file.startswith("/") else f"{folder}/{config}"
+        group = config.rpartition("/")[0]
+        if target_package.split(".")[0] == "_global_":
+            inner = target_package.partition(".")[2]
+        elif target_package:
+            inner = package if target_package == "_here_" else _join(package, target_package)
         else:
             inner = package if group == folder else _join(package, group.removeprefix(f"{folder}/").replace("/", "."))
-        found = {}
+        keys = {}
         if value is not None:
             name = f"{group}@{inner}" if inner != group.replace("/", ".") else group
-            found[name] = Key(name, value, _comment(node, lines))
-        path = self._find(whole)
-        if path is not None and path not in parents:
-            found |= self._keys(path, group, inner, parents)
-        return found
+            keys[name] = Key(name, value, _comment(node, lines))
+        path = self._find(config)
+        if path is not None and path not in parents:  # `parents` ends cycles of fragments
+            keys |= self._keys(path, group, inner, parents)
+        return keys
 
 
 def _target_key(choice: Choice) -> str:
@@ -202,30 +210,29 @@ def _parse(path: Path) -> yaml.Node | None:
     try:
         root: yaml.Node | None = yaml.compose(_read(path), Loader=_Loader)
     except yaml.YAMLError as error:
-        raise UserError(f"{path}: no valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: invalid YAML: {' '.join(str(error).split())}") from None
     return root
 
 
-def _own(path: Path, package: str) -> dict[str, Key]:
-    """The keys that stand in the file itself."""
+def _keys_in_file(path: Path, package: str) -> dict[str, Key]:
     root, lines = _parse(path), _read(path).splitlines()
     pairs = root.value if isinstance(root, yaml.MappingNode) else []
     return {
-        each.name: each
-        for key, node in pairs
-        if key.value != "defaults"
-        for each in _flatten(_join(package, key.value), node, key, lines)
+        key.name: key
+        for key_node, node in pairs
+        if key_node.value != "defaults"
+        for key in _flatten(_join(package, key_node.value), node, key_node, lines)
     }
 
 
 def _defaults(root: yaml.Node | None) -> list[yaml.Node]:
     if not isinstance(root, yaml.MappingNode):
         return []
-    return [each for key, node in root.value if key.value == "defaults" for each in node.value]
+    return [entry for key, node in root.value if key.value == "defaults" for entry in node.value]
 
 
 def _entry(node: yaml.Node) -> tuple[str, str | None]:
-    """(name, None) or (group, choice) of an entry of a defaults list."""
+    """Splits a defaults-list entry into (name, None) or (group, choice)."""
     if isinstance(node, yaml.MappingNode):
         key, value = node.value[0]
         return str(key.value), str(value.value)
@@ -233,7 +240,7 @@ def _entry(node: yaml.Node) -> tuple[str, str | None]:
 
 
 def _flatten(name: str, node: yaml.Node, key: yaml.Node, lines: list[str]) -> Iterator[Key]:
-    """Dotted keys of a block; items of a list of blocks by their number."""
+    """Yields the keys of a block by dotted name; blocks in a list by their index."""
     if isinstance(node, yaml.MappingNode) and node.value:
         for inner, value in node.value:
             yield from _flatten(f"{name}.{inner.value}", value, inner, lines)
@@ -255,18 +262,18 @@ def _text(node: yaml.Node) -> str:
 
 
 def _comment(node: yaml.Node, lines: list[str]) -> str:
-    """What stands behind a node on its last line."""
+    """Returns the comment after a node on its last line, or ''."""
     if isinstance(node, yaml.MappingNode) and not node.flow_style:
-        node = node.value[-1][1]
+        node = node.value[-1][1]  # the end mark of a block is on the line after it
     line = lines[node.end_mark.line] if node.end_mark.line < len(lines) else ""
-    found = _COMMENT.match(line[node.end_mark.column :].removeprefix(":"))
-    return found[1] if found else ""
+    match = _COMMENT.match(line[node.end_mark.column :].removeprefix(":"))
+    return match[1] if match else ""
 
 
 def _join(package: str, name: str) -> str:
     return f"{package}.{name}" if package else name
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
-    """resnet20 before resnet110."""
+def _natural_order(name: str) -> list[tuple[int, str]]:
+    """Sort key that puts resnet20 before resnet110."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

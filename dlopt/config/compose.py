@@ -1,7 +1,7 @@
-"""Composes configs by Hydra's public functions, explains what is wrong with a command line, and enters Hydra's main.
+"""Composes configs with Hydra's public functions, explains errors in overrides, and calls Hydra's main to print configs.
 
 The only module that imports Hydra's internals, for two things without a public name: its argument parser, because
-`dlopt train` takes Hydra's flags, and the list of callbacks without which other people's launchers start no job.
+`dlopt train` takes Hydra's flags, and its callbacks object, without which third-party launchers start no job.
 """
 
 import contextlib
@@ -35,11 +35,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import dlopt
-from dlopt.config.choices import config_dir as searched
+from dlopt.config.choices import config_dir as searched_config_dir
 from dlopt.config.choices import config_folder
 from dlopt.config.schema import show
 from dlopt.config.trust import check_hydra, leaves
-from dlopt.errors import UserError
+from dlopt.errors import UserError, shorten, suggest
 from dlopt.plain import check_yaml
 
 CONFIG_NAME = "train"
@@ -49,34 +49,34 @@ _VERSION_BASE = "1.3"
 def parse_arguments(arguments: list[str]) -> Namespace:
     """Parses Hydra's command line: overrides and flags such as -m, --cfg, --config-dir, in any order."""
     parser = get_args_parser()
-    parser.error = _refuse_flags  # type: ignore[method-assign]
+    parser.error = _raise_flag_error  # type: ignore[method-assign]
     for action in parser._actions:
         if action.dest == "version":
             action.version = f"dlopt {dlopt.__version__}"  # type: ignore[attr-defined]
     parsed: Namespace = parser.parse_intermixed_args(arguments)
     parsed.overrides = [_quoted(line) for line in parsed.overrides]
     if parsed.experimental_rerun is not None:
-        raise UserError("--experimental-rerun: not offered, since it runs whatever a pickle file says")
+        raise UserError("--experimental-rerun: not supported, since it executes the contents of a pickle file")
     if parsed.config_path is not None:
-        raise UserError(f"--config-path={parsed.config_path}: not offered; --config-dir adds a folder to dlopt's own")
+        raise UserError(f"--config-path={parsed.config_path}: not supported; add a config folder with --config-dir")
     if parsed.config_dir is not None and not Path(parsed.config_dir).is_dir():
-        raise UserError(f"--config-dir={parsed.config_dir}: there is no such folder")
+        raise UserError(f"--config-dir={parsed.config_dir}: no such folder")
     return parsed
 
 
 def _quoted(line: str) -> str:
-    """Quotes a plain value with letters that Hydra's grammar does not know: name=größe."""
+    """Quotes a plain value that has non-ASCII letters, which Hydra's grammar rejects: name=größe."""
     key, equals, value = line.partition("=")
     is_plain = equals and value.isprintable() and not re.search(r"""['"\[\]{}(),$\\]""", value)
     return line if value.isascii() or not is_plain else f"{key}='{value}'"
 
 
-def _refuse_flags(message: str) -> NoReturn:
-    raise UserError(f"{message}; `dlopt train --help` shows what is allowed")
+def _raise_flag_error(message: str) -> NoReturn:
+    raise UserError(f"{message}; `dlopt train --help` lists the flags")
 
 
 def show_config(parsed: Namespace) -> None:
-    """Has Hydra's main print what --cfg, --info or --hydra-help asks for."""
+    """Prints what --cfg, --info or --hydra-help requests, through Hydra's main."""
     flags = [f"--{name.replace('_', '-')}" for name in ("hydra_help", "resolve") if getattr(parsed, name)]
     for name in ("cfg", "package", "info", "config_name", "config_dir"):
         value = getattr(parsed, name)
@@ -85,9 +85,9 @@ def show_config(parsed: Namespace) -> None:
 
 
 def hydra_main(arguments: list[str]) -> None:
-    """Enters Hydra's main for what it alone prints: configs and completions. It may raise SystemExit."""
-    _offer_plugins()
-    logging.raiseExceptions = False  # Hydra prints through logging: a closed pipe (`| head`) is no error
+    """Calls Hydra's main, which alone prints configs and completions. It may raise SystemExit."""
+    _register_plugins()
+    logging.raiseExceptions = False  # Hydra prints through logging: a closed pipe (`| head`) must not be an error
     former, sys.argv = sys.argv, [sys.argv[0], *arguments]
     try:
         hydra.main(version_base=_VERSION_BASE, config_path=str(config_folder()), config_name=CONFIG_NAME)(_no_job)()
@@ -96,35 +96,36 @@ def hydra_main(arguments: list[str]) -> None:
 
 
 def _no_job(config: DictConfig) -> None:
-    """The task that Hydra's main requires; it is not called when Hydra only prints."""
+    """Does nothing: Hydra's main requires a task, which it does not call when it only prints."""
 
 
 class Composer:
-    """Composes the configs of one command line."""
+    """Composes configs of one `--config-name` and `--config-dir`."""
 
     def __init__(self, config_name: str | None = None, config_dir: str | None = None) -> None:
         self.config_name = config_name or CONFIG_NAME
         self.config_dir = config_dir
         if config_dir is not None:
             _check_files(Path(config_dir))
-        _offer_plugins()
-        token = searched.set(None if config_dir is None else Path(config_dir))
+        _register_plugins()
+        token = searched_config_dir.set(None if config_dir is None else Path(config_dir))
         try:
-            with _as_global(None):
+            with _global_hydra(None):
                 initialize_config_dir(str(config_folder()), job_name=CONFIG_NAME, version_base=_VERSION_BASE)
                 self._hydra = GlobalHydra.instance().hydra
                 self.loader = GlobalHydra.instance().config_loader()
-                self._context = HydraContext(self.loader, Callbacks())  # no callbacks: they would be code
+                # Empty: callbacks named in a config would run code before it is checked.
+                self._context = HydraContext(self.loader, Callbacks())
         finally:
-            searched.reset(token)
+            searched_config_dir.reset(token)
 
     def parse(self, overrides: list[str]) -> list[Override]:
         return parse_overrides(overrides, self.loader)
 
     def compose(self, overrides: list[str], multirun: bool = False) -> DictConfig:
-        """Composes a config with Hydra's own node. Explains every way in which typed overrides can be wrong."""
+        """Composes a config, Hydra's own node included. Raises `UserError`, which explains the override at fault."""
         parsed = self.parse(overrides)
-        self._refuse_what_hydra_accepts(parsed, multirun)
+        self._check_overrides(parsed, multirun)
         try:
             config = self._compose(overrides, multirun)
             check_hydra(config, overrides)
@@ -132,30 +133,30 @@ class Composer:
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(self._explain(parsed, error, multirun)) from None
         except yaml.YAMLError as error:
-            raise UserError(f"a config file is no valid YAML: {' '.join(str(error).split())}") from None
+            raise UserError(f"a config file is not valid YAML: {' '.join(str(error).split())}") from None
         except (UnicodeDecodeError, ValueError, AttributeError, TypeError) as error:
-            raise UserError(f"{self._undecodable()} cannot be read: {_first_lines(error)}") from None
+            raise UserError(f"{self._undecodable_file()} cannot be read: {_first_lines(error)}") from None
 
     def _compose(self, overrides: list[str], multirun: bool = False) -> DictConfig:
-        if multirun:  # of a sweep as a whole: `compose` knows single runs only
+        if multirun:  # Hydra's public `compose` does not support sweeps
             return self.loader.load_configuration(self.config_name, overrides, RunMode.MULTIRUN)
-        with _as_global(self._hydra):
+        with _global_hydra(self._hydra):
             return compose(self.config_name, overrides, return_hydra_config=True)
 
     def launcher(self, config: DictConfig, task: Callable[[DictConfig], Any]) -> Any:
-        """Builds the launcher that a composed sweep names."""
+        """Builds the launcher of a composed sweep."""
         return Plugins.instance().instantiate_launcher(hydra_context=self._context, task_function=task, config=config)
 
     def sweep(self, config: DictConfig, folder: Path, task: Callable[[DictConfig], Any]) -> Any:
-        """Runs a composed sweep in `folder` by its sweeper and launcher; returns what the sweeper returns."""
+        """Runs a composed sweep in `folder` with its sweeper and launcher; returns the sweeper's result."""
         path = str(folder).replace("\\", "\\\\").replace("'", "\\'")
         OmegaConf.update(config, "hydra.sweep.dir", str(folder))
-        config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{path}'")  # with which every job is composed
+        config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{path}'")  # each job is composed anew with these
         configure_log(config.hydra.hydra_logging, config.hydra.verbose)
         plugins = Plugins.instance()
         sweeper = plugins.instantiate_sweeper(hydra_context=self._context, task_function=task, config=config)
-        typed: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
-        return sweeper.sweep(typed)
+        overrides: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
+        return sweeper.sweep(overrides)
 
     def groups(self) -> list[str]:
         return [name for name in self.loader.list_groups("") if name != "hydra"]
@@ -185,7 +186,7 @@ class Composer:
             if plain in groups and not isinstance(value, str):
                 raise UserError(f"{plain}={show(value)}: one of the choices is needed; {self._choose(plain)}")
             if plain in groups and str(value).split("/")[-1].startswith("_"):  # a fragment
-                raise UserError(f"{line}: there is no such choice; {self._choose(plain, str(value))}")
+                raise UserError(f"{line}: unknown choice; {self._choose(plain, str(value))}")
             if value == {}:
                 raise UserError(f"{line}: an empty block changes nothing; set its keys one by one")
 
@@ -199,10 +200,7 @@ class Composer:
         return "a config file"
 
     def _choose(self, group: str, typed: str = "") -> str:
-        choices = self.choices(group)
-        close = get_close_matches(typed.lower(), choices, n=1, cutoff=0.6)
-        hint = f"did you mean {group}={close[0]}? " if close else ""
-        return f"{hint}choices: {', '.join(choices)}"
+        return suggest(typed, self.choices(group), f"dlopt options {group}", prefix=f"{group}=", title="choices")
 
     def _explain(self, overrides: list[Override], error: Exception, multirun: bool) -> str:
         """Finds the override at fault by adding them one by one: groups first, as Hydra does, then keys."""
@@ -232,7 +230,7 @@ class Composer:
     def _explain_files(self, fault: Exception) -> str:
         """What is wrong whatever is typed: the primary config, or what it pulls in."""
         if self.config_name != CONFIG_NAME and "primary config" in str(fault):
-            return f"--config-name={self.config_name}: there is no such file in dlopt's folder or in --config-dir"
+            return f"--config-name={self.config_name}: no such file in dlopt's folder or in --config-dir"
         return _first_lines(fault)
 
     def _explain_override(
@@ -243,7 +241,7 @@ class Composer:
             if value not in self.choices(key):
                 if key == "data" and Path(value).expanduser().is_dir():
                     return f"{line}: a folder is not a choice; for its images: data=image_folder data.root={value}"
-                return f"{line}: there is no such choice; {self._choose(key, value)}"
+                return f"{line}: unknown choice; {self._choose(key, value)}"
             return f"{line}: {_first_lines(fault)}"
         if key.startswith("hydra/sweeper/"):
             return f"{line}: only a search has this; add hydra/sweeper=dlopt_optuna"
@@ -256,25 +254,26 @@ class Composer:
             group, _, rest = key.partition(".")
             names = [str(each) for each in config]
             if group in names:
-                return f"{line}: there is no key {key}, since {parent} holds a value and no keys"
+                return f"{line}: unknown key; {parent} holds a value, not keys"
             close = get_close_matches(group.lower(), names, n=1, cutoff=0.6)
             hint = f"did you mean {close[0]}.{rest}? " if close else ""
-            return f"{line}: there is no group {group}; {hint}groups: {', '.join(self.groups())}"
-        names = [str(each) for each in node if each not in ("_target_", "hydra")]
-        if name in names:  # the key is there, but not those that its value brings
-            is_new = "Could not override" in str(fault)
-            hint = f"; a new key is typed with a plus sign: +{key}.KEY=VALUE" if is_new else ""
-            return f"{line}: {_first_lines(fault)}{hint}"
+            return f"{line}: unknown group; {hint}groups: {shorten(group, self.groups(), 'dlopt options')}"
+        names = [str(name) for name in node if name not in ("_target_", "hydra")]
+        if name in names:  # the key exists; a key inside its value does not
+            is_new = "Could not override" in str(error)
+            hint = f"; add a new key with a plus sign: +{key}.KEY=VALUE" if is_new else ""
+            return f"{line}: {_first_lines(error)}{hint}"
         close = get_close_matches(name.lower(), names, n=1, cutoff=0.6)
         prefix = f"{parent}." if parent else ""
-        hint = f"did you mean {prefix}{close[0]}? " if close else "" if parent else _elsewhere(name, config)
+        hint = f"did you mean {prefix}{close[0]}? " if close else "" if parent else _suggest_in_groups(name, config)
         if not hint and parent in self.groups():
-            hint = _with_key(parent, name, self.choices(parent))
-        return f"{line}: there is no key {key}; {hint}allowed: {', '.join(names) or 'none'}"
+            hint = _suggest_choices(parent, name, self.choices(parent))
+        command = f"dlopt options {parent}" if parent in self.groups() else "dlopt train --help"
+        return f"{line}: unknown key; {hint}allowed: {shorten(name, names, command)}"
 
 
 def parse_overrides(lines: Iterable[str], loader: ConfigLoader | None = None) -> list[Override]:
-    """Parses overrides; `loader` lists the choices for glob(*). Raises `UserError`."""
+    """Parses overrides. `loader` provides the choices for glob(*). Raises `UserError`."""
     parser = OverridesParser.create(loader)
     parsed = []
     for line in lines:
@@ -286,20 +285,20 @@ def parse_overrides(lines: Iterable[str], loader: ConfigLoader | None = None) ->
 
 
 @contextlib.contextmanager
-def _as_global(own: Any) -> Iterator[None]:
-    """Lets Hydra's functions work on `own`. A notebook may use Hydra too: what it has initialized comes back."""
+def _global_hydra(hydra_instance: Any) -> Iterator[None]:
+    """Makes `hydra_instance` the global one, and restores the former: a notebook may use Hydra as well."""
     state = GlobalHydra.instance()
-    former, state.hydra = state.hydra, own
+    former, state.hydra = state.hydra, hydra_instance
     try:
         yield
     finally:
         state.hydra = former
 
 
-def _offer_plugins() -> None:
+def _register_plugins() -> None:
     """Registers dlopt's sweeper, launchers and config folders with Hydra.
 
-    It builds plug-ins of the namespace package `hydra_plugins` only, which dlopt/hydra_plugins therefore joins.
+    Hydra instantiates plug-ins of the namespace package `hydra_plugins` only, so dlopt/hydra_plugins joins its path.
     """
     try:
         namespace = importlib.import_module("hydra_plugins")
@@ -309,15 +308,15 @@ def _offer_plugins() -> None:
     folder = str(Path(dlopt.__file__).with_name("hydra_plugins"))
     if folder not in namespace.__path__:
         namespace.__path__.append(folder)
-    plugins = Plugins.instance()  # scans the namespace, unless it was used before in this process
-    for each in importlib.import_module("hydra_plugins.dlopt_sweeps").PLUGINS:
-        plugins.register(each)
+    plugins = Plugins.instance()  # scans the namespace on first use only, so register explicitly
+    for plugin in importlib.import_module("hydra_plugins.dlopt_sweeps").PLUGINS:
+        plugins.register(plugin)
 
 
 def grid(overrides: Iterable[Override]) -> list[list[str]]:
-    """Returns the overrides of each combination of the listed values, in the order of Hydra's own sweeper.
+    """Returns the overrides of every combination of the listed values, in the order of Hydra's own sweeper.
 
-    Raises `UserError` for values that cannot be listed.
+    Raises `UserError` for continuous ranges.
     """
     lists: dict[str, list[str]] = {}
     for override in overrides:
@@ -327,36 +326,44 @@ def grid(overrides: Iterable[Override]) -> list[list[str]]:
         elif override.is_discrete_sweep():
             lists[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
         else:
-            raise UserError(f"{override.input_line}: a grid lists its values; hydra/sweeper=dlopt_optuna draws them")
-    return [list(each) for each in itertools.product(*lists.values())]
+            raise UserError(
+                f"{override.input_line}: a grid needs listed values; to sample, add hydra/sweeper=dlopt_optuna"
+            )
+    return [list(combination) for combination in itertools.product(*lists.values())]
 
 
 def typed_folder(config: DictConfig, key: str, overrides: Iterable[str]) -> tuple[Path, bool]:
-    """The folder that `key` (hydra.run.dir or hydra.sweep.dir) names, and whether it was typed. Raises `UserError`."""
+    """Returns the folder in `key` (hydra.run.dir or hydra.sweep.dir) and whether the command line sets it.
+
+    Raises `UserError` for an empty path.
+    """
     path = OmegaConf.select(config, key)
     if not path or not str(path).strip():
-        raise UserError(f"{key}={'null' if path is None else path}: the path of a folder is needed")
+        raise UserError(f"{key}={'null' if path is None else path}: must be the path of a folder")
     return Path(str(path)).absolute(), is_typed(key, overrides)
 
 
 @contextlib.contextmanager
 def job_environment(config: DictConfig, folder: Path) -> Iterator[None]:
-    """Sets what the config says of the process: its logging, hydra.job.env_set, hydra.job.chdir. Raises `UserError`."""
+    """Applies hydra.job_logging, and hydra.job.env_set and hydra.job.chdir until it exits. Raises `UserError`."""
     config.hydra.runtime.output_dir = str(folder)
     try:
         configure_log(config.hydra.job_logging, config.hydra.verbose)
     except (ValueError, OSError) as error:
         raise UserError(f"hydra.job_logging: {_first_lines(error)}") from None
-    place = contextlib.chdir(folder) if config.hydra.job.chdir else contextlib.nullcontext()
-    with env_override(config.hydra.job.env_set), place:
+    working_directory = contextlib.chdir(folder) if config.hydra.job.chdir else contextlib.nullcontext()
+    with env_override(config.hydra.job.env_set), working_directory:
         yield
 
 
 def _check_files(folder: Path) -> None:
-    """Raises `UserError` for files that Hydra would find in `folder` and that are too large for a config."""
+    """Raises `UserError` for YAML files below `folder` that are too large for a config.
+
+    Looks only where Hydra looks: at the top and in the groups' folders.
+    """
     groups = [path.name for path in config_folder().iterdir() if path.is_dir()]
-    inner = [path for group in (*groups, "hydra") for path in (folder / group).rglob("*.yaml")]
-    for path in sorted([*folder.glob("*.yaml"), *inner]):
+    group_files = [path for group in (*groups, "hydra") for path in (folder / group).rglob("*.yaml")]
+    for path in sorted([*folder.glob("*.yaml"), *group_files]):
         try:
             check_yaml(path)
         except ValueError as error:
@@ -366,99 +373,102 @@ def _check_files(folder: Path) -> None:
 
 
 def _explain_grammar(line: str) -> str:
-    """What is wrong with an override that Hydra's grammar does not take."""
+    """Explains an override that Hydra's grammar rejects."""
     key, equals, value = line.partition("=")
     if not equals and not key.startswith("~"):
         return f"{line}: an override is key=value or group=choice"
     if not re.fullmatch(r"[+~]{0,2}[\w/-]+([.@][\w/-]+)*", key):
-        return f"{line}: {key!r} is no name of a key or a group; an override is key=value or group=choice"
+        return f"{line}: {key!r} is not a valid key or group name; an override is key=value or group=choice"
     quoted = f"{key}='{value}'"
-    return f"{line!r}: this value has to be quoted for Hydra, once more than for the shell: {quoted!r}"
+    return f"{line!r}: the value must be quoted for Hydra, inside the quotes for the shell: {quoted!r}"
 
 
-def _with_key(group: str, name: str, choices: Iterable[str]) -> str:
-    """Which other choices of the group set a key of that name."""
+def _suggest_choices(group: str, name: str, choices: Iterable[str]) -> str:
+    """Names the choices of the group that have the key `name`."""
     files = {choice: config_folder() / group / f"{choice}.yaml" for choice in choices}
-    found = [
+    having = [
         choice for choice, path in files.items() if path.exists() and name in (yaml.safe_load(path.read_text()) or {})
     ]
-    more = f" and {len(found) - 8} more" if len(found) > 8 else ""
-    return f"{group}={','.join(found[:8])}{more} {'has' if len(found) == 1 else 'have'} it; " if found else ""
+    more = f" and {len(having) - 8} more" if len(having) > 8 else ""
+    return f"{group}={','.join(having[:8])}{more} {'has' if len(having) == 1 else 'have'} it; " if having else ""
 
 
-def _elsewhere(name: str, config: DictConfig) -> str:
-    """`lr=1` for `optimizer.lr=1`: a key of that name (or nearly) one level down."""
-    places = {
+def _suggest_in_groups(name: str, config: DictConfig) -> str:
+    """Suggests `optimizer.lr` for `lr`: a key with this name, or a similar one, inside a group."""
+    dotted = {
         str(key): f"{group!s}.{key!s}"
         for group, node in config.items_ex(resolve=False)
         if isinstance(node, DictConfig) and group != "hydra"
         for key in node
         if key != "_target_"
     }
-    close = get_close_matches(name.lower(), list(places), n=1, cutoff=0.6)
-    return f"did you mean {places[close[0]]}? " if close else ""
+    close = get_close_matches(name.lower(), list(dotted), n=1, cutoff=0.6)
+    return f"did you mean {dotted[close[0]]}? " if close else ""
 
 
 def choices_of(config: DictConfig) -> dict[str, str]:
-    """Maps each group to the name of the YAML file that was chosen."""
-    chosen: Any = OmegaConf.to_container(config.hydra.runtime.choices)
-    return {str(k): str(v) for k, v in chosen.items() if not str(k).startswith("hydra") and v is not None}
+    """Maps each group to its choice (the name of a YAML file); groups without a choice are left out."""
+    choices: Any = OmegaConf.to_container(config.hydra.runtime.choices)
+    return {str(k): str(v) for k, v in choices.items() if not str(k).startswith("hydra") and v is not None}
 
 
-def to_plain(config: DictConfig, typed: Iterable[str] | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the task's part as plain dicts and lists: resolved, and as it may be saved.
+def to_plain(config: DictConfig, overrides: Iterable[str] | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the config without Hydra's node as plain dicts and lists: (resolved, as it may be saved).
 
-    In the second, what came from the environment (`${oc.env:TOKEN}`) stays an interpolation. Raises `UserError` for
-    `???`, for broken interpolations, and for `allow_packages` that a file sets instead of the command line (`typed`:
-    its overrides; None: already checked).
+    The second keeps interpolations of environment variables (`${oc.env:TOKEN}`), so that no secret is written. Raises
+    `UserError` for `???`, for broken interpolations, and for `allow_packages` set by a file instead of `overrides`, the
+    command line (None: already checked).
     """
     raw: Any = OmegaConf.to_container(config, resolve=False)
-    for key in ("hydra", "comparison"):  # the latter is for commands.compare alone
+    for key in ("hydra", "comparison"):  # commands.compare reads `comparison` before
         raw.pop(key, None)
     task, values = OmegaConf.create(raw), dict(leaves(raw))
     for key, value in values.items():
         if value == "???":
-            raise UserError(f"{key}: a value is needed; type {key}=...")
+            raise UserError(f"{key}: a value is required; set {key}=VALUE")
     try:
         plain: Any = OmegaConf.to_container(task, resolve=True)
     except OmegaConfBaseException as error:
         key = str(error.full_key)
-        typed_value = values.get(key.replace("[", ".").replace("]", ""))
-        raise UserError(f"{key}={typed_value}: {_first_lines(error)}") from None
+        unresolved = values.get(key.replace("[", ".").replace("]", ""))
+        raise UserError(f"{key}={unresolved}: {_first_lines(error)}") from None
     except RecursionError:
         raise UserError("an interpolation ${...} refers to itself") from None
-    if typed is not None and plain.get("allow_packages") and not is_typed("allow_packages", typed):
+    if overrides is not None and plain.get("allow_packages") and not is_typed("allow_packages", overrides):
         names = show(plain["allow_packages"])
-        raise UserError(f"allow_packages={names}: stands in a config file; it has to be typed on the command line")
-    return plain, _without(plain, raw, _from_environment(plain, raw))
+        raise UserError(f"allow_packages={names}: set in a config file, but accepted from the command line only")
+    return plain, _redact(plain, raw, _environment_values(plain, raw))
 
 
 def resolve_saved(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Resolves a saved config's interpolations of the environment again. Raises `UserError`."""
+    """Resolves the environment variables in a saved config again. Raises `UserError`."""
     return to_plain(OmegaConf.create(dict(saved)), None)[0]
 
 
-def _from_environment(plain: Any, raw: Any) -> set[str]:
-    """The texts that interpolations of the environment became."""
+def _environment_values(plain: Any, raw: Any) -> set[str]:
+    """Collects the resolved values of `${oc.env:...}` interpolations."""
     if isinstance(raw, dict):
-        return set().union(*(_from_environment(plain[key], value) for key, value in raw.items()))
+        return set().union(*(_environment_values(plain[key], value) for key, value in raw.items()))
     if isinstance(raw, list):
-        return set().union(*(_from_environment(value, other) for value, other in zip(plain, raw, strict=True)))
+        return set().union(*(_environment_values(value, other) for value, other in zip(plain, raw, strict=True)))
     return {str(plain)} if isinstance(raw, str) and "${oc.env:" in raw and str(plain) else set()
 
 
-def _without(plain: Any, raw: Any, secrets: set[str]) -> Any:
-    """`plain`, with the interpolations of `raw` wherever their value holds one of the secrets."""
+def _redact(plain: Any, raw: Any, secrets: set[str]) -> Any:
+    """Replaces resolved values by their interpolations in `raw` where they contain a secret.
+
+    Interpolations of other keys count as well: `${data.root}` may refer to a key that holds a secret.
+    """
     if isinstance(raw, dict):
-        return {key: _without(plain[key], value, secrets) for key, value in raw.items()}
+        return {key: _redact(plain[key], value, secrets) for key, value in raw.items()}
     if isinstance(raw, list):
-        return [_without(value, other, secrets) for value, other in zip(plain, raw, strict=True)]
-    hidden = isinstance(raw, str) and "${" in raw and any(secret in str(plain) for secret in secrets)
-    return raw if hidden else plain
+        return [_redact(value, other, secrets) for value, other in zip(plain, raw, strict=True)]
+    is_secret = isinstance(raw, str) and "${" in raw and any(secret in str(plain) for secret in secrets)
+    return raw if is_secret else plain
 
 
 def is_typed(key: str, overrides: Iterable[str]) -> bool:
-    """Whether the command line sets the key."""
+    """Returns whether the command line sets the key."""
     return any(line.lstrip("+").startswith(f"{key}=") for line in overrides)
 
 

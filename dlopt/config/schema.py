@@ -1,7 +1,7 @@
-"""A config is checked against the signatures of what it names: the annotations are the schema.
+"""Checks configs against the signatures of the callables that they name: the type annotations are the schema.
 
-Values are checked as JSON in pydantic's strict mode: an int is accepted for a float and a list for a tuple, but neither
-"0.1" nor true passes for a number. NaN and infinities are refused everywhere.
+Values are validated as JSON in pydantic's strict mode: an int is accepted for a float and a list for a tuple, but
+neither "0.1" nor true for a number. NaN and infinities are always rejected.
 """
 
 import dataclasses
@@ -13,28 +13,27 @@ import json
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from difflib import get_close_matches
 from typing import Annotated, Any
 
 from annotated_types import Ge, Interval
 from pydantic import ConfigDict, PydanticSchemaGenerationError, PydanticUserError, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUndefinedAnnotation
 
-from dlopt.config.choices import extensions
-from dlopt.errors import UserError
+from dlopt.config.choices import config_folder, extensions
+from dlopt.errors import UserError, suggest
 from dlopt.ranges import Count, Fraction, NonNegative, Positive
 
 ALLOWED_PACKAGES = ("dlopt", "torch.optim", "torch.nn", "torchvision")
-# Of dlopt itself, what experiments are made of; the rest acts on files, processes and the network.
-_PARTS = (
+# The modules of dlopt that configs may name; the others act on files, processes and the network.
+_CONFIGURABLE = (
     "dlopt.augment", "dlopt.data", "dlopt.functions", "dlopt.init", "dlopt.losses", "dlopt.models", "dlopt.optim",
     "dlopt.parallel", "dlopt.schedules", "dlopt.sweeps.samplers", "dlopt.training.clipping", "dlopt.training.stopping",
 )  # fmt: skip
-_NO_PARTS = (
+_NOT_CONFIGURABLE = (
     "dlopt.data.cache", "dlopt.data.verify", "dlopt.parallel.launch", "dlopt.parallel.rendezvous",
     "torchvision.datasets.utils", "torchvision.io", "torchvision.utils",
 )  # fmt: skip
-# For arguments of callables that are not ours, by name: torch's SGD itself takes lr=nan and momentum=1.5.
+# Ranges of third-party arguments, by name: torch's own SGD accepts lr=nan and momentum=1.5.
 _RANGES: dict[str, Any] = {
     "lr": Positive,
     "momentum": Fraction,
@@ -63,13 +62,13 @@ _EMPTY = inspect.Parameter.empty
 
 
 def trusted_packages() -> tuple[str, ...]:
-    """The packages whose callables a config may name without being trusted on the command line."""
+    """Returns the packages whose callables a config may name without `allow_packages`."""
     return (*ALLOWED_PACKAGES, *(extension.package for extension in extensions()))
 
 
 @dataclasses.dataclass(frozen=True)
 class Component:
-    """A callable and its checked arguments, waiting for what is known only at run time."""
+    """A callable with its checked arguments; `build` calls it with those that are known only at run time."""
 
     key: str
     target: Callable[..., Any]
@@ -78,8 +77,8 @@ class Component:
     def build(self, **runtime: Any) -> Any:
         """Calls the target with its arguments and with those of `runtime` that its signature names."""
         names = parameters_of(self.target).keys() - self.arguments.keys()
-        known = {name: value for name, value in runtime.items() if name in names}
-        return self.target(**known, **{name: _built(value, runtime) for name, value in self.arguments.items()})
+        extra = {name: value for name, value in runtime.items() if name in names}
+        return self.target(**extra, **{name: _build(value, runtime) for name, value in self.arguments.items()})
 
     def takes(self, name: str) -> bool:
         return name in parameters_of(self.target)
@@ -88,11 +87,12 @@ class Component:
         return dataclasses.replace(self, arguments={**self.arguments, **extra})
 
 
-def _built(value: Any, runtime: Mapping[str, Any]) -> Any:
+def _build(value: Any, runtime: Mapping[str, Any]) -> Any:
+    """Builds the components in a value; returns other values unchanged."""
     if isinstance(value, Component):
         return value.build(**runtime)
     if isinstance(value, list):
-        return [_built(item, runtime) for item in value]
+        return [_build(item, runtime) for item in value]
     return value
 
 
@@ -103,14 +103,14 @@ def component(
     packages: Iterable[str],
     related: tuple[str, ...] = (),
 ) -> Component:
-    """The checked component that `node` describes: `_target_` and arguments, possibly with components within.
+    """Checks `node` (`_target_` and arguments, which may be components themselves) and returns it as a `Component`.
 
-    `related` names keys that stand beside these in the config; they only serve to guess what was meant.
+    `related`: further valid keys next to the arguments, used for suggestions in error messages.
 
     Raises `UserError` for a target outside `packages`, and for unknown, missing, mistyped and out-of-range arguments.
     """
     if not isinstance(node.get("_target_"), str):
-        raise UserError(f"{key}._target_={show(node.get('_target_'))}: the dotted name of a callable is needed")
+        raise UserError(f"{key}._target_={show(node.get('_target_'))}: must be the dotted name of a callable")
     packages, runtime = tuple(packages), frozenset(runtime)
     target = resolve_target(f"{key}._target_", node["_target_"], packages)
     values = {name: value for name, value in node.items() if name != "_target_"}
@@ -129,7 +129,7 @@ def resolve_target(key: str, path: str, packages: Iterable[str]) -> Callable[...
         raise UserError(f"{key}={path}: only callables of {', '.join(packages)} may be named{hint}")
     found = _locate(key, path)
     if found is None:
-        raise UserError(f"{key}={path}: there is no such callable{_importable(path)}")
+        raise UserError(f"{key}={path}: unknown callable{_importable(path)}")
     home = getattr(found, "__module__", None) or ""
     if not callable(found) or inspect.ismodule(found) or not _within(home, packages):
         raise UserError(f"{key}={path}: this is not a class or function defined in {', '.join(packages)}")
@@ -160,10 +160,6 @@ def _locate(key: str, path: str) -> Any:
         raise UserError(f"{key}={path}: importing {module} failed: {type(error).__name__}: {error}") from error
 
 
-def _importable(path: str) -> str:
-    package = path.split(".")[0]
-    return "" if importlib.util.find_spec(package) else f" (the package {package} is not installed)"
-
 
 def check_arguments(
     key: str,
@@ -173,19 +169,22 @@ def check_arguments(
     packages: tuple[str, ...] = (),
     related: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """The arguments of `target` as its annotations want them. `runtime` names those that no config gives."""
+    """Validates `values` against the annotations of `target` and returns them converted (lists to tuples, ...).
+
+    `runtime`: arguments that are supplied at run time, which a config may not set. Raises `UserError`.
+    """
     parameters = parameters_of(target)
-    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    own = [name for name, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-    allowed = [name for name in own if name not in runtime]
+    takes_any_key = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    named = [name for name, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    allowed = [name for name in named if name not in runtime]
     for name, value in values.items():
-        if name not in allowed and not (open_ended and name not in runtime):
-            raise UserError(_unknown(_join(key, name), str(name), value, (*allowed, *related)))
+        if name not in allowed and not (takes_any_key and name not in runtime):
+            raise UserError(_explain_unknown_key(_join(key, name), str(name), value, (*allowed, *related)))
     for name in allowed:
         if name not in values and parameters[name].default is _EMPTY:
-            raise UserError(f"{_join(key, name)}: a value is needed ({_describe(parameters[name].annotation)})")
+            raise UserError(f"{_join(key, name)}: a value is required ({_describe(parameters[name].annotation)})")
     return {
-        name: _checked(_join(key, name), value, _annotation(target, name), runtime, packages)
+        name: _check_value(_join(key, name), value, _annotation(target, name), runtime, packages)
         for name, value in values.items()
     }
 
@@ -205,24 +204,25 @@ def _join(key: str, name: str) -> str:
     return f"{key}.{name}" if key else name
 
 
-def _unknown(key: str, name: str, value: Any, allowed: Iterable[str]) -> str:
-    allowed = list(allowed)
-    close = get_close_matches(name, allowed, n=1, cutoff=0.6)
-    hint = f"did you mean {key[: len(key) - len(name)]}{close[0]}? " if close else ""
-    return f"{key}={show(value)}: there is no such key; {hint}allowed: {', '.join(allowed) or 'none'}"
+def _explain_unknown_key(key: str, name: str, value: Any, allowed: Iterable[str]) -> str:
+    parents = key.split(".")[:-1]
+    groups = ["/".join(parents[:length]) for length in range(len(parents), 0, -1)]  # hydra/launcher before hydra
+    group = next((group for group in groups if (config_folder() / group).is_dir()), None)
+    command = "dlopt train --help" if group is None else f"dlopt options {group}"
+    return f"{key}={show(value)}: unknown key; {suggest(name, allowed, command, prefix=key.removesuffix(name))}"
 
 
-def _checked(key: str, value: Any, annotation: Any, runtime: frozenset[str], packages: tuple[str, ...]) -> Any:
+def _check_value(key: str, value: Any, annotation: Any, runtime: frozenset[str], packages: tuple[str, ...]) -> Any:
     if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
         if not isinstance(value, Mapping):
             names = ", ".join(field.name for field in dataclasses.fields(annotation))
             raise UserError(f"{key}={show(value)}: this is a block of keys ({names}); set them one by one")
         return annotation(**check_arguments(key, annotation, value, runtime, packages))
     if isinstance(value, Mapping) and "_target_" in value:
-        # what is known at run time may mean another thing here: a dataset's image_size is its own
+        # A nested component may have an argument of its own with a runtime argument's name (a dataset's image_size).
         return component(key, value, runtime - value.keys(), packages)
     if isinstance(value, list) and any(isinstance(item, Mapping) and "_target_" in item for item in value):
-        return [_checked(f"{key}.{i}", item, _EMPTY, runtime, packages) for i, item in enumerate(value)]
+        return [_check_value(f"{key}.{i}", item, _EMPTY, runtime, packages) for i, item in enumerate(value)]
     adapter = _adapter(annotation)
     if adapter is None:
         return value
@@ -234,18 +234,18 @@ def _checked(key: str, value: Any, annotation: Any, runtime: frozenset[str], pac
 
 @functools.cache
 def parameters_of(target: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
-    """The parameters of a callable by name, with their types."""
+    """Returns the parameters of a callable by name, with evaluated annotations."""
     signature = inspect.signature(target)
     try:
         hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
-    except Exception:  # somebody's annotations that do not evaluate: their arguments pass unchecked
+    except Exception:  # third-party annotations that do not evaluate: the arguments pass unchecked
         hints = {}
     parameters = [p.replace(annotation=hints.get(n, p.annotation)) for n, p in signature.parameters.items()]
-    return {each.name: each for parameter in parameters for each in _unpacked(parameter)}
+    return {unpacked.name: unpacked for parameter in parameters for unpacked in _unpack(parameter)}
 
 
-def _unpacked(parameter: inspect.Parameter) -> list[inspect.Parameter]:
-    """Of `**keys: Unpack[SomeTypedDict]` the keys that it stands for (PEP 692); any other parameter as it is."""
+def _unpack(parameter: inspect.Parameter) -> list[inspect.Parameter]:
+    """Expands `**keys: Unpack[SomeTypedDict]` (PEP 692) into one parameter per key; keeps any other parameter."""
     if typing.get_origin(parameter.annotation) is not typing.Unpack:
         return [parameter]
     [keys] = typing.get_args(parameter.annotation)
@@ -261,18 +261,21 @@ def _adapter(annotation: Any) -> TypeAdapter[Any] | None:
     except PydanticUserError as error:
         if isinstance(error, PydanticSchemaGenerationError | PydanticUndefinedAnnotation):
             return None
-        return TypeAdapter(annotation)  # the type brings a config of its own
+        return TypeAdapter(annotation)  # pydantic refuses a second config for types that have their own
 
 
 def show(value: Any) -> str:
-    """A value as it is typed on the command line."""
+    """Formats a value as on the command line."""
     if isinstance(value, float):
-        return repr(value)  # nan, which JSON has not
+        return repr(value)  # JSON has no nan
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _reason(error: ValidationError) -> str:
-    """The first complaint that speaks of the value itself: pydantic lists one per member of a union."""
+    """Returns the most useful of pydantic's messages, of which it gives one per member of a union.
+
+    A violated range says more than "this is not null".
+    """
     details = error.errors(include_url=False, include_input=False, include_context=False)
     ranked = sorted(details, key=lambda detail: detail["type"] in _TYPE_MISMATCH)
     if ranked[0]["type"] == "missing":
@@ -285,7 +288,7 @@ _TYPE_MISMATCH = {"none_required", "bool_type", "int_type", "float_type", "strin
 
 
 def _describe(annotation: Any) -> str:
-    """What an annotation allows, in a reader's words: 'a number > 0', 'one of batch, layer', 'null'."""
+    """Describes the values that an annotation allows: 'a number > 0', 'batch | layer', 'null'."""
     origin = typing.get_origin(annotation)
     arguments = typing.get_args(annotation)
     if annotation is _EMPTY or annotation is Any:
@@ -297,13 +300,13 @@ def _describe(annotation: Any) -> str:
         return " ".join([_describe(arguments[0]), " and ".join(bounds)]).strip()
     if origin is typing.Literal:
         return " | ".join(show(argument) for argument in arguments)
-    if origin in (typing.Union, types.UnionType):  # of which a config gives no tensors
-        return " | ".join(_describe(each) for each in arguments if getattr(each, "__name__", "") != "Tensor")
+    if origin in (typing.Union, types.UnionType):  # torch annotates lr as float | Tensor; a config has no tensors
+        return " | ".join(_describe(member) for member in arguments if getattr(member, "__name__", "") != "Tensor")
     if origin is list:
-        return f"a list [a,b,...] of {_describe(arguments[0])}"
+        return f"a list [a,b,...], each {_describe(arguments[0])}"
     if origin is tuple:
         return f"a list [{','.join(_describe(argument) for argument in arguments if argument is not ...)}]"
-    plain = {int: "a whole number", float: "a number", bool: "true | false", str: "a text"}
+    plain = {int: "an integer", float: "a number", bool: "true | false", str: "a string"}
     return plain.get(annotation, getattr(annotation, "__name__", str(annotation)))
 
 
@@ -312,4 +315,4 @@ _SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 def _bounds(extra: Any) -> list[str]:
     bounds = [(sign, getattr(extra, name, None)) for name, sign in _SIGNS.items()]
-    return [f"{sign} {each if isinstance(each, int) else f'{each:g}'}" for sign, each in bounds if each is not None]
+    return [f"{sign} {limit if isinstance(limit, int) else f'{limit:g}'}" for sign, limit in bounds if limit is not None]

@@ -16,7 +16,7 @@ import torch
 
 from dlopt.errors import NewerError, RunError, UserError
 from dlopt.files import digest_file, link, reason, recorded_digests, sha256, write
-from dlopt.parallel.rendezvous import comes_from_others
+from dlopt.parallel.rendezvous import caused_by_peer
 from dlopt.parallel.shard_files import ShardWriter
 from dlopt.training import sharded
 
@@ -55,25 +55,25 @@ class Checkpoints:
         self._writing: Thread | None = None
         self._failure: Exception | None = None
 
-    def save(self, state: dict[str, Any], *, best: bool, landmark: str | None = None) -> None:
+    def save(self, state: dict[str, Any], *, best: bool, snapshot: str | None = None) -> None:
         """Writes `state` as last.pt, and as best.pt when it is the best so far. Raises `RunError` when it cannot.
 
-        The file that was last.pt stays as step-N.pt while it is among the `keep` newest; a `landmark` stays for good.
+        The file that was last.pt stays as step-N.pt while it is among the `keep` newest; a `snapshot` stays for good.
         """
         if self.shards is not None:
             self.shards.join()
         elif not self.writes:
             return
-        self.settle()
+        self.wait()
         if not self.asynchronous:
-            self._save(state, best, landmark)
+            self._save(state, best, snapshot)
             return
         # A daemon: a process that is stopped at once does not wait for it, and then the checkpoint before counts.
-        arguments = (_copied(state), best, landmark)
+        arguments = (_copied(state), best, snapshot)
         self._writing = Thread(target=self._save_in_thread, args=arguments, name="checkpoint", daemon=True)
         self._writing.start()
 
-    def settle(self) -> None:
+    def wait(self) -> None:
         """Waits until everything is on the disk. Raises `RunError` when that failed."""
         if self._writing is not None:
             self._writing.join()
@@ -82,15 +82,15 @@ class Checkpoints:
         if failure is not None:
             raise failure
 
-    def _save_in_thread(self, state: dict[str, Any], best: bool, landmark: str | None) -> None:
+    def _save_in_thread(self, state: dict[str, Any], best: bool, snapshot: str | None) -> None:
         try:
-            self._save(state, best, landmark)
+            self._save(state, best, snapshot)
         except Exception as error:  # it must not be lost with the thread
-            if not isinstance(error, RunError) and not comes_from_others(error):
+            if not isinstance(error, RunError) and not caused_by_peer(error):
                 error = _unwritten(self.last, f"{type(error).__name__}: {error}")
             self._failure = error
 
-    def _save(self, state: dict[str, Any], best: bool, landmark: str | None) -> None:
+    def _save(self, state: dict[str, Any], best: bool, snapshot: str | None) -> None:
         try:
             if self.writes:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -102,22 +102,22 @@ class Checkpoints:
                 return
             if self.keep > 1 and self._step_of_last is not None:
                 link(self.last, self.folder / f"step-{self._step_of_last}.pt")
-            target = self.last if landmark is None else self.folder / f"{landmark}.pt"
+            target = self.last if snapshot is None else self.folder / f"{snapshot}.pt"
             write(target, lambda file: torch.save(state, file))
-            if landmark is not None:  # a run resumed from last.pt does not pass this point again
+            if snapshot is not None:  # a run resumed from last.pt does not pass this point again
                 link(target, self.last)
             self._step_of_last = state["progress"]["step"]
             if best:
                 link(self.last, self.best)
             self._forget_oldest()
         except (OSError, RuntimeError, RunError) as error:  # torch reports a full disk as a RuntimeError
-            if comes_from_others(error):
+            if caused_by_peer(error):
                 raise
             raise _unwritten(self.last, reason(error)) from error
 
     def load_newest(self) -> dict[str, Any] | None:
         """The newest whole checkpoint; None when there is no file at all. Raises `RunError` when none is whole."""
-        self.settle()
+        self.wait()
         damaged = []
         for path in (self.last, *reversed(self._earlier())):
             if not path.exists() and not path.is_symlink():
@@ -136,7 +136,7 @@ class Checkpoints:
         return None
 
     def has_best(self) -> bool:
-        self.settle()
+        self.wait()
         return self.best.exists()
 
     def restore_best(self, state: dict[str, Any]) -> None:
@@ -146,7 +146,7 @@ class Checkpoints:
         """
         if not self.writes:
             return
-        self.settle()
+        self.wait()
         with contextlib.suppress(UserError):
             if load(self.best)["progress"]["step"] == state["progress"]["step"]:
                 return
@@ -202,7 +202,7 @@ def load(path: Path) -> dict[str, Any]:
     if path.is_dir():
         raise UserError(f"checkpoint={path}: this is a folder; name a file such as {path}/checkpoints/last.pt")
     if not path.is_file():
-        raise UserError(f"checkpoint={path}: there is no such file")
+        raise UserError(f"checkpoint={path}: no such file")
     try:
         digest = sha256(path)
         recorded = recorded_digests(path)
@@ -237,7 +237,7 @@ def load(path: Path) -> dict[str, Any]:
     raise UserError(f"checkpoint={path}: {damage}")
 
 
-def is_whole(path: Path) -> bool:
+def is_intact(path: Path) -> bool:
     """Whether the file, with its shards, is there and is the one whose checksum was recorded."""
     try:
         return sha256(path) in recorded_digests(path) and sharded.damage(path, sharded.opened(path)) is None
@@ -248,7 +248,7 @@ def is_whole(path: Path) -> bool:
 def load_weights(path: Path) -> dict[str, Any]:
     """The weights in a checkpoint (its average where it has one) or in a file of weights alone. Raises `UserError`."""
     if not path.is_file():
-        raise UserError(f"init_from={path}: there is no such file")
+        raise UserError(f"init_from={path}: no such file")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:

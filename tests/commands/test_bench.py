@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from dlopt.analysis.bench import device, modes
-from dlopt.analysis.bench.modes import Row
+from dlopt.analysis.bench.modes import ModeResult
 from dlopt.commands import bench
 from dlopt.commands.command import Line
 from dlopt.config.compose import Composer
@@ -59,7 +59,7 @@ def test_every_process_has_the_same_number_of_threads(monkeypatch: pytest.Monkey
         ("updates=0", "updates=0: input should be greater than or equal to 1"),
         ("parallel.processes=2", "parallel.processes=2: here it is processes=2"),
         ("parallel=single processes=2", "parallel=single processes=2: one process is all that this mode has"),
-        ("parallel=dpp", "parallel=dpp: there is no such choice; did you mean parallel=ddp?"),
+        ("parallel=dpp", "parallel=dpp: unknown choice; did you mean parallel=ddp?"),
         ("optimizer.lr=-1", "optimizer.lr=-1: input should be greater than 0"),
         ("device=[tpu]", 'device=["tpu"]: input should be'),
         ("device=[cpu] lr=1", "lr=1: dlopt bench device=[...] has no such key"),
@@ -79,8 +79,8 @@ def rank(number: int, steps: float, waiting: float, **figures: Any) -> Mapping[s
 
 
 def test_figures_of_a_row() -> None:
-    single = modes._row("single", "single", [rank(0, 0.4, 0.0)])
-    row = modes.against(modes._row("ddp", "ddp", [rank(0, 0.25, 0.4), rank(1, 0.24, 0.0)]), single)
+    single = modes.summarize("single", "single", [rank(0, 0.4, 0.0)])
+    row = modes.with_speedup(modes.summarize("ddp", "ddp", [rank(0, 0.25, 0.4), rank(1, 0.24, 0.0)]), single)
     assert (row.step, row.samples_per_second, row.speedup, row.efficiency) == pytest.approx((0.25, 256, 1.6, 0.8))
     assert row.own == pytest.approx((0.15, 0.24)) and row.spread == pytest.approx(0.375)
     assert row.peak_mb == (10.0, 11.0) and row.waiting == pytest.approx(0.2)
@@ -91,14 +91,14 @@ def test_figures_of_a_row() -> None:
 
 
 def test_a_row_without_figures_says_why() -> None:
-    problem = modes._problem([{"failed": "another process ended"}, {"failed": "out of memory"}], [1, 1])
+    problem = modes._problem([{"failed": "another process failed"}, {"failed": "out of memory"}], [1, 1])
     assert problem == "out of memory"
-    row = Row("ddp", "ddp", 2, problem)
-    assert modes.problems([row]) == ["ddp on 2: out of memory"] and math.isnan(row.spread)
-    assert modes._problem([{"rank": 0}, None], [0, -9]) == "rank 1 ended with -9"
+    row = ModeResult("ddp", "ddp", 2, problem)
+    assert modes.failures([row]) == ["ddp on 2: out of memory"] and math.isnan(row.spread)
+    assert modes._problem([{"rank": 0}, None], [0, -9]) == "rank 1 failed with exit code -9"
     with pytest.raises(UserError, match="out of memory"):
         modes.refuse_if_all_failed([row])
-    modes.draw([row, modes._row("single", "single", [rank(0, 0.4, 0.0)])], title="")
+    modes.draw([row, modes.summarize("single", "single", [rank(0, 0.4, 0.0)])], title="")
 
 
 def test_two_processes_are_measured_and_drawn(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def test_it_goes_on_where_it_stopped(folder: Path) -> None:
     before = (folder / "out/0/summary.json").read_bytes()
     (folder / "out/1/summary.json").unlink()
     message = compare(folder, "hydra.run.dir=out", "seed=3")
-    assert message.code == 2 and "this folder holds runs; go on with them by resume=auto" in message.err
+    assert message.code == 2 and "this folder holds runs; resume them with resume=auto" in message.err
     result = compare(folder, "hydra.run.dir=out", "seed=3", "resume=auto")
     assert result.code == 0 and "2 runs" in result.out
     assert (folder / "out/0/summary.json").read_bytes() == before

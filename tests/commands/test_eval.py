@@ -188,7 +188,7 @@ def test_regression(tmp_path: Path) -> None:
     [
         (["tta=nope"], ["tta=nope", "ten_crop"]),
         (["tta.crop=7"], ["tta.crop=7", "tta=none"]),
-        (["tta=flip", "tta.crop=7"], ["tta.crop=7", "no such key"]),
+        (["tta=flip", "tta.crop=7"], ["tta.crop=7", "unknown key"]),
         (["tta=ten_crop", "tta.crop=0"], ["tta.crop=0", ">= 1"]),
         (["tta=ten_crop", "tta.crop=9", "tta.scale=8"], ["tta.scale=8", "9x9"]),
         (["tta=multi_scale_ten_crop", "tta.scales=8"], ["tta.scales=8"]),

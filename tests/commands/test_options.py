@@ -71,10 +71,10 @@ def test_a_users_folder_is_listed_too(printed: Callable[..., str], tmp_path: Pat
 @pytest.mark.parametrize(
     ("typed", "message"),
     [
-        ("optimiser", "did you mean optimizer? groups: data, "),
+        ("optimiser", "did you mean optimizer? groups: optimizer, "),
         ("adamw", "did you mean optimizer=adamw? "),
-        ("optimizer=adamv", "optimizer=adamv: there is no such choice; did you mean optimizer=adam? choices: "),
-        ("optimizer=_full_batch", "there is no such choice"),
+        ("optimizer=adamv", "optimizer=adamv: unknown choice; did you mean optimizer=adam? choices: "),
+        ("optimizer=_full_batch", "unknown choice"),
         ("--width=3", "unrecognized arguments: --width=3"),
     ],
 )

@@ -53,8 +53,8 @@ def test_a_table_a_page_and_pictures(runs: Path) -> None:
     ("typed", "message"),
     [
         ("", "a folder of runs is needed"),
-        ("nowhere", "nowhere: there is no such folder"),
-        ("night --wach", "--wach: there is no such flag"),
+        ("nowhere", "nowhere: no such folder"),
+        ("night --wach", "--wach: unknown flag"),
         ("night by=test_loss", "by=test_loss: ranked by a test metric"),
         ("night by=speed", "by=speed: the runs have no such metric; allowed: "),
         ("night top=0", "top=0: "),

@@ -86,15 +86,15 @@ def test_a_table_at_a_terminal(outputs: Path) -> None:
 @pytest.mark.parametrize(
     ("typed", "message"),
     [
-        ("nowhere", "nowhere: there is no such folder"),
+        ("nowhere", "nowhere: no such folder"),
         ("lr>0.1", "did you mean optimizer.lr?"),
         ("optimzer=sgd", "did you mean optimizer?"),
         ("sort=optimizer.lrr", "sort=optimizer.lrr: none of the runs has optimizer.lrr"),
         ("columns=[foo]", "columns=foo: none of the runs has foo"),
         ("val_accuracy>high", "a number is needed behind >"),
-        ("status=done", "status=done: there is no such status; allowed: finished"),
+        ("status=done", "status=done: unknown status; allowed: finished"),
         ("limit=0", "limit=0: a whole number > 0"),
-        ("--pahts", "--pahts: there is no such flag"),
+        ("--pahts", "--pahts: unknown flag"),
     ],
 )
 def test_mistakes_are_named(outputs: Path, typed: str, message: str) -> None:
@@ -102,7 +102,7 @@ def test_mistakes_are_named(outputs: Path, typed: str, message: str) -> None:
 
 
 def test_without_outputs_a_folder_is_needed(tmp_path: Path) -> None:
-    assert "outputs: there is no such folder here" in refused(tmp_path, "runs")
+    assert "outputs: no such folder here" in refused(tmp_path, "runs")
 
 
 def test_a_damaged_folder_is_named_and_skipped(outputs: Path) -> None:

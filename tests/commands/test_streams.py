@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dlopt.tracking import Tracking, read_metrics, read_summary
-from dlopt.training.checkpoint import is_whole
+from dlopt.training.checkpoint import is_intact
 from tests.commands.line import SMALL
 
 ROOT = Path(__file__).parents[2]
@@ -25,7 +25,7 @@ def shell(folder: Path, line: str) -> subprocess.CompletedProcess[str]:
 
 
 def is_complete(folder: Path) -> bool:
-    checkpoint = is_whole(folder / "checkpoints/last.pt") and is_whole(folder / "checkpoints/best.pt")
+    checkpoint = is_intact(folder / "checkpoints/last.pt") and is_intact(folder / "checkpoints/best.pt")
     return checkpoint and (read_summary(folder) or {})["status"] == "finished" and len(read_metrics(folder)) == 2
 
 

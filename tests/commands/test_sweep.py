@@ -182,4 +182,4 @@ def test_a_live_sweep_is_refused(tmp_path: Path) -> None:
     assert sweep(tmp_path, "seed=1").code == 0
     (tmp_path / "sweep/0/summary.json").unlink()
     with HeldByAnotherProcess(tmp_path / "sweep"):
-        assert "at work" in refused(tmp_path, "train", "-m", *TINY, "seed=1", "resume=auto")
+        assert "active in this folder" in refused(tmp_path, "train", "-m", *TINY, "seed=1", "resume=auto")

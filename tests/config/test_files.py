@@ -31,7 +31,7 @@ BROKEN = {
     "a wrong type": (SGD + "lr: fast\n", ("optimizer.lr=fast", "a number > 0")),
     "a wrong range": (SGD + "lr: 0.1\nmomentum: 2\n", ("optimizer.momentum=2", "< 1")),
     "a number as key": (SGD + "1: 2\n", ("optimizer.1=2",)),
-    "a target that is not there": ("_target_: torch.optim.SDG\n", ("torch.optim.SDG", "no such callable")),
+    "a target that is not there": ("_target_: torch.optim.SDG\n", ("torch.optim.SDG", "unknown callable")),
     "a date": (SGD + "lr: 2026-01-01\n", ("optimizer.lr=2026-01-01", "a number > 0")),
 }
 

@@ -74,13 +74,25 @@ def many(
         ({"some": [1, 0]}, "allowed: a list [a whole number >= 1]"),
         ({"maybe": 1}, "allowed: a number >= 2 | null"),
         ({"either": "atuo"}, "allowed: a whole number >= 1 | auto"),
-        ({"txt": "x"}, "key.txt=x: there is no such key; did you mean key.text? allowed: text, flag"),
+        ({"txt": "x"}, "key.txt=x: unknown key; did you mean key.text? allowed: text, flag"),
     ],
 )
 def test_messages_say_what_is_allowed(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as caught:
         check_arguments("key", many, values)
     assert message in str(caught.value)
+
+
+def test_shortens_long_lists_of_allowed_keys() -> None:
+    with pytest.raises(UserError) as caught:
+        check_arguments("optimizer", many, {"pear": 1})
+    assert str(caught.value) == (
+        "optimizer.pear=1: unknown key; did you mean optimizer.pair? allowed: pair, maybe, text, flag, either, ...; "
+        "`dlopt options optimizer` lists all"
+    )
+    with pytest.raises(UserError, match=r"lists all$") as caught:
+        check_arguments("hydra.launcher", many, {"x": 1})
+    assert "`dlopt options hydra/launcher`" in str(caught.value)
 
 
 def test_values_come_back_as_the_annotations_want_them() -> None:
@@ -95,7 +107,7 @@ def test_missing_arguments_are_named_with_what_they_want() -> None:
 
     with pytest.raises(UserError, match=r"key\.lr: a value is needed \(a number > 0\)"):
         check_arguments("key", needs, {}, frozenset({"params"}))
-    with pytest.raises(UserError, match="no such key"):
+    with pytest.raises(UserError, match="unknown key"):
         check_arguments("key", needs, {"lr": 1, "params": 2}, frozenset({"params"}))
 
 

@@ -197,7 +197,7 @@ def test_commands_read_shards_and_make_one_file(finished: Path, tmp_path: Path) 
     ("arguments", "message"),
     [
         ([], "checkpoint: a path is needed: dlopt consolidate checkpoint="),
-        (["checkpoint=nothing.pt"], "checkpoint=nothing.pt: there is no such file"),
+        (["checkpoint=nothing.pt"], "checkpoint=nothing.pt: no such file"),
         (["checkpoint=."], "checkpoint=.: there is neither best.pt nor last.pt in this folder"),
         (["checkpoint=one"], "checkpoint=one/checkpoints/best.pt: this is one file already"),
         (["checkpoint=sharded", "output=sharded"], "output=sharded: this is a folder; name a file in it"),
@@ -205,7 +205,7 @@ def test_commands_read_shards_and_make_one_file(finished: Path, tmp_path: Path) 
             ["checkpoint=sharded", "output=sharded/checkpoints/best.pt"],
             "output=sharded/checkpoints/best.pt: this is the",
         ),
-        (["checkpoint=sharded", "to=x.pt"], "to: there is no such key; allowed: checkpoint, output"),
+        (["checkpoint=sharded", "to=x.pt"], "to: unknown key; allowed: checkpoint, output"),
     ],
 )
 def test_wrong_lines_for_consolidate(finished: Path, arguments: list[str], message: str) -> None:

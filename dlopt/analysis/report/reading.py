@@ -338,7 +338,7 @@ def select(records: Sequence[Record], conditions: Sequence[Condition]) -> list[R
     for each in conditions:
         check_key(each.key, each.line, records)
         if each.key == "status" and not any(fnmatchcase(status, _pattern(each.value)) for status in STATUSES):
-            raise UserError(f"{each.line}: there is no such status; allowed: {', '.join(STATUSES)}")
+            raise UserError(f"{each.line}: unknown status; allowed: {', '.join(STATUSES)}")
     return [record for record in records if all(each.holds(record) for each in conditions)]
 
 
