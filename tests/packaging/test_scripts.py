@@ -1,13 +1,13 @@
-"""The set-up scripts against an interpreter that only pretends: what it is asked to do is logged, nothing is installed.
+"""scripts/setup, scripts/dlopt, scripts/test with stand-ins for uv and Python: logs calls, installs nothing.
 
-The PATH of these tests holds the named tools and the pretended interpreters, nothing of the machine's own Python.
+The PATH of these tests holds the tools named here and the stand-ins, nothing else of the machine.
 """
 
 import os
+import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,73 +15,76 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-TOOLS = ["sh", "cat", "chmod", "cksum", "cp", "dirname", "find", "grep", "ls", "mkdir", "mv", "readlink", "rm"]
-TOOLS += ["sleep", "tail", "touch"]
+SCRIPTS = ("setup", "dlopt", "test")
+TOOLS = ["sh", "cat", "chmod", "cp", "dirname", "env", "flock", "grep"]
+TOOLS += ["ls", "mkdir", "readlink", "rm", "sleep", "touch", "uname"]
 
-# Environment variables steer it: NO_ENSUREPIP, NO_PIP, NO_NETWORK, SLEEP (seconds of `pip install`).
-INTERPRETER = r"""#!/bin/sh
-here=$(dirname "$(dirname "$0")")
-case "$1 $2" in
-    "-c"*_base_executable*) echo "$0"; case "$0" in */old/*) exit 1 ;; esac; exit 0 ;;
-    "-c"*) exec "{python}" "$@" ;;
-esac
-echo "$@" >>"$LOG"
+# Environment variables steer the stand-ins: NO_ENSUREPIP, NO_PIP, NO_NETWORK, NO_TORCH_INDEX, SLEEP (of the install).
+PYTHON = r"""#!/bin/sh
+echo "python $@" >>"$LOG"
 case "$*" in
     "-m venv"*)
+        case "$*" in *--without-pip*) ;; *) [ -z "$NO_ENSUREPIP" ] || exit 1 ;; esac
         for target; do :; done
-        mkdir -p "$target/bin"; touch "$target/pyvenv.cfg"; cp "$0" "$target/bin/python"
-        case "$*" in
-            *--without-pip*) ;;
-            *) [ -z "$NO_ENSUREPIP" ] || {{ echo "ensurepip is not available"; exit 1; }}; touch "$target/pip" ;;
-        esac ;;
-    "-m pip --version") [ -e "$here/pip" ] ;;
-    "-m pip --python"*) [ -z "$NO_PIP" ] && touch "$(dirname "$(dirname "$4")")/pip" ;;
-    "-m pip install"*)
-        [ -e "$here/pip" ] || exit 1
-        [ -z "$NO_NETWORK" ] || {{ echo "NewConnectionError: Temporary failure in name resolution"; exit 1; }}
-        touch "$here/half"; sleep "${{SLEEP:-0}}"; rm -f "$here/half"
-        for name in dlopt ruff mypy; do
-            {{
-                echo '#!/bin/sh'; echo "echo $name"' "$@"'
-                echo 'ls -l /proc/$$/fd | grep -c [.]lock'; echo 'exit ${{EXIT:-0}}'
-            }} >"$here/bin/$name"
-            chmod +x "$here/bin/$name"
-        done ;;
-    "-m pytest"*) echo "pytest $*"; exit "${{PYTEST_EXIT:-0}}" ;;
-    *) echo "no such module"; exit 1 ;;
+        mkdir -p "$target/bin"; cp "$0" "$target/bin/python" ;;
+    "-m pip --python"*) [ -z "$NO_PIP" ] ;;
+    *"install"*" uv") cp "$STANDINS/uv" "$(dirname "$0")/uv" ;;
+    "-m pip install"*) [ -z "$NO_NETWORK" ] && cp "$STANDINS/command" "$(dirname "$0")/dlopt" ;;
+    "-m pytest"*) echo "pytest $*"; exit "${PYTEST_EXIT:-0}" ;;
+    "-m ruff"* | "-m mypy"*) echo "$*"; exit "${EXIT:-0}" ;;
+    *) exit 1 ;;
 esac
+"""
+UV = r"""#!/bin/sh
+echo "uv $@" >>"$LOG"
+case "$*" in
+    venv*)
+        for target; do :; done
+        mkdir -p "$target/bin"; cp "$STANDINS/python3" "$target/bin/python" ;;
+    *--dry-run*) [ -z "$NO_TORCH_INDEX" ] ;;
+    "pip install"*)
+        [ -z "$NO_NETWORK" ] || { echo "error: dns" >&2; exit 1; }
+        touch .venv/half; sleep "${SLEEP:-0}"; rm -f .venv/half
+        cp "$STANDINS/command" .venv/bin/dlopt ;;
+esac
+"""
+COMMAND = r"""#!/bin/sh
+echo dlopt "$@"
+ls -l /proc/$$/fd | { grep -c '[p]yproject.toml' || :; }
+exit ${EXIT:-0}
 """
 
 
 class Checkout:
-    """A checkout in a path with spaces, and what the pretended interpreters were asked to do."""
+    """A checkout in a path with a space, and the log of what the stand-ins were called with."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, uv: bool) -> None:
         self.root = folder / "check out"
         self.bin = folder / "bin"
+        self.standins = folder / "standins"
         self.log = folder / "log"
-        (self.root / "scripts").mkdir(parents=True)
-        for name in ("scripts/dlopt", "scripts/test", "scripts/bootstrap.sh", "pyproject.toml"):
+        for path in (self.root / "scripts", self.bin, self.standins):
+            path.mkdir(parents=True)
+        for name in (*(f"scripts/{each}" for each in SCRIPTS), "pyproject.toml"):
             shutil.copy(ROOT / name, self.root / name)
-        self.bin.mkdir()
         for tool in TOOLS:
             self.bin.joinpath(tool).symlink_to(str(shutil.which(tool)))
+        for name, text in (("python3", PYTHON), ("uv", UV), ("command", COMMAND)):
+            path = self.standins / name
+            path.write_text(text)
+            path.chmod(0o755)
+        shutil.copy(self.standins / "python3", self.bin / "python3")
+        if uv:
+            shutil.copy(self.standins / "uv", self.bin / "uv")
         self.log.touch()
 
     @property
     def venv(self) -> Path:
         return self.root / ".venv"
 
-    def add_python(self, name: str, folder: str = "") -> Path:
-        path = self.bin / folder / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(INTERPRETER.format(python=sys.executable))
-        path.chmod(0o755)
-        return path
-
     def start(self, *command: str, cwd: Path | None = None, **variables: str) -> subprocess.Popen[str]:
         arguments = [str(self.root / "scripts/dlopt"), "train", "a b"] if not command else list(command)
-        environment = {"PATH": str(self.bin), "LOG": str(self.log), "NO_PIP": "", "NO_ENSUREPIP": "", "NO_NETWORK": ""}
+        environment = {"PATH": str(self.bin), "LOG": str(self.log), "STANDINS": str(self.standins)}
         return subprocess.Popen(
             arguments,
             cwd=cwd or self.root,
@@ -94,49 +97,56 @@ class Checkout:
 
     def run(self, *command: str, cwd: Path | None = None, **variables: str) -> tuple[int, str, str]:
         process = self.start(*command, cwd=cwd, **variables)
-        output, errors = process.communicate(timeout=30)
+        output, errors = process.communicate(timeout=60)
         return process.returncode, output, errors
 
-    def calls(self, what: str = "") -> list[str]:
-        return [line for line in self.log.read_text().splitlines() if what in line]
+    def calls(self, pattern: str = "") -> list[str]:
+        return [line for line in self.log.read_text().splitlines() if re.search(pattern, line)]
+
+    def installs(self) -> list[str]:
+        return self.calls(r"^uv pip install -p .venv -c")
 
     def edit_pyproject(self) -> None:
-        with (self.root / "pyproject.toml").open("a") as file:
-            file.write("# changed\n")
+        path = self.root / "pyproject.toml"
+        path.write_text(path.read_text() + "# changed\n")
+        later = (self.venv / ".dlopt").stat().st_mtime + 5  # coarse clocks of file systems must not hide the change
+        os.utime(path, (later, later))
 
 
-# What the pretended dlopt prints: its arguments, and how many descriptors of the lock it has inherited.
+# What the stand-in for dlopt prints: its arguments, and how many descriptors of the lock it inherited.
 DONE = (0, "dlopt train a b\n0\n")
 
 
 @pytest.fixture
-def bare(tmp_path: Path) -> Checkout:
-    return Checkout(tmp_path)
+def checkout(tmp_path: Path) -> Checkout:
+    return Checkout(tmp_path, uv=True)
 
 
 @pytest.fixture
-def checkout(bare: Checkout) -> Checkout:
-    bare.add_python("python3")
-    return bare
+def without_uv(tmp_path: Path) -> Checkout:
+    return Checkout(tmp_path, uv=False)
 
 
-def test_first_call_sets_up_and_only_the_command_writes_to_stdout(checkout: Checkout) -> None:
+def test_wrappers_are_short() -> None:
+    for name in ("dlopt", "test"):
+        assert len((ROOT / "scripts" / name).read_text().splitlines()) <= 25
+
+
+def test_first_call_installs_and_only_the_command_writes_to_stdout(checkout: Checkout) -> None:
     code, output, errors = checkout.run()
-    assert (code, output) == DONE
-    assert "setting up" in errors and "ready" in errors
-    (install,) = checkout.calls("pip install")
-    assert f"-e {checkout.root}[sweep" in install and not install.endswith(",test]")
+    assert (code, output) == DONE and "setting up" in errors
+    (install,) = checkout.installs()
+    assert "-c scripts/constraints.txt -e .[sweep,schedulefree,timm]" in install
 
 
-def test_later_calls_start_no_python(checkout: Checkout) -> None:
+def test_later_calls_start_neither_uv_nor_python(checkout: Checkout) -> None:
     checkout.run()
     before = checkout.calls()
     code, output, errors = checkout.run()
-    assert (code, output) == DONE and errors == ""
-    assert checkout.calls() == before
+    assert (code, output) == DONE and errors == "" and checkout.calls() == before
 
 
-def test_exit_code_is_the_commands(checkout: Checkout) -> None:
+def test_exit_code_is_that_of_the_command(checkout: Checkout) -> None:
     assert checkout.run(EXIT="75")[0] == 75
 
 
@@ -145,157 +155,155 @@ def test_through_a_symlink_from_another_folder(checkout: Checkout, tmp_path: Pat
     link.symlink_to(checkout.root / "scripts/dlopt")
     assert checkout.run(str(link), "train", "a b", cwd=Path("/"))[:2] == DONE
     assert checkout.run("sh", "scripts/dlopt", "train", "a b")[:2] == DONE
-    assert len(checkout.calls("pip install")) == 1
+    assert len(checkout.installs()) == 1
 
 
 def test_changed_pyproject_updates_in_place(checkout: Checkout) -> None:
     checkout.run()
-    kept = checkout.venv / "kept"
-    kept.touch()
+    marker = checkout.venv / "marker"
+    marker.touch()
     checkout.edit_pyproject()
-    code, output, errors = checkout.run()
-    assert (code, output) == DONE and "up to date" in errors
-    assert kept.exists() and len(checkout.calls("pip install")) == 2 and len(checkout.calls("venv ")) == 1
-
-
-def test_update_without_network_says_so_and_is_tried_again_in_place(checkout: Checkout) -> None:
+    assert checkout.run()[:2] == DONE
+    os.utime(checkout.venv / ".dlopt", (2**31, 2**31))  # newer than pyproject.toml, which was dated ahead
+    assert marker.exists() and len(checkout.installs()) == 2 and len(checkout.calls("^uv venv")) == 1
     checkout.run()
-    kept = checkout.venv / "kept"
-    kept.touch()
-    checkout.edit_pyproject()
+    assert len(checkout.installs()) == 2
+
+
+def test_failed_installation_is_reported_and_tried_again(checkout: Checkout) -> None:
     code, output, errors = checkout.run(NO_NETWORK="1")
-    assert code == 1 and output == "" and "no network" in errors
+    assert code != 0 and output == "" and "error: dns" in errors and "trying pip" in errors
     assert checkout.run()[:2] == DONE
-    assert kept.exists()
 
 
-def test_first_call_without_network_says_so_and_the_next_one_succeeds(checkout: Checkout) -> None:
-    code, _, errors = checkout.run(NO_NETWORK="1")
-    assert code == 1 and "no network" in errors
-    assert checkout.run()[:2] == DONE
+def test_pip_is_the_second_try(checkout: Checkout) -> None:
+    uv = checkout.bin / "uv"
+    uv.write_text(uv.read_text().replace("$NO_NETWORK", "$NO_UV_NETWORK"))
+    code, output, errors = checkout.run(NO_UV_NETWORK="1")
+    assert (code, output) == DONE and "trying pip" in errors
+    assert checkout.calls("python -m pip install .* -c scripts/constraints.txt")
 
 
 def test_concurrent_first_calls_install_once(checkout: Checkout) -> None:
     processes = [checkout.start(SLEEP="0.5") for _ in range(3)]
-    results = [(process.communicate(timeout=30), process.returncode) for process in processes]
-    assert [(code, output) for (output, _), code in results] == [DONE] * 3
-    assert sum("waiting for another" in errors for (_, errors), _ in results) == 2
-    assert len(checkout.calls("pip install")) == 1
+    results = [(process.communicate(timeout=60)[0], process.returncode) for process in processes]
+    assert [(code, output) for output, code in results] == [DONE] * 3
+    assert len(checkout.installs()) == 1
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end, "timed out"
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("update", [False, True])
-def test_interrupted_set_up_is_made_again_from_nothing(checkout: Checkout, update: bool) -> None:
-    if update:
-        checkout.run()
-        checkout.edit_pyproject()
-    process = checkout.start(SLEEP="20")
+def test_interrupted_installation_starts_from_scratch(checkout: Checkout) -> None:
+    process = checkout.start(SLEEP="60")
     half = checkout.venv / "half"
     wait_for(half.exists)
     os.killpg(process.pid, signal.SIGKILL)
-    process.communicate(timeout=30)
+    process.communicate(timeout=60)
     assert half.exists()
-    made = len(checkout.calls("venv "))
     assert checkout.run()[:2] == DONE
-    assert not half.exists() and len(checkout.calls("venv ")) == made + 1
+    assert not half.exists() and len(checkout.calls("^uv venv")) == 2
 
 
 def test_moved_checkout_is_set_up_again(checkout: Checkout, tmp_path: Path) -> None:
     checkout.run()
     checkout.root = checkout.root.rename(tmp_path / "moved")
     assert checkout.run()[:2] == DONE
-    assert len(checkout.calls("venv ")) == 2
+    assert len(checkout.calls("^uv venv")) == 2
 
 
-def test_environment_whose_python_is_gone_is_made_again(checkout: Checkout) -> None:
+def test_environment_whose_python_is_gone_is_remade(checkout: Checkout) -> None:
     checkout.run()
     (checkout.venv / "bin/python").unlink()
     assert checkout.run()[:2] == DONE
-    assert len(checkout.calls("venv ")) == 2
+    assert len(checkout.calls("^uv venv")) == 2
 
 
-@pytest.mark.parametrize("usable", [True, False])
-def test_somebody_elses_environment_is_never_deleted(checkout: Checkout, usable: bool) -> None:
-    kept = checkout.venv / "kept"
+def test_environment_of_the_user_is_never_deleted(checkout: Checkout) -> None:
     (checkout.venv / "bin").mkdir(parents=True)
-    for path in (kept, checkout.venv / "pyvenv.cfg"):
-        path.touch()
-    if usable:
-        (checkout.venv / "pip").touch()
-        shutil.copy(checkout.bin / "python3", checkout.venv / "bin/python")
-    code, output, errors = checkout.run()
-    if usable:
-        assert (code, output) == DONE
-    else:
-        assert code == 1 and "remove it" in errors
-    assert kept.exists() and not checkout.calls("venv ")
+    shutil.copy(checkout.bin / "python3", checkout.venv / "bin/python")
+    marker = checkout.venv / "marker"
+    marker.touch()
+    assert checkout.run(NO_NETWORK="1")[0] != 0 and marker.exists()
+    assert checkout.run()[:2] == DONE and marker.exists()
+    assert not checkout.calls("^uv venv")
 
 
-def test_without_ensurepip_pip_comes_from_the_interpreters_own(checkout: Checkout) -> None:
-    code, output, _ = checkout.run(NO_ENSUREPIP="1")
-    assert (code, output) == DONE
-    assert checkout.calls("--without-pip") and checkout.calls("pip --python")
+def test_uv_comes_from_pip_where_it_is_missing(without_uv: Checkout) -> None:
+    assert without_uv.run()[:2] == DONE
+    assert without_uv.calls("python -m venv .venv") and without_uv.calls("pip install .* uv$")
+    assert len(without_uv.installs()) == 1
 
 
-def test_without_ensurepip_and_pip_the_message_says_what_to_install(checkout: Checkout) -> None:
-    code, output, errors = checkout.run(NO_ENSUREPIP="1", NO_PIP="1")
+def test_pip_comes_from_the_interpreter_where_ensurepip_is_missing(without_uv: Checkout) -> None:
+    assert without_uv.run(NO_ENSUREPIP="1")[:2] == DONE
+    assert without_uv.calls("--without-pip") and without_uv.calls("pip --python")
+
+
+def test_without_uv_and_pip_the_message_names_the_package(without_uv: Checkout) -> None:
+    code, output, errors = without_uv.run(NO_ENSUREPIP="1", NO_PIP="1")
     assert code == 1 and output == "" and "apt install python3-venv" in errors
-    assert checkout.run()[:2] == DONE  # once that is installed
+    assert without_uv.run()[:2] == DONE  # once it is installed
 
 
-def test_old_python_gives_way_to_a_newer_one(bare: Checkout) -> None:
-    old = bare.add_python("python3", "old")
-    path = f"{old.parent}:{bare.bin}"
-    code, output, errors = bare.run(PATH=path)
-    assert code == 1 and output == "" and "3.11 or newer is needed" in errors and f"too old: {old}" in errors
-    assert not bare.venv.exists()
-    newer = bare.add_python("python3.12")
-    code, output, errors = bare.run(PATH=path)
-    assert (code, output) == DONE and f"with {newer}" in errors
+def test_dlopt_python_chooses_the_interpreter(checkout: Checkout) -> None:
+    assert checkout.run(DLOPT_PYTHON="3.12")[:2] == DONE
+    assert checkout.calls(r"^uv venv .*-p 3\.12")
+    checkout.root.joinpath(".venv/bin/python").unlink()
+    assert checkout.run()[:2] == DONE
+    assert checkout.calls("^uv venv .*-p >=3.11")
 
 
-def test_no_python_at_all(bare: Checkout) -> None:
-    code, output, errors = bare.run()
-    assert code == 1 and output == "" and "apt install python3 python3-venv" in errors
-    assert not bare.venv.exists()
+def test_torch_without_a_driver_is_the_cpu_build_where_its_index_answers(checkout: Checkout) -> None:
+    assert checkout.run()[:2] == DONE
+    assert checkout.installs()[-1].endswith("--torch-backend auto")
+    checkout.edit_pyproject()
+    _, _, errors = checkout.run(NO_TORCH_INDEX="1")
+    assert "--torch-backend" not in checkout.installs()[-1] and "out of reach" in errors
 
 
-def test_dlopt_python_chooses_and_is_not_replaced(checkout: Checkout) -> None:
-    old = checkout.add_python("python3.9", "old")
-    for wrong in (str(old), "/nowhere/python3"):
-        code, _, errors = checkout.run(DLOPT_PYTHON=wrong)
-        assert code == 1 and f"DLOPT_PYTHON={wrong}" in errors
-    chosen = checkout.add_python("python3.12")
-    code, output, errors = checkout.run(DLOPT_PYTHON=str(chosen))
-    assert (code, output) == DONE and f"with {chosen}" in errors
+def test_torch_with_a_driver_or_by_choice(checkout: Checkout) -> None:
+    assert checkout.run(DLOPT_TORCH="cu130")[:2] == DONE
+    assert checkout.installs()[-1].endswith("--torch-backend cu130")
+    checkout.edit_pyproject()
+    shutil.copy(checkout.standins / "command", checkout.bin / "nvidia-smi")
+    assert checkout.run()[0] == 0
+    assert "--torch-backend" not in checkout.installs()[-1] and len(checkout.calls("dry-run")) == 0
 
 
 def test_test_command_adds_the_test_tools_and_keeps_them(checkout: Checkout) -> None:
     script = str(checkout.root / "scripts/test")
     checkout.run()
     assert checkout.run(script)[0] == 0
-    assert [call.rstrip("]").endswith(",test") for call in checkout.calls("pip install")] == [False, True]
+    assert [",test]" in call for call in checkout.installs()] == [False, True]
     checkout.run()
-    assert len(checkout.calls("pip install")) == 2
+    assert len(checkout.installs()) == 2
     checkout.edit_pyproject()
     checkout.run()
-    assert checkout.calls("pip install")[-1].endswith(",test]")
+    assert ",test]" in checkout.installs()[-1]
 
 
 def test_test_command_fails_when_a_part_fails_or_no_test_ran(checkout: Checkout) -> None:
     script = str(checkout.root / "scripts/test")
     code, output, _ = checkout.run(script, "-k", "one two")
-    assert code == 0 and "ruff check" in output and "mypy" in output
+    assert code == 0 and "-m ruff check" in output and "-m mypy dlopt" in output
     assert checkout.calls("-m pytest")[-1].endswith("-k one two")
     code, _, errors = checkout.run(script, PYTEST_EXIT="5")
     assert code == 1 and "pytest(5)" in errors
     before = len(checkout.calls("-m pytest"))
     code, _, errors = checkout.run(script, EXIT="3")
     assert code == 1 and "ruff(3) mypy(3)" in errors
-    assert len(checkout.calls("-m pytest")) == before + 1  # the other parts run all the same
+    assert len(checkout.calls("-m pytest")) == before + 1  # the other parts run nevertheless
+
+
+def test_constraints_pin_every_requirement_without_addresses() -> None:
+    lines = (ROOT / "scripts/constraints.txt").read_text().splitlines()
+    pins = [line for line in lines if not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.+!]+( ; .+)?", pin) for pin in pins)
+    assert not re.search(r"https?://|--hash|@ ", "\n".join(lines))
+    names = {re.split("==", pin)[0] for pin in pins}
+    assert {"torch", "torchvision", "hydra-core", "optuna", "pytest", "ruff"} <= names

@@ -126,3 +126,19 @@ def test_installed_wheel_trains_outside_the_checkout(wheel: Path, tmp_path: Path
     summary = json.loads(path.read_text())
     assert summary["status"] == "finished" and summary["epochs"] == 1
     assert len((path.parent / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tool", ["uvx", "pipx"])
+def test_tools_that_install_commands(wheel: Path, tmp_path: Path, tool: str) -> None:
+    """`uvx --from . dlopt` and `pipx install .`, with all dependencies (from uv's cache where they are in it)."""
+    environment = {**os.environ, "PIPX_HOME": str(tmp_path / "pipx"), "PIPX_BIN_DIR": str(tmp_path / "bin")}
+    if tool == "uvx":
+        commands = [[sys.executable, "-m", "uv", "tool", "run", "-q", "--from", str(wheel), "dlopt", "options", "clip"]]
+    else:
+        install = [sys.executable, "-m", "pipx", "install", "--backend", "uv", "--python", sys.executable, str(wheel)]
+        commands = [install, [str(tmp_path / "bin/dlopt"), "options", "clip"]]
+    for command in commands:
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert "max_norm" in done.stdout
