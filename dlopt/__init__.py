@@ -1,4 +1,4 @@
-"""dlopt: experiments on the optimization of deep networks. `train` and `load` are what the commands are made of."""
+"""dlopt: an experiment runner for deep-network optimization. Python API: `train` and `load`."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ __all__ = ["__version__", "load", "train"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports torch only when it is needed: `dlopt --help` answers at once."""
+    """Imports `dlopt.api`, and with it torch, on first use: `dlopt --help` stays fast."""
     if name in ("load", "train"):
         from dlopt import api
 

@@ -1,4 +1,4 @@
-"""`python -m dlopt`."""
+"""Entry point of `python -m dlopt`."""
 
 from dlopt.cli import main
 

@@ -1,4 +1,4 @@
-"""dlopt from Python: `from dlopt import train, load`, in a script or a notebook."""
+"""Python API for scripts and notebooks: `from dlopt import train, load`."""
 
 import contextlib
 import functools
@@ -23,12 +23,16 @@ from dlopt.tracking.layout import short_path
 from dlopt.training import rng
 from dlopt.training.restore import Trained, restore
 
-_SHOWN = ("epochs", "best_val_loss", "best_val_accuracy", "test_loss", "test_accuracy")
+_REPR_METRICS = ("epochs", "best_val_loss", "best_val_accuracy", "test_loss", "test_accuracy")
 
 
 class Model(nn.Module):
-    """A trained model with its input normalization: images [B, C, H, W] of 0..255 (or vectors, as in the data) ->
-    outputs [B, K]. `classes`: their names; None in a regression. It is in evaluation mode.
+    """A trained model in evaluation mode, with its input normalization and centre crop.
+
+    Maps images [B, C, H, W] with values 0..255 (or vectors, as in the data set) to outputs [B, K].
+
+    Attributes:
+        classes: names of the K classes; None for regression.
     """
 
     def __init__(self, trained: Trained) -> None:
@@ -49,17 +53,15 @@ class Model(nn.Module):
 
 @dataclass(frozen=True, repr=False)
 class Result:
-    """What a run left in `folder`: its `summary` (summary.json), and its `history`, a dict per evaluated epoch
-    (metrics.jsonl)."""
+    """Files of a run: `summary` (summary.json) and `history`, one dict per evaluated epoch (metrics.jsonl)."""
 
     folder: Path
     summary: dict[str, Any]
     history: list[dict[str, Any]]
 
     def __repr__(self) -> str:
-        """One line, as the last line of a notebook's cell shows it."""
-        shown = {key: self.summary[key] for key in _SHOWN if self.summary.get(key) is not None}
-        metrics = ", ".join(f"{key} {value:.4g}" for key, value in shown.items())
+        values = {key: self.summary[key] for key in _REPR_METRICS if self.summary.get(key) is not None}
+        metrics = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
         return f"<{self.summary.get('status')}: {metrics}; {short_path(self.folder)}>"
 
     @functools.cached_property
@@ -69,34 +71,35 @@ class Result:
 
 
 def train(overrides: Sequence[str] = (), *, console: bool = False) -> Result:
-    """`dlopt train` on the same overrides: `train(["optimizer=adamw", "epochs=5"])`.
+    """Trains a model like `dlopt train`: `train(["optimizer=adamw", "epochs=5"])`.
 
-    A run in this process leaves no global state behind: random generators, threads and torch's switches are as they
-    were. With `max_time`, or on a signal, it ends early with the status `interrupted`.
+    Restores global state afterwards: random generators, thread count and torch flags. On a signal or after `max_time`
+    the run stops early with the status `interrupted`.
 
     Args:
-        console: show what the command shows.
+        overrides: the arguments of `dlopt train`.
+        console: print the same progress as the command.
 
     Raises:
-        UserError: the configuration or the input is wrong; nothing is left behind.
+        UserError: wrong configuration or input; no files are left behind.
         RunError: the run failed.
     """
     lines = list(overrides)
     if current() is not None:
-        raise UserError("train(): not inside torchrun or srun; start `dlopt train` there")
+        raise UserError("train(): cannot run inside torchrun or srun; use the command `dlopt train`")
     config = Composer().compose(lines)
     if config.get("comparison") is not None or config.hydra.mode == RunMode.MULTIRUN:
-        raise UserError("train(): one run at a time; sweeps and comparisons are started by `dlopt train`")
-    ready = prepare(config, lines)
-    folder = ready.folder.path
-    if not ready.is_done:
-        processes, lock = claim(ready.run)
+        raise UserError("train(): runs one experiment at a time; use `dlopt train` for sweeps and comparisons")
+    prepared = prepare(config, lines)
+    folder = prepared.folder.path
+    if not prepared.is_done:
+        processes, lock = claim(prepared.run)
         try:
-            with _undisturbed(), lock:
-                code = start(ready.run, processes, typed=lines, console=console)
+            with _preserve_global_state(), lock:
+                code = start(prepared.run, processes, typed=lines, console=console)
         except UserError:
-            if ready.is_new and not ready.folder.is_live():
-                ready.before.erase(folder)
+            if prepared.is_new and not prepared.folder.is_live():
+                prepared.before.erase(folder)
             raise
         if code not in (DONE, INTERRUPTED):
             raise RunError(str((read_summary(folder) or {}).get("reason", f"the run in {folder} failed")))
@@ -104,32 +107,30 @@ def train(overrides: Sequence[str] = (), *, console: bool = False) -> Result:
 
 
 def load(run: str | PathLike[str]) -> Model:
-    """The model of a run's folder (the best one by its validation metric), or of a checkpoint. Raises `UserError`."""
+    """Loads the best model of a run folder (by its validation metric), or a checkpoint. Raises `UserError`."""
     path = Path(run)
     if path.is_dir():
         best = path / "checkpoints" / "best.pt"
         path = best if best.exists() else best.with_name("last.pt")
-    with _undisturbed():
+    with _preserve_global_state():
         return Model(restore(path, {}))
 
 
 @contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """What is global in Python, numpy and torch is afterwards as it was before."""
-    drawn = rng.state()
+def _preserve_global_state() -> Iterator[None]:
+    """Restores the random generators of Python, NumPy and torch, and torch's global flags."""
+    rng_state = rng.state()
     threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    is_strict, warns = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     cudnn, grad = torch.backends.cudnn, torch.is_grad_enabled()
     tf32, benchmark = cudnn.allow_tf32, cudnn.benchmark
     try:
         yield
     finally:
-        rng.restore(drawn)
+        rng.restore(rng_state)
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(precision)
-        torch.use_deterministic_algorithms(is_strict, warn_only=warns)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
         cudnn.allow_tf32, cudnn.benchmark = tf32, benchmark
         torch.set_grad_enabled(grad)

@@ -1,6 +1,6 @@
-"""The command line: sub-commands only. Each parses, hands over, and turns the outcome into an exit code.
+"""The `dlopt` command: dispatches to the sub-commands and maps errors to exit codes.
 
-torch is imported no sooner than a command needs it: `--help`, `--version` and completion answer at once.
+Imports torch lazily, so that `--help`, `--version` and shell completion are fast.
 """
 
 import importlib
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import dlopt
 from dlopt.errors import DONE, FAILED, INTERRUPTED, USER_ERROR, RunError, UserError, suggest
 
-COMMANDS = {  # each takes its arguments and returns the exit code
+COMMANDS = {  # name -> function(arguments) -> exit code
     "train": "dlopt.commands.train:train",
     "eval": "dlopt.commands.eval:evaluate",
     "predict": "dlopt.commands.predict:predict",
@@ -29,34 +29,45 @@ COMMANDS = {  # each takes its arguments and returns the exit code
 }
 
 USAGE = f"""\
-dlopt {dlopt.__version__}: runs experiments on the optimization of deep networks
+dlopt {dlopt.__version__}: an experiment runner for deep-network optimization
 
-  dlopt train [group=choice] [key=value] [-m]    train; `dlopt train --help` lists every group, choice and key
-  dlopt eval checkpoint=PATH [tta=CHOICE]        test a checkpoint, or the mean of several; with many crops
-  dlopt predict checkpoint=PATH images=FOLDER    label images
-  dlopt export checkpoint=PATH format=FORMAT     a model for other tools: safetensors, onnx, torch_export
-  dlopt consolidate checkpoint=PATH              one file of a checkpoint in shards
-  dlopt show-batch [group=choice] [key=value]    draw what an augmentation does to images
-  dlopt trajectory function=F optimizer=a,b      draw the paths of optimizers; or schedule=a,b, or checkpoint=PATH
-  dlopt find-lr [group=choice] [key=value]       a learning-rate range test; `dlopt train optimizer.lr=auto` uses it
-  dlopt summary model=CHOICE [key=value]         a model's layers: shapes, parameters, operations, memory
-  dlopt diagnose [group=choice] [key=value]      activations, gradients and curvature of a model; a verdict per layer
-  dlopt bench parallel=a,b processes=1,2         speed, memory and communication of parallel modes; of devices
-  dlopt report DIR... [key=value]                compare runs and sweeps: a table, pictures, a page (--open, --watch)
-  dlopt runs [DIR...] [condition...]             list and find runs; `dlopt runs clean` removes spare checkpoints
-  dlopt options [group | group=choice]           every choice of every group; a group's keys with their defaults
+Usage: dlopt COMMAND [group=choice] [key=value]
 
+Training:
+  train        Train a model, or run a sweep with -m
+  find-lr      Run a learning-rate range test
+  eval         Evaluate a checkpoint or an ensemble, with or without test-time augmentation
+  predict      Classify images with a checkpoint
+  export       Export a checkpoint to safetensors, ONNX or torch.export
+  consolidate  Merge a sharded checkpoint into one file
+
+Runs:
+  runs         List, filter and clean up runs
+  report       Compare runs and sweeps: leaderboard, plots, HTML page
+
+Analysis:
+  summary      Print the layers of a model: shapes, parameters, MACs, memory
+  diagnose     Measure activations, gradients and curvature layer by layer
+  show-batch   Plot augmented images
+  trajectory   Plot optimizer paths, learning-rate schedules or loss landscapes
+  bench        Benchmark parallel modes and devices
+
+Reference:
+  options      List groups, choices, keys and their defaults
+
+Examples:
   dlopt train optimizer=adamw schedule=cosine_warmup epochs=20
-  dlopt train -m optimizer.lr=0.01,0.03,0.1 seed=0,1,2
-  dlopt train resume=auto
-  dlopt train from=outputs/train/DATE optimizer.lr=0.01
+  dlopt train -m optimizer.lr=0.01,0.03,0.1 seed=0,1,2     # sweep: one run per combination
+  dlopt train resume=auto                                  # resume the newest unfinished run of this config
+  dlopt train from=outputs/train/DATE optimizer.lr=0.01    # start from the config of an earlier run
 
-Completion for bash: eval "$(dlopt train -sc install=bash)"
+Use `dlopt COMMAND --help` for the keys of a command.
+Shell completion: eval "$(dlopt train -sc install=bash)"
 """
 
 
 def main() -> None:
-    """The `dlopt` command."""
+    """Entry point of the `dlopt` command."""
     _open_streams()
     try:
         code = _main(sys.argv[1:])
@@ -70,22 +81,23 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = FAILED
     except KeyboardInterrupt:
-        print("dlopt: stopped", file=sys.stderr)
+        print("dlopt: interrupted", file=sys.stderr)
         code = INTERRUPTED
     sys.exit(code)
 
 
 def _open_streams() -> None:
-    """Puts nothing in the place of streams that were closed (`<&- >&-`, some cron daemons).
+    """Redirects closed standard streams (`<&- >&-`, some cron daemons) to /dev/null.
 
-    Or else the next files that are opened take their numbers, and what a library writes to stderr goes into them.
+    Otherwise the next opened files get descriptors 0 to 2, and a library that writes to stderr corrupts them.
     """
-    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+    for descriptor, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         try:
-            os.fstat(number)
+            os.fstat(descriptor)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number, which is this one
-            setattr(sys, name, os.fdopen(number, mode))
+            # open() returns the lowest free descriptor, which is this one.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+            setattr(sys, name, os.fdopen(descriptor, mode))
 
 
 def _main(arguments: Sequence[str]) -> int:
@@ -95,11 +107,11 @@ def _main(arguments: Sequence[str]) -> int:
     if arguments[0] in ("-V", "--version"):
         print(f"dlopt {dlopt.__version__}")
         return DONE
-    for place, each in enumerate(arguments):  # `dlopt -sc install=bash`; Hydra's users type it after the sub-command
-        if each in ("-sc", "--shell-completion"):
+    for index, argument in enumerate(arguments):  # before or, as in Hydra, after the sub-command
+        if argument in ("-sc", "--shell-completion"):
             from dlopt.commands.completion import complete
 
-            return complete(list(arguments[place:]), list(COMMANDS))
+            return complete(list(arguments[index:]), list(COMMANDS))
     name = arguments[0]
     if name not in COMMANDS:
         raise UserError(f"{name}: unknown command; {suggest(name, COMMANDS, 'dlopt --help')}")

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, whatever happens while they are written; each with its SHA-256 beside it."""
+"""Crash-safe files: written atomically, each with its SHA-256 in a checksum file."""
 
 import contextlib
 import hashlib
@@ -11,10 +11,10 @@ from typing import Any, BinaryIO
 
 
 def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
-    """Writes a file and its checksum so that a crash at any moment leaves a file that matches its checksum.
+    """Writes a file and its checksum; after a crash at any moment the file on disk matches its checksum.
 
-    Two files cannot be renamed at once: the checksum file names the new digest beside the old one before the rename,
-    and the new one alone after it. A reader takes either.
+    Two files cannot be renamed in one step. Before the rename, the checksum file therefore lists the new digest and the
+    old one; after it, only the new one. A reader accepts any of the listed digests.
     """
     with temporary_sibling(path) as temporary:
         with _synced(temporary) as file:
@@ -23,7 +23,7 @@ def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
 
 
 def link(source: Path, target: Path) -> None:
-    """Makes `target` the same file as `source`: a hard link where the file system has them."""
+    """Makes `target` a hard link to `source`, or a copy if the file system has no hard links."""
     with temporary_sibling(target) as temporary:
         try:
             os.link(source, temporary)
@@ -35,7 +35,7 @@ def link(source: Path, target: Path) -> None:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replaces `path` by `data`, durably: a reader, or a crash, sees the old file or the new one. Raises OSError."""
+    """Replaces the contents of `path`: after a crash the file is the old one or the new one. Raises OSError."""
     with temporary_sibling(path) as temporary:
         with _synced(temporary) as file:
             file.write(data)
@@ -44,7 +44,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def temporary_sibling(path: Path) -> Iterator[Path]:
-    """Yields a path in the same folder, to be written and renamed to `path`; removes what is left of it afterwards."""
+    """Yields a path in the same folder to write and rename to `path`; removes it afterwards if it still exists."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.unlink(missing_ok=True)
     try:
@@ -63,20 +63,22 @@ def _synced(path: Path) -> Iterator[BinaryIO]:
 
 
 def _publish(temporary: Path, path: Path, digest: str) -> None:
-    before = recorded_digests(path) if path.exists() else []
-    write_digests(path, [digest, *(each for each in before if each != digest)])
+    old_digests = recorded_digests(path) if path.exists() else []
+    write_digests(path, [digest, *(old for old in old_digests if old != digest)])
     os.replace(temporary, path)
     sync_folder(path.parent)
-    if before:
+    if old_digests:
         write_digests(path, [digest])
 
 
 def write_digests(path: Path, digests: list[str]) -> None:
+    """Writes the checksum file of `path`, in the format of `sha256sum`."""
     write_atomically(digest_file(path), "".join(f"{digest}  {path.name}\n" for digest in digests).encode())
     sync_folder(path.parent)
 
 
 def recorded_digests(path: Path) -> list[str]:
+    """Reads the digests in the checksum file of `path`; [] if there is none."""
     try:
         lines = digest_file(path).read_text().splitlines()
     except (FileNotFoundError, UnicodeDecodeError):
@@ -94,7 +96,7 @@ def sha256(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """Returns the object in a JSON file; None where there is no such file, or none that holds an object."""
+    """Reads a JSON object; None if the file is missing or contains anything else."""
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -103,6 +105,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def sync_folder(folder: Path) -> None:
+    """Makes renames in the folder durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -111,7 +114,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """In one line. What torch says of a file that it could not finish hides why it could not."""
+    """Returns the cause of an I/O error in one line: torch hides the OSError of a failed write behind its own error."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.strerror:

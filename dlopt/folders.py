@@ -1,4 +1,4 @@
-"""Run folders: one folder, one run. Finding, locking, and telling apart what is finished, unfinished and live."""
+"""Run folders, one per run: creation, locking, status (finished, unfinished, live), and search."""
 
 import contextlib
 import os
@@ -15,13 +15,15 @@ from dlopt.files import read_json
 from dlopt.locks import hold, is_held
 from dlopt.plain import check_yaml
 
-FORMAT = 1  # of run folders: which files there are and what their keys mean; environment.json says it
+FORMAT = 1  # version of the files in a run folder and of their keys; stored in environment.json
 LOCK = ".lock"
 _ENDED = ("finished", "stopped_early")
 
 
 @dataclass
 class RunFolder:
+    """The folder of one run."""
+
     path: Path
 
     @property
@@ -29,30 +31,30 @@ class RunFolder:
         return self.path / "checkpoints"
 
     def config(self) -> dict[str, Any] | None:
-        """The saved config; None where there is no readable one."""
+        """Reads the saved config; None if it is missing or unreadable."""
         path = self.path / "config.yaml"
         try:
             check_yaml(path)
-            found = yaml.safe_load(path.read_text())
-        except (OSError, yaml.YAMLError, ValueError):  # UnicodeDecodeError is one
+            config = yaml.safe_load(path.read_text())
+        except (OSError, yaml.YAMLError, ValueError):  # ValueError includes UnicodeDecodeError
             return None
-        return found if isinstance(found, dict) else None
+        return config if isinstance(config, dict) else None
 
     def summary(self) -> dict[str, Any] | None:
         return read_json(self.path / "summary.json")
 
     def newer_format(self) -> str | None:
-        """Returns the reason why this dlopt cannot read the folder, where a newer one wrote it in its own format.
+        """Returns an error message if a newer dlopt wrote the folder in a newer format; None otherwise.
 
-        Folders without a format are of the first one.
+        Folders without a version have the first format.
         """
         version = (read_json(self.path / "environment.json") or {}).get("folder_format")
         if type(version) is not int or version <= FORMAT:
             return None
-        return f"written by a newer dlopt (run folder format {version}; this reads {FORMAT})"
+        return f"written by a newer dlopt (run folder format {version}; this version reads {FORMAT})"
 
     def refuse_newer(self, key: str) -> None:
-        """Raises `UserError` where a newer dlopt wrote the folder; `key`: what was typed to come here."""
+        """Raises `UserError` if a newer dlopt wrote the folder; `key`: the override that selected it."""
         if (reason := self.newer_format()) is not None:
             raise UserError(f"{key}: {self.path}: {reason}")
 
@@ -63,7 +65,7 @@ class RunFolder:
         return (self.summary() or {}).get("status") in _ENDED
 
     def is_done(self, config: Mapping[str, Any]) -> bool:
-        """Whether nothing is left to do: the run is finished, and `config` does not ask for a longer one."""
+        """Returns whether the run is finished and `config` does not extend it."""
         status, saved = (self.summary() or {}).get("status"), self.config() or {}
         key = "epochs" if config["steps"] is None else "steps"
         length = saved.get(key)
@@ -71,57 +73,57 @@ class RunFolder:
         return status == "stopped_early" or (status == "finished" and not is_longer)
 
     def is_live(self) -> bool:
-        """Whether a process is at work here; a lock left by a killed one does not count."""
+        """Returns whether a process holds the lock; the lock file of a killed process does not count."""
         return is_held(self.path / LOCK)
 
     def lock(self) -> IO[str]:
-        """Locks the folder until the returned file is closed or the process ends. `UserError` where it is locked."""
+        """Locks the folder until the returned file is closed or the process ends. Raises `UserError` if locked."""
         try:
             file = hold(self.path / LOCK)
         except BlockingIOError:
             raise UserError(f"hydra.run.dir={self.path}: another run is active in this folder") from None
         except OSError as error:
-            raise UserError(f"hydra.run.dir={self.path}: the folder cannot be written: {error.strerror}") from None
+            raise UserError(f"hydra.run.dir={self.path}: cannot write to this folder: {error.strerror}") from None
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()
         return file
 
     def history(self) -> list[str]:
-        """What was typed for the run."""
+        """Reads the overrides of the run."""
         try:
-            found = yaml.safe_load((self.path / "overrides.yaml").read_text())
+            overrides = yaml.safe_load((self.path / "overrides.yaml").read_text())
         except (OSError, yaml.YAMLError, UnicodeDecodeError):
             return []
-        return [str(each) for each in found] if isinstance(found, list) else []
+        return [str(override) for override in overrides] if isinstance(overrides, list) else []
 
 
 def make(path: Path, key: str) -> Path:
-    """Makes the folder that was asked for. Raises `UserError` when that cannot be."""
+    """Creates the folder given by `key`. Raises `UserError`."""
     try:
         path.mkdir(parents=True)
     except FileExistsError:
-        raise UserError(f"{key}={path}: there is a file of this name, or another run makes this folder") from None
+        raise UserError(f"{key}={path}: is a file, or another run is creating this folder") from None
     except OSError as error:
-        raise UserError(f"{key}={path}: the folder cannot be made: {error.strerror}") from None
+        raise UserError(f"{key}={path}: cannot create this folder: {error.strerror}") from None
     return path
 
 
 def make_new(path: Path, key: str = "hydra.run.dir") -> Path:
-    """Makes a dated folder; runs of the same second get -1, -2 ... behind it."""
+    """Creates a dated folder; appends -1, -2, ... to the name if several runs start in the same second."""
     for suffix in ("", *(f"-{i}" for i in range(1, 1000))):
         candidate = path.with_name(path.name + suffix)
         if not candidate.exists():
             try:
                 return make(candidate, key)
             except UserError:
-                if not candidate.exists():  # another process was no faster
+                if not candidate.exists():  # a real error; otherwise another process was faster: try the next name
                     raise
-    raise UserError(f"{key}={path}: a thousand folders of this name exist")
+    raise UserError(f"{key}={path}: 1000 folders of this name exist")
 
 
-class Trace:
-    """What stands at a path before a run touches it, so that one which cannot begin leaves no trace."""
+class FolderSnapshot:
+    """The entries of a folder before a run writes to it, to clean up after a run that fails to start."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -129,7 +131,7 @@ class Trace:
         self.missing = [folder for folder in path.parents if not folder.exists()]
 
     def erase(self, path: Path) -> None:
-        """Takes back what has come since in `path` (the same, or one beside it), and folders made for it."""
+        """Removes new entries of `path` (the same folder, or a sibling of it) and the folders created for it."""
         kept = self.entries if path == self.path else None
         with contextlib.suppress(OSError):
             for entry in (each for each in path.iterdir() if each.name not in (kept or ())):
@@ -138,15 +140,15 @@ class Trace:
                 folder.rmdir()
 
 
-def newest(parent: Path, fits: Callable[[RunFolder], bool]) -> RunFolder | None:
-    """The newest folder below `parent` that fits."""
+def newest(parent: Path, matches: Callable[[RunFolder], bool]) -> RunFolder | None:
+    """Returns the newest folder in `parent` that matches."""
     try:
         folders = sorted((p for p in parent.iterdir() if p.is_dir()), key=_age, reverse=True)
     except OSError:
         return None
-    return next((folder for folder in map(RunFolder, folders) if fits(folder)), None)
+    return next((folder for folder in map(RunFolder, folders) if matches(folder)), None)
 
 
 def _age(folder: Path) -> tuple[str, int, str]:
-    """Order of dated names: of one second, -10 is newer than -9."""
+    """Sort key of dated names; within one second, -10 is newer than -9."""
     return folder.name[:19], len(folder.name), folder.name

@@ -1,4 +1,4 @@
-"""Signals and the time limit ask a run to end at the next update; they never tear it."""
+"""Graceful stop: signals and the time limit end a run after the current update, never within it."""
 
 import signal
 import time
@@ -8,9 +8,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Interruption:
-    """True once SIGTERM, SIGINT or SIGUSR1 has come, or `max_time` minutes have passed; a second SIGINT ends at once.
+    """Stop flag: true after SIGTERM, SIGINT, SIGUSR1 or `max_time` minutes. A second SIGINT raises KeyboardInterrupt.
 
-    A context manager: the former handlers are back afterwards. Outside the main thread signals are not caught.
+    A context manager that restores the previous handlers. Outside the main thread it does not catch signals.
     """
 
     def __init__(self, max_time: float | None = None) -> None:
@@ -24,17 +24,17 @@ class Interruption:
         return self.reason is not None
 
     def __enter__(self) -> "Interruption":
-        self._former = {}
+        self._previous = {}
         try:
-            for each in SIGNALS:
-                self._former[each] = signal.signal(each, self._catch)
+            for number in SIGNALS:
+                self._previous[number] = signal.signal(number, self._catch)
         except ValueError:  # not the main thread
             pass
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for each, handler in self._former.items():
-            signal.signal(each, handler)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.reason is not None:

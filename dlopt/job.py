@@ -1,8 +1,8 @@
-"""One run as a job: its exit code, what it says when it fails, what it leaves in its folder.
+"""One run as a job: exit code, error messages, and the files that describe the run.
 
-`python -m dlopt.job FOLDER [CHECKPOINT]` runs what FOLDER/config.yaml says, from that checkpoint, or else from the
-newest there if it has one: so every job of a sweep is a process of its own, and one that is killed takes nothing
-with it. The processes of a parallel run are started in the same way.
+`python -m dlopt.job FOLDER [CHECKPOINT]` runs the config FOLDER/config.yaml from that checkpoint, by default from the
+newest one in the folder. The jobs of a sweep and the ranks of a parallel run are started this way, each as a separate
+process: a killed job does not affect the others.
 """
 
 import contextlib
@@ -31,9 +31,11 @@ _STATUS_OF = {"finished": DONE, "stopped_early": DONE, "interrupted": INTERRUPTE
 
 
 def execute(run: "Run", *, typed: Sequence[str] | None = None, console: bool = True) -> int:
-    """Runs in this process and returns the exit code. A failure is told in one message, and recorded in the folder.
+    """Runs in this process and returns the exit code. Reports an error in one message and records it in the folder.
 
-    `typed`: the command line's overrides, where the folder does not say yet what is run in it.
+    Args:
+        typed: the command-line overrides of a new run; None where the folder already describes the run.
+        console: show progress.
     """
     from dlopt.parallel import rendezvous
     from dlopt.parallel.launch import QUIET, RECORD
@@ -42,8 +44,9 @@ def execute(run: "Run", *, typed: Sequence[str] | None = None, console: bool = T
     world = rendezvous.current()
     console = console and os.environ.get(QUIET) != "1"
     is_main = world is None or world.is_main
-    place = "" if world is None or world.is_main else f"rank {world.rank}: "
-    record = typed is None if world is None else os.environ.get(RECORD) == "1"  # a user's mistake, too
+    prefix = "" if world is None or world.is_main else f"rank {world.rank}: "
+    # A folder that existed before keeps the reason of a UserError; a new one is removed.
+    record = typed is None if world is None else os.environ.get(RECORD) == "1"
     try:
         processes, lock = claim(run)
     except UserError as error:
@@ -54,51 +57,50 @@ def execute(run: "Run", *, typed: Sequence[str] | None = None, console: bool = T
             return start(run, processes, typed=typed, console=console)
         except UserError as error:
             if rendezvous.first_to_fail():
-                complain(f"{place}{error}")
+                complain(f"{prefix}{error}")
                 if record:
-                    _record_failure(run.folder, f"{place}{error}")
+                    _record_failure(run.folder, f"{prefix}{error}")
             return USER_ERROR
         except RunError as error:
             if rendezvous.first_to_fail():
-                complain(f"{place}{error}")
-                _record_failure(run.folder, f"{place}{error}", diverged=isinstance(error, Diverged))
+                complain(f"{prefix}{error}")
+                _record_failure(run.folder, f"{prefix}{error}", diverged=isinstance(error, Diverged))
             return FAILED
         except KeyboardInterrupt:
             if is_main:
-                complain("stopped at once; what was saved last is in the checkpoints folder")
+                complain("interrupted; resume from the last checkpoint with resume=auto")
             return INTERRUPTED
         except Exception as error:
             missing = rendezvous.missing_ranks(error)
             if missing and rendezvous.first_to_fail():
                 ranks = ", ".join(map(str, missing))
-                text = f"rank {ranks} ended, or did not answer within parallel.timeout_minutes (stopped, or busy)"
-                complain(text)
-                _record_failure(run.folder, text)
+                reason = f"rank {ranks} exited, or did not respond within parallel.timeout_minutes (hung or overloaded)"
+                complain(reason)
+                _record_failure(run.folder, reason)
             elif rendezvous.first_to_fail():
-                text = traceback.format_exc()
+                frames = traceback.format_exc()
                 with contextlib.suppress(OSError):
-                    (run.folder / "traceback.txt").write_text(text)
-                _record_failure(run.folder, f"{place}{type(error).__name__}: {error}")
-                complain(f"{place}the run failed: {type(error).__name__}: {error}")
-                print(text, file=sys.stderr)
+                    (run.folder / "traceback.txt").write_text(frames)
+                _record_failure(run.folder, f"{prefix}{type(error).__name__}: {error}")
+                complain(f"{prefix}the run failed: {type(error).__name__}: {error}")
+                print(frames, file=sys.stderr)
             return FAILED
 
 
 def claim(run: "Run") -> tuple[int, contextlib.AbstractContextManager[object]]:
-    """The number of processes that the run is to start, one for none, and the lock on its folder for the time that it
-    takes. Raises `UserError`."""
+    """Returns the number of processes of the run (1: this one) and the lock on its folder. Raises `UserError`."""
     from dlopt.parallel.launch import count_processes
     from dlopt.parallel.rendezvous import current
 
     world, experiment = current(), run.experiment
     processes = 1 if world is not None else count_processes(experiment.parallel.arguments, experiment.settings.device)
-    # Where processes are started, the first of them locks.
-    is_mine = (world is None or world.is_main) and processes == 1
-    return processes, RunFolder(run.folder).lock() if is_mine else contextlib.nullcontext()
+    # With child processes, rank 0 takes the lock: a lock held here would refuse it.
+    locks_here = (world is None or world.is_main) and processes == 1
+    return processes, RunFolder(run.folder).lock() if locks_here else contextlib.nullcontext()
 
 
 def start(run: "Run", processes: int, *, typed: Sequence[str] | None, console: bool) -> int:
-    """Runs what was claimed and returns the exit code. Raises `UserError`, `RunError` and whatever else happens."""
+    """Runs a claimed run and returns the exit code. Raises `UserError`, `RunError` and unexpected exceptions."""
     from dlopt.interruption import Interruption
     from dlopt.parallel import rendezvous
     from dlopt.parallel.launch import run_group
@@ -113,36 +115,37 @@ def start(run: "Run", processes: int, *, typed: Sequence[str] | None, console: b
         return run_group(run.folder, processes, checkpoint, record=typed is None, console=console)
     with Interruption(run.experiment.settings.max_time) as interruption:
         status = train(run, interruption, console=console and is_main)["status"]
-        rendezvous.leave()  # while it waits for the others, too, a signal that comes again has nothing to end
+        rendezvous.leave()  # inside the context: a repeated signal must not end this rank while it waits for others
     return _STATUS_OF[status]
 
 
 def train(run: "Run", interruption: "Interruption | None" = None, *, console: bool = True) -> dict[str, Any]:
-    """Trains with what the settings ask of the laboratory: observers of the updates, a learning-rate range test.
+    """Trains with the observers and the learning-rate range test that the settings enable.
 
-    See `dlopt.training.trainer.train`.
+    They are passed in because the trainer does not import `dlopt.analysis`. See `dlopt.training.trainer.train`.
     """
     from dlopt.training import trainer
 
     settings = run.experiment.settings
-    laboratory: dict[str, Any] = {}
+    tools: dict[str, Any] = {}
     if settings.diagnostics or settings.profile:
         from dlopt.analysis.instruments import observers
 
-        laboratory["observe"] = observers
+        tools["observe"] = observers
     if run.experiment.auto_lr:
         from dlopt.analysis.lr_range import find_lr
 
-        laboratory["find_lr"] = find_lr
-    return trainer.train(run, interruption, console=console, **laboratory)
+        tools["find_lr"] = find_lr
+    return trainer.train(run, interruption, console=console, **tools)
 
 
 def complain(message: str) -> None:
+    """Prints one line to stderr."""
     print(f"dlopt: {message}", file=sys.stderr, flush=True)
 
 
 def describe(folder: Path, config: Mapping[str, Any], overrides: Sequence[str], choices: Mapping[str, str]) -> None:
-    """Writes what the run is: config.yaml, overrides.yaml, environment.json. Raises `UserError` when it cannot."""
+    """Writes config.yaml, overrides.yaml and environment.json. Raises `UserError` if the folder is not writable."""
     environment = {
         "dlopt": dlopt.__version__,
         "folder_format": FORMAT,
@@ -159,7 +162,7 @@ def describe(folder: Path, config: Mapping[str, Any], overrides: Sequence[str], 
         _write(folder / "overrides.yaml", yaml.safe_dump(list(overrides), allow_unicode=True))
         _write(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
     except OSError as error:
-        raise UserError(f"hydra.run.dir={folder}: the folder cannot be written: {error.strerror}") from None
+        raise UserError(f"hydra.run.dir={folder}: cannot write to this folder: {error.strerror}") from None
 
 
 def _write(path: Path, text: str) -> None:
@@ -174,7 +177,7 @@ def _versions() -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    """The commit of the code that runs, where it runs from a checkout."""
+    """Returns the Git commit of dlopt if it is imported from a checkout."""
     root = Path(dlopt.__file__).parents[1]
     if not (root / ".git").exists():
         return None
@@ -191,6 +194,7 @@ def _record_failure(folder: Path, reason: str, *, diverged: bool = False) -> Non
 
 
 def main() -> int:
+    """Runs the job given by `sys.argv` and returns its exit code."""
     from dlopt.parallel import launch
     from dlopt.parallel.rendezvous import RANK, current
 
@@ -205,15 +209,15 @@ def main() -> int:
     folder = RunFolder(Path(sys.argv[1]))
     try:
         folder.refuse_newer("dlopt.job")
-        plain = folder.config()
-        if plain is None:
-            raise UserError(f"{folder.path}: there is no config.yaml to run")
+        config = folder.config()
+        if config is None:
+            raise UserError(f"{folder.path}: config.yaml is missing or unreadable")
         choices = json.loads((folder.path / "environment.json").read_text())["choices"]
-        experiment = parse(resolve_saved(plain), plain)
+        experiment = parse(resolve_saved(config), config)
         state = None
-        if world is None or world.is_main:
-            given = sys.argv[2:]
-            state = load(Path(given[0])) if given else Checkpoints(folder.checkpoints).load_newest()
+        if world is None or world.is_main:  # the other ranks receive the state from rank 0
+            checkpoint = sys.argv[2:]
+            state = load(Path(checkpoint[0])) if checkpoint else Checkpoints(folder.checkpoints).load_newest()
         run = Run(experiment, folder.path, state, choices)
     except (UserError, RunError) as error:
         if world is None or world.is_main:

@@ -1,4 +1,4 @@
-"""Locks that end with the process that holds them, also over NFS (POSIX record locks)."""
+"""File locks that the kernel releases when the process ends, also over NFS (POSIX record locks)."""
 
 import contextlib
 import fcntl
@@ -9,7 +9,7 @@ from typing import IO
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Waits for the lock and holds it within. A killed process releases it, and a forked child does not inherit it."""
+    """Waits for the lock and holds it in the block. A forked child does not inherit it."""
     with path.open("a+") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)
         yield
@@ -18,8 +18,11 @@ def locked(path: Path) -> Iterator[None]:
 def hold(path: Path) -> IO[str]:
     """Takes the lock and holds it until the returned file is closed or the process ends.
 
-    Raises BlockingIOError where another process holds it, and OSError where the file cannot be written. Do not open
-    the file again in this process: closing any handle of it releases the lock.
+    Do not open the file again in this process: closing any handle of it releases the lock.
+
+    Raises:
+        BlockingIOError: another process holds the lock.
+        OSError: the file is not writable.
     """
     file = path.open("a+")
     if not _is_locked(file):
@@ -30,7 +33,7 @@ def hold(path: Path) -> IO[str]:
 
 @contextlib.contextmanager
 def taken(path: Path) -> Iterator[bool]:
-    """Yields whether the lock was free and is now held within; False where there is no such file."""
+    """Tries to take the lock for the block; yields whether that succeeded, False if the file is missing."""
     try:
         file = path.open("r+")
     except OSError:
@@ -41,7 +44,7 @@ def taken(path: Path) -> Iterator[bool]:
 
 
 def is_held(path: Path) -> bool:
-    """Whether another process holds the lock. A file that is missing or not writable here counts as free."""
+    """Returns whether another process holds the lock; False if the file is missing or not writable."""
     try:
         file = path.open("r+")
     except OSError:

@@ -1,6 +1,6 @@
-"""Counter-based randomness: every draw is a function of a seed and of where it is used, never of what came before.
+"""Counter-based random numbers: each draw depends on a seed and on counters (epoch, step), not on previous draws.
 
-A resumed run, a run with more loader workers and a run on more ranks therefore see the same numbers.
+Resumed runs, and runs with other numbers of loader workers or ranks, therefore draw the same numbers.
 """
 
 import torch
@@ -9,10 +9,10 @@ _MASK = (1 << 64) - 1
 
 
 def stream(seed: int, *counters: int) -> int:
-    """Mixes a seed and counters (epoch, step, purpose) into one seed of 63 bits.
+    """Hashes a seed and counters (epoch, step, purpose) to a seed of 63 bits.
 
-    The finalizer of SplitMix64 (Steele, Lea & Flood 2014) is applied once per counter, so that neighbouring
-    counters give unrelated seeds.
+    Applies the finalizer of SplitMix64 (Steele, Lea & Flood 2014) once per counter: neighbouring counters give
+    unrelated seeds.
     """
     state = seed & _MASK
     for counter in (0, *counters):
@@ -24,5 +24,5 @@ def stream(seed: int, *counters: int) -> int:
 
 
 def generator(device: torch.device | str, seed: int, *counters: int) -> torch.Generator:
-    """A fresh generator on `device` for the stream (seed, *counters)."""
+    """Returns a new generator on `device` for the stream (seed, *counters)."""
     return torch.Generator(device=device).manual_seed(stream(seed, *counters))

@@ -1,4 +1,4 @@
-"""Ranges for the arguments of components: the annotation is the schema against which a config is checked."""
+"""Annotated types with ranges for the arguments of components; configs are validated against them."""
 
 from typing import Annotated
 

@@ -94,7 +94,7 @@ def test_nothing_global_is_left_behind(capfd: pytest.CaptureFixture[str], monkey
     [
         (["optimzer=adamw"], "did you mean optimizer"),
         (["data=image_folder", "data.root=nowhere"], "nowhere"),
-        (["experiment=lecture/batch_norm_learning_rate"], "one run at a time"),
+        (["experiment=lecture/batch_norm_learning_rate"], "one experiment at a time"),
     ],
 )
 def test_a_mistake_is_an_exception_and_leaves_nothing(tmp_path: Path, lines: list[str], message: str) -> None:

@@ -1,4 +1,4 @@
-"""The command line as a person meets it: help, version, listings, completion, and how fast they answer."""
+"""The command line: help, version, listings, completion, start-up time."""
 
 import os
 import subprocess
@@ -42,15 +42,15 @@ def test_version(tmp_path: Path) -> None:
 def test_help_names_the_commands(arguments: list[str], tmp_path: Path) -> None:
     result = dlopt(tmp_path, *arguments)
     assert result.code == 0
-    assert all(f"\n  dlopt {name} " in result.out for name in cli.COMMANDS)
+    assert all(f"\n  {name} " in result.out for name in cli.COMMANDS)
 
 
 def test_unknown_command(tmp_path: Path) -> None:
     message = refused(tmp_path, "trian")
-    assert "trian" in message and "train" in message and "eval" in message
+    assert "did you mean train?" in message and "`dlopt --help` lists all" in message
 
 
-# -- behind the sub-command
+# -- after the sub-command
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])
@@ -65,7 +65,7 @@ def test_train_help(flag: str, tmp_path: Path, conf_dir: Path) -> None:
     assert len(keys) > 20
     for key in keys:
         assert f"  {key}" in text
-    assert "passes over the training set" in text  # what a key means stands beside it
+    assert "passes over the training set" in text  # the comment of the key
     assert entries(tmp_path) == set()
 
 
@@ -75,7 +75,7 @@ def test_eval_help(tmp_path: Path) -> None:
         assert result.code == 0 and "checkpoint=PATH" in result.out
 
 
-def test_cfg_job_shows_what_would_run(tmp_path: Path) -> None:
+def test_cfg_job_shows_the_config(tmp_path: Path) -> None:
     for line in (["--cfg", "job", "optimizer=adamw", "seed=3"], ["optimizer=adamw", "seed=3", "-c", "job"]):
         result = dlopt(tmp_path, "train", *line)
         assert result.code == 0
@@ -100,18 +100,18 @@ def test_info(kind: str, part: str, tmp_path: Path) -> None:
     assert entries(tmp_path) == set()
 
 
-def test_what_is_wrong_is_explained_there_too(tmp_path: Path) -> None:
+def test_cfg_and_info_explain_errors(tmp_path: Path) -> None:
     for flags in (["--cfg", "job"], ["--info", "config"]):
         assert "did you mean optimizer.lr?" in refused(tmp_path, "train", *flags, "optimizer.lrr=1")
 
 
-def test_flags_stand_where_they_like(tmp_path: Path) -> None:
+def test_accepts_flags_at_any_position(tmp_path: Path) -> None:
     result = dlopt(tmp_path, "train", *SMALL[:2], "-m", *SMALL[2:], "epochs=1", "hydra.sweep.dir=sweep")
     assert result.code == 0, result.err
     assert (tmp_path / "sweep/0/summary.json").is_file()
 
 
-# -- as processes: nothing of torch, and soon
+# -- as processes: fast, without importing torch
 
 
 SLOW = {"torch", "torchvision", "numpy", "scipy", "sklearn", "pandas", "PIL", "matplotlib", "tensorboard"}
@@ -125,7 +125,7 @@ QUICK = (
 
 
 def imports(folder: Path, *arguments: str) -> tuple["subprocess.CompletedProcess[str]", set[str]]:
-    """Runs a line and returns what it left with, and the modules that it imported: the last line of its stderr."""
+    """Runs a command; returns its result and the imported modules (the last line of stderr)."""
     probe = "import sys, dlopt.cli\ntry: dlopt.cli.main()\nfinally: print(*sys.modules, file=sys.stderr)"
     result = subprocess.run(
         [sys.executable, "-c", probe, *arguments], cwd=folder, capture_output=True, text=True, timeout=60, check=False,
@@ -135,15 +135,15 @@ def imports(folder: Path, *arguments: str) -> tuple["subprocess.CompletedProcess
 
 
 @pytest.mark.parametrize("arguments", QUICK, ids=" ".join)
-def test_answers_at_once(arguments: list[str], tmp_path: Path) -> None:
-    """What takes long is importing, and what is imported does not depend on how busy the machine is."""
+def test_starts_fast(arguments: list[str], tmp_path: Path) -> None:
+    """Imports dominate the start-up time; counting modules, unlike timing, does not depend on the machine's load."""
     result, imported = imports(tmp_path, *arguments)
-    assert (result.returncode, result.stderr.count("\n")) == (0, 1)  # no warning beside it
+    assert (result.returncode, result.stderr.count("\n")) == (0, 1)  # no warnings
     assert "dlopt.cli" in imported and not imported & SLOW
     assert len(imported) < (100 if arguments[0].startswith("--") else 600)
 
 
-def test_a_mistake_is_named_before_what_only_training_needs_is_imported(tmp_path: Path) -> None:
+def test_reports_errors_before_importing_training_dependencies(tmp_path: Path) -> None:
     result, imported = imports(tmp_path, "train", "optimizer.lr=0")
     assert result.returncode == 2 and result.stderr.count("\n") == 2 and "optimizer.lr=0" in result.stderr
     assert "torch" in imported and not imported & (SLOW - {"torch", "numpy"})
@@ -164,7 +164,7 @@ def test_closed_pipe(tmp_path: Path) -> None:
 
 
 def completed(folder: Path, typed: str) -> set[str]:
-    """What the function that `-sc install=bash` defines proposes, in a real bash."""
+    """Returns the completions that the function of `-sc install=bash` proposes in a real bash."""
     script = f"""
         PATH={folder}:$PATH
         eval "$(dlopt -sc install=bash)"
@@ -199,8 +199,8 @@ def completed(folder: Path, typed: str) -> set[str]:
     ],
 )
 def test_completion_in_bash(typed: str, some: set[str], none: set[str], tmp_path: Path) -> None:
-    found = completed(tmp_path, typed)
-    assert some <= found and not none & found
+    completions = completed(tmp_path, typed)
+    assert some <= completions and not none & completions
 
 
 def test_completion_of_a_checkpoint(tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ def test_completion_of_a_checkpoint(tmp_path: Path) -> None:
     assert completed(tmp_path, "dlopt eval checkpoint=outputs/") == {"checkpoint=outputs/last.pt"}
 
 
-def test_completion_used_wrongly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refuses_wrong_completion_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COMP_LINE", raising=False)
     for line in (["-sc", "foo"], ["train", "-sc", "install=tcsh"], ["-sc"], ["-sc", "query=bash"]):
         assert "-sc" in refused(tmp_path, *line)

@@ -16,7 +16,7 @@ import yaml
 from dlopt.config.resuming import differences
 from dlopt.errors import UserError
 from dlopt.files import write
-from dlopt.folders import FORMAT, RunFolder, Trace, make, make_new, newest
+from dlopt.folders import FORMAT, FolderSnapshot, RunFolder, make, make_new, newest
 from dlopt.training import checkpoint
 from tests.commands.line import SMALL, HeldByAnotherProcess, Result, dlopt, entries, only, refused
 
@@ -83,7 +83,7 @@ def test_runs_of_one_second_do_not_share_a_folder(tmp_path: Path) -> None:
 
 def test_the_folder_that_was_asked_for_is_made_once(tmp_path: Path) -> None:
     make(tmp_path / "a/b", "hydra.run.dir")
-    with pytest.raises(UserError, match="another run makes this folder"):
+    with pytest.raises(UserError, match="another run is creating this folder"):
         make(tmp_path / "a/b", "hydra.run.dir")
 
 
@@ -312,27 +312,27 @@ def test_no_trace_in_an_unfinished_run(tmp_path: Path) -> None:
 
 def test_trace_keeps_what_was_there(tmp_path: Path) -> None:
     (tmp_path / "kept").mkdir()
-    trace = Trace(tmp_path)
+    snapshot = FolderSnapshot(tmp_path)
     (tmp_path / "new/deep").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "kept")
-    trace.erase(tmp_path)
+    snapshot.erase(tmp_path)
     assert entries(tmp_path) == {"kept"}
-    trace = Trace(tmp_path / "kept")
+    snapshot = FolderSnapshot(tmp_path / "kept")
     (tmp_path / "kept-1").mkdir()
     (tmp_path / "kept-1/file").touch()
-    trace.erase(tmp_path / "kept-1")  # the suffix of a run of the same second
+    snapshot.erase(tmp_path / "kept-1")  # the suffix of a run of the same second
     assert entries(tmp_path) == {"kept"}
-    trace = Trace(tmp_path / "x/y")
+    snapshot = FolderSnapshot(tmp_path / "x/y")
     (tmp_path / "x/y").mkdir(parents=True)
     (tmp_path / "x/other").touch()  # of somebody who was faster
-    trace.erase(tmp_path / "x/y")
+    snapshot.erase(tmp_path / "x/y")
     assert entries(tmp_path) == {"kept", "x", "x/other"}
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
 def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir(mode=0o500)
-    assert "cannot be written" in refused(tmp_path, "train", *SMALL, IN_RUN)
+    assert "cannot write to this folder" in refused(tmp_path, "train", *SMALL, IN_RUN)
 
 
 def test_relative_folders_start_where_the_command_is_typed(tmp_path: Path) -> None:
@@ -386,7 +386,7 @@ def test_a_folder_of_a_newer_format_is_refused_by_name(tmp_path: Path) -> None:
     environment = json.loads(path.read_text())
     assert environment["folder_format"] == FORMAT and RunFolder(run).newer_format() is None
     path.write_text(json.dumps({**environment, "folder_format": FORMAT + 1}))
-    reason = f"{run}: written by a newer dlopt (run folder format {FORMAT + 1}; this reads {FORMAT})"
+    reason = f"{run}: written by a newer dlopt (run folder format {FORMAT + 1}; this version reads {FORMAT})"
     for typed in (
         ["resume=auto"],
         ["resume=auto", f"hydra.run.dir={run}"],

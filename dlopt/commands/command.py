@@ -268,7 +268,7 @@ def output_folder(output: str | None, command: str) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"output={output}: the folder cannot be made: {error.strerror}") from None
+        raise UserError(f"output={output}: cannot create this folder: {error.strerror}") from None
     return folder
 
 

@@ -15,7 +15,7 @@ from dlopt.config.compose import Composer, choices_of, grid, to_plain, typed_fol
 from dlopt.config.resuming import differences, refuse_other_config
 from dlopt.errors import DONE, FAILED, INTERRUPTED, UserError, install
 from dlopt.files import write_atomically
-from dlopt.folders import RunFolder, Trace, make_new, newest
+from dlopt.folders import RunFolder, FolderSnapshot, make_new, newest
 from dlopt.sweeps.jobs import SPACE
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Request:
         try:
             self.wanted.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"hydra.sweep.dir={self.wanted}: the folder cannot be made: {error.strerror}") from None
+            raise UserError(f"hydra.sweep.dir={self.wanted}: cannot create this folder: {error.strerror}") from None
         return self.wanted
 
     def checked(self, overrides: list[str]) -> tuple[DictConfig, dict[str, Any]]:
@@ -247,7 +247,7 @@ def _search(request: Request) -> int:
             print(f"{key}: {values}")
         print("every job's values are drawn when it starts")
         return request.estimate(configs, plan.total)
-    before = Trace(request.wanted)
+    before = FolderSnapshot(request.wanted)
     folder = request.find_folder(
         lambda found: _left_of_search(_space(found.path), facts, plan.total),
         lambda path, key: _check_search(path, key, facts, request.config.resume),

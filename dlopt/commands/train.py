@@ -26,7 +26,7 @@ from dlopt.config.compose import (
 from dlopt.config.inherit import inherit
 from dlopt.config.resuming import newest_unfinished, refuse_other_config
 from dlopt.errors import FAILED, USER_ERROR, UserError
-from dlopt.folders import RunFolder, Trace, make, make_new
+from dlopt.folders import RunFolder, FolderSnapshot, make, make_new
 from dlopt.parallel.rendezvous import World, current, end_process, join_store
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ class Prepared:
 
     run: "Run"
     folder: RunFolder
-    before: Trace  # of the folder
+    before: FolderSnapshot  # of the folder
     is_new: bool
     is_done: bool  # there is nothing left to do
 
@@ -152,7 +152,7 @@ def prepare(config: DictConfig, overrides: Sequence[str]) -> Prepared:
     wanted, is_typed = typed_folder(config, "hydra.run.dir", overrides)
     if plain["dry_run"]:
         raise UserError("dry_run=true: this is for `dlopt train` alone")
-    before = Trace(wanted)
+    before = FolderSnapshot(wanted)
     folder, state = _find_folder(wanted, is_typed, saved)
     is_done = plain["resume"] == "auto" and folder.is_done(saved)
     run = Run(experiment, folder.path, state, choices_of(config))

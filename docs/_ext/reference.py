@@ -81,7 +81,7 @@ def command_page(name: str) -> str:
 
 def _summary(name: str) -> str:
     """The line of `dlopt --help` on the command."""
-    found = re.search(rf"^  dlopt {name}\b.*?\s{{2,}}(\S.*)$", USAGE, re.MULTILINE)
+    found = re.search(rf"^  {name}\s{{2,}}(\S.*)$", USAGE, re.MULTILINE)
     return text(found[1]) if found else ""
 
 
@@ -245,9 +245,7 @@ def choices_table() -> str:
     """Every group with links to its choices; defaults are bold."""
     rows = []
     for group, default in every_group(CATALOGUE).items():
-        page = f"groups/{file_name(group)}.myst"
         names = [choice.name for choice in choices_of(CATALOGUE, group)]
-        links = [f"[{code(name)}]({page}#{label(group, name)})" for name in names]
-        shown = [f"**{link}**" if name == default else link for name, link in zip(names, links, strict=True)]
-        rows.append((f"[{code(group)}]({page})", " ".join(shown)))
+        links = [f"**{_link(group, name, names)}**" if name == default else _link(group, name, names) for name in names]
+        rows.append((f"[{code(group)}](groups/{file_name(group)}.myst)", " ".join(links)))
     return table(("Group", "Choices"), rows)

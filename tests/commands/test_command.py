@@ -50,7 +50,7 @@ def test_a_folder_is_made_or_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="output=file: this is a file; name a folder"):
         output_folder("file", "x")
-    with pytest.raises(UserError, match="output=file/b: the folder cannot be made: Not a directory"):
+    with pytest.raises(UserError, match="output=file/b: cannot create this folder: Not a directory"):
         output_folder("file/b", "x")
     with pytest.raises(UserError, match="output=a: nothing can be written there: No space left"), writing(Path("a")):
         raise OSError(28, "No space left on device")

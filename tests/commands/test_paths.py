@@ -1,13 +1,13 @@
 """`dlopt trajectory function=...`: what is typed reaches the optimizers, and mistakes are named."""
 
 from collections.abc import Mapping
-from pathlib import Path as File
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dlopt.analysis import drawing
-from dlopt.analysis.trajectory import Path
+from dlopt.analysis.trajectory import Trajectory
 from dlopt.commands.trajectory import trajectory
 from dlopt.config.choices import config_folder
 from tests.commands.line import dlopt, refused
@@ -18,20 +18,20 @@ OPTIMIZERS = sorted(
 
 
 @pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: File) -> dict[str, Any]:
+def drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     """The paths that are handed to the drawing, which itself is left out."""
     found: dict[str, Any] = {}
 
-    def draw(function: Any, paths: Mapping[str, Path], **words: Any) -> None:
+    def draw(function: Any, paths: Mapping[str, Trajectory], **words: Any) -> None:
         found.update(words, function=function, paths=dict(paths))
 
-    monkeypatch.setattr("dlopt.analysis.trajectory.paths_picture", draw)
+    monkeypatch.setattr("dlopt.analysis.trajectory.draw_trajectories", draw)
     monkeypatch.setattr(drawing, "save", lambda figure, folder, name: [folder / f"{name}.png"])
     monkeypatch.chdir(tmp_path)
     return found
 
 
-def test_the_contracts_command(tmp_path: File) -> None:
+def test_the_contracts_command(tmp_path: Path) -> None:
     result = dlopt(tmp_path, "trajectory", "function=quadratic", "optimizer=momentum,newton", "output=x")
     assert result.code == 0, result.err
     lines = result.out.splitlines()
@@ -77,7 +77,7 @@ def test_batch_sizes_share_one_picture_and_a_key_is_left_to_those_who_have_it(
     assert trajectory(line.split()) == 0
     single, whole = drawn["paths"].values()
     assert list(drawn["paths"]) == ["batch_size=1", "batch_size=full"]
-    assert single.turns() > 0.2 > whole.turns() == 0
+    assert single.reversal_fraction() > 0.2 > whole.reversal_fraction() == 0
     assert trajectory(["function=quadratic", "optimizer=adam,momentum", "optimizer.betas=[0.5,0.9]", "steps=2"]) == 0
     assert "optimizer.betas: unknown key in momentum, drawn without it" in capsys.readouterr().out
 
@@ -100,7 +100,7 @@ def test_batch_sizes_share_one_picture_and_a_key_is_left_to_those_who_have_it(
         ("function=quadratic allow_packages=[os] function._target_=os.system", "function._target_=os.system"),
     ],
 )
-def test_mistakes(tmp_path: File, typed: str, message: str) -> None:
+def test_mistakes(tmp_path: Path, typed: str, message: str) -> None:
     assert message in refused(tmp_path, "trajectory", *typed.split())
 
 

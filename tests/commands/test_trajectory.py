@@ -20,7 +20,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     def draw(curves: Sequence[Curve], **words: Any) -> None:
         found.update(words, curves={each.label: each for each in curves})
 
-    monkeypatch.setattr("dlopt.analysis.trajectory.curves_picture", draw)
+    monkeypatch.setattr("dlopt.analysis.trajectory.draw_schedules", draw)
     monkeypatch.setattr(drawing, "save", lambda figure, folder, name: [folder / f"{name}.png"])
     monkeypatch.chdir(tmp_path)
     return found
@@ -90,7 +90,7 @@ def test_mistakes_are_named_and_leave_nothing_behind(drawn: dict[str, Any], type
 
 def test_a_folder_that_cannot_be_made(drawn: dict[str, Any]) -> None:
     Path("file").touch()
-    with pytest.raises(UserError, match="output=file/x: the folder cannot be made: Not a directory"):
+    with pytest.raises(UserError, match="output=file/x: cannot create this folder: Not a directory"):
         trajectory(["output=file/x"])
 
 

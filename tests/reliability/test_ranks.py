@@ -157,7 +157,7 @@ def test_a_stopped_rank_is_named(tmp_path: Path) -> None:
         os.kill(ranks(process)[1], signal.SIGSTOP)
         told = process.communicate(timeout=90)[1]
         assert process.returncode == 1
-    assert "rank 1 ended, or did not answer within parallel.timeout_minutes" in told and "Traceback" not in told, told
+    assert "rank 1 exited, or did not respond within parallel.timeout_minutes" in told and "Traceback" not in told, told
     assert json.loads((folder / "summary.json").read_text())["status"] == "failed"
 
 
