@@ -81,8 +81,10 @@ def command_page(name: str) -> str:
 
 def _summary(name: str) -> str:
     """The line of `dlopt --help` on the command."""
-    found = re.search(rf"^  {name}\s{{2,}}(\S.*)$", USAGE, re.MULTILINE)
-    return text(found[1]) if found else ""
+    found = re.search(rf"^  {name} {{2,}}(\S.*)$", USAGE, re.MULTILINE)
+    if found is None:
+        raise LookupError(f"dlopt --help has no line on {name}")
+    return text(found[1])
 
 
 def commands_table() -> str:
