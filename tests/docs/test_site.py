@@ -123,7 +123,7 @@ def test_types_and_ranges_are_those_of_the_signatures(site: Path) -> None:
     assert ("optimizer.lr", "0.001", "a number > 0", "learning rate") in rows
     assert any(row[:3] == ("optimizer.nesterov", "false", "true | false") for row in rows)
     nested = table_rows(site / "reference/groups/augmentation.html")
-    assert any(row[0] == "augmentation.operations.0.padding" and "a whole number" in row[2] for row in nested)
+    assert any(row[0] == "augmentation.operations.0.padding" and "an integer" in row[2] for row in nested)
 
 
 def test_every_key_of_a_choice_has_a_type(site: Path) -> None:
@@ -138,7 +138,7 @@ def test_every_key_of_a_run_is_listed(site: Path) -> None:
     written = re.findall(r"^(\w+):", (config_folder() / "train.yaml").read_text(), re.MULTILINE)
     assert set(written) - {"defaults", "hydra"} == found.keys()
     assert not [row for row in rows if not row[2]]
-    assert found["epochs"][1:3] == ("20", "a whole number >= 1")
+    assert found["epochs"][1:3] == ("20", "an integer >= 1")
 
 
 def test_the_gallery_shows_every_lecture(site: Path) -> None:
