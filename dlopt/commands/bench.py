@@ -1,4 +1,4 @@
-"""`dlopt bench`: how fast parallel modes are and what they need; how fast a device is; what a cluster would do."""
+"""`dlopt bench`: benchmarks parallel modes and devices, and simulates a cluster."""
 
 import json
 import os
@@ -19,62 +19,77 @@ from dlopt.tracking.layout import Fitted, plain_table, standard_output
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from dlopt.analysis.bench.modes import Row
+    from dlopt.analysis.bench.modes import ModeResult
     from dlopt.analysis.bench.simulation import Cluster, Estimate
     from dlopt.analysis.model_summary import Layer
 
 USAGE = """\
-dlopt bench parallel=a,b processes=1,2 [key=value]: measures parallel modes and draws what it finds
+Benchmark parallel modes or devices, or simulate a cluster
 
+Usage:
+  dlopt bench parallel=a,b processes=1,2 [key=value]   parallel modes on this machine
+  dlopt bench device=[cpu,cuda] [key=value]            throughput of matrix products and convolutions vs. size
+  dlopt bench simulate=true [key=value]                estimated efficiency on a cluster
+
+Examples:
   dlopt bench parallel=ddp,filter processes=1,2
   dlopt bench parallel=ddp processes=2 parallel.bucket_cap_mb=0.25,1000 model=resnet56
   dlopt bench parallel=filter model=mlp model.widths=[8192,8192] model.norm=none memory_limit_mb=720
-  dlopt bench device=[cpu,cuda]                      throughput of matrix products and convolutions against size
-  dlopt bench simulate=true devices=[8,64,512,4096]  what a cluster would do, calculated
+  dlopt bench simulate=true devices=[8,64,512,4096]
 
-Any key of `dlopt train` may have several values, a row for each combination; the first row is one process. Per row:
-time per update, samples per second, speed-up and efficiency against one process, peak memory of each rank beyond that
-of a bare process, bytes that a rank sends, the share of the time in which a collective is under way (communicating) and
-in which nothing else goes on (waiting), and how long the fastest and the slowest rank work by themselves.
-On CPUs every process has the same number of threads, so that efficiency compares like with like.
-  processes=N,M       numbers of processes on this machine (2)
-  updates=N           timed updates (20)
-  warmup=N            updates before (3)
-  profiled=N          updates more whose bytes and waiting times are looked at (5)
-  memory_limit_mb=X   memory that each process may take beyond a bare one (null: no limit)
-  output=DIR          folder of the picture and the figures (outputs/bench/<date>_<time>)
+Parallel modes:
+  Each combination of values is one row; the first row is one process. A row shows the time per update, samples/s,
+  speed-up and efficiency relative to one process, peak memory per rank (beyond that of an idle process), bytes sent per
+  rank, the fractions of the time spent in collectives (communicating) and blocked by them (waiting), and the compute
+  time of the fastest and the slowest rank. On CPUs all processes use the same number of threads.
 
-Keys of dlopt bench device=[...]:
-  precision=[fp32]    of fp32, bf16, fp16, fp64
-  sizes=[64,...]      rows of the square matrices
-  channels=[16,...]   of the convolutions
-  threads=auto        of a CPU
-  seconds=0.5         for each point
+  processes=N,M        numbers of processes on this machine (default: 2)
+  updates=N            timed updates (default: 20)
+  warmup=N             warm-up updates (default: 3)
+  profiled=N           additional updates that profile communication (default: 5)
+  memory_limit_mb=X    memory limit of each process, beyond that of an idle one (default: null, no limit)
+  output=DIR           folder of the plot and the results (default: outputs/bench/DATE_TIME)
+  and the keys of `dlopt train`
 
-Keys of dlopt bench simulate=true (no other keys are taken):
-  devices=[8,64,512,4096]   numbers of devices
+Devices (device=[...]):
+  precision=[fp32,bf16]    any of fp32, bf16, fp16, fp64
+  sizes=[64,...,2048]      rows of the square matrices
+  channels=[8,...,256]     channels of the convolutions
+  threads=auto             CPU threads
+  seconds=0.5              time per measurement
+
+Simulated cluster (simulate=true):
+  devices=[8,64,512,4096]  numbers of devices
   models=[wrn_28_10,resnet50,resnet101]
-  batch=64                  samples per device, in all modes
-  layers=counted            counted: operations and bytes; measured: on this machine's device, one by one
-  validate=[]               numbers of processes here: measured and calculated times per update stand side by side
-The cluster: per_server=8, tflops=300 and memory_bandwidth=3000 (GB/s) that a device reaches, memory=80 (GB),
-  bandwidth_within=300 (GB/s between devices of a server), latency_within=5 (microseconds), bandwidth_between=50 (GB/s
-  of a server), latency_between=10, variation=0.02 (standard deviation over mean of a device's time per update),
-  value_bytes=2 (of an activation), micro_batches=32 (of the pipeline), bucket_mb=25
+  batch=64                 samples per device, in all modes
+  layers=counted           layer times: counted (from FLOPs and bytes) | measured (on this machine's device)
+  validate=[]              numbers of processes on this machine for which to compare estimated and measured times
+  per_server=8             devices per server
+  tflops=300               achieved TFLOP/s of a device
+  memory_bandwidth=3000    achieved memory bandwidth, GB/s
+  memory=80                memory of a device, GB
+  bandwidth_within=300     GB/s between devices of a server
+  latency_within=5         microseconds
+  bandwidth_between=50     GB/s per server
+  latency_between=10       microseconds
+  variation=0.02           standard deviation / mean of a device's time per update
+  value_bytes=2            bytes per activation value
+  micro_batches=32         micro-batches of the pipeline
+  bucket_mb=25             gradient bucket size, MB
 """
 
 
-@on_experiment(USAGE, several="several values need no flag here: parallel=ddp,filter")
+@on_experiment(USAGE, several="not needed here; list the values: parallel=ddp,filter")
 def bench(line: Line) -> int:
-    """Measures, prints and draws. Raises `UserError`."""
-    keys = {each.partition("=")[0]: each.partition("=")[2] for each in line.overrides}
+    """Runs one of the three benchmarks. Raises `UserError`."""
+    keys = {override.partition("=")[0]: override.partition("=")[2] for override in line.overrides}
     if "simulate" in keys:
         return line.call(_simulate)
     return line.call(_bench_devices if keys.get("device", "").startswith("[") else _bench_modes)
 
 
 def _save(figure: "Figure", folder: Path, name: str, records: Any) -> None:
-    """Writes the picture and what it shows, and prints where they are."""
+    """Writes the plot and its data, and prints the paths."""
     from dlopt.analysis import drawing
 
     path = folder / f"{name}.json"
@@ -89,12 +104,12 @@ def _save(figure: "Figure", folder: Path, name: str, records: Any) -> None:
 
 @dataclass(frozen=True)
 class _Row:
-    """One row to measure."""
+    """A row to measure."""
 
     overrides: list[str]
     label: str
     processes: int
-    baseline: int  # position of the row that is one process of the same
+    baseline: int  # index of the row with the same config on one process
 
 
 def _bench_modes(
@@ -111,67 +126,70 @@ def _bench_modes(
     jobs = _rows(line)
     checked = [line.experiment(job.overrides) for job in jobs]
     folder = output_folder(output, "bench")
-    plan = {"updates": updates, "warmup": warmup, "profiled": profiled, "memory_limit_mb": memory_limit_mb}
-    rows: list[Row] = []
+    settings = {"updates": updates, "warmup": warmup, "profiled": profiled, "memory_limit_mb": memory_limit_mb}
+    rows: list[ModeResult] = []
     with tempfile.TemporaryDirectory(prefix="dlopt-bench-", ignore_cleanup_errors=True) as scratch:
         for number, (job, (experiment, choices)) in enumerate(zip(jobs, checked, strict=True)):
-            print(f"{number + 1} of {len(jobs)}: {job.label} on {job.processes}", file=sys.stderr, flush=True)
-            place, mode = Path(scratch) / str(number), choices["parallel"]
+            processes = f"{job.processes} process{'' if job.processes == 1 else 'es'}"
+            print(f"{number + 1}/{len(jobs)}: {job.label}, {processes}", file=sys.stderr, flush=True)
+            workdir, mode = Path(scratch) / str(number), choices["parallel"]
             row = modes.measure(
-                experiment.config, place, label=job.label, mode=mode, processes=job.processes, plan=plan
+                experiment.config, workdir, label=job.label, mode=mode, processes=job.processes, settings=settings
             )
-            rows.append(modes.against(row, rows[job.baseline] if rows else row))
+            rows.append(modes.with_speedup(row, rows[job.baseline] if rows else row))
     modes.refuse_if_all_failed(rows)
     standard_output().print(modes.table(rows))
-    for problem in modes.problems(rows):
+    for problem in modes.failures(rows):
         print(problem)
-    typed = " ".join(each for each in line.overrides if not each.startswith("processes="))
-    figure = modes.draw(rows, title=f"dlopt bench {typed}")
+    overrides = " ".join(override for override in line.overrides if not override.startswith("processes="))
+    figure = modes.draw(rows, title=f"dlopt bench {overrides}")
     _save(figure, folder, "modes", [asdict(row) | {"spread": row.spread} for row in rows])
     return DONE
 
 
 def _rows(line: Line) -> list[_Row]:
-    """The rows: one process of everything but the mode, then each mode with each number of processes."""
-    typed = [each for each in line.overrides if each.startswith("processes=")] or ["processes=2"]
-    overrides = [each for each in line.overrides if not each.startswith("processes=")]
-    if not any(each.startswith("parallel=") for each in overrides):
+    """Expands the command line to rows: a single-process baseline, then each mode with each number of processes."""
+    processes = [override for override in line.overrides if override.startswith("processes=")] or ["processes=2"]
+    overrides = [override for override in line.overrides if not override.startswith("processes=")]
+    if not any(override.startswith("parallel=") for override in overrides):
         overrides = ["parallel=ddp", *overrides]
-    for each in overrides:
-        if each.lstrip("+").startswith("parallel.processes="):
-            raise UserError(f"{each}: here it is processes={each.partition('=')[2]}, of which there may be several")
-    counts = [_count(each) for lines in replace(line, overrides=typed[-1:]).combinations() for each in lines]
-    threads = max(len(os.sched_getaffinity(0)) // max(counts), 1)  # so that the largest number fits the cores
-    if not any(each.startswith("threads=") for each in overrides):
+    for override in overrides:
+        if override.lstrip("+").startswith("parallel.processes="):
+            raise UserError(f"{override}: use processes={override.partition('=')[2]} here, one or more values")
+    combinations = replace(line, overrides=processes[-1:]).combinations()
+    counts = [_count(override) for combination in combinations for override in combination]
+    # The same threads per process in all rows, few enough that the largest number of processes fits the cores.
+    threads = max(len(os.sched_getaffinity(0)) // max(counts), 1)
+    if not any(override.startswith("threads=") for override in overrides):
         overrides = [*overrides, f"threads={threads}"]
     rows: list[_Row] = []
     for job in replace(line, overrides=overrides).jobs(("parallel",)):
-        mode = next(each for each in job.overrides if each.startswith("parallel="))
-        own = [each for each in job.overrides if each.startswith("parallel.")]
-        common = [each for each in job.overrides if each not in (mode, *own)]
-        label = [each for each in common if each in job.varied]
-        keys = [each.removeprefix("parallel.") for each in own if each in job.varied]
+        mode = next(override for override in job.overrides if override.startswith("parallel="))
+        mode_keys = [override for override in job.overrides if override.startswith("parallel.")]
+        common = [override for override in job.overrides if override not in (mode, *mode_keys)]
+        label = [override for override in common if override in job.varied]
+        keys = [override.removeprefix("parallel.") for override in mode_keys if override in job.varied]
         for count in counts:
             single = ["parallel=single", *common]
             baseline = next((i for i, row in enumerate(rows) if row.overrides == single), len(rows))
             if baseline == len(rows):
                 rows.append(_Row(single, ", ".join(["single", *label]), 1, baseline))
             if count == 1:
-                continue  # whatever the mode, one process is one process
+                continue  # the baseline, for every mode
             if mode == "parallel=single":
-                raise UserError(f"parallel=single processes={count}: one process is all that this mode has")
+                raise UserError(f"parallel=single processes={count}: this mode has only one process")
             name = ", ".join([mode.removeprefix("parallel="), *keys, *label])
-            row = _Row([mode, *own, *common], name, count, baseline)
+            row = _Row([mode, *mode_keys, *common], name, count, baseline)
             if row not in rows:
                 rows.append(row)
     return rows
 
 
 def _count(override: str) -> int:
-    text = override.partition("=")[2]
-    if not text.isdigit() or int(text) < 1:
-        raise UserError(f"processes={text}: input should be a whole number from 1; several are written processes=1,2")
-    return int(text)
+    value = override.partition("=")[2]
+    if not value.isdigit() or int(value) < 1:
+        raise UserError(f"processes={value}: must be an integer >= 1, or several: processes=1,2")
+    return int(value)
 
 
 # -- devices
@@ -197,25 +215,25 @@ def _bench_devices(
     refuse_empty(device=device, precision=precision, sizes=sizes, channels=channels)
     import torch
 
-    from dlopt.analysis.bench import device as measuring
+    from dlopt.analysis.bench import device as device_bench
     from dlopt.processor import set_threads
 
     set_threads(threads)
-    words = {"sizes": sorted(set(sizes)), "channels": sorted(set(channels))}
+    grid = {"sizes": sorted(set(sizes)), "channels": sorted(set(channels))}
     points = []
     for name in dict.fromkeys(device):
         if name == "cuda" and not torch.cuda.is_available():
-            print("cuda: there is no CUDA device here, left out")
+            print("cuda: no CUDA device available, skipped")
             continue
-        for each in dict.fromkeys(precision):
-            for point in measuring.throughput(torch.device(name), each, seconds=seconds, **words):
-                print(f"{name}  {each}  {point.kind:14}  {point.size:6}  {point.flops / 1e9:10.1f} GFLOP/s")
+        for dtype in dict.fromkeys(precision):
+            for point in device_bench.throughput(torch.device(name), dtype, seconds=seconds, **grid):
+                print(f"{name}  {dtype}  {point.kind:14}  {point.size:6}  {point.flops / 1e9:10.1f} GFLOP/s")
                 points.append(point)
     if not points:
         return DONE
-    about = [f"cpu: {torch.get_num_threads()} threads"] if "cpu" in device else []
-    about += [torch.cuda.get_device_name(0)] if any(p.device == "cuda" for p in points) else []
-    figure = measuring.draw(points, "Throughput against size (" + ", ".join(about) + ")")
+    devices = [f"cpu: {torch.get_num_threads()} threads"] if "cpu" in device else []
+    devices += [torch.cuda.get_device_name(0)] if any(p.device == "cuda" for p in points) else []
+    figure = device_bench.draw(points, "Throughput vs. size (" + ", ".join(devices) + ")")
     _save(figure, output_folder(output, "bench"), "throughput", [asdict(p) for p in points])
     return DONE
 
@@ -248,55 +266,54 @@ def _simulate(
     validate: list[Count] | None = None,
     output: str | None = None,
 ) -> int:
-    """Prints and draws. Raises `UserError`."""
     from dlopt.analysis.bench import simulation
 
-    own, rest = line.take(simulation.Cluster, **_CLUSTER)
-    cluster = simulation.Cluster(**own)
+    arguments, rest = line.take(simulation.Cluster, **_CLUSTER)
+    cluster = simulation.Cluster(**arguments)
     rest.refuse_rest("dlopt bench simulate=true", _simulate, simulation.Cluster)
     refuse_empty(devices=devices, models=models)
-    found: dict[str, list[Estimate]] = {}
+    estimates: dict[str, list[Estimate]] = {}
     for name in dict.fromkeys(models):
         costs = _layers(line, name, batch, is_measured=layers == "measured")
-        found[name] = []
+        estimates[name] = []
         for count in sorted(set(devices)):
-            found[name] += simulation.estimates(costs, batch, count, cluster)
-        standard_output().print(_table(f"{name}: {simulation.size(costs)}", found[name]))
+            estimates[name] += simulation.estimates(costs, batch, count, cluster)
+        standard_output().print(_table(f"{name}: {simulation.size(costs)}", estimates[name]))
     points = _validate(validate) if validate else []
     folder = output_folder(output, "bench")
-    title = f"Expected efficiency against one device, {batch} samples per device, layer times {layers}"
-    figure = simulation.draw(found, cluster, title=title, subtitle=_described(cluster))
+    title = f"Estimated efficiency relative to one device, {batch} samples per device, layer times {layers}"
+    figure = simulation.draw(estimates, cluster, title=title, subtitle=_describe(cluster))
     records = {
         "cluster": asdict(cluster),
-        "estimates": {name: [asdict(each) for each in every] for name, every in found.items()},
+        "estimates": {name: [asdict(each) for each in every] for name, every in estimates.items()},
         "validation": points,
     }
     _save(figure, folder, "cluster", records)
     return DONE
 
 
-def _table(title: str, found: Sequence["Estimate"]) -> Fitted:
+def _table(title: str, estimates: Sequence["Estimate"]) -> Fitted:
     table = plain_table(title)
-    for name in ("mode", "devices", "ms/step", "computing", "efficiency", "GB/device"):
+    for name in ("mode", "devices", "ms/step", "compute", "efficiency", "GB/device"):
         table.add_column(name, justify="left" if name == "mode" else "right")
-    for each in found:
-        memory = f"{each.memory / 1e9:.1f}{'' if each.fits else ', too large'}"
-        share = f"{each.compute / each.step:.0%}"
-        table.add_row(each.mode, str(each.devices), f"{each.step * 1e3:.2f}", share, f"{each.efficiency:.1%}", memory)
+    for row in estimates:
+        memory = f"{row.memory / 1e9:.1f}{'' if row.fits else ', OOM'}"
+        compute = f"{row.compute / row.step:.0%}"
+        table.add_row(row.mode, str(row.devices), f"{row.step * 1e3:.2f}", compute, f"{row.efficiency:.1%}", memory)
     return Fitted(table)
 
 
-def _described(cluster: "Cluster") -> str:
+def _describe(cluster: "Cluster") -> str:
     return (
-        f"{cluster.per_server} devices a server, {cluster.tflops:g} TFLOP/s, {cluster.memory:g} GB; within "
+        f"{cluster.per_server} devices per server, {cluster.tflops:g} TFLOP/s, {cluster.memory:g} GB; within a server "
         f"{cluster.bandwidth_within:g} GB/s, {cluster.latency_within:g} µs; between servers "
         f"{cluster.bandwidth_between:g} GB/s, {cluster.latency_between:g} µs; "
-        f"step times vary by {cluster.variation:.0%}"
+        f"step time variation {cluster.variation:.0%}"
     )
 
 
 def _layers(line: Line, name: Model, batch: int, *, is_measured: bool) -> "list[Layer]":
-    """Layers of one model, with the seconds of `batch` samples where they are measured."""
+    """Returns the layers of a model; measured ones with their time in seconds for `batch` samples."""
     import torch
 
     from dlopt.analysis import model_summary
@@ -312,13 +329,13 @@ def _layers(line: Line, name: Model, batch: int, *, is_measured: bool) -> "list[
         return model_summary.layers_of(make, shape)
     device = choose_device("auto")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    few = batch if device.type == "cuda" else 2  # a CPU takes its time: two samples stand for the others
+    timed_batch = batch if device.type == "cuda" else 2  # CPUs are slow: time two samples and scale
     module = make().to(device=device, dtype=dtype, memory_format=torch.channels_last)
-    inputs = torch.randn(few, *shape, device=device, dtype=dtype).to(memory_format=torch.channels_last)
-    scale = batch / few
+    inputs = torch.randn(timed_batch, *shape, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+    scale = batch / timed_batch
     return [
-        replace(each, forward=each.forward * scale, backward=each.backward * scale)
-        for each in model_summary.timed(module, inputs)
+        replace(layer, forward=layer.forward * scale, backward=layer.backward * scale)
+        for layer in model_summary.timed(module, inputs)
     ]
 
 
@@ -326,16 +343,13 @@ def _validate(counts: list[int]) -> list[dict[str, Any]]:
     from dlopt.analysis.bench.modes import BATCH, validate
 
     if max(counts) > BATCH:
-        raise UserError(f"validate=[{max(counts)}]: a batch of {BATCH} is shared out; allowed: numbers up to {BATCH}")
-    table = plain_table(
-        "ms per update of a ResNet-20 on digits: calculated from what updates, layers and all-reduces take"
-    )
-    for name in ("mode", "processes", "calculated", "measured", "ratio"):
+        raise UserError(f"validate=[{max(counts)}]: the global batch has {BATCH} samples; allowed: 1 to {BATCH}")
+    table = plain_table("ms per update of a ResNet-20 on digits: estimated from timings of layers and all-reduces")
+    for name in ("mode", "processes", "estimated", "measured", "ratio"):
         table.add_column(name, justify="left" if name == "mode" else "right")
     points = validate(sorted(set(counts)))
-    for each in points:
-        seconds = (each.calculated, each.measured)
-        ratio = f"{each.calculated / each.measured:.2f}"
-        table.add_row(each.mode, str(each.processes), *(f"{one * 1e3:.1f}" for one in seconds), ratio)
+    for point in points:
+        times = [f"{seconds * 1e3:.1f}" for seconds in (point.calculated, point.measured)]
+        table.add_row(point.mode, str(point.processes), *times, f"{point.calculated / point.measured:.2f}")
     standard_output().print(Fitted(table))
-    return [asdict(each) for each in points]
+    return [asdict(point) for point in points]

@@ -125,11 +125,11 @@ def _check(experiment: "Experiment") -> None:
 
 def _measure(subject: _Subject, keys: Mapping[str, int]) -> tuple["Diagnosis", "Facts"]:
     from dlopt.analysis.diagnosis import measuring
-    from dlopt.analysis.diagnosis.preparation import has_skips, prepare, spare_threads
+    from dlopt.analysis.diagnosis.preparation import has_skips, limit_threads, prepare
     from dlopt.analysis.diagnosis.verdicts import Facts
 
     workload, training = prepare(subject.experiment, Path(os.devnull), subject.state)
-    spare_threads(workload, training)
+    limit_threads(workload, training)
     found = measuring.diagnose(subject.label, workload, training, **keys)
     model = subject.experiment.model
     layers = found.before.layers
@@ -142,7 +142,7 @@ def _measure(subject: _Subject, keys: Mapping[str, int]) -> tuple["Diagnosis", "
         is_recurrent=bool(found.before.lags),
         is_gated=model.target.__name__ == "LSTM",
         clip="none" if subject.experiment.clip.target.__name__ == "Unclipped" else "some",
-        gradient_norms=found.path.norms or found.before.total_norms,
+        gradient_norms=found.trace.norms or found.before.total_norms,
     )
     return found, facts
 
@@ -170,15 +170,15 @@ def _tell(diagnosis: "Diagnosis", facts: "Facts", label: str) -> None:
         console.print(f"{when}: {'; '.join(figures)}", soft_wrap=True)
         for line in advice(found, facts):
             console.print(f"  {line}", soft_wrap=True)
-    norm = clipping_norm(diagnosis.path.norms)
+    norm = clipping_norm(diagnosis.trace.norms)
     if norm is not None:
         console.print(
-            f"gradient norms in {len(diagnosis.path.norms)} updates: median {norm:.3g}, largest "
-            f"{max(diagnosis.path.norms):.3g}; to clip the larger half: clip=norm clip.max_norm={typed(norm)}",
+            f"gradient norms in {len(diagnosis.trace.norms)} updates: median {norm:.3g}, largest "
+            f"{max(diagnosis.trace.norms):.3g}; to clip the larger half: clip=norm clip.max_norm={typed(norm)}",
             soft_wrap=True,
         )
-    if diagnosis.path.ended:
-        console.print(f"the training ended early: {diagnosis.path.ended}", soft_wrap=True)
+    if diagnosis.trace.ended:
+        console.print(f"the training ended early: {diagnosis.trace.ended}", soft_wrap=True)
 
 
 def _table(diagnosis: "Diagnosis", judged: Sequence[Sequence["Verdict"]]) -> Any:
@@ -207,8 +207,8 @@ def _table(diagnosis: "Diagnosis", judged: Sequence[Sequence["Verdict"]]) -> Any
             f"{layer.gradients.norm:.2g}",
             _figure(_mean(snapshot.gradient_norms.get(layer.name, []))),
             _figure(snapshot.noise_scales.get(layer.name, math.nan)),
-            _figure(_median(diagnosis.path.ratios.get(layer.name, []))),
-            *(Text(str(each), "" if each.word == "healthy" else "bold red") for each in words),
+            _figure(_median(diagnosis.trace.ratios.get(layer.name, []))),
+            *(Text(str(each), "" if each.label == "healthy" else "bold red") for each in words),
         )
     if len(snapshot.layers) > _ROWS:
         table.caption = f"the first {_ROWS} of {len(snapshot.layers)} layers; all stand in diagnosis.json"
@@ -244,7 +244,7 @@ def _write(folder: Path, diagnoses: Sequence["Diagnosis"], title: str) -> list[P
 
 
 def _record(diagnosis: "Diagnosis") -> dict[str, Any]:
-    path = diagnosis.path
+    path = diagnosis.trace
     return {
         "label": diagnosis.label,
         "snapshots": [_snapshot(each) for each in diagnosis.snapshots],
@@ -271,7 +271,7 @@ def _snapshot(snapshot: "Snapshot") -> dict[str, Any]:
             "noise_scale": snapshot.noise_scales.get(layer.name),
             "saturated": layer.saturated,
             "dead": layer.dead,
-            "verdict": verdict.word,
+            "verdict": verdict.label,
             "reason": verdict.reason,
         }
         for layer, verdict in zip(snapshot.layers, judged, strict=True)

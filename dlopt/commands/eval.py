@@ -126,7 +126,7 @@ def _test(
     """Every checkpoint by itself, on batches of the first one's size, and the figures of their mean."""
     from dlopt.config.parsing import parse
     from dlopt.training.build import build_workload
-    from dlopt.training.evaluate import check_same_samples, choose_average, combine, outputs_on_test_set, report
+    from dlopt.training.evaluate import check_same_samples, choose_average, combine, predict_test_set, report
 
     members: list[_Member] = []
     size = {} if len(paths) == 1 else {"data.batch_size": states[0]["config"]["data"]["batch_size"]}
@@ -135,7 +135,7 @@ def _test(
         workload = build_workload(experiment, state["normalize"])
         workload.module.load_state_dict(state["ema"] or state["model"])
         average = choose_average(typed, workload)
-        batches = outputs_on_test_set(workload, views, average)
+        batches = predict_test_set(workload, views, average)
         epoch = state["progress"]["epoch"]
         members.append(_Member(path, epoch, workload.dataset.classes, batches, workload.loss, average))
         if len({member.average for member in members}) > 1:
@@ -182,7 +182,7 @@ def _write(
         table = confusion_table(report.confusion, classes)
         files["confusion matrix"] = ("confusion.csv", table.encode("utf-8", "surrogateescape"))
         files["its picture"] = ("confusion.png", picture.getvalue())
-    with writing(folder, "the figures cannot be written there"):
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name, data in files.values():
             write_atomically(folder / name, data)

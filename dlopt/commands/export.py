@@ -74,7 +74,7 @@ def export(
         "config": trained.config,
         "dlopt": dlopt.__version__,
     }
-    with writing(target, "cannot be written"):
+    with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with temporary_sibling(target) as temporary:
             write(format, trained, inputs[:2], metadata, temporary)

@@ -13,7 +13,7 @@ from dlopt.errors import DONE, USER_ERROR, RunError, UserError
 from dlopt.tracking.layout import short_path
 
 if TYPE_CHECKING:
-    from dlopt.analysis.lr_range import LearningRates, Sweep
+    from dlopt.analysis.lr_range import LearningRates, RangeTest
     from dlopt.config.experiment import Experiment
 
 USAGE = """\
@@ -37,10 +37,10 @@ thrown away. Besides the keys of `dlopt train` (which see):
 @on_experiment(USAGE, several="one learning rate is looked for at a time", one=True)
 def find_lr(line: Line, *, output: str | None = None) -> int:
     """Finds, prints and draws. Raises `UserError`."""
-    from dlopt.analysis.lr_range import Sweep, check, trial, write
+    from dlopt.analysis.lr_range import RangeTest, check, trial, write
 
-    own, line = line.take(Sweep)
-    keys = Sweep(**own)
+    own, line = line.take(RangeTest)
+    keys = RangeTest(**own)
     check(keys)
     experiment, _ = line.experiment()
     trial(experiment, keys)  # whether the optimizer has a learning rate
@@ -59,7 +59,7 @@ def find_lr(line: Line, *, output: str | None = None) -> int:
     return DONE
 
 
-def _found(experiment: "Experiment", keys: "Sweep") -> "LearningRates | None":
+def _found(experiment: "Experiment", keys: "RangeTest") -> "LearningRates | None":
     """The result of the main rank; None in others, where a launcher started them."""
     from dlopt.analysis.lr_range import test_range
     from dlopt.parallel.launch import count_processes
@@ -74,7 +74,7 @@ def _found(experiment: "Experiment", keys: "Sweep") -> "LearningRates | None":
     return found if world is None or world.is_main else None
 
 
-def _by_ranks(experiment: "Experiment", keys: "Sweep") -> "LearningRates":
+def _by_ranks(experiment: "Experiment", keys: "RangeTest") -> "LearningRates":
     """The same in processes that are started here."""
     import yaml
 

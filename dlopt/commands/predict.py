@@ -56,7 +56,7 @@ def predict(
     if trained.config["norm_statistics"] == "exact":
         complain("norm_statistics=exact: needs the training data; the running statistics are used instead")
     count = 0
-    with writing(target, "cannot be written"):
+    with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with temporary_sibling(target) as temporary:
             with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:

@@ -23,7 +23,7 @@ from dlopt.analysis.report.table import (
     against_published,
     default_target,
     gather,
-    name_of,
+    recipe_label,
     short_key,
 )
 from dlopt.commands.command import check_own, writing
@@ -144,7 +144,7 @@ def _write(
     data = page_data(table, title=title, made=made, target=goal, test=options.test, refresh=_EVERY if watch else None)
     files = _pictures(table, goal)
     files |= {"summary.csv": summary_csv(table, goal, test=options.test).encode(), "index.html": page(data).encode()}
-    with writing(target, "the report cannot be written there"):
+    with writing(target):
         target.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             write_atomically(target / name, content)
@@ -233,7 +233,7 @@ def _published_grid(found: Sequence[PublishedRow], table: Table) -> Grid:
         if each.measured is not None:
             deviation = "" if each.measured.std is None else f" ± {each.measured.std:.2f}"
             error, gap = f"{each.measured.mean:.2f}{deviation}", f"{each.measured.mean - each.published:+.2f}"
-        grid.add_row(Text(printable(name_of(each, table))), _runs(each.row), error, f"{each.published:.2f}", gap)
+        grid.add_row(Text(printable(recipe_label(each, table))), _runs(each.row), error, f"{each.published:.2f}", gap)
     return grid
 
 

@@ -34,7 +34,7 @@ def show_batch(line: Line, *, output: str | None = None) -> int:
     if target is None:
         target = output_folder(None, "show-batch") / "batch.png"
     beside = target.with_stem(f"{target.stem}_operations")
-    with writing(target, "the picture cannot be written there"):
+    with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         batch.save(target)
         if operations is not None:

@@ -15,12 +15,12 @@ from dlopt.config.compose import Composer, choices_of, grid, to_plain, typed_fol
 from dlopt.config.resuming import differences, refuse_other_config
 from dlopt.errors import DONE, FAILED, INTERRUPTED, UserError, install
 from dlopt.files import write_atomically
-from dlopt.folders import RunFolder, FolderSnapshot, make_new, newest
+from dlopt.folders import FolderSnapshot, RunFolder, make_new, newest
 from dlopt.sweeps.jobs import SPACE
 
 if TYPE_CHECKING:
     from dlopt.sweeps.pool import Pool
-    from dlopt.sweeps.study import Plan
+    from dlopt.sweeps.study import StudySpec
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,10 @@ class Request:
         return self.composer.sweep(self.config, folder, start_job)
 
     def estimate(self, configs: Sequence[Mapping[str, Any]], jobs: int) -> int:
-        from dlopt.sweeps.grid import estimate_line, seconds_of
+        from dlopt.sweeps.grid import estimate_job_seconds, estimate_line
 
         places = 1 if self.places is None else self.places.slots
-        print(estimate_line(seconds_of(configs, choices_of(self.config)), jobs, places))
+        print(estimate_line(estimate_job_seconds(configs, choices_of(self.config)), jobs, places))
         return 0
 
 
@@ -90,7 +90,7 @@ def sweep(composer: Composer, parsed: Namespace) -> int:
     """Runs the sweep and returns its exit code. Raises `UserError` before anything is made."""
     if any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "SLURM_STEP_ID")):
         raise UserError(
-            "-m: not inside torchrun or srun, where every rank would start the sweep; start it from a shell"
+            "-m: cannot run inside torchrun or srun, because every rank would start the sweep; start it from a shell"
         )
     config = composer.compose(parsed.overrides, multirun=True)
     wanted, is_typed = typed_folder(config, "hydra.sweep.dir", parsed.overrides)
@@ -103,8 +103,8 @@ def sweep(composer: Composer, parsed: Namespace) -> int:
 def _check_launcher(composer: Composer, config: DictConfig, is_search: bool) -> "Pool | None":
     """Has the launcher refuse its settings before anything is made; where its jobs run, if it is dlopt's own."""
     launcher = composer.launcher(config, start_job)
-    if hasattr(launcher, "places"):
-        return cast("Pool", launcher.places())
+    if hasattr(launcher, "build_pool"):
+        return cast("Pool", launcher.build_pool())
     if is_search:
         name = config.hydra.runtime.choices["hydra/launcher"]
         raise UserError(
@@ -231,17 +231,17 @@ def _show(sweep: Path, jobs: Sequence[Job]) -> None:
 
 def _search(request: Request) -> int:
     try:
-        from dlopt.sweeps.search import facts_of, plan_of, probes
+        from dlopt.sweeps.search import build_study_spec, probes, study_facts
     except ModuleNotFoundError as error:
         if error.name != "optuna":
             raise
         raise UserError(f"hydra/sweeper=dlopt_optuna: needs the package optuna: {install('dlopt[sweep]')}") from None
 
     hydra, searched = _apart(request.composer.parse(request.typed))
-    plan = plan_of(request.composer.loader, request.config, [str(each.input_line) for each in searched])
+    plan = build_study_spec(request.composer.loader, request.config, [str(each.input_line) for each in searched])
     configs = [request.checked([*hydra, *probe])[1] for probe in probes(plan.space)]
     space = plan.space.describe()
-    facts = {**facts_of(plan, configs[0]), "space": space}
+    facts = {**study_facts(plan, configs[0]), "space": space}
     if request.config.dry_run:
         for key, values in space.items():
             print(f"{key}: {values}")
@@ -278,24 +278,24 @@ def _left_of_search(known: Any, facts: Mapping[str, Any], total: int) -> bool:
 
 def _check_search(sweep: Path, key: str, facts: Mapping[str, Any], resume: str | None) -> None:
     """Refuses a folder with another search. One in which other processes search is joined."""
-    from dlopt.sweeps.study import differing, is_worked_on
+    from dlopt.sweeps.study import describe_differences, has_live_worker
 
     known = _space(sweep)
     if known is None:
         return
     if not isinstance(known, dict):
         raise UserError(f"{key}: this folder holds a sweep of another kind, a grid")
-    different = differing(known.get("facts", {}), facts)
+    different = describe_differences(known.get("facts", {}), facts)
     if different:
         raise UserError(
             f"{key}: this folder holds a search of something else ({different}); "
             "take its search space, or another folder"
         )
-    if resume != "auto" and not is_worked_on(sweep):
+    if resume != "auto" and not has_live_worker(sweep):
         raise UserError(f"{key}: this folder holds a sweep; resume it with resume=auto")
 
 
-def _show_search(sweep: Path, plan: "Plan", rows: Sequence[tuple[int, str, Sequence[float]]]) -> None:
+def _show_search(sweep: Path, plan: "StudySpec", rows: Sequence[tuple[int, str, Sequence[float]]]) -> None:
     from dlopt.analysis.leaderboard import Entry, front, leaderboard
     from dlopt.commands.report import show_front, show_leaderboard
 

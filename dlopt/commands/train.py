@@ -26,7 +26,7 @@ from dlopt.config.compose import (
 from dlopt.config.inherit import inherit
 from dlopt.config.resuming import newest_unfinished, refuse_other_config
 from dlopt.errors import FAILED, USER_ERROR, UserError
-from dlopt.folders import RunFolder, FolderSnapshot, make, make_new
+from dlopt.folders import FolderSnapshot, RunFolder, make, make_new
 from dlopt.parallel.rendezvous import World, current, end_process, join_store
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def prepare(config: DictConfig, overrides: Sequence[str]) -> Prepared:
     experiment = parse(plain, saved)
     wanted, is_typed = typed_folder(config, "hydra.run.dir", overrides)
     if plain["dry_run"]:
-        raise UserError("dry_run=true: this is for `dlopt train` alone")
+        raise UserError("dry_run=true: only available in `dlopt train`")
     before = FolderSnapshot(wanted)
     folder, state = _find_folder(wanted, is_typed, saved)
     is_done = plain["resume"] == "auto" and folder.is_done(saved)
@@ -161,11 +161,11 @@ def prepare(config: DictConfig, overrides: Sequence[str]) -> Prepared:
 
 def _estimate(config: DictConfig, overrides: Sequence[str]) -> int:
     from dlopt.config.parsing import parse
-    from dlopt.sweeps.grid import estimate_line, seconds_of
+    from dlopt.sweeps.grid import estimate_job_seconds, estimate_line
 
     plain, saved = to_plain(config, overrides)
     parse(plain, saved)
-    print(estimate_line(seconds_of([saved], choices_of(config)), 1, 1))
+    print(estimate_line(estimate_job_seconds([saved], choices_of(config)), 1, 1))
     return 0
 
 

@@ -28,8 +28,7 @@ from dlopt.ranges import Count, Positive, Seed
 
 if TYPE_CHECKING:
     from dlopt.analysis.landscape import Plane
-    from dlopt.analysis.trajectory import Curve
-    from dlopt.analysis.trajectory import Path as OptimizerPath
+    from dlopt.analysis.trajectory import Curve, Trajectory
     from dlopt.functions import Function
     from dlopt.schedules import Warmup
     from dlopt.training.build import Workload
@@ -101,12 +100,12 @@ def trajectory(line: Line) -> int:
 def _draw_learning_rates(
     line: Line, *, steps_per_epoch: Count = 100, log_y: bool = False, output: str | None = None
 ) -> int:
-    from dlopt.analysis.drawing import MOST, save
-    from dlopt.analysis.trajectory import curves_picture
+    from dlopt.analysis.drawing import MAX_CURVES, save
+    from dlopt.analysis.trajectory import draw_schedules
 
     curves: list[Curve] = []
     drawn: list[tuple[str, Job]] = []
-    for job in line.jobs(("schedule",), MOST):
+    for job in line.jobs(("schedule",), MAX_CURVES):
         label, each = _curve(line, job, steps_per_epoch)
         if each not in curves:  # a varied key that this schedule does not have
             curves.append(each)
@@ -115,7 +114,7 @@ def _draw_learning_rates(
     title = f"Learning rate of {curves[0].label}" if len(curves) == 1 else "Learning-rate schedules"
     title += f" over {' '.join(lengths)} epoch{'' if lengths == {'1'} else 's'}" if len(lengths) == 1 else ""
     typed = " ".join(each for each in line.fixed() if not each.startswith(("schedule=", "epochs=")))
-    figure = curves_picture(curves, title=title, subtitle=typed, steps_per_epoch=steps_per_epoch, log_y=log_y)
+    figure = draw_schedules(curves, title=title, subtitle=typed, steps_per_epoch=steps_per_epoch, log_y=log_y)
     folder = output_folder(output, "trajectory")
     with writing(folder):
         written = save(figure, folder, "learning_rates")
@@ -180,7 +179,7 @@ class _Plan:
 def _draw_paths(line: Line) -> int:
     """Draws, prints a table and where the pictures are."""
     from dlopt.analysis.drawing import COLOURS, save
-    from dlopt.analysis.trajectory import animate, paths_picture, table
+    from dlopt.analysis.trajectory import animate, draw_trajectories, table
 
     _refuse_others(line.overrides)
     jobs = line.jobs(_GROUPS, len(COLOURS))
@@ -191,7 +190,7 @@ def _draw_paths(line: Line) -> int:
     if settings.animation == "mp4" and shutil.which("ffmpeg") is None:
         raise UserError("animation=mp4: ffmpeg is not installed; use animation=gif")
     function = _one_function(plans)
-    paths: dict[str, OptimizerPath] = {}
+    paths: dict[str, Trajectory] = {}
     rates: dict[str, float | None] = {}
     for plan in plans:
         path, rate = _follow(plan)
@@ -202,7 +201,7 @@ def _draw_paths(line: Line) -> int:
     typed = [each for each in line.fixed() if not each.startswith(("function=", "output=", "animation="))]
     folder = output_folder(settings.output, "trajectory")
     with writing(folder):
-        written = save(paths_picture(function, paths, title=title, subtitle=" ".join(typed)), folder, "paths")
+        written = save(draw_trajectories(function, paths, title=title, subtitle=" ".join(typed)), folder, "paths")
         if settings.animation is not None:
             film = folder / f"paths.{settings.animation}"
             animate(function, paths, film, title=name)
@@ -273,7 +272,7 @@ def _one_function(plans: Sequence[_Plan]) -> "Function":
     return first
 
 
-def _follow(plan: _Plan) -> tuple["OptimizerPath", float | None]:
+def _follow(plan: _Plan) -> tuple["Trajectory", float | None]:
     """The path, and its learning rate where that counts."""
     from dlopt import schedules
     from dlopt.analysis.trajectory import best_rate, follow
@@ -281,7 +280,7 @@ def _follow(plan: _Plan) -> tuple["OptimizerPath", float | None]:
     settings = plan.settings
     function = plan.function.build()
 
-    def along(optimizer: Component) -> "OptimizerPath":
+    def along(optimizer: Component) -> "Trajectory":
         factor = schedules.build(plan.schedule.build, plan.warmup, steps=settings.steps, steps_per_epoch=1)
         build = lambda params: optimizer.build(params=params)  # noqa: E731
         return follow(function, build, steps=settings.steps, seed=settings.seed, factor=factor)
@@ -340,14 +339,14 @@ def _draw_landscape(
 
 def _path_plane(workload: "Workload", path: Path, *, is_needed: bool) -> "Plane | None":
     """The plane through the checkpoints beside `path`; None where there are too few of them."""
-    from dlopt.analysis.landscape import path_plane
+    from dlopt.analysis.landscape import trajectory_plane
     from dlopt.analysis.probes import checkpoints
 
     states: list[Mapping[str, Any]] = list(checkpoints(path.parent.parent))
     if len(states) >= _LEAST:
         names = [name for name, _ in workload.module.named_parameters()]
         weights = [[state["model"][name].to(workload.device) for name in names] for state in states]
-        return path_plane(weights, [state["progress"]["step"] for state in states])
+        return trajectory_plane(weights, [state["progress"]["step"] for state in states])
     if is_needed:
         raise UserError(
             f"directions=path: beside {path} there are {len(states)} checkpoints, and {_LEAST} are needed; "

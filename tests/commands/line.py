@@ -15,6 +15,7 @@ from unittest import mock
 import torch
 
 from dlopt import cli
+from dlopt.processor import set_deterministic
 
 SMALL = ("model=mlp", "model.widths=[4]", "data.subset=40", "epochs=2", "threads=1")
 """A run of a fraction of a second."""
@@ -82,7 +83,7 @@ def _state_kept() -> Iterator[None]:
         sys.path[:] = path
         torch.set_num_threads(threads)
         torch.set_default_dtype(dtype)
-        torch.use_deterministic_algorithms(False)
+        set_deterministic(False)
 
 
 class HeldByAnotherProcess:

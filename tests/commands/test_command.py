@@ -20,7 +20,7 @@ def test_a_line_has_overrides_and_help_has_none(capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize("command", ["summary", "diagnose", "find-lr", "show-batch", "trajectory", "bench"])
 @pytest.mark.parametrize(
     ("flag", "message"),
-    [("-m", "-m: "), ("--cfg=job", "--cfg: this is for `dlopt train` alone"), ("--info", "--info: ")],
+    [("-m", "-m: "), ("--cfg=job", "--cfg: only available in `dlopt train`"), ("--info", "--info: ")],
 )
 def test_flags_of_a_training_are_refused(tmp_path: Path, command: str, flag: str, message: str) -> None:
     assert message in refused(tmp_path, command, flag)
@@ -48,9 +48,9 @@ def test_a_folder_is_made_or_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     first, second = output_folder(None, "x"), output_folder(None, "x")
     assert first.parent == second.parent == Path("outputs/x") and first != second
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="output=file: this is a file; name a folder"):
+    with pytest.raises(UserError, match="output=file: is a file; must be a folder"):
         output_folder("file", "x")
     with pytest.raises(UserError, match="output=file/b: cannot create this folder: Not a directory"):
         output_folder("file/b", "x")
-    with pytest.raises(UserError, match="output=a: nothing can be written there: No space left"), writing(Path("a")):
+    with pytest.raises(UserError, match="output=a: cannot write: No space left"), writing(Path("a")):
         raise OSError(28, "No space left on device")

@@ -18,7 +18,7 @@ def test_several_inits_in_one_picture_with_verdicts(tmp_path: Path) -> None:
         "diagnosis.json",
     }
     assert "saturated (2 of 3 layers): try init=xavier_normal, model.norm=batch" in result.out
-    assert "init.std: unknown key in xavier_normal" in result.out
+    assert "init.std: ignored for xavier_normal (no such key)" in result.out
     wide, xavier = json.loads((tmp_path / "x" / "diagnosis.json").read_text())
     assert wide["label"] == "normal" and [each["updates"] for each in wide["snapshots"]] == [0, 2]
     assert [layer["verdict"] for layer in wide["snapshots"][0]["layers"]] == ["saturated", "saturated", "healthy"]

@@ -79,7 +79,7 @@ def test_batch_sizes_share_one_picture_and_a_key_is_left_to_those_who_have_it(
     assert list(drawn["paths"]) == ["batch_size=1", "batch_size=full"]
     assert single.reversal_fraction() > 0.2 > whole.reversal_fraction() == 0
     assert trajectory(["function=quadratic", "optimizer=adam,momentum", "optimizer.betas=[0.5,0.9]", "steps=2"]) == 0
-    assert "optimizer.betas: unknown key in momentum, drawn without it" in capsys.readouterr().out
+    assert "optimizer.betas: ignored for momentum (no such key)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def test_a_table_a_page_and_pictures(runs: Path) -> None:
         ("night targt=1", "did you mean target?"),
         ("empty", "empty: there is no run in or below"),
         ("night/0", "1 damaged: night/0: summary.json is damaged"),
-        ("night output=night/1/config.yaml", "the report cannot be written there"),
+        ("night output=night/1/config.yaml", "cannot write: "),
     ],
 )
 def test_mistakes_are_named(runs: Path, typed: str, message: str) -> None:

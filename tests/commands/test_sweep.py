@@ -127,7 +127,7 @@ def test_a_folder_that_holds_a_sweep(tmp_path: Path) -> None:
     result = sweep(tmp_path, "seed=1,2", "resume=auto")
     assert result.code == 0 and "finished" in result.out
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
-    assert "seed: 2 there, 3 now" in refused(tmp_path, "train", "-m", *TINY, "seed=1,3", "resume=auto")
+    assert "seed: saved 2, now 3" in refused(tmp_path, "train", "-m", *TINY, "seed=1,3", "resume=auto")
 
 
 @pytest.mark.usefixtures("quick")

@@ -53,7 +53,7 @@ def test_any_key_may_vary_and_a_key_is_left_to_the_schedules_that_have_it(
     assert list(drawn["curves"]) == ["constant", "step, gamma=0.1", "step, gamma=0.5"]
     assert capsys.readouterr().out.splitlines() == [
         "x/learning_rates.png",
-        "schedule.gamma: unknown key in constant, drawn without it",
+        "schedule.gamma: ignored for constant (no such key)",
     ]
     last = {label: each.rates[-1] / each.rates[0] for label, each in drawn["curves"].items()}
     assert last == pytest.approx({"constant": 1, "step, gamma=0.1": 1e-3, "step, gamma=0.5": 0.125})

@@ -24,14 +24,14 @@ MODES = ("ddp", "fsdp", "filter", "columns", "pipeline", "spatial", "hybrid")
 def test_nccl_without_cuda(tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     message = refused(tmp_path, "train", f"parallel={mode}", "parallel.processes=2", "device=cuda", *SMALL)
-    assert message == "dlopt: device=cuda: there is no CUDA device here; use device=cpu or device=auto\n"
+    assert message == "dlopt: device=cuda: no CUDA device is available; use device=cpu or device=auto\n"
 
 
 def test_more_processes_than_gpus_from_a_shell(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for device in ("auto", "cuda"):
         with pytest.raises(
-            UserError, match=r"^parallel\.processes=3: this machine has 2 GPUs; start fewer, or set dev"
+            UserError, match=r"^parallel\.processes=3: this machine has 2 GPUs; start fewer processes, or"
         ):
             count_processes({"processes": 3}, device)
 
@@ -41,7 +41,9 @@ def test_more_processes_than_gpus_from_a_launcher(mode: str, monkeypatch: pytest
     for name, value in {"RANK": 5, "WORLD_SIZE": 8, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 4}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    told = rf"^parallel={mode}: 4 processes on this machine, which has 2 GPUs; start fewer, or set device=cpu$"
+    told = (
+        rf"^parallel={mode}: 4 processes on this machine, which has 2 GPUs; start fewer processes, or set device=cpu$"
+    )
     with pytest.raises(UserError, match=told):
         join(mode, torch.device("cuda"), processes=None, timeout_minutes=1.0, master_addr=None, master_port=None)
 
@@ -50,7 +52,7 @@ def test_more_processes_than_gpus_from_a_launcher(mode: str, monkeypatch: pytest
 def test_sweeps_inside_a_launcher(tmp_path: Path, variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(variable, "1")
     message = refused(tmp_path, "train", "-m", *SMALL, "seed=0,1")
-    assert message.startswith("dlopt: -m: not inside torchrun or srun, where every rank would start the sweep; ")
+    assert message.startswith("dlopt: -m: cannot run inside torchrun or srun, because every rank would start the sweep; ")
 
 
 def lines(done: subprocess.CompletedProcess[str]) -> list[str]:
@@ -74,7 +76,7 @@ def test_a_sweep_under_torchrun(tmp_path: Path) -> None:
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0 and not (tmp_path / "sweep").exists()
     assert lines(done) and set(lines(done)) == {
-        "dlopt: -m: not inside torchrun or srun, where every rank would start the sweep; start it from a shell"
+        "dlopt: -m: cannot run inside torchrun or srun, because every rank would start the sweep; start it from a shell"
     }
 
 
@@ -134,5 +136,5 @@ def test_a_port_that_another_program_has(tmp_path: Path) -> None:
         environment = {**os.environ, **launched}
         done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
-    assert lines(done) == [f"dlopt: MASTER_PORT: {place}: another program listens at this port; choose another one"]
+    assert lines(done) == [f"dlopt: MASTER_PORT={port}: port in use at {address}; choose another one"]
     assert not (tmp_path / "run").exists()

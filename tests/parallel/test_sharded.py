@@ -200,7 +200,7 @@ def test_commands_read_shards_and_make_one_file(finished: Path, tmp_path: Path) 
         (["checkpoint=nothing.pt"], "checkpoint=nothing.pt: no such file"),
         (["checkpoint=."], "checkpoint=.: there is neither best.pt nor last.pt in this folder"),
         (["checkpoint=one"], "checkpoint=one/checkpoints/best.pt: this is one file already"),
-        (["checkpoint=sharded", "output=sharded"], "output=sharded: this is a folder; name a file in it"),
+        (["checkpoint=sharded", "output=sharded"], "output=sharded: is a folder; must be a file"),
         (
             ["checkpoint=sharded", "output=sharded/checkpoints/best.pt"],
             "output=sharded/checkpoints/best.pt: this is the",
@@ -247,7 +247,7 @@ def test_cleaning_removes_shards(finished: Path, tmp_path: Path) -> None:
 def refusals(folder: str) -> None:
     """In each rank."""
     for mode in ("ddp", "filter", "pipeline"):
-        with pytest.raises(UserError, match=rf"^checkpoint\.sharded=true: parallel={mode} writes one file; use "):
+        with pytest.raises(UserError, match=rf"^checkpoint\.sharded=true: not with parallel={mode}; use "):
             start(Path(folder), *MLP, "model.norm=none", f"parallel={mode}", "checkpoint.sharded=true")
         rendezvous.leave()
 
@@ -256,5 +256,7 @@ def refusals(folder: str) -> None:
 def test_elsewhere_it_is_refused(tmp_path: Path) -> None:
     run_ranks("tests.parallel.test_sharded:refusals", 2, tmp_path, str(tmp_path / "several"))
     for mode in ("single", "fsdp"):
-        with pytest.raises(UserError, match=r"^checkpoint\.sharded=true: one process has it all; use parallel=fsdp "):
+        with pytest.raises(
+            UserError, match=r"^checkpoint\.sharded=true: one process has nothing to shard; use parallel=fsdp "
+        ):
             start(tmp_path / mode, *MLP, f"parallel={mode}", "checkpoint.sharded=true")
