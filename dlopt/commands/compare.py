@@ -80,7 +80,7 @@ def _list(runs: list[_Run]) -> int:
 
 
 def comparison_of(composer: Composer, config: DictConfig, overrides: list[str]) -> "Comparison":
-    """Builds the comparison of an experiment file. An overridden key is no longer an axis; `seed` replaces its seeds."""
+    """Builds the comparison of an experiment file, without overridden axes; an overridden `seed` replaces its seeds."""
     from dlopt.analysis.comparison import Comparison
     from dlopt.analysis.probes import PROBES
 

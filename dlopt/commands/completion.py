@@ -17,7 +17,7 @@ def complete(arguments: list[str], commands: list[str]) -> int:
     """
     action = [argument for argument in arguments if argument not in ("-sc", "--shell-completion")]
     if len(action) != 1 or not re.fullmatch(r"(install|uninstall|query)=(bash|zsh|fish)", action[0]):
-        raise UserError(f"{' '.join(['-sc', *action])}: allowed: install=SHELL, uninstall=SHELL; SHELL is bash, zsh or fish")
+        raise UserError(f"{' '.join(['-sc', *action])}: use -sc install=SHELL (or uninstall); bash, zsh or fish")
     if not action[0].startswith("query="):
         _hydra_main(arguments)
         return 0

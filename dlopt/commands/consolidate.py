@@ -17,7 +17,7 @@ Use it to copy a sharded checkpoint (parallel=fsdp checkpoint.sharded=true; shar
 to read it with torch.load. The other commands and resume=PATH read sharded checkpoints directly, in any parallel mode.
 Verifies the checksums of the shards and writes one for the file.
 
-  checkpoint=PATH   RUN/checkpoints/last.pt, best.pt, ...; for a folder (RUN or RUN/checkpoints), best.pt or else last.pt
+  checkpoint=PATH   a file (RUN/checkpoints/last.pt), or a folder (RUN, RUN/checkpoints): its best.pt, or else last.pt
   output=FILE       output file (default: NAME-whole.pt next to the checkpoint NAME.pt)
 """
 
@@ -37,7 +37,7 @@ def consolidate(path: Path, _: dict[str, Any], *, output: str | None = None) -> 
     from dlopt.training.checkpoint import load
 
     state = load(path)
-    if not sharded.is_sharded(sharded.opened(path)):
+    if not sharded.is_sharded(sharded.load_without_shards(path)):
         raise UserError(f"checkpoint={path}: is not sharded")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

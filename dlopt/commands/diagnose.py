@@ -1,4 +1,4 @@
-"""`dlopt diagnose`: what goes forward and backward through a model, in pictures, a table, and words."""
+"""`dlopt diagnose`: measures activations, gradients and curvature, with plots, a table and advice."""
 
 import json
 import math
@@ -22,34 +22,38 @@ if TYPE_CHECKING:
     from dlopt.config.experiment import Experiment
 
 USAGE = """\
-dlopt diagnose [group=choice] [key=value]: what goes forward and backward through a model, and what is wrong with it
+Measure activations, gradients and curvature of a model, layer by layer
 
+Usage: dlopt diagnose [group=choice] [key=value]
+
+Examples:
   dlopt diagnose model=mlp model.widths=[100,100,100,100,100] model.activation=tanh model.norm=none init=xavier_normal
   dlopt diagnose model=plain56,resnet56 model.norm=none,batch updates=0 eigenvalues=0
   dlopt diagnose model=rnn,lstm data.image_size=64 clip=norm clip.max_norm=0.1
   dlopt diagnose checkpoint=outputs/train/DATE/checkpoints/best.pt
 
-Looks at a few mini-batches, makes the first updates of this very training, and looks again: distributions of
-activations and of back-propagated gradients, their size against depth, saturated and dead units, gradient norms of the
-layers and the gradient noise scale, update-to-weight ratios, the Hessian's largest eigenvalues, the curvature along the
-updates, and the gradient against time lag in recurrent nets. A verdict for each layer, and what to try.
-Any key may have several values: a row or a curve for each combination. Besides the keys of `dlopt train` (which see):
-  updates=N       updates between the two looks (20); 0: only the first look
-  batches=N       mini-batches that are looked at (4)
-  eigenvalues=N   how many of the Hessian's largest (5); 0: nothing that needs second derivatives
-  iterations=N    Hessian-vector products for them (20)
-  checkpoint=PATH a trained model; the config is then the checkpoint's, of which keys may be changed
-  output=DIR      folder of pictures, diagnosis.json and TensorBoard's histograms (outputs/diagnose/<date>_<time>)
+Measures before and after the first training updates: distributions of activations and backpropagated gradients, their
+scale vs. depth, saturated and dead units, gradient norms per layer, the gradient noise scale, update-to-weight ratios,
+the largest eigenvalues of the Hessian, the curvature along the updates, and gradients vs. time lag in recurrent nets.
+Rates each layer and suggests what to change. Keys accept several values: one row or curve per combination.
+
+  updates=N         training updates between the two measurements; 0: measure only once (default: 20)
+  batches=N         mini-batches to measure on (default: 4)
+  eigenvalues=N     largest eigenvalues of the Hessian; 0: no second derivatives (default: 5)
+  iterations=N      Hessian-vector products for the eigenvalues (default: 20)
+  checkpoint=PATH   a trained model; uses the config of the checkpoint, whose keys can be overridden
+  output=DIR        folder of plots, diagnosis.json and TensorBoard histograms (default: outputs/diagnose/DATE_TIME)
+  and the keys of `dlopt train`
 """
 
-_MOST = 7  # colours that can be told apart
-_ROWS = 60  # of the table
+_MAX_JOBS = 7  # distinguishable colours
+_MAX_ROWS = 60  # of the table
 _GROUPS = ("data", "model", "init", "normalize", "loss", "optimizer", "schedule", "clip")
 
 
 @dataclass(frozen=True)
 class _Subject:
-    """One model to look at."""
+    """A model to diagnose."""
 
     label: str
     experiment: "Experiment"
@@ -57,7 +61,7 @@ class _Subject:
     state: Mapping[str, Any] | None = None  # of a checkpoint
 
 
-@on_experiment(USAGE, several="several values need no flag here: init=normal,xavier_normal")
+@on_experiment(USAGE, several="not needed here; list the values: init=normal,xavier_normal")
 def diagnose(
     line: Line,
     *,
@@ -68,30 +72,30 @@ def diagnose(
     checkpoint: str | None = None,
     output: str | None = None,
 ) -> int:
-    """Measures, prints the table and the verdicts, and draws. Raises `UserError`."""
+    """Measures, prints the table and the advice, and saves the plots. Raises `UserError`."""
     jobs: list[tuple[str, Job]] = []
     if checkpoint is None:
         subjects = _subjects(line, jobs)
-        title = " ".join(line.fixed()) or ("all else by default" if line.overrides else "the default model")
+        title = " ".join(line.fixed()) or ("other keys at their defaults" if line.overrides else "default model")
     else:
         subjects = [_trained(Path(checkpoint), line.overrides)]
         title = " ".join([short_path(Path(checkpoint)), *line.overrides])
     for subject in subjects:
         _check(subject.experiment)
-    folder = None if output is None else output_folder(output, "diagnose")  # before the work begins
+    folder = None if output is None else output_folder(output, "diagnose")  # fails before the slow measurements
     keys = {"updates": updates, "batches": batches, "eigenvalues": eigenvalues, "iterations": iterations}
-    found = [_measure(subject, keys) for subject in subjects]
+    results = [_measure(subject, keys) for subject in subjects]
     folder = folder or output_folder(None, "diagnose")
-    for (diagnosis, facts), subject in zip(found, subjects, strict=True):
-        _tell(diagnosis, facts, subject.label if len(subjects) > 1 else "")
-    written = _write(folder, [diagnosis for diagnosis, _ in found], title)
+    for (diagnosis, facts), subject in zip(results, subjects, strict=True):
+        _print(diagnosis, facts, subject.label if len(subjects) > 1 else "")
+    written = _write(folder, [diagnosis for diagnosis, _ in results], title)
     print(*map(short_path, written), *skipped_keys(jobs), sep="\n")
     return DONE
 
 
 def _subjects(line: Line, labelled: list[tuple[str, Job]]) -> list[_Subject]:
     subjects = []
-    for job in line.jobs(_GROUPS, _MOST):
+    for job in line.jobs(_GROUPS, _MAX_JOBS):
         experiment, choices = line.experiment(job.overrides)
         label = job.label(choices, "model")
         subjects.append(_Subject(label, experiment, choices))
@@ -107,7 +111,7 @@ def _trained(path: Path, overrides: Sequence[str]) -> _Subject:
     values = typed_values(overrides)
     for key, value in values.items():
         if key in _GROUPS and isinstance(value, str):
-            raise UserError(f"{key}={value}: with checkpoint= the choices are the checkpoint's; keys may be changed")
+            raise UserError(f"{key}={value}: checkpoint= fixes the choices; only their keys can be overridden")
     state = load(path)
     experiment = parse(resolve_saved(with_changes(state["config"], values, path)))
     return _Subject(f"epoch {state['progress']['epoch']}", experiment, {}, state)
@@ -118,9 +122,9 @@ def _check(experiment: "Experiment") -> None:
 
     settings, processes = experiment.settings, experiment.parallel.arguments.get("processes")
     if current() is not None or (processes or 1) > 1:
-        raise UserError("parallel: one process looks at a model; type parallel=single, without a launcher")
+        raise UserError("parallel: diagnose runs in one process; use parallel=single, without a launcher")
     if settings.resume is not None:
-        raise UserError(f"resume={settings.resume}: to look at a trained model, type checkpoint=PATH")
+        raise UserError(f"resume={settings.resume}: to diagnose a trained model, use checkpoint=PATH")
 
 
 def _measure(subject: _Subject, keys: Mapping[str, int]) -> tuple["Diagnosis", "Facts"]:
@@ -130,58 +134,58 @@ def _measure(subject: _Subject, keys: Mapping[str, int]) -> tuple["Diagnosis", "
 
     workload, training = prepare(subject.experiment, Path(os.devnull), subject.state)
     limit_threads(workload, training)
-    found = measuring.diagnose(subject.label, workload, training, **keys)
+    diagnosis = measuring.diagnose(subject.label, workload, training, **keys)
     model = subject.experiment.model
-    layers = found.before.layers
+    layers = diagnosis.before.layers
     activations = [layer.activation for layer in layers if layer.activation is not None]
     facts = Facts(
         init=subject.choices.get("init", subject.experiment.init.target.__name__),
         norm=model.arguments.get("norm"),
         activation=max(activations, key=activations.count) if activations else None,
         has_skips=has_skips(model),
-        is_recurrent=bool(found.before.lags),
+        is_recurrent=bool(diagnosis.before.lags),
         is_gated=model.target.__name__ == "LSTM",
         clip="none" if subject.experiment.clip.target.__name__ == "Unclipped" else "some",
-        gradient_norms=found.trace.norms or found.before.total_norms,
+        gradient_norms=diagnosis.trace.norms or diagnosis.before.total_norms,
     )
-    return found, facts
+    return diagnosis, facts
 
 
-def _tell(diagnosis: "Diagnosis", facts: "Facts", label: str) -> None:
+def _print(diagnosis: "Diagnosis", facts: "Facts", label: str) -> None:
     from dlopt.analysis.diagnosis.verdicts import advice, clipping_norm, typed, verdicts
     from dlopt.tracking.layout import standard_output
 
     console = standard_output()
     if label:
         console.print(f"\n{label}", style="bold")
-    judged = [verdicts(each.layers, each.lags) for each in diagnosis.snapshots]
-    console.print(_table(diagnosis, judged))
-    for snapshot, found in zip(diagnosis.snapshots, judged, strict=True):
+    layer_verdicts = [verdicts(snapshot.layers, snapshot.lags) for snapshot in diagnosis.snapshots]
+    console.print(_table(diagnosis, layer_verdicts))
+    for snapshot, judged in zip(diagnosis.snapshots, layer_verdicts, strict=True):
         when = "before" if snapshot is diagnosis.before else f"after {snapshot.updates} updates"
-        figures = [f"loss {snapshot.loss:.4g}", f"gradient norm {_mean(snapshot.total_norms):.3g}"]
+        metrics = [f"loss {snapshot.loss:.4g}", f"gradient norm {_mean(snapshot.total_norms):.3g}"]
         if math.isfinite(snapshot.noise_scale):
-            figures.append(f"gradient noise scale {snapshot.noise_scale:.3g} samples")
+            metrics.append(f"gradient noise scale {snapshot.noise_scale:.3g} samples")
         if snapshot.spectrum is not None:
             values = ", ".join(f"{value:.3g}" for value in snapshot.spectrum.eigenvalues.tolist())
-            figures.append(f"largest eigenvalues of the Hessian {values}")
+            metrics.append(f"largest Hessian eigenvalues {values}")
         for lag in snapshot.lags:
-            steps = f"{lag.states[0]:.2g} one step back, {lag.states[-1]:.2g} {len(lag.states)}"
-            figures.append(f"{lag.name}: gradient {steps}")
-        console.print(f"{when}: {'; '.join(figures)}", soft_wrap=True)
-        for line in advice(found, facts):
+            first, last = lag.states[0], lag.states[-1]
+            metrics.append(f"{lag.name}: gradient {first:.2g} at lag 1, {last:.2g} at lag {len(lag.states)}")
+        console.print(f"{when}: {'; '.join(metrics)}", soft_wrap=True)
+        for line in advice(judged, facts):
             console.print(f"  {line}", soft_wrap=True)
     norm = clipping_norm(diagnosis.trace.norms)
     if norm is not None:
         console.print(
-            f"gradient norms in {len(diagnosis.trace.norms)} updates: median {norm:.3g}, largest "
-            f"{max(diagnosis.trace.norms):.3g}; to clip the larger half: clip=norm clip.max_norm={typed(norm)}",
+            f"gradient norms in {len(diagnosis.trace.norms)} updates: median {norm:.3g}, max "
+            f"{max(diagnosis.trace.norms):.3g}; to clip half of the updates: clip=norm clip.max_norm={typed(norm)}",
             soft_wrap=True,
         )
     if diagnosis.trace.ended:
-        console.print(f"the training ended early: {diagnosis.trace.ended}", soft_wrap=True)
+        console.print(f"training stopped early: {diagnosis.trace.ended}", soft_wrap=True)
 
 
-def _table(diagnosis: "Diagnosis", judged: Sequence[Sequence["Verdict"]]) -> Any:
+def _table(diagnosis: "Diagnosis", layer_verdicts: Sequence[Sequence["Verdict"]]) -> Any:
     from rich.text import Text
 
     from dlopt.tracking.layout import Fitted, plain_table
@@ -189,33 +193,33 @@ def _table(diagnosis: "Diagnosis", judged: Sequence[Sequence["Verdict"]]) -> Any
     table = plain_table()
     table.add_column("layer")
     table.add_column("activation")
-    for name in ("std", "saturated\nor dead", "gradient\nnorm", "weights'\ngradient", "noise\nscale"):
+    for name in ("std", "saturated\nor dead", "gradient\nnorm", "weight\ngradient", "noise\nscale"):
         table.add_column(name, justify="right")
-    table.add_column("update /\nweights", justify="right")
+    table.add_column("update /\nweight", justify="right")
     table.add_column("before", overflow="fold")
     if diagnosis.after is not None:
         table.add_column(f"after {diagnosis.after.updates} updates", overflow="fold")
     snapshot = diagnosis.before
-    for i, layer in enumerate(snapshot.layers[:_ROWS]):
-        share = layer.saturated if layer.saturated is not None else layer.dead
-        words = [found[i] for found in judged if i < len(found)]
+    for i, layer in enumerate(snapshot.layers[:_MAX_ROWS]):
+        fraction = layer.saturated if layer.saturated is not None else layer.dead
+        judged = [verdicts[i] for verdicts in layer_verdicts if i < len(verdicts)]
         table.add_row(
             layer.name,
             layer.activation or "",
             f"{layer.outputs.std:.2g}",
-            "" if share is None else f"{share:.0%}",
+            "" if fraction is None else f"{fraction:.0%}",
             f"{layer.gradients.norm:.2g}",
-            _figure(_mean(snapshot.gradient_norms.get(layer.name, []))),
-            _figure(snapshot.noise_scales.get(layer.name, math.nan)),
-            _figure(_median(diagnosis.trace.ratios.get(layer.name, []))),
-            *(Text(str(each), "" if each.label == "healthy" else "bold red") for each in words),
+            _cell(_mean(snapshot.gradient_norms.get(layer.name, []))),
+            _cell(snapshot.noise_scales.get(layer.name, math.nan)),
+            _cell(_median(diagnosis.trace.ratios.get(layer.name, []))),
+            *(Text(str(verdict), "" if verdict.label == "healthy" else "bold red") for verdict in judged),
         )
-    if len(snapshot.layers) > _ROWS:
-        table.caption = f"the first {_ROWS} of {len(snapshot.layers)} layers; all stand in diagnosis.json"
+    if len(snapshot.layers) > _MAX_ROWS:
+        table.caption = f"the first {_MAX_ROWS} of {len(snapshot.layers)} layers; see diagnosis.json for all"
     return Fitted(table)
 
 
-def _figure(value: float) -> str:
+def _cell(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.2g}"
 
 
@@ -228,7 +232,7 @@ def _median(values: Sequence[float]) -> float:
 
 
 def _write(folder: Path, diagnoses: Sequence["Diagnosis"], title: str) -> list[Path]:
-    """Writes pictures, diagnosis.json (all metrics, null for what is not finite) and histograms."""
+    """Writes the plots, diagnosis.json (all metrics; null for non-finite values) and TensorBoard histograms."""
     from dlopt.analysis import drawing
     from dlopt.analysis.diagnosis.pictures import pictures
     from dlopt.files import write_atomically

@@ -1,4 +1,4 @@
-"""`dlopt eval`: tests checkpoints with the configs that they hold."""
+"""`dlopt eval`: evaluates checkpoints on the test set."""
 
 import csv
 import io
@@ -29,31 +29,37 @@ _MAY_CHANGE = (
     "allow_packages",
 )  # fmt: skip
 _USAGE = f"""\
-dlopt eval checkpoint=PATH [tta=CHOICE] [key=value]
+Evaluate a checkpoint, or an ensemble of checkpoints, on the test set
 
-Tests the weights in a checkpoint (outputs/NAME/DATE/checkpoints/best.pt) with the config that stands in it.
-Several, as checkpoint=[PATH,PATH] or checkpoint=RUN/checkpoints/restart-*.pt, are tested as an ensemble: their outputs
-are averaged.
-Keys that may be changed: {", ".join(f"{key}.*" if key == "data" else key for key in _MAY_CHANGE)}
+Usage: dlopt eval checkpoint=PATH [tta=CHOICE] [key=value]
 
-  tta=none                  the test images as in training's own test
-  tta=flip                  and their mirror images
-  tta=shift_flip            shifted by tta.shift=1 pixels to two sides, too
-  tta=ten_crop              corners, centre, and their mirror images: crops of tta.crop=SIZE (the training's), cut from
-                            images whose shorter side is tta.scale=SIZE (as they are, or 8/7 of the crop)
-  tta=multi_scale_ten_crop  ten crops at each of tta.scales=[224,256,384,480,640] (for crops of 224; else in proportion)
-  average=probabilities     what is averaged over views and checkpoints: probabilities | logits
-  output=DIR                where eval.json, confusion.csv and confusion.png go (the checkpoint's run folder)
+Examples:
+  dlopt eval checkpoint=outputs/train/DATE/checkpoints/best.pt
+  dlopt eval checkpoint=outputs/train/DATE/checkpoints/best.pt tta=flip
+  dlopt eval checkpoint=[a/checkpoints/best.pt,b/checkpoints/best.pt]      # ensemble: averages the outputs
+  dlopt eval checkpoint=outputs/train/DATE/checkpoints/restart-*.pt        # ensemble
+
+  tta=none                  test-time augmentation: none
+  tta=flip                  original and horizontally flipped images
+  tta=shift_flip            also shifts by tta.shift=1 pixels in two directions
+  tta=ten_crop              four corners and centre, with flips; crop size tta.crop=SIZE (default: that of the training)
+                            from images with a shorter side of tta.scale=SIZE (default: unscaled, or 8/7 of the crop)
+  tta=multi_scale_ten_crop  ten crops at each of tta.scales=[224,256,384,480,640] (for crops of 224, else in proportion)
+  average=probabilities     average over crops and checkpoints: probabilities | logits
+  output=DIR                folder of eval.json, confusion.csv and confusion.png (default: the run folder)
+
+Uses the config saved in the checkpoint. Keys that can be overridden:
+  {", ".join(f"{key}.*" if key == "data" else key for key in _MAY_CHANGE)}
 """
 
-_SHOWN_CLASSES = 20
-_MOST_NUMBERS = 20  # classes up to which each cell of the confusion matrix shows its count
-_MOST_NAMES = 60  # classes up to which their names can be read
+_MAX_LISTED_CLASSES = 20
+_MAX_COUNTED_CLASSES = 20  # the cells of larger confusion matrices are too small for their counts
+_MAX_NAMED_CLASSES = 60  # the names of more classes are unreadable
 
 
 @dataclass(frozen=True)
 class _Member:
-    """A tested checkpoint."""
+    """An evaluated checkpoint of the ensemble."""
 
     path: Path
     epoch: int
@@ -72,7 +78,7 @@ def evaluate(
     average: Literal["probabilities", "logits"] | None = None,
     output: str | None = None,
 ) -> int:
-    """Tests the checkpoints once; prints the metrics and writes them with the confusion matrix into the run folder."""
+    """Evaluates the checkpoints, prints the metrics, and saves them with the confusion matrix."""
     from dlopt.tracking.console import ConsoleView
     from dlopt.training.checkpoint import load
 
@@ -97,14 +103,14 @@ def evaluate(
     if classes:
         lines.append(_class_line(classes))
     written = _write(output, first.path, record, report, first.classes)
-    lines += [f"{what}: {path}" for what, path in written.items()]
+    lines += [f"{name}: {path}" for name, path in written.items()]
     epoch = {"best_epoch": first.epoch} if is_one else {}
     ConsoleView().finish({"status": "tested", **epoch, **report.metrics}, lines)
     return DONE
 
 
 def _views(tta: str, changes: dict[str, Any]) -> Any:
-    """The chosen test-time augmentation, whose keys leave `changes`; None for none."""
+    """Builds the test-time augmentation and removes its keys from `changes`; None for tta=none."""
     from dlopt.training.tta import CHOICES
 
     keys = {key: changes.pop(key) for key in list(changes) if key.startswith("tta.")}
@@ -112,7 +118,7 @@ def _views(tta: str, changes: dict[str, Any]) -> Any:
         target = CHOICES[tta]
         return target(**check_arguments("tta", target, {key[4:]: value for key, value in keys.items()}))
     for key, value in keys.items():
-        raise UserError(f"{key}={show(value)}: tta=none has no such key; choose {', '.join(CHOICES)}")
+        raise UserError(f"{key}={show(value)}: unknown key of tta=none; use tta={'|'.join(CHOICES)}")
     return None
 
 
@@ -120,10 +126,10 @@ def _test(
     paths: Sequence[Path],
     states: Sequence[Mapping[str, Any]],
     changes: Mapping[str, Any],
-    typed: "Average | None",
+    average: "Average | None",
     views: Any,
 ) -> tuple[list[_Member], "Report"]:
-    """Every checkpoint by itself, on batches of the first one's size, and the figures of their mean."""
+    """Evaluates each checkpoint, with the batch size of the first one, and reports the metrics of the average."""
     from dlopt.config.parsing import parse
     from dlopt.training.build import build_workload
     from dlopt.training.evaluate import check_same_samples, choose_average, combine, predict_test_set, report
@@ -134,12 +140,12 @@ def _test(
         experiment = parse(resolve_saved(with_changes(state["config"], {**size, **changes}, path)))
         workload = build_workload(experiment, state["normalize"])
         workload.module.load_state_dict(state["ema"] or state["model"])
-        average = choose_average(typed, workload)
-        batches = predict_test_set(workload, views, average)
+        chosen = choose_average(average, workload)
+        batches = predict_test_set(workload, views, chosen)
         epoch = state["progress"]["epoch"]
-        members.append(_Member(path, epoch, workload.dataset.classes, batches, workload.loss, average))
+        members.append(_Member(path, epoch, workload.dataset.classes, batches, workload.loss, chosen))
         if len({member.average for member in members}) > 1:
-            raise UserError(f"checkpoint={path}: trained with another kind of loss than {paths[0]}; use average=logits")
+            raise UserError(f"checkpoint={path}: trained with a different loss than {paths[0]}; use average=logits")
     check_same_samples([vars(member) for member in members])
     classes = members[0].classes
     batches = combine([member.batches for member in members], members[0].average)
@@ -159,38 +165,42 @@ def _per_class(report: "Report", classes: Sequence[str]) -> list[dict[str, Any]]
 
 
 def _class_line(per_class: Sequence[Mapping[str, Any]]) -> str:
-    known = [each for each in per_class if each["accuracy"] is not None]
-    title = "accuracy by class"
-    if len(per_class) > _SHOWN_CLASSES:
-        title, known = "lowest accuracies", sorted(known, key=lambda each: each["accuracy"])[:5]
-    return f"{title}: " + ", ".join(f"{each['class']} {percent(each['accuracy'])}" for each in known)
+    rows = [row for row in per_class if row["accuracy"] is not None]
+    title = "accuracy per class"
+    if len(per_class) > _MAX_LISTED_CLASSES:
+        title, rows = "lowest accuracies", sorted(rows, key=lambda row: row["accuracy"])[:5]
+    return f"{title}: " + ", ".join(f"{row['class']} {percent(row['accuracy'])}" for row in rows)
 
 
 def _write(
     output: str | None, checkpoint: Path, record: dict[str, Any], report: "Report", classes: Sequence[str] | None
 ) -> dict[str, Path]:
-    """Writes into `output`, or into the run folder where the checkpoint is in one; returns what -> path."""
+    """Writes the results to `output`, by default to the checkpoint's run folder if there is one.
+
+    Returns description -> path.
+    """
     run = checkpoint.absolute().parent.parent
     if output is None and not (run / "config.yaml").is_file():
         return {}
     folder = run if output is None else Path(output)
-    files = {"figures": ("eval.json", (json.dumps(without_nan(record), indent=2) + "\n").encode())}
+    files = {"metrics": ("eval.json", (json.dumps(without_nan(record), indent=2) + "\n").encode())}
     if report.confusion is not None and classes is not None:
-        picture = io.BytesIO()
-        title = f"{percent(report.metrics['test_accuracy'])} of {int(report.confusion.sum())} test samples are right"
-        confusion_picture(report.confusion, classes, title).savefig(picture, dpi=150, format="png")
+        plot = io.BytesIO()
+        accuracy = percent(report.metrics["test_accuracy"])
+        title = f"Test accuracy {accuracy} ({int(report.confusion.sum())} samples)"
+        plot_confusion(report.confusion, classes, title).savefig(plot, dpi=150, format="png")
         table = confusion_table(report.confusion, classes)
         files["confusion matrix"] = ("confusion.csv", table.encode("utf-8", "surrogateescape"))
-        files["its picture"] = ("confusion.png", picture.getvalue())
+        files["plot"] = ("confusion.png", plot.getvalue())
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name, data in files.values():
             write_atomically(folder / name, data)
-    return {what: folder / name for what, (name, _) in files.items()}
+    return {description: folder / name for description, (name, _) in files.items()}
 
 
 def confusion_table(confusion: "Tensor", classes: Sequence[str]) -> str:
-    """CSV: a row per true class, a column per predicted one, counts in the cells."""
+    """Formats counts [true, predicted] as CSV: one row per true class, one column per predicted class."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["true \\ predicted", *classes])
@@ -199,24 +209,24 @@ def confusion_table(confusion: "Tensor", classes: Sequence[str]) -> str:
     return text.getvalue()
 
 
-def confusion_picture(confusion: "Tensor", classes: Sequence[str], title: str) -> "Figure":
-    """Rows are true classes, shaded by the share of the row; counts stand in the cells where there is room."""
+def plot_confusion(confusion: "Tensor", classes: Sequence[str], title: str) -> "Figure":
+    """Plots counts [true, predicted], coloured by the fraction of the true class; small matrices show the counts."""
     from matplotlib.figure import Figure
 
     count = len(classes)
-    shares = (confusion / confusion.sum(1, keepdim=True).clamp(min=1)).tolist()
+    fractions = (confusion / confusion.sum(1, keepdim=True).clamp(min=1)).tolist()
     size = min(max(3.2 + 0.42 * count, 5.0), 14.0)
     figure = Figure(figsize=(size + 0.8, size), layout="constrained")
     axes = figure.add_subplot()
-    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)
-    if count <= _MOST_NUMBERS:
+    image = axes.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, ax=axes, label="fraction of the true class", shrink=0.8)
+    if count <= _MAX_COUNTED_CLASSES:
         for y, row in enumerate(confusion.tolist()):
             for x, number in enumerate(row):
-                colour = "white" if shares[y][x] > 0.5 else "black"
+                colour = "white" if fractions[y][x] > 0.5 else "black"
                 if number:
                     axes.text(x, y, f"{number}", ha="center", va="center", fontsize=8, color=colour)
-    if count <= _MOST_NAMES:
+    if count <= _MAX_NAMED_CLASSES:
         longest = max(len(name) for name in classes)
         axes.set_xticks(range(count), classes, rotation=90 if longest > 3 else 0, fontsize=8, parse_math=False)
         axes.set_yticks(range(count), classes, fontsize=8, parse_math=False)

@@ -1,4 +1,4 @@
-"""`dlopt export`: a trained model with its input normalization as a file for other tools."""
+"""`dlopt export`: exports a trained model with its input normalization."""
 
 import contextlib
 import copy
@@ -26,22 +26,26 @@ if TYPE_CHECKING:
     from dlopt.training.restore import Trained
 
 _USAGE = """\
-dlopt export checkpoint=PATH format=safetensors|onnx|torch_export [output=FILE] [input=uint8|float32] [data.root=...]
+Export a checkpoint for other tools
 
-Writes the model in a checkpoint (outputs/NAME/DATE/checkpoints/best.pt) together with its input normalization, in
-fp32: it takes batches of images with values 0..255, of any batch size and of the size that the model sees, and gives
-outputs before the softmax. The file is read again and its outputs are compared with the model's on images of the test
-set.
+Usage: dlopt export checkpoint=PATH format=FORMAT [key=value]
 
-  format=safetensors   tensors model.* and normalize.*; classes, input and config stand in the file's metadata
-  format=onnx          one graph; needs onnx and onnxscript, and onnxruntime for the comparison
-  format=torch_export  a program that torch.export.load reads without dlopt
-  input=TYPE           of the images; the data's own where nothing is typed
-  output=FILE          (NAME of the checkpoint with the format's ending, in the run folder)
+Examples:
+  dlopt export checkpoint=outputs/train/DATE/checkpoints/best.pt format=onnx
+
+Exports the fp32 model together with its input normalization. Inputs: images with values 0..255 in the size of the
+training, any batch size. Outputs: logits. Verifies the file: compares its outputs with the model's on test images.
+
+  format=safetensors    tensors model.* and normalize.*; classes, input shape and config in the metadata
+  format=onnx           an ONNX graph; requires onnx and onnxscript, and onnxruntime for the verification
+  format=torch_export   a program for torch.export.load, which does not need dlopt
+  input=uint8|float32   type of the images (default: that of the data set)
+  output=FILE           output file (default: NAME of the checkpoint with the suffix of the format, in the run folder)
+  data.root=DIR         location of the test images for the verification
 """
 
 _IMAGES = 16
-_TOLERANCE = 1e-4  # times the largest output: fp32 sums in another order
+_TOLERANCE = 1e-4  # relative to the largest output: other tools sum in a different order
 
 _SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch_export": ".pt2"}
 _NEEDS = {"safetensors": ("safetensors",), "onnx": ("onnx", "onnxscript"), "torch_export": ()}
@@ -56,21 +60,21 @@ def export(
     output: str | None = None,
     input: Literal["uint8", "float32"] | None = None,
 ) -> int:
-    """Writes the file and compares it. Raises `UserError`, and `RunError` when the model cannot be converted."""
+    """Writes and verifies the file. Raises `UserError`; `RunError` if the model cannot be converted."""
     from dlopt.training.restore import restore
 
     missing = [name for name in _NEEDS[format] if find_spec(name) is None]
     if missing:
         names = " and ".join(missing)
-        raise UserError(f"format={format}: needs {names}, not installed here; {install('dlopt[export]')}")
+        raise UserError(f"format={format}: requires {names}; {install('dlopt[export]')}")
     target = _target(output, path, _SUFFIXES[format])
     trained = restore(path, {**changes, "precision": "fp32", "device": "cpu"})
     inputs, source = _inputs(trained, changes, path)
-    inputs = _typed(inputs, input)
-    kind = str(inputs.dtype).removeprefix("torch.")
+    inputs = _convert(inputs, input)
+    dtype = str(inputs.dtype).removeprefix("torch.")
     metadata: dict[str, Any] = {
         "classes": trained.classes,
-        "input": {"shape": list(trained.window), "type": kind},
+        "input": {"shape": list(trained.window), "type": dtype},
         "config": trained.config,
         "dlopt": dlopt.__version__,
     }
@@ -78,11 +82,11 @@ def export(
         target.parent.mkdir(parents=True, exist_ok=True)
         with temporary_sibling(target) as temporary:
             write(format, trained, inputs[:2], metadata, temporary)
-            verdict = _compare(read(format, temporary, trained, inputs), trained, inputs, source, format)
+            result = _verify(read(format, temporary, trained, inputs), trained, inputs, source, format)
             os.replace(temporary, target)
     print(short_path(target))
-    print(f"input: {kind} [batch, {', '.join(map(str, trained.window))}]")
-    print(verdict)
+    print(f"input: {dtype} [batch, {', '.join(map(str, trained.window))}]")
+    print(result)
     return DONE
 
 
@@ -96,8 +100,7 @@ def _target(output: str | None, checkpoint: Path, suffix: str) -> Path:
 
 
 def _inputs(trained: "Trained", changes: Mapping[str, Any], path: Path) -> tuple["Tensor", str]:
-    """Samples to compare on, cut to the model's window, and what they are: of the data, or random where these are
-    not there."""
+    """Returns samples [N, *window] for the verification and their description; random ones if the data is missing."""
     import torch
 
     from dlopt.augment.pipeline import CentreCrop
@@ -109,47 +112,47 @@ def _inputs(trained: "Trained", changes: Mapping[str, Any], path: Path) -> tuple
         samples = dataset.test if dataset.test is not None else dataset.train
         inputs = samples.fetch(torch.linspace(0, len(samples) - 1, min(_IMAGES, len(samples))).long())
         if tuple(inputs.shape[1:]) != trained.sample:
-            raise UserError(f"data: samples of shape {list(inputs.shape[1:])}, not {list(trained.sample)}")
-        what = f"{len(inputs)} samples of the {'training' if dataset.test is None else 'test'} set"
+            raise UserError(f"data: samples have shape {list(inputs.shape[1:])}, not {list(trained.sample)}")
+        source = f"{len(inputs)} samples of the {'training' if dataset.test is None else 'test'} set"
     except UserError as error:
-        if any(key.startswith("data.") for key in changes):  # then they are meant to be there
+        if any(key.startswith("data.") for key in changes):  # the user has said where the data is
             raise
-        draws = torch.Generator().manual_seed(0)
-        inputs = torch.randint(256, (_IMAGES, *trained.sample), generator=draws, dtype=torch.uint8)
+        generator = torch.Generator().manual_seed(0)
+        inputs = torch.randint(256, (_IMAGES, *trained.sample), generator=generator, dtype=torch.uint8)
         if len(trained.sample) == 1:
             inputs = inputs / 255
-        what = f"{_IMAGES} random samples, for the data cannot be read ({error})"
+        source = f"{_IMAGES} random samples, because the data cannot be read ({error})"
     if trained.window != trained.sample:
         inputs, _ = CentreCrop(trained.window)(inputs, inputs)
-    return inputs.contiguous(), what
+    return inputs.contiguous(), source
 
 
-def _typed(inputs: "Tensor", wanted: str | None) -> "Tensor":
+def _convert(inputs: "Tensor", dtype: str | None) -> "Tensor":
     import torch
 
-    if wanted == "uint8" and inputs.dtype != torch.uint8:
-        raise UserError("input=uint8: the data are floating-point numbers; use input=float32")
-    return inputs.float() if wanted == "float32" else inputs
+    if dtype == "uint8" and inputs.dtype != torch.uint8:
+        raise UserError("input=uint8: the data set is floating-point; use input=float32")
+    return inputs.float() if dtype == "float32" else inputs
 
 
-def _compare(found: "Tensor | None", trained: "Trained", inputs: "Tensor", source: str, form: str) -> str:
+def _verify(outputs: "Tensor | None", trained: "Trained", inputs: "Tensor", source: str, format: str) -> str:
     import torch
 
-    if found is None:
-        return f"not compared with the model: that needs onnxruntime; {install('dlopt[export]')}"
+    if outputs is None:
+        return f"not verified: requires onnxruntime; {install('dlopt[export]')}"
     with torch.inference_mode():
         expected = trained.module(trained.normalize(inputs))
-    error = (found - expected).abs().max().item()
-    if not error <= _TOLERANCE * max(expected.abs().max().item(), 1.0):
-        raise RunError(f"format={form}: the file's outputs differ from the model's by {error:.2g}; nothing was written")
-    return f"equal to the model within {error:.1g} on {source}"
+    error = (outputs - expected).abs().max().item()
+    if not error <= _TOLERANCE * max(expected.abs().max().item(), 1.0):  # also for a NaN
+        raise RunError(f"format={format}: outputs differ from the model's by {error:.2g}; nothing was written")
+    return f"verified: outputs match the model's within {error:.1g} on {source}"
 
 
 # -- the file formats
 
 
 def _deployed(trained: "Trained") -> "nn.Module":
-    """Images [B, *window] with values 0..255 (or vectors, as in the data) -> outputs [B, K] of the model."""
+    """Returns the model with its normalization: images [B, *window] of 0..255 (or vectors) -> outputs [B, K]."""
     from torch import nn
 
     class Deployed(nn.Module):
@@ -165,64 +168,64 @@ def _deployed(trained: "Trained") -> "nn.Module":
     return Deployed().eval()
 
 
-def write(form: str, trained: "Trained", inputs: "Tensor", metadata: Mapping[str, Any], path: Path) -> None:
-    """Writes the model for inputs of the type and shape of `inputs` [B, *window] and any batch size.
+def write(format: str, trained: "Trained", inputs: "Tensor", metadata: Mapping[str, Any], path: Path) -> None:
+    """Exports the model for inputs like `inputs` [B, *window], with a dynamic batch size.
 
-    Raises `RunError` when torch cannot bring this model into the format.
+    Raises `RunError` if torch cannot convert the model.
     """
     import torch
 
     module = _deployed(trained)
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
-    if form == "safetensors":
-        from safetensors.torch import save  # which takes no two names of one memory
+    if format == "safetensors":
+        from safetensors.torch import save
 
+        # Clones, because safetensors refuses tensors that share memory.
         path.write_bytes(save({name: value.clone().contiguous() for name, value in module.state_dict().items()}, texts))
         return
     batch = {"images": {0: torch.export.Dim("batch")}}
     try:
         with _quiet(), torch.no_grad():
-            if form == "torch_export":
+            if format == "torch_export":
                 program = torch.export.export(module, (inputs,), dynamic_shapes=batch)
                 torch.export.save(program, path, extra_files={"metadata.json": json.dumps(dict(metadata))})
             else:
                 _write_onnx(module, inputs, batch, texts, path)
     except OSError:
         raise
-    except Exception as error:  # torch's tracing raises whatever the model's code makes it raise
+    except Exception as error:  # tracing runs the model's code, which may raise anything
         lines = str(error).strip().splitlines() or [""]
-        raise RunError(f"format={form}: torch cannot convert this model: {type(error).__name__}: {lines[0]}") from error
+        reason = f"{type(error).__name__}: {lines[0]}"
+        raise RunError(f"format={format}: torch cannot convert this model: {reason}") from error
 
 
-def read(form: str, path: Path, trained: "Trained", inputs: "Tensor") -> "Tensor | None":
-    """What the written file makes of `inputs`; None where what is needed to run it is not installed.
+def read(format: str, path: Path, trained: "Trained", inputs: "Tensor") -> "Tensor | None":
+    """Runs the exported file on `inputs`; returns None if its runtime is not installed.
 
-    Raises `RunError` when the file does not take them: torch may bind a model to the batch that it was traced with.
+    Raises `RunError` if the file does not accept them: torch may specialize a model to the traced batch size.
     """
     try:
-        return _read(form, path, trained, inputs)
-    except Exception as error:  # of another tool's reader
+        return _read(format, path, trained, inputs)
+    except Exception as error:  # any error of the other tool
         reason = " ".join(str(error).split())[:200]
-        raise RunError(
-            f"format={form}: the file written by torch does not take {len(inputs)} inputs: {reason}"
-        ) from error
+        raise RunError(f"format={format}: the exported file does not accept {len(inputs)} inputs: {reason}") from error
 
 
-def _read(form: str, path: Path, trained: "Trained", inputs: "Tensor") -> "Tensor | None":
+def _read(format: str, path: Path, trained: "Trained", inputs: "Tensor") -> "Tensor | None":
     import torch
 
-    if form == "safetensors":
+    if format == "safetensors":
         from safetensors.torch import load_file
 
         module = copy.deepcopy(_deployed(trained))
         module.load_state_dict({name: torch.zeros_like(value) for name, value in module.state_dict().items()})
         module.load_state_dict(load_file(path))
         with torch.inference_mode():
-            found: Tensor = module(inputs)
-        return found
-    if form == "torch_export":
+            outputs: Tensor = module(inputs)
+        return outputs
+    if format == "torch_export":
         with _quiet(), torch.inference_mode():
-            outputs: Tensor = torch.export.load(path).module()(inputs)
+            outputs = torch.export.load(path).module()(inputs)
         return outputs
     if find_spec("onnxruntime") is None:
         return None
@@ -254,7 +257,7 @@ def _write_onnx(module: "nn.Module", inputs: "Tensor", batch: Any, texts: Mappin
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what torch's exporters print and warn about on the way: of no use to who has not written the model."""
+    """Hides the output and the warnings of torch's exporters, which do not concern the user of a model."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

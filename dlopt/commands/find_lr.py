@@ -1,4 +1,4 @@
-"""`dlopt find-lr`: a learning-rate range test, its picture, and what it suggests."""
+"""`dlopt find-lr`: runs a learning-rate range test, plots it and suggests learning rates."""
 
 import json
 import os
@@ -17,65 +17,71 @@ if TYPE_CHECKING:
     from dlopt.config.experiment import Experiment
 
 USAGE = """\
-dlopt find-lr [group=choice] [key=value]: trains while the learning rate grows, and suggests one
+Run a learning-rate range test
 
+Usage: dlopt find-lr [group=choice] [key=value]
+
+Examples:
   dlopt find-lr
   dlopt find-lr model=mlp optimizer=adamw updates=200 max_lr=1
-  dlopt train optimizer.lr=auto                  finds one (the steepest slope) and trains with it
+  dlopt train optimizer.lr=auto     # run the test, then train with the suggestion "steepest"
 
-The rate grows from update to update until the loss diverges. Two suggestions: where the smoothed loss falls fastest,
-and the middle of its longest descent (valley), which is more cautious. Schedule and warmup are left out; the model is
-thrown away. Besides the keys of `dlopt train` (which see):
-  min_lr=X, max_lr=X   first and last rate (1e-6, 10)
-  updates=N            of the whole test (100)
-  smoothing=X          weight of the past in the smoothed loss (0.9)
-  diverge=X            the test ends at so many times the lowest smoothed loss (4)
-  output=DIR           folder of find_lr.png, .svg and .json (outputs/find-lr/<date>_<time>)
+Increases the learning rate exponentially with every update until the loss diverges, without schedule and warmup, and
+discards the model. Suggests two rates: at the steepest slope of the smoothed loss, and, more cautiously, in the middle
+of its longest descent (valley).
+
+  min_lr=X        first learning rate (default: 1e-6)
+  max_lr=X        last learning rate (default: 10)
+  updates=N       number of updates (default: 100)
+  smoothing=X     exponential smoothing factor of the loss (default: 0.9)
+  diverge=X       stop when the smoothed loss exceeds X times its minimum (default: 4)
+  output=DIR      folder of find_lr.png, .svg and .json (default: outputs/find-lr/DATE_TIME)
+  and the keys of `dlopt train`
 """
 
 
-@on_experiment(USAGE, several="one learning rate is looked for at a time", one=True)
+@on_experiment(USAGE, several="find-lr runs one test at a time", one=True)
 def find_lr(line: Line, *, output: str | None = None) -> int:
-    """Finds, prints and draws. Raises `UserError`."""
+    """Runs the test, prints the suggestions and saves the plot. Raises `UserError`."""
     from dlopt.analysis.lr_range import RangeTest, check, trial, write
 
-    own, line = line.take(RangeTest)
-    keys = RangeTest(**own)
-    check(keys)
+    arguments, line = line.take(RangeTest)
+    range_test = RangeTest(**arguments)
+    check(range_test)
     experiment, _ = line.experiment()
-    trial(experiment, keys)  # whether the optimizer has a learning rate
+    trial(experiment, range_test)  # refuses optimizers without a learning rate
     if experiment.settings.resume is not None:
-        raise UserError(f"resume={experiment.settings.resume}: the test begins with fresh weights, or init_from=PATH")
-    found = _found(experiment, keys)
-    if found is None:
-        return DONE  # another rank tells
+        raise UserError(f"resume={experiment.settings.resume}: not supported; use init_from=PATH to start from weights")
+    result = _run(experiment, range_test)
+    if result is None:  # rank > 0: rank 0 reports
+        return DONE
     folder = output_folder(output, "find-lr")
-    typed = " ".join(line.fixed()) or "the default experiment"
     with writing(folder):
-        paths = write(found, folder, f"Learning-rate range test: {typed}")
-    _tell(found)
+        overrides = " ".join(line.fixed()) or "default experiment"
+        paths = write(result, folder, f"Learning-rate range test: {overrides}")
+    _print(result)
     for path in paths:
         print(short_path(path))
     return DONE
 
 
-def _found(experiment: "Experiment", keys: "RangeTest") -> "LearningRates | None":
-    """The result of the main rank; None in others, where a launcher started them."""
+def _run(experiment: "Experiment", range_test: "RangeTest") -> "LearningRates | None":
+    """Runs the test here or in child processes; returns None on ranks > 0 of a launcher."""
     from dlopt.analysis.lr_range import test_range
     from dlopt.parallel.launch import count_processes
     from dlopt.parallel.rendezvous import current, leave
 
     world = current()
     if world is None and count_processes(experiment.parallel.arguments, experiment.settings.device) > 1:
-        return _by_ranks(experiment, keys)
-    found = test_range(experiment, keys, Path(os.devnull))
+        return _run_ranks(experiment, range_test)
+    result = test_range(experiment, range_test, Path(os.devnull))
     if world is not None:
         leave()
-    return found if world is None or world.is_main else None
+    return result if world is None or world.is_main else None
 
 
-def _by_ranks(experiment: "Experiment", keys: "RangeTest") -> "LearningRates":
-    """The same in processes that are started here."""
+def _run_ranks(experiment: "Experiment", range_test: "RangeTest") -> "LearningRates":
+    """Starts one process per rank and returns the result of rank 0."""
     import yaml
 
     from dlopt.analysis.lr_range import LearningRates
@@ -84,28 +90,28 @@ def _by_ranks(experiment: "Experiment", keys: "RangeTest") -> "LearningRates":
     scratch = Path(tempfile.mkdtemp(prefix="dlopt-find-lr-"))
     try:
         (scratch / "config.yaml").write_text(yaml.safe_dump(dict(experiment.config), allow_unicode=True))
-        (scratch / "sweep.json").write_text(json.dumps(asdict(keys)))
+        (scratch / "sweep.json").write_text(json.dumps(asdict(range_test)))
         command = python_module("dlopt.analysis.lr_range", str(scratch))
         processes = count_processes(experiment.parallel.arguments, experiment.settings.device)
-        codes, _, asked = run_processes(command, processes, {})
-        if asked:
+        codes, _, interrupted = run_processes(command, processes, {})
+        if interrupted:
             raise KeyboardInterrupt
-        told = [json.loads(path.read_text()) for path in sorted(scratch.glob("rank-*.json"))]
+        results = [json.loads(path.read_text()) for path in sorted(scratch.glob("rank-*.json"))]
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    for each in told:
-        if "error" in each:
-            raise UserError(each["error"]) if USER_ERROR in codes else RunError(each["error"])
-    if any(codes) or not told:
-        raise RunError(f"the processes of the test ended with {', '.join(map(str, codes))}")
-    return LearningRates(**told[0])
+    for result in results:
+        if "error" in result:
+            raise UserError(result["error"]) if USER_ERROR in codes else RunError(result["error"])
+    if any(codes) or not results:
+        raise RunError(f"the processes of the test failed with exit codes {', '.join(map(str, codes))}")
+    return LearningRates(**results[0])
 
 
-def _tell(found: "LearningRates") -> None:
-    end = "the loss diverged" if found.diverged else "the loss did not diverge: max_lr may be larger"
-    print(f"{len(found.rates)} updates up to a learning rate of {found.rates[-1]:.3g}; {end}")
-    if found.valley is None or found.steepest is None:
-        print("the loss never fell: no suggestion; try other values of min_lr and max_lr, or more updates")
+def _print(result: "LearningRates") -> None:
+    end = "the loss diverged" if result.diverged else "the loss did not diverge; try a larger max_lr"
+    print(f"{len(result.rates)} updates up to a learning rate of {result.rates[-1]:.3g}; {end}")
+    if result.valley is None or result.steepest is None:
+        print("no suggestion, because the loss never decreased; try other values of min_lr and max_lr, or more updates")
     else:
-        print(f"steepest slope: optimizer.lr={found.steepest:.2g}")
-        print(f"valley: optimizer.lr={found.valley:.2g}")
+        print(f"steepest slope: optimizer.lr={result.steepest:.2g}")
+        print(f"valley: optimizer.lr={result.valley:.2g}")

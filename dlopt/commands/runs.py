@@ -23,7 +23,7 @@ from dlopt.analysis.report.reading import (
     select,
     text,
     value_of,
-    varying,
+    varying_keys,
 )
 from dlopt.errors import DONE, RunError, UserError
 from dlopt.folders import RunFolder
@@ -159,7 +159,7 @@ def _sorted(records: list[Record], key: str) -> list[Record]:
 def _columns(query: _Query, records: Sequence[Record]) -> list[str]:
     if query.columns is not None:
         return query.columns
-    keys = varying([record.config for record in records])[:_MOST_COLUMNS]
+    keys = varying_keys([record.config for record in records])[:_MOST_COLUMNS]
     keys += [each.key for each in query.conditions if each.key != "status" and each.key not in keys]
     if len({record.config.get("seed") for record in records}) > 1:
         keys.append("seed")

@@ -155,7 +155,7 @@ def prepare(config: DictConfig, overrides: Sequence[str]) -> Prepared:
     before = FolderSnapshot(wanted)
     folder, state = _find_folder(wanted, is_typed, saved)
     is_done = plain["resume"] == "auto" and folder.is_done(saved)
-    run = Run(experiment, folder.path, state, choices_of(config))
+    run = Run(experiment, folder.path, state, choices_of(config), overrides)
     return Prepared(run, folder, before, folder.config() is None, is_done)
 
 

@@ -33,7 +33,7 @@ def test_a_trained_checkpoint(tmp_path: Path) -> None:
     assert (result.code, result.err) == (0, "")
     [found] = json.loads(only(tmp_path, "outputs/diagnose/*/diagnosis.json").read_text())
     assert found["snapshots"][0]["updates"] == json.loads((tmp_path / "run" / "summary.json").read_text())["steps"]
-    assert "with checkpoint= the choices are" in refused(tmp_path, "diagnose", *typed, "model=resnet20")
+    assert "checkpoint= fixes the choices" in refused(tmp_path, "diagnose", *typed, "model=resnet20")
 
 
 def test_find_lr_suggests_and_draws(tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def test_find_lr_suggests_and_draws(tmp_path: Path) -> None:
 
 
 def test_the_help_of_find_lr_names_the_rate_that_training_takes(tmp_path: Path) -> None:
-    assert "(the steepest slope) and trains with it" in dlopt(tmp_path, "find-lr", "--help").out
+    assert 'train with the suggestion "steepest"' in dlopt(tmp_path, "find-lr", "--help").out
 
 
 def test_summary_reads_no_data_where_it_is_told_the_shape(tmp_path: Path) -> None:
@@ -59,8 +59,8 @@ def test_summary_reads_no_data_where_it_is_told_the_shape(tmp_path: Path) -> Non
 def test_what_cannot_work_is_told_in_one_line(tmp_path: Path) -> None:
     assert "updates=-1: input should be" in refused(tmp_path, "diagnose", "updates=-1")
     assert "checkpoint=none.pt" in refused(tmp_path, "diagnose", "checkpoint=none.pt")
-    assert "type checkpoint=PATH" in refused(tmp_path, "diagnose", "resume=auto")
-    assert "one process looks" in refused(tmp_path, "diagnose", "parallel=ddp", "parallel.processes=2")
+    assert "use checkpoint=PATH" in refused(tmp_path, "diagnose", "resume=auto")
+    assert "diagnose runs in one process" in refused(tmp_path, "diagnose", "parallel=ddp", "parallel.processes=2")
     assert "only `dlopt train` looks" in refused(tmp_path, "diagnose", *NET, "optimizer.lr=auto")
     assert "max_lr=0.1: it has to be above min_lr=1" in refused(tmp_path, "find-lr", "min_lr=1", "max_lr=0.1")
     assert "add classes=N" in refused(tmp_path, "summary", "input_shape=[3,8,8]")

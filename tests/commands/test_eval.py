@@ -14,7 +14,7 @@ from PIL import Image
 from sklearn import metrics
 from torch.nn import functional as F
 
-from dlopt.commands.eval import confusion_picture, confusion_table
+from dlopt.commands.eval import plot_confusion, confusion_table
 from dlopt.config.parsing import parse
 from dlopt.training.build import build_workload
 from dlopt.training.checkpoint import load
@@ -252,7 +252,7 @@ def test_picture_of_a_confusion_matrix(count: int) -> None:
     names = [f"$class_{i}" for i in range(count)]  # no formulas
     confusion = torch.eye(count, dtype=torch.int64) * 5
     confusion[0, 0] = 0  # a class without samples
-    figure = confusion_picture(confusion, names, "title")
+    figure = plot_confusion(confusion, names, "title")
     axes = figure.axes[0]
     np.testing.assert_array_equal(axes.images[0].get_array(), confusion / 5)
     assert len(axes.texts) == (count - 1 if count <= 20 else 0)  # of zeros none is written

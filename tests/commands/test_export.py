@@ -101,7 +101,7 @@ def test_a_file_that_computes_something_else_is_not_left(run: Path) -> None:
     assert result.code == 1 and "differ from the model's" in result.err
     with mock.patch.object(export, "_read", side_effect=RuntimeError("Got: 16 Expected: 2")):
         result = dlopt(run, *line)
-    assert result.code == 1 and "does not take 16 inputs: Got: 16 Expected: 2" in result.err
+    assert result.code == 1 and "does not accept 16 inputs: Got: 16 Expected: 2" in result.err
     assert entries(run) == before
 
 

@@ -55,7 +55,7 @@ def test_a_table_a_page_and_pictures(runs: Path) -> None:
         ("", "a folder of runs is needed"),
         ("nowhere", "nowhere: no such folder"),
         ("night --wach", "--wach: unknown flag"),
-        ("night by=test_loss", "by=test_loss: ranked by a test metric"),
+        ("night by=test_loss", "by=test_loss: ranking by a test metric"),
         ("night by=speed", "by=speed: the runs have no such metric; allowed: "),
         ("night top=0", "top=0: "),
         ("night target=high", "target=high: "),

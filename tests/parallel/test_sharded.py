@@ -20,7 +20,7 @@ from dlopt.training import sharded
 from dlopt.training.checkpoint import Checkpoints, load
 from dlopt.training.trainer import Run, train
 from tests.commands.line import dlopt, refused
-from tests.parallel.equality import MLP, figures
+from tests.parallel.equality import MLP, metric_values
 from tests.parallel.ranks import ROOT, run_ranks
 from tests.training.runs import at_update, experiment, metrics, result, same, start, terminate, timeless
 
@@ -89,7 +89,7 @@ def ended_like(run: Path, whole: Path) -> None:
     epochs = len(metrics(run))
     start(whole, *CASE, f"epochs={epochs}")
     for a, b in zip(metrics(whole), metrics(run), strict=True):
-        assert figures(b) == pytest.approx(figures(a), rel=1e-9)
+        assert metric_values(b) == pytest.approx(metric_values(a), rel=1e-9)
     one, other = (load(folder / "checkpoints/last.pt") for folder in (whole, run))
     for part in ("model", "ema"):
         for name, value in one[part].items():
@@ -166,7 +166,7 @@ def test_killed_while_it_saves_all_the_time(tmp_path: Path, how: str) -> None:
 
 def step_of(folder: Path) -> int | None:
     """Of the newest checkpoint, if it is there."""
-    raw = sharded.opened(folder / "checkpoints/last.pt")
+    raw = sharded.load_without_shards(folder / "checkpoints/last.pt")
     return raw["progress"]["step"] if raw else None
 
 
@@ -189,8 +189,10 @@ def test_commands_read_shards_and_make_one_file(finished: Path, tmp_path: Path) 
     assert figures_told[0] == figures_told[1]
     shutil.rmtree(tmp_path / "run/checkpoints/shards")
     assert dlopt(tmp_path, "eval", f"checkpoint={whole}", "device=cpu").code == 0
-    assert "its shards are missing" in refused(tmp_path, "eval", f"checkpoint={best}", "device=cpu")
-    assert "its shards are missing" in refused(tmp_path, "consolidate", "checkpoint=run/checkpoints/last.pt")
+    assert "the folder of its shards is missing" in refused(tmp_path, "eval", f"checkpoint={best}", "device=cpu")
+    assert "the folder of its shards is missing" in refused(
+        tmp_path, "consolidate", "checkpoint=run/checkpoints/last.pt"
+    )
 
 
 @pytest.mark.parametrize(
@@ -198,8 +200,8 @@ def test_commands_read_shards_and_make_one_file(finished: Path, tmp_path: Path) 
     [
         ([], "checkpoint: a path is needed: dlopt consolidate checkpoint="),
         (["checkpoint=nothing.pt"], "checkpoint=nothing.pt: no such file"),
-        (["checkpoint=."], "checkpoint=.: there is neither best.pt nor last.pt in this folder"),
-        (["checkpoint=one"], "checkpoint=one/checkpoints/best.pt: this is one file already"),
+        (["checkpoint=."], "checkpoint=.: this folder contains neither best.pt nor last.pt"),
+        (["checkpoint=one"], "checkpoint=one/checkpoints/best.pt: is not sharded"),
         (["checkpoint=sharded", "output=sharded"], "output=sharded: is a folder; must be a file"),
         (
             ["checkpoint=sharded", "output=sharded/checkpoints/best.pt"],
