@@ -1,4 +1,4 @@
-"""Augmentation of whole batches on the training device: `Pipeline` and its operations."""
+"""Batch augmentation on the training device: `Pipeline` and its operations."""
 
 from dlopt.augment.choice import RandAugment, RandomMix, TrivialAugment
 from dlopt.augment.colour import Brightness, Contrast, PCAColour, Saturation

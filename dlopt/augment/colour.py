@@ -1,6 +1,6 @@
-"""Colour operations that are affine in the channels: a pipeline's neighbours become one transform per sample.
+"""Colour operations that are affine in the channels. Adjacent ones in a pipeline are composed to one transform.
 
-Values are 0..255 and are clamped to that range once, after the composed transform.
+Values are in 0..255 and are clamped once, after the composed transform.
 """
 
 import functools
@@ -17,17 +17,17 @@ from dlopt.ranges import NonNegative, Probability
 
 @dataclass
 class Colour(PixelStep):
-    """x -> matrix x + mean m + offset for each pixel's channels x, with m the image's mean of x.
+    """Maps the channels x of each pixel to matrix x + mean m + offset, where m is the mean of x over the image.
 
-    `matrix` and `mean` are [n, C, C], `offset` is [n, C, 1]. With `mean` a contrast needs no second look at the
-    image after what ran before it: m is known to follow the same transform.
+    `matrix` and `mean` are [n, C, C], `offset` is [n, C, 1]. The term `mean` makes contrast composable: m follows the
+    preceding transform, so the image's mean need not be computed again.
     """
 
     matrix: Tensor
     mean: Tensor | None = None
     offset: Tensor | None = None
 
-    def only(self, mask: Tensor) -> Self:
+    def masked(self, mask: Tensor) -> Self:
         mask = mask[:, None, None]
         identity = torch.eye(self.matrix.shape[-1], device=self.matrix.device)
         return replace(
@@ -37,23 +37,24 @@ class Colour(PixelStep):
             offset=None if self.offset is None else self.offset * mask,
         )
 
-    def then(self, other: "Colour") -> "Colour":
-        """This transform and then the other one."""
-        mean = None if self.mean is None else _product(other.matrix, self.mean)
-        offset = None if self.offset is None else _product(other.matrix, self.offset)
-        if other.mean is not None:
+    def compose(self, second: "Colour") -> "Colour":
+        """Returns the transform that applies this one, then `second`."""
+        mean = None if self.mean is None else _product(second.matrix, self.mean)
+        offset = None if self.offset is None else _product(second.matrix, self.offset)
+        if second.mean is not None:
+            # The mean after this transform is (matrix + mean) m + offset.
             of_mean = self.matrix if self.mean is None else self.matrix + self.mean
-            mean = _sum(mean, _product(other.mean, of_mean))
+            mean = _sum(mean, _product(second.mean, of_mean))
             if self.offset is not None:
-                offset = _sum(offset, _product(other.mean, self.offset))
-        return Colour(_product(other.matrix, self.matrix), mean, _sum(offset, other.offset))
+                offset = _sum(offset, _product(second.mean, self.offset))
+        return Colour(_product(second.matrix, self.matrix), mean, _sum(offset, second.offset))
 
     def apply(self, images: Tensor) -> Tensor:
         flat = images.flatten(2)
         offset = self.offset
         if self.mean is not None:
             offset = _sum(offset, _product(self.mean, flat.mean(2, keepdim=True)))
-        # sums of products: a batched matrix product would be taken in TF32 or bf16 where the run computes in these
+        # Elementwise sums of products: a batched matrix product would run in the training's TF32 or bf16.
         out = self.matrix[:, :, :1] * flat[:, :1]
         for c in range(1, flat.shape[1]):
             out.addcmul_(self.matrix[:, :, c : c + 1], flat[:, c : c + 1])
@@ -63,10 +64,10 @@ class Colour(PixelStep):
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b for batches of small matrices [n, i, j] and [n, j, k], float32."""
-    if a.device.type == "mps":  # has no float64
+    """Returns a @ b for batches of small matrices [n, i, j] and [n, j, k], float32."""
+    if a.device.type == "mps":  # no float64
         return (a[..., None] * b[:, None]).sum(2)
-    # float64 is what neither autocast nor TF32 touches: a value of 200 in bf16 would be off by half a level
+    # Autocast and TF32 do not apply to float64. In bf16 a value of 200 would be off by half a grey level.
     return (a.double() @ b.double()).float()
 
 
@@ -78,28 +79,29 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 @functools.cache
 def grey_weights(channels: int, device: torch.device) -> Tensor:
-    """[C]: ITU-R 601 luminance for three channels, as in torchvision; equal weights otherwise."""
+    """Returns [C]: ITU-R 601 luminance for three channels, as torchvision; else equal weights."""
     if channels == 3:
         return torch.tensor([0.2989, 0.587, 0.114], device=device)
     return torch.full((channels,), 1.0 / channels, device=device)
 
 
-class Brightness(Operation):
-    """Multiplies by 1 - limit .. 1 + limit."""
+class FactorOperation(Operation):
+    """Base of operations with a factor of 1 - limit .. 1 + limit."""
 
     def __init__(self, *, limit: Probability) -> None:
         self.limit = limit
+
+
+class Brightness(FactorOperation):
+    """Multiplies by a factor of 1 - limit .. 1 + limit."""
 
     def plan(self, draws: Draws, shape: Shape) -> list[Step]:
         factor = 1.0 + draws.symmetric(self.limit)
         return [Colour(torch.eye(shape[0], device=draws.device) * factor[:, None, None])]
 
 
-class Contrast(Operation):
-    """Spreads the values about the image's mean grey by a factor of 1 - limit .. 1 + limit."""
-
-    def __init__(self, *, limit: Probability) -> None:
-        self.limit = limit
+class Contrast(FactorOperation):
+    """Scales the distance of all values from the image's mean grey by a factor of 1 - limit .. 1 + limit."""
 
     def plan(self, draws: Draws, shape: Shape) -> list[Step]:
         factor = 1.0 + draws.symmetric(self.limit)[:, None, None]
@@ -107,11 +109,11 @@ class Contrast(Operation):
         return [Colour(torch.eye(shape[0], device=draws.device) * factor, mean=grey * (1.0 - factor))]
 
 
-class Saturation(Operation):
-    """Spreads the channels about the pixel's grey by a factor of 1 - limit .. 1 + limit; nothing on one channel."""
+class Saturation(FactorOperation):
+    """Scales the distance of the channels from the pixel's grey by a factor of 1 - limit .. 1 + limit.
 
-    def __init__(self, *, limit: Probability) -> None:
-        self.limit = limit
+    Grey images are not changed.
+    """
 
     def plan(self, draws: Draws, shape: Shape) -> list[Step]:
         factor = 1.0 + draws.symmetric(self.limit)[:, None, None]
@@ -125,33 +127,32 @@ class PCAColour(Operation):
     """Adds to each image a random multiple of the principal components of the training set's colours.
 
     The offset is sum_i p_i lambda_i a_i with a_i ~ N(0, std) per image; p_i and lambda_i are the eigenvectors and
-    eigenvalues of the covariance of pixel values (Krizhevsky et al. 2012, section 4.1). The paper gives no unit of
-    the values; it is 0..1 here, as the product of eigenvalue and value would be meaningless on 0..255.
+    eigenvalues of the covariance of pixel values (Krizhevsky et al. 2012, section 4.1). The paper does not state the
+    range of the values; it is 0..1 here, because the offsets would not make sense on 0..255.
     """
 
     def __init__(self, *, std: NonNegative, train: Samples) -> None:
         self.std = std
         values, vectors = torch.linalg.eigh(colour_statistics(train)[1])
         self.components = (vectors * values * 255.0).float()
-        """[C, C], a column per component, in 0..255."""
+        """[C, C], one column per component, in 0..255."""
 
     def plan(self, draws: Draws, shape: Shape) -> list[Step]:
         amounts = draws.normal(shape[0])[:, :, None] * self.std
         identity = torch.eye(shape[0], device=draws.device).expand(draws.total, -1, -1)
-        self.components = self.components.to(draws.device)  # once: a copy from the host makes it wait
+        self.components = self.components.to(draws.device)  # kept: a copy from the host in every step synchronizes
         return [Colour(identity, offset=_product(self.components.expand(draws.total, -1, -1), amounts))]
 
 
 def colour_statistics(train: Samples) -> tuple[Tensor, Tensor]:
-    """Mean [C] and covariance [C, C] of the pixels' channels, float64, unit 0..1, in one pass over the images.
+    """Returns mean [C] and covariance [C, C] of the pixels' channels, float64, in 0..1, in one pass over the images.
 
-    Of very many pixels (over 2^26 and over 10,000 images) an evenly spaced selection of images is taken.
+    For large datasets (over 2^26 pixels and over 10,000 images) uses an evenly spaced subset of the images.
     """
     _, height, width = image_shape(train.shape)
-    images = max(10_000, 2**26 // (height * width))
-    every = -(-len(train) // images)
+    stride = -(-len(train) // max(10_000, 2**26 // (height * width)))
     count, total, outer = 0, torch.zeros(()), torch.zeros(())
-    for indices in torch.arange(0, len(train), every).split(512):
+    for indices in torch.arange(0, len(train), stride).split(512):
         pixels = train.fetch(indices).cpu().transpose(0, 1).flatten(1).double() / 255.0
         count += pixels.shape[1]
         total = total + pixels.sum(1)

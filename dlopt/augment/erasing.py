@@ -1,4 +1,4 @@
-"""Erased boxes."""
+"""Random erasing: boxes filled with a colour or noise."""
 
 from dataclasses import dataclass, replace
 from typing import Literal, Self
@@ -7,48 +7,60 @@ import torch
 from torch import Tensor
 
 from dlopt.augment.colour import colour_statistics
-from dlopt.augment.operation import Draws, Operation, PixelStep, Shape, Step, image_shape
+from dlopt.augment.operation import (
+    Draws,
+    Operation,
+    PixelStep,
+    Shape,
+    Step,
+    check_intervals,
+    first_fitting,
+    image_shape,
+)
 from dlopt.data.samples import Samples
-from dlopt.errors import UserError
 from dlopt.ranges import Positive, PositiveFraction, Probability
 
 
 @dataclass
 class _Erase(PixelStep):
     mask: Tensor  # [n] bool
-    x: Tensor  # [n] centre, a share of the width
-    y: Tensor  # [n]
-    size: float  # side, a share of the short side
+    x: Tensor  # [n] centre, as a fraction of the width
+    y: Tensor  # [n] centre, as a fraction of the height
+    size: float  # side, as a fraction of the short side
     colour: Tensor  # [C], 0..255
 
     phase = 2
     keeps_dtype = True
 
-    def take(self, part: slice) -> Self:
-        return replace(self, mask=self.mask[part], x=self.x[part], y=self.y[part])
+    def shard(self, shard: slice) -> Self:
+        return replace(self, mask=self.mask[shard], x=self.x[shard], y=self.y[shard])
 
-    def only(self, mask: Tensor) -> Self:
+    def masked(self, mask: Tensor) -> Self:
         return replace(self, mask=self.mask & mask)
 
     def apply(self, images: Tensor) -> Tensor:
         height, width = images.shape[2:]
         side = round(self.size * min(height, width))
-        box = inside(self.x, side, width)[:, None, :] & inside(self.y, side, height)[:, :, None]
+        box = centred_interval(self.x, side, width)[:, None, :] & centred_interval(self.y, side, height)[:, :, None]
         colour = (self.colour if images.is_floating_point() else self.colour.round()).to(images.dtype)
         return torch.where((box & self.mask[:, None, None])[:, None], colour[:, None, None], images)
 
 
-def inside(centre: Tensor, side: Tensor | int, length: int) -> Tensor:
-    """[n, length]: the pixels within a box of `side` (whole) pixels about that in which `centre` [n], 0..1, falls."""
-    start = (centre * length).floor() - side // 2
-    pixels = torch.arange(length, device=centre.device)
-    return (pixels >= start[:, None]) & (pixels < (start + side)[:, None])
+def centred_interval(centre: Tensor, length: Tensor | int, pixels: int) -> Tensor:
+    """Returns bool [n, pixels]: the `length` pixels around the one at `centre` [n], in 0..1."""
+    return _interval((centre * pixels).floor() - length // 2, length, pixels)
+
+
+def _interval(start: Tensor, length: Tensor | int, pixels: int) -> Tensor:
+    """Returns bool [n, pixels]: pixels in [start, start + length)."""
+    index = torch.arange(pixels, device=start.device)
+    return (index >= start[:, None]) & (index < (start + length)[:, None])
 
 
 class Erase(Operation):
-    """Cutout: with probability `p` erases a square about a random pixel, cut off at the image's edges.
+    """Cutout: with probability `p` erases a square around a random pixel, clipped at the image's edges.
 
-    `size` is its side in shares of the short side: 0.5 is the 16 of 32 pixels of DeVries & Taylor 2017 on CIFAR-10.
+    `size` is its side as a fraction of the short side: 0.5 is 16 of 32 pixels, as DeVries & Taylor 2017 on CIFAR-10.
     `fill=mean` is the training set's mean colour (the paper's zero after standardization), `zero` is black.
     """
 
@@ -60,14 +72,14 @@ class Erase(Operation):
         self.colour = _colour(fill, train)
 
     def plan(self, draws: Draws, shape: Shape) -> list[Step]:
-        self.colour = self.colour.to(draws.device)  # once: a copy from the host makes it wait
+        self.colour = self.colour.to(draws.device)  # kept: a copy from the host in every step synchronizes
         return [_Erase(draws.chance(self.p), draws.position(), draws.position(), self.size, self.colour)]
 
 
 @dataclass
 class _EraseBox(PixelStep):
     mask: Tensor  # [n] bool
-    left: Tensor  # [n] pixels, whole
+    left: Tensor  # [n] whole pixels
     top: Tensor  # [n]
     width: Tensor  # [n]
     height: Tensor  # [n]
@@ -76,29 +88,23 @@ class _EraseBox(PixelStep):
     phase = 2
     keeps_dtype = True
 
-    def only(self, mask: Tensor) -> Self:
+    def masked(self, mask: Tensor) -> Self:
         return replace(self, mask=self.mask & mask)
 
     def apply(self, images: Tensor) -> Tensor:
-        rows = _between(self.top, self.height, images.shape[2])
-        columns = _between(self.left, self.width, images.shape[3])
+        rows = _interval(self.top, self.height, images.shape[2])
+        columns = _interval(self.left, self.width, images.shape[3])
         box = rows[:, :, None] & columns[:, None, :] & self.mask[:, None, None]
         fill = self.fill if images.is_floating_point() else self.fill.round()
         return torch.where(box[:, None], fill.to(images.dtype), images)
 
 
-def _between(start: Tensor, length: Tensor, pixels: int) -> Tensor:
-    """[n, pixels]"""
-    each = torch.arange(pixels, device=start.device)
-    return (each >= start[:, None]) & (each < (start + length)[:, None])
-
-
 class RandomErase(Operation):
     """Random erasing (Zhong et al. 2020, algorithm 1): with probability `p` erases a box within the image.
 
-    Its area is uniform in `area`, a share of the image's, and its ratio of height to width uniform in `ratio`. The
-    first of ten drawn boxes that fits is taken; where none does the image stays whole. `fill`: the training set's mean
-    colour, zero (black), or a random value for each pixel of each channel.
+    Its area, as a fraction of the image, is uniform in `area`, and its ratio of height to width uniform in `ratio`.
+    Uses the first of ten random boxes that fits; if none fits, erases nothing. `fill`: the training set's mean colour,
+    zero (black), or a random value for each pixel of each channel.
     """
 
     _TRIALS = 10
@@ -112,9 +118,7 @@ class RandomErase(Operation):
         fill: Literal["zero", "mean", "random"],
         train: Samples,
     ) -> None:
-        for name, (low, high) in {"area": area, "ratio": ratio}.items():
-            if low > high:
-                raise UserError(f"{name}=[{low:g},{high:g}]: has to rise")
+        check_intervals(area=area, ratio=ratio)
         self.p = p
         self.area = area
         self.ratio = ratio
@@ -126,15 +130,13 @@ class RandomErase(Operation):
         ratio = draws.uniform(*self.ratio, self._TRIALS)
         h, w = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
         fits = (h > 0) & (h < height) & (w > 0) & (w < width)
-        first = fits.int().argmax(1, keepdim=True)
-        h, w = h.gather(1, first)[:, 0], w.gather(1, first)[:, 0]
+        h, w = first_fitting(fits, h, w)
         left = (draws.position() * (width - w + 1)).floor()
         top = (draws.position() * (height - h + 1)).floor()
         mask = draws.chance(self.p) & fits.any(1)
         if self.colour is None:
-            fill = (
-                torch.rand(draws.total, channels, height, width, generator=draws.generator, device=draws.device) * 255
-            )
+            noise_shape = (draws.total, channels, height, width)
+            fill = torch.rand(noise_shape, generator=draws.generator, device=draws.device) * 255
         else:
             self.colour = self.colour.to(draws.device)
             fill = self.colour[None, :, None, None].expand(draws.total, -1, -1, -1)
@@ -142,7 +144,7 @@ class RandomErase(Operation):
 
 
 def _colour(fill: Literal["zero", "mean"], train: Samples) -> Tensor:
-    """[C], 0..255."""
+    """Returns [C], 0..255."""
     if fill == "mean":
         return 255.0 * colour_statistics(train)[0].float()
     return torch.zeros(image_shape(train.shape)[0])

@@ -1,4 +1,4 @@
-"""Geometric operations: each draws a map from output pixels to input pixels; coordinates as in `dlopt.augment.warp`."""
+"""Geometric operations: each draws maps from output to input pixels. Coordinates as in `dlopt.augment.warp`."""
 
 import math
 from typing import Annotated, Literal
@@ -7,7 +7,7 @@ import torch
 from annotated_types import Ge, Interval
 from torch import Tensor
 
-from dlopt.augment.operation import Draws, Operation, Shape, Step
+from dlopt.augment.operation import Draws, Operation, Shape, Step, check_intervals, first_fitting
 from dlopt.augment.warp import Affine, Radial
 from dlopt.errors import UserError
 from dlopt.ranges import Count, Natural, NonNegative, Positive, PositiveFraction, Probability
@@ -17,7 +17,7 @@ Degrees = Annotated[float, Interval(ge=0, le=180)]
 
 
 class HorizontalFlip(Operation):
-    """Mirrors left and right with probability `p`."""
+    """Flips left and right with probability `p`."""
 
     def __init__(self, *, p: Probability) -> None:
         self.p = p
@@ -27,21 +27,21 @@ class HorizontalFlip(Operation):
 
 
 class AlternatingFlip(Operation):
-    """Mirrors each image in every other epoch: half of them in even epochs, the other half in odd ones.
+    """Flips each image in every other epoch: half of the images in even epochs, the other half in odd ones.
 
-    Two successive epochs thus show every image once in each orientation (Jordan 2024, "94% on CIFAR-10 in 3.29
-    seconds on a single GPU", section 3.6): image i is mirrored in epoch e where hash(i) + e is even.
+    Two successive epochs therefore show every image in both orientations (Jordan 2024, "94% on CIFAR-10 in 3.29 seconds
+    on a single GPU", section 3.6). Image i is flipped in epoch e if hash(i) + e is even.
     """
 
     def plan(self, draws: Draws, shape: Shape) -> list[Step]:
         if draws.indices is None or draws.epoch is None:
             raise ValueError("AlternatingFlip needs the samples' indices and the epoch")
-        mirrored = (_hash(draws.indices) + draws.epoch) % 2 == 0
-        return [Affine(shape[1:], xx=1.0 - 2.0 * mirrored, exact=True)]
+        flipped = (_hash(draws.indices) + draws.epoch) % 2 == 0
+        return [Affine(shape[1:], xx=1.0 - 2.0 * flipped, exact=True)]
 
 
 def _hash(numbers: Tensor) -> Tensor:
-    """Well mixed 32 bits of whole numbers (the finalizer of MurmurHash3)."""
+    """Hashes integers to 32 bits (the finalizer of MurmurHash3)."""
     mask = 0xFFFFFFFF
     numbers = (numbers + 1) * 0x9E3779B1 & mask
     numbers = (numbers ^ numbers >> 16) * 0x85EBCA6B & mask
@@ -50,10 +50,7 @@ def _hash(numbers: Tensor) -> Tensor:
 
 
 class PadCrop(Operation):
-    """Pads by `padding` pixels on each side and cuts out a random window of the original size.
-
-    What lies outside the image is the pipeline's `border`.
-    """
+    """Pads by `padding` pixels on each side (pipeline key `border`) and crops a random window of the input size."""
 
     def __init__(self, *, padding: Natural) -> None:
         self.padding = padding
@@ -63,31 +60,32 @@ class PadCrop(Operation):
         return [Affine(shape[1:], dx=x.float(), dy=y.float(), exact=True)]
 
 
-class TranslateX(Operation):
-    """Moves sideways by up to `limit` times the width."""
-
+class _Translate(Operation):
     def __init__(self, *, limit: NonNegative) -> None:
         self.limit = limit
+
+
+class TranslateX(_Translate):
+    """Translates horizontally by up to `limit` times the width."""
 
     def plan(self, draws: Draws, shape: Shape) -> list[Step]:
         return [Affine(shape[1:], dx=-draws.symmetric(self.limit * shape[2]))]
 
 
-class TranslateY(Operation):
-    """Moves up or down by up to `limit` times the height."""
-
-    def __init__(self, *, limit: NonNegative) -> None:
-        self.limit = limit
+class TranslateY(_Translate):
+    """Translates vertically by up to `limit` times the height."""
 
     def plan(self, draws: Draws, shape: Shape) -> list[Step]:
         return [Affine(shape[1:], dy=-draws.symmetric(self.limit * shape[1]))]
 
 
-class Scale(Operation):
-    """Enlarges or reduces about the centre by up to `factor`; the factor's logarithm is uniform."""
-
+class _Stretch(Operation):
     def __init__(self, *, factor: Factor) -> None:
         self.log = math.log(factor)
+
+
+class Scale(_Stretch):
+    """Scales about the centre by 1/factor to factor, log-uniform."""
 
     def plan(self, draws: Draws, shape: Shape) -> list[Step]:
         inverse = (-draws.symmetric(self.log)).exp()
@@ -95,7 +93,7 @@ class Scale(Operation):
 
 
 class Rotate(Operation):
-    """Turns about the centre by up to `degrees` to either side."""
+    """Rotates about the centre by -degrees to degrees."""
 
     def __init__(self, *, degrees: Degrees) -> None:
         self.radians = math.radians(degrees)
@@ -106,35 +104,30 @@ class Rotate(Operation):
         return [Affine(shape[1:], xx=cosine, xy=sine, yx=-sine, yy=cosine)]
 
 
-class Stretch(Operation):
-    """Widens by f and lowers by f, or the reverse, keeping the area: 1/factor <= f <= factor, its logarithm uniform."""
-
-    def __init__(self, *, factor: Factor) -> None:
-        self.log = math.log(factor)
+class Stretch(_Stretch):
+    """Scales the width by f and the height by 1/f, keeping the area; f is log-uniform from 1/factor to factor."""
 
     def plan(self, draws: Draws, shape: Shape) -> list[Step]:
         log = draws.symmetric(self.log)
         return [Affine(shape[1:], xx=(-log).exp(), yy=log.exp())]
 
 
-class ShearX(Operation):
-    """Moves rows sideways by up to `limit` pixels per pixel of height; the row that stays is the middle or the top."""
-
+class _Shear(Operation):
     def __init__(self, *, limit: NonNegative, about: Literal["centre", "corner"]) -> None:
         self.limit = limit
         self.about = about
+
+
+class ShearX(_Shear):
+    """Shifts rows horizontally by up to `limit` pixels per pixel of height; the middle or top row stays fixed."""
 
     def plan(self, draws: Draws, shape: Shape) -> list[Step]:
         slope = draws.symmetric(self.limit)
         return [Affine(shape[1:], xy=slope, dx=slope * (shape[1] / 2) if self.about == "corner" else 0.0)]
 
 
-class ShearY(Operation):
-    """Moves columns up or down by up to `limit` pixels per pixel of width; the middle or the left column stays."""
-
-    def __init__(self, *, limit: NonNegative, about: Literal["centre", "corner"]) -> None:
-        self.limit = limit
-        self.about = about
+class ShearY(_Shear):
+    """Shifts columns vertically by up to `limit` pixels per pixel of width; the middle or left column stays fixed."""
 
     def plan(self, draws: Draws, shape: Shape) -> list[Step]:
         slope = draws.symmetric(self.limit)
@@ -144,7 +137,7 @@ class ShearY(Operation):
 class Lens(Operation):
     """Barrel (positive) and pincushion (negative) distortion.
 
-    An output pixel at the radius r from the centre (half diagonal = 1) shows the input at r * (1 + k r^2), with k
+    An output pixel at radius r from the centre (half diagonal = 1) shows the input pixel at r * (1 + k r^2), with k
     uniform in -limit..limit: the first term of Brown's model (Brown 1966, "Decentering distortion of lenses").
     """
 
@@ -156,7 +149,7 @@ class Lens(Operation):
 
 
 class RandomScaleCrop(Operation):
-    """Brings the short side to a random length from `short_side` and cuts out a random square of `size` pixels.
+    """Resizes the short side to a random length in `short_side` and crops a random square of `size` pixels.
 
     The training augmentation of VGG and ResNet (Simonyan & Zisserman 2015; He et al. 2016).
     """
@@ -164,7 +157,7 @@ class RandomScaleCrop(Operation):
     def __init__(self, *, short_side: tuple[Count, Count], size: Count) -> None:
         if not size <= short_side[0] <= short_side[1]:
             raise UserError(
-                f"short_side=[{short_side[0]},{short_side[1]}]: has to rise, and to begin at size={size} or above"
+                f"short_side=[{short_side[0]},{short_side[1]}]: must be increasing and not below size={size}"
             )
         self.short_side = short_side
         self.size = size
@@ -179,24 +172,23 @@ class RandomScaleCrop(Operation):
         return [Affine(self.output_shape(shape)[1:], xx=xx, dx=x, yy=yy, dy=y, shrink=shrink)]
 
     def _axis(self, draws: Draws, scale: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        scaled = (length * scale + 1e-3).floor()
+        """Returns (scale, shift) of the map along one axis."""
+        scaled = (length * scale + 1e-3).floor()  # pixels; without the 1e-3, rounding could lose one
         start = (draws.position() * (scaled - self.size + 1)).floor()
         return length / scaled, (start + self.size / 2 - scaled / 2) * (length / scaled)
 
 
 class RandomResizedCrop(Operation):
-    """Brings a random part of the image to `size` x `size` pixels (null: to the image's own size).
+    """Resizes a random crop of the image to `size` x `size` pixels (null: to the image's size).
 
-    The part has a share of the area in `scale` and a ratio of width to height in `ratio`, its logarithm uniform
-    (Szegedy et al. 2015). As in torchvision the first of ten drawn parts that fits is taken, else the central one.
+    The crop has a fraction of the area uniform in `scale`, and a ratio of width to height log-uniform in `ratio`
+    (Szegedy et al. 2015). As torchvision, uses the first of ten random crops that fits, else a central crop.
     """
 
     def __init__(
         self, *, size: Count | None, scale: tuple[PositiveFraction, PositiveFraction], ratio: tuple[Positive, Positive]
     ) -> None:
-        for name, (low, high) in {"scale": scale, "ratio": ratio}.items():
-            if low > high:
-                raise UserError(f"{name}=[{low:g},{high:g}]: has to rise")
+        check_intervals(scale=scale, ratio=ratio)
         self.size = size
         self.scale = scale
         self.ratio = ratio
@@ -210,11 +202,11 @@ class RandomResizedCrop(Operation):
         ratio = draws.uniform(math.log(self.ratio[0]), math.log(self.ratio[1]), 10).exp()
         w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
         fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
-        first = fits.int().argmax(1, keepdim=True)
+        w, h = first_fitting(fits, w, h)
         bounded = min(max(width / height, self.ratio[0]), self.ratio[1])
         any_fits = fits.any(1)
-        w = torch.where(any_fits, w.gather(1, first)[:, 0], min(width, round(height * bounded)))
-        h = torch.where(any_fits, h.gather(1, first)[:, 0], min(height, round(width / bounded)))
+        w = torch.where(any_fits, w, min(width, round(height * bounded)))
+        h = torch.where(any_fits, h, min(height, round(width / bounded)))
         left = torch.where(any_fits, draws.position() * (width - w + 1), (width - w) / 2).floor()
         top = torch.where(any_fits, draws.position() * (height - h + 1), (height - h) / 2).floor()
         out = self.output_shape(shape)

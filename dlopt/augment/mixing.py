@@ -1,11 +1,10 @@
-"""Mixed samples: each sample and its partner, the neighbour in the shuffled batch.
+"""Mixup and CutMix: each sample is mixed with its partner, its neighbour in the shuffled batch.
 
-The samples 2i and 2i + 1 of the global batch are partners, so that they sit on the same rank wherever ranks have
-even numbers of samples. A sample whose partner is not in the same part (the last of an odd batch, the outermost ones
-of a part with odd bounds) stays unmixed; where that happens, the result depends on the sharding.
+Samples 2i and 2i + 1 of the global batch are partners, so they are on the same rank if all ranks have even numbers of
+samples. A sample whose partner is not in the same shard (the last of an odd batch, or at an odd bound of a shard) is
+not mixed; only then does the result depend on the sharding.
 
-Labels become probabilities [b, classes], which cross-entropy takes as they are; numbers to be predicted are mixed
-as numbers.
+Labels become probabilities [b, classes], which cross-entropy accepts; regression targets are mixed as numbers.
 """
 
 from dataclasses import dataclass, field, replace
@@ -14,60 +13,61 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from dlopt.augment.erasing import inside
+from dlopt.augment.erasing import centred_interval
 from dlopt.augment.operation import Draws, MixingStep, Operation, Shape, Step
 from dlopt.ranges import Positive, Probability
 
 
 @dataclass
 class _Mix(MixingStep):
-    share: Tensor  # [n]: of the sample itself; the rest is the partner's
+    weight: Tensor  # [n] of the sample itself; its partner has 1 - weight
     classes: int | None
-    start: int = 0  # of the part
+    start: int = 0  # of the shard, in the global batch
 
-    def take(self, part: slice) -> Self:
-        start, _, step = part.indices(len(self.share))
+    def shard(self, shard: slice) -> Self:
+        start, _, step = shard.indices(len(self.weight))
         if step != 1:
-            raise ValueError(f"mixing needs neighbours, but {part} leaves gaps")
-        taken = super().take(part)
-        return replace(taken, start=start)
+            raise ValueError(f"mixing needs contiguous samples, but {shard} has gaps")
+        return replace(super().shard(shard), start=start)
 
-    def only(self, mask: Tensor) -> Self:
-        return replace(self, share=torch.where(mask, self.share, 1.0))
+    def masked(self, mask: Tensor) -> Self:
+        return replace(self, weight=torch.where(mask, self.weight, 1.0))
 
     def partners(self) -> Tensor:
-        """[b] position of the partner within the part; the own one where there is none."""
-        own = torch.arange(len(self.share), device=self.share.device)
-        partner = ((own + self.start) ^ 1) - self.start
-        return torch.where((partner >= 0) & (partner < len(own)), partner, own)
+        """Returns [b]: position of each sample's partner in the shard; its own position if it has none."""
+        positions = torch.arange(len(self.weight), device=self.weight.device)
+        partners = ((positions + self.start) ^ 1) - self.start
+        return torch.where((partners >= 0) & (partners < len(positions)), partners, positions)
 
-    def mix_targets(self, targets: Tensor, share: Tensor, partners: Tensor) -> Tensor:
+    def mix_targets(self, targets: Tensor, weight: Tensor, partners: Tensor) -> Tensor:
         if not targets.is_floating_point() and self.classes is not None:
             targets = (targets[:, None] == torch.arange(self.classes, device=targets.device)).float()
-        share = share.to(targets.dtype).view(-1, *(1 for _ in targets.shape[1:]))
-        return targets * share + targets[partners] * (1.0 - share)
+        weight = weight.to(targets.dtype).view(-1, *(1 for _ in targets.shape[1:]))
+        return targets * weight + targets[partners] * (1.0 - weight)
+
+
+class _MixOperation(Operation):
+    def __init__(self, *, alpha: Positive, p: Probability, classes: int | None) -> None:
+        self.alpha = alpha
+        self.p = p
+        self.classes = classes
 
 
 @dataclass
 class _Mixup(_Mix):
     def mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         partners = self.partners()
-        share = self.share.view(-1, 1, 1, 1)
+        weight = self.weight.view(-1, 1, 1, 1)
         images = images.float()
-        mixed = images * share + images[partners] * (1.0 - share)
-        return mixed, self.mix_targets(targets, self.share, partners)
+        mixed = images * weight + images[partners] * (1.0 - weight)
+        return mixed, self.mix_targets(targets, self.weight, partners)
 
 
-class Mixup(Operation):
-    """x = s x_i + (1 - s) x_j and the same for the labels, s ~ Beta(alpha, alpha) per sample (Zhang et al. 2018)."""
-
-    def __init__(self, *, alpha: Positive, p: Probability, classes: int | None) -> None:
-        self.alpha = alpha
-        self.p = p
-        self.classes = classes
+class Mixup(_MixOperation):
+    """x = w x_i + (1 - w) x_j and the same for the labels, w ~ Beta(alpha, alpha) per sample (Zhang et al. 2018)."""
 
     def plan(self, draws: Draws, shape: Shape) -> list[Step]:
-        return [_Mixup(draws.beta(self.alpha), self.classes).only(draws.chance(self.p))]
+        return [_Mixup(draws.beta(self.alpha), self.classes).masked(draws.chance(self.p))]
 
 
 @dataclass
@@ -78,26 +78,21 @@ class _CutMix(_Mix):
     def mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         height, width = images.shape[2:]
         partners = self.partners()
-        side = (1.0 - self.share).sqrt()
-        columns = inside(self.x, (side * width).floor(), width)
-        rows = inside(self.y, (side * height).floor(), height)
+        side = (1.0 - self.weight).sqrt()
+        columns = centred_interval(self.x, (side * width).floor(), width)
+        rows = centred_interval(self.y, (side * height).floor(), height)
         box = rows[:, :, None] & columns[:, None, :]
-        share = 1.0 - box.sum((1, 2)) / (height * width)
-        return torch.where(box[:, None], images[partners], images), self.mix_targets(targets, share, partners)
+        weight = 1.0 - box.sum((1, 2)) / (height * width)  # after clipping at the edges
+        return torch.where(box[:, None], images[partners], images), self.mix_targets(targets, weight, partners)
 
 
-class CutMix(Operation):
+class CutMix(_MixOperation):
     """Pastes a box of the partner's image; labels are mixed by area (Yun et al. 2019).
 
-    The box has the image's proportions and an area of 1 - s, s ~ Beta(alpha, alpha) per sample, a uniform centre,
-    and is cut off at the edges; the labels' weights are those of the area that is left.
+    The box has the image's aspect ratio, a uniform centre, and 1 - w of the image's area with w ~ Beta(alpha, alpha)
+    per sample. It is clipped at the edges, and labels are weighted by the clipped area.
     """
 
-    def __init__(self, *, alpha: Positive, p: Probability, classes: int | None) -> None:
-        self.alpha = alpha
-        self.p = p
-        self.classes = classes
-
     def plan(self, draws: Draws, shape: Shape) -> list[Step]:
-        share = torch.where(draws.chance(self.p), draws.beta(self.alpha), 1.0)
-        return [_CutMix(share, self.classes, x=draws.position(), y=draws.position())]
+        weight = torch.where(draws.chance(self.p), draws.beta(self.alpha), 1.0)
+        return [_CutMix(weight, self.classes, x=draws.position(), y=draws.position())]

@@ -1,4 +1,4 @@
-"""What an operation is: it draws parameters for the global batch, as steps that can be applied to a part of it."""
+"""Base classes: an operation draws parameters for the global batch as steps, which can be applied to a shard of it."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -15,14 +15,10 @@ Shape = tuple[int, int, int]
 
 
 def image_shape(shape: Sequence[int]) -> Shape:
-    """The shape of one sample, if it is that of an image.
-
-    Raises:
-        UserError: it is not.
-    """
+    """Returns the shape of one sample. Raises `UserError` unless it is an image."""
     if len(shape) != 3:
         raise UserError(
-            f"augmentation: works on images [channels, height, width], but this dataset's samples have the shape "
+            f"augmentation: requires images [channels, height, width], but the samples of this dataset have the shape "
             f"{list(shape)}; use augmentation=none"
         )
     channels, height, width = shape
@@ -30,10 +26,11 @@ def image_shape(shape: Sequence[int]) -> Shape:
 
 
 class Draws:
-    """Per-sample random numbers for a global batch of `total` samples, in the order in which they are asked for.
+    """Draws per-sample random numbers for a global batch of `total` samples.
 
-    Every rank draws for the whole batch from an equally seeded generator and takes its part afterwards, so that
-    the numbers do not depend on the number of ranks. All tensors lie on the generator's device.
+    Every rank draws for the whole batch from an identically seeded generator and then uses its own shard, so the
+    numbers do not depend on the number of ranks. They do depend on the order of the calls. All tensors are on the
+    generator's device.
     """
 
     def __init__(
@@ -48,49 +45,49 @@ class Draws:
         self.total = total
         self.device = generator.device
         self.indices = indices
-        """[total] positions in the training set; known for the own part only, zero elsewhere."""
+        """[total] positions in the training set; zero outside this rank's shard."""
         self.epoch = epoch
 
     def uniform(self, low: float, high: float, *shape: int) -> Tensor:
-        """[total, *shape] float32 in [low, high)."""
+        """Returns [total, *shape] float32 in [low, high)."""
         numbers = torch.empty(self.total, *shape, device=self.device)
         return numbers.uniform_(low, high, generator=self.generator)
 
     def symmetric(self, limit: float) -> Tensor:
-        """[total] float32 in [-limit, limit): how strongly, and to which side."""
+        """Returns [total] float32 in [-limit, limit): signed strengths."""
         return self.uniform(-limit, limit)
 
     def symmetric_integers(self, limit: int) -> Tensor:
-        """[total] int64 from -limit to limit, both included."""
+        """Returns [total] int64 in -limit..limit, inclusive."""
         return self.integers(-limit, limit)
 
     def integers(self, low: int, high: int) -> Tensor:
-        """[total] int64 from low to high, both included."""
+        """Returns [total] int64 in low..high, inclusive."""
         return torch.randint(low, high + 1, (self.total,), generator=self.generator, device=self.device)
 
     def strength(self) -> Tensor:
-        """[total] float32 in [0, 1): how strongly, for what has one side only."""
+        """Returns [total] float32 in [0, 1): strengths of one-sided operations."""
         return self._rand()
 
     def position(self) -> Tensor:
-        """[total] float32 in [0, 1): where."""
+        """Returns [total] float32 in [0, 1): relative positions."""
         return self._rand()
 
     def chance(self, p: float) -> Tensor:
-        """[total] bool, true with probability p."""
+        """Returns [total] bool, true with probability p."""
         return self._rand() < p
 
     def subset(self, n: int, k: int) -> Tensor:
-        """[total, k] bool with n true entries in each row, all choices of n equally likely."""
+        """Returns [total, k] bool with n true entries per row, all subsets equally likely."""
         return self._rand(k).argsort(1).argsort(1) < n
 
     def normal(self, *shape: int) -> Tensor:
-        """[total, *shape] float32 from the standard normal distribution."""
+        """Returns [total, *shape] float32 from the standard normal distribution."""
         return torch.randn(self.total, *shape, generator=self.generator, device=self.device)
 
     def beta(self, alpha: float) -> Tensor:
-        """[total] float32 from Beta(alpha, alpha)."""
-        # what torch.distributions.Beta calls, which takes no generator; float64, as small alphas underflow float32
+        """Returns [total] float32 from Beta(alpha, alpha)."""
+        # torch.distributions.Beta takes no generator; this is the function it calls. Small alphas underflow float32.
         real = torch.float32 if self.device.type == "mps" else torch.float64
         gammas = torch._standard_gamma(
             torch.full((self.total, 2), alpha, dtype=real, device=self.device), generator=self.generator
@@ -101,10 +98,11 @@ class Draws:
         return torch.rand(self.total, *shape, generator=self.generator, device=self.device)
 
 
-class Graded(Draws):
-    """Draws whose strengths are given instead of random: `strength` in 0..1 of the most that an operation does.
+class FixedStrengthDraws(Draws):
+    """Draws with a given strength, as a fraction 0..1 of an operation's maximum, instead of a random one.
 
-    What `draws` has to say otherwise (noise, for instance) stays random. `sign` is the side of two-sided operations.
+    `sign` is the direction of two-sided operations. Other random numbers (noise, for example) still come from the
+    generator of `draws`.
     """
 
     def __init__(self, draws: Draws, strength: Tensor | float, sign: Tensor | float = 1.0) -> None:
@@ -114,8 +112,8 @@ class Graded(Draws):
         self._signed = self._strength * sign
 
     def uniform(self, low: float, high: float, *shape: int) -> Tensor:
-        wide = self._strength.view(-1, *(1 for _ in shape)).expand(-1, *shape)
-        return wide * (high - low) + low
+        strength = self._strength.view(-1, *(1 for _ in shape)).expand(-1, *shape)
+        return strength * (high - low) + low
 
     def symmetric(self, limit: float) -> Tensor:
         return self._signed * limit
@@ -136,7 +134,7 @@ class Graded(Draws):
         return torch.ones_like(self._strength, dtype=torch.bool)
 
     def normal(self, *shape: int) -> Tensor:
-        """Two standard deviations at full strength."""
+        """Returns two standard deviations at full strength."""
         return self.uniform(0.0, 2.0, *shape)
 
     def beta(self, alpha: float) -> Tensor:
@@ -145,43 +143,42 @@ class Graded(Draws):
 
 @dataclass
 class Step(ABC):
-    """Drawn parameters: tensors with one row per sample."""
+    """Drawn parameters of an operation: tensors with one row per sample."""
 
-    def take(self, part: slice) -> Self:
-        """The step for a part of the global batch."""
-        return self._rows(part)
+    def shard(self, shard: slice) -> Self:
+        """Returns the step for a shard of the global batch."""
+        return self._index(shard)
 
     @abstractmethod
-    def only(self, mask: Tensor) -> Self:
-        """The step for the samples where mask [n] is true; the others stay as they are."""
+    def masked(self, mask: Tensor) -> Self:
+        """Returns the step that changes only the samples where mask [n] is true."""
 
-    def _rows(self, rows: slice | Tensor) -> Self:
+    def _index(self, rows: slice | Tensor) -> Self:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(self, **{name: value[rows] for name, value in values.items() if isinstance(value, Tensor)})
 
 
 class Warp(Step):
-    """Maps output pixels to input pixels; all of a pipeline's run first, as one resampling."""
+    """Maps output pixels to input pixels. All warps of a pipeline run first, as one resampling."""
 
 
 class PixelStep(Step):
-    """Changes values. Of a pipeline's, those of a lower `phase` run first, equal ones in the listed order."""
+    """Changes pixel values. Steps run by increasing `phase`, and in list order within a phase."""
 
     phase = 0
+    keeps_dtype = False
 
     @abstractmethod
     def apply(self, images: Tensor) -> Tensor:
-        """Images [b, C, H, W] in 0..255 to the same; float32, or any dtype where `keeps_dtype`."""
-
-    keeps_dtype = False
+        """Transforms images [b, C, H, W] in 0..255: float32, or any dtype if `keeps_dtype`."""
 
 
 class MixingStep(Step):
-    """Mixes samples of the batch; these run last."""
+    """Mixes samples of the batch. Mixing steps run last."""
 
     @abstractmethod
     def mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Images [b, C, H, W] and targets (labels [b], or what an earlier mixing made of them)."""
+        """Mixes images [b, C, H, W] and targets (labels [b], or the result of an earlier mixing step)."""
 
 
 class Operation(ABC):
@@ -189,11 +186,24 @@ class Operation(ABC):
 
     @abstractmethod
     def plan(self, draws: Draws, shape: Shape) -> list[Step]:
-        """Draws for the whole batch; `shape` is that of the images which reach this operation."""
+        """Draws the parameters for the whole batch; `shape` is that of the operation's input images."""
 
     def output_shape(self, shape: Shape) -> Shape:
         return shape
 
-    def parts(self, shape: Shape) -> "list[Operation]":
-        """The operations among which this one chooses; itself where it does not choose."""
+    def choices(self, shape: Shape) -> "list[Operation]":
+        """Returns the operations from which this one chooses; itself if it does not choose."""
         return [self]
+
+
+def check_intervals(**intervals: tuple[float, float]) -> None:
+    """Raises `UserError` for an interval (low, high) with low > high."""
+    for name, (low, high) in intervals.items():
+        if low > high:
+            raise UserError(f"{name}=[{low:g},{high:g}]: must be increasing")
+
+
+def first_fitting(fits: Tensor, *sizes: Tensor) -> list[Tensor]:
+    """Returns the sizes [n] of the first fitting trial, given `fits` and `sizes` [n, trials]; trial 0 if none fits."""
+    first = fits.int().argmax(1, keepdim=True)
+    return [size.gather(1, first)[:, 0] for size in sizes]

@@ -1,4 +1,4 @@
-"""The pipeline: draws for the global batch, composes what composes, applies it to the own part."""
+"""The augmentation pipeline: draws parameters for the global batch, composes steps, applies them to a shard."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,28 +12,28 @@ from dlopt.errors import UserError
 
 
 class Pipeline:
-    """Augments batches of images with the operations of a list, every sample with parameters of its own.
+    """Augments batches of images by a list of operations, with independent parameters for each sample.
 
-    Parameters are drawn in a fixed order from the generator handed to each call, for the whole global batch, and
-    never depend on the data: any sharding of a batch gives the same samples (mixing: any even one).
+    Parameters are drawn for the whole global batch, in a fixed order and independently of the data. Every sharding of a
+    batch therefore gives the same samples (mixing: every sharding with even bounds).
 
-    Whatever their places in the list, geometric operations run first, as one warp; then colour and tone (neighbouring
+    Regardless of their order in the list, geometric operations run first, as one warp; then colour and tone (adjacent
     colour operations as one transform), noise, erasing, mixing. Pipelines of flips, whole-pixel crops, erasing and
     CutMix copy pixels exactly and keep the dtype; all others return float32 in 0..255, clamped and not rounded.
 
     Args:
         operations: applied in this order within each kind.
-        border: what a warp sees outside the image: black, or the image mirrored at its outermost pixels.
+        border: pixels outside the image in a warp: black, or the image mirrored at its outermost pixels.
         input_shape: shape of one sample, [C, H, W].
 
     Raises:
-        UserError: there are operations, but the samples are no images.
+        UserError: an entry is not an `Operation`, or the samples are not images.
     """
 
     def __init__(self, *, operations: list[Operation], border: Border, input_shape: tuple[int, ...]) -> None:
         for i, operation in enumerate(operations):
             if not isinstance(operation, Operation):
-                raise UserError(f"augmentation.operations.{i}: {operation!r} is no operation; see dlopt.augment")
+                raise UserError(f"augmentation.operations.{i}: {operation!r} is not an operation; see dlopt.augment")
             input_shape = operation.output_shape(image_shape(input_shape))
         self.operations = operations
         self.border: Border = border
@@ -47,34 +47,34 @@ class Pipeline:
         *,
         generator: Generator,
         total: int,
-        part: slice,
+        shard: slice,
         indices: Tensor | None = None,
         epoch: int | Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Augments `inputs` [b, C, H, W], which are the samples `part` of a global batch of `total` samples.
+        """Augments `inputs` [b, C, H, W], a shard of a global batch.
 
         Args:
             inputs: uint8, or float in 0..255.
-            targets: [b] class indices, or [b, ...] numbers to be predicted.
-            generator: on the inputs' device, freshly seeded for the step, equal on all ranks.
+            targets: [b] class indices, or [b, ...] regression targets.
+            generator: on the inputs' device, seeded for this step, identically on all ranks.
             total: samples in the global batch.
-            part: contiguous positions of `inputs` in the global batch.
-            indices: [b] positions of the samples in the training set (`AlternatingFlip` needs them).
-            epoch: from 0 (`AlternatingFlip` needs it).
+            shard: contiguous positions of `inputs` in the global batch.
+            indices: [b] positions of the samples in the training set (required by `AlternatingFlip`).
+            epoch: from 0 (required by `AlternatingFlip`).
 
         Returns:
             Inputs and targets of the same batch size. Mixed class targets are float probabilities [b, classes].
         """
         if not self.operations:
             return inputs, targets
-        if len(range(*part.indices(total))) != len(inputs):
-            raise ValueError(f"{len(inputs)} samples do not fill {part} of a batch of {total}")
-        steps = self.plan(inputs.shape[1:], generator=generator, total=total, part=part, indices=indices, epoch=epoch)
+        if len(range(*shard.indices(total))) != len(inputs):
+            raise ValueError(f"{len(inputs)} samples do not fill {shard} of a batch of {total}")
+        steps = self.plan(inputs.shape[1:], generator=generator, total=total, shard=shard, indices=indices, epoch=epoch)
         return self.render(inputs, targets, steps)
 
-    def apply(self, images: Tensor, targets: Tensor, draws: Draws, part: slice) -> tuple[Tensor, Tensor]:
-        """The same with draws of the caller's."""
-        return self.render(images, targets, self._plan(images.shape[1:], draws, part))
+    def apply(self, images: Tensor, targets: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        """Augments a whole batch with the given draws."""
+        return self.render(images, targets, self._plan(images.shape[1:], draws, slice(None)))
 
     def plan(
         self,
@@ -82,52 +82,52 @@ class Pipeline:
         *,
         generator: Generator,
         total: int,
-        part: slice,
+        shard: slice,
         indices: Tensor | None = None,
         epoch: int | Tensor | None = None,
     ) -> list[Step]:
-        """What is to be done with samples of that shape: all parameters, drawn here. Arguments as for a call."""
+        """Draws all parameters for samples of that shape; arguments as for `__call__`."""
         if indices is not None:
             all_indices = indices.new_zeros(total)
-            all_indices[part] = indices
+            all_indices[shard] = indices
             indices = all_indices
-        return self._plan(sample_shape, Draws(generator, total, indices=indices, epoch=epoch), part)
+        return self._plan(sample_shape, Draws(generator, total, indices=indices, epoch=epoch), shard)
 
-    def _plan(self, sample_shape: Sequence[int], draws: Draws, part: slice) -> list[Step]:
+    def _plan(self, sample_shape: Sequence[int], draws: Draws, shard: slice) -> list[Step]:
         shape = image_shape(sample_shape)
         steps: list[Step] = []
         for operation in self.operations:
             steps += operation.plan(draws, shape)
             shape = operation.output_shape(shape)
-        if part.indices(draws.total) != (0, draws.total, 1):
-            steps = [step.take(part) for step in steps]
+        if shard.indices(draws.total) != (0, draws.total, 1):
+            steps = [step.shard(shard) for step in steps]
         return steps
 
     def render(self, images: Tensor, targets: Tensor, steps: Sequence[Step]) -> tuple[Tensor, Tensor]:
-        """Does what was planned: a function of tensors alone, but for noise, which is drawn as it is added."""
+        """Applies the steps. A function of tensors only (compilable), except that noise is drawn here."""
         warps = [step for step in steps if isinstance(step, Warp)]
         if warps:
             images = warp(images, warps, self.border)
-        for pixels in _composed([step for step in steps if isinstance(step, PixelStep)]):
-            images = pixels.apply(images if pixels.keeps_dtype else images.float())
-        for mixing in steps:
-            if isinstance(mixing, MixingStep):
-                images, targets = mixing.mix(images, targets)
+        for pixel_step in _compose([step for step in steps if isinstance(step, PixelStep)]):
+            images = pixel_step.apply(images if pixel_step.keeps_dtype else images.float())
+        for step in steps:
+            if isinstance(step, MixingStep):
+                images, targets = step.mix(images, targets)
         return images, targets
 
 
-def _composed(steps: list[PixelStep]) -> list[PixelStep]:
+def _compose(steps: list[PixelStep]) -> list[PixelStep]:
     result: list[PixelStep] = []
     for step in sorted(steps, key=lambda step: step.phase):
         if isinstance(step, Colour) and result and isinstance(result[-1], Colour):
-            result[-1] = result[-1].then(step)
+            result[-1] = result[-1].compose(step)
         else:
             result.append(step)
     return result
 
 
 class CentreCrop:
-    """Cuts the centre of `output_shape` [C, H, W] out of larger images; it draws nothing."""
+    """Crops the centre of `output_shape` [C, H, W] from larger images; not random."""
 
     def __init__(self, output_shape: tuple[int, ...]) -> None:
         self.size = output_shape[1:]
@@ -137,7 +137,7 @@ class CentreCrop:
         top, left = (inputs.shape[2] - height) // 2, (inputs.shape[3] - width) // 2
         if top < 0 or left < 0:
             raise UserError(
-                f"augmentation: it trains on windows of {height}x{width}, and the images to test have only "
-                f"{inputs.shape[2]}x{inputs.shape[3]}; give them more by data.image_size={max(height, width)}"
+                f"augmentation: trains on {height}x{width} crops, but the test images have only "
+                f"{inputs.shape[2]}x{inputs.shape[3]} pixels; set data.image_size={max(height, width)} or larger"
             )
         return inputs[:, :, top : top + height, left : left + width], targets

@@ -1,4 +1,4 @@
-"""Pictures of what a pipeline does: each of its operations by strength, and its results beside the originals."""
+"""Images of a pipeline's effects: each operation by strength, and augmented samples next to the originals."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dlopt.augment.operation import Draws, Graded, Operation, Shape, image_shape
+from dlopt.augment.operation import Draws, FixedStrengthDraws, Operation, Shape, image_shape
 from dlopt.augment.pipeline import Pipeline
 from dlopt.random import generator
 
@@ -22,31 +22,34 @@ _LINE = 18
 
 
 def operations_picture(pipeline: Pipeline, images: Tensor) -> "Image":
-    """A row per operation of the pipeline: the original, then the operation at a third, two thirds and all of its
-    strength, and at all of it to the other side (translations, brightness; a one-sided operation shows the same).
+    """Draws a row per operation: the original, then the operation at 1/3, 2/3 and full strength.
+
+    The last column has full strength with the opposite sign (translation, brightness); one-sided operations repeat.
 
     Args:
-        pipeline: operations that choose among others show each of these.
-        images: uint8 [n, C, H, W]; rows show image 0, 1, 2, ... in turn, and mixing needs at least two.
+        pipeline: of an operation that chooses from others, all choices are shown.
+        images: uint8 [n, C, H, W]; the rows show image 0, 1, 2, ... in turn; mixing needs at least two images.
     """
     shape = image_shape(images.shape[1:])
-    operations = [part for operation in pipeline.operations for part in _parts(operation, shape)]
+    operations = [leaf for operation in pipeline.operations for leaf in _leaves(operation, shape)]
     rows, labels = [], []
     for i, operation in enumerate(operations):
         batch = images.roll(-(i % len(images)), 0)
-        alone = Pipeline(operations=[operation], border=pipeline.border, input_shape=shape)
+        single = Pipeline(operations=[operation], border=pipeline.border, input_shape=shape)
         row = [batch[0]]
         for epoch, (strength, sign) in enumerate(COLUMNS.values()):
-            draws = Draws(generator(images.device, 0), len(batch), indices=_numbers(batch), epoch=epoch)
+            indices = torch.arange(len(batch), device=images.device)
+            draws = Draws(generator(images.device, 0), len(batch), indices=indices, epoch=epoch)
             targets = torch.zeros(len(batch), device=images.device)
-            row.append(alone.apply(batch, targets, Graded(draws, strength, sign), slice(None))[0][0])
+            row.append(single.apply(batch, targets, FixedStrengthDraws(draws, strength, sign))[0][0])
         rows.append(row)
         labels.append(type(operation).__name__)
-    return _picture(rows, labels, ["original", *COLUMNS])
+    return _grid(rows, labels, ["original", *COLUMNS])
 
 
 def batch_picture(pipeline: Pipeline, images: Tensor, targets: Tensor, *, seed: int, draws: int = 6) -> "Image":
-    """A row per image [n, C, H, W]: the original, then what the pipeline makes of it in `draws` steps."""
+    """Draws a row per image [n, C, H, W]: the original, then its augmented versions in `draws` steps."""
+    indices = torch.arange(len(images), device=images.device)
     results = []
     for step in range(draws):
         results.append(
@@ -55,35 +58,31 @@ def batch_picture(pipeline: Pipeline, images: Tensor, targets: Tensor, *, seed: 
                 targets,
                 generator=generator(images.device, seed, step),
                 total=len(images),
-                part=slice(0, len(images)),
-                indices=_numbers(images),
+                shard=slice(0, len(images)),
+                indices=indices,
                 epoch=step,
             )[0]
         )
     rows = [[image, *(result[i] for result in results)] for i, image in enumerate(images)]
-    return _picture(rows, None, ["original", *(f"step {step + 1}" for step in range(draws))])
+    return _grid(rows, None, ["original", *(f"step {step + 1}" for step in range(draws))])
 
 
-def _parts(operation: Operation, shape: Shape) -> list[Operation]:
-    parts = operation.parts(shape)
-    if parts == [operation]:
-        return parts
-    return [leaf for part in parts for leaf in _parts(part, shape)]
+def _leaves(operation: Operation, shape: Shape) -> list[Operation]:
+    choices = operation.choices(shape)
+    if choices == [operation]:
+        return choices
+    return [leaf for choice in choices for leaf in _leaves(choice, shape)]
 
 
-def _numbers(images: Tensor) -> Tensor:
-    return torch.arange(len(images), device=images.device)
-
-
-def _picture(rows: Sequence[Sequence[Tensor]], labels: Sequence[str] | None, heads: Sequence[str]) -> "Image":
+def _grid(rows: Sequence[Sequence[Tensor]], labels: Sequence[str] | None, headers: Sequence[str]) -> "Image":
     from PIL import Image, ImageDraw
 
     left = 130 if labels else _GAP
     cell = _TILE + _GAP
-    picture = Image.new("RGB", (left + cell * len(heads), _LINE + cell * len(rows)), "white")
+    picture = Image.new("RGB", (left + cell * len(headers), _LINE + cell * len(rows)), "white")
     pen = ImageDraw.Draw(picture)
-    for column, head in enumerate(heads):
-        pen.text((left + column * cell, 3), head, fill="black")
+    for column, header in enumerate(headers):
+        pen.text((left + column * cell, 3), header, fill="black")
     for y, row in enumerate(rows):
         if labels:
             pen.text((_GAP, _LINE + y * cell + _TILE // 2 - 6), labels[y], fill="black")

@@ -1,7 +1,6 @@
-"""Operations on values that are no affine transform of the channels: those that RandAugment adds to the colour ones,
-and noise.
+"""Operations on pixel values that are not affine in the channels: RandAugment's tone operations, and noise.
 
-Tone follows PIL, as torchvision does, and rounds to whole values first.
+Tone operations follow PIL, as torchvision's do, and round to whole values first.
 """
 
 import functools
@@ -13,6 +12,7 @@ import torch
 from annotated_types import Interval
 from torch import Tensor
 
+from dlopt.augment.colour import FactorOperation
 from dlopt.augment.operation import Draws, Operation, PixelStep, Shape, Step
 from dlopt.ranges import NonNegative, Probability
 
@@ -21,21 +21,21 @@ from dlopt.ranges import NonNegative, Probability
 class _Tone(PixelStep):
     mask: Tensor  # [n] bool: the samples that change
 
-    def only(self, mask: Tensor) -> Self:
+    def masked(self, mask: Tensor) -> Self:
         return replace(self, mask=self.mask & mask)
 
     def apply(self, images: Tensor) -> Tensor:
-        if images.device.type == "cpu":  # elsewhere the number of chosen samples would have to be waited for
-            chosen = self.mask.nonzero()[:, 0]
-            return images.index_copy(0, chosen, self._rows(chosen).change(images[chosen].round()))
+        if images.device.type == "cpu":  # on a GPU, nonzero() would synchronize; computing all images is faster
+            selected = self.mask.nonzero()[:, 0]
+            return images.index_copy(0, selected, self._index(selected).change(images[selected].round()))
         return torch.where(self.mask.view(-1, 1, 1, 1), self.change(images.round()), images)
 
     @abstractmethod
     def change(self, images: Tensor) -> Tensor:
-        """All images [n, C, H, W], float32 whole numbers 0..255, changed."""
+        """Transforms all images [n, C, H, W], float32 with whole values 0..255."""
 
 
-def _everyone(draws: Draws) -> Tensor:
+def _all_samples(draws: Draws) -> Tensor:
     return torch.ones(draws.total, dtype=torch.bool, device=draws.device)
 
 
@@ -55,7 +55,7 @@ class Posterize(Operation):
         self.bits = bits
 
     def plan(self, draws: Draws, shape: Shape) -> list[Step]:
-        return [_Posterize(_everyone(draws), (draws.strength() * self.bits).round())]
+        return [_Posterize(_all_samples(draws), (draws.strength() * self.bits).round())]
 
 
 @dataclass
@@ -67,13 +67,13 @@ class _Solarize(_Tone):
 
 
 class Solarize(Operation):
-    """Inverts all values from a threshold on, which lies between 255 * (1 - limit) and 255."""
+    """Inverts all values at or above a threshold between 255 * (1 - limit) and 255."""
 
     def __init__(self, *, limit: Probability) -> None:
         self.limit = limit
 
     def plan(self, draws: Draws, shape: Shape) -> list[Step]:
-        return [_Solarize(_everyone(draws), 255.0 * (1.0 - self.limit * draws.strength()))]
+        return [_Solarize(_all_samples(draws), 255.0 * (1.0 - self.limit * draws.strength()))]
 
 
 @dataclass
@@ -81,15 +81,15 @@ class _AutoContrast(_Tone):
     def change(self, images: Tensor) -> Tensor:
         low, high = images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)
         flat = high == low
-        spread = (images - torch.where(flat, 0.0, low)) * torch.where(flat, 1.0, 255.0 / (high - low))
-        return spread.clamp_(max=255)
+        stretched = (images - torch.where(flat, 0.0, low)) * torch.where(flat, 1.0, 255.0 / (high - low))
+        return stretched.clamp_(max=255)
 
 
 class AutoContrast(Operation):
-    """Spreads each channel's values over 0..255."""
+    """Stretches the values of each channel to 0..255."""
 
     def plan(self, draws: Draws, shape: Shape) -> list[Step]:
-        return [_AutoContrast(_everyone(draws))]
+        return [_AutoContrast(_all_samples(draws))]
 
 
 @dataclass
@@ -107,10 +107,10 @@ class _Equalize(_Tone):
 
 
 class Equalize(Operation):
-    """Makes each channel's histogram flat."""
+    """Equalizes the histogram of each channel."""
 
     def plan(self, draws: Draws, shape: Shape) -> list[Step]:
-        return [_Equalize(_everyone(draws))]
+        return [_Equalize(_all_samples(draws))]
 
 
 @dataclass
@@ -129,38 +129,35 @@ class _Sharpness(_Tone):
         return out.clamp_(0, 255)
 
 
-class Sharpness(Operation):
-    """Moves the inner pixels away from (or towards) their 3x3 smoothing by a factor of 1 - limit .. 1 + limit."""
-
-    def __init__(self, *, limit: Probability) -> None:
-        self.limit = limit
+class Sharpness(FactorOperation):
+    """Scales the distance of the inner pixels from their 3x3 smoothing by a factor of 1 - limit .. 1 + limit."""
 
     def plan(self, draws: Draws, shape: Shape) -> list[Step]:
-        return [_Sharpness(_everyone(draws), 1.0 + draws.symmetric(self.limit))]
+        return [_Sharpness(_all_samples(draws), 1.0 + draws.symmetric(self.limit))]
 
 
 @dataclass
 class _Noise(PixelStep):
     std: Tensor  # [n]
     draws: Draws
-    part: slice = field(default_factory=lambda: slice(None))
+    rows: slice = field(default_factory=lambda: slice(None))  # of the shard, in the global batch
 
     phase = 1
 
-    def take(self, part: slice) -> Self:
-        return replace(self, std=self.std[part], part=part)
+    def shard(self, shard: slice) -> Self:
+        return replace(self, std=self.std[shard], rows=shard)
 
-    def only(self, mask: Tensor) -> Self:
+    def masked(self, mask: Tensor) -> Self:
         return replace(self, std=self.std * mask)
 
     def apply(self, images: Tensor) -> Tensor:
         shape = (self.draws.total, *images.shape[1:])
-        normal = normals(shape, self.draws.generator)[self.part]
+        normal = normals(shape, self.draws.generator)[self.rows]
         return torch.addcmul(images, normal, self.std.view(-1, 1, 1, 1), out=normal).clamp_(0, 255)
 
 
 class GaussianNoise(Operation):
-    """Adds to each value its own normal number; the standard deviation is per image, uniform in 0..`std` (of 255)."""
+    """Adds Gaussian noise; the standard deviation is per image, uniform in 0..`std` (of 255)."""
 
     def __init__(self, *, std: NonNegative) -> None:
         self.std = std
@@ -170,32 +167,32 @@ class GaussianNoise(Operation):
 
 
 def normals(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """float32 of that shape from the standard normal distribution.
+    """Returns float32 of that shape from the standard normal distribution.
 
-    On a CPU four neighbours come from a table of 2^16 fours of normal numbers, looked up by 16 random bits, in a fifth
-    of torch.randn's time. Each number's distribution function is right within 2^-17, the largest is 4.3. Fours are
-    independent of each other; within one the numbers are uncorrelated (within 2^-8), and three of them tell the fourth.
+    On a CPU, 16 random bits look up four adjacent numbers in a table of 2^16 groups, which takes a fifth of the time of
+    torch.randn. The distribution function of each number is accurate to 2^-17; the largest number is 4.3. Groups are
+    independent. The numbers within a group are uncorrelated (to 2^-8), but three of them determine the fourth.
     """
     if generator.device.type != "cpu":
         return torch.randn(shape, generator=generator, device=generator.device)
     count = torch.Size(shape).numel()
-    fours = -(-count // _FOUR)
-    bits = torch.empty(-(-fours // 4), dtype=torch.int64).random_(-(2**63), None, generator=generator)
-    places = bits.view(torch.int16)[:fours].int().add_(2**15)
-    return _fours().index_select(0, places).view(torch.float32)[:count].view(shape)
+    groups = -(-count // _GROUP)
+    bits = torch.empty(-(-groups // 4), dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    rows = bits.view(torch.int16)[:groups].int().add_(2**15)
+    return _normal_table().index_select(0, rows).view(torch.float32)[:count].view(shape)
 
 
-_FOUR = 4
+_GROUP = 4
 
 
 @functools.cache
-def _fours() -> Tensor:
-    """[2^16]: in each of the columns the quantiles of as many equal shares, in an order of its own.
+def _normal_table() -> Tensor:
+    """Returns [2^16] groups of four float32; each column has the same 2^16 quantiles in a different random order.
 
-    Four float32 lie in the room of a complex128: single values are copied in a quarter of the time of rows.
+    A group is stored as one complex128: index_select copies single values 4x as fast as rows.
     """
     middle = (torch.arange(2**16, dtype=torch.float64) + 0.5) / 2**16
     quantiles = torch.special.ndtri(middle).float()
-    orders = torch.Generator().manual_seed(0)
-    columns = [quantiles[torch.randperm(2**16, generator=orders)] for _ in range(_FOUR)]
+    rng = torch.Generator().manual_seed(0)
+    columns = [quantiles[torch.randperm(2**16, generator=rng)] for _ in range(_GROUP)]
     return torch.stack(columns, 1).view(torch.complex128).view(-1)

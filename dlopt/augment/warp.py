@@ -1,6 +1,6 @@
-"""Maps from output pixels to input pixels, and their rendering: a pipeline's maps become one resampling.
+"""Maps from output to input pixels, and their rendering: all maps of a pipeline become one resampling.
 
-Coordinates are pixels from the image's centre, x to the right and y down.
+Coordinates are in pixels from the image's centre, x to the right and y down.
 """
 
 from collections.abc import Sequence
@@ -15,16 +15,15 @@ from dlopt.augment.operation import Warp
 
 Border = Literal["zero", "reflect"]
 Entry = Tensor | float
-"""An entry of the samples' matrices: float32 [n], or one number for all of them, of which 0 and 1 cost nothing."""
+"""An entry of the samples' matrices: float32 [n], or one number for all. Numbers 0 and 1 cost no computation."""
 
 
 @dataclass
 class Affine(Warp):
-    """Output pixel (x, y) to the input pixel (xx x + xy y + dx, yx x + yy y + dy).
+    """Maps output pixel (x, y) to input pixel (xx x + xy y + dx, yx x + yy y + dy).
 
-    The output has `size` (height, width). `exact` promises that every map sends pixels to pixels along the axes (flips,
-    whole shifts). `shrink` is the largest factor by which the step may reduce an image: from 1.5 on, several input
-    pixels are averaged per output.
+    The output has `size` (height, width). `exact` promises that all maps are flips and whole-pixel shifts. `shrink` is
+    the largest factor by which the step may shrink an image: from 1.5, several samples are averaged per output pixel.
     """
 
     size: tuple[int, int]
@@ -37,17 +36,20 @@ class Affine(Warp):
     exact: bool = False
     shrink: float = 1.0
 
-    def only(self, mask: Tensor) -> Self:
+    def masked(self, mask: Tensor) -> Self:
         identity = Affine(self.size)
         entries: dict[str, Any] = {}
         for name in _ENTRIES:
-            mine, its = getattr(self, name), getattr(identity, name)
-            if isinstance(mine, Tensor) or mine != its:
-                entries[name] = torch.where(mask, mine, its)
+            value, unchanged = getattr(self, name), getattr(identity, name)
+            if isinstance(value, Tensor) or value != unchanged:
+                entries[name] = torch.where(mask, value, unchanged)
         return replace(self, **entries)
 
-    def then(self, second: "Affine") -> "Affine":
-        """This map of input pixels behind the second one's: what comes later in a pipeline maps its outputs first."""
+    def compose(self, second: "Affine") -> "Affine":
+        """Returns the transform that applies this one to an image, then `second`.
+
+        Maps go from output to input, so a pixel passes through the map of `second` first.
+        """
         a, b = self, second
         return Affine(
             b.size,
@@ -62,11 +64,9 @@ class Affine(Warp):
         )
 
     def matrix(self, samples: int, device: torch.device) -> Tensor:
-        """float32 [samples, 2, 3]."""
-        entries = [getattr(self, name) for name in _ENTRIES]
-        columns = [
-            each if isinstance(each, Tensor) else torch.full((samples,), each, device=device) for each in entries
-        ]
+        """Returns the matrices, float32 [samples, 2, 3]."""
+        entries = (getattr(self, name) for name in _ENTRIES)
+        columns = [e if isinstance(e, Tensor) else torch.full((samples,), e, device=device) for e in entries]
         return torch.stack(columns, 1).view(-1, 2, 3)
 
 
@@ -74,38 +74,38 @@ _ENTRIES = ("xx", "xy", "dx", "yx", "yy", "dy")
 
 
 def _times(a: Entry, b: Entry) -> Entry:
-    for one, other in ((a, b), (b, a)):
-        if not isinstance(one, Tensor) and one in (0.0, 1.0):
-            return other if one == 1.0 else 0.0
+    for factor, other in ((a, b), (b, a)):
+        if not isinstance(factor, Tensor) and factor in (0.0, 1.0):
+            return other if factor == 1.0 else 0.0
     return a * b
 
 
 def _plus(a: Entry, b: Entry) -> Entry:
-    for one, other in ((a, b), (b, a)):
-        if not isinstance(one, Tensor) and one == 0.0:
+    for summand, other in ((a, b), (b, a)):
+        if not isinstance(summand, Tensor) and summand == 0.0:
             return other
     return a + b
 
 
 @dataclass
 class Radial(Warp):
-    """Radius r to r * (1 + strength * r^2), the half diagonal being 1; `strength` [n] is positive for a barrel."""
+    """Maps radius r to r * (1 + strength * r^2), with half diagonal 1; `strength` [n] is positive for barrel."""
 
     strength: Tensor
 
-    def only(self, mask: Tensor) -> Self:
+    def masked(self, mask: Tensor) -> Self:
         return replace(self, strength=self.strength * mask)
 
 
 def warp(images: Tensor, steps: Sequence[Warp], border: Border) -> Tensor:
-    """Images [b, C, H, W] through all the steps with one resampling (bilinear; what does not move stays exact).
+    """Warps images [b, C, H, W] by all steps with one bilinear resampling; pixels that do not move keep their values.
 
-    Returns float32; the images' dtype and values where all steps are exact.
+    Returns float32; if all steps are exact, the images' dtype and values.
     """
     chain: list[Affine | Radial] = []
     for step in steps:
         if isinstance(step, Affine) and chain and isinstance(chain[-1], Affine):
-            chain[-1] = chain[-1].then(step)
+            chain[-1] = chain[-1].compose(step)
         else:
             assert isinstance(step, Affine | Radial)
             chain.append(step)
@@ -116,26 +116,29 @@ def warp(images: Tensor, steps: Sequence[Warp], border: Border) -> Tensor:
 
 def _resample(images: Tensor, chain: Sequence[Affine | Radial], border: Border) -> Tensor:
     height, width = images.shape[2:]
-    # grid_sample's mirrors stand on the outermost pixels' centres with align_corners, on their outer edges without
+    # With align_corners, grid_sample reflects at the centres of the outermost pixels; without, at their outer edges.
+    # The units of its coordinates (-1 to 1) differ accordingly.
     reflect = border == "reflect"
     x_unit, y_unit = (2 / max(1, length - 1) if reflect else 2 / length for length in (width, height))
     units = Affine((height, width), xx=x_unit, yy=y_unit)
-    chain = [units.then(chain[0]), *chain[1:]] if isinstance(chain[0], Affine) else [units, *chain]
+    chain = [units.compose(chain[0]), *chain[1:]] if isinstance(chain[0], Affine) else [units, *chain]
     sizes: list[tuple[int, int]] = []
     shrink = 1.0
     for step in chain:
         sizes.append(step.size if isinstance(step, Affine) else sizes[-1])
         shrink *= step.shrink if isinstance(step, Affine) else 1.0
-    finer = max(1, round(shrink))
+    oversampling = max(1, round(shrink))
     y, x = (
-        (torch.arange(n * finer, device=images.device, dtype=torch.float32) - (n * finer - 1) / 2) / finer
+        (torch.arange(n * oversampling, device=images.device, dtype=torch.float32) - (n * oversampling - 1) / 2)
+        / oversampling
         for n in sizes[-1]
     )
+    # From the output pixels back through the chain. The first affine map needs no grid: it is separable.
     grid: Tensor | None = None
     for step, (rows, columns) in zip(reversed(chain), reversed(sizes), strict=True):
         if isinstance(step, Affine):
             matrix = step.matrix(len(images), images.device)
-            grid = _plane(matrix, x, y) if grid is None else _moved(matrix, grid)
+            grid = _map_plane(matrix, x, y) if grid is None else _map_points(matrix, grid)
         else:
             grid = torch.stack(torch.meshgrid(x, y, indexing="xy"))[None] if grid is None else grid
             unit = 4.0 / (rows**2 + columns**2)
@@ -143,28 +146,28 @@ def _resample(images: Tensor, chain: Sequence[Affine | Radial], border: Border) 
     assert grid is not None
     mode = "reflection" if reflect else "zeros"
     result = F.grid_sample(images, grid.permute(0, 2, 3, 1), padding_mode=mode, align_corners=reflect)
-    return F.avg_pool2d(result, finer) if finer > 1 else result
+    return F.avg_pool2d(result, oversampling) if oversampling > 1 else result
 
 
-def _plane(matrix: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """[b, 2, len(y), len(x)]: matrix [b, 2, 3] on all (x, y, 1)."""
+def _map_plane(matrix: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Returns [b, 2, len(y), len(x)]: matrix [b, 2, 3] applied to all (x, y, 1)."""
     columns = matrix[:, :, :1] * x
     rows = torch.addcmul(matrix[:, :, 2:], matrix[:, :, 1:2], y)
     return rows[..., None] + columns[:, :, None]
 
 
-def _moved(matrix: Tensor, points: Tensor) -> Tensor:
-    """[b, 2, h, w]: matrix [b, 2, 3] on points [b, 2, h, w]."""
+def _map_points(matrix: Tensor, points: Tensor) -> Tensor:
+    """Returns [b, 2, h, w]: matrix [b, 2, 3] applied to points [b, 2, h, w]."""
     columns = matrix[:, :, :, None, None].unbind(2)
     return columns[0] * points[:, :1] + columns[1] * points[:, 1:] + columns[2]
 
 
 def _copy(images: Tensor, step: Affine, border: Border) -> Tensor:
-    """Flips and whole shifts as one gather: no pixel value changes, any dtype."""
+    """Applies flips and whole-pixel shifts as one gather: exact, for any dtype."""
     count, channels, height, width = images.shape
     columns = _pixels(step.xx, step.dx, step.size[1], width, border, images.device)
     rows = _pixels(step.yy, step.dy, step.size[0], height, border, images.device)
-    if border == "zero":  # a frame of one black pixel, to which all that lies outside is sent
+    if border == "zero":  # adds a black frame of one pixel, to which all outside pixels are mapped
         images = F.pad(images, (1, 1, 1, 1))
         width += 2
     index = (rows[:, :, None] * width + columns[:, None, :]).flatten(1)[:, None]
@@ -172,8 +175,8 @@ def _copy(images: Tensor, step: Affine, border: Border) -> Tensor:
 
 
 def _pixels(sign: Entry, shift: Entry, size: int, source: int, border: Border, device: torch.device) -> Tensor:
-    """[b or 1, size] source pixels of the output pixels along one axis."""
-    sign, shift = (each[:, None] if isinstance(each, Tensor) else each for each in (sign, shift))
+    """Returns the source pixels [b or 1, size] of the output pixels along one axis."""
+    sign, shift = (entry[:, None] if isinstance(entry, Tensor) else entry for entry in (sign, shift))
     centred = torch.arange(size, device=device)[None] - (size - 1) / 2
     pixels = (centred * sign + (shift + (source - 1) / 2)).long()
     if border == "zero":

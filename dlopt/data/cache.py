@@ -1,4 +1,4 @@
-"""Files that spare a second look at large folders, in the user's cache folder. Losing them costs time only."""
+"""Caches results of slow scans in the user's cache folder. The files may be deleted at any time."""
 
 import contextlib
 import hashlib
@@ -12,22 +12,22 @@ import numpy as np
 
 from dlopt.locks import locked
 
-_DIGEST = 32  # bytes of SHA-256 before the arrays: a damaged file is no cache
+_DIGEST = 32  # bytes of SHA-256 before the arrays, to detect damaged files
 
 
 def cache_folder() -> Path:
-    """$XDG_CACHE_HOME/dlopt, else ~/.cache/dlopt."""
+    """Returns $XDG_CACHE_HOME/dlopt, else ~/.cache/dlopt."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dlopt"
 
 
-def cache_file(kind: str, *parts: str) -> Path:
-    """Where what is known under `parts` (a folder, a version of the format ...) is kept."""
-    name = hashlib.sha256("\0".join((kind, *parts)).encode("utf-8", "surrogateescape")).hexdigest()[:32]
+def cache_file(kind: str, *keys: str) -> Path:
+    """Returns the cache file for `keys` (a folder, the format's version, ...)."""
+    name = hashlib.sha256("\0".join((kind, *keys)).encode("utf-8", "surrogateescape")).hexdigest()[:32]
     return cache_folder() / f"{kind}-{name}.npz"
 
 
 def load_arrays(path: Path) -> dict[str, np.ndarray] | None:
-    """The arrays in `path`; None where there are none, or where the file is not as it was written."""
+    """Loads the arrays in `path`; None if the file is missing or damaged."""
     try:
         data = path.read_bytes()
         if hashlib.sha256(data[_DIGEST:]).digest() != data[:_DIGEST]:
@@ -39,7 +39,7 @@ def load_arrays(path: Path) -> dict[str, np.ndarray] | None:
 
 
 def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes `path` as a whole or not at all. Where nothing can be written there is no cache, and that is all."""
+    """Writes `path` atomically. A folder that cannot be written is ignored: there is no cache then."""
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **arrays)
     data = buffer.getvalue()
@@ -47,7 +47,7 @@ def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def save(path: Path, data: bytes) -> bool:
-    """Whether `path` now holds `data`."""
+    """Writes `data` to `path` atomically; returns whether that succeeded."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent)
@@ -62,8 +62,8 @@ def save(path: Path, data: bytes) -> bool:
 
 
 @contextlib.contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """Of several processes one at a time; where the cache folder cannot be written, all at once."""
+def exclusive(path: Path) -> Iterator[None]:
+    """Locks `path` against other processes; no lock if the cache folder cannot be written."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,10 @@
-"""CIFAR-10 and CIFAR-100, through torchvision."""
+"""CIFAR-10 and CIFAR-100, read by torchvision."""
 
 from typing import Literal
 
 import torch
 
-from dlopt.data.idx import data_root, through_torchvision
+from dlopt.data.idx import call_torchvision, data_root
 from dlopt.data.samples import Dataset, InMemory
 
 
@@ -23,17 +23,17 @@ def _load(name: Literal["CIFAR10", "CIFAR100"], root: str | None, download: bool
 
     source = getattr(torchvision.datasets, name)
     folder = data_root(root)
-    if folder.name == source.base_folder:  # the folder of the batches itself
+    if folder.name == source.base_folder:  # data.root is the batches' own folder
         folder = folder.parent
-    parts = []
+    splits = []
     for train in (True, False):
-        # torchvision compares checksums before it unpickles anything
-        part = through_torchvision(
+        # Safe to unpickle: torchvision compares checksums first.
+        source_split = call_torchvision(
             f"data={name.lower()}",
             folder,
             download,
             lambda train=train: source(folder, train=train, download=download),  # type: ignore[misc]
         )
-        inputs = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
-        parts.append(InMemory(inputs, torch.tensor(part.targets, dtype=torch.int64)))
-    return Dataset(parts[0], None, parts[1], tuple(part.classes))
+        inputs = torch.from_numpy(source_split.data).permute(0, 3, 1, 2).contiguous()
+        splits.append(InMemory(inputs, torch.tensor(source_split.targets, dtype=torch.int64)))
+    return Dataset(splits[0], None, splits[1], tuple(source_split.classes))

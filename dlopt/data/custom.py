@@ -1,4 +1,4 @@
-"""Datasets of the user's own."""
+"""User-defined datasets."""
 
 from typing import Any
 
@@ -16,26 +16,24 @@ def custom(
     classes: Count | list[str] | None,
     image_size: int | tuple[int, int] | None,
 ) -> Dataset:
-    """Map-style `torch.utils.data.Dataset` objects, see `Wrapped` for what their items may be.
+    """Wraps map-style `torch.utils.data.Dataset` objects; see `Wrapped` for the items they may return.
 
     Args:
-        classes: their number or names; None: as many as the training labels show. Floating-point labels mean
-            regression and have none.
+        classes: number or names of the classes; None: inferred from the training labels. Floating-point labels mean
+            regression and need None.
 
     Raises:
-        UserError: an item is not a usable pair, or labels and classes do not agree.
+        UserError: an item is not a usable pair, or labels do not match the classes.
     """
     size = size_pair(image_size)
     if train is None:
-        raise UserError("data.train=null: a dataset is needed, given by its _target_")
-    parts = {"train": Wrapped(train, size, "data.train")}
-    parts |= {
-        name: Wrapped(part, size, f"data.{name}") for name, part in (("val", val), ("test", test)) if part is not None
-    }
-    names = _class_names(parts["train"], classes)
-    for name, part in parts.items():
-        _check_labels(f"data.{name}", part, names)
-    return Dataset(parts["train"], parts.get("val"), parts.get("test"), names)
+        raise UserError("data.train=null: a dataset is required; set data.train._target_")
+    datasets = {"train": train, "val": val, "test": test}
+    splits = {key: Wrapped(data, size, f"data.{key}") for key, data in datasets.items() if data is not None}
+    names = _class_names(splits["train"], classes)
+    for key, split in splits.items():
+        _check_labels(f"data.{key}", split, names)
+    return Dataset(splits["train"], splits.get("val"), splits.get("test"), names)
 
 
 def _class_names(train: Samples, classes: int | list[str] | None) -> tuple[str, ...] | None:
@@ -47,24 +45,24 @@ def _class_names(train: Samples, classes: int | list[str] | None) -> tuple[str, 
         return tuple(classes)
     if classes is None:
         classes = int(train.targets.max()) + 1
-        seen = train.targets.unique().tolist()
-        if seen != list(range(classes)):
-            missing = next(label for label in range(classes) if label not in seen) if seen[0] >= 0 else seen[0]
+        labels = train.targets.unique().tolist()
+        if labels != list(range(classes)):
+            wrong = next(label for label in range(classes) if label not in labels) if labels[0] >= 0 else labels[0]
             raise UserError(
                 f"data.train: labels must be 0 to {classes - 1} without a gap, "
-                f"{'has' if missing < 0 else 'lacks'} {missing}; data.classes=N allows classes without samples"
+                f"{'has' if wrong < 0 else 'lacks'} {wrong}; set data.classes=N to allow classes without samples"
             )
     return tuple(str(label) for label in range(classes))
 
 
-def _check_labels(key: str, part: Samples, names: tuple[str, ...] | None) -> None:
-    if part.targets.is_floating_point() != (names is None):
-        raise UserError(f"{key}: its labels are not of the kind of data.train's (class numbers, or float values)")
+def _check_labels(key: str, split: Samples, names: tuple[str, ...] | None) -> None:
+    if split.targets.is_floating_point() != (names is None):
+        raise UserError(f"{key}: labels must have the same type as data.train's (class numbers, or float values)")
     if names is not None:
-        low, high = int(part.targets.min()), int(part.targets.max())
+        low, high = int(split.targets.min()), int(split.targets.max())
         if low < 0 or high >= len(names):
             raise UserError(
                 f"{key}: has labels from {low} to {high}; with {len(names)} classes 0 to {len(names) - 1} are allowed"
             )
-    elif not bool(part.targets.isfinite().all()):
+    elif not bool(split.targets.isfinite().all()):
         raise UserError(f"{key}: has labels that are not finite")

@@ -1,4 +1,4 @@
-"""The 8x8 scans of handwritten digits that scikit-learn brings along (Alpaydin & Kaynak 1998, UCI's test part)."""
+"""The 8x8 handwritten digits bundled with scikit-learn (Alpaydin & Kaynak 1998, UCI's test set)."""
 
 import gzip
 import importlib.util
@@ -12,22 +12,22 @@ from dlopt.data.splits import stratified
 from dlopt.errors import UserError
 
 _TEST_FRACTION = 0.2
-_TEST_SEED = 0  # of the split that no setting changes, so that test figures can be compared
+_TEST_SEED = 0  # fixed, so that test metrics of all runs can be compared
 
 
 def digits() -> Dataset:
-    """1,797 grey images [1, 8, 8] of ten classes; a fixed, stratified fifth is the test set.
+    """Loads 1,797 grey images [1, 8, 8] of ten classes; a fixed, stratified fifth is the test set.
 
-    The file is read directly: importing sklearn.datasets takes ten times as long. Its 17 grey levels are spread
-    over 0..255.
+    The 17 grey levels are scaled to 0..255.
 
     Raises:
         UserError: scikit-learn is not installed.
     """
-    found = importlib.util.find_spec("sklearn")
-    if found is None or found.origin is None:
-        raise UserError("data=digits: reads scikit-learn's file, but that is not installed; pip install scikit-learn")
-    path = Path(found.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    spec = importlib.util.find_spec("sklearn")
+    if spec is None or spec.origin is None:
+        raise UserError("data=digits: needs scikit-learn's data file; pip install scikit-learn")
+    # The file is read directly: importing sklearn.datasets takes 10x as long.
+    path = Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz"
     try:
         with gzip.open(path) as file:
             table = np.array([line.split(b",") for line in file.read().split()], dtype=np.uint8)

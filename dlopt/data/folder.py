@@ -1,7 +1,7 @@
-"""Images in class folders, and which images stand in which folder.
+"""Images in class folders.
 
-A large scan is kept in the cache folder. It is used again only while every folder in it is unchanged: a file that is
-added, removed or renamed changes the times of its folder.
+Listings of large folders are cached. A cached listing is valid while all its folders are unchanged: adding, removing
+or renaming a file changes the times of its folder.
 """
 
 import os
@@ -20,16 +20,18 @@ from dlopt.data.verify import image_files
 from dlopt.errors import UserError
 from dlopt.ranges import Natural, PositiveFraction
 
-CACHED_FROM = 10_000  # images; smaller folders are scanned faster than a cache is worth
-_SETTLED = 3 * 10**9  # nanoseconds: what changed shortly before the scan may change again within one tick of its time
+CACHE_MIN_IMAGES = 10_000  # smaller folders are scanned fast enough without a cache
+# Nanoseconds. A folder that changed just before the scan may change again within the same tick of its time stamp, so
+# its listing is not cached.
+_SETTLED = 3 * 10**9
 _VERSION = "1"
-_PARTS = ("train", "val", "test")
+_SPLITS = ("train", "val", "test")
 _SUFFIXES = tuple(EXTENSIONS)
 
 
 @dataclass(frozen=True)
 class Listing:
-    """Images by class: `paths` are bytes relative to `folder`, class after class, sorted within each."""
+    """Images by class. `paths` are bytes relative to `folder`, grouped by class and sorted within each class."""
 
     folder: Path
     classes: tuple[str, ...]
@@ -38,12 +40,12 @@ class Listing:
 
 
 def scan(folder: Path) -> Listing:
-    """The images of the class folders in `folder`, folders within them included.
+    """Lists the images of all class folders in `folder`, recursively.
 
-    Hidden files and folders and other files than images are passed over. Memory: the longest path times their number.
+    Skips hidden files and folders, and files that are not images. Memory: longest path x number of images.
 
     Raises:
-        UserError: a folder cannot be read, or there are no classes, or one has no images.
+        UserError: a folder cannot be read, there are no class folders, or one has no images.
     """
     folder = Path(os.path.abspath(folder))
     path = cache_file("scan", _VERSION, str(folder), *sorted(EXTENSIONS))
@@ -53,7 +55,7 @@ def scan(folder: Path) -> Listing:
     visited: dict[bytes, tuple[int, int, int]] = {}
     base = os.fsencode(folder)
     classes: dict[bytes, np.ndarray] = {}
-    for name in sorted(_look(base, b"", visited, ())[1]):
+    for name in sorted(_list_folder(base, b"", visited, ())[1]):
         images = _images(base, name, visited)
         if not images:
             raise UserError(f"data.root: {os.fsdecode(os.path.join(base, name))} has no images")
@@ -63,14 +65,14 @@ def scan(folder: Path) -> Listing:
     counts = np.array([len(images) for images in classes.values()])
     listing = Listing(folder, tuple(map(os.fsdecode, classes)), counts, np.concatenate(list(classes.values())))
     states = np.array(list(visited.values()))
-    if len(listing.paths) >= CACHED_FROM and begun - states[:, 1:].max() > _SETTLED:
+    if len(listing.paths) >= CACHE_MIN_IMAGES and begun - states[:, 1:].max() > _SETTLED:
         arrays = {"folders": np.array(list(visited)), "states": states, "counts": counts, "paths": listing.paths}
         save_arrays(path, arrays | {"classes": np.array(list(classes))})
     return listing
 
 
 def _cached(folder: Path, path: Path) -> Listing | None:
-    """What an earlier scan found, where every folder is still as it was."""
+    """Returns the cached listing if all its folders are unchanged."""
     arrays = load_arrays(path)
     if arrays is None or set(arrays) != {"folders", "states", "counts", "paths", "classes"}:
         return None
@@ -84,34 +86,34 @@ def _cached(folder: Path, path: Path) -> Listing | None:
     return Listing(folder, tuple(map(os.fsdecode, arrays["classes"])), arrays["counts"], arrays["paths"])
 
 
-def _state(found: os.stat_result) -> tuple[int, int, int]:
-    # The time of modification can be set back by copying tools, the time of change cannot.
-    return found.st_ino, found.st_mtime_ns, found.st_ctime_ns
+def _state(stat: os.stat_result) -> tuple[int, int, int]:
+    # ctime too: copying tools can set mtime back.
+    return stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def _images(base: bytes, name: bytes, visited: dict[bytes, tuple[int, int, int]]) -> list[bytes]:
     images: list[bytes] = []
-    waiting: list[tuple[bytes, tuple[int, ...]]] = [(name, ())]
-    while waiting:
-        current, above = waiting.pop()
-        found, folders = _look(base, current, visited, above)
-        images += found
-        own = (*above, visited[current][0])
-        waiting += [(each, own) for each in folders]
+    pending: list[tuple[bytes, tuple[int, ...]]] = [(name, ())]
+    while pending:
+        current, ancestors = pending.pop()
+        files, folders = _list_folder(base, current, visited, ancestors)
+        images += files
+        pending += [(folder, (*ancestors, visited[current][0])) for folder in folders]
     return images
 
 
-def _look(
-    base: bytes, name: bytes, visited: dict[bytes, tuple[int, int, int]], above: tuple[int, ...]
+def _list_folder(
+    base: bytes, name: bytes, visited: dict[bytes, tuple[int, int, int]], ancestors: tuple[int, ...]
 ) -> tuple[list[bytes], list[bytes]]:
-    """The images and the folders in the folder `name`, relative to `base`.
+    """Returns the (images, folders) in the folder `name`, relative to `base`.
 
-    `above`: the inodes of the folders that lead here; a link back to one of them is not followed.
+    `ancestors`: inodes of its parent folders; links back to one of them are not followed.
     """
     images, folders = [], []
     try:
-        visited[name] = _state(os.stat(os.path.join(base, name)))  # before its entries: a change between is noticed
-        if visited[name][0] in above:
+        # stat before listing: a change in between then invalidates the cached listing.
+        visited[name] = _state(os.stat(os.path.join(base, name)))
+        if visited[name][0] in ancestors:
             return [], []
         with os.scandir(os.path.join(base, name)) as entries:
             for entry in entries:
@@ -135,56 +137,54 @@ def image_folder(
     max_skips: Natural | PositiveFraction,
     image_size: int | tuple[int, int] | None,
 ) -> Dataset:
-    """Images under `root`/train/CLASS/, and where they exist `root`/val/CLASS/ and `root`/test/CLASS/.
+    """Loads images from `root`/train/CLASS/ and, if they exist, `root`/val/CLASS/ and `root`/test/CLASS/.
 
-    A folder of class folders alone, `root`/CLASS/IMAGE, is a training set.
-
-    Folders within a class folder belong to the class; hidden files and folders and other files than images are passed
-    over.
+    Class folders directly in `root` (`root`/CLASS/IMAGE) are a training set. Subfolders of a class folder belong to the
+    class. Hidden files and folders, and files that are not images, are skipped.
 
     Raises:
-        UserError: a folder is missing, unreadable or empty, the parts have different classes, or too many images
+        UserError: a folder is missing, unreadable or empty, the splits have different classes, or too many images
             cannot be read.
     """
     base = Path(root).expanduser()
-    whole = _holds_classes(base)
-    if whole:
-        found = {"train": scan(base)}
+    train_only = _has_class_folders(base)
+    if train_only:
+        listings = {"train": scan(base)}
     else:
         base = data_folder(root, "train/CLASS/IMAGE, or as CLASS/IMAGE without a test set")
-        found = {name: scan(base / name) for name in _PARTS if (base / name).is_dir()}
-    check_classes(root, found)
-    parts, notes = image_files(
+        listings = {split: scan(base / split) for split in _SPLITS if (base / split).is_dir()}
+    check_classes(root, listings)
+    splits, notes = image_files(
         str(base),
-        {name: image_list(listing) for name, listing in found.items()},
+        {split: image_list(listing) for split, listing in listings.items()},
         image_size=size_pair(image_size),
         channels=channels,
         on_error=on_error,
         max_skips=max_skips,
     )
-    if whole:
-        notes = (*notes, f"data.root={root}: no train/, val/ or test/ in it, so all of it is the training set")
-    return Dataset(parts["train"], parts.get("val"), parts.get("test"), found["train"].classes, notes=notes)
+    if train_only:
+        notes = (*notes, f"data.root={root}: has no train/, val/ or test/; using all images as the training set")
+    return Dataset(splits["train"], splits.get("val"), splits.get("test"), listings["train"].classes, notes=notes)
 
 
-def _holds_classes(base: Path) -> bool:
-    """Whether at least two folders stand there, none of them a part of a data set, and each holds images itself.
+def _has_class_folders(base: Path) -> bool:
+    """Returns whether `base` has two or more folders, all with images directly in them and none named like a split.
 
-    A folder one level too high, /data for /data/pets, is none.
+    This rejects a root one level too high (/data for /data/pets).
     """
     try:
-        folders = [each for each in base.iterdir() if each.is_dir() and not each.name.startswith(".")]
+        folders = [path for path in base.iterdir() if path.is_dir() and not path.name.startswith(".")]
         return (
             len(folders) > 1
-            and not any(each.name in _PARTS for each in folders)
-            and all(any(file.suffix.lower() in EXTENSIONS for file in each.iterdir()) for each in folders)
+            and not any(folder.name in _SPLITS for folder in folders)
+            and all(any(file.suffix.lower() in EXTENSIONS for file in folder.iterdir()) for folder in folders)
         )
     except OSError:
         return False
 
 
 def data_folder(root: str, layout: str) -> Path:
-    """The folder `root`, which has to hold a folder train."""
+    """Returns the folder `root` after checking that it has a folder train."""
     base = Path(root).expanduser()
     if not base.is_dir():
         raise UserError(f"data.root={root}: is {'not a folder' if base.exists() else 'missing'}")
@@ -193,10 +193,10 @@ def data_folder(root: str, layout: str) -> Path:
     return base
 
 
-def check_classes(root: str, found: dict[str, Listing]) -> None:
-    """Refuses parts with other classes than train's."""
-    classes = found["train"].classes
-    for listing in found.values():
+def check_classes(root: str, listings: dict[str, Listing]) -> None:
+    """Raises `UserError` unless all splits have the classes of train."""
+    classes = listings["train"].classes
+    for listing in listings.values():
         for missing in sorted(set(classes) - set(listing.classes)):
             raise UserError(f"data.root={root}: the class folder {listing.folder / missing} is missing; train has it")
         for extra in sorted(set(listing.classes) - set(classes)):

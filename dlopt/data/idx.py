@@ -14,32 +14,32 @@ from torch import Tensor
 from dlopt.data.samples import Dataset, InMemory
 from dlopt.errors import UserError
 
-DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where the package dataset-fashion-mnist puts it
-_PARTS = {"train": "train", "test": "t10k"}
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
+_PREFIXES = ("train", "t10k")  # training and test files
 _FASHION_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
 
 
 def mnist(*, root: str | None, download: bool) -> Dataset:
-    """MNIST: 60,000 training and 10,000 test images [1, 28, 28] (LeCun et al. 1998)."""
+    """Loads MNIST: 60,000 training and 10,000 test images [1, 28, 28] (LeCun et al. 1998)."""
     return _load("mnist", "MNIST", tuple(str(digit) for digit in range(10)), root, download, ())
 
 
 def fashion_mnist(*, root: str | None, download: bool) -> Dataset:
-    """Fashion-MNIST: 60,000 training and 10,000 test images [1, 28, 28] (Xiao et al. 2017).
+    """Loads Fashion-MNIST: 60,000 training and 10,000 test images [1, 28, 28] (Xiao et al. 2017).
 
-    With `root` None, Debian's package dataset-fashion-mnist serves where it is installed.
+    If `root` is None, Debian's package dataset-fashion-mnist is searched too.
     """
-    elsewhere = (DEBIAN_FASHION_MNIST,) if root is None else ()
-    return _load("fashion_mnist", "FashionMNIST", _FASHION_CLASSES, root, download, elsewhere)
+    system_folders = (DEBIAN_FASHION_MNIST,) if root is None else ()
+    return _load("fashion_mnist", "FashionMNIST", _FASHION_CLASSES, root, download, system_folders)
 
 
 def read_idx(path: Path) -> Tensor:
-    """The uint8 tensor in an IDX file, plain or gzipped (format: yann.lecun.com/exdb/mnist).
+    """Reads the uint8 tensor in an IDX file, plain or gzipped (format: yann.lecun.com/exdb/mnist).
 
     Raises:
-        UserError: the file cannot be read, is damaged, or holds something else than unsigned bytes.
+        UserError: the file cannot be read, is damaged, or has another type than unsigned bytes.
     """
     try:
         data = path.read_bytes()
@@ -53,39 +53,39 @@ def read_idx(path: Path) -> Tensor:
     start = 4 + 4 * dimensions
     shape = np.frombuffer(data[4:start].ljust(4 * dimensions, b"\0"), dtype=">u4").astype(np.int64).tolist()
     if len(data) - start != int(np.prod(shape)):
-        raise UserError(f"{path}: is damaged: {len(data) - start} bytes follow the header, which says {shape}")
+        raise UserError(f"{path}: is damaged: {len(data) - start} bytes of data for the shape {shape} in the header")
     return torch.from_numpy(np.frombuffer(data, dtype=np.uint8, offset=start).reshape(shape).copy())
 
 
 def _load(
-    name: str, folder: str, classes: tuple[str, ...], root: str | None, download: bool, elsewhere: tuple[Path, ...]
+    name: str, folder: str, classes: tuple[str, ...], root: str | None, download: bool, system_folders: tuple[Path, ...]
 ) -> Dataset:
     key = f"data={name}"
     base = data_root(root)
-    places = (base, base / "raw", base / folder / "raw", *elsewhere)
-    found = next((place for place in places if all(_find(place, stem) for stem in _stems())), None)
-    if found is None and download:
+    candidates = (base, base / "raw", base / folder / "raw", *system_folders)
+    source = next((path for path in candidates if all(_find(path, stem) for stem in _stems(*_PREFIXES))), None)
+    if source is None and download:
         import torchvision.datasets
 
-        through_torchvision(key, base, download, lambda: getattr(torchvision.datasets, folder)(base, download=True))
-        found = base / folder / "raw"
-    if found is None:
+        call_torchvision(key, base, download, lambda: getattr(torchvision.datasets, folder)(base, download=True))
+        source = base / folder / "raw"
+    if source is None:
         raise UserError(
-            f"{key}: no IDX files ({next(iter(_stems()))}[.gz] and so on) in {', '.join(map(str, places))}; "
+            f"{key}: no IDX files ({_stems(*_PREFIXES)[0]}[.gz], ...) in {', '.join(map(str, candidates))}; "
             "set data.root to the folder that has them, or data.download=true"
         )
-    train, test = (_part(key, found, prefix, len(classes)) for prefix in _PARTS.values())
+    train, test = (_load_split(key, source, prefix, len(classes)) for prefix in _PREFIXES)
     return Dataset(train, None, test, classes)
 
 
-def _part(key: str, folder: Path, prefix: str, classes: int) -> InMemory:
+def _load_split(key: str, folder: Path, prefix: str, classes: int) -> InMemory:
     images_path, labels_path = (_find(folder, stem) for stem in _stems(prefix))
     assert images_path is not None and labels_path is not None
     images, labels = read_idx(images_path), read_idx(labels_path)
     if images.dim() != 3 or len(images) == 0:
-        raise UserError(f"{key}: {images_path}: holds an array {list(images.shape)}; [N, height, width] is needed")
+        raise UserError(f"{key}: {images_path}: has the shape {list(images.shape)}; expected [N, height, width]")
     if labels.dim() != 1 or len(labels) != len(images):
-        raise UserError(f"{key}: {labels_path}: holds {list(labels.shape)} labels for {len(images)} images")
+        raise UserError(f"{key}: {labels_path}: has {list(labels.shape)} labels for {len(images)} images")
     if int(labels.max()) >= classes:
         raise UserError(f"{key}: {labels_path}: has a label {int(labels.max())}; 0 to {classes - 1} are allowed")
     return InMemory(images.unsqueeze(1), labels.to(torch.int64))
@@ -93,7 +93,7 @@ def _part(key: str, folder: Path, prefix: str, classes: int) -> InMemory:
 
 def _stems(*prefixes: str) -> list[str]:
     kinds = ("images-idx3-ubyte", "labels-idx1-ubyte")
-    return [f"{prefix}-{kind}" for prefix in prefixes or _PARTS.values() for kind in kinds]
+    return [f"{prefix}-{kind}" for prefix in prefixes for kind in kinds]
 
 
 def _find(folder: Path, stem: str) -> Path | None:
@@ -104,15 +104,15 @@ T = TypeVar("T")
 
 
 def data_root(root: str | None) -> Path:
-    """The folder for downloads: `root`, else $DLOPT_DATA, else `data` under the current folder."""
+    """Returns the folder for downloads: `root`, else $DLOPT_DATA, else `data` under the current folder."""
     return Path(root if root is not None else os.environ.get("DLOPT_DATA") or "data").expanduser()
 
 
-def through_torchvision(key: str, root: Path, download: bool, load: Callable[[], T]) -> T:
-    """Calls `load`, torchvision's reading or downloading, and turns its errors into one message.
+def call_torchvision(key: str, root: Path, download: bool, load: Callable[[], T]) -> T:
+    """Calls `load`, which reads or downloads through torchvision, and converts its errors.
 
     Raises:
-        UserError: the files are missing or damaged, cannot be downloaded, or the folder cannot be written.
+        UserError: the files are missing or damaged, the download failed, or the folder cannot be written.
     """
     import pickle
     import urllib.error

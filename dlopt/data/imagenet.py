@@ -1,5 +1,6 @@
-"""ImageNet as ILSVRC 2012 is laid out once unpacked."""
+"""ImageNet in the folder layout of the unpacked ILSVRC 2012 archives."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Literal
 
@@ -21,37 +22,37 @@ def imagenet(
     max_skips: Natural | PositiveFraction,
     image_size: int | tuple[int, int] | None,
 ) -> Dataset:
-    """Colour images under `root`/train/WNID/ and `root`/val/WNID/ (Russakovsky et al. 2015).
+    """Loads colour images from `root`/train/WNID/ and `root`/val/WNID/ (Russakovsky et al. 2015).
 
-    The labels of ImageNet's own test set are not public, so papers report figures on its validation set. It is the
-    test set here, and the validation set is cut from the training set.
+    ImageNet's test labels are not public, so papers report results on its validation set. Here that is the test set,
+    and the validation set is split off the training set.
 
     Args:
-        class_names: file with a line "WNID name, other names" per class; None: `root`/LOC_synset_mapping.txt where it
-            exists, otherwise the classes go by their folders' names.
+        class_names: file with a line "WNID name, other names" per class; None: `root`/LOC_synset_mapping.txt if it
+            exists, else the names of the class folders.
 
     Raises:
-        UserError: see `image_folder`; or a class has no name.
+        UserError: as `image_folder`, or a class has no name.
     """
     base = data_folder(root, "train/WNID/IMAGE and val/WNID/IMAGE")
-    found = {"train": scan(base / "train")}
+    listings = {"train": scan(base / "train")}
     if (base / "val").is_dir():
-        found["test"] = scan(base / "val")
-    check_classes(root, found)
-    classes = _names(root, found["train"].classes, class_names)
-    parts, notes = image_files(
+        listings["test"] = scan(base / "val")
+    check_classes(root, listings)
+    classes = _names(root, listings["train"].classes, class_names)
+    splits, notes = image_files(
         str(base),
-        {name: image_list(listing) for name, listing in found.items()},
+        {split: image_list(listing) for split, listing in listings.items()},
         image_size=size_pair(image_size),
         channels=3,
         on_error=on_error,
         max_skips=max_skips,
     )
-    return Dataset(parts["train"], None, parts.get("test"), classes, notes=notes)
+    return Dataset(splits["train"], None, splits.get("test"), classes, notes=notes)
 
 
 def _names(root: str, wnids: tuple[str, ...], file: str | None) -> tuple[str, ...]:
-    """The first name of each class, with the WNID where two classes share it (there are two cranes)."""
+    """Returns the first name of each class, with its WNID if another class shares the name (there are two cranes)."""
     path = Path(root if file is None else file).expanduser()
     if file is None:
         path /= _NAMES
@@ -65,7 +66,5 @@ def _names(root: str, wnids: tuple[str, ...], file: str | None) -> tuple[str, ..
     for wnid in wnids:
         if not names.get(wnid):
             raise UserError(f"data.class_names={path}: has no line {wnid!r} with a name")
-    given = [names[wnid] for wnid in wnids]
-    return tuple(
-        name if given.count(name) == 1 else f"{name} ({wnid})" for wnid, name in zip(wnids, given, strict=True)
-    )
+    counts = Counter(names[wnid] for wnid in wnids)
+    return tuple(names[wnid] if counts[names[wnid]] == 1 else f"{names[wnid]} ({wnid})" for wnid in wnids)

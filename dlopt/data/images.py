@@ -1,6 +1,6 @@
-"""Images from files: decoding to uint8, and bringing to one size.
+"""Decoding and resizing of image files.
 
-PIL alone is used: importing torchvision takes longer than reading a small dataset.
+Uses PIL only: importing torchvision takes longer than reading a small dataset.
 """
 
 import io
@@ -19,21 +19,21 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif"))
-# Of Pillow's formats. Others do more than decode: it hands EPS files to Ghostscript, a program.
+# A subset of Pillow's formats, for safety: for EPS files, for example, it runs the program Ghostscript.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM")
 _ORIENTATION = 0x0112  # EXIF tag; values from 5 on swap width and height
 
 
 def size_pair(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
-    """`image_size` as (height, width); a single number is a square."""
+    """Returns `image_size` as (height, width); a single number means a square."""
     return (size, size) if isinstance(size, int) else size
 
 
 def decode(path: str, size: tuple[int, int] | None, channels: int) -> Tensor:
-    """The image in `path` as uint8 [channels, H, W], turned upright as its EXIF data say.
+    """Decodes the image in `path` to uint8 [channels, H, W], rotated as its EXIF data says.
 
-    With `size` = (H, W) the image is scaled to cover that size, keeping its aspect ratio, and the centre is cut
-    out. Transparency is dropped, of an animation the first frame is taken, 16-bit grey keeps its upper 8 bits.
+    If `size` = (H, W) is given, scales the image to cover it, keeping the aspect ratio, and crops the centre. Drops
+    transparency, uses the first frame of animations, and keeps the upper 8 bits of 16-bit grey.
 
     Raises:
         UserError: the file cannot be read as an image.
@@ -41,12 +41,12 @@ def decode(path: str, size: tuple[int, int] | None, channels: int) -> Tensor:
     try:
         with open(path, "rb") as file:
             return _decode(file.read(), size, channels)
-    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error ... on broken files
+    except Exception as error:  # on damaged files decoders raise OSError, SyntaxError, ValueError, struct.error, ...
         raise UserError(f"{path}: cannot be read as an image ({_reason(error)})") from error
 
 
 def header_size(path: str) -> tuple[int, int]:
-    """(height, width) of the upright image in `path`, without decoding it.
+    """Returns (height, width) of the image in `path` after EXIF rotation, without decoding it.
 
     Raises:
         UserError: the file cannot be read as an image.
@@ -63,7 +63,7 @@ def header_size(path: str) -> tuple[int, int]:
 
 @cache
 def _formats() -> list[str]:
-    """Returns those of `_FORMATS` that this Pillow knows: Image.open() accepts no others."""
+    """Returns the `_FORMATS` that this Pillow supports: Image.open() rejects unknown names."""
     from PIL import Image
 
     Image.init()
@@ -71,7 +71,7 @@ def _formats() -> list[str]:
 
 
 def from_pil(image: "Image", channels: int | None = None) -> Tensor:
-    """A PIL image as uint8 [C, H, W]; `channels` None: 1 where the image is grey, else 3."""
+    """Converts a PIL image to uint8 [C, H, W]; `channels` None: 1 for grey images, else 3."""
     if channels is None:
         channels = 1 if image.mode in ("1", "L", "LA", "I", "I;16", "F") else 3
     if image.mode.startswith("I"):  # 16-bit grey: converting would clip at 255 instead of scaling
@@ -88,16 +88,16 @@ def from_pil(image: "Image", channels: int | None = None) -> Tensor:
 
 
 def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Images [B, C, H, W] scaled to cover (H', W'), keeping their aspect ratio, and cut to the centre.
+    """Scales images [B, C, H, W] to cover `size` = (H', W'), keeping the aspect ratio, and crops the centre.
 
-    Bilinear with anti-aliasing; the dtype stays.
+    Bilinear with anti-aliasing; keeps the dtype.
     """
     if tuple(images.shape[-2:]) == size:
         return images
     height, width = images.shape[-2:]
     left, top, right, bottom = (round(edge) for edge in _centre_box(width, height, size))
-    cut = images[..., top : max(bottom, top + 1), left : max(right, left + 1)]
-    result = interpolate(cut.float(), size=size, mode="bilinear", antialias=True, align_corners=False)
+    crop = images[..., top : max(bottom, top + 1), left : max(right, left + 1)]
+    result = interpolate(crop.float(), size=size, mode="bilinear", antialias=True, align_corners=False)
     return result.round_().clamp_(0, 255).to(torch.uint8) if images.dtype == torch.uint8 else result.to(images.dtype)
 
 
@@ -107,9 +107,9 @@ def _decode(data: bytes, size: tuple[int, int] | None, channels: int) -> Tensor:
     image: Image.Image = Image.open(io.BytesIO(data), formats=_formats())
     orientation = _orientation(image)
     if size is not None and image.format == "JPEG":
-        # The decoder halves large images on the way, down to twice the size that is wanted.
-        wanted = size[::-1] if orientation >= 5 else size
-        scale = 2 * max(wanted[0] / image.height, wanted[1] / image.width)
+        # Lets the decoder downscale large images by powers of two, to no less than twice the target size.
+        target = size[::-1] if orientation >= 5 else size
+        scale = 2 * max(target[0] / image.height, target[1] / image.width)
         if scale < 1:
             image.draft(None, (round(image.width * scale), round(image.height * scale)))
     if orientation > 1:
@@ -124,7 +124,7 @@ def _decode(data: bytes, size: tuple[int, int] | None, channels: int) -> Tensor:
 
 
 def _centre_box(width: int, height: int, size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """The largest centred box (left, top, right, bottom) with the aspect ratio of `size` = (H, W)."""
+    """Returns the largest centred box (left, top, right, bottom) with the aspect ratio of `size` = (H, W)."""
     scale = min(height / size[0], width / size[1])
     box_width, box_height = scale * size[1], scale * size[0]
     left, top = (width - box_width) / 2, (height - box_height) / 2
@@ -132,8 +132,8 @@ def _centre_box(width: int, height: int, size: tuple[int, int]) -> tuple[float, 
 
 
 def _orientation(image: "Image") -> int:
-    found = image.getexif().get(_ORIENTATION, 1) if "exif" in image.info else 1
-    return found if found in range(1, 9) else 1  # damaged EXIF data may hold anything
+    orientation = image.getexif().get(_ORIENTATION, 1) if "exif" in image.info else 1
+    return orientation if orientation in range(1, 9) else 1  # damaged EXIF data may contain anything
 
 
 def _reason(error: Exception) -> str:
@@ -144,5 +144,5 @@ def _reason(error: Exception) -> str:
 
 
 def is_image(path: Path) -> bool:
-    """Whether the name says image; hidden files (`._x.jpg` of some file systems) are not."""
+    """Returns whether the name is that of an image; hidden files (macOS writes `._x.jpg`) are not images."""
     return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")

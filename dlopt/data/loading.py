@@ -1,4 +1,4 @@
-"""Fetching samples in worker processes, ahead of their use."""
+"""Prefetches samples in worker processes."""
 
 import atexit
 import math
@@ -22,117 +22,115 @@ from dlopt.data.samples import InMemory, Samples
 from dlopt.errors import RunError, UserError
 from dlopt.processor import M_MMAP_THRESHOLD, end_with_parent, set_malloc
 
-_CHUNK_BYTES = 1 << 22  # of inputs that pass through at once where a dataset is read from end to end
-_WORTH_WORKERS = 1000  # samples; below, starting processes takes longer than decoding
+_CHUNK_BYTES = 1 << 22  # chunk of inputs when a whole dataset is read
+_MIN_SAMPLES_FOR_WORKERS = 1000  # below, starting processes takes longer than decoding
 _MAX_WORKERS = 16
-_PIECE = 32  # samples that a worker fetches at a time: all workers share in a batch, so the first one comes early
-_AHEAD = 2  # batches that are fetched ahead of their use
-_MAPPED = 1 << 20  # bytes from which on memory for inputs is mapped for itself
-_GRACE = 60  # seconds for which a worker outlives a termination signal, see `_start_worker`
+_FETCH_SIZE = 32  # samples per request to a worker; all workers contribute to a batch, so the first one is ready early
+_PREFETCH = 2  # batches
+_MMAP_MIN_BYTES = 1 << 20  # larger buffers are mapped separately, see `_empty`
+_GRACE = 60  # seconds that a worker stays alive after SIGTERM, see `_start_worker`
 
 
 def worker_count(workers: int | Literal["auto"], samples: Samples, processes: int = 1) -> int:
-    """Worker processes for `samples`, when `processes` training processes share this machine.
+    """Returns the number of worker processes for `samples` if `processes` training processes share this machine.
 
-    `auto`: the cores that this process may use, shared among the training processes; none where the samples are in
-    memory already, or so few that starting workers would take longer than the work.
+    `auto`: the usable cores divided by the training processes; 0 for samples in memory and for small datasets.
     """
     if workers != "auto":
         return workers
-    if isinstance(samples, InMemory) or len(samples) < _WORTH_WORKERS:
+    if isinstance(samples, InMemory) or len(samples) < _MIN_SAMPLES_FOR_WORKERS:
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cores // processes, _MAX_WORKERS))
 
 
 class Loader:
-    """Fetches batches of samples in order, in `workers` processes (0: in this one) that live until `close`.
+    """Fetches batches in order, in `workers` processes (0: in this process) that live until `close`.
 
-    Workers fetch pieces of batches, which are put together here, in page-locked memory where `pin` asks for it. They
-    work two batches ahead, and at least two pieces each; that bounds the memory.
+    Workers fetch chunks of a batch; this process assembles them, in page-locked memory if `pin`. Prefetching is limited
+    to two batches, but at least two chunks per worker, which bounds the memory.
     """
 
     def __init__(self, samples: Samples, workers: int, pin: bool = False) -> None:
         self._samples = samples
         self._workers = workers
         self._pin = pin
-        self._plan = _Plan()
+        self._chunks = _ChunkSampler()
         self._loader: DataLoader[Any] | None = None
 
-    def run(self, parts: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Inputs for each tensor of indices in `parts`. A new run ends an unfinished one.
+    def run(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Yields the inputs of each batch, given by its indices. A new run ends an unfinished one.
 
         Raises:
             UserError: a sample cannot be read.
             RunError: a worker process was killed.
         """
-        if not parts:
+        if not batches:
             return
-        longest = max(len(part) for part in parts)
-        pieces = [part.split(_PIECE) if self._workers else (part,) for part in parts]
-        self._plan.parts = [piece.numpy() for cut in pieces for piece in cut]
+        batch_chunks = [batch.split(_FETCH_SIZE) if self._workers else (batch,) for batch in batches]
+        self._chunks.indices = [chunk.numpy() for chunks in batch_chunks for chunk in chunks]
         try:
-            fetched = self._start(longest)
-            for part, cut in zip(parts, pieces, strict=True):
-                yield self._assemble(len(part), [len(piece) for piece in cut], fetched)
+            fetched = self._start(max(map(len, batches)))
+            for batch, chunks in zip(batches, batch_chunks, strict=True):
+                yield self._assemble(len(batch), [len(chunk) for chunk in chunks], fetched)
         except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
-            # A worker that dies while it hands a batch over breaks the connection; otherwise torch finds it missing.
-            # What a worker itself has raised comes as "Caught ...", and is no death.
-            told = str(error) or type(error).__name__
-            broken = not isinstance(error, RuntimeError) or told.startswith("DataLoader worker (pid")
-            if self._workers > 0 and broken and not told.startswith("Caught"):
-                raise RunError(f"a data loader worker died (out of memory?): {told}") from error
+            # A worker that dies while sending a batch breaks the connection; otherwise torch reports its exit. An
+            # exception raised in a worker arrives as "Caught ..." and is re-raised as it is.
+            message = str(error) or type(error).__name__
+            died = not isinstance(error, RuntimeError) or message.startswith("DataLoader worker (pid")
+            if self._workers > 0 and died and not message.startswith("Caught"):
+                raise RunError(f"a data loader worker died (out of memory?): {message}") from error
             raise
 
     def _assemble(self, total: int, lengths: list[int], fetched: Iterator[Any]) -> Tensor:
-        """The next `total` samples, from pieces of the given lengths."""
+        """Concatenates the next chunks, of the given lengths, to a batch of `total` samples."""
         batch: Tensor | None = None
         filled = 0
         for length in lengths:
-            piece = next(fetched)
-            if isinstance(piece, UserError):
-                raise piece
+            chunk = next(fetched)
+            if isinstance(chunk, UserError):
+                raise chunk
             if length == total and not self._pin:
-                return piece
+                return chunk
             if batch is None:
-                batch = _empty((total, *piece.shape[1:]), piece.dtype, self._pin)
-            batch[filled : filled + length] = piece
+                batch = _empty((total, *chunk.shape[1:]), chunk.dtype, self._pin)
+            batch[filled : filled + length] = chunk
             filled += length
         assert batch is not None
         return batch
 
-    def _start(self, longest: int) -> Iterator[Any]:
+    def _start(self, batch_size: int) -> Iterator[Any]:
         if self._loader is not None:
             return iter(self._loader)
-        ahead = max(_AHEAD, -(-_AHEAD * longest // (_PIECE * max(1, self._workers))))
+        prefetch_factor = max(_PREFETCH, -(-_PREFETCH * batch_size // (_FETCH_SIZE * max(1, self._workers))))
         self._loader = DataLoader(
-            _Fetch(self._samples),  # type: ignore[arg-type]
-            batch_sampler=self._plan,  # type: ignore[arg-type]
+            _ChunkDataset(self._samples),  # type: ignore[arg-type]
+            batch_sampler=self._chunks,  # type: ignore[arg-type]
             collate_fn=_unchanged,
             num_workers=self._workers,
             multiprocessing_context=_start_method() if self._workers else None,
-            prefetch_factor=ahead if self._workers else None,
+            prefetch_factor=prefetch_factor if self._workers else None,
             persistent_workers=self._workers > 0,
             worker_init_fn=_start_worker,
-            generator=torch.Generator(),  # its own: the global one must not depend on how data is read
+            generator=torch.Generator(),  # so that data loading does not advance the global RNG
         )
         if self._workers == 0:
             return iter(self._loader)
         handler = signal.getsignal(signal.SIGCHLD)
         iterator = iter(self._loader)
         if threading.current_thread() is threading.main_thread():
-            # torch installs a handler that raises wherever the main thread happens to be when a worker dies.
-            # Waiting for the next batch notices it as well, and there the error can be told properly.
+            # torch's handler raises at an arbitrary point of the main thread when a worker dies. `run` detects the
+            # death too, and there it becomes a proper error message.
             signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
-        # Before multiprocessing closes the queues through which workers are told to end (priority 10) and sends them a
-        # signal that they outlive for a while: ahead of its exit hook, or within it in a job of a sweep, which has no
-        # other.
+        # Close before multiprocessing closes the queues that stop the workers (exit priority 10) and sends SIGTERM,
+        # which workers survive for `_GRACE` seconds. atexit covers normal exits; Finalize covers the jobs of a sweep,
+        # where only multiprocessing's exit hook runs.
         atexit.register(_close, weakref.ref(self))
         Finalize(None, _close, args=(weakref.ref(self),), exitpriority=100)
         return iterator
 
     def close(self) -> None:
-        """Ends the worker processes."""
+        """Stops the worker processes."""
         if self._loader is None:
             return
         iterator, self._loader._iterator = self._loader._iterator, None
@@ -141,7 +139,7 @@ class Loader:
 
 
 def chunks(samples: Samples, workers: int | Literal["auto"] = "auto") -> Iterator[Tensor]:
-    """All inputs in order, in chunks of a few megabytes whose borders depend on the shape alone."""
+    """Yields all inputs in order, in chunks of a few megabytes whose size depends only on the shape."""
     size = max(1, _CHUNK_BYTES // max(1, int(np.prod(samples.shape))))
     if isinstance(samples, InMemory):
         yield from samples.inputs.split(size)
@@ -154,7 +152,7 @@ def chunks(samples: Samples, workers: int | Literal["auto"] = "auto") -> Iterato
 
 
 def materialize(samples: Samples, workers: int | Literal["auto"] = "auto") -> InMemory:
-    """The samples read into one tensor."""
+    """Reads all samples into one tensor."""
     if isinstance(samples, InMemory):
         return samples
     inputs: Tensor | None = None
@@ -168,21 +166,21 @@ def materialize(samples: Samples, workers: int | Literal["auto"] = "auto") -> In
     return InMemory(inputs, samples.targets)
 
 
-class _Plan:
-    """The batches of the run to come; iterated in the main process, so that setting it is enough."""
+class _ChunkSampler:
+    """Batch sampler over the chunks of the next run. DataLoader iterates it in the main process only."""
 
     def __init__(self) -> None:
-        self.parts: list[np.ndarray] = []
+        self.indices: list[np.ndarray] = []
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        return iter(self.parts)
+        return iter(self.indices)
 
     def __len__(self) -> int:
-        return len(self.parts)
+        return len(self.indices)
 
 
-class _Fetch:
-    """Samples as the data loader wants them: a whole batch in one call."""
+class _ChunkDataset:
+    """Dataset whose `__getitems__` fetches a chunk in one call."""
 
     def __init__(self, samples: Samples) -> None:
         self._samples = samples
@@ -194,7 +192,7 @@ class _Fetch:
         try:
             return self._samples.fetch(torch.from_numpy(indices))
         except UserError as error:
-            return UserError(str(error))  # handed over as it is: an exception would come wrapped in tracebacks
+            return UserError(str(error))  # returned: DataLoader would wrap a raised error in the worker's traceback
 
 
 def _unchanged(batch: Any) -> Any:
@@ -202,30 +200,35 @@ def _unchanged(batch: Any) -> Any:
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, pin: bool) -> Tensor:
-    """Memory for a batch that goes back to the system as a whole: from the heap, batches would be cut up by what is
-    allocated between them, and the process would grow by hundreds of megabytes."""
+    """Allocates memory for a batch.
+
+    Large batches get their own mapping, which returns to the system when freed. On the heap they would fragment it, and
+    the process would grow by hundreds of megabytes.
+    """
     size = math.prod(shape) * dtype.itemsize
-    if pin or size < _MAPPED:
+    if pin or size < _MMAP_MIN_BYTES:
         return torch.empty(shape, dtype=dtype, pin_memory=pin)
     return torch.frombuffer(mmap.mmap(-1, size), dtype=dtype).view(shape)
 
 
 def _start_method() -> str | None:
-    """Forked workers share what this process has imported and read: on Linux they cost 13 MiB each and start at once,
-    others 290 MiB and three seconds. What the program that calls dlopt has chosen holds."""
-    chosen = multiprocessing.get_start_method(allow_none=True)
-    return "fork" if chosen is None and sys.platform.startswith("linux") else chosen
+    """Returns "fork" on Linux unless the calling program has set another start method.
+
+    Forked workers share this process's imports and data: 13 MiB each and no start-up time, against 290 MiB and 3 s.
+    """
+    method = multiprocessing.get_start_method(allow_none=True)
+    return "fork" if method is None and sys.platform.startswith("linux") else method
 
 
 def _start_worker(worker: int) -> None:
-    """One thread each; signals are the main process's business.
+    """Sets up a worker: one thread, and signals left to the main process.
 
-    A cluster's signal reaches the whole process group. A worker that died of it would take the main process along
-    before that has written its checkpoint, so a worker stays for a while after a termination signal.
+    Schedulers signal the whole process group. If a worker died at once, the main process would fail before it could
+    write its checkpoint; so a worker stays alive for `_GRACE` seconds after SIGTERM.
     """
     torch.set_num_threads(1)
-    set_malloc({M_MMAP_THRESHOLD: _MAPPED})  # returns large blocks to the system, as `_empty` does
-    end_with_parent()  # elsewhere than on Linux they notice after some seconds
+    set_malloc({M_MMAP_THRESHOLD: _MMAP_MIN_BYTES})  # returns large blocks to the system, as `_empty` does
+    end_with_parent()  # Linux only; elsewhere workers notice after some seconds
     for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
@@ -239,20 +242,20 @@ def _close(reference: "weakref.ref[Loader]") -> None:
         loader.close()
 
 
-class Lane(Protocol):
-    """The way to a device; `CudaLane` is the one, tests have another."""
+class TransferStream(Protocol):
+    """Asynchronous copies to a device: `CudaTransferStream`, or a fake in tests."""
 
     def send(self, batch: Tensor) -> tuple[Tensor, Any]:
-        """Starts copying a batch from page-locked memory: (where it will be, a mark to wait for)."""
+        """Starts copying a batch from page-locked memory; returns (the copy, an event to wait for)."""
         ...
 
-    def receive(self, batch: Tensor, mark: Any) -> Tensor:
-        """The batch; what is computed from here on comes after its arrival."""
+    def receive(self, batch: Tensor, event: Any) -> Tensor:
+        """Returns the copy; later work on the compute stream waits for the event."""
         ...
 
 
-class CudaLane:
-    """A stream beside the one that computes."""
+class CudaTransferStream:
+    """Copies on a CUDA stream separate from the compute stream."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -261,24 +264,25 @@ class CudaLane:
     def send(self, batch: Tensor) -> tuple[Tensor, torch.cuda.Event]:
         with torch.cuda.stream(self._stream):
             moved = batch.to(self._device, non_blocking=True)
-            mark = torch.cuda.Event()
-            mark.record(self._stream)
-        return moved, mark
+            event = torch.cuda.Event()
+            event.record(self._stream)
+        return moved, event
 
-    def receive(self, batch: Tensor, mark: torch.cuda.Event) -> Tensor:
-        computing = torch.cuda.current_stream(self._device)
-        computing.wait_event(mark)
-        batch.record_stream(computing)  # its memory is not for the next copy before it has been used
+    def receive(self, batch: Tensor, event: torch.cuda.Event) -> Tensor:
+        compute_stream = torch.cuda.current_stream(self._device)
+        compute_stream.wait_event(event)
+        # The allocator must not give this memory to the next copy while the compute stream still reads it.
+        batch.record_stream(compute_stream)
         return batch
 
 
-def ahead(batches: Iterable[Tensor], lane: Lane) -> Iterator[Tensor]:
-    """The batches on the device; each copy is started before the batch in front of it is given out."""
-    under_way: tuple[Tensor, Any] | None = None
+def prefetch(batches: Iterable[Tensor], stream: TransferStream) -> Iterator[Tensor]:
+    """Yields the batches on the device; starts the copy of the next batch before yielding the current one."""
+    in_flight: tuple[Tensor, Any] | None = None
     for batch in batches:
-        sent = lane.send(batch)
-        if under_way is not None:
-            yield lane.receive(*under_way)
-        under_way = sent
-    if under_way is not None:
-        yield lane.receive(*under_way)
+        sent = stream.send(batch)
+        if in_flight is not None:
+            yield stream.receive(*in_flight)
+        in_flight = sent
+    if in_flight is not None:
+        yield stream.receive(*in_flight)

@@ -1,4 +1,4 @@
-"""Noisy samples of a function of one variable: the smallest regression on which overfitting and capacity show."""
+"""Noisy samples of a function of one variable: a minimal regression task to show overfitting and capacity."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -17,10 +17,10 @@ Function = Literal["sine", "runge", "cubic", "step"]
 FUNCTIONS: Mapping[Function, Callable[[Tensor], Tensor]] = {
     "sine": lambda x: torch.sin(math.pi * x),
     "runge": lambda x: 1 / (1 + 25 * x**2),  # Runge 1901: interpolation at evenly spaced points diverges
-    "cubic": lambda x: (5 * x**3 - 3 * x) / 2,  # Legendre's, between -1 and 1
+    "cubic": lambda x: (5 * x**3 - 3 * x) / 2,  # Legendre polynomial, within [-1, 1]
     "step": torch.sign,
 }
-_TRAIN, _VAL, _TEST = range(3)  # streams: the size of one part changes no other
+_TRAIN, _VAL, _TEST = range(3)  # RNG streams: the size of one split does not change the others
 
 
 def polynomial(
@@ -33,21 +33,21 @@ def polynomial(
     test_size: Natural,
     seed: int,
 ) -> Dataset:
-    """y = f(x) + noise * standard normal, for x uniform in `interval`: inputs float32 [N, 1], targets float32 [N].
+    """Samples y = f(x) + noise * N(0, 1) for x uniform in `interval`: inputs float32 [N, 1], targets float32 [N].
 
-    The least expected loss (mean squared error) is noise^2, on every part. A size of 0 leaves a part out.
+    The lowest expected loss (mean squared error) is noise^2 on every split. A size of 0 omits a split.
 
     Raises:
         UserError: the interval is empty.
     """
     low, high = interval
     if low >= high:
-        raise UserError(f"data.interval={list(interval)}: is empty; give [low,high] with low < high")
+        raise UserError(f"data.interval={list(interval)}: is empty; use [low,high] with low < high")
 
-    def draw(size: int, part: int) -> InMemory:
-        source = generator("cpu", seed, part)
-        x = low + (high - low) * torch.rand(size, generator=source, dtype=torch.float64)
-        y = FUNCTIONS[function](x) + noise * torch.randn(size, generator=source, dtype=torch.float64)
+    def draw(size: int, split: int) -> InMemory:
+        rng = generator("cpu", seed, split)
+        x = low + (high - low) * torch.rand(size, generator=rng, dtype=torch.float64)
+        y = FUNCTIONS[function](x) + noise * torch.randn(size, generator=rng, dtype=torch.float64)
         return InMemory(x.float().unsqueeze(1), y.float())
 
     val = draw(val_size, _VAL) if val_size else None

@@ -1,11 +1,11 @@
-"""Where samples come from: memory, image files, or a `torch.utils.data.Dataset` of the user.
+"""Sources of samples: memory, image files, or a user-defined `torch.utils.data.Dataset`.
 
-A `Samples` object gives batches by index and knows all targets in advance; whether it decodes files or picks rows of
-a tensor is its own matter.
+A `Samples` object returns batches by index and holds all targets, whether it indexes a tensor or decodes files.
 """
 
 import os
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from dlopt.data.images import decode, from_pil, header_size, resize
 from dlopt.errors import UserError
 
-_HEADERS_CHECKED = 256  # of images that must have one size; the others are checked when they are decoded
+_HEADERS_CHECKED = 256  # images whose size is checked in advance; the others are checked when decoded
 
 
 class Samples(Protocol):
@@ -35,20 +35,20 @@ class Samples(Protocol):
     def __len__(self) -> int: ...
 
     def fetch(self, indices: Tensor) -> Tensor:
-        """Inputs [B, *shape] for int64 `indices` [B]: uint8 0..255 for images, else float32."""
+        """Returns inputs [B, *shape] for int64 `indices` [B]: uint8 0..255 for images, else float32."""
         ...
 
     def select(self, indices: Tensor) -> "Samples":
-        """The samples at `indices`, in that order."""
+        """Returns the samples at `indices`, in that order."""
         ...
 
 
 @dataclass
 class Dataset:
-    """The three parts of a dataset; `classes` None means regression.
+    """The three splits of a dataset; `classes` None means regression.
 
-    `in_memory`: all parts fit into the memory of the training device as one tensor (decided by `prepare`).
-    `notes`: lines that the user should see, about samples that were left out.
+    `in_memory`: keep the samples on the training device as one tensor (decided by `prepare`).
+    `notes`: lines to show the user, about skipped samples.
     """
 
     train: Samples
@@ -60,7 +60,7 @@ class Dataset:
 
     @property
     def outputs(self) -> int:
-        """The number of outputs of a model: classes, or numbers per target in a regression."""
+        """Number of model outputs: classes, or numbers per target in a regression."""
         if self.classes is not None:
             return len(self.classes)
         targets = self.train.targets
@@ -68,7 +68,7 @@ class Dataset:
 
 
 class InMemory:
-    """Samples that live in one tensor [N, *shape]."""
+    """Samples in one tensor [N, *shape]."""
 
     def __init__(self, inputs: Tensor, targets: Tensor) -> None:
         if len(inputs) != len(targets):
@@ -92,10 +92,10 @@ class InMemory:
 
 @dataclass(frozen=True)
 class ImageList:
-    """Image files with their targets, as they were found.
+    """Paths of image files with their targets.
 
-    `paths` [N] is one array of bytes: a list of a million strings would be copied into every worker, page by page, as
-    reference counts change. Relative ones start from `folder`, which keeps the array small.
+    `paths` [N] is one array of bytes: changing reference counts would copy a list of a million strings into every
+    worker, page by page. Paths may be relative to `folder`, which keeps the array small.
     """
 
     paths: np.ndarray
@@ -113,11 +113,11 @@ class ImageList:
 
 
 class Files:
-    """Images in files, decoded when they are fetched.
+    """Image files, decoded when fetched.
 
-    `image_size` None: the images are used as they are and must all have the size of the first.
+    `image_size` None: no resizing; all images must have the size of the first.
     `channels`: 1 (grey) or 3 (RGB).
-    `paths`: relative ones start from `folder`.
+    `paths`: absolute, or relative to `folder`.
     """
 
     def __init__(
@@ -159,10 +159,9 @@ class Files:
         return result
 
     def select(self, indices: Tensor) -> "Files":
-        chosen = Files.__new__(Files)
-        chosen.__dict__.update(self.__dict__)
-        chosen._images = self._images.select(indices)
-        return chosen
+        selected = copy(self)
+        selected._images = self._images.select(indices)
+        return selected
 
     def _native_size(self) -> tuple[int, int]:
         self._size = header_size(self.path(0))
@@ -181,15 +180,15 @@ class Files:
 
 
 class Wrapped:
-    """A map-style `torch.utils.data.Dataset` of the user whose items are pairs (input, label).
+    """Wraps a map-style `torch.utils.data.Dataset` whose items are pairs (input, label).
 
     Inputs: a PIL image, a uint8 array [H, W] or [H, W, C], or a tensor [F], [H, W] or [C, H, W]; uint8 inputs are
     images 0..255, all others become float32. Labels: an integer class, or floating-point values (regression).
-    Labels are taken from the attribute `targets` or `labels` where it agrees with the first item, otherwise every
-    item is read once.
+    Labels are read from the attribute `targets` or `labels` if it matches the first item; otherwise every item is
+    read once.
 
     Raises:
-        UserError: it is no map-style dataset, is empty, or gives something else.
+        UserError: not a map-style dataset, empty, or an item has another form.
     """
 
     def __init__(self, dataset: Any, image_size: tuple[int, int] | None, key: str) -> None:
@@ -197,7 +196,7 @@ class Wrapped:
         self._image_size = image_size
         self._name = f"{key} ({type(dataset).__module__}.{type(dataset).__qualname__})"
         if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
-            raise UserError(f"{self._name}: has no __getitem__ and __len__; a map-style torch Dataset is needed")
+            raise UserError(f"{self._name}: has no __getitem__ and __len__; expected a map-style torch Dataset")
         if len(dataset) == 0:
             raise UserError(f"{self._name}: is empty")
         self._indices = torch.arange(len(dataset))
@@ -214,38 +213,37 @@ class Wrapped:
             if tuple(item.shape) != self.shape:
                 raise UserError(
                     f"{self._name}[{index}]: has shape {tuple(item.shape)}, the first item has {self.shape}; "
-                    "all inputs must have one shape (data.image_size brings images to one)"
+                    "all inputs must have one shape (data.image_size resizes images)"
                 )
         return torch.stack(inputs) if inputs else self._item(0)[0].new_empty((0, *self.shape))
 
     def select(self, indices: Tensor) -> "Wrapped":
-        chosen = Wrapped.__new__(Wrapped)
-        chosen.__dict__.update(self.__dict__)
-        chosen._indices = self._indices[indices]
-        chosen.targets = self.targets[indices]
-        return chosen
+        selected = copy(self)
+        selected._indices = self._indices[indices]
+        selected.targets = self.targets[indices]
+        return selected
 
     def _item(self, index: int) -> tuple[Tensor, Any]:
         try:
             item = self._dataset[index]
         except UserError:
             raise
-        except Exception as error:  # code of the user: whatever it raises is told with the sample's number
+        except Exception as error:  # user code may raise anything; name the sample
             raise UserError(f"{self._name}[{index}]: {type(error).__name__}: {error}") from error
         if not isinstance(item, tuple | list) or len(item) != 2:
-            raise UserError(f"{self._name}[{index}]: gives {_describe(item)}; a pair (input, label) is needed")
+            raise UserError(f"{self._name}[{index}]: is {_describe(item)}; expected a pair (input, label)")
         return self._input(item[0], index), item[1]
 
     def _input(self, value: Any, index: int) -> Tensor:
-        if hasattr(value, "tobytes") and hasattr(value, "mode"):  # a PIL image, told without importing PIL
+        if hasattr(value, "tobytes") and hasattr(value, "mode"):  # a PIL image; avoids importing PIL
             value = from_pil(value)
         elif isinstance(value, np.ndarray):
             image = value.dtype == np.uint8 and value.ndim == 3
             value = torch.from_numpy(np.ascontiguousarray(value.transpose(2, 0, 1) if image else value))
         if not isinstance(value, Tensor) or not 1 <= value.dim() <= 3 or value.is_complex():
             raise UserError(
-                f"{self._name}[{index}]: the input is {_describe(value)}; a PIL image, an array, or a tensor [F], "
-                "[H, W] or [C, H, W] is needed"
+                f"{self._name}[{index}]: the input is {_describe(value)}; expected a PIL image, an array, or a tensor "
+                "[F], [H, W] or [C, H, W]"
             )
         value = value.detach().cpu()
         if value.dim() == 2:

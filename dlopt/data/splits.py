@@ -1,4 +1,4 @@
-"""From a dataset to the parts that a run uses: subset, validation split, one image size, in memory or not."""
+"""Prepares a dataset for a run: subset, validation split, image size, and loading into memory."""
 
 import math
 import os
@@ -17,12 +17,12 @@ from dlopt.errors import UserError
 from dlopt.random import generator
 from dlopt.ranges import Count, Fraction, Natural, PositiveFraction, Seed
 
-BatchSize = Annotated[int, Interval(ge=1, le=1 << 24)]  # more is a slip of the pen
+BatchSize = Annotated[int, Interval(ge=1, le=1 << 24)]  # larger values are almost certainly typos
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
-    """Checked against `conf/data/_common.yaml`, where the defaults and the meaning of each key stand."""
+    """Schema of `conf/data/_common.yaml`, which has the defaults and documents each key."""
 
     batch_size: BatchSize | Literal["full"]
     val_split: Fraction
@@ -35,86 +35,86 @@ class DataSettings:
     drop_last: bool
 
 
-MEMORY_FRACTION = 0.25  # of the free memory, main or GPU: what data.memory=auto may fill with samples
-_SUBSET, _VAL = 1, 2  # streams: the subset and the validation split are drawn independently
+MEMORY_FRACTION = 0.25  # of the free memory, main or GPU, that data.memory=auto may fill with samples
+_SUBSET, _VAL = 1, 2  # RNG streams: the subset and the validation split are drawn independently
 
 
 def prepare(
     dataset: Dataset, settings: DataSettings, *, device: torch.device | str = "cpu", processes: int = 1
 ) -> Dataset:
-    """What the training loop needs of `dataset`, as the settings ask for it.
+    """Applies the settings to `dataset`.
 
-    The training set is cut down to `subset`, the validation set is cut from what is left (unless the dataset brings
-    its own), images are brought to `image_size`, and training and validation samples are decoded into memory where
-    that is asked for or fits. The test set is left alone until it is used.
+    In this order: selects `subset` of the training set, splits off the validation set (unless the dataset has one),
+    resizes images to `image_size`, and decodes training and validation samples into memory if requested or if they
+    fit. Test samples are decoded when they are used.
 
-    Where no class has two samples to divide there is no validation set, and `val` is None.
+    If no class has two samples, there is no validation set and `val` is None.
 
     Args:
-        device: where samples in memory will live; its free memory counts.
+        device: device of samples in memory; its free memory counts.
         processes: training processes that share this machine.
 
     Raises:
-        UserError: the settings do not suit the data, or a sample cannot be read.
+        UserError: the settings do not fit the data, or a sample cannot be read.
     """
     train, val, test = dataset.train, dataset.val, dataset.test
     regression = dataset.classes is None
     if settings.subset is not None:
-        chosen, _ = split(train, _subset_count(train, settings.subset, regression), settings.split_seed, _SUBSET)
-        train = train.select(chosen)
+        selected, _ = split(train, _subset_count(train, settings.subset, regression), settings.split_seed, _SUBSET)
+        train = train.select(selected)
     if val is None and settings.val_split > 0:
         count = max(1, round(settings.val_split * len(train)))
-        held_out, kept = split(train, count, settings.split_seed, _VAL, spare=True)
+        held_out, kept = split(train, count, settings.split_seed, _VAL, keep_one=True)
         if len(held_out):
             train, val = train.select(kept), train.select(held_out)
     size = size_pair(settings.image_size)
     train = _resized(train, size)
     val = None if val is None else _resized(val, size)
     test = None if test is None else _resized(test, size)
-    for name, part in (("validation", val), ("test", test)):
-        if part is not None and part.shape != train.shape:
+    for name, samples in (("validation", val), ("test", test)):
+        if samples is not None and samples.shape != train.shape:
             raise UserError(
-                f"data.image_size=null: {name} samples have the shape {list(part.shape)}, training samples "
-                f"{list(train.shape)}; bring images to one size, for example data.image_size=224"
+                f"data.image_size=null: {name} samples have the shape {list(samples.shape)}, training samples "
+                f"{list(train.shape)}; resize images to one size, for example data.image_size=224"
             )
-    parts = [part for part in (train, val, test) if part is not None]
-    in_memory = _fits(parts, settings, torch.device(device), processes)
+    splits = [samples for samples in (train, val, test) if samples is not None]
+    in_memory = _load_into_memory(splits, settings, torch.device(device), processes)
     if in_memory:
-        train = materialize(train, _workers(settings, train, processes))
-        val = None if val is None else materialize(val, _workers(settings, val, processes))
+        train = materialize(train, worker_count(settings.workers, train, processes))
+        val = None if val is None else materialize(val, worker_count(settings.workers, val, processes))
     return Dataset(train, val, test, dataset.classes, in_memory, dataset.notes)
 
 
-def split(samples: Samples, count: int, seed: int, *counters: int, spare: bool = False) -> tuple[Tensor, Tensor]:
-    """`stratified` for samples of either kind; continuous targets are drawn without regard to their values."""
+def split(samples: Samples, count: int, seed: int, *counters: int, keep_one: bool = False) -> tuple[Tensor, Tensor]:
+    """Calls `stratified` on the classes; ignores the values of continuous targets."""
     targets = samples.targets
     if targets.is_floating_point():
         targets = torch.zeros(len(targets), dtype=torch.int64)
-    return stratified(targets, count, seed, *counters, spare=spare)
+    return stratified(targets, count, seed, *counters, keep_one=keep_one)
 
 
-def stratified(targets: Tensor, count: int, seed: int, *counters: int, spare: bool = False) -> tuple[Tensor, Tensor]:
-    """Indices (chosen, rest), ascending, of `count` samples with the class proportions of `targets` [N], and the rest.
+def stratified(targets: Tensor, count: int, seed: int, *counters: int, keep_one: bool = False) -> tuple[Tensor, Tensor]:
+    """Selects `count` samples with the class proportions of `targets` [N]; returns (selected, rest), ascending indices.
 
-    Every class gets its exact proportion, rounded by largest remainders, but at least one sample, so that more than
-    `count` may be chosen where classes are many and small. `spare`: at least one sample of each class is left too,
-    and a class with a single sample keeps it in the rest.
+    Every class gets its exact proportion, rounded by largest remainders, but at least one sample; with many small
+    classes more than `count` samples may be selected. `keep_one`: the rest also keeps at least one sample of each
+    class, and the only sample of a class stays in the rest.
     """
     _, classes = targets.unique(return_inverse=True)
     available = torch.bincount(classes).tolist()
-    wanted = _allocate(available, count, spare)
+    quotas = _allocate(available, count, keep_one)
     order = torch.randperm(len(targets), generator=generator("cpu", seed, *counters))
     grouped = order[classes[order].argsort(stable=True)]  # class by class, shuffled within each
-    chosen = torch.zeros(len(targets), dtype=torch.bool)
+    selected = torch.zeros(len(targets), dtype=torch.bool)
     start = 0
-    for number, total in zip(wanted, available, strict=True):
-        chosen[grouped[start : start + number]] = True
+    for quota, total in zip(quotas, available, strict=True):
+        selected[grouped[start : start + quota]] = True
         start += total
-    return chosen.nonzero().squeeze(1), (~chosen).nonzero().squeeze(1)
+    return selected.nonzero().squeeze(1), (~selected).nonzero().squeeze(1)
 
 
 def available_memory() -> int:
-    """Bytes of main memory that this process can still take, a container's limit considered."""
+    """Returns the bytes of main memory that this process can still allocate, within a container's limit."""
     free = [_sysconf_memory()]
     for path, read in (
         (Path("/proc/meminfo"), _meminfo),
@@ -127,20 +127,20 @@ def available_memory() -> int:
     return min(free)
 
 
-def _allocate(available: list[int], count: int, spare: bool) -> list[int]:
-    """How many of each class: `count` in all by largest remainders, within 1 (where possible) and what there is."""
-    upper = [total - 1 for total in available] if spare else available
+def _allocate(available: list[int], count: int, keep_one: bool) -> list[int]:
+    """Distributes `count` over the classes by largest remainders, with at least 1 (if possible) of each class."""
+    upper = [total - 1 for total in available] if keep_one else available
     lower = [min(1, limit) if count > 0 else 0 for limit in upper]
     exact = [count * total / sum(available) for total in available]
-    result = [min(max(math.floor(share), low), high) for share, low, high in zip(exact, lower, upper, strict=True)]
+    result = [min(max(math.floor(quota), low), high) for quota, low, high in zip(exact, lower, upper, strict=True)]
     while sum(result) != count:
         step = 1 if sum(result) < count else -1
         bound = upper if step > 0 else lower
-        open_ = [i for i in range(len(result)) if result[i] != bound[i]]
-        if not open_:
+        adjustable = [i for i in range(len(result)) if result[i] != bound[i]]
+        if not adjustable:
             break
-        # of equal remainders the first class wins: the result depends on the counts alone
-        best = max(open_, key=lambda i: (step * (exact[i] - result[i]), -i))
+        # Ties go to the first class, so that the result depends only on the counts.
+        best = max(adjustable, key=lambda i: (step * (exact[i] - result[i]), -i))
         result[best] += step
     return result
 
@@ -152,14 +152,14 @@ def _subset_count(train: Samples, subset: int | float, regression: bool) -> int:
     classes = 1 if regression else len(train.targets.unique())
     if count < classes:
         raise UserError(
-            f"data.subset={subset}: {count} samples cannot hold one of each of the {classes} classes; "
-            f"at least {classes} are needed"
+            f"data.subset={subset}: {count} samples cannot include one of each of the {classes} classes; "
+            f"use at least {classes}"
         )
     return count
 
 
 def _resized(samples: Samples, size: tuple[int, int] | None) -> Samples:
-    """Samples in memory brought to `size`; all others do that themselves when they are fetched."""
+    """Resizes samples in memory; all others are resized when they are fetched."""
     if size is None or not isinstance(samples, InMemory) or samples.shape[1:] == size:
         return samples
     if len(samples.shape) != 3:
@@ -167,25 +167,25 @@ def _resized(samples: Samples, size: tuple[int, int] | None) -> Samples:
     needed = len(samples) * samples.shape[0] * size[0] * size[1]
     if needed > available_memory():
         raise UserError(
-            f"data.image_size={list(size)}: {len(samples):,} images of this size take {needed / 2**30:,.1f} GiB, "
-            "more than the memory that is free; use a smaller image_size or data.subset"
+            f"data.image_size={list(size)}: {len(samples):,} images of this size need {needed / 2**30:,.1f} GiB, "
+            "more than the free memory; use a smaller data.image_size, or data.subset"
         )
     chunks = samples.inputs.split(1024)
     return InMemory(torch.cat([resize(chunk, size) for chunk in chunks]), samples.targets)
 
 
-def _fits(parts: list[Samples], settings: DataSettings, device: torch.device, processes: int) -> bool:
+def _load_into_memory(splits: list[Samples], settings: DataSettings, device: torch.device, processes: int) -> bool:
     if settings.memory is False:
         return False
-    image_bytes = 1 if len(parts[0].shape) == 3 else 4
-    needed = sum(len(part) * math.prod(part.shape) * image_bytes for part in parts)
+    value_bytes = 1 if len(splits[0].shape) == 3 else 4
+    needed = sum(len(samples) * math.prod(samples.shape) * value_bytes for samples in splits)
     free = available_memory() // processes
     if device.type == "cuda":
         free = min(free, torch.cuda.mem_get_info(device)[0])
     if settings.memory == "auto":
         return needed <= MEMORY_FRACTION * free
-    missing = 0 if all(isinstance(part, InMemory) for part in parts) else needed
-    if missing > free:
+    # Samples already in memory need no further check: they have been loaded.
+    if not all(isinstance(samples, InMemory) for samples in splits) and needed > free:
         raise UserError(
             f"data.memory=true: the samples need {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free; "
             "use data.memory=auto, a smaller data.image_size, or data.subset"
@@ -193,14 +193,10 @@ def _fits(parts: list[Samples], settings: DataSettings, device: torch.device, pr
     return True
 
 
-def _workers(settings: DataSettings, samples: Samples, processes: int) -> int:
-    return worker_count(settings.workers, samples, processes)
-
-
 def _sysconf_memory() -> int:
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):  # no such figure on this system
+    except (ValueError, OSError, AttributeError):  # not available on this system
         return 4 << 30
 
 
@@ -210,5 +206,5 @@ def _meminfo(text: str) -> int:
 
 
 def _cgroup_memory(text: str) -> int:
-    """The limit less what is in use ("max": no limit, a ValueError)."""
+    """Returns the limit minus the memory in use. Raises ValueError for "max" (no limit)."""
     return int(text) - int(Path("/sys/fs/cgroup/memory.current").read_text())

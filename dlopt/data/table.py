@@ -16,8 +16,6 @@ from dlopt.data.verify import image_files
 from dlopt.errors import UserError
 from dlopt.ranges import Natural, PositiveFraction
 
-_PARTS = ("train", "val", "test")
-
 
 def csv(
     *,
@@ -32,36 +30,36 @@ def csv(
     max_skips: Natural | PositiveFraction,
     image_size: int | tuple[int, int] | None,
 ) -> Dataset:
-    """Images whose paths and labels stand in a CSV file with a header line.
+    """Loads images whose paths and labels are listed in a CSV file with a header line.
 
     Args:
-        root: folder that relative paths start from; None: the CSV file's.
-        split_column: column with train, val or test; None: every row is for training.
-        labels: names of classes, or numbers to regress on.
+        root: folder of relative paths; None: the CSV file's folder.
+        split_column: column with train, val or test; None: all rows are for training.
+        labels: class names, or numbers for regression.
 
     Raises:
-        UserError: the file or an image in it is missing, a column is missing, a field is empty or not what it should
-            be, or a part has a class that the training rows lack.
+        UserError: the file, an image or a column is missing, a field is empty or invalid, or a split has a class that
+            no training row has.
     """
     path = Path(file).expanduser()
     rows = _rows(path, [column for column in (path_column, label_column, split_column) if column is not None])
     base = path.parent if root is None else Path(root).expanduser()
-    parts: dict[str, list[tuple[str, str]]] = {name: [] for name in _PARTS}
+    splits: dict[str, list[tuple[str, str]]] = {"train": [], "val": [], "test": []}
     for number, row in rows:
-        where = f"data.file={file}, line {number}"
-        name = "train" if split_column is None else row[split_column].strip()
-        if name not in _PARTS:
-            raise UserError(f"{where}: {split_column} is {name!r}; train, val or test are allowed")
+        line = f"data.file={file}, line {number}"
+        split = "train" if split_column is None else row[split_column].strip()
+        if split not in splits:
+            raise UserError(f"{line}: {split_column} is {split!r}; train, val or test are allowed")
         image = base / row[path_column].strip()
         if on_error == "fail" and not image.is_file():
-            raise UserError(f"{where}: {image} is missing or no file")
-        parts[name].append((str(image), row[label_column].strip()))
-    if not parts["train"]:
+            raise UserError(f"{line}: {image} is missing or not a file")
+        splits[split].append((str(image), row[label_column].strip()))
+    if not splits["train"]:
         raise UserError(f"data.file={file}: has no training rows")
-    classes = tuple(sorted({label for _, label in parts["train"]})) if labels == "class" else None
+    classes = tuple(sorted({label for _, label in splits["train"]})) if labels == "class" else None
     files, notes = image_files(
         str(path),
-        {name: _images(file, part, classes) for name, part in parts.items() if part},
+        {split: _images(file, rows, classes) for split, rows in splits.items() if rows},
         image_size=size_pair(image_size),
         channels=channels,
         on_error=on_error,
@@ -71,7 +69,7 @@ def csv(
 
 
 def _rows(path: Path, columns: list[str]) -> list[tuple[int, dict[str, str]]]:
-    """(line number, fields by column) of every row."""
+    """Returns (line number, fields by column) of every row."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv_module.DictReader(file)
@@ -92,18 +90,18 @@ def _rows(path: Path, columns: list[str]) -> list[tuple[int, dict[str, str]]]:
         raise UserError(f"data.file={path}: is not a CSV file in UTF-8 ({error})") from error
 
 
-def _images(file: str, part: list[tuple[str, str]], classes: tuple[str, ...] | None) -> ImageList:
-    return ImageList(np.array([os.fsencode(path) for path, _ in part]), _targets(file, part, classes))
+def _images(file: str, rows: list[tuple[str, str]], classes: tuple[str, ...] | None) -> ImageList:
+    return ImageList(np.array([os.fsencode(path) for path, _ in rows]), _targets(file, rows, classes))
 
 
-def _targets(file: str, part: list[tuple[str, str]], classes: tuple[str, ...] | None) -> Tensor:
+def _targets(file: str, rows: list[tuple[str, str]], classes: tuple[str, ...] | None) -> Tensor:
     if classes is None:
-        return torch.tensor([_number(file, path, label) for path, label in part], dtype=torch.float32)
+        return torch.tensor([_number(file, path, label) for path, label in rows], dtype=torch.float32)
     index = {name: i for i, name in enumerate(classes)}
-    for path, label in part:
+    for path, label in rows:
         if label not in index:
             raise UserError(f"data.file={file}: {path} has the class {label!r}, which no training row has")
-    return torch.tensor([index[label] for _, label in part], dtype=torch.int64)
+    return torch.tensor([index[label] for _, label in rows], dtype=torch.int64)
 
 
 def _number(file: str, path: str, label: str) -> float:

@@ -1,7 +1,7 @@
-"""Input normalization by linear maps of the whole sample: decorrelation and whitening.
+"""Input normalization by linear maps of whole samples: decorrelation and whitening.
 
-Images are scaled to 0..1 and taken as vectors of C*H*W values; the result has the shape of the sample again. The
-statistics (float64) come from the training split and live in buffers.
+Images are scaled to 0..1 and flattened to vectors of C*H*W values; outputs have the shape of the sample. The statistics
+(float64) are computed on the training split and kept in buffers.
 """
 
 import math
@@ -14,13 +14,13 @@ from dlopt.data.samples import Samples
 from dlopt.errors import UserError
 from dlopt.ranges import Positive
 
-_MOST_FEATURES = 8192  # the covariance takes 0.5 GB, its decomposition minutes
+_MAX_FEATURES = 8192  # the covariance takes 0.5 GB and its decomposition minutes
 
 
 class PCA(nn.Module):
-    """Decorrelated: coordinates along the principal components, by falling variance.
+    """Decorrelates: coordinates along the principal components, by decreasing variance.
 
-    The component's sign, which the decomposition leaves open, makes its largest entry positive.
+    The sign of a component, which the decomposition does not determine, makes its largest entry positive.
     """
 
     matrix: Tensor
@@ -30,23 +30,23 @@ class PCA(nn.Module):
     def __init__(self, *, input_shape: tuple[int, ...]) -> None:
         super().__init__()
         features = math.prod(input_shape)
-        if features > _MOST_FEATURES:
+        if features > _MAX_FEATURES:
             raise UserError(
                 f"normalize={self._name}: needs the covariance of all {features} values of a sample; at most "
-                f"{_MOST_FEATURES} are possible; use normalize=standardize or a smaller data.image_size"
+                f"{_MAX_FEATURES} are allowed; use normalize=standardize or a smaller data.image_size"
             )
         self.register_buffer("matrix", torch.eye(features))
         self.register_buffer("shift", torch.zeros(features))
 
     def fit(self, samples: Samples) -> None:
-        """Computes mean and covariance of the training samples (on the GPU where the buffers are on one)."""
+        """Computes mean and covariance of the training samples (on the GPU if the buffers are there)."""
         mean, covariance = mean_and_covariance(samples, self.matrix.device)
         variances, components = torch.linalg.eigh(covariance)
         variances, components = variances.flip(0).clamp(min=0), components.flip(1)
         largest = components.gather(0, components.abs().argmax(0, keepdim=True))
         matrix = self._map(variances, components * largest.sign())
         self.shift.copy_(-(mean @ matrix))
-        # images come as 0..255; the statistics are those of 0..1
+        # forward() receives images in 0..255; the statistics are those of 0..1.
         is_image = samples.fetch(torch.tensor([0])).dtype == torch.uint8
         self.matrix.copy_(matrix / 255 if is_image else matrix)
 
@@ -54,14 +54,14 @@ class PCA(nn.Module):
         return torch.addmm(self.shift, inputs.flatten(1).to(self.matrix.dtype), self.matrix).view(inputs.shape)
 
     def _map(self, variances: Tensor, components: Tensor) -> Tensor:
-        """The matrix [D, D] that a centred row vector is multiplied with, from eigenvalues and eigenvectors."""
+        """Returns the matrix [D, D] for centred row vectors, given eigenvalues and eigenvectors (columns)."""
         return components
 
 
 class PCAWhiten(PCA):
     """Principal components, each divided by sqrt(variance + epsilon).
 
-    `epsilon`: in units of the variance (images: of values 0..1); it keeps directions that hardly vary from exploding.
+    `epsilon`: in units of the variance (images: of values 0..1); bounds the scale of directions with little variance.
     """
 
     _name = "pca_whiten"
@@ -75,7 +75,7 @@ class PCAWhiten(PCA):
 
 
 class ZCAWhiten(PCAWhiten):
-    """Whitened and turned back, as close to the input as whitening allows (Bell & Sejnowski 1997)."""
+    """Whitens and rotates back: the whitened data closest to the input (Bell & Sejnowski 1997)."""
 
     _name = "zca_whiten"
 
@@ -84,7 +84,7 @@ class ZCAWhiten(PCAWhiten):
 
 
 def mean_and_covariance(samples: Samples, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean [D] and covariance [D, D] (divided by N) of the flattened samples, images as 0..1, in float64."""
+    """Returns mean [D] and covariance [D, D] (divided by N) of the flattened samples (images in 0..1), in float64."""
     device = device if device.type == "cuda" else torch.device("cpu")  # not every accelerator has float64
     features = math.prod(samples.shape)
     start: Tensor | None = None
@@ -95,7 +95,7 @@ def mean_and_covariance(samples: Samples, device: torch.device) -> tuple[Tensor,
         if chunk.dtype == torch.uint8:
             rows /= 255
         if start is None:
-            start = rows.mean(0)  # sums about a value near the mean do not cancel
+            start = rows.mean(0)  # sums about a value near the mean avoid cancellation
         rows -= start
         total += rows.sum(0)
         products.addmm_(rows.T, rows)

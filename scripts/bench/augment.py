@@ -107,7 +107,7 @@ def main() -> None:
     batch = images[:BATCH]
 
     def augment(pipeline: Pipeline, inputs: Tensor, step: int) -> Tensor:
-        return pipeline(inputs, targets, generator=generator("cpu", 0, step), total=BATCH, part=slice(0, BATCH))[0]
+        return pipeline(inputs, targets, generator=generator("cpu", 0, step), total=BATCH, shard=slice(0, BATCH))[0]
 
     def alone(pipeline: Pipeline) -> Callable[[], None]:
         def once() -> None:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from dlopt.augment import Draws, Operation, Pipeline
-from dlopt.augment.operation import Graded
+from dlopt.augment.operation import FixedStrengthDraws
 from dlopt.augment.warp import Border
 from dlopt.random import generator
 
@@ -23,7 +23,7 @@ def smooth_pictures(n: int, channels: int, height: int, width: int) -> Tensor:
     return 127.5 + 87.5 * angle.sin()
 
 
-class Whole:
+class Images:
     """Training samples in memory."""
 
     def __init__(self, images: Tensor) -> None:
@@ -37,8 +37,8 @@ class Whole:
     def fetch(self, indices: Tensor) -> Tensor:
         return self.images[indices]
 
-    def select(self, indices: Tensor) -> "Whole":
-        return Whole(self.images[indices])
+    def select(self, indices: Tensor) -> "Images":
+        return Images(self.images[indices])
 
 
 def run(
@@ -54,5 +54,5 @@ def run(
     pipeline = Pipeline(operations=operations, border=border, input_shape=tuple(images.shape[1:]))
     draws = Draws(generator("cpu", seed), len(images), indices=torch.arange(len(images)), epoch=0)
     if strength is not None:
-        draws = Graded(draws, strength, sign)
-    return pipeline.apply(images, torch.zeros(len(images), dtype=torch.long), draws, slice(None))[0]
+        draws = FixedStrengthDraws(draws, strength, sign)
+    return pipeline.apply(images, torch.zeros(len(images), dtype=torch.long), draws)[0]

@@ -57,8 +57,8 @@ def test_operations_and_ranges_are_torchvisions(
     """Within 2 of 255 (torchvision rounds in between, and spreads what it rounded)."""
     assert set(theirs._AUGMENTATION_SPACE) == {"Identity", *NAMES}
     image = smooth_pictures(1, 3, 331, 331).to(torch.uint8)  # translations are whole pixels at this size
-    parts = {type(part).__name__: part for part in ours.parts((3, 331, 331))}
-    assert len(parts) == len(NAMES)
+    choices = {type(choice).__name__: choice for choice in ours.choices((3, 331, 331))}
+    assert len(choices) == len(NAMES)
     magnitudes, signed = theirs._AUGMENTATION_SPACE[name]
     values = magnitudes(31, 331, 331)
     magnitude = 0.0 if values is None else float(values[level])
@@ -67,7 +67,7 @@ def test_operations_and_ranges_are_torchvisions(
             image[0], name, sign * magnitude, interpolation=v2.InterpolationMode.BILINEAR, fill={torch.Tensor: None}
         )
         mirrored = name == "Rotate"  # counter-clockwise there
-        got = run([parts[NAMES[name]]], image, strength=level / 30, sign=-sign if mirrored else sign)[0]
+        got = run([choices[NAMES[name]]], image, strength=level / 30, sign=-sign if mirrored else sign)[0]
         assert (got - want.float()).abs().max() <= 2
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from dlopt.augment import Brightness, Contrast, Draws, Operation, PCAColour, Saturation
 from dlopt.augment.colour import Colour, colour_statistics
 from dlopt.random import generator
-from tests.augment.helpers import Whole, pictures, run, smooth_pictures
+from tests.augment.helpers import Images, pictures, run, smooth_pictures
 
 STRENGTHS = torch.tensor([1.0, 0.7, 0.25, 0.0, 0.5, 1.0])
 SIGNS = torch.tensor([1.0, -1.0, 1.0, 1.0, -1.0, -1.0])
@@ -62,7 +62,7 @@ def test_any_two_transforms_compose(with_mean: tuple[bool, bool], with_offset: t
 
     first, second = (transform(*kinds) for kinds in zip(with_mean, with_offset, strict=True))
     images = torch.rand(5, 3, 4, 6, generator=numbers) * 50 + 100
-    composed = first.then(second).apply(images)
+    composed = first.compose(second).apply(images)
     assert composed.min() > 1 and composed.max() < 254
     assert (composed - second.apply(first.apply(images))).abs().max() < 1e-3
     assert (composed - first.apply(second.apply(images))).abs().max() > 0.1
@@ -78,7 +78,7 @@ def test_all_colour_operations_are_one_transform(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(Colour, "apply", counting)
     images = pictures(4, 3, 8, 8)
-    pca = PCAColour(std=0.1, train=Whole(images))
+    pca = PCAColour(std=0.1, train=Images(images))
     run([Contrast(limit=0.3), Brightness(limit=0.2), Saturation(limit=0.4), pca], images)
     assert len(applied) == 1
 
@@ -92,7 +92,7 @@ def test_factors_are_uniform() -> None:
 def test_statistics_are_numpys_over_several_chunks() -> None:
     images = smooth_pictures(1100, 3, 6, 5).to(torch.uint8)
     pixels = images.numpy().transpose(1, 0, 2, 3).reshape(3, -1) / 255
-    mean, covariance = colour_statistics(Whole(images))
+    mean, covariance = colour_statistics(Images(images))
     np.testing.assert_allclose(mean, pixels.mean(1), rtol=1e-12)
     np.testing.assert_allclose(covariance, np.cov(pixels, bias=True), rtol=1e-9, atol=1e-12)
 
@@ -108,7 +108,7 @@ def test_pca_offsets_are_numpys_eigenvectors_times_eigenvalues() -> None:
     images = smooth_pictures(50, 3, 8, 8) * torch.tensor([1.0, 0.7, 0.3])[:, None, None]
     pixels = (images / 255).double().numpy().transpose(1, 0, 2, 3).reshape(3, -1)
     values, vectors = np.linalg.eigh(np.cov(pixels, bias=True))
-    operation = PCAColour(std=0.1, train=Whole(images))
+    operation = PCAColour(std=0.1, train=Images(images))
     (step,) = operation.plan(OneComponent(generator("cpu", 0), 3), (3, 8, 8))
     assert isinstance(step, Colour)
     grey = torch.full((3, 3, 2, 2), 128.0)
@@ -121,7 +121,7 @@ def test_pca_offsets_are_numpys_eigenvectors_times_eigenvalues() -> None:
 
 
 def test_pca_offsets_have_their_covariance() -> None:
-    train = Whole(smooth_pictures(50, 3, 8, 8))
+    train = Images(smooth_pictures(50, 3, 8, 8))
     grey = torch.full((20000, 3, 1, 1), 128.0)
     offsets = run([PCAColour(std=0.1, train=train)], grey)[:, :, 0, 0] - 128
     covariance = colour_statistics(train)[1].numpy()
@@ -131,6 +131,6 @@ def test_pca_offsets_have_their_covariance() -> None:
 
 def test_pca_works_on_one_channel() -> None:
     images = smooth_pictures(20, 1, 8, 8)
-    out = run([PCAColour(std=0.5, train=Whole(images))], images)
+    out = run([PCAColour(std=0.5, train=Images(images))], images)
     difference = (out - images)[:, 0].flatten(1)
     assert difference.std(1).max() < 0.01 and difference.mean(1).std() > 0.1

@@ -3,13 +3,13 @@ import torch
 
 from dlopt.augment import Erase, RandomErase
 from dlopt.errors import UserError
-from tests.augment.helpers import Whole, pictures, run
+from tests.augment.helpers import Images, pictures, run
 
 
 @pytest.mark.parametrize(("size", "side"), [(0.5, 6), (0.25, 3), (1.0, 12)])
 def test_a_square_about_a_random_pixel_is_erased(size: float, side: int) -> None:
     images = torch.full((3000, 1, 12, 16), 9, dtype=torch.uint8)
-    out = run([Erase(p=1.0, size=size, fill="zero", train=Whole(images))], images)
+    out = run([Erase(p=1.0, size=size, fill="zero", train=Images(images))], images)
     assert out.dtype == torch.uint8
     squares = set()
     for y in range(12):
@@ -23,7 +23,7 @@ def test_a_square_about_a_random_pixel_is_erased(size: float, side: int) -> None
 
 
 def test_the_mean_colour_is_the_training_sets_and_p_a_probability() -> None:
-    train = Whole(pictures(40, 3, 6, 6))
+    train = Images(pictures(40, 3, 6, 6))
     images = torch.zeros(4000, 3, 6, 6)
     out = run([Erase(p=0.3, size=1.0, fill="mean", train=train)], images)
     erased = out.flatten(1).any(1)
@@ -46,7 +46,7 @@ def boxes(images: torch.Tensor) -> list[tuple[int, int, int, int]]:
 
 def test_random_boxes_lie_within_the_image_and_have_the_drawn_area_and_shape() -> None:
     images = torch.ones(4000, 1, 28, 32, dtype=torch.uint8)
-    erase = RandomErase(p=0.5, area=(0.02, 0.4), ratio=(0.3, 1 / 0.3), fill="zero", train=Whole(images))
+    erase = RandomErase(p=0.5, area=(0.02, 0.4), ratio=(0.3, 1 / 0.3), fill="zero", train=Images(images))
     found = boxes(run([erase], images))
     assert abs(len(found) / 4000 - 0.5) < 5 * (0.25 / 4000) ** 0.5
     areas = torch.tensor([h * w / (28 * 32) for _, _, h, w in found])
@@ -62,15 +62,13 @@ def test_random_boxes_lie_within_the_image_and_have_the_drawn_area_and_shape() -
 
 def test_a_box_that_does_not_fit_leaves_the_image_whole() -> None:
     images = torch.ones(50, 1, 8, 8)
-    assert (
-        boxes(run([RandomErase(p=1.0, area=(1.0, 1.0), ratio=(1.0, 1.0), fill="zero", train=Whole(images))], images))
-        == []
-    )
+    erase = RandomErase(p=1.0, area=(1.0, 1.0), ratio=(1.0, 1.0), fill="zero", train=Images(images))
+    assert boxes(run([erase], images)) == []
 
 
 def test_random_values_fill_the_box() -> None:
     images = torch.zeros(400, 3, 16, 16)
-    erase = RandomErase(p=1.0, area=(0.3, 0.3), ratio=(1.0, 1.0), fill="random", train=Whole(images))
+    erase = RandomErase(p=1.0, area=(0.3, 0.3), ratio=(1.0, 1.0), fill="random", train=Images(images))
     values = run([erase], images)
     values = values[values > 0]
     assert abs(values.mean() - 127.5) < 1 and abs(values.std() - 255 / 12**0.5) < 1
@@ -78,4 +76,4 @@ def test_random_values_fill_the_box() -> None:
 
 def test_ranges_have_to_rise() -> None:
     with pytest.raises(UserError, match="area"):
-        RandomErase(p=1.0, area=(0.4, 0.02), ratio=(0.3, 3.3), fill="zero", train=Whole(torch.ones(2, 1, 4, 4)))
+        RandomErase(p=1.0, area=(0.4, 0.02), ratio=(0.3, 3.3), fill="zero", train=Images(torch.ones(2, 1, 4, 4)))

@@ -22,7 +22,7 @@ def mixed(
         targets,
         generator=generator("cpu", 0),
         total=total or len(images),
-        part=slice(start, start + len(images)),
+        shard=slice(start, start + len(images)),
     )
 
 

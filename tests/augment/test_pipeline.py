@@ -15,13 +15,13 @@ from dlopt.augment import Draws, HorizontalFlip, Operation, PadCrop, PCAColour, 
 from dlopt.config.schema import component
 from dlopt.errors import UserError
 from dlopt.random import generator
-from tests.augment.helpers import Whole, pictures
+from tests.augment.helpers import Images, pictures
 
 
 def call(pipeline: Pipeline, images: Tensor, seed: int = 0) -> Tensor:
     targets = torch.arange(len(images))
     out, same = pipeline(
-        images, targets, generator=generator("cpu", seed), total=len(images), part=slice(0, len(images))
+        images, targets, generator=generator("cpu", seed), total=len(images), shard=slice(0, len(images))
     )
     assert torch.equal(same, targets)
     return out
@@ -88,7 +88,7 @@ def test_any_sharding_gives_the_same_samples(cuts: list[int], seed: int) -> None
     whole = call(pipeline, images, seed)
     edges = [0, *sorted(cuts), 12]
     parts = [
-        pipeline(images[a:b], torch.zeros(b - a), generator=generator("cpu", seed), total=12, part=slice(a, b))[0]
+        pipeline(images[a:b], torch.zeros(b - a), generator=generator("cpu", seed), total=12, shard=slice(a, b))[0]
         for a, b in pairwise(edges)
     ]
     assert torch.equal(torch.cat(parts), whole)
@@ -105,7 +105,7 @@ def test_vectors_and_foreign_operations_are_refused() -> None:
     with pytest.raises(UserError, match="use augmentation=none"):
         Pipeline(operations=[HorizontalFlip(p=0.5)], border="zero", input_shape=(64,))
     with pytest.raises(UserError, match="use augmentation=none"):
-        PCAColour(std=0.1, train=Whole(torch.zeros(5, 64)))
+        PCAColour(std=0.1, train=Images(torch.zeros(5, 64)))
     strange: list[Operation] = [torch.nn.ReLU()]  # type: ignore[list-item]
     with pytest.raises(UserError, match=r"augmentation\.operations\.0: ReLU"):
         Pipeline(operations=strange, border="zero", input_shape=(3, 8, 8))
@@ -114,7 +114,7 @@ def test_vectors_and_foreign_operations_are_refused() -> None:
 def test_a_part_of_another_length_is_refused() -> None:
     pipeline = Pipeline(operations=[HorizontalFlip(p=0.5)], border="zero", input_shape=(3, 8, 8))
     with pytest.raises(ValueError, match="4 samples"):
-        pipeline(pictures(4, 3, 8, 8), torch.zeros(4), generator=generator("cpu", 0), total=8, part=slice(0, 3))
+        pipeline(pictures(4, 3, 8, 8), torch.zeros(4), generator=generator("cpu", 0), total=8, shard=slice(0, 3))
 
 
 # -- the ready pipelines
@@ -125,7 +125,7 @@ CHOICES = sorted(Path(__file__).parents[2].joinpath("conf", "augmentation").glob
 def ready(path: Path, images: Tensor) -> Pipeline:
     node: Any = yaml.safe_load(path.read_text())
     checked = component("augmentation", node, ("input_shape", "classes", "train"), ("dlopt",))
-    pipeline = checked.build(input_shape=tuple(images.shape[1:]), classes=10, train=Whole(images))
+    pipeline = checked.build(input_shape=tuple(images.shape[1:]), classes=10, train=Images(images))
     assert isinstance(pipeline, Pipeline)
     return pipeline
 
@@ -150,7 +150,7 @@ def test_each_choice_shards_repeats_and_keeps_the_range(path: Path, shape: tuple
             targets[a:b],
             generator=generator("cpu", seed),
             total=12,
-            part=slice(a, b),
+            shard=slice(a, b),
             indices=torch.arange(a, b),
             epoch=seed,
         )
@@ -180,7 +180,7 @@ def test_autocast_changes_nothing(path: Path) -> None:
             torch.zeros(4, dtype=torch.long),
             generator=generator("cpu", 0),
             total=4,
-            part=slice(0, 4),
+            shard=slice(0, 4),
             indices=torch.arange(4),
             epoch=0,
         )[0]
@@ -209,7 +209,7 @@ def test_from_the_second_step_on_no_value_travels_to_or_from_the_host(path: Path
     for step in range(2):
         draws = Draws(generator("cpu", step), 4, indices=torch.arange(4), epoch=0)
         with HostReads() as reads:
-            pipeline.apply(images, torch.zeros(4, dtype=torch.long), draws, slice(0, 4))
+            pipeline.apply(images, torch.zeros(4, dtype=torch.long), draws)
     assert reads.count == 0
     with HostReads() as reads:
         torch.tensor([1.0]).item()
@@ -228,7 +228,7 @@ def test_a_gpu_never_waits_and_shards_alike(path: Path) -> None:
             targets[a:b],
             generator=generator("cuda", 1),
             total=12,
-            part=slice(a, b),
+            shard=slice(a, b),
             indices=torch.arange(a, b, device="cuda"),
             epoch=0,
         )[0]

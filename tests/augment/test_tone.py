@@ -6,7 +6,7 @@ import torchvision.transforms.v2.functional as vision
 from torch import Tensor
 
 from dlopt.augment import AutoContrast, Draws, Equalize, Operation, Posterize, Sharpness, Solarize
-from dlopt.augment.operation import Graded, PixelStep
+from dlopt.augment.operation import FixedStrengthDraws, PixelStep
 from dlopt.random import generator
 from tests.augment.helpers import pictures, run, smooth_pictures
 
@@ -45,9 +45,9 @@ def test_what_is_not_chosen_is_not_touched() -> None:
     images = smooth_pictures(4, 3, 8, 8)
     mask = torch.tensor([True, False, True, False])
     for operation in (Posterize(bits=8), Solarize(limit=1.0), AutoContrast(), Equalize(), Sharpness(limit=1.0)):
-        (step,) = operation.plan(Graded(Draws(generator("cpu", 0), 4), 0.9), (3, 8, 8))
+        (step,) = operation.plan(FixedStrengthDraws(Draws(generator("cpu", 0), 4), 0.9), (3, 8, 8))
         before = images.clone()
-        chosen = step.only(mask)
+        chosen = step.masked(mask)
         assert isinstance(chosen, PixelStep)
         out = chosen.apply(images)
         assert torch.equal(images, before)

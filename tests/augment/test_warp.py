@@ -14,7 +14,7 @@ NAMES = ("xx", "xy", "dx", "yx", "yy", "dy")
 CPU = torch.device("cpu")
 
 
-def whole(step: Affine) -> Tensor:
+def matrix(step: Affine) -> Tensor:
     """[3, 3, 3] float64, the rows of the plane's points included."""
     last = torch.tensor([0.0, 0.0, 1.0]).expand(SAMPLES, 1, 3)
     return torch.cat([step.matrix(SAMPLES, CPU), last], 1).double()
@@ -33,14 +33,14 @@ def maps(draw: st.DrawFn) -> Affine:
 
 @given(maps(), maps(), maps())
 def test_composed_maps_are_matrix_products(a: Affine, b: Affine, c: Affine) -> None:
-    torch.testing.assert_close(whole(a.then(b)), whole(a) @ whole(b), rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(whole(a.then(b.then(c))), whole(a.then(b).then(c)), rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(matrix(a.compose(b)), matrix(a) @ matrix(b), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(matrix(a.compose(b.compose(c))), matrix(a.compose(b).compose(c)), rtol=1e-5, atol=1e-3)
 
 
 @given(maps())
 def test_the_identity_changes_no_map_and_no_entry_of_its_own(step: Affine) -> None:
     identity = Affine((5, 7))
-    for composed in (identity.then(step), step.then(identity)):
+    for composed in (identity.compose(step), step.compose(identity)):
         for name in NAMES:
             mine, its = getattr(composed, name), getattr(step, name)
             assert mine is its or (not isinstance(its, Tensor) and mine == its)
@@ -49,9 +49,9 @@ def test_the_identity_changes_no_map_and_no_entry_of_its_own(step: Affine) -> No
 @given(maps(), st.lists(st.booleans(), min_size=SAMPLES, max_size=SAMPLES))
 def test_maps_of_some_samples_only(step: Affine, chosen: list[bool]) -> None:
     mask = torch.tensor(chosen)
-    got = step.only(mask)
-    assert torch.equal(whole(got)[mask], whole(step)[mask])
-    assert torch.equal(whole(got)[~mask], whole(Affine((5, 7)))[~mask])
+    got = step.masked(mask)
+    assert torch.equal(matrix(got)[mask], matrix(step)[mask])
+    assert torch.equal(matrix(got)[~mask], matrix(Affine((5, 7)))[~mask])
     for name in NAMES:  # what is the identity's stays a number
         if not isinstance(its := getattr(step, name), Tensor) and its == getattr(Affine((5, 7)), name):
             assert getattr(got, name) == its
@@ -59,7 +59,7 @@ def test_maps_of_some_samples_only(step: Affine, chosen: list[bool]) -> None:
 
 @given(maps())
 def test_a_part_of_the_samples(step: Affine) -> None:
-    assert torch.equal(step.take(slice(1, 3)).matrix(2, CPU), step.matrix(SAMPLES, CPU)[1:3])
+    assert torch.equal(step.shard(slice(1, 3)).matrix(2, CPU), step.matrix(SAMPLES, CPU)[1:3])
 
 
 def test_maps_that_nobody_drew_leave_the_images_as_they_are() -> None:

@@ -48,10 +48,10 @@ def equal(a: Pairs, b: Pairs) -> bool:
 
 
 def flip_or_shift(
-    inputs: Tensor, targets: Tensor, *, generator: torch.Generator, total: int, part: slice, **_: Any
+    inputs: Tensor, targets: Tensor, *, generator: torch.Generator, total: int, shard: slice, **_: Any
 ) -> tuple[Tensor, Tensor]:
-    """Draws for the whole batch and uses its part, as an augmentation should."""
-    draws = torch.rand(total, generator=generator)[part]
+    """Draws for the whole batch and uses the shard's draws, as an augmentation should."""
+    draws = torch.rand(total, generator=generator)[shard]
     return (inputs.float() + draws.view(-1, *[1] * (inputs.dim() - 1))), targets
 
 
@@ -89,12 +89,12 @@ def test_starting_within_an_epoch_gives_its_tail(count: int, size: int, start: i
 
 @given(count=st.integers(1, 50), size=st.integers(1, 20), ranks=st.integers(1, 5), in_memory=st.booleans())
 def test_ranks_partition_each_batch_and_share_its_draws(count: int, size: int, ranks: int, in_memory: bool) -> None:
-    def share(rank: int) -> Callable[[int], slice]:
+    def shard(rank: int) -> Callable[[int], slice]:
         return lambda n: slice(n * rank // ranks, n * (rank + 1) // ranks)
 
     options: dict[str, Any] = {"batch_size": size, "augment": flip_or_shift, "in_memory": in_memory}
     whole = list(shuffled(numbered(count), **options).epoch(0))
-    parts = [list(shuffled(numbered(count), share=share(rank), **options).epoch(0)) for rank in range(ranks)]
+    parts = [list(shuffled(numbered(count), shard=shard(rank), **options).epoch(0)) for rank in range(ranks)]
     joined = [(torch.cat([i for i, _ in same]), torch.cat([t for _, t in same])) for same in zip(*parts, strict=True)]
     assert equal(joined, whole)
 
@@ -111,11 +111,11 @@ def test_augmentation_is_told_where_the_samples_stand() -> None:
     told: list[Any] = []
 
     def note(inputs: Tensor, targets: Tensor, **where: Any) -> tuple[Tensor, Tensor]:
-        told.append((inputs.dtype, where["total"], where["part"], where["indices"].tolist(), where["epoch"]))
+        told.append((inputs.dtype, where["total"], where["shard"], where["indices"].tolist(), where["epoch"]))
         return inputs, targets
 
     images = InMemory(torch.zeros(5, 1, 2, 2, dtype=torch.uint8), torch.arange(5))
-    list(batches(images, batch_size=3, augment=note, share=lambda n: slice(1, n)).epoch(2))
+    list(batches(images, batch_size=3, augment=note, shard=lambda n: slice(1, n)).epoch(2))
     assert told == [(torch.uint8, 3, slice(1, 3), [1, 2], 2), (torch.uint8, 2, slice(1, 2), [4], 2)]
 
 

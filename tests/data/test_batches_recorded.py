@@ -11,7 +11,7 @@ from dlopt.augment import AlternatingFlip, HorizontalFlip, PadCrop, Pipeline
 from dlopt.config.compose import Composer, to_plain
 from dlopt.config.parsing import parse
 from dlopt.data.batches import Batches, Delivery
-from dlopt.data.loading import ahead
+from dlopt.data.loading import prefetch
 from dlopt.data.normalization import Standardize
 from dlopt.data.samplers import Random
 from dlopt.data.samples import InMemory
@@ -84,7 +84,7 @@ def test_without_augmentation_too() -> None:
 def test_what_a_stream_gives_is_not_recorded() -> None:
     recorder = SimulatedRecorder()
     source = samples()
-    found = drawn(batches(None, source=source, recorder=recorder, share=lambda total: slice(0, total // 2)), 1)
+    found = drawn(batches(None, source=source, recorder=recorder, shard=lambda total: slice(0, total // 2)), 1)
     assert len(found) == 5 and recorder.recorded == 0
 
 
@@ -117,7 +117,7 @@ def test_every_augmentation_can_be_compiled_in_one_piece(choice: str) -> None:
 
 def compiled_is_plain(augment: Any, source: InMemory, *, fullgraph: bool) -> None:
     plain, compiled = (batches(augment, source=source) for _ in range(2))
-    compiled._rendered = torch.compile(compiled._render, backend="aot_eager", dynamic=False, fullgraph=fullgraph)
+    compiled._compiled_render = torch.compile(compiled._render, backend="aot_eager", dynamic=False, fullgraph=fullgraph)
     for (x, y), (u, v) in zip(drawn(plain, 1), drawn(compiled, 1), strict=True):
         torch.testing.assert_close(u, x, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(v, y)
@@ -134,28 +134,28 @@ def test_the_compiled_data_path_gives_the_same_pixels() -> None:
     assert in_fork(check) == 0
 
 
-class FakeLane:
+class FakeTransferStream:
     def __init__(self) -> None:
-        self.told: list[str] = []
+        self.calls: list[str] = []
 
     def send(self, batch: Tensor) -> tuple[Tensor, str]:
-        self.told.append(f"send {int(batch)}")
-        return batch.clone(), f"mark {int(batch)}"
+        self.calls.append(f"send {int(batch)}")
+        return batch.clone(), f"event {int(batch)}"
 
-    def receive(self, batch: Tensor, mark: str) -> Tensor:
-        assert mark == f"mark {int(batch)}"
-        self.told.append(f"receive {int(batch)}")
+    def receive(self, batch: Tensor, event: str) -> Tensor:
+        assert event == f"event {int(batch)}"
+        self.calls.append(f"receive {int(batch)}")
         return batch
 
 
 @pytest.mark.parametrize("count", [0, 1, 4])
 def test_a_copy_is_under_way_while_the_batch_before_is_used(count: int) -> None:
-    lane = FakeLane()
+    stream = FakeTransferStream()
     used = []
-    for batch in ahead([torch.tensor(number) for number in range(count)], lane):
+    for batch in prefetch([torch.tensor(number) for number in range(count)], stream):
         used.append(int(batch))
-        lane.told.append(f"use {int(batch)}")
+        stream.calls.append(f"use {int(batch)}")
     assert used == list(range(count))
     for number in range(count - 1):
-        assert lane.told.index(f"send {number + 1}") < lane.told.index(f"use {number}")
-        assert lane.told.index(f"use {number}") < lane.told.index(f"receive {number + 1}")
+        assert stream.calls.index(f"send {number + 1}") < stream.calls.index(f"use {number}")
+        assert stream.calls.index(f"use {number}") < stream.calls.index(f"receive {number + 1}")

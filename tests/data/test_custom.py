@@ -47,7 +47,7 @@ def test_floating_point_labels_mean_regression() -> None:
 @pytest.mark.parametrize(
     "changed, message",
     [
-        ({"train": None}, "data.train=null: a dataset is needed"),
+        ({"train": None}, "data.train=null: a dataset is required"),
         ({"train": 3}, r"data.train \(builtins.int\): has no __getitem__"),
         ({"classes": 2}, "data.train: has labels from 0 to 2; with 2 classes 0 to 1 are allowed"),
         ({"classes": ["a"]}, "with 1 classes"),
@@ -55,7 +55,7 @@ def test_floating_point_labels_mean_regression() -> None:
         ({"val": Points([0, -1])}, "data.val: has labels from -1"),
         ({"train": Points([1, 2, 3])}, "labels must be 0 to 3 without a gap, lacks 0"),
         ({"train": Points([0, -1])}, "without a gap, has -1"),
-        ({"val": Points([0.5])}, "data.val: its labels are not of the kind"),
+        ({"val": Points([0.5])}, "data.val: labels must have the same type"),
         ({"train": Points([0.5, float("nan")])}, "labels that are not finite"),
         ({"train": Points([0.5]), "classes": 2}, "data.classes=2: the labels are floating-point"),
     ],

@@ -238,7 +238,7 @@ def test_what_cannot_be_read_is_left_out_and_listed(collection: Path, max_skips:
         and data.test.targets.tolist() == [0] * 3 + [1] * 3
     )
     assert data.train.fetch(torch.arange(len(data.train))).shape == (15, 3, *SIZE)
-    assert data.notes[0] == "data.on_error=skip: 7 of 28 images are left out, they cannot be read:"
+    assert data.notes[0] == "data.on_error=skip: skipped 7 of 28 images, which cannot be read:"
     expected = [collection / "train/hard" / f"{name_of(write)}.jpg" for write in sorted(NAMED, key=name_of)]
     for line, path in zip(data.notes[1:], [*expected, collection / "test/easy/text.jpg"], strict=True):
         assert line.startswith(f"  {path}: cannot be read as an image (")

@@ -107,7 +107,7 @@ def test_a_failing_download_says_what_to_do(tmp_path: Path, monkeypatch: pytest.
         (b"", "is not an IDX file"),
         (b"hello world", "is not an IDX file"),
         (struct.pack(">HBBI", 0, 9, 1, 3) + b"123", "is not an IDX file"),
-        (struct.pack(">HBBI", 0, 8, 1, 3) + b"12", r"is damaged: 2 bytes follow the header, which says \[3\]"),
+        (struct.pack(">HBBI", 0, 8, 1, 3) + b"12", r"is damaged: 2 bytes of data for the shape \[3\]"),
         (struct.pack(">HBB", 0, 8, 3) + b"\0\0\0\5", "is damaged"),
     ],
 )
@@ -132,8 +132,8 @@ def test_a_truncated_or_false_gzip_file_is_named(tmp_path: Path) -> None:
     [
         ("train-labels-idx1-ubyte", np.arange(11) % 10, "labels for 12 images"),
         ("train-labels-idx1-ubyte", np.full(12, 10), "has a label 10; 0 to 9"),
-        ("t10k-images-idx3-ubyte", np.zeros((5, 3)), r"an array \[5, 3\]"),
-        ("t10k-images-idx3-ubyte", np.zeros((0, 3, 3)), r"an array \[0, 3, 3\]"),
+        ("t10k-images-idx3-ubyte", np.zeros((5, 3)), r"the shape \[5, 3\]"),
+        ("t10k-images-idx3-ubyte", np.zeros((0, 3, 3)), r"the shape \[0, 3, 3\]"),
     ],
 )
 def test_files_that_do_not_go_together(tmp_path: Path, name: str, array: np.ndarray, message: str) -> None:

@@ -129,7 +129,7 @@ def test_mean_pixel_computed_and_fixed() -> None:
     fixed = MeanPixel(values=(124.96, 115.97, 106.13), scale=1.0, input_shape=(3, 6, 5))
     fixed.fit(samples(inputs))
     assert torch.equal(fixed(inputs), inputs - torch.tensor([124.96, 115.97, 106.13]).view(3, 1, 1))
-    with pytest.raises(UserError, match=r"normalize.values=\[1.0\]: has 1 values; the data have 3 channels"):
+    with pytest.raises(UserError, match=r"normalize.values=\[1.0\]: has 1 values; the data has 3 channels"):
         MeanPixel(values=(1.0,), scale=1.0, input_shape=(3, 6, 5))
 
 

@@ -100,11 +100,11 @@ def test_seeds_differ(numbered: Callable[..., InMemory], name: str) -> None:
 
 
 def batches(samples: InMemory, name: str, rank: int = 0, ranks: int = 1) -> Batches:
-    def share(total: int) -> slice:
+    def shard(total: int) -> slice:
         return slice(rank * total // ranks, (rank + 1) * total // ranks)
 
     sampler = ALL[name](samples)
-    return Batches(samples, Delivery(torch.device("cpu"), True, 0), batch_size=8, sampler=sampler, share=share)
+    return Batches(samples, Delivery(torch.device("cpu"), True, 0), batch_size=8, sampler=sampler, shard=shard)
 
 
 def numbers(inputs: torch.Tensor) -> list[int]:

@@ -155,7 +155,7 @@ def test_the_last_seen_loss_counts(parts: list[tuple[int, list[int], list[float]
                 before = expected.get(index, (-1, 0.0))
                 expected[index] = (step, max(value, before[1]) if before[0] == step else value)
     hard = observed(parts, [min(cut, sum(len(indices) for _, indices, _ in parts)) for cut in cuts])
-    assert {i: (int(hard._seen[i]), float(hard._losses[i])) for i in range(6) if hard._seen[i] >= 0} == expected
+    assert {i: (int(hard._updates[i]), float(hard._losses[i])) for i in range(6) if hard._updates[i] >= 0} == expected
 
 
 def test_unseen_samples_count_as_average_ones() -> None:
@@ -191,9 +191,9 @@ def test_the_epoch_under_way_stays_and_goes_with_the_state() -> None:
     assert torch.equal(other.order(1), order)
     assert torch.equal(other.order(2), hard.order(2))
     assert not torch.equal(hard.order(2), order)
-    with pytest.raises(ValueError, match="epoch 1 is gone"):
+    with pytest.raises(ValueError, match="epoch 1 is over"):
         hard.order(1)
-    with pytest.raises(UserError, match=r"sampler=hard_examples: the checkpoint has losses of 20 .* have 21"):
+    with pytest.raises(UserError, match=r"sampler=hard_examples: the checkpoint has losses of 20 .* has 21"):
         sampler(21).load_state_dict(state)
 
 
@@ -291,8 +291,8 @@ def test_sums_show_what_they_hold_once_and_in_order() -> None:
     for x, y in zip(outputs.split(2), targets.split(2), strict=True):
         sums.add(torch.zeros(()), x, y)
     assert seen == []
-    sums.settle()
-    sums.settle()
+    sums.sync()
+    sums.sync()
     assert len(seen) == 1 and torch.equal(seen[0][0], outputs) and torch.equal(seen[0][1], targets)
 
 

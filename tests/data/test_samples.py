@@ -153,7 +153,7 @@ class Raising(Items):
         (42, "no __getitem__"),
         (iter([1]), "map-style"),
         (Items([]), "is empty"),
-        (Items([torch.rand(2)]), r"\[0\]: gives a Tensor.*a pair"),
+        (Items([torch.rand(2)]), r"\[0\]: is a Tensor.*a pair"),
         (Items([(torch.rand(2), 0, 1)]), "a pair"),
         (Items([("image.jpg", 0)]), "the input is of type str"),
         (Items([(torch.rand(1, 2, 3, 4), 0)]), r"shape \(1, 2, 3, 4\)"),

@@ -13,7 +13,7 @@ from dlopt.data.folder import Listing, scan
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Two classes, one with a folder in it; the scan is worth keeping, and at once."""
-    monkeypatch.setattr(module, "CACHED_FROM", 1)
+    monkeypatch.setattr(module, "CACHE_MIN_IMAGES", 1)
     monkeypatch.setattr(module, "_SETTLED", -(10**12))
     folder = tmp_path / "images"
     for name in ("b/2.jpg", "b/1.PNG", "a/x/y.jpg", "a/z.jpg", "a/notes.txt", "a/.hidden.jpg", "a/.thumbs/t.jpg"):
@@ -133,10 +133,10 @@ def test_a_damaged_cache_is_no_cache(folder: Path, looks: list[bytes], own_cache
 def test_small_folders_and_unwritable_caches_leave_nothing(
     folder: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "CACHED_FROM", 5)
+    monkeypatch.setattr(module, "CACHE_MIN_IMAGES", 5)
     scan(folder)
     assert not own_cache.exists()
-    monkeypatch.setattr(module, "CACHED_FROM", 1)
+    monkeypatch.setattr(module, "CACHE_MIN_IMAGES", 1)
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
     assert same(scan(folder), scan(folder))
 

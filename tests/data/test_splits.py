@@ -59,7 +59,7 @@ def test_stratified_counts(counts: list[int], count: int, expected: list[int]) -
 @given(counts=class_counts, share=st.floats(0.01, 0.99))
 def test_every_class_with_two_samples_is_in_both_parts(counts: list[int], share: float) -> None:
     targets = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-    held_out, kept = stratified(targets, max(1, round(share * len(targets))), 0, spare=True)
+    held_out, kept = stratified(targets, max(1, round(share * len(targets))), 0, keep_one=True)
     for label, total in enumerate(counts):
         assert label in targets[kept]
         assert (label in targets[held_out]) == (total >= 2)
@@ -122,7 +122,7 @@ def test_subset_and_validation_split_are_drawn_independently(settings: Make) -> 
 
 
 @pytest.mark.parametrize(
-    "subset, message", [(2, "one of each of the 3 classes; at least 3"), (0.001, "at least 3"), (100, "only 9 samples")]
+    "subset, message", [(2, "one of each of the 3 classes; use at least 3"), (0.001, "at least 3"), (100, "only 9 samples")]
 )
 def test_impossible_subsets(settings: Make, subset: int | float, message: str) -> None:
     with pytest.raises(UserError, match=f"data.subset={subset}: .*{message}"):

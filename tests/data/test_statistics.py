@@ -26,7 +26,7 @@ class Counted(Standardize):
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Files:
     """24 images whose grey rises from file to file; the cache is the test's own, and worth having."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(normalization, "_WORTH_CACHE", 2)
+    monkeypatch.setattr(normalization, "_CACHE_MIN_SAMPLES", 2)
     Counted.seen.clear()
     paths = []
     for number in range(24):

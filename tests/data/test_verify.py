@@ -81,7 +81,7 @@ def test_workers_find_the_same(root: Path, monkeypatch: pytest.MonkeyPatch, own_
     alone = load(root)
     for file in own_cache.iterdir():
         file.unlink()
-    monkeypatch.setattr(verify, "_WORTH_WORKERS", 1)
+    monkeypatch.setattr(verify, "_MIN_IMAGES_FOR_WORKERS", 1)
     monkeypatch.setattr(verify, "worker_count", lambda *_: 2)
     assert load(root).notes == alone.notes and len(load(root).train) == 11
 
@@ -91,7 +91,7 @@ def test_a_long_look_reports_its_progress(
 ) -> None:
     monkeypatch.setattr(verify, "_PROGRESS", -1.0)  # seconds: at every piece
     load(root)
-    assert caplog.messages == ["data.on_error=skip: 12 of 12 images looked at"]
+    assert caplog.messages == ["data.on_error=skip: checked 12 of 12 images"]
 
 
 def test_a_long_list_is_cut_and_kept_whole_in_a_file(

@@ -1,4 +1,4 @@
-"""The order in which an epoch visits the training samples: a function of the seed, of the epoch, and of a state."""
+"""Samplers: the order of the training samples in an epoch, a function of seed, epoch and sampler state."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -27,30 +27,33 @@ __all__ = [
 
 class Sampler(Protocol):
     def __len__(self) -> int:
-        """Indices in an epoch."""
+        """Returns the number of indices in an epoch."""
         ...
 
     def order(self, epoch: int) -> Tensor:
-        """int64 indices of epoch `epoch` (from 0), the same at every call."""
+        """Returns the int64 indices of epoch `epoch` (from 0), the same at every call."""
         ...
 
 
 @runtime_checkable
 class LossAwareSampler(Sampler, Protocol):
-    """A sampler that looks at the losses of the samples, and so has a state."""
+    """A sampler whose order depends on the samples' losses, and which therefore has a state.
 
-    maximum: Callable[[Tensor], Tensor]  # elementwise, over ranks, each of which sees its own samples' losses
+    Protocol: `begin()` once per run of batches, `serve()` for each batch, then `observe()` with its losses.
+    """
+
+    maximum: Callable[[Tensor], Tensor]  # elementwise maximum over ranks; each rank observes its own samples only
 
     def begin(self) -> None:
-        """Batches are served anew: what was served before and not observed will not be."""
+        """Resets pending batches; losses not yet observed are dropped."""
         ...
 
     def serve(self, step: int, indices: Tensor) -> None:
-        """The batch of update `step` is given out: this rank's samples `indices` [B]."""
+        """Registers this rank's samples `indices` [B] of the batch of update `step`."""
         ...
 
     def observe(self, losses: Tensor) -> None:
-        """Losses [n] of the next n samples that were served, in the order in which they were."""
+        """Records the losses [n] of the next n served samples, in the order of `serve`."""
         ...
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -58,9 +61,7 @@ class LossAwareSampler(Sampler, Protocol):
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
-class Random:
-    """Every sample once, in an order drawn afresh for each epoch."""
-
+class _Seeded:
     def __init__(self, *, targets: Tensor, seed: int) -> None:
         self._count = len(targets)
         self._seed = seed
@@ -68,12 +69,16 @@ class Random:
     def __len__(self) -> int:
         return self._count
 
+
+class Random(_Seeded):
+    """Visits every sample once, in a new random order each epoch."""
+
     def order(self, epoch: int) -> Tensor:
         return torch.randperm(self._count, generator=generator("cpu", self._seed, epoch))
 
 
 class Sequential:
-    """Every sample once, in the order of the dataset."""
+    """Visits every sample once, in the order of the dataset."""
 
     def __init__(self, *, targets: Tensor) -> None:
         self._count = len(targets)
@@ -85,15 +90,8 @@ class Sequential:
         return torch.arange(self._count)
 
 
-class WithReplacement:
-    """As many independent draws as there are samples: an epoch sees a share of about 1 - 1/e of them."""
-
-    def __init__(self, *, targets: Tensor, seed: int) -> None:
-        self._count = len(targets)
-        self._seed = seed
-
-    def __len__(self) -> int:
-        return self._count
+class WithReplacement(_Seeded):
+    """Draws N of N samples independently: an epoch visits a fraction of about 1 - 1/e of them."""
 
     def order(self, epoch: int) -> Tensor:
         return torch.randint(self._count, (self._count,), generator=generator("cpu", self._seed, epoch))

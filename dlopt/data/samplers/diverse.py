@@ -1,4 +1,4 @@
-"""Batches that are each a small picture of the whole training set."""
+"""Stratified batches: each represents the whole training set."""
 
 from typing import Literal
 
@@ -11,17 +11,17 @@ from dlopt.data.samples import Samples
 from dlopt.random import generator
 from dlopt.ranges import Count
 
-_SIDE = 8  # pixels to which images are averaged before they are compared
-_FITTED = 10_000  # samples on which the centres are fitted
+_SIDE = 8  # pixels; images are downsampled to this size for the clustering
+_FIT_SAMPLES = 10_000  # for fitting the centres
 _ITERATIONS = 25
 
 
 class Diverse:
-    """Every sample once, in batches stratified over classes and, within each class, over clusters of similar inputs.
+    """Visits every sample once, in batches stratified by class and, within each class, by clusters of similar inputs.
 
-    All full batches have the same number of samples of each class and of each cluster of a class, give or take one;
-    the last, smaller one has its share of them. Clusters: k-means on averaged pixels, or on standardized features of
-    vectors, read once. In a regression there are clusters only.
+    The number of samples of each class, and of each cluster of a class, differs by at most one between full batches; a
+    smaller last batch has proportionally fewer. Clusters: k-means on downsampled pixels, or on standardized features of
+    vectors, computed once. Regression uses the clusters only.
     """
 
     def __init__(
@@ -42,64 +42,64 @@ class Diverse:
         return len(self._labels)
 
     def order(self, epoch: int) -> Tensor:
-        if self._features is None:  # not before an epoch is asked for: it reads all inputs
+        if self._features is None:  # computed lazily, because it reads all inputs
             self._features = input_features(self._samples)
             self._assigned = k_means(self._features, self._clusters, generator("cpu", self._seed))
         if self._order is None or self._order[0] != epoch:
-            self._order = epoch, self._deal(generator("cpu", self._seed, epoch))
+            self._order = epoch, self._stratified_order(generator("cpu", self._seed, epoch))
         return self._order[1]
 
-    def _deal(self, draws: torch.Generator) -> Tensor:
-        """Deals the samples, sorted by class and cluster, to the batches like cards."""
+    def _stratified_order(self, rng: torch.Generator) -> Tensor:
+        """Sorts the samples by class and cluster and assigns them to the batches in turn."""
         count, size = len(self), self._batch_size
-        order = torch.randperm(count, generator=draws)
-        strata = _shuffled(self._labels, draws)[order] * (self._clusters + 1) + _shuffled(self._assigned, draws)[order]
+        order = torch.randperm(count, generator=rng)
+        strata = _permuted(self._labels, rng)[order] * (self._clusters + 1) + _permuted(self._assigned, rng)[order]
         order = order[strata.argsort(stable=True)]
         full, rest = divmod(count, size)
-        last = torch.zeros(count, dtype=torch.bool)
-        if rest:  # evenly spaced cards
-            start = float(torch.rand((), generator=draws, dtype=torch.float64))
-            cards = (torch.arange(rest, dtype=torch.float64) + start) * (count / rest)
-            last[cards.long().clamp_max(count - 1)] = True
-        hands = order[~last].view(size, full).T[torch.randperm(full, generator=draws)]
-        hands = hands.gather(1, torch.rand(full, size, generator=draws).argsort(1))
-        end = order[last]
-        return torch.cat([hands.flatten(), end[torch.randperm(rest, generator=draws)]])
+        is_last = torch.zeros(count, dtype=torch.bool)
+        if rest:  # the smaller last batch takes evenly spaced samples
+            start = float(torch.rand((), generator=rng, dtype=torch.float64))
+            positions = (torch.arange(rest, dtype=torch.float64) + start) * (count / rest)
+            is_last[positions.long().clamp_max(count - 1)] = True
+        batches = order[~is_last].view(size, full).T[torch.randperm(full, generator=rng)]
+        batches = batches.gather(1, torch.rand(full, size, generator=rng).argsort(1))
+        last = order[is_last]
+        return torch.cat([batches.flatten(), last[torch.randperm(rest, generator=rng)]])
 
     def metrics(self) -> dict[str, float]:
-        """batch_variation: the variance of the inputs within batches over that of the whole training set.
+        """Returns batch_variation: input variance within batches, relative to that of the training set.
 
-        Sample-weighted mean over the batches of the latest epoch; its expectation in a random order is 1.
+        Sample-weighted mean over the batches of the latest epoch; 1 in expectation for a random order.
         """
         if self._order is None or self._features is None:
             return {}
         return {"batch_variation": batch_variation(self._features, self._order[1], self._batch_size)}
 
 
-def _shuffled(codes: Tensor, draws: torch.Generator) -> Tensor:
-    """The same classes under other, random numbers."""
-    return torch.randperm(int(codes.max()) + 1, generator=draws)[codes]
+def _permuted(labels: Tensor, rng: torch.Generator) -> Tensor:
+    """Renames the labels by a random permutation."""
+    return torch.randperm(int(labels.max()) + 1, generator=rng)[labels]
 
 
 def batch_variation(features: Tensor, order: Tensor, batch_size: int) -> float:
-    """Total variance of `features` [N, F] (about 0) within batches, over that of all; 1 where nothing varies."""
-    batches = [features[part].double() for part in order.split(batch_size) if len(part) > 1]
-    whole = float(features.double().var(0).sum()) if len(features) > 1 else 0.0
-    if not batches or whole == 0.0:
+    """Returns the variance of `features` [N, F] (mean 0) within batches over the total variance; 1 if that is 0."""
+    batches = [features[indices].double() for indices in order.split(batch_size) if len(indices) > 1]
+    total = float(features.double().var(0).sum()) if len(features) > 1 else 0.0
+    if not batches or total == 0.0:
         return 1.0
     within = sum(len(batch) * float(batch.var(0).sum()) for batch in batches)
-    return within / sum(map(len, batches)) / whole
+    return within / sum(map(len, batches)) / total
 
 
 def input_features(samples: Samples) -> Tensor:
-    """float32 [N, F], of mean 0: images averaged to 8 x 8 pixels at most, vectors at unit variance per feature."""
-    found = []
+    """Returns float32 [N, F] of mean 0: images downsampled to at most 8 x 8 pixels, vectors with unit variance."""
+    blocks = []
     for chunk in chunks(samples):
         inputs = chunk.float()
         if inputs.ndim == 4:
             inputs = F.adaptive_avg_pool2d(inputs, (min(_SIDE, inputs.shape[2]), min(_SIDE, inputs.shape[3])))
-        found.append(inputs.flatten(1))
-    features = torch.cat(found)
+        blocks.append(inputs.flatten(1))
+    features = torch.cat(blocks)
     features -= features.mean(0)
     if len(samples.shape) != 3:
         deviation = features.square().mean(0).sqrt()
@@ -107,29 +107,29 @@ def input_features(samples: Samples) -> Tensor:
     return features
 
 
-def k_means(features: Tensor, clusters: int, draws: torch.Generator) -> Tensor:
-    """Cluster 0..clusters-1 of each row of `features` [N, F]: Lloyd's algorithm from the seeds of k-means++.
+def k_means(features: Tensor, clusters: int, rng: torch.Generator) -> Tensor:
+    """Returns the cluster 0..clusters-1 of each row of `features` [N, F], by Lloyd's algorithm with k-means++ seeding.
 
-    The centres are fitted on at most 10,000 evenly spaced rows. In float64, so that the rounding of one machine or
-    another does not decide. (Arthur & Vassilvitskii 2007)
+    Fits the centres on at most 10,000 evenly spaced rows, in float64, so that rounding differences between machines do
+    not change the clusters (Arthur & Vassilvitskii 2007).
     """
     count = len(features)
-    fitted = features[torch.linspace(0, count - 1, min(count, _FITTED)).long()].double()
-    centres = fitted[torch.randint(len(fitted), (1,), generator=draws)]
-    nearest = torch.full((len(fitted),), torch.inf, dtype=torch.float64)
+    rows = features[torch.linspace(0, count - 1, min(count, _FIT_SAMPLES)).long()].double()
+    centres = rows[torch.randint(len(rows), (1,), generator=rng)]
+    distances = torch.full((len(rows),), torch.inf, dtype=torch.float64)  # squared, to the nearest centre
     for _ in range(clusters - 1):
-        nearest = torch.minimum(nearest, (fitted - centres[-1]).square().sum(1))
-        if not nearest.any():
-            break  # no more different rows
-        centres = torch.cat([centres, fitted[torch.multinomial(nearest, 1, generator=draws)]])
+        distances = torch.minimum(distances, (rows - centres[-1]).square().sum(1))
+        if not distances.any():
+            break  # fewer distinct rows than clusters
+        centres = torch.cat([centres, rows[torch.multinomial(distances, 1, generator=rng)]])
     for _ in range(_ITERATIONS):
-        member = F.one_hot(_closest(fitted, centres), len(centres)).double()
-        sizes = member.sum(0).unsqueeze(1)
-        moved = torch.where(sizes > 0, member.T @ fitted / sizes.clamp_min(1), centres)
-        if torch.equal(moved, centres):
+        membership = F.one_hot(_closest(rows, centres), len(centres)).double()
+        sizes = membership.sum(0).unsqueeze(1)
+        updated = torch.where(sizes > 0, membership.T @ rows / sizes.clamp_min(1), centres)
+        if torch.equal(updated, centres):
             break
-        centres = moved
-    return torch.cat([_closest(part.double(), centres) for part in features.split(_FITTED)])
+        centres = updated
+    return torch.cat([_closest(block.double(), centres) for block in features.split(_FIT_SAMPLES)])
 
 
 def _closest(rows: Tensor, centres: Tensor) -> Tensor:
