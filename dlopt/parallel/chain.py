@@ -1,4 +1,4 @@
-"""A model as a chain of layers: what goes from one to the next, how long each takes, and where to cut the chain."""
+"""A model as a chain of layers for pipeline parallelism: activation specs, timing, and partitioning into stages."""
 
 import copy
 import math
@@ -17,123 +17,126 @@ from dlopt.errors import UserError
 
 _REPETITIONS = 3
 
+ForwardContext = Callable[[], AbstractContextManager[Any]]
+"""Returns the context in which layers run (autocast or none)."""
+
 
 @dataclass(frozen=True)
-class Form:
-    """What a tensor [B, ...] is like, whatever B is."""
+class ActivationSpec:
+    """Shape, dtype and memory order of an activation [B, ...], for any B."""
 
     shape: tuple[int, ...]  # of one sample
     dtype: torch.dtype
     order: tuple[int, ...]  # dimensions from the outermost in memory to the innermost
 
     @classmethod
-    def of(cls, tensor: Tensor) -> "Form":
+    def of(cls, tensor: Tensor) -> "ActivationSpec":
         strides = tensor.stride()
         order = range(tensor.ndim) if tensor.is_contiguous() else sorted(range(tensor.ndim), key=lambda d: -strides[d])
         return cls(tuple(tensor.shape[1:]), tensor.dtype, tuple(order))
 
-    def arranged(self, tensor: Tensor) -> Tensor:
-        """The tensor in this order in memory."""
-        back = sorted(range(tensor.ndim), key=lambda d: self.order[d])
-        return tensor.permute(self.order).contiguous().permute(back)
+    def restore_order(self, tensor: Tensor) -> Tensor:
+        """Returns the tensor in this memory order; pipeline messages are contiguous and lose it."""
+        inverse = sorted(range(tensor.ndim), key=lambda d: self.order[d])
+        return tensor.permute(self.order).contiguous().permute(inverse)
 
     def empty(self, samples: int, device: torch.device) -> Tensor:
-        """A contiguous tensor for so many samples: as they travel."""
+        """Returns a contiguous buffer for a message of `samples` samples."""
         return torch.empty(samples, *self.shape, dtype=self.dtype, device=device)
 
 
 @dataclass
-class Link:
+class ChainLayer:
     """One layer of the chain."""
 
     name: str
-    layer: nn.Module
-    output: Form | None = None  # None: not looked at yet
-    draws: list[tuple[nn.Module, Form]] = field(default_factory=list)  # its dropouts in their order, and their inputs
-    seconds: float = 0.0  # forward and backward of a micro-batch
+    module: nn.Module
+    output: ActivationSpec | None = None  # None before `trace`
+    dropouts: list[tuple[nn.Module, ActivationSpec]] = field(default_factory=list)  # in call order, with their inputs
 
 
-def links(model: nn.Module, stages: int) -> list[Link]:
-    """The layers that `model` calls one after the other: nested `nn.Sequential`s, opened up.
+def flatten(model: nn.Module, stages: int) -> list[ChainLayer]:
+    """Returns the layers that `model` calls in sequence; nested `nn.Sequential`s are flattened.
 
-    Raises `UserError` for a model that is none, or that has fewer layers than there are stages.
+    Raises `UserError` for other models, and for fewer layers than stages.
     """
-    if not _is_sequence(model):
+    if not is_sequential(model):
         raise UserError(
-            f"parallel=pipeline: {type(model).__name__} is no sequence of layers that could be cut; use parallel=ddp, "
-            "parallel=fsdp, or a model such as resnet20"
+            f"parallel=pipeline: {type(model).__name__} is not a sequence of layers and cannot be split into stages; "
+            "use parallel=ddp, parallel=fsdp, or a model such as resnet20"
         )
-    found = [Link(name, layer) for name, layer in _flat(model, "")]
-    if stages > len(found):
+    chain = [ChainLayer(name, layer) for name, layer in _flatten(model, "")]
+    if stages > len(chain):
         raise UserError(
-            f"parallel=pipeline: {stages} processes, and the model has only {len(found)} layers; start fewer"
+            f"parallel=pipeline: {stages} processes, but the model has only {len(chain)} layers; start fewer processes"
         )
-    return found
+    return chain
 
 
-def _is_sequence(module: nn.Module) -> bool:
+def is_sequential(module: nn.Module) -> bool:
+    """Whether calling the module means calling its children in order, and nothing else."""
     return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
 
 
-def _flat(sequence: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+def _flatten(sequence: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     for name, child in sequence._modules.items():
         if child is None:
             continue
-        if _is_sequence(child):
-            yield from _flat(child, f"{prefix}{name}.")
+        if is_sequential(child):
+            yield from _flatten(child, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", child
 
 
-Calling = Callable[[], AbstractContextManager[Any]]
-"""A context for calling layers in."""
+def trace(chain: Sequence[ChainLayer], inputs: Tensor, context: ForwardContext) -> None:
+    """Records output specs and dropouts of all layers in one forward.
 
-
-def look(chain: Sequence[Link], inputs: Tensor, calling: Calling) -> None:
-    """Notes what goes from layer to layer. `inputs`: some samples. Raises `UserError` where that is no tensor."""
-    modes = {module: module.training for link in chain for module in link.layer.modules()}
+    The layers run in evaluation mode: batch-norm statistics and random generators stay untouched. Raises `UserError`
+    for a layer that does not return a tensor.
+    """
+    modes = {module: module.training for layer in chain for module in layer.module.modules()}
     try:
-        with torch.no_grad(), calling():
+        with torch.no_grad(), context():
             values = inputs
-            for link in chain:
-                link.layer.eval()
+            for layer in chain:
+                layer.module.eval()
                 handles = [
-                    module.register_forward_pre_hook(_noting(link.draws))
-                    for module in link.layer.modules()
+                    module.register_forward_pre_hook(_recorder(layer.dropouts))
+                    for module in layer.module.modules()
                     if isinstance(module, _DropoutNd) and module.p > 0
                 ]
-                values = link.layer(values)
+                values = layer.module(values)
                 for handle in handles:
                     handle.remove()
                 if not isinstance(values, Tensor):
-                    raise UserError(f"parallel=pipeline: the layer {link.name} gives something else than one tensor")
-                link.output = Form.of(values)
+                    raise UserError(f"parallel=pipeline: layer {layer.name} does not return a single tensor")
+                layer.output = ActivationSpec.of(values)
     finally:
         for module, mode in modes.items():
             module.training = mode
 
 
-def _noting(draws: list[tuple[nn.Module, Form]]) -> Callable[..., None]:
-    return lambda module, inputs: draws.append((module, Form.of(inputs[0])))
+def _recorder(dropouts: list[tuple[nn.Module, ActivationSpec]]) -> Callable[..., None]:
+    return lambda module, inputs: dropouts.append((module, ActivationSpec.of(inputs[0])))
 
 
-def measure(chain: Sequence[Link], inputs: Tensor, calling: Calling) -> list[float]:
-    """The seconds that forward and backward of each layer take on these inputs, copies of the layers doing the work."""
+def time_layers(chain: Sequence[ChainLayer], inputs: Tensor, context: ForwardContext) -> list[float]:
+    """Returns the seconds of forward and backward of each layer on these inputs, measured on copies of the layers."""
     values: Tensor = inputs
     times = []
-    for link in chain:
-        layer = copy.deepcopy(link.layer).train()
-        with calling():
-            found = [_timed(layer, values) for _ in range(1 + _REPETITIONS)]
-        times.append(min(seconds for seconds, _ in found[1:]))  # what else the machine does only adds to it
-        values = found[-1][1]
+    for layer in chain:
+        module = copy.deepcopy(layer.module).train()
+        with context():
+            runs = [_timed(module, values) for _ in range(1 + _REPETITIONS)]  # the first one warms up
+        times.append(min(seconds for seconds, _ in runs[1:]))  # contention with other processes only adds time
+        values = runs[-1][1]
     return times
 
 
-def _timed(layer: nn.Module, values: Tensor) -> tuple[float, Tensor]:
+def _timed(module: nn.Module, values: Tensor) -> tuple[float, Tensor]:
     inputs = values.detach().requires_grad_()
     start = _now(inputs)
-    outputs: Tensor = layer(inputs)
+    outputs: Tensor = module(inputs)
     outputs.sum().backward()
     return _now(inputs) - start, outputs
 
@@ -144,10 +147,11 @@ def _now(tensor: Tensor) -> float:
     return time.perf_counter()
 
 
-def balanced(seconds: Sequence[float], stages: int) -> list[int]:
-    """With which layer each of the `stages` begins, so that the slowest is as fast as can be; none is empty."""
+def balance(seconds: Sequence[float], stages: int) -> list[int]:
+    """Returns the first layer of each stage, such that the slowest stage is as fast as possible; no stage is empty."""
     until = [0.0, *accumulate(seconds)]
-    # (slowest of the stages so far, which reach up to layer j; where the last of them begins)
+    # Dynamic programming: best[j] = (time of the slowest stage, first layer of the last stage) over all partitions of
+    # the first j layers into the stages so far.
     best = [(0.0, 0)] + [(math.inf, 0)] * len(seconds)
     history = []
     for _ in range(stages):
@@ -156,50 +160,51 @@ def balanced(seconds: Sequence[float], stages: int) -> list[int]:
             for j in range(len(until))
         ]
         history.append(best)
-    starts, at = [], len(seconds)
-    for column in reversed(history):
-        at = column[at][1]
-        starts.append(at)
+    starts, stop = [], len(seconds)
+    for best in reversed(history):
+        stop = best[stop][1]
+        starts.append(stop)
     return starts[::-1]
 
 
-def divided(cores: int, shares: Sequence[float]) -> list[int]:
-    """The cores in proportion to the shares, at least one for each; no more than there are where that can be."""
-    found = [1] * len(shares)
-    for _ in range(cores - len(shares)):  # one after the other to whom it helps most
-        needy = max(range(len(shares)), key=lambda i: shares[i] / found[i])
-        found[needy] += 1
-    return found
+def divide_cores(cores: int, fractions: Sequence[float]) -> list[int]:
+    """Divides cores in proportion to the fractions. Every stage gets at least one, even with too few cores."""
+    counts = [1] * len(fractions)
+    for _ in range(cores - len(fractions)):  # give the next core to the stage with the most work per core
+        busiest = max(range(len(fractions)), key=lambda i: fractions[i] / counts[i])
+        counts[busiest] += 1
+    return counts
 
 
-def by_hand(split: Sequence[str], chain: Sequence[Link], stages: int) -> list[int]:
-    """The same where the layers are named with which the second and later stages begin. Raises `UserError`."""
+def named_starts(split: Sequence[str], chain: Sequence[ChainLayer], stages: int) -> list[int]:
+    """Returns the first layer of each stage from the names in `parallel.split`. Raises `UserError`."""
     key = f"parallel.split=[{','.join(split)}]"
     if len(split) != stages - 1:
-        raise UserError(f"{key}: {stages} processes need {stages - 1} names of layers with which a stage begins")
+        raise UserError(f"{key}: {stages} processes need {stages - 1} names, the first layers of stages 2 to {stages}")
     starts = [0]
     for name in split:
-        at = next((i for i, link in enumerate(chain) if f"{link.name}.".startswith(f"{name}.")), None)
-        if at is None:
-            raise UserError(f"{key}: there is no layer {name}; allowed: {', '.join(link.name for link in chain[1:])}")
-        if at <= starts[-1]:
-            raise UserError(f"{key}: {name} does not come behind what the stage before it begins with")
-        starts.append(at)
+        start = next((i for i, layer in enumerate(chain) if f"{layer.name}.".startswith(f"{name}.")), None)
+        if start is None:
+            raise UserError(f"{key}: no layer {name}; allowed: {', '.join(layer.name for layer in chain[1:])}")
+        if start <= starts[-1]:
+            raise UserError(f"{key}: {name} must come after the first layer of the previous stage")
+        starts.append(start)
     return starts
 
 
-def check_owners(stages: Iterable[Sequence[Link]]) -> None:
+def check_tied_weights(stages: Iterable[Sequence[ChainLayer]]) -> None:
     """Raises `UserError` for layers or parameters that two stages share."""
     owners: dict[object, int] = {}
     for number, stage in enumerate(stages):
-        for link in stage:
-            for parameter in [*link.layer.parameters(), *link.layer.buffers()]:
-                if owners.setdefault(parameter, number) != number:
+        for layer in stage:
+            for tensor in [*layer.module.parameters(), *layer.module.buffers()]:
+                if owners.setdefault(tensor, number) != number:
                     raise UserError(
-                        f"parallel=pipeline: {link.name} shares weights with a layer of another stage; choose "
-                        "parallel.split so that they are in one, or use parallel=ddp"
+                        f"parallel=pipeline: {layer.name} shares weights with a layer of another stage; set "
+                        "parallel.split so that both are in one stage, or use parallel=ddp"
                     )
 
 
-def spans(starts: Sequence[int], count: int) -> list[slice]:
+def stage_slices(starts: Sequence[int], count: int) -> list[slice]:
+    """Returns the layers of each stage as slices of the chain of `count` layers."""
     return [slice(start, stop) for start, stop in pairwise([*starts, count])]

@@ -1,8 +1,12 @@
-"""What the ranks that hold one model together send each other within forward and backward.
+"""Differentiable collectives among the ranks that hold one model (Shoeybi et al. 2019, "Megatron-LM", section 3).
 
-A tensor within a split model is either whole, the same on all ranks, or a part. The gradient of a whole tensor is
-whole and the same on all ranks, too, where nothing else is said. These functions come in conjugate pairs (Shoeybi et
-al. 2019, "Megatron-LM", section 3): what is a sum forward is a copy backward, and the other way round.
+Within a split model an activation is either replicated (equal on all ranks) or sharded. The collectives come in
+conjugate pairs, because backward runs the adjoint of forward:
+
+    copy    forward: identity                          backward: all-reduce          (Megatron's f)
+    reduce  forward: all-reduce                        backward: identity            (Megatron's g)
+    gather  forward: all-gather                        backward: this rank's slice, or reduce-scatter
+    scatter forward: this rank's slice                 backward: all-gather
 """
 
 from dataclasses import dataclass
@@ -13,97 +17,108 @@ from torch import Tensor, distributed
 
 
 @dataclass(frozen=True)
-class Cut:
-    """The positions `index` of `size` along dimension `dim`: one part of the whole, or of each of so many `pieces`."""
+class ShardSpec:
+    """Which part of a tensor a rank holds: the positions `index` of `size` along dimension `dim`.
+
+    `split_factor`: the index consists of that many equal blocks, one in each block of the full tensor (as in DTensor's
+    `_StridedShard`): a strip of rows of every channel of flattened feature maps.
+    """
 
     dim: int
     index: slice | Tensor
     size: int
-    pieces: int = 1
+    split_factor: int = 1
 
-    def of(self, whole: Tensor) -> Tensor:
-        """The part of a whole tensor."""
+    def select(self, full: Tensor) -> Tensor:
+        """Returns the shard of a full tensor."""
         if isinstance(self.index, slice):
-            return whole[(slice(None),) * self.dim + (self.index,)]
-        return whole.index_select(self.dim, self.index.to(whole.device))
+            return full[(slice(None),) * self.dim + (self.index,)]
+        return full.index_select(self.dim, self.index.to(full.device))
 
-    def put(self, whole: Tensor, part: Tensor) -> Tensor:
-        """The whole tensor with this part in its place."""
+    def insert(self, full: Tensor, shard: Tensor) -> Tensor:
+        """Returns a copy of the full tensor with `shard` at its positions."""
         positions = torch.arange(self.size)[self.index] if isinstance(self.index, slice) else self.index
-        return whole.index_copy(self.dim, positions.to(whole.device), part)
+        return full.index_copy(self.dim, positions.to(full.device), shard)
 
 
-class Ranks:
-    """The ranks that hold one model together, as a process group; None: all processes there are."""
+class ModelGroup:
+    """The ranks that hold one model together, as a process group (None: all processes of the run)."""
 
-    def __init__(self, group: distributed.ProcessGroup | None = None) -> None:
-        self.group = group
-        self.rank = distributed.get_rank(group)
-        self.size = distributed.get_world_size(group)
+    def __init__(self, process_group: distributed.ProcessGroup | None = None) -> None:
+        self.process_group = process_group
+        self.rank = distributed.get_rank(process_group)
+        self.size = distributed.get_world_size(process_group)
 
-    def __deepcopy__(self, memo: object) -> "Ranks":
-        return self  # a model's copy talks to the same processes
+    def __deepcopy__(self, memo: object) -> "ModelGroup":
+        return self  # copies of a model communicate over the same processes
 
-    def copied(self, whole: Tensor) -> Tensor:
-        """A whole tensor of which every rank makes something else: the ranks' gradients are added up."""
-        copied: Tensor = _Copied.apply(whole, self)
+    def copy(self, full: Tensor) -> Tensor:
+        """Returns a replicated tensor that the ranks use differently: backward sums their gradients."""
+        copied: Tensor = _Copy.apply(full, self)
         return copied
 
-    def summed(self, part: Tensor) -> Tensor:
-        """The sum over ranks, whole."""
-        summed: Tensor = _Summed.apply(part, self)
-        return summed
+    def reduce(self, partial: Tensor) -> Tensor:
+        """Returns the sum over ranks, replicated."""
+        total: Tensor = _Reduce.apply(partial, self)
+        return total
 
-    def gathered(self, part: Tensor, dim: int = 1, *, copied: bool = False) -> Tensor:
-        """The ranks' equal parts side by side along `dim`, whole. `copied`: as if `Ranks.copied` followed."""
-        gathered: Tensor = _Gathered.apply(part, dim, copied, self)
-        return gathered
+    def gather(self, shard: Tensor, dim: int = 1, *, reduce_grad: bool = False) -> Tensor:
+        """Concatenates the equal shards of all ranks along `dim`, replicated.
 
-    def part(self, whole: Tensor, dim: int = 1) -> Tensor:
-        """The rank's of equal parts along `dim`."""
-        part: Tensor = _Part.apply(whole, dim, self)
-        return part
+        `reduce_grad`: the ranks use the result differently, as if `copy` followed; backward is one reduce-scatter.
+        """
+        full: Tensor = _Gather.apply(shard, dim, reduce_grad, self)
+        return full
 
-    def own(self, size: int) -> slice:
-        """Where the rank's of equal parts of `size` things is."""
-        each = size // self.size
-        return slice(self.rank * each, (self.rank + 1) * each)
+    def scatter(self, full: Tensor, dim: int = 1) -> Tensor:
+        """Returns this rank's equal shard of a replicated tensor, without communication."""
+        shard: Tensor = _Scatter.apply(full, dim, self)
+        return shard
 
-    def place(self, rank: int) -> int:
-        """What all processes call this rank."""
-        return rank if self.group is None else distributed.get_global_rank(self.group, rank)
+    def local_slice(self, size: int) -> slice:
+        """Returns the positions of this rank's equal shard of `size` entries."""
+        length = size // self.size
+        return slice(self.rank * length, (self.rank + 1) * length)
 
-    def cut(self, part: Tensor) -> Cut:
-        """Which part of the features [B, F, ...] this one is."""
-        size = part.shape[1] * self.size
-        return Cut(1, self.own(size), size)
+    def global_rank(self, rank: int) -> int:
+        """Returns the rank among all processes of the run, which point-to-point operations expect."""
+        return rank if self.process_group is None else distributed.get_global_rank(self.process_group, rank)
+
+    def shard_spec(self, shard: Tensor) -> ShardSpec:
+        """Returns the position of features [B, F, ...] that are sharded over the ranks."""
+        size = shard.shape[1] * self.size
+        return ShardSpec(1, self.local_slice(size), size)
 
 
-def all_reduced(tensor: Tensor, ranks: Ranks) -> Tensor:
-    """A new tensor with the sum."""
-    total = tensor.detach().clone() if _is_channels_last(tensor) else tensor.detach().clone().contiguous()
+# Plain collectives. They neither write to their input nor record a graph. Empty tensors are skipped on all ranks alike,
+# because their shapes are equal: backends never see empty messages.
+
+
+def all_reduce(partial: Tensor, model_group: ModelGroup) -> Tensor:
+    """Returns the sum over ranks as a new tensor."""
+    total = partial.detach().clone() if _is_channels_last(partial) else partial.detach().clone().contiguous()
     if total.numel():
-        distributed.all_reduce(total, group=ranks.group)
+        distributed.all_reduce(total, group=model_group.process_group)
     return total
 
 
-def all_gathered(part: Tensor, dim: int, ranks: Ranks) -> Tensor:
-    """Equal parts side by side, in the memory format of the part."""
-    part, dim, back = _in_memory_order(part.detach(), dim)
-    parts = part.new_empty(ranks.size, *part.shape)
-    if part.numel():
-        distributed.all_gather_into_tensor(parts.view(-1), part.reshape(-1), group=ranks.group)
-    return parts.movedim(0, dim).flatten(dim, dim + 1).permute(back)
+def all_gather(shard: Tensor, dim: int, model_group: ModelGroup) -> Tensor:
+    """Concatenates equal shards along `dim`, in the shard's memory format."""
+    shard, dim, inverse = _in_memory_order(shard.detach(), dim)
+    shards = shard.new_empty(model_group.size, *shard.shape)
+    if shard.numel():
+        distributed.all_gather_into_tensor(shards.view(-1), shard.reshape(-1), group=model_group.process_group)
+    return shards.movedim(0, dim).flatten(dim, dim + 1).permute(inverse)
 
 
-def reduce_scattered(whole: Tensor, dim: int, ranks: Ranks) -> Tensor:
-    """The rank's part of the sum."""
-    whole, dim, back = _in_memory_order(whole.detach(), dim)
-    parts = whole.unflatten(dim, (ranks.size, -1)).movedim(dim, 0).contiguous()
-    own = torch.empty_like(parts[0])
-    if own.numel():
-        distributed.reduce_scatter_tensor(own.view(-1), parts.view(-1), group=ranks.group)
-    return own.permute(back)
+def reduce_scatter(partial: Tensor, dim: int, model_group: ModelGroup) -> Tensor:
+    """Returns this rank's shard of the sum over ranks."""
+    partial, dim, inverse = _in_memory_order(partial.detach(), dim)
+    shards = partial.unflatten(dim, (model_group.size, -1)).movedim(dim, 0).contiguous()
+    shard = torch.empty_like(shards[0])
+    if shard.numel():
+        distributed.reduce_scatter_tensor(shard.view(-1), shards.view(-1), group=model_group.process_group)
+    return shard.permute(inverse)
 
 
 def _is_channels_last(tensor: Tensor) -> bool:
@@ -111,28 +126,31 @@ def _is_channels_last(tensor: Tensor) -> bool:
 
 
 def _in_memory_order(tensor: Tensor, dim: int) -> tuple[Tensor, int, tuple[int, ...]]:
-    """A contiguous view or copy, where `dim` is in it, and the permutation that leads back."""
+    """Returns a contiguous view or copy, the position of `dim` in it, and the inverse permutation.
+
+    Collectives need contiguous buffers. Channels-last maps are permuted instead of copied, and stay channels-last.
+    """
     if _is_channels_last(tensor):
         return tensor.permute(0, 2, 3, 1), (0, 3, 1, 2)[dim], (0, 3, 1, 2)
     return tensor.contiguous(), dim, tuple(range(tensor.ndim))
 
 
-class _Copied(torch.autograd.Function):
+class _Copy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, whole: Tensor, ranks: Ranks) -> Tensor:
-        ctx.ranks = ranks
-        return whole.view_as(whole)
+    def forward(ctx: Any, full: Tensor, model_group: ModelGroup) -> Tensor:
+        ctx.model_group = model_group
+        return full.view_as(full)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return all_reduced(gradient, ctx.ranks), None
+        return all_reduce(gradient, ctx.model_group), None
 
 
-class _Summed(torch.autograd.Function):
+class _Reduce(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, part: Tensor, ranks: Ranks) -> Tensor:
-        return all_reduced(part, ranks)
+    def forward(ctx: Any, partial: Tensor, model_group: ModelGroup) -> Tensor:
+        return all_reduce(partial, model_group)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -140,27 +158,28 @@ class _Summed(torch.autograd.Function):
         return gradient, None
 
 
-class _Gathered(torch.autograd.Function):
+class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, part: Tensor, dim: int, copied: bool, ranks: Ranks) -> Tensor:
-        ctx.dim, ctx.copied, ctx.ranks = dim, copied, ranks
-        return all_gathered(part, dim, ranks)
+    def forward(ctx: Any, shard: Tensor, dim: int, reduce_grad: bool, model_group: ModelGroup) -> Tensor:
+        ctx.dim, ctx.reduce_grad, ctx.model_group = dim, reduce_grad, model_group
+        return all_gather(shard, dim, model_group)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        if ctx.copied:
-            return reduce_scattered(gradient, ctx.dim, ctx.ranks), None, None, None
-        return gradient.tensor_split(ctx.ranks.size, ctx.dim)[ctx.ranks.rank], None, None, None
+        if ctx.reduce_grad:
+            return reduce_scatter(gradient, ctx.dim, ctx.model_group), None, None, None
+        return gradient.tensor_split(ctx.model_group.size, ctx.dim)[ctx.model_group.rank], None, None, None
 
 
-class _Part(torch.autograd.Function):
+class _Scatter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, whole: Tensor, dim: int, ranks: Ranks) -> Tensor:
-        ctx.dim, ctx.ranks = dim, ranks
-        return whole.tensor_split(ranks.size, dim)[ranks.rank].clone()
+    def forward(ctx: Any, full: Tensor, dim: int, model_group: ModelGroup) -> Tensor:
+        ctx.dim, ctx.model_group = dim, model_group
+        # A copy: a view returned by a custom Function must not be modified in place, as an in-place ReLU would.
+        return full.tensor_split(model_group.size, dim)[model_group.rank].clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return all_gathered(gradient, ctx.dim, ctx.ranks), None, None
+        return all_gather(gradient, ctx.dim, ctx.model_group), None, None

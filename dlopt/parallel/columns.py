@@ -1,7 +1,8 @@
-"""Model parallelism by columns: each rank has one column of the two-column AlexNet, and sees the whole mini-batch.
+"""Model parallelism by columns: each rank holds one column of the two-column AlexNet.
 
-The columns exchange features where the net lets them (Krizhevsky, Sutskever & Hinton 2012, section 3.5): in front of
-the third convolution and of the fully connected layers. The classifier is the first column's rank's.
+Every rank processes the whole mini-batch. The columns exchange features where the architecture connects them, before
+the third convolution and before the fully connected layers (Krizhevsky, Sutskever & Hinton 2012, section 3.5). Rank 0
+holds the classifier.
 """
 
 from typing import Any, Literal, Unpack
@@ -12,105 +13,112 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from dlopt.errors import UserError
 from dlopt.models.alexnet import TwoColumnAlexNet
-from dlopt.parallel.collectives import Ranks
-from dlopt.parallel.filter import named
+from dlopt.parallel.collectives import ModelGroup
 from dlopt.parallel.mode import Mode
-from dlopt.parallel.model_parallel import ModelParallel, Plan, check_precision
-from dlopt.parallel.process_group import Group, ProcessKeys, join
-from dlopt.parallel.split_layers import become
+from dlopt.parallel.model_parallel import ModelParallel, ShardingPlan
+from dlopt.parallel.process_group import Group, ProcessKeys, check_precision, join
+from dlopt.parallel.split_layers import convert
 
 
 class ColumnParallel(ModelParallel):
-    """Each rank keeps its column; the other's layers are on the meta device."""
+    """Each rank of a model group holds one column; the other column is on the meta device."""
 
     sharding: Literal["replicated", "tensors", "layers"] = "layers"
 
     def __init__(
-        self, name: str, group: Group, device: torch.device, *, accumulate: int, rows: int, sync: bool
+        self, name: str, group: Group, device: torch.device, *, accumulate: int, data_degree: int, sync_batchnorm: bool
     ) -> None:
-        super().__init__(name, group, device, accumulate=accumulate, split=split_columns, rows=rows, sync=sync)
-        self.is_copy = self.row > 0  # the first row holds the same layers
+        super().__init__(
+            name,
+            group,
+            device,
+            accumulate=accumulate,
+            split=split_columns,
+            data_degree=data_degree,
+            sync_batchnorm=sync_batchnorm,
+        )
+        self.is_replica = self.data_rank > 0  # the first model group holds the same layers
 
-    def spread(self, model: nn.Module, plan: Plan) -> None:
-        """Leaves the parameters plain: every tensor is on one rank of a row."""
+    def distribute_parameters(self, model: nn.Module, plan: ShardingPlan) -> None:
+        """Keeps plain parameters: every tensor is on exactly one rank of a model group."""
 
 
 class OneColumnAlexNet(TwoColumnAlexNet):
-    """The net as the rank of one column computes it: with the same outputs on all ranks."""
+    """The forward of the rank that holds one column. Returns the same logits on all ranks."""
 
-    ranks: Ranks
+    model_group: ModelGroup
 
     def forward(self, images: Tensor) -> Tensor:
-        segments = list(self.columns[self.ranks.rank].children())
-        joined = images
+        segments = list(self.columns[self.model_group.rank].children())
+        maps = images
         for segment in segments[:-1]:
-            joined = self.ranks.gathered(segment(joined), copied=True)
-        features: Tensor = _ToFirst.apply(segments[-1](joined), self.ranks)
-        outputs = self.head(features) if self.ranks.rank == 0 else features
+            maps = self.model_group.gather(segment(maps), reduce_grad=True)
+        features: Tensor = _GatherToFirst.apply(segments[-1](maps), self.model_group)
+        outputs = self.head(features) if self.model_group.rank == 0 else features
         shape = (len(images), self.head.out_features)
-        logits: Tensor = _FromFirst.apply(outputs, shape, self.ranks)
+        logits: Tensor = _BroadcastFromFirst.apply(outputs, shape, self.model_group)
         return logits
 
 
 class ColumnDropout(nn.Module):
-    """A dropout of one column, which draws for all columns in turn, as one process does, and keeps its own."""
+    """Dropout of one column. Draws the masks of all columns in order, as a single process does, and keeps its own."""
 
-    def __init__(self, dropout: _DropoutNd, ranks: Ranks) -> None:
+    def __init__(self, dropout: _DropoutNd, model_group: ModelGroup) -> None:
         super().__init__()
         self.dropout = dropout
-        self.ranks = ranks
+        self.model_group = model_group
 
     def forward(self, inputs: Tensor) -> Tensor:
         if not self.training:
             return inputs
-        drawn = [
-            self.dropout(inputs if rank == self.ranks.rank else torch.zeros_like(inputs))
-            for rank in range(self.ranks.size)
+        outputs = [
+            self.dropout(inputs if rank == self.model_group.rank else torch.zeros_like(inputs))
+            for rank in range(self.model_group.size)
         ]
-        own: Tensor = drawn[self.ranks.rank]
-        return own
+        local: Tensor = outputs[self.model_group.rank]
+        return local
 
 
-class _ToFirst(torch.autograd.Function):
-    """The ranks' features [B, F] side by side on the first of them; [B, 0] on the others."""
+class _GatherToFirst(torch.autograd.Function):
+    """Concatenates the features [B, F] of all ranks on rank 0; the others get [B, 0], which keeps them in the graph."""
 
     @staticmethod
-    def forward(ctx: Any, part: Tensor, ranks: Ranks) -> Tensor:
-        ctx.ranks, ctx.shape = ranks, part.shape
-        part = part.detach().contiguous()
-        if ranks.rank > 0:
-            if part.numel():
-                distributed.send(part, ranks.place(0), group=ranks.group)
-            return part[:, :0].clone()
-        parts = [part, *(torch.empty_like(part) for _ in range(1, ranks.size))]
-        for rank in range(1, ranks.size) if part.numel() else ():
-            distributed.recv(parts[rank], ranks.place(rank), group=ranks.group)
-        return torch.cat(parts, dim=1)
+    def forward(ctx: Any, shard: Tensor, model_group: ModelGroup) -> Tensor:
+        ctx.model_group, ctx.shape = model_group, shard.shape
+        shard = shard.detach().contiguous()
+        if model_group.rank > 0:
+            if shard.numel():
+                distributed.send(shard, model_group.global_rank(0), group=model_group.process_group)
+            return shard[:, :0].clone()
+        shards = [shard, *(torch.empty_like(shard) for _ in range(1, model_group.size))]
+        for rank in range(1, model_group.size) if shard.numel() else ():
+            distributed.recv(shards[rank], model_group.global_rank(rank), group=model_group.process_group)
+        return torch.cat(shards, dim=1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        ranks = ctx.ranks
-        if ranks.rank > 0:
-            own = gradient.new_empty(ctx.shape)
-            if own.numel():
-                distributed.recv(own, ranks.place(0), group=ranks.group)
-            return own, None
-        parts = [part.contiguous() for part in gradient.tensor_split(ranks.size, dim=1)]
-        for rank in range(1, ranks.size) if gradient.numel() else ():
-            distributed.send(parts[rank], ranks.place(rank), group=ranks.group)
-        return parts[0], None
+        model_group = ctx.model_group
+        if model_group.rank > 0:
+            shard = gradient.new_empty(ctx.shape)
+            if shard.numel():
+                distributed.recv(shard, model_group.global_rank(0), group=model_group.process_group)
+            return shard, None
+        shards = [shard.contiguous() for shard in gradient.tensor_split(model_group.size, dim=1)]
+        for rank in range(1, model_group.size) if gradient.numel() else ():
+            distributed.send(shards[rank], model_group.global_rank(rank), group=model_group.process_group)
+        return shards[0], None
 
 
-class _FromFirst(torch.autograd.Function):
-    """The first rank's outputs of this shape, on all ranks. The gradient stays where it is: all have the same."""
+class _BroadcastFromFirst(torch.autograd.Function):
+    """Broadcasts rank 0's outputs of the given shape. Backward sends nothing: all ranks compute the same gradient."""
 
     @staticmethod
-    def forward(ctx: Any, outputs: Tensor, shape: tuple[int, int], ranks: Ranks) -> Tensor:
-        ctx.like, ctx.is_first = outputs, ranks.rank == 0
-        logits = outputs.detach().clone() if ranks.rank == 0 else outputs.new_empty(shape)
+    def forward(ctx: Any, outputs: Tensor, shape: tuple[int, int], model_group: ModelGroup) -> Tensor:
+        ctx.like, ctx.is_first = outputs, model_group.rank == 0
+        logits = outputs.detach().clone() if model_group.rank == 0 else outputs.new_empty(shape)
         if logits.numel():
-            distributed.broadcast(logits, ranks.place(0), group=ranks.group)
+            distributed.broadcast(logits, model_group.global_rank(0), group=model_group.process_group)
         return logits
 
     @staticmethod
@@ -119,28 +127,27 @@ class _FromFirst(torch.autograd.Function):
         return gradient if ctx.is_first else torch.zeros_like(ctx.like), None, None
 
 
-def split_columns(model: nn.Module, input_shape: tuple[int, ...], ranks: Ranks) -> Plan:
+def split_columns(model: nn.Module, input_shape: tuple[int, ...], model_group: ModelGroup) -> ShardingPlan:
     if not isinstance(model, TwoColumnAlexNet):
         raise UserError(
-            f"parallel=columns: the model is a {type(model).__name__}, which has no columns; use "
-            "model=two_column_alexnet or parallel=filter"
+            f"parallel=columns: {type(model).__name__} has no columns; use model=two_column_alexnet or parallel=filter"
         )
-    if ranks.size != len(model.columns):
+    if model_group.size != len(model.columns):
         raise UserError(
-            f"parallel=columns: the model has {len(model.columns)} columns, one for each process, and there are "
-            f"{ranks.size} processes; start {len(model.columns)}, or use parallel=hybrid"
+            f"parallel=columns: {len(model.columns)} columns need as many processes, but there are "
+            f"{model_group.size}; start {len(model.columns)} processes, or use parallel=hybrid"
         )
-    for rank, (_, column) in enumerate(named(model.columns)):
-        if rank != ranks.rank:
+    for rank, column in enumerate(model.columns.children()):
+        if rank != model_group.rank:
             column.to("meta")
-    if ranks.rank > 0:
+    if model_group.rank > 0:
         model.head.to("meta")
-    for parent in list(model.columns[ranks.rank].modules()):
+    for parent in list(model.columns[model_group.rank].modules()):
         for name, child in parent._modules.items():
             if isinstance(child, _DropoutNd):
-                parent._modules[name] = ColumnDropout(child, ranks)
-    become(model, OneColumnAlexNet, ranks=ranks)
-    return Plan({}, {})
+                parent._modules[name] = ColumnDropout(child, model_group)
+    convert(model, OneColumnAlexNet, model_group=model_group)
+    return ShardingPlan({}, {})
 
 
 def columns(
@@ -150,9 +157,9 @@ def columns(
     precision: str,
     **keys: Unpack[ProcessKeys],
 ) -> Mode:
-    """Builds the mode of this process, which joins its group. Raises `UserError` where the keys do not fit together."""
+    """Joins the process group and builds the mode. Raises `UserError` for keys that contradict each other."""
     check_precision("columns", precision)
     joined = join("columns", device, **keys)
     if joined is None:
         return Mode(device, "columns")
-    return ColumnParallel("columns", *joined, accumulate=accumulate, rows=1, sync=True)
+    return ColumnParallel("columns", *joined, accumulate=accumulate, data_degree=1, sync_batchnorm=True)

@@ -1,4 +1,4 @@
-"""Data parallelism: every rank holds the whole model and a shard of each batch; gradients are averaged."""
+"""Data parallelism (DDP): every rank holds the full model and a shard of each batch; gradients are averaged."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -11,16 +11,16 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 from torch.nn.parallel import DistributedDataParallel
 
 from dlopt.errors import UserError
-from dlopt.parallel.dropout import Place, make_global
+from dlopt.parallel.batch_shards import ShardedAugment, local_index, local_slice, micro_batch_shards
+from dlopt.parallel.dropout import CurrentShard, replace_dropout
 from dlopt.parallel.mode import BatchShard, MetricRecord, MicroSteps, Mode
-from dlopt.parallel.pace import StepTiming, Waiting
 from dlopt.parallel.process_group import Group, GroupMode, ProcessKeys, join
 from dlopt.parallel.rendezvous import current
-from dlopt.parallel.shares import PiecewiseAugment, cut, portions, positions
+from dlopt.parallel.step_timing import StepTiming, SyncWaitTimer
 from dlopt.parallel.sync_batchnorm import buffer_averaging, synchronize
 from dlopt.ranges import Positive
 
-_KNOWS_FORWARD_SYNC = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+_HAS_FORWARD_SYNC_BUFFERS = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
 
 Compression = Literal["none", "bf16", "fp16", "powersgd"]
 
@@ -36,10 +36,11 @@ def data_parallel(
     sync_batchnorm: bool,
     **keys: Unpack[ProcessKeys],
 ) -> Mode:
-    """Builds the mode of this process, which joins its group. Raises `UserError` where the keys do not fit together."""
+    """Joins the process group and builds the mode. Raises `UserError` for keys that contradict each other."""
     if static_graph and accumulate > 1 and current() is not None:
         raise UserError(
-            f"parallel.static_graph=true: not with accumulate={accumulate}, where not every backward reduces gradients"
+            f"parallel.static_graph=true: not supported with accumulate={accumulate}, where only the last backward "
+            "averages gradients; set parallel.static_graph=false"
         )
     joined = join("ddp", device, **keys)
     if joined is None:
@@ -57,8 +58,10 @@ def data_parallel(
 
 
 class DataParallel(GroupMode):
-    """A rank's mean loss is weighted by its share of the samples, so that the average over ranks is the global batch's
-    mean, also where a rank has no samples.
+    """Data parallelism with PyTorch's DistributedDataParallel.
+
+    DDP averages gradients with equal weights, but shards of a batch may be unequal or empty. Each rank therefore
+    weights its mean loss by its fraction of the samples: the average over ranks is the mean over the global batch.
     """
 
     def __init__(
@@ -78,32 +81,32 @@ class DataParallel(GroupMode):
         self.compression = compression
         self.options = options
         self.batch_norm_shards = 1 if sync_batchnorm else group.size
-        self.dropout = Place()
-        self._waiting: Waiting | None = None  # for the others, at the end of each backward
-        self._no_sync: Callable[[], AbstractContextManager[Any]] = nullcontext  # within, gradients are not averaged
+        self.dropout = CurrentShard()
+        self._wait_timer: SyncWaitTimer | None = None
+        self._no_sync: Callable[[], AbstractContextManager[Any]] = nullcontext  # backward without gradient averaging
 
-    # -- sharing a batch
+    # -- sharding a batch
 
     @property
     def batch_shard(self) -> BatchShard:
-        return lambda total: positions(total, self.accumulate, self.rank, self.processes)
+        return lambda total: local_index(total, self.accumulate, self.rank, self.processes)
 
     @property
     def evaluation_shard(self) -> BatchShard:
-        return lambda total: cut(0, total, self.rank, self.processes)
+        return lambda total: local_slice(0, total, self.rank, self.processes)
 
     def shard_augmentation(self, augment: Any) -> Any:
-        return augment and PiecewiseAugment(augment, self.accumulate, self.rank, self.processes)
+        return augment and ShardedAugment(augment, self.accumulate, self.rank, self.processes)
 
     # -- the model
 
     def place(self, model: nn.Module, input_shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
         if self.sync_batchnorm:
             synchronize(model, self.device)
-        make_global(model, self.dropout)
-        # Without a broadcast of buffers in each forward: synchronized statistics are equal anyway, and
-        # `buffer_synchronization` averages others.
-        options = self.options | {"forward_sync_buffers" if _KNOWS_FORWARD_SYNC else "broadcast_buffers": False}
+        replace_dropout(model, self.dropout)
+        # No broadcast of buffers in each forward: synchronized batch-norm statistics are equal anyway, and
+        # `buffer_synchronization` averages the others.
+        options = self.options | {"forward_sync_buffers" if _HAS_FORWARD_SYNC_BUFFERS else "broadcast_buffers": False}
         placed = DistributedDataParallel(model, gradient_as_bucket_view=True, **options)
         if self.compression == "bf16":
             placed.register_comm_hook(None, default_hooks.bf16_compress_hook)
@@ -113,8 +116,8 @@ class DataParallel(GroupMode):
             state = powerSGD_hook.PowerSGDState(process_group=None, start_powerSGD_iter=10)
             placed.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
         self._no_sync = placed.no_sync
-        self._waiting = Waiting(self.device)
-        self._waiting.watch(model)
+        self._wait_timer = SyncWaitTimer(self.device)
+        self._wait_timer.attach(model)
         return placed
 
     def buffer_synchronization(self, model: nn.Module) -> Callable[[], None] | None:
@@ -134,24 +137,25 @@ class DataParallel(GroupMode):
     def _micro_batches(
         self, inputs: Tensor, targets: Tensor
     ) -> Iterator[tuple[Tensor, Tensor, float, AbstractContextManager[Any]]]:
-        """Yields inputs and targets of each micro-batch, the weight of their mean loss, and a context to compute in.
+        """Yields (inputs, targets, weight of the mean loss, context of the backward) of each micro-batch.
 
-        The average over ranks of the weighted losses, summed over micro-batches, is the mean over the global batch.
-        Gradients are averaged in the last backward only.
+        Summed over micro-batches and averaged over ranks, the weighted losses are the mean over the global batch.
+        Only the last backward averages gradients: it waits for the other ranks, the earlier ones accumulate locally.
         """
-        own = portions(self.batch_total, self.accumulate, self.rank, self.processes)
+        shards = micro_batch_shards(self.batch_total, self.accumulate, self.rank, self.processes)
         start = 0
-        for number, portion in enumerate(own, 1):
-            stop = start + portion.samples
-            self.dropout.portion = portion
-            weight = portion.samples * self.processes / self.batch_total
-            context = (self._waiting or nullcontext()) if number == len(own) else self._no_sync()
+        for number, shard in enumerate(shards, 1):
+            stop = start + shard.samples
+            self.dropout.shard = shard
+            weight = shard.samples * self.processes / self.batch_total
+            context = (self._wait_timer or nullcontext()) if number == len(shards) else self._no_sync()
+            # A rank without samples takes part, too (`empty_micro_batch`): the others wait for it in the all-reduce.
             yield inputs[start:stop], targets[start:stop], weight, context
             start = stop
-        self.dropout.portion = None
+        self.dropout.shard = None
 
     def maximum_over_ranks(self, values: Tensor) -> Tensor:
         return self.group.maximum(values)
 
     def step_timing(self) -> StepTiming:
-        return StepTiming(self.group, self.device, self._waiting)
+        return StepTiming(self.group, self.device, self._wait_timer)

@@ -1,4 +1,4 @@
-"""Dropout whose mask is a function of the position in the global batch, so that ranks drop what one process drops."""
+"""Dropout whose masks depend on the position in the global batch: all numbers of ranks drop the same activations."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -7,81 +7,91 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from dlopt.errors import UserError
-from dlopt.parallel.collectives import Cut
-from dlopt.parallel.shares import Portion
+from dlopt.parallel.batch_shards import MicroBatchShard
+from dlopt.parallel.collectives import ShardSpec
 
 
-class Place:
-    """Where the samples that go through the model now stand among those of all ranks; None: they are all there are."""
+class CurrentShard:
+    """The micro-batch shard that the model is processing; set by the mode and read by every dropout of the model."""
 
     def __init__(self) -> None:
-        self.portion: Portion | None = None
+        self.shard: MicroBatchShard | None = None  # None: the samples are not sharded
 
-    def __deepcopy__(self, memo: object) -> "Place":
-        return self
+    def __deepcopy__(self, memo: object) -> "CurrentShard":
+        return self  # copies of a model process the same samples
 
 
 class GlobalDropout(nn.Module):
-    """Any of torch's dropout modules, drawn for the samples of all ranks, of which this one keeps its own.
+    """Any of torch's dropout modules, drawn for the samples of all ranks; this rank keeps the masks of its own.
 
-    The generator has to be in the same state on all ranks, and is so afterwards: the draws do not depend on the share.
-    The leading dimension of the input is the sample. `cut`: which of the features an
-    input is, where ranks have different ones.
+    All ranks draw equally many numbers, whatever their shards: generators that start equal stay equal. The leading
+    dimension of the input must be the sample.
+
+    `feature_spec`: maps an input to the features that it holds, where features are sharded over ranks.
     """
 
-    def __init__(self, dropout: _DropoutNd, place: Place, cut: Callable[[Tensor], Cut] | None = None) -> None:
+    def __init__(
+        self, dropout: _DropoutNd, current: CurrentShard, feature_spec: Callable[[Tensor], ShardSpec] | None = None
+    ) -> None:
         super().__init__()
         self.dropout = dropout
-        self.place = place
-        self.cut = cut
+        self.current = current
+        self.feature_spec = feature_spec
 
     def forward(self, inputs: Tensor) -> Tensor:
-        portion = self.place.portion
-        if (portion is None and self.cut is None) or not self.training or self.dropout.p == 0:
+        shard = self.current.shard
+        if (shard is None and self.feature_spec is None) or not self.training or self.dropout.p == 0:
             outputs: Tensor = self.dropout(inputs)
             return outputs
-        if portion is None:
-            portion = Portion(len(inputs), slice(0, len(inputs)))
-        if len(inputs) != portion.samples:
+        if shard is None:
+            shard = MicroBatchShard(len(inputs), slice(0, len(inputs)))
+        if len(inputs) != shard.samples:
             raise RuntimeError(
-                f"dropout sees {len(inputs)} samples where the rank has {portion.samples}: the leading dimension must "
-                "be the sample under data parallelism"
+                f"dropout got {len(inputs)} samples on a rank that has {shard.samples}: the leading dimension must be "
+                "the sample under data parallelism"
             )
-        # Around the own samples the others' places are filled with zeros: kinds of dropout need not be told apart.
-        # The order of dimensions in memory is kept, since draws may follow it.
-        shape, cut = [portion.total, *inputs.shape[1:]], self.cut and self.cut(inputs)
-        if cut is not None:
-            shape[cut.dim] = cut.size
-            if _has_one_order(inputs.shape) and not _has_one_order(shape):
+        # The local samples go into a zero tensor of the global shape, the dropout runs on all of it, and the local
+        # slice is kept. This works for every kind of dropout (elementwise, channelwise, alpha) without a case for each.
+        # The order of dimensions in memory is preserved, because torch may draw masks in memory order.
+        shape, spec = [shard.total, *inputs.shape[1:]], self.feature_spec and self.feature_spec(inputs)
+        if spec is not None:
+            shape[spec.dim] = spec.size
+            if _has_ambiguous_format(inputs.shape) and not _has_ambiguous_format(shape):
                 raise UserError(
-                    "model.dropout: with one channel or one pixel for each process its masks cannot be those of one "
-                    "process; use fewer processes, a wider model, or model.dropout=0"
+                    "model.dropout: with one channel or one pixel per process, the masks cannot match those of a "
+                    "single process; use fewer processes, a wider model, or model.dropout=0"
                 )
         full = inputs.new_zeros(shape)
         if not inputs.is_contiguous():
             strides = inputs.stride()
-            order = sorted(range(inputs.ndim), key=lambda axis: -strides[axis])
-            back = sorted(range(inputs.ndim), key=lambda axis: order[axis])
-            full = full.permute(order).contiguous().permute(back)
-        if cut is None:
-            full[portion.own] = inputs
-            kept: Tensor = self.dropout(full)[portion.own]
+            order = sorted(range(inputs.ndim), key=lambda dim: -strides[dim])
+            inverse = sorted(range(inputs.ndim), key=lambda dim: order[dim])
+            full = full.permute(order).contiguous().permute(inverse)
+        if spec is None:
+            full[shard.local] = inputs
+            kept: Tensor = self.dropout(full)[shard.local]
             return kept
-        full[portion.own] = cut.put(full[portion.own], inputs)
-        return cut.of(self.dropout(full)[portion.own])
+        full[shard.local] = spec.insert(full[shard.local], inputs)
+        return spec.select(self.dropout(full)[shard.local])
 
 
-def _has_one_order(shape: Sequence[int]) -> bool:
-    """Whether maps (or features) of this shape lie the same way in memory channels first and channels last."""
+def _has_ambiguous_format(shape: Sequence[int]) -> bool:
+    """Whether features or maps of this shape have the same memory layout channels-first and channels-last."""
     return len(shape) > 2 and (shape[1] == 1 or math.prod(shape[2:]) == 1)
 
 
-def make_global(
-    module: nn.Module, place: Place, cuts: Mapping[nn.Module, Callable[[Tensor], Cut]] | None = None
+def replace_dropout(
+    module: nn.Module,
+    current: CurrentShard,
+    feature_specs: Mapping[nn.Module, Callable[[Tensor], ShardSpec]] | None = None,
 ) -> None:
-    """Replaces the dropout modules within `module`, each wherever it is used. `cuts`: see `GlobalDropout`."""
+    """Replaces every dropout in `module` by a `GlobalDropout`; a shared dropout stays shared.
+
+    `feature_specs`: see `GlobalDropout`, by dropout.
+    """
+    specs = feature_specs or {}
     replaced: dict[nn.Module, GlobalDropout] = {}
     for parent in list(module.modules()):
         for name, child in parent._modules.items():
             if isinstance(child, _DropoutNd) and not isinstance(parent, GlobalDropout):
-                parent._modules[name] = replaced.setdefault(child, GlobalDropout(child, place, (cuts or {}).get(child)))
+                parent._modules[name] = replaced.setdefault(child, GlobalDropout(child, current, specs.get(child)))

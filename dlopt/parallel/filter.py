@@ -1,9 +1,12 @@
-"""Model parallelism by filters: every rank has a part of each layer's filters or units, and sees the whole mini-batch.
+"""Tensor parallelism over channels (`parallel=filter`): each layer's filters or units are sharded over ranks.
 
-A convolution or linear layer is split by its outputs, and its outputs stay split until a layer needs all of them. The
-last layer of a residual block, and that of the net, is split by its inputs instead: a block of two convolutions costs
-one sum over ranks forward and one backward (Krizhevsky 2014, "One weird trick for parallelizing convolutional neural
-networks"; Shoeybi et al. 2019, "Megatron-LM", section 3).
+Every rank processes the whole mini-batch. A convolution or linear layer is split by its outputs (column-parallel in
+Megatron's terms), and features stay sharded until a layer needs all of them. The last layer of a residual block, and
+the last of the model, is split by its inputs instead (row-parallel): a block of two convolutions then needs one
+all-reduce in forward and one in backward.
+
+Krizhevsky 2014, "One weird trick for parallelizing convolutional neural networks"; Shoeybi et al. 2019, "Megatron-LM",
+section 3.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,189 +22,200 @@ from dlopt.models.alexnet import TwoColumnAlexNet
 from dlopt.models.layers import ACTIVATIONS, GlobalAveragePool
 from dlopt.models.locally_connected import LocallyConnected2d
 from dlopt.models.mlp import ResidualPair
-from dlopt.parallel.collectives import Cut, Ranks
+from dlopt.parallel.chain import is_sequential
+from dlopt.parallel.collectives import ModelGroup, ShardSpec
 from dlopt.parallel.mode import Mode
-from dlopt.parallel.model_parallel import ModelParallel, Plan, check_precision
-from dlopt.parallel.process_group import ProcessKeys, join
-from dlopt.parallel.split_layers import PROJECTED, InputSplitConv2d, InputSplitLinear, become, before, behind
+from dlopt.parallel.model_parallel import ModelParallel, ShardingPlan
+from dlopt.parallel.process_group import ProcessKeys, check_precision, join
+from dlopt.parallel.split_layers import (
+    PROJECTED,
+    InputSplitConv2d,
+    InputSplitLinear,
+    convert,
+    transform_input,
+    transform_output,
+)
 
-Layout = Literal["whole", "split"]  # of features, along dimension 1
+Layout = Literal["replicated", "sharded"]  # of features along dimension 1
 
-_BY_CHANNEL = (
+_CHANNELWISE = (
     *ACTIVATIONS.values(), nn.Identity, nn.Flatten, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, GlobalAveragePool,
 )  # fmt: skip
 _WEIGHTED = (nn.Conv2d, nn.Linear, LocallyConnected2d)
 
 
 class Splitter:
-    """Splits a model in place. Names of parameters and buffers stay; `cuts` says by name which part a rank has.
+    """Splits a model in place, layer by layer, following the layout of the features from layer to layer.
 
-    `dropouts`: how those dropouts that see a part of the features know which (`dlopt.parallel.dropout`).
-    Errors: UserError naming the layer that cannot be split.
+    Names of parameters and buffers stay; `shard_specs` has the sharded ones by name. `dropouts`: feature specs of the
+    dropouts with sharded inputs (`dlopt.parallel.dropout`). Raises `UserError` naming a layer that cannot be split.
     """
 
-    def __init__(self, ranks: Ranks, mode: str = "filter") -> None:
-        self.ranks = ranks
+    def __init__(self, model_group: ModelGroup, mode: str = "filter") -> None:
+        self.model_group = model_group
         self.mode = mode
-        self.cuts: dict[str, Cut] = {}
-        self.dropouts: dict[nn.Module, Callable[[Tensor], Cut]] = {}
+        self.shard_specs: dict[str, ShardSpec] = {}
+        self.dropouts: dict[nn.Module, Callable[[Tensor], ShardSpec]] = {}
         self._last: nn.Module | None = None
 
     def split(self, model: nn.Module) -> None:
         if isinstance(model, TwoColumnAlexNet):
-            self._columns(model)
-        elif is_chain(model):
-            self.see(model)
-            if self.chain(named(model), "whole") == "split":
-                behind(model, self.ranks.gathered)
+            self._split_columns(model)
+        elif is_sequential(model):
+            self.find_last_layer(model)
+            if self.split_sequence(named_children(model), "replicated") == "sharded":
+                transform_output(model, self.model_group.gather)
         else:
             self.refuse("the model", model)
 
-    def see(self, model: nn.Module) -> None:
-        """Finds the last layer, whose outputs all ranks need: it is split by its inputs."""
-        weighted = [each for each in model.modules() if type(each) in _WEIGHTED]
-        self._last = next((each for each in weighted[-1:] if isinstance(each, nn.Linear)), None)
+    def find_last_layer(self, model: nn.Module) -> None:
+        """Finds the last layer; all ranks need its outputs, so it is split by its inputs."""
+        weighted = [module for module in model.modules() if type(module) in _WEIGHTED]
+        self._last = next((module for module in weighted[-1:] if isinstance(module, nn.Linear)), None)
 
-    def _columns(self, model: TwoColumnAlexNet) -> None:
-        """Every segment of both columns is split; between the segments, everything is whole."""
-        for name, column in named(model.columns, "columns"):
-            for segment_name, segment in named(column, name):
-                if self.chain([(segment_name, segment)], "whole") == "split":
-                    behind(segment, self.ranks.gathered)
-        self.split_inputs("head", model.head, "whole")
+    def _split_columns(self, model: TwoColumnAlexNet) -> None:
+        # Columns exchange features between segments: there everything is replicated.
+        for name, column in named_children(model.columns, "columns"):
+            for segment_name, segment in named_children(column, name):
+                if self.split_sequence([(segment_name, segment)], "replicated") == "sharded":
+                    transform_output(segment, self.model_group.gather)
+        self.split_inputs("head", model.head, "replicated")
 
-    def chain(self, modules: Iterable[tuple[str, nn.Module]], layout: Layout) -> Layout:
-        """Splits modules that follow each other. `layout`: of what the first of them gets; returns the last one's."""
+    def split_sequence(self, modules: Iterable[tuple[str, nn.Module]], layout: Layout) -> Layout:
+        """Splits modules called in sequence. Takes the layout of the first input; returns that of the last output."""
         for name, module in modules:
-            layout = self._next(name, module, layout)
+            layout = self._split_module(name, module, layout)
         return layout
 
-    def _next(self, name: str, module: nn.Module, layout: Layout) -> Layout:
-        if is_chain(module):
-            return self.chain(named(module, name), layout)
+    def _split_module(self, name: str, module: nn.Module, layout: Layout) -> Layout:
+        if is_sequential(module):
+            return self.split_sequence(named_children(module, name), layout)
         if type(module) in (*PROJECTED, ResidualPair):
-            if layout == "split":
-                before(module, self.ranks.gathered)
-            self._block(name, module)
-            return "whole"
+            if layout == "sharded":
+                transform_input(module, self.model_group.gather)
+            self._split_block(name, module)
+            return "replicated"
         if type(module) in _WEIGHTED:
             if module is self._last:
                 self.split_inputs(name, module, layout)
-                return "whole"
+                return "replicated"
             self._split_outputs(name, module, layout)
-            return "split"
+            return "sharded"
         match module:
             case _NormBase() | nn.GroupNorm() | nn.LayerNorm() | nn.LocalResponseNorm():
-                return self._norm(name, module, layout)
+                return self._split_norm(name, module, layout)
             case _DropoutNd():
-                if layout == "split":
-                    self.dropouts[module] = self.ranks.cut
+                if layout == "sharded":
+                    self.dropouts[module] = self.model_group.shard_spec
                 return layout
-        if not isinstance(module, _BY_CHANNEL) or (isinstance(module, nn.Flatten) and module.start_dim != 1):
+        if not isinstance(module, _CHANNELWISE) or (isinstance(module, nn.Flatten) and module.start_dim != 1):
             self.refuse(name, module)
         return layout
 
     # -- layers
 
-    def _split_outputs(self, name: str, layer: nn.Module, layout: Layout, *, copied: bool = True) -> None:
-        """`copied=False`: the input is one of `Ranks.copied` already."""
+    def _split_outputs(self, name: str, layer: nn.Module, layout: Layout, *, copy_input: bool = True) -> None:
+        """`copy_input=False`: the block applies `ModelGroup.copy` to the input."""
         self._refuse_groups(name, layer)
         if isinstance(layer, LocallyConnected2d):
             outputs, dims = layer.weight.shape[1], (1, 0)
         else:
             key = "out_features" if isinstance(layer, nn.Linear) else "out_channels"
             outputs, dims = getattr(layer, key), (0, 0)
-            setattr(layer, key, outputs // self.ranks.size)
+            setattr(layer, key, outputs // self.model_group.size)
         what = "units" if isinstance(layer, nn.Linear) else "filters"
         for tensor, dim in zip(("weight", "bias"), dims, strict=True):
-            self._own(name, layer, tensor, dim, outputs, what)
-        if layout == "split":
-            before(layer, lambda part: self.ranks.gathered(part, copied=True))
-        elif copied:
-            before(layer, self.ranks.copied)
+            self._shard(name, layer, tensor, dim, outputs, what)
+        if layout == "sharded":
+            transform_input(layer, lambda shard: self.model_group.gather(shard, reduce_grad=True))
+        elif copy_input:
+            transform_input(layer, self.model_group.copy)
 
     def split_inputs(self, name: str, layer: nn.Module, layout: Layout) -> None:
         self._refuse_groups(name, layer)
         is_linear = isinstance(layer, nn.Linear)
         key = "in_features" if is_linear else "in_channels"
         inputs = getattr(layer, key)
-        self._own(name, layer, "weight", 1, inputs, "inputs")
-        setattr(layer, key, inputs // self.ranks.size)
+        self._shard(name, layer, "weight", 1, inputs, "inputs")
+        setattr(layer, key, inputs // self.model_group.size)
         kind = InputSplitLinear if is_linear else InputSplitConv2d
-        become(layer, kind, ranks=self.ranks, cuts=layout == "whole")
+        convert(layer, kind, model_group=self.model_group, scatter_input=layout == "replicated")
 
-    def _norm(self, name: str, norm: nn.Module, layout: Layout) -> Layout:
-        if layout == "whole":
+    def _split_norm(self, name: str, norm: nn.Module, layout: Layout) -> Layout:
+        if layout == "replicated":
             return layout
-        if isinstance(norm, nn.GroupNorm) and norm.num_groups % self.ranks.size == 0:
-            norm.num_groups //= self.ranks.size
-            norm.num_channels //= self.ranks.size
+        if isinstance(norm, nn.GroupNorm) and norm.num_groups % self.model_group.size == 0:
+            norm.num_groups //= self.model_group.size
+            norm.num_channels //= self.model_group.size
         elif isinstance(norm, _NormBase):
-            norm.num_features //= self.ranks.size
-        else:  # it mixes the channels of different ranks
-            before(norm, self.ranks.gathered)
-            return "whole"
+            norm.num_features //= self.model_group.size
+        else:  # it normalizes over channels of several ranks
+            transform_input(norm, self.model_group.gather)
+            return "replicated"
         for tensor in ("weight", "bias", "running_mean", "running_var"):
             if getattr(norm, tensor, None) is not None:
-                self._own(name, norm, tensor, 0, len(getattr(norm, tensor)), "channels")
+                self._shard(name, norm, tensor, 0, len(getattr(norm, tensor)), "channels")
         return layout
 
     # -- blocks
 
-    def _block(self, name: str, block: nn.Module) -> None:
+    def _split_block(self, name: str, block: nn.Module) -> None:
         if isinstance(block, ResidualPair):
-            inner = self.chain([(f"{name}.layer1", block.layer1)], "whole")
-            (first, linear), *others = named(block.layer2, f"{name}.layer2")
+            inner = self.split_sequence([(f"{name}.layer1", block.layer1)], "replicated")
+            (first, linear), *others = named_children(block.layer2, f"{name}.layer2")
             self.split_inputs(first, linear, inner)
-            self.chain(others, "whole")
+            self.split_sequence(others, "replicated")
             return
         shortcut: Any = block.shortcut
-        convs = [each for each in shortcut.modules() if isinstance(each, nn.Conv2d)] if shortcut is not None else []
+        convs = [m for m in shortcut.modules() if isinstance(m, nn.Conv2d)] if shortcut is not None else []
         projection = convs[0] if convs else None
-        branch = [(n, m) for n, m in named(block, name) if m is not shortcut]
+        branch = [(n, m) for n, m in named_children(block, name) if m is not shortcut]
         *body, last = [number for number, (_, m) in enumerate(branch) if isinstance(m, nn.Conv2d)]
-        layout: Layout = "whole"
-        for number, (part_name, part) in enumerate(branch):
+        layout: Layout = "replicated"
+        for number, (layer_name, layer) in enumerate(branch):
             if number == body[0]:
-                self._split_outputs(part_name, part, layout, copied=projection is None)
-                layout = "split"
+                self._split_outputs(layer_name, layer, layout, copy_input=projection is None)
+                layout = "sharded"
             elif number == last:
-                self.split_inputs(part_name, part, layout)
-                layout = "whole"
+                self.split_inputs(layer_name, layer, layout)
+                layout = "replicated"
             else:
-                layout = self._next(part_name, part, layout)
+                layout = self._split_module(layer_name, layer, layout)
         if projection is not None:
-            place = f"{name}.shortcut" if projection is shortcut else f"{name}.shortcut.0"
-            self.split_inputs(place, projection, "split")
-            become(block, PROJECTED[type(block)], ranks=self.ranks)
+            projection_name = f"{name}.shortcut" if projection is shortcut else f"{name}.shortcut.0"
+            self.split_inputs(projection_name, projection, "sharded")
+            convert(block, PROJECTED[type(block)], model_group=self.model_group)
 
     # -- tensors
 
-    def _own(self, name: str, module: nn.Module, tensor: str, dim: int, size: int, what: str) -> None:
-        """Replaces a parameter or buffer of `module` by the rank's equal part of it."""
-        if size % self.ranks.size:
-            fitting = [str(n) for n in range(2, size + 1) if size % n == 0][:5]
+    def _shard(self, name: str, module: nn.Module, tensor: str, dim: int, size: int, what: str) -> None:
+        """Replaces a parameter or buffer of `module` by this rank's equal shard. `what`: for the error message."""
+        if size % self.model_group.size:
+            divisors = [str(n) for n in range(2, size + 1) if size % n == 0][:5]
             raise UserError(
-                f"parallel={self.mode}: {name} has {size} {what}, which {self.ranks.size} processes cannot share "
-                f"evenly; use {' or '.join(fitting) or 'one'} processes"
+                f"parallel={self.mode}: the {size} {what} of {name} cannot be divided evenly among "
+                f"{self.model_group.size} processes; use {' or '.join(divisors) or 'one'} processes"
             )
-        take(module, name, tensor, Cut(dim, self.ranks.own(size), size), self.cuts)
+        spec = ShardSpec(dim, self.model_group.local_slice(size), size)
+        replace_by_shard(module, name, tensor, spec, self.shard_specs)
 
     def _refuse_groups(self, name: str, layer: nn.Module) -> None:
         if isinstance(layer, nn.Conv2d) and layer.groups != 1:
-            raise UserError(f"parallel={self.mode}: {name} is a convolution in groups, which it does not split")
+            raise UserError(
+                f"parallel={self.mode}: {name} is a grouped convolution, which is not supported; use parallel=ddp"
+            )
 
     def refuse(self, name: str, module: nn.Module) -> None:
         raise UserError(
-            f"parallel={self.mode}: {name} is a {type(module).__name__}, which it does not know how to split; it "
-            "splits residual and plain nets, VGG, AlexNet, locally connected nets and MLPs; use parallel=ddp"
+            f"parallel={self.mode}: {name} is a {type(module).__name__}, which is not supported; use parallel=ddp, or "
+            "a residual or plain net, VGG, AlexNet, a locally connected net or an MLP"
         )
 
 
-def split_filters(model: nn.Module, input_shape: tuple[int, ...], ranks: Ranks) -> Plan:
-    splitter = Splitter(ranks)
+def split_filters(model: nn.Module, input_shape: tuple[int, ...], model_group: ModelGroup) -> ShardingPlan:
+    splitter = Splitter(model_group)
     splitter.split(model)
-    return Plan(splitter.cuts, splitter.dropouts)
+    return ShardingPlan(splitter.shard_specs, splitter.dropouts)
 
 
 def filters(
@@ -211,31 +225,30 @@ def filters(
     precision: str,
     **keys: Unpack[ProcessKeys],
 ) -> Mode:
-    """Builds the mode of this process, which joins its group. Raises `UserError` where the keys do not fit together."""
+    """Joins the process group and builds the mode. Raises `UserError` for keys that contradict each other."""
     check_precision("filter", precision)
     joined = join("filter", device, **keys)
     if joined is None:
         return Mode(device, "filter")
-    return ModelParallel("filter", *joined, accumulate=accumulate, split=split_filters, rows=1, sync=True)
+    return ModelParallel(
+        "filter", *joined, accumulate=accumulate, split=split_filters, data_degree=1, sync_batchnorm=True
+    )
 
 
-def is_chain(module: nn.Module) -> bool:
-    """Whether its children are called one after the other, and nothing else happens."""
-    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
-
-
-def named(module: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
-    """Children with their full names, in their order."""
+def named_children(module: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
+    """Returns the children with their full names, in order."""
     return [(f"{prefix}.{name}" if prefix else name, child) for name, child in module.named_children()]
 
 
 @torch.no_grad()
-def take(module: nn.Module, name: str, tensor: str, cut: Cut, cuts: dict[str, Cut]) -> None:
-    """Replaces a parameter or buffer (None stays) by this part of it, and notes it in `cuts`."""
-    whole: Tensor | None = getattr(module, tensor)
-    if whole is None:
+def replace_by_shard(
+    module: nn.Module, name: str, tensor: str, spec: ShardSpec, shard_specs: dict[str, ShardSpec]
+) -> None:
+    """Replaces a parameter or buffer by its shard and adds it to `shard_specs`. None stays None."""
+    full: Tensor | None = getattr(module, tensor)
+    if full is None:
         return
-    own = cut.of(whole).clone()
-    is_parameter = isinstance(whole, nn.Parameter)
-    setattr(module, tensor, nn.Parameter(own, requires_grad=whole.requires_grad) if is_parameter else own)
-    cuts[f"{name}.{tensor}"] = cut
+    shard = spec.select(full).clone()  # a copy: a view would keep the full tensor in memory
+    is_parameter = isinstance(full, nn.Parameter)
+    setattr(module, tensor, nn.Parameter(shard, requires_grad=full.requires_grad) if is_parameter else shard)
+    shard_specs[f"{name}.{tensor}"] = spec

@@ -1,5 +1,6 @@
-"""Fully sharded data parallelism (PyTorch's FSDP2): batches are shared as in ddp, and so are weights, gradients and the
-optimizer's state. A unit of the model is put together where it computes, and cut again afterwards.
+"""Fully sharded data parallelism (PyTorch's FSDP2): as ddp, and also shards weights, gradients and optimizer state.
+
+Each unit of the model is all-gathered before it computes and resharded afterwards.
 
 Rajbhandari et al. 2020, "ZeRO" (stage 3); Zhao et al. 2023, "PyTorch FSDP".
 """
@@ -14,9 +15,9 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from dlopt.errors import UserError
 from dlopt.parallel.ddp import DataParallel
-from dlopt.parallel.dropout import make_global
+from dlopt.parallel.dropout import replace_dropout
 from dlopt.parallel.mode import Mode
-from dlopt.parallel.process_group import Group, ProcessKeys, join
+from dlopt.parallel.process_group import Group, ProcessKeys, check_precision, join
 from dlopt.parallel.rendezvous import current
 from dlopt.parallel.shard_files import ShardWriter
 from dlopt.parallel.sync_batchnorm import synchronize
@@ -39,20 +40,14 @@ def fully_sharded(
     sync_batchnorm: bool,
     **keys: Unpack[ProcessKeys],
 ) -> Mode:
-    """Builds the mode of this process, which joins its group. Raises `UserError` where the keys do not fit together."""
-    if precision == "fp16":
-        raise UserError(
-            "precision=fp16: not with parallel=fsdp, whose ranks would scale losses apart; use precision=bf16"
-        )
+    """Joins the process group and builds the mode. Raises `UserError` for keys that contradict each other."""
+    check_precision("fsdp", precision)
     if cpu_offload and device.type != "cuda":
-        raise UserError(
-            "parallel.cpu_offload=true: there is no GPU to take weights from; set parallel.cpu_offload=false"
-        )
+        raise UserError("parallel.cpu_offload=true: requires a GPU; set parallel.cpu_offload=false")
     world = current()
     if world is not None and shards is not None and world.size % shards:
         raise UserError(
-            f"parallel.shards={shards}: {world.size} processes cannot form groups of {shards}; allowed: divisors of "
-            f"{world.size}, or null for all"
+            f"parallel.shards={shards}: must divide the number of processes ({world.size}); null: all processes"
         )
     joined = join("fsdp", device, **keys)
     if joined is None:
@@ -73,7 +68,7 @@ def fully_sharded(
 
 
 class FullySharded(DataParallel):
-    """Data parallelism whose parameters are DTensors, sharded along their first dimension."""
+    """Data parallelism whose parameters are DTensors, sharded along dimension 0."""
 
     sharding: Literal["replicated", "tensors", "layers"] = "tensors"
 
@@ -113,20 +108,23 @@ class FullySharded(DataParallel):
     def place(self, model: nn.Module, input_shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
         if self.sync_batchnorm:
             synchronize(model, self.device)
-        make_global(model, self.dropout)
-        model.to(memory_format=torch.contiguous_format)  # FSDP2 takes no others; layers follow the format of inputs
+        replace_dropout(model, self.dropout)
+        model.to(memory_format=torch.contiguous_format)  # FSDP2 requires it; layers follow the format of their inputs
         self._shard(model)
         if not self.sync_every_micro_batch:
-            self._no_sync = lambda: _unsynchronized(model)
+            self._no_sync = lambda: _no_gradient_sync(model)
 
         def call(inputs: Tensor) -> Tensor:
             outputs: Tensor
             if torch.is_grad_enabled():
                 outputs = model(inputs)
                 return outputs
-            with torch.inference_mode(False), torch.no_grad():  # what is put together must serve in training, too
+            # no_grad instead of inference mode: gathered inference tensors could not be reused in training.
+            with torch.inference_mode(False), torch.no_grad():
                 outputs = model(inputs)
-            _reshard(model)  # no backward will do so, and weights may change before the next forward
+            # Without a backward, units with reshard_after_forward=false would stay gathered: the next forward would use
+            # stale weights if the shards have changed in between.
+            _reshard(model)
             return outputs
 
         return call
@@ -135,52 +133,53 @@ class FullySharded(DataParallel):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-        copies = self.processes // self.shards
-        form = ((self.shards,), ("shard",)) if copies == 1 else ((copies, self.shards), ("replicate", "shard"))
-        mesh = init_device_mesh(self.device.type, form[0], mesh_dim_names=form[1])
+        replicas = self.processes // self.shards
+        # With replicas: HSDP. Gradients are reduce-scattered within a shard group and averaged over the replicas.
+        dims = {"shard": self.shards} if replicas == 1 else {"replicate": replicas, "shard": self.shards}
+        mesh = init_device_mesh(self.device.type, tuple(dims.values()), mesh_dim_names=tuple(dims))
         options: dict[str, Any] = {
             "mesh": mesh,
             "reshard_after_forward": self.reshard_after_forward,
             "offload_policy": CPUOffloadPolicy() if self.cpu_offload else OffloadPolicy(),
         }
         if self.low_precision:
-            # Weights travel as the bf16 in which autocast would use them; norms keep fp32, as under autocast.
+            # Gather weights in bf16, in which autocast uses them anyway. Norms stay in fp32, as under autocast.
             norms: list[nn.Module] = [m for m in model.modules() if isinstance(m, _NORMS) and [*m.parameters()]]
             if norms:
                 fully_shard(norms, **options)
             options["mp_policy"] = MixedPrecisionPolicy(
                 param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
             )
-        for unit in units(model, self.unit_parameters):
+        for unit in fsdp_units(model, self.unit_parameters):
             fully_shard(unit, **options)
         fully_shard(model, **options)
 
 
-def units(model: nn.Module, least: int) -> list[nn.Module]:
-    """The blocks that are put together one at a time: what stands in containers, from so many parameters on.
+def fsdp_units(model: nn.Module, min_parameters: int) -> list[nn.Module]:
+    """Returns the blocks to gather one at a time: members of containers with at least `min_parameters` parameters.
 
-    What is smaller stays with the whole model, and so does what shares parameters with another block.
+    Smaller blocks, and those that share parameters with another block, are gathered with the root.
     """
-    found: list[nn.Module] = []
+    candidates: list[nn.Module] = []
 
-    def look(module: nn.Module) -> None:
+    def visit(module: nn.Module) -> None:
         for child in module.children():
-            if isinstance(child, _CONTAINERS) and type(child).forward in (each.forward for each in _CONTAINERS):
-                look(child)
-            elif sum(p.numel() for p in child.parameters()) >= max(least, 1):
-                found.append(child)
+            if isinstance(child, _CONTAINERS) and type(child).forward in (kind.forward for kind in _CONTAINERS):
+                visit(child)
+            elif sum(p.numel() for p in child.parameters()) >= max(min_parameters, 1):
+                candidates.append(child)
 
-    look(model)
-    owners: dict[nn.Parameter, int] = {}
+    visit(model)
+    uses: dict[nn.Parameter, int] = {}
     for _, module in model.named_modules(remove_duplicate=False):
         for parameter in module.parameters(recurse=False):
-            owners[parameter] = owners.get(parameter, 0) + 1
-    return [unit for unit in found if all(owners[p] == 1 for p in unit.parameters())]
+            uses[parameter] = uses.get(parameter, 0) + 1
+    return [unit for unit in candidates if all(uses[p] == 1 for p in unit.parameters())]
 
 
 @contextmanager
-def _unsynchronized(model: nn.Module) -> Iterator[None]:
-    """Within, gradients stay where they are computed, whole; the next backward outside adds them up over ranks."""
+def _no_gradient_sync(model: nn.Module) -> Iterator[None]:
+    """FSDP2's counterpart of DDP's no_sync: accumulates full local gradients until the next backward outside."""
     model.set_requires_gradient_sync(False)  # type: ignore[operator]
     try:
         yield

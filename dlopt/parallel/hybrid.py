@@ -1,10 +1,10 @@
-"""Data parallelism outside, model parallelism inside: a mesh of processes, `data_degree` rows of `model_degree` ranks.
+"""Data parallelism outside, model parallelism inside: a mesh of `data_degree` x `model_degree` processes.
 
-The ranks of a row hold one model together, split by filters or by columns; the rows share each batch, and gradients are
-summed over rows behind each backward. Four GPUs are a mesh of 2 x 2.
+The `model_degree` ranks of a model group hold one model, split by filters or by columns. Each batch is sharded over the
+`data_degree` groups, and gradients are summed over them after each backward. Four GPUs form a 2 x 2 mesh.
 """
 
-from typing import Literal, Unpack
+from typing import Any, Literal, Unpack
 
 import torch
 
@@ -12,8 +12,8 @@ from dlopt.errors import UserError
 from dlopt.parallel.columns import ColumnParallel
 from dlopt.parallel.filter import split_filters
 from dlopt.parallel.mode import Mode
-from dlopt.parallel.model_parallel import ModelParallel, check_precision
-from dlopt.parallel.process_group import ProcessKeys, join
+from dlopt.parallel.model_parallel import ModelParallel
+from dlopt.parallel.process_group import ProcessKeys, check_precision, join
 from dlopt.ranges import Count
 
 
@@ -28,22 +28,22 @@ def hybrid(
     sync_batchnorm: bool,
     **keys: Unpack[ProcessKeys],
 ) -> Mode:
-    """Builds the mode of this process, which joins its group. Raises `UserError` where the keys do not fit together."""
+    """Joins the process group and builds the mode. Raises `UserError` for keys that contradict each other."""
     check_precision("hybrid", precision)
     joined = join("hybrid", device, **keys)
     size = 1 if joined is None else joined[0].size
-    rows = max(size // model_degree, 1) if data_degree is None else data_degree
-    if rows * model_degree != size:
+    groups = max(size // model_degree, 1) if data_degree is None else data_degree
+    needed = groups * model_degree
+    if needed != size:
         raise UserError(
-            f"parallel=hybrid: data_degree x model_degree = {rows} x {model_degree} = {rows * model_degree}, but there "
-            f"{'is 1 process' if size == 1 else f'are {size} processes'}; set parallel.processes={rows * model_degree}"
-            ", or other degrees"
+            f"parallel=hybrid: data_degree x model_degree = {groups} x {model_degree} = {needed}, but there "
+            f"{'is 1 process' if size == 1 else f'are {size} processes'}; set parallel.processes={needed}, or change "
+            "the degrees"
         )
     if joined is None:
         return Mode(device, "hybrid")
     group, device = joined
+    options: dict[str, Any] = {"accumulate": accumulate, "data_degree": groups, "sync_batchnorm": sync_batchnorm}
     if inside == "columns":
-        return ColumnParallel("hybrid", group, device, accumulate=accumulate, rows=rows, sync=sync_batchnorm)
-    return ModelParallel(
-        "hybrid", group, device, accumulate=accumulate, split=split_filters, rows=rows, sync=sync_batchnorm
-    )
+        return ColumnParallel("hybrid", group, device, **options)
+    return ModelParallel("hybrid", group, device, split=split_filters, **options)

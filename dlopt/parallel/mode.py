@@ -1,11 +1,11 @@
-"""The contract of a parallel mode: everything that training asks of how a run is spread over processes.
+"""The interface of a parallel mode: everything that training needs to know about the processes of a run.
 
 `Mode` is one process on one device, and the base of every other mode. To write a mode, subclass `GroupMode`
 (`process_group.py`: collectives and the synchronized stop flag), override what differs, and name the function that
 builds it in a YAML file under `conf/parallel/`; `ddp.py` is the example to read.
 
-The three ways to place a model (`Mode.sharding`):
-    replicated  every process holds the whole model (single, ddp)
+How a mode shards the model (`Mode.sharding`):
+    replicated  every process holds the full model (single, ddp)
     tensors     parameters are DTensors of which each process holds a shard (fsdp, filter, spatial, hybrid)
     layers      each process holds some layers; the others are on the meta device (pipeline, columns)
 """
@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from dlopt.parallel.pace import StepTiming
     from dlopt.parallel.shard_files import ShardWriter
+    from dlopt.parallel.step_timing import StepTiming
 
 T = TypeVar("T")
 
 BatchShard = Callable[[int], slice | Tensor]
-"""Maps the size of a global batch to the positions of this rank's samples in it."""
+"""Maps the size of a global batch to the positions of this rank's samples."""
 
 
 class MetricRecord(Protocol):
@@ -31,8 +31,8 @@ class MetricRecord(Protocol):
 
     def add(self, loss: Tensor, outputs: Tensor, targets: Tensor) -> None: ...
 
-    def add_nothing(self, device: torch.device) -> None:
-        """Notes a micro-batch of which this rank has no samples: all ranks record the same number of them."""
+    def add_empty(self, device: torch.device) -> None:
+        """Records a micro-batch without samples on this rank: all ranks record equally many micro-batches."""
         ...
 
 
@@ -47,7 +47,7 @@ class MicroSteps(Protocol):
         ...
 
     def empty_micro_batch(self, inputs: Tensor, record: MetricRecord | None) -> Tensor:
-        """The same for a rank without samples: other ranks wait for its part of the collectives in backward."""
+        """Takes part in the collectives of a micro-batch without samples on this rank. Contributes zero gradients."""
         ...
 
     def micro_loss(self, outputs: Tensor, targets: Tensor, record: MetricRecord | None) -> Tensor:
@@ -67,7 +67,7 @@ class EpochBatches(Protocol):
         ...
 
     def epoch(self, epoch: int, start: int = 0, step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields (inputs, targets) of one epoch from batch `start` on, which serves update `step`."""
+        """Yields (inputs, targets) of one epoch from batch `start` on, which is used by update `step`."""
         ...
 
 
@@ -78,20 +78,20 @@ class Mode:
     device: torch.device
     rank = 0
     processes = 1
-    local_processes = 1  # on this machine: they share its cores
+    local_processes = 1  # on this machine; they share its cores
     is_main = True  # writes files and prints
     sharding: Literal["replicated", "tensors", "layers"] = "replicated"
     compiles = True  # the model can be compiled as a whole
-    supports_loss_aware_samplers = True  # every rank learns the losses of the samples that it has served
-    batch_norm_shards = 1  # parts of a batch that are normalized separately
-    micro_batches_in_flight = 1  # into which the mode itself splits a batch
-    notes: tuple[str, ...] = ()  # lines for the user about how the model was placed
+    supports_loss_aware_samplers = True  # every rank computes the losses of its own samples
+    batch_norm_shards = 1  # shards of a batch that batch norm normalizes separately
+    micro_batches_in_flight = 1  # micro-batches into which the mode itself splits a batch
+    notes: tuple[str, ...] = ()  # messages for the user about the placement of the model
 
     def __init__(self, device: torch.device, name: str = "single") -> None:
         self.device = device
         self.name = name
 
-    # -- sharing a batch
+    # -- sharding a batch
 
     @property
     def batch_shard(self) -> BatchShard | None:
@@ -104,17 +104,17 @@ class Mode:
         return None
 
     def shard_augmentation(self, augment: Any) -> Any:
-        """Returns the augmentation as it applies to this rank's samples. Its draws are those of the global batch."""
+        """Returns the augmentation of this rank's samples, with the random draws of the global batch."""
         return augment
 
     def track_batches(self, batches: EpochBatches) -> EpochBatches:
-        """Returns the training batches; the mode notes the size of the global batch that each belongs to."""
+        """Wraps the training batches so that the mode knows the size of each global batch."""
         return batches
 
     # -- placing the model
 
     def place(self, model: nn.Module, input_shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
-        """Places `model` on the processes and returns how it is called, for samples of `input_shape`.
+        """Places `model` on the processes, for samples of `input_shape`, and returns the function that calls it.
 
         May replace layers within `model` by distributed ones; parameters and buffers keep their names. Parameters may
         become DTensors (all of them: optimizers do not mix them with plain tensors), or move to the meta device where
@@ -138,30 +138,30 @@ class Mode:
         """
         if step.accumulate == 1:
             return step.micro_batch(inputs, targets, 1.0, record)
-        parts = _micro_batches(inputs, targets, step.accumulate)
-        return torch.stack([step.micro_batch(*part, record) for part in parts]).sum()
+        micro_batches = _micro_batches(inputs, targets, step.accumulate)
+        return torch.stack([step.micro_batch(*batch, record) for batch in micro_batches]).sum()
 
     def differentiable_loss(self, step: MicroSteps, inputs: Tensor, targets: Tensor) -> Tensor:
         """Returns the batch's mean loss with its graph, for Hessian-vector products.
 
-        Raises `UserError` where the loss is spread over processes, which do not average second derivatives.
+        Raises `UserError` in distributed modes, which do not average second derivatives.
         """
         if step.accumulate == 1:
             return step.differentiable_loss(inputs, targets)
-        parts = _micro_batches(inputs, targets, step.accumulate)
-        return torch.stack([weight * step.differentiable_loss(x, y) for x, y, weight in parts]).sum()
+        micro_batches = _micro_batches(inputs, targets, step.accumulate)
+        return torch.stack([weight * step.differentiable_loss(x, y) for x, y, weight in micro_batches]).sum()
 
     def norm(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Returns the 2-norm of parameters, or of as many gradients, taken as one vector: a scalar, equal on all ranks.
+        """Returns the 2-norm of all parameters, or of their gradients, as one vector: a scalar, equal on all ranks.
 
-        A rank may hold shards of the tensors, or only some of them.
+        A rank may hold shards of the tensors, or only some of them; replicas count once.
         """
         return torch.nn.utils.get_total_norm(tensors)
 
     # -- reducing, broadcasting
 
     def sum_over_ranks(self, values: Sequence[float]) -> Sequence[float]:
-        """Returns the sums over ranks, entry by entry. A value that several ranks hold together counts once."""
+        """Returns the elementwise sums over ranks. Values that the ranks of a model group share count once."""
         return values
 
     def maximum_over_ranks(self, values: Tensor) -> Tensor:
@@ -169,7 +169,7 @@ class Mode:
         return values
 
     def gather_lists(self, values: list[T]) -> list[T]:
-        """Returns the lists of all ranks as one."""
+        """Returns the concatenated lists of all ranks."""
         return values
 
     def broadcast(self, value: T) -> T:
@@ -183,39 +183,39 @@ class Mode:
         return stop
 
     def evaluation_stop(self, stop: T) -> T:
-        """Returns the same flag for use within an evaluation, where all ranks read it equally often."""
+        """Returns the flag for use within an evaluation. All ranks must read it equally often."""
         return stop
 
     # -- state
 
     def full_state(self, state: T) -> T:
-        """Returns the state of a model or an optimizer with full tensors, as one process has it.
+        """Returns the state of a model or an optimizer with full tensors, as in a single process.
 
-        All ranks call this together; the result is needed on the main one.
+        All ranks call this together; only the main rank needs the result.
         """
         return state
 
     def load_model(self, model: nn.Module, state: Mapping[str, Any], *, strict: bool = True) -> None:
-        """Loads a full state, which all ranks have; each takes its part."""
+        """Loads a full state, which all ranks pass; each rank keeps its shards."""
         model.load_state_dict(state, strict=strict)
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-        """The same for the state of an optimizer."""
+        """Loads the full state of an optimizer, as `load_model` does."""
         optimizer.load_state_dict(dict(state))
 
     def checkpoint_writer(self) -> "ShardWriter | None":
-        """Returns the writer by which every rank saves its shards; None: the main rank saves everything."""
+        """Returns the writer with which every rank saves its shards; None: the main rank saves everything."""
         return None
 
-    # -- observing
+    # -- timing
 
     def step_timing(self) -> "StepTiming | None":
-        """Returns the timing of the slowest and the fastest rank; None: there is only one."""
+        """Returns the step timing of all ranks; None: there is only one."""
         return None
 
 
 def _micro_batches(inputs: Tensor, targets: Tensor, accumulate: int) -> Iterator[tuple[Tensor, Tensor, float]]:
-    """Yields (inputs, targets, share of the batch's samples) of each micro-batch."""
+    """Yields (inputs, targets, fraction of the batch's samples) of each micro-batch."""
     count = len(targets)
     number = min(accumulate, count)
     for x, y in zip(inputs.tensor_split(number), targets.tensor_split(number), strict=True):

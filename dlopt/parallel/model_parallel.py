@@ -1,6 +1,6 @@
-"""The base of filter, columns, spatial and their hybrids with data parallelism: a mesh of processes.
+"""Base of filter, columns, spatial and hybrid: a device mesh of data parallelism x model parallelism.
 
-The ranks of a row of the mesh hold one model together and see the same samples; rows see different samples.
+The ranks of a model group hold one model together and process the same samples; groups process different samples.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,148 +10,152 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, distributed, nn
 
-from dlopt.errors import UserError
-from dlopt.parallel.collectives import Cut, Ranks
-from dlopt.parallel.dropout import Place, make_global
+from dlopt.parallel.batch_shards import ShardedAugment, local_index, local_slice, micro_batch_shards
+from dlopt.parallel.collectives import ModelGroup, ShardSpec
+from dlopt.parallel.dropout import CurrentShard, replace_dropout
 from dlopt.parallel.mode import BatchShard, MetricRecord, MicroSteps
 from dlopt.parallel.process_group import Group, GroupMode
 from dlopt.parallel.shards import local
-from dlopt.parallel.shares import PiecewiseAugment, cut, portions, positions
 from dlopt.parallel.split_layers import distribute
 from dlopt.parallel.sync_batchnorm import buffer_averaging, synchronize
 
-_BUCKET = 25 * 2**20  # bytes of gradients that are added up at once
+_BUCKET_BYTES = 25 * 2**20  # of gradients per all-reduce, as in DDP
 
 
 @dataclass
-class Plan:
-    """What came of splitting a model in place.
+class ShardingPlan:
+    """How a model was split in place.
 
-    `cuts`: equal parts by name. `dropouts`: see `dlopt.parallel.dropout.make_global`. `summands`: names of parameters
-    of which every rank has its summand of the gradient only.
+    `shard_specs`: by name of a sharded parameter or buffer. `dropouts`: see `dropout.replace_dropout`. `partial_grads`:
+    names of replicated parameters whose gradients must be summed over the model group.
     """
 
-    cuts: Mapping[str, Cut]
-    dropouts: Mapping[nn.Module, Callable[[Tensor], Cut]]
-    summands: Sequence[str] = ()
+    shard_specs: Mapping[str, ShardSpec]
+    dropouts: Mapping[nn.Module, Callable[[Tensor], ShardSpec]]
+    partial_grads: Sequence[str] = ()
     notes: Sequence[str] = field(default_factory=list)
 
 
-Split = Callable[[nn.Module, tuple[int, ...], Ranks], Plan]
+SplitFunction = Callable[[nn.Module, tuple[int, ...], ModelGroup], ShardingPlan]
 
 
 class ModelParallel(GroupMode):
-    """`split` changes a model in place, for samples of the given shape. `rows`: the degree of data parallelism."""
+    """`data_degree` model groups, each of which holds one model that `split` has split in place."""
 
     sharding: Literal["replicated", "tensors", "layers"] = "tensors"
     compiles = False
     supports_loss_aware_samplers = False
 
     def __init__(
-        self, name: str, group: Group, device: torch.device, *, accumulate: int, split: Split, rows: int, sync: bool
+        self,
+        name: str,
+        group: Group,
+        device: torch.device,
+        *,
+        accumulate: int,
+        split: SplitFunction,
+        data_degree: int,
+        sync_batchnorm: bool,
     ) -> None:
         from torch.distributed.device_mesh import init_device_mesh
 
         super().__init__(group, device, name)
         self.accumulate = accumulate
         self.split = split
-        self.mesh = init_device_mesh(device.type, (rows, group.size // rows), mesh_dim_names=("data", "model"))
-        self.rows, self.row = rows, self.mesh.get_local_rank("data")
-        self.ranks = Ranks(self.mesh.get_group("model"))
-        self.sync_batchnorm = sync and rows > 1
-        self.batch_norm_shards = 1 if sync else rows
-        self.dropout = Place()
-        self._summands: list[nn.Parameter] = []
+        shape = data_degree, group.size // data_degree
+        self.mesh = init_device_mesh(device.type, shape, mesh_dim_names=("data", "model"))
+        self.data_degree, self.data_rank = data_degree, self.mesh.get_local_rank("data")
+        self.model_group = ModelGroup(self.mesh.get_group("model"))
+        self.sync_batchnorm = sync_batchnorm and data_degree > 1
+        self.batch_norm_shards = 1 if sync_batchnorm else data_degree
+        self.dropout = CurrentShard()
+        self._partial_grads: list[nn.Parameter] = []
         self._parameters: list[nn.Parameter] = []
 
-    # -- sharing a batch
+    # -- sharding a batch
 
     @property
     def batch_shard(self) -> BatchShard | None:
-        return None if self.rows == 1 else lambda total: positions(total, self.accumulate, self.row, self.rows)
+        if self.data_degree == 1:
+            return None
+        return lambda total: local_index(total, self.accumulate, self.data_rank, self.data_degree)
 
     @property
     def evaluation_shard(self) -> BatchShard | None:
-        return None if self.rows == 1 else lambda total: cut(0, total, self.row, self.rows)
+        return None if self.data_degree == 1 else lambda total: local_slice(0, total, self.data_rank, self.data_degree)
 
     def shard_augmentation(self, augment: Any) -> Any:
-        if self.rows == 1 or augment is None:
+        if self.data_degree == 1 or augment is None:
             return augment
-        return PiecewiseAugment(augment, self.accumulate, self.row, self.rows)
+        return ShardedAugment(augment, self.accumulate, self.data_rank, self.data_degree)
 
     # -- the model
 
     def place(self, model: nn.Module, input_shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
-        plan = self.split(model, input_shape, self.ranks)
+        plan = self.split(model, input_shape, self.model_group)
         if self.sync_batchnorm:
             synchronize(model, self.device, self.mesh.get_group("data"))
-        make_global(model, self.dropout, plan.dropouts)
-        self.spread(model, plan)
+        replace_dropout(model, self.dropout, plan.dropouts)
+        self.distribute_parameters(model, plan)
         named = dict(model.named_parameters())
-        self._parameters, self._summands = list(named.values()), [named[name] for name in plan.summands]
-        self.notes = (self._placement(named), *plan.notes)
+        self._parameters, self._partial_grads = list(named.values()), [named[name] for name in plan.partial_grads]
+        self.notes = (self._placement_note(named), *plan.notes)
         return model
 
-    def spread(self, model: nn.Module, plan: Plan) -> None:
-        """Turns the parameters into what the optimizer and the checkpoint see."""
-        distribute(model, self.mesh["model"], plan.cuts)
+    def distribute_parameters(self, model: nn.Module, plan: ShardingPlan) -> None:
+        """Turns the parameters into DTensors, which the optimizer and the checkpoint see."""
+        distribute(model, self.mesh["model"], plan.shard_specs)
 
-    def _placement(self, named: Mapping[str, nn.Parameter]) -> str:
+    def _placement_note(self, named: Mapping[str, nn.Parameter]) -> str:
         total = sum(p.numel() for p in named.values())
-        own = sum(local(p).numel() for p in named.values() if not p.is_meta)
+        held = sum(local(p).numel() for p in named.values() if not p.is_meta)
         replicated = sum(p.numel() for p in named.values() if not p.is_meta and local(p).numel() == p.numel())
-        line = f"{self.ranks.size} processes hold the {total} parameters together; {own} are on this one"
+        line = f"parallel={self.name}: {total} parameters over {self.model_group.size} processes; {held} on this one"
         if self.sharding == "tensors":
-            line += f", of which {replicated} are on each"
-        return f"parallel={self.name}: {line}" + (
-            f"; {self.rows} such groups share the batches" if self.rows > 1 else ""
-        )
+            line += f" ({replicated} replicated)"
+        return line + (f"; {self.data_degree} data-parallel groups" if self.data_degree > 1 else "")
 
     def buffer_synchronization(self, model: nn.Module) -> Callable[[], None] | None:
-        return buffer_averaging(model, self.rows, self.mesh.get_group("data"))
+        return buffer_averaging(model, self.data_degree, self.mesh.get_group("data"))
 
     # -- one update
 
     def forward_backward(
         self, step: MicroSteps, inputs: Tensor, targets: Tensor, record: MetricRecord | None
     ) -> Tensor:
-        """The weighted losses, summed over rows and micro-batches, are the mean over the global batch."""
+        # Each loss is weighted by its fraction of the samples: summed over groups and micro-batches, the losses are the
+        # mean over the global batch.
         losses, start = [], 0
-        for portion in portions(self.batch_total, self.accumulate, self.row, self.rows):
-            stop = start + portion.samples
-            self.dropout.portion = portion
-            x, y, weight = inputs[start:stop], targets[start:stop], portion.samples / self.batch_total
+        for shard in micro_batch_shards(self.batch_total, self.accumulate, self.data_rank, self.data_degree):
+            stop = start + shard.samples
+            self.dropout.shard = shard
+            x, y, weight = inputs[start:stop], targets[start:stop], shard.samples / self.batch_total
             losses.append(step.micro_batch(x, y, weight, record) if len(y) else step.empty_micro_batch(x, record))
             start = stop
-        self.dropout.portion = None
-        # Within a row first: the rows then add up gradients that are complete.
-        sum_up([local(p.grad) for p in self._summands if p.grad is not None], self.ranks.group)
-        if self.rows > 1:
+        self.dropout.shard = None
+        # Within the model group first: the sum over groups below then adds complete gradients, on every rank.
+        partial = [local(p.grad) for p in self._partial_grads if p.grad is not None]
+        all_reduce_buckets(partial, self.model_group.process_group)
+        if self.data_degree > 1:
             gradients = [local(p.grad) for p in self._parameters if p.grad is not None]
-            sum_up(gradients, self.mesh.get_group("data"))
+            all_reduce_buckets(gradients, self.mesh.get_group("data"))
         loss = torch.stack(losses).sum()
-        return self.sum_loss(loss if self.ranks.rank == 0 else torch.zeros_like(loss))  # once per row
+        # All ranks of a model group have the same loss: count it once.
+        return self.sum_loss(loss if self.model_group.rank == 0 else torch.zeros_like(loss))
 
     def sum_over_ranks(self, values: Sequence[float]) -> Sequence[float]:
-        return self.group.sum(values if self.ranks.rank == 0 else [0.0] * len(values))
-
-
-def check_precision(name: str, precision: str) -> None:
-    if precision == "fp16":
-        raise UserError(
-            f"precision=fp16: not with parallel={name}, whose ranks would scale losses apart; use precision=bf16"
-        )
+        return self.group.sum(values if self.model_group.rank == 0 else [0.0] * len(values))
 
 
 @torch.no_grad()
-def sum_up(tensors: Sequence[Tensor], group: distributed.ProcessGroup | None) -> None:
-    """Replaces tensors by their sums over the group, many at once."""
+def all_reduce_buckets(tensors: Sequence[Tensor], group: distributed.ProcessGroup | None) -> None:
+    """Replaces tensors by their sums over the group, in buckets: few large messages are faster than many small ones."""
     bucket: list[Tensor] = []
     for number, tensor in enumerate(tensors, 1):
         bucket.append(tensor)
-        if number == len(tensors) or sum(t.numel() * t.element_size() for t in bucket) >= _BUCKET:
+        if number == len(tensors) or sum(t.numel() * t.element_size() for t in bucket) >= _BUCKET_BYTES:
             flat = torch.cat([t.reshape(-1) for t in bucket])
             distributed.all_reduce(flat, group=group)
-            for each, values in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
-                each.copy_(values.view(each.shape))
+            for target, values in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+                target.copy_(values.view(target.shape))
             bucket = []

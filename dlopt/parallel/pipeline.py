@@ -1,7 +1,7 @@
-"""Pipeline parallelism: the layers are cut into stages, one per process; a batch goes through them in micro-batches.
+"""Pipeline parallelism: each process holds a stage of consecutive layers; micro-batches pass through the stages.
 
-Schedules: GPipe (Huang et al. 2019), all forward and then all backward; 1F1B (Narayanan et al. 2019, "PipeDream"),
-which holds no more activations than there are stages. Both are torch.distributed.pipelining's.
+Schedules (torch.distributed.pipelining): GPipe (Huang et al. 2019) runs all forwards and then all backwards; 1F1B
+(Narayanan et al. 2019, "PipeDream") alternates them and holds activations of at most as many micro-batches as stages.
 """
 
 import os
@@ -16,17 +16,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dlopt.errors import UserError
 from dlopt.parallel import chain as chains
-from dlopt.parallel.chain import Form, Link
+from dlopt.parallel.batch_shards import ShardedAugment, micro_batch_bounds
+from dlopt.parallel.chain import ActivationSpec, ChainLayer, ForwardContext
 from dlopt.parallel.mode import BatchShard, MetricRecord, MicroSteps, Mode
-from dlopt.parallel.process_group import Group, GroupMode, ProcessKeys, join
-from dlopt.parallel.shares import PiecewiseAugment, micro_batches
+from dlopt.parallel.process_group import Group, GroupMode, ProcessKeys, check_precision, join
 from dlopt.ranges import Count
 
 Schedule = Literal["1f1b", "gpipe"]
 MicroLoss = Callable[[Tensor, Tensor], Tensor]
 """(outputs, targets) of a micro-batch -> its mean loss."""
 
-_PROBED = 64  # samples with which layers are timed, at most
+_PROBE_SAMPLES = 64  # largest batch for timing layers
 
 
 def pipeline(
@@ -41,40 +41,40 @@ def pipeline(
     split: list[str] | None,
     **keys: Unpack[ProcessKeys],
 ) -> Mode:
-    """Builds the mode of this process, which joins its group. Raises `UserError` where the keys do not fit together."""
-    if precision == "fp16":
-        raise UserError("precision=fp16: not with parallel=pipeline, whose stages would scale losses apart; use bf16")
+    """Joins the process group and builds the mode. Raises `UserError` for keys that contradict each other."""
+    check_precision("pipeline", precision)
     if micro_batches is not None and accumulate not in (1, micro_batches):
         raise UserError(
-            f"parallel.micro_batches={micro_batches}: accumulate={accumulate} cuts the batch, too; set one of the two"
+            f"parallel.micro_batches={micro_batches}: conflicts with accumulate={accumulate}, which also splits the "
+            "batch; set only one of them"
         )
     in_flight = accumulate if micro_batches is None else micro_batches
     if isinstance(batch_size, int) and in_flight > batch_size:
-        raise UserError(
-            f"parallel.micro_batches={in_flight}: a batch of data.batch_size={batch_size} has fewer samples to cut"
-        )
+        raise UserError(f"parallel.micro_batches={in_flight}: must be at most data.batch_size={batch_size}")
     joined = join("pipeline", device, **keys)
     if joined is None:
         return Mode(device, "pipeline")
     group, device = joined
-    probed = _PROBED if isinstance(batch_size, str) else min(max(batch_size // in_flight, 2), _PROBED)
+    probe_samples = (
+        _PROBE_SAMPLES if isinstance(batch_size, str) else min(max(batch_size // in_flight, 2), _PROBE_SAMPLES)
+    )
     return Pipeline(
         group,
         device,
         in_flight=in_flight,
         schedule=schedule,
         split=split,
-        probed=probed,
+        probe_samples=probe_samples,
         low_precision=precision == "bf16",
         threads=threads,
     )
 
 
 class Pipeline(GroupMode):
-    """Rank r holds the r-th stage; the layers of other stages are on the meta device, so that every rank knows all
-    parameters by name and order.
+    """Rank r holds stage r; the layers of other stages are on the meta device.
 
-    Batch norm sees one micro-batch at a time: the same as one process with accumulate = micro-batches.
+    Every rank therefore knows all parameters by name and order, which states and optimizers rely on. Batch norm sees
+    one micro-batch at a time, as in a single process with accumulate = micro-batches.
     """
 
     sharding: Literal["replicated", "tensors", "layers"] = "layers"
@@ -89,7 +89,7 @@ class Pipeline(GroupMode):
         in_flight: int,
         schedule: Schedule,
         split: list[str] | None,
-        probed: int,
+        probe_samples: int,
         low_precision: bool,
         threads: int | str,
     ) -> None:
@@ -97,126 +97,122 @@ class Pipeline(GroupMode):
         self.micro_batches_in_flight = in_flight
         self.schedule = schedule
         self.split = split
-        self.probed = probed
+        self.probe_samples = probe_samples
         self.low_precision = low_precision
         self.threads = threads
         self.is_last = self.rank == self.processes - 1
         self._schedules: dict[tuple[int, int], Any] = {}
         self._micro_loss: MicroLoss = lambda outputs, targets: outputs.sum()
 
-    # -- sharing a batch: the first rank needs the inputs, the last one the targets, and those between need neither
+    # -- sharding a batch: the first rank needs the inputs and the last one the targets; the others load no samples
 
     @property
     def batch_shard(self) -> BatchShard | None:
         return None if self.rank == 0 or self.is_last else lambda total: slice(0, 0)
 
     def shard_augmentation(self, augment: Any) -> Any:
-        return augment if self.batch_shard is None else augment and PiecewiseAugment(augment, 1, 0, 1)
+        return augment if self.batch_shard is None else augment and ShardedAugment(augment, 1, 0, 1)
 
     # -- the model
 
     def place(self, model: nn.Module, input_shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
-        chain = chains.links(model, self.processes)
-        inputs = self._samples(model, input_shape)
-        chains.look(chain, inputs[:2], self._calling)
-        own = self._cut(chain, inputs)
-        for number, span in enumerate(own):
+        chain = chains.flatten(model, self.processes)
+        inputs = self._probe_inputs(model, input_shape)
+        chains.trace(chain, inputs[:2], self._forward_context)
+        stages = self._partition(chain, inputs)
+        for number, layers in enumerate(stages):
             if number != self.rank:
-                for link in chain[span]:
-                    link.layer.to("meta")
-        self.stage = Stage(chain, own[self.rank], Form.of(inputs), self._calling)
+                for layer in chain[layers]:
+                    layer.module.to("meta")
+        self.stage = Stage(chain, stages[self.rank], ActivationSpec.of(inputs), self._forward_context)
         self._output = chain[-1].output
         self._dtype = inputs.dtype
         self._model = model
         return self._evaluate
 
-    def _samples(self, model: nn.Module, input_shape: tuple[int, ...]) -> Tensor:
-        """Something to put through the layers: zeros would be faster than what comes in training."""
+    def _probe_inputs(self, model: nn.Module, input_shape: tuple[int, ...]) -> Tensor:
+        """Returns random inputs for timing; kernels can be faster on zeros than on training data."""
         like = next(model.parameters())
         draws = torch.Generator().manual_seed(0)
-        inputs = torch.randn(self.probed, *input_shape, generator=draws).to(device=like.device, dtype=like.dtype)
+        inputs = torch.randn(self.probe_samples, *input_shape, generator=draws).to(device=like.device, dtype=like.dtype)
         channels_last = any(p.ndim == 4 and not p.is_contiguous() for p in model.parameters())
         return inputs.contiguous(memory_format=torch.channels_last) if channels_last and inputs.ndim == 4 else inputs
 
-    def _calling(self) -> AbstractContextManager[Any]:
+    def _forward_context(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, dtype=torch.bfloat16) if self.low_precision else nullcontext()
 
-    def _cut(self, chain: list[Link], inputs: Tensor) -> list[slice]:
-        """The layers of each stage. Rank 0 measures, so that all cut alike."""
+    def _partition(self, chain: list[ChainLayer], inputs: Tensor) -> list[slice]:
+        """Returns the layers of each stage."""
         stages = self.processes
         times = []
-        if self.is_main:
+        if self.is_main:  # only one rank measures: all ranks must arrive at the same partition
             devices = [self.device] if self.device.type == "cuda" else []
             with torch.random.fork_rng(devices=devices):
-                times = chains.measure(chain, inputs, self._calling)
+                times = chains.time_layers(chain, inputs, self._forward_context)
         times = self.broadcast(times)
         split = self.split
-        starts = chains.balanced(times, stages) if split is None else chains.by_hand(split, chain, stages)
-        own = chains.spans(starts, len(chain))
-        chains.check_owners([chain[span] for span in own])
-        seconds = [sum(times[span]) for span in own]
+        starts = chains.balance(times, stages) if split is None else chains.named_starts(split, chain, stages)
+        slices = chains.stage_slices(starts, len(chain))
+        chains.check_tied_weights([chain[layers] for layers in slices])
+        seconds = [sum(times[layers]) for layers in slices]
         total = max(sum(seconds), 1e-9)
-        self._use_cores([each / total for each in seconds])
-        parts = [
+        self._set_threads([time / total for time in seconds])
+        names = [
             f"{chain[s.start].name} .. {chain[s.stop - 1].name} ({t / total:.0%})"
-            for s, t in zip(own, seconds, strict=True)
+            for s, t in zip(slices, seconds, strict=True)
         ]
-        self.notes = (f"stages, with their share of the layers' time: {'; '.join(parts)}",)
+        self.notes = (f"pipeline stages (fraction of the time): {'; '.join(names)}",)
         if self.micro_batches_in_flight < stages:
             self.notes += (
-                f"warning: with accumulate={self.micro_batches_in_flight} the {stages} stages wait for each other; "
+                f"warning: accumulate={self.micro_batches_in_flight} leaves some of the {stages} stages idle; "
                 f"accumulate={4 * stages} would keep them busy (batch norm sees one micro-batch at a time)",
             )
-        return own
+        return slices
 
-    def _use_cores(self, shares: list[float]) -> None:
-        """Each process of this machine gets so many threads as its stage needs of the time."""
+    def _set_threads(self, fractions: list[float]) -> None:
+        """Divides this machine's cores among its stages in proportion to their work."""
         if self.threads != "auto" or self.device.type != "cpu":
             return
-        place = self.group.world.local_rank
-        here = shares[self.rank - place :][: self.local_processes]
-        torch.set_num_threads(chains.divided(len(os.sched_getaffinity(0)), here)[place])
+        local_rank = self.group.world.local_rank
+        on_this_machine = fractions[self.rank - local_rank :][: self.local_processes]
+        torch.set_num_threads(chains.divide_cores(len(os.sched_getaffinity(0)), on_this_machine)[local_rank])
 
     # -- one update
 
     def forward_backward(
         self, step: MicroSteps, inputs: Tensor, targets: Tensor, record: MetricRecord | None
     ) -> Tensor:
-        """The schedule interleaves forward and backward of the micro-batches. The last rank has the outputs, and with
-        them losses and metrics; the others contribute zeros.
-        """
-        bounds = micro_batches(self.batch_total, self.micro_batches_in_flight)
+        # Only the last rank has the outputs, and with them losses and metrics; the others contribute zeros to the sums.
+        bounds = micro_batch_bounds(self.batch_total, self.micro_batches_in_flight)
         losses: list[Tensor] = []
-        # torch's schedules need equal micro-batches: there are one or two sizes, the larger first.
+        # A schedule requires micro-batches of one size. There are at most two sizes, and the larger ones come first.
         for size in sorted({stop - start for start, stop in bounds}, reverse=True):
             same = [(start, stop) for start, stop in bounds if stop - start == size]
-            span = slice(same[0][0], same[-1][1])
+            samples = slice(same[0][0], same[-1][1])
             loss = partial(step.micro_loss, record=record)
-            losses += self._run_equal(size, len(same), inputs[span], targets[span], loss)
+            losses += self._run_schedule(size, len(same), inputs[samples], targets[samples], loss)
         if record is not None and not self.is_last:
             for _ in bounds:
-                record.add_nothing(self.device)
+                record.add_empty(self.device)
         total = torch.stack(losses).sum() if losses else torch.zeros((), dtype=self._dtype, device=self.device)
         return self.sum_loss(total)
 
-    def _run_equal(self, size: int, count: int, inputs: Tensor, targets: Tensor, loss: MicroLoss) -> list[Tensor]:
-        """Micro-batches of one size: torch's schedules keep to the shapes of the first."""
-        share = size / self.batch_total
-
-        def weighted(outputs: Tensor, targets: Tensor) -> Tensor:
-            return loss(outputs, targets) * share
-
-        self._micro_loss = weighted
+    def _run_schedule(self, size: int, count: int, inputs: Tensor, targets: Tensor, loss: MicroLoss) -> list[Tensor]:
+        """Runs forward and backward of `count` micro-batches of `size` samples; returns their weighted losses."""
+        weight = size / self.batch_total
+        self._micro_loss = lambda outputs, targets: loss(outputs, targets) * weight
         losses: list[Tensor] = []
         schedule = self._schedule(size, count)
-        given = (inputs.contiguous(),) if self.rank == 0 else ()
+        arguments = (inputs.contiguous(),) if self.rank == 0 else ()
         if self.is_last:
-            schedule.step(*given, target=targets, losses=losses, return_outputs=False)
+            schedule.step(*arguments, target=targets, losses=losses, return_outputs=False)
         else:
-            schedule.step(*given, return_outputs=False)
-        return [each.detach() for each in losses]
+            schedule.step(*arguments, return_outputs=False)
+        return [loss.detach() for loss in losses]
 
     def _schedule(self, size: int, count: int) -> Any:
+        # torch's schedules fix the shapes of messages and the number of micro-batches, so there is one per pair. They
+        # call `self._micro_loss` through a lambda, because the loss function changes with every update.
         if (size, count) not in self._schedules:
             from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
@@ -225,8 +221,8 @@ class Pipeline(GroupMode):
                 self.rank,
                 self.processes,
                 self.device,
-                input_args=self.stage.received.empty(size, self.device).requires_grad_(self.rank > 0),
-                output_args=self.stage.sent.empty(size, self.device).requires_grad_(),
+                input_args=self.stage.input_spec.empty(size, self.device).requires_grad_(self.rank > 0),
+                output_args=self.stage.output_spec.empty(size, self.device).requires_grad_(),
             )
             kind = Schedule1F1B if self.schedule == "1f1b" and count >= self.processes else ScheduleGPipe
             self._schedules[size, count] = kind(
@@ -237,63 +233,66 @@ class Pipeline(GroupMode):
     # -- evaluation
 
     def _evaluate(self, inputs: Tensor) -> Tensor:
-        """The model's outputs, on all ranks; no graph."""
-        whole = any(isinstance(m, _BatchNorm) and m.training for m in self._model.modules())  # statistics of the batch
-        number = 1 if whole else min(self.micro_batches_in_flight, len(inputs))
-        outputs, sent = [], []
+        """Returns the model's outputs on all ranks, without a graph."""
+        # A batch norm in training mode (exact statistics) must see the whole batch at once.
+        undivided = any(isinstance(m, _BatchNorm) and m.training for m in self._model.modules())
+        number = 1 if undivided else min(self.micro_batches_in_flight, len(inputs))
+        outputs, sends = [], []
         with torch.no_grad():
-            for part in inputs.tensor_split(number):
-                values = part
+            for micro_batch in inputs.tensor_split(number):
+                values = micro_batch
                 if self.rank > 0:
-                    values = self.stage.received.empty(len(part), self.device)
+                    values = self.stage.input_spec.empty(len(micro_batch), self.device)
                     distributed.recv(values, self.rank - 1)
                 values = self.stage(values)
                 if self.is_last:
                     outputs.append(values)
                 else:
-                    sent.append((distributed.isend(values, self.rank + 1), values))
-            for work, _ in sent:
+                    # Asynchronous, so this stage starts the next micro-batch at once. The list keeps buffers alive.
+                    sends.append((distributed.isend(values, self.rank + 1), values))
+            for work, _ in sends:
                 assert work is not None  # this rank is in the group
                 work.wait()
             assert self._output is not None
-            found = torch.cat(outputs) if outputs else self._output.empty(len(inputs), self.device)
-            distributed.broadcast(found, self.processes - 1)
-        return found
+            result = torch.cat(outputs) if outputs else self._output.empty(len(inputs), self.device)
+            distributed.broadcast(result, self.processes - 1)
+        return result
 
     def sum_over_ranks(self, values: Sequence[float]) -> Sequence[float]:
         return self.group.sum(values if self.is_last else [0.0] * len(values))
 
 
 class Stage(nn.Module):
-    """The layers of one stage, called as one. It takes and gives tensors that are contiguous, as they travel.
+    """The layers of one stage as one module. Inputs and outputs are contiguous, as pipeline messages must be.
 
-    Dropout draws what one process draws: what other stages draw for a micro-batch is drawn here, too, and left unused.
+    Random generators advance as in a single process: the stage also draws the dropout masks of the other stages, in the
+    order of the full model, and discards them.
     """
 
     def __init__(
-        self, chain: Sequence[Link], own: slice, inputs: Form, calling: Callable[[], AbstractContextManager[Any]]
+        self, chain: Sequence[ChainLayer], layers: slice, inputs: ActivationSpec, context: ForwardContext
     ) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([link.layer for link in chain[own]])
-        self.calling = calling
-        received = chain[own.start - 1].output if own.start else inputs
-        sent = chain[own.stop - 1].output
-        assert received is not None and sent is not None
-        self.received, self.sent = received, sent
-        self._before = [draw for link in chain[: own.start] for draw in link.draws]
-        self._behind = [draw for link in chain[own.stop :] for draw in link.draws]
+        self.layers = nn.ModuleList([layer.module for layer in chain[layers]])
+        self.context = context
+        input_spec = chain[layers.start - 1].output if layers.start else inputs
+        output_spec = chain[layers.stop - 1].output
+        assert input_spec is not None and output_spec is not None
+        self.input_spec, self.output_spec = input_spec, output_spec
+        self._earlier = [dropout for layer in chain[: layers.start] for dropout in layer.dropouts]
+        self._later = [dropout for layer in chain[layers.stop :] for dropout in layer.dropouts]
 
     def forward(self, inputs: Tensor) -> Tensor:
-        self._draw(self._before, inputs)
-        with self.calling():
-            values = self.received.arranged(inputs)
+        self._discard_draws(self._earlier, inputs)
+        with self.context():
+            values = self.input_spec.restore_order(inputs)
             for layer in self.layers:
                 values = layer(values)
-        self._draw(self._behind, inputs)
+        self._discard_draws(self._later, inputs)
         return values.contiguous()
 
     @torch.no_grad()
-    def _draw(self, draws: Sequence[tuple[nn.Module, Form]], inputs: Tensor) -> None:
-        for dropout, form in draws:
+    def _discard_draws(self, dropouts: Sequence[tuple[nn.Module, ActivationSpec]], inputs: Tensor) -> None:
+        for dropout, spec in dropouts:
             if dropout.training:
-                dropout(form.arranged(torch.zeros_like(form.empty(len(inputs), inputs.device))))
+                dropout(spec.restore_order(torch.zeros_like(spec.empty(len(inputs), inputs.device))))

@@ -13,19 +13,19 @@ from torch import Tensor, distributed, nn
 from dlopt.errors import UserError
 from dlopt.parallel import shards
 from dlopt.parallel.mode import EpochBatches, MicroSteps, Mode
-from dlopt.parallel.pace import StepTiming
 from dlopt.parallel.rendezvous import World, current, join_store
+from dlopt.parallel.step_timing import StepTiming
 from dlopt.ranges import Count, Positive
 
 T = TypeVar("T")
 
-_numbers = count()  # a process may be in one group after another
+_numbers = count()  # a process may join one group after another; each gets its own prefix in the store
 
-_LAG = 8  # updates after which a GPU's stop flag is read; the host is seldom further ahead
+_LAG = 8  # updates after which a GPU's stop flag is read; the host seldom runs further ahead than that
 
 
 class StopRequest(Protocol):
-    """Whether this process was requested to stop (`dlopt.interruption.Interruption`)."""
+    """Whether this process should stop, and why (`dlopt.interruption.Interruption`)."""
 
     reason: str | None
 
@@ -33,7 +33,7 @@ class StopRequest(Protocol):
 
 
 class Group:
-    """The processes of a run: NCCL between GPUs, gloo between CPUs and for tensors on the host."""
+    """The process group of a run: NCCL for tensors on GPUs, gloo for tensors on the host."""
 
     def __init__(
         self,
@@ -59,19 +59,20 @@ class Group:
         self.rank = world.rank
         self.size = world.size
 
-    def gathered(self, values: Tensor) -> Tensor:
-        """Returns the values [n] of every rank as [size, n], in rank order: sums over them are equal everywhere."""
+    def all_gather(self, values: Tensor) -> Tensor:
+        """Returns the values [n] of all ranks as [size, n], in rank order."""
         gathered = values.new_empty(self.size * values.numel())
         distributed.all_gather_into_tensor(gathered, values.contiguous())
         return gathered.view(self.size, -1)
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Returns the sums over ranks, bitwise equal on each."""
-        gathered = self.gathered(torch.tensor(values, dtype=torch.float64))
-        return [float(each) for each in gathered.sum(0)]
+        # Gathered and added up locally: every rank adds in rank order, which an all-reduce does not promise.
+        gathered = self.all_gather(torch.tensor(values, dtype=torch.float64))
+        return [float(total) for total in gathered.sum(0)]
 
     def maximum(self, values: Tensor) -> Tensor:
-        """Returns a new tensor on the host: the elementwise maximum over ranks."""
+        """Returns the elementwise maximum over ranks of a tensor on the host, as a new tensor."""
         largest = values.clone()
         distributed.all_reduce(largest, op=distributed.ReduceOp.MAX)
         return largest
@@ -84,11 +85,11 @@ class Group:
         return received
 
     def __deepcopy__(self, memo: object) -> "Group":
-        return self  # a copied model uses the same processes
+        return self  # copies of a model communicate over the same processes
 
 
 class ProcessKeys(TypedDict):
-    """The keys of every mode of several processes: how many, where they meet, and how long they wait for each other."""
+    """Config keys of every distributed mode: number of processes, rendezvous and timeout."""
 
     processes: Count | None
     timeout_minutes: Positive
@@ -97,38 +98,48 @@ class ProcessKeys(TypedDict):
 
 
 def join(mode: str, device: torch.device, **keys: Unpack[ProcessKeys]) -> tuple[Group, torch.device] | None:
-    """Joins the process group; returns it with this rank's device, or None in a process that is alone.
+    """Joins the process group and returns it with this rank's device; None in a single process.
 
-    Raises `UserError` where launcher, keys and device do not fit together.
+    Raises `UserError` where launcher, keys and device contradict each other.
     """
     world, processes = current(), keys["processes"]
     if world is None:
         if processes is not None and processes > 1:
-            raise UserError(f"parallel.processes={processes}: these are started by `dlopt train`")
+            raise UserError(f"parallel.processes={processes}: only `dlopt train` starts processes")
         return None
     if processes not in (None, world.size):
         raise UserError(
             f"parallel.processes={processes}: {world.launcher} started {world.size} processes; "
-            "let them be equal, or leave parallel.processes out"
+            "set both to the same number, or remove parallel.processes"
         )
     if device.type == "cuda":
         if world.local_size > torch.cuda.device_count():
             raise UserError(
                 f"parallel={mode}: {world.local_size} processes on this machine, which has {torch.cuda.device_count()} "
-                "GPUs; start fewer, or set device=cpu"
+                "GPUs; start fewer processes, or set device=cpu"
             )
         device = torch.device("cuda", world.local_rank)
     elif device.type != "cpu":
-        raise UserError(f"parallel={mode}: not on {device.type}; set device=cpu")
+        raise UserError(f"parallel={mode}: device={device.type} is not supported; set device=cpu")
     address, port = keys["master_addr"], keys["master_port"]
     return Group(world, device, minutes=keys["timeout_minutes"], address=address, port=port), device
 
 
-class StopFlag:
-    """A stop request that becomes true on all ranks after the same update, as soon as one of them has received it.
+def check_precision(mode: str, precision: str) -> None:
+    """Raises `UserError` for fp16: every rank has its own loss scaler, which sees the overflows of its shards only."""
+    if precision == "fp16":
+        raise UserError(
+            f"precision=fp16: not supported with parallel={mode}, whose ranks would diverge in their loss scales; "
+            "use precision=bf16"
+        )
 
-    `flag` travels with the reduction of the loss, which every update needs anyway; `take` receives the sum. On a GPU
-    the sum is read `_LAG` updates later, when it has long been computed, so that the host does not wait.
+
+class StopFlag:
+    """A synchronized stop flag: true on all ranks after the same update, once any rank has received a stop request.
+
+    All ranks must leave the loop at the same update, or the remaining ones would hang in a collective. `flag` is summed
+    over ranks together with the loss, so it costs no collective of its own, and `take` receives the sum. On a GPU the
+    sum is copied asynchronously and read `_LAG` updates later, so the host never waits for the device.
     """
 
     def __init__(self, request: StopRequest | None) -> None:
@@ -138,8 +149,8 @@ class StopFlag:
 
     @property
     def reason(self) -> str | None:
-        own = None if self.request is None else self.request.reason
-        return own or ("another process was asked to stop" if self._is_set else None)
+        reason = None if self.request is None else self.request.reason
+        return reason or ("another rank received a stop request" if self._is_set else None)
 
     def __bool__(self) -> bool:
         return self._is_set
@@ -148,23 +159,23 @@ class StopFlag:
         return 1.0 if self.request else 0.0
 
     def take(self, flags: Tensor) -> None:
-        """`flags`: a scalar, the sum over ranks."""
+        """Takes the sum of all ranks' flags, a scalar."""
         if flags.device.type == "cpu":
             self._is_set |= bool(flags > 0)
             return
-        held = torch.empty((), dtype=flags.dtype, pin_memory=True)
-        held.copy_(flags, non_blocking=True)
+        on_host = torch.empty((), dtype=flags.dtype, pin_memory=True)
+        on_host.copy_(flags, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
-        self._pending.append((held, event))
+        self._pending.append((on_host, event))
         if len(self._pending) > _LAG:
-            held, event = self._pending.popleft()
+            on_host, event = self._pending.popleft()
             event.synchronize()
-            self._is_set |= bool(held > 0)
+            self._is_set |= bool(on_host > 0)
 
 
-class PolledStopFlag:
-    """The same flag where no loss is reduced (in an evaluation): reading it is a collective that every rank joins."""
+class EvaluationStopFlag:
+    """The same flag within an evaluation, where no loss is reduced: reading it is a collective that all ranks call."""
 
     def __init__(self, stop: StopFlag, group: Group) -> None:
         self.stop = stop
@@ -178,9 +189,9 @@ class PolledStopFlag:
 
 
 class GroupMode(Mode):
-    """This process as one rank of a group: what every mode of several processes shares."""
+    """Base of all distributed modes: this process is one rank of a process group."""
 
-    is_copy = False  # with `sharding` "layers": another rank holds the same ones, which count once
+    is_replica = False  # with `sharding` "layers": another rank holds the same layers, which count once
 
     def __init__(self, group: Group, device: torch.device, name: str) -> None:
         super().__init__(device, name)
@@ -196,7 +207,7 @@ class GroupMode(Mode):
         return cast(T, self.stop)
 
     def evaluation_stop(self, stop: T) -> T:
-        return cast(T, PolledStopFlag(self.stop, self.group))
+        return cast(T, EvaluationStopFlag(self.stop, self.group))
 
     def broadcast(self, value: T) -> T:
         return self.group.broadcast(value)
@@ -204,15 +215,15 @@ class GroupMode(Mode):
     def gather_lists(self, values: list[T]) -> list[T]:
         lists: list[Any] = [None] * self.processes
         distributed.all_gather_object(lists, values)
-        return [value for each in lists for value in each]
+        return [value for values in lists for value in values]
 
     def sum_over_ranks(self, values: Sequence[float]) -> Sequence[float]:
         return self.group.sum(values)
 
     def sum_loss(self, loss: Tensor) -> Tensor:
-        """Returns the sum over ranks. The stop flag travels along: one collective serves both."""
+        """Returns the sum over ranks. The stop flag is part of the same collective."""
         pair = torch.stack([loss, loss.new_full((), self.stop.flag())])
-        losses, flags = self.group.gathered(pair).sum(0).unbind()
+        losses, flags = self.group.all_gather(pair).sum(0).unbind()
         self.stop.take(flags)
         return losses
 
@@ -222,22 +233,22 @@ class GroupMode(Mode):
     def differentiable_loss(self, step: MicroSteps, inputs: Tensor, targets: Tensor) -> Tensor:
         raise UserError(
             f"parallel={self.name}: {type(step.optimizer).__name__} needs Hessian-vector products, which are not "
-            "averaged over processes; use parallel=single or another optimizer"
+            "averaged over ranks; use parallel=single or another optimizer"
         )
 
     def step_timing(self) -> StepTiming | None:
         return StepTiming(self.group, self.device)
 
-    # -- norms and states follow from how the model is sharded
+    # -- norms and states, which depend on how the model is sharded
 
     def norm(self, tensors: Sequence[Tensor]) -> Tensor:
         if self.sharding == "layers":
-            return shards.stage_norm(tensors, self.group, self.device, is_copy=self.is_copy)
+            return shards.stage_norm(tensors, self.group, self.device, is_replica=self.is_replica)
         return shards.total_norm(tensors)
 
     def full_state(self, state: T) -> T:
         if self.sharding == "layers":
-            return shards.stage_full_state(state, self.group, is_copy=self.is_copy)
+            return shards.stage_full_state(state, self.group, is_replica=self.is_replica)
         return shards.full_state(state) if self.sharding == "tensors" else state
 
     def load_model(self, model: nn.Module, state: Mapping[str, Any], *, strict: bool = True) -> None:
@@ -259,7 +270,7 @@ class SizedBatches(EpochBatches, Protocol):
 
 
 class TrackedBatches:
-    """This rank's training batches; the mode is informed of the size of the global batch that each belongs to."""
+    """This rank's training batches; tells the mode the size of each global batch."""
 
     def __init__(self, batches: SizedBatches, mode: GroupMode) -> None:
         self.local = batches
@@ -271,5 +282,6 @@ class TrackedBatches:
     def epoch(self, epoch: int, start: int = 0, step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         size, count = self.local.batch_size, self.local.count
         for number, batch in enumerate(self.local.epoch(epoch, start, step), start):
+            # The last batch of an epoch may be smaller, and this rank's shard does not reveal by how much.
             self.mode.batch_total = min(size, count - number * size)
             yield batch

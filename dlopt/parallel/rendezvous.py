@@ -38,12 +38,12 @@ class World:
 
 
 def current(environment: Mapping[str, str] = os.environ) -> World | None:
-    """Returns the world that a launcher made; None in a single process, also when a launcher started only one."""
+    """Returns the world that the launcher describes; None in a single process, even if a launcher started it."""
 
     def number(name: str, *defaults: str | int) -> int:
         text = str(next((value for value in (environment.get(name), *defaults) if value not in (None, "")), ""))
         if not text.isascii() or not text.isdigit():
-            raise UserError(f"{name}={text}: the launcher's environment holds a whole number here, from 0")
+            raise UserError(f"{name}={text}: must be a whole number >= 0 (set by the launcher)")
         return int(text)
 
     if RANK in environment:
@@ -65,16 +65,15 @@ def current(environment: Mapping[str, str] = os.environ) -> World | None:
     else:
         return None
     if world.rank >= world.size:
-        raise UserError(
-            f"{names[0]}={world.rank}: there are only {world.size} processes ({names[1]}); ranks count from 0"
-        )
+        raise UserError(f"{names[0]}={world.rank}: must be < {names[1]}={world.size}; ranks count from 0")
     return world if world.size > 1 else None
 
 
 def slurm_master(environment: Mapping[str, str]) -> tuple[str, int]:
-    """Returns the address and port at which the ranks of a Slurm step meet; see `parallel.master_addr`.
+    """Returns the rendezvous address and port of a Slurm step; `parallel.master_addr` overrides it.
 
-    Where the first node's name is unknown or does not resolve: the node that ran srun, then loopback.
+    The address is the step's first node; if its name is unknown or does not resolve, the node that ran srun, and then
+    loopback. The port is derived from the job and step numbers: steps on one node rarely collide.
     """
     nodes = int(environment.get("SLURM_STEP_NUM_NODES") or environment.get("SLURM_NNODES") or 1)
     job, step = int(environment.get("SLURM_JOB_ID", 0)), int(environment.get("SLURM_STEP_ID", 0))
@@ -95,12 +94,12 @@ _store: "Store | None" = None
 
 
 def join_store(world: World, *, minutes: float, address: str | None = None, port: int | None = None) -> "Store":
-    """Returns the key-value store of this run's processes, made or joined at the first call. Raises `UserError`."""
+    """Returns the key-value store of this run, which the first call creates or joins. Raises `UserError`."""
     global _store
     if _store is not None:
         return _store
     if world.local_size == world.size and sys.platform.startswith("linux"):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host's own name need not resolve
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # gloo's default is the hostname, which may not resolve
     from torch import distributed
 
     limit = timedelta(minutes=minutes)
@@ -113,7 +112,8 @@ def join_store(world: World, *, minutes: float, address: str | None = None, port
             os.environ.update({k: str(v) for k, v in (("MASTER_ADDR", address), ("MASTER_PORT", port)) if v})
             host, number = os.environ.get("MASTER_ADDR", "None"), int(os.environ.get("MASTER_PORT", 0))
             agents, _, _ = next(iter(distributed.rendezvous("env://", timeout=limit)))
-            store = distributed.PrefixStore(f"attempt{world.restarts}", agents)  # it outlives a failed attempt
+            # The agent's store outlives a failed attempt: without a prefix a restart would read its stale keys.
+            store = distributed.PrefixStore(f"attempt{world.restarts}", agents)
         else:
             master = slurm_master(os.environ)
             host, number = address or master[0], port or master[1]
@@ -122,20 +122,20 @@ def join_store(world: World, *, minutes: float, address: str | None = None, port
             )
         _store = store
     except (RuntimeError, ValueError, OSError) as error:
-        place = "the rendezvous file" if world.launcher == "dlopt" else f"{host}:{number}"
-        if world.is_main and number and _is_taken(number):
+        endpoint = "the rendezvous file" if world.launcher == "dlopt" else f"{host}:{number}"
+        if world.is_main and number and _is_port_in_use(number):
             key = "MASTER_PORT" if world.launcher == "torchrun" else "parallel.master_port"
-            raise UserError(f"{key}: {place}: another program listens at this port; choose another one") from None
+            raise UserError(f"{key}={number}: port in use at {host}; choose another one") from None
         raise UserError(
-            f"parallel.master_addr: rank {world.rank} of {world.size} could not reach {place} within "
+            f"parallel.master_addr: rank {world.rank} of {world.size} could not reach {endpoint} within "
             f"parallel.timeout_minutes={minutes:g} ({str(error).splitlines()[0]}); "
             "set parallel.master_addr and parallel.master_port"
         ) from None
     return _store
 
 
-def _is_taken(port: int) -> bool:
-    """Asks the system: torch raises the same DistNetworkError for a port in use and for any other failure."""
+def _is_port_in_use(port: int) -> bool:
+    # torch raises the same DistNetworkError for a port in use and for any other failure, so try to bind.
     try:
         socket.create_server(("", port)).close()
     except OSError as error:
@@ -143,25 +143,28 @@ def _is_taken(port: int) -> bool:
     return False
 
 
-# Which rank a failure comes from. Gloo raises a bare RuntimeError for a lost peer, for a timeout and for its own
-# mistakes alike (torch 2.15: DistError is raised by NCCL and by TCPStore only), and DDP raises it out of the backward
-# pass, so the type says little. The connections say the rest: gloo closes a group's when a peer is lost or a collective
-# times out, and then refuses to send at once; an error of this process leaves them open. Ranks that waited in vain
-# leave a key in the store; those without one ended, or did not answer.
+# Which rank caused a failure?
+#
+# The type of the exception is not enough: gloo raises a bare RuntimeError for a lost peer, for a timeout and for errors
+# of its own (in torch 2.15 only NCCL and TCPStore raise DistError), and DDP passes it on from backward. The connections
+# are: gloo closes a group's connections when a peer is lost or a collective times out, and from then on a send fails
+# immediately. An error of this process leaves them open.
+#
+# Roll call: every rank whose collective failed because of a peer sets a key in the store. After `_ROLL_CALL` seconds,
+# the ranks without a key are those that ended or do not respond.
 
-_ROLL_CALL = 3.0  # seconds within which ranks find that they have waited in vain
-_PROBE_TAG = 1 << 20  # no receiver waits for it
+_ROLL_CALL = 3.0  # seconds for all waiting ranks to notice the failure
+_PROBE_TAG = 1 << 20  # no rank receives with this tag
 
 
-def comes_from_others(error: Exception) -> bool:
-    """Whether a collective failed because of the processes at its other ends."""
+def caused_by_peer(error: Exception) -> bool:
+    """Whether a collective failed because another rank ended or did not respond."""
     from torch import distributed
 
-    return isinstance(error, distributed.DistError) or (type(error) is RuntimeError and _is_broken())
+    return isinstance(error, distributed.DistError) or (type(error) is RuntimeError and _has_lost_connection())
 
 
-def _is_broken() -> bool:
-    """Whether a process group of this rank has lost a connection."""
+def _has_lost_connection() -> bool:
     import torch
     from torch import distributed
 
@@ -177,51 +180,51 @@ def _is_broken() -> bool:
 
 
 def missing_ranks(error: Exception) -> list[int]:
-    """Returns the ranks that ended or did not answer in time, if that made a collective fail; all others call this."""
+    """Returns the ranks whose end or silence made a collective fail. All surviving ranks call this together."""
     world = current()
-    if world is None or not comes_from_others(error):
+    if world is None or not caused_by_peer(error):
         return []
     try:
         store = join_store(world, minutes=1.0)
         store.set(f"waited{world.rank}", "")
         time.sleep(_ROLL_CALL)
         return [rank for rank in range(world.size) if not store.check([f"waited{rank}"])]
-    except Exception:  # the rank that keeps the store is gone, too
+    except Exception:  # the store is gone, and with it rank 0, which hosts it
         return [0]
 
 
 def first_to_fail() -> bool:
-    """Whether no other rank has reported a failure yet; failures that follow on the other ranks need no message.
+    """Whether no other rank has reported a failure yet: one failure makes all ranks fail, and one message is enough.
 
-    Call before leaving the group: leaving makes the other ranks fail too. Rank 0 reports what fails on all ranks.
+    Call before leaving the group: leaving makes the other ranks fail too.
     """
     world = current()
     if world is None:
         return True
     if not world.is_main:
-        time.sleep(0.5)
+        time.sleep(0.5)  # an error that occurs on all ranks is reported by rank 0
     try:
         return bool(join_store(world, minutes=1.0).add("failures", 1) == 1)
-    except Exception:  # the rank that kept the store is gone; it has reported its failure, or its launcher will
+    except Exception:  # rank 0, which hosts the store, is gone; it or its launcher reports the failure
         return False
 
 
 def leave() -> None:
-    """Ends the process group of a run that went well."""
+    """Destroys the process group after a successful run."""
     from torch import distributed
 
-    gc.collect()  # gloo aborts at exit when DDP's hooks outlive the group
+    gc.collect()  # collects DDP's hooks: gloo aborts at exit if they outlive the group
     if distributed.is_initialized():
-        with contextlib.suppress(RuntimeError):  # rank 0 keeps the store until all have come here
+        with contextlib.suppress(RuntimeError):  # rank 0 hosts the store, so it must not leave first
             distributed.barrier()
         distributed.destroy_process_group()
 
 
 def end_process(code: int) -> NoReturn:
-    """Ends a rank without waiting for the others' threads and sockets, which a failed collective may block."""
+    """Ends this rank without exit handlers, which may block after a failed collective."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
     if code not in (DONE, INTERRUPTED) and _store is not None and current() is not None:
-        time.sleep(0.2)  # others may still ask the store who failed first
+        time.sleep(0.2)  # other ranks may still query the store in `first_to_fail`
     os._exit(code)

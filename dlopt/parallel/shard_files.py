@@ -1,6 +1,6 @@
-"""Tensors that are sharded over processes, as the files of one folder: written by all at once, read by any.
+"""Sharded checkpoint files: all ranks write their shards to one folder, and a single process can read it.
 
-torch.distributed.checkpoint lays them out: `__RANK_0.distcp` holds a process's shards, `.metadata` their places.
+The format is torch.distributed.checkpoint's: `__RANK_0.distcp` holds a rank's shards, `.metadata` their positions.
 """
 
 import os
@@ -22,16 +22,16 @@ from dlopt.files import reason, sha256, sync_folder
 T = TypeVar("T")
 
 Files = dict[str, str]
-"""Names of files in a folder, and their SHA-256."""
+"""SHA-256 by file name."""
 
 METADATA = ".metadata"
 
 
 class ShardWriter:
-    """Writes on all processes together, over a process group of its own: a thread can write while the training
-    communicates.
+    """Writes shards on all ranks together.
 
-    `minutes`: how long processes wait for each other.
+    It uses a process group of its own: with asynchronous checkpoints a thread writes while training communicates, and
+    collectives of two threads on one group could pair up in the wrong order. `minutes`: timeout of its collectives.
     """
 
     def __init__(self, rank: int, *, minutes: float) -> None:
@@ -40,28 +40,30 @@ class ShardWriter:
         self._group: Any = None
 
     def join(self) -> None:
-        """Makes the group: before the first `write`, in the thread in which the training runs, on all processes."""
+        """Creates the group. All ranks call this in the training thread, before the first `write`."""
         if self._group is None:
             self._group = distributed.new_group(backend="gloo", timeout=timedelta(minutes=self.minutes))
 
     def write(self, parent: Path, name: str, tensors: Mapping[str, Tensor]) -> tuple[str, Files]:
-        """Writes DTensors, of which every process has its part, to a new folder in `parent`.
+        """Writes DTensors to a new folder in `parent`.
 
-        Returns its name (`name`, with a number where that is taken) and its files, on all processes. The folder is
-        whole or absent: everything is on the disk before it gets its name. Raises `RunError` naming the rank that
-        could not write.
+        Returns, on all ranks, the folder's name (`name`, with a number appended if it exists) and its files. The folder
+        is complete or absent. Raises `RunError` on all ranks, naming the rank that could not write.
         """
-        [name, *_] = self._on_all(lambda: _make(parent, name) if self.rank == 0 else "")
+        # Each phase ends with a collective, so no rank starts the next one before all have finished:
+        # 1. rank 0 creates a temporary folder; 2. all ranks write and sync their files into it; 3. rank 0 checks that
+        # it sees all of them and renames the folder. A crash leaves a temporary folder, which the next write removes.
+        [name, *_] = self._on_all(lambda: _make_temporary(parent, name) if self.rank == 0 else "")
         temporary = _temporary(parent, name)
         try:
             self._write(temporary, tensors)
-            files = self._on_all(lambda: self._own_files(temporary))
+            files = self._on_all(lambda: self._local_files(temporary))
             self._on_all(lambda: _publish(parent, name, files) if self.rank == 0 else None)
-        except RunError:  # which all processes have been told
+        except RunError:  # raised on all ranks
             if self.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
-        return name, {each: digest for own in files for each, (digest, _) in own.items()}
+        return name, {file: digest for rank_files in files for file, (digest, _) in rank_files.items()}
 
     def _write(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
         from torch.distributed import checkpoint
@@ -81,22 +83,24 @@ class ShardWriter:
                 raise failure  # KeyboardInterrupt or SystemExit
             raise RunError(f"rank {rank}: {reason(failure)}")
 
-    def _own_files(self, folder: Path) -> dict[str, tuple[str, int]]:
-        """Of what this process has written: SHA-256 and size."""
+    def _local_files(self, folder: Path) -> dict[str, tuple[str, int]]:
+        """Returns SHA-256 and size of each file that this rank has written."""
         paths = sorted(folder.glob(f"__{self.rank}_*.distcp"))
         if self.rank == 0:
             paths.append(folder / METADATA)
         return {path.name: (sha256(path), path.stat().st_size) for path in paths}
 
     def _on_all(self, work: Callable[[], T]) -> list[T]:
-        """What `work` gives on each process. Raises `RunError` on all where it fails on one."""
-        own: tuple[T | None, str | None]
+        """Returns the results of `work` on all ranks. Raises `RunError` on all ranks if it fails on one."""
+        # Errors travel through the same collective as results: a rank that raised before it would leave the others
+        # waiting until the timeout.
+        outcome: tuple[T | None, str | None]
         try:
-            own = work(), None
+            outcome = work(), None
         except (OSError, RuntimeError, RunError) as error:
-            own = None, reason(error)
+            outcome = None, reason(error)
         gathered: list[Any] = [None] * distributed.get_world_size(self._group)
-        distributed.all_gather_object(gathered, own, group=self._group)
+        distributed.all_gather_object(gathered, outcome, group=self._group)
         for rank, (_, failure) in enumerate(gathered):
             if failure is not None:
                 raise RunError(f"rank {rank}: {failure}")
@@ -107,43 +111,46 @@ def _temporary(parent: Path, name: str) -> Path:
     return parent / f".{name}.tmp"
 
 
-def _make(parent: Path, name: str) -> str:
-    """Makes an empty temporary folder for one of this name, or of this name with a number if that is taken."""
+def _make_temporary(parent: Path, name: str) -> str:
+    """Creates an empty temporary folder for `name`, or for the first free `name-N`, and returns the free name."""
     parent.mkdir(parents=True, exist_ok=True)
-    free = next(each for each in chain([name], (f"{name}-{n}" for n in count(1))) if not (parent / each).exists())
+    free = next(n for n in chain([name], (f"{name}-{i}" for i in count(1))) if not (parent / n).exists())
     shutil.rmtree(_temporary(parent, free), ignore_errors=True)
     _temporary(parent, free).mkdir()
     return free
 
 
 def _publish(parent: Path, name: str, files: list[dict[str, tuple[str, int]]]) -> None:
+    """Checks that all files are visible here, then gives the folder its name."""
     temporary = _temporary(parent, name)
-    for rank, own in enumerate(files):
-        for each, (_, size) in own.items():
-            path = temporary / each
+    for rank, rank_files in enumerate(files):
+        for file, (_, size) in rank_files.items():
+            path = temporary / file
             if not path.is_file() or path.stat().st_size != size:
                 raise RunError(
-                    f"what rank {rank} has written to {path.name} is not there: the run folder has to lie on a file "
-                    "system that all processes share; or set checkpoint.sharded=false"
+                    f"rank 0 does not see {path.name}, which rank {rank} has written: put the run folder on a file "
+                    "system that all processes share, or set checkpoint.sharded=false"
                 )
+    # The order makes the folder complete or absent after a power failure. The files are synced already; their directory
+    # entries must be on disk before the rename, and the rename before the checkpoint that refers to it.
     sync_folder(temporary)
     os.replace(temporary, parent / name)
     sync_folder(parent)
 
 
 def read(folder: Path) -> dict[str, Tensor]:
-    """The whole tensors, on the CPU, in one process and without unpickling code. Raises whatever goes wrong."""
+    """Reads the full tensors to the CPU, in one process. Does not execute pickled code. Raises any error as it is."""
     from torch.distributed import checkpoint
 
     class Reader(checkpoint.FileSystemReader):
-        """Torch's lets a pickle do what it likes."""
-
+        # The base class would unpickle `.metadata` without restrictions.
         def read_metadata(self, *_: Any, **__: Any) -> Any:
             return metadata
 
     with (folder / METADATA).open("rb") as file:
         metadata = _Unpickler(file).load()
-    names = {each.name for each in folder.iterdir()}
+    # Only files of this folder, by exact name: the metadata could name a path outside it.
+    names = {path.name for path in folder.iterdir()}
     for info in metadata.storage_data.values():
         if info.relative_path not in names:
             raise RuntimeError(f"there is no file {info.relative_path}")
@@ -154,7 +161,7 @@ def read(folder: Path) -> dict[str, Tensor]:
     failures: Mapping[int, tuple[BaseException, object]] = {}
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so it is meant
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # intended: one process reads
             checkpoint.load(
                 tensors,
                 storage_reader=Reader(folder),
@@ -169,7 +176,7 @@ def read(folder: Path) -> dict[str, Tensor]:
 
 
 _LAYOUT = "torch.distributed.checkpoint"
-_HARMLESS = {
+_ALLOWED_GLOBALS = {
     *((f"{_LAYOUT}.metadata", name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING")),
     *((f"{_LAYOUT}.metadata", f"{kind}StorageMetadata") for kind in ("Tensor", "Chunk", "Bytes")),
     (f"{_LAYOUT}.metadata", "TensorProperties"),
@@ -182,9 +189,9 @@ _HARMLESS = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows the classes with which torch.distributed.checkpoint describes tensors, and nothing else."""
+    """Allows only the classes with which torch.distributed.checkpoint describes tensors."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _HARMLESS:
-            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        if (module, name) not in _ALLOWED_GLOBALS:
+            raise pickle.UnpicklingError(f"{module}.{name} is not allowed in {METADATA}")
         return super().find_class(module, name)

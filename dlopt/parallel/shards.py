@@ -1,8 +1,8 @@
-"""States and norms of models that are spread over processes: as DTensors, or layer by layer.
+"""States and norms of models that are sharded over processes: by tensors (DTensor) or by layers.
 
-The first half treats plain tensors and DTensors alike, and imports torch's DTensor only where there is one, because
-the import is slow. The second half is for modes in which each rank holds some layers and the others are on the meta
-device: every rank knows all parameters by name and order.
+The first half accepts plain tensors and DTensors, and imports torch's DTensor only where needed, because the import is
+slow. The second half is for modes in which each rank holds some layers and has the others on the meta device: every
+rank knows all parameters by name and order.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,130 +22,129 @@ def is_sharded_tensor(tensor: object) -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this process has of the tensor, in the same memory."""
+    """Returns this rank's shard of a DTensor, sharing its memory and detached; a plain tensor as it is."""
     if not is_sharded_tensor(tensor):
         return tensor
-    own: Tensor = tensor.detach().to_local()  # type: ignore[attr-defined]
-    return own
+    shard: Tensor = tensor.detach().to_local()  # type: ignore[attr-defined]
+    return shard
 
 
 def full_state(state: T) -> T:
-    """A state (nested dicts and lists) with whole tensors on every process. All processes have to join."""
-    found: Any = state
+    """Returns a state (nested dicts and lists) with full tensors on every rank. All ranks call this together."""
+    full: Any = state
     if is_sharded_tensor(state):
-        found = state.full_tensor()  # type: ignore[attr-defined]
+        full = state.full_tensor()  # type: ignore[attr-defined]
     elif isinstance(state, dict):
-        found = {key: full_state(value) for key, value in state.items()}
+        full = {key: full_state(value) for key, value in state.items()}
     elif isinstance(state, list):
-        found = [full_state(value) for value in state]
-    return found
+        full = [full_state(value) for value in state]
+    return full
 
 
 def load_model(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool = True) -> None:
-    """Loads whole tensors by name, of which each process takes its part."""
-    own = model.state_dict()
-    model.load_state_dict({name: _part(value, own.get(name)) for name, value in state.items()}, strict=strict)
+    """Loads full tensors by name; each rank keeps its shards."""
+    current = model.state_dict()
+    model.load_state_dict({name: _shard_like(value, current.get(name)) for name, value in state.items()}, strict=strict)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """The same for an optimizer's state: what is shaped like a parameter is cut as the parameter is."""
-    likes: dict[int, Tensor] = {}
+    """Loads an optimizer's full state: tensors with the shape of their parameter are sharded as the parameter is."""
+    parameters: dict[int, Tensor] = {}
     for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True):
-        likes.update(zip(saved["params"], group["params"], strict=True))
-    parts = {
-        number: {name: _part(value, likes.get(number)) for name, value in values.items()}
+        parameters.update(zip(saved["params"], group["params"], strict=True))
+    shards = {
+        number: {name: _shard_like(value, parameters.get(number)) for name, value in values.items()}
         for number, values in state["state"].items()
     }
-    optimizer.load_state_dict({**state, "state": parts})
+    optimizer.load_state_dict({**state, "state": shards})
 
 
-def _part(value: Any, like: Tensor | None) -> Any:
+def _shard_like(value: Any, like: Tensor | None) -> Any:
     if like is None or not is_sharded_tensor(like) or not isinstance(value, Tensor) or value.shape != like.shape:
         return value
     from torch.distributed.tensor import distribute_tensor
 
     mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
-    return distribute_tensor(
-        value.to(like.device), mesh, placements, src_data_rank=None
-    )  # all have it: nothing is sent
+    # src_data_rank=None: every rank has the full value and takes its shard without communication.
+    return distribute_tensor(value.to(like.device), mesh, placements, src_data_rank=None)
 
 
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """The 2-norm of all tensors taken as one vector: a plain scalar, equal on the processes that have parts of them.
+    """Returns the 2-norm of all tensors as one vector: a plain scalar, equal on all ranks that hold shards of them.
 
-    Per set of processes that share tensors there is one exchange of a number.
+    One all-reduce of a scalar per distinct way of sharding, not per tensor.
     """
     groups: dict[Any, list[Tensor]] = {}
     for tensor in tensors:
-        groups.setdefault(_sharing(tensor), []).append(local(tensor))
+        groups.setdefault(_shard_axes(tensor), []).append(local(tensor))
     norms = []
-    for sharing, own in groups.items():
-        norm = torch.nn.utils.get_total_norm(own)
-        norms.append(_summed(norm.square(), sharing).sqrt() if sharing else norm)
+    for axes, shards in groups.items():
+        norm = torch.nn.utils.get_total_norm(shards)
+        norms.append(_all_reduce(norm.square(), axes).sqrt() if axes else norm)
     return norms[0] if len(norms) == 1 else torch.nn.utils.get_total_norm(norms)
 
 
 def unit_norm(tensor: Tensor) -> Tensor:
-    """The 2-norms of the rows of a weight [N, ...], as [n, 1, ...] with n the rows that this process has of it; of a
-    vector the norm of all of it."""
+    """Returns the 2-norms of the n local rows of a weight [N, ...] as [n, 1, ...]; of a vector, its norm."""
     if tensor.ndim <= 1:
         return total_norm([tensor]) if is_sharded_tensor(tensor) else torch.linalg.vector_norm(tensor)
     norms = torch.linalg.vector_norm(local(tensor), dim=tuple(range(1, tensor.ndim)), keepdim=True)
-    across = tuple(each for each in _sharing(tensor) if each[2] != 0)  # pieces of rows
-    return _summed(norms.square(), across).sqrt() if across else norms
+    within_rows = tuple(axis for axis in _shard_axes(tensor) if axis[2] != 0)
+    return _all_reduce(norms.square(), within_rows).sqrt() if within_rows else norms
 
 
-def _sharing(tensor: Tensor) -> tuple[tuple[Any, int, int], ...]:
-    """(mesh, dimension of the mesh, dimension of the tensor that is cut along it) for each cut."""
+def _shard_axes(tensor: Tensor) -> tuple[tuple[Any, int, int], ...]:
+    """Returns (mesh, mesh dimension, tensor dimension) of each mesh dimension over which the tensor is sharded."""
     if not is_sharded_tensor(tensor):
         return ()
     mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
-    if any(each.is_partial() for each in placements):
-        raise TypeError(f"a tensor of {placements} is a summand and no part of a whole")
-    return tuple((mesh, axis, each.dim) for axis, each in enumerate(placements) if not each.is_replicate())
+    if any(placement.is_partial() for placement in placements):
+        raise TypeError(f"placements={placements}: partial tensors have no norm before they are reduced")
+    return tuple((mesh, axis, p.dim) for axis, p in enumerate(placements) if not p.is_replicate())
 
 
-def _summed(values: Tensor, sharing: Sequence[tuple[Any, int, int]]) -> Tensor:
-    for mesh, axis, _ in sharing:
+def _all_reduce(values: Tensor, axes: Sequence[tuple[Any, int, int]]) -> Tensor:
+    for mesh, axis, _ in axes:
         distributed.all_reduce(values, group=mesh.get_group(axis))
     return values
 
 
-# -- layers on different ranks
+# -- modes in which each rank holds some layers
 
 
-def stage_norm(tensors: Sequence[Tensor], group: "Group", device: torch.device, *, is_copy: bool = False) -> Tensor:
-    """Returns the 2-norm of all ranks' tensors taken as one vector.
+def stage_norm(tensors: Sequence[Tensor], group: "Group", device: torch.device, *, is_replica: bool = False) -> Tensor:
+    """Returns the 2-norm of all ranks' tensors as one vector.
 
-    `is_copy`: another rank holds the same layers, which count once.
+    `is_replica`: another rank holds the same layers, which count once.
     """
-    own = [] if is_copy else [tensor for tensor in tensors if not tensor.is_meta]
-    norm = torch.nn.utils.get_total_norm(own) if own else torch.zeros((), device=device)
-    return torch.linalg.vector_norm(group.gathered(norm.to(device=device, dtype=torch.float64).reshape(1)))
+    held = [] if is_replica else [tensor for tensor in tensors if not tensor.is_meta]
+    norm = torch.nn.utils.get_total_norm(held) if held else torch.zeros((), device=device)
+    return torch.linalg.vector_norm(group.all_gather(norm.to(device=device, dtype=torch.float64).reshape(1)))
 
 
-def stage_full_state(state: T, group: "Group", *, is_copy: bool = False) -> T:
+def stage_full_state(state: T, group: "Group", *, is_replica: bool = False) -> T:
     """Returns, on rank 0, the state with the tensors of all ranks. All ranks call this together."""
     states: list[Any] | None = [None] * group.size if group.rank == 0 else None
-    distributed.gather_object(None if is_copy else _on_cpu(state), states, dst=0)
+    distributed.gather_object(None if is_replica else _on_cpu(state), states, dst=0)
     for other in (states or [])[1:]:
-        state = state if other is None else _merged(state, other)
+        state = state if other is None else _merge(state, other)
     return state
 
 
 def load_stage_model(model: nn.Module, state: Mapping[str, Any], *, strict: bool = True) -> None:
-    """Loads the tensors that this rank holds."""
-    own = model.state_dict()
-    part = {name: own[name] if name in own and own[name].is_meta else value for name, value in state.items()}
-    model.load_state_dict(part, strict=strict)
+    """Loads the tensors of this rank's layers."""
+    # Meta tensors are loaded as themselves, so names and strictness are those of the full model.
+    current = model.state_dict()
+    held = {name: current[name] if name in current and current[name].is_meta else v for name, v in state.items()}
+    model.load_state_dict(held, strict=strict)
 
 
 def load_stage_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """The same for an optimizer's state."""
-    own: set[int] = set()
+    """Loads the optimizer's state for this rank's layers."""
+    held: set[int] = set()
     for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True):
-        own |= {n for n, p in zip(saved["params"], group["params"], strict=True) if not p.is_meta}
-    optimizer.load_state_dict({**state, "state": {n: v for n, v in state["state"].items() if n in own}})
+        held |= {n for n, p in zip(saved["params"], group["params"], strict=True) if not p.is_meta}
+    optimizer.load_state_dict({**state, "state": {n: v for n, v in state["state"].items() if n in held}})
 
 
 def _on_cpu(state: Any) -> Any:
@@ -156,11 +155,11 @@ def _on_cpu(state: Any) -> Any:
     return [_on_cpu(value) for value in state] if isinstance(state, list) else state
 
 
-def _merged(state: Any, other: Any) -> Any:
-    """`state` with what only `other` has."""
+def _merge(state: Any, other: Any) -> Any:
+    """Returns `state`, completed with the entries and tensors that only `other` holds."""
     if isinstance(state, dict):
-        both = {key: _merged(value, other[key]) if key in other else value for key, value in state.items()}
+        both = {key: _merge(value, other[key]) if key in other else value for key, value in state.items()}
         both.update((key, value) for key, value in other.items() if key not in state)
-        numbered = all(isinstance(key, int) for key in both)  # an optimizer's parameters, in their order
+        numbered = all(isinstance(key, int) for key in both)  # an optimizer's parameters, in the order of one process
         return {key: both[key] for key in (sorted(both) if numbered else both)}
     return other if isinstance(state, Tensor) and state.is_meta else state

@@ -1,9 +1,9 @@
-"""Spatial parallelism: every rank has a strip of the rows of each feature map, and sees the whole mini-batch.
+"""Spatial parallelism: each rank holds a strip of rows of every feature map and processes the whole mini-batch.
 
-Convolutions, poolings and locally connected layers exchange the rows at the strips' boundaries, once per layer. The
-filters of a convolution are shared by all positions, so that their gradients are summed over ranks; those of a locally
-connected layer belong to one position, and to one rank. What comes behind the maps is split by units, as in
-`dlopt.parallel.filter`.
+Convolutions, poolings and locally connected layers exchange boundary rows (the halo) with the neighbouring ranks, once
+per layer. The filters of a convolution are replicated, so their gradients are summed over ranks; a locally connected
+layer has separate filters for each position, which are sharded with the rows. The layers after the feature maps are
+sharded by units, as in `dlopt.parallel.filter`.
 """
 
 from collections.abc import Sequence
@@ -20,200 +20,228 @@ from dlopt.errors import UserError
 from dlopt.models.layers import ACTIVATIONS, GlobalAveragePool
 from dlopt.models.locally_connected import LocallyConnected2d
 from dlopt.models.resnet import ZeroPadShortcut
-from dlopt.parallel.collectives import Cut, Ranks
-from dlopt.parallel.filter import Splitter, is_chain, named, take
+from dlopt.parallel.chain import is_sequential
+from dlopt.parallel.collectives import ModelGroup, ShardSpec
+from dlopt.parallel.filter import Splitter, named_children, replace_by_shard
 from dlopt.parallel.mode import Mode
-from dlopt.parallel.model_parallel import ModelParallel, Plan, check_precision
-from dlopt.parallel.process_group import ProcessKeys, join
-from dlopt.parallel.split_layers import PROJECTED, InputSplitLinear, become, before, here
+from dlopt.parallel.model_parallel import ModelParallel, ShardingPlan
+from dlopt.parallel.process_group import ProcessKeys, check_precision, join
+from dlopt.parallel.split_layers import PROJECTED, InputSplitLinear, convert, to_local, transform_input
 from dlopt.parallel.sync_batchnorm import SyncBatchNorm, moments
 
-Span = tuple[int, int]  # rows from, to
+RowRange = tuple[int, int]  # first row, and the row after the last
 
 
-def strips(height: int, ranks: int) -> list[Span]:
-    """The rows of each rank: equally many as far as they go. The last ranks may have fewer, or none."""
-    each = -(-height // ranks)
-    return [(min(rank * each, height), min((rank + 1) * each, height)) for rank in range(ranks)]
+def row_strips(height: int, ranks: int) -> list[RowRange]:
+    """Returns the rows of each rank: ceil(height / ranks) each; the last ranks may have fewer rows, or none."""
+    rows = -(-height // ranks)
+    return [(min(rank * rows, height), min((rank + 1) * rows, height)) for rank in range(ranks)]
+
+
+def local_strip(height: int, model_group: ModelGroup) -> RowRange:
+    """Returns the rows of this rank."""
+    return row_strips(height, model_group.size)[model_group.rank]
 
 
 @dataclass(frozen=True)
-class Windows:
-    """What windows of `kernel` rows, `stride` apart, read of maps of `height` rows with `padding` above and below."""
+class RowWindows:
+    """Which input rows each rank needs for its output rows, in a layer that slides windows over feature maps.
+
+    `kernel`, `stride`, `padding` and `dilation` are the layer's along the rows, `height` is that of its input.
+    """
 
     height: int
     kernel: int
     stride: int
     padding: int
     dilation: int
-    ranks: Ranks
-    from_whole: bool  # the input is no strip: all ranks have the whole maps
+    model_group: ModelGroup
+    replicated_input: bool  # all ranks have the full maps; otherwise each has its strip
 
     @property
-    def outputs(self) -> list[Span]:
+    def output_rows(self) -> list[RowRange]:
         reach = self.dilation * (self.kernel - 1) + 1
-        return strips((self.height + 2 * self.padding - reach) // self.stride + 1, self.ranks.size)
+        return row_strips((self.height + 2 * self.padding - reach) // self.stride + 1, self.model_group.size)
 
-    def reads(self) -> list[Span]:
-        """The rows that each rank's windows see; those below 0 and from `height` on are padding."""
+    def input_rows(self) -> list[RowRange]:
+        """Returns the rows that each rank's windows read; rows < 0 and >= `height` are padding."""
         reach = self.dilation * (self.kernel - 1) + 1
         return [
             (start * self.stride - self.padding, (stop - 1) * self.stride - self.padding + reach)
             if stop > start
             else (0, 0)
-            for start, stop in self.outputs
+            for start, stop in self.output_rows
         ]
 
-    def seen(self, maps: Tensor, padding: float) -> Tensor:
-        """What this rank's windows see, of their strip (or of the whole maps), filled up with `padding`."""
-        reads = self.reads()
-        needed = [(max(start, 0), max(min(stop, self.height), 0)) for start, stop in reads]
-        first, last = reads[self.ranks.rank]
-        start, stop = needed[self.ranks.rank]
-        if self.from_whole:
+    def with_halo(self, maps: Tensor, padding: float) -> Tensor:
+        """Returns the rows that this rank's windows read: its strip and the halo, with `padding` beyond the maps."""
+        input_rows = self.input_rows()
+        # All ranks compute the ranges of all ranks: each knows what to send without asking.
+        needed = [(max(start, 0), max(min(stop, self.height), 0)) for start, stop in input_rows]
+        first, last = input_rows[self.model_group.rank]
+        start, stop = needed[self.model_group.rank]
+        if self.replicated_input:
             rows = maps[:, :, start:stop]
         else:
-            rows = exchanged(maps, strips(self.height, self.ranks.size), needed, self.ranks)
+            rows = exchange_rows(maps, row_strips(self.height, self.model_group.size), needed, self.model_group)
         above, below = start - first, last - stop
         return F.pad(rows, (0, 0, above, below), value=padding) if above or below else rows
 
     @property
-    def is_idle(self) -> bool:
-        """Whether this rank has no rows of the output."""
-        start, stop = self.outputs[self.ranks.rank]
+    def has_no_output(self) -> bool:
+        start, stop = self.output_rows[self.model_group.rank]
         return start == stop
 
 
-def exchanged(strip: Tensor, held: Sequence[Span], needed: Sequence[Span], ranks: Ranks) -> Tensor:
-    """The rows that this rank needs, from the ranks that hold them. Gradients go the way back and are added up."""
-    rows: Tensor = _Exchanged.apply(strip, held, needed, ranks)
+def exchange_rows(
+    strip: Tensor, held: Sequence[RowRange], needed: Sequence[RowRange], model_group: ModelGroup
+) -> Tensor:
+    """Returns the rows `needed` by this rank. `held`: the strips, by rank. Backward is the reverse exchange.
+
+    Every row is held by one rank, but may be needed by several: their gradients are summed on the rank that holds it.
+    """
+    rows: Tensor = _ExchangeRows.apply(strip, held, needed, model_group)
     return rows
 
 
-def gathered_rows(strip: Tensor, height: int, ranks: Ranks) -> Tensor:
-    """The whole maps, on all ranks, whose gradient is whole on all ranks, too."""
-    whole: Tensor = _GatheredRows.apply(strip, height, ranks)
-    return whole
+def gather_rows(strip: Tensor, height: int, model_group: ModelGroup) -> Tensor:
+    """Returns the full maps on all ranks. Their gradient must be equal on all ranks: backward only slices it."""
+    full: Tensor = _GatherRows.apply(strip, height, model_group)
+    return full
 
 
-class _Exchanged(torch.autograd.Function):
+class _ExchangeRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, strip: Tensor, held: Sequence[Span], needed: Sequence[Span], ranks: Ranks) -> Tensor:
-        ctx.held, ctx.needed, ctx.ranks = held, needed, ranks
-        return _moved(strip.detach(), held, needed, ranks)
+    def forward(
+        ctx: Any, strip: Tensor, held: Sequence[RowRange], needed: Sequence[RowRange], model_group: ModelGroup
+    ) -> Tensor:
+        ctx.held, ctx.needed, ctx.model_group = held, needed, model_group
+        return _redistribute_rows(strip.detach(), held, needed, model_group)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        return _moved(gradient, ctx.needed, ctx.held, ctx.ranks), None, None, None
+        return _redistribute_rows(gradient, ctx.needed, ctx.held, ctx.model_group), None, None, None
 
 
-class _GatheredRows(torch.autograd.Function):
+class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, strip: Tensor, height: int, ranks: Ranks) -> Tensor:
-        held = strips(height, ranks.size)
-        ctx.own = held[ranks.rank]
-        return _moved(strip.detach(), held, [(0, height)] * ranks.size, ranks)
+    def forward(ctx: Any, strip: Tensor, height: int, model_group: ModelGroup) -> Tensor:
+        held = row_strips(height, model_group.size)
+        ctx.strip = held[model_group.rank]
+        return _redistribute_rows(strip.detach(), held, [(0, height)] * model_group.size, model_group)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        start, stop = ctx.own
+        start, stop = ctx.strip
         return gradient[:, :, start:stop], None, None
 
 
-def _moved(rows: Tensor, held: Sequence[Span], wanted: Sequence[Span], ranks: Ranks) -> Tensor:
-    """The sum of all ranks' rows, where they hold some, over the rows that this rank wants."""
-    (own_start, own_stop), (start, stop) = held[ranks.rank], wanted[ranks.rank]
+def _redistribute_rows(
+    rows: Tensor, source: Sequence[RowRange], target: Sequence[RowRange], model_group: ModelGroup
+) -> Tensor:
+    """Moves rows from the ranges `source` to the ranges `target` (both by rank) and sums rows where sources overlap.
+
+    Forward, source ranges are disjoint strips and target ranges overlap in the halos; backward, it is the reverse.
+    """
+    (source_start, source_stop), (start, stop) = source[model_group.rank], target[model_group.rank]
     shape = (*rows.shape[:2], stop - start, rows.shape[3])
-    is_last = rows.is_contiguous(memory_format=torch.channels_last) and not rows.is_contiguous()
-    order = torch.channels_last if is_last else torch.contiguous_format
-    result = torch.zeros(shape, dtype=rows.dtype, device=rows.device).contiguous(memory_format=order)
-    kept = _overlap((own_start, own_stop), (start, stop))
+    is_channels_last = rows.is_contiguous(memory_format=torch.channels_last) and not rows.is_contiguous()
+    memory_format = torch.channels_last if is_channels_last else torch.contiguous_format
+    result = torch.zeros(shape, dtype=rows.dtype, device=rows.device).contiguous(memory_format=memory_format)
+    kept = _intersection((source_start, source_stop), (start, stop))
     if kept is not None:
-        result[:, :, kept[0] - start : kept[1] - start] = rows[:, :, kept[0] - own_start : kept[1] - own_start]
+        result[:, :, kept[0] - start : kept[1] - start] = rows[:, :, kept[0] - source_start : kept[1] - source_start]
     operations, received = [], []
-    for peer in range(ranks.size):
-        if peer == ranks.rank or rows.numel() + result.numel() == 0:
+
+    def add_operation(kind: Any, buffer: Tensor, peer: int) -> None:
+        peer = model_group.global_rank(peer)
+        operations.append(distributed.P2POp(kind, buffer, peer, model_group.process_group))
+
+    for peer in range(model_group.size):
+        if peer == model_group.rank:
             continue
-        sent = _overlap(held[ranks.rank], wanted[peer])
+        sent = _intersection(source[model_group.rank], target[peer])
         if sent is not None and rows.numel():
-            part = rows[:, :, sent[0] - own_start : sent[1] - own_start].contiguous()
-            operations.append(distributed.P2POp(distributed.isend, part, ranks.place(peer), ranks.group))
-        got = _overlap(held[peer], wanted[ranks.rank])
-        if got is not None and result.numel():
-            part = torch.empty(*shape[:2], got[1] - got[0], shape[3], dtype=rows.dtype, device=rows.device)
-            operations.append(distributed.P2POp(distributed.irecv, part, ranks.place(peer), ranks.group))
-            received.append((got, part))
+            add_operation(
+                distributed.isend, rows[:, :, sent[0] - source_start : sent[1] - source_start].contiguous(), peer
+            )
+        span = _intersection(source[peer], target[model_group.rank])
+        if span is not None and result.numel():
+            buffer = torch.empty(*shape[:2], span[1] - span[0], shape[3], dtype=rows.dtype, device=rows.device)
+            add_operation(distributed.irecv, buffer, peer)
+            received.append((span, buffer))
+    # One batch of sends and receives: two neighbours that both began with a blocking send would deadlock.
     for work in distributed.batch_isend_irecv(operations) if operations else ():
         work.wait()
-    for got, part in received:
-        result[:, :, got[0] - start : got[1] - start] += part
+    # Added in rank order, not in order of arrival: sums are the same in every run.
+    for span, buffer in received:
+        result[:, :, span[0] - start : span[1] - start] += buffer
     return result
 
 
-def _overlap(one: Span, other: Span) -> Span | None:
+def _intersection(one: RowRange, other: RowRange) -> RowRange | None:
     start, stop = max(one[0], other[0]), min(one[1], other[1])
     return (start, stop) if start < stop else None
 
 
-# -- layers on strips. They take the place of a whole layer by `__class__`: its tensors and names stay.
+# -- layers on strips. `split_layers.convert` changes the class of the original layer; its tensors and names stay.
 
 
 class RowConv2d(nn.Conv2d):
-    windows: Windows
+    windows: RowWindows
 
     def forward(self, maps: Tensor) -> Tensor:
-        rows = self.windows.seen(maps, 0.0)
-        if self.windows.is_idle:
-            return _nothing(rows, self, self.out_channels, _width(rows, self))
-        across = int(self.padding[1])
-        return F.conv2d(rows, self.weight, self.bias, self.stride, (0, across), self.dilation, self.groups)
+        rows = self.windows.with_halo(maps, 0.0)
+        if self.windows.has_no_output:
+            return _empty_output(rows, self, self.out_channels, _width(rows, self))
+        # Rows are padded already; only the columns need padding.
+        padding = 0, int(self.padding[1])
+        return F.conv2d(rows, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
 
 
 class RowMaxPool2d(nn.MaxPool2d):
-    windows: Windows
+    windows: RowWindows
 
     def forward(self, maps: Tensor) -> Tensor:
-        rows = self.windows.seen(maps, float("-inf"))
-        if self.windows.is_idle:
-            return _nothing(rows, self, maps.shape[1], _width(rows, self))
-        _, across = _pair(self.padding)
-        return F.max_pool2d(rows, self.kernel_size, self.stride, (0, across), self.dilation)
+        rows = self.windows.with_halo(maps, float("-inf"))
+        if self.windows.has_no_output:
+            return _empty_output(rows, self, maps.shape[1], _width(rows, self))
+        padding = 0, _pair(self.padding)[1]
+        return F.max_pool2d(rows, self.kernel_size, self.stride, padding, self.dilation)
 
 
 class RowLocallyConnected2d(LocallyConnected2d):
-    windows: Windows
+    windows: RowWindows
 
     def forward(self, maps: Tensor) -> Tensor:
-        rows = self.windows.seen(maps, 0.0)
+        rows = self.windows.with_halo(maps, 0.0)
         patches = F.unfold(rows, self.kernel, padding=(0, self.padding), stride=self.stride)
         output = torch.einsum("bip,poi->bop", patches, self.weight).unflatten(2, (-1, self.extent[1]))
         return output if self.bias is None else output + self.bias
 
 
 class RowBatchNorm2d(SyncBatchNorm):
-    """Its inputs are strips of the maps, in training and in evaluation."""
-
     def moments(self, strip: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, variance and count of the whole maps."""
+        """Returns mean, variance and count over all strips; called for exact statistics, also in evaluation."""
         return moments(strip, self.group)
 
 
 class RowZeroPadShortcut(ZeroPadShortcut):
-    windows: Windows
+    windows: RowWindows
 
     def forward(self, maps: Tensor) -> Tensor:
-        rows = self.windows.seen(maps, 0.0)
+        rows = self.windows.with_halo(maps, 0.0)
         return F.pad(rows[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.extra))
 
 
 class RowAveragePool(GlobalAveragePool):
-    ranks: Ranks
+    model_group: ModelGroup
     height: int
 
     def forward(self, maps: Tensor) -> Tensor:
-        return self.ranks.summed(maps.sum((2, 3)) / (self.height * maps.shape[3]))
+        return self.model_group.reduce(maps.sum((2, 3)) / (self.height * maps.shape[3]))
 
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
@@ -226,175 +254,180 @@ def _width(rows: Tensor, layer: nn.Conv2d | nn.MaxPool2d) -> int:
     return (rows.shape[3] + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
-def _nothing(rows: Tensor, layer: nn.Module, channels: int, width: int) -> Tensor:
-    """Maps without rows that are a part of the graph, so that backward passes here on this rank as on the others."""
+def _empty_output(rows: Tensor, layer: nn.Module, channels: int, width: int) -> Tensor:
+    """Returns maps without rows on a rank that has no output."""
+    # Connected to inputs and parameters by zeros: backward must reach the collectives of earlier layers on every rank.
     zero = rows.sum() * 0.0
     for parameter in layer.parameters():
-        zero = zero + here(parameter).sum() * 0.0
+        zero = zero + to_local(parameter).sum() * 0.0
     return rows.new_zeros(len(rows), channels, 0, width) + zero
 
 
-Layout = Literal["images", "rows", "strips", "whole", "split"]
-"""Maps that all ranks have, maps in strips, flattened strips; then features as in `dlopt.parallel.filter`."""
+Layout = Literal["images", "rows", "flattened", "replicated", "sharded"]
+"""images: full maps on all ranks; rows: strips of maps; flattened: flattened strips; others as in `filter.py`."""
 
-_BY_PIXEL = (*ACTIVATIONS.values(), nn.Identity, nn.LocalResponseNorm)
+_POINTWISE = (*ACTIVATIONS.values(), nn.Identity, nn.LocalResponseNorm)
 
 
-class _Strips:
-    """Splits a model in place, as `Splitter` does; `summands`: names of parameters whose gradients are to be summed."""
+class SpatialSplitter:
+    """Splits a model in place: maps by rows, and the features after them with `filter.Splitter`.
 
-    def __init__(self, ranks: Ranks, maps: dict[nn.Module, torch.Size]) -> None:
-        self.ranks = ranks
-        self.maps = maps  # [B, C, H, W], which each module reads
+    `partial_grads`: names of replicated parameters whose gradients must be summed over ranks.
+    """
+
+    def __init__(self, model_group: ModelGroup, maps: dict[nn.Module, torch.Size]) -> None:
+        self.model_group = model_group
+        self.maps = maps  # input shape [B, C, H, W] by module
         self.heights = {module: shape[2] for module, shape in maps.items()}
-        self.features = Splitter(ranks, "spatial")
-        self.summands: list[str] = []
-        self._flat: Cut | None = None
+        self.features = Splitter(model_group, "spatial")
+        self.partial_grads: list[str] = []
+        self._flattened_spec: ShardSpec | None = None
 
     def split(self, model: nn.Module) -> None:
-        if not is_chain(model):
+        if not is_sequential(model):
             self.features.refuse("the model", model)
-        self.features.see(model)
+        self.features.find_last_layer(model)
         layout: Layout = "images"
-        for name, module in named(model):
-            layout = self._next(model, name, module, layout)
-        if layout != "whole":
+        for name, module in named_children(model):
+            layout = self._split_module(model, name, module, layout)
+        if layout != "replicated":
             raise UserError("parallel=spatial: the model's outputs are feature maps; use parallel=ddp")
 
-    def _next(self, parent: nn.Module, name: str, module: nn.Module, layout: Layout) -> Layout:
-        if layout in ("whole", "split"):
-            return self.features.chain([(name, module)], layout)
-        if is_chain(module):
-            for child_name, child in named(module, name):
-                layout = self._next(module, child_name, child, layout)
+    def _split_module(self, parent: nn.Module, name: str, module: nn.Module, layout: Layout) -> Layout:
+        if layout in ("replicated", "sharded"):
+            return self.features.split_sequence([(name, module)], layout)
+        if is_sequential(module):
+            for child_name, child in named_children(module, name):
+                layout = self._split_module(module, child_name, child, layout)
             return layout
-        if layout == "strips":
-            return self._behind_maps(name, module)
+        if layout == "flattened":
+            return self._split_after_flatten(name, module)
         if isinstance(module, nn.Flatten):
             if layout == "images":
-                return "whole"
-            self._flat = self._features_of(self.maps[module])
-            if self._flat is not None:
-                return "strips"
+                return "replicated"
+            self._flattened_spec = self._spec_of_flattened(self.maps[module])
+            if self._flattened_spec is not None:
+                return "flattened"
             self._gather_before(module)
-            return "whole"
+            return "replicated"
         if type(module) in (nn.Conv2d, nn.MaxPool2d, LocallyConnected2d):
-            self._windows(name, module, from_whole=layout == "images")
+            self._split_windowed(name, module, replicated_input=layout == "images")
             return "rows"
         if layout == "images":
-            start, stop = strips(self.heights[module], self.ranks.size)[self.ranks.rank]
-            before(module, lambda images: images[:, :, start:stop])
-        return self._on_rows(parent, name, module)
+            start, stop = local_strip(self.heights[module], self.model_group)
+            transform_input(module, lambda images: images[:, :, start:stop])
+        return self._split_rowwise(parent, name, module)
 
-    def _on_rows(self, parent: nn.Module, name: str, module: nn.Module) -> Layout:
+    def _split_rowwise(self, parent: nn.Module, name: str, module: nn.Module) -> Layout:
         if type(module) in PROJECTED:
-            for child_name, child in named(module, name):
-                self._next(module, child_name, child, "rows")
+            for child_name, child in named_children(module, name):
+                self._split_module(module, child_name, child, "rows")
             return "rows"
         match module:
             case GlobalAveragePool():
-                become(module, RowAveragePool, ranks=self.ranks, height=self.heights[module])
-                return "whole"
+                convert(module, RowAveragePool, model_group=self.model_group, height=self.heights[module])
+                return "replicated"
             case nn.AdaptiveAvgPool2d():
                 self._gather_before(module)
-                return "whole"
+                return "replicated"
             case ZeroPadShortcut():
-                windows = self._read(module, 1, module.stride, 0, 1, from_whole=False)
-                become(module, RowZeroPadShortcut, windows=windows)
+                windows = self._row_windows(module, 1, module.stride, 0, 1, replicated_input=False)
+                convert(module, RowZeroPadShortcut, windows=windows)
             case nn.BatchNorm2d() if type(module) is nn.BatchNorm2d:
-                self._note_summands(name, module)
-                parent._modules[name.rpartition(".")[2]] = RowBatchNorm2d(module, self.ranks.group)
+                self._mark_partial_grads(name, module)
+                parent._modules[name.rpartition(".")[2]] = RowBatchNorm2d(module, self.model_group.process_group)
             case _DropoutNd():
                 height = self.heights[module]
-                cut = Cut(2, slice(*strips(height, self.ranks.size)[self.ranks.rank]), height)
-                self.features.dropouts[module] = lambda _: cut
+                spec = ShardSpec(2, slice(*local_strip(height, self.model_group)), height)
+                self.features.dropouts[module] = lambda _: spec
             case _NormBase() | nn.GroupNorm() | nn.LayerNorm():
                 raise UserError(
-                    f"parallel=spatial: {name} is a {type(module).__name__}, which averages over the pixels of a map, "
-                    "and ranks have strips of it; use model.norm=batch (without norm_ghost_batch) or model.norm=none"
+                    f"parallel=spatial: {name} is a {type(module).__name__}, which averages over all pixels of a map, "
+                    "but each rank has a strip; use model.norm=batch (without norm_ghost_batch) or model.norm=none"
                 )
-            case _ if not isinstance(module, _BY_PIXEL):
+            case _ if not isinstance(module, _POINTWISE):
                 self.features.refuse(name, module)
         return "rows"
 
-    def _features_of(self, maps: torch.Size) -> Cut | None:
-        """Which of the features of flattened maps are in this rank's strip; None where strips are not equal."""
+    def _spec_of_flattened(self, maps: torch.Size) -> ShardSpec | None:
+        """Returns which features of flattened maps are in this rank's strip; None if strips are unequal."""
         _, channels, height, width = maps
-        if height % self.ranks.size:
+        if height % self.model_group.size:
             return None
-        start, stop = strips(height, self.ranks.size)[self.ranks.rank]
+        start, stop = local_strip(height, self.model_group)
         positions = torch.arange(channels * height * width).view(channels, height, width)
-        return Cut(1, positions[:, start:stop].reshape(-1), positions.numel(), pieces=channels)
+        return ShardSpec(1, positions[:, start:stop].reshape(-1), positions.numel(), split_factor=channels)
 
-    def _behind_maps(self, name: str, module: nn.Module) -> Layout:
-        """The first layer behind flattened strips is split by its inputs: nothing but its outputs is exchanged."""
-        cut = self._flat
-        assert cut is not None
+    def _split_after_flatten(self, name: str, module: nn.Module) -> Layout:
+        # The first layer is split by its inputs: it reads the strip as it is, and only its outputs are exchanged.
+        spec = self._flattened_spec
+        assert spec is not None
         if isinstance(module, nn.Linear):
-            take(module, name, "weight", cut, self.features.cuts)
-            module.in_features //= self.ranks.size
-            become(module, InputSplitLinear, ranks=self.ranks, cuts=False)
-            return "whole"
+            replace_by_shard(module, name, "weight", spec, self.features.shard_specs)
+            module.in_features //= self.model_group.size
+            convert(module, InputSplitLinear, model_group=self.model_group, scatter_input=False)
+            return "replicated"
         if isinstance(module, _DropoutNd):
-            self.features.dropouts[module] = lambda _: cut
-        elif not isinstance(module, _BY_PIXEL):
+            self.features.dropouts[module] = lambda _: spec
+        elif not isinstance(module, _POINTWISE):
             self.features.refuse(name, module)
-        return "strips"
+        return "flattened"
 
-    def _windows(self, name: str, layer: nn.Module, *, from_whole: bool) -> None:
-        """Makes a layer that reads windows of the whole maps one that reads strips."""
+    def _split_windowed(self, name: str, layer: nn.Module, *, replicated_input: bool) -> None:
+        """Converts a layer that slides windows over full maps to one that reads a strip with its halo."""
         if isinstance(layer, LocallyConnected2d):
-            windows = self._read(layer, layer.kernel, layer.stride, layer.padding, 1, from_whole)
-            self._own_positions(name, layer, windows.outputs[self.ranks.rank])
-            become(layer, RowLocallyConnected2d, windows=windows)
+            windows = self._row_windows(layer, layer.kernel, layer.stride, layer.padding, 1, replicated_input)
+            self._shard_positions(name, layer, windows.output_rows[self.model_group.rank])
+            convert(layer, RowLocallyConnected2d, windows=windows)
             return
         assert isinstance(layer, nn.Conv2d | nn.MaxPool2d)
-        odd = getattr(layer, "ceil_mode", False) or getattr(layer, "return_indices", False)
-        if isinstance(layer.padding, str) or getattr(layer, "padding_mode", "zeros") != "zeros" or odd:
+        unsupported = getattr(layer, "ceil_mode", False) or getattr(layer, "return_indices", False)
+        if unsupported or isinstance(layer.padding, str) or getattr(layer, "padding_mode", "zeros") != "zeros":
             self.features.refuse(name, layer)
         kernel, stride, padding, dilation = (
-            each[0] if isinstance(each, tuple) else each
-            for each in (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+            value[0] if isinstance(value, tuple) else value  # along the rows
+            for value in (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
         )
-        windows = self._read(layer, kernel, stride, padding, dilation, from_whole)  # type: ignore[arg-type]
+        windows = self._row_windows(layer, kernel, stride, padding, dilation, replicated_input)  # type: ignore[arg-type]
         if isinstance(layer, nn.Conv2d):
-            self._note_summands(name, layer)
-        become(layer, RowConv2d if isinstance(layer, nn.Conv2d) else RowMaxPool2d, windows=windows)
+            self._mark_partial_grads(name, layer)
+        convert(layer, RowConv2d if isinstance(layer, nn.Conv2d) else RowMaxPool2d, windows=windows)
 
-    def _read(
-        self, layer: nn.Module, kernel: int, stride: int, padding: int, dilation: int, from_whole: bool
-    ) -> Windows:
-        return Windows(self.heights[layer], kernel, stride, padding, dilation, self.ranks, from_whole)
+    def _row_windows(
+        self, layer: nn.Module, kernel: int, stride: int, padding: int, dilation: int, replicated_input: bool
+    ) -> RowWindows:
+        return RowWindows(self.heights[layer], kernel, stride, padding, dilation, self.model_group, replicated_input)
 
-    def _own_positions(self, name: str, layer: LocallyConnected2d, own: Span) -> None:
+    def _shard_positions(self, name: str, layer: LocallyConnected2d, rows: RowRange) -> None:
         height, width = layer.extent
-        if height % self.ranks.size:
+        if height % self.model_group.size:
             raise UserError(
-                f"parallel=spatial: {name} has filters at {height} rows of positions, which {self.ranks.size} "
-                "processes cannot share evenly"
+                f"parallel=spatial: the {height} rows of filters of {name} cannot be divided evenly among "
+                f"{self.model_group.size} processes"
             )
-        (start, stop), cuts = own, self.features.cuts
-        take(layer, name, "weight", Cut(0, slice(start * width, stop * width), height * width), cuts)
-        take(layer, name, "bias", Cut(1, slice(start, stop), height), cuts)
+        (start, stop), shard_specs = rows, self.features.shard_specs
+        weight_spec = ShardSpec(0, slice(start * width, stop * width), height * width)  # positions are in row order
+        replace_by_shard(layer, name, "weight", weight_spec, shard_specs)
+        replace_by_shard(layer, name, "bias", ShardSpec(1, slice(start, stop), height), shard_specs)
 
     def _gather_before(self, module: nn.Module) -> None:
         height = self.heights[module]
-        before(module, lambda strip: gathered_rows(strip, height, self.ranks))
+        transform_input(module, lambda strip: gather_rows(strip, height, self.model_group))
 
-    def _note_summands(self, name: str, module: nn.Module) -> None:
-        self.summands += [f"{name}.{each}" for each, _ in module.named_parameters(recurse=False)]
+    def _mark_partial_grads(self, name: str, module: nn.Module) -> None:
+        self.partial_grads += [f"{name}.{parameter}" for parameter, _ in module.named_parameters(recurse=False)]
 
 
 @torch.no_grad()
-def _maps(model: nn.Module, input_shape: tuple[int, ...]) -> dict[nn.Module, torch.Size]:
-    """The shape of the maps that each module reads."""
-    maps: dict[nn.Module, torch.Size] = {}
+def _input_shapes(model: nn.Module, input_shape: tuple[int, ...]) -> dict[nn.Module, torch.Size]:
+    """Returns the shape of the feature maps that each module reads, from one forward."""
+    shapes: dict[nn.Module, torch.Size] = {}
 
-    def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if inputs[0].ndim == 4:
-            maps[module] = inputs[0].shape
+            shapes[module] = inputs[0].shape
 
-    handles = [module.register_forward_pre_hook(look) for module in model.modules()]
+    handles = [module.register_forward_pre_hook(record) for module in model.modules()]
     modes = {module: module.training for module in model.modules()}
     like = next(model.parameters())
     try:
@@ -404,17 +437,17 @@ def _maps(model: nn.Module, input_shape: tuple[int, ...]) -> dict[nn.Module, tor
             handle.remove()
         for module, mode in modes.items():
             module.training = mode
-    return maps
+    return shapes
 
 
-def split_rows(model: nn.Module, input_shape: tuple[int, ...], ranks: Ranks) -> Plan:
-    splitter = _Strips(ranks, _maps(model, input_shape))
+def split_rows(model: nn.Module, input_shape: tuple[int, ...], model_group: ModelGroup) -> ShardingPlan:
+    splitter = SpatialSplitter(model_group, _input_shapes(model, input_shape))
     splitter.split(model)
     notes = []
-    least = min(splitter.heights.values(), default=ranks.size)
-    if least < ranks.size:
-        notes.append(f"parallel=spatial: some maps have {least} rows only, so that some processes have none of them")
-    return Plan(splitter.features.cuts, splitter.features.dropouts, splitter.summands, notes)
+    smallest = min(splitter.heights.values(), default=model_group.size)
+    if smallest < model_group.size:
+        notes.append(f"parallel=spatial: some maps have only {smallest} rows, fewer than processes; some will be idle")
+    return ShardingPlan(splitter.features.shard_specs, splitter.features.dropouts, splitter.partial_grads, notes)
 
 
 def spatial(
@@ -424,9 +457,11 @@ def spatial(
     precision: str,
     **keys: Unpack[ProcessKeys],
 ) -> Mode:
-    """Builds the mode of this process, which joins its group. Raises `UserError` where the keys do not fit together."""
+    """Joins the process group and builds the mode. Raises `UserError` for keys that contradict each other."""
     check_precision("spatial", precision)
     joined = join("spatial", device, **keys)
     if joined is None:
         return Mode(device, "spatial")
-    return ModelParallel("spatial", *joined, accumulate=accumulate, split=split_rows, rows=1, sync=True)
+    return ModelParallel(
+        "spatial", *joined, accumulate=accumulate, split=split_rows, data_degree=1, sync_batchnorm=True
+    )

@@ -1,4 +1,4 @@
-"""Layers of which each rank has a part of the inputs, and blocks that need one sum over ranks for two paths."""
+"""Layers split by their inputs (Megatron's row-parallel layers), and residual blocks that share one reduction."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -8,161 +8,169 @@ from torch import Tensor, nn
 
 from dlopt.models.preact import PreActBlock, PreActBottleneck
 from dlopt.models.resnet import BasicBlock, Bottleneck
-from dlopt.parallel.collectives import Cut, Ranks
+from dlopt.parallel.collectives import ModelGroup, ShardSpec
 
 
-def distribute(model: nn.Module, mesh: Any, cuts: Mapping[str, Cut]) -> None:
-    """Makes a DTensor on the one-dimensional `mesh` of every parameter, and of every buffer that is cut.
+def distribute(model: nn.Module, mesh: Any, shard_specs: Mapping[str, ShardSpec]) -> None:
+    """Replaces every parameter, and every sharded buffer, by a DTensor on the one-dimensional `mesh`.
 
-    `cuts` names the tensors of which each rank has an equal part; the others are the same on all ranks, and so are
-    their gradients (or are made so behind the backward). The layers see what this rank has.
+    `shard_specs`: the sharded tensors by name; all others are replicated, and their gradients are equal on all ranks
+    after backward and `ShardingPlan.partial_grads`.
+
+    Outside forward the module holds DTensors: optimizer, clipping and checkpoints see full shapes. Hooks swap in the
+    local shards for each forward, because layers and blocks here compute on plain tensors and choose their collectives
+    themselves; DTensor's dispatcher would insert its own.
     """
     from torch.distributed.tensor import DTensor, Replicate, Shard
     from torch.distributed.tensor.placement_types import _StridedShard
 
-    def placement(cut: Cut | None) -> Any:
-        if cut is None:
+    def placement(spec: ShardSpec | None) -> Any:
+        if spec is None:
             return Replicate()
-        return Shard(cut.dim) if cut.pieces == 1 else _StridedShard(cut.dim, split_factor=cut.pieces)
+        return Shard(spec.dim) if spec.split_factor == 1 else _StridedShard(spec.dim, split_factor=spec.split_factor)
 
-    def spread(name: str, tensor: Tensor) -> Any:
-        return DTensor.from_local(tensor.detach(), mesh, [placement(cuts.get(name))], run_check=False)
+    def to_dtensor(name: str, tensor: Tensor) -> Any:
+        return DTensor.from_local(tensor.detach(), mesh, [placement(shard_specs.get(name))], run_check=False)
 
     for prefix, module in model.named_modules():
-        found = False
+        has_dtensors = False
         for key, parameter in module.named_parameters(prefix, recurse=False):
-            name, found = key.rpartition(".")[2], True
-            setattr(module, name, nn.Parameter(spread(key, parameter), requires_grad=parameter.requires_grad))
+            name, has_dtensors = key.rpartition(".")[2], True
+            setattr(module, name, nn.Parameter(to_dtensor(key, parameter), requires_grad=parameter.requires_grad))
         for key, buffer in module.named_buffers(prefix, recurse=False):
-            if key in cuts:
-                module._buffers[key.rpartition(".")[2]], found = spread(key, buffer), True
-        if found:
-            module.register_forward_pre_hook(_show_own)
-            module.register_forward_hook(_hide_own, always_call=True)
+            if key in shard_specs:
+                module._buffers[key.rpartition(".")[2]], has_dtensors = to_dtensor(key, buffer), True
+        if has_dtensors:
+            module.register_forward_pre_hook(_swap_in_local)
+            module.register_forward_hook(_restore_dtensors, always_call=True)
 
 
-def here(tensor: Tensor) -> Tensor:
-    """What this rank has, as a part of the graph."""
-    own: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return own
+def to_local(tensor: Tensor) -> Tensor:
+    """Returns this rank's shard, differentiably (`shards.local` detaches it)."""
+    shard: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return shard
 
 
-def _show_own(module: nn.Module, inputs: object) -> None:
-    """Puts plain tensors in the DTensors' place for one forward."""
+def _swap_in_local(module: nn.Module, inputs: object) -> None:
     kept: list[tuple[dict[str, Any], str, Tensor]] = []
     for tensors in (module._parameters, module._buffers):
         for name, tensor in tensors.items():
             if tensor is not None and hasattr(tensor, "to_local"):
                 kept.append((tensors, name, tensor))
-                tensors[name] = here(tensor)  # type: ignore[assignment]
-    module.__dict__["_spread"] = kept
+                tensors[name] = to_local(tensor)  # type: ignore[assignment]
+    module.__dict__["_dtensors"] = kept
 
 
-def _hide_own(module: nn.Module, inputs: object, output: object) -> None:
-    for tensors, name, tensor in module.__dict__.pop("_spread", ()):
+def _restore_dtensors(module: nn.Module, inputs: object, output: object) -> None:
+    for tensors, name, tensor in module.__dict__.pop("_dtensors", ()):
         tensors[name] = tensor
 
 
-class SplitInputs(nn.Module):
-    """What `InputSplitConv2d` and `InputSplitLinear` share: the ranks' products are summed, then comes the bias.
+class InputSplitLayer(nn.Module):
+    """A layer with sharded input features: sums the partial outputs of all ranks, then adds the bias once.
 
-    `cuts`: the input is whole, and the rank takes its part of it first.
+    `scatter_input`: the input is replicated, and each rank selects its features first.
     """
 
-    ranks: Ranks
-    cuts: bool
+    model_group: ModelGroup
+    scatter_input: bool
     bias: Any
 
     def forward(self, inputs: Tensor) -> Tensor:
-        own = self.ranks.part(inputs) if self.cuts else inputs
-        return self.finished(self.ranks.summed(self.partial(own)))
+        shard = self.model_group.scatter(inputs) if self.scatter_input else inputs
+        return self.add_bias(self.model_group.reduce(self.partial_output(shard)))
 
-    def partial(self, part: Tensor) -> Tensor:
-        """The rank's summand: without the others' inputs, and without the bias."""
+    def partial_output(self, shard: Tensor) -> Tensor:
+        """Returns this rank's term of the sum, without bias."""
         raise NotImplementedError
 
-    def finished(self, total: Tensor) -> Tensor:
-        return total if self.bias is None else total + here(self.bias).view(-1, *(1 for _ in total.shape[2:]))
+    def add_bias(self, total: Tensor) -> Tensor:
+        return total if self.bias is None else total + to_local(self.bias).view(-1, *(1 for _ in total.shape[2:]))
 
 
-class InputSplitConv2d(SplitInputs, nn.Conv2d):
-    def partial(self, part: Tensor) -> Tensor:
-        return self._conv_forward(part, here(self.weight), None)
+class InputSplitConv2d(InputSplitLayer, nn.Conv2d):
+    def partial_output(self, shard: Tensor) -> Tensor:
+        return self._conv_forward(shard, to_local(self.weight), None)
 
 
-class InputSplitLinear(SplitInputs, nn.Linear):
-    def partial(self, part: Tensor) -> Tensor:
-        return nn.functional.linear(part, here(self.weight))
+class InputSplitLinear(InputSplitLayer, nn.Linear):
+    def partial_output(self, shard: Tensor) -> Tensor:
+        return nn.functional.linear(shard, to_local(self.weight))
 
 
-# -- blocks whose shortcut is a convolution: split by inputs, too, it is summed together with the branch
+# -- blocks with a projection shortcut. The projection is split by inputs, too, and reduced together with the last
+#    convolution of the branch: the block needs one reduction instead of two.
 
 
 class ProjectedBasicBlock(BasicBlock):
-    ranks: Ranks
+    model_group: ModelGroup
 
     def forward(self, maps: Tensor) -> Tensor:
-        shared = self.ranks.copied(maps)
+        shared = self.model_group.copy(maps)
         branch = self.act1(self.norm1(self.conv1(shared)))
-        branch, skip = _summed_together(self.ranks, self.conv2, branch, self.shortcut, shared)
+        branch, skip = _reduce_both(self.model_group, self.conv2, branch, self.shortcut, shared)
         return self.act2(self.norm2(branch) + skip)
 
 
 class ProjectedBottleneck(Bottleneck):
-    ranks: Ranks
+    model_group: ModelGroup
 
     def forward(self, maps: Tensor) -> Tensor:
-        shared = self.ranks.copied(maps)
+        shared = self.model_group.copy(maps)
         branch = self.act1(self.norm1(self.conv1(shared)))
         branch = self.act2(self.norm2(self.conv2(branch)))
-        branch, skip = _summed_together(self.ranks, self.conv3, branch, self.shortcut, shared)
+        branch, skip = _reduce_both(self.model_group, self.conv3, branch, self.shortcut, shared)
         return self.act3(self.norm3(branch) + skip)
 
 
 class ProjectedPreActBlock(PreActBlock):
-    ranks: Ranks
+    model_group: ModelGroup
 
     def forward(self, maps: Tensor) -> Tensor:
-        shared = self.ranks.copied(self.act1(self.norm1(maps)))
+        shared = self.model_group.copy(self.act1(self.norm1(maps)))
         branch = self.dropout(self.act2(self.norm2(self.conv1(shared))))
-        return _sum_of_both(self.ranks, self.conv2, branch, self.shortcut, shared)
+        return _reduce_sum(self.model_group, self.conv2, branch, self.shortcut, shared)
 
 
 class ProjectedPreActBottleneck(PreActBottleneck):
-    ranks: Ranks
+    model_group: ModelGroup
 
     def forward(self, maps: Tensor) -> Tensor:
-        shared = self.ranks.copied(self.act1(self.norm1(maps)))
+        shared = self.model_group.copy(self.act1(self.norm1(maps)))
         branch = self.act2(self.norm2(self.conv1(shared)))
         branch = self.dropout(self.act3(self.norm3(self.conv2(branch))))
-        return _sum_of_both(self.ranks, self.conv3, branch, self.shortcut, shared)
+        return _reduce_sum(self.model_group, self.conv3, branch, self.shortcut, shared)
 
 
-def _summed_together(
-    ranks: Ranks, conv: nn.Module, branch: Tensor, shortcut: nn.Module | None, shared: Tensor
+def _reduce_both(
+    model_group: ModelGroup, conv: nn.Module, branch: Tensor, shortcut: nn.Module | None, shared: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The outputs of `conv` and of the shortcut (a convolution and its norm), by one sum over ranks."""
+    """Returns the outputs of `conv` and of the shortcut (a convolution and its norm), with one all-reduce for both."""
     assert shortcut is not None
     projection, norm = shortcut.children()
     assert isinstance(conv, InputSplitConv2d) and isinstance(projection, InputSplitConv2d)
-    both = [_own_product(conv, branch, ranks), projection.partial(_own(shared, ranks))]
-    total, skip = ranks.summed(torch.cat(both, dim=1)).chunk(2, dim=1)
-    return conv.finished(total), norm(projection.finished(skip))
+    # Concatenated, not added: the norm of the shortcut needs the projection's output separately.
+    both = [_partial_output(conv, branch, model_group), projection.partial_output(_local_slice(shared, model_group))]
+    total, skip = model_group.reduce(torch.cat(both, dim=1)).chunk(2, dim=1)
+    return conv.add_bias(total), norm(projection.add_bias(skip))
 
 
-def _sum_of_both(ranks: Ranks, conv: nn.Module, branch: Tensor, projection: nn.Module, shared: Tensor) -> Tensor:
+def _reduce_sum(
+    model_group: ModelGroup, conv: nn.Module, branch: Tensor, projection: nn.Module, shared: Tensor
+) -> Tensor:
     assert isinstance(conv, InputSplitConv2d) and isinstance(projection, InputSplitConv2d)
-    total = ranks.summed(_own_product(conv, branch, ranks) + projection.partial(_own(shared, ranks)))
-    return projection.finished(conv.finished(total))
+    partial = _partial_output(conv, branch, model_group)
+    total = model_group.reduce(partial + projection.partial_output(_local_slice(shared, model_group)))
+    return projection.add_bias(conv.add_bias(total))
 
 
-def _own_product(conv: InputSplitConv2d, branch: Tensor, ranks: Ranks) -> Tensor:
-    return conv.partial(ranks.part(branch) if conv.cuts else branch)
+def _partial_output(conv: InputSplitConv2d, branch: Tensor, model_group: ModelGroup) -> Tensor:
+    return conv.partial_output(model_group.scatter(branch) if conv.scatter_input else branch)
 
 
-def _own(shared: Tensor, ranks: Ranks) -> Tensor:
-    """The rank's part of what `Ranks.copied` gave: the gradients of the parts are added up there."""
-    return shared[:, ranks.own(shared.shape[1])]
+def _local_slice(shared: Tensor, model_group: ModelGroup) -> Tensor:
+    # A plain slice, not `scatter`: `ModelGroup.copy` before it sums the gradients of all ranks already.
+    return shared[:, model_group.local_slice(shared.shape[1])]
 
 
 PROJECTED: dict[type[nn.Module], type[nn.Module]] = {
@@ -173,18 +181,18 @@ PROJECTED: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def become(module: nn.Module, kind: type[nn.Module], **attributes: object) -> None:
-    """Makes `module` one of a subclass in place: its tensors, names and hooks stay."""
+def convert(module: nn.Module, kind: type[nn.Module], **attributes: object) -> None:
+    """Turns `module` into an instance of a subclass in place; tensors, names and hooks stay."""
     for name, value in attributes.items():
         setattr(module, name, value)
     module.__class__ = kind
 
 
-def before(module: nn.Module, action: Callable[[Tensor], Tensor]) -> None:
-    """Has the input of `module` go through `action` first."""
+def transform_input(module: nn.Module, action: Callable[[Tensor], Tensor]) -> None:
+    """Applies `action` to the input of every forward of `module`."""
     module.register_forward_pre_hook(lambda _, inputs: (action(inputs[0]),))
 
 
-def behind(module: nn.Module, action: Callable[[Tensor], Tensor]) -> None:
-    """Has the output of `module` go through `action`."""
+def transform_output(module: nn.Module, action: Callable[[Tensor], Tensor]) -> None:
+    """Applies `action` to the output of every forward of `module`."""
     module.register_forward_hook(lambda _, __, output: action(output))

@@ -1,5 +1,7 @@
-"""Batch norm across ranks: over the global batch (on CPUs, too, where torch's SyncBatchNorm cannot train), or with
-running statistics that are averaged."""
+"""Batch norm across ranks: synchronized over the global batch, or with averaged running statistics.
+
+torch's SyncBatchNorm supports GPUs only; `SyncBatchNorm` here is for the other devices.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,15 +17,15 @@ _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class SyncBatchNorm(_BatchNorm):
-    """`BatchNorm1d/2d/3d` whose batch is that of all ranks: exact for unequal and for empty parts of it.
+    """`BatchNorm1d/2d/3d` over the global batch; exact for unequal and empty shards.
 
-    Inputs [b, C, ...], b this rank's samples. All ranks have to come here in training. State and evaluation are those
-    of torch's batch norm. In its backward, too, all ranks meet: gradients by the input are those of the global batch,
-    those by weight and bias are this rank's share of them, as for any other layer. `group`: the ranks, where not all.
+    Inputs [b, C, ...], with b local samples. All ranks call forward and backward together in training. State and
+    evaluation are those of torch's batch norm. Gradients with respect to the input are those of the global batch; those
+    with respect to weight and bias are this rank's terms of the sum, as for any other layer. `group`: None: all ranks.
     """
 
     def __init__(self, norm: _BatchNorm, group: distributed.ProcessGroup | None = None) -> None:
-        """Takes the parameters and buffers of `norm` themselves, not copies."""
+        """Shares the parameters and buffers of `norm`."""
         super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
         self.weight, self.bias = norm.weight, norm.bias
         self.running_mean, self.running_var = norm.running_mean, norm.running_var
@@ -37,17 +39,17 @@ class SyncBatchNorm(_BatchNorm):
 
     def forward(self, inputs: Tensor) -> Tensor:
         self._check_input_dim(inputs)
-        alone = not distributed.is_initialized() or distributed.get_world_size(self.group) == 1
-        if alone or not (self.training or self.running_mean is None):
+        is_single = not distributed.is_initialized() or distributed.get_world_size(self.group) == 1
+        if is_single or not (self.training or self.running_mean is None):
             return super().forward(inputs)
         outputs, mean, variance, count = _Normalize.apply(inputs, self.weight, self.bias, self.eps, self.group)
         if self.training and self.track_running_stats:
-            self._track(mean, variance, count)
+            self._update_running_statistics(mean, variance, count)
         return outputs
 
     @torch.no_grad()
-    def _track(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
-        """Running averages of the mean and of the unbiased variance, as torch's."""
+    def _update_running_statistics(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
+        # As in torch: the batch is normalized by the biased variance, but the running average is of the unbiased one.
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
         factor = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
@@ -57,15 +59,16 @@ class SyncBatchNorm(_BatchNorm):
 
 
 def moments(values: Tensor, group: distributed.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and variance [C], and count [], of the values [b, C, ...] of all ranks, of which some may have none.
+    """Returns mean [C], variance [C] and count [] of the values [b, C, ...] of all ranks; b may be 0.
 
-    Merged as in Chan, Golub & LeVeque 1983, equation 2.1.
+    Each rank's mean and sum of squared deviations are merged as in Chan, Golub & LeVeque 1983, equation 2.1: the
+    difference E[x^2] - E[x]^2 would lose digits where the mean is far from zero.
     """
-    channels, own = values.shape[1], values.numel() // values.shape[1]
+    channels, local_count = values.shape[1], values.numel() // values.shape[1]
     sums = values.new_zeros(2 * channels + 1)
-    if own:
+    if local_count:
         variance, mean = torch.var_mean(values, [0, *range(2, values.ndim)], correction=0)
-        sums[:channels], sums[channels:-1], sums[-1] = mean, variance * own, own
+        sums[:channels], sums[channels:-1], sums[-1] = mean, variance * local_count, local_count
     gathered = sums.new_empty(distributed.get_world_size(group) * len(sums))
     distributed.all_gather_into_tensor(gathered, sums, group=group)
     gathered = gathered.view(-1, len(sums))
@@ -87,7 +90,7 @@ class _Normalize(torch.autograd.Function):
         eps: float,
         group: distributed.ProcessGroup | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        values = inputs.to(torch.promote_types(inputs.dtype, torch.float32))  # bf16 has too few digits for sums
+        values = inputs.to(torch.promote_types(inputs.dtype, torch.float32))  # bf16 is too coarse for sums
         mean, variance, count = moments(values, group)
         scale = torch.rsqrt(variance + eps)
         shape = (1, len(mean), *(1 for _ in inputs.shape[2:]))
@@ -108,27 +111,29 @@ class _Normalize(torch.autograd.Function):
         shape = (1, channels, *(1 for _ in axes[1:]))
         gradient = gradient.to(mean.dtype)
         normalized = (inputs.to(mean.dtype) - mean.view(shape)) * scale.view(shape)
-        by_bias, by_weight = gradient.sum(axes), (gradient * normalized).sum(axes)
-        sums = torch.cat([by_bias, by_weight])
+        bias_grad, weight_grad = gradient.sum(axes), (gradient * normalized).sum(axes)
+        # The input gradient needs both sums over the global batch; weight and bias gradients stay local terms.
+        sums = torch.cat([bias_grad, weight_grad])
         distributed.all_reduce(sums, group=ctx.group)
         mean_gradient, mean_product = sums[:channels] / count, sums[channels:] / count
         gain = scale if weight is None else scale * weight
-        by_inputs = (gradient - mean_gradient.view(shape) - normalized * mean_product.view(shape)) * gain.view(shape)
+        input_grad = (gradient - mean_gradient.view(shape) - normalized * mean_product.view(shape)) * gain.view(shape)
+        input_grad = input_grad.to(inputs.dtype)
         if weight is None:
-            return by_inputs.to(inputs.dtype), None, None, None, None
-        return by_inputs.to(inputs.dtype), by_weight.to(weight.dtype), by_bias.to(weight.dtype), None, None
+            return input_grad, None, None, None, None
+        return input_grad, weight_grad.to(weight.dtype), bias_grad.to(weight.dtype), None, None
 
 
 def synchronize(module: nn.Module, device: torch.device, group: distributed.ProcessGroup | None = None) -> None:
-    """Replaces the batch norms within `module` by synchronized ones: torch's on a GPU, the one above elsewhere.
+    """Replaces the batch norms in `module` by synchronized ones: torch's on a GPU, `SyncBatchNorm` elsewhere.
 
-    `group`: the ranks, where not all. Raises `UserError` for kinds that normalize by something else than the batch of
-    the device (ghost batch norm).
+    `group`: None: all ranks. Raises `UserError` for norms over other batches than the device's (ghost batch norm).
     """
-    for name, each in module.named_modules():
-        if isinstance(each, _BatchNorm) and type(each) not in (*_PLAIN, SyncBatchNorm, nn.SyncBatchNorm):
+    for name, norm in module.named_modules():
+        if isinstance(norm, _BatchNorm) and type(norm) not in (*_PLAIN, SyncBatchNorm, nn.SyncBatchNorm):
             raise UserError(
-                f"parallel.sync_batchnorm=true: {name} is a {type(each).__name__}, which has batches of its own"
+                f"parallel.sync_batchnorm=true: {name} is a {type(norm).__name__}, which cannot be synchronized; set "
+                "parallel.sync_batchnorm=false or model.norm_ghost_batch=null"
             )
     if device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(module, group)
@@ -144,13 +149,12 @@ def synchronize(module: nn.Module, device: torch.device, group: distributed.Proc
 def buffer_averaging(
     model: nn.Module, size: int, group: distributed.ProcessGroup | None = None
 ) -> Callable[[], None] | None:
-    """Returns a hook that averages the running statistics of unsynchronized batch norms over the `size` processes of
-    the group; None where there are none.
+    """Returns a hook that averages the running statistics of unsynchronized batch norms over the group's `size` ranks.
 
-    Call it after every update. The statistics are linear in those of the batches, so averaging them less often would
-    change them by rounding only; but then a run that was interrupted between two averages would differ from one that
-    was not. (DistributedDataParallel's default is to broadcast rank 0's statistics before each forward.)
+    None if there are none. (DDP's default is to broadcast rank 0's statistics before each forward.)
     """
+    # Called after every update. Running statistics are linear in the batch statistics, so averaging less often would
+    # change them by rounding only; but then an interrupted run would not be bitwise identical to an uninterrupted one.
     synchronized = (SyncBatchNorm, nn.SyncBatchNorm)
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and not isinstance(m, synchronized)]
     both = [b for norm in norms if norm.track_running_stats for b in (norm.running_mean, norm.running_var)]

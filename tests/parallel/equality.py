@@ -1,4 +1,4 @@
-"""Runs of several processes against runs of one, in fp64."""
+"""Compares distributed runs with single-process runs, in fp64."""
 
 import json
 import math
@@ -24,28 +24,28 @@ RESNET = [
 MLP = [*BASE, "model=mlp", "model.widths=[12]", "model.dropout=0.3"]
 
 Cases = dict[str, tuple[list[str], list[str]]]
-"""By name: overrides of both runs, overrides of the distributed one."""
+"""By name: (overrides of both runs, additional overrides of the distributed run)."""
 
 
 def run_all(folder: str, cases: Cases) -> None:
-    """In each rank: the runs one after the other."""
-    for name, (both, own) in cases.items():
-        summary = train(Run(experiment(*both, *own), Path(folder) / name), console=False)
+    """Runs all cases; called on all ranks."""
+    for name, (overrides, distributed) in cases.items():
+        summary = train(Run(experiment(*overrides, *distributed), Path(folder) / name), console=False)
         assert summary["status"] in ("finished", "stopped_early")
         rendezvous.leave()
 
 
-def figures(line: dict[str, Any]) -> dict[str, float]:
+def metric_values(line: dict[str, Any]) -> dict[str, float]:
     return {key: value for key, value in line.items() if key.startswith(("train_", "val_"))}
 
 
-def assert_equal(single: Path, several: Path, tolerance: float = 1e-9) -> None:
-    one, many = metrics(single), metrics(several)
-    assert len(one) == len(many) > 0
-    for a, b in zip(one, many, strict=True):
+def assert_equal(single: Path, distributed_folder: Path, tolerance: float = 1e-9) -> None:
+    expected, actual = metrics(single), metrics(distributed_folder)
+    assert len(expected) == len(actual) > 0
+    for a, b in zip(expected, actual, strict=True):
         assert a["step"] == b["step"]
-        assert figures(b) == pytest.approx(figures(a), rel=tolerance), (single, a["epoch"])
-    ends = [json.loads((folder / "summary.json").read_text()) for folder in (single, several)]
+        assert metric_values(b) == pytest.approx(metric_values(a), rel=tolerance), (single, a["epoch"])
+    ends = [json.loads((folder / "summary.json").read_text()) for folder in (single, distributed_folder)]
     for key in ("test_loss", "test_accuracy", "best_val_loss", "best_epoch", "steps"):
         assert ends[1][key] == pytest.approx(ends[0][key], rel=tolerance)
     assert ends[1]["processes"] > 1
@@ -53,7 +53,7 @@ def assert_equal(single: Path, several: Path, tolerance: float = 1e-9) -> None:
 
 
 def compare(tmp_path: Path, processes: int, cases: Cases) -> None:
-    run_ranks("tests.parallel.equality:run_all", processes, tmp_path, str(tmp_path / "several"), cases)
-    for name, (both, _) in cases.items():
-        start(tmp_path / "single" / name, *both)
-        assert_equal(tmp_path / "single" / name, tmp_path / "several" / name)
+    run_ranks("tests.parallel.equality:run_all", processes, tmp_path, str(tmp_path / "distributed"), cases)
+    for name, (overrides, _) in cases.items():
+        start(tmp_path / "single" / name, *overrides)
+        assert_equal(tmp_path / "single" / name, tmp_path / "distributed" / name)

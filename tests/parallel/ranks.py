@@ -1,6 +1,6 @@
-"""Several processes of one test: each calls the same function of a test module, with its rank known to dlopt.
+"""Calls a function of a test module in several processes, with the rank in the environment that dlopt reads.
 
-Run as a script it is one of them.
+As a script: one of these processes.
 """
 
 import importlib
@@ -15,12 +15,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_ranks(function: str, processes: int, folder: Path, *arguments: Any) -> list[str]:
-    """Calls `module:name` in so many processes and returns what each printed. Fails when one fails."""
+    """Calls `module:name` in `processes` processes and returns their outputs. Fails if any of them fails."""
     folder.mkdir(parents=True, exist_ok=True)
     environment = {
         **os.environ,
         "DLOPT_PROCESSES": str(processes),
-        "DLOPT_STORE": str(folder / "meeting"),
+        "DLOPT_STORE": str(folder / "store"),
         "PYTHONPATH": str(ROOT),
     }
     command = [sys.executable, __file__, function, json.dumps(arguments)]

@@ -1,4 +1,4 @@
-"""Where a model is cut into stages."""
+"""Partitioning a model into pipeline stages."""
 
 import itertools
 import re
@@ -11,7 +11,18 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dlopt.errors import UserError
-from dlopt.parallel.chain import Form, Link, balanced, by_hand, check_owners, divided, links, look, measure, spans
+from dlopt.parallel.chain import (
+    ActivationSpec,
+    ChainLayer,
+    balance,
+    check_tied_weights,
+    divide_cores,
+    flatten,
+    named_starts,
+    stage_slices,
+    time_layers,
+    trace,
+)
 
 
 def net() -> nn.Sequential:
@@ -23,73 +34,73 @@ def net() -> nn.Sequential:
 
 
 @given(st.lists(st.floats(0.01, 10.0), min_size=1, max_size=8), st.data())
-def test_the_slowest_stage_is_as_fast_as_can_be(seconds: list[float], data: st.DataObject) -> None:
+def test_balance_minimizes_the_slowest_stage(seconds: list[float], data: st.DataObject) -> None:
     stages = data.draw(st.integers(1, len(seconds)))
 
     def slowest(starts: list[int]) -> float:
-        return max(sum(seconds[span]) for span in spans(starts, len(seconds)))
+        return max(sum(seconds[layers]) for layers in stage_slices(starts, len(seconds)))
 
-    found = balanced(seconds, stages)
-    assert found[0] == 0 and len(found) == stages and found == sorted(set(found))
-    every = [[0, *rest] for rest in itertools.combinations(range(1, len(seconds)), stages - 1)]
-    assert slowest(found) == pytest.approx(min(map(slowest, every)), rel=1e-12)
+    starts = balance(seconds, stages)
+    assert starts[0] == 0 and len(starts) == stages and starts == sorted(set(starts))
+    all_starts = [[0, *rest] for rest in itertools.combinations(range(1, len(seconds)), stages - 1)]
+    assert slowest(starts) == pytest.approx(min(map(slowest, all_starts)), rel=1e-12)
 
 
-def test_the_layers_are_called_in_order() -> None:
+def test_flattened_layers_are_in_call_order() -> None:
     model = net().eval()
-    chain = links(model, 2)
-    assert [link.name for link in chain] == ["0.0", "0.1", "0.2", "1.0", "1.1.0", "1.1.1", "2"]
+    chain = flatten(model, 2)
+    assert [layer.name for layer in chain] == ["0.0", "0.1", "0.2", "1.0", "1.1.0", "1.1.1", "2"]
     values = inputs = torch.randn(3, 1, 4, 4)
-    for link in chain:
-        values = link.layer(values)
+    for layer in chain:
+        values = layer.module(values)
     assert torch.equal(values, model(inputs))
 
 
-def test_looking_leaves_no_trace() -> None:
+def test_trace_and_timing_leave_the_model_unchanged() -> None:
     model = net().train()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    chain = links(model, 2)
+    state_before = {name: value.clone() for name, value in model.state_dict().items()}
+    chain = flatten(model, 2)
     inputs = torch.randn(3, 1, 4, 4).contiguous(memory_format=torch.channels_last)
-    look(chain, inputs, nullcontext)
-    assert len(measure(chain, inputs, nullcontext)) == len(chain)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    trace(chain, inputs, nullcontext)
+    assert len(time_layers(chain, inputs, nullcontext)) == len(chain)
+    assert all(torch.equal(value, state_before[name]) for name, value in model.state_dict().items())
     assert all(module.training for module in model.modules())
     assert all(p.grad is None for p in model.parameters())
-    assert [link.output and link.output.shape for link in chain] == [(4, 2, 2)] * 3 + [(16,), (8,), (8,), (2,)]
-    assert [len(link.draws) for link in chain] == [0, 0, 1, 0, 0, 0, 0]
+    assert [layer.output and layer.output.shape for layer in chain] == [(4, 2, 2)] * 3 + [(16,), (8,), (8,), (2,)]
+    assert [len(layer.dropouts) for layer in chain] == [0, 0, 1, 0, 0, 0, 0]
 
 
-def test_a_form_gives_a_tensor_its_order_back() -> None:
+def test_activation_spec_restores_memory_order() -> None:
     tensor = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
-    arranged = Form.of(tensor).arranged(tensor.contiguous())
-    assert torch.equal(arranged, tensor) and arranged.stride() == tensor.stride()
+    arrange = ActivationSpec.of(tensor).restore_order(tensor.contiguous())
+    assert torch.equal(arrange, tensor) and arrange.stride() == tensor.stride()
 
 
-def test_cores_follow_the_work() -> None:
-    assert divided(8, [0.25, 0.75]) == [2, 6]
-    assert divided(2, [0.1, 0.9]) == [1, 1]
-    assert divided(1, [0.5, 0.5]) == [1, 1], "no process can do without"
-    assert divided(16, [0.5, 0.3, 0.2]) == [8, 5, 3]
+def test_cores_are_divided_in_proportion() -> None:
+    assert divide_cores(8, [0.25, 0.75]) == [2, 6]
+    assert divide_cores(2, [0.1, 0.9]) == [1, 1]
+    assert divide_cores(1, [0.5, 0.5]) == [1, 1], "at least one core per stage"
+    assert divide_cores(16, [0.5, 0.3, 0.2]) == [8, 5, 3]
 
 
-def test_by_hand() -> None:
-    chain = links(net(), 3)
-    assert by_hand(["1", "2"], chain, 3) == [0, 3, 6]
-    assert by_hand(["0.1", "1.1"], chain, 3) == [0, 1, 4]
+def test_stages_start_at_named_layers() -> None:
+    chain = flatten(net(), 3)
+    assert named_starts(["1", "2"], chain, 3) == [0, 3, 6]
+    assert named_starts(["0.1", "1.1"], chain, 3) == [0, 1, 4]
 
 
 @pytest.mark.parametrize(
     ("split", "message"),
     [
-        (["1"], "parallel.split=[1]: 3 processes need 2 names of layers"),
-        (["1", "9"], "parallel.split=[1,9]: there is no layer 9; allowed: 0.1, 0.2, 1.0,"),
-        (["2", "1"], "parallel.split=[2,1]: 1 does not come behind"),
-        (["0", "1"], "parallel.split=[0,1]: 0 does not come behind"),
+        (["1"], "parallel.split=[1]: 3 processes need 2 names"),
+        (["1", "9"], "parallel.split=[1,9]: no layer 9; allowed: 0.1, 0.2, 1.0,"),
+        (["2", "1"], "parallel.split=[2,1]: 1 must come after"),
+        (["0", "1"], "parallel.split=[0,1]: 0 must come after"),
     ],
 )
-def test_wrong_splits(split: list[str], message: str) -> None:
+def test_invalid_splits_raise(split: list[str], message: str) -> None:
     with pytest.raises(UserError, match=f"^{re.escape(message)}[^\n]*$"):
-        by_hand(split, links(net(), 3), 3)
+        named_starts(split, flatten(net(), 3), 3)
 
 
 class Pair(nn.Module):
@@ -97,20 +108,20 @@ class Pair(nn.Module):
         return inputs, inputs
 
 
-def test_what_cannot_be_cut() -> None:
+def test_unsupported_models_raise() -> None:
     with pytest.raises(
-        UserError, match=r"^parallel=pipeline: 8 processes, and the model has only 7 layers; start fewer$"
+        UserError, match=r"^parallel=pipeline: 8 processes, but the model has only 7 layers; start fewer processes$"
     ):
-        links(net(), 8)
-    with pytest.raises(UserError, match=r"^parallel=pipeline: Pair is no sequence of layers"):
-        links(Pair(), 2)
-    with pytest.raises(UserError, match=r"^parallel=pipeline: the layer 0 gives something else than one tensor"):
-        look(links(nn.Sequential(Pair(), nn.ReLU()), 2), torch.ones(1), nullcontext)
+        flatten(net(), 8)
+    with pytest.raises(UserError, match=r"^parallel=pipeline: Pair is not a sequence of layers"):
+        flatten(Pair(), 2)
+    with pytest.raises(UserError, match=r"^parallel=pipeline: layer 0 does not return a single tensor"):
+        trace(flatten(nn.Sequential(Pair(), nn.ReLU()), 2), torch.ones(1), nullcontext)
 
 
-def test_tied_weights_stay_together() -> None:
+def test_tied_weights_across_stages_raise() -> None:
     tied = nn.Linear(2, 2)
-    chain = [Link("a", tied), Link("b", nn.ReLU()), Link("c", nn.Sequential(tied))]
-    check_owners([chain])
+    chain = [ChainLayer("a", tied), ChainLayer("b", nn.ReLU()), ChainLayer("c", nn.Sequential(tied))]
+    check_tied_weights([chain])
     with pytest.raises(UserError, match=r"^parallel=pipeline: c shares weights"):
-        check_owners([chain[:2], chain[2:]])
+        check_tied_weights([chain[:2], chain[2:]])

@@ -1,4 +1,4 @@
-"""The two-column AlexNet on two ranks, and what it costs to send against other splits of the same net."""
+"""The two-column AlexNet on two ranks, and its traffic compared with parallel=filter on the same model."""
 
 import copy
 import re
@@ -10,47 +10,47 @@ import torch
 from dlopt.analysis.bench.communication import Traffic
 from dlopt.errors import UserError
 from dlopt.parallel.columns import split_columns
-from dlopt.parallel.dropout import Place, make_global
+from dlopt.parallel.dropout import CurrentShard, replace_dropout
 from dlopt.parallel.filter import split_filters
-from tests.parallel.models import SHAPE, build, joined, passed, unusual
+from tests.parallel.models import SHAPE, build, join_all, randomized, train_step
 from tests.parallel.ranks import run_ranks
-from tests.parallel.test_filter import Three
+from tests.parallel.test_filter import RankOfThree
 
 ALEXNET = ["model=two_column_alexnet", "model.hidden=32", "model.norm=batch"]
 
 
-def columns_against_the_whole_net() -> None:
-    ranks = joined()
-    whole = unusual(build(*ALEXNET))
-    own, filters = copy.deepcopy(whole), copy.deepcopy(whole)
+def columns_match_single_process() -> None:
+    model_group = join_all()
+    full = randomized(build(*ALEXNET))
+    split, filters = copy.deepcopy(full), copy.deepcopy(full)
     inputs = torch.randn(6, *SHAPE, generator=torch.Generator().manual_seed(3)).double()
-    split_columns(own, SHAPE, ranks)
-    make_global(own, Place())
-    expected = passed(whole, inputs)
-    with Traffic() as few:
-        found = passed(own, inputs)
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
-    parameters = dict(whole.named_parameters())
-    mine = {name: p for name, p in own.named_parameters() if not p.is_meta}
-    assert {name for name in parameters if f"columns.{ranks.rank}." in name} <= set(mine)
-    assert ("head.weight" in mine) == (ranks.rank == 0)
-    for name, parameter in mine.items():
+    split_columns(split, SHAPE, model_group)
+    replace_dropout(split, CurrentShard())
+    expected = train_step(full, inputs)
+    with Traffic() as columns_traffic:
+        outputs = train_step(split, inputs)
+    torch.testing.assert_close(outputs, expected, rtol=1e-10, atol=1e-10)
+    parameters = dict(full.named_parameters())
+    held = {name: p for name, p in split.named_parameters() if not p.is_meta}
+    assert {name for name in parameters if f"columns.{model_group.rank}." in name} <= set(held)
+    assert ("head.weight" in held) == (model_group.rank == 0)
+    for name, parameter in held.items():
         torch.testing.assert_close(parameter.grad, parameters[name].grad, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(own.eval()(inputs), whole.eval()(inputs), rtol=1e-10, atol=1e-10)
-    plan = split_filters(filters, SHAPE, ranks)
-    make_global(filters, Place(), plan.dropouts)
-    with Traffic() as many:
-        passed(filters, inputs)
+    torch.testing.assert_close(split.eval()(inputs), full.eval()(inputs), rtol=1e-10, atol=1e-10)
+    plan = split_filters(filters, SHAPE, model_group)
+    replace_dropout(filters, CurrentShard(), plan.dropouts)
+    with Traffic() as filter_traffic:
+        train_step(filters, inputs)
     # By hand: each rank's half of 256 maps of 2x2, of 256 features and of 32 (twice: hidden and last), there and back;
-    # the logits' way is counted on both ranks.
+    # the broadcast of the logits is counted on both ranks.
     halves = [128 * 2 * 2, 128 * 1 * 1, 16]
-    assert few.sent <= 8 * 6 * (2 * sum(halves) + 16 + 10)
-    assert few.sent >= 8 * 6 * 2 * sum(halves)
-    assert few.sent < many.sent / 5, (few.sent, many.sent)
+    assert columns_traffic.sent <= 8 * 6 * (2 * sum(halves) + 16 + 10)
+    assert columns_traffic.sent >= 8 * 6 * 2 * sum(halves)
+    assert columns_traffic.sent < filter_traffic.sent / 5, (columns_traffic.sent, filter_traffic.sent)
 
 
-def test_columns_compute_what_the_net_does_and_send_little(tmp_path: Path) -> None:
-    run_ranks("tests.parallel.test_columns:columns_against_the_whole_net", 2, tmp_path)
+def test_columns_match_single_process_with_little_traffic(tmp_path: Path) -> None:
+    run_ranks("tests.parallel.test_columns:columns_match_single_process", 2, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -58,14 +58,14 @@ def test_columns_compute_what_the_net_does_and_send_little(tmp_path: Path) -> No
     [
         (
             ["model=resnet20"],
-            "parallel=columns: the model is a CifarResNet, which has no columns; use ",
+            "parallel=columns: CifarResNet has no columns; use ",
         ),
         (
             ALEXNET,
-            "parallel=columns: the model has 2 columns, one for each process, and there are 3 processes",
+            "parallel=columns: 2 columns need as many processes, but there are 3; start 2",
         ),
     ],
 )
-def test_wrong_set_ups_get_one_line(overrides: list[str], message: str) -> None:
+def test_unsupported_setups_raise_one_line(overrides: list[str], message: str) -> None:
     with pytest.raises(UserError, match=f"^{re.escape(message)}"):
-        split_columns(build(*overrides), SHAPE, Three())
+        split_columns(build(*overrides), SHAPE, RankOfThree())

@@ -1,4 +1,4 @@
-"""Runs of several processes against runs of one, in fp64."""
+"""DDP runs against single-process runs, in fp64."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from dlopt.parallel import rendezvous
 from dlopt.parallel.ddp import data_parallel
 from dlopt.training.checkpoint import Checkpoints
 from dlopt.training.trainer import Run, train
-from tests.parallel.equality import MLP, RESNET, Cases, compare, figures
+from tests.parallel.equality import MLP, RESNET, Cases, compare, metric_values
 from tests.parallel.ranks import ROOT, run_ranks
 from tests.training.runs import at_update, experiment, metrics, resume, start, terminate
 
@@ -26,7 +26,7 @@ CASES: Cases = {
     "last batch of two": ([*RESNET, "data.batch_size=47", "steps=6"], SYNC_DDP),
     "accumulation": ([*RESNET, "data.batch_size=35", "accumulate=3", "steps=5"], SYNC_DDP),
     "mixing": ([*MLP, "augmentation=cutmix", "data.batch_size=31", "epochs=2"], SYNC_DDP),
-    "no norm, empty shares": ([*MLP, "model.norm=none", "data.batch_size=19", "epochs=3"], DDP),
+    "no norm, empty shards": ([*MLP, "model.norm=none", "data.batch_size=19", "epochs=3"], DDP),
     "exact statistics": ([*MLP, "norm_statistics=exact", "data.batch_size=32", "epochs=2"], SYNC_DDP),
     "average, clipping": (
         [*MLP, "ema=0.9", "clip=norm", "clip.max_norm=0.1", "data.batch_size=32", "epochs=2"],
@@ -42,8 +42,8 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_four_processes_equal_one_with_empty_shares(tmp_path: Path) -> None:
-    names = ["last batch of two", "no norm, empty shares"]
+def test_four_processes_equal_one_with_empty_shards(tmp_path: Path) -> None:
+    names = ["last batch of two", "no norm, empty shards"]
     compare(tmp_path, 4, {name: CASES[name] for name in names})
 
 
@@ -59,7 +59,7 @@ CURVATURE = {"newton", "newton_cg"}
 
 
 def hessian_vector_products(folder: str) -> None:
-    """In each rank."""
+    """Called on all ranks."""
     for choice in sorted(CURVATURE):
         with pytest.raises(
             UserError, match=r"^parallel=ddp: \w+ needs Hessian-vector products, .*; use parallel=single"
@@ -70,7 +70,7 @@ def hessian_vector_products(folder: str) -> None:
 
 @pytest.mark.slow
 def test_every_optimizer(tmp_path: Path) -> None:
-    """Without batch norm, behind which some gradients are zero but for rounding, whose sign some would follow."""
+    """Without batch norm: some gradients before it are zero up to rounding, and some optimizers follow their sign."""
     both = [*MLP, "model.norm=none", "model.dropout=0", "data.batch_size=35", "epochs=1"]
     rate = {choice: [f"optimizer={choice}", "optimizer.lr=0.01"] for choice in CHOICES}
     cases: Cases = {choice: ([*both, *rate[choice]], DDP) for choice in CHOICES if choice not in CURVATURE}
@@ -88,30 +88,30 @@ def test_compressed_gradients_train(tmp_path: Path, compression: str) -> None:
     assert losses[-1] < 0.7 * losses[0]
 
 
-def interrupted_and_resumed(folder: str, left_by_one: str, overrides: list[str]) -> None:
-    """In each rank: a run that only rank 1 is asked to stop, then one that a single process has left."""
+def interrupt_and_resume(folder: str, left_by_one: str, overrides: list[str]) -> None:
+    """Called on all ranks: a run that only rank 1 is requested to stop, then the run that a single process left."""
     lines = [*overrides, "parallel=ddp", SYNC]
     rank = int(os.environ["DLOPT_RANK"])
     with at_update(5, terminate if rank == 1 else lambda: None):
         summary = start(Path(folder), *lines)
-    assert (summary["status"], summary["steps"]) == ("interrupted", 6)  # told with the next loss
+    assert (summary["status"], summary["steps"]) == ("interrupted", 6)  # synchronized with the next loss
     rendezvous.leave()
     state = Checkpoints(Path(left_by_one) / "checkpoints").load_newest() if rank == 0 else None
     train(Run(experiment(*lines), Path(left_by_one), state), console=False)
     rendezvous.leave()
 
 
-def test_stopped_together_and_resumed_in_the_other_mode(tmp_path: Path) -> None:
+def test_ranks_stop_together_and_runs_resume_in_the_other_mode(tmp_path: Path) -> None:
     case = [*MLP, "augmentation=crop_flip", "data.batch_size=35", "epochs=4", "ema=0.9"]
     start(tmp_path / "whole", *case)
     with at_update(5, terminate):
         start(tmp_path / "one", *case)
     both = str(tmp_path / "two"), str(tmp_path / "one")
-    run_ranks("tests.parallel.test_ddp:interrupted_and_resumed", 2, tmp_path, *both, case)
+    run_ranks("tests.parallel.test_ddp:interrupt_and_resume", 2, tmp_path, *both, case)
     resume(tmp_path / "two", *case)
     for folder, step in zip(both, (6, 5), strict=True):
         for a, b in zip(metrics(tmp_path / "whole"), metrics(Path(folder)), strict=True):
-            assert figures(b) == pytest.approx(figures(a), rel=1e-9)
+            assert metric_values(b) == pytest.approx(metric_values(a), rel=1e-9)
         assert json.loads((Path(folder) / "summary.json").read_text())["resumed_from"] == [step]
 
 
@@ -126,11 +126,13 @@ ARGUMENTS: dict[str, Any] = {
     ("arguments", "message"),
     [
         ({"processes": 3}, "parallel.processes=3: torchrun started 2 processes"),
-        ({"static_graph": True, "accumulate": 2}, "parallel.static_graph=true: not with accumulate=2"),
-        ({"device": torch.device("mps")}, "parallel=ddp: not on mps"),
+        ({"static_graph": True, "accumulate": 2}, "parallel.static_graph=true: not supported with accumulate=2"),
+        ({"device": torch.device("mps")}, "parallel=ddp: device=mps is not supported"),
     ],
 )
-def test_wrong_set_ups_get_one_line(arguments: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_setups_raise_one_line(
+    arguments: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match=f"^{re.escape(message)}"):
@@ -149,7 +151,7 @@ def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_unequal_parts_without_synchronized_batch_norm_are_refused(tmp_path: Path) -> None:
+def test_shard_of_one_sample_without_synchronized_batch_norm_is_refused(tmp_path: Path) -> None:
     case: Cases = {"run": ([*MLP, "model.norm=batch", "data.batch_size=19", "epochs=1"], DDP)}  # a last batch of one
     with pytest.raises(AssertionError, match=r"parallel\.sync_batchnorm=true"):
         run_ranks("tests.parallel.equality:run_all", 2, tmp_path, str(tmp_path), case)

@@ -1,4 +1,4 @@
-"""Models split by filters against the whole ones."""
+"""Models split by filters against the same models on one process."""
 
 import re
 from pathlib import Path
@@ -12,9 +12,9 @@ from dlopt.errors import UserError
 from dlopt.models.layers import GlobalAveragePool, Norm, NormKind
 from dlopt.models.preact import PreActBlock, PreActBottleneck
 from dlopt.models.resnet import BasicBlock, Bottleneck
-from dlopt.parallel.collectives import Ranks
+from dlopt.parallel.collectives import ModelGroup
 from dlopt.parallel.filter import Splitter, split_filters
-from tests.parallel.models import build, compare, joined
+from tests.parallel.models import build, compare, join_all
 from tests.parallel.ranks import run_ranks
 
 MODELS = {
@@ -45,7 +45,7 @@ def norm(kind: NormKind = "batch") -> Norm:
 
 
 def small_blocks() -> dict[str, nn.Module]:
-    """One net of each kind of block whose shortcut projects."""
+    """One model for each kind of block with a projection shortcut."""
     torch.manual_seed(0)
 
     def net(*blocks: nn.Module, channels: int) -> nn.Module:
@@ -76,17 +76,17 @@ def all_models(names: list[str]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "names"), [(2, list(LARGE)), (4, ["options A", "mlp", "wide", "linear"])])
-def test_ranks_compute_what_one_does(tmp_path: Path, processes: int, names: list[str]) -> None:
+def test_split_models_match_single_process(tmp_path: Path, processes: int, names: list[str]) -> None:
     run_ranks("tests.parallel.test_filter:all_models", processes, tmp_path, names)
 
 
 def collectives_of_a_block() -> None:
-    ranks = joined()
+    model_group = join_all()
     counts = []
     for name, block in small_blocks().items():
-        split_filters(block, (2, 8, 8), ranks)
+        split_filters(block, (2, 8, 8), model_group)
         maps, layer = torch.randn(3, 8, 8, 8, requires_grad=True), block[1]  # type: ignore[index]
-        layer._forward_pre_hooks.popitem()  # which gathers what the stem has split
+        layer._forward_pre_hooks.popitem()  # the hook that gathers the stem's output
         with Traffic() as forward:
             outputs = layer(maps)
         with Traffic() as backward:
@@ -101,17 +101,17 @@ def collectives_of_a_block() -> None:
     ]
 
 
-def everything() -> None:
+def run_all() -> None:
     collectives_of_a_block()
     all_models(list(MODELS))
 
 
-def test_two_ranks_compute_what_one_does_and_a_block_costs_one_collective_each_way(tmp_path: Path) -> None:
-    run_ranks("tests.parallel.test_filter:everything", 2, tmp_path)
+def test_two_ranks_match_single_process_with_one_collective_per_block_and_direction(tmp_path: Path) -> None:
+    run_ranks("tests.parallel.test_filter:run_all", 2, tmp_path)
 
 
-class Three(Ranks):
-    """The first of three ranks that send nothing."""
+class RankOfThree(ModelGroup):
+    """Rank 0 of three, without a process group."""
 
     def __init__(self) -> None:
         self.group, self.rank, self.size = None, 0, 3
@@ -122,20 +122,20 @@ class Three(Ranks):
     [
         (
             ["model=resnet20", "model.depth=8"],
-            "parallel=filter: stem.0 has 16 filters, which 3 processes cannot share evenly; use 2 or 4 or 8 or 16 p",
+            "parallel=filter: the 16 filters of stem.0 cannot be divided evenly among 3 processes; use 2 or 4 or 8",
         ),
-        (["model=mlp", "model.widths=[9,8]"], "parallel=filter: layer2.linear has 8 units, which 3 processes cannot"),
-        (["model=mlp", "model.widths=[]"], "parallel=filter: head has 128 inputs, which 3 processes cannot"),
-        (["model=vit"], "parallel=filter: embedding is a PatchEmbedding, which it does not know how to split"),
+        (["model=mlp", "model.widths=[9,8]"], "parallel=filter: the 8 units of layer2.linear cannot be"),
+        (["model=mlp", "model.widths=[]"], "parallel=filter: the 128 inputs of head cannot be"),
+        (["model=vit"], "parallel=filter: embedding is a PatchEmbedding, which is not supported"),
     ],
 )
-def test_what_cannot_be_split_gets_one_line(overrides: list[str], message: str) -> None:
+def test_unsupported_models_raise_one_line(overrides: list[str], message: str) -> None:
     with pytest.raises(UserError, match=f"^{re.escape(message)}"):
-        Splitter(Three()).split(build(*overrides))
+        Splitter(RankOfThree()).split(build(*overrides))
 
 
-def test_unknown_layers_are_not_left_whole() -> None:
-    with pytest.raises(UserError, match=r"^parallel=filter: 1 is a Bilinear, which it does not know how to split"):
-        Splitter(Three()).split(nn.Sequential(nn.Flatten(), nn.Bilinear(3, 3, 3)))
-    with pytest.raises(UserError, match=r"^parallel=filter: 0 is a convolution in groups"):
-        Splitter(Three()).split(nn.Sequential(nn.Conv2d(6, 6, 1, groups=2)))
+def test_unsupported_layers_are_refused() -> None:
+    with pytest.raises(UserError, match=r"^parallel=filter: 1 is a Bilinear, which is not supported"):
+        Splitter(RankOfThree()).split(nn.Sequential(nn.Flatten(), nn.Bilinear(3, 3, 3)))
+    with pytest.raises(UserError, match=r"^parallel=filter: 0 is a grouped convolution"):
+        Splitter(RankOfThree()).split(nn.Sequential(nn.Conv2d(6, 6, 1, groups=2)))

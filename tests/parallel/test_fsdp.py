@@ -1,4 +1,4 @@
-"""Fully sharded runs against runs of one process."""
+"""Fully sharded runs against single-process runs."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dlopt.errors import UserError
-from dlopt.parallel.fsdp import fully_sharded, units
+from dlopt.parallel.fsdp import fsdp_units, fully_sharded
 from tests.parallel.equality import MLP, RESNET, Cases, compare
 from tests.parallel.ranks import run_ranks
 from tests.training.runs import metrics, start
@@ -24,7 +24,7 @@ CASES: Cases = {
         [*RESNET, "data.batch_size=35", "accumulate=3", "steps=5", "clip=norm", "clip.max_norm=0.5"],
         [*SYNC_FSDP, KEPT],
     ),
-    "no norm, empty shares": (
+    "no norm, empty shards": (
         [
             *MLP,
             "model.norm=none",
@@ -50,9 +50,9 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_four_processes_with_two_copies(tmp_path: Path) -> None:
+def test_four_processes_with_two_replicas(tmp_path: Path) -> None:
     case = [*RESNET, "data.batch_size=18", "accumulate=2", "steps=4"]
-    compare(tmp_path, 4, {"two copies": (case, [*SYNC_FSDP, "parallel.shards=2"])})
+    compare(tmp_path, 4, {"two replicas": (case, [*SYNC_FSDP, "parallel.shards=2"])})
 
 
 @pytest.mark.slow
@@ -72,7 +72,7 @@ def test_low_precision_trains(tmp_path: Path) -> None:
     assert losses[-1] < 0.7 * losses[0]
 
 
-def test_units() -> None:
+def test_fsdp_units_skip_small_and_tied_blocks() -> None:
     tied = nn.Linear(4, 4)
     model = nn.Sequential(
         nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 1)),
@@ -80,8 +80,8 @@ def test_units() -> None:
         nn.TransformerEncoderLayer(4, 1),
     )
     model.again = tied
-    assert units(model, 20) == [model[0][0], model[2]]  # type: ignore[index]
-    assert units(model, 1) == [model[0][0], model[0][2], model[2]]  # type: ignore[index]
+    assert fsdp_units(model, 20) == [model[0][0], model[2]]  # type: ignore[index]
+    assert fsdp_units(model, 1) == [model[0][0], model[0][2], model[2]]  # type: ignore[index]
 
 
 ARGUMENTS: dict[str, Any] = {
@@ -95,14 +95,16 @@ ARGUMENTS: dict[str, Any] = {
     ("arguments", "message"),
     [
         ({"processes": 3}, "parallel.processes=3: torchrun started 4 processes"),
-        ({"shards": 3}, "parallel.shards=3: 4 processes cannot form groups of 3; allowed: divisors of 4"),
-        ({"shards": 8}, "parallel.shards=8: 4 processes cannot form groups of 8; allowed: divisors of 4"),
-        ({"cpu_offload": True}, "parallel.cpu_offload=true: there is no GPU"),
-        ({"precision": "fp16"}, "precision=fp16: not with parallel=fsdp"),
-        ({"device": torch.device("mps")}, "parallel=fsdp: not on mps"),
+        ({"shards": 3}, "parallel.shards=3: must divide the number of processes (4)"),
+        ({"shards": 8}, "parallel.shards=8: must divide the number of processes (4)"),
+        ({"cpu_offload": True}, "parallel.cpu_offload=true: requires a GPU"),
+        ({"precision": "fp16"}, "precision=fp16: not supported with parallel=fsdp"),
+        ({"device": torch.device("mps")}, "parallel=fsdp: device=mps is not supported"),
     ],
 )
-def test_wrong_set_ups_get_one_line(arguments: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_setups_raise_one_line(
+    arguments: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(UserError, match=f"^{re.escape(message)}[^\n]*$"):

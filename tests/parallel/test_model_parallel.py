@@ -1,4 +1,4 @@
-"""Runs whose model is split against runs of one process, in fp64."""
+"""Model-parallel runs against single-process runs, in fp64."""
 
 import os
 import re
@@ -47,7 +47,7 @@ FOUR: Cases = {
     "filter": ([*RESNET, "data.batch_size=47", "steps=4"], FILTER),
     "spatial": ([*RESNET, "data.batch_size=47", "steps=4"], SPATIAL),
     "data x filter": ([*RESNET, "data.batch_size=35", "accumulate=2", "steps=4", "ema=0.9"], [*MESH, SYNC]),
-    "data x filter, empty shares": ([*MLP, "model.norm=none", "data.batch_size=19", "epochs=2"], MESH),
+    "data x filter, empty shards": ([*MLP, "model.norm=none", "data.batch_size=19", "epochs=2"], MESH),
     "data x columns": (
         [*ALEXNET, "data.batch_size=35", "steps=3", "clip=norm", "clip.max_norm=0.1"],
         [*MESH, "parallel.inside=columns"],
@@ -73,7 +73,7 @@ def test_fifty_steps(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_elementwise_optimizers(tmp_path: Path) -> None:
-    # Without batch norm, behind which some gradients are zero but for rounding, whose sign Lion and Rprop would follow.
+    # Without batch norm: some gradients before it are zero up to rounding, and Lion and Rprop follow their sign.
     both = [*MLP, "model.norm=none", "data.batch_size=35", "epochs=2"]
     names = ["adadelta", "adagrad", "adam", "irprop", "lion", "nadam", "radam", "rmsprop", "rprop"]
     names += ["schedule_free_adamw", "sgdw"]
@@ -81,8 +81,8 @@ def test_elementwise_optimizers(tmp_path: Path) -> None:
     compare(tmp_path, 2, cases)
 
 
-def in_turn(folder: str, both: list[str], legs: list[tuple[list[str], int]]) -> None:
-    """In each rank: one run, of which every leg goes on with what another mode has left."""
+def run_legs(folder: str, both: list[str], legs: list[tuple[list[str], int]]) -> None:
+    """Called on all ranks: one run whose legs resume each other in different modes."""
     for mode, epochs in legs:
         checkpoints = Checkpoints(Path(folder) / "checkpoints")
         state = checkpoints.load_newest() if os.environ["DLOPT_RANK"] == "0" else None
@@ -91,11 +91,11 @@ def in_turn(folder: str, both: list[str], legs: list[tuple[list[str], int]]) -> 
 
 
 def relay(tmp_path: Path, processes: int, both: list[str], modes: list[list[str]]) -> None:
-    """One process begins, each of `modes` goes on for an epoch, and one process ends what it might never have left."""
+    """One process starts a run, each of `modes` resumes it for an epoch, and one process finishes it."""
     both = [*both, "optimizer=adamw", "optimizer.lr=0.01", "data.batch_size=48"]  # two updates per epoch
     legs = [(mode, 1 + number) for number, mode in enumerate(modes, 1)]
     start(tmp_path / "relay", *both, "epochs=1")
-    run_ranks("tests.parallel.test_model_parallel:in_turn", processes, tmp_path, str(tmp_path / "relay"), both, legs)
+    run_ranks("tests.parallel.test_model_parallel:run_legs", processes, tmp_path, str(tmp_path / "relay"), both, legs)
     state = Checkpoints(tmp_path / "relay" / "checkpoints").load_newest()
     epochs = f"epochs={len(modes) + 2}"
     train(Run(experiment(*both, epochs), tmp_path / "relay", state), console=False)
@@ -111,12 +111,12 @@ def _tensors(state: Any) -> list[torch.Tensor]:
     return [value for part in parts for value in part.values() if isinstance(value, torch.Tensor)]
 
 
-def test_a_checkpoint_of_each_mode_resumes_in_the_others(tmp_path: Path) -> None:
+def test_checkpoints_resume_in_other_modes(tmp_path: Path) -> None:
     relay(tmp_path, 2, [*MLP, "model.norm=batch", "ema=0.9"], [FILTER, ["parallel=ddp", SYNC], SPATIAL])
 
 
 @pytest.mark.slow
-def test_checkpoints_of_nets_for_images_resume_too(tmp_path: Path) -> None:
+def test_checkpoints_of_convolutional_models_resume_in_other_modes(tmp_path: Path) -> None:
     relay(tmp_path / "columns", 2, ALEXNET, [COLUMNS, FILTER, ["parallel=ddp"], COLUMNS])
     relay(tmp_path / "four", 4, IMAGES, [[*MESH, SYNC], SPATIAL, FILTER])
 
@@ -136,29 +136,29 @@ ARGUMENTS: dict[str, Any] = {
             "parallel=hybrid: data_degree x model_degree = 1 x 2 = 2, but there is 1 process; set parallel.processes=2",
         ),
         ({"data_degree": 3}, "parallel=hybrid: data_degree x model_degree = 3 x 2 = 6, but there is 1 process"),
-        ({"precision": "fp16"}, "precision=fp16: not with parallel=hybrid"),
+        ({"precision": "fp16"}, "precision=fp16: not supported with parallel=hybrid"),
     ],
 )
-def test_wrong_set_ups_get_one_line(arguments: dict[str, Any], message: str) -> None:
+def test_invalid_setups_raise_one_line(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=f"^{re.escape(message)}"):
         hybrid(**{**ARGUMENTS, **arguments})
 
 
 def refused(cases: list[tuple[list[str], str]]) -> None:
-    """In each rank."""
+    """Called on all ranks."""
     for overrides, message in cases:
         with pytest.raises(UserError, match=f"^{re.escape(message)}"), tempfile.TemporaryDirectory() as folder:
             train(Run(experiment(*BASE, *overrides), Path(folder)), console=False)
         rendezvous.leave()
 
 
-def test_what_a_mode_cannot_do_gets_one_line(tmp_path: Path) -> None:
+def test_unsupported_combinations_raise_one_line(tmp_path: Path) -> None:
     cases = [
         (
             [*FILTER, "model=mlp", "optimizer=lamb"],
-            "parallel=filter: LAMB needs whole tensors or the whole model for an update",
+            "parallel=filter: LAMB needs full tensors or the full model",
         ),
-        ([*COLUMNS, "model=mlp"], "parallel=columns: the model is a MLP, which has no columns"),
+        ([*COLUMNS, "model=mlp"], "parallel=columns: MLP has no columns"),
         (
             [*MESH, "model=mlp", "parallel.data_degree=2"],
             "parallel=hybrid: data_degree x model_degree = 2 x 2 = 4, but there are 2",
@@ -166,7 +166,7 @@ def test_what_a_mode_cannot_do_gets_one_line(tmp_path: Path) -> None:
         ([*SPATIAL, "model=locally_connected", "model.norm=group"], "parallel=spatial: layer1.1 is a GroupNorm, which"),
         (
             [*SPATIAL, "compile=true"],
-            "compile=true: not with parallel=spatial, whose processes meet between the layers",
+            "compile=true: parallel=spatial communicates between layers",
         ),
     ]
     run_ranks("tests.parallel.test_model_parallel:refused", 2, tmp_path, cases)

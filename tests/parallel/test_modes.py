@@ -13,7 +13,7 @@ from dlopt.errors import RunError
 from dlopt.parallel import rendezvous
 from dlopt.training.checkpoint import Checkpoints, load
 from dlopt.training.trainer import Run, train
-from tests.parallel.equality import MLP, figures
+from tests.parallel.equality import MLP, metric_values
 from tests.parallel.ranks import run_ranks
 from tests.training.runs import at_update, experiment, metrics, resume, start, terminate
 
@@ -69,7 +69,7 @@ def test_a_run_passes_from_mode_to_mode(tmp_path: Path) -> None:
         assert structure(after[part]) == structure(before[part])
     resume(run, *CASE)
     for a, b in zip(metrics(whole), metrics(run), strict=True):
-        assert figures(b) == pytest.approx(figures(a), rel=1e-9)
+        assert metric_values(b) == pytest.approx(metric_values(a), rel=1e-9)
     assert json.loads((run / "summary.json").read_text())["resumed_from"] == [3, *range(5, 5 + 3 * len(MODES), 3)]
     one, other = (load(folder / "checkpoints/last.pt") for folder in (whole, run))
     for name, value in one["ema"].items():

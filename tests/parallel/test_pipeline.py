@@ -1,4 +1,4 @@
-"""Pipelined runs against runs of one process."""
+"""Pipeline-parallel runs against single-process runs."""
 
 import re
 from pathlib import Path
@@ -70,12 +70,14 @@ ARGUMENTS: dict[str, Any] = {
     ("arguments", "message"),
     [
         ({"processes": 3}, "parallel.processes=3: torchrun started 2 processes"),
-        ({"micro_batches": 4, "accumulate": 2}, "parallel.micro_batches=4: accumulate=2 cuts the batch, too"),
-        ({"micro_batches": 33}, "parallel.micro_batches=33: a batch of data.batch_size=32 has fewer samples"),
-        ({"precision": "fp16"}, "precision=fp16: not with parallel=pipeline"),
+        ({"micro_batches": 4, "accumulate": 2}, "parallel.micro_batches=4: conflicts with accumulate=2"),
+        ({"micro_batches": 33}, "parallel.micro_batches=33: must be at most data.batch_size=32"),
+        ({"precision": "fp16"}, "precision=fp16: not supported with parallel=pipeline"),
     ],
 )
-def test_wrong_set_ups_get_one_line(arguments: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_setups_raise_one_line(
+    arguments: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match=f"^{re.escape(message)}[^\n]*$"):

@@ -52,7 +52,9 @@ def test_more_processes_than_gpus_from_a_launcher(mode: str, monkeypatch: pytest
 def test_sweeps_inside_a_launcher(tmp_path: Path, variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(variable, "1")
     message = refused(tmp_path, "train", "-m", *SMALL, "seed=0,1")
-    assert message.startswith("dlopt: -m: cannot run inside torchrun or srun, because every rank would start the sweep; ")
+    assert message.startswith(
+        "dlopt: -m: cannot run inside torchrun or srun, because every rank would start the sweep; "
+    )
 
 
 def lines(done: subprocess.CompletedProcess[str]) -> list[str]:

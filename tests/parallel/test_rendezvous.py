@@ -13,13 +13,13 @@ SRUN = {
 }  # fmt: skip
 
 
-def test_a_process_alone() -> None:
+def test_single_processes_have_no_world() -> None:
     assert current({}) is None
     assert current(TORCHRUN | {"RANK": "0", "WORLD_SIZE": "1"}) is None
     assert current({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}) is None  # a batch script, not one of srun's tasks
 
 
-def test_launchers() -> None:
+def test_launchers_are_detected() -> None:
     assert current(TORCHRUN) == World("torchrun", 3, 4, 1, 2)
     assert current(SRUN) == World("srun", 2, 3, 0, 1)
     assert current(SRUN | TORCHRUN) == World("torchrun", 3, 4, 1, 2)  # torchrun inside srun
@@ -30,31 +30,31 @@ def test_launchers() -> None:
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        ({"RANK": "5", "WORLD_SIZE": "2"}, "RANK=5: there are only 2"),
+        ({"RANK": "5", "WORLD_SIZE": "2"}, "RANK=5: must be < WORLD_SIZE=2"),
         ({"WORLD_SIZE": "x"}, "WORLD_SIZE=x"),
         ({"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1"),
     ],
 )
-def test_an_environment_that_cannot_be_is_refused(broken: dict[str, str], message: str) -> None:
+def test_invalid_environments_raise(broken: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         current(TORCHRUN | broken)
 
 
-def test_restarts_are_counted() -> None:
+def test_restarts_are_read_from_the_environment() -> None:
     torchrun = current(TORCHRUN | {"TORCHELASTIC_RESTART_COUNT": "2"})
     srun = current(SRUN | {"SLURM_RESTART_COUNT": "1"})
     assert torchrun is not None and torchrun.restarts == 2
     assert srun is not None and srun.restarts == 1
 
 
-def test_processes_of_a_slurm_node() -> None:
+def test_local_size_of_a_slurm_node() -> None:
     two = current(SRUN | {"SLURM_PROCID": "0", "SLURM_GTIDS": "0,1"})
     unknown = current({name: value for name, value in SRUN.items() if name != "SLURM_GTIDS"})
     assert two is not None and two.local_size == 2
-    assert unknown is not None and unknown.local_size == 2, "as if spread evenly"
+    assert unknown is not None and unknown.local_size == 2, "assumes equal tasks per node"
 
 
-def test_where_a_slurm_step_meets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slurm_rendezvous_address_and_port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert slurm_master(SRUN)[0] == "10.0.0.9", "no scontrol"
     scontrol = tmp_path / "scontrol"

@@ -38,7 +38,7 @@ def net() -> nn.Sequential:
     ).double()
 
 
-def optimizer_of(choice: str, model: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(choice: str, model: nn.Module) -> torch.optim.Optimizer:
     optimizer: torch.optim.Optimizer = component_of(choice).build(params=model.parameters())
     return optimizer
 
@@ -111,12 +111,12 @@ def updated(choice: str) -> None:
     """Two updates, a checkpoint into fresh objects, two more."""
     one = net()
     other = cut(one)
-    optimizers = optimizer_of(choice, one), optimizer_of(choice, other)
+    optimizers = build_optimizer(choice, one), build_optimizer(choice, other)
     for step in range(4):
         if step == 2:
             kept, weights = full_state(optimizers[1].state_dict()), full_state(dict(other.state_dict()))
             assert_alike_states(kept, optimizers[0].state_dict())
-            optimizers = optimizers[0], optimizer_of(choice, other)
+            optimizers = optimizers[0], build_optimizer(choice, other)
             load_optimizer(optimizers[1], kept)
             load_model(other, weights)
         set_gradients(one, other, step)
@@ -161,7 +161,7 @@ def averaged() -> None:
                 local(parameter).mul_(1.5)
         average.update()
     assert_alike(one, other, "weights")
-    with averages[0].in_place(), averages[1].in_place():
+    with averages[0].swapped_in(), averages[1].in_place():
         assert_alike(one, other, "average")
         assert_alike(net_times(1.1), one, "average")
 
@@ -182,9 +182,9 @@ def tolerated() -> None:
         own = local(next(model.parameters()))
         own.reshape(-1)[0] += 0.08
     rule.after_update()
-    assert not rule.met
+    assert not rule.should_stop
     rule.after_update()
-    assert rule.met
+    assert rule.should_stop
 
 
 def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ class Tensors(Mode):
 @pytest.mark.parametrize("choice", CHOICES)
 def test_optimizers_that_need_more_than_a_part_are_refused(choice: str) -> None:
     model = nn.Linear(2, 2)
-    optimizer = optimizer_of(choice, model)
+    optimizer = build_optimizer(choice, model)
     cpu = torch.device("cpu")
     modes = (Tensors(cpu, "fsdp"), WHOLE_TENSORS | WHOLE_MODEL), (Layers(cpu, "pipeline"), WHOLE_MODEL)
     for mode, refused in modes:

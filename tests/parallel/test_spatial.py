@@ -1,4 +1,4 @@
-"""Models whose maps are cut into strips against the whole ones."""
+"""Models with feature maps sharded by rows against the same models on one process."""
 
 import re
 from pathlib import Path
@@ -9,11 +9,11 @@ from torch import nn
 
 from dlopt.analysis.bench.communication import Traffic
 from dlopt.errors import UserError
-from dlopt.parallel.model_parallel import sum_up
+from dlopt.parallel.model_parallel import all_reduce_buckets
 from dlopt.parallel.spatial import split_rows
-from tests.parallel.models import build, compare, joined, passed
+from tests.parallel.models import build, compare, join_all, train_step
 from tests.parallel.ranks import run_ranks
-from tests.parallel.test_filter import Three
+from tests.parallel.test_filter import RankOfThree
 
 MODELS = {
     "basic": ["model=resnet20", "model.depth=8", "model.dropout=0.2"],
@@ -36,45 +36,49 @@ def test_uneven_strips_and_ranks_without_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_four_ranks_compute_what_one_does(tmp_path: Path) -> None:
+def test_four_ranks_match_single_process(tmp_path: Path) -> None:
     run_ranks("tests.parallel.test_spatial:all_models", 4, tmp_path, [*MODELS, *VGG], [2, 16, 16])
 
 
 def bytes_of_a_step() -> None:
-    """Three nets with layers of 4 maps of 16x16 pixels."""
-    ranks, shape, channels = joined(), (2, 16, 16), 4
+    """Bytes sent in one training step by three models with layers of 4 feature maps of 16x16 pixels."""
+    model_group, shape, channels = join_all(), (2, 16, 16), 4
     torch.manual_seed(0)
     convolutional = nn.Sequential(
         *(nn.Conv2d(2, channels, 3, padding=1), nn.ReLU(), nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU()),
         *(nn.Flatten(), nn.Linear(channels * 256, 10)),
     )
-    local = ["model=locally_connected", "model.channels=[4,4]", "model.stride=1", "model.norm=none"]
+    locally_connected = ["model=locally_connected", "model.channels=[4,4]", "model.stride=1", "model.norm=none"]
     dense = ["model=mlp", "model.widths=[1024,1024]", "model.norm=none"]
-    models = {"convolution": convolutional, "local": build(*local, shape=shape), "dense": build(*dense, shape=shape)}
+    models = {
+        "convolution": convolutional,
+        "local": build(*locally_connected, shape=shape),
+        "dense": build(*dense, shape=shape),
+    }
     sent = {}
     for name, model in models.items():
-        plan = split_rows(model, shape, ranks)
+        plan = split_rows(model, shape, model_group)
         named = dict(model.named_parameters())
         with Traffic() as traffic:
-            passed(model, torch.randn(6, *shape))
-            sum_up([named[each].grad for each in plan.summands], ranks.group)  # type: ignore[misc]
+            train_step(model, torch.randn(6, *shape))
+            all_reduce_buckets([named[name].grad for name in plan.partial_grads], model_group.process_group)  # type: ignore[misc]
         sent[name] = traffic.sent / 4
     row, features, logits = channels * 16, channels * 256, 10
     shared = 2 * 4 * 9 + 4 + 4 * 4 * 9 + 4
     assert sent == {
-        "local": 6 * (2 * row + logits),  # a row in front of the second layer, and its gradient
-        "convolution": 6 * (2 * row + logits) + shared,  # and the gradients of the filters that all positions share
-        "dense": 6 * (features + logits),  # half the features there, half the gradients back
+        "local": 6 * (2 * row + logits),  # one boundary row before the second layer, and its gradient
+        "convolution": 6 * (2 * row + logits) + shared,  # plus the gradients of the replicated filters
+        "dense": 6 * (features + logits),  # half the features in forward, half the gradients in backward
     }
 
 
-def everything() -> None:
+def run_all() -> None:
     bytes_of_a_step()
     all_models(list(MODELS), [2, 8, 8])
 
 
-def test_two_ranks_compute_what_one_does_and_local_layers_send_boundaries_only(tmp_path: Path) -> None:
-    run_ranks("tests.parallel.test_spatial:everything", 2, tmp_path)
+def test_two_ranks_match_single_process_and_send_only_boundary_rows(tmp_path: Path) -> None:
+    run_ranks("tests.parallel.test_spatial:run_all", 2, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -82,16 +86,16 @@ def test_two_ranks_compute_what_one_does_and_local_layers_send_boundaries_only(t
     [
         (
             ["model=resnet20", "model.norm=group"],
-            "parallel=spatial: stem.1 is a GroupNorm, which averages over the pixels of a map, and ranks have strips",
+            "parallel=spatial: stem.1 is a GroupNorm, which averages over all pixels of a map, but each rank",
         ),
         (
             ["model=locally_connected"],
-            "parallel=spatial: layer1.0 has filters at 4 rows of positions, which 3 processes cannot share evenly",
+            "parallel=spatial: the 4 rows of filters of layer1.0 cannot be divided evenly among 3 processes",
         ),
-        (["model=vit"], "parallel=spatial: embedding is a PatchEmbedding, which it does not know how to split"),
-        (["model=two_column_alexnet"], "parallel=spatial: the model is a TwoColumnAlexNet, which it does not know how"),
+        (["model=vit"], "parallel=spatial: embedding is a PatchEmbedding, which is not supported"),
+        (["model=two_column_alexnet"], "parallel=spatial: the model is a TwoColumnAlexNet, which is not supported"),
     ],
 )
-def test_what_cannot_be_split_gets_one_line(overrides: list[str], message: str) -> None:
+def test_unsupported_models_raise_one_line(overrides: list[str], message: str) -> None:
     with pytest.raises(UserError, match=f"^{re.escape(message)}"):
-        split_rows(build(*overrides), (2, 8, 8), Three())
+        split_rows(build(*overrides), (2, 8, 8), RankOfThree())

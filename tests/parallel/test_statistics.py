@@ -1,4 +1,4 @@
-"""Running statistics of batch norms that are not synchronized: equal on all ranks, whenever somebody looks."""
+"""Running statistics of unsynchronized batch norms: equal on all ranks after every update."""
 
 import os
 from pathlib import Path
@@ -11,11 +11,11 @@ from dlopt.parallel import rendezvous
 from dlopt.parallel.sync_batchnorm import buffer_averaging
 from dlopt.training.checkpoint import Checkpoints
 from dlopt.training.trainer import Run, train
-from tests.parallel.models import joined
+from tests.parallel.models import join_all
 from tests.parallel.ranks import run_ranks
 from tests.training.runs import SMALL, at_update, experiment, result, same, terminate, timeless
 
-# 90 training samples: batches of 25, 25, 25, 15, of which each rank has parts that are not equal
+# 90 training samples: batches of 25, 25, 25, 15, sharded unequally
 CASE = [
     *(line for line in SMALL if not line.startswith("model")),
     "model=resnet20", "model.depth=8", "augmentation=crop_flip", "model.dropout=0.2", "ema=0.9", "epochs=2",
@@ -23,24 +23,24 @@ CASE = [
 
 
 def averaged() -> None:
-    """In each rank."""
-    ranks = joined()
+    """Called on all ranks."""
+    model_group = join_all()
     model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(2, track_running_stats=False), nn.BatchNorm1d(1))
-    average = buffer_averaging(model, ranks.size)
+    average = buffer_averaging(model, model_group.size)
     assert average is not None
-    for _ in range(2):  # statistics that are equal stay as they are
+    for _ in range(2):  # averaging equal statistics leaves them unchanged
         for number, norm in ((1, model[0]), (2, model[2])):
             assert norm.running_mean is not None and norm.running_var is not None
-            norm.running_mean += ranks.rank * number
-            norm.running_var *= 1 + ranks.rank
+            norm.running_mean += model_group.rank * number
+            norm.running_var *= 1 + model_group.rank
         average()
     assert torch.equal(model[0].running_mean, torch.full((3,), 1.0)) and model[2].running_mean == 2
     assert torch.equal(model[0].running_var, torch.full((3,), 2.25))
-    assert buffer_averaging(nn.Linear(2, 2), ranks.size) is None and buffer_averaging(model, 1) is None
+    assert buffer_averaging(nn.Linear(2, 2), model_group.size) is None and buffer_averaging(model, 1) is None
 
 
-def go_on(folder: Path, *overrides: str, until: int | None = None) -> None:
-    """In each rank: the run in `folder`; only one of them is asked to stop."""
+def resume_run(folder: Path, *overrides: str, until: int | None = None) -> None:
+    """Called on all ranks: resumes the run in `folder`; only rank 0 receives the stop request."""
     is_main = os.environ["DLOPT_RANK"] == "0"
     state = Checkpoints(folder / "checkpoints").load_newest() if is_main else None
     run = Run(experiment(*overrides), folder, state)
@@ -53,11 +53,11 @@ def go_on(folder: Path, *overrides: str, until: int | None = None) -> None:
 
 
 def interrupted(folder: str, mode: list[str]) -> None:
-    """In each rank: a run, one that is stopped in the middle of both epochs, and one that is saved all the time."""
-    go_on(Path(folder) / "whole", *CASE, *mode)
+    """Called on all ranks: an uninterrupted run, one stopped in both epochs, and one saved after every update."""
+    resume_run(Path(folder) / "whole", *CASE, *mode)
     for until in (2, 6, None):
-        go_on(Path(folder) / "stopped", *CASE, *mode, until=until)
-    go_on(Path(folder) / "saved", *CASE, *mode, "checkpoint.every_steps=1")
+        resume_run(Path(folder) / "stopped", *CASE, *mode, until=until)
+    resume_run(Path(folder) / "saved", *CASE, *mode, "checkpoint.every_steps=1")
 
 
 def check(folder: Path) -> None:
@@ -67,11 +67,11 @@ def check(folder: Path) -> None:
             assert same(result(folder / name, file), result(folder / "whole", file)), (name, file)
 
 
-def test_the_average_over_ranks(tmp_path: Path) -> None:
+def test_statistics_are_averaged_over_ranks(tmp_path: Path) -> None:
     run_ranks("tests.parallel.test_statistics:averaged", 2, tmp_path)
 
 
-def test_an_interruption_changes_no_bit(tmp_path: Path) -> None:
+def test_interrupted_ddp_run_is_bitwise_identical(tmp_path: Path) -> None:
     run_ranks("tests.parallel.test_statistics:interrupted", 2, tmp_path, str(tmp_path), ["parallel=ddp"])
     check(tmp_path)
 
@@ -80,7 +80,7 @@ def test_an_interruption_changes_no_bit(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "mode", [["parallel=fsdp"], ["parallel=hybrid", "parallel.model_degree=2"]], ids=lambda m: m[0]
 )
-def test_nor_in_other_modes(tmp_path: Path, mode: list[str]) -> None:
+def test_interrupted_runs_are_bitwise_identical_in_other_modes(tmp_path: Path, mode: list[str]) -> None:
     four = [*mode, "data.batch_size=30"]  # three batches of 30
     run_ranks("tests.parallel.test_statistics:interrupted", 4, tmp_path, str(tmp_path), four)
     check(tmp_path)

@@ -1,4 +1,4 @@
-"""Against torch's batch norm on the whole batch, in one process."""
+"""SyncBatchNorm against torch's batch norm on the full batch in one process."""
 
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,10 @@ def inputs_of(count: int, dims: int) -> tuple[Tensor, Tensor]:
     return values[0] * 3 + 100, values[1]  # a mean far from zero: a difference of squares would lose digits
 
 
-def same(found: Tensor | None, wanted: Tensor | None) -> bool:
-    if found is None or wanted is None:
-        return found is wanted
-    return torch.allclose(found, wanted, rtol=1e-11, atol=1e-11)
+def same(actual: Tensor | None, expected: Tensor | None) -> bool:
+    if actual is None or expected is None:
+        return actual is expected
+    return torch.allclose(actual, expected, rtol=1e-11, atol=1e-11)
 
 
 def compare() -> None:
@@ -44,41 +44,41 @@ def compare() -> None:
         for dims in (2, 4):
             for variant in VARIANTS:
                 kind = nn.BatchNorm1d if dims == 2 else nn.BatchNorm2d
-                whole = kind(4, dtype=torch.float64, **variant)
+                full = kind(4, dtype=torch.float64, **variant)
                 model = nn.Sequential(kind(4, dtype=torch.float64, **variant))
                 synchronize(model, torch.device("cpu"))
                 assert isinstance(model[0], SyncBatchNorm)
                 if variant["affine"]:
-                    for norm in (whole, model[0]):
+                    for norm in (full, model[0]):
                         torch.nn.init.constant_(norm.weight, 1.5)
                         torch.nn.init.constant_(norm.bias, -0.5)
                 start = sum(split[: group.rank])
-                own = slice(start, start + split[group.rank])
+                local = slice(start, start + split[group.rank])
                 for _ in range(2):
                     inputs, weights = inputs_of(sum(split), dims)
-                    part = inputs[own].clone().requires_grad_()
+                    shard = inputs[local].clone().requires_grad_()
                     inputs.requires_grad_()
-                    outputs, wanted = model(part), whole(inputs)
-                    assert same(outputs, wanted[own]), (split, dims, variant)
-                    (outputs * weights[own]).sum().backward()
-                    (wanted * weights).sum().backward()
-                    assert inputs.grad is not None and same(part.grad, inputs.grad[own])
-                assert same(model[0].running_mean, whole.running_mean)
-                assert same(model[0].running_var, whole.running_var)
+                    outputs, expected = model(shard), full(inputs)
+                    assert same(outputs, expected[local]), (split, dims, variant)
+                    (outputs * weights[local]).sum().backward()
+                    (expected * weights).sum().backward()
+                    assert inputs.grad is not None and same(shard.grad, inputs.grad[local])
+                assert same(model[0].running_mean, full.running_mean)
+                assert same(model[0].running_var, full.running_var)
                 if variant["affine"]:
-                    gradients = group.gathered(torch.cat([model[0].weight.grad, model[0].bias.grad])).sum(0)  # type: ignore[list-item]
-                    assert same(gradients, torch.cat([whole.weight.grad, whole.bias.grad]))  # type: ignore[list-item]
+                    gradients = group.all_gather(torch.cat([model[0].weight.grad, model[0].bias.grad])).sum(0)  # type: ignore[list-item]
+                    assert same(gradients, torch.cat([full.weight.grad, full.bias.grad]))  # type: ignore[list-item]
                 inputs, _ = inputs_of(3, dims)
-                assert same(model.eval()(inputs), whole.eval()(inputs)) or not whole.track_running_stats
+                assert same(model.eval()(inputs), full.eval()(inputs)) or not full.track_running_stats
     print("compared")
 
 
-def test_equal_to_one_process_for_unequal_and_empty_parts(tmp_path: Path) -> None:
+def test_matches_single_process_for_unequal_and_empty_shards(tmp_path: Path) -> None:
     outputs = run_ranks("tests.parallel.test_sync_batchnorm:compare", 2, tmp_path)
     assert all("compared" in output for output in outputs)
 
 
-def test_alone_it_is_batch_norm_and_keeps_its_state() -> None:
+def test_single_process_is_plain_batch_norm_and_shares_its_state() -> None:
     norm = nn.BatchNorm2d(4)
     model = nn.Sequential(norm)
     names = list(model.state_dict())
@@ -90,7 +90,7 @@ def test_alone_it_is_batch_norm_and_keeps_its_state() -> None:
     assert model[0].running_mean is norm.running_mean
 
 
-def test_ghost_batches_are_refused() -> None:
+def test_ghost_batch_norm_is_refused() -> None:
     model = nn.Sequential(GhostBatchNorm2d(4, affine=True, ghost_batch=8))
     with pytest.raises(UserError, match=r"parallel\.sync_batchnorm=true"):
         synchronize(model, torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""Step timing: how long each rank computes per update. The slowest one sets the pace, since the others wait for it."""
+"""Step timing per rank. All ranks wait for the slowest one (the straggler), which therefore sets the throughput."""
 
 import time
 from collections.abc import Mapping
@@ -12,13 +12,14 @@ if TYPE_CHECKING:
     from dlopt.parallel.process_group import Group
 
 
-_KEPT = 1024  # pairs of events on a GPU between two looks
+_LIMIT = 1024  # pairs of CUDA events kept between two logging points
 
 
-class Waiting:
-    """The time from a rank's last own gradient to the end of its backward, which ends when all ranks' are averaged.
+class SyncWaitTimer:
+    """Context manager around forward and backward that measures how long this rank waits for the others.
 
-    A context manager around forward and backward. On a GPU events are read when somebody asks, so that nothing waits.
+    The wait lasts from the rank's last local gradient to the end of its backward, when all gradients are averaged. On a
+    GPU it is measured with events, which are read at logging points only, so the host does not synchronize every step.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -27,13 +28,13 @@ class Waiting:
         self._seconds = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
-    def watch(self, model: nn.Module) -> None:
-        """The first parameter belongs to the layer that is used first, and so has its gradient last."""
+    def attach(self, model: nn.Module) -> None:
+        # The first parameter belongs to the layer that forward uses first, so backward computes its gradient last.
         first = next((p for p in model.parameters() if p.requires_grad), None)
         if first is not None:
-            first.register_post_accumulate_grad_hook(self._note)
+            first.register_post_accumulate_grad_hook(self._mark_ready)
 
-    def _note(self, _: Tensor) -> None:
+    def _mark_ready(self, _: Tensor) -> None:
         self._ready = self._now()
 
     def _now(self) -> "float | torch.cuda.Event":
@@ -52,11 +53,11 @@ class Waiting:
         ready, now = self._ready, self._now()
         if isinstance(ready, float) and isinstance(now, float):
             self._seconds += now - ready
-        elif isinstance(ready, torch.cuda.Event) and isinstance(now, torch.cuda.Event) and len(self._events) < _KEPT:
+        elif isinstance(ready, torch.cuda.Event) and isinstance(now, torch.cuda.Event) and len(self._events) < _LIMIT:
             self._events.append((ready, now))
 
-    def taken(self) -> float:
-        """Seconds since the last call."""
+    def pop_seconds(self) -> float:
+        """Returns the seconds of waiting since the last call."""
         for start, end in self._events:
             end.synchronize()
             self._seconds += start.elapsed_time(end) / 1e3
@@ -65,34 +66,34 @@ class Waiting:
 
 
 class StepTiming:
-    """Seconds of computation per update of all ranks, exchanged at logging points only.
+    """Seconds of computation per update, compared across ranks at logging points.
 
-    With `waiting` that is the elapsed time without the time spent waiting. Without it, on a CPU, it is the processor
-    time by threads: a process that waits for a message uses none. On a GPU nothing is reported then.
+    With `wait_timer`: wall time minus waiting. Without: on a CPU, process time divided by threads, because a process
+    that waits for a message uses no processor time; on a GPU, nothing is reported.
     """
 
-    def __init__(self, group: "Group", device: torch.device, waiting: Waiting | None = None) -> None:
+    def __init__(self, group: "Group", device: torch.device, wait_timer: SyncWaitTimer | None = None) -> None:
         self.group = group
         self.device = device
-        self.waiting = waiting
+        self.wait_timer = wait_timer
         self.restart(0)
 
     def restart(self, step: int) -> None:
         """Discards the time before update `step` (an evaluation, a checkpoint)."""
-        if self.waiting is not None:
-            self.waiting.taken()
+        if self.wait_timer is not None:
+            self.wait_timer.pop_seconds()
         self._step, self._since, self._processor = step, time.perf_counter(), time.process_time()
 
     def metrics(self, step: int) -> Mapping[str, float]:
         """Returns TensorBoard tags since the last call. All ranks call this together."""
         updates = step - self._step
-        if updates == 0 or (self.waiting is None and self.device.type != "cpu"):
+        if updates == 0 or (self.wait_timer is None and self.device.type != "cpu"):
             return {}
-        if self.waiting is not None:
-            own = time.perf_counter() - self._since - self.waiting.taken()
+        if self.wait_timer is not None:
+            seconds = time.perf_counter() - self._since - self.wait_timer.pop_seconds()
         else:
-            own = (time.process_time() - self._processor) / torch.get_num_threads()
-        gathered = self.group.gathered(torch.tensor([own / updates], dtype=torch.float64))
+            seconds = (time.process_time() - self._processor) / torch.get_num_threads()
+        gathered = self.group.all_gather(torch.tensor([seconds / updates], dtype=torch.float64))
         slowest, fastest = float(gathered.max()), float(gathered.min())
         self.restart(step)
         return {

@@ -1,0 +1,111 @@
+"""Slices of a global batch for each rank. Micro-batches contain the same samples whatever the number of ranks."""
+
+from itertools import pairwise
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class MicroBatchShard(NamedTuple):
+    """This rank's samples of one micro-batch: the slice `local` of the `total` samples of all ranks."""
+
+    total: int
+    local: slice
+
+    @property
+    def samples(self) -> int:
+        return int(self.local.stop - self.local.start)
+
+
+def micro_batch_bounds(total: int, accumulate: int) -> list[tuple[int, int]]:
+    """Returns (start, stop) of each micro-batch of a batch of `total` samples, split as by `Tensor.tensor_split`."""
+    number = min(accumulate, total)
+    size, longer = divmod(total, number)
+    starts = [index * size + min(index, longer) for index in range(number + 1)]
+    return list(pairwise(starts))
+
+
+def local_slice(start: int, stop: int, rank: int, ranks: int) -> slice:
+    """Returns a rank's slice of [start, stop); it may be empty. The slices of all ranks are adjacent and cover it.
+
+    Samples 2i and 2i + 1 of the global batch stay on one rank, because mixing augmentations pair them, unless there is
+    exactly one sample per rank.
+    """
+    count = stop - start
+
+    def bound(index: int) -> int:
+        if index == ranks:
+            return stop
+        position = start + count * index // ranks
+        return position if count == ranks else max(position - position % 2, start)
+
+    return slice(bound(rank), bound(rank + 1))
+
+
+def local_slices(total: int, accumulate: int, rank: int, ranks: int) -> list[slice]:
+    """Returns a rank's slice of each micro-batch, in positions of the global batch."""
+    return [local_slice(start, stop, rank, ranks) for start, stop in micro_batch_bounds(total, accumulate)]
+
+
+def local_index(total: int, accumulate: int, rank: int, ranks: int) -> slice | Tensor:
+    """Returns the slices of all micro-batches as one index into the global batch."""
+    slices = local_slices(total, accumulate, rank, ranks)
+    return slices[0] if len(slices) == 1 else torch.cat([torch.arange(s.start, s.stop) for s in slices])
+
+
+def micro_batch_shards(total: int, accumulate: int, rank: int, ranks: int) -> list[MicroBatchShard]:
+    """Returns a rank's shard of each micro-batch, in positions of the micro-batch."""
+    bounds = micro_batch_bounds(total, accumulate)
+    slices = local_slices(total, accumulate, rank, ranks)
+    return [
+        MicroBatchShard(stop - start, slice(local.start - start, local.stop - start))
+        for (start, stop), local in zip(bounds, slices, strict=True)
+    ]
+
+
+class Augment(Protocol):
+    def __call__(self, inputs: Tensor, targets: Tensor, **position: Any) -> tuple[Tensor, Tensor]: ...
+
+
+class ShardedAugment:
+    """Augments a rank's samples where they are several slices of the global batch, or none."""
+
+    def __init__(self, augment: Augment, accumulate: int, rank: int, ranks: int) -> None:
+        self.augment = augment
+        self.accumulate = accumulate
+        self.rank = rank
+        self.ranks = ranks
+
+    def __call__(
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        *,
+        generator: torch.Generator,
+        total: int,
+        shard: slice | Tensor,
+        indices: Tensor,
+        epoch: int,
+    ) -> tuple[Tensor, Tensor]:
+        # The augmentation draws for all `total` samples and uses the draws of `shard`. Each slice starts from the same
+        # seed, so that every sample gets the draws that it has in a single process.
+        def augmented(inputs: Tensor, targets: Tensor, shard: slice, indices: Tensor) -> tuple[Tensor, Tensor]:
+            generator.manual_seed(seed)
+            keys = {"total": total, "shard": shard, "indices": indices, "epoch": epoch}
+            return self.augment(inputs, targets, generator=generator, **keys)
+
+        seed = generator.initial_seed()
+        if len(inputs) == 0:  # one dummy sample yields the shape and dtype that the other ranks get
+            zeros = inputs.new_zeros(1, *inputs.shape[1:]), targets.new_zeros(1, *targets.shape[1:])
+            inputs, targets = augmented(*zeros, slice(0, 1), indices.new_zeros(1))
+            return inputs[:0], targets[:0]
+        results, start = [], 0
+        for local in local_slices(total, self.accumulate, self.rank, self.ranks):
+            stop = start + local.stop - local.start
+            if stop > start:
+                results.append(augmented(inputs[start:stop], targets[start:stop], local, indices[start:stop]))
+            start = stop
+        if len(results) == 1:
+            return results[0]
+        return torch.cat([inputs for inputs, _ in results]), torch.cat([targets for _, targets in results])

@@ -1,0 +1,79 @@
+from typing import Any
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dlopt.parallel.batch_shards import (
+    ShardedAugment,
+    local_slice,
+    local_slices,
+    micro_batch_bounds,
+    micro_batch_shards,
+)
+
+totals, ranks = st.integers(1, 70), st.integers(1, 9)
+
+
+@given(total=totals, accumulate=st.integers(1, 8))
+def test_micro_batch_bounds_match_tensor_split(total: int, accumulate: int) -> None:
+    chunks = torch.arange(total).tensor_split(min(accumulate, total))
+    assert [(int(part[0]), int(part[-1]) + 1) for part in chunks] == micro_batch_bounds(total, accumulate)
+
+
+@given(total=totals, ranks=ranks, accumulate=st.integers(1, 8))
+def test_local_slices_cover_every_sample_once(total: int, ranks: int, accumulate: int) -> None:
+    slices = [local_slices(total, accumulate, rank, ranks) for rank in range(ranks)]
+    positions = [i for micro in zip(*slices, strict=True) for local in micro for i in range(local.start, local.stop)]
+    assert positions == list(range(total))
+
+
+@given(count=totals, ranks=ranks)
+def test_local_slices_are_even_and_keep_pairs_together(count: int, ranks: int) -> None:
+    slices = [local_slice(0, count, rank, ranks) for rank in range(ranks)]
+    sizes = [local.stop - local.start for local in slices]
+    assert max(sizes) - min(sizes) <= 3
+    if count != ranks:  # partners of mixing augmentations stay together
+        assert all(local.start % 2 == 0 or local.start == count for local in slices)
+    if count >= 2 * ranks:
+        assert min(sizes) >= 1
+    if count % (2 * ranks) == 0:
+        assert len(set(sizes)) == 1
+
+
+@given(total=totals, ranks=ranks, accumulate=st.integers(1, 5))
+def test_micro_batch_shards_match_local_slices(total: int, ranks: int, accumulate: int) -> None:
+    bounds = micro_batch_bounds(total, accumulate)
+    for rank in range(ranks):
+        slices = local_slices(total, accumulate, rank, ranks)
+        for shard, (start, stop), local in zip(
+            micro_batch_shards(total, accumulate, rank, ranks), bounds, slices, strict=True
+        ):
+            assert shard.total == stop - start
+            assert (shard.local.start + start, shard.local.stop + start) == (local.start, local.stop)
+            assert shard.samples == local.stop - local.start
+
+
+def noisy(inputs: Tensor, targets: Tensor, **position: Any) -> tuple[Tensor, Tensor]:
+    draws = torch.rand(position["total"], generator=position["generator"])[position["shard"], None]
+    return inputs + draws + position["indices"][:, None] + 100 * position["epoch"], targets
+
+
+@given(total=st.integers(1, 20), ranks=st.integers(1, 4), accumulate=st.integers(1, 4))
+def test_sharded_augmentation_matches_full_batch(total: int, ranks: int, accumulate: int) -> None:
+    inputs, targets = torch.randn(total, 3), torch.arange(total)
+
+    def draws() -> torch.Generator:
+        return torch.Generator().manual_seed(5)
+
+    all_samples = slice(0, total)
+    full, _ = noisy(inputs, targets, generator=draws(), total=total, shard=all_samples, indices=targets, epoch=2)
+    for rank in range(ranks):
+        local = torch.cat([torch.arange(p.start, p.stop) for p in local_slices(total, accumulate, rank, ranks)])
+        augment = ShardedAugment(noisy, accumulate, rank, ranks)
+        augmented, labels = augment(
+            inputs[local], targets[local], generator=draws(), total=total, shard=local, indices=targets[local], epoch=2
+        )
+        assert torch.equal(augmented, full[local])
+        assert torch.equal(labels, targets[local])
