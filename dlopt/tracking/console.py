@@ -1,4 +1,4 @@
-"""What the user sees: a live display at a terminal, one plain line per epoch elsewhere."""
+"""Console output of a run: header, table of epochs, result; with a live progress display at a terminal."""
 
 import contextlib
 import os
@@ -192,14 +192,17 @@ class ConsoleView(Screen):
 
     def __init__(self, stream: IO[str] | None = None) -> None:
         super().__init__(stream)
-        self._width = shutil.get_terminal_size().columns if self._output.isatty() else None
+        self._width = shutil.get_terminal_size().columns if self._output.isatty() else None  # None: not a terminal
         self._display: _Display | None = None
         self._rows: layout.EpochRows | None = None
         self._epochs = 0
+        self._samples, self._unit = 0, "samples"
+        self._start = (0, 0.0)  # epoch and seconds at which the run begins
         self._due = float("inf")
 
     def begin(
         self,
+        command: str,
         config: Mapping[str, Any],
         choices: Mapping[str, str],
         facts: Mapping[str, Any],
@@ -207,14 +210,17 @@ class ConsoleView(Screen):
         steps_per_epoch: int,
         steps: int,
         first_step: int,
+        seconds: float,
     ) -> None:
-        self._epochs = epochs
-        facts_line = layout.Flow(layout.facts_parts(facts), separator=" | ")
-        self._block(layout.config_tree(config, choices), facts_line, Text(""))
+        self._epochs, self._start = epochs, (first_step // max(steps_per_epoch, 1), seconds)
+        self._samples, self._unit = facts.get("train") or 0, facts.get("unit", "samples")
+        if command:
+            self._print(Text(command, "cyan"))
+        self._block(layout.header(config, choices, facts), Text(""))
         if not self.terminal:
             return
-        samples = facts.get("train") or 0
-        self._display = _Display(epochs, steps_per_epoch, steps, first_step, samples / max(steps_per_epoch, 1))
+        samples_per_step = self._samples / max(steps_per_epoch, 1)
+        self._display = _Display(epochs, steps_per_epoch, steps, first_step, samples_per_step)
         self._start_live(lambda: cast(_Display, self._display), redirect=True)
         self._due = perf_counter() + _REDRAW_SECONDS
 
@@ -245,18 +251,19 @@ class ConsoleView(Screen):
         self._due = float("inf") if self._output.dead else end + max(_REDRAW_SECONDS, (end - start) / _REDRAW_FRACTION)
 
     def epoch(self, metrics: Mapping[str, Any], best: bool) -> None:
-        if self._display is None:
-            self._print(layout.plain_epoch(metrics, self._epochs, best=best, width=self._width))
-            return
-        if self._rows is None or self._rows.width != self._console.width:
-            self._rows = layout.EpochRows(metrics, self._epochs, self._console.width)
-            self._console.print(self._rows.header())
-        self._console.print(self._rows.row(metrics, best))
-        display = self._display
-        display.step = metrics["step"]
-        display.train = _renamed(metrics, train_loss="loss", train_accuracy="accuracy", lr="lr")
-        display.val = _renamed(metrics, val_loss="loss", val_accuracy="accuracy")
-        self._redraw()
+        width = self._console.width if self.terminal else self._width
+        if self._rows is None or self._rows.width != width:  # the first row, or a resized terminal
+            epoch, seconds = self._start if self._rows is None else self._rows.last
+            self._rows = layout.EpochRows(
+                metrics, self._epochs, width, samples=self._samples, unit=self._unit, epoch=epoch, seconds=seconds
+            )
+            self._print(self._rows.header())
+        self._print(self._rows.row(metrics, best))
+        if (display := self._display) is not None:
+            display.step = metrics["step"]
+            display.train = _renamed(metrics, train_loss="loss", train_accuracy="accuracy", lr="lr")
+            display.val = _renamed(metrics, val_loss="loss", val_accuracy="accuracy")
+            self._redraw()
 
     def message(self, text: str) -> None:
         if self.terminal:
@@ -265,7 +272,7 @@ class ConsoleView(Screen):
             self._print(text)
 
     def finish(self, summary: Mapping[str, Any], lines: Iterable[str]) -> None:
-        """The result table, then `lines` (where the run lies, how to look at it) unwrapped."""
+        """Prints the result table, then `lines` (run folder, commands to type next) without wrapping them."""
         self.close()
         self._block(Text(""), layout.result(summary), Text(""))
         for line in lines:

@@ -11,7 +11,6 @@ from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
-from rich.tree import Tree
 
 from dlopt.plain import flatten
 
@@ -114,118 +113,151 @@ def _value(value: Any) -> str:
     return "null" if value is None else str(value)
 
 
-def _pairs(values: Mapping[str, Any], text: Text) -> Text:
-    for key, value in settings(values).items():
-        if value is not None:
-            if text:
-                text.append("  ")
-            text.append(f"{key}=", "dim").append(_value(value))
-    return text
+def header_rows(
+    config: Mapping[str, Any], choices: Mapping[str, str], facts: Mapping[str, Any]
+) -> dict[str, list[str]]:
+    """Summarizes a run: data, model, optimizer and schedule, length and device, folder.
+
+    `facts`: what only the built run knows: `parameters`, `trainable`, `train`, `val`, `test` (samples), `epochs`,
+    `steps_per_epoch`, `device`, `precision`, `threads`, `folder`. Rows without content are left out.
+    """
+    chosen, values = _choices(config, choices), settings(config)
+
+    def settings_of(*keys: str) -> list[str]:
+        return [f"{key.rpartition('.')[2]} {_value(values[key])}" for key in keys if values.get(key) is not None]
+
+    def choices_of(*groups: str) -> list[str]:
+        return [f"{group} {chosen[group]}" for group in groups if chosen.get(group, "none") not in ("none", "default")]
+
+    samples = [f"{facts[split]:,} {split}" for split in ("train", "val", "test") if facts.get(split)]
+    schedule = [f"schedule {chosen['schedule']}"] if chosen.get("schedule") else []
+    rows: dict[str, list[str | None]] = {
+        "data": [chosen.get("data"), ", ".join(samples), *settings_of("data.batch_size"), *choices_of("augmentation")],
+        "model": [chosen.get("model"), _parameters(facts), *choices_of("init")],
+        "optimizer": [
+            chosen.get("optimizer"),
+            *settings_of("optimizer.lr", "optimizer.weight_decay"),
+            *schedule,
+            *choices_of("clip"),
+        ],
+        "run": [_length(facts), *_device(facts), *choices_of("stopping"), *settings_of("seed")],
+        "folder": [facts.get("folder")],
+    }
+    present = {name: [part for part in parts if part] for name, parts in rows.items()}
+    return {name: parts for name, parts in present.items() if parts}
 
 
-def config_tree(config: Mapping[str, Any], choices: Mapping[str, str]) -> Tree:
-    """Groups with their choice and values, one row each (nulls left out), then the keys of the run itself."""
-    chosen = _choices(config, choices)
-    top: dict[str, Any] = {}
-    rows: list[tuple[str, Text]] = []
-    for key, value in config.items():
-        if isinstance(value, Mapping) or key in chosen:  # a choice may have nothing to set, such as clip=none
-            rows.append((key, _pairs(value if isinstance(value, Mapping) else {}, Text(chosen.get(key, ""), "cyan"))))
-        elif value is not None and key != _FOR_THE_REPORT:
-            top[key] = value
-    title = Text(str(top.pop("name", "config")), "bold")
-    rows.append(("run", _pairs(top, Text())))
-    width = max(len(name) for name, _ in rows)
-
-    tree = Tree(title, guide_style="dim")
-    for name, text in rows:
-        grid = Table.grid(padding=(0, 2, 0, 0))
-        grid.add_column(min_width=width, no_wrap=True)
-        grid.add_column(overflow="fold")
-        grid.add_row(Text(name, "bold"), text)
-        tree.add(grid)
-    return tree
+def header(config: Mapping[str, Any], choices: Mapping[str, str], facts: Mapping[str, Any]) -> Table:
+    """Renders `header_rows` as a table."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(overflow="fold")
+    for name, parts in header_rows(config, choices, facts).items():
+        table.add_row(name, Flow(parts, separator="  "))
+    return table
 
 
-def facts_parts(facts: Mapping[str, Any]) -> list[str]:
-    """What the config does not say: parameters, samples, device."""
-    rest = dict(facts)
-    parts = []
-    if (parameters := rest.pop("parameters", None)) is not None:
-        parts.append(f"{parameters:,} parameters")
-    samples = [f"{rest.pop(split):,} {split}" for split in ("train", "val", "test") if rest.get(split) is not None]
-    if samples:
-        parts.append(f"samples: {', '.join(samples)}")
-    parts += [
-        counted(key, value) if isinstance(value, int) and not isinstance(value, bool) else f"{key} {value}"
-        for key, value in rest.items()
-        if value is not None and key not in ("train", "val", "test")
-    ]
-    return parts
+def _parameters(facts: Mapping[str, Any]) -> str | None:
+    total, trainable = facts.get("parameters"), facts.get("trainable")
+    if total is None:
+        return None
+    return f"{total:,} parameters" + (f" ({trainable:,} trainable)" if trainable not in (None, total) else "")
+
+
+def _length(facts: Mapping[str, Any]) -> str | None:
+    if facts.get("epochs") is None:
+        return None
+    return f"{counted('epochs', facts['epochs'])} of {counted('steps', facts['steps_per_epoch'])}"
+
+
+def _device(facts: Mapping[str, Any]) -> list[str]:
+    processes, threads = facts.get("processes"), facts.get("threads")
+    parts = [f"parallel {facts['parallel']} ({counted('processes', processes)})"] if (processes or 1) > 1 else []
+    if "device" in facts:
+        parts.append(str(facts["device"]) + (f" ({counted('threads', threads)})" if threads else ""))
+    return parts + ([str(facts["precision"])] if "precision" in facts else [])
 
 
 # -- epochs and results
 
 
-def plain_epoch(metrics: Mapping[str, Any], epochs: int, *, best: bool, width: int | None = None) -> str:
-    """An evaluated epoch as one line; where that is wider than `width`, a terse one of what fits."""
+def plain_epoch(metrics: Mapping[str, Any], epochs: int, *, best: bool) -> str:
+    """Formats an evaluated epoch as a line that is read without a header, for train.log."""
     line = [f"epoch {metrics['epoch']}/{epochs}"]
-    terse = [f"{metrics['epoch']}/{epochs}"]
     for split in ("train", "val"):
         if (loss := metrics.get(f"{split}_loss")) is not None:
             accuracy = metrics.get(f"{split}_accuracy")
-            line.append(
-                f"{split} loss {number(loss)}" + (f" accuracy {percent(accuracy)}" if accuracy is not None else "")
-            )
-            terse.append(f"{split} {number(loss)}" + (f" {100 * accuracy:.2f}%" if accuracy is not None else ""))
+            line.append(f"{split} loss {number(loss)}" + ("" if accuracy is None else f" accuracy {percent(accuracy)}"))
     if metrics.get("lr") is not None:
         line.append(f"lr {rate(metrics['lr'])}")
-        terse.append(f"lr {metrics['lr']:.2g}")
     if metrics.get("seconds") is not None:
         line.append(duration(metrics["seconds"]))
-    text = "  ".join(line + ["best"] * best)
-    if width is None or len(text) <= width:
-        return text
-    while len(terse) > 2 and len(" ".join(terse)) > width - 2 * best:
-        terse.pop()
-    return " ".join(terse) + " *" * best
+    return "  ".join(line + ["best"] * best)
 
 
 class EpochRows:
-    """The table of epochs, printed row by row above the progress display."""
+    """The table of epochs, one row after the other.
 
-    def __init__(self, first: Mapping[str, Any], epochs: int, width: int) -> None:
+    `first`: metrics of the first row, which decide about the columns. `width`: of the terminal; None: unlimited.
+    `samples`: training samples of an epoch. `epoch`, `seconds`: where the run begins, later than 0 when it resumes.
+    """
+
+    def __init__(
+        self,
+        first: Mapping[str, Any],
+        epochs: int,
+        width: int | None,
+        *,
+        samples: int = 0,
+        unit: str = "samples",
+        epoch: int = 0,
+        seconds: float = 0.0,
+    ) -> None:
         self.width = width
-        self._epochs = epochs
+        self._epochs, self._samples = epochs, samples
+        self._last = (epoch, seconds)
+        derived = {"epoch"} | ({"epoch_seconds"} if "seconds" in first else set())
+        derived |= {"throughput"} if samples and "seconds" in first else set()
+        titles = {**_TITLES, "throughput": f"{unit}/s"}
         sizes = {"epoch": 2 * len(str(epochs)) + 1, **_SIZES}
-        self._columns = {
-            key: max(sizes.get(key, 9), len(title)) for key, title in _TITLES.items() if key in {"epoch", *first}
-        }
-        for expendable in ("step", "lr", "seconds", "train_accuracy"):
-            if sum(self._columns.values()) + len(self._columns) + 2 > width:
-                self._columns.pop(expendable, None)
+        self._titles = {key: title for key, title in titles.items() if key in derived | first.keys()}
+        self._sizes = {key: max(sizes.get(key, 9), len(title)) for key, title in self._titles.items()}
+        for expendable in ("step", "epoch_seconds", "throughput", "lr", "seconds", "train_accuracy"):
+            if width is not None and sum(self._sizes.values()) + len(self._sizes) + 2 > width:
+                self._sizes.pop(expendable, None)
+
+    @property
+    def last(self) -> tuple[int, float]:
+        """Epoch and seconds of the last row."""
+        return self._last
 
     def header(self) -> Text:
-        titles = [_TITLES[key].rjust(size) for key, size in self._columns.items()]
-        return Text(" ".join(titles), "bold", no_wrap=True)
+        return Text(" ".join(self._titles[key].rjust(size) for key, size in self._sizes.items()), "bold", no_wrap=True)
 
     def row(self, metrics: Mapping[str, Any], best: bool) -> Text:
-        cells = [self._cell(key, metrics.get(key)).rjust(size) for key, size in self._columns.items()]
+        epochs, seconds = metrics["epoch"] - self._last[0], metrics.get("seconds", 0.0) - self._last[1]
+        throughput = self._samples * epochs / seconds if seconds > 0 else None
+        values = {**metrics, "epoch_seconds": seconds, "throughput": throughput}
+        self._last = (metrics["epoch"], metrics.get("seconds", 0.0))
+        cells = [self._cell(key, values.get(key)).rjust(size) for key, size in self._sizes.items()]
         return Text(" ".join(cells) + (" *" if best else ""), "green" if best else "", no_wrap=True)
 
     def _cell(self, key: str, value: Any) -> str:
         if key == "epoch":
             return f"{value}/{self._epochs}"
-        if key == "seconds" and value is not None:
+        if key == "throughput":
+            return "-" if value is None else f"{value:,.0f}"
+        if key in ("seconds", "epoch_seconds") and value is not None:
             return duration(value)
         return str(value) if key == "step" else metric(key, value)
 
 
 _TITLES = {  # of the table of epochs
-    "epoch": "epoch", "step": "step", "train_loss": "train loss", "train_accuracy": "accuracy",
-    "val_loss": "val loss", "val_accuracy": "accuracy", "lr": "lr", "seconds": "time",
+    "epoch": "epoch", "step": "step", "train_loss": "train loss", "train_accuracy": "train acc",
+    "val_loss": "val loss", "val_accuracy": "val acc", "lr": "lr", "epoch_seconds": "epoch time",
+    "seconds": "total time", "throughput": "",
 }  # fmt: skip
-_SIZES = {"step": 8, "lr": 9, "seconds": 7}  # characters; the other columns take 9
+_SIZES = {"step": 8, "lr": 9, "seconds": 7, "epoch_seconds": 7, "throughput": 8}  # characters; the other columns take 9
 _STATUS = {"finished": "green", "stopped_early": "green", "interrupted": "yellow", "failed": "red"}
 
 

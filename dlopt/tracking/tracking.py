@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -86,25 +87,33 @@ class Tracking:
         first_step: int = 0,
         steps: int | None = None,
         choices: Mapping[str, str] | None = None,
+        command: str = "",
+        seconds: float = 0.0,
     ) -> None:
-        """Show the config and start the progress display.
+        """Shows the header and starts the progress display.
 
-        `config`: resolved, plain, without secrets. `facts`: shown below it (`parameters`, `train`, `val`, `test`,
-        `device`, ...). `first_step`: updates already done. `steps`: updates in all (None: epochs * steps_per_epoch).
-        `choices`: group -> chosen YAML name; without it the last part of `_target_` is shown.
+        `config`: resolved, plain, without secrets. `facts`: see `layout.header`; `unit`: "images" or "samples".
+        `first_step`, `seconds`: updates already done, and their time. `steps`: updates in total (None: epochs *
+        steps_per_epoch). `choices`: group -> chosen YAML name; without it the last part of `_target_` is shown.
+        `command`: the command line as typed.
         """
         self._epochs = epochs
         choices = choices or {}
         total = epochs * steps_per_epoch if steps is None else steps
+        folder = None if self._folder is None else f"{layout.short_path(self._folder)} (config.yaml lists every key)"
+        facts = {**facts, "folder": folder, "epochs": epochs, "steps_per_epoch": steps_per_epoch}
         if self._log is not None:
-            verb = "begins" if first_step == 0 else f"goes on from step {first_step}"
-            self._log.write(" | ".join([verb, *layout.facts_parts(facts)]))
+            self._log.write("starts" if first_step == 0 else f"resumes from step {first_step}")
+            for name, values in layout.header_rows(config, choices, facts).items():
+                self._log.write(f"{name}: {', '.join(values)}")
         for sink in self._sinks:
             sink.config(config, layout.hparams(config, choices))
         if self._console is not None:
-            self._console.begin(config, choices, facts, epochs, steps_per_epoch, total, first_step)
+            self._console.begin(
+                command, config, choices, facts, epochs, steps_per_epoch, total, first_step, seconds
+            )
             if first_step:
-                self._console.message(f"goes on from step {first_step} of {total}")
+                self._console.message(f"resumes from step {first_step} of {total}")
 
     def images(self, images: "Tensor", step: int = 0) -> None:
         """[B, C, H, W], uint8 or float: a grid of them goes to TensorBoard. Inputs of other shapes are ignored."""
@@ -173,16 +182,12 @@ class Tracking:
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json (RunError when that fails), show the result, and close."""
-        lines = [] if self._folder is None else [f"run folder: {layout.short_path(self._folder)}"]
         scalars = {tag: float(summary[key]) for key, tag in _FINAL_TAGS.items() if _is_number(summary.get(key))}
         for sink in self._sinks:
             if scalars:
                 sink.scalars(int(summary.get("steps", 0)), scalars)
             sink.end(str(summary.get("status", "")))
-        if self._tensorboard is not None and self._folder is not None:
-            from dlopt.tracking.tensorboard import command
-
-            lines.append(command(self._folder))
+        lines = [] if self._folder is None else self._next_commands(self._folder)
         try:
             if self._folder is not None:
                 write_summary(self._folder, summary)
@@ -197,6 +202,19 @@ class Tracking:
             if self._console is not None:
                 self._console.finish(summary, lines)
             self.close()
+
+    def _next_commands(self, folder: Path) -> list[str]:
+        """Returns the run folder and the next commands, for a shell in the current folder."""
+        path = shlex.quote(layout.short_path(folder))
+        lines = [f"run folder: {layout.short_path(folder)}", "next:"]
+        if (folder / "checkpoints" / "best.pt").exists():
+            lines.append(f"  dlopt eval checkpoint={path}/checkpoints/best.pt")
+        lines.append(f"  dlopt report {shlex.quote(layout.short_path(folder.parent))}")
+        if self._tensorboard is not None:
+            from dlopt.tracking.tensorboard import command
+
+            lines.append(f"  {command(folder)}")
+        return lines
 
     def close(self) -> None:
         """Give the terminal back and close the files; safe at any time, also twice."""

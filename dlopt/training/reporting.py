@@ -1,5 +1,6 @@
-"""What a run shows at its beginning, and its summary at the end."""
+"""Output of a run: the header that describes it, and the summary at its end."""
 
+import shlex
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -7,10 +8,10 @@ import torch
 
 from dlopt.config.rules import extra_metric
 from dlopt.tracking.tracking import Tracking
-from dlopt.training.batch_norm import small_batches
+from dlopt.training.batch_norm import small_batch_warnings
 from dlopt.training.build import Workload
 from dlopt.training.progress import Length
-from dlopt.training.speed import chosen
+from dlopt.training.speed import describe_auto
 
 if TYPE_CHECKING:
     from dlopt.training.trainer import Run, Status, Trainer
@@ -27,16 +28,21 @@ def open_tracking(run: "Run", state: Mapping[str, Any] | None, console: bool) ->
     )
 
 
-def introduce(trainer: "Trainer", workload: Workload, length: Length, choices: Mapping[str, str]) -> None:
-    """Shows what is about to be trained."""
+def log_header(trainer: "Trainer", workload: Workload, length: Length, run: "Run") -> None:
+    """Logs data, model and device, the values chosen for `auto`, warnings, and a sample of the training images."""
     dataset, settings, tracking = workload.dataset, workload.experiment.settings, trainer.tracking
+    parameters = list(workload.module.parameters())
     facts: dict[str, Any] = {
-        "parameters": sum(p.numel() for p in workload.module.parameters()),
+        "parameters": sum(p.numel() for p in parameters),
+        "trainable": sum(p.numel() for p in parameters if p.requires_grad),
         "train": len(dataset.train),
         "val": len(dataset.val) if dataset.val is not None else 0,
         "test": len(dataset.test) if dataset.test is not None else 0,
         "device": str(workload.device),
         "precision": workload.precision.name,
+        "parallel": workload.parallel.name,
+        "processes": workload.parallel.processes,
+        "unit": "images" if len(dataset.train.shape) == 3 else "samples",
     }
     if workload.device.type == "cpu":
         facts["threads"] = torch.get_num_threads()
@@ -47,10 +53,12 @@ def introduce(trainer: "Trainer", workload: Workload, length: Length, choices: M
         steps_per_epoch=length.steps_per_epoch,
         first_step=trainer.progress.step,
         steps=length.steps,
-        choices=choices,
+        choices=run.choices,
+        command=" ".join(["dlopt train", *map(shlex.quote, run.typed)]),
+        seconds=trainer.progress.seconds,
     )
-    automatic = chosen(workload.experiment, workload.precision, workload.uncompiled, trainer.graph_obstacle)
-    lines = [*([automatic] if automatic else []), *dataset.notes, *workload.parallel.notes, *small_batches(workload)]
+    chosen = describe_auto(workload.experiment, workload.precision, workload.compile_obstacle, trainer.graph_obstacle)
+    lines = [*([chosen] if chosen else []), *dataset.notes, *workload.parallel.notes, *small_batch_warnings(workload)]
     for line in lines:
         tracking.message(line)
     if trainer.progress.step == 0 and len(dataset.train.shape) == 3 and settings.tracking and workload.parallel.is_main:
@@ -59,7 +67,7 @@ def introduce(trainer: "Trainer", workload: Workload, length: Length, choices: M
 
 
 def summarize(trainer: "Trainer", workload: Workload, status: "Status") -> dict[str, Any]:
-    """Returns summary.json before the test; a regression has no accuracies."""
+    """Returns the content of summary.json before the test; accuracies are left out in a regression."""
     best, progress = trainer.best, trainer.progress
     summary = {
         "status": status,

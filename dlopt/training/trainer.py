@@ -1,4 +1,4 @@
-"""The story of a run: how it is built, looped over epochs, evaluated, saved, tested and summarized."""
+"""Training of one run, from config to summary: `train` builds a `Trainer`, whose `fit` is the training loop."""
 
 import contextlib
 import logging
@@ -17,25 +17,25 @@ from dlopt.interruption import Interruption
 from dlopt.parallel.mode import EpochBatches, Mode
 from dlopt.tracking.tracking import Tracking
 from dlopt.training import rng
-from dlopt.training.averaging import ExponentialAverage, at_evaluation_point
-from dlopt.training.batch_norm import check_single_values
+from dlopt.training.averaging import ExponentialAverage, evaluation_weights
+from dlopt.training.batch_norm import check_norm_batches
 from dlopt.training.build import (
     Workload,
+    build_mode,
     build_workload,
     checkpoint_writer,
-    data_facts,
+    data_spec,
     load_weights,
     loss_aware_sampler,
-    parallel_of,
     training_batches,
 )
 from dlopt.training.checkpoint import Checkpoints, load
 from dlopt.training.evaluate import Validate, check_tta, reduction, test_metrics, validation
 from dlopt.training.metrics import MetricSum, sample_losses
 from dlopt.training.nonfinite import Diverged, Recovery
-from dlopt.training.optimizer import build_schedule, build_step, optimizer_of, snapshot_names
-from dlopt.training.progress import Clock, Intervals, Length, Progress, length_of
-from dlopt.training.reporting import introduce, open_tracking, summarize
+from dlopt.training.optimizer import build_optimizer, build_schedule, build_step, snapshot_names
+from dlopt.training.progress import Clock, Intervals, Length, Progress, run_length
+from dlopt.training.reporting import log_header, open_tracking, summarize
 from dlopt.training.step import Observer, Step
 from dlopt.training.stopping import Best, Stopping
 
@@ -43,19 +43,20 @@ log = logging.getLogger(__name__)
 
 Status = Literal["finished", "stopped_early", "interrupted"]
 Observe = Callable[[Workload, Length, Tracking, Path], Sequence[Observer]]
-"""Returns what observes the updates of a run of this length, given its folder. Raises `UserError`."""
+"""Returns the observers of a run, given its length and folder. Raises `UserError`."""
 FindLr = Callable[[Workload, Tracking, Path], float]
-"""Returns the learning rate for optimizer.lr=auto. Raises `UserError` where there is none."""
+"""Returns the learning rate for optimizer.lr=auto. Raises `UserError` if none is suitable."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What is to be run, and where."""
+    """An experiment and its folder."""
 
     experiment: Experiment
     folder: Path
-    checkpoint: Mapping[str, Any] | None = None  # to resume from
-    choices: Mapping[str, str] = field(default_factory=dict)  # group -> name of the YAML file, for display
+    checkpoint: Mapping[str, Any] | None = None  # state to resume from
+    choices: Mapping[str, str] = field(default_factory=dict)  # config group -> choice, for display
+    typed: Sequence[str] = ()  # overrides of the command line, for display
 
 
 def train(
@@ -66,23 +67,31 @@ def train(
     observe: Observe | None = None,
     find_lr: FindLr | None = None,
 ) -> dict[str, Any]:
-    """Trains, tests the best model once, and returns the summary, which is also written to summary.json.
+    """Trains, tests the best model, and returns the summary, which is also written to summary.json.
 
-    Stops early when `interruption` becomes true (None: on a signal, or after `max_time`). Raises `UserError` before the
-    first update when something cannot work, `RunError` when the run fails later.
+    Args:
+        interruption: stops the run with a checkpoint when it becomes true; None: on a signal, or after `max_time`.
+        console: show progress.
+        observe: builds observers (diagnostics, profiler).
+        find_lr: runs the range test for optimizer.lr=auto.
+
+    Raises:
+        UserError: the experiment cannot work; before the first update.
+        RunError: the run failed later.
     """
     settings = run.experiment.settings
     if interruption is None:
         with Interruption(settings.max_time) as interruption:
             return train(run, interruption, console=console, observe=observe, find_lr=find_lr)
-    mode = parallel_of(run.experiment)
-    state = mode.broadcast(run.checkpoint)
+    mode = build_mode(run.experiment)
+    state = mode.broadcast(run.checkpoint)  # rank 0 has loaded it
     workload = build_workload(run.experiment, None if state is None else state["normalize"], parallel=mode)
     batches = training_batches(workload)
-    length = length_of(settings, len(batches), state)
+    length = run_length(settings, len(batches), state)
     with open_tracking(run, state, console) if mode.is_main else Tracking(None, sinks=[], console=False) as tracking:
         found_lr = None
         if workload.experiment.auto_lr and find_lr is not None:
+            # A resumed run keeps the learning rate of its range test.
             found_lr = None if state is None else state["progress"].get("found_lr")
             found_lr = find_lr(workload, tracking, run.folder) if found_lr is None else found_lr
             workload = workload.with_lr(found_lr)
@@ -90,16 +99,17 @@ def train(
         trainer = build_trainer(workload, run.folder, batches, length, tracking, found_lr=found_lr, observers=observers)
         if state is not None:
             trainer.load_state_dict(state)
-            trainer.best.load_state_dict(mode.broadcast(trainer.best.state_dict()))  # rank 0 has seen the files
+            # Whether best.pt exists is known to rank 0: other nodes may not see the folder.
+            trainer.best.load_state_dict(mode.broadcast(trainer.best.state_dict()))
         elif settings.init_from is not None:
             for line in load_weights(workload.module, Path(settings.init_from), mode):
                 tracking.message(line)
-        introduce(trainer, workload, length, run.choices)
+        log_header(trainer, workload, length, run)
         stop = mode.synchronized_stop(interruption)
         status = trainer.fit(stop)
         summary = summarize(trainer, workload, status)
         if status == "interrupted":
-            tracking.message(f"{stop.reason}: stopped; go on with the same command and resume=auto")
+            tracking.message(f"{stop.reason}: stopped; to resume, repeat the command with resume=auto")
         else:
             summary |= _test_best(trainer, workload)
         tracking.finish(summary)
@@ -117,15 +127,19 @@ def build_trainer(
     observers: Sequence[Observer] = (),
     checks: bool = True,
 ) -> "Trainer":
-    """Builds optimizer, schedule, step and what surrounds them, for a run that begins in `folder`.
+    """Builds a trainer at its first update, with optimizer, schedule, step and checkpoints.
 
-    `found_lr`: of a range test. `checks`: false lets updates pass that are not finite. Raises `UserError` where parts
-    do not fit together.
+    Args:
+        found_lr: learning rate of a range test, for the summary.
+        checks: false disables the non-finite check.
+
+    Raises:
+        UserError: components cannot be combined.
     """
     experiment, settings, mode = workload.experiment, workload.experiment.settings, workload.parallel
-    check_single_values(workload)
+    check_norm_batches(workload)
     check_tta(workload)
-    optimizer = optimizer_of(workload)
+    optimizer = build_optimizer(workload)
     sampler = loss_aware_sampler(workload, batches)
     schedule = build_schedule(workload, optimizer, length)
     average = None if settings.ema is None else ExponentialAverage(workload.module, settings.ema)
@@ -141,13 +155,12 @@ def build_trainer(
         settings.on_divergence,
         attempts=settings.recovery.attempts,
         lr_factor=settings.recovery.lr_factor,
-        newest=lambda: mode.broadcast(checkpoints.load_newest() if mode.is_main else None),
-        tell=tracking.message,
+        load_newest=lambda: mode.broadcast(checkpoints.load_newest() if mode.is_main else None),
+        log=tracking.message,
     )
-    own_batches = mode.track_batches(batches)
-    network = workload.network
+    network, rank_batches = workload.network, mode.track_batches(batches)
     for observer in observers:
-        network, own_batches = observer.instrument(network, own_batches)
+        network, rank_batches = observer.instrument(network, rank_batches)
     step, graph_obstacle = build_step(
         workload,
         network,
@@ -160,15 +173,15 @@ def build_trainer(
         checks=checks,
         batch_size=batches.batch_size,
     )
-    teach = None
+    update_sampler = None
     if sampler is not None:
 
-        def teach(outputs: torch.Tensor, targets: torch.Tensor) -> None:
+        def update_sampler(outputs: torch.Tensor, targets: torch.Tensor) -> None:
             sampler.observe(sample_losses(workload.loss, outputs, targets))
 
     return Trainer(
         step=step,
-        batches=own_batches,
+        batches=rank_batches,
         validate=validation(workload, optimizer, average, tracking.evaluating),
         tracking=tracking,
         checkpoints=checkpoints,
@@ -188,8 +201,8 @@ def build_trainer(
         average=average,
         sampler=sampler,
         sampler_metrics=getattr(batches.sampler, "metrics", dict),
-        sums=MetricSum(workload.classify, teach, reduction(workload)),
-        progress=Progress(horizon=length.horizon, data=data_facts(workload), found_lr=found_lr),
+        train_metrics=MetricSum(workload.classify, update_sampler, reduction(workload)),
+        progress=Progress(horizon=length.horizon, data=data_spec(workload), found_lr=found_lr),
         graph_obstacle=graph_obstacle,
     )
 
@@ -202,19 +215,19 @@ def dry_run(
     observers: Sequence[Observer] = (),
     checks: bool = True,
 ) -> "Trainer":
-    """Builds a trainer without output, for probes: `folder` stands where a run's would, and is not written.
+    """Builds a trainer without output, for probes and diagnostics; nothing is written to `folder`.
 
-    `state`: of a checkpoint, for the length of its run. `checks`: see `build_trainer`.
+    `state`: of a checkpoint, which sets the length of the schedule. `checks`: see `build_trainer`.
     """
     batches = training_batches(workload)
     silent = Tracking(None, sinks=[], console=False)
-    length = length_of(workload.experiment.settings, len(batches), state)
+    length = run_length(workload.experiment.settings, len(batches), state)
     return build_trainer(workload, folder, batches, length, silent, observers=observers, checks=checks)
 
 
 @dataclass
 class Trainer:
-    """A run in progress; `state_dict` is all that a checkpoint holds."""
+    """A run in progress. `fit` is the training loop; `state_dict` is the content of a checkpoint."""
 
     step: Step
     batches: EpochBatches
@@ -228,11 +241,11 @@ class Trainer:
     normalize: nn.Module
     config: Mapping[str, Any]
     average: ExponentialAverage | None = None
-    sampler: Any = None  # where the order of the samples depends on their losses
+    sampler: Any = None  # a loss-aware sampler, whose state belongs to the checkpoint
     sampler_metrics: Callable[[], Mapping[str, float]] = dict
-    sums: MetricSum = field(default_factory=lambda: MetricSum(classify=True))
+    train_metrics: MetricSum = field(default_factory=lambda: MetricSum(classify=True))
     progress: Progress = field(default_factory=Progress)
-    graph_obstacle: str | None = None  # why updates are not replayed from a CUDA graph
+    graph_obstacle: str | None = None  # why updates are not replayed from a CUDA graph; None: they are
 
     @property
     def module(self) -> nn.Module:
@@ -245,38 +258,41 @@ class Trainer:
     # -- the loop
 
     def fit(self, stop: Interruption) -> Status:
-        """Trains from `progress` on until the end, early stopping, or `stop`. The newest checkpoint is on disk then.
+        """Trains from `progress` until the last update, early stopping, or `stop`; the last checkpoint is then on disk.
 
-        Invalid input (a damaged image) raises `UserError` before the first update and `RunError` later.
+        `stop` becomes true on all ranks at the same update. It is read between updates only: a signal never interrupts
+        an update. Invalid data (a damaged image) raises `UserError` before the first update, and `RunError` later.
         """
         steps, log_every = self.intervals.steps, self.intervals.log_every_steps
-        with self._failures_explained():
-            if self.recovery.policy == "rollback" and self.recovery.newest() is None:
+        with self._error_handling():
+            if self.recovery.policy == "rollback" and self.recovery.load_newest() is None:
                 self.save()  # a checkpoint to roll back to
             clock = Clock(self)
-            if self.stopping.met and self.progress.position == 0 and self.progress.step < steps:
-                return "stopped_early"  # killed between the last checkpoint and the summary
+            if self.stopping.should_stop and self.progress.position == 0 and self.progress.step < steps:
+                return "stopped_early"  # resumed a run that was killed between its last checkpoint and its summary
+            # position > 0 after the last update: the run was interrupted before it evaluated the last epoch.
             while self.progress.step < steps or self.progress.position > 0:
                 self.module.train()
-                progress = self.progress
+                progress = self.progress  # replaced by a rollback
                 try:
                     for inputs, targets in self.batches.epoch(progress.epoch, progress.position, progress.step):
-                        if progress.step == steps or self.stopping.met:
-                            break  # resumed after the last update, whose evaluation was interrupted
+                        if progress.step == steps or self.stopping.should_stop:
+                            break  # resumed after the last update of a partial epoch: only its evaluation is missing
                         logs = log_every is not None and (progress.step + 1) % log_every == 0
-                        self.step.update(inputs, targets, progress.step, self.sums, log_norm=logs)
+                        self.step.update(inputs, targets, progress.step, self.train_metrics, log_norm=logs)
                         progress.step += 1
                         progress.position += 1
                         self.tracking.advance(progress.step)
                         if logs:
-                            self.step.check_updates()
+                            self.step.check_updates()  # before metrics that may be NaN are logged
                             self.tracking.step(progress.step, clock.metrics())
-                        if stop or self.stopping.met:
+                        if stop or self.stopping.should_stop:
                             break
-                        if self._save_is_due():
+                        if self._is_save_due():
                             clock.stop()
                             self.save()
                     self.step.check_weights()
+                    # An interrupted run is saved without evaluation: its time is limited, and it resumes right here.
                     if stop or not self._end_epoch(clock, stop):
                         clock.stop()
                         self.save()
@@ -285,31 +301,31 @@ class Trainer:
                     self._roll_back(error)
                     clock = Clock(self)
                     continue
-                if self.stopping.met and progress.step < steps:
+                if self.stopping.should_stop and progress.step < steps:
                     return "stopped_early"
             return "finished"
 
     def _end_epoch(self, clock: "Clock", stop: Interruption) -> bool:
-        """Evaluates, informs stopping rule and schedule, and saves, each where it is due.
+        """Evaluates, updates best model, stopping rule and schedule, logs, and saves, each if due.
 
-        Returns False when the evaluation was interrupted: nothing has changed then, and a resumed run evaluates again.
+        Returns False if the evaluation was interrupted. The state is then unchanged: a resumed run evaluates again.
         """
         progress, intervals, epoch = self.progress, self.intervals, self.progress.epoch + 1
-        last = progress.step >= intervals.steps or self.stopping.met
+        last = progress.step >= intervals.steps or self.stopping.should_stop
         evaluated = last or epoch % intervals.evaluate_every == 0
         metrics: dict[str, Any] = {
             "epoch": epoch,
             "step": progress.step,
             "lr": float(self.step.rate),
-            **self.sums.means("train"),
+            **self.train_metrics.means("train"),
             **self.sampler_metrics(),
         }
         if evaluated and self.validate is not None:
-            validated = self.validate(stop)
-            if validated is None:
+            validation_metrics = self.validate(stop)
+            if validation_metrics is None:
                 return False
-            metrics |= validated
-        self.sums = self.sums.fresh()
+            metrics |= validation_metrics
+        self.train_metrics = self.train_metrics.fresh()
         progress.epoch, progress.position = epoch, 0
         clock.stop()
         improved = False
@@ -320,22 +336,23 @@ class Trainer:
                 self.stopping.update(metrics)
                 self.step.schedule.update(metrics)
             self.tracking.epoch(metrics, best=improved)
-        due = intervals.save_every_epochs is not None and epoch % intervals.save_every_epochs == 0
-        if improved or due or last or self.stopping.met:
+        # Save last: the checkpoint contains the updated stopping rule, schedule and best epoch.
+        save_due = intervals.save_every_epochs is not None and epoch % intervals.save_every_epochs == 0
+        if improved or save_due or last or self.stopping.should_stop:
             self.save(best=improved)
             clock.stop()
         return True
 
     @contextlib.contextmanager
-    def _failures_explained(self) -> Iterator[None]:
-        """Waits for the last save at the end; after a failure, that failure is reported and not one of the save."""
+    def _error_handling(self) -> Iterator[None]:
+        """Waits for asynchronous saves, and turns expected exceptions into a `RunError` that says what to do."""
         start = self.progress.step
         try:
             yield
-            self.checkpoints.settle()
-        except Exception as error:  # KeyboardInterrupt and SystemExit end the run at once
-            with contextlib.suppress(RunError):
-                self.checkpoints.settle()
+            self.checkpoints.wait()
+        except Exception as error:  # not KeyboardInterrupt and SystemExit, which end the process without waiting
+            with contextlib.suppress(RunError):  # report the first error, not that of a save
+                self.checkpoints.wait()
             if isinstance(error, UserError) and self.progress.step > start:
                 raise RunError(str(error)) from error
             if isinstance(error, torch.OutOfMemoryError):
@@ -346,46 +363,48 @@ class Trainer:
             raise
 
     def _roll_back(self, error: Diverged) -> None:
-        """Returns to the newest checkpoint with a smaller learning rate; raises `error` where that is not enabled."""
+        """Loads the newest checkpoint and reduces the learning rate; raises `error` if rollbacks are not enabled."""
         recovery = self.recovery
-        state = recovery.goal(error)
-        counted, resumed_from = recovery.state_dict(), self.progress.resumed_from
-        self.step.check.forget()
-        self.sums = self.sums.fresh()
+        state = recovery.rollback(error)
+        # These two must survive: the checkpoint has their values from before the rollback.
+        recovery_state, resumed_from = recovery.state_dict(), self.progress.resumed_from
+        self.step.check.reset()
+        self.train_metrics = self.train_metrics.fresh()
         self.load_state_dict(state)
         self.progress.resumed_from = resumed_from
-        # The checkpoint may have been written after earlier rollbacks: only the difference is applied.
-        self.step.schedule.scale(counted["lr_scale"] / recovery.lr_scale)
-        recovery.load_state_dict(counted)
+        # The checkpoint may include the factors of earlier rollbacks: multiply by the missing ones only.
+        self.step.schedule.scale(recovery_state["lr_scale"] / recovery.lr_scale)
+        recovery.load_state_dict(recovery_state)
         self.tracking.rewind(self.progress.epoch, self.progress.step)
 
     # -- saving and resuming
 
     def save(self, *, best: bool = False) -> None:
-        """Writes a checkpoint. Raises `Diverged` instead where the weights are not finite."""
+        """Writes a checkpoint. Raises `Diverged` if the weights are not finite: a checkpoint never contains NaN."""
         self.step.check_weights()
-        self.checkpoints.save(self.state_dict(), best=best, landmark=self._snapshot())
+        self.checkpoints.save(self.state_dict(), best=best, snapshot=self._snapshot_name())
 
-    def _save_is_due(self) -> bool:
-        """Whether the updates done call for a checkpoint, wherever in an epoch they are."""
+    def _is_save_due(self) -> bool:
+        """Returns whether to save after this update, within an epoch."""
         step, every = self.progress.step, self.intervals.save_every_steps
-        return (every is not None and step % every == 0) or self._snapshot() is not None
+        return (every is not None and step % every == 0) or self._snapshot_name() is not None
 
-    def _snapshot(self) -> str | None:
+    def _snapshot_name(self) -> str | None:
         return None if self.intervals.snapshot is None else self.intervals.snapshot(self.progress.step)
 
     def state_dict(self) -> dict[str, Any]:
-        sums = self.sums.state_dict()  # settles them, which informs the sampler: before the sampler's state
+        # First: this flushes the metrics, which updates the sampler, whose state is taken below.
+        train_metrics = self.train_metrics.state_dict()
         return {
-            "model": self._saved(self.module.state_dict()),
-            "optimizer": self._saved(self.step.optimizer.state_dict()),
+            "model": self._gathered(self.module.state_dict()),
+            "optimizer": self._gathered(self.step.optimizer.state_dict()),
             "schedule": self.step.schedule.state_dict(),
             "ema": self._evaluated_weights(),
             "rng": rng.state(),
             "progress": {
                 **vars(self.progress),
                 **self.step.state_dict(),
-                "sums": sums,
+                "sums": train_metrics,
                 "sampler": None if self.sampler is None else self.sampler.state_dict(),
                 "stopping": self.stopping.state_dict(),
                 "best": self.best.state_dict(),
@@ -395,31 +414,31 @@ class Trainer:
             "normalize": self.normalize.state_dict(),
         }
 
-    def _saved(self, state: dict[str, Any]) -> dict[str, Any]:
-        """With full tensors, unless every rank saves its own shards."""
+    def _gathered(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Gathers full tensors (a collective), unless every rank saves its own shards."""
         return self.mode.full_state(state) if self.checkpoints.shards is None else state
 
     def _evaluated_weights(self) -> dict[str, Any] | None:
-        """The weights that are validated and tested, where these are not the model's own."""
+        """Returns the weights to validate and test if they differ from the trained ones (EMA, schedule-free)."""
         optimizer = self.step.optimizer
         if self.average is None and not hasattr(optimizer, "eval"):
             return None
-        with at_evaluation_point(optimizer, self.average):
-            weights = self._saved(self.module.state_dict())
-            return {name: value.clone() for name, value in weights.items()}
+        with evaluation_weights(optimizer, self.average):
+            weights = self._gathered(self.module.state_dict())
+            return {name: value.clone() for name, value in weights.items()}  # the context restores in place
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Returns to where `state` was taken. The normalization was loaded before: the model's first weights may
-        depend on it."""
+        """Restores all but the normalization, which `build_workload` has loaded: initial weights may depend on it."""
         progress = dict(state["progress"])
         if self.average is not None:
+            # Through the model: the mode shards the full tensors of the state as it shards the model.
             self.mode.load_model(self.module, state["ema"])
             self.average.restart()
         self.mode.load_model(self.module, state["model"])
         self.load_optimizer(state["optimizer"])
         self.step.schedule.load_state_dict(state["schedule"])
         self.step.load_state_dict({key: progress.pop(key) for key in ("lr", "scaler", "accumulate")})
-        self.sums.load_state_dict(progress.pop("sums"))
+        self.train_metrics.load_state_dict(progress.pop("sums"))
         sampler = progress.pop("sampler")
         if self.sampler is not None and sampler is not None:
             self.sampler.load_state_dict(sampler)
@@ -430,29 +449,30 @@ class Trainer:
         if self.best.epoch == self.progress.epoch and self.progress.position == 0:
             self.checkpoints.restore_best(dict(state))
         if self.best.epoch is not None and not self.checkpoints.has_best():
-            log.warning("the best model so far, of epoch %d, did not come along: epochs to come count", self.best.epoch)
+            log.warning("best.pt (epoch %d) is missing; the best model is chosen from later epochs", self.best.epoch)
             self.best = Best(self.best.monitor)
         self.progress.resumed_from = [*self.progress.resumed_from, self.progress.step]
-        rng.restore(state["rng"])
+        rng.restore(state["rng"])  # last: nothing above may draw random numbers after it
 
     def load_optimizer(self, state: Mapping[str, Any]) -> None:
-        """Which kernels make the update depends on this process, its device and mode, not on the checkpoint."""
-        optimizer, kernels = self.step.optimizer, ("fused", "foreach", "capturable")
-        own = [{key: group[key] for key in kernels if key in group} for group in optimizer.param_groups]
-        groups = [{**saved, **mine} for saved, mine in zip(state["param_groups"], own, strict=True)]
+        """Loads the optimizer's state, but keeps the choice of kernels, which depends on the device and the mode."""
+        optimizer, keys = self.step.optimizer, ("fused", "foreach", "capturable")
+        kernels = [{key: group[key] for key in keys if key in group} for group in optimizer.param_groups]
+        groups = [{**saved, **kernel} for saved, kernel in zip(state["param_groups"], kernels, strict=True)]
         self.mode.load_optimizer(optimizer, {**state, "param_groups": groups})
 
 
 def _test_best(trainer: Trainer, workload: Workload) -> dict[str, Any]:
-    """Tests the best model, which stays in `workload.module`. Raises `RunError`: the run has begun."""
+    """Tests the best model, which stays loaded in `workload.module`. Raises `RunError`."""
     mode = workload.parallel
     try:
         if trainer.best.epoch is None:
-            with at_evaluation_point(trainer.step.optimizer, trainer.average):
+            with evaluation_weights(trainer.step.optimizer, trainer.average):
                 return test_metrics(workload)
         state = mode.broadcast(load(trainer.checkpoints.best) if mode.is_main else None)
         assert state is not None
         mode.load_model(workload.module, state["ema"] or state["model"])
         return test_metrics(workload)
     except UserError as error:
-        raise RunError(f"the run is trained, but its test failed: {error}; mend it and type resume=auto") from error
+        advice = "fix the cause and repeat the command with resume=auto"
+        raise RunError(f"training is finished, but the test failed: {error}; {advice}") from error

@@ -37,11 +37,12 @@ def drive(folder: Path, epochs: int = 3, seconds: float = 0.0) -> None:
                 logging.getLogger("a.package").warning("a library's warning")
             if step % STEPS == 0:
                 tracking.evaluating(1, 1)
-                figures = {"train_loss": loss, "train_accuracy": 0.9, "val_loss": loss + 0.1, "val_accuracy": 0.875}
-                tracking.epoch({"epoch": step // STEPS, "step": step, "lr": 0.1, **figures, "seconds": 1.5}, best=True)
-        figures = {"best_val_loss": 0.2, "best_val_accuracy": 0.875, "test_loss": 0.3, "test_accuracy": 0.9778}
+                values = {"train_loss": loss, "train_accuracy": 0.9, "val_loss": loss + 0.1, "val_accuracy": 0.875}
+                line = {"epoch": step // STEPS, "step": step, "lr": 0.1, **values, "seconds": 1.5 * step / STEPS}
+                tracking.epoch(line, best=True)
+        values = {"best_val_loss": 0.2, "best_val_accuracy": 0.875, "test_loss": 0.3, "test_accuracy": 0.9778}
         tracking.finish(
-            {"status": "finished", "epochs": epochs, "steps": step, "best_epoch": epochs, **figures, "seconds": 4.2}
+            {"status": "finished", "epochs": epochs, "steps": step, "best_epoch": epochs, **values, "seconds": 4.2}
         )
 
 

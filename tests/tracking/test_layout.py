@@ -46,12 +46,6 @@ def test_clock(seconds: float, text: str) -> None:
     assert layout.clock(seconds) == text
 
 
-@pytest.mark.parametrize("width", [40, 60, 80, 120])
-@pytest.mark.parametrize("best", [True, False])
-def test_plain_epoch_fits(width: int, best: bool) -> None:
-    assert len(layout.plain_epoch(METRICS, 200, best=best, width=width)) <= width
-
-
 def test_plain_epoch_in_full() -> None:
     assert layout.plain_epoch(METRICS, 200, best=True) == (
         "epoch 100/200  train loss 1.2346 accuracy 50.00 %  val loss 12.3456 accuracy 100.00 %  lr 0.006699  2:04  best"
@@ -62,52 +56,61 @@ def test_plain_epoch_in_full() -> None:
     )
 
 
-@pytest.mark.parametrize("width", [60, 80, 120])
+@pytest.mark.parametrize("width", [60, 80, 120, None])
 @pytest.mark.parametrize("regression", [True, False])
-def test_rows_are_aligned_with_their_header_and_fit(width: int, regression: bool) -> None:
+def test_rows_are_aligned_with_their_header_and_fit(width: int | None, regression: bool) -> None:
     metrics = {key: value for key, value in METRICS.items() if not (regression and "accuracy" in key)}
-    rows = layout.EpochRows(metrics, 200, width)
+    rows = layout.EpochRows(metrics, 200, width, samples=50_000)
     header, row = rows.header().plain, rows.row(metrics, best=False).plain
-    assert len(header) == len(row) <= width - 2
-    assert ("accuracy" in header) != regression
+    assert len(header) == len(row) <= (width or 200) - 2
+    assert ("val acc" in header) != regression
     assert header.index("val loss") + len("val loss") == row.index("12.3456") + len("12.3456")
 
 
-keys = st.text("abcdefghijklmnop_", min_size=1, max_size=12)
-scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text("xyz", max_size=70)
+def test_rows_show_the_time_and_throughput_of_their_own_epochs() -> None:
+    """Also for the first row after a resume, and where several epochs lie between two evaluations."""
+    rows = layout.EpochRows(METRICS, 200, None, samples=1000, unit="images", epoch=98, seconds=103.4)
+    columns = rows.header().plain.replace("epoch time", "epoch_time").replace("total time", "total_time").split()
+    assert columns[-3:] == ["epoch_time", "total_time", "images/s"]
+    assert rows.row(METRICS, best=True).plain.endswith("20.0 s       2:04      100 *")
+    later = {**METRICS, "epoch": 101, "seconds": 125.4}
+    assert rows.row(later, best=False).plain.endswith("2.0 s       2:06      500")
 
 
-@given(
-    st.dictionaries(keys, scalars | st.dictionaries(keys, scalars | st.lists(scalars, max_size=3), max_size=4)),
-    st.integers(60, 120),
-)
-def test_config_tree_shows_every_value_within_the_width(config: dict[str, object], width: int) -> None:
-    lines = rendered(layout.config_tree(config, {}), width)
-    assert all(len(line) <= width for line in lines)
-    shown = "".join(line.lstrip("│├└─ ").replace(" ", "") for line in lines)
-    for key, value in layout.settings({key: value for key, value in config.items() if key != "name"}).items():
-        if value is not None and "." in key:
-            assert f"{key.split('.', 1)[1]}=" in shown
+CONFIG = {
+    "name": "try",
+    "seed": 3,
+    "data": {"_target_": "dlopt.data.digits.digits", "batch_size": 64},
+    "model": {"_target_": "dlopt.models.MLP", "widths": [64, 64], "dropout": None},
+    "optimizer": {"_target_": "torch.optim.SGD", "lr": 0.1, "weight_decay": None},
+    "schedule": {"_target_": "dlopt.schedules.cosine"},
+    "clip": None,
+}
 
 
-def test_config_tree_names_choices_and_leaves_nulls_out() -> None:
-    config = {
-        "name": "try",
-        "seed": 3,
-        "steps": None,
-        "model": {"_target_": "dlopt.models.MLP", "widths": [64, 64], "bias": True, "dropout": None},
-        "optimizer": {"_target_": "torch.optim.SGD", "lr": 0.1},
-        "clip": None,
-    }
-    assert [
-        line.rstrip() for line in rendered(layout.config_tree(config, {"optimizer": "sgd", "clip": "none"}), 80)
-    ] == [
-        "try",
-        "├── model      MLP  widths=[64,64]  bias=true",
-        "├── optimizer  sgd  lr=0.1",
-        "├── clip       none",
-        "└── run        seed=3",
+def test_header_summarizes_the_run() -> None:
+    facts = {"parameters": 272474, "trainable": 650, "train": 1437, "val": 0, "test": 360, "epochs": 1}
+    facts |= {"steps_per_epoch": 23, "parallel": "ddp", "processes": 2}
+    facts |= {"device": "cpu", "threads": 2, "precision": "bf16"}
+    choices = {"data": "digits", "model": "mlp", "optimizer": "sgd", "schedule": "cosine", "clip": "none"}
+    lines = rendered(layout.header(CONFIG, choices, {**facts, "folder": "out/1"}), 100)
+    assert [line.rstrip() for line in lines] == [
+        "data       digits  1,437 train, 360 test  batch_size 64",
+        "model      mlp  272,474 parameters (650 trainable)",
+        "optimizer  sgd  lr 0.1  schedule cosine",
+        "run        1 epoch of 23 steps  parallel ddp (2 processes)  cpu (2 threads)  bf16  seed 3",
+        "folder     out/1",
     ]
+
+
+@given(st.integers(40, 120))
+def test_header_keeps_to_the_width_without_breaking_a_part(width: int) -> None:
+    lines = rendered(layout.header(CONFIG, {}, {"parameters": 272474, "train": 1437, "test": 360}), width)
+    assert all(len(line) <= width for line in lines) and any("272,474 parameters" in line for line in lines)
+
+
+def test_header_of_a_run_that_is_not_built() -> None:
+    assert layout.header_rows({}, {}, {}) == {}
 
 
 def test_hparams_are_flat() -> None:
@@ -119,13 +122,6 @@ def test_hparams_are_flat() -> None:
         "model.inner.bias": True,
     }
     assert layout.hparams(config, {"model": "mlp"})["model"] == "mlp"
-
-
-def test_facts_flow_without_breaking_a_part() -> None:
-    parts = layout.facts_parts({"parameters": 272474, "train": 1437, "test": 360, "device": "cpu", "threads": 2})
-    assert parts == ["272,474 parameters", "samples: 1,437 train, 360 test", "device cpu", "2 threads"]
-    flow = layout.Flow(parts, separator=" | ")
-    assert rendered(flow, 55) == [f"{parts[0]} | {parts[1]}", f"{parts[2]} | {parts[3]}"]
 
 
 @pytest.mark.parametrize("status", ["finished", "stopped_early", "interrupted", "failed"])

@@ -70,7 +70,7 @@ def test_a_resumed_run_continues_the_files(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [event.value for event in events.Scalars("train/loss")] == [0, 0, 14, 14, 14, 14]
-    assert "goes on from step 14" in (tmp_path / "train.log").read_text()
+    assert "resumes from step 14" in (tmp_path / "train.log").read_text()
 
 
 def test_other_ranks_leave_and_say_nothing(
