@@ -120,3 +120,10 @@ def test_the_package_is_imported_without_torch() -> None:
     code = "import sys, dlopt; print(dlopt.__version__, 'torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert out.split() == [dlopt.__version__, "False"]
+
+
+def test_completion_finds_train_and_load() -> None:
+    """`dir` before anything is used, and IPython's completion, which reads it."""
+    code = "import dlopt, sys; print(dir(dlopt)); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "['__version__', 'load', 'train']", done.stderr
