@@ -1,7 +1,7 @@
-"""CUDA graphs: work that is the same in every update is recorded once and then replayed by a single launch.
+"""Capture of a function as a CUDA graph, which a single launch replays.
 
-A recorded piece of work reads and writes tensors that stay where they are, and none of its Python runs again: whatever
-changes from update to update has to be a tensor (inputs, learning rates) or a generator that is seeded anew.
+A graph reads and writes the memory that was in use during capture, and a replay runs no Python. Whatever changes
+between replays has to be in a tensor that is filled in place (inputs, learning rates) or in the state of a generator.
 """
 
 import logging
@@ -14,91 +14,94 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_WARM = 3  # runs before the recording: memory is allocated, kernels are chosen and compiled in them
+_WARMUP_RUNS = 3  # eager runs before capture: allocate memory, select and compile kernels
 
 
 class Recorder(Protocol):
-    """What records work; `CudaRecorder` is the one, tests have another that runs on a CPU."""
+    """Captures functions; `CudaRecorder`, or a simulation on the CPU in tests."""
 
-    def warm(self, work: Callable[[], T]) -> T:
-        """Runs the work as it will be recorded: beside the current stream, and finished before what comes after."""
+    def warm_up(self, function: Callable[[], T]) -> T:
+        """Runs `function` eagerly on a side stream; later work on the current stream waits for it."""
         ...
 
-    def record(self, work: Callable[[], T], generators: Sequence[torch.Generator]) -> tuple[Callable[[], None], T]:
-        """Records the work, which is not done thereby: (what does it, its results, which each replay overwrites).
+    def capture(self, function: Callable[[], T], generators: Sequence[torch.Generator]) -> tuple[Callable[[], None], T]:
+        """Captures `function` without executing its kernels; returns (replay, results that each replay overwrites).
 
-        `generators` are those besides the device's default one from which the work draws.
+        `generators`: those that `function` draws from in addition to the device's default generator.
         """
         ...
 
 
 class CudaRecorder:
+    """Captures into a `torch.cuda.CUDAGraph`."""
+
     def __init__(self) -> None:
         self._side: torch.cuda.Stream | None = None
 
-    def warm(self, work: Callable[[], T]) -> T:
-        # Not on the default stream, with which nothing recorded may be connected, such as gradients' accumulators.
+    def warm_up(self, function: Callable[[], T]) -> T:
+        # Gradient accumulators remember the stream that created them. A graph must not depend on the default stream,
+        # so they have to be created on a side stream.
         side = self._side = self._side or torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            results = work()
+            results = function()
         torch.cuda.current_stream().wait_stream(side)
         return results
 
-    def record(self, work: Callable[[], T], generators: Sequence[torch.Generator]) -> tuple[Callable[[], None], T]:
+    def capture(self, function: Callable[[], T], generators: Sequence[torch.Generator]) -> tuple[Callable[[], None], T]:
         torch.cuda.synchronize()
-        torch.cuda.empty_cache()  # of the warm-up: a graph has memory of its own
+        torch.cuda.empty_cache()  # releases the warm-up's memory: a graph allocates from a private pool
         graph = torch.cuda.CUDAGraph()
         for generator in generators:
             graph.register_generator_state(generator)
-        # other threads (a checkpoint that is being copied) may do what they like
+        # thread_local: a thread that copies a checkpoint may call CUDA functions during capture.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            results = work()
+            results = function()
         return graph.replay, results
 
 
-class Replayed(Generic[T]):
-    """`work`, which is run as it is a few times, then recorded, and replayed from there on.
+class GraphedFunction(Generic[T]):
+    """Runs `function` eagerly a few times, then captures it, and replays the graph in all later calls.
 
-    Where the recording fails the work stays as it is, and a warning says so: nothing of it was done then.
+    Logs a warning and stays eager if capture fails: a failed capture has executed no kernels.
     """
 
     def __init__(
         self,
         name: str,
-        work: Callable[[], T],
+        function: Callable[[], T],
         recorder: Recorder,
         generators: Sequence[torch.Generator] = (),
     ) -> None:
         self.name = name
-        self._work = work
+        self._function = function
         self._recorder = recorder
         self._generators = generators
-        self._is_possible = True
-        self.forget()
+        self._can_capture = True
+        self.reset()
 
-    def forget(self) -> None:
-        """The tensors that the work knows are other ones from now on: it will be recorded anew."""
+    def reset(self) -> None:
+        """Discards the graph, which is captured again; for calls after the function's tensors were replaced."""
         self._runs = 0
         self._replay: Callable[[], None] | None = None
         self._results: T | None = None
 
     def __call__(self) -> T:
         if self._replay is None:
-            if self._runs < _WARM or not self._is_possible:
+            if self._runs < _WARMUP_RUNS or not self._can_capture:
                 self._runs += 1
-                return self._recorder.warm(self._work)
-            self._record()
+                return self._recorder.warm_up(self._function)
+            self._capture()
             if self._replay is None:
-                return self._recorder.warm(self._work)
-        self._replay()
+                return self._recorder.warm_up(self._function)
+        self._replay()  # capture executed nothing: the first captured call has to be replayed, too
         assert self._results is not None
         return self._results
 
-    def _record(self) -> None:
+    def _capture(self) -> None:
         try:
-            self._replay, self._results = self._recorder.record(self._work, self._generators)
+            self._replay, self._results = self._recorder.capture(self._function, self._generators)
         except RuntimeError as error:
-            self._is_possible = False
-            told = str(error).strip().splitlines()[0]
-            log.warning("%s cannot be recorded as a CUDA graph (%s): it goes on without one", self.name, told)
+            self._can_capture = False
+            reason = str(error).strip().splitlines()[0]
+            log.warning("%s could not be captured as a CUDA graph (%s); it runs eagerly", self.name, reason)

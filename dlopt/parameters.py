@@ -1,4 +1,4 @@
-"""Parameter groups: which parameters are trained, how fast, and with how much decay."""
+"""Parameter groups: frozen parameters, learning rates and weight decay per group."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """What holds for the parameters whose name `match`es (a shell pattern: `head.*`, `*.bias`, `*`).
+    """Settings for the parameters whose name `match`es (a shell pattern: `head.*`, `*.bias`, `*`).
 
-    `lr` and `weight_decay` are multipliers of the optimizer's own; `horizon` is the share of the run over which the
-    schedule runs for them, after which they stay at its end; `rest` hands matrices to the method that an optimizer has
-    for what is no matrix (`optimizer.rest`). null leaves a thing to the rules before.
+    `lr` and `weight_decay` multiply those of the optimizer; `horizon` is the fraction of the run over which the
+    schedule runs for these parameters, whose learning rate then stays at its final value; `rest` updates matrices with
+    the optimizer's method for other parameters (`optimizer.rest`). null: keep the value of earlier rules.
     """
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
@@ -35,57 +35,56 @@ class Rule:
 
 @dataclass(frozen=True, kw_only=True)
 class Grouping:
-    """The keys that every optimizer has besides its own."""
+    """The keys that all optimizers have in common."""
 
     groups: list[Rule]
     layer_decay: PositiveFraction | None
 
 
 def freeze(model: nn.Module, grouping: Grouping) -> None:
-    """Parameters that are not to be trained ask for no gradients. Before a model is spread over processes: some modes
-    wait for the gradients of all parameters that ask for them."""
+    """Sets `requires_grad` by the rules. Call before parallelizing the model: DDP waits for all required gradients."""
     for name, parameter in model.named_parameters():
-        said = [rule.freeze for rule in grouping.groups if rule.freeze is not None and fnmatchcase(name, rule.match)]
-        if said:
-            parameter.requires_grad_(not said[-1])
+        flags = [rule.freeze for rule in grouping.groups if rule.freeze is not None and fnmatchcase(name, rule.match)]
+        if flags:
+            parameter.requires_grad_(not flags[-1])
 
 
 def parameter_groups(
     model: nn.Module, grouping: Grouping, arguments: Mapping[str, Any], *, decay_norm_and_bias: bool
 ) -> list[dict[str, Any]]:
-    """The trainable parameters as groups for an optimizer with those `arguments`; parameters alike share a group.
+    """Groups the trainable parameters for an optimizer with these `arguments`; equal settings share a group.
 
-    Rules apply in order, so that a later one wins. `layer_decay` d multiplies the learning rate of the i-th of n weight
-    layers, counted from the input, by d^(n-1-i) (layer-wise decay; Howard & Ruder 2018, Clark et al. 2020).
-    `decay_norm_and_bias=False` takes normalization parameters and biases out of weight decay, whatever the optimizer.
-    Frozen parameters no longer ask for gradients. Raises `UserError` for rules that fit nothing.
+    Rules apply in order: multipliers accumulate, later rules override other settings. `layer_decay` d multiplies the
+    learning rate of the i-th of n weight layers, counted from the input, by d^(n-1-i) (layer-wise decay; Howard & Ruder
+    2018, Clark et al. 2020). `decay_norm_and_bias=False` excludes normalization parameters and biases from decay, for
+    every optimizer. Frozen parameters do not require gradients. Raises `UserError` for rules without effect.
     """
     rate, decay = _layer_rates(model, grouping.layer_decay), _decays(model, decay_norm_and_bias)
     names = dict(model.named_parameters())
-    further: dict[str, dict[str, Any]] = {name: {} for name in names}  # keys of a parameter's group besides
+    extra: dict[str, dict[str, Any]] = {name: {} for name in names}  # other keys of a parameter's group
     for number, rule in enumerate(grouping.groups):
         matched = [name for name in names if fnmatchcase(name, rule.match)]
         key = f"optimizer.groups.{number}"
         if not matched:
-            some = ", ".join(list(names)[:3])
-            raise UserError(f"{key}.match={rule.match}: no parameter has such a name; the model has {some}, ...")
+            examples = ", ".join(list(names)[:3])
+            raise UserError(f"{key}.match={rule.match}: matches no parameter; the model has {examples}, ...")
         for name in matched:
             rate[name] *= 1.0 if rule.lr is None else rule.lr
             decay[name] *= 1.0 if rule.weight_decay is None else rule.weight_decay
             if rule.horizon is not None:
-                further[name]["horizon"] = rule.horizon
+                extra[name]["horizon"] = rule.horizon
             if rule.rest is not None:
-                further[name]["use_muon"] = not rule.rest
+                extra[name]["use_muon"] = not rule.rest
         if rule.rest is not None and "rest" not in arguments:
-            raise UserError(f"{key}.rest={str(rule.rest).lower()}: this optimizer has one method for all; use muon")
+            raise UserError(f"{key}.rest={str(rule.rest).lower()}: this optimizer has a single method; use muon")
     freeze(model, grouping)
     trainable = {name: p for name, p in names.items() if p.requires_grad}
     if not trainable:
-        raise UserError("optimizer.groups: every parameter is frozen; leave some to train")
+        raise UserError("optimizer.groups: all parameters are frozen; exclude some from freeze")
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for name, parameter in trainable.items():
-        kind = rate[name], decay[name], *further[name].items()
-        group = groups.setdefault(kind, {"params": [], **_scaled(arguments, rate[name], decay[name]), **further[name]})
+        kind = rate[name], decay[name], *extra[name].items()
+        group = groups.setdefault(kind, {"params": [], **_scaled(arguments, rate[name], decay[name]), **extra[name]})
         group["params"].append(parameter)
     return list(groups.values())
 
@@ -112,7 +111,7 @@ def _decays(model: nn.Module, decay_norm_and_bias: bool) -> dict[str, float]:
 
 
 def _layer_rates(model: nn.Module, layer_decay: float | None) -> dict[str, float]:
-    """Each weight (of two dimensions or more) begins a layer; what follows it, such as its norm, belongs to it."""
+    """Returns multipliers by name. A weight of two or more dimensions starts a layer; its bias and norm belong to it."""
     layer, layers = -1, {}
     for name, parameter in model.named_parameters():
         layer += parameter.ndim > 1

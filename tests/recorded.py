@@ -67,11 +67,11 @@ class SimulatedRecorder:
     def __init__(self) -> None:
         self.warmed = self.recorded = self.replayed = 0
 
-    def warm(self, work: Callable[[], T]) -> T:
+    def warm_up(self, work: Callable[[], T]) -> T:
         self.warmed += 1
         return work()
 
-    def record(self, work: Callable[[], T], generators: Sequence[torch.Generator]) -> tuple[Callable[[], None], T]:
+    def capture(self, work: Callable[[], T], generators: Sequence[torch.Generator]) -> tuple[Callable[[], None], T]:
         self.recorded += 1
         states = [(each, each.get_state()) for each in (torch.default_generator, *generators)]
         recording = _Recording()

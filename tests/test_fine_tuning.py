@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from dlopt.errors import UserError
-from dlopt.training.batch_norm import small_batches
+from dlopt.training.batch_norm import small_batch_warnings
 from dlopt.training.build import Workload, load_weights, training_batches
-from dlopt.training.build import build_workload as set_up_experiment
-from dlopt.training.optimizer import optimizer_of
+from dlopt.training.build import build_workload as build
+from dlopt.training.optimizer import build_optimizer
 from tests.training.runs import SMALL, experiment
 
 
 def build_workload(*overrides: str) -> Workload:
-    return set_up_experiment(experiment(*SMALL, *overrides))
+    return build(experiment(*SMALL, *overrides))
 
 
 def test_all_weights_are_loaded_where_they_fit(tmp_path: Path) -> None:
@@ -44,14 +44,14 @@ def test_a_head_for_other_classes_stays_new_and_is_listed(tmp_path: Path) -> Non
 
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     torch.save({"some.weight": torch.ones(2)}, tmp_path / "weights.pt")
-    with pytest.raises(UserError, match=r"init_from=.*none of its 1 weights fits"):
+    with pytest.raises(UserError, match=r"init_from=.*none of its 1 weights matches"):
         load_weights(build_workload().module, tmp_path / "weights.pt")
 
 
 def test_frozen_parameters_do_not_move() -> None:
     workload = build_workload('optimizer.groups=[{match: "*", freeze: true}, {match: "*bias", freeze: false}]')
     before = {name: value.detach().clone() for name, value in workload.module.named_parameters()}
-    optimizer = optimizer_of(workload)
+    optimizer = build_optimizer(workload)
     inputs, targets = next(iter(training_batches(workload).epoch(0)))
     workload.loss(workload.model(inputs), targets).backward()
     optimizer.step()
@@ -69,5 +69,5 @@ def test_frozen_parameters_do_not_move() -> None:
     ],
 )
 def test_batch_norm_over_few_samples_is_warned_of(overrides: list[str], warned: bool) -> None:
-    lines = small_batches(build_workload(*overrides))
+    lines = small_batch_warnings(build_workload(*overrides))
     assert any("model.norm=group" in line and "sync_batchnorm" in line for line in lines) is warned

@@ -86,7 +86,7 @@ def test_a_group_moves_by_its_own_rate_and_a_frozen_one_not_at_all(model: nn.Mod
         ([Rule(match="*", freeze=True)], ARGUMENTS, "frozen"),
         ([Rule(match="head.*", lr=2.0)], {}, "no lr"),
         ([Rule(match="head.*", weight_decay=2.0)], {"lr": 0.1}, "no weight_decay"),
-        ([Rule(match="head.*", rest=True)], ARGUMENTS, r"groups\.0\.rest=true: this optimizer has one method"),
+        ([Rule(match="head.*", rest=True)], ARGUMENTS, r"groups\.0\.rest=true: this optimizer has a single method"),
     ],
 )
 def test_rules_that_cannot_hold_are_refused(

@@ -44,7 +44,7 @@ def test_one_update_moves_what_is_trained(tmp_path: Path) -> None:
     trainer = dry_run(workload, tmp_path)
     before = {name: p.detach().clone() for name, p in workload.module.named_parameters()}
     inputs, targets = next(iter(trainer.batches.epoch(0)))
-    trainer.step.update(inputs, targets, 0, trainer.sums)
+    trainer.step.update(inputs, targets, 0, trainer.train_metrics)
     moved = {name for name, p in workload.module.named_parameters() if not torch.equal(p, before[name])}
     still = {"whiten.weight"} | {f"stage{i}.norm{j}.weight" for i in (1, 2, 3) for j in (1, 2)}
     assert moved == set(before) - still

@@ -1,4 +1,4 @@
-"""Data, normalization and model of an experiment, on their device: what training and testing have in common."""
+"""Builds what training and testing share: data, normalization, model, loss and parallel mode."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ from dlopt.parallel.mode import Mode
 from dlopt.parallel.rendezvous import current
 from dlopt.parallel.shard_files import ShardWriter
 from dlopt.parameters import freeze
-from dlopt.processor import choose_device, keep_freed_memory, set_threads
+from dlopt.processor import choose_device, keep_freed_memory, set_deterministic, set_threads
 from dlopt.random import generator, stream
 from dlopt.training import checkpoint, rng, speed
 from dlopt.training.precision import Precision, choose_precision
@@ -31,7 +31,7 @@ from dlopt.training.step import Network
 
 @dataclass
 class Workload:
-    """Data, normalization and model on their device."""
+    """Data, normalization, model and loss of an experiment, on their device."""
 
     experiment: Experiment
     parallel: Mode
@@ -39,12 +39,12 @@ class Workload:
     dataset: Dataset
     normalize: nn.Module
     module: nn.Module
-    model: Callable[[Tensor], Tensor]  # the module as it is called: placed, compiled
+    model: Callable[[Tensor], Tensor]  # calls the module: wrapped by the parallel mode, compiled
     loss: nn.Module
     memory_format: torch.memory_format
     augment: Pipeline | None
-    uncompiled: str = ""  # why the model is not compiled; empty: it is
-    statistics_batches: Batches | None = None  # the training split, where exact batch-norm statistics are wanted
+    compile_obstacle: str = ""  # why the model is not compiled; empty: it is
+    statistics_batches: Batches | None = None  # training split, for norm_statistics=exact
 
     @property
     def device(self) -> torch.device:
@@ -59,13 +59,13 @@ class Workload:
         return Network(self.module, self.model, self.loss)
 
     def with_lr(self, lr: float) -> "Workload":
-        """Replaces optimizer.lr=auto by a learning rate."""
+        """Returns a copy with a learning rate in place of optimizer.lr=auto."""
         optimizer = self.experiment.optimizer.partial(lr=lr)
         return replace(self, experiment=replace(self.experiment, optimizer=optimizer, auto_lr=False))
 
 
-def parallel_of(experiment: Experiment) -> Mode:
-    """Builds the parallel mode; this process joins its group. Raises `UserError`."""
+def build_mode(experiment: Experiment) -> Mode:
+    """Builds the parallel mode and joins its process group. Raises `UserError`."""
     settings = experiment.settings
     device = choose_device(settings.device)
     mode: Mode = experiment.parallel.build(
@@ -78,8 +78,8 @@ def parallel_of(experiment: Experiment) -> Mode:
     world = current()
     if world is not None and mode.processes == 1:
         raise UserError(
-            f"parallel={mode.name}: {world.launcher} started {world.size} processes, and each would train the same; "
-            "use parallel=ddp, or start one"
+            f"parallel={mode.name}: {world.launcher} started {world.size} processes, which would train the same model; "
+            "use parallel=ddp, or start one process"
         )
     return mode
 
@@ -87,23 +87,24 @@ def parallel_of(experiment: Experiment) -> Mode:
 def build_workload(
     experiment: Experiment, normalization: Mapping[str, Any] | None = None, *, parallel: Mode | None = None
 ) -> Workload:
-    """Reads the data and builds the model.
+    """Loads the data and builds normalization, model and loss.
 
-    `normalization`: a checkpoint's; None: computed on the training split. `parallel`: see `parallel_of`; None: one
-    process, whatever the experiment says.
+    Args:
+        normalization: state from a checkpoint; None: computed on the training split.
+        parallel: see `build_mode`; None: one process.
     """
     settings = experiment.settings
     parallel = Mode(choose_device(settings.device)) if parallel is None else parallel
     set_threads(settings.threads, parallel.local_processes)
     keep_freed_memory()
-    torch.use_deterministic_algorithms(settings.deterministic)
+    set_deterministic(settings.deterministic)
     device = parallel.device
-    # By default cuDNN takes an algorithm by rule of thumb: here all batches but the last have one shape.
+    # Measuring cuDNN's algorithms pays off: all batches but the last of an epoch have the same shape.
     torch.backends.cudnn.benchmark = device.type == "cuda" and not settings.deterministic
     precision = choose_precision(settings.precision, device)
     source: Dataset = experiment.data.build(**vars(experiment.data_settings))
     dataset = prepare(source, experiment.data_settings, device=device)
-    augment = _augmentation(experiment, dataset)
+    augment = _build_augmentation(experiment, dataset)
     shape = dataset.train.shape if augment is None else augment.output_shape
 
     normalize: nn.Module = experiment.normalize.build(input_shape=dataset.train.shape).to(precision.dtype)
@@ -115,16 +116,16 @@ def build_workload(
     normalize = normalize.to(device)
     _check_normalization(experiment, normalize, shape)
 
-    module = _model(experiment, dataset, normalize, shape)
-    convolves = len(shape) == 3 and any(isinstance(m, nn.Conv2d) for m in module.modules())
-    wanted = settings.channels_last
-    memory_format = torch.channels_last if (convolves if wanted == "auto" else wanted) else torch.contiguous_format
+    module = _build_model(experiment, dataset, normalize, shape)
+    has_convolutions = len(shape) == 3 and any(isinstance(m, nn.Conv2d) for m in module.modules())
+    channels_last = has_convolutions if settings.channels_last == "auto" else settings.channels_last
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
     module = module.to(device=device, dtype=precision.dtype)
-    if convolves:
+    if has_convolutions:
         module = module.to(memory_format=memory_format)
     loss: nn.Module = experiment.loss.build(classes=None if dataset.classes is None else len(dataset.classes))
-    uncompiled = speed.compiles(experiment, parallel, module, shape, len(dataset.train))
-    freeze(module, experiment.grouping)
+    compile_obstacle = speed.compile_obstacle(experiment, parallel, module, shape, len(dataset.train))
+    freeze(module, experiment.grouping)  # before `place`: DDP waits for all gradients that are required at that time
     model = parallel.place(module, shape)
     return Workload(
         experiment=experiment,
@@ -133,27 +134,27 @@ def build_workload(
         dataset=dataset,
         normalize=normalize,
         module=module,
-        model=model if uncompiled else torch.compile(model),
+        model=model if compile_obstacle else torch.compile(model),
         loss=loss.to(device),
         memory_format=memory_format,
         augment=augment,
-        uncompiled=uncompiled,
+        compile_obstacle=compile_obstacle,
     )
 
 
 def _check_normalization(experiment: Experiment, normalize: nn.Module, shape: tuple[int, ...]) -> None:
-    """Statistics per pixel do not go with an augmentation that gives out windows of another size."""
+    """Raises `UserError` if the statistics are per pixel and the augmentation changes the image size."""
     try:
         normalize(torch.zeros(1, *shape, device=next(iter(normalize.buffers()), torch.zeros(())).device))
     except RuntimeError:
         raise UserError(
-            f"normalize={experiment.normalize.target.__name__}: it has a value for each pixel of the images, and the "
-            f"augmentation gives out windows of {shape[1]}x{shape[2]}; use normalize=standardize"
+            f"normalize={experiment.normalize.target.__name__}: its statistics are per pixel, but the augmentation "
+            f"changes the image size to {shape[1]}x{shape[2]}; use normalize=standardize"
         ) from None
 
 
-def _augmentation(experiment: Experiment, dataset: Dataset) -> Pipeline | None:
-    """None for an empty pipeline, which would still draw from a generator in every step."""
+def _build_augmentation(experiment: Experiment, dataset: Dataset) -> Pipeline | None:
+    """Returns None for an empty pipeline, which would seed a generator in every step."""
     if experiment.augmentation.arguments.get("operations") == []:
         return None
     classes = None if dataset.classes is None else len(dataset.classes)
@@ -163,9 +164,11 @@ def _augmentation(experiment: Experiment, dataset: Dataset) -> Pipeline | None:
     return pipeline
 
 
-def data_facts(workload: Workload) -> dict[str, Any]:
-    """What a checkpoint says of the data, so that the model can be used without them: names of the `classes` (None in
-    a regression), number of `outputs`, shape of a `sample`, and of the `window` of it that the model sees.
+def data_spec(workload: Workload) -> dict[str, Any]:
+    """Returns what a checkpoint needs for using the model without the data.
+
+    `classes`: names, or None for a regression; `outputs`: their number; `sample`: shape of a sample; `window`: shape of
+    the model's input, a crop of the sample.
     """
     dataset = workload.dataset
     return {
@@ -176,20 +179,20 @@ def data_facts(workload: Workload) -> dict[str, Any]:
     }
 
 
-def _model(experiment: Experiment, dataset: Dataset, normalize: nn.Module, shape: tuple[int, ...]) -> nn.Module:
-    """The model with its first weights, made on the CPU so that they are the same on every device."""
+def _build_model(experiment: Experiment, dataset: Dataset, normalize: nn.Module, shape: tuple[int, ...]) -> nn.Module:
+    """Builds and initializes the model on the CPU, for the same initial weights on every device."""
     seed = experiment.settings.init_seed
     rng.seed_all(stream(seed, WEIGHTS))
     module: nn.Module = experiment.model.build(input_shape=shape, classes=dataset.outputs)
     runtime: dict[str, Any] = {"model": module, "generator": generator("cpu", seed, SCHEME)}
     if experiment.init.takes("inputs"):
-        runtime["inputs"] = _first_inputs(dataset.train, normalize, shape)
+        runtime["inputs"] = _init_inputs(dataset.train, normalize, shape)
     experiment.init.build(**runtime)
     return module
 
 
-def _first_inputs(samples: Samples, normalize: nn.Module, shape: tuple[int, ...], count: int = 5000) -> Tensor:
-    """Normalized training inputs for initializations that look at data, evenly spread over the split."""
+def _init_inputs(samples: Samples, normalize: nn.Module, shape: tuple[int, ...], count: int = 5000) -> Tensor:
+    """Returns normalized training inputs, evenly spaced over the split, for data-dependent initialization."""
     indices = torch.linspace(0, len(samples) - 1, min(count, len(samples))).long()
     device = next(iter(normalize.buffers()), torch.zeros(())).device
     inputs = samples.fetch(indices).to(device)
@@ -200,27 +203,27 @@ def _first_inputs(samples: Samples, normalize: nn.Module, shape: tuple[int, ...]
 
 
 def load_weights(module: nn.Module, path: Path, mode: Mode | None = None) -> list[str]:
-    """Starts from the weights of a checkpoint, or of a file with nothing but weights. Returns lines for the user.
+    """Initializes the model from a checkpoint, or from a file of weights. Returns lines for the log.
 
-    Weights whose name or shape the model does not have (another head, for other classes) are left out and listed.
-    `mode`: loads them on all ranks. Raises `UserError` when nothing fits.
+    Skips and lists weights whose name or shape differs (the head, for other classes). `mode`: loads on all ranks.
+    Raises `UserError` if no weight matches.
     """
-    state, own = checkpoint.load_weights(path), module.state_dict()
-    fitting = {name: value for name, value in state.items() if name in own and own[name].shape == value.shape}
-    if not any(name in fitting for name, _ in module.named_parameters()):
-        raise UserError(f"init_from={path}: none of its {len(state)} weights fits this model by name and shape")
-    (mode or Mode(torch.device("cpu"))).load_model(module, fitting, strict=False)
-    fresh = [name for name in own if name not in fitting]
-    unused = [name for name in state if name not in fitting]
-    lines = [f"weights from {path}: {len(fitting)} of {len(own)} tensors loaded"]
-    if fresh:
-        lines.append(f"  not in the file, or of another shape, so freshly initialized: {', '.join(fresh)}")
+    saved, current = checkpoint.load_weights(path), module.state_dict()
+    matching = {name: value for name, value in saved.items() if name in current and current[name].shape == value.shape}
+    if not any(name in matching for name, _ in module.named_parameters()):
+        raise UserError(f"init_from={path}: none of its {len(saved)} weights matches this model by name and shape")
+    (mode or Mode(torch.device("cpu"))).load_model(module, matching, strict=False)
+    missing = [name for name in current if name not in matching]
+    unused = [name for name in saved if name not in matching]
+    lines = [f"weights from {path}: {len(matching)} of {len(current)} tensors loaded"]
+    if missing:
+        lines.append(f"  missing or with another shape, newly initialized: {', '.join(missing)}")
     if unused:
-        lines.append(f"  in the file and not used: {', '.join(unused)}")
+        lines.append(f"  not used: {', '.join(unused)}")
     return lines
 
 
-_EVALUATED_AT_ONCE = 1024  # samples on a GPU at least: smaller batches are bound by launching kernels
+_MIN_EVALUATION_BATCH = 1024  # on a GPU, where kernel launches limit the speed of smaller batches
 
 
 def training_batches(workload: Workload) -> Batches:
@@ -234,32 +237,32 @@ def training_batches(workload: Workload) -> Batches:
     )
     drop_last = experiment.data_settings.drop_last
     seed = stream(settings.augmentation_seed, AUGMENTATION)
-    augment, share = workload.parallel.shard_augmentation(workload.augment), workload.parallel.batch_shard
-    compiled = workload.device.type == "cuda" and not workload.uncompiled
+    augment, shard = workload.parallel.shard_augmentation(workload.augment), workload.parallel.batch_shard
+    compiled = workload.device.type == "cuda" and not workload.compile_obstacle
     return Batches(
         dataset.train,
-        _delivery(workload, compiled=compiled, recorder=speed.recorder(experiment, workload.device)),
+        _delivery(workload, compiled=compiled, recorder=speed.data_recorder(experiment, workload.device)),
         batch_size=experiment.data_settings.batch_size,
         sampler=sampler,
         drop_last=drop_last,
         augment=augment,
         seed=seed,
-        share=share,
+        shard=shard,
     )
 
 
 def evaluation_batches(workload: Workload, samples: Samples, *, shared: bool = True) -> Batches:
-    """The samples as they are, or their centre where the training sees a smaller window of them.
+    """Returns batches without augmentation; images are centre-cropped if training uses a smaller window.
 
-    `shared`: each process has its part of them; else each has all.
+    `shared`: shard the samples over processes; false: every process has all.
     """
     shape = samples.shape if workload.augment is None else workload.augment.output_shape
-    share = workload.parallel.evaluation_shard if shared else None
+    shard = workload.parallel.evaluation_shard if shared else None
     size = workload.experiment.data_settings.batch_size
     if shared and workload.device.type == "cuda" and workload.dataset.in_memory and size != "full":
-        size = max(size, _EVALUATED_AT_ONCE)
+        size = max(size, _MIN_EVALUATION_BATCH)
     augment = None if shape == samples.shape else CentreCrop(shape)
-    return Batches(samples, _delivery(workload), batch_size=size, augment=augment, share=share)
+    return Batches(samples, _delivery(workload), batch_size=size, augment=augment, shard=shard)
 
 
 def _delivery(workload: Workload, **acceleration: Any) -> Delivery:
@@ -274,42 +277,40 @@ def _delivery(workload: Workload, **acceleration: Any) -> Delivery:
     )
 
 
-# -- where processes and samplers set conditions
-
-
-_SHARDED_FROM = 100_000_000  # parameters: one process gathers and writes fewer in no time
+_MIN_SHARDED_PARAMETERS = 100_000_000  # one process quickly gathers and writes fewer
 
 
 def checkpoint_writer(workload: Workload) -> ShardWriter | None:
-    """Returns what writes the shards of all ranks; None: the main rank writes everything. Raises `UserError`."""
+    """Returns the writer of sharded checkpoints; None: rank 0 writes a single file. Raises `UserError`."""
     sharded, mode = workload.experiment.settings.checkpoint.sharded, workload.parallel
     writer = mode.checkpoint_writer()
     if writer is None:
         if sharded is True:
-            why = "one process has it all" if mode.processes == 1 else f"parallel={mode.name} writes one file"
+            reason = "one process has nothing to shard" if mode.processes == 1 else f"not with parallel={mode.name}"
             raise UserError(
-                f"checkpoint.sharded=true: {why}; use parallel=fsdp with several processes, or checkpoint.sharded=auto"
+                f"checkpoint.sharded=true: {reason}; "
+                "use parallel=fsdp with several processes, or checkpoint.sharded=auto"
             )
         return None
     if sharded == "auto":
-        sharded = sum(p.numel() for p in workload.module.parameters()) >= _SHARDED_FROM
+        sharded = sum(p.numel() for p in workload.module.parameters()) >= _MIN_SHARDED_PARAMETERS
     return writer if sharded else None
 
 
 def loss_aware_sampler(workload: Workload, batches: Batches) -> LossAwareSampler | None:
-    """Returns the sampler of `batches` where its order follows the samples' losses. Raises `UserError`."""
+    """Returns the sampler of `batches` if it is loss-aware. Raises `UserError` if the mode does not support it."""
     sampler, experiment, mode = batches.sampler, workload.experiment, workload.parallel
     if not isinstance(sampler, LossAwareSampler):
         return None
     name = experiment.sampler.target.__name__
     if not mode.supports_loss_aware_samplers:
         raise UserError(
-            f"sampler={name}: its order follows the samples' losses, which processes of parallel={mode.name} do not "
-            "tell each other; use parallel=ddp or another sampler"
+            f"sampler={name}: parallel={mode.name} does not exchange the losses that it needs; "
+            "use parallel=ddp or another sampler"
         )
     if experiment.settings.on_divergence == "skip":
         raise UserError(
-            f"on_divergence=skip: sampler={name} learns from the losses of every update; "
+            f"on_divergence=skip: sampler={name} needs the losses of every update; "
             "use on_divergence=rollback or another sampler"
         )
     sampler.maximum = mode.maximum_over_ranks

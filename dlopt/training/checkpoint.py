@@ -1,6 +1,6 @@
-"""Checkpoints, whole or absent: temporary file, fsync, rename, fsync of the folder; each with its SHA-256 beside it.
+"""Checkpoints, written atomically: temporary file, fsync, rename, fsync of the folder. A second file has the SHA-256.
 
-`last.pt` is the newest, `step-N.pt` are those before it, `best.pt` is the one of the best evaluation.
+`last.pt` is the newest checkpoint, `step-N.pt` are earlier ones, `best.pt` is that of the best evaluation.
 """
 
 import contextlib
@@ -20,18 +20,20 @@ from dlopt.parallel.rendezvous import caused_by_peer
 from dlopt.parallel.shard_files import ShardWriter
 from dlopt.training import sharded
 
-FORMAT = 1  # of a whole and of a sharded file, which has the key "shards" in addition
+FORMAT = 1  # a sharded checkpoint also has the key "shards"
 KEYS = {"format", "model", "optimizer", "schedule", "ema", "rng", "progress", "config", "normalize"}
 
 log = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """The checkpoint folder of one run.
+    """The checkpoint folder of a run.
 
-    `writes`: false for a process that leaves writing to another. `asynchronous`: `save` copies the state and returns;
-    a thread writes one checkpoint after the other, and the next call raises its failure. `shards`: every process writes
-    its shards of the state's tensors; then all of them call `save`.
+    Args:
+        keep: number of checkpoints to keep, including last.pt; best.pt and snapshots are kept in addition.
+        writes: whether this process writes (rank 0).
+        asynchronous: `save` copies the state and returns; a thread writes it. The next call raises its error.
+        shards: every process writes its shards of the tensors; all processes must then call `save`.
     """
 
     def __init__(
@@ -50,15 +52,16 @@ class Checkpoints:
         self.keep = keep
         self.last = folder / "last.pt"
         self.best = folder / "best.pt"
-        self._step_of_last: int | None = None  # None: last.pt is absent, or not whole
-        self._taken_over = False
-        self._writing: Thread | None = None
-        self._failure: Exception | None = None
+        self._last_step: int | None = None  # of last.pt; None: missing or damaged
+        self._folder_cleaned = False
+        self._thread: Thread | None = None
+        self._error: Exception | None = None
 
     def save(self, state: dict[str, Any], *, best: bool, snapshot: str | None = None) -> None:
-        """Writes `state` as last.pt, and as best.pt when it is the best so far. Raises `RunError` when it cannot.
+        """Writes `state` as last.pt, and also as best.pt if `best`. Raises `RunError` on failure.
 
-        The file that was last.pt stays as step-N.pt while it is among the `keep` newest; a `snapshot` stays for good.
+        The previous last.pt becomes step-N.pt and is deleted when it is no longer among the `keep` newest. A `snapshot`
+        is also written under that name, and is never deleted.
         """
         if self.shards is not None:
             self.shards.join()
@@ -68,70 +71,73 @@ class Checkpoints:
         if not self.asynchronous:
             self._save(state, best, snapshot)
             return
-        # A daemon: a process that is stopped at once does not wait for it, and then the checkpoint before counts.
-        arguments = (_copied(state), best, snapshot)
-        self._writing = Thread(target=self._save_in_thread, args=arguments, name="checkpoint", daemon=True)
-        self._writing.start()
+        # The copy must be made here, before the training changes the tensors. A daemon thread does not keep a process
+        # alive that is told to exit at once; the previous checkpoint is then still complete.
+        arguments = (_copy_to_host(state), best, snapshot)
+        self._thread = Thread(target=self._save_in_thread, args=arguments, name="checkpoint", daemon=True)
+        self._thread.start()
 
     def wait(self) -> None:
-        """Waits until everything is on the disk. Raises `RunError` when that failed."""
-        if self._writing is not None:
-            self._writing.join()
-            self._writing = None
-        failure, self._failure = self._failure, None
-        if failure is not None:
-            raise failure
+        """Waits for an asynchronous save. Raises `RunError` if it failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
 
     def _save_in_thread(self, state: dict[str, Any], best: bool, snapshot: str | None) -> None:
         try:
             self._save(state, best, snapshot)
-        except Exception as error:  # it must not be lost with the thread
+        except Exception as error:  # kept for the next call in the main thread
             if not isinstance(error, RunError) and not caused_by_peer(error):
-                error = _unwritten(self.last, f"{type(error).__name__}: {error}")
-            self._failure = error
+                error = _write_error(self.last, f"{type(error).__name__}: {error}")
+            self._error = error
 
     def _save(self, state: dict[str, Any], best: bool, snapshot: str | None) -> None:
         try:
             if self.writes:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                self._take_over()
+                self._clean_folder()
             if self.shards is not None:
                 state = sharded.write(self.folder, state, self.shards)
             state = {"format": FORMAT, **state}
             if not self.writes:
                 return
-            if self.keep > 1 and self._step_of_last is not None:
-                link(self.last, self.folder / f"step-{self._step_of_last}.pt")
+            # The order makes every crash safe: last.pt exists at all times, and is linked to step-N.pt before it is
+            # replaced. A snapshot is written before last.pt, because a run resumed from last.pt would not write it.
+            if self.keep > 1 and self._last_step is not None:
+                link(self.last, self.folder / f"step-{self._last_step}.pt")
             target = self.last if snapshot is None else self.folder / f"{snapshot}.pt"
             write(target, lambda file: torch.save(state, file))
-            if snapshot is not None:  # a run resumed from last.pt does not pass this point again
+            if snapshot is not None:
                 link(target, self.last)
-            self._step_of_last = state["progress"]["step"]
+            self._last_step = state["progress"]["step"]
             if best:
                 link(self.last, self.best)
-            self._forget_oldest()
+            self._remove_oldest()
         except (OSError, RuntimeError, RunError) as error:  # torch reports a full disk as a RuntimeError
             if caused_by_peer(error):
                 raise
-            raise _unwritten(self.last, reason(error)) from error
+            raise _write_error(self.last, reason(error)) from error
 
     def load_newest(self) -> dict[str, Any] | None:
-        """The newest whole checkpoint; None when there is no file at all. Raises `RunError` when none is whole."""
+        """Loads the newest intact checkpoint; None if there is no file. Raises `RunError` if all are damaged."""
         self.wait()
         damaged = []
-        for path in (self.last, *reversed(self._earlier())):
+        for path in (self.last, *reversed(self._earlier_checkpoints())):
             if not path.exists() and not path.is_symlink():
                 continue
             try:
                 return load(path)
-            except NewerError:  # resuming from an older one would undo what the newer dlopt has done
+            except NewerError:  # an older checkpoint would discard the progress of a newer dlopt
                 raise
             except UserError as error:
                 damaged.append(path.name)
-                log.warning("%s; trying the one before it", error)
+                log.warning("%s; trying the previous checkpoint", error)
         if damaged:
             raise RunError(
-                f"none of the checkpoints in {self.folder} is whole ({', '.join(damaged)}); start again in a new folder"
+                f"all checkpoints in {self.folder} are damaged ({', '.join(damaged)}); start again in a new folder"
             )
         return None
 
@@ -140,9 +146,9 @@ class Checkpoints:
         return self.best.exists()
 
     def restore_best(self, state: dict[str, Any]) -> None:
-        """Writes best.pt again from `state`, the best so far, from which a run resumes, unless best.pt holds it.
+        """Writes `state`, the best so far, to best.pt unless it is there.
 
-        A run killed between the two files of a save leaves a last.pt whose best.pt is still to be written.
+        A run that is killed during a save may leave a new last.pt and an old best.pt.
         """
         if not self.writes:
             return
@@ -154,26 +160,26 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
             write(self.best, lambda file: torch.save(state, file))
         except (OSError, RuntimeError) as error:
-            raise _unwritten(self.best, reason(error)) from error
+            raise _write_error(self.best, reason(error)) from error
 
-    def _take_over(self) -> None:
-        """Before the first save: removes what a killed process left unfinished; counts its last.pt if it is whole."""
-        if self._taken_over:
+    def _clean_folder(self) -> None:
+        """Before the first save: removes files that a killed process left behind, and reads the step of its last.pt."""
+        if self._folder_cleaned:
             return
-        self._taken_over = True
+        self._folder_cleaned = True
         for path in (*self.folder.glob(".*.tmp"), *self.folder.glob("*.sha256")):
             if path.suffix == ".tmp" or not path.with_suffix("").exists():
                 path.unlink(missing_ok=True)
         with contextlib.suppress(UserError):
-            self._step_of_last = load(self.last)["progress"]["step"]
+            self._last_step = load(self.last)["progress"]["step"]
 
-    def _earlier(self) -> list[Path]:
-        """Kept checkpoints before last.pt, oldest first, by number: step 10 is newer than step 9."""
+    def _earlier_checkpoints(self) -> list[Path]:
+        """Returns step-N.pt, oldest first, in numerical order."""
         steps = [(int(m[1]), p) for p in self.folder.glob("step-*.pt") if (m := re.fullmatch(r"step-(\d+)", p.stem))]
         return [path for _, path in sorted(steps)]
 
-    def _forget_oldest(self) -> None:
-        earlier = self._earlier()
+    def _remove_oldest(self) -> None:
+        earlier = self._earlier_checkpoints()
         for path in earlier[: max(len(earlier) - (self.keep - 1), 0)]:
             path.unlink(missing_ok=True)
             digest_file(path).unlink(missing_ok=True)
@@ -181,81 +187,81 @@ class Checkpoints:
             sharded.remove_unused(self.folder)
 
 
-def _unwritten(path: Path, why: str) -> RunError:
+def _write_error(path: Path, why: str) -> RunError:
     return RunError(f"the checkpoint {path} could not be written: {why}")
 
 
-def _copied(state: Any) -> Any:
-    """Copies the state into the host's memory: the training goes on to change its tensors."""
+def _copy_to_host(state: Any) -> Any:
     if isinstance(state, torch.Tensor):
         return state.detach().to("cpu", copy=True)
     if isinstance(state, Mapping):
-        copied = {key: _copied(value) for key, value in state.items()}
+        copied = {key: _copy_to_host(value) for key, value in state.items()}
         return OrderedDict(copied) if isinstance(state, OrderedDict) else copied
     if isinstance(state, list | tuple):
-        return type(state)(map(_copied, state))
+        return type(state)(map(_copy_to_host, state))
     return state
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Reads one checkpoint, on the CPU, without unpickling code. Raises `UserError` naming what is wrong with it."""
+    """Loads a checkpoint to the CPU, without unpickling code. Raises `UserError` that says what is wrong with it."""
     if path.is_dir():
-        raise UserError(f"checkpoint={path}: this is a folder; name a file such as {path}/checkpoints/last.pt")
+        raise UserError(f"checkpoint={path}: is a folder; set a file, such as {path}/checkpoints/last.pt")
     if not path.is_file():
         raise UserError(f"checkpoint={path}: no such file")
     try:
         digest = sha256(path)
         recorded = recorded_digests(path)
     except OSError as error:
-        raise UserError(f"checkpoint={path}: it cannot be read: {reason(error)}") from None
+        raise UserError(f"checkpoint={path}: cannot be read: {reason(error)}") from None
     if not recorded:
-        raise UserError(f"checkpoint={path}: its checksum {digest_file(path).name} is missing or empty")
+        raise UserError(f"checkpoint={path}: the checksum file {digest_file(path).name} is missing or empty")
     if digest not in recorded:
-        raise UserError(f"checkpoint={path}: the file is damaged: its SHA-256 is not the recorded one")
+        raise UserError(f"checkpoint={path}: the file is damaged: its SHA-256 differs from the recorded one")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UserError(f"checkpoint={path}: this is no dlopt checkpoint: {reason(error)}") from None
+        raise UserError(f"checkpoint={path}: not a dlopt checkpoint: {reason(error)}") from None
     if not isinstance(state, dict) or "format" not in state:
-        raise UserError(f"checkpoint={path}: this file holds no run; take its weights with init_from={path}")
+        raise UserError(f"checkpoint={path}: not a dlopt checkpoint; load its weights with init_from={path}")
     form = state["format"]
     if type(form) is not int:
-        raise UserError(f"checkpoint={path}: this is no dlopt checkpoint: its format is {form!r}, not a number")
+        raise UserError(f"checkpoint={path}: not a dlopt checkpoint: format={form!r} is not an integer")
     if form > FORMAT:
         raise NewerError(f"checkpoint={path}: written by a newer dlopt (format {form}; this reads {FORMAT})")
     missing = sorted(KEYS - state.keys())
     if missing:
-        raise UserError(f"checkpoint={path}: {', '.join(missing)} missing; take its weights with init_from={path}")
+        raise UserError(f"checkpoint={path}: {', '.join(missing)} missing; load its weights with init_from={path}")
     if not sharded.is_sharded(state):
         return state
     try:
-        damage = sharded.damage(path, state)
+        damage = sharded.find_damage(path, state)
         if damage is None:
-            return sharded.joined(path, state)
+            return sharded.load_shards(path, state)
     except Exception as error:
-        damage = f"its shards cannot be read: {reason(error)}"
+        damage = f"the shards cannot be read: {reason(error)}"
     raise UserError(f"checkpoint={path}: {damage}")
 
 
 def is_intact(path: Path) -> bool:
-    """Whether the file, with its shards, is there and is the one whose checksum was recorded."""
+    """Returns whether the file and its shards exist and have the recorded checksums."""
     try:
-        return sha256(path) in recorded_digests(path) and sharded.damage(path, sharded.opened(path)) is None
+        intact = sha256(path) in recorded_digests(path)
+        return intact and sharded.find_damage(path, sharded.load_without_shards(path)) is None
     except OSError:
         return False
 
 
 def load_weights(path: Path) -> dict[str, Any]:
-    """The weights in a checkpoint (its average where it has one) or in a file of weights alone. Raises `UserError`."""
+    """Loads the weights (the EMA, if any) of a checkpoint, or of a file of weights. Raises `UserError`."""
     if not path.is_file():
         raise UserError(f"init_from={path}: no such file")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UserError(f"init_from={path}: this file holds no weights: {reason(error)}") from None
+        raise UserError(f"init_from={path}: cannot be loaded as weights: {reason(error)}") from None
     if isinstance(state, dict) and "format" in state:
-        state = load(path)  # with its checksum
+        state = load(path)  # again, to verify the checksum and to load shards
         state = state["ema"] or state["model"]
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UserError(f"init_from={path}: this file holds no weights by name")
+        raise UserError(f"init_from={path}: contains no weights by name (a dict of tensors)")
     return state

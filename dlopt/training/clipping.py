@@ -1,4 +1,4 @@
-"""Gradient clipping: pure functions of the reduced gradients, applied inside the step's closure."""
+"""Gradient clipping, applied to the reduced gradients in the step's closure."""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -10,24 +10,26 @@ from dlopt.parallel.shards import local, unit_norm
 from dlopt.ranges import NonNegative, Positive
 
 Norm = Callable[[Sequence[Tensor]], Tensor]
-"""The 2-norm of tensors taken as one vector (scalar tensor), over all processes that have parts of the model."""
+"""Computes the 2-norm of tensors taken as one vector (scalar tensor), over all processes that have shards of them."""
 
-plain_norm: Norm = torch.nn.utils.get_total_norm
+total_norm: Norm = torch.nn.utils.get_total_norm
 
 
 class Clip(Protocol):
-    """Clips the gradients in place; returns their global 2-norm before clipping where it was computed anyway."""
+    """Clips the gradients in place; returns their global 2-norm before clipping if it was computed, else None."""
 
-    def __call__(self, parameters: Sequence[nn.Parameter], norm: Norm = plain_norm) -> Tensor | None: ...
+    def __call__(self, parameters: Sequence[nn.Parameter], norm: Norm = total_norm) -> Tensor | None: ...
 
 
-def gradient_norm(parameters: Sequence[nn.Parameter], norm: Norm = plain_norm) -> Tensor:
-    """The 2-norm of all gradients taken as one vector (scalar tensor, no host synchronization)."""
+def gradient_norm(parameters: Sequence[nn.Parameter], norm: Norm = total_norm) -> Tensor:
+    """Computes the 2-norm of all gradients taken as one vector (scalar tensor, no host synchronization)."""
     return norm([p.grad for p in parameters if p.grad is not None])
 
 
 class Unclipped:
-    def __call__(self, parameters: Sequence[nn.Parameter], norm: Norm = plain_norm) -> None:
+    """No clipping."""
+
+    def __call__(self, parameters: Sequence[nn.Parameter], norm: Norm = total_norm) -> None:
         return None
 
 
@@ -38,10 +40,10 @@ class ByNorm:
         self.max_norm = max_norm
 
     @torch.no_grad()
-    def __call__(self, parameters: Sequence[nn.Parameter], norm: Norm = plain_norm) -> Tensor:
+    def __call__(self, parameters: Sequence[nn.Parameter], norm: Norm = total_norm) -> Tensor:
         total = gradient_norm(parameters, norm)
         factor = (self.max_norm / (total + 1e-6)).clamp(max=1.0)
-        if gradients := _own(parameters):
+        if gradients := _local_gradients(parameters):
             torch._foreach_mul_(gradients, factor)
         return total
 
@@ -53,8 +55,8 @@ class ByValue:
         self.max_value = max_value
 
     @torch.no_grad()
-    def __call__(self, parameters: Sequence[nn.Parameter], norm: Norm = plain_norm) -> None:
-        if gradients := _own(parameters):
+    def __call__(self, parameters: Sequence[nn.Parameter], norm: Norm = total_norm) -> None:
+        if gradients := _local_gradients(parameters):
             torch._foreach_clamp_min_(gradients, -self.max_value)
             torch._foreach_clamp_max_(gradients, self.max_value)
 
@@ -62,8 +64,8 @@ class ByValue:
 class Adaptive:
     """Scales each unit's gradient to at most `clipping` times its weight norm (AGC; Brock et al. 2021, eq. 3).
 
-    A unit is one output of a linear or convolutional layer (one row of the weight); a bias or gain is one unit as a
-    whole, as in the authors' code. The final linear layer is left alone, as in the paper.
+    A unit is one output of a linear or convolutional layer (one row of the weight); a bias or gain is a single unit, as
+    in the authors' code. The final linear layer is not clipped, as in the paper.
     """
 
     def __init__(self, model: nn.Module, *, clipping: Positive, eps: NonNegative) -> None:
@@ -73,7 +75,7 @@ class Adaptive:
         self.exempt = set(linears[-1].parameters()) if linears else set()
 
     @torch.no_grad()
-    def __call__(self, parameters: Sequence[nn.Parameter], norm: Norm = plain_norm) -> None:
+    def __call__(self, parameters: Sequence[nn.Parameter], norm: Norm = total_norm) -> None:
         for parameter in parameters:
             if parameter.grad is None or parameter in self.exempt:
                 continue
@@ -82,6 +84,5 @@ class Adaptive:
             local(parameter.grad).mul_((limit / norms.clamp(min=1e-6)).clamp_(max=1.0))
 
 
-def _own(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    """What this process has of the gradients."""
+def _local_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     return [local(p.grad) for p in parameters if p.grad is not None]

@@ -1,4 +1,4 @@
-"""Updates replayed from a CUDA graph: small models at small batches are bound by launching kernels one by one."""
+"""Replays updates from a CUDA graph: the speed of small models on small batches is limited by kernel launches."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dlopt.graphs import Recorder, Replayed
+from dlopt.graphs import GraphedFunction, Recorder
 from dlopt.parallel.mode import Mode
 from dlopt.schedules import Scheduler
 from dlopt.training.metrics import MetricSum
 from dlopt.training.precision import Precision
 from dlopt.training.step import Step, StepSettings
 
-_FUSED_OPTIMIZERS = ("SGD", "Adam", "AdamW")  # of torch.optim, with one kernel for all parameters
+_FUSED_OPTIMIZERS = ("SGD", "Adam", "AdamW")  # in torch.optim, with fused CUDA kernels
 
 
 def obstacle(
@@ -28,150 +28,159 @@ def obstacle(
     precision: Precision,
     observed: bool = False,
 ) -> str | None:
-    """Why updates cannot be captured, in words; None: they can.
+    """Returns why updates cannot be captured; None: they can.
 
-    A captured update must not depend on the values in it, must not wait for the device, and must not change from step
-    to step but for tensors and seeds. torch's and dlopt's layers are like that; other layers may not be.
+    A captured update has no control flow that depends on tensor values, does not synchronize with the device, and
+    differs between steps only in tensors and seeds. This is known of torch's and dlopt's layers only.
     """
     if mode.device.type != "cuda":
-        return f"there are none on {mode.device.type}"
+        return f"CUDA graphs are not available on {mode.device.type}"
     if mode.processes > 1:
-        return "several processes meet within an update"
+        return "an update communicates between processes"
     if observed:
-        return "diagnostics or a profile look into the updates"
+        return "diagnostics and profile use hooks, which a replay does not run"
     if not settings.evaluates_once or not _is_capturable(optimizer):
-        return f"{type(optimizer).__name__} decides on the host"
+        return f"{type(optimizer).__name__} has control flow on the host"
     if precision.name == "fp16":
-        return "the loss scale of precision=fp16 is decided on the host"
+        return "precision=fp16 adapts its loss scale on the host"
     if settings.check_now:
-        return "check=step and on_divergence=skip look at every update before it is made"
+        return "check=step and on_divergence=skip synchronize in every update"
     if settings.halve_on_out_of_memory:
-        return "on_out_of_memory=halve may change the micro-batches"
+        return "on_out_of_memory=halve may change the size of micro-batches"
     if schedule.cycles_momentum:
-        return "the schedule changes the momentum"
+        return "the schedule changes the momentum, which is a constant in a graph"
     for layer in module.modules():
         known = type(layer).__module__.startswith(("torch.nn.", "dlopt.models."))
-        if not known or isinstance(layer, nn.RNNBase):  # cuDNN keeps states of its own
-            return f"of {type(layer).__name__} it is not known whether it decides on the host"
+        if not known or isinstance(layer, nn.RNNBase):  # cuDNN keeps dropout states of its own
+            return f"{type(layer).__name__} may have control flow on the host"
     return None
 
 
 def _is_capturable(optimizer: Optimizer) -> bool:
-    if getattr(optimizer, "capturable", False):  # dlopt's own optimizers declare it
+    if getattr(optimizer, "capturable", False):  # declared by dlopt's optimizers
         return True
-    torchs = type(optimizer).__module__.startswith("torch.") and type(optimizer).__name__ in _FUSED_OPTIMIZERS
-    return torchs and all(group.get("fused") for group in optimizer.param_groups)
+    is_fused = type(optimizer).__module__.startswith("torch.") and type(optimizer).__name__ in _FUSED_OPTIMIZERS
+    return is_fused and all(group.get("fused") for group in optimizer.param_groups)
 
 
 @dataclass(frozen=True)
 class Capture:
-    """
-    size: samples of the batches whose updates are captured; others, such as an epoch's last one, run uncaptured.
-    log_norm: capture the norm of the gradient as well, for logging.
-    inside: those of the step's `after` that belong into the graph (weight averaging).
+    """Settings of the capture.
+
+    Attributes:
+        batch_size: samples in a captured batch; other batches, such as the last one of an epoch, run eagerly.
+        log_norm: also capture the gradient norm, for logging.
+        post_hooks: the step's `post_hooks` that are part of the graph (weight averaging).
     """
 
     recorder: Recorder
-    size: int
+    batch_size: int
     log_norm: bool = False
-    inside: Sequence[Callable[[], None]] = ()
+    post_hooks: Sequence[Callable[[], None]] = ()
 
 
 class GraphedStep(Step):
-    """A step that runs a few updates as they are, then captures one, and replays it from there on.
+    """A step that runs the first updates eagerly, then captures one, and replays it for all others.
 
-    Forward, backward, clipping, the optimizer's update and `Capture.inside` are one graph. A graph reads and writes
-    fixed memory, and none of its Python runs again. Therefore: a batch is copied to where the captured update reads it;
-    learning rates are tensors, which the schedule fills in place; dropout is seeded before each replay, so that its
-    draws are those of a step without a graph; losses and outputs are cloned before the next replay overwrites them.
+    One graph holds forward, backward, clipping, the optimizer's update and `Capture.post_hooks`. A replay uses the
+    captured memory addresses and runs no Python. Therefore:
+
+    - each batch is copied into static input tensors;
+    - learning rates are tensors, which the schedule fills in place;
+    - dropout is seeded before each replay, which makes it bitwise identical to that of an eager step;
+    - losses and outputs are cloned before the next replay overwrites them.
     """
 
     def __init__(self, *arguments: Any, capture: Capture, **keys: Any) -> None:
         super().__init__(*arguments, **keys)
         device = self.parameters[0].device
         self._capture = capture
-        self._outside = [follow for follow in self.after if follow not in capture.inside]
-        self._replayed = Replayed("the update", self._work, capture.recorder)
-        self._static: tuple[Tensor, Tensor] | None = None  # the inputs and targets that the graph reads
-        self._flag = torch.zeros((), device=device)  # whether a gradient was not finite
+        self._eager_hooks = [hook for hook in self.post_hooks if hook not in capture.post_hooks]
+        self._graphed_update = GraphedFunction("the update", self._captured_update, capture.recorder)
+        self._static: tuple[Tensor, Tensor] | None = None  # the graph's inputs and targets
+        self._flag = torch.zeros((), device=device)  # set by the graph if a gradient is not finite
         self._frozen = 0
         self._rates = [torch.zeros((), device=device) for _ in self.optimizer.param_groups]
-        self._restore(self.optimizer)
-        self.optimizer.register_state_dict_post_hook(_with_plain_rates)
-        self.optimizer.register_load_state_dict_post_hook(self._restore)
+        self._use_rate_tensors(self.optimizer)
+        self.optimizer.register_state_dict_post_hook(_convert_rates_to_floats)
+        self.optimizer.register_load_state_dict_post_hook(self._use_rate_tensors)
 
-    def update(self, inputs: Tensor, targets: Tensor, number: int, sums: MetricSum, *, log_norm: bool = False) -> None:
-        if not self._take(inputs, targets):
-            super().update(inputs, targets, number, sums, log_norm=log_norm)
+    def update(
+        self, inputs: Tensor, targets: Tensor, number: int, metrics: MetricSum, *, log_norm: bool = False
+    ) -> None:
+        if not self._copy_batch(inputs, targets):
+            super().update(inputs, targets, number, metrics, log_norm=log_norm)
             return
-        self.begin(inputs, targets, number, sums, log_norm=log_norm)
-        if self.schedule.frozen != self._frozen:  # other parameters than before require gradients
+        self.begin(inputs, targets, number, metrics, log_norm=log_norm)
+        if self.schedule.frozen != self._frozen:  # the schedule froze parameters: the backward pass has changed
             self._frozen = self.schedule.frozen
-            self._replayed.forget()
+            self._graphed_update.reset()
         self._seed()
-        results = self._replayed()
-        for part in results.parts:
-            sums.add(*(each.clone() for each in part))
-        self.check.hold(results.loss.clone(), number, self.rate, results.flag.clone())
-        self.norm = results.norm
+        record = self._graphed_update()
+        for tensors in record.micro_batches:
+            metrics.add(*(tensor.clone() for tensor in tensors))
+        self.check.defer(record.loss.clone(), number, self.rate, record.flag.clone())
+        self.norm = record.norm
         self.schedule.step()
-        for follow in self._outside:
-            follow()
+        for hook in self._eager_hooks:
+            hook()
 
-    def _work(self) -> "_Results":
-        """What is captured: the update of the static batch. Seeding and metrics stay on the host."""
+    def _captured_update(self) -> "_StaticRecord":
+        """Runs the update on the static batch. Seeding and metric accumulation stay on the host."""
         assert self._static is not None
-        results = _Results(flag=self._flag)
+        record = _StaticRecord(flag=self._flag)
         self.optimizer.zero_grad()
-        results.loss = self.mode.forward_backward(self, *self._static, results)
+        record.loss = self.mode.forward_backward(self, *self._static, record)
         self._flag.zero_()
-        self.check.find(self._flag)
-        results.norm = self._clip_gradients(self._capture.log_norm)
+        self.check.flag_nonfinite(self._flag)
+        record.norm = self._clip_gradients(self._capture.log_norm)
         self.optimizer.step()
-        for follow in self._capture.inside:
-            follow()
-        return results
+        for hook in self._capture.post_hooks:
+            hook()
+        return record
 
-    def _take(self, inputs: Tensor, targets: Tensor) -> bool:
-        """Copies a batch to where the graph reads it; False where it does not fit there."""
+    def _copy_batch(self, inputs: Tensor, targets: Tensor) -> bool:
+        """Copies a batch into the static tensors; returns False if its shape or dtype differs from theirs."""
         if self._static is None:
-            if len(targets) != self._capture.size:
+            if len(targets) != self._capture.batch_size:
                 return False
             self._static = torch.empty_like(inputs), torch.empty_like(targets)
-        for place, value in zip(self._static, (inputs, targets), strict=True):
-            if place.shape != value.shape or place.dtype != value.dtype:
+        for static, tensor in zip(self._static, (inputs, targets), strict=True):
+            if static.shape != tensor.shape or static.dtype != tensor.dtype:
                 return False
         self._static[0].copy_(inputs)
         self._static[1].copy_(targets)
         return True
 
-    def _restore(self, optimizer: Optimizer) -> None:
-        """Keeps the learning rates in the same tensors, also after a state is loaded. Its tensors are not those that
-        were captured, so that the update is captured anew."""
+    def _use_rate_tensors(self, optimizer: Optimizer) -> None:
+        """Puts the learning rates into the static tensors, at the start and after a state is loaded.
+
+        Loading replaces the optimizer's state tensors: the update has to be captured again.
+        """
         for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate.fill_(float(group["lr"]))
             if "capturable" in group:
                 group["capturable"] = True
-        self._replayed.forget()
+        self._graphed_update.reset()
 
 
 @dataclass
-class _Results:
-    """Tensors that every replay overwrites: losses and outputs of the micro-batches, in place of a `MetricSum`."""
+class _StaticRecord:
+    """A `MetricRecord` of the tensors that every replay overwrites."""
 
     flag: Tensor
-    parts: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)  # loss, outputs, targets
+    micro_batches: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)  # loss, outputs, targets
     norm: Tensor | None = None
     loss: Tensor = field(init=False)
 
     def add(self, loss: Tensor, outputs: Tensor, targets: Tensor) -> None:
-        self.parts.append((loss, outputs, targets))
+        self.micro_batches.append((loss, outputs, targets))
 
-    def add_nothing(self, device: torch.device) -> None:
-        raise AssertionError("one process has samples of every micro-batch")
+    def add_empty(self, device: torch.device) -> None:
+        raise AssertionError("with one process no micro-batch is empty")
 
 
-def _with_plain_rates(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """A saved state holds learning rates as numbers, like that of any other run."""
+def _convert_rates_to_floats(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Makes a saved state independent of CUDA graphs: it can be loaded by a run without them."""
     for group in state["param_groups"]:
         group["lr"] = float(group["lr"])

@@ -1,4 +1,4 @@
-"""Testing a model on a split: every sample exactly once."""
+"""Evaluation on the validation and the test set: every sample counts exactly once."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,22 +14,22 @@ from dlopt.data.splits import prepare
 from dlopt.errors import UserError
 from dlopt.interruption import Interruption
 from dlopt.losses import MSE, probabilities
-from dlopt.training.averaging import ExponentialAverage, at_evaluation_point
+from dlopt.training.averaging import ExponentialAverage, evaluation_weights
 from dlopt.training.batch_norm import norm_statistics
 from dlopt.training.build import Workload, evaluation_batches
 from dlopt.training.metrics import (
     ExtraMetrics,
     MetricSum,
     Reduce,
-    absolute_error,
     calibration_error,
     confusion_matrix,
-    determination,
     extra_metrics,
     f1_scores,
+    mean_absolute_error,
+    r2_score,
     top_accuracy,
 )
-from dlopt.training.tta import CHOICES, Flip, MultiScaleTenCrop, Plan, ShiftFlip, TenCrop
+from dlopt.training.tta import CHOICES, Flip, MultiScaleTenCrop, ShiftFlip, TenCrop, TestTransform
 
 
 @torch.inference_mode()
@@ -43,33 +43,39 @@ def evaluate(
     prefix: str,
     interruption: object = None,
     reduce: Reduce | None = None,
-    more: ExtraMetrics | None = None,
+    extra: ExtraMetrics | None = None,
 ) -> dict[str, float] | None:
-    """Sample-weighted means over `batches`: {prefix}_loss, {prefix}_accuracy (of a classification), what `more` counts.
+    """Computes sample-weighted means over `batches`: {prefix}_loss, {prefix}_accuracy (classifier), `extra` metrics.
 
-    None when `interruption` became true on the way. `model` is how `module` is called (compiled, under autocast);
-    both are in evaluation mode within, and back in their former mode afterwards. `reduce`: see `MetricSum`; a rank
-    may have no samples in a batch.
+    Puts `module` and `loss` into evaluation mode for the call. A rank may have no samples in a batch.
+
+    Args:
+        model: calls `module` (compiled, under autocast).
+        interruption: checked after each batch.
+        reduce: sums over ranks, see `MetricSum`.
+
+    Returns:
+        The metrics; None if interrupted.
     """
-    sums = MetricSum(classify, reduce=reduce)
+    metrics = MetricSum(classify, reduce=reduce)
     modes = module.training, loss.training
     module.eval(), loss.eval()
     try:
         for inputs, targets in batches:
-            outputs = model(inputs)  # also without samples: other ranks may wait within it
+            outputs = model(inputs)  # even without samples: the forward pass may contain collectives
             if len(targets):
-                outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))  # a loss needs more than bf16
-                sums.add(loss(outputs, targets), outputs, targets)
-                if more is not None:
-                    more.add(outputs, targets)
+                outputs = _promoted(outputs)  # the loss is never computed in bf16 or fp16
+                metrics.add(loss(outputs, targets), outputs, targets)
+                if extra is not None:
+                    extra.add(outputs, targets)
             else:
-                sums.add_nothing(inputs.device)
+                metrics.add_empty(inputs.device)
             if interruption:
                 return None
     finally:
         module.train(modes[0]), loss.train(modes[1])
-    further = {} if more is None else more.means(reduce)
-    return sums.means(prefix) | {f"{prefix}_{name}": value for name, value in further.items()}
+    extra_means = {} if extra is None else extra.means(reduce)
+    return metrics.means(prefix) | {f"{prefix}_{name}": value for name, value in extra_means.items()}
 
 
 Average = Literal["probabilities", "logits"]
@@ -78,47 +84,48 @@ Batch = tuple[Tensor, Tensor]  # outputs, targets
 
 @dataclass(frozen=True)
 class Report:
-    """Metrics of a test (`test_...`), and the confusion matrix [K, K] with a row per true class (None: regression)."""
+    """Test metrics (`test_...`), and the confusion matrix [K, K] with a row per true class (None: regression)."""
 
     metrics: dict[str, float]
     confusion: Tensor | None
 
 
 def combine(members: Sequence[Sequence[Batch]], average: Average) -> list[Batch]:
-    """The mean over models that were tested on the same samples. That of one model is its outputs themselves."""
+    """Averages the outputs of models (an ensemble) on the same samples; returns those of a single model unchanged."""
     if len(members) == 1:
         return list(members[0])
-    result = []
+    combined = []
     for batches in zip(*members, strict=True):
-        mean = Mean(average)
+        mean = OutputMean(average)
         for outputs, _ in batches:
             mean.add(outputs, 1 / len(members))
-        result.append((mean.outputs, batches[0][1]))
-    return result
+        combined.append((mean.outputs, batches[0][1]))
+    return combined
 
 
 def report(batches: Sequence[Batch], loss: nn.Module, classes: int | None) -> Report:
-    """The metrics of outputs; loss and accuracy are computed as those of a run."""
-    sums = MetricSum(classes is not None)
+    """Computes all test metrics of outputs; loss and accuracy equal those in the summary of a run."""
+    accumulator = MetricSum(classes is not None)
     with torch.inference_mode():
         loss.eval()
         for outputs, targets in batches:
-            sums.add(loss(outputs, targets), outputs, targets)
-    means = sums.means("test")
+            accumulator.add(loss(outputs, targets), outputs, targets)
+    metrics = accumulator.means("test")
     outputs, targets = (torch.cat(column) for column in zip(*batches, strict=True))
     if classes is None:
-        more = {"r2": determination(outputs, targets), "mae": absolute_error(outputs, targets)}
-        return Report(means | {f"test_{name}": value for name, value in more.items()}, None)
+        metrics["test_r2"] = r2_score(outputs, targets)
+        metrics["test_mae"] = mean_absolute_error(outputs, targets)
+        return Report(metrics, None)
     confusion = confusion_matrix(targets, outputs.argmax(1), classes)
     if classes > 5:
-        means["test_top5_accuracy"] = top_accuracy(outputs, targets, 5)
-    means["test_macro_f1"] = f1_scores(confusion).nanmean().item()
-    means["test_calibration_error"] = calibration_error(probabilities(outputs, loss), targets)
-    return Report(means, confusion.cpu())
+        metrics["test_top5_accuracy"] = top_accuracy(outputs, targets, 5)
+    metrics["test_macro_f1"] = f1_scores(confusion).nanmean().item()
+    metrics["test_calibration_error"] = calibration_error(probabilities(outputs, loss), targets)
+    return Report(metrics, confusion.cpu())
 
 
-class Mean:
-    """A weighted mean of outputs; of probabilities it is kept, and given back, as logarithms."""
+class OutputMean:
+    """Weighted mean of logits, or of probabilities: those are accumulated and returned as logarithms, for stability."""
 
     def __init__(self, average: Average) -> None:
         self._average = average
@@ -142,20 +149,20 @@ def check_same_samples(members: Sequence[Mapping[str, Any]]) -> None:
     first = members[0]
     for other in members[1:]:
         if other["classes"] != first["classes"]:
-            raise UserError(f"checkpoint={other['path']}: its classes are not those of {first['path']}")
+            raise UserError(f"checkpoint={other['path']}: its classes differ from those of {first['path']}")
         same = len(other["batches"]) == len(first["batches"]) and all(
             torch.equal(a, b) for (_, a), (_, b) in zip(other["batches"], first["batches"], strict=True)
         )
         if not same:
-            raise UserError(f"checkpoint={other['path']}: its test set is not that of {first['path']}")
+            raise UserError(f"checkpoint={other['path']}: its test set differs from that of {first['path']}")
 
 
 Validate = Callable[[Interruption], dict[str, float] | None]
-"""The metrics of the validation set; None where it was interrupted."""
+"""Returns the metrics of the validation set; None if interrupted."""
 
 
 def reduction(workload: Workload) -> Reduce | None:
-    """How sums over a batch become those over all processes' parts of it."""
+    """Returns the sum over ranks; None for one process."""
     return workload.parallel.sum_over_ranks if workload.parallel.processes > 1 else None
 
 
@@ -163,48 +170,48 @@ def validation(
     workload: Workload,
     optimizer: torch.optim.Optimizer,
     average: ExponentialAverage | None,
-    evaluating: Callable[[int, int], None],
+    on_batch: Callable[[int, int], None],
 ) -> Validate | None:
-    """The validation of the model, or of its average; None where there is no validation set.
+    """Builds the validation of the model, or of its weight `average`; None without a validation set.
 
-    `evaluating` is told the batches done and all of them.
+    `on_batch(done, total)` is called after each batch. Raises `UserError` if early stopping has no validation set.
     """
-    samples, early = workload.dataset.val, "monitor" in workload.experiment.stopping.arguments
+    samples = workload.dataset.val
     if samples is None:
-        if early:
-            raise UserError("stopping=early: there is no validation set; set data.val_split=0.1 or stopping=none")
+        if "monitor" in workload.experiment.stopping.arguments:
+            raise UserError("stopping=early: needs a validation set; set data.val_split=0.1 or stopping=none")
         return None
-    further = extra_metrics(workload.experiment, workload.dataset, workload.loss)
+    extra = extra_metrics(workload.experiment, workload.dataset, workload.loss)
     module, model = workload.module, workload.precision.autocast(workload.model)
     batches = evaluation_batches(workload, samples)
 
-    def shown() -> Iterator[tuple[Tensor, Tensor]]:
-        for number, batch in enumerate(batches.epoch(0), 1):
+    def with_progress() -> Iterator[tuple[Tensor, Tensor]]:
+        for done, batch in enumerate(batches.epoch(0), 1):
             yield batch
-            evaluating(number, len(batches))
+            on_batch(done, len(batches))
 
     def validate(interruption: Interruption) -> dict[str, float] | None:
-        with at_evaluation_point(optimizer, average), norm_statistics(workload, module, model, interruption):
+        with evaluation_weights(optimizer, average), norm_statistics(workload, module, model, interruption):
             return evaluate(
                 module,
                 model,
-                shown(),
+                with_progress(),
                 workload.loss,
                 classify=workload.classify,
                 prefix="val",
                 interruption=workload.parallel.evaluation_stop(interruption),
                 reduce=reduction(workload),
-                more=further and further(),
+                extra=extra and extra(),
             )
 
     return validate
 
 
-Reader = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]  # (model, inputs) -> outputs
+Forward = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]  # (model, inputs) -> outputs
 
 
 def test_metrics(workload: Workload) -> dict[str, Any]:
-    """test_loss and, in a classification, test_accuracy of the model as it stands; {} where there is no test set."""
+    """Returns test_loss and, for a classifier, test_accuracy of the present weights; {} without a test set."""
     if workload.dataset.test is None:
         return {}
     if workload.experiment.settings.evaluate.tta != "none":
@@ -226,42 +233,41 @@ def test_metrics(workload: Workload) -> dict[str, Any]:
 
 
 def check_tta(workload: Workload) -> None:
-    """Raises `UserError` where the final test cannot average over the views that `evaluate.tta` asks for."""
-    wanted = workload.experiment.settings.evaluate.tta
-    if wanted == "none" or workload.dataset.test is None:
+    """Raises `UserError` if the final test does not support `evaluate.tta`."""
+    tta = workload.experiment.settings.evaluate.tta
+    if tta == "none" or workload.dataset.test is None:
         return
     if workload.parallel.processes > 1:
         raise UserError(
-            f"evaluate.tta={wanted}: not supported in the final test of {workload.parallel.processes} processes; "
-            f"use evaluate.tta=none, then dlopt eval tta={wanted}"
+            f"evaluate.tta={tta}: the final test with {workload.parallel.processes} processes does not support it; "
+            f"use evaluate.tta=none, then dlopt eval tta={tta}"
         )
-    _plan_of(workload, CHOICES[wanted](), workload.dataset.test)
+    _build_transform(workload, CHOICES[tta](), workload.dataset.test)
 
 
 def _metrics_with_tta(workload: Workload) -> dict[str, Any]:
     settings = workload.experiment.settings.evaluate
     average = choose_average(settings.average if workload.classify else None, workload)
-    outputs = outputs_on_test_set(workload, CHOICES[settings.tta](), average)
+    outputs = predict_test_set(workload, CHOICES[settings.tta](), average)
     metrics = report(outputs, workload.loss, workload.dataset.outputs if workload.classify else None).metrics
     return {name: metrics[name] for name in ("test_loss", "test_accuracy") if name in metrics}
 
 
-def choose_average(typed: Average | None, workload: Workload) -> Average:
-    """What is averaged where nothing was typed: probabilities; the outputs as they are, where they estimate the
-    targets themselves (a squared error)."""
+def choose_average(average: Average | None, workload: Workload) -> Average:
+    """Returns the default for `average` None: probabilities; logits for squared errors, whose outputs are estimates."""
     if workload.classify and not isinstance(workload.loss, MSE):
-        return typed or "probabilities"
-    if typed == "probabilities":
-        raise UserError("average=probabilities: this model was trained by squared errors; use average=logits")
+        return average or "probabilities"
+    if average == "probabilities":
+        raise UserError("average=probabilities: this model was trained with a squared error; use average=logits")
     return "logits"
 
 
-def outputs_on_test_set(
+def predict_test_set(
     workload: Workload, choice: Flip | ShiftFlip | TenCrop | MultiScaleTenCrop | None, average: Average
 ) -> list[Batch]:
-    """Outputs (fp32 or fp64, on the device) and targets of the whole test set in its order, batch by batch.
+    """Returns outputs (fp32 or fp64, on the device) and targets of the test set, in its order, batch by batch.
 
-    choice: the views whose outputs are averaged; None: the images as in `dlopt train`'s own test.
+    choice: the test-time augmentation whose outputs are averaged; None: as in the final test of `dlopt train`.
     """
     samples = workload.dataset.test
     if samples is None:
@@ -269,74 +275,73 @@ def outputs_on_test_set(
     model = workload.precision.autocast(workload.model)
     with norm_statistics(workload, workload.module, model):
         if choice is None:
-            return _outputs(workload.module, model, evaluation_batches(workload, samples), _as_they_are)
-        plan = _plan_of(workload, choice, samples)
-        batches = _image_batches(workload, samples, plan)
+            batches = evaluation_batches(workload, samples)
+            return _outputs(workload.module, model, batches, lambda model, inputs: model(inputs))
+        transform = _build_transform(workload, choice, samples)
+        batches = _image_batches(workload, samples, transform)
         try:
-            return _outputs(workload.module, model, batches, _averaged(workload, plan, average))
+            return _outputs(workload.module, model, batches, _averaging_forward(workload, transform, average))
         finally:
             batches.close()
 
 
-def _as_they_are(model: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
-    return model(inputs)
-
-
-def _averaged(workload: Workload, plan: Plan, average: Average) -> Reader:
-    def read(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-        mean = Mean(average)
-        for weight, view in plan.views(images):
-            mean.add(_promoted(model(_normalized(workload, view))), weight)
+def _averaging_forward(workload: Workload, transform: TestTransform, average: Average) -> Forward:
+    def forward(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+        mean = OutputMean(average)
+        for weight, crops in transform.crops(images):
+            mean.add(_promoted(model(_normalized(workload, crops))), weight)
         return mean.outputs
 
-    return read
+    return forward
 
 
 @torch.inference_mode()
-def _outputs(module: nn.Module, model: Callable[[Tensor], Tensor], batches: Batches, read: Reader) -> list[Batch]:
+def _outputs(module: nn.Module, model: Callable[[Tensor], Tensor], batches: Batches, forward: Forward) -> list[Batch]:
     module.eval()
-    return [(_promoted(read(model, inputs)), targets) for inputs, targets in batches.epoch(0)]
+    return [(_promoted(forward(model, inputs)), targets) for inputs, targets in batches.epoch(0)]
 
 
 def _promoted(outputs: Tensor) -> Tensor:
     return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
 
 
-def _normalized(workload: Workload, view: Tensor) -> Tensor:
-    inputs: Tensor = workload.normalize(view)
+def _normalized(workload: Workload, images: Tensor) -> Tensor:
+    inputs: Tensor = workload.normalize(images)
     return inputs.to(dtype=workload.precision.dtype, memory_format=workload.memory_format)
 
 
 @torch.inference_mode()
-def _plan_of(workload: Workload, choice: Any, samples: Samples) -> Plan:
-    """The views for these samples. Raises `UserError` when they are no images or the model does not take the crops."""
+def _build_transform(workload: Workload, choice: Any, samples: Samples) -> TestTransform:
+    """Builds the transform for `samples`. Raises `UserError` for other data than images, or for a wrong crop size."""
     if len(samples.shape) != 3:
         data = workload.experiment.data.target.__name__
         raise UserError(f"tta: the samples of data={data} are not images; use tta=none")
     channels, *image = samples.shape
     shape = samples.shape if workload.augment is None else workload.augment.output_shape
-    plan: Plan = choice.views((shape[1], shape[2]), (image[0], image[1]))
-    if plan.size != tuple(shape[1:]):
-        probe = torch.zeros(2, channels, *plan.size, device=workload.device)
+    transform: TestTransform = choice.build((shape[1], shape[2]), (image[0], image[1]))
+    if transform.crop_size != tuple(shape[1:]):
+        probe = torch.zeros(2, channels, *transform.crop_size, device=workload.device)
         workload.module.eval()
         try:
             workload.module(_normalized(workload, probe))
         except (RuntimeError, UserError):
             raise UserError(
-                f"tta.crop={plan.size[0]}: this model, or its normalization, takes images of {shape[1]}x{shape[2]} only"
+                f"tta.crop={transform.crop_size[0]}: this model, or its normalization, accepts only images of "
+                f"{shape[1]}x{shape[2]} pixels"
             ) from None
-    return plan
+    return transform
 
 
-def _image_batches(workload: Workload, samples: Samples, plan: Plan) -> Batches:
-    """Batches of images before the normalization. Files are decoded at the largest size that a view wants."""
+def _image_batches(workload: Workload, samples: Samples, transform: TestTransform) -> Batches:
+    """Returns batches of images before normalization. Files are decoded at the largest size that the crops need."""
     experiment, in_memory = workload.experiment, workload.dataset.in_memory
     data = experiment.data_settings
-    if isinstance(samples, Files) and data.image_size is not None and min(plan.image) > min(samples.shape[1:]):
-        larger = replace(data, image_size=plan.image, memory=False)
+    size = transform.image_size
+    if isinstance(samples, Files) and data.image_size is not None and min(size) > min(samples.shape[1:]):
+        larger = replace(data, image_size=size, memory=False)
         source: Dataset = experiment.data.build(**vars(larger))
-        found = prepare(source, larger).test
-        assert found is not None
-        samples, in_memory = found, False
+        decoded = prepare(source, larger).test
+        assert decoded is not None
+        samples, in_memory = decoded, False
     delivery = Delivery(workload.device, in_memory, data.workers, dtype=workload.precision.dtype)
     return Batches(samples, delivery, batch_size=data.batch_size)

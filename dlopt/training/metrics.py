@@ -1,4 +1,4 @@
-"""Sample-weighted means over an epoch, without a host-device synchronization per step."""
+"""Metrics: the accumulator for losses and accuracies, and further metrics of classification and regression."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -13,171 +13,179 @@ from dlopt.errors import UserError
 from dlopt.losses import probabilities
 
 Reduce = Callable[[Sequence[float]], Sequence[float]]
-"""MetricSum over ranks, entry by entry; every rank has to join."""
+"""Sums each entry over ranks (a collective: all ranks call it)."""
 
 
 class ExtraMetrics(Protocol):
-    """Further metrics, which are sums over samples."""
+    """Accumulates further metrics, which are functions of sums over samples."""
 
     def add(self, outputs: Tensor, targets: Tensor) -> None: ...
 
     def means(self, reduce: Reduce | None) -> dict[str, float]:
-        """By name, over all samples so far and all ranks."""
+        """Returns the metrics of all samples so far, on all ranks, by name."""
         ...
 
 
-# What is held back before it is counted. More would save little, and would push a small model out of the cache.
-_HELD_STEPS = 128
-_HELD_NUMBERS = 1 << 20  # outputs: 4 MiB in fp32
+# Bounds on the tensors that wait for a flush. Larger ones save little, and evict a small model from the cache.
+_MAX_PENDING_STEPS = 128
+_MAX_PENDING_OUTPUTS = 1 << 20  # elements: 4 MiB in fp32
 
 
 class MetricSum:
-    """MetricSum of loss and of right answers over samples.
+    """Accumulates loss and correct predictions over samples, without a host-device synchronization per step.
 
-    What a step hands in is held back, and counted for many steps at once.
-    The sums do not depend on when they are counted, so a resumed epoch ends with the uninterrupted one's metrics.
-    With several ranks each hands in its own samples of every batch, and the metrics are those of all ranks.
+    The tensors of a step pass through three stages:
+
+    1. pending: kept as they are;
+    2. flushed: concatenated and reduced on the device, many steps at once;
+    3. synced: transferred to the host, summed over ranks, and added to `loss`, `correct` and `count`.
+
+    The sums do not depend on when flushes and syncs happen: the host adds the losses step by step in float64. A resumed
+    epoch therefore ends with exactly the metrics of an uninterrupted one.
+
+    Args:
+        classify: count correct predictions.
+        on_flush: called with the outputs and targets of many steps, in order, at each flush.
+        reduce: sums over ranks; None: one process. Each rank adds its own samples of every batch.
     """
 
     def __init__(
         self,
         classify: bool,
-        watch: Callable[[Tensor, Tensor], None] | None = None,
+        on_flush: Callable[[Tensor, Tensor], None] | None = None,
         reduce: Reduce | None = None,
     ) -> None:
-        """`watch` is shown the outputs and targets of many steps at once, in their order, whenever they are counted."""
         self.classify = classify
-        self.watch = watch
+        self.on_flush = on_flush
         self.reduce = reduce
         self.loss = 0.0
-        self.right = 0
+        self.correct = 0
         self.count = 0
-        self._looks = classify or watch is not None
-        self._held: list[tuple[Tensor, Tensor | None, Tensor | None]] = []  # losses, outputs, targets
-        self._most = 0  # of them that are held back
-        self._mark: int | None = None  # of them that came before the current update
-        self._folded: list[
-            tuple[Tensor, list[int]]
-        ] = []  # per so many steps: their losses and right answers, their sizes
-        self._read: list[float] = []  # per step: the loss times its samples
-        self._read_right = self._read_count = 0
+        self._keeps_outputs = classify or on_flush is not None
+        self._pending: list[tuple[Tensor, Tensor | None, Tensor | None]] = []  # loss, outputs, targets of a step
+        self._max_pending = 0
+        self._update_start: int | None = None  # number of pending entries before the current update
+        self._flushed: list[tuple[Tensor, list[int]]] = []  # (losses and number correct, samples) of many steps
+        self._local_losses: list[float] = []  # per step: loss times samples, not yet summed over ranks
+        self._local_correct = self._local_count = 0
         self._reported = (0.0, 0, 0)
 
     def fresh(self) -> "MetricSum":
-        """Empty sums of the same kind."""
-        return MetricSum(self.classify, self.watch, self.reduce)
+        """Returns an empty accumulator with the same settings."""
+        return MetricSum(self.classify, self.on_flush, self.reduce)
 
-    def begin(self) -> None:
-        """What is added from here on, until the next call, may be withdrawn."""
-        if len(self._held) >= self._most:
-            self._fold()
-        self._mark = len(self._held)
+    def begin_update(self) -> None:
+        """Marks the start of an update, which `discard_update` can remove."""
+        if len(self._pending) >= self._max_pending:
+            self._flush()
+        self._update_start = len(self._pending)
 
-    def withdraw(self) -> None:
-        """Forgets what was added since `begin`."""
-        assert self._mark is not None
-        del self._held[self._mark :]
+    def discard_update(self) -> None:
+        """Removes what was added since `begin_update`."""
+        assert self._update_start is not None
+        del self._pending[self._update_start :]
 
     def add(self, loss: Tensor, outputs: Tensor, targets: Tensor) -> None:
-        """Takes a batch's mean loss (scalar), outputs [B, K] and targets [B] (or [B, K]: probabilities)."""
-        held = self._held
-        if not held:
-            self._most = max(min(_HELD_STEPS, _HELD_NUMBERS // max(outputs.numel(), 1)), 1)
-        held.append((loss, outputs if self._looks else None, targets))
-        if len(held) >= self._most and self._mark is None:
-            self._fold()
+        """Adds a batch: mean loss (scalar), outputs [B, K], targets [B] (or [B, K]: probabilities)."""
+        pending = self._pending
+        if not pending:
+            self._max_pending = max(min(_MAX_PENDING_STEPS, _MAX_PENDING_OUTPUTS // max(outputs.numel(), 1)), 1)
+        pending.append((loss, outputs if self._keeps_outputs else None, targets))
+        # While an update may be discarded, its entries stay pending; the next `begin_update` flushes.
+        if len(pending) >= self._max_pending and self._update_start is None:
+            self._flush()
 
-    def add_nothing(self, device: torch.device) -> None:
-        """A batch of which this rank has no samples."""
-        self._held.append((torch.zeros((), device=device), None, None))
+    def add_empty(self, device: torch.device) -> None:
+        """Adds a batch of which this rank has no samples: all ranks must reduce the same number of entries."""
+        self._pending.append((torch.zeros((), device=device), None, None))
 
-    def settle(self) -> None:
-        """Counts what was held back: one transfer from the device, and with several ranks one exchange."""
-        self._settle_own()
-        if not self._read:
+    def sync(self) -> None:
+        """Adds all pending steps to the totals: one device-to-host transfer, and one all-reduce with several ranks."""
+        self._sync_local()
+        if not self._local_losses:
             return
-        losses, right, count = self._read, self._read_right, self._read_count
+        losses, correct, count = self._local_losses, self._local_correct, self._local_count
         if self.reduce is not None:
-            *losses, rights, counts = self.reduce([*losses, right, count])
-            right, count = round(rights), round(counts)
-        for loss in losses:
+            *losses, all_correct, all_count = self.reduce([*losses, correct, count])
+            correct, count = round(all_correct), round(all_count)
+        for loss in losses:  # one by one: a sum of partial sums would depend on when `sync` was called
             self.loss += loss
-        self.right += right
+        self.correct += correct
         self.count += count
-        self._read, self._read_right, self._read_count = [], 0, 0
+        self._local_losses, self._local_correct, self._local_count = [], 0, 0
 
-    def _fold(self) -> None:
-        """Counts what was held back where it lies: nothing waits for the device."""
-        held, self._held, self._mark = self._held, [], None
-        if not held:
+    def _flush(self) -> None:
+        """Reduces the pending tensors on the device, without synchronization."""
+        pending, self._pending, self._update_start = self._pending, [], None
+        if not pending:
             return
-        losses = torch.stack([loss for loss, _, _ in held])
-        losses = losses.double() if losses.device.type != "mps" else losses  # which has no float64
-        right = losses.new_zeros(1)
-        shown = [(outputs, targets) for _, outputs, targets in held if outputs is not None and targets is not None]
-        if shown:
-            outputs = torch.cat([outputs for outputs, _ in shown])
+        losses = torch.stack([loss for loss, _, _ in pending])
+        losses = losses.double() if losses.device.type != "mps" else losses  # MPS has no float64
+        correct = losses.new_zeros(1)
+        kept = [(outputs, targets) for _, outputs, targets in pending if outputs is not None and targets is not None]
+        if kept:
+            outputs = torch.cat([outputs for outputs, _ in kept])
             if self.classify:
-                labels = torch.cat([t.argmax(1) if t.ndim > 1 else t for _, t in shown])
-                right = (outputs.argmax(1) == labels).sum().to(losses.dtype).reshape(1)
-            if self.watch is not None:
-                self.watch(outputs, torch.cat([targets for _, targets in shown]))
-        counts = [0 if targets is None else len(targets) for _, _, targets in held]
-        self._folded.append((torch.cat([losses, right]), counts))
+                labels = torch.cat([t.argmax(1) if t.ndim > 1 else t for _, t in kept])
+                correct = (outputs.argmax(1) == labels).sum().to(losses.dtype).reshape(1)
+            if self.on_flush is not None:
+                self.on_flush(outputs, torch.cat([targets for _, targets in kept]))
+        counts = [0 if targets is None else len(targets) for _, _, targets in pending]
+        self._flushed.append((torch.cat([losses, correct]), counts))
 
-    def _settle_own(self) -> None:
-        self._fold()
-        if not self._folded:
+    def _sync_local(self) -> None:
+        self._flush()
+        if not self._flushed:
             return
-        numbers = iter(torch.cat([folded for folded, _ in self._folded]).tolist())
-        for _, counts in self._folded:
-            self._read += [next(numbers) * count for count in counts]
-            self._read_right += round(next(numbers))
-            self._read_count += sum(counts)
-        self._folded = []
+        numbers = iter(torch.cat([tensor for tensor, _ in self._flushed]).tolist())
+        for _, counts in self._flushed:
+            self._local_losses += [next(numbers) * count for count in counts]
+            self._local_correct += round(next(numbers))
+            self._local_count += sum(counts)
+        self._flushed = []
 
     def means(self, prefix: str) -> dict[str, float]:
-        """{prefix}_loss and, in a classification, {prefix}_accuracy (a fraction), over all samples so far."""
-        self.settle()
-        return self._figures(f"{prefix}_", self.loss, self.right, self.count)
+        """Returns {prefix}_loss and, for a classifier, {prefix}_accuracy (a fraction) over all samples so far."""
+        self.sync()
+        return self._means(f"{prefix}_", self.loss, self.correct, self.count)
 
     def since_last(self, prefix: str) -> dict[str, float]:
-        """{prefix}loss and {prefix}accuracy over the samples since the last call."""
-        self.settle()
-        loss, right, count = self._reported
-        self._reported = self.loss, self.right, self.count
-        return self._figures(prefix, self.loss - loss, self.right - right, self.count - count)
+        """Returns {prefix}loss and {prefix}accuracy over the samples since the last call."""
+        self.sync()
+        loss, correct, count = self._reported
+        self._reported = self.loss, self.correct, self.count
+        return self._means(prefix, self.loss - loss, self.correct - correct, self.count - count)
 
-    def _figures(self, prefix: str, loss: float, right: int, count: int) -> dict[str, float]:
+    def _means(self, prefix: str, loss: float, correct: int, count: int) -> dict[str, float]:
         metrics = {f"{prefix}loss": loss / max(count, 1)}
         if self.classify:
-            metrics[f"{prefix}accuracy"] = right / max(count, 1)
+            metrics[f"{prefix}accuracy"] = correct / max(count, 1)
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
-        self.settle()
-        return {"loss": self.loss, "right": self.right, "count": self.count}
+        self.sync()
+        return {"loss": self.loss, "right": self.correct, "count": self.count}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.loss, self.right, self.count = state["loss"], state["right"], state["count"]
-        self._reported = self.loss, self.right, self.count
+        self.loss, self.correct, self.count = state["loss"], state["right"], state["count"]
+        self._reported = self.loss, self.correct, self.count
 
 
 @torch.no_grad()
 def sample_losses(loss: nn.Module, outputs: Tensor, targets: Tensor) -> Tensor:
-    """The loss of each sample [N]: what `loss` gives for it as a batch of one. `targets` as `MetricSum.add` takes them.
+    """Computes the loss of each sample [N], as a batch of one. `targets`: see `MetricSum.add`.
 
-    In float64 where the device has it, so that the metrics do not show how many samples are computed at once.
+    Uses float64 where the device has it: the result must not depend on how many samples are computed at once.
     """
     outputs = outputs.float() if outputs.device.type == "mps" else outputs.double()
     return torch.vmap(lambda output, target: loss(output.unsqueeze(0), target.unsqueeze(0)))(outputs, targets)
 
 
-BINS = 15  # of confidence, as in Guo et al. 2017
+BINS = 15  # confidence bins, as in Guo et al. 2017
 
 
 def confusion_matrix(targets: Tensor, predictions: Tensor, classes: int) -> Tensor:
-    """int64 [classes, classes]: how many samples of the row's class were labelled with the column's.
+    """Counts samples by true class (row) and predicted class (column): int64 [classes, classes].
 
     targets, predictions: int64 [N].
     """
@@ -185,88 +193,88 @@ def confusion_matrix(targets: Tensor, predictions: Tensor, classes: int) -> Tens
 
 
 def class_accuracies(confusion: Tensor) -> Tensor:
-    """float64 [K]: the share of each class's samples that were labelled right; nan for a class without samples."""
+    """Returns the accuracy (recall) of each class: float64 [K]; nan for a class without samples."""
     return confusion.diagonal().double() / confusion.sum(1)
 
 
 def f1_scores(confusion: Tensor) -> Tensor:
-    """float64 [K]: 2 TP / (2 TP + FP + FN) of each class; nan for a class that neither occurs nor is predicted."""
+    """Returns 2 TP / (2 TP + FP + FN) of each class: float64 [K]; nan if it neither occurs nor is predicted."""
     return 2 * confusion.diagonal().double() / (confusion.sum(0) + confusion.sum(1))
 
 
 def top_accuracy(outputs: Tensor, targets: Tensor, k: int) -> float:
-    """The share of samples whose class is among the `k` largest of their outputs [N, K]."""
-    found = outputs.topk(k, dim=1).indices == targets.unsqueeze(1)
-    return found.any(1).double().mean().item()
+    """Returns the fraction of samples whose class is among the `k` largest of their outputs [N, K]."""
+    hits = outputs.topk(k, dim=1).indices == targets.unsqueeze(1)
+    return hits.any(1).double().mean().item()
 
 
 def calibration_error(probabilities: Tensor, targets: Tensor, bins: int = BINS) -> float:
-    """Expected calibration error (Guo et al. 2017, equation 5): sum over `bins` equal bins of confidence (the largest
-    probability) of the bin's share of samples times |accuracy - mean confidence| within it.
+    """Computes the expected calibration error (Guo et al. 2017, equation 5).
 
-    probabilities: [N, K]; a bin holds its upper border, not its lower one.
+    The sum over `bins` bins of equal width, by confidence (the largest probability), of the bin's fraction of samples
+    times |accuracy - mean confidence|. A bin includes its upper edge. probabilities: [N, K].
     """
     return (calibration_gaps(probabilities, targets, bins).abs().sum() / len(targets)).item()
 
 
 def calibration_gaps(probabilities: Tensor, targets: Tensor, bins: int = BINS) -> Tensor:
-    """float64 [bins]: of each bin of confidence its right answers minus the sum of confidences."""
+    """Returns correct predictions minus the sum of confidences in each bin: float64 [bins]."""
     confidence, predictions = probabilities.double().max(1)
-    right = (predictions == targets).double()
+    correct = (predictions == targets).double()
     bin_of = ((confidence * bins).ceil().long() - 1).clamp(0, bins - 1)
-    return torch.zeros(bins, dtype=torch.float64, device=right.device).index_add_(0, bin_of, right - confidence)
+    return torch.zeros(bins, dtype=torch.float64, device=correct.device).index_add_(0, bin_of, correct - confidence)
 
 
-def determination(outputs: Tensor, targets: Tensor) -> float:
-    """R^2 of outputs [N, K] for targets [N, K] or [N], a mean over the K numbers; nan where a target is constant."""
+def r2_score(outputs: Tensor, targets: Tensor) -> float:
+    """Computes R^2 of outputs [N, K] for targets [N, K] or [N], averaged over columns; nan for constant targets."""
     targets = targets.view(len(outputs), -1).double()
     residual = (outputs.double() - targets).square().sum(0)
     return (1 - residual / (targets - targets.mean(0)).square().sum(0)).mean().item()
 
 
-def absolute_error(outputs: Tensor, targets: Tensor) -> float:
-    """Mean absolute error over samples and numbers."""
+def mean_absolute_error(outputs: Tensor, targets: Tensor) -> float:
+    """Averages |outputs - targets| over samples and columns."""
     return (outputs.double() - targets.view(len(outputs), -1).double()).abs().mean().item()
 
 
 TOP = 5
-_OF_CLASSES = ("top5_accuracy", "macro_f1", "calibration_error", "class_accuracy")
+_CLASS_METRICS = ("top5_accuracy", "macro_f1", "calibration_error", "class_accuracy")
 
 
 def extra_metrics(experiment: Experiment, dataset: Dataset, loss: nn.Module) -> Callable[[], ExtraMetrics] | None:
-    """Makes the counter of one validation for what `evaluate.metrics` lists and what is monitored; None: nothing more.
+    """Returns a factory of accumulators for `evaluate.metrics` and the monitored metrics; None if there are none.
 
-    Raises `UserError` for a metric that this run does not have.
+    Raises `UserError` for a metric that this run cannot compute.
     """
     classes = dataset.classes
     monitors = {"monitor": experiment.settings.monitor}
     for key, component in (("stopping", experiment.stopping), ("schedule", experiment.schedule)):
         if "monitor" in component.arguments:
             monitors[f"{key}.monitor"] = component.arguments["monitor"]
-    wanted: dict[str, str] = {name: f"evaluate.metrics={name}" for name in experiment.settings.evaluate.metrics}
+    requested: dict[str, str] = {name: f"evaluate.metrics={name}" for name in experiment.settings.evaluate.metrics}
     for key, monitor in monitors.items():
         name = extra_metric(monitor)
         if name is not None:
-            wanted.setdefault(name, f"{key}={monitor}")
+            requested.setdefault(name, f"{key}={monitor}")
         elif monitor == "val_accuracy" and classes is None:
-            raise UserError(f"{key}={monitor}: allowed in a regression: auto, val_loss, val_r2, val_mae")
-    _check_names(wanted, classes)
+            raise UserError(f"{key}={monitor}: a regression allows auto, val_loss, val_r2, val_mae")
+    _check_names(requested, classes)
     _check_classes(monitors, classes)
-    if not wanted:
+    if not requested:
         return None
-    names = list(wanted)
+    names = list(requested)
     if classes is None:
         return lambda: RegressionMetrics(names, dataset.outputs)
     return lambda: ClassMetrics(names, classes, lambda outputs: probabilities(outputs, loss))
 
 
-def _check_names(wanted: Mapping[str, str], classes: Sequence[str] | None) -> None:
-    for name, typed in wanted.items():
-        if (name in _OF_CLASSES) != (classes is not None):
+def _check_names(requested: Mapping[str, str], classes: Sequence[str] | None) -> None:
+    for name, setting in requested.items():
+        if (name in _CLASS_METRICS) != (classes is not None):
             kind = "regression" if classes is None else "classification"
-            raise UserError(f"{typed}: a {kind} has no such metric")
+            raise UserError(f"{setting}: a {kind} has no such metric")
         if name == "top5_accuracy" and classes is not None and len(classes) <= TOP:
-            raise UserError(f"{typed}: with {len(classes)} classes the right one is always among the first {TOP}")
+            raise UserError(f"{setting}: needs more than {TOP} classes; the data have {len(classes)}")
 
 
 def _check_classes(monitors: Mapping[str, str], classes: Sequence[str] | None) -> None:
@@ -274,23 +282,24 @@ def _check_classes(monitors: Mapping[str, str], classes: Sequence[str] | None) -
         _, is_class, name = monitor.partition("class_accuracy/")
         if is_class and classes is not None and name not in classes:
             shown = ", ".join(classes[:20]) + (", ..." if len(classes) > 20 else "")
-            raise UserError(f"{key}={monitor}: there is no class {name}; the classes are {shown}")
+            raise UserError(f"{key}={monitor}: no class {name}; the classes are {shown}")
 
 
 class ClassMetrics:
-    """Metrics of a classification by name: top5_accuracy, macro_f1, calibration_error and class_accuracy, which
-    expands to class_accuracy/NAME of every class that occurs and worst_class_accuracy.
+    """Accumulates metrics of a classifier: top5_accuracy, macro_f1, calibration_error and class_accuracy.
+
+    class_accuracy expands to class_accuracy/NAME of every class that occurs, and worst_class_accuracy.
+    `probabilities` maps outputs [N, K] to class probabilities.
     """
 
     def __init__(self, names: Sequence[str], classes: Sequence[str], probabilities: Callable[[Tensor], Tensor]) -> None:
-        """`probabilities`: from outputs [N, K] to what they say of the classes."""
         self.names = names
         self.classes = classes
         self._probabilities = probabilities
         self._sums: Tensor | None = None
 
     def add(self, outputs: Tensor, targets: Tensor) -> None:
-        """Counts outputs [N, K] and targets int64 [N]."""
+        """Adds outputs [N, K] and targets int64 [N]."""
         count = len(self.classes)
         predictions = outputs.argmax(1)
         columns = [
@@ -305,22 +314,22 @@ class ClassMetrics:
         self._sums = sums if self._sums is None else self._sums + sums
 
     def means(self, reduce: Reduce | None) -> dict[str, float]:
-        """The metrics of all samples so far; `reduce`: see `dlopt.training.metrics.MetricSum`."""
+        """Returns the metrics of all samples so far; `reduce`: see `MetricSum`."""
         size = 3 * len(self.classes) + ("top5_accuracy" in self.names)
         size += BINS if "calibration_error" in self.names else 0
-        own = [0.0] * size if self._sums is None else self._sums.tolist()
-        numbers = torch.tensor(own if reduce is None else list(reduce(own)), dtype=torch.float64)
-        right, true, predicted, rest = numbers.split([*[len(self.classes)] * 3, size - 3 * len(self.classes)])
+        local = [0.0] * size if self._sums is None else self._sums.tolist()  # zeros: this rank had no samples
+        sums = torch.tensor(local if reduce is None else list(reduce(local)), dtype=torch.float64)
+        correct, true, predicted, rest = sums.split([*[len(self.classes)] * 3, size - 3 * len(self.classes)])
         result = {}
         if "top5_accuracy" in self.names:
             result["top5_accuracy"] = (rest[0] / true.sum()).item()
         if "calibration_error" in self.names:
             result["calibration_error"] = (rest[-BINS:].abs().sum() / true.sum()).item()
         if "macro_f1" in self.names:
-            result["macro_f1"] = (2 * right / (true + predicted)).nanmean().item()
+            result["macro_f1"] = (2 * correct / (true + predicted)).nanmean().item()
         if "class_accuracy" in self.names:
             accuracies = {
-                name: r / n for name, r, n in zip(self.classes, right.tolist(), true.tolist(), strict=True) if n
+                name: c / n for name, c, n in zip(self.classes, correct.tolist(), true.tolist(), strict=True) if n
             }
             result |= {f"class_accuracy/{name}": accuracy for name, accuracy in accuracies.items()}
             result["worst_class_accuracy"] = min(accuracies.values())
@@ -328,7 +337,7 @@ class ClassMetrics:
 
 
 class RegressionMetrics:
-    """r2 and mae of a regression (`dlopt.training.metrics`) with so many `outputs`, by name."""
+    """Accumulates r2 and mae (`r2_score`, `mean_absolute_error`) of a regression with `outputs` columns."""
 
     def __init__(self, names: Sequence[str], outputs: int) -> None:
         self.names = names
@@ -336,21 +345,21 @@ class RegressionMetrics:
         self._sums = torch.zeros(2 + 3 * outputs, dtype=torch.float64)
 
     def add(self, outputs: Tensor, targets: Tensor) -> None:
-        """Counts outputs [N, K] and targets [N, K] or [N]."""
-        wanted = targets.view(len(outputs), -1).double()
-        residual = outputs.double() - wanted
+        """Adds outputs [N, K] and targets [N, K] or [N]."""
+        targets = targets.view(len(outputs), -1).double()
+        residual = outputs.double() - targets
         count = residual.new_full((1,), len(outputs))
         self._sums = self._sums.to(residual.device) + torch.cat(
-            [count, residual.abs().sum().view(1), residual.square().sum(0), wanted.sum(0), wanted.square().sum(0)]
+            [count, residual.abs().sum().view(1), residual.square().sum(0), targets.sum(0), targets.square().sum(0)]
         )
 
     def means(self, reduce: Reduce | None) -> dict[str, float]:
         """See `ClassMetrics.means`."""
-        own = self._sums.tolist()
-        count, absolute, *rest = own if reduce is None else reduce(own)
+        local = self._sums.tolist()
+        count, absolute, *rest = local if reduce is None else reduce(local)
         residual, total, squares = torch.tensor(rest, dtype=torch.float64).view(3, self._outputs)
-        every = {
+        values = {
             "r2": (1 - residual / (squares - total.square() / count)).mean().item(),
             "mae": absolute / (count * self._outputs),
         }
-        return {name: every[name] for name in self.names}
+        return {name: values[name] for name in self.names}

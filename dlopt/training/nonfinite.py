@@ -1,4 +1,4 @@
-"""Losses and gradients that are not finite: seen before they reach the weights, or on a GPU at the next look."""
+"""Detection of non-finite losses, gradients and weights, the layer they come from, and recovery from them."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -13,14 +13,14 @@ from dlopt.parallel.mode import Mode
 from dlopt.parallel.shards import local
 from dlopt.training.clipping import Norm
 
-_HELD_STEPS = 128
-_SMALLEST_SCALE = 2.0**-20  # of fp16's losses: below, no gradient will ever be finite again
+_MAX_PENDING = 128  # updates
+_MIN_LOSS_SCALE = 2.0**-20  # fp16: with a smaller scale, gradients will not become finite again
 
 
 class Diverged(RunError):
     """A loss, a gradient or a weight is not finite at update `step` (from 1).
 
-    `before_update`: the weights have not moved yet.
+    `before_update`: whether it was detected before the weights changed.
     """
 
     def __init__(self, message: str, step: int, *, before_update: bool) -> None:
@@ -30,117 +30,117 @@ class Diverged(RunError):
 
 
 class NonFiniteCheck:
-    """Looks for NaN and infinity in the losses and in the reduced gradients of all updates.
+    """Checks the loss and the reduced gradients of every update for NaN and infinity.
 
-    `at_once`: in each update, before the weights move: cheap on a CPU, a synchronization on a GPU. Otherwise one flag
-    per update stays on the device until `look`.
-    `where` says which layer is the first that is not finite, given whether the loss is. `norm`: of gradients of which
-    this rank has but parts, so that all ranks see the same; None: it has them all.
+    Args:
+        immediate: check before each update, which is cheap on a CPU and synchronizes on a GPU; otherwise keep one flag
+            per update on the device until `flush`.
+        locate: describes the first non-finite tensor, given whether the loss is finite.
+        norm: of gradients that are sharded over ranks, for the same result on all ranks; None: this rank has all.
     """
 
     def __init__(
-        self, parameters: Sequence[Tensor], *, at_once: bool, where: Callable[[bool], str], norm: Norm | None = None
+        self, parameters: Sequence[Tensor], *, immediate: bool, locate: Callable[[bool], str], norm: Norm | None = None
     ) -> None:
         self.parameters = parameters
-        self.at_once = at_once
-        self.where = where
+        self.immediate = immediate
+        self.locate = locate
         self.norm = norm
         device = next((p.device for p in parameters if not p.is_meta), torch.device("cpu"))
         self._one = torch.ones((), device=device)
-        self._flag = torch.zeros((), device=device)  # of the update itself, where that is looked at
-        self.latest = 0  # update, from 1
-        self._held: list[tuple[int, float, Tensor]] = []  # update, learning rate, loss
+        self._flag = torch.zeros((), device=device)  # for immediate checks
+        self.latest = 0  # latest update, from 1
+        self._pending: list[tuple[int, float, Tensor]] = []  # update, learning rate, loss
         self._flags: list[Tensor] = []
-        self._slots: list[Tensor] = []
-        self._folded: list[tuple[list[tuple[int, float]], Tensor]] = []
+        self._free_flags: list[Tensor] = []  # preallocated: one kernel launch for many flags
+        self._stacked: list[tuple[list[tuple[int, float]], Tensor]] = []
 
     def __call__(self, loss: Tensor, step: int, rate: float, *, gradients: bool) -> None:
-        """Takes update `step` (from 0), whose gradients are in the parameters. Raises `Diverged`.
+        """Checks update `step` (from 0), whose gradients are in the parameters. Raises `Diverged`.
 
-        Without `gradients` they are a loss scaler's to look at.
+        `gradients`: false for a loss only, where a loss scaler checks the gradients.
         """
         self.latest = step + 1
-        if not self.at_once:
-            self._hold(loss, step, rate, gradients)
+        if not self.immediate:
+            self._defer(loss, step, rate, gradients)
             return
         if gradients:
-            self.find(self._flag)
+            self.flag_nonfinite(self._flag)
         value = loss.item()
         if not math.isfinite(value) or (gradients and self._flag.item()):
             self._flag.zero_()
-            where = self.where(math.isfinite(value))
-            raise Diverged(_told(value, step, rate, where), step + 1, before_update=True)
+            location = self.locate(math.isfinite(value))
+            raise Diverged(_message(value, step, rate, location), step + 1, before_update=True)
 
-    def find(self, flag: Tensor) -> None:
-        """Sets `flag` to 1 when a gradient is not finite: one operation over all, which leaves them as they are."""
-        found = [gradient for p in self.parameters if (gradient := p.grad) is not None]
+    def flag_nonfinite(self, flag: Tensor) -> None:
+        """Sets `flag` to 1 if a gradient is not finite, with one kernel, which leaves the gradients unchanged."""
+        gradients = [gradient for p in self.parameters if (gradient := p.grad) is not None]
         if self.norm is not None:
-            flag.copy_(~self.norm(found).isfinite())
-        elif found:
-            torch._amp_foreach_non_finite_check_and_unscale_(found, flag, self._one)
+            flag.copy_(~self.norm(gradients).isfinite())
+        elif gradients:
+            torch._amp_foreach_non_finite_check_and_unscale_(gradients, flag, self._one)
 
-    def _hold(self, loss: Tensor, step: int, rate: float, gradients: bool) -> None:
-        if not self._slots:
-            self._slots = list(torch.zeros(_HELD_STEPS, device=self._one.device).unbind())
-        flag = self._slots.pop()
+    def _defer(self, loss: Tensor, step: int, rate: float, gradients: bool) -> None:
+        if not self._free_flags:
+            self._free_flags = list(torch.zeros(_MAX_PENDING, device=self._one.device).unbind())
+        flag = self._free_flags.pop()
         if gradients:
-            self.find(flag)
-        self.hold(loss, step, rate, flag)
+            self.flag_nonfinite(flag)
+        self.defer(loss, step, rate, flag)
 
-    def hold(self, loss: Tensor, step: int, rate: float, flag: Tensor) -> None:
-        """Takes update `step` (from 0) and the flag that says whether a gradient of it was not finite, for `look`."""
+    def defer(self, loss: Tensor, step: int, rate: float, flag: Tensor) -> None:
+        """Keeps the loss of update `step` (from 0), and the flag for its gradients, until `flush`."""
         self.latest = step + 1
-        self._held.append((step, rate, loss))
+        self._pending.append((step, rate, loss))
         self._flags.append(flag)
-        if len(self._held) == _HELD_STEPS:
-            self._fold()
+        if len(self._pending) == _MAX_PENDING:
+            self._stack_pending()
 
-    def _fold(self) -> None:
-        if self._held:
-            losses, flags = torch.stack([loss.float() for _, _, loss in self._held]), torch.stack(self._flags)
-            self._folded.append(([(step, rate) for step, rate, _ in self._held], torch.stack([losses, flags])))
-            self._held, self._flags = [], []
+    def _stack_pending(self) -> None:
+        if self._pending:
+            losses, flags = torch.stack([loss.float() for _, _, loss in self._pending]), torch.stack(self._flags)
+            self._stacked.append(([(step, rate) for step, rate, _ in self._pending], torch.stack([losses, flags])))
+            self._pending, self._flags = [], []
 
-    def look(self, scaler: torch.amp.GradScaler | None = None) -> None:
-        """Raises `Diverged` for the first update since the last look that was not finite. Waits for the device."""
-        self._fold()
-        folded, self._folded = self._folded, []
-        for updates, numbers in folded:
-            for (step, rate), value, flag in zip(updates, *numbers.tolist(), strict=True):
+    def flush(self, scaler: torch.amp.GradScaler | None = None) -> None:
+        """Raises `Diverged` for the first non-finite update since the last call. Synchronizes with the device."""
+        self._stack_pending()
+        stacked, self._stacked = self._stacked, []
+        for updates, losses_and_flags in stacked:
+            for (step, rate), value, flag in zip(updates, *losses_and_flags.tolist(), strict=True):
                 if flag or not math.isfinite(value):
-                    told = _told(value, step, rate, "check=step names the layer")
-                    raise Diverged(told, step + 1, before_update=False)
-        if scaler is not None and scaler.get_scale() < _SMALLEST_SCALE:
+                    message = _message(value, step, rate, "check=step names the layer")
+                    raise Diverged(message, step + 1, before_update=False)
+        if scaler is not None and scaler.get_scale() < _MIN_LOSS_SCALE:
             raise Diverged(
-                "precision=fp16: the gradients are not finite, however small the loss scale; use precision=bf16",
+                "precision=fp16: gradients are not finite even with the smallest loss scale; use precision=bf16",
                 self.latest,
                 before_update=False,
             )
 
-    def forget(self) -> None:
-        """Leaves out what was not looked at yet: the run goes back to before it."""
-        self._held, self._flags, self._folded = [], [], []
+    def reset(self) -> None:
+        """Drops pending updates, which a rollback has undone."""
+        self._pending, self._flags, self._stacked = [], [], []
 
 
-def _told(value: float, step: int, rate: float, where: str) -> str:
+def _message(value: float, step: int, rate: float, location: str) -> str:
     what = "the gradient is not finite" if math.isfinite(value) else f"the loss became {value}"
     return (
-        f"{what} at update {step + 1} with a learning rate of {rate:g} ({where}); "
+        f"{what} at update {step + 1} with a learning rate of {rate:g} ({location}); "
         "try a smaller optimizer.lr, a warmup (schedule.warmup_epochs) or clip=norm"
     )
 
 
 def check_weights(module: nn.Module, step: int, rate: float, norm: Norm | None = None) -> None:
-    """Raises `Diverged` when a weight is not finite, which no finite loss tells of. Waits for the device.
+    """Raises `Diverged` if a weight is not finite: the last update may overflow after a finite loss and gradient.
 
-    `norm`: see `NonFiniteCheck`.
+    `norm`: see `NonFiniteCheck`. Synchronizes with the device.
     """
     parameters = [p.detach() for p in module.parameters()]
-    fine = is_finite(parameters) if norm is None else bool(norm(parameters).isfinite())
-    if not fine:
+    if not (is_finite(parameters) if norm is None else bool(norm(parameters).isfinite())):
         raise Diverged(
             f"the weights are not finite after update {step} with a learning rate of {rate:g} "
-            f"(first: {first_bad_weight(module) or 'those of another rank'}); "
+            f"(first: {first_nonfinite_weight(module) or 'on another rank'}); "
             "try a smaller optimizer.lr, a warmup (schedule.warmup_epochs) or clip=norm",
             step,
             before_update=False,
@@ -148,20 +148,20 @@ def check_weights(module: nn.Module, step: int, rate: float, norm: Norm | None =
 
 
 def is_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether all numbers are that this process has of them."""
-    own = [part for part in map(local, tensors) if part.numel() and not part.is_meta]
-    if not own:
+    """Returns whether all entries in this process's shards of the tensors are finite."""
+    shards = [shard for shard in map(local, tensors) if shard.numel() and not shard.is_meta]
+    if not shards:
         return True
-    largest = torch._foreach_norm(own, ord=math.inf)  # propagates NaN, and does not overflow
-    return bool(torch.stack([each.isfinite() for each in largest]).all())
+    maxima = torch._foreach_norm(shards, ord=math.inf)  # propagates NaN, and does not overflow as a sum would
+    return bool(torch.stack([maximum.isfinite() for maximum in maxima]).all())
 
 
-def first_bad_weight(module: nn.Module) -> str | None:
+def first_nonfinite_weight(module: nn.Module) -> str | None:
     return next((name for name, p in module.named_parameters() if not is_finite([p.detach()])), None)
 
 
-def first_bad_gradient(module: nn.Module) -> str | None:
-    """The parameter whose gradient the backward pass found first: the last one in the model's order."""
+def first_nonfinite_gradient(module: nn.Module) -> str | None:
+    """Returns the first in the order of the backward pass: the last one in the model's order."""
     names = [name for name, p in module.named_parameters() if p.grad is not None and not is_finite([p.grad])]
     return names[-1] if names else None
 
@@ -173,90 +173,90 @@ def describe(name: str, layer: nn.Module) -> str:
 def locate(
     module: nn.Module, inputs: Tensor, mode: Mode, forward: Callable[[], object], *, loss_is_finite: bool
 ) -> str:
-    """Names the first layer that is not finite, in words, after an evaluation that was not. All ranks call this.
+    """Describes the first non-finite tensor after a non-finite loss or gradient. All ranks must call this.
 
-    `forward` runs the evaluation's forward pass again.
+    `forward` repeats the forward pass.
     """
     if mode.sharding != "replicated":
-        return f"first on rank {mode.rank}: {first_bad_weight(module) or first_bad_gradient(module)}"
+        return f"first on rank {mode.rank}: {first_nonfinite_weight(module) or first_nonfinite_gradient(module)}"
     if mode.processes > 1:
         return _locate_on_ranks(module, inputs, mode, loss_is_finite)
-    if weight := first_bad_weight(module):
+    if weight := first_nonfinite_weight(module):
         return f"first: the weights {weight}"
     if loss_is_finite:
-        return f"first in the backward pass: {first_bad_gradient(module)}"
+        return f"first in the backward pass: {first_nonfinite_gradient(module)}"
     if not is_finite([inputs]):
         return "the inputs are not finite"
-    output = first_bad_output(module, forward)
+    output = first_nonfinite_output(module, forward)
     return "first: the loss itself" if output is None else f"first: the output of {output}"
 
 
 def _locate_on_ranks(module: nn.Module, inputs: Tensor, mode: Mode, loss_is_finite: bool) -> str:
-    """Every rank checks its own samples; the first rank with a finding is reported by all.
+    """Checks the samples of each rank; all ranks report the first one with a non-finite tensor.
 
-    Findings travel as numbers: positions in a list of texts that is the same on all ranks.
+    Ranks can only exchange sums of floats: they send positions in a list of texts that is the same on all ranks.
     """
     weights = [name for name, _ in module.named_parameters()]
     layers = [describe(name, layer) for name, layer in module.named_modules()]
-    texts = [*(f"the weights {each}" for each in weights), *(f"the gradient of {each}" for each in weights)]
-    texts += ["the inputs", *(f"the output of {each}" for each in layers)]
-    finding = _find(module, inputs, loss_is_finite)
+    texts = [*(f"the weights {name}" for name in weights), *(f"the gradient of {name}" for name in weights)]
+    texts += ["the inputs", *(f"the output of {layer}" for layer in layers)]
+    text = _locate_on_this_rank(module, inputs, loss_is_finite)
     codes = [0.0] * mode.processes
-    codes[mode.rank] = 0.0 if finding is None else 1.0 + texts.index(finding)
+    codes[mode.rank] = 0.0 if text is None else 1.0 + texts.index(text)
     rank, code = next(((r, c) for r, c in enumerate(mode.sum_over_ranks(codes)) if c), (0, 0.0))
     return f"first on rank {rank}: {texts[round(code) - 1]}" if code else "first: the loss itself"
 
 
-def _find(module: nn.Module, inputs: Tensor, loss_is_finite: bool) -> str | None:
-    if weight := first_bad_weight(module):
+def _locate_on_this_rank(module: nn.Module, inputs: Tensor, loss_is_finite: bool) -> str | None:
+    if weight := first_nonfinite_weight(module):
         return f"the weights {weight}"
     if loss_is_finite:
-        return f"the gradient of {first_bad_gradient(module)}"
+        return f"the gradient of {first_nonfinite_gradient(module)}"
     if not len(inputs) or not is_finite([inputs]):
         return "the inputs" if len(inputs) else None
     was_training = module.training
-    module.eval()  # in training mode, layers may communicate with other ranks
-    output = first_bad_output(module, lambda: module(inputs))
+    module.eval()  # in training mode, layers may communicate with other ranks, which might not call them
+    output = first_nonfinite_output(module, lambda: module(inputs))
     module.train(was_training)
     return None if output is None else f"the output of {output}"
 
 
 @torch.no_grad()
-def first_bad_output(module: nn.Module, forward: Callable[[], object]) -> str | None:
-    """The first layer within `module`, in the order of execution, whose output is not finite; `forward` calls it."""
-    found: list[str] = []
+def first_nonfinite_output(module: nn.Module, forward: Callable[[], object]) -> str | None:
+    """Returns the first layer of `module`, in execution order, with a non-finite output; `forward` calls `module`."""
+    nonfinite: list[str] = []
 
-    def hook(name: str) -> Callable[..., None]:
-        def look(layer: nn.Module, inputs: Any, output: Any) -> None:
+    def make_hook(name: str) -> Callable[..., None]:
+        def hook(layer: nn.Module, inputs: Any, output: Any) -> None:
             outputs = output if isinstance(output, tuple) else (output,)
-            numbers = [each for each in outputs if isinstance(each, Tensor) and each.is_floating_point()]
-            if not found and not is_finite([each.detach() for each in numbers]):
-                found.append(name)
+            tensors = [each.detach() for each in outputs if isinstance(each, Tensor) and each.is_floating_point()]
+            if not nonfinite and not is_finite(tensors):
+                nonfinite.append(name)
 
-        return look
+        return hook
 
     handles: list[RemovableHandle] = [
-        each.register_forward_hook(hook(describe(name, each))) for name, each in module.named_modules()
+        layer.register_forward_hook(make_hook(describe(name, layer))) for name, layer in module.named_modules()
     ]
     try:
         forward()
     finally:
         for handle in handles:
             handle.remove()
-    return found[0] if found else None
+    return nonfinite[0] if nonfinite else None
 
 
 Policy = Literal["stop", "skip", "rollback"]
 
 
 class Recovery:
-    """Counts and decides; its state belongs to the checkpoint.
+    """Policy for non-finite updates: stop, skip the update, or roll back to a checkpoint.
 
     Args:
-        attempts: rollbacks of a run, or updates left out in a row, after which it stops all the same.
-        lr_factor: by which each rollback multiplies the learning rate.
-        newest: the newest checkpoint, on all ranks; None: there is none.
-        tell: shows a line to the user.
+        attempts: maximum number of rollbacks of a run, or of skipped updates in a row.
+        lr_factor: multiplies the learning rate in each rollback.
+        load_newest: loads the newest checkpoint on all ranks; None: there is none.
+        log: shows a line to the user.
     """
 
     def __init__(
@@ -265,21 +265,21 @@ class Recovery:
         *,
         attempts: int,
         lr_factor: float,
-        newest: Callable[[], Mapping[str, Any] | None],
-        tell: Callable[[str], None],
+        load_newest: Callable[[], Mapping[str, Any] | None],
+        log: Callable[[str], None],
     ) -> None:
         self.policy = policy
         self.attempts = attempts
         self.lr_factor = lr_factor
-        self.newest = newest
-        self.tell = tell
+        self.load_newest = load_newest
+        self.log = log
         self.rollbacks = 0
         self.skipped = 0
-        self.lr_scale = 1.0  # by which the rollbacks have multiplied the learning rate
+        self.lr_scale = 1.0  # product of the lr_factors of all rollbacks
         self._in_a_row = self._last_skipped = 0
 
     def skip(self, error: Diverged) -> bool:
-        """Whether the update is left out, which is then counted."""
+        """Returns whether to skip the update, and counts it."""
         if self.policy != "skip":
             return False
         self._in_a_row = self._in_a_row + 1 if error.step == self._last_skipped + 1 else 1
@@ -287,25 +287,25 @@ class Recovery:
             return False
         self.skipped += 1
         self._last_skipped = error.step
-        self.tell(f"update {error.step} is left out: {_found(error)}")
+        self.log(f"update {error.step} is skipped: {_without_advice(error)}")
         return True
 
-    def goal(self, error: Diverged) -> Mapping[str, Any]:
-        """The checkpoint to go back to, which is counted, and the learning rate set to fall. Raises `error` again."""
+    def rollback(self, error: Diverged) -> Mapping[str, Any]:
+        """Returns the checkpoint to load, counts the rollback and lowers `lr_scale`; raises `error` if not allowed."""
         if self.policy != "rollback":
             raise error
         if self.rollbacks == self.attempts:
             raise Diverged(
-                f"{error}; recovery.attempts={self.attempts} rollbacks did not help", error.step, before_update=False
+                f"{error}; {self.attempts} rollbacks (recovery.attempts) did not help", error.step, before_update=False
             ) from error
-        state = self.newest()
+        state = self.load_newest()
         if state is None:
             raise error
         self.rollbacks += 1
         self.lr_scale *= self.lr_factor
-        self.tell(
-            f"{_found(error)}; rollback {self.rollbacks} of {self.attempts}: back to update "
-            f"{state['progress']['step']}, the learning rate is {self.lr_scale:g} times the configured one"
+        self.log(
+            f"{_without_advice(error)}; rollback {self.rollbacks} of {self.attempts} to update "
+            f"{state['progress']['step']}, with {self.lr_scale:g} times the configured learning rate"
         )
         return state
 
@@ -327,6 +327,6 @@ class Recovery:
         self._in_a_row, self._last_skipped = state["in_a_row"], state["last_skipped"]
 
 
-def _found(error: Diverged) -> str:
-    """Without the advice, which is about to be taken."""
+def _without_advice(error: Diverged) -> str:
+    """Returns the message without its advice, which the recovery is about to follow."""
     return str(error).partition("; try ")[0]

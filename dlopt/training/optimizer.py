@@ -1,4 +1,4 @@
-"""Optimizer, schedule and step of an experiment."""
+"""Builds optimizer, schedule and step of an experiment."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -27,85 +27,85 @@ from dlopt.training.step import Network, Observer, Step, StepSettings
 from dlopt.training.stopping import Stopping
 
 
-def optimizer_of(workload: Workload) -> torch.optim.Optimizer:
-    """The optimizer over the model's parameter groups; its learning rate follows the batch size where that is asked."""
+def build_optimizer(workload: Workload) -> torch.optim.Optimizer:
+    """Builds the optimizer over the model's parameter groups; scales its learning rate by the batch size (scale_lr)."""
     experiment, settings = workload.experiment, workload.experiment.settings
     component = experiment.optimizer
     if experiment.auto_lr:
-        raise UserError("optimizer.lr=auto: only `dlopt train` looks for the learning rate; type a number here")
+        raise UserError("optimizer.lr=auto: only `dlopt train` runs a range test; set a number")
     if settings.scale_lr != "none":
         component = component.partial(lr=component.arguments["lr"] * _lr_scale(experiment, len(workload.dataset.train)))
     groups = parameter_groups(
         workload.module, experiment.grouping, component.arguments, decay_norm_and_bias=settings.decay_norm_and_bias
     )
-    fused = may_fuse(component, [p for group in groups for p in group["params"]])
+    fused = can_fuse(component, [p for group in groups for p in group["params"]])
     try:
         optimizer: torch.optim.Optimizer = component.partial(**({"fused": True} if fused else {})).build(params=groups)
-    except ValueError as error:  # a class that is not ours has a range of its own, or takes one group only
+    except ValueError as error:  # third-party optimizers validate their arguments themselves
         raise UserError(f"optimizer={component.target.__name__}: {error}") from None
     check_optimizer(workload.parallel, optimizer)
     if fused:
-        keep_layout(optimizer)
+        match_state_layout(optimizer)
     return optimizer
 
 
-_FUSED = {"cpu": ("SGD", "Adam", "AdamW", "Adagrad"), "cuda": ("SGD", "Adam", "AdamW")}  # of torch.optim
+_FUSED = {"cpu": ("SGD", "Adam", "AdamW", "Adagrad"), "cuda": ("SGD", "Adam", "AdamW")}  # in torch.optim
 
 
-def may_fuse(component: Component, parameters: Sequence[Tensor]) -> bool:
-    """Whether torch has one kernel for an update of all these parameters, and nothing is typed about it.
+def can_fuse(component: Component, parameters: Sequence[Tensor]) -> bool:
+    """Returns whether torch has a fused kernel for these parameters, and the config does not choose an implementation.
 
-    On a CPU it spares a small model a tenth of its step. See `keep_layout` for what it takes for granted.
+    It saves a small model 10 % of its step on a CPU. See `match_state_layout` for its precondition.
     """
     target, devices = component.target, {p.device.type for p in parameters if not p.is_meta}
     if target.__module__.partition(".")[0] != "torch" or {"fused", "foreach"} & set(component.arguments):
         return False
-    fusing = [name for device in devices for name in _FUSED.get(device, ())]
-    return len(devices) == 1 and target.__name__ in fusing and not any(map(is_sharded_tensor, parameters))
+    fusable = [name for device in devices for name in _FUSED.get(device, ())]
+    return len(devices) == 1 and target.__name__ in fusable and not any(map(is_sharded_tensor, parameters))
 
 
-def keep_layout(optimizer: torch.optim.Optimizer) -> None:
-    """Sees to it that states lie in memory as their parameters do: the one kernel goes through all of them side by
-    side, and would mix up the elements of others. Gradients do, by autograd's contract, which the first update checks.
+def match_state_layout(optimizer: torch.optim.Optimizer) -> None:
+    """Gives optimizer states the memory layout (strides) of their parameters, after a state is loaded.
 
-    A loaded state may come from another mode, and lie otherwise.
+    A fused kernel iterates over the memory of parameter, gradient and state in parallel, and would pair the wrong
+    elements if their strides differed. A loaded state may come from another mode, with another layout. Gradients have
+    the parameters' layout by autograd's contract, which the first update checks.
     """
 
-    def lay_out(optimizer: torch.optim.Optimizer) -> None:
+    def match_layout(optimizer: torch.optim.Optimizer) -> None:
         for parameter, values in optimizer.state.items():
             for name, value in values.items():
-                if isinstance(value, Tensor) and value.shape == parameter.shape and not _is_alike(value, parameter):
+                if isinstance(value, Tensor) and value.shape == parameter.shape and not _same_strides(value, parameter):
                     values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
-    def check(optimizer: torch.optim.Optimizer, arguments: object, named: object) -> None:
-        first.remove()
+    def check_gradients(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+        first_step.remove()
         for group in optimizer.param_groups:
-            if not all(p.grad is None or _is_alike(p.grad, p) for p in group["params"]):
+            if not all(p.grad is None or _same_strides(p.grad, p) for p in group["params"]):
                 group["fused"] = False
 
-    optimizer.register_load_state_dict_post_hook(lay_out)
-    first = optimizer.register_step_pre_hook(check)
+    optimizer.register_load_state_dict_post_hook(match_layout)
+    first_step = optimizer.register_step_pre_hook(check_gradients)
 
 
-def _is_alike(tensor: Tensor, parameter: Tensor) -> bool:
+def _same_strides(tensor: Tensor, parameter: Tensor) -> bool:
     return tensor.is_meta or tensor.stride() == parameter.stride()
 
 
-_NOT_ELEMENTWISE = ("Adafactor", "LBFGS", "Muon")  # of torch.optim, which does not say so
+_NOT_ELEMENTWISE = ("Adafactor", "LBFGS", "Muon")  # in torch.optim, which has no such attribute
 
 
 def check_optimizer(parallel: Mode, optimizer: torch.optim.Optimizer) -> None:
-    """Raises `UserError` where an update needs more of the model at once than a rank has of it."""
+    """Raises `UserError` if an update needs more of the model than one rank has."""
     kind = type(optimizer)
     name = f"parallel={parallel.name}: {kind.__name__}"
-    others = "use parallel=ddp or an optimizer that works element by element (sgd, adamw, ...)"
-    is_torchs = kind.__module__.startswith("torch.")
-    alone = getattr(kind, "elementwise", not (is_torchs and kind.__name__ in _NOT_ELEMENTWISE))
-    if parallel.sharding == "tensors" and not alone:
-        raise UserError(f"{name} needs whole tensors or the whole model for an update, and ranks have parts; {others}")
-    many = getattr(optimizer, "evaluations", "many" if isinstance(optimizer, torch.optim.LBFGS) else "once") == "many"
-    if parallel.sharding == "layers" and many:
-        raise UserError(f"{name} looks at all layers at once for an update, and each rank has some of them; {others}")
+    advice = "use parallel=ddp or an elementwise optimizer (sgd, adamw, ...)"
+    is_torch = kind.__module__.startswith("torch.")
+    elementwise = getattr(kind, "elementwise", not (is_torch and kind.__name__ in _NOT_ELEMENTWISE))
+    if parallel.sharding == "tensors" and not elementwise:
+        raise UserError(f"{name} needs full tensors or the full model, but each rank has a shard; {advice}")
+    if parallel.sharding == "layers" and _evaluations(optimizer) == "many":
+        raise UserError(f"{name} needs all layers, but each rank has some of them; {advice}")
 
 
 def _lr_scale(experiment: Experiment, count: int) -> float:
@@ -114,16 +114,22 @@ def _lr_scale(experiment: Experiment, count: int) -> float:
     return math.sqrt(ratio) if experiment.settings.scale_lr == "sqrt" else ratio
 
 
-def evaluations(workload: Workload, optimizer: torch.optim.Optimizer) -> str:
-    """Whether the optimizer evaluates the loss once or many times per update: it says so, or it is torch's L-BFGS."""
-    many = isinstance(optimizer, torch.optim.LBFGS)
-    declared: str = getattr(optimizer, "evaluations", "many" if many else "once")
-    if declared == "many" and workload.precision.name == "fp16":
+def _evaluations(optimizer: torch.optim.Optimizer) -> str:
+    """Returns whether the optimizer evaluates the loss `once` or `many` times per update."""
+    default = "many" if isinstance(optimizer, torch.optim.LBFGS) else "once"
+    declared: str = getattr(optimizer, "evaluations", default)
+    return declared
+
+
+def evaluates_once(workload: Workload, optimizer: torch.optim.Optimizer) -> bool:
+    """Returns whether the optimizer evaluates the loss once per update. Raises `UserError` for many with fp16."""
+    once = _evaluations(optimizer) == "once"
+    if not once and workload.precision.name == "fp16":
         raise UserError(
             f"precision=fp16: {type(optimizer).__name__} evaluates the loss several times per update, "
-            "which loss scaling cannot follow; use precision=bf16 or fp32"
+            "which loss scaling does not support; use precision=bf16 or fp32"
         )
-    return declared
+    return once
 
 
 def build_schedule(workload: Workload, optimizer: Optimizer, length: Length) -> Scheduler:
@@ -147,19 +153,19 @@ def build_step(
     checks: bool,
     batch_size: int,
 ) -> tuple[Step, str | None]:
-    """Returns the step, and why it is not replayed from a CUDA graph; None: it is. Raises `UserError`."""
+    """Builds the step; also returns why it is not replayed from a CUDA graph (None: it is). Raises `UserError`."""
     settings, mode, device = workload.experiment.settings, workload.parallel, workload.device
     halves = settings.on_out_of_memory == "halve"
     if halves and mode.processes > 1:
         raise UserError(
-            f"on_out_of_memory=halve: not with {mode.processes} processes, which would have to cut their "
-            "batches at the same time; set accumulate instead"
+            f"on_out_of_memory=halve: not supported with {mode.processes} processes, which need equal micro-batches; "
+            "set accumulate instead"
         )
     check_now = device.type == "cpu" or settings.check == "step" or settings.on_divergence == "skip"
     step_settings = StepSettings(
         accumulate=settings.accumulate,
         seed=stream(settings.augmentation_seed, rng.DROPOUT),
-        evaluates_once=evaluations(workload, optimizer) == "once",
+        evaluates_once=evaluates_once(workload, optimizer),
         check_now=checks and check_now,
         halve_on_out_of_memory=halves,
     )
@@ -169,31 +175,38 @@ def build_step(
     )
     if reason is not None and settings.cuda_graphs is True:
         raise UserError(f"cuda_graphs=true: {reason}; use cuda_graphs=auto")
+    # The order matters: the average includes buffers, which have to be synchronized before.
     average_weights = None if average is None else average.update
-    synchronize = mode.buffer_synchronization(workload.module)
-    after = [each for each in (synchronize, average_weights, getattr(stopping, "after_update", None)) if each]
-    arguments = network, optimizer, schedule, mode, step_settings
-    clip = workload.experiment.clip.build(model=workload.module)
-    common = {"precision": workload.precision, "clip": clip, "after": after, "skip": skip, "observers": observers}
+    hooks = (mode.buffer_synchronization(workload.module), average_weights, getattr(stopping, "after_update", None))
+    args = network, optimizer, schedule, mode, step_settings
+    kwargs = {
+        "precision": workload.precision,
+        "clip": workload.experiment.clip.build(model=workload.module),
+        "post_hooks": [hook for hook in hooks if hook],
+        "skip": skip,
+        "observers": observers,
+    }
     if reason is not None or settings.cuda_graphs is False:
-        return Step(*arguments, **common), reason
-    inside = [average_weights] if average_weights else []
-    capture = Capture(CudaRecorder(), batch_size, settings.log_every_steps is not None, inside)
-    return GraphedStep(*arguments, capture=capture, **common), None
+        return Step(*args, **kwargs), reason
+    captured_hooks = [average_weights] if average_weights else []
+    capture = Capture(CudaRecorder(), batch_size, settings.log_every_steps is not None, captured_hooks)
+    return GraphedStep(*args, capture=capture, **kwargs), None
 
 
 def snapshot_names(schedule: Scheduler) -> Callable[[int], str | None]:
-    """Returns which numbers of updates end a cycle of the schedule, by the name of the checkpoint that is kept there
-    (Huang et al. 2017, "Snapshot Ensembles")."""
-    ended = schedule.ended_cycle
-    if ended is None:
+    """Returns a function from the number of updates done to the name of the snapshot to keep after them, or None.
+
+    A snapshot is a checkpoint at the end of a cycle of the schedule (Huang et al. 2017, "Snapshot Ensembles").
+    """
+    ended_cycle = schedule.ended_cycle
+    if ended_cycle is None:
         raise UserError(
             "checkpoint.at_restarts=true: this schedule has no restarts; "
             "use schedule=cosine_restarts or schedule=cosine_warmup_restarts"
         )
 
     def snapshot(step: int) -> str | None:
-        cycle = ended(step - 1)
+        cycle = ended_cycle(step - 1)
         return None if cycle is None else f"restart-{cycle}"
 
     return snapshot

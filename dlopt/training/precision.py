@@ -1,4 +1,4 @@
-"""In which numbers a run computes: the weights' type, autocast, loss scaling."""
+"""Numerical precision: dtype of the weights, autocast, loss scaling."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,30 +9,30 @@ import torch
 
 @dataclass(frozen=True)
 class Precision:
-    """fp32, tf32 and fp64 compute in the weights' type; bf16 and fp16 keep fp32 weights and autocast."""
+    """fp32, tf32 and fp64 compute in the dtype of the weights; bf16 and fp16 keep fp32 weights and use autocast."""
 
     name: str
     device: torch.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of weights and inputs."""
+        """The dtype of weights and inputs."""
         return torch.float64 if self.name == "fp64" else torch.float32
 
     def autocast(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function under autocast where this precision wants it; otherwise the function itself, at no cost."""
+        """Returns the function under autocast for bf16 and fp16; otherwise the function itself, without overhead."""
         low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.name)
         if low is None:
             return function
         return torch.autocast(self.device.type, dtype=low)(function)
 
     def scaler(self) -> torch.amp.GradScaler | None:
-        """Loss scaling for fp16, whose gradients underflow (Micikevicius et al. 2018)."""
+        """Returns a loss scaler for fp16, whose gradients underflow (Micikevicius et al. 2018)."""
         return torch.amp.GradScaler(self.device.type) if self.name == "fp16" else None
 
 
 def choose_precision(name: str, device: torch.device) -> Precision:
-    """`auto` takes bf16 where the processor computes in it, fp32 elsewhere."""
+    """Resolves `auto` (bf16 if the hardware supports it, else fp32) and sets torch's TF32 switches."""
     if name == "auto":
         name = "bf16" if _has_bf16(device) else "fp32"
     if device.type == "cuda":

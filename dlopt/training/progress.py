@@ -1,4 +1,4 @@
-"""How far a run is, how long it is, and what time it takes."""
+"""Length, progress and timing of a run."""
 
 import math
 import time
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dlopt.config.experiment import Settings
-from dlopt.parallel.pace import StepTiming
+from dlopt.parallel.step_timing import StepTiming
 
 if TYPE_CHECKING:
     from dlopt.training.trainer import Trainer
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Length:
-    """How long a run is."""
+    """Length of a run."""
 
     steps: int  # updates
     epochs: int  # the last one may be partial
@@ -23,8 +23,11 @@ class Length:
     horizon: int  # updates over which the schedule runs
 
 
-def length_of(settings: Settings, steps_per_epoch: int, state: Mapping[str, Any] | None) -> Length:
-    """`state`: of the checkpoint to resume from. A longer run keeps its schedule unless `schedule_epochs` is set."""
+def run_length(settings: Settings, steps_per_epoch: int, state: Mapping[str, Any] | None) -> Length:
+    """Computes the length of a run, resumed from the checkpoint `state` or new.
+
+    A run that is resumed with more epochs keeps its schedule, unless `schedule_epochs` is set.
+    """
     steps = settings.steps if settings.steps is not None else settings.epochs * steps_per_epoch
     horizon = steps if settings.schedule_epochs is None else round(settings.schedule_epochs * steps_per_epoch)
     if state is not None and settings.schedule_epochs is None:
@@ -34,32 +37,32 @@ def length_of(settings: Settings, steps_per_epoch: int, state: Mapping[str, Any]
 
 @dataclass
 class Progress:
-    """Where a run is. `position` counts the batches done in the current epoch."""
+    """State of a run's loop, for checkpoints."""
 
-    epoch: int = 0
-    position: int = 0
-    step: int = 0
+    epoch: int = 0  # completed epochs
+    position: int = 0  # completed batches of the current epoch
+    step: int = 0  # completed updates
     seconds: float = 0.0
     horizon: int = 0  # updates over which the schedule runs
     resumed_from: list[int] = field(default_factory=list)
-    data: Mapping[str, Any] = field(default_factory=dict)  # facts for using the model without its data
-    found_lr: float | None = None  # by a range test
+    data: Mapping[str, Any] = field(default_factory=dict)  # see `build.data_spec`
+    found_lr: float | None = None  # learning rate of a range test
 
 
 @dataclass(frozen=True)
 class Intervals:
-    """How long a run is, and how often it does what."""
+    """Length of a run, and intervals of evaluation, checkpoints and logging."""
 
-    steps: int  # updates of the whole run
+    steps: int  # updates of the run
     evaluate_every: int = 1  # epochs
     save_every_epochs: int | None = 1
     save_every_steps: int | None = None
     log_every_steps: int | None = None
-    snapshot: Callable[[int], str | None] | None = None  # updates done -> name of a checkpoint that is kept for good
+    snapshot: Callable[[int], str | None] | None = None  # completed updates -> name of a checkpoint to keep
 
 
 class Clock:
-    """Training time, and the metrics of a logging point."""
+    """Measures training time, and computes the metrics of a logging point."""
 
     def __init__(self, trainer: "Trainer") -> None:
         self.trainer = trainer
@@ -69,24 +72,26 @@ class Clock:
 
     def _restart(self) -> None:
         self._log_since = self._since
-        self._count = self.trainer.sums.count
+        self._count = self.trainer.train_metrics.count
         if self.timing is not None:
             self.timing.restart(self.trainer.progress.step)
 
     def stop(self) -> None:
-        """Adds the time since the last call to the run's."""
+        """Adds the time since the last call to that of the run, and starts a new logging interval."""
         now = time.perf_counter()
         self.trainer.progress.seconds += now - self._since
         self._since = now
-        self.trainer.sums.settle()
+        self.trainer.train_metrics.sync()
         self._restart()
 
     def metrics(self) -> dict[str, float]:
-        trainer, sums = self.trainer, self.trainer.sums
-        metrics = {"lr": float(trainer.step.rate)} | sums.since_last("train/")
+        """Returns the metrics since the last logging point: lr, train/..., gradient norm, throughput, step timing."""
+        trainer, train_metrics = self.trainer, self.trainer.train_metrics
+        metrics = {"lr": float(trainer.step.rate)} | train_metrics.since_last("train/")
         if trainer.step.norm is not None:
             metrics["grad_norm/global"] = float(trainer.step.norm)
         now = time.perf_counter()
-        metrics["throughput/samples_per_second"] = (sums.count - self._count) / max(now - self._log_since, 1e-9)
-        self._log_since, self._count = now, sums.count
+        samples = train_metrics.count - self._count
+        metrics["throughput/samples_per_second"] = samples / max(now - self._log_since, 1e-9)
+        self._log_since, self._count = now, train_metrics.count
         return metrics if self.timing is None else {**metrics, **self.timing.metrics(trainer.progress.step)}

@@ -1,4 +1,4 @@
-"""A trained model from its checkpoint alone: no data are read."""
+"""Restores a trained model from its checkpoint, without the data."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,14 +27,14 @@ class Trained:
     precision: Precision
     classes: tuple[str, ...] | None  # None: regression
     outputs_count: int
-    sample: tuple[int, ...]  # shape of what it is given
-    window: tuple[int, ...]  # and of the part of it that the model sees
+    sample: tuple[int, ...]  # shape of a sample
+    window: tuple[int, ...]  # shape of the model's input: a centre crop of the sample
     config: Mapping[str, Any]
     epoch: int
 
     @torch.inference_mode()
     def outputs(self, inputs: Tensor) -> Tensor:
-        """Outputs [B, K], on the device in fp32 or fp64, of samples [B, *sample] as the data give them."""
+        """Computes outputs [B, K] (fp32 or fp64, on the device) of samples [B, *sample] before normalization."""
         inputs = inputs.to(self.precision.device)
         if self.window != self.sample:
             inputs, _ = CentreCrop(self.window)(inputs, torch.empty(0))
@@ -44,7 +44,7 @@ class Trained:
 
 
 def restore(path: Path, overrides: Mapping[str, Any]) -> Trained:
-    """The model in the checkpoint `path`, its config changed by the typed `overrides`. Raises `UserError`."""
+    """Builds the model of the checkpoint `path`, its config changed by `overrides`. Raises `UserError`."""
     state = load(path)
     facts = state["progress"]["data"]
     experiment = parse(resolve_saved(with_changes(state["config"], overrides, path)))

@@ -1,4 +1,4 @@
-"""The states of the global random generators, for what draws from them besides dlopt's counter-based streams."""
+"""States of the global random generators. dlopt itself uses counter-based streams; layers and libraries may not."""
 
 import random
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ def seed_all(seed: int) -> None:
 
 
 def state() -> dict[str, Any]:
-    """States as numbers and tensors only, so that they load with `weights_only`."""
+    """Returns the states as numbers and tensors, which load with `weights_only`."""
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
@@ -35,5 +35,5 @@ def restore(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-# Streams: what is drawn for one purpose tells nothing about another, also where the seeds are equal.
+# Streams: random numbers for different purposes are independent, even with equal seeds.
 WEIGHTS, SCHEME, ORDER, AUGMENTATION, DROPOUT = range(11, 16)

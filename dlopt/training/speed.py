@@ -1,4 +1,4 @@
-"""What makes an experiment fast on this machine, where that is left to dlopt: compiling, and recording updates."""
+"""Decides about torch.compile and CUDA graphs where a key is `auto`."""
 
 import os
 import shutil
@@ -14,38 +14,40 @@ from dlopt.graphs import CudaRecorder, Recorder
 from dlopt.parallel.mode import Mode
 from dlopt.training.precision import Precision
 
-_WORTH_COMPILING = 3e16  # operations of a run: below these minutes of a GPU, compiling takes longer than it spares
+_WORTH_COMPILING = 3e16  # FLOPs of a run (a few GPU minutes) below which compiling takes longer than it saves
 
 
-def compiles(experiment: Experiment, parallel: Mode, module: nn.Module, shape: tuple[int, ...], samples: int) -> str:
-    """Why the model is not compiled, in words; empty: it is. `samples`: in an epoch.
+def compile_obstacle(
+    experiment: Experiment, parallel: Mode, module: nn.Module, shape: tuple[int, ...], samples: int
+) -> str:
+    """Returns why the model is not compiled; empty: it is. `samples`: number of samples in an epoch.
 
-    Raises `UserError` where compile=true cannot be.
+    Raises `UserError` for compile=true with a mode that cannot be compiled.
     """
     settings = experiment.settings
     if settings.compile is False:
         return "compile=false"
     if not parallel.compiles:
         if settings.compile is True:
-            raise UserError(f"compile=true: not with parallel={parallel.name}, whose processes meet between the layers")
-        return f"parallel={parallel.name}: its processes meet between the layers"
+            raise UserError(f"compile=true: parallel={parallel.name} communicates between layers; use compile=auto")
+        return f"parallel={parallel.name} communicates between layers"
     if settings.compile is True:
         return ""
     if parallel.device.type != "cuda":
-        return f"on {parallel.device.type} it takes longer than it spares"
+        return f"compiling takes longer than it saves on {parallel.device.type}"
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
     if find_spec("triton") is None or compiler is None:
-        return "there is no Triton, or no C compiler"
+        return "Triton or a C compiler is missing"
     size = experiment.data_settings.batch_size
-    steps = settings.steps or 0
-    seen = steps * (samples if size == "full" else size) if steps else settings.epochs * samples
-    if 3 * forward_operations(module, shape) * seen < _WORTH_COMPILING:
-        return "it takes longer than it spares in a run as short as this"
+    batch_size = samples if size == "full" else size
+    total = settings.steps * batch_size if settings.steps else settings.epochs * samples
+    if 3 * forward_flops(module, shape) * total < _WORTH_COMPILING:  # the backward pass takes twice the forward's
+        return "compiling takes longer than it saves in a run this short"
     return ""
 
 
-def forward_operations(module: nn.Module, shape: tuple[int, ...]) -> float:
-    """Of one sample: additions and multiplications in matrix products and convolutions, counted without computing."""
+def forward_flops(module: nn.Module, shape: tuple[int, ...]) -> float:
+    """Counts the FLOPs of one sample in matrix products and convolutions, on the meta device (nothing is computed)."""
     state = {name: tensor.detach().to("meta") for name, tensor in module.state_dict().items()}
     inputs = torch.empty(2, *shape, device="meta", dtype=next(module.parameters()).dtype)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -53,21 +55,23 @@ def forward_operations(module: nn.Module, shape: tuple[int, ...]) -> float:
     return counter.get_total_flops() / len(inputs)
 
 
-def recorder(experiment: Experiment, device: torch.device) -> Recorder | None:
-    """What records the data path as a CUDA graph; None: it is not recorded."""
+def data_recorder(experiment: Experiment, device: torch.device) -> Recorder | None:
+    """Returns the recorder that captures the data path as a CUDA graph; None: it runs eagerly."""
     settings = experiment.settings
-    observed = settings.diagnostics or settings.profile  # these look at single batches
+    observed = settings.diagnostics or settings.profile  # they hook into single batches
     return CudaRecorder() if device.type == "cuda" and settings.cuda_graphs is not False and not observed else None
 
 
-def chosen(experiment: Experiment, precision: Precision, uncompiled: str, unrecorded: str | None) -> str:
-    """What was chosen where `auto` stands, in one line; empty where nothing was left to dlopt."""
+def describe_auto(
+    experiment: Experiment, precision: Precision, compile_obstacle: str, graph_obstacle: str | None
+) -> str:
+    """Returns the values chosen for keys set to `auto`, in one line; empty if there are none."""
     settings = experiment.settings
-    told = []
+    values = []
     if settings.precision == "auto":
-        told.append(f"precision=auto: {precision.name}")
+        values.append(f"precision=auto: {precision.name}")
     if settings.compile == "auto":
-        told.append(f"compile=auto: false ({uncompiled})" if uncompiled else "compile=auto: true")
+        values.append(f"compile=auto: false ({compile_obstacle})" if compile_obstacle else "compile=auto: true")
     if settings.cuda_graphs == "auto" and precision.device.type == "cuda":
-        told.append(f"cuda_graphs=auto: false ({unrecorded})" if unrecorded else "cuda_graphs=auto: true")
-    return " | ".join(told)
+        values.append(f"cuda_graphs=auto: false ({graph_obstacle})" if graph_obstacle else "cuda_graphs=auto: true")
+    return " | ".join(values)

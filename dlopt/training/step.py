@@ -1,9 +1,8 @@
-"""One optimizer update: forward and backward through the parallel mode, clipping, the update, and what follows it.
+"""One training step: forward, backward, non-finite check, clipping, optimizer, schedule, hooks.
 
-Every optimizer is driven through `optimizer.step(closure)`, so that gradient descent, L-BFGS, SAM and Newton with a
-line search share one loop; the closure is the step itself. An optimizer that evaluates once per update gets its
-gradients first and then steps without the closure: a non-finite gradient is detected before it reaches the weights, and
-the gradient scaler, which takes no closure, can make the update.
+All optimizers (gradient descent, L-BFGS, SAM, Newton with a line search) share one code path: the step itself is the
+closure of `optimizer.step(closure)`. For an optimizer that evaluates the loss once per update, the closure runs first,
+and the optimizer then steps without it. This is what allows gradient scaling: `GradScaler.step` accepts no closure.
 """
 
 import logging
@@ -36,18 +35,20 @@ class Network:
     """A model with its loss."""
 
     module: nn.Module
-    model: Callable[[Tensor], Tensor]  # how the module is called: placed, compiled
+    model: Callable[[Tensor], Tensor]  # calls the module: wrapped by the parallel mode, compiled
     loss: Callable[[Tensor, Tensor], Tensor]  # mean over the samples
 
 
 @dataclass(frozen=True)
 class StepSettings:
-    """
-    accumulate: micro-batches per update.
-    seed: of the model's random draws (dropout).
-    evaluates_once: whether the optimizer evaluates the loss once per update.
-    check_now: check for non-finite values in every step, before the update: cheap on a CPU, a synchronization on a GPU.
-    halve_on_out_of_memory: split a batch that does not fit into twice as many micro-batches, and keep doing so.
+    """Settings of a step.
+
+    Attributes:
+        accumulate: micro-batches per update.
+        seed: of the model's random numbers (dropout).
+        evaluates_once: whether the optimizer evaluates the loss once per update.
+        check_now: check for non-finite values before each update: cheap on a CPU, a synchronization on a GPU.
+        halve_on_out_of_memory: when a batch does not fit, use twice as many micro-batches from then on.
     """
 
     accumulate: int = 1
@@ -58,35 +59,35 @@ class StepSettings:
 
 
 class Observer:
-    """Watches updates and must not change what they compute (diagnostics, profiler). By default a hook does nothing."""
+    """Base of diagnostics and profiler: observes updates and must not change their results."""
 
     def instrument(self, network: Network, batches: EpochBatches) -> tuple[Network, EpochBatches]:
-        """Returns the network and the training batches as the run is to use them."""
+        """Returns the network and the training batches, possibly wrapped."""
         return network, batches
 
     def around(self, step: "Step", inputs: Tensor, targets: Tensor, number: int) -> AbstractContextManager[None] | None:
-        """Returns a context for update `number` (from 0) on this batch; None: this update is not watched."""
+        """Returns a context manager for update `number` (from 0) on this batch; None: do not observe this update."""
         return None
 
-    def evaluation_begins(self) -> None:
-        """Called before each forward and backward pass of the batch."""
+    def before_evaluation(self) -> None:
+        """Called before each forward and backward pass of a batch."""
 
-    def evaluation_ends(self) -> None:
-        """Called after it: the reduced, unscaled, not yet clipped gradients are in the parameters."""
+    def after_evaluation(self) -> None:
+        """Called after each backward pass; gradients are reduced and unscaled, but not clipped."""
 
 
 class Step:
-    """`step.update(...)` makes one update; `step()` is the closure that the optimizer evaluates.
+    """`step.update(...)` runs one update; `step()` is the closure that the optimizer evaluates.
 
-    Within an update the random draws of the model are frozen, and batch-norm statistics move with the first evaluation
-    only: an optimizer that evaluates many times always sees the same function.
+    An optimizer may evaluate the closure many times per update, and must see the same function each time. Therefore
+    every evaluation of an update uses the same random numbers, and only the first one updates batch-norm statistics.
 
     Args:
         schedule: stepped after every update.
-        mode: drives forward and backward (`Mode.forward_backward` calls `micro_batch`).
+        mode: runs forward and backward (`Mode.forward_backward` calls `micro_batch`).
         clip: clips the reduced gradients.
-        after: called after every update (weight averaging, buffer synchronization, stopping rules).
-        skip: decides whether an update whose gradients are not finite is left out; None: it is an error.
+        post_hooks: called after every update (buffer synchronization, weight averaging, stopping rules).
+        skip: decides whether to skip an update with non-finite gradients; None: raise the error.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class Step:
         *,
         precision: Precision,
         clip: Clip | None = None,
-        after: Sequence[Callable[[], None]] = (),
+        post_hooks: Sequence[Callable[[], None]] = (),
         skip: Callable[[Diverged], bool] | None = None,
         observers: Sequence[Observer] = (),
     ) -> None:
@@ -109,41 +110,43 @@ class Step:
         self.mode = mode
         self.settings = settings
         self.clip = Unclipped() if clip is None else clip
-        self.after = after
+        self.post_hooks = post_hooks
         self.skip = skip
         self.observers = observers
         self.scaler = precision.scaler()
         self.accumulate = settings.accumulate
         self.parameters: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
-        self.rate = schedule.rate  # of the latest update
-        self.norm: Tensor | None = None  # of its gradient, before clipping, where it was computed
+        self.rate = schedule.rate  # learning rate of the latest update
+        self.norm: Tensor | None = None  # norm of its gradient before clipping, if computed
         self.check = NonFiniteCheck(
             self.parameters,
-            at_once=settings.check_now,
-            where=self._locate,
+            immediate=settings.check_now,
+            locate=self._locate,
             norm=None if mode.sharding == "replicated" else mode.norm,
         )
         self._model = precision.autocast(network.model)
         self._loss = precision.autocast(network.loss)
-        self._generators = _generators(self.parameters) if may_draw(network.module) else []
-        may_withdraw = skip is not None or settings.halve_on_out_of_memory
-        self._buffers = _BufferBackup(network.module) if may_withdraw else None
-        self._record: MetricRecord | None = None  # of the update's first evaluation, until it is done
+        self._generators = _generators(self.parameters) if is_stochastic(network.module) else []
+        may_undo = skip is not None or settings.halve_on_out_of_memory
+        self._buffers = _BufferBackup(network.module) if may_undo else None
+        self._record: MetricRecord | None = None  # until the update's first evaluation has used it
 
     # -- the update
 
-    def update(self, inputs: Tensor, targets: Tensor, number: int, sums: MetricSum, *, log_norm: bool = False) -> None:
-        """Makes update `number` (from 0) on this rank's samples of a batch and adds its loss and outputs to `sums`.
+    def update(
+        self, inputs: Tensor, targets: Tensor, number: int, metrics: MetricSum, *, log_norm: bool = False
+    ) -> None:
+        """Runs update `number` (from 0) on this rank's samples of a batch; adds its loss and outputs to `metrics`.
 
         `log_norm`: compute `norm`, the norm of the gradient before clipping. Raises `Diverged`.
         """
         with self._observed(inputs, targets, number) if self.observers else _AS_IT_IS:
-            self.begin(inputs, targets, number, sums, log_norm=log_norm)
+            self.begin(inputs, targets, number, metrics, log_norm=log_norm)
             try:
                 if not self.settings.evaluates_once:
                     self.optimizer.step(self)  # type: ignore[arg-type]
                 else:
-                    self()
+                    self()  # raises `Diverged` before the optimizer changes the weights
                     if self.scaler is None:
                         self.optimizer.step()
                     else:
@@ -152,30 +155,33 @@ class Step:
             except Diverged as error:
                 if self.skip is None or not error.before_update or not self.skip(error):
                     raise
-                self._withdraw(sums)
+                self._undo_evaluation(metrics)
+            # A skipped update counts: schedule, data and seeds depend on the update's number only.
             self.schedule.step()
-            for follow in self.after:
-                follow()
+            for hook in self.post_hooks:
+                hook()
 
-    def begin(self, inputs: Tensor, targets: Tensor, number: int, sums: MetricSum, *, log_norm: bool = False) -> None:
-        """Sets the batch of update `number`; its first evaluation is added to `sums`."""
+    def begin(
+        self, inputs: Tensor, targets: Tensor, number: int, metrics: MetricSum, *, log_norm: bool = False
+    ) -> None:
+        """Sets the batch of update `number`, whose first evaluation is added to `metrics`."""
         self.batch = inputs, targets
         self.number = number
         self.rate = self.schedule.rate
         self._log_norm = log_norm
-        self._record = sums
+        self._record = metrics
         if self._buffers is not None:
-            sums.begin()
-            self._buffers.keep()
+            metrics.begin_update()
+            self._buffers.save()
         if self._generators:
-            self._draws = stream(self.settings.seed, number)
+            self._draw_seed = stream(self.settings.seed, number)
 
     def __call__(self) -> Tensor:
-        """Leaves the clipped gradients of the batch's mean loss in the parameters; returns that loss, detached."""
+        """Computes the mean loss of the batch, returned detached, and its clipped gradients, in the parameters."""
         record, self._record = self._record, None
         self.optimizer.zero_grad()
         for observer in self.observers:
-            observer.evaluation_begins()
+            observer.before_evaluation()
         with frozen_statistics(self.module) if record is None else _AS_IT_IS:
             while True:
                 self._seed()
@@ -185,39 +191,41 @@ class Step:
                 except torch.OutOfMemoryError:
                     if not self.settings.halve_on_out_of_memory or self.accumulate >= len(self.batch[1]):
                         raise
-                # Outside the except clause: the exception's traceback would keep the activations alive.
-                self._halve(record)
+                # Outside the except clause, in which the exception's traceback would keep the activations alive.
+                self._halve_micro_batches(record)
+        # The order matters: clipping needs unscaled gradients, and would turn one non-finite entry into many. With a
+        # scaler non-finite gradients are normal: it skips the update and reduces its scale.
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         if record is not None:
             self.check(loss, self.number, self.rate, gradients=self.scaler is None)
         for observer in self.observers:
-            observer.evaluation_ends()
+            observer.after_evaluation()
         self.norm = self._clip_gradients(self._log_norm)
         return loss
 
     def loss(self) -> Tensor:
-        """Returns the batch's mean loss with its graph and without a backward pass: for Hessian-vector products."""
+        """Returns the batch's mean loss with its autograd graph, without backward: for Hessian-vector products."""
         with torch.enable_grad(), frozen_statistics(self.module):
             self._seed()
             return self.mode.differentiable_loss(self, *self.batch)
 
-    # -- what the mode calls (see `dlopt.parallel.mode.MicroSteps`)
+    # -- called by the parallel mode (see `dlopt.parallel.mode.MicroSteps`)
 
     def micro_batch(self, inputs: Tensor, targets: Tensor, weight: float, record: MetricRecord | None) -> Tensor:
         outputs = self._model(inputs)
         loss = self._loss(outputs, targets)
-        value = loss.detach()
+        detached = loss.detach()
         if record is not None:
-            record.add(value, outputs.detach(), targets)
+            record.add(detached, outputs.detach(), targets)
         if weight != 1.0:
-            loss, value = loss * weight, value * weight
+            loss, detached = loss * weight, detached * weight
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
-        return value
+        return detached
 
     def empty_micro_batch(self, inputs: Tensor, record: MetricRecord | None) -> Tensor:
         if record is not None:
-            record.add_nothing(inputs.device)
+            record.add_empty(inputs.device)
         loss = self._model(inputs).sum() * 0.0
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         return loss.detach()
@@ -234,11 +242,11 @@ class Step:
     # -- checks and state
 
     def check_updates(self) -> None:
-        """Raises `Diverged` when an update since the last check was not finite. Synchronizes with the device."""
-        self.check.look(self.scaler)
+        """Raises `Diverged` if an update since the last check was not finite. Synchronizes with the device."""
+        self.check.flush(self.scaler)
 
     def check_weights(self) -> None:
-        """The same for the present weights, which a finite gradient may have moved too far."""
+        """Also checks the weights, which a finite gradient may have made non-finite."""
         self.check_updates()
         check_weights(self.module, self.check.latest, float(self.rate), self.check.norm)
 
@@ -251,13 +259,13 @@ class Step:
         if self.scaler is not None and state["scaler"] is not None:
             self.scaler.load_state_dict(state["scaler"])
         if self.settings.halve_on_out_of_memory:
-            self.accumulate = max(self.accumulate, state["accumulate"])  # what did not fit will not fit now
+            self.accumulate = max(self.accumulate, state["accumulate"])  # do not run out of memory again
 
     # -- parts of an update
 
     @contextmanager
     def _observed(self, inputs: Tensor, targets: Tensor, number: int) -> Iterator[None]:
-        contexts = [each.around(self, inputs, targets, number) for each in self.observers]
+        contexts = [observer.around(self, inputs, targets, number) for observer in self.observers]
         with ExitStack() as stack:
             for context in contexts:
                 if context is not None:
@@ -265,60 +273,60 @@ class Step:
             yield
 
     def _seed(self) -> None:
-        """Every evaluation of an update draws the same numbers, and a resumed run those of an uninterrupted one."""
+        """Gives all evaluations of an update the same random numbers, which depend on its number only (resuming)."""
         for generator in self._generators:
-            generator.manual_seed(self._draws)
+            generator.manual_seed(self._draw_seed)
 
     def _clip_gradients(self, log_norm: bool) -> Tensor | None:
-        """Returns the norm before clipping where clipping or logging needs it."""
+        """Returns the norm before clipping if clipping or logging needs it."""
         norm = gradient_norm(self.parameters, self.mode.norm) if log_norm else None
         clipped = self.clip(self.parameters, self.mode.norm)
         return norm if clipped is None else clipped
 
-    def _withdraw(self, sums: MetricSum) -> None:
-        sums.withdraw()
+    def _undo_evaluation(self, metrics: MetricSum) -> None:
+        metrics.discard_update()
         if self._buffers is not None:
             self._buffers.restore()
 
-    def _halve(self, record: MetricRecord | None) -> None:
-        """Releases what the failed evaluation has left, and uses twice as many micro-batches from here on."""
+    def _halve_micro_batches(self, record: MetricRecord | None) -> None:
+        """Undoes the failed evaluation, frees its memory, and doubles the number of micro-batches."""
         self.optimizer.zero_grad()
         if isinstance(record, MetricSum):
-            self._withdraw(record)
+            self._undo_evaluation(record)
         if self.batch[1].is_cuda:
             torch.cuda.empty_cache()
         self.accumulate *= 2
         size = -(-len(self.batch[1]) // self.accumulate)
-        log.warning("out of memory at update %d: micro-batches of %d samples from here on", self.number + 1, size)
+        log.warning("out of memory at update %d: continuing with micro-batches of %d samples", self.number + 1, size)
 
     def _locate(self, loss_is_finite: bool) -> str:
         return locate(self.module, self.batch[0], self.mode, self.loss, loss_is_finite=loss_is_finite)
 
 
 class _BufferBackup:
-    """Running statistics, which an update that is withdrawn must not have moved."""
+    """Copy of the model's buffers (batch-norm statistics), to undo an evaluation."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._now = [each for each in module.buffers() if not each.is_meta]
-        self._before = [each.clone() for each in self._now]
+        self._buffers = [buffer for buffer in module.buffers() if not buffer.is_meta]
+        self._saved = [buffer.clone() for buffer in self._buffers]
 
-    def keep(self) -> None:
-        if self._now:
-            torch._foreach_copy_(self._before, self._now)
+    def save(self) -> None:
+        if self._buffers:
+            torch._foreach_copy_(self._saved, self._buffers)
 
     def restore(self) -> None:
-        if self._now:
-            torch._foreach_copy_(self._now, self._before)
+        if self._buffers:
+            torch._foreach_copy_(self._buffers, self._saved)
 
 
 @contextmanager
 def frozen_statistics(model: nn.Module) -> Iterator[None]:
-    """Within, batch norm normalizes with the batch's statistics and leaves its running statistics unchanged."""
+    """Context in which batch norm uses the batch's statistics and does not update its running statistics."""
     norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.training and m.track_running_stats]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.track_running_stats = False
-        norm.momentum = 0.0  # instance norm updates its statistics whatever track_running_stats says
+        norm.momentum = 0.0  # instance norm ignores track_running_stats
     try:
         yield
     finally:
@@ -327,27 +335,27 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
             norm.momentum = momentum
 
 
-_DRAWING = (nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
+_RANDOM_LAYERS = (nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
 
 
-def may_draw(module: nn.Module) -> bool:
-    """Whether the model's forward may draw random numbers: torch's layers that do, and all unknown ones.
+def is_stochastic(module: nn.Module) -> bool:
+    """Returns whether the forward pass may draw random numbers. Layers that are not torch's or dlopt's count as random.
 
-    Seeding a generator is cheap, and yet it evicts a tiny model from the processor's cache: a tenth of its step.
+    Seeding costs a tiny model 10 % of its step: the generator's state evicts the model from the CPU cache.
     """
-    return any(_draws(each) for each in module.modules())
+    return any(_is_random(layer) for layer in module.modules())
 
 
-def _draws(layer: nn.Module) -> bool:
+def _is_random(layer: nn.Module) -> bool:
     if isinstance(layer, _DropoutNd):
         return layer.p > 0
-    rate = getattr(layer, "dropout", 0)  # of recurrent and attention layers
-    known = type(layer).__module__.startswith(("torch.nn.", "dlopt.models."))
-    return not known or isinstance(layer, _DRAWING) or (isinstance(rate, float) and rate > 0)
+    rate = getattr(layer, "dropout", 0)  # recurrent and attention layers
+    is_known = type(layer).__module__.startswith(("torch.nn.", "dlopt.models."))
+    return not is_known or isinstance(layer, _RANDOM_LAYERS) or (isinstance(rate, float) and rate > 0)
 
 
 def _generators(parameters: Sequence[Tensor]) -> list[torch.Generator]:
-    """Returns the generators from which dropout draws on the devices of the parameters."""
+    """Returns the default generators of the parameters' device and of the CPU."""
     generators = [torch.default_generator]
     device = next((p.device for p in parameters if p.is_cuda), None)
     if device is not None:

@@ -1,4 +1,4 @@
-"""When to stop, and which model was best."""
+"""Stopping rules, and the best epoch."""
 
 import math
 from collections.abc import Mapping
@@ -11,14 +11,16 @@ from torch import nn
 from dlopt.errors import UserError
 from dlopt.parallel.shards import local
 from dlopt.ranges import Count, Natural, NonNegative, Positive
-from dlopt.training.clipping import Norm, plain_norm
+from dlopt.training.clipping import Norm, total_norm
 
 
 class Stopping(Protocol):
-    met: bool  # the run should end
+    """A stopping rule."""
+
+    should_stop: bool
 
     def update(self, metrics: Mapping[str, Any]) -> None:
-        """Takes an evaluation's metrics."""
+        """Processes the metrics of an evaluation."""
         ...
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -27,17 +29,17 @@ class Stopping(Protocol):
 
 
 def monitored_loss(metrics: Mapping[str, Any], monitor: str) -> float:
-    """The monitored metric as a loss (lower is better): accuracies and the like are negated.
+    """Returns the monitored metric as a loss (lower is better): accuracies and similar metrics are negated.
 
-    `auto` is val_accuracy, or val_loss where there is none. What is not finite is as bad as can be (infinity). Raises
-    `UserError` when the metric is not logged.
+    `auto` is val_accuracy, or val_loss in a regression. Non-finite values become infinity. Raises `UserError` if the
+    metric is not logged.
     """
     if monitor == "auto":
         monitor = "val_accuracy" if metrics.get("val_accuracy") is not None else "val_loss"
     value = metrics.get(monitor)
     if value is None:
         logged = ", ".join(sorted(key for key in metrics if key.startswith("val_"))) or "none"
-        raise UserError(f"monitor={monitor}: this run logs no such validation metric; it logs: {logged}")
+        raise UserError(f"monitor={monitor}: unknown validation metric; this run logs: {logged}")
     return _finite(value if lower_is_better(monitor) else -value)
 
 
@@ -50,9 +52,9 @@ def lower_is_better(monitor: str) -> bool:
 
 
 class Never:
-    """No early end."""
+    """Trains for all epochs."""
 
-    met = False
+    should_stop = False
 
     def update(self, metrics: Mapping[str, Any]) -> None:
         pass
@@ -65,9 +67,9 @@ class Never:
 
 
 class Early:
-    """Ends the run when `patience` evaluations in a row brought no improvement by more than `min_delta`.
+    """Stops after `patience` evaluations in a row without an improvement by more than `min_delta`.
 
-    A metric that is not finite is no improvement.
+    A non-finite metric is no improvement.
     """
 
     def __init__(self, *, monitor: str, patience: Count, min_delta: NonNegative) -> None:
@@ -78,7 +80,7 @@ class Early:
         self.waited = 0
 
     @property
-    def met(self) -> bool:
+    def should_stop(self) -> bool:
         return self.waited >= self.patience
 
     def update(self, metrics: Mapping[str, Any]) -> None:
@@ -96,30 +98,29 @@ class Early:
 
 
 class Tolerance:
-    """Ends the run when the parameters moved by less than `tolerance` (2-norm) for more than `iterations` updates.
+    """Stops when the parameters change by less than `tolerance` (2-norm) in more than `iterations` updates in a row.
 
-    The stopping rule of plain gradient descent. `after_update` has to follow every update; it waits for the device.
+    The stopping rule of plain gradient descent. `after_update` must follow every update, and synchronizes with the
+    device.
     """
 
-    def __init__(self, model: nn.Module, norm: Norm = plain_norm, *, tolerance: Positive, iterations: Natural) -> None:
+    def __init__(self, model: nn.Module, norm: Norm = total_norm, *, tolerance: Positive, iterations: Natural) -> None:
         self.norm = norm
         self.tolerance = tolerance
         self.iterations = iterations
         self.count = 0
         self._parameters = [p.detach() for p in model.parameters() if p.requires_grad and not p.is_meta]
-        self._before = [p.clone() for p in self._parameters]
-        self._own = [local(p) for p in self._parameters], [local(p) for p in self._before]
+        self._previous = [p.clone() for p in self._parameters]
 
     @property
-    def met(self) -> bool:
+    def should_stop(self) -> bool:
         return self.count > self.iterations
 
     @torch.no_grad()
     def after_update(self) -> None:
-        moved = torch._foreach_sub(self._parameters, self._before)
-        norm = self.norm(moved).item()
-        self._look()
-        self.count = self.count + 1 if norm < self.tolerance else 0
+        change = self.norm(torch._foreach_sub(self._parameters, self._previous)).item()
+        self._remember()
+        self.count = self.count + 1 if change < self.tolerance else 0
 
     def update(self, metrics: Mapping[str, Any]) -> None:
         pass
@@ -128,18 +129,17 @@ class Tolerance:
         return {"count": self.count}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """To be called when the model has been loaded: the next update is measured from there."""
+        """Call after the model has been loaded: the next change is measured from its present weights."""
         self.count = state["count"]
-        self._look()
+        self._remember()
 
-    def _look(self) -> None:
-        now, before = self._own
-        torch._foreach_copy_(before, now)
+    def _remember(self) -> None:
+        torch._foreach_copy_(list(map(local, self._previous)), list(map(local, self._parameters)))
 
 
 @dataclass
 class Best:
-    """The best evaluation so far; of equal metrics the one with the smaller loss, then the first."""
+    """The best evaluation so far. Ties are broken by the smaller loss, then by the earlier epoch."""
 
     monitor: str
     value: float = math.inf
@@ -148,7 +148,7 @@ class Best:
     val_accuracy: float | None = None
 
     def update(self, metrics: Mapping[str, Any]) -> bool:
-        """True when these metrics are the best so far."""
+        """Returns whether these metrics are the best so far."""
         value, loss = monitored_loss(metrics, self.monitor), _finite(metrics.get("val_loss"))
         if value == math.inf or (value, loss) >= (self.value, _finite(self.val_loss)):
             return False
@@ -158,7 +158,7 @@ class Best:
 
     @property
     def metric(self) -> float:
-        """The monitored metric as it is logged."""
+        """The monitored metric as logged, without negation."""
         return self.value if lower_is_better(self.monitor) else -self.value
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Test-time augmentation: several views of each image, whose outputs are averaged."""
+"""Test-time augmentation: crops of each image, whose outputs are averaged."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -15,146 +15,149 @@ from dlopt.ranges import Count
 
 Size = tuple[int, int]  # height, width
 Crops = Callable[[Tensor], Iterator[tuple[float, Tensor]]]
-"""Images [B, C, H, W] in 0..255 -> (weight, images of the model's size) of each view; the weights add up to 1."""
+"""Yields (weight, crops [B, C, *crop size]) of images [B, C, H, W] in 0..255; the weights add up to 1."""
 
-# The scales of He et al. 2015 for crops of 224: 224, 256, 384, 480, 640.
-_RATIOS = (1.0, 256 / 224, 384 / 224, 480 / 224, 640 / 224)
+# He et al. 2015: scales of 224, 256, 384, 480 and 640 for crops of 224.
+_SCALE_RATIOS = (1.0, 256 / 224, 384 / 224, 480 / 224, 640 / 224)
+
+
+@dataclass(frozen=True)
+class TestTransform:
+    """Crops for images of `image_size`."""
+
+    crop_size: Size
+    image_size: Size  # of the largest image that is cropped
+    crops: Crops
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flip:
     """The image and its mirror image."""
 
-    def views(self, window: Size, image: Size) -> "Plan":
-        return Plan(window, image, _flipped(_centre(window)))
+    def build(self, window: Size, image: Size) -> TestTransform:
+        return TestTransform(window, image, _with_flips(_centre_crop(window)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShiftFlip:
-    """The image (weight 1/2) and its shifts by `shift` pixels to the upper left and the lower right (1/4 each), all
-    with their mirror images; what is shifted in is a reflection (Jordan's airbench94, 2024).
+    """The image (weight 1/2) and its shifts by `shift` pixels to the upper left and the lower right (1/4 each).
+
+    All with their mirror images; the padding is a reflection (Jordan's airbench94, 2024).
     """
 
     shift: Count = 1  # pixels
 
-    def views(self, window: Size, image: Size) -> "Plan":
+    def build(self, window: Size, image: Size) -> TestTransform:
         if self.shift >= min(window):
-            raise UserError(f"tta.shift={self.shift}: the images have only {window[0]}x{window[1]} pixels")
+            raise UserError(f"tta.shift={self.shift}: must be smaller than the images ({window[0]}x{window[1]} pixels)")
 
         def shifted(images: Tensor) -> Iterator[tuple[float, Tensor]]:
             (height, width), s = window, self.shift
-            for _, centre in _centre(window)(images):
+            for _, centre in _centre_crop(window)(images):
                 padded = pad(centre, (s, s, s, s), mode="reflect")
                 yield 0.5, centre
                 yield 0.25, padded[:, :, :height, :width]
                 yield 0.25, padded[:, :, 2 * s :, 2 * s :]
 
-        return Plan(window, image, _flipped(shifted))
+        return TestTransform(window, image, _with_flips(shifted))
 
 
 @dataclass(frozen=True, kw_only=True)
 class TenCrop:
-    """Corners and centre of the image, and their mirror images (Krizhevsky et al. 2012).
+    """Crops of the four corners and the centre, and their mirror images (Krizhevsky et al. 2012).
 
-    scale: of the image's shorter side before the crops are cut; null: the image as it is where it is larger than the
-    crop, otherwise 8/7 of the crop (256 for 224).
-    crop: its height and width; null: the size that the model was trained on.
+    scale: length of the image's shorter side before cropping; null: unchanged if the image is larger than the crop,
+        otherwise 8/7 of the crop (256 for 224).
+    crop: height and width of the crop; null: the size that the model was trained on.
     """
 
     scale: Count | None = None
     crop: Count | None = None
 
-    def views(self, window: Size, image: Size) -> "Plan":
+    def build(self, window: Size, image: Size) -> TestTransform:
         crop = window if self.crop is None else (self.crop, self.crop)
-        if self.scale is not None:
-            scales: Sequence[int] = [self.scale]
-        else:
-            larger = image[0] > crop[0] and image[1] > crop[1]
-            scales = [min(image) if larger else round(max(crop) * _RATIOS[1])]
-        return _multi_scale(crop, image, scales, "tta.scale")
+        scale = self.scale
+        if scale is None:
+            is_larger = image[0] > crop[0] and image[1] > crop[1]
+            scale = min(image) if is_larger else round(max(crop) * _SCALE_RATIOS[1])
+        return _multi_scale(crop, image, [scale], "tta.scale")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MultiScaleTenCrop:
     """Ten crops at each of several scales of the image's shorter side.
 
-    scales: null: 224, 256, 384, 480 and 640 for crops of 224 (He et al. 2015), and in this proportion for others.
-    crop: as for ten_crop.
+    scales: null: 224, 256, 384, 480 and 640 for crops of 224 (He et al. 2015), in proportion for other sizes.
+    crop: see ten_crop.
     """
 
     scales: tuple[Count, ...] | None = None
     crop: Count | None = None
 
-    def views(self, window: Size, image: Size) -> "Plan":
+    def build(self, window: Size, image: Size) -> TestTransform:
         crop = window if self.crop is None else (self.crop, self.crop)
-        scales = [round(max(crop) * ratio) for ratio in _RATIOS] if self.scales is None else self.scales
+        scales = [round(max(crop) * ratio) for ratio in _SCALE_RATIOS] if self.scales is None else self.scales
         return _multi_scale(crop, image, scales, "tta.scales")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The views of one choice: the size of each, the size in which they want the images, and the views themselves."""
-
-    size: Size
-    image: Size
-    views: Crops
 
 
 CHOICES = {"flip": Flip, "shift_flip": ShiftFlip, "ten_crop": TenCrop, "multi_scale_ten_crop": MultiScaleTenCrop}
 
 
 def crop_positions(image: Size, crop: Size) -> list[tuple[int, int]]:
-    """(top, left) of the four corners and the centre, as torchvision's `five_crop` has them."""
+    """Returns (top, left) of the four corner crops and the centre crop, rounded as in torchvision's `five_crop`."""
     bottom, right = image[0] - crop[0], image[1] - crop[1]
     return [(0, 0), (0, right), (bottom, 0), (bottom, right), (round(bottom / 2), round(right / 2))]
 
 
 def ten_crop(images: Tensor, crop: Size) -> Iterator[tuple[float, Tensor]]:
-    """The crops of `images` [B, C, H, W], then those of their mirror images, a tenth each; equal ones come once."""
+    """Yields the crops of `images` [B, C, H, W], then of their mirror images, with weight 1/10 each.
+
+    Equal positions (an image as large as the crop) are yielded once, with their total weight.
+    """
     positions = Counter(crop_positions((images.shape[2], images.shape[3]), crop))
     for source in (images, images.flip(3)):
-        for (top, left), times in positions.items():
-            yield times / 10, source[:, :, top : top + crop[0], left : left + crop[1]]
+        for (top, left), multiplicity in positions.items():
+            yield multiplicity / 10, source[:, :, top : top + crop[0], left : left + crop[1]]
 
 
 def scaled_size(image: Size, short_side: int) -> Size:
-    """The size of an image brought to this length of its shorter side, the aspect ratio kept."""
+    """Returns the size of an image after resizing its shorter side, with the same aspect ratio."""
     shorter = min(image)
     return round(image[0] * short_side / shorter), round(image[1] * short_side / shorter)
 
 
-def _multi_scale(crop: Size, image: Size, scales: Sequence[int], key: str) -> Plan:
+def _multi_scale(crop: Size, image: Size, scales: Sequence[int], key: str) -> TestTransform:
     sizes = [scaled_size(image, scale) for scale in scales]
     for scale, size in zip(scales, sizes, strict=True):
         if size[0] < crop[0] or size[1] < crop[1]:
             raise UserError(
-                f"{key}={scale}: images of {size[0]}x{size[1]} are smaller than the crops of {crop[0]}x{crop[1]}"
+                f"{key}={scale}: resized images ({size[0]}x{size[1]}) are smaller than the crops ({crop[0]}x{crop[1]})"
             )
     if not sizes:
-        raise UserError(f"{key}=[]: at least one scale is needed")
+        raise UserError(f"{key}=[]: set at least one scale")
 
-    def views(images: Tensor) -> Iterator[tuple[float, Tensor]]:
+    def crops(images: Tensor) -> Iterator[tuple[float, Tensor]]:
         for size in sizes:
-            for weight, view in ten_crop(resize(images, size), crop):
-                yield weight / len(sizes), view
+            for weight, cropped in ten_crop(resize(images, size), crop):
+                yield weight / len(sizes), cropped
 
-    return Plan(crop, max(sizes), views)
+    return TestTransform(crop, max(sizes), crops)
 
 
-def _centre(window: Size) -> Crops:
-    def views(images: Tensor) -> Iterator[tuple[float, Tensor]]:
+def _centre_crop(window: Size) -> Crops:
+    def crops(images: Tensor) -> Iterator[tuple[float, Tensor]]:
         if tuple(images.shape[2:]) == window:
             yield 1.0, images
         else:
             yield 1.0, CentreCrop((images.shape[1], *window))(images, torch.empty(0))[0]
 
-    return views
+    return crops
 
 
-def _flipped(views: Crops) -> Crops:
+def _with_flips(crops: Crops) -> Crops:
     def both(images: Tensor) -> Iterator[tuple[float, Tensor]]:
-        for weight, view in views(images):
-            yield weight / 2, view
-            yield weight / 2, view.flip(3)
+        for weight, cropped in crops(images):
+            yield weight / 2, cropped
+            yield weight / 2, cropped.flip(3)
 
     return both

@@ -47,7 +47,7 @@ from dlopt.tracking.tracking import Tracking
 from dlopt.training.checkpoint import Checkpoints
 from dlopt.training.metrics import MetricSum
 from dlopt.training.nonfinite import Recovery
-from dlopt.training.optimizer import may_fuse
+from dlopt.training.optimizer import can_fuse
 from dlopt.training.precision import Precision
 from dlopt.training.progress import Intervals, Progress
 from dlopt.training.step import Network, Step, StepSettings
@@ -87,7 +87,7 @@ def training(
     """A trainer as `dlopt train` builds it, without console and evaluation."""
     parameters = list(module.parameters())
     chosen = experiment("optimizer=sgd", "optimizer.lr=0.01").optimizer
-    optimizer = chosen.build(params=parameters, fused=may_fuse(chosen, parameters))
+    optimizer = chosen.build(params=parameters, fused=can_fuse(chosen, parameters))
     steps = steps if steps is not None else len(batches)
     schedule = Scheduler(optimizer, constant(horizon=Horizon(0, steps, len(batches))))
     tracking = Tracking(
@@ -112,10 +112,10 @@ def training(
         best=Best("auto"),
         normalize=nn.Identity(),
         config={},
-        recovery=Recovery("stop", attempts=1, lr_factor=1.0, newest=lambda: None, tell=print),
+        recovery=Recovery("stop", attempts=1, lr_factor=1.0, load_newest=lambda: None, log=print),
         intervals=Intervals(steps, save_every_epochs=None, log_every_steps=log_every),
         progress=Progress(horizon=steps),
-        sums=MetricSum(classify=True),
+        train_metrics=MetricSum(classify=True),
     ), tracking
 
 
@@ -342,7 +342,7 @@ def _synchronization_on_cuda(data: list[tuple[Tensor, Tensor]], steps: int) -> d
         with tracking, Interruption():
             for step, (x, y) in enumerate(batches.epoch(0)):
                 torch.cuda.set_sync_debug_mode("warn" if step else "default")
-                run.step.update(x, y, step, run.sums)
+                run.step.update(x, y, step, run.train_metrics)
                 tracking.advance(step + 1)
             torch.cuda.set_sync_debug_mode("default")
     waits = sum("synchroniz" in str(each.message) for each in caught)

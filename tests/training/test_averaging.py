@@ -13,7 +13,7 @@ def net() -> nn.Sequential:
 
 
 def averaged(average: ExponentialAverage, model: nn.Module) -> dict[str, Tensor]:
-    with average.in_place():
+    with average.swapped_in():
         return {name: value.clone() for name, value in model.state_dict().items()}
 
 
@@ -63,7 +63,7 @@ def test_the_model_holds_the_average_for_a_while() -> None:
     move(model, 1)
     average.update()
     weights, expected = copy.deepcopy(model.state_dict()), averaged(average, model)
-    with pytest.raises(KeyError), average.in_place():
+    with pytest.raises(KeyError), average.swapped_in():
         assert all(torch.equal(model.state_dict()[name], expected[name]) for name in expected)
         model[1].running_mean.fill_(7.0)
         raise KeyError

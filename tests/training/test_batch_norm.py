@@ -4,14 +4,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dlopt.errors import UserError
-from dlopt.training.batch_norm import _smallest_part, check_single_values
+from dlopt.training.batch_norm import _smallest_micro_batch, check_norm_batches
 from dlopt.training.build import Workload
-from dlopt.training.build import build_workload as set_up_experiment
+from dlopt.training.build import build_workload as build
 from tests.training.runs import SMALL, experiment, same
 
 
 def build_workload(*overrides: str) -> Workload:
-    return set_up_experiment(experiment(*SMALL, *overrides))
+    return build(experiment(*SMALL, *overrides))
 
 
 @given(count=st.integers(1, 60), size=st.integers(1, 60), accumulate=st.integers(1, 12), drop_last=st.booleans())
@@ -21,7 +21,7 @@ def test_the_smallest_micro_batch_is_found(count: int, size: int, accumulate: in
     if drop_last:
         parts = tuple(part for part in parts if len(part) == size)
     sizes = [len(micro) for part in parts for micro in part.tensor_split(min(accumulate, len(part)))]
-    assert _smallest_part(count, size, accumulate, drop_last) == min(sizes)
+    assert _smallest_micro_batch(count, size, accumulate, drop_last) == min(sizes)
 
 
 @pytest.mark.parametrize(
@@ -44,13 +44,13 @@ def test_batch_norm_over_one_value_is_refused(overrides: list[str], refused: boo
     before = {name: value.clone() for name, value in workload.module.state_dict().items()}
     if refused:
         with pytest.raises(UserError, match=r"one value per channel"):
-            check_single_values(workload)
+            check_norm_batches(workload)
     else:
-        check_single_values(workload)
+        check_norm_batches(workload)
     assert same(dict(workload.module.state_dict()), before)
     assert workload.module.training
 
 
 def test_batch_norm_over_one_image_has_many_values() -> None:
     lines = [line for line in SMALL if not line.startswith("model")]
-    check_single_values(set_up_experiment(experiment(*lines, "model=resnet20", "data.batch_size=1")))
+    check_norm_batches(build(experiment(*lines, "model=resnet20", "data.batch_size=1")))

@@ -1,12 +1,12 @@
 import torch
 
 from dlopt.training.build import Workload, evaluation_batches, training_batches
-from dlopt.training.build import build_workload as set_up_experiment
+from dlopt.training.build import build_workload as build
 from tests.training.runs import SMALL, experiment, same
 
 
 def build_workload(*overrides: str) -> Workload:
-    return set_up_experiment(experiment(*SMALL, *overrides))
+    return build(experiment(*SMALL, *overrides))
 
 
 def test_order_and_augmentation_have_streams_of_their_own() -> None:

@@ -10,12 +10,12 @@ from dlopt.data.samples import Dataset, InMemory
 from dlopt.errors import UserError
 from dlopt.processor import choose_device
 from dlopt.training.build import Workload, load_weights, training_batches
-from dlopt.training.build import build_workload as set_up_experiment
+from dlopt.training.build import build_workload as build
 from tests.training.runs import SMALL, experiment, same
 
 
 def build_workload(*overrides: str) -> Workload:
-    return set_up_experiment(experiment(*SMALL, *overrides))
+    return build(experiment(*SMALL, *overrides))
 
 
 # -- the machine
@@ -66,7 +66,7 @@ def test_outputs_follow_the_data() -> None:
 @pytest.mark.parametrize("model", ["resnet20", "mlp"])
 def test_memory_format(wanted: str, model: str) -> None:
     lines = [line for line in SMALL if not line.startswith("model")]
-    workload = set_up_experiment(experiment(*lines, f"model={model}", f"channels_last={wanted}"))
+    workload = build(experiment(*lines, f"model={model}", f"channels_last={wanted}"))
     expected = wanted == "true" or (wanted == "auto" and model == "resnet20")
     assert (workload.memory_format == torch.channels_last) is expected
     inputs, _ = next(training_batches(workload).epoch(0))
@@ -76,7 +76,7 @@ def test_memory_format(wanted: str, model: str) -> None:
 def test_normalization_comes_from_a_checkpoint_where_there_is_one() -> None:
     first = build_workload()
     state = {name: value * 2 for name, value in first.normalize.state_dict().items()}
-    resumed = set_up_experiment(experiment(*SMALL), state)
+    resumed = build(experiment(*SMALL), state)
     assert same(dict(resumed.normalize.state_dict()), state)
     assert not same(dict(first.normalize.state_dict()), state)
 

@@ -166,7 +166,7 @@ def test_a_damaged_newest_is_told_and_the_one_before_taken(
     spoil(checkpoints.last)
     with caplog.at_level(logging.WARNING):
         assert newest_step(checkpoints) == 2
-    assert "last.pt" in caplog.text and "trying the one before" in caplog.text
+    assert "last.pt" in caplog.text and "trying the previous checkpoint" in caplog.text
 
 
 @pytest.mark.parametrize("spoil", DAMAGES, ids=lambda f: f.__name__)
@@ -174,7 +174,7 @@ def test_none_whole_stops_and_never_starts_again(tmp_path: Path, spoil: Callable
     checkpoints = folder_of(tmp_path, 1, 2)
     for name in ("last.pt", "step-1.pt"):
         spoil(checkpoints.folder / name)
-    with pytest.raises(RunError, match=r"none .* is whole \(last\.pt, step-1\.pt\)"):
+    with pytest.raises(RunError, match=r"all checkpoints in .* are damaged \(last\.pt, step-1\.pt\)"):
         newest_step(checkpoints)
 
 
@@ -421,7 +421,7 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path: Path, kind: str, read: Call
         path.write_bytes(pickle.dumps(content))
     else:
         torch.save(content, path, _use_new_zipfile_serialization=kind == "torch")
-    with pytest.raises(UserError, match=r"holds no weights|no dlopt checkpoint"):
+    with pytest.raises(UserError, match=r"cannot be loaded as weights|not a dlopt checkpoint"):
         read(sign(path))
     assert not marker.exists()
     pickle.loads(pickle.dumps(Payload(marker)))
@@ -455,11 +455,11 @@ def test_a_missing_part_is_named(tmp_path: Path, key: str) -> None:
 def test_no_file_a_folder_and_noise(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         load(tmp_path / "nothing.pt")
-    with pytest.raises(UserError, match=r"folder; name a file"):
+    with pytest.raises(UserError, match=r"is a folder; set a file"):
         load(tmp_path)
     noise = tmp_path / "noise.pt"
     noise.write_bytes(os.urandom(1000))
-    with pytest.raises(UserError, match="no dlopt checkpoint"):
+    with pytest.raises(UserError, match="not a dlopt checkpoint"):
         load(sign(noise))
 
 

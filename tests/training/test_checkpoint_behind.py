@@ -50,7 +50,7 @@ def test_the_state_is_that_of_the_call_whatever_comes_after(tmp_path: Path) -> N
         assert time.monotonic() - begin < 0.15
         given["model"]["weight"].zero_()
         given["progress"]["step"] = 99
-        checkpoints.settle()
+        checkpoints.wait()
     assert same({key: load(checkpoints.best)[key] for key in state(1)}, state(1))
     assert names_in(tmp_path) == with_checksums("last.pt", "best.pt")
 
@@ -70,7 +70,7 @@ def test_one_after_the_other(tmp_path: Path) -> None:
     assert names(checkpoints) == with_checksums("last.pt", "best.pt", "step-9.pt", "step-10.pt")
 
 
-@pytest.mark.parametrize("ask", ["save", "settle", "load_newest", "has_best"])
+@pytest.mark.parametrize("ask", ["save", "wait", "load_newest", "has_best"])
 def test_what_goes_wrong_is_told_by_the_next_call(tmp_path: Path, ask: str) -> None:
     checkpoints = Checkpoints(tmp_path, asynchronous=True)
     with slow_disk(0.0, lambda step: step == 2):
@@ -78,7 +78,7 @@ def test_what_goes_wrong_is_told_by_the_next_call(tmp_path: Path, ask: str) -> N
         checkpoints.save(state(2), best=False)
         with pytest.raises(RunError, match=r"last\.pt could not be written: .*No space left"):
             {"save": lambda: checkpoints.save(state(3), best=False)}.get(ask, getattr(checkpoints, ask))()
-        checkpoints.settle()
+        checkpoints.wait()
     assert load(checkpoints.last)["progress"]["step"] == 1
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
@@ -142,7 +142,7 @@ def test_a_failing_run_finishes_the_save_before(tmp_path: Path) -> None:
 def test_copies_are_deep() -> None:
     tensor = torch.ones(3)
     given = {"a": [tensor, (1, tensor)], "b": {"c": None, 3: "x"}}
-    copied = checkpoint._copied(given)
+    copied = checkpoint._copy_to_host(given)
     assert same(copied, given)
     tensor.zero_()
     assert copied["a"][0].sum() == copied["a"][1][1].sum() == 3

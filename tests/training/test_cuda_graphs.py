@@ -65,12 +65,12 @@ class Run:
             StepSettings(accumulate=accumulate, seed=3, check_now=False),
         )  # fmt: skip
         keys: Any = {
-            "precision": Precision("fp32", CPU), "clip": clip or ByNorm(max_norm=1.0), "after": average,
+            "precision": Precision("fp32", CPU), "clip": clip or ByNorm(max_norm=1.0), "post_hooks": average,
         }  # fmt: skip
         self.step: Step = (
             Step(*arguments, **keys)
             if recorder is None
-            else GraphedStep(*arguments, **keys, capture=Capture(recorder, SIZE, log_norm=True, inside=average))
+            else GraphedStep(*arguments, **keys, capture=Capture(recorder, SIZE, log_norm=True, post_hooks=average))
         )
         self.sums, self.rates = MetricSum(classify=True), []
 
@@ -173,7 +173,7 @@ def test_a_model_that_decides_on_the_host_goes_on_without_a_graph(caplog: pytest
 
     recorder = SimulatedRecorder()
     assert equal(run(None), run(recorder))
-    assert recorder.replayed == 0 and "cannot be recorded as a CUDA graph" in caplog.text
+    assert recorder.replayed == 0 and "could not be captured as a CUDA graph" in caplog.text
 
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -223,10 +223,10 @@ class Two(Mode):
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
-        ({"mode": Mode(CPU)}, "none on cpu"),
-        ({"mode": Two(CUDA)}, "several processes"),
+        ({"mode": Mode(CPU)}, "not available on cpu"),
+        ({"mode": Two(CUDA)}, "communicates between processes"),
         ({"observed": True}, "diagnostics"),
-        ({"make": lambda p: torch.optim.SGD(p, lr=0.1, fused=False)}, "SGD decides on the host"),
+        ({"make": lambda p: torch.optim.SGD(p, lr=0.1, fused=False)}, "SGD has control flow on the host"),
         ({"make": lambda p: torch.optim.LBFGS(p)}, "LBFGS"),
         ({"evaluates_once": False}, "SGD"),
         ({"precision": "fp16"}, "fp16"),

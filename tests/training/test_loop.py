@@ -17,7 +17,7 @@ from dlopt.errors import RunError, UserError
 from dlopt.interruption import Interruption
 from dlopt.parallel.mode import Mode
 from dlopt.schedules import Scheduler
-from dlopt.training.averaging import ExponentialAverage, at_evaluation_point
+from dlopt.training.averaging import ExponentialAverage, evaluation_weights
 from dlopt.training.evaluate import evaluate
 from dlopt.training.metrics import MetricSum
 from dlopt.training.nonfinite import Recovery
@@ -81,12 +81,12 @@ class Checkpoints:
     restored: list[int] = field(default_factory=list)
     shards: None = None
 
-    def save(self, state: dict[str, Any], *, best: bool, landmark: str | None = None) -> None:
+    def save(self, state: dict[str, Any], *, best: bool, snapshot: str | None = None) -> None:
         self.saved.append(copy.deepcopy(state))
         if best:
             self.best.append(state["progress"]["step"])
 
-    def settle(self) -> None:
+    def wait(self) -> None:
         pass
 
     def has_best(self) -> bool:
@@ -125,13 +125,13 @@ def training(
         Mode(cpu),
         StepSettings(check_now=check_now),
         precision=Precision("fp32", cpu),
-        after=() if average is None else (average.update,),
+        post_hooks=() if average is None else (average.update,),
     )
     inputs, targets = samples()
 
     def validate(interruption: Interruption) -> dict[str, float] | None:
         batches = zip(inputs.split(7), targets.split(7), strict=True)
-        with at_evaluation_point(optimizer, average):
+        with evaluation_weights(optimizer, average):
             return evaluate(
                 model,
                 model,
@@ -150,7 +150,7 @@ def training(
         "checkpoints": Checkpoints(),
         "stopping": Never(),
         "best": Best("val_loss"),
-        "recovery": Recovery("stop", attempts=1, lr_factor=1.0, newest=lambda: None, tell=print),
+        "recovery": Recovery("stop", attempts=1, lr_factor=1.0, load_newest=lambda: None, log=print),
     }
     return Trainer(
         step=step,
@@ -159,7 +159,7 @@ def training(
         normalize=nn.Identity(),
         config={"name": "try"},
         progress=Progress(horizon=15),
-        sums=MetricSum(True),
+        train_metrics=MetricSum(True),
         **arguments | changed,
     )
 
@@ -275,7 +275,7 @@ def test_a_metric_line_is_written_before_the_checkpoint_that_counts_it() -> None
             order.append(f"line {metrics['epoch']}")
 
     class Saves(Checkpoints):
-        def save(self, state: dict[str, Any], *, best: bool, landmark: str | None = None) -> None:
+        def save(self, state: dict[str, Any], *, best: bool, snapshot: str | None = None) -> None:
             order.append(f"save {state['progress']['epoch']}")
 
     run(training(tracking=Lines(), checkpoints=Saves()))

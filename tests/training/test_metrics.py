@@ -53,7 +53,7 @@ def test_independent_of_when_they_are_counted(sizes: list[int], settled: set[int
         reference.add(*part)
         sums.add(*part)
         if number in settled:
-            sums.settle()
+            sums.sync()
         if number in reported:
             sums.since_last("train/")
     assert sums.state_dict() == reference.state_dict()
@@ -74,11 +74,11 @@ def test_a_checkpoint_changes_nothing(sizes: list[int], cut: int) -> None:
 
 
 def test_holds_back_no_more_than_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "_HELD_NUMBERS", 40)
+    monkeypatch.setattr(metrics, "_MAX_PENDING_OUTPUTS", 40)
     sums, held = MetricSum(classify=True), []
     for part in batches([5] * 20):
         sums.add(*part)
-        held.append(sum(outputs.numel() for _, outputs, _ in sums._held if outputs is not None))
+        held.append(sum(outputs.numel() for _, outputs, _ in sums._pending if outputs is not None))
     assert 0 < max(held) <= 40
     assert sums.means("train") == plain_loop(batches([5] * 20))
 

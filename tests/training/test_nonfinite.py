@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dlopt.errors import RunError, UserError
 from dlopt.schedules import Scheduler
 from dlopt.training.metrics import MetricSum
-from dlopt.training.nonfinite import Diverged, Recovery, first_bad_output, is_finite
+from dlopt.training.nonfinite import Diverged, Recovery, first_nonfinite_output, is_finite
 from dlopt.training.precision import Precision
 from dlopt.training.step import Step
 from tests.parallel.ranks import run_ranks
@@ -132,9 +132,9 @@ def test_bad_inputs_and_bad_weights_are_named() -> None:
 def test_a_recurrent_layer_is_named() -> None:
     model = nn.ModuleDict({"first": nn.LSTM(3, 4), "second": nn.Linear(4, 2)})
     inputs = torch.full((2, 1, 3), NAN)
-    name = first_bad_output(model, lambda: model["second"](model["first"](inputs)[0]))
+    name = first_nonfinite_output(model, lambda: model["second"](model["first"](inputs)[0]))
     assert name == "first (LSTM)"
-    assert first_bad_output(model, lambda: model["first"](torch.ones(2, 1, 3))) is None
+    assert first_nonfinite_output(model, lambda: model["first"](torch.ones(2, 1, 3))) is None
 
 
 @pytest.mark.parametrize("at_once", [True, False])
@@ -209,7 +209,7 @@ def test_fp16_scaler_that_never_finds_a_scale() -> None:
 
 
 def recovery(policy: Any, attempts: int = 3, newest: Callable[[], Any] = lambda: None) -> Recovery:
-    return Recovery(policy, attempts=attempts, lr_factor=0.5, newest=newest, tell=lambda line: None)
+    return Recovery(policy, attempts=attempts, lr_factor=0.5, load_newest=newest, log=lambda line: None)
 
 
 @pytest.mark.parametrize("how", ["loss", "gradient"])
@@ -322,7 +322,7 @@ def test_rollbacks_are_counted_and_end(tmp_path: Path) -> None:
             rates.append(lr)
         return step == 6
 
-    with explosions(bad), pytest.raises(RunError, match=r"recovery\.attempts=2 rollbacks did not help"):
+    with explosions(bad), pytest.raises(RunError, match=r"2 rollbacks \(recovery\.attempts\) did not help"):
         start(tmp_path, *RUN, "on_divergence=rollback", "recovery.attempts=2")
     assert list(dict.fromkeys(rates)) == [0.08, 0.04, 0.02]
 

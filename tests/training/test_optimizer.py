@@ -7,15 +7,15 @@ from torch import nn
 
 from dlopt.errors import UserError
 from dlopt.training.build import Workload
-from dlopt.training.build import build_workload as set_up_experiment
+from dlopt.training.build import build_workload as build
 from dlopt.training.checkpoint import load
-from dlopt.training.optimizer import evaluations, optimizer_of
+from dlopt.training.optimizer import build_optimizer, evaluates_once
 from dlopt.training.precision import Precision
 from tests.training.runs import SMALL, experiment, resume, start
 
 
 def build_workload(*overrides: str) -> Workload:
-    return set_up_experiment(experiment(*SMALL, *overrides))
+    return build(experiment(*SMALL, *overrides))
 
 
 @pytest.mark.parametrize(
@@ -29,32 +29,32 @@ def build_workload(*overrides: str) -> Workload:
     ],
 )
 def test_learning_rate_by_batch_size(overrides: list[str], factor: float) -> None:
-    optimizer = optimizer_of(build_workload("optimizer.lr=0.2", *overrides))
+    optimizer = build_optimizer(build_workload("optimizer.lr=0.2", *overrides))
     assert [group["lr"] for group in optimizer.param_groups] == [pytest.approx(0.2 * factor, rel=1e-15)]
 
 
 def test_every_trainable_parameter_is_in_one_group() -> None:
     workload = build_workload("model.norm=batch", "decay_norm_and_bias=false", "optimizer.weight_decay=0.1")
-    optimizer = optimizer_of(workload)
-    found = [p for group in optimizer.param_groups for p in group["params"]]
-    assert len(found) == len(set(found)) == len(list(workload.module.parameters()))
+    optimizer = build_optimizer(workload)
+    grouped = [p for group in optimizer.param_groups for p in group["params"]]
+    assert len(grouped) == len(set(grouped)) == len(list(workload.module.parameters()))
     decays = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in workload.module.named_parameters():
         assert decays[parameter] == (0.1 if parameter.ndim > 1 else 0.0), name
 
 
-def test_how_often_an_optimizer_evaluates() -> None:
+def test_evaluates_once() -> None:
     workload, parameters = build_workload(), [nn.Parameter(torch.zeros(2))]
-    assert evaluations(workload, torch.optim.SGD(parameters, lr=1.0)) == "once"
+    assert evaluates_once(workload, torch.optim.SGD(parameters, lr=1.0))
     lbfgs = torch.optim.LBFGS(parameters)
-    assert evaluations(workload, lbfgs) == "many"
+    assert not evaluates_once(workload, lbfgs)
     workload.precision = Precision("fp16", torch.device("cpu"))
-    assert evaluations(workload, torch.optim.SGD(parameters, lr=1.0)) == "once"
+    assert evaluates_once(workload, torch.optim.SGD(parameters, lr=1.0))
     with pytest.raises(UserError, match=r"precision=fp16: LBFGS .*=bf16 or fp32"):
-        evaluations(workload, lbfgs)
+        evaluates_once(workload, lbfgs)
 
 
-# -- one kernel for an update
+# -- fused kernels
 
 
 @pytest.mark.parametrize(
@@ -69,20 +69,20 @@ def test_how_often_an_optimizer_evaluates() -> None:
         (["optimizer=adamw", "+optimizer.foreach=true"], False),
     ],
 )
-def test_torchs_optimizers_are_fused_unless_something_is_typed(overrides: list[str], fused: bool) -> None:
-    optimizer = optimizer_of(build_workload(*overrides))
+def test_torch_optimizers_are_fused_unless_configured(overrides: list[str], fused: bool) -> None:
+    optimizer = build_optimizer(build_workload(*overrides))
     assert bool(optimizer.param_groups[0].get("fused")) is fused
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "adagrad"])
-def test_the_one_kernel_does_what_torchs_loop_does(name: str) -> None:
-    """Through the backward pass of a convolutional net, channels last."""
+def test_fused_kernel_equals_loop(name: str) -> None:
+    """For a convolutional net in channels-last format."""
     lines = [each for each in SMALL if not each.startswith("model")]
     overrides = [*lines, "model=resnet20", "model.depth=8", f"optimizer={name}", "optimizer.weight_decay=0.01"]
     weights = []
     for more in ([], ["+optimizer.fused=false", "+optimizer.foreach=false"]):
-        workload = set_up_experiment(experiment(*overrides, *more, "precision=fp64", "channels_last=true"))
-        optimizer = optimizer_of(workload)
+        workload = build(experiment(*overrides, *more, "precision=fp64", "channels_last=true"))
+        optimizer = build_optimizer(workload)
         for step in range(4):
             torch.manual_seed(step)
             inputs = torch.randn(6, *workload.dataset.train.shape, dtype=torch.float64)
@@ -95,7 +95,7 @@ def test_the_one_kernel_does_what_torchs_loop_does(name: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
 
 
-def test_kernels_are_not_the_checkpoints_affair(tmp_path: Path) -> None:
+def test_resuming_chooses_kernels_anew(tmp_path: Path) -> None:
     start(tmp_path, *SMALL, "optimizer=adamw", "+optimizer.fused=false", "epochs=1")
     state = load(tmp_path / "checkpoints" / "last.pt")
     assert not state["optimizer"]["param_groups"][0]["fused"]
@@ -104,14 +104,14 @@ def test_kernels_are_not_the_checkpoints_affair(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw", "adagrad"])
-def test_a_state_that_lies_otherwise_is_laid_out_anew(name: str) -> None:
-    """As another mode may have saved it: the one kernel would mix up its elements."""
+def test_loading_a_state_restores_its_layout(name: str) -> None:
+    """Another mode may have saved it with other strides, for which a fused kernel would pair the wrong elements."""
 
     def made(*more: str) -> tuple[Workload, torch.optim.Optimizer]:
         lines = [each for each in SMALL if not each.startswith("model")]
         model = ["model=resnet20", "model.depth=8", "precision=fp64", "channels_last=true"]
-        workload = set_up_experiment(experiment(*lines, *model, f"optimizer={name}", *more))
-        return workload, optimizer_of(workload)
+        workload = build(experiment(*lines, *model, f"optimizer={name}", *more))
+        return workload, build_optimizer(workload)
 
     def update(workload: Workload, optimizer: torch.optim.Optimizer, seed: int) -> None:
         torch.manual_seed(seed)
@@ -135,9 +135,9 @@ def test_a_state_that_lies_otherwise_is_laid_out_anew(name: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
 
 
-def test_gradients_that_lie_otherwise_have_torchs_loop() -> None:
+def test_gradients_with_other_strides_disable_the_fused_kernel() -> None:
     workload = build_workload("optimizer=sgd")
-    optimizer = optimizer_of(workload)
+    optimizer = build_optimizer(workload)
     for parameter in workload.module.parameters():
         parameter.grad = torch.randn(*reversed(parameter.shape)).permute(*range(parameter.ndim - 1, -1, -1))
     expected = [p.detach() - 0.1 * p.grad for p in workload.module.parameters() if p.grad is not None]

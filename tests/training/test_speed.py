@@ -1,4 +1,4 @@
-"""What is chosen where a key says `auto`, and what is refused where it says `true`."""
+"""Tests of the values chosen for `auto`, and of the refusals of `true`."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,10 +38,10 @@ def net(*overrides: str) -> nn.Module:
     ("model", "published"),
     [("resnet20", 0.243), ("resnet18", 3.33)],  # of forward and backward, in 1e9 per image of 32 x 32
 )
-def test_operations_are_those_that_papers_count(model: str, published: float) -> None:
+def test_flops_equal_published_counts(model: str, published: float) -> None:
     module = net(f"model={model}")
     before = {name: value.clone() for name, value in module.state_dict().items()}
-    assert 3 * speed.forward_operations(module, (3, 32, 32)) / 1e9 == pytest.approx(published, rel=0.01)
+    assert 3 * speed.forward_flops(module, (3, 32, 32)) / 1e9 == pytest.approx(published, rel=0.01)
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
 
 
@@ -53,67 +53,68 @@ LONG, SHORT = ("model=wrn_16_4", "epochs=400"), ("model=resnet20", "epochs=200")
     [
         (("compile=false", *LONG), mode(), "compile=false"),
         (("compile=true", *SHORT), mode("cpu"), ""),
-        (("compile=auto", *LONG), mode("cpu"), "on cpu"),
+        (("compile=auto", *LONG), mode("cpu"), "saves on cpu"),
         (("compile=auto", *LONG), mode(compiles=False), "parallel=filter"),
         (("compile=auto", *LONG), mode(), ""),
-        (("compile=auto", *SHORT), mode(), "as short as this"),
-        (("compile=auto", *LONG, "steps=100"), mode(), "as short as this"),
+        (("compile=auto", *SHORT), mode(), "this short"),
+        (("compile=auto", *LONG, "steps=100"), mode(), "this short"),
     ],
 )
-def test_who_is_compiled(typed: tuple[str, ...], parallel: Any, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compile_obstacle(typed: tuple[str, ...], parallel: Any, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "find_spec", lambda name: object())
     monkeypatch.setenv("CC", "cc")
-    found = speed.compiles(experiment(*typed), parallel, net(typed[1]), (3, 32, 32), 50_000)
-    assert bool(found) == bool(reason) and reason in found
+    obstacle = speed.compile_obstacle(experiment(*typed), parallel, net(typed[1]), (3, 32, 32), 50_000)
+    assert bool(obstacle) == bool(reason) and reason in obstacle
 
 
-def test_without_triton_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compile_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "find_spec", lambda name: None)
-    found = speed.compiles(experiment("compile=auto", *LONG), mode(), net(LONG[0]), (3, 32, 32), 50_000)
-    assert "Triton" in found
+    obstacle = speed.compile_obstacle(experiment("compile=auto", *LONG), mode(), net(LONG[0]), (3, 32, 32), 50_000)
+    assert "Triton" in obstacle
 
 
-def test_processes_that_meet_between_layers_cannot_be_compiled() -> None:
-    with pytest.raises(UserError, match="compile=true: not with parallel=filter"):
-        speed.compiles(experiment("compile=true"), mode(compiles=False), net(), (3, 32, 32), 100)
+def test_compile_true_rejects_modes_that_communicate_between_layers() -> None:
+    with pytest.raises(UserError, match="compile=true: parallel=filter communicates between layers"):
+        speed.compile_obstacle(experiment("compile=true"), mode(compiles=False), net(), (3, 32, 32), 100)
 
 
-def test_graphs_on_a_cpu_are_refused_where_they_are_demanded(tmp_path: Path) -> None:
+def test_cuda_graphs_true_is_rejected_on_cpu(tmp_path: Path) -> None:
     line = ("cuda_graphs=true", "device=cpu", "model=mlp", "data.subset=40", "hydra.run.dir=run")
-    assert "cuda_graphs=true: there are none on cpu; use cuda_graphs=auto" in refused(tmp_path, "train", *line)
+    message = "cuda_graphs=true: CUDA graphs are not available on cpu; use cuda_graphs=auto"
+    assert message in refused(tmp_path, "train", *line)
 
 
-def test_a_cpu_has_plain_updates(tmp_path: Path) -> None:
+def test_updates_are_eager_on_cpu(tmp_path: Path) -> None:
     chosen = experiment("device=cpu", "threads=1", "model=mlp", "model.widths=[4]", "data.subset=40")
     trainer = dry_run(build_workload(chosen), tmp_path)
-    assert type(trainer.step) is Step and trainer.graph_obstacle == "there are none on cpu"
-    assert speed.recorder(chosen, torch.device("cpu")) is None
+    assert type(trainer.step) is Step and trainer.graph_obstacle == "CUDA graphs are not available on cpu"
+    assert speed.data_recorder(chosen, torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize(
     ("typed", "recorded"), [((), True), (("cuda_graphs=false",), False), (("profile=true",), False)]
 )
-def test_when_the_data_path_is_recorded(typed: tuple[str, ...], recorded: bool) -> None:
-    assert (speed.recorder(experiment(*typed), torch.device("cuda")) is not None) == recorded
+def test_data_path_is_captured_unless_observed(typed: tuple[str, ...], recorded: bool) -> None:
+    assert (speed.data_recorder(experiment(*typed), torch.device("cuda")) is not None) == recorded
 
 
-def test_what_was_chosen_is_told() -> None:
+def test_describes_auto_values() -> None:
     precision = Precision("bf16", torch.device("cuda"))
     all_auto = experiment("precision=auto", "compile=auto", "cuda_graphs=auto")
-    assert speed.chosen(all_auto, precision, "", None) == (
+    assert speed.describe_auto(all_auto, precision, "", None) == (
         "precision=auto: bf16 | compile=auto: true | cuda_graphs=auto: true"
     )
-    assert speed.chosen(all_auto, precision, "too short", "it waits").endswith(
+    assert speed.describe_auto(all_auto, precision, "too short", "it waits").endswith(
         "compile=auto: false (too short) | cuda_graphs=auto: false (it waits)"
     )
     on_cpu = Precision("fp32", torch.device("cpu"))
-    assert speed.chosen(experiment(), on_cpu, "compile=false", "there are none on cpu") == ""
+    assert speed.describe_auto(experiment(), on_cpu, "compile=false", "none on cpu") == ""
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
 @pytest.mark.parametrize("augmentation", ["crop_flip", "shift_alternating_flip", "randaugment"])
-def test_recorded_updates_on_a_gpu_are_the_plain_ones(tmp_path: Path, optimizer: str, augmentation: str) -> None:
+def test_captured_updates_equal_eager_ones_on_gpu(tmp_path: Path, optimizer: str, augmentation: str) -> None:
     typed = ("device=cuda", "data.batch_size=64", f"optimizer={optimizer}", f"augmentation={augmentation}")
     weights = []
     for graphs in ("false", "true"):
@@ -123,11 +124,11 @@ def test_recorded_updates_on_a_gpu_are_the_plain_ones(tmp_path: Path, optimizer:
         step = 0
         for epoch in range(2):
             for inputs, targets in trainer.batches.epoch(epoch, 0, step):
-                trainer.step.update(inputs, targets, step, trainer.sums)
+                trainer.step.update(inputs, targets, step, trainer.train_metrics)
                 step += 1
         trainer.step.check_updates()
         if isinstance(trainer.step, GraphedStep):
-            assert trainer.step._replayed._replay is not None
+            assert trainer.step._graphed_update._replay is not None
         weights.append([*workload.module.state_dict().values()])
     for a, b in zip(*weights, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

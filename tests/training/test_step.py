@@ -17,7 +17,7 @@ from dlopt.training.clipping import ByValue, Clip, gradient_norm
 from dlopt.training.metrics import MetricSum
 from dlopt.training.nonfinite import Diverged
 from dlopt.training.precision import Precision
-from dlopt.training.step import Network, Step, StepSettings, may_draw
+from dlopt.training.step import Network, Step, StepSettings, is_stochastic
 
 CPU = torch.device("cpu")
 SEED = 11
@@ -46,7 +46,7 @@ def make_step(
     loss: nn.Module | None = None,
     precision: Precision | None = None,
     clip: Clip | None = None,
-    after: Sequence[Callable[[], None]] = (),
+    post_hooks: Sequence[Callable[[], None]] = (),
     skip: Callable[[Diverged], bool] | None = None,
     **settings: Any,
 ) -> Step:
@@ -58,7 +58,7 @@ def make_step(
         StepSettings(**{"seed": SEED, **settings}),
         precision=precision or Precision("fp32", CPU),
         clip=clip,
-        after=after,
+        post_hooks=post_hooks,
         skip=skip,
     )
 
@@ -196,7 +196,7 @@ def test_figures_count_a_batch_once_however_often_it_is_evaluated() -> None:
     first = evaluate()
     evaluate()
     evaluate.loss()
-    sums.settle()
+    sums.sync()
     assert sums.count == 10
     assert sums.loss / 10 == float(first)
 
@@ -320,7 +320,7 @@ def test_what_follows_an_update_sees_the_new_weights() -> None:
     model = net()
     seen = []
     update = make_step(
-        model, torch.optim.SGD(model.parameters(), lr=0.1), after=[lambda: seen.append(copy.deepcopy(model))]
+        model, torch.optim.SGD(model.parameters(), lr=0.1), post_hooks=[lambda: seen.append(copy.deepcopy(model))]
     )
     for step in range(3):
         update.update(*batch(step), step, MetricSum(True))
@@ -372,4 +372,4 @@ class _Drawing(nn.Module):
     ],
 )
 def test_which_models_may_draw(model: nn.Module, draws: bool) -> None:
-    assert may_draw(model) is draws
+    assert is_stochastic(model) is draws

@@ -18,7 +18,7 @@ def stops_at(stopping: Early, losses: list[float], key: str = "val_loss") -> int
     """The evaluation (from 1) at which the run ends."""
     for number, loss in enumerate(losses, start=1):
         stopping.update({"epoch": number, key: loss})
-        if stopping.met:
+        if stopping.should_stop:
             return number
     return None
 
@@ -64,7 +64,7 @@ def test_a_checkpoint_between_any_two_evaluations_changes_nothing(losses: list[f
         stopping = early(patience=patience)
         stopping.load_state_dict(state)
         stopping.update({"epoch": number, "val_loss": loss})
-        if stopping.met:
+        if stopping.should_stop:
             found = number
             break
     assert found == expected
@@ -87,7 +87,7 @@ def test_never() -> None:
     for epoch in range(1, 11):
         stopping.update({"epoch": epoch, "val_loss": NAN})
     stopping.load_state_dict(stopping.state_dict())
-    assert not stopping.met
+    assert not stopping.should_stop
 
 
 @given(moves=st.lists(st.sampled_from([0.0, 0.5, 0.999, 1.001, 2.0]), max_size=30), iterations=st.integers(0, 3))
@@ -108,7 +108,7 @@ def test_tolerance_against_a_plain_count(moves: list[float], iterations: int) ->
         stopping.update({"epoch": 1, "val_loss": NAN})
         row = row + 1 if move < 1 else 0
         expected.append(row > iterations)
-        seen.append(stopping.met)
+        seen.append(stopping.should_stop)
         if n % 3 == 0:
             state, stopping = stopping.state_dict(), Tolerance(model, tolerance=1.0, iterations=iterations)
             stopping.load_state_dict(state)

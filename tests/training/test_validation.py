@@ -129,5 +129,5 @@ def test_a_regression_has_no_classes(tmp_path: Path, monitor: str) -> None:
 
 
 def test_top5_of_five_classes_says_nothing() -> None:
-    with pytest.raises(UserError, match="with 5 classes"):
+    with pytest.raises(UserError, match="needs more than 5 classes"):
         _check_names({"top5_accuracy": "monitor=val_top5_accuracy"}, CLASSES[:5])
