@@ -1,6 +1,6 @@
-"""`python -m dlopt.commands.grid NUMBER [group=choice] [key=a,b]`: one job of a sweep, for launchers that number jobs.
+"""`python -m dlopt.commands.grid NUMBER [group=choice] [key=a,b]`: prints the overrides of one job of a sweep.
 
-Of all the combinations of the listed values, in the order of `dlopt train -m`, prints the overrides of one.
+For job arrays: NUMBER is the index of a combination of values, in the order of `dlopt train -m`.
 """
 
 import sys
@@ -10,13 +10,11 @@ from dlopt.errors import DONE, USER_ERROR, UserError
 
 
 def overrides_of(number: int, arguments: list[str]) -> list[str]:
-    """The overrides of one job. Raises `UserError`."""
+    """Returns the overrides of job `number`. Raises `UserError`."""
     parsed = parse_arguments(arguments)
     jobs = grid(Composer(parsed.config_name, parsed.config_dir).parse(parsed.overrides))
     if not 0 <= number < len(jobs):
-        raise UserError(
-            f"job {number}: these values make {len(jobs)} jobs, 0 to {len(jobs) - 1}: {' '.join(arguments)}"
-        )
+        raise UserError(f"job {number}: the sweep has jobs 0 to {len(jobs) - 1}: {' '.join(arguments)}")
     return jobs[number]
 
 

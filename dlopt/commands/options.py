@@ -1,4 +1,4 @@
-"""`dlopt options`: every choice of every group with one line each; a group's choices with their keys."""
+"""`dlopt options`: lists groups, choices, keys and their defaults."""
 
 import argparse
 import os
@@ -13,29 +13,28 @@ from typing import NoReturn
 from dlopt.config.choices import Catalogue, Choice, Key
 from dlopt.errors import DONE, UserError, shorten, suggest
 
-_MARK = "*"  # of the default, as in `git branch`
-_WIDEST = 120
-_SHARED = 0.75  # of a group's choices have a key just so: it is shown once for all
+_MARK = "*"  # marks the default, as in `git branch`
+_MAX_WIDTH = 120
+_SHARED = 0.75  # minimum fraction of choices with the same key, value and comment to list the key only once
 
-# Hydra's own groups, of which dlopt has choices: how the jobs of -m are chosen, and where they run.
+# Hydra's groups that configure sweeps (-m).
 _SWEEPS = {
     "hydra/launcher": "serial",
     "hydra/sweeper": "basic",
     "hydra/sweeper/sampler": "tpe",
     "hydra/sweeper/pruner": "none",
 }
-_TRAJECTORY = {"function": "quadratic"}  # of `dlopt trajectory` alone
+_TRAJECTORY = {"function": "quadratic"}  # only in `dlopt trajectory`
 
 
 def options(arguments: list[str]) -> int:
-    """Prints every group, or the keys of the groups and choices (`optimizer`, `optimizer=sgd`) that are named."""
+    """Prints all groups, or the keys of some groups and choices (`optimizer`, `optimizer=sgd`)."""
     parser = argparse.ArgumentParser(
-        prog="dlopt options",
-        description="Lists every choice of every group; of the groups that are named, the keys and their defaults too.",
+        prog="dlopt options", description="List all groups and choices, or the keys of some with their defaults."
     )
     parser.error = _refuse  # type: ignore[method-assign]
-    parser.add_argument("names", nargs="*", metavar="group | group=choice", help="optimizer, schedule=cosine ...")
-    parser.add_argument("--config-dir", "-cd", help="folder of your own choices, as for dlopt train")
+    parser.add_argument("names", nargs="*", metavar="group | group=choice", help="such as optimizer, schedule=cosine")
+    parser.add_argument("--config-dir", "-cd", help="folder with your own choices, as in dlopt train")
     parsed = parser.parse_args(arguments)
     catalogue = Catalogue(parsed.config_dir)
     page = _Page()
@@ -54,12 +53,12 @@ def options(arguments: list[str]) -> int:
 
 
 def every_group(catalogue: Catalogue) -> dict[str, str | None]:
-    """Maps each group to its default choice, including the groups of sweeps and of `dlopt trajectory`."""
+    """Maps each group, also those of sweeps and of `dlopt trajectory`, to its default choice."""
     return {**catalogue.groups(), **_TRAJECTORY, **_SWEEPS}
 
 
 def choices_of(catalogue: Catalogue, group: str) -> list[Choice]:
-    """Lists the choices of a group, without those of the groups below it (hydra/sweeper/sampler)."""
+    """Lists the choices of a group, without those of its subgroups (hydra/sweeper/sampler)."""
     nested = group in _SWEEPS
     return [choice for choice in catalogue.choices(group) if not (nested and "/" in choice.name)]
 
@@ -83,14 +82,13 @@ def _no_choice(catalogue: Catalogue, group: str, typed: str) -> NoReturn:
 
 
 class _Page:
-    """Lines as wide as the terminal. Where nobody looks (a pipe, a file) nothing is wrapped, so that grep finds whole
-    lines, unless COLUMNS says otherwise."""
+    """Formats lines, wrapped to the terminal or to COLUMNS. Pipes and files are not wrapped, which suits grep."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
         self._is_terminal = sys.stdout.isatty()
         known = self._is_terminal or os.environ.get("COLUMNS", "").isdigit()
-        self._width = min(max(shutil.get_terminal_size().columns, 40), _WIDEST) if known else None
+        self._width = min(max(shutil.get_terminal_size().columns, 40), _MAX_WIDTH) if known else None
 
     def heading(self, text: str, bold: bool = True) -> None:
         lines = textwrap.wrap(text, self._width, break_on_hyphens=False) if self._width else [text]
@@ -101,7 +99,7 @@ class _Page:
             self.lines.append("")
 
     def rows(self, rows: Sequence[tuple[str, str, str]]) -> None:
-        """(mark, left, right) each; the right column is wrapped and begins a line of its own below a long left one."""
+        """Adds rows (mark, left, right); wraps the right column, on a new line if the left one is long."""
         limit = 36 if self._width is None else min(36, self._width * 2 // 5)
         short = [len(left) for _, left, _ in rows if len(left) <= limit]
         column = max(short, default=limit)
@@ -129,24 +127,21 @@ def _overview(catalogue: Catalogue, page: _Page) -> None:
         if not choices:
             page.rows([("", "(no choices)", "")])
         page.lines.append("")
-    page.heading(f"of sweeps (-m): {', '.join(_SWEEPS)}; of dlopt trajectory: {', '.join(_TRAJECTORY)}", bold=False)
-    page.heading(
-        f"{_MARK} the default. Type group=choice; `dlopt options GROUP` shows the keys of a group.", bold=False
-    )
+    page.heading(f"Sweeps (-m): {', '.join(_SWEEPS)}; dlopt trajectory: {', '.join(_TRAJECTORY)}", bold=False)
+    page.heading(f"{_MARK} default. Select with group=choice; `dlopt options GROUP` lists the keys.", bold=False)
 
 
 def _group(catalogue: Catalogue, group: str, choices: Sequence[Choice], page: _Page) -> None:
     default = every_group(catalogue)[group]
     keys = {choice.name: catalogue.keys(choice) for choice in choices}
-    shared = [] if default is None else _shared(keys.values())  # each recipe is read as a whole
+    shared = [] if default is None else _shared(keys.values())  # an experiment lists all of its keys
     page.gap()
-    page.heading(f"{group}={'|'.join(each.name for each in choices) if len(choices) == 1 else 'CHOICE'}")
-    note = "none unless one is chosen" if default is None else f"{default} unless another is chosen"
-    own = "" if default is None else f"; a key is typed as {group.replace('/', '.')}.KEY=VALUE"
-    page.heading(f"{note}{own}", bold=False)
+    page.heading(f"{group}={choices[0].name if len(choices) == 1 else 'CHOICE'}")
+    syntax = "" if default is None else f"; set keys with {group.replace('/', '.')}.KEY=VALUE"
+    page.heading(f"default: {default or 'none'}{syntax}", bold=False)
     if shared:
         page.gap()
-        page.heading("every choice has, where it does not say otherwise below")
+        page.heading("keys of all choices (exceptions below)")
         page.rows([_row(group, key) for key in shared])
     for choice in choices:
         page.gap()
@@ -157,14 +152,14 @@ def _group(catalogue: Catalogue, group: str, choices: Sequence[Choice], page: _P
         page.rows([_row(group, key) for key in keys[choice.name] if key not in shared])
 
 
-def _shared(every: Iterable[Sequence[Key]]) -> list[Key]:
-    """The keys that all choices have, and most of them with the same value and comment."""
-    every = list(every)
-    if len(every) < 2:
+def _shared(choices: Iterable[Sequence[Key]]) -> list[Key]:
+    """Returns the keys that all choices have, most of them with the same value and comment."""
+    choices = list(choices)
+    if len(choices) < 2:
         return []
-    names = set.intersection(*({key.name for key in keys} for keys in every))
-    counts = Counter(key for keys in every for key in keys if key.name in names)
-    return [key for key, count in counts.items() if count >= _SHARED * len(every)]
+    names = set.intersection(*({key.name for key in keys} for keys in choices))
+    counts = Counter(key for keys in choices for key in keys if key.name in names)
+    return [key for key, count in counts.items() if count >= _SHARED * len(choices)]
 
 
 def _row(group: str, key: Key) -> tuple[str, str, str]:

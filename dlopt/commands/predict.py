@@ -1,4 +1,4 @@
-"""`dlopt predict`: labels images with a trained model."""
+"""`dlopt predict`: classifies images with a trained model."""
 
 import csv
 import os
@@ -20,17 +20,22 @@ if TYPE_CHECKING:
 
 _MAY_CHANGE = ("device", "precision", "threads", "allow_packages")
 _USAGE = f"""\
-dlopt predict checkpoint=PATH images=FOLDER_OR_FILE [output=predictions.csv] [key=value]
+Classify images with a checkpoint
 
-Labels an image, or all images in a folder and the folders below it, with the weights in a checkpoint
-(outputs/NAME/DATE/checkpoints/best.pt). The training data are not needed.
+Usage: dlopt predict checkpoint=PATH images=FOLDER [key=value]
 
-  output=FILE       CSV: image, class, probability, and the probability p(CLASS) of every class (predictions.csv)
-  max_errors=N      unreadable files that are reported and left out; more of them end the command (10)
-  batch_size=N      images at a time (64)
+Examples:
+  dlopt predict checkpoint=outputs/train/DATE/checkpoints/best.pt images=photos
 
-Images are scaled to the size of the training's and cut to the centre.
-Keys of the config that may be changed: {", ".join(_MAY_CHANGE)}
+Resizes the images to the size of the training images and takes the centre crop. Does not need the training data.
+
+  images=PATH       an image, or a folder of images (searched recursively)
+  output=FILE       CSV: image, class, probability, and p(CLASS) for each class (default: predictions.csv)
+  max_errors=N      maximum number of unreadable files to skip with a warning (default: 10)
+  batch_size=N      batch size (default: 64)
+
+Uses the config saved in the checkpoint. Keys that can be overridden:
+  {", ".join(_MAY_CHANGE)}
 """
 
 
@@ -44,7 +49,7 @@ def predict(
     max_errors: Natural = 10,
     batch_size: Count = 64,
 ) -> int:
-    """Writes the CSV. Raises `UserError` for wrong input, `RunError` when too many files cannot be read."""
+    """Writes the CSV file. Raises `UserError` for wrong input, `RunError` if too many files are unreadable."""
     files = _files(images)
     target = refuse_folder(Path(output))
 
@@ -54,7 +59,7 @@ def predict(
     if len(trained.sample) != 3 or trained.sample[0] not in (1, 3):
         raise UserError(f"checkpoint={path}: its model takes inputs of shape {list(trained.sample)}, not images")
     if trained.config["norm_statistics"] == "exact":
-        complain("norm_statistics=exact: needs the training data; the running statistics are used instead")
+        complain("norm_statistics=exact: needs the training data; using the running statistics instead")
     count = 0
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -66,15 +71,15 @@ def predict(
                     writer.writerow(row)
                     count += 1
             if count == 0:
-                raise UserError(f"images={images}: none of the files can be read as an image")
+                raise UserError(f"images={images}: none of the files is a readable image")
             os.replace(temporary, target)
     skipped = len(files) - count
-    print(f"{count} images labelled{f', {skipped} left out' if skipped else ''}: {target}")
+    print(f"{count} images classified{f', {skipped} skipped' if skipped else ''}: {target}")
     return DONE
 
 
 def _files(images: str) -> list[str]:
-    """The file, or the images in and below the folder, ordered by name."""
+    """Returns the file, or the images in a folder and its subfolders, sorted by path."""
     from dlopt.data.images import is_image
 
     if os.path.isfile(images):
@@ -85,15 +90,15 @@ def _files(images: str) -> list[str]:
     def fail(error: OSError) -> None:
         raise UserError(f"images={images}: {error.filename}: cannot be read ({error.strerror})")
 
-    found = [
+    paths = [
         os.path.join(folder, name)
         for folder, _, names in os.walk(images, onerror=fail, followlinks=True)
         for name in names
         if is_image(Path(name))
     ]
-    if not found:
-        raise UserError(f"images={images}: there are no images in this folder")
-    return sorted(found)
+    if not paths:
+        raise UserError(f"images={images}: this folder contains no images")
+    return sorted(paths)
 
 
 def _header(trained: "Trained") -> list[str]:
@@ -104,32 +109,33 @@ def _header(trained: "Trained") -> list[str]:
 
 
 def _rows(files: Sequence[str], trained: "Trained", batch_size: int, max_errors: int) -> Iterator[list[str]]:
-    """A row per readable file. The next batch is decoded while the model is at work on one."""
+    """Yields one row per readable file."""
     import torch
 
     from dlopt.losses import probabilities
 
     errors = 0
-    for paths, images in _decoded(files, trained, batch_size):
-        good = []
+    for paths, images in _decode_batches(files, trained, batch_size):
+        batch = []
         for path, image in zip(paths, images, strict=True):
             if isinstance(image, UserError):
                 errors += 1
-                complain(f"left out: {image}")
+                complain(f"skipped: {image}")
                 if errors > max_errors:
-                    raise RunError(f"more than max_errors={max_errors} files cannot be read; nothing was written")
+                    raise RunError(f"max_errors={max_errors}: exceeded by unreadable files; nothing was written")
             else:
-                good.append((path, image))
-        if good:
-            outputs = trained.outputs(torch.stack([image for _, image in good]))
+                batch.append((path, image))
+        if batch:
+            outputs = trained.outputs(torch.stack([image for _, image in batch]))
             values = outputs if trained.classes is None else probabilities(outputs, trained.loss)
-            for (path, _), row in zip(good, values.tolist(), strict=True):
+            for (path, _), row in zip(batch, values.tolist(), strict=True):
                 yield _row(path, row, trained)
 
 
-def _decoded(
+def _decode_batches(
     files: Sequence[str], trained: "Trained", size: int
 ) -> Iterator[tuple[Sequence[str], list["Tensor | UserError"]]]:
+    """Yields batches of paths and images; decodes the next batch while the caller processes the current one."""
     from dlopt.data.images import decode
 
     channels, height, width = trained.sample
@@ -142,16 +148,16 @@ def _decoded(
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with ThreadPoolExecutor(cores) as pool:
-        parts = [files[start : start + size] for start in range(0, len(files), size)]
-        ahead = [pool.submit(read, path) for path in parts[0]]
-        for number, paths in enumerate(parts, 1):
-            running, ahead = ahead, [pool.submit(read, path) for path in (parts[number] if number < len(parts) else ())]
-            yield paths, [future.result() for future in running]
+        batches = [files[start : start + size] for start in range(0, len(files), size)]
+        upcoming = [pool.submit(read, path) for path in batches[0]]
+        for paths, next_paths in zip(batches, [*batches[1:], []], strict=True):
+            current, upcoming = upcoming, [pool.submit(read, path) for path in next_paths]
+            yield paths, [future.result() for future in current]
 
 
 def _row(path: str, values: list[float], trained: "Trained") -> list[str]:
-    shown = [f"{value:.6g}" for value in values]
+    cells = [f"{value:.6g}" for value in values]
     if trained.classes is None:
-        return [path, *shown]
+        return [path, *cells]
     best = max(range(len(values)), key=values.__getitem__)
-    return [path, trained.classes[best], shown[best], *shown]
+    return [path, trained.classes[best], cells[best], *cells]

@@ -1,9 +1,10 @@
-"""`dlopt report`: compares runs and sweeps in a table, in pictures and on a page."""
+"""`dlopt report`: compares runs and sweeps in a table, plots and an HTML page."""
 
 import contextlib
 import io
 import operator
 import time
+import webbrowser
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -41,33 +42,36 @@ if TYPE_CHECKING:
     from dlopt.analysis.leaderboard import Leaderboard, Row, Statistic
 
 USAGE = """\
-dlopt report DIR... [key=value] [--watch] [--open]
+Compare runs and sweeps
 
-Compares the runs and sweeps in and below the folders: a table here, and in DIR/report/ a page (index.html, which needs
-no network), summary.csv and pictures. Runs that differ in their seeds only are one configuration.
+Usage: dlopt report DIR... [key=value] [--watch] [--open]
 
+Examples:
   dlopt report outputs/night
   dlopt report outputs/night by=val_loss target=0.4
-  dlopt report outputs/night --watch --open       while the sweep runs
+  dlopt report outputs/night --watch --open       # live view of a running sweep
 
-  by=METRIC     the validation metric that ranks (val_accuracy; val_loss where there is none)
-  target=N      the metric whose time is taken (one that half of the configurations reach); accuracies as 0..1
-  test=true     the test metrics of all rows, not of the first alone
-  top=N         rows of the table here (20)
-  output=DIR    instead of DIR/report (of the first DIR)
-  --watch       goes on until stopped, and writes anew whenever a run has written
-  --open        shows the page in the browser, served on this machine's loopback address until stopped
+Searches the folders recursively for runs, prints a leaderboard, and writes DIR/report/: index.html (works offline),
+summary.csv and plots. Runs that differ only in their seeds count as one configuration.
+
+  by=METRIC     validation metric to rank by (default: val_accuracy, or val_loss for regression)
+  target=X      metric value for the time-to-target column, accuracies as 0..1 (default: one that half of the
+                configurations reach)
+  test=true     show the test metrics of all rows (default: false, only of the best)
+  top=N         rows of the printed table (default: 20)
+  output=DIR    folder of the report (default: report in the first DIR)
+  --watch       update the report whenever a run writes, until interrupted
+  --open        serve the page on localhost and open it in the browser, until interrupted
 """
 
-_EVERY = 5.0  # seconds between two looks at the folders
-_KEYS_HERE = 6  # of the config, in a table at a terminal
-_ROWS = 12  # of a sweep's leaderboard
+_REFRESH = 5.0  # seconds
+_MAX_KEYS = 6  # config keys in the printed table
+_MAX_ROWS = 12  # of a sweep's leaderboard
 _WIDTH = 130  # columns of a sweep's leaderboard in a file
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Options:
-    """The keys of this command."""
 
     by: str | None = None
     target: float | None = None
@@ -77,21 +81,21 @@ class _Options:
 
 
 def report(arguments: list[str]) -> int:
-    """Writes, and shows; with `--watch` or `--open` until it is stopped. Raises `UserError`."""
+    """Writes and prints the report; with `--watch` or `--open` runs until interrupted. Raises `UserError`."""
     if {"-h", "--help"} & set(arguments):
         print(USAGE, end="")
         return DONE
     folders, flags, others = split_folders(arguments, "report", ("--watch", "--open"))
-    for line in others:
-        if "=" not in line:
-            raise UserError(f"{line}: no such folder")
+    for argument in others:
+        if "=" not in argument:
+            raise UserError(f"{argument}: no such folder")
     options = _Options(**check_own(_Options, typed_values(others)))
     if not folders:
-        raise UserError("report: a folder of runs is needed: dlopt report outputs/NAME")
+        raise UserError("report: needs a folder of runs: dlopt report outputs/NAME")
     target = folders[0] / "report" if options.output is None else Path(options.output)
     reader, console = Reader(), Console(highlight=False)
     watch = "--watch" in flags
-    seen = _write(reader, folders, target, options, console, watch=watch)
+    state = _update(reader, folders, target, options, console, watch=watch)
     if not flags:
         return DONE
     with contextlib.ExitStack() as stack:
@@ -99,25 +103,26 @@ def report(arguments: list[str]) -> int:
             from dlopt.analysis.report.page import serve
 
             address = stack.enter_context(serve(target))
-            print(f"{address}  (Ctrl+C ends)", flush=True)
-            _open_browser(address)
-        # A flag: libraries that draw and rank may swallow a KeyboardInterrupt.
+            print(f"{address}  (press Ctrl+C to quit)", flush=True)
+            with contextlib.suppress(webbrowser.Error):
+                webbrowser.open(address)
+        # A stop flag, because a KeyboardInterrupt may be swallowed by the plotting libraries.
         with Interruption() as stop, contextlib.suppress(KeyboardInterrupt):
-            while not _waited(stop, _EVERY):
+            while not _wait(stop, _REFRESH):
                 if watch:
-                    seen = _write(reader, folders, target, options, console, watch=True, before=seen)
+                    state = _update(reader, folders, target, options, console, watch=True, before=state)
     return DONE
 
 
-def _waited(stop: Interruption, seconds: float) -> bool:
-    """Waits for so long, or until `stop` is true; returns `stop`."""
-    until = time.monotonic() + seconds
-    while not stop and time.monotonic() < until:
+def _wait(stop: Interruption, seconds: float) -> bool:
+    """Waits until `stop` is true, at most `seconds`; returns `stop`."""
+    deadline = time.monotonic() + seconds
+    while not stop and time.monotonic() < deadline:
         time.sleep(0.1)
     return bool(stop)
 
 
-def _write(
+def _update(
     reader: Reader,
     folders: Sequence[Path],
     target: Path,
@@ -127,13 +132,11 @@ def _write(
     watch: bool,
     before: "Sequence[Record | Damaged] | None" = None,
 ) -> "Sequence[Record | Damaged]":
-    """Reads and writes everything, unless all is as it was `before`. Returns how it was."""
+    """Reads the runs and writes the report, unless the runs are unchanged since `before`. Returns their state."""
     records, damaged = reader.read(folders)
     if not records and not watch:
-        broken = (
-            f"; {len(damaged)} damaged: {layout.short_path(damaged[0].path)}: {damaged[0].reason}" if damaged else ""
-        )
-        raise UserError(f"{' '.join(map(str, folders))}: there is no run in or below{broken}")
+        hint = f"; {len(damaged)} damaged: {layout.short_path(damaged[0].path)}: {damaged[0].reason}" if damaged else ""
+        raise UserError(f"{' '.join(map(str, folders))}: contains no runs{hint}")
     state: list[Record | Damaged] = [*records, *damaged]
     if before is not None and len(before) == len(state) and all(map(operator.is_, before, state)):
         return before
@@ -141,42 +144,36 @@ def _write(
     goal = default_target(table) if options.target is None else options.target
     title = "Runs in " + ", ".join(layout.short_path(folder) for folder in folders)
     made = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
-    data = page_data(table, title=title, made=made, target=goal, test=options.test, refresh=_EVERY if watch else None)
-    files = _pictures(table, goal)
+    refresh = _REFRESH if watch else None
+    data = page_data(table, title=title, made=made, target=goal, test=options.test, refresh=refresh)
+    files = _plots(table, goal)
     files |= {"summary.csv": summary_csv(table, goal, test=options.test).encode(), "index.html": page(data).encode()}
     with writing(target):
         target.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             write_atomically(target / name, content)
-    _show(table, options, console)
+    _print_table(table, options, console)
     written = [layout.short_path(target / name) for name in ("index.html", "summary.csv")]
     console.print(*written, sep="\n", markup=False, soft_wrap=True)
     return state
 
 
-def _pictures(table: Table, target: float | None) -> dict[str, bytes]:
+def _plots(table: Table, target: float | None) -> dict[str, bytes]:
     from dlopt.analysis.report.pictures import pictures
 
-    found = {}
+    files = {}
     for name, figure in pictures(table, target).items():
         file = io.BytesIO()
         figure.savefig(file, dpi=150, format="png")
-        found[name] = file.getvalue()
-    return found
+        files[name] = file.getvalue()
+    return files
 
 
-def _open_browser(address: str) -> None:
-    import webbrowser
-
-    with contextlib.suppress(webbrowser.Error):
-        webbrowser.open(address)
+# -- the printed table
 
 
-# -- the table at the terminal
-
-
-def _show(table: Table, options: _Options, console: Console) -> None:
-    """Columns that do not fit a terminal are left to the page, the least important first."""
+def _print_table(table: Table, options: _Options, console: Console) -> None:
+    """Prints the leaderboard; drops the least important columns until it fits the terminal."""
     expendable = ("steps", "val_loss", "seconds", "difference")
     unlimited = console.options.update(width=1000)
     for count in range(len(expendable) + 1) if console.is_terminal else [0]:
@@ -185,14 +182,14 @@ def _show(table: Table, options: _Options, console: Console) -> None:
         if width <= console.width:
             break
     else:
-        grid = _grid(table, options, ())  # as a record for each row, which has room for all
+        grid = _grid(table, options, ())  # too narrow for any table: Fitted prints one record per row
     grids = [grid]
-    if found := against_published(table):
-        grids.append(_published_grid(found[: options.top], table))
+    if published := against_published(table):
+        grids.append(_published_grid(published[: options.top], table))
     if not console.is_terminal:
-        console.width = max(console.measure(each, options=unlimited).maximum for each in grids)
-    for each in grids:
-        console.print(Fitted(each))
+        console.width = max(console.measure(grid, options=unlimited).maximum for grid in grids)
+    for grid in grids:
+        console.print(Fitted(grid))
     for line in _notes(table, options):
         console.print(Text(printable(line)), soft_wrap=True)
 
@@ -201,7 +198,7 @@ def _grid(table: Table, options: _Options, dropped: Collection[str]) -> Grid:
     metrics = [name for name in columns(table) if name in (table.by, "val_loss", "seconds", "steps")]
     metrics = [name for name in metrics if name == table.by or name not in dropped]
     tests = test_columns(table)[:1]
-    keys = list(table.keys)[:_KEYS_HERE]
+    keys = list(table.keys)[:_MAX_KEYS]
     compared = "difference" not in dropped and any(row.difference is not None for row in table.rows)
     grid = plain_table()
     grid.add_column("#", justify="right")
@@ -211,29 +208,29 @@ def _grid(table: Table, options: _Options, dropped: Collection[str]) -> Grid:
     for name in (*metrics, *tests):
         grid.add_column(name.replace("_", " "), justify="right")
     if compared:
-        grid.add_column(Text("to the first [95 %]"), justify="right")
+        grid.add_column(Text("vs. best [95 % CI]"), justify="right")
     for rank, row in enumerate(table.rows[: options.top], 1):
         cells = [printable(brief(row.values[key])) if key in row.values else "-" for key in keys]
-        shown = [_statistic(name, row.statistic(name)) for name in metrics]
-        shown += [_statistic(name, row.statistic(name)) if options.test or rank == 1 else "" for name in tests]
-        gap = [_difference(table.by, row)] if compared else []
+        values = [_statistic(name, row.statistic(name)) for name in metrics]
+        values += [_statistic(name, row.statistic(name)) if options.test or rank == 1 else "" for name in tests]
+        difference = [_difference(table.by, row)] if compared else []
         style = "bold" if rank == 1 and row.value is not None else ""
-        grid.add_row(str(rank), *map(Text, cells), _runs(row), *shown, *map(Text, gap), style=style)
+        grid.add_row(str(rank), *map(Text, cells), _runs(row), *values, *map(Text, difference), style=style)
     return grid
 
 
-def _published_grid(found: Sequence[PublishedRow], table: Table) -> Grid:
-    """Errors, as papers give them."""
+def _published_grid(rows: Sequence[PublishedRow], table: Table) -> Grid:
+    """Returns measured and published test errors in %, the unit of the papers."""
     grid = plain_table()
     grid.add_column("recipe", overflow="fold")
     for name in ("runs", "test error %", "published", "difference"):
         grid.add_column(name, justify="right")
-    for each in found:
-        error, gap = "-", ""
-        if each.measured is not None:
-            deviation = "" if each.measured.std is None else f" ± {each.measured.std:.2f}"
-            error, gap = f"{each.measured.mean:.2f}{deviation}", f"{each.measured.mean - each.published:+.2f}"
-        grid.add_row(Text(printable(recipe_label(each, table))), _runs(each.row), error, f"{each.published:.2f}", gap)
+    for row in rows:
+        error, difference = "-", ""
+        if row.measured is not None:
+            deviation = "" if row.measured.std is None else f" ± {row.measured.std:.2f}"
+            error, difference = f"{row.measured.mean:.2f}{deviation}", f"{row.measured.mean - row.published:+.2f}"
+        grid.add_row(Text(printable(recipe_label(row, table))), _runs(row.row), error, f"{row.published:.2f}", difference)
     return grid
 
 
@@ -242,75 +239,71 @@ def _runs(row: Configuration) -> str:
     return str(len(row.runs)) if ended == len(row.runs) else f"{ended}/{len(row.runs)}"
 
 
-def _statistic(name: str, found: "Statistic | None") -> str:
-    if found is None:
+def _statistic(name: str, statistic: "Statistic | None") -> str:
+    if statistic is None:
         return "-"
     if name == "seconds":
-        return layout.duration(found.mean)
-    mean = layout.metric(name, found.mean)
+        return layout.duration(statistic.mean)
     if name == "steps":
-        return f"{found.mean:,.0f}"
-    return mean if found.std is None else f"{mean.removesuffix(' %')} ± {layout.metric(name, found.std)}"
+        return f"{statistic.mean:,.0f}"
+    mean = layout.metric(name, statistic.mean)
+    return mean if statistic.std is None else f"{mean.removesuffix(' %')} ± {layout.metric(name, statistic.std)}"
 
 
 def _difference(name: str, row: Configuration) -> str:
-    gap = row.difference
-    if gap is None:
+    difference = row.difference
+    if difference is None:
         return ""
     scale, digits = (100, 2) if "accuracy" in name else (1, 4)
-    bounds = (
-        ""
-        if gap.low is None or gap.high is None
-        else f" [{scale * gap.low:+.{digits}f}, {scale * gap.high:+.{digits}f}]"
-    )
-    return f"{scale * gap.mean:+.{digits}f}{bounds}"
+    mean = f"{scale * difference.mean:+.{digits}f}"
+    if difference.low is None or difference.high is None:
+        return mean
+    return f"{mean} [{scale * difference.low:+.{digits}f}, {scale * difference.high:+.{digits}f}]"
 
 
 def _notes(table: Table, options: _Options) -> list[str]:
     counts = ", ".join(f"{count} {status.replace('_', ' ')}" for status, count in table.counts().items())
     lines = [f"{len(table.rows)} configurations, {len(table.records)} runs: {counts}"]
     if len(table.rows) > options.top:
-        lines[0] += f"; {len(table.rows) - options.top} more rows on the page"
+        lines[0] += f"; {len(table.rows) - options.top} more rows on the HTML page"
     best = table.ranked[0].command if table.ranked else None
-    lines += [] if best is None else [f"the first: {best}"]
+    lines += [] if best is None else [f"best: {best}"]
     lines += [f"failed: {layout.short_path(run.path)}: {run.reason or run.status}" for run in table.failed[:5]]
     lines += [f"... and {len(table.failed) - 5} more failed runs"] if len(table.failed) > 5 else []
     lines += [f"skipped: {layout.short_path(each.path)}: {each.reason}" for each in table.damaged]
     return lines
 
 
-# -- what a sweep ends with: its leaderboard, or the jobs of which none is better in everything
+# -- results of a sweep: leaderboard or Pareto front
 
 
 def show_leaderboard(
     board: "Leaderboard", test: str, *, all_tests: bool = False, stream: IO[str] | None = None
 ) -> None:
-    """Prints the best rows, with the difference of the others to the first.
+    """Prints the best rows, with their differences to the first.
 
-    The test metric is that of the first only, unless `all_tests`: whoever looks at all of them and picks one has chosen
-    on the test set.
+    Shows the test metric of the first row only, unless `all_tests`: selecting a row by its test metric would be model
+    selection on the test set.
     """
     rows = [row for row in board.rows if row.value is not None]
     if not rows:
         return
     is_paired = any(row.difference is not None and row.difference.low is not None for row in rows)
-    title = (
-        f"{board.metric.replace('_', ' ')}, {'the higher' if board.direction == 'maximize' else 'the lower'} the better"
-    )
-    table = plain_table(title)
+    metric, better = board.metric.replace("_", " "), "higher" if board.direction == "maximize" else "lower"
+    table = plain_table(f"{metric} ({better} is better)")
     table.add_column("")
     table.add_column("configuration", overflow="fold")
-    table.add_column("mean ± deviation" if is_paired else board.metric.replace("_", " "), justify="right", no_wrap=True)
+    table.add_column("mean ± std" if is_paired else metric, justify="right", no_wrap=True)
     table.add_column("runs", justify="right")
     if is_paired:
-        table.add_column("difference to the first\n(95 % confidence)", justify="right", no_wrap=True)
+        table.add_column("vs. best\n(95 % CI)", justify="right", no_wrap=True)
     table.add_column("test", justify="right")
-    for place, row in enumerate(rows[:_ROWS], 1):
-        tested = row.statistic(test) if place == 1 or all_tests else None
-        cells = [str(place), row.label, _spread(board.metric, row), _complete(row)]
+    for rank, row in enumerate(rows[:_MAX_ROWS], 1):
+        tested = row.statistic(test) if rank == 1 or all_tests else None
+        cells = [str(rank), row.label, _spread(board.metric, row), _complete(row)]
         cells += [_gap(board.metric, row)] if is_paired else []
         table.add_row(*cells, "" if tested is None else layout.metric(test, tested.mean))
-    _print(table, stream, f"... and {len(rows) - _ROWS} more\n" if len(rows) > _ROWS else "")
+    _print(table, stream, f"... and {len(rows) - _MAX_ROWS} more\n" if len(rows) > _MAX_ROWS else "")
 
 
 def _spread(metric: str, row: "Row") -> str:
@@ -325,13 +318,13 @@ def _complete(row: "Row") -> str:
 
 
 def _gap(metric: str, row: "Row") -> str:
-    found = row.difference
-    if found is None:
+    difference = row.difference
+    if difference is None:
         return ""
-    mean = _signed(metric, found.mean)
-    if found.low is None or found.high is None:
+    mean = _signed(metric, difference.mean)
+    if difference.low is None or difference.high is None:
         return mean
-    return f"{mean} [{_signed(metric, found.low)}, {_signed(metric, found.high)}]"
+    return f"{mean} [{_signed(metric, difference.low)}, {_signed(metric, difference.high)}]"
 
 
 def _signed(metric: str, value: float) -> str:
@@ -339,8 +332,8 @@ def _signed(metric: str, value: float) -> str:
 
 
 def show_front(rows: Sequence[tuple[str, Sequence[float]]], metrics: Sequence[str]) -> None:
-    """What no other job beats in every objective."""
-    table = plain_table("no other job is better in all of these")
+    """Prints the Pareto front of a multi-objective search."""
+    table = plain_table("Pareto front")
     table.add_column("configuration", overflow="fold")
     for metric in metrics:
         table.add_column(metric.replace("_", " "), justify="right")

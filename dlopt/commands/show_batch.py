@@ -1,4 +1,4 @@
-"""`dlopt show-batch`: pictures of what an augmentation does to images of the chosen data."""
+"""`dlopt show-batch`: plots augmented images."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,53 +13,58 @@ if TYPE_CHECKING:
     from dlopt.config.experiment import Experiment
 
 USAGE = """\
-dlopt show-batch [group=choice] [key=value] [output=FILE]: draws what an augmentation does to images
+Plot augmented images
 
+Usage: dlopt show-batch [group=choice] [key=value]
+
+Examples:
   dlopt show-batch data=cifar10 augmentation=randaugment
   dlopt show-batch augmentation=affine seed=3 output=affine.png
 
-Two pictures: FILE has a row per image, the original and what the pipeline makes of it in six steps; beside it stands
-FILE's name with _operations: a row per operation at low, middle and high strength.
-Without output= they go to outputs/show-batch/<date>_<time>/. The keys are those of `dlopt train`.
+Saves two plots: NAME.png has a row per image, the original and six augmented versions; NAME_operations.png has a row
+per operation at low, medium and high strength.
+
+  output=FILE       plot of the batch (default: outputs/show-batch/DATE_TIME/batch.png)
+  and the keys of `dlopt train`
 """
 
 _IMAGES = 8
 
 
-@on_experiment(USAGE, several="one batch is shown at a time", one=True)
+@on_experiment(USAGE, several="show-batch plots one batch at a time", one=True)
 def show_batch(line: Line, *, output: str | None = None) -> int:
-    """Draws both pictures and prints where they are. Raises `UserError`."""
+    """Saves both plots and prints their paths. Raises `UserError`."""
     target = None if output is None else _target(output)
     batch, operations = _draw(line.experiment()[0])
     if target is None:
         target = output_folder(None, "show-batch") / "batch.png"
-    beside = target.with_stem(f"{target.stem}_operations")
+    operations_target = target.with_stem(f"{target.stem}_operations")
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         batch.save(target)
         if operations is not None:
-            operations.save(beside)
+            operations.save(operations_target)
     print(short_path(target))
     if operations is None:
-        print("this augmentation has no operations: the images are used as they are")
+        print("this augmentation has no operations")
     else:
-        print(short_path(beside))
+        print(short_path(operations_target))
     return DONE
 
 
 def _target(output: str) -> Path:
     from PIL import Image
 
-    path = refuse_folder(Path(output), f", such as {Path(output) / 'batch.png'}")
+    path = refuse_folder(Path(output), f" such as {Path(output) / 'batch.png'}")
     if not path.suffix:
         path = path.with_suffix(".png")
     if path.suffix.lower() not in Image.registered_extensions():
-        raise UserError(f"output={output}: pictures cannot be written as {path.suffix}; use .png")
+        raise UserError(f"output={output}: unknown image format {path.suffix}; use .png")
     return path
 
 
 def _draw(experiment: "Experiment") -> tuple["Image", "Image | None"]:
-    """The batch, and the operations where there are any, of images drawn evenly at random with `order_seed`."""
+    """Plots random training images (`order_seed`), and the operations if the augmentation has any."""
     import torch
 
     from dlopt.augment import Pipeline
@@ -71,7 +76,7 @@ def _draw(experiment: "Experiment") -> tuple["Image", "Image | None"]:
     order = torch.randperm(len(train), generator=generator("cpu", settings.order_seed))[:_IMAGES]
     images, targets = train.fetch(order), train.targets[order]
     if images.ndim != 4:
-        raise UserError(f"data={experiment.data.target.__name__}: its samples are vectors; only images can be shown")
+        raise UserError(f"data={experiment.data.target.__name__}: not images but vectors; cannot be plotted")
     classes = None if dataset.classes is None else len(dataset.classes)
     pipeline: Pipeline = experiment.augmentation.build(input_shape=train.shape, classes=classes, train=train)
     batch = batch_picture(pipeline, images, targets, seed=settings.augmentation_seed)

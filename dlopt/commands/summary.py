@@ -1,4 +1,4 @@
-"""`dlopt summary`: the layers of a model with shapes, parameters, operations and memory."""
+"""`dlopt summary`: prints the layers of a model with shapes, parameters, MACs and memory."""
 
 import math
 from typing import TYPE_CHECKING
@@ -13,34 +13,40 @@ if TYPE_CHECKING:
     from dlopt.config.experiment import Experiment
 
 USAGE = """\
-dlopt summary model=CHOICE [key=value]: the layers of a model with shapes, parameters, operations and memory
+Print the layers of a model
 
+Usage: dlopt summary model=CHOICE [key=value]
+
+Examples:
   dlopt summary model=resnet56
   dlopt summary model=resnet50 model.stem=imagenet input_shape=[3,224,224] classes=1000
 
-Multiply-accumulates (MACs, two FLOPs each) are those of convolutions, matrix products and attention, per sample.
-Nothing is computed: any size of model will do. Besides the keys of `dlopt train` (which see):
-  input_shape=[C,H,W]   shape of one sample, with classes=N (null: those of the data, which are then read)
+Counts multiply-accumulates (MACs, two FLOPs each) of convolutions, matrix products and attention per sample. Uses meta
+tensors, without computation or memory: models may have any size.
+
+  input_shape=[C,H,W]   shape of a sample; requires classes=N (default: null, from the data set)
+  classes=N             number of outputs; requires input_shape (default: null, from the data set)
+  and the keys of `dlopt train`
 """
 
 
-@on_experiment(USAGE, several="one model is shown at a time", one=True)
+@on_experiment(USAGE, several="summary shows one model at a time", one=True)
 def summary(line: Line, *, input_shape: list[Count] | None = None, classes: Count | None = None) -> int:
     """Prints the table. Raises `UserError`."""
     experiment, choices = line.experiment()
     if (input_shape is None) != (classes is None):
         missing = "classes=N" if classes is None else "input_shape=[C,H,W]"
-        raise UserError(f"input_shape and classes are typed together: add {missing}, or leave both to the data")
+        raise UserError(f"input_shape, classes: need each other; add {missing}, or omit both to use the data set")
     if input_shape is None or classes is None:
         shape, outputs = _sizes(experiment)
     else:
         shape, outputs = tuple(input_shape), classes
-    _print(choices.get("model", "model"), shape, _summarized(experiment, shape, outputs))
+    _print(choices.get("model", "model"), shape, _summarize(experiment, shape, outputs))
     return DONE
 
 
 def _sizes(experiment: "Experiment") -> tuple[tuple[int, ...], int]:
-    """Shape of one sample as the model sees it, and the number of outputs, from the data."""
+    """Reads the shape of an augmented sample and the number of outputs from the data set."""
     dataset = read_dataset(experiment)
     if experiment.augmentation.arguments.get("operations") == []:
         return dataset.train.shape, dataset.outputs
@@ -49,7 +55,7 @@ def _sizes(experiment: "Experiment") -> tuple[tuple[int, ...], int]:
     return pipeline.output_shape, dataset.outputs
 
 
-def _summarized(experiment: "Experiment", shape: tuple[int, ...], classes: int) -> "ModelSummary":
+def _summarize(experiment: "Experiment", shape: tuple[int, ...], classes: int) -> "ModelSummary":
     import torch
 
     from dlopt.analysis.model_summary import summarize
@@ -62,10 +68,10 @@ def _summarized(experiment: "Experiment", shape: tuple[int, ...], classes: int) 
         return summarize(module.to("meta", dtype), torch.empty(batch, *shape, device="meta", dtype=dtype))
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"input_shape={list(shape)}: the model cannot work on such samples: {reason}") from None
+        raise UserError(f"input_shape={list(shape)}: the model does not support this shape: {reason}") from None
 
 
-def _print(name: str, shape: tuple[int, ...], found: "ModelSummary") -> None:
+def _print(name: str, shape: tuple[int, ...], summary: "ModelSummary") -> None:
     from dlopt.tracking.layout import Fitted, plain_table, standard_output
 
     table = plain_table()
@@ -73,21 +79,21 @@ def _print(name: str, shape: tuple[int, ...], found: "ModelSummary") -> None:
         table.add_column(column)
     for column in ("output", "parameters", "MACs"):
         table.add_column(column, justify="right")
-    for layer in found.layers:
+    for layer in summary.layers:
         if layer.kind not in ("Identity", "Dropout") or layer.parameters:
             output = "x".join(map(str, layer.output))
             numbers = (f"{number:,}" if number else "" for number in (layer.parameters, layer.macs))
             table.add_row(layer.name, layer.kind, output, *numbers)
     console = standard_output()
     console.print(Fitted(table))
-    frozen = found.parameters - found.trainable
+    frozen = summary.parameters - summary.trainable
     lines = {
-        "model": f"{name} on samples of {'x'.join(map(str, shape))}",
-        "parameters": f"{found.parameters:,}" + (f", of which {frozen:,} are frozen" if frozen else ""),
-        "forward": f"{_scaled(found.forward_macs)}MACs per sample",
-        "forward and backward": f"{_scaled(found.update_flops)}FLOPs per sample",
-        "weights": f"{size(found.parameter_bytes)}, buffers {size(found.buffer_bytes)}",
-        "kept for the backward pass": f"{size(found.activation_bytes)} for a batch of {found.batch}",
+        "model": f"{name}, input {'x'.join(map(str, shape))}",
+        "parameters": f"{summary.parameters:,}" + (f" ({frozen:,} frozen)" if frozen else ""),
+        "forward": f"{_scaled(summary.forward_macs)}MACs per sample",
+        "forward and backward": f"{_scaled(summary.update_flops)}FLOPs per sample",
+        "weights": f"{size(summary.parameter_bytes)}, buffers {size(summary.buffer_bytes)}",
+        "activations for backward": f"{size(summary.activation_bytes)}, batch size {summary.batch}",
     }
     for key, value in lines.items():
         console.print(f"{key}: {value}", soft_wrap=True)

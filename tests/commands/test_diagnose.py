@@ -53,7 +53,7 @@ def test_summary_reads_no_data_where_it_is_told_the_shape(tmp_path: Path) -> Non
     result = dlopt(tmp_path, "summary", *typed, "data.root=nowhere")
     assert (result.code, result.err) == (0, "")
     assert "parameters: 25,557,032" in result.out and "forward: 4.09 GMACs per sample" in result.out
-    assert "model: resnet20 on samples of 1x8x8" in dlopt(tmp_path, "summary").out
+    assert "model: resnet20, input 1x8x8" in dlopt(tmp_path, "summary").out
 
 
 def test_what_cannot_work_is_told_in_one_line(tmp_path: Path) -> None:

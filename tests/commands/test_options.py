@@ -1,4 +1,4 @@
-"""What `dlopt options` prints."""
+"""`dlopt options`: layout and contents."""
 
 import re
 import subprocess
@@ -28,7 +28,7 @@ def printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
     return run
 
 
-def test_every_choice_has_a_line_of_its_own_and_the_default_a_mark(printed: Callable[..., str]) -> None:
+def test_lists_each_choice_and_marks_the_default(printed: Callable[..., str]) -> None:
     lines = printed().splitlines()
     begin = 0
     for group, default in CATALOGUE.groups().items():
@@ -42,7 +42,7 @@ def test_every_choice_has_a_line_of_its_own_and_the_default_a_mark(printed: Call
 
 
 @pytest.mark.parametrize("columns", [60, 90, 120])
-def test_lines_fit_the_width_and_nothing_is_lost(printed: Callable[..., str], columns: int) -> None:
+def test_wraps_to_the_width(printed: Callable[..., str], columns: int) -> None:
     for arguments in ((), ("model", "optimizer", "schedule=wsd")):
         narrow, wide = printed(*arguments, columns=columns), printed(*arguments)
         assert max(map(len, narrow.splitlines())) <= columns
@@ -50,7 +50,7 @@ def test_lines_fit_the_width_and_nothing_is_lost(printed: Callable[..., str], co
         assert "\033" not in narrow
 
 
-def test_a_group_shows_keys_defaults_and_comments(printed: Callable[..., str]) -> None:
+def test_group_lists_keys_defaults_and_comments(printed: Callable[..., str]) -> None:
     text = printed("schedule", "stopping=early")
     common, _, rest = text.partition("\nconstant: ")
     assert re.search(r"warmup_epochs=null +length of the warmup in epochs", common)
@@ -61,7 +61,7 @@ def test_a_group_shows_keys_defaults_and_comments(printed: Callable[..., str]) -
     assert "stopping=early" in rest and re.search(r"patience=\d+ +\w", rest)
 
 
-def test_a_users_folder_is_listed_too(printed: Callable[..., str], tmp_path: Path) -> None:
+def test_lists_config_dir(printed: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "optimizer").mkdir()
     (tmp_path / "optimizer/mine.yaml").write_text("# My own\n_target_: mine.Mine\nlr: 1 # rate\n")
     assert re.search(r"\n  mine +My own\n", printed(f"--config-dir={tmp_path}"))
@@ -78,12 +78,12 @@ def test_a_users_folder_is_listed_too(printed: Callable[..., str], tmp_path: Pat
         ("--width=3", "unrecognized arguments: --width=3"),
     ],
 )
-def test_what_does_not_exist_is_answered_by_what_does(typed: str, message: str) -> None:
+def test_unknown_names_get_suggestions(typed: str, message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         options([typed])
 
 
-def test_neither_torch_nor_hydra_is_imported() -> None:
+def test_imports_neither_torch_nor_hydra() -> None:
     code = "import sys; from dlopt.cli import _main; _main(['options']); print(*sys.modules, file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     imported = set(done.stderr.split())

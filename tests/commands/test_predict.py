@@ -52,7 +52,7 @@ def table(path: Path) -> tuple[list[str], list[list[str]]]:
 def test_labels_are_the_models(place: Path, trained: Path) -> None:
     result = dlopt(place, "predict", f"checkpoint={CHECKPOINT}", "images=images", "batch_size=7")
     assert (result.code, result.err) == (0, "")
-    assert result.out == "20 images labelled: predictions.csv\n"
+    assert result.out == "20 images classified: predictions.csv\n"
     head, rows = table(place / "predictions.csv")
     assert head == ["image", "class", "probability", "p(bright, very)", "p(dark)"]
     assert [row[0] for row in rows] == sorted(str(path.relative_to(place)) for path in place.glob("images/*/*.png"))
@@ -86,7 +86,7 @@ def test_unreadable_files_are_told_and_left_out(place: Path) -> None:
     (place / "images/notes.txt").write_text("not meant")
     line = ["predict", f"checkpoint={CHECKPOINT}", "images=images"]
     result = dlopt(place, *line, "max_errors=2")
-    assert result.code == 0 and "19 images labelled, 2 left out" in result.out
+    assert result.code == 0 and "19 images classified, 2 skipped" in result.out
     assert [("images/dark/3.png" in each, "images/text.jpg" in each) for each in result.err.splitlines()] == [
         (True, False),
         (False, True),

@@ -46,7 +46,7 @@ def test_a_table_a_page_and_pictures(runs: Path) -> None:
                      "parallel_coordinates.png", "time_to_target.png"}  # fmt: skip
     again = dlopt(runs, "report", "night", "night/1", "output=elsewhere", "by=val_loss", "test=true", "top=1")
     assert again.code == 0 and (runs / "elsewhere/index.html").is_file()
-    assert "more rows on the page" in again.out
+    assert "more rows on the HTML page" in again.out
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_a_table_a_page_and_pictures(runs: Path) -> None:
         ("night top=0", "top=0: "),
         ("night target=high", "target=high: "),
         ("night targt=1", "did you mean target?"),
-        ("empty", "empty: there is no run in or below"),
+        ("empty", "empty: contains no runs"),
         ("night/0", "1 damaged: night/0: summary.json is damaged"),
         ("night output=night/1/config.yaml", "cannot write: "),
     ],

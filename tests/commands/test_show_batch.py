@@ -41,7 +41,7 @@ def test_default_place_and_nothing_to_do(tmp_path: Path) -> None:
         (["output=a,b"], ["output=a,b", "one value"]),
         (["augmentation=a,b"], ["augmentation=a,b"]),
         (["-m"], ["-m"]),
-        (["augmentation=nope"], ["augmentation=nope", "flip"]),
+        (["augmentation=nope"], ["augmentation=nope", "`dlopt options augmentation` lists all"]),
         (["data=polynomial", "model=polynomial", "loss=mse"], ["data=polynomial", "vectors"]),
     ],
 )

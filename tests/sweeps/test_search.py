@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dlopt.sweeps.grid import estimate_line, seconds_of
+from dlopt.sweeps.grid import estimate_job_seconds, estimate_line
 from tests.commands.line import SMALL, Result, dlopt, refused
 from tests.sweeps.processes import InProcess
 
@@ -42,7 +42,7 @@ def test_a_search_from_its_start_to_a_longer_one(tmp_path: Path) -> None:
         line.startswith("optimizer.lr=") for line in yaml.safe_load((tmp_path / "sweep/0/overrides.yaml").read_text())
     )
     best = min(first, key=lambda number: float(str(first[number]["best_val_loss"])))
-    board = result.out.partition("lowest first")[2] or result.out.partition("the lower the better")[2]
+    board = result.out.partition("lowest first")[2] or result.out.partition("lower is better")[2]
     assert f"job {best}: optimizer.lr=" in board.split("\n")[3]
     tests = [line for line in board.splitlines() if f"{first[best]['test_loss']:.3f}"[:4] in line]
     assert tests and tests[0].startswith("1")
@@ -56,9 +56,9 @@ def test_a_search_from_its_start_to_a_longer_one(tmp_path: Path) -> None:
     assert more.code == 0 and list(summaries(tmp_path)) == ["0", "1", "2", "3"]
     other = "optimizer.lr=tag(log,interval(0.01,2))"
     message = refused(tmp_path, "train", "-m", *TINY, *SEARCH, HERE, other, "optimizer=sgd,adamw", "resume=auto")
-    assert "optimizer.lr: tag(log,interval(0.01,1.0)) there, tag(log,interval(0.01,2.0)) now" in message
+    assert "optimizer.lr: saved tag(log,interval(0.01,1.0)), now tag(log,interval(0.01,2.0))" in message
     message = refused(tmp_path, *whole, "epochs=2", "resume=auto")
-    assert "epochs: 1 there, 2 now" in message
+    assert "epochs: saved 1, now 2" in message
 
 
 def test_default_folder_goes_on_with_the_unfinished_search(tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_several_objectives_end_in_a_front(tmp_path: Path) -> None:
     line = ["model.widths=[4],[8]", "hydra/sweeper/sampler=grid", objectives]
     result = search(tmp_path, *line)
     assert result.code == 0, result.err
-    assert "model.widths=[4]" in result.out.partition("no other job")[2]
+    assert "model.widths=[4]" in result.out.partition("Pareto front")[2]
 
 
 def test_a_password_reaches_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +107,7 @@ def test_grid_runs_seeds_as_an_axis(tmp_path: Path) -> None:
 BAD = {
     "a space without values to draw": ([], "nothing to search"),
     "a value that no job takes": (["optimizer.lr=interval(-1,1)"], "optimizer.lr=-1"),
-    "a whole number drawn as another": (["model.widths=[4],[x]"], "model.widths"),
+    "an integer drawn as another": (["model.widths=[4],[x]"], "model.widths"),
     "a key that one of the choices lacks": (["optimizer.momentum=interval(0,0.9)", "optimizer=sgd,adam"], "momentum"),
     "a seed": (["seed=range(0,5)", SPACE], "seeds"),
     "no number of jobs": ([SPACE, "hydra.sweeper.n_trials=0"], "hydra.sweeper.n_trials=0"),
@@ -163,5 +163,5 @@ def test_an_estimate_is_by_the_share_that_was_trained(
 
     monkeypatch.setattr("dlopt.sweeps.pool.spawn", Stopped)
     monkeypatch.setattr("dlopt.training.checkpoint.Checkpoints.load_newest", lambda self: state)
-    assert seconds_of([{"seed": 0}], {}) == (3.0 if share is None else 12.0)
-    assert estimate_line(12.0, 5, 2) == "5 jobs of about 0:12 each, 2 at once: about 0:36 in all"
+    assert estimate_job_seconds([{"seed": 0}], {}) == (3.0 if share is None else 12.0)
+    assert estimate_line(12.0, 5, 2) == "5 jobs of about 0:12 each, 2 at once: about 0:36 in total"
