@@ -1,1 +1,1 @@
-"""What looks at runs, models and methods and draws what it finds."""
+"""Analysis and plots of runs, models and optimizers."""

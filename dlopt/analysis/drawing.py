@@ -1,4 +1,4 @@
-"""What all pictures share: panels, distinguishable colours and dashes, titles, legends, and files."""
+"""Shared plotting helpers: figures, distinguishable line styles, axes, legends, files."""
 
 import textwrap
 from pathlib import Path
@@ -8,16 +8,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe & Ito 2008, told apart by colour-blind readers; without their yellow, which is faint on white.
+# Okabe & Ito 2008, distinguishable for colour-blind readers; without their yellow, which is faint on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
 DASHES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-MOST = len(COLOURS) * len(DASHES)
-"""Curves that can be told apart."""
+MAX_CURVES = len(COLOURS) * len(DASHES)
+"""Number of distinguishable line styles."""
 
 
 def figure(width: float, height: float, title: str = "", *, fontsize: float = 11) -> "Figure":
-    """An empty figure of so many inches, whose panels get their places when it is drawn."""
+    """Creates an empty figure (size in inches) with constrained layout."""
     from matplotlib.figure import Figure
 
     made = Figure(figsize=(width, height), layout="constrained")
@@ -26,8 +26,8 @@ def figure(width: float, height: float, title: str = "", *, fontsize: float = 11
     return made
 
 
-def plain(*panels: "Axes", **grid: Any) -> None:
-    """A light grid below the curves, and no box around them. `grid`: as `Axes.grid` takes it."""
+def clean_axes(*panels: "Axes", **grid: Any) -> None:
+    """Draws a light grid below the curves and removes the top and right spines. `grid`: options of `Axes.grid`."""
     for axes in panels:
         axes.grid(**{"color": "0.9"} | grid)
         axes.set_axisbelow(True)
@@ -35,53 +35,53 @@ def plain(*panels: "Axes", **grid: Any) -> None:
 
 
 def style(i: int, *, dash: int | None = None, **more: Any) -> dict[str, Any]:
-    """Colour and dashes of the curve i. `dash`: number of its dashes, where not i."""
+    """Returns colour and line style of curve i. `dash`: index of the line style if not i."""
     return {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[(i if dash is None else dash) % len(DASHES)]} | more
 
 
-def spelled(metric: str) -> str:
-    """val_accuracy -> validation accuracy."""
+def metric_label(metric: str) -> str:
+    """Returns the axis label of a metric: val_accuracy -> validation accuracy."""
     words = metric.replace("_", " ").replace("lr", "learning rate")
     return words.replace("val ", "validation ").replace("train ", "training ")
 
 
-def headed(title: str, subtitle: str, width: int = 90) -> str:
-    """A title with its subtitle below, in lines of `width` letters."""
+def title_with_subtitle(title: str, subtitle: str, width: int = 90) -> str:
+    """Appends a subtitle, wrapped at `width` characters."""
     return "\n".join([title, *textwrap.wrap(subtitle, width)])
 
 
 def legend_below(made: "Figure", axes: "Axes", columns: int, **options: Any) -> None:
-    """The curves of one panel, below all; the samples are long enough to show dashes."""
+    """Puts the legend of one panel below all panels, with handles long enough to show dashes."""
     options = {"frameon": False, "handlelength": 3.5, "ncols": columns} | options
     handles, labels = axes.get_legend_handles_labels()
     made.legend(handles, labels, loc="outside lower center", **options)
 
 
-def whole_numbers(*panels: "Axes") -> None:
-    """Ticks of the x-axis at whole numbers only."""
+def integer_ticks(*panels: "Axes") -> None:
+    """Restricts the ticks of the x-axis to integers."""
     for axes in panels:
         axes.locator_params("x", integer=True)
 
 
 def logarithmic(*panels: "Axes") -> None:
-    """A logarithmic y-axis with numbers as one types them: 0.6 and 1e-05, where matplotlib writes 6 x 10^-1.
+    """Makes the y-axis logarithmic with plain tick labels: 0.6 and 1e-05, not 6 x 10^-1; masks values <= 0.
 
-    What is not positive is left out. Plain text is also drawn in a fraction of the time of mathematics.
+    Plain text also renders much faster than mathtext.
     """
     from matplotlib.ticker import LogFormatter
 
-    class Typed(LogFormatter):
+    class PlainFormatter(LogFormatter):
         def __call__(self, value: float, position: int | None = None) -> str:
             return f"{value:g}" if super().__call__(value, position) else ""
 
     for axes in panels:
         axes.set_yscale("log", nonpositive="mask")
-        axes.yaxis.set_major_formatter(Typed())
-        axes.yaxis.set_minor_formatter(Typed(labelOnlyBase=False))
+        axes.yaxis.set_major_formatter(PlainFormatter())
+        axes.yaxis.set_minor_formatter(PlainFormatter(labelOnlyBase=False))
 
 
 def powers_of_two(axes: "Axes", ticks: "list[int]", **options: Any) -> None:
-    """A logarithmic x-axis with just these ticks."""
+    """Makes the x-axis logarithmic with exactly these ticks."""
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [str(tick) for tick in ticks], **options)
     axes.minorticks_off()
@@ -93,7 +93,7 @@ def save(figure: "Figure", folder: Path, name: str) -> list[Path]:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     paths = [folder / f"{name}.png", folder / f"{name}.svg"]
-    figure.draw_without_rendering()  # finds the layout, once for both: it takes as long as drawing
+    figure.draw_without_rendering()  # computes the layout once for both files: it takes as long as drawing
     figure.set_layout_engine("none")
     figure.set_dpi(150)
     FigureCanvasAgg(figure).print_png(str(paths[0]))

@@ -1,4 +1,4 @@
-"""What observes the updates of a run: diagnostics and the profiler."""
+"""Observers of the updates of a run: diagnostics and the profiler."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,21 +13,21 @@ from dlopt.training.step import Observer
 
 
 def observers(workload: Workload, length: Length, tracking: Tracking, folder: Path) -> Sequence[Observer]:
-    """Builds what `diagnostics` and `profile` enable. Raises `UserError` where there is nothing to be seen."""
+    """Builds the observers that `diagnostics` and `profile` enable. Raises `UserError` for unsupported settings."""
     settings = workload.experiment.settings
-    found: list[Observer] = []
+    enabled: list[Observer] = []
     if settings.diagnostics:
-        found.append(Diagnostics(workload, settings.diagnostics, settings.diagnostics_every, tracking.diagnostics))
+        enabled.append(Diagnostics(workload, settings.diagnostics, settings.diagnostics_every, tracking.diagnostics))
     if settings.profile:
         first, last = settings.profile_steps
         if last > length.steps:
             raise UserError(
-                f"profile_steps=[{first},{last}]: the run ends after {length.steps} updates; choose earlier"
+                f"profile_steps=[{first},{last}]: the run has only {length.steps} updates; choose earlier ones"
             )
 
         def report(profile: Profile) -> None:
             for line in table(profile, folder / "profile"):
                 tracking.message(line)
 
-        found.append(Profiling(workload, settings.profile_steps, folder / "profile", report))
-    return found
+        enabled.append(Profiling(workload, settings.profile_steps, folder / "profile", report))
+    return enabled

@@ -1,4 +1,4 @@
-"""The loss around a trained model, on a plane through its weights (Li et al. 2018, Visualizing the loss landscape)."""
+"""Loss landscape of a trained model on a plane through its weights (Li et al. 2018, Visualizing the loss landscape)."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,22 +20,22 @@ Weights = Sequence[Tensor]
 
 @dataclass(frozen=True)
 class Plane:
-    """origin + x first + y second, over x and y in `window`; `path` holds a training's places on it [n, 2]."""
+    """origin + x first + y second for x and y in `window`; `trajectory` [n, 2]: coordinates of a run's checkpoints."""
 
     origin: Weights
     first: Weights
     second: Weights
     window: tuple[float, float, float, float]
     axes: tuple[str, str]
-    path: Tensor | None = None
+    trajectory: Tensor | None = None
     steps: Sequence[int] = ()
 
 
 def random_plane(weights: Weights, span: float, generator: torch.Generator) -> Plane:
-    """Two random directions with filter normalization: each filter of a direction has the norm of the model's.
+    """Returns a plane of two random directions with filter normalization, which makes different models comparable.
 
-    A filter is what one output is computed from, a row of a matrix. Biases and the parameters of normalizations stay
-    as they are. So planes of different models can be compared: a step of 1 is as long as the filters themselves.
+    Scales each filter (the weights of one output) of a direction to the norm of the model's filter, so a step of 1 is
+    as long as the filters themselves. Biases and the parameters of normalizations stay constant.
     """
     first, second = ([_normalized(weight, generator) for weight in weights] for _ in range(2))
     names = ("first random direction (filter norms)", "second random direction (filter norms)")
@@ -45,26 +45,26 @@ def random_plane(weights: Weights, span: float, generator: torch.Generator) -> P
 def _normalized(weight: Tensor, generator: torch.Generator) -> Tensor:
     if weight.ndim < 2:
         return torch.zeros_like(weight)
-    drawn = torch.randn(weight.shape, generator=generator, dtype=torch.float64).to(weight)
-    lengths = weight.flatten(1).norm(dim=1) / drawn.flatten(1).norm(dim=1).clamp(min=1e-12)
-    return drawn * lengths.view(-1, *[1] * (weight.ndim - 1))
+    noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64).to(weight)
+    lengths = weight.flatten(1).norm(dim=1) / noise.flatten(1).norm(dim=1).clamp(min=1e-12)
+    return noise * lengths.view(-1, *[1] * (weight.ndim - 1))
 
 
-def path_plane(path: Sequence[Weights], steps: Sequence[int]) -> Plane:
-    """The plane through the last weights along which a training's weights vary most: the first two principal
-    components of their differences to the last, of unit length. Needs three points or more."""
-    last = path[-1]
-    differences = torch.stack([_flat(weights) - _flat(last) for weights in path[:-1]])
+def trajectory_plane(trajectory: Sequence[Weights], steps: Sequence[int]) -> Plane:
+    """Returns the plane through the last weights along the first two principal components, of unit length, of the
+    differences to the last weights. Requires three or more weights."""
+    last = trajectory[-1]
+    differences = torch.stack([_flat(weights) - _flat(last) for weights in trajectory[:-1]])
     _, scales, rows = torch.linalg.svd(differences, full_matrices=False)
-    shares = scales**2 / (scales**2).sum()
-    places = torch.cat([differences @ rows[:2].T, differences.new_zeros(1, 2)])
-    low, high = places.min(0).values, places.max(0).values
+    fractions = scales**2 / (scales**2).sum()
+    coordinates = torch.cat([differences @ rows[:2].T, differences.new_zeros(1, 2)])
+    low, high = coordinates.min(0).values, coordinates.max(0).values
     margin = 0.25 * (high - low).clamp(min=0.25 * float((high - low).max()))
     window = (low[0] - margin[0], high[0] + margin[0], low[1] - margin[1], high[1] + margin[1])
     first, second = (_shaped(row, last) for row in rows[:2])
-    x, y = (f"principal component {i + 1} ({float(share):.0%} of the path)" for i, share in enumerate(shares[:2]))
+    x, y = (f"principal component {i + 1} ({float(fractions[i]):.0%} of the variance)" for i in range(2))
     left, right, bottom, top = map(float, window)
-    return Plane(last, first, second, (left, right, bottom, top), (x, y), places, list(steps))
+    return Plane(last, first, second, (left, right, bottom, top), (x, y), coordinates, list(steps))
 
 
 def _flat(weights: Weights) -> Tensor:
@@ -72,18 +72,18 @@ def _flat(weights: Weights) -> Tensor:
 
 
 def _shaped(vector: Tensor, like: Weights) -> list[Tensor]:
-    parts = vector.split([weight.numel() for weight in like])
-    return [part.view(weight.shape).to(weight) for part, weight in zip(parts, like, strict=True)]
+    slices = vector.split([weight.numel() for weight in like])
+    return [values.view(weight.shape).to(weight) for values, weight in zip(slices, like, strict=True)]
 
 
 @torch.no_grad()
 def surface(
     module: nn.Module, loss: Callable[[], Tensor], plane: Plane, points: int, moved: Callable[[int], None]
 ) -> Tensor:
-    """The loss [points, points], row by row from the bottom; the module's weights are afterwards what they were.
+    """Evaluates the loss [points, points] on the plane, row by row from the bottom; restores the module's weights.
 
-    Dropout is off, and batch norm normalizes with the statistics of the samples at hand: running ones belong to one
-    point of the plane. `moved` is told how many points are done.
+    Disables dropout. BatchNorm normalizes with batch statistics, because running statistics belong to one point of the
+    plane. Calls `moved` with the number of evaluated points.
     """
     parameters = list(module.parameters())
     before = [p.detach().clone() for p in parameters]
@@ -110,7 +110,7 @@ def surface(
 
 
 def draw(plane: Plane, values: Tensor, *, title: str, subtitle: str) -> "Figure":
-    """Contours of the loss, evenly spread over its logarithm, with the training's path where there is one."""
+    """Plots contours of the loss, evenly spaced on a logarithmic scale, and the run's trajectory if there is one."""
     figure = drawing.figure(8, 6.4)
     axes = figure.add_subplot()
     left, right, bottom, top = plane.window
@@ -122,16 +122,16 @@ def draw(plane: Plane, values: Tensor, *, title: str, subtitle: str) -> "Figure"
     axes.contour(x, y, heights, levels=levels, colors="white", linewidths=0.4)
     bar = figure.colorbar(filled, ax=axes, label="training loss", format="%.3g")
     bar.set_ticks(levels[::4].tolist())
-    path = np.zeros((1, 2)) if plane.path is None else plane.path.numpy()
-    if plane.path is not None:
-        axes.plot(*path.T, "-o", color=drawing.COLOURS[1], markersize=4, linewidth=1.5)
-    axes.plot(*path[-1], "*", color="white", markeredgecolor="black", markersize=16)
-    if plane.path is not None:
-        for i in (0, len(path) - 1):
+    trajectory = np.zeros((1, 2)) if plane.trajectory is None else plane.trajectory.numpy()
+    if plane.trajectory is not None:
+        axes.plot(*trajectory.T, "-o", color=drawing.COLOURS[1], markersize=4, linewidth=1.5)
+    axes.plot(*trajectory[-1], "*", color="white", markeredgecolor="black", markersize=16)
+    if plane.trajectory is not None:
+        for i in (0, len(trajectory) - 1):
             box = {"boxstyle": "round", "facecolor": "white", "alpha": 0.8, "linewidth": 0}
             text = f"update {plane.steps[i]:,}"
-            axes.annotate(text, path[i], xytext=(9, 9), textcoords="offset points", fontsize=9, bbox=box)
+            axes.annotate(text, trajectory[i], xytext=(9, 9), textcoords="offset points", fontsize=9, bbox=box)
     axes.set_xlabel(plane.axes[0])
     axes.set_ylabel(plane.axes[1])
-    axes.set_title(drawing.headed(title, subtitle), fontsize=10)
+    axes.set_title(drawing.title_with_subtitle(title, subtitle), fontsize=10)
     return figure

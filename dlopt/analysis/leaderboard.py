@@ -1,7 +1,7 @@
-"""Which configuration is best, over seeds: means, deviations, paired differences, fronts of several objectives.
+"""Ranks configurations over seeds: means, standard deviations, paired differences, Pareto fronts.
 
-Pure: what runs left behind goes in as `Entry`s, `Row`s come out; nothing here reads files or prints. Rows are ranked by
-a validation metric: a leaderboard ranked by test metrics would choose on the test set.
+Pure functions from `Entry`s to `Row`s, without files or output. Rows are ranked by a validation metric: ranking by test
+metrics would select on the test set.
 """
 
 import math
@@ -19,12 +19,12 @@ HOUSEKEEPING = (
     "name", "resume", "allow_packages", "dry_run", "device", "threads", "checkpoint", "tracking", "log_every_steps",
     "data.workers", "data.memory", "data.root", "published",
 )  # fmt: skip
-"""Keys in which runs of one configuration may differ: where they run and what they write."""
+"""Keys that do not distinguish configurations: where runs execute and what they write."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One run: `config` as config.yaml holds it (nested or flat), `overrides` as typed, `metrics` of summary.json."""
+    """One run: `config` of config.yaml (nested or flat), command-line `overrides`, `metrics` of summary.json."""
 
     name: str
     config: Mapping[str, Any]
@@ -37,7 +37,7 @@ class Entry:
 
     @property
     def has_ended(self) -> bool:
-        """Whether its metrics count: trained to its end, and not cut short by a pruner."""
+        """Whether the run finished and was not pruned, so that its metrics count."""
         return self.status in ENDED and not self.is_pruned
 
     @property
@@ -45,19 +45,19 @@ class Entry:
         return bool(self.metrics.get("pruned", False))
 
     def metric(self, key: str) -> float | None:
-        """A finite metric, or None."""
+        """Returns a metric, or None if missing or non-finite."""
         value = self.metrics.get(key)
         return float(value) if is_number(value) else None
 
     @property
     def seeds(self) -> Seeds:
-        """The values of all keys that are seeds: with these runs of two configurations are paired."""
+        """Values of all seed keys; pairs runs of two configurations."""
         return tuple((key, value) for key, value in sorted(flatten(self.config).items()) if is_seed(key))
 
 
 @dataclass(frozen=True)
 class Statistic:
-    """`std` is the sample's, with count - 1 below; None for a single value."""
+    """Mean and sample standard deviation (divided by count - 1; None for a single value)."""
 
     mean: float
     std: float | None
@@ -66,7 +66,7 @@ class Statistic:
 
 @dataclass(frozen=True)
 class Difference:
-    """`mean` of the paired differences with its confidence interval; None where one pair gives none."""
+    """Mean of paired differences with its confidence interval (None for a single pair)."""
 
     mean: float
     low: float | None
@@ -76,16 +76,16 @@ class Difference:
 
 @dataclass(frozen=True)
 class Row:
-    """One configuration: its runs, which differ in their seeds only."""
+    """One configuration: runs that differ only in their seeds."""
 
     label: str
     overrides: Sequence[str]
     runs: Sequence[Entry]
-    value: Statistic | None = None  # of the metric that ranks; None where no run has it
-    difference: Difference | None = None  # to the first row, over the seeds that both have; None for the first
+    value: Statistic | None = None  # of the ranking metric; None if no run has it
+    difference: Difference | None = None  # to the first row over common seeds; None for the first row
 
     def statistic(self, metric: str) -> Statistic | None:
-        """Mean, deviation and count of any metric over the runs that have ended and have it."""
+        """Computes mean, standard deviation and count of a metric over ended runs."""
         return statistic([v for run in self.runs if run.has_ended and (v := run.metric(metric)) is not None])
 
     @property
@@ -108,13 +108,13 @@ class Leaderboard:
 
 
 def default_metric(entries: Sequence[Entry]) -> str:
-    """`best_val_accuracy` where any run has it, else `best_val_loss`."""
+    """Returns `best_val_accuracy` if any run has it, else `best_val_loss`."""
     has_accuracy = any(entry.metric("best_val_accuracy") is not None for entry in entries)
     return "best_val_accuracy" if has_accuracy else "best_val_loss"
 
 
 def direction_of(metric: str) -> Direction:
-    """Accuracies are to be large; losses, seconds, parameters and all others small."""
+    """Returns "maximize" for accuracies and "minimize" for all other metrics."""
     return "maximize" if "accuracy" in metric else "minimize"
 
 
@@ -125,7 +125,7 @@ def leaderboard(
     direction: Direction | None = None,
     confidence: float = 0.95,
 ) -> Leaderboard:
-    """Rows by the mean of `metric` over seeds, the best first, those without a value last."""
+    """Ranks configurations by the mean of `metric` over seeds, best first, those without a value last."""
     metric = default_metric(entries) if metric is None else metric
     direction = direction_of(metric) if direction is None else direction
     sign = -1.0 if direction == "maximize" else 1.0
@@ -139,44 +139,44 @@ def leaderboard(
 
 
 def _grouped(entries: Sequence[Entry]) -> list[Row]:
-    """A row for each configuration, in the order in which they first appear."""
+    """Groups runs by configuration, in order of first appearance."""
     groups: dict[str, list[Entry]] = {}
     for entry in entries:
         flat = flatten(entry.config)
-        kept = {key: value for key, value in flat.items() if not _is_aside(key)}
+        kept = {key: value for key, value in flat.items() if not _is_ignored(key)}
         groups.setdefault(repr(sorted(kept.items(), key=lambda pair: pair[0])), []).append(entry)
     common = set.intersection(*(set(entry.overrides) for entry in entries)) if len(entries) > 1 else set()
     rows = []
     for runs in groups.values():
         keys = {line: line.lstrip("+~").partition("=")[0] for line in runs[0].overrides}
-        typed = [line for line, key in keys.items() if line not in common and not _is_aside(key)]
+        typed = [line for line, key in keys.items() if line not in common and not _is_ignored(key)]
         label = " ".join(typed) or (runs[0].name if len(groups) > 1 else "as configured")
         rows.append(Row(label, typed, runs))
     return rows
 
 
-def _is_aside(key: str) -> bool:
+def _is_ignored(key: str) -> bool:
     return is_seed(key) or is_one_of(key, HOUSEKEEPING)
 
 
 def is_one_of(key: str, names: Sequence[str]) -> bool:
-    """Whether `key` is one of `names` or lies below one (data.root is below data)."""
-    return any(key == each or key.startswith(f"{each}.") for each in names)
+    """Returns whether `key` is one of `names` or nested in one (data.root in data)."""
+    return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether it is a finite number."""
+    """Returns whether the value is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def is_seed(key: str) -> bool:
-    """`seed`, `init_seed`, `data.seed`, ..."""
+    """Returns whether the key is a seed: `seed`, `init_seed`, `data.seed`, ..."""
     name = key.rpartition(".")[2]
     return name == "seed" or name.endswith("_seed")
 
 
 def statistic(values: Sequence[float]) -> Statistic | None:
-    """None for no values."""
+    """Computes mean and sample standard deviation; None for no values."""
     if not values:
         return None
     mean, count = math.fsum(values) / len(values), len(values)
@@ -187,9 +187,9 @@ def statistic(values: Sequence[float]) -> Statistic | None:
 def paired_difference(
     a: Mapping[Seeds, float], b: Mapping[Seeds, float], confidence: float = 0.95
 ) -> Difference | None:
-    """a - b over the keys that both have, with the confidence interval of Student's t; None where they share none.
+    """Computes the mean of a - b over common seeds with Student's t confidence interval; None without common seeds.
 
-    Pairing takes away what a seed does to both: the interval is that of the mean of the differences.
+    Pairing removes the variance that a seed causes in both.
     """
     differences = statistic([a[key] - b[key] for key in a if key in b])
     if differences is None:
@@ -201,18 +201,18 @@ def paired_difference(
 
 
 def student_t(confidence: float, degrees: int) -> float:
-    """The half width, in standard errors, of a two-sided interval (2.776 for 95 % and 4 degrees of freedom)."""
+    """Returns the half width, in standard errors, of a two-sided interval (2.776 for 95 %, 4 degrees of freedom)."""
     from scipy.special import stdtrit
 
     return float(stdtrit(degrees, 0.5 + confidence / 2))
 
 
 def front(points: Sequence[Sequence[float]], directions: Sequence[Direction]) -> list[int]:
-    """The Pareto front: numbers of the points that no other is at least as good as everywhere and better somewhere."""
-    signs = [-1.0 if each == "maximize" else 1.0 for each in directions]
+    """Returns the indices of the Pareto front: points that no other point dominates."""
+    signs = [-1.0 if direction == "maximize" else 1.0 for direction in directions]
     costs = [tuple(sign * value for sign, value in zip(signs, point, strict=True)) for point in points]
     return [
         i
-        for i, own in enumerate(costs)
-        if not any(other != own and all(x <= y for x, y in zip(other, own, strict=True)) for other in costs)
+        for i, point in enumerate(costs)
+        if not any(rival != point and all(x <= y for x, y in zip(rival, point, strict=True)) for rival in costs)
     ]

@@ -1,7 +1,7 @@
-"""The learning-rate range test (Smith 2017, section 3.3): losses while the rate grows, and what they suggest.
+"""Learning-rate range test (Smith 2017, section 3.3): trains with a growing rate and suggests rates from the losses.
 
-`python -m dlopt.analysis.lr_range FOLDER` is one rank of a test: it does what FOLDER/config.yaml and FOLDER/sweep.json
-say and writes FOLDER/rank-N.json.
+`python -m dlopt.analysis.lr_range FOLDER` runs one rank: reads FOLDER/config.yaml and FOLDER/sweep.json and writes
+FOLDER/rank-N.json.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ import torch
 from annotated_types import Gt
 from torch import Tensor, nn
 
+from dlopt.analysis import drawing
 from dlopt.analysis.drawing import COLOURS
 from dlopt.analysis.ranks import RankOutcome, run_rank
 from dlopt.config.experiment import Experiment
@@ -26,21 +27,21 @@ from dlopt.errors import RunError, UserError
 from dlopt.parallel import rendezvous
 from dlopt.ranges import Count, Fraction, Positive
 from dlopt.tracking.tracking import Tracking
-from dlopt.training.build import Workload, build_workload, load_weights, parallel_of
+from dlopt.training.build import Workload, build_mode, build_workload, load_weights
 from dlopt.training.trainer import Trainer, dry_run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_FEWEST = 5  # updates before a loss can be called divergent
+_FEWEST = 5  # updates before the divergence check starts
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sweep:
-    """How the rates are tried: these are the keys of `dlopt find-lr`, and what `optimizer.lr=auto` takes.
+class RangeTest:
+    """Keys of `dlopt find-lr`; `optimizer.lr=auto` uses the defaults.
 
-    `smoothing`: of the losses, the weight of the past in an exponential average. `diverge`: the test ends where the
-    smoothed loss is so many times the lowest one.
+    `smoothing`: weight of the past in the exponential moving average of the losses. `diverge`: the test ends when the
+    smoothed loss exceeds this multiple of its minimum.
     """
 
     min_lr: Positive = 1e-6
@@ -50,17 +51,17 @@ class Sweep:
     diverge: Annotated[float, Gt(1)] = 4.0
 
     def rate(self, update: float) -> float:
-        """Of update 0 .. updates - 1, evenly spaced on a logarithmic scale."""
-        share = update / max(self.updates - 1, 1)
-        return self.min_lr * (self.max_lr / self.min_lr) ** share
+        """Returns the rate of update 0 .. updates - 1, evenly spaced on a logarithmic scale."""
+        fraction = update / max(self.updates - 1, 1)
+        return self.min_lr * (self.max_lr / self.min_lr) ** fraction
 
 
 @dataclass(frozen=True)
 class LearningRates:
-    """What a test found: the rates tried, with the loss of each update's batch before the update.
+    """Result of a range test: rates, and the loss of each update's batch before the update.
 
     `steepest`: the rate at which the smoothed loss falls fastest against log(rate); `valley`: the middle of the longest
-    descent, which is more cautious. None: the loss never fell.
+    descent, which is more conservative. None if the loss never fell.
     """
 
     rates: list[float]
@@ -71,22 +72,22 @@ class LearningRates:
     diverged: bool
 
 
-def check(keys: Sweep) -> None:
-    """Raises `UserError` where the keys do not go together."""
+def check(keys: RangeTest) -> None:
+    """Raises `UserError` for inconsistent keys."""
     if keys.max_lr <= keys.min_lr:
-        raise UserError(f"max_lr={keys.max_lr:g}: it has to be above min_lr={keys.min_lr:g}")
+        raise UserError(f"max_lr={keys.max_lr:g}: must be > min_lr={keys.min_lr:g}")
     if keys.updates < 2 * _FEWEST:
-        raise UserError(f"updates={keys.updates}: so few show nothing; at least {2 * _FEWEST}")
+        raise UserError(f"updates={keys.updates}: must be >= {2 * _FEWEST}")
 
 
-def trial(experiment: Experiment, keys: Sweep) -> Experiment:
-    """The experiment with the test's learning rates: multipliers of parameter groups stay."""
+def trial(experiment: Experiment, keys: RangeTest) -> Experiment:
+    """Returns the experiment with the test's learning rates; multipliers of parameter groups are kept."""
 
     def exponential(horizon: Any) -> Callable[[float], float]:
         return keys.rate
 
     if "lr" not in experiment.optimizer.arguments:
-        raise UserError(f"optimizer={experiment.optimizer.target.__name__}: it has no learning rate to look for")
+        raise UserError(f"optimizer={experiment.optimizer.target.__name__}: has no learning rate to tune")
     return replace(
         experiment,
         optimizer=experiment.optimizer.partial(lr=1.0),
@@ -97,23 +98,23 @@ def trial(experiment: Experiment, keys: Sweep) -> Experiment:
     )
 
 
-def find(workload: Workload, keys: Sweep, folder: Path) -> LearningRates:
+def find(workload: Workload, keys: RangeTest, folder: Path) -> LearningRates:
     """Trains with growing rates and restores the model bitwise.
 
-    `folder` stands where a run's would, and is not written. With several processes all ranks call this; the losses are
-    the global batch's, so that all find the same.
+    `folder` is a placeholder for the run folder and is not written. All ranks must call this; losses are those of the
+    global batch, so all ranks return the same result.
     """
     check(keys)
     workload = replace(workload, experiment=trial(workload.experiment, keys))
-    with put_back(workload.module, workload.device):
+    with restored(workload.module, workload.device):
         trainer = dry_run(workload, folder, checks=False)  # a non-finite loss ends the test, here and on all ranks
         rates, losses, smoothed = [], [], []
         average, best, diverged = 0.0, math.inf, False
         workload.module.train()
-        for number, (inputs, targets) in enumerate(_endless(trainer, keys.updates)):
+        for number, (inputs, targets) in enumerate(_batches(trainer, keys.updates)):
             rates.append(keys.rate(number))
-            trainer.step.update(inputs, targets, number, trainer.sums)
-            losses.append(trainer.sums.since_last("")["loss"])
+            trainer.step.update(inputs, targets, number, trainer.train_metrics)
+            losses.append(trainer.train_metrics.since_last("")["loss"])
             average = keys.smoothing * average + (1 - keys.smoothing) * losses[-1]
             smoothed.append(average / (1 - keys.smoothing ** (number + 1)))
             best = min(best, smoothed[-1])
@@ -125,7 +126,7 @@ def find(workload: Workload, keys: Sweep, folder: Path) -> LearningRates:
     return LearningRates(rates[:finite], losses[:finite], smoothed[:finite], steepest, valley, diverged)
 
 
-def _endless(trainer: Trainer, updates: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(trainer: Trainer, updates: int) -> Iterator[tuple[Tensor, Tensor]]:
     step = epoch = 0
     while step < updates:
         for batch in trainer.batches.epoch(epoch, 0, step):
@@ -137,26 +138,26 @@ def _endless(trainer: Trainer, updates: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 @contextmanager
-def put_back(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Afterwards weights, buffers and torch's generators are what they were, and there are no gradients."""
-    kept = {name: value.clone() for name, value in module.state_dict().items()}
-    mode = module.training
+def restored(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Restores weights, buffers and torch's generators on exit, and removes gradients."""
+    state = {name: value.clone() for name, value in module.state_dict().items()}
+    was_training = module.training
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
             yield
         finally:
-            module.load_state_dict(kept)
+            module.load_state_dict(state)
             module.zero_grad(set_to_none=True)
-            module.train(mode)
+            module.train(was_training)
 
 
 def suggestions(rates: Sequence[float], smoothed: Sequence[float]) -> tuple[float | None, float | None]:
-    """(steepest slope, valley) of the smoothed losses; None where they never fall."""
+    """Returns the rates (steepest slope, valley) of the smoothed losses; None if they never fall."""
     return _steepest(rates, smoothed), _valley(rates, smoothed)
 
 
 def _steepest(rates: Sequence[float], smoothed: Sequence[float]) -> float | None:
-    """By central differences, before the lowest loss."""
+    """Returns the rate of the steepest central difference before the lowest loss."""
     lowest = min(range(len(smoothed)), key=smoothed.__getitem__, default=0)
     slopes = {
         i: (smoothed[i + 1] - smoothed[i - 1]) / math.log(rates[i + 1] / rates[i - 1])
@@ -167,9 +168,9 @@ def _steepest(rates: Sequence[float], smoothed: Sequence[float]) -> float | None
 
 
 def _valley(rates: Sequence[float], smoothed: Sequence[float]) -> float | None:
-    """The middle of the longest decreasing subsequence, as in fastai's `valley` (Howard & Gugger 2020).
+    """Returns the middle of the longest decreasing subsequence, as in fastai's `valley` (Howard & Gugger 2020).
 
-    `length[i]` is that of the longest one that ends at i.
+    `length[i]`: length of the longest decreasing subsequence that ends at i.
     """
     length = [1] * len(smoothed)
     for i, loss in enumerate(smoothed):
@@ -181,45 +182,40 @@ def _valley(rates: Sequence[float], smoothed: Sequence[float]) -> float | None:
     return rates[start + (end - start) // 2]
 
 
-def draw(found: LearningRates, title: str) -> "Figure":
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+def draw(result: LearningRates, title: str) -> "Figure":
+    figure = drawing.figure(8, 4.5)
     axes = figure.add_subplot()
-    axes.plot(found.rates, found.losses, color="0.75", linewidth=1, label="loss of each batch")
-    axes.plot(found.rates, found.smoothed, color=COLOURS[0], linewidth=2, label="smoothed")
-    for i, (name, rate) in enumerate((("steepest slope", found.steepest), ("valley", found.valley)), 1):
+    axes.plot(result.rates, result.losses, color="0.75", linewidth=1, label="loss of each batch")
+    axes.plot(result.rates, result.smoothed, color=COLOURS[0], linewidth=2, label="smoothed")
+    for i, (name, rate) in enumerate((("steepest slope", result.steepest), ("valley", result.valley)), 1):
         if rate is not None:
-            height = found.smoothed[found.rates.index(rate)]
+            height = result.smoothed[result.rates.index(rate)]
             axes.plot([rate], [height], "os"[i - 1], color=COLOURS[i], markersize=8, label=f"{name}: {rate:.2g}")
             axes.axvline(rate, color=COLOURS[i], linewidth=1, linestyle=":")
     axes.set_xscale("log")
-    finite = found.smoothed or [0.0]
-    low, high = min([*finite, *found.losses]), max(finite[0], sorted(finite)[len(finite) * 9 // 10])
+    finite = result.smoothed or [0.0]
+    low, high = min([*finite, *result.losses]), max(finite[0], sorted(finite)[len(finite) * 9 // 10])
     margin = 0.15 * (high - low) or 0.1
     axes.set_ylim(low - margin, high + 2 * margin)
     axes.set_xlabel("learning rate")
     axes.set_ylabel("loss")
     axes.set_title(title, fontsize=11, wrap=True)
-    axes.grid(color="0.92")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    drawing.clean_axes(axes, color="0.92")
     axes.legend(frameon=False)
     return figure
 
 
-def write(found: LearningRates, folder: Path, title: str) -> list[Path]:
-    """find_lr.png, .svg and .json in the folder. Raises OSError."""
-    from dlopt.analysis.drawing import save
+def write(result: LearningRates, folder: Path, title: str) -> list[Path]:
+    """Writes find_lr.png, .svg and .json into the folder; returns their paths. Raises OSError."""
     from dlopt.files import write_atomically
 
     path = folder / "find_lr.json"
-    write_atomically(path, (json.dumps(asdict(found), indent=1) + "\n").encode())
-    return [*save(draw(found, title), folder, "find_lr"), path]
+    write_atomically(path, (json.dumps(asdict(result), indent=1) + "\n").encode())
+    return [*drawing.save(draw(result, title), folder, "find_lr"), path]
 
 
-def load_first_weights(workload: Workload) -> None:
-    """Those of `init_from`, which the training will begin with."""
+def load_initial_weights(workload: Workload) -> None:
+    """Loads the weights of `init_from`, if set."""
     path = workload.experiment.settings.init_from
     if path is not None:
         load_weights(workload.module, Path(path), workload.parallel)
@@ -228,29 +224,29 @@ def load_first_weights(workload: Workload) -> None:
 def find_lr(workload: Workload, tracking: Tracking, folder: Path) -> float:
     """Returns the learning rate for `optimizer.lr=auto`: the one at which the loss falls fastest.
 
-    Writes find_lr.png and .json to the run's folder. Raises `UserError` where no learning rate reduced the loss.
+    Writes find_lr.png, .svg and .json to the run folder. Raises `UserError` if no learning rate reduced the loss.
     """
-    load_first_weights(workload)
-    found = find(workload, Sweep(), folder)
-    rate = found.steepest
+    load_initial_weights(workload)
+    result = find(workload, RangeTest(), folder)
+    rate = result.steepest
     if rate is None:
         raise UserError("optimizer.lr=auto: no learning rate reduced the loss; set optimizer.lr to a number")
-    tracking.message(f"optimizer.lr=auto: found {rate:.3g} (see find_lr.png) in {len(found.rates)} updates")
+    tracking.message(f"optimizer.lr=auto: found {rate:.3g} (see find_lr.png) in {len(result.rates)} updates")
     if workload.parallel.is_main:
-        with contextlib.suppress(OSError):  # a full disk shows at the first checkpoint
-            write(found, folder, "Learning-rate range test")
+        with contextlib.suppress(OSError):  # a full disk is reported by the first checkpoint
+            write(result, folder, "Learning-rate range test")
     return rate
 
 
-def test_range(experiment: Experiment, keys: Sweep, folder: Path) -> LearningRates:
-    """Tests in this process, or as one rank of several. `folder` is not written."""
-    workload = build_workload(experiment, parallel=parallel_of(experiment))
-    load_first_weights(workload)
+def test_range(experiment: Experiment, keys: RangeTest, folder: Path) -> LearningRates:
+    """Runs a range test in this process, or as one rank of several. `folder` is not written."""
+    workload = build_workload(experiment, parallel=build_mode(experiment))
+    load_initial_weights(workload)
     return find(workload, keys, folder)
 
 
 def _measure(experiment: Experiment, folder: Path, _: int) -> dict[str, Any]:
-    keys = Sweep(**json.loads((folder / "sweep.json").read_text()))
+    keys = RangeTest(**json.loads((folder / "sweep.json").read_text()))
     return asdict(test_range(experiment, keys, folder))
 
 

@@ -1,6 +1,6 @@
-"""A model layer by layer: shapes, parameters, operations, memory of what the backward pass needs; and layers' times.
+"""Summarizes a model layer by layer: shapes, parameters, operations, activation memory, and times.
 
-`summarize` counts for `dlopt summary`; `layers_of` and `timed` give the layers as a cost calculation sees them.
+`summarize` is for `dlopt summary`; `layers_of` and `timed` are for cost models.
 """
 
 import time
@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One layer that holds no other, and was called."""
+    """A leaf module that the forward pass calls."""
 
     name: str
     kind: str
@@ -33,22 +33,22 @@ class ModelSummary:
     parameter_bytes: int
     buffer_bytes: int
     forward_macs: int  # per sample
-    update_flops: int  # of forward and backward, per sample: two per multiply-accumulate
-    activation_bytes: int  # kept for the backward pass, for a batch
+    update_flops: int  # of forward and backward, per sample; two per multiply-accumulate
+    activation_bytes: int  # saved for the backward pass, per batch
     batch: int
 
 
 def summarize(module: nn.Module, inputs: Tensor) -> ModelSummary:
-    """Runs `inputs` [B, ...] forward and backward on the meta device, where nothing is computed.
+    """Runs `inputs` [B, ...] forward and backward on the meta device, without computing values.
 
-    Operations are those of matrix products, convolutions and attention (`torch.utils.flop_counter`), as papers count
-    them; normalization and activations are left out. `module` must be on the meta device.
+    Counts the operations of matrix products, convolutions and attention (`torch.utils.flop_counter`), as papers do, and
+    not those of normalization and activations. `module` must be on the meta device.
     """
     module.train()
     shapes: dict[str, tuple[int, ...]] = {}
     flops: dict[str, int] = {}
     batch = len(inputs)
-    leaves = {name: each for name, each in module.named_modules() if not list(each.children())}
+    leaves = {name: leaf for name, leaf in module.named_modules() if not list(leaf.children())}
     names = {leaf: name for name, leaf in leaves.items()}
     counter = FlopCounterMode(display=False)
 
@@ -89,34 +89,37 @@ def summarize(module: nn.Module, inputs: Tensor) -> ModelSummary:
 
 @contextmanager
 def kept_for_backward(module: nn.Module) -> Iterator[dict[int, int]]:
-    """Bytes of each storage that autograd saves within, but for the model's own tensors and views of one storage."""
-    own = {tensor.untyped_storage()._cdata for tensor in (*module.parameters(), *module.buffers())}
-    kept: dict[int, int] = {}
-    alive: list[Tensor] = []  # a freed storage's address may come again
+    """Context that collects the bytes of each storage that autograd saves, except parameters and buffers.
+
+    Counts tensors that share a storage once.
+    """
+    excluded = {tensor.untyped_storage()._cdata for tensor in (*module.parameters(), *module.buffers())}
+    saved: dict[int, int] = {}
+    alive: list[Tensor] = []  # keeps storages alive: the address of a freed one could be reused
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in own and storage._cdata not in kept:
-            kept[storage._cdata] = storage.nbytes()
+        if storage._cdata not in excluded and storage._cdata not in saved:
+            saved[storage._cdata] = storage.nbytes()
             alive.append(tensor.detach())
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield kept
+        yield saved
 
 
 def _count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-# -- layers as a cost calculation sees them: counted on the meta device, timed on a real one
+# -- layers for cost models: counted on the meta device, timed on a real one
 
 _BLOCK_CONVOLUTIONS = ("conv1", "conv2", "conv3")
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer without layers in it; counts are for one sample."""
+    """A leaf module with its costs; counts are per sample."""
 
     name: str
     block: str | None  # the residual block that it belongs to
@@ -128,31 +131,31 @@ class Layer:
     outputs: int
     units: int  # output channels or features
     rows: int  # of the output map; 1 without one
-    halo: int  # input values that a strip of rows needs from a neighbour, at one boundary
-    forward: float = 0.0  # seconds, where it was timed
+    halo: int  # input values that a strip of rows needs from the neighbour at one boundary
+    forward: float = 0.0  # seconds; 0 if not timed
     backward: float = 0.0
 
 
 def layers_of(make: Callable[[], nn.Module], input_shape: Sequence[int]) -> list[Layer]:
-    """The layers in the order in which they are used. `make` builds the model; `input_shape`: of one sample."""
+    """Returns the layers in the order of execution. `make` builds the model; `input_shape`: of one sample."""
     with torch.device("meta"):
         module = make().eval()
         return [layer for layer, _, _ in _traced(module, torch.zeros(1, *input_shape))]
 
 
 def timed(module: nn.Module, inputs: Tensor, *, rounds: int = 3) -> list[Layer]:
-    """The same, with the seconds that each layer alone takes for this batch, forward and backward.
+    """Returns the layers with the seconds that each takes alone for this batch, forward and backward.
 
-    Layers of the same kind with the same sizes are timed once.
+    Times layers of the same kind and sizes once.
     """
     times: dict[str, tuple[float, float]] = {}
     layers, count = [], len(inputs)
     with torch.no_grad():
         traced = _traced(module.train(), inputs)
-    for layer, part, shape in traced:
-        key = f"{part} {shape}"
+    for layer, leaf, shape in traced:
+        key = f"{leaf} {shape}"
         if key not in times:
-            times[key] = _seconds(part, shape, inputs, rounds)
+            times[key] = _seconds(leaf, shape, inputs, rounds)
         forward, backward = times[key]
         counts = {name: getattr(layer, name) // count for name in ("inputs", "outputs", "halo")}
         operations = layer.operations / count
@@ -161,44 +164,46 @@ def timed(module: nn.Module, inputs: Tensor, *, rounds: int = 3) -> list[Layer]:
 
 
 def _traced(module: nn.Module, inputs: Tensor) -> list[tuple[Layer, nn.Module, tuple[int, ...]]]:
-    found: list[tuple[Layer, nn.Module, tuple[int, ...]]] = []
+    traced: list[tuple[Layer, nn.Module, tuple[int, ...]]] = []
 
     def watch(name: str, block: str | None, role: Any) -> Callable[..., None]:
-        def hook(part: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            found.append((_layer(name, block, role, part, args[0], output), part, tuple(args[0].shape)))
+        def hook(leaf: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            traced.append((_layer(name, block, role, leaf, args[0], output), leaf, tuple(args[0].shape)))
 
         return hook
 
-    blocks = {name: each for name, each in module.named_modules() if hasattr(each, "conv1") and hasattr(each, "conv2")}
+    modules = dict(module.named_modules())
+    blocks = {name: block for name, block in modules.items() if hasattr(block, "conv1") and hasattr(block, "conv2")}
     with ExitStack() as hooks:
-        for name, part in module.named_modules():
-            if not list(part.children()) and not isinstance(part, nn.Identity):
-                block = next((each for each in blocks if name.startswith(f"{each}.")), None)
-                hooks.enter_context(part.register_forward_hook(watch(name, block, _role(name, block, blocks))))
+        for name, leaf in modules.items():
+            if not list(leaf.children()) and not isinstance(leaf, nn.Identity):
+                block = next((prefix for prefix in blocks if name.startswith(f"{prefix}.")), None)
+                hooks.enter_context(leaf.register_forward_hook(watch(name, block, _role(name, block, blocks))))
         module(inputs)
-    return found
+    return traced
 
 
 def _role(name: str, block: str | None, blocks: dict[str, nn.Module]) -> str:
     if block is None:
         return "alone"
-    own = [each for each in _BLOCK_CONVOLUTIONS if hasattr(blocks[block], each)]
+    convolutions = [conv for conv in _BLOCK_CONVOLUTIONS if hasattr(blocks[block], conv)]
     short = name.removeprefix(f"{block}.")
-    return {own[0]: "first", own[-1]: "last"}.get(short, "alone" if short.startswith("shortcut") else "inner")
+    other = "alone" if short.startswith("shortcut") else "inner"
+    return {convolutions[0]: "first", convolutions[-1]: "last"}.get(short, other)
 
 
-def _layer(name: str, block: str | None, role: Any, part: nn.Module, inputs: Tensor, outputs: Tensor) -> Layer:
+def _layer(name: str, block: str | None, role: Any, leaf: nn.Module, inputs: Tensor, outputs: Tensor) -> Layer:
     kind: Literal["convolution", "linear", "other"] = "other"
     operations, halo, units = float(outputs.numel()), 0, outputs.shape[1]
-    if isinstance(part, nn.Conv2d):
+    if isinstance(leaf, nn.Conv2d):
         kind = "convolution"
-        operations = 2.0 * outputs.numel() * part.weight[0].numel()
-        halo = part.kernel_size[0] // 2 * inputs[0, :, 0].numel()
-    elif isinstance(part, nn.Linear):
+        operations = 2.0 * outputs.numel() * leaf.weight[0].numel()
+        halo = leaf.kernel_size[0] // 2 * inputs[0, :, 0].numel()
+    elif isinstance(leaf, nn.Linear):
         kind = "linear"
-        operations = 2.0 * outputs.numel() * part.in_features
-    elif isinstance(part, nn.MaxPool2d | nn.AvgPool2d):
-        size = part.kernel_size
+        operations = 2.0 * outputs.numel() * leaf.in_features
+    elif isinstance(leaf, nn.MaxPool2d | nn.AvgPool2d):
+        size = leaf.kernel_size
         halo = ((size if isinstance(size, int) else size[0]) - 1) // 2 * inputs[0, :, 0].numel()
     return Layer(
         name=name,
@@ -206,7 +211,7 @@ def _layer(name: str, block: str | None, role: Any, part: nn.Module, inputs: Ten
         role=role,
         kind=kind,
         operations=operations,
-        parameters=_count(part),
+        parameters=_count(leaf),
         inputs=inputs.numel(),
         outputs=outputs.numel(),
         units=units,
@@ -215,21 +220,21 @@ def _layer(name: str, block: str | None, role: Any, part: nn.Module, inputs: Ten
     )
 
 
-def _seconds(part: nn.Module, shape: tuple[int, ...], like: Tensor, rounds: int) -> tuple[float, float]:
-    """The least times of one call: other processes only make it longer."""
+def _seconds(leaf: nn.Module, shape: tuple[int, ...], like: Tensor, rounds: int) -> tuple[float, float]:
+    """Returns the minimum times of one call, as other processes can only slow it down."""
     inputs = torch.randn(shape, device=like.device, dtype=like.dtype)
     if inputs.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last):
         inputs = inputs.to(memory_format=torch.channels_last)
     inputs.requires_grad_()
-    wanted = [inputs, *part.parameters()]
+    differentiable = [inputs, *leaf.parameters()]
     forward, backward = float("inf"), float("inf")
     for _ in range(rounds + 1):
         start = _now(inputs.device)
-        outputs = part(inputs * 1)  # a layer that works in place may not touch a leaf
-        middle = _now(inputs.device)
-        torch.autograd.grad(outputs, wanted, torch.ones_like(outputs), allow_unused=True)
+        outputs = leaf(inputs * 1)  # "* 1": an in-place layer must not modify a leaf tensor
+        forward_end = _now(inputs.device)
+        torch.autograd.grad(outputs, differentiable, torch.ones_like(outputs), allow_unused=True)
         end = _now(inputs.device)
-        forward, backward = min(forward, middle - start), min(backward, end - middle)
+        forward, backward = min(forward, forward_end - start), min(backward, end - forward_end)
     return forward, backward
 
 
@@ -244,5 +249,5 @@ def parameters(layers: Sequence[Layer]) -> int:
 
 
 def operations(layers: Sequence[Layer]) -> float:
-    """Of a forward of one sample."""
+    """Returns the operations of the forward pass of one sample."""
     return sum(layer.operations for layer in layers)

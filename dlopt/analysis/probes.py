@@ -1,4 +1,4 @@
-"""Figures that a run does not log, computed from the checkpoints that it kept: (progress, figure) of each, in order."""
+"""Metrics computed after a run from its checkpoints; each probe returns (progress, value) per checkpoint, in order."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -19,27 +19,27 @@ Probe = Callable[[Path], list[tuple[Mapping[str, Any], float]]]
 
 
 def checkpoints(folder: Path) -> Iterator[Mapping[str, Any]]:
-    """The states of a run in the order of their updates."""
+    """Yields the checkpoints of a run in the order of their updates."""
     kept = sorted((folder / "checkpoints").glob("step-*.pt"), key=lambda path: int(path.stem.partition("-")[2]))
-    seen = set()
+    steps = set()
     for path in [*kept, folder / "checkpoints" / "last.pt"]:
-        if path.is_file() and (state := load(path))["progress"]["step"] not in seen:
-            seen.add(state["progress"]["step"])
+        if path.is_file() and (state := load(path))["progress"]["step"] not in steps:
+            steps.add(state["progress"]["step"])
             yield state
 
 
 def effective_rate(folder: Path) -> list[tuple[Mapping[str, Any], float]]:
-    """The median over all weights of what an adaptive method multiplies the gradient with.
+    """Computes the median over all weights of the effective learning rate, an adaptive method's factor of the gradient.
 
-    Adagrad: lr / (sqrt(sum g^2) + eps); RMSprop: lr / (sqrt(E g^2) + eps); Adam: the same without the bias of E g^2;
+    Adagrad: lr / (sqrt(sum g^2) + eps); RMSprop: lr / (sqrt(E g^2) + eps); Adam: the same with bias-corrected E g^2;
     Adadelta: lr sqrt(E delta^2 + eps) / sqrt(E g^2 + eps); others: lr.
     """
-    found = []
+    values = []
     for saved in checkpoints(folder):
         groups, states = saved["optimizer"]["param_groups"], saved["optimizer"]["state"]
         rates = [_rates(states.get(index, {}), group).flatten() for group in groups for index in group["params"]]
-        found.append((saved["progress"], float(torch.cat(rates).median())))
-    return found
+        values.append((saved["progress"], float(torch.cat(rates).median())))
+    return values
 
 
 def _rates(state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
@@ -56,26 +56,27 @@ def _rates(state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
     return torch.tensor([lr])
 
 
-def _set_up(state: Mapping[str, Any]) -> Workload:
-    """The run's data and its model at the initial weights."""
+def _build(state: Mapping[str, Any]) -> Workload:
+    """Builds the run's data, and its model with initial weights."""
     return build_workload(parse(resolve_saved(state["config"])), state["normalize"])
 
 
 def input_drift(folder: Path) -> list[tuple[Mapping[str, Any], float]]:
-    """How far the distribution of the hidden layers' inputs has moved since the checkpoint before.
+    """Computes how far the inputs of hidden layers have drifted since the previous checkpoint.
 
-    For each input of a linear layer but the first: the Wasserstein distance between the normal distributions with its
-    mean and standard deviation over 500 training samples then and now, sqrt((m - m')^2 + (s - s')^2), in units of the
-    layer's mean standard deviation then; the mean over inputs and layers. Batch norm takes the batch's statistics.
+    For each input of a linear layer except the first: the Wasserstein distance sqrt((m - m')^2 + (s - s')^2) between
+    normal distributions with its mean and standard deviation over 500 training samples at both checkpoints, in units of
+    the layer's mean standard deviation at the previous one; averaged over inputs and layers. BatchNorm uses batch
+    statistics.
     """
     workload: Workload | None = None
-    found: list[tuple[Mapping[str, Any], float]] = []
+    values: list[tuple[Mapping[str, Any], float]] = []
     before: list[tuple[Tensor, Tensor]] = []
     for state in checkpoints(folder):
         if workload is None:
-            workload = _set_up(state)
-            few = workload.dataset.train.select(torch.arange(min(500, len(workload.dataset.train))))
-            inputs = torch.cat([batch for batch, _ in evaluation_batches(workload, few).epoch(0)])
+            workload = _build(state)
+            subset = workload.dataset.train.select(torch.arange(min(500, len(workload.dataset.train))))
+            inputs = torch.cat([batch for batch, _ in evaluation_batches(workload, subset).epoch(0)])
         workload.module.load_state_dict(state["model"])
         now = _moments(workload.module.train(), inputs)
         if before:
@@ -83,29 +84,29 @@ def input_drift(folder: Path) -> list[tuple[Mapping[str, Any], float]]:
                 ((mean - old).square() + (spread - old_spread).square()).sqrt().mean() / old_spread.mean()
                 for (mean, spread), (old, old_spread) in zip(now, before, strict=True)
             ]
-            found.append((state["progress"], float(torch.stack(distances).mean())))
+            values.append((state["progress"], float(torch.stack(distances).mean())))
         before = now
-    return found
+    return values
 
 
 def gradient_variance(folder: Path) -> list[tuple[Mapping[str, Any], float]]:
-    """How much the gradient varies from batch to batch, in units of what a random order would make it vary.
+    """Computes the variance of mini-batch gradients relative to a random order of the samples (1: random order).
 
-    E ||g_b - g||^2 over the batches of ten epochs in the order of the run's sampler, by its expectation over all orders
-    of the N samples, s^2 / B (N - B) / (N - 1) with s^2 = E ||g_i - g||^2 (Cochran 1977, theorem 2.2): 1 for a random
-    order. Each sample's gradient is computed once, alone, without augmentation: for nets without batch norm. The first
-    figure is that of the initial weights.
+    E ||g_b - g||^2 over the batches of ten epochs in the order of the run's sampler, divided by its expectation over
+    all orders of the N samples, s^2 / B (N - B) / (N - 1) with s^2 = E ||g_i - g||^2 (Cochran 1977, theorem 2.2).
+    Computes each sample's gradient once, alone, without augmentation, so models with BatchNorm are not supported. The
+    first value is for the initial weights.
     """
     workload: Workload | None = None
-    found: list[tuple[Mapping[str, Any], float]] = []
+    values: list[tuple[Mapping[str, Any], float]] = []
     for state in checkpoints(folder):
         if workload is None:
-            workload = _set_up(state)
+            workload = _build(state)
             batches = training_batches(workload)
-            found.append(({"epoch": 0, "step": 0, "seconds": 0.0}, _variance(workload, batches, 0)))
+            values.append(({"epoch": 0, "step": 0, "seconds": 0.0}, _variance(workload, batches, 0)))
         workload.module.load_state_dict(state["model"])
-        found.append((state["progress"], _variance(workload, batches, state["progress"]["epoch"])))
-    return found
+        values.append((state["progress"], _variance(workload, batches, state["progress"]["epoch"])))
+    return values
 
 
 def _variance(workload: Workload, batches: Batches, epoch: int) -> float:
@@ -120,26 +121,26 @@ def _variance(workload: Workload, batches: Batches, epoch: int) -> float:
     deviations = deviations - deviations.mean(0)
     size, count = batches.batch_size, len(rows)
     expected = deviations.square().sum(1).mean() / size * (count - size) / (count - 1)
-    whole = count // size * size  # the last batch may be smaller
-    orders = [batches.sampler.order(number)[:whole] for number in range(epoch, epoch + 10)]
+    full = count // size * size  # the last batch may be smaller
+    orders = [batches.sampler.order(number)[:full] for number in range(epoch, epoch + 10)]
     means = torch.cat([deviations[order].view(-1, size, deviations.shape[1]).mean(1) for order in orders])
     return float(means.square().sum(1).mean() / expected)
 
 
 @torch.no_grad()
 def _moments(module: nn.Module, inputs: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Mean and standard deviation over the samples of each input of the linear layers but the first."""
-    found: list[tuple[Tensor, Tensor]] = []
+    """Returns mean and standard deviation over the samples for each linear layer's inputs, except the first layer's."""
+    moments: list[tuple[Tensor, Tensor]] = []
 
-    def look(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        found.append((arguments[0].mean(0), arguments[0].std(0)))
+    def hook(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        moments.append((arguments[0].mean(0), arguments[0].std(0)))
 
     with ExitStack() as hooks, frozen_statistics(module):
-        for each in module.modules():
-            if isinstance(each, nn.Linear):
-                hooks.enter_context(each.register_forward_pre_hook(look))
+        for layer in module.modules():
+            if isinstance(layer, nn.Linear):
+                hooks.enter_context(layer.register_forward_pre_hook(hook))
         module(inputs)
-    return found[1:]
+    return moments[1:]
 
 
 PROBES: Mapping[str, Probe] = {

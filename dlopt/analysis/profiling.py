@@ -1,4 +1,4 @@
-"""`profile=true`: where the time and the memory of some updates go."""
+"""`profile=true`: profiles time and memory of some updates."""
 
 import contextlib
 import json
@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from dlopt.analysis.bench.communication import times
+from dlopt.analysis.bench.communication import collective_times
 from dlopt.analysis.model_summary import kept_for_backward
 from dlopt.parallel.mode import EpochBatches
 from dlopt.tracking.layout import size
 from dlopt.training.build import Workload
 from dlopt.training.step import Network, Observer, Step
 
-_COSTLIEST = 10
+_TOP = 10
 _PREFIX = "dlopt: "
 
 
@@ -30,12 +30,12 @@ _PREFIX = "dlopt: "
 class Operation:
     name: str
     calls: int
-    seconds: float  # its own, on the device
+    seconds: float  # self time on the device
 
 
 @dataclass
 class Profile:
-    """Per update; `communication` overlaps with the other parts, mostly with the backward pass."""
+    """Profile per update; `communication` overlaps with the other parts, mostly with the backward pass."""
 
     updates: int
     seconds: float = 0.0
@@ -43,14 +43,14 @@ class Profile:
     communication: float = 0.0
     operations: list[Operation] = field(default_factory=list)
     memory: dict[str, int] = field(default_factory=dict)  # bytes
-    peaks: dict[str, int] = field(default_factory=dict)  # bytes allocated on a GPU at most, by part
+    peaks: dict[str, int] = field(default_factory=dict)  # peak bytes allocated on a GPU, by part
 
 
 class Profiling(Observer):
-    """Observes the updates first .. last - 1: memory in the first of them, time in the others.
+    """Profiles the updates first .. last - 1: memory in the first one, time in the others.
 
-    `report` takes what was found after the last. On a GPU the parts wait for the device at their ends, so that the
-    split is true; what overlaps without a profiler no longer does.
+    Calls `report` after the last one. On a GPU, synchronizes at the end of each part to attribute time correctly, which
+    prevents overlap between parts.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Profiling(Observer):
         self.first, self.last = steps
         self.folder = folder
         self.report = report
-        self.found = Profile(updates=self.last - self.first - 1)
+        self.result = Profile(updates=self.last - self.first - 1)
         self.seconds = dict.fromkeys(("data", "forward", "forward and backward", "update"), 0.0)
         self._profiler: profile | None = None
         self._start = 0.0
@@ -68,7 +68,7 @@ class Profiling(Observer):
         self._measures_peaks = False
 
     def instrument(self, network: Network, batches: EpochBatches) -> tuple[Network, EpochBatches]:
-        """Forward is what the model and the loss compute; fetching a batch is the part `data`."""
+        """Times the model and the loss as `forward`, and fetching a batch as `data`."""
         model, loss = self._timed("forward", network.model), self._timed("forward", network.loss)
         return Network(network.module, model, loss), TimedBatches(batches, self)
 
@@ -79,23 +79,23 @@ class Profiling(Observer):
             return self._measuring_memory(step, inputs, targets)
         return self._timing(number) if self.first < number < self.last and self._profiler is not None else None
 
-    def evaluation_begins(self) -> None:
+    def before_evaluation(self) -> None:
         if self._measures_peaks:
             torch.cuda.reset_peak_memory_stats(self.workload.device)
-        self._evaluation = self.part("forward and backward")
+        self._evaluation = self.timer("forward and backward")
         self._evaluation.__enter__()
 
-    def evaluation_ends(self) -> None:
+    def after_evaluation(self) -> None:
         self._evaluation.__exit__(None, None, None)
         if self._measures_peaks:
-            self.found.peaks["forward and backward"] = torch.cuda.max_memory_allocated(self.workload.device)
+            self.result.peaks["forward and backward"] = torch.cuda.max_memory_allocated(self.workload.device)
             torch.cuda.reset_peak_memory_stats(self.workload.device)
 
     # -- time
 
     @contextlib.contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Books the time within, while the profiler runs."""
+    def timer(self, name: str) -> Iterator[None]:
+        """Adds the time of the context to a part while the profiler runs."""
         if self._profiler is None:
             yield
             return
@@ -111,17 +111,17 @@ class Profiling(Observer):
         return time.perf_counter()
 
     def _timed(self, name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def call(*arguments: Any, **words: Any) -> Tensor:
-            with self.part(name):
-                return function(*arguments, **words)
+        def call(*args: Any, **kwargs: Any) -> Tensor:
+            with self.timer(name):
+                return function(*args, **kwargs)
 
         return call
 
     @contextlib.contextmanager
     def _timing(self, number: int) -> Iterator[None]:
-        """An evaluation is forward and backward; the rest of an update is clipping, the optimizer, the schedule and
-        averages of weights."""
-        with self.part("update"):
+        """Times the whole update; `_finish` subtracts the evaluations, which leaves clipping, optimizer, schedule and
+        weight averaging."""
+        with self.timer("update"):
             yield
         if number + 1 == self.last:
             self._finish()
@@ -130,52 +130,52 @@ class Profiling(Observer):
         kinds = [ProfilerActivity.CPU]
         if self.workload.device.type == "cuda":
             kinds.append(ProfilerActivity.CUDA)
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its library tells on stderr that there is no GPU
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # Kineto warns on stderr that there is no GPU
         self._profiler = profile(activities=kinds)
         self._profiler.start()
         self._start = self._now()
 
     def _finish(self) -> None:
-        profiler, found = self._profiler, self.found
+        profiler, result = self._profiler, self.result
         assert profiler is not None
         elapsed = self._now() - self._start
         profiler.stop()
         self._profiler = None
-        both, update = self.seconds["forward and backward"], self.seconds["update"]
+        evaluation, update = self.seconds["forward and backward"], self.seconds["update"]
         sums = {"data": self.seconds["data"], "forward": self.seconds["forward"]}
-        sums |= {"backward": both - self.seconds["forward"], "optimizer": update - both}
-        found.parts = {name: value / found.updates for name, value in sums.items()}
-        found.seconds = elapsed / found.updates
-        found.communication = times(profiler.events() or [], self.workload.device)[0] / found.updates
-        found.operations = _costliest(profiler, self.workload.device, found.updates)
-        with contextlib.suppress(OSError):  # the figures are shown all the same
+        sums |= {"backward": evaluation - self.seconds["forward"], "optimizer": update - evaluation}
+        result.parts = {name: value / result.updates for name, value in sums.items()}
+        result.seconds = elapsed / result.updates
+        result.communication = collective_times(profiler.events() or [], self.workload.device)[0] / result.updates
+        result.operations = _costliest(profiler, self.workload.device, result.updates)
+        with contextlib.suppress(OSError):  # the profile is printed anyway
             self.folder.mkdir(parents=True, exist_ok=True)
             profiler.export_chrome_trace(str(self.folder / "updates.pt.trace.json"))
-            (self.folder / "profile.json").write_text(json.dumps(asdict(found), indent=1) + "\n")
-        self.report(found)
+            (self.folder / "profile.json").write_text(json.dumps(asdict(result), indent=1) + "\n")
+        self.report(result)
 
     # -- memory
 
     @contextlib.contextmanager
     def _measuring_memory(self, step: Step, inputs: Tensor, targets: Tensor) -> Iterator[None]:
         module, optimizer = self.workload.module, step.optimizer
-        with self._peaks(), kept_for_backward(module) as kept:
+        with self._peaks(), kept_for_backward(module) as saved:
             yield
-        state = [value for each in optimizer.state.values() for value in _tensors(each)]
-        self.found.memory = {
+        state = [value for state in optimizer.state.values() for value in _tensors(state)]
+        self.result.memory = {
             "weights": _bytes(module.parameters()),
             "buffers": _bytes(module.buffers()),
             "gradients": _bytes(p.grad for p in module.parameters() if p.grad is not None),
             "optimizer": _bytes(state),
             "batch": _bytes([inputs, targets]),
-            "activations kept for the backward pass": sum(kept.values()),
+            "activations kept for the backward pass": sum(saved.values()),
             "peak of the process": _process_peak(),
         }
         self._begin()
 
     @contextlib.contextmanager
     def _peaks(self) -> Iterator[None]:
-        """On a GPU: the peak memory of the forward and backward passes, and of the rest."""
+        """Records peak GPU memory: of forward and backward, and of the rest of the update."""
         if self.workload.device.type != "cuda":
             yield
             return
@@ -184,11 +184,11 @@ class Profiling(Observer):
             yield
         finally:
             self._measures_peaks = False
-            self.found.peaks["optimizer"] = torch.cuda.max_memory_allocated(self.workload.device)
+            self.result.peaks["optimizer"] = torch.cuda.max_memory_allocated(self.workload.device)
 
 
 class TimedBatches:
-    """Batches whose fetching a profile books as `data`."""
+    """Batches with the time of fetching profiled as `data`."""
 
     def __init__(self, batches: EpochBatches, profiling: Profiling) -> None:
         self.inner = batches
@@ -200,7 +200,7 @@ class TimedBatches:
     def epoch(self, epoch: int, start: int = 0, step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         batches = iter(self.inner.epoch(epoch, start, step))
         while True:
-            with self.profiling.part("data"):
+            with self.profiling.timer("data"):
                 batch = next(batches, None)
             if batch is None:
                 return
@@ -208,14 +208,14 @@ class TimedBatches:
 
 
 def _costliest(profiler: profile, device: torch.device, updates: int) -> list[Operation]:
-    """By the time that each spends itself, without what it calls."""
-    name = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    own = [
-        Operation(str(each.key), round(each.count / updates), getattr(each, name) * 1e-6 / updates)
-        for each in profiler.key_averages()
-        if not str(each.key).startswith(_PREFIX)
+    """Returns the operations with the largest self time."""
+    attribute = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    operations = [
+        Operation(str(event.key), round(event.count / updates), getattr(event, attribute) * 1e-6 / updates)
+        for event in profiler.key_averages()
+        if not str(event.key).startswith(_PREFIX)
     ]
-    return sorted(own, key=lambda each: each.seconds, reverse=True)[:_COSTLIEST]
+    return sorted(operations, key=lambda event: event.seconds, reverse=True)[:_TOP]
 
 
 def _tensors(state: Any) -> list[Tensor]:
@@ -228,25 +228,25 @@ def _bytes(tensors: Any) -> int:
 
 
 def _process_peak() -> int:
-    """The most memory that this process has had in its life."""
+    """Returns the peak memory of this process in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def table(found: Profile, folder: Path) -> list[str]:
-    """The figures as lines for the console."""
-    total = max(found.seconds, 1e-12)
-    lines = [f"profile of {found.updates} updates: {found.seconds * 1e3:.2f} ms each, under the profiler"]
-    split = {**found.parts, "other": max(found.seconds - sum(found.parts.values()), 0.0)}
+def table(result: Profile, folder: Path) -> list[str]:
+    """Formats the profile for the console."""
+    total = max(result.seconds, 1e-12)
+    lines = [f"profile of {result.updates} updates: {result.seconds * 1e3:.2f} ms each, under the profiler"]
+    split = {**result.parts, "other": max(result.seconds - sum(result.parts.values()), 0.0)}
     lines.append("  " + ", ".join(f"{name} {value / total:.0%}" for name, value in split.items()))
-    lines.append(f"  communication, which overlaps with them: {found.communication / total:.0%}")
-    width = max((len(each.name) for each in found.operations), default=0)
-    lines.append(f"  {'costliest operations':{width}}  {'calls':>6}  {'ms':>8}  share")
-    for each in found.operations:
-        share = each.seconds / total
-        lines.append(f"  {each.name:{width}}  {each.calls:6}  {each.seconds * 1e3:8.3f}  {share:5.1%}")
-    lines.append("  memory: " + ", ".join(_sizes(found.memory)))
-    if found.peaks:
-        lines.append("  peak on the device: " + ", ".join(_sizes(found.peaks)))
+    lines.append(f"  communication (overlaps with the above): {result.communication / total:.0%}")
+    width = max((len(operation.name) for operation in result.operations), default=0)
+    lines.append(f"  {'top operations':{width}}  {'calls':>6}  {'ms':>8}   time")
+    for operation in result.operations:
+        calls, seconds = operation.calls, operation.seconds
+        lines.append(f"  {operation.name:{width}}  {calls:6}  {seconds * 1e3:8.3f}  {seconds / total:5.1%}")
+    lines.append("  memory: " + ", ".join(_sizes(result.memory)))
+    if result.peaks:
+        lines.append("  peak on the device: " + ", ".join(_sizes(result.peaks)))
     lines.append(f"  trace for Perfetto (ui.perfetto.dev) and TensorBoard: {folder / 'updates.pt.trace.json'}")
     return lines
 

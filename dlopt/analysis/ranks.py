@@ -1,4 +1,4 @@
-"""A process of a command that measures something with several: what each of its ranks does around the measuring."""
+"""Entry point of the ranks of measuring commands (`dlopt bench`, `dlopt find-lr`)."""
 
 import json
 import os
@@ -14,16 +14,16 @@ from dlopt.config.experiment import Experiment
 from dlopt.config.parsing import parse
 from dlopt.parallel import launch, rendezvous
 
-RankOutcome = tuple[Mapping[str, Any], int]  # what is written, and the exit code
+RankOutcome = tuple[Mapping[str, Any], int]  # content of rank-N.json, and the exit code
 
 
 def run_rank(
     measure: Callable[[Experiment, Path, int], Mapping[str, Any]], explain: Callable[[Exception], RankOutcome | None]
 ) -> int:
-    """Writes what `measure(experiment, folder, rank)` finds into FOLDER/rank-N.json; returns the exit code.
+    """Writes the result of `measure(experiment, folder, rank)` to FOLDER/rank-N.json; returns the exit code.
 
-    FOLDER is the command line's one argument, and the experiment that of FOLDER/config.yaml. `explain`: what is
-    written of an error instead; None: it is a bug, and raised.
+    FOLDER is the only command-line argument; the experiment is FOLDER/config.yaml. `explain` converts an error to an
+    outcome, or returns None for a bug, which is raised.
     """
     if rendezvous.RANK in os.environ:
         launch.end_rank_with_parent()
@@ -36,9 +36,9 @@ def run_rank(
         outcome, code = measure(parse(resolve_saved(config), config), folder, rank), 0
         rendezvous.leave()
     except Exception as error:
-        told = explain(error)
-        if told is None:
+        explanation = explain(error)
+        if explanation is None:
             raise
-        outcome, code = told
+        outcome, code = explanation
     (folder / f"rank-{rank}.json").write_text(json.dumps(outcome))
     return code

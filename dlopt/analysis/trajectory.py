@@ -1,13 +1,13 @@
-"""Paths of optimizers on functions of two variables, and learning-rate curves of schedules, without a training.
+"""Trajectories of optimizers on functions of two variables, and learning-rate curves of schedules.
 
-Paths go through the same `step(closure)` as in a training. They are drawn over the contours of their function, with
-their distance to the minimum beside, as a picture and as a film.
+Optimizers run through the same `step(closure)` as in training. Trajectories are plotted over the contours of the
+function, with their distance to the minimum, and animated.
 """
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path as File
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from dlopt.optim import LossClosure
 from dlopt.random import generator
 from dlopt.schedules import Factor, Scheduler
 from dlopt.tracking.layout import aligned
-from dlopt.training.averaging import at_evaluation_point
+from dlopt.training.averaging import evaluation_weights
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,25 +30,24 @@ if TYPE_CHECKING:
 
 Build = Callable[[Sequence[nn.Parameter]], Optimizer]
 
-# The series of preferred numbers that electronics knows as E12: steps of a fifth.
+# The E12 series of preferred numbers: steps of about 20 %.
 _DIGITS = (1.0, 1.2, 1.5, 1.8, 2.2, 2.7, 3.3, 3.9, 4.7, 5.6, 6.8, 8.2)
 RATES = tuple(float(f"{digit}e{power}") for power in range(-4, 2) for digit in _DIGITS)
-"""Learning rates among which `best_rate` chooses."""
+"""Learning rates that `best_rate` tries."""
 
-_COARSE = 4  # every fourth is tried, and then the neighbours of the best
+_COARSE = 4  # tries every fourth rate first, then the neighbours of the best one
 
-REACHED = 1e-3
-"""Distance at which a minimum counts as reached, as a share of the distance at the start."""
+TOLERANCE = 1e-3
+"""Distance at which a minimum counts as reached, as a fraction of the initial distance."""
 
-_FAR = 1e6  # who is so far away has diverged
+_DIVERGED = 1e6  # coordinates beyond this count as divergence
 
 
 @dataclass(frozen=True)
-class Path:
-    """Where an optimizer was before its first and after each update.
+class Trajectory:
+    """Points of an optimizer before the first and after each update.
 
-    `evaluations[i]` counts those of the loss, with or without its gradient, that led to point i; products with a
-    Hessian are not among them.
+    `evaluations[i]`: number of loss evaluations, with or without gradient, up to point i, without Hessian products.
     """
 
     points: Tensor  # [steps + 1, 2]
@@ -57,14 +56,14 @@ class Path:
     evaluations: list[int]
     diverged: bool
 
-    def reached(self) -> int | None:
-        """The first update after which the path stays within `REACHED` of a minimum."""
-        outside = (~(self.distances <= REACHED * self.distances[0])).nonzero()
+    def updates_to_minimum(self) -> int | None:
+        """Returns the first update after which the distance stays within `TOLERANCE`; None if there is none."""
+        outside = (~(self.distances <= TOLERANCE * self.distances[0])).nonzero()
         last = int(outside[-1]) if len(outside) else -1
         return None if last == len(self.distances) - 1 else last + 1
 
-    def turns(self) -> float:
-        """The share of moves that lead back, at more than a right angle to the move before."""
+    def reversal_fraction(self) -> float:
+        """Returns the fraction of moves at more than a right angle to the previous move."""
         moves = self.points.diff(dim=0)
         moves = moves[moves.norm(dim=1) > 1e-6 * self.distances[0]]
         if len(moves) < 2:
@@ -72,10 +71,10 @@ class Path:
         return float(((moves[1:] * moves[:-1]).sum(1) < 0).double().mean())
 
 
-def follow(function: Function, build: Build, *, steps: int, seed: int, factor: Factor) -> Path:
-    """At most `steps` updates from the function's start, in float64; fewer where the optimizer diverges.
+def follow(function: Function, build: Build, *, steps: int, seed: int, factor: Factor) -> Trajectory:
+    """Runs `steps` updates from the function's start in float64; stops early if the optimizer diverges.
 
-    `factor` is the schedule. Every optimizer sees the same noise in the same update.
+    `factor` is the schedule. The noise depends only on the seed and the update, so it is the same for all optimizers.
     """
     point = nn.Parameter(torch.tensor(function.start, dtype=torch.float64))
     optimizer = build([point])
@@ -93,21 +92,21 @@ def follow(function: Function, build: Build, *, steps: int, seed: int, factor: F
 
         optimizer.step(LossClosure(optimizer, loss))  # type: ignore[arg-type]
         schedule.step()
-        with at_evaluation_point(optimizer):
-            reached = point.detach().clone()
-        diverged = not bool(reached.abs().max() < _FAR)
+        with evaluation_weights(optimizer):
+            position = point.detach().clone()
+        diverged = not bool(position.abs().max() < _DIVERGED)
         if diverged:
             break
-        points.append(reached)
+        points.append(position)
         evaluations.append(count)
-    path = torch.stack(points)
-    distances = torch.cdist(path, torch.tensor(function.minima, dtype=torch.float64)).min(1).values
-    return Path(path, function(path).detach(), distances, evaluations, diverged)
+    visited = torch.stack(points)
+    distances = torch.cdist(visited, torch.tensor(function.minima, dtype=torch.float64)).min(1).values
+    return Trajectory(visited, function(visited).detach(), distances, evaluations, diverged)
 
 
-def best_rate(trial: Callable[[float], Path], least: float) -> float:
-    """The learning rate of `RATES` with which the loss falls fastest: of which the mean logarithm of its height above
-    `least` is the smallest. Raises ValueError where all of them diverge."""
+def best_rate(trial: Callable[[float], Trajectory], least: float) -> float:
+    """Returns the learning rate of `RATES` with the lowest mean logarithm of the loss above `least`. Raises ValueError
+    if all diverge."""
 
     def best(indices: Iterable[int]) -> int:
         for i in indices:
@@ -115,51 +114,54 @@ def best_rate(trial: Callable[[float], Path], least: float) -> float:
         return min(scores, key=lambda i: scores[i])
 
     scores: dict[int, float] = {}
-    middle = best(range(0, len(RATES), _COARSE))
-    if math.isinf(scores[middle]):
+    coarse = best(range(0, len(RATES), _COARSE))
+    if math.isinf(scores[coarse]):
         raise ValueError(f"every learning rate from {RATES[0]:g} to {RATES[-1]:g} diverges")
-    return RATES[best(range(max(middle - _COARSE + 1, 0), min(middle + _COARSE, len(RATES))))]
+    return RATES[best(range(max(coarse - _COARSE + 1, 0), min(coarse + _COARSE, len(RATES))))]
 
 
-def _score(path: Path, least: float) -> float:
-    if path.diverged:
+def _score(trajectory: Trajectory, least: float) -> float:
+    if trajectory.diverged:
         return math.inf
-    heights = (path.losses - least).clamp(min=0) / max(float(path.losses[0]) - least, 1e-300)
+    heights = (trajectory.losses - least).clamp(min=0) / max(float(trajectory.losses[0]) - least, 1e-300)
     return float((heights + 1e-10).log().mean())
 
 
-_FRAMES = 120  # of a film, at most
-_FLOOR = 1e-6  # share of the first distance; below it is there
-_LINE = 120  # letters in a line of the legend
+_FRAMES = 120  # of an animation, at most
+_FLOOR = 1e-6  # fraction of the initial distance that counts as arrived in plots
+_LINE = 120  # characters per line of the legend
 
 
-# -- pictures of paths
+# -- plots of trajectories
 
 
-def paths_picture(function: Function, paths: Mapping[str, Path], *, title: str, subtitle: str = "") -> "Figure":
-    """The contours with the paths, and the distance to the nearest minimum against updates and evaluations."""
-    figure = drawing.figure(11, 6, drawing.headed(title, subtitle, 110))
+def draw_trajectories(
+    function: Function, trajectories: Mapping[str, Trajectory], *, title: str, subtitle: str = ""
+) -> "Figure":
+    """Plots trajectories over contours, and their distance to the nearest minimum against updates and evaluations."""
+    figure = drawing.figure(11, 6, drawing.title_with_subtitle(title, subtitle, 110))
     plane = figure.add_subplot(2, 5, (1, 8))
     _contours(plane, function)
     upper, lower = figure.add_subplot(2, 5, (4, 5)), figure.add_subplot(2, 5, (9, 10))
-    for i, (label, path) in enumerate(paths.items()):
-        line = _line(i, len(paths))
-        size = max(2.0, 5.0 - len(path.points) / 40)
-        plane.plot(*path.points.numpy().T, **line, marker=MARKERS[i % len(MARKERS)], markersize=size, label=label)
-        upper.plot(path.distances, **line)
-        lower.plot(path.evaluations, path.distances, **line)
-    _finish_distances(upper, paths, "updates", max(len(path.points) - 1 for path in paths.values()))
-    evaluations = max(path.evaluations[_arrival(path)] for path in paths.values())
-    _finish_distances(lower, paths, "evaluations of the loss", evaluations)
-    columns = max(1, min(len(paths), _LINE // (10 + max(map(len, paths)))))
+    for i, (label, trajectory) in enumerate(trajectories.items()):
+        line = _line(i, len(trajectories))
+        size = max(2.0, 5.0 - len(trajectory.points) / 40)
+        plane.plot(*trajectory.points.numpy().T, **line, marker=MARKERS[i % len(MARKERS)], markersize=size, label=label)
+        upper.plot(trajectory.distances, **line)
+        lower.plot(trajectory.evaluations, trajectory.distances, **line)
+    updates = max(len(trajectory.points) - 1 for trajectory in trajectories.values())
+    evaluations = max(trajectory.evaluations[_arrival_update(trajectory)] for trajectory in trajectories.values())
+    _finish_distances(upper, trajectories, "updates", updates)
+    _finish_distances(lower, trajectories, "evaluations of the loss", evaluations)
+    columns = max(1, min(len(trajectories), _LINE // (10 + max(map(len, trajectories)))))
     drawing.legend_below(figure, plane, columns)
     return figure
 
 
-def _arrival(path: Path) -> int:
-    """The update after which nothing is left to see: a search along a line that has ended evaluates on and on."""
-    there = (path.distances <= _FLOOR * path.distances[0]).nonzero()
-    return int(there[0]) if len(there) else len(path.distances) - 1
+def _arrival_update(trajectory: Trajectory) -> int:
+    """Returns the update of arrival at the minimum; the evaluations of line searches after it would hide the rest."""
+    arrived = (trajectory.distances <= _FLOOR * trajectory.distances[0]).nonzero()
+    return int(arrived[0]) if len(arrived) else len(trajectory.distances) - 1
 
 
 def _line(i: int, count: int) -> dict[str, Any]:
@@ -168,7 +170,7 @@ def _line(i: int, count: int) -> dict[str, Any]:
 
 
 def _contours(axes: "Axes", function: Function) -> None:
-    """Levels that are evenly spread over the window's points, so that valleys and walls both show."""
+    """Draws contours at quantiles of the values in the window, which resolves both valleys and walls."""
     left, right, bottom, top = function.window
     x, y = np.meshgrid(np.linspace(left, right, 240), np.linspace(bottom, top, 240))
     grid = torch.from_numpy(np.stack([x, y], -1))
@@ -186,20 +188,20 @@ def _contours(axes: "Axes", function: Function) -> None:
     axes.set_ylabel("y")
 
 
-def _finish_distances(axes: "Axes", paths: Mapping[str, Path], label: str, longest: int) -> None:
-    lowest = min(float(path.distances.min()) for path in paths.values())
-    start = max(float(path.distances[0]) for path in paths.values())
-    highest = min(max(float(path.distances.max()) for path in paths.values()), 100 * start)
+def _finish_distances(axes: "Axes", trajectories: Mapping[str, Trajectory], label: str, longest: int) -> None:
+    lowest = min(float(trajectory.distances.min()) for trajectory in trajectories.values())
+    start = max(float(trajectory.distances[0]) for trajectory in trajectories.values())
+    highest = min(max(float(trajectory.distances.max()) for trajectory in trajectories.values()), 100 * start)
     axes.set_yscale("log", nonpositive="clip")
     axes.set_ylim(max(lowest / 2, _FLOOR * start), 2 * highest)
     axes.set_xlim(0, longest)
     axes.set_xlabel(label)
     axes.set_ylabel("distance to the minimum")
-    drawing.plain(axes)
+    drawing.clean_axes(axes)
 
 
-def animate(function: Function, paths: Mapping[str, Path], target: File, *, title: str) -> None:
-    """The same paths as they grow, some ten seconds at most: a GIF, or an MP4, which needs ffmpeg."""
+def animate(function: Function, trajectories: Mapping[str, Trajectory], target: Path, *, title: str) -> None:
+    """Animates the trajectories in about ten seconds, as a GIF or an MP4 (requires ffmpeg)."""
     from matplotlib import animation
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -208,16 +210,16 @@ def animate(function: Function, paths: Mapping[str, Path], target: File, *, titl
     axes = figure.add_subplot()
     _contours(axes, function)
     lines = [
-        axes.plot([], [], **_line(i, len(paths)), marker="o", markersize=5, markevery=[-1], label=label)[0]
-        for i, label in enumerate(paths)
+        axes.plot([], [], **_line(i, len(trajectories)), marker="o", markersize=5, markevery=[-1], label=label)[0]
+        for i, label in enumerate(trajectories)
     ]
     axes.legend(loc="upper left", fontsize=8)
-    longest = max(len(path.points) for path in paths.values())
+    longest = max(len(trajectory.points) for trajectory in trajectories.values())
     shown = np.unique(np.linspace(1, longest, min(longest, _FRAMES)).round().astype(int))
 
     def frame(end: int) -> list[Any]:
-        for line, path in zip(lines, paths.values(), strict=True):
-            line.set_data(*path.points[:end].numpy().T)
+        for line, trajectory in zip(lines, trajectories.values(), strict=True):
+            line.set_data(*trajectory.points[:end].numpy().T)
         axes.set_title(f"{title}: {end - 1} updates", fontsize=11)
         return lines
 
@@ -226,37 +228,38 @@ def animate(function: Function, paths: Mapping[str, Path], target: File, *, titl
     film.save(target, writer=writer, dpi=90)
 
 
-def table(paths: Mapping[str, Path], rates: Mapping[str, float | None]) -> list[str]:
-    """A line for each path: learning rate, how near it came, how soon, and what is striking about it."""
+def table(trajectories: Mapping[str, Trajectory], rates: Mapping[str, float | None]) -> list[str]:
+    """Formats a table: learning rate, updates and evaluations to the minimum, final distance, and remarks."""
     rows = [["path", "lr", "updates", "evaluations", "distance", ""]]
-    for label, path in paths.items():
-        step, rate = path.reached(), rates[label]
-        when = ("-", f"{path.evaluations[-1]}") if step is None else (f"{step}", f"{path.evaluations[step]}")
-        shown = "search" if rate is None else f"{rate:g}"
-        rows.append([label, shown, *when, f"{float(path.distances[-1]):.2g}", _verdict(path)])
-    note = f"updates and evaluations until the distance to a minimum stays below {REACHED:g} of the first one"
+    for label, trajectory in trajectories.items():
+        step, rate = trajectory.updates_to_minimum(), rates[label]
+        updates = "-" if step is None else f"{step}"
+        evaluations = f"{trajectory.evaluations[-1 if step is None else step]}"
+        lr, distance = "search" if rate is None else f"{rate:g}", f"{float(trajectory.distances[-1]):.2g}"
+        rows.append([label, lr, updates, evaluations, distance, _verdict(trajectory)])
+    note = f"updates and evaluations until the distance to a minimum stays below {TOLERANCE:g} of the initial distance"
     return [*aligned(rows), note]
 
 
-def _verdict(path: Path) -> str:
-    if path.diverged:
-        return f"diverged after {len(path.points) - 1} updates: a smaller optimizer.lr"
-    turns = path.turns()
-    words = [f"zigzags: {turns:.0%} of its moves turn back"] if turns >= 0.3 else []
-    if path.reached() is None:
-        far = float(path.distances[-1] / path.distances[0])
-        words.insert(0, f"not there yet: {far:.2g} of the distance is left")
-    return "; ".join(words)
+def _verdict(trajectory: Trajectory) -> str:
+    if trajectory.diverged:
+        return f"diverged after {len(trajectory.points) - 1} updates: try a smaller optimizer.lr"
+    reversals = trajectory.reversal_fraction()
+    remarks = [f"zigzags: {reversals:.0%} of the moves reverse"] if reversals >= 0.3 else []
+    if trajectory.updates_to_minimum() is None:
+        remaining = float(trajectory.distances[-1] / trajectory.distances[0])
+        remarks.insert(0, f"minimum not reached: {remaining:.2g} of the initial distance left")
+    return "; ".join(remarks)
 
 
 # -- learning-rate curves
 
-_POINTS = 4000  # more cannot be seen
+_POINTS = 4000  # more points are not visible
 
 
 @dataclass(frozen=True)
 class Curve:
-    """The learning rate `rates[i]` holds from `epochs[i]` (fractions included) to the next."""
+    """Learning-rate curve: `rates[i]` holds from `epochs[i]` (fractional) to `epochs[i + 1]`."""
 
     label: str
     epochs: Sequence[float]
@@ -266,10 +269,9 @@ class Curve:
 def curve(
     label: str, factor: Factor, *, lr: float, steps: int, steps_per_epoch: float, evaluate_every: float = 1.0
 ) -> Curve:
-    """The rates of updates 0..steps-1 (of long runs some 4000 of them, evenly spread), closed at the end of the last.
+    """Computes the rates of updates 0..steps-1 (at most about 4000 of them, evenly spread), up to the end of the last.
 
-    A schedule that follows a validation metric sees no improvement: every `evaluate_every` epochs the metric of the
-    first evaluation.
+    A schedule that follows a validation metric gets the same metric every `evaluate_every` epochs, i.e. no improvement.
     """
     component: Any = getattr(factor, "component", factor)
     stride = math.ceil(steps / _POINTS)
@@ -284,25 +286,25 @@ def curve(
     return Curve(label, [*epochs, steps / steps_per_epoch], [*rates, rates[-1]])
 
 
-def curves_picture(
+def draw_schedules(
     curves: Sequence[Curve], *, title: str, subtitle: str = "", steps_per_epoch: float, log_y: bool
 ) -> "Figure":
-    """All curves in one picture; on the logarithmic axis rates of zero are left out."""
+    """Plots all curves in one figure; a logarithmic axis omits rates of zero."""
     figure = drawing.figure(9.5, 5)
     axes = figure.add_subplot()
-    for i, each in enumerate(curves):
-        width = 3.0 - 1.6 * i / max(len(curves) - 1, 1)  # what lies below another curve shows at its sides
-        axes.plot(each.epochs, each.rates, label=each.label, drawstyle="steps-post", **style(i, linewidth=width))
-    axes.set_title(drawing.headed(title, subtitle), fontsize=11)
+    for i, curve in enumerate(curves):
+        width = 3.0 - 1.6 * i / max(len(curves) - 1, 1)  # a curve below another shows at its sides
+        axes.plot(curve.epochs, curve.rates, label=curve.label, drawstyle="steps-post", **style(i, linewidth=width))
+    axes.set_title(drawing.title_with_subtitle(title, subtitle), fontsize=11)
     axes.set_xlabel(f"epoch ({steps_per_epoch:g} updates each)")
     axes.set_ylabel("learning rate")
-    axes.set_xlim(0, max(each.epochs[-1] for each in curves))
+    axes.set_xlim(0, max(curve.epochs[-1] for curve in curves))
     if log_y:
         axes.set_yscale("log", nonpositive="mask")
-        top = max(max(each.rates) for each in curves)
+        top = max(max(curve.rates) for curve in curves)
         axes.set_ylim(bottom=max(axes.get_ylim()[0], top * 1e-6))
     else:
         axes.set_ylim(bottom=0)
-    drawing.plain(axes)
+    drawing.clean_axes(axes)
     figure.legend(loc="outside right upper", frameon=False, handlelength=3.5)
     return figure

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dlopt.analysis.landscape import draw, path_plane, random_plane, surface
+from dlopt.analysis.landscape import draw, random_plane, surface, trajectory_plane
 
 
 def test_filters_of_random_directions_have_the_norms_of_the_models() -> None:
@@ -21,9 +21,9 @@ def test_a_path_in_a_plane_is_found_again() -> None:
     one, two = torch.linalg.qr(torch.randn(7, 2, dtype=torch.float64)).Q.T
     places = torch.tensor([[-4.0, 1.0], [-2.0, -1.0], [-1.0, 0.5], [0.0, 0.0]], dtype=torch.float64)
     path = [[(x * one + y * two)[:4].view(2, 2), (x * one + y * two)[4:]] for x, y in places.tolist()]
-    plane = path_plane(path, [0, 10, 20, 30])
-    assert plane.path is not None
-    for point, weights in zip(plane.path, path, strict=True):
+    plane = trajectory_plane(path, [0, 10, 20, 30])
+    assert plane.trajectory is not None
+    for point, weights in zip(plane.trajectory, path, strict=True):
         rebuilt = [
             o + point[0] * a + point[1] * b for o, a, b in zip(plane.origin, plane.first, plane.second, strict=True)
         ]
@@ -31,8 +31,8 @@ def test_a_path_in_a_plane_is_found_again() -> None:
     norm = sum(float(part.square().sum()) for part in plane.first)
     assert norm == pytest.approx(1.0)
     left, right, bottom, top = plane.window
-    assert (plane.path[:, 0] > left).all() and (plane.path[:, 1] < top).all() and bottom < 0 < right
-    assert "% of the path" in plane.axes[0]
+    assert (plane.trajectory[:, 0] > left).all() and (plane.trajectory[:, 1] < top).all() and bottom < 0 < right
+    assert "% of the variance" in plane.axes[0]
 
 
 def test_the_surface_of_a_linear_model_is_the_closed_form_and_leaves_the_model_alone() -> None:

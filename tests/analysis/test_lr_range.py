@@ -7,18 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from dlopt.analysis.lr_range import LearningRates, Sweep, check, draw, find, suggestions, trial, write
+from dlopt.analysis.lr_range import LearningRates, RangeTest, check, draw, find, suggestions, trial, write
 from dlopt.errors import UserError
 from dlopt.training.build import build_workload, training_batches
-from dlopt.training.optimizer import optimizer_of
+from dlopt.training.optimizer import build_optimizer
 from tests.parallel.ranks import run_ranks
 from tests.training.runs import SMALL, experiment, metrics, result, resume, same, start
 
-QUICK = Sweep(updates=40)
+QUICK = RangeTest(updates=40)
 
 
 def test_rates_are_spread_evenly_on_a_logarithmic_scale() -> None:
-    keys = Sweep(min_lr=1e-4, max_lr=1.0, updates=5)
+    keys = RangeTest(min_lr=1e-4, max_lr=1.0, updates=5)
     assert [keys.rate(i) for i in range(5)] == pytest.approx([1e-4, 1e-3, 1e-2, 1e-1, 1])
 
 
@@ -43,7 +43,7 @@ def test_the_model_is_put_back_and_a_divergence_ends_the_test(tmp_path: Path) ->
     workload = build_workload(typed)
     before = {name: value.clone() for name, value in workload.module.state_dict().items()}
     generator = torch.get_rng_state()
-    keys = Sweep(updates=60, max_lr=1e6)
+    keys = RangeTest(updates=60, max_lr=1e6)
     found = find(workload, keys, tmp_path)
     assert same(before, dict(workload.module.state_dict())) and torch.equal(generator, torch.get_rng_state())
     assert all(p.grad is None for p in workload.module.parameters()) and not list(tmp_path.iterdir())
@@ -59,7 +59,7 @@ def test_the_losses_are_those_of_a_training_with_these_rates(tmp_path: Path) -> 
     """SGD by hand, without momentum, on the same batches."""
     typed = experiment(*SMALL, "precision=fp64", "optimizer.momentum=0", "optimizer.weight_decay=0")
     workload = build_workload(typed)
-    found = find(workload, Sweep(updates=10, max_lr=0.1), tmp_path)
+    found = find(workload, RangeTest(updates=10, max_lr=0.1), tmp_path)
     losses = []
     batches = training_batches(workload)
     stream = [batch for epoch in range(3) for batch in batches.epoch(epoch)]
@@ -75,14 +75,14 @@ def test_the_losses_are_those_of_a_training_with_these_rates(tmp_path: Path) -> 
 
 
 def test_bad_keys_are_refused() -> None:
-    with pytest.raises(UserError, match="max_lr=1e-07: it has to be above min_lr"):
-        check(Sweep(max_lr=1e-7))
+    with pytest.raises(UserError, match="max_lr=1e-07: must be > min_lr"):
+        check(RangeTest(max_lr=1e-7))
     with pytest.raises(UserError, match="updates=3"):
-        check(Sweep(updates=3))
-    with pytest.raises(UserError, match="scale_lr=linear: with"):
+        check(RangeTest(updates=3))
+    with pytest.raises(UserError, match=r"scale_lr=linear: optimizer\.lr=auto"):
         experiment("optimizer.lr=auto", "scale_lr=linear")
     with pytest.raises(UserError, match="only `dlopt train` looks for"):
-        optimizer_of(build_workload(experiment(*SMALL, "optimizer.lr=auto")))
+        build_optimizer(build_workload(experiment(*SMALL, "optimizer.lr=auto")))
     multiplied = trial(experiment("optimizer.lr=auto"), QUICK)
     assert multiplied.optimizer.arguments["lr"] == 1.0 and not multiplied.auto_lr
 

@@ -40,7 +40,7 @@ def _probed(activation: Activation, scheme: Scheme, width: int, samples: int) ->
     scheme(model, generator)
     model = model.double()
     inputs = torch.randn(samples, width, generator=generator, dtype=torch.float64)
-    with LayerProbe(model).watching() as probe:
+    with LayerProbe(model).recording() as probe:
         outputs = model(inputs)
         outputs.backward(torch.randn(outputs.shape, generator=generator, dtype=torch.float64))
     return probe.layers[:DEPTH]

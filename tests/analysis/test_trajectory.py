@@ -5,7 +5,7 @@ A schedule that follows a metric is shown as if nothing improved.
 
 import math
 from collections.abc import Sequence
-from pathlib import Path as File
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
@@ -15,17 +15,17 @@ import torch
 from PIL import Image
 from torch.optim import SGD, Optimizer
 
-from dlopt.analysis.drawing import MOST, save
+from dlopt.analysis.drawing import MAX_CURVES, save
 from dlopt.analysis.trajectory import (
     RATES,
     Curve,
-    Path,
+    Trajectory,
     animate,
     best_rate,
     curve,
-    curves_picture,
+    draw_schedules,
+    draw_trajectories,
     follow,
-    paths_picture,
     table,
 )
 from dlopt.functions import Quadratic, Rosenbrock
@@ -47,7 +47,7 @@ def sgd(lr: float, momentum: float = 0.0) -> Any:
     return lambda params: SGD(params, lr=lr, momentum=momentum)
 
 
-def walk(build: Any, function: Any = None, steps: int = 20, seed: int = 0, factor: Any = constant) -> Path:
+def walk(build: Any, function: Any = None, steps: int = 20, seed: int = 0, factor: Any = constant) -> Trajectory:
     return follow(bowl() if function is None else function, build, steps=steps, seed=seed, factor=factor)
 
 
@@ -58,13 +58,13 @@ def test_gradient_descent_zigzags_as_the_closed_form_says() -> None:
     assert torch.allclose(path.points, expected, rtol=1e-12, atol=0)
     assert torch.allclose(path.distances, expected.norm(dim=1))
     assert path.evaluations == list(range(21)) and not path.diverged
-    assert path.reached() == 18  # (2/3)^18 < 1e-3
-    assert path.turns() > 0.3
+    assert path.updates_to_minimum() == 18  # (2/3)^18 < 1e-3
+    assert path.reversal_fraction() > 0.3
 
 
 def test_newton_is_there_in_one_step() -> None:
     path = walk(lambda params: Newton(params, damping=0.0), steps=3)
-    assert path.distances[1] < 1e-14 and path.reached() == 1 and path.turns() == 0
+    assert path.distances[1] < 1e-14 and path.updates_to_minimum() == 1 and path.reversal_fraction() == 0
     straight = walk(lambda params: Newton(params, damping=1e-4), bowl(500.0), steps=1)
     assert straight.distances[1] < 1e-3
 
@@ -74,9 +74,9 @@ def test_quasi_newton_methods_end_on_a_quadratic_and_in_the_valley() -> None:
         lambda params: BFGS(params),
         lambda params: LBFGS(params, max_iter=1, max_eval=25),
     ):
-        assert (walk(build).reached() or 99) <= 8
+        assert (walk(build).updates_to_minimum() or 99) <= 8
         valley = walk(build, Rosenbrock(start=(-1.2, 1.0), window=(-2.0, 2.0, -1.0, 2.0)), steps=60)
-        step = valley.reached()
+        step = valley.updates_to_minimum()
         assert step is not None and step < 50
         assert valley.evaluations[step] > step  # the line search is counted
 
@@ -101,7 +101,7 @@ def test_a_schedule_and_the_noise_are_functions_of_the_update() -> None:
 
 def test_divergence_is_told() -> None:
     path = walk(sgd(1.0), steps=200)
-    assert path.diverged and 2 < len(path.points) < 20 and path.reached() is None
+    assert path.diverged and 2 < len(path.points) < 20 and path.updates_to_minimum() is None
     lines = table({"sgd": path}, {"sgd": 1.0})
     assert "diverged after" in lines[1] and "a smaller optimizer.lr" in lines[1]
 
@@ -117,12 +117,12 @@ def test_the_chosen_rate_is_the_best_of_its_series() -> None:
 def test_the_table_names_what_is_striking() -> None:
     zigzag = walk(sgd(0.39))
     lines = table({"a": zigzag, "b": walk(sgd(0.01))}, {"a": 0.39, "b": None})
-    assert "zigzags" in lines[1] and "search" in lines[2] and "not there yet: 0.78" in lines[2]
+    assert "zigzags" in lines[1] and "search" in lines[2] and "minimum not reached: 0.78" in lines[2]
 
 
-def test_the_picture_has_every_path_in_three_panels(tmp_path: File) -> None:
+def test_the_picture_has_every_path_in_three_panels(tmp_path: Path) -> None:
     paths = {"slow": walk(sgd(0.1)), "fast": walk(sgd(1 / 3))}
-    figure = paths_picture(bowl(), paths, title="Paths", subtitle="steps=20")
+    figure = draw_trajectories(bowl(), paths, title="Paths", subtitle="steps=20")
     plane, updates, evaluations = figure.axes
     for axes in (updates, evaluations):
         assert len(axes.lines) == 2 and axes.get_yscale() == "log"
@@ -135,7 +135,7 @@ def test_the_picture_has_every_path_in_three_panels(tmp_path: File) -> None:
         assert len(image.convert("RGB").getcolors(1 << 20) or []) > 50
 
 
-def test_a_film_has_a_frame_for_every_update(tmp_path: File) -> None:
+def test_a_film_has_a_frame_for_every_update(tmp_path: Path) -> None:
     target = tmp_path / "paths.gif"
     animate(bowl(), {"a": walk(sgd(0.1), steps=4)}, target, title="quadratic")
     with Image.open(target) as film:
@@ -182,9 +182,9 @@ def test_plateau_falls_when_patience_is_over(steps: int, warmup: int) -> None:
 
 
 @pytest.mark.parametrize("log_y", [False, True])
-def test_the_picture_says_what_it_shows(tmp_path: File, log_y: bool) -> None:
+def test_the_picture_says_what_it_shows(tmp_path: Path, log_y: bool) -> None:
     curves = [Curve("first", [0, 1, 4], [0.0, 0.2, 0.0]), Curve("second", [0, 2, 4], [0.1, 1e-12, 1e-12])]
-    figure = curves_picture(curves, title="Rates", subtitle="seed=0 " * 30, steps_per_epoch=7, log_y=log_y)
+    figure = draw_schedules(curves, title="Rates", subtitle="seed=0 " * 30, steps_per_epoch=7, log_y=log_y)
     (axes,) = figure.axes
     assert axes.get_title().startswith("Rates\nseed=0")
     assert axes.get_xlabel() == "epoch (7 updates each)" and axes.get_ylabel() == "learning rate"
@@ -200,6 +200,6 @@ def test_the_picture_says_what_it_shows(tmp_path: File, log_y: bool) -> None:
 
 
 def test_as_many_curves_as_allowed_look_different() -> None:
-    curves = [Curve(str(i), [0, 1], [i, i]) for i in range(MOST)]
-    lines = curves_picture(curves, title="", steps_per_epoch=1, log_y=False).axes[0].lines
-    assert len({(line.get_color(), str(line._unscaled_dash_pattern)) for line in lines}) == MOST == 28
+    curves = [Curve(str(i), [0, 1], [i, i]) for i in range(MAX_CURVES)]
+    lines = draw_schedules(curves, title="", steps_per_epoch=1, log_y=False).axes[0].lines
+    assert len({(line.get_color(), str(line._unscaled_dash_pattern)) for line in lines}) == MAX_CURVES == 28

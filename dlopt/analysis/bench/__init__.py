@@ -1,1 +1,1 @@
-"""Measuring and calculating what devices, layers and modes of parallelism cost."""
+"""Benchmarks and cost models of devices, layers and parallel modes."""

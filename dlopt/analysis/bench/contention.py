@@ -1,7 +1,7 @@
-"""`python -m dlopt.analysis.bench.contention FOLDER`: what an update, its layers and an all-reduce take one of several.
+"""Times an update, its layers and an all-reduce while other processes run the same load.
 
-Processes of one machine share its cores, caches and memory: each is timed while the others do the same. From Python
-`measured` starts them.
+Processes on one machine share its cores, caches and memory. `measure` starts them, each as
+`python -m dlopt.analysis.bench.contention FOLDER`.
 """
 
 import json
@@ -17,7 +17,7 @@ import torch
 import yaml
 from torch import Tensor, distributed
 
-from dlopt.analysis import model_summary as layers
+from dlopt.analysis import model_summary
 from dlopt.analysis.bench.rank import updates_of
 from dlopt.analysis.bench.simulation import Link
 from dlopt.analysis.model_summary import Layer
@@ -25,7 +25,7 @@ from dlopt.analysis.ranks import run_rank
 from dlopt.config.experiment import Experiment
 from dlopt.errors import RunError
 from dlopt.parallel import launch, rendezvous
-from dlopt.parallel.collectives import Ranks, all_reduced
+from dlopt.parallel.collectives import ModelGroup, all_reduce
 from dlopt.parallel.mode import Mode
 from dlopt.parallel.process_group import Group
 from dlopt.processor import keep_freed_memory
@@ -38,49 +38,50 @@ _WARMUP, _UPDATES, _ROUNDS = 5, 60, 30
 
 @dataclass(frozen=True)
 class Contention:
-    """What several processes measured at the same time; seconds."""
+    """Times measured by several processes under the same load, in seconds."""
 
-    updates: list[float]  # each by itself
-    layers: list[Layer]  # of an update; they add up to it
-    link: Link  # that a ring over them sees
+    updates: list[float]  # of every process, without communication
+    layers: list[Layer]  # their times add up to the median update
+    link: Link  # fitted to all-reduces over these processes
 
     @property
     def variation(self) -> float:
-        """Standard deviation over mean of an update, from the median of distances (1.4826 for normal ones)."""
-        middle = statistics.median(self.updates)
-        return 1.4826 * statistics.median([abs(each - middle) for each in self.updates]) / middle
+        """Coefficient of variation of an update, from the median absolute deviation (times 1.4826 for normal ones)."""
+        median = statistics.median(self.updates)
+        return 1.4826 * statistics.median([abs(seconds - median) for seconds in self.updates]) / median
 
 
-def measured(config: Mapping[str, Any], folder: Path, processes: int) -> Contention:
-    """What `processes` take for updates of the experiment, each as if it were alone, and for telling each other."""
+def measure(config: Mapping[str, Any], folder: Path, processes: int) -> Contention:
+    """Starts `processes` processes that each train on their own; times their updates, layers and all-reduces."""
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(dict(config)))
-    codes, _, asked = launch.run_processes(
+    codes, _, stopped = launch.run_processes(
         launch.python_module("dlopt.analysis.bench.contention", str(folder)), processes, {}
     )
-    if asked:
+    if stopped:
         raise KeyboardInterrupt
     if any(codes):
-        raise RunError(f"the processes that were to time each other ended with {codes}")
+        raise RunError(f"benchmark processes failed: exit codes {codes}")
     ranks = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(processes)]
-    updates = [each for rank in ranks for each in rank["updates"]]
+    updates = [seconds for rank in ranks for seconds in rank["updates"]]
+    all_reduces = {size: statistics.mean(rank["all_reduces"][str(size)] for rank in ranks) for size in SIZES}
     return Contention(
         updates,
-        shared_out(statistics.median(updates), [Layer(**each) for each in ranks[0]["layers"]]),
-        fitted({size: statistics.mean(rank["all_reduces"][str(size)] for rank in ranks) for size in SIZES}, processes),
+        scale_to(statistics.median(updates), [Layer(**layer) for layer in ranks[0]["layers"]]),
+        fit_link(all_reduces, processes),
     )
 
 
-def shared_out(update: float, layers: Sequence[Layer]) -> list[Layer]:
-    """The layers with times that add up to the update's: each has its part of sums, loss and optimizer, too."""
-    factor = update / sum(each.forward + each.backward for each in layers)
-    return [replace(each, forward=factor * each.forward, backward=factor * each.backward) for each in layers]
+def scale_to(update: float, layers: Sequence[Layer]) -> list[Layer]:
+    """Scales the layers' times to add up to `update`, which distributes the loss and the optimizer over the layers."""
+    factor = update / sum(layer.forward + layer.backward for layer in layers)
+    return [replace(layer, forward=factor * layer.forward, backward=factor * layer.backward) for layer in layers]
 
 
-def fitted(times: Mapping[int, float], processes: int) -> Link:
-    """Latency and bandwidth that fit the times of all-reduces best (relative errors, least squares).
+def fit_link(times: Mapping[int, float], processes: int) -> Link:
+    """Fits latency and bandwidth to the times of all-reduces (bytes -> seconds) by least squares of relative errors.
 
-    2 (p-1) alpha + 2 (p-1)/p n/beta = t for the alpha and beta, see `costs.ring_all_reduce`.
+    Solves 2 (p-1) alpha + 2 (p-1)/p n/beta = t for alpha and beta, see `simulation.ring_all_reduce`.
     """
     sizes, seconds = np.array(list(times)), np.array(list(times.values()))
     terms = np.stack([np.full(len(sizes), 2.0 * (processes - 1)), 2 * (processes - 1) / processes * sizes], axis=1)
@@ -104,32 +105,32 @@ def _measure(experiment: Experiment, folder: Path, rank: int) -> Mapping[str, An
     updates = [_seconds(update) for _ in range(_UPDATES)]
     distributed.barrier()
     inputs, _ = next(iter(trainer.batches.epoch(0)))
-    timed = layers.timed(workload.module, inputs)
+    layers = [asdict(layer) for layer in model_summary.timed(workload.module, inputs)]
     distributed.barrier()
-    return {"updates": updates, "layers": [asdict(each) for each in timed], "all_reduces": _all_reduces(update)}
+    return {"updates": updates, "layers": layers, "all_reduces": _all_reduces(update)}
 
 
 def _all_reduces(update: Callable[[], object]) -> dict[int, float]:
-    """Bytes -> seconds by which one delays a process that takes an update before and after it.
+    """Returns bytes -> seconds that an all-reduce adds between two updates.
 
-    That is more than an all-reduce takes of processes that do nothing else: cores have to turn to it and back.
+    This is more than an all-reduce alone takes, because the cores switch from computing to communicating and back.
     """
-    ranks = Ranks()
+    ranks = ModelGroup()
 
-    def several(each: Callable[[], object]) -> float:
+    def mean_seconds(call: Callable[[], object]) -> float:
         distributed.barrier()
-        return _seconds(lambda: [each() for _ in range(_ROUNDS)]) / _ROUNDS
+        return _seconds(lambda: [call() for _ in range(_ROUNDS)]) / _ROUNDS
 
-    alone, found = several(update), {}
+    baseline, delays = mean_seconds(update), {}
     for size in SIZES:
         values = torch.zeros(size // 4)
 
         def delayed(values: Tensor = values) -> None:
             update()
-            all_reduced(values, ranks)
+            all_reduce(values, ranks)
 
-        found[size] = max(several(delayed) - alone, 1e-7)
-    return found
+        delays[size] = max(mean_seconds(delayed) - baseline, 1e-7)
+    return delays
 
 
 def _seconds(call: Callable[[], object]) -> float:

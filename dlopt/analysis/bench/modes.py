@@ -1,7 +1,4 @@
-"""Benchmarks of parallel modes: a row per mode and number of processes, their picture, and a check of the simulation.
-
-The check sets calculated times per update against measured ones, with a few processes on this machine.
-"""
+"""Benchmarks parallel modes on this machine: metrics, table and plot; validates the simulation against measurements."""
 
 import json
 import math
@@ -25,68 +22,68 @@ from dlopt.tracking.layout import Fitted, plain_table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_QUIET = {"KINETO_LOG_LEVEL": "99"}  # the profiler's library tells on stderr that there is no GPU
+_QUIET = {"KINETO_LOG_LEVEL": "99"}  # Kineto warns on stderr that there is no GPU
 
 
 @dataclass(frozen=True)
-class Row:
-    """One mode with one number of processes; times in seconds per update. Means and extremes are over ranks."""
+class ModeResult:
+    """Metrics of one mode with one number of processes; times in seconds per update, aggregated over ranks."""
 
     label: str
     mode: str
     processes: int
-    problem: str | None = None  # why there are no figures
+    problem: str | None = None  # why the benchmark failed; the metrics are then NaN
     threads: int = 1  # of each process
     step: float = math.nan  # the slowest rank's median
     samples_per_second: float = math.nan
     speedup: float = math.nan  # against one process
     efficiency: float = math.nan  # speed-up per process
-    peak_mb: tuple[float, ...] = ()  # of each rank, beyond the bare process
+    peak_mb: tuple[float, ...] = ()  # of each rank, above the memory of the process before the build
     sent_mb: float = math.nan  # by the rank that sends the most
     collectives: float = math.nan
-    communicating: float = math.nan  # share of the time with a collective under way
-    waiting: float = math.nan  # share with nothing else going on
-    own: tuple[float, ...] = ()  # seconds in which each rank works by itself
+    communicating: float = math.nan  # fraction of the time with a collective in flight
+    waiting: float = math.nan  # fraction with a collective in flight and no computation
+    own: tuple[float, ...] = ()  # seconds of each rank without waiting
 
     @property
     def spread(self) -> float:
-        """How much longer the slowest rank works than the fastest, as a share of the slowest's time."""
+        """Difference between the slowest and the fastest rank without waiting, as a fraction of the slowest."""
         return (max(self.own) - min(self.own)) / max(self.own) if self.own else math.nan
 
 
 def measure(
-    config: Mapping[str, Any], folder: Path, *, label: str, mode: str, processes: int, plan: Mapping[str, Any]
-) -> Row:
-    """The row of one measurement, with the reason instead of figures where it failed."""
-    ranks, problem = _run(config, folder, processes, plan)
-    return Row(label, mode, processes, problem) if problem is not None else _row(label, mode, ranks)
+    config: Mapping[str, Any], folder: Path, *, label: str, mode: str, processes: int, settings: Mapping[str, Any]
+) -> ModeResult:
+    """Benchmarks one mode; on failure the result has a `problem` instead of metrics."""
+    ranks, problem = _run(config, folder, processes, settings)
+    return ModeResult(label, mode, processes, problem) if problem is not None else summarize(label, mode, ranks)
 
 
-def steps_of(
-    config: Mapping[str, Any], folder: Path, mode: str, processes: int, plan: Mapping[str, Any]
+def step_times(
+    config: Mapping[str, Any], folder: Path, mode: str, processes: int, settings: Mapping[str, Any]
 ) -> list[float]:
-    """Seconds of each update, by the slowest rank. Raises `RunError`."""
-    ranks, problem = _run(config, folder, processes, plan)
+    """Returns the seconds of each update on its slowest rank. Raises `RunError` if a rank failed."""
+    ranks, problem = _run(config, folder, processes, settings)
     if problem is not None:
         raise RunError(f"parallel={mode} on {processes} processes: {problem}")
-    return [max(steps) for steps in zip(*(each["steps"] for each in ranks), strict=True)]
+    return [max(steps) for steps in zip(*(metrics["steps"] for metrics in ranks), strict=True)]
 
 
 def _run(
-    config: Mapping[str, Any], folder: Path, processes: int, plan: Mapping[str, Any]
+    config: Mapping[str, Any], folder: Path, processes: int, settings: Mapping[str, Any]
 ) -> tuple[list[Any], str | None]:
-    """What each rank of `dlopt.analysis.bench.rank` measured, and why one did not."""
+    """Starts `dlopt.analysis.bench.rank` processes; returns the metrics of each rank, and the error of a failed one."""
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(dict(config)))
-    (folder / "plan.json").write_text(json.dumps(dict(plan)))
+    (folder / "plan.json").write_text(json.dumps(dict(settings)))
     command = python_module("dlopt.analysis.bench.rank", str(folder))
-    # A limit is one of addresses: without this every thread has 64 MiB of its own that it does not use.
-    environment = _QUIET | ({} if plan["memory_limit_mb"] is None else {"MALLOC_ARENA_MAX": "1"})
+    # The limit counts address space: by default, each thread's malloc arena reserves 64 MiB that it does not use.
+    environment = _QUIET | ({} if settings["memory_limit_mb"] is None else {"MALLOC_ARENA_MAX": "1"})
     if processes == 1:
         codes = [subprocess.run(command, env={**os.environ, **environment}).returncode]
     else:
-        codes, _, asked = run_processes(command, processes, environment)
-        if asked:
+        codes, _, stopped = run_processes(command, processes, environment)
+        if stopped:
             raise KeyboardInterrupt
     files = [folder / f"rank-{rank}.json" for rank in range(processes)]
     ranks = [json.loads(path.read_text()) if path.exists() else None for path in files]
@@ -94,41 +91,41 @@ def _run(
 
 
 def _problem(ranks: Sequence[Mapping[str, Any] | None], codes: Sequence[int]) -> str | None:
-    told = [str(each[key]) for key in ("refused", "failed") for each in ranks if each is not None and key in each]
-    told.sort(key=lambda text: text == "another process ended")  # which it is for the others to explain
-    if told:
-        return told[0]
-    gone = next((rank for rank, each in enumerate(ranks) if each is None), None)
-    return None if gone is None else f"rank {gone} ended with {codes[gone]}"
+    messages = [str(rank[key]) for key in ("refused", "failed") for rank in ranks if rank is not None and key in rank]
+    messages.sort(key=lambda text: text == "another process failed")  # the cause, from another rank, first
+    if messages:
+        return messages[0]
+    missing = next((number for number, rank in enumerate(ranks) if rank is None), None)
+    return None if missing is None else f"rank {missing} failed with exit code {codes[missing]}"
 
 
-def _row(label: str, mode: str, ranks: Sequence[Any]) -> Row:
-    medians = [sorted(each["steps"])[len(each["steps"]) // 2] for each in ranks]
+def summarize(label: str, mode: str, ranks: Sequence[Any]) -> ModeResult:
+    medians = [sorted(rank["steps"])[len(rank["steps"]) // 2] for rank in ranks]
     step = max(medians)
     count = len(ranks)
-    return Row(
+    return ModeResult(
         label=label,
         mode=mode,
         processes=count,
         threads=ranks[0]["threads"],
         step=step,
         samples_per_second=ranks[0]["samples"] / step,
-        peak_mb=tuple(each["peak_mb"] for each in ranks),
-        sent_mb=max(each["sent_mb"] for each in ranks),
-        collectives=max(each["collectives"] for each in ranks),
-        communicating=sum(each["communicating"] for each in ranks) / count,
-        waiting=sum(each["waiting"] for each in ranks) / count,
-        own=tuple(median * (1 - each["waiting"]) for median, each in zip(medians, ranks, strict=True)),
+        peak_mb=tuple(rank["peak_mb"] for rank in ranks),
+        sent_mb=max(rank["sent_mb"] for rank in ranks),
+        collectives=max(rank["collectives"] for rank in ranks),
+        communicating=sum(rank["communicating"] for rank in ranks) / count,
+        waiting=sum(rank["waiting"] for rank in ranks) / count,
+        own=tuple(median * (1 - rank["waiting"]) for median, rank in zip(medians, ranks, strict=True)),
     )
 
 
-def against(row: Row, single: Row) -> Row:
-    """`row` with its speed-up and efficiency against one process."""
+def with_speedup(row: ModeResult, single: ModeResult) -> ModeResult:
+    """Adds the speed-up and efficiency over one process to `row`."""
     speedup = row.samples_per_second / single.samples_per_second
     return replace(row, speedup=speedup, efficiency=speedup / row.processes)
 
 
-_COLUMNS: Mapping[str, Callable[[Row], str]] = {
+_COLUMNS: Mapping[str, Callable[[ModeResult], str]] = {
     "threads": lambda row: str(row.threads),
     "ms/step": lambda row: f"{row.step * 1e3:.1f}",
     "samples/s": lambda row: f"{row.samples_per_second:.0f}",
@@ -141,13 +138,13 @@ _COLUMNS: Mapping[str, Callable[[Row], str]] = {
     "collectives": lambda row: f"{row.collectives:g}",
     "communicating": lambda row: f"{row.communicating:.0%}",
     "waiting": lambda row: f"{row.waiting:.0%}",
-    "own ms, fastest-slowest": lambda row: f"{min(row.own) * 1e3:.1f}-{max(row.own) * 1e3:.1f}",
+    "busy ms, fastest-slowest": lambda row: f"{min(row.own) * 1e3:.1f}-{max(row.own) * 1e3:.1f}",
     "spread": lambda row: f"{row.spread:.0%}",
 }
 
 
-def table(rows: Sequence[Row]) -> Fitted:
-    """A line for each row."""
+def table(rows: Sequence[ModeResult]) -> Fitted:
+    """Formats the results as a console table."""
     shown = plain_table()
     shown.add_column("mode")
     for name in ("processes", *_COLUMNS):
@@ -158,27 +155,27 @@ def table(rows: Sequence[Row]) -> Fitted:
     return Fitted(shown)
 
 
-def problems(rows: Sequence[Row]) -> list[str]:
-    """Why rows have no figures."""
+def failures(rows: Sequence[ModeResult]) -> list[str]:
+    """Returns one line per failed benchmark."""
     return [f"{row.label} on {row.processes}: {row.problem}" for row in rows if row.problem is not None]
 
 
-def draw(rows: Sequence[Row], *, title: str) -> "Figure":
-    """A bar per row in each of six panels."""
+def draw(rows: Sequence[ModeResult], *, title: str) -> "Figure":
+    """Plots six metrics as bar charts, one bar per result."""
     figure = drawing.figure(13, 2.2 + 0.62 * len(rows), title)
     panels = figure.subplots(2, 3, sharey=True).ravel()
     names = [f"{row.label} × {row.processes}" for row in rows]
     modes = list(dict.fromkeys(row.mode for row in rows))
     colours = [drawing.COLOURS[modes.index(row.mode) % len(drawing.COLOURS)] for row in rows]
-    shown: list[tuple[str, str, list[float]]] = [
-        ("ms per update (marks: a rank's own work)", ".1f", [row.step * 1e3 for row in rows]),
+    panels_of: list[tuple[str, str, list[float]]] = [
+        ("ms per update (marks: each rank without waiting)", ".1f", [row.step * 1e3 for row in rows]),
         ("samples per second", ".0f", [row.samples_per_second for row in rows]),
         ("speed-up per process, in %", ".0f", [100 * row.efficiency for row in rows]),
-        ("peak memory of a rank in MiB", ".0f", [max(row.peak_mb, default=math.nan) for row in rows]),
+        ("peak memory per rank in MiB", ".0f", [max(row.peak_mb, default=math.nan) for row in rows]),
         ("MiB sent per rank and update", ".3g", [row.sent_mb for row in rows]),
         ("time in communication, in % (dark: waiting)", ".0f", [100 * row.communicating for row in rows]),
     ]
-    for axes, (label, form, values) in zip(panels, shown, strict=True):
+    for axes, (label, form, values) in zip(panels, panels_of, strict=True):
         lengths = [0.0 if math.isnan(value) else value for value in values]
         axes.barh(names, lengths, color=colours, height=0.7)
         for i, value in enumerate(values):
@@ -186,12 +183,12 @@ def draw(rows: Sequence[Row], *, title: str) -> "Figure":
             axes.text(lengths[i], i, f" {text}", va="center", fontsize=8)
         axes.set_xlim(0, max(lengths) * 1.22 or 1)
         axes.set_xlabel(label)
-    drawing.plain(*panels, axis="x")
+    drawing.clean_axes(*panels, axis="x")
     steps, _, speedups, _, _, communication = panels
     for i, row in enumerate(rows):
         if row.processes > 1:
-            own = [each * 1e3 for each in row.own]
-            steps.plot(own, [i] * len(own), "|", color="black", markersize=13, markeredgewidth=1.5)
+            busy = [seconds * 1e3 for seconds in row.own]
+            steps.plot(busy, [i] * len(busy), "|", color="black", markersize=13, markeredgewidth=1.5)
     speedups.axvline(100, color="0.4", linewidth=1, linestyle=":")
     speedups.set_xlim(right=max(speedups.get_xlim()[1], 118))
     waiting = [0 if math.isnan(row.waiting) else 100 * row.waiting for row in rows]
@@ -202,25 +199,25 @@ def draw(rows: Sequence[Row], *, title: str) -> "Figure":
 
 
 def _short(problem: str | None) -> str:
-    return "out of memory" if problem is not None and problem.startswith("out of memory") else "no figures"
+    return "out of memory" if problem is not None and problem.startswith("out of memory") else "failed"
 
 
-def refuse_if_all_failed(rows: Sequence[Row]) -> None:
-    """Raises `UserError` with the first row's reason when no row has figures."""
+def refuse_if_all_failed(rows: Sequence[ModeResult]) -> None:
+    """Raises `UserError` with the first error if every benchmark failed."""
     if all(row.problem is not None for row in rows):
         raise UserError(str(rows[0].problem))
 
 
-# -- the simulation against measured updates
+# -- validation of the simulation
 
 BATCH = 64
 _COMMON = ["model=resnet20", "device=cpu", "threads=1", "data.workers=0"]
-_PLAN = {"updates": 60, "warmup": 3, "profiled": 2, "memory_limit_mb": None}
+_SETTINGS = {"updates": 60, "warmup": 3, "profiled": 2, "memory_limit_mb": None}
 
 
 @dataclass(frozen=True)
-class Point:
-    """Seconds per update, calculated and measured."""
+class StepTime:
+    """Seconds per update: simulated and measured."""
 
     mode: str
     processes: int
@@ -228,46 +225,45 @@ class Point:
     measured: float
 
 
-def validate(processes: Sequence[int]) -> list[Point]:
-    """Data parallelism and model parallelism by filters of a ResNet-20 on the digits.
+def validate(processes: Sequence[int]) -> list[StepTime]:
+    """Compares simulated and measured updates of a ResNet-20 on digits, with data and with tensor parallelism.
 
-    Calculated from what the updates and layers of single processes take while as many of them compute side by side,
-    and from the times of their all-reduces. A share of the filters is taken to cost what that share of the samples
-    does.
+    The simulation gets the times of updates, layers and all-reduces of single processes under the same load. It assumes
+    that 1/p of the filters cost as much as 1/p of the samples.
     """
     from dlopt.analysis.bench import contention, simulation
 
     composer = Composer()
-    points = []
+    results = []
     with tempfile.TemporaryDirectory(prefix="dlopt-bench-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        for count in (each for each in processes if each > 1):
+        for count in (number for number in processes if number > 1):
             batch = BATCH // count
-            found = contention.measured(_config(composer, "single", batch), folder / f"contention-{count}", count)
-            link = {"latency": found.link.latency * 1e6, "bandwidth": found.link.bandwidth / 1e9}
+            load = contention.measure(_config(composer, "single", batch), folder / f"contention-{count}", count)
+            link = {"latency": load.link.latency * 1e6, "bandwidth": load.link.bandwidth / 1e9}
             cluster = simulation.Cluster(
                 per_server=count,
                 tflops=1.0,  # not used: all layers are timed
                 memory_bandwidth=1e6,  # the optimizer's time is part of the layers'
                 memory=1e6,
                 **{f"{name}_{place}": value for name, value in link.items() for place in ("within", "between")},
-                variation=found.variation,
+                variation=load.variation,
                 value_bytes=4,
                 micro_batches=1,
                 bucket_mb=25.0,
             )
-            whole = [
-                replace(each, forward=each.forward * count, backward=each.backward * count) for each in found.layers
+            unsharded = [
+                replace(layer, forward=layer.forward * count, backward=layer.backward * count) for layer in load.layers
             ]
             calculated = {
-                "ddp": simulation.ddp(found.layers, batch, count, cluster),
-                "filter": simulation.filter_parallel(whole, batch, count, cluster, count),
+                "ddp": simulation.ddp(load.layers, batch, count, cluster),
+                "filter": simulation.filter_parallel(unsharded, batch, count, cluster, count),
             }
-            for mode, each in calculated.items():
+            for mode, estimate in calculated.items():
                 config = _config(composer, mode, BATCH)
-                steps = steps_of(config, folder / f"{mode}-{count}", mode, count, _PLAN)
-                points.append(Point(mode, count, each.step, statistics.median(steps)))
-    return points
+                steps = step_times(config, folder / f"{mode}-{count}", mode, count, _SETTINGS)
+                results.append(StepTime(mode, count, estimate.step, statistics.median(steps)))
+    return results
 
 
 def _config(composer: Composer, mode: str, batch: int) -> dict[str, Any]:

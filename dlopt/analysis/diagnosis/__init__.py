@@ -1,1 +1,1 @@
-"""What a model and its gradients look like, layer by layer, and what is wrong with them."""
+"""Diagnosis of activations and gradients, layer by layer."""

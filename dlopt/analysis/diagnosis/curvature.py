@@ -1,7 +1,4 @@
-"""The Hessian of a loss without forming it, and how much its gradient differs from mini-batch to mini-batch.
-
-Of the Hessian: products with vectors, its extreme eigenvalues, curvature along a step.
-"""
+"""Matrix-free Hessian (products, extreme eigenvalues, curvature along a step) and gradient noise of mini-batches."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -17,7 +14,7 @@ Product = Callable[[Tensor], Tensor]
 
 
 class Spectrum(NamedTuple):
-    """Eigenvalues with what is known of their error: `residuals[i]` = ||H v - w v|| bounds it (H is symmetric)."""
+    """Eigenvalues and their error bounds: `residuals[i]` = ||H v - w v|| bounds the error of w (H is symmetric)."""
 
     eigenvalues: Tensor  # [k], descending, float64
     residuals: Tensor  # [k]
@@ -29,9 +26,9 @@ def flat(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def hessian_product(loss: Tensor, parameters: Sequence[Tensor]) -> Product:
-    """Products with the Hessian of `loss` by differentiating <gradient, v> once more (Pearlmutter 1994).
+    """Returns the Hessian-vector product of `loss`: differentiates <gradient, v> (Pearlmutter 1994).
 
-    The graph of the gradient is built once and kept while the function lives. `.grad` is not touched.
+    Builds the graph of the gradient once and keeps it as long as the returned function lives. Does not change `.grad`.
     """
     parameters = list(parameters)
     gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
@@ -39,21 +36,22 @@ def hessian_product(loss: Tensor, parameters: Sequence[Tensor]) -> Product:
     sizes = [p.numel() for p in parameters]
 
     def product(vector: Tensor) -> Tensor:
-        parts = dict(zip(map(id, parameters), vector.split(sizes), strict=True))
+        slices = dict(zip(map(id, parameters), vector.split(sizes), strict=True))
         if not used:
             return torch.zeros_like(vector)
-        directions = [parts[id(p)].view_as(p) for _, p in used]
-        found = torch.autograd.grad([g for g, _ in used], parameters, directions, retain_graph=True, allow_unused=True)
-        return flat([torch.zeros_like(p) if f is None else f for f, p in zip(found, parameters, strict=True)]).detach()
+        directions = [slices[id(p)].view_as(p) for _, p in used]
+        first = [g for g, _ in used]
+        second = torch.autograd.grad(first, parameters, directions, retain_graph=True, allow_unused=True)
+        return flat([torch.zeros_like(p) if s is None else s for s, p in zip(second, parameters, strict=True)]).detach()
 
     return product
 
 
 def lanczos(product: Product, start: Tensor, iterations: int, count: int) -> Spectrum:
-    """The `count` algebraically largest eigenvalues of a symmetric operator on vectors like `start` [n].
+    """Computes the `count` algebraically largest eigenvalues of a symmetric operator on vectors like `start` [n].
 
     Lanczos with full reorthogonalization (Golub & Van Loan 2013, section 10.3): at most `iterations` products, fewer
-    where the Krylov space ends. Memory: `iterations` vectors.
+    if the Krylov space is exhausted. Memory: `iterations` vectors.
     """
     basis = [start / start.norm()]
     diagonal: list[float] = []
@@ -61,10 +59,10 @@ def lanczos(product: Product, start: Tensor, iterations: int, count: int) -> Spe
     for _ in range(min(iterations, start.numel())):
         vector = product(basis[-1])
         diagonal.append(float(vector.double() @ basis[-1].double()))
-        known = torch.stack(basis)
+        stacked = torch.stack(basis)
         scale = float(vector.norm())
         for _ in range(2):  # twice is enough (Parlett)
-            vector = vector - (known @ vector) @ known
+            vector = vector - (stacked @ vector) @ stacked
         off.append(float(vector.norm()))
         if not math.isfinite(off[-1]) or off[-1] <= 1e-6 * max(scale, 1e-30):
             off[-1] = 0.0 if math.isfinite(off[-1]) else math.nan
@@ -72,8 +70,8 @@ def lanczos(product: Product, start: Tensor, iterations: int, count: int) -> Spe
         basis.append(vector / off[-1])
     size = len(diagonal)
     if not all(map(math.isfinite, diagonal + off)):
-        nothing = torch.full((1,), math.nan, dtype=torch.float64)
-        return Spectrum(nothing, nothing, start[None])
+        nan = torch.full((1,), math.nan, dtype=torch.float64)
+        return Spectrum(nan, nan, start[None])
     matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
     for i, value in enumerate(off[: size - 1]):
         matrix[i, i + 1] = matrix[i + 1, i] = value
@@ -92,10 +90,9 @@ def largest_eigenvalues(
     iterations: int,
     generator: torch.Generator | None = None,
 ) -> Spectrum:
-    """The largest eigenvalues of the Hessian of `loss()` with respect to `parameters` (see `lanczos`).
+    """Computes the largest eigenvalues of the Hessian of `loss()` with respect to `parameters` (see `lanczos`).
 
-    The start is a random vector of `generator` (None: seed 0). Nothing is drawn from torch's own generators, but by
-    what `loss` draws itself.
+    Starts from a random vector of `generator` (None: seed 0), and does not use torch's global generators.
     """
     parameters = list(parameters)
     device, dtype = parameters[0].device, parameters[0].dtype
@@ -107,38 +104,38 @@ def largest_eigenvalues(
 
 
 def curvature_along(product: Product, direction: Tensor) -> float:
-    """d'Hd / d'd: the second derivative of the loss along `direction` [n], per unit length squared."""
+    """Computes d'Hd / d'd: the second derivative of the loss along `direction` [n], per unit length squared."""
     square = float(direction.double() @ direction.double())
     return float(direction.double() @ product(direction).double()) / square if square > 0 else math.nan
 
 
 @torch.no_grad()
 def losses_along(
-    loss: Callable[[], Tensor], parameters: Sequence[Tensor], steps: Sequence[Tensor], shares: Sequence[float]
+    loss: Callable[[], Tensor], parameters: Sequence[Tensor], steps: Sequence[Tensor], fractions: Sequence[float]
 ) -> list[float]:
-    """The loss at `parameters` + share * `steps`, for each share. Afterwards the parameters are what they were."""
-    kept = [p.detach().clone() for p in parameters]
-    found = []
+    """Evaluates the loss at `parameters` + fraction * `steps` for each fraction; restores the parameters."""
+    originals = [p.detach().clone() for p in parameters]
+    losses = []
     try:
-        for share in shares:
-            for p, start, step in zip(parameters, kept, steps, strict=True):
-                p.copy_(start + share * step)
-            found.append(float(loss()))
+        for fraction in fractions:
+            for p, start, step in zip(parameters, originals, steps, strict=True):
+                p.copy_(start + fraction * step)
+            losses.append(float(loss()))
     finally:
-        for p, start in zip(parameters, kept, strict=True):
+        for p, start in zip(parameters, originals, strict=True):
             p.copy_(start)
-    return found
+    return losses
 
 
 # -- noise of the gradient
 
 
 class GradientSpread:
-    """Gradients of several mini-batches of equal size at the same weights: their mean, spread and noise scale.
+    """Accumulates gradients of equal mini-batches at the same weights: norms, mean and gradient noise scale.
 
-    The simple noise scale tr(Sigma) / |G|^2 is the batch size at which noise and gradient are equally large: larger
-    batches soon stop to help, smaller ones cost little (McCandlish, Kaplan et al. 2018, equation 2.9). Estimated
-    without bias from batches of b samples and their mean over m batches (appendix A.1).
+    The simple noise scale tr(Sigma) / |G|^2 is the batch size at which noise and gradient are equally large: above it,
+    larger batches help little (McCandlish, Kaplan et al. 2018, equation 2.9). The estimates of |G|^2 and tr(Sigma) are
+    unbiased, from batches of b samples and their mean over m batches (appendix A.1).
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -148,21 +145,21 @@ class GradientSpread:
         self._norms: list[Tensor] = []
 
     def add(self, gradients: Sequence[Sequence[Tensor]]) -> None:
-        """`gradients`: one list of tensors per name."""
+        """Adds one mini-batch. `gradients`: one list of tensors per name."""
         self._norms.append(norms(gradients))
         if not self._sums:
-            self._sums = [[torch.zeros_like(g) for g in each] for each in gradients]
-        for kept, each in zip(self._sums, gradients, strict=True):
-            torch._foreach_add_(kept, [g.detach() for g in each])
+            self._sums = [[torch.zeros_like(g) for g in group] for group in gradients]
+        for sums, group in zip(self._sums, gradients, strict=True):
+            torch._foreach_add_(sums, [g.detach() for g in group])
         self.batches += 1
 
     def norms(self) -> Tensor:
-        """[batches, names]: the 2-norms of each batch."""
+        """Returns the 2-norms [batches, names]."""
         return torch.stack(self._norms).cpu()
 
     def noise_scale(self, batch_size: int) -> tuple[float, list[float]]:
-        """Of all gradients together, and by name; in samples. NaN where one batch tells nothing, infinite where the
-        estimated gradient is zero."""
+        """Returns the noise scale of all gradients, and by name, in samples; NaN for fewer than two batches, infinite
+        if the estimated gradient is zero."""
         if self.batches < 2:
             return math.nan, [math.nan] * len(self.names)
         small = torch.stack(self._norms).double().square().mean(0)
@@ -175,8 +172,8 @@ class GradientSpread:
 
 
 def noise_scale(small: float, large: float, batch_size: int, batches: int) -> float:
-    """tr(Sigma) / |G|^2 from the mean squared norm `small` of gradients of `batch_size` samples, and the squared norm
-    `large` of the mean of so many of them (McCandlish et al. 2018, equations A.2 and A.3)."""
+    """Estimates tr(Sigma) / |G|^2 from the mean squared norm `small` of gradients of `batch_size` samples, and the
+    squared norm `large` of the mean of `batches` such gradients (McCandlish et al. 2018, equations A.2 and A.3)."""
     total = batch_size * batches
     square = (total * large - batch_size * small) / (total - batch_size)
     trace = (small - large) / (1 / batch_size - 1 / total)

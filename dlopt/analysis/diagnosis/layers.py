@@ -1,7 +1,7 @@
-"""What goes forward and backward through the layers of a model, recorded by hooks while it computes.
+"""Hooks that record statistics of activations and back-propagated gradients, layer by layer.
 
-A layer is one that has a weight of two dimensions or more, together with the activation that follows it before the
-next such layer runs: linear, norm, tanh is one layer; so is convolution, norm, sum with the shortcut, ReLU.
+A layer is a module with a weight of two or more dimensions together with the activation that follows it before the next
+such module: linear, norm, tanh is one layer; so is convolution, norm, sum with the shortcut, ReLU.
 """
 
 import math
@@ -17,12 +17,11 @@ from torch import Tensor, nn
 
 @dataclass
 class Moments:
-    """Statistics of many tensors taken together, and a few of their values for a histogram.
+    """Running moments of all values of many tensors, and a sample of the values for a histogram.
 
-    Count, mean and sum of squared deviations of all values added (merged as in Chan, Golub & LeVeque 1983).
-
-    Nothing waits for the device before a figure is read. `keep`: so many values of each tensor, drawn evenly at random
-    from a generator of their own, stay for `values`; 20,000 look in a histogram like all of them.
+    Merges count, mean and sum of squared deviations as in Chan, Golub & LeVeque 1983. Synchronizes with the device only
+    when a statistic is read. `keep`: number of values sampled per tensor, with a separate generator; 20,000 give
+    practically the histogram of all values.
     """
 
     keep: int = 0
@@ -48,7 +47,7 @@ class Moments:
             self._deviations, self._mean = variance * count, mean
         self.count = total
         if self.keep:
-            self._kept.append(_some(values, self.keep).cpu())
+            self._kept.append(_subsample(values, self.keep).cpu())
 
     @property
     def mean(self) -> float:
@@ -56,7 +55,7 @@ class Moments:
 
     @property
     def variance(self) -> float:
-        """Divided by the count, not by one less."""
+        """Biased: divided by the count."""
         return float(self._deviations) / self.count if self.count else math.nan
 
     @property
@@ -71,27 +70,27 @@ class Moments:
 
     @property
     def norm(self) -> float:
-        """The 2-norm of all values added, as one vector."""
+        """2-norm of all values as one vector."""
         return self.rms * math.sqrt(self.count)
 
     @property
     def values(self) -> Tensor:
-        """[n] of the values, on the CPU."""
+        """Sampled values [n], on the CPU."""
         return torch.cat(self._kept) if self._kept else torch.empty(0)
 
 
-def _some(values: Tensor, number: int) -> Tensor:
+def _subsample(values: Tensor, count: int) -> Tensor:
     flat = values.flatten()
-    if flat.numel() <= number:
+    if flat.numel() <= count:
         return flat.clone()
     generator = torch.Generator(flat.device).manual_seed(0)
-    return flat[torch.randint(flat.numel(), (number,), generator=generator, device=flat.device)]
+    return flat[torch.randint(flat.numel(), (count,), generator=generator, device=flat.device)]
 
 
 SATURATED_SLOPE = 0.05
-"""A tanh or sigmoid unit counts as saturated where its slope is below this share of the largest slope."""
+"""A tanh or sigmoid unit counts as saturated if its slope is below this fraction of the largest slope."""
 
-# |tanh| beyond which 1 - tanh^2 < 0.05, and |2 sigmoid - 1| beyond which 4 sigmoid (1 - sigmoid) < 0.05: the same.
+# 1 - tanh^2 < 0.05 above this |tanh|, and 4 sigmoid (1 - sigmoid) < 0.05 above the same |2 sigmoid - 1|.
 _SATURATED = (1 - SATURATED_SLOPE) ** 0.5
 
 _ACTIVATIONS = (
@@ -102,11 +101,11 @@ _ACTIVATIONS = (
 
 @dataclass
 class LayerStatistics:
-    """Statistics of one layer over all calls and batches that were watched.
+    """Statistics of one layer over all recorded calls and batches.
 
-    `inputs`: of the activation, or the layer's plain output where no activation follows. `outputs`: of the activation.
-    `gradients`: of the mean loss of a batch with respect to `inputs`: the back-propagated gradients of Glorot & Bengio
-    2010. Calls with equal names of several batches are taken together.
+    `inputs`: of the activation, or the layer's output if no activation follows. `outputs`: of the activation.
+    `gradients`: of the mean loss of a batch with respect to `inputs`, the back-propagated gradients of Glorot & Bengio
+    2010.
     """
 
     name: str
@@ -125,19 +124,19 @@ class LayerStatistics:
         self.gradients = Moments(self.keep)
 
     def start_activation(self, module: nn.Module) -> None:
-        """From the first activation on its values count, and not those of the plain layer."""
+        """Switches to the activation's values; discards those recorded for the layer without activation."""
         if self.activation is None:
             self.inputs, self.outputs, self.gradients = (Moments(self.keep) for _ in range(3))
         self.activation = type(module).__name__
 
     @property
     def saturated(self) -> float | None:
-        """Fraction of the values of tanh or sigmoid whose slope is below `SATURATED_SLOPE` of the largest."""
+        """Fraction of tanh or sigmoid values with a slope below `SATURATED_SLOPE` of the largest; else None."""
         return None if self._saturated is None else float(self._saturated) / self.outputs.count
 
     @property
     def dead(self) -> float | None:
-        """Fraction of the ReLU units (features, channels) that were zero for every sample, position and call."""
+        """Fraction of ReLU units (features, channels) that are zero for all samples, positions and calls; else None."""
         return None if self._peak is None else float((self._peak <= 0).float().mean())
 
     @torch.no_grad()
@@ -146,8 +145,8 @@ class LayerStatistics:
         self.outputs.add(output)
         if isinstance(module, nn.Tanh | nn.Sigmoid):
             centred = output if isinstance(module, nn.Tanh) else 2 * output - 1
-            number = (centred.abs() > _SATURATED).sum()
-            self._saturated = number if self._saturated is None else self._saturated + number
+            count = (centred.abs() > _SATURATED).sum()
+            self._saturated = count if self._saturated is None else self._saturated + count
         if isinstance(module, nn.ReLU | nn.ReLU6) and output.ndim > 1:
             unit = 1 if output.ndim != 3 else 2  # [B, F], [B, C, H, W], or tokens [B, T, F]
             peak = output.amax([axis for axis in range(output.ndim) if axis != unit])
@@ -155,10 +154,9 @@ class LayerStatistics:
 
 
 class LayerProbe:
-    """Watches a model: within `watching()` every forward and backward in training mode adds to `layers`.
+    """Records statistics of every forward and backward in training mode within `recording()`.
 
-    Without `gradients` only what goes forward is seen. `keep`: so many values of each tensor stay for histograms. The
-    model computes what it would compute without; a model in evaluation mode is not watched.
+    `keep`: values sampled per tensor for histograms. The hooks do not change what the model computes.
     """
 
     def __init__(self, module: nn.Module, *, activations: bool = True, gradients: bool = True, keep: int = 0) -> None:
@@ -166,11 +164,11 @@ class LayerProbe:
         self.with_activations = activations
         self.with_gradients = gradients
         self._known = {name: LayerStatistics(name, type(layer).__name__, keep) for name, layer in weight_layers(module)}
-        self.layers: list[LayerStatistics] = []  # those that were called, in the order of their first call
+        self.layers: list[LayerStatistics] = []  # called layers, in the order of their first call
         self._latest: LayerStatistics | None = None
 
     @contextmanager
-    def watching(self) -> Iterator["LayerProbe"]:
+    def recording(self) -> Iterator["LayerProbe"]:
         self._latest = None
         with ExitStack() as hooks:
             for name, layer in weight_layers(self.module):
@@ -190,8 +188,8 @@ class LayerProbe:
                 self.layers.append(layer)
             layer.calls += 1
             self._latest = layer
-            if layer.activation is None:  # else the activation's values count
-                self._see(tensor, layer)
+            if layer.activation is None:  # else only the activation's values are recorded
+                self._record(tensor, layer)
 
         return hook
 
@@ -199,13 +197,13 @@ class LayerProbe:
         tensor = _first_tensor(inputs)
         if module.training and tensor is not None and self._latest is not None:
             self._latest.start_activation(module)
-            self._see(tensor, self._latest)
+            self._record(tensor, self._latest)
 
     def _after_activation(self, module: nn.Module, inputs: Any, output: Any) -> None:
         if module.training and isinstance(output, Tensor) and self._latest is not None and self.with_activations:
             self._latest.add_activation(module, output)
 
-    def _see(self, tensor: Tensor, layer: LayerStatistics) -> None:
+    def _record(self, tensor: Tensor, layer: LayerStatistics) -> None:
         if self.with_activations:
             layer.inputs.add(tensor)
         if self.with_gradients and tensor.requires_grad:
@@ -213,7 +211,7 @@ class LayerProbe:
 
 
 def weight_layers(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The layers that hold a weight of two dimensions or more themselves, by name; the model itself is `model`."""
+    """Returns (name, module) of modules with a weight of two or more dimensions; the root is named `model`."""
     return [
         (name or "model", layer)
         for name, layer in module.named_modules()
@@ -222,7 +220,7 @@ def weight_layers(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def layer_parameters(module: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """Trainable weights of two dimensions or more by their layer, and the biases that stand beside them."""
+    """Returns layer name -> trainable parameters (weights and biases) of `weight_layers`."""
     return {
         name: parameters
         for name, layer in weight_layers(module)
@@ -232,12 +230,12 @@ def layer_parameters(module: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 @torch.no_grad()
 def norms(tensors: Sequence[Sequence[Tensor]]) -> Tensor:
-    """[n] of the 2-norms of n lists of tensors, each list as one vector; no host synchronization."""
-    flat = [tensor for each in tensors for tensor in each]
+    """Returns the 2-norms [n] of n lists of tensors, each list as one vector, without host synchronization."""
+    flat = [tensor for group in tensors for tensor in group]
     if not flat:
         return torch.zeros(len(tensors))
     squares = torch.stack([value.float().square() for value in torch._foreach_norm(flat)])
-    owner = torch.repeat_interleave(torch.tensor([len(each) for each in tensors])).to(squares.device)
+    owner = torch.repeat_interleave(torch.tensor([len(group) for group in tensors])).to(squares.device)
     return squares.new_zeros(len(tensors)).index_add_(0, owner, squares).sqrt()
 
 
@@ -249,16 +247,16 @@ def _first_tensor(value: Any) -> Tensor | None:
     return None
 
 
-# -- recurrent layers: how far back in time the gradient reaches (Bengio, Simard & Frasconi 1994; Pascanu et al. 2013)
+# -- recurrent layers: gradient against time lag (Bengio, Simard & Frasconi 1994; Pascanu et al. 2013)
 
 
 @dataclass(frozen=True)
 class TimeLag:
-    """One recurrent layer. Index i stands for the state i steps before the last one.
+    """Gradient norms of one recurrent layer; index i is the state i steps before the last one.
 
     `states[i]`: norm of the gradient of the loss with respect to the state, over the whole batch.
-    `contributions[i]`: norm of what the step that reads this state adds to the gradient of the recurrent weight, which
-    is the sum over steps. A clip by norm multiplies all of them by one factor.
+    `contributions[i]`: norm of the term that the step with this input state adds to the gradient of the recurrent
+    weight, which sums over steps. Clipping by norm scales all terms by one factor.
     """
 
     name: str
@@ -267,7 +265,7 @@ class TimeLag:
 
 
 class TimeLagProbe:
-    """Watches linear layers that run several times in one forward pass: the recurrent ones."""
+    """Records gradients of linear layers that run several times per forward pass, i.e. recurrent ones."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -276,8 +274,8 @@ class TimeLagProbe:
         self._deltas: dict[str, list[list[Tensor]]] = defaultdict(list)
 
     @contextmanager
-    def watching(self) -> Iterator["TimeLagProbe"]:
-        """Within, one forward and one backward pass."""
+    def recording(self) -> Iterator["TimeLagProbe"]:
+        """Records one forward and one backward pass."""
         with ExitStack() as hooks:
             for name, layer in self.module.named_modules():
                 if isinstance(layer, nn.Linear):
@@ -289,27 +287,27 @@ class TimeLagProbe:
             state = inputs[0]
             if not module.training or not output.requires_grad:
                 return
-            seen: tuple[list[Tensor], list[Tensor]] = ([], [])
+            gradients: tuple[list[Tensor], list[Tensor]] = ([], [])
             if state.requires_grad:
-                state.register_hook(seen[0].append)
-            output.register_hook(seen[1].append)
-            self._states[name].append(seen[0])
+                state.register_hook(gradients[0].append)
+            output.register_hook(gradients[1].append)
+            self._states[name].append(gradients[0])
             self._inputs[name].append(state.detach())
-            self._deltas[name].append(seen[1])
+            self._deltas[name].append(gradients[1])
 
         return hook
 
     def lags(self) -> list[TimeLag]:
-        """One per recurrent layer; none where every layer ran once."""
+        """Returns one `TimeLag` per recurrent layer."""
         return [self._lag(name) for name, inputs in self._inputs.items() if len(inputs) > 1]
 
     def _lag(self, name: str) -> TimeLag:
-        states = [_norm(each) for each in self._states[name]]
+        states = [_norm(gradients) for gradients in self._states[name]]
         contributions = []
         for delta, state in zip(self._deltas[name], self._inputs[name], strict=True):
             step = delta[0].flatten(0, -2).T @ state.flatten(0, -2) if delta else torch.zeros(())
             contributions.append(float(step.norm()))
-        # The first state is a constant zero, to which no gradient goes.
+        # The first state is a constant zero without a gradient.
         return TimeLag(name, states[:0:-1], contributions[::-1])
 
 

@@ -1,9 +1,10 @@
-"""Measuring a model before its training and after some updates of it: what the pictures and verdicts are made of."""
+"""Measures a model before and after some training updates: data of the plots and verdicts."""
 
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 
 import torch
@@ -27,13 +28,13 @@ from dlopt.training.trainer import Trainer
 
 Batch = tuple[Tensor, Tensor]
 
-SHARES = tuple(i / 4 for i in range(-2, 11))
-"""Parts of an update at which the loss is looked at: from half an update back to two and a half ahead."""
+STEP_FRACTIONS = tuple(i / 4 for i in range(-2, 11))
+"""Fractions of an update at which the loss is evaluated: from half an update back to 2.5 updates ahead."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A model at one set of weights, seen on a few mini-batches without being changed."""
+    """Statistics of a model at fixed weights on a few mini-batches."""
 
     updates: int  # done so far
     loss: float
@@ -47,24 +48,24 @@ class Snapshot:
 
 
 @dataclass
-class Path:
-    """The updates between two snapshots. `ratios[name]`: ||update|| / ||weights|| of a layer, per update."""
+class UpdateTrace:
+    """Metrics of each update between two snapshots. `ratios[name]`: ||update|| / ||weights|| of a layer."""
 
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)  # of the gradient, before clipping
     clipped: list[float] = field(default_factory=list)  # and after
     ratios: dict[str, list[float]] = field(default_factory=dict)
     curvatures: dict[int, float] = field(default_factory=dict)  # update -> d'Hd / d'd along it
-    along: list[float] = field(default_factory=list)  # the loss at `SHARES` of the last update
-    ended: str = ""  # why it ended early
+    along: list[float] = field(default_factory=list)  # the loss at `STEP_FRACTIONS` of the last update
+    ended: str = ""  # the error that stopped the training early
 
 
 @dataclass(frozen=True)
 class Diagnosis:
     label: str
     before: Snapshot
-    path: Path
-    after: Snapshot | None  # None: no update was asked for, or the first one failed
+    trace: UpdateTrace
+    after: Snapshot | None  # None without updates, or if the first update failed
 
     @property
     def snapshots(self) -> list[Snapshot]:
@@ -74,41 +75,41 @@ class Diagnosis:
 def diagnose(
     label: str, workload: Workload, trainer: Trainer, *, batches: int, updates: int, eigenvalues: int, iterations: int
 ) -> Diagnosis:
-    """Looks at the model on `batches` mini-batches, trains it for `updates`, looks again.
+    """Takes a snapshot on `batches` mini-batches, trains for `updates` updates, takes a second snapshot.
 
-    `eigenvalues`: how many of the Hessian's largest, by `iterations` of Lanczos; 0: nothing of the curvature.
+    `eigenvalues`: number of the Hessian's largest eigenvalues, by `iterations` of Lanczos; 0 skips all curvature.
     """
     progress = trainer.progress
-    seen = list(islice(trainer.batches.epoch(progress.epoch, 0, 0), batches))
-    before = snapshot(workload, seen, progress.step, eigenvalues=eigenvalues, iterations=iterations)
-    path = walk(workload, trainer, updates, with_curvature=eigenvalues > 0)
-    if not path.losses:
-        return Diagnosis(label, before, path, None)
-    done = progress.step + len(path.losses)
-    after = snapshot(workload, seen, done, eigenvalues=eigenvalues, iterations=iterations)
-    return Diagnosis(label, before, path, after)
+    mini_batches = list(islice(trainer.batches.epoch(progress.epoch, 0, 0), batches))
+    before = snapshot(workload, mini_batches, progress.step, eigenvalues=eigenvalues, iterations=iterations)
+    trace = trace_updates(workload, trainer, updates, with_curvature=eigenvalues > 0)
+    if not trace.losses:
+        return Diagnosis(label, before, trace, None)
+    done = progress.step + len(trace.losses)
+    after = snapshot(workload, mini_batches, done, eigenvalues=eigenvalues, iterations=iterations)
+    return Diagnosis(label, before, trace, after)
 
 
 def snapshot(
     workload: Workload, batches: Sequence[Batch], updates: int, *, eigenvalues: int, iterations: int
 ) -> Snapshot:
-    """Statistics in training mode; weights, batch-norm statistics and generators are left as they were."""
+    """Computes statistics in training mode; leaves weights, BatchNorm statistics and generators unchanged."""
     module = workload.module
     module.train()
     layers = layer_parameters(module)
     trained = [p for p in module.parameters() if p.requires_grad]
     probe, lag = LayerProbe(module, keep=20_000), TimeLagProbe(module)
     spread, totals, losses = GradientSpread(list(layers)), [], []
-    with untouched(workload):
-        for number, (inputs, targets) in enumerate(batches):
-            with probe.watching(), lag.watching() if number == 0 else contextlib.nullcontext():
+    with preserved_state(workload):
+        for index, (inputs, targets) in enumerate(batches):
+            with probe.recording(), lag.recording() if index == 0 else contextlib.nullcontext():
                 loss = loss_of(workload, inputs, targets)
-                found = torch.autograd.grad(loss, trained, allow_unused=True)
-            gradients = {p: torch.zeros_like(p) if g is None else g for p, g in zip(trained, found, strict=True)}
+                raw = torch.autograd.grad(loss, trained, allow_unused=True)
+            gradients = {p: torch.zeros_like(p) if g is None else g for p, g in zip(trained, raw, strict=True)}
             losses.append(float(loss.detach()))
             totals.append(float(norms([list(gradients.values())])[0]))
-            if len(targets) == len(batches[0][1]):  # the noise scale wants equal batches
-                spread.add([[gradients[p] for p in each] for each in layers.values()])
+            if len(targets) == len(batches[0][1]):  # the noise scale requires equal batches
+                spread.add([[gradients[p] for p in group] for group in layers.values()])
         spectrum = _spectrum(workload, batches[0], trained, eigenvalues, iterations)
     order = [layer.name for layer in probe.layers if layer.name in layers]
     total, by_name = spread.noise_scale(len(batches[0][1]))
@@ -128,15 +129,15 @@ def snapshot(
 
 
 def loss_of(workload: Workload, inputs: Tensor, targets: Tensor) -> Tensor:
-    """The mean loss with its graph, uncompiled, so that hooks fire and second derivatives exist."""
+    """Computes the mean loss of the uncompiled model, so that hooks fire and second derivatives exist."""
     autocast = workload.precision.autocast
     loss: Tensor = autocast(workload.loss)(autocast(workload.module)(inputs), targets)
     return loss
 
 
 @contextlib.contextmanager
-def untouched(workload: Workload) -> Iterator[None]:
-    """Within, batch norm leaves its running statistics alone; afterwards the random generators are what they were."""
+def preserved_state(workload: Workload) -> Iterator[None]:
+    """Context in which BatchNorm does not update its running statistics; restores the random generators on exit."""
     devices = [workload.device] if workload.device.type == "cuda" else []
     with frozen_statistics(workload.module), torch.random.fork_rng(devices), torch.enable_grad():
         yield
@@ -151,45 +152,46 @@ def _spectrum(
     return largest_eigenvalues(lambda: loss_of(workload, *batch), parameters, count=count, iterations=iterations)
 
 
-def walk(workload: Workload, trainer: Trainer, updates: int, *, with_curvature: bool) -> Path:
-    """Makes the first `updates` of a run (or the next ones, after a checkpoint), and notes what they do.
+def trace_updates(workload: Workload, trainer: Trainer, updates: int, *, with_curvature: bool) -> UpdateTrace:
+    """Makes the first `updates` of a run (or the next ones after a checkpoint) and records their metrics.
 
-    The curvature along an update, which needs a Hessian-vector product, is looked at in eight of them.
+    Measures the curvature along the update in eight of them, as it needs a Hessian-vector product.
     """
-    path, training_step, progress = Path(), trainer.step, trainer.progress
+    trace, training_step, progress = UpdateTrace(), trainer.step, trainer.progress
     layers = layer_parameters(workload.module)
     parameters = training_step.parameters
-    looked_at = {round(i * (updates - 1) / 7) for i in range(8)} if with_curvature else set()
+    curvature_updates = {round(i * (updates - 1) / 7) for i in range(8)} if with_curvature else set()
     workload.module.train()
-    for number, (inputs, targets) in enumerate(islice(_endless(trainer), updates)):
+    for number, (inputs, targets) in enumerate(islice(_batches(trainer), updates)):
         before = {p: p.detach().clone() for p in parameters}
         try:
-            training_step.update(inputs, targets, progress.step + number, trainer.sums, log_norm=True)
+            training_step.update(inputs, targets, progress.step + number, trainer.train_metrics, log_norm=True)
             training_step.check_updates()
         except UserError:
             raise
         except RunError as error:
-            path.ended = str(error)
+            trace.ended = str(error)
             break
         step = {p: p.detach() - start for p, start in before.items()}
-        moved = norms([[step[p] for p in each if p in step] for each in layers.values()])
-        sizes = norms([[before[p] for p in each if p in before] for each in layers.values()])
+        moved = norms([[step[p] for p in group if p in step] for group in layers.values()])
+        sizes = norms([[before[p] for p in group if p in before] for group in layers.values()])
         for name, ratio in zip(layers, (moved / sizes).tolist(), strict=True):
-            path.ratios.setdefault(name, []).append(ratio)
-        path.losses.append(trainer.sums.since_last("")["loss"])
-        path.norms.append(math.nan if training_step.norm is None else float(training_step.norm))
-        path.clipped.append(float(gradient_norm(parameters)))
-        if number in looked_at:
-            with untouched(workload), _at(before):
+            trace.ratios.setdefault(name, []).append(ratio)
+        trace.losses.append(trainer.train_metrics.since_last("")["loss"])
+        trace.norms.append(math.nan if training_step.norm is None else float(training_step.norm))
+        trace.clipped.append(float(gradient_norm(parameters)))
+        if number in curvature_updates:
+            with preserved_state(workload), _weights_set_to(before):
+                deltas = list(step.values())
                 product = hessian_product(loss_of(workload, inputs, targets), parameters)
-                path.curvatures[number] = curvature_along(product, flat(list(step.values())))
+                trace.curvatures[number] = curvature_along(product, flat(deltas))
                 if number == updates - 1:
-                    deltas = list(step.values())
-                    path.along = losses_along(lambda: loss_of(workload, inputs, targets), parameters, deltas, SHARES)  # noqa: B023
-    return path
+                    loss = partial(loss_of, workload, inputs, targets)
+                    trace.along = losses_along(loss, parameters, deltas, STEP_FRACTIONS)
+    return trace
 
 
-def _endless(trainer: Trainer) -> Iterator[Batch]:
+def _batches(trainer: Trainer) -> Iterator[Batch]:
     progress = trainer.progress
     epoch, position, step = progress.epoch, progress.position, progress.step
     while True:
@@ -200,9 +202,9 @@ def _endless(trainer: Trainer) -> Iterator[Batch]:
 
 
 @contextlib.contextmanager
-def _at(weights: dict[torch.nn.Parameter, Tensor]) -> Iterator[None]:
-    """Within, the parameters hold these `weights`."""
-    kept = {p: p.detach().clone() for p in weights}
+def _weights_set_to(weights: dict[torch.nn.Parameter, Tensor]) -> Iterator[None]:
+    """Context in which the parameters have these `weights`."""
+    originals = {p: p.detach().clone() for p in weights}
     with torch.no_grad():
         for p, value in weights.items():
             p.copy_(value)
@@ -210,5 +212,5 @@ def _at(weights: dict[torch.nn.Parameter, Tensor]) -> Iterator[None]:
         yield
     finally:
         with torch.no_grad():
-            for p, value in kept.items():
+            for p, value in originals.items():
                 p.copy_(value)

@@ -1,4 +1,4 @@
-"""Pictures of a diagnosis: distributions per layer, metrics against depth, training, curvature, time lag."""
+"""Plots of a diagnosis: distributions per layer, metrics against depth, training, curvature, time lag."""
 
 import math
 import re
@@ -10,34 +10,34 @@ import torch
 
 from dlopt.analysis import drawing
 from dlopt.analysis.diagnosis.layers import LayerStatistics, Moments
-from dlopt.analysis.diagnosis.measuring import SHARES, Diagnosis, Snapshot
+from dlopt.analysis.diagnosis.measuring import STEP_FRACTIONS, Diagnosis, Snapshot
 from dlopt.analysis.drawing import COLOURS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_MOST_PANELS = 6  # layers of which the distribution is drawn, evenly over the depth
+_MOST_PANELS = 6  # layers with a histogram, evenly spread over the depth
 _BINS = 60
 _BEFORE: dict[str, Any] = {"linestyle": "-", "marker": "o", "markersize": 3}
 _AFTER: dict[str, Any] = {"linestyle": (0, (4, 2)), "marker": "s", "markersize": 3, "alpha": 0.7}
 
 
 def pictures(diagnoses: Sequence[Diagnosis], title: str) -> dict[str, "Figure"]:
-    """The figures by the name of their file. Each shows all diagnoses."""
+    """Returns file name -> figure; each shows all diagnoses."""
     gradients = "Back-propagated gradients (at the activations' inputs)"
-    found = {
+    figures = {
         "activations": _distributions(diagnoses, lambda layer: layer.outputs, f"Activations: {title}"),
         "gradients": _distributions(diagnoses, lambda layer: layer.gradients, f"{gradients}: {title}"),
         "depth": _depth(diagnoses, title),
     }
-    if any(each.path.losses for each in diagnoses):
-        found["updates"] = _updates([each for each in diagnoses if each.path.losses], title)
-    if any(each.before.spectrum is not None for each in diagnoses):
-        found["curvature"] = _curvature(diagnoses, title)
-    if any(each.before.lags for each in diagnoses):
-        found["time_lag"] = _time_lag(diagnoses, title)
-    return found
+    if any(diagnosis.trace.losses for diagnosis in diagnoses):
+        figures["updates"] = _updates([diagnosis for diagnosis in diagnoses if diagnosis.trace.losses], title)
+    if any(diagnosis.before.spectrum is not None for diagnosis in diagnoses):
+        figures["curvature"] = _curvature(diagnoses, title)
+    if any(diagnosis.before.lags for diagnosis in diagnoses):
+        figures["time_lag"] = _time_lag(diagnoses, title)
+    return figures
 
 
 def _figure(width: float, height: float, title: str) -> "Figure":
@@ -46,28 +46,29 @@ def _figure(width: float, height: float, title: str) -> "Figure":
 
 
 def _finish(*panels: tuple["Axes", str, str]) -> None:
-    """Panels with the names of their axes."""
+    """Labels the axes of each panel (axes, x, y)."""
     for axes, x, y in panels:
-        drawing.plain(axes, color="0.92")
+        drawing.clean_axes(axes, color="0.92")
         axes.set_xlabel(x)
         axes.set_ylabel(y)
 
 
-def _coloured(diagnoses: Sequence[Diagnosis]) -> list[tuple[Diagnosis, str]]:
-    return [(each, COLOURS[number % len(COLOURS)]) for number, each in enumerate(diagnoses)]
+def _with_colours(diagnoses: Sequence[Diagnosis]) -> list[tuple[Diagnosis, str]]:
+    return [(diagnosis, COLOURS[number % len(COLOURS)]) for number, diagnosis in enumerate(diagnoses)]
 
 
 def _snapshots(diagnoses: Sequence[Diagnosis]) -> Iterator[tuple[Snapshot, dict[str, Any]]]:
-    """Every snapshot with the style of its curves."""
-    for diagnosis, colour in _coloured(diagnoses):
+    """Yields all snapshots with the style of their curves."""
+    for diagnosis, colour in _with_colours(diagnoses):
         for snapshot in diagnosis.snapshots:
-            label = _when(snapshot) if len(diagnoses) == 1 else f"{diagnosis.label}, {_when(snapshot)}"
+            when = _snapshot_label(snapshot)
+            label = when if len(diagnoses) == 1 else f"{diagnosis.label}, {when}"
             style = _BEFORE if snapshot is diagnosis.before else _AFTER
             yield snapshot, {**style, "color": colour, "label": label}
 
 
-def some(layers: Sequence[LayerStatistics], most: int = _MOST_PANELS) -> list[int]:
-    """Positions of at most so many layers, the first and the last among them."""
+def spread_layers(layers: Sequence[LayerStatistics], most: int = _MOST_PANELS) -> list[int]:
+    """Returns the indices of at most `most` layers, evenly spread from the first to the last."""
     count = min(len(layers), most)
     return [round(i * (len(layers) - 1) / max(count - 1, 1)) for i in range(count)]
 
@@ -75,25 +76,25 @@ def some(layers: Sequence[LayerStatistics], most: int = _MOST_PANELS) -> list[in
 def _distributions(
     diagnoses: Sequence[Diagnosis], moments: Callable[[LayerStatistics], Moments], title: str
 ) -> "Figure":
-    """A row per diagnosis, a panel per layer: the histogram before training filled, the later one as a line."""
-    active = [[each for each in d.before.layers if each.activation] or d.before.layers for d in diagnoses]
-    columns = max(len(some(layers)) for layers in active)
+    """Plots histograms: a row per diagnosis, a panel per layer; filled before training, as a line after it."""
+    active = [[layer for layer in d.before.layers if layer.activation] or d.before.layers for d in diagnoses]
+    columns = max(len(spread_layers(layers)) for layers in active)
     figure = _figure(2.1 * columns + 0.4, 1.9 * len(diagnoses) + 1.1, title)
     grid = figure.subplots(len(diagnoses), columns, squeeze=False)
     for row, (diagnosis, layers) in enumerate(zip(diagnoses, active, strict=True)):
-        chosen = [layers[i] for i in some(layers)]
-        later = {} if diagnosis.after is None else {layer.name: layer for layer in diagnosis.after.layers}
+        chosen = [layers[i] for i in spread_layers(layers)]
+        trained = {} if diagnosis.after is None else {layer.name: layer for layer in diagnosis.after.layers}
         bound = max((_bound(moments(layer).values) for layer in chosen), default=1.0)
         for axes, layer in zip(grid[row], chosen, strict=False):
             values = _finite(moments(layer).values)
             low = 0.0 if len(values) and values.min() >= 0 else -bound
             heights = _histogram(axes, values, (low, bound), fill=True, color=COLOURS[6])
             zeros = f", {(values == 0).mean():.0%} zeros" if len(values) and (values == 0).mean() > 0.05 else ""
-            if layer.name in later:
-                values = _finite(moments(later[layer.name]).values)
+            if layer.name in trained:
+                values = _finite(moments(trained[layer.name]).values)
                 _histogram(axes, values, (low, bound), color=COLOURS[1], linewidth=1)
             if zeros and sorted(heights)[-2] > 0:
-                axes.set_ylim(0, 1.3 * sorted(heights)[-2])  # the zeros of a ReLU stand far above all others
+                axes.set_ylim(0, 1.3 * sorted(heights)[-2])  # else the zeros of a ReLU hide all other bars
             axes.set_title(f"{layer.name}\nstd {moments(layer).std:.2g}{zeros}", fontsize=8)
             axes.set_yticks([])
             axes.tick_params(labelsize=7)
@@ -103,12 +104,12 @@ def _distributions(
         for axes in grid[row][len(chosen) :]:
             axes.set_visible(False)
         grid[row][0].set_ylabel("\n".join(textwrap.wrap(diagnosis.label, 22)), fontsize=8)
-    _say_when(figure, diagnoses)
+    _snapshot_legend(figure, diagnoses)
     return figure
 
 
 def _histogram(axes: "Axes", values: Any, limits: tuple[float, float], **style: Any) -> Sequence[float]:
-    """The heights of the bars, an outline of which is drawn: many times faster than a rectangle for each."""
+    """Draws the outline of a histogram, much faster than a rectangle per bar; returns the heights."""
     import numpy
 
     counts, edges = numpy.histogram(values, _BINS, range=limits)
@@ -117,18 +118,18 @@ def _histogram(axes: "Axes", values: Any, limits: tuple[float, float], **style: 
     return [*heights]
 
 
-def _say_when(figure: "Figure", diagnoses: Sequence[Diagnosis]) -> None:
+def _snapshot_legend(figure: "Figure", diagnoses: Sequence[Diagnosis]) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    handles: list[Any] = [Patch(color=COLOURS[6], label=_when(diagnoses[0].before))]
-    after = next((each.after for each in diagnoses if each.after is not None), None)
+    handles: list[Any] = [Patch(color=COLOURS[6], label=_snapshot_label(diagnoses[0].before))]
+    after = next((diagnosis.after for diagnosis in diagnoses if diagnosis.after is not None), None)
     if after is not None:
-        handles.append(Line2D([], [], color=COLOURS[1], label=_when(after)))
+        handles.append(Line2D([], [], color=COLOURS[1], label=_snapshot_label(after)))
     figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
 
 
-def _when(snapshot: Snapshot) -> str:
+def _snapshot_label(snapshot: Snapshot) -> str:
     return "at initialization" if snapshot.updates == 0 else f"after {snapshot.updates} updates"
 
 
@@ -137,7 +138,7 @@ def _finite(values: torch.Tensor) -> Any:
 
 
 def _bound(values: torch.Tensor) -> float:
-    """Half the width of the axis: all but the outermost thousandth of the values."""
+    """Returns half the width of the axis, which covers 99.9 % of the values."""
     finite = values[values.isfinite()].abs()
     bound = float(finite.quantile(0.999)) if len(finite) else 1.0
     return bound if bound > 0 else 1.0
@@ -145,66 +146,66 @@ def _bound(values: torch.Tensor) -> float:
 
 def _depth(diagnoses: Sequence[Diagnosis], title: str) -> "Figure":
     figure = _figure(10, 7, f"Against depth: {title}")
-    [(outputs, inputs), (weights, shares)] = figure.subplots(2, 2)
+    [(outputs, inputs), (weights, fractions)] = figure.subplots(2, 2)
     for snapshot, style in _snapshots(diagnoses):
         depth = range(1, len(snapshot.layers) + 1)
-        outputs.plot(depth, [each.outputs.std for each in snapshot.layers], **style)
-        inputs.plot(depth, [each.gradients.norm for each in snapshot.layers], **style)
-        shares.plot(depth, [_share(each) for each in snapshot.layers], **style)
-        batches = list(snapshot.gradient_norms.values())
-        depth = range(1, len(batches) + 1)
-        weights.plot(depth, [sum(each) / len(each) for each in batches], **style)
-        low, high = [min(each) for each in batches], [max(each) for each in batches]
+        outputs.plot(depth, [layer.outputs.std for layer in snapshot.layers], **style)
+        inputs.plot(depth, [layer.gradients.norm for layer in snapshot.layers], **style)
+        fractions.plot(depth, [_inactive_fraction(layer) for layer in snapshot.layers], **style)
+        norms = list(snapshot.gradient_norms.values())
+        depth = range(1, len(norms) + 1)
+        weights.plot(depth, [sum(values) / len(values) for values in norms], **style)
+        low, high = [min(values) for values in norms], [max(values) for values in norms]
         weights.fill_between(depth, low, high, color=style["color"], alpha=0.15, linewidth=0)
     depth_name = "layer, from the input"
     _finish(
         (outputs, depth_name, "standard deviation of the activations"),
         (inputs, depth_name, "norm of the gradient at the\nactivations' inputs"),
         (weights, depth_name, "norm of the weights' gradient\n(band: smallest to largest batch)"),
-        (shares, depth_name, _share_name(diagnoses)),
+        (fractions, depth_name, _inactive_label(diagnoses)),
     )
     drawing.logarithmic(outputs, inputs, weights)
-    drawing.whole_numbers(outputs, inputs, weights, shares)
-    shares.set_ylim(-0.02, 1.02)
+    drawing.integer_ticks(outputs, inputs, weights, fractions)
+    fractions.set_ylim(-0.02, 1.02)
     drawing.legend_below(figure, outputs, 2)
     return figure
 
 
-def _share(layer: LayerStatistics) -> float:
-    share = layer.saturated if layer.saturated is not None else layer.dead
-    return math.nan if share is None else share
+def _inactive_fraction(layer: LayerStatistics) -> float:
+    fraction = layer.saturated if layer.saturated is not None else layer.dead
+    return math.nan if fraction is None else fraction
 
 
-def _share_name(diagnoses: Sequence[Diagnosis]) -> str:
-    layers = [layer for each in diagnoses for layer in each.before.layers]
+def _inactive_label(diagnoses: Sequence[Diagnosis]) -> str:
+    layers = [layer for diagnosis in diagnoses for layer in diagnosis.before.layers]
     names = ["saturated values"] if any(layer.saturated is not None for layer in layers) else []
     names += ["dead units"] if any(layer.dead is not None for layer in layers) else []
-    return "share of " + (", ".join(names) or "saturated values (no such activation)")
+    return "fraction of " + (", ".join(names) or "saturated values (no such activation)")
 
 
 def _updates(diagnoses: Sequence[Diagnosis], title: str) -> "Figure":
-    figure = _figure(11, 3.9, f"The updates: {title}")
+    figure = _figure(11, 3.9, f"Updates: {title}")
     loss, norm, ratio = figure.subplots(1, 3)
     several, clipped = len(diagnoses) > 1, any(map(_was_clipped, diagnoses))
-    for diagnosis, colour in _coloured(diagnoses):
-        path = diagnosis.path
-        updates = range(diagnosis.before.updates + 1, diagnosis.before.updates + len(path.losses) + 1)
-        loss.plot(updates, path.losses, color=colour, label=diagnosis.label if several else None)
-        norm.plot(updates, path.norms, color=colour, label=None if several else "before clipping")
+    for diagnosis, colour in _with_colours(diagnoses):
+        trace = diagnosis.trace
+        updates = range(diagnosis.before.updates + 1, diagnosis.before.updates + len(trace.losses) + 1)
+        loss.plot(updates, trace.losses, color=colour, label=diagnosis.label if several else None)
+        norm.plot(updates, trace.norms, color=colour, label=None if several else "before clipping")
         if _was_clipped(diagnosis):
-            norm.plot(updates, path.clipped, color=colour, linestyle=":", label=None if several else "after clipping")
+            norm.plot(updates, trace.clipped, color=colour, linestyle=":", label=None if several else "after clipping")
         if several:
-            ratio.plot(updates, [_median(each) for each in zip(*path.ratios.values(), strict=True)], color=colour)
+            ratio.plot(updates, [_median(values) for values in zip(*trace.ratios.values(), strict=True)], color=colour)
         else:
-            _by_layer(figure, ratio, updates, path.ratios)
+            _plot_by_layer(figure, ratio, updates, trace.ratios)
     ratio.axhline(1e-3, color="0.5", linewidth=1, linestyle=":")
-    ratio.annotate("1e-3: usual", (1, 1e-3), xycoords=ratio.get_yaxis_transform(), fontsize=8, va="top", ha="right")
+    ratio.annotate("1e-3: typical", (1, 1e-3), xycoords=ratio.get_yaxis_transform(), fontsize=8, va="top", ha="right")
     _finish(
         (loss, "update", "loss of the batch"),
         (norm, "update", "norm of the gradient" + ("\n(dotted: after clipping)" if clipped and several else "")),
         (ratio, "update", "||update|| / ||weights||\n" + ("median over layers" if several else "of each layer")),
     )
-    drawing.whole_numbers(loss, norm, ratio)
+    drawing.integer_ticks(loss, norm, ratio)
     drawing.logarithmic(norm, ratio)
     if clipped and not several:
         norm.legend(frameon=False, fontsize=8)
@@ -213,7 +214,7 @@ def _updates(diagnoses: Sequence[Diagnosis], title: str) -> "Figure":
     return figure
 
 
-def _by_layer(figure: "Figure", axes: "Axes", updates: range, ratios: dict[str, list[float]]) -> None:
+def _plot_by_layer(figure: "Figure", axes: "Axes", updates: range, ratios: dict[str, list[float]]) -> None:
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
@@ -225,7 +226,7 @@ def _by_layer(figure: "Figure", axes: "Axes", updates: range, ratios: dict[str, 
 
 
 def _was_clipped(diagnosis: Diagnosis) -> bool:
-    pairs = zip(diagnosis.path.norms, diagnosis.path.clipped, strict=True)
+    pairs = zip(diagnosis.trace.norms, diagnosis.trace.clipped, strict=True)
     return any(after < before * (1 - 1e-4) for before, after in pairs)
 
 
@@ -240,23 +241,23 @@ def _curvature(diagnoses: Sequence[Diagnosis], title: str) -> "Figure":
         if snapshot.spectrum is not None:
             values = snapshot.spectrum.eigenvalues.tolist()
             spectrum.plot(range(1, len(values) + 1), values, **style)
-    for diagnosis, colour in _coloured(diagnoses):
-        path, first = diagnosis.path, diagnosis.before.updates + 1
-        along.plot([first + u for u in path.curvatures], list(path.curvatures.values()), color=colour, marker="o")
-        losses.plot(SHARES[: len(path.along)], path.along, color=colour, marker="o", markersize=3)
+    for diagnosis, colour in _with_colours(diagnoses):
+        trace, first = diagnosis.trace, diagnosis.before.updates + 1
+        along.plot([first + u for u in trace.curvatures], list(trace.curvatures.values()), color=colour, marker="o")
+        losses.plot(STEP_FRACTIONS[: len(trace.along)], trace.along, color=colour, marker="o", markersize=3)
     losses.axvline(1, color="0.5", linewidth=1, linestyle=":")
     _finish(
         (spectrum, "rank", "eigenvalues of the Hessian"),
         (along, "update", "curvature along the update\n(d'Hd / d'd)"),
-        (losses, "part of the last update (1: where it went)", "loss of its batch"),
+        (losses, "fraction of the last update (1: as made)", "loss of its batch"),
     )
-    drawing.whole_numbers(spectrum, along)
+    drawing.integer_ticks(spectrum, along)
     drawing.legend_below(figure, spectrum, 2)
     return figure
 
 
 def _time_lag(diagnoses: Sequence[Diagnosis], title: str) -> "Figure":
-    """Left the gradient at the states, right what each step adds to the recurrent weight's, before and after clips."""
+    """Plots the gradient at the states (left) and each step's term of the recurrent weight's gradient (right)."""
     figure = _figure(10, 4.3, f"Gradient against time lag at initialization: {title}")
     states, weights = figure.subplots(1, 2)
     for diagnosis in diagnoses:
@@ -269,12 +270,12 @@ def _time_lag(diagnoses: Sequence[Diagnosis], title: str) -> "Figure":
             states.plot(range(1, len(lag.states) + 1), lag.states, color=colour, label=name)
             weights.plot(lag.contributions, color=colour)
             if factor < 1:
-                weights.plot([factor * each for each in lag.contributions], color=colour, linestyle=":")
-    clipped = ", dotted: clipped" if any(clipping_factor(each) < 1 for each in diagnoses) else ""
-    steps = "steps back from the last one"
+                weights.plot([factor * norm for norm in lag.contributions], color=colour, linestyle=":")
+    clipped = ", dotted: clipped" if any(clipping_factor(diagnosis) < 1 for diagnosis in diagnoses) else ""
+    steps = "time steps before the last one"
     _finish(
         (states, steps, "norm of the gradient at the state"),
-        (weights, steps, f"norm of what a step adds to the gradient\nof the recurrent weight{clipped}"),
+        (weights, steps, f"norm of the step's term in the gradient\nof the recurrent weight{clipped}"),
     )
     drawing.logarithmic(states, weights)
     drawing.legend_below(figure, states, 2)
@@ -282,9 +283,9 @@ def _time_lag(diagnoses: Sequence[Diagnosis], title: str) -> "Figure":
 
 
 def clipping_factor(diagnosis: Diagnosis) -> float:
-    """What the clip made of the first update's gradient: its norm afterwards over its norm before."""
-    path = diagnosis.path
-    if not path.norms or not path.norms[0] > 0:
+    """Returns the gradient norm of the first update after clipping over the norm before."""
+    trace = diagnosis.trace
+    if not trace.norms or not trace.norms[0] > 0:
         return 1.0
-    factor = path.clipped[0] / path.norms[0]
+    factor = trace.clipped[0] / trace.norms[0]
     return factor if factor < 1 - 1e-4 else 1.0

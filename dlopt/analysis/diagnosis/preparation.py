@@ -1,4 +1,4 @@
-"""A training made ready to be looked at, without a run folder."""
+"""Builds a trainer for diagnosis, without a run folder."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,9 +19,9 @@ _SMALL = 2_000_000  # multiply-accumulates: some 50 microseconds of one core
 def prepare(
     experiment: Experiment, folder: Path, state: Mapping[str, Any] | None = None, *, parallel: Mode | None = None
 ) -> tuple[Workload, Trainer]:
-    """Data, model and optimizer as `dlopt train` would begin with them, or as a checkpoint's `state` left them.
+    """Builds data, model and optimizer as `dlopt train` does, or restores them from a checkpoint's `state`.
 
-    Nothing is written: `folder` only stands where a run folder would. `parallel`: see `build_workload`.
+    Writes nothing; `folder` is a placeholder for the run folder. `parallel`: see `build_workload`.
     """
     workload = build_workload(experiment, None if state is None else state["normalize"], parallel=parallel)
     trainer = dry_run(workload, folder, state)
@@ -36,11 +36,11 @@ def prepare(
     return workload, trainer
 
 
-def spare_threads(workload: Workload, trainer: Trainer) -> None:
-    """Sets one thread where the layers are small: others would wait for each other longer than they work.
+def limit_threads(workload: Workload, trainer: Trainer) -> None:
+    """Limits torch to one thread for small layers, where synchronizing threads costs more than it saves.
 
-    The measure is the multiply-accumulates of a batch in the mean layer with weights, so that the figures of a model
-    do not depend on the moment. A number of threads that was typed is left alone.
+    Decides by the multiply-accumulates per batch and weight layer, not by a timing, so that results are reproducible.
+    Does nothing unless threads=auto.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -57,6 +57,6 @@ def spare_threads(workload: Workload, trainer: Trainer) -> None:
 
 
 def has_skips(model: Component) -> bool:
-    """Whether the model, by its name and keys, has skip connections."""
+    """Returns whether the model has skip connections, by its class name and keys."""
     name = model.target.__name__
-    return bool(model.arguments.get("residual", any(part in name for part in ("ResNet", "ViT", "ResidualMLP"))))
+    return bool(model.arguments.get("residual", any(word in name for word in ("ResNet", "ViT", "ResidualMLP"))))

@@ -1,1 +1,1 @@
-"""What runs have left, gathered into a table, pictures and a page."""
+"""The report on finished runs: table, plots and page."""

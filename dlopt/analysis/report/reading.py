@@ -1,6 +1,6 @@
-"""Reads run folders into records, names the keys in which runs differ, and selects runs by conditions.
+"""Reads run folders into records, finds the keys in which runs differ, selects runs by conditions.
 
-The content of a run folder is data: it is checked, never trusted.
+Run folders are untrusted: all content is checked.
 """
 
 import json
@@ -23,19 +23,19 @@ from dlopt.plain import flatten
 from dlopt.tracking.metrics import METRICS, SUMMARY
 
 STATUSES = (*ENDED, "pruned", "running", "interrupted", "unfinished", "failed")
-"""As in summary.json, and `pruned` (by its sweep), `running` (a process is at work there), `unfinished` (none is)."""
+"""Statuses of summary.json, and `pruned` (by its sweep), `running` (has a live process), `unfinished` (has none)."""
 
-_MARKS = ("config.yaml", SUMMARY, METRICS)
-_OURS = ("checkpoints", "tensorboard")  # of a run
-_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is five times as fast
+_RUN_FILES = ("config.yaml", SUMMARY, METRICS)
+_RUN_SUBFOLDERS = ("checkpoints", "tensorboard")
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's loader is 5x faster
 
 
 @dataclass(frozen=True)
 class Record:
-    """One run: `config` has dotted keys, a group's own name holds its choice; `history` holds the evaluated epochs.
+    """One run: `config` has dotted keys and each group's choice under the group's name; `history` has evaluated epochs.
 
-    `metrics`: of the best epoch (`val_loss`, `val_accuracy`), of the run (`epochs`, `steps`, `seconds`,
-    `parameters`) and of the test (`test_loss`, `test_accuracy`); what is not there, or not finite, is left out.
+    `metrics`: of the best epoch (`val_loss`, `val_accuracy`), of the run (`epochs`, `steps`, `seconds`, `parameters`)
+    and of the test (`test_loss`, `test_accuracy`), without missing or non-finite values.
     """
 
     path: Path
@@ -50,48 +50,48 @@ class Record:
 
 @dataclass(frozen=True)
 class Damaged:
-    """A run folder that cannot be read, and why."""
+    """A run folder that cannot be read, with the reason."""
 
     path: Path
     reason: str
 
 
 class Reader:
-    """Reads runs below folders; those that have not changed since the last time are not read again."""
+    """Reads runs below folders; caches those that have not changed since the last read."""
 
     def __init__(self) -> None:
         self._known: dict[Path, tuple[object, Record | Damaged]] = {}
 
     def read(self, folders: Iterable[Path]) -> tuple[list[Record], list[Damaged]]:
-        """Runs in and below `folders`, each once, in the order of their paths."""
+        """Reads the runs in and below `folders` without duplicates, sorted by path."""
         known, self._known = self._known, {}
         for path in dict.fromkeys(run for folder in folders for run in find(folder)):
-            state = _state(path)
-            found = known.get(path)
-            self._known[path] = found if found is not None and found[0] == state else (state, read(path))
-        results = [found for _, found in self._known.values()]
-        records = [each for each in results if isinstance(each, Record)]
-        return records, [each for each in results if isinstance(each, Damaged)]
+            state = _fingerprint(path)
+            cached = known.get(path)
+            self._known[path] = cached if cached is not None and cached[0] == state else (state, read(path))
+        results = [cached for _, cached in self._known.values()]
+        records = [result for result in results if isinstance(result, Record)]
+        return records, [result for result in results if isinstance(result, Damaged)]
 
 
 def find(folder: Path) -> Iterator[Path]:
-    """Run folders in and below `folder`, by the order of their names (9 before 10); links are not followed."""
+    """Yields run folders in and below `folder` in natural order (9 before 10), without following links."""
     folder = Path(os.path.abspath(folder))
     try:
         entries = list(os.scandir(folder))
     except OSError:
         return
-    is_run = any(entry.name in _MARKS for entry in entries)
+    is_run = any(entry.name in _RUN_FILES for entry in entries)
     if is_run:
         yield folder
-    below = [each for each in entries if each.is_dir(follow_symlinks=False) and not each.name.startswith(".")]
-    below = [each for each in below if not (is_run and each.name in _OURS)]
-    for entry in sorted(below, key=lambda each: (len(each.name) if each.name.isdigit() else 0, each.name)):
+    subfolders = [entry for entry in entries if entry.is_dir(follow_symlinks=False) and not entry.name.startswith(".")]
+    subfolders = [entry for entry in subfolders if not (is_run and entry.name in _RUN_SUBFOLDERS)]
+    for entry in sorted(subfolders, key=lambda entry: (len(entry.name) if entry.name.isdigit() else 0, entry.name)):
         yield from find(folder / entry.name)
 
 
 def read(path: Path) -> Record | Damaged:
-    """One run folder."""
+    """Reads one run folder."""
     try:
         return _read(path)
     except _DamageError as error:
@@ -115,7 +115,7 @@ def _read(path: Path) -> Record:
     history = tuple(_lines(path / METRICS))
     overrides = tuple(RunFolder(path).history())
     status = _status(path, summary)
-    if status == "running" or summary is None:  # the summary of a running one is of an earlier part of the run
+    if status == "running" or summary is None:  # the summary of a resumed, running run is outdated
         summary = {}
     choices, reason, commit = environment.get("choices"), summary.get("reason"), environment.get("git_commit")
     return Record(
@@ -138,38 +138,38 @@ def _yaml(text: str) -> Any:
 
 
 def _mapping(path: Path, parse: Any) -> dict[str, Any] | None:
-    """None where there is no such file."""
+    """Reads a file with a mapping; None if the file is missing."""
     try:
-        found = parse(path.read_text(encoding="utf-8"))
+        content = parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (ValueError, RecursionError):  # UnicodeDecodeError is one
         raise _DamageError(f"{path.name} is damaged") from None
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise _DamageError(f"{path.name} is damaged: it holds no keys")
-    return {str(key): value for key, value in found.items()}
+    return {str(key): value for key, value in content.items()}
 
 
 def _lines(path: Path) -> Iterator[dict[str, float]]:
-    """The evaluated epochs. A last line that is torn, of a run that is being written or was killed, is left out."""
+    """Yields the evaluated epochs, without an incomplete last line of a running or killed run."""
     try:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
         return
     for number, line in enumerate(lines, 1):
         try:
-            found = json.loads(line)
+            entry = json.loads(line)
         except (ValueError, RecursionError):
             if number == len(lines):
                 return
             raise _DamageError(f"{path.name} is damaged in line {number}") from None
-        if not isinstance(found, dict) or not {"epoch", "step"} <= (numbers := _numbers(found)).keys():
+        if not isinstance(entry, dict) or not {"epoch", "step"} <= (numbers := _numbers(entry)).keys():
             raise _DamageError(f"{path.name} is damaged in line {number}: no epoch and step")
         yield numbers
 
 
-def _numbers(found: Mapping[str, Any]) -> dict[str, float]:
-    return {str(key): value for key, value in found.items() if is_number(value)}
+def _numbers(entry: Mapping[str, Any]) -> dict[str, float]:
+    return {str(key): value for key, value in entry.items() if is_number(value)}
 
 
 def _status(path: Path, summary: Mapping[str, Any] | None) -> str:
@@ -186,7 +186,7 @@ def _status(path: Path, summary: Mapping[str, Any] | None) -> str:
 
 
 def _flat(config: Mapping[str, Any], choices: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted keys in the config's order, a group's choice before its keys."""
+    """Flattens a config to dotted keys in its order, each group's choice before its keys."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         target = value.get("_target_") if isinstance(value, Mapping) else None
@@ -201,7 +201,7 @@ def _flat(config: Mapping[str, Any], choices: Mapping[str, Any]) -> dict[str, An
 
 
 def tidy(value: Any) -> Any:
-    """Plain values: lists as tuples, mappings as tuples of pairs, YAML's other types (dates) as text."""
+    """Converts to hashable values: lists to tuples, mappings to tuples of pairs, other YAML types (dates) to text."""
     if isinstance(value, list | tuple):
         return tuple(tidy(item) for item in value)
     if isinstance(value, Mapping):
@@ -226,7 +226,7 @@ def _metrics(
 
 
 def best_line(history: Iterable[Mapping[str, float]], monitor: str) -> Mapping[str, float] | None:
-    """The first of the epochs with the best monitored metric (`auto`: val_accuracy, or val_loss without it)."""
+    """Returns the first epoch with the best monitored metric (`auto`: val_accuracy, or val_loss without it)."""
     lines = list(history)
     if monitor == "auto":
         monitor = "val_accuracy" if any("val_accuracy" in line for line in lines) else "val_loss"
@@ -235,37 +235,37 @@ def best_line(history: Iterable[Mapping[str, float]], monitor: str) -> Mapping[s
     return min(known, key=lambda line: sign * line[monitor], default=None)
 
 
-def _state(path: Path) -> object:
-    """What changes when the run does."""
-    found = []
-    for name in (*_MARKS, "overrides.yaml", "environment.json", ".lock"):
+def _fingerprint(path: Path) -> object:
+    """Returns a value that changes whenever the run's files or liveness change."""
+    states = []
+    for name in (*_RUN_FILES, "overrides.yaml", "environment.json", ".lock"):
         try:
             status = (path / name).stat()
-            found.append((status.st_mtime_ns, status.st_size, status.st_ino))
+            states.append((status.st_mtime_ns, status.st_size, status.st_ino))
         except OSError:
-            found.append((0, 0, 0))
-    ended = found[1] != (0, 0, 0)
-    return (*found, None if ended else RunFolder(path).is_live())
+            states.append((0, 0, 0))
+    has_summary = states[1] != (0, 0, 0)
+    return (*states, None if has_summary else RunFolder(path).is_live())
 
 
-# -- keys in which runs differ, and how their values are written
+# -- keys in which runs differ, and the formatting of their values
 
 
-def varying(configs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Keys with several values, in the configs' order, seeds aside.
+def varying_keys(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns the keys with several values except seeds, in the configs' order.
 
-    A key of a group is left out where the group's choice says its value: optimizers differ in more than their names.
+    Omits keys of a group that the group's choice determines, such as defaults of different optimizers.
     """
     keys = dict.fromkeys(key for config in configs for key in config)
-    found = [key for key in keys if not _is_aside(key) and len({text(config.get(key)) for config in configs}) > 1]
-    return [key for key in found if not _follows(key, configs)]
+    several = [key for key in keys if not _is_ignored(key) and len({text(config.get(key)) for config in configs}) > 1]
+    return [key for key in several if not _is_determined_by_choice(key, configs)]
 
 
-def _is_aside(key: str) -> bool:
+def _is_ignored(key: str) -> bool:
     return is_seed(key) or (key != "device" and is_one_of(key, (*HOUSEKEEPING, "max_time")))
 
 
-def _follows(key: str, configs: Iterable[Mapping[str, Any]]) -> bool:
+def _is_determined_by_choice(key: str, configs: Iterable[Mapping[str, Any]]) -> bool:
     group, _, inner = key.partition(".")
     if not inner:
         return False
@@ -273,11 +273,11 @@ def _follows(key: str, configs: Iterable[Mapping[str, Any]]) -> bool:
     for config in configs:
         if key in config:
             values.setdefault(text(config.get(group)), set()).add(text(config[key]))
-    return len(values) > 0 and all(len(each) == 1 for each in values.values())
+    return len(values) > 0 and all(len(group_values) == 1 for group_values in values.values())
 
 
 def text(value: Any) -> str:
-    """As it is typed: true, null, [64,64]."""
+    """Formats a value as in an override: true, null, [64,64]."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, tuple | list):
@@ -286,12 +286,12 @@ def text(value: Any) -> str:
 
 
 def brief(value: Any) -> str:
-    """The same with four significant digits, for labels."""
+    """Formats a value for labels, with four significant digits."""
     return f"{value:.4g}" if isinstance(value, float) else text(value)
 
 
 def printable(value: str) -> str:
-    """Without what would steer a terminal, or break a line of a table."""
+    """Replaces characters that would control a terminal or break a table."""
     return "".join(character if character.isprintable() else "�" for character in value)
 
 
@@ -311,51 +311,51 @@ class Condition:
     line: str
 
     def holds(self, record: Record) -> bool:
-        found = value_of(record, self.key)
+        actual = value_of(record, self.key)
         number = number_in(self.value)
         if self.sign in _ORDER:
-            return is_number(found) and number is not None and _ORDER[self.sign](found, number)
-        if is_number(found) and number is not None:
-            equal = found == number
+            return is_number(actual) and number is not None and _ORDER[self.sign](actual, number)
+        if is_number(actual) and number is not None:
+            equal = actual == number
         else:
-            equal = fnmatchcase(text(found), _pattern(self.value))
+            equal = fnmatchcase(text(actual), _pattern(self.value))
         return equal == (self.sign == "=")
 
 
 def condition(line: str) -> Condition | None:
-    """What was typed, taken apart; None where it is no condition. Raises `UserError` for one that cannot be."""
+    """Parses a condition; returns None if `line` is not one. Raises `UserError` if its value must be a number."""
     match = _LINE.fullmatch(line)
     if match is None:
         return None
-    found = Condition(match["key"], match["sign"], match["value"], line)
-    if found.sign in _ORDER and number_in(found.value) is None:
-        raise UserError(f"{line}: a number is needed behind {found.sign}")
-    return found
+    parsed = Condition(match["key"], match["sign"], match["value"], line)
+    if parsed.sign in _ORDER and number_in(parsed.value) is None:
+        raise UserError(f"{line}: {parsed.sign} requires a number")
+    return parsed
 
 
 def select(records: Sequence[Record], conditions: Sequence[Condition]) -> list[Record]:
-    """The runs that fulfil all of them. Raises `UserError` for a key that none of the runs has."""
-    for each in conditions:
-        check_key(each.key, each.line, records)
-        if each.key == "status" and not any(fnmatchcase(status, _pattern(each.value)) for status in STATUSES):
-            raise UserError(f"{each.line}: unknown status; allowed: {', '.join(STATUSES)}")
-    return [record for record in records if all(each.holds(record) for each in conditions)]
+    """Returns the runs that satisfy all conditions. Raises `UserError` for a key that no run has."""
+    for condition in conditions:
+        check_key(condition.key, condition.line, records)
+        if condition.key == "status" and not any(fnmatchcase(status, _pattern(condition.value)) for status in STATUSES):
+            raise UserError(f"{condition.line}: unknown status; allowed: {', '.join(STATUSES)}")
+    return [record for record in records if all(condition.holds(record) for condition in conditions)]
 
 
 def check_key(key: str, line: str, records: Sequence[Record]) -> None:
-    """Raises `UserError` where none of the runs has such a key or metric."""
+    """Raises `UserError` if no run has this key or metric."""
     known = dict.fromkeys(["status", *(k for r in records for k in (*r.metrics, *r.config))])
     if not records or key in known or key.removeprefix("best_") in known:
         return
-    ends = [each for each in known if each.rpartition(".")[2] == key]
-    close = ends or get_close_matches(key, list(known), n=1, cutoff=0.6)
+    suffix_matches = [name for name in known if name.rpartition(".")[2] == key]
+    close = suffix_matches or get_close_matches(key, list(known), n=1, cutoff=0.6)
     hint = f"did you mean {close[0]}? " if close else ""
     metrics = ", ".join(dict.fromkeys(name for record in records for name in record.metrics))
-    raise UserError(f"{line}: none of the runs has {key}; {hint}allowed: status, a key of the config, {metrics}")
+    raise UserError(f"{line}: no run has {key}; {hint}allowed: status, a key of the config, {metrics}")
 
 
 def value_of(record: Record, key: str) -> Any:
-    """A metric, a value of the config, or the status; None where the run has none."""
+    """Returns a metric, a config value, or the status; None if the run has none."""
     if key == "status":
         return record.status
     metric = record.metrics.get(key, record.metrics.get(key.removeprefix("best_")))
@@ -363,7 +363,7 @@ def value_of(record: Record, key: str) -> Any:
 
 
 def number_in(value: str) -> float | None:
-    """The finite number that a text says; None where it says none."""
+    """Parses a finite number; None for other text."""
     try:
         number = float(value)
     except ValueError:
@@ -372,5 +372,5 @@ def number_in(value: str) -> float | None:
 
 
 def _pattern(value: str) -> str:
-    """Brackets stand for themselves: model.widths=[64,64]; * and ? are wild."""
+    """Returns an fnmatch pattern with literal brackets (model.widths=[64,64]); * and ? are wildcards."""
     return value.replace(" ", "").replace("[", "[[]") if "[" in value else value

@@ -1,6 +1,6 @@
-"""Groups runs into configurations, ranked by a validation metric, and computes what the report shows of them.
+"""Groups runs into ranked configurations and computes the data of the report.
 
-That is: curves over seeds, importance of the keys, good learning rates, time to a target, published results.
+Computes curves over seeds, importance of keys, good learning rates, time to target, published results.
 """
 
 import math
@@ -25,21 +25,21 @@ from dlopt.analysis.leaderboard import (
     statistic,
     student_t,
 )
-from dlopt.analysis.report.reading import Damaged, Record, brief, printable, text, tidy, varying
+from dlopt.analysis.report.reading import Damaged, Record, brief, printable, text, tidy, varying_keys
 from dlopt.errors import UserError, install
 from dlopt.tracking.layout import short_path
 
 _NOT_RANKED = ("epochs", "steps", "best_epoch", "parameters", "processes")
 _LR = "optimizer.lr"
-_GRID = 80  # points of a curve against seconds, where the runs of a configuration have no points in common
-_FEWEST = 6  # configurations from which importance is estimated
+_GRID = 80  # points of a curve against seconds, where runs have no common points
+_MIN_CONFIGURATIONS = 6  # for an estimate of importance
 _OVERRIDE = re.compile(r"[+~]{0,2}\w[\w./@-]*(=.*)?")
-_NOT_REPEATED = ("hydra.", "hydra/", "resume=", "dry_run=", "name=")  # where a run stands, not what it computes
+_NOT_REPEATED = ("hydra.", "hydra/", "resume=", "dry_run=", "name=")  # where a run is stored, not what it computes
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """A row of the leaderboard: runs that differ in their seeds only."""
+    """A row of the leaderboard: runs that differ only in their seeds."""
 
     label: str
     values: Mapping[str, Any]  # of the keys in which configurations differ
@@ -48,12 +48,12 @@ class Configuration:
 
     @property
     def value(self) -> Statistic | None:
-        """Of the metric that ranks, over the runs that have ended."""
+        """Statistic of the ranking metric over ended runs."""
         return self.row.value
 
     @property
     def difference(self) -> Difference | None:
-        """To the first row, paired over seeds."""
+        """Difference to the first row, paired over seeds."""
         return self.row.difference
 
     def statistic(self, metric: str) -> Statistic | None:
@@ -61,18 +61,18 @@ class Configuration:
 
     @property
     def command(self) -> str | None:
-        """What to type for these runs again, quoted for the shell; None where that is not known."""
-        typed = [_repeatable(run.overrides) for run in self.runs]
-        lines = [None if each is None else [line for line in each if not line.startswith("seed=")] for each in typed]
+        """Shell command that repeats these runs; None if unknown."""
+        overrides = [_repeatable(run.overrides, "seed=") for run in self.runs]
         seeds = sorted({seed for run in self.runs if isinstance(seed := run.config.get("seed"), int)})
-        if lines[0] is None or any(each != lines[0] for each in lines) or not 1 < len(seeds) == len(self.runs):
+        are_equal = all(lines == overrides[0] for lines in overrides) and 1 < len(seeds) == len(self.runs)
+        if overrides[0] is None or not are_equal:
             return command(self.runs[0])
-        return _shell(["-m", *lines[0], f"seed={','.join(map(str, seeds))}"])
+        return _shell(["-m", *overrides[0], f"seed={','.join(map(str, seeds))}"])
 
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """All that the pictures and the page show. Rows without a value (failed, or still running) stand last."""
+    """Data of the plots and the page. Rows without a value (failed or running) come last."""
 
     by: str
     keys: Sequence[str]
@@ -93,14 +93,14 @@ class Table:
         return [row for row in self.rows if row.value is not None]
 
     def counts(self) -> dict[str, int]:
-        """Runs by status, in the order of their number."""
+        """Returns status -> number of runs, most frequent first."""
         return dict(Counter(record.status for record in self.records).most_common())
 
 
 def gather(records: Sequence[Record], damaged: Sequence[Damaged], by: str | None = None) -> Table:
-    """Groups and ranks. `by` None: val_accuracy, or val_loss where no run has it. Raises `UserError`."""
-    by = _figure(records, by)
-    keys = varying([record.config for record in records])
+    """Groups and ranks runs by metric `by` (None: val_accuracy, or val_loss if no run has it). Raises `UserError`."""
+    by = _ranking_metric(records, by)
+    keys = varying_keys([record.config for record in records])
     known = {str(record.path): record for record in records}
     rows = []
     for row in leaderboard([_entry(record) for record in records], metric=by).rows:
@@ -111,14 +111,14 @@ def gather(records: Sequence[Record], damaged: Sequence[Damaged], by: str | None
     return Table(by, keys, rows, records, damaged)
 
 
-def _figure(records: Sequence[Record], by: str | None) -> str:
+def _ranking_metric(records: Sequence[Record], by: str | None) -> str:
     names = dict.fromkeys(name for record in records for name in record.metrics)
     allowed = [name for name in names if name not in _NOT_RANKED and not name.startswith("test_")]
     if by is None:
         return "val_accuracy" if "val_accuracy" in names or "val_loss" not in names else "val_loss"
     by = by.removeprefix("best_")
     if by.startswith("test_"):
-        raise UserError(f"by={by}: ranked by a test metric, runs would be chosen on the test set; by=val_accuracy")
+        raise UserError(f"by={by}: ranking by a test metric would select on the test set; set by=val_accuracy")
     if by not in allowed:
         raise UserError(f"by={by}: the runs have no such metric; allowed: {', '.join(allowed) or 'none'}")
     return by
@@ -131,28 +131,29 @@ def _entry(record: Record) -> Entry:
 
 
 def short_key(key: str, keys: Iterable[str]) -> str:
-    """`lr` for `optimizer.lr`, where no other key ends so."""
+    """Returns the last component of a key (`lr` for `optimizer.lr`) if it is unique among `keys`."""
     name = key.rpartition(".")[2]
-    return name if sum(each.rpartition(".")[2] == name for each in keys) == 1 else key
+    return name if sum(other.rpartition(".")[2] == name for other in keys) == 1 else key
 
 
 def command(run: Record) -> str | None:
-    """What to type for this run again, quoted for the shell; None where that is not known."""
+    """Returns the shell command that repeats this run; None if unknown."""
     lines = _repeatable(run.overrides)
     return None if lines is None else _shell(lines)
 
 
 def command_from(run: Record) -> str | None:
-    """The same by the run's folder, whatever has become of the defaults meanwhile."""
+    """Returns the command that repeats the run from its folder, even if defaults have changed since."""
     return _shell([f"from={short_path(run.path)}"])
 
 
-def _repeatable(overrides: Iterable[str]) -> list[str] | None:
-    """Without where the run stood; None where a line is no override, so that the run cannot be told."""
+def _repeatable(overrides: Iterable[str], *omitted: str) -> list[str] | None:
+    """Returns the overrides without the run's location and `omitted` prefixes; None if a line is not an override."""
     lines = list(overrides)
     if not lines or not all(_OVERRIDE.fullmatch(line) for line in lines):
         return None
-    return [line for line in lines if not line.lstrip("+").startswith(_NOT_REPEATED)]
+    lines = [line for line in lines if not line.lstrip("+").startswith(_NOT_REPEATED)]
+    return [line for line in lines if not line.startswith(omitted)]
 
 
 def _shell(words: Sequence[str]) -> str | None:
@@ -160,12 +161,12 @@ def _shell(words: Sequence[str]) -> str | None:
     return line if printable(line) == line else None
 
 
-# -- runs of a paper's recipe beside what the paper says
+# -- comparison with published results
 
 
 @dataclass(frozen=True)
 class PublishedRow:
-    """Test errors in %: of a configuration's runs (None where none has ended), and the published one."""
+    """Measured test error (%) of a configuration (None if no run has ended), and the published one."""
 
     row: Configuration
     measured: Statistic | None
@@ -173,10 +174,7 @@ class PublishedRow:
 
 
 def published_error(config: Mapping[str, Any]) -> float | None:
-    """The test error (%) that a config gives for what its run did: the first of `published` whose `when` holds.
-
-    `config` has dotted keys.
-    """
+    """Returns the published test error (%) for a flat config: the first entry of `published` whose `when` holds."""
     entries = tidy(config.get("published"))
     for entry in map(_mapping, entries if isinstance(entries, tuple) else ()):
         error, when = entry.get("error"), entry.get("when")
@@ -188,17 +186,17 @@ def published_error(config: Mapping[str, Any]) -> float | None:
 
 
 def _mapping(pairs: Any) -> dict[str, Any]:
-    """A mapping from the pairs that `tidy` makes of it; of anything else nothing."""
+    """Converts the pairs of `tidy` back to a mapping; returns {} for anything else."""
     is_pairs = isinstance(pairs, tuple) and all(isinstance(each, tuple) and len(each) == 2 for each in pairs)
     return dict(pairs) if is_pairs else {}
 
 
 def against_published(table: Table) -> list[PublishedRow]:
-    """The configurations of which a published metric is known, in the table's order.
+    """Returns the configurations with a published result, in the table's order.
 
-    Their test metrics are all shown: they are no candidates among which one is chosen.
+    Shows all their test metrics, because no configuration is selected by them.
     """
-    found = []
+    rows = []
     for row in table.rows:
         error, accuracy = published_error(row.runs[0].config), row.statistic("test_accuracy")
         if error is None:
@@ -207,18 +205,19 @@ def against_published(table: Table) -> list[PublishedRow]:
         if accuracy is not None:
             std = None if accuracy.std is None else 100 * accuracy.std
             measured = Statistic(100 * (1 - accuracy.mean), std, accuracy.count)
-        found.append(PublishedRow(row, measured, error))
-    return found
+        rows.append(PublishedRow(row, measured, error))
+    return rows
 
 
-def name_of(beside: PublishedRow, table: Table) -> str:
-    """The recipe's name, and in what it differs from the other rows of that name."""
-    name = str(beside.row.runs[0].config.get("name", beside.row.label))
-    alike = [row for row in table.rows if row.runs[0].config.get("name") == name]
-    if len(alike) == 1:
+def recipe_label(published: PublishedRow, table: Table) -> str:
+    """Returns the recipe's name with the keys in which it differs from other rows of that name."""
+    name = str(published.row.runs[0].config.get("name", published.row.label))
+    same_name = [row for row in table.rows if row.runs[0].config.get("name") == name]
+    if len(same_name) == 1:
         return name
-    keys = [key for key, value in beside.row.values.items() if any(row.values.get(key) != value for row in alike)]
-    return " ".join([name, *(f"{key.rpartition('.')[2]}={beside.row.values[key]}" for key in keys)])
+    values = published.row.values
+    keys = [key for key, value in values.items() if any(row.values.get(key) != value for row in same_name)]
+    return " ".join([name, *(f"{key.rpartition('.')[2]}={values[key]}" for key in keys)])
 
 
 # -- curves, importance of keys, good learning rates, time to a target
@@ -226,7 +225,7 @@ def name_of(beside: PublishedRow, table: Table) -> str:
 
 @dataclass(frozen=True)
 class Band:
-    """A mean over runs, and its confidence interval where there are two or more."""
+    """Mean over runs with its confidence interval (for two or more runs)."""
 
     x: np.ndarray
     mean: np.ndarray
@@ -236,13 +235,13 @@ class Band:
 
 
 def band(runs: Sequence[Record], metric: str, against: str, confidence: float = 0.95) -> Band | None:
-    """Pointwise mean of `metric` against `epoch`, `step` or `seconds`, with Student's interval of the mean.
+    """Computes the pointwise mean of `metric` against `epoch`, `step` or `seconds`, with Student's t interval.
 
-    Between its epochs a run's curve is linear. A point is shown where at least half of the runs reach it.
+    Interpolates linearly between epochs. Includes points that at least half of the runs reach.
     """
     points = [[(line[against], line[metric]) for line in run.history if metric in line and against in line]
               for run in runs]  # fmt: skip
-    curves = [np.array(each) for each in points if each]
+    curves = [np.array(curve) for curve in points if curve]
     if not curves:
         return None
     if against == "seconds":
@@ -261,25 +260,25 @@ def band(runs: Sequence[Record], metric: str, against: str, confidence: float = 
 
 @dataclass(frozen=True)
 class Importance:
-    """The share of the metric's variance that each key explains alone; the rest is due to interactions and noise.
+    """Fraction of the metric's variance that each key explains alone; the rest is interactions and noise.
 
-    `missing`: why there are no shares, where Optuna is not installed.
+    `missing`: message if Optuna is not installed.
     """
 
-    shares: Mapping[str, float]
+    fractions: Mapping[str, float]
     missing: str = ""
 
 
-@lru_cache(maxsize=1)  # for the picture and the page
+@lru_cache(maxsize=1)  # the plot and the page share it
 def importance(table: Table) -> Importance | None:
-    """Functional ANOVA (Hutter, Hoos & Leyton-Brown 2014) of the configurations' means, computed by Optuna.
+    """Computes the functional ANOVA (Hutter, Hoos & Leyton-Brown 2014) of the configurations' means with Optuna.
 
-    Numbers enter by their rank among the key's values, so that each value has the same weight on any scale. A key that
-    some configurations lack is a category. None for too few configurations.
+    Numbers are replaced by their rank among the key's values, which gives each value the same weight on any scale. Keys
+    that some configurations lack are categorical. Returns None for too few configurations.
     """
     keys, rows = table.keys, table.ranked
     means = [row.value.mean for row in rows if row.value is not None]
-    if len(rows) < _FEWEST or not keys or min(means) == max(means):
+    if len(rows) < _MIN_CONFIGURATIONS or not keys or min(means) == max(means):
         return None
     try:
         import optuna
@@ -306,15 +305,15 @@ def importance(table: Table) -> Importance | None:
             for point, mean in zip(points, means, strict=True)
         ]
     )
-    # Trees of more than 64 leaves change no share of a key alone, and take minutes for thousands of configurations.
+    # Trees of more than 64 leaves do not change main effects, but take minutes for thousands of configurations.
     evaluator = optuna.importance.FanovaImportanceEvaluator(max_depth=6, seed=0)
-    shares = evaluator.evaluate(study, params=list(keys))
-    return Importance({key: float(share) for key, share in shares.items()})
+    fractions = evaluator.evaluate(study, params=list(keys))
+    return Importance({key: float(fraction) for key, fraction in fractions.items()})
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """One optimizer's metric against its learning rate: every configuration, the best at each rate, the good rates."""
+    """Metric of one optimizer against its learning rate: all configurations, the best at each rate, good rates."""
 
     optimizer: str
     points: Sequence[tuple[float, Statistic, int]]  # learning rate, metric, row of the table
@@ -325,12 +324,12 @@ class Sensitivity:
 
 
 def sensitivities(table: Table) -> list[Sensitivity]:
-    """For each optimizer with several learning rates.
+    """Computes the sensitivity of each optimizer with several learning rates.
 
-    Good are the rates next to the best whose metric is at most `tolerance` worse: 0.01 for an accuracy, 5 % of the best
-    for other metrics, or the standard deviation over seeds (pooled) where that is larger.
+    Good rates are adjacent to the best rate with a metric at most `tolerance` worse: 0.01 for an accuracy, 5 % of the
+    best for other metrics, or the pooled standard deviation over seeds if that is larger.
     """
-    found = []
+    results = []
     by_optimizer: dict[str, list[tuple[int, Configuration]]] = {}
     for i, row in enumerate(table.rows):
         by_optimizer.setdefault(text(row.values.get("optimizer", "")), []).append((i, row))
@@ -345,8 +344,8 @@ def sensitivities(table: Table) -> list[Sensitivity]:
         runs = [run for _, row in rows for run in row.runs if run.status == "failed"]
         failed = sorted({float(lr) for run in runs if is_number(lr := run.config.get(_LR)) and lr > 0})
         name = group or text(rows[0][1].runs[0].config.get("optimizer", "optimizer"))
-        found.append(_sensitivity(name, points, failed, table))
-    return found
+        results.append(_sensitivity(name, points, failed, table))
+    return results
 
 
 def _sensitivity(
@@ -372,7 +371,7 @@ def _sensitivity(
 
 @dataclass(frozen=True)
 class Reached:
-    """Where the runs of a configuration first met the target; means over those that did."""
+    """First updates and seconds at which runs of a configuration reach the target; statistics over those that do."""
 
     count: int
     runs: int
@@ -383,19 +382,19 @@ class Reached:
 def time_to_target(row: Configuration, by: str, target: float) -> Reached:
     lower = direction_of(by) == "minimize"
     lines = [first_at(run, by, target, lower) for run in row.runs]
-    met = [line for line in lines if line is not None]
-    seconds = [line["seconds"] for line in met if "seconds" in line]
-    return Reached(len(met), len(row.runs), statistic([line["step"] for line in met]), statistic(seconds))
+    reached = [line for line in lines if line is not None]
+    seconds = [line["seconds"] for line in reached if "seconds" in line]
+    return Reached(len(reached), len(row.runs), statistic([line["step"] for line in reached]), statistic(seconds))
 
 
 def first_at(run: Record, by: str, target: float, lower: bool) -> Mapping[str, float] | None:
-    """The first evaluated epoch whose metric is at least as good as the target."""
+    """Returns the first evaluated epoch with a metric at least as good as the target."""
     good = (line for line in run.history if by in line and (line[by] <= target if lower else line[by] >= target))
     return next(good, None)
 
 
 def default_target(table: Table) -> float | None:
-    """A metric that half of the configurations reach, rounded to the easier side."""
+    """Returns a target that half of the configurations reach, rounded to the easier side."""
     means = sorted(row.value.mean for row in table.ranked if row.value is not None)
     if not means:
         return None

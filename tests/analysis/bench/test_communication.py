@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from dlopt.analysis.bench.communication import _fraction_sent, length, times, union
+from dlopt.analysis.bench.communication import _fraction_sent, collective_times, length, union
 
 
 def event(name: str, start: float, end: float) -> SimpleNamespace:
@@ -25,8 +25,8 @@ def test_time_in_which_nothing_else_goes_on() -> None:
         event("gloo:all_reduce", 10, 20), event("gloo:all_reduce", 12, 18), event("c10d::allreduce_", 10, 11),
         event("aten::mm", 5, 13), event("aten::add_", 19, 25), event("DistributedDataParallel.forward", 0, 30),
     ]  # fmt: skip
-    talking, waiting = times(events, torch.device("cpu"))
-    assert (talking, waiting) == pytest.approx((10e-6, 6e-6))
+    communicating, waiting = collective_times(events, torch.device("cpu"))
+    assert (communicating, waiting) == pytest.approx((10e-6, 6e-6))
 
 
 def test_what_a_rank_sends() -> None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from dlopt.analysis import model_summary
 from dlopt.analysis.bench import simulation
-from dlopt.analysis.bench.contention import fitted, shared_out
+from dlopt.analysis.bench.contention import fit_link, scale_to
 from dlopt.analysis.bench.modes import validate
 from dlopt.analysis.bench.simulation import Cluster, ddp, draw, fsdp, pipeline, single, spatial
 from dlopt.analysis.bench.simulation import filter_parallel as filters
@@ -137,12 +137,12 @@ def test_memory() -> None:
 def test_a_network_is_fitted() -> None:
     link = simulation.Link(2e-5, 3e9)
     times = {size: simulation.ring_all_reduce(size, 4, link) for size in (64, 10**5, 10**7)}
-    found = fitted(times, 4)
+    found = fit_link(times, 4)
     assert (found.latency, found.bandwidth) == pytest.approx((2e-5, 3e9))
 
 
 def test_an_update_is_shared_out_among_its_layers() -> None:
-    parts = shared_out(6.0, [layer(forward=1.0, backward=2.0), layer(forward=0.5, backward=0.5)])
+    parts = scale_to(6.0, [layer(forward=1.0, backward=2.0), layer(forward=0.5, backward=0.5)])
     assert [(each.forward, each.backward) for each in parts] == [(1.5, 3.0), (0.75, 0.75)]
 
 

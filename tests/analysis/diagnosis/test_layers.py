@@ -38,7 +38,7 @@ def _by_hand(net: nn.Sequential, x: Tensor, y: Tensor) -> dict[str, Tensor]:
 def test_values_and_gradients_are_those_of_the_chain_rule() -> None:
     net = _three_layers()
     x, y = torch.randn(16, 4, dtype=torch.float64), torch.randint(3, (16,))
-    with LayerProbe(net, keep=20_000).watching() as probe:
+    with LayerProbe(net, keep=20_000).recording() as probe:
         nn.functional.cross_entropy(net(x), y).backward()
     hand = _by_hand(net, x, y)
     assert [layer.name for layer in probe.layers] == ["first", "second", "head"]
@@ -64,7 +64,7 @@ def test_saturated_and_dead_shares() -> None:
         net[0].bias.copy_(torch.tensor([0.0, 5.0, -5.0]))  # slopes 0.25, 0.0066, 0.0066
         net[2].weight.copy_(torch.ones(4, 3))
         net[2].bias.copy_(torch.tensor([-9.0, 0.0, -9.0, -9.0]))
-    with LayerProbe(net).watching() as probe:
+    with LayerProbe(net).recording() as probe:
         net(torch.randn(5, 3)).sum().backward()
     sigmoid, relu, head = probe.layers
     assert sigmoid.saturated == pytest.approx(2 / 3) and sigmoid.dead is None
@@ -76,7 +76,7 @@ def test_a_unit_that_fires_once_is_alive() -> None:
     net = nn.Sequential(nn.Linear(1, 2, bias=False), nn.ReLU())
     with torch.no_grad():
         net[0].weight.copy_(torch.tensor([[1.0], [-1.0]]))
-    with LayerProbe(net).watching() as probe:
+    with LayerProbe(net).recording() as probe:
         net(torch.tensor([[-1.0], [-2.0]]))
         assert probe.layers[0].dead == 0.5
         net(torch.tensor([[-1.0], [3.0]]))
@@ -89,7 +89,7 @@ def test_the_relu_behind_a_sum_belongs_to_the_last_convolution() -> None:
     maps = torch.randn(4, 3, 5, 5)
     seen = []
     block.act2.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
-    with LayerProbe(block).watching() as probe:
+    with LayerProbe(block).recording() as probe:
         block(maps).sum().backward()
     assert [layer.name for layer in probe.layers] == ["conv1", "conv2"]
     assert probe.layers[1].inputs.std == pytest.approx(float(seen[0].std(correction=0)), rel=1e-5)
@@ -98,7 +98,7 @@ def test_the_relu_behind_a_sum_belongs_to_the_last_convolution() -> None:
 def test_calls_of_a_recurrent_layer_are_taken_together() -> None:
     layer = RecurrentLayer(2, 3, Norm(kind="none", affine=False, groups=1, ghost_batch=None, eps=1e-5, momentum=0.1))
     sequence = torch.randn(4, 6, 2)
-    with LayerProbe(layer).watching() as probe:
+    with LayerProbe(layer).recording() as probe:
         states = layer(sequence)
         states.sum().backward()
     hidden = next(each for each in probe.layers if each.name == "hidden")
@@ -117,7 +117,7 @@ def test_watching_changes_nothing_and_leaves_nothing_behind() -> None:
 
     before = gradients()
     state = torch.get_rng_state()
-    with LayerProbe(net, keep=20_000).watching() as probe:
+    with LayerProbe(net, keep=20_000).recording() as probe:
         watched = gradients()
         net.eval()
         net(x)
@@ -158,7 +158,7 @@ def test_a_linear_recurrence_shrinks_by_the_weight_in_every_step() -> None:
         layer.input.bias.zero_()
         layer.hidden.weight.fill_(0.5)
     sequence = 1e-6 * torch.ones(1, 8, 1, dtype=torch.float64)
-    with TimeLagProbe(layer).watching() as probe:
+    with TimeLagProbe(layer).recording() as probe:
         layer(sequence)[:, -1].sum().backward()
     [lag] = probe.lags()
     assert lag.name == "hidden"
@@ -174,7 +174,7 @@ def test_states_and_contributions_of_an_lstm_are_those_of_autograd() -> None:
     loss = layer(sequence)[:, -1].square().sum()
     handle.remove()
     true = [float(gradient.norm()) for gradient in torch.autograd.grad(loss, states[:0:-1])]
-    with TimeLagProbe(layer).watching() as probe:
+    with TimeLagProbe(layer).recording() as probe:
         layer(sequence)[:, -1].square().sum().backward()
     [lag] = probe.lags()
     assert lag.states == pytest.approx(true, rel=1e-12)
@@ -186,6 +186,6 @@ def test_states_and_contributions_of_an_lstm_are_those_of_autograd() -> None:
 
 def test_a_net_without_recurrence_has_none() -> None:
     net = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 1))
-    with TimeLagProbe(net).watching() as probe:
+    with TimeLagProbe(net).recording() as probe:
         net(torch.ones(3, 2)).sum().backward()
     assert probe.lags() == []

@@ -46,7 +46,7 @@ def _seen(tmp_path: Path, *typed: str, steps: int = 7) -> dict[int, tuple[dict[s
     batches = [batch for epoch in range(steps) for batch in trainer.batches.epoch(epoch)]
     workload.module.train()
     for number, batch in enumerate(batches[:steps]):
-        trainer.step.update(*batch, number, trainer.sums)
+        trainer.step.update(*batch, number, trainer.train_metrics)
     return seen
 
 
@@ -114,7 +114,7 @@ def test_figures_and_histograms_reach_tensorboard_and_a_resumed_run_looks_at_the
 
 
 def test_what_cannot_be_seen_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"diagnostics=\[gradients\]: there is nowhere to write them"):
+    with pytest.raises(UserError, match=r"diagnostics=\[gradients\]: requires a tracker"):
         experiment(*SMALL, "diagnostics=[gradients]")
     with pytest.raises(UserError, match=r"diagnostics\.0=loss|diagnostics"):
         experiment("diagnostics=[loss]")

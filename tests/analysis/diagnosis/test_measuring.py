@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dlopt.analysis.diagnosis.measuring import SHARES, Diagnosis, diagnose, loss_of, snapshot, walk
-from dlopt.analysis.diagnosis.pictures import clipping_factor, pictures, some
+from dlopt.analysis.diagnosis.measuring import STEP_FRACTIONS, Diagnosis, diagnose, loss_of, snapshot, trace_updates
+from dlopt.analysis.diagnosis.pictures import clipping_factor, pictures, spread_layers
 from dlopt.analysis.diagnosis.preparation import prepare
 from tests.training.runs import SMALL, experiment, same
 
@@ -41,10 +41,10 @@ def test_walking_makes_the_updates_of_the_training_itself(tmp_path: Path) -> Non
     for watched in (True, False):
         workload, training = prepare(experiment(*typed), tmp_path)
         if watched:
-            path = walk(workload, training, 6, with_curvature=True)
+            path = trace_updates(workload, training, 6, with_curvature=True)
         else:
             for step, batch in enumerate([*training.batches.epoch(0, 0, 0), *training.batches.epoch(1, 0, 4)][:6]):
-                training.step.update(*batch, step, training.sums)
+                training.step.update(*batch, step, training.train_metrics)
         weights.append({name: value.clone() for name, value in workload.module.state_dict().items()})
     assert same(weights[0], weights[1])
     assert len(path.losses) == len(path.norms) == 6 and all(len(each) == 6 for each in path.ratios.values())
@@ -79,11 +79,11 @@ def test_sharpness_along_the_step_is_that_of_the_losses_along_it(tmp_path: Path)
     """A second difference of the losses along the update gives d'Hd to second order."""
     workload, training = prepare(experiment(*MLP, "schedule=constant", "optimizer.lr=1e-3"), tmp_path)
     before = [p.detach().clone() for p in workload.module.parameters()]
-    path = walk(workload, training, 1, with_curvature=True)
+    path = trace_updates(workload, training, 1, with_curvature=True)
     square = sum(
         float((p.detach() - old).square().sum()) for p, old in zip(workload.module.parameters(), before, strict=True)
     )
-    at = dict(zip(SHARES, path.along, strict=True))
+    at = dict(zip(STEP_FRACTIONS, path.along, strict=True))
     second = (at[0.5] - 2 * at[0.0] + at[-0.5]) / 0.25
     assert second / square == pytest.approx(path.curvatures[0], rel=1e-2)
     assert at[0.0] == pytest.approx(path.losses[0], rel=1e-12)
@@ -91,8 +91,8 @@ def test_sharpness_along_the_step_is_that_of_the_losses_along_it(tmp_path: Path)
 
 def test_a_training_that_diverges_is_told(tmp_path: Path) -> None:
     found = _diagnosed(tmp_path, "precision=fp32", "model.activation=relu", "optimizer.lr=1e30", eigenvalues=0)
-    assert "became" in found.path.ended or "not finite" in found.path.ended
-    assert len(found.path.losses) < 4
+    assert "became" in found.trace.ended or "not finite" in found.trace.ended
+    assert len(found.trace.losses) < 4
 
 
 def _axes(figure: Any, label: str) -> Any:
@@ -128,4 +128,8 @@ def test_time_lag_before_and_after_clipping(tmp_path: Path) -> None:
 
 def test_some_layers_are_spread_over_the_depth(tmp_path: Path) -> None:
     layers: Any = [None] * 56
-    assert some(layers) == [0, 11, 22, 33, 44, 55] and some(layers[:2]) == [0, 1] and some(layers[:1]) == [0]
+    assert (
+        spread_layers(layers) == [0, 11, 22, 33, 44, 55]
+        and spread_layers(layers[:2]) == [0, 1]
+        and spread_layers(layers[:1]) == [0]
+    )

@@ -15,5 +15,5 @@ def test_a_checkpoint_of_a_gpu_is_looked_at_on_a_cpu(tmp_path: Path) -> None:
     state["optimizer"]["param_groups"][0]["capturable"] = True
     _, training = prepare(experiment(*lines), tmp_path / "other", state)
     inputs, targets = next(iter(training.batches.epoch(1)))
-    training.step.update(inputs, targets, training.progress.step, training.sums)
+    training.step.update(inputs, targets, training.progress.step, training.train_metrics)
     assert not training.step.optimizer.param_groups[0]["capturable"]

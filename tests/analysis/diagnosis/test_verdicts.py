@@ -19,7 +19,7 @@ def _probed(activation: type[nn.Module], std: float, layers: int = 6, width: int
         nn.init.normal_(linear.weight, std=std / math.sqrt(width))
         parts += [linear, activation()]
     net = nn.Sequential(*parts, nn.Linear(width, 3))
-    with LayerProbe(net).watching() as probe:
+    with LayerProbe(net).recording() as probe:
         net(torch.randn(256, width)).square().mean().backward()
     return probe.layers
 
@@ -38,9 +38,9 @@ def _probed(activation: type[nn.Module], std: float, layers: int = 6, width: int
 def test_a_verdict_per_layer(activation: type[nn.Module], std: float, word: str) -> None:
     found = verdicts(_probed(activation, std))
     assert len(found) == 7
-    assert word in {verdict.word for verdict in found}
+    assert word in {verdict.label for verdict in found}
     if word == "healthy":
-        assert {verdict.word for verdict in found} == {"healthy"}
+        assert {verdict.label for verdict in found} == {"healthy"}
 
 
 def test_dead_units() -> None:
@@ -48,7 +48,7 @@ def test_dead_units() -> None:
     net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     with torch.no_grad():
         net[0].bias[:6] = -100.0
-    with LayerProbe(net).watching() as probe:
+    with LayerProbe(net).recording() as probe:
         net(torch.randn(50, 4)).sum().backward()
     assert verdicts(probe.layers)[0] == Verdict("dead", "75% of the units")
 
@@ -57,9 +57,9 @@ def test_what_is_not_finite_explodes() -> None:
     net = nn.Sequential(nn.Linear(1, 1), nn.Tanh(), nn.Linear(1, 1))
     with torch.no_grad():
         net[2].weight.fill_(math.inf)
-    with LayerProbe(net).watching() as probe:
+    with LayerProbe(net).recording() as probe:
         net(torch.ones(2, 1)).sum().backward()
-    assert verdicts(probe.layers)[1].word == "exploding"
+    assert verdicts(probe.layers)[1].label == "exploding"
 
 
 def test_a_gradient_that_fades_over_time() -> None:
@@ -67,8 +67,8 @@ def test_a_gradient_that_fades_over_time() -> None:
     layers[0].name = "hidden"
     lag = TimeLag("hidden", [1.0, 0.1, 1e-5], [1.0, 1.0, 1.0, 0.0])
     found = verdicts(layers, [lag])[0]
-    assert found.word == "vanishing" and "x 1e-05 over 2 steps back" in found.reason
-    assert verdicts(layers, [TimeLag("hidden", [1.0, 10.0, 1e5], [])])[0].word == "exploding"
+    assert found.label == "vanishing" and "1e-05x over 2 steps back in time" in found.reason
+    assert verdicts(layers, [TimeLag("hidden", [1.0, 10.0, 1e5], [])])[0].label == "exploding"
 
 
 def _facts(**changes: Any) -> Facts:

@@ -92,7 +92,7 @@ def test_the_leaderboard_stands_in_the_order_of_the_table(shown: Any, table: Tab
     assert column(shown, "val_accuracy")[0] == "90.00 ± 1.00 %"
     assert column(shown, "difference")[1] == "−5.00 [−5.00, −5.00]"
     assert "3 failed" in column(shown, "runs")[-1]
-    assert text(shown, "#title").startswith("<img") and "Damaged" in text(shown, "#damaged")
+    assert text(shown, "#title").startswith("<img") and "Unreadable" in text(shown, "#damaged")
 
 
 def test_every_column_sorts_both_ways(shown: Any) -> None:
@@ -126,11 +126,11 @@ def test_filters_take_away_and_give_back(shown: Any) -> None:
 
 
 def test_the_test_figure_is_that_of_the_first_row_only(shown: Any) -> None:
-    assert "test accuracy 55.00 %" in text(shown, "#chosen").replace("\n", " ")
+    assert "test accuracy 55.00 %" in text(shown, "#selected").replace("\n", " ")
     press(shown, "tr[data-rank='2']")
-    assert "#2" in text(shown, "#chosen") and "test accuracy" not in text(shown, "#chosen")
-    assert "for the first row only" in text(shown, "#chosen")
-    assert "dlopt train -m optimizer=adamw optimizer.lr=0.1 seed=0,1,2" in text(shown, "#chosen")
+    assert "#2" in text(shown, "#selected") and "test accuracy" not in text(shown, "#selected")
+    assert "for the first row only" in text(shown, "#selected")
+    assert "dlopt train -m optimizer=adamw optimizer.lr=0.1 seed=0,1,2" in text(shown, "#selected")
 
 
 def test_curves_are_read_by_hovering(shown: Any, table: Table) -> None:

@@ -1,7 +1,7 @@
 import io
 from pathlib import Path
 
-from dlopt.analysis.drawing import spelled
+from dlopt.analysis.drawing import metric_label
 from dlopt.analysis.report.pictures import pictures
 from dlopt.analysis.report.reading import Reader
 from dlopt.analysis.report.table import gather
@@ -32,4 +32,4 @@ def test_one_run_has_its_curves_and_no_more(tmp_path: Path) -> None:
 
 
 def test_names_are_spelled_out() -> None:
-    assert spelled("val_accuracy") == "validation accuracy" and spelled("train_loss") == "training loss"
+    assert metric_label("val_accuracy") == "validation accuracy" and metric_label("train_loss") == "training loss"

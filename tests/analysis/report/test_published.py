@@ -10,7 +10,7 @@ import pytest
 
 from dlopt.analysis.report.page import page_data, summary_csv
 from dlopt.analysis.report.reading import Reader
-from dlopt.analysis.report.table import Table, against_published, gather, name_of, published_error
+from dlopt.analysis.report.table import Table, against_published, gather, published_error, recipe_label
 from dlopt.config.compose import Composer, to_plain
 from dlopt.config.parsing import parse
 from dlopt.tracking.layout import settings
@@ -75,7 +75,7 @@ def test_seeds_are_one_row_and_other_runs_are_left_out(tmp_path: Path) -> None:
     [beside] = against_published(found)
     assert beside.published == 24.0 and beside.measured is not None and beside.measured.count == 2
     assert beside.measured.mean == pytest.approx(24.0) and beside.measured.std == pytest.approx(100 * 0.02 / 2**0.5)
-    assert name_of(beside, found) == "recipe lr=0.1"
+    assert recipe_label(beside, found) == "recipe lr=0.1"
     rows = list(csv.DictReader(io.StringIO(summary_csv(found, None, test=False))))
     assert {row["published_error_percent"] for row in rows} == {"24.0", ""}
     data = page_data(found, title="t", made="m", target=None, test=False, refresh=None)

@@ -5,7 +5,7 @@ from subprocess import run
 
 import pytest
 
-from dlopt.analysis.report.reading import Damaged, Reader, Record, find, printable, read, text, varying
+from dlopt.analysis.report.reading import Damaged, Reader, Record, find, printable, read, text, varying_keys
 from tests.analysis.report.folders import make_run
 from tests.commands.line import HeldByAnotherProcess
 
@@ -119,13 +119,13 @@ def test_keys_that_vary_leave_out_seeds_and_what_a_choice_implies() -> None:
         {**sgd, "optimizer.lr": 0.2, "seed": 1},
         {"seed": 0, "optimizer": "adamw", "optimizer.lr": 0.1, "optimizer.betas": (0.9, 0.99), "name": "b"},
     ]
-    assert varying(configs) == ["optimizer", "optimizer.lr"]
-    assert varying([*configs, {**sgd, "optimizer.momentum": 0.5}]) == [
+    assert varying_keys(configs) == ["optimizer", "optimizer.lr"]
+    assert varying_keys([*configs, {**sgd, "optimizer.momentum": 0.5}]) == [
         "optimizer",
         "optimizer.lr",
         "optimizer.momentum",
     ]
-    assert varying(configs[:1]) == []
+    assert varying_keys(configs[:1]) == []
 
 
 def test_values_as_typed() -> None:

@@ -74,7 +74,7 @@ def test_importance_of_keys(tmp_path: Path) -> None:
     found = importance(table(tmp_path))
     assert found is not None
     expected = {"optimizer.lr": 0.02 / 0.0225, "optimizer": 0.0025 / 0.0225, "optimizer.weight_decay": 0.0}
-    assert found.shares == pytest.approx(expected, abs=0.12) and not found.missing
+    assert found.fractions == pytest.approx(expected, abs=0.12) and not found.missing
     assert importance(table(tmp_path)) == found  # no draw of chance
 
 
@@ -83,8 +83,8 @@ def test_a_key_that_acts_only_with_another_has_no_share_alone(tmp_path: Path) ->
         config = {"a": a, "b": b, "c": "x" if i else None}
         make_run(tmp_path / str(i), accuracies=(0.5 + 20 * (a - 0.2) * (b - 0.2),), config=config)
     found = importance(table(tmp_path))
-    assert found is not None and set(found.shares) == {"a", "b", "c"}  # a category where the first one lacks it
-    assert max(found.shares["a"], found.shares["b"]) < 0.25
+    assert found is not None and set(found.fractions) == {"a", "b", "c"}  # a category where the first one lacks it
+    assert max(found.fractions["a"], found.fractions["b"]) < 0.25
 
 
 def test_without_optuna_a_line_says_what_importance_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +92,7 @@ def test_without_optuna_a_line_says_what_importance_needs(tmp_path: Path, monkey
         make_run(tmp_path / str(i), lr=0.1 * (i + 1), accuracies=(0.1 * i,))
     monkeypatch.setitem(sys.modules, "optuna", None)
     found = importance(table(tmp_path))
-    assert found is not None and not found.shares and "dlopt[sweep]" in found.missing
+    assert found is not None and not found.fractions and "dlopt[sweep]" in found.missing
 
 
 def test_importance_needs_enough_to_look_at(tmp_path: Path) -> None:

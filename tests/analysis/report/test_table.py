@@ -56,7 +56,7 @@ def test_configurations_are_ranked_by_their_mean_over_seeds(sweep: Path) -> None
 def test_another_figure_may_rank_but_no_test_figure(sweep: Path) -> None:
     assert table(sweep, "val_loss").lower and not table(sweep).lower
     assert table(sweep, "best_val_loss").by == "val_loss"
-    with pytest.raises(UserError, match="by=test_accuracy: ranked by a test metric"):
+    with pytest.raises(UserError, match="by=test_accuracy: ranking by a test metric"):
         table(sweep, "test_accuracy")
     with pytest.raises(UserError, match=r"by=val_f1: the runs have no such metric; allowed: .*val_accuracy"):
         table(sweep, "val_f1")

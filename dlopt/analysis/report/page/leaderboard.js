@@ -1,65 +1,65 @@
-// Filters, the table of configurations, the chosen one.
+// Filters, leaderboard, published results, selected configuration.
 
-const SHOWN = 6; // configurations drawn until the reader chooses
-const PAGE = 50; // rows of a table before "show all"
+const SHOWN = 6; // configurations shown by default
+const PAGE = 50; // rows of a table without "Show all"
 
-function passes(row) {
+function matchesFilters(row) {
   return data.keys.every((key) => {
-    const found = row.values[key];
-    if ((state.off[key] || []).includes(value(found))) return false;
+    const value = row.values[key];
+    if ((state.off[key] || []).includes(formatValue(value))) return false;
     const range = state.range[key];
     if (!range) return true;
-    return (range[0] === null || found >= range[0]) && (range[1] === null || found <= range[1]);
+    return (range[0] === null || value >= range[0]) && (range[1] === null || value <= range[1]);
   });
 }
 
 let visible = [];
-function refilter() {
-  visible = data.rows.filter(passes);
+function applyFilters() {
+  visible = data.rows.filter(matchesFilters);
 }
 
-// The drawn configurations, in the order of their ranks, each with its place among the styles.
-function drawn() {
-  if (state.drawn !== null) return visible.filter((row) => state.drawn.includes(row.id));
+// Returns the shown configurations by rank; the index of a row selects its line style.
+function shownRows() {
+  if (state.shown !== null) return visible.filter((row) => state.shown.includes(row.id));
   const ranked = visible.filter((row) => row.metrics[data.by]);
   return (ranked.length ? ranked : visible).slice(0, SHOWN);
 }
 
-function filters(update) {
+function renderFilters(update) {
   const section = document.getElementById("filters");
   const groups = data.keys.map((key) => {
-    const found = [...new Map(data.rows.map((row) => [value(row.values[key]), row.values[key]]))];
-    const numbers = found.every(([, each]) => typeof each === "number" || each === undefined);
-    found.sort(([a, x], [b, y]) => (numbers ? (x ?? Infinity) - (y ?? Infinity) : a < b ? -1 : 1));
-    if (numbers && found.length > 12) return rangeFilter(key, update);
-    const boxes = found.map(([text]) => {
-      const box = make("input", { type: "checkbox", checked: !(state.off[key] || []).includes(text), "data-key": key, "data-value": text,
+    const choices = [...new Map(data.rows.map((row) => [formatValue(row.values[key]), row.values[key]]))];
+    const numbers = choices.every(([, value]) => typeof value === "number" || value === undefined);
+    choices.sort(([a, x], [b, y]) => (numbers ? (x ?? Infinity) - (y ?? Infinity) : a < b ? -1 : 1));
+    if (numbers && choices.length > 12) return rangeFilter(key, update);
+    const boxes = choices.map(([text]) => {
+      const box = html("input", { type: "checkbox", checked: !(state.off[key] || []).includes(text), "data-key": key, "data-value": text,
         onchange: () => {
           const off = new Set(state.off[key] || []);
           if (box.checked) off.delete(text); else off.add(text);
           state.off[key] = [...off];
           update();
         } });
-      return make("label", {}, box, ` ${text}`);
+      return html("label", {}, box, ` ${text}`);
     });
-    return make("fieldset", {}, make("legend", {}, key), make("div", { class: "choices" }, ...boxes));
+    return html("fieldset", {}, html("legend", {}, key), html("div", { class: "choices" }, ...boxes));
   });
   if (!groups.length) return void (section.hidden = true);
   const open = state.open ?? innerWidth > 640;
-  const details = make("details", { open, ontoggle: () => { state.open = details.open; keep(); } },
-    make("summary", {}, "Filters ", make("span", { class: "soft", id: "filtered" })),
-    make("div", { class: "groups" }, ...groups),
-    make("div", { class: "controls" }, make("button", { type: "button", id: "clear", onclick: () => {
+  const details = html("details", { open, ontoggle: () => { state.open = details.open; saveState(); } },
+    html("summary", {}, "Filters ", html("span", { class: "soft", id: "filtered" })),
+    html("div", { class: "groups" }, ...groups),
+    html("div", { class: "controls" }, html("button", { type: "button", id: "clear", onclick: () => {
       state.off = {};
       state.range = {};
-      filters(update);
+      renderFilters(update);
       update();
     } }, "Clear filters")));
   section.replaceChildren(details);
 }
 
 function rangeFilter(key, update) {
-  const bound = (i, text) => make("label", {}, `${text} `, make("input", { type: "number", step: "any", "data-key": key,
+  const bound = (i, text) => html("label", {}, `${text} `, html("input", { type: "number", step: "any", "data-key": key,
     value: state.range[key] ? state.range[key][i] : null, "aria-label": `${key} ${text}`,
     onchange: (event) => {
       const range = state.range[key] || [null, null];
@@ -67,51 +67,51 @@ function rangeFilter(key, update) {
       state.range[key] = range;
       update();
     } }));
-  return make("fieldset", {}, make("legend", {}, key), make("div", { class: "controls" }, bound(0, "from"), bound(1, "to")));
+  return html("fieldset", {}, html("legend", {}, key), html("div", { class: "controls" }, bound(0, "from"), bound(1, "to")));
 }
 
-// -- the table
+// -- leaderboard
 
 function columns() {
   const list = [{ id: "rank", name: "#", number: true, of: (row) => row.rank, text: (row) => String(row.rank) }];
   for (const key of data.keys) {
     const numbers = data.rows.every((row) => typeof (row.values[key] ?? 0) === "number");
-    list.push({ id: `key ${key}`, name: data.short[key], full: key, number: numbers, key: true, of: (row) => row.values[key], text: (row) => value(row.values[key]) });
+    list.push({ id: `key ${key}`, name: data.short[key], full: key, number: numbers, key: true, of: (row) => row.values[key], text: (row) => formatValue(row.values[key]) });
   }
   list.push({ id: "runs", name: "runs", number: true, of: (row) => row.runs.length, text: (row) => String(row.runs.length), more: notEnded });
   for (const name of data.metrics) {
-    list.push({ id: name, name: title(name), number: true, of: (row) => row.metrics[name] && row.metrics[name][0],
-      text: (row) => statistic(name, row.metrics[name]), strong: name === data.by });
+    list.push({ id: name, name: metricTitle(name), number: true, of: (row) => row.metrics[name] && row.metrics[name][0],
+      text: (row) => formatStatistic(name, row.metrics[name]), strong: name === data.by });
     if (name === data.by && data.rows.some((row) => row.difference)) list.push(DIFFERENCE);
   }
   if (data.allTests) {
-    for (const name of ["test_accuracy", "test_loss"].filter((each) => data.rows.some((row) => row.test && row.test[each]))) {
-      list.push({ id: name, name: title(name), number: true, of: (row) => row.test && row.test[name] && row.test[name][0],
-        text: (row) => statistic(name, row.test && row.test[name]) });
+    for (const name of ["test_accuracy", "test_loss"].filter((test) => data.rows.some((row) => row.test && row.test[test]))) {
+      list.push({ id: name, name: metricTitle(name), number: true, of: (row) => row.test && row.test[name] && row.test[name][0],
+        text: (row) => formatStatistic(name, row.test && row.test[name]) });
     }
   }
-  if (innerWidth < 640) list.splice(1, 0, ...list.splice(list.findIndex((each) => each.strong), 1)); // without scrolling
+  if (innerWidth < 640) list.splice(1, 0, ...list.splice(list.findIndex((column) => column.strong), 1)); // visible without scrolling
   return list;
 }
 
-const DIFFERENCE = { id: "difference", name: isShare(data.by) ? "to the first (points)" : "to the first", number: true, of: (row) => row.difference && row.difference[0],
+const DIFFERENCE = { id: "difference", name: isFraction(data.by) ? "difference to #1 (points)" : "difference to #1", number: true, of: (row) => row.difference && row.difference[0],
   text: (row) => {
     if (!row.difference) return row.rank === 1 ? "" : "–";
     const [mean, low, high] = row.difference;
-    return signed(data.by, mean) + (low === null ? "" : ` [${signed(data.by, low)}, ${signed(data.by, high)}]`);
+    return formatDifference(data.by, mean) + (low === null ? "" : ` [${formatDifference(data.by, low)}, ${formatDifference(data.by, high)}]`);
   } };
 
 function notEnded(row) {
   const counts = {};
   for (const run of row.runs) if (!["finished", "stopped_early"].includes(run.status)) counts[run.status] = (counts[run.status] || 0) + 1;
   const text = Object.entries(counts).map(([status, count]) => `${count} ${status}`).join(", ");
-  return text ? make("small", { class: row.failed ? "bad" : "soft" }, ` ${text}`) : null;
+  return text ? html("small", { class: row.failed ? "bad" : "soft" }, ` ${text}`) : null;
 }
 
 function sorted(list) {
   const [id, direction] = state.sort;
-  const column = list.find((each) => each.id === id) || list[0];
-  const missing = (found) => found === null || found === undefined;
+  const column = list.find((column) => column.id === id) || list[0];
+  const missing = (value) => value === null || value === undefined;
   return [...visible].sort((a, b) => {
     const x = column.of(a), y = column.of(b);
     if (missing(x) || missing(y)) return missing(x) - missing(y) || a.rank - b.rank;
@@ -120,27 +120,27 @@ function sorted(list) {
 }
 
 function sortBy(column, update) {
-  const bigger = column.id === data.by ? !data.lower : isShare(column.id);
-  const first = bigger ? -1 : 1;
+  const isHigherBetter = column.id === data.by ? !data.lower : isFraction(column.id);
+  const first = isHigherBetter ? -1 : 1;
   state.sort = state.sort[0] === column.id ? [column.id, -state.sort[1]] : [column.id, first];
   update();
 }
 
-function leaderboard(update) {
-  const list = columns(), rows = sorted(list), lines = drawn();
+function renderLeaderboard(update) {
+  const list = columns(), rows = sorted(list), plotted = shownRows();
   const head = list.map((column) => {
     const [id, direction] = state.sort, active = id === column.id;
-    return make("th", { class: (column.number ? "number" : "") + (column.key ? " key" : ""), scope: "col", title: column.full, "data-column": column.id,
+    return html("th", { class: (column.number ? "number" : "") + (column.key ? " key" : ""), scope: "col", title: column.full, "data-column": column.id,
       "aria-sort": active ? (direction > 0 ? "ascending" : "descending") : "none" },
-      make("button", { type: "button", onclick: () => sortBy(column, update) }, column.name, active ? (direction > 0 ? " ▲" : " ▼") : ""));
+      html("button", { type: "button", onclick: () => sortBy(column, update) }, column.name, active ? (direction > 0 ? " ▲" : " ▼") : ""));
   });
-  const shown = state.all ? rows : rows.slice(0, PAGE);
-  const table = make("table", {}, make("thead", {}, make("tr", {}, make("th", { scope: "col" }, "drawn"), ...head)),
-    make("tbody", {}, ...shown.map((row) => line(row, list, lines, update))));
-  body("leaderboard").replaceChildren(
-    make("p", { class: "note" }, rankedBy()),
-    make("div", { class: "scroll" }, table),
-    rows.length > PAGE ? make("div", { class: "controls" }, make("button", { type: "button", onclick: () => { state.all = !state.all; update(); } },
+  const visibleRows = state.all ? rows : rows.slice(0, PAGE);
+  const table = html("table", {}, html("thead", {}, html("tr", {}, html("th", { scope: "col" }, "plot"), ...head)),
+    html("tbody", {}, ...visibleRows.map((row) => tableRow(row, list, plotted, update))));
+  sectionBody("leaderboard").replaceChildren(
+    html("p", { class: "note" }, rankedBy()),
+    html("div", { class: "scroll" }, table),
+    rows.length > PAGE ? html("div", { class: "controls" }, html("button", { type: "button", onclick: () => { state.all = !state.all; update(); } },
       state.all ? `Show the first ${PAGE}` : `Show all ${rows.length}`)) : "");
   const filtered = document.getElementById("filtered");
   if (filtered) filtered.textContent = `${visible.length} of ${data.rows.length} configurations`;
@@ -148,89 +148,89 @@ function leaderboard(update) {
 
 function rankedBy() {
   const seeds = data.rows.some((row) => row.runs.length > 1);
-  return `Ranked by ${title(data.by)} of the best epoch${seeds ? ": mean ± standard deviation over seeds" : ""}.` +
-    (data.rows.some((row) => row.difference && row.difference[1] !== null) ? " The difference to the first is paired over seeds, with its 95 % confidence interval." : "") +
-    " A click on a heading sorts, on a row chooses it.";
+  return `Ranked by ${metricTitle(data.by)} of the best epoch${seeds ? ": mean ± standard deviation over seeds" : ""}.` +
+    (data.rows.some((row) => row.difference && row.difference[1] !== null) ? " Differences to #1 are paired over seeds, with 95 % confidence intervals." : "") +
+    " Click a heading to sort, or a row to select it.";
 }
 
-function line(row, list, lines, update) {
-  const place = lines.indexOf(row);
-  const box = make("input", { type: "checkbox", checked: place >= 0, "aria-label": `draw ${row.label}`, onclick: (event) => event.stopPropagation(),
+function tableRow(row, list, plotted, update) {
+  const index = plotted.indexOf(row);
+  const box = html("input", { type: "checkbox", checked: index >= 0, "aria-label": `plot ${row.label}`, onclick: (event) => event.stopPropagation(),
     onchange: () => {
-      const ids = new Set(lines.map((each) => each.id));
+      const ids = new Set(plotted.map((other) => other.id));
       if (ids.has(row.id)) ids.delete(row.id); else ids.add(row.id);
-      state.drawn = [...ids];
+      state.shown = [...ids];
       update();
     } });
-  const cells = list.map((column) => make("td", { class: (column.number ? "number" : "") + (column.key ? " key" : "") },
-    column.strong ? make("b", {}, column.text(row)) : column.text(row), column.more ? column.more(row) : null));
-  return make("tr", { class: "row", tabindex: 0, "aria-selected": String(row === chosenRow()), "data-rank": row.rank,
-    onclick: () => { state.chosen = row.id; update(); },
-    onkeydown: (event) => { if (event.key === "Enter" && event.target.tagName === "TR") { state.chosen = row.id; update(); } } },
-    make("td", {}, make("span", { class: "swatch" }, box, place >= 0 ? swatch(styleOf(place)) : null)), ...cells);
+  const cells = list.map((column) => html("td", { class: (column.number ? "number" : "") + (column.key ? " key" : "") },
+    column.strong ? html("b", {}, column.text(row)) : column.text(row), column.more ? column.more(row) : null));
+  return html("tr", { class: "row", tabindex: 0, "aria-selected": String(row === selectedRow()), "data-rank": row.rank,
+    onclick: () => { state.selected = row.id; update(); },
+    onkeydown: (event) => { if (event.key === "Enter" && event.target.tagName === "TR") { state.selected = row.id; update(); } } },
+    html("td", {}, html("span", { class: "swatch" }, box, index >= 0 ? swatch(styleOf(index)) : null)), ...cells);
 }
 
-// -- recipes of papers
+// -- published results
 
-function published() {
-  if (!show("published", data.published.length > 0)) return;
-  const number = (text) => make("td", { class: "number" }, text);
+function renderPublished() {
+  if (!setVisible("published", data.published.length > 0)) return;
+  const number = (text) => html("td", { class: "number" }, text);
   const rows = data.published.map(([name, measured, error]) => {
     const deviation = measured && measured[1] !== null ? ` ± ${measured[1].toFixed(2)}` : "";
-    return make("tr", {}, make("td", {}, name), number(measured ? measured[0].toFixed(2) + deviation : "–"), number(error.toFixed(2)),
+    return html("tr", {}, html("td", {}, name), number(measured ? measured[0].toFixed(2) + deviation : "–"), number(error.toFixed(2)),
       number(measured ? (measured[0] - error).toFixed(2) : ""), number(measured ? String(measured[2]) : "0"));
   });
   const head = ["recipe", "test error %", "published", "difference", "runs"];
-  body("published").replaceChildren(make("div", { class: "scroll" }, make("table", {},
-    make("thead", {}, make("tr", {}, ...head.map((name) => make("th", { scope: "col" }, name)))), make("tbody", {}, ...rows))));
+  sectionBody("published").replaceChildren(html("div", { class: "scroll" }, html("table", {},
+    html("thead", {}, html("tr", {}, ...head.map((name) => html("th", { scope: "col" }, name)))), html("tbody", {}, ...rows))));
 }
 
-// -- the chosen configuration
+// -- selected configuration
 
-function chosenRow() {
-  return data.rows.find((row) => row.id === state.chosen) || data.rows[0];
+function selectedRow() {
+  return data.rows.find((row) => row.id === state.selected) || data.rows[0];
 }
 
-function chosen() {
-  const row = chosenRow();
-  if (!show("chosen", Boolean(row))) return;
-  const facts = data.metrics.map((name) => [title(name), statistic(name, row.metrics[name])]);
-  for (const [name, found] of Object.entries(row.test || {})) facts.push([title(name), statistic(name, found)]);
-  const shown = [...new Set([data.by, "val_loss", "best_epoch", "epochs", "seconds"])].filter((name) => row.runs.some((run) => name in run.metrics));
-  const runs = row.runs.map((run) => make("tr", {},
-    make("td", {}, run.path), make("td", { class: "number" }, value(run.seed)), make("td", {}, run.status.replace("_", " ")),
-    ...shown.map((name) => make("td", { class: "number" }, figure(name, run.metrics[name]))),
-    make("td", {}, copying(run.command, "copy command")), make("td", {}, copying(run.from, "copy from="))));
-  const head = ["folder", "seed", "status", ...shown.map(title), "this run again", "by its folder"];
-  body("chosen").replaceChildren(
-    make("p", {}, make("b", {}, `#${row.rank} `), row.label),
-    make("ul", { class: "facts" }, ...facts.map(([name, text]) => make("li", {}, `${name} `, make("b", {}, text)))),
-    make("p", { class: "note" }, row.test ? (data.allTests ? "" : "The test metrics are those of the first row; the choice was made on the validation set.")
-      : row.rank === 1 ? "" : "Test metrics are shown for the first row only: to choose by them would be to train on the test set. dlopt report test=true shows all."),
-    row.command ? commandLine(row.command) : make("p", { class: "note" }, "What was typed for it is not known; each run can be started again from its folder."),
-    make("div", { class: "scroll" }, make("table", {}, make("thead", {}, make("tr", {}, ...head.map((name) => make("th", { scope: "col" }, name)))), make("tbody", {}, ...runs))));
+function renderSelected() {
+  const row = selectedRow();
+  if (!setVisible("selected", Boolean(row))) return;
+  const facts = data.metrics.map((name) => [metricTitle(name), formatStatistic(name, row.metrics[name])]);
+  for (const [name, values] of Object.entries(row.test || {})) facts.push([metricTitle(name), formatStatistic(name, values)]);
+  const names = [...new Set([data.by, "val_loss", "best_epoch", "epochs", "seconds"])].filter((name) => row.runs.some((run) => name in run.metrics));
+  const runs = row.runs.map((run) => html("tr", {},
+    html("td", {}, run.path), html("td", { class: "number" }, formatValue(run.seed)), html("td", {}, run.status.replace("_", " ")),
+    ...names.map((name) => html("td", { class: "number" }, formatMetric(name, run.metrics[name]))),
+    html("td", {}, copyButton(run.command, "copy command")), html("td", {}, copyButton(run.from, "copy from="))));
+  const head = ["folder", "seed", "status", ...names.map(metricTitle), "repeat run", "repeat from folder"];
+  sectionBody("selected").replaceChildren(
+    html("p", {}, html("b", {}, `#${row.rank} `), row.label),
+    html("ul", { class: "facts" }, ...facts.map(([name, text]) => html("li", {}, `${name} `, html("b", {}, text)))),
+    html("p", { class: "note" }, row.test ? (data.allTests ? "" : "Test metrics are shown for #1 only, which was selected on the validation set.")
+      : row.rank === 1 ? "" : "Test metrics are shown for the first row only, to avoid selection on the test set. Show all with dlopt report test=true."),
+    row.command ? commandLine(row.command) : html("p", { class: "note" }, "The command is unknown. You can repeat each run from its folder."),
+    html("div", { class: "scroll" }, html("table", {}, html("thead", {}, html("tr", {}, ...head.map((name) => html("th", { scope: "col" }, name)))), html("tbody", {}, ...runs))));
 }
 
 function commandLine(text) {
-  return make("div", { class: "command" }, make("code", {}, text), copying(text, "Copy"));
+  return html("div", { class: "command" }, html("code", {}, text), copyButton(text, "Copy"));
 }
 
-function copying(text, name) {
+function copyButton(text, name) {
   if (!text) return "–";
-  const button = make("button", { type: "button", title: text, onclick: async (event) => {
+  const button = html("button", { type: "button", title: text, onclick: async (event) => {
     event.stopPropagation();
-    button.textContent = (await copy(text)) ? "Copied" : "Press Ctrl+C";
+    button.textContent = (await copyText(text)) ? "Copied" : "Press Ctrl+C";
     setTimeout(() => { button.textContent = name; }, 1500);
   } }, name);
   return button;
 }
 
-async function copy(text) {
+async function copyText(text) {
   try {
     await navigator.clipboard.writeText(text);
     return true;
   } catch (error) {
-    const area = make("textarea", {});
+    const area = html("textarea", {});
     area.value = text;
     document.body.append(area);
     area.select();

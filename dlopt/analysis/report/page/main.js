@@ -1,35 +1,35 @@
-// Putting the page together.
+// Renders the page.
 
-function failures() {
+function renderFailures() {
   const runs = data.runs.filter((run) => ["failed", "unfinished"].includes(run.status));
-  if (!show("failed", runs.length > 0)) return;
-  const why = (run) => run.reason || (run.status === "unfinished" ? "it ended without a summary: killed, or the machine went down" : "no reason was recorded");
-  const rows = runs.slice(0, state.all ? runs.length : PAGE).map((run) => make("tr", {}, make("td", {}, run.path), make("td", { class: "wrap" }, data.rows[run.row].label), make("td", { class: "number" }, value(run.seed)),
-    make("td", { class: "wrap" }, why(run)), make("td", {}, copying(run.command || run.from, "copy command"))));
-  body("failed").replaceChildren(make("div", { class: "scroll" }, make("table", {},
-    make("thead", {}, make("tr", {}, ...["folder", "configuration", "seed", "why", "run it again"].map((name) => make("th", { scope: "col" }, name)))), make("tbody", {}, ...rows))),
-    runs.length > rows.length ? make("p", { class: "note" }, `and ${runs.length - rows.length} more; “show all” above shows them`) : "");
+  if (!setVisible("failed", runs.length > 0)) return;
+  const reason = (run) => run.reason || (run.status === "unfinished" ? "no summary: the process was killed or the machine went down" : "no reason recorded");
+  const rows = runs.slice(0, state.all ? runs.length : PAGE).map((run) => html("tr", {}, html("td", {}, run.path), html("td", { class: "wrap" }, data.rows[run.row].label), html("td", { class: "number" }, formatValue(run.seed)),
+    html("td", { class: "wrap" }, reason(run)), html("td", {}, copyButton(run.command || run.from, "copy command"))));
+  sectionBody("failed").replaceChildren(html("div", { class: "scroll" }, html("table", {},
+    html("thead", {}, html("tr", {}, ...["folder", "configuration", "seed", "reason", "repeat run"].map((name) => html("th", { scope: "col" }, name)))), html("tbody", {}, ...rows))),
+    runs.length > rows.length ? html("p", { class: "note" }, `${runs.length - rows.length} more; click “Show all” above`) : "");
 }
 
-function damaged() {
-  if (!show("damaged", data.damaged.length > 0)) return;
-  body("damaged").replaceChildren(make("p", { class: "note" }, "Not in the metrics above."), make("ul", {}, ...data.damaged.map(([path, why]) => make("li", {}, make("code", {}, path), `: ${why}`))));
+function renderDamaged() {
+  if (!setVisible("damaged", data.damaged.length > 0)) return;
+  sectionBody("damaged").replaceChildren(html("p", { class: "note" }, "Excluded from all tables and plots."), html("ul", {}, ...data.damaged.map(([path, reason]) => html("li", {}, html("code", {}, path), `: ${reason}`))));
 }
 
 function render() {
-  hush();
-  refilter();
-  leaderboard(render);
-  chosen();
-  published();
-  curves(render);
-  rates(render);
-  sensitivity();
-  importance();
-  parallel();
-  times(render);
-  failures();
-  keep();
+  hideTooltip();
+  applyFilters();
+  renderLeaderboard(render);
+  renderSelected();
+  renderPublished();
+  renderCurves(render);
+  renderLearningRates(render);
+  renderSensitivity();
+  renderImportance();
+  renderParallel();
+  renderTimes(render);
+  renderFailures();
+  saveState();
 }
 
 for (const [i, row] of data.rows.entries()) {
@@ -37,19 +37,19 @@ for (const [i, row] of data.rows.entries()) {
   row.runs = [];
 }
 for (const run of data.runs) data.rows[run.row].runs.push(run);
-restore();
+restoreState();
 document.title = data.title;
 document.getElementById("title").textContent = data.title;
 document.getElementById("counts").textContent = `${data.rows.length} configurations, ${data.runs.length} runs: ` +
   Object.entries(data.counts).map(([status, count]) => `${count} ${status.replace("_", " ")}`).join(", ");
-document.getElementById("footer").textContent = `dlopt ${data.version}, ${data.made}` + (data.refresh ? `; this page loads itself anew every ${data.refresh} s` : "");
+document.getElementById("footer").textContent = `dlopt ${data.version}, ${data.made}` + (data.refresh ? `; reloads every ${data.refresh} s` : "");
 if (data.rows.length) {
-  filters(render);
+  renderFilters(render);
   render();
 } else {
   for (const section of document.querySelectorAll("main section")) section.hidden = true;
 }
-damaged();
+renderDamaged();
 let width = innerWidth;
 addEventListener("resize", () => {
   if (innerWidth !== width) [width] = [innerWidth, render()];
