@@ -72,7 +72,6 @@ _WIDTH = 130  # columns of a sweep's leaderboard in a file
 
 @dataclass(frozen=True, kw_only=True)
 class _Options:
-
     by: str | None = None
     target: float | None = None
     test: bool = False
@@ -230,7 +229,9 @@ def _published_grid(rows: Sequence[PublishedRow], table: Table) -> Grid:
         if row.measured is not None:
             deviation = "" if row.measured.std is None else f" ± {row.measured.std:.2f}"
             error, difference = f"{row.measured.mean:.2f}{deviation}", f"{row.measured.mean - row.published:+.2f}"
-        grid.add_row(Text(printable(recipe_label(row, table))), _runs(row.row), error, f"{row.published:.2f}", difference)
+        grid.add_row(
+            Text(printable(recipe_label(row, table))), _runs(row.row), error, f"{row.published:.2f}", difference
+        )
     return grid
 
 

@@ -1,4 +1,4 @@
-"""`dlopt runs`: lists and finds runs by config, status and metric; `dlopt runs clean` removes checkpoints."""
+"""`dlopt runs`: lists runs filtered by config, status and metric; `dlopt runs clean` removes checkpoints."""
 
 import re
 import sys
@@ -32,35 +32,44 @@ from dlopt.tracking import layout
 from dlopt.tracking.layout import Fitted, plain_table, short_path
 
 USAGE = """\
-dlopt runs [DIR...] [condition...] [sort=KEY] [columns=[KEY,...]] [limit=N] [--paths]
-dlopt runs clean [DIR...] [condition...] [--yes]
+List, filter and clean up runs
 
-Lists the runs in and below DIR (outputs) that fulfil all conditions; piped, as lines of values between tabs.
+Usage:
+  dlopt runs [DIR...] [condition...] [sort=KEY] [columns=[KEY,...]] [limit=N] [--paths]
+  dlopt runs clean [DIR...] [condition...] [--yes]
 
-  dlopt runs                                        every run below outputs
-  dlopt runs optimizer=adamw status=finished        by choice and status
+Examples:
+  dlopt runs                                        # all runs in outputs
+  dlopt runs optimizer=adamw status=finished
   dlopt runs outputs/night 'val_accuracy>0.9' 'optimizer.lr<=0.01' sort=val_accuracy
   dlopt runs 'model=resnet*' columns=[optimizer.lr,val_loss,seconds] limit=10
+  dlopt report $(dlopt runs optimizer=sgd --paths)
 
-  conditions       KEY=VALUE, KEY!=VALUE (* and ? are wild), KEY>N, KEY>=N, KEY<N, KEY<=N. A key is one of the config,
-                   a metric (val_accuracy, val_loss: of the best epoch; steps, seconds, ...), or status: finished,
-                   stopped_early, running, interrupted, unfinished (killed), failed
-  sort=KEY         best metric first; keys of the config upwards
-  columns=[...]    keys and metrics shown (those in which the runs differ, and the metrics of the best epoch)
-  limit=N          the first N
-  --paths          the folders alone, for other commands: dlopt report $(dlopt runs optimizer=sgd --paths)
+Searches the folders DIR (default: outputs) recursively and lists the runs that match all conditions; when piped, as
+tab-separated values.
 
-dlopt runs clean shows the checkpoints step-N.pt of those runs that can go (neither best.pt nor last.pt, and none of
-runs that are running or whose last.pt is damaged), asks, and removes them. --yes does not ask.
+  condition        KEY=VALUE, KEY!=VALUE (with wildcards * and ?), KEY>X, KEY>=X, KEY<X or KEY<=X. KEY is a key of the
+                   config, a metric (val_accuracy and val_loss of the best epoch, steps, seconds, ...) or status:
+                   finished, stopped_early, running, interrupted, unfinished (killed), failed
+  sort=KEY         sort by a metric (best first) or by a key of the config (ascending)
+  columns=[...]    keys and metrics to show (default: keys that differ between the runs, and the main metrics)
+  limit=N          show only the first N runs
+  --paths          print only the folders
+
+dlopt runs clean:
+  Lists the checkpoints step-N.pt and removes them after confirmation. Keeps best.pt and last.pt, and all checkpoints of
+  runs that are running or have a damaged last.pt.
+
+  --yes            do not ask for confirmation
 """
 
-_MOST_COLUMNS = 6  # of the config, where none are named
+_MAX_KEYS = 6  # default columns of the config
 _STYLES = {"finished": "green", "stopped_early": "green", "running": "cyan", "failed": "red"}
 
 
 @dataclass(frozen=True)
 class _Query:
-    """Which runs to find, and what to show of them."""
+    """Which runs to list, and their columns."""
 
     folders: list[Path]
     conditions: list[Condition]
@@ -69,57 +78,57 @@ class _Query:
     limit: int | None = None
 
     def find(self) -> tuple[list[Record], list[Damaged]]:
-        """The runs in order, and the folders that cannot be read."""
+        """Returns the matching runs in order, and the unreadable folders."""
         records, damaged = Reader().read(self.folders)
-        found = select(records, self.conditions)
+        matches = select(records, self.conditions)
         for key in [*([] if self.sort is None else [self.sort]), *(self.columns or [])]:
             check_key(key, f"{'sort' if key == self.sort else 'columns'}={key}", records)
-        return (found if self.sort is None else _sorted(found, self.sort))[: self.limit], damaged
+        return (matches if self.sort is None else _sorted(matches, self.sort))[: self.limit], damaged
 
 
 def runs(arguments: list[str]) -> int:
-    """Lists, or cleans. Raises `UserError`."""
+    """Lists runs, or removes checkpoints. Raises `UserError`."""
     if {"-h", "--help"} & set(arguments):
         print(USAGE, end="")
         return DONE
     if arguments[:1] == ["clean"]:
         return _clean(arguments[1:])
     query, flags = _parse(arguments, ("sort", "columns", "limit"), ("--paths",))
-    found, damaged = query.find()
+    records, damaged = query.find()
     if flags:
-        for record in found:
+        for record in records:
             print(short_path(record.path))
     elif sys.stdout.isatty():
-        _show_table(found, _columns(query, found))
+        _show_table(records, _columns(query, records))
     else:
-        columns = _columns(query, found)
+        columns = _columns(query, records)
         print("\t".join(["run", "status", *columns]))
-        for record in found:
+        for record in records:
             values = ["" if (value := value_of(record, key)) is None else text(value) for key in columns]
             print("\t".join([printable(short_path(record.path)), record.status, *map(printable, values)]))
-    for each in damaged:
-        complain(printable(f"{short_path(each.path)}: skipped: {each.reason}"))
+    for folder in damaged:
+        complain(printable(f"{short_path(folder.path)}: skipped: {folder.reason}"))
     return DONE
 
 
 def _parse(arguments: Sequence[str], own: Sequence[str], flags: Sequence[str]) -> tuple[_Query, set[str]]:
-    """Folders, conditions, the keys `own` and the flags that are typed. Raises `UserError`."""
-    folders, typed_flags, others = split_folders(arguments, "runs", flags)
+    """Parses folders, conditions, `own` keys of the command and `flags`. Raises `UserError`."""
+    folders, enabled, others = split_folders(arguments, "runs", flags)
     conditions: list[Condition] = []
     values: dict[str, str] = {}
-    for line in others:
-        key, equals, value = line.partition("=")
+    for argument in others:
+        key, equals, value = argument.partition("=")
         if equals and key in own:
             values[key] = value
-        elif (found := condition(line)) is not None:
-            conditions.append(found)
+        elif (parsed := condition(argument)) is not None:
+            conditions.append(parsed)
         else:
-            raise UserError(f"{line}: no such folder")
+            raise UserError(f"{argument}: no such folder")
     if not folders and not Path("outputs").is_dir():
-        raise UserError("outputs: no such folder here; name the folders to look in")
+        raise UserError("outputs: no such folder; name the folders to search")
     limit, columns = values.get("limit"), values.get("columns")
     if limit is not None and (not limit.isdecimal() or int(limit) == 0):
-        raise UserError(f"limit={limit}: a whole number > 0 is needed")
+        raise UserError(f"limit={limit}: must be an integer >= 1")
     query = _Query(
         folders=folders or [Path("outputs")],
         conditions=conditions,
@@ -127,23 +136,23 @@ def _parse(arguments: Sequence[str], own: Sequence[str], flags: Sequence[str]) -
         columns=None if columns is None else [each.strip() for each in columns.strip("[]").split(",") if each.strip()],
         limit=None if limit is None else int(limit),
     )
-    return query, typed_flags
+    return query, enabled
 
 
 def split_folders(
     arguments: Sequence[str], command: str, flags: Sequence[str] = ()
 ) -> tuple[list[Path], set[str], list[str]]:
-    """Separates folders that exist, flags, and the other arguments. Raises `UserError` for an unknown flag."""
-    folders = [Path(each) for each in arguments if Path(each).is_dir()]
-    others = [each for each in arguments if not Path(each).is_dir()]
-    for each in others:
-        if each.startswith("-") and each not in flags:
-            raise UserError(f"{each}: unknown flag; `dlopt {command} --help` shows what is allowed")
-    return folders, {each for each in others if each in flags}, [each for each in others if each not in flags]
+    """Splits arguments into existing folders, flags and others. Raises `UserError` for an unknown flag."""
+    folders = [Path(argument) for argument in arguments if Path(argument).is_dir()]
+    others = [argument for argument in arguments if not Path(argument).is_dir()]
+    for argument in others:
+        if argument.startswith("-") and argument not in flags:
+            raise UserError(f"{argument}: unknown flag; see `dlopt {command} --help`")
+    return folders, {other for other in others if other in flags}, [other for other in others if other not in flags]
 
 
 def _sorted(records: list[Record], key: str) -> list[Record]:
-    """Numbers before texts, and runs without a value last."""
+    """Sorts numbers before strings, runs without a value last."""
     is_metric = any(key.removeprefix("best_") in record.metrics for record in records)
     sign = -1 if is_metric and direction_of(key) == "maximize" else 1
 
@@ -159,8 +168,8 @@ def _sorted(records: list[Record], key: str) -> list[Record]:
 def _columns(query: _Query, records: Sequence[Record]) -> list[str]:
     if query.columns is not None:
         return query.columns
-    keys = varying_keys([record.config for record in records])[:_MOST_COLUMNS]
-    keys += [each.key for each in query.conditions if each.key != "status" and each.key not in keys]
+    keys = varying_keys([record.config for record in records])[:_MAX_KEYS]
+    keys += [term.key for term in query.conditions if term.key != "status" and term.key not in keys]
     if len({record.config.get("seed") for record in records}) > 1:
         keys.append("seed")
     metrics = ["val_accuracy", "val_loss", "epochs", "seconds"]
@@ -187,7 +196,6 @@ def _show_table(records: Sequence[Record], columns: Sequence[str]) -> None:
 
 
 def _cell(key: str, value: Any) -> str:
-    """As short as a table wants it."""
     if value is None:
         return "-"
     if key == "seconds" and is_number(value):
@@ -201,34 +209,37 @@ def _cell(key: str, value: Any) -> str:
 
 
 @dataclass(frozen=True)
-class _Spare:
+class _Removable:
+    """A checkpoint that can be removed, and the bytes that this frees (0 while the file has another hard link)."""
+
     path: Path
-    frees: int  # bytes; none while another name of the same file stays
+    size: int
 
 
 def _clean(arguments: list[str]) -> int:
-    """Shows what can go, asks, and removes it. Raises `UserError`; `RunError` when a file cannot be removed."""
-    query, is_sure = _parse(arguments, (), ("--yes",))
+    """Lists removable checkpoints and removes them after confirmation. Raises `UserError`, `RunError`."""
+    query, is_confirmed = _parse(arguments, (), ("--yes",))
     records, damaged = query.find()
-    spare = [each for record in records for each in _spare(record)]
-    for broken in damaged:
-        complain(printable(f"{short_path(broken.path)}: left alone: {broken.reason}"))
-    if not spare:
+    removable = [checkpoint for record in records for checkpoint in _removable(record)]
+    for folder in damaged:
+        complain(printable(f"{short_path(folder.path)}: skipped: {folder.reason}"))
+    if not removable:
         print(f"{len(records)} run{'' if len(records) == 1 else 's'}: nothing to remove")
         return DONE
-    for each in spare:
-        print(f"{_size(each.frees):>9}  {printable(short_path(each.path))}")
-    total = f"{len(spare)} checkpoint{'' if len(spare) == 1 else 's'}, {_size(sum(each.frees for each in spare))}"
-    if not is_sure and not _agrees(f"remove {total}? [y/N] "):
+    for checkpoint in removable:
+        print(f"{_size(checkpoint.size):>9}  {printable(short_path(checkpoint.path))}")
+    size = _size(sum(checkpoint.size for checkpoint in removable))
+    total = f"{len(removable)} checkpoint{'' if len(removable) == 1 else 's'}, {size}"
+    if not is_confirmed and not _confirm(f"remove {total}? [y/N] "):
         print("nothing was removed")
         return DONE
-    removed = list(_remove(spare))
-    print(f"removed {total}" if len(removed) == len(spare) else f"removed {len(removed)} of {total}")
+    removed = list(_remove(removable))
+    print(f"removed {total}" if len(removed) == len(removable) else f"removed {len(removed)} of {total}")
     return DONE
 
 
-def _spare(record: Record) -> list[_Spare]:
-    """The checkpoints that the run can do without: last.pt must be whole, and nobody at work there."""
+def _removable(record: Record) -> list[_Removable]:
+    """Returns the step-N.pt of a run that is not running and has an intact last.pt."""
     from dlopt.training import sharded
     from dlopt.training.checkpoint import is_intact
 
@@ -236,42 +247,41 @@ def _spare(record: Record) -> list[_Spare]:
     names = re.compile(r"step-\d+\.pt")
     if folder.is_symlink() or not folder.is_dir():
         return []
-    paths = sorted(each for each in folder.iterdir() if names.fullmatch(each.name) and not each.is_symlink())
+    paths = sorted(path for path in folder.iterdir() if names.fullmatch(path.name) and not path.is_symlink())
     if not paths:
         return []
     if record.status == "running" or not is_intact(folder / "last.pt"):
-        why = "it is running" if record.status == "running" else "its last.pt is missing or damaged"
-        complain(printable(f"{short_path(record.path)}: left alone: {why}"))
+        reason = "it is running" if record.status == "running" else "its last.pt is missing or damaged"
+        complain(printable(f"{short_path(record.path)}: skipped: {reason}"))
         return []
-    return [
-        _Spare(path, (path.stat().st_size if path.stat().st_nlink == 1 else 0) + sharded.size(path)) for path in paths
-    ]
+    sizes = [path.stat().st_size if path.stat().st_nlink == 1 else 0 for path in paths]
+    return [_Removable(path, size + sharded.size(path)) for path, size in zip(paths, sizes, strict=True)]
 
 
-def _agrees(question: str) -> bool:
+def _confirm(question: str) -> bool:
     if not sys.stdin.isatty():
-        raise UserError("runs clean: there is no terminal to ask at; look at the list and type --yes")
+        raise UserError("runs clean: no terminal to confirm; check the list, then use --yes")
     try:
         return input(question).strip().lower() in ("y", "yes")
     except EOFError:
         return False
 
 
-def _remove(spare: Sequence[_Spare]) -> Iterable[Path]:
-    """Removes each with its checksum and shards, unless its run has begun to work again meanwhile."""
+def _remove(checkpoints: Sequence[_Removable]) -> Iterable[Path]:
+    """Removes checkpoints with their checksums and shards, except of runs that were resumed meanwhile."""
     from dlopt.training import sharded
 
-    for each in spare:
-        if RunFolder(each.path.parent.parent).is_live():
-            complain(printable(f"{short_path(each.path)}: left alone: its run is at work again"))
+    for path in (checkpoint.path for checkpoint in checkpoints):
+        if RunFolder(path.parent.parent).is_live():
+            complain(printable(f"{short_path(path)}: skipped: its run was resumed"))
             continue
         try:
-            each.path.unlink(missing_ok=True)
-            each.path.with_name(f"{each.path.name}.sha256").unlink(missing_ok=True)
-            sharded.remove_unused(each.path.parent)
+            path.unlink(missing_ok=True)
+            path.with_name(f"{path.name}.sha256").unlink(missing_ok=True)
+            sharded.remove_unused(path.parent)
         except OSError as error:
-            raise RunError(f"{each.path}: cannot be removed: {error.strerror}") from None
-        yield each.path
+            raise RunError(f"{path}: cannot remove: {error.strerror}") from None
+        yield path
 
 
 def _size(count: float) -> str:

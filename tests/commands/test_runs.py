@@ -93,7 +93,7 @@ def test_a_table_at_a_terminal(outputs: Path) -> None:
         ("columns=[foo]", "columns=foo: no run has foo"),
         ("val_accuracy>high", "> requires a number"),
         ("status=done", "status=done: unknown status; allowed: finished"),
-        ("limit=0", "limit=0: a whole number > 0"),
+        ("limit=0", "limit=0: must be an integer >= 1"),
         ("--pahts", "--pahts: unknown flag"),
     ],
 )
@@ -102,7 +102,7 @@ def test_mistakes_are_named(outputs: Path, typed: str, message: str) -> None:
 
 
 def test_without_outputs_a_folder_is_needed(tmp_path: Path) -> None:
-    assert "outputs: no such folder here" in refused(tmp_path, "runs")
+    assert "outputs: no such folder; name" in refused(tmp_path, "runs")
 
 
 def test_a_damaged_folder_is_named_and_skipped(outputs: Path) -> None:
@@ -149,7 +149,7 @@ def test_clean_removes_neither_best_nor_last_of_what_it_is_told(kept: Path) -> N
 def test_clean_asks(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = entries(kept)
     result = dlopt(kept, "runs", "clean")
-    assert result.code == 2 and "type --yes" in result.err and "step-9.pt" in result.out
+    assert result.code == 2 and "use --yes" in result.err and "step-9.pt" in result.out
     monkeypatch.setattr("sys.stdin.isatty", lambda: True)
     for answer in ("", "n", "what"):
         monkeypatch.setattr("builtins.input", lambda question, answer=answer: answer)
@@ -163,8 +163,8 @@ def test_clean_asks(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_clean_leaves_running_runs_and_those_that_may_need_an_older_checkpoint(kept: Path) -> None:
     with HeldByAnotherProcess(kept / "outputs/killed"):
         result = dlopt(kept, "runs", "clean", "--yes")
-    assert "outputs/killed: left alone: it is running" in result.err
-    assert "outputs/failed: left alone: its last.pt is missing or damaged" in result.err
+    assert "outputs/killed: skipped: it is running" in result.err
+    assert "outputs/failed: skipped: its last.pt is missing or damaged" in result.err
     assert len(spare_of(entries(kept))) == 8 and not any("night" in each for each in spare_of(entries(kept)))
 
 
