@@ -28,6 +28,7 @@ from dlopt.commands.options import choices_of, every_group
 from dlopt.config.choices import Catalogue, Choice, Key, config_folder
 from dlopt.config.experiment import GROUPS, Settings
 from dlopt.config.schema import accepted, parameters_of, show
+from dlopt.sweeps.search import SearchSettings
 
 CATALOGUE = Catalogue()
 COLUMNS = ("Key", "Default", "Accepts", "Meaning")
@@ -165,10 +166,11 @@ def _target_of(group: str, name: str) -> str | None:
 
 def _locate(target: str) -> Callable[..., Any]:
     """Imports the callable; for a plug-in of Hydra, the function or dataclass that checks its settings."""
-    path = target
     if target.startswith("hydra_plugins."):
-        path = f"dlopt.sweeps.{getattr(pydoc.locate(f'dlopt.{target}'), 'function', 'search.Settings')}"
-    found = pydoc.locate(path)
+        function = getattr(pydoc.locate(f"dlopt.{target}"), "function", None)
+        found = pydoc.locate(f"dlopt.sweeps.{function}") if function else SearchSettings
+    else:
+        found = pydoc.locate(target)
     if not callable(found):
         raise LookupError(f"{target}: no such callable")
     return found
