@@ -14,7 +14,7 @@ from dlopt.errors import DONE, UserError
 from dlopt.files import write_atomically
 from dlopt.plain import without_nan
 from dlopt.ranges import Count, Natural, Positive
-from dlopt.tracking.layout import Fitted, plain_table, standard_output
+from dlopt.tracking.layout import FittedTable, plain_table, standard_output
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -292,7 +292,7 @@ def _simulate(
     return DONE
 
 
-def _table(title: str, estimates: Sequence["Estimate"]) -> Fitted:
+def _table(title: str, estimates: Sequence["Estimate"]) -> FittedTable:
     table = plain_table(title)
     for name in ("mode", "devices", "ms/step", "compute", "efficiency", "GB/device"):
         table.add_column(name, justify="left" if name == "mode" else "right")
@@ -300,7 +300,7 @@ def _table(title: str, estimates: Sequence["Estimate"]) -> Fitted:
         memory = f"{row.memory / 1e9:.1f}{'' if row.fits else ', OOM'}"
         compute = f"{row.compute / row.step:.0%}"
         table.add_row(row.mode, str(row.devices), f"{row.step * 1e3:.2f}", compute, f"{row.efficiency:.1%}", memory)
-    return Fitted(table)
+    return FittedTable(table)
 
 
 def _describe(cluster: "Cluster") -> str:
@@ -351,5 +351,5 @@ def _validate(counts: list[int]) -> list[dict[str, Any]]:
     for point in points:
         times = [f"{seconds * 1e3:.1f}" for seconds in (point.calculated, point.measured)]
         table.add_row(point.mode, str(point.processes), *times, f"{point.calculated / point.measured:.2f}")
-    standard_output().print(Fitted(table))
+    standard_output().print(FittedTable(table))
     return [asdict(point) for point in points]

@@ -188,7 +188,7 @@ def _print(diagnosis: "Diagnosis", facts: "Facts", label: str) -> None:
 def _table(diagnosis: "Diagnosis", layer_verdicts: Sequence[Sequence["Verdict"]]) -> Any:
     from rich.text import Text
 
-    from dlopt.tracking.layout import Fitted, plain_table
+    from dlopt.tracking.layout import FittedTable, plain_table
 
     table = plain_table()
     table.add_column("layer")
@@ -216,7 +216,7 @@ def _table(diagnosis: "Diagnosis", layer_verdicts: Sequence[Sequence["Verdict"]]
         )
     if len(snapshot.layers) > _MAX_ROWS:
         table.caption = f"the first {_MAX_ROWS} of {len(snapshot.layers)} layers; see diagnosis.json for all"
-    return Fitted(table)
+    return FittedTable(table)
 
 
 def _cell(value: float) -> str:

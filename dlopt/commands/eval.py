@@ -16,7 +16,7 @@ from dlopt.errors import DONE, FAILED, RunError, UserError
 from dlopt.files import write_atomically
 from dlopt.job import complain
 from dlopt.plain import without_nan
-from dlopt.tracking.layout import percent
+from dlopt.tracking.layout import format_percent
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -169,7 +169,7 @@ def _class_line(per_class: Sequence[Mapping[str, Any]]) -> str:
     title = "accuracy per class"
     if len(per_class) > _MAX_LISTED_CLASSES:
         title, rows = "lowest accuracies", sorted(rows, key=lambda row: row["accuracy"])[:5]
-    return f"{title}: " + ", ".join(f"{row['class']} {percent(row['accuracy'])}" for row in rows)
+    return f"{title}: " + ", ".join(f"{row['class']} {format_percent(row['accuracy'])}" for row in rows)
 
 
 def _write(
@@ -186,7 +186,7 @@ def _write(
     files = {"metrics": ("eval.json", (json.dumps(without_nan(record), indent=2) + "\n").encode())}
     if report.confusion is not None and classes is not None:
         plot = io.BytesIO()
-        accuracy = percent(report.metrics["test_accuracy"])
+        accuracy = format_percent(report.metrics["test_accuracy"])
         title = f"Test accuracy {accuracy} ({int(report.confusion.sum())} samples)"
         plot_confusion(report.confusion, classes, title).savefig(plot, dpi=150, format="png")
         table = confusion_table(report.confusion, classes)

@@ -36,7 +36,7 @@ from dlopt.interruption import Interruption
 from dlopt.ranges import Count
 from dlopt.tracking import layout
 from dlopt.tracking.console import open_console
-from dlopt.tracking.layout import Fitted, plain_table
+from dlopt.tracking.layout import FittedTable, plain_table
 
 if TYPE_CHECKING:
     from dlopt.analysis.leaderboard import Leaderboard, Row, Statistic
@@ -188,7 +188,7 @@ def _print_table(table: Table, options: _Options, console: Console) -> None:
     if not console.is_terminal:
         console.width = max(console.measure(grid, options=unlimited).maximum for grid in grids)
     for grid in grids:
-        console.print(Fitted(grid))
+        console.print(FittedTable(grid))
     for line in _notes(table, options):
         console.print(Text(printable(line)), soft_wrap=True)
 
@@ -244,11 +244,11 @@ def _statistic(name: str, statistic: "Statistic | None") -> str:
     if statistic is None:
         return "-"
     if name == "seconds":
-        return layout.duration(statistic.mean)
+        return layout.format_duration(statistic.mean)
     if name == "steps":
         return f"{statistic.mean:,.0f}"
-    mean = layout.metric(name, statistic.mean)
-    return mean if statistic.std is None else f"{mean.removesuffix(' %')} ± {layout.metric(name, statistic.std)}"
+    mean = layout.format_metric(name, statistic.mean)
+    return mean if statistic.std is None else f"{mean.removesuffix(' %')} ± {layout.format_metric(name, statistic.std)}"
 
 
 def _difference(name: str, row: Configuration) -> str:
@@ -303,14 +303,14 @@ def show_leaderboard(
         tested = row.statistic(test) if rank == 1 or all_tests else None
         cells = [str(rank), row.label, _spread(board.metric, row), _complete(row)]
         cells += [_gap(board.metric, row)] if is_paired else []
-        table.add_row(*cells, "" if tested is None else layout.metric(test, tested.mean))
+        table.add_row(*cells, "" if tested is None else layout.format_metric(test, tested.mean))
     _print(table, stream, f"... and {len(rows) - _MAX_ROWS} more\n" if len(rows) > _MAX_ROWS else "")
 
 
 def _spread(metric: str, row: "Row") -> str:
     assert row.value is not None
-    mean = layout.metric(metric, row.value.mean)
-    return mean if row.value.std is None else f"{mean} ± {layout.metric(metric, row.value.std)}"
+    mean = layout.format_metric(metric, row.value.mean)
+    return mean if row.value.std is None else f"{mean} ± {layout.format_metric(metric, row.value.std)}"
 
 
 def _complete(row: "Row") -> str:
@@ -329,7 +329,7 @@ def _gap(metric: str, row: "Row") -> str:
 
 
 def _signed(metric: str, value: float) -> str:
-    return f"{'+' if value >= 0 else '-'}{layout.metric(metric, abs(value))}"
+    return f"{'+' if value >= 0 else '-'}{layout.format_metric(metric, abs(value))}"
 
 
 def show_front(rows: Sequence[tuple[str, Sequence[float]]], metrics: Sequence[str]) -> None:
@@ -339,7 +339,9 @@ def show_front(rows: Sequence[tuple[str, Sequence[float]]], metrics: Sequence[st
     for metric in metrics:
         table.add_column(metric.replace("_", " "), justify="right")
     for label, values in rows:
-        table.add_row(label, *(layout.metric(metric, value) for metric, value in zip(metrics, values, strict=True)))
+        table.add_row(
+            label, *(layout.format_metric(metric, value) for metric, value in zip(metrics, values, strict=True))
+        )
     _print(table)
 
 
@@ -347,6 +349,6 @@ def _print(table: Grid, stream: IO[str] | None = None, more: str = "") -> None:
     output, console, terminal = open_console(stream)
     console.width = console.width if terminal else _WIDTH
     with console.capture() as capture:
-        console.print(Fitted(table))
+        console.print(FittedTable(table))
     output.write("\n" + "".join(f"{line.rstrip()}\n" for line in capture.get().splitlines()) + more)
     output.flush()

@@ -29,7 +29,7 @@ from dlopt.errors import DONE, RunError, UserError
 from dlopt.folders import RunFolder
 from dlopt.job import complain
 from dlopt.tracking import layout
-from dlopt.tracking.layout import Fitted, plain_table, short_path
+from dlopt.tracking.layout import FittedTable, plain_table, short_path
 
 USAGE = """\
 List, filter and clean up runs
@@ -191,7 +191,7 @@ def _show_table(records: Sequence[Record], columns: Sequence[str]) -> None:
         status = Text(record.status.replace("_", " "), _STYLES.get(record.status, "yellow"))
         table.add_row(Text(printable(short_path(record.path))), status, *cells)
     console = Console(highlight=False)
-    console.print(Fitted(table))
+    console.print(FittedTable(table))
     console.print(f"{len(records)} run{'' if len(records) == 1 else 's'}", style="dim")
 
 
@@ -199,9 +199,9 @@ def _cell(key: str, value: Any) -> str:
     if value is None:
         return "-"
     if key == "seconds" and is_number(value):
-        return layout.duration(value)
+        return layout.format_duration(value)
     if key.startswith(("val_", "train_", "test_", "best_val_")) and is_number(value):
-        return layout.metric(key, value)
+        return layout.format_metric(key, value)
     return text(value)
 
 

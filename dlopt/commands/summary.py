@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from dlopt.commands.command import Line, on_experiment, read_dataset
 from dlopt.errors import DONE, UserError
 from dlopt.ranges import Count
-from dlopt.tracking.layout import size
+from dlopt.tracking.layout import format_bytes
 
 if TYPE_CHECKING:
     from dlopt.analysis.model_summary import ModelSummary
@@ -72,7 +72,7 @@ def _summarize(experiment: "Experiment", shape: tuple[int, ...], classes: int) -
 
 
 def _print(name: str, shape: tuple[int, ...], summary: "ModelSummary") -> None:
-    from dlopt.tracking.layout import Fitted, plain_table, standard_output
+    from dlopt.tracking.layout import FittedTable, plain_table, standard_output
 
     table = plain_table()
     for column in ("layer", "kind"):
@@ -85,15 +85,15 @@ def _print(name: str, shape: tuple[int, ...], summary: "ModelSummary") -> None:
             numbers = (f"{number:,}" if number else "" for number in (layer.parameters, layer.macs))
             table.add_row(layer.name, layer.kind, output, *numbers)
     console = standard_output()
-    console.print(Fitted(table))
+    console.print(FittedTable(table))
     frozen = summary.parameters - summary.trainable
     lines = {
         "model": f"{name}, input {'x'.join(map(str, shape))}",
         "parameters": f"{summary.parameters:,}" + (f" ({frozen:,} frozen)" if frozen else ""),
         "forward": f"{_scaled(summary.forward_macs)}MACs per sample",
         "forward and backward": f"{_scaled(summary.update_flops)}FLOPs per sample",
-        "weights": f"{size(summary.parameter_bytes)}, buffers {size(summary.buffer_bytes)}",
-        "activations for backward": f"{size(summary.activation_bytes)}, batch size {summary.batch}",
+        "weights": f"{format_bytes(summary.parameter_bytes)}, buffers {format_bytes(summary.buffer_bytes)}",
+        "activations for backward": f"{format_bytes(summary.activation_bytes)}, batch size {summary.batch}",
     }
     for key, value in lines.items():
         console.print(f"{key}: {value}", soft_wrap=True)

@@ -1,4 +1,4 @@
-"""`dlopt train -m`: every job is checked before the first one starts, and runs in a process of its own."""
+"""`dlopt train -m`: checks all jobs before the first one starts, and runs each in a separate process."""
 
 import os
 from argparse import Namespace
@@ -24,10 +24,12 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Job:
+class GridJob:
+    """A checked job of a grid; `config` is the config to save."""
+
     overrides: list[str]
     subfolder: str
-    config: Mapping[str, Any]  # as it is saved
+    config: Mapping[str, Any]
 
     def folder(self, sweep: Path) -> RunFolder:
         return RunFolder(sweep / self.subfolder)
@@ -35,44 +37,48 @@ class Job:
 
 @dataclass(frozen=True)
 class Request:
-    """A composed sweep. `wanted`: its folder; `places`: the worker pool of one of dlopt's own launchers."""
+    """A composed sweep.
+
+    `path`: hydra.sweep.dir, and whether it was given on the command line (`is_typed`). `pool`: the worker pool of the
+    launcher; None for a launcher of another package.
+    """
 
     composer: Composer
-    typed: list[str]
+    overrides: list[str]
     config: DictConfig
-    wanted: Path
+    path: Path
     is_typed: bool
-    places: "Pool | None"
+    pool: "Pool | None"
 
     def find_folder(self, is_unfinished: Callable[[RunFolder], bool], check: Callable[[Path, str], None]) -> Path:
-        """The folder to work in, made if need be. `check` refuses one, naming the key that led to it."""
+        """Returns the folder of the sweep, created if missing. `check(path, key)` refuses an unsuitable one."""
         if not self.is_typed:
-            found = newest(self.wanted.parent, is_unfinished) if self.config.resume == "auto" else None
-            if found is None:
-                return make_new(self.wanted, "hydra.sweep.dir")
-            check(found.path, "resume=auto")
-            return found.path
-        check(self.wanted, f"hydra.sweep.dir={self.wanted}")
+            unfinished = newest(self.path.parent, is_unfinished) if self.config.resume == "auto" else None
+            if unfinished is None:
+                return make_new(self.path, "hydra.sweep.dir")
+            check(unfinished.path, "resume=auto")
+            return unfinished.path
+        check(self.path, f"hydra.sweep.dir={self.path}")
         try:
-            self.wanted.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"hydra.sweep.dir={self.wanted}: cannot create this folder: {error.strerror}") from None
-        return self.wanted
+            raise UserError(f"hydra.sweep.dir={self.path}: cannot create this folder: {error.strerror}") from None
+        return self.path
 
-    def checked(self, overrides: list[str]) -> tuple[DictConfig, dict[str, Any]]:
-        """The composed config of a job, and as it is saved. Raises `UserError`."""
+    def compose_job(self, overrides: list[str]) -> tuple[DictConfig, dict[str, Any]]:
+        """Composes and checks a job; returns its config, and the config to save. Raises `UserError`."""
         from dlopt.config.parsing import parse
 
         config = self.composer.compose(overrides)
-        plain, saved = to_plain(config, self.typed)
+        plain, saved = to_plain(config, self.overrides)
         parse(plain, saved)
         if saved["resume"] not in (None, "auto"):
-            raise UserError(f"resume={saved['resume']}: a sweep goes on by resume=auto")
+            raise UserError(f"resume={saved['resume']}: not supported in a sweep; use resume=auto")
         return config, saved
 
     def run(self, folder: Path) -> Any:
-        """Has the sweeper and the launcher do the rest; returns what the sweeper returns."""
-        if self.places is not None and self.places.is_local:
+        """Runs Hydra's sweeper and launcher; returns the result of the sweeper."""
+        if self.pool is not None and self.pool.is_local:
             from dlopt.sweeps.pool import warm_up
 
             warm_up()
@@ -81,41 +87,41 @@ class Request:
     def estimate(self, configs: Sequence[Mapping[str, Any]], jobs: int) -> int:
         from dlopt.sweeps.grid import estimate_job_seconds, estimate_line
 
-        places = 1 if self.places is None else self.places.slots
-        print(estimate_line(estimate_job_seconds(configs, choices_of(self.config)), jobs, places))
+        slots = 1 if self.pool is None else self.pool.slots
+        print(estimate_line(estimate_job_seconds(configs, choices_of(self.config)), jobs, slots))
         return 0
 
 
 def sweep(composer: Composer, parsed: Namespace) -> int:
-    """Runs the sweep and returns its exit code. Raises `UserError` before anything is made."""
+    """Runs the sweep and returns its exit code. Raises `UserError` before it creates any file."""
     if any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "SLURM_STEP_ID")):
         raise UserError(
             "-m: cannot run inside torchrun or srun, because every rank would start the sweep; start it from a shell"
         )
     config = composer.compose(parsed.overrides, multirun=True)
-    wanted, is_typed = typed_folder(config, "hydra.sweep.dir", parsed.overrides)
+    path, is_typed = typed_folder(config, "hydra.sweep.dir", parsed.overrides)
     is_search = str(config.hydra.sweeper._target_).endswith(".dlopt_sweeps.OptunaSweeper")
-    places = _check_launcher(composer, config, is_search)
-    request = Request(composer, parsed.overrides, config, wanted, is_typed, places)
+    pool = _build_pool(composer, config, is_search)
+    request = Request(composer, parsed.overrides, config, path, is_typed, pool)
     return _search(request) if is_search else _grid(request)
 
 
-def _check_launcher(composer: Composer, config: DictConfig, is_search: bool) -> "Pool | None":
-    """Has the launcher refuse its settings before anything is made; where its jobs run, if it is dlopt's own."""
+def _build_pool(composer: Composer, config: DictConfig, is_search: bool) -> "Pool | None":
+    """Checks the settings of the launcher; returns its worker pool, None for a launcher of another package."""
     launcher = composer.launcher(config, start_job)
     if hasattr(launcher, "build_pool"):
         return cast("Pool", launcher.build_pool())
     if is_search:
         name = config.hydra.runtime.choices["hydra/launcher"]
         raise UserError(
-            f"hydra/launcher={name}: it starts jobs in batches, a search starts one whenever a place gets free; "
+            f"hydra/launcher={name}: starts jobs in batches, but a search starts one per free slot; "
             "allowed: serial, joblib, gpus, slurm"
         )
     return None
 
 
 def _space(sweep: Path) -> Any:
-    """What the folder's sweep.yaml says; None where there is none."""
+    """Reads sweep.yaml; None if it is missing or unreadable."""
     try:
         return yaml.safe_load((sweep / SPACE).read_text())
     except (OSError, yaml.YAMLError, UnicodeDecodeError):
@@ -134,11 +140,11 @@ def _grid(request: Request) -> int:
             print(f"job {number}: {label}")
         return request.estimate([job.config for job in jobs], len(jobs))
     folder = request.find_folder(
-        lambda found: bool(jobs) and _is_unfinished(found, jobs),
+        lambda candidate: bool(jobs) and _is_unfinished(candidate, jobs),
         lambda path, key: _check_folder(path, key, jobs, request.config.resume),
     )
     if jobs and all(job.folder(folder).is_done(job.config) for job in jobs):
-        print(f"this sweep is finished: {folder}")
+        print(f"this sweep is already finished: {folder}")
         return 0
     with RunFolder(folder).lock():
         write_atomically(folder / SPACE, yaml.safe_dump([job.overrides for job in jobs], allow_unicode=True).encode())
@@ -149,39 +155,39 @@ def _grid(request: Request) -> int:
         except KeyboardInterrupt:
             return INTERRUPTED
     _show(folder, jobs)
-    return _outcome(folder, jobs)
+    return _exit_code(folder, jobs)
 
 
-def _jobs(request: Request) -> list[Job]:
-    """The checked jobs of a grid, expanded as Hydra's own sweeper does; other sweepers choose as they go."""
+def _jobs(request: Request) -> list[GridJob]:
+    """Expands a grid to its checked jobs, like Hydra's basic sweeper; [] for sweepers that choose jobs at run time."""
     from dlopt.sweeps.jobs import folder_name
 
     sweeper = request.config.hydra.sweeper
     if not str(sweeper._target_).endswith("BasicSweeper"):
         return []
     lines = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
-    hydra, swept = _apart(request.composer.parse([*lines, *request.typed]))
+    hydra, swept = _split_hydra(request.composer.parse([*lines, *request.overrides]))
     combinations = grid(swept)
     if not combinations:
-        raise UserError("-m: a list of values is empty, so that there is nothing to run")
+        raise UserError("-m: nothing to run, because a list of values is empty")
     jobs = []
     for number, job in enumerate(combinations):
-        config, saved = request.checked([*hydra, *job])
+        config, saved = request.compose_job([*hydra, *job])
         with open_dict(config):
             config.hydra.job.num = config.hydra.job.id = number
-        jobs.append(Job(job, folder_name(str(config.hydra.sweep.subdir)), saved))
+        jobs.append(GridJob(job, folder_name(str(config.hydra.sweep.subdir)), saved))
     if len({job.subfolder for job in jobs}) < len(jobs):
-        raise UserError(f"hydra.sweep.subdir={jobs[0].subfolder}: every job needs a folder of its own")
+        raise UserError(f"hydra.sweep.subdir={jobs[0].subfolder}: must be different for each job")
     return jobs
 
 
-def _apart(typed: Sequence[Override]) -> tuple[list[str], list[Override]]:
-    """The lines that set up Hydra, and the overrides of the jobs."""
-    own = [each for each in typed if each.get_key_element().lstrip("+~").startswith(("hydra.", "hydra/"))]
-    return [str(each.input_line) for each in own], [each for each in typed if each not in own]
+def _split_hydra(overrides: Sequence[Override]) -> tuple[list[str], list[Override]]:
+    """Splits overrides into those of Hydra's config and those of the jobs."""
+    hydra = [each for each in overrides if each.get_key_element().lstrip("+~").startswith(("hydra.", "hydra/"))]
+    return [str(override.input_line) for override in hydra], [each for each in overrides if each not in hydra]
 
 
-def _check_folder(sweep: Path, key: str, jobs: Sequence[Job], resume: str | None) -> None:
+def _check_folder(sweep: Path, key: str, jobs: Sequence[GridJob], resume: str | None) -> None:
     if RunFolder(sweep).is_live():
         raise UserError(f"{key}: another sweep is active in this folder")
     for job in jobs:
@@ -190,12 +196,12 @@ def _check_folder(sweep: Path, key: str, jobs: Sequence[Job], resume: str | None
         folder = job.folder(sweep)
         if folder.holds_a_run():
             if resume != "auto":
-                raise UserError(f"{key}: this folder holds a sweep; resume it with resume=auto")
+                raise UserError(f"{key}: this folder contains a sweep; resume it with resume=auto")
             refuse_other_config(folder.config() or job.config, job.config, str(folder.path), folder.history())
 
 
-def _is_unfinished(sweep: RunFolder, jobs: Sequence[Job]) -> bool:
-    """Whether this folder holds the same search space, with something left to do."""
+def _is_unfinished(sweep: RunFolder, jobs: Sequence[GridJob]) -> bool:
+    """Returns whether the folder contains the same jobs, some of them unfinished."""
     space = _space(sweep.path)
     if sweep.is_live() or not isinstance(space, list) or len(space) != len(jobs):
         return False
@@ -206,7 +212,7 @@ def _is_unfinished(sweep: RunFolder, jobs: Sequence[Job]) -> bool:
     return not any(old is not None and differences(old, config) for old, config in saved)
 
 
-def _outcome(sweep: Path, jobs: Sequence[Job]) -> int:
+def _exit_code(sweep: Path, jobs: Sequence[GridJob]) -> int:
     folders = [job.folder(sweep) for job in jobs]
     if not jobs:
         folders = [RunFolder(path) for path in sweep.iterdir() if (path / "config.yaml").exists()]
@@ -216,14 +222,14 @@ def _outcome(sweep: Path, jobs: Sequence[Job]) -> int:
     return INTERRUPTED if "interrupted" in status else DONE
 
 
-def _show(sweep: Path, jobs: Sequence[Job]) -> None:
+def _show(sweep: Path, jobs: Sequence[GridJob]) -> None:
     from dlopt.analysis.leaderboard import Entry, leaderboard
     from dlopt.commands.report import show_leaderboard
 
     entries = [Entry(job.subfolder, job.config, job.folder(sweep).summary() or {}, job.overrides) for job in jobs]
     board = leaderboard(entries)
     show_leaderboard(board, board.metric.replace("best_val_", "test_"))
-    print(f"\nthe sweep lies in {sweep}")
+    print(f"\nsweep folder: {sweep}")
 
 
 # -- searches
@@ -235,90 +241,88 @@ def _search(request: Request) -> int:
     except ModuleNotFoundError as error:
         if error.name != "optuna":
             raise
-        raise UserError(f"hydra/sweeper=dlopt_optuna: needs the package optuna: {install('dlopt[sweep]')}") from None
+        raise UserError(f"hydra/sweeper=dlopt_optuna: requires optuna; {install('dlopt[sweep]')}") from None
 
-    hydra, searched = _apart(request.composer.parse(request.typed))
-    plan = build_study_spec(request.composer.loader, request.config, [str(each.input_line) for each in searched])
-    configs = [request.checked([*hydra, *probe])[1] for probe in probes(plan.space)]
-    space = plan.space.describe()
-    facts = {**study_facts(plan, configs[0]), "space": space}
+    hydra, swept = _split_hydra(request.composer.parse(request.overrides))
+    spec = build_study_spec(request.composer.loader, request.config, [str(each.input_line) for each in swept])
+    configs = [request.compose_job([*hydra, *probe])[1] for probe in probes(spec.space)]
+    space = spec.space.describe()
+    facts = {**study_facts(spec, configs[0]), "space": space}
     if request.config.dry_run:
         for key, values in space.items():
             print(f"{key}: {values}")
-        print("every job's values are drawn when it starts")
-        return request.estimate(configs, plan.total)
-    before = FolderSnapshot(request.wanted)
+        print("values are drawn when a job starts")
+        return request.estimate(configs, spec.total)
+    before = FolderSnapshot(request.path)
     folder = request.find_folder(
-        lambda found: _left_of_search(_space(found.path), facts, plan.total),
+        lambda candidate: _is_unfinished_search(_space(candidate.path), facts, spec.total),
         lambda path, key: _check_search(path, key, facts, request.config.resume),
     )
-    known = _space(folder)
-    if isinstance(known, dict) and known.get("facts") == facts and not _left_of_search(known, facts, plan.total):
-        print(f"this sweep is finished: {folder}")
+    saved = _space(folder)
+    same_search = isinstance(saved, dict) and saved.get("facts") == facts
+    if same_search and not _is_unfinished_search(saved, facts, spec.total):
+        print(f"this sweep is already finished: {folder}")
         return 0
     try:
         outcome = request.run(folder)
     except KeyboardInterrupt:
         return INTERRUPTED
     except UserError:
-        if known is None:
+        if saved is None:
             before.erase(folder)
         raise
     if outcome.elsewhere:
         are = "job is" if outcome.elsewhere == 1 else "jobs are"
-        print(f"{outcome.elsewhere} {are} at work in other processes")
-    _show_search(folder, plan, outcome.rows)
+        print(f"{outcome.elsewhere} {are} still running in other processes")
+    _show_search(folder, spec, outcome.rows)
     return int(outcome.code)
 
 
-def _left_of_search(known: Any, facts: Mapping[str, Any], total: int) -> bool:
-    """Whether a folder's sweep.yaml is of this search, with something left to do."""
-    return isinstance(known, dict) and known.get("facts") == facts and known.get("finished", 0) < total
+def _is_unfinished_search(saved: Any, facts: Mapping[str, Any], total: int) -> bool:
+    """Returns whether the contents of a sweep.yaml are of this search, with jobs left to run."""
+    return isinstance(saved, dict) and saved.get("facts") == facts and saved.get("finished", 0) < total
 
 
 def _check_search(sweep: Path, key: str, facts: Mapping[str, Any], resume: str | None) -> None:
-    """Refuses a folder with another search. One in which other processes search is joined."""
+    """Raises `UserError` for a folder with another search. Joins one with live workers, without resume=auto."""
     from dlopt.sweeps.study import describe_differences, has_live_worker
 
-    known = _space(sweep)
-    if known is None:
+    saved = _space(sweep)
+    if saved is None:
         return
-    if not isinstance(known, dict):
-        raise UserError(f"{key}: this folder holds a sweep of another kind, a grid")
-    different = describe_differences(known.get("facts", {}), facts)
+    if not isinstance(saved, dict):
+        raise UserError(f"{key}: this folder contains a grid sweep, not a search")
+    different = describe_differences(saved.get("facts", {}), facts)
     if different:
-        raise UserError(
-            f"{key}: this folder holds a search of something else ({different}); "
-            "take its search space, or another folder"
-        )
+        raise UserError(f"{key}: this folder contains a different search ({different}); use another folder")
     if resume != "auto" and not has_live_worker(sweep):
-        raise UserError(f"{key}: this folder holds a sweep; resume it with resume=auto")
+        raise UserError(f"{key}: this folder contains a sweep; resume it with resume=auto")
 
 
-def _show_search(sweep: Path, plan: "StudySpec", rows: Sequence[tuple[int, str, Sequence[float]]]) -> None:
+def _show_search(sweep: Path, spec: "StudySpec", rows: Sequence[tuple[int, str, Sequence[float]]]) -> None:
     from dlopt.analysis.leaderboard import Entry, front, leaderboard
     from dlopt.commands.report import show_front, show_leaderboard
 
-    if len(plan.objectives) > 1:
-        chosen = front([values for _, _, values in rows], plan.directions)
-        named = [(f"job {rows[i][0]}: {rows[i][1]}", rows[i][2]) for i in chosen]
-        show_front(sorted(named, key=lambda row: list(row[1])), plan.objectives)
+    if len(spec.objectives) > 1:
+        pareto_indices = front([values for _, _, values in rows], spec.directions)
+        pareto_rows = [(f"job {rows[i][0]}: {rows[i][1]}", rows[i][2]) for i in pareto_indices]
+        show_front(sorted(pareto_rows, key=lambda row: list(row[1])), spec.objectives)
     else:
-        metric = plan.objectives[0]
+        metric = spec.objectives[0]
         entries = []
         for number, label, values in rows:
             summary = {**(RunFolder(sweep / str(number)).summary() or {"status": "finished"}), metric: values[0]}
             entries.append(Entry(f"job {number}", {"job": number}, summary, [f"job {number}:", label]))
-        board = leaderboard(entries, metric=metric, direction=plan.directions[0])
+        board = leaderboard(entries, metric=metric, direction=spec.directions[0])
         show_leaderboard(board, metric.replace("best_val_", "test_"))
-    print(f"\nthe sweep lies in {sweep}")
+    print(f"\nsweep folder: {sweep}")
 
 
-# -- other people's launchers
+# -- launchers of other packages
 
 
 def start_job(config: DictConfig) -> str:
-    """One job that a launcher other than dlopt's own starts; returns its status."""
+    """Runs one job for a launcher of another package; returns its status."""
     from hydra.core.hydra_config import HydraConfig
 
     from dlopt.config.parsing import parse

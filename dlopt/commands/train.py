@@ -1,4 +1,4 @@
-"""`dlopt train`: compose, check, find or make the folder, and only then run."""
+"""`dlopt train`: composes and checks the config, finds or creates the run folder, and runs."""
 
 import contextlib
 import json
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def train(arguments: list[str]) -> int:
-    """Runs the command line after `dlopt train`; returns the exit code. Raises `UserError`."""
+    """Runs `dlopt train` with the given arguments; returns the exit code. Raises `UserError`."""
     parsed = parse_arguments(arguments)
     if parsed.help:
         from dlopt.commands.help import help_page
@@ -52,11 +52,11 @@ def train(arguments: list[str]) -> int:
     if world is not None and not world.is_main:
         return _follow(composer, parsed, world)
     if parsed.hydra_help or parsed.cfg or parsed.info:
-        composer.compose(parsed.overrides)  # explains errors better than Hydra does
+        composer.compose(parsed.overrides)  # has clearer error messages than Hydra
         show_config(parsed)
         return 0
     config = None if parsed.multirun else composer.compose(parsed.overrides)
-    if config is None or config.hydra.mode == RunMode.MULTIRUN:  # which a recipe may set
+    if config is None or config.hydra.mode == RunMode.MULTIRUN:  # a config file may set the mode
         from dlopt.commands.sweep import sweep
 
         return sweep(composer, parsed)
@@ -70,40 +70,41 @@ def train(arguments: list[str]) -> int:
 def _check_flags(parsed: Namespace) -> None:
     modes = [f"--{name}" for name in ("run", "multirun", "cfg", "info") if getattr(parsed, name)]
     if len(modes) > 1:
-        raise UserError(f"{' '.join(modes)}: only one of these at a time")
+        raise UserError(f"{' '.join(modes)}: only one of these can be used at a time")
     if parsed.resolve and not parsed.cfg:
-        raise UserError("--resolve: only with --cfg, whose config it resolves")
+        raise UserError("--resolve: only valid with --cfg")
 
 
 def _prepare_rank(world: World, parsed: Namespace) -> None:
-    """Sets up one of the processes of a launcher, before it imports torch."""
+    """Configures a process started by torchrun or srun, before it imports torch."""
     from dlopt.parallel.launch import end_with_torchrun
 
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # a lost peer is reported in one line, not in C++ frames
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # report a lost peer in one line, without C++ frames
     end_with_torchrun()
     if world.restarts and not any(line.startswith("resume=") for line in parsed.overrides):
-        parsed.overrides.append("resume=auto")  # the launcher has started the run again
+        parsed.overrides.append("resume=auto")  # torchrun has restarted the run
 
 
 def _lead(config: DictConfig, parsed: Namespace, world: World) -> int:
-    """Rank 0 of processes that a launcher started: chooses the folder and sends the run to the other ranks."""
+    """Rank 0 of a launcher's processes: chooses the folder and sends the run to the other ranks."""
     from dlopt.job import complain
 
-    store = _meet(config, world)
+    store = _join_store(config, world)
     code = FAILED
     try:
-        code = _run(config, parsed, send=lambda what: store.set("run", json.dumps(what)))
+        code = _run(config, parsed, send=lambda message: store.set("run", json.dumps(message)))
     except UserError as error:
         complain(str(error))
         code = USER_ERROR
     finally:
-        with contextlib.suppress(RuntimeError):  # the launcher that keeps the store may be gone
-            store.compare_set("run", "", json.dumps({"exit": code}))  # unless the run was sent
+        # Without a run, send the exit code: the other ranks would wait for a run until their timeout.
+        with contextlib.suppress(RuntimeError):  # the launcher that hosts the store may be gone
+            store.compare_set("run", "", json.dumps({"exit": code}))
     end_process(code)
 
 
 def _follow(composer: Composer, parsed: Namespace, world: World) -> int:
-    """Ranks > 0: receives the run from rank 0, which also reports config errors."""
+    """Ranks > 0: receive the run from rank 0, which also reports config errors."""
     from dlopt.config.parsing import parse
     from dlopt.job import execute
     from dlopt.training.trainer import Run
@@ -114,14 +115,14 @@ def _follow(composer: Composer, parsed: Namespace, world: World) -> int:
         config = composer.compose(parsed.overrides)
     except UserError:
         end_process(USER_ERROR)
-    sent = json.loads(_meet(config, world).get("run"))
-    if "exit" in sent:
-        end_process(sent["exit"])
-    experiment = parse(resolve_saved(sent["config"]), sent["config"])
-    end_process(execute(Run(experiment, Path(sent["folder"]), None, sent["choices"]), typed=parsed.overrides))
+    message = json.loads(_join_store(config, world).get("run"))
+    if "exit" in message:
+        end_process(message["exit"])
+    experiment = parse(resolve_saved(message["config"]), message["config"])
+    end_process(execute(Run(experiment, Path(message["folder"]), None, message["choices"]), typed=parsed.overrides))
 
 
-def _meet(config: DictConfig, world: World) -> "Store":
+def _join_store(config: DictConfig, world: World) -> "Store":
     parallel = config.parallel
     return join_store(
         world,
@@ -133,27 +134,27 @@ def _meet(config: DictConfig, world: World) -> "Store":
 
 @dataclass(frozen=True)
 class Prepared:
-    """A checked run and its folder, in which nothing is written yet."""
+    """A checked run and its folder, before anything is written to it."""
 
     run: "Run"
     folder: RunFolder
-    before: FolderSnapshot  # of the folder
+    before: FolderSnapshot
     is_new: bool
-    is_done: bool  # there is nothing left to do
+    is_done: bool
 
 
 def prepare(config: DictConfig, overrides: Sequence[str]) -> Prepared:
-    """Checks the composed `config` and finds or makes its folder. Raises `UserError`."""
+    """Checks the composed `config` and finds or creates its folder. Raises `UserError`."""
     from dlopt.config.parsing import parse
     from dlopt.training.trainer import Run
 
     plain, saved = to_plain(config, overrides)
     experiment = parse(plain, saved)
-    wanted, is_typed = typed_folder(config, "hydra.run.dir", overrides)
+    path, is_typed = typed_folder(config, "hydra.run.dir", overrides)
     if plain["dry_run"]:
         raise UserError("dry_run=true: only available in `dlopt train`")
-    before = FolderSnapshot(wanted)
-    folder, state = _find_folder(wanted, is_typed, saved)
+    before = FolderSnapshot(path)
+    folder, state = _find_folder(path, is_typed, saved)
     is_done = plain["resume"] == "auto" and folder.is_done(saved)
     run = Run(experiment, folder.path, state, choices_of(config), overrides)
     return Prepared(run, folder, before, folder.config() is None, is_done)
@@ -170,19 +171,24 @@ def _estimate(config: DictConfig, overrides: Sequence[str]) -> int:
 
 
 def _run(config: DictConfig, parsed: Namespace, send: Callable[[Mapping[str, Any]], None] | None = None) -> int:
-    """`send`: takes what other ranks need to join the run."""
+    """Runs in the folder of the config; returns the exit code.
+
+    Args:
+        send: sends other ranks the message with which they join the run.
+    """
     from dlopt.job import execute
 
     if config.dry_run is True:
         return _estimate(config, parsed.overrides)
-    ready = prepare(config, parsed.overrides)
-    run, folder = ready.run, ready.folder
-    if ready.is_done:
+    prepared = prepare(config, parsed.overrides)
+    run, folder = prepared.run, prepared.folder
+    if prepared.is_done:
         return _show_finished(folder)
-    if config.resume == "auto" and ready.is_new:
-        print("resume=auto: there is no unfinished run of this config, so a new one begins", flush=True)
-    if ready.is_new and (folder.config() is not None or folder.is_live()):
-        raise UserError(f"hydra.run.dir={folder.path}: another run is active in this folder")  # it was quicker
+    if config.resume == "auto" and prepared.is_new:
+        print("resume=auto: no unfinished run of this config found; starting a new run", flush=True)
+    if prepared.is_new and (folder.config() is not None or folder.is_live()):
+        # Another process has started a run in this folder since `prepare`.
+        raise UserError(f"hydra.run.dir={folder.path}: another run is active in this folder")
     outcome = USER_ERROR
     try:
         with job_environment(config, folder.path):
@@ -190,47 +196,52 @@ def _run(config: DictConfig, parsed: Namespace, send: Callable[[Mapping[str, Any
                 send({"config": run.experiment.config, "folder": str(folder.path), "choices": run.choices})
             outcome = execute(run, typed=parsed.overrides)
     finally:
-        if outcome == USER_ERROR and ready.is_new and not folder.is_live():
-            ready.before.erase(folder.path)
+        if outcome == USER_ERROR and prepared.is_new and not folder.is_live():
+            prepared.before.erase(folder.path)
     return outcome
 
 
-def _find_folder(wanted: Path, is_typed: bool, saved: Mapping[str, Any]) -> tuple[RunFolder, Mapping[str, Any] | None]:
-    """The folder, made if need be, and the checkpoint to go on from or None."""
+def _find_folder(path: Path, is_typed: bool, saved: Mapping[str, Any]) -> tuple[RunFolder, Mapping[str, Any] | None]:
+    """Returns the run folder, created if missing, and the checkpoint to resume from, if any.
+
+    Args:
+        path: hydra.run.dir; `is_typed`: given on the command line.
+        saved: the config to save.
+    """
     from dlopt.training.checkpoint import Checkpoints
 
-    given, resume = RunFolder(wanted), saved["resume"]
-    if is_typed and given.is_live():
-        raise UserError(f"hydra.run.dir={wanted}: another run is active in this folder")
+    target, resume = RunFolder(path), saved["resume"]
+    if is_typed and target.is_live():
+        raise UserError(f"hydra.run.dir={path}: another run is active in this folder")
     if is_typed:
-        given.refuse_newer(f"hydra.run.dir={wanted}")
+        target.refuse_newer(f"hydra.run.dir={path}")
     if resume == "auto":
-        found = given if is_typed else newest_unfinished(wanted.parent, saved)
-        if found is not None and found.holds_a_run():
-            found.refuse_newer("resume=auto")
-            refuse_other_config(found.config() or saved, saved, f"{found.path}", found.history())
-            if found.is_done(saved):
-                return found, None
-            return found, Checkpoints(found.checkpoints).load_newest()
-    home = None if resume in (None, "auto") else Path(resume).absolute().parent.parent
-    if is_typed and given.holds_a_run() and given.path != home:
-        state = "finished" if given.is_finished() else "unfinished"
+        previous = target if is_typed else newest_unfinished(path.parent, saved)
+        if previous is not None and previous.holds_a_run():
+            previous.refuse_newer("resume=auto")
+            refuse_other_config(previous.config() or saved, saved, f"{previous.path}", previous.history())
+            if previous.is_done(saved):
+                return previous, None
+            return previous, Checkpoints(previous.checkpoints).load_newest()
+    source = None if resume in (None, "auto") else RunFolder(Path(resume).absolute().parent.parent)
+    if is_typed and target.holds_a_run() and target != source:
+        state = "a finished" if target.is_finished() else "an unfinished"
         raise UserError(
-            f"hydra.run.dir={wanted}: this folder holds a run that is {state}; "
-            "resume it with resume=auto, or name another folder"
+            f"hydra.run.dir={path}: this folder contains {state} run; resume it with: dlopt train ... resume=auto, "
+            "or use another folder"
         )
     checkpoint = None
-    if home is not None:
-        RunFolder(home).refuse_newer(f"resume={resume}")
+    if source is not None:
+        source.refuse_newer(f"resume={resume}")
         checkpoint = _load(resume)
-        refuse_other_config(checkpoint["config"], saved, resume, RunFolder(home).history())
-    if is_typed and wanted.is_dir():
-        folder = given
-    else:
-        folder = RunFolder(make(wanted, "hydra.run.dir") if is_typed else make_new(wanted, "hydra.run.dir"))
-    if home is not None and checkpoint is not None and folder.path != home:
-        _take_history(RunFolder(home), folder, checkpoint["progress"]["best"]["epoch"])
-    return folder, checkpoint
+        refuse_other_config(checkpoint["config"], saved, resume, source.history())
+    if not is_typed:
+        target = RunFolder(make_new(path, "hydra.run.dir"))
+    elif not path.is_dir():
+        make(path, "hydra.run.dir")
+    if source is not None and checkpoint is not None and target != source:
+        _copy_history(source, target, checkpoint["progress"]["best"]["epoch"])
+    return target, checkpoint
 
 
 def _load(resume: str) -> dict[str, Any]:
@@ -240,14 +251,15 @@ def _load(resume: str) -> dict[str, Any]:
         return load(Path(resume))
     except UserError as error:
         _, _, reason = str(error).partition(": ")
-        hint = f"; to start from its weights only: init_from={resume}" if Path(resume).is_file() else ""
+        hint = f"; to load only its weights, use init_from={resume}" if Path(resume).is_file() else ""
         raise UserError(f"resume={resume}: {reason}{'' if 'init_from' in reason else hint}") from None
 
 
-def _take_history(source: RunFolder, target: RunFolder, best_epoch: int | None) -> None:
-    """The metrics up to the checkpoint and its best model belong to the continued run too.
+def _copy_history(source: RunFolder, target: RunFolder, best_epoch: int | None) -> None:
+    """Copies the metrics and the best model of a run that is resumed in another folder.
 
-    The tracking cuts the metrics that lie beyond; a best model of a later epoch than the checkpoint knows stays behind.
+    Tracking removes the metrics after the checkpoint. The best model is copied only if it is that of the checkpoint,
+    not one of a later epoch.
     """
     from dlopt.training import sharded
     from dlopt.training.checkpoint import Checkpoints, load
@@ -267,5 +279,5 @@ def _show_finished(folder: RunFolder) -> int:
     from dlopt.tracking.console import ConsoleView
 
     summary = folder.summary() or {}
-    ConsoleView().finish(summary, [f"this run is finished: {folder.path}"])
+    ConsoleView().finish(summary, [f"this run is already finished: {folder.path}"])
     return 0
