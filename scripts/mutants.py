@@ -1,0 +1,210 @@
+"""Mutation test: changes the code in one place at a time and counts how many changes the tests notice.
+
+    .venv/bin/python scripts/mutants.py cover      run the tests once and record which lines each one runs
+    .venv/bin/python scripts/mutants.py run [--count 300] [--seed 0] [--workers 2] [--json FILE]
+
+A mutant is killed when a test that runs the changed line fails. Those tests run from the fastest to the slowest and stop
+at the first failure, in one copy of the checkout per worker. Tests that run the line only in other processes are not
+among them, so the share of killed mutants is a lower bound.
+"""
+
+import argparse
+import ast
+import collections
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+COVERAGE = ROOT / "outputs" / "mutants"
+TARGETS = ("dlopt/optim", "dlopt/schedules", "dlopt/training/step.py", "dlopt/parallel", "dlopt/config/rules.py")
+TESTS = ("tests/optim", "tests/schedules", "tests/training", "tests/parallel", "tests/config", "tests/commands")
+MOST_TESTS = 60  # of those that run a line; the fastest
+TIMEOUT = 120  # seconds for the tests of one mutant, which may loop forever; a timeout counts as killed
+
+COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
+}  # fmt: skip
+OPERATORS: dict[type[ast.operator], type[ast.operator]] = {
+    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult,
+    ast.Mod: ast.FloorDiv, ast.Pow: ast.Mult,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`text` replaces what stands between the offsets of `file`."""
+
+    file: str
+    line: int
+    start: int
+    stop: int
+    text: str
+    change: str
+
+
+def mutants_of(path: Path) -> Iterator[Mutant]:
+    """Yields all mutants of a file: operators, comparisons, conditions, numbers, removed calls and assignments."""
+    source = path.read_text()
+    offsets = [0]
+    for text in source.splitlines(keepends=True):
+        offsets.append(offsets[-1] + len(text.encode()))
+    encoded = source.encode()
+    name = path.relative_to(ROOT).as_posix()
+
+    def mutant(node: ast.expr | ast.stmt, text: str) -> Mutant:
+        assert node.end_lineno is not None and node.end_col_offset is not None
+        start = offsets[node.lineno - 1] + node.col_offset
+        stop = offsets[node.end_lineno - 1] + node.end_col_offset
+        before = " ".join(encoded[start:stop].decode().split())
+        return Mutant(name, node.lineno, start, stop, text, f"{before[:70]} -> {' '.join(text.split())[:70]}")
+
+    tree = ast.parse(source)
+    messages = {id(inner) for node in ast.walk(tree) if isinstance(node, ast.Raise) for inner in ast.walk(node)}
+    messages |= {id(inner) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for inner in ast.walk(node)}
+    for function in ast.walk(tree):
+        if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue  # what runs at import is not covered by single tests
+        for statement in function.body:
+            for node in ast.walk(statement):
+                if id(node) in messages:
+                    continue
+                changed: ast.expr | None = None
+                if isinstance(node, ast.Compare) and type(node.ops[0]) in COMPARISONS:
+                    operators = [COMPARISONS[type(node.ops[0])](), *node.ops[1:]]
+                    changed = ast.Compare(node.left, operators, node.comparators)
+                elif isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+                    changed = ast.BinOp(node.left, OPERATORS[type(node.op)](), node.right)
+                elif isinstance(node, ast.BoolOp):
+                    changed = ast.BoolOp(ast.Or() if isinstance(node.op, ast.And) else ast.And(), node.values)
+                elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not | ast.USub):
+                    changed = node.operand
+                elif isinstance(node, ast.Constant) and type(node.value) in (int, float):
+                    changed = ast.Constant(node.value + 1)
+                elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
+                    changed = ast.Constant(not node.value)
+                elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+                    yield mutant(node, "pass")
+                elif isinstance(node, ast.If):
+                    yield mutant(node.test, f"not ({ast.unparse(node.test)})")
+                if changed is not None:
+                    yield mutant(node, f"({ast.unparse(changed)})")  # type: ignore[arg-type]
+
+
+def cover() -> int:
+    """Runs the tests with coverage contexts and writes test -> lines and test -> seconds into `COVERAGE`."""
+    COVERAGE.mkdir(parents=True, exist_ok=True)
+    config = COVERAGE / "coveragerc"
+    config.write_text(f"[run]\nbranch = false\nsource = dlopt\ndata_file = {COVERAGE / 'data'}\n")
+    command = [sys.executable, "-m", "pytest", "-q", "-n", str(os.cpu_count()), "--dist", "worksteal", *TESTS]
+    command += ["--cov", f"--cov-config={config}", "--cov-context=test", "--cov-report=", "--durations=0", "-vv"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    (COVERAGE / "log").write_text(done.stdout + done.stderr)
+    seconds: dict[str, float] = collections.defaultdict(float)
+    for time_spent, test in re.findall(r"^([\d.]+)s (?:call|setup|teardown) +(\S.*)$", done.stdout, re.MULTILINE):
+        seconds[test.strip()] += float(time_spent)
+    (COVERAGE / "seconds.json").write_text(json.dumps(seconds))
+    print(done.stdout[-300:])
+    return done.returncode
+
+
+def tests_by_line() -> dict[tuple[str, int], list[str]]:
+    """Returns (file, line) -> tests that run it, the fastest first."""
+    from coverage.numbits import numbits_to_nums
+
+    seconds = json.loads((COVERAGE / "seconds.json").read_text())
+    found: dict[tuple[str, int], set[str]] = collections.defaultdict(set)
+    with sqlite3.connect(COVERAGE / "data") as data:
+        rows = data.execute(
+            "select path, context, numbits from line_bits join file on file.id = file_id "
+            "join context on context.id = context_id"
+        )
+        for path, context, bits in rows:
+            if test := context.rpartition("|")[0]:
+                for line in numbits_to_nums(bits):
+                    found[Path(path).relative_to(ROOT).as_posix(), line].add(test)
+    return {key: sorted(tests, key=lambda test: seconds.get(test, 0.0)) for key, tests in found.items()}
+
+
+def outcome(mutant: Mutant, tests: Sequence[str], copy: Path) -> str:
+    """Runs `tests` with the mutant in `copy`: "killed", "timeout" or "survived"."""
+    path = copy / mutant.file
+    original = path.read_bytes()
+    path.write_bytes(original[: mutant.start] + mutant.text.encode() + original[mutant.stop :])
+    environment = {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", *tests]
+    process = subprocess.Popen(
+        command, cwd=copy, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        return "survived" if process.wait(TIMEOUT) == 0 else "killed"
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return "timeout"
+    finally:
+        path.write_bytes(original)
+
+
+def run(count: int, seed: int, workers: int, report: Path | None) -> int:
+    covered = tests_by_line()
+    targets = [ROOT / target for target in TARGETS]
+    files = [path for target in targets for path in ([target] if target.is_file() else target.rglob("*.py"))]
+    everything = [mutant for path in sorted(files) for mutant in mutants_of(path)]
+    chosen = random.Random(seed).sample(everything, min(count, len(everything)))
+    print(f"{len(chosen)} of {len(everything)} mutants", flush=True)
+    results: list[tuple[Mutant, str]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        copies = [Path(folder) / str(number) for number in range(workers)]
+        for copy in copies:
+            left_out = shutil.ignore_patterns(".git", ".venv", "outputs", "__pycache__", ".*cache")
+            shutil.copytree(ROOT, copy, ignore=left_out)
+
+        def work(number: int) -> None:
+            for position, mutant in enumerate(chosen[number::workers]):
+                start = time.monotonic()
+                tests = covered.get((mutant.file, mutant.line), [])[:MOST_TESTS]
+                result = outcome(mutant, tests, copies[number]) if tests else "not covered"
+                results.append((mutant, result))
+                if result != "killed":
+                    took = time.monotonic() - start
+                    print(f"{result} ({took:.0f} s): {mutant.file}:{mutant.line}: {mutant.change}", flush=True)
+                if position % 25 == 24:
+                    killed = sum(result in ("killed", "timeout") for _, result in results)
+                    print(f"{killed} of {len(results)} killed", flush=True)
+
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(work, range(workers)))
+    counts = collections.Counter(result for _, result in results)
+    print(dict(counts), f"killed: {100 * (counts['killed'] + counts['timeout']) / len(results):.1f} %")
+    if report is not None:
+        report.write_text(json.dumps([{**asdict(mutant), "result": result} for mutant, result in results], indent=1))
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["cover", "run"])
+    parser.add_argument("--count", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    return cover() if options.what == "cover" else run(options.count, options.seed, options.workers, options.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
