@@ -1,8 +1,8 @@
-"""Functions of two variables on which one can watch an optimizer: `dlopt trajectory function=...` draws its path.
+"""Functions of two variables to visualize optimizers: `dlopt trajectory function=...` plots their trajectories.
 
-Each is called with points [..., 2] and returns values [...]. `minima` are all its global minima, `least` the value
-there, `start` is where the paths begin, `window` (left, right, bottom, top) is what a picture shows of the plane, and
-`sample(generator)` gives the loss that one update sees: the function itself, or the part of it that a batch shows.
+Each maps points [..., 2] to values [...]. `minima` are all its global minima, `least` is their value, `start` is the
+initial point, `window` (left, right, bottom, top) is the plotted region, and `sample(generator)` returns the loss of
+one update: the function itself, or its estimate from one batch.
 """
 
 import math
@@ -34,11 +34,11 @@ class Function(Protocol):
 
 
 class Quadratic:
-    """(u^2 + condition v^2) / 2, where (u, v) are the coordinates turned by `angle` degrees.
+    """(u^2 + condition v^2) / 2, where (u, v) are the coordinates rotated by `angle` degrees.
 
-    With `noise`, a sample is such a bowl whose minimum lies elsewhere, by a normal displacement of that standard
-    deviation in each direction, and an update sees the mean of `batch_size` of them: its gradient is H (theta - c),
-    whose covariance is noise^2 H^2 / batch_size (the noisy quadratic model: Schaul et al. 2013, Zhang et al. 2019).
+    With `noise`, a sample is the same bowl with its minimum displaced by a normal offset of that standard deviation in
+    each direction, and an update uses the mean of `batch_size` samples: its gradient is H (theta - c), with covariance
+    noise^2 H^2 / batch_size (the noisy quadratic model: Schaul et al. 2013, Zhang et al. 2019).
     """
 
     minima: tuple[Point, ...] = ((0.0, 0.0),)
@@ -48,9 +48,9 @@ class Quadratic:
         self, *, condition: Positive, angle: float, noise: NonNegative, batch_size: Count, start: Point, window: Window
     ) -> None:
         self.start, self.window = start, window
-        turn = math.radians(angle)
-        self._axes = ((math.cos(turn), math.sin(turn)), (-math.sin(turn), math.cos(turn)))
-        self._condition, self._spread = condition, noise / math.sqrt(batch_size)
+        radians = math.radians(angle)
+        self._axes = ((math.cos(radians), math.sin(radians)), (-math.sin(radians), math.cos(radians)))
+        self._condition, self._std = condition, noise / math.sqrt(batch_size)
 
     def __call__(self, points: Tensor) -> Tensor:
         x, y = points.unbind(-1)
@@ -58,14 +58,14 @@ class Quadratic:
         return (u**2 + self._condition * v**2) / 2
 
     def sample(self, generator: torch.Generator) -> Loss:
-        if self._spread == 0:
+        if self._std == 0:
             return self
-        displacement = self._spread * torch.randn(2, generator=generator, dtype=torch.float64)
+        displacement = self._std * torch.randn(2, generator=generator, dtype=torch.float64)
         return lambda points: self(points - displacement)
 
 
-class _Exact:
-    """A function that every update sees as it is."""
+class _Deterministic:
+    """Base of functions without noise."""
 
     start: Point
     window: Window
@@ -80,7 +80,7 @@ class _Exact:
         return self
 
 
-class Rosenbrock(_Exact):
+class Rosenbrock(_Deterministic):
     """(1 - x)^2 + 100 (y - x^2)^2: a narrow, bent valley with a nearly flat floor (Rosenbrock 1960)."""
 
     minima: tuple[Point, ...] = ((1.0, 1.0),)
@@ -91,7 +91,7 @@ class Rosenbrock(_Exact):
         return (1 - x) ** 2 + 100 * (y - x**2) ** 2
 
 
-class Beale(_Exact):
+class Beale(_Deterministic):
     """(1.5 - x + x y)^2 + (2.25 - x + x y^2)^2 + (2.625 - x + x y^3)^2: plateaus with steep walls (Beale 1958)."""
 
     minima: tuple[Point, ...] = ((3.0, 0.5),)
@@ -102,7 +102,7 @@ class Beale(_Exact):
         return (1.5 - x + x * y) ** 2 + (2.25 - x + x * y**2) ** 2 + (2.625 - x + x * y**3) ** 2
 
 
-class Himmelblau(_Exact):
+class Himmelblau(_Deterministic):
     """(x^2 + y - 11)^2 + (x + y^2 - 7)^2: four equal minima (Himmelblau 1972)."""
 
     minima: tuple[Point, ...] = (
@@ -118,7 +118,7 @@ class Himmelblau(_Exact):
         return (x**2 + y - 11) ** 2 + (x + y**2 - 7) ** 2
 
 
-class Saddle(_Exact):
+class Saddle(_Deterministic):
     """(x^2 - y^2) / 2 + y^4 / 4: a saddle point at the origin between the two minima (0, 1) and (0, -1)."""
 
     minima: tuple[Point, ...] = ((0.0, 1.0), (0.0, -1.0))
@@ -129,8 +129,8 @@ class Saddle(_Exact):
         return (x**2 - y**2) / 2 + y**4 / 4
 
 
-class Plateau(_Exact):
-    """1 - exp(-(x^2 + y^2) / 2): a well in a plane whose gradient vanishes with the distance."""
+class Plateau(_Deterministic):
+    """1 - exp(-(x^2 + y^2) / 2): a well in a plateau, on which the gradient vanishes."""
 
     minima: tuple[Point, ...] = ((0.0, 0.0),)
     least = 0.0
@@ -140,13 +140,13 @@ class Plateau(_Exact):
 
 
 class DigitPair:
-    """Logistic regression that tells two classes of scikit-learn's digits apart by two features.
+    """Logistic regression of two classes of scikit-learn's digits on two features.
 
     The features are the first two principal components of the images of both classes, divided by the standard
     deviation of the first; the loss is mean log(1 + exp(-label w^T x)) + weight_decay |w|^2 / 2 over the training set.
-    An update sees a batch of `batch_size` images drawn without replacement, or all of them: `full`.
+    An update uses a batch of `batch_size` images drawn without replacement, or `full`: all images.
 
-    Errors: UserError for two equal classes, and for a batch larger than the set.
+    Errors: UserError for equal classes, or a batch larger than the training set.
     """
 
     def __init__(
@@ -159,14 +159,14 @@ class DigitPair:
         window: Window,
     ) -> None:
         if classes[0] == classes[1]:
-            raise UserError(f"function.classes=[{classes[0]},{classes[1]}]: two different digits are needed")
+            raise UserError(f"function.classes=[{classes[0]},{classes[1]}]: two different digits are required")
         self.start, self.window = start, window
         self._decay = weight_decay
-        self._products = _signed_features(classes)  # label * x: all that the loss needs
+        self._products = _signed_features(classes)  # label * x; the loss depends on nothing else
         count = len(self._products)
         if batch_size != "full" and batch_size > count:
-            raise UserError(f"function.batch_size={batch_size}: there are {count} images; full takes them all")
-        self._size = count if batch_size == "full" else batch_size
+            raise UserError(f"function.batch_size={batch_size}: there are {count} images; use full for all of them")
+        self._batch_size = count if batch_size == "full" else batch_size
         minimum = self._minimum()
         self.least = float(self(minimum))
         self.minima: tuple[Point, ...] = ((float(minimum[0]), float(minimum[1])),)
@@ -175,9 +175,9 @@ class DigitPair:
         return self._loss(points, self._products)
 
     def sample(self, generator: torch.Generator) -> Loss:
-        if self._size == len(self._products):
+        if self._batch_size == len(self._products):
             return self
-        batch = self._products[torch.randperm(len(self._products), generator=generator)[: self._size]]
+        batch = self._products[torch.randperm(len(self._products), generator=generator)[: self._batch_size]]
         return lambda points: self._loss(points, batch)
 
     def _loss(self, points: Tensor, products: Tensor) -> Tensor:
@@ -185,25 +185,25 @@ class DigitPair:
         return torch.nn.functional.softplus(-margins).mean(-1) + self._decay * points.square().sum(-1) / 2
 
     def _minimum(self) -> Tensor:
-        """By Newton's method; the loss is strictly convex."""
+        """Finds the minimum by Newton's method; the loss is strictly convex."""
         point = torch.zeros(2, dtype=torch.float64)
         for _ in range(50):
-            share = torch.sigmoid(-(self._products @ point))
-            gradient = self._decay * point - (share @ self._products) / len(share)
-            weighted = (share * (1 - share)).unsqueeze(1) * self._products
-            hessian = weighted.T @ self._products / len(share) + self._decay * torch.eye(2, dtype=torch.float64)
+            error = torch.sigmoid(-(self._products @ point))  # probability of the wrong class
+            gradient = self._decay * point - (error @ self._products) / len(error)
+            weighted = (error * (1 - error)).unsqueeze(1) * self._products
+            hessian = weighted.T @ self._products / len(error) + self._decay * torch.eye(2, dtype=torch.float64)
             point = point - torch.linalg.solve(hessian, gradient)
         return point
 
 
 def _signed_features(classes: tuple[int, int]) -> Tensor:
-    """[N, 2] in float64: the features of the training images, with the sign of their class."""
+    """Returns [N, 2] float64: the features of the training images times their label (-1 or 1)."""
     train = digits().train
-    chosen = ((train.targets == classes[0]) | (train.targets == classes[1])).nonzero().squeeze(1)
-    images = train.fetch(chosen).flatten(1).double()
+    indices = ((train.targets == classes[0]) | (train.targets == classes[1])).nonzero().squeeze(1)
+    images = train.fetch(indices).flatten(1).double()
     images = images - images.mean(0)
     directions = torch.linalg.svd(images, full_matrices=False).Vh[:2]
     directions = directions * directions.gather(1, directions.abs().argmax(1, keepdim=True)).sign()
     features = images @ directions.T
-    labels = torch.where(train.targets[chosen] == classes[1], 1.0, -1.0).double()
+    labels = torch.where(train.targets[indices] == classes[1], 1.0, -1.0).double()
     return labels.unsqueeze(1) * features / features[:, 0].std()

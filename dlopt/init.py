@@ -1,8 +1,8 @@
-"""Weight-initialization schemes. Each overwrites the weights of a built model, drawing from `generator` alone.
+"""Weight initialization schemes. Each overwrites the weights of a built model, with random numbers from `generator`.
 
-A scheme sets the weights of all linear, convolution and recurrent layers and makes their biases zero; normalization
-layers and embeddings stay as they were built. fan_in is the number of inputs of one unit (input channels times the
-receptive field), fan_out the number of units that one input feeds.
+A scheme sets the weights of all linear, convolution and recurrent layers and zeroes their biases; it does not change
+normalization layers and embeddings. fan_in is the number of inputs of a unit (input channels x receptive field),
+fan_out the number of units that read an input.
 """
 
 from collections import Counter
@@ -23,7 +23,7 @@ Fan = Literal["fan_in", "fan_out"]
 
 
 class Weight(NamedTuple):
-    """One weight of a layer: its name in the model, the layer, the tensor, and its two fans."""
+    """A weight of a layer: its name in the model, the layer, the tensor, fan_in and fan_out."""
 
     name: str
     layer: nn.Module
@@ -33,7 +33,7 @@ class Weight(NamedTuple):
 
 
 def weights(model: nn.Module) -> Iterator[Weight]:
-    """The weights that a scheme sets: those of matrix or kernel shape, but for embeddings."""
+    """Yields the weights that a scheme sets: matrices and kernels, except embeddings."""
     for prefix, layer in model.named_modules():
         if isinstance(layer, nn.Embedding):
             continue
@@ -43,7 +43,7 @@ def weights(model: nn.Module) -> Iterator[Weight]:
 
 
 def fans(layer: nn.Module, weight: Tensor) -> tuple[int, int]:
-    """(fan_in, fan_out) of a layer's weight; of a grouped convolution those within one group."""
+    """Returns (fan_in, fan_out) of a layer's weight; for grouped convolutions, within one group."""
     if isinstance(layer, LocallyConnected2d):
         _, outputs, inputs = weight.shape
         return inputs, outputs * layer.kernel**2
@@ -57,16 +57,16 @@ def fans(layer: nn.Module, weight: Tensor) -> tuple[int, int]:
 
 
 def activation_gain(model: nn.Module) -> float:
-    """The gain for the activation that the model has most of; 1 where it has none.
+    """Returns the gain for the model's most frequent activation; 1 if it has none.
 
-    torch's recommended value where there is one (ReLU: sqrt(2), tanh: 5/3), else 1 / sqrt(E[f(z)^2]) for a standard
-    normal z: the factor that keeps the second moment from layer to layer, which is how He et al. 2015 reach sqrt(2).
+    torch's recommended value if there is one (ReLU: sqrt(2), tanh: 5/3), else 1 / sqrt(E[f(z)^2]) for a standard
+    normal z: the factor that preserves the second moment from layer to layer, as He et al. 2015 derive sqrt(2).
     """
     kinds = tuple(kind for kind in ACTIVATIONS.values() if kind is not nn.Identity)
-    found = Counter(type(module) for module in model.modules() if isinstance(module, kinds))
-    if not found:
+    counts = Counter(type(module) for module in model.modules() if isinstance(module, kinds))
+    if not counts:
         return 1.0
-    ((kind, _),) = found.most_common(1)
+    ((kind, _),) = counts.most_common(1)
     match kind:
         case nn.LeakyReLU:
             return nn.init.calculate_gain("leaky_relu", nn.LeakyReLU().negative_slope)
@@ -84,58 +84,58 @@ def activation_gain(model: nn.Module) -> float:
 
 
 def default(model: nn.Module, generator: torch.Generator, *, zero_last_gamma: bool) -> None:
-    """Leaves what the layers drew when they were built (torch's own scheme, or pretrained weights)."""
+    """Keeps the weights of the built model (torch's default scheme, or pretrained weights)."""
     _finish(model, zero_last_gamma)
 
 
 def normal(model: nn.Module, generator: torch.Generator, *, std: NonNegative, zero_last_gamma: bool) -> None:
-    """The same normal distribution for all layers."""
+    """Normal with the same standard deviation for all layers."""
     for weight in _zero_biases(model):
         nn.init.normal_(weight.tensor, std=std, generator=generator)
     _finish(model, zero_last_gamma)
 
 
 def uniform(model: nn.Module, generator: torch.Generator, *, bound: NonNegative, zero_last_gamma: bool) -> None:
-    """The same uniform distribution on [-bound, bound] for all layers."""
+    """Uniform on [-bound, bound] for all layers."""
     for weight in _zero_biases(model):
         nn.init.uniform_(weight.tensor, -bound, bound, generator=generator)
     _finish(model, zero_last_gamma)
 
 
 def fan_in_normal(model: nn.Module, generator: torch.Generator, *, zero_last_gamma: bool) -> None:
-    """Variance 1 / fan_in (LeCun, Bottou, Orr & Müller 1998, section 4.6), normal."""
+    """Normal with variance 1 / fan_in (LeCun, Bottou, Orr & Müller 1998, section 4.6)."""
     _scaled_normal(model, generator, lambda weight: 1 / weight.fan_in, zero_last_gamma)
 
 
 def fan_in_uniform(model: nn.Module, generator: torch.Generator, *, zero_last_gamma: bool) -> None:
-    """Variance 1 / fan_in, uniform."""
+    """Uniform with variance 1 / fan_in."""
     _scaled_uniform(model, generator, lambda weight: 1 / weight.fan_in, zero_last_gamma)
 
 
 def fan_out_normal(model: nn.Module, generator: torch.Generator, *, zero_last_gamma: bool) -> None:
-    """Variance 1 / fan_out, normal: keeps the gradients' variance in a linear net."""
+    """Normal with variance 1 / fan_out, which preserves the gradients' variance in a linear network."""
     _scaled_normal(model, generator, lambda weight: 1 / weight.fan_out, zero_last_gamma)
 
 
 def fan_out_uniform(model: nn.Module, generator: torch.Generator, *, zero_last_gamma: bool) -> None:
-    """Variance 1 / fan_out, uniform."""
+    """Uniform with variance 1 / fan_out."""
     _scaled_uniform(model, generator, lambda weight: 1 / weight.fan_out, zero_last_gamma)
 
 
 def xavier_normal(model: nn.Module, generator: torch.Generator, *, gain: Positive, zero_last_gamma: bool) -> None:
-    """Variance gain^2 * 2 / (fan_in + fan_out) (Glorot & Bengio 2010, equation 12), normal."""
+    """Normal with variance gain^2 * 2 / (fan_in + fan_out) (Glorot & Bengio 2010, equation 12)."""
     _scaled_normal(model, generator, lambda weight: gain**2 * 2 / (weight.fan_in + weight.fan_out), zero_last_gamma)
 
 
 def xavier_uniform(model: nn.Module, generator: torch.Generator, *, gain: Positive, zero_last_gamma: bool) -> None:
-    """Variance gain^2 * 2 / (fan_in + fan_out) (Glorot & Bengio 2010, equation 16), uniform."""
+    """Uniform with variance gain^2 * 2 / (fan_in + fan_out) (Glorot & Bengio 2010, equation 16)."""
     _scaled_uniform(model, generator, lambda weight: gain**2 * 2 / (weight.fan_in + weight.fan_out), zero_last_gamma)
 
 
 def kaiming_normal(
     model: nn.Module, generator: torch.Generator, *, mode: Fan, gain: Positive | None, zero_last_gamma: bool
 ) -> None:
-    """Variance gain^2 / fan (He et al. 2015, equations 10 and 14), normal; gain None: that of the activation."""
+    """Normal with variance gain^2 / fan (He et al. 2015, equations 10 and 14); gain None: see `activation_gain`."""
     gain = activation_gain(model) if gain is None else gain
     _scaled_normal(model, generator, lambda weight: gain**2 / getattr(weight, mode), zero_last_gamma)
 
@@ -143,16 +143,16 @@ def kaiming_normal(
 def kaiming_uniform(
     model: nn.Module, generator: torch.Generator, *, mode: Fan, gain: Positive | None, zero_last_gamma: bool
 ) -> None:
-    """Variance gain^2 / fan (He et al. 2015, equations 10 and 14), uniform; gain None: that of the activation."""
+    """Uniform with variance gain^2 / fan (He et al. 2015, equations 10 and 14); gain None: see `activation_gain`."""
     gain = activation_gain(model) if gain is None else gain
     _scaled_uniform(model, generator, lambda weight: gain**2 / getattr(weight, mode), zero_last_gamma)
 
 
 def orthogonal(model: nn.Module, generator: torch.Generator, *, gain: Positive | None, zero_last_gamma: bool) -> None:
-    """Orthonormal rows or columns times the gain (Saxe, McClelland & Ganguli 2014); None: that of the activation."""
+    """Orthonormal rows or columns times `gain` (Saxe, McClelland & Ganguli 2014); None: see `activation_gain`."""
     gain = activation_gain(model) if gain is None else gain
     for weight in _zero_biases(model):
-        # the filters of each position by themselves
+        # Locally connected layers: one matrix of filters per position.
         matrices = weight.tensor if isinstance(weight.layer, LocallyConnected2d) else [weight.tensor]
         for matrix in matrices:
             nn.init.orthogonal_(matrix, gain=gain, generator=generator)
@@ -160,9 +160,9 @@ def orthogonal(model: nn.Module, generator: torch.Generator, *, gain: Positive |
 
 
 def dirac(model: nn.Module, generator: torch.Generator, *, zero_last_gamma: bool) -> None:
-    """Convolutions pass their input on (Zagoruyko & Komodakis 2017, DiracNets); channels repeat where they grow.
+    """Identity convolutions (Zagoruyko & Komodakis 2017, DiracNets); additional output channels repeat the inputs.
 
-    Other layers get variance 1 / fan_in: an identity there would leave equal channels equal for ever.
+    Other layers are normal with variance 1 / fan_in: identities there would keep repeated channels equal forever.
     """
     for weight in _zero_biases(model):
         if isinstance(weight.layer, _ConvNd):
@@ -185,16 +185,17 @@ def lsuv(
 ) -> None:
     """Layer-sequential unit-variance (Mishkin & Matas 2016, algorithm 1).
 
-    Orthonormal weights; then, layer by layer in the order of the forward pass, each weight is divided by its output's
-    standard deviation until the variance is within `tolerance` of 1, in at most `iterations` rounds. It is measured on
-    `samples` of the `inputs` ([B, *shape], normalized, on the model's device).
+    Starts from orthonormal weights. Then, in the order of the forward pass, divides each weight by the standard
+    deviation of its output until the variance is within `tolerance` of 1, for at most `iterations` rounds. The variance
+    is measured on `samples` of the `inputs` ([B, *shape], normalized, on the model's device).
 
-    Errors: UserError where a layer's output on `inputs` is constant or not finite.
+    Errors: UserError if a layer's output on `inputs` is constant or not finite.
     """
     orthogonal(model, generator, gain=1.0, zero_last_gamma=False)
     inputs = inputs[:: max(1, len(inputs) // samples)][:samples]
     training = {module: module.training for module in model.modules()}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    # Batch statistics as in training, but no dropout; the running statistics are restored below.
     model.train()
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
@@ -205,8 +206,8 @@ def lsuv(
                 variance = _output(model, weight.layer, inputs).var()
                 if not (torch.isfinite(variance) and variance > 0):
                     raise UserError(
-                        f"init=lsuv: the output of {weight.name.rpartition('.')[0]} is constant or not finite on the "
-                        "batch it is measured on; use another init"
+                        f"init=lsuv: the output of {weight.name.rpartition('.')[0]} is constant or not finite on "
+                        "training data; use another init"
                     )
                 if (variance - 1).abs() < tolerance:
                     break
@@ -228,29 +229,31 @@ def whitening(
     head_std: Positive | None,
     zero_last_gamma: bool,
 ) -> None:
-    """The first convolution whitens the patches of `inputs`; the rest stays as it was built, but for two keys.
+    """Makes the first convolution whiten the patches of `inputs`; other layers change only by `dirac` and `head_std`.
 
-    Filter i is the i-th eigenvector of the patches' covariance, largest eigenvalue first, divided by
-    sqrt(eigenvalue + epsilon); filters beyond the patch's dimension are the negatives of the first ones (behind a
-    ReLU a direction needs both signs), and what is left beyond those stays (Page 2018, "How to train your ResNet 8";
-    Jordan 2024, airbench). Its bias stays as it was drawn. `inputs` is [B, C, H, W], normalized, on the model's device;
-    a few thousand do.
+    Filter i is the i-th eigenvector of the patches' covariance (largest eigenvalue first), divided by
+    sqrt(eigenvalue + epsilon). Filters beyond the patch's dimension are the negatives of the first ones (before a ReLU,
+    a direction needs both signs); any further filters, and the bias, are not changed (Page 2018, "How to train your
+    ResNet 8"; Jordan 2024, airbench).
 
-    `dirac`: the i-th filter of every other convolution passes channel i on, as far as there are channels (the filters
-    beyond stay). `head_std`: the last linear layer's weights are multiplied to have this standard deviation (both
-    Jordan 2024, sections 3.2 and 3.3 and its code).
+    Args:
+        inputs: [B, C, H, W], normalized, on the model's device; a few thousand suffice.
+        dirac: filter i of every other convolution copies input channel i; filters beyond the number of input channels
+            are not changed.
+        head_std: rescales the weights of the last linear layer to this standard deviation (both: Jordan 2024, sections
+            3.2 and 3.3, and its code).
 
-    Errors: UserError where the model has no 2-d convolution over all its input's channels.
+    Errors: UserError if the model has no 2-d convolution over all channels of its input.
     """
     layer = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     if layer is None or layer.groups != 1 or inputs.dim() != 4 or inputs.shape[1] != layer.in_channels:
-        raise UserError("init=whitening: the model's first layer is no convolution over the image; use another init")
+        raise UserError("init=whitening: the model does not start with a convolution of the image; use another init")
     height, width = layer.kernel_size
     with torch.no_grad():
         moments = torch.zeros((), dtype=torch.float64, device=inputs.device)
         count = 0
-        for part in inputs.split(256):  # the patches take height * width times the memory of the images
-            windows = part.double().unfold(2, height, 1).unfold(3, width, 1)  # [B, C, H', W', height, width]
+        for batch in inputs.split(256):  # patches take height * width times the memory of the images
+            windows = batch.double().unfold(2, height, 1).unfold(3, width, 1)  # [B, C, H', W', height, width]
             patches = windows.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(0, 2)
             moments = moments + patches.T @ patches
             count += len(patches)
@@ -262,7 +265,7 @@ def whitening(
             if isinstance(other, nn.Conv2d) and other is not layer:
                 nn.init.dirac_(other.weight[: other.weight.shape[1]])
         if head_std is not None:
-            heads = [each for each in model.modules() if isinstance(each, nn.Linear)]
+            heads = [module for module in model.modules() if isinstance(module, nn.Linear)]
             if not heads:
                 raise UserError(f"init.head_std={head_std:g}: the model has no linear layer; set init.head_std=null")
             heads[-1].weight.mul_(head_std / heads[-1].weight.std())
@@ -270,7 +273,7 @@ def whitening(
 
 
 def _zero_biases(model: nn.Module) -> Iterator[Weight]:
-    """The weights, whose layers' biases become zero on the way."""
+    """Yields the weights and zeroes the biases of their layers."""
     for weight in weights(model):
         for name, parameter in weight.layer.named_parameters(recurse=False):
             if "bias" in name:
@@ -296,31 +299,30 @@ def _scaled_uniform(
 
 
 def _finish(model: nn.Module, zero_last_gamma: bool) -> None:
-    """The switch that all schemes share: residual blocks start as their shortcut."""
+    """Applies zero_last_gamma: makes residual blocks start as their shortcut."""
     if not zero_last_gamma:
         return
-    # zero_init_last is also what timm calls it
-    found = [getattr(module, "zero_init_last", None) for module in model.modules()]
-    switches = [switch for switch in found if switch is not None]
-    if not switches:
+    # timm's models have methods of the same name.
+    methods = [method for module in model.modules() if (method := getattr(module, "zero_init_last", None))]
+    if not methods:
         raise UserError("init.zero_last_gamma=true: the model has no residual blocks that can start at zero")
-    for switch in switches:
-        switch()
+    for zero_init_last in methods:
+        zero_init_last()
 
 
-class _Reached(Exception):
+class _StopForward(Exception):
     pass
 
 
 def _in_forward_order(model: nn.Module, inputs: Tensor) -> list[Weight]:
-    """The weights in the order in which their layers are first called."""
+    """Returns the weights in the order in which their layers are first called."""
     order: dict[nn.Module, int] = {}
     by_layer = [(weight.layer, weight) for weight in weights(model)]
 
-    def note(module: nn.Module, arguments: object) -> None:
+    def record(module: nn.Module, arguments: object) -> None:
         order.setdefault(module, len(order))
 
-    handles = [layer.register_forward_pre_hook(note) for layer, _ in by_layer]
+    handles = [layer.register_forward_pre_hook(record) for layer, _ in by_layer]
     try:
         model(inputs)
     finally:
@@ -331,18 +333,18 @@ def _in_forward_order(model: nn.Module, inputs: Tensor) -> list[Weight]:
 
 
 def _output(model: nn.Module, layer: nn.Module, inputs: Tensor) -> Tensor:
-    """What `layer` returns at its first call; the rest of the forward pass is left out."""
-    caught: list[Tensor] = []
+    """Returns the output of the first call of `layer`; skips the rest of the forward pass."""
+    outputs: list[Tensor] = []
 
-    def catch(module: nn.Module, arguments: object, output: Tensor) -> None:
-        caught.append(output)
-        raise _Reached
+    def capture(module: nn.Module, arguments: object, output: Tensor) -> None:
+        outputs.append(output)
+        raise _StopForward
 
-    handle = layer.register_forward_hook(catch)
+    handle = layer.register_forward_hook(capture)
     try:
         model(inputs)
-    except _Reached:
+    except _StopForward:
         pass
     finally:
         handle.remove()
-    return caught[0]
+    return outputs[0]

@@ -1,7 +1,7 @@
 """Losses: modules (outputs, targets) -> scalar mean over the samples.
 
-Always a mean over samples, never over a sum of weights: the losses of micro-batches, weighted by their samples, add up
-to the loss of the whole batch.
+Losses divide by the number of samples, never by a sum of class weights: the losses of micro-batches, weighted by their
+samples, then add up to the loss of the batch.
 """
 
 import torch
@@ -15,9 +15,9 @@ from dlopt.ranges import Fraction, NonNegative
 class CrossEntropy(nn.Module):
     """-sum_k q_k log softmax(outputs)_k, mean over samples.
 
-    outputs [N, K]; targets int64 [N], or probabilities [N, K] (mixed samples). Label smoothing e puts q (1 - e) + e / K
-    in place of q (Szegedy et al. 2016); class weights multiply the terms. Both belong to training: in evaluation mode
-    the loss is the plain one, so that runs compare.
+    outputs [N, K]; targets int64 [N], or probabilities [N, K] (mixed samples). Label smoothing e replaces q by
+    q (1 - e) + e / K (Szegedy et al. 2016); class weights multiply the terms. Both apply in training only: evaluation
+    uses the plain loss, so that runs can be compared.
     """
 
     weight: Tensor | None
@@ -27,11 +27,11 @@ class CrossEntropy(nn.Module):
     ) -> None:
         super().__init__()
         if classes is None:
-            raise UserError("loss=cross_entropy: the targets are numbers, not classes; for regression use loss=mse")
+            raise UserError("loss=cross_entropy: the targets are numbers, not classes; use loss=mse for regression")
         if class_weights is not None and len(class_weights) != classes:
             raise UserError(
                 f"loss.class_weights={list(class_weights)}: {len(class_weights)} weights for {classes} classes; "
-                f"give one per class"
+                "use one weight per class"
             )
         self.label_smoothing = label_smoothing
         weight = None if class_weights is None else torch.tensor(class_weights)
@@ -50,8 +50,8 @@ class CrossEntropy(nn.Module):
 class MSE(nn.Module):
     """Mean over samples of the mean over outputs of (outputs - targets)^2.
 
-    outputs [N, K]. Classification: targets int64 [N], compared as one-hot vectors, or probabilities [N, K]. Regression
-    (classes is None): targets float [N, K], or [N] where K = 1.
+    outputs [N, K]. Classification: targets int64 [N], used as one-hot vectors, or probabilities [N, K]. Regression
+    (classes is None): targets float [N, K], or [N] if K = 1.
     """
 
     def __init__(self, *, classes: int | None) -> None:
@@ -65,13 +65,15 @@ class MSE(nn.Module):
             targets = targets.unsqueeze(-1)
         if targets.shape != outputs.shape:
             raise UserError(
-                f"loss=mse: the model gives {list(outputs.shape[1:])} numbers per sample, the targets have "
+                f"loss=mse: the model outputs {list(outputs.shape[1:])} numbers per sample, the targets have "
                 f"{list(targets.shape[1:])}"
             )
         return F.mse_loss(outputs, targets.to(outputs.dtype))
 
 
 def probabilities(outputs: Tensor, loss: nn.Module) -> Tensor:
-    """What outputs [N, K] say of the classes: their softmax; where a model was fitted to one-hot targets by squared
-    errors they are estimates of the probabilities already, cut off at 0 and 1."""
+    """Returns class probabilities [N, K] from the outputs.
+
+    Their softmax; after training with MSE, outputs estimate the probabilities directly and are clamped to 0..1.
+    """
     return outputs.clamp(0, 1) if isinstance(loss, MSE) else outputs.softmax(1)

@@ -1,4 +1,4 @@
-"""The net with which Jordan 2024 ("94% on CIFAR-10 in 3.29 seconds on a single GPU", section 3.1) trains in seconds."""
+"""The network of airbench (Jordan 2024, "94% on CIFAR-10 in 3.29 seconds on a single GPU", section 3.1)."""
 
 from collections import OrderedDict
 from typing import Unpack
@@ -12,7 +12,7 @@ from dlopt.ranges import Count
 
 
 class Divide(nn.Module):
-    """x / divisor: outputs of the order of one from sums over many features."""
+    """x / divisor: keeps sums over many features at the order of one."""
 
     def __init__(self, divisor: float) -> None:
         super().__init__()
@@ -26,14 +26,14 @@ class Divide(nn.Module):
 
 
 class AirBench(nn.Sequential):
-    """A small convolution that is meant to whiten (`init=whitening_dirac`), three stages, a linear head.
+    """A small whitening convolution (see `init=whitening_dirac`), three stages, and a linear head.
 
     The first layer has 2 * C * whiten_kernel^2 filters, two for each direction of a patch. A stage is conv, 2x2
     max-pooling, norm, activation, conv, norm, activation; the last maps are max-pooled to one pixel. The head has no
-    bias, and its inputs are divided by their number. Maps of one pixel are not pooled, so that 8x8 images pass too.
-    Takes images [B, C, H, W], returns [B, classes].
+    bias, and its inputs are divided by their number. Maps of one pixel are not pooled, so that 8x8 images work too.
+    Images [B, C, H, W] -> [B, classes].
 
-    Errors: UserError for data that are no images, or images smaller than the first filter.
+    Errors: UserError for samples that are not images, or images smaller than the first filter.
     """
 
     def __init__(
@@ -49,32 +49,33 @@ class AirBench(nn.Sequential):
         channels, height, width = image_shape(input_shape, "airbench94")
         if min(height, width) < whiten_kernel:
             raise UserError(
-                f"model.whiten_kernel={whiten_kernel}: the images have only {height}x{width} pixels; use a smaller one"
+                f"model.whiten_kernel={whiten_kernel}: the images have only {height}x{width} pixels; use at most "
+                f"{min(height, width)}"
             )
         normalize = Norm.of(**norm)
         inputs = 2 * channels * whiten_kernel**2
-        parts: OrderedDict[str, nn.Module] = OrderedDict()
-        parts["whiten"] = nn.Conv2d(channels, inputs, whiten_kernel)
-        parts["act"] = make_activation(activation)
-        extent = [height - whiten_kernel + 1, width - whiten_kernel + 1]
+        modules: OrderedDict[str, nn.Module] = OrderedDict()
+        modules["whiten"] = nn.Conv2d(channels, inputs, whiten_kernel)
+        modules["act"] = make_activation(activation)
+        size = [height - whiten_kernel + 1, width - whiten_kernel + 1]
         for index, outputs in enumerate(widths):
-            pools = min(extent) > 1
-            if pools:
-                extent = [length // 2 for length in extent]
-            parts[f"stage{index + 1}"] = _stage(inputs, outputs, activation, normalize, pools=pools)
+            pool = min(size) > 1
+            if pool:
+                size = [length // 2 for length in size]
+            modules[f"stage{index + 1}"] = _stage(inputs, outputs, activation, normalize, pool=pool)
             inputs = outputs
-        parts["pool"] = nn.MaxPool2d((extent[0], extent[1]))
-        parts["flatten"] = nn.Flatten()
-        parts["scale"] = Divide(inputs)
-        parts["head"] = nn.Linear(inputs, classes, bias=False)
-        super().__init__(parts)
+        modules["pool"] = nn.MaxPool2d((size[0], size[1]))
+        modules["flatten"] = nn.Flatten()
+        modules["scale"] = Divide(inputs)
+        modules["head"] = nn.Linear(inputs, classes, bias=False)
+        super().__init__(modules)
         check_instance_norm(self, input_shape, normalize)
 
 
-def _stage(inputs: int, outputs: int, name: Activation, norm: Norm, *, pools: bool) -> nn.Sequential:
+def _stage(inputs: int, outputs: int, name: Activation, norm: Norm, *, pool: bool) -> nn.Sequential:
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     layers["conv1"] = conv(inputs, outputs, 3, bias=norm.bias)
-    if pools:
+    if pool:
         layers["pool"] = nn.MaxPool2d(2)
     layers["norm1"] = norm.maps(outputs)
     layers["act1"] = make_activation(name)

@@ -1,4 +1,4 @@
-"""AlexNet (Krizhevsky, Sutskever & Hinton 2012) as one column, and as the paper's two columns."""
+"""AlexNet (Krizhevsky, Sutskever & Hinton 2012): with one column, and with the paper's two columns."""
 
 from collections import OrderedDict
 from typing import Literal, Unpack
@@ -14,13 +14,13 @@ Stem = Literal["small", "imagenet"]
 
 
 class AlexNet(nn.Sequential):
-    """The net as one column: every layer sees all features of the one before.
+    """AlexNet with one column: every layer reads all features of the previous one.
 
     `stem=imagenet` is the paper's, for 224x224 images: an 11x11 convolution of stride 4. `stem=small` starts with a
-    5x5 convolution of stride 1 and pads its poolings, so that images of 8 to some 64 pixels pass. Takes images
-    [B, C, H, W], returns [B, classes].
+    5x5 convolution of stride 1 and pads its poolings, for images of 8 to about 64 pixels. Images [B, C, H, W] ->
+    [B, classes].
 
-    Errors: UserError where the data are no images, or images too small.
+    Errors: UserError for samples that are not images, or too small.
     """
 
     def __init__(
@@ -41,15 +41,15 @@ class AlexNet(nn.Sequential):
 
 
 class TwoColumnAlexNet(nn.Module):
-    """The paper's net (figure 2): two columns of half the channels, meeting in a few layers only.
+    """The paper's AlexNet (figure 2): two columns of half the channels, connected only in a few layers.
 
-    Each column is four segments (convolutions 1 and 2; convolutions 3 to 5; the two fully connected layers). Within
-    a segment a column sees its own features alone; between segments the columns' outputs are joined along the
-    channels and every column reads both: the cross connections stand in front of the third convolution and of the
-    fully connected layers. One column per process therefore needs one gathering behind each of the four segments and
-    nothing else. Takes images [B, C, H, W], returns [B, classes].
+    A column has four segments (convolutions 1 and 2; convolutions 3 to 5; each of the two fully connected layers).
+    Within a segment, a column reads its own features only. Between segments, the outputs of both columns are
+    concatenated along the channels and both columns read all of them; so the cross connections are before the third
+    convolution and before the fully connected layers. With one column per process, one all-gather after each of the
+    four segments is the only communication. Images [B, C, H, W] -> [B, classes].
 
-    Errors: UserError for an odd number of hidden features, data that are no images, or images too small.
+    Errors: UserError for an odd number of hidden features, and for samples that are not images, or too small.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class TwoColumnAlexNet(nn.Module):
     ) -> None:
         super().__init__()
         if hidden % 2:
-            raise UserError(f"model.hidden={hidden}: two columns share these features; use an even number")
+            raise UserError(f"model.hidden={hidden}: the features are split between two columns; use an even number")
         normalize = Norm.of(**norm)
         self.columns = nn.ModuleList(
             nn.Sequential(_segments(input_shape, 2, stem, hidden, local_response, dropout, normalize)) for _ in range(2)
@@ -74,10 +74,10 @@ class TwoColumnAlexNet(nn.Module):
         check_instance_norm(self, input_shape, normalize)
 
     def forward(self, images: Tensor) -> Tensor:
-        joined = images
+        features = images
         for segments in zip(*self.columns, strict=True):
-            joined = torch.cat([segment(joined) for segment in segments], dim=1)
-        return self.head(joined)
+            features = torch.cat([segment(features) for segment in segments], dim=1)
+        return self.head(features)
 
 
 def _segments(
@@ -89,22 +89,22 @@ def _segments(
     dropout: float,
     norm: Norm,
 ) -> OrderedDict[str, nn.Module]:
-    """One of `columns` columns, cut where the columns meet."""
+    """Builds the segments of one of `columns` columns."""
     channels, height, width = image_shape(input_shape, "an AlexNet")
     kernel, stride, padding = (11, 4, 2) if stem == "imagenet" else (5, 1, 2)
     pool_padding = 0 if stem == "imagenet" else 1
 
-    def extent(pixels: int) -> int:
+    def output_size(pixels: int) -> int:
         pixels = (pixels + 2 * padding - kernel) // stride + 1
         for _ in range(3):
             pixels = (pixels + 2 * pool_padding - 3) // 2 + 1
         return pixels
 
-    pixels = extent(height) * extent(width)
-    if min(extent(height), extent(width)) < 1:
+    pixels = output_size(height) * output_size(width)
+    if min(output_size(height), output_size(width)) < 1:
         raise UserError(
             f"model.stem={stem}: images of {height}x{width} are too small for this stem; use model.stem=small "
-            "or a larger data.image_size (63 at least)"
+            "or data.image_size=63 or larger"
         )
 
     def layer(inputs: int, outputs: int, kernel: int, *, stride: int = 1, padding: int) -> list[nn.Module]:
@@ -112,7 +112,7 @@ def _segments(
         convolution = nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=padding, bias=norm.bias)
         return [convolution, norm.maps(outputs), nn.ReLU()]
 
-    def respond() -> list[nn.Module]:
+    def response_norm() -> list[nn.Module]:
         # Section 3.3: k=2, n=5, alpha=1e-4, beta=0.75; torch divides alpha by n.
         return [nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2.0)] if local_response else []
 
@@ -121,10 +121,10 @@ def _segments(
 
     front = [
         *layer(channels, 96, kernel, stride=stride, padding=padding),
-        *respond(),
+        *response_norm(),
         pool(),
         *layer(96 // columns, 256, 5, padding=2),
-        *respond(),
+        *response_norm(),
         pool(),
     ]
     back = [
@@ -133,10 +133,10 @@ def _segments(
         *layer(384 // columns, 256, 3, padding=1),
         pool(),
     ]
-    share = hidden // columns
+    outputs = hidden // columns
     return OrderedDict(
         front=nn.Sequential(*front),
         back=nn.Sequential(*back),
-        hidden1=nn.Sequential(nn.Flatten(), nn.Linear(256 * pixels, share), nn.ReLU(), nn.Dropout(dropout)),
-        hidden2=nn.Sequential(nn.Linear(hidden, share), nn.ReLU(), nn.Dropout(dropout)),
+        hidden1=nn.Sequential(nn.Flatten(), nn.Linear(256 * pixels, outputs), nn.ReLU(), nn.Dropout(dropout)),
+        hidden2=nn.Sequential(nn.Linear(hidden, outputs), nn.ReLU(), nn.Dropout(dropout)),
     )

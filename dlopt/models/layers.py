@@ -1,4 +1,4 @@
-"""What the models share: the choice of normalization, activations, small layers, and checks of the input's shape."""
+"""Shared by the models: normalization, activations, small layers, and checks of the input's shape."""
 
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict, Unpack
@@ -37,11 +37,11 @@ class _GhostBatchNorm(_BatchNorm):
         self.ghost_batch = ghost_batch
 
     def forward(self, input: Tensor) -> Tensor:
-        parts = len(input) // self.ghost_batch if self.training else 1
+        virtual_batches = len(input) // self.ghost_batch if self.training else 1
         normalize = super().forward
-        if parts < 2:
+        if virtual_batches < 2:
             return normalize(input)
-        return torch.cat([normalize(part) for part in input.tensor_split(parts)])
+        return torch.cat([normalize(batch) for batch in input.tensor_split(virtual_batches)])
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, ghost_batch={self.ghost_batch}"
@@ -50,15 +50,15 @@ class _GhostBatchNorm(_BatchNorm):
 class GhostBatchNorm1d(_GhostBatchNorm, nn.BatchNorm1d):
     """Ghost batch normalization (Hoffer, Hubara & Soudry 2017, algorithm 1) of [B, F] or [B, F, T].
 
-    In training each virtual batch of about `ghost_batch` neighbouring samples is normalized by its own statistics.
-    A batch that is no multiple is cut into B // ghost_batch virtual batches whose sizes differ by one at most, so no
-    tiny remainder gets statistics of its own. The running averages see the virtual batches one after the other, as in
-    the paper. In evaluation it is ordinary batch normalization.
+    In training, each virtual batch of about `ghost_batch` adjacent samples is normalized by its own statistics. The
+    batch is split into B // ghost_batch virtual batches whose sizes differ by at most one, so there is no tiny
+    remainder. The running averages are updated by one virtual batch after the other, as in the paper. In evaluation
+    it is ordinary batch normalization.
     """
 
 
 class GhostBatchNorm2d(_GhostBatchNorm, nn.BatchNorm2d):
-    """The same as `GhostBatchNorm1d` for feature maps [B, C, H, W]."""
+    """`GhostBatchNorm1d` for feature maps [B, C, H, W]."""
 
 
 class ChannelsFirst(nn.Module):
@@ -73,7 +73,7 @@ class ChannelsFirst(nn.Module):
 
 
 class NormKeys(TypedDict):
-    """The keys of a model that say how it normalizes."""
+    """The normalization keys of a model."""
 
     norm: NormKind
     norm_affine: bool
@@ -85,12 +85,12 @@ class NormKeys(TypedDict):
 
 @dataclass(frozen=True, kw_only=True)
 class Norm:
-    """The normalization that a model is built with: its keys `norm` and `norm_...`.
+    """Builds the normalization layers of a model from its keys `norm` and `norm_...`.
 
-    A layer in front of a normalization has no bias: batch and instance normalization subtract it again, and the
-    others' beta takes its place. `norm_affine=false` therefore leaves neither bias nor gamma and beta.
+    A layer before a normalization has no bias: batch and instance normalization subtract it, and the beta of the others
+    replaces it. With `norm_affine=false` there is therefore neither bias nor gamma and beta.
 
-    Errors: UserError for ghost batches with another normalization than batch, or where a kind has no meaning.
+    Errors: UserError for ghost batches without batch normalization, or a normalization that features do not support.
     """
 
     kind: NormKind
@@ -98,7 +98,7 @@ class Norm:
     groups: int
     ghost_batch: int | None
     eps: float
-    momentum: float  # of the running statistics: the share of the newest batch
+    momentum: float  # weight of the newest batch in the running statistics
 
     @classmethod
     def of(cls, **keys: Unpack[NormKeys]) -> "Norm":
@@ -120,30 +120,28 @@ class Norm:
 
     @property
     def bias(self) -> bool:
-        """Whether the layer in front has a bias."""
+        """Whether the layer before the normalization has a bias."""
         return self.kind == "none"
 
     def groups_of(self, channels: int) -> int:
-        """The largest divisor of `channels` that is at most `groups` and leaves two channels or more in a group.
+        """Returns the largest divisor of `channels`, at most `groups`, with two or more channels per group.
 
-        A group of one channel would be instance normalization, and zero where the map is a single pixel.
+        A group of one channel would be instance normalization, whose output is zero for maps of one pixel.
         """
-        most = max(1, min(self.groups, channels // 2))
-        return next(count for count in range(most, 0, -1) if channels % count == 0)
+        limit = max(1, min(self.groups, channels // 2))
+        return next(count for count in range(limit, 0, -1) if channels % count == 0)
+
+    def _batch_norm(self, features: int, batch_norm: type[_BatchNorm], ghost: type[_GhostBatchNorm]) -> nn.Module:
+        keys: dict[str, Any] = {"eps": self.eps, "momentum": self.momentum, "affine": self.affine}
+        if self.ghost_batch is None:
+            return batch_norm(features, **keys)
+        return ghost(features, ghost_batch=self.ghost_batch, **keys)
 
     def maps(self, channels: int) -> nn.Module:
-        """For feature maps [B, C, H, W]. `layer` is one group over all channels, with gamma and beta per channel."""
+        """Builds it for maps [B, C, H, W]. `layer` is one group of all channels, with gamma and beta per channel."""
         match self.kind:
-            case "batch" if self.ghost_batch is not None:
-                return GhostBatchNorm2d(
-                    channels,
-                    eps=self.eps,
-                    momentum=self.momentum,
-                    affine=self.affine,
-                    ghost_batch=self.ghost_batch,
-                )
             case "batch":
-                return nn.BatchNorm2d(channels, eps=self.eps, momentum=self.momentum, affine=self.affine)
+                return self._batch_norm(channels, nn.BatchNorm2d, GhostBatchNorm2d)
             case "layer":
                 return nn.GroupNorm(1, channels, eps=self.eps, affine=self.affine)
             case "group":
@@ -153,31 +151,23 @@ class Norm:
         return nn.Identity()
 
     def vectors(self, features: int) -> nn.Module:
-        """For feature vectors [B, F]."""
+        """Builds it for feature vectors [B, F]."""
         match self.kind:
-            case "batch" if self.ghost_batch is not None:
-                return GhostBatchNorm1d(
-                    features,
-                    eps=self.eps,
-                    momentum=self.momentum,
-                    affine=self.affine,
-                    ghost_batch=self.ghost_batch,
-                )
             case "batch":
-                return nn.BatchNorm1d(features, eps=self.eps, momentum=self.momentum, affine=self.affine)
+                return self._batch_norm(features, nn.BatchNorm1d, GhostBatchNorm1d)
             case "layer":
                 return nn.LayerNorm(features, eps=self.eps, elementwise_affine=self.affine)
             case "group":
                 return nn.GroupNorm(self.groups_of(features), features, eps=self.eps, affine=self.affine)
             case "instance":
                 raise UserError(
-                    "model.norm=instance: instance normalization averages over the pixels of one feature map, and this "
-                    "model's features have no pixels; use batch, layer, group or none"
+                    "model.norm=instance: requires feature maps, but this model has feature vectors; "
+                    "use batch, layer, group or none"
                 )
         return nn.Identity()
 
     def tokens(self, features: int) -> nn.Module:
-        """For sequences of tokens [B, T, F]: `layer` normalizes each token, the others take T for the pixels."""
+        """Builds it for tokens [B, T, F]: `layer` normalizes each token, the others treat T as the pixels."""
         match self.kind:
             case "layer":
                 return nn.LayerNorm(features, eps=self.eps, elementwise_affine=self.affine)
@@ -189,37 +179,34 @@ class Norm:
 
 
 def activation(name: Activation) -> nn.Module:
-    """The elementwise activation of that name. None works in place, so that hooks see what went in."""
+    """Builds the elementwise activation of that name. Never in place, so that hooks see the unchanged input."""
     return ACTIVATIONS[name]()
 
 
 class GlobalAveragePool(nn.Module):
-    """[B, C, H, W] -> [B, C]. The mean has a deterministic backward on a GPU; AdaptiveAvgPool2d has none."""
+    """[B, C, H, W] -> [B, C]. Unlike AdaptiveAvgPool2d, the mean has a deterministic backward on a GPU."""
 
     def forward(self, maps: Tensor) -> Tensor:
         return maps.mean((2, 3))
 
 
 def conv(inputs: int, outputs: int, kernel: int, *, stride: int = 1, bias: bool) -> nn.Conv2d:
-    """A convolution with an odd kernel that keeps the extent (divided by the stride, rounded up)."""
+    """Builds a convolution with an odd kernel and "same" padding: output size is ceil(size / stride)."""
     return nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=kernel // 2, bias=bias)
 
 
 def image_shape(input_shape: tuple[int, ...], model: str) -> tuple[int, int, int]:
-    """(C, H, W) of the input. Errors: UserError where the data are no images."""
+    """Returns (C, H, W) of the input. Errors: UserError for samples that are not images."""
     if len(input_shape) != 3:
         raise UserError(
-            f"model: {model} reads images [channels, height, width], but one sample of the data has the shape "
+            f"model: {model} requires images [channels, height, width], but the samples have the shape "
             f"{list(input_shape)}; use model=mlp or other data"
         )
     return input_shape[0], input_shape[1], input_shape[2]
 
 
 def check_instance_norm(model: nn.Module, input_shape: tuple[int, ...], norm: Norm) -> None:
-    """Refuses instance normalization over maps of one pixel, which a forward pass without data finds.
-
-    Errors: UserError.
-    """
+    """Raises UserError if instance normalization gets maps of one pixel, by a forward pass on the meta device."""
     if norm.kind != "instance":
         return
     state = {name: tensor.detach().to("meta") for name, tensor in model.state_dict().items()}
@@ -230,16 +217,16 @@ def check_instance_norm(model: nn.Module, input_shape: tuple[int, ...], norm: No
     except ValueError as error:
         height, width = input_shape[-2:]
         raise UserError(
-            f"model.norm=instance: images of {height}x{width} become maps of one pixel in this model, over which "
-            "nothing can be averaged; use batch, layer, group or none, or a larger data.image_size"
+            f"model.norm=instance: images of {height}x{width} become maps of one pixel in this model, which cannot be "
+            "normalized; use batch, layer, group or none, or a larger data.image_size"
         ) from error
 
 
 def zero_branch(norm: nn.Module, layer: nn.Module) -> None:
-    """Makes a residual branch that ends in `layer`, `norm` output zero: gamma = 0 (Goyal et al. 2017, section 5.1).
+    """Makes a residual branch ending in `layer`, `norm` output zero: gamma = 0 (Goyal et al. 2017, section 5.1).
 
-    Without a normalization the layer itself becomes zero (Fixup's first rule; Zhang, Dauphin & Ma 2019).
-    Errors: UserError where the normalization has no gamma.
+    Without normalization, zeroes the layer itself (Fixup's first rule; Zhang, Dauphin & Ma 2019).
+    Errors: UserError if the normalization has no gamma.
     """
     gamma = getattr(norm, "weight", None)
     if gamma is not None:
@@ -249,6 +236,6 @@ def zero_branch(norm: nn.Module, layer: nn.Module) -> None:
             nn.init.zeros_(parameter)
     else:
         raise UserError(
-            "init.zero_last_gamma=true: with model.norm_affine=false the blocks have no gamma; "
+            "init.zero_last_gamma=true: the blocks have no gamma with model.norm_affine=false; "
             "set model.norm_affine=true or model.norm=none"
         )

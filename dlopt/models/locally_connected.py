@@ -1,4 +1,4 @@
-"""A net of locally connected layers: the connections of a convolution, with filters of its own at every position."""
+"""A network of locally connected layers: convolutions with separate filters at every position."""
 
 from collections import OrderedDict
 from typing import Unpack
@@ -16,7 +16,7 @@ from dlopt.ranges import Count, Fraction
 class LocallyConnected2d(nn.Module):
     """[B, inputs, H, W] -> [B, outputs, H', W'] with unshared filters (LeCun 1989); padding kernel // 2.
 
-    `weight` is [H'*W', outputs, inputs*kernel*kernel], `bias` [outputs, H', W'] or None. Drawn as torch draws its
+    `weight` is [H'*W', outputs, inputs*kernel*kernel], `bias` [outputs, H', W'] or None. Initialized as torch's
     convolutions: uniform within 1 / sqrt(fan_in).
     """
 
@@ -49,8 +49,9 @@ class LocallyConnected2d(nn.Module):
 class LocallyConnectedNet(nn.Sequential):
     """Locally connected layers of the given `channels`, each with normalization and activation, and a classifier.
 
-    What weight sharing is worth shows beside a convolutional net of the same connections. Takes images [B, C, H, W]
-    of one fixed size, returns [B, classes]. Errors: UserError for an even kernel, or data that are no images.
+    Compare it with a convolutional network of the same connections to measure the effect of weight sharing. Images
+    [B, C, H, W] of one fixed size -> [B, classes].
+    Errors: UserError for an even kernel, or samples that are not images.
     """
 
     def __init__(
@@ -67,16 +68,16 @@ class LocallyConnectedNet(nn.Sequential):
     ) -> None:
         inputs, height, width = image_shape(input_shape, "a locally connected net")
         if kernel % 2 == 0:
-            raise UserError(f"model.kernel={kernel}: the kernel is centred on a pixel; use an odd number")
+            raise UserError(f"model.kernel={kernel}: must be odd")
         normalize = Norm.of(**norm)
         extent = (height, width)
-        parts: OrderedDict[str, nn.Module] = OrderedDict()
+        modules: OrderedDict[str, nn.Module] = OrderedDict()
         for index, outputs in enumerate(channels):
             layer = LocallyConnected2d(inputs, outputs, kernel, extent=extent, stride=stride, bias=normalize.bias)
-            parts[f"layer{index + 1}"] = nn.Sequential(layer, normalize.maps(outputs), make_activation(activation))
+            modules[f"layer{index + 1}"] = nn.Sequential(layer, normalize.maps(outputs), make_activation(activation))
             inputs, extent = outputs, layer.extent
-        parts["flatten"] = nn.Flatten()
-        parts["dropout"] = nn.Dropout(dropout)
-        parts["head"] = nn.Linear(inputs * extent[0] * extent[1], classes)
-        super().__init__(parts)
+        modules["flatten"] = nn.Flatten()
+        modules["dropout"] = nn.Dropout(dropout)
+        modules["head"] = nn.Linear(inputs * extent[0] * extent[1], classes)
+        super().__init__(modules)
         check_instance_norm(self, input_shape, normalize)

@@ -1,4 +1,4 @@
-"""Multi-layer perceptrons: the plain one, and one with the simplest skip."""
+"""Multi-layer perceptrons, plain and residual."""
 
 from collections import OrderedDict
 from math import prod
@@ -13,9 +13,9 @@ from dlopt.ranges import Count, Fraction, Natural
 class MLP(nn.Sequential):
     """Fully connected layers of the given `widths`, each followed by normalization, activation and dropout.
 
-    Takes samples of any shape [B, ...], returns [B, classes]. Without widths (`widths=[]`) it is the linear model.
+    Samples of any shape [B, ...] -> [B, classes]. `widths=[]` is the linear model.
 
-    Errors: UserError for `norm=instance`, which has no meaning for vectors.
+    Errors: UserError for `norm=instance`, which is undefined for vectors.
     """
 
     def __init__(
@@ -29,22 +29,22 @@ class MLP(nn.Sequential):
         **norm: Unpack[NormKeys],
     ) -> None:
         normalize = Norm.of(**norm)
-        parts: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
+        modules: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
         inputs = prod(input_shape)
         for index, width in enumerate(widths):
-            parts[f"layer{index + 1}"] = _layer(inputs, width, activation, dropout, normalize)
+            modules[f"layer{index + 1}"] = _layer(inputs, width, activation, dropout, normalize)
             inputs = width
-        parts["head"] = nn.Linear(inputs, classes)
-        super().__init__(parts)
+        modules["head"] = nn.Linear(inputs, classes)
+        super().__init__(modules)
 
 
 class ResidualMLP(nn.Sequential):
     """A first layer to `width` features, then blocks x + layer(layer(x)), then the classifier.
 
-    A layer is linear, normalization, activation: the block is the simplest form of a skip. `residual=false` takes
-    the skips away and leaves the same layers. Takes samples of any shape [B, ...], returns [B, classes].
+    A layer is linear, normalization, activation. `residual=false` removes the skip connections and keeps the layers.
+    Samples of any shape [B, ...] -> [B, classes].
 
-    Errors: UserError for `norm=instance`, which has no meaning for vectors.
+    Errors: UserError for `norm=instance`, which is undefined for vectors.
     """
 
     def __init__(
@@ -60,18 +60,18 @@ class ResidualMLP(nn.Sequential):
         **norm: Unpack[NormKeys],
     ) -> None:
         normalize = Norm.of(**norm)
-        parts: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
-        parts["stem"] = _layer(prod(input_shape), width, activation, 0.0, normalize)
+        modules: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
+        modules["stem"] = _layer(prod(input_shape), width, activation, 0.0, normalize)
         for index in range(blocks):
-            parts[f"block{index + 1}"] = ResidualPair(width, residual, activation, dropout, normalize)
-        parts["head"] = nn.Linear(width, classes)
-        super().__init__(parts)
+            modules[f"block{index + 1}"] = ResidualPair(width, residual, activation, dropout, normalize)
+        modules["head"] = nn.Linear(width, classes)
+        super().__init__(modules)
 
 
 class ResidualPair(nn.Module):
-    """x + layer(dropout(layer(x))) on [B, width]; without `residual` the two layers alone.
+    """x + layer(dropout(layer(x))) on [B, width]; without `residual`, only the two layers.
 
-    It has no way to start at zero: behind the last activation a zero would cut the gradient of a ReLU for ever.
+    Has no `zero_init_last`: with zero weights before its last ReLU, the branch would never receive a gradient.
     """
 
     def __init__(self, width: int, residual: bool, activation: Activation, dropout: float, norm: Norm) -> None:
@@ -89,8 +89,8 @@ class ResidualPair(nn.Module):
 
 
 def _layer(inputs: int, outputs: int, kind: Activation, dropout: float, norm: Norm) -> nn.Sequential:
-    parts: OrderedDict[str, nn.Module] = OrderedDict(linear=nn.Linear(inputs, outputs, bias=norm.bias))
-    parts["norm"] = norm.vectors(outputs)
-    parts["activation"] = activation(kind)
-    parts["dropout"] = nn.Dropout(dropout)
-    return nn.Sequential(parts)
+    modules: OrderedDict[str, nn.Module] = OrderedDict(linear=nn.Linear(inputs, outputs, bias=norm.bias))
+    modules["norm"] = norm.vectors(outputs)
+    modules["activation"] = activation(kind)
+    modules["dropout"] = nn.Dropout(dropout)
+    return nn.Sequential(modules)

@@ -1,4 +1,4 @@
-"""Polynomial regression of one variable: the linear model on which overfitting is easiest to see."""
+"""Polynomial regression of one variable: a linear model to show overfitting."""
 
 from collections import OrderedDict
 from typing import Literal
@@ -36,17 +36,17 @@ class Polynomials(nn.Module):
 
 
 class Polynomial(nn.Sequential):
-    """The polynomial of the given degree with learned coefficients: [B, 1] -> [B, classes] outputs.
+    """A polynomial of the given degree with learned coefficients: [B, 1] -> [B, classes].
 
-    All bases give the same functions. On [-1, 1] the monomials' second-moment matrix is so ill-conditioned that
-    gradient descent hardly moves the high degrees; Legendre polynomials are orthogonal there.
-    Errors: UserError where a sample is not one number.
+    All bases span the same functions. On [-1, 1] the second-moment matrix of the monomials is so ill-conditioned that
+    gradient descent hardly changes the high degrees; Legendre polynomials are orthogonal there.
+    Errors: UserError if a sample is not one number.
     """
 
     def __init__(self, *, input_shape: tuple[int, ...], classes: int, degree: Count, basis: Basis) -> None:
         if input_shape != (1,):
             raise UserError(
-                f"model=polynomial: a sample has to be one number, but the data's have the shape {list(input_shape)}; "
+                f"model=polynomial: samples must be single numbers, but have the shape {list(input_shape)}; "
                 "use data=polynomial or another model"
             )
         super().__init__(OrderedDict(powers=Polynomials(degree, basis), head=nn.Linear(degree, classes)))

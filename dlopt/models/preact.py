@@ -1,6 +1,6 @@
-"""Pre-activation residual networks (He et al. 2016b, "Identity Mappings in Deep Residual Networks"), wide ones too.
+"""Pre-activation residual networks (He et al. 2016b, "Identity Mappings in Deep Residual Networks") and wide ones.
 
-The sum of branch and shortcut stays as it is; normalization and ReLU stand in front of each convolution.
+Normalization and ReLU precede each convolution; nothing follows the sum of branch and shortcut.
 """
 
 from collections import OrderedDict
@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from dlopt.errors import UserError
 from dlopt.models.layers import GlobalAveragePool, Norm, NormKeys, check_instance_norm, conv, image_shape, zero_branch
-from dlopt.models.resnet import ZeroPadShortcut
+from dlopt.models.resnet import ZeroPadShortcut, add_stages
 from dlopt.ranges import Count, Fraction
 
 
 class PreActBlock(nn.Module):
     """shortcut(x) + conv(dropout(relu(norm(conv(relu(norm(x))))))) with 3x3 convolutions.
 
-    A projection reads the activated input, as in the authors' code; zero padding (option A) reads the input itself.
+    A projection shortcut takes the activated input, as in the authors' code; zero padding (option A) takes x.
     """
 
     expansion = 1
@@ -40,12 +40,12 @@ class PreActBlock(nn.Module):
         return branch + self.shortcut(active if isinstance(self.shortcut, nn.Conv2d) else maps)
 
     def zero_init_last(self) -> None:
-        """Makes the block start as its shortcut: no normalization follows the last convolution, so that is zero."""
+        """Makes the block start as its shortcut. No normalization follows the last convolution, so that is zeroed."""
         zero_branch(nn.Identity(), self.conv2)
 
 
 class PreActBottleneck(nn.Module):
-    """shortcut(x) + three times (norm, relu, convolution): 1x1, 3x3 with the stride, 1x1 to four times the channels."""
+    """shortcut(x) + three times (norm, relu, convolution): 1x1, 3x3 with the stride, 1x1 to 4x the channels."""
 
     expansion = 4
 
@@ -70,7 +70,7 @@ class PreActBottleneck(nn.Module):
         return branch + self.shortcut(active if isinstance(self.shortcut, nn.Conv2d) else maps)
 
     def zero_init_last(self) -> None:
-        """Makes the block start as its shortcut: no normalization follows the last convolution, so that is zero."""
+        """Makes the block start as its shortcut. No normalization follows the last convolution, so that is zeroed."""
         zero_branch(nn.Identity(), self.conv3)
 
 
@@ -82,37 +82,32 @@ def _shortcut(inputs: int, outputs: int, stride: int, projection: bool, norm: No
     return ZeroPadShortcut(inputs, outputs, stride)
 
 
-def _parts(
+def _network(
     channels: int,
     classes: int,
     count: int,
     width: int,
     block: Callable[[int, int, int], PreActBlock | PreActBottleneck],
+    expansion: int,
     norm: Norm,
 ) -> OrderedDict[str, nn.Module]:
-    """A 3x3 convolution to 16 channels, three stages of `count` blocks, the last normalization, and the classifier."""
-    parts: OrderedDict[str, nn.Module] = OrderedDict(stem=conv(channels, 16, 3, bias=norm.bias))
-    inputs = 16
-    for stage in range(3):
-        blocks = []
-        for index in range(count):
-            blocks.append(block(inputs, width * 2**stage, 2 if stage > 0 and index == 0 else 1))
-            inputs = width * 2**stage * blocks[-1].expansion
-        parts[f"stage{stage + 1}"] = nn.Sequential(*blocks)
-    parts["norm"] = norm.maps(inputs)
-    parts["activation"] = nn.ReLU()
-    parts["pool"] = GlobalAveragePool()
-    parts["head"] = nn.Linear(inputs, classes)
-    return parts
+    """Builds a 3x3 convolution to 16 channels, three stages of `count` blocks, a final norm, and the classifier."""
+    modules: OrderedDict[str, nn.Module] = OrderedDict(stem=conv(channels, 16, 3, bias=norm.bias))
+    outputs = add_stages(modules, block, 16, width, [count] * 3, expansion)
+    modules["norm"] = norm.maps(outputs)
+    modules["activation"] = nn.ReLU()
+    modules["pool"] = GlobalAveragePool()
+    modules["head"] = nn.Linear(outputs, classes)
+    return modules
 
 
 class PreActResNet(nn.Sequential):
-    """The paper's nets for CIFAR: `basic` blocks of 6n+2 layers (110) or `bottleneck` ones of 9n+2 (164, 1001).
+    """The paper's networks for CIFAR: 6n+2 layers in `basic` blocks (110) or 9n+2 in `bottleneck` blocks (164, 1001).
 
-    Basic blocks have the parameter-free shortcut (option A), bottlenecks project where the shape changes. `dropout`
-    acts in front of the last convolution of each block. Takes images [B, C, H, W], returns [B, classes].
+    Basic blocks have the parameter-free shortcut (option A); bottlenecks use a projection if the shape changes.
+    `dropout` is applied before the last convolution of each block. Images [B, C, H, W] -> [B, classes].
 
-    Errors: UserError for a depth that the blocks do not make up, or data that are no images.
+    Errors: UserError for an invalid depth, or samples that are not images.
     """
 
     def __init__(
@@ -129,26 +124,26 @@ class PreActResNet(nn.Sequential):
         layers = 6 if block == "basic" else 9
         if depth < layers + 2 or (depth - 2) % layers:
             raise UserError(
-                f"model.depth={depth}: with model.block={block} there are {layers}n+2 layers; "
-                f"use {', '.join(str(layers * n + 2) for n in (2, 3, 9, 18, 111))} or the like"
+                f"model.depth={depth}: must be {layers}n+2 with model.block={block}, "
+                f"for example {', '.join(str(layers * n + 2) for n in (2, 3, 9, 18, 111))}"
             )
         normalize = Norm.of(**norm)
         kind = PreActBlock if block == "basic" else PreActBottleneck
 
-        def make(inputs: int, width: int, stride: int) -> PreActBlock | PreActBottleneck:
+        def build(inputs: int, width: int, stride: int) -> PreActBlock | PreActBottleneck:
             return kind(inputs, width, stride, projection=block == "bottleneck", dropout=dropout, norm=normalize)
 
-        super().__init__(_parts(channels, classes, (depth - 2) // layers, 16, make, normalize))
+        super().__init__(_network(channels, classes, (depth - 2) // layers, 16, build, kind.expansion, normalize))
         check_instance_norm(self, input_shape, normalize)
 
 
 class WideResNet(nn.Sequential):
     """WRN-depth-widen of Zagoruyko & Komodakis 2016 ("Wide Residual Networks", table 1): 6n+4 layers.
 
-    The three stages have 16, 32, 64 times `widen` channels. `dropout` acts between the convolutions of each block
-    (section 2.4). Takes images [B, C, H, W], returns [B, classes].
+    The three stages have 16, 32, 64 times `widen` channels. `dropout` is applied between the convolutions of each block
+    (section 2.4). Images [B, C, H, W] -> [B, classes].
 
-    Errors: UserError for a depth other than 6n+4, or data that are no images.
+    Errors: UserError for a depth other than 6n+4, or samples that are not images.
     """
 
     def __init__(
@@ -163,11 +158,11 @@ class WideResNet(nn.Sequential):
     ) -> None:
         channels, _, _ = image_shape(input_shape, "a wide ResNet")
         if depth < 10 or depth % 6 != 4:
-            raise UserError(f"model.depth={depth}: wide ResNets have 6n+4 layers; use 10, 16, 22, 28, 34 or 40")
+            raise UserError(f"model.depth={depth}: must be 6n+4, for example 10, 16, 22, 28, 34 or 40")
         normalize = Norm.of(**norm)
 
-        def make(inputs: int, width: int, stride: int) -> PreActBlock:
+        def build(inputs: int, width: int, stride: int) -> PreActBlock:
             return PreActBlock(inputs, width, stride, projection=True, dropout=dropout, norm=normalize)
 
-        super().__init__(_parts(channels, classes, (depth - 4) // 6, 16 * widen, make, normalize))
+        super().__init__(_network(channels, classes, (depth - 4) // 6, 16 * widen, build, 1, normalize))
         check_instance_norm(self, input_shape, normalize)

@@ -1,4 +1,4 @@
-"""Recurrent nets that read an image row by row: the plain tanh RNN and the LSTM."""
+"""Recurrent networks that read an image row by row: tanh RNN and LSTM."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -12,14 +12,14 @@ from dlopt.ranges import Count, Fraction
 
 
 class Rows(nn.Module):
-    """[B, C, H, W] -> [B, H, C*W]: one step of the sequence per row of pixels."""
+    """[B, C, H, W] -> [B, H, C*W]: one time step per row of pixels."""
 
     def forward(self, images: Tensor) -> Tensor:
         return images.transpose(1, 2).flatten(2)
 
 
 class LastStep(nn.Module):
-    """[B, T, F] -> [B, F]: the features of the last step."""
+    """[B, T, F] -> [B, F]: the features of the last time step."""
 
     def forward(self, sequence: Tensor) -> Tensor:
         return sequence[:, -1]
@@ -39,11 +39,11 @@ class RecurrentLayer(nn.Module):
         self.activation = nn.Tanh()
 
     def forward(self, sequence: Tensor) -> Tensor:
-        driven = self.input(sequence)
-        state = driven.new_zeros(driven.shape[0], self.hidden.out_features)
+        projected = self.input(sequence)
+        state = projected.new_zeros(projected.shape[0], self.hidden.out_features)
         states = []
-        for drive in driven.unbind(1):
-            state = self.activation(self.norm(drive + self.hidden(state)))
+        for inputs in projected.unbind(1):
+            state = self.activation(self.norm(inputs + self.hidden(state)))
             states.append(state)
         return torch.stack(states, 1)
 
@@ -66,11 +66,11 @@ class LSTMLayer(nn.Module):
         self.forget_bias = forget_bias
 
     def forward(self, sequence: Tensor) -> Tensor:
-        driven = self.input_norm(self.input(sequence))
-        cell = state = driven.new_zeros(driven.shape[0], self.hidden.in_features)
+        projected = self.input_norm(self.input(sequence))
+        cell = state = projected.new_zeros(projected.shape[0], self.hidden.in_features)
         states = []
-        for drive in driven.unbind(1):
-            i, f, g, o = (drive + self.hidden_norm(self.hidden(state))).chunk(4, dim=1)
+        for inputs in projected.unbind(1):
+            i, f, g, o = (inputs + self.hidden_norm(self.hidden(state))).chunk(4, dim=1)
             cell = torch.sigmoid(f + self.forget_bias) * cell + torch.sigmoid(i) * self.activation(g)
             state = torch.sigmoid(o) * self.activation(self.cell_norm(cell))
             states.append(state)
@@ -78,10 +78,10 @@ class LSTMLayer(nn.Module):
 
 
 class RNN(nn.Sequential):
-    """`layers` plain tanh layers of `hidden` units over the rows, and a classifier on the last step.
+    """`layers` tanh layers of `hidden` units over the rows, and a classifier on the last time step.
 
-    Takes images [B, C, H, W], returns [B, classes]. The recurrence is written out, so that second derivatives and
-    every precision work. Errors: UserError for another norm than layer or none, or data that are no images.
+    Images [B, C, H, W] -> [B, classes]. Does not use torch's fused kernels, which do not support second derivatives and
+    every precision. Errors: UserError for a norm other than layer or none, or samples that are not images.
     """
 
     def __init__(
@@ -97,15 +97,15 @@ class RNN(nn.Sequential):
     ) -> None:
         inputs, normalize = _check(input_shape, norm, norm_affine)
         stack = [RecurrentLayer(hidden if index else inputs, hidden, normalize) for index in range(layers)]
-        super().__init__(_parts(stack, hidden, classes, dropout))
+        super().__init__(_network(stack, hidden, classes, dropout))
 
 
 class LSTM(nn.Sequential):
-    """`layers` LSTM layers of `hidden` units over the rows, and a classifier on the last step.
+    """`layers` LSTM layers of `hidden` units over the rows, and a classifier on the last time step.
 
-    `forget_bias` is added to the forget gate and is no parameter, so that no init scheme loses it (1: Jozefowicz et
-    al. 2015). Takes images [B, C, H, W], returns [B, classes].
-    Errors: UserError for another norm than layer or none, or data that are no images.
+    `forget_bias` is added to the forget gate. It is not a parameter, so that no init scheme overwrites it (1:
+    Jozefowicz et al. 2015). Images [B, C, H, W] -> [B, classes].
+    Errors: UserError for a norm other than layer or none, or samples that are not images.
     """
 
     def __init__(
@@ -122,25 +122,25 @@ class LSTM(nn.Sequential):
     ) -> None:
         inputs, normalize = _check(input_shape, norm, norm_affine)
         stack = [LSTMLayer(hidden if index else inputs, hidden, forget_bias, normalize) for index in range(layers)]
-        super().__init__(_parts(stack, hidden, classes, dropout))
+        super().__init__(_network(stack, hidden, classes, dropout))
 
 
 def _check(input_shape: tuple[int, ...], norm: NormKind, affine: bool) -> tuple[int, Norm]:
     channels, _, width = image_shape(input_shape, "a recurrent net")
     if norm not in ("layer", "none"):
         reason = {
-            "batch": "batch statistics differ from step to step of the recurrence",
-            "group": "a recurrent layer has no groups of channels",
-            "instance": "a step of the recurrence has no pixels to average over",
+            "batch": "batch statistics differ between time steps",
+            "group": "a recurrent layer has no channel groups",
+            "instance": "a time step has no pixels to average over",
         }[norm]
-        raise UserError(f"model.norm={norm}: {reason}; use layer or none with recurrent nets")
+        raise UserError(f"model.norm={norm}: {reason}; recurrent networks support layer or none")
     return channels * width, Norm(kind=norm, affine=affine, groups=1, ghost_batch=None, eps=1e-5, momentum=0.1)
 
 
-def _parts(stack: Sequence[nn.Module], hidden: int, classes: int, dropout: float) -> OrderedDict[str, nn.Module]:
-    parts: OrderedDict[str, nn.Module] = OrderedDict(rows=Rows())
+def _network(stack: Sequence[nn.Module], hidden: int, classes: int, dropout: float) -> OrderedDict[str, nn.Module]:
+    modules: OrderedDict[str, nn.Module] = OrderedDict(rows=Rows())
     for index, layer in enumerate(stack):
-        parts[f"layer{index + 1}"] = nn.Sequential(OrderedDict(recurrent=layer, dropout=nn.Dropout(dropout)))
-    parts["last"] = LastStep()
-    parts["head"] = nn.Linear(hidden, classes)
-    return parts
+        modules[f"layer{index + 1}"] = nn.Sequential(OrderedDict(recurrent=layer, dropout=nn.Dropout(dropout)))
+    modules["last"] = LastStep()
+    modules["head"] = nn.Linear(hidden, classes)
+    return modules

@@ -1,6 +1,7 @@
 """Residual networks for images (He, Zhang, Ren & Sun 2016, "Deep Residual Learning for Image Recognition")."""
 
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from typing import Literal, Unpack
 
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from dlopt.ranges import Count, Fraction
 
 
 class ZeroPadShortcut(nn.Module):
-    """Option A of the paper: every `stride`-th pixel, and zeros for the channels that are new. No parameters."""
+    """Option A of the paper: subsampling by `stride`, and zeros for the additional channels. No parameters."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -27,7 +28,7 @@ class ZeroPadShortcut(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """relu(norm(conv(relu(norm(conv(x))))) + shortcut(x)); without a shortcut the plain net's pair of layers."""
+    """relu(norm(conv(relu(norm(conv(x))))) + shortcut(x)); without shortcut, two layers of a plain network."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, *, shortcut: nn.Module | None, norm: Norm) -> None:
         super().__init__()
@@ -46,14 +47,15 @@ class BasicBlock(nn.Module):
     def zero_init_last(self) -> None:
         """Makes the block start as its shortcut."""
         if self.shortcut is None:
-            raise UserError("init.zero_last_gamma=true: a net without skips would output zero; use a residual model")
+            raise UserError("init.zero_last_gamma=true: a plain network would output zero; use a residual model")
         zero_branch(self.norm2, self.conv2)
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions, the last with four times the channels; the stride is in the 3x3 one.
+    """1x1, 3x3 and 1x1 convolutions, the last with 4x the channels; the 3x3 convolution has the stride.
 
-    The paper has the stride in the first; torchvision and others moved it (ResNet v1.5), which is a little better.
+    In the paper the first convolution has the stride; torchvision and others moved it (ResNet v1.5), which is slightly
+    more accurate.
     """
 
     expansion = 4
@@ -81,13 +83,38 @@ class Bottleneck(nn.Module):
         zero_branch(self.norm3, self.conv3)
 
 
+def add_stages(
+    modules: OrderedDict[str, nn.Module],
+    block: Callable[[int, int, int], nn.Module],
+    inputs: int,
+    width: int,
+    counts: Sequence[int],
+    expansion: int = 1,
+) -> int:
+    """Adds stage1, stage2, ... with `counts` blocks each to `modules`; returns the number of output channels.
+
+    The width doubles from stage to stage; the first block of all stages but the first has stride 2.
+
+    Args:
+        block: builds a block from (input channels, width, stride).
+        expansion: output channels of a block / its width.
+    """
+    for stage, count in enumerate(counts):
+        blocks = []
+        for index in range(count):
+            blocks.append(block(inputs, width * 2**stage, 2 if stage > 0 and index == 0 else 1))
+            inputs = width * 2**stage * expansion
+        modules[f"stage{stage + 1}"] = nn.Sequential(*blocks)
+    return inputs
+
+
 class CifarResNet(nn.Sequential):
-    """The paper's nets for CIFAR-10 (section 4.2): 6n+2 layers, three stages of n blocks with 16, 32, 64 channels.
+    """The paper's networks for CIFAR-10 (section 4.2): 6n+2 layers, three stages of n blocks with 16, 32, 64 channels.
 
     Where the channels double, the shortcut is option A: stride 2 and zero channels. `residual=false` gives the plain
-    nets of the same layers. Takes images [B, C, H, W] of any size, returns [B, classes].
+    networks with the same layers. Images [B, C, H, W] of any size -> [B, classes].
 
-    Errors: UserError for a depth other than 6n+2, or data that are no images.
+    Errors: UserError for a depth other than 6n+2, or samples that are not images.
     """
 
     def __init__(
@@ -103,7 +130,7 @@ class CifarResNet(nn.Sequential):
     ) -> None:
         channels, _, _ = image_shape(input_shape, "a ResNet")
         if depth < 8 or depth % 6 != 2:
-            raise UserError(f"model.depth={depth}: these nets have 6n+2 layers; use 8, 14, 20, 32, 44, 56, 110 or 1202")
+            raise UserError(f"model.depth={depth}: must be 6n+2, for example 8, 14, 20, 32, 44, 56, 110 or 1202")
         normalize = Norm.of(**norm)
 
         def block(inputs: int, outputs: int, stride: int) -> BasicBlock:
@@ -113,20 +140,13 @@ class CifarResNet(nn.Sequential):
                 shortcut = nn.Identity() if same else ZeroPadShortcut(inputs, outputs, stride)
             return BasicBlock(inputs, outputs, stride, shortcut=shortcut, norm=normalize)
 
-        parts: OrderedDict[str, nn.Module] = OrderedDict()
-        parts["stem"] = nn.Sequential(conv(channels, width, 3, bias=normalize.bias), normalize.maps(width), nn.ReLU())
-        inputs = width
-        for stage in range(3):
-            outputs = width * 2**stage
-            blocks = []
-            for index in range((depth - 2) // 6):
-                blocks.append(block(inputs, outputs, 2 if stage > 0 and index == 0 else 1))
-                inputs = outputs
-            parts[f"stage{stage + 1}"] = nn.Sequential(*blocks)
-        parts["pool"] = GlobalAveragePool()
-        parts["dropout"] = nn.Dropout(dropout)
-        parts["head"] = nn.Linear(inputs, classes)
-        super().__init__(parts)
+        modules: OrderedDict[str, nn.Module] = OrderedDict()
+        modules["stem"] = nn.Sequential(conv(channels, width, 3, bias=normalize.bias), normalize.maps(width), nn.ReLU())
+        outputs = add_stages(modules, block, width, width, [(depth - 2) // 6] * 3)
+        modules["pool"] = GlobalAveragePool()
+        modules["dropout"] = nn.Dropout(dropout)
+        modules["head"] = nn.Linear(outputs, classes)
+        super().__init__(modules)
         check_instance_norm(self, input_shape, normalize)
 
 
@@ -137,10 +157,9 @@ class ResNet(nn.Sequential):
     """ResNet-18, 34 (basic blocks), 50 and 101 (bottlenecks) with projection shortcuts (option B; table 1).
 
     `stem=imagenet` is a 7x7 convolution of stride 2 and a 3x3 max-pooling of stride 2; `stem=small` is one 3x3
-    convolution of stride 1 and no pooling, for images of some 32 pixels. Takes images [B, C, H, W], returns
-    [B, classes].
+    convolution of stride 1 without pooling, for images of about 32 pixels. Images [B, C, H, W] -> [B, classes].
 
-    Errors: UserError where the data are no images.
+    Errors: UserError for samples that are not images.
     """
 
     def __init__(
@@ -168,25 +187,19 @@ class ResNet(nn.Sequential):
                 return BasicBlock(inputs, width, stride, shortcut=shortcut, norm=normalize)
             return Bottleneck(inputs, width, stride, shortcut=shortcut, norm=normalize)
 
-        parts: OrderedDict[str, nn.Module] = OrderedDict()
+        modules: OrderedDict[str, nn.Module] = OrderedDict()
         if stem == "imagenet":
-            parts["stem"] = nn.Sequential(
+            modules["stem"] = nn.Sequential(
                 conv(channels, 64, 7, stride=2, bias=normalize.bias),
                 normalize.maps(64),
                 nn.ReLU(),
                 nn.MaxPool2d(3, stride=2, padding=1),
             )
         else:
-            parts["stem"] = nn.Sequential(conv(channels, 64, 3, bias=normalize.bias), normalize.maps(64), nn.ReLU())
-        inputs = 64
-        for stage, count in enumerate(_BLOCKS[depth]):
-            blocks = []
-            for index in range(count):
-                blocks.append(block(inputs, 64 * 2**stage, 2 if stage > 0 and index == 0 else 1))
-                inputs = 64 * 2**stage * expansion
-            parts[f"stage{stage + 1}"] = nn.Sequential(*blocks)
-        parts["pool"] = GlobalAveragePool()
-        parts["dropout"] = nn.Dropout(dropout)
-        parts["head"] = nn.Linear(inputs, classes)
-        super().__init__(parts)
+            modules["stem"] = nn.Sequential(conv(channels, 64, 3, bias=normalize.bias), normalize.maps(64), nn.ReLU())
+        outputs = add_stages(modules, block, 64, 64, _BLOCKS[depth], expansion)
+        modules["pool"] = GlobalAveragePool()
+        modules["dropout"] = nn.Dropout(dropout)
+        modules["head"] = nn.Linear(outputs, classes)
+        super().__init__(modules)
         check_instance_norm(self, input_shape, normalize)

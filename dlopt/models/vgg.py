@@ -12,13 +12,13 @@ _STAGES = ((64,), (128,), (256, 256), (512, 512), (512, 512))
 
 
 class VGG11(nn.Sequential):
-    """Eight 3x3 convolutions in five stages, each stage followed by 2x2 max-pooling, and the classifier.
+    """Eight 3x3 convolutions in five stages, each followed by 2x2 max-pooling, and the classifier.
 
     `classifier=imagenet` is the paper's: 7x7 maps, two layers of 4096 features with dropout. `classifier=small` is
-    one linear layer on the averaged maps, as is usual for CIFAR. Maps of one pixel are not pooled, so that 8x8 images
-    pass too. Takes images [B, C, H, W], returns [B, classes].
+    one linear layer on the averaged maps, as usual for CIFAR. Maps of one pixel are not pooled, so that 8x8 images
+    work too. Images [B, C, H, W] -> [B, classes].
 
-    Errors: UserError where the data are no images, or instance normalization meets maps of one pixel.
+    Errors: UserError for samples that are not images, or instance normalization of maps of one pixel.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class VGG11(nn.Sequential):
     ) -> None:
         inputs, height, width = image_shape(input_shape, "a VGG net")
         normalize = Norm.of(**norm)
-        parts: OrderedDict[str, nn.Module] = OrderedDict()
+        modules: OrderedDict[str, nn.Module] = OrderedDict()
         for index, widths in enumerate(_STAGES):
             layers: list[nn.Module] = []
             for outputs in widths:
@@ -41,15 +41,15 @@ class VGG11(nn.Sequential):
             if min(height, width) > 1:
                 layers.append(nn.MaxPool2d(2))
                 height, width = height // 2, width // 2
-            parts[f"stage{index + 1}"] = nn.Sequential(*layers)
+            modules[f"stage{index + 1}"] = nn.Sequential(*layers)
         if classifier == "small":
-            parts["pool"] = GlobalAveragePool()
-            parts["dropout"] = nn.Dropout(dropout)
-            parts["head"] = nn.Linear(inputs, classes)
+            modules["pool"] = GlobalAveragePool()
+            modules["dropout"] = nn.Dropout(dropout)
+            modules["head"] = nn.Linear(inputs, classes)
         else:
-            parts["pool"] = nn.Sequential(nn.AdaptiveAvgPool2d(7), nn.Flatten())
-            parts["hidden1"] = nn.Sequential(nn.Linear(inputs * 49, 4096), nn.ReLU(), nn.Dropout(dropout))
-            parts["hidden2"] = nn.Sequential(nn.Linear(4096, 4096), nn.ReLU(), nn.Dropout(dropout))
-            parts["head"] = nn.Linear(4096, classes)
-        super().__init__(parts)
+            modules["pool"] = nn.Sequential(nn.AdaptiveAvgPool2d(7), nn.Flatten())
+            modules["hidden1"] = nn.Sequential(nn.Linear(inputs * 49, 4096), nn.ReLU(), nn.Dropout(dropout))
+            modules["hidden2"] = nn.Sequential(nn.Linear(4096, 4096), nn.ReLU(), nn.Dropout(dropout))
+            modules["head"] = nn.Linear(4096, classes)
+        super().__init__(modules)
         check_instance_norm(self, input_shape, normalize)

@@ -1,4 +1,4 @@
-"""The vision transformer (Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words")."""
+"""Vision transformer (Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words")."""
 
 from collections import OrderedDict
 from typing import Unpack
@@ -12,7 +12,7 @@ from dlopt.ranges import Count, Fraction, Positive
 
 
 class PatchEmbedding(nn.Module):
-    """[B, C, H, W] -> [B, 1 + patches, width]: the class token, then one token per patch, plus learned positions."""
+    """[B, C, H, W] -> [B, 1 + patches, width]: class token and one token per patch, plus learned positions."""
 
     def __init__(self, channels: int, width: int, patch: int, patches: int, dropout: float) -> None:
         super().__init__()
@@ -31,8 +31,8 @@ class PatchEmbedding(nn.Module):
 class SelfAttention(nn.Module):
     """Multi-head self-attention (Vaswani et al. 2017, section 3.2) on [B, T, width].
 
-    Written out instead of torch's fused kernel, whose backward cannot be differentiated again: second-order
-    optimizers need that, and at some 65 tokens the fused kernel gains little.
+    Does not use torch's fused kernel, whose backward pass is not differentiable: second-order optimizers need that,
+    and with about 65 tokens the fused kernel is hardly faster.
     """
 
     def __init__(self, width: int, heads: int) -> None:
@@ -48,7 +48,7 @@ class SelfAttention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention and a two-layer perceptron, each with a skip, on [B, T, width].
+    """Attention and a two-layer MLP, each with a skip connection, on [B, T, width].
 
     `pre_norm`: x + f(norm(x)), as in the vision transformer; else norm(x + f(x)), as in Vaswani et al. 2017, which
     does not train without warmup (Xiong et al. 2020).
@@ -90,8 +90,8 @@ class ClassToken(nn.Module):
 class ViT(nn.Sequential):
     """Patches of `patch` x `patch` pixels, a class token, learned positions, `depth` blocks, and a linear classifier.
 
-    Takes images [B, C, H, W] of one fixed size, returns [B, classes].
-    Errors: UserError where patches do not tile the image or heads do not divide the width, or for data that are no
+    Images [B, C, H, W] of one fixed size -> [B, classes].
+    Errors: UserError if `patch` does not divide the image size, `heads` does not divide `width`, or samples are not
     images.
     """
 
@@ -112,20 +112,20 @@ class ViT(nn.Sequential):
         channels, image_height, image_width = image_shape(input_shape, "a vision transformer")
         if image_height % patch or image_width % patch:
             raise UserError(
-                f"model.patch={patch}: patches do not tile images of {image_height}x{image_width}; "
+                f"model.patch={patch}: does not divide the image size {image_height}x{image_width}; "
                 "use a divisor of both, or another data.image_size"
             )
         if width % heads:
-            raise UserError(f"model.heads={heads}: the heads share model.width={width}; use a divisor of it")
+            raise UserError(f"model.heads={heads}: must divide model.width={width}")
         normalize = Norm.of(**norm)
         patches = (image_height // patch) * (image_width // patch)
-        parts: OrderedDict[str, nn.Module] = OrderedDict()
-        parts["embedding"] = PatchEmbedding(channels, width, patch, patches, dropout)
+        modules: OrderedDict[str, nn.Module] = OrderedDict()
+        modules["embedding"] = PatchEmbedding(channels, width, patch, patches, dropout)
         for index in range(depth):
-            parts[f"block{index + 1}"] = TransformerBlock(
+            modules[f"block{index + 1}"] = TransformerBlock(
                 width, heads, expansion, pre_norm=pre_norm, dropout=dropout, norm=normalize
             )
-        parts["norm"] = normalize.tokens(width) if pre_norm else nn.Identity()
-        parts["pool"] = ClassToken()
-        parts["head"] = nn.Linear(width, classes)
-        super().__init__(parts)
+        modules["norm"] = normalize.tokens(width) if pre_norm else nn.Identity()
+        modules["pool"] = ClassToken()
+        modules["head"] = nn.Linear(width, classes)
+        super().__init__(modules)

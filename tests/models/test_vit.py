@@ -88,7 +88,7 @@ def test_positions_matter_and_blocks_can_start_as_the_identity(build: Build) -> 
 
 
 def test_what_cannot_be_is_refused(build: Build) -> None:
-    with pytest.raises(UserError, match=r"model\.patch=5: patches do not tile images of 8x8"):
+    with pytest.raises(UserError, match=r"model\.patch=5: does not divide the image size 8x8"):
         build("vit", "patch=5", input_shape=(1, 8, 8), classes=3)
     with pytest.raises(UserError, match=r"model\.heads=5"):
         build("vit", "heads=5", input_shape=(1, 8, 8), classes=3)
