@@ -3,8 +3,8 @@
     .venv/bin/python scripts/mutants.py cover      run the tests once and record which lines each one runs
     .venv/bin/python scripts/mutants.py run [--count 300] [--seed 0] [--workers 2] [--json FILE]
 
-A mutant is killed when a test that runs the changed line fails. Those tests run from the fastest to the slowest and stop
-at the first failure, in one copy of the checkout per worker. Tests that run the line only in other processes are not
+A mutant is killed when a test that runs the changed line fails. Those tests run from the fastest to the slowest, until
+the first failure, in one copy of the checkout per worker. Tests that run the line only in other processes are not
 among them, so the share of killed mutants is a lower bound.
 """
 
