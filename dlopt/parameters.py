@@ -111,7 +111,7 @@ def _decays(model: nn.Module, decay_norm_and_bias: bool) -> dict[str, float]:
 
 
 def _layer_rates(model: nn.Module, layer_decay: float | None) -> dict[str, float]:
-    """Returns multipliers by name. A weight of two or more dimensions starts a layer; its bias and norm belong to it."""
+    """Returns multipliers by name. A weight of two or more dimensions starts a layer, with its bias and norm."""
     layer, layers = -1, {}
     for name, parameter in model.named_parameters():
         layer += parameter.ndim > 1

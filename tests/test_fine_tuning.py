@@ -1,4 +1,4 @@
-"""Starting from weights: another head, what was not loaded, frozen parts, and the warning of small batches."""
+"""Tests of fine-tuning: loaded and skipped weights, frozen parameters, the warning about small batches."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def build_workload(*overrides: str) -> Workload:
     return build(experiment(*SMALL, *overrides))
 
 
-def test_all_weights_are_loaded_where_they_fit(tmp_path: Path) -> None:
+def test_loads_all_matching_weights(tmp_path: Path) -> None:
     source, target = build_workload("init_seed=1"), build_workload("init_seed=2")
     torch.save(source.module.state_dict(), tmp_path / "weights.pt")
     lines = load_weights(target.module, tmp_path / "weights.pt")
@@ -26,7 +26,7 @@ def test_all_weights_are_loaded_where_they_fit(tmp_path: Path) -> None:
     assert len(lines) == 1
 
 
-def test_a_head_for_other_classes_stays_new_and_is_listed(tmp_path: Path) -> None:
+def test_keeps_and_lists_a_head_for_other_classes(tmp_path: Path) -> None:
     target = build_workload("init_seed=2")
     own = {name: value.clone() for name, value in target.module.state_dict().items()}
     head = [name for name, value in own.items() if value.shape[:1] == (10,)]
@@ -42,13 +42,13 @@ def test_a_head_for_other_classes_stays_new_and_is_listed(tmp_path: Path) -> Non
     assert all(name in lines[1] for name in head) and "extra.weight" in lines[2]
 
 
-def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
+def test_rejects_weights_of_another_model(tmp_path: Path) -> None:
     torch.save({"some.weight": torch.ones(2)}, tmp_path / "weights.pt")
     with pytest.raises(UserError, match=r"init_from=.*none of its 1 weights matches"):
         load_weights(build_workload().module, tmp_path / "weights.pt")
 
 
-def test_frozen_parameters_do_not_move() -> None:
+def test_frozen_parameters_do_not_change() -> None:
     workload = build_workload('optimizer.groups=[{match: "*", freeze: true}, {match: "*bias", freeze: false}]')
     before = {name: value.detach().clone() for name, value in workload.module.named_parameters()}
     optimizer = build_optimizer(workload)
@@ -68,6 +68,6 @@ def test_frozen_parameters_do_not_move() -> None:
         (["model.norm=layer", "data.batch_size=4"], False),
     ],
 )
-def test_batch_norm_over_few_samples_is_warned_of(overrides: list[str], warned: bool) -> None:
+def test_warns_about_small_norm_batches(overrides: list[str], warned: bool) -> None:
     lines = small_batch_warnings(build_workload(*overrides))
     assert any("model.norm=group" in line and "sync_batchnorm" in line for line in lines) is warned

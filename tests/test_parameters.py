@@ -29,12 +29,12 @@ def groups(model: nn.Module, *rules: Rule, decay: bool = True, layer_decay: floa
     return {names[p]: {k: v for k, v in group.items() if k != "params"} for group in found for p in group["params"]}
 
 
-def test_without_rules_all_parameters_share_one_group_in_the_models_order(model: nn.Module) -> None:
+def test_no_rules_give_one_group_in_model_order(model: nn.Module) -> None:
     found = parameter_groups(model, Grouping(groups=[], layer_decay=None), ARGUMENTS, decay_norm_and_bias=True)
     assert found == [{"params": list(model.parameters())}]
 
 
-def test_norms_and_biases_can_be_left_without_decay(model: nn.Module) -> None:
+def test_norms_and_biases_without_decay(model: nn.Module) -> None:
     found = groups(model, decay=False)
     exempt = {name for name, group in found.items() if group == {"weight_decay": 0.0}}
     assert exempt == {"stem.bias", "norm.weight", "norm.bias", "hidden.bias", "head.bias"}
@@ -48,13 +48,13 @@ def test_rules_multiply_and_match_by_pattern(model: nn.Module) -> None:
     assert found["stem.weight"] == {}
 
 
-def test_freezing_everything_but_the_head(model: nn.Module) -> None:
+def test_freezes_all_but_the_head(model: nn.Module) -> None:
     found = groups(model, Rule(match="*", freeze=True), Rule(match="head.*", freeze=False))
     assert set(found) == {"head.weight", "head.bias"}
     assert [n for n, p in model.named_parameters() if p.requires_grad] == ["head.weight", "head.bias"]
 
 
-def test_layer_decay_slows_the_layers_on_the_input_side(model: nn.Module) -> None:
+def test_layer_decay(model: nn.Module) -> None:
     found = groups(model, layer_decay=0.5)
     rates = {name: group.get("lr", 0.1) for name, group in found.items()}
     assert rates == pytest.approx(
@@ -65,7 +65,7 @@ def test_layer_decay_slows_the_layers_on_the_input_side(model: nn.Module) -> Non
     )  # fmt: skip
 
 
-def test_a_group_moves_by_its_own_rate_and_a_frozen_one_not_at_all(model: nn.Module) -> None:
+def test_groups_have_their_own_learning_rates(model: nn.Module) -> None:
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     rules = [Rule(match="stem*", freeze=True), Rule(match="head.*", lr=10.0)]
     found = parameter_groups(model, Grouping(groups=rules, layer_decay=None), ARGUMENTS, decay_norm_and_bias=True)
@@ -89,14 +89,14 @@ def test_a_group_moves_by_its_own_rate_and_a_frozen_one_not_at_all(model: nn.Mod
         ([Rule(match="head.*", rest=True)], ARGUMENTS, r"groups\.0\.rest=true: this optimizer has a single method"),
     ],
 )
-def test_rules_that_cannot_hold_are_refused(
+def test_rejects_rules_without_effect(
     model: nn.Module, rules: list[Rule], arguments: dict[str, float], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
         parameter_groups(model, Grouping(groups=rules, layer_decay=None), arguments, decay_norm_and_bias=True)
 
 
-def test_a_rule_may_give_a_horizon_and_leave_matrices_to_the_other_method(model: nn.Module) -> None:
+def test_horizon_and_rest(model: nn.Module) -> None:
     arguments = {"lr": 0.2, "weight_decay": 0.0, "rest": "sgd", "rest_lr": 0.1}
     rules = [Rule(match="head.weight", rest=True, lr=3.0), Rule(match="stem.bias", horizon=0.5)]
     found = parameter_groups(model, Grouping(groups=rules, layer_decay=None), arguments, decay_norm_and_bias=True)
@@ -110,6 +110,6 @@ def test_a_rule_may_give_a_horizon_and_leave_matrices_to_the_other_method(model:
     assert bias["horizon"] == 0.5
 
 
-def test_an_optimizer_without_decay_needs_no_exemption(model: nn.Module) -> None:
+def test_optimizer_without_weight_decay(model: nn.Module) -> None:
     found = parameter_groups(model, Grouping(groups=[], layer_decay=None), {"lr": 0.1}, decay_norm_and_bias=False)
     assert all("weight_decay" not in group for group in found)

@@ -1,4 +1,4 @@
-"""`experiment=cifar10_speed` in small: what the recipe says of every parameter, and that it learns at once."""
+"""Tests of a small `experiment=cifar10_speed`: settings of every parameter, and training."""
 
 import json
 from pathlib import Path
@@ -19,8 +19,8 @@ def build(*overrides: str) -> Workload:
     return build_workload(parse(to_plain(Composer().compose([*SMALL, *overrides]), [])[0]))
 
 
-def test_every_parameter_has_the_published_rate_and_decay(tmp_path: Path) -> None:
-    """Of sums over 2000 samples: rates 0.24 (filters), 0.053 (biases), 0.67 (head), rate times decay 0.004."""
+def test_published_learning_rates_and_weight_decay(tmp_path: Path) -> None:
+    """For sums over 2000 samples: lr 0.24 (filters), 0.053 (biases), 0.67 (head); lr times weight decay 0.004."""
     workload = build("model.widths=[4,4,8]", "data.batch_size=100")
     optimizer = dry_run(workload, tmp_path).step.optimizer
     names = {p: name for name, p in workload.module.named_parameters()}
@@ -39,7 +39,7 @@ def test_every_parameter_has_the_published_rate_and_decay(tmp_path: Path) -> Non
         assert group.get("horizon") == (0.375 if name == "whiten.bias" else None)
 
 
-def test_one_update_moves_what_is_trained(tmp_path: Path) -> None:
+def test_one_update_changes_trainable_parameters(tmp_path: Path) -> None:
     workload = build("model.widths=[4,4,8]", "data.batch_size=100")
     trainer = dry_run(workload, tmp_path)
     before = {name: p.detach().clone() for name, p in workload.module.named_parameters()}
@@ -53,7 +53,7 @@ def test_one_update_moves_what_is_trained(tmp_path: Path) -> None:
         assert 0.6 < weight.norm().item() / len(weight) ** 0.5 < 1.4
 
 
-def test_it_learns_at_once(tmp_path: Path) -> None:
+def test_trains(tmp_path: Path) -> None:
     typed = ("data.batch_size=200", "model.widths=[8,16,256]", "tracking=[]", "hydra.run.dir=run")
     result = dlopt(tmp_path, "train", *SMALL, *typed)
     assert result.code == 0, result.err

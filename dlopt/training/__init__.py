@@ -1,1 +1,1 @@
-"""The trainer: how a run is built, looped, evaluated, saved and summarized."""
+"""The trainer: builds a run, trains, evaluates, saves checkpoints, tests and summarizes."""

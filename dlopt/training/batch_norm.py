@@ -149,7 +149,7 @@ def check_norm_batches(workload: Workload) -> None:
     if layers := workload.parallel.gather_lists(single_value_layers):  # a rank may have only some of the layers
         raise UserError(
             f"data.batch_size={data.batch_size}: {count} training samples leave a (micro-)batch of one, "
-            f"with one value per channel in the batch norm {layers[0]}; "
+            f"and batch norm {layers[0]} one value per channel; "
             "use larger batches, data.drop_last=true, model.norm=group"
             + (", or parallel.sync_batchnorm=true" if workload.parallel.batch_norm_shards > 1 else "")
         )

@@ -1,4 +1,8 @@
-"""Training of one run, from config to summary: `train` builds a `Trainer`, whose `fit` is the training loop."""
+"""Training of one run, from config to summary.
+
+`train` builds a `Workload` (data, model, loss) and a `Trainer`. `Trainer.fit` is the training loop; `Step.update`
+(`step.py`) is one update, and `Trainer.state_dict` the content of a checkpoint.
+"""
 
 import contextlib
 import logging

@@ -1,4 +1,4 @@
-"""Small runs inside the test process, and how they end early."""
+"""Helpers for small runs in the test process, and for interrupting them."""
 
 import json
 import os
@@ -33,7 +33,7 @@ SMALL = [
     "threads=1",
     "device=cpu",
 ]
-# What resuming has to bring back: momentum, averages, dropout masks, augmentation draws.
+# With all states that resuming restores: momentum, EMA, dropout, augmentation.
 RICH = [*SMALL, "augmentation=crop_flip", "model.dropout=0.3", "ema=0.9", "epochs=4"]
 STEPS_PER_EPOCH = 4
 
@@ -45,19 +45,19 @@ def experiment(*overrides: str) -> Experiment:
 
 
 def start(folder: Path, *overrides: str) -> dict[str, Any]:
-    """A new run in `folder`; returns its summary."""
+    """Starts a new run in `folder`; returns its summary."""
     return train(Run(experiment(*overrides), folder), console=False)
 
 
 def resume(folder: Path, *overrides: str) -> dict[str, Any]:
-    """Goes on with the newest checkpoint in `folder`, or from the beginning where there is none."""
+    """Resumes from the newest checkpoint in `folder`, or starts if there is none."""
     state = Checkpoints(folder / "checkpoints").load_newest()
     return train(Run(experiment(*overrides), folder, state), console=False)
 
 
 @contextmanager
 def at_update(number: int, action: Callable[[], object]) -> Iterator[None]:
-    """Calls `action` after update `number` (from 1), counted over the whole run."""
+    """Calls `action` after update `number` (from 1) of the run."""
     original = Step.update
 
     def update(self: Step, inputs: torch.Tensor, targets: torch.Tensor, count: int, *others: Any, **keys: Any) -> None:
@@ -74,7 +74,7 @@ def terminate() -> None:
 
 
 def in_fork(function: Callable[[], object]) -> int:
-    """Runs `function` in a forked child; returns the wait status. A child that gets through exits with 0."""
+    """Runs `function` in a forked child; returns the wait status: 0 on success."""
     child = os.fork()
     if child == 0:
         code = 1
@@ -99,14 +99,14 @@ def timeless(folder: Path) -> list[dict[str, Any]]:
 
 
 def result(folder: Path, name: str = "last.pt") -> dict[str, Any]:
-    """What must be equal, bit for bit, however often a run was interrupted."""
+    """Returns the state that must not depend on interruptions."""
     state = checkpoint.load(folder / "checkpoints" / name)
     progress = {k: v for k, v in state["progress"].items() if k not in ("seconds", "resumed_from")}
     return {**{key: state[key] for key in ("model", "optimizer", "schedule", "ema", "normalize")}, "progress": progress}
 
 
 def same(a: Any, b: Any) -> bool:
-    """Equality bit for bit through dicts, lists and tensors."""
+    """Returns whether nested dicts, lists and tensors are bitwise identical."""
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):

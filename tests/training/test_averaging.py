@@ -46,7 +46,7 @@ def test_closed_form() -> None:
         assert not torch.equal(value, history[-1][name])
 
 
-def test_starts_at_the_weights_and_leaves_the_model_alone() -> None:
+def test_starts_at_the_weights_and_does_not_change_the_model() -> None:
     model = net()
     before = copy.deepcopy(model.state_dict())
     average = ExponentialAverage(model, 0.9)
@@ -57,7 +57,7 @@ def test_starts_at_the_weights_and_leaves_the_model_alone() -> None:
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_the_model_holds_the_average_for_a_while() -> None:
+def test_swapped_in_restores_weights_and_keeps_changes() -> None:
     model = net()
     average = ExponentialAverage(model, 0.9)
     move(model, 1)
@@ -84,7 +84,7 @@ def test_shared_weights_are_averaged_once() -> None:
 
 
 @pytest.mark.parametrize("cut", [0, 3])
-def test_a_checkpoint_changes_nothing(cut: int) -> None:
+def test_resumes_bitwise_identically(cut: int) -> None:
     model, other = net(), net()
     average, resumed = ExponentialAverage(model, 0.9), ExponentialAverage(other, 0.9)
     for n in range(1, 6):
@@ -101,7 +101,7 @@ def test_a_checkpoint_changes_nothing(cut: int) -> None:
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-def test_follows_weights_that_are_loaded_later() -> None:
+def test_averages_weights_that_are_loaded_later() -> None:
     model = net()
     average = ExponentialAverage(model, 0.5)
     new = {name: torch.full_like(value, 3) for name, value in model.state_dict().items()}

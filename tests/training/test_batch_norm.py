@@ -15,7 +15,7 @@ def build_workload(*overrides: str) -> Workload:
 
 
 @given(count=st.integers(1, 60), size=st.integers(1, 60), accumulate=st.integers(1, 12), drop_last=st.booleans())
-def test_the_smallest_micro_batch_is_found(count: int, size: int, accumulate: int, drop_last: bool) -> None:
+def test_smallest_micro_batch(count: int, size: int, accumulate: int, drop_last: bool) -> None:
     size = min(size, count)
     parts = torch.zeros(count).split(size)
     if drop_last:
@@ -39,7 +39,7 @@ def test_the_smallest_micro_batch_is_found(count: int, size: int, accumulate: in
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_batch_norm_over_one_value_is_refused(overrides: list[str], refused: bool) -> None:
+def test_rejects_one_value_per_channel(overrides: list[str], refused: bool) -> None:
     workload = build_workload("model.norm=batch", *overrides)
     before = {name: value.clone() for name, value in workload.module.state_dict().items()}
     if refused:
@@ -51,6 +51,6 @@ def test_batch_norm_over_one_value_is_refused(overrides: list[str], refused: boo
     assert workload.module.training
 
 
-def test_batch_norm_over_one_image_has_many_values() -> None:
+def test_allows_one_image_for_convolutions() -> None:
     lines = [line for line in SMALL if not line.startswith("model")]
     check_norm_batches(build(experiment(*lines, "model=resnet20", "data.batch_size=1")))

@@ -9,7 +9,7 @@ def build_workload(*overrides: str) -> Workload:
     return build(experiment(*SMALL, *overrides))
 
 
-def test_order_and_augmentation_have_streams_of_their_own() -> None:
+def test_order_and_augmentation_have_independent_streams() -> None:
     def first(*overrides: str) -> tuple[torch.Tensor, torch.Tensor]:
         return next(training_batches(build_workload("augmentation=crop_flip", *overrides)).epoch(0))
 
@@ -22,7 +22,7 @@ def test_order_and_augmentation_have_streams_of_their_own() -> None:
     assert same(first("init_seed=5"), reference)
 
 
-def test_evaluation_batches_are_neither_shuffled_nor_augmented_nor_cut() -> None:
+def test_evaluation_batches_are_ordered_plain_and_complete() -> None:
     workload = build_workload("augmentation=crop_flip", "data.drop_last=true")
     assert workload.dataset.val is not None
     batches = list(evaluation_batches(workload, workload.dataset.val).epoch(0))

@@ -21,7 +21,7 @@ def build_workload(*overrides: str) -> Workload:
 # -- the machine
 
 
-def test_auto_is_an_accelerator_or_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_auto_prefers_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_device("cpu") == torch.device("cpu")
     for found, expected in (("cuda", "cuda"), ("mps", "mps"), ("xpu", "cpu"), (None, "cpu")):
         device = None if found is None else torch.device(found)
@@ -33,7 +33,7 @@ def test_auto_is_an_accelerator_or_the_cpu(monkeypatch: pytest.MonkeyPatch) -> N
 # -- model and weights
 
 
-def test_weights_follow_their_own_seed_alone() -> None:
+def test_initial_weights_depend_on_init_seed_only() -> None:
     first = dict(build_workload("seed=1", "init_seed=7").module.state_dict())
     torch.rand(5)  # whatever was drawn before
     assert same(first, dict(build_workload("seed=2", "init_seed=7").module.state_dict()))
@@ -41,7 +41,7 @@ def test_weights_follow_their_own_seed_alone() -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp64", "bf16"])
-def test_weights_are_the_same_in_every_precision(precision: str) -> None:
+def test_initial_weights_do_not_depend_on_precision(precision: str) -> None:
     reference = build_workload("precision=fp32").module
     workload = build_workload(f"precision={precision}")
     dtype = torch.float64 if precision == "fp64" else torch.float32
@@ -51,7 +51,7 @@ def test_weights_are_the_same_in_every_precision(precision: str) -> None:
     assert inputs.dtype == dtype
 
 
-def test_outputs_follow_the_data() -> None:
+def test_number_of_outputs_follows_the_data() -> None:
     inputs = torch.zeros(4, 3)
 
     def outputs(targets: torch.Tensor, classes: tuple[str, ...] | None) -> int:
@@ -73,7 +73,7 @@ def test_memory_format(wanted: str, model: str) -> None:
     assert inputs.is_contiguous(memory_format=workload.memory_format)
 
 
-def test_normalization_comes_from_a_checkpoint_where_there_is_one() -> None:
+def test_normalization_is_loaded_from_a_checkpoint() -> None:
     first = build_workload()
     state = {name: value * 2 for name, value in first.normalize.state_dict().items()}
     resumed = build(experiment(*SMALL), state)
@@ -104,14 +104,14 @@ def net(classes: int = 3) -> Net:
     return Net(classes)
 
 
-def test_weights_of_the_same_model(save: Callable[[Any], Path]) -> None:
+def test_loads_weights_of_the_same_model(save: Callable[[Any], Path]) -> None:
     source, model = net(), net()
     lines = load_weights(model, save(source.state_dict()))
     assert same(dict(model.state_dict()), dict(source.state_dict()))
     assert len(lines) == 1
 
 
-def test_another_head_keeps_its_own_weights_and_is_told(save: Callable[[Any], Path]) -> None:
+def test_keeps_and_lists_a_head_with_another_shape(save: Callable[[Any], Path]) -> None:
     source, model = net(10), net(3)
     head = model.head.weight.detach().clone()
     lines = load_weights(model, save({**source.state_dict(), "extra": torch.zeros(1)}))
@@ -120,6 +120,6 @@ def test_another_head_keeps_its_own_weights_and_is_told(save: Callable[[Any], Pa
     assert "head.weight, head.bias" in told and "extra" in told
 
 
-def test_weights_of_which_none_fits_are_refused(save: Callable[[Any], Path]) -> None:
+def test_rejects_weights_without_a_match(save: Callable[[Any], Path]) -> None:
     with pytest.raises(UserError, match=r"init_from=.*weights\.pt: none"):
         load_weights(net(), save({"other": torch.zeros(3)}))

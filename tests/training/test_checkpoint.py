@@ -55,10 +55,10 @@ def with_checksums(*files: str) -> set[str]:
     return {name for file in files for name in (file, f"{file}.sha256")}
 
 
-# -- what is there
+# -- contents
 
 
-def test_what_is_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
+def test_roundtrip_is_bitwise_identical(tmp_path: Path) -> None:
     checkpoints = folder_of(tmp_path, 3)
     found = load(checkpoints.last)
     assert set(found) == KEYS == {"format", *state(3)}
@@ -79,7 +79,7 @@ def test_keeps_the_newest_by_number(tmp_path: Path, keep: int, earlier: list[str
         assert newest_step(checkpoints) == number - 1
 
 
-def test_best_is_the_one_that_was_best(tmp_path: Path) -> None:
+def test_best_is_not_overwritten(tmp_path: Path) -> None:
     checkpoints = folder_of(tmp_path)
     for step, best in ((1, True), (2, True), (3, False)):
         checkpoints.save(state(step), best=best)
@@ -89,12 +89,12 @@ def test_best_is_the_one_that_was_best(tmp_path: Path) -> None:
     assert load(checkpoints.best)["progress"]["step"] == 2, "files are replaced, not written over"
 
 
-def test_a_new_folder_has_none(tmp_path: Path) -> None:
+def test_new_folder_has_no_checkpoint(tmp_path: Path) -> None:
     assert Checkpoints(tmp_path / "checkpoints").load_newest() is None
 
 
-def test_a_resumed_run_keeps_what_it_found(tmp_path: Path) -> None:
-    """The checkpoint from which a run went on stays until two newer ones are there."""
+def test_resumed_run_keeps_its_starting_point(tmp_path: Path) -> None:
+    """The checkpoint from which a run resumed is kept until there are two newer ones."""
     folder_of(tmp_path, 10)
     resumed = Checkpoints(tmp_path / "checkpoints")
     resumed.save(state(20), best=False)
@@ -102,7 +102,7 @@ def test_a_resumed_run_keeps_what_it_found(tmp_path: Path) -> None:
     assert newest_step(resumed) == 10
 
 
-def test_a_resumed_run_does_not_keep_what_is_damaged(tmp_path: Path) -> None:
+def test_resumed_run_does_not_keep_damaged_files(tmp_path: Path) -> None:
     damage(folder_of(tmp_path, 10, 20).last)
     resumed = Checkpoints(tmp_path / "checkpoints")
     assert newest_step(resumed) == 10
@@ -159,7 +159,7 @@ DAMAGES = [damage, truncate, empty, zero_a_page, lose_checksum, empty_checksum, 
 
 
 @pytest.mark.parametrize("spoil", DAMAGES, ids=lambda f: f.__name__)
-def test_a_damaged_newest_is_told_and_the_one_before_taken(
+def test_damaged_last_falls_back_to_the_previous(
     tmp_path: Path, spoil: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     checkpoints = folder_of(tmp_path, 1, 2, 3)
@@ -170,7 +170,7 @@ def test_a_damaged_newest_is_told_and_the_one_before_taken(
 
 
 @pytest.mark.parametrize("spoil", DAMAGES, ids=lambda f: f.__name__)
-def test_none_whole_stops_and_never_starts_again(tmp_path: Path, spoil: Callable[[Path], None]) -> None:
+def test_raises_if_all_are_damaged(tmp_path: Path, spoil: Callable[[Path], None]) -> None:
     checkpoints = folder_of(tmp_path, 1, 2)
     for name in ("last.pt", "step-1.pt"):
         spoil(checkpoints.folder / name)
@@ -178,7 +178,7 @@ def test_none_whole_stops_and_never_starts_again(tmp_path: Path, spoil: Callable
         newest_step(checkpoints)
 
 
-def test_every_flipped_bit_is_seen(tmp_path: Path) -> None:
+def test_detects_flipped_bits(tmp_path: Path) -> None:
     checkpoints = folder_of(tmp_path, 1)
     data = checkpoints.last.read_bytes()
     for position in range(0, len(data), max(1, len(data) // 50)):
@@ -192,7 +192,7 @@ def test_every_flipped_bit_is_seen(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("position", [0, 5, 63])
-def test_a_flipped_bit_in_the_checksum_is_seen(tmp_path: Path, position: int) -> None:
+def test_detects_flipped_bits_of_the_checksum(tmp_path: Path, position: int) -> None:
     checkpoints = folder_of(tmp_path, 1, 2)
     path = checkpoints.folder / "last.pt.sha256"
     digits = bytearray(path.read_bytes())
@@ -206,12 +206,12 @@ def test_a_flipped_bit_in_the_checksum_is_seen(tmp_path: Path, position: int) ->
 
 @pytest.fixture
 def no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a killed process has written is seen by the next one without being synced, which would take its time."""
+    """Disables fsync, which is slow, and not needed against a kill of the process."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 class Crashes:
-    """Ends the process like kill -9 at the n-th call that changes the file system, before or after it."""
+    """Kills the process at the n-th call that changes the file system, before or after it."""
 
     def __init__(self, at: int, after: bool) -> None:
         self.left, self.after = at, after
@@ -256,8 +256,8 @@ class Crashes:
 @pytest.mark.usefixtures("no_sync")
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("keep", [1, 2])
-def test_a_crash_at_any_call_leaves_whole_files(tmp_path: Path, keep: int, after: bool) -> None:
-    """Saving a best checkpoint over an older one, killed at every call; afterwards the run can go on."""
+def test_crash_at_any_call_leaves_intact_files(tmp_path: Path, keep: int, after: bool) -> None:
+    """Killed at every call while a best checkpoint replaces an older one; the run can then resume."""
     boundary = 0
     died = True
     while died:
@@ -290,7 +290,7 @@ def test_a_crash_at_any_call_leaves_whole_files(tmp_path: Path, keep: int, after
 
 @pytest.mark.usefixtures("no_sync")
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-def test_a_crash_in_the_first_save_leaves_nothing_or_a_whole_one(tmp_path: Path, after: bool) -> None:
+def test_crash_in_the_first_save(tmp_path: Path, after: bool) -> None:
     boundary, died, seen = 0, True, set()
     while died:
         boundary += 1
@@ -309,10 +309,10 @@ def test_a_crash_in_the_first_save_leaves_nothing_or_a_whole_one(tmp_path: Path,
 
 @pytest.mark.usefixtures("no_sync")
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed")])
-def test_a_full_disk_is_one_message_and_leaves_no_stray_file(
+def test_full_disk_gives_one_error_and_no_stray_files(
     tmp_path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every call that writes fails once; what was there before stays, and the next save works."""
+    """Each writing call fails once; earlier files stay, and the next save works."""
     boundary, failed = 0, True
     while failed:
         boundary += 1
@@ -362,7 +362,7 @@ def test_an_interrupted_write_leaves_no_temporary_file(tmp_path: Path, monkeypat
     assert not [name for name in names(checkpoints) if ".tmp" in name]
 
 
-def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_syncs_before_renaming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, str]] = []
     fsync, replace = os.fsync, os.replace
 
@@ -383,7 +383,7 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monke
         assert ("fsync", "checkpoints") in calls[at:]
 
 
-def test_without_hard_links_the_file_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def link(*arguments: Any) -> None:
         raise OSError(1, "Operation not permitted")
 
@@ -406,7 +406,7 @@ class Payload:
 
 
 def sign(path: Path) -> Path:
-    """A checksum beside it: whoever can place a file can place that too."""
+    """Writes a valid checksum, as an attacker could."""
     durable.write_digests(path, [durable.sha256(path)])
     return path
 
@@ -414,7 +414,7 @@ def sign(path: Path) -> Path:
 @pytest.mark.parametrize("read", [load, load_weights])
 @pytest.mark.parametrize("kind", ["torch", "pickle", "legacy"])
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_code_in_a_checkpoint_does_not_run(tmp_path: Path, kind: str, read: Callable[[Path], Any]) -> None:
+def test_does_not_run_pickled_code(tmp_path: Path, kind: str, read: Callable[[Path], Any]) -> None:
     marker, path = tmp_path / "marker", tmp_path / "last.pt"
     content = {"format": 1, **state(1), "config": Payload(marker)}
     if kind == "pickle":
@@ -429,7 +429,7 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path: Path, kind: str, read: Call
 
 
 @pytest.mark.parametrize("form", [99, "2", None, 1.5, [1], True])
-def test_another_format_is_refused_by_name(tmp_path: Path, form: Any) -> None:
+def test_rejects_unknown_formats(tmp_path: Path, form: Any) -> None:
     path = tmp_path / "last.pt"
     torch.save({**state(1), "format": form}, path)
     with pytest.raises(UserError, match=r"newer dlopt \(format 99" if form == 99 else r"last\.pt: .*format"):
@@ -437,7 +437,7 @@ def test_another_format_is_refused_by_name(tmp_path: Path, form: Any) -> None:
 
 
 @pytest.mark.parametrize("content", [{"weight": torch.zeros(2)}, [1, 2], torch.zeros(3)])
-def test_a_file_of_weights_alone_is_no_run(tmp_path: Path, content: Any) -> None:
+def test_rejects_files_of_weights(tmp_path: Path, content: Any) -> None:
     path = tmp_path / "weights.pt"
     torch.save(content, path)
     with pytest.raises(UserError, match="init_from="):
@@ -445,14 +445,14 @@ def test_a_file_of_weights_alone_is_no_run(tmp_path: Path, content: Any) -> None
 
 
 @pytest.mark.parametrize("key", sorted(KEYS - {"format"}))
-def test_a_missing_part_is_named(tmp_path: Path, key: str) -> None:
+def test_names_missing_keys(tmp_path: Path, key: str) -> None:
     path = tmp_path / "last.pt"
     torch.save({k: v for k, v in {"format": 1, **state(1)}.items() if k != key}, path)
     with pytest.raises(UserError, match=f": {key} missing"):
         load(sign(path))
 
 
-def test_no_file_a_folder_and_noise(tmp_path: Path) -> None:
+def test_rejects_missing_files_folders_and_noise(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         load(tmp_path / "nothing.pt")
     with pytest.raises(UserError, match=r"is a folder; set a file"):
@@ -463,7 +463,7 @@ def test_no_file_a_folder_and_noise(tmp_path: Path) -> None:
         load(sign(noise))
 
 
-def test_weights_alone(tmp_path: Path) -> None:
+def test_load_weights(tmp_path: Path) -> None:
     checkpoints = folder_of(tmp_path, 4)
     assert same(load_weights(checkpoints.last), state(4)["model"])
     averaged = {**state(5), "ema": {"weight": torch.zeros(300)}}

@@ -19,7 +19,7 @@ def net() -> nn.Sequential:
 
 
 def with_gradients(scale: float, model: nn.Module | None = None) -> tuple[nn.Module, list[nn.Parameter]]:
-    """The net with random gradients, but for one parameter that has none."""
+    """The net with random gradients, except for one parameter without a gradient."""
     model = net() if model is None else model
     draws = torch.Generator().manual_seed(5)
     parameters = list(model.parameters())
@@ -33,7 +33,7 @@ def gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     return [p.grad.clone() for p in parameters if p.grad is not None]
 
 
-def test_gradient_norm_is_that_of_one_vector() -> None:
+def test_gradient_norm_is_global() -> None:
     _, parameters = with_gradients(1.0)
     expected = math.sqrt(sum(float(g.pow(2).sum()) for g in gradients(parameters)))
     assert float(gradient_norm(parameters)) == pytest.approx(expected, rel=1e-14)
@@ -54,7 +54,7 @@ def test_by_norm(scale: float, limit: float) -> None:
     assert float(gradient_norm(parameters)) <= limit * (1 + 1e-12)
 
 
-def test_by_norm_leaves_small_gradients_alone() -> None:
+def test_by_norm_does_not_change_small_gradients() -> None:
     _, parameters = with_gradients(1e-3)
     before = gradients(parameters)
     ByNorm(max_norm=1.0)(parameters)
@@ -91,7 +91,7 @@ def equation_3(weight: Tensor, gradient: Tensor, clipping: float, eps: float) ->
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1e-2, 1.0])
-def test_adaptive_is_equation_3_for_every_unit(scale: float) -> None:
+def test_adaptive_equals_equation_3(scale: float) -> None:
     model, parameters = with_gradients(scale)
     clipping, eps = 0.02, 1e-3
     before = {p: p.grad.clone() for p in parameters if p.grad is not None}
@@ -119,13 +119,13 @@ def test_adaptive_clips_by_unit_and_not_by_layer() -> None:
 
 
 @pytest.mark.parametrize("clip", [ByNorm(max_norm=1.0), Adaptive(net(), clipping=0.1, eps=0.0)])
-def test_parameters_without_gradients(clip: Clip) -> None:
+def test_ignores_parameters_without_gradients(clip: Clip) -> None:
     parameters = list(net().parameters())
     clip(parameters)
     assert all(p.grad is None for p in parameters)
 
 
-def test_adaptive_without_gradient_or_weight_gives_no_nan() -> None:
+def test_adaptive_gives_no_nan_for_zero_gradients_or_weights() -> None:
     layers = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
     for parameter in layers.parameters():
         parameter.data.zero_()

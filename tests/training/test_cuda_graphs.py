@@ -1,4 +1,4 @@
-"""Updates by replay of a graph against plain updates, with a recorder that simulates a CUDA graph on the CPU."""
+"""Tests of replayed against eager updates, with a recorder that simulates CUDA graphs on the CPU."""
 
 import copy
 from collections.abc import Callable
@@ -43,7 +43,7 @@ def batch(number: int, size: int = SIZE) -> tuple[Tensor, Tensor]:
 
 
 class Run:
-    """Some updates, plain or recorded, and all that they leave."""
+    """Runs eager or captured updates, and returns all results."""
 
     def __init__(
         self,
@@ -93,8 +93,8 @@ def equal(a: Run, b: Run) -> bool:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_replayed_updates_are_the_plain_ones_bit_for_bit(name: str, accumulate: int) -> None:
-    """Weights, running statistics, averages, dropout, clipping, figures and learning rates, which change on the way."""
+def test_replayed_updates_equal_eager_ones(name: str, accumulate: int) -> None:
+    """Bitwise: weights, running statistics, averages, dropout, clipping, metrics and changing learning rates."""
     recorder = SimulatedRecorder()
     plain = Run(OPTIMIZERS[name], None, accumulate=accumulate).go(range(10))
     replayed = Run(OPTIMIZERS[name], recorder, accumulate=accumulate).go(range(10))
@@ -103,7 +103,7 @@ def test_replayed_updates_are_the_plain_ones_bit_for_bit(name: str, accumulate: 
     assert len({float(x) for x in plain.rates}) == 4
 
 
-def test_a_smaller_last_batch_is_run_as_it_is() -> None:
+def test_smaller_last_batch_runs_eagerly() -> None:
     recorder = SimulatedRecorder()
 
     def sizes(step: int) -> int:
@@ -115,7 +115,7 @@ def test_a_smaller_last_batch_is_run_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_loaded_state_is_recorded_anew_and_saved_with_numbers(name: str) -> None:
+def test_captures_again_after_loading_and_saves_float_rates(name: str) -> None:
     recorder = SimulatedRecorder()
     plain, replayed = Run(OPTIMIZERS[name], None), Run(OPTIMIZERS[name], recorder)
     for run in (plain, replayed):
@@ -131,7 +131,7 @@ def test_a_loaded_state_is_recorded_anew_and_saved_with_numbers(name: str) -> No
     assert equal(plain, replayed)
 
 
-def test_parameters_that_rest_are_recorded_anew() -> None:
+def test_captures_again_after_freezing() -> None:
     def make(parameters: Any) -> torch.optim.Optimizer:
         first, *others = parameters
         groups = [{"params": others}, {"params": [first], "horizon": 0.5}]
@@ -149,7 +149,7 @@ def test_parameters_that_rest_are_recorded_anew() -> None:
     assert equal(plain, replayed)
 
 
-def test_what_is_not_finite_is_seen_at_the_next_look() -> None:
+def test_deferred_check_detects_nonfinite_updates() -> None:
     recorder = SimulatedRecorder()
     run = Run(OPTIMIZERS["sgd"], recorder, clip=Unclipped()).go(range(6))
     run.step.check_updates()
@@ -161,7 +161,7 @@ def test_what_is_not_finite_is_seen_at_the_next_look() -> None:
     assert caught.value.step == 7 and not caught.value.before_update
 
 
-def test_a_model_that_decides_on_the_host_goes_on_without_a_graph(caplog: pytest.LogCaptureFixture) -> None:
+def test_failed_capture_runs_eagerly(caplog: pytest.LogCaptureFixture) -> None:
     class Deciding(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x * 2 if x.mean().item() > 0 else x
@@ -201,7 +201,7 @@ def obstacle_of(
     )
 
 
-def test_who_is_eligible() -> None:
+def test_no_obstacle() -> None:
     for name, make in OPTIMIZERS.items():
         assert obstacle_of(make) is None, name
     norm = {"norm": "batch", "norm_affine": True, "norm_groups": 8, "norm_ghost_batch": None, "norm_eps": 1e-5}
@@ -236,6 +236,6 @@ class Two(Mode):
         ({"model": nn.LSTM(3, 2)}, "LSTM"),
     ],
 )
-def test_who_is_not(changed: dict[str, Any], reason: str) -> None:
+def test_obstacles(changed: dict[str, Any], reason: str) -> None:
     found = obstacle_of(**changed)
     assert found is not None and reason in found

@@ -28,7 +28,7 @@ def cut(size: int, count: int = 23) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 @pytest.mark.parametrize("size", [1, 5, 22, 23, 50])
-def test_every_sample_counts_once_whatever_the_batches(size: int) -> None:
+def test_result_does_not_depend_on_batch_size(size: int) -> None:
     model = net().double().eval()
     inputs, targets = data()
     loss, right = 0.0, 0
@@ -44,7 +44,7 @@ def test_every_sample_counts_once_whatever_the_batches(size: int) -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_leaves_the_model_as_it_was(training: bool) -> None:
+def test_does_not_change_the_model(training: bool) -> None:
     model, loss = (
         net().train(training),
         CrossEntropy(label_smoothing=0.2, class_weights=None, classes=3).train(training),
@@ -58,7 +58,7 @@ def test_leaves_the_model_as_it_was(training: bool) -> None:
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
-def test_the_mode_comes_back_after_an_error() -> None:
+def test_restores_training_mode_after_an_error() -> None:
     model = net()
     with pytest.raises(RuntimeError):
         evaluate(model, model, [(torch.zeros(2, 5), torch.zeros(2))], CROSS_ENTROPY, classify=True, prefix="val")
@@ -66,7 +66,7 @@ def test_the_mode_comes_back_after_an_error() -> None:
 
 
 class After:
-    """Becomes true at the n-th look."""
+    """Becomes true at the n-th check."""
 
     def __init__(self, looks: int) -> None:
         self.looks = looks
@@ -76,7 +76,7 @@ class After:
         return self.looks < 0
 
 
-def test_an_interruption_gives_no_figures() -> None:
+def test_returns_none_if_interrupted() -> None:
     model, taken = net(), []
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
@@ -99,8 +99,8 @@ def test_regression() -> None:
     assert found == {"test_loss": pytest.approx(expected, rel=1e-6)}
 
 
-def test_under_bfloat16_the_loss_itself_is_computed_in_float32() -> None:
-    """The loss of bfloat16 outputs would have three digits."""
+def test_bf16_outputs_have_an_fp32_loss() -> None:
+    """A bf16 loss would have three digits."""
     model = net()
     autocast = Precision("bf16", torch.device("cpu")).autocast
     low = autocast(model)
@@ -112,8 +112,8 @@ def test_under_bfloat16_the_loss_itself_is_computed_in_float32() -> None:
     assert found["val_loss"] == pytest.approx(F.cross_entropy(outputs.float(), data()[1]).item(), rel=1e-6)
 
 
-def test_a_batch_without_samples_goes_through_the_model_and_counts_for_nothing() -> None:
-    """Another rank that has samples may wait for this one within the model."""
+def test_empty_batches_are_passed_to_the_model_and_not_counted() -> None:
+    """A rank with samples may wait for this rank in a collective within the model."""
     model, sizes = net().double(), []
     inputs, targets = data()
     inputs = inputs.double()

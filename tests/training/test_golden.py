@@ -1,4 +1,4 @@
-"""Golden losses: a change that was not meant to change any number must not change these.
+"""Golden losses: refactoring must not change them.
 
 Three recipes in fp64, 30 updates each, the loss of every update. With other vector instructions (none, AVX2, AVX-512)
 they differ by less than 1e-12. After a change that is meant to change them:
@@ -88,7 +88,7 @@ def losses(folder: Path, recipe: str) -> list[float]:
 
 
 def exact_weights(*overrides: str) -> dict[str, Tensor]:
-    """First weights out of integers: random floats differ in their last bit between processors."""
+    """Initial weights from integers: random floats differ in their last bit between processors."""
     draws = torch.Generator().manual_seed(0)
     state = build_workload(experiment(*overrides)).module.state_dict()
     for name, value in state.items():
@@ -99,7 +99,7 @@ def exact_weights(*overrides: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_losses_are_those_of_before(tmp_path: Path, recipe: str) -> None:
+def test_losses_equal_the_golden_ones(tmp_path: Path, recipe: str) -> None:
     found = losses(tmp_path, recipe)
     assert len(found) == 30
     golden: dict[str, list[float]] = json.loads(FILE.read_text()) if FILE.exists() else {}

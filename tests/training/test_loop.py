@@ -1,4 +1,4 @@
-"""The loop with doubles for batches, tracking and checkpoints."""
+"""Tests of the training loop with fakes for batches, tracking and checkpoints."""
 
 import copy
 import math
@@ -39,14 +39,14 @@ def samples() -> tuple[Tensor, Tensor]:
 
 @dataclass
 class Batches:
-    asked: list[tuple[int, int, int]] = field(default_factory=list)
+    requests: list[tuple[int, int, int]] = field(default_factory=list)
     bad_at: int | None = None
 
     def __len__(self) -> int:
         return PER_EPOCH
 
     def epoch(self, epoch: int, start: int = 0, step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        self.asked.append((epoch, start, step))
+        self.requests.append((epoch, start, step))
         inputs, targets = samples()
         order = torch.randperm(COUNT, generator=torch.Generator().manual_seed(epoch))
         for number, part in enumerate(order.split(SIZE)[start:]):
@@ -170,8 +170,8 @@ def run(t: Trainer, interruption: Any = None) -> tuple[str, Tracking, Checkpoint
     return status, t.tracking, t.checkpoints
 
 
-class Asked:
-    """An interruption that comes with the n-th look at it."""
+class StopAtCheck:
+    """An interruption that becomes true at the n-th check."""
 
     def __init__(self, look: float) -> None:
         self.left = look
@@ -194,14 +194,14 @@ def test_ends_at_the_last_step_and_evaluates_there(steps: int, epochs: list[int]
     assert checkpoints.steps == epochs
 
 
-def test_every_epoch_is_asked_for_with_its_first_step() -> None:
+def test_requests_epochs_with_their_first_step() -> None:
     t = training()
     run(t)
     assert isinstance(t.batches, Batches)
-    assert t.batches.asked == [(0, 0, 0), (1, 0, 5), (2, 0, 10)]
+    assert t.batches.requests == [(0, 0, 0), (1, 0, 5), (2, 0, 10)]
 
 
-def test_training_figures_weigh_the_last_smaller_batch_by_its_samples() -> None:
+def test_training_metrics_are_sample_weighted() -> None:
     """With a learning rate too small to move anything and no dropout, they are the mean over all samples."""
     t = training(lr=1e-30)
     t.module[3].p = 0.0  # type: ignore[index]
@@ -216,7 +216,7 @@ def test_training_figures_weigh_the_last_smaller_batch_by_its_samples() -> None:
         assert line["train_accuracy"] == float((outputs.argmax(1) == targets).sum()) / COUNT
 
 
-def test_the_learning_rate_of_a_line_is_that_of_its_last_update() -> None:
+def test_logs_the_learning_rate_of_the_last_update() -> None:
     _, tracking, _ = run(training())
     assert [line["lr"] for line in tracking.epochs] == [0.1 * (1 / (1 + 0.1 * t)) for t in (4, 9, 14)]
 
@@ -225,12 +225,12 @@ def test_the_learning_rate_of_a_line_is_that_of_its_last_update() -> None:
 
 
 @pytest.mark.parametrize(("every", "expected"), [(1, [1, 2, 3, 4, 5]), (2, [2, 4, 5]), (3, [3, 5]), (9, [5])])
-def test_evaluates_every_so_many_epochs_and_at_the_end(every: int, expected: list[int]) -> None:
+def test_evaluation_interval(every: int, expected: list[int]) -> None:
     _, tracking, _ = run(training(steps=25, evaluate_every=every))
     assert [line["epoch"] for line in tracking.epochs] == expected
 
 
-def test_figures_of_epochs_that_are_not_evaluated_do_not_leak_into_the_next() -> None:
+def test_training_metrics_start_anew_in_each_epoch() -> None:
     _, every, _ = run(training())
     _, some, _ = run(training(evaluate_every=3))
     keys = ("train_loss", "train_accuracy", "val_loss", "val_accuracy")
@@ -249,13 +249,13 @@ def test_figures_of_epochs_that_are_not_evaluated_do_not_leak_into_the_next() ->
         (1, 5, [5, 5, 10, 10, 15, 15]),
     ],
 )
-def test_saves_when_it_is_due(epochs: int | None, steps: int | None, expected: list[int]) -> None:
+def test_checkpoint_intervals(epochs: int | None, steps: int | None, expected: list[int]) -> None:
     t = training(validate=None, save_every_epochs=epochs, save_every_steps=steps)
     _, _, checkpoints = run(t)
     assert checkpoints.steps == expected
 
 
-def test_saves_what_is_best_though_no_checkpoint_is_due() -> None:
+def test_always_saves_the_best() -> None:
     _, tracking, checkpoints = run(training(save_every_epochs=None))
     losses, best = [line["val_loss"] for line in tracking.epochs], math.inf
     expected = []
@@ -267,7 +267,7 @@ def test_saves_what_is_best_though_no_checkpoint_is_due() -> None:
     assert checkpoints.steps[-1] == 15
 
 
-def test_a_metric_line_is_written_before_the_checkpoint_that_counts_it() -> None:
+def test_logs_an_epoch_before_its_checkpoint() -> None:
     order: list[str] = []
 
     class Lines(Tracking):
@@ -288,7 +288,7 @@ def test_without_a_validation_set() -> None:
     assert set(tracking.epochs[0]) == {"epoch", "step", "lr", "train_loss", "train_accuracy", "seconds"}
 
 
-def test_metrics_have_the_contracts_keys_and_no_nan() -> None:
+def test_metrics_have_documented_keys_and_are_finite() -> None:
     _, tracking, _ = run(training())
     expected = {"epoch", "step", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "seconds"}
     for line in tracking.epochs:
@@ -302,7 +302,7 @@ def test_metrics_have_the_contracts_keys_and_no_nan() -> None:
 # -- logging
 
 
-def test_logs_every_so_many_steps() -> None:
+def test_logging_interval() -> None:
     _, tracking, _ = run(training(log_every_steps=4))
     assert [step for step, _ in tracking.steps] == [4, 8, 12]
     for step, values in tracking.steps:
@@ -313,7 +313,7 @@ def test_logs_every_so_many_steps() -> None:
 
 
 @pytest.mark.parametrize("every", [1, 3, 5, 7])
-def test_logging_changes_no_number(every: int) -> None:
+def test_logging_does_not_change_results(every: int) -> None:
     quiet, logged = training(), training(log_every_steps=every)
     run(quiet), run(logged)
     assert same(dict(quiet.module.state_dict()), dict(logged.module.state_dict()))
@@ -329,7 +329,7 @@ def scripted(*losses: float) -> Callable[[Interruption], dict[str, float]]:
     return lambda interruption: {"val_loss": next(remaining), "val_accuracy": 0.5}
 
 
-def test_stops_early_with_a_checkpoint_and_the_best_kept() -> None:
+def test_early_stopping_saves_a_checkpoint() -> None:
     early = Early(monitor="val_loss", patience=2, min_delta=0.0)
     t = training(steps=50, stopping=early, validate=scripted(3, 2, 2.5, 2.5, 1), save_every_epochs=None)
     status, tracking, checkpoints = run(t)
@@ -341,13 +341,13 @@ def test_stops_early_with_a_checkpoint_and_the_best_kept() -> None:
     assert tracking.advanced[-1] == 20
 
 
-def test_patience_that_ends_with_the_last_epoch_is_no_early_stop() -> None:
+def test_patience_exhausted_in_the_last_epoch_is_finished() -> None:
     early = Early(monitor="val_loss", patience=1, min_delta=0.0)
     t = training(steps=10, stopping=early, validate=scripted(1, 2))
     assert run(t)[0] == "finished"
 
 
-def test_validation_figures_that_are_not_finite_end_nothing() -> None:
+def test_nonfinite_validation_metrics_do_not_stop() -> None:
     t = training(validate=scripted(math.nan, 2.0, math.inf))
     status, _, checkpoints = run(t)
     assert (status, t.best.epoch, checkpoints.best) == ("finished", 2, [10])
@@ -357,19 +357,19 @@ def test_validation_figures_that_are_not_finite_end_nothing() -> None:
 
 
 class StopAt(Tracking):
-    """Asks for the end behind update `at`."""
+    """Requests a stop after update `at`."""
 
     def __init__(self, at: int) -> None:
         super().__init__()
         self.at = at
-        self.asked = False
+        self.is_requested = False
 
     def advance(self, step: int) -> None:
         super().advance(step)
-        self.asked = step >= self.at
+        self.is_requested = step >= self.at
 
     def __bool__(self) -> bool:
-        return self.asked
+        return self.is_requested
 
 
 def resumed(state: dict[str, Any], **changed: Any) -> Trainer:
@@ -390,7 +390,7 @@ def assert_equal_ends(t: Trainer, reference: Trainer, lines: list[dict[str, Any]
 
 @pytest.mark.parametrize("at", range(1, 13))
 @pytest.mark.parametrize("every", [1, 2])
-def test_stopped_behind_any_update_and_resumed(at: int, every: int) -> None:
+def test_interrupted_after_any_update_and_resumed(at: int, every: int) -> None:
     """12 updates end within the third epoch; 5 and 10 are the last of an epoch, 12 the last of all."""
     options: dict[str, Any] = {"steps": 12, "ema": 0.8, "evaluate_every": every}
     reference = training(**options)
@@ -400,25 +400,25 @@ def test_stopped_behind_any_update_and_resumed(at: int, every: int) -> None:
     first = training(tracking=stop, **options)
     assert first.fit(stop) == "interrupted"  # type: ignore[arg-type]
     assert isinstance(first.checkpoints, Checkpoints)
-    assert stop.advanced == list(range(1, at + 1)), "it ends behind the update at which it was asked"
+    assert stop.advanced == list(range(1, at + 1)), "stops after the update at which it was requested"
     second = resumed(first.checkpoints.saved[-1], **options)
     status, tracking, _ = run(second)
     assert status == "finished"
     assert second.progress.resumed_from == [at]
     assert_equal_ends(second, reference, stop.epochs + tracking.epochs)
     assert isinstance(second.batches, Batches)
-    assert second.batches.asked[0] == ((at - 1) // 5, (at - 1) % 5 + 1, at)
+    assert second.batches.requests[0] == ((at - 1) // 5, (at - 1) % 5 + 1, at)
 
 
 @given(looks=st.lists(st.integers(0, 9), min_size=1, max_size=6))
-def test_stopped_at_any_look_any_number_of_times(looks: list[int]) -> None:
-    """The end may be asked for in the middle of an evaluation too."""
+def test_interrupted_at_any_check_any_number_of_times(looks: list[int]) -> None:
+    """Including checks during an evaluation."""
     reference = training(ema=0.8)
     run(reference)
     state, lines, stops = None, [], []
     for look in [*looks, math.inf]:
         t = training(ema=0.8) if state is None else resumed(state, ema=0.8)
-        status, tracking, checkpoints = run(t, Asked(look))
+        status, tracking, checkpoints = run(t, StopAtCheck(look))
         lines += tracking.epochs
         if status == "finished":
             break
@@ -429,7 +429,7 @@ def test_stopped_at_any_look_any_number_of_times(looks: list[int]) -> None:
     assert t.progress.resumed_from == stops
 
 
-def test_every_saved_checkpoint_leads_to_the_same_end() -> None:
+def test_resuming_from_any_checkpoint_gives_the_same_result() -> None:
     reference = training(save_every_steps=2, log_every_steps=3)
     _, _, checkpoints = run(reference)
     assert checkpoints.steps == [2, 4, 5, 6, 8, 10, 10, 12, 14, 15]
@@ -441,7 +441,7 @@ def test_every_saved_checkpoint_leads_to_the_same_end() -> None:
         assert_equal_ends(t, reference, lines)
 
 
-def test_a_checkpoint_that_is_the_best_is_restored_as_such() -> None:
+def test_restores_best_from_the_best_checkpoint() -> None:
     t = training(validate=scripted(3, 2, 2.5), save_every_steps=2)
     _, _, checkpoints = run(t)
     restored: list[int] = []
@@ -452,7 +452,7 @@ def test_a_checkpoint_that_is_the_best_is_restored_as_such() -> None:
     assert restored == [5, 10]
 
 
-def test_a_lengthened_run_goes_on() -> None:
+def test_longer_run_resumes() -> None:
     short = training(steps=10)
     run(short)
     assert isinstance(short.checkpoints, Checkpoints)
@@ -466,7 +466,7 @@ def test_a_lengthened_run_goes_on() -> None:
 # -- failures
 
 
-def test_bad_data_before_the_first_update_is_the_users_error_and_later_the_runs() -> None:
+def test_damaged_data_is_a_user_error_before_the_first_update_only() -> None:
     with pytest.raises(UserError, match=r"7\.png"):
         run(training(batches=Batches(bad_at=0)))
     t = training(batches=Batches(bad_at=7))
@@ -489,7 +489,7 @@ class Explodes(nn.Module):
 
 
 @pytest.mark.parametrize("at", [1, 5, 6, 15])
-def test_a_bad_loss_ends_the_run_and_leaves_finite_checkpoints(at: int) -> None:
+def test_nonfinite_loss_leaves_finite_checkpoints(at: int) -> None:
     t = training(loss=Explodes(at), save_every_steps=1)
     with pytest.raises(RunError, match=f"nan at update {at} "):
         run(t)
@@ -499,8 +499,8 @@ def test_a_bad_loss_ends_the_run_and_leaves_finite_checkpoints(at: int) -> None:
     assert len(t.tracking.epochs) == (at - 1) // PER_EPOCH
 
 
-def test_where_steps_do_not_look_no_bad_weights_are_saved() -> None:
-    """As on a GPU: what is not finite is found before the next checkpoint at the latest."""
+def test_deferred_check_prevents_saving_nonfinite_weights() -> None:
+    """As on a GPU: the check comes before the next checkpoint at the latest."""
     t = training(loss=Explodes(7), check_now=False, save_every_steps=4)
     with pytest.raises(RunError, match="nan at update 7 "):
         run(t)

@@ -38,7 +38,7 @@ def plain_loop(parts: list[Batch]) -> dict[str, float]:
 
 
 @given(sizes=sizes, seed=st.integers(0, 99), mixed=st.booleans())
-def test_equal_to_a_plain_loop(sizes: list[int], seed: int, mixed: bool) -> None:
+def test_equals_plain_loop(sizes: list[int], seed: int, mixed: bool) -> None:
     sums = MetricSum(classify=True)
     for part in batches(sizes, seed, mixed):
         sums.add(*part)
@@ -47,7 +47,7 @@ def test_equal_to_a_plain_loop(sizes: list[int], seed: int, mixed: bool) -> None
 
 
 @given(sizes=sizes, settled=st.sets(st.integers(0, 11)), reported=st.sets(st.integers(0, 11)))
-def test_independent_of_when_they_are_counted(sizes: list[int], settled: set[int], reported: set[int]) -> None:
+def test_does_not_depend_on_the_times_of_syncs(sizes: list[int], settled: set[int], reported: set[int]) -> None:
     reference, sums = MetricSum(classify=True), MetricSum(classify=True)
     for number, part in enumerate(batches(sizes)):
         reference.add(*part)
@@ -60,7 +60,7 @@ def test_independent_of_when_they_are_counted(sizes: list[int], settled: set[int
 
 
 @given(sizes=sizes, cut=st.integers(0, 12))
-def test_a_checkpoint_changes_nothing(sizes: list[int], cut: int) -> None:
+def test_resumes_bitwise_identically(sizes: list[int], cut: int) -> None:
     parts = batches(sizes)
     first, second = MetricSum(classify=True), MetricSum(classify=True)
     for part in parts[:cut]:
@@ -73,7 +73,7 @@ def test_a_checkpoint_changes_nothing(sizes: list[int], cut: int) -> None:
     assert second.means("train") == plain_loop(parts)
 
 
-def test_holds_back_no_more_than_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bounds_pending_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "_MAX_PENDING_OUTPUTS", 40)
     sums, held = MetricSum(classify=True), []
     for part in batches([5] * 20):
@@ -91,9 +91,9 @@ def test_since_last_covers_each_sample_once() -> None:
     assert sums.since_last("train/")["train/accuracy"] == plain_loop(parts[:2])["train_accuracy"]
     for part in parts[2:]:
         sums.add(*part)
-    figures = sums.since_last("train/")
-    assert figures["train/accuracy"] == plain_loop(parts[2:])["train_accuracy"]
-    assert figures["train/loss"] == pytest.approx(plain_loop(parts[2:])["train_loss"], rel=1e-12)
+    metrics_since = sums.since_last("train/")
+    assert metrics_since["train/accuracy"] == plain_loop(parts[2:])["train_accuracy"]
+    assert metrics_since["train/loss"] == pytest.approx(plain_loop(parts[2:])["train_loss"], rel=1e-12)
 
 
 def test_regression_has_no_accuracy() -> None:
@@ -103,7 +103,7 @@ def test_regression_has_no_accuracy() -> None:
     assert sums.means("val") == {"val_loss": 2.5}
 
 
-def test_nothing_added() -> None:
+def test_empty() -> None:
     assert MetricSum(classify=True).means("val") == {"val_loss": 0.0, "val_accuracy": 0.0}
 
 

@@ -1,4 +1,4 @@
-"""What is not finite: found before the weights move, named, and lived with where that is asked for."""
+"""Tests of the non-finite check, and of the recovery policies."""
 
 import copy
 import json
@@ -32,7 +32,7 @@ def sgd(model: nn.Module, lr: float = 0.125) -> torch.optim.Optimizer:
 
 
 def spoil(parameter: nn.Parameter, value: float, entry: int = 0) -> None:
-    """Its gradient has one bad entry from here on."""
+    """Sets one entry of its gradient in every backward pass."""
 
     def hook(gradient: Tensor) -> Tensor:
         bad = gradient.clone()
@@ -47,7 +47,7 @@ def spoil(parameter: nn.Parameter, value: float, entry: int = 0) -> None:
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 @pytest.mark.parametrize("name", ["0.weight", "1.bias", "4.bias"])
-def test_one_bad_entry_of_a_gradient_stops_before_the_weights_move(name: str, bad: float) -> None:
+def test_one_nonfinite_gradient_entry_raises_before_the_update(name: str, bad: float) -> None:
     model = net()
     spoil(dict(model.named_parameters())[name], bad, entry=-1)
     optimizer = sgd(model)
@@ -61,8 +61,8 @@ def test_one_bad_entry_of_a_gradient_stops_before_the_weights_move(name: str, ba
     assert not optimizer.state
 
 
-def test_looking_leaves_gradients_and_updates_as_they_are() -> None:
-    """Bit for bit, for denormal and negative zero entries too."""
+def test_check_does_not_change_gradients() -> None:
+    """Bitwise, including denormal and negative zero entries."""
     model = nn.Linear(6, 3)
     evaluate = make_step(model, sgd(model))
     entries = torch.tensor([1e-42, -0.0, 1e38, -1e-30, 3.0, -7.5])
@@ -73,15 +73,15 @@ def test_looking_leaves_gradients_and_updates_as_they_are() -> None:
     assert torch.equal(model.weight.grad.view(torch.int32), entries.expand(3, 6).contiguous().view(torch.int32))
 
 
-def test_a_large_finite_gradient_is_none() -> None:
-    """Whose squares overflow."""
+def test_large_finite_gradients_pass() -> None:
+    """Their squares overflow."""
     model = nn.Linear(6, 3)
     model.weight.register_hook(lambda gradient: torch.full_like(gradient, 1e30))
     update = make_step(model, sgd(model, lr=1e-30))
     update.update(*batch(0), 0, MetricSum(True))
 
 
-def test_the_bad_gradient_is_found_before_clipping_spreads_it() -> None:
+def test_checks_before_clipping() -> None:
     from dlopt.training.clipping import ByNorm
 
     model = net()
@@ -92,7 +92,7 @@ def test_the_bad_gradient_is_found_before_clipping_spreads_it() -> None:
 
 
 class Bad(nn.Module):
-    """Passes on, with one entry spoiled from the given call on."""
+    """Identity that sets one entry to `value` after `calls` calls."""
 
     def __init__(self, value: float, calls: int = 0) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class Bad(nn.Module):
 
 
 @pytest.mark.parametrize("place", [0, 2, 5])
-def test_the_first_layer_whose_output_is_bad_is_named(place: int) -> None:
+def test_names_the_first_layer_with_a_nonfinite_output(place: int) -> None:
     layers = list(net())
     layers.insert(place, Bad(NAN))
     model = nn.Sequential(*layers)
@@ -117,7 +117,7 @@ def test_the_first_layer_whose_output_is_bad_is_named(place: int) -> None:
         update.update(*batch(0), 0, MetricSum(True))
 
 
-def test_bad_inputs_and_bad_weights_are_named() -> None:
+def test_names_inputs_and_weights() -> None:
     model = net()
     inputs, targets = batch(0)
     inputs[3, 2] = INF
@@ -129,7 +129,7 @@ def test_bad_inputs_and_bad_weights_are_named() -> None:
         make_step(model, sgd(model)).update(*batch(0), 0, MetricSum(True))
 
 
-def test_a_recurrent_layer_is_named() -> None:
+def test_names_a_recurrent_layer() -> None:
     model = nn.ModuleDict({"first": nn.LSTM(3, 4), "second": nn.Linear(4, 2)})
     inputs = torch.full((2, 1, 3), NAN)
     name = first_nonfinite_output(model, lambda: model["second"](model["first"](inputs)[0]))
@@ -139,8 +139,8 @@ def test_a_recurrent_layer_is_named() -> None:
 
 @pytest.mark.parametrize("at_once", [True, False])
 @pytest.mark.parametrize("which", [3, 127, 128, 200])
-def test_steps_are_told_exactly_also_when_looked_at_later(which: int, at_once: bool) -> None:
-    """With flags held for many updates; the loss stays finite."""
+def test_names_the_update_immediately_or_deferred(which: int, at_once: bool) -> None:
+    """With flags pending for many updates, and a finite loss."""
     model = nn.Linear(6, 3)
     update = make_step(model, sgd(model, lr=1e-30), check_now=at_once)
     poison: list[float] = []
@@ -161,7 +161,7 @@ def test_steps_are_told_exactly_also_when_looked_at_later(which: int, at_once: b
         update.check_updates()  # told once
 
 
-def test_weights_that_a_finite_gradient_took_too_far() -> None:
+def test_finite_gradients_may_overflow_the_weights() -> None:
     model = nn.Linear(6, 3)
     update = make_step(model, torch.optim.SGD(model.parameters(), lr=3e38))
     model.weight.register_hook(lambda gradient: torch.full_like(gradient, 1e10))
@@ -170,7 +170,7 @@ def test_weights_that_a_finite_gradient_took_too_far() -> None:
         update.check_weights()
 
 
-def test_many_evaluations_are_looked_at_before_the_first_move() -> None:
+def test_lbfgs_is_checked_before_its_first_step() -> None:
     model = net(dropout=0.0, norm=False)
     optimizer = torch.optim.LBFGS(model.parameters(), max_iter=3)
     spoil(model[0].weight, NAN)  # type: ignore[arg-type]
@@ -187,7 +187,7 @@ def test_is_finite() -> None:
         assert not is_finite([torch.tensor([bad], dtype=torch.bfloat16)])
 
 
-def test_fp16_scaler_that_never_finds_a_scale() -> None:
+def test_fp16_fails_below_the_smallest_loss_scale() -> None:
     model = nn.Linear(6, 3)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-19)
     spoil(model.weight, INF)
@@ -213,8 +213,8 @@ def recovery(policy: Any, attempts: int = 3, newest: Callable[[], Any] = lambda:
 
 
 @pytest.mark.parametrize("how", ["loss", "gradient"])
-def test_an_update_that_is_left_out_leaves_no_trace(how: str) -> None:
-    """Weights, momentum, running statistics, figures; the schedule goes on, as the data do."""
+def test_skipped_update_changes_nothing(how: str) -> None:
+    """Weights, momentum, running statistics and metrics; schedule and data advance."""
     model = nn.Sequential(*list(net(dropout=0.0)), Bad(NAN, calls=10**6))
     skipping = recovery("skip")
     update = make_step(model, sgd(model), factor=lambda t: 1 / (1 + t), skip=skipping.skip)
@@ -237,7 +237,7 @@ def test_an_update_that_is_left_out_leaves_no_trace(how: str) -> None:
     assert not same(before[0], model.state_dict())
 
 
-def test_so_many_updates_in_a_row_are_too_many() -> None:
+def test_limits_skipped_updates_in_a_row() -> None:
     model = net(norm=False)
     spoil(model[0].weight, NAN)  # type: ignore[arg-type]
     skipping = recovery("skip", attempts=2)
@@ -256,7 +256,7 @@ def test_so_many_updates_in_a_row_are_too_many() -> None:
 
 @contextmanager
 def explosions(bad: Callable[[int, float], bool], on: str = "loss") -> Iterator[None]:
-    """Spoils the loss (or one gradient) of the updates (from 1) and learning rates for which `bad` holds."""
+    """Makes the loss (or one gradient) NaN in updates (from 1) with learning rates for which `bad` is true."""
     original = Step.micro_batch
 
     def micro_batch(self: Step, *arguments: Any) -> Tensor:
@@ -275,7 +275,7 @@ RUN = [*SMALL, "model.norm=none", "epochs=4", "schedule=constant", "optimizer.lr
 
 
 @pytest.mark.parametrize(("on", "check"), [("loss", "auto"), ("gradient", "step")])
-def test_a_run_stops_and_its_checkpoint_is_finite(tmp_path: Path, on: str, check: str) -> None:
+def test_failed_run_has_a_finite_checkpoint(tmp_path: Path, on: str, check: str) -> None:
     with explosions(lambda step, lr: step == 10, on), pytest.raises(RunError, match=r"at update 10 .* of 0\.08"):
         start(tmp_path, *RUN, f"check={check}")
     assert result(tmp_path)["progress"]["step"] == 8
@@ -285,7 +285,7 @@ def test_a_run_stops_and_its_checkpoint_is_finite(tmp_path: Path, on: str, check
     assert same(result(tmp_path)["model"], result(tmp_path / "whole")["model"])
 
 
-def test_a_rollback_equals_a_resumed_run_with_the_smaller_rate(tmp_path: Path) -> None:
+def test_rollback_equals_resuming_with_a_smaller_lr(tmp_path: Path) -> None:
     lines = [*RUN, "on_divergence=rollback", "recovery.lr_factor=0.25"]
     with explosions(lambda step, lr: step == 10 and lr > 0.05):
         summary = start(tmp_path / "run", *lines)
@@ -305,7 +305,7 @@ def test_a_rollback_equals_a_resumed_run_with_the_smaller_rate(tmp_path: Path) -
     assert timeless(tmp_path / "run") == timeless(tmp_path / "hand")
 
 
-def test_the_first_epoch_has_something_to_go_back_to_and_lines_beyond_are_cut(tmp_path: Path) -> None:
+def test_rollback_in_the_first_epoch_rewinds_metrics(tmp_path: Path) -> None:
     lines = [*RUN, "on_divergence=rollback", "checkpoint.every_epochs=null", "data.val_split=0"]
     with explosions(lambda step, lr: step == 9 and lr > 0.05):
         summary = start(tmp_path, *lines)
@@ -313,8 +313,8 @@ def test_the_first_epoch_has_something_to_go_back_to_and_lines_beyond_are_cut(tm
     assert [(line["epoch"], line["lr"]) for line in timeless(tmp_path)] == [(e, 0.04) for e in (1, 2, 3, 4)]
 
 
-def test_rollbacks_are_counted_and_end(tmp_path: Path) -> None:
-    """Each lowers the rate further, also when they go back to the same checkpoint."""
+def test_limits_rollbacks(tmp_path: Path) -> None:
+    """Each rollback reduces the learning rate, even from the same checkpoint."""
     rates: list[float] = []
 
     def bad(step: int, lr: float) -> bool:
@@ -327,8 +327,8 @@ def test_rollbacks_are_counted_and_end(tmp_path: Path) -> None:
     assert list(dict.fromkeys(rates)) == [0.08, 0.04, 0.02]
 
 
-def test_a_run_that_rolled_back_is_killed_and_resumed(tmp_path: Path) -> None:
-    """Before and behind the next checkpoint: as if nothing had been."""
+def test_resumes_after_a_rollback(tmp_path: Path) -> None:
+    """Killed before and after the next checkpoint."""
     import os
     import signal
 
@@ -349,26 +349,26 @@ def test_a_run_that_rolled_back_is_killed_and_resumed(tmp_path: Path) -> None:
     assert [line["lr"] for line in timeless(tmp_path / "whole")] == [0.08, 0.02, 0.005, 0.005]
 
 
-def test_a_truly_diverging_run_recovers(tmp_path: Path) -> None:
+def test_diverging_run_recovers(tmp_path: Path) -> None:
     lines = [*SMALL, "model.norm=none", "schedule=constant", "optimizer.lr=1e8", "epochs=3", "on_divergence=rollback"]
     summary = start(tmp_path, *lines, "recovery.lr_factor=1e-5")
     assert summary["status"] == "finished" and summary["rollbacks"] >= 1
     assert math.isfinite(summary["test_loss"])
 
 
-def test_skipped_updates_stand_in_the_summary(tmp_path: Path) -> None:
+def test_summary_counts_skipped_updates(tmp_path: Path) -> None:
     with explosions(lambda step, lr: step in (2, 3, 9), "gradient"):
         summary = start(tmp_path, *RUN, "on_divergence=skip")
     assert (summary["status"], summary["steps"], summary["skipped_updates"]) == ("finished", 16, 3)
     assert all(math.isfinite(line["train_loss"]) for line in timeless(tmp_path))
 
 
-def test_skipping_does_not_go_with_a_sampler_that_learns_from_losses(tmp_path: Path) -> None:
+def test_skip_rejects_loss_aware_samplers(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"on_divergence=skip: .*on_divergence=rollback"):
         start(tmp_path, *RUN, "on_divergence=skip", "sampler=hard_examples")
 
 
-def test_rollback_with_hard_examples(tmp_path: Path) -> None:
+def test_rollback_with_a_loss_aware_sampler(tmp_path: Path) -> None:
     lines = [*RUN, "on_divergence=rollback", "sampler=hard_examples"]
     with explosions(lambda step, lr: step == 7 and lr > 0.05):
         assert start(tmp_path, *lines)["rollbacks"] == 1
@@ -379,7 +379,7 @@ def test_rollback_with_hard_examples(tmp_path: Path) -> None:
 
 @contextmanager
 def memory_for(samples: int) -> Iterator[list[int]]:
-    """A forward pass of more samples than this finds no memory."""
+    """Raises out-of-memory errors for more than `samples` samples."""
     seen: list[int] = []
     original = Step.micro_batch
 
@@ -393,13 +393,13 @@ def memory_for(samples: int) -> Iterator[list[int]]:
         yield seen
 
 
-def test_out_of_memory_ends_in_one_line(tmp_path: Path) -> None:
+def test_out_of_memory_gives_advice(tmp_path: Path) -> None:
     with memory_for(12), pytest.raises(RunError, match=r"at update 1 \(Tried to allocate 2\.00 GiB\); .*halve"):
         start(tmp_path, *RUN)
 
 
-def test_out_of_memory_halves_the_micro_batch_and_trains_the_same(tmp_path: Path, caplog: Any) -> None:
-    """In fp64, the weights of a run that has memory for all; the figures count each sample once."""
+def test_halving_micro_batches_gives_the_same_result(tmp_path: Path, caplog: Any) -> None:
+    """In fp64; metrics count each sample once."""
     lines = [*RUN, "precision=fp64", "model.dropout=0", "data.drop_last=true"]
     with memory_for(7) as seen, caplog.at_level(logging.WARNING):
         start(tmp_path / "small", *lines, "on_out_of_memory=halve")
@@ -413,7 +413,7 @@ def test_out_of_memory_halves_the_micro_batch_and_trains_the_same(tmp_path: Path
         assert a["train_accuracy"] == b["train_accuracy"]
 
 
-def test_a_resumed_run_keeps_the_micro_batch(tmp_path: Path) -> None:
+def test_resuming_keeps_the_micro_batch_size(tmp_path: Path) -> None:
     lines = [*RUN, "on_out_of_memory=halve", "model.norm=batch"]
     from tests.training.runs import terminate
 
@@ -427,7 +427,7 @@ def test_a_resumed_run_keeps_the_micro_batch(tmp_path: Path) -> None:
     assert result(tmp_path / "run")["progress"]["accumulate"] == 4
 
 
-def test_not_even_one_sample(tmp_path: Path) -> None:
+def test_out_of_memory_for_one_sample(tmp_path: Path) -> None:
     with memory_for(0), pytest.raises(RunError, match="out of memory"):
         start(tmp_path, *RUN, "on_out_of_memory=halve")
 
@@ -436,7 +436,7 @@ def test_not_even_one_sample(tmp_path: Path) -> None:
 
 
 def one_rank_diverges(folder: str) -> None:
-    """In each rank: a run with bad inputs on rank 1, then one with a bad gradient there."""
+    """On each rank: a run with NaN inputs on rank 1, then one with a NaN gradient there."""
     import os
 
     from dlopt.parallel import rendezvous
@@ -469,7 +469,7 @@ def one_rank_diverges(folder: str) -> None:
             rendezvous.leave()
 
 
-def test_one_rank_stops_all(tmp_path: Path) -> None:
+def test_all_ranks_raise_the_error_of_one(tmp_path: Path) -> None:
     outputs = run_ranks("tests.training.test_nonfinite:one_rank_diverges", 2, tmp_path, str(tmp_path))
     for output in outputs:
         inputs, gradient = [json.loads(line) for line in output.splitlines() if line.startswith("[")]
@@ -479,7 +479,7 @@ def test_one_rank_stops_all(tmp_path: Path) -> None:
         assert result(tmp_path / kind)["progress"]["step"] == 4
 
 
-def test_schedules_scale_their_rates() -> None:
+def test_schedule_scale() -> None:
     optimizer = sgd(net(), lr=0.5)
     schedule = Scheduler(optimizer, lambda t: 1 / (1 + t))
     schedule.step()

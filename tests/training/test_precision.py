@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
         ("fp64", torch.float64, torch.float64),
     ],
 )
-def test_types(name: str, weights: torch.dtype, outputs: torch.dtype) -> None:
+def test_dtypes(name: str, weights: torch.dtype, outputs: torch.dtype) -> None:
     precision = choose_precision(name, CPU)
     assert precision.dtype == weights
     layer = nn.Linear(3, 2).to(precision.dtype)
@@ -29,13 +29,13 @@ def test_types(name: str, weights: torch.dtype, outputs: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", ["fp32", "tf32", "fp64"])
-def test_without_autocast_the_function_itself_is_called(name: str) -> None:
+def test_fp32_has_no_wrapper(name: str) -> None:
     layer = nn.Linear(3, 2)
     assert Precision(name, CPU).autocast(layer) is layer
 
 
 @pytest.mark.parametrize("has_it", [True, False])
-def test_auto_takes_bf16_where_the_processor_has_it(has_it: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_selects_bf16_if_supported(has_it: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dlopt.training.precision._has_bf16", lambda device: has_it)
     assert choose_precision("auto", CPU).name == ("bf16" if has_it else "fp32")
 
@@ -51,7 +51,7 @@ def test_float16_scales_the_loss() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("name", "allowed"), [("tf32", True), ("fp32", False), ("bf16", False)])
-def test_tensor_float_32_only_where_asked(name: str, allowed: bool) -> None:
+def test_tf32_is_enabled_by_its_precision_only(name: str, allowed: bool) -> None:
     choose_precision(name, torch.device("cuda"))
     assert torch.backends.cuda.matmul.allow_tf32 is allowed
     assert torch.backends.cudnn.allow_tf32 is allowed

@@ -1,4 +1,4 @@
-"""Runs that are stopped or killed end as if nothing had happened: weights, averages, figures, bit for bit."""
+"""Tests that resumed runs are bitwise identical to uninterrupted ones: weights, averages, metrics."""
 
 import os
 import random
@@ -58,7 +58,7 @@ def stop_at(step: int, folder: Path, *overrides: str) -> dict[str, Any]:
         return start(folder, *overrides)
 
 
-def test_same_config_same_bits(whole: Path, tmp_path: Path) -> None:
+def test_same_config_is_bitwise_reproducible(whole: Path, tmp_path: Path) -> None:
     summaries = [start(tmp_path / name, *RICH) for name in ("a", "b")]
     for name in ("a", "b"):
         assert_same_run(tmp_path / name, whole)
@@ -70,15 +70,15 @@ def test_same_config_same_bits(whole: Path, tmp_path: Path) -> None:
     "changed",
     ["seed=1", "init_seed=1", "order_seed=1", "augmentation_seed=1", "data.split_seed=1"],
 )
-def test_every_stream_matters(whole: Path, tmp_path: Path, changed: str) -> None:
-    """Otherwise equality would show nothing."""
+def test_every_seed_changes_the_result(whole: Path, tmp_path: Path, changed: str) -> None:
+    """Otherwise the tests of equality would be meaningless."""
     start(tmp_path, *RICH, changed)
     assert not same(result(tmp_path)["model"], result(whole)["model"])
 
 
 @pytest.mark.parametrize("step", [1, 2, 6, 8, 15, LAST])
 def test_stopped_by_a_signal_and_resumed(whole: Path, tmp_path: Path, step: int) -> None:
-    """Mid-epoch, at an epoch's last batch (8), and behind the last update of all."""
+    """Mid-epoch, at the last batch of an epoch (8), and after the last update."""
     summary = stop_at(step, tmp_path, *RICH)
     assert (summary["status"], summary["steps"], summary["test_loss"]) == ("interrupted", step, None)
     summary = resume(tmp_path, *RICH)
@@ -86,7 +86,7 @@ def test_stopped_by_a_signal_and_resumed(whole: Path, tmp_path: Path, step: int)
     assert_same_run(tmp_path, whole)
 
 
-def test_a_resumed_run_is_resumed(whole: Path, tmp_path: Path) -> None:
+def test_resumes_twice(whole: Path, tmp_path: Path) -> None:
     stop_at(3, tmp_path, *RICH)
     for step in (4, 9, 10):
         with at_update(step, terminate):
@@ -120,7 +120,7 @@ def kill() -> None:
 
 @pytest.mark.parametrize("every_steps", [None, 1, 3])
 def test_killed_at_a_random_update(whole: Path, tmp_path: Path, every_steps: int | None) -> None:
-    """No handler runs: only what is on the disk counts. Twice, and from the beginning where nothing was saved."""
+    """SIGKILL runs no handler. Twice, and from the beginning if nothing was saved."""
     overrides = [*RICH, f"checkpoint.every_steps={'null' if every_steps is None else every_steps}"]
     steps = sorted(random.Random(every_steps).sample(range(1, LAST + 1), 3))
 
@@ -140,7 +140,7 @@ def test_killed_at_a_random_update(whole: Path, tmp_path: Path, every_steps: int
 
 @contextmanager
 def killed_at(owner: Any, name: str, calls: int, behind: bool = True) -> Iterator[None]:
-    """Kills the process at the n-th call of a function, behind or before it."""
+    """Kills the process at the n-th call of a function, before or after it."""
     original, left = getattr(owner, name), calls
 
     def call(*arguments: Any, **named: Any) -> Any:
@@ -168,7 +168,7 @@ PLACES: dict[str, tuple[Any, str, int]] = {
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_killed_where_it_hurts(whole: Path, tmp_path: Path, place: str) -> None:
+def test_killed_during_a_save(whole: Path, tmp_path: Path, place: str) -> None:
     def until() -> None:
         with killed_at(*PLACES[place]):
             start(tmp_path, *RICH)
@@ -181,7 +181,7 @@ def test_killed_where_it_hurts(whole: Path, tmp_path: Path, place: str) -> None:
 
 @pytest.mark.parametrize("epochs", [1, 2])
 def test_killed_between_last_and_best(tmp_path: Path, epochs: int) -> None:
-    """last.pt speaks of a best.pt that is not there yet; after a single epoch nothing is left to train either."""
+    """last.pt refers to a best.pt that is not yet written; after a single epoch, there is nothing left to train."""
     overrides = [*RICH, f"epochs={epochs}"]
     start(tmp_path / "whole", *overrides)
 
@@ -197,7 +197,7 @@ def test_killed_between_last_and_best(tmp_path: Path, epochs: int) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_streamed_samples_give_the_same_run(whole: Path, tmp_path: Path, workers: int) -> None:
+def test_resumes_with_data_workers(whole: Path, tmp_path: Path, workers: int) -> None:
     overrides = [*RICH, "data.memory=false", f"data.workers={workers}"]
     with at_update(6, terminate):
         assert start(tmp_path, *overrides)["status"] == "interrupted"
@@ -216,8 +216,8 @@ def choices(group: str) -> list[str]:
 
 @pytest.mark.parametrize("optimizer", choices("optimizer"))
 @pytest.mark.slow
-def test_every_optimizer(tmp_path: Path, optimizer: str) -> None:
-    """Batches are small, also for methods of the full batch, so that there is a middle of an epoch to stop in."""
+def test_resumes_with_every_optimizer(tmp_path: Path, optimizer: str) -> None:
+    """With mini-batches for full-batch methods, too: the run is stopped within an epoch."""
     overrides = [*RICH, f"optimizer={optimizer}", "data.batch_size=25", "epochs=2", "model.widths=[4]"]
     start(tmp_path / "whole", *overrides)
     stop_at(3, tmp_path / "stopped", *overrides)
@@ -227,7 +227,7 @@ def test_every_optimizer(tmp_path: Path, optimizer: str) -> None:
 
 @pytest.mark.parametrize("schedule", choices("schedule"))
 @pytest.mark.slow
-def test_every_schedule(tmp_path: Path, schedule: str) -> None:
+def test_resumes_with_every_schedule(tmp_path: Path, schedule: str) -> None:
     overrides = [*RICH, f"schedule={schedule}"]
     start(tmp_path / "whole", *overrides)
     stop_at(7, tmp_path / "stopped", *overrides)
@@ -248,7 +248,7 @@ def test_every_schedule(tmp_path: Path, schedule: str) -> None:
     ],
     ids=lambda extra: extra[0],
 )
-def test_other_recipes(tmp_path: Path, extra: list[str]) -> None:
+def test_resumes_other_recipes(tmp_path: Path, extra: list[str]) -> None:
     overrides = [line for line in RICH if not (extra[0] == "model=resnet20" and line.startswith("model"))] + extra
     start(tmp_path / "whole", *overrides)
     stop_at(3, tmp_path / "stopped", *overrides)
@@ -257,7 +257,7 @@ def test_other_recipes(tmp_path: Path, extra: list[str]) -> None:
     assert same(result(tmp_path / "stopped"), result(tmp_path / "whole"))
 
 
-# -- what resuming must bring back: with any of it left out the end is another one
+# -- negative controls: without any of these states the result differs
 
 
 def sampler_position_lost() -> AbstractContextManager[Any]:
@@ -304,7 +304,7 @@ def test_negative_controls(whole: Path, tmp_path: Path, lost: Callable[[], Abstr
 
 @contextmanager
 def drawing() -> Iterator[None]:
-    """A step that draws from Python's global generator, as the code of a user's model may."""
+    """A step that draws from Python's global generator, as a user's model may."""
     original = Step.micro_batch
 
     def micro_batch(self: Step, inputs: Tensor, *arguments: Any) -> Tensor:
@@ -315,7 +315,7 @@ def drawing() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("restored", [True, False])
-def test_global_generators_go_on(tmp_path: Path, restored: bool) -> None:
+def test_restores_global_generators(tmp_path: Path, restored: bool) -> None:
     with drawing():
         start(tmp_path / "whole", *RICH)
         stop_at(6, tmp_path / "stopped", *RICH)
@@ -330,8 +330,8 @@ def test_global_generators_go_on(tmp_path: Path, restored: bool) -> None:
 # -- length, time, damage
 
 
-def test_a_lengthened_run_keeps_its_schedule(tmp_path: Path) -> None:
-    """Four epochs more under a schedule over the first four, whose end (zero) stays."""
+def test_longer_run_keeps_its_schedule(tmp_path: Path) -> None:
+    """Four more epochs with a schedule over the first four, which stays at its final value (zero)."""
     start(tmp_path, *RICH)
     summary = resume(tmp_path, *RICH, "epochs=6")
     assert summary["epochs"] == 6
@@ -343,7 +343,7 @@ def test_a_lengthened_run_keeps_its_schedule(tmp_path: Path) -> None:
     assert rates[4:] == [0.0, 0.0]
 
 
-def test_a_lengthened_run_takes_a_new_schedule_when_told(tmp_path: Path) -> None:
+def test_longer_run_with_schedule_epochs_has_a_new_schedule(tmp_path: Path) -> None:
     start(tmp_path, *RICH)
     resume(tmp_path, *RICH, "epochs=6", "schedule_epochs=6")
     assert timeless(tmp_path)[4]["lr"] > 0
@@ -358,7 +358,7 @@ def test_max_time_stops_with_a_checkpoint(whole: Path, tmp_path: Path) -> None:
     assert_same_run(tmp_path, whole)
 
 
-def test_a_second_sigint_ends_at_once(whole: Path, tmp_path: Path) -> None:
+def test_second_sigint_exits_at_once(whole: Path, tmp_path: Path) -> None:
     def twice() -> None:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
@@ -377,14 +377,14 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-def test_a_damaged_newest_checkpoint_costs_time_and_nothing_else(whole: Path, tmp_path: Path) -> None:
+def test_damaged_last_checkpoint_does_not_change_the_result(whole: Path, tmp_path: Path) -> None:
     stop_at(10, tmp_path, *RICH)
     flip(tmp_path / "checkpoints/last.pt")
     assert resume(tmp_path, *RICH)["resumed_from"] == [8]
     assert_same_run(tmp_path, whole)
 
 
-def test_without_a_whole_checkpoint_it_never_starts_again(tmp_path: Path) -> None:
+def test_never_restarts_if_all_checkpoints_are_damaged(tmp_path: Path) -> None:
     stop_at(10, tmp_path, *RICH)
     for path in (tmp_path / "checkpoints").glob("*.pt"):
         flip(path)
@@ -392,7 +392,7 @@ def test_without_a_whole_checkpoint_it_never_starts_again(tmp_path: Path) -> Non
         resume(tmp_path, *RICH)
 
 
-def test_a_torn_metrics_line_is_cut(whole: Path, tmp_path: Path) -> None:
+def test_removes_an_incomplete_metrics_line(whole: Path, tmp_path: Path) -> None:
     stop_at(10, tmp_path, *RICH)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"epoch": 3, "st')
@@ -400,7 +400,7 @@ def test_a_torn_metrics_line_is_cut(whole: Path, tmp_path: Path) -> None:
     assert_same_run(tmp_path, whole)
 
 
-def test_a_checkpoint_moves_with_its_folder(whole: Path, tmp_path: Path) -> None:
+def test_resumes_in_a_moved_folder(whole: Path, tmp_path: Path) -> None:
     stop_at(10, tmp_path / "here", *RICH)
     shutil.copytree(tmp_path / "here", tmp_path / "there")
     resume(tmp_path / "there", *RICH)

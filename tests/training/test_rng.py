@@ -11,7 +11,7 @@ def draw() -> tuple[float, float, float, float]:
     return random.gauss(0, 1), float(np.random.normal()), float(torch.rand(())), float(torch.randn(3)[2])
 
 
-def test_streams_go_on_where_they_were() -> None:
+def test_restores_generators() -> None:
     rng.seed_all(5)
     draw()  # leaves half a pair of normal draws in Python's and NumPy's generators
     state = rng.state()
@@ -22,7 +22,7 @@ def test_streams_go_on_where_they_were() -> None:
     assert [draw() for _ in range(3)] == expected
 
 
-def test_the_state_loads_without_unpickling_code() -> None:
+def test_state_loads_with_weights_only() -> None:
     rng.seed_all(5)
     draw()
     file = io.BytesIO()
@@ -33,7 +33,7 @@ def test_the_state_loads_without_unpickling_code() -> None:
     assert draw() == expected
 
 
-def test_any_seed_seeds_all() -> None:
+def test_seeds_all_generators() -> None:
     for seed in (0, 2**32, 2**63 - 1):
         rng.seed_all(seed)
         first = draw()

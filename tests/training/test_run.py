@@ -1,4 +1,4 @@
-"""A whole run: what it computes, against a hand-written loop, and what it leaves behind."""
+"""Tests of a run: results against a hand-written loop, files, exit codes, signals."""
 
 import copy
 import json
@@ -74,7 +74,7 @@ REGRESSION = [
 
 
 def means(module: nn.Module, inputs: Tensor, targets: Tensor) -> tuple[float, float]:
-    """Loss and accuracy, one sample after the other."""
+    """Loss and accuracy, sample by sample."""
     module = copy.deepcopy(module).double().eval()
     loss, right = 0.0, 0
     with torch.no_grad():
@@ -89,12 +89,12 @@ def evaluated(workload: Workload, samples: Any) -> tuple[Tensor, Tensor]:
     return workload.normalize(samples.fetch(torch.arange(len(samples)))), samples.targets
 
 
-# -- what is computed
+# -- results
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_equals_a_hand_written_loop_in_fp64(tmp_path: Path, optimizer: str) -> None:
-    """The same losses and weights, bit for bit."""
+    """Losses and weights, bitwise."""
     overrides = [*PLAIN, f"optimizer={optimizer}", "optimizer.lr=0.05", "data.subset=100"]
     start(tmp_path, *overrides)
 
@@ -125,8 +125,8 @@ def test_equals_a_hand_written_loop_in_fp64(tmp_path: Path, optimizer: str) -> N
     assert all(value.dtype == torch.float64 for value in weights.values())
 
 
-def test_figures_are_those_of_the_models_that_were_kept(tmp_path: Path) -> None:
-    """Every sample once, one at a time: validation of the last model, test of the best, both of the average."""
+def test_metrics_equal_those_of_the_saved_models(tmp_path: Path) -> None:
+    """Sample by sample: validation of the last model, test of the best one, both of the EMA."""
     summary = start(tmp_path, *RICH, "optimizer.lr=0.3")
     workload = build_workload(experiment(*RICH))
     last, best = load(tmp_path / "checkpoints/last.pt"), load(tmp_path / "checkpoints/best.pt")
@@ -150,18 +150,18 @@ def test_figures_are_those_of_the_models_that_were_kept(tmp_path: Path) -> None:
     assert best["progress"]["epoch"] == summary["best_epoch"]
 
 
-def test_the_best_model_is_tested_and_not_the_last(tmp_path: Path) -> None:
-    """A learning rate with which the last epoch is not the best."""
+def test_tests_the_best_model(tmp_path: Path) -> None:
+    """With a learning rate for which the last epoch is not the best."""
     overrides = [*SMALL, "model.norm=none", "epochs=4", "schedule=constant", "optimizer.lr=1", "seed=2"]
     summary = start(tmp_path, *overrides)
     assert summary["best_epoch"] < 4
     workload = build_workload(experiment(*overrides))
     assert workload.dataset.test is not None
-    figures = []
+    tested = []
     for name in ("best.pt", "last.pt"):
         workload.module.load_state_dict(load(tmp_path / "checkpoints" / name)["model"])
-        figures.append(build_test(workload))
-    assert summary["test_accuracy"] == figures[0] != figures[1]
+        tested.append(build_test(workload))
+    assert summary["test_accuracy"] == tested[0] != tested[1]
 
 
 def build_test(workload: Workload) -> float:
@@ -169,7 +169,7 @@ def build_test(workload: Workload) -> float:
     return means(workload.module, *evaluated(workload, workload.dataset.test))[1]
 
 
-def test_bf16_runs_with_figures_near_fp32(tmp_path: Path) -> None:
+def test_bf16_metrics_are_close_to_fp32(tmp_path: Path) -> None:
     overrides = [*SMALL, "epochs=2", "schedule=constant", "optimizer.lr=0.01"]
     for precision in ("fp32", "bf16"):
         start(tmp_path / precision, *overrides, f"precision={precision}")
@@ -200,7 +200,7 @@ def test_regression(tmp_path: Path) -> None:
     ],
     ids=" ".join,
 )
-def test_runs_of_odd_shapes(tmp_path: Path, extra: list[str]) -> None:
+def test_unusual_sizes(tmp_path: Path, extra: list[str]) -> None:
     summary = start(tmp_path, *SMALL, "model.norm=none", "epochs=2", *extra)
     assert summary["status"] == "finished"
     assert math.isfinite(summary["test_loss"]) and 0 <= summary["test_accuracy"] <= 1
@@ -208,13 +208,13 @@ def test_runs_of_odd_shapes(tmp_path: Path, extra: list[str]) -> None:
     assert (summary["best_epoch"] is None) == (extra == ["data.val_split=0"])
 
 
-def test_a_dropped_last_batch_is_not_trained_on(tmp_path: Path) -> None:
+def test_drop_last(tmp_path: Path) -> None:
     assert start(tmp_path / "a", *SMALL, "epochs=1")["steps"] == 4
     assert start(tmp_path / "b", *SMALL, "epochs=1", "data.drop_last=true")["steps"] == 3
 
 
-def test_starting_from_weights(tmp_path: Path) -> None:
-    """Epochs, optimizer and figures begin anew; the weights are the average of the other run."""
+def test_init_from(tmp_path: Path) -> None:
+    """Starts at epoch 0 with a new optimizer, from the EMA of the other run."""
     start(tmp_path / "first", *RICH)
     best = tmp_path / "first/checkpoints/best.pt"
     summary = start(tmp_path / "second", *RICH, f"init_from={best}", "optimizer.lr=1e-30", "epochs=1")
@@ -224,7 +224,7 @@ def test_starting_from_weights(tmp_path: Path) -> None:
     assert weights and all(torch.equal(given[name], taken[name]) for name in weights)
 
 
-# -- what is left behind
+# -- files
 
 
 def test_the_run_folder(tmp_path: Path) -> None:
@@ -260,7 +260,7 @@ def test_metrics_lines(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["last.pt", "best.pt", "step-12.pt"])
-def test_checkpoints_hold_what_the_contract_says(tmp_path: Path, name: str) -> None:
+def test_checkpoint_contents(tmp_path: Path, name: str) -> None:
     start(tmp_path, *RICH, "checkpoint.keep=3")
     state = torch.load(tmp_path / "checkpoints" / name, weights_only=True)
     assert set(state) == KEYS
@@ -279,7 +279,7 @@ def test_stopping_early(tmp_path: Path) -> None:
     assert job._STATUS_OF[summary["status"]] == 0
 
 
-# -- how it ends
+# -- status
 
 
 def execute(folder: Path, *overrides: str) -> int:
@@ -302,7 +302,7 @@ def test_exit_codes_and_status(tmp_path: Path, capfd: pytest.CaptureFixture[str]
     assert status(tmp_path / "b") == "interrupted"
 
 
-def test_a_loss_that_is_not_finite(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_nonfinite_loss_fails(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     overrides = [*SMALL, "model.norm=none", "optimizer.lr=1e30", "schedule=constant", "checkpoint.every_steps=1"]
     assert execute(tmp_path, *overrides) == 1
     assert status(tmp_path) == "failed"
@@ -323,7 +323,7 @@ def test_sigint(tmp_path: Path, twice: bool, capfd: pytest.CaptureFixture[str]) 
     assert resume(tmp_path, *RICH)["status"] == "finished"
 
 
-def test_what_is_wrong_before_the_first_update_is_the_users_error(tmp_path: Path) -> None:
+def test_errors_before_the_first_update_are_user_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"stopping=early.*data\.val_split"):
         start(tmp_path, *SMALL, "stopping=early", "data.val_split=0")
     with pytest.raises(UserError, match=r"batch norm .* one value per channel"):
@@ -333,9 +333,7 @@ def test_what_is_wrong_before_the_first_update_is_the_users_error(tmp_path: Path
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_a_full_disk_ends_the_run_and_keeps_the_checkpoint_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_disk_fails_and_keeps_the_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save = torch.save
 
     def full(state: Any, file: Any) -> None:
@@ -381,8 +379,8 @@ WORKERS = ["data.memory=false", "data.workers=2"]
     [(signal.SIGTERM, WORKERS), (signal.SIGUSR1, []), (signal.SIGKILL, WORKERS)],
     ids=["term", "usr1", "kill"],
 )
-def test_a_process_group_stopped_twice(tmp_path: Path, number: signal.Signals, extra: list[str]) -> None:
-    """A signal to the whole group, as a cluster sends it, at a moment of its own; then `resume=auto`."""
+def test_signals_to_a_process_group(tmp_path: Path, number: signal.Signals, extra: list[str]) -> None:
+    """Signals the process group at a random time, as a cluster does; then `resume=auto`."""
     folder, resumed_from = tmp_path / "stopped", []
     for lines in (4, 20, None):
         overrides = [*LONG, *extra, *([] if lines == 4 else ["resume=auto"])]
@@ -406,8 +404,8 @@ def test_a_process_group_stopped_twice(tmp_path: Path, number: signal.Signals, e
         assert same(left[key], right[key]), key
 
 
-def test_the_way_from_the_loop_to_backward_is_short(tmp_path: Path) -> None:
-    """A reader finds `backward()` from the loop: five of our frames, these."""
+def test_few_frames_between_loop_and_backward(tmp_path: Path) -> None:
+    """A reader finds `backward()` from the loop in five frames."""
     package = str(Path(dlopt.__file__).parent)
     stacks: list[list[str]] = []
     original = torch.Tensor.backward

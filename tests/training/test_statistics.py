@@ -1,4 +1,4 @@
-"""Exact batch-norm statistics against the moments of all samples taken at once."""
+"""Tests of exact batch-norm statistics against the moments of all samples."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ def batches(inputs: torch.Tensor, size: int) -> list[tuple[torch.Tensor, torch.T
 
 
 @pytest.mark.parametrize("size", [1, 7, 64, 100])
-def test_the_first_norm_has_the_moments_of_the_whole_set_whatever_the_batches(size: int) -> None:
+def test_first_norm_has_the_moments_of_the_full_set(size: int) -> None:
     torch.manual_seed(0)
     inputs = torch.randn(100, 3, 5, 5, dtype=torch.float64) * torch.tensor([1.0, 3.0, 0.1]).view(3, 1, 1) + 2
     model = nn.Sequential(nn.BatchNorm2d(3)).double()
@@ -21,7 +21,7 @@ def test_the_first_norm_has_the_moments_of_the_whole_set_whatever_the_batches(si
         torch.testing.assert_close(model[0].running_var, inputs.var((0, 2, 3)), rtol=1e-12, atol=1e-12)
 
 
-def test_with_the_whole_set_as_one_batch_evaluation_equals_training_mode() -> None:
+def test_one_batch_equals_training_mode() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 8), nn.BatchNorm1d(8)).double()
     inputs = torch.randn(50, 4, dtype=torch.float64)
@@ -37,7 +37,7 @@ def test_with_the_whole_set_as_one_batch_evaluation_equals_training_mode() -> No
     assert (evaluated - trained).abs().max() > 1e-4
 
 
-def test_afterwards_everything_is_as_before() -> None:
+def test_restores_model_and_statistics() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5))
     model(torch.randn(8, 1, 6, 6))
@@ -49,7 +49,7 @@ def test_afterwards_everything_is_as_before() -> None:
     assert model[1].training and model[1].track_running_stats and not model[2].training
 
 
-def test_an_error_on_the_way_leaves_the_model_as_it_was() -> None:
+def test_restores_model_after_an_error() -> None:
     model = nn.Sequential(nn.BatchNorm1d(3))
     with pytest.raises(RuntimeError), exact_statistics(model, model, batches(torch.randn(4, 5), 2)):
         pass

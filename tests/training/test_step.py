@@ -1,4 +1,4 @@
-"""The engine's update against hand-written PyTorch loops."""
+"""Tests of the step against hand-written PyTorch loops."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -69,7 +69,7 @@ def equal(a: nn.Module, b: nn.Module) -> bool:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_updates_equal_a_plain_loop_bit_for_bit(name: str, accumulate: int) -> None:
+def test_updates_equal_plain_loop(name: str, accumulate: int) -> None:
     model = net(norm=accumulate == 1)  # a last micro-batch of one sample has no statistics
     reference = copy.deepcopy(model)
     make = OPTIMIZERS[name]
@@ -104,8 +104,8 @@ def test_updates_equal_a_plain_loop_bit_for_bit(name: str, accumulate: int) -> N
 
 @pytest.mark.parametrize("accumulate", [2, 3, 4, 7, 10])
 @pytest.mark.parametrize("size", [10, 11])
-def test_accumulated_gradients_are_those_of_the_whole_batch(accumulate: int, size: int) -> None:
-    """Micro-batches of 10 samples in 4: 3, 3, 3, 1; each counts by its samples."""
+def test_accumulated_gradients_equal_those_of_the_full_batch(accumulate: int, size: int) -> None:
+    """Micro-batches are weighted by their number of samples."""
     model = net(dropout=0.0, norm=False).double()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     inputs, targets = batch(1, size, torch.float64)
@@ -118,7 +118,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(accumulate: int, siz
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-12, atol=1e-14)
 
 
-def test_a_batch_smaller_than_the_number_of_micro_batches() -> None:
+def test_fewer_samples_than_micro_batches() -> None:
     model = net(dropout=0.0, norm=False)
     evaluate = make_step(model, torch.optim.SGD(model.parameters(), lr=1.0), accumulate=8)
     inputs, targets = batch(1, 3)
@@ -127,7 +127,7 @@ def test_a_batch_smaller_than_the_number_of_micro_batches() -> None:
 
 
 class Record(nn.Module):
-    """Keeps what passes through."""
+    """Records its inputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -149,7 +149,7 @@ class Times(nn.Module):
         return self.factor * F.cross_entropy(outputs, targets)
 
 
-def test_draws_are_frozen_within_a_step_and_differ_between_steps() -> None:
+def test_evaluations_of_an_update_share_random_numbers() -> None:
     record = Record()
     model = nn.Sequential(nn.Dropout(0.5), record, nn.Linear(6, 3))
     evaluate = make_step(model, torch.optim.SGD(model.parameters(), lr=1.0))
@@ -168,7 +168,7 @@ def test_draws_are_frozen_within_a_step_and_differ_between_steps() -> None:
 
 
 @pytest.mark.parametrize("norm", ["batch", "instance"])
-def test_statistics_move_with_the_first_evaluation_only(norm: str) -> None:
+def test_only_the_first_evaluation_updates_statistics(norm: str) -> None:
     layer: nn.Module = nn.BatchNorm1d(6, momentum=0.25)
     if norm == "instance":
         layer = nn.InstanceNorm1d(6, momentum=0.25, track_running_stats=True)
@@ -188,7 +188,7 @@ def test_statistics_move_with_the_first_evaluation_only(norm: str) -> None:
     assert equal(layer, expected), "the next step moves them again"
 
 
-def test_figures_count_a_batch_once_however_often_it_is_evaluated() -> None:
+def test_metrics_count_the_first_evaluation_only() -> None:
     model = net()
     evaluate, sums = make_step(model, torch.optim.SGD(model.parameters(), lr=1.0)), MetricSum(True)
     evaluate.begin(*batch(0), 0, sums)
@@ -201,7 +201,7 @@ def test_figures_count_a_batch_once_however_often_it_is_evaluated() -> None:
     assert sums.loss / 10 == float(first)
 
 
-def test_lbfgs_equals_a_plain_loop_bit_for_bit() -> None:
+def test_lbfgs_equals_plain_loop() -> None:
     model = net(dropout=0.0, norm=False).double()
     reference = copy.deepcopy(model)
     calls = []
@@ -231,8 +231,8 @@ def test_lbfgs_equals_a_plain_loop_bit_for_bit() -> None:
     assert sums.count == 30
 
 
-def test_lbfgs_on_a_net_with_dropout_and_batch_norm() -> None:
-    """The line search sees one function: its loss goes down on the batch, with the same dropout mask."""
+def test_lbfgs_with_dropout_and_batch_norm() -> None:
+    """The line search sees a deterministic function, with one dropout mask: the loss decreases."""
     model = net(dropout=0.5)
     optimizer = torch.optim.LBFGS(model.parameters(), max_iter=10, line_search_fn="strong_wolfe")
     evaluate = make_step(model, optimizer, evaluates_once=False)
@@ -246,7 +246,7 @@ def test_lbfgs_on_a_net_with_dropout_and_batch_norm() -> None:
     assert after < F.cross_entropy(fresh(inputs), targets).item() / 2
 
 
-def test_loss_can_be_differentiated_twice() -> None:
+def test_loss_is_twice_differentiable() -> None:
     """A Hessian-vector product through closure.loss() equals the one of a hand-written loss."""
     model = net(dropout=0.4, norm=False).double()
     parameters = list(model.parameters())
@@ -272,7 +272,7 @@ def test_loss_can_be_differentiated_twice() -> None:
     assert any(bool(b.abs().max() > 1e-3) for b in expected)
 
 
-def test_the_reported_gradient_norm_is_the_one_before_clipping() -> None:
+def test_reports_the_gradient_norm_before_clipping() -> None:
     model = net(dropout=0.0)
     evaluate = make_step(model, torch.optim.SGD(model.parameters(), lr=1.0), clip=ByValue(max_value=1e-3))
     unclipped = make_step(model, torch.optim.SGD(model.parameters(), lr=1.0))
@@ -286,7 +286,7 @@ def test_the_reported_gradient_norm_is_the_one_before_clipping() -> None:
     assert float(gradient_norm(evaluate.parameters)) < float(norms[1]) / 2
 
 
-def test_clipping_comes_before_the_update() -> None:
+def test_clips_before_the_update() -> None:
     model = net(dropout=0.0)
     before = [p.detach().clone() for p in model.parameters()]
     evaluate = make_step(model, torch.optim.SGD(model.parameters(), lr=1.0), clip=ByValue(max_value=1e-4))
@@ -296,7 +296,7 @@ def test_clipping_comes_before_the_update() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_bad_loss_stops_before_the_weights_move(bad: float) -> None:
+def test_nonfinite_loss_raises_before_the_update(bad: float) -> None:
     model = net()
     trained = copy.deepcopy(list(model.parameters()))
     update = make_step(model, torch.optim.SGD(model.parameters(), lr=0.125), loss=Times(bad))
@@ -305,7 +305,7 @@ def test_a_bad_loss_stops_before_the_weights_move(bad: float) -> None:
     assert all(map(torch.equal, model.parameters(), trained))
 
 
-def test_a_bad_loss_is_found_at_the_check_where_steps_do_not_look() -> None:
+def test_deferred_check_detects_nonfinite_loss() -> None:
     model = net(dropout=0.0, norm=False)
     update = make_step(model, torch.optim.SGD(model.parameters(), lr=0.1), check_now=False)
     inputs, targets = batch(0)
@@ -316,7 +316,7 @@ def test_a_bad_loss_is_found_at_the_check_where_steps_do_not_look() -> None:
         update.check_updates()
 
 
-def test_what_follows_an_update_sees_the_new_weights() -> None:
+def test_post_hooks_see_the_new_weights() -> None:
     model = net()
     seen = []
     update = make_step(
@@ -327,7 +327,7 @@ def test_what_follows_an_update_sees_the_new_weights() -> None:
     assert len(seen) == 3 and equal(seen[-1], model) and not equal(seen[0], seen[1])
 
 
-def test_frozen_parameters_keep_their_place() -> None:
+def test_frozen_parameters_do_not_change() -> None:
     model = net(norm=False)
     model[0].requires_grad_(False)
     before = copy.deepcopy(model)
@@ -371,5 +371,5 @@ class _Drawing(nn.Module):
         (_Drawing(), True),  # somebody's own: not known, so taken to draw
     ],
 )
-def test_which_models_may_draw(model: nn.Module, draws: bool) -> None:
+def test_is_stochastic(model: nn.Module, draws: bool) -> None:
     assert is_stochastic(model) is draws

@@ -15,7 +15,7 @@ NAN, INF = math.nan, math.inf
 
 
 def stops_at(stopping: Early, losses: list[float], key: str = "val_loss") -> int | None:
-    """The evaluation (from 1) at which the run ends."""
+    """Returns the evaluation (from 1) at which the run stops."""
     for number, loss in enumerate(losses, start=1):
         stopping.update({"epoch": number, key: loss})
         if stopping.should_stop:
@@ -49,14 +49,14 @@ def test_patience(losses: list[float], patience: int, min_delta: float, expected
     assert stops_at(early(patience=patience, min_delta=min_delta), losses) == expected
 
 
-def test_accuracies_are_to_grow() -> None:
+def test_early_stopping_on_accuracy() -> None:
     assert stops_at(early("val_accuracy"), [0.5, 0.6, 0.7, 0.7, 0.6], "val_accuracy") == 5
     assert stops_at(early("val_accuracy", min_delta=0.05), [0.5, 0.54, 0.56, 0.57], "val_accuracy") is None
     assert stops_at(early("val_accuracy", min_delta=0.05), [0.5, 0.54, 0.55, 0.57], "val_accuracy") == 3
 
 
 @given(losses=st.lists(st.one_of(st.floats(-5, 5), st.just(NAN)), min_size=1, max_size=30), patience=st.integers(1, 4))
-def test_a_checkpoint_between_any_two_evaluations_changes_nothing(losses: list[float], patience: int) -> None:
+def test_early_resumes_between_any_two_evaluations(losses: list[float], patience: int) -> None:
     expected = stops_at(early(patience=patience), losses)
     stopping, found = early(patience=patience), None
     for number, loss in enumerate(losses, start=1):
@@ -71,7 +71,7 @@ def test_a_checkpoint_between_any_two_evaluations_changes_nothing(losses: list[f
 
 
 @given(losses=st.lists(st.floats(-5, 5), min_size=1, max_size=40), patience=st.integers(1, 4), delta=st.floats(0, 1))
-def test_against_a_look_at_the_whole_history(losses: list[float], patience: int, delta: float) -> None:
+def test_early_equals_reference_on_the_full_history(losses: list[float], patience: int, delta: float) -> None:
     anchor, expected = 0, None  # evaluation of the last improvement that counted
     for n, loss in enumerate(losses):
         if n == 0 or loss < losses[anchor] - delta:
@@ -82,7 +82,7 @@ def test_against_a_look_at_the_whole_history(losses: list[float], patience: int,
     assert stops_at(early(patience=patience, min_delta=delta), losses) == expected
 
 
-def test_never() -> None:
+def test_never_stops() -> None:
     stopping = Never()
     for epoch in range(1, 11):
         stopping.update({"epoch": epoch, "val_loss": NAN})
@@ -91,9 +91,8 @@ def test_never() -> None:
 
 
 @given(moves=st.lists(st.sampled_from([0.0, 0.5, 0.999, 1.001, 2.0]), max_size=30), iterations=st.integers(0, 3))
-def test_tolerance_against_a_plain_count(moves: list[float], iterations: int) -> None:
-    """Met when more than `iterations` updates in a row moved the parameters, as one vector, by less than 1; a frozen
-    parameter does not count, and a checkpoint at any place changes nothing."""
+def test_tolerance_equals_reference(moves: list[float], iterations: int) -> None:
+    """With frozen parameters, which do not count, and a checkpoint at any time."""
     first, second = nn.Linear(2, 2), nn.Linear(2, 2)
     model = nn.Sequential(first, second).double()
     second.weight.requires_grad_(False)
@@ -126,11 +125,11 @@ def test_tolerance_against_a_plain_count(moves: list[float], iterations: int) ->
         ("val_mean_error", {"val_mean_error": 0.5}, 0.5),
     ],
 )
-def test_monitored_figure(monitor: str, metrics: dict[str, float], expected: float) -> None:
+def test_monitored_loss(monitor: str, metrics: dict[str, float], expected: float) -> None:
     assert monitored_loss(metrics, monitor) == expected
 
 
-def test_a_figure_that_is_not_logged_is_named_with_those_that_are() -> None:
+def test_unknown_metric_lists_the_logged_ones() -> None:
     with pytest.raises(UserError, match=r"monitor=val_f1: .*val_accuracy, val_loss"):
         monitored_loss({"val_loss": 1.0, "val_accuracy": 0.5, "train_loss": 1.0}, "val_f1")
     with pytest.raises(UserError, match=r"monitor=val_loss: .* none"):
@@ -144,7 +143,7 @@ def bests(monitor: str, sequence: list[tuple[float | None, float]]) -> tuple[lis
     return seen, best
 
 
-def test_best_by_accuracy_then_loss_then_age() -> None:
+def test_best_by_accuracy_then_loss_then_epoch() -> None:
     seen, best = bests("auto", [(0.5, 1.0), (0.5, 1.0), (0.5, 0.9), (0.4, 0.1), (0.6, 3.0), (0.6, 3.0)])
     assert seen == [True, False, True, False, True, False]
     assert (best.epoch, best.val_accuracy, best.val_loss) == (5, 0.6, 3.0)
@@ -158,14 +157,14 @@ def test_best_by_loss() -> None:
 
 
 @pytest.mark.parametrize("monitor", ["auto", "val_loss"])
-def test_best_ignores_what_is_not_finite(monitor: str) -> None:
+def test_best_ignores_nonfinite_metrics(monitor: str) -> None:
     seen, best = bests(monitor, [(None, NAN), (None, INF), (None, 2.0), (None, -INF), (None, NAN), (None, 1.0)])
     assert (seen, best.epoch) == ([False, False, True, False, False, True], 6)
     seen, best = bests("auto", [(0.5, NAN), (0.5, 7.0), (0.5, NAN)])
     assert (seen, best.epoch) == ([True, True, False], 2), "of equal accuracies the one whose loss is a number"
 
 
-def test_best_survives_a_checkpoint() -> None:
+def test_best_state_dict() -> None:
     _, best = bests("auto", [(0.5, 1.0), (0.7, 2.0)])
     state: dict[str, Any] = json.loads(json.dumps(best.state_dict()))
     other = Best("auto")

@@ -1,4 +1,4 @@
-"""Validation figures as sums, against scikit-learn on the whole set, and as what decides which model is best."""
+"""Tests of accumulated validation metrics against scikit-learn, and of monitoring them."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +12,7 @@ from sklearn import metrics as reference
 from torch import Tensor
 
 from dlopt.errors import UserError
-from dlopt.training import metrics as figures
-from dlopt.training.metrics import ClassMetrics, RegressionMetrics, _check_names
+from dlopt.training.metrics import ClassMetrics, RegressionMetrics, _check_names, calibration_error
 from tests.training.runs import SMALL, metrics, start
 from tests.training.test_run import REGRESSION
 
@@ -37,41 +36,41 @@ def batches(outputs: Tensor, targets: Tensor, size: int) -> Iterator[tuple[Tenso
 
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 999), size=st.integers(1, 70))
-def test_classification_figures_are_scikit_learns_whatever_the_batches(seed: int, size: int) -> None:
+def test_class_metrics_equal_scikit_learn(seed: int, size: int) -> None:
     outputs, targets = answers(seed, 60)
     counter = ClassMetrics(NAMES, CLASSES, softmax)
     for batch in batches(outputs, targets, size):
         counter.add(*batch)
-    found = counter.means(None)
+    means = counter.means(None)
     predictions = outputs.argmax(1)
     occurring = np.union1d(targets, predictions)
-    assert found["macro_f1"] == pytest.approx(
+    assert means["macro_f1"] == pytest.approx(
         reference.f1_score(targets, predictions, average="macro", labels=occurring, zero_division=0)
     )
-    assert found["top5_accuracy"] == pytest.approx(
+    assert means["top5_accuracy"] == pytest.approx(
         reference.top_k_accuracy_score(targets, outputs, k=5, labels=np.arange(7))
     )
-    assert found["calibration_error"] == pytest.approx(figures.calibration_error(softmax(outputs), targets))
+    assert means["calibration_error"] == pytest.approx(calibration_error(softmax(outputs), targets))
     recalls = reference.recall_score(targets, predictions, average=None, labels=targets.unique())
     by_class = {f"class_accuracy/{CLASSES[i]}": r for i, r in zip(targets.unique().tolist(), recalls, strict=True)}
-    assert {name: value for name, value in found.items() if "/" in name} == pytest.approx(by_class)
-    assert found["worst_class_accuracy"] == pytest.approx(min(recalls))
+    assert {name: value for name, value in means.items() if "/" in name} == pytest.approx(by_class)
+    assert means["worst_class_accuracy"] == pytest.approx(min(recalls))
 
 
 @pytest.mark.parametrize("columns", [1, 3])
-def test_regression_figures_are_scikit_learns(columns: int) -> None:
+def test_regression_metrics_equal_scikit_learn(columns: int) -> None:
     draws = torch.Generator().manual_seed(1)
     targets = torch.randn(50, columns, generator=draws) + 5
     outputs = targets + 0.3 * torch.randn(50, columns, generator=draws)
     counter = RegressionMetrics(["r2", "mae"], columns)
     for batch in batches(outputs, targets, 7):
         counter.add(*batch)
-    found = counter.means(None)
-    assert found["r2"] == pytest.approx(reference.r2_score(targets.double(), outputs.double()), rel=1e-9)
-    assert found["mae"] == pytest.approx(reference.mean_absolute_error(targets.double(), outputs.double()), rel=1e-9)
+    means = counter.means(None)
+    assert means["r2"] == pytest.approx(reference.r2_score(targets.double(), outputs.double()), rel=1e-9)
+    assert means["mae"] == pytest.approx(reference.mean_absolute_error(targets.double(), outputs.double()), rel=1e-9)
 
 
-def test_parts_of_several_processes_add_up() -> None:
+def test_reduces_over_processes() -> None:
     """One of three processes has no samples at all."""
     outputs, targets = answers(3, 40)
     whole = ClassMetrics(NAMES, CLASSES, softmax)
@@ -88,7 +87,7 @@ def test_parts_of_several_processes_add_up() -> None:
     assert together == pytest.approx(whole.means(None), rel=1e-12)
 
 
-def test_the_best_model_is_the_one_with_the_best_monitored_figure(tmp_path: Path) -> None:
+def test_best_model_follows_the_monitored_metric(tmp_path: Path) -> None:
     keys = ["epochs=4", "schedule=constant", "optimizer.lr=0.3", "monitor=val_calibration_error"]
     summary = start(tmp_path, *SMALL, *keys, "evaluate.metrics=[class_accuracy,macro_f1]")
     lines = metrics(tmp_path)
@@ -102,7 +101,7 @@ def test_the_best_model_is_the_one_with_the_best_monitored_figure(tmp_path: Path
     )
 
 
-def test_a_regression_may_monitor_its_figures(tmp_path: Path) -> None:
+def test_regression_may_monitor_its_metrics(tmp_path: Path) -> None:
     start(tmp_path, *REGRESSION, "monitor=val_r2", "stopping=early", "evaluate.metrics=[mae]", "epochs=2")
     assert {"val_r2", "val_mae"} <= set(metrics(tmp_path)[0])
 
@@ -116,18 +115,18 @@ BAD: dict[str, tuple[list[str], str]] = {
 
 
 @pytest.mark.parametrize("name", sorted(BAD))
-def test_a_figure_that_the_run_does_not_have_is_refused(tmp_path: Path, name: str) -> None:
+def test_rejects_unavailable_metrics(tmp_path: Path, name: str) -> None:
     overrides, message = BAD[name]
     with pytest.raises(UserError, match=message):
         start(tmp_path, *SMALL, *overrides)
 
 
 @pytest.mark.parametrize("monitor", ["val_accuracy", "val_macro_f1"])
-def test_a_regression_has_no_classes(tmp_path: Path, monitor: str) -> None:
+def test_regression_rejects_class_metrics(tmp_path: Path, monitor: str) -> None:
     with pytest.raises(UserError, match=f"monitor={monitor}.*regression"):
         start(tmp_path, *REGRESSION, f"monitor={monitor}")
 
 
-def test_top5_of_five_classes_says_nothing() -> None:
+def test_top5_needs_more_than_five_classes() -> None:
     with pytest.raises(UserError, match="needs more than 5 classes"):
         _check_names({"top5_accuracy": "monitor=val_top5_accuracy"}, CLASSES[:5])

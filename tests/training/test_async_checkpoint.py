@@ -1,4 +1,4 @@
-"""Checkpoints that are written while the training goes on."""
+"""Tests of asynchronous checkpoints."""
 
 import os
 import signal
@@ -19,12 +19,12 @@ from dlopt.training.checkpoint import Checkpoints, load
 from tests.training.runs import RICH, at_update, in_fork, result, resume, same, start, terminate, timeless
 from tests.training.test_checkpoint import names, state, with_checksums
 
-BEHIND = "checkpoint.asynchronous=true"
+ASYNC = "checkpoint.asynchronous=true"
 
 
 @contextmanager
 def slow_disk(seconds: float, fail: Callable[[int], bool] = lambda step: False) -> Iterator[list[int]]:
-    """Writing takes a while; the steps written, in their order."""
+    """Delays writing; yields the steps written, in order."""
     written: list[int] = []
     original = torch.save
 
@@ -41,7 +41,7 @@ def slow_disk(seconds: float, fail: Callable[[int], bool] = lambda step: False) 
         yield written
 
 
-def test_the_state_is_that_of_the_call_whatever_comes_after(tmp_path: Path) -> None:
+def test_saves_the_state_at_the_time_of_the_call(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, asynchronous=True)
     given = state(1)
     with slow_disk(0.2):
@@ -59,7 +59,7 @@ def names_in(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def test_one_after_the_other(tmp_path: Path) -> None:
+def test_writes_in_order(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, 3, asynchronous=True)
     with slow_disk(0.03) as written:
         for step in range(8, 12):
@@ -71,7 +71,7 @@ def test_one_after_the_other(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ask", ["save", "wait", "load_newest", "has_best"])
-def test_what_goes_wrong_is_told_by_the_next_call(tmp_path: Path, ask: str) -> None:
+def test_next_call_raises_the_error(tmp_path: Path, ask: str) -> None:
     checkpoints = Checkpoints(tmp_path, asynchronous=True)
     with slow_disk(0.0, lambda step: step == 2):
         checkpoints.save(state(1), best=False)
@@ -96,45 +96,45 @@ def assert_same_run(folder: Path, other: Path) -> None:
         assert same(result(folder, name), result(other, name)), name
 
 
-def test_the_run_is_the_same(whole: Path, tmp_path: Path) -> None:
+def test_run_equals_a_synchronous_one(whole: Path, tmp_path: Path) -> None:
     with slow_disk(0.01) as written:
-        assert start(tmp_path, *RICH, BEHIND, "checkpoint.every_steps=1")["status"] == "finished"
+        assert start(tmp_path, *RICH, ASYNC, "checkpoint.every_steps=1")["status"] == "finished"
     assert written == sorted(written) and written[-1] == 16
     assert_same_run(tmp_path, whole)
 
 
-def test_an_interrupted_run_finishes_its_save(whole: Path, tmp_path: Path) -> None:
+def test_interrupted_run_waits_for_its_save(whole: Path, tmp_path: Path) -> None:
     with slow_disk(0.3), at_update(6, terminate):
-        assert start(tmp_path, *RICH, BEHIND)["status"] == "interrupted"
+        assert start(tmp_path, *RICH, ASYNC)["status"] == "interrupted"
     assert load(tmp_path / "checkpoints/last.pt")["progress"]["step"] == 6
-    assert resume(tmp_path, *RICH, BEHIND)["resumed_from"] == [6]
+    assert resume(tmp_path, *RICH, ASYNC)["resumed_from"] == [6]
     assert_same_run(tmp_path, whole)
 
 
 @pytest.mark.parametrize("step", [5, 10, 16])
-def test_killed_while_something_is_written(whole: Path, tmp_path: Path, step: int) -> None:
+def test_killed_during_a_write(whole: Path, tmp_path: Path, step: int) -> None:
     def until() -> None:
         with slow_disk(0.02), at_update(step, lambda: os.kill(os.getpid(), signal.SIGKILL)):
-            resume(tmp_path, *RICH, BEHIND, "checkpoint.every_steps=1")
+            resume(tmp_path, *RICH, ASYNC, "checkpoint.every_steps=1")
 
     assert os.WTERMSIG(in_fork(until)) == signal.SIGKILL
-    assert resume(tmp_path, *RICH, BEHIND)["status"] == "finished"
+    assert resume(tmp_path, *RICH, ASYNC)["status"] == "finished"
     assert_same_run(tmp_path, whole)
 
 
-def test_a_full_disk_ends_the_run(whole: Path, tmp_path: Path) -> None:
+def test_full_disk_fails_the_run(whole: Path, tmp_path: Path) -> None:
     with slow_disk(0.0, lambda step: step == 12), pytest.raises(RunError, match="No space left"):
-        start(tmp_path, *RICH, BEHIND)
-    assert resume(tmp_path, *RICH, BEHIND)["resumed_from"] == [8]
+        start(tmp_path, *RICH, ASYNC)
+    assert resume(tmp_path, *RICH, ASYNC)["resumed_from"] == [8]
     assert_same_run(tmp_path, whole)
 
 
-def test_a_failing_run_finishes_the_save_before(tmp_path: Path) -> None:
+def test_failed_run_waits_for_its_save(tmp_path: Path) -> None:
     def fail() -> None:
         raise ZeroDivisionError
 
     with slow_disk(0.2), at_update(5, fail), pytest.raises(ZeroDivisionError):
-        start(tmp_path, *RICH, BEHIND)
+        start(tmp_path, *RICH, ASYNC)
     assert load(tmp_path / "checkpoints/last.pt")["progress"]["step"] == 4
     assert not [each for each in threading.enumerate() if each.name == "checkpoint"]
 

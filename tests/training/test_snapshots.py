@@ -1,4 +1,4 @@
-"""Checkpoints that are kept at the end of every cycle of a schedule with restarts."""
+"""Tests of snapshots at the end of each cycle of a schedule with restarts."""
 
 import os
 import signal
@@ -11,46 +11,46 @@ from dlopt.training.checkpoint import load
 from tests.training.runs import RICH, at_update, experiment, in_fork, resume, same, start
 
 CYCLES = [*RICH, "schedule=cosine_restarts", "schedule.cycles=3", "schedule.T_mult=1", "epochs=6", "checkpoint.keep=1"]
-KEPT = [*CYCLES, "checkpoint.at_restarts=true"]  # 24 updates, 8 to a cycle
+SNAPSHOTS = [*CYCLES, "checkpoint.at_restarts=true"]  # 24 updates, 8 to a cycle
 
 
 def snapshots(folder: Path) -> dict[str, int]:
     return {path.name: load(path)["progress"]["step"] for path in sorted((folder / "checkpoints").glob("restart-*.pt"))}
 
 
-def test_each_cycle_leaves_its_last_model(tmp_path: Path) -> None:
-    start(tmp_path / "kept", *KEPT)
-    assert snapshots(tmp_path / "kept") == {"restart-1.pt": 8, "restart-2.pt": 16, "restart-3.pt": 24}
+def test_saves_a_snapshot_at_the_end_of_each_cycle(tmp_path: Path) -> None:
+    start(tmp_path / "snapshots", *SNAPSHOTS)
+    assert snapshots(tmp_path / "snapshots") == {"restart-1.pt": 8, "restart-2.pt": 16, "restart-3.pt": 24}
     start(tmp_path / "short", *CYCLES, "epochs=2", "schedule_epochs=6")
-    first = load(tmp_path / "kept/checkpoints/restart-1.pt")
+    first = load(tmp_path / "snapshots/checkpoints/restart-1.pt")
     assert same(first["model"], load(tmp_path / "short/checkpoints/last.pt")["model"])
-    assert load(tmp_path / "kept/checkpoints/restart-2.pt")["progress"]["lr"] < 0.05 * 0.1
+    assert load(tmp_path / "snapshots/checkpoints/restart-2.pt")["progress"]["lr"] < 0.05 * 0.1
 
 
-def test_a_snapshot_changes_nothing_in_the_run(tmp_path: Path) -> None:
-    start(tmp_path / "kept", *KEPT)
+def test_snapshots_do_not_change_the_run(tmp_path: Path) -> None:
+    start(tmp_path / "snapshots", *SNAPSHOTS)
     start(tmp_path / "plain", *CYCLES)
-    kept, plain = (load(tmp_path / name / "checkpoints/last.pt") for name in ("kept", "plain"))
+    kept, plain = (load(tmp_path / name / "checkpoints/last.pt") for name in ("snapshots", "plain"))
     assert same(kept["model"], plain["model"]) and same(kept["optimizer"], plain["optimizer"])
     assert snapshots(tmp_path / "plain") == {}
 
 
 @pytest.mark.parametrize("update", [8, 9])
-def test_a_killed_run_ends_with_the_same_snapshots(tmp_path: Path, update: int) -> None:
+def test_killed_run_has_the_same_snapshots(tmp_path: Path, update: int) -> None:
     def killed() -> None:
         with at_update(update, lambda: os.kill(os.getpid(), signal.SIGKILL)):
-            start(tmp_path / "killed", *KEPT)
+            start(tmp_path / "killed", *SNAPSHOTS)
 
     assert os.WTERMSIG(in_fork(killed)) == signal.SIGKILL
-    resume(tmp_path / "killed", *KEPT)
-    start(tmp_path / "whole", *KEPT)
+    resume(tmp_path / "killed", *SNAPSHOTS)
+    start(tmp_path / "whole", *SNAPSHOTS)
     assert snapshots(tmp_path / "killed") == snapshots(tmp_path / "whole")
     for name in snapshots(tmp_path / "whole"):
         states = [load(tmp_path / run / "checkpoints" / name) for run in ("killed", "whole")]
         assert same(states[0]["model"], states[1]["model"]), name
 
 
-def test_a_schedule_without_restarts_is_told(tmp_path: Path) -> None:
+def test_rejects_schedules_without_restarts(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"checkpoint.at_restarts=true.*cosine_restarts"):
         start(tmp_path, *RICH, "checkpoint.at_restarts=true", "schedule=cosine")
 
@@ -58,9 +58,9 @@ def test_a_schedule_without_restarts_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "keys", [["schedule.T_0_epochs=1.5", "schedule.T_mult=2"], ["schedule=cosine_warmup_restarts"]]
 )
-def test_a_last_cycle_that_is_cut_short_leaves_none(tmp_path: Path, keys: list[str]) -> None:
+def test_incomplete_last_cycle_has_no_snapshot(tmp_path: Path, keys: list[str]) -> None:
     """1.5 + 3 epochs of 4 updates, and the 1.5 that are left of the third cycle's 6."""
-    start(tmp_path, *KEPT, *keys)
+    start(tmp_path, *SNAPSHOTS, *keys)
     expected = [6, 18] if "T_0" in keys[0] else [8, 16, 24]
     assert list(snapshots(tmp_path).values()) == expected
-    assert experiment(*KEPT, *keys).settings.checkpoint.keep == 1
+    assert experiment(*SNAPSHOTS, *keys).settings.checkpoint.keep == 1

@@ -1,4 +1,4 @@
-"""Figures against scikit-learn and sums by hand."""
+"""Tests of metrics against scikit-learn and manual results."""
 
 import math
 
@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sklearn import metrics
+from sklearn import metrics as reference
 
-from dlopt.training import metrics as figures
+from dlopt.training import metrics
 
 CLASSES = 7
 
@@ -25,38 +25,38 @@ def drawn(seed: int, count: int = 200) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @given(st.integers(0, 10**6))
-def test_confusion_f1_and_class_accuracies_are_scikit_learns(seed: int) -> None:
+def test_confusion_f1_and_class_accuracies_equal_scikit_learn(seed: int) -> None:
     outputs, targets = drawn(seed)
     predictions = outputs.argmax(1)
-    confusion = figures.confusion_matrix(targets, predictions, CLASSES)
-    assert confusion.tolist() == metrics.confusion_matrix(targets, predictions, labels=range(CLASSES)).tolist()
-    f1 = figures.f1_scores(confusion)
+    confusion = metrics.confusion_matrix(targets, predictions, CLASSES)
+    assert confusion.tolist() == reference.confusion_matrix(targets, predictions, labels=range(CLASSES)).tolist()
+    f1 = metrics.f1_scores(confusion)
     assert math.isnan(f1[-1])
-    np.testing.assert_allclose(f1[:-1], metrics.f1_score(targets, predictions, average=None), rtol=1e-12)
-    assert f1.nanmean().item() == pytest.approx(metrics.f1_score(targets, predictions, average="macro"), rel=1e-12)
-    accuracies = figures.class_accuracies(confusion)
+    np.testing.assert_allclose(f1[:-1], reference.f1_score(targets, predictions, average=None), rtol=1e-12)
+    assert f1.nanmean().item() == pytest.approx(reference.f1_score(targets, predictions, average="macro"), rel=1e-12)
+    accuracies = metrics.class_accuracies(confusion)
     assert math.isnan(accuracies[-1])
-    np.testing.assert_allclose(accuracies[:-1], metrics.recall_score(targets, predictions, average=None), rtol=1e-12)
+    np.testing.assert_allclose(accuracies[:-1], reference.recall_score(targets, predictions, average=None), rtol=1e-12)
 
 
 @pytest.mark.parametrize("k", [1, 2, 5])
-def test_top_accuracy_is_scikit_learns(k: int) -> None:
+def test_top_accuracy_equals_scikit_learn(k: int) -> None:
     outputs, targets = drawn(0)
-    expected = metrics.top_k_accuracy_score(targets, outputs, k=k, labels=range(CLASSES))
-    assert 0.3 < figures.top_accuracy(outputs, targets, k) < 1
-    assert figures.top_accuracy(outputs, targets, k) == pytest.approx(expected, rel=1e-12)
+    expected = reference.top_k_accuracy_score(targets, outputs, k=k, labels=range(CLASSES))
+    assert 0.3 < metrics.top_accuracy(outputs, targets, k) < 1
+    assert metrics.top_accuracy(outputs, targets, k) == pytest.approx(expected, rel=1e-12)
 
 
-def test_calibration_error_by_hand() -> None:
+def test_calibration_error_equals_manual_result() -> None:
     # bins of a fifth: (0.8, 1] holds 0.9 and 1.0, of which one is right; (0.6, 0.8] holds 0.7 and 0.8, both right
     confidence = torch.tensor([0.9, 1.0, 0.7, 0.8], dtype=torch.float64)
     probabilities = torch.stack([confidence, 1 - confidence], 1)
     targets = torch.tensor([0, 1, 0, 0])
     expected = 2 / 4 * abs(1 / 2 - 0.95) + 2 / 4 * abs(1 - 0.75)
-    assert figures.calibration_error(probabilities, targets, bins=5) == pytest.approx(expected, rel=1e-12)
+    assert metrics.calibration_error(probabilities, targets, bins=5) == pytest.approx(expected, rel=1e-12)
 
 
-def test_calibration_error_against_bins_of_numpy() -> None:
+def test_calibration_error_equals_numpy() -> None:
     outputs, targets = drawn(3, count=500)
     probabilities = outputs.softmax(1)
     confidence = probabilities.max(1).values.numpy()
@@ -66,13 +66,13 @@ def test_calibration_error_against_bins_of_numpy() -> None:
         (bins == b).mean() * abs(right[bins == b].mean() - confidence[bins == b].mean()) for b in np.unique(bins)
     )
     assert expected > 0.01
-    assert figures.calibration_error(probabilities, targets) == pytest.approx(expected, rel=1e-9)
+    assert metrics.calibration_error(probabilities, targets) == pytest.approx(expected, rel=1e-9)
 
 
-def test_a_sure_and_right_model_is_calibrated_and_a_sure_and_wrong_one_is_not() -> None:
+def test_calibration_error_of_certain_predictions() -> None:
     sure = torch.eye(4)
-    assert figures.calibration_error(sure, torch.arange(4)) == 0
-    assert figures.calibration_error(sure, torch.tensor([1, 2, 3, 0])) == 1
+    assert metrics.calibration_error(sure, torch.arange(4)) == 0
+    assert metrics.calibration_error(sure, torch.tensor([1, 2, 3, 0])) == 1
 
 
 @pytest.mark.parametrize("shape", [(50,), (50, 1), (50, 3)])
@@ -81,6 +81,8 @@ def test_regression(shape: tuple[int, ...]) -> None:
     targets = torch.randn(shape, generator=draws)
     outputs = targets.view(50, -1) + 0.3 * torch.randn(50, targets.numel() // 50, generator=draws)
     pair = targets.view(50, -1).double(), outputs.double()
-    assert 0.5 < metrics.r2_score(*pair) < 1
-    assert figures.r2_score(outputs, targets) == pytest.approx(metrics.r2_score(*pair), rel=1e-12)
-    assert figures.mean_absolute_error(outputs, targets) == pytest.approx(metrics.mean_absolute_error(*pair), rel=1e-12)
+    assert 0.5 < reference.r2_score(*pair) < 1
+    assert metrics.r2_score(outputs, targets) == pytest.approx(reference.r2_score(*pair), rel=1e-12)
+    assert metrics.mean_absolute_error(outputs, targets) == pytest.approx(
+        reference.mean_absolute_error(*pair), rel=1e-12
+    )
