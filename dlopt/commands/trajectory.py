@@ -1,4 +1,4 @@
-"""`dlopt trajectory`: what an optimizer or a schedule does, in one picture: paths, learning rates, loss landscapes."""
+"""`dlopt trajectory`: plots optimizer paths, learning-rate schedules or loss landscapes."""
 
 import shutil
 import sys
@@ -34,63 +34,70 @@ if TYPE_CHECKING:
     from dlopt.training.build import Workload
 
 USAGE = """\
-dlopt trajectory function=CHOICE optimizer=a,b [key=value]: draws the paths of optimizers on a test function
+Plot optimizer paths, learning-rate schedules or loss landscapes
 
+Usage:
+  dlopt trajectory function=CHOICE optimizer=a,b [key=value]   optimizer paths on a test function
+  dlopt trajectory schedule=a,b [key=value]                    learning rate vs. epoch
+  dlopt trajectory checkpoint=PATH [key=value]                 loss on a plane through the weights of a model
+
+Examples:
   dlopt trajectory function=quadratic optimizer=gradient_descent,momentum,newton
   dlopt trajectory function=rosenbrock optimizer=momentum,adam,bfgs steps=200
   dlopt trajectory function=digits function.batch_size=1,16,full optimizer=gradient_descent optimizer.lr=1
-  functions: quadratic, noisy_quadratic, rosenbrock, beale, himmelblau, saddle, plateau, digits
-  function.KEY=V      its keys: function.condition=50 function.angle=30 function.start=[-1,2] ...
-  steps=N             updates of each path (50)
-  seed=N              of the noise, where the function has some
-  tune_lr=BOOL        each path takes the learning rate with which it falls fastest, unless optimizer.lr is typed (true)
-  animation=gif|mp4   the same as a film too
-  Weight decay is off unless optimizer.weight_decay is typed. L-BFGS makes one iteration an update here.
-
-dlopt trajectory schedule=a,b [key=value]: draws the learning-rate curves of schedules into one picture
-
   dlopt trajectory schedule=cosine_warmup,step,one_cycle epochs=30
   dlopt trajectory schedule=cosine schedule.warmup_epochs=0,2,5 optimizer.lr=0.1
   dlopt trajectory schedule='glob(*)' log_y=true
-  steps_per_epoch=N   updates in one epoch (100); the data are not read
-  log_y=true          logarithmic axis of the learning rate
-  and the keys of `dlopt train` (which see)
-
-dlopt trajectory checkpoint=PATH [key=value]: draws the loss around a trained model, on a plane through its weights
-
   dlopt train checkpoint.keep=100 epochs=20; dlopt trajectory checkpoint=outputs/train/DATE/checkpoints/last.pt
-  directions=path     the plane in which the training's checkpoints vary most (PCA), with its path; random: two random
-                      directions with filter normalization (Li et al. 2018); auto: path where three checkpoints are kept
-  points=N            N x N points (21)
-  samples=N           training samples of the loss (500)
-  span=X              of random directions: how far, in norms of the filters (1)
-  seed=N              of random directions
 
-Of functions and schedules any key may have several values: a curve for each combination.
-  output=DIR          folder of the pictures, PNG and SVG (outputs/trajectory/<date>_<time>)
+Keys of functions and schedules accept several values: one curve per combination.
+
+  output=DIR           folder of the plots, PNG and SVG (default: outputs/trajectory/DATE_TIME)
+
+Optimizer paths (function=quadratic, noisy_quadratic, rosenbrock, beale, himmelblau, saddle, plateau or digits):
+  function.KEY=VALUE   key of the function: function.condition=50 function.angle=30 function.start=[-1,2] ...
+  steps=N              number of updates (default: 50)
+  seed=N               seed of noisy functions
+  tune_lr=BOOL         tune the learning rate of each path, unless optimizer.lr is given (default: true)
+  animation=gif|mp4    also save an animation
+  Weight decay is 0 unless optimizer.weight_decay is given. L-BFGS makes one iteration per update.
+
+Learning-rate schedules:
+  steps_per_epoch=N    updates per epoch; the data is not loaded (default: 100)
+  log_y=BOOL           logarithmic learning-rate axis (default: false)
+  and the keys of `dlopt train`
+
+Loss landscapes:
+  directions=CHOICE    path: plane of the largest variance of the training's checkpoints (PCA), with the optimizer path;
+                       random: two random directions with filter normalization (Li et al. 2018);
+                       auto: path if there are at least three checkpoints, else random (default)
+  points=N             grid of N x N points (default: 21)
+  samples=N            training samples for the loss (default: 500)
+  span=X               range of random directions, relative to the filter norms (default: 1)
+  seed=N               seed of random directions (default: 0)
 """
 
 
 _GROUPS = ("function", "optimizer", "schedule")
-_SEARCHES = ("max_evaluations", "max_backtracks", "line_search_fn")  # keys of optimizers that search along a line
-_SEARCH = 25  # evaluations of a line search where nothing is typed
-_LEAST = 3  # checkpoints of a path: two differences span the plane
+_LINE_SEARCH_KEYS = ("max_evaluations", "max_backtracks", "line_search_fn")
+_LINE_SEARCH_EVALUATIONS = 25  # default for L-BFGS
+_MIN_CHECKPOINTS = 3  # two differences span a plane
 
 
-@on_experiment(USAGE, several="several values need no flag here: optimizer=momentum,adam")
+@on_experiment(USAGE, several="not needed here; list the values: optimizer=momentum,adam")
 def trajectory(line: Line) -> int:
-    """Draws, and prints where the picture is. Raises `UserError`."""
-    keys = {each.partition("=")[0] for each in line.overrides}
+    """Saves one of the three plots and prints its path. Raises `UserError`."""
+    keys = {override.partition("=")[0] for override in line.overrides}
     groups = {key.partition(".")[0] for key in keys}
     if "checkpoint" in keys:
         return _draw_landscape(line.overrides)
     if "function" in groups:
-        typed = line.composer.config_name
-        name = "trajectory" if typed == CONFIG_NAME else typed
+        name = line.composer.config_name
+        name = "trajectory" if name == CONFIG_NAME else name
         return _draw_paths(replace(line, composer=Composer(name, line.composer.config_dir)))
     if "optimizer" in keys and "schedule" not in groups:
-        typed = next(each for each in line.overrides if each.startswith("optimizer="))
-        raise UserError(f"{typed}: its path on which function? add function=quadratic (or schedule=cosine, for that)")
+        optimizer = next(override for override in line.overrides if override.startswith("optimizer="))
+        raise UserError(f"{optimizer}: add a function (function=quadratic) or a schedule (schedule=cosine)")
     return line.call(_draw_learning_rates)
 
 
@@ -104,37 +111,37 @@ def _draw_learning_rates(
     from dlopt.analysis.trajectory import draw_schedules
 
     curves: list[Curve] = []
-    drawn: list[tuple[str, Job]] = []
+    labelled: list[tuple[str, Job]] = []
     for job in line.jobs(("schedule",), MAX_CURVES):
-        label, each = _curve(line, job, steps_per_epoch)
-        if each not in curves:  # a varied key that this schedule does not have
-            curves.append(each)
-        drawn.append((label, job))
+        label, schedule_curve = _curve(line, job, steps_per_epoch)
+        if schedule_curve not in curves:  # equal where the schedule does not have the varied key
+            curves.append(schedule_curve)
+        labelled.append((label, job))
     lengths = {f"{each.epochs[-1]:g}" for each in curves}
     title = f"Learning rate of {curves[0].label}" if len(curves) == 1 else "Learning-rate schedules"
     title += f" over {' '.join(lengths)} epoch{'' if lengths == {'1'} else 's'}" if len(lengths) == 1 else ""
-    typed = " ".join(each for each in line.fixed() if not each.startswith(("schedule=", "epochs=")))
-    figure = draw_schedules(curves, title=title, subtitle=typed, steps_per_epoch=steps_per_epoch, log_y=log_y)
+    subtitle = " ".join(override for override in line.fixed() if not override.startswith(("schedule=", "epochs=")))
+    figure = draw_schedules(curves, title=title, subtitle=subtitle, steps_per_epoch=steps_per_epoch, log_y=log_y)
     folder = output_folder(output, "trajectory")
     with writing(folder):
         written = save(figure, folder, "learning_rates")
-    print(*written, *skipped_keys(drawn), sep="\n")
+    print(*written, *skipped_keys(labelled), sep="\n")
     return DONE
 
 
 def _curve(line: Line, job: Job, steps_per_epoch: int) -> tuple[str, "Curve"]:
-    """The schedule's name, and its curve."""
+    """Returns the name of the schedule and its curve."""
     from dlopt import schedules
     from dlopt.analysis.trajectory import curve
 
     experiment, choices = line.experiment(job.overrides)
     settings, lr = experiment.settings, experiment.optimizer.arguments.get("lr")
     if lr is None:
-        raise UserError(f"optimizer={choices['optimizer']}: it has no learning rate to draw")
+        raise UserError(f"optimizer={choices['optimizer']}: has no learning rate")
     if experiment.auto_lr:
-        raise UserError("optimizer.lr=auto: only `dlopt train` looks for the learning rate; type a number here")
+        raise UserError("optimizer.lr=auto: only available in `dlopt train`; must be a number here")
     if settings.scale_lr != "none":
-        raise UserError(f"scale_lr={settings.scale_lr}: what is drawn is optimizer.lr itself; type scale_lr=none")
+        raise UserError(f"scale_lr={settings.scale_lr}: not supported here; use scale_lr=none")
     steps = settings.epochs * steps_per_epoch if settings.steps is None else settings.steps
     horizon = steps if settings.schedule_epochs is None else round(settings.schedule_epochs * steps_per_epoch)
     schedule, warmup = experiment.schedule, experiment.warmup
@@ -142,17 +149,17 @@ def _curve(line: Line, job: Job, steps_per_epoch: int) -> tuple[str, "Curve"]:
     name = choices["schedule"]
     label = ", ".join([name, *(each.removeprefix("schedule.") for each in job.varied if each[:9] != "schedule=")])
     if schedule.target is schedules.Plateau:
-        label += " (if nothing improves)"
+        label += " (without improvement)"
     every = settings.evaluate.every_epochs
     return name, curve(label, factor, lr=lr, steps=steps, steps_per_epoch=steps_per_epoch, evaluate_every=every)
 
 
-# -- paths on test functions
+# -- optimizer paths
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Settings:
-    """conf/trajectory.yaml explains these."""
+    """The keys of conf/trajectory.yaml."""
 
     steps: Count
     seed: Seed
@@ -163,56 +170,56 @@ class _Settings:
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """One path to follow, checked."""
+class _PathJob:
+    """A checked optimizer path to compute."""
 
-    name: str  # of the function
+    function_name: str
     label: str
     settings: _Settings
     function: Component
     optimizer: Component
     schedule: Component
     warmup: "Warmup"
-    tunes: bool  # its learning rate is to be chosen
+    tunes_lr: bool
 
 
 def _draw_paths(line: Line) -> int:
-    """Draws, prints a table and where the pictures are."""
     from dlopt.analysis.drawing import COLOURS, save
     from dlopt.analysis.trajectory import animate, draw_trajectories, table
 
     _refuse_others(line.overrides)
     jobs = line.jobs(_GROUPS, len(COLOURS))
-    plans = [_plan(line.composer.compose(job.overrides), job) for job in jobs]
-    settings = plans[0].settings
-    if any(plan.settings != settings for plan in plans):
-        raise UserError("all paths stand in one picture: of steps, seed, tune_lr, animation and output give one value")
+    path_jobs = [_check_job(line.composer.compose(job.overrides), job) for job in jobs]
+    settings = path_jobs[0].settings
+    if any(path_job.settings != settings for path_job in path_jobs):
+        raise UserError("steps, seed, tune_lr, animation, output: one value is needed, the same for all paths")
     if settings.animation == "mp4" and shutil.which("ffmpeg") is None:
         raise UserError("animation=mp4: ffmpeg is not installed; use animation=gif")
-    function = _one_function(plans)
+    function = _common_function(path_jobs)
     paths: dict[str, Trajectory] = {}
     rates: dict[str, float | None] = {}
-    for plan in plans:
-        path, rate = _follow(plan)
-        label = f"{plan.label}, lr {rate:g}" if plan.tunes else plan.label
+    for path_job in path_jobs:
+        path, rate = _follow(path_job)
+        label = f"{path_job.label}, lr {rate:g}" if path_job.tunes_lr else path_job.label
         paths[label], rates[label] = path, rate
-    name = plans[0].name.replace("_", " ")
+    name = path_jobs[0].function_name.replace("_", " ")
     title = f"{'Path' if len(paths) == 1 else 'Paths'} on {name}"
-    typed = [each for each in line.fixed() if not each.startswith(("function=", "output=", "animation="))]
+    hidden = ("function=", "output=", "animation=")
+    subtitle = " ".join(override for override in line.fixed() if not override.startswith(hidden))
     folder = output_folder(settings.output, "trajectory")
     with writing(folder):
-        written = save(draw_trajectories(function, paths, title=title, subtitle=" ".join(typed)), folder, "paths")
+        written = save(draw_trajectories(function, paths, title=title, subtitle=subtitle), folder, "paths")
         if settings.animation is not None:
-            film = folder / f"paths.{settings.animation}"
-            animate(function, paths, film, title=name)
-            written.append(film)
-    skipped = skipped_keys([(plan.label, job) for plan, job in zip(plans, jobs, strict=True)])
+            animation = folder / f"paths.{settings.animation}"
+            animate(function, paths, animation, title=name)
+            written.append(animation)
+    skipped = skipped_keys([(path_job.label, job) for path_job, job in zip(path_jobs, jobs, strict=True)])
     print(*table(paths, rates), *written, *skipped, sep="\n")
     return DONE
 
 
 def _refuse_others(overrides: Sequence[str]) -> None:
-    """Keys of a training, which mean nothing here."""
+    """Raises `UserError` for keys of `dlopt train`, which have no effect here."""
     allowed = [*_Settings.__dataclass_fields__, *_GROUPS]
     for line in overrides:
         key = line.lstrip("+").partition("=")[0].partition(".")[0].partition("@")[0]
@@ -221,79 +228,82 @@ def _refuse_others(overrides: Sequence[str]) -> None:
             raise UserError(f"{line}: unknown key of optimizer paths; {hint}")
 
 
-def _plan(config: DictConfig, job: Job) -> _Plan:
+def _check_job(config: DictConfig, job: Job) -> _PathJob:
     from dlopt.config.experiment import GROUPS
     from dlopt.schedules import Warmup
 
     plain, _ = to_plain(config, job.overrides)
-    keys = {key: value for key, value in plain.items() if key not in (*_GROUPS, "data")}  # data: of gradient_descent
+    # `data` is set by optimizer=gradient_descent (full batch) and has no effect here.
+    keys = {key: value for key, value in plain.items() if key not in (*_GROUPS, "data")}
     settings = _Settings(**check_arguments("", _Settings, keys, related=_GROUPS))
     packages = (*trusted_packages(), *settings.allow_packages)
     for name in _GROUPS:
         if not isinstance(plain[name], dict) or "_target_" not in plain[name]:
-            raise UserError(f"{name}: one of the group's choices is needed")
+            raise UserError(f"{name}: choose one; `dlopt options {name}` lists all")
     warmup = {key: plain["schedule"].pop(key) for key in own_names(Warmup) if key in plain["schedule"]}
-    typed = {line.lstrip("+").partition("=")[0] for line in job.overrides}
+    overridden = {line.lstrip("+").partition("=")[0] for line in job.overrides}
     optimizer = component("optimizer", plain["optimizer"], GROUPS["optimizer"].runtime, packages)
     if optimizer.target.__name__ == "Muon":
-        raise UserError("optimizer=muon: it orthogonalizes matrices, and a point of the plane is a vector")
-    if "weight_decay" in optimizer.arguments and "optimizer.weight_decay" not in typed:
-        optimizer = optimizer.partial(weight_decay=0.0)  # it would pull towards the origin, away from the minimum
-    if "max_iter" in optimizer.arguments and "optimizer.max_iter" not in typed:
-        optimizer = optimizer.partial(max_iter=1, max_eval=_SEARCH)  # of L-BFGS: the path shows every iteration
-    searches = any(optimizer.arguments.get(key) is not None for key in _SEARCHES)
-    chosen = choices_of(config)
-    return _Plan(
-        name=chosen["function"],
-        label=job.label({group: chosen[group] for group in _GROUPS}, "optimizer"),
+        raise UserError("optimizer=muon: not supported on test functions; it orthogonalizes matrices, not vectors")
+    if "weight_decay" in optimizer.arguments and "optimizer.weight_decay" not in overridden:
+        optimizer = optimizer.partial(weight_decay=0.0)  # the decay pulls towards the origin, not to the minimum
+    if "max_iter" in optimizer.arguments and "optimizer.max_iter" not in overridden:
+        optimizer = optimizer.partial(max_iter=1, max_eval=_LINE_SEARCH_EVALUATIONS)  # L-BFGS: plot every iteration
+    choices = choices_of(config)
+    return _PathJob(
+        function_name=choices["function"],
+        label=job.label({group: choices[group] for group in _GROUPS}, "optimizer"),
         settings=settings,
         function=component("function", plain["function"], (), packages),
         optimizer=optimizer,
         schedule=component("schedule", plain["schedule"], GROUPS["schedule"].runtime, packages),
         warmup=Warmup(**check_arguments("schedule", Warmup, warmup)),
-        tunes=settings.tune_lr and "lr" in optimizer.arguments and "optimizer.lr" not in typed and not searches,
+        tunes_lr=settings.tune_lr
+        and "lr" in optimizer.arguments
+        and "optimizer.lr" not in overridden
+        and not _uses_line_search(optimizer),
     )
 
 
-def _one_function(plans: Sequence[_Plan]) -> "Function":
-    """The function of all paths, which may differ in the noise that they see of it."""
+def _uses_line_search(optimizer: Component) -> bool:
+    return any(optimizer.arguments.get(key) is not None for key in _LINE_SEARCH_KEYS)
+
+
+def _common_function(path_jobs: Sequence[_PathJob]) -> "Function":
+    """Returns the function of all paths; only its noise may differ between them."""
     import torch
 
-    functions: list[Any] = [plan.function.build() for plan in plans]
+    functions: list[Any] = [path_job.function.build() for path_job in path_jobs]
     first = functions[0]
     left, right, bottom, top = first.window
-    corners = torch.tensor([[left, bottom], [right, top], [left, top], [0.3, 0.7]], dtype=torch.float64)
-    for each in functions[1:]:
-        same = torch.equal(each(corners), first(corners)) and each.window == first.window
-        if type(each) is not type(first) or not same:
-            raise UserError(
-                "function: all paths are drawn over the contours of one function; of what changes these give one value"
-            )
+    points = torch.tensor([[left, bottom], [right, top], [left, top], [0.3, 0.7]], dtype=torch.float64)
+    for function in functions[1:]:
+        same = torch.equal(function(points), first(points)) and function.window == first.window
+        if type(function) is not type(first) or not same:
+            raise UserError("function: one plot shows one function; only its noise (batch_size, ...) may vary")
     return first
 
 
-def _follow(plan: _Plan) -> tuple["Trajectory", float | None]:
-    """The path, and its learning rate where that counts."""
+def _follow(job: _PathJob) -> tuple["Trajectory", float | None]:
+    """Returns the path and its learning rate (None with a line search)."""
     from dlopt import schedules
     from dlopt.analysis.trajectory import best_rate, follow
 
-    settings = plan.settings
-    function = plan.function.build()
+    settings = job.settings
+    function = job.function.build()
 
-    def along(optimizer: Component) -> "Trajectory":
-        factor = schedules.build(plan.schedule.build, plan.warmup, steps=settings.steps, steps_per_epoch=1)
+    def run(optimizer: Component) -> "Trajectory":
+        factor = schedules.build(job.schedule.build, job.warmup, steps=settings.steps, steps_per_epoch=1)
         build = lambda params: optimizer.build(params=params)  # noqa: E731
         return follow(function, build, steps=settings.steps, seed=settings.seed, factor=factor)
 
-    if not plan.tunes:
-        given = plan.optimizer.arguments.get("lr")
-        searches = any(plan.optimizer.arguments.get(key) is not None for key in _SEARCHES)
-        return along(plan.optimizer), None if searches else given
+    if not job.tunes_lr:
+        return run(job.optimizer), None if _uses_line_search(job.optimizer) else job.optimizer.arguments.get("lr")
     try:
-        rate = best_rate(lambda lr: along(plan.optimizer.partial(lr=lr)), function.least)
+        rate = best_rate(lambda lr: run(job.optimizer.partial(lr=lr)), function.least)
     except ValueError as error:
-        raise UserError(f"optimizer of {plan.label}: {error}; type optimizer.lr") from None
-    return along(replace(plan.optimizer, arguments={**plan.optimizer.arguments, "lr": rate})), rate
+        raise UserError(f"optimizer of {job.label}: {error}; set optimizer.lr") from None
+    return run(job.optimizer.partial(lr=rate)), rate
 
 
 # -- loss landscapes
@@ -311,7 +321,6 @@ def _draw_landscape(
     seed: Seed = 0,
     output: str | None = None,
 ) -> int:
-    """Draws, and prints where the picture is. Raises `UserError`."""
     from dlopt.analysis.drawing import save
     from dlopt.analysis.landscape import draw, random_plane, surface
     from dlopt.config.parsing import parse
@@ -322,14 +331,14 @@ def _draw_landscape(
     state = load(path)
     workload = build_workload(parse(resolve_saved(with_changes(state["config"], changes, path))), state["normalize"])
     workload.module.load_state_dict(state["ema"] or state["model"])
-    plane = None if directions == "random" else _path_plane(workload, path, is_needed=directions == "path")
+    plane = None if directions == "random" else _path_plane(workload, path, is_required=directions == "path")
     if plane is None:
         origin = [p.detach().clone() for p in workload.module.parameters()]
         plane = random_plane(origin, span, generator("cpu", seed))
     folder = output_folder(output, "trajectory")
     loss, count = _loss(workload, samples)
     heights = surface(workload.module, loss, plane, points, _progress(points**2))
-    title = f"Loss around {path}, epoch {state['progress']['epoch']}"
+    title = f"Loss landscape of {path}, epoch {state['progress']['epoch']}"
     subtitle = f"{count} training samples, {points} x {points} points"
     with writing(folder):
         written = save(draw(plane, heights, title=title, subtitle=subtitle), folder, "landscape")
@@ -337,26 +346,26 @@ def _draw_landscape(
     return DONE
 
 
-def _path_plane(workload: "Workload", path: Path, *, is_needed: bool) -> "Plane | None":
-    """The plane through the checkpoints beside `path`; None where there are too few of them."""
+def _path_plane(workload: "Workload", path: Path, *, is_required: bool) -> "Plane | None":
+    """Returns the plane of the checkpoints in the folder of `path`; None if there are too few."""
     from dlopt.analysis.landscape import trajectory_plane
     from dlopt.analysis.probes import checkpoints
 
     states: list[Mapping[str, Any]] = list(checkpoints(path.parent.parent))
-    if len(states) >= _LEAST:
+    if len(states) >= _MIN_CHECKPOINTS:
         names = [name for name, _ in workload.module.named_parameters()]
         weights = [[state["model"][name].to(workload.device) for name in names] for state in states]
         return trajectory_plane(weights, [state["progress"]["step"] for state in states])
-    if is_needed:
+    if is_required:
         raise UserError(
-            f"directions=path: beside {path} there are {len(states)} checkpoints, and {_LEAST} are needed; "
+            f"directions=path: needs {_MIN_CHECKPOINTS} checkpoints, but {path.parent} contains {len(states)}; "
             "train with checkpoint.keep=100"
         )
     return None
 
 
 def _loss(workload: "Workload", count: int) -> tuple[Any, int]:
-    """The loss over evenly chosen training samples, as a function of the module's weights, and how many these are."""
+    """Returns a function that computes the loss on evenly spaced training samples, and the number of samples."""
     import torch
 
     from dlopt.training.build import evaluation_batches
@@ -364,13 +373,13 @@ def _loss(workload: "Workload", count: int) -> tuple[Any, int]:
     samples = workload.dataset.train
     indices = torch.linspace(0, len(samples) - 1, min(count, len(samples))).long()
     batches = list(evaluation_batches(workload, samples.select(indices)).epoch(0))
-    inputs, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    inputs, targets = (torch.cat(tensors) for tensors in zip(*batches, strict=True))
     model, loss = workload.precision.autocast(workload.model), workload.precision.autocast(workload.loss)
     return lambda: loss(model(inputs), targets), len(indices)
 
 
 def _progress(total: int) -> Callable[[int], None]:
-    """Shows at a terminal how many points are done."""
+    """Returns a callback that shows the progress in a terminal."""
     if not sys.stderr.isatty():
         return lambda done: None
     return lambda done: print(

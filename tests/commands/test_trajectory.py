@@ -79,7 +79,7 @@ def test_a_glob_draws_every_choice_and_no_fragment(drawn: dict[str, Any], conf_d
         ("log_y=1", "log_y=1: "),
         ("output=a,b", "output=a,b: one value is needed"),
         ("scale_lr=linear", "scale_lr=linear: "),
-        ("optimizer.lr=range(1,40)", "39 curves; 28 at most"),
+        ("optimizer.lr=range(1,40)", "39 curves; at most 28"),
     ],
 )
 def test_mistakes_are_named_and_leave_nothing_behind(drawn: dict[str, Any], typed: str, message: str) -> None:
