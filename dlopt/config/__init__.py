@@ -1,1 +1,1 @@
-"""From what was typed to a checked experiment: compose, check signatures and combinations, explain errors."""
+"""From the command line to a checked experiment: composes configs, checks signatures and combinations."""

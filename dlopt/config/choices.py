@@ -210,7 +210,7 @@ def _parse(path: Path) -> yaml.Node | None:
     try:
         root: yaml.Node | None = yaml.compose(_read(path), Loader=_Loader)
     except yaml.YAMLError as error:
-        raise UserError(f"{path}: invalid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     return root
 
 

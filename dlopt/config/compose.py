@@ -1,4 +1,4 @@
-"""Composes configs with Hydra's public functions, explains errors in overrides, and calls Hydra's main to print configs.
+"""Composes configs with Hydra's public functions, and explains errors in overrides.
 
 The only module that imports Hydra's internals, for two things without a public name: its argument parser, because
 `dlopt train` takes Hydra's flags, and its callbacks object, without which third-party launchers start no job.
@@ -151,7 +151,7 @@ class Composer:
         """Runs a composed sweep in `folder` with its sweeper and launcher; returns the sweeper's result."""
         path = str(folder).replace("\\", "\\\\").replace("'", "\\'")
         OmegaConf.update(config, "hydra.sweep.dir", str(folder))
-        config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{path}'")  # each job is composed anew with these
+        config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{path}'")  # every job is composed with these overrides
         configure_log(config.hydra.hydra_logging, config.hydra.verbose)
         plugins = Plugins.instance()
         sweeper = plugins.instantiate_sweeper(hydra_context=self._context, task_function=task, config=config)
@@ -162,36 +162,37 @@ class Composer:
         return [name for name in self.loader.list_groups("") if name != "hydra"]
 
     def choices(self, group: str) -> list[str]:
-        """The names of a group's files, those in folders below it included (`lecture/capacity`)."""
+        """Returns the names of a group's choices, including those in subfolders (`lecture/capacity`)."""
         options = self.loader.get_group_options
-        found = [name for name in options(group, ObjectType.CONFIG) if not name.startswith("_")]
+        names = [name for name in options(group, ObjectType.CONFIG) if not name.startswith("_")]
         for folder in options(group, ObjectType.GROUP):
-            found += [f"{folder}/{name}" for name in self.choices(f"{group}/{folder}")]
-        return found
+            names += [f"{folder}/{name}" for name in self.choices(f"{group}/{folder}")]
+        return names
 
-    def _refuse_what_hydra_accepts(self, overrides: Iterable[Override], multirun: bool) -> None:
+    def _check_overrides(self, overrides: Iterable[Override], multirun: bool) -> None:
+        """Raises `UserError` for overrides that Hydra accepts but that are certainly mistakes."""
         groups = self.groups()
         for override in overrides:
-            line, key, value = override.input_line, override.get_key_element(), override.value()
-            plain = key.lstrip("+~")
-            if not plain:
+            line, value = override.input_line, override.value()
+            key = override.get_key_element().lstrip("+~")
+            if not key:
                 raise UserError(f"{line}: an override is key=value or group=choice")
             if override.is_sweep_override():
-                if not multirun and not plain.startswith("hydra."):
-                    raise UserError(f"{line}: several values need -m (one run each); a list is written [a,b]")
+                if not multirun and not key.startswith("hydra."):
+                    raise UserError(f"{line}: several values need -m (one run each); write a list as [a,b]")
                 continue
-            if override.is_delete() and not plain.startswith("hydra"):
-                hint = self._choose(plain) if plain in groups else "set it, to null where that is allowed"
-                raise UserError(f"{line}: nothing can be left out; {hint}")
-            if plain in groups and not isinstance(value, str):
-                raise UserError(f"{plain}={show(value)}: one of the choices is needed; {self._choose(plain)}")
-            if plain in groups and str(value).split("/")[-1].startswith("_"):  # a fragment
-                raise UserError(f"{line}: unknown choice; {self._choose(plain, str(value))}")
+            if override.is_delete() and not key.startswith("hydra"):
+                hint = self._suggest(key) if key in groups else "set a value (null where allowed)"
+                raise UserError(f"{line}: keys and groups cannot be deleted; {hint}")
+            if key in groups and not isinstance(value, str):
+                raise UserError(f"{key}={show(value)}: must be one of the choices; {self._suggest(key)}")
+            if key in groups and str(value).split("/")[-1].startswith("_"):  # a fragment
+                raise UserError(f"{line}: unknown choice; {self._suggest(key, str(value))}")
             if value == {}:
                 raise UserError(f"{line}: an empty block changes nothing; set its keys one by one")
 
-    def _undecodable(self) -> str:
-        """The file of --config-dir that is no text; Hydra does not say which."""
+    def _undecodable_file(self) -> str:
+        """Finds the file in --config-dir that is not UTF-8; Hydra does not name it."""
         for path in () if self.config_dir is None else sorted(Path(self.config_dir).rglob("*.yaml")):
             try:
                 path.read_text(encoding="utf-8")
@@ -199,60 +200,54 @@ class Composer:
                 return str(path)
         return "a config file"
 
-    def _choose(self, group: str, typed: str = "") -> str:
-        return suggest(typed, self.choices(group), f"dlopt options {group}", prefix=f"{group}=", title="choices")
+    def _suggest(self, group: str, choice: str = "") -> str:
+        return suggest(choice, self.choices(group), f"dlopt options {group}", prefix=f"{group}=", title="choices")
 
     def _explain(self, overrides: list[Override], error: Exception, multirun: bool) -> str:
-        """Finds the override at fault by adding them one by one: groups first, as Hydra does, then keys."""
+        """Explains a composition error by the override at fault: adds them one by one, groups first as Hydra does."""
         groups = self.groups()
-        chosen = [o for o in overrides if o.get_key_element().lstrip("+~") in groups]
-        typed = [o for o in overrides if o not in chosen]
+        group_overrides = [o for o in overrides if o.get_key_element().lstrip("+~") in groups]
+        key_overrides = [o for o in overrides if o not in group_overrides]
         accepted: list[str] = []
-        fault = self._fault(accepted, multirun)
-        if fault is not None:
-            return self._explain_files(fault)
-        for override in (*chosen, *typed):
+        if (first_error := self._composition_error(accepted, multirun)) is not None:  # a config file is at fault
+            if self.config_name != CONFIG_NAME and "primary config" in str(first_error):
+                return f"--config-name={self.config_name}: no such file in dlopt's folder or in --config-dir"
+            return _first_lines(first_error)
+        for override in (*group_overrides, *key_overrides):
             line = override.input_line
             assert line is not None
-            fault = self._fault([*accepted, line], multirun)
-            if fault is not None:
-                return self._explain_override(override, line, accepted, fault, multirun)
+            if (override_error := self._composition_error([*accepted, line], multirun)) is not None:
+                return self._explain_override(override, line, accepted, override_error, multirun)
             accepted.append(line)
         return _first_lines(error)
 
-    def _fault(self, overrides: list[str], multirun: bool) -> Exception | None:
+    def _composition_error(self, overrides: list[str], multirun: bool) -> Exception | None:
         try:
             self._compose(overrides, multirun)
         except (HydraException, OmegaConfBaseException) as error:
             return error
         return None
 
-    def _explain_files(self, fault: Exception) -> str:
-        """What is wrong whatever is typed: the primary config, or what it pulls in."""
-        if self.config_name != CONFIG_NAME and "primary config" in str(fault):
-            return f"--config-name={self.config_name}: no such file in dlopt's folder or in --config-dir"
-        return _first_lines(fault)
-
     def _explain_override(
-        self, override: Override, line: str, accepted: list[str], fault: Exception, multirun: bool
+        self, override: Override, line: str, accepted: list[str], error: Exception, multirun: bool
     ) -> str:
         key, value = override.get_key_element().lstrip("+~"), override.value()
         if key in self.groups() and isinstance(value, str):
             if value not in self.choices(key):
                 if key == "data" and Path(value).expanduser().is_dir():
                     return f"{line}: a folder is not a choice; for its images: data=image_folder data.root={value}"
-                return f"{line}: unknown choice; {self._choose(key, value)}"
-            return f"{line}: {_first_lines(fault)}"
+                return f"{line}: unknown choice; {self._suggest(key, value)}"
+            return f"{line}: {_first_lines(error)}"
         if key.startswith("hydra/sweeper/"):
-            return f"{line}: only a search has this; add hydra/sweeper=dlopt_optuna"
+            return f"{line}: only searches have this group; add hydra/sweeper=dlopt_optuna"
         if "/" in key or "@" in key:
-            return f"{line}: {_first_lines(fault)}"
+            return f"{line}: {_first_lines(error)}"
         parent, _, name = key.rpartition(".")
         config = self._compose(accepted, multirun)
         node = OmegaConf.select(config, parent, throw_on_resolution_failure=False) if parent else config
         if not isinstance(node, DictConfig):
             group, _, rest = key.partition(".")
-            names = [str(each) for each in config]
+            names = [str(name) for name in config]
             if group in names:
                 return f"{line}: unknown key; {parent} holds a value, not keys"
             close = get_close_matches(group.lower(), names, n=1, cutoff=0.6)

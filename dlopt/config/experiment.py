@@ -1,6 +1,6 @@
-"""The checked experiment: every group's component, the keys that a group's choices share, and the run's settings.
+"""The checked experiment: one component per config group, the keys that a group's choices share, the run's settings.
 
-`conf/train.yaml` holds the values of the run's settings and explains them.
+`conf/train.yaml` holds the default of each setting and explains it.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ ExtraMetric = Literal["top5_accuracy", "macro_f1", "calibration_error", "class_a
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate:
+class EvaluateSettings:
     every_epochs: Count
     metrics: list[ExtraMetric]
     tta: Literal["none", "flip", "shift_flip", "ten_crop", "multi_scale_ten_crop"]
@@ -29,7 +29,7 @@ class Evaluate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checkpoint:
+class CheckpointSettings:
     every_epochs: Count | None
     every_steps: Count | None
     keep: Count
@@ -39,14 +39,14 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recovery:
+class RecoverySettings:
     attempts: Count
     lr_factor: Decay
 
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """A metric of a paper: the test error in %, for runs whose config has the values of `when` (dotted keys)."""
+    """A paper's test error in %, for runs whose config has the values of `when` (by dotted key)."""
 
     error: Positive
     when: dict[str, bool | int | float | str | list[int] | None]
@@ -81,12 +81,12 @@ class Settings:
     ema: Decay | None
     check: Literal["auto", "step"]
     on_divergence: Literal["stop", "skip", "rollback"]
-    recovery: Recovery
+    recovery: RecoverySettings
     on_out_of_memory: Literal["stop", "halve"]
     norm_statistics: Literal["running", "exact"]
     monitor: str
-    evaluate: Evaluate
-    checkpoint: Checkpoint
+    evaluate: EvaluateSettings
+    checkpoint: CheckpointSettings
     tracking: list[Literal["tensorboard", "mlflow", "wandb"]]
     diagnostics: list[Literal["gradients", "activations", "curvature"]]
     diagnostics_every: Count
@@ -98,9 +98,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Group:
-    """What the choices of one group have in common: arguments known only at run time, and keys that each of them has.
+    """What all choices of a config group share.
 
-    A callable that names a common key in its signature is handed its value.
+    `runtime`: arguments known only at run time. `common`: dataclass of keys that every choice has; a callable whose
+    signature names such a key receives its value.
     """
 
     runtime: tuple[str, ...] = ()
@@ -141,5 +142,5 @@ class Experiment:
     clip: Component
     stopping: Component
     parallel: Component
-    config: Mapping[str, Any] = field(repr=False)  # as it is saved: resolved, but for what the environment gave
-    auto_lr: bool = False  # optimizer.lr=auto: the learning rate is still to be found
+    config: Mapping[str, Any] = field(repr=False)  # as saved: resolved, except for values from environment variables
+    auto_lr: bool = False  # optimizer.lr=auto: a learning-rate range test runs first

@@ -1,4 +1,4 @@
-"""Combinations that cannot work, in one place. Each message names the key, its value, and which key to change."""
+"""Checks combinations of settings. Each message names the key, its value, and which key to change."""
 
 import os
 from importlib.util import find_spec
@@ -8,22 +8,17 @@ from dlopt.config.experiment import Experiment, Settings
 from dlopt.errors import UserError, install
 
 _MAX_NAME = 100
-_PER_CORE = 64  # threads and loader processes: more is a slip of the pen
-_PROCESSES_PER_CORE = 16  # training processes started here, each of which imports torch
+_PER_CORE = 64  # threads and data workers per core; larger values are almost certainly typos
+_PROCESSES_PER_CORE = 16  # training processes per core, each of which imports torch
 _MONITORS = ("auto", "val_loss", "val_accuracy")
 _EXTRA = (
-    "val_top5_accuracy",
-    "val_macro_f1",
-    "val_calibration_error",
-    "val_worst_class_accuracy",
-    "val_r2",
-    "val_mae",
-)
+    "val_top5_accuracy", "val_macro_f1", "val_calibration_error", "val_worst_class_accuracy", "val_r2", "val_mae",
+)  # fmt: skip
 _CLASS = "val_class_accuracy/"
 
 
 def check_combinations(experiment: Experiment) -> None:
-    """Everything that can be known before data are read. Raises `UserError`."""
+    """Checks everything that is known before data are read. Raises `UserError`."""
     settings = experiment.settings
     _check_name(settings.name)
     for key, path in (("resume", settings.resume), ("init_from", settings.init_from)):
@@ -33,11 +28,11 @@ def check_combinations(experiment: Experiment) -> None:
     _check_monitor("monitor", settings.monitor)
     if "monitor" in experiment.stopping.arguments:
         _check_monitor("stopping.monitor", experiment.stopping.arguments["monitor"])
-    _check_looking(settings)
+    _check_diagnostics(settings)
     if experiment.auto_lr and settings.scale_lr != "none":
         raise UserError(
-            f"scale_lr={settings.scale_lr}: with optimizer.lr=auto the rate is found for this batch size; "
-            "type scale_lr=none, or a number for optimizer.lr"
+            f"scale_lr={settings.scale_lr}: optimizer.lr=auto already chooses the learning rate for this batch size; "
+            "set scale_lr=none, or set optimizer.lr to a number"
         )
     _check_device(experiment)
     _check_batch(experiment)
@@ -45,30 +40,33 @@ def check_combinations(experiment: Experiment) -> None:
 
 def _check_name(name: str) -> None:
     if not name.strip() or len(name.encode()) > _MAX_NAME:
-        raise UserError(f"name={name}: a run's name has between 1 and {_MAX_NAME} bytes")
+        raise UserError(f"name={name}: a run's name must have between 1 and {_MAX_NAME} bytes")
     if name in (".", "..") or any(character in name for character in "/\\\0\n\r\t") or not name.isprintable():
         raise UserError(
-            f"name={name!r}: a run's name is one folder name: not . or .., no slashes, no control characters"
+            f"name={name!r}: a run's name must be a folder name: not . or .., no slashes, no control characters"
         )
 
 
 def _check_tracking(sinks: list[Any]) -> None:
     for sink in sinks:
-        found = None if sink == "tensorboard" else find_spec(sink)
-        if sink != "tensorboard" and (found is None or found.origin is None):  # wandb leaves folders called wandb
+        if sink == "tensorboard":
+            continue
+        spec = find_spec(sink)
+        # A folder `wandb` of logs in the current folder looks like a namespace package, which has no origin.
+        if spec is None or spec.origin is None:
             shown = ",".join(sinks)
             raise UserError(f"tracking=[{shown}]: the package {sink} is not installed; {install(f'dlopt[{sink}]')}")
 
 
-def _check_looking(settings: Settings) -> None:
+def _check_diagnostics(settings: Settings) -> None:
     if settings.diagnostics and not settings.tracking:
         shown = ",".join(settings.diagnostics)
-        raise UserError(f"diagnostics=[{shown}]: there is nowhere to write them; type tracking=[tensorboard]")
+        raise UserError(f"diagnostics=[{shown}]: requires a tracker; set tracking=[tensorboard]")
     first, last = settings.profile_steps
     if last < first + 2:
         raise UserError(
-            f"profile_steps=[{first},{last}]: the first update is for the memory, those after it for the time; "
-            f"at least [{first},{first + 2}]"
+            f"profile_steps=[{first},{last}]: too short, since the first update profiles memory and the others time; "
+            f"set at least [{first},{first + 2}]"
         )
 
 
@@ -81,7 +79,7 @@ def _check_monitor(key: str, monitor: str) -> None:
 
 
 def extra_metric(monitor: str) -> str | None:
-    """The entry of `evaluate.metrics` that brings the monitored metric; None for those that every run has."""
+    """Returns the entry of `evaluate.metrics` that the monitored metric requires; None if every run has the metric."""
     if monitor in _MONITORS:
         return None
     name = monitor.removeprefix("val_")
@@ -93,15 +91,18 @@ def _check_device(experiment: Experiment) -> None:
 
     settings = experiment.settings
     if settings.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device=cuda: there is no CUDA device here; use device=cpu or device=auto")
+        raise UserError("device=cuda: no CUDA device is available; use device=cpu or device=auto")
     if settings.device == "mps" and not torch.backends.mps.is_available():
-        raise UserError("device=mps: there is no Apple GPU here; use device=cpu or device=auto")
+        raise UserError("device=mps: no Apple GPU is available; use device=cpu or device=auto")
     on_cpu = settings.device == "cpu" or (settings.device == "auto" and not torch.accelerator.is_available())
     if on_cpu and settings.precision in ("fp16", "tf32"):
-        raise UserError(f"precision={settings.precision}: not on a CPU; use precision=bf16 or fp32, or device=cuda")
-    on_mps = settings.device == "mps"
-    if on_mps and settings.precision in ("fp64", "tf32"):
-        raise UserError(f"precision={settings.precision}: not on an Apple GPU; use precision=fp32, bf16 or fp16")
+        raise UserError(
+            f"precision={settings.precision}: not supported on a CPU; use precision=bf16 or fp32, or device=cuda"
+        )
+    if settings.device == "mps" and settings.precision in ("fp64", "tf32"):
+        raise UserError(
+            f"precision={settings.precision}: not supported on an Apple GPU; use precision=fp32, bf16 or fp16"
+        )
     cores = os.cpu_count() or 1
     for key, number, per_core in (
         ("threads", settings.threads, _PER_CORE),
@@ -116,4 +117,4 @@ def _check_batch(experiment: Experiment) -> None:
     size = experiment.data_settings.batch_size
     accumulate = experiment.settings.accumulate
     if isinstance(size, int) and accumulate > size:
-        raise UserError(f"accumulate={accumulate}: a batch of data.batch_size={size} has fewer samples to cut")
+        raise UserError(f"accumulate={accumulate}: more micro-batches than samples in a batch (data.batch_size={size})")

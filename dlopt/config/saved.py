@@ -1,4 +1,4 @@
-"""What the commands on checkpoints have in common: reading their command lines, changing keys of a saved config."""
+"""Shared by the commands on checkpoints: parses their arguments and changes keys of a saved config."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
@@ -14,45 +14,45 @@ from dlopt.errors import UserError
 
 
 def typed_values(arguments: Iterable[str]) -> dict[str, Any]:
-    """The values of `key=value` lines. Raises `UserError`."""
+    """Parses `key=value` arguments. Raises `UserError`."""
     parsed = parse_overrides(arguments)
     for override in parsed:
         if override.is_sweep_override():
-            raise UserError(f"{override.input_line}: one value is needed; a list is written [a,b]")
+            raise UserError(f"{override.input_line}: one value is needed; write a list as [a,b]")
     return {override.get_key_element(): override.value() for override in parsed}
 
 
 def take_path(values: dict[str, Any], command: str) -> Path:
-    """The checkpoint, which leaves `values`."""
+    """Removes `checkpoint` from `values` and returns its path. Raises `UserError` if there is none."""
     path = values.pop("checkpoint", None)
     if not isinstance(path, str) or not path:
         raise UserError(f"checkpoint: a path is needed: dlopt {command} checkpoint=outputs/.../checkpoints/best.pt")
     return Path(path)
 
 
-def refuse_others(keys: Iterable[str], may_change: Sequence[str], own: Iterable[str]) -> None:
-    """Raises `UserError` for a key of the config that may not be changed. `own`: keys of the command alone."""
-    names = [*own]
+def refuse_others(keys: Iterable[str], may_change: Sequence[str], command_keys: Iterable[str]) -> None:
+    """Raises `UserError` for a key of the saved config that may not be changed."""
+    names = [*command_keys]
     for key in keys:
         if key.split(".")[0] in may_change:
             continue
         close = get_close_matches(key, [*names, *may_change], n=1, cutoff=0.6)
         raise UserError(
             f"{key}: {f'did you mean {close[0]}? ' if close else ''}the config is the checkpoint's; only "
-            f"{', '.join(may_change)} may be changed; this command's own keys: {', '.join(names)}"
+            f"{', '.join(may_change)} may be changed; keys of this command: {', '.join(names)}"
         )
 
 
 def with_changes(saved: Mapping[str, Any], overrides: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The saved config with the typed keys changed, for one process, however many trained it.
+    """Returns the saved config with `overrides` applied and with parallel=single, whatever the run was trained with.
 
-    Trust in packages is not taken from the file.
+    Does not trust the packages that the file names: `allow_packages` must be in `overrides`. Raises `UserError`.
     """
     changes = dict(overrides)
     trusted = changes.pop("allow_packages", [])
     if saved.get("allow_packages") and not trusted:
         names = ",".join(saved["allow_packages"])
-        raise UserError(f"checkpoint={path}: it names callables of {names}; trust them by allow_packages=[{names}]")
+        raise UserError(f"checkpoint={path}: names callables of {names}; to trust them, set allow_packages=[{names}]")
     single = OmegaConf.to_container(OmegaConf.load(config_folder() / "parallel" / "single.yaml"))
     config = OmegaConf.create({**saved, "parallel": single, "allow_packages": trusted})
     OmegaConf.set_struct(config, True)

@@ -118,35 +118,37 @@ def component(
 
 
 def resolve_target(key: str, path: str, packages: Iterable[str]) -> Callable[..., Any]:
-    """The class or function of that dotted path.
+    """Imports the class or function at a dotted path.
 
-    It must be defined in an allowed package, at the top level of a module, not merely be reachable through one.
+    It must be defined in one of `packages`, at the top level of a module, not merely be importable from it (modules
+    import others, such as `os`). Raises `UserError`.
     """
     packages = tuple(packages)
-    if not _within(path, packages):
-        package = path.split(".")[0]
-        hint = f"; type allow_packages=[{package}] on the command line to trust another package" if package else ""
-        raise UserError(f"{key}={path}: only callables of {', '.join(packages)} may be named{hint}")
-    found = _locate(key, path)
-    if found is None:
-        raise UserError(f"{key}={path}: unknown callable{_importable(path)}")
-    home = getattr(found, "__module__", None) or ""
-    if not callable(found) or inspect.ismodule(found) or not _within(home, packages):
-        raise UserError(f"{key}={path}: this is not a class or function defined in {', '.join(packages)}")
-    is_function_of_datasets = _within(home, ("torchvision.datasets",)) and not inspect.isclass(found)
-    is_other = _within(home, ("dlopt",)) and not _within(home, _PARTS)
-    if is_other or is_function_of_datasets or _within(home, _NO_PARTS):
-        raise UserError(f"{key}={path}: this is no part of an experiment")
-    return typing.cast(Callable[..., Any], found)
+    package = path.split(".")[0]
+    if not _is_within(path, packages):
+        hint = f"; to trust another package, set allow_packages=[{package}] on the command line" if package else ""
+        raise UserError(f"{key}={path}: only callables of {', '.join(packages)} are allowed{hint}")
+    target = _import(key, path)
+    if target is None:
+        hint = "" if importlib.util.find_spec(package) else f" (the package {package} is not installed)"
+        raise UserError(f"{key}={path}: unknown callable{hint}")
+    module = getattr(target, "__module__", None) or ""
+    if not callable(target) or inspect.ismodule(target) or not _is_within(module, packages):
+        raise UserError(f"{key}={path}: must be a class or function defined in {', '.join(packages)}")
+    is_dataset_helper = _is_within(module, ("torchvision.datasets",)) and not inspect.isclass(target)
+    is_internal = _is_within(module, ("dlopt",)) and not _is_within(module, _CONFIGURABLE)
+    if is_internal or is_dataset_helper or _is_within(module, _NOT_CONFIGURABLE):
+        raise UserError(f"{key}={path}: cannot be used in a config")
+    return typing.cast(Callable[..., Any], target)
 
 
-def _within(path: str, packages: tuple[str, ...]) -> bool:
-    # torch.optim's and torch.nn's classes live in submodules of theirs, a few of torch.optim's in torch.optim._x
+def _is_within(path: str, packages: tuple[str, ...]) -> bool:
+    # Submodules count: torch.optim's and torch.nn's classes are defined there, a few in private ones (torch.optim._x).
     return any(path == package or path.startswith(f"{package}.") for package in packages)
 
 
-def _locate(key: str, path: str) -> Any:
-    """What stands at the top level of a module; None where there is nothing. Private names are not looked up."""
+def _import(key: str, path: str) -> Any:
+    """Returns a public name at the top level of a module, or None. Raises `UserError` if the import fails."""
     module, _, name = path.rpartition(".")
     if not module or any(not part.isidentifier() or part.startswith("_") for part in path.split(".")):
         return None
@@ -158,7 +160,6 @@ def _locate(key: str, path: str) -> Any:
         raise UserError(f"{key}={path}: importing {module} failed: {error}") from error
     except Exception as error:
         raise UserError(f"{key}={path}: importing {module} failed: {type(error).__name__}: {error}") from error
-
 
 
 def check_arguments(
@@ -301,7 +302,7 @@ def _describe(annotation: Any) -> str:
     if origin is typing.Literal:
         return " | ".join(show(argument) for argument in arguments)
     if origin in (typing.Union, types.UnionType):  # torch annotates lr as float | Tensor; a config has no tensors
-        return " | ".join(_describe(member) for member in arguments if getattr(member, "__name__", "") != "Tensor")
+        return " | ".join(_describe(option) for option in arguments if getattr(option, "__name__", "") != "Tensor")
     if origin is list:
         return f"a list [a,b,...], each {_describe(arguments[0])}"
     if origin is tuple:
@@ -315,4 +316,6 @@ _SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 def _bounds(extra: Any) -> list[str]:
     bounds = [(sign, getattr(extra, name, None)) for name, sign in _SIGNS.items()]
-    return [f"{sign} {limit if isinstance(limit, int) else f'{limit:g}'}" for sign, limit in bounds if limit is not None]
+    return [
+        f"{sign} {bound if isinstance(bound, int) else f'{bound:g}'}" for sign, bound in bounds if bound is not None
+    ]

@@ -1,7 +1,8 @@
-"""What a config may make run before dlopt itself does: Hydra's callbacks, sweeper, launcher, logging and environment.
+"""Checks the `hydra` node of a config, through which a config file could run code before dlopt checks anything else:
+callbacks, sweeper, launcher, logging, environment variables.
 
-Hydra's own blocklist lets `torch.load` pass, and `logging.config` calls whatever stands under `()`. So the composed
-node is checked, wherever its values come from: the command line, a file, or a value that is itself a block.
+Hydra's own blocklist lets `torch.load` pass, and `logging.config` calls anything under the key `()`. The composed node
+is checked, so it does not matter whether a value comes from the command line, a file or an interpolation.
 """
 
 import re
@@ -15,8 +16,8 @@ from dlopt.config.schema import show
 from dlopt.errors import UserError
 from dlopt.plain import flatten
 
-_PLUGINS = ("hydra._internal.core_plugins.", "hydra_plugins.")  # installed, and found by Hydra itself
-_PARTS = {  # of hydra/sweeper=dlopt_optuna
+_PLUGINS = ("hydra._internal.core_plugins.", "hydra_plugins.")  # installed packages that Hydra discovers itself
+_SEARCH_COMPONENTS = {  # of hydra/sweeper=dlopt_optuna
     "hydra.sweeper.sampler._target_": r"dlopt\.sweeps\.samplers\.[a-z]\w*",
     "hydra.sweeper.pruner._target_": r"dlopt\.sweeps\.samplers\.[a-z]\w*",
 }
@@ -25,42 +26,42 @@ _STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
 
 
 def check_hydra(config: DictConfig, typed: Iterable[str]) -> None:
-    """Raises `UserError` when Hydra's part of the config names code, or sets the environment from a file."""
+    """Raises `UserError` if Hydra's node names code, or sets environment variables from a file. `typed`: overrides."""
     hydra = OmegaConf.to_container(config.hydra, resolve=False)
     assert isinstance(hydra, dict)
     for key, value in leaves(hydra, "hydra"):
         name = key.rsplit(".", 1)[-1]
         if name == "_target_":
-            plugin = key in ("hydra.sweeper._target_", "hydra.launcher._target_") and str(value).startswith(_PLUGINS)
-            part = key in _PARTS and re.fullmatch(_PARTS[key], str(value))  # checked again against its signature
-            if not plugin and not part:
-                raise UserError(f"{key}={show(value)}: of callables, only Hydra's plug-ins may be named here")
+            is_plugin = key in ("hydra.sweeper._target_", "hydra.launcher._target_") and str(value).startswith(_PLUGINS)
+            pattern = _SEARCH_COMPONENTS.get(key)  # samplers and pruners: `build_study_spec` checks their arguments
+            if not is_plugin and not (pattern and re.fullmatch(pattern, str(value))):
+                raise UserError(f"{key}={show(value)}: only Hydra plug-ins are allowed here")
         if key.startswith(("hydra.job_logging.", "hydra.hydra_logging.")):
             _check_logging(key, name, str(value))
         if isinstance(value, str) and "${" in value and _is_block(config, key):
-            raise UserError(f"{key}={value}: a block of Hydra's config may not come from elsewhere")
+            raise UserError(f"{key}={value}: a block of Hydra's config must not be an interpolation")
     if hydra["job"]["env_set"] and not any(line.lstrip("+").startswith("hydra.job.env_set") for line in typed):
-        raise UserError("hydra.job.env_set: stands in a config file; it has to be typed on the command line")
+        raise UserError("hydra.job.env_set: set in a config file, but accepted from the command line only")
 
 
 def _check_logging(key: str, name: str, text: str) -> None:
     if name == "()" or (name == "class" and text not in _HANDLERS):
-        raise UserError(f"{key}={text}: logging may name no callable; allowed as class: {', '.join(_HANDLERS)}")
+        raise UserError(f"{key}={text}: logging must not name callables; allowed classes: {', '.join(_HANDLERS)}")
     is_object = text.startswith(("ext://", "cfg://")) or ("${" in text and name != "filename")
     if is_object and text not in _STREAMS:
-        raise UserError(f"{key}={text}: logging may name no object; allowed: {', '.join(_STREAMS)}")
+        raise UserError(f"{key}={text}: logging must not name objects; allowed: {', '.join(_STREAMS)}")
 
 
 def _is_block(config: DictConfig, key: str) -> bool:
-    """Whether an interpolation stands for keys of its own, a `_target_` among them perhaps."""
+    """Returns whether an interpolation resolves to a block, which could contain a `_target_`."""
     try:
         return OmegaConf.is_config(OmegaConf.select(config, key))
     except OmegaConfBaseException:
-        return False  # known only within a job: a text
+        return False  # resolvable only inside a job (${hydra.job.num}): a scalar
 
 
 def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields the values of nested dicts and lists by dotted key; the items of a list by their number."""
+    """Yields the values of nested dicts and lists by dotted key; items of lists by their index."""
     for key, value in flatten(node, prefix).items():
         if isinstance(value, list):
             for i, item in enumerate(value):

@@ -16,15 +16,15 @@ def write(path: Path, text: str) -> None:
 
 SGD = "_target_: torch.optim.SGD\n"
 BROKEN = {
-    "a tab": (SGD + "\tlr: 0.1\n", ("mine.yaml", "no valid YAML")),
+    "a tab": (SGD + "\tlr: 0.1\n", ("mine.yaml", "not valid YAML")),
     "a duplicate key": (SGD + "lr: 0.1\nlr: 0.2\n", ("mine.yaml", "duplicate key lr")),
-    "an open bracket": (SGD + "lr: [0.1\n", ("mine.yaml", "no valid YAML")),
+    "an open bracket": (SGD + "lr: [0.1\n", ("mine.yaml", "not valid YAML")),
     "a list": ("- 1\n- 2\n", ("optimizer=mine",)),
     "a text": ("hello\n", ("optimizer._target_",)),
     "nothing": ("", ("optimizer._target_",)),
     "cyclic interpolations": (SGD + "lr: ${.momentum}\nmomentum: ${.lr}\n", ("optimizer", "ecursive")),
     "a missing interpolation": (SGD + "lr: ${learning_rate}\n", ("optimizer.lr=${learning_rate}", "not found")),
-    "a missing value": (SGD + "lr: ???\n", ("optimizer.lr", "a value is needed")),
+    "a missing value": (SGD + "lr: ???\n", ("optimizer.lr", "a value is required")),
     "a missing fragment": ("defaults: [_nope]\n" + SGD, ("optimizer=mine", "_nope")),
     "no target": ("lr: 0.1\n", ("optimizer",)),
     "an unknown key": (SGD + "lrr: 0.1\n", ("optimizer.lrr=0.1", "did you mean optimizer.lr?")),

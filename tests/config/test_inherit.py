@@ -92,11 +92,11 @@ def test_without_it_nothing_changes(composer: Composer) -> None:
 def test_a_file_is_not_trusted(composer: Composer, tmp_path: Path) -> None:
     saved = save(composer, tmp_path, ["model=mlp"])
     for changed, message in (
-        ({"allow_packages": ["os"]}, "its config names callables of os; trust them by allow_packages=[os]"),
+        ({"allow_packages": ["os"]}, "its config names callables of os; to trust them, set allow_packages=[os]"),
         ({"model": {**saved["model"], "_target_": "os.system"}}, "only callables of dlopt"),
-        ({"hydra": {"job": {"env_set": {"X": "1"}}}}, "the key 'hydra.job.env_set.X', which no run has"),
-        ({"+hydra.job.env_set.X": "1"}, "which no run has"),
-        ({"hydra/launcher": "odd"}, "which no run has"),
+        ({"hydra": {"job": {"env_set": {"X": "1"}}}}, "the invalid key 'hydra.job.env_set.X'"),
+        ({"+hydra.job.env_set.X": "1"}, "invalid key"),
+        ({"hydra/launcher": "odd"}, "invalid key"),
     ):
         (tmp_path / "config.yaml").write_text(yaml.safe_dump({**saved, **changed}))
         assert message in refused(tmp_path, "train", f"from={tmp_path}")
@@ -112,15 +112,15 @@ def test_mistakes_are_named(composer: Composer, tmp_path: Path) -> None:
 
     save(composer, tmp_path / "run", [])
     assert "no readable config.yaml" in message(f"from={tmp_path}")
-    assert "the folder of one run is needed" in message("from=a,b")
-    assert "the folder of one run is needed" in message("from=a", "from=b")
+    assert "must be the folder of one run" in message("from=a,b")
+    assert "must be the folder of one run" in message("from=a", "from=b")
     assert "experiment=resnet20_cifar10: a run's config is complete" in message(
         f"from={tmp_path}/run", "experiment=resnet20_cifar10"
     )
     environment = json.loads((tmp_path / "run/environment.json").read_text())
     environment["choices"]["optimizer"] = "mine"
     (tmp_path / "run/environment.json").write_text(json.dumps(environment))
-    assert "it chose optimizer=mine, which is not here; add the --config-dir" in message(f"from={tmp_path}/run")
+    assert "its choice optimizer=mine was not found; add the --config-dir" in message(f"from={tmp_path}/run")
     (tmp_path / "run/environment.json").write_text("{")
     assert "environment.json" in message(f"from={tmp_path}/run")
 

@@ -65,15 +65,15 @@ def many(
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"text": 1}, "allowed: a text"),
+        ({"text": 1}, "allowed: a string"),
         ({"flag": "yes"}, "allowed: true | false"),
         ({"flag": 1}, "allowed: true | false"),
         ({"choice": "c"}, "allowed: a | b"),
         ({"pair": [0.1]}, "too few values; allowed: a list [a number >= 0 and < 1,a number >= 0 and < 1]"),
         ({"pair": [0.1, 1]}, "less than 1"),
-        ({"some": [1, 0]}, "allowed: a list [a whole number >= 1]"),
+        ({"some": [1, 0]}, "allowed: a list [an integer >= 1]"),
         ({"maybe": 1}, "allowed: a number >= 2 | null"),
-        ({"either": "atuo"}, "allowed: a whole number >= 1 | auto"),
+        ({"either": "atuo"}, "allowed: an integer >= 1 | auto"),
         ({"txt": "x"}, "key.txt=x: unknown key; did you mean key.text? allowed: text, "),
     ],
 )
@@ -105,7 +105,7 @@ def test_values_come_back_as_the_annotations_want_them() -> None:
 def test_missing_arguments_are_named_with_what_they_want() -> None:
     def needs(*, lr: Positive, params: Any) -> None: ...
 
-    with pytest.raises(UserError, match=r"key\.lr: a value is needed \(a number > 0\)"):
+    with pytest.raises(UserError, match=r"key\.lr: a value is required \(a number > 0\)"):
         check_arguments("key", needs, {}, frozenset({"params"}))
     with pytest.raises(UserError, match="unknown key"):
         check_arguments("key", needs, {"lr": 1, "params": 2}, frozenset({"params"}))

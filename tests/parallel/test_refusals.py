@@ -1,4 +1,4 @@
-"""Set-ups that cannot work: one line with the numbers, before anything is written."""
+"""Impossible setups: one error line with the numbers, before anything is written."""
 
 import json
 import os
@@ -41,10 +41,10 @@ def test_more_processes_than_gpus_from_a_launcher(mode: str, monkeypatch: pytest
     for name, value in {"RANK": 5, "WORLD_SIZE": 8, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 4}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    told = (
+    message = (
         rf"^parallel={mode}: 4 processes on this machine, which has 2 GPUs; start fewer processes, or set device=cpu$"
     )
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         join(mode, torch.device("cuda"), processes=None, timeout_minutes=1.0, master_addr=None, master_port=None)
 
 
@@ -62,7 +62,7 @@ def lines(done: subprocess.CompletedProcess[str]) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_sweep_under_torchrun(tmp_path: Path) -> None:
+def test_sweep_under_torchrun(tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     line = [
         *launcher,
@@ -83,7 +83,7 @@ def test_a_sweep_under_torchrun(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_each_job_of_a_sweep_starts_its_own_processes(tmp_path: Path) -> None:
+def test_every_sweep_job_starts_its_own_processes(tmp_path: Path) -> None:
     keys = ["parallel=ddp", "parallel.processes=2", "model.norm=none", "tracking=[]", "device=cpu", "seed=0,1"]
     done = dlopt(tmp_path, "train", "-m", *SMALL, *keys, "hydra.sweep.dir=sweep")
     assert done.code == 0, done.err
@@ -93,7 +93,7 @@ def test_each_job_of_a_sweep_starts_its_own_processes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_degrees_that_do_not_multiply(tmp_path: Path) -> None:
+def test_degrees_must_match_the_number_of_processes(tmp_path: Path) -> None:
     keys = ["parallel=hybrid", "parallel.processes=3", "parallel.data_degree=2", "parallel.model_degree=2"]
     line = [sys.executable, "-m", "dlopt", "train", *SMALL, *keys, "device=cpu", f"hydra.run.dir={tmp_path}/run"]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120)
@@ -104,38 +104,40 @@ def test_degrees_that_do_not_multiply(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["srun", "torchrun"])
-def test_an_unreachable_master(tmp_path: Path, launcher: str) -> None:
-    """At an address where nobody listens; how long to wait is configured."""
+def test_unreachable_master(tmp_path: Path, launcher: str) -> None:
+    """Nothing listens at the address; the timeout is configured."""
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         port = bound.getsockname()[1]
         slurm = {"PROCID": 1, "STEP_ID": 0, "NTASKS": 2, "NNODES": 2, "JOB_ID": 1, "NODEID": 1, "LOCALID": 0}
         torch_run = {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
         torch_run |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        own = {f"SLURM_{name}": value for name, value in slurm.items()} if launcher == "srun" else torch_run
+        launcher_environment = (
+            {f"SLURM_{name}": value for name, value in slurm.items()} if launcher == "srun" else torch_run
+        )
         keys = ["parallel=ddp", "parallel.timeout_minutes=0.05", "device=cpu", f"hydra.run.dir={tmp_path}/run"]
         if launcher == "srun":
             keys += ["parallel.master_addr=127.0.0.1", f"parallel.master_port={port}"]
-        environment = {**os.environ, **{name: str(value) for name, value in own.items()}}
+        environment = {**os.environ, **{name: str(value) for name, value in launcher_environment.items()}}
         line = [sys.executable, "-m", "dlopt", "train", *SMALL, *keys]
         done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and len(lines(done)) == 1, done.stderr
-    told = lines(done)[0]
-    assert f"rank 1 of 2 could not reach 127.0.0.1:{port} within parallel.timeout_minutes=0.05" in told
-    assert told.endswith("; set parallel.master_addr and parallel.master_port")
+    message = lines(done)[0]
+    assert f"rank 1 of 2 could not reach 127.0.0.1:{port} within parallel.timeout_minutes=0.05" in message
+    assert message.endswith("; set parallel.master_addr and parallel.master_port")
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
-def test_a_port_that_another_program_has(tmp_path: Path) -> None:
-    with socket.socket() as taken:
-        taken.bind(("0.0.0.0", 0))
-        taken.listen()
-        place = f"127.0.0.1:{taken.getsockname()[1]}"
-        address, _, port = place.partition(":")
-        launched = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": address, "MASTER_PORT": port}
+def test_port_in_use(tmp_path: Path) -> None:
+    with socket.socket() as listener:
+        listener.bind(("0.0.0.0", 0))
+        listener.listen()
+        endpoint = f"127.0.0.1:{listener.getsockname()[1]}"
+        address, _, port = endpoint.partition(":")
+        launcher_environment = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": address, "MASTER_PORT": port}
         line = [sys.executable, "-m", "dlopt", "train", *SMALL, "parallel=ddp", f"hydra.run.dir={tmp_path}/run"]
-        environment = {**os.environ, **launched}
+        environment = {**os.environ, **launcher_environment}
         done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert lines(done) == [f"dlopt: MASTER_PORT={port}: port in use at {address}; choose another one"]

@@ -1,4 +1,4 @@
-"""Diagnostics while training: the right figures, and not a bit of the training changed."""
+"""Diagnostics during training: correct metrics, and a bitwise identical training."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from dlopt.training.step import Step
 from dlopt.training.trainer import dry_run
 from tests.training.runs import RICH, SMALL, experiment, result, resume, same, start
 
-LOOKING = ["diagnostics=[gradients,activations,curvature]", "diagnostics_every=3", "tracking=[tensorboard]"]
+DIAGNOSTICS = ["diagnostics=[gradients,activations,curvature]", "diagnostics_every=3", "tracking=[tensorboard]"]
 
 
 @pytest.mark.parametrize(
@@ -29,74 +29,74 @@ LOOKING = ["diagnostics=[gradients,activations,curvature]", "diagnostics_every=3
     ],
     ids=["augmentation, dropout, averages, clipping", "batch norm, micro-batches", "many evaluations"],
 )
-def test_training_is_the_same_bit_for_bit(tmp_path: Path, typed: list[str]) -> None:
+def test_training_is_bitwise_identical(tmp_path: Path, typed: list[str]) -> None:
     start(tmp_path / "plain", *typed)
-    start(tmp_path / "watched", *[line for line in typed if line != "tracking=[]"], *LOOKING)
+    start(tmp_path / "watched", *[line for line in typed if line != "tracking=[]"], *DIAGNOSTICS)
     assert same(result(tmp_path / "plain"), result(tmp_path / "watched"))
 
 
-def _seen(tmp_path: Path, *typed: str, steps: int = 7) -> dict[int, tuple[dict[str, float], dict[str, Tensor]]]:
-    """What the diagnostics of the first updates report, by the number of updates."""
-    seen: dict[int, Any] = {}
-    workload = build_workload(experiment(*SMALL, *LOOKING, *typed))
+def _reports(tmp_path: Path, *typed: str, steps: int = 7) -> dict[int, tuple[dict[str, float], dict[str, Tensor]]]:
+    """Returns the diagnostics of the first updates, by the number of updates."""
+    reports: dict[int, Any] = {}
+    workload = build_workload(experiment(*SMALL, *DIAGNOSTICS, *typed))
     settings = workload.experiment.settings
-    report = lambda number, figures, histograms: seen.update({number: (figures, histograms)})  # noqa: E731
+    report = lambda number, figures, histograms: reports.update({number: (figures, histograms)})  # noqa: E731
     diagnostics = Diagnostics(workload, settings.diagnostics, settings.diagnostics_every, report)
     trainer = dry_run(workload, tmp_path, observers=[diagnostics])
     batches = [batch for epoch in range(steps) for batch in trainer.batches.epoch(epoch)]
     workload.module.train()
     for number, batch in enumerate(batches[:steps]):
         trainer.step.update(*batch, number, trainer.train_metrics)
-    return seen
+    return reports
 
 
-def test_the_figures_are_those_of_the_update(tmp_path: Path) -> None:
+def test_metrics_match_the_update(tmp_path: Path) -> None:
     typed = ("precision=fp64", "model.norm=none", "optimizer.momentum=0", "schedule=constant", "optimizer.lr=0.1")
-    seen = _seen(tmp_path, *typed, "clip=norm", "clip.max_norm=1e-3")
-    assert list(seen) == [1, 4, 7]  # updates 0, 3, 6
-    figures, histograms = seen[1]
+    reports = _reports(tmp_path, *typed, "clip=norm", "clip.max_norm=1e-3")
+    assert list(reports) == [1, 4, 7]  # updates 0, 3, 6
+    metrics, histograms = reports[1]
     workload, training = prepare(experiment(*SMALL, *typed), tmp_path)
     inputs, targets = next(iter(training.batches.epoch(0)))
     module = workload.module
     loss = workload.loss(module(inputs), targets)
     parameters = list(module.parameters())
     gradients = torch.autograd.grad(loss, parameters)
-    whole = float(torch.cat([g.flatten() for g in gradients]).norm())
+    norm_before = float(torch.cat([g.flatten() for g in gradients]).norm())
     names = [name for name, _ in module.named_parameters()]
     head = [g for name, g in zip(names, gradients, strict=True) if name.startswith("head.")]
     norm = float(torch.cat([g.flatten() for g in head]).norm())
-    assert figures["gradients/norm/head"] == pytest.approx(norm, rel=1e-5)  # before clipping
+    assert metrics["gradients/norm/head"] == pytest.approx(norm, rel=1e-5)  # before clipping
     weights = torch.cat([p.detach().flatten() for name, p in module.named_parameters() if name.startswith("head.")])
-    step = 0.1 * norm * 1e-3 / whole  # after it
-    assert figures["gradients/update_to_weight/head"] == pytest.approx(step / float(weights.norm()), rel=1e-4)
-    assert figures["activations/std/head"] == pytest.approx(float(module(inputs).std(correction=0).detach()), rel=1e-9)
-    assert {"activations/dead/layer1.linear", "gradients/noise_scale", "curvature/along_update"} <= set(figures)
+    step = 0.1 * norm * 1e-3 / norm_before  # after it
+    assert metrics["gradients/update_to_weight/head"] == pytest.approx(step / float(weights.norm()), rel=1e-4)
+    assert metrics["activations/std/head"] == pytest.approx(float(module(inputs).std(correction=0).detach()), rel=1e-9)
+    assert {"activations/dead/layer1.linear", "gradients/noise_scale", "curvature/along_update"} <= set(metrics)
     assert set(histograms) == {
         f"{kind}/{name}" for kind in ("activations", "gradients") for name in ("layer1.linear", "head")
     }
 
 
-def test_the_eigenvalue_is_found_over_several_looks(tmp_path: Path) -> None:
-    """Each look starts from the vector of the one before; with a tiny rate the Hessian stays."""
+def test_eigenvalue_converges_over_measurements(tmp_path: Path) -> None:
+    """Lanczos starts from the previous eigenvector; with a tiny learning rate the Hessian is constant."""
     typed = ("precision=fp64", "data.batch_size=full", "schedule=constant", "optimizer.lr=1e-9", "diagnostics_every=1")
-    seen = _seen(tmp_path, *typed, steps=21)
+    reports = _reports(tmp_path, *typed, steps=21)
     workload, training = prepare(experiment(*SMALL, *typed), tmp_path)
     [batch] = training.batches.epoch(0)
     from dlopt.analysis.diagnosis.measuring import snapshot
 
     spectrum = snapshot(workload, [batch], 0, eigenvalues=1, iterations=60).spectrum
     assert spectrum is not None
-    first, second = (seen[number][0]["curvature/largest_eigenvalue"] for number in (1, 21))
-    assert "curvature/largest_eigenvalue" not in seen[2][0]
+    first, second = (reports[number][0]["curvature/largest_eigenvalue"] for number in (1, 21))
+    assert "curvature/largest_eigenvalue" not in reports[2][0]
     assert first < second == pytest.approx(float(spectrum.eigenvalues[0]), rel=0.05)
 
 
-def test_nothing_is_there_when_off(tmp_path: Path) -> None:
+def test_no_observers_by_default(tmp_path: Path) -> None:
     _, trainer = prepare(experiment(*SMALL), tmp_path)
     assert type(trainer.step) is Step and not trainer.step.observers
 
 
-def test_figures_and_histograms_reach_tensorboard_and_a_resumed_run_looks_at_the_same_updates(tmp_path: Path) -> None:
+def test_logs_to_tensorboard_at_the_same_updates_after_resume(tmp_path: Path) -> None:
     typed = [line for line in SMALL if line != "tracking=[]"]
     reported: list[int] = []
 
@@ -106,19 +106,19 @@ def test_figures_and_histograms_reach_tensorboard_and_a_resumed_run_looks_at_the
 
     original = Tracking.diagnostics
     with mock.patch.object(Tracking, "diagnostics", diagnostics):
-        start(tmp_path, *typed, *LOOKING, "epochs=1")  # four updates
-        resume(tmp_path, *typed, *LOOKING, "epochs=2")
+        start(tmp_path, *typed, *DIAGNOSTICS, "epochs=1")  # four updates
+        resume(tmp_path, *typed, *DIAGNOSTICS, "epochs=2")
     assert reported == [1, 4, 7]
     written = b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
     assert b"gradients/norm/head" in written and b"curvature/largest_eigenvalue" in written
 
 
-def test_what_cannot_be_seen_is_refused(tmp_path: Path) -> None:
+def test_rejects_unsupported_settings(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"diagnostics=\[gradients\]: requires a tracker"):
         experiment(*SMALL, "diagnostics=[gradients]")
     with pytest.raises(UserError, match=r"diagnostics\.0=loss|diagnostics"):
         experiment("diagnostics=[loss]")
-    workload, _ = prepare(experiment(*SMALL, *LOOKING), tmp_path)
+    workload, _ = prepare(experiment(*SMALL, *DIAGNOSTICS), tmp_path)
     compiled = Workload(**{**vars(workload), "model": torch.compile(workload.module)})
     with pytest.raises(UserError, match="compile=false"):
         Diagnostics(compiled, ["activations"], 1, lambda *_: None)
