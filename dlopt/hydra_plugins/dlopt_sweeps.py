@@ -1,4 +1,4 @@
-"""dlopt's plug-ins for Hydra. Thin, and without heavy imports: Hydra loads this module with every command."""
+"""dlopt's plug-ins for Hydra. Hydra loads this module with every command, so it imports nothing heavy."""
 
 import importlib
 from collections.abc import Sequence
@@ -26,10 +26,10 @@ class Folders(SearchPathPlugin):
             search_path.append("command-line", f"file://{folder.resolve()}")
 
 
-class _Processes(Launcher):
-    """Every job a process of its own, in one of `places()`; the task function is not called."""
+class _PoolLauncher(Launcher):
+    """Runs jobs in the worker pool that a function of dlopt.sweeps builds. Hydra's task function is not called."""
 
-    function = ""  # module and name below dlopt.sweeps: returns the places for the settings of hydra.launcher
+    function = ""  # module.name below dlopt.sweeps
 
     def __init__(self, **settings: Any) -> None:
         self.settings = settings
@@ -37,31 +37,31 @@ class _Processes(Launcher):
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self._loader, self._config = hydra_context.config_loader, config
 
-    def places(self) -> Any:
-        from dlopt.sweeps.pool import checked
+    def build_pool(self) -> Any:
+        from dlopt.sweeps.pool import build_pool
 
         module, _, name = self.function.partition(".")
-        return checked(getattr(importlib.import_module(f"dlopt.sweeps.{module}"), name), self.settings)
+        return build_pool(getattr(importlib.import_module(f"dlopt.sweeps.{module}"), name), self.settings)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        from dlopt.sweeps.grid import run_batch
+        from dlopt.sweeps.grid import launch_jobs
 
-        return run_batch(self._loader, self._config, self.places(), job_overrides, initial_job_idx)
+        return launch_jobs(self._loader, self._config, self.build_pool(), job_overrides, initial_job_idx)
 
 
-class LocalLauncher(_Processes):
+class LocalLauncher(_PoolLauncher):
     """hydra/launcher=serial and joblib."""
 
     function = "pool.local"
 
 
-class GpuLauncher(_Processes):
+class GpuLauncher(_PoolLauncher):
     """hydra/launcher=gpus."""
 
     function = "pool.gpus"
 
 
-class SlurmLauncher(_Processes):
+class SlurmLauncher(_PoolLauncher):
     """hydra/launcher=slurm."""
 
     function = "slurm.slurm"
@@ -82,7 +82,7 @@ class OptunaSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> Any:
         from dlopt.sweeps.search import run_search
 
-        return run_search(self._loader, self._config, self._launcher.places(), arguments)
+        return run_search(self._loader, self._config, self._launcher.build_pool(), arguments)
 
 
 PLUGINS = (Folders, LocalLauncher, GpuLauncher, SlurmLauncher, OptunaSweeper)

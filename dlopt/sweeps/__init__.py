@@ -1,1 +1,1 @@
-"""Many runs: grids and searches, where their processes run, and how several sweeps share one study."""
+"""Sweeps: grids and searches, the worker pools that run their jobs, and studies that several sweeps share."""

@@ -1,4 +1,4 @@
-"""Jobs that are known from the start: how long they will take, and a run of all of them."""
+"""Runs a fixed list of jobs, and estimates how long a sweep will take."""
 
 import tempfile
 import time
@@ -10,26 +10,26 @@ from omegaconf import DictConfig
 
 from dlopt.folders import RunFolder
 from dlopt.sweeps import pool as pools
-from dlopt.sweeps.jobs import Job, Result, compose_or_refuse, labels
-from dlopt.sweeps.pool import Pool, Source
+from dlopt.sweeps.jobs import Job, Result, compose_or_fail, labels
+from dlopt.sweeps.pool import JobSource, Pool
 from dlopt.tracking.overview import Overview
 
-_PROBES = 3  # jobs that an estimate runs
-_MINUTES = 0.05  # that each of them trains
-_PATIENCE = 120.0  # seconds after which a probe is given up
+_PROBES = 3  # jobs to run for an estimate
+_PROBE_MINUTES = 0.05  # training time of each
+_PROBE_TIMEOUT = 120.0  # seconds, start-up included
 
 
-def run_batch(
+def launch_jobs(
     loader: Any, config: DictConfig, pool: Pool, job_overrides: Sequence[Sequence[str]], first: int
 ) -> list[Any]:
-    """Runs jobs `first`, `first` + 1, ...; what is finished already is left alone.
+    """Runs jobs `first`, `first` + 1, ... except those that are finished already.
 
-    Returns Hydra's `JobReturn` of each, whose value is the job's status.
+    Returns one of Hydra's `JobReturn` per job, whose value is the job's status.
     """
     from hydra.core.utils import JobReturn, JobStatus
 
     numbered = enumerate(zip(job_overrides, labels(job_overrides), strict=True), first)
-    jobs = (compose_or_refuse(loader, config, overrides, number, label) for number, (overrides, label) in numbered)
+    jobs = (compose_or_fail(loader, config, overrides, number, label) for number, (overrides, label) in numbered)
     statuses = run_jobs(jobs, len(job_overrides), pool)
     return [
         JobReturn(overrides=overrides, status=JobStatus.COMPLETED, _return_value=statuses[first + i])
@@ -39,12 +39,12 @@ def run_batch(
 
 def run_jobs(jobs: Iterable[Job], total: int, pool: Pool) -> dict[int, str]:
     """Runs jobs and returns their status by number."""
-    batch = _Batch(iter(jobs))
-    pools.run(batch, pool, Overview(total))
-    return batch.statuses
+    source = _JobList(iter(jobs))
+    pools.run(source, pool, Overview(total))
+    return source.statuses
 
 
-class _Batch(Source):
+class _JobList(JobSource):
     def __init__(self, jobs: Iterator[Job]) -> None:
         self._jobs = jobs
         self.statuses: dict[int, str] = {}
@@ -59,24 +59,27 @@ class _Batch(Source):
 # -- estimates
 
 
-def seconds_of(configs: Sequence[Mapping[str, Any]], choices: Mapping[str, str]) -> float | None:
-    """Mean seconds of a job of these configs (as they are saved), by the first, the middle and the last of them, which
-    run for some seconds in a temporary folder; None where none of them came to train."""
-    picked = sorted({0, len(configs) // 2, len(configs) - 1})[:_PROBES]
-    known = [seconds for i in picked if (seconds := _probe(configs[i], choices)) is not None]
-    return sum(known) / len(known) if known else None
+def estimate_job_seconds(configs: Sequence[Mapping[str, Any]], choices: Mapping[str, str]) -> float | None:
+    """Estimates the mean seconds of a job with these (saved) configs; None if no probe trained.
+
+    Runs the first, middle and last config for a few seconds each in a temporary folder.
+    """
+    indices = sorted({0, len(configs) // 2, len(configs) - 1})[:_PROBES]
+    estimates = [seconds for i in indices if (seconds := _probe(configs[i], choices)) is not None]
+    return sum(estimates) / len(estimates) if estimates else None
 
 
 def _probe(config: Mapping[str, Any], choices: Mapping[str, str]) -> float | None:
+    """Trains for a few seconds and extrapolates to all updates; None if the probe fails or times out."""
     from dlopt.errors import RunError, UserError
     from dlopt.job import describe
     from dlopt.training.checkpoint import Checkpoints
 
-    probing = {**config, "max_time": _MINUTES, "tracking": [], "resume": None, "dry_run": False}
+    probe_config = {**config, "max_time": _PROBE_MINUTES, "tracking": [], "resume": None, "dry_run": False}
     with tempfile.TemporaryDirectory(prefix="dlopt-") as path:
         folder = RunFolder(Path(path))
-        describe(folder.path, probing, [], choices)
-        process, deadline = pools.spawn(folder.path, {}, None), time.monotonic() + _PATIENCE
+        describe(folder.path, probe_config, [], choices)
+        process, deadline = pools.spawn(folder.path, {}, None), time.monotonic() + _PROBE_TIMEOUT
         while process.poll() is None:
             if time.monotonic() > deadline:
                 process.kill()
@@ -85,7 +88,7 @@ def _probe(config: Mapping[str, Any], choices: Mapping[str, str]) -> float | Non
         summary = folder.summary() or {}
         seconds, steps = summary.get("seconds"), summary.get("steps")
         if summary.get("status") in ("finished", "stopped_early") or not seconds or not steps:
-            return seconds
+            return seconds  # short enough to finish, or nothing was trained
         try:
             state = Checkpoints(folder.checkpoints).load_newest()
         except (RunError, UserError):
@@ -94,10 +97,10 @@ def _probe(config: Mapping[str, Any], choices: Mapping[str, str]) -> float | Non
 
 
 def estimate_line(seconds: float | None, jobs: int, at_once: int) -> str:
-    """One line for `jobs` jobs of `seconds` each, `at_once` of them at a time."""
-    from dlopt.tracking.layout import clock
+    """Formats the estimate for `jobs` jobs of `seconds` each, `at_once` at a time."""
+    from dlopt.tracking.layout import format_clock
 
     if seconds is None:
-        return f"{jobs} jobs, {at_once} at once; how long they take could not be found out"
-    whole = seconds * -(-jobs // at_once)
-    return f"{jobs} jobs of about {clock(seconds)} each, {at_once} at once: about {clock(whole)} in all"
+        return f"{jobs} jobs, {at_once} at once; their duration could not be estimated"
+    total = seconds * -(-jobs // at_once)
+    return f"{jobs} jobs of about {format_clock(seconds)} each, {at_once} at once: about {format_clock(total)} in total"

@@ -1,4 +1,4 @@
-"""One job of a sweep: its folder before it starts, and how it ended."""
+"""One job of a sweep: composes it, prepares its folder, and reads or records its result."""
 
 import contextlib
 import json
@@ -16,21 +16,21 @@ from dlopt.errors import DONE, INTERRUPTED, UserError
 from dlopt.files import write_atomically
 from dlopt.folders import RunFolder
 
-SPACE = "sweep.yaml"  # in a sweep's folder; of a grid: the overrides of each job; of a search: what it searches
-OUTPUT = "output.log"  # what a job says on stdout and stderr
-_ODD = re.compile(r"[^\w.,=+@-]+")
+SPACE = "sweep.yaml"  # in a sweep's folder; grid: the overrides of each job; search: its space and config
+OUTPUT = "output.log"  # stdout and stderr of a job
+_UNSAFE = re.compile(r"[^\w.,=+@-]+")  # in a file name
 
 
 @dataclass(frozen=True)
 class Job:
     number: int
     folder: RunFolder
-    config: Mapping[str, Any]  # as it is saved
+    config: Mapping[str, Any]  # as saved
     overrides: Sequence[str]
     choices: Mapping[str, str]
     label: str
     environment: Mapping[str, str] = field(default_factory=dict)  # hydra.job.env_set
-    error: str = ""  # why it cannot run
+    error: str = ""  # non-empty: the job cannot be composed
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Result:
 
 
 def compose(loader: Any, sweep: DictConfig, overrides: Sequence[str], number: int, label: str = "") -> Job:
-    """The job of a composed sweep that has these overrides; `label`: those that tell it from the others.
+    """Composes and checks the job of a sweep that has these overrides. `label`: the overrides that vary between jobs.
 
     Raises `UserError`.
     """
@@ -59,17 +59,17 @@ def compose(loader: Any, sweep: DictConfig, overrides: Sequence[str], number: in
         raise UserError(" ".join(str(error).split())) from None
     with open_dict(config):
         config.hydra.job.num = config.hydra.job.id = number
-    plain, saved = to_plain(config, None)  # allow_packages was checked for the sweep as a whole
+    plain, saved = to_plain(config, None)  # allow_packages was checked when the sweep started
     parse(plain, saved)
-    environment = OmegaConf.to_container(config.hydra.job.env_set, resolve=True)
-    assert isinstance(environment, dict)
+    env_set = OmegaConf.to_container(config.hydra.job.env_set, resolve=True)
+    assert isinstance(env_set, dict)
     folder = RunFolder(Path(str(sweep.hydra.sweep.dir)) / folder_name(str(config.hydra.sweep.subdir)))
-    set_there = {str(key): str(value) for key, value in environment.items()}
-    return Job(number, folder, saved, list(overrides), choices_of(config), label, set_there)
+    environment = {str(key): str(value) for key, value in env_set.items()}
+    return Job(number, folder, saved, list(overrides), choices_of(config), label, environment)
 
 
-def compose_or_refuse(loader: Any, sweep: DictConfig, overrides: Sequence[str], number: int, label: str) -> Job:
-    """As `compose`; a job that cannot be composed carries the error instead."""
+def compose_or_fail(loader: Any, sweep: DictConfig, overrides: Sequence[str], number: int, label: str) -> Job:
+    """Composes a job as `compose` does; on an error returns a job whose `error` is set."""
     try:
         return compose(loader, sweep, overrides, number, label)
     except UserError as error:
@@ -78,21 +78,24 @@ def compose_or_refuse(loader: Any, sweep: DictConfig, overrides: Sequence[str], 
 
 
 def labels(jobs: Sequence[Sequence[str]]) -> list[str]:
-    """Of the overrides of each job those that not all jobs share."""
+    """Joins for each job the overrides that not all jobs share."""
     common = set.intersection(*map(set, jobs)) if len(jobs) > 1 else set()
     return [" ".join(line for line in job if line not in common) or "as configured" for job in jobs]
 
 
 def folder_name(subfolder: str) -> str:
-    """hydra.sweep.subdir as a path that every file system takes and that stays within the sweep. Raises `UserError`."""
-    parts = [_ODD.sub("_", part)[:200] for part in subfolder.split("/") if part]
+    """Returns hydra.sweep.subdir with unsafe characters replaced. Raises `UserError` if it is not below the sweep."""
+    parts = [_UNSAFE.sub("_", part)[:200] for part in subfolder.split("/") if part]
     if not parts or subfolder.startswith("/") or ".." in parts:
-        raise UserError(f"hydra.sweep.subdir={subfolder}: a folder below hydra.sweep.dir is needed")
+        raise UserError(f"hydra.sweep.subdir={subfolder}: must be a folder below hydra.sweep.dir")
     return "/".join(parts)
 
 
-def begin(job: Job) -> Result | None:
-    """Writes what the job is into its folder; its result where it has one already. Raises `UserError`."""
+def prepare(job: Job) -> Result | None:
+    """Writes the job's config into its folder; if the job is done already, returns its result instead.
+
+    Raises `UserError` if the folder holds a run with another config.
+    """
     from dlopt.job import describe
 
     folder = job.folder
@@ -101,27 +104,30 @@ def begin(job: Job) -> Result | None:
         if folder.is_done(job.config):
             return result_of(folder, DONE)
         with contextlib.suppress(OSError):
-            (folder.path / "summary.json").unlink(missing_ok=True)  # of the attempt before
+            (folder.path / "summary.json").unlink(missing_ok=True)  # of the previous attempt
     describe(folder.path, job.config, job.overrides, job.choices)
     return None
 
 
 def result_of(folder: RunFolder, code: int) -> Result:
-    """How the process ended that has just run in this folder; one that left no summary is recorded as failed."""
+    """Returns the result of the process that ended in this folder with exit code `code`.
+
+    Records a failure if the process left no summary, or one that does not agree with its exit code.
+    """
     summary = folder.summary()
-    if summary is None and code == INTERRUPTED:  # stopped before there was anything to write
+    if summary is None and code == INTERRUPTED:  # stopped before it wrote anything
         return Result("interrupted", {})
     if summary is None or (code not in (DONE, INTERRUPTED) and summary.get("status") != "failed"):
-        return record_failure(folder, _ended(code))
+        return record_failure(folder, _explain_exit(code))
     status = str(summary.get("status", "failed"))
     return Result("pruned" if summary.get("pruned") else status, summary, str(summary.get("reason", "")))
 
 
-def _ended(code: int) -> str:
+def _explain_exit(code: int) -> str:
     if code < 0:
         name = signal.Signals(-code).name
         return f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
-    return f"its process ended with exit code {code}; what it said is in {OUTPUT}"
+    return f"exit code {code}; see {OUTPUT}"
 
 
 def record_failure(folder: RunFolder, reason: str) -> Result:
@@ -133,16 +139,16 @@ def record_failure(folder: RunFolder, reason: str) -> Result:
 
 
 def record_pruned(folder: RunFolder, epoch: int) -> Result:
-    """A stopped job counts as stopped early, with a mark: its metrics are those up to there, and it is not tested."""
+    """Records a pruned job as stopped early, with its metrics so far and without a test."""
     summary = {**(folder.summary() or {}), "status": "stopped_early", "pruned": True, "pruned_at_epoch": epoch}
     _write_summary(folder, summary)
     return Result("pruned", summary)
 
 
 def record_dead(folder: RunFolder) -> None:
-    """Marks a job as failed whose process ended without a word, until it has run again."""
+    """Marks a job as failed if its process died without a summary; a later attempt replaces the mark."""
     if folder.holds_a_run() and folder.summary() is None and not folder.is_live():
-        record_failure(folder, "its process was killed, with the sweep or before; resume=auto runs it again")
+        record_failure(folder, "its process was killed; resume=auto runs it again")
 
 
 def _write_summary(folder: RunFolder, summary: Mapping[str, Any]) -> None:

@@ -1,8 +1,8 @@
-"""The worker pool of a sweep: jobs in processes of their own, one per slot; a failed job does not affect the others.
+"""The worker pool of a sweep: one process per job, one job per slot; a failed job does not affect the others.
 
-Local jobs are forked from a server process that has imported what they need: three of a short job's four seconds are
-imports. The server only imports: it starts no thread and touches no GPU, so that a job starts like a fresh process,
-dies alone when it is killed, and computes the same bits. `multiprocessing` provides it.
+Local jobs are forked from a server process (`multiprocessing`'s forkserver) that has already imported their modules:
+imports take three of a short job's four seconds. The server does nothing else. It starts no thread and touches no GPU,
+so a forked job is equivalent to a fresh process: bitwise identical results, and killing it affects no other job.
 """
 
 import contextlib
@@ -29,68 +29,69 @@ from dlopt.errors import DONE, INTERRUPTED, UserError
 from dlopt.folders import RunFolder
 from dlopt.interruption import Interruption
 from dlopt.ranges import Count
-from dlopt.sweeps.jobs import OUTPUT, Job, Result, begin, record_failure, record_pruned, result_of
+from dlopt.sweeps.jobs import OUTPUT, Job, Result, prepare, record_failure, record_pruned, result_of
 from dlopt.tracking.metrics import METRICS, parse_metrics
 from dlopt.tracking.overview import Overview
 
-_MODULES = ["dlopt.job", "dlopt.training.trainer", "dlopt.config.compose", "torch._dynamo", "torch.utils.tensorboard"]
-_MODULES += [__name__]
+_PRELOAD = [
+    "dlopt.job", "dlopt.training.trainer", "dlopt.config.compose", "torch._dynamo", "torch.utils.tensorboard", __name__,
+]  # fmt: skip
 
 
 class Process(Protocol):
-    """A job that has been started."""
+    """A started job."""
 
     def poll(self) -> int | None:
-        """Its exit code, or None while it runs."""
+        """Returns its exit code, or None while it runs."""
 
     def stop(self) -> None:
-        """Has it write a checkpoint and end."""
+        """Requests that it writes a checkpoint and ends."""
 
     def kill(self) -> None:
-        """Ends it at once."""
+        """Ends it immediately."""
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Where jobs run. `start` (slot, folder, environment) runs what the folder describes."""
+    """Where jobs run. `start` (slot, folder, environment) runs the job that the folder describes."""
 
     slots: int
     start: Callable[[int, Path, Mapping[str, str]], Process]
-    find: Callable[[Path], Process | None]  # the job that a killed sweep has left running in a folder, if any
-    seconds: float = 0.2  # between two looks at the jobs
-    is_local: bool = True  # whether jobs are processes of this machine
+    find: Callable[[Path], Process | None]  # the job that a killed sweep left running in a folder, if any
+    poll_seconds: float = 0.2
+    is_local: bool = True  # jobs are processes of this machine
 
 
-class Source:
-    """What hands out the jobs."""
+class JobSource:
+    """Supplies the jobs of a sweep and receives their results."""
 
     def next(self) -> Job | None:
-        """A job for a free slot; None where there is none now."""
+        """Returns a job for a free slot; None if there is none now."""
         raise NotImplementedError
 
-    def is_over(self) -> bool:
-        """Whether no job will come any more, after `next` returned None and once none is running."""
+    def is_exhausted(self) -> bool:
+        """Returns whether no job will follow, after `next` returned None and with no job running."""
         return True
 
-    def stops(self, job: Job, line: Mapping[str, Any]) -> bool:
-        """Takes a new line of a running job's metrics; whether the job is to be stopped."""
+    def should_stop(self, job: Job, metrics: Mapping[str, Any]) -> bool:
+        """Receives a new line of a running job's metrics; returns whether to stop the job."""
         return False
 
     def ended(self, job: Job, result: Result) -> None:
-        """Takes how a job ended."""
+        """Receives the result of a job."""
         raise NotImplementedError
 
 
 # -- the loop
 
 
-def run(source: Source, pool: Pool, overview: Overview) -> None:
-    """Runs what `source` hands out. Raises KeyboardInterrupt once a signal has come and the jobs have stopped."""
+def run(source: JobSource, pool: Pool, overview: Overview) -> None:
+    """Runs the jobs of `source`. On a signal, stops them with checkpoints, then raises KeyboardInterrupt."""
     workers = _Workers(source, pool, overview)
     with Interruption() as interruption:
         try:
             while not interruption and workers.update():
-                time.sleep(pool.seconds)
+                time.sleep(pool.poll_seconds)
             if interruption:
                 workers.stop(interruption)
                 raise KeyboardInterrupt
@@ -105,54 +106,56 @@ def run(source: Source, pool: Pool, overview: Overview) -> None:
 class _Worker:
     job: Job
     process: Process
-    is_adopted: bool  # its process was started by a sweep that was killed
-    position: int = 0  # up to which its metrics.jsonl has been read
+    is_adopted: bool  # its process was started by an earlier sweep, which was killed
+    position: int = 0  # bytes of its metrics.jsonl that have been read
     pruned_at: int | None = None
 
     def new_metrics(self) -> list[dict[str, Any]]:
         with contextlib.suppress(OSError), (self.job.folder.path / METRICS).open("rb") as file:
-            if os.fstat(file.fileno()).st_size < self.position:  # a resumed job cuts what lies beyond its checkpoint
+            if os.fstat(file.fileno()).st_size < self.position:  # a resumed job removes lines after its checkpoint
                 self.position = 0
             file.seek(self.position)
-            whole, newline, _ = file.read().rpartition(b"\n")
-            self.position += len(whole + newline)
-            return parse_metrics(whole)
+            # The last line may still be incomplete: leave it for the next call.
+            complete, newline, _ = file.read().rpartition(b"\n")
+            self.position += len(complete + newline)
+            return parse_metrics(complete)
         return []
 
 
 class _Workers:
-    def __init__(self, source: Source, pool: Pool, overview: Overview) -> None:
+    def __init__(self, source: JobSource, pool: Pool, overview: Overview) -> None:
         self._source, self._pool, self._overview = source, pool, overview
-        self._at: dict[int, _Worker] = {}  # by slot
+        self._active: dict[int, _Worker] = {}  # by slot
 
     def update(self) -> bool:
-        """Takes what has ended, fills free slots; False when all is over."""
-        for slot, worker in list(self._at.items()):
-            self._follow(worker)
+        """Collects the jobs that have ended and fills free slots; returns False when all jobs are done."""
+        for slot, worker in list(self._active.items()):
+            self._read_metrics(worker)
             code = worker.process.poll()
             if code is not None:
-                del self._at[slot]
-                self._end(slot, worker, code)
+                del self._active[slot]
+                self._collect(slot, worker, code)
         try:
             for slot in range(self._pool.slots):
-                while slot not in self._at:
+                while slot not in self._active:
                     job = self._source.next()
                     if job is None:
-                        return bool(self._at) or not self._source.is_over()
-                    self._begin(slot, job)
+                        return bool(self._active) or not self._source.is_exhausted()
+                    self._prepare(slot, job)
             return True
         finally:
             self._overview.refresh()
 
-    def _begin(self, slot: int, job: Job) -> None:
+    def _prepare(self, slot: int, job: Job) -> None:
+        """Starts a job, unless it is done, cannot run, or still runs in a process of an earlier sweep."""
         if (running := self._pool.find(job.folder.path)) is not None:
             self._overview.started(job.number, job.label)
-            self._at[slot] = _Worker(job, running, is_adopted=True)
+            self._active[slot] = _Worker(job, running, is_adopted=True)
             return
         try:
             if job.error:
                 raise UserError(job.error)
-            result = begin(job)
+            result = prepare(job)
         except UserError as error:
             self._ended(job, record_failure(job.folder, str(error)))
             return
@@ -166,27 +169,28 @@ class _Workers:
         try:
             process = self._pool.start(slot, job.folder.path, job.environment)
         except OSError as error:
-            self._ended(job, record_failure(job.folder, f"its process could not be started: {error}"))
+            self._ended(job, record_failure(job.folder, f"the process could not be started: {error}"))
         else:
-            self._at[slot] = _Worker(job, process, is_adopted=False)
+            self._active[slot] = _Worker(job, process, is_adopted=False)
 
-    def _follow(self, worker: _Worker) -> None:
-        for line in worker.new_metrics():
-            self._overview.progress(worker.job.number, line)
-            if worker.pruned_at is None and not worker.is_adopted and self._source.stops(worker.job, line):
-                worker.pruned_at = int(line.get("epoch", 0))
+    def _read_metrics(self, worker: _Worker) -> None:
+        for metrics in worker.new_metrics():
+            self._overview.progress(worker.job.number, metrics)
+            if worker.pruned_at is None and not worker.is_adopted and self._source.should_stop(worker.job, metrics):
+                worker.pruned_at = int(metrics.get("epoch", 0))
                 worker.process.stop()
 
-    def _end(self, slot: int, worker: _Worker, code: int) -> None:
+    def _collect(self, slot: int, worker: _Worker, code: int) -> None:
         job = worker.job
-        self._follow(worker)
+        self._read_metrics(worker)
         if worker.is_adopted:
-            result = begin(job)
+            # The earlier sweep's signal has stopped it: it is done only if it was about to finish. Else it resumes.
+            result = prepare(job)
             if result is None:
                 self._start(slot, job)
                 return
         elif worker.pruned_at is not None and code == -signal.SIGTERM and job.folder.summary() is None:
-            result = record_pruned(job.folder, worker.pruned_at)  # the signal came when nothing could catch it
+            result = record_pruned(job.folder, worker.pruned_at)  # killed before its signal handler was installed
         else:
             result = result_of(job.folder, code)
         if worker.pruned_at is not None and result.status == "interrupted":
@@ -198,30 +202,31 @@ class _Workers:
         self._overview.ended(job.number, job.label, result.status, result.metrics, result.reason, known)
 
     def stop(self, interruption: Interruption) -> None:
-        """Has the jobs end with a checkpoint, and waits for them; a second Ctrl-C ends the waiting."""
-        self._overview.message(f"{interruption.reason}: stopping {len(self._at)} jobs; go on with resume=auto")
-        for worker in self._at.values():
+        """Stops all jobs with a checkpoint and waits for them; a second Ctrl-C ends the wait."""
+        self._overview.message(f"{interruption.reason}: stopping {len(self._active)} jobs; resume with resume=auto")
+        for worker in self._active.values():
             worker.process.stop()
-        while self._at:
-            for slot, worker in list(self._at.items()):
+        while self._active:
+            for slot, worker in list(self._active.items()):
                 code = worker.process.poll()
                 if code is not None:
-                    del self._at[slot]
-                    if not worker.is_adopted:  # the signal may have come before the job could catch it
+                    del self._active[slot]
+                    if not worker.is_adopted:
+                        # Without a summary the signal came before the job's handler was installed: not a failure.
                         is_silent = worker.job.folder.summary() is None
                         self._ended(worker.job, result_of(worker.job.folder, INTERRUPTED if is_silent else code))
-            time.sleep(self._pool.seconds)
+            time.sleep(self._pool.poll_seconds)
 
     def kill(self) -> None:
-        for worker in self._at.values():
+        for worker in self._active.values():
             worker.process.kill()
 
 
 # -- launchers
 
 
-def checked(launcher: Callable[..., Pool], settings: Mapping[str, Any]) -> Pool:
-    """The pool of a launcher with these settings of hydra.launcher. Raises `UserError`."""
+def build_pool(launcher: Callable[..., Pool], settings: Mapping[str, Any]) -> Pool:
+    """Checks the settings of hydra.launcher and builds the launcher's pool. Raises `UserError`."""
     plain = {
         key: OmegaConf.to_container(v, resolve=True) if OmegaConf.is_config(v) else v for key, v in settings.items()
     }
@@ -229,29 +234,29 @@ def checked(launcher: Callable[..., Pool], settings: Mapping[str, Any]) -> Pool:
 
 
 def local(*, n_jobs: Annotated[int, Ge(-1)]) -> Pool:
-    """`n_jobs` processes on this machine, with equal shares of the cores that this process may use; -1: one per core.
+    """Runs `n_jobs` processes (-1: one per core) on this machine, each on an equal number of the available cores.
 
-    With more slots than cores, cores are shared.
+    With more slots than cores, several slots use the same core.
     """
     if n_jobs == 0:
-        raise UserError("hydra.launcher.n_jobs=0: how many jobs run at once; allowed: a whole number >= 1, or -1")
+        raise UserError("hydra.launcher.n_jobs=0: must be the number of jobs to run at once (>= 1), or -1")
     cores = sorted(os.sched_getaffinity(0))
     slots = len(cores) if n_jobs == -1 else n_jobs
 
     def start(slot: int, folder: Path, environment: Mapping[str, str]) -> Process:
-        share = None if slots == 1 else set(cores[slot::slots]) or {cores[slot % len(cores)]}
-        return spawn(folder, environment, share)
+        slot_cores = None if slots == 1 else set(cores[slot::slots]) or {cores[slot % len(cores)]}
+        return spawn(folder, environment, slot_cores)
 
     return Pool(slots, start, find_local)
 
 
 def gpus(*, gpus: Literal["auto"] | list[Annotated[int, Ge(0)] | str], jobs_per_gpu: Count) -> Pool:
-    """One process per GPU (or `jobs_per_gpu`), which sees no other."""
-    names = visible_gpus() if gpus == "auto" else [str(each) for each in gpus]
+    """Runs `jobs_per_gpu` processes per GPU, each of which sees only that GPU."""
+    names = visible_gpus() if gpus == "auto" else [str(name) for name in gpus]
     if not names:
-        raise UserError("hydra.launcher.gpus=auto: no GPU is visible here; name them: hydra.launcher.gpus=[0,1]")
+        raise UserError("hydra.launcher.gpus=auto: no GPU is visible; name them: hydra.launcher.gpus=[0,1]")
     if len(set(names)) < len(names):
-        raise UserError(f"hydra.launcher.gpus={names}: a GPU stands twice; hydra.launcher.jobs_per_gpu shares them")
+        raise UserError(f"hydra.launcher.gpus={names}: duplicate GPU; to share one, set hydra.launcher.jobs_per_gpu")
 
     def start(slot: int, folder: Path, environment: Mapping[str, str]) -> Process:
         return spawn(folder, {**environment, "CUDA_VISIBLE_DEVICES": names[slot % len(names)]}, None)
@@ -260,10 +265,13 @@ def gpus(*, gpus: Literal["auto"] | list[Annotated[int, Ge(0)] | str], jobs_per_
 
 
 def visible_gpus(environment: Mapping[str, str] = os.environ) -> list[str]:
-    """Names of the GPUs, for CUDA_VISIBLE_DEVICES; from the driver, so that no memory is taken on them."""
-    chosen = environment.get("CUDA_VISIBLE_DEVICES")
-    if chosen is not None:
-        return [name.strip() for name in chosen.split(",") if name.strip() and name.strip() != "-1"]
+    """Lists the GPUs by their names for CUDA_VISIBLE_DEVICES.
+
+    Uses nvidia-smi, because torch would allocate memory on every GPU.
+    """
+    selected = environment.get("CUDA_VISIBLE_DEVICES")
+    if selected is not None:
+        return [name.strip() for name in selected.split(",") if name.strip() and name.strip() != "-1"]
     command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         listed = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
@@ -279,7 +287,7 @@ def find_local(folder: Path) -> Process | None:
 
 
 class _Adopted:
-    """A job of a sweep that was killed, still writing its last checkpoint."""
+    """A job of a sweep that was killed; the job is still writing its last checkpoint."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = RunFolder(folder)
@@ -303,8 +311,8 @@ class Forked:
 
 
 def spawn(folder: Path, environment: Mapping[str, str], cores: set[int] | None) -> Forked:
-    """Runs what `folder` describes, on these cores, with `environment` added to this process's own."""
-    process = _server().Process(
+    """Starts the job in `folder` on these cores (None: all), with `environment` added to this process's environment."""
+    process = _forkserver().Process(
         target=_run, args=(str(folder), os.getcwd(), {**os.environ, **environment}, cores), daemon=False
     )
     process.start()
@@ -312,19 +320,19 @@ def spawn(folder: Path, environment: Mapping[str, str], cores: set[int] | None) 
 
 
 def warm_up() -> None:
-    """Has the server begin to import, while the sweep still composes its jobs."""
-    _server()
+    """Starts the server's imports, while the sweep is still composing its jobs."""
+    _forkserver()
     ensure_running()
 
 
-def _server() -> ForkServerContext:
+def _forkserver() -> ForkServerContext:
     context: ForkServerContext = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_MODULES)
+    context.set_forkserver_preload(_PRELOAD)
     return context
 
 
 def _run(folder: str, cwd: str, environment: Mapping[str, str], cores: set[int] | None) -> None:
-    """In the forked process."""
+    """Runs in the forked process, whose working directory, environment and streams are the server's at first."""
     output = os.open(os.path.join(folder, OUTPUT), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     for stream in (1, 2):
         os.dup2(output, stream)
@@ -332,15 +340,15 @@ def _run(folder: str, cwd: str, environment: Mapping[str, str], cores: set[int] 
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
-    multiprocessing.set_start_method(None, force=True)  # what the job starts in turn is not the server's business
+    multiprocessing.set_start_method(None, force=True)  # the job's own children must not be forked from the server
     if cores is not None:
         os.sched_setaffinity(0, cores)
     import numpy as np
 
     from dlopt import job
 
-    np.random.seed()  # torch and random are fresh after a fork, NumPy's global generator is the server's
-    threading.Thread(target=_end_with_sweep, name="sweep", daemon=True).start()
+    np.random.seed()  # torch and random reseed after a fork; NumPy's global generator would be the same in all jobs
+    threading.Thread(target=_stop_with_sweep, name="sweep", daemon=True).start()
     sys.argv = ["dlopt.job", folder]
     code = job.main()
     sys.stdout.flush()
@@ -348,9 +356,11 @@ def _run(folder: str, cwd: str, environment: Mapping[str, str], cores: set[int] 
     sys.exit(code)
 
 
-def _end_with_sweep() -> None:
-    """Where the sweep is killed, the job writes a checkpoint and ends. (The server outlives the sweep: it waits for the
-    jobs.)"""
+def _stop_with_sweep() -> None:
+    """Stops this job with a checkpoint when the sweep's process dies.
+
+    It waits for the sweep itself: the job's parent, the server, outlives the sweep until all jobs have ended.
+    """
     sweep = multiprocessing.parent_process()
     assert sweep is not None
     sweep.join()

@@ -1,10 +1,10 @@
-"""How a search draws its jobs' values, and which jobs it stops early from their validation metrics so far.
+"""Samplers, which draw the values of a search's jobs, and pruners, which stop unpromising jobs early.
 
 conf/hydra/sweeper/sampler/ and conf/hydra/sweeper/pruner/ name these callables with their arguments.
 
-Every job gets a sampler of its own, seeded by the search's seed and the job's number: what job 7 draws does not depend
-on which process draws it, or on how often the sweep was stopped before (but on the results at hand, where a sampler
-learns from them).
+Every job has its own sampler, seeded by the search's seed and the job's number. So the values of job 7 depend neither
+on the process that draws them nor on earlier interruptions of the sweep. They do depend on the results so far if the
+sampler learns from them.
 """
 
 import hashlib
@@ -23,12 +23,12 @@ from dlopt.ranges import Count, Natural
 from dlopt.sweeps.space import Space, grid_values
 
 Sampler = Callable[[int], BaseSampler]
-"""Number of the job -> what draws its values."""
+"""Job number -> Optuna sampler of that job."""
 Factor = Annotated[int, Ge(2)]
 
 
 def random(*, space: Space, seed: int) -> Sampler:
-    """Independent draws (Bergstra & Bengio 2012)."""
+    """Random search: independent draws (Bergstra & Bengio 2012)."""
     return lambda number: optuna.samplers.RandomSampler(seed=_seed(seed, number))
 
 
@@ -44,13 +44,13 @@ def tpe(*, space: Space, seed: int, startup_trials: Natural, multivariate: bool,
 
 
 def cmaes(*, space: Space, seed: int, startup_trials: Count, sigma: float | None, population: Count | None) -> Sampler:
-    """Covariance matrix adaptation (Hansen 2016), over numbers; the first jobs and choices are drawn at random."""
+    """Covariance matrix adaptation (Hansen 2016) over numeric keys; choices and the first jobs are drawn at random."""
     try:
         import cmaes as _  # noqa: F401
     except ImportError:
         raise UserError(f"hydra/sweeper/sampler=cmaes: needs the package cmaes: {install('dlopt[sweep]')}") from None
-    if all(isinstance(each, CategoricalDistribution) for each in space.searched.values()):
-        raise UserError("hydra/sweeper/sampler=cmaes: needs numbers to search; choices alone go with random or tpe")
+    if all(isinstance(distribution, CategoricalDistribution) for distribution in space.searched.values()):
+        raise UserError("hydra/sweeper/sampler=cmaes: needs numbers to search; for choices alone use random or tpe")
     return lambda number: optuna.samplers.CmaEsSampler(
         n_startup_trials=startup_trials,
         sigma0=sigma,
@@ -62,14 +62,14 @@ def cmaes(*, space: Space, seed: int, startup_trials: Count, sigma: float | None
 
 
 def sobol(*, space: Space, seed: int, scramble: bool) -> Sampler:
-    """Points of Sobol's sequence, scrambled after Owen: evenest when the number of jobs is a power of two."""
+    """Sobol sequence with Owen scrambling: most even when the number of jobs is a power of two."""
     from scipy.stats import qmc
 
     return _sequence(qmc.Sobol, space, seed, scramble)
 
 
 def halton(*, space: Space, seed: int, scramble: bool) -> Sampler:
-    """Points of Halton's sequence, scrambled after Owen: even for any number of jobs, in few dimensions."""
+    """Halton sequence with Owen scrambling: even for any number of jobs, in few dimensions."""
     from scipy.stats import qmc
 
     return _sequence(qmc.Halton, space, seed, scramble)
@@ -81,22 +81,22 @@ def _sequence(engine: Callable[..., Any], space: Space, seed: int, scramble: boo
         if number > 0:
             points.fast_forward(number)
         pairs = zip(space.searched.items(), points.random(1)[0], strict=True)
-        return {key: _scaled(each, float(x)) for (key, each), x in pairs}
+        return {key: _quantile(distribution, float(x)) for (key, distribution), x in pairs}
 
-    return lambda number: _Numbered(space, lambda: draw(number))
+    return lambda number: _FixedSampler(space, lambda: draw(number))
 
 
 def grid(*, space: Space, seed: int) -> Sampler:
-    """Every combination, in order; all keys need lists or ranges. `seed` changes nothing."""
-    continuous = [key for key, each in space.searched.items() if grid_values(each) is None]
+    """Every combination, in order; all keys need lists or ranges. `seed` is ignored."""
+    continuous = [key for key, distribution in space.searched.items() if grid_values(distribution) is None]
     if continuous:
         raise UserError(f"{continuous[0]}: hydra/sweeper/sampler=grid needs choice(a,b,...) or range(a,b,step)")
     points = space.points()
-    return lambda number: _Numbered(space, lambda: points[number % len(points)])
+    return lambda number: _FixedSampler(space, lambda: points[number % len(points)])
 
 
-class _Numbered(BaseSampler):
-    """The values follow from the job's number alone."""
+class _FixedSampler(BaseSampler):
+    """Returns the values of one job, which do not depend on other jobs' results."""
 
     def __init__(self, space: Space, draw: Callable[[], dict[str, Any]]) -> None:
         self._space, self._draw = space, draw
@@ -111,14 +111,14 @@ class _Numbered(BaseSampler):
         raise RuntimeError(f"{name} was not drawn")
 
 
-def _scaled(distribution: BaseDistribution, x: float) -> Any:
-    """The value at the share `x` (0 <= x < 1) of the distribution."""
+def _quantile(distribution: BaseDistribution, x: float) -> Any:
+    """Returns the quantile at probability `x` (0 <= x < 1) of the distribution."""
     if isinstance(distribution, FloatDistribution) and distribution.step is None:
         low, high = distribution.low, distribution.high
         value = low * (high / low) ** x if distribution.log else low + x * (high - low)
         return min(max(value, low), high)
     if isinstance(distribution, IntDistribution) and distribution.log:
-        low, high = distribution.low - 0.5, distribution.high + 0.5
+        low, high = distribution.low - 0.5, distribution.high + 0.5  # rounding gives the ends their full weight
         return min(max(round(low * (high / low) ** x), distribution.low), distribution.high)
     values = grid_values(distribution)
     assert values is not None
@@ -126,7 +126,7 @@ def _scaled(distribution: BaseDistribution, x: float) -> Any:
 
 
 def _seed(seed: int, number: int) -> int:
-    """Unrelated streams for neighbouring numbers."""
+    """Hashes seed and job number, so that the streams of neighbouring jobs are unrelated."""
     return int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:4], "little")
 
 
@@ -134,24 +134,24 @@ def _seed(seed: int, number: int) -> int:
 
 
 def none() -> BasePruner:
-    """Every job runs to its end."""
+    """No pruning."""
     return optuna.pruners.NopPruner()
 
 
 def median(*, startup_trials: Natural, warmup_epochs: Natural) -> BasePruner:
-    """Stops a job that is worse than the median of those before it at the same epoch (Golovin et al. 2017)."""
+    """Stops a job whose metric is worse than the median of the earlier jobs at the same epoch (Golovin et al. 2017)."""
     return optuna.pruners.MedianPruner(n_startup_trials=startup_trials, n_warmup_steps=warmup_epochs)
 
 
 def asha(*, min_epochs: Count, reduction_factor: Factor, grace_rungs: Natural) -> BasePruner:
-    """Asynchronous successive halving (Li et al. 2020): of the jobs at each rung the best 1/reduction_factor go on."""
+    """Asynchronous successive halving (Li et al. 2020): the best 1/reduction_factor of the jobs pass each rung."""
     return optuna.pruners.SuccessiveHalvingPruner(
         min_resource=min_epochs, reduction_factor=reduction_factor, min_early_stopping_rate=grace_rungs
     )
 
 
 def hyperband(*, min_epochs: Count, max_epochs: Count, reduction_factor: Factor) -> BasePruner:
-    """Successive halving with several first rungs (Li et al. 2018): jobs are dealt to brackets by their number."""
+    """Successive halving in several brackets with different first rungs (Li et al. 2018)."""
     return optuna.pruners.HyperbandPruner(
         min_resource=min_epochs, max_resource=max_epochs, reduction_factor=reduction_factor
     )

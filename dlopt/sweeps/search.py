@@ -1,4 +1,4 @@
-"""`hydra/sweeper=dlopt_optuna`: jobs drawn one by one, from a study that several processes may share."""
+"""`hydra/sweeper=dlopt_optuna`: draws jobs one at a time from an Optuna study that several processes may share."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,19 +21,19 @@ from dlopt.files import write_atomically
 from dlopt.plain import flatten
 from dlopt.ranges import Count, Seed
 from dlopt.sweeps import pool as pools
-from dlopt.sweeps.jobs import SPACE, Job, Result, compose, compose_or_refuse, record_dead
-from dlopt.sweeps.pool import Pool, Source
-from dlopt.sweeps.space import Space, space_of
-from dlopt.sweeps.study import Claim, Plan, Study, storage_errors
+from dlopt.sweeps.jobs import SPACE, Job, Result, compose, compose_or_fail, record_dead
+from dlopt.sweeps.pool import JobSource, Pool
+from dlopt.sweeps.space import Space, parse_space
+from dlopt.sweeps.study import Claim, Study, StudySpec, storage_errors
 from dlopt.tracking.overview import Overview
 
-_PATIENCE = 3.0  # seconds between two looks for the jobs of processes that may be dead
+_RETRY_SECONDS = 3.0  # between attempts to take over jobs of dead processes, once no other job is left
 _STATES = {"finished": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """The keys of conf/hydra/sweeper/dlopt_optuna.yaml but for the sampler and the pruner."""
+class SearchSettings:
+    """The keys of conf/hydra/sweeper/dlopt_optuna.yaml except for the sampler and the pruner."""
 
     n_trials: Count | None
     objective: str | list[str]
@@ -44,95 +44,110 @@ class Settings:
     seed: Seed
 
 
-def plan_of(loader: Any, config: DictConfig, overrides: Sequence[str]) -> Plan:
-    """The search of the composed config and the task's overrides (as typed). Raises `UserError`."""
+def build_study_spec(loader: Any, config: DictConfig, overrides: Sequence[str]) -> StudySpec:
+    """Checks the search in a composed config and the command line's overrides. Raises `UserError`."""
     sweeper = cast("dict[str, Any]", OmegaConf.to_container(config.hydra.sweeper, resolve=True))
     plain = {key: value for key, value in sweeper.items() if not key.startswith("_")}
-    params, sampler, pruner = plain.pop("params") or {}, plain.pop("sampler"), plain.pop("pruner")
+    params, sampler_node, pruner_node = plain.pop("params") or {}, plain.pop("sampler"), plain.pop("pruner")
     lines = [f"{key}={show(value)}" for key, value in params.items()]
-    space = space_of(OverridesParser.create(loader).parse_overrides([*lines, *overrides]))
-    settings = Settings(**check_arguments("hydra.sweeper", Settings, plain))
+    space = parse_space(OverridesParser.create(loader).parse_overrides([*lines, *overrides]))
+    settings = SearchSettings(**check_arguments("hydra.sweeper", SearchSettings, plain))
     objectives = [settings.objective] if isinstance(settings.objective, str) else settings.objective
     directions = _directions(settings, objectives)
     packages = ("dlopt.sweeps",)
-    draw = component("hydra.sweeper.sampler", sampler, ("space", "seed"), packages)
-    stop = component("hydra.sweeper.pruner", pruner, (), packages)
-    name = draw.target.__name__
+    sampler = component("hydra.sweeper.sampler", sampler_node, ("space", "seed"), packages)
+    pruner = component("hydra.sweeper.pruner", pruner_node, (), packages).build()
+    name = sampler.target.__name__
     if name == "cmaes" and len(objectives) > 1:
-        raise UserError("hydra/sweeper/sampler=cmaes: searches one objective; allowed for several: random, tpe, sobol")
+        raise UserError("hydra/sweeper/sampler=cmaes: supports one objective; for several use random, tpe or sobol")
     seeds = [key for key in space.searched if is_seed(key)]
     if seeds and name != "grid":
         raise UserError(
-            f"{seeds[0]}: a search draws configurations, not seeds; type one seed, and compare the chosen "
-            f"configurations over {seeds[0]}=range(0,5) afterwards (or with hydra/sweeper/sampler=grid)"
+            f"{seeds[0]}: a search draws configurations, not seeds; set one seed, and compare the best "
+            f"configurations over {seeds[0]}=range(0,5) afterwards (or use hydra/sweeper/sampler=grid)"
         )
     total = settings.n_trials if settings.n_trials is not None else space.size()
     if total is None:
-        raise UserError("hydra.sweeper.n_trials=null: only a grid has an end; how many jobs are to run?")
+        raise UserError("hydra.sweeper.n_trials=null: allowed for grids only; set the number of jobs")
     if name == "grid" and space.size() is not None:
         total = min(total, space.size() or 0)
-    pruning = stop.build()
-    watched = None if isinstance(pruning, optuna.pruners.NopPruner) else _watched(settings, objectives)
-    sampling = draw.build(space=space, seed=settings.seed)
-    return Plan(space, objectives, directions, watched, sampling, pruning, total, settings.storage, settings.study_name)
+    return StudySpec(
+        space,
+        objectives,
+        directions,
+        None if isinstance(pruner, optuna.pruners.NopPruner) else _pruning_metric(settings, objectives),
+        sampler.build(space=space, seed=settings.seed),
+        pruner,
+        total,
+        settings.storage,
+        settings.study_name,
+    )
 
 
-def _directions(settings: Settings, objectives: Sequence[str]) -> list[Direction]:
-    given = settings.direction if isinstance(settings.direction, list) else [settings.direction] * len(objectives)
-    if not objectives or len(given) != len(objectives):
+def _directions(settings: SearchSettings, objectives: Sequence[str]) -> list[Direction]:
+    directions = settings.direction if isinstance(settings.direction, list) else [settings.direction] * len(objectives)
+    if not objectives or len(directions) != len(objectives):
         raise UserError(
             f"hydra.sweeper.direction={show(settings.direction)}: one for each objective is needed "
             f"({', '.join(objectives) or 'hydra.sweeper.objective is empty'})"
         )
-    return [direction_of(key) if each == "auto" else each for key, each in zip(objectives, given, strict=True)]
+    return [
+        direction_of(key) if direction == "auto" else direction
+        for key, direction in zip(objectives, directions, strict=True)
+    ]
 
 
-def _watched(settings: Settings, objectives: Sequence[str]) -> str:
+def _pruning_metric(settings: SearchSettings, objectives: Sequence[str]) -> str:
     if len(objectives) > 1:
-        raise UserError("hydra/sweeper/pruner: jobs are stopped by one objective; with several, type none")
+        raise UserError("hydra/sweeper/pruner: pruning needs a single objective; with several set none")
     if settings.watch != "auto":
         return settings.watch
     if not objectives[0].startswith("best_val_"):
         raise UserError(
-            f"hydra.sweeper.watch=auto: metrics.jsonl has no {objectives[0]}; type one of its metrics "
-            "for the pruner to compare: hydra.sweeper.watch=val_loss"
+            f"hydra.sweeper.watch=auto: metrics.jsonl has no {objectives[0]}; set the metric "
+            "that the pruner compares, for example hydra.sweeper.watch=val_loss"
         )
     return objectives[0].removeprefix("best_")
 
 
 def probes(space: Space) -> list[list[str]]:
-    """Overrides of jobs that between them take every choice and both ends of every range: what they say is checked
-    before the first job starts."""
-    ends = {key: _ends(each) for key, each in space.searched.items()}
-    first = {key: values[0] for key, values in ends.items()}
-    points = [first] + [{**first, key: value} for key, values in ends.items() for value in values[1:]]
+    """Returns overrides of jobs that together cover every choice and both ends of every range.
+
+    Their configs are checked before the first job starts.
+    """
+    extremes = {key: _extremes(distribution) for key, distribution in space.searched.items()}
+    first = {key: values[0] for key, values in extremes.items()}
+    points = [first] + [{**first, key: value} for key, values in extremes.items() for value in values[1:]]
     return [space.overrides(point) for point in points]
 
 
-def _ends(distribution: Any) -> Sequence[Any]:
+def _extremes(distribution: Any) -> Sequence[Any]:
     is_choice = isinstance(distribution, optuna.distributions.CategoricalDistribution)
     return distribution.choices if is_choice else (distribution.low, distribution.high)
 
 
-def facts_of(plan: Plan, saved: Mapping[str, Any]) -> dict[str, Any]:
-    """What processes that share the study have to agree on, besides its space. `saved`: config of any one job."""
-    ours = ("epochs", "steps")  # a search compares runs of one length
-    free = [*(key for key in FREE if key not in ours), "data.root", *plan.space.searched]
-    kept = {
+def study_facts(spec: StudySpec, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what must be equal for all processes that share the study, except its space.
+
+    `saved`: the config of any one job; keys that are searched or that may differ between machines are left out.
+    """
+    compared = ("epochs", "steps")  # may change on resume, but a search compares runs of one length
+    free = [*(key for key in FREE if key not in compared), "data.root", *spec.space.searched]
+    fixed = {
         key: value
         for key, value in flatten(saved).items()
-        if not any(key == each or key.startswith(f"{each}.") for each in free)
+        if not any(key == prefix or key.startswith(f"{prefix}.") for prefix in free)
     }
-    return {"objective": list(plan.objectives), "config": kept}
+    return {"objective": list(spec.objectives), "config": fixed}
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """`rows`: (job, overrides that vary, objectives) of all jobs of the study that count, whoever ran them."""
+    """Result of a search. `rows`: (job, varying overrides, objectives) of the finished jobs of all processes."""
 
     failed: int
     interrupted: int
-    elsewhere: int  # jobs at which other processes are at work
+    elsewhere: int  # jobs that other processes are running
     rows: Sequence[tuple[int, str, Sequence[float]]]
 
     @property
@@ -141,93 +156,94 @@ class Outcome:
 
 
 def run_search(loader: Any, config: DictConfig, pool: Pool, arguments: Sequence[str]) -> Outcome:
-    """Works on the study until nothing is left to take. Raises `UserError` before anything runs."""
-    plan = plan_of(loader, config, arguments)
+    """Runs jobs of the study until none is left to claim. Raises `UserError` before the first job starts."""
+    spec = build_study_spec(loader, config, arguments)
     folder = Path(str(config.hydra.sweep.dir))
-    first = compose(loader, config, probes(plan.space)[0], 0)
-    facts = {**facts_of(plan, first.config), "space": plan.space.describe()}
-    with storage_errors(plan.storage):
-        study = Study(folder, plan, facts)
-        _note(folder, facts, study)
-        search = Search(plan, study, partial(compose_or_refuse, loader, config))
+    first = compose(loader, config, probes(spec.space)[0], 0)
+    facts = {**study_facts(spec, first.config), "space": spec.space.describe()}
+    with storage_errors(spec.storage):
+        study = Study(folder, spec, facts)
+        _write_sweep_file(folder, facts, study)
+        search = Search(spec, study, partial(compose_or_fail, loader, config))
         try:
             search.run(pool)
         finally:
-            _note(folder, facts, study)
+            _write_sweep_file(folder, facts, study)
             study.close()
         return search.outcome()
 
 
-def _note(folder: Path, facts: Mapping[str, Any], study: Study) -> None:
-    """sweep.yaml, by which resume=auto finds the search."""
+def _write_sweep_file(folder: Path, facts: Mapping[str, Any], study: Study) -> None:
+    """Writes sweep.yaml, by which resume=auto finds the search."""
     counts = study.counts()
-    noted = {"facts": dict(facts), "finished": sum(counts[state] for state in _STATES.values())}
-    write_atomically(folder / SPACE, yaml.safe_dump(noted, sort_keys=False, allow_unicode=True).encode())
+    content = {"facts": dict(facts), "finished": sum(counts[state] for state in _STATES.values())}
+    write_atomically(folder / SPACE, yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode())
 
 
-class Search(Source):
-    """Hands out the study's jobs, and records how they end. `make` (overrides, number, label) composes a job."""
+class Search(JobSource):
+    """Claims the study's jobs and records their results. `compose_job` (overrides, number, label) builds a job."""
 
-    def __init__(self, plan: Plan, study: Study, make: Callable[[Sequence[str], int, str], Job]) -> None:
-        self._plan, self._study, self._make = plan, study, make
+    def __init__(self, spec: StudySpec, study: Study, compose_job: Callable[[Sequence[str], int, str], Job]) -> None:
+        self._spec, self._study, self._compose_job = spec, study, compose_job
         self._claims: dict[int, Claim] = {}
         self._interrupted = 0
-        self._looked, self._over = float("-inf"), False
+        self._last_empty_claim, self._is_exhausted = float("-inf"), False
         self._overview: Overview | None = None
 
     def run(self, pool: Pool) -> None:
-        """Until nothing is left to take. Raises KeyboardInterrupt once a signal has come and the jobs have stopped."""
-        self._overview = Overview(self._plan.total, self._plan.objectives[0], self._plan.directions[0])
+        """Runs until no job is left. On a signal, stops the jobs with checkpoints, then raises KeyboardInterrupt."""
+        self._overview = Overview(self._spec.total, self._spec.objectives[0], self._spec.directions[0])
         pools.run(self, pool, self._overview)
 
     def next(self) -> Job | None:
         now = time.monotonic()
-        if now < self._looked + _PATIENCE:  # nothing was left: other processes' jobs are looked at now and then
+        if now < self._last_empty_claim + _RETRY_SECONDS:  # do not query the storage at every poll of the pool
             return None
         counts = self._study.counts()
         if self._overview is not None:
-            done = [(number, label, {self._plan.objectives[0]: values[0]}) for number, label, values in self._rows()]
-            self._overview.share({status: counts[state] for status, state in _STATES.items()}, done)
+            done = [(number, label, {self._spec.objectives[0]: values[0]}) for number, label, values in self._rows()]
+            self._overview.update_shared({status: counts[state] for status, state in _STATES.items()}, done)
         claim = self._study.claim()
         if claim is None:
-            self._looked = now
-            self._over = self._study.counts()[TrialState.WAITING] == 0 and not self._study.awaits_orphans()
+            self._last_empty_claim = now
+            self._is_exhausted = self._study.counts()[TrialState.WAITING] == 0 and not self._study.awaits_orphans()
             return None
         self._claims[claim.number] = claim
-        job = self._make(self._plan.space.overrides(claim.values), claim.number, self._plan.space.label(claim.values))
-        if claim.again and not job.error:
+        space = self._spec.space
+        job = self._compose_job(space.overrides(claim.values), claim.number, space.label(claim.values))
+        if claim.is_takeover and not job.error:
             record_dead(job.folder)
         return job
 
     def _rows(self) -> list[tuple[int, str, Sequence[float]]]:
-        return [(number, self._plan.space.label(values), scores) for number, values, scores in self._study.finished()]
+        return [(number, self._spec.space.label(values), scores) for number, values, scores in self._study.finished()]
 
-    def is_over(self) -> bool:
-        return self._over
+    def is_exhausted(self) -> bool:
+        return self._is_exhausted
 
-    def stops(self, job: Job, line: Mapping[str, Any]) -> bool:
-        value = line.get(self._plan.watched or "")
-        if self._plan.watched is None or not _is_number(value):
+    def should_stop(self, job: Job, metrics: Mapping[str, Any]) -> bool:
+        value = metrics.get(self._spec.pruning_metric or "")
+        if self._spec.pruning_metric is None or not _is_number(value):
             return False
-        return self._study.report(self._claims[job.number], int(line["epoch"]), float(value))
+        return self._study.report(self._claims[job.number], int(metrics["epoch"]), float(value))
 
     def ended(self, job: Job, result: Result) -> None:
         claim = self._claims[job.number]
         if result.status == "interrupted":
             self._interrupted += 1
-            return  # stays taken; with this process gone another takes it over
+            return  # the trial stays RUNNING: another process takes it over once this one has ended
         if result.status == "pruned":
             self._study.prune(claim)
             return
         reason = result.reason
         if result.status != "failed":
-            scores = [value for key in self._plan.objectives if _is_number(value := result.metrics.get(key))]
-            if len(scores) == len(self._plan.objectives):
+            scores = [value for key in self._spec.objectives if _is_number(value := result.metrics.get(key))]
+            if len(scores) == len(self._spec.objectives):
                 self._study.finish(claim, [float(score) for score in scores])
                 return
-            missing = next(key for key in self._plan.objectives if not _is_number(result.metrics.get(key)))
-            there = ", ".join(key for key, value in result.metrics.items() if _is_number(value))
-            reason = f"hydra.sweeper.objective={missing}: summary.json has no such metric; it has {there}"
+            missing = next(key for key in self._spec.objectives if not _is_number(result.metrics.get(key)))
+            available = ", ".join(key for key, value in result.metrics.items() if _is_number(value))
+            reason = f"hydra.sweeper.objective={missing}: no such metric in summary.json, which has {available}"
         self._study.fail(claim, reason)
 
     def outcome(self) -> Outcome:

@@ -1,4 +1,4 @@
-"""`hydra/launcher=slurm`: every job of a sweep is a Slurm job, submitted and requeued by submitit."""
+"""`hydra/launcher=slurm`: runs every job of a sweep as a Slurm job, submitted and requeued by submitit."""
 
 import contextlib
 import getpass
@@ -17,10 +17,10 @@ from dlopt.ranges import Count, Natural, Positive
 from dlopt.sweeps.jobs import OUTPUT
 from dlopt.sweeps.pool import Pool, Process
 
-_FOLDER = "slurm"  # in a job's folder: what submitit writes, and the job's id
-_NOTICE = 120  # seconds before its end in which a job writes its checkpoint
-_QUEUE_SECONDS = 5.0  # between two calls of squeue
-_SUMMARY_SECONDS = 15.0  # that a summary may take to be seen on this machine
+_FOLDER = "slurm"  # in a job's folder: submitit's files and the Slurm job id
+_SIGNAL_SECONDS = 120  # before its time limit a job is signalled, to write a checkpoint
+_QUEUE_SECONDS = 5.0  # between calls of squeue
+_SUMMARY_SECONDS = 15.0  # that a summary may take to become visible here through a network file system
 _CODE_OF = {"interrupted": INTERRUPTED, "finished": DONE, "stopped_early": DONE}
 
 
@@ -36,13 +36,14 @@ def slurm(
     account: str | None,
     extra: dict[str, str | int | float | bool],
 ) -> Pool:
-    """`n_jobs` Slurm jobs at once; `time` in minutes; `requeue`: how often a job that runs out of it is queued again.
+    """Runs `n_jobs` Slurm jobs at once, each for `time` minutes, requeued up to `requeue` times.
 
-    All nodes must see the sweep's folder under the same path.
+    All nodes must see the sweep's folder under the same path. Raises `UserError` without sbatch or submitit.
     """
     if shutil.which("sbatch") is None:
-        raise UserError("hydra/launcher=slurm: there is no sbatch here; start the sweep where Slurm's commands are")
-    # Slurm signals all processes of a job, and a run writes a checkpoint at this one. submitit reads it when imported.
+        raise UserError("hydra/launcher=slurm: sbatch was not found; start the sweep on a login node of the cluster")
+    # Slurm sends this signal to all processes of the job, and a run writes a checkpoint on it. submitit reads the
+    # variable when it is imported.
     os.environ["SUBMITIT_PREEMPT_SIGNAL"] = "USR1"
     try:
         import submitit
@@ -56,7 +57,7 @@ def slurm(
         "mem": None if mem_gb is None else f"{round(1024 * mem_gb)}M",
         "time": time,
         "account": account,
-        "signal_delay_s": _NOTICE,
+        "signal_delay_s": _SIGNAL_SECONDS,
         "additional_parameters": extra or None,
     }
     queue = _Queue()
@@ -65,25 +66,25 @@ def slurm(
         executor = submitit.SlurmExecutor(folder=folder / _FOLDER, max_num_timeout=requeue)
         executor.update_parameters(**{key: value for key, value in parameters.items() if value is not None})
         try:
-            number = str(executor.submit(InSlurm(str(folder), dict(environment))).job_id)
+            job_id = str(executor.submit(SlurmTask(str(folder), dict(environment))).job_id)
         except submitit.core.utils.FailedJobError as error:
             raise OSError(" ".join(str(error).split())) from None
-        (folder / _FOLDER / "job_id").write_text(f"{number}\n")
-        queue.forget()
-        return _Submitted(number, folder, queue)
+        (folder / _FOLDER / "job_id").write_text(f"{job_id}\n")
+        queue.invalidate()
+        return _SlurmJob(job_id, folder, queue)
 
     def find(folder: Path) -> Process | None:
         with contextlib.suppress(OSError):
-            number = (folder / _FOLDER / "job_id").read_text().strip()
-            if number in queue.states():
-                return _Submitted(number, folder, queue)
+            job_id = (folder / _FOLDER / "job_id").read_text().strip()
+            if job_id in queue.states():
+                return _SlurmJob(job_id, folder, queue)
         return None
 
-    return Pool(n_jobs, start, find, seconds=1.0, is_local=False)
+    return Pool(n_jobs, start, find, poll_seconds=1.0, is_local=False)
 
 
-class InSlurm:
-    """What runs on the node."""
+class SlurmTask:
+    """The callable that submitit pickles and runs on the node."""
 
     def __init__(self, folder: str, environment: Mapping[str, str]) -> None:
         self.folder, self.environment = folder, environment
@@ -103,60 +104,62 @@ class InSlurm:
         return self._process.returncode
 
     def checkpoint(self) -> Any:
-        """Called by submitit when the time is over or the job is preempted: what is to be queued again."""
+        """Stops the run with a checkpoint and returns what submitit requeues, at the time limit or on preemption."""
         from submitit.helpers import DelayedSubmission
 
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError, ChildProcessError):
-                self._process.terminate()  # it writes a checkpoint
-                os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)  # poll() may hold Popen's lock
-        return DelayedSubmission(InSlurm(self.folder, self.environment))
+                self._process.terminate()
+                # Not Popen.wait(): this is a signal handler, and the poll() it interrupted may hold Popen's lock.
+                os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
+        return DelayedSubmission(SlurmTask(self.folder, self.environment))
 
 
 class _Queue:
-    """The states of this user's jobs, from one squeue call for all of them."""
+    """The states of the user's Slurm jobs, cached: one squeue call serves all jobs of the sweep."""
 
     def __init__(self) -> None:
         self._states: dict[str, str] = {}
-        self.forget()
+        self.invalidate()
 
-    def forget(self) -> None:
-        self._at = float("-inf")
+    def invalidate(self) -> None:
+        self._updated = float("-inf")
 
     def states(self) -> dict[str, str]:
-        """Job id -> PENDING, RUNNING, ...; without the jobs that are over."""
-        if time.monotonic() - self._at >= _QUEUE_SECONDS:
+        """Maps job ids to PENDING, RUNNING, ...; without jobs that have ended."""
+        if time.monotonic() - self._updated >= _QUEUE_SECONDS:
             command = ["squeue", "-h", "-u", getpass.getuser(), "-o", "%i %T"]
-            with contextlib.suppress(OSError, subprocess.SubprocessError):  # a busy controller answers next time
+            with contextlib.suppress(OSError, subprocess.SubprocessError):  # a busy controller: retry at the next poll
                 lines = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
                 self._states = dict(line.split(maxsplit=1) for line in lines.splitlines() if " " in line)
-                self._at = time.monotonic()
+                self._updated = time.monotonic()
         return self._states
 
 
-class _Submitted:
-    def __init__(self, number: str, folder: Path, queue: _Queue) -> None:
-        self._number, self._folder, self._queue = number, RunFolder(folder), queue
-        self._gone: float | None = None  # since when it is not in the queue
+class _SlurmJob:
+    def __init__(self, job_id: str, folder: Path, queue: _Queue) -> None:
+        self._job_id, self._folder, self._queue = job_id, RunFolder(folder), queue
+        self._missing_since: float | None = None  # in the queue
 
     def poll(self) -> int | None:
-        if self._number in self._queue.states():
-            self._gone = None
+        if self._job_id in self._queue.states():
+            self._missing_since = None
             return None
         status = (self._folder.summary() or {}).get("status")
-        if status in (None, "interrupted"):  # a job that is being queued again is out of sight for a moment
-            self._gone = self._gone or time.monotonic()
-            if time.monotonic() - self._gone < _SUMMARY_SECONDS:
+        # Without a final summary, wait: a job that is being requeued leaves the queue for a moment.
+        if status in (None, "interrupted"):
+            self._missing_since = self._missing_since or time.monotonic()
+            if time.monotonic() - self._missing_since < _SUMMARY_SECONDS:
                 return None
         return _CODE_OF.get(status or "", FAILED)
 
     def stop(self) -> None:
-        is_waiting = self._queue.states().get(self._number) == "PENDING"
-        self._cancel(*([] if is_waiting else ["--signal=TERM"]))
+        is_pending = self._queue.states().get(self._job_id) == "PENDING"
+        self._cancel(*([] if is_pending else ["--signal=TERM"]))
 
     def kill(self) -> None:
         self._cancel()
 
     def _cancel(self, *options: str) -> None:
         with contextlib.suppress(OSError, subprocess.SubprocessError):
-            subprocess.run(["scancel", *options, self._number], capture_output=True, timeout=60, check=False)
+            subprocess.run(["scancel", *options, self._job_id], capture_output=True, timeout=60, check=False)

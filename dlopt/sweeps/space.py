@@ -1,4 +1,4 @@
-"""The search space: what Hydra's `interval()`, `range()`, `choice()` and `tag(log, ...)` mean to Optuna."""
+"""The search space: converts Hydra's `interval()`, `range()`, `choice()` and `tag(log, ...)` for Optuna."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -17,40 +17,40 @@ Value = str | int | float
 
 @dataclass(frozen=True)
 class Space:
-    """`searched`: key -> distribution; choices are the texts that one would type. `fixed`: overrides of every job."""
+    """`searched`: key -> distribution; choices are strings as on the command line. `fixed`: overrides of every job."""
 
     searched: Mapping[str, BaseDistribution]
     fixed: tuple[str, ...]
 
     def overrides(self, values: Mapping[str, Any]) -> list[str]:
-        """What one would type for the job that has these values."""
-        return [*self.fixed, *self._drawn(values)]
+        """Returns the overrides of the job with these values."""
+        return [*self.fixed, *self._searched_overrides(values)]
 
     def label(self, values: Mapping[str, Any]) -> str:
-        """What tells the job from the others."""
-        return " ".join(self._drawn(values))
+        """Returns the overrides in which the job differs from others."""
+        return " ".join(self._searched_overrides(values))
 
-    def _drawn(self, values: Mapping[str, Any]) -> list[str]:
-        return [f"{key}={_text(values[key])}" for key in self.searched]
+    def _searched_overrides(self, values: Mapping[str, Any]) -> list[str]:
+        return [f"{key}={values[key]}" for key in self.searched]
 
     def describe(self) -> dict[str, str]:
-        """Key -> distribution in Hydra's words: for showing, saving and comparing."""
-        return {key: _describe(each) for key, each in self.searched.items()}
+        """Maps each key to its distribution in Hydra's notation, for display, storage and comparison."""
+        return {key: _describe(distribution) for key, distribution in self.searched.items()}
 
     def size(self) -> int | None:
-        """Number of points; None where a key is continuous."""
-        values = [grid_values(each) for each in self.searched.values()]
-        return None if None in values else math.prod(len(each or ()) for each in values)
+        """Returns the number of points; None if a key is continuous."""
+        axes = [grid_values(distribution) for distribution in self.searched.values()]
+        return None if None in axes else math.prod(len(axis or ()) for axis in axes)
 
     def points(self) -> list[dict[str, Value]]:
-        """All points of a space without continuous keys, the last key changing fastest."""
-        values = [grid_values(each) for each in self.searched.values()]
-        assert all(each is not None for each in values)
-        return [dict(zip(self.searched, point, strict=True)) for point in product(*cast("list[list[Value]]", values))]
+        """Returns all points of a space without continuous keys; the last key changes fastest."""
+        axes = [grid_values(distribution) for distribution in self.searched.values()]
+        assert all(axis is not None for axis in axes)
+        return [dict(zip(self.searched, point, strict=True)) for point in product(*cast("list[list[Value]]", axes))]
 
 
-def space_of(overrides: Iterable[Override]) -> Space:
-    """The space of parsed overrides; of a key given twice the later counts. Raises `UserError`."""
+def parse_space(overrides: Iterable[Override]) -> Space:
+    """Builds the space of parsed overrides; of a key given twice the last wins. Raises `UserError`."""
     searched: dict[str, BaseDistribution] = {}
     fixed: dict[str, str] = {}
     for override in overrides:
@@ -63,7 +63,7 @@ def space_of(overrides: Iterable[Override]) -> Space:
             fixed[key] = f"{key}={override.get_value_element_as_str()}"
     if not searched:
         raise UserError(
-            "hydra.sweeper.params: there is nothing to search; for example "
+            "hydra.sweeper.params: nothing to search; add for example "
             "'optimizer.lr=tag(log,interval(0.001,0.1))' or optimizer=sgd,adamw"
         )
     return Space(searched, tuple(fixed.values()))
@@ -79,7 +79,7 @@ def _distribution(key: str, override: Override) -> BaseDistribution:
     if not choices:
         raise UserError(f"{key}: the list of values is empty")
     if len(set(choices)) < len(choices):
-        raise UserError(f"{override.input_line}: a value stands twice in the list")
+        raise UserError(f"{override.input_line}: duplicate value in the list")
     return CategoricalDistribution(choices)
 
 
@@ -87,17 +87,17 @@ def _interval(key: str, sweep: IntervalSweep) -> BaseDistribution:
     low, high, is_log = sweep.start, sweep.end, _is_log(key, sweep.tags)
     assert low is not None and high is not None
     if low > high or (is_log and low <= 0):
-        needed = "0 < a <= b" if is_log else "a <= b"
-        raise UserError(f"{key}=interval({low},{high}): interval(a,b) needs {needed}")
+        required = "0 < a <= b" if is_log else "a <= b"
+        raise UserError(f"{key}=interval({low},{high}): interval(a,b) requires {required}")
     if isinstance(low, int) and isinstance(high, int):
         return IntDistribution(low, high, log=is_log)
     return FloatDistribution(float(low), float(high), log=is_log)
 
 
 def _range(key: str, sweep: RangeSweep) -> BaseDistribution:
-    """Without `stop`, as Hydra's range; Optuna's bounds include it."""
+    # Hydra's range excludes its end, Optuna's distributions include theirs.
     if _is_log(key, sweep.tags):
-        raise UserError(f"{key}: tag(log, ...) goes with interval(a,b), not with range")
+        raise UserError(f"{key}: tag(log, ...) requires interval(a,b), not range")
     values = list(sweep.range())
     if not values:
         raise UserError(f"{key}=range({sweep.start},{sweep.stop},{sweep.step}): the range is empty")
@@ -110,24 +110,25 @@ def _range(key: str, sweep: RangeSweep) -> BaseDistribution:
 def _is_log(key: str, tags: set[str]) -> bool:
     unknown = tags - {"log"}
     if unknown:
-        raise UserError(f"{key}: tag({sorted(unknown)[0]}, ...) means nothing here; allowed: tag(log, interval(a,b))")
+        raise UserError(f"{key}: unknown tag({sorted(unknown)[0]}, ...); allowed: tag(log, interval(a,b))")
     return bool(tags)
 
 
 def grid_values(distribution: BaseDistribution) -> list[Value] | None:
-    """All values, in order; None where they are continuous."""
+    """Returns all values, in order; None if they are continuous."""
     if isinstance(distribution, CategoricalDistribution):
         return [str(choice) for choice in distribution.choices]
     if isinstance(distribution, IntDistribution):
         return list(range(distribution.low, distribution.high + 1, distribution.step))
     if isinstance(distribution, FloatDistribution) and distribution.step is not None:
+        # In decimals: 0.1 * 3 would be 0.30000000000000004.
         first, last, step = (Decimal(str(x)) for x in (distribution.low, distribution.high, distribution.step))
         return [float(first + i * step) for i in range(int((last - first) / step) + 1)]
     return None
 
 
 def suggest(trial: Any, key: str, distribution: BaseDistribution) -> Any:
-    """The trial's value of one key."""
+    """Returns the trial's value of one key."""
     if isinstance(distribution, CategoricalDistribution):
         return trial.suggest_categorical(key, distribution.choices)
     if isinstance(distribution, IntDistribution):
@@ -135,10 +136,6 @@ def suggest(trial: Any, key: str, distribution: BaseDistribution) -> Any:
         return trial.suggest_int(key, low, high, step=distribution.step, log=distribution.log)
     assert isinstance(distribution, FloatDistribution)
     return trial.suggest_float(key, distribution.low, distribution.high, step=distribution.step, log=distribution.log)
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else repr(value)
 
 
 def _describe(distribution: BaseDistribution) -> str:

@@ -1,8 +1,8 @@
-"""A study that several processes share: its storage, who works on which job, and recovery from dead processes.
+"""An Optuna study that several processes share: storage, ownership of trials, recovery from dead processes.
 
-Every job is a waiting trial from the time when the study is made, so that their number is fixed, a trial's number is
-its folder's name, and taking one is a single atomic step of the storage. A trial that a dead process has taken is taken
-over, number, values and checkpoint included.
+All trials are created as WAITING together with the study. So the number of jobs is fixed, a trial's number is the name
+of its job's folder, and claiming a trial is a single atomic operation of the storage. The trial of a dead process is
+taken over by another one, with its number, values and checkpoint.
 """
 
 import os
@@ -33,20 +33,20 @@ from dlopt.sweeps.space import Space, suggest
 
 JOURNAL = "study.journal"
 WORKERS = "workers"
-_ORPHAN_SECONDS = 60.0  # after which a trial that nobody has put a name to belongs to a dead process
+_ORPHAN_SECONDS = 60.0  # after which the owner of a running trial that names no owner counts as dead
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
 
 @dataclass(frozen=True)
-class Plan:
+class StudySpec:
     """What a search computes and how it chooses its jobs."""
 
     space: Space
     objectives: Sequence[str]
     directions: Sequence[Direction]
-    watched: str | None  # metric that the pruner compares; None: nothing is pruned
+    pruning_metric: str | None  # of metrics.jsonl; None: no pruning
     sampler: Sampler
     pruner: BasePruner
     total: int
@@ -56,30 +56,33 @@ class Plan:
 
 @dataclass(frozen=True)
 class Claim:
-    """A job of this process: `again` where a dead one had begun it."""
+    """A job that this process runs."""
 
     number: int
     values: Mapping[str, Any]
     trial: optuna.trial.Trial
-    again: bool
+    is_takeover: bool  # a dead process had started it
 
 
 class _JournalLock:
-    """For Optuna's journal. Its own locks are files, which a killed process leaves behind: others then wait 30 s."""
+    """Lock for Optuna's journal file.
+
+    Optuna's own locks are files, which survive a killed process and then block the others for 30 s.
+    """
 
     def __init__(self, journal: Path) -> None:
         self._journal, self._held = journal, ExitStack()
 
     def acquire(self) -> bool:
         self._held.enter_context(locked(self._journal.with_name(f"{self._journal.name}.lock")))
-        self._mend()
+        self._truncate_torn_line()
         return True
 
     def release(self) -> None:
         self._held.close()
 
-    def _mend(self) -> None:
-        """Cuts off what a process that was killed while it wrote has left of its last line."""
+    def _truncate_torn_line(self) -> None:
+        """Removes an incomplete last line, which a process leaves that is killed while it writes."""
         with suppress(FileNotFoundError), self._journal.open("rb+") as journal:
             size = journal.seek(0, os.SEEK_END)
             if size == 0:
@@ -93,34 +96,34 @@ class _JournalLock:
 
 
 def open_storage(url: str | None, folder: Path) -> BaseStorage:
-    """The journal file of a sweep's folder, or the database at `url`. Raises `UserError`."""
-    setup = folder / WORKERS / "setup.lock"
-    setup.parent.mkdir(parents=True, exist_ok=True)
+    """Opens the journal file of a sweep's folder, or the database at `url`. Raises `UserError`."""
+    lock = folder / WORKERS / "setup.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
     if url is None:
         path = folder / JOURNAL
         return JournalStorage(JournalFileBackend(str(path), lock_obj=cast(Any, _JournalLock(path))))
     try:
-        with locked(setup):  # two processes may not lay down the tables at once
+        with locked(lock):  # creating the tables fails if two processes do it at once
             return RDBStorage(url, engine_kwargs={} if url.startswith("sqlite") else {"pool_pre_ping": True})
     except ImportError as error:
         missing = getattr(error.__cause__, "name", None) or error.name or "the database's driver"
         driver = {"psycopg": "'psycopg[binary]'", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
         raise UserError(
-            f"hydra.sweeper.storage={hidden(url)}: needs a package: pip install {driver.get(missing, missing)}"
+            f"hydra.sweeper.storage={hide_password(url)}: needs a package: pip install {driver.get(missing, missing)}"
         ) from None
-    except Exception as error:  # SQLAlchemy's, its drivers' and Optuna's own
-        raise UserError(f"hydra.sweeper.storage={hidden(url)}: {_reason(error, url)}") from None
+    except Exception as error:  # of SQLAlchemy, its drivers or Optuna
+        raise UserError(f"hydra.sweeper.storage={hide_password(url)}: {_reason(error, url)}") from None
 
 
-def hidden(url: str | None) -> str:
-    """A database's URL without its password."""
+def hide_password(url: str | None) -> str:
+    """Returns the URL of a database without its password; the journal's name for None."""
     if url is None:
         return JOURNAL
-    parsed = _parsed(url)
+    parsed = _parse_url(url)
     return "***" if parsed is None else str(parsed.render_as_string(hide_password=True))
 
 
-def _parsed(url: str) -> Any:
+def _parse_url(url: str) -> Any:
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -131,48 +134,50 @@ def _parsed(url: str) -> Any:
 
 
 def _reason(error: Exception, url: str | None) -> str:
-    """The first line of the message, without the password of the database."""
+    """Returns the first line of the error's message, without the database's password."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     if url is None:
         return text
-    parsed = _parsed(url)
+    parsed = _parse_url(url)
     if parsed is None:
-        return "this is no URL of a database"
+        return "not the URL of a database"
     return text.replace(str(parsed.password), "***") if parsed.password else text
 
 
 class Study:
-    """One process's view of the study."""
+    """A process's handle of the study."""
 
-    def __init__(self, folder: Path, plan: Plan, facts: Mapping[str, Any]) -> None:
-        """Makes or joins the study. `facts`: what has to be equal for those who share it, as JSON.
+    def __init__(self, folder: Path, spec: StudySpec, facts: Mapping[str, Any]) -> None:
+        """Creates or joins the study. `facts`: JSON values that must be equal for all processes that share it.
 
-        Raises `UserError` with the difference where the study searches something else.
+        Raises `UserError` with the differences if the existing study has other facts.
         """
-        self.folder, self.space, self.total = folder, plan.space, plan.total
-        self._storage, self._sampler = open_storage(plan.storage, folder), plan.sampler
+        self.folder, self.space, self.total = folder, spec.space, spec.total
+        self._storage, self._sampler = open_storage(spec.storage, folder), spec.sampler
         self._workers = folder / WORKERS
         self.worker = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
-        self._mine: set[int] = set()
-        self._alive = hold(self._workers / f"{self.worker}.lock")
+        self._claimed: set[int] = set()
+        # The operating system releases this lock when the process dies: so others can tell that its trials are free.
+        self._alive_lock = hold(self._workers / f"{self.worker}.lock")
         with locked(self._workers / "setup.lock"):
-            self._study = _create(self._storage, plan)
-            _agree(self._study, {**facts, "space": plan.space.describe(), "directions": list(plan.directions)})
+            self._study = _create(self._storage, spec)
+            _check_facts(self._study, {**facts, "space": spec.space.describe(), "directions": list(spec.directions)})
             self._add_trials()
 
     def close(self) -> None:
-        """Gives back what is not finished, to whoever resumes it."""
-        self._alive.close()
+        """Releases the unfinished jobs, so that another process can take them over."""
+        self._alive_lock.close()
 
     def _add_trials(self) -> None:
-        """Waiting trials up to the total, which may have grown."""
+        """Adds waiting trials up to the total, which may have grown since the study was created."""
         missing = self.total - len(self._trials())
-        while missing > 0:  # another machine's process, which does not see our lock, may be at it: not if none comes
+        # A process on another machine, where the lock has no effect, may be adding trials: wait until it stops.
+        while missing > 0:
             time.sleep(0 if missing == self.total else 1.0)
-            now = self.total - len(self._trials())
-            if now == missing:
+            still_missing = self.total - len(self._trials())
+            if still_missing == missing:
                 break
-            missing = now
+            missing = still_missing
         for _ in range(missing):
             self._study.add_trial(optuna.trial.create_trial(state=TrialState.WAITING))
 
@@ -181,64 +186,72 @@ class Study:
         return [trial for trial in trials if trial.number < self.total]
 
     def claim(self) -> Claim | None:
-        """The next job: one that a dead process has left, or a new one; None where nothing is left to take."""
+        """Claims the next job: one of a dead process, else a new one. Returns None if there is none."""
         for trial in self._trials(TrialState.RUNNING):
-            if trial.number not in self._mine and self._take_over(trial):
-                return self._claimed(trial, again=True)
+            if trial.number not in self._claimed and self._take_over(trial):
+                return self._draw_values(trial, is_takeover=True)
         for trial in self._trials(TrialState.WAITING):
-            if self._take(trial):
-                return self._claimed(trial, again=False)
+            if self._start(trial):
+                return self._draw_values(trial, is_takeover=False)
         return None
 
-    def _take(self, trial: FrozenTrial) -> bool:
+    def _start(self, trial: FrozenTrial) -> bool:
+        """Sets a waiting trial to RUNNING; returns False if another process was faster."""
         try:
             if not self._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING):
                 return False
-        except (UpdateFinishedTrialError, RuntimeError):  # another process was faster, and has even finished it
+        except (UpdateFinishedTrialError, RuntimeError):  # another process has even finished it
             return False
-        self._sign(trial)
+        self._record_owner(trial)
         return True
 
-    def _sign(self, trial: FrozenTrial) -> None:
+    def _record_owner(self, trial: FrozenTrial) -> None:
         self._storage.set_trial_user_attr(trial._trial_id, "folder", str(self.folder))
         self._storage.set_trial_user_attr(trial._trial_id, "worker", self.worker)
 
     def _take_over(self, trial: FrozenTrial) -> bool:
-        """Whether the trial's process is dead, and no other has taken the trial over meanwhile."""
-        with taken(self._lock_of(trial)) as is_dead:
+        """Becomes the owner of a running trial if its owner is dead; returns whether it did."""
+        with taken(self._owner_lock(trial)) as is_dead:
             if not is_dead:
                 return False
-            now = self._storage.get_trial(trial._trial_id)
-            if now.state != TrialState.RUNNING or now.user_attrs.get("worker") != trial.user_attrs.get("worker"):
+            # Read again under the lock: another process may have taken the trial over in the meantime.
+            current = self._storage.get_trial(trial._trial_id)
+            if current.state != TrialState.RUNNING:
                 return False
-            self._sign(trial)
+            if current.user_attrs.get("worker") != trial.user_attrs.get("worker"):
+                return False
+            self._record_owner(trial)
             return True
 
-    def _lock_of(self, trial: FrozenTrial) -> Path:
+    def _owner_lock(self, trial: FrozenTrial) -> Path:
+        """Returns the lock file that the trial's owner holds while it lives."""
         worker = trial.user_attrs.get("worker")
         if worker is None:
-            begun = trial.datetime_start
-            is_young = begun is None or (datetime.now() - begun).total_seconds() < _ORPHAN_SECONDS
+            # The owner died between `_start` and `_record_owner`, or has not got there yet. A file that does not exist
+            # cannot be locked, so a recent trial is left alone; orphans.lock lets one process take an old one over.
+            started = trial.datetime_start
+            is_recent = started is None or (datetime.now() - started).total_seconds() < _ORPHAN_SECONDS
             orphans = self._workers / "orphans.lock"
             orphans.touch()
-            return self._workers / "nobody" if is_young else orphans
-        there = Path(str(trial.user_attrs.get("folder", self.folder)))
-        return (there if there.is_dir() else self.folder) / WORKERS / f"{worker}.lock"
+            return self._workers / "nobody" if is_recent else orphans
+        owner_folder = Path(str(trial.user_attrs.get("folder", self.folder)))
+        return (owner_folder if owner_folder.is_dir() else self.folder) / WORKERS / f"{worker}.lock"
 
-    def _claimed(self, trial: FrozenTrial, again: bool) -> Claim:
-        self._mine.add(trial.number)
-        self._study.sampler = self._sampler(trial.number)
-        own = optuna.trial.Trial(self._study, trial._trial_id)
+    def _draw_values(self, frozen: FrozenTrial, is_takeover: bool) -> Claim:
+        self._claimed.add(frozen.number)
+        self._study.sampler = self._sampler(frozen.number)
+        trial = optuna.trial.Trial(self._study, frozen._trial_id)
         values = {}
-        for key, each in self.space.searched.items():
-            if key in trial.params and key not in own.relative_params and not each.single():
-                # A dead process has drawn it, and perhaps not all: what follows is drawn from where it stood.
-                self._study.sampler.sample_independent(self._study, trial, key, each)
-            values[key] = suggest(own, key, each)
-        return Claim(trial.number, values, own, again)
+        for key, distribution in self.space.searched.items():
+            if key in frozen.params and key not in trial.relative_params and not distribution.single():
+                # A dead process has drawn this value, but perhaps not those of later keys. Draw it again and discard
+                # it, so that the sampler's random stream is where it was and the later values are the same.
+                self._study.sampler.sample_independent(self._study, frozen, key, distribution)
+            values[key] = suggest(trial, key, distribution)
+        return Claim(frozen.number, values, trial, is_takeover)
 
     def report(self, claim: Claim, epoch: int, value: float) -> bool:
-        """Takes a running job's metric; returns whether the job is to be stopped."""
+        """Reports a running job's metric to the pruner; returns whether to stop the job."""
         claim.trial.report(value, epoch)
         return claim.trial.should_prune()
 
@@ -256,61 +269,62 @@ class Study:
         return Counter(trial.state for trial in self._trials())
 
     def finished(self) -> list[tuple[int, Mapping[str, Any], Sequence[float]]]:
-        """(number, values, objectives) of the jobs that count."""
+        """Returns (number, values, objectives) of the finished jobs."""
         return [(trial.number, trial.params, trial.values) for trial in self._trials(TrialState.COMPLETE)]
 
     def awaits_orphans(self) -> bool:
-        """Whether a trial was taken by a process that may have died before it signed."""
+        """Returns whether the owner of a running trial may have died before it recorded its name."""
         return any(trial.user_attrs.get("worker") is None for trial in self._trials(TrialState.RUNNING))
 
 
-def is_worked_on(folder: Path) -> bool:
-    """Whether a living process works on the search in this folder."""
+def has_live_worker(folder: Path) -> bool:
+    """Returns whether a process is working on the search in this folder."""
     return any(is_held(path) for path in (folder / WORKERS).glob("*-*.lock"))
 
 
-def _create(storage: BaseStorage, plan: Plan) -> optuna.Study:
-    directions = list(plan.directions)
+def _create(storage: BaseStorage, spec: StudySpec) -> optuna.Study:
+    directions = list(spec.directions)
     try:
-        return optuna.create_study(storage=storage, study_name=plan.name, directions=directions, pruner=plan.pruner)
+        return optuna.create_study(storage=storage, study_name=spec.name, directions=directions, pruner=spec.pruner)
     except DuplicatedStudyError:
-        return optuna.load_study(storage=storage, study_name=plan.name, pruner=plan.pruner)
+        return optuna.load_study(storage=storage, study_name=spec.name, pruner=spec.pruner)
 
 
-def _agree(study: optuna.Study, facts: Mapping[str, Any]) -> None:
-    """Raises `UserError` where the study was made for other facts; notes them where it is new."""
-    known = study.user_attrs.get("facts")
-    if known is None:
+def _check_facts(study: optuna.Study, facts: Mapping[str, Any]) -> None:
+    """Stores the facts of a new study; raises `UserError` if an existing one has others."""
+    existing = study.user_attrs.get("facts")
+    if existing is None:
         study.set_user_attr("facts", dict(facts))
         return
-    different = differing(known, facts)
+    different = describe_differences(existing, facts)
     if different:
         raise UserError(
-            f"hydra.sweeper: the study {study.study_name} searches something else ({different}); "
-            "take its search space, or another hydra.sweep.dir or hydra.sweeper.study_name"
+            f"hydra.sweeper: the study {study.study_name} has another search space or config ({different}); "
+            "use the same one, or another hydra.sweep.dir or hydra.sweeper.study_name"
         )
 
 
-def differing(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """`key: a there, b now` for all keys that differ; '' where none does."""
+def describe_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:
+    """Lists the keys that differ as `key: saved a, now b`; '' if there are none."""
     pairs: dict[str, tuple[Any, Any]] = {}
-    for key in {**there, **now}:
-        a, b = there.get(key), now.get(key)
+    for key in {**saved, **current}:
+        a, b = saved.get(key), current.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             pairs |= {inner: (a.get(inner), b.get(inner)) for inner in {**a, **b}}
         else:
             pairs[key] = (a, b)
-    return "; ".join(f"{key}: {_show(a)} there, {_show(b)} now" for key, (a, b) in pairs.items() if a != b)
+    return "; ".join(f"{key}: saved {_format(a)}, now {_format(b)}" for key, (a, b) in pairs.items() if a != b)
 
 
-def _show(value: Any) -> str:
+def _format(value: Any) -> str:
     return "nothing" if value is None else str(value)
 
 
 @contextmanager
 def storage_errors(url: str | None) -> Iterator[None]:
-    """A database that fails in the middle of a sweep ends it in one message."""
+    """Turns errors of the storage during a sweep into a `RunError`."""
     try:
         yield
     except (OptunaError, OSError) as error:
-        raise RunError(f"hydra.sweeper.storage={hidden(url)}: {_reason(error, url)}; resume=auto goes on") from error
+        message = f"hydra.sweeper.storage={hide_password(url)}: {_reason(error, url)}; resume with resume=auto"
+        raise RunError(message) from error

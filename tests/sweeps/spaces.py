@@ -3,7 +3,7 @@
 from functools import cache
 
 from dlopt.config.compose import Composer
-from dlopt.sweeps.space import Space, space_of
+from dlopt.sweeps.space import Space, parse_space
 
 
 @cache
@@ -12,4 +12,4 @@ def composer() -> Composer:
 
 
 def space(*overrides: str) -> Space:
-    return space_of(composer().parse(list(overrides)))
+    return parse_space(composer().parse(list(overrides)))

@@ -15,7 +15,7 @@ from dlopt.errors import UserError
 from dlopt.folders import RunFolder
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.jobs import Job, Result, folder_name, labels, record_dead, result_of
-from dlopt.sweeps.pool import Pool, checked, gpus, local, visible_gpus
+from dlopt.sweeps.pool import Pool, build_pool, gpus, local, visible_gpus
 from dlopt.tracking.overview import Overview
 
 Started = list[tuple[Path, Mapping[str, str], set[int] | None]]
@@ -60,13 +60,13 @@ def test_local_jobs_share_the_cores(started: Started, tmp_path: Path, monkeypatc
         (local, {"n_jobs": 0}, "n_jobs=0"),
         (local, {"n_jobs": "two"}, "n_jobs=two"),
         (local, {"jobs": 2}, "hydra.launcher.jobs"),
-        (gpus, {"gpus": [0, 0], "jobs_per_gpu": 1}, "twice"),
+        (gpus, {"gpus": [0, 0], "jobs_per_gpu": 1}, "duplicate"),
         (gpus, {"gpus": [], "jobs_per_gpu": 1}, "no GPU"),
     ],
 )
 def test_what_a_launcher_refuses(launcher: Callable[..., Pool], settings: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError) as error:
-        checked(launcher, settings)
+        build_pool(launcher, settings)
     assert said in str(error.value)
 
 
@@ -109,7 +109,7 @@ class Fake:
     def kill(self) -> None: ...
 
 
-class Ten(pools.Source):
+class Ten(pools.JobSource):
     """Ten jobs, of which one is to be stopped at its first epoch, and one cannot be composed."""
 
     def __init__(self, folder: Path) -> None:
@@ -117,18 +117,18 @@ class Ten(pools.Source):
         self.results: dict[int, Result] = {}
 
     def next(self) -> Job | None:
-        if self.is_over():
+        if self.is_exhausted():
             return None
         number, self.given = self.given, self.given + 1
         if number == 5:
             return Job(5, RunFolder(self.folder / "5"), {}, [], {}, "five", error="cannot be composed")
         return Job(number, RunFolder(self.folder / str(number)), {}, [], {}, f"job={number}")
 
-    def is_over(self) -> bool:
+    def is_exhausted(self) -> bool:
         return self.given == 10
 
-    def stops(self, job: Job, line: Mapping[str, Any]) -> bool:
-        assert line == {"epoch": 1, "val_loss": 1.0}  # no torn line
+    def should_stop(self, job: Job, metrics: Mapping[str, Any]) -> bool:
+        assert metrics == {"epoch": 1, "val_loss": 1.0}  # no torn line
         return job.number == 7
 
     def ended(self, job: Job, result: Result) -> None:
@@ -139,7 +139,7 @@ class Ten(pools.Source):
 def test_all_slots_work_and_no_job_stops_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(pools, "begin", lambda job: job.folder.path.mkdir())
+    monkeypatch.setattr(pools, "prepare", lambda job: job.folder.path.mkdir())
     monkeypatch.setattr(time, "sleep", lambda _: None)
     Fake.alive, Fake.most = Counter(), Counter()
     source = Ten(tmp_path)
@@ -158,7 +158,7 @@ def test_all_slots_work_and_no_job_stops_the_others(
 def test_how_a_job_ended(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     assert result_of(folder, 75).status == "interrupted"
-    assert result_of(folder, 3).reason.startswith("its process ended with exit code 3")
+    assert result_of(folder, 3).reason.startswith("exit code 3")
     assert json.loads((tmp_path / "summary.json").read_text())["status"] == "failed"
     (tmp_path / "summary.json").write_text('{"status": "finished", "best_val_loss": 1.0}')
     assert result_of(folder, 0).status == "finished"

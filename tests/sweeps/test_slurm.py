@@ -8,7 +8,7 @@ import pytest
 
 from dlopt.errors import UserError
 from dlopt.sweeps import slurm as launcher
-from dlopt.sweeps.pool import checked
+from dlopt.sweeps.pool import build_pool
 from tests.cluster.test_slurm import LONG, SMALL, Cluster, cluster, pytestmark, summary  # noqa: F401
 
 SETTINGS: dict[str, object] = {
@@ -59,5 +59,5 @@ def test_a_job_that_the_cluster_cancels_ends_alone(cluster: Cluster) -> None:  #
 
 def test_without_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(UserError, match="no sbatch"):
-        checked(launcher.slurm, SETTINGS)
+    with pytest.raises(UserError, match="sbatch was not found"):
+        build_pool(launcher.slurm, SETTINGS)

@@ -51,7 +51,7 @@ def test_the_later_of_two_values_counts() -> None:
         ("tag(log,range(1,5))", "interval"),
         ("tag(square,interval(1,5))", "tag(square"),
         ("range(5,1)", "empty"),
-        ("a,b,a", "twice"),
+        ("a,b,a", "duplicate"),
         ("1", "nothing to search"),
     ],
 )

@@ -19,8 +19,8 @@ from optuna.trial import TrialState
 from dlopt.errors import UserError
 from dlopt.locks import is_held
 from dlopt.sweeps import samplers
-from dlopt.sweeps.study import JOURNAL, WORKERS, hidden, open_storage
-from tests.sweeps.worker import plan, study_of
+from dlopt.sweeps.study import JOURNAL, WORKERS, hide_password, open_storage
+from tests.sweeps.worker import make_spec, study_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,7 +34,7 @@ def begin_worker(folder: Path, total: int, url: str | None = None, together: int
 
 
 def figures(folder: Path, total: int, url: str | None = None) -> dict[int, tuple[float, ...]]:
-    study = study_of(folder, plan(total, url))
+    study = study_of(folder, make_spec(total, url))
     found = {number: tuple(values) for number, _, values in study.finished()}
     study.close()
     return found
@@ -130,15 +130,15 @@ def test_kills_at_random_moments_change_nothing(kills: int, tmp_path: Path) -> N
     assert figures(tmp_path / "killed", 30) == figures(tmp_path / "whole", 30)
     ended = events(tmp_path / "killed", "end")
     assert set(ended) == set(map(str, range(30)))
-    assert sum(ended.values()) <= 30 + 2 * kills  # only what was running ran again: two places
+    assert sum(ended.values()) <= 30 + 2 * kills  # only what was running ran again: two slots
 
 
 def test_a_dead_process_leaves_its_job_to_one_other(tmp_path: Path) -> None:
     """In processes of their own: a process does not see its own locks."""
     code = (
         "import sys; from pathlib import Path; from tests.sweeps.worker import *\n"
-        "study = study_of(Path(sys.argv[1]), plan(3, None)); claim = study.claim()\n"
-        "print(claim.number, claim.again, claim.values, flush=True); input()"
+        "study = study_of(Path(sys.argv[1]), make_spec(3, None)); claim = study.claim()\n"
+        "print(claim.number, claim.is_takeover, claim.values, flush=True); input()"
     )
 
     def worker() -> "subprocess.Popen[str]":
@@ -165,32 +165,32 @@ def test_a_dead_process_leaves_its_job_to_one_other(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("sampler", ["random", "tpe", "sobol"])
 def test_values_of_which_a_dead_process_drew_some_are_those_it_would_have_drawn(sampler: str, tmp_path: Path) -> None:
-    wanted = plan(3, None, "lr=tag(log,interval(0.001,1))", "fixed=interval(2,2)", "kind=a,b", "width=range(1,99)")
+    spec = make_spec(3, None, "lr=tag(log,interval(0.001,1))", "fixed=interval(2,2)", "kind=a,b", "width=range(1,99)")
     more = {"random": {}, "tpe": {"startup_trials": 2, "multivariate": False, "constant_liar": True}}
     options = more.get(sampler, {"scramble": True})
-    wanted = replace(wanted, sampler=getattr(samplers, sampler)(space=wanted.space, seed=0, **options))
-    study = study_of(tmp_path, wanted)
+    spec = replace(spec, sampler=getattr(samplers, sampler)(space=spec.space, seed=0, **options))
+    study = study_of(tmp_path, spec)
     whole = study.claim()
     assert whole is not None and len(whole.values) == 4
     study.close()
     lines = (tmp_path / JOURNAL).read_bytes().splitlines(keepends=True)
     for drawn in range(5):
         (tmp_path / JOURNAL).write_bytes(b"".join(lines[: len(lines) - drawn]))
-        study = study_of(tmp_path, wanted)
+        study = study_of(tmp_path, spec)
         again = study.claim()
-        assert again is not None and again.again
+        assert again is not None and again.is_takeover
         assert (again.number, again.values) == (whole.number, whole.values)
         study.close()
 
 
 def test_a_torn_line_of_the_journal_is_cut_off(tmp_path: Path) -> None:
-    study = study_of(tmp_path, plan(3, None))
+    study = study_of(tmp_path, make_spec(3, None))
     claim = study.claim()
     assert claim is not None
     study.close()
     whole = (tmp_path / JOURNAL).read_bytes()
     (tmp_path / JOURNAL).write_bytes(whole + b'{"op_code": 5, "work')
-    again = study_of(tmp_path, plan(4, None))
+    again = study_of(tmp_path, make_spec(4, None))
     assert again.counts()[TrialState.WAITING] == 3
     assert (tmp_path / JOURNAL).read_bytes().startswith(whole)
     again.close()
@@ -198,16 +198,16 @@ def test_a_torn_line_of_the_journal_is_cut_off(tmp_path: Path) -> None:
 
 def test_the_total_may_grow(tmp_path: Path) -> None:
     for total in (3, 5, 4):
-        study = study_of(tmp_path, plan(total, None))
+        study = study_of(tmp_path, make_spec(total, None))
         assert study.counts()[TrialState.WAITING] == total
         study.close()
 
 
 def test_another_space_is_refused_with_the_difference(tmp_path: Path) -> None:
-    study_of(tmp_path, plan(3, None)).close()
+    study_of(tmp_path, make_spec(3, None)).close()
     with pytest.raises(UserError) as error:
-        study_of(tmp_path, plan(3, None, "lr=tag(log,interval(0.001,0.5))", "kind=a,b"))
-    assert "lr: tag(log,interval(0.001,1.0)) there, tag(log,interval(0.001,0.5)) now" in str(error.value)
+        study_of(tmp_path, make_spec(3, None, "lr=tag(log,interval(0.001,0.5))", "kind=a,b"))
+    assert "lr: saved tag(log,interval(0.001,1.0)), now tag(log,interval(0.001,0.5))" in str(error.value)
     assert "kind" not in str(error.value)
 
 
@@ -216,9 +216,9 @@ def test_a_database_that_does_not_answer(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         open_storage("postgresql://me:sesame@127.0.0.1:1/none", tmp_path)
     assert "sesame" not in str(error.value) and "127.0.0.1" in str(error.value)
-    with pytest.raises(UserError, match="no URL"):
+    with pytest.raises(UserError, match="not the URL"):
         open_storage("what is this", tmp_path)
 
 
 def test_passwords_are_not_shown() -> None:
-    assert hidden("postgresql://me:sesame@host/db") == "postgresql://me:***@host/db"
+    assert hide_password("postgresql://me:sesame@host/db") == "postgresql://me:***@host/db"

@@ -18,20 +18,22 @@ from dlopt.sweeps import jobs, samplers
 from dlopt.sweeps.jobs import Job
 from dlopt.sweeps.pool import Pool, Process
 from dlopt.sweeps.search import Search
-from dlopt.sweeps.study import Plan, Study
+from dlopt.sweeps.study import Study, StudySpec
 from tests.sweeps.spaces import space
 
 SECONDS = 0.02
 
 
-def plan(total: int, url: str | None, *typed: str) -> Plan:
+def make_spec(total: int, url: str | None, *typed: str) -> StudySpec:
     searched = space(*(typed or ("lr=tag(log,interval(0.001,1))", "kind=a,b")))
     draw = samplers.random(space=searched, seed=0)
-    return Plan(searched, ["best_val_loss"], ["minimize"], None, draw, samplers.none(), total, storage=url, name="s")
+    return StudySpec(
+        searched, ["best_val_loss"], ["minimize"], None, draw, samplers.none(), total, storage=url, name="s"
+    )
 
 
-def study_of(folder: Path, wanted: Plan) -> Study:
-    return Study(folder, wanted, {"objective": list(wanted.objectives)})
+def study_of(folder: Path, spec: StudySpec) -> Study:
+    return Study(folder, spec, {"objective": list(spec.objectives)})
 
 
 def note(folder: Path, line: str) -> None:
@@ -61,7 +63,7 @@ class Short:
     def kill(self) -> None: ...
 
 
-def begin(job: Job) -> jobs.Result | None:
+def prepare(job: Job) -> jobs.Result | None:
     if job.folder.is_finished():
         return jobs.result_of(job.folder, DONE)
     job.folder.path.mkdir(exist_ok=True)
@@ -73,7 +75,7 @@ def start(slot: int, folder: Path, environment: Mapping[str, str]) -> Process:
     return Short(folder)
 
 
-def make(folder: Path, overrides: Sequence[str], number: int, label: str) -> Job:
+def make_job(folder: Path, overrides: Sequence[str], number: int, label: str) -> Job:
     error = "" if overrides else "a job without values"
     return Job(number, RunFolder(folder / str(number)), {}, overrides, {}, label, error=error)
 
@@ -88,12 +90,12 @@ def _wait_for_others(folder: Path) -> None:
 
 
 def main(folder: Path, total: int, url: str | None) -> None:
-    wanted = plan(total, url)
-    study = study_of(folder, wanted)
+    spec = make_spec(total, url)
+    study = study_of(folder, spec)
     _wait_for_others(folder)
-    search = Search(wanted, study, lambda *arguments: make(folder, *arguments))
-    with mock.patch("dlopt.sweeps.pool.begin", begin):
-        search.run(Pool(2, start, lambda folder: None, seconds=0.005))
+    search = Search(spec, study, lambda *arguments: make_job(folder, *arguments))
+    with mock.patch("dlopt.sweeps.pool.prepare", prepare):
+        search.run(Pool(2, start, lambda folder: None, poll_seconds=0.005))
     study.close()
 
 
