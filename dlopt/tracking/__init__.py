@@ -1,4 +1,4 @@
-"""What a run shows and leaves behind: the console, metrics.jsonl and summary.json, TensorBoard, train.log."""
+"""Output of a run: the console, metrics.jsonl, summary.json, train.log, TensorBoard, MLflow and Weights & Biases."""
 
 from dlopt.tracking.metrics import read_metrics, read_summary
 from dlopt.tracking.tracking import Tracking

@@ -21,14 +21,14 @@ _REDRAW_FRACTION = 0.01  # of the training time that redrawing may take
 
 
 class _Output:
-    """A text stream that goes silent, instead of raising, when its reader is gone (`| head`, a closed terminal)."""
+    """A text stream that discards output, instead of raising, once its reader is gone (`| head`, closed terminal)."""
 
     def __init__(self, stream: TextIO | None) -> None:
         self._stream = stream
         self.encoding = getattr(stream, "encoding", None) or "utf-8"
 
     @property
-    def dead(self) -> bool:
+    def is_closed(self) -> bool:
         return self._stream is None
 
     def write(self, text: str) -> int:
@@ -50,7 +50,7 @@ class _Output:
 
     def _silence(self) -> None:
         stream, self._stream = self._stream, None
-        # The interpreter flushes stdout when it exits; to a broken pipe that would end a good run with code 120.
+        # The interpreter flushes stdout when it exits; with a broken pipe a successful run would exit with code 120.
         with contextlib.suppress(OSError, ValueError, AttributeError):
             devnull = os.open(os.devnull, os.O_WRONLY)
             os.dup2(devnull, cast(TextIO, stream).fileno())
@@ -69,7 +69,7 @@ class _Output:
 
 
 class _Display:
-    """The live part: epochs, steps of this epoch, training metrics, validation metrics; one line each."""
+    """The live display, one line each: epochs, steps of this epoch, training metrics, validation metrics."""
 
     def __init__(self, epochs: int, steps_per_epoch: int, steps: int, step: int, samples_per_step: float) -> None:
         self._epochs = epochs
@@ -80,10 +80,10 @@ class _Display:
         self.evaluation: tuple[int, int] | None = None
         self.train: dict[str, float | None] = {}
         self.val: dict[str, float | None] = {}
-        # The clock for the time left starts after the first step, which compiles and warms up.
+        # (time, step). The estimate of the time left starts after the first step, which compiles and warms up.
         self._clock_start: tuple[float, int] | None = None
-        self._recent: tuple[float, int] | None = None
-        self._speed: float | None = None
+        self._recent: tuple[float, int] | None = None  # start of the interval over which throughput is measured
+        self._throughput: float | None = None  # samples per second, exponential moving average
 
     def advance(self, step: int, now: float) -> None:
         self.evaluation = None
@@ -93,47 +93,51 @@ class _Display:
             return
         seconds = now - self._recent[0]
         if seconds >= 0.5 and step > self._recent[1]:
-            speed = (step - self._recent[1]) * self._samples_per_step / seconds
-            self._speed = speed if self._speed is None else 0.7 * self._speed + 0.3 * speed
+            latest = (step - self._recent[1]) * self._samples_per_step / seconds
+            self._throughput = latest if self._throughput is None else 0.7 * self._throughput + 0.3 * latest
             self._recent = (now, step)
 
     def evaluate(self, batch: int, batches: int) -> None:
         self.evaluation = (batch, batches)
+        # Evaluation time must not count as training time in the throughput.
         self._recent = None if self._clock_start is None else (perf_counter(), self.step)
 
-    def _left(self) -> str:
+    def _time_left(self) -> str:
         if self._clock_start is None or self.step <= self._clock_start[1]:
             return ""
         seconds = (perf_counter() - self._clock_start[0]) / (self.step - self._clock_start[1])
-        return f"{layout.clock(seconds * max(self._steps - self.step, 0))} left"
+        return f"{layout.format_clock(seconds * max(self._steps - self.step, 0))} left"
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         epoch = min((max(self.step, 1) - 1) // self._steps_per_epoch + 1, self._epochs)
-        before = (epoch - 1) * self._steps_per_epoch
-        steps = min(self._steps_per_epoch, self._steps - before)
-        speed = f"{self._speed:,.0f} samples/s" if self._speed is not None else ""
-        count = 2 * len(str(max(self._epochs, self._steps_per_epoch))) + 1
-        bar = max(min(options.max_width - 7 - count - 2 - 20, 60), 4)
-        bars = Table.grid(padding=(0, 2, 0, 0))
-        for column in (5, count, bar, max(options.max_width - 7 - count - 2 - bar - 3, 1)):
-            bars.add_column(width=column, no_wrap=True, overflow="crop")
-        bars.columns[0].style, bars.columns[1].justify = "bold", "right"
-        rows = [("epoch", epoch, self._epochs, self.step, self._steps, self._left())]
+        epoch_start = (epoch - 1) * self._steps_per_epoch
+        epoch_steps = min(self._steps_per_epoch, self._steps - epoch_start)
+        throughput = f"{self._throughput:,.0f} samples/s" if self._throughput is not None else ""
+        # Columns: name (5), count "12/200", bar (4 to 60 cells), and the rest for the time left or the throughput.
+        count_width = 2 * len(str(max(self._epochs, self._steps_per_epoch))) + 1
+        bar_width = max(min(options.max_width - 7 - count_width - 2 - 20, 60), 4)
+        grid = Table.grid(padding=(0, 2, 0, 0))
+        for width in (5, count_width, bar_width, max(options.max_width - 7 - count_width - 2 - bar_width - 3, 1)):
+            grid.add_column(width=width, no_wrap=True, overflow="crop")
+        grid.columns[0].style, grid.columns[1].justify = "bold", "right"
+        # (name, count, of, completed, total, text): the bar of the epochs advances with every step.
+        rows = [("epoch", epoch, self._epochs, self.step, self._steps, self._time_left())]
         if self.evaluation is None:
-            rows.append(("step", self.step - before, steps, self.step - before, steps, speed))
+            step = self.step - epoch_start
+            rows.append(("step", step, epoch_steps, step, epoch_steps, throughput))
         else:
             rows.append(("eval", *self.evaluation, *self.evaluation, ""))
-        for name, number, of, done, total, tail in rows:
-            widget = ProgressBar(total=max(total, 1), completed=done, width=bar, complete_style="cyan")
-            bars.add_row(name, f"{number}/{of}", widget, tail)
-        yield bars
+        for name, number, of, completed, total, text in rows:
+            bar = ProgressBar(total=max(total, 1), completed=completed, width=bar_width, complete_style="cyan")
+            grid.add_row(name, f"{number}/{of}", bar, text)
+        yield grid
         for name, metrics in (("train", self.train), ("val", self.val)):
-            words = "   ".join(f"{key} {layout.metric(key, value)}" for key, value in metrics.items())
-            yield Text.assemble((f"{name:7}", "bold"), words or "-", no_wrap=True, overflow="crop")
+            text = "   ".join(f"{key} {layout.format_metric(key, value)}" for key, value in metrics.items())
+            yield Text.assemble((f"{name:7}", "bold"), text or "-", no_wrap=True, overflow="crop")
 
 
 def open_console(stream: IO[str] | None = None) -> tuple[_Output, Console, bool]:
-    """A console on `stream` (stdout when not given) that never raises because of it, and whether it can redraw."""
+    """Opens a console on `stream` (default: stdout) that never raises on output; also returns whether it can redraw."""
     output = _Output(cast("TextIO | None", sys.stdout if stream is None else stream))
     terminal = output.isatty() and os.environ.get("TERM", "dumb") not in ("", "dumb", "unknown")
     console = Console(
@@ -150,14 +154,14 @@ def open_console(stream: IO[str] | None = None) -> tuple[_Output, Console, bool]
 
 
 class Screen:
-    """Text and a live display on `stream` (stdout when not given); nothing here raises because of the stream."""
+    """Prints text and a live display on `stream` (default: stdout). Never raises because of the stream."""
 
     def __init__(self, stream: IO[str] | None = None) -> None:
         self._output, self._console, self.terminal = open_console(stream)
         self._live: Live | None = None
 
     def _start_live(self, get_renderable: Callable[[], RenderableType], *, redirect: bool) -> None:
-        # No refreshing thread: it would take the interpreter's lock away from the training.
+        # No refresh thread: it would compete with the training for the interpreter lock.
         self._live = Live(
             get_renderable=get_renderable,
             console=self._console,
@@ -172,15 +176,15 @@ class Screen:
         self._console.print(text, soft_wrap=True)
         self._output.flush()
 
-    def _block(self, *renderables: RenderableType) -> None:
-        """Print tables and trees, without the spaces with which they fill their lines."""
+    def _print_block(self, *renderables: RenderableType) -> None:
+        """Prints tables and trees without trailing spaces."""
         with self._console.capture() as capture:
             self._console.print(*renderables, sep="\n")
         self._output.write("".join(f"{line.rstrip()}\n" for line in capture.get().splitlines()))
         self._output.flush()
 
     def close(self) -> None:
-        """Take the live display away and show the cursor again; safe to call twice and at any time."""
+        """Removes the live display and shows the cursor again. Safe to call twice and at any time."""
         live, self._live = self._live, None
         if live is not None:
             live.stop()
@@ -188,7 +192,7 @@ class Screen:
 
 
 class ConsoleView(Screen):
-    """Shows a run."""
+    """Shows a run: its config, the progress display, a row per evaluated epoch, the results."""
 
     def __init__(self, stream: IO[str] | None = None) -> None:
         super().__init__(stream)
@@ -197,7 +201,7 @@ class ConsoleView(Screen):
         self._rows: layout.EpochRows | None = None
         self._epochs = 0
         self._samples, self._unit = 0, "samples"
-        self._start = (0, 0.0)  # epoch and seconds at which the run begins
+        self._start = (0, 0.0)  # epoch and seconds at the start; > 0 in a resumed run
         self._due = float("inf")
 
     def begin(
@@ -216,7 +220,7 @@ class ConsoleView(Screen):
         self._samples, self._unit = facts.get("train") or 0, facts.get("unit", "samples")
         if command:
             self._print(Text(command, "cyan"))
-        self._block(layout.header(config, choices, facts), Text(""))
+        self._print_block(layout.header(config, choices, facts), Text(""))
         if not self.terminal:
             return
         samples_per_step = self._samples / max(steps_per_epoch, 1)
@@ -225,7 +229,7 @@ class ConsoleView(Screen):
         self._due = perf_counter() + _REDRAW_SECONDS
 
     def advance(self, step: int) -> None:
-        """After every update. Costs a look at the clock unless a redraw is due."""
+        """Call after every update. Only reads the clock unless a redraw is due."""
         now = perf_counter()
         if now >= self._due and self._display is not None:
             self._display.advance(step, now)
@@ -237,7 +241,7 @@ class ConsoleView(Screen):
             self._redraw()
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
-        """Takes over metrics under TensorBoard's tags; shown with the next redraw."""
+        """Stores metrics by TensorBoard tag for the next redraw."""
         if self._display is not None:
             names = {"train/loss": "loss", "train/accuracy": "accuracy", "lr": "lr"}
             self._display.train = _renamed(values, **names)
@@ -248,7 +252,9 @@ class ConsoleView(Screen):
         start = perf_counter()
         self._live.refresh()
         end = perf_counter()
-        self._due = float("inf") if self._output.dead else end + max(_REDRAW_SECONDS, (end - start) / _REDRAW_FRACTION)
+        # Over a slow connection a redraw takes long: wait until it was at most 1 % of the time.
+        pause = max(_REDRAW_SECONDS, (end - start) / _REDRAW_FRACTION)
+        self._due = float("inf") if self._output.is_closed else end + pause
 
     def epoch(self, metrics: Mapping[str, Any], best: bool) -> None:
         width = self._console.width if self.terminal else self._width
@@ -272,9 +278,9 @@ class ConsoleView(Screen):
             self._print(text)
 
     def finish(self, summary: Mapping[str, Any], lines: Iterable[str]) -> None:
-        """Prints the result table, then `lines` (run folder, commands to type next) without wrapping them."""
+        """Prints the result table, then `lines` (run folder, suggested commands) without wrapping them."""
         self.close()
-        self._block(Text(""), layout.result(summary), Text(""))
+        self._print_block(Text(""), layout.format_result(summary), Text(""))
         for line in lines:
             self._print(line)
 

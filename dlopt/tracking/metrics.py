@@ -1,4 +1,4 @@
-"""metrics.jsonl (one line per evaluated epoch) and summary.json: what other programs read."""
+"""Reads and writes metrics.jsonl (one line per evaluated epoch) and summary.json, the files for other programs."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -15,13 +15,13 @@ SUMMARY = "summary.json"
 
 
 def to_json(value: object, indent: int | None = None) -> str:
-    """JSON without NaN literals: what is not finite becomes null; 0-dim tensors and NumPy scalars become numbers."""
+    """Returns strict JSON: non-finite numbers become null; 0-dim tensors and NumPy scalars become numbers."""
     return json.dumps(without_nan(value), allow_nan=False, ensure_ascii=False, indent=indent, default=str)
 
 
 def parse_metrics(data: bytes) -> list[dict[str, Any]]:
-    """The objects of the leading intact lines: a crash can tear only the end of the file."""
-    lines: list[dict[str, Any]] = []
+    """Parses lines up to the first invalid one: after a crash only the end of the file can be incomplete."""
+    metrics: list[dict[str, Any]] = []
     for line in data.splitlines():
         try:
             item = json.loads(line)
@@ -29,12 +29,12 @@ def parse_metrics(data: bytes) -> list[dict[str, Any]]:
             break
         if not isinstance(item, dict):
             break
-        lines.append(item)
-    return lines
+        metrics.append(item)
+    return metrics
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of `folder`/metrics.jsonl, oldest first; [] where there is none yet. A torn last line is left out."""
+    """Reads `folder`/metrics.jsonl, oldest line first; [] if there is no file. An incomplete last line is ignored."""
     try:
         return parse_metrics((folder / METRICS).read_bytes())
     except FileNotFoundError:
@@ -42,12 +42,12 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
-    """`folder`/summary.json, or None where the run has not ended (or the file is not a JSON object)."""
+    """Reads `folder`/summary.json; None if the run has not ended (or the file is not a JSON object)."""
     return read_json(folder / SUMMARY)
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
-    """Write `folder`/summary.json atomically; RunError when that fails, for without it the run counts as unfinished."""
+    """Writes `folder`/summary.json atomically. Raises `RunError`: without the file the run counts as unfinished."""
     try:
         write_atomically(folder / SUMMARY, to_json(summary, indent=2).encode() + b"\n")
     except OSError as error:
@@ -55,39 +55,39 @@ def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
 
 
 class MetricsFile:
-    """Appends to `folder`/metrics.jsonl, one line at once.
+    """Appends lines to `folder`/metrics.jsonl and flushes each.
 
-    `resume_from`: (evaluated epochs, updates) in the checkpoint from which the run resumes; later lines are cut. None:
-    a new run, which starts an empty file.
+    `resume_from`: (evaluated epochs, updates) of the checkpoint from which the run resumes; later lines are removed.
+    None: a new run, which starts with an empty file.
     """
 
-    def __init__(self, folder: Path, resume_from: tuple[int, int] | None, complain: Callable[[str], None]) -> None:
+    def __init__(self, folder: Path, resume_from: tuple[int, int] | None, warn: Callable[[str], None]) -> None:
         self._path = folder / METRICS
-        self._file = AppendFile(self._path, complain)
-        self._complain = complain
-        self._cut(*(resume_from or (0, 0)), "lines beyond the checkpoint")
+        self._file = AppendFile(self._path, warn)
+        self._warn = warn
+        self._truncate(*(resume_from or (0, 0)), "lines after the checkpoint")
 
     def write(self, metrics: Mapping[str, Any]) -> None:
         self._file.write(to_json(metrics).encode() + b"\n")
         self._file.flush()
 
     def rewind(self, epoch: int, step: int) -> None:
-        """Cuts the lines beyond `epoch` evaluated epochs or `step` updates."""
-        self._file.close()  # the lines that stay come into a new file
-        self._cut(epoch, step, f"lines beyond update {step}")
+        """Removes the lines after `epoch` evaluated epochs or `step` updates."""
+        self._file.close()  # the atomic write replaces the file: reopen it for the next line
+        self._truncate(epoch, step, f"lines after update {step}")
 
-    def _cut(self, epoch: int, step: int, lines: str) -> None:
-        """Also cuts a torn last line."""
+    def _truncate(self, epoch: int, step: int, lines: str) -> None:
+        """Also removes an incomplete last line."""
         try:
             data = self._path.read_bytes() if self._path.exists() else b""
             kept = [
-                each for each in parse_metrics(data) if each.get("epoch", 0) <= epoch and each.get("step", 0) <= step
+                line for line in parse_metrics(data) if line.get("epoch", 0) <= epoch and line.get("step", 0) <= step
             ]
-            whole = "".join(to_json(each) + "\n" for each in kept).encode()
-            if whole != data:
-                write_atomically(self._path, whole)
+            content = "".join(to_json(line) + "\n" for line in kept).encode()
+            if content != data:
+                write_atomically(self._path, content)
         except OSError as error:
-            self._complain(f"{self._path}: {lines} could not be cut ({error.strerror})")
+            self._warn(f"{self._path}: {lines} could not be removed ({error.strerror})")
 
     def close(self) -> None:
         self._file.close()

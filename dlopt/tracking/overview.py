@@ -1,4 +1,4 @@
-"""Display of a sweep: one live overview at a terminal, plain lines elsewhere."""
+"""Display of a sweep: a live overview on a terminal, plain lines elsewhere."""
 
 import time
 from collections import Counter
@@ -14,20 +14,20 @@ from rich.text import Text
 from dlopt.tracking import layout
 from dlopt.tracking.console import Screen
 
-_ROWS = 12  # of running jobs
+_MAX_ROWS = 12  # running jobs on display
 
 
 @dataclass
 class _Running:
     label: str
     since: float
-    line: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Overview(Screen):
-    """Follows a sweep.
+    """Shows the progress of a sweep: counts, time left, the best job, the running jobs.
 
-    `metric`, `direction`: what is best; without them the best validation accuracy, or loss where there is none.
+    `metric`, `direction`: decide which job is best; by default best_val_accuracy, or best_val_loss in a regression.
     """
 
     def __init__(
@@ -39,12 +39,12 @@ class Overview(Screen):
     ) -> None:
         super().__init__(stream)
         self._total = total
-        self._counts = Counter[str]()  # jobs by how they ended
+        self._counts = Counter[str]()  # ended jobs by status
         self._metric, self._direction = metric, direction
         self._running: dict[int, _Running] = {}
-        self._best: tuple[float, int, str] | None = None
-        self._begun, self._before = time.monotonic(), 0
-        self._seconds: list[float] = []  # of the jobs that have ended here
+        self._best: tuple[float, int, str] | None = None  # value, job number, label
+        self._start_time, self._done_before = time.monotonic(), 0
+        self._durations: list[float] = []  # seconds of the jobs that this process ran
         if self.terminal:
             self._start_live(self._renderable, redirect=False)
 
@@ -56,47 +56,47 @@ class Overview(Screen):
         if self._live is None:
             self.message(f"job {number}: {label}")
 
-    def progress(self, number: int, line: Mapping[str, Any]) -> None:
-        """The newest line of a running job's metrics.jsonl."""
-        self._running[number].line = line
+    def progress(self, number: int, metrics: Mapping[str, Any]) -> None:
+        """Stores the newest line of a running job's metrics.jsonl."""
+        self._running[number].metrics = metrics
 
     def ended(
         self, number: int, label: str, status: str, metrics: Mapping[str, Any], reason: str = "", known: bool = False
     ) -> None:
-        """`known`: an earlier call has shown its end."""
+        """Counts a job and prints its result. `known`: it had ended before this process started; nothing is printed."""
         running = self._running.pop(number, None)
         self._counts["finished" if status == "stopped_early" else status] += 1
-        self._consider(number, label, status, metrics)
+        self._update_best(number, label, status, metrics)
         if known:
-            self._before += 1
+            self._done_before += 1
             return
-        words = [f"job {number} {status.replace('_', ' ')}" + (f": {reason}" if reason else "")]
+        texts = [f"job {number} {status.replace('_', ' ')}" + (f": {reason}" if reason else "")]
         value = metrics.get(self._metric or "")
         if self._metric is not None and isinstance(value, int | float):
-            words.append(f"{self._metric} {layout.metric(self._metric, value)}")
+            texts.append(f"{self._metric} {layout.format_metric(self._metric, value)}")
         if running is not None:
-            self._seconds.append(time.monotonic() - running.since)
+            self._durations.append(time.monotonic() - running.since)
             if not reason:
-                words.append(f"in {layout.clock(self._seconds[-1])}")
+                texts.append(f"in {layout.format_clock(self._durations[-1])}")
         if self._live is not None:
-            words.append(label)
-        words.append(self._state())
+            texts.append(label)
+        texts.append(self._state())
         if self._best is not None and self._live is None:
-            words.append(f"best: job {self._best[1]}")
-        self.message(" | ".join(filter(None, [*words, self._left()])), "red" if status == "failed" else "")
+            texts.append(f"best: job {self._best[1]}")
+        self.message(" | ".join(filter(None, [*texts, self._time_left()])), "red" if status == "failed" else "")
 
-    def share(self, counts: Mapping[str, int], best: Iterable[tuple[int, str, Mapping[str, float]]]) -> None:
-        """Takes over the counts by status of a sweep on which other processes work, too.
+    def update_shared(self, counts: Mapping[str, int], jobs: Iterable[tuple[int, str, Mapping[str, float]]]) -> None:
+        """Sets the counts by status of a sweep that several processes share.
 
-        `best`: (number, label, metrics) of its finished jobs. The first call gives those that had ended before.
+        `jobs`: (number, label, metrics) of its finished jobs. The first call defines what was done before.
         """
-        if not self._seconds and not self._running and not self._counts:
-            self._before = sum(counts.values())
+        if not self._durations and not self._running and not self._counts:
+            self._done_before = sum(counts.values())
         self._counts.update({status: count - self._counts[status] for status, count in counts.items()})
-        for number, label, metrics in best:
-            self._consider(number, label, "finished", metrics)
+        for number, label, metrics in jobs:
+            self._update_best(number, label, "finished", metrics)
 
-    def _consider(self, number: int, label: str, status: str, metrics: Mapping[str, Any]) -> None:
+    def _update_best(self, number: int, label: str, status: str, metrics: Mapping[str, Any]) -> None:
         if self._metric is None and metrics.get("best_val_accuracy") is not None:
             self._metric, self._direction = "best_val_accuracy", "maximize"
         elif self._metric is None and metrics.get("best_val_loss") is not None:
@@ -109,28 +109,29 @@ class Overview(Screen):
             self._best = (value, number, label)
 
     def _state(self) -> str:
-        """3/9: 2 done, 1 running, 1 failed."""
+        """Formats the counts: 3/9: 2 done, 1 running, 1 failed."""
         counts = {"pruned": 0, "interrupted": 0, **self._counts, "running": len(self._running)}
-        parts = [f"{counts[name]} {name}" for name in ("pruned", "interrupted", "running") if counts[name]]
-        parts = [f"{self._counts['finished']} done", *parts, f"{self._counts['failed']} failed"]
-        return f"{self._counts.total()}/{self._total}: {', '.join(parts)}"
+        texts = [f"{counts[status]} {status}" for status in ("pruned", "interrupted", "running") if counts[status]]
+        texts = [f"{self._counts['finished']} done", *texts, f"{self._counts['failed']} failed"]
+        return f"{self._counts.total()}/{self._total}: {', '.join(texts)}"
 
-    def _left(self) -> str:
-        """The time left, by the pace since this process began; '' where there is none yet.
+    def _time_left(self) -> str:
+        """Estimates the time left from the rate since this process started; '' before the first result.
 
-        A running job counts by its share of an ended job's mean time: several at once end together.
+        Running jobs count as fractions, by their time relative to the mean duration. Otherwise the estimate would jump
+        whenever jobs that started together end together.
         """
         now = time.monotonic()
-        ended: float = self._counts.total() - self._before
+        done: float = self._counts.total() - self._done_before
         remaining: float = self._total - self._counts.total()
-        if ended <= 0 or remaining <= 0:
+        if done <= 0 or remaining <= 0:
             return ""
-        if self._seconds:
-            mean = max(sum(self._seconds) / len(self._seconds), 1e-3)
-            under_way = sum(min((now - job.since) / mean, 0.95) for job in self._running.values())
-            ended, remaining = ended + under_way, remaining - under_way
-        left = (now - self._begun) / ended * remaining
-        return f"{layout.clock(left)} left" if left else ""
+        if self._durations:
+            mean = max(sum(self._durations) / len(self._durations), 1e-3)
+            in_progress = sum(min((now - job.since) / mean, 0.95) for job in self._running.values())
+            done, remaining = done + in_progress, remaining - in_progress
+        left = (now - self._start_time) / done * remaining
+        return f"{layout.format_clock(left)} left" if left else ""
 
     def refresh(self) -> None:
         if self._live is not None:
@@ -139,23 +140,24 @@ class Overview(Screen):
     def _renderable(self) -> RenderableType:
         bar = ProgressBar(max(self._total, 1), self._counts.total(), width=30, complete_style="cyan")
         head = Table.grid(padding=(0, 2))
-        head.add_row(Text("sweep", "bold"), bar, self._state(), self._left())
+        head.add_row(Text("sweep", "bold"), bar, self._state(), self._time_left())
         rows = []
         if self._best is not None and self._metric is not None:
             value, number, label = self._best
-            rows.append(Text(f"best   {self._metric} {layout.metric(self._metric, value)}  job {number}: {label}"))
-        for number, running in list(self._running.items())[:_ROWS]:
-            words = [f"job {number}", *_metrics(running.line), running.label]  # which a narrow terminal cuts
-            rows.append(Text("  ".join(words), "dim"))
+            metric = layout.format_metric(self._metric, value)
+            rows.append(Text(f"best   {self._metric} {metric}  job {number}: {label}"))
+        for number, running in list(self._running.items())[:_MAX_ROWS]:
+            # The label is last, because narrow terminals truncate the line.
+            texts = [f"job {number}", *_format_metrics(running.metrics), running.label]
+            rows.append(Text("  ".join(texts), "dim"))
         for row in rows:
             row.no_wrap, row.overflow = True, "ellipsis"
         return Group(head, *rows)
 
 
-def _metrics(line: Mapping[str, Any]) -> list[str]:
-    shown = ("epoch", "train_loss", "val_loss", "val_accuracy")
+def _format_metrics(metrics: Mapping[str, Any]) -> list[str]:
     return [
-        f"{key} {layout.metric(key, line[key]) if key != 'epoch' else line[key]}"
-        for key in shown
-        if isinstance(line.get(key), int | float)
+        f"{key} {layout.format_metric(key, metrics[key]) if key != 'epoch' else metrics[key]}"
+        for key in ("epoch", "train_loss", "val_loss", "val_accuracy")
+        if isinstance(metrics.get(key), int | float)
     ]

@@ -1,7 +1,7 @@
-"""TensorBoard event files, written from its protocol buffers.
+"""Writes TensorBoard event files from TensorBoard's protocol buffers.
 
-torch's SummaryWriter hands every event to a queue and a thread, whose death on a full disk raises in the training loop,
-and its `add_hparams` opens a second run. Here an event is one record appended to a file, and HParams stand in the run.
+torch's SummaryWriter passes events to a thread; on a full disk that thread dies, which raises in the training loop. Its
+`add_hparams` opens a second run. Here an event is a record appended to a file, and HParams belong to the run itself.
 """
 
 import io
@@ -34,24 +34,24 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _FLUSH_SECONDS = 2.0
-_SIDE = 512  # pixels: small images are enlarged up to this, and of large ones fewer are shown (but at least four)
+_SIDE = 512  # pixels of a grid: small images are enlarged, of large ones fewer are shown (but at least four)
 _STATUS = {
     "finished": api_pb2.STATUS_SUCCESS, "stopped_early": api_pb2.STATUS_SUCCESS, "failed": api_pb2.STATUS_FAILURE
 }  # fmt: skip
 
 
-def _crc_of(byte: int) -> int:
+def _crc_of_byte(byte: int) -> int:
     for _ in range(8):
         byte = byte >> 1 ^ (0x82F63B78 if byte & 1 else 0)  # Castagnoli's polynomial, bits reversed
     return byte
 
 
-_CRC = [_crc_of(byte) for byte in range(256)]
+_CRC_TABLE = [_crc_of_byte(byte) for byte in range(256)]
 
 
 def _masked_crc(data: bytes) -> int:
-    """CRC-32C, rotated and shifted as the TFRecord format wants it."""
-    table, crc = _CRC, 0xFFFFFFFF
+    """Returns the CRC-32C in the masked form of the TFRecord format (rotated by 15 bits plus a constant)."""
+    table, crc = _CRC_TABLE, 0xFFFFFFFF
     for byte in data:
         crc = table[(crc ^ byte) & 0xFF] ^ crc >> 8
     crc ^= 0xFFFFFFFF
@@ -59,7 +59,7 @@ def _masked_crc(data: bytes) -> int:
 
 
 def record(event: bytes) -> bytes:
-    """A serialized event in TFRecord framing: length, CRC of the length, data, CRC of the data."""
+    """Frames a serialized event as a TFRecord: length, CRC of the length, data, CRC of the data."""
     length = struct.pack("<Q", len(event))
     return length + struct.pack("<I", _masked_crc(length)) + event + struct.pack("<I", _masked_crc(event))
 
@@ -83,22 +83,22 @@ def _histogram(values: "Tensor", bins: int = 50) -> HistogramProto:
 
 
 class TensorBoard:
-    """One run's event file in `folder`; nothing here raises because of the disk.
+    """The event file of a run in `folder`. Disk errors never raise.
 
-    `purge_step`: events of earlier files with this step or a later one are void (a resumed run writes them anew).
+    `purge_step`: TensorBoard discards events of earlier files from this step on (a resumed run writes them again).
     """
 
-    def __init__(self, folder: Path, complain: Callable[[str], None], *, purge_step: int | None = None) -> None:
-        # TensorBoard reads a run's files in the order of their names; two in the same second must not meet.
+    def __init__(self, folder: Path, warn: Callable[[str], None], *, purge_step: int | None = None) -> None:
+        # TensorBoard reads a run's files in the order of their names; two of the same second need different ones.
         stamp = f"{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{time.time_ns() % 10**9:09d}"
-        self._file = AppendFile(folder / f"events.out.tfevents.{stamp}", complain)
+        self._file = AppendFile(folder / f"events.out.tfevents.{stamp}", warn)
         self._flushed = time.monotonic()
         self._add(file_version="brain.Event:2")
         if purge_step is not None:
             self.purge(purge_step)
 
     def purge(self, step: int) -> None:
-        """Events so far with this step or a later one are void."""
+        """Makes TensorBoard discard the events so far from this step on."""
         self._add(step=step, session_log=SessionLog(status=SessionLog.START))
 
     def _add(self, *values: Summary.Value, **fields: Any) -> None:
@@ -107,7 +107,7 @@ class TensorBoard:
         self._file.write(record(Event(wall_time=time.time(), **fields).SerializeToString()))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """One event with all the values; written out at the latest two seconds later, at the next call."""
+        """Adds one event with all values; flushes if the last flush was more than two seconds ago."""
         self._add(*(Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()), step=step)
         now = time.monotonic()
         if now - self._flushed > _FLUSH_SECONDS:
@@ -115,44 +115,42 @@ class TensorBoard:
             self._file.flush()
 
     def images(self, tag: str, step: int, images: "Tensor") -> None:
-        """[B, C, H, W] as one grid (see `image_grid`)."""
-        picture = image_grid(images)
+        """Adds images [B, C, H, W] as one grid (see `image_grid`)."""
+        grid = image_grid(images)
         file = io.BytesIO()
-        picture.save(file, "PNG")
-        image = Summary.Image(
-            height=picture.height, width=picture.width, colorspace=3, encoded_image_string=file.getvalue()
-        )
+        grid.save(file, "PNG")
+        image = Summary.Image(height=grid.height, width=grid.width, colorspace=3, encoded_image_string=file.getvalue())
         self._add(Summary.Value(tag=tag, image=image), step=step)
 
     def histograms(self, step: int, values: Mapping[str, "Tensor"]) -> None:
-        """One event with the distribution of each tensor's finite values in 50 bins."""
+        """Adds one event with a histogram of each tensor's finite values in 50 bins."""
         finite = {tag: tensor[tensor.isfinite()].double().cpu() for tag, tensor in values.items()}
         self._add(*(Summary.Value(tag=tag, histo=_histogram(t)) for tag, t in finite.items() if t.numel()), step=step)
 
     def config(self, config: Mapping[str, Any], hparams: Mapping[str, str | bool | float]) -> None:
-        """The config as text, and its flat form as this run's HParams.
+        """Adds the config as text and as the run's HParams.
 
-        No experiment summary is written: TensorBoard then gathers the columns from all the runs below its folder, where
-        with one it would take those of the first run only, and the runs of a sweep need not have the same keys.
+        Writes no experiment summary: with one, TensorBoard would show the columns of the first run only. Without, it
+        collects them from all runs, and the runs of a sweep need not have the same keys.
         """
         text = f"```yaml\n{yaml.safe_dump(dict(config), sort_keys=False, default_flow_style=None, width=100)}```"
-        one = TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)])
-        tensor = TensorProto(dtype=DT_STRING, string_val=[text.encode()], tensor_shape=one)
+        shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)])
+        tensor = TensorProto(dtype=DT_STRING, string_val=[text.encode()], tensor_shape=shape)
         self._add(Summary.Value(tag="config", metadata=_plugin("text"), tensor=tensor), step=0)
         start = SessionStartInfo(start_time_secs=time.time())
-        for key, item in hparams.items():
-            kind = "bool" if isinstance(item, bool) else "string" if isinstance(item, str) else "number"
-            setattr(start.hparams[key], f"{kind}_value", item)
+        for key, value in hparams.items():
+            kind = "bool" if isinstance(value, bool) else "string" if isinstance(value, str) else "number"
+            setattr(start.hparams[key], f"{kind}_value", value)
         self._hparams("_hparams_/session_start_info", HParamsPluginData(version=0, session_start_info=start))
         self.flush()
 
     def end(self, status: str) -> None:
-        """Close the HParams session; `status` as in summary.json."""
+        """Closes the HParams session; `status` is that of summary.json."""
         info = SessionEndInfo(status=_STATUS.get(status, api_pb2.STATUS_UNKNOWN), end_time_secs=time.time())
         self._hparams("_hparams_/session_end_info", HParamsPluginData(version=0, session_end_info=info))
 
     def _hparams(self, tag: str, data: HParamsPluginData) -> None:
-        # The tensor carries nothing; TensorBoard only requires one.
+        # The data are in the metadata; TensorBoard requires a tensor nevertheless.
         empty = TensorProto(dtype=DT_FLOAT, tensor_shape=TensorShapeProto(dim=[TensorShapeProto.Dim(size=0)]))
         self._add(Summary.Value(tag=tag, metadata=_plugin("hparams", data.SerializeToString()), tensor=empty))
 
@@ -164,10 +162,10 @@ class TensorBoard:
 
 
 def image_grid(images: "Tensor") -> "Image":
-    """[B, C, H, W] -> a picture of at most 64 images in a square grid, one pixel of border between them.
+    """Draws at most 64 images [B, C, H, W] in a square grid with one pixel of border between them.
 
-    uint8 is taken as 0..255; float as 0..1, or, where values lie outside (normalized input), stretched from the
-    0.2 % to the 99.8 % quantile of what is shown. One or three channels; of any other number the first is shown.
+    uint8 is shown as 0..255 and float as 0..1. If float values are outside (normalized inputs), the range from the
+    0.2 % to the 99.8 % quantile is stretched. Other than one or three channels: only the first is shown.
     """
     from PIL import Image
 
@@ -179,16 +177,16 @@ def image_grid(images: "Tensor") -> "Image":
         shown = shown[:, :1]
     shown = _to_uint8(shown).permute(0, 2, 3, 1)
 
-    picture = Image.new("RGB", (columns * (width + 1) - 1, rows * (height + 1) - 1), "white")
+    grid = Image.new("RGB", (columns * (width + 1) - 1, rows * (height + 1) - 1), "white")
     for index, pixels in enumerate(shown.numpy()):
         image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
-        picture.paste(image, (index % columns * (width + 1), index // columns * (height + 1)))
-    enlarge = _SIDE // max(picture.size)
-    if enlarge > 1:
-        picture = picture.resize((picture.width * enlarge, picture.height * enlarge), Image.Resampling.NEAREST)
-    elif max(picture.size) > 2 * _SIDE:
-        picture.thumbnail((2 * _SIDE, 2 * _SIDE))
-    return picture
+        grid.paste(image, (index % columns * (width + 1), index // columns * (height + 1)))
+    scale = _SIDE // max(grid.size)
+    if scale > 1:
+        grid = grid.resize((grid.width * scale, grid.height * scale), Image.Resampling.NEAREST)
+    elif max(grid.size) > 2 * _SIDE:
+        grid.thumbnail((2 * _SIDE, 2 * _SIDE))
+    return grid
 
 
 def _to_uint8(images: "Tensor") -> "Tensor":
@@ -206,13 +204,16 @@ def _to_uint8(images: "Tensor") -> "Tensor":
 
 
 def command(folder: Path) -> str:
-    """The line that shows `folder` in TensorBoard, to be pasted into a shell in the current folder."""
-    beside = Path(sys.executable).with_name("tensorboard")
-    found = shutil.which("tensorboard")
-    if found and (not beside.exists() or Path(found).resolve() == beside.resolve()):
+    """Returns the shell command that shows `folder` in TensorBoard, for the current folder.
+
+    Prefers the tensorboard of this environment over another one on the PATH.
+    """
+    own = Path(sys.executable).with_name("tensorboard")
+    on_path = shutil.which("tensorboard")
+    if on_path and (not own.exists() or Path(on_path).resolve() == own.resolve()):
         program = "tensorboard"
-    elif beside.exists():
-        program = shlex.quote(short_path(beside))
+    elif own.exists():
+        program = shlex.quote(short_path(own))
     else:
         program = f"{shlex.quote(short_path(Path(sys.executable)))} -m tensorboard.main"
     return f"{program} --logdir {shlex.quote(short_path(folder))}"

@@ -1,4 +1,4 @@
-"""The facade of tracking: one object that shows a run and writes its metrics."""
+"""`Tracking`: shows a run on the console and writes its metrics to files and services."""
 
 import contextlib
 import math
@@ -29,14 +29,14 @@ _FINAL_TAGS = {
 
 
 class Tracking:
-    """Shows a run on the console and writes metrics.jsonl, summary.json, train.log and TensorBoard into `folder`.
+    """Shows a run on the console, writes metrics.jsonl, summary.json and train.log into `folder`, and feeds `sinks`.
 
-    `folder` None writes no file, so `Tracking(None, sinks=[], console=False)` is what ranks other than 0 hold.
-    `sinks`: of `SINKS`. `log_every_steps` None switches `step` off. `resume_from`: (evaluated epochs,
-    updates) contained in the checkpoint that the run goes on from; what was written beyond is cut.
+    `folder` None: no files; ranks > 0 use `Tracking(None, sinks=[], console=False)`. `sinks`: a subset of `SINKS`.
+    `log_every_steps` None disables `step`. `resume_from`: (evaluated epochs, updates) of the checkpoint from which the
+    run resumes; what was written after it is removed.
 
-    A disk or a terminal that fails never raises here, except that `finish` must be able to write summary.json.
-    As a context manager it closes itself and leaves the traceback of an exception in train.log.
+    Errors of the disk or the terminal never raise, except that `finish` raises if it cannot write summary.json. As a
+    context manager it closes itself and writes the traceback of an exception to train.log.
     """
 
     def __init__(
@@ -54,14 +54,14 @@ class Tracking:
         self.log_every_steps = log_every_steps
         self._folder = folder
         self._console = ConsoleView() if console else None
-        self._stepped: set[str] = set()
+        self._step_tags: set[str] = set()  # written by `step`
         self._epochs = 0
         self._log: TrainLog | None = None
         self._metrics: MetricsFile | None = None
         self._tensorboard: TensorBoard | None = None
-        self._sinks: list[TensorBoard | Remote] = []  # all of them
+        self._sinks: list[TensorBoard | Remote] = []  # including `_tensorboard`
         if folder is not None:
-            with contextlib.suppress(OSError):  # each file complains for itself
+            with contextlib.suppress(OSError):  # each file reports its own error
                 folder.mkdir(parents=True, exist_ok=True)
             self._log = TrainLog(folder, self._show)
             self._metrics = MetricsFile(folder, resume_from, self.message)
@@ -93,9 +93,9 @@ class Tracking:
         """Shows the header and starts the progress display.
 
         `config`: resolved, plain, without secrets. `facts`: see `layout.header`; `unit`: "images" or "samples".
-        `first_step`, `seconds`: updates already done, and their time. `steps`: updates in total (None: epochs *
-        steps_per_epoch). `choices`: group -> chosen YAML name; without it the last part of `_target_` is shown.
-        `command`: the command line as typed.
+        `first_step`, `seconds`: updates already done, and their time. `steps`: total updates (None: epochs *
+        steps_per_epoch). `choices`: group -> name of its YAML file; default: the last part of `_target_`.
+        `command`: the command line.
         """
         self._epochs = epochs
         choices = choices or {}
@@ -109,69 +109,67 @@ class Tracking:
         for sink in self._sinks:
             sink.config(config, layout.hparams(config, choices))
         if self._console is not None:
-            self._console.begin(
-                command, config, choices, facts, epochs, steps_per_epoch, total, first_step, seconds
-            )
+            self._console.begin(command, config, choices, facts, epochs, steps_per_epoch, total, first_step, seconds)
             if first_step:
                 self._console.message(f"resumes from step {first_step} of {total}")
 
     def images(self, images: "Tensor", step: int = 0) -> None:
-        """[B, C, H, W], uint8 or float: a grid of them goes to TensorBoard. Inputs of other shapes are ignored."""
+        """Sends images [B, C, H, W], uint8 or float, to TensorBoard as a grid. Ignores inputs of other shapes."""
         if self._tensorboard is not None and images.ndim == 4 and images.numel():
             self._tensorboard.images("train/images", step, images)
             self._tensorboard.flush()
 
     def advance(self, step: int) -> None:
-        """After every update; `step` counts them from 1."""
+        """Call after every update; `step` counts from 1."""
         if self._console is not None:
             self._console.advance(step)
 
     def evaluating(self, batch: int, batches: int) -> None:
-        """After every evaluated batch; `batch` counts them from 1."""
+        """Call after every evaluated batch; `batch` counts from 1."""
         if self._console is not None:
             self._console.evaluating(batch, batches)
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
-        """At logging points: `values` under TensorBoard's tags (`train/loss`, `lr`, `grad_norm/global`, ...)."""
+        """Call at logging points with values by TensorBoard tag (`train/loss`, `lr`, `grad_norm/global`, ...)."""
         if self.log_every_steps is None:
             return
-        self._stepped.update(values)
+        self._step_tags.update(values)
         for sink in self._sinks:
             sink.scalars(step, values)
         if self._console is not None:
             self._console.step(step, values)
 
     def diagnostics(self, step: int, values: Mapping[str, float], histograms: Mapping[str, "Tensor"]) -> None:
-        """What was seen of the layers at one update; histograms go to TensorBoard alone."""
+        """Sends layer statistics of one update to the sinks; histograms go to TensorBoard only."""
         for sink in self._sinks:
             sink.scalars(step, values)
         if self._tensorboard is not None and histograms:
             self._tensorboard.histograms(step, histograms)
 
     def epoch(self, metrics: Mapping[str, Any], *, best: bool = False) -> None:
-        """An evaluated epoch, with metrics.jsonl's keys; `best` marks it as the best so far.
+        """Records an evaluated epoch with the keys of metrics.jsonl; `best` marks it as the best so far.
 
-        In TensorBoard `train_loss` becomes `train/loss` and so on; a tag that `step` writes is left to it.
+        The sinks receive `train_loss` as `train/loss` and so on, without the tags that `step` writes.
         """
         if self._metrics is not None:
             self._metrics.write(metrics)
         for sink in self._sinks:
-            sink.scalars(metrics["step"], _scalars(metrics, self._stepped))
+            sink.scalars(metrics["step"], _to_tags(metrics, self._step_tags))
             sink.flush()
         if self._log is not None:
-            self._log.write(layout.plain_epoch(metrics, self._epochs, best=best))
+            self._log.write(layout.format_epoch(metrics, self._epochs, best=best))
         if self._console is not None:
             self._console.epoch(metrics, best)
 
     def rewind(self, epoch: int, step: int) -> None:
-        """The run has gone back to `epoch` evaluated epochs and `step` updates: what was written beyond is cut."""
+        """Removes what was written after `epoch` evaluated epochs and `step` updates: the run has rolled back there."""
         if self._metrics is not None:
             self._metrics.rewind(epoch, step)
         if self._tensorboard is not None:
             self._tensorboard.purge(step + 1)
 
     def message(self, text: str) -> None:
-        """A line to the user, above the progress display, and into train.log."""
+        """Prints a line above the progress display and writes it to train.log."""
         if self._log is not None:
             self._log.write(text)
         self._show(text)
@@ -181,7 +179,7 @@ class Tracking:
             self._console.message(text)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Write summary.json (RunError when that fails), show the result, and close."""
+        """Writes summary.json, shows the results and closes. Raises `RunError` if summary.json cannot be written."""
         scalars = {tag: float(summary[key]) for key, tag in _FINAL_TAGS.items() if _is_number(summary.get(key))}
         for sink in self._sinks:
             if scalars:
@@ -194,7 +192,7 @@ class Tracking:
         finally:
             if self._log is not None:
                 metrics = ", ".join(
-                    f"{key} {layout.metric(key, value)}"
+                    f"{key} {layout.format_metric(key, value)}"
                     for key, value in summary.items()
                     if key.startswith(("best_val_", "test_")) and isinstance(value, int | float)
                 )
@@ -217,10 +215,10 @@ class Tracking:
         return lines
 
     def close(self) -> None:
-        """Give the terminal back and close the files; safe at any time, also twice."""
+        """Restores the terminal and closes the files. Safe to call twice and at any time."""
         if self._console is not None:
             self._console.close()
-        for file in (self._metrics, *self._sinks, self._log):  # the log is last: it takes the others' complaints
+        for file in (self._metrics, *self._sinks, self._log):  # the log is last: it receives the others' warnings
             if file is not None:
                 file.close()
 
@@ -239,14 +237,14 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _scalars(metrics: Mapping[str, Any], taken: set[str]) -> dict[str, float]:
-    """metrics.jsonl's keys -> TensorBoard's tags."""
+def _to_tags(metrics: Mapping[str, Any], excluded: set[str]) -> dict[str, float]:
+    """Maps the keys of metrics.jsonl to TensorBoard tags (`train_loss` -> `train/loss`)."""
     scalars = {}
     for key, value in metrics.items():
         if key in ("epoch", "step") or not _is_number(value):
             continue
         split, _, rest = key.partition("_")
         tag = f"{split}/{rest}" if split in ("train", "val") and rest else key
-        if tag not in taken:
+        if tag not in excluded:
             scalars[tag] = float(value) if math.isfinite(value) else math.nan
     return scalars

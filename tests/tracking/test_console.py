@@ -191,5 +191,5 @@ def test_a_dumb_terminal_of_60_columns_gets_short_lines(tmp_path: Path, terminal
     terminal = open_terminal(terminals, 60, tmp_path, 0.0, "TERM=dumb")
     screen = terminal.wait(r"^rc=0=")
     rows = [line for line in screen.splitlines() if re.match(r" +\d/3 ", line)]
-    assert [row.split()[:2] for row in rows] == [[f"{n}/3", layout.number(0.23 / n)] for n in (1, 2, 3)]
+    assert [row.split()[:2] for row in rows] == [[f"{n}/3", layout.format_number(0.23 / n)] for n in (1, 2, 3)]
     assert all(row.endswith("*") and len(row) <= 60 for row in rows)

@@ -7,11 +7,11 @@ import pytest
 from dlopt.tracking.files import AppendFile
 
 
-def test_a_full_disk_is_told_once_and_the_file_is_whole_again_afterwards(
+def test_a_full_disk_is_reported_once_and_the_file_is_whole_again_afterwards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    complaints: list[str] = []
-    file = AppendFile(tmp_path / "records", complaints.append)
+    warnings: list[str] = []
+    file = AppendFile(tmp_path / "records", warnings.append)
     file.write(b"first\n")
     file.flush()
 
@@ -32,30 +32,30 @@ def test_a_full_disk_is_told_once_and_the_file_is_whole_again_afterwards(
     file.write(b"fourth\n")
     file.close()
     assert (tmp_path / "records").read_bytes() == b"first\nsecond\nthird\nfourth\n"
-    assert len(complaints) == 1
-    assert "No space left" in complaints[0]
-    assert str(tmp_path / "records") in complaints[0]
+    assert len(warnings) == 1
+    assert "No space left" in warnings[0]
+    assert str(tmp_path / "records") in warnings[0]
 
 
 def test_a_folder_that_cannot_be_made_does_not_raise(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    complaints: list[str] = []
-    file = AppendFile(tmp_path / "file" / "below", complaints.append)
+    warnings: list[str] = []
+    file = AppendFile(tmp_path / "file" / "below", warnings.append)
     for _ in range(3):
         file.write(b"x")
         file.flush()
     file.close()
-    assert len(complaints) == 1
+    assert len(warnings) == 1
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_waiting_records_do_not_fill_the_memory(tmp_path: Path) -> None:
     (tmp_path / "records").symlink_to("/dev/full")
-    complaints: list[str] = []
-    file = AppendFile(tmp_path / "records", complaints.append, limit=1000)
+    warnings: list[str] = []
+    file = AppendFile(tmp_path / "records", warnings.append, limit=1000)
     for _ in range(100):
         file.write(b"x" * 100)
         file.flush()
-        assert len(file.waiting) <= 1000
+        assert len(file.pending) <= 1000
     file.close()
-    assert len(complaints) == 1
+    assert len(warnings) == 1

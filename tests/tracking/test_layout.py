@@ -1,5 +1,6 @@
 import io
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -33,25 +34,25 @@ def rendered(renderable: object, width: int) -> list[str]:
     [(0.0, "0.0000"), (2.30259, "2.3026"), (123.456, "123.5"), (1e-5, "1.00e-05"), (1e6, "1.00e+06"), (None, "-")],
 )
 def test_number(value: float | None, text: str) -> None:
-    assert layout.number(value) == text
+    assert layout.format_number(value) == text
 
 
 def test_what_is_not_finite_is_shown_as_such() -> None:
-    assert layout.number(math.nan) == "nan"
-    assert layout.number(-math.inf) == "-inf"
+    assert layout.format_number(math.nan) == "nan"
+    assert layout.format_number(-math.inf) == "-inf"
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(7, "0:07"), (59.2, "1:00"), (754, "12:34"), (3723, "1:02:03")])
 def test_clock(seconds: float, text: str) -> None:
-    assert layout.clock(seconds) == text
+    assert layout.format_clock(seconds) == text
 
 
 def test_plain_epoch_in_full() -> None:
-    assert layout.plain_epoch(METRICS, 200, best=True) == (
+    assert layout.format_epoch(METRICS, 200, best=True) == (
         "epoch 100/200  train loss 1.2346 accuracy 50.00 %  val loss 12.3456 accuracy 100.00 %  lr 0.006699  2:04  best"
     )
     regression = {key: value for key, value in METRICS.items() if "accuracy" not in key}
-    assert layout.plain_epoch(regression, 200, best=False) == (
+    assert layout.format_epoch(regression, 200, best=False) == (
         "epoch 100/200  train loss 1.2346  val loss 12.3456  lr 0.006699  2:04"
     )
 
@@ -89,7 +90,7 @@ CONFIG = {
 
 
 def test_header_summarizes_the_run() -> None:
-    facts = {"parameters": 272474, "trainable": 650, "train": 1437, "val": 0, "test": 360, "epochs": 1}
+    facts: dict[str, Any] = {"parameters": 272474, "trainable": 650, "train": 1437, "val": 0, "test": 360, "epochs": 1}
     facts |= {"steps_per_epoch": 23, "parallel": "ddp", "processes": 2}
     facts |= {"device": "cpu", "threads": 2, "precision": "bf16"}
     choices = {"data": "digits", "model": "mlp", "optimizer": "sgd", "schedule": "cosine", "clip": "none"}
@@ -126,7 +127,9 @@ def test_hparams_are_flat() -> None:
 
 @pytest.mark.parametrize("status", ["finished", "stopped_early", "interrupted", "failed"])
 def test_result_of_any_ending(status: str) -> None:
-    text = "\n".join(rendered(layout.result({"status": status, "epochs": 3, "steps": 1200, "seconds": 61.0}), 60))
+    text = "\n".join(
+        rendered(layout.format_result({"status": status, "epochs": 3, "steps": 1200, "seconds": 61.0}), 60)
+    )
     assert text.startswith(f"{status.replace('_', ' ')} after 3 epochs, 1,200 steps in 1:01")
 
 
@@ -138,7 +141,7 @@ def test_result_table() -> None:
         "test_loss": 0.25,
         "test_accuracy": 0.5,
     }
-    rows = [line.split() for line in rendered(layout.result(summary), 60)]
+    rows = [line.split() for line in rendered(layout.format_result(summary), 60)]
     assert ["best", "validation", "0.5000", "75.00", "%", "2"] in rows
     assert ["test", "0.2500", "50.00", "%", "2"] in rows
 
@@ -162,7 +165,7 @@ def shown(width: int) -> list[str]:
     table.add_row("outputs/train/2026-01-01_12-00-00", "12", Text("97.57 ± 1.47 %"), "")
     table.add_row("outputs/b", "3", Text("9.10 %"), "failed")
     console = Console(width=width, file=io.StringIO(), color_system=None)
-    console.print(layout.Fitted(table))
+    console.print(layout.FittedTable(table))
     assert isinstance(console.file, io.StringIO)
     return [line.rstrip() for line in console.file.getvalue().splitlines()]
 

@@ -11,7 +11,7 @@ from dlopt.errors import RunError
 from dlopt.tracking.metrics import MetricsFile, read_metrics, read_summary, to_json, write_summary
 
 
-def no_complaint(text: str) -> None:
+def no_warning(text: str) -> None:
     raise AssertionError(text)
 
 
@@ -43,7 +43,7 @@ def test_what_is_not_finite_becomes_null_and_the_rest_survives() -> None:
 
 
 def write_epochs(folder: Path, epochs: range) -> None:
-    file = MetricsFile(folder, (epochs.start - 1, 10 * (epochs.start - 1)), no_complaint)
+    file = MetricsFile(folder, (epochs.start - 1, 10 * (epochs.start - 1)), no_warning)
     for epoch in epochs:
         file.write({"epoch": epoch, "step": 10 * epoch, "val_loss": 1 / epoch})
         assert read_metrics(folder)[-1]["epoch"] == epoch, "a line must be on disk at once"
@@ -52,7 +52,7 @@ def write_epochs(folder: Path, epochs: range) -> None:
 
 def test_resuming_cuts_lines_beyond_the_checkpoint(tmp_path: Path) -> None:
     write_epochs(tmp_path, range(1, 6))
-    file = MetricsFile(tmp_path, (3, 34), no_complaint)  # a checkpoint in the middle of epoch 4
+    file = MetricsFile(tmp_path, (3, 34), no_warning)  # a checkpoint in the middle of epoch 4
     assert [line["epoch"] for line in read_metrics(tmp_path)] == [1, 2, 3]
     file.write({"epoch": 4, "step": 40})
     file.close()
@@ -62,13 +62,13 @@ def test_resuming_cuts_lines_beyond_the_checkpoint(tmp_path: Path) -> None:
 def test_a_line_at_the_checkpoints_step_but_beyond_its_epochs_is_cut(tmp_path: Path) -> None:
     # The checkpoint was taken after the last update of epoch 2, before its evaluation.
     write_epochs(tmp_path, range(1, 4))
-    MetricsFile(tmp_path, (1, 20), no_complaint).close()
+    MetricsFile(tmp_path, (1, 20), no_warning).close()
     assert [line["epoch"] for line in read_metrics(tmp_path)] == [1]
 
 
 def test_a_new_run_starts_an_empty_file(tmp_path: Path) -> None:
     write_epochs(tmp_path, range(1, 3))
-    MetricsFile(tmp_path, None, no_complaint).close()
+    MetricsFile(tmp_path, None, no_warning).close()
     assert read_metrics(tmp_path) == []
 
 

@@ -86,7 +86,7 @@ def test_a_server_that_is_gone_is_told_once(tmp_path: Path, monkeypatch: pytest.
         tracking.epoch({"epoch": 1, "step": 1, "val_loss": 1.0})
         tracking.finish({"status": "finished", "steps": 1})
     log = (tmp_path / "train.log").read_text()
-    assert log.count("tracking=mlflow: ") == 1 and "training goes on without it" in log
+    assert log.count("tracking=mlflow: ") == 1 and "training continues without it" in log
 
 
 def test_without_the_package_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

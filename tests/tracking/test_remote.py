@@ -1,4 +1,4 @@
-"""What goes to services never holds training up: every failure is told once, and the figures arrive in order."""
+"""What goes to services never holds training up: every failure is warnings once, and the figures arrive in order."""
 
 import threading
 import time
@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from dlopt.tracking import Tracking
-from dlopt.tracking.remote import SERVICES, Point, Remote
+from dlopt.tracking.remote import SERVICES, Remote, Scalars
 
 
 class Fake:
-    """Writes down what it is told; `fails` names the call that raises, `waits` how long each takes."""
+    """Writes down what it is warnings; `fails` names the call that raises, `waits` how long each takes."""
 
     def __init__(self, fails: str = "", waits: float = 0.0) -> None:
         self.calls: list[Any] = []
@@ -28,17 +28,17 @@ class Fake:
     def begin(self, hparams: Mapping[str, str | bool | float]) -> None:
         self._do("begin", hparams)
 
-    def send(self, points: list[Point]) -> None:
-        for step, _, values in points:
+    def send(self, scalars: list[Scalars]) -> None:
+        for step, _, values in scalars:
             self._do("send", (step, values))
 
     def end(self, status: str) -> None:
         self._do("end", status)
 
 
-def use(service: Any, *, status: str | None = "finished", patience: float = 5.0) -> list[str]:
-    complaints: list[str] = []
-    remote = Remote("fake", service, complaints.append, patience=patience)
+def use(service: Any, *, status: str | None = "finished", timeout: float = 5.0) -> list[str]:
+    warnings: list[str] = []
+    remote = Remote("fake", service, warnings.append, timeout=timeout)
     remote.config({}, {"optimizer.lr": 0.1})
     for step in range(1, 4):
         remote.scalars(step, {"loss": 1 / step})
@@ -47,7 +47,7 @@ def use(service: Any, *, status: str | None = "finished", patience: float = 5.0)
         remote.end(status)
     remote.close()
     remote.close()
-    return complaints
+    return warnings
 
 
 def test_everything_arrives_in_order() -> None:
@@ -67,22 +67,22 @@ def test_a_run_without_an_end_has_failed() -> None:
 
 
 @pytest.mark.parametrize("fails", ["begin", "send", "end"])
-def test_a_failure_is_told_once_in_the_callers_thread(fails: str) -> None:
+def test_a_failure_is_reported_once_in_the_callers_thread(fails: str) -> None:
     threads: set[int] = set()
-    told = use(Fake(fails=fails))
-    assert told == ["tracking=fake: ConnectionError: no service here; training goes on without it"]
-    complain = Remote("fake", Fake(fails=fails), lambda _: threads.add(threading.get_ident()))
-    complain.config({}, {})
-    complain.scalars(1, {"loss": 1.0})
-    complain.close()
+    warnings = use(Fake(fails=fails))
+    assert warnings == ["tracking=fake: ConnectionError: no service here; training continues without it"]
+    remote = Remote("fake", Fake(fails=fails), lambda _: threads.add(threading.get_ident()))
+    remote.config({}, {})
+    remote.scalars(1, {"loss": 1.0})
+    remote.close()
     assert threads == {threading.get_ident()}
 
 
 def test_a_service_that_hangs_holds_nothing_up() -> None:
     start = time.monotonic()
-    told = use(Fake(waits=20), patience=0.2)
+    warnings = use(Fake(waits=20), timeout=0.2)
     assert time.monotonic() - start < 5
-    assert told == ["tracking=fake: it did not take all figures within 0 s; training goes on without it"]
+    assert warnings == ["tracking=fake: not all metrics were delivered within 0 s; training continues without it"]
 
 
 def test_closing_what_never_began_does_nothing() -> None:

@@ -36,6 +36,6 @@ def test_without_an_account_it_does_not_ask(tmp_path: Path, monkeypatch: pytest.
         monkeypatch.delenv(name, raising=False)
     for name in ("HOME", "NETRC"):
         monkeypatch.setenv(name, str(tmp_path / "nobody"))
-    assert "no account: set WANDB_API_KEY, or WANDB_MODE=offline; training goes on" in run(
+    assert "no account: set WANDB_API_KEY, or WANDB_MODE=offline; training continues" in run(
         tmp_path / "run", range(1, 2)
     )
