@@ -16,7 +16,7 @@ from dlopt.analysis import drawing
 from dlopt.analysis.drawing import MARKERS, style
 from dlopt.analysis.probes import PROBES
 from dlopt.ranges import Seed
-from dlopt.tracking.layout import aligned
+from dlopt.tracking.layout import align_columns
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -140,7 +140,7 @@ def table(comparison: Comparison, outcomes: Mapping[Cell, Outcome]) -> list[str]
         columns = [finals(comparison, outcomes, variant, name) for name in comparison.metrics]
         for point in columns[0]:
             rows.append([variant, *map(typed, point), *(show(mean(column[point])) for column in columns)])
-    return aligned(rows)
+    return align_columns(rows)
 
 
 def show(value: float) -> str:

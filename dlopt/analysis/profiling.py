@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from dlopt.analysis.bench.communication import collective_times
 from dlopt.analysis.model_summary import kept_for_backward
 from dlopt.parallel.mode import EpochBatches
-from dlopt.tracking.layout import size
+from dlopt.tracking.layout import format_bytes
 from dlopt.training.build import Workload
 from dlopt.training.step import Network, Observer, Step
 
@@ -252,4 +252,4 @@ def table(result: Profile, folder: Path) -> list[str]:
 
 
 def _sizes(sizes: Mapping[str, int]) -> Sequence[str]:
-    return [f"{name} {size(number)}" for name, number in sizes.items()]
+    return [f"{name} {format_bytes(number)}" for name, number in sizes.items()]

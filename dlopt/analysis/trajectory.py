@@ -21,7 +21,7 @@ from dlopt.functions import Function
 from dlopt.optim import LossClosure
 from dlopt.random import generator
 from dlopt.schedules import Factor, Scheduler
-from dlopt.tracking.layout import aligned
+from dlopt.tracking.layout import align_columns
 from dlopt.training.averaging import evaluation_weights
 
 if TYPE_CHECKING:
@@ -238,7 +238,7 @@ def table(trajectories: Mapping[str, Trajectory], rates: Mapping[str, float | No
         lr, distance = "search" if rate is None else f"{rate:g}", f"{float(trajectory.distances[-1]):.2g}"
         rows.append([label, lr, updates, evaluations, distance, _verdict(trajectory)])
     note = f"updates and evaluations until the distance to a minimum stays below {TOLERANCE:g} of the initial distance"
-    return [*aligned(rows), note]
+    return [*align_columns(rows), note]
 
 
 def _verdict(trajectory: Trajectory) -> str:

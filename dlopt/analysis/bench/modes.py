@@ -17,7 +17,7 @@ from dlopt.analysis import drawing
 from dlopt.config.compose import Composer, to_plain
 from dlopt.errors import RunError, UserError
 from dlopt.parallel.launch import python_module, run_processes
-from dlopt.tracking.layout import Fitted, plain_table
+from dlopt.tracking.layout import FittedTable, plain_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -143,7 +143,7 @@ _COLUMNS: Mapping[str, Callable[[ModeResult], str]] = {
 }
 
 
-def table(rows: Sequence[ModeResult]) -> Fitted:
+def table(rows: Sequence[ModeResult]) -> FittedTable:
     """Formats the results as a console table."""
     shown = plain_table()
     shown.add_column("mode")
@@ -152,7 +152,7 @@ def table(rows: Sequence[ModeResult]) -> Fitted:
     for row in rows:
         cells = ["-" if row.problem is not None else cell(row) for cell in _COLUMNS.values()]
         shown.add_row(row.label, str(row.processes), *cells)
-    return Fitted(shown)
+    return FittedTable(shown)
 
 
 def failures(rows: Sequence[ModeResult]) -> list[str]:
