@@ -1,4 +1,4 @@
-"""The lecture sweeps: that their commands run, and that their figures show what their headers say."""
+"""Sweeps of the lecture: their commands run, and their metrics show what their headers claim."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -22,7 +22,7 @@ from dlopt.errors import UserError
 from dlopt.sweeps import jobs, pool
 from dlopt.training.trainer import Run, train
 
-RECIPES = {  # those that are sweeps; tests/test_comparisons.py has the others
+RECIPES = {  # the sweeps; tests/test_comparisons.py tests the comparisons
     path.stem: path
     for path in sorted((config_folder() / "experiment" / "lecture").glob("*.yaml"))
     if path.stem[0] != "_" and "MULTIRUN" in path.read_text()
@@ -31,14 +31,14 @@ RECIPES = {  # those that are sweeps; tests/test_comparisons.py has the others
 
 @dataclass(frozen=True)
 class Result:
-    """What a job left behind."""
+    """Results of a job."""
 
     summary: Mapping[str, Any]
     metrics: list[dict[str, Any]]
 
     @property
     def error(self) -> float:
-        """The training error of the last epoch."""
+        """Training loss of the last epoch."""
         return float(self.metrics[-1]["train_loss"])
 
     @property
@@ -50,12 +50,11 @@ Execute = Callable[..., dict[tuple[str, ...], Result]]
 
 
 def grid(composer: Composer, recipe: str, **fixed: str) -> list[list[str]]:
-    """The jobs of a recipe, expanded as Hydra does; `fixed` takes the place of a swept key's values."""
-    whole = composer.compose([f"experiment=lecture/{recipe}"], multirun=True)
-    assert whole.hydra.mode == RunMode.MULTIRUN
-    params = {**whole.hydra.sweeper.params, **fixed}
-    jobs = composing.grid(composer.parse([f"{key}={value}" for key, value in params.items()]))
-    return jobs
+    """Returns the jobs of a recipe; `fixed` replaces the values of swept keys."""
+    config = composer.compose([f"experiment=lecture/{recipe}"], multirun=True)
+    assert config.hydra.mode == RunMode.MULTIRUN
+    params = {**config.hydra.sweeper.params, **fixed}
+    return composing.grid(composer.parse([f"{key}={value}" for key, value in params.items()]))
 
 
 @pytest.fixture
@@ -77,18 +76,18 @@ def execute(tmp_path: Path) -> Execute:
     return run
 
 
-def test_the_recipes_are_those_of_the_lecture() -> None:
+def test_finds_lecture_recipes() -> None:
     assert {"overfitting_polynomial", "capacity"} < set(RECIPES)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_every_value_of_a_recipe_is_valid_and_the_header_says_how_it_is_run(recipe: str) -> None:
+def test_recipe_values_are_valid_and_header_lists_command(recipe: str) -> None:
     composer = Composer()
     jobs = grid(composer, recipe)
     assert len(jobs) > 3
     for job in jobs:
         if sum(ours != first for ours, first in zip(job, jobs[0], strict=True)) > 1:
-            continue  # each value once will do
+            continue  # test each value once
         lines = [*job, f"experiment=lecture/{recipe}"]
         parse(*to_plain(composer.compose(lines), lines))
     directive, *header = RECIPES[recipe].read_text().partition("\ndefaults:")[0].splitlines()
@@ -107,7 +106,7 @@ def test_every_value_of_a_recipe_is_valid_and_the_header_says_how_it_is_run(reci
         (["-m", "stopping.patience=9", "seed=5,6"], [f"stopping.patience=9 seed={seed}" for seed in (5, 6)]),
     ],
 )
-def test_a_recipe_sweeps_with_and_without_the_flag(
+def test_recipe_sweeps_with_and_without_multirun_flag(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: list[str], expected: list[str]
 ) -> None:
     seen = []
@@ -127,23 +126,23 @@ def test_a_recipe_sweeps_with_and_without_the_flag(
     assert {path.name for path in folder.iterdir() if path.is_dir()} == {str(number) for number in range(len(seen))}
 
 
-def test_several_values_still_need_the_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_values_require_multirun_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"seed=5,6: several values need -m"):
         train_command(["experiment=lecture/overfitting_polynomial", "seed=5,6"])
     assert not list(tmp_path.iterdir())
 
 
-def test_a_single_run_of_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_single_run_of_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     typed = ["experiment=lecture/overfitting_polynomial", "hydra.mode=RUN", "epochs=1", "hydra.run.dir=run"]
     assert train_command(typed) == 0
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["epochs"] == 1
 
 
-def test_a_recipe_typed_wrongly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_suggests_similar_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"did you mean experiment=lecture/capacity\?.*lecture/overfitting_polynomial"):
+    with pytest.raises(UserError, match=r"did you mean experiment=lecture/capacity\?"):
         train_command(["experiment=lecture/capasity"])
 
 
@@ -198,7 +197,7 @@ def test_capacity(execute: Execute) -> None:
         ]
         assert errors[0] > 2 * errors[1] > 2 * errors[2]
 
-    # it grows with width, and what it costs depends on the data
+    # capacity grows with width; the generalization gap depends on the data
     narrow, middle, wide = (runs[width, "null", "adam", "0.03"] for width in ("[]", "[4]", "[64]"))
     assert narrow.error > 3 * middle.error > 3 * wide.error
     assert runs["[64]", "20", "adam", "0.03"].gap > 0.1 > 10 * abs(wide.gap)
@@ -209,8 +208,8 @@ def test_fit_error_falls_with_width(execute: Execute) -> None:
     runs = execute("capacity_width")
     for seed in ("0", "1", "2"):
         for kind in ("train", "test"):
-            found = [runs[width, seed] for width in ("[]", "[2]", "[4]", "[8]")]
-            errors = [run.error if kind == "train" else run.summary["test_loss"] for run in found]
+            result = [runs[width, seed] for width in ("[]", "[2]", "[4]", "[8]")]
+            errors = [run.error if kind == "train" else run.summary["test_loss"] for run in result]
             assert all(wider < 0.8 * narrower for narrower, wider in pairwise(errors)), errors
             assert errors[-1] < 1e-2 * errors[0]
 
@@ -223,11 +222,11 @@ def test_capacity_on_digits(execute: Execute) -> None:
         run = runs[values]
         return run.metrics[-1]["train_accuracy"], run.summary["test_accuracy"]
 
-    # the same small net, the same number of updates: the learning rate decides what it can fit
+    # with the same small network and number of updates, the learning rate determines what it can fit
     assert accuracies("[8]", "null", "sgd", "0.001")[0] < 0.8 < 0.95 < accuracies("[8]", "null", "sgd", "0.03")[0]
-    # a hundred digits are learned by heart, all of them are not: the gap is the data's doing
+    # a hundred digits are memorized, all digits are not: the gap depends on the data
     for width in ("[]", "[128]"):
         (few, few_test), (many, many_test) = (accuracies(width, count, "sgd", "0.03") for count in ("100", "null"))
         assert few == 1.0 and few - few_test > 0.05 > 2 * (many - many_test)
-    # width gives capacity
+    # capacity grows with width
     assert accuracies("[128]", "null", "sgd", "0.03")[0] > accuracies("[]", "null", "sgd", "0.03")[0]

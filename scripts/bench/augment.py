@@ -1,12 +1,11 @@
-"""Speed of augmentation on batches of 128 x 3 x 32 x 32 from memory.
+"""Benchmarks augmentation on in-memory batches of 128 x 3 x 32 x 32.
 
     python scripts/bench/augment.py [--threads 2] [--rounds 15] [--json FILE]
 
-1. A pipeline of ten operations against flip and crop alone: the pipelines by themselves, and the whole path from
-   indices to standardized float32 input.
+1. Ten operations against flip and crop: the pipelines alone, and end to end from indices to standardized float32 input.
 2. The same ten operations against torchvision v2, image by image, in a DataLoader with two workers.
 
-Contestants take turns within every round; figures are medians over the rounds, ratios those of the same round.
+The candidates take turns in each round. Reports medians over the rounds, and medians of the ratios within a round.
 """
 
 import argparse
@@ -45,7 +44,7 @@ def crop_and_flip() -> Pipeline:
     return Pipeline(operations=[PadCrop(padding=4), HorizontalFlip(p=0.5)], border="zero", input_shape=SHAPE)
 
 
-def ten() -> Pipeline:
+def ten_operations() -> Pipeline:
     return Pipeline(
         operations=[
             PadCrop(padding=4),
@@ -96,8 +95,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--batches", type=int, default=32, help="per contestant and round")
-    parser.add_argument("--json", type=Path, help="file for the figures")
+    parser.add_argument("--batches", type=int, default=32, help="per candidate and round")
+    parser.add_argument("--json", type=Path, help="file for the results")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()  # as `dlopt train` does
@@ -109,14 +108,14 @@ def main() -> None:
     def augment(pipeline: Pipeline, inputs: Tensor, step: int) -> Tensor:
         return pipeline(inputs, targets, generator=generator("cpu", 0, step), total=BATCH, shard=slice(0, BATCH))[0]
 
-    def alone(pipeline: Pipeline) -> Callable[[], None]:
+    def pipeline_only(pipeline: Pipeline) -> Callable[[], None]:
         def once() -> None:
             for step in range(arguments.batches):
                 augment(pipeline, batch, step)
 
         return once
 
-    def path(pipeline: Pipeline) -> Callable[[], None]:
+    def end_to_end(pipeline: Pipeline) -> Callable[[], None]:
         def once() -> None:
             for step in range(arguments.batches):
                 indices = order[step * BATCH % IMAGES :][:BATCH]
@@ -136,35 +135,35 @@ def main() -> None:
         for _ in loader:
             pass
 
-    contestants = {
-        "crop and flip": alone(crop_and_flip()),
-        "ten operations": alone(ten()),
-        "path with crop and flip": path(crop_and_flip()),
-        "path with ten operations": path(ten()),
+    candidates = {
+        "crop and flip": pipeline_only(crop_and_flip()),
+        "ten operations": pipeline_only(ten_operations()),
+        "end to end, crop and flip": end_to_end(crop_and_flip()),
+        "end to end, ten operations": end_to_end(ten_operations()),
         "torchvision, ten operations": torchvision,
     }
-    for once in contestants.values():
+    for once in candidates.values():
         once()
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(arguments.rounds):
-        for name, once in contestants.items():
+        for name, once in candidates.items():
             start = time.perf_counter()
             once()
             seconds[name].append((time.perf_counter() - start) / arguments.batches)
-    figures: dict[str, float] = {}
+    medians: dict[str, float] = {}
     for name, values in seconds.items():
-        middle = figures[name] = statistics.median(values)
-        print(f"{name:30s} {1e3 * middle:8.3f} ms a batch {BATCH / middle:10.0f} images/s")
-    for above, below in (
+        median = medians[name] = statistics.median(values)
+        print(f"{name:30s} {1e3 * median:8.3f} ms/batch {BATCH / median:10.0f} images/s")
+    for name, baseline in (
         ("ten operations", "crop and flip"),
-        ("path with ten operations", "path with crop and flip"),
-        ("torchvision, ten operations", "path with ten operations"),
+        ("end to end, ten operations", "end to end, crop and flip"),
+        ("torchvision, ten operations", "end to end, ten operations"),
     ):
-        ratios = [a / b for a, b in zip(seconds[above], seconds[below], strict=True)]
-        ratio = figures[f"{above} / {below}"] = statistics.median(ratios)
-        print(f"{above} / {below}: {ratio:.2f} (from {min(ratios):.2f} to {max(ratios):.2f})")
+        ratios = [a / b for a, b in zip(seconds[name], seconds[baseline], strict=True)]
+        ratio = medians[f"{name} / {baseline}"] = statistics.median(ratios)
+        print(f"{name} / {baseline}: {ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
     if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=1))
+        arguments.json.write_text(json.dumps(medians, indent=1))
 
 
 if __name__ == "__main__":

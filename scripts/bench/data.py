@@ -1,15 +1,14 @@
-"""Reading a large image folder: speed against torchvision's pipeline, start-up, memory, waiting for data.
+"""Benchmarks reading a large image folder: start-up, throughput against torchvision, memory, waiting for data.
 
     python scripts/bench/data.py [--root FOLDER] [--images 20000] [--workers 2] [--rounds 3] [--json FILE]
 
 Without --root, JPEGs of mixed sizes are generated (a few hundred, hard-linked under many names) and removed again.
 
-1. Seconds of the first scan, of a start with the scan in the cache, and from there to the first batch.
-2. Images per second and per worker, and against torchvision's ImageFolder, v2 transforms and DataLoader, which bring
-   the same files to the same size. They take turns within every round; the ratio is the median over the rounds.
-3. Memory of the main process and of the workers, in MiB that they share with no other process, at the first batch and
-   after --memory-images more images.
-4. The share of a training step (ResNet-18 on the device, augmented and normalized batches) spent waiting for data.
+1. Seconds of the first scan, of a cached scan, and from there to the first batch.
+2. Images per second, also per worker, and against torchvision's ImageFolder, v2 transforms and DataLoader on the same
+   files. Both take turns in each round; the ratio is the median over the rounds.
+3. Private memory (MiB) of the main process and the workers, at the first batch and after --memory-images more images.
+4. Fraction of a training step (ResNet-18 on the device, augmented and normalized batches) spent waiting for data.
 """
 
 import argparse
@@ -44,7 +43,7 @@ CLASSES = 100
 
 
 def generate(folder: Path, images: int) -> None:
-    """Textured JPEGs with sides between 200 and 700 pixels, some 90 KB each, as photographs have."""
+    """Writes textured JPEGs with sides of 200 to 700 pixels, about 90 KB each, like photographs."""
     draw = np.random.default_rng(0)
     real = [folder / "real" / f"{number}.jpg" for number in range(REAL)]
     real[0].parent.mkdir()
@@ -59,17 +58,17 @@ def generate(folder: Path, images: int) -> None:
     for number in range(images):
         name = folder / "train" / f"class{number % CLASSES:03d}" / f"{number:07d}.JPEG"
         os.link(real[number % REAL], name)
-    time.sleep(4)  # a folder that has just changed is not kept in the cache
+    time.sleep(4)  # the scan of a folder that has just changed is not cached
 
 
 def load(root: Path, size: int) -> tuple[Samples, float]:
-    begun = time.perf_counter()
+    start = time.perf_counter()
     data = image_folder(root=str(root), channels=3, on_error="fail", max_skips=0, image_size=size)
-    return data.train, time.perf_counter() - begun
+    return data.train, time.perf_counter() - start
 
 
 def private_mib(process: int) -> float:
-    """Memory that `process` shares with no other (Linux only)."""
+    """Returns the private memory of a process in MiB (Linux only)."""
     try:
         lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
     except OSError:
@@ -85,46 +84,46 @@ def memory() -> dict[str, float]:
 def first_batch_and_memory(samples: Samples, batch: int, workers: int, images: int) -> dict[str, object]:
     order = Random(targets=samples.targets, seed=0).order(0)[: images + batch]
     loader = Loader(samples, workers)
-    begun = time.perf_counter()
-    run = loader.run(order.split(batch))
-    next(run)
-    first = time.perf_counter() - begun
-    points = [memory()]
+    start = time.perf_counter()
+    batches = loader.run(order.split(batch))
+    next(batches)
+    first = time.perf_counter() - start
+    memory_use = [memory()]
     every = max(1, images // batch // 4)
-    for number, _ in enumerate(run, 1):
+    for number, _ in enumerate(batches, 1):
         if number % every == 0:
-            points.append(memory())
+            memory_use.append(memory())
     loader.close()
-    return {"first_batch_seconds": first, "private_memory_mib": points}
+    return {"first_batch_seconds": first, "private_memory_mib": memory_use}
 
 
-def ours(samples: Samples, batch: int, workers: int, order: Tensor) -> Iterator[float]:
-    """Images per second, a figure for each time that it is asked for."""
+def dlopt_rates(samples: Samples, batch: int, workers: int, order: Tensor) -> Iterator[float]:
+    """Measures and yields images per second at each `next`."""
     loader = Loader(samples, workers)
     list(loader.run(order[:batch].split(batch)))
     while True:
-        begun = time.perf_counter()
+        start = time.perf_counter()
         for _ in loader.run(order.split(batch)):
             pass
-        yield len(order) / (time.perf_counter() - begun)
+        yield len(order) / (time.perf_counter() - start)
 
 
-def torchvisions(root: Path, size: int, batch: int, workers: int, order: Tensor) -> Iterator[float]:
+def torchvision_rates(root: Path, size: int, batch: int, workers: int, order: Tensor) -> Iterator[float]:
     to_size = v2.Compose([v2.Resize(size), v2.CenterCrop(size), v2.PILToTensor()])
     dataset = ImageFolder(str(root / "train"), transform=to_size)
-    picked = torch.utils.data.Subset(dataset, order.tolist())
+    subset = torch.utils.data.Subset(dataset, order.tolist())
     loader: DataLoader[Tensor] = DataLoader(
-        picked, batch_size=batch, num_workers=workers, persistent_workers=workers > 0
+        subset, batch_size=batch, num_workers=workers, persistent_workers=workers > 0
     )
     next(iter(loader))
     while True:
-        begun = time.perf_counter()
+        start = time.perf_counter()
         for _ in loader:
             pass
-        yield len(order) / (time.perf_counter() - begun)
+        yield len(order) / (time.perf_counter() - start)
 
 
-def waiting_share(samples: Samples, batch: int, workers: int, steps: int, device: str) -> dict[str, float]:
+def waiting_fraction(samples: Samples, batch: int, workers: int, steps: int, device: str) -> dict[str, float]:
     size = 224
     pipeline = Pipeline(
         operations=[RandomScaleCrop(short_side=(256, 480), size=size), HorizontalFlip(p=0.5)],
@@ -140,36 +139,36 @@ def waiting_share(samples: Samples, batch: int, workers: int, steps: int, device
     )
     model = resnet18().to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    waited, begun = 0.0, time.perf_counter()
+    waiting, start = 0.0, time.perf_counter()
     epoch = batches.epoch(0)
     for step in range(steps + 1):
-        asked = time.perf_counter()
+        requested = time.perf_counter()
         inputs, targets = next(epoch)
-        if step == 0:  # the workers start
-            begun = time.perf_counter()
+        if step == 0:  # excludes the start of the workers
+            start = time.perf_counter()
         else:
-            waited += time.perf_counter() - asked
+            waiting += time.perf_counter() - requested
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(model(inputs), targets).backward()
         optimizer.step()
         if device == "cuda":
             torch.cuda.synchronize()
-    total = time.perf_counter() - begun
+    total = time.perf_counter() - start
     batches.close()
-    return {"step_seconds": total / steps, "waiting_share": waited / total}
+    return {"step_seconds": total / steps, "waiting_share": waiting / total}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, help="folder with train/CLASS/IMAGE")
-    parser.add_argument("--images", type=int, default=20_000, help="how many to generate")
+    parser.add_argument("--images", type=int, default=20_000, help="number of images to generate")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--round-images", type=int, default=2000)
     parser.add_argument("--memory-images", type=int, default=5000)
-    parser.add_argument("--steps", type=int, default=20, help="training steps; 0: leave them out")
+    parser.add_argument("--steps", type=int, default=20, help="training steps (0: skip)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -177,36 +176,36 @@ def main() -> None:
         os.environ["XDG_CACHE_HOME"] = str(Path(folder) / "cache")
         if arguments.root is None:
             generate(Path(folder), arguments.images)
-        figures = measure(arguments.root or Path(folder), arguments)
-    print(json.dumps(figures, indent=1))
+        results = measure(arguments.root or Path(folder), arguments)
+    print(json.dumps(results, indent=1))
     if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=1))
+        arguments.json.write_text(json.dumps(results, indent=1))
 
 
 def measure(root: Path, arguments: argparse.Namespace) -> dict[str, object]:
     batch, workers = arguments.batch, arguments.workers
     _, first_scan = load(root, arguments.size)
     samples, cached_scan = load(root, arguments.size)
-    start = {"images": len(samples), "first_scan_seconds": first_scan, "cached_scan_seconds": cached_scan}
-    figures: dict[str, object] = {
-        "start": start,
+    start_up = {"images": len(samples), "first_scan_seconds": first_scan, "cached_scan_seconds": cached_scan}
+    results: dict[str, object] = {
+        "start": start_up,
         "memory": first_batch_and_memory(samples, batch, workers, arguments.memory_images),
     }
     order = Random(targets=samples.targets, seed=1).order(0)[: arguments.round_images]
-    contestants = {
-        "dlopt": ours(samples, batch, workers, order),
-        "torchvision": torchvisions(root, arguments.size, batch, workers, order),
+    candidates = {
+        "dlopt": dlopt_rates(samples, batch, workers, order),
+        "torchvision": torchvision_rates(root, arguments.size, batch, workers, order),
     }
-    rounds = [{name: next(contestant) for name, contestant in contestants.items()} for _ in range(arguments.rounds)]
-    speed = {name: statistics.median(each[name] for each in rounds) for name in contestants}
-    figures["images_per_second"] = speed
-    figures["images_per_second_and_worker"] = {name: value / max(1, workers) for name, value in speed.items()}
-    figures["dlopt_over_torchvision"] = statistics.median(each["dlopt"] / each["torchvision"] for each in rounds)
-    for contestant in contestants.values():
-        contestant.close()  # type: ignore[attr-defined]
+    rounds = [{name: next(candidate) for name, candidate in candidates.items()} for _ in range(arguments.rounds)]
+    speed = {name: statistics.median(rates[name] for rates in rounds) for name in candidates}
+    results["images_per_second"] = speed
+    results["images_per_second_and_worker"] = {name: value / max(1, workers) for name, value in speed.items()}
+    results["dlopt_over_torchvision"] = statistics.median(rates["dlopt"] / rates["torchvision"] for rates in rounds)
+    for candidate in candidates.values():
+        candidate.close()  # type: ignore[attr-defined]
     if arguments.steps:
-        figures["training"] = waiting_share(samples, batch, workers, arguments.steps, arguments.device)
-    return figures
+        results["training"] = waiting_fraction(samples, batch, workers, arguments.steps, arguments.device)
+    return results
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What diagnostics cost: the share of the training time at the default interval, by kind.
+"""Benchmarks the overhead of diagnostics at the default interval, by kind.
 
     python scripts/bench/diagnostics.py [--rounds 9] [--batch 128] [--models resnet20,mlp]
 
-An update that is looked at (statistics, histograms, TensorBoard's file) and a plain one run in turn; of the medians,
-(looked at - plain) / (interval x plain). Synthetic images of 32x32 for ResNet-20, digits for the MLP.
+Runs updates with diagnostics (statistics, histograms, TensorBoard) and plain updates in turn; the overhead is
+(observed - plain) / (interval x plain), from medians. Synthetic images of 32x32 for ResNet-20, digits for the MLP.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dlopt.analysis.diagnosis.live import SELDOMER, Diagnostics, Kind
+from dlopt.analysis.diagnosis.live import CURVATURE_INTERVAL, Diagnostics, Kind
 from dlopt.config.compose import Composer, to_plain
 from dlopt.config.parsing import parse
 from dlopt.tracking.tracking import Tracking
@@ -27,7 +27,7 @@ MODELS = {"resnet20": ["model=resnet20", "data.image_size=32"], "mlp": ["model=m
 
 
 def measure(typed: list[str], kinds: tuple[Kind, ...], rounds: int) -> tuple[float, float, int]:
-    """Seconds of a plain update and of one that is looked at, and updates from one such look to the next."""
+    """Returns the seconds of a plain and of an observed update, and the updates between observed ones."""
     lines = [*typed, f"diagnostics=[{','.join(kinds)}]"]
     experiment = parse(to_plain(Composer().compose(lines), lines)[0])
     every = experiment.settings.diagnostics_every
@@ -36,20 +36,20 @@ def measure(typed: list[str], kinds: tuple[Kind, ...], rounds: int) -> tuple[flo
         tracking = Tracking(Path(folder), sinks=["tensorboard"], console=False)
         observer = Diagnostics(workload, kinds, every, tracking.diagnostics)
         # The same model and optimizer with and without the observer.
-        plain, watched = dry_run(workload, Path(folder)), dry_run(workload, Path(folder), observers=[observer])
+        plain, observed = dry_run(workload, Path(folder)), dry_run(workload, Path(folder), observers=[observer])
         batches: list[tuple[Tensor, Tensor]] = list(plain.batches.epoch(0))[:8]
         workload.module.train()
         times: dict[bool, list[float]] = {False: [], True: []}
-        for number in range(2 * (rounds + 2)):
-            looked = bool(number % 2)
-            trainer = watched if looked else plain
+        for step in range(2 * (rounds + 2)):
+            is_observed = bool(step % 2)
+            trainer = observed if is_observed else plain
             start = time.perf_counter()
-            trainer.step.update(*batches[number % len(batches)], SELDOMER * every * number, trainer.sums)
+            trainer.step.update(*batches[step % len(batches)], CURVATURE_INTERVAL * every * step, trainer.train_metrics)
             if workload.device.type == "cuda":
                 torch.cuda.synchronize()
-            times[looked].append(time.perf_counter() - start)
+            times[is_observed].append(time.perf_counter() - start)
         tracking.close()
-    interval = every * SELDOMER if kinds == ("curvature",) else every
+    interval = every * CURVATURE_INTERVAL if kinds == ("curvature",) else every
     return statistics.median(times[False][2:]), statistics.median(times[True][2:]), interval
 
 
@@ -62,11 +62,11 @@ def main() -> None:
     for model in arguments.models.split(","):
         for kinds in KINDS:
             typed = [*MODELS[model], f"data.batch_size={arguments.batch}"]
-            plain, looked, every = measure(typed, kinds, arguments.rounds)
-            share = (looked - plain) / (every * plain)
+            plain, observed, every = measure(typed, kinds, arguments.rounds)
+            overhead = (observed - plain) / (every * plain)
             print(
-                f"{model:9} {','.join(kinds):32} plain {plain * 1e3:8.2f} ms, looked at {looked * 1e3:8.2f} ms: "
-                f"{share:.2%} of the training time at one in {every}",
+                f"{model:9} {','.join(kinds):32} plain {plain * 1e3:8.2f} ms, observed {observed * 1e3:8.2f} ms: "
+                f"{overhead:.2%} overhead every {every} updates",
                 flush=True,
             )
 

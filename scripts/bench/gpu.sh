@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Every measurement that needs a GPU, in under ten minutes: prints a table, leaves gpu.json and gpu.png in OUT.
+# Runs all GPU benchmarks in under ten minutes; prints a table and writes gpu.json and gpu.png to OUT.
 #
-#   scripts/bench/gpu.sh [--wheels FOLDER] [--data CIFAR] [--out OUT] [--rehearse] [further keys of gpu.py]
+#   scripts/bench/gpu.sh [--wheels FOLDER] [--data CIFAR] [--out OUT] [--rehearse] [options of gpu.py]
 #
-# It needs a checkout and a Python with torch and torchvision, and no network. Wheels of what else is missing there are
-# taken from FOLDER (.whl by default, which git ignores); of packages that dlopt needs these are seldom installed:
+# Requires a checkout and a Python with torch and torchvision, but no network. Installs missing packages from wheels in
+# FOLDER (default: .whl, which git ignores). These dependencies of dlopt are often missing:
 # hydra-core omegaconf antlr4-python3-runtime pydantic pydantic-core annotated-types typing-inspection.
 # CIFAR is the folder of CIFAR-10's Python batches, or a tar archive (or its unpacked folder) of images as
-# train/CLASS/*.jpg and test/CLASS/*.jpg. --rehearse runs all of it in small on generated images, also on a CPU.
+# train/CLASS/*.jpg and test/CLASS/*.jpg. --rehearse is a small run on generated images that also works on a CPU.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
 wheels=$root/.whl

@@ -1,10 +1,10 @@
-"""Microseconds per step and bytes of state per parameter of each optimizer against its counterpart.
+"""Benchmarks optimizers: microseconds per step and bytes of state per parameter, against a counterpart.
 
     python scripts/bench/optimizers.py [--sizes 1 25] [--only sgdw lion] [--device cuda] [--json FILE]
 
-Ours are measured against torch's nearest method or another package's implementation, in turns on equal tensors; the
-figures are medians over the rounds, the ratio the median of the rounds' ratios. torch's own choices stand alone.
-The dense second-order methods keep a square of the parameters and do not exist at these sizes.
+dlopt's optimizers and their counterparts (torch's closest method, or another package's implementation) take turns on
+equal tensors. Reports medians over the rounds and of the ratios within a round. torch's own optimizers have no
+counterpart. Dense second-order methods are excluded, because their state is quadratic in the parameters.
 """
 
 import argparse
@@ -33,23 +33,23 @@ LR = 1e-6
 
 
 class TorchMuon(torch.optim.Optimizer):
-    """What one writes around torch's Muon: AdamW for the rest, two optimizers stepped in turn."""
+    """torch's Muon for matrices and AdamW for the rest, stepped one after the other."""
 
     def __init__(self, params: list[nn.Parameter]) -> None:
         super().__init__(params, {})
-        self.parts = [
+        self.optimizers = [
             torch.optim.Muon([p for p in params if p.ndim == 2], lr=LR, weight_decay=0.01),
             torch.optim.AdamW([p for p in params if p.ndim != 2], lr=LR),
         ]
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for part in self.parts:
-            part.step()
-            self.state.update(part.state)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            self.state.update(optimizer.state)
 
 
 class TheirSAMFromAnywhere(TheirSAM):
-    """pytorch-optimizer's, which wants the first gradient before the step."""
+    """pytorch-optimizer's SAM, which needs the first gradient before the step."""
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         closure()
@@ -61,12 +61,12 @@ def in_training(optimizer: Any) -> Any:
     return optimizer
 
 
-def alone(name: str, **keys: Any) -> tuple[Make, None, str]:
+def without_counterpart(name: str, **keys: Any) -> tuple[Make, None, str]:
     return (lambda p: getattr(torch.optim, name)(p, lr=LR, **keys)), None, ""
 
 
 CASES: dict[str, tuple[Make, Make | None, str]] = {
-    "sgd": alone("SGD", momentum=0.9),
+    "sgd": without_counterpart("SGD", momentum=0.9),
     "momentum": (
         lambda p: SGDW(p, lr=LR, weight_decay=0.0),
         lambda p: torch.optim.SGD(p, lr=LR, momentum=0.9, dampening=0.9),
@@ -78,13 +78,13 @@ CASES: dict[str, tuple[Make, Make | None, str]] = {
         "torch SGD, L2",
     ),
     "rprop": (lambda p: Rprop(p, lr=LR), lambda p: torch.optim.Rprop(p, lr=LR), "torch Rprop"),
-    "adagrad": alone("Adagrad"),
-    "adadelta": alone("Adadelta"),
-    "rmsprop": alone("RMSprop"),
-    "adam": alone("Adam"),
-    "adamw": alone("AdamW"),
+    "adagrad": without_counterpart("Adagrad"),
+    "adadelta": without_counterpart("Adadelta"),
+    "rmsprop": without_counterpart("RMSprop"),
+    "adam": without_counterpart("Adam"),
+    "adamw": without_counterpart("AdamW"),
     "nadam": (lambda p: NAdam(p, lr=LR), lambda p: torch.optim.NAdam(p, lr=LR), "torch NAdam"),
-    "radam": alone("RAdam"),
+    "radam": without_counterpart("RAdam"),
     "lamb": (
         lambda p: LAMB(p, lr=LR),
         lambda p: TheirLamb(p, lr=LR, weight_decay=0.01, weight_decouple=False),
@@ -113,7 +113,7 @@ CASES: dict[str, tuple[Make, Make | None, str]] = {
 
 
 class Bench:
-    """One optimizer on its own tensors; `step()` returns the seconds of one step."""
+    """Benchmark of one optimizer on its own tensors."""
 
     def __init__(self, make: Make, millions: float, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -126,20 +126,21 @@ class Bench:
         self.wait: Callable[[], Any] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
     def closure(self) -> Tensor:
-        """Gradients as backward would leave them: some optimizers change them in place."""
+        """Sets fresh gradients like a backward pass, because some optimizers modify them in place."""
         self.optimizer.zero_grad()
         for p, g in zip(self.params, self.grads, strict=True):
             p.grad = g.clone()
         return self.loss
 
     def step(self) -> float:
+        """Makes a step; returns its seconds."""
         evaluates = isinstance(self.optimizer, SAM | TheirSAM | torch.optim.LBFGS)
         self.closure()
         self.wait()
-        begin = time.perf_counter()
+        start = time.perf_counter()
         self.optimizer.step(self.closure if evaluates else None)  # type: ignore[arg-type]
         self.wait()
-        return time.perf_counter() - begin
+        return time.perf_counter() - start
 
     def state_bytes(self) -> float:
         tensors = [v for state in self.optimizer.state.values() for v in _tensors(state)]

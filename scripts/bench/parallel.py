@@ -1,13 +1,13 @@
-"""What modes of parallelism cost on this machine: four comparisons, each a `dlopt bench`, with what to read off.
+"""Compares parallel modes on this machine: four comparisons with `dlopt bench`, and their conclusions.
 
     python scripts/bench/parallel.py [--json FILE] [--folder DIR] [--updates 20] [--only overlap,norm,columns,memory]
 
-- overlap: DDP's averaging of gradients beside the backward (small buckets) against all of it behind (one bucket);
-- norm: what synchronized batch norm costs;
-- columns: bytes that a rank sends in an update of the two-column AlexNet, filters against columns;
-- memory: a model that exceeds a cap in one process and trains when two share it.
+- overlap: DDP's all-reduce during the backward (small buckets) against after it (one bucket);
+- norm: cost of synchronized BatchNorm;
+- columns: bytes sent per rank and update of the two-column AlexNet, parallel=filter against parallel=columns;
+- memory: a model that exceeds a memory limit in one process and trains when sharded over two.
 
-Two processes on CPUs, one thread each, gloo. Some three minutes on two quiet cores; pictures stay in --folder.
+Two processes on CPUs, one thread each, gloo. Takes about three minutes on two idle cores; plots are in --folder.
 """
 
 import argparse
@@ -23,20 +23,20 @@ Rows = list[dict[str, Any]]
 
 
 def overlap(rows: Rows) -> list[str]:
-    _, beside, behind = rows
+    _, overlapped, sequential = rows
     return [
-        f"beside the backward {1e3 * beside['step']:.1f} ms, behind it {1e3 * behind['step']:.1f} ms per update: "
-        f"{behind['step'] / beside['step']:.2f} x",
-        f"time in which nothing but communication goes on: {beside['waiting']:.0%} and {behind['waiting']:.0%}",
+        f"all-reduce during the backward: {1e3 * overlapped['step']:.1f} ms per update, "
+        f"after it: {1e3 * sequential['step']:.1f} ms ({sequential['step'] / overlapped['step']:.2f}x)",
+        f"waiting for communication: {overlapped['waiting']:.0%} and {sequential['waiting']:.0%} of the time",
     ]
 
 
 def norm(rows: Rows) -> list[str]:
-    _, own, synchronized = rows
+    _, local, synchronized = rows
     return [
-        f"{1e3 * own['step']:.1f} ms per update with each rank's statistics, {1e3 * synchronized['step']:.1f} ms with "
-        f"those of the whole batch: {synchronized['step'] / own['step']:.2f} x, {synchronized['collectives']:g} "
-        f"collectives instead of {own['collectives']:g}"
+        f"local statistics: {1e3 * local['step']:.1f} ms per update, {local['collectives']:g} collectives; "
+        f"global statistics: {1e3 * synchronized['step']:.1f} ms ({synchronized['step'] / local['step']:.2f}x), "
+        f"{synchronized['collectives']:g} collectives"
     ]
 
 
@@ -44,17 +44,17 @@ def columns(rows: Rows) -> list[str]:
     _, filters, columns = rows
     return [
         f"sent per rank and update: filters {filters['sent_mb']:.2f} MiB, columns {columns['sent_mb']:.2f} MiB: "
-        f"{filters['sent_mb'] / columns['sent_mb']:.1f} x"
+        f"{filters['sent_mb'] / columns['sent_mb']:.1f}x"
     ]
 
 
 def memory(rows: Rows) -> list[str]:
     single, filters = rows
-    fits = f"trains in two with {max(filters['peak_mb']):.0f} MiB each" if filters["peak_mb"] else filters["problem"]
-    return [f"one process: {single['problem'] or 'trains (the cap is too high)'}; filter: {fits}"]
+    sharded = f"{max(filters['peak_mb']):.0f} MiB per rank" if filters["peak_mb"] else filters["problem"]
+    return [f"one process: {single['problem'] or 'fits (the limit is too high)'}; two, parallel=filter: {sharded}"]
 
 
-PARTS: dict[str, tuple[list[str], Callable[[Rows], list[str]]]] = {
+COMPARISONS: dict[str, tuple[list[str], Callable[[Rows], list[str]]]] = {
     "overlap": (
         ["parallel=ddp", "parallel.bucket_cap_mb=4,1000", "model=alexnet", "data.batch_size=32"],
         overlap,
@@ -76,21 +76,23 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--updates", type=int, default=20)
-    parser.add_argument("--only", default=",".join(PARTS))
-    asked = parser.parse_args()
-    folder = asked.folder or Path(tempfile.mkdtemp(prefix="dlopt-parallel-"))
-    found: dict[str, Rows] = {}
-    for name in asked.only.split(","):
-        overrides, told = PARTS[name]
+    parser.add_argument("--only", default=",".join(COMPARISONS))
+    arguments = parser.parse_args()
+    folder = arguments.folder or Path(tempfile.mkdtemp(prefix="dlopt-parallel-"))
+    results: dict[str, Rows] = {}
+    for name in arguments.only.split(","):
+        overrides, conclude = COMPARISONS[name]
         print(f"== {name}", flush=True)
         common = ["device=cpu", "threads=1", "processes=2", "data.workers=0", f"output={folder / name}"]
-        updates = [] if any(each.startswith("updates=") for each in overrides) else [f"updates={asked.updates}"]
+        updates = (
+            [] if any(override.startswith("updates=") for override in overrides) else [f"updates={arguments.updates}"]
+        )
         subprocess.run([sys.executable, "-m", "dlopt", "bench", *overrides, *common, *updates], check=True)
-        found[name] = json.loads((folder / name / "modes.json").read_text())
-        for line in told(found[name]):
+        results[name] = json.loads((folder / name / "modes.json").read_text())
+        for line in conclude(results[name]):
             print(f"-> {line}")
-    if asked.json:
-        asked.json.write_text(json.dumps(found, indent=1) + "\n")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

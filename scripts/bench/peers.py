@@ -1,16 +1,14 @@
-"""The same training job by dlopt, by a hand-written loop and by other trainers: samples per second.
+"""Benchmarks the same training job with dlopt, a hand-written loop and other trainers, in samples per second.
 
     python scripts/bench/peers.py [--venvs FOLDER] [--rounds 3] [--steps 40] [--json FILE] [--picture FILE]
 
-The job: ResNet-20, batch 128, 32x32 images out of memory, flip and pad-4 crop, SGD with momentum, two threads, two
-loader workers where a trainer has workers. All trainers but dlopt read with a DataLoader and torchvision's transforms,
-image by image; timm with its own loader.
+The job: ResNet-20, batch 128, 32x32 images in memory, flip and pad-4 crop, SGD with momentum, two threads, two loader
+workers. All trainers except dlopt use a DataLoader with torchvision's transforms, image by image; timm uses its loader.
 
-Lightning, Composer and timm are used through their public interfaces, each in a virtual environment of its own under
-FOLDER, which is made on first use and takes torch from the environment of this script. timm's train script itself is
-not in its package: its loader, its optimizer and the loop that they are meant for stand for it. A trainer that cannot
-be installed is named with the reason. Every candidate is a process that lives through all rounds and works alone; they
-take turns, the first round does not count, medians are compared.
+Lightning, Composer and timm are used through their public APIs, each in its own virtual environment under FOLDER, which
+is created on first use and shares this environment's torch. timm's package has no train script; its loader, optimizer
+and a plain loop replace it. Reports trainers that cannot be installed with the reason. Each candidate is one process
+for all rounds; candidates take turns. The first round is a warm-up; medians are compared.
 """
 
 import argparse
@@ -34,10 +32,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-WARM = 5  # steps of a measurement before its clock starts
+WARM = 5  # warm-up steps of each measurement
 MEAN, STD = [0.49, 0.48, 0.45], [0.25, 0.24, 0.26]
 
-# What each trainer needs beside torch: without their own pins of it, which would bring another one.
+# Requirements of each trainer without torch: their pins would install another version of torch.
 PACKAGES = {
     "lightning": ["lightning"],
     "composer": [
@@ -48,33 +46,33 @@ PACKAGES = {
     ],
     "timm": ["timm"],
 }  # fmt: skip
-WHOLE = {"composer": ["--no-deps"]}
+PIP_OPTIONS = {"composer": ["--no-deps"]}
 
 
 class Job:
-    """What a worker is to do, and the clock that its trainer's steps drive."""
+    """The job of a worker, and the timer that its steps advance."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.device = torch.device(options.device)
         self.precision: str = options.precision
         self.steps: int = options.steps
         self.batch: int = options.batch
-        self.began = self.ended = 0.0
+        self.start_time = self.end_time = 0.0
         self.count = 0
 
-    def mark(self, *_: Any) -> None:
-        """Once in every step, at the same place in it."""
+    def count_step(self, *_: Any) -> None:
+        """Counts a step; must be called once per step, always at the same point of it."""
         self.count += 1
         if self.count in (WARM + 1, self.steps):
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
-            self.began, self.ended = self.ended, time.perf_counter()
+            self.start_time, self.end_time = self.end_time, time.perf_counter()
 
     def rate(self) -> float:
-        """Samples per second from step WARM + 1 to the last; the clock is at its beginning then."""
+        """Returns the samples per second from step WARM + 1 to the last, and resets the timer."""
         if self.count < self.steps:
-            raise RuntimeError(f"only {self.count} of {self.steps} steps were made")
-        rate = (self.steps - WARM - 1) * self.batch / (self.ended - self.began)
+            raise RuntimeError(f"made only {self.count} of {self.steps} steps")
+        rate = (self.steps - WARM - 1) * self.batch / (self.end_time - self.start_time)
         self.count = 0
         return rate
 
@@ -86,7 +84,7 @@ class Job:
         return inputs, torch.randint(10, (count,), generator=draws)
 
     def fresh_loader(self) -> DataLoader[Any]:
-        """As one writes it: PIL images, two workers that stay."""
+        """Builds a typical DataLoader: PIL images, two persistent workers."""
         from torchvision.transforms import v2
 
         transform = v2.Compose(
@@ -104,18 +102,18 @@ class Job:
     def loader(self) -> DataLoader[Any]:
         return self.fresh_loader()
 
-    def endless(self) -> Iterator[Any]:
+    def all_epochs(self) -> Iterator[Any]:
         while True:
             yield from self.loader
 
     def model(self) -> nn.Module:
         model = ResNet20()
-        model.register_forward_pre_hook(lambda *_: self.mark() if model.training else None)
+        model.register_forward_pre_hook(lambda *_: self.count_step() if model.training else None)
         return model
 
 
 class Pictures(Dataset[tuple[Any, int]]):
-    """Images as torchvision's datasets hold them: an array, made a PIL image and transformed one by one."""
+    """In-memory images like torchvision's datasets: converts each to a PIL image and transforms it."""
 
     def __init__(self, inputs: Tensor, targets: Tensor, transform: Callable[[Any], Any] | None = None) -> None:
         self.inputs = inputs.permute(0, 2, 3, 1).contiguous().numpy()
@@ -147,7 +145,7 @@ class Block(nn.Module):
 
 
 class ResNet20(nn.Module):
-    """He et al. 2016, section 4.2, with shortcuts of option A: the net of `model=resnet20`."""
+    """ResNet-20 (He et al. 2016, section 4.2) with option A shortcuts: the same model as `model=resnet20`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -168,7 +166,7 @@ def by_hand(job: Job) -> Callable[[], None]:
     def run() -> None:
         model = job.model().to(job.device).train()
         optimizer, loss_of = sgd(model), nn.CrossEntropyLoss()
-        for _, (x, y) in zip(range(job.steps), job.endless(), strict=False):
+        for _, (x, y) in zip(range(job.steps), job.all_epochs(), strict=False):
             x, y = x.to(job.device, non_blocking=True), y.to(job.device, non_blocking=True)
             optimizer.zero_grad()
             with torch.autocast(job.device.type, dtype=torch.bfloat16, enabled=job.precision == "bf16"):
@@ -180,7 +178,7 @@ def by_hand(job: Job) -> Callable[[], None]:
 
 
 def dlopt(job: Job) -> Callable[[], None]:
-    """The engine, set up as `dlopt train` does it, with its logging; the images are put where a data set would be."""
+    """Runs dlopt's trainer as `dlopt train` builds it, with logging, on the job's images."""
     import dataclasses
 
     from dlopt.config.compose import Composer, to_plain
@@ -205,7 +203,7 @@ def dlopt(job: Job) -> Callable[[], None]:
         workload = build_workload(experiment)
         with tempfile.TemporaryDirectory() as folder, Interruption() as interruption:
             training = dry_run(workload, Path(folder))
-            training.tracking.advance = job.mark  # type: ignore[method-assign]
+            training.tracking.advance = job.count_step  # type: ignore[method-assign]
             training.fit(interruption)
 
     return run
@@ -269,7 +267,7 @@ def timm(job: Job) -> Callable[[], None]:
         std=tuple(STD), num_workers=2, persistent_workers=True, pin_memory=on_gpu, device=job.device,
     )  # fmt: skip
 
-    def endless() -> Iterator[Any]:
+    def all_epochs() -> Iterator[Any]:
         while True:
             yield from loader
 
@@ -277,7 +275,7 @@ def timm(job: Job) -> Callable[[], None]:
         model = job.model().to(job.device).train()
         optimizer = create_optimizer_v2(model, opt="sgd", lr=0.01, momentum=0.9, weight_decay=1e-4)
         losses, loss_of = AverageMeter(), nn.CrossEntropyLoss()
-        for number, (x, y) in zip(range(job.steps), endless(), strict=False):
+        for number, (x, y) in zip(range(job.steps), all_epochs(), strict=False):
             with torch.autocast(job.device.type, dtype=torch.bfloat16, enabled=job.precision == "bf16"):
                 loss = loss_of(model(x), y)
             optimizer.zero_grad()
@@ -294,11 +292,11 @@ WORKERS: dict[str, Callable[[Job], Callable[[], None]]] = {
 }  # fmt: skip
 
 
-def work(options: argparse.Namespace) -> None:
-    """A worker: measures whenever a line comes, and answers with a line of JSON."""
+def serve_measurements(options: argparse.Namespace) -> None:
+    """Worker process: makes a measurement for each line on stdin and answers with a line of JSON."""
     torch.set_num_threads(2)
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a trainer prints is no answer
+    os.dup2(2, 1)  # redirect what trainers print to stderr
     job = Job(options)
     run = WORKERS[options.worker](job)
     answers.write("ready\n")
@@ -311,15 +309,15 @@ def work(options: argparse.Namespace) -> None:
 
 
 class Candidate:
-    """A worker process. Raises `RuntimeError` with the end of what it said where it does not start or ends early."""
+    """A worker process. Raises `RuntimeError` with the last line of stderr if it fails."""
 
     def __init__(self, python: str, name: str, precision: str, options: argparse.Namespace) -> None:
         keys = {"worker": name, "precision": precision, "device": options.device, "steps": options.steps}
         words = [f"--{key}={value}" for key, value in {**keys, "batch": options.batch}.items()]
-        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the process
+        self.stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115 - open as long as the process runs
         root = Path(__file__).resolve().parents[2]
         self.process = subprocess.Popen(
-            [python, __file__, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said, text=True,
+            [python, __file__, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.stderr, text=True,
             env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "2"},
         )  # fmt: skip
         self._answer()
@@ -335,9 +333,9 @@ class Candidate:
         line = self.process.stdout.readline()
         if not line:
             self.process.wait()
-            self.said.seek(0)
-            told = [each for each in self.said.read().splitlines() if each.strip()]
-            raise RuntimeError(told[-1] if told else "it ended without a word")
+            self.stderr.seek(0)
+            lines = [entry for entry in self.stderr.read().splitlines() if entry.strip()]
+            raise RuntimeError(lines[-1] if lines else "exited without a message")
         return line
 
     def end(self) -> None:
@@ -350,7 +348,7 @@ class Candidate:
 
 
 def python_of(name: str, venvs: Path | None) -> str:
-    """The interpreter with a trainer in it; it is installed where FOLDER is given. Raises `RuntimeError`."""
+    """Returns the interpreter of a trainer; installs the trainer if `venvs` is given. Raises `RuntimeError`."""
     if name not in PACKAGES or venvs is None:
         return sys.executable
     folder = venvs / name
@@ -359,11 +357,11 @@ def python_of(name: str, venvs: Path | None) -> str:
         print(f"installing {name} ...", flush=True)
         venv.create(folder, with_pip=True, clear=True)
         site = next(folder.glob("lib/python*/site-packages"))
-        (site / "base.pth").write_text(sysconfig.get_path("purelib") + "\n")  # torch, which is large, from here
-        command = [str(python), "-m", "pip", "install", "-q", *WHOLE.get(name, []), *PACKAGES[name]]
+        (site / "base.pth").write_text(sysconfig.get_path("purelib") + "\n")  # share this environment's torch
+        command = [str(python), "-m", "pip", "install", "-q", *PIP_OPTIONS.get(name, []), *PACKAGES[name]]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:
-            raise RuntimeError(f"cannot be installed: {result.stderr.strip().splitlines()[-1]}")
+            raise RuntimeError(f"installation failed: {result.stderr.strip().splitlines()[-1]}")
         (folder / "done").touch()
     return str(python)
 
@@ -376,8 +374,8 @@ def draw(rates: dict[str, float], path: Path, title: str) -> None:
     names = sorted(rates, key=lambda name: rates[name])
     colours = ["#D55E00" if name.startswith("dlopt") else "#0072B2" for name in names]
     axes.barh(names, [rates[name] for name in names], color=colours)
-    for place, name in enumerate(names):
-        axes.text(rates[name], place, f" {rates[name]:.0f}", va="center")
+    for position, name in enumerate(names):
+        axes.text(rates[name], position, f" {rates[name]:.0f}", va="center")
     axes.margins(x=0.12)
     axes.set_xlabel("samples per second")
     axes.set_title(title)
@@ -394,8 +392,8 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
                 candidates[label] = Candidate(python_of(name, options.venvs), name, precision, options)
             except RuntimeError as error:
                 missing[label] = str(error)
-    figures: dict[str, list[float]] = {label: [] for label in candidates}
-    for number in range(options.rounds + 1):
+    measured: dict[str, list[float]] = {label: [] for label in candidates}
+    for round_number in range(options.rounds + 1):
         for label, candidate in candidates.items():
             if label in missing:
                 continue
@@ -404,22 +402,22 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
             except RuntimeError as error:
                 missing[label] = str(error)
                 continue
-            print(f"round {number}: {label}: {rate:.0f}", flush=True)
-            if number:
-                figures[label].append(rate)
+            print(f"round {round_number}: {label}: {rate:.0f}", flush=True)
+            if round_number:
+                measured[label].append(rate)
     for candidate in candidates.values():
         candidate.end()
-    medians = {label: statistics.median(rates) for label, rates in figures.items() if rates and label not in missing}
-    base = figures.get("by hand fp32", [])
+    medians = {label: statistics.median(rates) for label, rates in measured.items() if rates and label not in missing}
+    base = measured.get("by hand fp32", [])
     ratios = {
-        label: statistics.median(a / b for a, b in zip(figures[label], base, strict=True)) for label in medians if base
+        label: statistics.median(a / b for a, b in zip(measured[label], base, strict=True)) for label in medians if base
     }
-    return {"samples_per_second": medians, "ratio": ratios, "missing": missing, "rounds": figures}
+    return {"samples_per_second": medians, "ratio": ratios, "missing": missing, "rounds": measured}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--venvs", type=Path, help="folder of the trainers' virtual environments; none: what is here")
+    parser.add_argument("--venvs", type=Path, help="folder of the trainers' virtual environments (default: this one)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=40)
@@ -432,16 +430,16 @@ def main() -> None:
     parser.add_argument("--precision", default="fp32", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.steps < WARM + 2:
-        parser.error(f"--steps {options.steps}: at least {WARM + 2}, of which the first {WARM} do not count")
+        parser.error(f"--steps {options.steps}: must be >= {WARM + 2} (the first {WARM} are warm-up)")
     if options.worker is not None:
-        work(options)
+        serve_measurements(options)
         return
     results = compare(options)
     rates, ratios = results["samples_per_second"], results["ratio"]
     print(f"\nResNet-20, batch {options.batch}, {options.device}, torch {torch.__version__}, medians\n")
     for label, rate in sorted(rates.items(), key=lambda item: -item[1]):
-        against = f"{ratios[label]:6.2f} x by hand fp32" if label in ratios else ""
-        print(f"{label:18} {rate:10.0f} samples/s {against}")
+        ratio_text = f"{ratios[label]:6.2f} x by hand fp32" if label in ratios else ""
+        print(f"{label:18} {rate:10.0f} samples/s {ratio_text}")
     for label, reason in results["missing"].items():
         print(f"{label:18} {reason}")
     if options.json is not None:

@@ -1,12 +1,11 @@
-"""From the command to the first update on digits, against importing torch and torchvision alone.
+"""Benchmarks start-up: from the command to the first update on digits, against importing torch and torchvision.
 
-    python scripts/bench/startup.py [--rounds 5] [--json FILE] [--imports] [further words of dlopt train]
+    python scripts/bench/startup.py [--rounds 5] [--json FILE] [--imports] [arguments of dlopt train]
 
-Both are measured in turn, each in a process of its own; CPU seconds (user and system) count, since other work on the
-machine changes them least, and wall-clock seconds stand beside them. The process ends behind the first update. Unless
-other words are typed it is that of `dlopt train device=cpu threads=1`: several threads would wait for each other by
-computing, which CPU seconds would show.
---imports lists the modules on the way that take longest and are not torch's or torchvision's.
+Measures both in turn, each in a new process that ends after the first update. Reports CPU seconds (user and system),
+which depend least on other load, and wall-clock seconds. The default is `dlopt train device=cpu threads=1`, because
+several threads spin while they wait, which counts as CPU time.
+--imports lists the slowest modules that torch and torchvision do not import.
 """
 
 import argparse
@@ -22,9 +21,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Each prints its seconds of CPU and of wall-clock, counted from the start of its process, as its last line.
-TOLD = """
-def tell():
+# Prints the CPU and wall-clock seconds since the start of the process as the last line, and exits.
+REPORT = """
+def report():
     import os, resource, sys, time
     used = resource.getrusage(resource.RUSAGE_SELF)
     with open("/proc/self/stat") as file:
@@ -35,14 +34,14 @@ def tell():
     sys.__stdout__.flush()
     os._exit(0)
 """
-IMPORTS = TOLD + "import torch, torchvision\ntell()\n"
+IMPORTS = REPORT + "import torch, torchvision\nreport()\n"
 FIRST_UPDATE = (
-    TOLD
+    REPORT
     + """
 import importlib.util, sys
 
 class AfterFirstUpdate:
-    "Ends the process behind the first update; it changes the module once that is imported, and imports nothing."
+    "Import hook that patches the step module to exit after the first update, without importing anything itself."
     def find_spec(self, name, path=None, target=None):
         if name != "dlopt.training.step":
             return None
@@ -54,7 +53,7 @@ class AfterFirstUpdate:
             update = module.Step.update
             def first(self, *arguments, **keys):
                 update(self, *arguments, **keys)
-                tell()
+                report()
             module.Step.update = first
         spec.loader.exec_module = exec_module
         return spec
@@ -68,7 +67,7 @@ main()
 
 
 def run(code: str, *arguments: str, options: tuple[str, ...] = ()) -> tuple[float, float, str]:
-    """CPU seconds, wall-clock seconds, and what it wrote on stderr."""
+    """Runs code in a new process; returns CPU seconds, wall-clock seconds and stderr."""
     with tempfile.TemporaryDirectory() as folder:
         result = subprocess.run(
             [sys.executable, *options, "-c", code, *arguments], cwd=folder, capture_output=True, text=True, check=False,
@@ -81,17 +80,17 @@ def run(code: str, *arguments: str, options: tuple[str, ...] = ()) -> tuple[floa
 
 
 def imports(words: list[str]) -> list[tuple[str, float]]:
-    """Modules that torch and torchvision do not bring, with the seconds of all that each brings, the longest first."""
+    """Returns packages that torch and torchvision do not import, with their import seconds, slowest first."""
 
     def read(code: str, *arguments: str) -> dict[str, float]:
-        _, _, told = run(code, *arguments, options=("-X", "importtime"))
-        lines = re.findall(r"import time:\s+(\d+) \|\s+(\d+) \| +(\S+)", told)
-        return {name: int(own) / 1e6 for own, _, name in lines}
+        _, _, stderr = run(code, *arguments, options=("-X", "importtime"))
+        lines = re.findall(r"import time:\s+(\d+) \|\s+(\d+) \| +(\S+)", stderr)
+        return {name: int(self_time) / 1e6 for self_time, _, name in lines}
 
-    alone, first = read(IMPORTS), read(FIRST_UPDATE, "train", *words)
+    baseline, first = read(IMPORTS), read(FIRST_UPDATE, "train", *words)
     packages: dict[str, float] = {}
     for name, seconds in first.items():
-        if name not in alone:
+        if name not in baseline:
             package = name if name.startswith(("dlopt.", "torch.")) else name.partition(".")[0]
             packages[package] = packages.get(package, 0.0) + seconds
     return sorted(packages.items(), key=lambda item: -item[1])
@@ -104,21 +103,21 @@ def main() -> None:
     parser.add_argument("--imports", action="store_true")
     options, words = parser.parse_known_args()
     words = words or ["device=cpu", "threads=1"]
-    figures: dict[str, list[tuple[float, float]]] = {"imports": [], "first update": []}
+    times: dict[str, list[tuple[float, float]]] = {"imports": [], "first update": []}
     for number in range(options.rounds + 1):
         for name, code in {"imports": IMPORTS, "first update": FIRST_UPDATE}.items():
             cpu, wall, _ = run(code, *(["train", *words] if name == "first update" else []))
-            if number:  # the first round fills the caches of files
-                figures[name].append((cpu, wall))
-    results: dict[str, Any] = {"command": " ".join(["dlopt train", *words]), "rounds": figures}
-    for place, kind in enumerate(("cpu", "wall")):
-        columns = {name: [each[place] for each in rounds] for name, rounds in figures.items()}
+            if number:  # the first round warms the file cache
+                times[name].append((cpu, wall))
+    results: dict[str, Any] = {"command": " ".join(["dlopt train", *words]), "rounds": times}
+    for index, kind in enumerate(("cpu", "wall")):
+        columns = {name: [measurement[index] for measurement in rounds] for name, rounds in times.items()}
         ratio = statistics.median(b / a for a, b in zip(*columns.values(), strict=True))
         medians = {name: statistics.median(values) for name, values in columns.items()}
         results[kind] = {**medians, "ratio": ratio}
         print(
             f"{kind:5} import torch, torchvision: {medians['imports']:.2f} s   "
-            f"to the first update: {medians['first update']:.2f} s   {ratio:.2f} x   (goal: <= 1.3)"
+            f"first update: {medians['first update']:.2f} s   {ratio:.2f}x   (goal: <= 1.3)"
         )
     if options.imports:
         for name, seconds in imports(words)[:30]:

@@ -1,14 +1,14 @@
-"""What a step of the runner costs, against a hand-written PyTorch loop in the same process.
+"""Benchmarks a step of dlopt against a hand-written PyTorch loop.
 
     python scripts/bench/step.py [--json FILE] [--rounds 5] [--only overhead,throughput,synchronization]
 
-- overhead: a tiny MLP on fixed batches, one thread: microseconds per step beyond the hand-written loop, with logging
-  off and on (TensorBoard every 50 steps); and beyond one whose author has thought of fused=True, as dlopt does;
+- overhead: a tiny MLP on fixed batches, one thread: overhead per step in microseconds over the hand-written loop, with
+  logging off and on (TensorBoard every 50 steps), and over a loop with fused=True, which dlopt uses by default;
 - throughput: ResNet-20, batch 128, flip and pad-4 crop on 32x32 images: samples per second of dlopt in fp32 and bf16
-  against a loop over a DataLoader with two workers and torchvision's transforms image by image;
-- synchronization: operations between two logging points that make the host wait for the device: counted.
+  against a DataLoader with two workers and torchvision's transforms, image by image;
+- synchronization: number of host-device synchronizations between two logging points.
 
-Both loops of a comparison run in turn, several rounds, and medians are compared: the machine may be shared.
+The candidates take turns for several rounds and medians are compared, because the machine may be shared.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def experiment(*overrides: str) -> Experiment:
 
 
 class FixedBatches:
-    """The same few batches over and over."""
+    """Repeats the same few batches."""
 
     def __init__(self, batches: list[tuple[Tensor, Tensor]], steps: int) -> None:
         self.batches, self.steps = batches, steps
@@ -84,10 +84,10 @@ def training(
     steps: int | None = None,
     check_now: bool = True,
 ) -> tuple[Trainer, Tracking]:
-    """A trainer as `dlopt train` builds it, without console and evaluation."""
+    """Builds a trainer like `dlopt train`, without console and evaluation."""
     parameters = list(module.parameters())
-    chosen = experiment("optimizer=sgd", "optimizer.lr=0.01").optimizer
-    optimizer = chosen.build(params=parameters, fused=can_fuse(chosen, parameters))
+    optimizer_component = experiment("optimizer=sgd", "optimizer.lr=0.01").optimizer
+    optimizer = optimizer_component.build(params=parameters, fused=can_fuse(optimizer_component, parameters))
     steps = steps if steps is not None else len(batches)
     schedule = Scheduler(optimizer, constant(horizon=Horizon(0, steps, len(batches))))
     tracking = Tracking(
@@ -120,14 +120,14 @@ def training(
 
 
 def interleave(candidates: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Runs the candidates in turn; one round first that does not count."""
-    figures: dict[str, list[float]] = {name: [] for name in candidates}
+    """Runs the candidates in turn, after a warm-up round; returns their measurements."""
+    values: dict[str, list[float]] = {name: [] for name in candidates}
     for number in range(rounds + 1):
         for name, measure in candidates.items():
             value = measure()
             if number:
-                figures[name].append(value)
-    return figures
+                values[name].append(value)
+    return values
 
 
 def overhead(rounds: int, steps: int = 2000) -> dict[str, Any]:
@@ -144,13 +144,13 @@ def overhead(rounds: int, steps: int = 2000) -> dict[str, Any]:
         module, loss_of = model(), nn.CrossEntropyLoss()
         optimizer = torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.9, **options)
         batches = FixedBatches(data, steps).epoch(0)
-        began = time.perf_counter()
+        start = time.perf_counter()
         for inputs, targets in batches:
             optimizer.zero_grad()
             loss = loss_of(module(inputs), targets)
             loss.backward()
             optimizer.step()
-        return (time.perf_counter() - began) / steps * 1e6
+        return (time.perf_counter() - start) / steps * 1e6
 
     def engine(log_every: int | None) -> Callable[[], float]:
         def measure() -> float:
@@ -174,21 +174,25 @@ def overhead(rounds: int, steps: int = 2000) -> dict[str, Any]:
 
     fused = functools.partial(by_hand, fused=True)
     candidates = {"by hand": by_hand, "by hand, fused": fused, "logging off": engine(None), "logging on": engine(50)}
-    figures = interleave(candidates, rounds)
-    medians = {name: statistics.median(values) for name, values in figures.items()}
-    over = {
-        name: statistics.median(a - b for a, b in zip(figures[name], figures["by hand"], strict=True))
+    measurements = interleave(candidates, rounds)
+    medians = {name: statistics.median(values) for name, values in measurements.items()}
+    over_plain = {
+        name: statistics.median(a - b for a, b in zip(measurements[name], measurements["by hand"], strict=True))
         for name in ("logging off", "logging on")
     }
-    beyond = {
-        name: statistics.median(a - b for a, b in zip(figures[name], figures["by hand, fused"], strict=True))
+    over_fused = {
+        name: statistics.median(a - b for a, b in zip(measurements[name], measurements["by hand, fused"], strict=True))
         for name in ("logging off", "logging on")
     }
-    return {"microseconds_per_step": medians, "overhead_microseconds": over, "beyond_fused_microseconds": beyond}
+    return {
+        "microseconds_per_step": medians,
+        "overhead_microseconds": over_plain,
+        "beyond_fused_microseconds": over_fused,
+    }
 
 
 class Images(Dataset[tuple[Tensor, int]]):
-    """Images as torchvision's datasets hold them: an array, made a PIL image and transformed one by one."""
+    """In-memory images like torchvision's datasets: converts each to a PIL image and transforms it."""
 
     def __init__(self, inputs: Tensor, targets: Tensor, transform: Callable[[Any], Tensor]) -> None:
         self.inputs = inputs.permute(0, 2, 3, 1).contiguous().numpy()
@@ -234,23 +238,23 @@ def loader() -> DataLoader[tuple[Tensor, int]]:
 
 
 def rate_by_hand() -> float:
-    """Samples per second of the loop that one writes, with two threads."""
+    """Returns the samples per second of the hand-written loop, with two threads."""
     torch.set_num_threads(2)
     torch.manual_seed(0)
     module, loss_of = resnet20(), nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.9)
     module.train()
-    began = time.perf_counter()
+    start = time.perf_counter()
     for x, y in loader():
         optimizer.zero_grad()
         loss = loss_of(module(x), y)
         loss.backward()
         optimizer.step()
-    return COUNT / (time.perf_counter() - began)
+    return COUNT / (time.perf_counter() - start)
 
 
 def rate_of_dlopt(precision: str) -> float:
-    """Samples per second of the engine, set up as `dlopt train` does."""
+    """Returns the samples per second of dlopt's trainer, built like `dlopt train`."""
     set_threads(2)
     keep_freed_memory()
     torch.manual_seed(0)
@@ -267,37 +271,37 @@ def rate_of_dlopt(precision: str) -> float:
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         run, tracking = training(module, batches, Path(folder), precision=precision, log_every=50)
-        began = time.perf_counter()
+        start = time.perf_counter()
         with tracking, Interruption() as interruption:
             run.fit(interruption)
-        return COUNT / (time.perf_counter() - began)
+        return COUNT / (time.perf_counter() - start)
 
 
 def throughput(rounds: int) -> dict[str, Any]:
-    """Each loop in a process of its own: dlopt tells the C library to keep memory, which would help the other too."""
+    """Runs each loop in its own process, because dlopt's malloc settings would also speed up the other loop."""
     spawn = multiprocessing.get_context("spawn")
     with contextlib.ExitStack() as stack:
 
-        def apart(measure: Callable[..., float], *arguments: str) -> Callable[[], float]:
+        def in_process(measure: Callable[..., float], *arguments: str) -> Callable[[], float]:
             process = stack.enter_context(ProcessPoolExecutor(1, mp_context=spawn))
             return lambda: process.submit(measure, *arguments).result()
 
         candidates = {
-            "by hand": apart(rate_by_hand),
-            "dlopt fp32": apart(rate_of_dlopt, "fp32"),
-            "dlopt bf16": apart(rate_of_dlopt, "bf16"),
+            "by hand": in_process(rate_by_hand),
+            "dlopt fp32": in_process(rate_of_dlopt, "fp32"),
+            "dlopt bf16": in_process(rate_of_dlopt, "bf16"),
         }
-        figures = interleave(candidates, rounds)
-    medians = {name: statistics.median(values) for name, values in figures.items()}
+        measurements = interleave(candidates, rounds)
+    medians = {name: statistics.median(values) for name, values in measurements.items()}
     ratios = {
-        name: statistics.median(a / b for a, b in zip(figures[name], figures["by hand"], strict=True))
+        name: statistics.median(a / b for a, b in zip(measurements[name], measurements["by hand"], strict=True))
         for name in ("dlopt fp32", "dlopt bf16")
     }
     return {"samples_per_second": medians, "ratio": ratios}
 
 
-class Waits(TorchDispatchMode):
-    """Counts operations at which a host would wait for a device: reading a number, shapes that depend on values."""
+class SynchronizationCounter(TorchDispatchMode):
+    """Counts operations that synchronize the host with a device: reading scalars, data-dependent shapes."""
 
     NAMES = ("aten._local_scalar_dense", "aten.nonzero", "aten.equal", "aten.is_nonzero", "aten.masked_select")
 
@@ -311,13 +315,13 @@ class Waits(TorchDispatchMode):
 
 
 def synchronization(steps: int = 40) -> dict[str, Any]:
-    """Waits within `steps` updates, as a GPU run has them (no check of each loss), before the first logging point."""
+    """Counts synchronizations in `steps` updates without logging, and without per-step loss checks as on a GPU."""
     data = [(torch.randn(8, 3, 32, 32), torch.randint(10, (8,))) for _ in range(4)]
     if torch.cuda.is_available():
         return _synchronization_on_cuda(data, steps)
     with tempfile.TemporaryDirectory() as folder, Interruption() as interruption:
         run, tracking = training(resnet20(), FixedBatches(data, steps), Path(folder), log_every=10**6, check_now=False)
-        waits = Waits()
+        waits = SynchronizationCounter()
         counts: list[int] = []
         advance = tracking.advance
 
@@ -345,23 +349,24 @@ def _synchronization_on_cuda(data: list[tuple[Tensor, Tensor]], steps: int) -> d
                 run.step.update(x, y, step, run.train_metrics)
                 tracking.advance(step + 1)
             torch.cuda.set_sync_debug_mode("default")
-    waits = sum("synchroniz" in str(each.message) for each in caught)
+    waits = sum("synchroniz" in str(warning.message) for warning in caught)
     return {"steps": steps, "waits": waits, "how": "torch.cuda.set_sync_debug_mode"}
 
 
 def show(results: dict[str, Any]) -> None:
     table = Table(title=f"torch {torch.__version__}, medians")
-    for name in ("measured", "figure", "goal"):
+    for name in ("benchmark", "result", "goal"):
         table.add_column(name)
     if "overhead" in results:
-        over = results["overhead"]["overhead_microseconds"]
+        plain_overhead = results["overhead"]["overhead_microseconds"]
         base = results["overhead"]["microseconds_per_step"]
-        table.add_row("tiny MLP by hand", f"{base['by hand']:.0f} us a step", "")
-        table.add_row("runner overhead, logging off", f"{over['logging off']:+.1f} us a step", "<= 20")
-        table.add_row("runner overhead, logging on", f"{over['logging on']:+.1f} us a step", "<= 50")
-        fused, beyond = base["by hand, fused"], results["overhead"]["beyond_fused_microseconds"]
-        table.add_row("tiny MLP by hand, fused=True", f"{fused:.0f} us a step", "")
-        table.add_row("beyond it, logging off / on", f"{beyond['logging off']:+.1f} / {beyond['logging on']:+.1f}", "")
+        table.add_row("tiny MLP by hand", f"{base['by hand']:.0f} us/step", "")
+        table.add_row("dlopt overhead, logging off", f"{plain_overhead['logging off']:+.1f} us/step", "<= 20")
+        table.add_row("dlopt overhead, logging on", f"{plain_overhead['logging on']:+.1f} us/step", "<= 50")
+        fused, fused_overhead = base["by hand, fused"], results["overhead"]["beyond_fused_microseconds"]
+        table.add_row("tiny MLP by hand, fused=True", f"{fused:.0f} us/step", "")
+        off, on = fused_overhead["logging off"], fused_overhead["logging on"]
+        table.add_row("dlopt overhead over it, logging off / on", f"{off:+.1f} / {on:+.1f} us/step", "")
     if "throughput" in results:
         rates, ratio = results["throughput"]["samples_per_second"], results["throughput"]["ratio"]
         table.add_row("ResNet-20, DataLoader loop fp32", f"{rates['by hand']:.0f} samples/s", "")
@@ -369,7 +374,7 @@ def show(results: dict[str, Any]) -> None:
             table.add_row(f"ResNet-20, {name}", f"{rates[name]:.0f} samples/s ({ratio[name]:.2f} x)", goal)
     if "synchronization" in results:
         waits = results["synchronization"]
-        table.add_row("host waits between logging points", f"{waits['waits']} in {waits['steps']} steps", "0")
+        table.add_row("synchronizations between logging points", f"{waits['waits']} in {waits['steps']} steps", "0")
     Console().print(table)
 
 
@@ -379,13 +384,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", default="overhead,throughput,synchronization")
     options = parser.parse_args()
-    wanted = options.only.split(",")
+    selected = options.only.split(",")
     results: dict[str, Any] = {}
-    if "overhead" in wanted:
+    if "overhead" in selected:
         results["overhead"] = overhead(options.rounds)
-    if "throughput" in wanted:
+    if "throughput" in selected:
         results["throughput"] = throughput(options.rounds)
-    if "synchronization" in wanted:
+    if "synchronization" in selected:
         results["synchronization"] = synchronization()
     show(results)
     if options.json is not None:

@@ -1,4 +1,4 @@
-"""Figures of a comparison are those that the runs left; its pictures have a curve, a line or a map for each variant."""
+"""Comparisons of runs: metrics, tables, and plots of curves, lines or heat maps per variant."""
 
 import math
 from typing import Any
@@ -21,29 +21,29 @@ def outcome(values: list[float], failed: bool = False, **summary: Any) -> Outcom
     return Outcome(lines, {"status": "failed" if failed else "finished", **summary}, {})
 
 
-def test_cells_are_a_grid_and_a_variant_comes_last() -> None:
-    found = comparison(along={"optimizer.lr": [0.1, 1], "norm": [None]}, seeds=[3])
-    assert list(found.cells()) == [Cell(variant, (lr, None), 3) for variant in "ab" for lr in (0.1, 1)]
-    assert found.overrides(Cell("b", (0.1, None), 3)) == ["optimizer.lr=0.1", "norm=null", "x=1", "seed=3"]
+def test_cells_form_a_grid_with_variant_overrides_last() -> None:
+    result = comparison(along={"optimizer.lr": [0.1, 1], "norm": [None]}, seeds=[3])
+    assert list(result.cells()) == [Cell(variant, (lr, None), 3) for variant in "ab" for lr in (0.1, 1)]
+    assert result.overrides(Cell("b", (0.1, None), 3)) == ["optimizer.lr=0.1", "norm=null", "x=1", "seed=3"]
 
 
-def test_a_point_of_an_axis_may_set_several_keys_and_its_name_may_be_a_number() -> None:
+def test_axis_points_may_set_several_keys_and_have_numeric_names() -> None:
     spec = comparison(along={"samples": {"1": ["p=8", "g=1"], "8": ["p=1", "g=8"]}}, seeds=[0])
     assert spec.overrides(Cell("b", ("8",), 0)) == ["p=1", "g=8", "x=1", "seed=0"]
     outcomes = {cell: outcome([2.0 if cell.variant == "a" else 2.001]) for cell in spec.cells()}
     [axes] = draw(spec, outcomes).axes
     assert list(axes.lines[0].get_xdata()) == [1, 8] and axes.get_xlabel() == "samples"
-    assert axes.lines[0].get_linewidth() > 2 * axes.lines[1].get_linewidth()  # b lies on a, which shows at the sides
+    assert axes.lines[0].get_linewidth() > 2 * axes.lines[1].get_linewidth()  # a is wider, as b coincides with it
 
 
-def test_ticks_are_written_as_one_writes_them() -> None:
+def test_log_ticks_are_plain_numbers() -> None:
     spec = comparison(along={"lr": [0.1, 0.2]}, seeds=[0])
     [axes] = (figure := draw(spec, {cell: outcome([0.5 + cell.point[0]]) for cell in spec.cells()})).axes
     figure.canvas.draw()
     assert {"0.6", "0.7"} <= {label.get_text() for label in axes.get_yticklabels(which="both")}
 
 
-def test_curves_show_mean_and_range_of_the_seeds() -> None:
+def test_curves_show_mean_and_range_over_seeds() -> None:
     spec = comparison()
     curves = {"a": ([4.0, 2.0], [2.0, 1.0, 9.0]), "b": ([1.0, 1.0], [1.0, 1.0])}
     outcomes = {Cell(v, (), seed): outcome(values) for v, pair in curves.items() for seed, values in enumerate(pair)}
@@ -56,10 +56,10 @@ def test_curves_show_mean_and_range_of_the_seeds() -> None:
     low = axes.collections[0].get_paths()[0].vertices[:, 1]
     assert low.min() == 1.0 and low.max() == 4.0
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
-    figure.canvas.draw()  # the title is valid mathematics
+    figure.canvas.draw()  # the title is valid mathtext
 
 
-def test_figures_along_a_key_leave_a_gap_where_a_seed_diverged() -> None:
+def test_metrics_along_a_key_have_gaps_for_diverged_seeds() -> None:
     spec = comparison(along={"optimizer.lr": [0.1, 1.0, 10.0]})
     outcomes = {
         cell: outcome([1.0], failed=cell == Cell("a", (10.0,), 1), test_loss=cell.point[0] + cell.seed)
@@ -74,7 +74,7 @@ def test_figures_along_a_key_leave_a_gap_where_a_seed_diverged() -> None:
     assert table(spec, outcomes)[0].split() == ["variant", "optimizer.lr", "test_loss"]
 
 
-def test_names_along_an_axis_are_not_numbers() -> None:
+def test_axis_of_names_is_categorical() -> None:
     spec = comparison(along={"schedule": ["cosine", "step"]}, seeds=[0])
     [axes] = draw(spec, {cell: outcome([1.0]) for cell in spec.cells()}).axes
     assert [label.get_text() for label in axes.get_xticklabels()] == [
@@ -83,7 +83,7 @@ def test_names_along_an_axis_are_not_numbers() -> None:
     ] and axes.get_xscale() == "linear"
 
 
-def test_two_keys_make_a_map_for_each_variant_and_frame_the_best() -> None:
+def test_two_keys_plot_heat_maps_with_best_cell_framed() -> None:
     spec = comparison(along={"lr": [1, 2], "decay": [0.1, 0.2, 0.3]}, seeds=[0], metrics=["test_accuracy"])
     outcomes = {
         cell: outcome([], failed=cell.point == (2, 0.3), test_accuracy=0.1 * cell.point[0] + cell.point[1])
@@ -99,7 +99,7 @@ def test_two_keys_make_a_map_for_each_variant_and_frame_the_best() -> None:
     assert [text.get_text() for text in maps[0].texts] == ["20.0", "30.0", "40.0", "30.0", "40.0", "×"]
 
 
-def test_an_error_against_updates_and_against_time() -> None:
+def test_plots_error_against_updates_and_seconds() -> None:
     lines = [{"epoch": i + 1, "step": 5 * i, "seconds": 2.0 * i, "val_accuracy": 0.5 + i / 4} for i in range(2)]
     spec = comparison(metrics=["val_error"], x="step_and_seconds", seeds=[0])
     figure = draw(spec, {cell: Outcome(lines, {"status": "finished"}, {}) for cell in spec.cells()})
@@ -107,5 +107,5 @@ def test_an_error_against_updates_and_against_time() -> None:
     assert (updates.get_xlabel(), time.get_xlabel()) == ("update", "seconds")
     assert list(updates.lines[0].get_xdata()) == [0, 5] and list(time.lines[0].get_xdata()) == [0, 2]
     assert list(updates.lines[0].get_ydata()) == list(time.lines[0].get_ydata()) == [0.5, 0.25]
-    below, above = updates.lines[:2]  # curves that lie on each other can both be seen
+    below, above = updates.lines[:2]  # coincident curves are both visible
     assert below.get_linewidth() > above.get_linewidth() + 1

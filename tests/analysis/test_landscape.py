@@ -1,4 +1,4 @@
-"""Planes through weights, and the loss on them."""
+"""Planes through weights, and loss surfaces on them."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch import nn
 from dlopt.analysis.landscape import draw, random_plane, surface, trajectory_plane
 
 
-def test_filters_of_random_directions_have_the_norms_of_the_models() -> None:
+def test_random_directions_have_filter_norms_of_the_model() -> None:
     weights = [torch.randn(4, 3, 2, 2), torch.randn(4), torch.randn(5, 4)]
     plane = random_plane(weights, 1.0, torch.Generator().manual_seed(0))
     for direction in (plane.first, plane.second):
@@ -17,41 +17,41 @@ def test_filters_of_random_directions_have_the_norms_of_the_models() -> None:
     assert not torch.equal(plane.first[0], plane.second[0])
 
 
-def test_a_path_in_a_plane_is_found_again() -> None:
+def test_trajectory_plane_recovers_planar_trajectory() -> None:
     one, two = torch.linalg.qr(torch.randn(7, 2, dtype=torch.float64)).Q.T
-    places = torch.tensor([[-4.0, 1.0], [-2.0, -1.0], [-1.0, 0.5], [0.0, 0.0]], dtype=torch.float64)
-    path = [[(x * one + y * two)[:4].view(2, 2), (x * one + y * two)[4:]] for x, y in places.tolist()]
-    plane = trajectory_plane(path, [0, 10, 20, 30])
+    coordinates = torch.tensor([[-4.0, 1.0], [-2.0, -1.0], [-1.0, 0.5], [0.0, 0.0]], dtype=torch.float64)
+    trajectory = [[(x * one + y * two)[:4].view(2, 2), (x * one + y * two)[4:]] for x, y in coordinates.tolist()]
+    plane = trajectory_plane(trajectory, [0, 10, 20, 30])
     assert plane.trajectory is not None
-    for point, weights in zip(plane.trajectory, path, strict=True):
+    for point, weights in zip(plane.trajectory, trajectory, strict=True):
         rebuilt = [
             o + point[0] * a + point[1] * b for o, a, b in zip(plane.origin, plane.first, plane.second, strict=True)
         ]
         assert all(torch.allclose(mine, theirs) for mine, theirs in zip(rebuilt, weights, strict=True))
-    norm = sum(float(part.square().sum()) for part in plane.first)
+    norm = sum(float(tensor.square().sum()) for tensor in plane.first)
     assert norm == pytest.approx(1.0)
     left, right, bottom, top = plane.window
     assert (plane.trajectory[:, 0] > left).all() and (plane.trajectory[:, 1] < top).all() and bottom < 0 < right
     assert "% of the variance" in plane.axes[0]
 
 
-def test_the_surface_of_a_linear_model_is_the_closed_form_and_leaves_the_model_alone() -> None:
+def test_surface_of_linear_model_matches_closed_form_and_restores_weights() -> None:
     model = nn.Sequential(nn.Linear(2, 1, bias=False), nn.Dropout(0.9)).double()
     inputs, targets = torch.randn(50, 2).double(), torch.randn(50, 1).double()
     before = model[0].weight.detach().clone()
     plane = random_plane([before], 2.0, torch.Generator().manual_seed(1))
     done: list[int] = []
-    found = surface(model, lambda: (model(inputs) - targets).square().mean(), plane, 5, done.append)
+    result = surface(model, lambda: (model(inputs) - targets).square().mean(), plane, 5, done.append)
     for i, y in enumerate((-2, -1, 0, 1, 2)):
         for j, x in enumerate((-2, -1, 0, 1, 2)):
             weight = before + x * plane.first[0] + y * plane.second[0]
-            assert float(found[i, j]) == pytest.approx(float((inputs @ weight.T - targets).square().mean()))
+            assert float(result[i, j]) == pytest.approx(float((inputs @ weight.T - targets).square().mean()))
     assert torch.equal(model[0].weight, before) and model.training and done == [5, 10, 15, 20, 25]
-    [axes, bar] = draw(plane, found, title="Loss", subtitle="25 points").axes
+    [axes, bar] = draw(plane, result, title="Loss", subtitle="25 points").axes
     assert axes.get_xlabel().startswith("first random direction") and bar.get_ylabel() == "training loss"
 
 
-def test_running_statistics_stay() -> None:
+def test_surface_preserves_running_statistics() -> None:
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     plane = random_plane([p.detach().clone() for p in model.parameters()], 1.0, torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""Configurations compared over seeds, against scipy's own figures."""
+"""Comparison of configurations over seeds, against scipy."""
 
 import math
 import random
@@ -21,11 +21,11 @@ from dlopt.analysis.leaderboard import (
 
 def entry(lr: float, seed: int, accuracy: float | None, status: str = "finished", **more: Any) -> Entry:
     config = {"seed": seed, "init_seed": seed, "optimizer": {"lr": lr}, "threads": seed + 1}
-    figures = {"status": status, "best_val_accuracy": accuracy, "test_accuracy": 0.5, **more}
-    return Entry(f"{lr}/{seed}", config, figures, [f"optimizer.lr={lr}", f"seed={seed}", "epochs=3", f"threads={seed}"])
+    metrics = {"status": status, "best_val_accuracy": accuracy, "test_accuracy": 0.5, **more}
+    return Entry(f"{lr}/{seed}", config, metrics, [f"optimizer.lr={lr}", f"seed={seed}", "epochs=3", f"threads={seed}"])
 
 
-def test_seeds_of_a_configuration_are_one_row() -> None:
+def test_groups_seeds_of_a_configuration() -> None:
     runs = [entry(lr, seed, 0.9 + lr + 0.01 * seed) for lr in (0.01, 0.02) for seed in range(5)]
     board = leaderboard(runs)
     assert board.metric == "best_val_accuracy" and board.direction == "maximize"
@@ -35,26 +35,26 @@ def test_seeds_of_a_configuration_are_one_row() -> None:
     assert best.value.mean == pytest.approx(0.94)
     assert best.value.std == pytest.approx(stats.tstd([0.92, 0.93, 0.94, 0.95, 0.96]))
     assert second.difference is not None and second.difference.mean == pytest.approx(-0.01)
-    assert second.difference.low == pytest.approx(-0.01)  # the seeds do the same to both: nothing is left to doubt
+    assert second.difference.low == pytest.approx(-0.01)  # seeds have the same effect on both: zero variance
 
 
-def test_paired_difference_is_scipys() -> None:
+def test_paired_difference_matches_scipy() -> None:
     draw = random.Random(0)
     a: dict[Seeds, float] = {(("seed", i),): draw.gauss(0, 1) for i in range(7)}
     b: dict[Seeds, float] = {(("seed", i),): draw.gauss(0.3, 1) for i in range(1, 9)}
     shared = sorted(a.keys() & b.keys())
     interval = stats.ttest_rel([a[k] for k in shared], [b[k] for k in shared]).confidence_interval(0.9)
-    found = paired_difference(a, b, 0.9)
-    assert found is not None and found.count == 6
-    assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
+    result = paired_difference(a, b, 0.9)
+    assert result is not None and result.count == 6
+    assert (result.low, result.high) == pytest.approx((interval.low, interval.high))
 
 
 @pytest.mark.parametrize("degrees", [1, 2, 4, 30])
-def test_students_t(degrees: int) -> None:
+def test_student_t_matches_scipy(degrees: int) -> None:
     assert student_t(0.95, degrees) == pytest.approx(stats.t.ppf(0.975, degrees))
 
 
-def test_few_values() -> None:
+def test_statistics_of_few_values() -> None:
     assert statistic([]) is None
     one = statistic([2.0])
     assert one is not None and (one.mean, one.std, one.count) == (2.0, None, 1)
@@ -64,7 +64,7 @@ def test_few_values() -> None:
     assert single is not None and (single.mean, single.low) == (0.5, None)
 
 
-def test_failed_pruned_and_unfinished_runs_do_not_count() -> None:
+def test_excludes_failed_pruned_and_unfinished_runs() -> None:
     runs = [
         entry(0.1, 0, 0.8),
         entry(0.1, 1, None, "failed"),
@@ -80,18 +80,18 @@ def test_failed_pruned_and_unfinished_runs_do_not_count() -> None:
     assert leaderboard([]).best is None
 
 
-def test_a_test_figure_does_not_rank() -> None:
+def test_does_not_rank_by_test_metrics() -> None:
     runs = [entry(0.1, 0, 0.8, test_accuracy=0.1), entry(0.2, 0, 0.7, test_accuracy=0.9)]
     assert leaderboard(runs).rows[0].label == "optimizer.lr=0.1"
 
 
-def test_losses_are_minimized() -> None:
+def test_minimizes_losses() -> None:
     runs = [entry(0.1, 0, None, best_val_loss=2.0), entry(0.2, 0, None, best_val_loss=1.0)]
     board = leaderboard(runs)
     assert (board.metric, board.direction, board.rows[0].label) == ("best_val_loss", "minimize", "optimizer.lr=0.2")
     assert (direction_of("test_accuracy"), direction_of("seconds")) == ("maximize", "minimize")
 
 
-def test_front() -> None:
+def test_pareto_front() -> None:
     points = [(0.9, 10.0), (0.8, 5.0), (0.7, 7.0), (0.9, 12.0), (0.9, 10.0)]
     assert front(points, ["maximize", "minimize"]) == [0, 1, 4]

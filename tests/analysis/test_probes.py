@@ -1,4 +1,4 @@
-"""Figures from checkpoints, against what they are by definition."""
+"""Probes of checkpoints against their definitions."""
 
 from pathlib import Path
 
@@ -13,19 +13,19 @@ from dlopt.config.parsing import parse
 from dlopt.training.build import build_workload, evaluation_batches, training_batches
 
 
-def test_variance_of_gradients_is_that_of_the_batches_by_that_of_all_batches(tmp_path: Path) -> None:
+def test_gradient_variance_matches_sampling(tmp_path: Path) -> None:
     train(
         ["model=mlp", "model.norm=none", "model.widths=[4]", "data.subset=23", "data.val_split=0.0", "epochs=1",
          "data.batch_size=5", "sampler=class_sorted", "tracking=[]", "threads=1", f"hydra.run.dir={tmp_path}/run"]
     )  # fmt: skip
     folder = tmp_path / "run"
-    found = gradient_variance(folder)
-    assert [progress["epoch"] for progress, _ in found] == [0, 1]
+    result = gradient_variance(folder)
+    assert [progress["epoch"] for progress, _ in result] == [0, 1]
 
     [state] = checkpoints(folder)
     workload = build_workload(parse(resolve_saved(state["config"])), state["normalize"])
-    parts = evaluation_batches(workload, workload.dataset.train).epoch(0)
-    inputs, targets = (torch.cat(each) for each in zip(*parts, strict=True))
+    batches = evaluation_batches(workload, workload.dataset.train).epoch(0)
+    inputs, targets = (torch.cat(each) for each in zip(*batches, strict=True))
     workload.module.load_state_dict(state["model"])
 
     def gradient(indices: torch.Tensor) -> torch.Tensor:
@@ -34,9 +34,9 @@ def test_variance_of_gradients_is_that_of_the_batches_by_that_of_all_batches(tmp
 
     mean = gradient(torch.arange(23))
     sampler = training_batches(workload).sampler
-    seen = [batch for epoch in range(1, 11) for batch in sampler.order(epoch)[:20].split(5)]
-    variance = torch.stack([(gradient(batch) - mean).square().sum() for batch in seen]).mean()
+    epochs_of_batches = [batch for epoch in range(1, 11) for batch in sampler.order(epoch)[:20].split(5)]
+    variance = torch.stack([(gradient(batch) - mean).square().sum() for batch in epochs_of_batches]).mean()
     generator = torch.Generator().manual_seed(0)
-    drawn = [torch.randperm(23, generator=generator)[:5] for _ in range(2000)]
-    at_random = torch.stack([(gradient(batch) - mean).square().sum() for batch in drawn]).mean()
-    assert found[1][1] == pytest.approx(float(variance / at_random), rel=0.04)
+    random_batches = [torch.randperm(23, generator=generator)[:5] for _ in range(2000)]
+    at_random = torch.stack([(gradient(batch) - mean).square().sum() for batch in random_batches]).mean()
+    assert result[1][1] == pytest.approx(float(variance / at_random), rel=0.04)

@@ -1,4 +1,4 @@
-"""Initialization schemes keep, or lose, the variances that theory says, over 30 layers."""
+"""Initialization schemes preserve or lose variance over 30 layers as theory predicts."""
 
 import math
 from collections.abc import Callable

@@ -1,7 +1,4 @@
-"""Paths are those of the optimizers themselves, and curves hold every update's rate.
-
-A schedule that follows a metric is shown as if nothing improved.
-"""
+"""Trajectories of optimizers on functions, and learning-rate curves of schedules."""
 
 import math
 from collections.abc import Sequence
@@ -47,12 +44,12 @@ def sgd(lr: float, momentum: float = 0.0) -> Any:
     return lambda params: SGD(params, lr=lr, momentum=momentum)
 
 
-def walk(build: Any, function: Any = None, steps: int = 20, seed: int = 0, factor: Any = constant) -> Trajectory:
+def run(build: Any, function: Any = None, steps: int = 20, seed: int = 0, factor: Any = constant) -> Trajectory:
     return follow(bowl() if function is None else function, build, steps=steps, seed=seed, factor=factor)
 
 
-def test_gradient_descent_zigzags_as_the_closed_form_says() -> None:
-    path = walk(sgd(1 / 3))  # 2 / (1 + 5): the best step
+def test_gradient_descent_matches_closed_form() -> None:
+    path = run(sgd(1 / 3))  # 2 / (1 + 5): the best step
     t = torch.arange(21, dtype=torch.float64)
     expected = torch.stack([-4 * (2 / 3) ** t, 1.5 * (-2 / 3) ** t], 1)
     assert torch.allclose(path.points, expected, rtol=1e-12, atol=0)
@@ -62,27 +59,27 @@ def test_gradient_descent_zigzags_as_the_closed_form_says() -> None:
     assert path.reversal_fraction() > 0.3
 
 
-def test_newton_is_there_in_one_step() -> None:
-    path = walk(lambda params: Newton(params, damping=0.0), steps=3)
+def test_newton_converges_in_one_step() -> None:
+    path = run(lambda params: Newton(params, damping=0.0), steps=3)
     assert path.distances[1] < 1e-14 and path.updates_to_minimum() == 1 and path.reversal_fraction() == 0
-    straight = walk(lambda params: Newton(params, damping=1e-4), bowl(500.0), steps=1)
+    straight = run(lambda params: Newton(params, damping=1e-4), bowl(500.0), steps=1)
     assert straight.distances[1] < 1e-3
 
 
-def test_quasi_newton_methods_end_on_a_quadratic_and_in_the_valley() -> None:
+def test_quasi_newton_methods_converge() -> None:
     for build in (
         lambda params: BFGS(params),
         lambda params: LBFGS(params, max_iter=1, max_eval=25),
     ):
-        assert (walk(build).updates_to_minimum() or 99) <= 8
-        valley = walk(build, Rosenbrock(start=(-1.2, 1.0), window=(-2.0, 2.0, -1.0, 2.0)), steps=60)
+        assert (run(build).updates_to_minimum() or 99) <= 8
+        valley = run(build, Rosenbrock(start=(-1.2, 1.0), window=(-2.0, 2.0, -1.0, 2.0)), steps=60)
         step = valley.updates_to_minimum()
         assert step is not None and step < 50
         assert valley.evaluations[step] > step  # the line search is counted
 
 
-def test_momentum_is_torchs() -> None:
-    path = walk(sgd(0.05, 0.9), steps=4)
+def test_momentum_matches_torch_formula() -> None:
+    path = run(sgd(0.05, 0.9), steps=4)
     x, v = np.array([-4.0, 1.5]), np.zeros(2)
     for t in range(1, 5):
         v = 0.9 * v + np.array([1.0, 5.0]) * x
@@ -90,38 +87,38 @@ def test_momentum_is_torchs() -> None:
         assert path.points[t].numpy() == pytest.approx(x, rel=1e-12)
 
 
-def test_a_schedule_and_the_noise_are_functions_of_the_update() -> None:
-    halved = walk(sgd(0.2), factor=lambda t: 0.5 if t else 1.0, steps=2)
+def test_schedule_and_noise_depend_on_the_update() -> None:
+    halved = run(sgd(0.2), factor=lambda t: 0.5 if t else 1.0, steps=2)
     assert float(halved.points[2, 0]) == pytest.approx(-4 * 0.8 * 0.9)
-    noisy = [walk(sgd(0.1), bowl(noise=1.0), seed=seed).points for seed in (0, 0, 1)]
+    noisy = [run(sgd(0.1), bowl(noise=1.0), seed=seed).points for seed in (0, 0, 1)]
     assert torch.equal(noisy[0], noisy[1]) and not torch.equal(noisy[0], noisy[2])
-    longer = walk(sgd(0.1), bowl(noise=1.0), steps=30).points
+    longer = run(sgd(0.1), bowl(noise=1.0), steps=30).points
     assert torch.equal(noisy[0], longer[:21])
 
 
-def test_divergence_is_told() -> None:
-    path = walk(sgd(1.0), steps=200)
+def test_reports_divergence() -> None:
+    path = run(sgd(1.0), steps=200)
     assert path.diverged and 2 < len(path.points) < 20 and path.updates_to_minimum() is None
     lines = table({"sgd": path}, {"sgd": 1.0})
     assert "diverged after" in lines[1] and "a smaller optimizer.lr" in lines[1]
 
 
-def test_the_chosen_rate_is_the_best_of_its_series() -> None:
-    assert best_rate(lambda lr: walk(sgd(lr)), 0.0) == 0.33
-    assert best_rate(lambda lr: walk(sgd(lr), bowl(50.0), steps=60), 0.0) in (0.033, 0.039)  # 2 / 51
+def test_best_rate() -> None:
+    assert best_rate(lambda lr: run(sgd(lr)), 0.0) == 0.33
+    assert best_rate(lambda lr: run(sgd(lr), bowl(50.0), steps=60), 0.0) in (0.033, 0.039)  # 2 / 51
     with pytest.raises(ValueError, match="diverges"):
-        best_rate(lambda lr: walk(sgd(1e5), steps=50), 0.0)
+        best_rate(lambda lr: run(sgd(1e5), steps=50), 0.0)
     assert len(RATES) == 72 and RATES[0] == 1e-4 and RATES[-1] == 82.0
 
 
-def test_the_table_names_what_is_striking() -> None:
-    zigzag = walk(sgd(0.39))
-    lines = table({"a": zigzag, "b": walk(sgd(0.01))}, {"a": 0.39, "b": None})
+def test_table_remarks() -> None:
+    zigzag = run(sgd(0.39))
+    lines = table({"a": zigzag, "b": run(sgd(0.01))}, {"a": 0.39, "b": None})
     assert "zigzags" in lines[1] and "search" in lines[2] and "minimum not reached: 0.78" in lines[2]
 
 
-def test_the_picture_has_every_path_in_three_panels(tmp_path: Path) -> None:
-    paths = {"slow": walk(sgd(0.1)), "fast": walk(sgd(1 / 3))}
+def test_plots_trajectories_in_three_panels(tmp_path: Path) -> None:
+    paths = {"slow": run(sgd(0.1)), "fast": run(sgd(1 / 3))}
     figure = draw_trajectories(bowl(), paths, title="Paths", subtitle="steps=20")
     plane, updates, evaluations = figure.axes
     for axes in (updates, evaluations):
@@ -135,54 +132,56 @@ def test_the_picture_has_every_path_in_three_panels(tmp_path: Path) -> None:
         assert len(image.convert("RGB").getcolors(1 << 20) or []) > 50
 
 
-def test_a_film_has_a_frame_for_every_update(tmp_path: Path) -> None:
+def test_animation_has_a_frame_per_update(tmp_path: Path) -> None:
     target = tmp_path / "paths.gif"
-    animate(bowl(), {"a": walk(sgd(0.1), steps=4)}, target, title="quadratic")
+    animate(bowl(), {"a": run(sgd(0.1), steps=4)}, target, title="quadratic")
     with Image.open(target) as film:
         assert getattr(film, "n_frames", 1) >= 5
 
 
-def test_schedule_free_methods_are_shown_at_their_average() -> None:
+def test_schedule_free_methods_use_averaged_weights() -> None:
     schedule_free = pytest.importorskip("dlopt.optim.schedule_free")
 
     def build(params: Sequence[torch.nn.Parameter]) -> Optimizer:
-        found: Optimizer = schedule_free.ScheduleFreeSGD(params, lr=0.3)
-        return found
+        result: Optimizer = schedule_free.ScheduleFreeSGD(params, lr=0.3)
+        return result
 
-    path = walk(build, bowl(noise=1.0), steps=200)
-    rough = walk(sgd(0.3), bowl(noise=1.0), steps=200)
+    path = run(build, bowl(noise=1.0), steps=200)
+    rough = run(sgd(0.3), bowl(noise=1.0), steps=200)
     assert float(path.distances[-50:].mean()) < 0.5 * float(rough.distances[-50:].mean())
 
 
-def test_a_curve_has_the_rate_of_every_update_and_ends_with_the_run() -> None:
-    found = curve("a", lambda t: 0.5**t, lr=0.1, steps=5, steps_per_epoch=2)
-    assert found.epochs == [0, 0.5, 1, 1.5, 2, 2.5]
-    assert found.rates == [0.1 * 0.5**t for t in (0, 1, 2, 3, 4, 4)]
+def test_curve_has_the_rate_of_every_update() -> None:
+    result = curve("a", lambda t: 0.5**t, lr=0.1, steps=5, steps_per_epoch=2)
+    assert result.epochs == [0, 0.5, 1, 1.5, 2, 2.5]
+    assert result.rates == [0.1 * 0.5**t for t in (0, 1, 2, 3, 4, 4)]
 
 
-def test_long_runs_are_thinned_out_evenly() -> None:
-    found = curve("a", float, lr=1, steps=100_001, steps_per_epoch=100)
-    assert 3000 < len(found.rates) < 4100
-    assert found.epochs[-1] == 1000.01 and found.rates[-2] == pytest.approx(100_000, rel=1e-3)
-    assert all(rate == pytest.approx(100 * epoch) for rate, epoch in zip(found.rates[:-1], found.epochs, strict=False))
+def test_thins_curves_of_long_runs() -> None:
+    result = curve("a", float, lr=1, steps=100_001, steps_per_epoch=100)
+    assert 3000 < len(result.rates) < 4100
+    assert result.epochs[-1] == 1000.01 and result.rates[-2] == pytest.approx(100_000, rel=1e-3)
+    assert all(
+        rate == pytest.approx(100 * epoch) for rate, epoch in zip(result.rates[:-1], result.epochs, strict=False)
+    )
 
 
 @pytest.mark.parametrize(("steps", "warmup"), [(40, 0), (40, 2), (40_000, 0)])
-def test_plateau_falls_when_patience_is_over(steps: int, warmup: int) -> None:
+def test_plateau_curve_decays_after_patience(steps: int, warmup: int) -> None:
     epoch = steps // 20
     plateau = Plateau(
         monitor="val_loss", mode="auto", factor=0.1, patience=1, threshold=0.0, threshold_mode="abs", cooldown=0,
         min_factor=0.0, horizon=Horizon(warmup, steps, epoch),
     )  # fmt: skip
     factor = WarmedUp(plateau, warmup, 0.0, "linear") if warmup else plateau
-    found = curve("a", factor, lr=1.0, steps=steps, steps_per_epoch=epoch, evaluate_every=3)
+    result = curve("a", factor, lr=1.0, steps=steps, steps_per_epoch=epoch, evaluate_every=3)
     # Evaluations after epochs 3, 6, 9 ...: the first is the best, the third is the second without improvement.
-    rates = dict(zip(found.epochs, found.rates, strict=True))
+    rates = dict(zip(result.epochs, result.rates, strict=True))
     assert [math.log10(rates[e]) for e in (8.5, 9, 14.5, 15, 20)] == pytest.approx([0, -1, -1, -2, -2])
 
 
 @pytest.mark.parametrize("log_y", [False, True])
-def test_the_picture_says_what_it_shows(tmp_path: Path, log_y: bool) -> None:
+def test_plot_of_schedules(tmp_path: Path, log_y: bool) -> None:
     curves = [Curve("first", [0, 1, 4], [0.0, 0.2, 0.0]), Curve("second", [0, 2, 4], [0.1, 1e-12, 1e-12])]
     figure = draw_schedules(curves, title="Rates", subtitle="seed=0 " * 30, steps_per_epoch=7, log_y=log_y)
     (axes,) = figure.axes
@@ -199,7 +198,7 @@ def test_the_picture_says_what_it_shows(tmp_path: Path, log_y: bool) -> None:
     assert ElementTree.parse(svg).getroot().tag.endswith("svg")
 
 
-def test_as_many_curves_as_allowed_look_different() -> None:
+def test_max_curves_have_distinct_styles() -> None:
     curves = [Curve(str(i), [0, 1], [i, i]) for i in range(MAX_CURVES)]
     lines = draw_schedules(curves, title="", steps_per_epoch=1, log_y=False).axes[0].lines
     assert len({(line.get_color(), str(line._unscaled_dash_pattern)) for line in lines}) == MAX_CURVES == 28

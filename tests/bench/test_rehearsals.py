@@ -1,4 +1,4 @@
-"""The measurements of scripts/bench in small: nothing in them is broken on the day."""
+"""Small runs of the benchmarks in scripts/bench."""
 
 import importlib.util
 import json
@@ -21,55 +21,55 @@ def run(*command: str, folder: Path, timeout: int = 900) -> "subprocess.Complete
 
 
 @pytest.mark.slow
-def test_everything_that_needs_a_gpu_runs_in_small_without_one(tmp_path: Path) -> None:
+def test_gpu_benchmarks_rehearse_on_a_cpu(tmp_path: Path) -> None:
     result = run(str(BENCH / "gpu.sh"), "--rehearse", "--out", "out", folder=tmp_path)
     assert result.returncode == 0, result.stderr[-2000:]
     measured = json.loads((tmp_path / "out/gpu.json").read_text())
-    names = " ".join(each["what"] for each in measured["rows"])
+    names = " ".join(each["name"] for each in measured["rows"])
     for part in ("matrix product", "ResNet-20, batch 128: dlopt", "speed recipe, mean accuracy", "data path", "peers:"):
         assert part in names
-    assert all(each["figure"] is not None and each["figure"] >= 0 for each in measured["rows"])
+    assert all(each["value"] is not None and each["value"] >= 0 for each in measured["rows"])
     assert (tmp_path / "out/gpu.png").stat().st_size > 1000
 
 
-def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+def test_gpu_benchmarks_require_a_gpu(tmp_path: Path) -> None:
     import torch
 
     if torch.cuda.is_available():
-        pytest.skip("there is one")
+        pytest.skip("has a CUDA device")
     result = run(str(BENCH / "gpu.sh"), "--data", "nowhere", folder=tmp_path)
-    assert result.returncode == 1 and "there is no CUDA device here" in result.stderr
+    assert result.returncode == 1 and "no CUDA device found" in result.stderr
 
 
-def test_an_unknown_part_is_refused(tmp_path: Path) -> None:
+def test_rejects_unknown_benchmark(tmp_path: Path) -> None:
     result = run(str(BENCH / "gpu.sh"), "--only", "card,moon", folder=tmp_path)
-    assert result.returncode == 2 and "--only moon: the parts are card,step," in result.stderr
+    assert result.returncode == 2 and "--only moon: unknown; allowed: card,step," in result.stderr
 
 
 @pytest.mark.slow
-def test_peers_that_are_there_take_turns_and_others_are_named(tmp_path: Path) -> None:
+def test_peers_measures_installed_trainers_and_reports_missing_ones(tmp_path: Path) -> None:
     keys = ("--rounds", "1", "--steps", "8", "--batch", "8", "--json", "peers.json", "--picture", "peers.png")
     only = ("--only", "by hand,dlopt,composer", "--precisions", "fp32")
     result = run(sys.executable, str(BENCH / "peers.py"), *keys, *only, folder=tmp_path)
     assert result.returncode == 0, result.stderr[-2000:]
-    found = json.loads((tmp_path / "peers.json").read_text())
-    assert set(found["samples_per_second"]) == {"by hand fp32", "dlopt fp32"}
-    assert "composer" in found["missing"]["composer fp32"]
+    actual = json.loads((tmp_path / "peers.json").read_text())
+    assert set(actual["samples_per_second"]) == {"by hand fp32", "dlopt fp32"}
+    assert "composer" in actual["missing"]["composer fp32"]
     assert (tmp_path / "peers.png").stat().st_size > 1000
 
 
-def test_a_measurement_needs_steps_that_count(tmp_path: Path) -> None:
+def test_peers_rejects_too_few_steps(tmp_path: Path) -> None:
     result = run(sys.executable, str(BENCH / "peers.py"), "--steps", "5", folder=tmp_path)
-    assert result.returncode == 2 and "--steps 5: at least 7" in result.stderr
+    assert result.returncode == 2 and "--steps 5: must be >= 7" in result.stderr
 
 
 def first_update(at_its_end: str, *words: str, folder: Path, before: str = "pass") -> str:
-    """What a process says that ends behind the first update of `dlopt train`; both are lines of Python within it."""
+    """Returns stdout of a process that exits after the first update; `at_its_end` and `before` are lines of Python."""
     spec = importlib.util.spec_from_file_location("startup", BENCH / "startup.py")
     assert spec is not None and spec.loader is not None
     startup = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(startup)
-    script = startup.FIRST_UPDATE.replace("def tell():", f"{before}\ndef tell():\n    {at_its_end}", 1)
+    script = startup.FIRST_UPDATE.replace("def report():", f"{before}\ndef report():\n    {at_its_end}", 1)
     result = subprocess.run(
         [sys.executable, "-c", script, "train", "device=cpu", "threads=1", *words], cwd=folder, capture_output=True,
         text=True, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -77,19 +77,18 @@ def first_update(at_its_end: str, *words: str, folder: Path, before: str = "pass
     return result.stdout
 
 
-def test_nothing_is_imported_before_it_is_needed(tmp_path: Path) -> None:
-    """What takes long, and has no part in the first update."""
+def test_first_update_does_not_import_slow_optional_packages(tmp_path: Path) -> None:
     heavy = ("matplotlib", "sklearn", "scipy", "pandas", "optuna", "mlflow", "torchvision")
     said = f"import sys; sys.__stdout__.write(str([name for name in {heavy} if name in sys.modules]) + chr(10))"
     assert "\n[]\n" in first_update(said, folder=tmp_path)
 
 
-def test_the_seconds_to_the_first_update(tmp_path: Path) -> None:
+def test_reports_seconds_to_the_first_update(tmp_path: Path) -> None:
     cpu, wall = first_update("pass", "model=mlp", folder=tmp_path).strip().splitlines()[-1].split()
     assert 0.5 < float(cpu) < 60 and float(wall) > 0.5
 
 
-def test_a_config_is_composed_once(tmp_path: Path) -> None:
+def test_composes_the_config_once(tmp_path: Path) -> None:
     counting = (
         "from hydra._internal.config_loader_impl import ConfigLoaderImpl as C; f = C.load_configuration; count = []; "
         "C.load_configuration = lambda *a, **k: (count.append(1), f(*a, **k))[1]"

@@ -1,4 +1,4 @@
-"""Intervals of talking and working; bytes are compared with counts by hand in tests/commands/test_bench.py."""
+"""Intervals of communication and computation; tests/commands/test_bench.py checks the bytes."""
 
 from types import SimpleNamespace
 
@@ -13,14 +13,14 @@ def event(name: str, start: float, end: float) -> SimpleNamespace:
     return SimpleNamespace(name=name, time_range=SimpleNamespace(start=start, end=end), device_type=DeviceType.CPU)
 
 
-def test_intervals() -> None:
+def test_union_and_length_of_intervals() -> None:
     joined = union([(4, 6), (0, 2), (1, 3), (6, 7)])
     assert joined == [(0, 3), (4, 7)] and length(joined) == 6
     assert union([]) == [] and length([]) == 0
 
 
-def test_time_in_which_nothing_else_goes_on() -> None:
-    """A transfer of 10 µs beside which 4 µs are computed; c10d's call into the library is no computing."""
+def test_waiting_excludes_overlapping_computation() -> None:
+    """A transfer of 10 µs that overlaps with 4 µs of computation; c10d's library call does not count as computation."""
     events = [
         event("gloo:all_reduce", 10, 20), event("gloo:all_reduce", 12, 18), event("c10d::allreduce_", 10, 11),
         event("aten::mm", 5, 13), event("aten::add_", 19, 25), event("DistributedDataParallel.forward", 0, 30),
@@ -29,7 +29,7 @@ def test_time_in_which_nothing_else_goes_on() -> None:
     assert (communicating, waiting) == pytest.approx((10e-6, 6e-6))
 
 
-def test_what_a_rank_sends() -> None:
+def test_fraction_sent_by_collective() -> None:
     assert _fraction_sent("allreduce_", 4) == _fraction_sent("all_reduce", 4) == 1.5
     assert _fraction_sent("_allgather_base_", 4) == _fraction_sent("reduce_scatter_tensor", 4) == 0.75
     assert (_fraction_sent("send", 4), _fraction_sent("recv_", 4), _fraction_sent("barrier", 4)) == (1.0, 0.0, 0.0)

@@ -1,4 +1,4 @@
-"""A simulated cluster where its figures are known: without delays, without stragglers, with equal layers."""
+"""Simulated clusters with known results: without latency, without stragglers, with equal layers."""
 
 from dataclasses import replace
 from typing import Any
@@ -28,9 +28,9 @@ REAL = replace(
 )  # fmt: skip
 
 
-def layer(**figures: Any) -> Layer:
+def layer(**fields: Any) -> Layer:
     counts = {"operations": 1e9, "parameters": 10**6, "inputs": 10**4, "outputs": 10**4, "units": 64, "rows": 32}
-    return Layer(**{"name": "x", "block": None, "role": "alone", "kind": "convolution", "halo": 0, **counts, **figures})
+    return Layer(**{"name": "x", "block": None, "role": "alone", "kind": "convolution", "halo": 0, **counts, **fields})
 
 
 CHAIN = [layer(name=f"{i}") for i in range(16)]
@@ -44,16 +44,16 @@ CHAIN = [layer(name=f"{i}") for i in range(16)]
         ("resnet101", 44.5, 7.8),
     ],
 )
-def test_models_are_counted_as_published(model: Any, millions: float, gmacs: float) -> None:
+def test_counts_match_published_models(model: Any, millions: float, gmacs: float) -> None:
     overrides, shape, classes = MODELS[model]
     experiment = parse(to_plain(Composer().compose(overrides), overrides)[0])
-    found = model_summary.layers_of(lambda: experiment.model.build(input_shape=shape, classes=classes), shape)
-    assert model_summary.parameters(found) / 1e6 == pytest.approx(millions, abs=0.06)
-    assert model_summary.operations(found) / 2e9 == pytest.approx(gmacs, rel=0.02)
-    assert [each.role for each in found].count("first") == [each.role for each in found].count("last") > 10
+    result = model_summary.layers_of(lambda: experiment.model.build(input_shape=shape, classes=classes), shape)
+    assert model_summary.parameters(result) / 1e6 == pytest.approx(millions, abs=0.06)
+    assert model_summary.operations(result) / 2e9 == pytest.approx(gmacs, rel=0.02)
+    assert [each.role for each in result].count("first") == [each.role for each in result].count("last") > 10
 
 
-def test_layers_of_a_small_net() -> None:
+def test_layers_of_a_small_network() -> None:
     def make() -> nn.Module:
         return nn.Sequential(nn.Conv2d(3, 8, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(128, 4))
 
@@ -67,22 +67,22 @@ def test_layers_of_a_small_net() -> None:
 
 
 @pytest.mark.parametrize("devices", [8, 64])
-def test_without_delays_nothing_is_lost(devices: int) -> None:
+def test_efficiency_is_one_without_latency_and_stragglers(devices: int) -> None:
     assert ddp(CHAIN, 64, devices, IDEAL).efficiency == pytest.approx(1)
     assert fsdp(CHAIN, 64, devices, IDEAL, devices).efficiency == pytest.approx(1)
     assert filters(CHAIN, 64, devices, IDEAL, 8).efficiency == pytest.approx(1)
     assert spatial(CHAIN, 64, devices, IDEAL, 8).efficiency == pytest.approx(1)
-    # the bubble of a pipeline is what is left
+    # only the pipeline bubble remains
     assert pipeline(CHAIN, 64, devices, IDEAL, 8).efficiency == pytest.approx(24 / (24 + 7))
 
 
-def test_what_cannot_be_divided_stands_idle() -> None:
+def test_indivisible_units_leave_devices_idle() -> None:
     assert filters([layer(units=9)], 64, 8, IDEAL, 8).efficiency == pytest.approx(9 / (8 * 2))
     assert spatial([layer(rows=12)], 64, 8, IDEAL, 8).efficiency == pytest.approx(12 / (8 * 2))
 
 
-def test_ddp_by_hand() -> None:
-    # all gradients but those of the last layer, which DDP's first bucket holds, at once behind the backward
+def test_ddp_matches_manual_calculation() -> None:
+    # all gradients except those of the last layer (DDP's first bucket) are reduced at once after the backward
     slow = replace(REAL, bucket_mb=1e6, variation=0.0)
     reduced = simulation.two_level_all_reduce(4 * 15e6, 8, 8, slow.within, slow.between)
     assert ddp(CHAIN, 64, 64, slow).step == pytest.approx(single(CHAIN, 64, slow) + reduced)
@@ -90,15 +90,15 @@ def test_ddp_by_hand() -> None:
     assert single(CHAIN, 64, slow) < overlapped < single(CHAIN, 64, slow) + reduced / 4
 
 
-def test_running_statistics_are_averaged_behind_the_update() -> None:
+def test_ddp_averages_running_statistics_after_the_update() -> None:
     norm = layer(name="norm", kind="other", operations=0.0, inputs=0, outputs=0, parameters=256)
     slow = replace(REAL, variation=0.0, latency_within=1e4, latency_between=1e4)
     more = ddp([*CHAIN, norm], 64, 8, slow).step - ddp(CHAIN, 64, 8, slow).step
     assert more == pytest.approx(simulation.two_level_all_reduce(4 * 256, 8, 1, slow.within, slow.between), rel=1e-3)
 
 
-def test_what_is_whole_is_normed_by_all() -> None:
-    """Within a block the first convolution's channels are a device's own, the last one's are everybody's."""
+def test_gathered_outputs_are_normalized_by_all_devices() -> None:
+    """In a block, the outputs of the first convolution are sharded and those of the last one are gathered."""
     first, last = layer(name="a", block="b", role="first"), layer(name="c", block="b", role="last")
     norm = layer(name="n", block="b", kind="other", parameters=0)
     plain = filters([first, last], 64, 8, IDEAL, 8).step
@@ -107,25 +107,23 @@ def test_what_is_whole_is_normed_by_all() -> None:
     assert filters([first, last, norm], 64, 8, IDEAL, 8).step - plain == pytest.approx(alone, rel=1e-3)
 
 
-def test_the_slowest_device_sets_the_pace() -> None:
+def test_update_waits_for_the_slowest_device() -> None:
     varied = replace(IDEAL, variation=0.1)
     factor = 1 + 0.1 * simulation.expected_maximum(64)
     assert ddp(CHAIN, 64, 64, varied).efficiency == pytest.approx(1 / factor, rel=1e-3)
-    assert filters(CHAIN, 64, 64, varied, 8).efficiency < 1 / factor  # its devices meet at every layer
+    assert filters(CHAIN, 64, 64, varied, 8).efficiency < 1 / factor  # a barrier in every layer
 
 
-def test_a_block_of_two_convolutions_costs_one_sum_forward_and_one_backward() -> None:
+def test_residual_block_needs_one_all_reduce_forward_and_backward() -> None:
     block = [layer(name="a", block="b", role="first"), layer(name="c", block="b", role="last")]
     lone = [layer(name="a"), layer(name="c")]
-    quick = replace(IDEAL, bandwidth_within=1.0)  # a gathering costs half a sum
+    quick = replace(IDEAL, bandwidth_within=1.0)  # an all-gather costs half an all-reduce
     sums = 2 * simulation.all_reduce(10**4 * 64 * 8 * 2, 8, quick.within)
-    # what comes first has no gradient by its input
+    # the first layer has no input gradient
     block, lone = [layer(name="stem", kind="other"), *block], [layer(name="stem", kind="other"), *lone]
     at_rest = filters(block, 64, 8, IDEAL, 8).step
     assert filters(block, 64, 8, quick, 8).step - at_rest == pytest.approx(sums, rel=1e-3)
-    assert filters(lone, 64, 8, quick, 8).step - at_rest == pytest.approx(
-        1.5 * sums, rel=1e-3
-    )  # a gathering is half a sum
+    assert filters(lone, 64, 8, quick, 8).step - at_rest == pytest.approx(1.5 * sums, rel=1e-3)
 
 
 def test_memory() -> None:
@@ -134,31 +132,31 @@ def test_memory() -> None:
     assert not ddp(CHAIN, 64, 8, replace(IDEAL, memory=0.2)).fits and ddp(CHAIN, 64, 8, IDEAL).fits
 
 
-def test_a_network_is_fitted() -> None:
+def test_fits_link_to_all_reduce_times() -> None:
     link = simulation.Link(2e-5, 3e9)
     times = {size: simulation.ring_all_reduce(size, 4, link) for size in (64, 10**5, 10**7)}
-    found = fit_link(times, 4)
-    assert (found.latency, found.bandwidth) == pytest.approx((2e-5, 3e9))
+    result = fit_link(times, 4)
+    assert (result.latency, result.bandwidth) == pytest.approx((2e-5, 3e9))
 
 
-def test_an_update_is_shared_out_among_its_layers() -> None:
+def test_scales_layer_times_to_the_update() -> None:
     parts = scale_to(6.0, [layer(forward=1.0, backward=2.0), layer(forward=0.5, backward=0.5)])
     assert [(each.forward, each.backward) for each in parts] == [(1.5, 3.0), (0.75, 0.75)]
 
 
 @pytest.mark.slow
-def test_calculated_and_measured_side_by_side() -> None:
+def test_validates_simulation_against_measurements() -> None:
     points = validate([1, 2])
     assert [(each.mode, each.processes) for each in points] == [("ddp", 2), ("filter", 2)]
     assert all(0 < each.calculated < 10 and 0 < each.measured < 10 for each in points)
 
 
-def test_every_mode_on_a_growing_cluster() -> None:
-    found = [each for devices in (8, 64, 512) for each in simulation.estimates(CHAIN, 8, devices, REAL)]
-    assert {each.mode for each in found} >= {"ddp", "fsdp", "filter × ddp", "spatial × ddp", "pipeline × ddp"}
-    for mode in {each.mode for each in found}:
-        efficiencies = [each.efficiency for each in found if each.mode == mode]
+def test_efficiency_falls_with_cluster_size_in_every_mode() -> None:
+    result = [each for devices in (8, 64, 512) for each in simulation.estimates(CHAIN, 8, devices, REAL)]
+    assert {each.mode for each in result} >= {"ddp", "fsdp", "filter × ddp", "spatial × ddp", "pipeline × ddp"}
+    for mode in {each.mode for each in result}:
+        efficiencies = [each.efficiency for each in result if each.mode == mode]
         assert all(0 < each < 1 for each in efficiencies)
         assert efficiencies == sorted(efficiencies, reverse=True), mode
-    figure = draw({"chain": found}, REAL, title="t", subtitle="s")
+    figure = draw({"chain": result}, REAL, title="t", subtitle="s")
     assert len(figure.axes) == 2

@@ -1,4 +1,4 @@
-"""The statistics of layers against derivatives written out by hand."""
+"""Layer statistics against manually derived gradients."""
 
 import math
 from collections import OrderedDict
@@ -22,7 +22,7 @@ def _three_layers() -> nn.Sequential:
 
 
 def _by_hand(net: nn.Sequential, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    """The chain rule, layer by layer, for cross-entropy's mean over the batch."""
+    """Applies the chain rule layer by layer for the mean cross-entropy of the batch."""
     (w1, b1, w2, b2, w3, b3) = [p.detach() for p in net.parameters()]
     s1 = x @ w1.T + b1
     a1 = s1.tanh()
@@ -35,7 +35,7 @@ def _by_hand(net: nn.Sequential, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     return {"s1": s1, "a1": a1, "s2": s2, "a2": a2, "s3": s3, "d1": d1, "d2": d2, "d3": d3}
 
 
-def test_values_and_gradients_are_those_of_the_chain_rule() -> None:
+def test_statistics_match_manual_chain_rule() -> None:
     net = _three_layers()
     x, y = torch.randn(16, 4, dtype=torch.float64), torch.randint(3, (16,))
     with LayerProbe(net, keep=20_000).recording() as probe:
@@ -57,7 +57,7 @@ def test_values_and_gradients_are_those_of_the_chain_rule() -> None:
     assert float(weights[0]) == pytest.approx(float(first.norm()), rel=1e-5)
 
 
-def test_saturated_and_dead_shares() -> None:
+def test_saturated_and_dead_fractions() -> None:
     net = nn.Sequential(nn.Linear(3, 3), nn.Sigmoid(), nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
     with torch.no_grad():
         net[0].weight.zero_()
@@ -72,7 +72,7 @@ def test_saturated_and_dead_shares() -> None:
     assert head.dead is head.saturated is None
 
 
-def test_a_unit_that_fires_once_is_alive() -> None:
+def test_unit_active_once_is_not_dead() -> None:
     net = nn.Sequential(nn.Linear(1, 2, bias=False), nn.ReLU())
     with torch.no_grad():
         net[0].weight.copy_(torch.tensor([[1.0], [-1.0]]))
@@ -83,7 +83,7 @@ def test_a_unit_that_fires_once_is_alive() -> None:
     assert probe.layers[0].dead == 0.0
 
 
-def test_the_relu_behind_a_sum_belongs_to_the_last_convolution() -> None:
+def test_relu_after_residual_sum_belongs_to_last_convolution() -> None:
     norm = Norm(kind="batch", affine=True, groups=1, ghost_batch=None, eps=1e-5, momentum=0.1)
     block = BasicBlock(3, 3, 1, shortcut=nn.Identity(), norm=norm)
     maps = torch.randn(4, 3, 5, 5)
@@ -95,7 +95,7 @@ def test_the_relu_behind_a_sum_belongs_to_the_last_convolution() -> None:
     assert probe.layers[1].inputs.std == pytest.approx(float(seen[0].std(correction=0)), rel=1e-5)
 
 
-def test_calls_of_a_recurrent_layer_are_taken_together() -> None:
+def test_merges_calls_of_a_recurrent_layer() -> None:
     layer = RecurrentLayer(2, 3, Norm(kind="none", affine=False, groups=1, ghost_batch=None, eps=1e-5, momentum=0.1))
     sequence = torch.randn(4, 6, 2)
     with LayerProbe(layer).recording() as probe:
@@ -106,7 +106,7 @@ def test_calls_of_a_recurrent_layer_are_taken_together() -> None:
     assert hidden.outputs.rms == pytest.approx(float(states.detach().square().mean().sqrt()), rel=1e-5)
 
 
-def test_watching_changes_nothing_and_leaves_nothing_behind() -> None:
+def test_recording_does_not_change_gradients_and_removes_hooks() -> None:
     net = _three_layers()
     x, y = torch.randn(8, 4, dtype=torch.float64), torch.randint(3, (8,))
 
@@ -118,30 +118,30 @@ def test_watching_changes_nothing_and_leaves_nothing_behind() -> None:
     before = gradients()
     state = torch.get_rng_state()
     with LayerProbe(net, keep=20_000).recording() as probe:
-        watched = gradients()
+        recorded = gradients()
         net.eval()
         net(x)
-    assert all(map(torch.equal, before, watched)) and torch.equal(state, torch.get_rng_state())
-    assert [layer.calls for layer in probe.layers] == [1, 1, 1]  # evaluation is not watched
+    assert all(map(torch.equal, before, recorded)) and torch.equal(state, torch.get_rng_state())
+    assert [layer.calls for layer in probe.layers] == [1, 1, 1]  # evaluation is not recorded
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
 
 
-def test_weight_layers_leave_norms_and_embeddings_out() -> None:
+def test_weight_layers_exclude_norms_and_embeddings() -> None:
     net = nn.Sequential(nn.Embedding(5, 4), nn.LayerNorm(4), nn.Linear(4, 4))
     assert [name for name, _ in weight_layers(net)] == ["2"]
 
 
-def test_moments_merge_as_one_tensor() -> None:
+def test_moments_merge_tensors() -> None:
     torch.manual_seed(0)
     parts = [torch.randn(n, dtype=torch.float64) * 3 + 100 for n in (1, 50, 7)]
-    moments, whole = Moments(keep=20_000), torch.cat(parts)
+    moments, merged = Moments(keep=20_000), torch.cat(parts)
     assert math.isnan(moments.mean)
     for part in parts:
         moments.add(part)
-    assert moments.mean == pytest.approx(float(whole.mean()), rel=1e-13)
-    assert moments.variance == pytest.approx(float(whole.var(correction=0)), rel=1e-11)
-    assert moments.rms == pytest.approx(float(whole.square().mean().sqrt()), rel=1e-13)
-    assert torch.equal(moments.values, whole)
+    assert moments.mean == pytest.approx(float(merged.mean()), rel=1e-13)
+    assert moments.variance == pytest.approx(float(merged.var(correction=0)), rel=1e-11)
+    assert moments.rms == pytest.approx(float(merged.square().mean().sqrt()), rel=1e-13)
+    assert torch.equal(moments.values, merged)
     many = Moments(keep=20_000)
     many.add(torch.arange(100_000.0))
     assert len(many.values) == 20_000 and abs(float(many.values.mean()) - 50_000) < 1000
@@ -150,7 +150,7 @@ def test_moments_merge_as_one_tensor() -> None:
 NONE = Norm(kind="none", affine=False, groups=1, ghost_batch=None, eps=1e-5, momentum=0.1)
 
 
-def test_a_linear_recurrence_shrinks_by_the_weight_in_every_step() -> None:
+def test_gradient_of_linear_recurrence_shrinks_by_the_weight_per_step() -> None:
     """h_t = 0.5 h_{t-1} + x_t where tanh is linear: d loss / d h_{T-i} = 0.5^i."""
     layer = RecurrentLayer(1, 1, NONE).double()
     with torch.no_grad():
@@ -166,7 +166,7 @@ def test_a_linear_recurrence_shrinks_by_the_weight_in_every_step() -> None:
     assert lag.states == pytest.approx([0.5**i for i in range(1, 8)], rel=1e-6)
 
 
-def test_states_and_contributions_of_an_lstm_are_those_of_autograd() -> None:
+def test_lstm_time_lags_match_autograd() -> None:
     torch.manual_seed(0)
     layer, sequence = LSTMLayer(2, 3, 1.0, NONE).double(), torch.randn(4, 5, 2, dtype=torch.float64)
     states: list[torch.Tensor] = []
@@ -184,7 +184,7 @@ def test_states_and_contributions_of_an_lstm_are_those_of_autograd() -> None:
     assert sum(lag.contributions) >= float(whole.norm()) >= max(lag.contributions) - sum(lag.contributions[1:])
 
 
-def test_a_net_without_recurrence_has_none() -> None:
+def test_feedforward_network_has_no_time_lags() -> None:
     net = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 1))
     with TimeLagProbe(net).recording() as probe:
         net(torch.ones(3, 2)).sum().backward()

@@ -1,4 +1,4 @@
-"""A diagnosis of small trainings: it measures what is there, and changes nothing."""
+"""Diagnosis of small trainings: correct statistics, and unchanged training."""
 
 import math
 from pathlib import Path
@@ -23,7 +23,7 @@ def _diagnosed(tmp_path: Path, *overrides: str, **keys: Any) -> Diagnosis:
     return diagnose("it", workload, training, **keys)
 
 
-def test_a_look_changes_nothing(tmp_path: Path) -> None:
+def test_snapshot_preserves_state(tmp_path: Path) -> None:
     workload, training = prepare(experiment(*SMALL[:-5], *DEVICE, "model=resnet20", "model.dropout=0.3"), tmp_path)
     batches = list(training.batches.epoch(0))[:2]
     before = {name: value.clone() for name, value in workload.module.state_dict().items()}
@@ -35,33 +35,33 @@ def test_a_look_changes_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_walking_makes_the_updates_of_the_training_itself(tmp_path: Path) -> None:
+def test_trace_updates_makes_the_updates_of_training(tmp_path: Path) -> None:
     typed = [*MLP, "model.dropout=0.2", "augmentation=crop_flip", "clip=norm", "clip.max_norm=0.5"]
     weights: list[dict[str, Tensor]] = []
-    for watched in (True, False):
+    for is_traced in (True, False):
         workload, training = prepare(experiment(*typed), tmp_path)
-        if watched:
-            path = trace_updates(workload, training, 6, with_curvature=True)
+        if is_traced:
+            trace = trace_updates(workload, training, 6, with_curvature=True)
         else:
             for step, batch in enumerate([*training.batches.epoch(0, 0, 0), *training.batches.epoch(1, 0, 4)][:6]):
                 training.step.update(*batch, step, training.train_metrics)
         weights.append({name: value.clone() for name, value in workload.module.state_dict().items()})
     assert same(weights[0], weights[1])
-    assert len(path.losses) == len(path.norms) == 6 and all(len(each) == 6 for each in path.ratios.values())
-    assert max(path.clipped) <= 0.5 * (1 + 1e-6) < max(path.norms)
+    assert len(trace.losses) == len(trace.norms) == 6 and all(len(each) == 6 for each in trace.ratios.values())
+    assert max(trace.clipped) <= 0.5 * (1 + 1e-6) < max(trace.norms)
 
 
-def test_the_figures_of_a_look(tmp_path: Path) -> None:
+def test_snapshot_metrics(tmp_path: Path) -> None:
     workload, training = prepare(experiment(*MLP), tmp_path)
     batches = list(training.batches.epoch(0))  # of 25, 25, 25, 15 samples
-    found = snapshot(workload, batches, 0, eigenvalues=1, iterations=300)
-    assert [layer.name for layer in found.layers] == ["layer1.linear", "layer2.linear", "head"]
-    assert {len(norms) for norms in found.gradient_norms.values()} == {3}  # of equal batches
-    assert len(found.total_norms) == 4 and found.lags == []
+    result = snapshot(workload, batches, 0, eigenvalues=1, iterations=300)
+    assert [layer.name for layer in result.layers] == ["layer1.linear", "layer2.linear", "head"]
+    assert {len(norms) for norms in result.gradient_norms.values()} == {3}  # of equal batches
+    assert len(result.total_norms) == 4 and result.lags == []
     parameters = list(workload.module.parameters())
     gradients = torch.autograd.grad(loss_of(workload, *batches[0]), parameters)
-    assert found.total_norms[0] == pytest.approx(math.sqrt(sum(float(g.square().sum()) for g in gradients)), rel=1e-6)
-    assert found.spectrum is not None
+    assert result.total_norms[0] == pytest.approx(math.sqrt(sum(float(g.square().sum()) for g in gradients)), rel=1e-6)
+    assert result.spectrum is not None
     flat = torch.cat([p.detach().flatten() for p in parameters])
     names = [name for name, _ in workload.module.named_parameters()]
 
@@ -72,37 +72,37 @@ def test_the_figures_of_a_look(tmp_path: Path) -> None:
 
     dense = torch.autograd.functional.hessian(loss_at, flat)
     assert isinstance(dense, Tensor)
-    assert float(found.spectrum.eigenvalues[0]) == pytest.approx(float(torch.linalg.eigvalsh(dense)[-1]), rel=1e-6)
+    assert float(result.spectrum.eigenvalues[0]) == pytest.approx(float(torch.linalg.eigvalsh(dense)[-1]), rel=1e-6)
 
 
-def test_sharpness_along_the_step_is_that_of_the_losses_along_it(tmp_path: Path) -> None:
-    """A second difference of the losses along the update gives d'Hd to second order."""
+def test_curvature_along_update_matches_second_difference(tmp_path: Path) -> None:
+    """The second difference of losses along the update is d'Hd to second order."""
     workload, training = prepare(experiment(*MLP, "schedule=constant", "optimizer.lr=1e-3"), tmp_path)
     before = [p.detach().clone() for p in workload.module.parameters()]
-    path = trace_updates(workload, training, 1, with_curvature=True)
+    trace = trace_updates(workload, training, 1, with_curvature=True)
     square = sum(
         float((p.detach() - old).square().sum()) for p, old in zip(workload.module.parameters(), before, strict=True)
     )
-    at = dict(zip(STEP_FRACTIONS, path.along, strict=True))
+    at = dict(zip(STEP_FRACTIONS, trace.along, strict=True))
     second = (at[0.5] - 2 * at[0.0] + at[-0.5]) / 0.25
-    assert second / square == pytest.approx(path.curvatures[0], rel=1e-2)
-    assert at[0.0] == pytest.approx(path.losses[0], rel=1e-12)
+    assert second / square == pytest.approx(trace.curvatures[0], rel=1e-2)
+    assert at[0.0] == pytest.approx(trace.losses[0], rel=1e-12)
 
 
-def test_a_training_that_diverges_is_told(tmp_path: Path) -> None:
-    found = _diagnosed(tmp_path, "precision=fp32", "model.activation=relu", "optimizer.lr=1e30", eigenvalues=0)
-    assert "became" in found.trace.ended or "not finite" in found.trace.ended
-    assert len(found.trace.losses) < 4
+def test_reports_divergence(tmp_path: Path) -> None:
+    result = _diagnosed(tmp_path, "precision=fp32", "model.activation=relu", "optimizer.lr=1e30", eigenvalues=0)
+    assert "became" in result.trace.ended or "not finite" in result.trace.ended
+    assert len(result.trace.losses) < 4
 
 
 def _axes(figure: Any, label: str) -> Any:
-    [found] = [axes for axes in figure.axes if label in axes.get_ylabel() and axes.get_visible()]
-    return found
+    [result] = [axes for axes in figure.axes if label in axes.get_ylabel() and axes.get_visible()]
+    return result
 
 
-def test_pictures_have_a_curve_for_each_model_and_look(tmp_path: Path) -> None:
-    found = [_diagnosed(tmp_path), _diagnosed(tmp_path, "init=xavier_normal")]
-    drawn = pictures(found, "title")
+def test_plots_a_curve_per_model_and_snapshot(tmp_path: Path) -> None:
+    result = [_diagnosed(tmp_path), _diagnosed(tmp_path, "init=xavier_normal")]
+    drawn = pictures(result, "title")
     assert set(drawn) == {"activations", "gradients", "depth", "updates", "curvature"}
     assert len(_axes(drawn["depth"], "standard deviation").lines) == 4
     assert len(_axes(drawn["depth"], "weights' gradient").collections) == 4
@@ -110,23 +110,23 @@ def test_pictures_have_a_curve_for_each_model_and_look(tmp_path: Path) -> None:
     assert len(panels) == 4 and all(axes.patches for axes in panels)  # two activations, two rows
     assert len(_axes(drawn["curvature"], "eigenvalues").lines) == 4
     assert len(_axes(drawn["updates"], "loss").lines) == 2
-    alone = pictures(found[:1], "title")
-    assert len(_axes(alone["updates"], "weights").lines) == 3 + 1  # a layer each, and the guide
+    alone = pictures(result[:1], "title")
+    assert len(_axes(alone["updates"], "weights").lines) == 3 + 1  # one per layer, and the reference line
     drawn["depth"].savefig(tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 10_000
 
 
-def test_time_lag_before_and_after_clipping(tmp_path: Path) -> None:
+def test_plots_time_lag_before_and_after_clipping(tmp_path: Path) -> None:
     typed = [*SMALL[:-5], *DEVICE, "model=rnn", "model.hidden=6", "clip=norm", "clip.max_norm=0.01"]
     workload, training = prepare(experiment(*typed), tmp_path)
-    found = diagnose("rnn", workload, training, batches=1, updates=1, eigenvalues=0, iterations=1)
-    assert len(found.before.lags[0].states) == 7  # of 8 rows
-    assert 0 < clipping_factor(found) < 0.1
-    figure = pictures([found], "title")["time_lag"]
+    result = diagnose("rnn", workload, training, batches=1, updates=1, eigenvalues=0, iterations=1)
+    assert len(result.before.lags[0].states) == 7  # of 8 rows
+    assert 0 < clipping_factor(result) < 0.1
+    figure = pictures([result], "title")["time_lag"]
     assert [len(axes.lines) for axes in figure.axes] == [1, 2]
 
 
-def test_some_layers_are_spread_over_the_depth(tmp_path: Path) -> None:
+def test_spread_layers(tmp_path: Path) -> None:
     layers: Any = [None] * 56
     assert (
         spread_layers(layers) == [0, 11, 22, 33, 44, 55]

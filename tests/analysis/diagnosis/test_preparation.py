@@ -1,4 +1,4 @@
-"""A training made ready to be looked at goes on as its checkpoint says, with kernels of this machine."""
+"""Trainers for diagnosis from checkpoints of another device."""
 
 from pathlib import Path
 
@@ -7,8 +7,8 @@ from dlopt.training.checkpoint import load
 from tests.training.runs import SMALL, experiment, start
 
 
-def test_a_checkpoint_of_a_gpu_is_looked_at_on_a_cpu(tmp_path: Path) -> None:
-    """Updates recorded as a CUDA graph leave capturable=true behind, which torch refuses on a CPU."""
+def test_prepares_gpu_checkpoint_on_a_cpu(tmp_path: Path) -> None:
+    """CUDA graphs set capturable=true in the checkpoint, which torch rejects on a CPU."""
     lines = [*SMALL, "optimizer=adamw", "+optimizer.fused=false", "epochs=1"]
     start(tmp_path, *lines)
     state = load(tmp_path / "checkpoints/last.pt")

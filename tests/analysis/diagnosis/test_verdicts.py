@@ -1,4 +1,4 @@
-"""Verdicts name what the numbers say, and advice leaves out what is there already."""
+"""Verdicts follow the statistics, and advice omits what is already set."""
 
 import math
 from typing import Any
@@ -25,7 +25,7 @@ def _probed(activation: type[nn.Module], std: float, layers: int = 6, width: int
 
 
 @pytest.mark.parametrize(
-    ("activation", "std", "word"),
+    ("activation", "std", "label"),
     [
         (nn.Tanh, 1.0, "healthy"),
         (nn.Tanh, 30.0, "saturated"),
@@ -35,12 +35,12 @@ def _probed(activation: type[nn.Module], std: float, layers: int = 6, width: int
         (nn.ReLU, 0.1, "vanishing"),
     ],
 )
-def test_a_verdict_per_layer(activation: type[nn.Module], std: float, word: str) -> None:
-    found = verdicts(_probed(activation, std))
-    assert len(found) == 7
-    assert word in {verdict.label for verdict in found}
-    if word == "healthy":
-        assert {verdict.label for verdict in found} == {"healthy"}
+def test_returns_a_verdict_per_layer(activation: type[nn.Module], std: float, label: str) -> None:
+    result = verdicts(_probed(activation, std))
+    assert len(result) == 7
+    assert label in {verdict.label for verdict in result}
+    if label == "healthy":
+        assert {verdict.label for verdict in result} == {"healthy"}
 
 
 def test_dead_units() -> None:
@@ -53,7 +53,7 @@ def test_dead_units() -> None:
     assert verdicts(probe.layers)[0] == Verdict("dead", "75% of the units")
 
 
-def test_what_is_not_finite_explodes() -> None:
+def test_non_finite_values_are_exploding() -> None:
     net = nn.Sequential(nn.Linear(1, 1), nn.Tanh(), nn.Linear(1, 1))
     with torch.no_grad():
         net[2].weight.fill_(math.inf)
@@ -62,12 +62,12 @@ def test_what_is_not_finite_explodes() -> None:
     assert verdicts(probe.layers)[1].label == "exploding"
 
 
-def test_a_gradient_that_fades_over_time() -> None:
+def test_gradient_that_vanishes_over_time() -> None:
     layers = _probed(nn.Tanh, 1.0, layers=1)
     layers[0].name = "hidden"
     lag = TimeLag("hidden", [1.0, 0.1, 1e-5], [1.0, 1.0, 1.0, 0.0])
-    found = verdicts(layers, [lag])[0]
-    assert found.label == "vanishing" and "1e-05x over 2 steps back in time" in found.reason
+    result = verdicts(layers, [lag])[0]
+    assert result.label == "vanishing" and "1e-05x over 2 steps back in time" in result.reason
     assert verdicts(layers, [TimeLag("hidden", [1.0, 10.0, 1e5], [])])[0].label == "exploding"
 
 
@@ -76,7 +76,7 @@ def _facts(**changes: Any) -> Facts:
     return Facts(**{**facts, "is_gated": False, "clip": "none", "gradient_norms": [3.0, 1234.0, 1.0], **changes})
 
 
-def test_advice_names_what_can_be_typed_and_is_not_there_yet() -> None:
+def test_advice_lists_overrides_not_already_set() -> None:
     bad = [Verdict("exploding", ""), Verdict("healthy", "")]
     [line] = advice(bad, _facts())
     assert line.startswith("exploding (1 of 2 layers): try init=xavier_normal, model.norm=batch, skip connections")
@@ -90,6 +90,6 @@ def test_advice_names_what_can_be_typed_and_is_not_there_yet() -> None:
     assert advice([Verdict("healthy", "")], _facts()) == ["healthy"]
 
 
-def test_the_norm_to_clip_at_is_the_median_of_what_was_seen() -> None:
+def test_clipping_norm_is_the_median_of_finite_norms() -> None:
     assert clipping_norm([5.0, 1.0, math.nan, 3.0, math.inf]) == 3.0
     assert clipping_norm([math.nan]) is None

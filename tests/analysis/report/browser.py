@@ -1,4 +1,4 @@
-"""A headless Chromium for tests; skips them where there is none."""
+"""Headless Chromium for tests, which are skipped without it."""
 
 import shutil
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ def chromium(profile: Path, width: int = 1280, height: int = 1000) -> Iterator[A
     webdriver = pytest.importorskip("selenium.webdriver")
     program, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if program is None or driver is None:
-        pytest.skip("Debian's packages chromium and chromium-driver are needed")
+        pytest.skip("requires Debian's packages chromium and chromium-driver")
     options = webdriver.ChromeOptions()
     options.binary_location = program
     for flag in (*_FLAGS, f"--window-size={width},{height}", f"--user-data-dir={profile}"):
@@ -33,6 +33,6 @@ def chromium(profile: Path, width: int = 1280, height: int = 1000) -> Iterator[A
 
 
 def narrow(browser: Any, width: int = 390, height: int = 800) -> None:
-    """As wide as a phone."""
+    """Resizes the page to the width of a phone."""
     metrics = {"width": width, "height": height, "deviceScaleFactor": 2, "mobile": True}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)

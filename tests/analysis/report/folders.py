@@ -1,4 +1,4 @@
-"""Run folders as runs leave them, made without a training."""
+"""Run folders for tests, written without training."""
 
 import json
 import math
@@ -25,23 +25,23 @@ def make_run(
     config: dict[str, Any] | None = None,
     overrides: list[str] | None = None,
 ) -> Path:
-    """A folder of a run of one epoch per accuracy, ten updates and `seconds` each. `status` None: no summary yet."""
+    """Writes a run folder: one epoch per accuracy, ten updates and `seconds` each. `status` None: no summary."""
     path.mkdir(parents=True)
-    own = {"momentum": 0.9} if optimizer == "sgd" else {"betas": [0.9, 0.999]}
-    whole: dict[str, Any] = {
+    group_keys = {"momentum": 0.9} if optimizer == "sgd" else {"betas": [0.9, 0.999]}
+    full_config: dict[str, Any] = {
         "name": "train", "seed": seed, "init_seed": seed, "order_seed": seed, "augmentation_seed": seed,
         "epochs": len(accuracies), "steps": None, "monitor": "auto", "tracking": ["tensorboard"],
-        "optimizer": {"_target_": TARGETS[optimizer], "lr": lr, "weight_decay": 0.0, **own},
+        "optimizer": {"_target_": TARGETS[optimizer], "lr": lr, "weight_decay": 0.0, **group_keys},
         "data": {"_target_": "dlopt.data.digits.digits", "batch_size": 64},
         "model": {"_target_": "dlopt.models.mlp.MLP", "widths": [64, 64]},
         "clip": {"_target_": "dlopt.training.clipping.Unclipped"},
     }  # fmt: skip
     for key, value in (config or {}).items():
         group, _, inner = key.partition(".")
-        whole = {**whole, group: {**whole[group], inner: value} if inner else value}
+        full_config = {**full_config, group: {**full_config[group], inner: value} if inner else value}
     choices = {"optimizer": optimizer, "data": "digits", "model": "mlp", "clip": "none"}
     typed = [f"optimizer={optimizer}", f"optimizer.lr={lr}", f"seed={seed}"] if overrides is None else overrides
-    _write(path / "config.yaml", yaml.dump(whole, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper)))
+    _write(path / "config.yaml", yaml.dump(full_config, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper)))
     _write(path / "overrides.yaml", yaml.safe_dump(typed))
     _write(path / "environment.json", json.dumps({"dlopt": "0.1.0", "git_commit": "c" * 40, "choices": choices}))
     losses = losses or tuple(1 - accuracy for accuracy in accuracies)

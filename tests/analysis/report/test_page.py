@@ -1,4 +1,4 @@
-"""The page as its readers use it, in a real browser."""
+"""The page in a real browser."""
 
 import json
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ EVIL = "<img src=x onerror=alert(1)></script><script>alert(2)</script>"
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> Table:
-    """adamw and sgd at four rates, three seeds each; sgd at 10 fails with a reason that is markup."""
+    """adamw and sgd at four rates, three seeds each; sgd at 10 fails with HTML markup as the reason."""
     folder = tmp_path_factory.mktemp("sweep")
     tops = {("sgd", 0.01): 0.6, ("sgd", 0.1): 0.8, ("sgd", 1.0): 0.7, ("sgd", 10.0): 0.2,
             ("adamw", 0.001): 0.75, ("adamw", 0.01): 0.9, ("adamw", 0.1): 0.85, ("adamw", 1.0): 0.3}  # fmt: skip
@@ -43,8 +43,8 @@ def file(table: Table, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    with chromium(tmp_path_factory.mktemp("profile")) as found:
-        yield found
+    with chromium(tmp_path_factory.mktemp("profile")) as result:
+        yield result
 
 
 @pytest.fixture
@@ -61,8 +61,8 @@ def column(browser: Any, name: str) -> list[str]:
         const heads = [...document.querySelectorAll("#leaderboard th")];
         const i = heads.findIndex((head) => head.dataset.column === arguments[0]);
         return [...document.querySelectorAll("#leaderboard tbody tr")].map((row) => row.cells[i].textContent);"""
-    found: list[str] = browser.execute_script(script, name)
-    return found
+    result: list[str] = browser.execute_script(script, name)
+    return result
 
 
 def press(browser: Any, selector: str) -> None:
@@ -74,19 +74,19 @@ def text(browser: Any, selector: str) -> str:
 
 
 def hover(browser: Any, selector: str, x: float, y: float) -> str:
-    """The box of readings with the pointer at a share of an element's width and height."""
+    """Returns the tooltip with the pointer at a fraction of an element's width and height."""
     from selenium.webdriver import ActionChains
     from selenium.webdriver.common.by import By
 
     element = browser.find_element(By.CSS_SELECTOR, selector)
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
     box = element.rect
-    place = round((x - 0.5) * box["width"]), round((y - 0.5) * box["height"])
-    ActionChains(browser).move_to_element_with_offset(element, *place).perform()
+    offset = round((x - 0.5) * box["width"]), round((y - 0.5) * box["height"])
+    ActionChains(browser).move_to_element_with_offset(element, *offset).perform()
     return text(browser, "#tip")
 
 
-def test_the_leaderboard_stands_in_the_order_of_the_table(shown: Any, table: Table) -> None:
+def test_leaderboard_has_the_order_of_the_table(shown: Any, table: Table) -> None:
     assert column(shown, "rank") == [str(i) for i in range(1, 9)]
     assert column(shown, "key optimizer.lr")[:3] == ["0.01", "0.1", "0.1"]
     assert column(shown, "val_accuracy")[0] == "90.00 ± 1.00 %"
@@ -111,21 +111,21 @@ def test_every_column_sorts_both_ways(shown: Any) -> None:
             values = [float(c.split()[0].replace("−", "-")) if name != "key optimizer" else c for c in known]
             if name != "runs":
                 assert values == sorted(values, reverse=direction == "descending"), name
-            assert cells[: len(known)] == known, "what is missing stands last"
+            assert cells[: len(known)] == known, "missing values are last"
 
 
-def test_filters_take_away_and_give_back(shown: Any) -> None:
+def test_filters_hide_and_restore_rows(shown: Any) -> None:
     press(shown, "input[data-key='optimizer'][data-value='sgd']")
     assert set(column(shown, "key optimizer")) == {"adamw"} and "4 of 8 configurations" in text(shown, "#filtered")
     press(shown, "input[data-key='optimizer.lr'][data-value='0.01']")
     assert "0.01" not in column(shown, "key optimizer.lr") and len(column(shown, "rank")) == 3
-    shown.refresh()  # the choice stands in the address
+    shown.refresh()  # the URL hash keeps the state
     assert len(column(shown, "rank")) == 3
     press(shown, "#clear")
     assert len(column(shown, "rank")) == 8
 
 
-def test_the_test_figure_is_that_of_the_first_row_only(shown: Any) -> None:
+def test_shows_test_metrics_for_the_first_row_only(shown: Any) -> None:
     assert "test accuracy 55.00 %" in text(shown, "#selected").replace("\n", " ")
     press(shown, "tr[data-rank='2']")
     assert "#2" in text(shown, "#selected") and "test accuracy" not in text(shown, "#selected")
@@ -133,15 +133,15 @@ def test_the_test_figure_is_that_of_the_first_row_only(shown: Any) -> None:
     assert "dlopt train -m optimizer=adamw optimizer.lr=0.1 seed=0,1,2" in text(shown, "#selected")
 
 
-def test_curves_are_read_by_hovering(shown: Any, table: Table) -> None:
-    found = hover(shown, "#curves-chart svg", 0.95, 0.3)
-    assert found.startswith("epoch 3") and "#1 optimizer=adamw lr=0.01" in found
+def test_tooltips_show_curve_values(shown: Any, table: Table) -> None:
+    result = hover(shown, "#curves-chart svg", 0.95, 0.3)
+    assert result.startswith("epoch 3") and "#1 optimizer=adamw lr=0.01" in result
     row = band(table.rows[0].runs, "val_accuracy", "epoch")
     assert (
         row is not None
-        and f"{100 * row.mean[-1]:.2f} % [{100 * row.low[-1]:.2f} %, {100 * row.high[-1]:.2f} %] of 3" in found
+        and f"{100 * row.mean[-1]:.2f} % [{100 * row.low[-1]:.2f} %, {100 * row.high[-1]:.2f} %] of 3" in result
     )
-    assert len(found.splitlines()) > 6
+    assert len(result.splitlines()) > 6
     for x, name in (("seconds", "seconds"), ("step", "updates")):
         shown.execute_script(
             """
@@ -158,7 +158,7 @@ def test_curves_are_read_by_hovering(shown: Any, table: Table) -> None:
     assert shown.execute_script("return document.querySelectorAll(\"#curves [aria-pressed='false']\").length") == 1
 
 
-def test_lines_are_drawn_for_the_rows_that_are_ticked(shown: Any) -> None:
+def test_plots_the_checked_rows(shown: Any) -> None:
     lines = "return document.querySelectorAll('#curves-chart path[fill=none]').length"
     assert shown.execute_script(lines) == 6
     press(shown, "tr[data-rank='1'] input")
@@ -167,7 +167,7 @@ def test_lines_are_drawn_for_the_rows_that_are_ticked(shown: Any) -> None:
     assert shown.execute_script(lines) == 6
 
 
-def test_time_to_target_is_that_of_the_figures(shown: Any, table: Table) -> None:
+def test_time_to_target_matches_metrics(shown: Any, table: Table) -> None:
     def rows() -> dict[str, list[str]]:
         script = """
             const rows = [...document.querySelectorAll("#times tbody tr")];
@@ -182,15 +182,15 @@ def test_time_to_target_is_that_of_the_figures(shown: Any, table: Table) -> None
             input.dispatchEvent(new Event("change"));""",
             target,
         )
-        found = rows()
+        result = rows()
         for rank, row in enumerate(table.rows, 1):
-            wanted = time_to_target(row, "val_accuracy", target / 100)
-            reached, steps, _ = found[str(rank)]
-            assert reached == f"{wanted.count} of {wanted.runs}"
-            assert steps.split(" ")[0] == ("–" if wanted.steps is None else f"{wanted.steps.mean:.4g}")
+            expected = time_to_target(row, "val_accuracy", target / 100)
+            reached, steps, _ = result[str(rank)]
+            assert reached == f"{expected.count} of {expected.runs}"
+            assert steps.split(" ")[0] == ("–" if expected.steps is None else f"{expected.steps.mean:.4g}")
 
 
-def test_parallel_coordinates_keep_what_a_brush_crosses(shown: Any) -> None:
+def test_parallel_coordinates_highlight_brushed_lines(shown: Any) -> None:
     from selenium.webdriver import ActionChains
     from selenium.webdriver.common.by import By
 
@@ -206,12 +206,12 @@ def test_parallel_coordinates_keep_what_a_brush_crosses(shown: Any) -> None:
     assert shown.execute_script(kept) == 7
 
 
-def test_failed_runs_say_why_in_plain_text(shown: Any) -> None:
+def test_failed_runs_show_reason_as_plain_text(shown: Any) -> None:
     assert text(shown, "#failed").count("<img src=x onerror=alert(1)>") == 3
     assert shown.execute_script("return document.images.length") == 0
 
 
-def test_at_the_width_of_a_phone_nothing_is_cut_off(shown: Any) -> None:
+def test_fits_the_width_of_a_phone(shown: Any) -> None:
     narrow(shown)
     shown.refresh()
     assert shown.execute_script("return document.documentElement.scrollWidth <= innerWidth"), (
@@ -225,7 +225,7 @@ def test_at_the_width_of_a_phone_nothing_is_cut_off(shown: Any) -> None:
     assert small == 0
 
 
-def test_a_page_that_is_watched_loads_itself_anew(browser: Any, table: Table, tmp_path: Path) -> None:
+def test_watched_page_reloads(browser: Any, table: Table, tmp_path: Path) -> None:
     path = tmp_path / "index.html"
     data = page_data(table, title="before", made="now", target=0.7, test=False, refresh=3)
     path.write_text(page(data))
@@ -235,15 +235,15 @@ def test_a_page_that_is_watched_loads_itself_anew(browser: Any, table: Table, tm
     from selenium.webdriver.support.ui import WebDriverWait
 
     wait = WebDriverWait(browser, 60, ignored_exceptions=[WebDriverException])  # while the page changes
-    wait.until(lambda found: found.title == "after")
+    wait.until(lambda result: result.title == "after")
     browser.get("about:blank")
 
 
-def test_nothing_to_show_is_no_error(browser: Any, tmp_path: Path) -> None:
+def test_page_without_data(browser: Any, tmp_path: Path) -> None:
     make_run(tmp_path / "0", accuracies=(), status=None)
-    for i, found in enumerate((gather(*Reader().read([tmp_path])), gather([], []))):
+    for i, result in enumerate((gather(*Reader().read([tmp_path])), gather([], []))):
         path = tmp_path / f"{i}.html"
-        path.write_text(page(page_data(found, title="t", made="now", target=None, test=False, refresh=None)))
+        path.write_text(page(page_data(result, title="t", made="now", target=None, test=False, refresh=None)))
         browser.get(path.as_uri())
         assert json.dumps(browser.get_log("browser")) == "[]"
         assert text(browser, "#counts")

@@ -1,4 +1,4 @@
-"""Runs of recipes beside published figures: what counts for which run, in the table, the file and the page."""
+"""Comparison of recipes with published results in the table, the CSV file and the page."""
 
 import csv
 import io
@@ -55,39 +55,41 @@ def config(*typed: str) -> dict[str, Any]:
         ("optimizer=sgd", None),
     ],
 )
-def test_the_recipes_know_their_figures(typed: str, error: float | None) -> None:
+def test_published_errors_of_recipes(typed: str, error: float | None) -> None:
     assert published_error(config(*typed.split())) == error
 
 
 @pytest.mark.parametrize(
     "damaged", [None, "8.75", [8.75], [{"error": "x", "when": {}}], [{"error": 1.0}], [{"when": {}}]]
 )
-def test_whatever_stands_in_a_config_is_no_reason_to_fail(damaged: Any) -> None:
+def test_ignores_malformed_published_entries(damaged: Any) -> None:
     assert published_error({"published": damaged}) is None
 
 
-def test_seeds_are_one_row_and_other_runs_are_left_out(tmp_path: Path) -> None:
+def test_groups_seeds_and_omits_runs_without_published_result(tmp_path: Path) -> None:
     for seed, test in enumerate((0.75, 0.77)):
         make_run(tmp_path / str(seed), seed=seed, test=test, config=RECIPE)
     make_run(tmp_path / "2", lr=0.5, test=0.7, config=RECIPE | {"published": []})
-    found = table(tmp_path)
-    assert found.keys == ["optimizer.lr"]  # a published figure is nothing in which runs differ
-    [beside] = against_published(found)
-    assert beside.published == 24.0 and beside.measured is not None and beside.measured.count == 2
-    assert beside.measured.mean == pytest.approx(24.0) and beside.measured.std == pytest.approx(100 * 0.02 / 2**0.5)
-    assert recipe_label(beside, found) == "recipe lr=0.1"
-    rows = list(csv.DictReader(io.StringIO(summary_csv(found, None, test=False))))
+    result = table(tmp_path)
+    assert result.keys == ["optimizer.lr"]  # published results do not distinguish runs
+    [published] = against_published(result)
+    assert published.published == 24.0 and published.measured is not None and published.measured.count == 2
+    assert published.measured.mean == pytest.approx(24.0) and published.measured.std == pytest.approx(
+        100 * 0.02 / 2**0.5
+    )
+    assert recipe_label(published, result) == "recipe lr=0.1"
+    rows = list(csv.DictReader(io.StringIO(summary_csv(result, None, test=False))))
     assert {row["published_error_percent"] for row in rows} == {"24.0", ""}
-    data = page_data(found, title="t", made="m", target=None, test=False, refresh=None)
+    data = page_data(result, title="t", made="m", target=None, test=False, refresh=None)
     assert data["published"] == [["recipe lr=0.1", [pytest.approx(24.0), pytest.approx(1.414, rel=1e-3), 2], 24.0]]
 
 
-def test_without_published_figures_the_file_is_as_ever(tmp_path: Path) -> None:
+def test_csv_has_no_published_columns_without_published_results(tmp_path: Path) -> None:
     make_run(tmp_path / "0")
     assert "published" not in summary_csv(table(tmp_path), None, test=False).splitlines()[0]
 
 
-def test_the_command_shows_them(tmp_path: Path) -> None:
+def test_command_shows_published_results(tmp_path: Path) -> None:
     make_run(tmp_path / "runs/0", test=0.77, config=RECIPE)
     make_run(tmp_path / "runs/1", lr=0.5, status=None, config=RECIPE)
     result = dlopt(tmp_path, "report", "runs")
@@ -98,9 +100,9 @@ def test_the_command_shows_them(tmp_path: Path) -> None:
     assert ["recipe lr=0.5", "0/1", "-", "24.00"] in lines
 
 
-def test_a_run_takes_its_recipes_figures_along(tmp_path: Path) -> None:
+def test_modified_recipe_has_no_published_result(tmp_path: Path) -> None:
     typed = ("experiment=cifar10_speed", "data=digits", "model.widths=[4,4,8]", "data.batch_size=200", "steps=2")
     result = dlopt(tmp_path, "train", *typed, "threads=1", "tracking=[]", "device=cpu", "hydra.run.dir=run")
     assert result.code == 0, result.err
     result = dlopt(tmp_path, "report", "run")
-    assert result.code == 0 and "published" not in result.out  # batches of 200 are not the recipe
+    assert result.code == 0 and "published" not in result.out  # batches of 200 differ from the recipe

@@ -11,40 +11,40 @@ from tests.commands.line import HeldByAnotherProcess
 
 
 def record(path: Path) -> Record:
-    found = read(path)
-    assert isinstance(found, Record), found
-    return found
+    result = read(path)
+    assert isinstance(result, Record), result
+    return result
 
 
-def test_a_run_by_its_config_figures_and_curves(tmp_path: Path) -> None:
-    found = record(make_run(tmp_path / "run", optimizer="adamw", lr=0.01, accuracies=(0.5, 0.9, 0.8)))
-    assert (found.status, found.reason, found.commit) == ("finished", None, "c" * 40)
-    assert found.config["optimizer"] == "adamw" and found.config["optimizer.betas"] == (0.9, 0.999)
-    assert found.config["clip"] == "none" and found.config["model.widths"] == (64, 64)
-    assert "optimizer._target_" not in found.config
-    assert found.overrides == ("optimizer=adamw", "optimizer.lr=0.01", "seed=0")
+def test_reads_config_metrics_and_history(tmp_path: Path) -> None:
+    result = record(make_run(tmp_path / "run", optimizer="adamw", lr=0.01, accuracies=(0.5, 0.9, 0.8)))
+    assert (result.status, result.reason, result.commit) == ("finished", None, "c" * 40)
+    assert result.config["optimizer"] == "adamw" and result.config["optimizer.betas"] == (0.9, 0.999)
+    assert result.config["clip"] == "none" and result.config["model.widths"] == (64, 64)
+    assert "optimizer._target_" not in result.config
+    assert result.overrides == ("optimizer=adamw", "optimizer.lr=0.01", "seed=0")
     expected = {"val_accuracy": 0.9, "val_loss": 0.1, "train_accuracy": 0.8, "epochs": 3, "steps": 30, "best_epoch": 2}
-    assert {key: found.metrics[key] for key in expected} == pytest.approx(expected)
-    assert found.metrics["test_accuracy"] == 0.75 and found.metrics["seconds"] == 3
-    assert [line["step"] for line in found.history] == [10, 20, 30]
+    assert {key: result.metrics[key] for key in expected} == pytest.approx(expected)
+    assert result.metrics["test_accuracy"] == 0.75 and result.metrics["seconds"] == 3
+    assert [line["step"] for line in result.history] == [10, 20, 30]
 
 
-def test_a_run_without_a_summary_is_known_by_its_best_epoch_so_far(tmp_path: Path) -> None:
+def test_run_without_summary_has_metrics_of_best_epoch(tmp_path: Path) -> None:
     path = make_run(tmp_path / "run", accuracies=(0.5, 0.9, 0.8), status=None)
-    found = record(path)
-    assert found.status == "unfinished" and found.metrics["val_accuracy"] == 0.9 and found.metrics["epochs"] == 3
+    result = record(path)
+    assert result.status == "unfinished" and result.metrics["val_accuracy"] == 0.9 and result.metrics["epochs"] == 3
     with HeldByAnotherProcess(path):
         assert record(path).status == "running"
 
 
-def test_a_run_that_goes_on_is_running_whatever_its_old_summary_says(tmp_path: Path) -> None:
+def test_resumed_run_is_running_despite_old_summary(tmp_path: Path) -> None:
     path = make_run(tmp_path / "run", status="interrupted")
     assert record(path).status == "interrupted"
     with HeldByAnotherProcess(path):
         assert record(path).status == "running"
 
 
-def test_the_best_epoch_follows_monitor_and_what_is_not_finite_is_no_figure(tmp_path: Path) -> None:
+def test_best_epoch_follows_monitor_and_ignores_non_finite_values(tmp_path: Path) -> None:
     path = make_run(
         tmp_path / "run", status=None, accuracies=(0.9, 0.5), losses=(2.0, 1.0), config={"monitor": "val_loss"}
     )
@@ -55,7 +55,7 @@ def test_the_best_epoch_follows_monitor_and_what_is_not_finite_is_no_figure(tmp_
     assert record(path).history[-1] == {"epoch": 3, "step": 30}
 
 
-def test_a_torn_last_line_is_the_end_of_a_run_that_was_killed(tmp_path: Path) -> None:
+def test_ignores_incomplete_last_line_of_a_killed_run(tmp_path: Path) -> None:
     path = make_run(tmp_path / "run", status=None)
     with (path / "metrics.jsonl").open("a") as file:
         file.write('{"epoch": 4, "st')
@@ -78,20 +78,20 @@ def test_a_torn_last_line_is_the_end_of_a_run_that_was_killed(tmp_path: Path) ->
         ("metrics.jsonl", b"[" * 100_000 + b"\n\n", "damaged in line 1"),
     ],
 )
-def test_damage_is_named(tmp_path: Path, name: str, content: bytes | None, reason: str) -> None:
+def test_reports_damaged_files(tmp_path: Path, name: str, content: bytes | None, reason: str) -> None:
     path = make_run(tmp_path / "run")
     (path / name).unlink() if content is None else (path / name).write_bytes(content)
-    found = read(path)
-    assert isinstance(found, Damaged) and reason in found.reason
+    result = read(path)
+    assert isinstance(result, Damaged) and reason in result.reason
 
 
-def test_folders_are_found_below_and_read_once(tmp_path: Path) -> None:
+def test_finds_run_folders_recursively_without_duplicates(tmp_path: Path) -> None:
     for number in (0, 2, 10):
         make_run(tmp_path / "sweep" / str(number))
     make_run(tmp_path / "single")
     (tmp_path / "sweep/report").mkdir()
-    make_run(tmp_path / "sweep/0/tensorboard/0")  # a run's own folders hold none
-    make_run(tmp_path / "report/tensorboard/7")  # names are free elsewhere
+    make_run(tmp_path / "sweep/0/tensorboard/0")  # subfolders of a run contain no runs
+    make_run(tmp_path / "report/tensorboard/7")  # elsewhere, any folder name is allowed
     (tmp_path / "sweep/2/metrics.jsonl").write_text("?\n?\n")
     (tmp_path / "sweep/loop").symlink_to(tmp_path, target_is_directory=True)
     assert [path.name for path in find(tmp_path)] == ["7", "single", "0", "2", "10"]
@@ -100,7 +100,7 @@ def test_folders_are_found_below_and_read_once(tmp_path: Path) -> None:
     assert [each.path.name for each in damaged] == ["2"]
 
 
-def test_only_what_has_changed_is_read_again(tmp_path: Path) -> None:
+def test_rereads_only_changed_runs(tmp_path: Path) -> None:
     for number in range(3):
         make_run(tmp_path / str(number), status=None)
     reader = Reader()
@@ -112,7 +112,7 @@ def test_only_what_has_changed_is_read_again(tmp_path: Path) -> None:
     assert len(after[1].history) == 4
 
 
-def test_keys_that_vary_leave_out_seeds_and_what_a_choice_implies() -> None:
+def test_varying_keys_exclude_seeds_and_keys_implied_by_choices() -> None:
     sgd = {"seed": 0, "optimizer": "sgd", "optimizer.lr": 0.1, "optimizer.momentum": 0.9, "name": "a"}
     configs = [
         sgd,
@@ -128,7 +128,7 @@ def test_keys_that_vary_leave_out_seeds_and_what_a_choice_implies() -> None:
     assert varying_keys(configs[:1]) == []
 
 
-def test_values_as_typed() -> None:
+def test_formats_values_as_in_overrides() -> None:
     assert [text(value) for value in (True, None, 0.1, 3, (64, 64), "a")] == [
         "true",
         "null",
@@ -140,6 +140,6 @@ def test_values_as_typed() -> None:
     assert printable("a\x1b[31m\nb\tgröße") == "a�[31m�b�größe"
 
 
-def test_torch_is_not_needed() -> None:
+def test_does_not_import_torch() -> None:
     code = "import sys, dlopt.analysis.report.reading, dlopt.commands.runs; sys.exit('torch' in sys.modules)"
     assert run([sys.executable, "-c", code]).returncode == 0

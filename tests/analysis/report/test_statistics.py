@@ -24,46 +24,48 @@ def table(folder: Path, by: str | None = None) -> Table:
     return gather(*Reader().read([folder]), by)
 
 
-def test_the_band_is_students_interval_of_the_mean(tmp_path: Path) -> None:
+def test_band_is_students_t_interval(tmp_path: Path) -> None:
     curves = [(0.1, 0.5, 0.8), (0.2, 0.4, 0.9), (0.3, 0.7, 0.6)]
     for seed, curve in enumerate(curves):
         make_run(tmp_path / str(seed), seed=seed, accuracies=curve)
     [row] = table(tmp_path).rows
-    found = band(row.runs, "val_accuracy", "epoch")
-    assert found is not None
+    result = band(row.runs, "val_accuracy", "epoch")
+    assert result is not None
     values = np.array(curves)
     low, high = scipy.stats.t.interval(0.95, 2, values.mean(0), scipy.stats.sem(values, axis=0))
-    for mine, theirs in ((found.x, [1, 2, 3]), (found.mean, values.mean(0)), (found.low, low), (found.high, high)):
+    for mine, theirs in ((result.x, [1, 2, 3]), (result.mean, values.mean(0)), (result.low, low), (result.high, high)):
         np.testing.assert_allclose(mine, theirs, rtol=1e-12)
     steps = band(row.runs, "val_accuracy", "step")
     assert steps is not None and steps.x.tolist() == [10, 20, 30]
 
 
-def test_a_point_needs_half_of_the_runs(tmp_path: Path) -> None:
+def test_band_requires_half_of_the_runs(tmp_path: Path) -> None:
     make_run(tmp_path / "0", seed=0, accuracies=(0.1, 0.2), config={"epochs": 4})
     make_run(tmp_path / "1", seed=1, accuracies=(0.3, 0.4, 0.5), config={"epochs": 4})
     make_run(tmp_path / "2", seed=2, accuracies=(0.2, 0.3, 0.7, 0.8), config={"epochs": 4})
     [row] = table(tmp_path).rows
-    found = band(row.runs, "val_accuracy", "epoch")
-    assert found is not None
-    assert found.x.tolist() == [1, 2, 3] and found.count.tolist() == [3, 3, 2] and found.mean[2] == pytest.approx(0.6)
+    result = band(row.runs, "val_accuracy", "epoch")
+    assert result is not None
+    assert (
+        result.x.tolist() == [1, 2, 3] and result.count.tolist() == [3, 3, 2] and result.mean[2] == pytest.approx(0.6)
+    )
     assert band(row.runs, "nothing", "epoch") is None
 
 
-def test_against_seconds_runs_of_different_speed_are_interpolated(tmp_path: Path) -> None:
+def test_band_interpolates_against_seconds(tmp_path: Path) -> None:
     make_run(tmp_path / "0", seed=0, accuracies=(0.1, 0.3), seconds=1.0)
     make_run(tmp_path / "1", seed=1, accuracies=(0.1, 0.3), seconds=2.0)
     [row] = table(tmp_path).rows
-    found = band(row.runs, "val_accuracy", "seconds")
-    assert found is not None and (found.x[0], found.x[-1]) == (1, 4)
-    i = int(np.argmin(abs(found.x - 2)))
-    x = found.x[i]
+    result = band(row.runs, "val_accuracy", "seconds")
+    assert result is not None and (result.x[0], result.x[-1]) == (1, 4)
+    i = int(np.argmin(abs(result.x - 2)))
+    x = result.x[i]
     slow, fast = 0.1 + (x - 2) / 2 * 0.2 if x >= 2 else None, 0.1 + (x - 1) * 0.2 if x <= 2 else None
-    assert found.mean[i] == pytest.approx(np.mean([each for each in (slow, fast) if each is not None]))
+    assert result.mean[i] == pytest.approx(np.mean([each for each in (slow, fast) if each is not None]))
 
 
 def test_importance_of_keys(tmp_path: Path) -> None:
-    """The figure is additive in the learning rate (variance 0.02) and the optimizer (0.0025); decay does nothing."""
+    """The metric is additive in the learning rate (variance 0.02) and the optimizer (0.0025), without weight decay."""
     rates, decays = [0.01, 0.1, 1.0], [0.0, 0.1]
     for i, (optimizer, lr, decay) in enumerate(itertools.product(("sgd", "adamw"), rates, decays)):
         accuracy = 0.5 + 0.1 * (optimizer == "sgd") + 0.1 * math.sqrt(3) * math.log10(lr * 10)
@@ -71,65 +73,65 @@ def test_importance_of_keys(tmp_path: Path) -> None:
             tmp_path / str(i), optimizer=optimizer, lr=lr, accuracies=(accuracy,),
             config={"optimizer.weight_decay": decay},
         )  # fmt: skip
-    found = importance(table(tmp_path))
-    assert found is not None
+    result = importance(table(tmp_path))
+    assert result is not None
     expected = {"optimizer.lr": 0.02 / 0.0225, "optimizer": 0.0025 / 0.0225, "optimizer.weight_decay": 0.0}
-    assert found.fractions == pytest.approx(expected, abs=0.12) and not found.missing
-    assert importance(table(tmp_path)) == found  # no draw of chance
+    assert result.fractions == pytest.approx(expected, abs=0.12) and not result.missing
+    assert importance(table(tmp_path)) == result  # no draw of chance
 
 
-def test_a_key_that_acts_only_with_another_has_no_share_alone(tmp_path: Path) -> None:
+def test_interacting_keys_have_no_main_effect(tmp_path: Path) -> None:
     for i, (a, b) in enumerate(itertools.product((0.1, 0.2, 0.3), repeat=2)):
         config = {"a": a, "b": b, "c": "x" if i else None}
         make_run(tmp_path / str(i), accuracies=(0.5 + 20 * (a - 0.2) * (b - 0.2),), config=config)
-    found = importance(table(tmp_path))
-    assert found is not None and set(found.fractions) == {"a", "b", "c"}  # a category where the first one lacks it
-    assert max(found.fractions["a"], found.fractions["b"]) < 0.25
+    result = importance(table(tmp_path))
+    assert result is not None and set(result.fractions) == {"a", "b", "c"}  # a category where the first one lacks it
+    assert max(result.fractions["a"], result.fractions["b"]) < 0.25
 
 
-def test_without_optuna_a_line_says_what_importance_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_importance_without_optuna_reports_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for i in range(6):
         make_run(tmp_path / str(i), lr=0.1 * (i + 1), accuracies=(0.1 * i,))
     monkeypatch.setitem(sys.modules, "optuna", None)
-    found = importance(table(tmp_path))
-    assert found is not None and not found.fractions and "dlopt[sweep]" in found.missing
+    result = importance(table(tmp_path))
+    assert result is not None and not result.fractions and "dlopt[sweep]" in result.missing
 
 
-def test_importance_needs_enough_to_look_at(tmp_path: Path) -> None:
+def test_importance_requires_enough_configurations(tmp_path: Path) -> None:
     for i in range(5):
         make_run(tmp_path / str(i), lr=0.1 * (i + 1), accuracies=(0.1 * i,))
     assert importance(table(tmp_path)) is None
 
 
-def test_good_learning_rates_lie_around_the_best(tmp_path: Path) -> None:
+def test_good_learning_rates_are_adjacent_to_the_best(tmp_path: Path) -> None:
     figures = {0.001: 0.5, 0.01: 0.895, 0.1: 0.9, 0.3: 0.892, 1.0: 0.6, 3.0: 0.899}
     for i, (lr, accuracy) in enumerate(figures.items()):
         make_run(tmp_path / str(i), lr=lr, accuracies=(accuracy,))
     make_run(tmp_path / "worse", lr=0.1, accuracies=(0.7,), config={"optimizer.weight_decay": 0.1})
     make_run(tmp_path / "failed", lr=10.0, accuracies=(0.1,), status="failed")
     make_run(tmp_path / "other", optimizer="adamw", lr=0.1, accuracies=(0.1,))  # one rate is no curve
-    [found] = sensitivities(table(tmp_path))
-    assert found.optimizer == "sgd" and found.good == (0.01, 0.3) and found.tolerance == 0.01
-    assert {lr: value.mean for lr, value in found.best} == figures
-    assert len(found.points) == 7 and found.failed == [10.0]
+    [result] = sensitivities(table(tmp_path))
+    assert result.optimizer == "sgd" and result.good == (0.01, 0.3) and result.tolerance == 0.01
+    assert {lr: value.mean for lr, value in result.best} == figures
+    assert len(result.points) == 7 and result.failed == [10.0]
 
 
-def test_seeds_that_scatter_widen_the_band(tmp_path: Path) -> None:
+def test_variance_over_seeds_widens_the_tolerance(tmp_path: Path) -> None:
     for i, (lr, accuracies) in enumerate([(0.01, (0.6, 0.8)), (0.1, (0.7, 0.9)), (1.0, (0.2, 0.4))]):
         for seed, accuracy in enumerate(accuracies):
             make_run(tmp_path / f"{i}-{seed}", lr=lr, seed=seed, accuracies=(accuracy,))
-    [found] = sensitivities(table(tmp_path))
-    assert found.tolerance == pytest.approx(math.sqrt(0.02)) and found.good == (0.01, 0.1)
+    [result] = sensitivities(table(tmp_path))
+    assert result.tolerance == pytest.approx(math.sqrt(0.02)) and result.good == (0.01, 0.1)
 
 
-def test_time_to_a_target(tmp_path: Path) -> None:
+def test_time_to_target(tmp_path: Path) -> None:
     make_run(tmp_path / "0", seed=0, accuracies=(0.5, 0.8, 0.7, 0.9))
     make_run(tmp_path / "1", seed=1, accuracies=(0.5, 0.6, 0.7, 0.9), seconds=2.0)
     make_run(tmp_path / "2", seed=2, accuracies=(0.5, 0.6, 0.65, 0.6))
     [row] = table(tmp_path).rows
-    found = time_to_target(row, "val_accuracy", 0.7)
-    assert (found.count, found.runs) == (2, 3) and found.steps is not None and found.seconds is not None
-    assert found.steps.mean == 25 and found.seconds.mean == (2 + 6) / 2
+    result = time_to_target(row, "val_accuracy", 0.7)
+    assert (result.count, result.runs) == (2, 3) and result.steps is not None and result.seconds is not None
+    assert result.steps.mean == 25 and result.seconds.mean == (2 + 6) / 2
     assert time_to_target(row, "val_accuracy", 0.95).steps is None
     loss = time_to_target(row, "val_loss", 0.31)
     assert loss.steps is not None and loss.steps.mean == 25
@@ -141,7 +143,7 @@ def test_time_to_a_target(tmp_path: Path) -> None:
 def test_half_of_the_configurations_reach_the_default_target(tmp_path: Path, by: str | None, expected: float) -> None:
     for i, accuracy in enumerate((0.5, 0.7129, 0.9)):
         make_run(tmp_path / str(i), lr=0.1 * (i + 1), accuracies=(accuracy,))
-    found = table(tmp_path, by)
-    target = default_target(found)
+    result = table(tmp_path, by)
+    target = default_target(result)
     assert target == pytest.approx(expected, abs=1.1e-3)
-    assert target is not None and sum(time_to_target(row, found.by, target).count for row in found.rows) == 2
+    assert target is not None and sum(time_to_target(row, result.by, target).count for row in result.rows) == 2

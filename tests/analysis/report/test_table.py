@@ -21,7 +21,7 @@ def table(folder: Path, by: str | None = None) -> Table:
 
 @pytest.fixture
 def sweep(tmp_path: Path) -> Path:
-    """Two optimizers x two rates x three seeds; adamw at 0.1 is the best, sgd at 1.0 fails for seed 2."""
+    """Two optimizers x two rates x three seeds; adamw at 0.1 is best, sgd at 1.0 fails for seed 2."""
     i = 0
     for optimizer, lr, top in (("sgd", 0.1, 0.8), ("sgd", 1.0, 0.6), ("adamw", 0.1, 0.9), ("adamw", 1.0, 0.7)):
         for seed in range(3):
@@ -34,26 +34,26 @@ def sweep(tmp_path: Path) -> Path:
     return tmp_path / "sweep"
 
 
-def read_csv(found: Table, **options: Any) -> list[dict[str, str]]:
-    return list(csv.DictReader(io.StringIO(summary_csv(found, 0.7, **{"test": False, **options}))))
+def read_csv(result: Table, **options: Any) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(summary_csv(result, 0.7, **{"test": False, **options}))))
 
 
-def test_configurations_are_ranked_by_their_mean_over_seeds(sweep: Path) -> None:
-    found = table(sweep)
-    assert found.by == "val_accuracy" and found.keys == ["optimizer", "optimizer.lr"]
-    assert [row.label for row in found.rows] == [
+def test_ranks_configurations_by_mean_over_seeds(sweep: Path) -> None:
+    result = table(sweep)
+    assert result.by == "val_accuracy" and result.keys == ["optimizer", "optimizer.lr"]
+    assert [row.label for row in result.rows] == [
         "optimizer=adamw lr=0.1", "optimizer=sgd lr=0.1", "optimizer=adamw lr=1", "optimizer=sgd lr=1",
     ]  # fmt: skip
-    first, second = found.rows[:2]
+    first, second = result.rows[:2]
     assert first.value is not None and (first.value.mean, first.value.count) == (pytest.approx(0.91), 3)
     assert first.value.std == pytest.approx(0.01) and second.difference is not None
     assert second.difference.mean == pytest.approx(-0.1) and second.difference.count == 3
-    assert second.difference.low == pytest.approx(-0.1)  # paired: the seeds do the same to both
-    assert found.rows[3].row.failed == 1 and [run.path.name for run in found.failed] == ["5"]
-    assert found.counts() == {"finished": 11, "failed": 1}
+    assert second.difference.low == pytest.approx(-0.1)  # paired: seeds have the same effect on both
+    assert result.rows[3].row.failed == 1 and [run.path.name for run in result.failed] == ["5"]
+    assert result.counts() == {"finished": 11, "failed": 1}
 
 
-def test_another_figure_may_rank_but_no_test_figure(sweep: Path) -> None:
+def test_ranks_by_validation_metrics_only(sweep: Path) -> None:
     assert table(sweep, "val_loss").lower and not table(sweep).lower
     assert table(sweep, "best_val_loss").by == "val_loss"
     with pytest.raises(UserError, match="by=test_accuracy: ranking by a test metric"):
@@ -62,7 +62,7 @@ def test_another_figure_may_rank_but_no_test_figure(sweep: Path) -> None:
         table(sweep, "val_f1")
 
 
-def test_commands_repeat_a_row_and_a_run(tmp_path: Path) -> None:
+def test_commands_repeat_rows_and_runs(tmp_path: Path) -> None:
     odd = ["name='it''s'", "hydra.run.dir=x", "resume=auto", "+data.train.x=$(touch x)"]
     for seed in (0, 1):
         make_run(tmp_path / "a" / str(seed), lr=0.1, seed=seed)
@@ -94,7 +94,7 @@ def test_summary_csv(sweep: Path) -> None:
     assert first["command"].startswith("dlopt train -m optimizer=adamw") and "sweep/8" in first["folders"]
 
 
-def test_test_figures_of_the_first_row_only_unless_asked(sweep: Path) -> None:
+def test_test_metrics_of_the_first_row_only_by_default(sweep: Path) -> None:
     assert [bool(row["test_accuracy"]) for row in read_csv(table(sweep))] == [True, False, False, False]
     assert all(row["test_accuracy"] for row in read_csv(table(sweep), test=True))
     for test in (False, True):
@@ -103,19 +103,19 @@ def test_test_figures_of_the_first_row_only_unless_asked(sweep: Path) -> None:
         assert ("test_accuracy" in json.dumps(data["runs"])) is False
 
 
-def test_a_spreadsheet_takes_nothing_for_a_formula(tmp_path: Path) -> None:
+def test_csv_escapes_formulas(tmp_path: Path) -> None:
     make_run(tmp_path / "0", config={"optimizer.weight_decay": "=1+1"})
     make_run(tmp_path / "1", config={"optimizer.weight_decay": -0.5})
     assert {row["optimizer.weight_decay"] for row in read_csv(table(tmp_path))} == {"'=1+1", "-0.5"}
 
 
-def test_without_figures_there_is_a_table_still(tmp_path: Path) -> None:
+def test_table_without_metrics(tmp_path: Path) -> None:
     make_run(tmp_path / "0", accuracies=(), status=None)
     make_run(tmp_path / "1", lr=0.5, accuracies=(), status="failed")
-    found = table(tmp_path)
-    assert [row.value for row in found.rows] == [None, None]
-    assert page(page_data(found, title="t", made="now", target=None, test=False, refresh=None))
-    assert len(read_csv(found)) == 2
+    result = table(tmp_path)
+    assert [row.value for row in result.rows] == [None, None]
+    assert page(page_data(result, title="t", made="now", target=None, test=False, refresh=None))
+    assert len(read_csv(result)) == 2
 
 
 # -- the page
@@ -124,11 +124,11 @@ def test_without_figures_there_is_a_table_still(tmp_path: Path) -> None:
 def data_of(text: str) -> dict[str, Any]:
     match = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
     assert match is not None
-    found: dict[str, Any] = json.loads(match[1])
-    return found
+    result: dict[str, Any] = json.loads(match[1])
+    return result
 
 
-def test_what_stands_in_run_folders_cannot_leave_its_element(tmp_path: Path) -> None:
+def test_page_escapes_untrusted_data(tmp_path: Path) -> None:
     evil = "</script><script>alert(1)</script><img src=x onerror=alert(1)>{{script}}"
     make_run(tmp_path / "0", status="failed", reason=evil, config={"optimizer.weight_decay": evil})
     make_run(tmp_path / "1<b>")
@@ -137,7 +137,7 @@ def test_what_stands_in_run_folders_cannot_leave_its_element(tmp_path: Path) -> 
     assert text.count("<script") == 2 and text.count("</script>") == 2 and "<img" not in text
 
 
-def test_the_page_needs_no_network(sweep: Path) -> None:
+def test_page_needs_no_network(sweep: Path) -> None:
     text = page(page_data(table(sweep), title="t", made="now", target=None, test=False, refresh=None))
     assert (
         not re.search(r"(src|href)=\"(?!data:)", text)
@@ -145,11 +145,11 @@ def test_the_page_needs_no_network(sweep: Path) -> None:
         and "url(" not in text.replace("url(#", "")
     )
     addresses = set(re.findall(r"https?://[^\s\"')]+", text))
-    assert addresses == {"http://www.w3.org/2000/svg"}  # the name of a namespace
+    assert addresses == {"http://www.w3.org/2000/svg"}  # the SVG namespace
     assert "default-src 'none'" in text and "unsafe-inline" not in text
 
 
-def test_many_epochs_are_thinned_but_every_record_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_thins_long_curves_but_keeps_new_best_epochs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     curve = tuple(0.5 + 0.4 * (i == 71) + 0.3 * (i == 33) for i in range(200))
     make_run(tmp_path / "0", accuracies=curve)
     monkeypatch.setattr("dlopt.analysis.report.page._POINTS", 300)
