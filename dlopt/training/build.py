@@ -227,27 +227,25 @@ _MIN_EVALUATION_BATCH = 1024  # on a GPU, where kernel launches limit the speed 
 
 
 def training_batches(workload: Workload) -> Batches:
-    experiment, dataset = workload.experiment, workload.dataset
-    settings = experiment.settings
+    """Returns the sampled and augmented training batches of this rank."""
+    experiment, samples, mode = workload.experiment, workload.dataset.train, workload.parallel
+    settings, data = experiment.settings, experiment.data_settings
     sampler = experiment.sampler.build(
-        targets=dataset.train.targets,
-        samples=dataset.train,
-        batch_size=experiment.data_settings.batch_size,
+        targets=samples.targets,
+        samples=samples,
+        batch_size=data.batch_size,
         seed=stream(settings.order_seed, ORDER),
     )
-    drop_last = experiment.data_settings.drop_last
-    seed = stream(settings.augmentation_seed, AUGMENTATION)
-    augment, shard = workload.parallel.shard_augmentation(workload.augment), workload.parallel.batch_shard
     compiled = workload.device.type == "cuda" and not workload.compile_obstacle
     return Batches(
-        dataset.train,
+        samples,
         _delivery(workload, compiled=compiled, recorder=speed.data_recorder(experiment, workload.device)),
-        batch_size=experiment.data_settings.batch_size,
+        batch_size=data.batch_size,
         sampler=sampler,
-        drop_last=drop_last,
-        augment=augment,
-        seed=seed,
-        shard=shard,
+        drop_last=data.drop_last,
+        augment=mode.shard_augmentation(workload.augment),
+        seed=stream(settings.augmentation_seed, AUGMENTATION),
+        shard=mode.batch_shard,
     )
 
 

@@ -276,17 +276,17 @@ class Recovery:
         self.rollbacks = 0
         self.skipped = 0
         self.lr_scale = 1.0  # product of the lr_factors of all rollbacks
-        self._in_a_row = self._last_skipped = 0
+        self.in_a_row = self.last_skipped = 0
 
     def skip(self, error: Diverged) -> bool:
         """Returns whether to skip the update, and counts it."""
         if self.policy != "skip":
             return False
-        self._in_a_row = self._in_a_row + 1 if error.step == self._last_skipped + 1 else 1
-        if self._in_a_row > self.attempts:
+        self.in_a_row = self.in_a_row + 1 if error.step == self.last_skipped + 1 else 1
+        if self.in_a_row > self.attempts:
             return False
         self.skipped += 1
-        self._last_skipped = error.step
+        self.last_skipped = error.step
         self.log(f"update {error.step} is skipped: {_without_advice(error)}")
         return True
 
@@ -314,17 +314,11 @@ class Recovery:
         return counts.get(self.policy, {})
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "rollbacks": self.rollbacks,
-            "skipped": self.skipped,
-            "lr_scale": self.lr_scale,
-            "in_a_row": self._in_a_row,
-            "last_skipped": self._last_skipped,
-        }
+        return {key: getattr(self, key) for key in ("rollbacks", "skipped", "lr_scale", "in_a_row", "last_skipped")}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.rollbacks, self.skipped, self.lr_scale = state["rollbacks"], state["skipped"], state["lr_scale"]
-        self._in_a_row, self._last_skipped = state["in_a_row"], state["last_skipped"]
+        for key in self.state_dict():
+            setattr(self, key, state[key])
 
 
 def _without_advice(error: Diverged) -> str:

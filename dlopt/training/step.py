@@ -213,15 +213,11 @@ class Step:
     # -- called by the parallel mode (see `dlopt.parallel.mode.MicroSteps`)
 
     def micro_batch(self, inputs: Tensor, targets: Tensor, weight: float, record: MetricRecord | None) -> Tensor:
-        outputs = self._model(inputs)
-        loss = self._loss(outputs, targets)
-        detached = loss.detach()
-        if record is not None:
-            record.add(detached, outputs.detach(), targets)
+        loss = self.micro_loss(self._model(inputs), targets, record)
         if weight != 1.0:
-            loss, detached = loss * weight, detached * weight
+            loss = loss * weight
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
-        return detached
+        return loss.detach()
 
     def empty_micro_batch(self, inputs: Tensor, record: MetricRecord | None) -> Tensor:
         if record is not None:

@@ -113,7 +113,7 @@ def train(
         status = trainer.fit(stop)
         summary = summarize(trainer, workload, status)
         if status == "interrupted":
-            tracking.message(f"{stop.reason}: stopped; to resume, repeat the command with resume=auto")
+            tracking.message(f"{stop.reason}: stopped; resume with: dlopt train ... resume=auto")
         else:
             summary |= _test_best(trainer, workload)
         tracking.finish(summary)
