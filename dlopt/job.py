@@ -68,7 +68,7 @@ def execute(run: "Run", *, typed: Sequence[str] | None = None, console: bool = T
             return FAILED
         except KeyboardInterrupt:
             if is_main:
-                complain("interrupted; resume from the last checkpoint with resume=auto")
+                complain("interrupted; resume from the last checkpoint with: dlopt train ... resume=auto")
             return INTERRUPTED
         except Exception as error:
             missing = rendezvous.missing_ranks(error)

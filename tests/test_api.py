@@ -1,4 +1,4 @@
-"""dlopt from Python."""
+"""The Python API."""
 
 import logging
 import os
@@ -27,7 +27,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def surroundings() -> dict[str, Any]:
+def global_state() -> dict[str, Any]:
     return {
         "python": random.getstate(),
         "numpy": np.random.get_state()[1].tolist(),
@@ -47,7 +47,7 @@ def surroundings() -> dict[str, Any]:
     }
 
 
-def test_a_run_returns_what_it_left(tmp_path: Path) -> None:
+def test_train_returns_the_result(tmp_path: Path) -> None:
     result = train([*LINES, "name=mine"])
     assert result.folder.parent == tmp_path / "outputs/mine"
     assert result.summary["status"] == "finished" and result.summary["epochs"] == 2
@@ -57,7 +57,7 @@ def test_a_run_returns_what_it_left(tmp_path: Path) -> None:
     assert model is result.model
 
 
-def test_the_model_takes_images_as_they_are() -> None:
+def test_model_accepts_raw_images() -> None:
     from dlopt.training.build import build_workload
     from tests.training.runs import experiment
 
@@ -70,7 +70,7 @@ def test_the_model_takes_images_as_they_are() -> None:
     assert same(load("run/checkpoints/best.pt").state_dict(), result.model.state_dict())
 
 
-def test_two_runs_in_one_process_are_those_of_two_processes(tmp_path: Path) -> None:
+def test_two_runs_in_one_process_match_two_processes(tmp_path: Path) -> None:
     first, second, again = (train([*LINES, f"seed={seed}"]) for seed in (1, 2, 1))
     assert timeless(first.folder) == timeless(again.folder) != timeless(second.folder)
     line = [sys.executable, "-m", "dlopt", "train", *LINES, "seed=2", "hydra.run.dir=alone"]
@@ -78,14 +78,14 @@ def test_two_runs_in_one_process_are_those_of_two_processes(tmp_path: Path) -> N
     assert timeless(tmp_path / "alone") == timeless(second.folder)
 
 
-def test_nothing_global_is_left_behind(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_restores_global_state(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     torch.manual_seed(5), np.random.seed(5), random.seed(5)
-    before = surroundings()
+    before = global_state()
     train([*LINES, "threads=2"])
     with pytest.raises(UserError):
         train(["optimizer.lr=-1"])
-    assert surroundings() == before
+    assert global_state() == before
     assert capfd.readouterr() == ("", "")
 
 
@@ -97,18 +97,18 @@ def test_nothing_global_is_left_behind(capfd: pytest.CaptureFixture[str], monkey
         (["experiment=lecture/batch_norm_learning_rate"], "one experiment at a time"),
     ],
 )
-def test_a_mistake_is_an_exception_and_leaves_nothing(tmp_path: Path, lines: list[str], message: str) -> None:
+def test_raises_before_writing(tmp_path: Path, lines: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         train(lines)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_that_fails_says_why() -> None:
+def test_failed_run_raises_with_reason() -> None:
     with pytest.raises(RunError, match="learning rate"):
         train([*LINES, "optimizer.lr=1e30", "schedule=constant", "model.norm=none"])
 
 
-def test_a_run_goes_on() -> None:
+def test_resumes() -> None:
     assert train([*LINES, "hydra.run.dir=run", "max_time=1e-9"]).summary["status"] == "interrupted"
     whole = train([*LINES, "hydra.run.dir=whole"])
     resumed = train([*LINES, "hydra.run.dir=run", "resume=auto"])
@@ -116,14 +116,14 @@ def test_a_run_goes_on() -> None:
     assert train([*LINES, "hydra.run.dir=run", "resume=auto"]).summary == resumed.summary  # nothing left to do
 
 
-def test_the_package_is_imported_without_torch() -> None:
+def test_import_does_not_import_torch() -> None:
     code = "import sys, dlopt; print(dlopt.__version__, 'torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert out.split() == [dlopt.__version__, "False"]
 
 
 def test_completion_finds_train_and_load() -> None:
-    """`dir` before anything is used, and IPython's completion, which reads it."""
+    """`dir` before first use, which IPython's completion reads."""
     code = "import dlopt, sys; print(dir(dlopt)); assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "['__version__', 'load', 'train']", done.stderr

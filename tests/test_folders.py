@@ -1,4 +1,4 @@
-"""One folder, one run: fresh, finished, unfinished, live, resumed, lengthened."""
+"""Run folders: new, finished, unfinished, live, resumed and extended runs."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def train(folder: Path, *arguments: str) -> Result:
 
 
 def stop_after_first_epoch(folder: Path, *arguments: str) -> None:
-    """A run of two epochs of which one is done, as a kill leaves it: no summary, and the checkpoint of one epoch."""
+    """Leaves a run killed after one of two epochs: a checkpoint, but no summary."""
     train(folder, *arguments, "epochs=1", "schedule_epochs=2")
     run = only(folder, "run") if IN_RUN in arguments else max(folder.glob("outputs/train/*"))
     (run / "summary.json").unlink()
@@ -50,10 +50,10 @@ def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
     return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
 
-# -- what a run leaves
+# -- files of a run
 
 
-def test_a_run_folder_holds_what_the_contract_says(tmp_path: Path) -> None:
+def test_files_of_a_run_folder(tmp_path: Path) -> None:
     train(tmp_path, "name=mine")
     run = only(tmp_path, "outputs/mine/*")
     assert {path.name for path in run.iterdir()} >= {
@@ -71,7 +71,7 @@ def test_a_run_folder_holds_what_the_contract_says(tmp_path: Path) -> None:
     assert not list(run.rglob("*.tmp"))
 
 
-def test_runs_of_one_second_do_not_share_a_folder(tmp_path: Path) -> None:
+def test_make_new_in_the_same_second(tmp_path: Path) -> None:
     fixed = "2026-01-01_00-00-00"
     with ThreadPoolExecutor(8) as pool:
         made = list(pool.map(lambda _: make_new(tmp_path / "outputs/x" / fixed), range(24)))
@@ -81,13 +81,13 @@ def test_runs_of_one_second_do_not_share_a_folder(tmp_path: Path) -> None:
     assert found is not None and found.path.name == f"{fixed}-23"  # not -9
 
 
-def test_the_folder_that_was_asked_for_is_made_once(tmp_path: Path) -> None:
+def test_make_refuses_existing_folder(tmp_path: Path) -> None:
     make(tmp_path / "a/b", "hydra.run.dir")
     with pytest.raises(UserError, match="another run is creating this folder"):
         make(tmp_path / "a/b", "hydra.run.dir")
 
 
-def test_commands_of_one_second_do_not_share_a_folder(tmp_path: Path) -> None:
+def test_commands_in_the_same_second_use_different_folders(tmp_path: Path) -> None:
     (tmp_path / "conf").mkdir()
     (tmp_path / "conf/mine.yaml").write_text("defaults: [train, _self_]\nhydra: {run: {dir: outputs/train/now}}\n")
     for _ in range(2):
@@ -95,7 +95,7 @@ def test_commands_of_one_second_do_not_share_a_folder(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "outputs/train").iterdir()} == {"now", "now-1"}
 
 
-# -- a folder that holds a run
+# -- a folder with a run
 
 
 def test_finished_run_without_resume(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_finished_run_without_resume(tmp_path: Path) -> None:
     assert contents(tmp_path) == before
 
 
-def test_finished_run_with_resume_shows_its_summary_and_writes_nothing(tmp_path: Path) -> None:
+def test_finished_run_with_resume_prints_summary(tmp_path: Path) -> None:
     train(tmp_path, IN_RUN)
     before = contents(tmp_path)
     result = train(tmp_path, IN_RUN, "resume=auto")
@@ -121,7 +121,7 @@ def test_unfinished_run_without_resume(tmp_path: Path) -> None:
     assert "unfinished" in message and "resume=auto" in message
 
 
-def test_unfinished_run_goes_on_in_its_folder(tmp_path: Path) -> None:
+def test_resumes_in_its_folder(tmp_path: Path) -> None:
     stop_after_first_epoch(tmp_path, IN_RUN)
     train(tmp_path, IN_RUN, "resume=auto", "schedule_epochs=2")
     train(tmp_path, "hydra.run.dir=whole", "schedule_epochs=2")
@@ -131,7 +131,7 @@ def test_unfinished_run_goes_on_in_its_folder(tmp_path: Path) -> None:
     torch.testing.assert_close(weights(run), weights(whole), rtol=0, atol=0)
 
 
-def test_default_folder_goes_on_with_the_newest_unfinished_run(tmp_path: Path) -> None:
+def test_resume_auto_finds_newest_unfinished_run(tmp_path: Path) -> None:
     stop_after_first_epoch(tmp_path, "seed=1")
     stop_after_first_epoch(tmp_path, "seed=2")
     other, wanted = sorted(tmp_path.glob("outputs/train/*"))
@@ -145,7 +145,7 @@ def test_default_folder_goes_on_with_the_newest_unfinished_run(tmp_path: Path) -
     assert len(list(tmp_path.glob("outputs/other/*"))) == 1 and contents(other) == before
 
 
-def test_default_folder_passes_over_a_live_run(tmp_path: Path) -> None:
+def test_resume_auto_skips_live_run(tmp_path: Path) -> None:
     stop_after_first_epoch(tmp_path)
     run = only(tmp_path, "outputs/train/*")
     with HeldByAnotherProcess(run):
@@ -153,7 +153,7 @@ def test_default_folder_passes_over_a_live_run(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("outputs/train/*"))) == 2 and len(lines(run)) == 1
 
 
-def test_unfinished_run_without_a_checkpoint_starts_afresh_in_its_folder(tmp_path: Path) -> None:
+def test_unfinished_run_without_checkpoint_restarts(tmp_path: Path) -> None:
     stop_after_first_epoch(tmp_path, IN_RUN)
     for path in (tmp_path / "run/checkpoints").iterdir():
         path.unlink()
@@ -161,7 +161,7 @@ def test_unfinished_run_without_a_checkpoint_starts_afresh_in_its_folder(tmp_pat
     assert [line["epoch"] for line in lines(tmp_path / "run")] == [1, 2]
 
 
-def test_run_all_of_whose_checkpoints_are_damaged_is_no_fresh_start(tmp_path: Path) -> None:
+def test_damaged_checkpoints_are_an_error(tmp_path: Path) -> None:
     stop_after_first_epoch(tmp_path, IN_RUN)
     for path in (tmp_path / "run/checkpoints").glob("*.pt"):
         path.write_bytes(path.read_bytes()[:-100])
@@ -174,7 +174,7 @@ def test_run_all_of_whose_checkpoints_are_damaged_is_no_fresh_start(tmp_path: Pa
 # -- length
 
 
-def test_lengthened_run_goes_on_and_keeps_its_schedule(tmp_path: Path) -> None:
+def test_extended_run_keeps_its_schedule(tmp_path: Path) -> None:
     train(tmp_path, IN_RUN)
     train(tmp_path, IN_RUN, "resume=auto", "epochs=3")
     run = tmp_path / "run"
@@ -197,7 +197,7 @@ def test_shortened_run_is_finished(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change", ["seed=5", "model.widths=[5]", "data.subset=50", "data.batch_size=8", "optimizer=adam"]
 )
-def test_other_config_is_refused_with_the_difference(change: str, tmp_path: Path) -> None:
+def test_refuses_other_config_with_differences(change: str, tmp_path: Path) -> None:
     stop_after_first_epoch(tmp_path, IN_RUN)
     message = refused(tmp_path, "train", *SMALL, IN_RUN, "schedule_epochs=2", "resume=auto", change)
     key, _, value = change.partition("=")
@@ -220,7 +220,7 @@ def test_other_config_is_refused_with_the_difference(change: str, tmp_path: Path
         "device=cpu",
     ],
 )
-def test_what_may_change(change: str, tmp_path: Path) -> None:
+def test_keys_that_may_change(change: str, tmp_path: Path) -> None:
     stop_after_first_epoch(tmp_path, IN_RUN)
     train(tmp_path, IN_RUN, "schedule_epochs=2", "resume=auto", change)
 
@@ -234,7 +234,7 @@ def test_differences_names_dotted_keys() -> None:
 # -- resume=PATH
 
 
-def test_resume_from_a_path_takes_the_history_along(tmp_path: Path) -> None:
+def test_resume_path_copies_history(tmp_path: Path) -> None:
     stop_after_first_epoch(tmp_path, IN_RUN)
     before = contents(tmp_path / "run")
     train(tmp_path, "schedule_epochs=2", "resume=run/checkpoints/last.pt")
@@ -246,13 +246,13 @@ def test_resume_from_a_path_takes_the_history_along(tmp_path: Path) -> None:
     torch.testing.assert_close(weights(run), weights(tmp_path / "whole"), rtol=0, atol=0)
 
 
-def test_resume_from_a_path_within_the_given_folder(tmp_path: Path) -> None:
+def test_resume_path_in_the_same_folder(tmp_path: Path) -> None:
     stop_after_first_epoch(tmp_path, IN_RUN)
     train(tmp_path, IN_RUN, "schedule_epochs=2", "resume=run/checkpoints/last.pt")
     assert [line["epoch"] for line in lines(tmp_path / "run")] == [1, 2]
 
 
-def test_resume_from_a_path_into_another_run(tmp_path: Path) -> None:
+def test_refuses_resume_path_into_another_run(tmp_path: Path) -> None:
     stop_after_first_epoch(tmp_path, IN_RUN)
     train(tmp_path, "hydra.run.dir=other")
     refused(tmp_path, "train", *SMALL, "hydra.run.dir=other", "resume=run/checkpoints/last.pt")
@@ -261,7 +261,7 @@ def test_resume_from_a_path_into_another_run(tmp_path: Path) -> None:
 # -- live folders
 
 
-def test_live_folder_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+def test_refuses_live_folder_before_writing(tmp_path: Path) -> None:
     stop_after_first_epoch(tmp_path, IN_RUN)
     with HeldByAnotherProcess(tmp_path / "run") as process:
         before = contents(tmp_path)
@@ -273,7 +273,7 @@ def test_live_folder_is_refused_before_anything_is_written(tmp_path: Path) -> No
         train(tmp_path, IN_RUN, "resume=auto", "schedule_epochs=2")  # a dead process's lock does not count
 
 
-def test_lock_is_held_by_one(tmp_path: Path) -> None:
+def test_lock_is_exclusive(tmp_path: Path) -> None:
     with HeldByAnotherProcess(tmp_path):
         assert RunFolder(tmp_path).is_live()
         with pytest.raises(UserError, match="another run is active"):
@@ -281,7 +281,7 @@ def test_lock_is_held_by_one(tmp_path: Path) -> None:
     assert not RunFolder(tmp_path).is_live()
 
 
-def test_two_processes_at_one_folder(tmp_path: Path) -> None:
+def test_two_processes_in_one_folder(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "dlopt", "train", *SMALL, IN_RUN]
     root = str(Path(__file__).parents[1])
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -292,25 +292,25 @@ def test_two_processes_at_one_folder(tmp_path: Path) -> None:
     assert [line["epoch"] for line in lines(tmp_path / "run")] == [1, 2]
 
 
-# -- no trace of a run that cannot begin
+# -- cleanup after runs that fail to start
 
 
 @pytest.mark.parametrize("place", ["run", "there", "there/already", "a/b/c", "."])
-def test_no_trace(place: str, tmp_path: Path) -> None:
+def test_cleanup(place: str, tmp_path: Path) -> None:
     (tmp_path / "there/already").mkdir(parents=True)
     (tmp_path / "there/file").write_text("kept")
     refused(tmp_path, "train", *SMALL, "data.subset=9", f"hydra.run.dir={place}")
     assert (tmp_path / "there/file").read_text() == "kept"
 
 
-def test_no_trace_in_an_unfinished_run(tmp_path: Path) -> None:
+def test_cleanup_in_an_unfinished_run(tmp_path: Path) -> None:
     stop_after_first_epoch(tmp_path, IN_RUN, "init_from=null")
     before = entries(tmp_path)
     refused(tmp_path, "train", *SMALL, IN_RUN, "resume=auto", "schedule_epochs=2", "epochs=2", "init_from=")
     assert entries(tmp_path) == before
 
 
-def test_trace_keeps_what_was_there(tmp_path: Path) -> None:
+def test_snapshot_keeps_existing_files(tmp_path: Path) -> None:
     (tmp_path / "kept").mkdir()
     snapshot = FolderSnapshot(tmp_path)
     (tmp_path / "new/deep").mkdir(parents=True)
@@ -330,21 +330,19 @@ def test_trace_keeps_what_was_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
-def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
+def test_unwritable_folder(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir(mode=0o500)
     assert "cannot write to this folder" in refused(tmp_path, "train", *SMALL, IN_RUN)
 
 
-def test_relative_folders_start_where_the_command_is_typed(tmp_path: Path) -> None:
+def test_relative_folders_are_relative_to_the_working_directory(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     start = time.time()
     train(tmp_path / "elsewhere", "hydra.run.dir=../run")
     assert (tmp_path / "run/summary.json").stat().st_mtime >= start - 1
 
 
-def test_a_folder_that_another_process_took_meanwhile_is_left_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_folder_taken_by_another_process_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dlopt.commands import train as command
 
     prepare = command.prepare
@@ -362,9 +360,7 @@ def test_a_folder_that_another_process_took_meanwhile_is_left_alone(
 
 
 @pytest.mark.parametrize("place", ["hydra.run.dir=second", "hydra.run.dir=made", "name=train"])
-def test_no_trace_of_a_resumed_run_that_cannot_begin(
-    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cleanup_of_a_resumed_run(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stop_after_first_epoch(tmp_path, IN_RUN)
     (tmp_path / "made").mkdir()
 
@@ -379,7 +375,7 @@ def test_no_trace_of_a_resumed_run_that_cannot_begin(
 # -- formats
 
 
-def test_a_folder_of_a_newer_format_is_refused_by_name(tmp_path: Path) -> None:
+def test_refuses_newer_folder_format(tmp_path: Path) -> None:
     run = tmp_path / "outputs/train/2026-11-20_12-00-00"
     stop_after_first_epoch(tmp_path, f"hydra.run.dir={run}")
     path = run / "environment.json"
@@ -398,7 +394,7 @@ def test_a_folder_of_a_newer_format_is_refused_by_name(tmp_path: Path) -> None:
     assert "skipped: written by a newer dlopt" in listed.err and run.name not in listed.out
 
 
-def test_a_checkpoint_of_a_newer_format_is_refused_by_name_and_none_before_it_is_taken_instead(tmp_path: Path) -> None:
+def test_refuses_newer_checkpoint_format(tmp_path: Path) -> None:
     stop_after_first_epoch(tmp_path, IN_RUN, "checkpoint.every_steps=1", "data.batch_size=10")
     newest = tmp_path / "run/checkpoints/last.pt"
     assert [*newest.parent.glob("step-*.pt")]

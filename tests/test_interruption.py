@@ -13,7 +13,7 @@ def send(number: signal.Signals) -> None:
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_asks_and_does_not_tear(number: signal.Signals) -> None:
+def test_signal_sets_the_stop_flag(number: signal.Signals) -> None:
     former = [signal.getsignal(each) for each in SIGNALS]
     with Interruption() as interruption:
         assert not interruption and interruption.reason is None
@@ -22,7 +22,7 @@ def test_a_signal_asks_and_does_not_tear(number: signal.Signals) -> None:
     assert [signal.getsignal(each) for each in SIGNALS] == former
 
 
-def test_a_second_sigint_ends_at_once() -> None:
+def test_second_sigint_raises() -> None:
     with Interruption() as interruption:
         send(signal.SIGINT)
         assert interruption
@@ -30,14 +30,14 @@ def test_a_second_sigint_ends_at_once() -> None:
             send(signal.SIGINT)
 
 
-def test_repeated_termination_signals_do_no_more_than_the_first() -> None:
+def test_repeated_sigterm_is_ignored() -> None:
     with Interruption() as interruption:
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM):
             send(number)
         assert interruption
 
 
-def test_handlers_come_back_after_an_error() -> None:
+def test_restores_handlers_after_an_error() -> None:
     former = signal.getsignal(signal.SIGTERM)
     with pytest.raises(ZeroDivisionError), Interruption():
         raise ZeroDivisionError
@@ -54,7 +54,7 @@ def test_max_time_is_in_minutes() -> None:
         assert not interruption
 
 
-def test_outside_the_main_thread() -> None:
+def test_no_handlers_outside_the_main_thread() -> None:
     seen = []
 
     def work() -> None:

@@ -1,4 +1,4 @@
-"""A cell of a notebook, in a real kernel: plain text, and little of it."""
+"""Notebook cells in a real kernel: short plain-text output."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""YAML files whose aliases expand to more than a config can hold."""
+"""YAML alias bombs."""
 
 import time
 from pathlib import Path
@@ -17,7 +17,7 @@ def bomb(levels: int = 12) -> str:
     return "\n".join(lines) + "\n"
 
 
-def test_sizes_with_aliases_expanded() -> None:
+def test_expanded_size() -> None:
     assert expanded_size("a: [1, 2]") == 5  # the mapping, its key, the list, two numbers
     assert expanded_size("a: &x [1, 2]\nb: *x\n") == 9
     assert expanded_size(bomb(4)) > 9**4
@@ -26,7 +26,7 @@ def test_sizes_with_aliases_expanded() -> None:
 
 
 @pytest.mark.parametrize("place", ["train2.yaml", "optimizer/evil.yaml"])
-def test_a_bomb_in_a_config_folder_is_refused_at_once(tmp_path: Path, place: str) -> None:
+def test_refuses_bomb_in_config_dir(tmp_path: Path, place: str) -> None:
     path = tmp_path / "conf" / place
     path.parent.mkdir(parents=True)
     path.write_text(bomb())
@@ -36,7 +36,7 @@ def test_a_bomb_in_a_config_folder_is_refused_at_once(tmp_path: Path, place: str
     assert time.process_time() - begin < 5
 
 
-def test_a_few_aliases_are_fine(tmp_path: Path) -> None:
+def test_accepts_few_aliases(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("a: &x [1, 2]\nb: *x\n")
     check_yaml(path)
@@ -47,6 +47,6 @@ def test_a_few_aliases_are_fine(tmp_path: Path) -> None:
         check_yaml(tmp_path)
 
 
-def test_a_bomb_in_a_run_folder_is_no_config(tmp_path: Path) -> None:
+def test_bomb_in_a_run_folder_is_unreadable(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(bomb())
     assert RunFolder(tmp_path).config() is None

@@ -1,4 +1,4 @@
-"""Threads, and memory that stays with the process."""
+"""CPU threads and the memory allocator."""
 
 import os
 import resource
@@ -23,7 +23,7 @@ def test_threads() -> None:
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self"), reason="other systems have another allocator")
-def test_blocks_that_come_and_go_are_not_taken_anew() -> None:
+def test_reuses_freed_blocks() -> None:
     keep_freed_memory()
 
     def faults(rounds: int) -> int:

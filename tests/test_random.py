@@ -8,14 +8,14 @@ counters = st.integers(0, 2**63 - 1)
 
 
 def splitmix64(state: int) -> int:
-    """The finalizer as Steele, Lea & Flood print it (2014, figure 16, mix64 variant 13)."""
+    """Finalizer of Steele, Lea & Flood (2014, figure 16, mix64 variant 13)."""
     state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     state = (state ^ (state >> 27)) * 0x94D049BB133111EB % 2**64
     return state ^ (state >> 31)
 
 
-def test_known_values_of_splitmix64() -> None:
-    """The reference generator (Vigna's splitmix64.c) seeded with 1234567 begins with these numbers."""
+def test_matches_reference_splitmix64() -> None:
+    """First numbers of the reference generator (Vigna's splitmix64.c) with seed 1234567."""
     gamma, state, seen = 0x9E3779B97F4A7C15, 1234567, []
     for _ in range(3):
         state = (state + gamma) % 2**64
@@ -23,12 +23,12 @@ def test_known_values_of_splitmix64() -> None:
     assert seen == [6457827717110365317, 3203168211198807973, 9817491932198370423]
 
 
-def test_one_seed_alone_is_the_first_number_of_its_generator() -> None:
+def test_seed_without_counters() -> None:
     assert stream(1234567) == 6457827717110365317 >> 1
 
 
 @given(counters, st.lists(counters, max_size=3))
-def test_a_pure_function_into_63_bits(seed: int, more: list[int]) -> None:
+def test_is_deterministic_with_63_bits(seed: int, more: list[int]) -> None:
     value = stream(seed, *more)
     assert value == stream(seed, *more)
     assert 0 <= value < 2**63
@@ -36,12 +36,12 @@ def test_a_pure_function_into_63_bits(seed: int, more: list[int]) -> None:
 
 
 @given(counters, counters, st.integers(0, 2**20))
-def test_neighbours_differ(seed: int, step: int, apart: int) -> None:
+def test_neighbouring_seeds_differ(seed: int, step: int, apart: int) -> None:
     near = {stream(seed, step), stream(seed, step + 1 + apart), stream(seed + 1 + apart, step), stream(seed)}
     assert len(near) == 4
 
 
-def test_no_collisions_and_balanced_bits_over_neighbouring_counters() -> None:
+def test_no_collisions_and_balanced_bits() -> None:
     values = [stream(seed, step) for seed in range(40) for step in range(500)]
     assert len(set(values)) == len(values)
     for bit in range(63):
@@ -55,7 +55,7 @@ def test_one_more_counter_flips_half_of_the_bits() -> None:
     assert min(flips) > 8
 
 
-def test_the_order_of_counters_matters() -> None:
+def test_depends_on_the_order_of_counters() -> None:
     assert stream(0, 1, 2) != stream(0, 2, 1) != stream(1, 0, 2)
     assert len({stream(0), stream(0, 0), stream(0, 0, 0)}) == 3
 

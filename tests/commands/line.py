@@ -1,4 +1,4 @@
-"""Typing a command line in tests: in this process, so that torch is imported once."""
+"""Runs commands in the test process, which imports torch only once."""
 
 import contextlib
 import io
@@ -18,7 +18,7 @@ from dlopt import cli
 from dlopt.processor import set_deterministic
 
 SMALL = ("model=mlp", "model.widths=[4]", "data.subset=40", "epochs=2", "threads=1")
-"""A run of a fraction of a second."""
+"""Overrides of a run that takes a fraction of a second."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def dlopt(folder: Path, *arguments: str) -> Result:
 
 
 def refused(folder: Path, *arguments: str) -> str:
-    """The message with which a command line is refused: exit code 2, one line, at once, and nothing left behind."""
+    """Returns the error message of a refused command: exit code 2, one line, quickly, no files left behind."""
     before = entries(folder)
     result = dlopt(folder, *arguments)
     assert result.code == 2, result
@@ -72,7 +72,7 @@ def only(folder: Path, pattern: str) -> Path:
 
 @contextlib.contextmanager
 def _state_kept() -> Iterator[None]:
-    """What a run changes in its process: environment, search path, torch's settings, warnings' filters aside."""
+    """Restores what a run changes in its process: environment, sys.path, torch settings (not warning filters)."""
     environment, path = dict(os.environ), list(sys.path)
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     try:
@@ -87,7 +87,7 @@ def _state_kept() -> Iterator[None]:
 
 
 class HeldByAnotherProcess:
-    """A folder at which another process is at work, within a `with` statement."""
+    """Context manager in which another process holds the lock of a run folder."""
 
     def __init__(self, folder: Path) -> None:
         lock = "l = dlopt.folders.RunFolder(pathlib.Path(sys.argv[1])).lock()"

@@ -1,4 +1,4 @@
-"""A command in a real terminal of a given width."""
+"""Runs a command in a real terminal of a given width."""
 
 import fcntl
 import os
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def in_terminal(folder: Path, columns: int, *arguments: str, **changes: str) -> tuple[int, str]:
-    """The exit code of `dlopt ARGUMENTS`, and all that it wrote to a terminal of so many columns, codes included."""
+    """Runs `dlopt ARGUMENTS`; returns the exit code and the raw terminal output, with control codes."""
     main, side = pty.openpty()
     fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
     kept = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR", "FORCE_COLOR")}
@@ -38,5 +38,5 @@ def in_terminal(folder: Path, columns: int, *arguments: str, **changes: str) -> 
 
 
 def plain(text: str) -> str:
-    """The lines without codes for colours and the cursor."""
+    """Removes the control codes for colours and the cursor."""
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).replace("\r", "\n")

@@ -1,4 +1,4 @@
-"""`dlopt bench`: which rows are measured, what they say, and what is refused."""
+"""`dlopt bench`: rows, results and errors."""
 
 import io
 import json
@@ -29,7 +29,7 @@ def labels(*overrides: str) -> list[str]:
     return [f"{job.label} {job.processes} {job.baseline}" for job in rows(*overrides)]
 
 
-def test_a_row_for_each_combination_and_one_process_first() -> None:
+def test_rows_are_combinations_after_a_baseline() -> None:
     assert labels() == ["single 1 0", "ddp 2 0"]
     assert labels("parallel=ddp,filter", "processes=1,2,4") == [
         "single 1 0", "ddp 2 0", "ddp 4 0", "filter 2 0", "filter 4 0",
@@ -40,13 +40,13 @@ def test_a_row_for_each_combination_and_one_process_first() -> None:
     ]  # fmt: skip
 
 
-def test_a_key_of_a_mode_is_left_to_the_modes_that_have_it() -> None:
+def test_skips_keys_that_a_mode_does_not_have() -> None:
     jobs = rows("parallel=ddp,filter", "parallel.bucket_cap_mb=1,25")
     assert [job.label for job in jobs] == ["single", "ddp, bucket_cap_mb=1", "ddp, bucket_cap_mb=25", "filter"]
     assert not any("bucket" in line for line in jobs[-1].overrides)
 
 
-def test_every_process_has_the_same_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_per_process_are_equal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
     assert all("threads=2" in job.overrides for job in rows("processes=2,4"))
     assert all("threads=3" in job.overrides for job in rows("processes=2,4", "threads=3"))
@@ -69,7 +69,7 @@ def test_every_process_has_the_same_number_of_threads(monkeypatch: pytest.Monkey
         ("simulate=false", "simulate=false: input should be"),
     ],
 )
-def test_mistakes(tmp_path: Path, typed: str, message: str) -> None:
+def test_refused(tmp_path: Path, typed: str, message: str) -> None:
     assert message in refused(tmp_path, "bench", *typed.split())
 
 
@@ -78,7 +78,7 @@ def rank(number: int, steps: float, waiting: float, **figures: Any) -> Mapping[s
     return {**common, "steps": [steps, steps * 9, steps], "peak_mb": 10.0 + number, "waiting": waiting, **figures}
 
 
-def test_figures_of_a_row() -> None:
+def test_metrics_of_a_row() -> None:
     single = modes.summarize("single", "single", [rank(0, 0.4, 0.0)])
     row = modes.with_speedup(modes.summarize("ddp", "ddp", [rank(0, 0.25, 0.4), rank(1, 0.24, 0.0)]), single)
     assert (row.step, row.samples_per_second, row.speedup, row.efficiency) == pytest.approx((0.25, 256, 1.6, 0.8))
@@ -90,7 +90,7 @@ def test_figures_of_a_row() -> None:
     assert console.file.getvalue().splitlines()[-1].split()[:4] == ["ddp", "2", "1", "250.0"]
 
 
-def test_a_row_without_figures_says_why() -> None:
+def test_failed_row_reports_the_reason() -> None:
     problem = modes._problem([{"failed": "another process failed"}, {"failed": "out of memory"}], [1, 1])
     assert problem == "out of memory"
     row = ModeResult("ddp", "ddp", 2, problem)
@@ -101,7 +101,7 @@ def test_a_row_without_figures_says_why() -> None:
     modes.draw([row, modes.summarize("single", "single", [rank(0, 0.4, 0.0)])], title="")
 
 
-def test_two_processes_are_measured_and_drawn(tmp_path: Path) -> None:
+def test_benchmarks_two_processes(tmp_path: Path) -> None:
     result = dlopt(tmp_path, "bench", *SMALL, "updates=3", "warmup=1", "profiled=2", "output=out")
     assert result.code == 0, result.err
     single, ddp = json.loads((tmp_path / "out" / "modes.json").read_text())
@@ -116,8 +116,8 @@ def test_two_processes_are_measured_and_drawn(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_model_too_large_for_one_process_trains_in_two(tmp_path: Path) -> None:
-    """A layer of 8192 x 8192: weights, gradients and momenta take 3 x 256 MiB, halves of them 384 MiB."""
+def test_filter_parallelism_fits_a_larger_model(tmp_path: Path) -> None:
+    """An 8192 x 8192 layer: weights, gradients and momentum take 3 x 256 MiB, half of them 384 MiB."""
     wide = [*SMALL, "model.widths=[8192,8192]", "parallel=filter", "memory_limit_mb=720"]
     result = dlopt(tmp_path, "bench", *wide, "updates=1", "warmup=0", "profiled=1", "output=out")
     assert result.code == 0, result.err

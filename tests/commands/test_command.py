@@ -1,4 +1,4 @@
-"""What commands share: flags that mean nothing to them are refused, and folders are made where they were asked for."""
+"""Code shared by the commands: flags, keys and output folders."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from dlopt.errors import UserError
 from tests.commands.line import refused
 
 
-def test_a_line_has_overrides_and_help_has_none(capsys: pytest.CaptureFixture[str]) -> None:
+def test_read_line(capsys: pytest.CaptureFixture[str]) -> None:
     line = read_line(["a=1", "--config-name", "trajectory", "b=2"], "usage\n", several="no")
     assert line is not None and line.overrides == ["a=1", "b=2"]
     assert line.composer.compose(["function=beale"]).steps == 50
@@ -22,27 +22,27 @@ def test_a_line_has_overrides_and_help_has_none(capsys: pytest.CaptureFixture[st
     ("flag", "message"),
     [("-m", "-m: "), ("--cfg=job", "--cfg: only available in `dlopt train`"), ("--info", "--info: ")],
 )
-def test_flags_of_a_training_are_refused(tmp_path: Path, command: str, flag: str, message: str) -> None:
+def test_refuses_flags_of_train(tmp_path: Path, command: str, flag: str, message: str) -> None:
     assert message in refused(tmp_path, command, flag)
 
 
 @pytest.mark.parametrize("command", ["summary", "find-lr", "show-batch"])
-def test_commands_that_look_at_one_say_so(tmp_path: Path, command: str) -> None:
+def test_single_run_commands_refuse_several_values(tmp_path: Path, command: str) -> None:
     assert "optimizer=adam,sgd: one " in refused(tmp_path, command, "optimizer=adam,sgd")
 
 
-def test_a_path_needs_a_function(tmp_path: Path) -> None:
+def test_optimizer_path_requires_function(tmp_path: Path) -> None:
     message = refused(tmp_path, "trajectory", "optimizer=momentum,adam", "steps=5")
     assert "optimizer=momentum,adam: its path on which function? add function=quadratic" in message
 
 
-def test_a_slip_in_a_key_of_a_command_on_checkpoints(tmp_path: Path) -> None:
+def test_suggests_keys_of_checkpoint_commands(tmp_path: Path) -> None:
     (tmp_path / "x.pt").touch()
     message = refused(tmp_path, "trajectory", "checkpoint=x.pt", "direction=random")
     assert "direction: did you mean directions? the config is the checkpoint's" in message and "span" in message
 
 
-def test_a_folder_is_made_or_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert output_folder("a/b", "x").is_dir() and output_folder("a/b", "x") == Path("a/b")
     first, second = output_folder(None, "x"), output_folder(None, "x")

@@ -1,4 +1,4 @@
-"""A file that compares: its runs, its picture, and what may be typed besides."""
+"""`comparison` in an experiment file: runs, plot and overrides."""
 
 import json
 from pathlib import Path
@@ -38,7 +38,7 @@ data:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Where `compare` runs: with a recipe of its own in a config folder."""
+    """A working directory with a config folder that contains a comparison."""
     (tmp_path / "myconf" / "experiment").mkdir(parents=True)
     (tmp_path / "myconf" / "experiment" / "small.yaml").write_text(RECIPE)
     (tmp_path / "work").mkdir()
@@ -49,7 +49,7 @@ def compare(folder: Path, *typed: str) -> Result:
     return dlopt(folder, "train", "--config-dir", "../myconf", "experiment=small", *typed)
 
 
-def test_runs_table_and_picture(folder: Path) -> None:
+def test_writes_runs_table_and_plot(folder: Path) -> None:
     result = compare(folder, "hydra.run.dir=out")
     assert result.code == 0, result.err
     lines = result.out.splitlines()
@@ -66,7 +66,7 @@ def test_runs_table_and_picture(folder: Path) -> None:
     assert (folder / "out/comparison.svg").is_file()
 
 
-def test_it_goes_on_where_it_stopped(folder: Path) -> None:
+def test_resumes(folder: Path) -> None:
     assert compare(folder, "hydra.run.dir=out", "seed=3").code == 0
     before = (folder / "out/0/summary.json").read_bytes()
     (folder / "out/1/summary.json").unlink()
@@ -84,7 +84,7 @@ def change(folder: Path, old: str, new: str) -> None:
     recipe.write_text(recipe.read_text().replace(old, new))
 
 
-def test_an_axis_and_a_run_that_diverges(folder: Path) -> None:
+def test_axis_with_a_diverging_run(folder: Path) -> None:
     change(folder, "along: {}", "along: {optimizer.lr: [0.1, 1.0e+30]}")
     one = compare(folder, "epochs=1", "hydra.run.dir=one", "seed=0")
     assert one.code == 0, one.err
@@ -94,7 +94,7 @@ def test_an_axis_and_a_run_that_diverges(folder: Path) -> None:
     assert (folder / "one/comparison.png").stat().st_size > 10_000
 
 
-def test_a_run_that_fails_otherwise_ends_the_comparison(folder: Path) -> None:
+def test_stops_at_a_failed_run(folder: Path) -> None:
     (folder / "out" / "1").mkdir(parents=True)
     (folder / "out" / "1" / "checkpoints").write_text("no folder")
     result = compare(folder, "epochs=1", "hydra.run.dir=out", "resume=auto")
@@ -102,7 +102,7 @@ def test_a_run_that_fails_otherwise_ends_the_comparison(folder: Path) -> None:
     assert not (folder / "out/comparison.png").exists()
 
 
-def test_points_with_several_keys(folder: Path) -> None:
+def test_axis_points_with_several_keys(folder: Path) -> None:
     change(
         folder,
         "along: {}",
@@ -116,7 +116,7 @@ def test_points_with_several_keys(folder: Path) -> None:
     assert "optimizer.lr: cannot be overridden; varied by size 2 (optimizer.lr=0.3)" in message
 
 
-def test_a_typed_key_is_no_axis(folder: Path) -> None:
+def test_override_replaces_an_axis(folder: Path) -> None:
     change(folder, "along: {}", "along: {optimizer.lr: [0.1, 0.2]}")
     result = compare(folder, "optimizer.lr=0.3", "epochs=1", "seed=5")
     assert result.code == 0, result.err
@@ -126,7 +126,7 @@ def test_a_typed_key_is_no_axis(folder: Path) -> None:
     assert saved["optimizer"]["lr"] == 0.3 and saved["seed"] == 5
 
 
-def test_a_recipe_by_itself(folder: Path) -> None:
+def test_comparison_null_trains_once(folder: Path) -> None:
     result = compare(folder, "comparison=null", "epochs=1", "hydra.run.dir=single")
     assert result.code == 0, result.err
     assert (folder / "single/summary.json").is_file()
@@ -145,20 +145,20 @@ def test_a_recipe_by_itself(folder: Path) -> None:
         ("comparison.metrics=[val_loss,valloss]", "comparison.metrics: unknown metric valloss"),
     ],
 )
-def test_mistakes_are_named_before_anything_is_made(folder: Path, typed: str, message: str) -> None:
+def test_refused_before_writing(folder: Path, typed: str, message: str) -> None:
     assert message in refused(folder, "train", "--config-dir", "../myconf", "experiment=small", typed)
 
 
 @pytest.mark.parametrize(
     "line", ["allow_packages=[os]", "hydra.job.env_set.A=1", "+hydra.job.chdir=true", "resume=auto"]
 )
-def test_a_file_grants_itself_no_powers(folder: Path, line: str) -> None:
+def test_refuses_protected_keys_in_files(folder: Path, line: str) -> None:
     change(folder, '["model.widths=[2]"]', f'["{line}"]')
     message = refused(folder, "train", "--config-dir", "../myconf", "experiment=small")
     assert f"comparison: {line}: may only be given on the command line" in message
 
 
-def test_a_dry_run_lists_the_runs_and_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dry_run_lists_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dlopt.sweeps.grid.estimate_job_seconds", lambda *_: 30.0)
     result = compare(folder, "dry_run=true")
     assert result.code == 0, result.err

@@ -1,4 +1,4 @@
-"""`dlopt diagnose`, `dlopt find-lr` and `dlopt summary` as they are typed."""
+"""`dlopt diagnose`, `dlopt find-lr` and `dlopt summary`."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ NET = ("model=mlp", "model.widths=[6,6]", "model.activation=tanh", "model.norm=n
 SHORT = ("data.batch_size=20", "updates=2", "batches=2", "eigenvalues=1", "iterations=3")
 
 
-def test_several_inits_in_one_picture_with_verdicts(tmp_path: Path) -> None:
+def test_compares_initializations(tmp_path: Path) -> None:
     result = dlopt(tmp_path, "diagnose", *NET, *SHORT, "init=normal,xavier_normal", "init.std=30", "output=x")
     assert (result.code, result.err) == (0, "")
     names = {"activations", "gradients", "depth", "updates", "curvature"}
@@ -26,7 +26,7 @@ def test_several_inits_in_one_picture_with_verdicts(tmp_path: Path) -> None:
     assert len(wide["updates"]["losses"]) == 2 and len(list((tmp_path / "x" / "tensorboard").rglob("events*"))) == 2
 
 
-def test_a_trained_checkpoint(tmp_path: Path) -> None:
+def test_checkpoint(tmp_path: Path) -> None:
     assert dlopt(tmp_path, "train", *SMALL, "hydra.run.dir=run").code == 0
     typed = ("checkpoint=run/checkpoints/last.pt", "updates=1", "batches=1", "eigenvalues=0")
     result = dlopt(tmp_path, "diagnose", *typed, "threads=1")
@@ -36,7 +36,7 @@ def test_a_trained_checkpoint(tmp_path: Path) -> None:
     assert "checkpoint= fixes the choices" in refused(tmp_path, "diagnose", *typed, "model=resnet20")
 
 
-def test_find_lr_suggests_and_draws(tmp_path: Path) -> None:
+def test_find_lr(tmp_path: Path) -> None:
     result = dlopt(tmp_path, "find-lr", *NET, "data.batch_size=20", "updates=30", "output=lr")
     assert (result.code, result.err) == (0, "")
     found = json.loads((tmp_path / "lr" / "find_lr.json").read_text())
@@ -44,11 +44,11 @@ def test_find_lr_suggests_and_draws(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "lr").iterdir()} == {"find_lr.png", "find_lr.svg", "find_lr.json"}
 
 
-def test_the_help_of_find_lr_names_the_rate_that_training_takes(tmp_path: Path) -> None:
+def test_find_lr_help_mentions_auto(tmp_path: Path) -> None:
     assert 'train with the suggestion "steepest"' in dlopt(tmp_path, "find-lr", "--help").out
 
 
-def test_summary_reads_no_data_where_it_is_told_the_shape(tmp_path: Path) -> None:
+def test_summary_with_input_shape_does_not_read_data(tmp_path: Path) -> None:
     typed = ("model=resnet50", "model.stem=imagenet", "input_shape=[3,224,224]", "classes=1000", "data=imagenet")
     result = dlopt(tmp_path, "summary", *typed, "data.root=nowhere")
     assert (result.code, result.err) == (0, "")
@@ -56,7 +56,7 @@ def test_summary_reads_no_data_where_it_is_told_the_shape(tmp_path: Path) -> Non
     assert "model: resnet20, input 1x8x8" in dlopt(tmp_path, "summary").out
 
 
-def test_what_cannot_work_is_told_in_one_line(tmp_path: Path) -> None:
+def test_refused(tmp_path: Path) -> None:
     assert "updates=-1: input should be" in refused(tmp_path, "diagnose", "updates=-1")
     assert "checkpoint=none.pt" in refused(tmp_path, "diagnose", "checkpoint=none.pt")
     assert "use checkpoint=PATH" in refused(tmp_path, "diagnose", "resume=auto")

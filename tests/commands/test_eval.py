@@ -1,4 +1,4 @@
-"""`dlopt eval`: figures of a run, views and ensembles, and what it writes."""
+"""`dlopt eval`: metrics, test-time augmentation, ensembles and output files."""
 
 import contextlib
 import csv
@@ -14,7 +14,7 @@ from PIL import Image
 from sklearn import metrics
 from torch.nn import functional as F
 
-from dlopt.commands.eval import plot_confusion, confusion_table
+from dlopt.commands.eval import confusion_table, plot_confusion
 from dlopt.config.parsing import parse
 from dlopt.training.build import build_workload
 from dlopt.training.checkpoint import load
@@ -34,7 +34,7 @@ RUN = (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two runs `a` and `b`, which differ in their seed."""
+    """Two runs `a` and `b` with different seeds."""
     folder = tmp_path_factory.mktemp("runs")
     for seed, name in enumerate("ab"):
         line = (*RUN, f"seed={seed}")
@@ -51,7 +51,7 @@ def figures_of(folder: Path, *arguments: str, run: str = "a") -> dict[str, Any]:
 
 
 def outputs(folder: Path, run: str, views: Any = lambda x: [x]) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """The outputs of best.pt for each view of the test images, and the targets."""
+    """Outputs of best.pt for each augmented crop of the test images, and the targets."""
     state = load(folder / run / "checkpoints/best.pt")
     workload = build_workload(parse(state["config"]), state["normalize"])
     assert workload.dataset.test is not None
@@ -63,7 +63,7 @@ def outputs(folder: Path, run: str, views: Any = lambda x: [x]) -> tuple[list[to
         return [workload.module(workload.normalize(view)) for view in views(images)], workload.dataset.test.targets
 
 
-def test_figures_are_the_runs_own_to_the_last_digit(folder: Path) -> None:
+def test_reproduces_metrics_of_the_run_exactly(folder: Path) -> None:
     summary = json.loads((folder / "a/summary.json").read_text())
     for checkpoint in ("a/checkpoints/best.pt", "[a/checkpoints/best.pt]"):
         figures = figures_of(folder, f"checkpoint={checkpoint}")
@@ -73,7 +73,7 @@ def test_figures_are_the_runs_own_to_the_last_digit(folder: Path) -> None:
     assert 0.15 < figures["test_accuracy"] < 1
 
 
-def test_what_is_written(folder: Path) -> None:
+def test_output_files(folder: Path) -> None:
     figures = figures_of(folder, "checkpoint=a/checkpoints/best.pt", "output=out", run="out")
     [scores], targets = outputs(folder, "a")
     predictions = scores.argmax(1)
@@ -92,7 +92,7 @@ def test_what_is_written(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("average", ["probabilities", "logits"])
-def test_flip_by_hand(folder: Path, average: str) -> None:
+def test_flip_matches_manual_average(folder: Path, average: str) -> None:
     figures = figures_of(folder, "checkpoint=a/checkpoints/best.pt", "tta=flip", f"average={average}")
     (plain, mirrored), targets = outputs(folder, "a", lambda x: [x, x.flip(3)])
     if average == "logits":
@@ -103,7 +103,7 @@ def test_flip_by_hand(folder: Path, average: str) -> None:
     assert figures["average"] == average
 
 
-def test_ensemble_by_hand(folder: Path) -> None:
+def test_ensemble_matches_manual_average(folder: Path) -> None:
     figures = figures_of(folder, "checkpoint=[a/checkpoints/best.pt,b/checkpoints/best.pt]", "data.batch_size=50")
     ([a], targets), ([b], _) = outputs(folder, "a"), outputs(folder, "b")
     mean = (a.softmax(1) + b.softmax(1)) / 2
@@ -126,7 +126,7 @@ def test_crops_of_another_size(folder: Path) -> None:
     assert multi["test_loss"] == figures["test_loss"]
 
 
-def test_files_are_decoded_at_the_size_of_the_crops_source(tmp_path: Path) -> None:
+def test_decodes_images_at_the_scale_of_the_crops(tmp_path: Path) -> None:
     from torchvision.transforms.v2.functional import ten_crop
 
     from dlopt.data.images import decode
@@ -202,7 +202,7 @@ def test_refused(folder: Path, line: list[str], parts: list[str]) -> None:
         assert part in message
 
 
-def test_members_of_an_ensemble_have_one_test_set(folder: Path) -> None:
+def test_refuses_ensemble_with_different_test_sets(folder: Path) -> None:
     other = dlopt(folder, "train", "model=polynomial", "data=polynomial", "loss=mse", "epochs=1", "hydra.run.dir=c")
     assert other.code == 0
     message = refused(folder, "eval", "checkpoint=[a/checkpoints/best.pt,c/checkpoints/best.pt]", "average=logits")
@@ -210,7 +210,7 @@ def test_members_of_an_ensemble_have_one_test_set(folder: Path) -> None:
     assert "checkpoint=[]" in refused(folder, "eval", "checkpoint=[]")
 
 
-def test_a_model_of_fixed_size_says_which(tmp_path: Path) -> None:
+def test_fixed_size_model_reports_its_size(tmp_path: Path) -> None:
     line = (
         "model=mlp",
         "model.widths=[4]",
@@ -227,7 +227,7 @@ def test_a_model_of_fixed_size_says_which(tmp_path: Path) -> None:
     assert result.code == 0, result.err
 
 
-def test_a_pattern_stands_for_the_checkpoints_that_it_matches(folder: Path) -> None:
+def test_glob_pattern_of_checkpoints(folder: Path) -> None:
     checkpoints = folder / "a/checkpoints"
     names = sorted(str(path.relative_to(folder)) for path in checkpoints.glob("*st.pt"))
     assert [Path(name).name for name in names] == ["best.pt", "last.pt"]
@@ -240,7 +240,7 @@ def test_a_pattern_stands_for_the_checkpoints_that_it_matches(folder: Path) -> N
 # -- confusion matrices
 
 
-def test_table_survives_odd_names() -> None:
+def test_csv_with_special_class_names() -> None:
     names = ["a,b", 'c"d', "größe"]
     head, *rows = csv.reader(io.StringIO(confusion_table(torch.arange(9).view(3, 3), names)))
     assert head[1:] == names and [row[0] for row in rows] == names
@@ -248,7 +248,7 @@ def test_table_survives_odd_names() -> None:
 
 
 @pytest.mark.parametrize("count", [2, 40, 150])
-def test_picture_of_a_confusion_matrix(count: int) -> None:
+def test_plot_confusion(count: int) -> None:
     names = [f"$class_{i}" for i in range(count)]  # no formulas
     confusion = torch.eye(count, dtype=torch.int64) * 5
     confusion[0, 0] = 0  # a class without samples

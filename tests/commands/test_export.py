@@ -1,4 +1,4 @@
-"""`dlopt export`: what the files compute, read without dlopt."""
+"""`dlopt export`: outputs of the exported files, loaded without dlopt."""
 
 import json
 from importlib.util import find_spec
@@ -28,7 +28,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def reference(folder: Path) -> tuple[Tensor, Tensor]:
-    """uint8 images of the test set, and the trained model's outputs for them."""
+    """uint8 test images and the model's outputs."""
     state = load(folder / CHECKPOINT)
     workload = build_workload(parse(state["config"]), state["normalize"])
     assert workload.dataset.test is not None
@@ -93,7 +93,7 @@ def test_onnx(run: Path, kind: str, tmp_path: Path) -> None:
     assert entries(tmp_path) == {"model.onnx"}
 
 
-def test_a_file_that_computes_something_else_is_not_left(run: Path) -> None:
+def test_removes_file_with_wrong_outputs(run: Path) -> None:
     before = entries(run)
     line = ("export", f"checkpoint={CHECKPOINT}", "format=torch_export", "output=wrong.pt2")
     with mock.patch.object(export, "_read", lambda form, path, trained, inputs: torch.zeros(len(inputs), 10)):
@@ -106,25 +106,25 @@ def test_a_file_that_computes_something_else_is_not_left(run: Path) -> None:
 
 
 class Branching(torch.nn.Module):
-    """Its path depends on the values of its input, which no graph can say."""
+    """A model with data-dependent control flow, which cannot be traced."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.flatten(1) if x.sum() > 0 else -x.flatten(1)
 
 
-def test_a_model_that_cannot_be_converted(tmp_path: Path) -> None:
+def test_reports_unconvertible_model(tmp_path: Path) -> None:
     trained = mock.Mock(normalize=torch.nn.Identity(), module=Branching())
     with pytest.raises(RunError, match="format=torch_export: torch cannot convert this model"):
         export.write("torch_export", trained, torch.ones(2, 1, 4, 4), {}, tmp_path / "model.pt2")
 
 
-def test_packages_that_are_missing(run: Path) -> None:
+def test_reports_missing_packages(run: Path) -> None:
     with mock.patch.object(export, "find_spec", lambda name: None):
         message = refused(run, "export", f"checkpoint={CHECKPOINT}", "format=onnx")
     assert "onnx and onnxscript" in message and "dlopt[export]" in message
 
 
-def test_where_the_data_are_gone_random_images_are_compared(tmp_path: Path) -> None:
+def test_verifies_on_random_images_without_data(tmp_path: Path) -> None:
     from PIL import Image
 
     for part, label in (("train", "a"), ("train", "b")):

@@ -1,4 +1,4 @@
-"""`dlopt trajectory checkpoint=...` draws around what a run left."""
+"""`dlopt trajectory checkpoint=...`: loss landscapes."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_path_and_random_directions(trained: Path) -> None:
+def test_path_and_random_directions(trained: Path) -> None:
     for directions in ("auto", "random"):
         line = ["checkpoint=run/checkpoints/last.pt", f"directions={directions}", "points=5", f"output={directions}"]
         result = dlopt(trained, "trajectory", *line)
@@ -36,6 +36,6 @@ def test_the_path_and_random_directions(trained: Path) -> None:
         ("span=0", "span=0: "),
     ],
 )
-def test_mistakes(trained: Path, typed: str, message: str) -> None:
+def test_refused(trained: Path, typed: str, message: str) -> None:
     line = [] if typed.startswith("checkpoint") else ["checkpoint=run/checkpoints/last.pt"]
     assert message in refused(trained, "trajectory", *line, typed)

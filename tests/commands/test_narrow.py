@@ -1,4 +1,4 @@
-"""What commands show in a terminal of 60 columns: readable, and nothing that matters is cut."""
+"""Output in a terminal of 60 columns."""
 
 import re
 from pathlib import Path
@@ -28,14 +28,14 @@ def test_lists_and_reports(outputs: Path) -> None:
         assert all(figure in words for figure in ("adamw", "0.01", "40.00 %", "30.00 %")), text
 
 
-def test_layers(tmp_path: Path) -> None:
+def test_summary(tmp_path: Path) -> None:
     code, shown = in_terminal(tmp_path, 60, "summary", "model=resnet20", "input_shape=[3,32,32]", "classes=10")
     words = " ".join(plain(shown).split())
     assert code == 0 and "…" not in shown
     assert "kind Conv2d output 16x32x32 parameters 432 MACs 442,368" in words
 
 
-def test_a_run(tmp_path: Path) -> None:
+def test_train(tmp_path: Path) -> None:
     code, shown = in_terminal(tmp_path, 60, "train", *SMALL, "tracking=[]", "hydra.run.dir=run", NO_COLOR="1")
     assert code == 0, shown
     text = plain(shown)

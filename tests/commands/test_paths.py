@@ -1,4 +1,4 @@
-"""`dlopt trajectory function=...`: what is typed reaches the optimizers, and mistakes are named."""
+"""`dlopt trajectory function=...`: optimizer paths."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +19,7 @@ OPTIMIZERS = sorted(
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
-    """The paths that are handed to the drawing, which itself is left out."""
+    """Arguments of the plot, which is not drawn."""
     found: dict[str, Any] = {}
 
     def draw(function: Any, paths: Mapping[str, Trajectory], **words: Any) -> None:
@@ -31,7 +31,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     return found
 
 
-def test_the_contracts_command(tmp_path: Path) -> None:
+def test_documented_example(tmp_path: Path) -> None:
     result = dlopt(tmp_path, "trajectory", "function=quadratic", "optimizer=momentum,newton", "output=x")
     assert result.code == 0, result.err
     lines = result.out.splitlines()
@@ -42,14 +42,14 @@ def test_the_contracts_command(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_every_optimizer_gets_nearer(drawn: dict[str, Any], optimizer: str) -> None:
+def test_every_optimizer_approaches_the_minimum(drawn: dict[str, Any], optimizer: str) -> None:
     assert trajectory(["function=quadratic", f"optimizer={optimizer}", "steps=15"]) == 0
     [path] = drawn["paths"].values()
     assert len(path.points) == 16
     assert float(path.distances[-1]) < 0.5 * float(path.distances[0])
 
 
-def test_keys_reach_function_optimizer_and_schedule(drawn: dict[str, Any]) -> None:
+def test_passes_keys_to_function_optimizer_and_schedule(drawn: dict[str, Any]) -> None:
     typed = "function=quadratic function.condition=9 optimizer=gradient_descent optimizer.lr=0.1,0.2 schedule=constant"
     assert trajectory([*typed.split(), "function.start=[1,1]", "steps=1"]) == 0
     assert [path.points[1].tolist() for path in drawn["paths"].values()] == [
@@ -60,7 +60,7 @@ def test_keys_reach_function_optimizer_and_schedule(drawn: dict[str, Any]) -> No
     assert drawn["title"] == "Paths on quadratic" and "function.condition=9" in drawn["subtitle"]
 
 
-def test_weight_decay_is_off_unless_typed(drawn: dict[str, Any]) -> None:
+def test_weight_decay_is_off_by_default(drawn: dict[str, Any]) -> None:
     line = ["function=himmelblau", "optimizer=sgdw", "optimizer.lr=0.01", "optimizer.momentum=0", "steps=1"]
     ends = []
     for more in ([], ["optimizer.weight_decay=0"], ["optimizer.weight_decay=0.5"]):
@@ -70,9 +70,7 @@ def test_weight_decay_is_off_unless_typed(drawn: dict[str, Any]) -> None:
     assert ends[0] == ends[1] != ends[2]
 
 
-def test_batch_sizes_share_one_picture_and_a_key_is_left_to_those_who_have_it(
-    drawn: dict[str, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_several_batch_sizes_and_skipped_keys(drawn: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     line = "function=digits function.batch_size=1,full optimizer=gradient_descent optimizer.lr=1 steps=30"
     assert trajectory(line.split()) == 0
     single, whole = drawn["paths"].values()
@@ -100,11 +98,11 @@ def test_batch_sizes_share_one_picture_and_a_key_is_left_to_those_who_have_it(
         ("function=quadratic allow_packages=[os] function._target_=os.system", "function._target_=os.system"),
     ],
 )
-def test_mistakes(tmp_path: Path, typed: str, message: str) -> None:
+def test_refused(tmp_path: Path, typed: str, message: str) -> None:
     assert message in refused(tmp_path, "trajectory", *typed.split())
 
 
-def test_help_names_every_function(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_all_functions(capsys: pytest.CaptureFixture[str]) -> None:
     assert trajectory(["--help"]) == 0
     text = capsys.readouterr().out
     assert all(path.stem in text for path in (config_folder() / "function").glob("*.yaml"))

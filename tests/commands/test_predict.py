@@ -1,4 +1,4 @@
-"""`dlopt predict`: the labels against the model itself, and files that cannot be read."""
+"""`dlopt predict`: predictions and unreadable files."""
 
 import csv
 import shutil
@@ -19,7 +19,7 @@ CHECKPOINT = "run/checkpoints/best.pt"
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on a folder of images 10x14, brought to 8x8, of which the model sees 6x6."""
+    """A run on 10x14 images, resized to 8x8 and cropped to 6x6."""
     folder = tmp_path_factory.mktemp("trained")
     draws = np.random.default_rng(0)
     for label, low in (("bright, very", 120), ("dark", 0)):
@@ -37,7 +37,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place(trained: Path, tmp_path: Path) -> Path:
-    """The checkpoint and images, without the data that the model was trained on."""
+    """The checkpoint and images, without the training data."""
     shutil.copytree(trained / "run", tmp_path / "run")
     shutil.copytree(trained / "data/train", tmp_path / "images")
     return tmp_path
@@ -49,7 +49,7 @@ def table(path: Path) -> tuple[list[str], list[list[str]]]:
     return head, rows
 
 
-def test_labels_are_the_models(place: Path, trained: Path) -> None:
+def test_predictions_match_the_model(place: Path, trained: Path) -> None:
     result = dlopt(place, "predict", f"checkpoint={CHECKPOINT}", "images=images", "batch_size=7")
     assert (result.code, result.err) == (0, "")
     assert result.out == "20 images classified: predictions.csv\n"
@@ -73,14 +73,14 @@ def test_labels_are_the_models(place: Path, trained: Path) -> None:
     assert [float(row[2]) for row in rows] == found.max(1).tolist()
 
 
-def test_one_file_and_another_place(place: Path) -> None:
+def test_single_image_and_other_output(place: Path) -> None:
     line = ["predict", f"checkpoint={CHECKPOINT}", "images=images/dark/3.png", "output=a/b.csv"]
     assert dlopt(place, *line).code == 0
     _, [row] = table(place / "a/b.csv")
     assert row[0] == "images/dark/3.png"
 
 
-def test_unreadable_files_are_told_and_left_out(place: Path) -> None:
+def test_skips_and_reports_unreadable_files(place: Path) -> None:
     (place / "images/dark/3.png").write_bytes(b"")
     (place / "images/text.jpg").write_text("no image")
     (place / "images/notes.txt").write_text("not meant")

@@ -1,4 +1,4 @@
-"""`dlopt report`: what it writes and shows, and what it refuses."""
+"""`dlopt report`: table, page, plots and errors."""
 
 import http.client
 import io
@@ -32,7 +32,7 @@ def runs(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_table_a_page_and_pictures(runs: Path) -> None:
+def test_writes_table_page_and_plots(runs: Path) -> None:
     result = dlopt(runs, "report", "night")
     assert result.code == 0, result.err
     lines = result.out.splitlines()
@@ -65,7 +65,7 @@ def test_a_table_a_page_and_pictures(runs: Path) -> None:
         ("night output=night/1/config.yaml", "cannot write: "),
     ],
 )
-def test_mistakes_are_named(runs: Path, typed: str, message: str) -> None:
+def test_refused(runs: Path, typed: str, message: str) -> None:
     (runs / "empty").mkdir()
     assert message in refused(runs, "report", *typed.split())
 
@@ -78,7 +78,7 @@ def request(address: str, path: str, host: str | None = None, method: str = "GET
     return connection.getresponse()
 
 
-def test_the_page_is_served_on_loopback_only_and_nothing_else(tmp_path: Path) -> None:
+def test_serves_only_the_page_on_loopback(tmp_path: Path) -> None:
     folder = tmp_path / "report"
     folder.mkdir()
     (folder / "index.html").write_text("the page")
@@ -105,8 +105,8 @@ def test_the_page_is_served_on_loopback_only_and_nothing_else(tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_two_thousand_runs_take_less_than_twenty_seconds(tmp_path: Path) -> None:
-    """Processor time, for the machine that runs tests does other things too."""
+def test_2000_runs_in_20_seconds(tmp_path: Path) -> None:
+    """Measures CPU time, which does not depend on the load of the machine."""
     random = Random(0)
     for i in range(2000):
         curve = tuple(0.9 * (1 - 0.8**epoch) + random.gauss(0, 0.01) for epoch in range(1, 31))
@@ -123,7 +123,7 @@ def test_two_thousand_runs_take_less_than_twenty_seconds(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_watching_writes_anew_when_a_run_has_written_and_ends_when_stopped(runs: Path) -> None:
+def test_watch_updates_until_interrupted(runs: Path) -> None:
     command = [sys.executable, "-m", "dlopt", "report", "night", "--watch", "--open"]
     environment = {**os.environ, "PYTHONPATH": str(Path(package.__file__).parents[1]), "BROWSER": "true"}
     process = subprocess.Popen(command, cwd=runs, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -167,7 +167,7 @@ def board(**more: Any) -> str:
     return stream.getvalue()
 
 
-def test_the_test_figure_is_that_of_the_first_row_only() -> None:
+def test_leaderboard_shows_test_metric_of_first_row_only() -> None:
     lines = board().splitlines()
     first, second = (next(line for line in lines if f"optimizer.lr={lr}" in line) for lr in (0.1, 0.2))
     assert "80.50 % ± 0.71 %" in first and "60.00 %" in first
@@ -175,13 +175,13 @@ def test_the_test_figure_is_that_of_the_first_row_only() -> None:
     assert "70.00 %" not in second and "70.00 %" in board(all_tests=True)
 
 
-def test_no_row_no_table() -> None:
+def test_empty_leaderboard_prints_nothing() -> None:
     stream = io.StringIO()
     show_leaderboard(leaderboard([]), "test_accuracy", stream=stream)
     assert stream.getvalue() == ""
 
 
-def test_a_front(capsys: pytest.CaptureFixture[str]) -> None:
+def test_pareto_front(capsys: pytest.CaptureFixture[str]) -> None:
     show_front([("job 1: lr=0.1", [0.5, 10.0])], ["best_val_accuracy", "seconds"])
     said = capsys.readouterr().out
     assert "50.00 %" in said and "job 1: lr=0.1" in said

@@ -1,4 +1,4 @@
-"""`dlopt runs` finds runs; `dlopt runs clean` removes what no run needs."""
+"""`dlopt runs` and `dlopt runs clean`."""
 
 import hashlib
 import os
@@ -15,7 +15,7 @@ from tests.commands.line import HeldByAnotherProcess, dlopt, entries, refused
 
 @pytest.fixture
 def outputs(tmp_path: Path) -> Path:
-    """Runs 0..5: sgd and adamw at three learning rates; a failed one; one that was killed."""
+    """Runs 0..5: sgd and adamw at three learning rates; one failed run, one killed run."""
     for i, (optimizer, lr) in enumerate((o, lr) for o in ("sgd", "adamw") for lr in (0.01, 0.1, 1.0)):
         make_run(tmp_path / "outputs/night" / str(i), optimizer=optimizer, lr=lr, accuracies=(0.2, 0.1 * (i + 1)))
     make_run(tmp_path / "outputs/failed", status="failed", accuracies=(0.1,))
@@ -46,11 +46,11 @@ def names(folder: Path, *arguments: str) -> list[str]:
         ("steps=20 clip=none optimizer=sgd", ["0", "1", "2"]),
     ],
 )
-def test_runs_are_found_by_config_status_and_figure(outputs: Path, typed: str, expected: list[str]) -> None:
+def test_filters_by_config_status_and_metric(outputs: Path, typed: str, expected: list[str]) -> None:
     assert names(outputs, *typed.split()) == expected
 
 
-def test_piped_lines_have_tabs_and_the_columns_that_differ(outputs: Path) -> None:
+def test_piped_output_is_tab_separated(outputs: Path) -> None:
     result = dlopt(outputs, "runs", "outputs/night", "sort=val_accuracy", "limit=1")
     header, line = result.out.splitlines()
     assert header.split("\t") == ["run", "status", "val_accuracy", "val_loss", "epochs", "seconds"]
@@ -64,7 +64,7 @@ def test_piped_lines_have_tabs_and_the_columns_that_differ(outputs: Path) -> Non
     ]
 
 
-def test_a_table_at_a_terminal(outputs: Path) -> None:
+def test_table_in_a_terminal(outputs: Path) -> None:
     make_run(outputs / "outputs/odd\x1b[31m", status="failed")
     main, side = pty.openpty()
     command = [sys.executable, "-m", "dlopt", "runs"]
@@ -97,15 +97,15 @@ def test_a_table_at_a_terminal(outputs: Path) -> None:
         ("--pahts", "--pahts: unknown flag"),
     ],
 )
-def test_mistakes_are_named(outputs: Path, typed: str, message: str) -> None:
+def test_refused(outputs: Path, typed: str, message: str) -> None:
     assert message in refused(outputs, "runs", *typed.split())
 
 
-def test_without_outputs_a_folder_is_needed(tmp_path: Path) -> None:
+def test_requires_a_folder_without_outputs(tmp_path: Path) -> None:
     assert "outputs: no such folder; name" in refused(tmp_path, "runs")
 
 
-def test_a_damaged_folder_is_named_and_skipped(outputs: Path) -> None:
+def test_skips_damaged_folder(outputs: Path) -> None:
     (outputs / "outputs/night/0/summary.json").write_text("{")
     result = dlopt(outputs, "runs", "--paths", "outputs/night")
     assert len(result.out.splitlines()) == 5
@@ -136,7 +136,7 @@ def spare_of(names: set[str]) -> set[str]:
     return {each for each in names if "/step-" in each}
 
 
-def test_clean_removes_neither_best_nor_last_of_what_it_is_told(kept: Path) -> None:
+def test_clean_keeps_best_and_last(kept: Path) -> None:
     before = entries(kept)
     result = dlopt(kept, "runs", "clean", "outputs/night", "optimizer=sgd", "--yes")
     assert result.code == 0
@@ -146,7 +146,7 @@ def test_clean_removes_neither_best_nor_last_of_what_it_is_told(kept: Path) -> N
     assert "nothing to remove" in dlopt(kept, "runs", "clean", "outputs/night", "optimizer=sgd", "--yes").out
 
 
-def test_clean_asks(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clean_asks_for_confirmation(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = entries(kept)
     result = dlopt(kept, "runs", "clean")
     assert result.code == 2 and "use --yes" in result.err and "step-9.pt" in result.out
@@ -160,7 +160,7 @@ def test_clean_asks(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert before - entries(kept) == {each for each in spare_of(before) if "night" in each}
 
 
-def test_clean_leaves_running_runs_and_those_that_may_need_an_older_checkpoint(kept: Path) -> None:
+def test_clean_skips_running_runs_and_damaged_last(kept: Path) -> None:
     with HeldByAnotherProcess(kept / "outputs/killed"):
         result = dlopt(kept, "runs", "clean", "--yes")
     assert "outputs/killed: skipped: it is running" in result.err
@@ -168,7 +168,7 @@ def test_clean_leaves_running_runs_and_those_that_may_need_an_older_checkpoint(k
     assert len(spare_of(entries(kept))) == 8 and not any("night" in each for each in spare_of(entries(kept)))
 
 
-def test_clean_follows_no_links(kept: Path) -> None:
+def test_clean_does_not_follow_symlinks(kept: Path) -> None:
     elsewhere = kept / "elsewhere"
     (kept / "outputs/night/0/checkpoints").rename(elsewhere)
     (kept / "outputs/night/0/checkpoints").symlink_to(elsewhere)
@@ -178,7 +178,7 @@ def test_clean_follows_no_links(kept: Path) -> None:
     assert not (kept / "outputs/night/3/checkpoints/step-9.pt").exists()
 
 
-def test_clean_counts_what_is_freed(kept: Path) -> None:
+def test_clean_reports_freed_bytes(kept: Path) -> None:
     folder = kept / "outputs/night/0/checkpoints"
     (folder / "step-9.pt").unlink()
     os.link(folder / "best.pt", folder / "step-9.pt")

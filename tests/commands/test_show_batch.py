@@ -1,4 +1,4 @@
-"""`dlopt show-batch`: two pictures, and what cannot be shown."""
+"""`dlopt show-batch`: plots and errors."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from PIL import Image
 from tests.commands.line import dlopt, entries, refused
 
 
-def test_two_pictures(tmp_path: Path) -> None:
+def test_writes_two_plots(tmp_path: Path) -> None:
     result = dlopt(tmp_path, "show-batch", "augmentation=affine", "output=a/shown.png")
     assert (result.code, result.err) == (0, "")
     assert result.out.splitlines() == ["a/shown.png", "a/shown_operations.png"]
@@ -24,7 +24,7 @@ def test_two_pictures(tmp_path: Path) -> None:
     assert (tmp_path / "c.png").read_bytes() != (tmp_path / "b.png").read_bytes()
 
 
-def test_default_place_and_nothing_to_do(tmp_path: Path) -> None:
+def test_default_folder_without_operations(tmp_path: Path) -> None:
     result = dlopt(tmp_path, "show-batch")
     assert result.code == 0 and "no operations" in result.out
     [picture] = tmp_path.glob("outputs/show-batch/*/*")

@@ -1,4 +1,4 @@
-"""Commands whose input or output is a file, a pipe, or not there at all."""
+"""Commands with redirected, piped or closed standard streams."""
 
 import logging
 import os
@@ -18,7 +18,7 @@ RUN = " ".join(f"'{word}'" for word in (*SMALL, "tracking=[]"))
 
 
 def shell(folder: Path, line: str) -> subprocess.CompletedProcess[str]:
-    """`dlopt` in a shell line is this Python's."""
+    """Runs a shell command in which `dlopt` is that of this Python."""
     line = line.replace("dlopt ", f"{sys.executable} -m dlopt ")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(["sh", "-c", line], cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
@@ -32,7 +32,7 @@ def is_complete(folder: Path) -> bool:
 @pytest.mark.parametrize(
     "closed", ["<&- >&- 2>&-", *(pytest.param(some, marks=pytest.mark.slow) for some in ("<&-", "<&- >&-"))]
 )
-def test_streams_that_are_closed(tmp_path: Path, closed: str) -> None:
+def test_closed_streams(tmp_path: Path, closed: str) -> None:
     done = shell(tmp_path, f"dlopt train {RUN} hydra.run.dir=run {closed}")
     assert (done.returncode, done.stderr) == (0, "")
     assert is_complete(tmp_path / "run")
@@ -44,7 +44,7 @@ def test_streams_that_are_closed(tmp_path: Path, closed: str) -> None:
 @pytest.mark.parametrize(
     "more", ["-m seed=0,1 hydra.sweep.dir=sweep", "parallel=ddp parallel.processes=2 hydra.run.dir=run"]
 )
-def test_other_processes_of_a_command_without_streams(tmp_path: Path, more: str) -> None:
+def test_child_processes_with_closed_streams(tmp_path: Path, more: str) -> None:
     done = shell(tmp_path, f"dlopt train {RUN} model.norm=none {more} <&- >&- 2>&-")
     assert done.returncode == 0
     assert all(map(is_complete, [tmp_path / "sweep/0", tmp_path / "sweep/1"] if "-m" in more else [tmp_path / "run"]))
@@ -52,14 +52,14 @@ def test_other_processes_of_a_command_without_streams(tmp_path: Path, more: str)
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nohup") is None, reason="there is no nohup here")
-def test_under_nohup(tmp_path: Path) -> None:
+def test_nohup(tmp_path: Path) -> None:
     done = shell(tmp_path, f"nohup dlopt train {RUN} hydra.run.dir=run >nohup.out 2>&1")
     text = (tmp_path / "nohup.out").read_text()
     assert done.returncode == 0 and is_complete(tmp_path / "run")
     assert "epoch 2/2" in text and not [each for each in text if each < " " and each != "\n"], "control characters"
 
 
-def test_logs_hold_no_control_characters(tmp_path: Path) -> None:
+def test_logs_contain_no_control_characters(tmp_path: Path) -> None:
     with Tracking(tmp_path, sinks=[], console=False) as tracking:
         tracking.message("\x1b[31msaid\x1b[0m")
         logging.getLogger("a.package").warning("\x1b[1;33m12 %%\r\x1b[2K13 %%\x07 of it\x1b[?25h")

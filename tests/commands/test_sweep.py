@@ -1,4 +1,4 @@
-"""`-m`: every job in a process of its own, checked before the first starts; what a sweep leaves, and how it goes on."""
+"""`dlopt train -m`: job processes, checks, output files and resuming."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def status(folder: Path) -> list[str]:
 
 @pytest.fixture
 def own(tmp_path: Path) -> list[str]:
-    """An optimizer that ends its process in different ways."""
+    """An optimizer that terminates its process in different ways."""
     name = f"package_of_{tmp_path.name}"
     (tmp_path / f"{name}.py").write_text(
         "import os, signal, sys, time, pathlib, torch\n"
@@ -75,7 +75,7 @@ def test_jobs_are_complete_runs(tmp_path: Path) -> None:
     assert not (tmp_path / "outputs").exists()
 
 
-def test_a_failing_job_does_not_stop_the_others(tmp_path: Path, own: list[str]) -> None:
+def test_failed_job_does_not_stop_others(tmp_path: Path, own: list[str]) -> None:
     result = sweep(tmp_path, *own, "optimizer.end=raise,exit,sysexit,none")
     assert result.code == 1
     first, second, third, last = (tmp_path / "sweep" / str(i) / "summary.json" for i in range(4))
@@ -86,17 +86,17 @@ def test_a_failing_job_does_not_stop_the_others(tmp_path: Path, own: list[str]) 
     assert json.loads(last.read_text())["status"] == "finished"
 
 
-def test_a_job_that_ends_with_a_checkpoint_lets_the_others_go_on(tmp_path: Path, own: list[str]) -> None:
+def test_interrupted_job_does_not_stop_others(tmp_path: Path, own: list[str]) -> None:
     result = sweep(tmp_path, *own, "optimizer.end=term,none")
     assert result.code == 75
     assert status(tmp_path) == ["interrupted", "finished"]
 
 
-def test_an_invalid_job_is_refused_before_the_first_starts(tmp_path: Path) -> None:
+def test_refuses_invalid_job_before_the_first_starts(tmp_path: Path) -> None:
     assert "optimizer.lr=-1" in refused(tmp_path, "train", "-m", *TINY, "optimizer.lr=0.1,0.01,-1")
 
 
-def test_a_sweep_that_stands_in_a_file_is_checked_too(tmp_path: Path) -> None:
+def test_checks_sweeps_in_files(tmp_path: Path) -> None:
     path = tmp_path / "conf/experiment/mine.yaml"
     path.parent.mkdir(parents=True)
     path.write_text("# @package _global_\nhydra: {sweeper: {params: {optimizer.momentum: '0,2'}}}\n")
@@ -105,13 +105,13 @@ def test_a_sweep_that_stands_in_a_file_is_checked_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_job_refused_only_once_the_data_is_read_fails_alone(tmp_path: Path) -> None:
+def test_job_with_invalid_data_fails_alone(tmp_path: Path) -> None:
     result = sweep(tmp_path, "data.subset=9,40")
     assert result.code == 1 and "data.subset=9" in json.loads((tmp_path / "sweep/0/summary.json").read_text())["reason"]
     assert status(tmp_path) == ["failed", "finished"]
 
 
-def test_not_inside_a_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refuses_launchers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     assert "torchrun" in refused(tmp_path, "train", "-m", *TINY, "seed=0,1")
 
@@ -120,7 +120,7 @@ def test_not_inside_a_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_folder_that_holds_a_sweep(tmp_path: Path) -> None:
+def test_existing_sweep_folder(tmp_path: Path) -> None:
     assert sweep(tmp_path, "seed=1,2").code == 0
     assert "resume=auto" in refused(tmp_path, "train", "-m", *TINY, "seed=1,2")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
@@ -131,7 +131,7 @@ def test_a_folder_that_holds_a_sweep(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_only_what_is_unfinished_runs_again(tmp_path: Path) -> None:
+def test_resume_runs_only_unfinished_jobs(tmp_path: Path) -> None:
     assert sweep(tmp_path, "seed=1,2,3").code == 0
     first, second, third = (tmp_path / "sweep" / str(i) for i in range(3))
     (second / "summary.json").unlink()
@@ -147,7 +147,7 @@ def test_only_what_is_unfinished_runs_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_default_folder_goes_on_with_the_newest_unfinished_sweep_of_the_same_space(tmp_path: Path) -> None:
+def test_resume_auto_finds_newest_unfinished_sweep(tmp_path: Path) -> None:
     line = [each for each in TINY if each != HERE]
     for seeds in ("1,2", "3,4"):
         assert dlopt(tmp_path, "train", "-m", *line, f"seed={seeds}").code == 0
@@ -162,7 +162,7 @@ def test_default_folder_goes_on_with_the_newest_unfinished_sweep_of_the_same_spa
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_the_sweep_alone_reaches_its_job(number: signal.Signals, tmp_path: Path, own: list[str]) -> None:
+def test_forwards_signals_to_jobs(number: signal.Signals, tmp_path: Path, own: list[str]) -> None:
     command = [sys.executable, "-m", "dlopt", "train", "-m", *TINY, *own, "optimizer.end=slow,none", "epochs=1000"]
     root = str(Path(package.__file__).parents[1])
     process = subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": root}, stderr=subprocess.PIPE)
@@ -178,7 +178,7 @@ def test_a_signal_to_the_sweep_alone_reaches_its_job(number: signal.Signals, tmp
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_live_sweep_is_refused(tmp_path: Path) -> None:
+def test_refuses_live_sweep(tmp_path: Path) -> None:
     assert sweep(tmp_path, "seed=1").code == 0
     (tmp_path / "sweep/0/summary.json").unlink()
     with HeldByAnotherProcess(tmp_path / "sweep"):

@@ -1,4 +1,4 @@
-"""`dlopt trajectory` draws what `dlopt train` would use."""
+"""`dlopt trajectory schedule=...`: learning-rate curves."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ from dlopt.errors import UserError
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
-    """What is handed to the drawing, which itself is left out."""
+    """Arguments of the plot, which is not drawn."""
     found: dict[str, Any] = {}
 
     def draw(curves: Sequence[Curve], **words: Any) -> None:
@@ -26,7 +26,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     return found
 
 
-def test_a_curve_per_schedule_with_the_keys_of_train(drawn: dict[str, Any]) -> None:
+def test_one_curve_per_schedule(drawn: dict[str, Any]) -> None:
     typed = "schedule=linear,time_decay epochs=4 schedule.warmup_epochs=1 steps_per_epoch=2 optimizer.lr=0.6 log_y=true"
     assert trajectory(typed.split()) == 0
     linear, decay = drawn["curves"]["linear"], drawn["curves"]["time_decay"]
@@ -38,7 +38,7 @@ def test_a_curve_per_schedule_with_the_keys_of_train(drawn: dict[str, Any]) -> N
     assert drawn["steps_per_epoch"] == 2 and "schedule.warmup_epochs=1" in drawn["subtitle"]
 
 
-def test_the_default_schedule_and_the_default_place(drawn: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_default_schedule_and_folder(drawn: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert trajectory(["steps=50"]) == 0
     assert list(drawn["curves"]) == ["cosine_warmup"] and drawn["curves"]["cosine_warmup"].epochs[-1] == 0.5
     path = Path(capsys.readouterr().out.strip())
@@ -46,9 +46,7 @@ def test_the_default_schedule_and_the_default_place(drawn: dict[str, Any], capsy
     assert path.parent.is_dir()
 
 
-def test_any_key_may_vary_and_a_key_is_left_to_the_schedules_that_have_it(
-    drawn: dict[str, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_several_values_and_skipped_keys(drawn: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert trajectory(["schedule=constant,step", "schedule.gamma=0.1,0.5", "epochs=2", "output=x"]) == 0
     assert list(drawn["curves"]) == ["constant", "step, gamma=0.1", "step, gamma=0.5"]
     assert capsys.readouterr().out.splitlines() == [
@@ -59,7 +57,7 @@ def test_any_key_may_vary_and_a_key_is_left_to_the_schedules_that_have_it(
     assert last == pytest.approx({"constant": 1, "step, gamma=0.1": 1e-3, "step, gamma=0.5": 0.125})
 
 
-def test_a_glob_draws_every_choice_and_no_fragment(drawn: dict[str, Any], conf_dir: Path) -> None:
+def test_glob_matches_choices_but_not_fragments(drawn: dict[str, Any], conf_dir: Path) -> None:
     assert trajectory(["schedule=glob(c*)", "schedule.warmup_fraction=0.5", "epochs=1"]) == 0
     names = {path.stem for path in (conf_dir / "schedule").glob("c*.yaml")}
     assert set(drawn["curves"]) == names and len(names) > 3
@@ -82,19 +80,19 @@ def test_a_glob_draws_every_choice_and_no_fragment(drawn: dict[str, Any], conf_d
         ("optimizer.lr=range(1,40)", "39 curves; at most 28"),
     ],
 )
-def test_mistakes_are_named_and_leave_nothing_behind(drawn: dict[str, Any], typed: str, message: str) -> None:
+def test_refused_before_writing(drawn: dict[str, Any], typed: str, message: str) -> None:
     with pytest.raises(UserError, match=message.replace("?", r"\?")):
         trajectory(typed.split())
     assert not list(Path().iterdir())
 
 
-def test_a_folder_that_cannot_be_made(drawn: dict[str, Any]) -> None:
+def test_output_folder_cannot_be_created(drawn: dict[str, Any]) -> None:
     Path("file").touch()
     with pytest.raises(UserError, match="output=file/x: cannot create this folder: Not a directory"):
         trajectory(["output=file/x"])
 
 
-def test_help_names_the_commands_own_keys(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_own_keys(capsys: pytest.CaptureFixture[str]) -> None:
     assert trajectory(["--help"]) == 0
     text = capsys.readouterr().out
     assert all(f"  {key}=" in text for key in ("steps_per_epoch", "log_y", "output"))

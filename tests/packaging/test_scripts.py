@@ -170,13 +170,13 @@ def test_changed_pyproject_updates_in_place(checkout: Checkout) -> None:
     assert len(checkout.installs()) == 2
 
 
-def test_failed_installation_is_reported_and_tried_again(checkout: Checkout) -> None:
+def test_reports_and_retries_a_failed_installation(checkout: Checkout) -> None:
     code, output, errors = checkout.run(NO_NETWORK="1")
     assert code != 0 and output == "" and "error: dns" in errors and "trying pip" in errors
     assert checkout.run()[:2] == DONE
 
 
-def test_pip_is_the_second_try(checkout: Checkout) -> None:
+def test_falls_back_to_pip(checkout: Checkout) -> None:
     uv = checkout.bin / "uv"
     uv.write_text(uv.read_text().replace("$NO_NETWORK", "$NO_UV_NETWORK"))
     code, output, errors = checkout.run(NO_UV_NETWORK="1")
@@ -209,14 +209,14 @@ def test_interrupted_installation_starts_from_scratch(checkout: Checkout) -> Non
     assert not half.exists() and len(checkout.calls("^uv venv")) == 2
 
 
-def test_moved_checkout_is_set_up_again(checkout: Checkout, tmp_path: Path) -> None:
+def test_reinstalls_in_a_moved_checkout(checkout: Checkout, tmp_path: Path) -> None:
     checkout.run()
     checkout.root = checkout.root.rename(tmp_path / "moved")
     assert checkout.run()[:2] == DONE
     assert len(checkout.calls("^uv venv")) == 2
 
 
-def test_environment_whose_python_is_gone_is_remade(checkout: Checkout) -> None:
+def test_recreates_environment_without_python(checkout: Checkout) -> None:
     checkout.run()
     (checkout.venv / "bin/python").unlink()
     assert checkout.run()[:2] == DONE
@@ -233,18 +233,18 @@ def test_environment_of_the_user_is_never_deleted(checkout: Checkout) -> None:
     assert not checkout.calls("^uv venv")
 
 
-def test_uv_comes_from_pip_where_it_is_missing(without_uv: Checkout) -> None:
+def test_installs_uv_with_pip(without_uv: Checkout) -> None:
     assert without_uv.run()[:2] == DONE
     assert without_uv.calls("python -m venv .venv") and without_uv.calls("pip install .* uv$")
     assert len(without_uv.installs()) == 1
 
 
-def test_pip_comes_from_the_interpreter_where_ensurepip_is_missing(without_uv: Checkout) -> None:
+def test_uses_pip_of_the_interpreter_without_ensurepip(without_uv: Checkout) -> None:
     assert without_uv.run(NO_ENSUREPIP="1")[:2] == DONE
     assert without_uv.calls("--without-pip") and without_uv.calls("pip --python")
 
 
-def test_without_uv_and_pip_the_message_names_the_package(without_uv: Checkout) -> None:
+def test_reports_missing_uv_and_pip(without_uv: Checkout) -> None:
     code, output, errors = without_uv.run(NO_ENSUREPIP="1", NO_PIP="1")
     assert code == 1 and output == "" and "apt install python3-venv" in errors
     assert without_uv.run()[:2] == DONE  # once it is installed
@@ -258,7 +258,7 @@ def test_dlopt_python_chooses_the_interpreter(checkout: Checkout) -> None:
     assert checkout.calls("^uv venv .*-p >=3.11")
 
 
-def test_torch_without_a_driver_is_the_cpu_build_where_its_index_answers(checkout: Checkout) -> None:
+def test_installs_cpu_torch_without_a_driver(checkout: Checkout) -> None:
     assert checkout.run()[:2] == DONE
     assert checkout.installs()[-1].endswith("--torch-backend auto")
     checkout.edit_pyproject()
@@ -287,7 +287,7 @@ def test_test_command_adds_the_test_tools_and_keeps_them(checkout: Checkout) -> 
     assert ",test]" in checkout.installs()[-1]
 
 
-def test_test_command_fails_when_a_part_fails_or_no_test_ran(checkout: Checkout) -> None:
+def test_test_command_fails_if_a_step_fails_or_no_test_runs(checkout: Checkout) -> None:
     script = str(checkout.root / "scripts/test")
     code, output, _ = checkout.run(script, "-k", "one two")
     assert code == 0 and "-m ruff check" in output and "-m mypy dlopt" in output

@@ -1,4 +1,4 @@
-"""The wheel holds the package and its configuration, and works outside the checkout."""
+"""The wheel contains the package and its configuration, and works outside the checkout."""
 
 import email
 import hashlib
@@ -43,7 +43,7 @@ def files(folder: str, prefix: str = "") -> set[str]:
     return {prefix + name for name in listing.stdout.split("\0") if name and (ROOT / name).exists()}
 
 
-def test_wheel_holds_the_package_and_conf_and_nothing_else(wheel: Path) -> None:
+def test_wheel_contains_only_the_package_and_conf(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     contents = {name for name in names if ".dist-info/" not in name}
     assert contents == files("dlopt") | files("conf", "dlopt/")
@@ -51,8 +51,8 @@ def test_wheel_holds_the_package_and_conf_and_nothing_else(wheel: Path) -> None:
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 
-def test_source_archive_holds_what_is_tracked_and_no_more(dist: Path) -> None:
-    """So that its tests, which read pages, pictures and scripts, find all that they need."""
+def test_sdist_contains_only_tracked_files(dist: Path) -> None:
+    """The tests in the archive need its pages, images and scripts."""
     (path,) = dist.glob("*.tar.gz")
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
@@ -61,8 +61,8 @@ def test_source_archive_holds_what_is_tracked_and_no_more(dist: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_builds_are_equal_byte_for_byte(tmp_path: Path) -> None:
-    """From copies made at different times, under other masks and another clock."""
+def test_builds_are_reproducible(tmp_path: Path) -> None:
+    """Builds copies with different times, umasks and clocks."""
     found = []
     for name, mask in (("one", "022"), ("two", "077")):
         copy = tmp_path / name / "dlopt"
@@ -130,7 +130,7 @@ def test_installed_wheel_trains_outside_the_checkout(wheel: Path, tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tool", ["uvx", "pipx"])
-def test_tools_that_install_commands(wheel: Path, tmp_path: Path, tool: str) -> None:
+def test_uvx_and_pipx(wheel: Path, tmp_path: Path, tool: str) -> None:
     """`uvx --from . dlopt` and `pipx install .`, with all dependencies (from uv's cache where they are in it)."""
     environment = {**os.environ, "PIPX_HOME": str(tmp_path / "pipx"), "PIPX_BIN_DIR": str(tmp_path / "bin")}
     if tool == "uvx":

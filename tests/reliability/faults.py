@@ -1,4 +1,4 @@
-"""Ways in which a machine fails: kills from outside, slow and full disks, damaged files. Used by tests and campaign."""
+"""Fault injection: kills, slow and full disks, damaged files. Used by tests and by the chaos campaign."""
 
 import contextlib
 import ctypes
@@ -20,11 +20,11 @@ from tests.training.runs import in_fork
 _CLONE_NEWNS = 0x00020000
 
 
-# -- disks (Linux, root): within a process that has forked off, so that they go with it
+# -- disks (Linux, root): mounted in a forked process, unmounted with it
 
 
 def private_mounts() -> None:
-    """What this process mounts from here on is seen by it and its children only. Raises OSError."""
+    """Gives this process and its children a private mount namespace. Raises OSError."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(_CLONE_NEWNS) != 0:
         raise OSError(ctypes.get_errno(), "unshare")
@@ -55,7 +55,7 @@ def resize(folder: Path, size: int) -> None:
 
 
 def read_only(path: Path) -> None:
-    """A file or a folder, as it is."""
+    """Mounts a file or a folder read-only."""
     _mount("--bind", path, path)
     _mount("-o", "remount,bind,ro", path)
 
@@ -68,7 +68,7 @@ def writable_again(path: Path) -> None:
 
 
 def fork(function: Callable[[], object]) -> int:
-    """The process id of a child, leader of its own group, that runs `function` and exits with 0, or with 1."""
+    """Forks a child in its own process group that runs `function` and exits with 0 or 1; returns its process id."""
     child = os.fork()
     if child == 0:
         code = 1
@@ -84,7 +84,7 @@ def fork(function: Callable[[], object]) -> int:
 
 
 def ended(child: int, seconds: float) -> int | None:
-    """Waits so long for the child's end: its wait status, or None while it runs."""
+    """Waits for the child; returns its wait status, or None if it still runs after the timeout."""
     deadline = time.monotonic() + seconds
     while True:
         pid, status = os.waitpid(child, os.WNOHANG)
@@ -96,7 +96,7 @@ def ended(child: int, seconds: float) -> int | None:
 
 
 def kill_group(child: int) -> bool:
-    """kill -9 for the child and all it has started; whether it was still alive."""
+    """Kills the process group with SIGKILL; returns whether the child was alive."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])
@@ -104,7 +104,7 @@ def kill_group(child: int) -> bool:
 
 @contextlib.contextmanager
 def slow_saves(seconds: float, tell: int | None = None) -> Iterator[None]:
-    """Every checkpoint is written in twenty pieces with pauses; a byte goes to the descriptor `tell` as one begins."""
+    """Writes every checkpoint in 20 chunks with pauses; sends a byte to the descriptor `tell` when one begins."""
     original = torch.save
 
     def save(value: Any, file: Any) -> None:
@@ -150,7 +150,7 @@ def empty(path: Path, draws: random.Random) -> None:
 
 
 def zero_page(path: Path, draws: random.Random) -> None:
-    """A page that held something."""
+    """Overwrites a non-zero page with zeros."""
     data = path.read_bytes()
     pages = [at for at in range(0, len(data) - 4096, 4096) if any(data[at : at + 4096])]
     at = draws.choice(pages or [0])
@@ -178,7 +178,7 @@ DAMAGES: dict[str, Callable[[Path, random.Random], None]] = {
 
 @contextlib.contextmanager
 def no_generator_restored() -> Iterator[None]:
-    """A negative control: the global generators stay as they are."""
+    """Negative control: does not restore the global generators."""
     from dlopt.training import rng
 
     with patch.object(rng, "restore", lambda state: None):
@@ -187,7 +187,7 @@ def no_generator_restored() -> Iterator[None]:
 
 @contextlib.contextmanager
 def no_position_restored() -> Iterator[None]:
-    """Another one: a resumed epoch begins with its first batch."""
+    """Negative control: restarts a resumed epoch at its first batch."""
     from dlopt.data.batches import Batches
 
     original = Batches.epoch

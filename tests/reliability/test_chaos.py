@@ -1,4 +1,4 @@
-"""The campaign in its short form."""
+"""A short chaos campaign."""
 
 import json
 import subprocess
@@ -12,7 +12,7 @@ from tests.parallel.ranks import ROOT
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="sends signals to process groups")
-def test_nothing_is_lost_and_the_controls_lose(tmp_path: Path) -> None:
+def test_no_data_is_lost_except_in_the_controls(tmp_path: Path) -> None:
     command = [sys.executable, "scripts/chaos.py", "--short", "--only", "kills,controls,damage,signals,folders,calls"]
     done = subprocess.run([*command, "--json", str(tmp_path / "rows.json")], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -1,4 +1,4 @@
-"""Full and read-only disks, made of real mounts: one message, nothing lost, and the run goes on when there is room."""
+"""Full and read-only disks (real mounts): one error message, no data lost, resumable."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from tests.training.runs import result as result_of
 
 needs_mounts = pytest.mark.skipif(not can_mount(), reason="mounting needs root")
 
-# Its checkpoints are large beside whatever else is written.
+# Its checkpoints are much larger than all other files.
 LARGE = [*RICH, "model.widths=[300]"]
 
 
@@ -42,7 +42,7 @@ def execute(folder: Path, *overrides: str) -> int:
 
 
 def apart(function: Callable[[], None], place: Path) -> None:
-    """In a process with mounts of its own, which leaves at `place` what it failed by."""
+    """Runs `function` in a process with private mounts, which writes errors to `place`."""
 
     def work() -> None:
         try:
@@ -67,7 +67,7 @@ def stray(folder: Path) -> list[Path]:
 
 @needs_mounts
 @pytest.mark.parametrize("behind", [False, True], ids=["before going on", "behind"])
-def test_a_disk_with_room_for_one_and_a_half_checkpoints(
+def test_disk_with_space_for_one_and_a_half_checkpoints(
     whole: Path, tmp_path: Path, behind: bool, capfd: pytest.CaptureFixture[str]
 ) -> None:
     size = (whole / "checkpoints/last.pt").stat().st_size
@@ -90,7 +90,7 @@ def test_a_disk_with_room_for_one_and_a_half_checkpoints(
 
 
 @needs_mounts
-def test_a_read_only_checkpoint_folder(whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_read_only_checkpoint_folder(whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     def run() -> None:
         folder = tmp_path / "run"
         start(folder, *LARGE, "max_time=0.00001")
@@ -109,9 +109,7 @@ def test_a_read_only_checkpoint_folder(whole: Path, tmp_path: Path, capfd: pytes
 
 
 @needs_mounts
-def test_logs_that_cannot_be_written_warn_once_and_training_goes_on(
-    whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_unwritable_logs_warn_once(whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     def run() -> None:
         folder = tmp_path / "run"
         folder.mkdir()
@@ -133,14 +131,14 @@ def test_logs_that_cannot_be_written_warn_once_and_training_goes_on(
     apart(run, tmp_path / "failure")
 
 
-def test_a_log_on_a_full_device(whole: Path, tmp_path: Path) -> None:
+def test_log_on_a_full_device(whole: Path, tmp_path: Path) -> None:
     (tmp_path / "train.log").symlink_to("/dev/full")
     start(tmp_path, *LARGE)
     assert_same_run(tmp_path, whole)
 
 
-def test_a_limit_on_file_sizes(whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """As near to a quota as comes without one: writing fails in the middle of a file."""
+def test_file_size_limit(whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Writing fails in the middle of a file, as with a disk quota."""
     size = (whole / "checkpoints/last.pt").stat().st_size
 
     def limited() -> None:
@@ -161,8 +159,8 @@ def test_a_limit_on_file_sizes(whole: Path, tmp_path: Path, capfd: pytest.Captur
     assert_same_run(tmp_path, whole)
 
 
-def test_the_summary_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without it the run counts as unfinished; it is said, and resumed in no time."""
+def test_unwritable_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without summary.json the run counts as unfinished; resuming it finishes immediately."""
     from dlopt.tracking import metrics
 
     def full(path: Path, data: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Processes of one run that are killed or stopped: the others end, the silent one is named, the run goes on."""
+"""Killed or stopped ranks: the other ranks exit, the error names the rank, the run can be resumed."""
 
 import contextlib
 import ctypes
@@ -45,7 +45,7 @@ def until(condition: Callable[[], bool], seconds: float) -> bool:
     return True
 
 
-def test_loader_workers_end_with_a_killed_run(tmp_path: Path) -> None:
+def test_loader_workers_exit_with_a_killed_run(tmp_path: Path) -> None:
     reading, writing = os.pipe()
 
     def work() -> None:
@@ -72,7 +72,7 @@ class Store:
         return self.keys >= set(keys)
 
 
-def test_who_did_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     late = RuntimeError("as gloo raises it, whatever the cause")
     assert rendezvous.missing_ranks(late) == [], "without other ranks"
     monkeypatch.setattr(rendezvous, "current", lambda: rendezvous.World("torchrun", 1, 4, 1, 4))
@@ -95,7 +95,7 @@ def command(folder: Path, *overrides: str) -> list[str]:
 
 @contextlib.contextmanager
 def started(line: list[str], folder: Path) -> Iterator["subprocess.Popen[str]"]:
-    """A run that has trained for some epochs; nothing of it is left behind."""
+    """Starts a run that trains for some epochs; kills all of its processes afterwards."""
     process = subprocess.Popen(
         line,
         cwd=ROOT,
@@ -150,7 +150,7 @@ def test_killed(who: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_stopped_rank_is_named(tmp_path: Path) -> None:
+def test_error_names_a_stopped_rank(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     line = command(folder, "parallel.processes=2", "parallel.timeout_minutes=0.4")
     with started(line, folder) as process:
@@ -162,7 +162,7 @@ def test_a_stopped_rank_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_torchrun_starts_again_what_was_killed(tmp_path: Path) -> None:
+def test_torchrun_restarts_a_killed_rank(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     with started([*launcher, "--max-restarts", "2", *command(folder)[1:]], folder) as process:
