@@ -18,6 +18,7 @@ from dlopt.config.compose import Composer
 from dlopt.errors import DONE, INTERRUPTED, RunError, UserError
 from dlopt.job import claim, start
 from dlopt.parallel.rendezvous import current
+from dlopt.processor import set_deterministic
 from dlopt.tracking import read_metrics, read_summary
 from dlopt.tracking.layout import short_path
 from dlopt.training import rng
@@ -96,7 +97,7 @@ def train(overrides: Sequence[str] = (), *, console: bool = False) -> Result:
         processes, lock = claim(prepared.run)
         try:
             with _preserve_global_state(), lock:
-                code = start(prepared.run, processes, typed=lines, console=console)
+                code = start(prepared.run, processes, overrides=lines, console=console)
         except UserError:
             if prepared.is_new and not prepared.folder.is_live():
                 prepared.before.erase(folder)
@@ -131,6 +132,6 @@ def _preserve_global_state() -> Iterator[None]:
         rng.restore(rng_state)
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(precision)
-        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        set_deterministic(deterministic, warn_only=warn_only)
         cudnn.allow_tf32, cudnn.benchmark = tf32, benchmark
         torch.set_grad_enabled(grad)

@@ -1,11 +1,11 @@
-"""The campaign: a small training is killed, its files are damaged, its disk is filled, and nothing may be lost.
+"""Fault injection: kills a small training run, damages its files and fills its disk, and checks that no data is lost.
 
     python scripts/chaos.py [--short] [--only kills,damage,...] [--seed 0] [--json FILE]
 
-An MLP with dropout, augmentation, momentum and a weight average, 200 updates on one thread. What counts as lost: a run
-that, once resumed, ends with other weights, optimizer state, averages or metric lines than the uninterrupted one (bit
-for bit), a damaged file that loads, a silent restart, a message that is missing. The negative controls leave out a part
-of what resuming brings back; there the campaign must find losses. Exit code 1 where it finds anything else.
+The run: an MLP with dropout, augmentation, momentum and a weight average, 200 updates on one thread. A fault counts as
+lost if the resumed run is not bitwise identical to an uninterrupted one (weights, optimizer state, averages, metrics),
+if a damaged file loads, or if an error message is missing. Negative controls restore only a part of the state when
+resuming and must therefore be lost. Exits with 1 on any other result.
 """
 
 import argparse
@@ -41,18 +41,18 @@ from dlopt.training.trainer import Run, Trainer  # noqa: E402
 from tests.reliability import faults  # noqa: E402
 from tests.training.runs import RICH, experiment, result, resume, same, start, timeless  # noqa: E402
 
-LINES = [*RICH, "epochs=50", "checkpoint.every_steps=7", "checkpoint.keep=3"]  # 200 updates
+OVERRIDES = [*RICH, "epochs=50", "checkpoint.every_steps=7", "checkpoint.keep=3"]  # 200 updates
 STREAMED = ["data.memory=false", "data.workers=2"]
 PARTS = ("model", "optimizer", "ema", "schedule", "normalize", "progress")
 
 
 @dataclass
-class Row:
+class FaultResult:
     what: str
-    times: int
+    times: int  # injected faults
     lost: int
     note: str = ""
-    expected: bool = False  # a negative control, in which something has to be lost
+    expected: bool = False  # a negative control: all must be lost
 
 
 class Campaign:
@@ -60,76 +60,85 @@ class Campaign:
         self.work = work
         self.draws = random.Random(seed)
         self.short = short
-        self.whole = work / "whole"
-        began = time.perf_counter()
-        start(self.whole, *LINES)
-        self.seconds = time.perf_counter() - began
+        self.reference = work / "reference"
+        started = time.perf_counter()
+        start(self.reference, *OVERRIDES)
+        self.seconds = time.perf_counter() - started
         self._folders = 0
 
-    def fresh(self) -> Path:
+    def new_folder(self) -> Path:
         self._folders += 1
         folder = self.work / f"run{self._folders}"
         folder.mkdir()
         return folder
 
     def is_same(self, folder: Path) -> bool:
-        """Whether the run ended as the uninterrupted one did."""
+        """Whether the run is bitwise identical to the uninterrupted one."""
         try:
-            ends = [(result(folder, name), result(self.whole, name)) for name in ("last.pt", "best.pt")]
+            ends = [(result(folder, name), result(self.reference, name)) for name in ("last.pt", "best.pt")]
         except UserError:
             return False
-        return timeless(folder) == timeless(self.whole) and all(same(a[key], b[key]) for a, b in ends for key in PARTS)
+        return timeless(folder) == timeless(self.reference) and all(
+            same(a[key], b[key]) for a, b in ends for key in PARTS
+        )
 
     # -- kills
 
-    def killed_until_finished(
-        self, kills: int, wait: Callable[[int], None], how: Callable[[int], AbstractContextManager[Any]], *more: str
+    def kill_until_finished(
+        self,
+        kills: int,
+        wait: Callable[[int], None],
+        fault: Callable[[int], AbstractContextManager[Any]],
+        *overrides: str,
     ) -> tuple[int, int]:
-        """Runs that are killed again and again, each at most 8 times, until so many kills: (kills, runs lost)."""
+        """Kills and resumes runs, each at most 8 times, until `kills` kills; returns (kills, lost runs).
+
+        `wait` returns when it is time to kill; it can read bytes that `fault` writes to a pipe in the child.
+        """
         done = lost = 0
         while done < kills:
-            folder, mine = self.fresh(), 0
+            folder, run_kills = self.new_folder(), 0
             while True:
                 reading, writing = os.pipe()
 
                 def work(folder: Path = folder, writing: int = writing) -> None:
-                    with how(writing):
-                        resume(folder, *LINES, *more)
+                    with fault(writing):
+                        resume(folder, *OVERRIDES, *overrides)
 
                 child = faults.fork(work)
                 os.close(writing)
-                if done < kills and mine < 8:
+                if done < kills and run_kills < 8:
                     wait(reading)
                     was_killed = faults.kill_group(child)
-                    done, mine = done + was_killed, mine + was_killed
-                    is_over = not was_killed
-                    if is_over:  # it was faster than thought
+                    done, run_kills = done + was_killed, run_kills + was_killed
+                    is_finished = not was_killed
+                    if is_finished:  # it ended before the kill: shorten the waits
                         self.seconds = max(0.3, 0.7 * self.seconds)
                 else:
-                    is_over = os.waitpid(child, 0)[1] == 0
-                    if not is_over:
-                        break  # it failed by itself: lost
+                    is_finished = os.waitpid(child, 0)[1] == 0
+                    if not is_finished:
+                        break  # it failed without a kill: lost
                 os.close(reading)
-                if is_over:
+                if is_finished:
                     break
             lost += not self.is_same(folder)
             shutil.rmtree(folder, ignore_errors=True)
         return done, lost
 
-    def at_random(self, reading: int) -> None:
+    def at_random_time(self, reading: int) -> None:
         time.sleep(self.draws.uniform(0, self.seconds * 0.5))
 
-    def kills(self) -> Iterator[Row]:
+    def kills(self) -> Iterator[FaultResult]:
         count = 6 if self.short else 80
-        done, lost = self.killed_until_finished(count, self.at_random, lambda tell: nullcontext())
-        yield Row("kill -9 at a random moment", done, lost)
+        done, lost = self.kill_until_finished(count, self.at_random_time, lambda writing: nullcontext())
+        yield FaultResult("kill -9 at a random time", done, lost)
         count = 2 if self.short else 20
-        done, lost = self.killed_until_finished(count, self.at_random, lambda tell: nullcontext(), *STREAMED)
-        yield Row("the same, of the process group with two loader workers", done, lost)
+        done, lost = self.kill_until_finished(count, self.at_random_time, lambda writing: nullcontext(), *STREAMED)
+        yield FaultResult("kill -9 at a random time, with two loader workers", done, lost)
 
         slow = 0.08
 
-        def inside(reading: int) -> None:
+        def inside_a_save(reading: int) -> None:
             saves = self.draws.randrange(1, 9)
             for _ in range(saves):
                 if not os.read(reading, 1):
@@ -138,128 +147,132 @@ class Campaign:
 
         kinds: dict[str, tuple[str, ...]] = {
             "": (),
-            ", written behind the training": ("checkpoint.asynchronous=true",),
+            ", asynchronous": ("checkpoint.asynchronous=true",),
         }
-        for label, more in kinds.items():
+        for label, overrides in kinds.items():
             count = 4 if self.short else 25
-            done, lost = self.killed_until_finished(count, inside, lambda tell: faults.slow_saves(slow, tell), *more)
-            yield Row(f"kill -9 inside a save{label}", done, lost)
+            done, lost = self.kill_until_finished(
+                count, inside_a_save, lambda writing: faults.slow_saves(slow, writing), *overrides
+            )
+            yield FaultResult(f"kill -9 inside a save{label}", done, lost)
 
-    def controls(self) -> Iterator[Row]:
+    def controls(self) -> Iterator[FaultResult]:
         for what, control in (
-            ("the place in the epoch is not restored", faults.no_position_restored),
-            ("the random generators are not restored", faults.no_generator_restored),
+            ("position in the epoch not restored", faults.no_position_restored),
+            ("random generators not restored", faults.no_generator_restored),
         ):
-            folders = [self.fresh() for _ in range(2 if self.short else 5)]
+            folders = [self.new_folder() for _ in range(2 if self.short else 5)]
             lost = 0
             for folder in folders:
-                reference = self.fresh()
-                with drawing() if control is faults.no_generator_restored else nullcontext():
-                    start(reference, *LINES, "epochs=6")
+                reference = self.new_folder()
+                with random_inputs() if control is faults.no_generator_restored else nullcontext():
+                    start(reference, *OVERRIDES, "epochs=6")
                     stop = self.draws.choice([step for step in range(2, 22) if step % 4])
-                    with stopping_at(stop):
-                        start(folder, *LINES, "epochs=6")
+                    with stop_at(stop):
+                        start(folder, *OVERRIDES, "epochs=6")
                     with control():
-                        resume(folder, *LINES, "epochs=6")
+                        resume(folder, *OVERRIDES, "epochs=6")
                 lost += timeless(folder) != timeless(reference)
-            yield Row(f"negative control: {what}", len(folders), lost, expected=True)
+            yield FaultResult(f"negative control: {what}", len(folders), lost, expected=True)
 
     # -- damage
 
-    def damage(self) -> Iterator[Row]:
+    def damage(self) -> Iterator[FaultResult]:
         counts = {"one bit flipped": 100, "truncated": 50}
-        for what, spoil in faults.DAMAGES.items():
+        for what, damage in faults.DAMAGES.items():
             count = 5 if self.short else counts.get(what, 10)
             lost = resumed = 0
             for number in range(count):
-                folder = self.fresh()
-                shutil.copytree(self.whole / "checkpoints", folder / "checkpoints")
-                spoil(folder / "checkpoints/last.pt", self.draws)
+                folder = self.new_folder()
+                shutil.copytree(self.reference / "checkpoints", folder / "checkpoints")
+                damage(folder / "checkpoints/last.pt", self.draws)
                 found = Checkpoints(folder / "checkpoints").load_newest()
                 lost += found is None or found["progress"]["step"] != 196
-                if number == 0:  # and to the end
-                    shutil.copy(self.whole / "metrics.jsonl", folder / "metrics.jsonl")
-                    resume(folder, *LINES)
+                if number == 0:  # resume one to the end, too
+                    shutil.copy(self.reference / "metrics.jsonl", folder / "metrics.jsonl")
+                    resume(folder, *OVERRIDES)
                     lost += not self.is_same(folder)
                     resumed += 1
                 shutil.rmtree(folder)
-            yield Row(f"newest checkpoint: {what}", count, lost, "the one before is taken")
-        folder = self.fresh()
-        shutil.copytree(self.whole / "checkpoints", folder / "checkpoints")
+            yield FaultResult(f"newest checkpoint: {what}", count, lost, "the previous checkpoint is loaded")
+        folder = self.new_folder()
+        shutil.copytree(self.reference / "checkpoints", folder / "checkpoints")
         for path in (folder / "checkpoints").glob("*.pt"):
             faults.flip_bit(path, self.draws)
         try:
-            resume(folder, *LINES)
+            resume(folder, *OVERRIDES)
             lost = 1
         except RunError:
             lost = 0
-        yield Row("every checkpoint damaged", 1, lost, "it stops, and does not start again")
+        yield FaultResult("every checkpoint damaged", 1, lost, "an error, no restart from scratch")
 
     # -- signals
 
-    def signals(self) -> Iterator[Row]:
+    def signals(self) -> Iterator[FaultResult]:
         stages = {
-            "while it is set up": (trainer, "training_batches"),
-            "in training": (Step, "begin"),
-            "in an evaluation": (Trainer, "_end_epoch"),
-            "in a save": (Checkpoints, "save"),
+            "while building": (trainer, "training_batches"),
+            "during training": (Step, "begin"),
+            "during an evaluation": (Trainer, "_end_epoch"),
+            "during a save": (Checkpoints, "save"),
         }
         for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
             lost, slowest = 0, 0.0
             for owner, function in stages.values():
-                folder = self.fresh()
+                folder = self.new_folder()
                 reading, writing = os.pipe()
 
-                told = telling(owner, function, writing, 1 if function == "training_batches" else 3)
-                child = faults.fork(lambda folder=folder, told=told: self.run_for_long(folder, told))  # type: ignore[misc]
+                announcement = announce_call(owner, function, writing, 1 if function == "training_batches" else 3)
+                child = faults.fork(
+                    lambda folder=folder, announcement=announcement: self.run_for_long(folder, announcement)
+                )  # type: ignore[misc]
                 os.close(writing)
                 os.read(reading, 1)
-                began = time.monotonic()
+                started = time.monotonic()
                 os.kill(child, getattr(signal, name))
                 status = faults.ended(child, 30)
-                slowest = max(slowest, time.monotonic() - began)
+                slowest = max(slowest, time.monotonic() - started)
                 os.close(reading)
                 if status is None:
                     faults.kill_group(child)
                 summary = RunFolder(folder).summary() or {}
                 lost += status is None or os.waitstatus_to_exitcode(status) != 75
                 lost += summary.get("status") != "interrupted"
-            yield Row(f"{name} at four stages", len(stages), lost, f"exit code 75 within {slowest:.1f} s")
+            yield FaultResult(f"{name} at four stages", len(stages), lost, f"exit code 75 within {slowest:.1f} s")
         yield self.second_interrupt()
 
-    def run_for_long(self, folder: Path, told: AbstractContextManager[Any]) -> None:
-        with told:
-            run = Run(experiment(*LINES, "epochs=5000"), folder)
-            os._exit(job.execute(run, typed=LINES, console=False))
+    def run_for_long(self, folder: Path, announcement: AbstractContextManager[Any]) -> None:
+        with announcement:
+            run = Run(experiment(*OVERRIDES, "epochs=5000"), folder)
+            os._exit(job.execute(run, overrides=OVERRIDES, console=False))
 
-    def second_interrupt(self) -> Row:
-        folder = self.fresh()
+    def second_interrupt(self) -> FaultResult:
+        folder = self.new_folder()
         reading, writing = os.pipe()
 
         def work() -> None:
             with faults.slow_saves(20.0, writing):
-                os._exit(job.execute(Run(experiment(*LINES), folder), typed=LINES, console=False))
+                os._exit(job.execute(Run(experiment(*OVERRIDES), folder), overrides=OVERRIDES, console=False))
 
         child = faults.fork(work)
         os.close(writing)
         os.read(reading, 1)
-        began = time.monotonic()
+        started = time.monotonic()
         for _ in range(2):
             os.kill(child, signal.SIGINT)
             time.sleep(0.2)
         status = faults.ended(child, 10)
-        seconds = time.monotonic() - began
+        seconds = time.monotonic() - started
         if status is None:
             faults.kill_group(child)
-        return Row("a second SIGINT, within a save", 1, int(status is None), f"it stops after {seconds:.1f} s")
+        return FaultResult("second SIGINT during a save", 1, int(status is None), f"exits after {seconds:.1f} s")
 
     # -- one folder, one run
 
-    def folders(self) -> Iterator[Row]:
-        folder = self.fresh()
+    def folders(self) -> Iterator[FaultResult]:
+        folder = self.new_folder()
         reading, writing = os.pipe()
 
-        child = faults.fork(lambda: self.run_for_long(folder, telling(Step, "begin", writing, 3)))
+        child = faults.fork(lambda: self.run_for_long(folder, announce_call(Step, "begin", writing, 3)))
         os.close(writing)
         os.read(reading, 1)
         try:
@@ -268,19 +281,19 @@ class Campaign:
         except UserError:
             lost = 0
         faults.kill_group(child)
-        yield Row("a second run at a live folder", 1, lost, "refused")
+        yield FaultResult("second run in a live folder", 1, lost, "refused")
         lost = int(RunFolder(folder).is_live())
         RunFolder(folder).lock().close()
-        yield Row("the lock of a killed run", 1, lost, "does not count")
+        yield FaultResult("lock of a killed run", 1, lost, "released")
 
-    # -- disks, numbers, images, the order of system calls: the tests, counted
+    # -- faults that the tests inject, and the order of system calls
 
-    def tests(self) -> Iterator[Row]:
+    def tests(self) -> Iterator[FaultResult]:
         files = {
             "full, read-only and limited disks": ["tests/reliability/test_disk.py"],
-            "not finite: losses, gradients, ranks; memory": ["tests/training/test_nonfinite.py"],
-            "odd and hostile images": ["tests/data/test_hard_images.py"],
-            "ranks killed, stopped, interrupted": ["tests/reliability/test_ranks.py", "-m", "slow or not slow"],
+            "non-finite losses and gradients, out of memory": ["tests/training/test_nonfinite.py"],
+            "corrupt and malicious images": ["tests/data/test_hard_images.py"],
+            "killed, stopped and interrupted ranks": ["tests/reliability/test_ranks.py", "-m", "slow or not slow"],
         }
         for what, arguments in files.items():
             report = self.work / "report.xml"
@@ -288,10 +301,10 @@ class Campaign:
             subprocess.run(command, cwd=ROOT, capture_output=True)
             text = report.read_text()
             numbers = {key: int(text.split(f'{key}="')[1].split('"')[0]) for key in ("tests", "failures", "errors")}
-            yield Row(what, numbers["tests"], numbers["failures"] + numbers["errors"], "tests")
+            yield FaultResult(what, numbers["tests"], numbers["failures"] + numbers["errors"], "tests")
 
-    def calls(self) -> Iterator[Row]:
-        """fsync, rename, fsync: as the kernel sees a save."""
+    def calls(self) -> Iterator[FaultResult]:
+        """Traces the system calls of a save: fsync of the file, rename, fsync of the folder."""
         if shutil.which("strace") is None:
             return
         trace = self.work / "trace"
@@ -307,12 +320,12 @@ class Campaign:
         renamed = next(i for i, line in enumerate(lines) if line.startswith("rename") and '/last.pt"' in line)
         folder = [i for i, line in enumerate(lines) if line.startswith("fsync") and "traced>" in line]
         fine = done.returncode == 0 and synced < renamed < max(folder)
-        yield Row("strace of a save: fsync, rename, fsync of the folder", 1, int(not fine))
+        yield FaultResult("order of fsync, rename and fsync of the folder in a save", 1, int(not fine))
 
 
 @contextlib.contextmanager
-def telling(owner: Any, name: str, writing: int, calls: int) -> Iterator[None]:
-    """A byte goes to `writing` at the n-th call of a function."""
+def announce_call(owner: Any, name: str, writing: int, calls: int) -> Iterator[None]:
+    """Writes a byte to the descriptor `writing` at call number `calls` of `owner.name`."""
     original, left = getattr(owner, name), [calls]
 
     def call(*arguments: Any, **named: Any) -> Any:
@@ -327,8 +340,8 @@ def telling(owner: Any, name: str, writing: int, calls: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def drawing() -> Iterator[None]:
-    """A model that draws from Python's own generator, as a user's may."""
+def random_inputs() -> Iterator[None]:
+    """Makes the model draw from Python's generator, as a custom model may."""
     original = Step.micro_batch
 
     def micro_batch(self: Step, inputs: Any, *arguments: Any) -> Any:
@@ -338,42 +351,42 @@ def drawing() -> Iterator[None]:
         yield
 
 
-def stopping_at(step: int) -> AbstractContextManager[Any]:
+def stop_at(step: int) -> AbstractContextManager[Any]:
     from tests.training.runs import at_update, terminate
 
     return at_update(step, terminate)
 
 
-def show(rows: list[Row], seconds: float) -> None:
+def print_table(rows: list[FaultResult], seconds: float) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"{sum(row.times for row in rows)} faults in {seconds:.0f} s")
-    for name in ("what was done", "times", "lost", ""):
-        table.add_column(name, justify="right" if name in ("times", "lost") else "left")
+    for name in ("fault", "count", "lost", ""):
+        table.add_column(name, justify="right" if name in ("count", "lost") else "left")
     for row in rows:
-        table.add_row(row.what, str(row.times), f"{row.lost}{' (wanted)' if row.expected else ''}", row.note)
+        table.add_row(row.what, str(row.times), f"{row.lost}{' (expected)' if row.expected else ''}", row.note)
     Console(width=110).print(table)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     groups = ("kills", "controls", "damage", "signals", "folders", "calls", "tests")
-    parser.add_argument("--short", action="store_true", help="few of each")
-    parser.add_argument("--only", default=",".join(groups), help=f"of {', '.join(groups)}")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path)
-    asked = parser.parse_args()
-    began, rows = time.monotonic(), []
+    parser.add_argument("--short", action="store_true", help="inject few faults of each kind")
+    parser.add_argument("--only", default=",".join(groups), help=f"comma-separated, of: {', '.join(groups)}")
+    parser.add_argument("--seed", type=int, default=0, help="of the kill times and damages")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
+    arguments = parser.parse_args()
+    started, rows = time.monotonic(), []
     with tempfile.TemporaryDirectory(prefix="dlopt-chaos-") as folder:
-        campaign = Campaign(Path(folder), asked.seed, asked.short)
-        for group in asked.only.split(","):
+        campaign = Campaign(Path(folder), arguments.seed, arguments.short)
+        for group in arguments.only.split(","):
             for row in getattr(campaign, group)():
-                print(f"{row.what}: {row.times}, lost {row.lost} {row.note}", flush=True)
+                print(f"{row.what}: {row.lost} of {row.times} lost  {row.note}".rstrip(), flush=True)
                 rows.append(row)
-    show(rows, time.monotonic() - began)
-    if asked.json is not None:
-        asked.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+    print_table(rows, time.monotonic() - started)
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
     return int(any((row.lost == row.times) is not row.expected if row.expected else row.lost for row in rows))
 
 

@@ -67,18 +67,18 @@ def _refuse(message: str) -> NoReturn:
     raise UserError(f"{message}; `dlopt options --help` shows what is allowed")
 
 
-def _no_group(catalogue: Catalogue, typed: str) -> str:
+def _no_group(catalogue: Catalogue, name: str) -> str:
     groups = list(catalogue.groups())
     pairs = {choice.name: f"{group}={choice.name}" for group in groups for choice in catalogue.choices(group)}
-    close = get_close_matches(typed.partition("=")[0].lower(), [*groups, *pairs], n=1, cutoff=0.6)
+    close = get_close_matches(name.partition("=")[0].lower(), [*groups, *pairs], n=1, cutoff=0.6)
     hint = f"did you mean {pairs.get(close[0], close[0])}? " if close else ""
-    return f"{typed}: unknown group; {hint}groups: {shorten(typed.partition('=')[0], groups, 'dlopt options')}"
+    return f"{name}: unknown group; {hint}groups: {shorten(name.partition('=')[0], groups, 'dlopt options')}"
 
 
-def _no_choice(catalogue: Catalogue, group: str, typed: str) -> NoReturn:
+def _no_choice(catalogue: Catalogue, group: str, name: str) -> NoReturn:
     names = [choice.name for choice in catalogue.choices(group)]
-    hint = suggest(typed, names, f"dlopt options {group}", prefix=f"{group}=", title="choices")
-    raise UserError(f"{group}={typed}: unknown choice; {hint}")
+    hint = suggest(name, names, f"dlopt options {group}", prefix=f"{group}=", title="choices")
+    raise UserError(f"{group}={name}: unknown choice; {hint}")
 
 
 class _Page:

@@ -119,7 +119,8 @@ def _follow(composer: Composer, parsed: Namespace, world: World) -> int:
     if "exit" in message:
         end_process(message["exit"])
     experiment = parse(resolve_saved(message["config"]), message["config"])
-    end_process(execute(Run(experiment, Path(message["folder"]), None, message["choices"]), typed=parsed.overrides))
+    run = Run(experiment, Path(message["folder"]), None, message["choices"])
+    end_process(execute(run, overrides=parsed.overrides))
 
 
 def _join_store(config: DictConfig, world: World) -> "Store":
@@ -194,7 +195,7 @@ def _run(config: DictConfig, parsed: Namespace, send: Callable[[Mapping[str, Any
         with job_environment(config, folder.path):
             if send is not None:
                 send({"config": run.experiment.config, "folder": str(folder.path), "choices": run.choices})
-            outcome = execute(run, typed=parsed.overrides)
+            outcome = execute(run, overrides=parsed.overrides)
     finally:
         if outcome == USER_ERROR and prepared.is_new and not folder.is_live():
             prepared.before.erase(folder.path)
