@@ -77,8 +77,8 @@ def test_make_new_in_the_same_second(tmp_path: Path) -> None:
         made = list(pool.map(lambda _: make_new(tmp_path / "outputs/x" / fixed), range(24)))
     assert len(set(made)) == 24 and all(path.is_dir() for path in made)
     assert {path.name for path in made} == {fixed, *(f"{fixed}-{i}" for i in range(1, 24))}
-    found = newest(tmp_path / "outputs/x", lambda folder: True)
-    assert found is not None and found.path.name == f"{fixed}-23"  # not -9
+    newest_folder = newest(tmp_path / "outputs/x", lambda folder: True)
+    assert newest_folder is not None and newest_folder.path.name == f"{fixed}-23"  # not -9
 
 
 def test_make_refuses_existing_folder(tmp_path: Path) -> None:
@@ -134,11 +134,11 @@ def test_resumes_in_its_folder(tmp_path: Path) -> None:
 def test_resume_auto_finds_newest_unfinished_run(tmp_path: Path) -> None:
     stop_after_first_epoch(tmp_path, "seed=1")
     stop_after_first_epoch(tmp_path, "seed=2")
-    other, wanted = sorted(tmp_path.glob("outputs/train/*"))
+    other, resumed = sorted(tmp_path.glob("outputs/train/*"))
     before = contents(other)
     train(tmp_path, "seed=2", "resume=auto", "schedule_epochs=2")
     assert len(list(tmp_path.glob("outputs/train/*"))) == 2
-    assert RunFolder(wanted).is_finished() and contents(other) == before
+    assert RunFolder(resumed).is_finished() and contents(other) == before
     train(tmp_path, "seed=2", "resume=auto", "schedule_epochs=2")  # none is unfinished now: afresh
     assert len(list(tmp_path.glob("outputs/train/*"))) == 3
     train(tmp_path, "seed=1", "name=other", "resume=auto", "schedule_epochs=2")  # nor of this name
@@ -227,8 +227,8 @@ def test_keys_that_may_change(change: str, tmp_path: Path) -> None:
 
 def test_differences_names_dotted_keys() -> None:
     saved = {"seed": 1, "epochs": 2, "model": {"widths": [4], "depth": 2}, "data": {"workers": 1}}
-    wanted = {"seed": 1, "epochs": 9, "model": {"widths": [4], "norm": "batch"}, "data": {"workers": 7}}
-    assert differences(saved, wanted) == {"model.depth": (2, None), "model.norm": (None, "batch")}
+    resumed = {"seed": 1, "epochs": 9, "model": {"widths": [4], "norm": "batch"}, "data": {"workers": 7}}
+    assert differences(saved, resumed) == {"model.depth": (2, None), "model.norm": (None, "batch")}
 
 
 # -- resume=PATH

@@ -55,13 +55,13 @@ def test_max_time_is_in_minutes() -> None:
 
 
 def test_no_handlers_outside_the_main_thread() -> None:
-    seen = []
+    flags = []
 
     def work() -> None:
         with Interruption() as interruption:
-            seen.append(bool(interruption))
+            flags.append(bool(interruption))
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert seen == [False]
+    assert flags == [False]

@@ -25,14 +25,14 @@ def test_expanded_size() -> None:
     assert expanded_size("a: [") == 0
 
 
-@pytest.mark.parametrize("place", ["train2.yaml", "optimizer/evil.yaml"])
-def test_refuses_bomb_in_config_dir(tmp_path: Path, place: str) -> None:
-    path = tmp_path / "conf" / place
+@pytest.mark.parametrize("name", ["train2.yaml", "optimizer/evil.yaml"])
+def test_refuses_bomb_in_config_dir(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "conf" / name
     path.parent.mkdir(parents=True)
     path.write_text(bomb())
     begin = time.process_time()
     message = refused(tmp_path, "train", "--config-dir", "conf", "optimizer=evil", *SMALL)
-    assert place in message and "aliases" in message
+    assert name in message and "aliases" in message
     assert time.process_time() - begin < 5
 
 

@@ -16,11 +16,11 @@ def splitmix64(state: int) -> int:
 
 def test_matches_reference_splitmix64() -> None:
     """First numbers of the reference generator (Vigna's splitmix64.c) with seed 1234567."""
-    gamma, state, seen = 0x9E3779B97F4A7C15, 1234567, []
+    gamma, state, numbers = 0x9E3779B97F4A7C15, 1234567, []
     for _ in range(3):
         state = (state + gamma) % 2**64
-        seen.append(splitmix64(state))
-    assert seen == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+        numbers.append(splitmix64(state))
+    assert numbers == [6457827717110365317, 3203168211198807973, 9817491932198370423]
 
 
 def test_seed_without_counters() -> None:

@@ -66,8 +66,8 @@ def entries(folder: Path) -> set[str]:
 
 
 def only(folder: Path, pattern: str) -> Path:
-    [found] = folder.glob(pattern)
-    return found
+    [path] = folder.glob(pattern)
+    return path
 
 
 @contextlib.contextmanager

@@ -73,9 +73,9 @@ def test_refused(tmp_path: Path, typed: str, message: str) -> None:
     assert message in refused(tmp_path, "bench", *typed.split())
 
 
-def rank(number: int, steps: float, waiting: float, **figures: Any) -> Mapping[str, Any]:
+def rank(number: int, steps: float, waiting: float, **metrics: Any) -> Mapping[str, Any]:
     common = {"rank": number, "threads": 1, "samples": 64.0, "sent_mb": 1.5, "collectives": 3.0, "communicating": 0.5}
-    return {**common, "steps": [steps, steps * 9, steps], "peak_mb": 10.0 + number, "waiting": waiting, **figures}
+    return {**common, "steps": [steps, steps * 9, steps], "peak_mb": 10.0 + number, "waiting": waiting, **metrics}
 
 
 def test_metrics_of_a_row() -> None:

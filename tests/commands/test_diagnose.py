@@ -31,16 +31,16 @@ def test_checkpoint(tmp_path: Path) -> None:
     typed = ("checkpoint=run/checkpoints/last.pt", "updates=1", "batches=1", "eigenvalues=0")
     result = dlopt(tmp_path, "diagnose", *typed, "threads=1")
     assert (result.code, result.err) == (0, "")
-    [found] = json.loads(only(tmp_path, "outputs/diagnose/*/diagnosis.json").read_text())
-    assert found["snapshots"][0]["updates"] == json.loads((tmp_path / "run" / "summary.json").read_text())["steps"]
+    [record] = json.loads(only(tmp_path, "outputs/diagnose/*/diagnosis.json").read_text())
+    assert record["snapshots"][0]["updates"] == json.loads((tmp_path / "run" / "summary.json").read_text())["steps"]
     assert "checkpoint= fixes the choices" in refused(tmp_path, "diagnose", *typed, "model=resnet20")
 
 
 def test_find_lr(tmp_path: Path) -> None:
     result = dlopt(tmp_path, "find-lr", *NET, "data.batch_size=20", "updates=30", "output=lr")
     assert (result.code, result.err) == (0, "")
-    found = json.loads((tmp_path / "lr" / "find_lr.json").read_text())
-    assert f"valley: optimizer.lr={found['valley']:.2g}" in result.out
+    record = json.loads((tmp_path / "lr" / "find_lr.json").read_text())
+    assert f"valley: optimizer.lr={record['valley']:.2g}" in result.out
     assert {path.name for path in (tmp_path / "lr").iterdir()} == {"find_lr.png", "find_lr.svg", "find_lr.json"}
 
 

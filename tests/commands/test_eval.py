@@ -43,11 +43,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def figures_of(folder: Path, *arguments: str, run: str = "a") -> dict[str, Any]:
+def metrics_of(folder: Path, *arguments: str, run: str = "a") -> dict[str, Any]:
     result = dlopt(folder, "eval", *arguments)
     assert (result.code, result.err) == (0, "")
-    figures: dict[str, Any] = json.loads((folder / run / "eval.json").read_text())
-    return figures
+    report: dict[str, Any] = json.loads((folder / run / "eval.json").read_text())
+    return report
 
 
 def outputs(folder: Path, run: str, views: Any = lambda x: [x]) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -66,64 +66,64 @@ def outputs(folder: Path, run: str, views: Any = lambda x: [x]) -> tuple[list[to
 def test_reproduces_metrics_of_the_run_exactly(folder: Path) -> None:
     summary = json.loads((folder / "a/summary.json").read_text())
     for checkpoint in ("a/checkpoints/best.pt", "[a/checkpoints/best.pt]"):
-        figures = figures_of(folder, f"checkpoint={checkpoint}")
-        assert figures["test_loss"] == summary["test_loss"]
-        assert figures["test_accuracy"] == summary["test_accuracy"]
-        assert figures["tta"] == {"name": "none"} and figures["average"] is None
-    assert 0.15 < figures["test_accuracy"] < 1
+        report = metrics_of(folder, f"checkpoint={checkpoint}")
+        assert report["test_loss"] == summary["test_loss"]
+        assert report["test_accuracy"] == summary["test_accuracy"]
+        assert report["tta"] == {"name": "none"} and report["average"] is None
+    assert 0.15 < report["test_accuracy"] < 1
 
 
 def test_output_files(folder: Path) -> None:
-    figures = figures_of(folder, "checkpoint=a/checkpoints/best.pt", "output=out", run="out")
+    report = metrics_of(folder, "checkpoint=a/checkpoints/best.pt", "output=out", run="out")
     [scores], targets = outputs(folder, "a")
     predictions = scores.argmax(1)
-    assert figures["test_macro_f1"] == pytest.approx(metrics.f1_score(targets, predictions, average="macro"))
-    assert figures["test_top5_accuracy"] == pytest.approx(metrics.top_k_accuracy_score(targets, scores, k=5))
+    assert report["test_macro_f1"] == pytest.approx(metrics.f1_score(targets, predictions, average="macro"))
+    assert report["test_top5_accuracy"] == pytest.approx(metrics.top_k_accuracy_score(targets, scores, k=5))
     with (folder / "out/confusion.csv").open() as file:
         head, *rows = csv.reader(file)
     matrix = np.array([[int(cell) for cell in row[1:]] for row in rows])
     assert head[1:] == [row[0] for row in rows] == [str(digit) for digit in range(10)]
     assert (matrix == metrics.confusion_matrix(targets, predictions)).all()
     recall = metrics.recall_score(targets, predictions, average=None, zero_division=0)
-    assert [row["accuracy"] for row in figures["classes"]] == pytest.approx(recall.tolist())
-    assert sum(row["samples"] for row in figures["classes"]) == len(targets)
+    assert [row["accuracy"] for row in report["classes"]] == pytest.approx(recall.tolist())
+    assert sum(row["samples"] for row in report["classes"]) == len(targets)
     assert (folder / "out/confusion.png").read_bytes().startswith(b"\x89PNG")
     assert entries(folder / "out") == {"eval.json", "confusion.csv", "confusion.png"}
 
 
 @pytest.mark.parametrize("average", ["probabilities", "logits"])
 def test_flip_matches_manual_average(folder: Path, average: str) -> None:
-    figures = figures_of(folder, "checkpoint=a/checkpoints/best.pt", "tta=flip", f"average={average}")
+    report = metrics_of(folder, "checkpoint=a/checkpoints/best.pt", "tta=flip", f"average={average}")
     (plain, mirrored), targets = outputs(folder, "a", lambda x: [x, x.flip(3)])
     if average == "logits":
         loss = F.cross_entropy((plain + mirrored) / 2, targets)
     else:
         loss = F.nll_loss(((plain.softmax(1) + mirrored.softmax(1)) / 2).log(), targets)
-    assert figures["test_loss"] == pytest.approx(loss.item(), rel=1e-5)
-    assert figures["average"] == average
+    assert report["test_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert report["average"] == average
 
 
 def test_ensemble_matches_manual_average(folder: Path) -> None:
-    figures = figures_of(folder, "checkpoint=[a/checkpoints/best.pt,b/checkpoints/best.pt]", "data.batch_size=50")
+    report = metrics_of(folder, "checkpoint=[a/checkpoints/best.pt,b/checkpoints/best.pt]", "data.batch_size=50")
     ([a], targets), ([b], _) = outputs(folder, "a"), outputs(folder, "b")
     mean = (a.softmax(1) + b.softmax(1)) / 2
-    assert figures["test_loss"] == pytest.approx(F.nll_loss(mean.log(), targets).item(), rel=1e-5)
-    assert figures["test_accuracy"] == pytest.approx((mean.argmax(1) == targets).double().mean().item())
-    assert figures["checkpoint"] == ["a/checkpoints/best.pt", "b/checkpoints/best.pt"]
+    assert report["test_loss"] == pytest.approx(F.nll_loss(mean.log(), targets).item(), rel=1e-5)
+    assert report["test_accuracy"] == pytest.approx((mean.argmax(1) == targets).double().mean().item())
+    assert report["checkpoint"] == ["a/checkpoints/best.pt", "b/checkpoints/best.pt"]
 
 
 def test_crops_of_another_size(folder: Path) -> None:
     from torchvision.transforms.v2.functional import ten_crop
 
     line = ["tta=ten_crop", "tta.scale=8", "tta.crop=7", "average=logits"]
-    figures = figures_of(folder, "checkpoint=a/checkpoints/best.pt", *line)
+    report = metrics_of(folder, "checkpoint=a/checkpoints/best.pt", *line)
     views, targets = outputs(folder, "a", lambda x: ten_crop(x, [7, 7]))
-    assert figures["test_loss"] == pytest.approx(F.cross_entropy(torch.stack(views).mean(0), targets).item(), rel=1e-5)
-    assert figures["tta"] == {"name": "ten_crop", "scale": 8, "crop": 7}
-    multi = figures_of(
+    assert report["test_loss"] == pytest.approx(F.cross_entropy(torch.stack(views).mean(0), targets).item(), rel=1e-5)
+    assert report["tta"] == {"name": "ten_crop", "scale": 8, "crop": 7}
+    multi = metrics_of(
         folder, "checkpoint=a/checkpoints/best.pt", *line[2:], "tta=multi_scale_ten_crop", "tta.scales=[8]"
     )
-    assert multi["test_loss"] == figures["test_loss"]
+    assert multi["test_loss"] == report["test_loss"]
 
 
 def test_decodes_images_at_the_scale_of_the_crops(tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_decodes_images_at_the_scale_of_the_crops(tmp_path: Path) -> None:
     line = ("data=image_folder", "data.root=data", "data.image_size=7", "data.val_split=0.2", "data.batch_size=5")
     line += ("model=resnet20", "model.width=4", "epochs=2", "threads=1", "device=cpu", "hydra.run.dir=run")
     assert dlopt(tmp_path, "train", *line).code == 0
-    figures = figures_of(tmp_path, "checkpoint=run/checkpoints/best.pt", "tta=ten_crop", "average=logits", run="run")
+    report = metrics_of(tmp_path, "checkpoint=run/checkpoints/best.pt", "tta=ten_crop", "average=logits", run="run")
     state = load(tmp_path / "run/checkpoints/best.pt")
     with contextlib.chdir(tmp_path):
         workload = build_workload(parse(state["config"]), state["normalize"])
@@ -151,17 +151,17 @@ def test_decodes_images_at_the_scale_of_the_crops(tmp_path: Path) -> None:
     with torch.no_grad():
         scores = torch.stack([workload.module(workload.normalize(view)) for view in ten_crop(images.float(), [7, 7])])
     expected = F.cross_entropy(scores.mean(0), torch.arange(2).repeat_interleave(6)).item()
-    assert figures["test_loss"] == pytest.approx(expected, rel=1e-5)
+    assert report["test_loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_squared_errors_estimate_probabilities(tmp_path: Path) -> None:
     line = ("model=mlp", "model.widths=[16]", "loss=mse", "epochs=1", "threads=1", "device=cpu", "hydra.run.dir=run")
     assert dlopt(tmp_path, "train", *line).code == 0
-    figures = figures_of(tmp_path, "checkpoint=run/checkpoints/best.pt", "tta=flip", run="run")
+    report = metrics_of(tmp_path, "checkpoint=run/checkpoints/best.pt", "tta=flip", run="run")
     (plain, mirrored), targets = outputs(tmp_path, "run", lambda x: [x, x.flip(3)])
     loss = F.mse_loss((plain + mirrored) / 2, F.one_hot(targets, 10).float())
-    assert figures["test_loss"] == pytest.approx(loss.item(), rel=1e-5)
-    assert figures["average"] == "logits" and 0 <= figures["test_calibration_error"] <= 1
+    assert report["test_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert report["average"] == "logits" and 0 <= report["test_calibration_error"] <= 1
 
 
 def test_regression(tmp_path: Path) -> None:
@@ -175,10 +175,10 @@ def test_regression(tmp_path: Path) -> None:
         "hydra.run.dir=run",
     )
     assert dlopt(tmp_path, "train", *line).code == 0
-    figures = figures_of(tmp_path, "checkpoint=run/checkpoints/best.pt", run="run")
-    assert figures["test_loss"] == json.loads((tmp_path / "run/summary.json").read_text())["test_loss"]
-    assert figures["test_r2"] < 1 and figures["test_mae"] > 0
-    assert "test_accuracy" not in figures and not (tmp_path / "run/confusion.csv").exists()
+    report = metrics_of(tmp_path, "checkpoint=run/checkpoints/best.pt", run="run")
+    assert report["test_loss"] == json.loads((tmp_path / "run/summary.json").read_text())["test_loss"]
+    assert report["test_r2"] < 1 and report["test_mae"] > 0
+    assert "test_accuracy" not in report and not (tmp_path / "run/confusion.csv").exists()
     for typed, word in (("tta=flip", "images"), ("average=probabilities", "average=logits")):
         assert word in refused(tmp_path, "eval", "checkpoint=run/checkpoints/best.pt", typed)
 
@@ -231,8 +231,8 @@ def test_glob_pattern_of_checkpoints(folder: Path) -> None:
     checkpoints = folder / "a/checkpoints"
     names = sorted(str(path.relative_to(folder)) for path in checkpoints.glob("*st.pt"))
     assert [Path(name).name for name in names] == ["best.pt", "last.pt"]
-    listed = figures_of(folder, f"checkpoint=[{','.join(names)}]")
-    matched = figures_of(folder, "checkpoint=a/checkpoints/*st.pt")
+    listed = metrics_of(folder, f"checkpoint=[{','.join(names)}]")
+    matched = metrics_of(folder, "checkpoint=a/checkpoints/*st.pt")
     assert matched == listed and len(matched["checkpoint"]) == 2
     assert "a/checkpoints/none-*.pt" in refused(folder, "eval", "checkpoint=a/checkpoints/none-*.pt")
 

@@ -53,11 +53,11 @@ def test_safetensors(run: Path) -> None:
     assert exported(run, "format=safetensors").startswith("run/best.safetensors\ninput: uint8 [batch, 1, 8, 8]\n")
     state = load(run / CHECKPOINT)
     with safe_open(run / "run/best.safetensors", "pt") as file:
-        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        outputs = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         metadata = file.metadata()
     expected = {f"model.{k}": v for k, v in state["model"].items()}
     expected |= {f"normalize.{k}": v for k, v in state["normalize"].items()}
-    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    assert outputs.keys() == expected.keys() and all(torch.equal(outputs[name], expected[name]) for name in outputs)
     assert json.loads(metadata["classes"]) == [str(digit) for digit in range(10)]
     assert json.loads(metadata["config"]) == state["config"]
     assert (run / "run/best.safetensors").stat().st_mode == (run / "run/config.yaml").stat().st_mode
@@ -70,8 +70,8 @@ def test_torch_export(run: Path, kind: str, tmp_path: Path) -> None:
     extra = {"metadata.json": ""}
     program = torch.export.load(tmp_path / "model.pt2", extra_files=extra).module()
     for count in (1, 5):
-        found = program(images[:count].to(getattr(torch, kind)))
-        torch.testing.assert_close(found, expected[:count])
+        outputs = program(images[:count].to(getattr(torch, kind)))
+        torch.testing.assert_close(outputs, expected[:count])
     assert json.loads(extra["metadata.json"])["input"] == {"shape": [1, 8, 8], "type": kind}
 
 
@@ -86,8 +86,8 @@ def test_onnx(run: Path, kind: str, tmp_path: Path) -> None:
     images, expected = reference(run)
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     for count in (1, 5):
-        [found] = session.run(None, {"images": images[:count].numpy().astype(kind)})
-        np.testing.assert_allclose(found, expected[:count].numpy(), rtol=1e-4, atol=1e-5)
+        [outputs] = session.run(None, {"images": images[:count].numpy().astype(kind)})
+        np.testing.assert_allclose(outputs, expected[:count].numpy(), rtol=1e-4, atol=1e-5)
     metadata = session.get_modelmeta().custom_metadata_map
     assert json.loads(metadata["classes"]) == [str(digit) for digit in range(10)]
     assert entries(tmp_path) == {"model.onnx"}

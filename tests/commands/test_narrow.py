@@ -22,8 +22,8 @@ def test_lists_and_reports(outputs: Path) -> None:
         code, shown = in_terminal(outputs, 60, *command)
         text = plain(shown)
         assert code == 0, text
-        told = [line for line in text.splitlines() if not line.startswith("best: dlopt")]  # to be copied
-        assert "…" not in text and [line for line in told if len(line.rstrip()) > 60] == []
+        checked = [line for line in text.splitlines() if not line.startswith("best: dlopt")]  # to be copied
+        assert "…" not in text and [line for line in checked if len(line.rstrip()) > 60] == []
         words = " ".join(text.split())
         assert all(figure in words for figure in ("adamw", "0.01", "40.00 %", "30.00 %")), text
 

@@ -20,15 +20,15 @@ OPTIMIZERS = sorted(
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     """Arguments of the plot, which is not drawn."""
-    found: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
 
     def draw(function: Any, paths: Mapping[str, Trajectory], **words: Any) -> None:
-        found.update(words, function=function, paths=dict(paths))
+        arguments.update(words, function=function, paths=dict(paths))
 
     monkeypatch.setattr("dlopt.analysis.trajectory.draw_trajectories", draw)
     monkeypatch.setattr(drawing, "save", lambda figure, folder, name: [folder / f"{name}.png"])
     monkeypatch.chdir(tmp_path)
-    return found
+    return arguments
 
 
 def test_documented_example(tmp_path: Path) -> None:
@@ -73,9 +73,9 @@ def test_weight_decay_is_off_by_default(drawn: dict[str, Any]) -> None:
 def test_several_batch_sizes_and_skipped_keys(drawn: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     line = "function=digits function.batch_size=1,full optimizer=gradient_descent optimizer.lr=1 steps=30"
     assert trajectory(line.split()) == 0
-    single, whole = drawn["paths"].values()
+    single, full = drawn["paths"].values()
     assert list(drawn["paths"]) == ["batch_size=1", "batch_size=full"]
-    assert single.reversal_fraction() > 0.2 > whole.reversal_fraction() == 0
+    assert single.reversal_fraction() > 0.2 > full.reversal_fraction() == 0
     assert trajectory(["function=quadratic", "optimizer=adam,momentum", "optimizer.betas=[0.5,0.9]", "steps=2"]) == 0
     assert "optimizer.betas: ignored for momentum (no such key)" in capsys.readouterr().out
 

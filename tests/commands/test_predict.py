@@ -36,7 +36,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def place(trained: Path, tmp_path: Path) -> Path:
+def workdir(trained: Path, tmp_path: Path) -> Path:
     """The checkpoint and images, without the training data."""
     shutil.copytree(trained / "run", tmp_path / "run")
     shutil.copytree(trained / "data/train", tmp_path / "images")
@@ -49,15 +49,15 @@ def table(path: Path) -> tuple[list[str], list[list[str]]]:
     return head, rows
 
 
-def test_predictions_match_the_model(place: Path, trained: Path) -> None:
-    result = dlopt(place, "predict", f"checkpoint={CHECKPOINT}", "images=images", "batch_size=7")
+def test_predictions_match_the_model(workdir: Path, trained: Path) -> None:
+    result = dlopt(workdir, "predict", f"checkpoint={CHECKPOINT}", "images=images", "batch_size=7")
     assert (result.code, result.err) == (0, "")
     assert result.out == "20 images classified: predictions.csv\n"
-    head, rows = table(place / "predictions.csv")
+    head, rows = table(workdir / "predictions.csv")
     assert head == ["image", "class", "probability", "p(bright, very)", "p(dark)"]
-    assert [row[0] for row in rows] == sorted(str(path.relative_to(place)) for path in place.glob("images/*/*.png"))
+    assert [row[0] for row in rows] == sorted(str(path.relative_to(workdir)) for path in workdir.glob("images/*/*.png"))
 
-    state = load(place / CHECKPOINT)
+    state = load(workdir / CHECKPOINT)
     state["config"]["data"]["root"] = str(trained / "data")
     state["config"]["data"]["val_split"] = 0.0
     workload = build_workload(parse(state["config"]), state["normalize"])
@@ -66,36 +66,36 @@ def test_predictions_match_the_model(place: Path, trained: Path) -> None:
     images = workload.dataset.train.fetch(torch.arange(20))[:, :, 1:7, 1:7]
     with torch.no_grad():
         expected = workload.module(workload.normalize(images)).softmax(1)
-    found = np.array([[float(cell) for cell in row[3:]] for row in rows])
-    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4)  # six digits are written
+    probabilities = np.array([[float(cell) for cell in row[3:]] for row in rows])
+    np.testing.assert_allclose(probabilities, expected.numpy(), rtol=1e-4)  # six digits are written
     assert [row[1] for row in rows] == [["bright, very", "dark"][i] for i in expected.argmax(1)]
     assert {row[1] for row in rows} == {"bright, very", "dark"}
-    assert [float(row[2]) for row in rows] == found.max(1).tolist()
+    assert [float(row[2]) for row in rows] == probabilities.max(1).tolist()
 
 
-def test_single_image_and_other_output(place: Path) -> None:
+def test_single_image_and_other_output(workdir: Path) -> None:
     line = ["predict", f"checkpoint={CHECKPOINT}", "images=images/dark/3.png", "output=a/b.csv"]
-    assert dlopt(place, *line).code == 0
-    _, [row] = table(place / "a/b.csv")
+    assert dlopt(workdir, *line).code == 0
+    _, [row] = table(workdir / "a/b.csv")
     assert row[0] == "images/dark/3.png"
 
 
-def test_skips_and_reports_unreadable_files(place: Path) -> None:
-    (place / "images/dark/3.png").write_bytes(b"")
-    (place / "images/text.jpg").write_text("no image")
-    (place / "images/notes.txt").write_text("not meant")
+def test_skips_and_reports_unreadable_files(workdir: Path) -> None:
+    (workdir / "images/dark/3.png").write_bytes(b"")
+    (workdir / "images/text.jpg").write_text("no image")
+    (workdir / "images/notes.txt").write_text("not meant")
     line = ["predict", f"checkpoint={CHECKPOINT}", "images=images"]
-    result = dlopt(place, *line, "max_errors=2")
+    result = dlopt(workdir, *line, "max_errors=2")
     assert result.code == 0 and "19 images classified, 2 skipped" in result.out
     assert [("images/dark/3.png" in each, "images/text.jpg" in each) for each in result.err.splitlines()] == [
         (True, False),
         (False, True),
     ]
-    assert len(table(place / "predictions.csv")[1]) == 19
-    before = entries(place)
-    result = dlopt(place, *line, "max_errors=1", "output=none.csv")
+    assert len(table(workdir / "predictions.csv")[1]) == 19
+    before = entries(workdir)
+    result = dlopt(workdir, *line, "max_errors=1", "output=none.csv")
     assert result.code == 1 and "max_errors=1" in result.err
-    assert entries(place) == before
+    assert entries(workdir) == before
 
 
 @pytest.mark.parametrize(
@@ -110,14 +110,14 @@ def test_skips_and_reports_unreadable_files(place: Path) -> None:
         (["images=images", "device=tpu"], ["device=tpu", "cpu"]),
     ],
 )
-def test_refused(place: Path, line: list[str], parts: list[str]) -> None:
-    message = refused(place, "predict", f"checkpoint={CHECKPOINT}", *line)
+def test_refused(workdir: Path, line: list[str], parts: list[str]) -> None:
+    message = refused(workdir, "predict", f"checkpoint={CHECKPOINT}", *line)
     for part in parts:
         assert part in message
 
 
-def test_no_checkpoint_and_no_readable_image(place: Path) -> None:
-    assert "checkpoint: a path is needed" in refused(place, "predict", "images=images")
-    (place / "empty.png").write_bytes(b"")
-    result = dlopt(place, "predict", f"checkpoint={CHECKPOINT}", "images=empty.png")
+def test_no_checkpoint_and_no_readable_image(workdir: Path) -> None:
+    assert "checkpoint: a path is needed" in refused(workdir, "predict", "images=images")
+    (workdir / "empty.png").write_bytes(b"")
+    result = dlopt(workdir, "predict", f"checkpoint={CHECKPOINT}", "images=empty.png")
     assert result.code == 2 and "none of the files" in result.err

@@ -27,9 +27,9 @@ def test_writes_two_plots(tmp_path: Path) -> None:
 def test_default_folder_without_operations(tmp_path: Path) -> None:
     result = dlopt(tmp_path, "show-batch")
     assert result.code == 0 and "no operations" in result.out
-    [picture] = tmp_path.glob("outputs/show-batch/*/*")
-    columns = np.asarray(Image.open(picture))
-    assert picture.name == "batch.png"
+    [plot] = tmp_path.glob("outputs/show-batch/*/*")
+    columns = np.asarray(Image.open(plot))
+    assert plot.name == "batch.png"
     assert (columns[18:130, 4:116] == columns[18:130, 120:232]).all()  # the original, and what is made of it
 
 

@@ -15,15 +15,15 @@ from dlopt.errors import UserError
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     """Arguments of the plot, which is not drawn."""
-    found: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
 
     def draw(curves: Sequence[Curve], **words: Any) -> None:
-        found.update(words, curves={each.label: each for each in curves})
+        arguments.update(words, curves={each.label: each for each in curves})
 
     monkeypatch.setattr("dlopt.analysis.trajectory.draw_schedules", draw)
     monkeypatch.setattr(drawing, "save", lambda figure, folder, name: [folder / f"{name}.png"])
     monkeypatch.chdir(tmp_path)
-    return found
+    return arguments
 
 
 def test_one_curve_per_schedule(drawn: dict[str, Any]) -> None:

@@ -35,11 +35,11 @@ def test_copied_files_build_the_wheel(tmp_path: Path) -> None:
     source = tmp_path / "src"
     source.mkdir()
     for name in docker_copies():
-        found = ROOT / name
-        if found.is_dir():
-            shutil.copytree(found, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+        path = ROOT / name
+        if path.is_dir():
+            shutil.copytree(path, source / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
-            shutil.copy(found, source / name)
+            shutil.copy(path, source / name)
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(source)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

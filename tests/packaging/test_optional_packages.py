@@ -65,9 +65,9 @@ def test_a_missing_package_is_answered_with_its_extra(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
     )
-    told = done.stderr.splitlines()
-    assert len(told) == 2 * len(lines), done.stderr
-    for (extra, line), message, end in zip(lines, told[::2], told[1::2], strict=True):
+    messages = done.stderr.splitlines()
+    assert len(messages) == 2 * len(lines), done.stderr
+    for (extra, line), message, end in zip(lines, messages[::2], messages[1::2], strict=True):
         assert f"pip install 'dlopt[{extra}]'" in message and end == "exit 2", (line, message, end)
 
 

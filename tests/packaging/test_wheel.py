@@ -63,7 +63,7 @@ def test_sdist_contains_only_tracked_files(dist: Path) -> None:
 @pytest.mark.slow
 def test_builds_are_reproducible(tmp_path: Path) -> None:
     """Builds copies with different times, umasks and clocks."""
-    found = []
+    digests = []
     for name, mask in (("one", "022"), ("two", "077")):
         copy = tmp_path / name / "dlopt"
         for file in sorted(files(".")):
@@ -76,8 +76,8 @@ def test_builds_are_reproducible(tmp_path: Path) -> None:
         done = subprocess.run(["sh", "-c", command], cwd=copy, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         built = [path for path in (tmp_path / name).iterdir() if path.is_file()]
-        found.append({path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in built})
-    assert len(found[0]) == 2 and found[0] == found[1]
+        digests.append({path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in built})
+    assert len(digests[0]) == 2 and digests[0] == digests[1]
 
 
 def test_metadata(wheel: Path) -> None:

@@ -24,8 +24,8 @@ LARGE = [*RICH, "model.widths=[300]"]
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("whole")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("reference")
     start(folder, *LARGE)
     return folder
 
@@ -41,18 +41,18 @@ def execute(folder: Path, *overrides: str) -> int:
     return job.execute(Run(experiment(*overrides), folder, state), overrides=[*overrides], console=False)
 
 
-def apart(function: Callable[[], None], place: Path) -> None:
-    """Runs `function` in a process with private mounts, which writes errors to `place`."""
+def in_private_mounts(function: Callable[[], None], error_file: Path) -> None:
+    """Runs `function` in a process with private mounts, which writes errors to `error_file`."""
 
     def work() -> None:
         try:
             private_mounts()
             function()
         except BaseException:
-            place.write_text(traceback.format_exc())
+            error_file.write_text(traceback.format_exc())
             raise
 
-    assert in_fork(work) == 0, place.read_text()
+    assert in_fork(work) == 0, error_file.read_text()
 
 
 def one_line(text: str) -> str:
@@ -66,31 +66,31 @@ def stray(folder: Path) -> list[Path]:
 
 
 @needs_mounts
-@pytest.mark.parametrize("behind", [False, True], ids=["before going on", "behind"])
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["synchronous", "asynchronous"])
 def test_disk_with_space_for_one_and_a_half_checkpoints(
-    whole: Path, tmp_path: Path, behind: bool, capfd: pytest.CaptureFixture[str]
+    reference: Path, tmp_path: Path, asynchronous: bool, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    size = (whole / "checkpoints/last.pt").stat().st_size
-    lines = [*LARGE, "checkpoint.keep=1", "data.val_split=0.25", f"checkpoint.asynchronous={str(behind).lower()}"]
+    size = (reference / "checkpoints/last.pt").stat().st_size
+    lines = [*LARGE, "checkpoint.keep=1", "data.val_split=0.25", f"checkpoint.asynchronous={str(asynchronous).lower()}"]
 
     def run() -> None:
         folder = tmp_path / "run"
         small_disk(folder, int(1.5 * size))
         assert execute(folder, *lines) == 1
-        told = one_line(capfd.readouterr().err)
-        assert "could not be written" in told and "No space left" in told
-        assert load(folder / "checkpoints/last.pt")["progress"]["step"] == 4, "the one before is whole"
+        message = one_line(capfd.readouterr().err)
+        assert "could not be written" in message and "No space left" in message
+        assert load(folder / "checkpoints/last.pt")["progress"]["step"] == 4, "the previous checkpoint is intact"
         assert not stray(folder)
         assert json.loads((folder / "summary.json").read_text())["status"] == "failed"
         resize(folder, 20 * size)
         assert execute(folder, *lines) == 0
-        assert_same_run(folder, whole)
+        assert_same_run(folder, reference)
 
-    apart(run, tmp_path / "failure")
+    in_private_mounts(run, tmp_path / "failure")
 
 
 @needs_mounts
-def test_read_only_checkpoint_folder(whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_read_only_checkpoint_folder(reference: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     def run() -> None:
         folder = tmp_path / "run"
         start(folder, *LARGE, "max_time=0.00001")
@@ -98,18 +98,18 @@ def test_read_only_checkpoint_folder(whole: Path, tmp_path: Path, capfd: pytest.
         read_only(folder / "checkpoints")
         capfd.readouterr()
         assert execute(folder, *LARGE) == 1
-        told = one_line(capfd.readouterr().err)
-        assert "could not be written" in told and "Read-only" in told
+        message = one_line(capfd.readouterr().err)
+        assert "could not be written" in message and "Read-only" in message
         writable_again(folder / "checkpoints")
         assert {path.name: path.read_bytes() for path in (folder / "checkpoints").iterdir()} == before
         assert execute(folder, *LARGE) == 0
-        assert_same_run(folder, whole)
+        assert_same_run(folder, reference)
 
-    apart(run, tmp_path / "failure")
+    in_private_mounts(run, tmp_path / "failure")
 
 
 @needs_mounts
-def test_unwritable_logs_warn_once(whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_unwritable_logs_warn_once(reference: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     def run() -> None:
         folder = tmp_path / "run"
         folder.mkdir()
@@ -125,21 +125,21 @@ def test_unwritable_logs_warn_once(whole: Path, tmp_path: Path, capfd: pytest.Ca
         for name in ("metrics.jsonl", "train.log", "tfevents"):
             warned = [line for line in out.replace("\n", " ").split("cannot be written") if name in line[-200:]]
             assert len(warned) == 1, (name, out)
-        assert same(result_of(folder)["model"], result_of(whole)["model"])
+        assert same(result_of(folder)["model"], result_of(reference)["model"])
         assert json.loads((folder / "summary.json").read_text())["status"] == "finished"
 
-    apart(run, tmp_path / "failure")
+    in_private_mounts(run, tmp_path / "failure")
 
 
-def test_log_on_a_full_device(whole: Path, tmp_path: Path) -> None:
+def test_log_on_a_full_device(reference: Path, tmp_path: Path) -> None:
     (tmp_path / "train.log").symlink_to("/dev/full")
     start(tmp_path, *LARGE)
-    assert_same_run(tmp_path, whole)
+    assert_same_run(tmp_path, reference)
 
 
-def test_file_size_limit(whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_file_size_limit(reference: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Writing fails in the middle of a file, as with a disk quota."""
-    size = (whole / "checkpoints/last.pt").stat().st_size
+    size = (reference / "checkpoints/last.pt").stat().st_size
 
     def limited() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
@@ -156,7 +156,7 @@ def test_file_size_limit(whole: Path, tmp_path: Path, capfd: pytest.CaptureFixtu
     assert not stray(tmp_path)
     assert load(tmp_path / "checkpoints/last.pt")["progress"]["step"] == 1
     assert resume(tmp_path, *LARGE)["status"] == "finished"
-    assert_same_run(tmp_path, whole)
+    assert_same_run(tmp_path, reference)
 
 
 def test_unwritable_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,9 +123,9 @@ def lines(folder: Path) -> list[object]:
 
 
 def ranks(process: "subprocess.Popen[str]") -> list[int]:
-    found = [pid for pid in children(process.pid) if b"dlopt" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    assert len(found) == 2
-    return found  # in the order in which they were started
+    pids = [pid for pid in children(process.pid) if b"dlopt" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert len(pids) == 2
+    return pids  # in the order in which they were started
 
 
 @pytest.mark.slow
@@ -136,10 +136,10 @@ def test_killed(who: str, tmp_path: Path) -> None:
         pids = ranks(process)
         os.kill(process.pid if who == "launcher" else pids[1], signal.SIGKILL)
         assert until(lambda: not any(map(is_alive, pids)), 20), "no rank outlives the others"
-        told = process.communicate(timeout=20)[1]
+        stderr = process.communicate(timeout=20)[1]
         assert process.returncode == (-9 if who == "launcher" else 1)
     if who == "rank":
-        assert "rank 1 was killed by SIGKILL" in told
+        assert "rank 1 was killed by SIGKILL" in stderr
     before = len(lines(folder))
     with started([*command(folder, "parallel.processes=2"), "resume=auto"], folder) as process:
         assert until(lambda: len(lines(folder)) > before + 5, 60)
@@ -155,9 +155,10 @@ def test_error_names_a_stopped_rank(tmp_path: Path) -> None:
     line = command(folder, "parallel.processes=2", "parallel.timeout_minutes=0.4")
     with started(line, folder) as process:
         os.kill(ranks(process)[1], signal.SIGSTOP)
-        told = process.communicate(timeout=90)[1]
+        stderr = process.communicate(timeout=90)[1]
         assert process.returncode == 1
-    assert "rank 1 exited, or did not respond within parallel.timeout_minutes" in told and "Traceback" not in told, told
+    assert "rank 1 exited, or did not respond within parallel.timeout_minutes" in stderr, stderr
+    assert "Traceback" not in stderr
     assert json.loads((folder / "summary.json").read_text())["status"] == "failed"
 
 
