@@ -28,6 +28,18 @@ def set_threads(threads: int | str, sharing: int = 1) -> None:
     torch.set_num_threads(threads if isinstance(threads, int) else max(cores // sharing, 1))
 
 
+def set_deterministic(enabled: bool, *, warn_only: bool = False) -> None:
+    """Does what `torch.use_deterministic_algorithms` does.
+
+    That function imports torch's compiler to set a flag there, which takes two seconds. Without the flag and without
+    the compiler there is nothing to set: the compiler's default is off.
+    """
+    if enabled or "torch._inductor" in sys.modules:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+    else:
+        torch.set_deterministic_debug_mode("default")
+
+
 def keep_freed_memory() -> None:
     """Makes glibc's malloc keep freed memory, because every step needs the same large blocks again.
 
