@@ -1,4 +1,4 @@
-"""Test functions have their minima where the literature says, and their noise has the variance that they state."""
+"""Minima of the test functions match the literature; their noise has the documented covariance."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ def function(name: str, **keys: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_minima_are_where_scipy_finds_them_and_within_the_picture(name: str) -> None:
+def test_minima_match_scipy_and_are_within_the_window(name: str) -> None:
     found = function(name)
 
     def value(point: np.ndarray) -> float:
@@ -49,7 +49,7 @@ def test_published_values() -> None:
     assert at("quadratic", 2.0, 1.0) == pytest.approx((4 + 5) / 2)
 
 
-def test_a_turned_quadratic_keeps_its_condition() -> None:
+def test_rotated_quadratic_keeps_its_condition_number() -> None:
     turned: Any = function("quadratic", condition=7.0, angle=30.0)
     hessian = torch.autograd.functional.hessian(turned, torch.zeros(2, dtype=torch.float64))
     values, vectors = torch.linalg.eigh(hessian)
@@ -66,7 +66,7 @@ def test_noise_has_the_stated_covariance() -> None:
     assert gradients.var(0).tolist() == pytest.approx([2.0**2 / 4, 2.0**2 * 25 / 4], rel=0.1)
 
 
-def test_batches_of_digits_average_to_the_whole_loss() -> None:
+def test_batch_losses_average_to_the_full_loss() -> None:
     whole: Any = function("digits")
     single: Any = function("digits", batch_size=1)
     point = torch.tensor([0.7, -0.2], dtype=torch.float64)
@@ -77,7 +77,7 @@ def test_batches_of_digits_average_to_the_whole_loss() -> None:
     assert whole(torch.zeros(2, dtype=torch.float64)) == pytest.approx(np.log(2))
 
 
-def test_mistakes_in_the_pair_of_digits() -> None:
+def test_rejects_invalid_digit_pairs() -> None:
     keys: dict[str, Any] = {"weight_decay": 0.01, "start": (0.0, 0.0), "window": (0.0, 1.0, 0.0, 1.0)}
     with pytest.raises(UserError, match=r"function.classes=\[3,3\]: two different"):
         DigitPair(classes=(3, 3), batch_size="full", **keys)

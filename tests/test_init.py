@@ -42,20 +42,20 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def images(count: int = 64) -> torch.Tensor:
-    """Correlated noise, as neighbouring pixels are."""
+    """Returns correlated noise, similar to the pixels of images."""
     noise = torch.randn(count, 3, 18, 18, generator=generator(7))
     return nn.functional.avg_pool2d(noise, 3, stride=1) * 3 + 0.3 * noise[:, :, 1:-1, 1:-1]
 
 
 def values(choice: str) -> dict[str, Any]:
-    """The keys of a choice's YAML file, with those of the files that it begins with."""
+    """Returns the keys of a choice's YAML file, including inherited ones."""
     keys: Any = OmegaConf.to_container(OmegaConf.load(CONF / f"{choice}.yaml"))
     before = [each for each in keys.pop("defaults", []) if each != "_self_"]
     return {key: value for each in before for key, value in values(each).items()} | keys
 
 
 def apply(choice: str, model: nn.Module, seed: int = 0, **changes: Any) -> nn.Module:
-    """What `init=choice` does, with the values of its YAML file."""
+    """Applies `init=choice` with the values of its YAML file."""
     keys = values(choice)
     scheme = getattr(init, keys.pop("_target_").removeprefix("dlopt.init."))
     if choice in DATA_DRIVEN:
@@ -69,7 +69,7 @@ def test_all_choices_are_there() -> None:
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-def test_every_choice_is_a_function_of_the_generator_and_trains(choice: str) -> None:
+def test_every_choice_depends_only_on_the_generator_and_trains(choice: str) -> None:
     first, again, other = (apply(choice, resnet(), seed).state_dict() for seed in (0, 0, 1))
     if choice not in {"default", "whitening", "whitening_dirac"}:  # these leave what the layers drew
         torch.testing.assert_close(first, again, rtol=0, atol=0)
@@ -94,7 +94,7 @@ SCHEMES: dict[str, Callable[[int, int], float]] = {
 
 
 @pytest.mark.parametrize("choice", SCHEMES)
-def test_variances_of_real_layers(choice: str) -> None:
+def test_variances_of_layers(choice: str) -> None:
     model = nn.Sequential(
         nn.Conv2d(16, 48, 5),
         nn.ReLU(),
@@ -139,19 +139,19 @@ def test_kaiming_modes_and_gain() -> None:
         ("identity", 1),
     ],
 )
-def test_gains_are_torchs_where_it_has_them(activation: str, expected: float) -> None:
+def test_gains_match_torch(activation: str, expected: float) -> None:
     assert init.activation_gain(mlp(activation)) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "silu", "elu", "mish", "softplus", "softsign"])
-def test_other_gains_keep_the_second_moment(activation: str) -> None:
+def test_other_gains_preserve_the_second_moment(activation: str) -> None:
     model = mlp(activation)
     z = torch.randn(2_000_000, dtype=torch.float64, generator=generator())
     after = model.get_submodule("layer1.activation")(z)
     assert init.activation_gain(model) ** 2 * after.square().mean().item() == pytest.approx(1, rel=0.01)
 
 
-def test_kaiming_keeps_the_signal_through_a_deep_relu_net_and_a_small_normal_loses_it() -> None:
+def test_kaiming_preserves_the_signal_of_a_deep_relu_network_and_small_normal_does_not() -> None:
     scale = {}
     for choice in ("kaiming_normal", "normal"):
         model = apply(choice, mlp(widths=(256,) * 20))
@@ -172,7 +172,7 @@ def test_orthogonal_has_orthonormal_rows_or_columns_times_the_gain() -> None:
         torch.testing.assert_close(tall.T @ tall, expected * torch.eye(200), atol=1e-5, rtol=1e-5)
 
 
-def test_dirac_convolutions_pass_their_input_on() -> None:
+def test_dirac_convolutions_are_the_identity() -> None:
     model = apply("dirac", nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 4, 5, padding=2), nn.Linear(9, 5)))
     maps = images(2)
     torch.testing.assert_close(model[0](maps), torch.cat([maps, maps], 1))  # type: ignore[index]
@@ -202,7 +202,7 @@ def test_lsuv_gives_every_layer_unit_variance(model: nn.Module) -> None:
     assert all(abs(variance - 1) < 0.11 for variance in variances.values()), variances
 
 
-def test_lsuv_refuses_data_on_which_a_layer_is_constant() -> None:
+def test_lsuv_rejects_constant_outputs() -> None:
     with pytest.raises(UserError, match=r"init=lsuv: the output of layer1\.linear is constant"):
         apply("lsuv", mlp(), inputs=torch.zeros(8, 3, 16, 16))
 
@@ -225,8 +225,8 @@ def test_whitening_decorrelates_the_patches(width: int) -> None:
     assert after[0].norm() < after[min(width, 27) - 1].norm()
 
 
-def test_whitening_is_the_eigen_decomposition_of_the_patches_covariance() -> None:
-    """Against NumPy: filter i is the i-th eigenvector over the root of its eigenvalue, but for the sign."""
+def test_whitening_matches_numpys_eigendecomposition() -> None:
+    """Filter i is the i-th eigenvector divided by the root of its eigenvalue, up to the sign."""
     model = apply("whitening", resnet(width=64), epsilon=0.01)
     batch = images().double().numpy()
     windows = np.lib.stride_tricks.sliding_window_view(batch, (3, 3), axis=(2, 3))  # [B, C, H', W', 3, 3]
@@ -238,7 +238,7 @@ def test_whitening_is_the_eigen_decomposition_of_the_patches_covariance() -> Non
     np.testing.assert_allclose(found, signs * expected, rtol=0, atol=1e-4)
 
 
-def test_whitening_dirac_passes_the_channels_on_and_scales_the_head() -> None:
+def test_whitening_dirac_copies_channels_and_rescales_the_head() -> None:
     """Filter i of another convolution is one at the kernel's centre of channel i and zero elsewhere; the filters beyond
     the channels stay as they were drawn."""
     model = resnet()
@@ -257,18 +257,18 @@ def test_whitening_dirac_passes_the_channels_on_and_scales_the_head() -> None:
     torch.testing.assert_close(head / head.norm(), before["head.weight"] / before["head.weight"].norm())
 
 
-def test_whitening_can_scale_a_head_only_where_there_is_one() -> None:
+def test_head_std_requires_a_linear_layer() -> None:
     with pytest.raises(UserError, match=r"init\.head_std=1: the model has no linear layer"):
         apply("whitening_dirac", nn.Sequential(nn.Conv2d(3, 8, 3)))
 
 
-def test_whitening_needs_a_convolution_over_the_image() -> None:
+def test_whitening_requires_a_convolution_of_the_image() -> None:
     with pytest.raises(UserError, match="init=whitening"):
         apply("whitening", mlp())
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-def test_zero_last_gamma_is_a_switch_of_every_scheme(choice: str) -> None:
+def test_every_scheme_supports_zero_last_gamma(choice: str) -> None:
     for on in (True, False):
         model = apply(choice, resnet(), zero_last_gamma=on)
         last = [parameter for name, parameter in model.named_parameters() if name.endswith("norm2.weight")]
@@ -278,12 +278,12 @@ def test_zero_last_gamma_is_a_switch_of_every_scheme(choice: str) -> None:
         assert all(parameter.eq(1).all() for parameter in others)
 
 
-def test_zero_last_gamma_needs_residual_blocks() -> None:
+def test_zero_last_gamma_requires_residual_blocks() -> None:
     with pytest.raises(UserError, match=r"init\.zero_last_gamma=true"):
         apply("kaiming_normal", mlp(), zero_last_gamma=True)
 
 
-def test_embeddings_stay() -> None:
+def test_embeddings_are_not_changed() -> None:
     embedding = nn.Embedding(5, 4)
     before = embedding.weight.clone()
     apply("normal", nn.Sequential(embedding, nn.Linear(4, 2)))

@@ -51,9 +51,7 @@ def test_mse() -> None:
 
 
 @given(seed=st.integers(0, 999), cut=st.integers(1, 6), smoothing=st.floats(0, 0.9), weighted=st.booleans())
-def test_micro_batches_weighted_by_their_samples_give_the_whole(
-    seed: int, cut: int, smoothing: float, weighted: bool
-) -> None:
+def test_micro_batch_losses_add_up_to_the_batch_loss(seed: int, cut: int, smoothing: float, weighted: bool) -> None:
     outputs, targets = batch(seed=seed)
     weights = (0.5, 1.0, 2.0, 3.0, 4.0) if weighted else None
     for loss in (
@@ -64,7 +62,7 @@ def test_micro_batches_weighted_by_their_samples_give_the_whole(
         torch.testing.assert_close(parts / 7, loss(outputs, targets))
 
 
-def test_mistakes_are_named() -> None:
+def test_rejects_invalid_settings() -> None:
     with pytest.raises(UserError, match="loss=mse"):
         CrossEntropy(label_smoothing=0.0, class_weights=None, classes=None)
     with pytest.raises(UserError, match=r"loss\.class_weights=\[1\.0, 2\.0\]: 2 weights for 5 classes"):

@@ -1,4 +1,4 @@
-"""Images, and ways to run operations with chosen strengths."""
+"""Images, and a function that runs operations with given strengths."""
 
 import torch
 from torch import Tensor
@@ -10,12 +10,12 @@ from dlopt.random import generator
 
 
 def pictures(n: int, *shape: int) -> Tensor:
-    """[n, *shape] uint8, every pixel its own random value."""
+    """Returns random images [n, *shape], uint8."""
     return torch.randint(0, 256, (n, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
 def smooth_pictures(n: int, channels: int, height: int, width: int) -> Tensor:
-    """[n, channels, height, width] float32: a few waves within 40..215."""
+    """Returns sine waves [n, channels, height, width], float32 in 40..215."""
     waves = torch.Generator().manual_seed(1)
     y, x = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")
     turns, phase = torch.rand(n, channels, 2, generator=waves) * 9, torch.rand(n, channels, generator=waves) * 6.28
@@ -50,7 +50,7 @@ def run(
     sign: Tensor | float = 1.0,
     border: Border = "zero",
 ) -> Tensor:
-    """The images after a pipeline of these operations, at random or at a given strength (0..1 of the most)."""
+    """Applies a pipeline of the operations, at random or given strengths (fractions of the maximum)."""
     pipeline = Pipeline(operations=operations, border=border, input_shape=tuple(images.shape[1:]))
     draws = Draws(generator("cpu", seed), len(images), indices=torch.arange(len(images)), epoch=0)
     if strength is not None:

@@ -51,7 +51,7 @@ NAMES = {
     ids=["randaugment", "randaugment-strongest", "trivialaugment"],
 )
 @pytest.mark.parametrize("name", NAMES)
-def test_operations_and_ranges_are_torchvisions(
+def test_operations_and_ranges_match_torchvision(
     ours: RandAugment | TrivialAugment, theirs: v2.RandAugment | v2.TrivialAugmentWide, level: int, name: str
 ) -> None:
     """Within 2 of 255 (torchvision rounds in between, and spreads what it rounded)."""
@@ -72,14 +72,14 @@ def test_operations_and_ranges_are_torchvisions(
 
 
 def moves(step: Step) -> Tensor:
-    """[n] which samples the map does not leave where they are."""
+    """Returns [n]: the samples whose map is not the identity."""
     assert isinstance(step, Affine)
     drawn = next(each for each in (step.xx, step.xy, step.dx, step.yx, step.dy) if isinstance(each, Tensor))
     return (step.matrix(len(drawn), drawn.device) != torch.eye(3)[:2]).flatten(1).any(1)
 
 
 def chosen(steps: list[Step]) -> Tensor:
-    """[operations, n] which samples each of RandAugment's steps changes."""
+    """Returns [operations, n]: the samples that each step changes."""
     masks = []
     for step in steps:
         if isinstance(step, Affine):
@@ -92,7 +92,7 @@ def chosen(steps: list[Step]) -> Tensor:
 
 
 @pytest.mark.parametrize("operation", [RandAugment(n=2, magnitude=9), TrivialAugment()])
-def test_every_operation_has_the_same_chance(operation: RandAugment | TrivialAugment) -> None:
+def test_every_operation_is_equally_likely(operation: RandAugment | TrivialAugment) -> None:
     steps = operation.plan(Draws(generator("cpu", 0), 7000), (3, 32, 32))
     counts = chosen(steps).view(operation.n, 13, 7000)
     assert counts.sum(1).max() <= 1  # one per slot
@@ -145,7 +145,7 @@ def test_a_random_mix_applies_n_of_them() -> None:
     assert (pairs[~torch.eye(4, dtype=torch.bool)] - 0.1).abs().max() < 0.025  # two of five: 2/5 * 1/4
 
 
-def test_a_mix_of_all_is_all_of_them() -> None:
+def test_random_mix_of_all_applies_all() -> None:
     images = pictures(6, 3, 10, 10)
     operations: list[Operation] = [Rotate(degrees=30.0), Brightness(limit=0.5), CutMix(alpha=1.0, p=1.0, classes=3)]
     assert torch.equal(
@@ -153,7 +153,7 @@ def test_a_mix_of_all_is_all_of_them() -> None:
     )
 
 
-def test_flips_and_crops_in_a_mix_stay_exact() -> None:
+def test_flips_and_crops_in_a_random_mix_stay_exact() -> None:
     images = pictures(50, 3, 10, 10)
     out = run([RandomMix(n=1, operations=[PadCrop(padding=2), HorizontalFlip(p=1.0)])], images)
     assert out.dtype == torch.uint8
@@ -161,7 +161,7 @@ def test_flips_and_crops_in_a_mix_stay_exact() -> None:
     assert 10 < flipped.sum() < 40
 
 
-def test_impossible_mixes_are_refused() -> None:
+def test_rejects_impossible_mixes() -> None:
     with pytest.raises(UserError, match="n=3: more than the 1"):
         RandomMix(n=3, operations=[HorizontalFlip(p=0.5)])
     with pytest.raises(UserError, match="RandomScaleCrop changes the image size"):

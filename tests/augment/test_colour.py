@@ -25,7 +25,7 @@ FACTORS = (1 + 0.8 * STRENGTHS * SIGNS).tolist()
     ],
     ids=["brightness", "contrast", "saturation"],
 )
-def test_each_is_torchvisions(operation: Operation, reference, channels: int) -> None:  # type: ignore[no-untyped-def]
+def test_each_matches_torchvision(operation: Operation, reference, channels: int) -> None:  # type: ignore[no-untyped-def]
     """On float images within 0.02 of 255; on uint8 within 2, as torchvision rounds in between."""
     images = pictures(6, channels, 9, 11)
     out = run([operation], images, strength=STRENGTHS, sign=SIGNS)
@@ -34,7 +34,7 @@ def test_each_is_torchvisions(operation: Operation, reference, channels: int) ->
         assert (got - reference(image, factor).float()).abs().max() <= 2
 
 
-def test_a_composed_transform_is_one_after_the_other() -> None:
+def test_composed_transform_equals_sequential_transforms() -> None:
     images = smooth_pictures(6, 3, 12, 12) * 0.5 + 64  # no intermediate result leaves 0..255
     chain: list[Operation] = [Contrast(limit=0.3), Brightness(limit=0.2), Saturation(limit=0.4), Contrast(limit=0.2)]
     out = run(chain, images, strength=STRENGTHS, sign=SIGNS)
@@ -89,7 +89,7 @@ def test_factors_are_uniform() -> None:
     assert scipy.stats.kstest(out, scipy.stats.uniform(60, 80).cdf).pvalue > 1e-3
 
 
-def test_statistics_are_numpys_over_several_chunks() -> None:
+def test_statistics_match_numpy_over_several_chunks() -> None:
     images = smooth_pictures(1100, 3, 6, 5).to(torch.uint8)
     pixels = images.numpy().transpose(1, 0, 2, 3).reshape(3, -1) / 255
     mean, covariance = colour_statistics(Images(images))
@@ -98,13 +98,13 @@ def test_statistics_are_numpys_over_several_chunks() -> None:
 
 
 class OneComponent(Draws):
-    """Sample i gets the i-th component alone, once."""
+    """Draws that give sample i the i-th component only."""
 
     def normal(self, *shape: int) -> Tensor:
         return torch.eye(self.total)
 
 
-def test_pca_offsets_are_numpys_eigenvectors_times_eigenvalues() -> None:
+def test_pca_offsets_match_numpys_eigenvectors_times_eigenvalues() -> None:
     images = smooth_pictures(50, 3, 8, 8) * torch.tensor([1.0, 0.7, 0.3])[:, None, None]
     pixels = (images / 255).double().numpy().transpose(1, 0, 2, 3).reshape(3, -1)
     values, vectors = np.linalg.eigh(np.cov(pixels, bias=True))

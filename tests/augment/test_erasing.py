@@ -22,7 +22,7 @@ def test_a_square_about_a_random_pixel_is_erased(size: float, side: int) -> None
     assert seen == squares
 
 
-def test_the_mean_colour_is_the_training_sets_and_p_a_probability() -> None:
+def test_fills_with_the_training_sets_mean_colour_with_probability_p() -> None:
     train = Images(pictures(40, 3, 6, 6))
     images = torch.zeros(4000, 3, 6, 6)
     out = run([Erase(p=0.3, size=1.0, fill="mean", train=train)], images)
@@ -33,7 +33,7 @@ def test_the_mean_colour_is_the_training_sets_and_p_a_probability() -> None:
 
 
 def boxes(images: torch.Tensor) -> list[tuple[int, int, int, int]]:
-    """(top, left, height, width) of what is 0 in images of ones; fails where that is no box."""
+    """Returns (top, left, height, width) of the zeros in images of ones; fails if they are not a box."""
     found = []
     for image in images:
         y, x = (image[0] == 0).nonzero(as_tuple=True)
@@ -44,7 +44,7 @@ def boxes(images: torch.Tensor) -> list[tuple[int, int, int, int]]:
     return found
 
 
-def test_random_boxes_lie_within_the_image_and_have_the_drawn_area_and_shape() -> None:
+def test_random_boxes_are_within_the_image_with_the_drawn_area_and_shape() -> None:
     images = torch.ones(4000, 1, 28, 32, dtype=torch.uint8)
     erase = RandomErase(p=0.5, area=(0.02, 0.4), ratio=(0.3, 1 / 0.3), fill="zero", train=Images(images))
     found = boxes(run([erase], images))
@@ -60,7 +60,7 @@ def test_random_boxes_lie_within_the_image_and_have_the_drawn_area_and_shape() -
     assert abs(tops.mean() - 0.5) < 0.06  # anywhere
 
 
-def test_a_box_that_does_not_fit_leaves_the_image_whole() -> None:
+def test_box_that_does_not_fit_erases_nothing() -> None:
     images = torch.ones(50, 1, 8, 8)
     erase = RandomErase(p=1.0, area=(1.0, 1.0), ratio=(1.0, 1.0), fill="zero", train=Images(images))
     assert boxes(run([erase], images)) == []
@@ -74,6 +74,6 @@ def test_random_values_fill_the_box() -> None:
     assert abs(values.mean() - 127.5) < 1 and abs(values.std() - 255 / 12**0.5) < 1
 
 
-def test_ranges_have_to_rise() -> None:
+def test_rejects_decreasing_ranges() -> None:
     with pytest.raises(UserError, match="area"):
         RandomErase(p=1.0, area=(0.4, 0.02), ratio=(0.3, 3.3), fill="zero", train=Images(torch.ones(2, 1, 4, 4)))

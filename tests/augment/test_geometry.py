@@ -68,7 +68,7 @@ def affine(
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Operation) else "",
 )
-def test_affine_operations_are_torchvisions(operation: Operation, reference: Callable[..., Tensor]) -> None:
+def test_affine_operations_match_torchvision(operation: Operation, reference: Callable[..., Tensor]) -> None:
     images = pictures(6, 3, 16, 21)
     out = run([operation], images, strength=STRENGTHS, sign=SIGNS)
     for image, got, strength in zip(images, out, (STRENGTHS * SIGNS).tolist(), strict=True):
@@ -112,7 +112,7 @@ def test_a_barrel_bends_outwards_and_a_pincushion_inwards() -> None:
     assert height[1, 16] > height[1, 24]
 
 
-def test_reflection_is_that_of_padding() -> None:
+def test_reflection_matches_padding() -> None:
     images = pictures(3, 3, 16, 16)
     out = run([Rotate(degrees=30.0)], images, strength=1.0, border="reflect")
     padded = torch.nn.functional.pad(images.float(), (12,) * 4, mode="reflect")
@@ -132,7 +132,7 @@ def test_flips_and_crops_within_a_warp_stay_exact(border: str) -> None:
     assert (warped - exact).abs().max() < TOLERANCE
 
 
-def test_one_warp_equals_one_after_the_other_up_to_interpolation() -> None:
+def test_one_warp_equals_sequential_warps_up_to_interpolation() -> None:
     images = smooth_pictures(8, 3, 48, 40)
     chain: list[Operation] = [
         TranslateX(limit=0.1),
@@ -202,7 +202,7 @@ def test_scale_and_crop_reaches_every_side_and_place() -> None:
         assert set(start[:, 0].tolist()) == set(start[:, 1].tolist()) == set(range(k - 6 + 1))
 
 
-def test_reducing_averages() -> None:
+def test_shrinking_averages_pixels() -> None:
     checks = torch.zeros(1, 1, 64, 64)
     checks[:, :, ::2, ::2] = checks[:, :, 1::2, 1::2] = 255.0
     out = run([RandomScaleCrop(short_side=(32, 32), size=32)], checks, strength=0.0, border="reflect")
@@ -235,11 +235,11 @@ def test_random_resized_crop_draws_as_torchvision(shape: tuple[int, int, int], s
     w, h = ours[:, 0, 0] * 24, ours[:, 1, 1] * 24
     left, top = ours[:, 0, 2] - w / 2 + shape[2] / 2, ours[:, 1, 2] - h / 2 + shape[1] / 2
     for key, values in {"width": w, "height": h, "left": left, "top": top}.items():
-        wanted = [each[key] for each in parameters]
-        assert scipy.stats.ks_2samp(values.round().numpy(), wanted).pvalue > 1e-3, key
+        expected = [each[key] for each in parameters]
+        assert scipy.stats.ks_2samp(values.round().numpy(), expected).pvalue > 1e-3, key
 
 
-def test_crops_with_impossible_sizes_are_refused() -> None:
+def test_rejects_impossible_crop_sizes() -> None:
     with pytest.raises(UserError, match=r"short_side=\[200,480\].*size=224"):
         RandomScaleCrop(short_side=(200, 480), size=224)
     with pytest.raises(UserError, match=r"scale=\[1,0.5\]"):
@@ -249,7 +249,7 @@ def test_crops_with_impossible_sizes_are_refused() -> None:
 # -- alternating flip
 
 
-def test_an_alternating_flip_shows_both_sides_in_two_epochs() -> None:
+def test_alternating_flip_shows_both_orientations_in_two_epochs() -> None:
     def mirrored(indices: Tensor, epoch: int) -> Tensor:
         draws = Draws(generator("cpu", epoch), len(indices), indices=indices, epoch=epoch)
         (step,) = AlternatingFlip().plan(draws, (3, 8, 8))
@@ -265,6 +265,6 @@ def test_an_alternating_flip_shows_both_sides_in_two_epochs() -> None:
     assert torch.equal(mirrored(indices.flip(0), 0), first.flip(0))  # the index decides, not the place in the batch
 
 
-def test_an_alternating_flip_needs_to_know_the_sample() -> None:
+def test_alternating_flip_requires_indices() -> None:
     with pytest.raises(ValueError, match="indices and the epoch"):
         AlternatingFlip().plan(Draws(generator("cpu", 0), 4), (3, 8, 8))

@@ -27,11 +27,11 @@ def mixed(
 
 
 def numbered(n: int, height: int = 8, width: int = 8) -> Tensor:
-    """Image i is i everywhere."""
+    """Returns images whose pixels all equal the image's index."""
     return torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1).expand(n, 1, height, width).contiguous()
 
 
-def test_mixup_weighs_labels_as_images() -> None:
+def test_mixup_weights_labels_as_images() -> None:
     labels = torch.arange(100)
     images, targets = mixed([Mixup(alpha=1.0, p=1.0, classes=100)], numbered(100), labels)
     assert targets.shape == (100, 100) and targets.dtype == torch.float32
@@ -43,7 +43,7 @@ def test_mixup_weighs_labels_as_images() -> None:
     assert torch.allclose(images, want.view(-1, 1, 1, 1).expand_as(images), atol=1e-4)
 
 
-def test_cutmix_weighs_labels_by_area_and_keeps_bytes() -> None:
+def test_cutmix_weights_labels_by_area_and_copies_pixels() -> None:
     labels = torch.arange(200)
     images, targets = mixed([CutMix(alpha=1.0, p=1.0, classes=200)], numbered(200, 9, 14), labels)
     assert images.dtype == torch.uint8
@@ -55,7 +55,7 @@ def test_cutmix_weighs_labels_by_area_and_keeps_bytes() -> None:
     assert 0.5 < own.mean() < 0.9 and own.unique().numel() > 30
 
 
-def test_cutmix_pastes_one_box_in_its_place() -> None:
+def test_cutmix_pastes_one_box_at_the_same_position() -> None:
     canvas = torch.arange(64, dtype=torch.uint8).view(1, 1, 8, 8).repeat(40, 1, 1, 1)
     canvas[1::2] += 100
     images, _ = mixed([CutMix(alpha=1.0, p=1.0, classes=2)], canvas, torch.zeros(40, dtype=torch.long))
@@ -68,7 +68,7 @@ def test_cutmix_pastes_one_box_in_its_place() -> None:
             assert line.int().diff().abs().sum() <= 2  # without a gap
 
 
-def test_the_loss_takes_mixed_labels() -> None:
+def test_loss_accepts_mixed_labels() -> None:
     labels = torch.randint(0, 5, (12,))
     _, targets = mixed([Mixup(alpha=0.4, p=1.0, classes=5)], numbered(12), labels)
     logits = torch.randn(12, 5)
@@ -79,7 +79,7 @@ def test_the_loss_takes_mixed_labels() -> None:
     assert torch.allclose(F.cross_entropy(logits, targets), want, atol=1e-6)
 
 
-def test_numbers_to_be_predicted_are_mixed_as_numbers() -> None:
+def test_regression_targets_are_mixed_as_numbers() -> None:
     numbers = torch.rand(10, 3)
     images, targets = mixed([Mixup(alpha=1.0, p=1.0, classes=None)], numbered(10), numbers)
     odd = torch.arange(10) ^ 1
@@ -87,19 +87,19 @@ def test_numbers_to_be_predicted_are_mixed_as_numbers() -> None:
     assert torch.allclose(targets, share * numbers + (1 - share) * numbers[odd], atol=1e-4)
 
 
-def test_shares_are_beta_distributed() -> None:
+def test_mixing_weights_are_beta_distributed() -> None:
     for alpha in (0.2, 1.0, 3.0):
         shares = Draws(generator("cpu", 0), 4000).beta(alpha)
         assert scipy.stats.kstest(shares.numpy(), scipy.stats.beta(alpha, alpha).cdf).pvalue > 1e-3
 
 
-def test_p_is_the_share_of_mixed_samples() -> None:
+def test_p_is_the_fraction_of_mixed_samples() -> None:
     for operation in (Mixup(alpha=1.0, p=0.25, classes=2), CutMix(alpha=1.0, p=0.25, classes=2)):
         _, targets = mixed([operation], numbered(4000, 32, 32), torch.arange(4000) % 2)
         assert abs((targets.amax(1) < 1).float().mean() - 0.25) < 0.04
 
 
-def test_any_even_sharding_mixes_the_same_and_an_odd_one_leaves_the_edges_alone() -> None:
+def test_even_shards_mix_the_same_and_odd_ones_skip_the_edges() -> None:
     operations: list[Operation] = [Mixup(alpha=1.0, p=1.0, classes=10), CutMix(alpha=1.0, p=1.0, classes=10)]
     images, labels = numbered(10), torch.arange(10)
     whole = mixed(operations, images, labels)
@@ -112,6 +112,6 @@ def test_any_even_sharding_mixes_the_same_and_an_odd_one_leaves_the_edges_alone(
     assert (first[0][4] == 4).all() and first[1][4, 4] == 1
 
 
-def test_the_last_of_an_odd_batch_stays_alone() -> None:
+def test_last_sample_of_an_odd_batch_is_not_mixed() -> None:
     images, targets = mixed([Mixup(alpha=1.0, p=1.0, classes=5)], numbered(5), torch.arange(5))
     assert (images[4] == 4).all() and targets[4, 4] == 1

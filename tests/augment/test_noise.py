@@ -24,14 +24,14 @@ def test_normals_are_normal() -> None:
     assert not torch.equal(values, normals((1000, 3, 70), generator("cpu", 1)))
 
 
-def test_noise_has_a_strength_of_its_own_per_sample() -> None:
+def test_noise_strength_is_per_sample() -> None:
     grey = torch.full((2000, 3, 16, 16), 128.0)
     added = run([GaussianNoise(std=20.0)], grey) - grey
     assert scipy.stats.kstest(added.flatten(1).std(1).numpy(), scipy.stats.uniform(0, 20).cdf).statistic < 0.05
     assert abs(added.mean()) < 0.1
 
 
-def test_noise_stays_in_the_range_and_leaves_the_input_alone() -> None:
+def test_noise_stays_in_range_and_does_not_change_the_input() -> None:
     images = torch.tensor([0.0, 255.0, 128.0]).view(3, 1, 1, 1).expand(3, 1, 20, 20).contiguous()
     before = images.clone()
     out = run([GaussianNoise(std=100.0)], images, strength=1.0)

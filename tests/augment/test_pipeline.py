@@ -28,7 +28,7 @@ def call(pipeline: Pipeline, images: Tensor, seed: int = 0) -> Tensor:
 
 
 def windows(image: Tensor, padding: int, border: str, flip: bool) -> list[Tensor]:
-    """All windows that a padded crop can give, by slicing."""
+    """Returns all windows of a padded crop, by slicing."""
     mode = {"zero": "constant", "reflect": "reflect"}[border]
     padded = F.pad(image[None].float(), (padding,) * 4, mode=mode)[0].to(image.dtype)
     height, width = image.shape[1:]
@@ -74,7 +74,7 @@ def test_crops_and_flips_are_drawn_evenly() -> None:
     assert abs(flips[:, 0, 2, 3].float().mean() - 0.3) < 5 * (0.3 * 0.7 / 20000) ** 0.5
 
 
-def test_without_operations_the_batch_itself_comes_back() -> None:
+def test_without_operations_returns_the_batch_unchanged() -> None:
     images = torch.randn(4, 7)
     out = call(Pipeline(operations=[], border="zero", input_shape=(7,)), images)
     assert out is images
@@ -94,14 +94,14 @@ def test_any_sharding_gives_the_same_samples(cuts: list[int], seed: int) -> None
     assert torch.equal(torch.cat(parts), whole)
 
 
-def test_seeds_decide() -> None:
+def test_draws_depend_on_the_seed() -> None:
     images = pictures(16, 3, 8, 8)
     pipeline = Pipeline(operations=[PadCrop(padding=4)], border="zero", input_shape=(3, 8, 8))
     assert torch.equal(call(pipeline, images, 1), call(pipeline, images, 1))
     assert not torch.equal(call(pipeline, images, 1), call(pipeline, images, 2))
 
 
-def test_vectors_and_foreign_operations_are_refused() -> None:
+def test_rejects_vectors_and_foreign_operations() -> None:
     with pytest.raises(UserError, match="use augmentation=none"):
         Pipeline(operations=[HorizontalFlip(p=0.5)], border="zero", input_shape=(64,))
     with pytest.raises(UserError, match="use augmentation=none"):
@@ -111,7 +111,7 @@ def test_vectors_and_foreign_operations_are_refused() -> None:
         Pipeline(operations=strange, border="zero", input_shape=(3, 8, 8))
 
 
-def test_a_part_of_another_length_is_refused() -> None:
+def test_rejects_a_shard_of_another_length() -> None:
     pipeline = Pipeline(operations=[HorizontalFlip(p=0.5)], border="zero", input_shape=(3, 8, 8))
     with pytest.raises(ValueError, match="4 samples"):
         pipeline(pictures(4, 3, 8, 8), torch.zeros(4), generator=generator("cpu", 0), total=8, shard=slice(0, 3))
@@ -191,7 +191,7 @@ def test_autocast_changes_nothing(path: Path) -> None:
 
 
 class HostReads(TorchDispatchMode):
-    """Counts what makes the host wait for a device: values read from it, tensors made from Python numbers."""
+    """Counts operations that synchronize with a device: reading values, creating tensors from Python numbers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -203,7 +203,7 @@ class HostReads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("path", CHOICES, ids=lambda path: path.stem)
-def test_from_the_second_step_on_no_value_travels_to_or_from_the_host(path: Path) -> None:
+def test_no_host_transfers_after_the_first_step(path: Path) -> None:
     images = pictures(4, 3, 32, 32)
     pipeline = ready(path, images)
     for step in range(2):
@@ -218,7 +218,7 @@ def test_from_the_second_step_on_no_value_travels_to_or_from_the_host(path: Path
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("path", CHOICES, ids=lambda path: path.stem)
-def test_a_gpu_never_waits_and_shards_alike(path: Path) -> None:
+def test_gpu_never_synchronizes_and_sharding_does_not_matter(path: Path) -> None:
     images, targets = pictures(12, 3, 32, 32), torch.arange(12, device="cuda") % 10
     pipeline, images = ready(path, images), images.cuda()
 

@@ -50,7 +50,7 @@ def test_all_operations_of_randaugment_have_a_row() -> None:
     assert operations_picture(pipeline, pictures(2, 1, 16, 16)).size[1] == TOP + CELL * 13
 
 
-def test_results_stand_beside_their_originals() -> None:
+def test_results_are_next_to_the_originals() -> None:
     images = pictures(4, 3, 16, 16)
     pipeline = Pipeline(operations=[HorizontalFlip(p=0.5)], border="zero", input_shape=(3, 16, 16))
     picture = batch_picture(pipeline, images, torch.zeros(4), seed=0, draws=5)

@@ -27,7 +27,7 @@ SIGNS = torch.tensor([1.0, -1.0, 1.0, 1.0, -1.0, -1.0])
     ],
     ids=["posterize", "solarize", "autocontrast", "equalize", "sharpness"],
 )
-def test_each_is_torchvisions(
+def test_each_matches_torchvision(
     operation: Operation, reference: Callable[..., Tensor], tolerance: int, channels: int, kind: str
 ) -> None:
     if kind == "noise":
@@ -41,7 +41,7 @@ def test_each_is_torchvisions(
         assert (got - reference(image, strength, sign).float()).abs().max() <= tolerance
 
 
-def test_what_is_not_chosen_is_not_touched() -> None:
+def test_masked_samples_are_not_changed() -> None:
     images = smooth_pictures(4, 3, 8, 8)
     mask = torch.tensor([True, False, True, False])
     for operation in (Posterize(bits=8), Solarize(limit=1.0), AutoContrast(), Equalize(), Sharpness(limit=1.0)):

@@ -1,4 +1,4 @@
-"""Maps as entries: drawn ones are tensors, the identity's are numbers."""
+"""Affine maps with per-sample (tensor) and constant (number) entries."""
 
 from typing import Any
 
@@ -15,14 +15,14 @@ CPU = torch.device("cpu")
 
 
 def matrix(step: Affine) -> Tensor:
-    """[3, 3, 3] float64, the rows of the plane's points included."""
+    """Returns the homogeneous matrices [3, 3, 3], float64."""
     last = torch.tensor([0.0, 0.0, 1.0]).expand(SAMPLES, 1, 3)
     return torch.cat([step.matrix(SAMPLES, CPU), last], 1).double()
 
 
 @st.composite
 def maps(draw: st.DrawFn) -> Affine:
-    """Some entries drawn for each sample, the others as they are in the identity or one number for all."""
+    """Draws maps with some entries per sample; the others are the identity's or one number for all samples."""
     numbers = st.floats(-4, 4, width=32)
     entries: dict[str, Any] = {}
     for name in draw(st.sets(st.sampled_from(NAMES))):
@@ -38,7 +38,7 @@ def test_composed_maps_are_matrix_products(a: Affine, b: Affine, c: Affine) -> N
 
 
 @given(maps())
-def test_the_identity_changes_no_map_and_no_entry_of_its_own(step: Affine) -> None:
+def test_composing_with_the_identity_keeps_entries(step: Affine) -> None:
     identity = Affine((5, 7))
     for composed in (identity.compose(step), step.compose(identity)):
         for name in NAMES:
@@ -47,7 +47,7 @@ def test_the_identity_changes_no_map_and_no_entry_of_its_own(step: Affine) -> No
 
 
 @given(maps(), st.lists(st.booleans(), min_size=SAMPLES, max_size=SAMPLES))
-def test_maps_of_some_samples_only(step: Affine, chosen: list[bool]) -> None:
+def test_masked_maps_change_only_some_samples(step: Affine, chosen: list[bool]) -> None:
     mask = torch.tensor(chosen)
     got = step.masked(mask)
     assert torch.equal(matrix(got)[mask], matrix(step)[mask])
@@ -58,11 +58,11 @@ def test_maps_of_some_samples_only(step: Affine, chosen: list[bool]) -> None:
 
 
 @given(maps())
-def test_a_part_of_the_samples(step: Affine) -> None:
+def test_shard_of_the_samples(step: Affine) -> None:
     assert torch.equal(step.shard(slice(1, 3)).matrix(2, CPU), step.matrix(SAMPLES, CPU)[1:3])
 
 
-def test_maps_that_nobody_drew_leave_the_images_as_they_are() -> None:
+def test_identity_maps_do_not_change_the_images() -> None:
     images = torch.randint(256, (4, 3, 5, 7), dtype=torch.uint8)
     assert torch.equal(warp(images, [Affine((5, 7), exact=True)], "zero"), images)
     assert torch.equal(warp(images, [Affine((5, 7), exact=True)], "reflect"), images)

@@ -52,7 +52,7 @@ def write_images() -> Callable[..., list[Path]]:
 
 @pytest.fixture
 def numbered() -> Callable[..., InMemory]:
-    """Images whose pixels tell their number, so that a batch shows which samples it holds."""
+    """Returns images whose pixels equal their index, which identifies the samples of a batch."""
 
     def make(count: int, classes: int = 3) -> InMemory:
         inputs = torch.arange(count).view(count, 1, 1, 1).expand(count, 1, 2, 2).to(torch.uint8)
@@ -63,7 +63,7 @@ def numbered() -> Callable[..., InMemory]:
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where scans and verifications are kept: not the cache of the person who runs the tests."""
+    """Uses a temporary cache folder instead of the user's."""
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     return folder / "dlopt"

@@ -29,7 +29,7 @@ def numbered(count: int) -> InMemory:
 
 def batches(samples: Samples, **changed: Any) -> Batches:
     options: dict[str, Any] = {"device": torch.device("cpu"), "in_memory": True, "workers": 0}
-    options |= {key: changed.pop(key) for key in (each.name for each in fields(Delivery)) if key in changed}
+    options |= {key: changed.pop(key) for key in (field.name for field in fields(Delivery)) if key in changed}
     return Batches(samples, Delivery(**options), **{"batch_size": 4, **changed})
 
 
@@ -57,38 +57,38 @@ def flip_or_shift(
 
 @given(count=st.integers(1, 60), size=st.integers(1, 70) | st.just("full") | st.just(10**9), in_memory=st.booleans())
 def test_an_epoch_visits_each_sample_once(count: int, size: Any, in_memory: bool) -> None:
-    made = shuffled(numbered(count), batch_size=size, in_memory=in_memory)
-    seen = numbers(made.epoch(0))
-    assert sorted(number for batch in seen for number in batch) == list(range(count)) and made.count == count
+    loop = shuffled(numbered(count), batch_size=size, in_memory=in_memory)
+    seen = numbers(loop.epoch(0))
+    assert sorted(number for batch in seen for number in batch) == list(range(count)) and loop.count == count
     width = count if size == "full" else min(size, count)
-    assert len(made) == len(seen) == math.ceil(count / width)
+    assert len(loop) == len(seen) == math.ceil(count / width)
     assert all(len(batch) == width for batch in seen[:-1])
-    for inputs, targets in made.epoch(1):
+    for inputs, targets in loop.epoch(1):
         assert inputs.flatten().tolist() == targets.tolist()
 
 
 @given(count=st.integers(1, 60), size=st.integers(1, 60))
-def test_drop_last_leaves_out_the_smaller_batch_only(count: int, size: int) -> None:
+def test_drop_last_skips_only_the_smaller_batch(count: int, size: int) -> None:
     if size > count:
         with pytest.raises(UserError, match=f"data.drop_last=true: the {count} training samples"):
             shuffled(numbered(count), batch_size=size, drop_last=True)
         return
-    made = shuffled(numbered(count), batch_size=size, drop_last=True)
-    seen = numbers(made.epoch(0))
-    assert len(seen) == len(made) == count // size and made.count == count // size * size
+    loop = shuffled(numbered(count), batch_size=size, drop_last=True)
+    seen = numbers(loop.epoch(0))
+    assert len(seen) == len(loop) == count // size and loop.count == count // size * size
     assert all(len(batch) == size for batch in seen)
 
 
 @given(count=st.integers(1, 50), size=st.integers(1, 20), start=st.integers(0, 60), in_memory=st.booleans())
-def test_starting_within_an_epoch_gives_its_tail(count: int, size: int, start: int, in_memory: bool) -> None:
-    made = shuffled(numbered(count), batch_size=size, in_memory=in_memory, augment=flip_or_shift)
-    whole = list(made.epoch(3, step=100))
-    tail = list(made.epoch(3, start=start, step=100 + start))
+def test_start_skips_the_first_batches(count: int, size: int, start: int, in_memory: bool) -> None:
+    loop = shuffled(numbered(count), batch_size=size, in_memory=in_memory, augment=flip_or_shift)
+    whole = list(loop.epoch(3, step=100))
+    tail = list(loop.epoch(3, start=start, step=100 + start))
     assert equal(tail, whole[start:])
 
 
 @given(count=st.integers(1, 50), size=st.integers(1, 20), ranks=st.integers(1, 5), in_memory=st.booleans())
-def test_ranks_partition_each_batch_and_share_its_draws(count: int, size: int, ranks: int, in_memory: bool) -> None:
+def test_ranks_partition_each_batch_with_the_same_draws(count: int, size: int, ranks: int, in_memory: bool) -> None:
     def shard(rank: int) -> Callable[[int], slice]:
         return lambda n: slice(n * rank // ranks, n * (rank + 1) // ranks)
 
@@ -101,22 +101,22 @@ def test_ranks_partition_each_batch_and_share_its_draws(count: int, size: int, r
 
 def test_draws_are_a_function_of_seed_and_step() -> None:
     samples = numbered(8)
-    made = {s: batches(samples, augment=flip_or_shift, seed=s) for s in (0, 1)}
-    assert equal(list(made[0].epoch(0, step=7)), list(made[0].epoch(1, step=7)))
-    assert not equal(list(made[0].epoch(0, step=7)), list(made[0].epoch(0, step=8)))
-    assert not equal(list(made[0].epoch(0, step=7)), list(made[1].epoch(0, step=7)))
+    loops = {s: batches(samples, augment=flip_or_shift, seed=s) for s in (0, 1)}
+    assert equal(list(loops[0].epoch(0, step=7)), list(loops[0].epoch(1, step=7)))
+    assert not equal(list(loops[0].epoch(0, step=7)), list(loops[0].epoch(0, step=8)))
+    assert not equal(list(loops[0].epoch(0, step=7)), list(loops[1].epoch(0, step=7)))
 
 
-def test_augmentation_is_told_where_the_samples_stand() -> None:
-    told: list[Any] = []
+def test_augmentation_receives_positions_and_epoch() -> None:
+    calls: list[Any] = []
 
-    def note(inputs: Tensor, targets: Tensor, **where: Any) -> tuple[Tensor, Tensor]:
-        told.append((inputs.dtype, where["total"], where["shard"], where["indices"].tolist(), where["epoch"]))
+    def note(inputs: Tensor, targets: Tensor, **keys: Any) -> tuple[Tensor, Tensor]:
+        calls.append((inputs.dtype, keys["total"], keys["shard"], keys["indices"].tolist(), keys["epoch"]))
         return inputs, targets
 
     images = InMemory(torch.zeros(5, 1, 2, 2, dtype=torch.uint8), torch.arange(5))
     list(batches(images, batch_size=3, augment=note, shard=lambda n: slice(1, n)).epoch(2))
-    assert told == [(torch.uint8, 3, slice(1, 3), [1, 2], 2), (torch.uint8, 2, slice(1, 2), [4], 2)]
+    assert calls == [(torch.uint8, 3, slice(1, 3), [1, 2], 2), (torch.uint8, 2, slice(1, 2), [4], 2)]
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def test_streamed_batches_equal_those_in_memory(files: Files, workers: int, memo
     streamed = shuffled(files, in_memory=False, workers=workers, **options)
     try:
         for epoch, start in ((0, 0), (1, 0), (1, 3), (0, 5)):
-            a, b = (list(each.epoch(epoch, start, step=10 * epoch + start)) for each in (resident, streamed))
+            a, b = (list(loop.epoch(epoch, start, step=10 * epoch + start)) for loop in (resident, streamed))
             assert equal(a, b) and len(a) == 6 - start
             assert all(inputs.is_contiguous(memory_format=memory_format) for inputs, _ in a + b)
             assert all(inputs.dtype == torch.float32 for inputs, _ in a)
@@ -157,55 +157,55 @@ def test_streamed_batches_equal_those_in_memory(files: Files, workers: int, memo
 @pytest.mark.parametrize("in_memory, workers", [(True, 0), (False, 0), (False, 1)])
 def test_the_global_generator_is_not_consumed(files: Files, in_memory: bool, workers: int) -> None:
     before = torch.get_rng_state()
-    made = shuffled(files, in_memory=in_memory, workers=workers, augment=flip_or_shift)
-    list(made.epoch(0))
-    list(made.epoch(1))
-    made.close()
+    loop = shuffled(files, in_memory=in_memory, workers=workers, augment=flip_or_shift)
+    list(loop.epoch(0))
+    list(loop.epoch(1))
+    loop.close()
     assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_inputs_have_the_wanted_dtype(files: Files, dtype: torch.dtype) -> None:
+def test_inputs_have_the_requested_dtype(files: Files, dtype: torch.dtype) -> None:
     ((inputs, targets),) = batches(files, batch_size="full", dtype=dtype).epoch(0)
     assert inputs.dtype == dtype and targets.dtype == torch.int64 and inputs.max() > 1
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_corrupt_image_is_named_from_wherever_it_is_read(tmp_path: Path, files: Files, workers: int) -> None:
+def test_corrupt_image_is_named_with_and_without_workers(tmp_path: Path, files: Files, workers: int) -> None:
     good = [files.path(i) for i in range(5)]
     bad = tmp_path / "bad.jpg"
     bad.write_bytes(b"not an image")
     samples = Files([*good, str(bad)], torch.zeros(6, dtype=torch.int64), (8, 6), 3)
-    made = batches(samples, batch_size=2, in_memory=False, workers=workers)
+    loop = batches(samples, batch_size=2, in_memory=False, workers=workers)
     try:
         with pytest.raises(UserError) as caught:
-            list(made.epoch(0))
+            list(loop.epoch(0))
     finally:
-        made.close()
+        loop.close()
     assert str(caught.value).startswith(f"{bad}: cannot be read as an image") and "\n" not in str(caught.value)
 
 
-class Asking:
-    """Samples that tell about the process that fetches them."""
+class ProbeSamples:
+    """Samples that report on the process that fetches them."""
 
     shape = (1,)
     targets = torch.zeros(12, dtype=torch.int64)
 
-    def __init__(self, ask: Callable[[], float]) -> None:
-        self._ask = ask
+    def __init__(self, probe: Callable[[], float]) -> None:
+        self._probe = probe
 
     def __len__(self) -> int:
         return 12
 
     def fetch(self, indices: Tensor) -> Tensor:
-        return torch.full((len(indices), 1), self._ask(), dtype=torch.float64)
+        return torch.full((len(indices), 1), self._probe(), dtype=torch.float64)
 
-    def select(self, indices: Tensor) -> "Asking":
+    def select(self, indices: Tensor) -> "ProbeSamples":
         return self
 
 
-def test_workers_use_one_thread_and_outlive_a_termination_signal() -> None:
-    loader = Loader(Asking(lambda: os.getpid() + torch.get_num_threads() / 8), workers=1)
+def test_workers_use_one_thread_and_survive_sigterm() -> None:
+    loader = Loader(ProbeSamples(lambda: os.getpid() + torch.get_num_threads() / 8), workers=1)
     parts = list(torch.arange(12).split(1))
     run = loader.run(parts)
     first = next(run).item()
@@ -222,7 +222,7 @@ def test_workers_use_one_thread_and_outlive_a_termination_signal() -> None:
 
 @pytest.mark.slow  # torch looks after its workers every five seconds
 def test_a_killed_worker_fails_the_run() -> None:
-    loader = Loader(Asking(os.getpid), workers=1)
+    loader = Loader(ProbeSamples(os.getpid), workers=1)
     run = loader.run(list(torch.arange(12).split(1)))
     worker = int(next(run).item())
     os.kill(worker, signal.SIGKILL)

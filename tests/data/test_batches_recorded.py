@@ -1,4 +1,4 @@
-"""The data path as a recorded graph, and compiled: the batches are those of the plain one."""
+"""The recorded and the compiled data path give the same batches as the eager one."""
 
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ def pipeline(*operations: Any, border: Any = "reflect") -> Pipeline:
 
 
 def drawn(batches: Batches, epochs: int = 3) -> list[tuple[Tensor, Tensor]]:
-    """The batches of some epochs, in which updates are numbered on."""
+    """Returns the batches of several epochs, with consecutive update numbers."""
     found, step = [], 0
     for epoch in range(epochs):
         for inputs, targets in batches.epoch(epoch, 0, step):
@@ -59,8 +59,8 @@ def equal(a: list[tuple[Tensor, Tensor]], b: list[tuple[Tensor, Tensor]]) -> boo
     )
 
 
-def test_replayed_batches_are_the_plain_ones() -> None:
-    """Also behind an epoch's smaller last batch, with draws of the update's number and an epoch that is a tensor."""
+def test_replayed_batches_equal_eager_ones() -> None:
+    """Also after an epoch's smaller last batch, with per-update seeds and the epoch as a tensor."""
     augment = pipeline(PadCrop(padding=2), AlternatingFlip())
     recorder = SimulatedRecorder()
     assert equal(drawn(batches(augment, recorder=recorder)), drawn(batches(augment)))
@@ -68,20 +68,20 @@ def test_replayed_batches_are_the_plain_ones() -> None:
     assert recorder.replayed == 12 - 3  # four full batches in each epoch
 
 
-def test_replayed_batches_lie_in_one_place() -> None:
+def test_replayed_batches_share_memory() -> None:
     loop = batches(pipeline(HorizontalFlip(p=0.5)), recorder=SimulatedRecorder())
     places = [(inputs.data_ptr(), targets.data_ptr()) for epoch in range(3) for inputs, targets in loop.epoch(epoch)]
     full = [place for number, place in enumerate(places) if number % 5 != 4]  # four of 16, one of 6
     assert len(set(full[3:])) == 1
 
 
-def test_without_augmentation_too() -> None:
+def test_replays_without_augmentation() -> None:
     recorder = SimulatedRecorder()
     assert equal(drawn(batches(None, recorder=recorder)), drawn(batches(None)))
     assert recorder.replayed > 0
 
 
-def test_what_a_stream_gives_is_not_recorded() -> None:
+def test_sharded_batches_are_not_recorded() -> None:
     recorder = SimulatedRecorder()
     source = samples()
     found = drawn(batches(None, source=source, recorder=recorder, shard=lambda total: slice(0, total // 2)), 1)
@@ -102,10 +102,10 @@ DRAWING = {"noise", "random_mix"}  # they draw while they render: the compiled f
 @pytest.mark.parametrize(
     "choice", [pytest.param(choice, marks=() if choice in QUICK else pytest.mark.slow) for choice in CHOICES]
 )
-def test_every_augmentation_can_be_compiled_in_one_piece(choice: str) -> None:
-    """`fullgraph`: nothing in it leaves the compiled function; and it computes the same.
+def test_every_augmentation_compiles_without_graph_breaks(choice: str) -> None:
+    """`fullgraph`: there is no graph break, and the results are equal.
 
-    In a child, as the compiler starts threads, behind which no later test could fork.
+    Runs in a child process: the compiler starts threads, after which later tests could not fork.
     """
     source = samples(40, 32)
     try:
@@ -149,7 +149,7 @@ class FakeTransferStream:
 
 
 @pytest.mark.parametrize("count", [0, 1, 4])
-def test_a_copy_is_under_way_while_the_batch_before_is_used(count: int) -> None:
+def test_next_copy_starts_before_the_batch_is_used(count: int) -> None:
     stream = FakeTransferStream()
     used = []
     for batch in prefetch([torch.tensor(number) for number in range(count)], stream):

@@ -15,7 +15,7 @@ from dlopt.errors import UserError
 
 @pytest.fixture(params=["CIFAR10", "CIFAR100"])
 def small(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Pickles in torchvision's layout, with the checksums that it will ask for."""
+    """Writes pickles in torchvision's layout, with the expected checksums."""
     source = getattr(torchvision.datasets, request.param)
     folder = tmp_path / source.base_folder
     folder.mkdir()
@@ -40,7 +40,7 @@ def small(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     return {"CIFAR10": cifar10, "CIFAR100": cifar100}[request.param], source, tmp_path
 
 
-def test_torchvisions_layout_is_read(small: Any) -> None:
+def test_reads_torchvisions_layout(small: Any) -> None:
     load, source, root = small
     data = load(root=str(root), download=False)
     reference = source(root, train=True)
@@ -52,12 +52,12 @@ def test_torchvisions_layout_is_read(small: Any) -> None:
     assert data.test is not None and len(data.test) == 6 and len(data.train) == 6 * len(source.train_list)
 
 
-def test_the_folder_of_the_batches_serves_as_root(small: Any) -> None:
+def test_root_may_be_the_folder_of_the_batches(small: Any) -> None:
     load, source, root = small
     assert len(load(root=str(root / source.base_folder), download=False).train) > 0
 
 
-def test_a_changed_file_is_refused_before_it_is_unpickled(small: Any) -> None:
+def test_rejects_a_changed_file_before_unpickling(small: Any) -> None:
     load, source, root = small
     with (root / source.base_folder / source.test_list[0][0]).open("ab") as file:
         file.write(b"x")

@@ -1,4 +1,4 @@
-"""Every choice's file fits its callable: the keys are its arguments, explained on the first line."""
+"""Every choice's YAML file matches its callable and has a description in the first line."""
 
 import importlib
 import inspect
@@ -19,7 +19,7 @@ CHOICES = [path for group in RUNTIME for path in sorted((CONF / group).glob("[!_
 
 
 @pytest.mark.parametrize("path", CHOICES, ids=lambda path: f"{path.parent.name}={path.stem}")
-def test_keys_are_the_arguments(path: Path) -> None:
+def test_keys_match_the_arguments(path: Path) -> None:
     first = path.read_text().splitlines()[0]
     assert first.startswith("# ") and len(first) > 10
     node = yaml.safe_load(path.read_text())
@@ -31,5 +31,5 @@ def test_keys_are_the_arguments(path: Path) -> None:
     assert {p.name for p in parameters} - shared == set(node) - {"_target_", "defaults"} - shared
 
 
-def test_the_common_keys_are_the_settings() -> None:
+def test_common_keys_match_the_settings() -> None:
     assert set(yaml.safe_load((CONF / "data" / "_common.yaml").read_text())) == COMMON

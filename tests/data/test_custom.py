@@ -27,7 +27,7 @@ def load(**changed: Any) -> Any:
     )
 
 
-def test_datasets_of_the_user() -> None:
+def test_custom_datasets() -> None:
     data = load(val=Points([2, 0]), test=TensorDataset(torch.rand(5, 3), torch.arange(5) % 3))
     assert data.classes == ("0", "1", "2") and data.train.shape == (3,)
     assert data.train.targets.tolist() == [0, 1, 2, 1] and data.test.targets.tolist() == [0, 1, 2, 0, 1]
@@ -60,6 +60,6 @@ def test_floating_point_labels_mean_regression() -> None:
         ({"train": Points([0.5]), "classes": 2}, "data.classes=2: the labels are floating-point"),
     ],
 )
-def test_mistakes_are_told(changed: dict[str, Any], message: str) -> None:
+def test_rejects_invalid_settings(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         load(**changed)

@@ -12,7 +12,7 @@ from dlopt.data.splits import DataSettings, prepare
 from dlopt.errors import UserError
 
 
-def test_digits_equal_those_of_scikit_learn() -> None:
+def test_digits_match_scikit_learn() -> None:
     from sklearn.datasets import load_digits
 
     ours, theirs = digits(), load_digits()
@@ -30,7 +30,7 @@ def test_digits_equal_those_of_scikit_learn() -> None:
 
 @pytest.mark.parametrize("seed", [0, 1, 12345])
 def test_the_test_split_is_fixed_and_stratified(settings: Callable[..., DataSettings], seed: int) -> None:
-    """The hash is part of the promise: test figures of all versions can be compared."""
+    """The hash ensures that test metrics of all versions can be compared."""
     parts = prepare(digits(), settings(split_seed=seed, val_split=0.1))
     assert isinstance(parts.test, InMemory)
     digest = hashlib.sha256(parts.test.inputs.numpy().tobytes() + parts.test.targets.numpy().tobytes()).hexdigest()

@@ -73,7 +73,7 @@ def test_one_sample_per_class_and_one_channel(
     assert inputs.shape == (3, 1, 6, 5) and targets.tolist() == [0, 1, 2]
 
 
-def test_class_folders_alone_are_a_training_set(
+def test_class_folders_without_splits_are_a_training_set(
     tmp_path: Path, write_images: WriteImages, settings: Callable[..., DataSettings]
 ) -> None:
     for name in ("cat", "dog"):
@@ -87,7 +87,7 @@ def test_class_folders_alone_are_a_training_set(
 
 
 @pytest.mark.parametrize("more", ["pets/train/cat", "test/cat", "a/b"])
-def test_other_folders_are_not_taken_for_classes(tmp_path: Path, write_images: WriteImages, more: str) -> None:
+def test_other_folders_are_not_classes(tmp_path: Path, write_images: WriteImages, more: str) -> None:
     write_images(tmp_path / "cat", 2)
     write_images(tmp_path / more, 2)
     with pytest.raises(UserError, match=r"train is missing; images are expected as train/CLASS/IMAGE, or as CLASS"):
@@ -136,12 +136,12 @@ def test_an_unreadable_folder_is_named(root: Path, monkeypatch: pytest.MonkeyPat
     scandir = os.scandir
 
     def refuse(name: str) -> Callable[[bytes], object]:
-        def look(path: bytes) -> object:
+        def failing(path: bytes) -> object:
             if os.fsdecode(path).rstrip("/").endswith(name):
                 raise PermissionError(13, "Permission denied", path)
             return scandir(path)
 
-        return look
+        return failing
 
     monkeypatch.setattr(os, "scandir", refuse("val"))
     with pytest.raises(UserError, match=rf"{root}/val: cannot be read \(Permission denied\)"):

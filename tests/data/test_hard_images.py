@@ -1,4 +1,4 @@
-"""Sixteen kinds of image files that real collections hold: each is read as it should be, or named with its path."""
+"""Sixteen kinds of difficult image files: each is read correctly, or reported with its path."""
 
 import os
 import struct
@@ -163,7 +163,7 @@ def test_there_are_sixteen_kinds() -> None:
 
 
 @pytest.mark.parametrize("write", READ, ids=name_of)
-def test_read_as_it_should_be(tmp_path: Path, write: Write) -> None:
+def test_reads_correctly(tmp_path: Path, write: Write) -> None:
     path = tmp_path / "image.jpg"
     write(path)
     image = decode(str(path), SIZE, 3)
@@ -171,7 +171,7 @@ def test_read_as_it_should_be(tmp_path: Path, write: Write) -> None:
 
 
 @pytest.mark.parametrize("write", NAMED, ids=name_of)
-def test_named_with_its_path_in_one_line(tmp_path: Path, write: Write) -> None:
+def test_error_names_the_path_in_one_line(tmp_path: Path, write: Write) -> None:
     path = tmp_path / "image.jpg"
     write(path)
     with pytest.raises(UserError, match=NAMED[write]) as caught:
@@ -180,7 +180,7 @@ def test_named_with_its_path_in_one_line(tmp_path: Path, write: Write) -> None:
     assert message.startswith(f"{path}: cannot be read as an image (") and "\n" not in message
 
 
-def test_no_read_permission_is_named() -> None:
+def test_error_names_missing_permission() -> None:
     with tempfile.TemporaryDirectory() as folder:  # pytest's own is closed to other users
         os.chmod(folder, 0o755)
         closed, opened = Path(folder) / "closed.jpg", Path(folder) / "opened.jpg"
@@ -193,7 +193,7 @@ def test_no_read_permission_is_named() -> None:
 
 
 def as_ordinary_user(path: Path) -> str:
-    """What `decode` says, in a child process that is not the super-user, whom permissions do not stop."""
+    """Returns the error of `decode` in a child process without root rights, which ignore permissions."""
     receive, send = os.pipe()
     if (child := os.fork()) == 0:
         try:
@@ -214,7 +214,7 @@ def as_ordinary_user(path: Path) -> str:
 
 @pytest.fixture
 def collection(tmp_path: Path) -> Path:
-    """Every kind but the unreadable one in the class `hard`, among good images; one broken image is to be tested."""
+    """All kinds except the one without permission in the class `hard`, among good images; one broken test image."""
     for name in ("train/hard", "train/easy", "test/hard", "test/easy"):
         (tmp_path / name).mkdir(parents=True)
         for number in range(3):
@@ -230,7 +230,7 @@ def load(root: Path, max_skips: int | float, size: tuple[int, int] | None = SIZE
 
 
 @pytest.mark.parametrize("max_skips", [7, 0.26])
-def test_what_cannot_be_read_is_left_out_and_listed(collection: Path, max_skips: int | float) -> None:
+def test_unreadable_images_are_skipped_and_listed(collection: Path, max_skips: int | float) -> None:
     data = load(collection, max_skips)
     assert data.test is not None
     assert (
@@ -245,7 +245,7 @@ def test_what_cannot_be_read_is_left_out_and_listed(collection: Path, max_skips:
 
 
 @pytest.mark.parametrize("max_skips, cap", [(6, 6), (0, 0), (0.249, 6)])
-def test_the_cap_on_what_is_left_out(collection: Path, max_skips: int | float, cap: int) -> None:
+def test_max_skips_limits_skipped_images(collection: Path, max_skips: int | float, cap: int) -> None:
     message = (
         rf"data.max_skips={max_skips}: more than {cap} of 28 images cannot be read.*{collection}/train/hard/bomb.jpg"
     )
@@ -261,7 +261,7 @@ def test_a_broken_first_image_does_not_hide_the_common_size(tmp_path: Path) -> N
     assert load(tmp_path, 1, None).train.shape == (3, *SIZE)
 
 
-def test_a_class_is_not_lost_silently(tmp_path: Path) -> None:
+def test_rejects_losing_a_whole_class(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / "train" / name).mkdir(parents=True)
         plain().save(tmp_path / "train" / name / "0.png")

@@ -43,9 +43,7 @@ def test_files_are_found_and_read(tmp_path: Path, place: str, zipped: bool) -> N
         assert part.targets.tolist() == arrays[f"{prefix}-labels-idx1-ubyte"].tolist()
 
 
-def test_the_root_comes_from_the_environment_where_none_is_given(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_default_root_comes_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "elsewhere", True)
     monkeypatch.setenv("DLOPT_DATA", str(tmp_path / "elsewhere"))
     assert len(mnist(root=None, download=False).train) == 12
@@ -55,7 +53,7 @@ def test_the_root_comes_from_the_environment_where_none_is_given(
     assert len(mnist(root=None, download=False).train) == 11
 
 
-def test_debians_package_serves_where_no_root_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_debian_package_is_the_fallback_without_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "debian", True, train=10)
     monkeypatch.setattr(idx, "DEBIAN_FASHION_MNIST", tmp_path / "debian")
     monkeypatch.chdir(tmp_path)
@@ -91,7 +89,7 @@ def test_missing_files_are_downloaded_by_torchvision(tmp_path: Path, monkeypatch
     assert len(mnist(root=str(tmp_path), download=True).train) == 10  # they are there now
 
 
-def test_a_failing_download_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_download_suggests_a_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def download(*_: Any, **__: Any) -> None:
         raise urllib.error.URLError("no route to host")
 
@@ -118,7 +116,7 @@ def test_damaged_files_are_named(tmp_path: Path, data: bytes, message: str) -> N
         read_idx(path)
 
 
-def test_a_truncated_or_false_gzip_file_is_named(tmp_path: Path) -> None:
+def test_truncated_or_invalid_gzip_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "x.gz"
     whole = gzip.compress(idx_bytes(np.frombuffer(os.urandom(1000), np.uint8)))
     for data in (whole[: len(whole) // 2], b"plain", whole[:15] + b"\xff" * 30 + whole[45:]):
@@ -136,7 +134,7 @@ def test_a_truncated_or_false_gzip_file_is_named(tmp_path: Path) -> None:
         ("t10k-images-idx3-ubyte", np.zeros((0, 3, 3)), r"the shape \[0, 3, 3\]"),
     ],
 )
-def test_files_that_do_not_go_together(tmp_path: Path, name: str, array: np.ndarray, message: str) -> None:
+def test_rejects_inconsistent_files(tmp_path: Path, name: str, array: np.ndarray, message: str) -> None:
     write(tmp_path, zipped=False)
     (tmp_path / name).write_bytes(idx_bytes(array))
     with pytest.raises(UserError, match=f"{tmp_path / name}.*{message}"):

@@ -35,7 +35,7 @@ def test_the_published_validation_set_is_the_test_set(root: Path, settings: Call
     assert parts.train.fetch(torch.tensor([0, 23])).shape == (2, 3, 16, 16)
 
 
-def test_classes_have_names_and_equal_names_are_told_apart(root: Path, tmp_path: Path) -> None:
+def test_class_names_are_unique(root: Path, tmp_path: Path) -> None:
     expected = ("tench", "crane (n02012849)", "crane (n03126707)")
     (tmp_path / "names.txt").write_text(NAMES)
     assert load(root, str(tmp_path / "names.txt")).classes == expected

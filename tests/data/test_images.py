@@ -26,8 +26,8 @@ def test_native_size_keeps_every_pixel(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("height, width", [(40, 90), (90, 40), (33, 33), (300, 520)])
 @pytest.mark.parametrize("size", [(32, 32), (16, 24)])
-def test_scaled_to_cover_and_cut_to_the_centre(tmp_path: Path, height: int, width: int, size: tuple[int, int]) -> None:
-    """On an image that rises linearly, the value of a pixel tells the position that it was taken from."""
+def test_scales_to_cover_and_crops_the_centre(tmp_path: Path, height: int, width: int, size: tuple[int, int]) -> None:
+    """In a linear gradient, the value of a pixel is its source position."""
     Image.fromarray(gradient(height, width)).save(tmp_path / "a.png")
     ours = decode(str(tmp_path / "a.png"), size, 3).float()
     scale = min(height / size[0], width / size[1])
@@ -40,7 +40,7 @@ def test_scaled_to_cover_and_cut_to_the_centre(tmp_path: Path, height: int, widt
 
 @pytest.mark.parametrize("height, width", [(40, 90), (33, 33), (8, 8), (300, 520)])
 @pytest.mark.parametrize("size", [(32, 32), (16, 24)])
-def test_tensors_are_resized_as_torchvision_does(height: int, width: int, size: tuple[int, int]) -> None:
+def test_resize_matches_torchvision(height: int, width: int, size: tuple[int, int]) -> None:
     images = torch.from_numpy(gradient(height, width)).permute(2, 0, 1)[None]
     left, top, right, bottom = (round(edge) for edge in _centre_box(width, height, size))
     expected = v2.functional.resize(images[..., top:bottom, left:right].float(), list(size), antialias=True)
@@ -60,7 +60,7 @@ def test_a_large_jpeg_is_decoded_at_reduced_size_without_visible_change(tmp_path
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"])
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("size", [None, (4, 4)])
-def test_every_mode_gives_the_wanted_channels(mode: str, channels: int, size: tuple[int, int] | None) -> None:
+def test_every_mode_converts_to_the_requested_channels(mode: str, channels: int, size: tuple[int, int] | None) -> None:
     image = Image.fromarray(gradient(8, 8)).convert(mode)
     assert from_pil(image, channels).shape == (channels, 8, 8)
 
@@ -103,13 +103,13 @@ def test_exif_orientation_is_followed(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-def test_damaged_exif_data_do_not_cost_the_image(tmp_path: Path, exif: bytes) -> None:
+def test_damaged_exif_data_is_ignored(tmp_path: Path, exif: bytes) -> None:
     Image.new("L", (6, 4), 77).save(tmp_path / "a.jpg", exif=b"Exif\0\0" + exif)
     path = str(tmp_path / "a.jpg")
     assert header_size(path) == (4, 6) and decode(path, None, 1).unique().tolist() == [77]
 
 
-def test_of_an_animation_the_first_frame(tmp_path: Path) -> None:
+def test_reads_the_first_frame_of_an_animation(tmp_path: Path) -> None:
     frames = [Image.new("L", (4, 4), value) for value in (10, 200)]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     assert decode(str(tmp_path / "a.gif"), None, 1).unique().tolist() == [10]
@@ -145,7 +145,7 @@ def broken_files(tmp_path: Path) -> dict[str, Path]:
     "name",
     ["empty", "cut_head", "cut_body", "cut_png", "wrong_header", "text", "bomb", "missing", "folder"],
 )
-def test_a_broken_file_is_named_in_one_line(tmp_path: Path, name: str) -> None:
+def test_error_names_a_broken_file_in_one_line(tmp_path: Path, name: str) -> None:
     path = broken_files(tmp_path)[name]
     with pytest.raises(UserError) as caught:
         decode(str(path), (8, 8), 3)
@@ -153,14 +153,14 @@ def test_a_broken_file_is_named_in_one_line(tmp_path: Path, name: str) -> None:
     assert message.startswith(f"{path}: cannot be read as an image (") and "\n" not in message
 
 
-def test_the_content_counts_not_the_extension(tmp_path: Path) -> None:
+def test_format_depends_on_content_not_extension(tmp_path: Path) -> None:
     Image.fromarray(gradient(8, 8)).save(tmp_path / "a.png")
     (tmp_path / "a.png").rename(tmp_path / "a.jpg")
     assert decode(str(tmp_path / "a.jpg"), None, 3).shape == (3, 8, 8)
 
 
 def test_no_image_starts_a_program(tmp_path: Path) -> None:
-    """Pillow gives EPS files to Ghostscript, whatever their name is."""
+    """Pillow opens EPS files by Ghostscript, whatever their extension."""
     path = tmp_path / "a.png"
     Image.new("RGB", (4, 4)).save(path, format="EPS")
     with patch("subprocess.check_call") as call, patch("subprocess.Popen") as opened:
@@ -170,7 +170,7 @@ def test_no_image_starts_a_program(tmp_path: Path) -> None:
     assert not call.called and not opened.called
 
 
-def test_which_names_are_images() -> None:
+def test_is_image_by_name() -> None:
     assert [is_image(Path(name)) for name in ("a.JPG", "b.webp", "._a.jpg", "notes.txt", "a")] == [True, True] + [
         False
     ] * 3

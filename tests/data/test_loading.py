@@ -12,7 +12,7 @@ from dlopt.data.samples import InMemory
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches_larger_than_what_a_worker_fetches_at_a_time(numbered: Callable[..., InMemory], workers: int) -> None:
+def test_batches_larger_than_a_worker_chunk(numbered: Callable[..., InMemory], workers: int) -> None:
     samples = numbered(250)
     order = torch.randperm(250, generator=torch.Generator().manual_seed(0))
     loader = Loader(samples, workers)
@@ -25,7 +25,7 @@ def test_batches_larger_than_what_a_worker_fetches_at_a_time(numbered: Callable[
 
 
 class Large:
-    """Images of 256 x 256, each followed by small allocations that stay, as decoders' tables do."""
+    """Images of 256 x 256, each with small persistent allocations, like a decoder's tables."""
 
     shape = (3, 256, 256)
     targets = torch.zeros(100_000, dtype=torch.int64)
@@ -53,8 +53,7 @@ def private_mib(process: int) -> float:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_stays_flat() -> None:
-    """Neither this process nor a worker grows by more than the batches on their way (24 MiB each) while a gigabyte
-    passes through."""
+    """No process grows by more than the prefetched batches (24 MiB each) while a gigabyte is loaded."""
     import multiprocessing
 
     loader = Loader(Large(), workers=2)

@@ -59,7 +59,7 @@ def test_moments_do_not_depend_on_the_chunks(count: int, chunk: int, offset: flo
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 1e6 + 0.1, -3.7])
 @pytest.mark.parametrize("kind", [Standardize, Unit])
-def test_what_is_constant_becomes_0(kind: type[ScaleShift], value: float) -> None:
+def test_constants_become_0(kind: type[ScaleShift], value: float) -> None:
     inputs = torch.randn(1001, 3)
     inputs[:, 1] = value
     result = fitted(kind, inputs)(inputs)
@@ -84,7 +84,7 @@ def test_unit_images_and_features() -> None:
     )
 
 
-def test_nothing_converts_only() -> None:
+def test_nothing_only_converts() -> None:
     inputs = images()
     result = fitted(Nothing, inputs)(inputs)
     assert result.dtype == torch.float64 and torch.equal(result, inputs.double())
@@ -99,13 +99,13 @@ def test_inputs_are_not_changed(kind: type[ScaleShift]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_module_decides_the_dtype_and_the_batch_the_layout(dtype: torch.dtype) -> None:
+def test_output_has_the_modules_dtype_and_the_batchs_layout(dtype: torch.dtype) -> None:
     inputs = images().contiguous(memory_format=torch.channels_last)
     result = fitted(Standardize, inputs, dtype)(inputs)
     assert result.dtype == dtype and result.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_the_state_is_all_there_is() -> None:
+def test_state_dict_is_complete() -> None:
     inputs = images()
     module = fitted(Standardize, inputs)
     other = Standardize(input_shape=(3, 6, 5)).double()
@@ -134,7 +134,7 @@ def test_mean_pixel_computed_and_fixed() -> None:
 
 
 @pytest.mark.parametrize("kind", [MeanImage, partial(MeanPixel, values=None)])
-def test_differences_from_the_mean_may_be_scaled(kind: Any) -> None:
+def test_scale_multiplies_the_result(kind: Any) -> None:
     inputs = images()
     plain, scaled = (kind(scale=scale, input_shape=(3, 6, 5)) for scale in (1.0, 1 / 255))
     plain.fit(samples(inputs)), scaled.fit(samples(inputs))

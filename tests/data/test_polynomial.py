@@ -57,7 +57,7 @@ def test_without_noise_the_targets_are_the_function(function: str, interval: tup
         np.testing.assert_allclose(y, EXACT[function](x), rtol=1e-5, atol=1e-5)
 
 
-def test_the_noise_is_normal_and_independent_of_x_and_of_the_part() -> None:
+def test_noise_is_normal_and_independent_of_x_and_split() -> None:
     from scipy import stats
 
     parts = make(noise=0.5, train_size=4000, val_size=4000, test_size=4000)
@@ -74,7 +74,7 @@ def test_the_noise_is_normal_and_independent_of_x_and_of_the_part() -> None:
 @given(
     sizes=st.tuples(st.integers(1, 50), st.integers(0, 50)), other=st.integers(1, 50), seed=st.integers(-(2**40), 2**40)
 )
-def test_the_size_of_one_part_changes_no_other(sizes: tuple[int, int], other: int, seed: int) -> None:
+def test_size_of_one_split_does_not_change_the_others(sizes: tuple[int, int], other: int, seed: int) -> None:
     train_size, val_size = sizes
     first = make(train_size=train_size, val_size=val_size, seed=seed)
     second = make(train_size=other, val_size=other, seed=seed)
@@ -84,8 +84,8 @@ def test_the_size_of_one_part_changes_no_other(sizes: tuple[int, int], other: in
 
 
 @pytest.mark.parametrize("seed", [0, 1, 12345])
-def test_the_samples_do_not_depend_on_the_runs_seed(settings: Callable[..., DataSettings], seed: int) -> None:
-    """The hash is part of the promise: figures of all versions can be compared. Only a subset is drawn by the run."""
+def test_samples_do_not_depend_on_the_runs_seed(settings: Callable[..., DataSettings], seed: int) -> None:
+    """The hash ensures that metrics of all versions can be compared. Only the subset depends on the run's seed."""
     parts = prepare(make(), settings(split_seed=seed, subset=10))
     test, val = arrays(parts.test), arrays(parts.val)
     # rounded: the last bit of a sine is the processor's
@@ -95,7 +95,7 @@ def test_the_samples_do_not_depend_on_the_runs_seed(settings: Callable[..., Data
     assert (arrays(make(seed=1).test)[0] != test[0]).all()
 
 
-def test_a_size_of_zero_leaves_a_part_out(settings: Callable[..., DataSettings]) -> None:
+def test_size_of_zero_omits_a_split(settings: Callable[..., DataSettings]) -> None:
     parts = make(val_size=0, test_size=0)
     assert parts.val is None and parts.test is None
     cut = prepare(parts, settings(val_split=0.25))
@@ -103,12 +103,12 @@ def test_a_size_of_zero_leaves_a_part_out(settings: Callable[..., DataSettings])
 
 
 @pytest.mark.parametrize("interval", [(1.0, 1.0), (1.0, -1.0)])
-def test_an_empty_interval_is_refused(interval: tuple[float, float]) -> None:
+def test_rejects_an_empty_interval(interval: tuple[float, float]) -> None:
     with pytest.raises(UserError, match=r"data\.interval=\[1\.0, .*low < high"):
         make(interval=interval)
 
 
-def test_a_regression_has_no_accuracy_anywhere(tmp_path: Path) -> None:
+def test_regression_has_no_accuracy(tmp_path: Path) -> None:
     keys = "data=polynomial model=polynomial normalize=none loss=mse data.batch_size=full epochs=3 threads=1"
     command = [sys.executable, "-m", "dlopt", "train", *keys.split(), f"hydra.run.dir={tmp_path}/run"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)

@@ -1,4 +1,4 @@
-"""Samplers that look at nothing, and what all samplers promise: equal orders in equal places, shares of every batch."""
+"""Random, sequential and with-replacement samplers, and the contract of all samplers: determinism and sharding."""
 
 import itertools
 from collections.abc import Callable
@@ -55,7 +55,7 @@ def test_epochs_and_seeds_differ() -> None:
     assert len(orders) == 12
 
 
-def test_the_global_generator_is_left_alone() -> None:
+def test_does_not_advance_the_global_generator() -> None:
     before = torch.get_rng_state()
     Random(targets=torch.zeros(9), seed=0).order(0)
     assert torch.equal(torch.get_rng_state(), before)
@@ -122,16 +122,16 @@ def test_ranks_share_every_batch_without_overlap(numbered: Callable[..., InMemor
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_an_epoch_goes_on_where_it_stopped(numbered: Callable[..., InMemory], name: str) -> None:
+def test_epoch_resumes_where_it_stopped(numbered: Callable[..., InMemory], name: str) -> None:
     samples = numbered(50)
     whole = [numbers(inputs) for inputs, _ in batches(samples, name).epoch(2)]
     assert [numbers(inputs) for inputs, _ in batches(samples, name).epoch(2, start=3)] == whole[3:]
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_one_sample(numbered: Callable[..., InMemory], name: str) -> None:
+def test_single_sample(numbered: Callable[..., InMemory], name: str) -> None:
     assert ALL[name](numbered(1)).order(0).tolist() == [0]
 
 
-def test_only_hard_examples_looks_at_losses(numbered: Callable[..., InMemory]) -> None:
+def test_only_hard_examples_is_loss_aware(numbered: Callable[..., InMemory]) -> None:
     assert [name for name in ALL if isinstance(ALL[name](numbered(5)), LossAwareSampler)] == ["hard_examples"]

@@ -17,7 +17,7 @@ def equal_neighbours(row: list[int]) -> int:
 
 
 def interleaved(labels: list[int], epoch: int = 0, seed: int = 0) -> list[int]:
-    """The labels in the order of the sampler, which visits each sample once."""
+    """Returns the labels in the sampler's order, after checking that it visits each sample once."""
     sampler = ClassInterleaved(targets=torch.tensor(labels), seed=seed)
     order = sampler.order(epoch)
     assert sorted(order.tolist()) == list(range(len(labels))) and len(sampler) == len(labels)
@@ -32,7 +32,7 @@ def test_no_order_has_fewer_equal_neighbours(labels: list[int], epoch: int) -> N
 
 @st.composite
 def class_sizes(draw: st.DrawFn) -> list[int]:
-    """Sizes of classes, tight ones among them: the largest about half of all."""
+    """Draws class sizes, including the limit: the largest class has about half of the samples."""
     others = draw(st.lists(st.integers(1, 60), min_size=1, max_size=12))
     return [*others, max(1, sum(others) + draw(st.integers(-3, 30)))] if draw(st.booleans()) else others
 
@@ -47,22 +47,22 @@ def test_equal_neighbours_only_beyond_half(sizes: list[int], seed: int) -> None:
 @pytest.mark.parametrize(
     "shares", [[1] * 10, [1, 1], [1, 1, 1], [4, 4, 2], [5, 4, 1], [5, 5, 1], [26, 26, 26, 22], [1] * 300]
 )
-def test_many_samples_in_a_short_time(shares: list[int]) -> None:
-    """Each is a case of its own: no slack, little, or plenty. With quadratic time this would take minutes."""
+def test_runs_in_linear_time(shares: list[int]) -> None:
+    """Cases with no, little and much slack. Quadratic time would take minutes."""
     labels = [label for label, share in enumerate(shares) for _ in range(share * 30_000 // sum(shares))]
     assert equal_neighbours(interleaved(labels)) == 0
 
 
 @pytest.mark.parametrize("labels", [[0, 0, 1, 1, 2], [0, 0, 0, 0, 1, 2], [0, 1, 2, 3, 4], [0, 0, 1, 1, 2, 2]])
-def test_every_best_arrangement_comes_up(labels: list[int]) -> None:
+def test_every_optimal_arrangement_occurs(labels: list[int]) -> None:
     rows = set(itertools.permutations(labels))
     best = min(equal_neighbours(list(row)) for row in rows)
     seen = {tuple(interleaved(labels, epoch)) for epoch in range(1000)}
     assert seen == {row for row in rows if equal_neighbours(list(row)) == best}
 
 
-def test_a_dominating_class_is_broken_up_evenly() -> None:
-    """The few others do not all come first."""
+def test_dominating_class_is_separated_evenly() -> None:
+    """The few other samples are not all at the start."""
     row = interleaved([0] * 900 + [1] * 100)
     assert all(2 <= sum(row[start : start + 100]) <= 25 for start in range(0, 1000, 100))
 
@@ -72,7 +72,7 @@ def test_a_dominating_class_is_broken_up_evenly() -> None:
     epochs=st.integers(1, 6),
     seed=st.integers(0, 2**62),
 )
-def test_classes_and_the_samples_of_a_class_take_turns(labels: list[int], epochs: int, seed: int) -> None:
+def test_classes_and_their_samples_rotate(labels: list[int], epochs: int, seed: int) -> None:
     sampler = ClassBalanced(targets=torch.tensor(labels), seed=seed)
     drawn: Counter[int] = Counter()
     classes = set(labels)
@@ -91,7 +91,7 @@ def test_classes_and_the_samples_of_a_class_take_turns(labels: list[int], epochs
     assert max(totals.values()) - min(totals.values()) <= 1
 
 
-def test_the_samples_of_a_class_come_in_ever_new_orders() -> None:
+def test_each_rotation_has_a_new_order() -> None:
     sampler = ClassBalanced(targets=torch.tensor([0] * 30 + [1] * 30), seed=0)
     orders = [[i for i in sampler.order(epoch).tolist() if i < 30] for epoch in range(5)]
     assert len({tuple(order) for order in orders}) == 5
@@ -109,7 +109,7 @@ def test_sorted_is_class_after_class_and_random_within() -> None:
 
 
 @pytest.mark.parametrize("sampler", [ClassBalanced, ClassInterleaved, ClassSorted])
-def test_a_regression_has_no_classes(sampler: type[ClassBalanced] | type[ClassInterleaved] | type[ClassSorted]) -> None:
+def test_rejects_regression_targets(sampler: type[ClassBalanced] | type[ClassInterleaved] | type[ClassSorted]) -> None:
     name = {ClassBalanced: "class_balanced", ClassInterleaved: "class_interleaved", ClassSorted: "class_sorted"}[
         sampler
     ]

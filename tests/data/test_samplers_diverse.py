@@ -1,4 +1,4 @@
-"""Stratified batches, the clusters behind them, and the variation that is logged."""
+"""Stratified batches, their clusters, and the logged batch variation."""
 
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from dlopt.random import generator
 
 
 def blobs(count: int, centres: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Vectors [count, 4] around `centres` far points, and which point each belongs to."""
+    """Returns vectors [count, 4] around `centres` distant points, and the point of each vector."""
     draws = torch.Generator().manual_seed(seed)
     own = torch.randint(centres, (count,), generator=draws)
     points = 10 * torch.randn(centres, 4, generator=draws)
@@ -72,7 +72,7 @@ def test_batches_vary_more_than_random_ones() -> None:
     assert batch_variation(features, own.argsort(), 8) < 0.2  # batches of one kind
 
 
-def test_variation_against_numpy() -> None:
+def test_variation_matches_numpy() -> None:
     inputs, _ = blobs(21, 3)
     features, order = inputs.numpy().astype(np.float64), np.random.default_rng(0).permutation(21)
     parts = [features[order[start : start + 4]] for start in range(0, 20, 4)]  # the last batch has one sample
@@ -92,7 +92,7 @@ def test_full_batch_and_regression() -> None:
 
 
 @pytest.mark.parametrize("clusters", [1, 2, 5, 8])
-def test_k_means_against_scikit_learn(clusters: int) -> None:
+def test_k_means_matches_scikit_learn(clusters: int) -> None:
     rows = torch.randn(300, 3, generator=torch.Generator().manual_seed(1))
 
     def inertia(assigned: np.ndarray) -> float:
@@ -104,7 +104,7 @@ def test_k_means_against_scikit_learn(clusters: int) -> None:
     assert min(single) * 0.999 <= ours <= max(single) * 1.05
 
 
-def test_k_means_finds_blobs_and_takes_fewer_rows_than_clusters() -> None:
+def test_k_means_finds_blobs_and_accepts_fewer_rows_than_clusters() -> None:
     rows, own = blobs(200, 3, seed=2)
     found = k_means(rows, 3, generator("cpu", 0))
     assert len({(int(a), int(b)) for a, b in zip(found, own, strict=True)}) == 3

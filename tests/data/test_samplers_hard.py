@@ -1,4 +1,4 @@
-"""Sampling by loss: how often each sample is drawn, what is remembered, and that a resumed run is the same run."""
+"""Loss-aware sampling: draws per sample, observed losses, and resuming."""
 
 import json
 import math
@@ -48,7 +48,7 @@ def sampler(count: int, floor: float = 0.2, max_draws: float = 4.0, seed: int = 
 
 
 def epoch_of(hard: HardExamples, epoch: int, losses: Callable[[Tensor], Tensor]) -> Tensor:
-    """Serves the whole epoch as one batch, whose samples have the given losses; returns the draws of each sample."""
+    """Serves the epoch as one batch with the given losses; returns the draws of each sample."""
     order = hard.order(epoch)
     hard.begin()
     hard.serve(epoch, order)
@@ -58,7 +58,7 @@ def epoch_of(hard: HardExamples, epoch: int, losses: Callable[[Tensor], Tensor])
 
 @given(losses=LOSSES, floor=FLOORS, ceiling=CEILINGS)
 def test_expected_draws(losses: list[float], floor: float, ceiling: float) -> None:
-    """In proportion to the losses between floor and ceiling; in total, one per sample."""
+    """Draws are proportional to the losses between floor and ceiling, and sum to one per sample."""
     values = torch.tensor(losses, dtype=torch.float64)
     draws = expected_draws(values, floor, ceiling)
     assert float(draws.sum()) == pytest.approx(len(losses), rel=1e-6)
@@ -103,8 +103,8 @@ def test_draws_follow_constant_losses(losses: list[float], floor: float, ceiling
     seed=st.integers(0, 1000),
     scale=st.sampled_from([0.1, 3.0]),
 )
-def test_none_is_forgotten(count: int, floor: float, ceiling: float, seed: int, scale: float) -> None:
-    """Whatever the losses do, no sample is left out for more than 2 / floor epochs."""
+def test_no_sample_is_skipped_for_long(count: int, floor: float, ceiling: float, seed: int, scale: float) -> None:
+    """No sample is skipped for more than 2 / floor epochs, for any losses."""
     noise = torch.Generator().manual_seed(seed)
     hard, waited = sampler(count, floor, ceiling), torch.zeros(count)
     for epoch in range(math.ceil(6 / floor)):
@@ -123,7 +123,7 @@ def test_repetitions_are_spread_over_the_epoch() -> None:
 
 
 def observed(parts: list[tuple[int, list[int], list[float]]], cuts: list[int]) -> HardExamples:
-    """A sampler that was served these (update, samples, losses) and told the losses in pieces, cut anywhere."""
+    """Returns a sampler after serving (update, samples, losses), with the losses observed in arbitrary chunks."""
     hard = sampler(6)
     for step, indices, _ in parts:
         hard.serve(step, torch.tensor(indices))
@@ -146,8 +146,8 @@ def histories(draw: st.DrawFn) -> list[tuple[int, list[int], list[float]]]:
 
 
 @given(parts=histories(), cuts=st.lists(st.integers(0, 20), max_size=3))
-def test_the_last_seen_loss_counts(parts: list[tuple[int, list[int], list[float]]], cuts: list[int]) -> None:
-    """Whenever the losses are handed in; of several in a batch the largest; a loss that is not finite never."""
+def test_keeps_the_latest_loss(parts: list[tuple[int, list[int], list[float]]], cuts: list[int]) -> None:
+    """The largest of several losses in a batch; never a non-finite one; in any chunks."""
     expected: dict[int, tuple[int, float]] = {}
     for step, indices, values in parts:
         for index, value in zip(indices, values, strict=True):
@@ -158,7 +158,7 @@ def test_the_last_seen_loss_counts(parts: list[tuple[int, list[int], list[float]
     assert {i: (int(hard._updates[i]), float(hard._losses[i])) for i in range(6) if hard._updates[i] >= 0} == expected
 
 
-def test_unseen_samples_count_as_average_ones() -> None:
+def test_samples_without_loss_count_as_average() -> None:
     hard = sampler(4, floor=0.2)
     hard.order(0)
     hard.serve(0, torch.tensor([0, 1]))
@@ -177,7 +177,7 @@ def test_batches_that_were_not_trained_on_are_dropped() -> None:
     assert hard._losses.tolist() == [0, 2, 0, 0]
 
 
-def test_the_epoch_under_way_stays_and_goes_with_the_state() -> None:
+def test_current_epoch_is_fixed_and_part_of_the_state() -> None:
     hard, losses = sampler(20), torch.linspace(0, 3, 20)
     epoch_of(hard, 0, lambda order: losses[order])
     order = hard.order(1)
@@ -198,7 +198,7 @@ def test_the_epoch_under_way_stays_and_goes_with_the_state() -> None:
 
 
 class Exchange:
-    """The elementwise maximum over two ranks, which are threads."""
+    """Elementwise maximum over two ranks (threads)."""
 
     def __init__(self) -> None:
         self.barrier, self.values = threading.Barrier(2, timeout=20), [torch.empty(0), torch.empty(0)]
@@ -214,8 +214,8 @@ class Exchange:
         return maximum
 
 
-def test_ranks_share_what_they_see() -> None:
-    """Each sees the losses of its part of every batch; together they are one process."""
+def test_ranks_exchange_observed_losses() -> None:
+    """Each rank observes the losses of its shard; the state equals that of one process."""
     exchange, hard = Exchange(), [sampler(30, max_draws=9.0) for _ in range(3)]
     found: dict[int, list[Tensor]] = {}
 
@@ -251,7 +251,7 @@ def test_ranks_share_what_they_see() -> None:
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("mixed", [False, True])
-def test_losses_of_samples_against_torch(smoothing: float, mixed: bool) -> None:
+def test_sample_losses_match_torch(smoothing: float, mixed: bool) -> None:
     draws = torch.Generator().manual_seed(0)
     outputs = torch.randn(9, 4, generator=draws)
     targets = torch.rand(9, 4, generator=draws).softmax(1) if mixed else torch.arange(9) % 4
@@ -267,16 +267,16 @@ def test_losses_of_samples_against_torch(smoothing: float, mixed: bool) -> None:
 
 
 @pytest.mark.parametrize("classes", [3, None])
-def test_squared_errors_of_samples(classes: int | None) -> None:
+def test_sample_squared_errors(classes: int | None) -> None:
     outputs = torch.randn(5, 3 if classes else 1)
     targets = torch.arange(5) % 3 if classes else torch.randn(5)
-    wanted = F.one_hot(targets, 3) if classes else targets.unsqueeze(1)
+    expected_targets = F.one_hot(targets, 3) if classes else targets.unsqueeze(1)
     found = sample_losses(MSE(classes=classes), outputs, targets)
-    torch.testing.assert_close(found, (outputs.double() - wanted).square().mean(1))
+    torch.testing.assert_close(found, (outputs.double() - expected_targets).square().mean(1))
 
 
-def test_losses_do_not_depend_on_their_company() -> None:
-    """Otherwise a resumed run, which counts at other moments, would not be the same."""
+def test_sample_losses_do_not_depend_on_the_batch() -> None:
+    """Otherwise a resumed run, which accumulates at other steps, would differ."""
     outputs, targets = 5 * torch.randn(257, 10), torch.arange(257) % 10
     for loss in (CrossEntropy(label_smoothing=0.1, class_weights=None, classes=10), MSE(classes=10)):
         together = sample_losses(loss, outputs, targets).float()
@@ -284,7 +284,7 @@ def test_losses_do_not_depend_on_their_company() -> None:
         assert torch.equal(torch.cat(alone), together)
 
 
-def test_sums_show_what_they_hold_once_and_in_order() -> None:
+def test_metric_sum_returns_losses_once_and_in_order() -> None:
     seen: list[tuple[Tensor, Tensor]] = []
     sums = MetricSum(False, lambda outputs, targets: seen.append((outputs, targets)))
     outputs, targets = torch.randn(6, 1), torch.randn(6)
@@ -309,7 +309,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_samples_by_its_losses(whole: Path, tmp_path: Path) -> None:
-    """The losses are those of the model, and the draws follow them."""
+    """The observed losses are the model's, and the draws follow them."""
     still = [line for line in HARD if line != "model.dropout=0.3" and not line.startswith("augmentation")]
     start(tmp_path, *still, "epochs=1", "optimizer=sgd", "optimizer.lr=1e-9", "ema=null")
     state = result(tmp_path)["progress"]["sampler"]
@@ -328,7 +328,7 @@ def assert_same_run(folder: Path, other: Path) -> None:
 
 @pytest.mark.parametrize("step", [2, 6, STEPS_PER_EPOCH, 11])
 def test_interrupted_and_resumed(whole: Path, tmp_path: Path, step: int) -> None:
-    """Within the epochs, and at the end of one (4)."""
+    """Interrupts within epochs, and at the end of one (4)."""
     with at_update(step, terminate):
         assert start(tmp_path, *HARD)["status"] == "interrupted"
     assert resume(tmp_path, *HARD)["status"] == "finished"
@@ -348,7 +348,7 @@ def test_killed_and_resumed(whole: Path, tmp_path: Path) -> None:
     assert_same_run(tmp_path, whole)
 
 
-def test_without_its_state_a_resumed_run_is_another(whole: Path, tmp_path: Path) -> None:
+def test_resuming_without_sampler_state_differs(whole: Path, tmp_path: Path) -> None:
     with at_update(6, terminate):
         start(tmp_path, *HARD)
     with patch.object(HardExamples, "load_state_dict", lambda self, state: None):
@@ -384,7 +384,7 @@ def test_runs_with_the_other_samplers_resume(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.slow
 def test_the_command_stopped_by_a_signal(tmp_path: Path) -> None:
-    """Two processes, the first of which is told to end in the middle of its run."""
+    """Two processes; the first is stopped in the middle of the run."""
     line = [sys.executable, "-m", "dlopt", "train", *HARD, "epochs=120", "checkpoint.every_epochs=50"]
 
     def run(folder: str) -> list[str]:

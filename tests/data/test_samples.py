@@ -64,7 +64,7 @@ def test_files_of_different_sizes_need_an_image_size(tmp_path: Path, write_image
         Files([str(path) for path in paths], torch.arange(3), None, 3)
 
 
-def test_an_odd_size_that_the_first_look_missed_is_told_when_it_is_met(
+def test_different_size_missed_by_the_header_check_is_reported_on_fetch(
     tmp_path: Path, write_images: WriteImages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dlopt.data.samples._HEADERS_CHECKED", 2)
@@ -109,7 +109,7 @@ def test_wrapped_follows_the_protocol() -> None:
     check_protocol(Wrapped(Items([(torch.rand(3), i % 2) for i in range(5)]), None, "data.train"))
 
 
-def test_wrapped_images_come_to_one_size() -> None:
+def test_wrapped_images_are_resized() -> None:
     items = [(torch.full((1, 4 + i, 9), i, dtype=torch.uint8), i) for i in range(4)]
     samples = Wrapped(Items(items), (3, 3), "data.train")
     assert samples.shape == (1, 3, 3)
@@ -134,7 +134,7 @@ def test_wrapped_labels_of_every_kind(labels: list[Any], expected: Tensor) -> No
     assert samples.targets.dtype == expected.dtype and torch.equal(samples.targets, expected)
 
 
-def test_labels_come_from_an_attribute_only_where_it_agrees() -> None:
+def test_labels_attribute_is_used_only_if_it_matches() -> None:
     items = [(torch.rand(2), label) for label in (1, 0, 1)]
     quick, wrong = Items(items, targets=[1, 0, 1]), Items(items, targets=[0, 0, 0])
     for dataset in (quick, wrong):
@@ -163,7 +163,7 @@ class Raising(Items):
         (Raising([1]), r"\[0\]: KeyError: 'colour'"),
     ],
 )
-def test_wrapped_says_what_is_wrong(dataset: Any, message: str) -> None:
+def test_wrapped_reports_invalid_items(dataset: Any, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         Wrapped(dataset, None, "data.train")
     assert str(caught.value).startswith("data.train (")

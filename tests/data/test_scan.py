@@ -12,7 +12,7 @@ from dlopt.data.folder import Listing, scan
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two classes, one with a folder in it; the scan is worth keeping, and at once."""
+    """Two classes, one with a subfolder; every scan is cached at once."""
     monkeypatch.setattr(module, "CACHE_MIN_IMAGES", 1)
     monkeypatch.setattr(module, "_SETTLED", -(10**12))
     folder = tmp_path / "images"
@@ -28,29 +28,29 @@ def same(one: Listing, other: Listing) -> bool:
 
 
 @pytest.fixture
-def looks(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
-    """The folders that are listed."""
+def listed(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """Records the listed folders."""
     names: list[bytes] = []
     scandir = os.scandir
 
-    def look(path: bytes) -> object:
+    def record(path: bytes) -> object:
         names.append(path)
         return scandir(path)
 
-    monkeypatch.setattr(os, "scandir", look)
+    monkeypatch.setattr(os, "scandir", record)
     return names
 
 
-def test_what_is_found(folder: Path) -> None:
+def test_scan_lists_images_by_class(folder: Path) -> None:
     found = scan(folder)
     assert found.classes == ("a", "b") and found.counts.tolist() == [2, 2]
     assert found.paths.tolist() == [b"a/x/y.jpg", b"a/z.jpg", b"b/1.PNG", b"b/2.jpg"]
 
 
-def test_a_second_scan_lists_nothing(folder: Path, looks: list[bytes]) -> None:
+def test_second_scan_uses_the_cache(folder: Path, listed: list[bytes]) -> None:
     first = scan(folder)
-    assert len(looks) == 4
-    assert same(scan(folder), first) and len(looks) == 4
+    assert len(listed) == 4
+    assert same(scan(folder), first) and len(listed) == 4
 
 
 def add(folder: Path) -> None:
@@ -86,7 +86,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def add_and_set_the_time_back(folder: Path) -> None:
-    """As tools that copy folders with their times do."""
+    """Sets the times back, as copying tools do."""
     before = (folder / "a").stat()
     (folder / "a/new.jpg").touch()
     os.utime(folder / "a", ns=(before.st_atime_ns, before.st_mtime_ns))
@@ -97,9 +97,7 @@ def add_and_set_the_time_back(folder: Path) -> None:
     [add, add_deep, add_class, remove, rename, replace_folder, remove_folder, add_and_set_the_time_back],
     ids=lambda change: change.__name__,
 )
-def test_a_stale_cache_is_recognised(
-    folder: Path, change: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stale_cache_is_ignored(folder: Path, change: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch) -> None:
     first = scan(folder)
     time.sleep(0.02)  # file systems tell times apart by ticks of a few milliseconds
     change(folder)
@@ -108,17 +106,17 @@ def test_a_stale_cache_is_recognised(
     assert same(changed, scan(folder)) and not same(changed, first)
 
 
-def test_a_folder_that_has_just_changed_is_not_kept(
-    folder: Path, looks: list[bytes], monkeypatch: pytest.MonkeyPatch
+def test_recently_changed_folder_is_not_cached(
+    folder: Path, listed: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_SETTLED", 10**12)
     scan(folder)
     scan(folder)
-    assert len(looks) == 8
+    assert len(listed) == 8
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "foreign"])
-def test_a_damaged_cache_is_no_cache(folder: Path, looks: list[bytes], own_cache: Path, damage: str) -> None:
+def test_damaged_cache_is_ignored(folder: Path, listed: list[bytes], own_cache: Path, damage: str) -> None:
     first = scan(folder)
     (file,) = own_cache.iterdir()
     data = bytearray(file.read_bytes())
@@ -126,11 +124,11 @@ def test_a_damaged_cache_is_no_cache(folder: Path, looks: list[bytes], own_cache
     whole = file.read_bytes()
     contents = {"flip": bytes(data), "cut": whole[:-10], "empty": b"", "foreign": b"x" * 100}
     file.write_bytes(contents[damage])
-    assert same(scan(folder), first) and len(looks) == 8
-    assert same(scan(folder), first) and len(looks) == 8  # it was written anew
+    assert same(scan(folder), first) and len(listed) == 8
+    assert same(scan(folder), first) and len(listed) == 8  # it was written anew
 
 
-def test_small_folders_and_unwritable_caches_leave_nothing(
+def test_small_folders_and_unwritable_caches_are_not_cached(
     folder: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "CACHE_MIN_IMAGES", 5)
@@ -141,7 +139,7 @@ def test_small_folders_and_unwritable_caches_leave_nothing(
     assert same(scan(folder), scan(folder))
 
 
-def test_links_are_followed_but_not_in_circles(folder: Path) -> None:
+def test_follows_links_but_not_loops(folder: Path) -> None:
     (folder / "b/again").symlink_to(folder / "b")
     (folder / "b/other").symlink_to(folder / "a/x")
     found = scan(folder)

@@ -20,7 +20,7 @@ def hashes(samples: Samples) -> set[bytes]:
 
 
 def random_dataset(counts: list[int], test: int = 0) -> Dataset:
-    """Distinct random images: two that are equal would be one hash."""
+    """Returns distinct random images, which can be identified by their hashes."""
     targets = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     draw = torch.Generator().manual_seed(0)
     inputs = torch.randint(0, 256, (len(targets) + test, 1, 8, 8), dtype=torch.uint8, generator=draw)
@@ -33,7 +33,7 @@ class_counts = st.lists(st.integers(1, 40), min_size=1, max_size=8)
 
 
 @given(counts=class_counts, share=st.floats(0, 1), seed=st.integers(0, 2**62))
-def test_stratified_is_a_partition_in_proportion(counts: list[int], share: float, seed: int) -> None:
+def test_stratified_partitions_in_proportion(counts: list[int], share: float, seed: int) -> None:
     targets = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     targets = targets[torch.randperm(len(targets))]
     count = max(len(counts), round(share * len(targets)))
@@ -57,7 +57,7 @@ def test_stratified_counts(counts: list[int], count: int, expected: list[int]) -
 
 
 @given(counts=class_counts, share=st.floats(0.01, 0.99))
-def test_every_class_with_two_samples_is_in_both_parts(counts: list[int], share: float) -> None:
+def test_every_class_with_two_samples_is_in_both_splits(counts: list[int], share: float) -> None:
     targets = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     held_out, kept = stratified(targets, max(1, round(share * len(targets))), 0, keep_one=True)
     for label, total in enumerate(counts):
@@ -65,7 +65,7 @@ def test_every_class_with_two_samples_is_in_both_parts(counts: list[int], share:
         assert (label in targets[held_out]) == (total >= 2)
 
 
-def test_the_seed_decides_who_is_chosen() -> None:
+def test_seed_determines_the_selection() -> None:
     targets = torch.arange(200) % 4
     a, b, c = (stratified(targets, 40, seed)[0] for seed in (1, 1, 2))
     assert torch.equal(a, b) and not torch.equal(a, c)
@@ -74,7 +74,7 @@ def test_the_seed_decides_who_is_chosen() -> None:
 @given(
     val_split=st.floats(0, 0.9), subset=st.none() | st.integers(4, 100) | st.floats(0.1, 1.0), seed=st.integers(0, 99)
 )
-def test_no_sample_leaks(val_split: float, subset: int | float | None, seed: int) -> None:
+def test_splits_are_disjoint(val_split: float, subset: int | float | None, seed: int) -> None:
     dataset = random_dataset([40, 30, 20, 10], test=20)
     settings = DataSettings(
         batch_size=8, val_split=val_split, subset=subset, split_seed=seed, image_size=None, memory="auto", workers=0,
@@ -86,8 +86,8 @@ def test_no_sample_leaks(val_split: float, subset: int | float | None, seed: int
     val = hashes(parts.val) if parts.val is not None else set()
     assert not train & val and not train & test and not val & test
     assert len(test) == 20 and train | val <= hashes(dataset.train)
-    wanted = 100 if subset is None else subset if isinstance(subset, int) else max(1, round(subset * 100))
-    assert len(train) + len(val) == len(parts.train) + (len(parts.val) if parts.val else 0) == wanted
+    expected_count = 100 if subset is None else subset if isinstance(subset, int) else max(1, round(subset * 100))
+    assert len(train) + len(val) == len(parts.train) + (len(parts.val) if parts.val else 0) == expected_count
 
 
 def test_validation_split_of_the_usual_size(settings: Make) -> None:
@@ -97,19 +97,19 @@ def test_validation_split_of_the_usual_size(settings: Make) -> None:
     assert torch.bincount(parts.train.targets).tolist() == [360, 270, 180, 90]
 
 
-def test_data_with_their_own_validation_set_keep_it(settings: Make) -> None:
+def test_existing_validation_set_is_kept(settings: Make) -> None:
     dataset = random_dataset([10, 10])
     dataset.val = random_dataset([3, 2], test=0).train
     parts = prepare(dataset, settings(val_split=0.5))
     assert parts.val is not None and len(parts.val) == 5 and len(parts.train) == 20
 
 
-def test_one_sample_per_class_leaves_nothing_to_validate_on(settings: Make) -> None:
+def test_no_validation_set_with_one_sample_per_class(settings: Make) -> None:
     parts = prepare(random_dataset([1, 1, 1]), settings(val_split=0.5))
     assert len(parts.train) == 3 and parts.val is None
 
 
-def test_the_smallest_share_still_validates_where_it_can(settings: Make) -> None:
+def test_smallest_val_split_has_at_least_one_sample(settings: Make) -> None:
     parts = prepare(random_dataset([2, 2]), settings(val_split=0.01))
     assert parts.val is not None and torch.bincount(parts.val.targets).tolist() == [1, 1]
 
@@ -122,23 +122,22 @@ def test_subset_and_validation_split_are_drawn_independently(settings: Make) -> 
 
 
 @pytest.mark.parametrize(
-    "subset, message", [(2, "one of each of the 3 classes; use at least 3"), (0.001, "at least 3"), (100, "only 9 samples")]
+    "subset, message",
+    [(2, "one of each of the 3 classes; use at least 3"), (0.001, "at least 3"), (100, "only 9 samples")],
 )
-def test_impossible_subsets(settings: Make, subset: int | float, message: str) -> None:
+def test_rejects_impossible_subsets(settings: Make, subset: int | float, message: str) -> None:
     with pytest.raises(UserError, match=f"data.subset={subset}: .*{message}"):
         prepare(random_dataset([3, 3, 3]), settings(subset=subset))
 
 
-def test_regression_is_split_without_regard_to_values(settings: Make) -> None:
+def test_regression_split_ignores_values(settings: Make) -> None:
     samples = InMemory(torch.rand(50, 4), torch.rand(50, 2))
     parts = prepare(Dataset(samples, None, None, None), settings(val_split=0.2, subset=0.5))
     assert parts.val is not None and (len(parts.train), len(parts.val)) == (20, 5)
 
 
 @pytest.mark.parametrize("size, expected", [(4, (4, 4)), ((6, 5), (6, 5)), (8, (8, 8))])
-def test_samples_in_memory_come_to_the_image_size(
-    settings: Make, size: int | tuple[int, int], expected: tuple[int, int]
-) -> None:
+def test_samples_in_memory_are_resized(settings: Make, size: int | tuple[int, int], expected: tuple[int, int]) -> None:
     parts = prepare(random_dataset([5], test=3), settings(image_size=size, val_split=0.2))
     assert parts.val is not None and parts.test is not None
     for part in (parts.train, parts.val, parts.test):
@@ -151,7 +150,7 @@ def test_vectors_have_no_image_size(settings: Make) -> None:
         prepare(dataset, settings(image_size=8))
 
 
-def test_parts_of_different_shapes(settings: Make) -> None:
+def test_rejects_splits_of_different_shapes(settings: Make) -> None:
     dataset = random_dataset([4])
     dataset.test = InMemory(torch.zeros(2, 1, 9, 9, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64))
     with pytest.raises(UserError, match=r"test samples have the shape \[1, 9, 9\].*image_size"):
@@ -165,14 +164,14 @@ def files(tmp_path: Path, write_images: Callable[..., list[Path]]) -> Dataset:
     return Dataset(train, None, test, ("a", "b"))
 
 
-def test_files_that_fit_are_decoded_and_the_test_set_is_left_alone(settings: Make, files: Dataset) -> None:
+def test_files_that_fit_are_decoded_except_the_test_set(settings: Make, files: Dataset) -> None:
     parts = prepare(files, settings(val_split=0.25))
     assert parts.in_memory and isinstance(parts.train, InMemory) and isinstance(parts.val, InMemory)
     assert isinstance(parts.test, Files)
     assert hashes(parts.train) | hashes(parts.val) == hashes(files.train)
 
 
-def test_files_stay_files_when_told_or_when_they_do_not_fit(
+def test_files_are_streamed_if_requested_or_too_large(
     settings: Make, files: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     needed = 12 * 3 * 6 * 5
@@ -188,5 +187,5 @@ def test_files_stay_files_when_told_or_when_they_do_not_fit(
         prepare(files, settings(memory=True))
 
 
-def test_available_memory_is_a_sensible_figure() -> None:
+def test_available_memory_is_plausible() -> None:
     assert 2**26 < available_memory() < 2**50

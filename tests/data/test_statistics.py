@@ -24,7 +24,7 @@ class Counted(Standardize):
 
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Files:
-    """24 images whose grey rises from file to file; the cache is the test's own, and worth having."""
+    """24 images with increasing grey values; their statistics are cached."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(normalization, "_CACHE_MIN_SAMPLES", 2)
     Counted.seen.clear()
@@ -46,7 +46,7 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return all(torch.equal(value, other[name]) for name, value in one.items())
 
 
-def test_streamed_samples_are_read_in_part_and_evenly(files: Files) -> None:
+def test_streamed_statistics_use_evenly_spaced_samples(files: Files) -> None:
     whole, part = fitted(files, None, "whole"), fitted(files, 8)
     assert Counted.seen == [24, 8]
     assert not equal(whole, part)
@@ -54,13 +54,13 @@ def test_streamed_samples_are_read_in_part_and_evenly(files: Files) -> None:
     assert means[0] == pytest.approx(means[1], rel=0.05)  # the first third alone would be a third as bright
 
 
-def test_samples_in_memory_count_all(files: Files) -> None:
+def test_statistics_in_memory_use_all_samples(files: Files) -> None:
     samples = InMemory(files.fetch(torch.arange(24)), files.targets)
     assert equal(fitted(samples, 8, in_memory=True), fitted(files, None))
     assert Counted.seen == [24, 24]
 
 
-def test_a_second_run_reads_nothing(files: Files) -> None:
+def test_second_run_uses_cached_statistics(files: Files) -> None:
     first = fitted(files, 8)
     assert equal(first, fitted(files, 8)) and Counted.seen == [8]
     fitted(files, 8, "another normalization")
@@ -68,14 +68,14 @@ def test_a_second_run_reads_nothing(files: Files) -> None:
     assert Counted.seen == [8, 8, 8]
 
 
-def test_an_image_that_has_changed_is_seen(files: Files) -> None:
+def test_changed_image_invalidates_the_cache(files: Files) -> None:
     first = fitted(files, None)
     Image.fromarray(np.full((6, 6, 3), 255, dtype=np.uint8)).save(files.path(3))
     assert not equal(first, fitted(files, None))
     assert Counted.seen == [24, 24]
 
 
-def test_a_damaged_cache_is_no_cache(files: Files, tmp_path: Path) -> None:
+def test_damaged_cache_is_ignored(files: Files, tmp_path: Path) -> None:
     first = fitted(files, 8)
     [kept] = (tmp_path / "cache/dlopt").glob("statistics-*.npz")
     kept.write_bytes(kept.read_bytes()[:-3] + b"abc")

@@ -60,7 +60,7 @@ def test_a_split_column(table: Callable[..., Dataset]) -> None:
     assert [part.targets.tolist() for part in (data.train, data.val, data.test)] == [[0, 1, 0], [0], [1, 0]]
 
 
-def test_numbers_to_regress_on(table: Callable[..., Dataset]) -> None:
+def test_regression_labels(table: Callable[..., Dataset]) -> None:
     data = table("path,label\nimages/000.png,1.5\nimages/001.png,-2e3\n", labels="value")
     assert data.classes is None and torch.equal(data.train.targets, torch.tensor([1.5, -2000.0]))
 
@@ -87,7 +87,7 @@ def test_numbers_to_regress_on(table: Callable[..., Dataset]) -> None:
         (b"path,label\nimages/000.png,a\0\n" + b"x" * 200000, {}, "data.file="),
     ],
 )  # fmt: skip
-def test_mistakes_are_told(
+def test_rejects_invalid_settings(
     tmp_path: Path, table: Callable[..., Dataset], text: str | bytes, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError, match=message) as caught:

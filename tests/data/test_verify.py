@@ -28,56 +28,56 @@ def load(root: Path) -> Dataset:
 
 
 @pytest.fixture
-def looked_at(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The images that are decoded to see whether they can be read."""
+def checked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Records the images that are checked."""
     paths: list[str] = []
 
-    def look(path: str, size: tuple[int, int] | None, channels: int) -> torch.Tensor:
+    def record(path: str, size: tuple[int, int] | None, channels: int) -> torch.Tensor:
         paths.append(path)
         return decode(path, size, channels)
 
-    monkeypatch.setattr(verify, "decode", look)
+    monkeypatch.setattr(verify, "decode", record)
     monkeypatch.setattr(verify, "_reason", lambda path: f"{path}: broken")
     return paths
 
 
-def test_only_changed_files_are_looked_at_again(root: Path, looked_at: list[str], write_images: WriteImages) -> None:
+def test_only_changed_files_are_checked_again(root: Path, checked: list[str], write_images: WriteImages) -> None:
     first = load(root)
-    assert len(looked_at) == 12 and len(first.train) == 11
-    looked_at.clear()
-    # an empty file has no content whose change could be told, so it is looked at every time
+    assert len(checked) == 12 and len(first.train) == 11
+    checked.clear()
+    # a change of an empty file cannot be detected, so it is checked every time
     again = load(root)
-    assert looked_at == [str(root / "train/a/003.png")] and again.notes == first.notes
+    assert checked == [str(root / "train/a/003.png")] and again.notes == first.notes
     assert torch.equal(again.train.targets, first.train.targets)
 
-    looked_at.clear()
+    checked.clear()
     (root / "train/a/003.png").write_bytes((root / "train/a/002.png").read_bytes())  # repaired
     (root / "train/b/001.png").write_bytes(b"damaged")
     write_images(root / "train/b/new", 1)
     changed = load(root)
-    assert sorted(looked_at) == [str(root / f"train/{name}") for name in ("a/003.png", "b/001.png", "b/new/000.png")]
+    assert sorted(checked) == [str(root / f"train/{name}") for name in ("a/003.png", "b/001.png", "b/new/000.png")]
     assert len(changed.train) == 12 and "train/b/001.png" in changed.notes[1]
 
 
-def test_a_damaged_cache_is_no_cache(root: Path, looked_at: list[str], own_cache: Path) -> None:
+def test_damaged_cache_is_ignored(root: Path, checked: list[str], own_cache: Path) -> None:
     load(root)
     (file,) = own_cache.glob("readable-*.npz")
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
-    looked_at.clear()
-    assert len(load(root).train) == 11 and len(looked_at) == 12
+    checked.clear()
+    assert len(load(root).train) == 11 and len(checked) == 12
 
 
-def test_without_a_cache_folder_every_image_is_looked_at(
-    root: Path, looked_at: list[str], monkeypatch: pytest.MonkeyPatch
+def test_without_cache_folder_every_image_is_checked(
+    root: Path, checked: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
     assert len(load(root).train) == len(load(root).train) == 11
-    assert len(looked_at) == 24
+    assert len(checked) == 24
 
 
-def test_workers_find_the_same(root: Path, monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:
+def test_workers_give_the_same_results(root: Path, monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:
     alone = load(root)
     for file in own_cache.iterdir():
         file.unlink()
@@ -86,7 +86,7 @@ def test_workers_find_the_same(root: Path, monkeypatch: pytest.MonkeyPatch, own_
     assert load(root).notes == alone.notes and len(load(root).train) == 11
 
 
-def test_a_long_look_reports_its_progress(
+def test_long_checks_report_progress(
     root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(verify, "_PROGRESS", -1.0)  # seconds: at every piece
@@ -94,7 +94,7 @@ def test_a_long_look_reports_its_progress(
     assert caplog.messages == ["data.on_error=skip: checked 12 of 12 images"]
 
 
-def test_a_long_list_is_cut_and_kept_whole_in_a_file(
+def test_long_list_is_truncated_and_written_to_a_file(
     tmp_path: Path, write_images: WriteImages, own_cache: Path
 ) -> None:
     write_images(tmp_path / "train/a", 2)

@@ -25,7 +25,7 @@ def covariance(result: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e4])
-def test_mean_and_covariance_are_numpys(offset: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mean_and_covariance_match_numpy(offset: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dlopt.data.loading._CHUNK_BYTES", 6 * 7)  # chunks of 7 rows
     inputs = correlated(offset=offset)
     mean, spread = mean_and_covariance(InMemory(inputs, torch.zeros(200)), torch.device("cpu"))
@@ -43,13 +43,13 @@ def test_pca_decorrelates_and_only_rotates() -> None:
 
 
 @pytest.mark.parametrize("kind", [PCAWhiten, ZCAWhiten])
-def test_whitened_data_have_the_identity_as_covariance(kind: type[PCAWhiten]) -> None:
+def test_whitened_data_has_identity_covariance(kind: type[PCAWhiten]) -> None:
     inputs = correlated()
     result = fitted(kind(epsilon=1e-12, input_shape=(6,)), inputs)(inputs)
     assert torch.allclose(covariance(result), torch.eye(6).double(), atol=1e-6)
 
 
-def test_zca_is_the_inverse_root_of_the_covariance() -> None:
+def test_zca_is_the_inverse_square_root_of_the_covariance() -> None:
     inputs = correlated()
     module = fitted(ZCAWhiten(epsilon=0.5, input_shape=(6,)), inputs)
     values, vectors = np.linalg.eigh(covariance(inputs.double()).numpy())
@@ -65,7 +65,7 @@ def test_images_keep_their_shape_and_constant_pixels_do_not_explode() -> None:
     assert (result[:, :, 1:].var((0, 2, 3)) - 1).abs().max() < 0.1
 
 
-def test_images_are_taken_as_0_to_1() -> None:
+def test_images_are_scaled_to_0_to_1() -> None:
     inputs = torch.randint(0, 256, (50, 1, 3, 2), dtype=torch.uint8)
     a = fitted(PCAWhiten(epsilon=0.01, input_shape=(1, 3, 2)), inputs)(inputs)
     b = fitted(PCAWhiten(epsilon=0.01, input_shape=(6,)), (inputs / 255).flatten(1))((inputs / 255.0).flatten(1))
@@ -78,7 +78,7 @@ def test_fewer_samples_than_features() -> None:
 
 
 @pytest.mark.parametrize("kind, name", [(PCA, "pca"), (PCAWhiten, "pca_whiten"), (ZCAWhiten, "zca_whiten")])
-def test_large_images_are_refused(kind: type[PCA], name: str) -> None:
+def test_rejects_large_images(kind: type[PCA], name: str) -> None:
     options = {} if kind is PCA else {"epsilon": 1e-3}
     with pytest.raises(UserError, match=rf"normalize={name}: needs the covariance of all 150528"):
         kind(input_shape=(3, 224, 224), **options)

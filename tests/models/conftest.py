@@ -16,7 +16,7 @@ Build = Callable[..., nn.Module]
 
 @pytest.fixture
 def build(tmp_path: Path) -> Build:
-    """Builds a choice of conf/model as a user gets it: build("resnet20", "norm=group", input_shape=...)."""
+    """Builds a choice of conf/model from its YAML file: build("resnet20", "norm=group", input_shape=...)."""
     (tmp_path / "train.yaml").write_text("defaults: [_self_, model: mlp]\n")
 
     def build(choice: str, *overrides: str, **arguments: Any) -> nn.Module:

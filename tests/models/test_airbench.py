@@ -1,4 +1,4 @@
-"""The net of airbench94 against its published description (Jordan 2024, section 3.1) and size."""
+"""The network of airbench94 against its published description (Jordan 2024, section 3.1) and size."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ from dlopt.errors import UserError
 Build = Callable[..., nn.Module]
 
 
-def test_the_published_size(build: Build) -> None:
+def test_published_size(build: Build) -> None:
     model = build("airbench94", input_shape=(3, 32, 32), classes=10)
     count = sum(p.numel() for p in model.parameters())
     assert count == 1_972_792  # "1.97 M"
@@ -28,7 +28,7 @@ def test_the_published_size(build: Build) -> None:
     }
 
 
-def test_the_maps_on_the_way(build: Build) -> None:
+def test_shapes_of_the_maps(build: Build) -> None:
     model = build("airbench94", input_shape=(3, 32, 32), classes=10)
     sizes = {}
     maps: Tensor = torch.zeros(2, 3, 32, 32)
@@ -52,11 +52,11 @@ def test_the_outputs_are_divided_by_the_number_of_features(build: Build) -> None
 
 
 @pytest.mark.parametrize("size", [2, 5, 8, 28, 33])
-def test_other_sizes_pass(build: Build, size: int) -> None:
+def test_other_sizes_work(build: Build, size: int) -> None:
     model = build("airbench94", "widths=[4,4,4]", input_shape=(1, size, size), classes=3)
     assert model(torch.randn(2, 1, size, size)).shape == (2, 3)
 
 
-def test_images_smaller_than_the_first_filter_are_refused(build: Build) -> None:
+def test_rejects_images_smaller_than_the_first_filter(build: Build) -> None:
     with pytest.raises(UserError, match=r"model\.whiten_kernel=4: the images have only 3x3 pixels"):
         build("airbench94", "whiten_kernel=4", input_shape=(1, 3, 3), classes=3)

@@ -14,7 +14,7 @@ def images(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-def test_parameters_of_the_paper_and_of_the_net_in_one_column(build: Build) -> None:
+def test_parameter_counts_of_one_and_two_columns(build: Build) -> None:
     """60 million in the paper's abstract; counted: kernels of section 3.5 with their biases."""
     two = 96 * (11 * 11 * 3) + 256 * (5 * 5 * 48) + 384 * (3 * 3 * 256) + 384 * (3 * 3 * 192) + 256 * (3 * 3 * 192)
     one = 96 * (11 * 11 * 3) + 256 * (5 * 5 * 96) + 384 * (3 * 3 * 256) + 384 * (3 * 3 * 384) + 256 * (3 * 3 * 384)
@@ -25,7 +25,7 @@ def test_parameters_of_the_paper_and_of_the_net_in_one_column(build: Build) -> N
         assert sum(parameter.numel() for parameter in model.parameters()) == kernels + both
 
 
-def test_the_maps_of_the_paper(build: Build) -> None:
+def test_shapes_of_the_papers_maps(build: Build) -> None:
     shapes = []
     with torch.device("meta"):
         model = build("two_column_alexnet_224", input_shape=(3, 224, 224), classes=1000)
@@ -43,8 +43,8 @@ def test_small_images(build: Build, choice: str, shape: tuple[int, ...]) -> None
     assert build(choice, input_shape=shape, classes=3)(images(2, *shape)).shape == (2, 3)
 
 
-def test_two_columns_are_the_one_column_net_without_some_connections(build: Build) -> None:
-    """Where the columns do not meet, the kernel of the one-column net is block-diagonal."""
+def test_two_columns_equal_one_column_without_cross_connections(build: Build) -> None:
+    """Without cross connections, the kernel of the one-column network is block-diagonal."""
     shape = (3, 16, 16)
     keys = ["norm=none", "local_response=false", "hidden=8", "dropout=0.0"]
     two = build("two_column_alexnet", *keys, input_shape=shape, classes=5).double()
@@ -68,13 +68,13 @@ def test_two_columns_are_the_one_column_net_without_some_connections(build: Buil
 
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("kind", ["batch", "layer", "group", "instance", "none"])
-def test_every_norm_goes_forward_and_backward(build: Build, choice: str, kind: str) -> None:
+def test_forward_and_backward_with_every_norm(build: Build, choice: str, kind: str) -> None:
     model = build(choice, f"norm={kind}", "hidden=32", input_shape=(1, 16, 16), classes=3)
     model(images(4, 1, 16, 16)).square().sum().backward()
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
-def test_local_response_normalization_is_the_papers(build: Build) -> None:
+def test_local_response_normalization_matches_the_paper(build: Build) -> None:
     model = build("alexnet", input_shape=(1, 16, 16), classes=3)
     (first, _) = (module for module in model.modules() if isinstance(module, nn.LocalResponseNorm))
     maps = images(2, 9, 3, 3).double() * 30
@@ -82,7 +82,7 @@ def test_local_response_normalization_is_the_papers(build: Build) -> None:
     torch.testing.assert_close(first(maps), maps / (2 + 1e-4 * sums) ** 0.75)
 
 
-def test_what_cannot_be_is_refused(build: Build) -> None:
+def test_rejects_invalid_settings(build: Build) -> None:
     with pytest.raises(UserError, match=r"model\.hidden=33"):
         build("two_column_alexnet", "hidden=33", input_shape=(1, 16, 16), classes=3)
     build("alexnet_224", "hidden=4", input_shape=(3, 63, 63), classes=3)(images(2, 3, 63, 63))

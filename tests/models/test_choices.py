@@ -37,9 +37,7 @@ FAMILIES += [
 @pytest.mark.parametrize(
     "choice", [pytest.param(choice, marks=[pytest.mark.slow] if choice in DEEP else []) for choice in CHOICES]
 )
-def test_every_choice_builds_without_memory_and_maps_a_batch_to_outputs(
-    build: Callable[..., nn.Module], choice: str
-) -> None:
+def test_every_choice_builds_on_meta_and_maps_a_batch_to_outputs(build: Callable[..., nn.Module], choice: str) -> None:
     if choice == "timm":
         pytest.importorskip("timm")
     shape = SHAPES.get(choice, (3, 32, 32))
@@ -51,9 +49,7 @@ def test_every_choice_builds_without_memory_and_maps_a_batch_to_outputs(
 
 
 @pytest.mark.parametrize("choice", FAMILIES)
-def test_normalization_is_a_choice_of_every_model_with_hidden_layers(
-    build: Callable[..., nn.Module], choice: str
-) -> None:
+def test_every_model_with_hidden_layers_has_a_norm_key(build: Callable[..., nn.Module], choice: str) -> None:
     counts = {}
     for keys in (["norm=layer", "norm_affine=true"], ["norm=layer", "norm_affine=false"], ["norm=none"]):
         with torch.device("meta"):

@@ -31,7 +31,7 @@ def test_group_norm_averages_over_a_group_of_channels() -> None:
     torch.testing.assert_close(norm("group").maps(8).double()(MAPS), expected)
 
 
-def test_none_does_nothing_and_leaves_the_bias_to_the_layer_in_front() -> None:
+def test_none_is_the_identity_and_needs_a_bias() -> None:
     assert norm("none").bias and not norm("batch").bias
     assert norm("none").maps(8)(MAPS) is MAPS
 
@@ -52,7 +52,7 @@ def test_the_number_of_groups_divides_and_leaves_two_channels_in_each(channels: 
         assert count == groups
 
 
-def test_vectors_refuse_instance_norm_by_name() -> None:
+def test_rejects_instance_norm_of_vectors() -> None:
     with pytest.raises(UserError, match=r"model\.norm=instance"):
         norm("instance").vectors(8)
 
@@ -67,7 +67,7 @@ def test_tokens_keep_their_shape_and_layer_norm_is_per_token(kind: str) -> None:
         torch.testing.assert_close(output, standardized(tokens, dims[kind]))
 
 
-def test_ghost_batches_are_normalized_on_their_own() -> None:
+def test_ghost_batches_are_normalized_separately() -> None:
     layer = norm("batch", ghost_batch=4).maps(8).double()
     assert isinstance(layer, GhostBatchNorm2d)
     expected = torch.cat([standardized(part, (0, 2, 3)) for part in MAPS.split(4)])
@@ -85,7 +85,7 @@ def test_ghost_batches_update_the_running_averages_one_after_the_other() -> None
 
 
 @pytest.mark.parametrize(("batch", "sizes"), [(3, [3]), (7, [7]), (8, [4, 4]), (11, [6, 5]), (14, [5, 5, 4])])
-def test_a_ghost_remainder_is_spread_over_the_virtual_batches(batch: int, sizes: list[int]) -> None:
+def test_remainder_is_distributed_over_the_virtual_batches(batch: int, sizes: list[int]) -> None:
     vectors = torch.randn(batch, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     layer = norm("batch", ghost_batch=4).vectors(6).double()
     assert isinstance(layer, GhostBatchNorm1d)
@@ -93,13 +93,13 @@ def test_a_ghost_remainder_is_spread_over_the_virtual_batches(batch: int, sizes:
     torch.testing.assert_close(layer(vectors), expected)
 
 
-def test_ghost_batches_need_batch_norm() -> None:
+def test_ghost_batches_require_batch_norm() -> None:
     with pytest.raises(UserError, match=r"model\.norm_ghost_batch=4"):
         norm("group", ghost_batch=4)
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_activations_leave_their_input_alone(name: str) -> None:
+def test_activations_are_not_in_place(name: str) -> None:
     before = torch.linspace(-3, 3, 13)
     after = before.clone()
     assert activation(name)(after).shape == before.shape  # type: ignore[arg-type]

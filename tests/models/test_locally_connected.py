@@ -16,7 +16,7 @@ def maps() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_with_equal_filters_it_is_a_convolution(stride: int) -> None:
+def test_equal_filters_give_a_convolution(stride: int) -> None:
     conv = nn.Conv2d(3, 4, 3, stride=stride, padding=1).double()
     layer = LocallyConnected2d(3, 4, 3, extent=(7, 6), stride=stride, bias=True).double()
     assert conv.bias is not None and layer.bias is not None
@@ -34,7 +34,7 @@ def test_filters_are_not_shared() -> None:
     assert not output[:, :, 0, 0].any() and output[:, :, 0, 1].all()
 
 
-def test_initialization_knows_its_fans_and_keeps_positions_apart() -> None:
+def test_initialization_uses_fans_per_position() -> None:
     layer = LocallyConnected2d(16, 24, 3, extent=(9, 9), stride=1, bias=True)
     assert init.fans(layer, layer.weight) == (144, 216)
     init.fan_in_normal(layer, torch.Generator().manual_seed(0), zero_last_gamma=False)
@@ -50,12 +50,12 @@ def test_parameters(build: Build) -> None:
 
 
 @pytest.mark.parametrize("kind", ["batch", "layer", "group", "instance", "none"])
-def test_every_norm_goes_forward_and_backward(build: Build, kind: str) -> None:
+def test_forward_and_backward_with_every_norm(build: Build, kind: str) -> None:
     model = build("locally_connected", f"norm={kind}", input_shape=(1, 8, 8), classes=3)
     model(torch.randn(4, 1, 8, 8)).square().sum().backward()
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
-def test_an_even_kernel_is_refused(build: Build) -> None:
+def test_rejects_an_even_kernel(build: Build) -> None:
     with pytest.raises(UserError, match=r"model\.kernel=4"):
         build("locally_connected", "kernel=4", input_shape=(1, 8, 8), classes=3)

@@ -37,7 +37,7 @@ def samples(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_the_mlp_by_hand(name: str) -> None:
+def test_mlp_matches_the_formula(name: str) -> None:
     model = mlp(activation=name).double()
     vectors = samples(5, 1, 8, 8).flatten(1)
     for layer in (model.layer1, model.layer2):
@@ -60,7 +60,7 @@ def test_the_choices_build_for_vectors_and_one_output(build: Callable[..., nn.Mo
     assert build(choice, input_shape=(3,), classes=1)(samples(4, 3, dtype=torch.float32)).shape == (4, 1)
 
 
-def test_widths_and_activation_are_keys(build: Callable[..., nn.Module]) -> None:
+def test_widths_and_activation_are_configurable(build: Callable[..., nn.Module]) -> None:
     model = build("mlp", "widths=[64,64]", "activation=tanh", "norm=none", input_shape=(5,), classes=2)
     assert count(model) == 5 * 64 + 64 + 64 * 64 + 64 + 64 * 2 + 2
     assert sum(isinstance(module, nn.Tanh) for module in model.modules()) == 2
@@ -69,7 +69,7 @@ def test_widths_and_activation_are_keys(build: Callable[..., nn.Module]) -> None
 @pytest.mark.parametrize("make", [mlp, residual_mlp])
 @pytest.mark.parametrize("kind", ["batch", "layer", "group", "none"])
 @pytest.mark.parametrize("affine", [True, False])
-def test_every_norm_goes_forward_and_backward(make: Callable[..., nn.Module], kind: str, affine: bool) -> None:
+def test_forward_and_backward_with_every_norm(make: Callable[..., nn.Module], kind: str, affine: bool) -> None:
     model = make(norm=kind, norm_affine=affine, activation="tanh").double()
     model(samples(6, 1, 8, 8)).square().sum().backward()
     for name, parameter in model.named_parameters():
@@ -88,7 +88,7 @@ def test_dropout_acts_on_hidden_features_only_in_training() -> None:
 
 
 def input_gradient(residual: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradient that reaches the block's input when its branch is dead: a ReLU whose inputs are all negative."""
+    """Returns the gradient of the block's input if the branch is dead: all inputs of its ReLU are negative."""
     model = residual_mlp(residual=residual, blocks=1).double()
     block = model.get_submodule("block1")
     with torch.no_grad():
@@ -100,7 +100,7 @@ def input_gradient(residual: bool) -> tuple[torch.Tensor, torch.Tensor]:
     return output.detach(), hidden.grad
 
 
-def test_a_dead_branch_leaves_the_skip_its_gradient() -> None:
+def test_skip_passes_the_gradient_around_a_dead_branch() -> None:
     output, gradient = input_gradient(residual=True)
     assert torch.equal(output, samples(5, 16))
     assert torch.equal(gradient, samples(5, 16))

@@ -17,7 +17,7 @@ BASES = {
 
 @pytest.mark.parametrize("basis", BASES)
 @pytest.mark.parametrize("degree", [1, 2, 12])
-def test_the_bases_equal_numpys(basis: str, degree: int) -> None:
+def test_bases_match_numpy(basis: str, degree: int) -> None:
     x = np.linspace(-1.2, 1.2, 31)
     ours = Polynomials(degree, basis)(torch.from_numpy(x)[:, None])  # type: ignore[arg-type]
     np.testing.assert_allclose(ours.numpy(), BASES[basis](x, degree)[:, 1:], rtol=1e-10, atol=1e-12)
@@ -32,12 +32,12 @@ def test_the_legendre_basis_is_well_conditioned_and_monomials_are_not() -> None:
     assert condition["legendre"] < 50 < 1e8 < condition["monomial"]
 
 
-def test_the_choice_has_one_coefficient_per_degree(build: Callable[..., nn.Module]) -> None:
+def test_one_coefficient_per_degree(build: Callable[..., nn.Module]) -> None:
     model = build("polynomial", "degree=9", input_shape=(1,), classes=1)
     assert sum(parameter.numel() for parameter in model.parameters()) == 10
     assert model(torch.zeros(4, 1)).shape == (4, 1)
 
 
-def test_other_data_are_refused(build: Callable[..., nn.Module]) -> None:
+def test_rejects_other_data(build: Callable[..., nn.Module]) -> None:
     with pytest.raises(UserError, match=r"model=polynomial: .*\[1, 8, 8\]"):
         build("polynomial", input_shape=(1, 8, 8), classes=1)

@@ -48,14 +48,14 @@ def images(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         ("preact_resnet1001", 10.3),
     ],
 )
-def test_parameters_are_those_of_the_papers(build: Callable[..., nn.Module], choice: str, millions: float) -> None:
-    """Tables 3 and 4 of the wide nets' paper; the paper on identity mappings prints 10.2 M for the deepest."""
+def test_parameter_counts_match_the_papers(build: Callable[..., nn.Module], choice: str, millions: float) -> None:
+    """Tables 3 and 4 of the wide ResNet paper; the identity mappings paper prints 10.2 M for the deepest."""
     with torch.device("meta"):
         model = build(choice, input_shape=(3, 32, 32), classes=10)
     assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 1) == millions
 
 
-def test_a_wide_net_has_no_more_and_no_fewer_convolutions_than_its_name_says() -> None:
+def test_depth_of_a_wide_network_counts_its_convolutions() -> None:
     for depth in (10, 16, 22):
         kernels = [module for module in wide(depth=depth).modules() if isinstance(module, nn.Conv2d)]
         assert len(kernels) == depth - 1  # and the classifier; the three projections are counted
@@ -64,14 +64,14 @@ def test_a_wide_net_has_no_more_and_no_fewer_convolutions_than_its_name_says() -
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("kind", ["batch", "layer", "group", "instance", "none"])
 @pytest.mark.parametrize("make", [wide, basic, bottleneck])
-def test_every_norm_goes_forward_and_backward(make: Callable[..., nn.Module], kind: str, affine: bool) -> None:
+def test_forward_and_backward_with_every_norm(make: Callable[..., nn.Module], kind: str, affine: bool) -> None:
     model = make(norm=kind, norm_affine=affine).double()
     model(images(4, 3, 8, 8, dtype=torch.float64)).square().sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
 
 
-def test_the_wide_block_by_hand() -> None:
+def test_wide_block_matches_the_formula() -> None:
     block = wide(widen=2).double().get_submodule("stage1.0")
     maps = images(4, 16, 6, 6, dtype=torch.float64)
     assert isinstance(block, PreActBlock) and isinstance(block.shortcut, nn.Conv2d)
@@ -87,7 +87,7 @@ def test_the_wide_block_by_hand() -> None:
 
 
 @pytest.mark.parametrize("make", [basic, bottleneck])
-def test_nothing_stands_on_the_skip(make: Callable[..., nn.Module]) -> None:
+def test_skip_path_is_the_identity(make: Callable[..., nn.Module]) -> None:
     model = make(depth=14 if make is basic else 20)
     block = model.get_submodule("stage2.1")
     assert isinstance(block, PreActBlock | PreActBottleneck)
@@ -109,6 +109,6 @@ def test_block_dropout_acts_between_the_convolutions_only_in_training() -> None:
 
 @pytest.mark.parametrize("make", [wide, basic, bottleneck])
 @pytest.mark.parametrize("depth", [1, 9, 12, 13])
-def test_a_depth_that_does_not_exist_is_refused(make: Callable[..., nn.Module], depth: int) -> None:
+def test_rejects_invalid_depths(make: Callable[..., nn.Module], depth: int) -> None:
     with pytest.raises(UserError, match=rf"model\.depth={depth}: "):
         make(depth=depth)

@@ -19,14 +19,14 @@ def sequence() -> torch.Tensor:
     return torch.randn(3, 7, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-def test_rows_are_the_steps() -> None:
+def test_rows_are_the_time_steps() -> None:
     images = torch.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5)
     steps = Rows()(images)
     assert steps.shape == (2, 4, 15)
     assert torch.equal(steps[1, 2], images[1, :, 2].flatten())
 
 
-def test_the_plain_layer_equals_torchs() -> None:
+def test_rnn_layer_matches_torch() -> None:
     ours, theirs = RecurrentLayer(5, 6, norm("none")).double(), nn.RNN(5, 6, batch_first=True).double()
     theirs.load_state_dict(
         {
@@ -40,7 +40,7 @@ def test_the_plain_layer_equals_torchs() -> None:
 
 
 @pytest.mark.parametrize("forget_bias", [0.0, 1.0])
-def test_the_lstm_layer_equals_torchs(forget_bias: float) -> None:
+def test_lstm_layer_matches_torch(forget_bias: float) -> None:
     ours, theirs = LSTMLayer(5, 6, forget_bias, norm("none")).double(), nn.LSTM(5, 6, batch_first=True).double()
     bias = ours.input.bias.detach().clone()
     bias[6:12] += forget_bias
@@ -55,7 +55,7 @@ def test_the_lstm_layer_equals_torchs(forget_bias: float) -> None:
     torch.testing.assert_close(ours(sequence()), theirs(sequence())[0])
 
 
-def test_layer_norm_stands_inside_the_recurrence() -> None:
+def test_layer_norm_is_inside_the_recurrence() -> None:
     layer = RecurrentLayer(5, 6, norm("layer")).double()
     state = torch.zeros(3, 6, dtype=torch.float64)
     for step in sequence().unbind(1):
@@ -89,7 +89,7 @@ def test_forward_and_backward(build: Build, choice: str, kind: str, affine: str)
 
 @pytest.mark.parametrize("choice", ["rnn", "lstm"])
 @pytest.mark.parametrize("kind", ["batch", "group", "instance"])
-def test_other_norms_are_refused_by_name(build: Build, choice: str, kind: str) -> None:
+def test_rejects_other_norms(build: Build, choice: str, kind: str) -> None:
     with pytest.raises(UserError, match=rf"model\.norm={kind}: .*layer or none"):
         build(choice, f"norm={kind}", input_shape=(1, 8, 8), classes=4)
 

@@ -56,9 +56,7 @@ def images(shape: tuple[int, ...], batch: int = 4, dtype: torch.dtype = torch.fl
         ("plain56", 0.85),
     ],
 )
-def test_parameters_of_the_cifar_nets_are_those_of_the_paper(
-    build: Callable[..., nn.Module], choice: str, millions: float
-) -> None:
+def test_cifar_parameter_counts_match_the_paper(build: Callable[..., nn.Module], choice: str, millions: float) -> None:
     """Table 6 of the paper; exactly: convolutions of 16, 32, 64 channels, two norms' numbers each, one classifier."""
     n = (int("".join(filter(str.isdigit, choice))) - 2) // 6
     expected = 27 * 16 + 2 * 16 + 64 * 10 + 10
@@ -71,14 +69,14 @@ def test_parameters_of_the_cifar_nets_are_those_of_the_paper(
 
 
 @pytest.mark.parametrize("depth", [18, 34, 50, 101])
-def test_parameters_of_the_imagenet_nets_equal_torchvisions(build: Callable[..., nn.Module], depth: int) -> None:
+def test_imagenet_parameter_counts_match_torchvision(build: Callable[..., nn.Module], depth: int) -> None:
     with torch.device("meta"):
         ours = build(f"resnet{depth}", "stem=imagenet", input_shape=(3, 224, 224), classes=1000)
         theirs = getattr(torchvision.models, f"resnet{depth}")()
     assert count(ours) == count(theirs)
 
 
-def test_the_imagenet_net_computes_what_torchvisions_does() -> None:
+def test_imagenet_network_matches_torchvision() -> None:
     ours = imagenet(stem="imagenet", classes=7, depth=50).double().eval()
     theirs = torchvision.models.resnet50(num_classes=7).double().eval()
     state = ours.state_dict()
@@ -125,7 +123,7 @@ def test_option_a_takes_every_second_pixel_and_appends_zero_channels() -> None:
     assert output.shape == (4, 5, 3, 2) and not output[:, 3:].any()
 
 
-def test_residual_and_plain_block_by_hand() -> None:
+def test_residual_and_plain_block_match_the_formula() -> None:
     maps = images((16, 6, 6), dtype=torch.float64)
     for residual in (True, False):
         block = first_block(cifar(residual=residual).double())
@@ -142,7 +140,7 @@ def test_residual_and_plain_block_by_hand() -> None:
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("kind", ["batch", "layer", "group", "instance", "none"])
 @pytest.mark.parametrize("make", [cifar, imagenet])
-def test_every_norm_goes_forward_and_backward(make: Callable[..., nn.Module], kind: str, affine: bool) -> None:
+def test_forward_and_backward_with_every_norm(make: Callable[..., nn.Module], kind: str, affine: bool) -> None:
     model = make(norm=kind, norm_affine=affine, input_shape=(1, 16, 16))
     model(images((1, 16, 16))).square().sum().backward()
     for name, parameter in model.named_parameters():
@@ -152,7 +150,7 @@ def test_every_norm_goes_forward_and_backward(make: Callable[..., nn.Module], ki
     )
 
 
-def test_instance_norm_over_one_pixel_is_refused_at_building() -> None:
+def test_rejects_instance_norm_over_one_pixel() -> None:
     assert cifar(norm="instance", input_shape=(1, 8, 8))(images((1, 8, 8))).shape == (4, 10)
     with pytest.raises(UserError, match=r"model\.norm=instance: images of 4x4"):
         cifar(norm="instance", input_shape=(1, 4, 4))
@@ -169,7 +167,7 @@ def test_channels_last_gives_the_same_and_stays_channels_last() -> None:
     assert seen[0].is_contiguous(memory_format=torch.channels_last)
 
 
-def test_dropout_stands_in_front_of_the_classifier() -> None:
+def test_dropout_is_before_the_classifier() -> None:
     model = cifar(dropout=0.5)
     features = []
     model.get_submodule("head").register_forward_hook(lambda module, arguments, output: features.append(arguments[0]))
@@ -177,7 +175,7 @@ def test_dropout_stands_in_front_of_the_classifier() -> None:
     assert 0.3 < (features[0] == 0).float().mean() < 0.7
 
 
-def test_zero_init_last_makes_blocks_their_shortcut() -> None:
+def test_zero_init_last_makes_blocks_equal_their_shortcut() -> None:
     maps = images((16, 6, 6)).relu()
     for kind in ("batch", "none"):
         block = first_block(cifar(norm=kind))
@@ -190,11 +188,11 @@ def test_zero_init_last_makes_blocks_their_shortcut() -> None:
 
 
 @pytest.mark.parametrize("depth", [2, 7, 21, 100])
-def test_a_depth_that_does_not_exist_is_refused(depth: int) -> None:
+def test_rejects_invalid_depths(depth: int) -> None:
     with pytest.raises(UserError, match=rf"model\.depth={depth}: "):
         cifar(depth=depth)
 
 
-def test_vectors_are_refused() -> None:
+def test_rejects_vectors() -> None:
     with pytest.raises(UserError, match=r"\[channels, height, width\]"):
         cifar(input_shape=(64,))

@@ -10,8 +10,8 @@ from dlopt.errors import UserError
 Build = Callable[..., nn.Module]
 
 
-def test_the_imagenet_net_computes_what_torchvisions_does(build: Build) -> None:
-    """On meta for the shapes; the convolutional part with numbers."""
+def test_imagenet_network_matches_torchvision(build: Build) -> None:
+    """Compares shapes on the meta device, and the values of the convolutional part."""
     with torch.device("meta"):
         ours = build("vgg11", "classifier=imagenet", input_shape=(3, 224, 224), classes=1000)
         theirs = torchvision.models.vgg11()
@@ -32,7 +32,7 @@ def test_with_batch_norm(build: Build) -> None:
 
 @pytest.mark.parametrize("kind", ["batch", "layer", "group", "none"])
 @pytest.mark.parametrize("size", [8, 28])
-def test_every_norm_goes_forward_and_backward(build: Build, kind: str, size: int) -> None:
+def test_forward_and_backward_with_every_norm(build: Build, kind: str, size: int) -> None:
     model = build("vgg11", f"norm={kind}", input_shape=(1, size, size), classes=3)
     model(torch.randn(2, 1, size, size)).square().sum().backward()
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())

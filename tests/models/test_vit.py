@@ -16,7 +16,7 @@ def tokens() -> torch.Tensor:
     return torch.randn(3, 5, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-def test_parameters_of_vit_b_16_equal_torchvisions(build: Build) -> None:
+def test_vit_b_16_has_torchvisions_parameters(build: Build) -> None:
     with torch.device("meta"):
         keys = ["patch=16", "width=768", "depth=12", "heads=12"]
         ours = build("vit", *keys, input_shape=(3, 224, 224), classes=1000)
@@ -24,7 +24,7 @@ def test_parameters_of_vit_b_16_equal_torchvisions(build: Build) -> None:
     assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
 
 
-def test_attention_equals_torchs() -> None:
+def test_attention_matches_torch() -> None:
     ours, theirs = SelfAttention(12, 3).double(), nn.MultiheadAttention(12, 3, batch_first=True).double()
     theirs.load_state_dict(
         {
@@ -38,7 +38,7 @@ def test_attention_equals_torchs() -> None:
 
 
 @pytest.mark.parametrize("pre_norm", [True, False])
-def test_the_block_equals_torchs_encoder_layer(pre_norm: bool) -> None:
+def test_block_matches_torchs_encoder_layer(pre_norm: bool) -> None:
     norm = Norm(kind="layer", affine=True, groups=1, ghost_batch=None, eps=1e-5, momentum=0.1)
     ours = TransformerBlock(12, 3, 2.0, pre_norm=pre_norm, dropout=0.0, norm=norm).double()
     theirs = nn.TransformerEncoderLayer(
@@ -67,7 +67,7 @@ def test_second_derivatives(build: Build) -> None:
 
 @pytest.mark.parametrize("kind", ["batch", "layer", "group", "instance", "none"])
 @pytest.mark.parametrize("pre_norm", ["true", "false"])
-def test_every_norm_goes_forward_and_backward(build: Build, kind: str, pre_norm: str) -> None:
+def test_forward_and_backward_with_every_norm(build: Build, kind: str, pre_norm: str) -> None:
     keys = [f"norm={kind}", f"pre_norm={pre_norm}", "width=12", "depth=2", "heads=2", "dropout=0.1"]
     model = build("vit", *keys, input_shape=(1, 8, 12), classes=3)
     output = model(torch.randn(4, 1, 8, 12))
@@ -87,7 +87,7 @@ def test_positions_matter_and_blocks_can_start_as_the_identity(build: Build) -> 
     assert torch.equal(block(tokens()), tokens())
 
 
-def test_what_cannot_be_is_refused(build: Build) -> None:
+def test_rejects_invalid_settings(build: Build) -> None:
     with pytest.raises(UserError, match=r"model\.patch=5: does not divide the image size 8x8"):
         build("vit", "patch=5", input_shape=(1, 8, 8), classes=3)
     with pytest.raises(UserError, match=r"model\.heads=5"):
