@@ -58,7 +58,7 @@ class RunFolder:
         if (reason := self.newer_format()) is not None:
             raise UserError(f"{key}: {self.path}: {reason}")
 
-    def holds_a_run(self) -> bool:
+    def has_run(self) -> bool:
         return any((self.path / name).exists() for name in ("config.yaml", "summary.json", "checkpoints"))
 
     def is_finished(self) -> bool:

@@ -50,39 +50,39 @@ def execute(run: "Run", *, overrides: Sequence[str] | None = None, console: bool
     try:
         processes, lock = claim(run)
     except UserError as error:
-        complain(str(error))
+        print_error(str(error))
         return USER_ERROR
     with lock:
         try:
             return start(run, processes, overrides=overrides, console=console)
         except UserError as error:
             if rendezvous.first_to_fail():
-                complain(f"{prefix}{error}")
+                print_error(f"{prefix}{error}")
                 if record:
                     _record_failure(run.folder, f"{prefix}{error}")
             return USER_ERROR
         except RunError as error:
             if rendezvous.first_to_fail():
-                complain(f"{prefix}{error}")
+                print_error(f"{prefix}{error}")
                 _record_failure(run.folder, f"{prefix}{error}", diverged=isinstance(error, Diverged))
             return FAILED
         except KeyboardInterrupt:
             if is_main:
-                complain("interrupted; resume from the last checkpoint with: dlopt train ... resume=auto")
+                print_error("interrupted; resume from the last checkpoint with: dlopt train ... resume=auto")
             return INTERRUPTED
         except Exception as error:
             missing = rendezvous.missing_ranks(error)
             if missing and rendezvous.first_to_fail():
                 ranks = ", ".join(map(str, missing))
                 reason = f"rank {ranks} exited, or did not respond within parallel.timeout_minutes (hung or overloaded)"
-                complain(reason)
+                print_error(reason)
                 _record_failure(run.folder, reason)
             elif rendezvous.first_to_fail():
                 frames = traceback.format_exc()
                 with contextlib.suppress(OSError):
                     (run.folder / "traceback.txt").write_text(frames)
                 _record_failure(run.folder, f"{prefix}{type(error).__name__}: {error}")
-                complain(f"{prefix}the run failed: {type(error).__name__}: {error}")
+                print_error(f"{prefix}the run failed: {type(error).__name__}: {error}")
                 print(frames, file=sys.stderr)
             return FAILED
 
@@ -139,8 +139,8 @@ def train(run: "Run", interruption: "Interruption | None" = None, *, console: bo
     return trainer.train(run, interruption, console=console, **tools)
 
 
-def complain(message: str) -> None:
-    """Prints one line to stderr."""
+def print_error(message: str) -> None:
+    """Prints an error or a warning to stderr."""
     print(f"dlopt: {message}", file=sys.stderr, flush=True)
 
 
@@ -221,7 +221,7 @@ def main() -> int:
         run = Run(experiment, folder.path, state, choices)
     except (UserError, RunError) as error:
         if world is None or world.is_main:
-            complain(str(error))
+            print_error(str(error))
             _record_failure(folder.path, str(error))
         return USER_ERROR if isinstance(error, UserError) else FAILED
     return execute(run)

@@ -1,1 +1,1 @@
-"""What each sub-command does with its arguments."""
+"""The sub-commands, one module each."""

@@ -86,7 +86,7 @@ class Line:
         if self.overrides:
             names = [name for target in targets for name in own_names(target)]
             key = self.overrides[0].partition("=")[0]
-            hint = suggest(key, names, f"{command.partition(' ')[0]} {command.split()[1]} --help")
+            hint = suggest(key, names, f"{' '.join(command.split()[:2])} --help")
             raise UserError(f"{self.overrides[0]}: unknown key of {command}; {hint}")
 
     def experiment(self, overrides: list[str] | None = None) -> tuple["Experiment", dict[str, str]]:

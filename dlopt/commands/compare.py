@@ -145,7 +145,7 @@ def _folder(config: DictConfig, overrides: list[str], runs: list[_Run]) -> Path:
         return make(path, "hydra.run.dir")
     for number, run in enumerate(runs):
         folder = RunFolder(path / str(number))
-        if folder.holds_a_run():
+        if folder.has_run():
             if run.saved["resume"] != "auto":
                 raise UserError(f"hydra.run.dir={path}: this folder contains runs; resume them with resume=auto")
             refuse_other_config(folder.config() or run.saved, run.saved, str(folder.path), folder.history())
@@ -162,9 +162,9 @@ def _execute(runs: list[_Run], folder: Path, comparison: "Comparison") -> "tuple
     outcomes: dict[Cell, Outcome] = {}
     for number, run in enumerate(runs):
         subfolder, cell = RunFolder(folder / str(number)), run.cell
-        if not (subfolder.holds_a_run() and subfolder.is_done(run.saved)):
+        if not (subfolder.has_run() and subfolder.is_done(run.saved)):
             subfolder.path.mkdir(exist_ok=True)
-            state = Checkpoints(subfolder.checkpoints).load_newest() if subfolder.holds_a_run() else None
+            state = Checkpoints(subfolder.checkpoints).load_newest() if subfolder.has_run() else None
             trainer_run = Run(run.experiment, subfolder.path, state, run.choices)
             code = execute(trainer_run, overrides=run.overrides, console=False)
             diverged = (subfolder.summary() or {}).get("diverged")

@@ -234,12 +234,12 @@ def _median(values: Sequence[float]) -> float:
 def _write(folder: Path, diagnoses: Sequence["Diagnosis"], title: str) -> list[Path]:
     """Writes the plots, diagnosis.json (all metrics; null for non-finite values) and TensorBoard histograms."""
     from dlopt.analysis import drawing
-    from dlopt.analysis.diagnosis.pictures import pictures
+    from dlopt.analysis.diagnosis.plots import plots
     from dlopt.files import write_atomically
 
     paths = []
     with writing(folder):
-        for name, figure in pictures(diagnoses, title).items():
+        for name, figure in plots(diagnoses, title).items():
             paths += drawing.save(figure, folder, name)
         records = without_nan([_record(each) for each in diagnoses])
         write_atomically(folder / "diagnosis.json", (json.dumps(records, indent=1, allow_nan=False) + "\n").encode())

@@ -14,7 +14,7 @@ from dlopt.config.saved import with_changes
 from dlopt.config.schema import check_arguments, show
 from dlopt.errors import DONE, FAILED, RunError, UserError
 from dlopt.files import write_atomically
-from dlopt.job import complain
+from dlopt.job import print_error
 from dlopt.plain import without_nan
 from dlopt.tracking.layout import format_percent
 
@@ -87,7 +87,7 @@ def evaluate(
     try:
         members, report = _test(paths, states, changes, average, views)
     except RunError as error:
-        complain(str(error))
+        print_error(str(error))
         return FAILED
     first, is_one = members[0], len(paths) == 1
     classes = [] if first.classes is None else _per_class(report, first.classes)

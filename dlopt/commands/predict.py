@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dlopt.commands.command import on_checkpoint, refuse_folder, writing
 from dlopt.errors import DONE, RunError, UserError
 from dlopt.files import temporary_sibling
-from dlopt.job import complain
+from dlopt.job import print_error
 from dlopt.ranges import Count, Natural
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def predict(
     if len(trained.sample) != 3 or trained.sample[0] not in (1, 3):
         raise UserError(f"checkpoint={path}: its model takes inputs of shape {list(trained.sample)}, not images")
     if trained.config["norm_statistics"] == "exact":
-        complain("norm_statistics=exact: needs the training data; using the running statistics instead")
+        print_error("norm_statistics=exact: needs the training data; using the running statistics instead")
     count = 0
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -120,7 +120,7 @@ def _rows(files: Sequence[str], trained: "Trained", batch_size: int, max_errors:
         for path, image in zip(paths, images, strict=True):
             if isinstance(image, UserError):
                 errors += 1
-                complain(f"skipped: {image}")
+                print_error(f"skipped: {image}")
                 if errors > max_errors:
                     raise RunError(f"max_errors={max_errors}: exceeded by unreadable files; nothing was written")
             else:

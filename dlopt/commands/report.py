@@ -158,10 +158,10 @@ def _update(
 
 
 def _plots(table: Table, target: float | None) -> dict[str, bytes]:
-    from dlopt.analysis.report.pictures import pictures
+    from dlopt.analysis.report.plots import plots
 
     files = {}
-    for name, figure in pictures(table, target).items():
+    for name, figure in plots(table, target).items():
         file = io.BytesIO()
         figure.savefig(file, dpi=150, format="png")
         files[name] = file.getvalue()

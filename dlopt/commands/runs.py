@@ -27,7 +27,7 @@ from dlopt.analysis.report.reading import (
 )
 from dlopt.errors import DONE, RunError, UserError
 from dlopt.folders import RunFolder
-from dlopt.job import complain
+from dlopt.job import print_error
 from dlopt.tracking import layout
 from dlopt.tracking.layout import FittedTable, plain_table, short_path
 
@@ -107,7 +107,7 @@ def runs(arguments: list[str]) -> int:
             values = ["" if (value := value_of(record, key)) is None else text(value) for key in columns]
             print("\t".join([printable(short_path(record.path)), record.status, *map(printable, values)]))
     for folder in damaged:
-        complain(printable(f"{short_path(folder.path)}: skipped: {folder.reason}"))
+        print_error(printable(f"{short_path(folder.path)}: skipped: {folder.reason}"))
     return DONE
 
 
@@ -222,7 +222,7 @@ def _clean(arguments: list[str]) -> int:
     records, damaged = query.find()
     removable = [checkpoint for record in records for checkpoint in _removable(record)]
     for folder in damaged:
-        complain(printable(f"{short_path(folder.path)}: skipped: {folder.reason}"))
+        print_error(printable(f"{short_path(folder.path)}: skipped: {folder.reason}"))
     if not removable:
         print(f"{len(records)} run{'' if len(records) == 1 else 's'}: nothing to remove")
         return DONE
@@ -252,7 +252,7 @@ def _removable(record: Record) -> list[_Removable]:
         return []
     if record.status == "running" or not is_intact(folder / "last.pt"):
         reason = "it is running" if record.status == "running" else "its last.pt is missing or damaged"
-        complain(printable(f"{short_path(record.path)}: skipped: {reason}"))
+        print_error(printable(f"{short_path(record.path)}: skipped: {reason}"))
         return []
     sizes = [path.stat().st_size if path.stat().st_nlink == 1 else 0 for path in paths]
     return [_Removable(path, size + sharded.size(path)) for path, size in zip(paths, sizes, strict=True)]
@@ -273,7 +273,7 @@ def _remove(checkpoints: Sequence[_Removable]) -> Iterable[Path]:
 
     for path in (checkpoint.path for checkpoint in checkpoints):
         if RunFolder(path.parent.parent).is_live():
-            complain(printable(f"{short_path(path)}: skipped: its run was resumed"))
+            print_error(printable(f"{short_path(path)}: skipped: its run was resumed"))
             continue
         try:
             path.unlink(missing_ok=True)

@@ -194,7 +194,7 @@ def _check_folder(sweep: Path, key: str, jobs: Sequence[GridJob], resume: str | 
         job.folder(sweep).refuse_newer(key)
     for job in jobs:
         folder = job.folder(sweep)
-        if folder.holds_a_run():
+        if folder.has_run():
             if resume != "auto":
                 raise UserError(f"{key}: this folder contains a sweep; resume it with resume=auto")
             refuse_other_config(folder.config() or job.config, job.config, str(folder.path), folder.history())

@@ -87,14 +87,14 @@ def _prepare_rank(world: World, parsed: Namespace) -> None:
 
 def _lead(config: DictConfig, parsed: Namespace, world: World) -> int:
     """Rank 0 of a launcher's processes: chooses the folder and sends the run to the other ranks."""
-    from dlopt.job import complain
+    from dlopt.job import print_error
 
     store = _join_store(config, world)
     code = FAILED
     try:
         code = _run(config, parsed, send=lambda message: store.set("run", json.dumps(message)))
     except UserError as error:
-        complain(str(error))
+        print_error(str(error))
         code = USER_ERROR
     finally:
         # Without a run, send the exit code: the other ranks would wait for a run until their timeout.
@@ -218,14 +218,14 @@ def _find_folder(path: Path, is_typed: bool, saved: Mapping[str, Any]) -> tuple[
         target.refuse_newer(f"hydra.run.dir={path}")
     if resume == "auto":
         previous = target if is_typed else newest_unfinished(path.parent, saved)
-        if previous is not None and previous.holds_a_run():
+        if previous is not None and previous.has_run():
             previous.refuse_newer("resume=auto")
             refuse_other_config(previous.config() or saved, saved, f"{previous.path}", previous.history())
             if previous.is_done(saved):
                 return previous, None
             return previous, Checkpoints(previous.checkpoints).load_newest()
     source = None if resume in (None, "auto") else RunFolder(Path(resume).absolute().parent.parent)
-    if is_typed and target.holds_a_run() and target != source:
+    if is_typed and target.has_run() and target != source:
         state = "a finished" if target.is_finished() else "an unfinished"
         raise UserError(
             f"hydra.run.dir={path}: this folder contains {state} run; resume it with: dlopt train ... resume=auto, "

@@ -99,7 +99,7 @@ def prepare(job: Job) -> Result | None:
     from dlopt.job import describe
 
     folder = job.folder
-    if folder.holds_a_run():
+    if folder.has_run():
         refuse_other_config(folder.config() or job.config, job.config, str(folder.path), folder.history())
         if folder.is_done(job.config):
             return result_of(folder, DONE)
@@ -147,7 +147,7 @@ def record_pruned(folder: RunFolder, epoch: int) -> Result:
 
 def record_dead(folder: RunFolder) -> None:
     """Marks a job as failed if its process died without a summary; a later attempt replaces the mark."""
-    if folder.holds_a_run() and folder.summary() is None and not folder.is_live():
+    if folder.has_run() and folder.summary() is None and not folder.is_live():
         record_failure(folder, "its process was killed; resume=auto runs it again")
 
 
