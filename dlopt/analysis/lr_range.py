@@ -4,21 +4,22 @@
 FOLDER/rank-N.json.
 """
 
-import contextlib
 import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from annotated_types import Gt
-from torch import Tensor, nn
+from torch import nn
 
 from dlopt.analysis import drawing
+from dlopt.analysis.batches import endless_batches
 from dlopt.analysis.drawing import COLOURS
 from dlopt.analysis.ranks import RankOutcome, run_rank
 from dlopt.config.experiment import Experiment
@@ -28,7 +29,7 @@ from dlopt.parallel import rendezvous
 from dlopt.ranges import Count, Fraction, Positive
 from dlopt.tracking.tracking import Tracking
 from dlopt.training.build import Workload, build_mode, build_workload, load_weights
-from dlopt.training.trainer import Trainer, dry_run
+from dlopt.training.trainer import dry_run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -111,12 +112,12 @@ def find(workload: Workload, keys: RangeTest, folder: Path) -> LearningRates:
         rates, losses, smoothed = [], [], []
         average, best, diverged = 0.0, math.inf, False
         workload.module.train()
-        for number, (inputs, targets) in enumerate(_batches(trainer, keys.updates)):
+        for number, (inputs, targets) in enumerate(islice(endless_batches(trainer), keys.updates)):
             rates.append(keys.rate(number))
             trainer.step.update(inputs, targets, number, trainer.train_metrics)
             losses.append(trainer.train_metrics.since_last("")["loss"])
             average = keys.smoothing * average + (1 - keys.smoothing) * losses[-1]
-            smoothed.append(average / (1 - keys.smoothing ** (number + 1)))
+            smoothed.append(average / (1 - keys.smoothing ** (number + 1)))  # corrects the bias of the zero start
             best = min(best, smoothed[-1])
             if not math.isfinite(losses[-1]) or (number >= _FEWEST and smoothed[-1] > keys.diverge * best):
                 diverged = True
@@ -124,17 +125,6 @@ def find(workload: Workload, keys: RangeTest, folder: Path) -> LearningRates:
     finite = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), len(losses))
     steepest, valley = suggestions(rates[:finite], smoothed[:finite])
     return LearningRates(rates[:finite], losses[:finite], smoothed[:finite], steepest, valley, diverged)
-
-
-def _batches(trainer: Trainer, updates: int) -> Iterator[tuple[Tensor, Tensor]]:
-    step = epoch = 0
-    while step < updates:
-        for batch in trainer.batches.epoch(epoch, 0, step):
-            yield batch
-            step += 1
-            if step == updates:
-                return
-        epoch += 1
 
 
 @contextmanager
@@ -233,7 +223,7 @@ def find_lr(workload: Workload, tracking: Tracking, folder: Path) -> float:
         raise UserError("optimizer.lr=auto: no learning rate reduced the loss; set optimizer.lr to a number")
     tracking.message(f"optimizer.lr=auto: found {rate:.3g} (see find_lr.png) in {len(result.rates)} updates")
     if workload.parallel.is_main:
-        with contextlib.suppress(OSError):  # a full disk is reported by the first checkpoint
+        with suppress(OSError):  # a full disk is reported by the first checkpoint
             write(result, folder, "Learning-rate range test")
     return rate
 

@@ -86,15 +86,16 @@ class Bench:
 
     def seconds_per_call(self, call: Callable[[], object], *, warm: int, calls: int) -> float:
         """Returns the median of three rounds, in seconds."""
-        for _ in range(1 if self.rehearse else warm):
+        warm, rounds, calls = (1, 1, 1) if self.rehearse else (warm, 3, calls)
+        for _ in range(warm):
             call()
-        rounds = []
-        for _ in range(1 if self.rehearse else 3):
+        seconds = []
+        for _ in range(rounds):
             start = self.wait()
-            for _ in range(1 if self.rehearse else calls):
+            for _ in range(calls):
                 call()
-            rounds.append((self.wait() - start) / (1 if self.rehearse else calls))
-        return statistics.median(rounds)
+            seconds.append((self.wait() - start) / calls)
+        return statistics.median(seconds)
 
     @contextlib.contextmanager
     def peak(self) -> Iterator[list[float]]:

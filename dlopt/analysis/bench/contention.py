@@ -101,7 +101,7 @@ def _measure(experiment: Experiment, folder: Path, rank: int) -> Mapping[str, An
     update = updates_of(trainer, device)
     for _ in range(_WARMUP):
         update()
-    distributed.barrier()
+    distributed.barrier()  # all processes measure the same thing at the same time
     updates = [_seconds(update) for _ in range(_UPDATES)]
     distributed.barrier()
     inputs, _ = next(iter(trainer.batches.epoch(0)))

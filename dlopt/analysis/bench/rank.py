@@ -9,13 +9,14 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, distributed
+from torch import distributed
 
+from dlopt.analysis.batches import endless_batches
 from dlopt.analysis.bench import communication
 from dlopt.analysis.ranks import RankOutcome, run_rank
 from dlopt.config.experiment import Experiment
@@ -129,14 +130,7 @@ def measure(experiment: Experiment, folder: Path, settings: BenchSettings, rank:
 def updates_of(trainer: Trainer, device: torch.device) -> Callable[[], int]:
     """Returns a function that makes the next update, synchronizes with the device, and returns this rank's samples."""
     trainer.module.train()
-    progress = trainer.progress
-
-    def all_epochs() -> Iterator[tuple[Tensor, Tensor]]:
-        while True:
-            yield from trainer.batches.epoch(progress.epoch, 0, progress.step)
-            progress.epoch += 1
-
-    batches = all_epochs()
+    batches, progress = endless_batches(trainer), trainer.progress
 
     def update() -> int:
         inputs, targets = next(batches)
@@ -163,6 +157,7 @@ def _communication(update: Callable[[], int], number: int, device: torch.device,
             update()
         seconds = time.perf_counter() - start
     events = list(profiler.events() or [])
+    # Exclude events of the barrier and the profiler's start: the profiler's clock has a different origin.
     first = max((e.time_range.end for e in events), default=0.0) - seconds * 1e6
     communicating, waiting = communication.collective_times([e for e in events if e.time_range.start >= first], device)
     return min(communicating / seconds, 1.0), min(waiting / seconds, 1.0)

@@ -64,6 +64,7 @@ def lanczos(product: Product, start: Tensor, iterations: int, count: int) -> Spe
         for _ in range(2):  # twice is enough (Parlett)
             vector = vector - (stacked @ vector) @ stacked
         off.append(float(vector.norm()))
+        # A vanishing remainder means that the basis already spans the Krylov space; the rest would be rounding errors.
         if not math.isfinite(off[-1]) or off[-1] <= 1e-6 * max(scale, 1e-30):
             off[-1] = 0.0 if math.isfinite(off[-1]) else math.nan
             break

@@ -85,6 +85,7 @@ class Diagnostics(Observer):
             yield
             return
         probe = LayerProbe(self.workload.module, activations=with_activations, gradients=with_gradients, keep=_KEPT)
+        # The update works in place, so the weights before it must be copied.
         before = [p.detach().clone() for p in step.parameters] if with_gradients or with_curvature else []
         scale = 1.0 if step.scaler is None else float(step.scaler.get_scale())
         with contextlib.ExitStack() as stack:

@@ -10,6 +10,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from dlopt.analysis.batches import endless_batches
 from dlopt.analysis.diagnosis.curvature import (
     GradientSpread,
     Spectrum,
@@ -162,7 +163,7 @@ def trace_updates(workload: Workload, trainer: Trainer, updates: int, *, with_cu
     parameters = training_step.parameters
     curvature_updates = {round(i * (updates - 1) / 7) for i in range(8)} if with_curvature else set()
     workload.module.train()
-    for number, (inputs, targets) in enumerate(islice(_batches(trainer), updates)):
+    for number, (inputs, targets) in enumerate(islice(endless_batches(trainer), updates)):
         before = {p: p.detach().clone() for p in parameters}
         try:
             training_step.update(inputs, targets, progress.step + number, trainer.train_metrics, log_norm=True)
@@ -189,16 +190,6 @@ def trace_updates(workload: Workload, trainer: Trainer, updates: int, *, with_cu
                     loss = partial(loss_of, workload, inputs, targets)
                     trace.along = losses_along(loss, parameters, deltas, STEP_FRACTIONS)
     return trace
-
-
-def _batches(trainer: Trainer) -> Iterator[Batch]:
-    progress = trainer.progress
-    epoch, position, step = progress.epoch, progress.position, progress.step
-    while True:
-        for batch in trainer.batches.epoch(epoch, position, step):
-            yield batch
-            step += 1
-        epoch, position = epoch + 1, 0
 
 
 @contextlib.contextmanager

@@ -244,6 +244,7 @@ def _fingerprint(path: Path) -> object:
             states.append((status.st_mtime_ns, status.st_size, status.st_ino))
         except OSError:
             states.append((0, 0, 0))
+    # A killed run touches no file: without a summary, its status depends on whether its process lives.
     has_summary = states[1] != (0, 0, 0)
     return (*states, None if has_summary else RunFolder(path).is_live())
 

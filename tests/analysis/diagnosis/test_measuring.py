@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dlopt.analysis.diagnosis.measuring import STEP_FRACTIONS, Diagnosis, diagnose, loss_of, snapshot, trace_updates
-from dlopt.analysis.diagnosis.pictures import clipping_factor, pictures, spread_layers
+from dlopt.analysis.diagnosis.plots import clipping_factor, plots, spread_layers
 from dlopt.analysis.diagnosis.preparation import prepare
 from tests.training.runs import SMALL, experiment, same
 
@@ -102,7 +102,7 @@ def _axes(figure: Any, label: str) -> Any:
 
 def test_plots_a_curve_per_model_and_snapshot(tmp_path: Path) -> None:
     result = [_diagnosed(tmp_path), _diagnosed(tmp_path, "init=xavier_normal")]
-    drawn = pictures(result, "title")
+    drawn = plots(result, "title")
     assert set(drawn) == {"activations", "gradients", "depth", "updates", "curvature"}
     assert len(_axes(drawn["depth"], "standard deviation").lines) == 4
     assert len(_axes(drawn["depth"], "weights' gradient").collections) == 4
@@ -110,7 +110,7 @@ def test_plots_a_curve_per_model_and_snapshot(tmp_path: Path) -> None:
     assert len(panels) == 4 and all(axes.patches for axes in panels)  # two activations, two rows
     assert len(_axes(drawn["curvature"], "eigenvalues").lines) == 4
     assert len(_axes(drawn["updates"], "loss").lines) == 2
-    alone = pictures(result[:1], "title")
+    alone = plots(result[:1], "title")
     assert len(_axes(alone["updates"], "weights").lines) == 3 + 1  # one per layer, and the reference line
     drawn["depth"].savefig(tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 10_000
@@ -122,7 +122,7 @@ def test_plots_time_lag_before_and_after_clipping(tmp_path: Path) -> None:
     result = diagnose("rnn", workload, training, batches=1, updates=1, eigenvalues=0, iterations=1)
     assert len(result.before.lags[0].states) == 7  # of 8 rows
     assert 0 < clipping_factor(result) < 0.1
-    figure = pictures([result], "title")["time_lag"]
+    figure = plots([result], "title")["time_lag"]
     assert [len(axes.lines) for axes in figure.axes] == [1, 2]
 
 

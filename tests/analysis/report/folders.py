@@ -7,6 +7,9 @@ from typing import Any
 
 import yaml
 
+from dlopt.analysis.report.reading import Reader
+from dlopt.analysis.report.table import Table, gather
+
 TARGETS = {"sgd": "torch.optim.SGD", "adamw": "torch.optim.AdamW"}
 
 
@@ -66,6 +69,11 @@ def make_run(
         summary |= {} if test is None else {"test_loss": 1 - test, "test_accuracy": test}
         _write(path / "summary.json", json.dumps(summary))
     return path
+
+
+def table(folder: Path, by: str | None = None) -> Table:
+    """Reads the runs below a folder into a table."""
+    return gather(*Reader().read([folder]), by)
 
 
 def _write(path: Path, text: str) -> None:

@@ -9,19 +9,14 @@ from typing import Any
 import pytest
 
 from dlopt.analysis.report.page import page_data, summary_csv
-from dlopt.analysis.report.reading import Reader
-from dlopt.analysis.report.table import Table, against_published, gather, published_error, recipe_label
+from dlopt.analysis.report.table import against_published, published_error, recipe_label
 from dlopt.config.compose import Composer, to_plain
 from dlopt.config.parsing import parse
 from dlopt.tracking.layout import settings
-from tests.analysis.report.folders import make_run
+from tests.analysis.report.folders import make_run, table
 from tests.commands.line import dlopt
 
 RECIPE: dict[str, Any] = {"published": [{"error": 24.0, "when": {"epochs": 3}}], "name": "recipe"}
-
-
-def table(folder: Path) -> Table:
-    return gather(*Reader().read([folder]), None)
 
 
 def config(*typed: str) -> dict[str, Any]:

@@ -7,21 +7,14 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from dlopt.analysis.report.reading import Reader
 from dlopt.analysis.report.table import (
-    Table,
     band,
     default_target,
-    gather,
     importance,
     sensitivities,
     time_to_target,
 )
-from tests.analysis.report.folders import make_run
-
-
-def table(folder: Path, by: str | None = None) -> Table:
-    return gather(*Reader().read([folder]), by)
+from tests.analysis.report.folders import make_run, table
 
 
 def test_band_is_students_t_interval(tmp_path: Path) -> None:

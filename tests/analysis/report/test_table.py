@@ -9,14 +9,9 @@ from typing import Any
 import pytest
 
 from dlopt.analysis.report.page import page, page_data, summary_csv
-from dlopt.analysis.report.reading import Reader
-from dlopt.analysis.report.table import Table, gather
+from dlopt.analysis.report.table import Table
 from dlopt.errors import UserError
-from tests.analysis.report.folders import make_run
-
-
-def table(folder: Path, by: str | None = None) -> Table:
-    return gather(*Reader().read([folder]), by)
+from tests.analysis.report.folders import make_run, table
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ function renderImportance() {
   const keys = [...importance.keys].sort((a, b) => b[1] - a[1]);
   const width = Math.max(280, container.clientWidth), step = 26, left = Math.min(width * 0.42, 16 + 7.2 * Math.max(...keys.map(([key]) => key.length)));
   const x = linear(0, 1, left, width - 50);
-  const root = svg("svg", { viewBox: `0 0 ${width} ${keys.length * step + 30}`, height: keys.length * step + 30, role: "img", "aria-label": "importance of the keys" });
+  const root = svg("svg", { viewBox: `0 0 ${width} ${keys.length * step + 30}`, height: keys.length * step + 30, role: "img", "aria-label": "hyperparameter importance" });
   for (const tick of [0, 0.25, 0.5, 0.75, 1]) root.append(svg("line", { class: "grid", x1: x(tick), x2: x(tick), y1: 0, y2: keys.length * step }),
     svg("text", { x: x(tick), y: keys.length * step + 16, "text-anchor": "middle" }, `${100 * tick} %`));
   keys.forEach(([key, alone], i) => {

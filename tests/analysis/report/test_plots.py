@@ -2,7 +2,7 @@ import io
 from pathlib import Path
 
 from dlopt.analysis.drawing import metric_label
-from dlopt.analysis.report.pictures import pictures
+from dlopt.analysis.report.plots import plots
 from dlopt.analysis.report.reading import Reader
 from dlopt.analysis.report.table import gather
 from tests.analysis.report.folders import make_run
@@ -13,7 +13,7 @@ def test_plots_everything_with_data(tmp_path: Path) -> None:
         for seed in range(2):
             make_run(tmp_path / f"{i}-{seed}", optimizer=optimizer, lr=lr, seed=seed, accuracies=(0.5, 0.5 + 0.05 * i))
     table = gather(*Reader().read([tmp_path]))
-    result = pictures(table, 0.6)
+    result = plots(table, 0.6)
     assert set(result) == {
         "learning_curves.png", "learning_rates.png", "importance.png", "parallel_coordinates.png", "lr_sensitivity.png",
         "time_to_target.png",
@@ -28,7 +28,7 @@ def test_plots_everything_with_data(tmp_path: Path) -> None:
 
 def test_single_run_has_only_curves(tmp_path: Path) -> None:
     make_run(tmp_path / "0")
-    assert set(pictures(gather(*Reader().read([tmp_path])), None)) == {"learning_curves.png", "learning_rates.png"}
+    assert set(plots(gather(*Reader().read([tmp_path])), None)) == {"learning_curves.png", "learning_rates.png"}
 
 
 def test_metric_labels() -> None:

@@ -23,7 +23,7 @@ _BEFORE: dict[str, Any] = {"linestyle": "-", "marker": "o", "markersize": 3}
 _AFTER: dict[str, Any] = {"linestyle": (0, (4, 2)), "marker": "s", "markersize": 3, "alpha": 0.7}
 
 
-def pictures(diagnoses: Sequence[Diagnosis], title: str) -> dict[str, "Figure"]:
+def plots(diagnoses: Sequence[Diagnosis], title: str) -> dict[str, "Figure"]:
     """Returns file name -> figure; each shows all diagnoses."""
     gradients = "Back-propagated gradients (at the activations' inputs)"
     figures = {

@@ -29,7 +29,7 @@ _AGAINST = {"epoch": "epoch", "step": "update", "seconds": "seconds of training"
 _MARKERS = "osD^vPX"
 
 
-def pictures(table: Table, target: float | None) -> dict[str, "Figure"]:
+def plots(table: Table, target: float | None) -> dict[str, "Figure"]:
     """Returns file name -> figure of all plots with data."""
     makers: Mapping[str, Callable[[], Figure | None]] = {
         "learning_curves.png": lambda: learning_curves(table),
