@@ -1,4 +1,4 @@
-"""dlopt on a real Slurm: `srun`, `sbatch`, preemption with requeue and resume, an array."""
+"""dlopt on a real Slurm cluster: `srun`, `sbatch`, preemption with requeue and resume, arrays."""
 
 import json
 import os
@@ -21,8 +21,8 @@ from tests.parallel.ranks import ROOT
 from tests.training.runs import same, timeless
 
 CLUSTER, BATCH = ROOT / "scripts" / "slurm" / "one_host_cluster", ROOT / "scripts" / "slurm" / "train.sbatch"
-_SEARCHED = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
-_MISSING = [tool for tool in ("munged", "slurmctld", "slurmd", "sbatch") if shutil.which(tool, path=_SEARCHED) is None]
+_PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+_MISSING = [tool for tool in ("munged", "slurmctld", "slurmd", "sbatch") if shutil.which(tool, path=_PATH) is None]
 
 pytestmark = [
     pytest.mark.slow,
@@ -44,7 +44,7 @@ LONG = [
 
 
 class Slow(torch.utils.data.Dataset[tuple[Tensor, float]]):
-    """A regression whose epochs take as long on a quick machine as on a busy one: some seven seconds in all."""
+    """A regression whose samples sleep: runs take about 7 s on two ranks, on a fast machine and on a busy one."""
 
     def __len__(self) -> int:
         return 20
@@ -55,35 +55,35 @@ class Slow(torch.utils.data.Dataset[tuple[Tensor, float]]):
 
 
 def free_ports() -> int:
-    """The first of three neighbours that nobody listens at."""
+    """Returns the first of three consecutive free ports."""
     while True:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = int(probe.getsockname()[1])
         try:
-            for each in range(port, port + 3):
+            for candidate in range(port, port + 3):
                 with socket.socket() as probe:
-                    probe.bind(("127.0.0.1", each))
+                    probe.bind(("127.0.0.1", candidate))
         except (OSError, OverflowError):
             continue
         return port
 
 
 class Cluster:
-    """What a user of it types, in the folder `home`."""
+    """Slurm commands of a user, run in the folder `home`."""
 
     def __init__(self, home: Path, environment: dict[str, str]) -> None:
         self.home, self.environment = home, environment
 
     def run(self, *command: str) -> str:
-        words: dict[str, Any] = {"cwd": self.home, "env": self.environment, "capture_output": True, "text": True}
-        done = subprocess.run(command, timeout=170, **words)
+        options: dict[str, Any] = {"cwd": self.home, "env": self.environment, "capture_output": True, "text": True}
+        done = subprocess.run(command, timeout=170, **options)
         assert done.returncode == 0, (command, done.stdout[-2000:], done.stderr[-4000:])
         return str(done.stdout)
 
     def start_now(self, job: str) -> None:
-        """A job that was queued again, which otherwise waits two minutes. One that starts in the second in which it was
-        queued has its credential revoked."""
+        """Starts a requeued job without Slurm's delay of two minutes."""
+        # Slurm revokes the credential of a job that starts within the second in which it was requeued.
         time.sleep(5)
         self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
 
@@ -100,8 +100,8 @@ class Cluster:
     def wait(self, job: str, condition: Callable[[], bool], pause: float = 0.5) -> None:
         deadline, log = time.monotonic() + 240, self.home / f"slurm-{job}.log"
         while not condition():
-            told = log.read_text()[-4000:] if log.exists() else ""
-            assert time.monotonic() < deadline and "Traceback" not in told, (self.run("squeue"), told)
+            log_text = log.read_text()[-4000:] if log.exists() else ""
+            assert time.monotonic() < deadline and "Traceback" not in log_text, (self.run("squeue"), log_text)
             time.sleep(pause)
 
 
@@ -110,7 +110,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     base = tmp_path_factory.mktemp("slurm")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH"))}
     environment["PYTHONPATH"] = str(ROOT)
-    environment["PATH"] = f"{Path(sys.executable).parent}:{_SEARCHED}"
+    environment["PATH"] = f"{Path(sys.executable).parent}:{_PATH}"
     up = subprocess.run(
         [CLUSTER, "up", base / "cluster"],
         env={**environment, "SLURM_PORT": str(free_ports())},
@@ -128,8 +128,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 def summary(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "summary.json").read_text())
-    return found
+    contents: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    return contents
 
 
 def lines(folder: Path) -> int:
@@ -137,11 +137,11 @@ def lines(folder: Path) -> int:
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
-def test_a_preempted_job_is_requeued_and_ends_with_the_weights_of_an_undisturbed_one(cluster: Cluster) -> None:
+def test_preempted_job_is_requeued_and_ends_with_identical_weights(cluster: Cluster) -> None:
     job = cluster.submit("--nodes=2", "--ntasks-per-node=1", str(BATCH), *LONG)
     folder = cluster.home / "outputs" / "slurm" / job
     cluster.wait(job, lambda: lines(folder) > 5, pause=0.1)
-    cluster.run("scancel", "--signal=USR1", job)  # as --signal=USR1@120 of the script does before the time is over
+    cluster.run("scancel", "--signal=USR1", job)  # as --signal=USR1@120 in the script, before the time limit
     cluster.wait(job, lambda: cluster.restarts(job) == 1 and cluster.states(job) == ["PENDING"])
     first = summary(folder)
     assert first["status"] == "interrupted" and first["processes"] == 2 and 0 < first["epochs"] < EPOCHS - 10
@@ -154,20 +154,20 @@ def test_a_preempted_job_is_requeued_and_ends_with_the_weights_of_an_undisturbed
     assert second["status"] == "interrupted" and second["resumed_from"] == [first["steps"]]
 
     cluster.start_now(job)
-    cluster.run("srun", "-n", "2", "dlopt", "train", *LONG, "hydra.run.dir=undisturbed")
+    cluster.run("srun", "-n", "2", "dlopt", "train", *LONG, "hydra.run.dir=uninterrupted")
     cluster.wait(job, lambda: cluster.states(job) == ["COMPLETED"])
-    undisturbed = cluster.home / "undisturbed"
-    last, whole = summary(folder), summary(undisturbed)
-    assert last["status"] == whole["status"] == "finished" and last["epochs"] == whole["epochs"] == EPOCHS
-    assert last["resumed_from"] == [first["steps"], second["steps"]] and whole["resumed_from"] == []
-    assert whole["processes"] == 2 and whole["parallel"] == "ddp"
-    assert timeless(folder) == timeless(undisturbed)
-    models = [load(each / "checkpoints" / "last.pt")["model"] for each in (folder, undisturbed)]
+    uninterrupted = cluster.home / "uninterrupted"
+    last, expected = summary(folder), summary(uninterrupted)
+    assert last["status"] == expected["status"] == "finished" and last["epochs"] == expected["epochs"] == EPOCHS
+    assert last["resumed_from"] == [first["steps"], second["steps"]] and expected["resumed_from"] == []
+    assert expected["processes"] == 2 and expected["parallel"] == "ddp"
+    assert timeless(folder) == timeless(uninterrupted)
+    models = [load(run / "checkpoints" / "last.pt")["model"] for run in (folder, uninterrupted)]
     assert same(*models)
 
 
-def test_a_job_that_is_preempted_while_python_starts_is_requeued(cluster: Cluster) -> None:
-    """The signal ends it then, since nobody has begun to listen."""
+def test_job_preempted_while_python_starts_is_requeued(cluster: Cluster) -> None:
+    """The signal kills it, because no handler is installed yet."""
     slow = cluster.home / "slow"
     slow.mkdir()
     (slow / "sitecustomize.py").write_text("import time\ntime.sleep(4)\n")
@@ -184,8 +184,8 @@ def test_a_job_that_is_preempted_while_python_starts_is_requeued(cluster: Cluste
     assert summary(folder)["status"] == "finished"
 
 
-def test_a_cancelled_job_stays_cancelled(cluster: Cluster) -> None:
-    """It ends with 75, too, but nobody wants it back."""
+def test_cancelled_job_is_not_requeued(cluster: Cluster) -> None:
+    """It also exits with 75, but the user cancelled it."""
     job = cluster.submit(str(BATCH), *SMALL, "epochs=100000", "stopping=none")
     folder = cluster.home / "outputs" / "slurm" / job
     cluster.wait(job, lambda: lines(folder) > 5, pause=0.1)
@@ -195,7 +195,7 @@ def test_a_cancelled_job_stays_cancelled(cluster: Cluster) -> None:
     assert summary(folder)["status"] == "interrupted" and (folder / "checkpoints" / "last.pt").exists()
 
 
-def test_a_task_of_an_array_that_is_interrupted_is_requeued_alone(cluster: Cluster) -> None:
+def test_interrupted_array_task_is_requeued_alone(cluster: Cluster) -> None:
     job = cluster.submit("--array=0-1", str(BATCH), *SMALL, "epochs=100000", "stopping=none", "optimizer=sgd,adam")
     folders = [cluster.home / "outputs" / "slurm" / job / str(task) for task in (0, 1)]
     for task, folder in enumerate(folders):
@@ -206,7 +206,7 @@ def test_a_task_of_an_array_that_is_interrupted_is_requeued_alone(cluster: Clust
     cluster.run("scancel", job)
 
 
-def test_every_task_of_an_array_is_a_job_of_the_sweep(cluster: Cluster) -> None:
+def test_array_tasks_train_the_combinations_of_the_sweep(cluster: Cluster) -> None:
     typed = [*SMALL, "epochs=1", "optimizer=sgd,adam", "optimizer.lr=0.1,0.01"]
     job = cluster.submit("--array=1-2", str(BATCH), *typed)
     cluster.wait(job, lambda: cluster.states(job) == ["COMPLETED"] * 2)
@@ -217,7 +217,7 @@ def test_every_task_of_an_array_is_a_job_of_the_sweep(cluster: Cluster) -> None:
         assert {f"optimizer={optimizer}", f"optimizer.lr={lr}"} < set(overrides)
 
 
-def test_what_cannot_work_ends_with_one_message(cluster: Cluster) -> None:
+def test_config_error_prints_one_message(cluster: Cluster) -> None:
     job = cluster.submit(str(BATCH), "optimizer.lr=-1")
     cluster.wait(job, lambda: cluster.states(job) == ["FAILED"])
     log = (cluster.home / f"slurm-{job}.log").read_text()

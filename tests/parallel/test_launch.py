@@ -1,4 +1,4 @@
-"""Processes that `dlopt train` starts itself."""
+"""Processes started by dlopt's own launcher."""
 
 import contextlib
 import json
@@ -25,30 +25,30 @@ def is_rank_1() -> bool:
 
 
 class FailingLossOnRank1(MSE):
-    """As a bug does it: in the middle of an update."""
+    """Fails in the middle of an update, as a bug would."""
 
-    called = 0
+    calls = 0
 
     def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        self.called += 1
-        if is_rank_1() and self.called > 30:
+        self.calls += 1
+        if is_rank_1() and self.calls > 30:
             raise ZeroDivisionError(f"nothing at {time.time()}")
         return super().forward(outputs, targets)
 
 
 class FailingOnRank1(torch.utils.data.Dataset[tuple[Tensor, float]]):
-    """A regression whose samples one rank cannot have once the training goes on."""
+    """A regression whose samples fail to load on rank 1 after three epochs."""
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self.given = 0
+        self.loaded = 0
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> tuple[Tensor, float]:
-        self.given += 1
-        if is_rank_1() and self.given > 3 * self.count:
+        self.loaded += 1
+        if is_rank_1() and self.loaded > 3 * self.count:
             raise ZeroDivisionError(f"nothing at {time.time()}")
         return torch.full((3,), index / self.count), index / self.count
 
@@ -61,7 +61,7 @@ def command(folder: Path, *overrides: str) -> list[str]:
 SMALL = ["data.subset=100", "data.workers=0", "model=mlp", "model.widths=[8]"]
 
 
-def test_a_signal_ends_all_with_a_checkpoint(tmp_path: Path) -> None:
+def test_stop_signal_ends_all_ranks_with_a_checkpoint(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     line = command(folder, *SMALL, "epochs=100000", "checkpoint.every_epochs=null")
     process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -77,21 +77,21 @@ def test_a_signal_ends_all_with_a_checkpoint(tmp_path: Path) -> None:
 
 
 def rank_1(folder: Path) -> int:
-    """Its process."""
-    for each in Path("/proc").glob("[0-9]*"):
+    """Returns the process id of rank 1."""
+    for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if (
-                b"DLOPT_RANK=1" in (each / "environ").read_bytes()
-                and str(folder).encode() in (each / "cmdline").read_bytes()
+                b"DLOPT_RANK=1" in (entry / "environ").read_bytes()
+                and str(folder).encode() in (entry / "cmdline").read_bytes()
             ):
-                return int(each.name)
+                return int(entry.name)
     raise LookupError(folder)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_rank_that_waits_for_the_others_is_not_torn_by_a_signal_that_comes_again(tmp_path: Path) -> None:
-    """As Slurm sends it a second time when a busy node is slow to answer: rank 0 is still writing the checkpoint."""
+def test_repeated_signals_do_not_kill_a_rank_waiting_for_a_checkpoint(tmp_path: Path) -> None:
+    """Slurm may send the signal again on a busy node, while rank 0 is still writing the checkpoint."""
     folder = tmp_path / "run"
     large = [
         "data.subset=100",
@@ -110,8 +110,8 @@ def test_a_rank_that_waits_for_the_others_is_not_torn_by_a_signal_that_comes_aga
     while not (folder / "summary.json").exists():
         os.kill(rank, signal.SIGTERM)
         time.sleep(0.01)
-    told = process.communicate(timeout=60)[1]
-    assert process.returncode == 75, told
+    stderr = process.communicate(timeout=60)[1]
+    assert process.returncode == 75, stderr
     assert json.loads((folder / "summary.json").read_text())["status"] == "interrupted"
 
 
@@ -136,7 +136,7 @@ BAD_DATA = [
     ],
     ids=lambda value: value if isinstance(value, str) else "data" if value is BAD_DATA else "loss",
 )
-def test_an_exception_on_one_rank_ends_all_within_half_a_minute_and_names_it(
+def test_exception_on_one_rank_ends_all_within_30_seconds_and_is_reported_once(
     tmp_path: Path, launcher: str, what: list[str], mode: str
 ) -> None:
     line = command(tmp_path / "run", *what, f"parallel={mode}", "allow_packages=[tests]", "epochs=1000")
@@ -145,17 +145,17 @@ def test_an_exception_on_one_rank_ends_all_within_half_a_minute_and_names_it(
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=180)
     ended = time.time()
     assert done.returncode == 1, done.stderr
-    told = [each for each in done.stderr.splitlines() if each.startswith("dlopt: ")]
-    assert len(told) == 1, "what it did to the others is not worth a message"
-    found = re.fullmatch(r"dlopt: rank 1: .*: ZeroDivisionError: nothing at ([\d.]+)", told[0])
-    assert found is not None, told
-    assert ended - float(found[1]) < 30
+    messages = [entry for entry in done.stderr.splitlines() if entry.startswith("dlopt: ")]
+    assert len(messages) == 1, "consequences on the other ranks are not reported"
+    match = re.fullmatch(r"dlopt: rank 1: .*: ZeroDivisionError: nothing at ([\d.]+)", messages[0])
+    assert match is not None, messages
+    assert ended - float(match[1]) < 30
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["status"] == "failed" and "rank 1: " in summary["reason"]
 
 
 @pytest.mark.slow
-def test_a_users_mistake_leaves_no_folder(tmp_path: Path) -> None:
+def test_config_errors_leave_no_folder(tmp_path: Path) -> None:
     line = command(tmp_path / "run", *SMALL, "parallel.static_graph=true", "accumulate=2")
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
@@ -164,7 +164,7 @@ def test_a_users_mistake_leaves_no_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_torchrun(tmp_path: Path) -> None:
+def test_torchrun_trains(tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     line = [*launcher, *command(tmp_path / "run", *SMALL, "epochs=2")[1:]]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=180)
@@ -173,7 +173,7 @@ def test_torchrun(tmp_path: Path) -> None:
     assert (summary["status"], summary["processes"]) == ("finished", 2)
 
 
-def test_how_many_processes_are_started(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert count_processes({}, "auto") == 1
     assert count_processes({"processes": None}, "auto") == 1
@@ -183,9 +183,9 @@ def test_how_many_processes_are_started(monkeypatch: pytest.MonkeyPatch) -> None
     assert count_processes({"processes": 3}, "cpu") == 3
 
 
-def test_a_folder_of_the_users_does_not_shadow_pythons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_in_the_working_directory_do_not_shadow_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("random", "signal", "dlopt"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit(99)")
     monkeypatch.chdir(tmp_path)
     codes, _, _ = run_processes(python_module("dlopt.job", "nowhere"), 1, {})
-    assert codes == [USER_ERROR], "there is no config.yaml to run"
+    assert codes == [USER_ERROR], "config.yaml is missing"

@@ -1,4 +1,4 @@
-"""Checkpoints of which two processes write their shards: whole or absent, whoever dies or fails, wherever."""
+"""Sharded checkpoints of two processes: complete or absent, whichever rank crashes or fails, at any call."""
 
 import logging
 import os
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="fo
 
 
 def state(step: int, **more: Any) -> dict[str, Any]:
-    """With tensors that two processes cannot share equally, and one of which only one of them has something."""
+    """Returns a state with tensors whose shards are unequal, or empty on one of two ranks."""
     weights = torch.arange(15.0).reshape(5, 3) + step
     return {
         **small_state(step),
@@ -41,38 +41,38 @@ def state(step: int, **more: Any) -> dict[str, Any]:
     }
 
 
-def cut(state: dict[str, Any]) -> dict[str, Any]:
-    """In each rank: the same with weights as every process has them."""
+def shard_state(state: dict[str, Any]) -> dict[str, Any]:
+    """Called on all ranks: returns the state with weights as DTensors."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
     mesh = init_device_mesh("cpu", (2,))
 
-    def own(value: Any, name: str = "") -> Any:
+    def shard_value(value: Any, name: str = "") -> Any:
         if isinstance(value, dict):
-            return {key: own(each, str(key)) for key, each in value.items()}
+            return {key: shard_value(each, str(key)) for key, each in value.items()}
         if isinstance(value, torch.Tensor) and ("weight" in name or "momentum" in name):
             return distribute_tensor(value, mesh, [Shard(0)])
         return value
 
-    return {key: own(each, key) for key, each in state.items()}
+    return {key: shard_value(each, key) for key, each in state.items()}
 
 
-def in_ranks(folder: Path, function: Callable[[Checkpoints, int], object], **words: Any) -> list[int]:
-    """Calls `function(checkpoints, rank)` in two processes; their wait statuses."""
+def in_ranks(folder: Path, function: Callable[[Checkpoints, int], object], **options: Any) -> list[int]:
+    """Calls `function(checkpoints, rank)` in two processes; returns their wait statuses."""
     folder.mkdir(parents=True, exist_ok=True)
-    meeting = folder / f"meeting{time.monotonic_ns()}"
+    store = folder / f"store{time.monotonic_ns()}"
     children = []
     for rank in (0, 1):
         child = os.fork()
         if child == 0:
             code = 1
             try:
-                os.environ.update(DLOPT_RANK=str(rank), DLOPT_PROCESSES="2", DLOPT_STORE=str(meeting))
-                found = rendezvous.current()
-                assert found is not None
-                Group(found, torch.device("cpu"), minutes=0.5)
-                function(saver(folder, rank, **words), rank)
+                os.environ.update(DLOPT_RANK=str(rank), DLOPT_PROCESSES="2", DLOPT_STORE=str(store))
+                world = rendezvous.current()
+                assert world is not None
+                Group(world, torch.device("cpu"), minutes=0.5)
+                function(checkpoints_of(folder, rank, **options), rank)
                 code = 0
             except Exception as error:
                 print(f"rank {rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
@@ -80,30 +80,30 @@ def in_ranks(folder: Path, function: Callable[[Checkpoints, int], object], **wor
                 os._exit(code)
         children.append(child)
     statuses = [os.waitpid(child, 0)[1] for child in children]
-    meeting.unlink(missing_ok=True)
+    store.unlink(missing_ok=True)
     return statuses
 
 
-def saver(folder: Path, rank: int, **words: Any) -> Checkpoints:
+def checkpoints_of(folder: Path, rank: int, **options: Any) -> Checkpoints:
     shards = ShardWriter(rank, minutes=0.5)
-    return Checkpoints(folder / "checkpoints", writes=rank == 0, shards=shards, **words)
+    return Checkpoints(folder / "checkpoints", writes=rank == 0, shards=shards, **options)
 
 
-def saved(folder: Path, *steps: int, best: bool = False, **words: Any) -> Path:
-    """The folder with checkpoints after these updates."""
+def saved(folder: Path, *steps: int, best: bool = False, **options: Any) -> Path:
+    """Saves checkpoints after these updates; returns their folder."""
 
     def save(checkpoints: Checkpoints, rank: int) -> None:
         for step in steps:
-            checkpoints.save(cut(state(step)), best=best and step == steps[0])
+            checkpoints.save(shard_state(state(step)), best=best and step == steps[0])
         checkpoints.wait()
 
-    assert in_ranks(folder, save, **words) == [0, 0]
+    assert in_ranks(folder, save, **options) == [0, 0]
     return folder / "checkpoints"
 
 
 def newest_step(folder: Path) -> int | None:
-    found = Checkpoints(folder).load_newest()
-    return None if found is None else int(found["progress"]["step"])
+    loaded = Checkpoints(folder).load_newest()
+    return None if loaded is None else int(loaded["progress"]["step"])
 
 
 def names(folder: Path) -> set[str]:
@@ -122,14 +122,14 @@ def folder(shared: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(shared, tmp_path / "checkpoints"))
 
 
-# -- what is there
+# -- saving and loading
 
 
-def test_what_is_saved_comes_back_as_from_one_file(folder: Path) -> None:
-    found = load(folder / "last.pt")
-    assert set(found) == KEYS and found["format"] == FORMAT
-    assert same({key: found[key] for key in state(2)}, state(2))
-    assert list(found["model"]) == list(state(2)["model"])
+def test_sharded_checkpoints_load_like_one_file(folder: Path) -> None:
+    loaded = load(folder / "last.pt")
+    assert set(loaded) == KEYS and loaded["format"] == FORMAT
+    assert same({key: loaded[key] for key in state(2)}, state(2))
+    assert list(loaded["model"]) == list(state(2)["model"])
     assert same(load(folder / "best.pt")["model"], state(1)["model"])
     assert same(load_weights(folder / "best.pt"), state(1)["model"])
     raw = torch.load(folder / "last.pt", weights_only=True)
@@ -142,22 +142,22 @@ def test_what_is_saved_comes_back_as_from_one_file(folder: Path) -> None:
     assert is_intact(folder / "last.pt")
 
 
-@pytest.mark.parametrize("words", [{}, {"asynchronous": True}, {"keep": 3}, {"keep": 1}], ids=str)
-def test_shards_stay_as_long_as_their_checkpoints(tmp_path: Path, words: dict[str, Any]) -> None:
-    """Those of the best stay, and those of `keep` newest."""
-    folder = saved(tmp_path, 8, 9, 10, 11, best=True, **words)
-    steps = [9, 10, 11][-words.get("keep", 2) :]
+@pytest.mark.parametrize("options", [{}, {"asynchronous": True}, {"keep": 3}, {"keep": 1}], ids=str)
+def test_shards_are_kept_with_their_checkpoints(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Kept: the best one and the `keep` newest."""
+    folder = saved(tmp_path, 8, 9, 10, 11, best=True, **options)
+    steps = [9, 10, 11][-options.get("keep", 2) :]
     assert {each.name for each in (folder / "shards").iterdir()} == {f"step-{step}" for step in (8, *steps)}
     assert names(folder) >= {"last.pt", "best.pt", *(f"step-{step}.pt" for step in steps[:-1])}
     assert newest_step(folder) == 11 and load(folder / "best.pt")["progress"]["step"] == 8
 
 
-def test_the_same_step_again_does_not_touch_what_was_there(folder: Path) -> None:
-    """A run that went back to an earlier checkpoint comes by again."""
+def test_saving_the_same_step_again_keeps_existing_shards(folder: Path) -> None:
+    """As after resuming from an earlier checkpoint."""
     before = sha256(folder / "shards/step-2/__0_0.distcp")
 
     def save(checkpoints: Checkpoints, rank: int) -> None:
-        checkpoints.save(cut(state(2, ema={"weight": torch.zeros(3)})), best=False)
+        checkpoints.save(shard_state(state(2, ema={"weight": torch.zeros(3)})), best=False)
 
     assert in_ranks(folder.parent, save) == [0, 0]
     assert load(folder / "last.pt")["ema"] is not None
@@ -165,7 +165,7 @@ def test_the_same_step_again_does_not_touch_what_was_there(folder: Path) -> None
     assert sha256(folder / "shards/step-2/__0_0.distcp") == before, "step-2.pt's"
 
 
-def test_a_run_that_goes_on_in_one_file_leaves_no_shards(folder: Path) -> None:
+def test_unsharded_checkpoints_replace_shards(folder: Path) -> None:
     checkpoints = Checkpoints(folder)
     for step in (3, 4, 5):
         checkpoints.save(small_state(step), best=step == 3)
@@ -197,24 +197,25 @@ def remove_all(file: Path) -> None:
     shutil.rmtree(file.parent)
 
 
-@pytest.mark.parametrize("spoil", [flip, truncate, empty, remove, remove_all], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("damage", [flip, truncate, empty, remove, remove_all], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("name", ["__0_0.distcp", "__1_0.distcp", ".metadata"])
-def test_a_damaged_shard_is_named_and_the_checkpoint_before_taken(
-    folder: Path, name: str, spoil: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+def test_damaged_shard_is_reported_and_previous_checkpoint_loaded(
+    folder: Path, name: str, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    spoil(folder / "shards/step-2" / name)
+    damage(folder / "shards/step-2" / name)
     assert not is_intact(folder / "last.pt")
-    with pytest.raises(UserError, match=r"last\.pt: the shard.*step-2" + ("" if spoil is remove_all else f"/{name}")):
+    what = "the folder of its shards" if damage is remove_all else f"the shard .*step-2/{name}"
+    with pytest.raises(UserError, match=rf"last\.pt: {what}"):
         load(folder / "last.pt")
     with caplog.at_level(logging.WARNING):
         assert newest_step(folder) == 1
-    assert "step-2" in caplog.text and "trying the one before" in caplog.text
-    spoil(folder / "shards/step-1" / name)
+    assert "step-2" in caplog.text and "trying the previous checkpoint" in caplog.text
+    damage(folder / "shards/step-1" / name)
     with pytest.raises(RunError, match=r"all checkpoints in .* are damaged \(last\.pt, step-1\.pt\)"):
         newest_step(folder)
 
 
-def test_a_file_without_its_shards_says_so(folder: Path, tmp_path: Path) -> None:
+def test_missing_shards_raise(folder: Path, tmp_path: Path) -> None:
     for name in ("last.pt", "last.pt.sha256"):
         shutil.copy(folder / name, tmp_path)
     with pytest.raises(UserError, match=r"the folder of its shards is missing: .*/shards/step-2"):
@@ -223,23 +224,23 @@ def test_a_file_without_its_shards_says_so(folder: Path, tmp_path: Path) -> None
     assert load(tmp_path / "last.pt")["progress"]["step"] == 2
 
 
-def test_after_damage_the_run_goes_on(folder: Path) -> None:
+def test_saving_continues_after_damage(folder: Path) -> None:
     flip(folder / "shards/step-2/__1_0.distcp")
 
     def save(checkpoints: Checkpoints, rank: int) -> None:
-        checkpoints.save(cut(state(3)), best=False)
+        checkpoints.save(shard_state(state(3)), best=False)
 
     assert in_ranks(folder.parent, save) == [0, 0]
     assert newest_step(folder) == 3
     flip(folder / "shards/step-3/__1_0.distcp")
-    assert newest_step(folder) == 1, "what was damaged was not kept in its place"
+    assert newest_step(folder) == 1, "the damaged checkpoint was not kept as a previous one"
 
 
 # -- hostile files
 
 
 def signed(folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
-    """last.pt as somebody has changed it who writes checksums, too."""
+    """Returns last.pt with changed shards and a matching checksum, as an attacker could write it."""
     path = folder / "last.pt"
     raw = torch.load(path, weights_only=True)
     change(raw["shards"])
@@ -248,43 +249,43 @@ def signed(folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
     return path
 
 
-def test_code_in_metadata_does_not_run(folder: Path, tmp_path: Path) -> None:
+def test_code_in_metadata_is_not_executed(folder: Path, tmp_path: Path) -> None:
     marker, metadata = tmp_path / "marker", folder / "shards/step-2/.metadata"
     metadata.write_bytes(pickle.dumps(Payload(marker)))
-    path = signed(folder, lambda said: said["files"].update({".metadata": sha256(metadata)}))
+    path = signed(folder, lambda entry: entry["files"].update({".metadata": sha256(metadata)}))
     with pytest.raises(UserError, match=r"the shards cannot be read: .* is not allowed"):
         load(path)
     assert not marker.exists()
     pickle.loads(metadata.read_bytes())
-    assert marker.exists(), "the payload works where pickle is let loose"
+    assert marker.exists(), "the payload works with an unrestricted unpickler"
 
 
 @pytest.mark.parametrize(
-    "said",
+    "entry",
     [
         {"folder": "../shards/step-2"}, {"folder": "/etc"}, {"folder": ".hidden"}, {"folder": 3}, {"files": {}},
         {"files": [1]}, {"files": 3}, {"tensors": {"x": ["model", "x"]}}, {"tensors": 7},
     ],
     ids=str,
 )  # fmt: skip
-def test_a_file_that_says_nonsense_of_its_shards_is_refused(folder: Path, said: dict[str, Any]) -> None:
-    path = signed(folder, lambda entry: entry.update(said))
+def test_invalid_shard_entries_are_refused(folder: Path, entry: dict[str, Any]) -> None:
+    path = signed(folder, lambda shards: shards.update(entry))
     with pytest.raises(UserError, match=r"last\.pt: (the shard|the folder of|its list of)"):
         load(path)
 
 
-def test_a_shard_elsewhere_is_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_outside_their_folder_are_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     metadata = folder / "shards/step-2/.metadata"
-    found = pickle.loads(metadata.read_bytes())
-    for info in found.storage_data.values():
+    contents = pickle.loads(metadata.read_bytes())
+    for info in contents.storage_data.values():
         info.relative_path = f"../step-1/{info.relative_path}"
-    metadata.write_bytes(pickle.dumps(found))
-    path = signed(folder, lambda said: said["files"].update({".metadata": sha256(metadata)}))
+    metadata.write_bytes(pickle.dumps(contents))
+    path = signed(folder, lambda entry: entry["files"].update({".metadata": sha256(metadata)}))
     with pytest.raises(UserError, match=r"the shards cannot be read: there is no file \.\./step-1/"):
         load(path)
 
 
-def test_the_file_itself_is_checked_first(folder: Path) -> None:
+def test_the_checkpoint_file_is_checked_before_its_shards(folder: Path) -> None:
     write_digests(folder / "last.pt", ["0" * 64])
     with pytest.raises(UserError, match="the file is damaged"):
         load(folder / "last.pt")
@@ -294,7 +295,7 @@ def test_the_file_itself_is_checked_first(folder: Path) -> None:
 
 
 class AnyCrash(Crashes):
-    """At the n-th call that changes the file system, in one of the processes."""
+    """Kills the process at the n-th call that changes the file system."""
 
     def install(self) -> None:
         super().install()
@@ -302,99 +303,100 @@ class AnyCrash(Crashes):
             setattr(os, name, self._wrap(getattr(os, name)))
 
 
-def crash(folder: Path, who: int, boundary: int, after: bool) -> bool:
-    """Whether a process died in the save; what it leaves is checked, and that the run goes on."""
+def crash(folder: Path, crashing_rank: int, boundary: int, after: bool) -> bool:
+    """Kills a rank in a save, checks the files it leaves and that saving continues; returns whether it was killed."""
 
     def save(checkpoints: Checkpoints, rank: int) -> None:
-        os.fsync = lambda descriptor: None  # what is killed is no disk
+        os.fsync = lambda descriptor: None  # processes are killed here, not the disk: syncing would only take time
         for step in (8, 9):
-            checkpoints.save(cut(state(step)), best=step == 8)
-        if rank == who:
+            checkpoints.save(shard_state(state(step)), best=step == 8)
+        if rank == crashing_rank:
             AnyCrash(boundary, after).install()
-        checkpoints.save(cut(state(10)), best=True)
+        checkpoints.save(shard_state(state(10)), best=True)
 
     statuses = in_ranks(folder, save)
-    died = os.WIFSIGNALED(statuses[who])
-    place = folder / "checkpoints"
-    found = Checkpoints(place).load_newest()
-    assert found is not None
-    step = found["progress"]["step"]
+    died = os.WIFSIGNALED(statuses[crashing_rank])
+    checkpoint_folder = folder / "checkpoints"
+    loaded = Checkpoints(checkpoint_folder).load_newest()
+    assert loaded is not None
+    step = loaded["progress"]["step"]
     assert step in (9, 10) and (died or step == 10)
-    assert same({key: found[key] for key in state(step)}, state(step))
-    assert load(place / "best.pt")["progress"]["step"] in ((8, 10) if step == 10 else (8,))
+    assert same({key: loaded[key] for key in state(step)}, state(step))
+    assert load(checkpoint_folder / "best.pt")["progress"]["step"] in ((8, 10) if step == 10 else (8,))
 
-    def go_on(checkpoints: Checkpoints, rank: int) -> None:
+    def save_again(checkpoints: Checkpoints, rank: int) -> None:
         for step in (11, 12):
-            checkpoints.save(cut(state(step)), best=step == 11)
+            checkpoints.save(shard_state(state(step)), best=step == 11)
 
-    assert in_ranks(folder, go_on) == [0, 0]
-    assert names(place) == {"last.pt", "best.pt", "step-11.pt", "shards", "shards/step-11", "shards/step-12"}
-    assert not [path for path in place.rglob("*.tmp")]
+    assert in_ranks(folder, save_again) == [0, 0]
+    expected = {"last.pt", "best.pt", "step-11.pt", "shards", "shards/step-11", "shards/step-12"}
+    assert names(checkpoint_folder) == expected
+    assert not [path for path in checkpoint_folder.rglob("*.tmp")]
     return died
 
 
-@pytest.mark.parametrize(("who", "boundary"), [(0, 4), (0, 12), (1, 2)])
-def test_a_killed_process_leaves_whole_checkpoints(tmp_path: Path, who: int, boundary: int) -> None:
-    assert crash(tmp_path, who, boundary, after=False)
+@pytest.mark.parametrize(("crashing_rank", "boundary"), [(0, 4), (0, 12), (1, 2)])
+def test_killed_rank_leaves_complete_checkpoints(tmp_path: Path, crashing_rank: int, boundary: int) -> None:
+    assert crash(tmp_path, crashing_rank, boundary, after=False)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("who", [0, 1])
-def test_killed_at_calls(tmp_path: Path, who: int, after: bool) -> None:
-    """At every third of the main process's calls, which are some sixty, and at every one of the other's."""
-    stride = 3 if who == 0 else 1
+@pytest.mark.parametrize("crashing_rank", [0, 1])
+def test_killed_at_any_call_leaves_complete_checkpoints(tmp_path: Path, crashing_rank: int, after: bool) -> None:
+    """At every third call of rank 0 (about 60 calls), and at every call of rank 1."""
+    stride = 3 if crashing_rank == 0 else 1
     boundary = 1 + int(after)
-    while crash(tmp_path / f"{boundary}", who, boundary, after):
+    while crash(tmp_path / f"{boundary}", crashing_rank, boundary, after):
         boundary += stride
-    assert boundary > (20 if who == 0 else 3), "otherwise the calls were not seen"
+    assert boundary > (20 if crashing_rank == 0 else 3), "fewer calls: they were not intercepted"
 
 
-@pytest.mark.parametrize("who", [0, 1])
-@pytest.mark.parametrize("behind", [False, True], ids=["before going on", "behind"])
-def test_a_disk_that_is_full_for_one_of_them(
-    tmp_path: Path, who: int, behind: bool, capfd: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("crashing_rank", [0, 1])
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["synchronous", "asynchronous"])
+def test_full_disk_on_one_rank_raises_on_all(
+    tmp_path: Path, crashing_rank: int, asynchronous: bool, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     def save(checkpoints: Checkpoints, rank: int) -> None:
-        checkpoints.save(cut(state(1)), best=False)
+        checkpoints.save(shard_state(state(1)), best=False)
         checkpoints.wait()
-        original, torch.save = torch.save, fail if rank == who else torch.save
+        original, torch.save = torch.save, fail if rank == crashing_rank else torch.save
         try:
-            checkpoints.save(cut(state(2)), best=False)
+            checkpoints.save(shard_state(state(2)), best=False)
             checkpoints.wait()
         except RunError as error:
             assert str(error).startswith(f"the checkpoint {checkpoints.last} could not be written: ")
-            assert f"rank {who}: No space left on device" in str(error)
+            assert f"rank {crashing_rank}: No space left on device" in str(error)
         else:
-            raise AssertionError("nothing was said")
+            raise AssertionError("no error was raised")
         torch.save = original
         if rank == 0:
             assert newest_step(checkpoints.folder) == 1
             assert not list(checkpoints.folder.rglob("*.tmp"))
-        checkpoints.save(cut(state(3)), best=False)
+        checkpoints.save(shard_state(state(3)), best=False)
         checkpoints.wait()
 
-    assert in_ranks(tmp_path, save, asynchronous=behind) == [0, 0], capfd.readouterr().err
+    assert in_ranks(tmp_path, save, asynchronous=asynchronous) == [0, 0], capfd.readouterr().err
     assert newest_step(tmp_path / "checkpoints") == 3
 
 
-def test_a_file_system_that_is_not_shared_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_unshared_file_system_raises(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     def save(checkpoints: Checkpoints, rank: int) -> None:
-        if rank == 1:  # its own disk has folders of the same name
+        if rank == 1:  # a local disk with folders of the same name
             checkpoints.folder = tmp_path / "elsewhere"
             (checkpoints.folder / "shards/.step-1.tmp").mkdir(parents=True)
         with pytest.raises(
             RunError, match=r"rank 0 does not see .*, which rank 1 has written: .* checkpoint\.sharded=false"
         ):
-            checkpoints.save(cut(state(1)), best=False)
+            checkpoints.save(shard_state(state(1)), best=False)
 
     assert in_ranks(tmp_path, save) == [0, 0], capfd.readouterr().err
 
 
-def test_the_state_is_that_of_the_call_whatever_comes_after(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_asynchronous_saves_copy_the_state_first(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     def save(checkpoints: Checkpoints, rank: int) -> None:
         original = torch.save
 
@@ -403,16 +405,16 @@ def test_the_state_is_that_of_the_call_whatever_comes_after(tmp_path: Path, capf
             original(*arguments)
 
         torch.save = slow
-        given = cut(state(1))
-        checkpoints.save(given, best=True)
-        given["model"]["a.weight"].zero_()
+        sharded_state = shard_state(state(1))
+        checkpoints.save(sharded_state, best=True)
+        sharded_state["model"]["a.weight"].zero_()
         checkpoints.wait()
 
     assert in_ranks(tmp_path, save, asynchronous=True) == [0, 0], capfd.readouterr().err
     assert same(load(tmp_path / "checkpoints/last.pt")["model"], state(1)["model"])
 
 
-def test_only_what_torch_writes_of_tensors_is_known() -> None:
+def test_unpickler_allows_only_tensor_metadata() -> None:
     for module, name in (
         ("os", "system"),
         ("builtins", "eval"),

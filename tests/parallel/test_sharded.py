@@ -1,4 +1,4 @@
-"""Runs whose checkpoints are sharded: the same as any other, and in any other mode."""
+"""Runs with sharded checkpoints: bitwise identical to unsharded ones, and resumable in any mode."""
 
 import json
 import os
@@ -27,15 +27,15 @@ from tests.training.runs import at_update, experiment, metrics, result, same, st
 FSDP = ["parallel=fsdp", "parallel.unit_parameters=100"]
 SYNC = "parallel.sync_batchnorm=true"
 SHARDED = [*FSDP, SYNC, "checkpoint.sharded=true"]
-BEHIND = "checkpoint.asynchronous=true"
+ASYNCHRONOUS = "checkpoint.asynchronous=true"
 CASE = [
     *MLP, "model.norm=batch", "augmentation=crop_flip", "data.batch_size=35", "ema=0.9", "optimizer=adamw",
     "optimizer.lr=0.01",
 ]  # fmt: skip
 
 
-def go_on(folder: Path, *overrides: str) -> dict[str, Any]:
-    """In each rank: the run in `folder`, whose checkpoint rank 0 reads."""
+def resume_run(folder: Path, *overrides: str) -> dict[str, Any]:
+    """Called on all ranks: resumes the run in `folder` from the checkpoint that rank 0 loads."""
     main = os.environ["DLOPT_RANK"] == "0"
     state = Checkpoints(folder / "checkpoints").load_newest() if main else None
     summary = train(Run(experiment(*overrides), folder, state), console=False)
@@ -43,26 +43,26 @@ def go_on(folder: Path, *overrides: str) -> dict[str, Any]:
     return summary
 
 
-def runs(folder: str) -> None:
-    """In each rank: the same run in one file, in shards, in shards behind the training, and interrupted."""
-    place, case = Path(folder), [*CASE, "epochs=4"]
-    go_on(place / "one", *case, *FSDP, SYNC)
-    go_on(place / "sharded", *case, *SHARDED)
-    go_on(place / "behind", *case, *SHARDED, BEHIND)
+def train_all(folder: str) -> None:
+    """Called on all ranks: the same run with one file, with shards, with asynchronous shards, and interrupted."""
+    root, case = Path(folder), [*CASE, "epochs=4"]
+    resume_run(root / "one", *case, *FSDP, SYNC)
+    resume_run(root / "sharded", *case, *SHARDED)
+    resume_run(root / "asynchronous", *case, *SHARDED, ASYNCHRONOUS)
     with at_update(4, terminate if os.environ["DLOPT_RANK"] == "1" else lambda: None):
-        assert go_on(place / "stopped", *case, *SHARDED)["status"] == "interrupted"
-    go_on(place / "stopped", *case, *SHARDED)
+        assert resume_run(root / "stopped", *case, *SHARDED)["status"] == "interrupted"
+    resume_run(root / "stopped", *case, *SHARDED)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
-    run_ranks("tests.parallel.test_sharded:runs", 2, folder, str(folder))
+    run_ranks("tests.parallel.test_sharded:train_all", 2, folder, str(folder))
     return folder
 
 
-@pytest.mark.parametrize("name", ["sharded", "behind", "stopped"])
-def test_the_run_is_the_same_bit_for_bit(finished: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["sharded", "asynchronous", "stopped"])
+def test_runs_are_bitwise_identical(finished: Path, name: str) -> None:
     assert timeless(finished / name) == timeless(finished / "one")
     for file in ("last.pt", "best.pt"):
         assert same(result(finished / name, file), result(finished / "one", file))
@@ -78,14 +78,14 @@ def test_the_run_is_the_same_bit_for_bit(finished: Path, name: str) -> None:
 # -- other modes
 
 
-def in_turn(folder: str, legs: list[tuple[list[str], int]]) -> None:
-    """In each rank: one run, of which every leg goes on with what the one before has left."""
+def run_legs(folder: str, legs: list[tuple[list[str], int]]) -> None:
+    """Called on all ranks: one run whose legs resume each other."""
     for mode, epochs in legs:
-        go_on(Path(folder), *CASE, *mode, f"epochs={epochs}")
+        resume_run(Path(folder), *CASE, *mode, f"epochs={epochs}")
 
 
-def ended_like(run: Path, whole: Path) -> None:
-    """Against a run of one process."""
+def assert_ended_like(run: Path, whole: Path) -> None:
+    """Compares a run with a single-process run in `whole`."""
     epochs = len(metrics(run))
     start(whole, *CASE, f"epochs={epochs}")
     for a, b in zip(metrics(whole), metrics(run), strict=True):
@@ -99,7 +99,7 @@ def ended_like(run: Path, whole: Path) -> None:
             torch.testing.assert_close(other["optimizer"]["state"][number][name], value, rtol=1e-9, atol=1e-9)
 
 
-def one_process(run: Path, epochs: int) -> None:
+def resume_in_one_process(run: Path, epochs: int) -> None:
     state = Checkpoints(run / "checkpoints").load_newest()
     train(Run(experiment(*CASE, f"epochs={epochs}"), run, state), console=False)
 
@@ -107,25 +107,25 @@ def one_process(run: Path, epochs: int) -> None:
 def test_shards_resume_in_any_mode(tmp_path: Path) -> None:
     run = tmp_path / "run"
     start(run, *CASE, "epochs=1")
-    modes = [SHARDED, ["parallel=filter"], [*SHARDED, BEHIND], ["parallel=ddp", SYNC], SHARDED]
+    modes = [SHARDED, ["parallel=filter"], [*SHARDED, ASYNCHRONOUS], ["parallel=ddp", SYNC], SHARDED]
     legs = [(mode, number) for number, mode in enumerate(modes, 2)]
-    run_ranks("tests.parallel.test_sharded:in_turn", 2, tmp_path, str(run), legs)
-    one_process(run, 7)
-    ended_like(run, tmp_path / "whole")
+    run_ranks("tests.parallel.test_sharded:run_legs", 2, tmp_path, str(run), legs)
+    resume_in_one_process(run, 7)
+    assert_ended_like(run, tmp_path / "whole")
     assert len(json.loads((run / "summary.json").read_text())["resumed_from"]) == 6
 
 
 @pytest.mark.slow
 def test_shards_resume_with_another_number_of_processes(tmp_path: Path) -> None:
-    """Also with copies of a model that is cut over two, and with strips in between."""
+    """Also with two replicas of two shards each (HSDP), and with parallel=spatial in between."""
     run = tmp_path / "run"
     copies = [*SHARDED, "parallel.shards=2"]
-    run_ranks("tests.parallel.test_sharded:in_turn", 2, tmp_path / "two", str(run), [(SHARDED, 1)])
+    run_ranks("tests.parallel.test_sharded:run_legs", 2, tmp_path / "two", str(run), [(SHARDED, 1)])
     legs = [(SHARDED, 2), (copies, 3), (["parallel=spatial"], 4), (copies, 5)]
-    run_ranks("tests.parallel.test_sharded:in_turn", 4, tmp_path / "four", str(run), legs)
-    run_ranks("tests.parallel.test_sharded:in_turn", 2, tmp_path / "again", str(run), [(SHARDED, 6)])
-    one_process(run, 7)
-    ended_like(run, tmp_path / "whole")
+    run_ranks("tests.parallel.test_sharded:run_legs", 4, tmp_path / "four", str(run), legs)
+    run_ranks("tests.parallel.test_sharded:run_legs", 2, tmp_path / "again", str(run), [(SHARDED, 6)])
+    resume_in_one_process(run, 7)
+    assert_ended_like(run, tmp_path / "whole")
 
 
 def command(folder: Path, *overrides: str) -> list[str]:
@@ -134,27 +134,27 @@ def command(folder: Path, *overrides: str) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["false", "true"], ids=["before going on", "behind"])
-def test_killed_while_it_saves_all_the_time(tmp_path: Path, how: str) -> None:
-    """kill -9 of all processes of a run that spends most of its time in saves; the last one ends as if undisturbed."""
+@pytest.mark.parametrize("asynchronous", ["false", "true"], ids=["synchronous", "asynchronous"])
+def test_killed_during_saves_resumes_bitwise_identical(tmp_path: Path, asynchronous: str) -> None:
+    """kill -9 of all processes of a run that mostly saves; the resumed run ends like an uninterrupted one."""
     started = {"cwd": ROOT, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    folder, asynchronous, draws = tmp_path / "run", f"checkpoint.asynchronous={how}", random.Random(0)
-    inside = 0
+    folder, option, draws = tmp_path / "run", f"checkpoint.asynchronous={asynchronous}", random.Random(0)
+    during_write = 0
     for _ in range(3):
-        process = subprocess.Popen(command(folder, asynchronous), start_new_session=True, **started)  # type: ignore[call-overload]
-        seen = step_of(folder)
+        process = subprocess.Popen(command(folder, option), start_new_session=True, **started)  # type: ignore[call-overload]
+        last_step = step_of(folder)
         deadline = time.monotonic() + 120
-        while step_of(folder) in (None, seen) and process.poll() is None:
+        while step_of(folder) in (None, last_step) and process.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.02)
         time.sleep(draws.uniform(0, 0.6))
         assert process.poll() is None, process.communicate()[1]
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        inside += any((folder / "checkpoints/shards").glob(".*.tmp"))
-    done = subprocess.run(command(folder, asynchronous), timeout=200, **started)  # type: ignore[call-overload]
+        during_write += any((folder / "checkpoints/shards").glob(".*.tmp"))
+    done = subprocess.run(command(folder, option), timeout=200, **started)  # type: ignore[call-overload]
     assert done.returncode == 0, done.stderr
-    print(f"{inside} of 3 inside the writing of shards")
+    print(f"{during_write} of 3 while shards were written")
     whole = subprocess.run(command(tmp_path / "whole"), timeout=200, **started)  # type: ignore[call-overload]
     assert whole.returncode == 0, whole.stderr
     assert len(json.loads((folder / "summary.json").read_text())["resumed_from"]) == 3
@@ -165,7 +165,7 @@ def test_killed_while_it_saves_all_the_time(tmp_path: Path, how: str) -> None:
 
 
 def step_of(folder: Path) -> int | None:
-    """Of the newest checkpoint, if it is there."""
+    """Returns the step of the newest checkpoint, if any."""
     raw = sharded.load_without_shards(folder / "checkpoints/last.pt")
     return raw["progress"]["step"] if raw else None
 
@@ -173,7 +173,7 @@ def step_of(folder: Path) -> int | None:
 # -- commands
 
 
-def test_commands_read_shards_and_make_one_file(finished: Path, tmp_path: Path) -> None:
+def test_commands_read_shards_and_consolidate_them(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished / "sharded", tmp_path / "run")
     best = tmp_path / "run/checkpoints/best.pt"
     done = dlopt(tmp_path, "consolidate", "checkpoint=run")
@@ -183,10 +183,10 @@ def test_commands_read_shards_and_make_one_file(finished: Path, tmp_path: Path) 
     assert same(load(whole), load(best))
     raw = torch.load(whole, weights_only=True)
     assert raw["format"] == 1 and "shards" not in raw and same(raw["model"], load(best)["model"])
-    told = [dlopt(tmp_path, "eval", f"checkpoint={path}", "device=cpu") for path in (best, whole)]
-    assert told[0].code == told[1].code == 0
-    figures_told = [[line for line in each.out.splitlines() if "best" not in line] for each in told]
-    assert figures_told[0] == figures_told[1]
+    outputs = [dlopt(tmp_path, "eval", f"checkpoint={path}", "device=cpu") for path in (best, whole)]
+    assert outputs[0].code == outputs[1].code == 0
+    tables = [[line for line in each.out.splitlines() if "best" not in line] for each in outputs]
+    assert tables[0] == tables[1]
     shutil.rmtree(tmp_path / "run/checkpoints/shards")
     assert dlopt(tmp_path, "eval", f"checkpoint={whole}", "device=cpu").code == 0
     assert "the folder of its shards is missing" in refused(tmp_path, "eval", f"checkpoint={best}", "device=cpu")
@@ -205,23 +205,23 @@ def test_commands_read_shards_and_make_one_file(finished: Path, tmp_path: Path) 
         (["checkpoint=sharded", "output=sharded"], "output=sharded: is a folder; must be a file"),
         (
             ["checkpoint=sharded", "output=sharded/checkpoints/best.pt"],
-            "output=sharded/checkpoints/best.pt: this is the",
+            "output=sharded/checkpoints/best.pt: is the checkpoint",
         ),
         (["checkpoint=sharded", "to=x.pt"], "to: unknown key; allowed: checkpoint, output"),
     ],
 )
-def test_wrong_lines_for_consolidate(finished: Path, arguments: list[str], message: str) -> None:
+def test_invalid_consolidate_commands_raise(finished: Path, arguments: list[str], message: str) -> None:
     assert refused(finished, "consolidate", *arguments).startswith(f"dlopt: {message}")
 
 
-def test_help_for_consolidate(tmp_path: Path) -> None:
+def test_consolidate_help(tmp_path: Path) -> None:
     done = dlopt(tmp_path, "consolidate", "--help")
-    assert done.code == 0 and done.out.startswith("dlopt consolidate checkpoint=PATH")
+    assert done.code == 0 and "dlopt consolidate checkpoint=PATH" in done.out
 
 
 @pytest.mark.slow
-def test_an_earlier_best_comes_along_to_a_new_folder(finished: Path, tmp_path: Path) -> None:
-    """`resume=PATH` in another folder takes the best model so far, whose shards lie in the old one."""
+def test_resume_in_a_new_folder_copies_the_best_checkpoint(finished: Path, tmp_path: Path) -> None:
+    """`resume=PATH` in another folder takes the best model so far, whose shards are in the old one."""
     typed = [*CASE, *SHARDED, "checkpoint.sharded=auto", "parallel.processes=1", "epochs=5"]
     line = ["train", *typed, f"resume={finished}/sharded/checkpoints/last.pt", "hydra.run.dir=new"]
     done = dlopt(tmp_path, *line)
@@ -230,7 +230,7 @@ def test_an_earlier_best_comes_along_to_a_new_folder(finished: Path, tmp_path: P
     load(tmp_path / "new/checkpoints/best.pt")
 
 
-def test_cleaning_removes_shards(finished: Path, tmp_path: Path) -> None:
+def test_clean_removes_shards(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished / "sharded", tmp_path / "run")
     checkpoints = tmp_path / "run/checkpoints"
     for name in ("config.yaml", "summary.json"):
@@ -243,11 +243,11 @@ def test_cleaning_removes_shards(finished: Path, tmp_path: Path) -> None:
     assert load(checkpoints / "last.pt") and load(checkpoints / "best.pt")
 
 
-# -- where it makes no sense
+# -- refusals
 
 
 def refusals(folder: str) -> None:
-    """In each rank."""
+    """Called on all ranks."""
     for mode in ("ddp", "filter", "pipeline"):
         with pytest.raises(UserError, match=rf"^checkpoint\.sharded=true: not with parallel={mode}; use "):
             start(Path(folder), *MLP, "model.norm=none", f"parallel={mode}", "checkpoint.sharded=true")
@@ -255,7 +255,7 @@ def refusals(folder: str) -> None:
 
 
 @pytest.mark.slow
-def test_elsewhere_it_is_refused(tmp_path: Path) -> None:
+def test_unsupported_modes_refuse_sharded_checkpoints(tmp_path: Path) -> None:
     run_ranks("tests.parallel.test_sharded:refusals", 2, tmp_path, str(tmp_path / "several"))
     for mode in ("single", "fsdp"):
         with pytest.raises(

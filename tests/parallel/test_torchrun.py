@@ -1,4 +1,4 @@
-"""torchrun starts a run again that has lost a process."""
+"""torchrun restarts a run that has lost a process."""
 
 import json
 import os
@@ -19,20 +19,20 @@ EPOCHS, COUNT = 8, 24
 
 
 class KilledOnRank1(torch.utils.data.Dataset[tuple[Tensor, float]]):
-    """A regression in which torchrun's first attempt of several loses a process, as if memory had run out."""
+    """A regression that kills rank 1 in torchrun's first attempt, as the OOM killer would, if restarts are allowed."""
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self.given = 0
+        self.loaded = 0
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> tuple[Tensor, float]:
-        self.given += 1
+        self.loaded += 1
         is_first = os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0" and os.environ.get("RANK") == "1"
         is_first = is_first and os.environ.get("TORCHELASTIC_MAX_RESTARTS") != "0"
-        if is_first and self.given > 2 * self.count:
+        if is_first and self.loaded > 2 * self.count:
             os.kill(os.getpid(), signal.SIGKILL)
         return torch.tensor([index / self.count, 1.0, (index % 5) / 5]), (index % 7) / 7
 
@@ -50,14 +50,14 @@ def run(folder: Path, *launcher: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_a_run_that_loses_a_process_is_restarted_and_ends_with_the_same_weights(tmp_path: Path) -> None:
+def test_restarted_run_ends_with_identical_weights(tmp_path: Path) -> None:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = run(tmp_path / "killed", *torchrun, "--max-restarts", "2")
     assert done.returncode == 0, done.stderr[-4000:]
-    whole = run(tmp_path / "whole", *torchrun)
-    assert whole.returncode == 0, whole.stderr[-4000:]
+    uninterrupted = run(tmp_path / "whole", *torchrun)
+    assert uninterrupted.returncode == 0, uninterrupted.stderr[-4000:]
     first, second = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("killed", "whole"))
-    assert first["resumed_from"] and not second["resumed_from"]  # it did happen
+    assert first["resumed_from"] and not second["resumed_from"]  # the kill did happen
     assert first["status"] == second["status"] == "finished" and first["processes"] == 2
     assert timeless(tmp_path / "killed") == timeless(tmp_path / "whole")
     models = [load(tmp_path / name / "checkpoints" / "last.pt")["model"] for name in ("killed", "whole")]
