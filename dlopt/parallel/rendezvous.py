@@ -210,11 +210,11 @@ def first_to_fail() -> bool:
 
 
 def leave() -> None:
-    """Destroys the process group after a successful run."""
+    """Destroys the process group after a successful run, if there is one."""
     from torch import distributed
 
-    gc.collect()  # collects DDP's hooks: gloo aborts at exit if they outlive the group
     if distributed.is_initialized():
+        gc.collect()  # collects DDP's hooks: gloo aborts at exit if they outlive the group
         with contextlib.suppress(RuntimeError):  # rank 0 hosts the store, so it must not leave first
             distributed.barrier()
         distributed.destroy_process_group()
