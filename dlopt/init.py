@@ -7,8 +7,9 @@ fan_out the number of units that read an input.
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from math import sqrt
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from dlopt.models.locally_connected import LocallyConnected2d
 from dlopt.ranges import Count, NonNegative, Positive
 
 Fan = Literal["fan_in", "fan_out"]
+_TORCH_GAINS: dict[type[nn.Module], Any] = {
+    nn.LeakyReLU: "leaky_relu", nn.ReLU: "relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid", nn.SELU: "selu",
+}  # fmt: skip
 
 
 class Weight(NamedTuple):
@@ -67,17 +71,8 @@ def activation_gain(model: nn.Module) -> float:
     if not counts:
         return 1.0
     ((kind, _),) = counts.most_common(1)
-    match kind:
-        case nn.LeakyReLU:
-            return nn.init.calculate_gain("leaky_relu", nn.LeakyReLU().negative_slope)
-        case nn.ReLU:
-            return nn.init.calculate_gain("relu")
-        case nn.Tanh:
-            return nn.init.calculate_gain("tanh")
-        case nn.Sigmoid:
-            return nn.init.calculate_gain("sigmoid")
-        case nn.SELU:
-            return nn.init.calculate_gain("selu")
+    if kind in _TORCH_GAINS:
+        return nn.init.calculate_gain(_TORCH_GAINS[kind])
     z = torch.linspace(-10, 10, 4001, dtype=torch.float64)
     density = torch.exp(-z.square() / 2) / sqrt(2 * torch.pi)
     return torch.trapezoid(kind()(z).square() * density, z).rsqrt().item()
@@ -317,19 +312,18 @@ class _StopForward(Exception):
 def _in_forward_order(model: nn.Module, inputs: Tensor) -> list[Weight]:
     """Returns the weights in the order in which their layers are first called."""
     order: dict[nn.Module, int] = {}
-    by_layer = [(weight.layer, weight) for weight in weights(model)]
+    all_weights = list(weights(model))
 
     def record(module: nn.Module, arguments: object) -> None:
         order.setdefault(module, len(order))
 
-    handles = [layer.register_forward_pre_hook(record) for layer, _ in by_layer]
+    handles = [weight.layer.register_forward_pre_hook(record) for weight in all_weights]
     try:
         model(inputs)
     finally:
         for handle in handles:
             handle.remove()
-    called = [pair for pair in by_layer if pair[0] in order]
-    return [weight for _, weight in sorted(called, key=lambda pair: order[pair[0]])]
+    return sorted((weight for weight in all_weights if weight.layer in order), key=lambda weight: order[weight.layer])
 
 
 def _output(model: nn.Module, layer: nn.Module, inputs: Tensor) -> Tensor:
@@ -342,9 +336,8 @@ def _output(model: nn.Module, layer: nn.Module, inputs: Tensor) -> Tensor:
 
     handle = layer.register_forward_hook(capture)
     try:
-        model(inputs)
-    except _StopForward:
-        pass
+        with suppress(_StopForward):
+            model(inputs)
     finally:
         handle.remove()
     return outputs[0]

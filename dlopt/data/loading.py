@@ -55,7 +55,7 @@ class Loader:
         self._samples = samples
         self._workers = workers
         self._pin = pin
-        self._chunks = _ChunkSampler()
+        self._chunks: list[np.ndarray] = []  # batch sampler of the current run; only the main process iterates it
         self._loader: DataLoader[Any] | None = None
 
     def run(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -68,7 +68,7 @@ class Loader:
         if not batches:
             return
         batch_chunks = [batch.split(_FETCH_SIZE) if self._workers else (batch,) for batch in batches]
-        self._chunks.indices = [chunk.numpy() for chunks in batch_chunks for chunk in chunks]
+        self._chunks[:] = [chunk.numpy() for chunks in batch_chunks for chunk in chunks]
         try:
             fetched = self._start(max(map(len, batches)))
             for batch, chunks in zip(batches, batch_chunks, strict=True):
@@ -166,27 +166,11 @@ def materialize(samples: Samples, workers: int | Literal["auto"] = "auto") -> In
     return InMemory(inputs, samples.targets)
 
 
-class _ChunkSampler:
-    """Batch sampler over the chunks of the next run. DataLoader iterates it in the main process only."""
-
-    def __init__(self) -> None:
-        self.indices: list[np.ndarray] = []
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        return iter(self.indices)
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-
 class _ChunkDataset:
     """Dataset whose `__getitems__` fetches a chunk in one call."""
 
     def __init__(self, samples: Samples) -> None:
         self._samples = samples
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self._samples.fetch(torch.tensor([index]))[0]
 
     def __getitems__(self, indices: np.ndarray) -> Tensor | UserError:
         try:

@@ -168,7 +168,7 @@ def fit(normalize: nn.Module, dataset: Dataset, *, count: int | None, kind: str)
     if not dataset.in_memory and count is not None and len(samples) > count:
         samples = samples.select(torch.linspace(0, len(samples) - 1, count, dtype=torch.float64).round().long())
     if dataset.in_memory or not isinstance(samples, Files) or len(samples) < _CACHE_MIN_SAMPLES:
-        _fit(normalize, samples)
+        normalize.fit(samples)  # type: ignore[operator]
         return
     path = cache_file("statistics", _VERSION, kind, _digest(samples))
     with exclusive(path):
@@ -177,12 +177,8 @@ def fit(normalize: nn.Module, dataset: Dataset, *, count: int | None, kind: str)
         if cached is not None and {name: value.shape for name, value in cached.items()} == shapes:
             normalize.load_state_dict({name: torch.from_numpy(value) for name, value in cached.items()})
             return
-        _fit(normalize, samples)
+        normalize.fit(samples)  # type: ignore[operator]
         save_arrays(path, {name: value.cpu().numpy() for name, value in normalize.state_dict().items()})
-
-
-def _fit(normalize: nn.Module, samples: Samples) -> None:
-    normalize.fit(samples)  # type: ignore[operator]
 
 
 def _digest(files: Files) -> str:
