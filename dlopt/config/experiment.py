@@ -5,17 +5,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
-
-from annotated_types import Interval
+from typing import Any, Literal
 
 from dlopt.config.schema import Component
 from dlopt.data.splits import DataSettings
 from dlopt.parameters import Grouping
-from dlopt.ranges import Count, Natural, Positive, Seed
+from dlopt.ranges import Count, Natural, OpenFraction, Positive, Seed
 from dlopt.schedules import Warmup
 
-Decay = Annotated[float, Interval(gt=0, lt=1)]
 Toggle = bool | Literal["auto"]
 ExtraMetric = Literal["top5_accuracy", "macro_f1", "calibration_error", "class_accuracy", "r2", "mae"]
 
@@ -41,7 +38,7 @@ class CheckpointSettings:
 @dataclass(frozen=True, kw_only=True)
 class RecoverySettings:
     attempts: Count
-    lr_factor: Decay
+    lr_factor: OpenFraction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +75,7 @@ class Settings:
     scale_lr: Literal["none", "linear", "sqrt"]
     scale_lr_reference: Count
     decay_norm_and_bias: bool
-    ema: Decay | None
+    ema: OpenFraction | None
     check: Literal["auto", "step"]
     on_divergence: Literal["stop", "skip", "rollback"]
     recovery: RecoverySettings

@@ -21,7 +21,7 @@ from pydantic.errors import PydanticUndefinedAnnotation
 
 from dlopt.config.choices import config_folder, extensions
 from dlopt.errors import UserError, suggest
-from dlopt.ranges import Count, Fraction, NonNegative, Positive
+from dlopt.ranges import Count, Fraction, NonNegative, OpenFraction, Positive
 
 ALLOWED_PACKAGES = ("dlopt", "torch.optim", "torch.nn", "torchvision")
 # The modules of dlopt that configs may name; the others act on files, processes and the network.
@@ -47,7 +47,7 @@ _RANGES: dict[str, Any] = {
     "lr_decay": NonNegative,
     "initial_accumulator_value": NonNegative,
     "momentum_decay": NonNegative,
-    "etas": tuple[Annotated[float, Interval(gt=0, lt=1)], Annotated[float, Interval(gt=1)]],
+    "etas": tuple[OpenFraction, Annotated[float, Interval(gt=1)]],
     "step_sizes": tuple[Positive, Positive],
     "max_iter": Count,
     "max_eval": Count | None,

@@ -1,8 +1,8 @@
-"""Optimizers that torch does not have; each is a standard `torch.optim.Optimizer`, driven by `step(closure)`.
+"""Optimizers that torch does not have. Each is a standard `torch.optim.Optimizer`, driven by `step(closure)`.
 
-A class says by `evaluations` whether it calls the closure "once" or "many" times per step, and by `elementwise = False`
-that its update of an element depends on others, so that it needs whole, not sharded, tensors.
-The schedule-free ones stand in `dlopt.optim.schedule_free`: they need an optional package.
+Class attributes: `evaluations` tells whether a step calls the closure "once" or "many" times. `elementwise = False`
+means that the update of an element depends on other elements, so the optimizer needs full, not sharded, tensors.
+The schedule-free optimizers are in `dlopt.optim.schedule_free`, because they need an optional package.
 """
 
 from dlopt.optim.adam import LAMB, NAdam

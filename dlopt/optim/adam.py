@@ -4,22 +4,21 @@ import math
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from dlopt.optim.common import Closure, buffers, chunks, count_steps, evaluate, gradients
+from dlopt.optim.common import ForeachOptimizer, buffers, count_steps, gradients
 from dlopt.ranges import Fraction, NonNegative, Positive
 
 
-class LAMB(torch.optim.Optimizer):
-    """Adam whose update of each tensor is scaled to the norm of that tensor, for large batches (You et al. 2020, alg.
-    2).
+class LAMB(ForeachOptimizer):
+    """Adam for large batches: scales the update of each tensor to the tensor's norm (You et al. 2020, algorithm 2).
 
     u = m^ / (sqrt(v^) + eps) + weight_decay * theta; theta <- theta - lr * min(|theta|, max_weight_norm) / |u| * u.
-    The decay passes no moment and is in this sense decoupled; the ratio is 1 where a norm is zero.
-    `bias_correction=False` is what the authors published as code.
+    The decay is not part of the moments; in this sense it is decoupled. The ratio is 1 if a norm is zero.
+    `bias_correction=False` corresponds to the authors' code.
     """
 
-    evaluations: ClassVar[str] = "once"
     elementwise: ClassVar[bool] = False
 
     def __init__(
@@ -36,48 +35,42 @@ class LAMB(torch.optim.Optimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**defaults, "bias_correction": bias_correction, "max_weight_norm": max_weight_norm})
 
-    @torch.no_grad()
-    def step(self, closure: Closure | None = None) -> Any:
-        loss = evaluate(closure)
-        for group in self.param_groups:
-            lr, (beta1, beta2), decay = float(group["lr"]), group["betas"], group["weight_decay"]
-            for params in chunks(group["params"]):
-                grads = gradients(params)
-                averages, squares = buffers(self, params, "exp_avg"), buffers(self, params, "exp_avg_sq")
-                counts = count_steps(self, params)
-                torch._foreach_lerp_(averages, grads, 1 - beta1)
-                torch._foreach_mul_(squares, beta2)
-                torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
-                if group["bias_correction"]:
-                    roots = [math.sqrt(1 - beta2**t) for t in counts]
-                    scales = [root / (1 - beta1**t) for root, t in zip(roots, counts, strict=True)]
-                else:
-                    roots = scales = [1.0] * len(params)
-                # m^ / (sqrt(v^) + eps) = scale * m / (sqrt(v) + eps * root)
-                below = torch._foreach_sqrt(squares)
-                torch._foreach_add_(below, [group["eps"] * root for root in roots])
-                updates = below  # in place: a second temporary of the model's size costs more than the arithmetic
-                torch._foreach_reciprocal_(updates)
-                torch._foreach_mul_(updates, averages)
-                torch._foreach_mul_(updates, scales)
-                torch._foreach_add_(updates, params, alpha=decay)
-                weights = torch.stack(torch._foreach_norm(params)).clamp_(max=group["max_weight_norm"] or math.inf)
-                norms = torch.stack(torch._foreach_norm(updates))
-                ratios = torch.where((weights > 0) & (norms > 0), weights / norms, 1.0)
-                if ratios.is_cpu:  # where a number costs no synchronization, it saves a pass over the updates
-                    for parameter, update, ratio in zip(params, updates, ratios.tolist(), strict=True):
-                        parameter.add_(update, alpha=-lr * ratio)
-                else:
-                    torch._foreach_mul_(updates, list(ratios.unbind()))
-                    torch._foreach_add_(params, updates, alpha=-lr)
-        return loss
+    def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        lr, (beta1, beta2) = float(group["lr"]), group["betas"]
+        grads, counts = gradients(params), count_steps(self, params)
+        averages, squares = buffers(self, params, "exp_avg"), buffers(self, params, "exp_avg_sq")
+        torch._foreach_lerp_(averages, grads, 1 - beta1)
+        torch._foreach_mul_(squares, beta2)
+        torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
+        if group["bias_correction"]:
+            roots = [math.sqrt(1 - beta2**t) for t in counts]
+            scales = [root / (1 - beta1**t) for root, t in zip(roots, counts, strict=True)]
+        else:
+            roots = scales = [1.0] * len(params)
+        # m^ / (sqrt(v^) + eps) = scale * m / (sqrt(v) + eps * root). In place, because a second temporary of the
+        # model's size costs more than the arithmetic.
+        updates = torch._foreach_sqrt(squares)
+        torch._foreach_add_(updates, [group["eps"] * root for root in roots])
+        torch._foreach_reciprocal_(updates)
+        torch._foreach_mul_(updates, averages)
+        torch._foreach_mul_(updates, scales)
+        torch._foreach_add_(updates, params, alpha=group["weight_decay"])
+        weights = torch.stack(torch._foreach_norm(params)).clamp_(max=group["max_weight_norm"] or math.inf)
+        norms = torch.stack(torch._foreach_norm(updates))
+        ratios = torch.where((weights > 0) & (norms > 0), weights / norms, 1.0)
+        if ratios.is_cpu:  # reading the ratios needs no synchronization and saves a pass over the updates
+            for parameter, update, ratio in zip(params, updates, ratios.tolist(), strict=True):
+                parameter.add_(update, alpha=-lr * ratio)
+        else:
+            torch._foreach_mul_(updates, list(ratios.unbind()))
+            torch._foreach_add_(params, updates, alpha=-lr)
 
 
 class NAdam(torch.optim.NAdam):
-    """torch's NAdam, made to resume exactly in float64.
+    """torch's NAdam, which resumes exactly also in float64.
 
-    Its running product of momenta is a float32 number, which torch's loading converts to the type of the parameters;
-    the products after it are then rounded differently.
+    Its running product of momenta is a float32 tensor. torch's `load_state_dict` converts it to the parameters' dtype,
+    after which the products are rounded differently.
     """
 
     evaluations: ClassVar[str] = "once"

@@ -1,7 +1,7 @@
-"""What the optimizers share: how they call a closure, walk over parameters and see them as one vector."""
+"""Helpers of the optimizers: closures, chunks of parameters for foreach functions, parameters as one vector."""
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -10,15 +10,14 @@ from torch.optim.optimizer import ParamsT
 from dlopt.errors import UserError
 
 Closure = Callable[[], Any]
-_CACHE = 1 << 18  # elements: what an update touches of them stays in a core's cache from one operation to the next
+_CHUNK = 1 << 18  # elements: a chunk's parameters, gradients and state fit into the cache of a CPU core
 
 
 class LossClosure:
-    """The closure of a loop that has nothing but a function for the loss: `optimizer.step(LossClosure(optimizer,
-    loss))`.
+    """Closure for a loop that has only a function for the loss: `optimizer.step(LossClosure(optimizer, loss))`.
 
-    Calling it clears the gradients, runs `loss()` backward and returns the detached loss; `closure.loss()` gives the
-    differentiable loss, which Newton's methods need for products with the Hessian.
+    A call zeroes the gradients, runs backward on `loss()` and returns the detached loss. `closure.loss()` returns the
+    differentiable loss, which Newton methods need for Hessian-vector products.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> None:
@@ -34,7 +33,7 @@ class LossClosure:
 
 
 def evaluate(closure: Closure | None) -> Any:
-    """The closure's loss, or None without a closure: the gradients are there already."""
+    """Calls the closure and returns its loss; without a closure returns None (the gradients have been computed)."""
     if closure is None:
         return None
     with torch.enable_grad():
@@ -44,14 +43,14 @@ def evaluate(closure: Closure | None) -> Any:
 def needs_closure(optimizer: torch.optim.Optimizer, closure: Closure | None) -> Closure:
     if closure is None:
         raise UserError(
-            f"{type(optimizer).__name__}: evaluates the loss several times in a step; call step(closure) with a "
-            f"function that clears the gradients, runs forward and backward and returns the loss"
+            f"{type(optimizer).__name__}: evaluates the loss several times per step; call step(closure) with a "
+            f"function that zeroes the gradients, runs forward and backward and returns the loss"
         )
     return closure
 
 
 def differentiable_loss(optimizer: torch.optim.Optimizer, closure: Closure) -> Callable[[], Tensor]:
-    """`closure.loss`: the loss with its graph, without a backward pass. Raises UserError for a plain function."""
+    """Returns `closure.loss`, which computes the loss without a backward pass. Raises `UserError` if there is none."""
     loss: Callable[[], Tensor] | None = getattr(closure, "loss", None)
     if loss is None:
         raise UserError(
@@ -62,28 +61,46 @@ def differentiable_loss(optimizer: torch.optim.Optimizer, closure: Closure) -> C
 
 
 def chunks(params: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """The parameters that have a gradient, in lists for torch's foreach functions.
+    """Yields the parameters that have a gradient, in lists for torch's foreach functions.
 
-    On an accelerator one list per device and dtype, so that an operation is one kernel; on a CPU lists that fit into
-    the cache, since there an operation over all parameters would fetch every one of them from memory again.
+    On an accelerator one list per device and dtype, so that an operation is one kernel. On a CPU lists that fit into
+    the cache: an operation over all parameters would read all of them from main memory again.
     """
-    elsewhere: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    here: list[Tensor] = []
+    by_device: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    chunk: list[Tensor] = []
     size = 0
     for p in params:
         if p.grad is None:
             continue
         if p.device.type != "cpu":
-            elsewhere.setdefault((p.device, p.dtype), []).append(p)
+            by_device.setdefault((p.device, p.dtype), []).append(p)
             continue
-        if here and size + p.numel() > _CACHE:
-            yield here
-            here, size = [], 0
-        here.append(p)
+        if chunk and size + p.numel() > _CHUNK:
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(p)
         size += p.numel()
-    if here:
-        yield here
-    yield from elsewhere.values()
+    if chunk:
+        yield chunk
+    yield from by_device.values()
+
+
+class ForeachOptimizer(torch.optim.Optimizer):
+    """Base of optimizers that use one gradient per step and update the parameters chunk by chunk."""
+
+    evaluations: ClassVar[str] = "once"
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None) -> Any:
+        loss = evaluate(closure)
+        for group in self.param_groups:
+            for params in chunks(group["params"]):
+                self._update(group, params)
+        return loss
+
+    def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        """Updates parameters of a group, which all have gradients."""
+        raise NotImplementedError
 
 
 def gradients(params: list[Tensor]) -> list[Tensor]:
@@ -91,18 +108,18 @@ def gradients(params: list[Tensor]) -> list[Tensor]:
 
 
 def buffers(optimizer: torch.optim.Optimizer, params: list[Tensor], name: str) -> list[Tensor]:
-    """The state tensors of that name, zero at first, shaped and laid out like the parameters."""
-    found = []
+    """Returns the state tensors `name`, with the parameters' shapes and memory formats; initially zero."""
+    tensors = []
     for p in params:
         state = optimizer.state[p]
         if name not in state:
             state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        found.append(state[name])
-    return found
+        tensors.append(state[name])
+    return tensors
 
 
 def count_steps(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> list[int]:
-    """Counts this update for each parameter and returns the counts, from 1. Kept as CPU tensors, as torch does."""
+    """Increments the update count of each parameter and returns the counts. Stores CPU tensors, as torch does."""
     counts = []
     for p in params:
         state = optimizer.state[p]
@@ -112,11 +129,11 @@ def count_steps(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> list[
 
 
 def as_groups(params: ParamsT) -> list[dict[str, Any]]:
-    """What an optimizer may be given, as groups that are the caller's no more."""
-    given: list[Any] = list(params)
-    if all(isinstance(entry, dict) for entry in given):
-        return [{**group, "params": _tensors(group["params"])} for group in given]
-    return [{"params": _tensors(given)}]
+    """Converts any `params` argument of an optimizer into a new list of group dicts."""
+    entries: list[Any] = list(params)
+    if all(isinstance(entry, dict) for entry in entries):
+        return [{**group, "params": _tensors(group["params"])} for group in entries]
+    return [{"params": _tensors(entries)}]
 
 
 def _tensors(params: Any) -> list[Tensor]:
@@ -125,13 +142,13 @@ def _tensors(params: Any) -> list[Tensor]:
     return [p[1] if isinstance(p, tuple) else p for p in params]
 
 
-def refuse_own_rates(name: str, lr: float, groups: Iterable[dict[str, Any]]) -> None:
-    """Raises UserError for groups with rates of their own: a line search has one step length for all parameters."""
+def refuse_group_rates(name: str, lr: float, groups: Iterable[dict[str, Any]]) -> None:
+    """Raises `UserError` for groups with another learning rate: a line search has one step length."""
     for group in groups:
         if group.get("lr", lr) != lr:
             raise UserError(
-                f"optimizer={name}: one step length goes for all parameters; a group with a learning rate of its own "
-                f"({group['lr']:g} beside {lr:g}) is not possible"
+                f"optimizer={name}: uses one step length for all parameters; a group cannot have another learning "
+                f"rate ({group['lr']:g} instead of {lr:g})"
             )
 
 
@@ -143,25 +160,30 @@ def flat(tensors: Iterable[Tensor]) -> Tensor:
     return torch.cat([t.reshape(-1) for t in tensors])
 
 
+def flat_or_zero(tensors: Iterable[Tensor | None], params: Sequence[Tensor]) -> Tensor:
+    """Concatenates one tensor per parameter; None, as autograd returns for unused ones, counts as zero."""
+    return flat(torch.zeros_like(p) if t is None else t for t, p in zip(tensors, params, strict=True))
+
+
 def flat_gradient(params: list[Tensor]) -> Tensor:
-    return flat(p.grad if p.grad is not None else torch.zeros_like(p) for p in params)
+    return flat_or_zero((p.grad for p in params), params)
 
 
 def assign(params: list[Tensor], vector: Tensor) -> None:
-    """Writes the vector into the parameters, in their order."""
+    """Copies the vector into the parameters, in their order."""
     offset = 0
     for p in params:
         p.copy_(vector[offset : offset + p.numel()].view(p.shape))
         offset += p.numel()
 
 
-def refuse_above(name: str, params: list[Tensor], most: int, instead: str) -> None:
-    """Raises UserError when a dense matrix over the parameters would be larger than allowed."""
+def refuse_above(name: str, params: list[Tensor], limit: int, alternative: str) -> None:
+    """Raises `UserError` if the model has more than `limit` parameters, n^2 of which make up a dense Hessian."""
     n = sum(p.numel() for p in params)
-    if n > most:
+    if n > limit:
         size = n * n * params[0].element_size() / 2**30
         raise UserError(
-            f"optimizer={name}: the model has {n:,} parameters, and the method keeps a matrix of their number squared "
-            f"({size:,.1f} GiB); allowed are {most:,} (optimizer.max_parameters); for larger models take "
-            f"optimizer={instead}"
+            f"optimizer={name}: stores a matrix of {n:,} x {n:,} values ({size:,.1f} GiB) for a model of {n:,} "
+            f"parameters; at most {limit:,} are allowed (optimizer.max_parameters); for larger models use "
+            f"optimizer={alternative}"
         )

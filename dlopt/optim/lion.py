@@ -1,19 +1,20 @@
-from typing import Any, ClassVar
+"""Lion."""
+
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from dlopt.optim.common import Closure, buffers, chunks, evaluate, gradients
+from dlopt.optim.common import ForeachOptimizer, buffers, gradients
 from dlopt.ranges import Fraction, NonNegative, Positive
 
 
-class Lion(torch.optim.Optimizer):
+class Lion(ForeachOptimizer):
     """Evolved sign momentum (Chen et al. 2023, algorithm 2), with decoupled weight decay.
 
     theta <- theta - lr * (sign(beta1 * m + (1 - beta1) * g) + weight_decay * theta); m <- beta2 * m + (1 - beta2) * g.
     """
-
-    evaluations: ClassVar[str] = "once"
 
     def __init__(
         self,
@@ -25,17 +26,12 @@ class Lion(torch.optim.Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
-    @torch.no_grad()
-    def step(self, closure: Closure | None = None) -> Any:
-        loss = evaluate(closure)
-        for group in self.param_groups:
-            lr, (beta1, beta2), decay = float(group["lr"]), group["betas"], group["weight_decay"]
-            for params in chunks(group["params"]):
-                grads, averages = gradients(params), buffers(self, params, "exp_avg")
-                updates = torch._foreach_lerp(averages, grads, 1 - beta1)
-                torch._foreach_sign_(updates)
-                if decay:
-                    torch._foreach_mul_(params, 1 - lr * decay)
-                torch._foreach_add_(params, updates, alpha=-lr)
-                torch._foreach_lerp_(averages, grads, 1 - beta2)
-        return loss
+    def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        lr, (beta1, beta2), decay = float(group["lr"]), group["betas"], group["weight_decay"]
+        grads, averages = gradients(params), buffers(self, params, "exp_avg")
+        updates = torch._foreach_lerp(averages, grads, 1 - beta1)
+        torch._foreach_sign_(updates)
+        if decay:
+            torch._foreach_mul_(params, 1 - lr * decay)
+        torch._foreach_add_(params, updates, alpha=-lr)
+        torch._foreach_lerp_(averages, grads, 1 - beta2)  # after the update, which uses the old average

@@ -1,3 +1,5 @@
+"""Muon."""
+
 import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
@@ -11,38 +13,39 @@ from dlopt.ranges import Count, Fraction, NonNegative, Positive
 
 
 def orthogonalize(matrices: Tensor, coefficients: Sequence[float], steps: int, eps: float) -> Tensor:
-    """U V^T, nearly, of each of the matrices U S V^T [n, rows, columns], in bfloat16.
+    """Approximates U V^T for each of the matrices U S V^T [n, rows, columns], in bfloat16.
 
-    The quintic Newton-Schulz iteration X <- a X + (b X X^T + c (X X^T)^2) X of Jordan et al. 2024 ("Muon"), whose
-    coefficients are chosen for few steps and not for convergence: the singular values end between 0.7 and 1.2.
+    Uses the quintic Newton-Schulz iteration X <- a X + (b X X^T + c (X X^T)^2) X of Jordan et al. 2024 ("Muon"). Its
+    coefficients are chosen for few steps, not for convergence: the singular values end between 0.7 and 1.2.
     """
     a, b, c = coefficients
     x = matrices.to(torch.bfloat16)
-    tall = x.shape[1] > x.shape[2]
-    if tall:
+    is_tall = x.shape[1] > x.shape[2]
+    if is_tall:  # the Gram matrix is smaller
         x = x.mT
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
     for _ in range(steps):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+    return x.mT if is_tall else x
 
 
 class Muon(torch.optim.Optimizer):
-    """Orthogonalized momentum for matrices (Jordan et al. 2024), another method for the rest.
+    """Orthogonalized momentum for matrices (Jordan et al. 2024), and AdamW or SGD for the other parameters.
 
-    Matrices are the parameters of two and more dimensions; a convolution's kernel counts as [out, in * height * width].
-    A group with `use_muon=False` leaves its matrices to the other method, as is advised for embeddings and the last
-    layer. The rest is updated by torch's AdamW, or SGD with Nesterov momentum, with a learning rate of its own. Both
-    decays are decoupled (SGD's is the L2 penalty of torch's SGD). `normalize_weights` brings each matrix to the norm
-    sqrt(rows) before its update (Jordan's airbench94_muon), so that the learning rate is relative to the weights.
+    Matrices are the parameters with two or more dimensions; a convolution kernel counts as [out, in * height * width].
+    In a group with `use_muon=False`, as is advised for embeddings and the last layer, matrices count as other
+    parameters. These are updated by torch's AdamW, or SGD with Nesterov momentum, with the learning rate `rest_lr`.
+    Weight decay is decoupled, except with SGD, where it is torch's L2 penalty. `normalize_weights` scales each matrix
+    to the norm sqrt(rows) before its update (Jordan's airbench94_muon), which makes the learning rate relative to the
+    weights.
 
-    The parameters are regrouped: each group given becomes one of matrices and one of the rest.
+    Each parameter group is split in two: matrices and other parameters.
     """
 
     evaluations: ClassVar[str] = "once"
     elementwise: ClassVar[bool] = False
-    capturable: ClassVar[bool] = True  # on a GPU: nothing of an update is decided on the host
+    capturable: ClassVar[bool] = True  # in a CUDA graph: no decision of an update depends on tensor values
 
     def __init__(
         self,
@@ -63,30 +66,28 @@ class Muon(torch.optim.Optimizer):
         rest_betas: tuple[Fraction, Fraction] = (0.9, 0.999),
         rest_eps: Positive = 1e-8,
     ) -> None:
-        own = {"momentum": momentum, "nesterov": nesterov, "ns_coefficients": ns_coefficients, "ns_steps": ns_steps}
-        own |= {"eps": eps, "adjust_lr_fn": adjust_lr_fn, "normalize_weights": normalize_weights}
-        matrices, others = [], []
-        for group in as_groups(params):
-            members, keys = group.pop("params"), {"lr": lr, "weight_decay": weight_decay, **group}
-            wanted = keys.pop("use_muon", True)
-            chosen = [p for p in members if wanted and p.ndim > 1]
-            left = [p for p in members if not (wanted and p.ndim > 1)]
-            if chosen:
-                matrices.append({**own, **keys, "params": chosen, "use_muon": True})
-            if left:
-                keys["lr"] = keys["lr"] / lr * rest_lr
-                others.append({**keys, "params": left, "use_muon": False})
+        keys = {"momentum": momentum, "nesterov": nesterov, "ns_coefficients": ns_coefficients, "ns_steps": ns_steps}
+        keys |= {"eps": eps, "adjust_lr_fn": adjust_lr_fn, "normalize_weights": normalize_weights}
+        muon_groups, rest_groups = [], []
+        for given in as_groups(params):
+            group = {"lr": lr, "weight_decay": weight_decay, **given}
+            tensors, use_muon = group.pop("params"), group.pop("use_muon", True)
+            if matrices := [p for p in tensors if use_muon and p.ndim > 1]:
+                muon_groups.append({**keys, **group, "params": matrices, "use_muon": True})
+            if others := [p for p in tensors if not (use_muon and p.ndim > 1)]:
+                # A group's learning rate is relative to `lr`; here it has the same ratio to `rest_lr`.
+                rest_groups.append({**group, "lr": group["lr"] / lr * rest_lr, "params": others, "use_muon": False})
         self._rest: torch.optim.Optimizer | None = None
-        if others:
-            fused = all(p.device.type in ("cpu", "cuda") for group in others for p in group["params"]) or None
+        if rest_groups:
+            fused = all(p.device.type in ("cpu", "cuda") for group in rest_groups for p in group["params"]) or None
             self._rest = (
-                torch.optim.AdamW(others, lr=rest_lr, betas=rest_betas, eps=rest_eps, fused=fused)
+                torch.optim.AdamW(rest_groups, lr=rest_lr, betas=rest_betas, eps=rest_eps, fused=fused)
                 if rest == "adamw"
                 else torch.optim.SGD(
-                    others, lr=rest_lr, momentum=rest_momentum, nesterov=rest_momentum > 0, fused=fused
+                    rest_groups, lr=rest_lr, momentum=rest_momentum, nesterov=rest_momentum > 0, fused=fused
                 )
             )
-        super().__init__([*matrices, *(self._rest.param_groups if self._rest else [])], {})
+        super().__init__([*muon_groups, *(self._rest.param_groups if self._rest else [])], {})
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:
@@ -94,46 +95,50 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             if group["use_muon"]:
                 self._step_matrices(group)
-        if self._rest is not None:  # shares groups and state, which loading a state replaces
+        if self._rest is not None:
+            # Share groups and state again at every step: `load_state_dict` replaces this optimizer's own.
             self._rest.param_groups = [group for group in self.param_groups if not group["use_muon"]]
             self._rest.state = self.state
             self._rest.step()
         return loss
 
     def _step_matrices(self, group: dict[str, Any]) -> None:
-        """Nothing here asks for a number: a captured graph of it follows a learning rate that is a tensor."""
+        # No value is read on the host (float(lr), .item()): a CUDA graph captures a learning rate that is a tensor.
         params = [p for p in group["params"] if p.grad is not None]
         if not params:
             return
-        found, averages = gradients(params), buffers(self, params, "momentum_buffer")
-        torch._foreach_lerp_(averages, found, 1 - group["momentum"])
-        moves = torch._foreach_lerp(found, averages, group["momentum"]) if group["nesterov"] else averages
+        grads, averages = gradients(params), buffers(self, params, "momentum_buffer")
+        torch._foreach_lerp_(averages, grads, 1 - group["momentum"])
+        moves = torch._foreach_lerp(grads, averages, group["momentum"]) if group["nesterov"] else averages
         if group["normalize_weights"]:
             for p in params:
                 p.mul_(math.sqrt(len(p)) / p.norm())
         if group["weight_decay"]:
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-        alike: dict[tuple[int, ...], list[int]] = {}
+        # Matrices of the same shape are orthogonalized together, in one batched product per iteration.
+        by_shape: dict[tuple[int, ...], list[int]] = {}
         for index, p in enumerate(params):
-            alike.setdefault((len(p), p.numel() // len(p)), []).append(index)
-        for shape, members in alike.items():
-            stacked = torch.stack([_matrix(moves[index], params[index]) for index in members])
-            turned = orthogonalize(stacked, group["ns_coefficients"], group["ns_steps"], group["eps"])
-            scaled = turned.to(stacked.dtype) * (group["lr"] * _rate_factor(shape, group["adjust_lr_fn"]))
-            for index, move in zip(members, scaled, strict=True):
-                _matrix(params[index], params[index]).sub_(move)
+            by_shape.setdefault((len(p), p.numel() // len(p)), []).append(index)
+        for shape, indices in by_shape.items():
+            stacked = torch.stack([_as_matrix(moves[index], params[index]) for index in indices])
+            orthogonal = orthogonalize(stacked, group["ns_coefficients"], group["ns_steps"], group["eps"])
+            scaled = orthogonal.to(stacked.dtype) * (group["lr"] * _lr_factor(shape, group["adjust_lr_fn"]))
+            for index, move in zip(indices, scaled, strict=True):
+                _as_matrix(params[index], params[index]).sub_(move)
 
 
-def _rate_factor(shape: tuple[int, ...], how: str) -> float:
-    """By which the learning rate follows a matrix's shape: Jordan's, or the one that makes the updates as large as
-    AdamW's (Liu et al. 2025, "Muon is scalable for LLM training", section 2.2)."""
+def _lr_factor(shape: tuple[int, ...], adjust_lr_fn: str) -> float:
+    """Adjusts the learning rate to a matrix's shape: as Jordan does, or so that updates have the RMS of AdamW's (Liu et
+    al. 2025, "Muon is scalable for LLM training", section 2.2)."""
     rows, columns = shape
-    return math.sqrt(max(1.0, rows / columns)) if how == "original" else 0.2 * math.sqrt(max(rows, columns))
+    return math.sqrt(max(1.0, rows / columns)) if adjust_lr_fn == "original" else 0.2 * math.sqrt(max(rows, columns))
 
 
-def _matrix(t: Tensor, like: Tensor) -> Tensor:
-    """[out, everything else], a view wherever t is laid out like `like`. The order of the columns is the layout's: it
-    differs for channels-last kernels, and orthogonalization does not depend on it."""
+def _as_matrix(t: Tensor, like: Tensor) -> Tensor:
+    """Reshapes t to [out, everything else]; a view if t has the memory format of `like`.
+
+    Columns are in memory order, which is another for channels-last kernels. Orthogonalization does not depend on it.
+    """
     if like.ndim == 2:
         return t
     if not like.is_contiguous():

@@ -1,7 +1,7 @@
-"""Newton's method with the exact Hessian, and without ever forming it.
+"""Newton's method with the exact Hessian, and Hessian-free.
 
-Both need `closure.loss()`, the differentiable loss of the step's batch: from it come the gradient and its derivatives.
-All parameters are one vector with one learning rate, the first step length that the line search tries.
+Both need `closure.loss()`, the differentiable loss of the step's batch, to compute derivatives of the gradient. All
+parameters form one vector with one learning rate, the initial step length of the line search.
 """
 
 import math
@@ -18,15 +18,16 @@ from dlopt.optim.common import (
     differentiable_loss,
     evaluate,
     flat,
+    flat_or_zero,
     needs_closure,
     refuse_above,
-    refuse_own_rates,
+    refuse_group_rates,
     trainable,
 )
 from dlopt.optim.line_search import backtracking
 from dlopt.ranges import Count, NonNegative, Positive, PositiveFraction
 
-_ROWS = 64  # rows of the Hessian that one batched backward pass gives
+_ROWS = 64  # rows of the Hessian per batched backward pass
 
 
 class _SecondOrder(torch.optim.Optimizer):
@@ -35,8 +36,10 @@ class _SecondOrder(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:
-        """One step along the Newton direction, with a backtracking line search on the closure's loss; none where the
-        search finds no decrease. Returns the loss before the step."""
+        """Takes one step along the Newton direction with a backtracking line search, or none if it finds no decrease.
+
+        Returns the loss before the step.
+        """
         closure = needs_closure(self, closure)
         loss_of = differentiable_loss(self, closure)
         before = evaluate(closure)
@@ -46,12 +49,11 @@ class _SecondOrder(torch.optim.Optimizer):
         with torch.enable_grad():
             loss = loss_of()
             grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
-            gradient = flat(torch.zeros_like(p) if g is None else g for p, g in zip(params, grads, strict=True))
+            gradient = flat_or_zero(grads, params)
         direction = self._direction(group, params, gradient)
-        del grads
         gradient = gradient.detach()
         value, slope = torch.stack([loss.detach().to(gradient.dtype), gradient @ direction]).tolist()
-        del loss  # the graph, before the search builds its own
+        del grads, loss  # free the graph before the line search builds others
         if slope >= 0:
             return before
         start = flat(params)
@@ -67,16 +69,16 @@ class _SecondOrder(torch.optim.Optimizer):
         return before
 
     def _direction(self, group: dict[str, Any], params: list[Tensor], gradient: Tensor) -> Tensor:
-        """[n], from the gradient [n] with its graph."""
+        """Returns the direction [n] for the gradient [n], whose graph it may differentiate."""
         raise NotImplementedError
 
 
 class Newton(_SecondOrder):
     """theta <- theta - t (H + damping I)^-1 g, H the exact Hessian of the batch's loss.
 
-    Where H + damping I is not positive definite, the damping is raised until it is (Nocedal & Wright, algorithm 3.3),
-    so that the direction always descends. Time and memory grow with the square of the parameters, the solution with the
-    cube: models above `max_parameters` are refused.
+    If H + damping I is not positive definite, the damping is increased until it is (Nocedal & Wright, algorithm 3.3),
+    which guarantees a descent direction. Memory grows with the square of the parameters and the solve with the cube:
+    models with more than `max_parameters` parameters are rejected.
     """
 
     def __init__(
@@ -90,7 +92,7 @@ class Newton(_SecondOrder):
         max_parameters: Count = 10_000,
     ) -> None:
         super().__init__(params, {"lr": lr, "damping": damping, "c1": c1, "max_backtracks": max_backtracks})
-        refuse_own_rates("newton", lr, self.param_groups)
+        refuse_group_rates("newton", lr, self.param_groups)
         refuse_above("newton", trainable(self), max_parameters, "newton_cg")
 
     def _direction(self, group: dict[str, Any], params: list[Tensor], gradient: Tensor) -> Tensor:
@@ -98,7 +100,7 @@ class Newton(_SecondOrder):
         gradient = gradient.detach()
         diagonal = hessian.diagonal()
         shift = group["damping"]
-        if float(diagonal.min()) + shift <= 0:
+        if float(diagonal.min()) + shift <= 0:  # then it is certainly not positive definite
             shift = float(-diagonal.min()) + 1e-3 * float(hessian.norm())
         while True:
             factor, failed = torch.linalg.cholesky_ex(hessian + shift * torch.eye(len(hessian)).to(hessian))
@@ -110,32 +112,32 @@ class Newton(_SecondOrder):
 
 
 def _hessian(gradient: Tensor, params: list[Tensor]) -> Tensor:
-    """[n, n], symmetrized, from the gradient [n] with its graph."""
+    """Computes the Hessian [n, n], symmetrized, by differentiating the gradient [n]."""
     n = len(gradient)
     hessian = torch.zeros(n, n, dtype=gradient.dtype, device=gradient.device)
-    if not gradient.requires_grad:  # a loss that is linear in the parameters
+    if not gradient.requires_grad:  # the loss is linear in the parameters
         return hessian
-    for begin in range(0, n, _ROWS):
-        rows = min(_ROWS, n - begin)
+    for start in range(0, n, _ROWS):
+        rows = min(_ROWS, n - start)
         basis = torch.zeros(rows, n, dtype=gradient.dtype, device=gradient.device)
-        basis[:, begin : begin + rows].fill_diagonal_(1)
-        parts = torch.autograd.grad(
+        basis[:, start : start + rows].fill_diagonal_(1)
+        blocks = torch.autograd.grad(
             gradient, params, basis, retain_graph=True, is_grads_batched=True, allow_unused=True
         )
         offset = 0
-        for p, part in zip(params, parts, strict=True):
-            if part is not None:
-                hessian[begin : begin + rows, offset : offset + p.numel()] = part.reshape(rows, -1)
+        for p, block in zip(params, blocks, strict=True):
+            if block is not None:
+                hessian[start : start + rows, offset : offset + p.numel()] = block.reshape(rows, -1)
             offset += p.numel()
     return 0.5 * (hessian + hessian.T)
 
 
 class NewtonCG(_SecondOrder):
-    """The Newton direction from conjugate gradients on products with the Hessian: any size (Martens 2010; Nocedal &
-    Wright, algorithm 7.1).
+    """Hessian-free Newton: conjugate gradients on Hessian-vector products, for models of any size (Martens 2010;
+    Nocedal & Wright, algorithm 7.1).
 
-    The inner iteration ends when the residual falls below min(tolerance, sqrt |g|) |g|, which makes convergence
-    superlinear; at a direction of negative curvature, where it returns what it has (-g when it has nothing); and after
+    The inner iteration ends when the residual is below min(tolerance, sqrt |g|) |g|, which makes convergence
+    superlinear; at a direction of negative curvature, with the solution so far (-g in the first iteration); and after
     `max_iterations`. Each iteration costs about two backward passes.
     """
 
@@ -152,15 +154,14 @@ class NewtonCG(_SecondOrder):
     ) -> None:
         defaults = {"lr": lr, "damping": damping, "tolerance": tolerance, "max_iterations": max_iterations}
         super().__init__(params, {**defaults, "c1": c1, "max_backtracks": max_backtracks})
-        refuse_own_rates("newton_cg", lr, self.param_groups)
+        refuse_group_rates("newton_cg", lr, self.param_groups)
 
     def _direction(self, group: dict[str, Any], params: list[Tensor], gradient: Tensor) -> Tensor:
         def product(v: Tensor) -> Tensor:
             if not gradient.requires_grad:
                 return group["damping"] * v
-            parts = torch.autograd.grad(gradient, params, v, retain_graph=True, allow_unused=True)
-            hv = flat(torch.zeros_like(p) if h is None else h for p, h in zip(params, parts, strict=True))
-            return hv + group["damping"] * v
+            hv = torch.autograd.grad(gradient, params, v, retain_graph=True, allow_unused=True)
+            return flat_or_zero(hv, params) + group["damping"] * v
 
         g = gradient.detach()
         norm = float(g.norm())
@@ -171,20 +172,20 @@ class NewtonCG(_SecondOrder):
 def _conjugate_gradients(
     product: Callable[[Tensor], Tensor], b: Tensor, tolerance: float, max_iterations: int
 ) -> Tensor:
-    """x with |A x - b| < tolerance for the symmetric A of `product`, from x = 0."""
+    """Solves A x = b for the symmetric A of `product` (v -> A v) up to |A x - b| <= tolerance, from x = 0."""
     x, residual, direction = torch.zeros_like(b), b, b
-    square = float(residual @ residual)
+    residual_square = float(residual @ residual)
     for i in range(max_iterations):
-        if math.sqrt(square) <= tolerance:
+        if math.sqrt(residual_square) <= tolerance:
             break
-        image = product(direction)
-        curvature, length = torch.stack([direction @ image, direction @ direction]).tolist()
-        if curvature <= torch.finfo(b.dtype).eps * length:
+        a_direction = product(direction)
+        curvature, direction_square = torch.stack([direction @ a_direction, direction @ direction]).tolist()
+        if curvature <= torch.finfo(b.dtype).eps * direction_square:
             return b if i == 0 else x
-        alpha = square / curvature
+        alpha = residual_square / curvature
         x = x + alpha * direction
-        residual = residual - alpha * image
-        new = float(residual @ residual)
-        direction = residual + (new / square) * direction
-        square = new
+        residual = residual - alpha * a_direction
+        new_square = float(residual @ residual)
+        direction = residual + (new_square / residual_square) * direction
+        residual_square = new_square
     return x

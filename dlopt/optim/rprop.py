@@ -1,24 +1,26 @@
-from typing import Annotated, Any, ClassVar
+"""Rprop."""
+
+from typing import Annotated, Any
 
 import torch
-from annotated_types import Gt, Interval
+from annotated_types import Gt
+from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from dlopt.optim.common import Closure, buffers, chunks, evaluate
-from dlopt.ranges import Positive
+from dlopt.optim.common import ForeachOptimizer, buffers
+from dlopt.ranges import OpenFraction, Positive
 
-Etas = tuple[Annotated[float, Interval(gt=0, lt=1)], Annotated[float, Gt(1)]]
+Etas = tuple[OpenFraction, Annotated[float, Gt(1)]]
 
 
-class Rprop(torch.optim.Optimizer):
-    """Resilient propagation as it is taught, Rprop- of Igel & Huesken 2003: every weight always steps by its own step
-    size against the sign of its gradient.
+class Rprop(ForeachOptimizer):
+    """Resilient propagation in its textbook form, Rprop- of Igel & Huesken 2003: each weight has its own step size and
+    always moves by it against the sign of its gradient.
 
-    The step size, lr at first, is multiplied by etas[1] while the sign stays, by etas[0] when it changes, and clipped
-    to `step_sizes`. torch's Rprop (iRprop-) skips the step after a change of sign and forgets that gradient.
+    The step size starts at lr. It is multiplied by etas[1] if the sign is the same as before and by etas[0] if it has
+    changed, and is clipped to `step_sizes`. torch's Rprop (iRprop-) skips the step after a change of sign and sets that
+    gradient to zero.
     """
-
-    evaluations: ClassVar[str] = "once"
 
     def __init__(
         self,
@@ -30,21 +32,16 @@ class Rprop(torch.optim.Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "etas": etas, "step_sizes": step_sizes})
 
-    @torch.no_grad()
-    def step(self, closure: Closure | None = None) -> Any:
-        loss = evaluate(closure)
-        for group in self.param_groups:
-            (shrink, grow), (least, most) = group["etas"], group["step_sizes"]
-            for params in chunks(group["params"]):
-                for p, previous in zip(params, buffers(self, params, "prev"), strict=True):
-                    state, grad = self.state[p], p.grad
-                    assert grad is not None
-                    if "step_size" not in state:
-                        state["step_size"] = torch.full_like(p, float(group["lr"]))
-                    size = state["step_size"]
-                    agreement = previous.mul_(grad)
-                    size.copy_(torch.where(agreement > 0, size * grow, torch.where(agreement < 0, size * shrink, size)))
-                    size.clamp_(least, most)
-                    p.addcmul_(grad.sign(), size, value=-1)
-                    previous.copy_(grad)
-        return loss
+    def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        (shrink, grow), (min_size, max_size) = group["etas"], group["step_sizes"]
+        for p, previous in zip(params, buffers(self, params, "prev"), strict=True):
+            state, grad = self.state[p], p.grad
+            assert grad is not None
+            if "step_size" not in state:
+                state["step_size"] = torch.full_like(p, float(group["lr"]))
+            size = state["step_size"]
+            product = previous.mul_(grad)  # > 0: same sign as before; in place, since `previous` is overwritten below
+            size.copy_(torch.where(product > 0, size * grow, torch.where(product < 0, size * shrink, size)))
+            size.clamp_(min_size, max_size)
+            p.addcmul_(grad.sign(), size, value=-1)
+            previous.copy_(grad)

@@ -1,3 +1,5 @@
+"""Sharpness-aware minimization."""
+
 from typing import Any, ClassVar
 
 import torch
@@ -11,14 +13,14 @@ Tensors = list[Tensor] | tuple[Tensor, ...]
 
 
 class SAM(torch.optim.Optimizer):
-    """Sharpness-aware minimization (Foret et al. 2021): the base optimizer steps with the gradient taken where the loss
-    is highest nearby, at w + rho * g / |g|.
+    """Sharpness-aware minimization (Foret et al. 2021): the base optimizer uses the gradient at w + e, the approximate
+    maximum of the loss within a radius rho around w, with e = rho * g / |g|.
 
-    `adaptive` is ASAM (Kwon et al. 2021): e = rho * w^2 g / | |w| g |, which does not change when weights are rescaled.
-    The closure is called twice: at w and at w + e. The loss returned is the one at w. Groups and state are the base's;
-    `rho` and `adaptive` may differ between groups, the norm goes over all of them.
+    `adaptive` is ASAM (Kwon et al. 2021): e = rho * w^2 g / | |w| g |, which is invariant to rescaling of the weights.
+    The closure is called twice, at w and at w + e; the loss at w is returned. Groups and state are those of the base.
+    `rho` and `adaptive` may differ between groups; the norm is that of all groups together.
 
-    `lr`, where given, takes the place of the base's: groups with rates of their own keep their ratio to it.
+    `lr` replaces the learning rate of the base; groups with another one keep their ratio to it.
     """
 
     evaluations: ClassVar[str] = "many"
@@ -35,31 +37,31 @@ class SAM(torch.optim.Optimizer):
         many = getattr(base, "evaluations", "once") != "once" or isinstance(base, torch.optim.LBFGS)
         if many or hasattr(base, "train"):
             raise UserError(
-                f"optimizer.base={type(base).__name__}: SAM needs a base that takes one gradient per step at the point "
-                f"where the model is evaluated, such as sgd or adamw"
+                f"optimizer.base={type(base).__name__}: not supported by SAM, whose base must use one gradient per "
+                f"step and train the weights that are evaluated; use for example sgd or adamw"
             )
         if lr is not None:
             for group in base.param_groups:
                 group["lr"] *= lr / base.defaults["lr"]
         self.base = base
         super().__init__(base.param_groups, {"rho": rho, "adaptive": adaptive})
-        self._share()
+        self._share_base()
 
-    def _share(self) -> None:
+    def _share_base(self) -> None:
         self.param_groups, self.state = self.base.param_groups, self.base.state
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:
         loss = evaluate(needs_closure(self, closure))
-        saved = self._climb()
+        saved = self._perturb()
         evaluate(closure)
         for params, weights in saved:
-            torch._foreach_copy_(params, weights)
+            torch._foreach_copy_(params, weights)  # copies, because subtracting e would round
         self.base.step()
         return loss
 
-    def _climb(self) -> list[tuple[list[Tensor], list[Tensor]]]:
-        """Moves the weights to w + e; returns the parameters with copies of what they were."""
+    def _perturb(self) -> list[tuple[list[Tensor], list[Tensor]]]:
+        """Moves the weights to w + e; returns the parameters with copies of w."""
         steps: list[tuple[list[Tensor], Tensors, float]] = []
         norms: list[Tensor] = []
         for group in self.param_groups:
@@ -84,9 +86,8 @@ class SAM(torch.optim.Optimizer):
         return saved
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        if any(
-            param_group is group for group in self.base.param_groups
-        ):  # called by Optimizer.__init__ with the base's own groups
+        # Optimizer.__init__ calls this with the base's own groups.
+        if any(param_group is group for group in self.base.param_groups):
             param_group.setdefault("rho", self.defaults["rho"])
             param_group.setdefault("adaptive", self.defaults["adaptive"])
             return
@@ -96,5 +97,5 @@ class SAM(torch.optim.Optimizer):
         return self.base.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.base.load_state_dict(state_dict)
-        self._share()
+        self.base.load_state_dict(state_dict)  # replaces the base's groups and state
+        self._share_base()

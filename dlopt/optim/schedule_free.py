@@ -1,18 +1,18 @@
-"""Schedule-free learning (Defazio et al. 2024): the methods of the schedulefree package, made to resume exactly.
+"""Schedule-free learning (Defazio et al. 2024): the optimizers of the schedulefree package, with exact resumes.
 
-They train at one point y and are evaluated at another, x: `optimizer.train()` before updates, `optimizer.eval()` before
-an evaluation or a checkpoint. The package moves between the two by interpolation, which loses the last bits; here y is
-kept in the state meanwhile, so that evaluations and checkpoints leave no trace.
+The gradient is taken at one point, y, and the model is evaluated at another, x. Call `optimizer.train()` before updates
+and `optimizer.eval()` before an evaluation or a checkpoint. The package moves between the points by interpolation,
+which changes the last bits. Here `eval()` keeps a copy of y in the state and `train()` restores it, so evaluations and
+checkpoints do not change the training.
 """
 
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
-from annotated_types import Interval
 from torch.optim.optimizer import ParamsT
 
 from dlopt.errors import UserError, install
-from dlopt.ranges import Fraction, NonNegative, Positive
+from dlopt.ranges import Fraction, NonNegative, OpenFraction, Positive
 
 try:
     import schedulefree
@@ -20,8 +20,6 @@ except ModuleNotFoundError as missing:
     raise UserError(
         f"optimizer=schedule_free_*: the package schedulefree is not installed; {install('dlopt[schedulefree]')}"
     ) from missing
-
-Open = Annotated[float, Interval(gt=0, lt=1)]
 
 
 class _KeepsTrainingPoint:
@@ -39,15 +37,15 @@ class _KeepsTrainingPoint:
 
     @torch.no_grad()
     def train(self) -> None:
-        resting = [p for group in self.param_groups if not group["train_mode"] for p in group["params"]]
+        evaluated = [p for group in self.param_groups if not group["train_mode"] for p in group["params"]]
         super().train()  # type: ignore[misc]
-        for p in resting:
+        for p in evaluated:
             if "y" in self.state[p]:
                 p.copy_(self.state[p].pop("y"))
 
 
 class ScheduleFreeSGD(_KeepsTrainingPoint, schedulefree.SGDScheduleFree):
-    """Schedule-free SGD; `momentum` is the interpolation between the average and the last iterate."""
+    """Schedule-free SGD. `momentum` interpolates between the last iterate (0) and the average (1)."""
 
     evaluations: ClassVar[str] = "once"
 
@@ -56,7 +54,7 @@ class ScheduleFreeSGD(_KeepsTrainingPoint, schedulefree.SGDScheduleFree):
         params: ParamsT,
         *,
         lr: Positive = 1.0,
-        momentum: Open = 0.9,
+        momentum: OpenFraction = 0.9,
         weight_decay: NonNegative = 0.0,
         r: NonNegative = 0.0,
         weight_lr_power: NonNegative = 2.0,
@@ -68,7 +66,7 @@ class ScheduleFreeSGD(_KeepsTrainingPoint, schedulefree.SGDScheduleFree):
 
 
 class ScheduleFreeAdamW(_KeepsTrainingPoint, schedulefree.AdamWScheduleFree):
-    """Schedule-free AdamW; betas[0] is the interpolation between the average and the last iterate."""
+    """Schedule-free AdamW. betas[0] interpolates between the last iterate (0) and the average (1)."""
 
     evaluations: ClassVar[str] = "once"
 
@@ -77,7 +75,7 @@ class ScheduleFreeAdamW(_KeepsTrainingPoint, schedulefree.AdamWScheduleFree):
         params: ParamsT,
         *,
         lr: Positive = 0.0025,
-        betas: tuple[Open, Fraction] = (0.9, 0.999),
+        betas: tuple[OpenFraction, Fraction] = (0.9, 0.999),
         eps: Positive = 1e-8,
         weight_decay: NonNegative = 0.0,
         r: NonNegative = 0.0,

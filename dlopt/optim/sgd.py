@@ -3,57 +3,51 @@
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from dlopt.optim.common import Closure, buffers, chunks, evaluate, gradients
+from dlopt.optim.common import ForeachOptimizer, buffers, gradients
 from dlopt.ranges import Fraction, NonNegative, Positive
 
 
-class SGDW(torch.optim.Optimizer):
-    """SGD with the averaging form of momentum and decoupled weight decay (Loshchilov & Hutter 2019, algorithm 1).
+class SGDW(ForeachOptimizer):
+    """SGD with momentum as an average of gradients and decoupled weight decay (Loshchilov & Hutter 2019, algorithm 1).
 
     delta <- momentum * delta + (1 - momentum) * gradient, from delta = 0;
     theta <- theta - lr * delta - lr * weight_decay * theta.
 
-    momentum = 0 is plain SGD. A step is (1 - momentum) times as long as with torch's heavy ball of the same lr.
+    momentum = 0 is plain SGD. Steps are (1 - momentum) times those of torch's heavy ball with the same lr.
     """
-
-    evaluations: ClassVar[str] = "once"
 
     def __init__(
         self, params: ParamsT, *, lr: Positive = 0.1, momentum: Fraction = 0.9, weight_decay: NonNegative = 0.0005
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
-    @torch.no_grad()
-    def step(self, closure: Closure | None = None) -> Any:
-        loss = evaluate(closure)
-        for group in self.param_groups:
-            lr, momentum, decay = float(group["lr"]), group["momentum"], group["weight_decay"]
-            for params in chunks(group["params"]):
-                delta = gradients(params)
-                if momentum:
-                    averages = buffers(self, params, "momentum_buffer")
-                    torch._foreach_lerp_(averages, delta, 1 - momentum)
-                    delta = averages
-                if decay:
-                    torch._foreach_mul_(params, 1 - lr * decay)
-                torch._foreach_add_(params, delta, alpha=-lr)
-        return loss
+    def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        lr, momentum, decay = float(group["lr"]), group["momentum"], group["weight_decay"]
+        delta = gradients(params)
+        if momentum:
+            averages = buffers(self, params, "momentum_buffer")
+            torch._foreach_lerp_(averages, delta, 1 - momentum)
+            delta = averages
+        if decay:
+            torch._foreach_mul_(params, 1 - lr * decay)
+        torch._foreach_add_(params, delta, alpha=-lr)
 
 
-class LARS(torch.optim.Optimizer):
-    """Momentum SGD whose rate for each tensor follows the norms of weights and gradient (You et al. 2017, algorithm 1).
+class LARS(ForeachOptimizer):
+    """SGD with momentum and a learning rate per tensor, from the norms of weights and gradient (You et al. 2017,
+    algorithm 1).
 
     local = trust_coefficient * |w| / (|g| + weight_decay * |w|);
     v <- momentum * v + lr * local * (g + weight_decay * w); w <- w - v.
 
-    The rate stands inside v, as in the paper: a changed lr acts on new gradients only. `decoupled_weight_decay` takes
-    the decay out of both: w <- w - v - lr * weight_decay * w. Vectors (biases, norms) have local = 1 unless
-    `adapt_vectors`: their norms say little, and a bias that starts at zero would stay there for long.
+    The learning rate is inside v, as in the paper: a changed lr affects new gradients only. `decoupled_weight_decay`
+    removes the decay from both: w <- w - v - lr * weight_decay * w. Vectors (biases, norms) have local = 1 unless
+    `adapt_vectors`: their norms mean little, and a bias that starts at zero would stay near zero for long.
     """
 
-    evaluations: ClassVar[str] = "once"
     elementwise: ClassVar[bool] = False
 
     def __init__(
@@ -71,25 +65,22 @@ class LARS(torch.optim.Optimizer):
         defaults |= {"decoupled_weight_decay": decoupled_weight_decay, "trust_coefficient": trust_coefficient}
         super().__init__(params, {**defaults, "adapt_vectors": adapt_vectors})
 
-    @torch.no_grad()
-    def step(self, closure: Closure | None = None) -> Any:
-        loss = evaluate(closure)
-        for group in self.param_groups:
-            for params in chunks(p for p in group["params"] if p.ndim > 1 or group["adapt_vectors"]):
-                self._update(group, params, adapt=True)
-            for params in chunks(p for p in group["params"] if p.ndim <= 1 and not group["adapt_vectors"]):
-                self._update(group, params, adapt=False)
-        return loss
+    def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        adapted = [p for p in params if p.ndim > 1 or group["adapt_vectors"]]
+        others = [p for p in params if p.ndim <= 1 and not group["adapt_vectors"]]
+        for tensors, adapt in ((adapted, True), (others, False)):
+            if tensors:
+                self._update_tensors(group, tensors, adapt)
 
-    def _update(self, group: dict[str, Any], params: list[torch.Tensor], adapt: bool) -> None:
+    def _update_tensors(self, group: dict[str, Any], params: list[Tensor], adapt: bool) -> None:
         lr, momentum, decay = float(group["lr"]), group["momentum"], group["weight_decay"]
         grads, velocities = gradients(params), buffers(self, params, "momentum_buffer")
         coupled = 0.0 if group["decoupled_weight_decay"] else decay
         torch._foreach_mul_(velocities, momentum)
         if adapt:
             weights, norms = torch.stack(torch._foreach_norm(params)), torch.stack(torch._foreach_norm(grads))
-            below = torch.add(norms, weights, alpha=coupled).clamp_min_(1e-30)  # zero only where there is no update
-            scaled = (weights / below).mul_(lr * group["trust_coefficient"])
+            denominators = torch.add(norms, weights, alpha=coupled).clamp_min_(1e-30)  # zero only if the update is zero
+            scaled = (weights / denominators).mul_(lr * group["trust_coefficient"])
             rates = list(torch.where(weights > 0, scaled, lr).unbind())
             torch._foreach_addcmul_(velocities, grads, rates)
             if coupled:

@@ -1,13 +1,14 @@
-"""Learning-rate schedules: pure functions from the step (update t, from 0) to a factor of the peak learning rate.
+"""Learning-rate schedules: pure functions of the update t, counted from 0, that return a factor of the peak learning
+rate. Update t uses factor(t); so the last update of a run of n updates uses factor(n - 1).
 
 A choice is a factory that takes the `Horizon` of the run and returns the function. Three rules hold for all of them:
-- a linear warmup can stand before any schedule (`Warmup`); it multiplies what the schedule says;
+- every schedule can have a warmup (`Warmup`), which multiplies the schedule's factor;
 - `step` and `multistep` count from the start of training, as papers state their milestones; curves (cosine,
-  exponential, ...) begin where the warmup has ended. Past the end of the run the factor stays where it arrived;
-- a length is given in epochs or in steps, the unit in the key's name. Where neither is given it is a share of the run,
-  so that the defaults are valid for every length of run.
+  exponential, ...) start at the end of the warmup. From t = n on, the factor is constant;
+- a length is given in epochs or in steps, with the unit in the key's name. By default it is a fraction of the run, so
+  the defaults are valid for runs of any length.
 
-`plateau` alone depends on what happened: it is an object with `update`, `state_dict` and `load_state_dict`.
+`plateau` is the only one with a state: an object with `update`, `state_dict` and `load_state_dict`.
 """
 
 from dlopt.schedules.curves import constant, cosine, exponential, linear, multistep, polynomial, step, time_decay, wsd

@@ -1,4 +1,4 @@
-"""Curves that are given by the step alone."""
+"""Schedules without restarts: constant, step, exponential, cosine, ... Pure functions of the update t."""
 
 import itertools
 import math
@@ -25,7 +25,10 @@ def step(
     every_fraction: PositiveFraction,
     horizon: Horizon,
 ) -> Factor:
-    """gamma^floor(t / every), counted from the start of training; torch's StepLR."""
+    """gamma^floor(t / every), t counted from the start of training; torch's StepLR.
+
+    Update t = every is the first with the reduced learning rate.
+    """
     every = length_of("every", every_epochs, every_steps, horizon, every_fraction * horizon.steps)
     return lambda t: gamma ** (min(t, horizon.steps) // every)
 
@@ -38,7 +41,7 @@ def multistep(
     milestones_fraction: tuple[PositiveFraction, ...],
     horizon: Horizon,
 ) -> Factor:
-    """gamma^(number of milestones reached), counted from the start of training; torch's MultiStepLR."""
+    """gamma^(number of milestones <= t), t counted from the start of training; torch's MultiStepLR."""
     one_unit("milestones", milestones_epochs, milestones_steps)
     milestones: list[float]
     if milestones_steps is not None:
@@ -49,8 +52,7 @@ def multistep(
         milestones = [m * horizon.steps for m in milestones_fraction]
     if any(b <= a for a, b in itertools.pairwise(milestones)):
         raise UserError(
-            f"schedule.milestones_*={list(milestones_steps or milestones_epochs or milestones_fraction)}: "
-            f"milestones must increase"
+            f"schedule.milestones_*={list(milestones_steps or milestones_epochs or milestones_fraction)}: must increase"
         )
     return lambda t: gamma ** bisect_right(milestones, min(t, horizon.steps))
 
@@ -62,14 +64,16 @@ def exponential(*, k: NonNegative, unit: Literal["epochs", "steps"], horizon: Ho
 
 
 def time_decay(*, decay: NonNegative, unit: Literal["epochs", "steps"], horizon: Horizon) -> Factor:
-    """1 / (1 + decay t), t in epochs (fractions included) or in steps since the warmup. The peak is multiplied once; it
-    does not compound from step to step."""
+    """1 / (1 + decay t), t in epochs (fractions included) or in steps since the warmup.
+
+    The factor applies to the peak; it does not compound from step to step (as in Keras' old `decay`).
+    """
     rate = decay / horizon.steps_per_epoch if unit == "epochs" else decay
     return lambda t: 1.0 / (1.0 + rate * max(min(t, horizon.steps) - horizon.start, 0))
 
 
 def cosine(*, final: Probability, decay_epochs: Positive | None, decay_steps: Count | None, horizon: Horizon) -> Factor:
-    """Half a cosine wave from 1 to `final`, over the rest of the run or the given length; torch's CosineAnnealingLR."""
+    """Half a cosine from 1 to `final`, over the given length or the rest of the run; torch's CosineAnnealingLR."""
     length = length_of("decay", decay_epochs, decay_steps, horizon, horizon.steps - horizon.start)
     return lambda t: final + (1.0 - final) * half_cosine(progress(t, horizon.start, length))
 
@@ -82,13 +86,13 @@ def polynomial(
     decay_steps: Count | None,
     horizon: Horizon,
 ) -> Factor:
-    """final + (1 - final) (1 - x)^power, x = 0..1 over the rest of the run or the given length; PolynomialLR."""
+    """final + (1 - final) (1 - x)^power, x = 0..1 over the given length or the rest of the run; PolynomialLR."""
     length = length_of("decay", decay_epochs, decay_steps, horizon, horizon.steps - horizon.start)
     return lambda t: final + (1.0 - final) * (1.0 - progress(t, horizon.start, length)) ** power
 
 
 def linear(*, final: Probability, decay_epochs: Positive | None, decay_steps: Count | None, horizon: Horizon) -> Factor:
-    """A straight line from 1 to `final`, over the rest of the run unless a length is given."""
+    """Linear from 1 to `final`, over the given length or the rest of the run."""
     return polynomial(power=1.0, final=final, decay_epochs=decay_epochs, decay_steps=decay_steps, horizon=horizon)
 
 
@@ -103,13 +107,13 @@ def wsd(
 ) -> Factor:
     """Warmup (the common keys), stable, decay: 1 until the decay, which ends with the run (Hu et al. 2024, MiniCPM).
 
-    `sqrt` is 1 - sqrt(x), which Hagele et al. 2024 found the best shape.
+    `sqrt` is 1 - sqrt(x), the best shape in Hagele et al. 2024.
     """
     rest = horizon.steps - horizon.start
     length = length_of("decay", decay_epochs, decay_steps, horizon, decay_fraction * rest)
     if length > rest:
         raise UserError(
-            f"schedule=wsd: a decay of {length:g} steps does not fit into the {rest} steps after the warmup; shorten "
+            f"schedule=wsd: the decay of {length:g} steps is longer than the {rest} steps after the warmup; reduce "
             f"schedule.decay_epochs or schedule.decay_steps"
         )
     curves: dict[str, Callable[[float], float]] = {
@@ -117,5 +121,5 @@ def wsd(
         "cosine": half_cosine,
         "sqrt": lambda x: 1.0 - math.sqrt(x),
     }
-    curve, begin = curves[shape], horizon.steps - length
-    return lambda t: final + (1.0 - final) * curve(progress(t, begin, length))
+    curve, decay_start = curves[shape], horizon.steps - length
+    return lambda t: final + (1.0 - final) * curve(progress(t, decay_start, length))

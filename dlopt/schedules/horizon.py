@@ -1,4 +1,4 @@
-"""What a schedule knows of its run, the pieces that curves are made of, and the warmup before any schedule."""
+"""`Horizon` (the lengths of a run), the functions that curves are composed of, and the warmup of any schedule."""
 
 import math
 from collections.abc import Callable
@@ -13,8 +13,7 @@ Factor = Callable[[float], float]
 
 @dataclass(frozen=True)
 class Horizon:
-    """What a schedule knows of its run: `start`, the update at which the warmup has ended; `steps`, all updates of the
-    schedule; `steps_per_epoch`."""
+    """Lengths of a run. `start`: first update after the warmup; `steps`: total updates, warmup included."""
 
     start: int
     steps: int
@@ -22,36 +21,37 @@ class Horizon:
 
 
 def one_unit(key: str, epochs: object, steps: object) -> None:
+    """Raises `UserError` if a length is given in both units."""
     if epochs is not None and steps is not None:
         raise UserError(
-            f"schedule.{key}_epochs={epochs} and schedule.{key}_steps={steps}: two lengths for one thing; "
-            f"give one of them and leave the other null"
+            f"schedule.{key}_epochs={epochs} and schedule.{key}_steps={steps}: only one of them may be set; "
+            f"set the other to null"
         )
 
 
-def length_of(key: str, epochs: float | None, steps: int | None, horizon: Horizon, otherwise: float) -> float:
-    """A length in steps; `otherwise` when the user gave none."""
+def length_of(key: str, epochs: float | None, steps: int | None, horizon: Horizon, default: float) -> float:
+    """Returns a length in steps. Raises `UserError` if it is given in both units."""
     one_unit(key, epochs, steps)
     if steps is not None:
         return steps
-    return otherwise if epochs is None else epochs * horizon.steps_per_epoch
+    return default if epochs is None else epochs * horizon.steps_per_epoch
 
 
 def progress(t: float, start: float, length: float) -> float:
-    """How much of [start, start + length] lies behind t: 0..1."""
+    """Returns the fraction of [start, start + length] that t has passed: 0..1."""
     if t <= start:
         return 0.0
     return (t - start) / length if t < start + length else 1.0
 
 
 def half_cosine(x: float) -> float:
-    """1 at x = 0, 0 at x = 1; SGDR, Loshchilov & Hutter 2017, eq. 5."""
+    """Falls from 1 at x = 0 to 0 at x = 1; SGDR, Loshchilov & Hutter 2017, eq. 5."""
     return 0.5 * (1.0 + math.cos(math.pi * x))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Warmup:
-    """The keys that every schedule has (conf/schedule/_warmup.yaml): a warmup before it."""
+    """The keys of the warmup, which every schedule has (conf/schedule/_warmup.yaml)."""
 
     warmup_epochs: NonNegative | None
     warmup_steps: Natural | None
@@ -60,29 +60,29 @@ class Warmup:
     warmup_shape: Literal["linear", "constant"]
 
     def length(self, steps: int, steps_per_epoch: float) -> int:
-        """Steps of warmup. Raises UserError when it is longer than the training."""
+        """Returns the steps of the warmup. Raises `UserError` if it is longer than the training."""
         horizon = Horizon(0, steps, steps_per_epoch)
         length = int(length_of("warmup", self.warmup_epochs, self.warmup_steps, horizon, self.warmup_fraction * steps))
         if length and self.warmup_shape == "constant" and self.warmup_start == 0:
             raise UserError(
-                "schedule.warmup_start=0.0: with schedule.warmup_shape=constant the warmup would learn nothing; "
-                "allowed: a share of optimizer.lr above 0"
+                "schedule.warmup_start=0.0: schedule.warmup_shape=constant needs a learning rate; "
+                "set a fraction of optimizer.lr above 0"
             )
         if length > steps:
-            given = f"epochs={self.warmup_epochs:g}" if self.warmup_steps is None else f"steps={self.warmup_steps}"
+            key = f"epochs={self.warmup_epochs:g}" if self.warmup_steps is None else f"steps={self.warmup_steps}"
             raise UserError(
-                f"schedule.warmup_{given}: a warmup of {length} steps is longer than the training ({steps} steps); "
-                f"shorten it or raise epochs"
+                f"schedule.warmup_{key}: the warmup of {length} steps is longer than the training ({steps} steps); "
+                f"reduce it or increase epochs"
             )
         return length
 
 
 class WarmedUp:
-    """`component` under a ramp over the first `length` updates.
+    """A schedule multiplied by a warmup factor over the first `length` updates.
 
-    The linear ramp is start + (1 - start) (t + 1) / (length + 1): it stands at `start` before the first update, so no
-    update is lost to a learning rate of zero, and it reaches 1 at t = length, where the component takes over. The
-    constant one stays at `start` until then.
+    linear: start + (1 - start) (t + 1) / (length + 1). The first update, t = 0, is one step above `start`, so with
+    start = 0 no update has a learning rate of zero. The factor reaches 1 at t = length, the first update after the
+    warmup. constant: `start` for t < length.
     """
 
     def __init__(self, component: Factor, length: int, start: float, shape: Literal["linear", "constant"]) -> None:
@@ -96,7 +96,7 @@ class WarmedUp:
 
 
 def build(factory: Callable[..., Factor], warmup: Warmup, *, steps: int, steps_per_epoch: float) -> Factor:
-    """The schedule of a run of `steps` updates: `factory` is a choice with all its keys bound but `horizon`."""
+    """Builds the schedule of a run of `steps` updates. `factory`: a choice with all arguments bound but `horizon`."""
     length = warmup.length(steps, steps_per_epoch)
     component = factory(horizon=Horizon(length, steps, steps_per_epoch))
     return WarmedUp(component, length, warmup.warmup_start, warmup.warmup_shape) if length else component

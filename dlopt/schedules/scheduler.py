@@ -1,68 +1,68 @@
-"""Factors as a standard `LRScheduler` of an optimizer, and the one that depends on a validation metric."""
+"""`Scheduler` applies a schedule's factors to an optimizer; `Plateau` is the schedule that follows a metric."""
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from annotated_types import Interval
 
 from dlopt.errors import UserError
-from dlopt.ranges import Natural, NonNegative, Probability
+from dlopt.ranges import Natural, NonNegative, OpenFraction, Probability
 from dlopt.schedules.horizon import Factor, Horizon
 
 
 class Scheduler(torch.optim.lr_scheduler.LRScheduler):
-    """Sets every group's learning rate to its base times `factor(t)`; update t uses factor(t), t from 0.
+    """Sets the learning rate of each group to its base times `factor(t)`; update t uses factor(t), t from 0.
 
-    For a group with a `horizon` h, a share of the run, it is factor(t / h): the schedule runs faster for it, and where
-    that ends the group stays. With `freezes` its parameters ask for no gradients while their learning rate is zero,
-    which changes nothing but the time; `frozen` counts the groups of which this holds.
+    A group with `horizon` h, a fraction of the run, uses factor(t / h): its schedule ends after that fraction, and the
+    factor stays at its final value. With `freezes`, its parameters have requires_grad=False while their learning rate
+    is zero, which saves time and changes no result. `frozen` counts these groups.
 
-    A standard LRScheduler: `step()` after every update. It is stepped so often that it leaves out what torch's does
-    besides (order checks, a copy of all values). A learning rate held in a tensor is changed in place, as captured
-    graphs need it.
+    A standard LRScheduler: call `step()` after every update. For speed it omits torch's order checks and its copy of
+    all values. Learning rates that are tensors are changed in place, as CUDA graphs require.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, factor: Factor, *, freezes: bool = False) -> None:
         self.factor = factor
         self._component: Any = getattr(factor, "component", factor)
-        wanted = getattr(self._component, "momentum_wanted", False)
+        cycle_momentum = getattr(self._component, "cycle_momentum", False)
         groups = optimizer.param_groups
-        if wanted is True and not all("momentum" in g or "betas" in g for g in groups):
+        if cycle_momentum is True and not all("momentum" in g or "betas" in g for g in groups):
             raise UserError(
                 f"schedule.cycle_momentum=true: {type(optimizer).__name__} has neither momentum nor betas; "
-                f"allowed is auto or false"
+                f"set auto or false"
             )
-        self.cycles_momentum = wanted is not False
-        self._shares = [group.get("horizon", 1.0) for group in groups]
-        self._is_uneven = any(share != 1.0 for share in self._shares)
-        if self._is_uneven and hasattr(self._component, "update"):
-            raise UserError("optimizer.groups: a horizon is a share of the schedule, and this one has no length")
+        self.cycles_momentum = cycle_momentum is not False
+        self._horizons = [group.get("horizon", 1.0) for group in groups]
+        self._has_horizons = any(horizon != 1.0 for horizon in self._horizons)
+        if self._has_horizons and hasattr(self._component, "update"):
+            raise UserError(
+                "optimizer.groups: horizon is a fraction of the schedule, but schedule=plateau has no length"
+            )
         self._freezes = freezes
         self.frozen = 0
-        self.rate = 0.0  # of the first group, for the next update: a number, whatever holds it
-        self._floats: list[float] = []
+        self.rate = 0.0  # learning rate of the first group for the next update, as a float
+        self._base_floats: list[float] = []  # base_lrs as floats; empty: to be read again
         self.ended_cycle: Callable[[int], int | None] | None = getattr(self._component, "ended_cycle", None)
         super().__init__(optimizer)
-        vars(optimizer).pop("step", None)  # torch's wrapper, which serves its order check in every update
+        vars(optimizer).pop("step", None)  # torch's wrapper, which serves the order check in every update
 
     def step(self, epoch: int | None = None) -> None:
         self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
         self._apply()
 
     def _apply(self) -> None:
-        floats = self._floats
-        if not floats:
-            floats = self._floats = [float(lr) for lr in self.base_lrs]
-        if self._is_uneven:
-            floats = self._uneven(floats)
+        bases = self._base_floats
+        if not bases:
+            bases = self._base_floats = [float(lr) for lr in self.base_lrs]
+        if self._has_horizons:
+            bases = self._lrs_by_horizon(bases)
             factor = 1.0
         else:
             factor = self.factor(self.last_epoch)
-        self.rate = floats[0] * factor
-        for group, base in zip(self.optimizer.param_groups, floats, strict=True):
-            if type(group["lr"]) is float or not isinstance(group["lr"], torch.Tensor):
+        self.rate = bases[0] * factor
+        for group, base in zip(self.optimizer.param_groups, bases, strict=True):
+            if type(group["lr"]) is float or not isinstance(group["lr"], torch.Tensor):  # the first test is faster
                 group["lr"] = base * factor
             else:
                 group["lr"].fill_(base * factor)
@@ -74,33 +74,35 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
                 elif "momentum" in group:
                     group["momentum"] = momentum
 
-    def _uneven(self, bases: list[float]) -> list[float]:
-        """The learning rates where not all groups follow the schedule at its own pace."""
-        factors = [self.factor(self.last_epoch / share) for share in self._shares]
+    def _lrs_by_horizon(self, bases: list[float]) -> list[float]:
+        """Returns the learning rates of groups with different horizons; freezes and unfreezes their parameters."""
+        factors = [self.factor(self.last_epoch / horizon) for horizon in self._horizons]
         if self._freezes:
-            resting = [share != 1.0 and factor == 0.0 for share, factor in zip(self._shares, factors, strict=True)]
-            if sum(resting) != self.frozen:
-                self.frozen = sum(resting)
-                for group, rests in zip(self.optimizer.param_groups, resting, strict=True):
+            is_frozen = [
+                horizon != 1.0 and factor == 0.0 for horizon, factor in zip(self._horizons, factors, strict=True)
+            ]
+            if sum(is_frozen) != self.frozen:
+                self.frozen = sum(is_frozen)
+                for group, frozen in zip(self.optimizer.param_groups, is_frozen, strict=True):
                     for parameter in group["params"]:
-                        parameter.requires_grad_(not rests)
+                        parameter.requires_grad_(not frozen)
                         parameter.grad = None
         return [base * factor for base, factor in zip(bases, factors, strict=True)]
 
     def update(self, metrics: Mapping[str, float]) -> None:
-        """Hands the figures of an evaluation to a schedule that depends on them; the next update uses the new rate."""
+        """Passes the metrics of an evaluation to a schedule that uses them; takes effect at the next update."""
         if hasattr(self._component, "update"):
             self._component.update(metrics)
             self._apply()
 
     def scale(self, ratio: float) -> None:
-        """Multiplies the learning rates by `ratio` from here on."""
+        """Multiplies the learning rates by `ratio` from now on."""
         self.base_lrs = [base * ratio for base in self.base_lrs]
-        self._floats = []
+        self._base_floats = []
         self._apply()
 
     def get_lr(self) -> list[float | torch.Tensor]:
-        factors = [self.factor(self.last_epoch / share) for share in self._shares]
+        factors = [self.factor(self.last_epoch / horizon) for horizon in self._horizons]
         return [base * factor for base, factor in zip(self.base_lrs, factors, strict=True)]
 
     def get_last_lr(self) -> list[float | torch.Tensor]:
@@ -113,18 +115,16 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.last_epoch, self.base_lrs = state_dict["last_epoch"], list(state_dict["base_lrs"])
-        self._floats = []
+        self._base_floats = []
         if state_dict["component"] is not None:
             self._component.load_state_dict(state_dict["component"])
         self._apply()
 
 
-Open = Annotated[float, Interval(gt=0, lt=1)]
-
-
 class Plateau:
-    """The factor is multiplied by `factor` when a validation figure has not improved for more than `patience`
-    evaluations; torch's ReduceLROnPlateau. A figure that is not a number counts as no improvement.
+    """Multiplies the learning rate by `factor` when a metric has not improved for more than `patience` evaluations.
+
+    Equals torch's ReduceLROnPlateau. NaN counts as no improvement.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class Plateau:
         *,
         monitor: str,
         mode: Literal["auto", "min", "max"],
-        factor: Open,
+        factor: OpenFraction,
         patience: Natural,
         threshold: NonNegative,
         threshold_mode: Literal["rel", "abs"],
@@ -142,33 +142,34 @@ class Plateau:
     ) -> None:
         self.monitor = monitor
         self._sign = -1.0 if mode == "max" or (mode == "auto" and "accuracy" in monitor) else 1.0
-        self._reduction, self._patience, self._cooldown, self._least = factor, patience, cooldown, min_factor
+        self._reduction, self._patience, self._cooldown, self._min_factor = factor, patience, cooldown, min_factor
         self._threshold, self._relative = threshold, threshold_mode == "rel"
-        self.value, self.best, self.bad, self.resting = 1.0, math.inf, 0, 0
+        self.value, self.best, self.num_bad, self.cooldown_left = 1.0, math.inf, 0, 0
 
     def __call__(self, t: float) -> float:
         return self.value
 
     def update(self, metrics: Mapping[str, float]) -> None:
-        """Takes the figures of one evaluation. Raises UserError when the monitored one is not among them."""
+        """Receives the metrics of an evaluation. Raises `UserError` if the monitored one is missing."""
         if self.monitor not in metrics:
             names = ", ".join(sorted(metrics)) or "none"
-            raise UserError(f"schedule.monitor={self.monitor}: no evaluation logs it; allowed: {names}")
-        figure = self._sign * metrics[self.monitor]
+            raise UserError(f"schedule.monitor={self.monitor}: not among the evaluated metrics; allowed: {names}")
+        metric = self._sign * metrics[self.monitor]  # lower is better
         margin = self._threshold * (abs(self.best) if self._relative else 1.0) if math.isfinite(self.best) else 0.0
-        if figure < self.best - margin:
-            self.best, self.bad = figure, 0
+        if metric < self.best - margin:
+            self.best, self.num_bad = metric, 0
         else:
-            self.bad += 1
-        if self.resting > 0:
-            self.resting -= 1
-            self.bad = 0
-        if self.bad > self._patience:
-            self.value = max(self.value * self._reduction, self._least)
-            self.resting, self.bad = self._cooldown, 0
+            self.num_bad += 1
+        if self.cooldown_left > 0:
+            self.cooldown_left -= 1
+            self.num_bad = 0
+        if self.num_bad > self._patience:
+            self.value = max(self.value * self._reduction, self._min_factor)
+            self.cooldown_left, self.num_bad = self._cooldown, 0
 
     def state_dict(self) -> dict[str, float]:
-        return {"value": self.value, "best": self.best, "bad": self.bad, "resting": self.resting}
+        return {"value": self.value, "best": self.best, "bad": self.num_bad, "resting": self.cooldown_left}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.value, self.best, self.bad, self.resting = (state[k] for k in ("value", "best", "bad", "resting"))
+        self.value, self.best = state["value"], state["best"]
+        self.num_bad, self.cooldown_left = state["bad"], state["resting"]

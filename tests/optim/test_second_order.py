@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dlopt.errors import UserError
 from dlopt.optim import BFGS, LBFGS, LossClosure, Newton, NewtonCG
 from dlopt.optim.bfgs import broyden
-from dlopt.optim.line_search import Point, backtracking, strong_wolfe
+from dlopt.optim.line_search import LinePoint, backtracking, strong_wolfe
 
 Loss = Callable[[Tensor], Tensor]
 
@@ -186,13 +186,13 @@ def test_line_searches_keep_their_conditions(shape: list[float], t: float, c1: f
     def slope(t: float) -> float:
         return -(1 + abs(d)) + 0.6 * t + a * b * math.cos(b * t + c) - a * b * math.cos(c)
 
-    origin = Point(0.0, value(0), slope(0), torch.zeros(1))
+    origin = LinePoint(0.0, value(0), slope(0), torch.zeros(1))
     evaluations = 0
 
-    def evaluate(t: float) -> Point:
+    def evaluate(t: float) -> LinePoint:
         nonlocal evaluations
         evaluations += 1
-        return Point(t, value(t), slope(t), torch.zeros(1))
+        return LinePoint(t, value(t), slope(t), torch.zeros(1))
 
     found = strong_wolfe(evaluate, origin, t, c1=c1, c2=c2, evaluations=60)
     assert evaluations <= 60
@@ -204,15 +204,19 @@ def test_line_searches_keep_their_conditions(shape: list[float], t: float, c1: f
 
 
 def test_line_searches_step_back_from_infinity_and_give_up() -> None:
-    def barrier(t: float) -> Point:  # the minimum of -log(1 - t) - 2 t is at 1/2
+    def barrier(t: float) -> LinePoint:  # the minimum of -log(1 - t) - 2 t is at 1/2
         inside = t < 1
-        return Point(t, -math.log(1 - t) - 2 * t if inside else math.nan, 1 / (1 - t) - 2 if inside else math.nan, one)
+        return LinePoint(
+            t, -math.log(1 - t) - 2 * t if inside else math.nan, 1 / (1 - t) - 2 if inside else math.nan, one
+        )
 
     one = torch.ones(1)
     found = strong_wolfe(barrier, barrier(0.0), 7.0, c1=1e-4, c2=0.1, evaluations=30)
     assert 0.4 < found.t < 0.6
     assert backtracking(lambda t: barrier(t).loss, loss=0.0, slope=-1.0, t=4.0, c1=1e-4, evaluations=30) == 0.5
-    uphill = strong_wolfe(lambda t: Point(t, t, -1.0, one), Point(0, 0, -1, one), 1.0, c1=1e-4, c2=0.9, evaluations=9)
+    uphill = strong_wolfe(
+        lambda t: LinePoint(t, t, -1.0, one), LinePoint(0, 0, -1, one), 1.0, c1=1e-4, c2=0.9, evaluations=9
+    )
     assert uphill.t == 0
     assert backtracking(lambda t: t, loss=0.0, slope=-1.0, t=1.0, c1=1e-4, evaluations=9) == 0
 
@@ -261,7 +265,7 @@ def test_newton_and_newton_cg_take_the_same_step_on_a_net(problem: Callable[...,
 def test_large_models_are_refused() -> None:
     big = [nn.Parameter(torch.zeros(50, 40)), nn.Parameter(torch.zeros(1), requires_grad=False)]
     for make, instead in ((Newton, "newton_cg"), (BFGS, "lbfgs")):
-        with pytest.raises(UserError, match=rf"2,000 parameters.*allowed are 1,999.*optimizer={instead}"):
+        with pytest.raises(UserError, match=rf"2,000 parameters.*at most 1,999 are allowed.*optimizer={instead}"):
             make(big, max_parameters=1999)
         make(big, max_parameters=2000)
     NewtonCG(big)

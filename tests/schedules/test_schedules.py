@@ -309,13 +309,13 @@ def test_the_curve_depends_on_the_share_of_the_run_only(a: int, b: int) -> None:
     [
         ("step", {"every_epochs": 2, "every_steps": 3}, r"schedule\.every_epochs=2 and schedule\.every_steps=3"),
         ("multistep", {"milestones_epochs": [1], "milestones_steps": [2]}, "milestones_epochs"),
-        ("multistep", {"milestones_epochs": [7, 5]}, "milestones must increase"),
+        ("multistep", {"milestones_epochs": [7, 5]}, r"milestones_.*must increase"),
         ("cosine", {"warmup_epochs": 1, "warmup_steps": 3}, "warmup_epochs=1"),
         ("cosine", {"warmup_epochs": 11}, r"schedule\.warmup_epochs=11.*264 steps.*240"),
         ("cosine_warmup", {"warmup_steps": 241}, r"schedule\.warmup_steps=241"),
-        ("wsd", {"decay_epochs": 11}, "does not fit"),
+        ("wsd", {"decay_epochs": 11}, "is longer than"),
         ("one_cycle", {"base_momentum": 0.96}, r"schedule\.base_momentum=0\.96"),
-        ("cosine_warmup_restarts", {"T_0_steps": 10, "cycle_warmup_steps": 10}, "leaves nothing"),
+        ("cosine_warmup_restarts", {"T_0_steps": 10, "cycle_warmup_steps": 10}, "not shorter than"),
     ],
 )
 def test_mistakes_are_named(name: str, typed: dict[str, Any], message: str) -> None:
@@ -422,5 +422,5 @@ def test_a_group_at_its_end_asks_for_no_gradients() -> None:
 
 def test_a_horizon_needs_a_schedule_with_a_length() -> None:
     optimizer, _ = two_groups(0.5)
-    with pytest.raises(UserError, match="a horizon is a share of the schedule"):
+    with pytest.raises(UserError, match="horizon is a fraction of the schedule"):
         Scheduler(optimizer, make("plateau"))
