@@ -36,7 +36,7 @@ class ActivationSpec:
         return cls(tuple(tensor.shape[1:]), tensor.dtype, tuple(order))
 
     def restore_order(self, tensor: Tensor) -> Tensor:
-        """Returns the tensor in this memory order; pipeline messages are contiguous and lose it."""
+        """Returns the tensor in this memory order, which contiguous pipeline messages lose."""
         inverse = sorted(range(tensor.ndim), key=lambda d: self.order[d])
         return tensor.permute(self.order).contiguous().permute(inverse)
 

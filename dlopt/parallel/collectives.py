@@ -96,7 +96,7 @@ class ModelGroup:
 
 def all_reduce(partial: Tensor, model_group: ModelGroup) -> Tensor:
     """Returns the sum over ranks as a new tensor."""
-    total = partial.detach().clone() if _is_channels_last(partial) else partial.detach().clone().contiguous()
+    total = partial.detach().clone() if is_channels_last(partial) else partial.detach().clone().contiguous()
     if total.numel():
         distributed.all_reduce(total, group=model_group.process_group)
     return total
@@ -121,7 +121,7 @@ def reduce_scatter(partial: Tensor, dim: int, model_group: ModelGroup) -> Tensor
     return shard.permute(inverse)
 
 
-def _is_channels_last(tensor: Tensor) -> bool:
+def is_channels_last(tensor: Tensor) -> bool:
     return tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -130,7 +130,7 @@ def _in_memory_order(tensor: Tensor, dim: int) -> tuple[Tensor, int, tuple[int, 
 
     Collectives need contiguous buffers. Channels-last maps are permuted instead of copied, and stay channels-last.
     """
-    if _is_channels_last(tensor):
+    if is_channels_last(tensor):
         return tensor.permute(0, 2, 3, 1), (0, 3, 1, 2)[dim], (0, 3, 1, 2)
     return tensor.contiguous(), dim, tuple(range(tensor.ndim))
 

@@ -25,18 +25,8 @@ class ColumnParallel(ModelParallel):
 
     sharding: Literal["replicated", "tensors", "layers"] = "layers"
 
-    def __init__(
-        self, name: str, group: Group, device: torch.device, *, accumulate: int, data_degree: int, sync_batchnorm: bool
-    ) -> None:
-        super().__init__(
-            name,
-            group,
-            device,
-            accumulate=accumulate,
-            split=split_columns,
-            data_degree=data_degree,
-            sync_batchnorm=sync_batchnorm,
-        )
+    def __init__(self, name: str, group: Group, device: torch.device, **options: Any) -> None:
+        super().__init__(name, group, device, split=split_columns, **options)
         self.is_replica = self.data_rank > 0  # the first model group holds the same layers
 
     def distribute_parameters(self, model: nn.Module, plan: ShardingPlan) -> None:
@@ -150,16 +140,10 @@ def split_columns(model: nn.Module, input_shape: tuple[int, ...], model_group: M
     return ShardingPlan({}, {})
 
 
-def columns(
-    *,
-    device: torch.device,
-    accumulate: int,
-    precision: str,
-    **keys: Unpack[ProcessKeys],
-) -> Mode:
+def columns(*, device: torch.device, accumulate: int, precision: str, **keys: Unpack[ProcessKeys]) -> Mode:
     """Joins the process group and builds the mode. Raises `UserError` for keys that contradict each other."""
     check_precision("columns", precision)
     joined = join("columns", device, **keys)
     if joined is None:
         return Mode(device, "columns")
-    return ColumnParallel("columns", *joined, accumulate=accumulate, data_degree=1, sync_batchnorm=True)
+    return ColumnParallel("columns", *joined, accumulate=accumulate)

@@ -8,6 +8,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from dlopt.errors import UserError
 from dlopt.parallel.batch_shards import MicroBatchShard
+from dlopt.parallel.chain import ActivationSpec
 from dlopt.parallel.collectives import ShardSpec
 
 
@@ -61,12 +62,7 @@ class GlobalDropout(nn.Module):
                     "model.dropout: with one channel or one pixel per process, the masks cannot match those of a "
                     "single process; use fewer processes, a wider model, or model.dropout=0"
                 )
-        full = inputs.new_zeros(shape)
-        if not inputs.is_contiguous():
-            strides = inputs.stride()
-            order = sorted(range(inputs.ndim), key=lambda dim: -strides[dim])
-            inverse = sorted(range(inputs.ndim), key=lambda dim: order[dim])
-            full = full.permute(order).contiguous().permute(inverse)
+        full = ActivationSpec.of(inputs).restore_order(inputs.new_zeros(shape))
         if spec is None:
             full[shard.local] = inputs
             kept: Tensor = self.dropout(full)[shard.local]

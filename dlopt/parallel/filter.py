@@ -218,21 +218,13 @@ def split_filters(model: nn.Module, input_shape: tuple[int, ...], model_group: M
     return ShardingPlan(splitter.shard_specs, splitter.dropouts)
 
 
-def filters(
-    *,
-    device: torch.device,
-    accumulate: int,
-    precision: str,
-    **keys: Unpack[ProcessKeys],
-) -> Mode:
+def filters(*, device: torch.device, accumulate: int, precision: str, **keys: Unpack[ProcessKeys]) -> Mode:
     """Joins the process group and builds the mode. Raises `UserError` for keys that contradict each other."""
     check_precision("filter", precision)
     joined = join("filter", device, **keys)
     if joined is None:
         return Mode(device, "filter")
-    return ModelParallel(
-        "filter", *joined, accumulate=accumulate, split=split_filters, data_degree=1, sync_batchnorm=True
-    )
+    return ModelParallel("filter", *joined, accumulate=accumulate, split=split_filters)
 
 
 def named_children(module: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:

@@ -54,8 +54,8 @@ class ModelParallel(GroupMode):
         *,
         accumulate: int,
         split: SplitFunction,
-        data_degree: int,
-        sync_batchnorm: bool,
+        data_degree: int = 1,
+        sync_batchnorm: bool = True,
     ) -> None:
         from torch.distributed.device_mesh import init_device_mesh
 

@@ -21,7 +21,7 @@ from dlopt.models.layers import ACTIVATIONS, GlobalAveragePool
 from dlopt.models.locally_connected import LocallyConnected2d
 from dlopt.models.resnet import ZeroPadShortcut
 from dlopt.parallel.chain import is_sequential
-from dlopt.parallel.collectives import ModelGroup, ShardSpec
+from dlopt.parallel.collectives import ModelGroup, ShardSpec, is_channels_last
 from dlopt.parallel.filter import Splitter, named_children, replace_by_shard
 from dlopt.parallel.mode import Mode
 from dlopt.parallel.model_parallel import ModelParallel, ShardingPlan
@@ -147,8 +147,7 @@ def _redistribute_rows(
     """
     (source_start, source_stop), (start, stop) = source[model_group.rank], target[model_group.rank]
     shape = (*rows.shape[:2], stop - start, rows.shape[3])
-    is_channels_last = rows.is_contiguous(memory_format=torch.channels_last) and not rows.is_contiguous()
-    memory_format = torch.channels_last if is_channels_last else torch.contiguous_format
+    memory_format = torch.channels_last if is_channels_last(rows) else torch.contiguous_format
     result = torch.zeros(shape, dtype=rows.dtype, device=rows.device).contiguous(memory_format=memory_format)
     kept = _intersection((source_start, source_stop), (start, stop))
     if kept is not None:
@@ -164,9 +163,8 @@ def _redistribute_rows(
             continue
         sent = _intersection(source[model_group.rank], target[peer])
         if sent is not None and rows.numel():
-            add_operation(
-                distributed.isend, rows[:, :, sent[0] - source_start : sent[1] - source_start].contiguous(), peer
-            )
+            buffer = rows[:, :, sent[0] - source_start : sent[1] - source_start].contiguous()
+            add_operation(distributed.isend, buffer, peer)
         span = _intersection(source[peer], target[model_group.rank])
         if span is not None and result.numel():
             buffer = torch.empty(*shape[:2], span[1] - span[0], shape[3], dtype=rows.dtype, device=rows.device)
@@ -450,18 +448,10 @@ def split_rows(model: nn.Module, input_shape: tuple[int, ...], model_group: Mode
     return ShardingPlan(splitter.features.shard_specs, splitter.features.dropouts, splitter.partial_grads, notes)
 
 
-def spatial(
-    *,
-    device: torch.device,
-    accumulate: int,
-    precision: str,
-    **keys: Unpack[ProcessKeys],
-) -> Mode:
+def spatial(*, device: torch.device, accumulate: int, precision: str, **keys: Unpack[ProcessKeys]) -> Mode:
     """Joins the process group and builds the mode. Raises `UserError` for keys that contradict each other."""
     check_precision("spatial", precision)
     joined = join("spatial", device, **keys)
     if joined is None:
         return Mode(device, "spatial")
-    return ModelParallel(
-        "spatial", *joined, accumulate=accumulate, split=split_rows, data_degree=1, sync_batchnorm=True
-    )
+    return ModelParallel("spatial", *joined, accumulate=accumulate, split=split_rows)

@@ -2,12 +2,14 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dlopt.parallel import rendezvous
+from dlopt.training.checkpoint import Checkpoints
 from dlopt.training.trainer import Run, train
 from tests.parallel.ranks import run_ranks
 from tests.training.runs import experiment, metrics, start
@@ -33,6 +35,14 @@ def run_all(folder: str, cases: Cases) -> None:
         summary = train(Run(experiment(*overrides, *distributed), Path(folder) / name), console=False)
         assert summary["status"] in ("finished", "stopped_early")
         rendezvous.leave()
+
+
+def resume_run(folder: Path, *overrides: str) -> dict[str, Any]:
+    """Called on all ranks: resumes the run in `folder` from the checkpoint that rank 0 loads."""
+    state = Checkpoints(folder / "checkpoints").load_newest() if os.environ["DLOPT_RANK"] == "0" else None
+    summary = train(Run(experiment(*overrides), folder, state), console=False)
+    rendezvous.leave()
+    return summary
 
 
 def metric_values(line: dict[str, Any]) -> dict[str, float]:

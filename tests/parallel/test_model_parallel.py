@@ -1,6 +1,5 @@
 """Model-parallel runs against single-process runs, in fp64."""
 
-import os
 import re
 import tempfile
 from pathlib import Path
@@ -14,7 +13,7 @@ from dlopt.parallel import rendezvous
 from dlopt.parallel.hybrid import hybrid
 from dlopt.training.checkpoint import Checkpoints
 from dlopt.training.trainer import Run, train
-from tests.parallel.equality import BASE, MLP, RESNET, Cases, compare
+from tests.parallel.equality import BASE, MLP, RESNET, Cases, compare, resume_run
 from tests.parallel.ranks import run_ranks
 from tests.training.runs import experiment, start
 
@@ -84,10 +83,7 @@ def test_elementwise_optimizers(tmp_path: Path) -> None:
 def run_legs(folder: str, both: list[str], legs: list[tuple[list[str], int]]) -> None:
     """Called on all ranks: one run whose legs resume each other in different modes."""
     for mode, epochs in legs:
-        checkpoints = Checkpoints(Path(folder) / "checkpoints")
-        state = checkpoints.load_newest() if os.environ["DLOPT_RANK"] == "0" else None
-        train(Run(experiment(*both, *mode, f"epochs={epochs}"), Path(folder), state), console=False)
-        rendezvous.leave()
+        resume_run(Path(folder), *both, *mode, f"epochs={epochs}")
 
 
 def relay(tmp_path: Path, processes: int, both: list[str], modes: list[list[str]]) -> None:

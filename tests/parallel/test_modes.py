@@ -11,11 +11,10 @@ import torch
 
 from dlopt.errors import RunError
 from dlopt.parallel import rendezvous
-from dlopt.training.checkpoint import Checkpoints, load
-from dlopt.training.trainer import Run, train
-from tests.parallel.equality import MLP, metric_values
+from dlopt.training.checkpoint import load
+from tests.parallel.equality import MLP, metric_values, resume_run
 from tests.parallel.ranks import run_ranks
-from tests.training.runs import at_update, experiment, metrics, resume, start, terminate
+from tests.training.runs import at_update, metrics, resume, start, terminate
 
 FSDP = ["parallel=fsdp", "parallel.unit_parameters=100", "parallel.sync_batchnorm=true"]
 PIPELINE = ["parallel=pipeline"]
@@ -30,13 +29,6 @@ CASE = [*MLP, "augmentation=crop_flip", "data.batch_size=35", "epochs=6", "ema=0
 FREEZE = 'optimizer.groups=[{match: "layer1.*", freeze: true}]'
 
 
-def resume_run(folder: Path, *overrides: str) -> dict[str, Any]:
-    """Called on all ranks: resumes the run in `folder` from the checkpoint that rank 0 loads."""
-    main = os.environ["DLOPT_RANK"] == "0"
-    state = Checkpoints(folder / "checkpoints").load_newest() if main else None
-    return train(Run(experiment(*overrides), folder, state), console=False)
-
-
 def resume_in_all_modes(folder: str) -> None:
     """Called on all ranks: resumes and interrupts the run of a single process in all modes, one after the other."""
     rank = int(os.environ["DLOPT_RANK"])
@@ -46,7 +38,6 @@ def resume_in_all_modes(folder: str) -> None:
             summary = resume_run(Path(folder), *CASE, *overrides_of_mode)
         # One update later: the stop flag is synchronized with the next loss.
         assert (summary["status"], summary["steps"]) == ("interrupted", 5 + 3 * number)
-        rendezvous.leave()
 
 
 def structure(state: Any) -> Any:

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,7 +19,7 @@ from dlopt.training import sharded
 from dlopt.training.checkpoint import Checkpoints, load
 from dlopt.training.trainer import Run, train
 from tests.commands.line import dlopt, refused
-from tests.parallel.equality import MLP, metric_values
+from tests.parallel.equality import MLP, metric_values, resume_run
 from tests.parallel.ranks import ROOT, run_ranks
 from tests.training.runs import at_update, experiment, metrics, result, same, start, terminate, timeless
 
@@ -32,15 +31,6 @@ CASE = [
     *MLP, "model.norm=batch", "augmentation=crop_flip", "data.batch_size=35", "ema=0.9", "optimizer=adamw",
     "optimizer.lr=0.01",
 ]  # fmt: skip
-
-
-def resume_run(folder: Path, *overrides: str) -> dict[str, Any]:
-    """Called on all ranks: resumes the run in `folder` from the checkpoint that rank 0 loads."""
-    main = os.environ["DLOPT_RANK"] == "0"
-    state = Checkpoints(folder / "checkpoints").load_newest() if main else None
-    summary = train(Run(experiment(*overrides), folder, state), console=False)
-    rendezvous.leave()
-    return summary
 
 
 def train_all(folder: str) -> None:
