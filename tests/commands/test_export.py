@@ -152,7 +152,7 @@ def test_verifies_on_random_images_without_data(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "parts"),
     [
-        ([], ["format", "needed"]),
+        ([], ["format", "required"]),
         (["format=pickle"], ["format=pickle", "onnx"]),
         (["format=onnx", "input=int4"], ["input=int4", "uint8"]),
         (["format=onnx", "output=."], ["output=.", "folder"]),

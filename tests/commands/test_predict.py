@@ -101,7 +101,7 @@ def test_skips_and_reports_unreadable_files(workdir: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "parts"),
     [
-        ([], ["images", "needed"]),
+        ([], ["images", "required"]),
         (["images=nowhere"], ["images=nowhere"]),
         (["images=run/tensorboard"], ["images=run/tensorboard", "no images"]),
         (["images=images", "output=images"], ["output=images", "folder"]),

@@ -52,7 +52,7 @@ def test_writes_table_page_and_plots(runs: Path) -> None:
 @pytest.mark.parametrize(
     ("typed", "message"),
     [
-        ("", "a folder of runs is needed"),
+        ("", "needs a folder of runs"),
         ("nowhere", "nowhere: no such folder"),
         ("night --wach", "--wach: unknown flag"),
         ("night by=test_loss", "by=test_loss: ranking by a test metric"),

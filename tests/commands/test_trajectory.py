@@ -62,7 +62,7 @@ def test_glob_matches_choices_but_not_fragments(drawn: dict[str, Any], conf_dir:
     names = {path.stem for path in (conf_dir / "schedule").glob("c*.yaml")}
     assert set(drawn["curves"]) == names and len(names) > 3
     assert trajectory(["schedule=glob([_w*,pl*])", "epochs=1"]) == 0
-    assert list(drawn["curves"]) == ["plateau (if nothing improves)"]
+    assert list(drawn["curves"]) == ["plateau (without improvement)"]
 
 
 @pytest.mark.parametrize(

@@ -201,7 +201,7 @@ SWEEPS = {
     "-m optimizer=sgd,nope": ("optimizer=nope", "unknown choice"),
     "-m name=a/b,c": ("name='a/b'",),
     "-m resume=/x/last.pt seed=1,2": ("resume=/x/last.pt", "resume=auto"),
-    "-m seed=1,2 hydra.sweep.subdir=x": ("hydra.sweep.subdir=x", "folder of its own"),
+    "-m seed=1,2 hydra.sweep.subdir=x": ("hydra.sweep.subdir=x", "different for each job"),
     "-m seed=1,2 hydra.sweep.dir=": ("hydra.sweep.dir=", "folder"),
 }
 ALL = KEYS | TYPES | RANGES | COMBINATIONS | PATHS | SWEEPS
