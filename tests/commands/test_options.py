@@ -56,7 +56,7 @@ def test_group_lists_keys_defaults_and_comments(printed: Callable[..., str]) -> 
     assert re.search(r"warmup_epochs=null +length of the warmup in epochs", common)
     wsd = rest[rest.index("\nwsd: ") :]
     assert "warmup_epochs=null" not in wsd and re.search(r"warmup_fraction=0\.1 +10 % of the run", wsd)
-    assert re.search(r"final=0\.0 +share of optimizer\.lr at the end", wsd)
+    assert re.search(r"final=0\.0 +final learning rate as a fraction of optimizer\.lr", wsd)
     assert "\n* cosine_warmup: Linear warmup" in rest
     assert "stopping=early" in rest and re.search(r"patience=\d+ +\w", rest)
 
