@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import dataclasses
 import inspect
+import itertools
 import json
 import statistics
 import subprocess
@@ -34,6 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from dlopt.analysis.batches import endless_batches
 from dlopt.config.compose import Composer, to_plain
 from dlopt.config.experiment import Experiment
 from dlopt.config.parsing import parse
@@ -143,17 +145,9 @@ def read(path: Path | None, scratch: Path) -> Dataset:
 
 def updates(training: Trainer) -> Callable[[], None]:
     """Returns a function that makes the next update, with full batches only."""
-
-    def all_epochs() -> Iterator[tuple[Tensor, Tensor]]:
-        epoch = step = 0
-        while True:
-            for inputs, targets in training.batches.epoch(epoch, 0, step):
-                step += 1
-                if len(targets) == training.batches.batch_size:  # type: ignore[attr-defined]
-                    yield inputs, targets
-            epoch += 1
-
-    source, step = all_epochs(), iter(range(10**9))
+    size = training.batches.batch_size  # type: ignore[attr-defined]
+    source = (batch for batch in endless_batches(training) if len(batch[1]) == size)
+    step = itertools.count()
     training.module.train()
 
     def update() -> None:
@@ -359,14 +353,7 @@ def data_path(bench: Bench) -> list[Row]:
     for name, (typed, goal) in jobs.items():
         _, training = bench.training(*typed)
         update_seconds = bench.seconds_per_call(updates(training), warm=8, calls=20)
-
-        def all_epochs(training: Trainer = training) -> Iterator[Any]:
-            epoch = 0
-            while True:
-                yield from training.batches.epoch(epoch)
-                epoch += 1
-
-        source = all_epochs()
+        source = endless_batches(training)
         fetch_seconds = bench.seconds_per_call(lambda source=source: next(source), warm=8, calls=100)  # type: ignore[misc]
         percentage = 100 * fetch_seconds / update_seconds
         rows.append(entry(f"data path, fraction of an update of {name}", percentage, "%", goal))

@@ -1,6 +1,6 @@
 """Benchmarks the same training job with dlopt, a hand-written loop and other trainers, in samples per second.
 
-    python scripts/bench/peers.py [--venvs FOLDER] [--rounds 3] [--steps 40] [--json FILE] [--picture FILE]
+    python scripts/bench/peers.py [--venvs FOLDER] [--rounds 3] [--steps 40] [--json FILE] [--plot FILE]
 
 The job: ResNet-20, batch 128, 32x32 images in memory, flip and pad-4 crop, SGD with momentum, two threads, two loader
 workers. All trainers except dlopt use a DataLoader with torchvision's transforms, image by image; timm uses its loader.
@@ -94,7 +94,7 @@ class Job:
             ]
         )  # fmt: skip
         return DataLoader(
-            Pictures(*self.images, transform), batch_size=self.batch, shuffle=True, drop_last=True, num_workers=2,
+            PILImages(*self.images, transform), batch_size=self.batch, shuffle=True, drop_last=True, num_workers=2,
             persistent_workers=True, pin_memory=self.device.type == "cuda",
         )  # fmt: skip
 
@@ -112,7 +112,7 @@ class Job:
         return model
 
 
-class Pictures(Dataset[tuple[Any, int]]):
+class PILImages(Dataset[tuple[Any, int]]):
     """In-memory images like torchvision's datasets: converts each to a PIL image and transforms it."""
 
     def __init__(self, inputs: Tensor, targets: Tensor, transform: Callable[[Any], Any] | None = None) -> None:
@@ -262,7 +262,7 @@ def timm(job: Job) -> Callable[[], None]:
 
     on_gpu = job.device.type == "cuda"
     loader = create_loader(
-        Pictures(*job.images), input_size=(3, 32, 32), batch_size=job.batch, is_training=True, use_prefetcher=on_gpu,
+        PILImages(*job.images), input_size=(3, 32, 32), batch_size=job.batch, is_training=True, use_prefetcher=on_gpu,
         hflip=0.5, scale=(1.0, 1.0), ratio=(1.0, 1.0), color_jitter=None, interpolation="bilinear", mean=tuple(MEAN),
         std=tuple(STD), num_workers=2, persistent_workers=True, pin_memory=on_gpu, device=job.device,
     )  # fmt: skip
@@ -425,7 +425,7 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(WORKERS))
     parser.add_argument("--precisions", default="fp32,bf16")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--picture", type=Path)
+    parser.add_argument("--plot", type=Path)
     parser.add_argument("--worker", choices=WORKERS, help=argparse.SUPPRESS)
     parser.add_argument("--precision", default="fp32", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -444,9 +444,8 @@ def main() -> None:
         print(f"{label:18} {reason}")
     if options.json is not None:
         options.json.write_text(json.dumps(results, indent=2) + "\n")
-    if options.picture is not None:
-        title = f"ResNet-20, batch {options.batch}, {options.device}"
-        draw(rates, options.picture, title)
+    if options.plot is not None:
+        draw(rates, options.plot, f"ResNet-20, batch {options.batch}, {options.device}")
 
 
 if __name__ == "__main__":

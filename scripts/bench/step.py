@@ -27,12 +27,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from peers import PILImages
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from dlopt.config.compose import Composer, to_plain
 from dlopt.config.experiment import Experiment
@@ -191,21 +191,6 @@ def overhead(rounds: int, steps: int = 2000) -> dict[str, Any]:
     }
 
 
-class Images(Dataset[tuple[Tensor, int]]):
-    """In-memory images like torchvision's datasets: converts each to a PIL image and transforms it."""
-
-    def __init__(self, inputs: Tensor, targets: Tensor, transform: Callable[[Any], Tensor]) -> None:
-        self.inputs = inputs.permute(0, 2, 3, 1).contiguous().numpy()
-        self.targets = targets.tolist()
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(Image.fromarray(self.inputs[index])), self.targets[index]
-
-
 def resnet20() -> nn.Module:
     return experiment("model=resnet20").model.build(input_shape=(3, 32, 32), classes=10)  # type: ignore[no-any-return]
 
@@ -221,7 +206,7 @@ def images() -> tuple[Tensor, Tensor]:
 
 
 @functools.cache
-def loader() -> DataLoader[tuple[Tensor, int]]:
+def loader() -> DataLoader[tuple[Any, int]]:
     from torchvision.transforms import v2
 
     transform = v2.Compose(
@@ -233,7 +218,7 @@ def loader() -> DataLoader[tuple[Tensor, int]]:
             v2.Normalize([0.5] * 3, [0.25] * 3),
         ]
     )
-    data = Images(*images(), transform)
+    data = PILImages(*images(), transform)
     return DataLoader(data, batch_size=128, shuffle=True, num_workers=2, persistent_workers=True)
 
 

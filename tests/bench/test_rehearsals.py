@@ -48,7 +48,7 @@ def test_rejects_unknown_benchmark(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_peers_measures_installed_trainers_and_reports_missing_ones(tmp_path: Path) -> None:
-    keys = ("--rounds", "1", "--steps", "8", "--batch", "8", "--json", "peers.json", "--picture", "peers.png")
+    keys = ("--rounds", "1", "--steps", "8", "--batch", "8", "--json", "peers.json", "--plot", "peers.png")
     only = ("--only", "by hand,dlopt,composer", "--precisions", "fp32")
     result = run(sys.executable, str(BENCH / "peers.py"), *keys, *only, folder=tmp_path)
     assert result.returncode == 0, result.stderr[-2000:]
