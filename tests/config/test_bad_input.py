@@ -1,4 +1,4 @@
-"""What a clumsy user types. Each line is refused with one message that names the key, the value and what is allowed."""
+"""Invalid command lines are rejected with one message that names the key, the value and what is allowed."""
 
 import shlex
 from pathlib import Path
@@ -10,7 +10,7 @@ from tests.commands.line import dlopt, refused
 
 TINY = ("model=mlp", "model.widths=[4]", "data.subset=40", "steps=1", "threads=1")
 
-# what is typed behind `dlopt train` -> parts of the message
+# arguments of `dlopt train` -> substrings of the message
 KEYS = {
     "optimizer.lrr=1": ("optimizer.lrr=1", "did you mean optimizer.lr?", "`dlopt options optimizer` lists all"),
     "lrr=1": ("lrr=1", "did you mean optimizer.lr?"),
@@ -208,7 +208,7 @@ ALL = KEYS | TYPES | RANGES | COMBINATIONS | PATHS | SWEEPS
 
 
 def command(line: str) -> list[str]:
-    """What is typed, before which the tiny run stands, but for what the line itself chooses."""
+    """Adds the overrides of a tiny run, except those that the line sets itself."""
     typed = shlex.split(line)
     keys = {each.partition("=")[0].lstrip("+~").lower() for each in typed}
     small = [each for each in TINY if each.partition("=")[0] not in keys]
@@ -218,13 +218,13 @@ def command(line: str) -> list[str]:
 
 
 @pytest.mark.parametrize("line", ALL, ids=lambda line: line[:60].encode("unicode_escape").decode())
-def test_refused_with_one_message(line: str, tmp_path: Path) -> None:
+def test_rejects_with_one_message(line: str, tmp_path: Path) -> None:
     message = refused(tmp_path, *command(line))
     for part in ALL[line]:
         assert part in message, f"{part!r} is not in {message}"
 
 
-def test_the_list_is_long() -> None:
+def test_covers_many_mistakes() -> None:
     assert len(ALL) >= 60
 
 
@@ -233,18 +233,18 @@ def test_no_cuda(tmp_path: Path) -> None:
     assert "device=cuda" in refused(tmp_path, *command("device=cuda"))
 
 
-def test_checkpoint_of_weights_alone_names_init_from(tmp_path: Path) -> None:
+def test_resume_from_a_weights_file_suggests_init_from(tmp_path: Path) -> None:
     torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "weights.pt")
     message = refused(tmp_path, *command("resume=weights.pt"))
     assert "resume=weights.pt" in message and "init_from=weights.pt" in message
 
 
-def test_file_that_is_no_text(tmp_path: Path) -> None:
+def test_rejects_undecodable_arguments(tmp_path: Path) -> None:
     message = refused(tmp_path, *command("name=x"), "name=\udcff")
     assert "name=" in message
 
 
-# -- what looks odd, and is fine
+# -- unusual but valid command lines
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ EVAL = {
 
 
 @pytest.mark.parametrize("line", EVAL)
-def test_eval_refuses_with_one_message(line: str, tmp_path: Path) -> None:
+def test_eval_rejects_with_one_message(line: str, tmp_path: Path) -> None:
     message = refused(tmp_path, "eval", *shlex.split(line))
     for part in EVAL[line]:
         assert part in message

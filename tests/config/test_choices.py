@@ -39,7 +39,7 @@ OPTIONAL = {"model=timm": "timm"}
 
 
 def line(choice: str) -> tuple[str, ...]:
-    """What has to be typed with a choice so that it can work, and works on little."""
+    """Overrides that a choice requires, and a small workload."""
     group = choice.split("=")[0]
     data: tuple[str, ...] = IMAGES if group in ("model", "augmentation") else DIGITS
     model: tuple[str, ...] = () if group == "model" else MLP
@@ -135,17 +135,17 @@ def test_experiments_compose_and_are_valid(name: str) -> None:
     assert f"experiment={name}" in text.split("defaults:")[0]  # a recipe states its command on top
 
 
-def test_what_is_typed_wins_over_a_recipe() -> None:
+def test_command_line_overrides_a_recipe() -> None:
     plain, _ = to_plain(Composer().compose(["experiment=resnet20_cifar10", "optimizer.lr=0.5", "data=digits"]), [])
     assert plain["optimizer"]["lr"] == 0.5 and plain["data"]["_target_"] == "dlopt.data.digits.digits"
     assert plain["epochs"] == 200 and plain["optimizer"]["weight_decay"] == 1e-4
 
 
-def test_the_list_of_choices_is_long() -> None:
+def test_finds_all_choices() -> None:
     assert len(CHOICES) > 80 and {choice.split("=")[0] for choice in CHOICES} == set(GROUPS)
 
 
 @pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONF)))
-def test_every_file_says_what_it_is(path: Path) -> None:
+def test_every_file_has_a_description(path: Path) -> None:
     lines = path.read_text().splitlines()
     assert lines[0].startswith("# ") or path.stem.startswith("_")

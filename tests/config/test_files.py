@@ -62,7 +62,7 @@ def test_broken_primary_config(tmp_path: Path) -> None:
     assert "nope" in refused(tmp_path, "train", "--config-dir", "conf", "--config-name", "mine")
 
 
-def test_primary_config_of_ones_own(tmp_path: Path) -> None:
+def test_custom_primary_config(tmp_path: Path) -> None:
     write(tmp_path / "conf/mine.yaml", """\
         defaults: [train, _self_]
         epochs: 1
@@ -111,7 +111,7 @@ def own(tmp_path: Path) -> list[str]:
     return ["--config-dir", "conf", "optimizer=sign_sgd", f"allow_packages=[{name}]"]
 
 
-def test_own_component(tmp_path: Path, own: list[str]) -> None:
+def test_custom_component(tmp_path: Path, own: list[str]) -> None:
     result = dlopt(tmp_path, "train", *SMALL, *own, "optimizer.lr=0.02")
     assert result.code == 0, result.err
     run = only(tmp_path, "outputs/train/*/")
@@ -121,29 +121,29 @@ def test_own_component(tmp_path: Path, own: list[str]) -> None:
     assert evaluated.code == 0, evaluated.err
 
 
-def test_own_component_in_a_sweep(tmp_path: Path, own: list[str]) -> None:
+def test_custom_component_in_a_sweep(tmp_path: Path, own: list[str]) -> None:
     result = dlopt(tmp_path, "train", "-m", *SMALL, *own, "optimizer.lr=0.01,0.02")
     assert result.code == 0, result.err
     assert len(list(tmp_path.glob("outputs/train/*/[01]/summary.json"))) == 2
 
 
-def test_own_component_wants_trust(tmp_path: Path, own: list[str]) -> None:
+def test_custom_component_requires_trust(tmp_path: Path, own: list[str]) -> None:
     message = refused(tmp_path, "train", *SMALL, *own[:-1])
     assert own[-1] in message
 
 
-def test_own_component_is_checked_like_any(tmp_path: Path, own: list[str]) -> None:
+def test_custom_component_is_checked(tmp_path: Path, own: list[str]) -> None:
     assert "optimizer.lr=-1" in refused(tmp_path, "train", *SMALL, *own, "optimizer.lr=-1")
     assert "optimizer.flip=2" in refused(tmp_path, "train", *SMALL, *own, "optimizer.flip=2")
     assert "did you mean optimizer.flip?" in refused(tmp_path, "train", *SMALL, *own, "optimizer.flop=true")
 
 
-def test_own_choice_is_offered(tmp_path: Path, own: list[str]) -> None:
+def test_custom_choice_is_listed(tmp_path: Path, own: list[str]) -> None:
     assert "sign_sgd" in dlopt(tmp_path, "train", "--config-dir", "conf", "--help").out
     assert "sign_sgd" in refused(tmp_path, "train", "--config-dir", "conf", "optimizer=nope")
 
 
-def test_own_choice_of_a_shipped_callable(tmp_path: Path) -> None:
+def test_custom_choice_of_a_shipped_callable(tmp_path: Path) -> None:
     write(tmp_path / "conf/optimizer/heavy.yaml", "defaults: [sgd, _self_]\nmomentum: 0.99\n")
     result = dlopt(tmp_path, "train", "--config-dir", "conf", "optimizer=heavy", *SMALL)
     assert result.code == 0, result.err

@@ -46,13 +46,13 @@ def save(composer: Composer, folder: Path, lines: list[str]) -> dict[str, Any]:
         ["optimizer.lr=1e-7", "max_time=5", "init_seed=9", "compile=auto", "schedule_epochs=2.5"],
     ],
 )
-def test_the_same_config_comes_out(composer: Composer, tmp_path: Path, typed: list[str]) -> None:
+def test_reproduces_the_config(composer: Composer, tmp_path: Path, typed: list[str]) -> None:
     saved = save(composer, tmp_path, typed)
     assert compose(composer, inherit(composer, [f"from={tmp_path}"])) == saved
     assert compose(composer, inherit(composer, [f"from={tmp_path}/config.yaml"])) == saved
 
 
-def test_what_is_typed_comes_on_top_and_seeds_follow(composer: Composer, tmp_path: Path) -> None:
+def test_command_line_overrides_and_derived_seeds_follow(composer: Composer, tmp_path: Path) -> None:
     saved = save(composer, tmp_path, ["optimizer.lr=0.02", "seed=3", "order_seed=7"])
     found = compose(composer, inherit(composer, ["optimizer.lr=0.5", f"from={tmp_path}", "seed=4"]))
     expected = {"seed": 4, "init_seed": 4, "augmentation_seed": 4, "order_seed": 7}
@@ -61,16 +61,14 @@ def test_what_is_typed_comes_on_top_and_seeds_follow(composer: Composer, tmp_pat
     }  # fmt: skip
 
 
-def test_a_typed_choice_replaces_its_group(composer: Composer, tmp_path: Path) -> None:
+def test_new_choice_replaces_its_group(composer: Composer, tmp_path: Path) -> None:
     saved = save(composer, tmp_path, ["optimizer.lr=0.02", "model=mlp", "epochs=2"])
     found = compose(composer, inherit(composer, [f"from={tmp_path}", "optimizer=adamw"]))
     assert found["optimizer"] == compose(composer, ["optimizer=adamw"])["optimizer"]
     assert found["model"] == saved["model"] and found["epochs"] == 2
 
 
-def test_a_value_of_the_environment_stays_there(
-    composer: Composer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_keeps_environment_interpolations(composer: Composer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_ROOT", "/data/secret")
     save(composer, tmp_path, ["data=image_folder", "data.root=${oc.env:MY_ROOT}"])
     lines = inherit(composer, [f"from={tmp_path}"])
@@ -85,11 +83,11 @@ def test_resume_is_not_inherited(composer: Composer, tmp_path: Path) -> None:
     assert found["resume"] is None and found["epochs"] == 3
 
 
-def test_without_it_nothing_changes(composer: Composer) -> None:
+def test_returns_overrides_unchanged_without_from(composer: Composer) -> None:
     assert inherit(composer, ["seed=1,2"]) == ["seed=1,2"]
 
 
-def test_a_file_is_not_trusted(composer: Composer, tmp_path: Path) -> None:
+def test_rejects_manipulated_files(composer: Composer, tmp_path: Path) -> None:
     saved = save(composer, tmp_path, ["model=mlp"])
     for changed, message in (
         ({"allow_packages": ["os"]}, "its config names callables of os; to trust them, set allow_packages=[os]"),
@@ -125,7 +123,7 @@ def test_mistakes_are_named(composer: Composer, tmp_path: Path) -> None:
     assert "environment.json" in message(f"from={tmp_path}/run")
 
 
-def test_a_run_from_a_run(tmp_path: Path) -> None:
+def test_inherits_from_an_inherited_run(tmp_path: Path) -> None:
     line = ["train", *SMALL, "tracking=[]", "optimizer=adamw", "optimizer.lr=0.02", "seed=5", "hydra.run.dir=first"]
     assert dlopt(tmp_path, *line).code == 0
     assert dlopt(tmp_path, "train", "from=first", "hydra.run.dir=second").code == 0

@@ -20,7 +20,7 @@ def saved() -> dict[str, Any]:
     return to_plain(Composer().compose([]), [])[1]
 
 
-def test_nothing_but_what_is_typed_changes(saved: dict[str, Any]) -> None:
+def test_changes_only_the_given_keys(saved: dict[str, Any]) -> None:
     assert with_changes(saved, {}, PATH) == saved
     changed = with_changes(saved, {"data.batch_size": 7, "device": "cpu"}, PATH)
     assert changed["data"]["batch_size"] == 7 and changed["device"] == "cpu"
@@ -28,7 +28,7 @@ def test_nothing_but_what_is_typed_changes(saved: dict[str, Any]) -> None:
     assert changed == saved
 
 
-def test_one_process_whatever_trained_the_model(saved: dict[str, Any]) -> None:
+def test_sets_parallel_single(saved: dict[str, Any]) -> None:
     several = {**saved, "parallel": {"_target_": "dlopt.parallel.ddp.DDP", "processes": 8}}
     assert with_changes(several, {}, PATH) == saved
 
@@ -43,7 +43,7 @@ def test_refused(saved: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("command", [["predict", "images=x.png"], ["export", "format=torch_export"]])
-def test_a_hostile_checkpoint_runs_nothing(command: list[str], tmp_path: Path) -> None:
+def test_malicious_checkpoint_runs_no_code(command: list[str], tmp_path: Path) -> None:
     assert dlopt(tmp_path, "train", *SMALL, "hydra.run.dir=run").code == 0
     path = tmp_path / "run/checkpoints/last.pt"
     (tmp_path / "x.png").write_bytes(b"")

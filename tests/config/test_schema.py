@@ -39,7 +39,7 @@ NUMBERS = st.one_of(st.integers(-(2**70), 2**70), st.floats(), st.sampled_from([
 
 @pytest.mark.parametrize("name", RANGES)
 @given(value=st.one_of(NUMBERS, st.booleans(), st.text(), st.none(), st.lists(NUMBERS, max_size=2)))
-def test_a_value_is_accepted_when_and_only_when_it_lies_in_the_range(name: str, value: Any) -> None:
+def test_accepts_exactly_the_values_in_range(name: str, value: Any) -> None:
     kind, is_in_range = RANGES[name]
     is_number = type(value) in ((int,) if kind is int else (int, float)) and math.isfinite(value)
     if is_number and is_in_range(value):
@@ -77,7 +77,7 @@ def many(
         ({"txt": "x"}, "key.txt=x: unknown key; did you mean key.text? allowed: text, "),
     ],
 )
-def test_messages_say_what_is_allowed(values: dict[str, Any], message: str) -> None:
+def test_messages_state_the_allowed_values(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as caught:
         check_arguments("key", many, values)
     assert message in str(caught.value)
@@ -95,14 +95,14 @@ def test_shortens_long_lists_of_allowed_keys() -> None:
     assert "`dlopt options hydra/launcher`" in str(caught.value)
 
 
-def test_values_come_back_as_the_annotations_want_them() -> None:
+def test_converts_values_to_annotated_types() -> None:
     values = {"pair": [0.1, 0], "some": [1, 2], "maybe": 3, "either": "auto"}
     checked = check_arguments("key", many, values)
     assert checked == {"pair": (0.1, 0.0), "some": (1, 2), "maybe": 3.0, "either": "auto"}
     assert isinstance(checked["pair"][1], float)
 
 
-def test_missing_arguments_are_named_with_what_they_want() -> None:
+def test_missing_arguments_are_named_with_their_type() -> None:
     def needs(*, lr: Positive, params: Any) -> None: ...
 
     with pytest.raises(UserError, match=r"key\.lr: a value is required \(a number > 0\)"):
@@ -111,7 +111,7 @@ def test_missing_arguments_are_named_with_what_they_want() -> None:
         check_arguments("key", needs, {"lr": 1, "params": 2}, frozenset({"params"}))
 
 
-def test_components_within_components_get_what_is_known_at_run_time() -> None:
+def test_nested_components_receive_runtime_arguments() -> None:
     node = {
         "_target_": "torch.nn.Sequential",
         "lr": 1,

@@ -19,7 +19,7 @@ from tests.commands.line import SMALL, dlopt, only, refused
 
 
 class Payload:
-    """Unpickling it leaves a file."""
+    """Creates a file when unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -106,7 +106,7 @@ def test_typed(override: str, mode: str, tmp_path: Path, pickled: Path, marker: 
     assert not marker.exists()
 
 
-def test_a_launcher_would_run_if_it_were_let_in(
+def test_malicious_launcher_would_run_unchecked(
     tmp_path: Path, pickled: Path, marker: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compose, "check_hydra", lambda config, typed: None)
@@ -116,7 +116,7 @@ def test_a_launcher_would_run_if_it_were_let_in(
     assert marker.exists()
 
 
-def test_callbacks_do_not_run_even_if_they_are_let_in(
+def test_callbacks_do_not_run_even_unchecked(
     tmp_path: Path, pickled: Path, marker: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compose, "check_hydra", lambda config, typed: None)
@@ -181,7 +181,7 @@ def saved_run(tmp_path: Path) -> Path:
 
 
 def rewrite(path: Path, **changes: Any) -> None:
-    """Changes a checkpoint's config, with a valid checksum, as whoever hands it out can."""
+    """Changes a checkpoint's config and updates its checksum, as an attacker could."""
     state = checkpoint.load(path)
     config = OmegaConf.create(state["config"])
     for key, value in changes.items():
@@ -264,7 +264,7 @@ def image(path: Path, shade: int) -> None:
     Image.new("L", (8, 8), shade).save(path)
 
 
-def test_what_else_came_from_the_environment_is_kept_as_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keeps_other_environment_interpolations(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET_NAME", "hunter2hunter2")
     config = Composer().compose(["name=run-${oc.env:SECRET_NAME}", "resume=${name}/last.pt"])
     plain, saved = to_plain(config, [])

@@ -23,7 +23,7 @@ def _build(node: dict[str, Any], params: Any) -> torch.optim.Optimizer:
 
 @pytest.fixture(scope="session")
 def keys_of() -> Callable[..., dict[str, Any]]:
-    """The keys of a choice, `_target_` among them, changed by what is typed."""
+    """Returns the keys of a choice, including `_target_`, with overrides applied."""
 
     def keys_of(name: str, *typed: str) -> dict[str, Any]:
         with initialize_config_dir(str(CONF), version_base=None):

@@ -33,9 +33,7 @@ def plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def test_the_yaml_states_every_value_and_agrees_with_the_defaults_of_our_classes(
-    name: str, keys_of: Callable[..., Any]
-) -> None:
+def test_yaml_states_every_value_and_agrees_with_defaults(name: str, keys_of: Callable[..., Any]) -> None:
     """A signature may repeat the paper's defaults, as torch's do; it need not."""
     keys = keys_of(name)
     target = get_class(keys.pop("_target_"))
@@ -105,9 +103,7 @@ def test_parameters_without_gradient_stay(name: str, problem: Callable[..., Any]
     assert not torch.equal(p.weights(), before)
 
 
-def test_our_classes_say_how_often_they_evaluate(
-    name: str, problem: Callable[..., Any], choose: Callable[..., Any]
-) -> None:
+def test_classes_declare_evaluations(name: str, problem: Callable[..., Any], choose: Callable[..., Any]) -> None:
     p = problem()
     optimizer = choose(name, p.params)
     calls = 0
@@ -150,7 +146,7 @@ def test_decay_is_decoupled(choice: str, problem: Callable[..., Any], choose: Ca
             assert not state.get(key, torch.zeros(1)).any()
 
 
-def test_gradient_descent_takes_the_full_batch_unless_something_else_is_typed() -> None:
+def test_gradient_descent_defaults_to_the_full_batch() -> None:
     with initialize_config_dir(str(CONF), version_base=None):
         full = compose("train", overrides=["optimizer=gradient_descent", "optimizer.lr=0.3"])
         typed = compose("train", overrides=["data.batch_size=32", "optimizer=gradient_descent"])

@@ -209,7 +209,7 @@ def test_sgdw_is_the_l2_loss_without_momentum_only(momentum: float, equal: bool)
     assert torch.allclose(first, second, rtol=1e-12, atol=0) is equal
 
 
-def test_rprop_always_steps_and_torchs_skips_after_a_change_of_sign() -> None:
+def test_rprop_steps_where_torch_skips_after_a_sign_change() -> None:
     for make, third in ((Rprop, -0.5), (torch.optim.Rprop, 0.0)):
         p = nn.Parameter(torch.zeros(1, dtype=torch.float64))
         optimizer = make([p], lr=1.0)
@@ -278,7 +278,7 @@ def test_sam_equals_pytorch_optimizer(base: Any, adaptive: bool, problem: Callab
     torch.testing.assert_close(first.weights(), second.weights(), rtol=1e-5, atol=1e-7)  # theirs: float32 norms
 
 
-def test_sam_steps_with_the_gradient_at_the_top_of_the_neighbourhood(problem: Callable[..., Any]) -> None:
+def test_sam_uses_the_gradient_at_the_perturbed_weights(problem: Callable[..., Any]) -> None:
     p = problem()
     before = p.weights()
     gradient = torch.cat([g.reshape(-1) for g in torch.autograd.grad(p.loss(), p.params)])
@@ -305,7 +305,7 @@ def test_sam_with_rho_zero_is_its_base(problem: Callable[..., Any]) -> None:
     assert torch.equal(first.weights(), second.weights())
 
 
-def test_sam_needs_a_closure_and_a_base_of_one_gradient(problem: Callable[..., Any]) -> None:
+def test_sam_rejects_unsupported_bases_and_missing_closures(problem: Callable[..., Any]) -> None:
     p = problem()
     with pytest.raises(UserError, match=r"SAM.*call step"):
         SAM(base=torch.optim.SGD(p.params)).step()
@@ -313,7 +313,7 @@ def test_sam_needs_a_closure_and_a_base_of_one_gradient(problem: Callable[..., A
         SAM(base=torch.optim.LBFGS(p.params))
 
 
-def test_muon_is_torchs_for_matrices_and_adamw_for_the_rest() -> None:
+def test_muon_equals_torch_for_matrices_and_adamw_otherwise() -> None:
     first, second = parameters(), parameters()
     ours = Muon(first.values(), lr=0.05, weight_decay=0.3, rest_lr=0.01)
     kernel = nn.Parameter(second["kernel"].detach().reshape(3, -1))  # an independent one takes matrices only
@@ -399,7 +399,7 @@ def test_muon_groups() -> None:
 
 
 @pytest.mark.parametrize("choice", ["schedule_free_sgd", "schedule_free_adamw"])
-def test_evaluations_leave_no_trace_in_schedule_free_training(
+def test_evaluations_do_not_change_schedule_free_training(
     choice: str, problem: Callable[..., Any], choose: Callable[..., Any]
 ) -> None:
     package = pytest.importorskip("schedulefree")

@@ -177,7 +177,7 @@ def test_ends_of_the_family_are_bfgs_and_dfp() -> None:
     st.sampled_from([1e-4, 0.1]),
     st.sampled_from([0.2, 0.9]),
 )
-def test_line_searches_keep_their_conditions(shape: list[float], t: float, c1: float, c2: float) -> None:
+def test_line_searches_satisfy_their_conditions(shape: list[float], t: float, c1: float, c2: float) -> None:
     a, b, c, d = shape
 
     def value(t: float) -> float:
@@ -234,7 +234,7 @@ def test_descends_where_the_hessian_is_not_positive(make: Any) -> None:
 
 @pytest.mark.parametrize("make", [Newton, NewtonCG, BFGS])
 @pytest.mark.parametrize("value", [0.0, math.nan])
-def test_stays_where_the_gradient_is_zero_or_the_loss_is_not_a_number(make: Any, value: float) -> None:
+def test_zero_gradients_and_nan_losses_change_nothing(make: Any, value: float) -> None:
     x = nn.Parameter(torch.tensor([1.0, 2.0]))
     optimizer = make([x])
     loss = optimizer.step(LossClosure(optimizer, lambda: (x * value).sum()))
@@ -262,7 +262,7 @@ def test_newton_and_newton_cg_take_the_same_step_on_a_net(problem: Callable[...,
     torch.testing.assert_close(first.weights() - before, step, rtol=1e-7, atol=1e-9)
 
 
-def test_large_models_are_refused() -> None:
+def test_rejects_large_models() -> None:
     big = [nn.Parameter(torch.zeros(50, 40)), nn.Parameter(torch.zeros(1), requires_grad=False)]
     for make, instead in ((Newton, "newton_cg"), (BFGS, "lbfgs")):
         with pytest.raises(UserError, match=rf"2,000 parameters.*at most 1,999 are allowed.*optimizer={instead}"):
@@ -271,7 +271,7 @@ def test_large_models_are_refused() -> None:
     NewtonCG(big)
 
 
-def test_groups_may_not_have_rates_of_their_own() -> None:
+def test_rejects_group_learning_rates() -> None:
     groups: list[dict[str, Any]] = [{"params": [nn.Parameter(torch.ones(2))]} for _ in range(2)]
     for make in (Newton, NewtonCG, BFGS, LBFGS):
         make([{**group, "weight_decay": 0.0} for group in groups], lr=0.5)
@@ -279,7 +279,7 @@ def test_groups_may_not_have_rates_of_their_own() -> None:
             make([groups[0], {**groups[1], "lr": 0.1}], lr=0.5)
 
 
-def test_a_plain_function_is_not_enough_for_second_derivatives() -> None:
+def test_requires_a_closure_with_loss() -> None:
     x = nn.Parameter(torch.ones(2))
     for make in (Newton, NewtonCG):
         with pytest.raises(UserError, match=r"loss\(\).*LossClosure"):

@@ -26,7 +26,7 @@ STEPS, EPOCH = 240, 24
 
 
 def values(name: str, **typed: Any) -> dict[str, Any]:
-    """The keys of a choice as its YAML gives them, changed by what is typed."""
+    """Returns the keys of a choice with overrides applied."""
     with initialize_config_dir(str(CONF), version_base=None):
         config = compose(overrides=[f"+schedule={name}"]).schedule
     loaded = OmegaConf.to_container(config)
@@ -164,7 +164,7 @@ def test_equals_torch(case: str) -> None:
 
 @pytest.mark.parametrize("three_phase", [False, True])
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
-def test_one_cycle_turns_the_momentum_like_torch(optimizer: Any, three_phase: bool) -> None:
+def test_one_cycle_momentum_equals_torch(optimizer: Any, three_phase: bool) -> None:
     def momenta(attach: Any) -> list[float]:
         opt = optimizer([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
         scheduler, seen = attach(opt), []
@@ -213,7 +213,7 @@ def test_each_cycle_warms_up() -> None:
     assert curve(factor, 60) == pytest.approx(cycle * 3, rel=1e-12)
 
 
-FIGURES = [1.0, 0.9, 0.9, 0.95, 0.9, 0.89995, 0.5, 0.6, 0.6, math.nan, 0.6, 0.6, 0.6, 0.4] + [0.4] * 12
+METRIC_SERIES = [1.0, 0.9, 0.9, 0.95, 0.9, 0.89995, 0.5, 0.6, 0.6, math.nan, 0.6, 0.6, 0.6, 0.4] + [0.4] * 12
 
 
 @pytest.mark.parametrize("cooldown", [0, 2])
@@ -234,7 +234,7 @@ def test_plateau_equals_torch(mode: Any, sign: int, threshold_mode: Any, cooldow
     }
     ours = Scheduler(one_parameter(0.3), make("plateau", monitor="x", min_factor=2e-3, **keys))
     rates = []
-    for figure in FIGURES:
+    for figure in METRIC_SERIES:
         reference.step(sign * figure + (2 if sign < 0 else 0))
         ours.update({"x": sign * figure + (2 if sign < 0 else 0)})
         ours.step()
@@ -243,7 +243,7 @@ def test_plateau_equals_torch(mode: Any, sign: int, threshold_mode: Any, cooldow
     assert len(set(rates)) > 2
 
 
-def test_plateau_under_a_warmup_resumes_and_names_a_missing_figure() -> None:
+def test_plateau_with_warmup_resumes_and_names_a_missing_metric() -> None:
     def fresh() -> Scheduler:
         return Scheduler(one_parameter(), make("plateau", patience=0, warmup_steps=4))
 
@@ -262,7 +262,7 @@ def test_plateau_under_a_warmup_resumes_and_names_a_missing_figure() -> None:
     assert isinstance(make("plateau", monitor="val_accuracy"), Plateau)
 
 
-def test_plateau_takes_higher_accuracies_for_better_ones() -> None:
+def test_plateau_maximizes_accuracies() -> None:
     factor = make("plateau", monitor="val_accuracy", patience=0)
     assert isinstance(factor, Plateau)
     for accuracy in (0.5, 0.6, 0.7):
@@ -274,7 +274,7 @@ def test_plateau_takes_higher_accuracies_for_better_ones() -> None:
 
 @pytest.mark.parametrize("name", CHOICES)
 @given(steps=st.integers(1, 2000), epoch=st.integers(1, 300), t=st.integers(0, 3000))
-def test_defaults_are_valid_for_every_run_and_never_lose_an_update(name: str, steps: int, epoch: int, t: int) -> None:
+def test_defaults_are_valid_for_every_run_length(name: str, steps: int, epoch: int, t: int) -> None:
     factor = make(name, steps=steps, epoch=epoch)
     assert 0.0 <= factor(t) <= 1.0
     assert factor(min(t, steps - 1)) > 0.0
@@ -296,8 +296,8 @@ def test_curves_have_no_jumps(name: str, steps: int, warmup: float) -> None:
 
 
 @given(a=st.integers(2, 40), b=st.integers(2, 40))
-def test_the_curve_depends_on_the_share_of_the_run_only(a: int, b: int) -> None:
-    """Twice the updates per epoch (fewer accumulated micro-batches, more ranks) stretch a schedule, no more."""
+def test_curve_depends_only_on_the_fraction_of_the_run(a: int, b: int) -> None:
+    """Twice the updates per epoch (fewer accumulated micro-batches, more ranks) only stretch a schedule."""
     for name in ("exponential", "cosine", "step", "time_decay", "polynomial"):
         keys: dict[str, Any] = {"every_epochs": 3} if name == "step" else {}
         one, two = (make(name, steps=10 * e, epoch=e, **keys) for e in (a, a * b))
@@ -323,12 +323,12 @@ def test_mistakes_are_named(name: str, typed: dict[str, Any], message: str) -> N
         make(name, **typed)
 
 
-def test_a_warmup_may_fill_the_training() -> None:
+def test_warmup_may_be_as_long_as_the_training() -> None:
     for name in CHOICES:
         assert all(math.isfinite(x) for x in curve(make(name, warmup_epochs=10), STEPS + 5))
 
 
-def test_warmup_overrides_the_share_that_is_the_default() -> None:
+def test_warmup_length_overrides_the_default_fraction() -> None:
     for name in ("cosine_warmup", "linear_warmup", "wsd"):
         by_epochs, none = make(name, warmup_epochs=5), make(name, warmup_epochs=0)
         assert isinstance(by_epochs, WarmedUp)
@@ -370,7 +370,7 @@ def test_scheduler_resumes_exactly(name: str) -> None:
     assert rates == whole[101:]
 
 
-def test_horizon_is_all_a_choice_needs() -> None:
+def test_choices_need_only_the_horizon() -> None:
     factor = schedules.cosine(final=0.0, decay_epochs=None, decay_steps=None, horizon=Horizon(10, 110, 10))
     assert factor(60) == pytest.approx(0.5)
     assert NO_WARMUP.length(10, 1) == 0
@@ -382,7 +382,7 @@ def test_a_constant_warmup_stays_at_its_start() -> None:
     assert [factor(t) for t in (0, 399, 400, 499, 500, 750)] == pytest.approx([0.1, 0.1, 1.0, 1.0, 0.1, 0.01])
 
 
-def test_a_constant_warmup_at_nothing_is_refused() -> None:
+def test_rejects_a_constant_warmup_at_zero() -> None:
     with pytest.raises(UserError, match=r"schedule.warmup_start=0.0.*above 0"):
         make("cosine", warmup_steps=10, warmup_shape="constant")
 
@@ -393,8 +393,8 @@ def two_groups(horizon: float) -> tuple[torch.optim.SGD, list[torch.nn.Parameter
     return torch.optim.SGD(groups, lr=1.0), parameters
 
 
-def test_a_group_may_have_a_horizon_of_its_own() -> None:
-    """The schedule runs over that share of the run, and the group stays at its end."""
+def test_group_horizon_shortens_the_schedule() -> None:
+    """The schedule ends after that fraction of the run; then the group keeps its final value."""
     optimizer, parameters = two_groups(0.375)
     scheduler = Scheduler(optimizer, make("linear", steps=200))
     for t in range(200):
@@ -403,24 +403,24 @@ def test_a_group_may_have_a_horizon_of_its_own() -> None:
         assert second == pytest.approx(0.5 * max(1 - t / 75, 0))
         assert scheduler.get_lr() == pytest.approx([first, second])
         scheduler.step()
-    assert all(p.requires_grad for p in parameters) and scheduler.frozen == 0  # it was not asked to
+    assert all(p.requires_grad for p in parameters) and scheduler.frozen == 0  # freezing was not requested
 
 
-def test_a_group_at_its_end_asks_for_no_gradients() -> None:
+def test_freezes_groups_at_zero_learning_rate() -> None:
     optimizer, parameters = two_groups(0.5)
     scheduler = Scheduler(optimizer, make("linear", steps=20), freezes=True)
-    asked = []
+    requires_grad = []
     for _ in range(20):
-        asked.append([p.requires_grad for p in parameters])
+        requires_grad.append([p.requires_grad for p in parameters])
         scheduler.step()
-    assert asked == [[True, True]] * 10 + [[True, False]] * 10
+    assert requires_grad == [[True, True]] * 10 + [[True, False]] * 10
     assert scheduler.frozen == 1
     early = {**scheduler.state_dict(), "last_epoch": 3}
     scheduler.load_state_dict(early)  # a rollback
     assert [p.requires_grad for p in parameters] == [True, True] and scheduler.frozen == 0
 
 
-def test_a_horizon_needs_a_schedule_with_a_length() -> None:
+def test_rejects_horizons_with_plateau() -> None:
     optimizer, _ = two_groups(0.5)
     with pytest.raises(UserError, match="horizon is a fraction of the schedule"):
         Scheduler(optimizer, make("plateau"))

@@ -9,7 +9,7 @@ from dlopt import job
 
 
 class InProcess:
-    """Stands for a forked process: runs the job at once, here."""
+    """Replaces a forked process: runs the job immediately, in this process."""
 
     def __init__(self, folder: Path, environment: Mapping[str, str], cores: set[int] | None) -> None:
         with mock.patch.object(sys, "argv", ["dlopt.job", str(folder)]):

@@ -1,4 +1,4 @@
-"""Search spaces as one types them."""
+"""Search spaces from overrides."""
 
 from functools import cache
 

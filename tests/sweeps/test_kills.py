@@ -1,4 +1,4 @@
-"""A sweep that is killed at any moment and typed again ends as one that nothing happened to."""
+"""A sweep that is killed at random moments and restarted gives the same results as an uninterrupted one."""
 
 import random
 import signal
@@ -50,9 +50,9 @@ def test_kills_at_random_moments(kills: int, tmp_path: Path) -> None:
     for number in range(4):
         ours, theirs = tmp_path / "killed" / str(number), tmp_path / "whole" / str(number)
         assert timeless(ours) == timeless(theirs)
-        figures = [dict(RunFolder(folder).summary() or {}) for folder in (ours, theirs)]
-        for each in figures:
+        metrics = [dict(RunFolder(folder).summary() or {}) for folder in (ours, theirs)]
+        for each in metrics:
             assert each.pop("status") == "finished" and each.pop("seconds") > 0
             each.pop("resumed_from")
-        assert figures[0] == figures[1]
+        assert metrics[0] == metrics[1]
         assert same(*(load(folder / "checkpoints/last.pt")["model"] for folder in (ours, theirs)))

@@ -38,12 +38,12 @@ def test_every_job_sees_one_gpu(started: Started, tmp_path: Path) -> None:
     ]
 
 
-def test_gpus_that_are_visible() -> None:
+def test_visible_gpus() -> None:
     assert visible_gpus({"CUDA_VISIBLE_DEVICES": "2,GPU-x"}) == ["2", "GPU-x"]
     assert visible_gpus({"CUDA_VISIBLE_DEVICES": ""}) == visible_gpus({"CUDA_VISIBLE_DEVICES": "-1"}) == []
 
 
-def test_local_jobs_share_the_cores(started: Started, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_jobs_divide_the_cores(started: Started, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     for jobs, shares in ((1, [None]), (2, [{0, 2, 4, 6}, {1, 3, 5, 7}]), (-1, [{i} for i in range(8)])):
         started.clear()
@@ -64,7 +64,7 @@ def test_local_jobs_share_the_cores(started: Started, tmp_path: Path, monkeypatc
         (gpus, {"gpus": [], "jobs_per_gpu": 1}, "no GPU"),
     ],
 )
-def test_what_a_launcher_refuses(launcher: Callable[..., Pool], settings: dict[str, Any], said: str) -> None:
+def test_launchers_reject_invalid_settings(launcher: Callable[..., Pool], settings: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError) as error:
         build_pool(launcher, settings)
     assert said in str(error.value)
@@ -80,7 +80,7 @@ def test_launchers_are_found_by_hydra(name: str) -> None:
 
 
 class Fake:
-    """A job that runs for some looks at it, and then leaves a summary."""
+    """A job that ends after a few polls and leaves a summary."""
 
     alive: ClassVar[Counter[int]] = Counter()
     most: ClassVar[Counter[int]] = Counter()
@@ -110,7 +110,7 @@ class Fake:
 
 
 class Ten(pools.JobSource):
-    """Ten jobs, of which one is to be stopped at its first epoch, and one cannot be composed."""
+    """Ten jobs; one is stopped at its first epoch, one cannot be composed."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.given = folder, 0
@@ -155,7 +155,7 @@ def test_all_slots_work_and_no_job_stops_the_others(
     assert "10/10: 7 done, 1 pruned, 2 failed" in said[-1] and "best: job 0" in said[-1]
 
 
-def test_how_a_job_ended(tmp_path: Path) -> None:
+def test_result_of_exit_codes(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     assert result_of(folder, 75).status == "interrupted"
     assert result_of(folder, 3).reason.startswith("exit code 3")
@@ -164,7 +164,7 @@ def test_how_a_job_ended(tmp_path: Path) -> None:
     assert result_of(folder, 0).status == "finished"
 
 
-def test_a_dead_job_is_marked_until_it_has_run_again(tmp_path: Path) -> None:
+def test_marks_a_dead_job_as_failed(tmp_path: Path) -> None:
     record_dead(RunFolder(tmp_path))
     assert not (tmp_path / "summary.json").exists()  # it never began
     (tmp_path / "config.yaml").write_text("seed: 0\n")

@@ -45,7 +45,7 @@ def test_forked_and_fresh_processes_compute_the_same_bits(tmp_path: Path) -> Non
     assert "test" in (forked / OUTPUT).read_text()
 
 
-def test_a_job_that_is_killed_ends_alone_and_the_next_runs(tmp_path: Path) -> None:
+def test_killing_a_job_does_not_affect_others(tmp_path: Path) -> None:
     line = ["model=mlp", "model.widths=[4]", "epochs=100000", "checkpoint.every_epochs=null"]
     first, second = (spawn(described(tmp_path / name, *line), {}, None) for name in ("first", "second"))
     deadline = time.monotonic() + 300
@@ -59,7 +59,7 @@ def test_a_job_that_is_killed_ends_alone_and_the_next_runs(tmp_path: Path) -> No
     assert (RunFolder(tmp_path / "second").summary() or {})["status"] == "interrupted"
 
 
-def test_the_environment_and_the_cores_are_the_jobs_own(tmp_path: Path) -> None:
+def test_jobs_have_their_own_environment_and_cores(tmp_path: Path) -> None:
     name = f"package_of_{tmp_path.name}"
     (tmp_path / f"{name}.py").write_text(
         "import os, pathlib, threading, torch\n"
@@ -89,7 +89,7 @@ def test_the_environment_and_the_cores_are_the_jobs_own(tmp_path: Path) -> None:
     assert (tmp_path / "told").read_text() == repr(["7", 1, str(tmp_path), False, ["MainThread", "sweep"]])
 
 
-def test_a_sweep_that_is_killed_takes_its_job_along_with_a_checkpoint(tmp_path: Path) -> None:
+def test_job_of_a_killed_sweep_writes_a_checkpoint_and_ends(tmp_path: Path) -> None:
     folder = described(
         tmp_path / "run", "model=mlp", "model.widths=[4]", "epochs=100000", "checkpoint.every_epochs=null"
     )
@@ -139,7 +139,7 @@ def squares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_loader_workers_are_forked_from_the_job(squares: list[str], tmp_path: Path) -> None:
-    """As in a run by itself: a dataset that holds functions works, and workers share the job's memory."""
+    """As in a run outside of a sweep: a dataset that holds functions works, and workers share the job's memory."""
     process = spawn(described(tmp_path / "run", *squares), {}, None)
     assert ended(process) == 0, (tmp_path / "run" / OUTPUT).read_text()
 
@@ -155,7 +155,7 @@ def test_a_job_that_fails_does_not_wait_for_its_workers(squares: list[str], tmp_
 
 
 @pytest.mark.parametrize("name", ["output", "config"])
-def test_a_folder_that_is_not_there(name: str, tmp_path: Path) -> None:
+def test_missing_folder_or_config_fails(name: str, tmp_path: Path) -> None:
     if name == "config":
         (tmp_path / "run").mkdir()
     assert ended(spawn(tmp_path / "run", {}, None)) != 0

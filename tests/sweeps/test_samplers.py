@@ -40,7 +40,7 @@ def two() -> Space:
     return space("lr=tag(log,interval(0.0001,1))", "momentum=interval(0,0.99)")
 
 
-def test_random_and_tpe_are_optunas_under_our_seeds(two: Space) -> None:
+def test_random_and_tpe_equal_optuna_with_the_same_seeds(two: Space) -> None:
     """With the seed that a job's number gives, and the results so far, Optuna's own sampler draws the same."""
     settings = {"startup_trials": 3, "multivariate": True, "constant_liar": True}
     ours = drawn(samplers.tpe(space=two, seed=5, **settings), two, 8, bowl)  # type: ignore[arg-type]
@@ -57,7 +57,7 @@ def test_random_and_tpe_are_optunas_under_our_seeds(two: Space) -> None:
 
 
 @pytest.mark.parametrize("name", ["random", "sobol", "halton", "grid"])
-def test_a_draw_depends_on_its_number_alone(name: str, two: Space) -> None:
+def test_values_depend_only_on_the_job_number(name: str, two: Space) -> None:
     searched = space("a=range(0,3)", "b=x,y") if name == "grid" else two
     options = {"scramble": True} if name in ("sobol", "halton") else {}
     sampler = getattr(samplers, name)(space=searched, seed=1, **options)
@@ -70,7 +70,7 @@ def test_a_draw_depends_on_its_number_alone(name: str, two: Space) -> None:
 
 @pytest.mark.parametrize("name, engine", [("sobol", qmc.Sobol), ("halton", qmc.Halton)])
 @pytest.mark.parametrize("scramble", [True, False])
-def test_sequences_are_scipys(name: str, engine: Any, scramble: bool) -> None:
+def test_sequences_equal_scipy(name: str, engine: Any, scramble: bool) -> None:
     searched = space("lr=tag(log,interval(0.001,1))", "width=range(0,4)", "kind=a,b,c")
     draws = drawn(getattr(samplers, name)(space=searched, seed=3, scramble=scramble), searched, 16, lambda _: 0.0)
     points = engine(3, scramble=scramble, seed=np.random.default_rng(3)).random(16)
@@ -81,7 +81,7 @@ def test_sequences_are_scipys(name: str, engine: Any, scramble: bool) -> None:
         assert sorted(d["width"] for d in draws) == sorted([0, 1, 2, 3] * 4)
 
 
-def test_grid_is_the_whole_product() -> None:
+def test_grid_is_the_full_product() -> None:
     searched = space("a=range(0,3)", "b=x,y")
     draws = drawn(samplers.grid(space=searched, seed=0), searched, 6, lambda _: 0.0)
     assert draws == searched.points()
@@ -101,7 +101,7 @@ def test_learning_samplers_beat_random_ones(two: Space) -> None:
     assert cmaes < random / 2 and tpe < random / 2, (random, cmaes, tpe)
 
 
-def test_what_a_sampler_cannot_do(two: Space) -> None:
+def test_samplers_reject_unsupported_spaces(two: Space) -> None:
     with pytest.raises(UserError, match=r"lr: .*grid needs choice"):
         samplers.grid(space=two, seed=0)
     with pytest.raises(UserError, match="needs numbers"):
@@ -130,12 +130,12 @@ def accuracy(values: Values, epoch: int) -> float:
         (math.log10(values["width"]) - 2) / 1.5,
     )
     final = 0.95 * math.exp(-0.3 * sum(miss**2 for miss in misses))
-    pace = 0.4 + 0.1 * math.log10(values["lr"] / 0.0001)
-    return final * (1 - math.exp(-pace * epoch)) + 0.01 * math.sin(1e4 * values["lr"] + epoch) / epoch
+    speed = 0.4 + 0.1 * math.log10(values["lr"] / 0.0001)
+    return final * (1 - math.exp(-speed * epoch)) + 0.01 * math.sin(1e4 * values["lr"] + epoch) / epoch
 
 
 def search(pruner: optuna.pruners.BasePruner, seed: int, jobs: int, enough: float = math.inf) -> tuple[float, float]:
-    """(best final figure, epochs spent) of so many jobs one after the other, or until one ends with `enough`."""
+    """Returns (best final metric, epochs spent) of `jobs` jobs in sequence, or until one reaches `enough`."""
     study = optuna.create_study(direction="maximize", pruner=pruner)
     sampler, best, spent = samplers.random(space=SPACE, seed=seed), -math.inf, 0
     for number in range(jobs):
@@ -144,21 +144,21 @@ def search(pruner: optuna.pruners.BasePruner, seed: int, jobs: int, enough: floa
         values = {key: suggest(trial, key, each) for key, each in SPACE.searched.items()}
         for epoch in range(1, EPOCHS + 1):
             spent += 1
-            figure = accuracy(values, epoch)
-            trial.report(figure, epoch)
+            metric = accuracy(values, epoch)
+            trial.report(metric, epoch)
             if epoch < EPOCHS and trial.should_prune():
                 study.tell(trial, state=TrialState.PRUNED)
                 break
         else:
-            best = max(best, figure)
-            study.tell(trial, figure)
+            best = max(best, metric)
+            study.tell(trial, metric)
         if best >= enough:
             break
     return best, spent
 
 
-def test_asha_needs_fewer_epochs_than_random_search_for_the_same_figure() -> None:
-    """The figure that random search has after `JOBS` jobs; random search's epochs are counted up to the job that had
+def test_asha_needs_fewer_epochs_than_random_search() -> None:
+    """The metric that random search has after `JOBS` jobs; random search's epochs are counted up to the job that had
     it, not to the last one."""
     shares = []
     for seed in range(20):
@@ -177,7 +177,7 @@ def test_asha_needs_fewer_epochs_than_random_search_for_the_same_figure() -> Non
         samplers.median(startup_trials=3, warmup_epochs=1),
     ],
 )
-def test_what_is_hopeless_is_stopped_and_what_is_good_goes_on(pruner: optuna.pruners.BasePruner) -> None:
+def test_pruners_save_epochs_and_keep_good_jobs(pruner: optuna.pruners.BasePruner) -> None:
     best, spent = search(pruner, 0, JOBS)
     whole, all_epochs = search(samplers.none(), 0, JOBS)
     assert all_epochs == JOBS * EPOCHS

@@ -1,4 +1,4 @@
-"""`dlopt train -m hydra/sweeper=dlopt_optuna`, as one types it; its jobs run in this process."""
+"""`dlopt train -m hydra/sweeper=dlopt_optuna` from the command line; its jobs run in this process."""
 
 import json
 import math
@@ -31,7 +31,7 @@ def summaries(folder: Path) -> dict[str, dict[str, object]]:
     return {path.parent.name: json.loads(path.read_text()) for path in sorted(folder.glob("sweep/[0-9]*/summary.json"))}
 
 
-def test_a_search_from_its_start_to_a_longer_one(tmp_path: Path) -> None:
+def test_search_runs_resumes_and_grows(tmp_path: Path) -> None:
     result = search(tmp_path, SPACE, "optimizer=sgd,adamw", "hydra.sweeper.n_trials=3")
     assert result.code == 0, result.err
     first = summaries(tmp_path)
@@ -61,7 +61,7 @@ def test_a_search_from_its_start_to_a_longer_one(tmp_path: Path) -> None:
     assert "epochs: saved 1, now 2" in message
 
 
-def test_default_folder_goes_on_with_the_unfinished_search(tmp_path: Path) -> None:
+def test_resumes_the_unfinished_search_in_the_default_folder(tmp_path: Path) -> None:
     line = ["train", "-m", *TINY, *SEARCH, SPACE]
     assert dlopt(tmp_path, *line, "hydra.sweeper.n_trials=1").code == 0
     assert dlopt(tmp_path, *line, "hydra.sweeper.n_trials=2", "resume=auto").code == 0
@@ -69,18 +69,18 @@ def test_default_folder_goes_on_with_the_unfinished_search(tmp_path: Path) -> No
     assert (folder / "1/summary.json").is_file()
 
 
-def test_a_failing_job_does_not_stop_the_others_and_a_failure_is_told(tmp_path: Path) -> None:
+def test_failed_job_is_reported_and_does_not_stop_the_others(tmp_path: Path) -> None:
     result = search(tmp_path, "data.subset=40,9", "hydra/sweeper/sampler=grid")
     assert result.code == 1 and "job 1 failed: " in result.out
     assert {number: each["status"] for number, each in summaries(tmp_path).items()} == {"0": "finished", "1": "failed"}
 
 
-def test_an_objective_that_no_run_has(tmp_path: Path) -> None:
+def test_unknown_objective_fails(tmp_path: Path) -> None:
     result = search(tmp_path, SPACE, "hydra.sweeper.n_trials=1", "hydra.sweeper.objective=best_val_f2")
     assert result.code == 1
 
 
-def test_several_objectives_end_in_a_front(tmp_path: Path) -> None:
+def test_several_objectives_print_the_pareto_front(tmp_path: Path) -> None:
     objectives = "hydra.sweeper.objective=[best_val_accuracy,parameters]"
     line = ["model.widths=[4],[8]", "hydra/sweeper/sampler=grid", objectives]
     result = search(tmp_path, *line)
@@ -88,7 +88,7 @@ def test_several_objectives_end_in_a_front(tmp_path: Path) -> None:
     assert "model.widths=[4]" in result.out.partition("Pareto front")[2]
 
 
-def test_a_password_reaches_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_password_is_not_written_to_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STUDY", f"sqlite:///{tmp_path}/study.db?sesame=1")
     result = search(tmp_path, SPACE, "hydra.sweeper.n_trials=1", "hydra.sweeper.storage=${oc.env:STUDY}")
     assert result.code == 0, result.err
@@ -117,7 +117,7 @@ BAD = {
         [SPACE, "hydra.sweeper.objective=[seconds,best_val_loss]", "hydra.sweeper.direction=[minimize]"],
         "one for each objective",
     ),
-    "a pruner without a figure": ([SPACE, "hydra/sweeper/pruner=asha", "hydra.sweeper.objective=seconds"], "watch"),
+    "a pruner without a metric": ([SPACE, "hydra/sweeper/pruner=asha", "hydra.sweeper.objective=seconds"], "watch"),
     "an unknown sampler": ([SPACE, "hydra/sweeper/sampler=tpx"], "tpx"),
     "a sampler's key": ([SPACE, "+hydra.sweeper.sampler.x=1"], "hydra.sweeper.sampler.x"),
     "code for a sampler": ([SPACE, "hydra.sweeper.sampler._target_=os.system"], "_target_"),
@@ -129,7 +129,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_what_is_refused(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rejects_invalid_searches(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     arguments, said = BAD[case]
     assert said in refused(tmp_path, "train", "-m", *TINY, *SEARCH, *arguments)
@@ -147,10 +147,10 @@ def test_dry_run_lists_the_jobs_and_leaves_nothing(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("share, horizon", [(0.25, 8), (None, 2)])
-def test_an_estimate_is_by_the_share_that_was_trained(
+def test_estimate_extrapolates_to_all_updates(
     share: float | None, horizon: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two of eight updates in three seconds: twelve; a run that has ended tells itself."""
+    """Two of eight updates in 3 s give an estimate of 12 s; a finished run needs no extrapolation."""
     summary = {"status": "finished" if share is None else "interrupted", "seconds": 3.0, "steps": 2}
     state = {"progress": {"horizon": horizon}}
 

@@ -23,8 +23,8 @@ def begin_sweep(cluster: Cluster, *arguments: str) -> "subprocess.Popen[str]":  
     return subprocess.Popen(line, cwd=cluster.home, env=cluster.environment, **pipes)  # type: ignore[call-overload]
 
 
-def test_a_sweep_whose_job_runs_out_of_time_goes_on(cluster: Cluster) -> None:  # noqa: F811
-    """One job is told that its time is over, writes a checkpoint and is queued again; the sweep sees none of it."""
+def test_sweep_survives_a_requeued_job(cluster: Cluster) -> None:  # noqa: F811
+    """A job reaches its time limit, writes a checkpoint and is requeued, without an effect on the sweep."""
     long = [each for each in LONG if not each.startswith("parallel")]
     sweep = begin_sweep(cluster, *long, "optimizer.lr=0.01,0.02", "hydra.launcher.n_jobs=2", "hydra.sweep.dir=jobs")
     first, second = cluster.home / "jobs/0", cluster.home / "jobs/1"
@@ -44,7 +44,7 @@ def test_a_sweep_whose_job_runs_out_of_time_goes_on(cluster: Cluster) -> None:  
     assert summary(first)["resumed_from"] == [stopped["steps"]] and summary(second)["resumed_from"] == []
 
 
-def test_a_job_that_the_cluster_cancels_ends_alone(cluster: Cluster) -> None:  # noqa: F811
+def test_cancelled_job_does_not_affect_others(cluster: Cluster) -> None:  # noqa: F811
     sweep = begin_sweep(cluster, *SMALL, "epochs=100000,1", "checkpoint.every_epochs=null", "hydra.sweep.dir=cancelled")
     folder, deadline = cluster.home / "cancelled/0", time.monotonic() + 150
     while not (folder / "metrics.jsonl").exists():

@@ -26,7 +26,7 @@ def test_distributions(typed: str, distribution: BaseDistribution) -> None:
     assert space(f"key={typed}").searched == {"key": distribution}
 
 
-def test_points_of_a_grid_are_those_of_hydra() -> None:
+def test_grid_points_equal_hydras() -> None:
     found = space("a=range(0,3)", "b=x,y", "c=1", "d=range(0,0.3,0.1)")
     assert found.size() == 18 and len(found.points()) == 18
     assert found.points()[:4] == [
@@ -38,7 +38,7 @@ def test_points_of_a_grid_are_those_of_hydra() -> None:
     assert space("a=1,2", "b=interval(0,1)").size() is None
 
 
-def test_the_later_of_two_values_counts() -> None:
+def test_last_value_of_a_key_wins() -> None:
     found = space("a=interval(0,1)", "b=1", "a=2", "b=range(0,2)")
     assert set(found.searched) == {"b"} and found.fixed == ("a=2",)
 
@@ -55,7 +55,7 @@ def test_the_later_of_two_values_counts() -> None:
         ("1", "nothing to search"),
     ],
 )
-def test_what_cannot_be_searched(typed: str, said: str) -> None:
+def test_rejects_invalid_spaces(typed: str, said: str) -> None:
     with pytest.raises(UserError) as error:
         space(f"key={typed}")
     assert said in str(error.value)

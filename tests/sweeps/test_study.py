@@ -1,4 +1,4 @@
-"""A study that several processes share, with the journal and with a real PostgreSQL; and what kills leave behind."""
+"""Studies shared by several processes, with the journal and a real PostgreSQL, and recovery after kills."""
 
 import os
 import random
@@ -33,7 +33,7 @@ def begin_worker(folder: Path, total: int, url: str | None = None, together: int
     )
 
 
-def figures(folder: Path, total: int, url: str | None = None) -> dict[int, tuple[float, ...]]:
+def objectives(folder: Path, total: int, url: str | None = None) -> dict[int, tuple[float, ...]]:
     study = study_of(folder, make_spec(total, url))
     found = {number: tuple(values) for number, _, values in study.finished()}
     study.close()
@@ -47,7 +47,7 @@ def events(folder: Path, kind: str) -> Counter[str]:
 
 @pytest.fixture(scope="module")
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server of its own on a loopback port; the URL of its database."""
+    """Starts a PostgreSQL server on a loopback port and yields the URL of its database."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
     binary = str(found[-1]) if found else shutil.which("initdb")
     if binary is None:
@@ -95,12 +95,12 @@ def test_four_workers_share_a_study(kind: str, tmp_path: Path, request: pytest.F
     said = [worker.communicate(timeout=120)[0] for worker in workers]
     assert [worker.returncode for worker in workers] == [0] * 4, said
     assert events(tmp_path, "begin") == events(tmp_path, "end") == Counter(map(str, range(total)))  # none twice
-    assert len(figures(tmp_path, total, url)) == total  # none lost
+    assert len(objectives(tmp_path, total, url)) == total  # none lost
     assert sum("finished" in text for text in said) > 1, "the work is shared"
 
 
 def kill_and_go_on(folder: Path, kills: int, seed: int) -> int:
-    """Kills a worker at so many random moments, lets another finish; how often one was killed before it was done."""
+    """Kills workers at random moments, then lets one finish; returns how many were killed while running."""
     draw, killed = random.Random(seed), 0
     for _ in range(kills):
         worker = begin_worker(folder, 30)
@@ -121,20 +121,20 @@ def kill_and_go_on(folder: Path, kills: int, seed: int) -> int:
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
-def test_kills_at_random_moments_change_nothing(kills: int, tmp_path: Path) -> None:
+def test_kills_at_random_moments_do_not_change_results(kills: int, tmp_path: Path) -> None:
     (tmp_path / "killed").mkdir()
     (tmp_path / "whole").mkdir()
     assert kill_and_go_on(tmp_path / "killed", kills, seed=kills) > 0
     whole = begin_worker(tmp_path / "whole", 30)
     assert whole.wait(timeout=120) == 0
-    assert figures(tmp_path / "killed", 30) == figures(tmp_path / "whole", 30)
+    assert objectives(tmp_path / "killed", 30) == objectives(tmp_path / "whole", 30)
     ended = events(tmp_path / "killed", "end")
     assert set(ended) == set(map(str, range(30)))
     assert sum(ended.values()) <= 30 + 2 * kills  # only what was running ran again: two slots
 
 
-def test_a_dead_process_leaves_its_job_to_one_other(tmp_path: Path) -> None:
-    """In processes of their own: a process does not see its own locks."""
+def test_job_of_a_dead_process_is_taken_over_once(tmp_path: Path) -> None:
+    """Uses real processes: a process does not see its own locks."""
     code = (
         "import sys; from pathlib import Path; from tests.sweeps.worker import *\n"
         "study = study_of(Path(sys.argv[1]), make_spec(3, None)); claim = study.claim()\n"
@@ -164,7 +164,7 @@ def test_a_dead_process_leaves_its_job_to_one_other(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sampler", ["random", "tpe", "sobol"])
-def test_values_of_which_a_dead_process_drew_some_are_those_it_would_have_drawn(sampler: str, tmp_path: Path) -> None:
+def test_takeover_draws_the_same_remaining_values(sampler: str, tmp_path: Path) -> None:
     spec = make_spec(3, None, "lr=tag(log,interval(0.001,1))", "fixed=interval(2,2)", "kind=a,b", "width=range(1,99)")
     more = {"random": {}, "tpe": {"startup_trials": 2, "multivariate": False, "constant_liar": True}}
     options = more.get(sampler, {"scramble": True})
@@ -183,7 +183,7 @@ def test_values_of_which_a_dead_process_drew_some_are_those_it_would_have_drawn(
         study.close()
 
 
-def test_a_torn_line_of_the_journal_is_cut_off(tmp_path: Path) -> None:
+def test_torn_line_of_the_journal_is_truncated(tmp_path: Path) -> None:
     study = study_of(tmp_path, make_spec(3, None))
     claim = study.claim()
     assert claim is not None
@@ -203,7 +203,7 @@ def test_the_total_may_grow(tmp_path: Path) -> None:
         study.close()
 
 
-def test_another_space_is_refused_with_the_difference(tmp_path: Path) -> None:
+def test_rejects_another_space_and_lists_differences(tmp_path: Path) -> None:
     study_of(tmp_path, make_spec(3, None)).close()
     with pytest.raises(UserError) as error:
         study_of(tmp_path, make_spec(3, None, "lr=tag(log,interval(0.001,0.5))", "kind=a,b"))
@@ -211,7 +211,7 @@ def test_another_space_is_refused_with_the_difference(tmp_path: Path) -> None:
     assert "kind" not in str(error.value)
 
 
-def test_a_database_that_does_not_answer(tmp_path: Path) -> None:
+def test_unreachable_database_is_reported(tmp_path: Path) -> None:
     pytest.importorskip("psycopg")
     with pytest.raises(UserError) as error:
         open_storage("postgresql://me:sesame@127.0.0.1:1/none", tmp_path)

@@ -1,6 +1,6 @@
 """One of several processes that work on a study, with jobs of a few milliseconds instead of trainings.
 
-`python -m tests.sweeps.worker FOLDER TOTAL [URL]`. A job's figure follows from its values; what ran is appended to
+`python -m tests.sweeps.worker FOLDER TOTAL [URL]`. A job's objective depends on its values only. Appends to
 FOLDER/log: "begin NUMBER", "end NUMBER".
 """
 
@@ -81,7 +81,7 @@ def make_job(folder: Path, overrides: Sequence[str], number: int, label: str) ->
 
 
 def _wait_for_others(folder: Path) -> None:
-    """Begins when so many workers are ready as TOGETHER says: jobs are done sooner than a process starts."""
+    """Waits for TOGETHER workers: jobs are done sooner than a process starts."""
     together = int(os.environ.get("TOGETHER", 1))
     note(folder, f"ready {os.getpid()}")
     deadline = time.monotonic() + 100

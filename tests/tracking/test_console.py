@@ -66,7 +66,7 @@ def whole(folder: Path) -> bool:
     return summary is not None and summary["status"] == "finished" and len(read_metrics(folder)) == 3
 
 
-def test_a_reader_that_goes_away_does_not_end_the_training(tmp_path: Path) -> None:
+def test_closed_pipe_does_not_end_the_training(tmp_path: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     done = run(tmp_path, writer)
@@ -76,7 +76,7 @@ def test_a_reader_that_goes_away_does_not_end_the_training(tmp_path: Path) -> No
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_a_full_disk_behind_stdout_does_not_end_the_training(tmp_path: Path) -> None:
+def test_stdout_on_a_full_disk_does_not_end_the_training(tmp_path: Path) -> None:
     with open("/dev/full", "w") as full:
         done = run(tmp_path, full.fileno())
     assert (done.returncode, done.stderr) == (0, "")
@@ -166,7 +166,7 @@ def test_live_display_in_a_terminal(tmp_path: Path, terminals: list[Terminal], c
 
 
 @needs_tmux
-def test_ctrl_c_gives_the_terminal_back(tmp_path: Path, terminals: list[Terminal]) -> None:
+def test_ctrl_c_restores_the_terminal(tmp_path: Path, terminals: list[Terminal]) -> None:
     terminal = open_terminal(terminals, 80, tmp_path, 0.1)
     terminal.wait(r"^step +[3-9]/10")
     assert not terminal.cursor_shown()

@@ -7,9 +7,7 @@ import pytest
 from dlopt.tracking.files import AppendFile
 
 
-def test_a_full_disk_is_reported_once_and_the_file_is_whole_again_afterwards(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_disk_is_reported_once_and_no_record_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     warnings: list[str] = []
     file = AppendFile(tmp_path / "records", warnings.append)
     file.write(b"first\n")
@@ -49,7 +47,7 @@ def test_a_folder_that_cannot_be_made_does_not_raise(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_waiting_records_do_not_fill_the_memory(tmp_path: Path) -> None:
+def test_pending_records_are_limited(tmp_path: Path) -> None:
     (tmp_path / "records").symlink_to("/dev/full")
     warnings: list[str] = []
     file = AppendFile(tmp_path / "records", warnings.append, limit=1000)

@@ -78,7 +78,7 @@ def _wait(done: Any, seconds: float = 120) -> Any:
         time.sleep(0.5)
 
 
-def test_the_tab_shows_what_the_runs_differ_in_and_their_best_figures(address: str, tmp_path: Path) -> None:
+def test_tab_shows_differing_settings_and_best_metrics(address: str, tmp_path: Path) -> None:
     with chromium(tmp_path / "profile", 1500) as browser:
         browser.get(f"{address}/#hparams")
 

@@ -33,21 +33,21 @@ def rendered(renderable: object, width: int) -> list[str]:
     ("value", "text"),
     [(0.0, "0.0000"), (2.30259, "2.3026"), (123.456, "123.5"), (1e-5, "1.00e-05"), (1e6, "1.00e+06"), (None, "-")],
 )
-def test_number(value: float | None, text: str) -> None:
+def test_format_number(value: float | None, text: str) -> None:
     assert layout.format_number(value) == text
 
 
-def test_what_is_not_finite_is_shown_as_such() -> None:
+def test_non_finite_numbers_are_shown() -> None:
     assert layout.format_number(math.nan) == "nan"
     assert layout.format_number(-math.inf) == "-inf"
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(7, "0:07"), (59.2, "1:00"), (754, "12:34"), (3723, "1:02:03")])
-def test_clock(seconds: float, text: str) -> None:
+def test_format_clock(seconds: float, text: str) -> None:
     assert layout.format_clock(seconds) == text
 
 
-def test_plain_epoch_in_full() -> None:
+def test_format_epoch() -> None:
     assert layout.format_epoch(METRICS, 200, best=True) == (
         "epoch 100/200  train loss 1.2346 accuracy 50.00 %  val loss 12.3456 accuracy 100.00 %  lr 0.006699  2:04  best"
     )
@@ -105,7 +105,7 @@ def test_header_summarizes_the_run() -> None:
 
 
 @given(st.integers(40, 120))
-def test_header_keeps_to_the_width_without_breaking_a_part(width: int) -> None:
+def test_header_wraps_only_between_texts(width: int) -> None:
     lines = rendered(layout.header(CONFIG, {}, {"parameters": 272474, "train": 1437, "test": 360}), width)
     assert all(len(line) <= width for line in lines) and any("272,474 parameters" in line for line in lines)
 
@@ -126,7 +126,7 @@ def test_hparams_are_flat() -> None:
 
 
 @pytest.mark.parametrize("status", ["finished", "stopped_early", "interrupted", "failed"])
-def test_result_of_any_ending(status: str) -> None:
+def test_result_of_every_status(status: str) -> None:
     text = "\n".join(
         rendered(layout.format_result({"status": status, "epochs": 3, "steps": 1200, "seconds": 61.0}), 60)
     )
@@ -146,7 +146,7 @@ def test_result_table() -> None:
     assert ["test", "0.2500", "50.00", "%", "2"] in rows
 
 
-def test_seeds_that_follow_the_seed_are_no_hyperparameters() -> None:
+def test_hparams_leave_out_derived_seeds() -> None:
     config = {"seed": 3, "init_seed": 3, "order_seed": 5, "data": {"split_seed": 3, "batch_size": 8}}
     assert layout.hparams(config, {"data": "digits"}) == {
         "data": "digits", "seed": 3, "order_seed": 5, "data.batch_size": 8
@@ -170,7 +170,7 @@ def shown(width: int) -> list[str]:
     return [line.rstrip() for line in console.file.getvalue().splitlines()]
 
 
-def test_with_room_every_cell_and_head_has_one_line() -> None:
+def test_wide_table_has_one_line_per_row() -> None:
     assert shown(90) == [
         "runs",
         "run                                 best epoch     val accuracy   note",
@@ -180,7 +180,7 @@ def test_with_room_every_cell_and_head_has_one_line() -> None:
     ]
 
 
-def test_a_folding_column_gives_way_first() -> None:
+def test_folding_column_shrinks_first() -> None:
     lines = shown(60)
     assert [line for line in lines if "97.57 ± 1.47 %" in line] and [line for line in lines if "failed" in line]
     assert all(len(line) <= 60 for line in lines)
@@ -188,7 +188,7 @@ def test_a_folding_column_gives_way_first() -> None:
 
 
 @pytest.mark.parametrize("width", [20, 40, 45])
-def test_without_room_each_row_becomes_a_record(width: int) -> None:
+def test_narrow_table_stacks_cells(width: int) -> None:
     lines = shown(width)
     assert all(len(line) <= width for line in lines)
     text = " ".join(" ".join(lines).split())
@@ -197,6 +197,6 @@ def test_without_room_each_row_becomes_a_record(width: int) -> None:
     assert "…" not in text and text.count("note") == 1  # an empty cell is left out
 
 
-def test_columns_are_as_narrow_as_their_longest_word() -> None:
+def test_columns_shrink_to_their_longest_word() -> None:
     widths = [width for width in range(20, 90) if len(shown(width)) in (5, 6, 7) and "best" in shown(width)[1]]
     assert min(widths) <= 55

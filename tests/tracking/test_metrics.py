@@ -37,7 +37,7 @@ def test_any_value_becomes_one_line_of_strict_json(value: object) -> None:
     assert "\n" not in text
 
 
-def test_what_is_not_finite_becomes_null_and_the_rest_survives() -> None:
+def test_non_finite_values_become_null() -> None:
     item = {"a": math.nan, "b": [math.inf, 1.5], "c": torch.tensor(2.0), "d": torch.tensor(math.nan), "e": True}
     assert strict(to_json(item)) == {"a": None, "b": [None, 1.5], "c": 2.0, "d": None, "e": True}
 
@@ -50,7 +50,7 @@ def write_epochs(folder: Path, epochs: range) -> None:
     file.close()
 
 
-def test_resuming_cuts_lines_beyond_the_checkpoint(tmp_path: Path) -> None:
+def test_resume_removes_lines_after_the_checkpoint(tmp_path: Path) -> None:
     write_epochs(tmp_path, range(1, 6))
     file = MetricsFile(tmp_path, (3, 34), no_warning)  # a checkpoint in the middle of epoch 4
     assert [line["epoch"] for line in read_metrics(tmp_path)] == [1, 2, 3]
@@ -59,7 +59,7 @@ def test_resuming_cuts_lines_beyond_the_checkpoint(tmp_path: Path) -> None:
     assert [line["epoch"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4]
 
 
-def test_a_line_at_the_checkpoints_step_but_beyond_its_epochs_is_cut(tmp_path: Path) -> None:
+def test_resume_removes_evaluations_after_the_checkpoint(tmp_path: Path) -> None:
     # The checkpoint was taken after the last update of epoch 2, before its evaluation.
     write_epochs(tmp_path, range(1, 4))
     MetricsFile(tmp_path, (1, 20), no_warning).close()
@@ -86,7 +86,7 @@ def test_a_torn_last_line_is_ignored_by_readers_and_repaired_on_resume(tmp_path:
     assert path.read_bytes().count(b"\n") == 3
 
 
-def test_a_last_line_torn_before_its_newline_stays_a_line_of_its_own(tmp_path: Path) -> None:
+def test_last_line_without_newline_is_kept(tmp_path: Path) -> None:
     write_epochs(tmp_path, range(1, 3))
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(path.read_bytes()[:-1])
@@ -106,7 +106,7 @@ def test_summary_round_trip_without_nan_and_without_leftovers(tmp_path: Path) ->
     assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
 
 
-def test_a_run_without_summary_or_metrics_reads_as_such(tmp_path: Path) -> None:
+def test_missing_files_read_as_empty(tmp_path: Path) -> None:
     assert read_summary(tmp_path) is None
     assert read_metrics(tmp_path) == []
     (tmp_path / "summary.json").write_text('{"status": "fin')

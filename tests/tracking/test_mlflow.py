@@ -78,7 +78,7 @@ def test_a_run_on_a_real_server(server: str, tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.slow
-def test_a_server_that_is_gone_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_server_is_reported_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with Tracking(tmp_path, sinks=["mlflow"], console=False) as tracking:

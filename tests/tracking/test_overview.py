@@ -16,7 +16,7 @@ class Terminal(io.StringIO):
         raise OSError
 
 
-def test_plain_lines_tell_how_far_the_sweep_is() -> None:
+def test_plain_lines_show_progress() -> None:
     stream = io.StringIO()
     overview = Overview(4, stream=stream)
     overview.started(0, "lr=0.1")
@@ -38,7 +38,7 @@ def test_plain_lines_tell_how_far_the_sweep_is() -> None:
     assert "\x1b" not in stream.getvalue()
 
 
-def test_the_time_left_knows_that_jobs_run_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_left_accounts_for_parallel_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
     monkeypatch.setattr("dlopt.tracking.overview.time.monotonic", lambda: now)
     stream = io.StringIO()
@@ -57,7 +57,7 @@ def test_the_time_left_knows_that_jobs_run_at_once(monkeypatch: pytest.MonkeyPat
         assert abs(60 * int(hours) + int(rest) - minutes) <= 5
 
 
-def test_the_live_overview_shows_what_runs_and_what_is_best(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_live_overview_shows_running_and_best_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "100")
     stream = Terminal()
@@ -75,7 +75,7 @@ def test_the_live_overview_shows_what_runs_and_what_is_best(monkeypatch: pytest.
     overview.close()
 
 
-def test_a_terminal_that_is_gone_does_no_harm() -> None:
+def test_closed_terminal_does_not_raise() -> None:
     read, write = os.pipe()
     os.close(read)
     with os.fdopen(write, "w") as stream:

@@ -1,4 +1,4 @@
-"""What goes to services never holds training up: every failure is warnings once, and the figures arrive in order."""
+"""Tracking services: failures are reported once and never block training; metrics arrive in order."""
 
 import threading
 import time
@@ -13,7 +13,7 @@ from dlopt.tracking.remote import SERVICES, Remote, Scalars
 
 
 class Fake:
-    """Writes down what it is warnings; `fails` names the call that raises, `waits` how long each takes."""
+    """Records its calls. `fails`: the call that raises. `waits`: seconds per call."""
 
     def __init__(self, fails: str = "", waits: float = 0.0) -> None:
         self.calls: list[Any] = []
@@ -60,7 +60,7 @@ def test_everything_arrives_in_order() -> None:
     ]
 
 
-def test_a_run_without_an_end_has_failed() -> None:
+def test_run_closed_without_end_counts_as_failed() -> None:
     service = Fake()
     use(service, status=None)
     assert service.calls[-1] == ("end", "failed")
@@ -78,18 +78,18 @@ def test_a_failure_is_reported_once_in_the_callers_thread(fails: str) -> None:
     assert threads == {threading.get_ident()}
 
 
-def test_a_service_that_hangs_holds_nothing_up() -> None:
+def test_hanging_service_does_not_block() -> None:
     start = time.monotonic()
     warnings = use(Fake(waits=20), timeout=0.2)
     assert time.monotonic() - start < 5
     assert warnings == ["tracking=fake: not all metrics were delivered within 0 s; training continues without it"]
 
 
-def test_closing_what_never_began_does_nothing() -> None:
+def test_close_without_begin_does_nothing() -> None:
     Remote("fake", Fake(), lambda _: pytest.fail("complained")).close()
 
 
-def test_tracking_hands_the_same_figures_to_every_sink(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tracking_sends_the_same_metrics_to_every_sink(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     service = Fake()
     monkeypatch.setitem(SERVICES, "mlflow", lambda folder: service)
     with Tracking(tmp_path, sinks=["mlflow"], console=False, log_every_steps=1) as tracking:

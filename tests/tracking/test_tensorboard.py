@@ -48,7 +48,7 @@ def test_scalars_are_read_back_against_the_step(tmp_path: Path) -> None:
     assert math.isnan(events.Scalars("val/loss")[0].value)
 
 
-def test_resuming_purges_what_lies_beyond_the_checkpoint(tmp_path: Path) -> None:
+def test_resume_purges_events_after_the_checkpoint(tmp_path: Path) -> None:
     first = TensorBoard(tmp_path, no_complaint)
     for step in (10, 20, 30, 40):
         first.scalars(step, {"train/loss": 1.0, "only/once": 1.0})
@@ -61,7 +61,7 @@ def test_resuming_purges_what_lies_beyond_the_checkpoint(tmp_path: Path) -> None
     assert [e.step for e in events.Scalars("only/once")] == [10, 20]
 
 
-def test_config_is_yaml_text_and_hparams_stand_in_the_same_run(tmp_path: Path) -> None:
+def test_config_and_hparams_are_in_the_same_run(tmp_path: Path) -> None:
     board = TensorBoard(tmp_path, no_complaint)
     hparams: dict[str, str | bool | float] = {"optimizer": "sgd", "optimizer.lr": 0.1, "compile": False, "seed": 0}
     board.config({"optimizer": {"lr": 0.1}, "seed": 0}, hparams)
@@ -95,7 +95,7 @@ def test_images_are_read_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shape", [(1, 1, 8, 8), (5, 3, 32, 32), (200, 3, 32, 32), (64, 2, 28, 28), (64, 3, 224, 224)])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
-def test_grid_of_any_shape_is_of_a_handy_size(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_grid_size_is_limited(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     picture = image_grid(torch.randint(0, 255, shape).to(dtype))
     assert max(picture.size) <= 1024
     assert max(picture.size) >= 64

@@ -10,7 +10,7 @@ from dlopt.errors import RunError, UserError
 from dlopt.tracking import Tracking, read_metrics, read_summary
 
 CONFIG = {"name": "try", "seed": 0, "optimizer": {"_target_": "torch.optim.SGD", "lr": 0.1}}
-FIGURES = {"lr": 0.1, "train_loss": 1.0, "train_accuracy": 0.5, "val_loss": 1.1, "val_accuracy": 0.4, "seconds": 2.0}
+METRICS = {"lr": 0.1, "train_loss": 1.0, "train_accuracy": 0.5, "val_loss": 1.1, "val_accuracy": 0.4, "seconds": 2.0}
 
 
 def train(
@@ -25,7 +25,7 @@ def train(
             if step % 5 == 0:
                 tracking.step(step, {"train/loss": float(first), "grad_norm/global": 2.0})
             if step % 10 == 0:
-                tracking.epoch({"epoch": step // 10, "step": step, **FIGURES})
+                tracking.epoch({"epoch": step // 10, "step": step, **METRICS})
         if last == 30:
             tracking.finish({"status": "finished", "steps": 30, "test_loss": 1.2, "test_accuracy": 0.3})
 
@@ -36,7 +36,7 @@ def scalars(folder: Path) -> dict[str, list[int]]:
     return {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-def test_a_run_leaves_its_files(tmp_path: Path) -> None:
+def test_run_writes_its_files(tmp_path: Path) -> None:
     train(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "metrics.jsonl",
@@ -44,7 +44,7 @@ def test_a_run_leaves_its_files(tmp_path: Path) -> None:
         "tensorboard",
         "train.log",
     ]
-    assert read_metrics(tmp_path)[1] == {"epoch": 2, "step": 20, **FIGURES}
+    assert read_metrics(tmp_path)[1] == {"epoch": 2, "step": 20, **METRICS}
     assert read_summary(tmp_path) == {"status": "finished", "steps": 30, "test_loss": 1.2, "test_accuracy": 0.3}
     assert scalars(tmp_path) == {
         "train/loss": [5, 10, 15, 20, 25, 30],
@@ -73,7 +73,7 @@ def test_a_resumed_run_continues_the_files(tmp_path: Path) -> None:
     assert "resumes from step 14" in (tmp_path / "train.log").read_text()
 
 
-def test_other_ranks_leave_and_say_nothing(
+def test_other_ranks_write_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -82,7 +82,7 @@ def test_other_ranks_leave_and_say_nothing(
     assert capfd.readouterr() == ("", "")
 
 
-def test_regression_and_inputs_that_are_no_images(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_regression_without_images(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with Tracking(tmp_path, sinks=["tensorboard"], console=True) as tracking:
         tracking.begin(CONFIG, {}, epochs=1, steps_per_epoch=1)
         tracking.images(torch.zeros(8, 5))
@@ -105,7 +105,7 @@ def test_log_holds_messages_library_warnings_and_the_traceback(tmp_path: Path) -
     assert "after the run" not in (tmp_path / "train.log").read_text()
 
 
-def test_a_folder_that_cannot_be_written_is_told_once_per_file_and_only_the_summary_fails(
+def test_unwritable_folder_warns_per_file_and_only_the_summary_fails(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("")

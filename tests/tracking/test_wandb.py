@@ -19,9 +19,7 @@ def run(folder: Path, epochs: range) -> str:
 
 
 @pytest.mark.slow
-def test_offline_runs_lie_in_the_run_folder_and_go_on_under_their_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_offline_runs_are_in_the_run_folder_and_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert "without it" not in run(tmp_path, range(1, 3))
     [name] = (tmp_path / "wandb.id").read_text().split()
@@ -31,7 +29,7 @@ def test_offline_runs_lie_in_the_run_folder_and_go_on_under_their_name(
 
 
 @pytest.mark.slow
-def test_without_an_account_it_does_not_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_an_account_fails_without_a_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     for name in ("HOME", "NETRC"):
