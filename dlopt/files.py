@@ -114,7 +114,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """Returns the cause of an I/O error in one line: torch hides the OSError of a failed write behind its own error."""
+    """Returns the cause of an I/O error in one line: torch replaces the OSError of a failed write by its own error."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.strerror:

@@ -324,7 +324,7 @@ def test_snapshot_keeps_existing_files(tmp_path: Path) -> None:
     assert entries(tmp_path) == {"kept"}
     snapshot = FolderSnapshot(tmp_path / "x/y")
     (tmp_path / "x/y").mkdir(parents=True)
-    (tmp_path / "x/other").touch()  # of somebody who was faster
+    (tmp_path / "x/other").touch()  # another process was faster
     snapshot.erase(tmp_path / "x/y")
     assert entries(tmp_path) == {"kept", "x", "x/other"}
 

@@ -59,7 +59,7 @@ def run_group(folder: Path, processes: int, checkpoint: str | None, *, record: b
     if interruption and all(code in (DONE, INTERRUPTED, -signal.SIGTERM, -signal.SIGKILL) for code in codes):
         return INTERRUPTED
     for rank, code in enumerate(codes):
-        if code < 0 and rank not in killed:  # by someone else
+        if code < 0 and rank not in killed:  # killed from outside
             name = signal.Signals(-code).name
             raise RunError(f"rank {rank} was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else ""))
     return next((code for code in (USER_ERROR, FAILED, INTERRUPTED) if code in codes), max(codes))

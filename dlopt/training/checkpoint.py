@@ -72,7 +72,7 @@ class Checkpoints:
             self._save(state, best, snapshot)
             return
         # The copy must be made here, before the training changes the tensors. A daemon thread does not keep a process
-        # alive that is told to exit at once; the previous checkpoint is then still complete.
+        # alive that must exit at once; the previous checkpoint is then still complete.
         arguments = (_copy_to_host(state), best, snapshot)
         self._thread = Thread(target=self._save_in_thread, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()

@@ -155,9 +155,9 @@ def test_watch_updates_until_interrupted(runs: Path) -> None:
 
 
 def entry(lr: float, seed: int, accuracy: float, test: float) -> Entry:
-    figures = {"status": "finished", "best_val_accuracy": accuracy, "test_accuracy": test}
+    values = {"status": "finished", "best_val_accuracy": accuracy, "test_accuracy": test}
     config = {"optimizer": {"lr": lr}, "seed": seed}
-    return Entry(f"{lr}/{seed}", config, figures, [f"optimizer.lr={lr}", f"seed={seed}"])
+    return Entry(f"{lr}/{seed}", config, values, [f"optimizer.lr={lr}", f"seed={seed}"])
 
 
 def board(**more: Any) -> str:

@@ -42,7 +42,7 @@ def names(folder: Path, *arguments: str) -> list[str]:
         ("status=failed", ["failed"]),
         ("status=unfinished", ["killed"]),
         ("model.widths=[64,64] optimizer.betas!=[0.9,0.999] outputs/night", ["0", "1", "2"]),
-        ("steps=null status=finished optimizer.momentum=0.9", []),  # the figure: updates done
+        ("steps=null status=finished optimizer.momentum=0.9", []),  # the metric: updates done
         ("steps=20 clip=none optimizer=sgd", ["0", "1", "2"]),
     ],
 )

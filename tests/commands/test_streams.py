@@ -36,8 +36,8 @@ def test_closed_streams(tmp_path: Path, closed: str) -> None:
     done = shell(tmp_path, f"dlopt train {RUN} hydra.run.dir=run {closed}")
     assert (done.returncode, done.stderr) == (0, "")
     assert is_complete(tmp_path / "run")
-    asked = shell(tmp_path, f"dlopt runs clean run {closed}")
-    assert asked.returncode == 2 and "Traceback" not in asked.stderr  # there is nobody to ask
+    listing = shell(tmp_path, f"dlopt runs clean run {closed}")
+    assert listing.returncode == 2 and "Traceback" not in listing.stderr  # no terminal to ask on
 
 
 @pytest.mark.slow

@@ -116,7 +116,7 @@ def test_refuses_launchers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "torchrun" in refused(tmp_path, "train", "-m", *TINY, "seed=0,1")
 
 
-# -- going on
+# -- resuming
 
 
 @pytest.mark.usefixtures("quick")

@@ -70,8 +70,8 @@ def test_replayed_batches_equal_eager_ones() -> None:
 
 def test_replayed_batches_share_memory() -> None:
     loop = batches(pipeline(HorizontalFlip(p=0.5)), recorder=SimulatedRecorder())
-    places = [(inputs.data_ptr(), targets.data_ptr()) for epoch in range(3) for inputs, targets in loop.epoch(epoch)]
-    full = [place for number, place in enumerate(places) if number % 5 != 4]  # four of 16, one of 6
+    addresses = [(inputs.data_ptr(), targets.data_ptr()) for epoch in range(3) for inputs, targets in loop.epoch(epoch)]
+    full = [place for number, place in enumerate(addresses) if number % 5 != 4]  # four of 16, one of 6
     assert len(set(full[3:])) == 1
 
 

@@ -97,7 +97,7 @@ def test_exif_orientation_is_followed(tmp_path: Path) -> None:
     "exif",
     [
         b"no TIFF header",
-        b"II*\0" + struct.pack("<I", 9999),  # the directory lies behind the end
+        b"II*\0" + struct.pack("<I", 9999),  # the directory is after the end of the file
         b"II*\0" + struct.pack("<IHHHI4sI", 8, 1, 0x0112, 2, 2, b"6\0\0\0", 0),  # a text
         b"II*\0" + struct.pack("<IHHHIHHI", 8, 1, 0x0112, 3, 1, 77, 0, 0),  # none of the eight
     ],

@@ -117,9 +117,9 @@ def test_no_sample_is_skipped_for_long(count: int, floor: float, ceiling: float,
 def test_repetitions_are_spread_over_the_epoch() -> None:
     hard = sampler(100, max_draws=1e9)
     epoch_of(hard, 0, lambda order: torch.where(order == 7, 1e6, 1e-3))
-    places = (hard.order(1) == 7).nonzero().flatten()
-    assert len(places) > 50
-    assert all(abs(int((places < place).sum()) - place * len(places) / 100) <= 3 for place in range(0, 100, 5))
+    positions = (hard.order(1) == 7).nonzero().flatten()
+    assert len(positions) > 50
+    assert all(abs(int((positions < place).sum()) - place * len(positions) / 100) <= 3 for place in range(0, 100, 5))
 
 
 def observed(parts: list[tuple[int, list[int], list[float]]], cuts: list[int]) -> HardExamples:

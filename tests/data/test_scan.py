@@ -125,7 +125,7 @@ def test_damaged_cache_is_ignored(folder: Path, listed: list[bytes], own_cache: 
     contents = {"flip": bytes(data), "cut": whole[:-10], "empty": b"", "foreign": b"x" * 100}
     file.write_bytes(contents[damage])
     assert same(scan(folder), first) and len(listed) == 8
-    assert same(scan(folder), first) and len(listed) == 8  # it was written anew
+    assert same(scan(folder), first) and len(listed) == 8  # it was rewritten
 
 
 def test_small_folders_and_unwritable_caches_are_not_cached(

@@ -1,4 +1,4 @@
-"""A package of somebody else's: by its config folder, and installed with an entry point."""
+"""A third-party package: through its config folder, and installed with an entry point."""
 
 import json
 import subprocess

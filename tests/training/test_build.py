@@ -62,12 +62,12 @@ def test_number_of_outputs_follows_the_data() -> None:
     assert outputs(torch.zeros(4, 5), None) == 5
 
 
-@pytest.mark.parametrize("wanted", ["auto", "true", "false"])
+@pytest.mark.parametrize("layout", ["auto", "true", "false"])
 @pytest.mark.parametrize("model", ["resnet20", "mlp"])
-def test_memory_format(wanted: str, model: str) -> None:
+def test_memory_format(layout: str, model: str) -> None:
     lines = [line for line in SMALL if not line.startswith("model")]
-    workload = build(experiment(*lines, f"model={model}", f"channels_last={wanted}"))
-    expected = wanted == "true" or (wanted == "auto" and model == "resnet20")
+    workload = build(experiment(*lines, f"model={model}", f"channels_last={layout}"))
+    expected = layout == "true" or (layout == "auto" and model == "resnet20")
     assert (workload.memory_format == torch.channels_last) is expected
     inputs, _ = next(training_batches(workload).epoch(0))
     assert inputs.is_contiguous(memory_format=workload.memory_format)
@@ -116,8 +116,8 @@ def test_keeps_and_lists_a_head_with_another_shape(save: Callable[[Any], Path]) 
     head = model.head.weight.detach().clone()
     lines = load_weights(model, save({**source.state_dict(), "extra": torch.zeros(1)}))
     assert torch.equal(model.hidden.weight, source.hidden.weight) and torch.equal(model.head.weight, head)
-    told = "\n".join(lines)
-    assert "head.weight, head.bias" in told and "extra" in told
+    output = "\n".join(lines)
+    assert "head.weight, head.bias" in output and "extra" in output
 
 
 def test_rejects_weights_without_a_match(save: Callable[[Any], Path]) -> None:

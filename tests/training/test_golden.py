@@ -5,7 +5,7 @@ they differ by less than 1e-12. After a change that is meant to change them:
 
     REGENERATE_GOLDEN=1 python -m pytest tests/training/test_golden.py
 
-writes tests/training/golden.json anew and skips; say in the commit which numbers moved and why.
+rewrites tests/training/golden.json and skips; say in the commit which numbers moved and why.
 """
 
 import json
@@ -106,6 +106,6 @@ def test_losses_equal_the_golden_ones(tmp_path: Path, recipe: str) -> None:
     if os.environ.get("REGENERATE_GOLDEN"):
         golden[recipe] = found
         FILE.write_text(json.dumps({name: golden[name] for name in RECIPES if name in golden}, indent=1) + "\n")
-        pytest.skip("written anew")
+        pytest.skip("rewritten")
     assert found == pytest.approx(golden[recipe], rel=1e-9, abs=0)
     assert found[-1] < found[0]

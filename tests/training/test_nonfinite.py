@@ -158,7 +158,7 @@ def test_names_the_update_immediately_or_deferred(which: int, at_once: bool) -> 
         update.check_updates()
     assert error.value.before_update is at_once
     if not at_once:
-        update.check_updates()  # told once
+        update.check_updates()  # reported once
 
 
 def test_finite_gradients_may_overflow_the_weights() -> None:

@@ -157,20 +157,20 @@ def killed_at(owner: Any, name: str, calls: int, behind: bool = True) -> Iterato
         yield
 
 
-PLACES: dict[str, tuple[Any, str, int]] = {
+INTERRUPTIONS: dict[str, tuple[Any, str, int]] = {
     "between evaluation and metric line": (loop.Best, "update", 2),
     "between metric line and checkpoint": (Tracking, "epoch", 2),
     "inside a save": (durable, "_publish", 3),
-    "behind a save": (Checkpoints, "save", 2),
-    "behind the last save": (Checkpoints, "save", 4),
-    "behind the test": (dlopt.training.trainer, "test_metrics", 1),
+    "after a save": (Checkpoints, "save", 2),
+    "after the last save": (Checkpoints, "save", 4),
+    "after the test": (dlopt.training.trainer, "test_metrics", 1),
 }
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", INTERRUPTIONS)
 def test_killed_during_a_save(whole: Path, tmp_path: Path, place: str) -> None:
     def until() -> None:
-        with killed_at(*PLACES[place]):
+        with killed_at(*INTERRUPTIONS[place]):
             start(tmp_path, *RICH)
 
     assert os.WTERMSIG(in_fork(until)) == signal.SIGKILL
@@ -388,7 +388,7 @@ def test_never_restarts_if_all_checkpoints_are_damaged(tmp_path: Path) -> None:
     stop_at(10, tmp_path, *RICH)
     for path in (tmp_path / "checkpoints").glob("*.pt"):
         flip(path)
-    with pytest.raises(RunError, match="all checkpoints in .* are damaged"):
+    with pytest.raises(RunError, match=r"all checkpoints in .* are damaged"):
         resume(tmp_path, *RICH)
 
 

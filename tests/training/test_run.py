@@ -306,9 +306,9 @@ def test_nonfinite_loss_fails(tmp_path: Path, capfd: pytest.CaptureFixture[str])
     overrides = [*SMALL, "model.norm=none", "optimizer.lr=1e30", "schedule=constant", "checkpoint.every_steps=1"]
     assert execute(tmp_path, *overrides) == 1
     assert status(tmp_path) == "failed"
-    told = capfd.readouterr().err
-    assert told.count("\n") == 1 and "Traceback" not in told
-    assert "the loss became" in told and "learning rate of 1e+30" in told and "optimizer.lr" in told
+    errors = capfd.readouterr().err
+    assert errors.count("\n") == 1 and "Traceback" not in errors
+    assert "the loss became" in errors and "learning rate of 1e+30" in errors and "optimizer.lr" in errors
 
 
 @pytest.mark.parametrize("twice", [False, True])

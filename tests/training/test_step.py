@@ -368,7 +368,7 @@ class _Drawing(nn.Module):
         (nn.MultiheadAttention(2, 1), False),
         (nn.MultiheadAttention(2, 1, dropout=0.5), True),
         (nn.RReLU(), True),
-        (_Drawing(), True),  # somebody's own: not known, so taken to draw
+        (_Drawing(), True),  # a user's module: unknown, so treated as stochastic
     ],
 )
 def test_is_stochastic(model: nn.Module, draws: bool) -> None:

@@ -90,7 +90,7 @@ def test_pipeline_matches_step_by_step_simulation(stages: int, micro_batches: in
 
 
 def test_overlapped_transfers() -> None:
-    # ready at 1, 2, 3; the first takes until 5, so that the others queue behind it
+    # ready at 1, 2, 3; the first takes until 5, so the others wait in the queue
     assert costs.overlapped([1, 2, 3], [4, 1, 1]) == 7
     assert costs.overlapped([1, 2, 3], [0.5, 0.5, 0.5]) == 3.5  # only the last one shows
 

@@ -1,1 +1,1 @@
-"""A package of somebody else's that extends dlopt: an optimizer, a model, a data set and a recipe."""
+"""A third-party package that extends dlopt: an optimizer, a model, a dataset and a recipe."""
