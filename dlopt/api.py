@@ -97,7 +97,7 @@ def train(overrides: Sequence[str] = (), *, console: bool = False) -> Result:
         processes, lock = claim(prepared.run)
         try:
             with _preserve_global_state(), lock:
-                code = start(prepared.run, processes, overrides=lines, console=console)
+                code = start(prepared.run, processes, console=console)
         except UserError:
             if prepared.is_new and not prepared.folder.is_live():
                 prepared.before.erase(folder)

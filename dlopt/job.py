@@ -30,13 +30,8 @@ if TYPE_CHECKING:
 _STATUS_OF = {"finished": DONE, "stopped_early": DONE, "interrupted": INTERRUPTED}
 
 
-def execute(run: "Run", *, overrides: Sequence[str] | None = None, console: bool = True) -> int:
-    """Runs in this process and returns the exit code. Reports an error in one message and records it in the folder.
-
-    Args:
-        overrides: the command-line overrides of a new run; None where the folder already describes the run.
-        console: show progress.
-    """
+def execute(run: "Run", *, console: bool = True) -> int:
+    """Runs in this process and returns the exit code. Reports an error in one message and records it in the folder."""
     from dlopt.parallel import rendezvous
     from dlopt.parallel.launch import QUIET, RECORD
     from dlopt.training.nonfinite import Diverged
@@ -46,7 +41,7 @@ def execute(run: "Run", *, overrides: Sequence[str] | None = None, console: bool
     is_main = world is None or world.is_main
     prefix = "" if world is None or world.is_main else f"rank {world.rank}: "
     # A folder that existed before keeps the reason of a UserError; a new one is removed.
-    record = overrides is None if world is None else os.environ.get(RECORD) == "1"
+    record = run.overrides is None if world is None else os.environ.get(RECORD) == "1"
     try:
         processes, lock = claim(run)
     except UserError as error:
@@ -54,7 +49,7 @@ def execute(run: "Run", *, overrides: Sequence[str] | None = None, console: bool
         return USER_ERROR
     with lock:
         try:
-            return start(run, processes, overrides=overrides, console=console)
+            return start(run, processes, console=console)
         except UserError as error:
             if rendezvous.first_to_fail():
                 print_error(f"{prefix}{error}")
@@ -99,7 +94,7 @@ def claim(run: "Run") -> tuple[int, contextlib.AbstractContextManager[object]]:
     return processes, RunFolder(run.folder).lock() if locks_here else contextlib.nullcontext()
 
 
-def start(run: "Run", processes: int, *, overrides: Sequence[str] | None, console: bool) -> int:
+def start(run: "Run", processes: int, *, console: bool) -> int:
     """Runs a claimed run and returns the exit code. Raises `UserError`, `RunError` and unexpected exceptions."""
     from dlopt.interruption import Interruption
     from dlopt.parallel import rendezvous
@@ -107,12 +102,12 @@ def start(run: "Run", processes: int, *, overrides: Sequence[str] | None, consol
 
     world = rendezvous.current()
     is_main = world is None or world.is_main
-    if overrides is not None and is_main:
-        describe(run.folder, run.experiment.config, overrides, run.choices)
+    if run.overrides is not None and is_main:
+        describe(run.folder, run.experiment.config, run.overrides, run.choices)
     if processes > 1:
         resume = run.experiment.settings.resume
         checkpoint = None if resume == "auto" else resume
-        return run_group(run.folder, processes, checkpoint, record=overrides is None, console=console)
+        return run_group(run.folder, processes, checkpoint, record=run.overrides is None, console=console)
     with Interruption(run.experiment.settings.max_time) as interruption:
         status = train(run, interruption, console=console and is_main)["status"]
         rendezvous.leave()  # inside the context: a repeated signal must not end this rank while it waits for others

@@ -242,8 +242,8 @@ class Campaign:
 
     def run_for_long(self, folder: Path, announcement: AbstractContextManager[Any]) -> None:
         with announcement:
-            run = Run(experiment(*OVERRIDES, "epochs=5000"), folder)
-            os._exit(job.execute(run, overrides=OVERRIDES, console=False))
+            run = Run(experiment(*OVERRIDES, "epochs=5000"), folder, overrides=OVERRIDES)
+            os._exit(job.execute(run, console=False))
 
     def second_interrupt(self) -> FaultResult:
         folder = self.new_folder()
@@ -251,7 +251,7 @@ class Campaign:
 
         def work() -> None:
             with faults.slow_saves(20.0, writing):
-                os._exit(job.execute(Run(experiment(*OVERRIDES), folder), overrides=OVERRIDES, console=False))
+                os._exit(job.execute(Run(experiment(*OVERRIDES), folder, overrides=OVERRIDES), console=False))
 
         child = faults.fork(work)
         os.close(writing)

@@ -82,8 +82,10 @@ _CODE = re.compile(r"`[^`\n]*`")
 
 
 def tracked() -> list[Path]:
-    listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    return [ROOT / name for name in listing.split("\0") if name]
+    listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listing.returncode != 0:  # a source archive
+        return [path for folder in ("conf", "dlopt", "scripts", "tests") for path in (ROOT / folder).rglob("*.*")]
+    return [ROOT / name for name in listing.stdout.split("\0") if name]
 
 
 def defined_names(tree: ast.AST) -> Iterator[tuple[int, str]]:

@@ -165,8 +165,8 @@ def _execute(runs: list[_Run], folder: Path, comparison: "Comparison") -> "tuple
         if not (subfolder.has_run() and subfolder.is_done(run.saved)):
             subfolder.path.mkdir(exist_ok=True)
             state = Checkpoints(subfolder.checkpoints).load_newest() if subfolder.has_run() else None
-            trainer_run = Run(run.experiment, subfolder.path, state, run.choices)
-            code = execute(trainer_run, overrides=run.overrides, console=False)
+            trainer_run = Run(run.experiment, subfolder.path, state, run.choices, run.overrides)
+            code = execute(trainer_run, console=False)
             diverged = (subfolder.summary() or {}).get("diverged")
             if code in (INTERRUPTED, USER_ERROR) or (code == FAILED and not diverged):
                 return outcomes, code

@@ -119,8 +119,7 @@ def _follow(composer: Composer, parsed: Namespace, world: World) -> int:
     if "exit" in message:
         end_process(message["exit"])
     experiment = parse(resolve_saved(message["config"]), message["config"])
-    run = Run(experiment, Path(message["folder"]), None, message["choices"])
-    end_process(execute(run, overrides=parsed.overrides))
+    end_process(execute(Run(experiment, Path(message["folder"]), None, message["choices"], parsed.overrides)))
 
 
 def _join_store(config: DictConfig, world: World) -> "Store":
@@ -195,7 +194,7 @@ def _run(config: DictConfig, parsed: Namespace, send: Callable[[Mapping[str, Any
         with job_environment(config, folder.path):
             if send is not None:
                 send({"config": run.experiment.config, "folder": str(folder.path), "choices": run.choices})
-            outcome = execute(run, overrides=parsed.overrides)
+            outcome = execute(run)
     finally:
         if outcome == USER_ERROR and prepared.is_new and not folder.is_live():
             prepared.before.erase(folder.path)

@@ -54,7 +54,7 @@ def log_header(trainer: "Trainer", workload: Workload, length: Length, run: "Run
         first_step=trainer.progress.step,
         steps=length.steps,
         choices=run.choices,
-        command=" ".join(["dlopt train", *map(shlex.quote, run.typed)]),
+        command="" if run.overrides is None else shlex.join(["dlopt", "train", *run.overrides]),
         seconds=trainer.progress.seconds,
     )
     chosen = describe_auto(workload.experiment, workload.precision, workload.compile_obstacle, trainer.graph_obstacle)

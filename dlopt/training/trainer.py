@@ -60,7 +60,7 @@ class Run:
     folder: Path
     checkpoint: Mapping[str, Any] | None = None  # state to resume from
     choices: Mapping[str, str] = field(default_factory=dict)  # config group -> choice, for display
-    typed: Sequence[str] = ()  # overrides of the command line, for display
+    overrides: Sequence[str] | None = None  # of the command line; None: the folder already describes the run
 
 
 def train(

@@ -38,7 +38,7 @@ def assert_same_run(folder: Path, other: Path) -> None:
 
 def execute(folder: Path, *overrides: str) -> int:
     state = Checkpoints(folder / "checkpoints").load_newest()
-    return job.execute(Run(experiment(*overrides), folder, state), overrides=[*overrides], console=False)
+    return job.execute(Run(experiment(*overrides), folder, state, overrides=[*overrides]), console=False)
 
 
 def in_private_mounts(function: Callable[[], None], error_file: Path) -> None:
@@ -119,7 +119,7 @@ def test_unwritable_logs_warn_once(reference: Path, tmp_path: Path, capfd: pytes
         (folder / "tensorboard").mkdir()
         read_only(folder / "tensorboard")
         lines = [*LARGE, "tracking=[tensorboard]"]
-        state = job.execute(Run(experiment(*lines), folder, None), overrides=[*lines], console=True)
+        state = job.execute(Run(experiment(*lines), folder, overrides=[*lines]), console=True)
         assert state == 0
         out = capfd.readouterr().out
         for name in ("metrics.jsonl", "train.log", "tfevents"):

@@ -285,7 +285,7 @@ def test_stopping_early(tmp_path: Path) -> None:
 def execute(folder: Path, *overrides: str) -> int:
     folder.mkdir(exist_ok=True)
     state = Checkpoints(folder / "checkpoints").load_newest()
-    return job.execute(Run(experiment(*overrides), folder, state), overrides=[*overrides], console=False)
+    return job.execute(Run(experiment(*overrides), folder, state, overrides=[*overrides]), console=False)
 
 
 def status(folder: Path) -> str:
