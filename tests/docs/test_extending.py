@@ -1,36 +1,32 @@
-"""What docs/extending.md shows is what works."""
+"""The optimizer and the data set that the pages show work as written."""
 
-import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.commands.line import SMALL, dlopt, refused
+from tests.docs.pages import block_after
 
-PAGE = (Path(__file__).parents[2] / "docs/extending.md").read_text()
+TUTORIAL = "docs/tutorials/write_an_optimizer.md"
+DATA = "docs/howto/custom_data.md"
 LINE = ["train", "--config-dir", "myconf", "optimizer=signum", "allow_packages=[mine]", *SMALL, "tracking=[]"]
-
-
-def block(language: str, after: str) -> str:
-    """The first block of that language behind `after`."""
-    found = re.search(rf"```{language}\n(.*?)```", PAGE[PAGE.index(after) :], re.DOTALL)
-    assert found is not None
-    return found[1]
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A user's package and config folder, as the page writes them."""
+    """A user's package and config folder, with the files of the pages."""
     for name, text in {
         "mine/__init__.py": "",
-        "mine/optim.py": block("python", "`mine/optim.py`"),
-        "myconf/optimizer/signum.yaml": block("yaml", "`myconf/optimizer/signum.yaml`"),
+        "mine/optim.py": block_after(TUTORIAL, "python", "`mine/optim.py`"),
+        "mine/data.py": block_after(DATA, "python", "`mine/data.py`"),
+        "myconf/optimizer/signum.yaml": block_after(TUTORIAL, "yaml", "`myconf/optimizer/signum.yaml`"),
     }.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
-    for name in ("mine", "mine.optim"):
+    for name in ("mine", "mine.optim", "mine.data"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     return tmp_path
 
@@ -57,3 +53,13 @@ def test_its_keys_are_checked_like_all_others(folder: Path, typed: str, told: st
 def test_it_is_not_called_unless_the_package_is_trusted(folder: Path) -> None:
     message = refused(folder, *(each for each in LINE if "allow" not in each))
     assert "mine.optim.Signum" in message and "allow_packages=[mine]" in message
+
+
+def test_a_data_set_of_the_users(folder: Path) -> None:
+    draws = np.random.default_rng(0)
+    images, labels = draws.integers(256, size=(40, 8, 8), dtype=np.uint8), np.arange(40) % 4
+    np.savez(folder / "train.npz", images=images, labels=labels)
+    data = ["data=custom", "data.train._target_=mine.data.Arrays", "+data.train.file=train.npz"]
+    result = dlopt(folder, "train", *data, "allow_packages=[mine]", *SMALL, "tracking=[]")
+    assert result.code == 0, result.err
+    assert "finished" in result.out
