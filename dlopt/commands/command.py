@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dlopt.config.compose import Composer, choices_of, grid, parse_arguments, to_plain
-from dlopt.config.saved import refuse_others, take_path, typed_values
+from dlopt.config.saved import checkpoint_file, refuse_others, take_path, typed_values
 from dlopt.config.schema import check_arguments, parameters_of, show
 from dlopt.errors import DONE, UserError, suggest
 from dlopt.folders import make_new
@@ -209,7 +209,7 @@ def on_checkpoint(
                 print(usage, end="")
                 return DONE
             values = typed_values(arguments)
-            paths = _take_paths(values, name) if several else take_path(values, name)
+            paths = _take_paths(values, name) if several else checkpoint_file(take_path(values, name))
             names = own_names(function)
             own = check_own(function, {key: values.pop(key) for key in names if key in values})
             others = [key for key in values if key.split(".")[0] not in names]  # tta.crop belongs to tta
@@ -225,16 +225,16 @@ def on_checkpoint(
 
 
 def _take_paths(values: dict[str, Any], command: str) -> list[Path]:
-    """Removes `checkpoint` (a path, a list or a glob pattern) from `values` and returns its paths."""
+    """Removes `checkpoint` (a path, a list or a glob pattern) from `values` and returns its files."""
     checkpoint = values.get("checkpoint")
     if not isinstance(checkpoint, list):
         path = take_path(values, command)
         matches = sorted(glob.glob(str(path))) if "*" in path.name and not path.exists() else []
-        return [Path(match) for match in matches] or [path]
+        return [checkpoint_file(each) for each in map(Path, matches)] or [checkpoint_file(path)]
     del values["checkpoint"]
     if not checkpoint or not all(isinstance(path, str) and path for path in checkpoint):
         raise UserError(f"checkpoint={show(checkpoint)}: must be paths: checkpoint=[a/best.pt,b/best.pt]")
-    return [Path(path) for path in checkpoint]
+    return [checkpoint_file(Path(path)) for path in checkpoint]
 
 
 def own_names(target: Callable[..., Any]) -> list[str]:

@@ -25,7 +25,6 @@ Verifies the checksums of the shards and writes one for the file.
 @on_checkpoint("consolidate", _USAGE)
 def consolidate(path: Path, _: dict[str, Any], *, output: str | None = None) -> int:
     """Writes the file. Raises `UserError`; `RunError` if writing fails."""
-    path = _file(path)
     target = refuse_folder(path.with_name(f"{path.stem}-whole.pt") if output is None else Path(output))
     if target.exists() and os.path.samefile(target, path):
         raise UserError(f"output={target}: is the checkpoint itself; must be another file")
@@ -46,14 +45,3 @@ def consolidate(path: Path, _: dict[str, Any], *, output: str | None = None) -> 
         raise RunError(f"output={target}: cannot write: {reason(error)}") from None
     print(f"{short_path(target)}: {state['progress']['step']} updates, {target.stat().st_size / 1e6:.1f} MB")
     return DONE
-
-
-def _file(path: Path) -> Path:
-    """Returns the checkpoint file for a path to a file, a run folder or its checkpoints folder."""
-    if not path.is_dir():
-        return path
-    for folder in (path, path / "checkpoints"):
-        for name in ("best.pt", "last.pt"):
-            if (folder / name).is_file():
-                return folder / name
-    raise UserError(f"checkpoint={path}: this folder contains neither best.pt nor last.pt")

@@ -105,9 +105,10 @@ def _subjects(line: Line, labelled: list[tuple[str, Job]]) -> list[_Subject]:
 
 def _trained(path: Path, overrides: Sequence[str]) -> _Subject:
     from dlopt.config.parsing import parse
-    from dlopt.config.saved import typed_values, with_changes
+    from dlopt.config.saved import checkpoint_file, typed_values, with_changes
     from dlopt.training.checkpoint import load
 
+    path = checkpoint_file(path)
     values = typed_values(overrides)
     for key, value in values.items():
         if key in _GROUPS and isinstance(value, str):

@@ -34,11 +34,12 @@ Evaluate a checkpoint, or an ensemble of checkpoints, on the test set
 Usage: dlopt eval checkpoint=PATH [tta=CHOICE] [key=value]
 
 Examples:
-  dlopt eval checkpoint=outputs/train/DATE/checkpoints/best.pt
-  dlopt eval checkpoint=outputs/train/DATE/checkpoints/best.pt tta=flip
-  dlopt eval checkpoint=[a/checkpoints/best.pt,b/checkpoints/best.pt]      # ensemble: averages the outputs
+  dlopt eval checkpoint=outputs/train/DATE                                 # its best.pt, or else last.pt
+  dlopt eval checkpoint=outputs/train/DATE/checkpoints/last.pt tta=flip
+  dlopt eval checkpoint=[outputs/a,outputs/b]                              # ensemble: averages the outputs
   dlopt eval checkpoint=outputs/train/DATE/checkpoints/restart-*.pt        # ensemble
 
+  checkpoint=PATH           a checkpoint, or a run folder: its best.pt, or else last.pt
   tta=none                  test-time augmentation: none
   tta=flip                  original and horizontally flipped images
   tta=shift_flip            also shifts by tta.shift=1 pixels in two directions

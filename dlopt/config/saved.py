@@ -10,11 +10,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dlopt.config.choices import config_folder
 from dlopt.config.compose import parse_overrides
+from dlopt.config.synonyms import for_flag
 from dlopt.errors import UserError
 
 
 def typed_values(arguments: Iterable[str]) -> dict[str, Any]:
     """Parses `key=value` arguments. Raises `UserError`."""
+    arguments = list(arguments)
+    if hint := for_flag(arguments, ()):
+        raise UserError(hint)
     parsed = parse_overrides(arguments)
     for override in parsed:
         if override.is_sweep_override():
@@ -28,6 +32,20 @@ def take_path(values: dict[str, Any], command: str) -> Path:
     if not isinstance(path, str) or not path:
         raise UserError(f"checkpoint: a path is needed: dlopt {command} checkpoint=outputs/.../checkpoints/best.pt")
     return Path(path)
+
+
+def checkpoint_file(path: Path) -> Path:
+    """Returns the checkpoint file for a path to a file, a run folder or its checkpoints folder.
+
+    In a folder: best.pt, or else last.pt. Raises `UserError` for a folder without either.
+    """
+    if not path.is_dir():
+        return path
+    for folder in (path, path / "checkpoints"):
+        for name in ("best.pt", "last.pt"):
+            if (folder / name).is_file():
+                return folder / name
+    raise UserError(f"checkpoint={path}: this folder contains neither best.pt nor last.pt")
 
 
 def refuse_others(keys: Iterable[str], may_change: Sequence[str], command_keys: Iterable[str]) -> None:

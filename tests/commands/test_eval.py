@@ -65,7 +65,7 @@ def outputs(folder: Path, run: str, views: Any = lambda x: [x]) -> tuple[list[to
 
 def test_reproduces_metrics_of_the_run_exactly(folder: Path) -> None:
     summary = json.loads((folder / "a/summary.json").read_text())
-    for checkpoint in ("a/checkpoints/best.pt", "[a/checkpoints/best.pt]"):
+    for checkpoint in ("a/checkpoints/best.pt", "[a/checkpoints/best.pt]", "a", "a/checkpoints", "[a]"):
         report = metrics_of(folder, f"checkpoint={checkpoint}")
         assert report["test_loss"] == summary["test_loss"]
         assert report["test_accuracy"] == summary["test_accuracy"]
@@ -259,3 +259,7 @@ def test_plot_confusion(count: int) -> None:
     if count <= 60:
         assert [label.get_text() for label in axes.get_yticklabels()] == names
     figure.savefig(io.BytesIO())
+
+
+def test_refuses_a_folder_without_checkpoints(tmp_path: Path) -> None:
+    assert "checkpoint=.: this folder contains neither best.pt nor last.pt" in refused(tmp_path, "eval", "checkpoint=.")
