@@ -187,7 +187,9 @@ def data_folder(root: str, layout: str) -> Path:
     """Returns the folder `root` after checking that it has a folder train."""
     base = Path(root).expanduser()
     if not base.is_dir():
-        raise UserError(f"data.root={root}: is {'not a folder' if base.exists() else 'missing'}")
+        # A saved config may be read elsewhere (`dlopt eval`): say where a relative path was looked for.
+        where = "" if base.is_absolute() else f" in {Path.cwd()}"
+        raise UserError(f"data.root={root}: is {'not a folder' if base.exists() else f'missing{where}'}")
     if not (base / "train").is_dir():
         raise UserError(f"data.root={root}: {base / 'train'} is missing; images are expected as {layout}")
     return base

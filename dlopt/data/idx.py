@@ -1,5 +1,6 @@
 """MNIST and Fashion-MNIST, from IDX files."""
 
+import contextlib
 import gzip
 import os
 import zlib
@@ -104,12 +105,14 @@ T = TypeVar("T")
 
 
 def data_root(root: str | None) -> Path:
-    """Returns the folder for downloads: `root`, else $DLOPT_DATA, else `data` under the current folder."""
-    return Path(root if root is not None else os.environ.get("DLOPT_DATA") or "data").expanduser()
+    """Returns the absolute path of the folder for downloads: `root`, else $DLOPT_DATA, else ./data."""
+    return Path(root if root is not None else os.environ.get("DLOPT_DATA") or "data").expanduser().absolute()
 
 
 def call_torchvision(key: str, root: Path, download: bool, load: Callable[[], T]) -> T:
     """Calls `load`, which reads or downloads through torchvision, and converts its errors.
+
+    After an error, removes the folders that `load` created and left empty.
 
     Raises:
         UserError: the files are missing or damaged, the download failed, or the folder cannot be written.
@@ -118,14 +121,21 @@ def call_torchvision(key: str, root: Path, download: bool, load: Callable[[], T]
     import urllib.error
     import zipfile
 
+    below = [root / name / folder for name in ("MNIST", "FashionMNIST") for folder in ("raw", "")]
+    new = [folder for folder in (*below, root, *root.parents) if not folder.exists()]
     try:
         return load()
-    except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
-        raise UserError(
-            f"{key}: downloading to {root} failed ({error}); put the files there and set data.download=false, "
-            "or set data.root to a folder that has them"
-        ) from error
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        reason = str(error).splitlines()[0].removesuffix(" You can use download=True to download it")
+        for folder in new:
+            with contextlib.suppress(OSError):  # was not created, or has files
+                folder.rmdir()
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        is_network = isinstance(error, urllib.error.URLError | ConnectionError | TimeoutError)
+        if is_network or (lines and lines[0].startswith("Error downloading")):  # torchvision: one line per mirror
+            raise UserError(
+                f"{key}: downloading to {root} failed ({' '.join(lines)}); put the files there and set "
+                "data.download=false, or set data.root to a folder that has them"
+            ) from error
+        reason = (lines or [type(error).__name__])[0].removesuffix(" You can use download=True to download it")
         hint = "" if download else "; set data.download=true, or data.root to the folder that has the files"
         raise UserError(f"{key}: {root}: {reason}{hint}") from error

@@ -85,7 +85,8 @@ def _rows(path: Path, columns: list[str]) -> list[tuple[int, dict[str, str]]]:
                 rows.append((reader.line_num, row))
             return rows
     except OSError as error:
-        raise UserError(f"data.file={path}: cannot be read ({error.strerror})") from error
+        where = "" if path.is_absolute() else f" in {Path.cwd()}"
+        raise UserError(f"data.file={path}: cannot be read{where} ({error.strerror})") from error
     except (csv_module.Error, UnicodeDecodeError) as error:
         raise UserError(f"data.file={path}: is not a CSV file in UTF-8 ({error})") from error
 

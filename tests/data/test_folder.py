@@ -103,6 +103,8 @@ def remove(path: Path) -> None:
 def test_a_missing_root_or_train_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"data.root={tmp_path}/none: is missing"):
         load(tmp_path / "none")
+    with pytest.raises(UserError, match=rf"data.root=none: is missing in {Path.cwd()}"):
+        load(Path("none"))
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"is not a folder"):
         load(tmp_path / "file")

@@ -94,9 +94,18 @@ def test_failed_download_suggests_a_fix(tmp_path: Path, monkeypatch: pytest.Monk
         raise urllib.error.URLError("no route to host")
 
     monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", download)
-    with pytest.raises(UserError, match=rf"data=mnist: {tmp_path}: Error downloading") as caught:
-        mnist(root=str(tmp_path), download=True)
-    assert "\n" not in str(caught.value)
+    with pytest.raises(
+        UserError, match=rf"data=mnist: downloading to {tmp_path}/new failed .*no route to host"
+    ) as caught:
+        mnist(root=str(tmp_path / "new"), download=True)
+    assert "\n" not in str(caught.value) and "data.download=false" in str(caught.value)
+    assert not list(tmp_path.iterdir())  # torchvision makes new/MNIST/raw before the download
+
+
+def test_messages_name_the_folder_of_a_relative_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=rf"no IDX files .* in {tmp_path}/mine"):
+        mnist(root="mine", download=False)
 
 
 @pytest.mark.parametrize(
