@@ -20,6 +20,7 @@ from pydantic import ConfigDict, PydanticSchemaGenerationError, PydanticUserErro
 from pydantic.errors import PydanticUndefinedAnnotation
 
 from dlopt.config.choices import config_folder, extensions
+from dlopt.config.synonyms import for_key
 from dlopt.errors import UserError, suggest
 from dlopt.ranges import Count, Fraction, NonNegative, OpenFraction, Positive
 
@@ -158,6 +159,8 @@ def _import(key: str, path: str) -> Any:
         if error.name is not None and (module == error.name or module.startswith(f"{error.name}.")):
             return None
         raise UserError(f"{key}={path}: importing {module} failed: {error}") from error
+    except UserError:  # of a module that needs an optional package
+        raise
     except Exception as error:
         raise UserError(f"{key}={path}: importing {module} failed: {type(error).__name__}: {error}") from error
 
@@ -210,7 +213,8 @@ def _explain_unknown_key(key: str, name: str, value: Any, allowed: Iterable[str]
     groups = ["/".join(parents[:length]) for length in range(len(parents), 0, -1)]  # hydra/launcher before hydra
     group = next((group for group in groups if (config_folder() / group).is_dir()), None)
     command = "dlopt train --help" if group is None else f"dlopt options {group}"
-    return f"{key}={show(value)}: unknown key; {suggest(name, allowed, command, prefix=key.removesuffix(name))}"
+    hint = for_key(key, show(value)) or suggest(name, allowed, command, prefix=key.removesuffix(name))
+    return f"{key}={show(value)}: unknown key; {hint}"
 
 
 def _check_value(key: str, value: Any, annotation: Any, runtime: frozenset[str], packages: tuple[str, ...]) -> Any:

@@ -16,10 +16,10 @@ from dlopt.ranges import Fraction, NonNegative, OpenFraction, Positive
 
 try:
     import schedulefree
-except ModuleNotFoundError as missing:
+except ModuleNotFoundError:
     raise UserError(
         f"optimizer=schedule_free_*: the package schedulefree is not installed; {install('dlopt[schedulefree]')}"
-    ) from missing
+    ) from None
 
 
 class _KeepsTrainingPoint:

@@ -69,6 +69,7 @@ def test_a_missing_package_is_answered_with_its_extra(tmp_path: Path) -> None:
     assert len(messages) == 2 * len(lines), done.stderr
     for (extra, line), message, end in zip(lines, messages[::2], messages[1::2], strict=True):
         assert f"pip install 'dlopt[{extra}]'" in message and end == "exit 2", (line, message, end)
+        assert "importing" not in message and "Error" not in message, message  # no chain of errors
 
 
 def test_the_line_names_the_pip_of_this_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
