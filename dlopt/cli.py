@@ -26,6 +26,7 @@ COMMANDS = {  # name -> function(arguments) -> exit code
     "report": "dlopt.commands.report:report",
     "runs": "dlopt.commands.runs:runs",
     "options": "dlopt.commands.options:options",
+    "template": "dlopt.commands.template:template",
 }
 
 USAGE = f"""\
@@ -54,6 +55,7 @@ Analysis:
 
 Reference:
   options      List groups, choices, keys and their defaults
+  template     Print a job script, a manifest or a container file
 
 Examples:
   dlopt train optimizer=adamw schedule=cosine_warmup epochs=20

@@ -196,6 +196,7 @@ def completed(folder: Path, typed: str) -> set[str]:
         ("dlopt train -m   see", {"seed="}, set()),
         ("dlopt eval ch", {"checkpoint="}, {"checkpoint."}),
         ("dlopt options opt", {"optimizer"}, {"optimizer="}),
+        ("dlopt template ", {"slurm", "array", "kubernetes", "docker"}, {"optimizer="}),
     ],
 )
 def test_completion_in_bash(typed: str, some: set[str], none: set[str], tmp_path: Path) -> None:

@@ -39,6 +39,10 @@ def _candidates(program: str, words: list[str], arguments: list[str], commands: 
         from dlopt.config.choices import Catalogue
 
         candidates = list(Catalogue().groups())
+    elif command == "template":
+        from dlopt.commands.template import TEMPLATES
+
+        candidates = list(TEMPLATES)
     elif command in ("report", "runs"):
         candidates = glob.glob(glob.escape(prefix) + "*/")
     elif command in ("eval", "predict", "export", "consolidate"):

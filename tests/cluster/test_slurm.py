@@ -20,7 +20,7 @@ from dlopt.training.checkpoint import load
 from tests.parallel.ranks import ROOT
 from tests.training.runs import same, timeless
 
-CLUSTER, BATCH = ROOT / "scripts" / "slurm" / "one_host_cluster", ROOT / "scripts" / "slurm" / "train.sbatch"
+CLUSTER, BATCH = ROOT / "scripts" / "slurm" / "one_host_cluster", ROOT / "dlopt" / "templates" / "train.sbatch"
 _PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 _MISSING = [tool for tool in ("munged", "slurmctld", "slurmd", "sbatch") if shutil.which(tool, path=_PATH) is None]
 

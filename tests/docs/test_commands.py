@@ -30,7 +30,7 @@ LITTLE = {  # what makes a line of that command one of a moment; what is typed l
 }
 LONG = {"bench"}  # it starts processes and measures
 WATCHING = {"--watch", "--open"}
-_HEADS = {".venv/bin/python", "pip", "tensorboard", "git", "cd", "eval", "squeue", "export", "until", "sinfo"}
+_HEADS = {".venv/bin/python", "pip", "tensorboard", "git", "cd", "eval", "squeue", "export", "until", "sinfo", "kubectl"}
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Line:
         for i, word in enumerate(words):
             if word in ("dlopt", "scripts/dlopt"):
                 rest = words[i + 1 :]
-            elif word == "scripts/slurm/train.sbatch":
+            elif word == "train.sbatch" and words[i - 1] != ">":
                 rest = ["train", *words[i + 1 :]]
             else:
                 continue
@@ -63,7 +63,7 @@ from torch.utils.data import Dataset
 class MyDataset(Dataset):
     def __init__(self, *, root: str = "", argument: int = 0) -> None: ...
 """
-_ENDS = {"&", "|", "||", "&&", ";", "do"}
+_ENDS = {">", "&", "|", "||", "&&", ";", "do"}
 
 
 def lines() -> list[Line]:

