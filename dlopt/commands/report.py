@@ -16,7 +16,7 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from dlopt.analysis.report.page import columns, page, page_data, summary_csv, test_columns
-from dlopt.analysis.report.reading import Damaged, Reader, Record, brief, printable
+from dlopt.analysis.report.reading import Damaged, Reader, Record, brief, printable, short_key
 from dlopt.analysis.report.table import (
     Configuration,
     PublishedRow,
@@ -25,7 +25,6 @@ from dlopt.analysis.report.table import (
     default_target,
     gather,
     recipe_label,
-    short_key,
 )
 from dlopt.commands.command import check_own, writing
 from dlopt.commands.runs import split_folders

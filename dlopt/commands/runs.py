@@ -2,12 +2,13 @@
 
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from dlopt.analysis.leaderboard import direction_of
@@ -16,11 +17,13 @@ from dlopt.analysis.report.reading import (
     Damaged,
     Reader,
     Record,
+    brief,
     check_key,
     condition,
     is_number,
     printable,
     select,
+    short_key,
     text,
     value_of,
     varying_keys,
@@ -45,14 +48,14 @@ Examples:
   dlopt runs 'model=resnet*' columns=[optimizer.lr,val_loss,seconds] limit=10
   dlopt report $(dlopt runs optimizer=sgd --paths)
 
-Searches the folders DIR (default: outputs) recursively and lists the runs that match all conditions; when piped, as
-tab-separated values.
+Searches the folders DIR (default: outputs) recursively and lists the runs that match all conditions. A terminal shows
+one line per run with the columns that fit; a pipe gets all columns and digits as tab-separated values.
 
   condition        KEY=VALUE, KEY!=VALUE (with wildcards * and ?), KEY>X, KEY>=X, KEY<X or KEY<=X. KEY is a key of the
                    config, a metric (val_accuracy and val_loss of the best epoch, steps, seconds, ...) or status:
                    finished, stopped_early, running, interrupted, unfinished (killed), failed
   sort=KEY         sort by a metric (best first) or by a key of the config (ascending)
-  columns=[...]    keys and metrics to show (default: keys that differ between the runs, and the main metrics)
+  columns=[...]    keys and metrics to show (default: those that differ between the runs)
   limit=N          show only the first N runs
   --paths          print only the folders
 
@@ -63,7 +66,9 @@ dlopt runs clean:
   --yes            do not ask for confirmation
 """
 
-_MAX_KEYS = 6  # default columns of the config
+_METRICS = ("val_accuracy", "val_loss", "epochs", "seconds")  # default columns, the most important first
+_MAX_CELL = 24  # characters of a config value in a terminal
+_SPLITS = ("val_", "train_", "test_", "best_val_")
 _STYLES = {"finished": "green", "stopped_early": "green", "running": "cyan", "failed": "red"}
 
 
@@ -99,13 +104,15 @@ def runs(arguments: list[str]) -> int:
         for record in records:
             print(short_path(record.path))
     elif sys.stdout.isatty():
-        _show_table(records, _columns(query, records))
+        _show_table(query, records)
     else:
         columns = _columns(query, records)
         print("\t".join(["run", "status", *columns]))
         for record in records:
             values = ["" if (value := value_of(record, key)) is None else text(value) for key in columns]
             print("\t".join([printable(short_path(record.path)), record.status, *map(printable, values)]))
+    if not records:
+        print_error(_no_match(query))
     for folder in damaged:
         print_error(printable(f"{short_path(folder.path)}: skipped: {folder.reason}"))
     return DONE
@@ -165,44 +172,101 @@ def _sorted(records: list[Record], key: str) -> list[Record]:
     return sorted(records, key=order)
 
 
+def _no_match(query: _Query) -> str:
+    where = " ".join(printable(short_path(folder)) for folder in query.folders)
+    if not query.conditions:
+        return f"{where}: no runs"
+    return f"{where}: no run matches {' '.join(printable(condition.line) for condition in query.conditions)}"
+
+
 def _columns(query: _Query, records: Sequence[Record]) -> list[str]:
+    """Returns the columns after the status: as typed, by default the config keys that differ and the main metrics."""
     if query.columns is not None:
-        return query.columns
-    keys = varying_keys([record.config for record in records])[:_MAX_KEYS]
-    keys += [term.key for term in query.conditions if term.key != "status" and term.key not in keys]
+        return [key for key in query.columns if key != "status"]
+    keys = varying_keys([record.config for record in records])
+    keys += [term.key for term in query.conditions if term.key != "status"]
+    keys += [query.sort] if query.sort not in (None, "status") else []
     if len({record.config.get("seed") for record in records}) > 1:
         keys.append("seed")
-    metrics = ["val_accuracy", "val_loss", "epochs", "seconds"]
     known = {name for record in records for name in record.metrics}
-    return list(dict.fromkeys([*keys, *(name for name in metrics if name in known)]))
+    return list(dict.fromkeys([*keys, *(name for name in _METRICS if name in known)]))
 
 
-def _show_table(records: Sequence[Record], columns: Sequence[str]) -> None:
+def _show_table(query: _Query, records: Sequence[Record]) -> None:
+    """Prints one line per run. By default shows only the columns that differ, and of these the ones that fit."""
+    if not records:
+        return
+    console = Console(highlight=False)
+    columns, hidden = _columns(query, records), list[str]()
+    is_chosen = query.columns is not None
+    if not is_chosen:
+        differing = ["status", *columns]
+        if len(records) > 1:
+            differing = [key for key in differing if len({text(value_of(record, key)) for record in records}) > 1]
+        columns, hidden = _fitting(query, records, differing, console)
+    console.print(FittedTable(_table(records, ["status", *columns] if is_chosen else columns)))
+    counts = Counter(record.status.replace("_", " ") for record in records)
+    statuses = ", ".join(f"{count} {status}" for status, count in counts.most_common())
+    console.print(f"{layout.format_count('runs', len(records))}: {statuses}", style="dim")
+    if hidden:
+        console.print(f"hidden: {', '.join(map(printable, hidden))}; show with columns=[KEY,...]", style="dim")
+
+
+def _fitting(
+    query: _Query, records: Sequence[Record], columns: Sequence[str], console: Console
+) -> tuple[list[str], list[str]]:
+    """Returns the columns that fit on one line per run, and the others.
+
+    Tries in order: the main metric, columns that the user named, the status, keys of the config (those that vary most
+    first), the other metrics.
+    """
+    main = next((name for name in _METRICS if any(name in record.metrics for record in records)), "status")
+    typed = [*([] if query.sort is None else [query.sort]), *(term.key for term in query.conditions)]
+    named = [key for key in typed if key in columns]
+    last = [key for key in ("seed", *_METRICS) if key in columns]
+    keys = sorted((key for key in columns if key not in last), key=lambda key: _most_common(key, records))
+    shown: list[str] = []
+    for key in dict.fromkeys([main, *named, *(["status"] if "status" in columns else []), *keys, *last]):
+        if not shown or FittedTable(_table(records, [*shown, key])).fits(console, console.width):
+            shown.append(key)
+    ordered = dict.fromkeys([*columns, main])
+    return [key for key in ordered if key in shown], [key for key in columns if key not in shown]
+
+
+def _most_common(key: str, records: Sequence[Record]) -> int:
+    """Returns how many runs have the most frequent value of a key."""
+    return max(Counter(text(value_of(record, key)) for record in records).values(), default=0)
+
+
+def _table(records: Sequence[Record], columns: Sequence[str]) -> Table:
     table = plain_table()
     table.add_column("run", overflow="fold")
-    table.add_column("status")
     for key in columns:
         is_right = any(is_number(value_of(record, key)) for record in records)
-        table.add_column(
-            Text(printable(key)), justify="right" if is_right else "left", overflow="ellipsis" if is_right else "fold"
-        )
+        table.add_column(Text(_header(key, columns)), justify="right" if is_right else "left")
     for record in records:
-        cells = [Text(printable(_cell(key, value_of(record, key)))) for key in columns]
-        status = Text(record.status.replace("_", " "), _STYLES.get(record.status, "yellow"))
-        table.add_row(Text(printable(short_path(record.path))), status, *cells)
-    console = Console(highlight=False)
-    console.print(FittedTable(table))
-    console.print(f"{len(records)} run{'' if len(records) == 1 else 's'}", style="dim")
+        table.add_row(Text(printable(short_path(record.path))), *(_cell(key, record) for key in columns))
+    return table
 
 
-def _cell(key: str, value: Any) -> str:
+def _header(key: str, columns: Sequence[str]) -> str:
+    """Returns the key's last component, if it is unique; metrics as words, which may wrap."""
+    return printable(key.replace("_", " ") if key.startswith(_SPLITS) else short_key(key, columns))
+
+
+def _cell(key: str, record: Record) -> Text:
+    value = value_of(record, key)
+    if key == "status":
+        return Text(record.status.replace("_", " "), _STYLES.get(record.status, "yellow"))
     if value is None:
-        return "-"
+        return Text("-")
     if key == "seconds" and is_number(value):
-        return layout.format_duration(value)
-    if key.startswith(("val_", "train_", "test_", "best_val_")) and is_number(value):
-        return layout.format_metric(key, value)
-    return text(value)
+        return Text(layout.format_duration(value))
+    if key.startswith(_SPLITS) and is_number(value):
+        return Text(layout.format_metric(key, value))
+    content = printable(brief(value))
+    half = _MAX_CELL // 2
+    return Text(content if len(content) <= _MAX_CELL else f"{content[: half - 1]}…{content[-half:]}")
 
 
 # -- dlopt runs clean

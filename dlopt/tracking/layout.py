@@ -2,14 +2,15 @@
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
-from rich.table import Table
+from rich.segment import Segment
+from rich.table import Column, Table
 from rich.text import Text
 
 from dlopt.plain import flatten
@@ -325,20 +326,27 @@ def align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 class FittedTable:
-    """A table that wraps only between words; if it does not fit even then, each row becomes a list of its cells."""
+    """A table that wraps only between words; if it does not fit even then, each row becomes a list of its cells.
+
+    Lines have no trailing spaces.
+    """
 
     def __init__(self, table: Table) -> None:
         self.table = table
+
+    def fits(self, console: Console, width: int) -> bool:
+        """Returns whether each row fits on one line of `width` characters; headers may wrap at spaces."""
+        widths = [max(_longest_line(column.cells), _longest_word(column)) for column in self.table.columns]
+        return self._set_widths(console, widths) <= width
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         # Start with every column at its minimum (headers wrapped at spaces), then widen columns from left to right.
         max_widths, widths = [], []
         for column in self.table.columns:
-            header = str(column.header)
-            content = max((cell_len(line) for cell in column.cells for line in str(cell).split("\n")), default=0)
-            max_widths.append(max([content, *map(cell_len, header.split("\n"))]))
-            longest_word = max([content, *map(cell_len, header.split())])
-            widths.append(min(longest_word, _MIN_FOLDED_WIDTH) if column.overflow == "fold" else longest_word)
+            content, word = _longest_line(column.cells), _longest_word(column)
+            max_widths.append(max(content, _longest_line([column.header])))
+            smallest = max(content, word)
+            widths.append(min(smallest, _MIN_FOLDED_WIDTH) if column.overflow == "fold" else smallest)
         free = options.max_width - self._set_widths(console, widths)
         if free < 0:
             yield _stack_cells(self.table)
@@ -348,13 +356,31 @@ class FittedTable:
             widths[i] += extra
             free -= extra
         self._set_widths(console, widths)
-        yield self.table
+        for line in console.render_lines(self.table, options, pad=False):
+            yield from _strip_end(line)
+            yield Segment.line()
 
     def _set_widths(self, console: Console, widths: list[int]) -> int:
         """Sets the column widths and returns the width of the table with its padding."""
         for column, width in zip(self.table.columns, widths, strict=True):
             column.width = width
         return console.measure(self.table, options=console.options.update(width=10_000)).maximum
+
+
+def _longest_line(cells: Iterable[RenderableType]) -> int:
+    return max((cell_len(line) for cell in cells for line in str(cell).split("\n")), default=0)
+
+
+def _longest_word(column: Column) -> int:
+    """Returns the length of the longest word of the header."""
+    return max(map(cell_len, str(column.header).split()), default=0)
+
+
+def _strip_end(line: list[Segment]) -> list[Segment]:
+    """Removes the spaces at the end of a rendered line."""
+    while line and not line[-1].text.strip():
+        line = line[:-1]
+    return [*line[:-1], Segment(line[-1].text.rstrip(), line[-1].style)] if line else []
 
 
 def _stack_cells(table: Table) -> Group:

@@ -2,15 +2,13 @@
 
 import hashlib
 import os
-import pty
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.analysis.report.folders import make_run
 from tests.commands.line import HeldByAnotherProcess, dlopt, entries, refused
+from tests.commands.terminal import in_terminal, plain
 
 
 @pytest.fixture
@@ -66,21 +64,44 @@ def test_piped_output_is_tab_separated(outputs: Path) -> None:
 
 def test_table_in_a_terminal(outputs: Path) -> None:
     make_run(outputs / "outputs/odd\x1b[31m", status="failed")
-    main, side = pty.openpty()
-    command = [sys.executable, "-m", "dlopt", "runs"]
-    environment = {**os.environ, "COLUMNS": "120", "TERM": "xterm"}
-    process = subprocess.Popen(command, cwd=outputs, env=environment, stdout=side, stderr=side)
-    os.close(side)
-    shown = b""
-    try:
-        while block := os.read(main, 4096):
-            shown += block
-    except OSError:  # closed at the other end
-        pass
-    assert process.wait() == 0
-    text = shown.decode()
-    assert "9 runs" in text and "60.00 %" in text and "outputs/night/5" in text
-    assert "odd�[31m" in text and "odd\x1b" not in text
+    code, shown = in_terminal(outputs, 120, "runs")
+    text = plain(shown)
+    assert code == 0, text
+    assert "9 runs: 6 finished, 2 failed, 1 unfinished" in text and "60.00 %" in text and "outputs/night/5" in text
+    assert "odd�[31m" in text and "odd\x1b" not in shown
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_terminal_shows_one_line_per_run_with_what_differs(tmp_path: Path, width: int) -> None:
+    for i in range(12):
+        path = tmp_path / f"outputs/train/2026-01-01_12-00-{i:02}"
+        weights = "pretrained/resnet20/2026/best.pt" if i % 2 else None
+        make_run(path, lr=0.12345678901234567 / (i + 1), seed=i % 3, config={"init_from": weights, "epochs": 3 + i % 4})
+    code, shown = in_terminal(tmp_path, width, "runs")
+    lines = plain(shown).splitlines()
+    rows = [line for line in lines if line.startswith("outputs/train/")]
+    assert code == 0 and len(rows) == 12 and max(map(len, lines)) <= width
+    assert lines.index(rows[-1]) - lines.index(rows[0]) == 11  # no line between rows
+    assert "0.1235" in rows[0] and "80.00 %" in rows[0] and "finished" not in rows[0] and "sgd" not in rows[0]
+    hidden = " ".join(lines[lines.index("12 runs: 12 finished") + 1 :])
+    columns = {60: {"seed", "init_from"}, 80: {"init_from"}, 120: set()}[width]
+    assert columns <= set(hidden.removeprefix("hidden: ").split(";")[0].split(", ")), hidden
+    assert ("columns=[KEY,...]" in hidden) == (width < 120)
+    if width == 120:
+        assert "pretrained/…2026/best.pt" in rows[1]
+
+
+def test_terminal_shows_typed_columns_for_every_run(outputs: Path) -> None:
+    code, shown = in_terminal(outputs, 80, "runs", "limit=2", "columns=[status,data.batch_size,test_accuracy]")
+    lines = [line.split() for line in plain(shown).splitlines()]
+    assert code == 0 and lines[0] == ["run", "status", "batch_size", "test", "accuracy"]
+    assert lines[-1] == ["2", "runs:", "1", "failed,", "1", "unfinished"]
+
+
+def test_no_match_is_reported(outputs: Path) -> None:
+    for flags in ([], ["--paths"]):
+        result = dlopt(outputs, "runs", "outputs/night", "status=unfinished", *flags)
+        assert (result.code, result.err) == (0, "dlopt: outputs/night: no run matches status=unfinished\n")
 
 
 @pytest.mark.parametrize(
@@ -92,7 +113,7 @@ def test_table_in_a_terminal(outputs: Path) -> None:
         ("sort=optimizer.lrr", "sort=optimizer.lrr: no run has optimizer.lrr"),
         ("columns=[foo]", "columns=foo: no run has foo"),
         ("val_accuracy>high", "> requires a number"),
-        ("status=done", "status=done: unknown status; allowed: finished"),
+        ("status=unfinishd", "status=unfinishd: unknown status; allowed: finished, stopped_early, pruned, running"),
         ("limit=0", "limit=0: must be an integer >= 1"),
         ("--pahts", "--pahts: unknown flag"),
     ],

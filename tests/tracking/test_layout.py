@@ -1,4 +1,3 @@
-import io
 import math
 from typing import Any
 
@@ -156,7 +155,7 @@ def test_hparams_leave_out_derived_seeds() -> None:
 # -- tables
 
 
-def shown(width: int) -> list[str]:
+def runs_table() -> layout.FittedTable:
     table = layout.plain_table("runs")
     table.add_column("run", overflow="fold")
     table.add_column("best epoch", justify="right")
@@ -164,10 +163,11 @@ def shown(width: int) -> list[str]:
     table.add_column("note")
     table.add_row("outputs/train/2026-01-01_12-00-00", "12", Text("97.57 ± 1.47 %"), "")
     table.add_row("outputs/b", "3", Text("9.10 %"), "failed")
-    console = Console(width=width, file=io.StringIO(), color_system=None)
-    console.print(layout.FittedTable(table))
-    assert isinstance(console.file, io.StringIO)
-    return [line.rstrip() for line in console.file.getvalue().splitlines()]
+    return layout.FittedTable(table)
+
+
+def shown(width: int) -> list[str]:
+    return rendered(runs_table(), width)
 
 
 def test_wide_table_has_one_line_per_row() -> None:
@@ -178,6 +178,19 @@ def test_wide_table_has_one_line_per_row() -> None:
         "outputs/train/2026-01-01_12-00-00           12   97.57 ± 1.47 %",
         "outputs/b                                    3           9.10 %   failed",
     ]
+
+
+@pytest.mark.parametrize("width", [30, 60, 90, 200])
+def test_table_has_no_trailing_spaces(width: int) -> None:
+    assert all(line == line.rstrip() for line in shown(width))
+
+
+def test_fits_if_each_row_needs_one_line() -> None:
+    """The header may take two lines."""
+    narrowest = min(width for width in range(40, 100) if runs_table().fits(Console(), width))
+    rows, smaller = shown(narrowest), shown(narrowest - 1)
+    assert len(rows) == 6 and rows[-2].startswith("outputs/train/2026-01-01_12-00-00 ") and "failed" in rows[-1]
+    assert not any("outputs/train/2026-01-01_12-00-00 " in line for line in smaller)
 
 
 def test_folding_column_shrinks_first() -> None:

@@ -22,7 +22,7 @@ from typing import Any
 
 import dlopt
 from dlopt.analysis.leaderboard import Difference, Statistic, direction_of, student_t
-from dlopt.analysis.report.reading import ENDED, Record, brief, is_number, number_in, printable, text
+from dlopt.analysis.report.reading import ENDED, Record, brief, is_number, number_in, printable, short_key, text
 from dlopt.analysis.report.table import (
     Configuration,
     Table,
@@ -32,7 +32,6 @@ from dlopt.analysis.report.table import (
     importance,
     recipe_label,
     sensitivities,
-    short_key,
     time_to_target,
 )
 from dlopt.tracking.layout import short_path

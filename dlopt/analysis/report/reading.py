@@ -277,6 +277,12 @@ def _is_determined_by_choice(key: str, configs: Iterable[Mapping[str, Any]]) -> 
     return len(values) > 0 and all(len(group_values) == 1 for group_values in values.values())
 
 
+def short_key(key: str, keys: Iterable[str]) -> str:
+    """Returns the last component of a key (`lr` for `optimizer.lr`) if it is unique among `keys`."""
+    name = key.rpartition(".")[2]
+    return name if sum(other.rpartition(".")[2] == name for other in keys) == 1 else key
+
+
 def text(value: Any) -> str:
     """Formats a value as in an override: true, null, [64,64]."""
     if isinstance(value, bool):

@@ -25,7 +25,7 @@ from dlopt.analysis.leaderboard import (
     statistic,
     student_t,
 )
-from dlopt.analysis.report.reading import Damaged, Record, brief, printable, text, tidy, varying_keys
+from dlopt.analysis.report.reading import Damaged, Record, brief, printable, short_key, text, tidy, varying_keys
 from dlopt.errors import UserError, install
 from dlopt.tracking.layout import short_path
 
@@ -128,12 +128,6 @@ def _entry(record: Record) -> Entry:
     status = "stopped_early" if record.status == "pruned" else record.status
     metrics = {**record.metrics, "status": status, "pruned": record.status == "pruned"}
     return Entry(str(record.path), record.config, metrics, record.overrides)
-
-
-def short_key(key: str, keys: Iterable[str]) -> str:
-    """Returns the last component of a key (`lr` for `optimizer.lr`) if it is unique among `keys`."""
-    name = key.rpartition(".")[2]
-    return name if sum(other.rpartition(".")[2] == name for other in keys) == 1 else key
 
 
 def command(run: Record) -> str | None:
