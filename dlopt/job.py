@@ -8,8 +8,6 @@ process: a killed job does not affect the others.
 import contextlib
 import json
 import os
-import platform
-import subprocess
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -18,9 +16,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
 
-import dlopt
+from dlopt import environment
 from dlopt.errors import DONE, FAILED, INTERRUPTED, USER_ERROR, RunError, UserError
-from dlopt.files import write_atomically
+from dlopt.files import read_json, write_atomically
 from dlopt.folders import FORMAT, RunFolder
 
 if TYPE_CHECKING:
@@ -104,6 +102,8 @@ def start(run: "Run", processes: int, *, console: bool) -> int:
     is_main = world is None or world.is_main
     if run.overrides is not None and is_main:
         describe(run.folder, run.experiment.config, run.overrides, run.choices)
+    elif is_main:
+        _record_machine(run.folder)
     if processes > 1:
         resume = run.experiment.settings.resume
         checkpoint = None if resume == "auto" else resume
@@ -140,22 +140,28 @@ def print_error(message: str) -> None:
 
 
 def describe(folder: Path, config: Mapping[str, Any], overrides: Sequence[str], choices: Mapping[str, str]) -> None:
-    """Writes config.yaml, overrides.yaml and environment.json. Raises `UserError` if the folder is not writable."""
-    environment = {
-        "dlopt": dlopt.__version__,
+    """Writes config.yaml, overrides.yaml, environment.json and, for uncommitted changes of the user's code, code.diff.
+
+    Raises `UserError` if the folder is not writable.
+    """
+    code, diff = environment.repository()
+    facts = {
         "folder_format": FORMAT,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpu_count": os.cpu_count(),
-        "git_commit": _git_commit(),
         "choices": dict(choices),
-        **_versions(),
+        **environment.versions(),
+        **environment.machine(),
+        "code": code,
+        "allow_packages": environment.packages(config.get("allow_packages") or ()),
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _write(folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
         _write(folder / "overrides.yaml", yaml.safe_dump(list(overrides), allow_unicode=True))
-        _write(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
+        _write(folder / "environment.json", json.dumps(facts, indent=2) + "\n")
+        if diff:
+            write_atomically(folder / environment.DIFF, diff)
+        else:
+            (folder / environment.DIFF).unlink(missing_ok=True)  # of the run that is resumed
     except OSError as error:
         raise UserError(f"hydra.run.dir={folder}: cannot write to this folder: {error.strerror}") from None
 
@@ -164,22 +170,13 @@ def _write(path: Path, text: str) -> None:
     write_atomically(path, text.encode())
 
 
-def _versions() -> dict[str, Any]:
-    import torch
-
-    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
-    return {"torch": torch.__version__, "cuda": torch.version.cuda, "gpu": gpu}
-
-
-def _git_commit() -> str | None:
-    """Returns the Git commit of dlopt if it is imported from a checkout."""
-    root = Path(dlopt.__file__).parents[1]
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
-    return None
+def _record_machine(folder: Path) -> None:
+    """Updates the machine in environment.json, which the sweep of this job may have written on another one."""
+    path = folder / "environment.json"
+    saved = read_json(path)
+    if saved is not None and saved != (facts := saved | environment.machine()):
+        with contextlib.suppress(OSError):
+            _write(path, json.dumps(facts, indent=2) + "\n")
 
 
 def _record_failure(folder: Path, reason: str, *, diverged: bool = False) -> None:

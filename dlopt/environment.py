@@ -1,0 +1,158 @@
+"""Describes where a run ran, for environment.json: machine, versions, and the user's code."""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import dlopt
+
+DIFF = "code.diff"  # in a run folder: the uncommitted changes of the user's repository
+MAX_DIFF_BYTES = 200_000
+_PACKAGES = (
+    "torch", "torchvision", "triton", "numpy", "hydra-core", "omegaconf", "pydantic", "scikit-learn", "pillow",
+    "matplotlib", "tensorboard", "optuna", "schedulefree", "timm", "submitit",
+)  # fmt: skip
+_GIT_SECONDS = 5.0
+
+
+def machine() -> dict[str, Any]:
+    """Returns platform, host name, processor, number of cores, bytes of memory, and the first GPU."""
+    import torch
+
+    return {
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "processor": _processor(),
+        "cpu_count": os.cpu_count(),
+        "memory_bytes": _memory(),
+        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+    }
+
+
+def versions() -> dict[str, Any]:
+    """Returns the versions of Python, of CUDA, of dlopt with its commit, and of the installed packages that it uses."""
+    import torch
+
+    return {
+        "dlopt": dlopt.__version__,
+        "git_commit": _dlopt_commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "packages": {name: version for name in _PACKAGES if (version := _version(name)) is not None},
+    }
+
+
+def repository() -> tuple[dict[str, Any] | None, bytes]:
+    """Describes the Git repository of the current folder, and returns the diff of its uncommitted changes.
+
+    Returns None without a repository (or without git), and b"" without changes. Untracked files do not count. A diff of
+    more than `MAX_DIFF_BYTES` is cut there, with a last line that says so.
+    """
+    top = _git("rev-parse", "--show-toplevel")
+    if not top:
+        return None, b""
+    folder = os.fsdecode(top.removesuffix(b"\n"))
+    commit = _git("rev-parse", "--verify", "HEAD")
+    # Commands that a repository configures as diff drivers are not started.
+    plain = ("--no-ext-diff", "--no-textconv", "--no-color", "--no-relative")
+    diff = None if commit is None else _git("diff", *plain, "HEAD")
+    facts = {
+        "folder": folder,
+        "commit": None if commit is None else commit.decode().strip(),
+        "dirty": None if diff is None else bool(diff),
+        "diff": DIFF if diff else None,
+    }
+    if diff is not None and len(diff) > MAX_DIFF_BYTES:
+        diff = diff[:MAX_DIFF_BYTES] + f"\n[cut after {MAX_DIFF_BYTES} bytes]\n".encode()
+    return facts, diff or b""
+
+
+def packages(names: Iterable[str]) -> dict[str, dict[str, str] | None]:
+    """Identifies the code of importable packages, by name.
+
+    Installed ones by `version`, others by `folder` and the `sha256` of their Python files; None: not found.
+    """
+    return {name: _identify(name) for name in dict.fromkeys(each.split(".")[0] for each in names)}
+
+
+def _identify(name: str) -> dict[str, str] | None:
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        return None
+    if spec is None:
+        return None
+    if spec.submodule_search_locations:
+        folders = [Path(folder) for folder in spec.submodule_search_locations]
+        files = sorted((folder, path) for folder in folders for path in folder.rglob("*.py"))
+    elif spec.has_location and spec.origin is not None:
+        folders = [Path(spec.origin).parent]
+        files = [(folders[0], Path(spec.origin))]
+    else:  # built into Python
+        return {"version": platform.python_version()}
+    if {"site-packages", "dist-packages"} & set(folders[0].parts):
+        for distribution in importlib.metadata.packages_distributions().get(name, []):
+            return {"version": importlib.metadata.version(distribution)}
+    digest = hashlib.sha256()
+    for folder, path in files:
+        with contextlib.suppress(OSError):
+            digest.update(f"{path.relative_to(folder).as_posix()}\0".encode("utf-8", "surrogateescape"))
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return {"folder": str(folders[0]), "sha256": digest.hexdigest()}
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _dlopt_commit() -> str | None:
+    """Returns the Git commit of dlopt if it is imported from a checkout."""
+    root = Path(dlopt.__file__).parents[1]
+    commit = _git("-C", str(root), "rev-parse", "HEAD") if (root / ".git").exists() else None
+    return None if commit is None else commit.decode().strip()
+
+
+def _git(*arguments: str) -> bytes | None:
+    """Returns the output of a Git command, up to one byte more than `MAX_DIFF_BYTES`; None if it fails."""
+    command = ["git", "-c", "core.fsmonitor=false", *arguments]
+    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}  # a run does not write to the repository
+    with contextlib.suppress(OSError, subprocess.SubprocessError), tempfile.TemporaryFile() as output:
+        subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+            timeout=_GIT_SECONDS,
+            check=True,
+        )
+        output.seek(0)
+        return output.read(MAX_DIFF_BYTES + 1)
+    return None
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _memory() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return None

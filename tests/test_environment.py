@@ -1,0 +1,122 @@
+"""environment.json: versions, machine, the user's repository, and the code of allow_packages."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dlopt import environment
+from dlopt.job import _record_machine
+from tests.commands.line import SMALL, dlopt
+
+GIT = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
+
+
+def git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", *GIT, *arguments], cwd=folder, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository with one committed file, code.py; the current folder is a folder in it."""
+    git(tmp_path, "init", "-q")
+    (tmp_path / "code.py").write_text("lr = 1\n")
+    (tmp_path / ".gitignore").write_text("run\n")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-qm", "first")
+    (tmp_path / "inner").mkdir()
+    monkeypatch.chdir(tmp_path / "inner")
+    return tmp_path
+
+
+def saved(run: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((run / "environment.json").read_text())
+    return content
+
+
+def test_a_run_records_the_repository_of_the_current_folder(repository: Path) -> None:
+    commit, run = git(repository, "rev-parse", "HEAD"), repository / "run"
+    line = ("train", *SMALL, "tracking=[]", "hydra.run.dir=run", "resume=auto")
+    assert dlopt(repository, *line).code == 0
+    clean = {"folder": str(repository), "commit": commit, "dirty": False, "diff": None}
+    assert saved(run)["code"] == clean and not (run / "code.diff").exists()
+    (repository / "code.py").write_text("lr = 2\n")
+    assert dlopt(repository, *line, "epochs=3").code == 0
+    assert saved(run)["code"] == clean | {"dirty": True, "diff": "code.diff"}
+    git(repository, "checkout", "-q", "code.py")
+    git(repository, "apply", "run/code.diff")
+    assert (repository / "code.py").read_text() == "lr = 2\n"
+    git(repository, "checkout", "-q", "code.py")
+    assert dlopt(repository, *line, "epochs=4").code == 0
+    assert saved(run)["code"] == clean and not (run / "code.diff").exists()
+
+
+def test_a_long_diff_is_cut(repository: Path) -> None:
+    (repository / "code.py").write_text("x = 1\n" * 100_000)
+    facts, diff = environment.repository()
+    assert facts is not None and facts["dirty"] is True
+    assert environment.MAX_DIFF_BYTES < len(diff) < environment.MAX_DIFF_BYTES + 100
+    assert diff.endswith(b"[cut after 200000 bytes]\n")
+
+
+def test_repositories_without_commits_and_folders_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert environment.repository() == (None, b"")
+    git(tmp_path, "init", "-q")
+    unknown = {"commit": None, "dirty": None, "diff": None}
+    assert environment.repository() == ({"folder": str(tmp_path), **unknown}, b"")
+    monkeypatch.setenv("PATH", str(tmp_path))  # no git
+    assert environment.repository() == (None, b"")
+
+
+def test_programs_that_a_repository_configures_for_diffs_are_not_started(repository: Path) -> None:
+    program = repository / "program"
+    program.write_text(f"#!/bin/sh\ntouch {repository}/started\n")
+    program.chmod(0o755)
+    for key in ("diff.external", "core.fsmonitor", "diff.mine.textconv", "diff.mine.command"):
+        git(repository, "config", key, str(program))
+    (repository / ".gitattributes").write_text("*.py diff=mine\n")
+    (repository / "code.py").write_text("lr = 2\n")
+    facts, diff = environment.repository()
+    assert facts is not None and facts["dirty"] and b"+lr = 2" in diff
+    assert not (repository / "started").exists()
+
+
+def test_packages_have_a_version_or_a_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    package = tmp_path / "mine_x"
+    (package / "inner").mkdir(parents=True)
+    for name in ("__init__.py", "inner/a.py", "data.bin"):
+        (package / name).write_text("1")
+    (tmp_path / "single_x.py").write_text("1")
+    first = environment.packages(["mine_x.inner", "single_x", "torch", "nothing_x", "sys"])
+    assert first.keys() == {"mine_x", "single_x", "torch", "nothing_x", "sys"}
+    assert first["nothing_x"] is None and first["torch"] == {"version": environment.versions()["packages"]["torch"]}
+    assert first["mine_x"] is not None and first["mine_x"]["folder"] == str(package)
+    (package / "data.bin").write_text("2")  # data is not code
+    assert environment.packages(["mine_x"])["mine_x"] == first["mine_x"]
+    (package / "inner/a.py").write_text("2")
+    (tmp_path / "single_x.py").write_text("2")
+    second = environment.packages(["mine_x", "single_x"])
+    assert second["mine_x"] != first["mine_x"] and second["single_x"] != first["single_x"]
+
+
+def test_machine_and_versions() -> None:
+    machine, versions = environment.machine(), environment.versions()
+    assert machine["host"] == os.uname().nodename and machine["processor"]
+    assert machine["cpu_count"] == os.cpu_count() and machine["memory_bytes"] > 2**28
+    names = {"torch", "torchvision", "numpy", "hydra-core", "omegaconf", "scikit-learn"}
+    assert names <= versions["packages"].keys() and {"dlopt", "git_commit", "python", "cuda"} <= versions.keys()
+
+
+def test_a_job_records_its_own_machine(tmp_path: Path) -> None:
+    _record_machine(tmp_path)
+    assert not list(tmp_path.iterdir())  # nothing to update
+    (tmp_path / "environment.json").write_text(json.dumps({"host": "login", "choices": {"model": "mlp"}}))
+    _record_machine(tmp_path)
+    assert saved(tmp_path) == {"choices": {"model": "mlp"}, **environment.machine()}
