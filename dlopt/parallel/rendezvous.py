@@ -90,6 +90,22 @@ def slurm_master(environment: Mapping[str, str]) -> tuple[str, int]:
     return name, port
 
 
+def _master(environment: Mapping[str, str]) -> tuple[str, int]:
+    """Returns the rendezvous address and port of torchrun's variables. Raises `UserError`."""
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
+    if missing:
+        keys = " and ".join(f"parallel.{name.lower()}" for name in missing)
+        raise UserError(
+            f"{', '.join(missing)}: not set, but RANK={environment['RANK']} and "
+            f"WORLD_SIZE={environment['WORLD_SIZE']} are; set {'it' if len(missing) == 1 else 'them'}, or {keys}; "
+            "to train in one process, unset RANK and WORLD_SIZE"
+        )
+    host, port = environment["MASTER_ADDR"], environment["MASTER_PORT"]
+    if not port.isascii() or not port.isdigit() or not 0 < int(port) < 2**16:
+        raise UserError(f"MASTER_PORT={port}: must be a port, 1 to 65535")
+    return host, int(port)
+
+
 _store: "Store | None" = None
 
 
@@ -110,7 +126,7 @@ def join_store(world: World, *, minutes: float, address: str | None = None, port
             store.set_timeout(limit)
         elif world.launcher == "torchrun":
             os.environ.update({k: str(v) for k, v in (("MASTER_ADDR", address), ("MASTER_PORT", port)) if v})
-            host, number = os.environ.get("MASTER_ADDR", "None"), int(os.environ.get("MASTER_PORT", 0))
+            host, number = _master(os.environ)
             agents, _, _ = next(iter(distributed.rendezvous("env://", timeout=limit)))
             # The agent's store outlives a failed attempt: without a prefix a restart would read its stale keys.
             store = distributed.PrefixStore(f"attempt{world.restarts}", agents)

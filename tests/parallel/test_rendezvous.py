@@ -4,6 +4,7 @@ import pytest
 
 from dlopt.errors import UserError
 from dlopt.parallel.rendezvous import World, current, slurm_master
+from tests.commands.line import SMALL, refused
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
 SRUN = {
@@ -38,6 +39,26 @@ def test_launchers_are_detected() -> None:
 def test_invalid_environments_raise(broken: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         current(TORCHRUN | broken)
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ({}, "MASTER_ADDR, MASTER_PORT: not set, but RANK=0 and WORLD_SIZE=2 are"),
+        ({"MASTER_ADDR": "127.0.0.1"}, "set it, or parallel.master_port;"),
+        ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": ""}, "MASTER_PORT: not set"),
+        ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "x"}, "MASTER_PORT=x: must be a port"),
+        ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "70000"}, "MASTER_PORT=70000: must be a port"),
+    ],
+)
+def test_names_missing_variables(
+    address: dict[str, str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", **address}.items():
+        monkeypatch.setenv(name, value)
+    assert message in refused(tmp_path, "train", *SMALL, "parallel=ddp", "device=cpu")
 
 
 def test_restarts_are_read_from_the_environment() -> None:
