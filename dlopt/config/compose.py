@@ -5,6 +5,7 @@ The only module that imports Hydra's internals, for two things without a public 
 """
 
 import contextlib
+import functools
 import importlib
 import itertools
 import logging
@@ -38,8 +39,10 @@ import dlopt
 from dlopt.config.choices import config_dir as searched_config_dir
 from dlopt.config.choices import config_folder
 from dlopt.config.schema import show
+from dlopt.config.synonyms import for_choice, for_flag, for_key
 from dlopt.config.trust import check_hydra, leaves
 from dlopt.errors import UserError, shorten, suggest
+from dlopt.folders import refuse_url
 from dlopt.plain import check_yaml
 
 CONFIG_NAME = "train"
@@ -49,7 +52,8 @@ _VERSION_BASE = "1.3"
 def parse_arguments(arguments: list[str]) -> Namespace:
     """Parses Hydra's command line: overrides and flags such as -m, --cfg, --config-dir, in any order."""
     parser = get_args_parser()
-    parser.error = _raise_flag_error  # type: ignore[method-assign]
+    flags = [flag for action in parser._actions for flag in action.option_strings]
+    parser.error = functools.partial(_raise_flag_error, arguments, flags)  # type: ignore[method-assign]
     for action in parser._actions:
         if action.dest == "version":
             action.version = f"dlopt {dlopt.__version__}"  # type: ignore[attr-defined]
@@ -71,8 +75,8 @@ def _quoted(line: str) -> str:
     return line if value.isascii() or not is_plain else f"{key}='{value}'"
 
 
-def _raise_flag_error(message: str) -> NoReturn:
-    raise UserError(f"{message}; `dlopt train --help` lists the flags")
+def _raise_flag_error(arguments: list[str], flags: list[str], message: str) -> NoReturn:
+    raise UserError(for_flag(arguments, flags) or f"{message}; `dlopt train --help` lists the flags")
 
 
 def show_config(parsed: Namespace) -> None:
@@ -185,7 +189,8 @@ class Composer:
                 hint = self._suggest(key) if key in groups else "set a value (null where allowed)"
                 raise UserError(f"{line}: keys and groups cannot be deleted; {hint}")
             if key in groups and not isinstance(value, str):
-                raise UserError(f"{key}={show(value)}: must be one of the choices; {self._suggest(key)}")
+                hint = for_choice(key, show(value)) or self._suggest(key)
+                raise UserError(f"{key}={show(value)}: must be one of the choices; {hint}")
             if key in groups and str(value).split("/")[-1].startswith("_"):  # a fragment
                 raise UserError(f"{line}: unknown choice; {self._suggest(key, str(value))}")
             if value == {}:
@@ -201,7 +206,11 @@ class Composer:
         return "a config file"
 
     def _suggest(self, group: str, choice: str = "") -> str:
-        return suggest(choice, self.choices(group), f"dlopt options {group}", prefix=f"{group}=", title="choices")
+        names = self.choices(group)
+        if group.startswith("hydra/"):
+            names = [name for name in names if "/" not in name]  # hydra/sweeper/sampler is a group of its own
+        hint = for_choice(group, choice)
+        return hint or suggest(choice, names, f"dlopt options {group}", prefix=f"{group}=", title="choices")
 
     def _explain(self, overrides: list[Override], error: Exception, multirun: bool) -> str:
         """Explains a composition error by the override at fault: adds them one by one, groups first as Hydra does."""
@@ -232,12 +241,15 @@ class Composer:
         self, override: Override, line: str, accepted: list[str], error: Exception, multirun: bool
     ) -> str:
         key, value = override.get_key_element().lstrip("+~"), override.value()
+        typed = line.partition("=")[2]
         if key in self.groups() and isinstance(value, str):
             if value not in self.choices(key):
                 if key == "data" and Path(value).expanduser().is_dir():
                     return f"{line}: a folder is not a choice; for its images: data=image_folder data.root={value}"
                 return f"{line}: unknown choice; {self._suggest(key, value)}"
             return f"{line}: {_first_lines(error)}"
+        if key.startswith("hydra/") and (names := self.choices(key)) and value not in names:
+            return f"{line}: unknown choice; {self._suggest(key, str(value))}"
         if key.startswith("hydra/sweeper/"):
             return f"{line}: only searches have this group; add hydra/sweeper=dlopt_optuna"
         if "/" in key or "@" in key:
@@ -250,14 +262,20 @@ class Composer:
             names = [str(name) for name in config]
             if group in names:
                 return f"{line}: unknown key; {parent} holds a value, not keys"
+            if group.lower() not in names and (hint := for_key(name, typed)):  # trainer.max_epochs
+                return f"{line}: unknown key; {hint}"
             close = get_close_matches(group.lower(), names, n=1, cutoff=0.6)
             hint = f"did you mean {close[0]}.{rest}? " if close else ""
             return f"{line}: unknown group; {hint}groups: {shorten(group, self.groups(), 'dlopt options')}"
         names = [str(name) for name in node if name not in ("_target_", "hydra")]
+        if name in names and override.is_add():
+            return f"{line}: this key exists; set it without the plus sign: {key}={typed}"
         if name in names:  # the key exists; a key inside its value does not
             is_new = "Could not override" in str(error)
             hint = f"; add a new key with a plus sign: +{key}.KEY=VALUE" if is_new else ""
             return f"{line}: {_first_lines(error)}{hint}"
+        if hint := for_key(key, typed):
+            return f"{line}: unknown key; {hint}"
         close = get_close_matches(name.lower(), names, n=1, cutoff=0.6)
         prefix = f"{parent}." if parent else ""
         hint = f"did you mean {prefix}{close[0]}? " if close else "" if parent else _suggest_in_groups(name, config)
@@ -270,12 +288,12 @@ class Composer:
 def parse_overrides(lines: Iterable[str], loader: ConfigLoader | None = None) -> list[Override]:
     """Parses overrides. `loader` provides the choices for glob(*). Raises `UserError`."""
     parser = OverridesParser.create(loader)
-    parsed = []
-    for line in lines:
+    lines, parsed = list(lines), []
+    for line, following in zip(lines, [*lines[1:], ""], strict=False):
         try:
             parsed += parser.parse_overrides([line])
         except HydraException:
-            raise UserError(_explain_grammar(line)) from None
+            raise UserError(_explain_grammar(line, following)) from None
     return parsed
 
 
@@ -330,11 +348,12 @@ def grid(overrides: Iterable[Override]) -> list[list[str]]:
 def typed_folder(config: DictConfig, key: str, overrides: Iterable[str]) -> tuple[Path, bool]:
     """Returns the folder in `key` (hydra.run.dir or hydra.sweep.dir) and whether the command line sets it.
 
-    Raises `UserError` for an empty path.
+    Raises `UserError` for an empty path and for a URL.
     """
     path = OmegaConf.select(config, key)
     if not path or not str(path).strip():
         raise UserError(f"{key}={'null' if path is None else path}: must be the path of a folder")
+    refuse_url(str(path), key)
     return Path(str(path)).absolute(), is_typed(key, overrides)
 
 
@@ -367,9 +386,11 @@ def _check_files(folder: Path) -> None:
             raise UserError(f"--config-dir={folder}: {path.relative_to(folder)} cannot be read: {error}") from None
 
 
-def _explain_grammar(line: str) -> str:
+def _explain_grammar(line: str, following: str) -> str:
     """Explains an override that Hydra's grammar rejects."""
     key, equals, value = line.partition("=")
+    if re.fullmatch(r"\w+(\.\w+)*", line) and following and "=" not in following:
+        return f"{line} {following}: an override is key=value: {line}={following}"
     if not equals and not key.startswith("~"):
         return f"{line}: an override is key=value or group=choice"
     if not re.fullmatch(r"[+~]{0,2}[\w/-]+([.@][\w/-]+)*", key):
@@ -415,6 +436,7 @@ def to_plain(config: DictConfig, overrides: Iterable[str] | None) -> tuple[dict[
     command line (None: already checked).
     """
     raw: Any = OmegaConf.to_container(config, resolve=False)
+    typed: list[str] = list(OmegaConf.select(config, "hydra.overrides.task") or ())
     for key in ("hydra", "comparison"):  # commands.compare reads `comparison` before
         raw.pop(key, None)
     task, values = OmegaConf.create(raw), dict(leaves(raw))
@@ -432,7 +454,16 @@ def to_plain(config: DictConfig, overrides: Iterable[str] | None) -> tuple[dict[
     if overrides is not None and plain.get("allow_packages") and not is_typed("allow_packages", overrides):
         names = show(plain["allow_packages"])
         raise UserError(f"allow_packages={names}: set in a config file, but accepted from the command line only")
+    _drop_former_keys(plain, raw, typed)
     return plain, _redact(plain, raw, _environment_values(plain, raw))
+
+
+def _drop_former_keys(plain: dict[str, Any], raw: dict[str, Any], overrides: Iterable[str]) -> None:
+    if any("._target_=" in line for line in overrides):
+        from dlopt.config.retarget import former_keys  # imports torch
+
+        for group, key in former_keys(plain, overrides):
+            del plain[group][key], raw[group][key]
 
 
 def resolve_saved(saved: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,9 @@ def typed_values(arguments: Iterable[str]) -> dict[str, Any]:
     arguments = list(arguments)
     if hint := for_flag(arguments, ()):
         raise UserError(hint)
+    for argument in arguments:
+        if ("=" not in argument and argument[:1] != "~") or Path(argument).is_file():  # a path may contain an equals sign
+            raise UserError(f"{argument}: an override is key=value; for a checkpoint: checkpoint={argument}")
     parsed = parse_overrides(arguments)
     for override in parsed:
         if override.is_sweep_override():

@@ -229,12 +229,19 @@ def _check_value(key: str, value: Any, annotation: Any, runtime: frozenset[str],
     if isinstance(value, list) and any(isinstance(item, Mapping) and "_target_" in item for item in value):
         return [_check_value(f"{key}.{i}", item, _EMPTY, runtime, packages) for i, item in enumerate(value)]
     adapter = _adapter(annotation)
-    if adapter is None:
-        return value
     try:
-        return adapter.validate_json(json.dumps(value, default=str))
+        checked = value if adapter is None else adapter.validate_json(json.dumps(value, default=str))
     except ValidationError as error:
         raise UserError(f"{key}={show(value)}: {_reason(error)}; allowed: {_describe(annotation)}") from None
+    if _exceeds_int64(checked):
+        raise UserError(f"{key}={show(value)}: too large for a 64-bit integer")
+    return checked
+
+
+def _exceeds_int64(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return any(map(_exceeds_int64, value))
+    return isinstance(value, int) and not -(2**63) <= value < 2**63
 
 
 @functools.cache
