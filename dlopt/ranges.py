@@ -11,5 +11,6 @@ Fraction = Annotated[float, Interval(ge=0, lt=1)]
 PositiveFraction = Annotated[float, Interval(gt=0, le=1)]
 OpenFraction = Annotated[float, Interval(gt=0, lt=1)]
 Count = Annotated[int, Ge(1)]
+Depth = Annotated[int, Interval(ge=1, le=10_000)]  # layers; larger values are almost certainly typos
 Natural = Annotated[int, Ge(0)]
 Seed = Annotated[int, Interval(ge=0, lt=2**63)]

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -20,8 +20,7 @@ def parse(config: Mapping[str, Any], saved: Mapping[str, Any] | None = None) -> 
     run_keys = {key: value for key, value in config.items() if key not in GROUPS}
     settings = Settings(**check_arguments("", Settings, run_keys, related=tuple(GROUPS)))
     packages = (*trusted_packages(), *settings.allow_packages)
-    if settings.allow_packages and not {"", os.getcwd()} & set(sys.path):
-        sys.path.append(os.getcwd())  # finds packages in the current folder, as `python -m dlopt` does
+    find_local_packages(settings.allow_packages)
     components: dict[str, Any] = {}
     for name, group in GROUPS.items():
         node = config.get(name)
@@ -53,3 +52,9 @@ def parse(config: Mapping[str, Any], saved: Mapping[str, Any] | None = None) -> 
     )
     check_combinations(experiment)
     return experiment
+
+
+def find_local_packages(packages: Sequence[str]) -> None:
+    """Makes `packages`, if any, importable from the current folder, as with `python -m dlopt`."""
+    if packages and not {"", os.getcwd()} & set(sys.path):
+        sys.path.append(os.getcwd())

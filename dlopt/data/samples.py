@@ -4,7 +4,8 @@ A `Samples` object returns batches by index and holds all targets, whether it in
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -152,7 +153,8 @@ class Files:
         result = torch.empty((len(indices), *self.shape), dtype=torch.uint8)
         for row, index in zip(result, indices.tolist(), strict=True):
             path = self.path(index)
-            image = decode(path, self.image_size, self.channels)
+            with _naming_the_key():
+                image = decode(path, self.image_size, self.channels)
             if image.shape != row.shape:
                 raise self._mismatch(path, (image.shape[1], image.shape[2]))
             row.copy_(image)
@@ -164,10 +166,13 @@ class Files:
         return selected
 
     def _native_size(self) -> tuple[int, int]:
-        self._size = header_size(self.path(0))
+        with _naming_the_key():
+            self._size = header_size(self.path(0))
         for index in np.unique(np.linspace(0, len(self) - 1, _HEADERS_CHECKED, dtype=np.int64)).tolist():
             path = self.path(index)
-            if (size := header_size(path)) != self._size:
+            with _naming_the_key():
+                size = header_size(path)
+            if size != self._size:
                 raise self._mismatch(path, size)
         return self._size
 
@@ -177,6 +182,15 @@ class Files:
             f"data.image_size=null: the images have different sizes ({path} is {height}x{width}, others are "
             f"{expected_height}x{expected_width}, height x width); give one, for example data.image_size=224"
         )
+
+
+@contextmanager
+def _naming_the_key() -> Iterator[None]:
+    """Adds the key that skips unreadable images to a `UserError` about one."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{error}; to skip unreadable images, set data.on_error=skip") from error
 
 
 class Wrapped:

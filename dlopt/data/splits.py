@@ -18,6 +18,7 @@ from dlopt.random import generator
 from dlopt.ranges import Count, Fraction, Natural, PositiveFraction, Seed
 
 BatchSize = Annotated[int, Interval(ge=1, le=1 << 24)]  # larger values are almost certainly typos
+ImageSize = Annotated[int, Interval(ge=1, le=1 << 14)]  # pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,7 @@ class DataSettings:
     val_split: Fraction
     subset: Count | PositiveFraction | None
     split_seed: Seed
-    image_size: Count | tuple[Count, Count] | None
+    image_size: ImageSize | tuple[ImageSize, ImageSize] | None
     memory: Literal["auto"] | bool
     workers: Natural | Literal["auto"]
     statistics_samples: Count | None

@@ -45,7 +45,7 @@ def image_files(
     Args:
         key: folder or file of the data, which identifies it in the cache.
         on_error: `skip`: check all images now and skip unreadable ones; `fail`: check nothing now.
-        max_skips: maximum number of skipped images: a count, or a float fraction of all.
+        max_skips: maximum number of skipped images: a count, or a float fraction of all (at least one).
 
     Raises:
         UserError: more than `max_skips` images, or all images of a class, cannot be read.
@@ -68,7 +68,7 @@ def _readable_splits(
     max_skips: int | float,
 ) -> tuple[dict[str, ImageList], list[str]]:
     total = sum(len(images) for images in splits.values())
-    cap = max_skips if isinstance(max_skips, int) else int(max_skips * total)
+    cap = max_skips if isinstance(max_skips, int) else max(1, int(max_skips * total))
     readable: dict[str, ImageList] = {}
     bad: list[str] = []
     for split, images in splits.items():
@@ -77,7 +77,7 @@ def _readable_splits(
         if len(bad) > cap:
             raise UserError(
                 f"data.max_skips={max_skips}: more than {cap} of {total} images cannot be read; "
-                f"allow more, or check the files: {'; '.join(map(_reason, bad[:3]))}"
+                f"set a larger data.max_skips, or check the files: {'; '.join(map(_reason, bad[:3]))}"
             )
         readable[split] = images.select(torch.from_numpy(good.nonzero()[0]))
         lost = set(images.targets.unique().tolist()) - set(readable[split].targets.unique().tolist())

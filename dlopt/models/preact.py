@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dlopt.errors import UserError
 from dlopt.models.layers import GlobalAveragePool, Norm, NormKeys, check_instance_norm, conv, image_shape, zero_branch
 from dlopt.models.resnet import ZeroPadShortcut, add_stages
-from dlopt.ranges import Count, Fraction
+from dlopt.ranges import Count, Depth, Fraction
 
 
 class PreActBlock(nn.Module):
@@ -115,7 +115,7 @@ class PreActResNet(nn.Sequential):
         *,
         input_shape: tuple[int, ...],
         classes: int,
-        depth: Count,
+        depth: Depth,
         block: Literal["basic", "bottleneck"],
         dropout: Fraction,
         **norm: Unpack[NormKeys],
@@ -151,7 +151,7 @@ class WideResNet(nn.Sequential):
         *,
         input_shape: tuple[int, ...],
         classes: int,
-        depth: Count,
+        depth: Depth,
         widen: Count,
         dropout: Fraction,
         **norm: Unpack[NormKeys],

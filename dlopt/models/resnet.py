@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dlopt.errors import UserError
 from dlopt.models.layers import GlobalAveragePool, Norm, NormKeys, check_instance_norm, conv, image_shape, zero_branch
-from dlopt.ranges import Count, Fraction
+from dlopt.ranges import Count, Depth, Fraction
 
 
 class ZeroPadShortcut(nn.Module):
@@ -122,7 +122,7 @@ class CifarResNet(nn.Sequential):
         *,
         input_shape: tuple[int, ...],
         classes: int,
-        depth: Count,
+        depth: Depth,
         width: Count,
         residual: bool,
         dropout: Fraction,

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dlopt.errors import UserError
 from dlopt.models.layers import Norm, NormKeys, image_shape
-from dlopt.ranges import Count, Fraction, Positive
+from dlopt.ranges import Count, Depth, Fraction, Positive
 
 
 class PatchEmbedding(nn.Module):
@@ -102,7 +102,7 @@ class ViT(nn.Sequential):
         classes: int,
         patch: Count,
         width: Count,
-        depth: Count,
+        depth: Depth,
         heads: Count,
         expansion: Positive,
         pre_norm: bool,

@@ -24,6 +24,7 @@ from dlopt.parameters import freeze
 from dlopt.processor import choose_device, keep_freed_memory, set_deterministic, set_threads
 from dlopt.random import generator, stream
 from dlopt.training import checkpoint, rng, speed
+from dlopt.training.model_check import check_memory, check_outputs
 from dlopt.training.precision import Precision, choose_precision
 from dlopt.training.rng import AUGMENTATION, ORDER, SCHEME, WEIGHTS
 from dlopt.training.step import Network
@@ -116,7 +117,14 @@ def build_workload(
     normalize = normalize.to(device)
     _check_normalization(experiment, normalize, shape)
 
+    runtime = {"input_shape": shape, "classes": dataset.outputs}
+    is_new = normalization is None
+    freezes = any(rule.freeze for rule in experiment.grouping.groups)
+    has_gradients = is_new and device.type == "cpu" and parallel.processes == 1 and not freezes
+    check_memory(experiment.model, runtime, has_gradients=has_gradients)
     module = _build_model(experiment, dataset, normalize, shape)
+    if is_new:  # a checkpoint can be used although its model has other outputs
+        check_outputs(experiment, module, shape, dataset, device)
     has_convolutions = len(shape) == 3 and any(isinstance(m, nn.Conv2d) for m in module.modules())
     channels_last = has_convolutions if settings.channels_last == "auto" else settings.channels_last
     memory_format = torch.channels_last if channels_last else torch.contiguous_format

@@ -26,7 +26,7 @@ def target(
 
 
 RANGES: dict[str, tuple[type, Any]] = {
-    "count": (int, lambda x: x >= 1),
+    "count": (int, lambda x: 1 <= x < 2**63),
     "natural": (int, lambda x: x >= 0),
     "positive": (float, lambda x: x > 0),
     "non_negative": (float, lambda x: x >= 0),
@@ -71,6 +71,7 @@ def many(
         ({"choice": "c"}, "allowed: a | b"),
         ({"pair": [0.1]}, "too few values; allowed: a list [a number >= 0 and < 1,a number >= 0 and < 1]"),
         ({"pair": [0.1, 1]}, "less than 1"),
+        ({"some": [1, 2**63]}, "key.some=[1, 9223372036854775808]: too large for a 64-bit integer"),
         ({"some": [1, 0]}, "allowed: a list [an integer >= 1]"),
         ({"maybe": 1}, "allowed: a number >= 2 | null"),
         ({"either": "atuo"}, "allowed: an integer >= 1 | auto"),

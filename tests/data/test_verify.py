@@ -129,3 +129,19 @@ def test_rows_of_a_table_whose_image_is_missing_or_broken(tmp_path: Path, write_
     assert [line.split("(")[-1] for line in data.notes[1:]][1] == "No such file or directory)"
     with pytest.raises(UserError, match=r"data.max_skips=1: more than 1 of 4 images"):
         table(1)
+
+
+def test_a_fraction_allows_at_least_one_image(tmp_path: Path, write_images: WriteImages) -> None:
+    write_images(tmp_path / "train/a", 6)
+    (tmp_path / "train/a/003.png").write_bytes(b"")
+    data = image_folder(root=str(tmp_path), channels=3, on_error="skip", max_skips=0.01, image_size=None)
+    assert len(data.train) == 5
+
+
+def test_error_about_an_image_names_the_key_that_skips_it(root: Path) -> None:
+    message = r"003\.png: cannot be read .*; to skip unreadable images, set data\.on_error=skip"
+    with pytest.raises(UserError, match=message):
+        image_folder(root=str(root), channels=3, on_error="fail", max_skips=2, image_size=None)
+    data = image_folder(root=str(root), channels=3, on_error="fail", max_skips=2, image_size=(8, 8))
+    with pytest.raises(UserError, match=message):
+        data.train.fetch(torch.arange(12))

@@ -1,4 +1,7 @@
+import contextlib
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -6,9 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+from dlopt.config.schema import Component
 from dlopt.data.samples import Dataset, InMemory
 from dlopt.errors import UserError
 from dlopt.processor import choose_device
+from dlopt.training import model_check
 from dlopt.training.build import Workload, load_weights, training_batches
 from dlopt.training.build import build_workload as build
 from tests.training.runs import SMALL, experiment, same
@@ -49,6 +54,49 @@ def test_initial_weights_do_not_depend_on_precision(precision: str) -> None:
         assert b.dtype == dtype and torch.equal(a.to(dtype), b)
     inputs, _ = next(training_batches(workload).epoch(0))
     assert inputs.dtype == dtype
+
+
+@pytest.mark.parametrize("widths", ["[1000000000]", "[1000000000,10000000000,100000000000]"])
+def test_refuses_a_model_that_exceeds_the_memory_before_building_it(widths: str) -> None:
+    with pytest.raises(UserError, match=r"^model\.widths=\[1000000000.* (GiB are available|or more)"):
+        build_workload(f"model.widths={widths}")
+
+
+def test_the_memory_check_counts_parameters_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    parameters = sum(parameter.numel() for parameter in build_workload().module.parameters())
+    for available, fits in ((8 * parameters, True), (8 * parameters - 1, False)):
+        monkeypatch.setattr(model_check, "available_memory", lambda available=available: available)
+        with contextlib.nullcontext() if fits else pytest.raises(UserError, match=f"{parameters:,} parameters and"):
+            build_workload()
+
+
+class _Outputs(nn.Module):
+    """Returns 12 values, with an operation that has no meta implementation if `reads`."""
+
+    def __init__(self, *, input_shape: tuple[int, ...], count: int, reads: bool) -> None:
+        super().__init__()
+        self.linear = nn.Linear(math.prod(input_shape), count)
+        self.reads = reads
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        outputs: torch.Tensor = self.linear(inputs.flatten(1))
+        return outputs + outputs.sum().item() if self.reads else outputs
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_refuses_a_custom_model_with_another_number_of_outputs(reads: bool) -> None:
+    checked = experiment(*SMALL)
+    for count in (10, 12):
+        model = Component("model", _Outputs, {"count": count, "reads": reads})
+        expected = r"_Outputs: returns \[batch, 12\] values, but the data has 10 classes; .*num_classes=10$"
+        with contextlib.nullcontext() if count == 10 else pytest.raises(UserError, match=expected):
+            build(replace(checked, model=model))
+
+
+def test_refuses_a_custom_model_that_cannot_process_the_samples() -> None:
+    model = Component("model", nn.Conv2d, {"in_channels": 3, "out_channels": 10, "kernel_size": 1})
+    with pytest.raises(UserError, match=r"Conv2d: fails for inputs of shape \[batch, 1, 8, 8\]: .*3 channels"):
+        build(replace(experiment(*SMALL), model=model))
 
 
 def test_number_of_outputs_follows_the_data() -> None:

@@ -1,0 +1,47 @@
+"""Drops the keys of a choice when the command line replaces the callable of the choice (`model._target_=...`)."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from typing import Any
+
+from dlopt.config.experiment import GROUPS
+from dlopt.config.parsing import find_local_packages
+from dlopt.config.schema import parameters_of, resolve_target, trusted_packages
+from dlopt.errors import UserError
+
+_TARGET = "._target_"
+
+
+def former_keys(config: Mapping[str, Any], overrides: Iterable[str]) -> list[tuple[str, str]]:
+    """Returns (group, key) of each key that belongs to the replaced callable only.
+
+    A callable with `**kwargs` would swallow these keys, others would reject them. Keeps keys in the signature of the
+    new callable, keys of all choices of the group, and keys in `overrides`.
+    """
+    typed = {line.lstrip("+").partition("=")[0] for line in overrides}
+    found = []
+    for name in (key.removesuffix(_TARGET) for key in sorted(typed) if key.endswith(_TARGET)):
+        node, group = config.get(name), GROUPS.get(name)
+        names = _signature(f"{name}{_TARGET}", node, config) if group is not None else None
+        if names is not None and isinstance(node, Mapping) and group is not None:
+            common = set() if group.common is None else {each.name for each in fields(group.common)}
+            kept = {"_target_", *names, *common}
+            found += [(name, key) for key in node if key not in kept and not _is_typed(f"{name}.{key}", typed)]
+    return found
+
+
+def _is_typed(key: str, typed: Iterable[str]) -> bool:
+    return any(each == key or each.startswith(f"{key}.") for each in typed)
+
+
+def _signature(key: str, node: Any, config: Mapping[str, Any]) -> set[str] | None:
+    """Returns the names of the callable's parameters; None for an invalid callable, which `parse` reports."""
+    packages = config.get("allow_packages")
+    if not isinstance(packages, list) or not isinstance(node, Mapping) or not isinstance(node.get("_target_"), str):
+        return None
+    find_local_packages(packages)
+    try:
+        target = resolve_target(key, node["_target_"], (*trusted_packages(), *map(str, packages)))
+    except UserError:
+        return None
+    return {name for name, each in parameters_of(target).items() if each.kind is not each.VAR_KEYWORD}

@@ -1,0 +1,109 @@
+"""Checks that a model fits the memory and the data, where possible on the meta device: shapes without values."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.parameter import is_lazy
+
+from dlopt.config.experiment import Experiment
+from dlopt.config.schema import Component, show
+from dlopt.data.samples import Dataset
+from dlopt.data.splits import available_memory
+from dlopt.errors import UserError
+
+_VALUE_BYTES = 4  # models are built in fp32
+_BATCH = 2  # some models squeeze a batch of one
+
+
+def check_memory(model: Component, runtime: dict[str, Any], *, has_gradients: bool) -> None:
+    """Raises `UserError` if the weights, and their gradients if `has_gradients`, exceed the available memory.
+
+    `runtime`: the arguments of `model.build`. Does nothing for models that cannot be built on the meta device, and for
+    those with pretrained weights, which would be read twice.
+    """
+    if "pretrained" in model.arguments:
+        return
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            parameters = sum(parameter.numel() for parameter in model.build(**runtime).parameters())
+    except UserError:
+        raise
+    except Exception as error:
+        if "overflow" in str(error).lower():
+            raise UserError(f"{_largest_argument(model)}: a tensor of the model has 2^63 bytes or more") from None
+        return
+    needed, available = parameters * _VALUE_BYTES * (2 if has_gradients else 1), available_memory()
+    if needed > available:
+        content = "parameters and their gradients need" if has_gradients else "parameters need"
+        raise UserError(
+            f"{_largest_argument(model)}: the model's {parameters:,} {content} {needed / 2**30:,.1f} GiB of memory, "
+            f"{available / 2**30:,.1f} GiB are available; use a smaller model"
+        )
+
+
+def _largest_argument(model: Component) -> str:
+    """Returns KEY=VALUE of the argument with the largest integer, which most likely is the mistake."""
+    sizes = {name: _largest_integer(value) for name, value in model.arguments.items()}
+    name = max(sizes, key=lambda name: sizes[name], default=None)
+    if name is None or not sizes[name]:
+        return f"{model.key}={model.target.__name__}"
+    return f"{model.key}.{name}={show(model.arguments[name])}"
+
+
+def _largest_integer(value: Any) -> int:
+    if isinstance(value, list | tuple):
+        return max(map(_largest_integer, value), default=0)
+    return value if isinstance(value, int) and not isinstance(value, bool) else 0
+
+
+def check_outputs(
+    experiment: Experiment, module: nn.Module, shape: tuple[int, ...], dataset: Dataset, device: torch.device
+) -> None:
+    """Raises `UserError` if a custom or third-party model does not fit the data: the number of outputs or the inputs.
+
+    Does nothing for dlopt's models, for losses from other packages, which may require other outputs, and for lazy
+    models. `shape`: of one input. `module` is on the CPU; `device`: that of the run.
+    """
+    target, loss = experiment.model.target, experiment.loss.target
+    is_ours = target.__module__.startswith("dlopt.") or not loss.__module__.startswith(("dlopt.", "torch."))
+    if is_ours or any(is_lazy(parameter) for parameter in module.parameters()):
+        return
+    path = f"model._target_={target.__module__}.{target.__qualname__}"
+    try:
+        outputs = _outputs(module, shape, "meta")
+    except Exception:  # data-dependent operations, for example, have no meta implementation
+        if device.type != "cpu":  # the model may need an accelerator
+            return
+        try:
+            outputs = _outputs(module, shape, "cpu")
+        except UserError:
+            raise
+        except Exception as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise UserError(f"{path}: fails for inputs of shape {_batch(shape)}: {reason}") from None
+    if not isinstance(outputs, Tensor):
+        raise UserError(f"{path}: returns {type(outputs).__name__}; must return a tensor {_batch((dataset.outputs,))}")
+    fits = outputs.shape == (_BATCH, dataset.outputs) or (dataset.outputs == 1 and outputs.shape == (_BATCH,))
+    if not fits:
+        purpose = "values per target" if dataset.classes is None else "classes"
+        hint = "set the argument of the model for it, for example +model.num_classes="
+        raise UserError(
+            f"{path}: returns {_batch(outputs.shape[1:])} values, but the data has {dataset.outputs} {purpose}; "
+            f"{hint}{dataset.outputs}"
+        )
+
+
+def _outputs(module: nn.Module, shape: tuple[int, ...], device: str) -> Any:
+    """Calls the model with copies of its state, which the call may change, and restores the generator."""
+    state = {name: tensor.detach().to(device, copy=True) for name, tensor in module.state_dict().items()}
+    with torch.random.fork_rng([]), torch.no_grad(), torch.device(device):
+        return functional_call(module, state, (torch.randn(_BATCH, *shape),))
+
+
+def _batch(shape: Sequence[int]) -> str:
+    return f"[batch, {', '.join(map(str, shape))}]"
