@@ -31,7 +31,7 @@ _STATUS_OF = {"finished": DONE, "stopped_early": DONE, "interrupted": INTERRUPTE
 def execute(run: "Run", *, console: bool = True) -> int:
     """Runs in this process and returns the exit code. Reports an error in one message and records it in the folder."""
     from dlopt.parallel import rendezvous
-    from dlopt.parallel.launch import QUIET, RECORD
+    from dlopt.parallel.launch import QUIET
     from dlopt.training.nonfinite import Diverged
 
     world = rendezvous.current()
@@ -39,7 +39,7 @@ def execute(run: "Run", *, console: bool = True) -> int:
     is_main = world is None or world.is_main
     prefix = "" if world is None or world.is_main else f"rank {world.rank}: "
     # A folder that existed before keeps the reason of a UserError; a new one is removed.
-    record = run.overrides is None if world is None else os.environ.get(RECORD) == "1"
+    record = _is_job_of_sweep(run)
     try:
         processes, lock = claim(run)
     except UserError as error:
@@ -80,6 +80,14 @@ def execute(run: "Run", *, console: bool = True) -> int:
             return FAILED
 
 
+def _is_job_of_sweep(run: "Run") -> bool:
+    """Returns whether a sweep has described the run, which this process, or one rank of it, executes."""
+    from dlopt.parallel.launch import RECORD
+    from dlopt.parallel.rendezvous import current
+
+    return run.overrides is None if current() is None else os.environ.get(RECORD) == "1"
+
+
 def claim(run: "Run") -> tuple[int, contextlib.AbstractContextManager[object]]:
     """Returns the number of processes of the run (1: this one) and the lock on its folder. Raises `UserError`."""
     from dlopt.parallel.launch import count_processes
@@ -93,7 +101,31 @@ def claim(run: "Run") -> tuple[int, contextlib.AbstractContextManager[object]]:
 
 
 def start(run: "Run", processes: int, *, console: bool) -> int:
-    """Runs a claimed run and returns the exit code. Raises `UserError`, `RunError` and unexpected exceptions."""
+    """Runs a claimed run and returns the exit code. Raises `UserError`, `RunError` and unexpected exceptions.
+
+    A resumed run that is refused keeps the files that describe it.
+    """
+    names = ("config.yaml", "overrides.yaml", "environment.json", environment.DIFF)
+    former = {path: path.read_bytes() for name in names if (path := run.folder / name).is_file()}
+    code = USER_ERROR
+    try:
+        code = _start(run, processes, console=console)
+    except UserError:
+        _restore(run, former)
+        raise
+    if code == USER_ERROR:
+        _restore(run, former)
+    return code
+
+
+def _restore(run: "Run", former: Mapping[Path, bytes]) -> None:
+    if run.overrides is not None:  # otherwise a sweep has described the run
+        for path, data in former.items():
+            with contextlib.suppress(OSError):
+                write_atomically(path, data)
+
+
+def _start(run: "Run", processes: int, *, console: bool) -> int:
     from dlopt.interruption import Interruption
     from dlopt.parallel import rendezvous
     from dlopt.parallel.launch import run_group
@@ -115,7 +147,7 @@ def start(run: "Run", processes: int, *, console: bool) -> int:
 
 
 def train(run: "Run", interruption: "Interruption | None" = None, *, console: bool = True) -> dict[str, Any]:
-    """Trains with the observers and the learning-rate range test that the settings enable.
+    """Trains with the observers, the learning-rate range test and the picture that the settings enable.
 
     They are passed in because the trainer does not import `dlopt.analysis`. See `dlopt.training.trainer.train`.
     """
@@ -131,7 +163,17 @@ def train(run: "Run", interruption: "Interruption | None" = None, *, console: bo
         from dlopt.analysis.lr_range import find_lr
 
         tools["find_lr"] = find_lr
+    # A picture for the person who watches the run: jobs of sweeps, comparisons and calls of the library have a report,
+    # or draw themselves; tracking=[] requests the fewest files.
+    if console and settings.tracking and not _is_job_of_sweep(run):
+        tools["draw"] = _draw
     return trainer.train(run, interruption, console=console, **tools)
+
+
+def _draw(folder: Path, restarts: Sequence[float]) -> Path:
+    from dlopt.analysis import curves  # late: matplotlib takes long to import
+
+    return curves.write(folder, restarts)
 
 
 def print_error(message: str) -> None:

@@ -47,6 +47,7 @@ class Restarts:
 
     def __init__(self, cycles: Cycles, factor: Callable[[int, float, float], float]) -> None:
         self.ended_cycle = cycles.ended
+        self.restarts = cycles.starts[1:]  # steps at which another cycle starts
         self._locate = cycles.locate
         self._factor = factor
 

@@ -1,7 +1,7 @@
 """`Scheduler` applies a schedule's factors to an optimizer; `Plateau` is the schedule that follows a metric."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -44,6 +44,7 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
         self.rate = 0.0  # learning rate of the first group for the next update, as a float
         self._base_floats: list[float] = []  # base_lrs as floats; empty: to be read again
         self.ended_cycle: Callable[[int], int | None] | None = getattr(self._component, "ended_cycle", None)
+        self.restarts: Sequence[float] = getattr(self._component, "restarts", ())
         super().__init__(optimizer)
         vars(optimizer).pop("step", None)  # torch's wrapper, which serves the order check in every update
 

@@ -1,9 +1,10 @@
 """`Tracking`: shows a run on the console and writes its metrics to files and services."""
 
 import contextlib
+import json
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -178,17 +179,21 @@ class Tracking:
         if self._console is not None:
             self._console.message(text)
 
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        """Writes summary.json, shows the results and closes. Raises `RunError` if summary.json cannot be written."""
+    def finish(self, summary: Mapping[str, Any], draw: Callable[[], Path] | None = None) -> None:
+        """Writes summary.json, shows the results and closes. Raises `RunError` if summary.json cannot be written.
+
+        `draw` draws a picture of the metrics and returns its path. An error in it is only a message.
+        """
         scalars = {tag: float(summary[key]) for key, tag in _FINAL_TAGS.items() if _is_number(summary.get(key))}
         for sink in self._sinks:
             if scalars:
                 sink.scalars(int(summary.get("steps", 0)), scalars)
             sink.end(str(summary.get("status", "")))
-        lines = [] if self._folder is None else self._next_commands(self._folder)
+        picture = None
         try:
             if self._folder is not None:
                 write_summary(self._folder, summary)
+            picture = None if draw is None else self._draw(draw)
         finally:
             if self._log is not None:
                 metrics = ", ".join(
@@ -198,20 +203,34 @@ class Tracking:
                 )
                 self._log.write(f"{summary.get('status', 'ended')}: {metrics}")
             if self._console is not None:
+                lines = [] if self._folder is None else self._next_commands(self._folder, picture)
                 self._console.finish(summary, lines)
             self.close()
 
-    def _next_commands(self, folder: Path) -> list[str]:
-        """Returns the run folder and the next commands, for a shell in the current folder."""
-        path = shlex.quote(layout.short_path(folder))
-        lines = [f"run folder: {layout.short_path(folder)}", "next:"]
-        if (folder / "checkpoints" / "best.pt").exists():
-            lines.append(f"  dlopt eval checkpoint={path}/checkpoints/best.pt")
+    def _draw(self, draw: Callable[[], Path]) -> Path | None:
+        try:
+            return draw()
+        except Exception as error:  # a full disk, a font that matplotlib cannot read: the run has finished
+            self.message(f"the metrics could not be drawn: {type(error).__name__}: {error}")
+            return None
+
+    def _next_commands(self, folder: Path, picture: Path | None) -> list[str]:
+        """Returns the run folder, the picture and the next commands, for a shell in the current folder."""
+        path = layout.short_path(folder)
+        lines = [f"run folder: {path}"]
+        if picture is not None:
+            lines.append(f"curves: {layout.short_path(picture)}")
+        lines.append("next:")
+        has_checkpoint = any((folder / "checkpoints" / name).exists() for name in ("best.pt", "last.pt"))
+        if has_checkpoint:
+            lines.append(f"  dlopt eval checkpoint={shlex.quote(path)}")
         lines.append(f"  dlopt report {shlex.quote(layout.short_path(folder.parent))}")
         if self._tensorboard is not None:
             from dlopt.tracking.tensorboard import command
 
             lines.append(f"  {command(folder)}")
+        if has_checkpoint:
+            lines.append(f"  in Python: dlopt.load({json.dumps(path, ensure_ascii=False)})")
         return lines
 
     def close(self) -> None:

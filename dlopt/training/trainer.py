@@ -8,6 +8,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,7 +39,7 @@ from dlopt.training.evaluate import Validate, check_tta, reduction, test_metrics
 from dlopt.training.metrics import MetricSum, sample_losses
 from dlopt.training.nonfinite import Diverged, Recovery
 from dlopt.training.optimizer import build_optimizer, build_schedule, build_step, snapshot_names
-from dlopt.training.progress import Clock, Intervals, Length, Progress, run_length
+from dlopt.training.progress import Clock, Intervals, Length, Progress, check_horizon, run_length
 from dlopt.training.reporting import log_header, open_tracking, summarize
 from dlopt.training.step import Observer, Step
 from dlopt.training.stopping import Best, Stopping
@@ -50,6 +51,8 @@ Observe = Callable[[Workload, Length, Tracking, Path], Sequence[Observer]]
 """Returns the observers of a run, given its length and folder. Raises `UserError`."""
 FindLr = Callable[[Workload, Tracking, Path], float]
 """Returns the learning rate for optimizer.lr=auto. Raises `UserError` if none is suitable."""
+Draw = Callable[[Path, Sequence[float]], Path]
+"""Draws the metrics in a run folder, with the restarts of the schedule (in epochs); returns the path."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ def train(
     console: bool = True,
     observe: Observe | None = None,
     find_lr: FindLr | None = None,
+    draw: Draw | None = None,
 ) -> dict[str, Any]:
     """Trains, tests the best model, and returns the summary, which is also written to summary.json.
 
@@ -78,6 +82,7 @@ def train(
         console: show progress.
         observe: builds observers (diagnostics, profiler).
         find_lr: runs the range test for optimizer.lr=auto.
+        draw: draws the metrics at the end, unless the run is interrupted; an error in it does not fail the run.
 
     Raises:
         UserError: the experiment cannot work; before the first update.
@@ -86,12 +91,13 @@ def train(
     settings = run.experiment.settings
     if interruption is None:
         with Interruption(settings.max_time) as interruption:
-            return train(run, interruption, console=console, observe=observe, find_lr=find_lr)
+            return train(run, interruption, console=console, observe=observe, find_lr=find_lr, draw=draw)
     mode = build_mode(run.experiment)
     state = mode.broadcast(run.checkpoint)  # rank 0 has loaded it
     workload = build_workload(run.experiment, None if state is None else state["normalize"], parallel=mode)
     batches = training_batches(workload)
     length = run_length(settings, len(batches), state)
+    horizon_note = None if state is None else check_horizon(run.experiment, length)
     with open_tracking(run, state, console) if mode.is_main else Tracking(None, sinks=[], console=False) as tracking:
         found_lr = None
         if workload.experiment.auto_lr and find_lr is not None:
@@ -109,6 +115,8 @@ def train(
             for line in load_weights(workload.module, Path(settings.init_from), mode):
                 tracking.message(line)
         log_header(trainer, workload, length, run)
+        if horizon_note is not None:
+            tracking.message(horizon_note)
         stop = mode.synchronized_stop(interruption)
         status = trainer.fit(stop)
         summary = summarize(trainer, workload, status)
@@ -116,7 +124,11 @@ def train(
             tracking.message(f"{stop.reason}: stopped; resume with: dlopt train ... resume=auto")
         else:
             summary |= _test_best(trainer, workload)
-        tracking.finish(summary)
+        picture = None
+        if draw is not None and status != "interrupted":
+            steps = (step for step in trainer.step.schedule.restarts if step < trainer.progress.step)
+            picture = partial(draw, run.folder, [step / length.steps_per_epoch for step in steps])
+        tracking.finish(summary, picture)
     return summary
 
 
