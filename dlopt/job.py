@@ -105,24 +105,32 @@ def start(run: "Run", processes: int, *, console: bool) -> int:
 
     A resumed run that is refused keeps the files that describe it.
     """
-    names = ("config.yaml", "overrides.yaml", "environment.json", environment.DIFF)
-    former = {path: path.read_bytes() for name in names if (path := run.folder / name).is_file()}
-    code = USER_ERROR
+    former = _description(run)
     try:
         code = _start(run, processes, console=console)
     except UserError:
-        _restore(run, former)
+        _restore(former)
         raise
-    if code == USER_ERROR:
-        _restore(run, former)
+    if code == USER_ERROR:  # of child processes
+        _restore(former)
     return code
 
 
-def _restore(run: "Run", former: Mapping[Path, bytes]) -> None:
-    if run.overrides is not None:  # otherwise a sweep has described the run
-        for path, data in former.items():
-            with contextlib.suppress(OSError):
-                write_atomically(path, data)
+def _description(run: "Run") -> dict[Path, bytes]:
+    """Reads the files that `describe` will replace."""
+    from dlopt.parallel.rendezvous import current
+
+    world = current()
+    if run.overrides is None or not (world is None or world.is_main):
+        return {}
+    names = ("config.yaml", "overrides.yaml", "environment.json", environment.DIFF)
+    return {path: path.read_bytes() for name in names if (path := run.folder / name).is_file()}
+
+
+def _restore(files: Mapping[Path, bytes]) -> None:
+    for path, data in files.items():
+        with contextlib.suppress(OSError):
+            write_atomically(path, data)
 
 
 def _start(run: "Run", processes: int, *, console: bool) -> int:

@@ -176,7 +176,11 @@ def test_damaged_checkpoints_are_an_error(tmp_path: Path) -> None:
 
 def test_extended_run_keeps_its_schedule(tmp_path: Path) -> None:
     train(tmp_path, IN_RUN)
-    train(tmp_path, IN_RUN, "resume=auto", "epochs=3")
+    before = {path: each[0] for path, each in contents(tmp_path).items()}
+    message = refused(tmp_path, "train", *SMALL, IN_RUN, "resume=auto", "epochs=3")
+    assert "schedule_epochs=3 to stretch the schedule, or schedule_epochs=2" in message
+    assert {path: each[0] for path, each in contents(tmp_path).items()} == before
+    train(tmp_path, IN_RUN, "resume=auto", "epochs=3", "schedule_epochs=2")
     run = tmp_path / "run"
     rates = [line["lr"] for line in lines(run)]
     assert [line["epoch"] for line in lines(run)] == [1, 2, 3]
@@ -290,6 +294,22 @@ def test_two_processes_in_one_folder(tmp_path: Path) -> None:
     assert sorted(code for _, code in ends) == [0, 2], ends
     assert json.loads((tmp_path / "run/summary.json").read_text())["status"] == "finished"
     assert [line["epoch"] for line in lines(tmp_path / "run")] == [1, 2]
+
+
+# -- folders that cannot be used
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["train", "hydra.run.dir=s3://bucket/run"],
+        ["train", "-m", "seed=1,2", "hydra.sweep.dir=gs://bucket/sweep"],
+        ["trajectory", "output=hdfs://host/folder"],
+    ],
+)
+def test_refuses_urls(line: list[str], tmp_path: Path) -> None:
+    message = refused(tmp_path, *line)
+    assert f"{line[-1]}: must be a path, not a URL; mount" in message and "copy" in message
 
 
 # -- cleanup after runs that fail to start

@@ -20,7 +20,8 @@ def typed_values(arguments: Iterable[str]) -> dict[str, Any]:
     if hint := for_flag(arguments, ()):
         raise UserError(hint)
     for argument in arguments:
-        if ("=" not in argument and argument[:1] != "~") or Path(argument).is_file():  # a path may contain an equals sign
+        is_override = "=" in argument or argument.startswith("~")
+        if not is_override or Path(argument).is_file():  # a path may contain an equals sign
             raise UserError(f"{argument}: an override is key=value; for a checkpoint: checkpoint={argument}")
     parsed = parse_overrides(arguments)
     for override in parsed:

@@ -6,11 +6,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from dlopt.config.experiment import Settings
+from dlopt import schedules
+from dlopt.config.experiment import Experiment, Settings
+from dlopt.errors import UserError
 from dlopt.parallel.step_timing import StepTiming
 
 if TYPE_CHECKING:
     from dlopt.training.trainer import Trainer
+
+
+_ZERO = 1e-12  # learning-rate factors below are rounding errors of 0
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,36 @@ def run_length(settings: Settings, steps_per_epoch: int, state: Mapping[str, Any
     if state is not None and settings.schedule_epochs is None:
         horizon = state["progress"]["horizon"]
     return Length(steps, math.ceil(steps / steps_per_epoch), steps_per_epoch, horizon)
+
+
+def check_horizon(experiment: Experiment, length: Length, state: Mapping[str, Any]) -> str | None:
+    """Compares the length of a run resumed from `state` with its schedule's; returns a line if they differ.
+
+    Raises `UserError` if all updates after the end of the schedule would have learning rate 0. Whoever sets
+    `schedule_epochs` has chosen the horizon.
+    """
+    settings, steps, horizon = experiment.settings, length.steps, length.horizon
+    if settings.schedule_epochs is not None or steps == horizon or steps <= state["progress"]["step"]:
+        return None
+    factor = schedules.build(
+        experiment.schedule.build, experiment.warmup, steps=horizon, steps_per_epoch=length.steps_per_epoch
+    )
+    key = f"epochs={settings.epochs}" if settings.steps is None else f"steps={settings.steps}"
+    end, schedule_end = (f"{count / length.steps_per_epoch:.6g}" for count in (steps, horizon))
+    final = factor(horizon)
+    if steps < horizon:
+        last = factor(steps - 1)
+        line = f"{key}: the schedule ends at epoch {schedule_end}, the run at epoch {end} with {last:.3g} of the peak "
+        return None if last == final else f"{line}learning rate; to shorten the schedule, set schedule_epochs={end}"
+    later = [*range(horizon, steps, length.steps_per_epoch), steps - 1]
+    if all(factor(step) < _ZERO for step in later):
+        raise UserError(
+            f"{key}: the schedule of this run ends at epoch {schedule_end} with learning rate 0, so later epochs would "
+            f"not change the weights; set schedule_epochs={end} to stretch the schedule, or schedule_epochs={schedule_end} to "
+            "train on at 0"
+        )
+    line = f"{key}: the schedule ends at epoch {schedule_end}; later epochs have {final:.3g} of the peak learning rate"
+    return None if final == 1.0 else f"{line}; to stretch the schedule, set schedule_epochs={end}"
 
 
 @dataclass

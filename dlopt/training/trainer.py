@@ -97,7 +97,7 @@ def train(
     workload = build_workload(run.experiment, None if state is None else state["normalize"], parallel=mode)
     batches = training_batches(workload)
     length = run_length(settings, len(batches), state)
-    horizon_note = None if state is None else check_horizon(run.experiment, length)
+    horizon_note = None if state is None else check_horizon(run.experiment, length, state)
     with open_tracking(run, state, console) if mode.is_main else Tracking(None, sinks=[], console=False) as tracking:
         found_lr = None
         if workload.experiment.auto_lr and find_lr is not None:

@@ -72,7 +72,7 @@ def test_a_run_on_a_real_server(server: str, tmp_path: Path, monkeypatch: pytest
     history = client.get_metric_history(run.info.run_id, "val/accuracy")
     assert [point.step for point in history] == [1, 2] and "test/accuracy" in run.data.metrics
     assert len(client.get_metric_history(run.info.run_id, "train/loss")) == 2
-    assert dlopt(tmp_path, *line, "epochs=3", "resume=auto").code == 0
+    assert dlopt(tmp_path, *line, "epochs=3", "schedule_epochs=3", "resume=auto").code == 0
     [run] = client.search_runs([experiment.experiment_id])
     assert [p.step for p in client.get_metric_history(run.info.run_id, "val/accuracy")] == [1, 2, 3]
 

@@ -17,7 +17,7 @@ from torch import Tensor
 import dlopt.training.trainer
 from dlopt import files as durable
 from dlopt.data.batches import Batches
-from dlopt.errors import RunError
+from dlopt.errors import RunError, UserError
 from dlopt.tracking import Tracking
 from dlopt.training import checkpoint, rng
 from dlopt.training import trainer as loop
@@ -330,10 +330,51 @@ def test_restores_global_generators(tmp_path: Path, restored: bool) -> None:
 # -- length, time, damage
 
 
-def test_longer_run_keeps_its_schedule(tmp_path: Path) -> None:
-    """Four more epochs with a schedule over the first four, which stays at its final value (zero)."""
+@pytest.mark.parametrize("length", ["epochs=6", "steps=24"])
+def test_longer_run_is_refused_if_it_would_train_at_zero(length: str, tmp_path: Path) -> None:
     start(tmp_path, *RICH)
-    summary = resume(tmp_path, *RICH, "epochs=6")
+    before = result(tmp_path), timeless(tmp_path), (tmp_path / "train.log").read_text()
+    with pytest.raises(UserError) as error:
+        resume(tmp_path, *RICH, length)
+    assert str(error.value).startswith(f"{length}: the schedule of this run ends at epoch 4 with learning rate 0")
+    assert "set schedule_epochs=6 to stretch the schedule, or schedule_epochs=4 to train on at 0" in str(error.value)
+    after = result(tmp_path), timeless(tmp_path), (tmp_path / "train.log").read_text()
+    assert same(before[0], after[0]) and before[1:] == after[1:]
+
+
+def test_interrupted_run_is_refused_if_it_would_end_at_zero(tmp_path: Path) -> None:
+    stop_at(6, tmp_path, *RICH)
+    with pytest.raises(UserError, match="epochs=6: the schedule of this run ends at epoch 4"):
+        resume(tmp_path, *RICH, "epochs=6")
+
+
+@pytest.mark.parametrize(
+    ("schedule", "length", "line"),
+    [
+        ("schedule.final=0.1", "epochs=6", "ends at epoch 4; later epochs have 0.1 of the peak learning rate"),
+        ("schedule=multistep", "epochs=6", "ends at epoch 4; later epochs have 0.01 of the peak learning rate"),
+        ("schedule.final=0.1", "steps=8", "steps=8: the schedule ends at epoch 4, the run at epoch 2 with 0."),
+        ("schedule=constant", "epochs=6", None),
+        ("schedule=constant", "epochs=3", None),
+        ("schedule=plateau", "epochs=6", None),
+        ("schedule.final=0.1", "epochs=4", None),
+        ("schedule.final=0.1", "epochs=1", None),  # the checkpoint is of a later update
+    ],
+)
+def test_log_says_where_the_schedule_of_a_changed_length_ends(
+    schedule: str, length: str, line: str | None, tmp_path: Path
+) -> None:
+    stop_at(6, tmp_path, *RICH, schedule)
+    resume(tmp_path, *RICH, schedule, length)
+    notes = [each for each in (tmp_path / "train.log").read_text().splitlines() if "the schedule ends" in each]
+    assert len(notes) == (0 if line is None else 1)
+    assert line is None or (line in notes[0] and "set schedule_epochs=" in notes[0])
+
+
+def test_longer_run_keeps_its_schedule(tmp_path: Path) -> None:
+    """Two more epochs with a schedule over the first four, which stays at its final value (zero)."""
+    start(tmp_path, *RICH)
+    summary = resume(tmp_path, *RICH, "epochs=6", "schedule_epochs=4")
     assert summary["epochs"] == 6
     rates = [line["lr"] for line in timeless(tmp_path)]
     other = tmp_path / "other"

@@ -107,7 +107,7 @@ def test_logs_to_tensorboard_at_the_same_updates_after_resume(tmp_path: Path) ->
     original = Tracking.diagnostics
     with mock.patch.object(Tracking, "diagnostics", diagnostics):
         start(tmp_path, *typed, *DIAGNOSTICS, "epochs=1")  # four updates
-        resume(tmp_path, *typed, *DIAGNOSTICS, "epochs=2")
+        resume(tmp_path, *typed, *DIAGNOSTICS, "epochs=2", "schedule_epochs=2")
     assert reported == [1, 4, 7]
     written = b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
     assert b"gradients/norm/head" in written and b"curvature/largest_eigenvalue" in written
