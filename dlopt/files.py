@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from dlopt.plain import read_regular
+
 
 def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
     """Writes a file and its checksum; after a crash at any moment the file on disk matches its checksum.
@@ -96,10 +98,10 @@ def sha256(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """Reads a JSON object; None if the file is missing or contains anything else."""
+    """Reads a JSON object; None if the file is missing, not regular or large, or contains anything else."""
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        value = json.loads(read_regular(path))
+    except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 

@@ -8,12 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import yaml
-
 from dlopt.errors import UserError
 from dlopt.files import read_json
 from dlopt.locks import hold, is_held
-from dlopt.plain import check_yaml
+from dlopt.plain import load_yaml
 
 FORMAT = 1  # version of the files in a run folder and of their keys; stored in environment.json
 LOCK = ".lock"
@@ -34,9 +32,8 @@ class RunFolder:
         """Reads the saved config; None if it is missing or unreadable."""
         path = self.path / "config.yaml"
         try:
-            check_yaml(path)
-            config = yaml.safe_load(path.read_text())
-        except (OSError, yaml.YAMLError, ValueError):  # ValueError includes UnicodeDecodeError
+            config = load_yaml(self.path / "config.yaml")
+        except (OSError, ValueError):  # ValueError includes UnicodeDecodeError
             return None
         return config if isinstance(config, dict) else None
 
@@ -92,8 +89,8 @@ class RunFolder:
     def history(self) -> list[str]:
         """Reads the overrides of the run."""
         try:
-            overrides = yaml.safe_load((self.path / "overrides.yaml").read_text())
-        except (OSError, yaml.YAMLError, UnicodeDecodeError):
+            overrides = load_yaml(self.path / "overrides.yaml")
+        except (OSError, ValueError):
             return []
         return [str(override) for override in overrides] if isinstance(overrides, list) else []
 

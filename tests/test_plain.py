@@ -1,12 +1,14 @@
-"""YAML alias bombs."""
+"""Hostile YAML: alias bombs, deep nesting, huge integers, files that are not regular."""
 
+import os
 import time
 from pathlib import Path
 
 import pytest
 
+from dlopt.files import read_json
 from dlopt.folders import RunFolder
-from dlopt.plain import check_yaml, expanded_size
+from dlopt.plain import check_yaml, expanded_size, load_yaml, read_regular
 from tests.commands.line import SMALL, refused
 
 
@@ -40,7 +42,7 @@ def test_accepts_few_aliases(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("a: &x [1, 2]\nb: *x\n")
     check_yaml(path)
-    path.write_text("x" * 10_000_001)
+    path.write_text("x" * 1_000_001)
     with pytest.raises(ValueError, match="bytes"):
         check_yaml(path)
     with pytest.raises(ValueError, match="regular"):
@@ -50,3 +52,38 @@ def test_accepts_few_aliases(tmp_path: Path) -> None:
 def test_bomb_in_a_run_folder_is_unreadable(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(bomb())
     assert RunFolder(tmp_path).config() is None
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("[" * 500_000, "nested"),
+        ("- " * 100_000 + "1", "nested"),
+        ("a: " + "9" * 5_000, "integer"),
+        ("a: 0x" + "f" * 50_000, "integer"),
+        ("a: " + ":".join(["59"] * 100_000), "integer"),
+        ("[" + "1," * 200_000 + "]", "too large"),
+        (bomb(), "aliases"),
+    ],
+)
+def test_refuses_content_that_is_slow_or_crashes_the_loader(tmp_path: Path, content: str, reason: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=reason):
+        load_yaml(path)
+
+
+def test_reads_no_fifo_and_no_device(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", Path("/dev/zero"), tmp_path):
+        with pytest.raises(ValueError, match="regular"):
+            load_yaml(path)
+    with pytest.raises(ValueError, match="more than 3 bytes"):
+        read_regular(Path(__file__), 3)
+    assert read_json(tmp_path / "fifo") is None
+
+
+def test_text_and_numbers_of_any_length_below_the_limit_are_accepted(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"a: '{'9' * 500}'\nb: {'word ' * 500}\nc: 18446744073709551616\n")
+    assert load_yaml(path)["c"] == 2**64

@@ -5,6 +5,7 @@ metrics would select on the test set.
 """
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeGuard
@@ -165,8 +166,8 @@ def is_one_of(key: str, names: Sequence[str]) -> bool:
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Returns whether the value is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Returns whether the value is a finite number, and no integer beyond the range of floats."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def is_seed(key: str) -> bool:

@@ -59,10 +59,12 @@ def _summarize(experiment: "Experiment", shape: tuple[int, ...], classes: int) -
     import torch
 
     from dlopt.analysis.model_summary import summarize
+    from dlopt.training.model_check import check_memory
 
     batch_size = experiment.data_settings.batch_size
     batch = batch_size if isinstance(batch_size, int) else 1
     dtype = torch.float64 if experiment.settings.precision == "fp64" else torch.float32
+    check_memory(experiment.model, {"input_shape": shape, "classes": classes}, has_gradients=False)
     module = experiment.model.build(input_shape=shape, classes=classes)
     try:
         return summarize(module.to("meta", dtype), torch.empty(batch, *shape, device="meta", dtype=dtype))

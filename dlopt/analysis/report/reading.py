@@ -14,12 +14,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dlopt.analysis.leaderboard import ENDED, HOUSEKEEPING, direction_of, is_number, is_one_of, is_seed
 from dlopt.errors import UserError
 from dlopt.folders import RunFolder
-from dlopt.plain import flatten
+from dlopt.plain import flatten, load_yaml, read_regular
 from dlopt.tracking.metrics import METRICS, SUMMARY
 
 STATUSES = (*ENDED, "pruned", "running", "interrupted", "unfinished", "failed")
@@ -27,7 +25,7 @@ STATUSES = (*ENDED, "pruned", "running", "interrupted", "unfinished", "failed")
 
 _RUN_FILES = ("config.yaml", SUMMARY, METRICS)
 _RUN_SUBFOLDERS = ("checkpoints", "tensorboard")
-_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's loader is 5x faster
+_MAX_METRICS = 1 << 28  # bytes of metrics.jsonl: a million epochs
 
 
 @dataclass(frozen=True)
@@ -107,11 +105,11 @@ class _DamageError(Exception):
 def _read(path: Path) -> Record:
     if (reason := RunFolder(path).newer_format()) is not None:
         raise _DamageError(reason)
-    config = _mapping(path / "config.yaml", _yaml)
+    config = _mapping(path / "config.yaml", load_yaml)
     if config is None:
         raise _DamageError("config.yaml is missing")
-    environment = _mapping(path / "environment.json", json.loads) or {}
-    summary = _mapping(path / SUMMARY, json.loads)
+    environment = _mapping(path / "environment.json", _json) or {}
+    summary = _mapping(path / SUMMARY, _json)
     history = tuple(_lines(path / METRICS))
     overrides = tuple(RunFolder(path).history())
     status = _status(path, summary)
@@ -130,21 +128,20 @@ def _read(path: Path) -> Record:
     )
 
 
-def _yaml(text: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(str(error)) from None
+def _json(path: Path) -> Any:
+    return json.loads(read_regular(path))
 
 
-def _mapping(path: Path, parse: Any) -> dict[str, Any] | None:
+def _mapping(path: Path, load: Callable[[Path], Any]) -> dict[str, Any] | None:
     """Reads a file with a mapping; None if the file is missing."""
     try:
-        content = parse(path.read_text(encoding="utf-8"))
+        content = load(path)
     except FileNotFoundError:
         return None
-    except (ValueError, RecursionError):  # UnicodeDecodeError is one
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
         raise _DamageError(f"{path.name} is damaged") from None
+    except ValueError as error:
+        raise _DamageError(f"{path.name} is damaged: {error}") from None
     if not isinstance(content, dict):
         raise _DamageError(f"{path.name} is damaged: it holds no keys")
     return {str(key): value for key, value in content.items()}
@@ -153,9 +150,11 @@ def _mapping(path: Path, parse: Any) -> dict[str, Any] | None:
 def _lines(path: Path) -> Iterator[dict[str, float]]:
     """Yields the evaluated epochs, without an incomplete last line of a running or killed run."""
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = read_regular(path, _MAX_METRICS).split(b"\n")
     except FileNotFoundError:
         return
+    except ValueError as error:
+        raise _DamageError(f"{path.name} {error}") from None
     for number, line in enumerate(lines, 1):
         try:
             entry = json.loads(line)

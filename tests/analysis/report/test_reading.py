@@ -1,4 +1,5 @@
 import json
+import os
 import sys
 from pathlib import Path
 from subprocess import run
@@ -70,6 +71,10 @@ def test_ignores_incomplete_last_line_of_a_killed_run(tmp_path: Path) -> None:
         ("config.yaml", b"\xff\xfe\x00", "config.yaml is damaged"),
         ("config.yaml", b"a: !!python/object/apply:os.system ['touch x']", "config.yaml is damaged"),
         ("config.yaml", None, "config.yaml is missing"),
+        ("config.yaml", b"[" * 100_000, "config.yaml is damaged: is nested"),
+        ("config.yaml", b"seed: " + b"9" * 1000, "config.yaml is damaged: has an integer"),
+        ("config.yaml", b"a: &a [*a]", "config.yaml is damaged: has aliases"),
+        ("environment.json", b"[" * 100_000, "environment.json is damaged"),
         ("summary.json", b"{", "summary.json is damaged"),
         ("summary.json", b"[]", "summary.json is damaged"),
         ("summary.json", b'{"status": "wonderful"}', "status is 'wonderful'"),
@@ -143,3 +148,19 @@ def test_formats_values_as_in_overrides() -> None:
 def test_does_not_import_torch() -> None:
     code = "import sys, dlopt.analysis.report.reading, dlopt.commands.runs; sys.exit('torch' in sys.modules)"
     assert run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "summary.json", "environment.json", "metrics.jsonl", "overrides.yaml"])
+def test_does_not_wait_for_a_fifo(tmp_path: Path, name: str) -> None:
+    path = make_run(tmp_path / "run")
+    (path / name).unlink()
+    os.mkfifo(path / name)
+    result = read(path)
+    assert isinstance(result, Record) if name == "overrides.yaml" else isinstance(result, Damaged)
+
+
+def test_ignores_metrics_beyond_the_range_of_floats(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run")
+    summary = json.loads((path / "summary.json").read_text()) | {"seconds": 10**4000}
+    (path / "summary.json").write_text(json.dumps(summary))
+    assert "seconds" not in record(path).metrics or record(path).metrics["seconds"] < 1e308
