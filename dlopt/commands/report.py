@@ -171,33 +171,39 @@ def _plots(table: Table, target: float | None) -> dict[str, bytes]:
 
 
 def _print_table(table: Table, options: _Options, console: Console) -> None:
-    """Prints the leaderboard; drops the least important columns until it fits the terminal."""
-    expendable = ("steps", "val_loss", "seconds", "difference")
-    unlimited = console.options.update(width=1000)
-    for count in range(len(expendable) + 1) if console.is_terminal else [0]:
-        grid = _grid(table, options, expendable[:count])
-        width = console.measure(grid, options=unlimited).maximum
-        if width <= console.width:
-            break
-    else:
-        grid = _grid(table, options, ())  # too narrow for any table: Fitted prints one record per row
+    """Prints the leaderboard; on a terminal hides columns until it fits, the least important ones first."""
+    dropped = _unfitting(table, options, console) if console.is_terminal else []
+    grid = _grid(table, options, dropped)
     grids = [grid]
     if published := against_published(table):
         grids.append(_published_grid(published[: options.top], table))
     if not console.is_terminal:
+        unlimited = console.options.update(width=1000)
         console.width = max(console.measure(grid, options=unlimited).maximum for grid in grids)
     for grid in grids:
         console.print(FittedTable(grid))
+    for line in _hidden(table, dropped):
+        console.print(Text(printable(line)), soft_wrap=not console.is_terminal)
     for line in _notes(table, options):
         console.print(Text(printable(line)), soft_wrap=True)
 
 
+def _unfitting(table: Table, options: _Options, console: Console) -> list[str]:
+    """Returns the columns to hide; none if the terminal is too narrow for any table, which then becomes a list."""
+    expendable = ["steps", "val_loss", "seconds", *([] if options.test else ["test"])]
+    candidates = [expendable[:count] for count in range(len(expendable) + 1)]
+    fitted = [(dropped, FittedTable(_grid(table, options, dropped))) for dropped in candidates]
+    for dropped, grid in fitted:
+        if grid.fits(console, console.width):
+            return dropped
+    return expendable if fitted[-1][1].fits(console, console.width, folded=True) else []
+
+
 def _grid(table: Table, options: _Options, dropped: Collection[str]) -> Grid:
-    metrics = [name for name in columns(table) if name in (table.by, "val_loss", "seconds", "steps")]
-    metrics = [name for name in metrics if name == table.by or name not in dropped]
-    tests = test_columns(table)[:1]
+    metrics = [name for name in _metrics(table) if name == table.by or name not in dropped]
+    tests = [] if "test" in dropped else test_columns(table)[:1]
     keys = list(table.keys)[:_MAX_KEYS]
-    compared = "difference" not in dropped and any(row.difference is not None for row in table.rows)
+    compared = any(row.difference is not None for row in table.rows)
     grid = plain_table()
     grid.add_column("#", justify="right")
     for key in keys:
@@ -215,6 +221,20 @@ def _grid(table: Table, options: _Options, dropped: Collection[str]) -> Grid:
         style = "bold" if rank == 1 and row.value is not None else ""
         grid.add_row(str(rank), *map(Text, cells), _runs(row), *values, *map(Text, difference), style=style)
     return grid
+
+
+def _metrics(table: Table) -> list[str]:
+    return [name for name in columns(table) if name in (table.by, "val_loss", "seconds", "steps")]
+
+
+def _hidden(table: Table, dropped: Collection[str]) -> list[str]:
+    """Names what the printed table leaves out, and gives the test metric of the best row if its column is hidden."""
+    lines = []
+    if "test" in dropped and table.rows:
+        values = [(name, table.rows[0].statistic(name)) for name in test_columns(table)[:1]]
+        lines += [f"{name.replace('_', ' ')} of the best: {_statistic(name, value)}" for name, value in values if value]
+    names = [*list(table.keys)[_MAX_KEYS:], *(name for name in _metrics(table) if name in dropped and name != table.by)]
+    return [*lines, *([f"hidden: {', '.join(names)}; index.html shows all columns"] if names else [])]
 
 
 def _published_grid(rows: Sequence[PublishedRow], table: Table) -> Grid:
@@ -300,7 +320,7 @@ def show_leaderboard(
     table.add_column("test", justify="right")
     for rank, row in enumerate(rows[:_MAX_ROWS], 1):
         tested = row.statistic(test) if rank == 1 or all_tests else None
-        cells = [str(rank), row.label, _spread(board.metric, row), _complete(row)]
+        cells = [str(rank), layout.round_floats(row.label), _spread(board.metric, row), _complete(row)]
         cells += [_gap(board.metric, row)] if is_paired else []
         table.add_row(*cells, "" if tested is None else layout.format_metric(test, tested.mean))
     _print(table, stream, f"... and {len(rows) - _MAX_ROWS} more\n" if len(rows) > _MAX_ROWS else "")
@@ -339,7 +359,8 @@ def show_front(rows: Sequence[tuple[str, Sequence[float]]], metrics: Sequence[st
         table.add_column(metric.replace("_", " "), justify="right")
     for label, values in rows:
         table.add_row(
-            label, *(layout.format_metric(metric, value) for metric, value in zip(metrics, values, strict=True))
+            layout.round_floats(label),
+            *(layout.format_metric(metric, value) for metric, value in zip(metrics, values, strict=True)),
         )
     _print(table)
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,14 @@ from rich import box
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.segment import Segment
-from rich.table import Column, Table
+from rich.table import Table
 from rich.text import Text
 
 from dlopt.plain import flatten
 
 _MIN_FOLDED_WIDTH = 16  # characters of a column with overflow="fold"
 _PIPE_WIDTH = 200  # characters per line when the output is not a terminal
+_LONG_FLOAT = re.compile(r"(?<![\w.])\d+\.\d{5,}(e[+-]?\d+)?(?![\w.])")
 _REPORT_KEY = "published"  # read by `dlopt report` only: not shown as a setting
 
 
@@ -36,6 +38,11 @@ def format_percent(value: float | None) -> str:
 def format_lr(value: float | None) -> str:
     """Four significant digits, no trailing zeros."""
     return "-" if value is None else f"{value:.4g}"
+
+
+def round_floats(text: str) -> str:
+    """Rounds numbers with many decimals to four significant digits: lr=0.12369483267621112 to lr=0.1237."""
+    return _LONG_FLOAT.sub(lambda match: f"{float(match[0]):.4g}", text)
 
 
 def format_bytes(count: float) -> str:
@@ -334,19 +341,24 @@ class FittedTable:
     def __init__(self, table: Table) -> None:
         self.table = table
 
-    def fits(self, console: Console, width: int) -> bool:
-        """Returns whether each row fits on one line of `width` characters; headers may wrap at spaces."""
-        widths = [max(_longest_line(column.cells), _longest_word(column)) for column in self.table.columns]
-        return self._set_widths(console, widths) <= width
+    def fits(self, console: Console, width: int, *, folded: bool = False) -> bool:
+        """Returns whether the table fits into `width` characters with each row on one line, or `folded`.
+
+        Headers may wrap at spaces.
+        """
+        return self._set_widths(console, self._min_widths(folded)) <= width
+
+    def _min_widths(self, folded: bool) -> list[int]:
+        widths = []
+        for column in self.table.columns:
+            width = max(_longest_line(column.cells), *map(cell_len, str(column.header).split()), 0)
+            widths.append(min(width, _MIN_FOLDED_WIDTH) if folded and column.overflow == "fold" else width)
+        return widths
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         # Start with every column at its minimum (headers wrapped at spaces), then widen columns from left to right.
-        max_widths, widths = [], []
-        for column in self.table.columns:
-            content, word = _longest_line(column.cells), _longest_word(column)
-            max_widths.append(max(content, _longest_line([column.header])))
-            smallest = max(content, word)
-            widths.append(min(smallest, _MIN_FOLDED_WIDTH) if column.overflow == "fold" else smallest)
+        widths = self._min_widths(folded=True)
+        max_widths = [_longest_line([column.header, *column.cells]) for column in self.table.columns]
         free = options.max_width - self._set_widths(console, widths)
         if free < 0:
             yield _stack_cells(self.table)
@@ -369,11 +381,6 @@ class FittedTable:
 
 def _longest_line(cells: Iterable[RenderableType]) -> int:
     return max((cell_len(line) for cell in cells for line in str(cell).split("\n")), default=0)
-
-
-def _longest_word(column: Column) -> int:
-    """Returns the length of the longest word of the header."""
-    return max(map(cell_len, str(column.header).split()), default=0)
 
 
 def _strip_end(line: list[Segment]) -> list[Segment]:

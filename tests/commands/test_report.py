@@ -3,6 +3,7 @@
 import http.client
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from dlopt.analysis.report.page import serve
 from dlopt.commands.report import show_front, show_leaderboard
 from tests.analysis.report.folders import make_run
 from tests.commands.line import dlopt, refused
+from tests.commands.terminal import in_terminal, plain
 
 
 @pytest.fixture
@@ -47,6 +49,36 @@ def test_writes_table_page_and_plots(runs: Path) -> None:
     again = dlopt(runs, "report", "night", "night/1", "output=elsewhere", "by=val_loss", "test=true", "top=1")
     assert again.code == 0 and (runs / "elsewhere/index.html").is_file()
     assert "more rows on the HTML page" in again.out
+
+
+@pytest.fixture
+def paired(tmp_path: Path) -> Path:
+    """Three seeds of two initial weights at three learning rates."""
+    for lr in (0.01, 0.1, 1.0):
+        for seed, weights in ((seed, weights) for seed in range(3) for weights in (None, "base/checkpoints/best.pt")):
+            make_run(
+                tmp_path / f"night/{lr}-{seed}-{weights is None}", lr=lr, seed=seed, config={"init_from": weights},
+                accuracies=(0.5, 0.9 - 0.1 * lr + 0.01 * seed**lr),
+            )  # fmt: skip
+    return tmp_path
+
+
+def test_narrow_terminal_keeps_the_difference_and_names_hidden_columns(paired: Path) -> None:
+    code, shown = in_terminal(paired, 80, "report", "night")
+    lines = plain(shown).splitlines()
+    assert code == 0 and all(len(line) <= 80 for line in lines if not line.startswith("best: "))
+    assert re.fullmatch(r"# +init_from +lr +runs +val accuracy +vs\. best \[95 % CI\]", lines[0])
+    assert sum(bool(re.match(r"[2-6] .*[+-]\d+\.\d\d \[.*\]$", line)) for line in lines) == 5
+    assert "test accuracy of the best: 75.00 ± 0.00 %" in lines
+    assert "hidden: val_loss; index.html shows all columns" in lines
+    wide = plain(in_terminal(paired, 160, "report", "night")[1])
+    assert "hidden:" not in wide and re.search(r"val loss +test accuracy +vs\. best", wide)
+
+
+def test_piped_table_is_complete_without_trailing_spaces(paired: Path) -> None:
+    lines = dlopt(paired, "report", "night").out.splitlines()
+    assert lines == [line.rstrip() for line in lines]
+    assert "hidden:" not in "".join(lines) and re.search(r"val loss +test accuracy +vs\. best", lines[0])
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,13 @@ def test_format_clock(seconds: float, text: str) -> None:
     assert layout.format_clock(seconds) == text
 
 
+def test_round_floats() -> None:
+    label = "job 1: lr=0.12369483267621112 eps=1.2345678e-08 x=0.0005,12.5 path=run-1.23456789.pt version=1.2.345678"
+    assert layout.round_floats(label) == (
+        "job 1: lr=0.1237 eps=1.235e-08 x=0.0005,12.5 path=run-1.23456789.pt version=1.2.345678"
+    )
+
+
 def test_format_epoch() -> None:
     assert layout.format_epoch(METRICS, 200, best=True) == (
         "epoch 100/200  train loss 1.2346 accuracy 50.00 %  val loss 12.3456 accuracy 100.00 %  lr 0.006699  2:04  best"
