@@ -1,5 +1,6 @@
 """Runs a fixed list of jobs, and estimates how long a sweep will take."""
 
+import math
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -97,10 +98,17 @@ def _probe(config: Mapping[str, Any], choices: Mapping[str, str]) -> float | Non
 
 
 def estimate_line(seconds: float | None, jobs: int, at_once: int) -> str:
-    """Formats the estimate for `jobs` jobs of `seconds` each, `at_once` at a time."""
-    from dlopt.tracking.layout import format_clock
+    """Formats the estimate for `jobs` jobs of `seconds` each, `at_once` at a time.
 
+    The total is computed from the rounded time of a job, so that the line adds up.
+    """
+    from dlopt.tracking.layout import format_count, format_duration
+
+    parallel = f", {at_once} at once" if at_once > 1 else ""
     if seconds is None:
-        return f"{jobs} jobs, {at_once} at once; their duration could not be estimated"
-    total = seconds * -(-jobs // at_once)
-    return f"{jobs} jobs of about {format_clock(seconds)} each, {at_once} at once: about {format_clock(total)} in total"
+        return f"{format_count('jobs', jobs)}{parallel}; their duration could not be estimated"
+    shown = max(round(seconds, 1), 0.1) if seconds < 60 else math.ceil(seconds)
+    if jobs == 1:
+        return f"1 job of about {format_duration(shown)}"
+    total = format_duration(shown * math.ceil(jobs / at_once))
+    return f"{format_count('jobs', jobs)} of about {format_duration(shown)} each{parallel}: about {total} in total"

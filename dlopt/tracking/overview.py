@@ -15,6 +15,7 @@ from dlopt.tracking import layout
 from dlopt.tracking.console import Screen
 
 _MAX_ROWS = 12  # running jobs on display
+_BAR_WIDTH = 30  # characters
 
 
 @dataclass
@@ -49,9 +50,14 @@ class Overview(Screen):
             self._start_live(self._renderable, redirect=False)
 
     def message(self, text: str, style: str = "") -> None:
-        self._print(Text(text, style))
+        """Prints a line; a terminal wraps it between words."""
+        if self.terminal:
+            self._console.print(Text(text, style))
+        else:
+            self._print(Text(text, style))
 
     def started(self, number: int, label: str) -> None:
+        label = layout.round_floats(label)
         self._running[number] = _Running(label, time.monotonic())
         if self._live is None:
             self.message(f"job {number}: {label}")
@@ -64,6 +70,7 @@ class Overview(Screen):
         self, number: int, label: str, status: str, metrics: Mapping[str, Any], reason: str = "", known: bool = False
     ) -> None:
         """Counts a job and prints its result. `known`: it had ended before this process started; nothing is printed."""
+        label = layout.round_floats(label)
         running = self._running.pop(number, None)
         self._counts["finished" if status == "stopped_early" else status] += 1
         self._update_best(number, label, status, metrics)
@@ -78,12 +85,11 @@ class Overview(Screen):
             self._durations.append(time.monotonic() - running.since)
             if not reason:
                 texts.append(f"in {layout.format_clock(self._durations[-1])}")
-        if self._live is not None:
+        if self._live is not None:  # the live display has the rest
             texts.append(label)
-        texts.append(self._state())
-        if self._best is not None and self._live is None:
-            texts.append(f"best: job {self._best[1]}")
-        self.message(" | ".join(filter(None, [*texts, self._time_left()])), "red" if status == "failed" else "")
+        else:
+            texts += [self._state(), "" if self._best is None else f"best: job {self._best[1]}", self._time_left()]
+        self.message(" | ".join(filter(None, texts)), "red" if status == "failed" else "")
 
     def update_shared(self, counts: Mapping[str, int], jobs: Iterable[tuple[int, str, Mapping[str, float]]]) -> None:
         """Sets the counts by status of a sweep that several processes share.
@@ -94,7 +100,7 @@ class Overview(Screen):
             self._done_before = sum(counts.values())
         self._counts.update({status: count - self._counts[status] for status, count in counts.items()})
         for number, label, metrics in jobs:
-            self._update_best(number, label, "finished", metrics)
+            self._update_best(number, layout.round_floats(label), "finished", metrics)
 
     def _update_best(self, number: int, label: str, status: str, metrics: Mapping[str, Any]) -> None:
         if self._metric is None and metrics.get("best_val_accuracy") is not None:
@@ -138,9 +144,11 @@ class Overview(Screen):
             self._live.refresh()
 
     def _renderable(self) -> RenderableType:
-        bar = ProgressBar(max(self._total, 1), self._counts.total(), width=30, complete_style="cyan")
+        texts = list(filter(None, [self._state(), self._time_left()]))
+        bar_width = min(max(self._console.width - sum(len(text) + 2 for text in ("sweep", *texts, "")), 4), _BAR_WIDTH)
+        bar = ProgressBar(max(self._total, 1), self._counts.total(), width=bar_width, complete_style="cyan")
         head = Table.grid(padding=(0, 2))
-        head.add_row(Text("sweep", "bold"), bar, self._state(), self._time_left())
+        head.add_row(Text("sweep", "bold"), bar, *texts)
         rows = []
         if self._best is not None and self._metric is not None:
             value, number, label = self._best

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -140,7 +141,7 @@ def test_dry_run_lists_the_jobs_and_leaves_nothing(tmp_path: Path, monkeypatch: 
     result = dlopt(tmp_path, "train", "-m", *TINY, "optimizer.lr=0.1,0.2", "seed=1", HERE, "dry_run=true")
     lines = result.out.splitlines()
     assert result.code == 0 and lines[0] == "job 0: optimizer.lr=0.1" and lines[1] == "job 1: optimizer.lr=0.2"
-    assert lines[-1].startswith("2 jobs of about 0:0") and "1 at once" in lines[-1]
+    assert re.fullmatch(r"2 jobs of about \d+\.\d s each: about \d+\.\d s in total", lines[-1])
     assert not list(tmp_path.iterdir())
     line = ["hydra.sweep.subdir=../x", "dry_run=true", "seed=0,1"]
     assert "hydra.sweep.subdir" in refused(tmp_path, "train", "-m", *TINY, *line)
@@ -164,4 +165,17 @@ def test_estimate_extrapolates_to_all_updates(
     monkeypatch.setattr("dlopt.sweeps.pool.spawn", Stopped)
     monkeypatch.setattr("dlopt.training.checkpoint.Checkpoints.load_newest", lambda self: state)
     assert estimate_job_seconds([{"seed": 0}], {}) == (3.0 if share is None else 12.0)
-    assert estimate_line(12.0, 5, 2) == "5 jobs of about 0:12 each, 2 at once: about 0:36 in total"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "jobs", "at_once", "line"),
+    [
+        (2.16, 6, 1, "6 jobs of about 2.2 s each: about 13.2 s in total"),
+        (12.0, 5, 2, "5 jobs of about 12.0 s each, 2 at once: about 36.0 s in total"),
+        (72.4, 32, 1, "32 jobs of about 1:13 each: about 38:56 in total"),
+        (0.01, 1, 1, "1 job of about 0.1 s"),
+        (None, 3, 2, "3 jobs, 2 at once; their duration could not be estimated"),
+    ],
+)
+def test_estimate_adds_up(seconds: float | None, jobs: int, at_once: int, line: str) -> None:
+    assert estimate_line(seconds, jobs, at_once) == line

@@ -6,6 +6,7 @@ import os
 import pytest
 
 from dlopt.tracking.overview import Overview
+from tests.commands.terminal import plain
 
 
 class Terminal(io.StringIO):
@@ -73,6 +74,28 @@ def test_live_overview_shows_running_and_best_jobs(monkeypatch: pytest.MonkeyPat
     assert "1/3: 1 done, 1 running, 0 failed" in shown
     overview.close()
     overview.close()
+
+
+@pytest.mark.parametrize("columns", [80, 100, 120])
+def test_terminal_wraps_between_words(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    stream = Terminal()
+    overview = Overview(18, stream=stream)
+    label = "optimizer=adamw optimizer.lr=0.12369483267621112 optimizer.weight_decay=0.0005 seed=1"
+    ended = ["job 3 finished", "best_val_accuracy 98.61 %", "in 0:01", label.replace("0.12369483267621112", "0.1237")]
+    overview.started(3, label)
+    overview.ended(3, label, "finished", {"best_val_accuracy": 0.9861})
+    overview.started(4, label)
+    overview.refresh()
+    overview.close()
+    lines = [line.rstrip() for line in plain(stream.getvalue()).splitlines()]
+    assert max(map(len, lines)) <= columns
+    begin = next(i for i, line in enumerate(lines) if line.startswith("job 3 finished"))
+    assert " ".join(lines[begin : begin + 2]).startswith(" | ".join(ended).rsplit(" | in ")[0])
+    words = {word for line in lines for word in line.split()}
+    assert set(label.replace("0.12369483267621112", "0.1237").split()) <= words
+    assert any("1/18: 1 done, 1 running, 0 failed" in line and line.endswith(" left") for line in lines)
 
 
 def test_closed_terminal_does_not_raise() -> None:
