@@ -40,7 +40,7 @@ def saved(run: Path) -> dict[str, Any]:
 
 def test_a_run_records_the_repository_of_the_current_folder(repository: Path) -> None:
     commit, run = git(repository, "rev-parse", "HEAD"), repository / "run"
-    line = ("train", *SMALL, "tracking=[]", "hydra.run.dir=run", "resume=auto")
+    line = ("train", *SMALL, "schedule=constant", "tracking=[]", "hydra.run.dir=run", "resume=auto")
     assert dlopt(repository, *line).code == 0
     clean = {"folder": str(repository), "commit": commit, "dirty": False, "diff": None}
     assert saved(run)["code"] == clean and not (run / "code.diff").exists()
