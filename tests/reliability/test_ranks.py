@@ -79,7 +79,7 @@ def test_missing_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rendezvous, "_ROLL_CALL", 0.0)
     monkeypatch.setattr(rendezvous, "join_store", lambda *_, **__: Store(0))
     assert rendezvous.missing_ranks(late) == [], "an error of its own: all connections are open"
-    monkeypatch.setattr(rendezvous, "_is_broken", lambda: True)
+    monkeypatch.setattr(rendezvous, "_has_lost_connection", lambda: True)
     assert rendezvous.missing_ranks(late) == [2, 3]
     assert rendezvous.missing_ranks(NotImplementedError("no collective raises this")) == []
 
