@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import dlopt
 from dlopt.errors import DONE, FAILED, INTERRUPTED, USER_ERROR, RunError, UserError, suggest
+from dlopt.interruption import Interrupted, end_on_signals, end_with
 
 COMMANDS = {  # name -> function(arguments) -> exit code
     "train": "dlopt.commands.train:train",
@@ -70,22 +71,30 @@ Shell completion: eval "$(dlopt train -sc install=bash)"
 
 def main() -> None:
     """Entry point of the `dlopt` command."""
+    end_on_signals()
+    try:
+        code = _exit_code()
+    except KeyboardInterrupt as error:
+        print(f"dlopt: {error or 'interrupted'}", file=sys.stderr)
+        code = error.code if isinstance(error, Interrupted) else INTERRUPTED
+    end_with(code)
+    sys.exit(code)
+
+
+def _exit_code() -> int:
+    """Runs the command of `sys.argv`; prints its error in one line."""
     _open_streams()
     try:
-        code = _main(sys.argv[1:])
+        return _main(sys.argv[1:])
     except UserError as error:
         print(f"dlopt: {error}", file=sys.stderr)
-        code = USER_ERROR
+        return USER_ERROR
     except RunError as error:
         print(f"dlopt: {error}", file=sys.stderr)
-        code = FAILED
+        return FAILED
     except BrokenPipeError:  # `dlopt ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = FAILED
-    except KeyboardInterrupt:
-        print("dlopt: interrupted", file=sys.stderr)
-        code = INTERRUPTED
-    sys.exit(code)
+        return FAILED
 
 
 def _open_streams() -> None:

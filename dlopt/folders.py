@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import IO, Any
 
 from dlopt.errors import UserError
 from dlopt.files import read_json
+from dlopt.interruption import note_files
 from dlopt.locks import hold, is_held
 from dlopt.plain import load_yaml
 
@@ -30,7 +32,6 @@ class RunFolder:
 
     def config(self) -> dict[str, Any] | None:
         """Reads the saved config; None if it is missing or unreadable."""
-        path = self.path / "config.yaml"
         try:
             config = load_yaml(self.path / "config.yaml")
         except (OSError, ValueError):  # ValueError includes UnicodeDecodeError
@@ -75,6 +76,7 @@ class RunFolder:
 
     def lock(self) -> IO[str]:
         """Locks the folder until the returned file is closed or the process ends. Raises `UserError` if locked."""
+        note_files()
         try:
             file = hold(self.path / LOCK)
         except BlockingIOError:
@@ -95,8 +97,18 @@ class RunFolder:
         return [str(override) for override in overrides] if isinstance(overrides, list) else []
 
 
+def refuse_url(path: str, key: str) -> None:
+    """Raises `UserError` for s3://bucket/x, which as a path would be a local folder named `s3:`."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):
+        raise UserError(
+            f"{key}={path}: must be a path, not a URL; mount the storage (s3fs, gcsfuse) and use the mounted path, "
+            "or use a local folder and copy it at the end"
+        )
+
+
 def make(path: Path, key: str) -> Path:
     """Creates the folder given by `key`. Raises `UserError`."""
+    note_files()
     try:
         path.mkdir(parents=True)
     except FileExistsError:

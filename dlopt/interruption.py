@@ -1,8 +1,18 @@
-"""Graceful stop: signals and the time limit end a run after the current update, never within it."""
+"""Graceful stop: signals and the time limit end a run after the current update, never within it.
 
+Before a run has started, signals end the command with one line (`end_on_signals`).
+"""
+
+import contextlib
+import os
 import signal
+import sys
 import time
+from collections.abc import Iterator
 from types import FrameType
+from typing import NoReturn
+
+from dlopt.errors import INTERRUPTED
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -40,3 +50,87 @@ class Interruption:
         if number == signal.SIGINT and self.reason is not None:
             raise KeyboardInterrupt
         self.reason = signal.Signals(number).name
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal that ends a command before the command has set up its own `Interruption`."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(_message(number))
+        self.code = _exit_code(number)
+
+
+_has_files = False
+
+
+def note_files() -> None:
+    """Notes that the command has begun to write files: Ctrl-C then exits with 75 instead of 130."""
+    global _has_files
+    _has_files = True
+
+
+def end_on_signals() -> None:
+    """Makes signals end this process with one line on stderr; for the start of a command."""
+    global _has_files
+    _has_files = False
+    _install(_end)
+
+
+def end_with(code: int) -> None:
+    """Makes signals end this process with `code`; for the end of a command, which has returned `code`."""
+    # An exception while the interpreter shuts down would print a traceback.
+    _install(lambda *_: _exit(code))
+
+
+@contextlib.contextmanager
+def killed_by_signals() -> Iterator[None]:
+    """Lets signals kill this process within the context, for blocking calls, where no Python code could handle them."""
+    previous = {number: signal.getsignal(number) for number in SIGNALS}
+    _install(signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _install(handler: "signal._HANDLER") -> None:
+    with contextlib.suppress(ValueError):  # not the main thread
+        for number in SIGNALS:
+            signal.signal(number, handler)
+
+
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    """Raises `Interrupted`, so that the command cleans up; within an import, ends the process."""
+    if _is_importing(frame):
+        _end_now(number, frame)
+    _install(_end_now)  # a second Ctrl-C does not wait for the clean-up
+    raise Interrupted(number)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    """Returns whether `frame` runs in an import, where modules catch or replace any exception (RecursionError)."""
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None
+
+
+def _end_now(number: int, frame: FrameType | None) -> NoReturn:
+    with contextlib.suppress(OSError):
+        os.write(2, f"dlopt: {_message(number)}\n".encode())
+    _exit(_exit_code(number))
+
+
+def _exit(code: int) -> NoReturn:
+    with contextlib.suppress(Exception):  # the signal may have come while stdout was being written
+        sys.stdout.flush()
+    os._exit(code)
+
+
+def _message(number: int) -> str:
+    return f"interrupted by {signal.Signals(number).name}"
+
+
+def _exit_code(number: int) -> int:
+    """Returns 130 for Ctrl-C before the command wrote a file; 75 otherwise, upon which schedulers start it again."""
+    return 128 + number if number == signal.SIGINT and not _has_files else INTERRUPTED

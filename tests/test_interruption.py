@@ -1,11 +1,20 @@
+"""The stop flag of a run, and signals before a run has started."""
+
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+import dlopt as package
+from dlopt.folders import make
 from dlopt.interruption import SIGNALS, Interruption
+from tests.commands.line import SMALL, dlopt, entries
 
 
 def send(number: signal.Signals) -> None:
@@ -65,3 +74,127 @@ def test_no_handlers_outside_the_main_thread() -> None:
     thread.start()
     thread.join()
     assert flags == [False]
+
+
+# -- while a command starts
+
+
+SIGNAL_AT_IMPORT = """
+import os, signal, sys
+from dlopt import cli
+
+class Sender:
+    def find_spec(self, name, path=None, target=None):
+        if name == module:
+            os.kill(os.getpid(), int(number))
+
+_, module, number, *arguments = sys.argv
+sys.argv[1:] = arguments
+sys.meta_path.insert(0, Sender())
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "number", "code"), [("omegaconf", signal.SIGINT, 130), ("torch", signal.SIGTERM, 75)]
+)
+def test_signal_within_an_import(module: str, number: signal.Signals, code: int, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SIGNAL_AT_IMPORT, module, str(int(number)), "train", *SMALL]
+    environment = {**os.environ, "PYTHONPATH": str(Path(package.__file__).parents[1])}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (code, f"dlopt: interrupted by {number.name}\n")
+    assert entries(tmp_path) == set()
+
+
+@pytest.mark.parametrize(
+    ("number", "has_files", "code"),
+    [(signal.SIGINT, False, 130), (signal.SIGINT, True, 75), (signal.SIGTERM, False, 75), (signal.SIGUSR1, True, 75)],
+)
+def test_signal_before_the_stop_flag(
+    number: signal.Signals, has_files: bool, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def command(_: list[str]) -> int:
+        if has_files:
+            make(tmp_path / "run", "hydra.run.dir")
+        send(number)
+        raise AssertionError("not interrupted")
+
+    run_instead(command, monkeypatch)
+    result = dlopt(tmp_path, "options")
+    assert (result.code, result.err) == (code, f"dlopt: interrupted by {number.name}\n")
+
+
+def test_signal_after_the_command_keeps_its_exit_code(tmp_path: Path) -> None:
+    code = "import os, signal; from dlopt import cli; cli.sys.exit = lambda _: os.kill(os.getpid(), signal.SIGINT)"
+    command = [sys.executable, "-c", f"{code}; cli.main()", "--version"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(package.__file__).parents[1])}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"dlopt {package.__version__}\n", "")
+
+
+def run_instead(command: Callable[[list[str]], int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes `dlopt options` run `command`."""
+    monkeypatch.setattr("dlopt.commands.options.options", command)
+
+
+MOMENTS = 20
+SENDS_WHEN_STARTED = """
+from dlopt import cli
+main = cli._main
+def started(arguments):
+    print("started", flush=True)
+    return main(arguments)
+cli._main = started
+cli.main()
+"""
+
+
+class Started:
+    """A command in a process group of its own, as in a terminal."""
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", SENDS_WHEN_STARTED, *arguments], cwd=folder, start_new_session=True, text=True,
+            env={**os.environ, "PYTHONPATH": str(Path(package.__file__).parents[1])},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == "started\n"
+
+
+LONG = (*SMALL[:3], "threads=1", "epochs=100000", "stopping=none", "name=x")
+STARTS = {"train": ("train", *LONG), "sweep": ("train", "-m", *LONG, "optimizer=sgd,adamw")}
+
+
+@pytest.fixture(scope="module")
+def seconds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+    """How long each command takes to write its first metrics."""
+    times = {}
+    for name, line in STARTS.items():
+        folder = tmp_path_factory.mktemp(name)
+        started, begin = Started(folder, *line), time.monotonic()
+        while not [*folder.rglob("metrics.jsonl")]:
+            assert time.monotonic() < begin + 120 and started.process.poll() is None
+            time.sleep(0.02)
+        times[name] = time.monotonic() - begin
+        os.killpg(started.process.pid, signal.SIGINT)
+        started.process.communicate(timeout=60)
+    return times
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STARTS)
+@pytest.mark.parametrize("moment", range(MOMENTS))
+def test_signal_at_any_moment(moment: int, name: str, seconds: dict[str, float], tmp_path: Path) -> None:
+    number = (signal.SIGINT, signal.SIGTERM)[moment % 2]
+    started = Started(tmp_path, *STARTS[name])
+    time.sleep(seconds[name] * moment / MOMENTS)
+    os.killpg(started.process.pid, number)
+    out, err = started.process.communicate(timeout=60)
+    assert started.process.returncode in (130, 75), err
+    assert "Traceback" not in out + err and "Error" not in out + err and "KeyboardInterrupt" not in out + err
+    lines = err.splitlines()
+    assert len(lines) <= 1, err
+    assert lines or "resume=auto" in out
+    if started.process.returncode == 130:
+        assert entries(tmp_path) == set()

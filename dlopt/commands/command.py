@@ -19,7 +19,8 @@ from dlopt.config.compose import Composer, choices_of, grid, parse_arguments, to
 from dlopt.config.saved import checkpoint_file, refuse_others, take_path, typed_values
 from dlopt.config.schema import check_arguments, parameters_of, show
 from dlopt.errors import DONE, UserError, suggest
-from dlopt.folders import make_new
+from dlopt.folders import make_new, refuse_url
+from dlopt.interruption import note_files
 
 if TYPE_CHECKING:
     from dlopt.config.experiment import Experiment
@@ -269,9 +270,11 @@ def output_folder(output: str | None, command: str) -> Path:
     """Returns the folder `output`, created if missing; by default a new outputs/COMMAND/DATE. Raises `UserError`."""
     if output is None:
         return make_new(Path("outputs") / command / datetime.now().strftime("%Y-%m-%d_%H-%M-%S"), "output")
+    refuse_url(output, "output")
     folder = Path(output)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output={output}: is a file; must be a folder")
+    note_files()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

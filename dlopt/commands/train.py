@@ -27,6 +27,7 @@ from dlopt.config.inherit import inherit
 from dlopt.config.resuming import newest_unfinished, refuse_other_config
 from dlopt.errors import FAILED, USER_ERROR, UserError
 from dlopt.folders import FolderSnapshot, RunFolder, make, make_new
+from dlopt.interruption import killed_by_signals
 from dlopt.parallel.rendezvous import World, current, end_process, join_store
 
 if TYPE_CHECKING:
@@ -115,7 +116,9 @@ def _follow(composer: Composer, parsed: Namespace, world: World) -> int:
         config = composer.compose(parsed.overrides)
     except UserError:
         end_process(USER_ERROR)
-    message = json.loads(_join_store(config, world).get("run"))
+    store = _join_store(config, world)
+    with killed_by_signals():
+        message = json.loads(store.get("run"))
     if "exit" in message:
         end_process(message["exit"])
     experiment = parse(resolve_saved(message["config"]), message["config"])
@@ -124,12 +127,13 @@ def _follow(composer: Composer, parsed: Namespace, world: World) -> int:
 
 def _join_store(config: DictConfig, world: World) -> "Store":
     parallel = config.parallel
-    return join_store(
-        world,
-        minutes=parallel.get("timeout_minutes", 10.0),
-        address=parallel.get("master_addr"),
-        port=parallel.get("master_port"),
-    )
+    with killed_by_signals():
+        return join_store(
+            world,
+            minutes=parallel.get("timeout_minutes", 10.0),
+            address=parallel.get("master_addr"),
+            port=parallel.get("master_port"),
+        )
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.context import ForkServerContext
 from multiprocessing.forkserver import ensure_running
 from multiprocessing.process import BaseProcess
@@ -27,7 +28,7 @@ from omegaconf import OmegaConf
 from dlopt.config.schema import check_arguments
 from dlopt.errors import DONE, INTERRUPTED, UserError
 from dlopt.folders import RunFolder
-from dlopt.interruption import Interruption
+from dlopt.interruption import SIGNALS, Interruption
 from dlopt.ranges import Count
 from dlopt.sweeps.jobs import OUTPUT, Job, Result, prepare, record_failure, record_pruned, result_of
 from dlopt.tracking.metrics import METRICS, parse_metrics
@@ -312,6 +313,7 @@ class Forked:
 
 def spawn(folder: Path, environment: Mapping[str, str], cores: set[int] | None) -> Forked:
     """Starts the job in `folder` on these cores (None: all), with `environment` added to this process's environment."""
+    warm_up()
     process = _forkserver().Process(
         target=_run, args=(str(folder), os.getcwd(), {**os.environ, **environment}, cores), daemon=False
     )
@@ -320,9 +322,18 @@ def spawn(folder: Path, environment: Mapping[str, str], cores: set[int] | None) 
 
 
 def warm_up() -> None:
-    """Starts the server's imports, while the sweep is still composing its jobs."""
+    """Starts the server, unless it runs; it imports the modules while the sweep is still composing its jobs.
+
+    The server inherits the blocked signals. They reach all processes of a terminal or a Slurm step, and would end it
+    with a traceback. It exits when the sweep does.
+    """
     _forkserver()
-    ensure_running()
+    resource_tracker.ensure_running()  # unblocks signals when it starts, so start it first
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
 def _forkserver() -> ForkServerContext:
@@ -333,6 +344,8 @@ def _forkserver() -> ForkServerContext:
 
 def _run(folder: str, cwd: str, environment: Mapping[str, str], cores: set[int] | None) -> None:
     """Runs in the forked process, whose working directory, environment and streams are the server's at first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the sweep forwards it as SIGTERM
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # blocked in the server, see `warm_up`
     output = os.open(os.path.join(folder, OUTPUT), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     for stream in (1, 2):
         os.dup2(output, stream)

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from unittest import mock
 import torch
 
 from dlopt import cli
+from dlopt.interruption import SIGNALS
 from dlopt.processor import set_deterministic
 
 SMALL = ("model=mlp", "model.widths=[4]", "data.subset=40", "epochs=2", "threads=1")
@@ -72,7 +74,11 @@ def only(folder: Path, pattern: str) -> Path:
 
 @contextlib.contextmanager
 def _state_kept() -> Iterator[None]:
-    """Restores what a run changes in its process: environment, sys.path, torch settings (not warning filters)."""
+    """Restores what a run changes in its process: environment, sys.path, torch settings, signal handlers.
+
+    Not warning filters.
+    """
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     environment, path = dict(os.environ), list(sys.path)
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     try:
@@ -83,6 +89,8 @@ def _state_kept() -> Iterator[None]:
         sys.path[:] = path
         torch.set_num_threads(threads)
         torch.set_default_dtype(dtype)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         set_deterministic(False)
 
 
