@@ -8,6 +8,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from typing import NoReturn
 
 from dlopt.config.choices import Catalogue, Choice, Key
@@ -28,12 +29,15 @@ _TRAJECTORY = {"function": "quadratic"}  # only in `dlopt trajectory`
 
 
 def options(arguments: list[str]) -> int:
-    """Prints all groups, or the keys of some groups and choices (`optimizer`, `optimizer=sgd`)."""
+    """Prints all groups, the choices of a group (`model`), or the keys of choices (`model=mlp`, `model=vgg*`)."""
     parser = argparse.ArgumentParser(
-        prog="dlopt options", description="List all groups and choices, or the keys of some with their defaults."
+        prog="dlopt options",
+        description="List groups, the choices of a group, or the keys of a choice with their defaults.",
     )
     parser.error = _refuse  # type: ignore[method-assign]
-    parser.add_argument("names", nargs="*", metavar="group | group=choice", help="such as optimizer, schedule=cosine")
+    parser.add_argument(
+        "names", nargs="*", metavar="group | group=choice", help="optimizer, schedule=cosine, 'model=vgg*'"
+    )
     parser.add_argument("--config-dir", "-cd", help="folder with your own choices, as in dlopt train")
     parsed = parser.parse_args(arguments)
     catalogue = Catalogue(parsed.config_dir)
@@ -46,8 +50,12 @@ def options(arguments: list[str]) -> int:
             raise UserError(_no_group(catalogue, name))
         choices = choices_of(catalogue, group)
         if equals:
-            choices = [each for each in choices if each.name == choice] or _no_choice(catalogue, group, choice)
-        _group(catalogue, group, choices, page)
+            choices = [each for each in choices if fnmatchcase(each.name, choice)] or _no_choice(
+                catalogue, group, choice
+            )
+            _keys(catalogue, group, choices, page)
+        else:
+            _choices(catalogue, group, choices, page)
     print("\n".join(page.lines))
     return DONE
 
@@ -128,10 +136,35 @@ def _overview(catalogue: Catalogue, page: _Page) -> None:
             page.rows([("", "(no choices)", "")])
         page.lines.append("")
     page.heading(f"Sweeps (-m): {', '.join(_SWEEPS)}; dlopt trajectory: {', '.join(_TRAJECTORY)}", bold=False)
-    page.heading(f"{_MARK} default. Select with group=choice; `dlopt options GROUP` lists the keys.", bold=False)
+    page.heading(f"{_MARK} default. Select with group=choice; `dlopt options GROUP=CHOICE` lists its keys.", bold=False)
 
 
-def _group(catalogue: Catalogue, group: str, choices: Sequence[Choice], page: _Page) -> None:
+def _choices(catalogue: Catalogue, group: str, choices: Sequence[Choice], page: _Page) -> None:
+    """Adds a table of choices, and the names of all of their keys."""
+    default = every_group(catalogue)[group]
+    package = group.replace("/", ".")
+    page.gap()
+    page.heading(group)
+    page.rows([(_MARK if choice.name == default else "", choice.name, choice.description) for choice in choices])
+    if not choices:
+        page.rows([("", "(no choices)", "")])
+        return
+    keys = {choice.name: catalogue.keys(choice) for choice in choices}
+    own = {
+        key.name.removeprefix(f"{package}.") for each in keys.values() for key in each if key.name.startswith(package)
+    }
+    if own and default is not None:  # an experiment sets keys of other groups
+        page.gap()
+        page.heading(f"keys ({package}.KEY=VALUE): {', '.join(sorted(own))}", bold=False)
+    example = next((name for name in (default, *keys) if name is not None and keys.get(name)), choices[0].name)
+    mark = "" if default is None else f"{_MARK} default. "
+    commands = f"`dlopt options {group}={example}` lists the keys of a choice with their defaults"
+    page.gap()
+    page.heading(f"{mark}{commands}, `dlopt options '{group}=*'` those of all choices.", bold=False)
+
+
+def _keys(catalogue: Catalogue, group: str, choices: Sequence[Choice], page: _Page) -> None:
+    """Adds the keys of the choices with their defaults."""
     default = every_group(catalogue)[group]
     keys = {choice.name: catalogue.keys(choice) for choice in choices}
     shared = [] if default is None else _shared(keys.values())  # an experiment lists all of its keys

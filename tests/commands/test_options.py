@@ -43,15 +43,36 @@ def test_lists_each_choice_and_marks_the_default(printed: Callable[..., str]) ->
 
 @pytest.mark.parametrize("columns", [60, 90, 120])
 def test_wraps_to_the_width(printed: Callable[..., str], columns: int) -> None:
-    for arguments in ((), ("model", "optimizer", "schedule=wsd")):
+    for arguments in ((), ("model", "optimizer=*", "schedule=wsd")):
         narrow, wide = printed(*arguments, columns=columns), printed(*arguments)
         assert max(map(len, narrow.splitlines())) <= columns
         assert narrow.split() == wide.split()
         assert "\033" not in narrow
 
 
-def test_group_lists_keys_defaults_and_comments(printed: Callable[..., str]) -> None:
-    text = printed("schedule", "stopping=early")
+def test_group_lists_one_line_per_choice_and_how_to_list_keys(printed: Callable[..., str]) -> None:
+    lines = printed("model").splitlines()
+    choices = CATALOGUE.choices("model")
+    assert lines[0] == "model" and [line[2:].split()[0] for line in lines[1 : len(choices) + 1]] == [
+        choice.name for choice in choices
+    ]
+    assert len(lines) == len(choices) + 5  # two blank lines, the names of the keys, the commands
+    assert "* resnet20 " in "\n".join(lines)
+    assert lines[-3].startswith("keys (model.KEY=VALUE): ") and {"norm,", "widths"} <= set(lines[-3].split())
+    assert "`dlopt options model=resnet20` lists the keys of a choice" in lines[-1]
+    assert "`dlopt options clip=adaptive` lists the keys" in printed("clip")  # the default, none, has no keys
+    experiments = printed("experiment")
+    assert len(experiments.splitlines()) == len(CATALOGUE.choices("experiment")) + 3 and "* default" not in experiments
+
+
+def test_wildcard_lists_the_keys_of_several_choices(printed: Callable[..., str]) -> None:
+    text = printed("model=vgg*")
+    assert "\nvgg11: " in text and "\nvgg11_bn: " in text and "resnet20" not in text.partition("\nvgg11: ")[2]
+    assert re.search(r"norm=batch +batch, layer, group", text)
+
+
+def test_choices_list_keys_defaults_and_comments(printed: Callable[..., str]) -> None:
+    text = printed("schedule=*", "stopping=early")
     common, _, rest = text.partition("\nconstant: ")
     assert re.search(r"warmup_epochs=null +length of the warmup in epochs", common)
     wsd = rest[rest.index("\nwsd: ") :]
