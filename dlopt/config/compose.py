@@ -38,6 +38,7 @@ from omegaconf.errors import OmegaConfBaseException
 import dlopt
 from dlopt.config.choices import config_dir as searched_config_dir
 from dlopt.config.choices import config_folder
+from dlopt.config.expansion import check_expansion
 from dlopt.config.schema import show
 from dlopt.config.synonyms import for_choice, for_flag, for_key
 from dlopt.config.trust import check_hydra, leaves
@@ -132,8 +133,15 @@ class Composer:
         self._check_overrides(parsed, multirun)
         try:
             config = self._compose(overrides, multirun)
+            raw: Any = OmegaConf.to_container(config, resolve=False)
+            check_expansion(raw)
             check_hydra(config, overrides)
             return config
+        except RecursionError:
+            folder = "" if self.config_dir is None else f"--config-dir={self.config_dir}: "
+            raise UserError(
+                f"{folder}a config file is nested too deeply, or includes itself through its defaults list"
+            ) from None
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(self._explain(parsed, error, multirun)) from None
         except yaml.YAMLError as error:

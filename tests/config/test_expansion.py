@@ -1,0 +1,37 @@
+"""Configs that expand or include themselves without end are refused with one line."""
+
+from pathlib import Path
+
+import pytest
+
+from dlopt.config.expansion import check_expansion
+from dlopt.errors import UserError
+from tests.commands.line import refused
+
+
+def test_refuses_an_exponential_chain(tmp_path: Path) -> None:
+    (tmp_path / "conf").mkdir()
+    lines = [f"a{i}: " + f"${{a{i - 1}}}" * 4 for i in range(1, 25)]
+    (tmp_path / "conf/big.yaml").write_text("\n".join(["defaults: [train, _self_]", "a0: x", *lines]))
+    message = refused(tmp_path, "train", "--config-dir", "conf", "--config-name", "big")
+    assert "=${a" in message and "expand to more than 10000 values" in message
+
+
+def test_counts_relative_references_and_blocks() -> None:
+    chain = {f"k{i}": f"${{.k{i - 1}}}${{.k{i - 1}}}" for i in range(1, 20)}
+    with pytest.raises(UserError, match=r"^block\.k\d+="):
+        check_expansion({"block": {"k0": "1", **chain}})
+    blocks = {f"b{i}": {"x": f"${{b{i - 1}}}", "y": f"${{b{i - 1}}}"} for i in range(1, 20)}
+    with pytest.raises(UserError, match=r"^b\d+\.x="):
+        check_expansion({"b0": {"x": 1}, **blocks})
+    check_expansion({"seed": 0, "a": "${seed}", "b": "${a}${a}", "cycle": "${cycle}", "env": "${oc.env:HOME}"})
+
+
+@pytest.mark.parametrize("choice", ["itself", "loop"])
+def test_refuses_a_choice_that_includes_itself(tmp_path: Path, choice: str) -> None:
+    folder = tmp_path / "conf/optimizer"
+    folder.mkdir(parents=True)
+    (folder / "itself.yaml").write_text("defaults: [itself]\n")
+    (folder / "loop.yaml").write_text("# @package _global_\ndefaults: [/optimizer: loop]\n")
+    message = refused(tmp_path, "train", "--config-dir", "conf", f"optimizer={choice}")
+    assert message.startswith("dlopt: --config-dir=conf: ") and "includes itself" in message
