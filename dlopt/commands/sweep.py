@@ -1,6 +1,7 @@
 """`dlopt train -m`: checks all jobs before the first one starts, and runs each in a separate process."""
 
 import os
+import shlex
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,9 @@ from dlopt.config.resuming import differences, refuse_other_config
 from dlopt.errors import DONE, FAILED, INTERRUPTED, UserError, install
 from dlopt.files import write_atomically
 from dlopt.folders import FolderSnapshot, RunFolder, make_new, newest
+from dlopt.interruption import Interrupted, note_files
 from dlopt.sweeps.jobs import SPACE
+from dlopt.tracking.layout import short_path
 
 if TYPE_CHECKING:
     from dlopt.sweeps.pool import Pool
@@ -59,6 +62,7 @@ class Request:
             check(unfinished.path, "resume=auto")
             return unfinished.path
         check(self.path, f"hydra.sweep.dir={self.path}")
+        note_files()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -145,6 +149,7 @@ def _grid(request: Request) -> int:
     )
     if jobs and all(job.folder(folder).is_done(job.config) for job in jobs):
         print(f"this sweep is already finished: {folder}")
+        print("\n".join(_next_commands(folder, [])))
         return 0
     with RunFolder(folder).lock():
         write_atomically(folder / SPACE, yaml.safe_dump([job.overrides for job in jobs], allow_unicode=True).encode())
@@ -152,10 +157,18 @@ def _grid(request: Request) -> int:
             record_dead(job.folder(folder))
         try:
             request.run(folder)
+        except Interrupted:  # before the first job
+            raise
         except KeyboardInterrupt:
             return INTERRUPTED
     _show(folder, jobs)
-    return _exit_code(folder, jobs)
+    statuses = _statuses(folder, jobs)
+    _print_end(folder, statuses)
+    if any(status in ("failed", "interrupted") for status in statuses):
+        print("resume=auto added to this command runs the failed and interrupted jobs again")
+    if not statuses or {"failed", "running"} & set(statuses):
+        return FAILED
+    return INTERRUPTED if "interrupted" in statuses else DONE
 
 
 def _jobs(request: Request) -> list[GridJob]:
@@ -212,14 +225,24 @@ def _is_unfinished(sweep: RunFolder, jobs: Sequence[GridJob]) -> bool:
     return not any(old is not None and differences(old, config) for old, config in saved)
 
 
-def _exit_code(sweep: Path, jobs: Sequence[GridJob]) -> int:
+def _statuses(sweep: Path, jobs: Sequence[GridJob] = ()) -> list[str]:
+    """Returns the status of each job; without `jobs`, of each run in the sweep's folder."""
     folders = [job.folder(sweep) for job in jobs]
     if not jobs:
         folders = [RunFolder(path) for path in sweep.iterdir() if (path / "config.yaml").exists()]
-    status = [(folder.summary() or {}).get("status", "failed") for folder in folders]
-    if not folders or "failed" in status:
-        return FAILED
-    return INTERRUPTED if "interrupted" in status else DONE
+    return [(folder.summary() or {}).get("status", "running" if folder.is_live() else "failed") for folder in folders]
+
+
+def _print_end(sweep: Path, statuses: Sequence[str]) -> None:
+    """Prints the folder of the sweep and the next commands."""
+    print(f"\nsweep folder: {short_path(sweep)}")
+    print("\n".join(_next_commands(sweep, statuses)))
+
+
+def _next_commands(sweep: Path, statuses: Sequence[str]) -> list[str]:
+    path = shlex.quote(short_path(sweep))
+    failed = [f"  dlopt runs {path} status=failed"] if "failed" in statuses else []
+    return ["next:", f"  dlopt report {path}", *failed]
 
 
 def _show(sweep: Path, jobs: Sequence[GridJob]) -> None:
@@ -229,7 +252,6 @@ def _show(sweep: Path, jobs: Sequence[GridJob]) -> None:
     entries = [Entry(job.subfolder, job.config, job.folder(sweep).summary() or {}, job.overrides) for job in jobs]
     board = leaderboard(entries)
     show_leaderboard(board, board.metric.replace("best_val_", "test_"))
-    print(f"\nsweep folder: {sweep}")
 
 
 # -- searches
@@ -262,9 +284,12 @@ def _search(request: Request) -> int:
     same_search = isinstance(saved, dict) and saved.get("facts") == facts
     if same_search and not _is_unfinished_search(saved, facts, spec.total):
         print(f"this sweep is already finished: {folder}")
+        print("\n".join(_next_commands(folder, [])))
         return 0
     try:
         outcome = request.run(folder)
+    except Interrupted:  # before the first job
+        raise
     except KeyboardInterrupt:
         return INTERRUPTED
     except UserError:
@@ -315,7 +340,7 @@ def _show_search(sweep: Path, spec: "StudySpec", rows: Sequence[tuple[int, str, 
             entries.append(Entry(f"job {number}", {"job": number}, summary, [f"job {number}:", label]))
         board = leaderboard(entries, metric=metric, direction=spec.directions[0])
         show_leaderboard(board, metric.replace("best_val_", "test_"))
-    print(f"\nsweep folder: {sweep}")
+    _print_end(sweep, _statuses(sweep))
 
 
 # -- launchers of other packages

@@ -73,6 +73,7 @@ def test_jobs_are_complete_runs(tmp_path: Path) -> None:
         assert f"optimizer.lr={rate}" in yaml.safe_load((run / "overrides.yaml").read_text())
         assert json.loads((run / "environment.json").read_text())["choices"]["optimizer"] == "sgd"
     assert not (tmp_path / "outputs").exists()
+    assert result.out.endswith("\nsweep folder: sweep\nnext:\n  dlopt report sweep\n")
 
 
 def test_failed_job_does_not_stop_others(tmp_path: Path, own: list[str]) -> None:
@@ -82,6 +83,9 @@ def test_failed_job_does_not_stop_others(tmp_path: Path, own: list[str]) -> None
     reasons = [json.loads(path.read_text())["reason"] for path in (first, second, third)]
     assert "broken on purpose" in reasons[0] and "exit code 3" in reasons[1] and "exit code 0" in reasons[2]
     assert "broken on purpose" in (first.parent / "traceback.txt").read_text()
+    end = result.out[result.out.index("sweep folder: sweep") :].splitlines()
+    assert end[1:4] == ["next:", "  dlopt report sweep", "  dlopt runs sweep status=failed"]
+    assert end[4].startswith("resume=auto added to this command runs the failed")
     assert status(tmp_path) == ["failed", "failed", "failed", "finished"]
     assert json.loads(last.read_text())["status"] == "finished"
 
@@ -125,7 +129,8 @@ def test_existing_sweep_folder(tmp_path: Path) -> None:
     assert "resume=auto" in refused(tmp_path, "train", "-m", *TINY, "seed=1,2")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     result = sweep(tmp_path, "seed=1,2", "resume=auto")
-    assert result.code == 0 and "finished" in result.out
+    assert result.code == 0 and result.out.startswith("this sweep is already finished: ")
+    assert result.out.endswith("sweep\nnext:\n  dlopt report sweep\n")
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
     assert "seed: saved 2, now 3" in refused(tmp_path, "train", "-m", *TINY, "seed=1,3", "resume=auto")
 
