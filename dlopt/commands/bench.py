@@ -189,6 +189,11 @@ def _count(override: str) -> int:
     value = override.partition("=")[2]
     if not value.isdigit() or int(value) < 1:
         raise UserError(f"processes={value}: must be an integer >= 1, or several: processes=1,2")
+    from dlopt.config.rules import PROCESSES_PER_CORE
+
+    cores = os.cpu_count() or 1
+    if int(value) > PROCESSES_PER_CORE * cores:
+        raise UserError(f"processes={value}: this machine has {cores} cores; at most {PROCESSES_PER_CORE * cores}")
     return int(value)
 
 

@@ -1,5 +1,6 @@
 """`dlopt trajectory`: plots optimizer paths, learning-rate schedules or loss landscapes."""
 
+import itertools
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -161,7 +162,7 @@ def _curve(line: Line, job: Job, steps_per_epoch: int) -> tuple[str, "Curve"]:
 class _Settings:
     """The keys of conf/trajectory.yaml."""
 
-    steps: Count
+    steps: Annotated[int, Interval(ge=1, le=100_000)]
     seed: Seed
     tune_lr: bool
     animation: Literal["gif", "mp4"] | None
@@ -299,11 +300,25 @@ def _follow(job: _PathJob) -> tuple["Trajectory", float | None]:
 
     if not job.tunes_lr:
         return run(job.optimizer), None if _uses_line_search(job.optimizer) else job.optimizer.arguments.get("lr")
+    tried = itertools.count(1)
+
+    def trial(lr: float) -> "Trajectory":
+        _show(f"{job.label}: trying learning rate {next(tried)}")
+        return run(job.optimizer.partial(lr=lr))
+
     try:
-        rate = best_rate(lambda lr: run(job.optimizer.partial(lr=lr)), function.least)
+        rate = best_rate(trial, function.least)
     except ValueError as error:
         raise UserError(f"optimizer of {job.label}: {error}; set optimizer.lr") from None
+    finally:
+        _show("")
     return run(job.optimizer.partial(lr=rate)), rate
+
+
+def _show(message: str) -> None:
+    """Replaces the current line of a terminal."""
+    if sys.stderr.isatty():
+        print(f"\r{message}\033[K", end="", file=sys.stderr, flush=True)
 
 
 # -- loss landscapes

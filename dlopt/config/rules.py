@@ -9,7 +9,7 @@ from dlopt.errors import UserError, install
 
 _MAX_NAME = 100
 _PER_CORE = 64  # threads and data workers per core; larger values are almost certainly typos
-_PROCESSES_PER_CORE = 16  # training processes per core, each of which imports torch
+PROCESSES_PER_CORE = 16  # training processes per core, each of which imports torch
 _MONITORS = ("auto", "val_loss", "val_accuracy")
 _EXTRA = (
     "val_top5_accuracy", "val_macro_f1", "val_calibration_error", "val_worst_class_accuracy", "val_r2", "val_mae",
@@ -107,7 +107,7 @@ def _check_device(experiment: Experiment) -> None:
     for key, number, per_core in (
         ("threads", settings.threads, _PER_CORE),
         ("data.workers", experiment.data_settings.workers, _PER_CORE),
-        ("parallel.processes", experiment.parallel.arguments.get("processes"), _PROCESSES_PER_CORE),
+        ("parallel.processes", experiment.parallel.arguments.get("processes"), PROCESSES_PER_CORE),
     ):
         if isinstance(number, int) and number > per_core * cores:
             raise UserError(f"{key}={number}: this machine has {cores} cores; at most {per_core * cores}")

@@ -56,6 +56,7 @@ def test_threads_per_process_are_equal(monkeypatch: pytest.MonkeyPatch) -> None:
     ("typed", "message"),
     [
         ("processes=0", "processes=0: must be an integer >= 1"),
+        ("processes=100000", "processes=100000: this machine has"),
         ("updates=0", "updates=0: input should be greater than or equal to 1"),
         ("parallel.processes=2", "parallel.processes=2: use processes=2 here"),
         ("parallel=single processes=2", "parallel=single processes=2: this mode has only one process"),

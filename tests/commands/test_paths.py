@@ -92,6 +92,7 @@ def test_several_batch_sizes_and_skipped_keys(drawn: dict[str, Any], capsys: pyt
         ("function=quadratic model=mlp", "model=mlp: unknown key of optimizer paths; "),
         ("function=quadratic animation=avi", "animation=avi: "),
         ("function=quadratic steps=0", "steps=0: "),
+        ("function=quadratic steps=1000000000000", "allowed: an integer >= 1 and <= 100000"),
         ("function=quadratic optimizer.lr=range(1,10)", "9 curves; at most 7"),
         ("function=quadratic optimizer=muon", "optimizer=muon: not supported on test functions"),
         ("function=quadratic optimizer=adamm", "did you mean optimizer=adam?"),
@@ -106,3 +107,13 @@ def test_help_lists_all_functions(capsys: pytest.CaptureFixture[str]) -> None:
     assert trajectory(["--help"]) == 0
     text = capsys.readouterr().out
     assert all(path.stem in text for path in (config_folder() / "function").glob("*.yaml"))
+
+
+def test_shows_the_search_for_a_learning_rate_in_a_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    assert trajectory(["function=quadratic", "optimizer=momentum", "steps=2"]) == 0
+    shown = capsys.readouterr().err
+    assert "\rmomentum: trying learning rate 2\033[K" in shown and shown.endswith("\r\033[K")
