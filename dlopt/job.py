@@ -116,21 +116,22 @@ def start(run: "Run", processes: int, *, console: bool) -> int:
     return code
 
 
-def _description(run: "Run") -> dict[Path, bytes]:
-    """Reads the files that `describe` will replace."""
+def _description(run: "Run") -> dict[Path, bytes | None]:
+    """Reads the files of an earlier run that `describe` will replace; None: a file that is missing."""
     from dlopt.parallel.rendezvous import current
 
     world = current()
-    if run.overrides is None or not (world is None or world.is_main):
+    if run.overrides is None or run.checkpoint is None or not (world is None or world.is_main):
         return {}
     names = ("config.yaml", "overrides.yaml", "environment.json", environment.DIFF)
-    return {path: path.read_bytes() for name in names if (path := run.folder / name).is_file()}
+    paths = [run.folder / name for name in names]
+    return {path: path.read_bytes() if path.is_file() else None for path in paths}
 
 
-def _restore(files: Mapping[Path, bytes]) -> None:
+def _restore(files: Mapping[Path, bytes | None]) -> None:
     for path, data in files.items():
         with contextlib.suppress(OSError):
-            write_atomically(path, data)
+            path.unlink(missing_ok=True) if data is None else write_atomically(path, data)
 
 
 def _start(run: "Run", processes: int, *, console: bool) -> int:

@@ -63,8 +63,8 @@ def check_horizon(experiment: Experiment, length: Length, state: Mapping[str, An
     if all(factor(step) < _ZERO for step in later):
         raise UserError(
             f"{key}: the schedule of this run ends at epoch {schedule_end} with learning rate 0, so later epochs would "
-            f"not change the weights; set schedule_epochs={end} to stretch the schedule, or schedule_epochs={schedule_end} to "
-            "train on at 0"
+            f"not change the weights; set schedule_epochs={end} to stretch the schedule, or "
+            f"schedule_epochs={schedule_end} to train on at 0"
         )
     line = f"{key}: the schedule ends at epoch {schedule_end}; later epochs have {final:.3g} of the peak learning rate"
     return None if final == 1.0 else f"{line}; to stretch the schedule, set schedule_epochs={end}"

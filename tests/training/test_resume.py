@@ -361,7 +361,7 @@ def test_interrupted_run_is_refused_if_it_would_end_at_zero(tmp_path: Path) -> N
         ("schedule.final=0.1", "epochs=1", None),  # the checkpoint is of a later update
     ],
 )
-def test_log_says_where_the_schedule_of_a_changed_length_ends(
+def test_log_names_the_end_of_the_schedule_for_another_length(
     schedule: str, length: str, line: str | None, tmp_path: Path
 ) -> None:
     stop_at(6, tmp_path, *RICH, schedule)
