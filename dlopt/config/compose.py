@@ -444,7 +444,7 @@ def to_plain(config: DictConfig, overrides: Iterable[str] | None) -> tuple[dict[
     command line (None: already checked).
     """
     raw: Any = OmegaConf.to_container(config, resolve=False)
-    typed: list[str] = list(OmegaConf.select(config, "hydra.overrides.task") or ())
+    typed: list[str] = list((raw.get("hydra") or {}).get("overrides", {}).get("task") or ())
     for key in ("hydra", "comparison"):  # commands.compare reads `comparison` before
         raw.pop(key, None)
     task, values = OmegaConf.create(raw), dict(leaves(raw))
