@@ -64,9 +64,9 @@ class RunFolder:
 
     def is_done(self, config: Mapping[str, Any]) -> bool:
         """Returns whether the run is finished and `config` does not extend it."""
-        status, saved = (self.summary() or {}).get("status"), self.config() or {}
-        key = "epochs" if config["steps"] is None else "steps"
-        length = saved.get(key)
+        summary = self.summary() or {}
+        status, key = summary.get("status"), "epochs" if config["steps"] is None else "steps"
+        length = summary.get(key)  # config.yaml may be of a longer attempt, which was killed
         is_longer = isinstance(length, int) and config[key] > length
         return status == "stopped_early" or (status == "finished" and not is_longer)
 

@@ -188,6 +188,20 @@ def test_extended_run_keeps_its_schedule(tmp_path: Path) -> None:
     assert json.loads((run / "summary.json").read_text())["epochs"] == 3
 
 
+def test_extended_run_that_was_killed_is_not_finished(tmp_path: Path) -> None:
+    """It has left the summary of the shorter run, and a config with its own length."""
+    train(tmp_path, IN_RUN)
+    longer = [IN_RUN, "resume=auto", "epochs=3", "schedule_epochs=3"]
+    summary = (tmp_path / "run" / "summary.json").read_text()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    train(tmp_path, *longer)
+    (tmp_path / "run" / "summary.json").write_text(summary)
+    for path in (tmp_path / "run" / "checkpoints").iterdir():
+        path.write_bytes(before[path.name]) if path.name in before else path.unlink()
+    train(tmp_path, *longer)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["epochs"] == 3
+
+
 def test_shortened_run_is_finished(tmp_path: Path) -> None:
     train(tmp_path, IN_RUN)
     before = contents(tmp_path)
