@@ -163,4 +163,4 @@ def test_dry_run_lists_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     result = compare(folder, "dry_run=true")
     assert result.code == 0, result.err
     assert [line for line in result.out.splitlines() if "run 3: " in line and "model.widths=[8]" in line]
-    assert "4 jobs of about 0:30 each" in result.out and list(folder.iterdir()) == []
+    assert "4 jobs of about 30.0 s each" in result.out and list(folder.iterdir()) == []

@@ -30,7 +30,8 @@ LITTLE = {  # what makes a line of that command one of a moment; what is typed l
 }
 LONG = {"bench"}  # it starts processes and measures
 WATCHING = {"--watch", "--open"}
-_HEADS = {".venv/bin/python", "pip", "tensorboard", "git", "cd", "eval", "squeue", "export", "until", "sinfo", "kubectl"}
+_HEADS = {".venv/bin/python", "pip", "tensorboard", "git", "cd", "eval", "squeue", "export", "until", "sinfo"}
+_HEADS |= {"kubectl"}
 
 
 @dataclass(frozen=True)
@@ -195,9 +196,9 @@ def test_other_lines_name_what_there_is(line: Line) -> None:
 @pytest.mark.parametrize("block", blocks("console"), ids=lambda block: block.page)
 def test_what_is_shown_is_what_is_answered(block: object, place: Path) -> None:
     text = block.text  # type: ignore[attr-defined]
-    for typed, told in re.findall(r"^\$ dlopt (.*)\n((?:[^$].*\n)*)", text, re.MULTILINE):
+    for typed, output in re.findall(r"^\$ dlopt (.*)\n((?:[^$].*\n)*)", text, re.MULTILINE):
         result = dlopt(place, *shlex.split(typed))
-        pattern = ".*".join(re.escape(part) for part in told.strip().split("..."))
+        pattern = ".*".join(re.escape(part) for part in output.strip().split("..."))
         assert re.fullmatch(pattern, (result.out + result.err).strip(), re.DOTALL), result
 
 
