@@ -152,7 +152,7 @@ def test_lines_of_train_compose_and_validate(line: Line, place: Path) -> None:
             return
         result = dlopt(place, "train", *job, "dry_run=true")
         assert result.code == 0, f"{line.text}\n{result.err}"
-        assert "jobs" in result.out, result.out
+        assert re.search(r"^\d+ jobs?\b", result.out, re.MULTILINE), result.out
 
 
 @pytest.mark.parametrize(
