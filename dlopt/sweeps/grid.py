@@ -106,7 +106,7 @@ def estimate_line(seconds: float | None, jobs: int, at_once: int) -> str:
 
     parallel = f", {at_once} at once" if at_once > 1 else ""
     if seconds is None:
-        return f"{format_count('jobs', jobs)}{parallel}; their duration could not be estimated"
+        return f"{format_count('jobs', jobs)}{parallel}; the duration could not be estimated"
     shown = max(round(seconds, 1), 0.1) if seconds < 60 else math.ceil(seconds)
     if jobs == 1:
         return f"1 job of about {format_duration(shown)}"
