@@ -174,7 +174,7 @@ def test_estimate_extrapolates_to_all_updates(
         (12.0, 5, 2, "5 jobs of about 12.0 s each, 2 at once: about 36.0 s in total"),
         (72.4, 32, 1, "32 jobs of about 1:13 each: about 38:56 in total"),
         (0.01, 1, 1, "1 job of about 0.1 s"),
-        (None, 3, 2, "3 jobs, 2 at once; their duration could not be estimated"),
+        (None, 3, 2, "3 jobs, 2 at once; the duration could not be estimated"),
     ],
 )
 def test_estimate_adds_up(seconds: float | None, jobs: int, at_once: int, line: str) -> None:
