@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from dlopt.optim.common import ForeachOptimizer, buffers, count_steps, gradients
+from dlopt.optim.common import ForeachOptimizer, buffers, count_steps, gradients, refuse_complex
 from dlopt.ranges import Fraction, NonNegative, Positive
 
 
@@ -34,6 +34,10 @@ class LAMB(ForeachOptimizer):
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**defaults, "bias_correction": bias_correction, "max_weight_norm": max_weight_norm})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        refuse_complex("lamb", self.param_groups[-1]["params"])
 
     def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
         lr, (beta1, beta2) = float(group["lr"]), group["betas"]

@@ -59,8 +59,12 @@ class BFGS(torch.optim.Optimizer):
         closure = needs_closure(self, closure)
         before = evaluate(closure)
         params, group = trainable(self), self.param_groups[0]
+        if not params:
+            return before
         state, start, gradient = self.state[params[0]], flat(params), flat_gradient(params)
         inverse: Tensor | None = state.get("inverse_hessian")
+        if inverse is not None and len(inverse) != len(start):
+            inverse = None  # a parameter group was added, or a parameter frozen: restart from the identity
         t = float(group["lr"])
         direction = -gradient if inverse is None else -(inverse @ gradient)
         # Not a descent direction: because of rounding, or because the batches disagree. Restart from the identity.
@@ -130,4 +134,6 @@ class LBFGS(torch.optim.LBFGS):
         groups = as_groups(params)
         refuse_group_rates("lbfgs", lr, groups)
         params = [p for group in groups for p in group["params"]]
+        if len(set(params)) < len(params):
+            raise ValueError("some parameters appear in more than one parameter group")
         super().__init__(params, lr, max_iter, max_eval, tolerance_grad, tolerance_change, history_size, line_search_fn)

@@ -128,6 +128,12 @@ def count_steps(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> list[
     return counts
 
 
+def refuse_complex(name: str, params: Iterable[Tensor]) -> None:
+    """Raises `UserError` for complex parameters, of which an optimizer would square the values instead of |values|."""
+    if any(p.is_complex() for p in params):
+        raise UserError(f"optimizer={name}: complex parameters are not supported; use adamw or sgd")
+
+
 def as_groups(params: ParamsT) -> list[dict[str, Any]]:
     """Converts any `params` argument of an optimizer into a new list of group dicts."""
     entries: list[Any] = list(params)

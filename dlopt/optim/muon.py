@@ -16,7 +16,8 @@ def orthogonalize(matrices: Tensor, coefficients: Sequence[float], steps: int, e
     """Approximates U V^T for each of the matrices U S V^T [n, rows, columns], in bfloat16.
 
     Uses the quintic Newton-Schulz iteration X <- a X + (b X X^T + c (X X^T)^2) X of Jordan et al. 2024 ("Muon"). Its
-    coefficients are chosen for few steps, not for convergence: the singular values end between 0.7 and 1.2.
+    coefficients are chosen for few steps, not for convergence: of a random matrix, eight or nine of ten singular values
+    end between 0.7 and 1.2, and the smallest ones below.
     """
     a, b, c = coefficients
     x = matrices.to(torch.bfloat16)
@@ -45,6 +46,7 @@ class Muon(torch.optim.Optimizer):
 
     evaluations: ClassVar[str] = "once"
     elementwise: ClassVar[bool] = False
+    _is_built = False  # `Optimizer.__init__` adds groups that are split already
     capturable: ClassVar[bool] = True  # in a CUDA graph: no decision of an update depends on tensor values
 
     def __init__(
@@ -68,26 +70,59 @@ class Muon(torch.optim.Optimizer):
     ) -> None:
         keys = {"momentum": momentum, "nesterov": nesterov, "ns_coefficients": ns_coefficients, "ns_steps": ns_steps}
         keys |= {"eps": eps, "adjust_lr_fn": adjust_lr_fn, "normalize_weights": normalize_weights}
+        self._keys = {**keys, "lr": lr, "weight_decay": weight_decay}
+        self._rest_lr = rest_lr
+        self._rest_keys: dict[str, Any] = (
+            {"betas": rest_betas, "eps": rest_eps}
+            if rest == "adamw"
+            else {"momentum": rest_momentum, "nesterov": rest_momentum > 0}
+        )
+        self._rest_class = torch.optim.AdamW if rest == "adamw" else torch.optim.SGD
+        self._rest: torch.optim.Optimizer | None = None
+        muon_groups, rest_groups = self._split(as_groups(params))
+        rest_groups = self._add_to_rest(rest_groups)
+        super().__init__([*muon_groups, *rest_groups], {})
+        self._is_built = True
+
+    def _split(self, groups: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Splits each group into matrices and other parameters."""
         muon_groups, rest_groups = [], []
-        for given in as_groups(params):
-            group = {"lr": lr, "weight_decay": weight_decay, **given}
+        for given in groups:
+            group = {"lr": self._keys["lr"], "weight_decay": self._keys["weight_decay"], **given}
             tensors, use_muon = group.pop("params"), group.pop("use_muon", True)
             if matrices := [p for p in tensors if use_muon and p.ndim > 1]:
-                muon_groups.append({**keys, **group, "params": matrices, "use_muon": True})
+                muon_groups.append({**self._keys, **group, "params": matrices, "use_muon": True})
             if others := [p for p in tensors if not (use_muon and p.ndim > 1)]:
                 # A group's learning rate is relative to `lr`; here it has the same ratio to `rest_lr`.
-                rest_groups.append({**group, "lr": group["lr"] / lr * rest_lr, "params": others, "use_muon": False})
-        self._rest: torch.optim.Optimizer | None = None
-        if rest_groups:
-            fused = all(p.device.type in ("cpu", "cuda") for group in rest_groups for p in group["params"]) or None
-            self._rest = (
-                torch.optim.AdamW(rest_groups, lr=rest_lr, betas=rest_betas, eps=rest_eps, fused=fused)
-                if rest == "adamw"
-                else torch.optim.SGD(
-                    rest_groups, lr=rest_lr, momentum=rest_momentum, nesterov=rest_momentum > 0, fused=fused
-                )
-            )
-        super().__init__([*muon_groups, *(self._rest.param_groups if self._rest else [])], {})
+                rest_lr = group["lr"] / self._keys["lr"] * self._rest_lr
+                rest_groups.append({**group, "lr": rest_lr, "params": others, "use_muon": False})
+        return muon_groups, rest_groups
+
+    def _add_to_rest(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Adds groups to the optimizer of the other parameters; returns them with its defaults, as it holds them."""
+        if not groups:
+            return []
+        # torch's fused kernels go wrong on parameters with gaps in memory (2.15: neighbours are overwritten).
+        fused = all(p.device.type in ("cpu", "cuda") and _is_dense(p) for group in groups for p in group["params"])
+        if self._rest is None:
+            self._rest = self._rest_class(groups, lr=self._rest_lr, fused=fused or None, **self._rest_keys)
+        else:
+            for group in groups:
+                self._rest.add_param_group({**group, "fused": fused or None})
+        return self._rest.param_groups[-len(groups) :]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if not self._is_built:
+            super().add_param_group(param_group)
+            return
+        self._share_with_rest()
+        muon_groups, rest_groups = self._split(as_groups([param_group]))
+        for group in [*muon_groups, *self._add_to_rest(rest_groups)]:
+            super().add_param_group(group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = ("_keys", "_rest_lr", "_rest_keys", "_rest_class", "_rest", "_is_built")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}  # for copy and pickle
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:
@@ -96,15 +131,19 @@ class Muon(torch.optim.Optimizer):
             if group["use_muon"]:
                 self._step_matrices(group)
         if self._rest is not None:
-            # Share groups and state again at every step: `load_state_dict` replaces this optimizer's own.
-            self._rest.param_groups = [group for group in self.param_groups if not group["use_muon"]]
-            self._rest.state = self.state
+            self._share_with_rest()
             self._rest.step()
         return loss
 
+    def _share_with_rest(self) -> None:
+        """Shares groups and state with the optimizer of the other parameters: `load_state_dict` replaces them here."""
+        if self._rest is not None:
+            self._rest.param_groups = [group for group in self.param_groups if not group["use_muon"]]
+            self._rest.state = self.state
+
     def _step_matrices(self, group: dict[str, Any]) -> None:
         # No value is read on the host (float(lr), .item()): a CUDA graph captures a learning rate that is a tensor.
-        params = [p for p in group["params"] if p.grad is not None]
+        params = [p for p in group["params"] if p.grad is not None and p.numel()]
         if not params:
             return
         grads, averages = gradients(params), buffers(self, params, "momentum_buffer")
@@ -125,6 +164,11 @@ class Muon(torch.optim.Optimizer):
             scaled = orthogonal.to(stacked.dtype) * (group["lr"] * _lr_factor(shape, group["adjust_lr_fn"]))
             for index, move in zip(indices, scaled, strict=True):
                 _as_matrix(params[index], params[index]).sub_(move)
+
+
+def _is_dense(p: Tensor) -> bool:
+    """Whether the elements of `p` fill its memory without gaps or overlaps."""
+    return p.numel() == 1 + sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True))
 
 
 def _lr_factor(shape: tuple[int, ...], adjust_lr_fn: str) -> float:

@@ -44,7 +44,7 @@ class _SecondOrder(torch.optim.Optimizer):
         loss_of = differentiable_loss(self, closure)
         before = evaluate(closure)
         params, group = trainable(self), self.param_groups[0]
-        if not math.isfinite(float(before)):
+        if not params or not math.isfinite(float(before)):
             return before
         with torch.enable_grad():
             loss = loss_of()

@@ -93,9 +93,27 @@ class SAM(torch.optim.Optimizer):
             return
         self.base.add_param_group({**self.defaults, **param_group})
 
+    # The base saves and loads, because it may convert its state (NAdam). torch has no public way to run the hooks that
+    # are registered on this optimizer.
+
     def state_dict(self) -> dict[str, Any]:
-        return self.base.state_dict()
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        state = self.base.state_dict()
+        for after in self._optimizer_state_dict_post_hooks.values():
+            changed = after(self, state)
+            state = state if changed is None else changed
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        state_dict = dict(state_dict)
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = before(self, state_dict)
+            state_dict = state_dict if changed is None else changed
         self.base.load_state_dict(state_dict)  # replaces the base's groups and state
         self._share_base()
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "base": self.base}  # for copy and pickle; groups and state stay shared

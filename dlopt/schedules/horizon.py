@@ -80,19 +80,21 @@ class Warmup:
 class WarmedUp:
     """A schedule multiplied by a warmup factor over the first `length` updates.
 
-    linear: start + (1 - start) (t + 1) / (length + 1). The first update, t = 0, is one step above `start`, so with
-    start = 0 no update has a learning rate of zero. The factor reaches 1 at t = length, the first update after the
-    warmup. constant: `start` for t < length.
+    linear: from `start` at the first update, t = 0, to 1 at t = length, the first update after the warmup (torch's
+    LinearLR, timm). With start = 0 that would waste an update on a learning rate of zero: then the factor is
+    (t + 1) / (length + 1), as in nanoGPT. constant: `start` for t < length.
     """
 
     def __init__(self, component: Factor, length: int, start: float, shape: Literal["linear", "constant"]) -> None:
         self.component, self.length, self.start = component, length, start
-        self._slope = (1.0 - start) / (length + 1) if shape == "linear" else 0.0
+        # Without a start the line begins one update earlier, outside the run.
+        self._lead = 1 if start == 0 else 0
+        self._slope = (1.0 - start) / (length + self._lead) if shape == "linear" else 0.0
 
     def __call__(self, t: float) -> float:
         if t >= self.length:
             return self.component(t)
-        return (self.start + self._slope * (t + 1)) * self.component(t)
+        return (self.start + self._slope * (t + self._lead)) * self.component(t)
 
 
 def build(factory: Callable[..., Factor], warmup: Warmup, *, steps: int, steps_per_epoch: float) -> Factor:

@@ -107,7 +107,7 @@ CLOSED_FORMS = {
     ),
     "exponential after a warmup": (
         make("exponential", warmup_epochs=1, warmup_start=0.5),
-        lambda t: 0.5 + 0.5 * (t + 1) / 25 if t < 24 else math.exp(-0.1 * (t - 24) / EPOCH),
+        lambda t: 0.5 + 0.5 * t / 24 if t < 24 else math.exp(-0.1 * (t - 24) / EPOCH),
     ),
     "milestones count from the start of training": (
         make("step", every_steps=60, warmup_steps=40),
@@ -380,6 +380,19 @@ def test_a_constant_warmup_stays_at_its_start() -> None:
     """He et al. 2016, section 4.2: ResNet-110 begins with a tenth of the learning rate for 400 updates."""
     factor = make("multistep", steps=1000, warmup_steps=400, warmup_start=0.1, warmup_shape="constant")
     assert [factor(t) for t in (0, 399, 400, 499, 500, 750)] == pytest.approx([0.1, 0.1, 1.0, 1.0, 0.1, 0.01])
+
+
+def test_a_start_that_is_given_is_the_factor_of_the_first_update() -> None:
+    """As torch's LinearLR; without one the first of W updates has 1 / (W + 1), as in nanoGPT."""
+    factor = make("constant", warmup_steps=10, warmup_start=0.01)
+    optimizer = one_parameter()
+    reference = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.01, total_iters=10)
+    for t in range(12):
+        assert factor(t) == pytest.approx(reference.get_last_lr()[0] / optimizer.defaults["lr"], rel=1e-12)
+        optimizer.step()
+        reference.step()
+    plain = make("constant", warmup_steps=10)
+    assert [plain(t) for t in (0, 9, 10)] == pytest.approx([1 / 11, 10 / 11, 1.0])
 
 
 def test_rejects_a_constant_warmup_at_zero() -> None:

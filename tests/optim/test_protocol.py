@@ -1,0 +1,153 @@
+"""What torch's own tests ask of every optimizer: copies, pickles, added and frozen groups, odd parameters, hooks."""
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dlopt.errors import UserError
+from dlopt.optim import BFGS, LAMB, LARS, LBFGS, SAM, SGDW, Lion, LossClosure, Muon, NAdam, Newton, NewtonCG, Rprop
+
+Make = Callable[[list[Any]], torch.optim.Optimizer]
+MAKERS: dict[str, Make] = {
+    "lamb": lambda params: LAMB(params, lr=0.1),
+    "lars": lambda params: LARS(params, lr=0.1),
+    "lion": lambda params: Lion(params, lr=0.01),
+    "muon": lambda params: Muon(params, lr=0.01, rest_lr=0.01),
+    "muon_sgd": lambda params: Muon(params, lr=0.01, rest="sgd", rest_lr=0.01),
+    "nadam": lambda params: NAdam(params, lr=0.01),
+    "rprop": lambda params: Rprop(params, lr=0.01),
+    "sgdw": lambda params: SGDW(params, lr=0.1),
+    "sam": lambda params: SAM(base=torch.optim.SGD(params, lr=0.1, momentum=0.9)),
+    "sam_nadam": lambda params: SAM(base=NAdam(params, lr=0.01)),
+    "bfgs": lambda params: BFGS(params),
+    "newton": lambda params: Newton(params),
+    "newton_cg": lambda params: NewtonCG(params),
+}
+ALL = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+
+
+class Problem:
+    """A least-squares fit of a two-layer net."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.inputs, self.targets = torch.randn(16, 3, generator=generator), torch.randn(16, 2, generator=generator)
+        self.params = [nn.Parameter(torch.randn(*shape, generator=generator)) for shape in ((3, 4), (4,), (4, 2))]
+
+    def loss(self) -> Tensor:
+        first, bias, second = self.params
+        return (torch.tanh(self.inputs @ first + bias) @ second - self.targets).square().mean()
+
+    def steps(self, optimizer: torch.optim.Optimizer, count: int) -> list[float]:
+        closure = LossClosure(optimizer, self.loss)
+        return [float(optimizer.step(closure)) for _ in range(count)]  # type: ignore[arg-type]
+
+
+def by_pickle(thing: tuple[Problem, torch.optim.Optimizer]) -> tuple[Problem, torch.optim.Optimizer]:
+    file = io.BytesIO()
+    torch.save(thing, file)
+    file.seek(0)
+    loaded: tuple[Problem, torch.optim.Optimizer] = torch.load(file, weights_only=False)
+    return loaded
+
+
+@ALL
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, by_pickle], ids=["copied", "pickled"])
+def test_a_copy_continues_like_the_original(make: Make, duplicate: Callable[[Any], Any]) -> None:
+    problem = Problem()
+    optimizer = make(problem.params)
+    problem.steps(optimizer, 3)
+    other_problem, other = duplicate((problem, optimizer))
+    assert other.param_groups[0]["params"][0] is other_problem.params[0]
+    assert other_problem.steps(other, 3) == problem.steps(optimizer, 3)
+    for ours, theirs in zip(problem.params, other_problem.params, strict=True):
+        assert torch.equal(ours, theirs) and ours is not theirs
+
+
+@ALL
+def test_added_parameters_are_trained(make: Make) -> None:
+    problem = Problem()
+    optimizer = make(problem.params[:1])
+    problem.steps(optimizer, 2)
+    before = [p.detach().clone() for p in problem.params]
+    for p in problem.params[1:]:
+        optimizer.add_param_group({"params": [p]})
+    losses = problem.steps(optimizer, 20)
+    assert losses[-1] < losses[0]
+    assert not any(torch.equal(p, old) for p, old in zip(problem.params, before, strict=True))
+
+
+@ALL
+def test_nothing_to_train(make: Make) -> None:
+    problem = Problem()
+    before = [p.detach().clone() for p in problem.params]
+    for p in problem.params:
+        p.requires_grad_(False)
+    optimizer = make(problem.params)
+
+    def closure() -> Tensor:
+        return problem.loss()
+
+    closure.loss = problem.loss  # type: ignore[attr-defined]
+    assert optimizer.step(closure) is not None  # type: ignore[arg-type, func-returns-value]
+    assert all(torch.equal(p, old) for p, old in zip(problem.params, before, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
+def test_muon_leaves_empty_matrices_alone(shape: tuple[int, int]) -> None:
+    empty, matrix = nn.Parameter(torch.zeros(shape)), nn.Parameter(torch.ones(2, 2))
+    empty.grad, matrix.grad = torch.zeros(shape), torch.ones(2, 2)
+    Muon([empty, matrix]).step()
+    assert not torch.equal(matrix, torch.ones(2, 2))
+
+
+def test_muon_does_not_fuse_over_gaps_in_memory() -> None:
+    """torch's fused kernels overwrite the values between the elements of a strided parameter."""
+    storage = torch.ones(8)
+    strided, dense = nn.Parameter(storage[::2]), nn.Parameter(torch.ones(4))
+    strided.grad, dense.grad = torch.ones(4), torch.ones(4)
+    Muon([strided], rest_lr=0.1).step()
+    Muon([dense], rest_lr=0.1).step()
+    assert torch.allclose(strided, dense) and torch.equal(storage[1::2], torch.ones(4))
+
+
+def test_muon_reads_its_groups_again_after_loading() -> None:
+    problem, other = Problem(), Problem()
+    optimizer, loaded = Muon(problem.params[:2]), Muon(other.params[:2])
+    problem.steps(optimizer, 2)
+    loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for each, params in ((optimizer, problem.params), (loaded, other.params)):
+        each.add_param_group({"params": params[2:]})
+    for ours, theirs in zip(problem.params, other.params, strict=True):
+        theirs.data.copy_(ours)
+    assert problem.steps(optimizer, 3) == other.steps(loaded, 3)
+
+
+def test_sam_runs_the_hooks_registered_on_it() -> None:
+    problem = Problem()
+    optimizer = SAM(base=torch.optim.SGD(problem.params, lr=0.1))
+    calls: list[str] = []
+    optimizer.register_state_dict_pre_hook(lambda _: calls.append("saving"))
+    optimizer.register_state_dict_post_hook(lambda _, state: {**state, "extra": 1})
+    optimizer.register_load_state_dict_pre_hook(lambda _, state: {k: v for k, v in state.items() if k != "extra"})
+    optimizer.register_load_state_dict_post_hook(lambda _: calls.append("loaded"))
+    state = optimizer.state_dict()
+    assert state["extra"] == 1
+    optimizer.load_state_dict(state)
+    assert calls == ["saving", "loaded"] and optimizer.state is optimizer.base.state
+
+
+def test_lamb_refuses_complex_parameters() -> None:
+    with pytest.raises(UserError, match="optimizer=lamb: complex parameters"):
+        LAMB([nn.Parameter(torch.ones(2, dtype=torch.complex64))])
+
+
+def test_lbfgs_refuses_a_parameter_in_two_groups() -> None:
+    weight = nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        LBFGS([{"params": [weight]}, {"params": [weight]}])
