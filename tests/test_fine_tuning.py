@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from dlopt.errors import UserError
 from dlopt.training.batch_norm import small_batch_warnings
@@ -40,6 +41,40 @@ def test_keeps_and_lists_a_head_for_other_classes(tmp_path: Path) -> None:
     assert all(torch.equal(loaded[name], own[name]) for name in head)
     assert all(torch.equal(loaded[name], state[name]) for name in own if name not in head)
     assert all(name in lines[1] for name in head) and "extra.weight" in lines[2]
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model", "state_dict_ema", None])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "model.", ""])
+def test_loads_files_of_other_tools(tmp_path: Path, key: str | None, prefix: str) -> None:
+    """Nested as training scripts save them, with the prefixes of wrappers; averaged weights first."""
+    source, target = build_workload("init_seed=1"), build_workload("init_seed=2")
+    weights = {f"{prefix}{name}": value for name, value in source.module.state_dict().items()}
+    other = {name: torch.zeros_like(value) for name, value in weights.items()}
+    nested = weights if key is None else {"epoch": 3, "optimizer": {"lr": 0.1}, key: weights}
+    if key == "state_dict_ema":
+        nested["state_dict"] = other  # type: ignore[assignment]
+    torch.save(nested, tmp_path / "weights.pth")
+    [line] = load_weights(target.module, tmp_path / "weights.pth")
+    assert not prefix or f"without the prefix {prefix}" in line
+    pairs = zip(source.module.state_dict().values(), target.module.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_loads_safetensors(tmp_path: Path) -> None:
+    source, target = build_workload("init_seed=1"), build_workload("init_seed=2")
+    save_file({name: value.clone() for name, value in source.module.state_dict().items()}, tmp_path / "w.safetensors")
+    load_weights(target.module, tmp_path / "w.safetensors")
+    pairs = zip(source.module.state_dict().values(), target.module.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    (tmp_path / "w.safetensors").write_bytes(b"{}")
+    with pytest.raises(UserError, match=r"init_from=.*cannot be loaded as weights"):
+        load_weights(target.module, tmp_path / "w.safetensors")
+
+
+def test_names_the_keys_of_a_file_without_weights(tmp_path: Path) -> None:
+    torch.save({"epoch": 3, "history": [1.0]}, tmp_path / "weights.pt")
+    with pytest.raises(UserError, match=r"contains no weights by name .*its keys: epoch, history"):
+        load_weights(build_workload().module, tmp_path / "weights.pt")
 
 
 def test_rejects_weights_of_another_model(tmp_path: Path) -> None:

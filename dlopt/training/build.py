@@ -23,11 +23,12 @@ from dlopt.parallel.shard_files import ShardWriter
 from dlopt.parameters import freeze
 from dlopt.processor import choose_device, keep_freed_memory, set_deterministic, set_threads
 from dlopt.random import generator, stream
-from dlopt.training import checkpoint, rng, speed
+from dlopt.training import rng, speed
 from dlopt.training.model_check import check_memory, check_outputs
 from dlopt.training.precision import Precision, choose_precision
 from dlopt.training.rng import AUGMENTATION, ORDER, SCHEME, WEIGHTS
 from dlopt.training.step import Network
+from dlopt.training.weights import read_weights, strip_prefixes
 
 
 @dataclass
@@ -211,19 +212,21 @@ def _init_inputs(samples: Samples, normalize: nn.Module, shape: tuple[int, ...],
 
 
 def load_weights(module: nn.Module, path: Path, mode: Mode | None = None) -> list[str]:
-    """Initializes the model from a checkpoint, or from a file of weights. Returns lines for the log.
+    """Initializes the model from a checkpoint, or from a file of weights (see `read_weights`). Returns lines to log.
 
     Skips and lists weights whose name or shape differs (the head, for other classes). `mode`: loads on all ranks.
     Raises `UserError` if no weight matches.
     """
-    saved, current = checkpoint.load_weights(path), module.state_dict()
+    current = module.state_dict()
+    saved, prefix = strip_prefixes(read_weights(path), current)
     matching = {name: value for name, value in saved.items() if name in current and current[name].shape == value.shape}
     if not any(name in matching for name, _ in module.named_parameters()):
         raise UserError(f"init_from={path}: none of its {len(saved)} weights matches this model by name and shape")
     (mode or Mode(torch.device("cpu"))).load_model(module, matching, strict=False)
     missing = [name for name in current if name not in matching]
     unused = [name for name in saved if name not in matching]
-    lines = [f"weights from {path}: {len(matching)} of {len(current)} tensors loaded"]
+    note = f" (without the prefix {prefix} of their names)" if prefix else ""
+    lines = [f"weights from {path}: {len(matching)} of {len(current)} tensors loaded{note}"]
     if missing:
         lines.append(f"  missing or with another shape, newly initialized: {', '.join(missing)}")
     if unused:

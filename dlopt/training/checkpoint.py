@@ -249,19 +249,3 @@ def is_intact(path: Path) -> bool:
         return intact and sharded.find_damage(path, sharded.load_without_shards(path)) is None
     except OSError:
         return False
-
-
-def load_weights(path: Path) -> dict[str, Any]:
-    """Loads the weights (the EMA, if any) of a checkpoint, or of a file of weights. Raises `UserError`."""
-    if not path.is_file():
-        raise UserError(f"init_from={path}: no such file")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(f"init_from={path}: cannot be loaded as weights: {reason(error)}") from None
-    if isinstance(state, dict) and "format" in state:
-        state = load(path)  # again, to verify the checksum and to load shards
-        state = state["ema"] or state["model"]
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UserError(f"init_from={path}: contains no weights by name (a dict of tensors)")
-    return state

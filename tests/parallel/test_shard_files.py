@@ -19,7 +19,8 @@ from dlopt.parallel import rendezvous, shard_files
 from dlopt.parallel.process_group import Group
 from dlopt.parallel.shard_files import ShardWriter
 from dlopt.training import sharded
-from dlopt.training.checkpoint import FORMAT, KEYS, Checkpoints, is_intact, load, load_weights
+from dlopt.training.checkpoint import FORMAT, KEYS, Checkpoints, is_intact, load
+from dlopt.training.weights import read_weights
 from tests.training.runs import same
 from tests.training.test_checkpoint import Crashes, Payload
 from tests.training.test_checkpoint import state as small_state
@@ -131,7 +132,7 @@ def test_sharded_checkpoints_load_like_one_file(folder: Path) -> None:
     assert same({key: loaded[key] for key in state(2)}, state(2))
     assert list(loaded["model"]) == list(state(2)["model"])
     assert same(load(folder / "best.pt")["model"], state(1)["model"])
-    assert same(load_weights(folder / "best.pt"), state(1)["model"])
+    assert same(read_weights(folder / "best.pt"), state(1)["model"])
     raw = torch.load(folder / "last.pt", weights_only=True)
     assert raw["model"]["a.weight"] is None and raw["model"]["b.running_mean"] is not None
     assert sorted(each.name for each in (folder / "shards/step-2").iterdir()) == [

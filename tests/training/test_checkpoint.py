@@ -12,7 +12,8 @@ import torch
 
 from dlopt import files as durable
 from dlopt.errors import RunError, UserError
-from dlopt.training.checkpoint import KEYS, Checkpoints, load, load_weights
+from dlopt.training.checkpoint import KEYS, Checkpoints, load
+from dlopt.training.weights import read_weights
 from tests.training.runs import in_fork, same
 
 
@@ -411,7 +412,7 @@ def sign(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("read", [load, load_weights])
+@pytest.mark.parametrize("read", [load, read_weights])
 @pytest.mark.parametrize("kind", ["torch", "pickle", "legacy"])
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_does_not_run_pickled_code(tmp_path: Path, kind: str, read: Callable[[Path], Any]) -> None:
@@ -463,18 +464,18 @@ def test_rejects_missing_files_folders_and_noise(tmp_path: Path) -> None:
         load(sign(noise))
 
 
-def test_load_weights(tmp_path: Path) -> None:
+def test_read_weights(tmp_path: Path) -> None:
     checkpoints = folder_of(tmp_path, 4)
-    assert same(load_weights(checkpoints.last), state(4)["model"])
+    assert same(read_weights(checkpoints.last), state(4)["model"])
     averaged = {**state(5), "ema": {"weight": torch.zeros(300)}}
     checkpoints.save(averaged, best=False)
-    assert same(load_weights(checkpoints.last), averaged["ema"]), "the average where there is one"
+    assert same(read_weights(checkpoints.last), averaged["ema"]), "the average where there is one"
     plain = tmp_path / "weights.pt"
     torch.save({"weight": torch.ones(2)}, plain)
-    assert same(load_weights(plain), {"weight": torch.ones(2)})
+    assert same(read_weights(plain), {"weight": torch.ones(2)})
     torch.save({"weight": 3}, plain)
     with pytest.raises(UserError, match="no weights by name"):
-        load_weights(plain)
+        read_weights(plain)
     damage(checkpoints.last)
     with pytest.raises(UserError):
-        load_weights(checkpoints.last)
+        read_weights(checkpoints.last)
