@@ -82,6 +82,11 @@ def end_with(code: int) -> None:
     _install(lambda *_: _exit(code))
 
 
+def die_on_signals() -> None:
+    """Makes signals kill this process without a message, for ranks: their launcher ends them so, and reports it."""
+    _install(signal.SIG_DFL)
+
+
 @contextlib.contextmanager
 def killed_by_signals() -> Iterator[None]:
     """Lets signals kill this process within the context, for blocking calls, where no Python code could handle them."""

@@ -27,7 +27,7 @@ from dlopt.config.inherit import inherit
 from dlopt.config.resuming import newest_unfinished, refuse_other_config
 from dlopt.errors import FAILED, USER_ERROR, UserError
 from dlopt.folders import FolderSnapshot, RunFolder, make, make_new
-from dlopt.interruption import killed_by_signals
+from dlopt.interruption import die_on_signals, killed_by_signals
 from dlopt.parallel.rendezvous import World, current, end_process, join_store
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def train(arguments: list[str]) -> int:
     _check_flags(parsed)
     world = current()
     if world is not None:
+        die_on_signals()
         _prepare_rank(world, parsed)
     composer = Composer(parsed.config_name, parsed.config_dir)
     parsed.overrides = inherit(composer, parsed.overrides)
@@ -200,7 +201,9 @@ def _run(config: DictConfig, parsed: Namespace, send: Callable[[Mapping[str, Any
                 send({"config": run.experiment.config, "folder": str(folder.path), "choices": run.choices})
             outcome = execute(run)
     finally:
-        if outcome == USER_ERROR and prepared.is_new and not folder.is_live():
+        # Checkpoints are never erased, not even if a signal came between the end of the run and its exit code.
+        has_checkpoints = any(folder.checkpoints.glob("*.pt"))
+        if outcome == USER_ERROR and prepared.is_new and not has_checkpoints and not folder.is_live():
             prepared.before.erase(folder.path)
     return outcome
 
