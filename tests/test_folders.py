@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,10 +14,12 @@ import pytest
 import torch
 import yaml
 
+from dlopt import job
 from dlopt.config.resuming import differences
 from dlopt.errors import UserError
 from dlopt.files import write
 from dlopt.folders import FORMAT, FolderSnapshot, RunFolder, make, make_new, newest
+from dlopt.interruption import Interrupted
 from dlopt.training import checkpoint
 from tests.commands.line import SMALL, HeldByAnotherProcess, Result, dlopt, entries, only, refused
 
@@ -404,6 +407,19 @@ def test_cleanup_of_a_resumed_run(place: str, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("dlopt.training.trainer.train", refuse)
     line = [*SMALL, "schedule_epochs=2", "resume=run/checkpoints/last.pt", place]
     assert "it is gone" in refused(tmp_path, "train", *line)  # the history that was taken along is gone, too
+
+
+def test_signal_after_the_run_leaves_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the end of the training and its exit code."""
+    execute = job.execute
+
+    def interrupted(*arguments: Any, **keys: Any) -> int:
+        execute(*arguments, **keys)
+        raise Interrupted(signal.SIGTERM)
+
+    monkeypatch.setattr(job, "execute", interrupted)
+    assert dlopt(tmp_path, "train", *SMALL, IN_RUN).code == 75
+    assert RunFolder(tmp_path / "run").is_finished()
 
 
 # -- formats

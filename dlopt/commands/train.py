@@ -201,9 +201,9 @@ def _run(config: DictConfig, parsed: Namespace, send: Callable[[Mapping[str, Any
                 send({"config": run.experiment.config, "folder": str(folder.path), "choices": run.choices})
             outcome = execute(run)
     finally:
-        # Checkpoints are never erased, not even if a signal came between the end of the run and its exit code.
-        has_checkpoints = any(folder.checkpoints.glob("*.pt"))
-        if outcome == USER_ERROR and prepared.is_new and not has_checkpoints and not folder.is_live():
+        # A run that has saved is never erased, not even if a signal came between its end and its exit code.
+        has_saved = (folder.checkpoints / "last.pt").exists()
+        if outcome == USER_ERROR and prepared.is_new and not has_saved and not folder.is_live():
             prepared.before.erase(folder.path)
     return outcome
 
