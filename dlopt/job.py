@@ -243,8 +243,8 @@ def main() -> int:
 
     if RANK in os.environ:
         launch.end_rank_with_parent()
-    from dlopt.config.compose import resolve_saved
     from dlopt.config.parsing import parse
+    from dlopt.config.resolve import resolve_saved
     from dlopt.training.checkpoint import Checkpoints, load
     from dlopt.training.trainer import Run
 

@@ -8,7 +8,8 @@ import torch
 from scipy.optimize import minimize
 
 from dlopt.config.choices import config_folder
-from dlopt.config.compose import Composer, to_plain
+from dlopt.config.compose import Composer
+from dlopt.config.resolve import to_plain
 from dlopt.config.schema import component
 from dlopt.errors import UserError
 from dlopt.functions import DigitPair, Quadratic

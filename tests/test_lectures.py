@@ -14,8 +14,9 @@ from hydra.types import RunMode
 from dlopt.commands.train import train as train_command
 from dlopt.config import compose as composing
 from dlopt.config.choices import config_folder
-from dlopt.config.compose import Composer, to_plain
+from dlopt.config.compose import Composer
 from dlopt.config.parsing import parse
+from dlopt.config.resolve import to_plain
 from dlopt.data.polynomial import polynomial
 from dlopt.data.samples import InMemory
 from dlopt.errors import UserError

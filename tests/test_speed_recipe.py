@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dlopt.config.compose import Composer, to_plain
+from dlopt.config.compose import Composer
 from dlopt.config.parsing import parse
+from dlopt.config.resolve import to_plain
 from dlopt.training.build import Workload, build_workload
 from dlopt.training.trainer import dry_run
 from tests.commands.line import dlopt

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dlopt.config.compose import resolve_saved
 from dlopt.config.parsing import parse
+from dlopt.config.resolve import resolve_saved
 from dlopt.data.batches import Batches
 from dlopt.training.build import Workload, build_workload, evaluation_batches, training_batches
 from dlopt.training.checkpoint import load

@@ -15,7 +15,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dlopt.config.compose import Composer, choices_of, grid, parse_arguments, to_plain
+from dlopt.config.compose import Composer, grid, parse_arguments
+from dlopt.config.resolve import choices_of, to_plain
 from dlopt.config.saved import checkpoint_file, refuse_others, take_path, typed_values
 from dlopt.config.schema import check_arguments, parameters_of, show
 from dlopt.errors import DONE, UserError, suggest

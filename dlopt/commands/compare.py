@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from dlopt.config.compose import Composer, choices_of, parse_arguments, to_plain, typed_folder
+from dlopt.config.compose import Composer, parse_arguments, typed_folder
+from dlopt.config.resolve import choices_of, to_plain
 from dlopt.config.resuming import refuse_other_config
 from dlopt.config.schema import check_arguments
 from dlopt.errors import UserError

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dlopt.commands.command import Job, Line, on_experiment, output_folder, skipped_keys, writing
-from dlopt.config.compose import resolve_saved
+from dlopt.config.resolve import resolve_saved
 from dlopt.errors import DONE, UserError
 from dlopt.plain import without_nan
 from dlopt.ranges import Count, Natural

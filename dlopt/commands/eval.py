@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dlopt.commands.command import on_checkpoint, writing
-from dlopt.config.compose import resolve_saved
+from dlopt.config.resolve import resolve_saved
 from dlopt.config.saved import with_changes
 from dlopt.config.schema import check_arguments, show
 from dlopt.errors import DONE, FAILED, RunError, UserError

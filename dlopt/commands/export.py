@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import dlopt
 from dlopt.commands.command import on_checkpoint, read_dataset, refuse_folder, writing
-from dlopt.config.compose import resolve_saved
+from dlopt.config.resolve import resolve_saved
 from dlopt.config.saved import with_changes
 from dlopt.errors import DONE, RunError, UserError, install
 from dlopt.files import temporary_sibling

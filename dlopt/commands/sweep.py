@@ -12,7 +12,8 @@ import yaml
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, open_dict
 
-from dlopt.config.compose import Composer, choices_of, grid, to_plain, typed_folder
+from dlopt.config.compose import Composer, grid, typed_folder
+from dlopt.config.resolve import choices_of, to_plain
 from dlopt.config.resuming import differences, refuse_other_config
 from dlopt.errors import DONE, FAILED, INTERRUPTED, UserError, install
 from dlopt.files import write_atomically

@@ -13,17 +13,9 @@ from typing import TYPE_CHECKING, Any
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from dlopt.config.compose import (
-    Composer,
-    choices_of,
-    job_environment,
-    parse_arguments,
-    resolve_saved,
-    show_config,
-    to_plain,
-    typed_folder,
-)
+from dlopt.config.compose import Composer, job_environment, parse_arguments, show_config, typed_folder
 from dlopt.config.inherit import inherit
+from dlopt.config.resolve import choices_of, resolve_saved, to_plain
 from dlopt.config.resuming import newest_unfinished, refuse_other_config
 from dlopt.errors import FAILED, USER_ERROR, UserError
 from dlopt.folders import FolderSnapshot, RunFolder, make, make_new

@@ -21,7 +21,8 @@ from dlopt.commands.command import (
     skipped_keys,
     writing,
 )
-from dlopt.config.compose import CONFIG_NAME, Composer, choices_of, resolve_saved, to_plain
+from dlopt.config.compose import CONFIG_NAME, Composer
+from dlopt.config.resolve import choices_of, resolve_saved, to_plain
 from dlopt.config.saved import with_changes
 from dlopt.config.schema import Component, check_arguments, component, trusted_packages
 from dlopt.errors import DONE, UserError, suggest

@@ -12,7 +12,7 @@ import logging
 import re
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
@@ -39,9 +39,10 @@ import dlopt
 from dlopt.config.choices import config_dir as searched_config_dir
 from dlopt.config.choices import config_folder
 from dlopt.config.expansion import check_expansion
+from dlopt.config.resolve import first_lines, is_typed
 from dlopt.config.schema import show
 from dlopt.config.synonyms import for_choice, for_flag, for_key
-from dlopt.config.trust import check_hydra, leaves
+from dlopt.config.trust import check_hydra
 from dlopt.errors import UserError, shorten, suggest
 from dlopt.folders import refuse_url
 from dlopt.plain import check_yaml
@@ -147,7 +148,7 @@ class Composer:
         except yaml.YAMLError as error:
             raise UserError(f"a config file is not valid YAML: {' '.join(str(error).split())}") from None
         except (UnicodeDecodeError, ValueError, AttributeError, TypeError) as error:
-            raise UserError(f"{self._undecodable_file()} cannot be read: {_first_lines(error)}") from None
+            raise UserError(f"{self._undecodable_file()} cannot be read: {first_lines(error)}") from None
 
     def _compose(self, overrides: list[str], multirun: bool = False) -> DictConfig:
         if multirun:  # Hydra's public `compose` does not support sweeps
@@ -229,14 +230,14 @@ class Composer:
         if (first_error := self._composition_error(accepted, multirun)) is not None:  # a config file is at fault
             if self.config_name != CONFIG_NAME and "primary config" in str(first_error):
                 return f"--config-name={self.config_name}: no such file in dlopt's folder or in --config-dir"
-            return _first_lines(first_error)
+            return first_lines(first_error)
         for override in (*group_overrides, *key_overrides):
             line = override.input_line
             assert line is not None
             if (override_error := self._composition_error([*accepted, line], multirun)) is not None:
                 return self._explain_override(override, line, accepted, override_error, multirun)
             accepted.append(line)
-        return _first_lines(error)
+        return first_lines(error)
 
     def _composition_error(self, overrides: list[str], multirun: bool) -> Exception | None:
         try:
@@ -255,13 +256,13 @@ class Composer:
                 if key == "data" and Path(value).expanduser().is_dir():
                     return f"{line}: a folder is not a choice; for its images: data=image_folder data.root={value}"
                 return f"{line}: unknown choice; {self._suggest(key, value)}"
-            return f"{line}: {_first_lines(error)}"
+            return f"{line}: {first_lines(error)}"
         if key.startswith("hydra/") and (names := self.choices(key)) and value not in names:
             return f"{line}: unknown choice; {self._suggest(key, str(value))}"
         if key.startswith("hydra/sweeper/"):
             return f"{line}: only searches have this group; add hydra/sweeper=dlopt_optuna"
         if "/" in key or "@" in key:
-            return f"{line}: {_first_lines(error)}"
+            return f"{line}: {first_lines(error)}"
         parent, _, name = key.rpartition(".")
         config = self._compose(accepted, multirun)
         node = OmegaConf.select(config, parent, throw_on_resolution_failure=False) if parent else config
@@ -281,7 +282,7 @@ class Composer:
         if name in names:  # the key exists; a key inside its value does not
             is_new = "Could not override" in str(error)
             hint = f"; add a new key with a plus sign: +{key}.KEY=VALUE" if is_new else ""
-            return f"{line}: {_first_lines(error)}{hint}"
+            return f"{line}: {first_lines(error)}{hint}"
         if hint := for_key(key, typed):
             return f"{line}: unknown key; {hint}"
         close = get_close_matches(name.lower(), names, n=1, cutoff=0.6)
@@ -372,7 +373,7 @@ def job_environment(config: DictConfig, folder: Path) -> Iterator[None]:
     try:
         configure_log(config.hydra.job_logging, config.hydra.verbose)
     except (ValueError, OSError) as error:
-        raise UserError(f"hydra.job_logging: {_first_lines(error)}") from None
+        raise UserError(f"hydra.job_logging: {first_lines(error)}") from None
     working_directory = contextlib.chdir(folder) if config.hydra.job.chdir else contextlib.nullcontext()
     with env_override(config.hydra.job.env_set), working_directory:
         yield
@@ -428,85 +429,3 @@ def _suggest_in_groups(name: str, config: DictConfig) -> str:
     }
     close = get_close_matches(name.lower(), list(dotted), n=1, cutoff=0.6)
     return f"did you mean {dotted[close[0]]}? " if close else ""
-
-
-def choices_of(config: DictConfig) -> dict[str, str]:
-    """Maps each group to its choice (the name of a YAML file); groups without a choice are left out."""
-    choices: Any = OmegaConf.to_container(config.hydra.runtime.choices)
-    return {str(k): str(v) for k, v in choices.items() if not str(k).startswith("hydra") and v is not None}
-
-
-def to_plain(config: DictConfig, overrides: Iterable[str] | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the config without Hydra's node as plain dicts and lists: (resolved, as it may be saved).
-
-    The second keeps interpolations of environment variables (`${oc.env:TOKEN}`), so that no secret is written. Raises
-    `UserError` for `???`, for broken interpolations, and for `allow_packages` set by a file instead of `overrides`, the
-    command line (None: already checked).
-    """
-    raw: Any = OmegaConf.to_container(config, resolve=False)
-    typed: list[str] = list((raw.get("hydra") or {}).get("overrides", {}).get("task") or ())
-    for key in ("hydra", "comparison"):  # commands.compare reads `comparison` before
-        raw.pop(key, None)
-    task, values = OmegaConf.create(raw), dict(leaves(raw))
-    for key, value in values.items():
-        if value == "???":
-            raise UserError(f"{key}: a value is required; set {key}=VALUE")
-    try:
-        plain: Any = OmegaConf.to_container(task, resolve=True)
-    except OmegaConfBaseException as error:
-        key = str(error.full_key)
-        unresolved = values.get(key.replace("[", ".").replace("]", ""))
-        raise UserError(f"{key}={unresolved}: {_first_lines(error)}") from None
-    except RecursionError:
-        raise UserError("an interpolation ${...} refers to itself") from None
-    if overrides is not None and plain.get("allow_packages") and not is_typed("allow_packages", overrides):
-        names = show(plain["allow_packages"])
-        raise UserError(f"allow_packages={names}: set in a config file, but accepted from the command line only")
-    _drop_former_keys(plain, raw, typed)
-    return plain, _redact(plain, raw, _environment_values(plain, raw))
-
-
-def _drop_former_keys(plain: dict[str, Any], raw: dict[str, Any], overrides: Iterable[str]) -> None:
-    if any("._target_=" in line for line in overrides):
-        from dlopt.config.retarget import former_keys  # imports torch
-
-        for group, key in former_keys(plain, overrides):
-            del plain[group][key], raw[group][key]
-
-
-def resolve_saved(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Resolves the environment variables in a saved config again. Raises `UserError`."""
-    return to_plain(OmegaConf.create(dict(saved)), None)[0]
-
-
-def _environment_values(plain: Any, raw: Any) -> set[str]:
-    """Collects the resolved values of `${oc.env:...}` interpolations."""
-    if isinstance(raw, dict):
-        return set().union(*(_environment_values(plain[key], value) for key, value in raw.items()))
-    if isinstance(raw, list):
-        return set().union(*(_environment_values(value, other) for value, other in zip(plain, raw, strict=True)))
-    return {str(plain)} if isinstance(raw, str) and "${oc.env:" in raw and str(plain) else set()
-
-
-def _redact(plain: Any, raw: Any, secrets: set[str]) -> Any:
-    """Replaces resolved values by their interpolations in `raw` where they contain a secret.
-
-    Interpolations of other keys count as well: `${data.root}` may refer to a key that holds a secret.
-    """
-    if isinstance(raw, dict):
-        return {key: _redact(plain[key], value, secrets) for key, value in raw.items()}
-    if isinstance(raw, list):
-        return [_redact(value, other, secrets) for value, other in zip(plain, raw, strict=True)]
-    is_secret = isinstance(raw, str) and "${" in raw and any(secret in str(plain) for secret in secrets)
-    return raw if is_secret else plain
-
-
-def is_typed(key: str, overrides: Iterable[str]) -> bool:
-    """Returns whether the command line sets the key."""
-    return any(line.lstrip("+").startswith(f"{key}=") for line in overrides)
-
-
-def _first_lines(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    lines = [line for line in lines if not re.match(r"(full_key|object_type|reference_type):?", line)]
-    return "; ".join(lines[:3])

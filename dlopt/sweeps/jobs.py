@@ -50,8 +50,8 @@ def compose(loader: Any, sweep: DictConfig, overrides: Sequence[str], number: in
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from dlopt.config.compose import choices_of, to_plain
     from dlopt.config.parsing import parse
+    from dlopt.config.resolve import choices_of, to_plain
 
     try:
         config = loader.load_sweep_config(sweep, list(overrides))

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dlopt.augment.pipeline import CentreCrop
-from dlopt.config.compose import resolve_saved
 from dlopt.config.parsing import parse
+from dlopt.config.resolve import resolve_saved
 from dlopt.config.saved import with_changes
 from dlopt.processor import choose_device, set_threads
 from dlopt.training.checkpoint import load

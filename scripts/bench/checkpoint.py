@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from dlopt.config.compose import Composer, to_plain
+from dlopt.config.compose import Composer
 from dlopt.config.parsing import parse
+from dlopt.config.resolve import to_plain
 from dlopt.processor import choose_device
 from dlopt.training.checkpoint import Checkpoints
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from dlopt.analysis.diagnosis.live import CURVATURE_INTERVAL, Diagnostics, Kind
-from dlopt.config.compose import Composer, to_plain
+from dlopt.config.compose import Composer
 from dlopt.config.parsing import parse
+from dlopt.config.resolve import to_plain
 from dlopt.tracking.tracking import Tracking
 from dlopt.training.build import build_workload
 from dlopt.training.trainer import dry_run

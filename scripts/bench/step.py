@@ -34,9 +34,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
-from dlopt.config.compose import Composer, to_plain
+from dlopt.config.compose import Composer
 from dlopt.config.experiment import Experiment
 from dlopt.config.parsing import parse
+from dlopt.config.resolve import to_plain
 from dlopt.data.batches import Batches, Delivery
 from dlopt.data.samples import InMemory
 from dlopt.interruption import Interruption

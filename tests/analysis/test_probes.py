@@ -8,8 +8,8 @@ from torch.nn.functional import cross_entropy
 
 from dlopt import train
 from dlopt.analysis.probes import checkpoints, gradient_variance
-from dlopt.config.compose import resolve_saved
 from dlopt.config.parsing import parse
+from dlopt.config.resolve import resolve_saved
 from dlopt.training.build import build_workload, evaluation_batches, training_batches
 
 

@@ -8,9 +8,10 @@ import pytest
 import yaml
 from PIL import Image
 
-from dlopt.config.compose import Composer, to_plain
+from dlopt.config.compose import Composer
 from dlopt.config.experiment import GROUPS
 from dlopt.config.parsing import parse
+from dlopt.config.resolve import to_plain
 from tests.commands.line import dlopt, only
 
 CONF = Path(__file__).parents[2] / "conf"

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import yaml
 
-from dlopt.config.compose import Composer, choices_of, to_plain
+from dlopt.config.compose import Composer
 from dlopt.config.inherit import inherit
+from dlopt.config.resolve import choices_of, to_plain
 from dlopt.errors import UserError
 from dlopt.job import describe
 from tests.commands.line import SMALL, dlopt, only, refused

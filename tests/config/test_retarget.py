@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from dlopt.config.compose import Composer, to_plain
+from dlopt.config.compose import Composer
 from dlopt.config.parsing import parse
+from dlopt.config.resolve import to_plain
 
 
 def composed(*lines: str) -> dict[str, Any]:

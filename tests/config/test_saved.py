@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from dlopt.config.compose import Composer, to_plain
+from dlopt.config.compose import Composer
+from dlopt.config.resolve import to_plain
 from dlopt.config.saved import with_changes
 from dlopt.errors import UserError
 from dlopt.training import checkpoint

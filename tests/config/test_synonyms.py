@@ -3,8 +3,9 @@
 import pytest
 
 from dlopt.config.choices import Catalogue, Choice, config_folder
-from dlopt.config.compose import Composer, to_plain
+from dlopt.config.compose import Composer
 from dlopt.config.parsing import parse
+from dlopt.config.resolve import to_plain
 from dlopt.config.synonyms import CHOICES, KEYS, for_choice, for_flag, for_key
 from dlopt.errors import UserError
 

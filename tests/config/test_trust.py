@@ -11,7 +11,8 @@ import yaml
 from omegaconf import OmegaConf
 
 from dlopt.config import compose
-from dlopt.config.compose import Composer, to_plain
+from dlopt.config.compose import Composer
+from dlopt.config.resolve import to_plain
 from dlopt.config.schema import ALLOWED_PACKAGES, resolve_target
 from dlopt.errors import UserError
 from dlopt.training import checkpoint

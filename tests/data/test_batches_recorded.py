@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from dlopt.augment import AlternatingFlip, HorizontalFlip, PadCrop, Pipeline
-from dlopt.config.compose import Composer, to_plain
+from dlopt.config.compose import Composer
 from dlopt.config.parsing import parse
+from dlopt.config.resolve import to_plain
 from dlopt.data.batches import Batches, Delivery
 from dlopt.data.loading import prefetch
 from dlopt.data.normalization import Standardize

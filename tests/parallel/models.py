@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from dlopt.config.compose import Composer, to_plain
+from dlopt.config.compose import Composer
 from dlopt.config.parsing import parse
+from dlopt.config.resolve import to_plain
 from dlopt.parallel import rendezvous
 from dlopt.parallel.collectives import ModelGroup
 from dlopt.parallel.dropout import CurrentShard, replace_dropout

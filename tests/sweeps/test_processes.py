@@ -11,7 +11,8 @@ import pytest
 import torch
 import yaml
 
-from dlopt.config.compose import Composer, choices_of, to_plain
+from dlopt.config.compose import Composer
+from dlopt.config.resolve import choices_of, to_plain
 from dlopt.folders import RunFolder
 from dlopt.job import describe
 from dlopt.sweeps.jobs import OUTPUT

@@ -13,9 +13,10 @@ from unittest.mock import patch
 
 import torch
 
-from dlopt.config.compose import Composer, to_plain
+from dlopt.config.compose import Composer
 from dlopt.config.experiment import Experiment
 from dlopt.config.parsing import parse
+from dlopt.config.resolve import to_plain
 from dlopt.job import train
 from dlopt.training import checkpoint
 from dlopt.training.checkpoint import Checkpoints

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from dlopt.config.compose import Composer, to_plain
+from dlopt.config.compose import Composer
 from dlopt.config.experiment import Experiment
 from dlopt.config.parsing import parse
+from dlopt.config.resolve import to_plain
 from dlopt.errors import UserError
 from dlopt.training import speed
 from dlopt.training.build import build_workload

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from dlopt.analysis import drawing
-from dlopt.config.compose import Composer, to_plain
+from dlopt.config.compose import Composer
+from dlopt.config.resolve import to_plain
 from dlopt.errors import RunError, UserError
 from dlopt.parallel.launch import python_module, run_processes
 from dlopt.tracking.layout import FittedTable, plain_table

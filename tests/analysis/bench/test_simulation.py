@@ -15,8 +15,9 @@ from dlopt.analysis.bench.simulation import Cluster, ddp, draw, fsdp, pipeline, 
 from dlopt.analysis.bench.simulation import filter_parallel as filters
 from dlopt.analysis.model_summary import Layer
 from dlopt.commands.bench import MODELS
-from dlopt.config.compose import Composer, to_plain
+from dlopt.config.compose import Composer
 from dlopt.config.parsing import parse
+from dlopt.config.resolve import to_plain
 
 IDEAL = Cluster(
     per_server=8, tflops=100.0, memory_bandwidth=1e9, memory=80.0, bandwidth_within=1e12, latency_within=1e-9,

@@ -10,8 +10,9 @@ import pytest
 
 from dlopt.analysis.report.page import page_data, summary_csv
 from dlopt.analysis.report.table import against_published, published_error, recipe_label
-from dlopt.config.compose import Composer, to_plain
+from dlopt.config.compose import Composer
 from dlopt.config.parsing import parse
+from dlopt.config.resolve import to_plain
 from dlopt.tracking.layout import settings
 from tests.analysis.report.folders import make_run, table
 from tests.commands.line import dlopt

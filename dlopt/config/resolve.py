@@ -1,0 +1,96 @@
+"""Resolves composed and saved configs into plain dicts, of which none holds a secret from the environment."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dlopt.config.schema import show
+from dlopt.config.trust import leaves
+from dlopt.errors import UserError
+
+
+def choices_of(config: DictConfig) -> dict[str, str]:
+    """Maps each group to its choice (the name of a YAML file); groups without a choice are left out."""
+    choices: Any = OmegaConf.to_container(config.hydra.runtime.choices)
+    return {str(k): str(v) for k, v in choices.items() if not str(k).startswith("hydra") and v is not None}
+
+
+def to_plain(config: DictConfig, overrides: Iterable[str] | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the config without Hydra's node as plain dicts and lists: (resolved, as it may be saved).
+
+    The second keeps interpolations of environment variables (`${oc.env:TOKEN}`), so that no secret is written. Raises
+    `UserError` for `???`, for broken interpolations, and for `allow_packages` set by a file instead of `overrides`, the
+    command line (None: already checked).
+    """
+    raw: Any = OmegaConf.to_container(config, resolve=False)
+    typed: list[str] = list((raw.get("hydra") or {}).get("overrides", {}).get("task") or ())
+    for key in ("hydra", "comparison"):  # commands.compare reads `comparison` before
+        raw.pop(key, None)
+    task, values = OmegaConf.create(raw), dict(leaves(raw))
+    for key, value in values.items():
+        if value == "???":
+            raise UserError(f"{key}: a value is required; set {key}=VALUE")
+    try:
+        plain: Any = OmegaConf.to_container(task, resolve=True)
+    except OmegaConfBaseException as error:
+        key = str(error.full_key)
+        unresolved = values.get(key.replace("[", ".").replace("]", ""))
+        raise UserError(f"{key}={unresolved}: {first_lines(error)}") from None
+    except RecursionError:
+        raise UserError("an interpolation ${...} refers to itself") from None
+    if overrides is not None and plain.get("allow_packages") and not is_typed("allow_packages", overrides):
+        names = show(plain["allow_packages"])
+        raise UserError(f"allow_packages={names}: set in a config file, but accepted from the command line only")
+    _drop_former_keys(plain, raw, typed)
+    return plain, _redact(plain, raw, _environment_values(plain, raw))
+
+
+def _drop_former_keys(plain: dict[str, Any], raw: dict[str, Any], overrides: Iterable[str]) -> None:
+    """Removes the keys of a choice whose callable the command line replaces."""
+    if any("._target_=" in line for line in overrides):
+        from dlopt.config.retarget import former_keys  # imports torch
+
+        for group, key in former_keys(plain, overrides):
+            del plain[group][key], raw[group][key]
+
+
+def resolve_saved(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Resolves the environment variables in a saved config again. Raises `UserError`."""
+    return to_plain(OmegaConf.create(dict(saved)), None)[0]
+
+
+def _environment_values(plain: Any, raw: Any) -> set[str]:
+    """Collects the resolved values of `${oc.env:...}` interpolations."""
+    if isinstance(raw, dict):
+        return set().union(*(_environment_values(plain[key], value) for key, value in raw.items()))
+    if isinstance(raw, list):
+        return set().union(*(_environment_values(value, other) for value, other in zip(plain, raw, strict=True)))
+    return {str(plain)} if isinstance(raw, str) and "${oc.env:" in raw and str(plain) else set()
+
+
+def _redact(plain: Any, raw: Any, secrets: set[str]) -> Any:
+    """Replaces resolved values by their interpolations in `raw` where they contain a secret.
+
+    Interpolations of other keys count as well: `${data.root}` may refer to a key that holds a secret.
+    """
+    if isinstance(raw, dict):
+        return {key: _redact(plain[key], value, secrets) for key, value in raw.items()}
+    if isinstance(raw, list):
+        return [_redact(value, other, secrets) for value, other in zip(plain, raw, strict=True)]
+    is_secret = isinstance(raw, str) and "${" in raw and any(secret in str(plain) for secret in secrets)
+    return raw if is_secret else plain
+
+
+def is_typed(key: str, overrides: Iterable[str]) -> bool:
+    """Returns whether the command line sets the key."""
+    return any(line.lstrip("+").startswith(f"{key}=") for line in overrides)
+
+
+def first_lines(error: Exception) -> str:
+    """Returns the first lines of an error of Hydra or OmegaConf, without its technical ones."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line for line in lines if not re.match(r"(full_key|object_type|reference_type):?", line)]
+    return "; ".join(lines[:3])
