@@ -29,6 +29,7 @@ NORM: dict[str, Any] = {
 
 def resnet(**changes: Any) -> CifarResNet:
     keys = {"input_shape": (3, 16, 16), "classes": 10, "depth": 8, "width": 32, "residual": True, "dropout": 0.0}
+    keys["shortcut_padding"] = "end"
     return CifarResNet(**{**keys, **NORM, **changes})
 
 

@@ -95,6 +95,42 @@ class MeanPixel(ScaleShift):
         self._set(torch.full_like(self.scale, self._factor), -self._factor * mean)
 
 
+class Fixed(ScaleShift):
+    """(x - mean) / std with given constants, for networks that were trained with them.
+
+    One value per channel or feature; a grey image takes the average of several values. Images: in units of 0..1, as
+    usual (ImageNet's mean is 0.485, 0.456, 0.406), although the images have values 0..255.
+    """
+
+    def __init__(
+        self, *, mean: tuple[float, ...], std: tuple[Positive, ...], input_shape: tuple[int, ...]
+    ) -> None:
+        super().__init__(input_shape=input_shape)
+        self._mean = _constants("mean", mean, input_shape)
+        self._std = _constants("std", std, input_shape)
+
+    def fit(self, samples: Samples) -> None:
+        """Sets the constants in the units of the samples."""
+        unit = 255 if samples.fetch(torch.tensor([0])).dtype == torch.uint8 else 1
+        for name, values in (("mean", self._mean), ("std", self._std)):
+            if unit == 255 and values.abs().max() > 1:
+                shown = [round(value, 4) for value in values.tolist()]
+                raise UserError(f"normalize.{name}={shown}: images have the range 0..1 here; divide by 255")
+        self._set(1 / (self._std * unit), -self._mean / self._std)
+
+
+def _constants(name: str, values: tuple[float, ...], input_shape: tuple[int, ...]) -> Tensor:
+    channels, is_image = input_shape[0], len(input_shape) == 3
+    if is_image and channels == 1 and values:
+        return torch.tensor(values, dtype=torch.float64).mean(0, keepdim=True)
+    if len(values) != channels:
+        raise UserError(
+            f"normalize.{name}={list(values)}: has {len(values)} values; the data has {channels} "
+            f"{'channels' if is_image else 'features'}"
+        )
+    return torch.tensor(values, dtype=torch.float64)
+
+
 class MeanImage(nn.Module):
     """scale * (x - mean training image) (Krizhevsky et al. 2012), pixel by pixel in 0..255."""
 

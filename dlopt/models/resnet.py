@@ -11,17 +11,25 @@ from dlopt.errors import UserError
 from dlopt.models.layers import GlobalAveragePool, Norm, NormKeys, check_instance_norm, conv, image_shape, zero_branch
 from dlopt.ranges import Count, Depth, Fraction
 
+ShortcutPadding = Literal["end", "both"]
+
 
 class ZeroPadShortcut(nn.Module):
-    """Option A of the paper: subsampling by `stride`, and zeros for the additional channels. No parameters."""
+    """Option A of the paper: subsampling by `stride`, and zeros for the additional channels. No parameters.
 
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+    `padding=end` appends the zero channels, as in fb.resnet.torch; `both` puts half of them in front, as in other
+    implementations, whose weights therefore need it.
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int, padding: ShortcutPadding = "end") -> None:
         super().__init__()
-        self.extra = outputs - inputs
+        extra = outputs - inputs
+        front = extra // 2 if padding == "both" else 0
+        self.extra = (front, extra - front)  # zero channels before and after
         self.stride = stride
 
     def forward(self, maps: Tensor) -> Tensor:
-        return F.pad(maps[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.extra))
+        return F.pad(maps[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, *self.extra))
 
     def extra_repr(self) -> str:
         return f"stride={self.stride}, extra_channels={self.extra}"
@@ -114,7 +122,7 @@ class CifarResNet(nn.Sequential):
     Where the channels double, the shortcut is option A: stride 2 and zero channels. `residual=false` gives the plain
     networks with the same layers. Images [B, C, H, W] of any size -> [B, classes].
 
-    Errors: UserError for a depth other than 6n+2, or samples that are not images.
+    Errors: UserError for a depth other than 6n+2, `shortcut_padding` without shortcuts, or samples that are not images.
     """
 
     def __init__(
@@ -125,10 +133,15 @@ class CifarResNet(nn.Sequential):
         depth: Depth,
         width: Count,
         residual: bool,
+        shortcut_padding: ShortcutPadding,
         dropout: Fraction,
         **norm: Unpack[NormKeys],
     ) -> None:
         channels, _, _ = image_shape(input_shape, "a ResNet")
+        if not residual and shortcut_padding != "end":
+            raise UserError(
+                f"model.shortcut_padding={shortcut_padding}: a plain network has no shortcuts; set model.residual=true"
+            )
         if depth < 8 or depth % 6 != 2:
             raise UserError(f"model.depth={depth}: must be 6n+2, for example 8, 14, 20, 32, 44, 56, 110 or 1202")
         normalize = Norm.of(**norm)
@@ -137,7 +150,7 @@ class CifarResNet(nn.Sequential):
             shortcut: nn.Module | None = None
             if residual:
                 same = inputs == outputs and stride == 1
-                shortcut = nn.Identity() if same else ZeroPadShortcut(inputs, outputs, stride)
+                shortcut = nn.Identity() if same else ZeroPadShortcut(inputs, outputs, stride, shortcut_padding)
             return BasicBlock(inputs, outputs, stride, shortcut=shortcut, norm=normalize)
 
         modules: OrderedDict[str, nn.Module] = OrderedDict()

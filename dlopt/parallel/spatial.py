@@ -231,7 +231,7 @@ class RowZeroPadShortcut(ZeroPadShortcut):
 
     def forward(self, maps: Tensor) -> Tensor:
         rows = self.windows.with_halo(maps, 0.0)
-        return F.pad(rows[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.extra))
+        return F.pad(rows[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, *self.extra))
 
 
 class RowAveragePool(GlobalAveragePool):

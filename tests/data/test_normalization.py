@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torchvision.transforms.v2 import Normalize
 
-from dlopt.data.normalization import MeanImage, MeanPixel, Nothing, ScaleShift, Standardize, Unit, moments
+from dlopt.data.normalization import Fixed, MeanImage, MeanPixel, Nothing, ScaleShift, Standardize, Unit, moments
 from dlopt.data.samples import Files, InMemory
 from dlopt.errors import UserError
 
@@ -149,3 +150,29 @@ def test_mean_image() -> None:
     assert torch.allclose(module(inputs), inputs - inputs.double().mean(0))
     with pytest.raises(UserError, match=r"normalize=mean_image: the mean image is \[3, 6, 5\].*\[3, 4, 4\]"):
         module(inputs[..., :4, :4])
+
+
+def test_fixed_constants_equal_torchvisions_normalize() -> None:
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    inputs = images()
+    module = fitted(partial(Fixed, mean=mean, std=std), inputs)  # type: ignore[arg-type]
+    expected = Normalize(mean, std)(inputs.double() / 255)
+    torch.testing.assert_close(module(inputs), expected, rtol=1e-12, atol=1e-12)
+    grey = fitted(partial(Fixed, mean=mean, std=std), inputs[:, :1])  # type: ignore[arg-type]
+    torch.testing.assert_close(grey(inputs[:, :1]), Normalize([0.449], [0.226])(inputs[:, :1].double() / 255))
+    vectors = torch.tensor([[1.0, 200.0], [3.0, 100.0]])
+    features = fitted(partial(Fixed, mean=(2.0, 150.0), std=(1.0, 50.0)), vectors)  # type: ignore[arg-type]
+    assert torch.equal(features(vectors), torch.tensor([[-1.0, 1.0], [1.0, -1.0]]).double())
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "error"),
+    [
+        ((0.5, 0.5), (1.0, 1.0, 1.0), r"normalize\.mean=\[0\.5, 0\.5\]: has 2 values; the data has 3 channels"),
+        ((0.5, 0.5, 0.5), (1.0,), r"normalize\.std=\[1\.0\]: has 1 values; the data has 3 channels"),
+        ((123.7, 116.3, 103.5), (58.0, 57.0, 57.0), r"normalize\.mean=.*range 0\.\.1 here; divide by 255"),
+    ],
+)
+def test_fixed_constants_must_fit_the_images(mean: tuple[float, ...], std: tuple[float, ...], error: str) -> None:
+    with pytest.raises(UserError, match=error):
+        fitted(partial(Fixed, mean=mean, std=std), images())  # type: ignore[arg-type]

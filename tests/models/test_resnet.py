@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import nn
 
@@ -21,6 +22,7 @@ NORM: dict[str, Any] = {
 
 def cifar(**changes: Any) -> CifarResNet:
     keys = {"input_shape": (3, 16, 16), "classes": 10, "depth": 8, "width": 16, "residual": True, "dropout": 0.0}
+    keys["shortcut_padding"] = "end"
     return CifarResNet(**{**keys, **NORM, **changes})
 
 
@@ -121,6 +123,16 @@ def test_option_a_takes_every_second_pixel_and_appends_zero_channels() -> None:
     output = ZeroPadShortcut(3, 5, 2)(maps)
     assert torch.equal(output[:, :3], maps[:, :, ::2, ::2])
     assert output.shape == (4, 5, 3, 2) and not output[:, 3:].any()
+
+
+def test_shortcut_padding_on_both_sides() -> None:
+    maps = images((4, 5, 4))
+    planes = 8  # the usual lambda layer: F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, planes//4, planes//4))
+    expected = F.pad(maps[:, :, ::2, ::2], (0, 0, 0, 0, planes // 4, planes // 4))
+    assert torch.equal(ZeroPadShortcut(4, planes, 2, "both")(maps), expected)
+    assert ZeroPadShortcut(3, 6, 2, "both")(images((3, 4, 4))).shape[1] == 6, "odd numbers of channels"
+    with pytest.raises(UserError, match=r"model\.shortcut_padding=both: a plain network has no shortcuts"):
+        cifar(residual=False, shortcut_padding="both")
 
 
 def test_residual_and_plain_block_match_the_formula() -> None:
