@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _FEWEST = 5  # updates before the divergence check starts
+_RISE = 1.1  # a smoothed loss above this multiple of its minimum has risen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +173,24 @@ def _valley(rates: Sequence[float], smoothed: Sequence[float]) -> float | None:
     return rates[start + (end - start) // 2]
 
 
+def describe_end(result: LearningRates) -> str:
+    """Describes the end of the test as the plot shows it, from the smoothed losses."""
+    smoothed, rates = result.smoothed, result.rates
+    if not smoothed:
+        return "the first loss is not finite"
+    lowest = min(range(len(smoothed)), key=smoothed.__getitem__)
+    minimum = f"from its minimum {smoothed[lowest]:.3g} at {rates[lowest]:.2g}"
+    if result.diverged:
+        return f"the loss diverged, {minimum}"
+    if smoothed[-1] > smoothed[0]:
+        return f"the loss rose above its initial value, {minimum}"
+    if smoothed[-1] > _RISE * smoothed[lowest]:
+        return f"the loss rose to {smoothed[-1]:.3g}, {minimum}"
+    return "the loss did not rise; try a larger max_lr"
+
+
 def draw(result: LearningRates, title: str) -> "Figure":
+    """Plots the losses and suggestions; an arrow marks a smoothed loss beyond three times its initial value."""
     figure = drawing.figure(8, 4.5)
     axes = figure.add_subplot()
     axes.plot(result.rates, result.losses, color="0.75", linewidth=1, label="loss of each batch")
@@ -184,9 +202,15 @@ def draw(result: LearningRates, title: str) -> "Figure":
             axes.axvline(rate, color=COLOURS[i], linewidth=1, linestyle=":")
     axes.set_xscale("log")
     finite = result.smoothed or [0.0]
-    low, high = min([*finite, *result.losses]), max(finite[0], sorted(finite)[len(finite) * 9 // 10])
-    margin = 0.15 * (high - low) or 0.1
-    axes.set_ylim(low - margin, high + 2 * margin)
+    low, high = min([*finite, *result.losses]), min(max(finite), 3 * finite[0])
+    margin = 0.1 * (high - low) or 0.1
+    axes.set_ylim(low - margin, high + margin)
+    if max(finite) > high + margin:
+        end = next(i for i, loss in enumerate(finite) if loss > high + margin)
+        axes.annotate(
+            "diverges", (result.rates[end], high + margin), (-8, -18), textcoords="offset points", ha="right",
+            arrowprops={"arrowstyle": "->", "color": COLOURS[0]}, color=COLOURS[0],
+        )  # fmt: skip
     axes.set_xlabel("learning rate")
     axes.set_ylabel("loss")
     axes.set_title(title, fontsize=11, wrap=True)

@@ -153,7 +153,7 @@ def _measure(subject: _Subject, keys: Mapping[str, int]) -> tuple["Diagnosis", "
 
 
 def _print(diagnosis: "Diagnosis", facts: "Facts", label: str) -> None:
-    from dlopt.analysis.diagnosis.verdicts import advice, clipping_norm, typed, verdicts
+    from dlopt.analysis.diagnosis.verdicts import advice, clipping_norm, healthy, typed, verdicts
     from dlopt.tracking.layout import standard_output
 
     console = standard_output()
@@ -175,13 +175,18 @@ def _print(diagnosis: "Diagnosis", facts: "Facts", label: str) -> None:
         console.print(f"{when}: {'; '.join(metrics)}", soft_wrap=True)
         for line in advice(judged, facts):
             console.print(f"  {line}", soft_wrap=True)
-    norm = clipping_norm(diagnosis.trace.norms)
-    if norm is not None:
-        console.print(
-            f"gradient norms in {len(diagnosis.trace.norms)} updates: median {norm:.3g}, max "
-            f"{max(diagnosis.trace.norms):.3g}; to clip half of the updates: clip=norm clip.max_norm={typed(norm)}",
-            soft_wrap=True,
-        )
+    after = diagnosis.after
+    if after is not None and not after.loss < diagnosis.before.loss:
+        console.print(f"the loss did not fall: {diagnosis.before.loss:.4g} before, {after.loss:.4g} after the updates")
+    norms = diagnosis.trace.norms
+    if norms:
+        line = f"gradient norms in {len(norms)} updates: median {_median(norms):.3g}, max {max(norms):.3g}"
+        usual = clipping_norm(healthy(norms))
+        if usual is not None:
+            count = len(healthy(norms))
+            which = "the updates" if count == len(norms) else f"the first {count} updates, before the gradient exploded"
+            line += f"; to clip half of {which}: clip=norm clip.max_norm={typed(usual)}"
+        console.print(line, soft_wrap=True)
     if diagnosis.trace.ended:
         console.print(f"training stopped early: {diagnosis.trace.ended}", soft_wrap=True)
 

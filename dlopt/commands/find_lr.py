@@ -108,8 +108,10 @@ def _run_ranks(experiment: "Experiment", range_test: "RangeTest") -> "LearningRa
 
 
 def _print(result: "LearningRates") -> None:
-    end = "the loss diverged" if result.diverged else "the loss did not diverge; try a larger max_lr"
-    print(f"{len(result.rates)} updates up to a learning rate of {result.rates[-1]:.3g}; {end}")
+    from dlopt.analysis.lr_range import describe_end
+
+    reached = f" up to a learning rate of {result.rates[-1]:.3g}" if result.rates else ""
+    print(f"{len(result.rates)} updates{reached}; {describe_end(result)}")
     if result.valley is None or result.steepest is None:
         print("no suggestion, because the loss never decreased; try other values of min_lr and max_lr, or more updates")
     else:

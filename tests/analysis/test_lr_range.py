@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dlopt.analysis.lr_range import LearningRates, RangeTest, check, draw, find, suggestions, trial, write
+from dlopt.analysis.lr_range import LearningRates, RangeTest, check, describe_end, draw, find, suggestions, trial, write
 from dlopt.errors import UserError
 from dlopt.training.build import build_workload, training_batches
 from dlopt.training.optimizer import build_optimizer
@@ -72,6 +72,21 @@ def test_losses_match_training_with_these_rates(tmp_path: Path) -> None:
             for p in workload.module.parameters():
                 p -= rate * p.grad  # type: ignore[operator]
     assert result.losses == pytest.approx(losses, rel=1e-12)
+
+
+def test_describes_the_end_as_the_plot_shows_it() -> None:
+    def of(*smoothed: float, diverged: bool = False) -> LearningRates:
+        rates = [10.0 ** (i - 3) for i in range(len(smoothed))]
+        return LearningRates(rates, list(smoothed), list(smoothed), None, None, diverged)
+
+    assert describe_end(of(2.0, 1.0, 0.5, 0.52)) == "the loss did not rise; try a larger max_lr"
+    assert describe_end(of(2.0, 0.5, 1.0)) == "the loss rose to 1, from its minimum 0.5 at 0.01"
+    assert describe_end(of(2.0, 1.5, 2.5)).startswith("the loss rose above its initial value, from its minimum 1.5")
+    assert describe_end(of(2.0, 1.0, 9.0, diverged=True)) == "the loss diverged, from its minimum 1 at 0.01"
+    assert describe_end(of()) == "the first loss is not finite"
+    figure = draw(of(2.0, 1.0, 900.0, diverged=True), "")
+    assert figure.axes[0].get_ylim()[1] < 10 and [text.get_text() for text in figure.axes[0].texts] == ["diverges"]
+    assert not draw(of(2.0, 1.0, 2.5), "").axes[0].texts  # in the frame
 
 
 def test_rejects_invalid_keys() -> None:

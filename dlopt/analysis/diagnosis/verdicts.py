@@ -15,6 +15,10 @@ SATURATED = 0.5
 """Fraction of saturated values above which a layer is saturated."""
 DEAD = 0.5
 """Fraction of dead units above which a layer is dead."""
+_EXPLODED = 1e3
+"""Gradient norm above which the first update of a network is not healthy; 0.1 to 100 are usual."""
+_BORDER = 10.0
+"""Factor to `SMALL` or `LARGE` within which a layer between two vanishing or exploding ones gets their label."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,8 @@ def verdicts(layers: Sequence[LayerStatistics], lags: Sequence[TimeLag] = ()) ->
 
     Compares the norm of the gradient with the last layer that has an activation (the last layer if none has), and the
     root mean square of the signal with the first one. For a recurrent layer with an entry in `lags`, also compares the
-    gradient at the first state with the gradient at the last state.
+    gradient at the first state with the gradient at the last state. A layer close to a threshold, between two vanishing
+    or two exploding layers, is not healthy: the ratio of a single layer varies with its width and activation.
     """
     active = [layer for layer in layers if layer.activation is not None]
     last = (active or list(layers))[-1:]
@@ -57,7 +62,22 @@ def verdicts(layers: Sequence[LayerStatistics], lags: Sequence[TimeLag] = ()) ->
     for i, layer in enumerate(layers):
         if results[i].label == "healthy" and layer.name in over_time:
             results[i] = _over_time(over_time[layer.name]) or results[i]
+    for i, layer in enumerate(layers):
+        if results[i].label == "healthy" and layer.gradients.count:
+            results[i] = _between(results[:i], results[i + 1 :], _ratio(layer.gradients.norm, gradient)) or results[i]
     return results
+
+
+def _between(before: Sequence[Verdict], after: Sequence[Verdict], gradient: float) -> Verdict | None:
+    """Returns the label of the nearest layers with a problem on both sides, if the gradient's ratio is close to it."""
+    sides = (before[::-1], after)
+    neighbours = {next((each.label for each in side if each.label != "healthy"), None) for side in sides}
+    reason = f"{_reason('gradient', gradient)}, between {{}} layers"
+    if neighbours == {"vanishing"} and gradient < _BORDER * SMALL:
+        return Verdict("vanishing", reason.format("vanishing"))
+    if neighbours == {"exploding"} and gradient > LARGE / _BORDER:
+        return Verdict("exploding", reason.format("exploding"))
+    return None
 
 
 def _over_time(lag: TimeLag) -> Verdict | None:
@@ -94,7 +114,11 @@ def _reason(what: str, ratio: float) -> str:
 
 
 def advice(results: Sequence[Verdict], facts: Facts) -> list[str]:
-    """Returns recommendations, one line per kind of problem, or ["healthy"]."""
+    """Returns recommendations, one line per kind of problem, or ["healthy"].
+
+    Clipping comes last, with a norm of the healthy updates: it bounds single large updates, and a threshold from
+    gradients that explode in every update would not bound anything.
+    """
     remedies = {
         "saturated": ["model.activation=relu"],
         "dead": ["a smaller optimizer.lr", "model.activation=leaky_relu"],
@@ -137,13 +161,28 @@ def _shorter_ways(facts: Facts) -> str:
 
 
 def _clip(facts: Facts) -> str:
-    usual = clipping_norm(facts.gradient_norms)
-    return "" if facts.clip != "none" or usual is None else f"clip=norm clip.max_norm={typed(usual)}"
+    if facts.clip != "none":
+        return ""
+    usual = clipping_norm(healthy(facts.gradient_norms))
+    if usual is None:
+        return "then clip=norm with the clip.max_norm that `dlopt diagnose` prints for the healthy network"
+    return f"clip=norm clip.max_norm={typed(usual)}"
 
 
 def typed(value: float) -> str:
     """Formats a value for the command line with two significant digits."""
     return f"{float(f'{value:.2g}'):g}"
+
+
+def healthy(norms: Sequence[float]) -> list[float]:
+    """Returns the gradient norms before the first one that is not finite or more than `LARGE` times the lowest so far;
+    none if the first one exceeds `_EXPLODED`: such gradients explode from the first update on."""
+    limit = _EXPLODED
+    for i, norm in enumerate(norms):
+        if not norm <= limit:
+            return list(norms[:i])
+        limit = min(limit, LARGE * norm) if norm > 0 else limit
+    return list(norms)
 
 
 def clipping_norm(observed: Sequence[float]) -> float | None:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from dlopt.analysis.diagnosis.layers import LayerProbe, LayerStatistics, TimeLag
-from dlopt.analysis.diagnosis.verdicts import Facts, Verdict, advice, clipping_norm, verdicts
+from dlopt.analysis.diagnosis.layers import LayerProbe, LayerStatistics, Moments, TimeLag
+from dlopt.analysis.diagnosis.verdicts import Facts, Verdict, advice, clipping_norm, healthy, verdicts
 
 
 def _probed(activation: type[nn.Module], std: float, layers: int = 6, width: int = 64) -> list[LayerStatistics]:
@@ -73,7 +73,7 @@ def test_gradient_that_vanishes_over_time() -> None:
 
 def _facts(**changes: Any) -> Facts:
     facts = {"init": "normal", "norm": "none", "activation": "Tanh", "has_skips": False, "is_recurrent": False}
-    return Facts(**{**facts, "is_gated": False, "clip": "none", "gradient_norms": [3.0, 1234.0, 1.0], **changes})
+    return Facts(**{**facts, "is_gated": False, "clip": "none", "gradient_norms": [3.0, 4.0, 1.0], **changes})
 
 
 def test_advice_lists_overrides_not_already_set() -> None:
@@ -93,3 +93,26 @@ def test_advice_lists_overrides_not_already_set() -> None:
 def test_clipping_norm_is_the_median_of_finite_norms() -> None:
     assert clipping_norm([5.0, 1.0, math.nan, 3.0, math.inf]) == 3.0
     assert clipping_norm([math.nan]) is None
+
+
+def test_clipping_norm_comes_from_updates_before_an_explosion() -> None:
+    assert healthy([2.0, 3.0, 1.0, 150.0, 1.0]) == [2.0, 3.0, 1.0]
+    assert healthy([2.0, 0.0, math.nan]) == [2.0, 0.0] and healthy([6.4e9, 1.0]) == []
+    bad = [Verdict("exploding", "")]
+    [line] = advice(bad, _facts(gradient_norms=[6.4e9, 6.4e9]))
+    assert "max_norm=" not in line and line.index("init=xavier_normal") < line.index("then clip=norm")
+    [line] = advice(bad, _facts(gradient_norms=[2.0, 3.0, 1.0, 6.4e9, 6.4e9]))
+    assert line.endswith("clip=norm clip.max_norm=2")
+
+
+def test_layer_between_vanishing_ones_is_not_healthy() -> None:
+    def labels(*gradients: float) -> list[str]:
+        layers = _probed(nn.Tanh, 1.0)
+        for layer, norm in zip(layers, gradients, strict=True):
+            layer.gradients = Moments()
+            layer.gradients.add(torch.full((1,), norm))
+        return [str(verdict).partition(":")[0] for verdict in verdicts(layers)]
+
+    assert labels(0.001, 0.02, 0.005, 0.2, 0.5, 1.0, 1.0) == ["vanishing"] * 3 + ["healthy"] * 4
+    assert labels(0.001, 0.3, 0.005, 0.2, 0.5, 1.0, 1.0)[1] == "healthy"  # far from the threshold
+    assert labels(0.02, 0.02, 0.02, 0.2, 0.5, 1.0, 1.0) == ["healthy"] * 7
