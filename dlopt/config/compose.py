@@ -39,6 +39,7 @@ import dlopt
 from dlopt.config.choices import config_dir as searched_config_dir
 from dlopt.config.choices import config_folder
 from dlopt.config.expansion import check_expansion
+from dlopt.config.pretrained import pretrained_overrides
 from dlopt.config.resolve import first_lines, is_typed
 from dlopt.config.schema import show
 from dlopt.config.synonyms import for_choice, for_flag, for_key
@@ -137,6 +138,8 @@ class Composer:
             raw: Any = OmegaConf.to_container(config, resolve=False)
             check_expansion(raw)
             check_hydra(config, overrides)
+            if not multirun and (more := pretrained_overrides(config, parsed)):
+                config = self._compose([*overrides, *more])
             return config
         except RecursionError:
             folder = "" if self.config_dir is None else f"--config-dir={self.config_dir}: "

@@ -36,6 +36,11 @@ def check_combinations(experiment: Experiment) -> None:
         )
     _check_device(experiment)
     _check_batch(experiment)
+    if experiment.model.arguments.get("pretrained") and experiment.init.target.__name__ != "default":
+        raise UserError(
+            f"init={experiment.init.target.__name__}: would overwrite the pretrained weights; "
+            "use init=default or model.pretrained=false"
+        )
 
 
 def _check_name(name: str) -> None:

@@ -60,7 +60,7 @@ KEYS: Mapping[str, Synonym] = {
     **_each(
         "pretrained",
         "model=timm model.name=NAME model.pretrained=true",
-        "for the weights of a file: init_from=FILE",
+        "also model=torchvision; for the weights of a file: init_from=FILE",
     ),
     **_each("weights", "init_from={}"),
     **_each("arch architecture backbone net network model_name", "model={}", "`dlopt options model` lists all"),
@@ -113,7 +113,7 @@ CHOICES: Mapping[str, Synonym] = {
     **_each("schedule=reduce* schedule=ReduceLROnPlateau", "schedule=plateau"),
     **_each("schedule=cosine_annealing schedule=CosineAnnealingLR schedule=cos", "schedule=cosine"),
     **_each("model=resnet", "model=resnet20", "for small images; resnet18 to resnet101 for large ones"),
-    **_each("model=torchvision model=huggingface model=hub", "model=timm model.name=NAME", "the models of timm"),
+    **_each("model=huggingface model=hub", "model=timm model.name=NAME", "the models of timm"),
     **_each(" ".join(f"model={family}*" for family in _TIMM.split()), "model=timm model.name={}"),
     **_each("model=wideresnet* model=wrn", "model=wrn_28_10"),
     **_each("init=he init=he_*", "init=kaiming_normal"),

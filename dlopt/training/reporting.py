@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dlopt.config.pretrained import describe_pretrained
 from dlopt.config.rules import extra_metric
 from dlopt.tracking.tracking import Tracking
 from dlopt.training.batch_norm import small_batch_warnings
-from dlopt.training.build import Workload
+from dlopt.training.build import Workload, data_spec
 from dlopt.training.progress import Length
 from dlopt.training.speed import describe_auto
 
@@ -58,8 +59,9 @@ def log_header(trainer: "Trainer", workload: Workload, length: Length, run: "Run
         seconds=trainer.progress.seconds,
     )
     chosen = describe_auto(workload.experiment, workload.precision, workload.compile_obstacle, trainer.graph_obstacle)
-    lines = [*([chosen] if chosen else []), *dataset.notes, *workload.parallel.notes, *small_batch_warnings(workload)]
-    for line in lines:
+    pretrained = describe_pretrained(workload.experiment, data_spec(workload)["window"])
+    described = [line for line in (chosen, pretrained) if line]
+    for line in [*described, *dataset.notes, *workload.parallel.notes, *small_batch_warnings(workload)]:
         tracking.message(line)
     if trainer.progress.step == 0 and len(dataset.train.shape) == 3 and settings.tracking and workload.parallel.is_main:
         inputs, _ = next(iter(trainer.batches.epoch(0)))
