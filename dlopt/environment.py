@@ -27,12 +27,14 @@ def machine() -> dict[str, Any]:
     """Returns platform, host name, processor, number of cores, bytes of memory, and the first GPU."""
     import torch
 
+    from dlopt.processor import installed_memory
+
     return {
         "platform": platform.platform(),
         "host": platform.node(),
         "processor": _processor(),
         "cpu_count": os.cpu_count(),
-        "memory_bytes": _memory(),
+        "memory_bytes": installed_memory(),
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
     }
 
@@ -149,10 +151,3 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def _memory() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError):
-        return None

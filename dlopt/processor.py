@@ -1,4 +1,4 @@
-"""Device selection, CPU threads, and the memory allocator."""
+"""Device selection, CPU threads, main memory, and the memory allocator."""
 
 import contextlib
 import ctypes
@@ -6,12 +6,14 @@ import os
 import signal
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 _PR_SET_PDEATHSIG = 1  # sys/prctl.h
 _MAX_MMAP_THRESHOLD = 32 << 20  # glibc rejects larger values
+_UNKNOWN_MEMORY = 4 << 30  # bytes assumed where the system does not report them
 
 
 def choose_device(name: str) -> torch.device:
@@ -38,6 +40,38 @@ def set_deterministic(enabled: bool, *, warn_only: bool = False) -> None:
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
     else:
         torch.set_deterministic_debug_mode("default")
+
+
+def installed_memory() -> int | None:
+    """Returns the bytes of main memory of this machine; None: unknown on this system."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return None
+
+
+def available_memory() -> int:
+    """Returns the bytes of main memory that this process can still allocate, within a container's limit."""
+    free = [installed_memory() or _UNKNOWN_MEMORY]
+    for path, read in (
+        (Path("/proc/meminfo"), _meminfo),
+        (Path("/sys/fs/cgroup/memory.max"), _cgroup_memory),
+    ):
+        try:
+            free.append(read(path.read_text()))
+        except (OSError, ValueError):
+            continue
+    return min(free)
+
+
+def _meminfo(text: str) -> int:
+    lines = dict(line.split(":", 1) for line in text.splitlines())
+    return int(lines["MemAvailable"].split()[0]) * 1024
+
+
+def _cgroup_memory(text: str) -> int:
+    """Returns the limit minus the memory in use. Raises ValueError for "max" (no limit)."""
+    return int(text) - int(Path("/sys/fs/cgroup/memory.current").read_text())
 
 
 def keep_freed_memory() -> None:

@@ -1,4 +1,4 @@
-"""CPU threads and the memory allocator."""
+"""CPU threads, main memory and the memory allocator."""
 
 import os
 import resource
@@ -6,7 +6,7 @@ import resource
 import pytest
 import torch
 
-from dlopt.processor import keep_freed_memory, set_threads
+from dlopt.processor import available_memory, installed_memory, keep_freed_memory, set_threads
 
 
 def test_threads() -> None:
@@ -20,6 +20,14 @@ def test_threads() -> None:
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
+
+
+def test_memory_is_plausible(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = installed_memory()
+    assert installed is not None and 2**26 < available_memory() <= installed < 2**50
+    monkeypatch.setattr(os, "sysconf", lambda name: (_ for _ in ()).throw(ValueError(name)))  # another system
+    assert installed_memory() is None
+    assert 2**26 < available_memory() <= 4 << 30
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self"), reason="other systems have another allocator")

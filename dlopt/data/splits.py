@@ -1,9 +1,7 @@
 """Prepares a dataset for a run: subset, validation split, image size, and loading into memory."""
 
 import math
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
@@ -14,6 +12,7 @@ from dlopt.data.images import resize, size_pair
 from dlopt.data.loading import materialize, worker_count
 from dlopt.data.samples import Dataset, InMemory, Samples
 from dlopt.errors import UserError
+from dlopt.processor import available_memory
 from dlopt.random import generator
 from dlopt.ranges import Count, Fraction, Natural, PositiveFraction, Seed
 
@@ -114,20 +113,6 @@ def stratified(targets: Tensor, count: int, seed: int, *counters: int, keep_one:
     return selected.nonzero().squeeze(1), (~selected).nonzero().squeeze(1)
 
 
-def available_memory() -> int:
-    """Returns the bytes of main memory that this process can still allocate, within a container's limit."""
-    free = [_sysconf_memory()]
-    for path, read in (
-        (Path("/proc/meminfo"), _meminfo),
-        (Path("/sys/fs/cgroup/memory.max"), _cgroup_memory),
-    ):
-        try:
-            free.append(read(path.read_text()))
-        except (OSError, ValueError):
-            continue
-    return min(free)
-
-
 def _allocate(available: list[int], count: int, keep_one: bool) -> list[int]:
     """Distributes `count` over the classes by largest remainders, with at least 1 (if possible) of each class."""
     upper = [total - 1 for total in available] if keep_one else available
@@ -192,20 +177,3 @@ def _load_into_memory(splits: list[Samples], settings: DataSettings, device: tor
             "use data.memory=auto, a smaller data.image_size, or data.subset"
         )
     return True
-
-
-def _sysconf_memory() -> int:
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):  # not available on this system
-        return 4 << 30
-
-
-def _meminfo(text: str) -> int:
-    lines = dict(line.split(":", 1) for line in text.splitlines())
-    return int(lines["MemAvailable"].split()[0]) * 1024
-
-
-def _cgroup_memory(text: str) -> int:
-    """Returns the limit minus the memory in use. Raises ValueError for "max" (no limit)."""
-    return int(text) - int(Path("/sys/fs/cgroup/memory.current").read_text())

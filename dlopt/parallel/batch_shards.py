@@ -1,10 +1,12 @@
 """Slices of a global batch for each rank. Micro-batches contain the same samples whatever the number of ranks."""
 
 from itertools import pairwise
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from dlopt.data.batches import Augment
 
 
 class MicroBatchShard(NamedTuple):
@@ -64,10 +66,6 @@ def micro_batch_shards(total: int, accumulate: int, rank: int, ranks: int) -> li
     ]
 
 
-class Augment(Protocol):
-    def __call__(self, inputs: Tensor, targets: Tensor, **position: Any) -> tuple[Tensor, Tensor]: ...
-
-
 class ShardedAugment:
     """Augments a rank's samples where they are several slices of the global batch, or none."""
 
@@ -86,14 +84,15 @@ class ShardedAugment:
         total: int,
         shard: slice | Tensor,
         indices: Tensor,
-        epoch: int,
+        epoch: int | Tensor,
     ) -> tuple[Tensor, Tensor]:
         # The augmentation draws for all `total` samples and uses the draws of `shard`. Each slice starts from the same
         # seed, so that every sample gets the draws that it has in a single process.
         def augmented(inputs: Tensor, targets: Tensor, shard: slice, indices: Tensor) -> tuple[Tensor, Tensor]:
             generator.manual_seed(seed)
-            keys = {"total": total, "shard": shard, "indices": indices, "epoch": epoch}
-            return self.augment(inputs, targets, generator=generator, **keys)
+            return self.augment(
+                inputs, targets, generator=generator, total=total, shard=shard, indices=indices, epoch=epoch
+            )
 
         seed = generator.initial_seed()
         if len(inputs) == 0:  # one dummy sample yields the shape and dtype that the other ranks get

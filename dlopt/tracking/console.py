@@ -206,7 +206,6 @@ class ConsoleView(Screen):
 
     def begin(
         self,
-        command: str,
         config: Mapping[str, Any],
         choices: Mapping[str, str],
         facts: Mapping[str, Any],
@@ -218,8 +217,6 @@ class ConsoleView(Screen):
     ) -> None:
         self._epochs, self._start = epochs, (first_step // max(steps_per_epoch, 1), seconds)
         self._samples, self._unit = facts.get("train") or 0, facts.get("unit", "samples")
-        if command:
-            self._print(Text(command, "cyan"))
         self._print_block(layout.header(config, choices, facts), Text(""))
         if not self.terminal:
             return

@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -123,10 +124,11 @@ def _format_value(value: Any) -> str:
 def header_rows(
     config: Mapping[str, Any], choices: Mapping[str, str], facts: Mapping[str, Any]
 ) -> dict[str, list[str]]:
-    """Summarizes a run: data, model, optimizer and schedule, length and device, folder.
+    """Summarizes a run: overrides, data, model, optimizer and schedule, length and device, folder.
 
-    `facts`: what is known only once the run is built: `parameters`, `trainable`, `train`, `val`, `test` (samples),
-    `epochs`, `steps_per_epoch`, `device`, `precision`, `threads`, `folder`. Empty rows are left out.
+    `facts`: what the config does not contain: `overrides` (of the command line), `parameters`, `trainable`, `train`,
+    `val`, `test` (samples), `epochs`, `steps_per_epoch`, `device`, `precision`, `threads`, `folder`. Empty rows are
+    left out.
     """
     names, values = _choices(config, choices), settings(config)
 
@@ -139,6 +141,7 @@ def header_rows(
     samples = [f"{facts[split]:,} {split}" for split in ("train", "val", "test") if facts.get(split)]
     schedule = [f"schedule {names['schedule']}"] if names.get("schedule") else []
     rows: dict[str, list[str | None]] = {
+        "overrides": [shlex.quote(override) for override in facts.get("overrides", ())],
         "data": [names.get("data"), ", ".join(samples), *settings_of("data.batch_size"), *choices_of("augmentation")],
         "model": [names.get("model"), _parameters(facts), *choices_of("init")],
         "optimizer": [

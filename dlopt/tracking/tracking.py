@@ -88,7 +88,6 @@ class Tracking:
         first_step: int = 0,
         steps: int | None = None,
         choices: Mapping[str, str] | None = None,
-        command: str = "",
         seconds: float = 0.0,
     ) -> None:
         """Shows the header and starts the progress display.
@@ -96,7 +95,6 @@ class Tracking:
         `config`: resolved, plain, without secrets. `facts`: see `layout.header`; `unit`: "images" or "samples".
         `first_step`, `seconds`: updates already done, and their time. `steps`: total updates (None: epochs *
         steps_per_epoch). `choices`: group -> name of its YAML file; default: the last part of `_target_`.
-        `command`: the command line.
         """
         self._epochs = epochs
         choices = choices or {}
@@ -110,7 +108,7 @@ class Tracking:
         for sink in self._sinks:
             sink.config(config, layout.hparams(config, choices))
         if self._console is not None:
-            self._console.begin(command, config, choices, facts, epochs, steps_per_epoch, total, first_step, seconds)
+            self._console.begin(config, choices, facts, epochs, steps_per_epoch, total, first_step, seconds)
             if first_step:
                 self._console.message(f"resumes from step {first_step} of {total}")
 

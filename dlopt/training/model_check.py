@@ -12,8 +12,8 @@ from torch.nn.parameter import is_lazy
 from dlopt.config.experiment import Experiment
 from dlopt.config.schema import Component, show
 from dlopt.data.samples import Dataset
-from dlopt.data.splits import available_memory
 from dlopt.errors import UserError
+from dlopt.processor import available_memory
 
 _VALUE_BYTES = 4  # models are built in fp32
 _BATCH = 2  # some models squeeze a batch of one

@@ -1,6 +1,5 @@
 """Output of a run: the header that describes it, and the summary at its end."""
 
-import shlex
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -8,6 +7,7 @@ import torch
 
 from dlopt.config.pretrained import describe_pretrained
 from dlopt.config.rules import extra_metric
+from dlopt.folders import RunFolder
 from dlopt.tracking.tracking import Tracking
 from dlopt.training.batch_norm import small_batch_warnings
 from dlopt.training.build import Workload, data_spec
@@ -34,6 +34,7 @@ def log_header(trainer: "Trainer", workload: Workload, length: Length, run: "Run
     dataset, settings, tracking = workload.dataset, workload.experiment.settings, trainer.tracking
     parameters = list(workload.module.parameters())
     facts: dict[str, Any] = {
+        "overrides": RunFolder(run.folder).history() if run.overrides is None else run.overrides,
         "parameters": sum(p.numel() for p in parameters),
         "trainable": sum(p.numel() for p in parameters if p.requires_grad),
         "train": len(dataset.train),
@@ -55,7 +56,6 @@ def log_header(trainer: "Trainer", workload: Workload, length: Length, run: "Run
         first_step=trainer.progress.step,
         steps=length.steps,
         choices=run.choices,
-        command="" if run.overrides is None else shlex.join(["dlopt", "train", *run.overrides]),
         seconds=trainer.progress.seconds,
     )
     chosen = describe_auto(workload.experiment, workload.precision, workload.compile_obstacle, trainer.graph_obstacle)

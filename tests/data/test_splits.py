@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dlopt.data.samples import Dataset, Files, InMemory, Samples
-from dlopt.data.splits import DataSettings, available_memory, prepare, stratified
+from dlopt.data.splits import DataSettings, prepare, stratified
 from dlopt.errors import UserError
 
 Make = Callable[..., DataSettings]
@@ -186,6 +186,3 @@ def test_files_are_streamed_if_requested_or_too_large(
     with pytest.raises(UserError, match=r"data.memory=true: the samples need"):
         prepare(files, settings(memory=True))
 
-
-def test_available_memory_is_plausible() -> None:
-    assert 2**26 < available_memory() < 2**50

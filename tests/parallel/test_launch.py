@@ -74,6 +74,7 @@ def test_stop_signal_ends_all_ranks_with_a_checkpoint(tmp_path: Path) -> None:
     assert process.returncode == 75
     assert (folder / "checkpoints" / "last.pt").exists()
     assert json.loads((folder / "summary.json").read_text())["status"] == "interrupted"
+    assert "overrides: hydra.run.dir=" in (folder / "train.log").read_text()
 
 
 def rank_1(folder: Path) -> int:
