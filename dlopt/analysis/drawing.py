@@ -39,10 +39,36 @@ def style(i: int, *, dash: int | None = None, **more: Any) -> dict[str, Any]:
     return {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[(i if dash is None else dash) % len(DASHES)]} | more
 
 
+_LABELS = {  # metrics and keys whose names do not explain themselves
+    "val_error": "validation error (fraction)",
+    "gap": "gap: validation loss minus training loss",
+    "accuracy_gap": "gap: training accuracy minus validation accuracy",
+    "input_drift": "drift of the layers' inputs per epoch (standard deviations)",
+    "gradient_variance": "variance of mini-batch gradients (1: random order)",
+    "effective_rate": "effective learning rate (median weight)",
+    "optimizer.lr": "learning rate",
+    "optimizer.weight_decay": "weight decay",
+    "init.std": "standard deviation of the initial weights",
+    "model.dropout": "dropout probability",
+    "model.degree": "degree of the polynomial",
+    "model.widths": "hidden units",
+    "data.subset": "training samples",
+}
+
+
 def metric_label(metric: str) -> str:
     """Returns the axis label of a metric: val_accuracy -> validation accuracy."""
-    words = metric.replace("_", " ").replace("lr", "learning rate")
+    words = _LABELS.get(metric, metric.replace("_", " ").replace("lr", "learning rate"))
     return words.replace("val ", "validation ").replace("train ", "training ")
+
+
+def label(name: str) -> str:
+    """Returns the label of a metric or a config key: optimizer.lr -> learning rate, data.batch_size -> batch size."""
+    if name in _LABELS or "." not in name:
+        return metric_label(name)
+    group, _, key = name.rpartition(".")
+    is_clear = group in ("data", "optimizer", "model", "schedule")
+    return (key if is_clear else f"{group} {key}").replace("_", " ")
 
 
 def title_with_subtitle(title: str, subtitle: str, width: int = 90) -> str:

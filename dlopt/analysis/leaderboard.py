@@ -115,8 +115,8 @@ def default_metric(entries: Sequence[Entry]) -> str:
 
 
 def direction_of(metric: str) -> Direction:
-    """Returns "maximize" for accuracies and "minimize" for all other metrics."""
-    return "maximize" if "accuracy" in metric else "minimize"
+    """Returns "maximize" for accuracies and "minimize" for all other metrics, also for gaps between accuracies."""
+    return "maximize" if "accuracy" in metric and not metric.endswith("gap") else "minimize"
 
 
 def leaderboard(

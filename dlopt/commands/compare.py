@@ -18,6 +18,7 @@ from dlopt.config.resolve import choices_of, to_plain
 from dlopt.config.resuming import refuse_other_config
 from dlopt.config.schema import check_arguments
 from dlopt.errors import UserError
+from dlopt.files import write_atomically
 from dlopt.folders import RunFolder, make, make_new
 from dlopt.parallel.rendezvous import current
 
@@ -43,12 +44,17 @@ def compare(composer: Composer, parsed: Namespace, config: DictConfig) -> int:
 
     Raises `UserError` before it creates any file.
     """
-    from dlopt.analysis.comparison import draw, table
-    from dlopt.analysis.drawing import save
+    from dlopt.analysis import drawing
+    from dlopt.analysis.claims import sentence
+    from dlopt.analysis.comparison import table
+    from dlopt.analysis.comparison_plots import draw
+    from dlopt.analysis.findings import check, evaluate, record
 
     if current() is not None:
         raise UserError("comparison: cannot run inside torchrun or srun; start it from a shell")
     comparison = comparison_of(composer, config, parsed.overrides)
+    changed = bool(parsed.overrides and comparison.claims) and _changes_claims(composer, config, parsed.overrides)
+    claims = check(comparison, overridden=changed)
     runs = _runs(composer, comparison, parsed.overrides)
     if config.dry_run is True:
         return _list(runs)
@@ -61,13 +67,23 @@ def compare(composer: Composer, parsed: Namespace, config: DictConfig) -> int:
         gc.unfreeze()
     if code:
         return code
+    findings = evaluate(comparison, outcomes, claims)
+    write_atomically(folder / f"{PICTURE}.json", record(comparison, outcomes, findings).encode())
     for line in (
         *table(comparison, outcomes),
         comparison.see,
-        *map(str, save(draw(comparison, outcomes), folder, PICTURE)),
+        *(sentence(finding, drawing.label) for finding in findings),
+        *(f"Not evaluated: {claim.text}." for claim in comparison.claims if claim not in claims),
+        *map(str, drawing.save(draw(comparison, outcomes, findings), folder, PICTURE)),
     ):
         print(line)
     return 0
+
+
+def _changes_claims(composer: Composer, config: DictConfig, overrides: list[str]) -> bool:
+    """Returns whether an override changes the comparison or fixes one of its axes."""
+    keys = [each.get_key_element().lstrip("+~") for each in composer.parse(overrides)]
+    return any(key.startswith("comparison") or key in (config.comparison.get("along") or {}) for key in keys)
 
 
 def _list(runs: list[_Run]) -> int:
@@ -82,21 +98,26 @@ def _list(runs: list[_Run]) -> int:
 
 def comparison_of(composer: Composer, config: DictConfig, overrides: list[str]) -> "Comparison":
     """Builds the comparison of an experiment file, without overridden axes; an overridden `seed` replaces its seeds."""
-    from dlopt.analysis.comparison import Comparison
+    from dlopt.analysis.claims import SUMMARY, parse
+    from dlopt.analysis.comparison import GAPS, Comparison
     from dlopt.analysis.probes import PROBES
 
     if not OmegaConf.is_dict(config.comparison):
         raise UserError(f"comparison={config.comparison}: allowed: a mapping, or null for a single run")
     node = OmegaConf.to_container(config.comparison, resolve=True)
     assert isinstance(node, dict)
-    comparison = Comparison(**check_arguments("comparison", Comparison, {str(k): v for k, v in node.items()}))
+    written = {str(key): value for key, value in node.items()}
+    claims = [parse(f"comparison.claims.{i}", claim) for i, claim in enumerate(written.pop("claims", []))]
+    comparison = Comparison(**check_arguments("comparison", Comparison, written, frozenset({"claims"})), claims=claims)
     for name in ("variants", "seeds", "metrics"):
         if not getattr(comparison, name):
             raise UserError(f"comparison.{name}: needs at least one entry")
-    for metric in comparison.metrics:
-        if metric not in (*_METRICS, *PROBES) and not metric.startswith("val_"):
-            allowed = ", ".join((*_METRICS, *PROBES))
+    for metric in comparison.all_metrics:
+        if metric not in (*_METRICS, *GAPS, *PROBES) and not metric.startswith("val_"):
+            allowed = ", ".join((*_METRICS, *GAPS, *PROBES))
             raise UserError(f"comparison.metrics: unknown metric {metric}; allowed: {allowed}")
+    if comparison.choose in SUMMARY:
+        raise UserError(f"comparison.choose={comparison.choose}: must be a validation or training metric")
     if len(comparison.along) > 2:
         raise UserError(f"comparison.along: {len(comparison.along)} keys; at most two fit in a plot")
     if len(comparison.along) == 2 and len(comparison.metrics) > 1:
@@ -155,7 +176,8 @@ def _folder(config: DictConfig, overrides: list[str], runs: list[_Run]) -> Path:
 
 def _execute(runs: list[_Run], folder: Path, comparison: "Comparison") -> "tuple[dict[Cell, Outcome], int]":
     """Runs all cells; returns their outcomes and the exit code. A diverged run counts, any other failure stops."""
-    from dlopt.analysis.comparison import read, show, typed
+    from dlopt.analysis.claims import shown
+    from dlopt.analysis.comparison import read, show
     from dlopt.job import FAILED, INTERRUPTED, USER_ERROR, execute
     from dlopt.training.checkpoint import Checkpoints
     from dlopt.training.trainer import Run
@@ -171,8 +193,8 @@ def _execute(runs: list[_Run], folder: Path, comparison: "Comparison") -> "tuple
             diverged = (subfolder.summary() or {}).get("diverged")
             if code in (INTERRUPTED, USER_ERROR) or (code == FAILED and not diverged):
                 return outcomes, code
-        outcome = outcomes[cell] = read(subfolder.path, comparison.metrics)
-        labels = [cell.variant, *(f"{k}={typed(v)}" for k, v in zip(comparison.along, cell.point, strict=True))]
+        outcome = outcomes[cell] = read(subfolder.path, comparison.all_metrics)
+        labels = [cell.variant, *(f"{k}={shown(v)}" for k, v in zip(comparison.along, cell.point, strict=True))]
         metrics = ", ".join(f"{name} {show(outcome.final(name))}" for name in comparison.metrics)
         print(f"  {number + 1}/{len(runs)} {', '.join(labels)}, seed {cell.seed}: {metrics}", flush=True)
     return outcomes, 0

@@ -5,13 +5,14 @@ from typing import Any
 
 import pytest
 
-from dlopt.analysis.comparison import Cell, Comparison, Outcome, draw, table
+from dlopt.analysis.comparison import Cell, Comparison, Outcome, table
+from dlopt.analysis.comparison_plots import draw
 
 
 def comparison(**keys: Any) -> Comparison:
     defaults: dict[str, Any] = {
         "title": "A & B, 50 %: mini-batches of {2}", "see": "One is lower.", "variants": {"a": [], "b": ["x=1"]},
-        "along": {}, "seeds": [0, 1], "metrics": ["train_loss"], "x": "epoch",
+        "along": {}, "seeds": [0, 1], "metrics": ["train_loss"], "x": "epoch", "choose": None, "claims": [],
     }  # fmt: skip
     return Comparison(**{**defaults, **keys})
 
@@ -69,7 +70,7 @@ def test_metrics_along_a_key_have_gaps_for_diverged_seeds() -> None:
     [axes] = draw(spec, outcomes).axes
     line = next(line for line in axes.lines if line.get_label() == "a")
     assert list(line.get_ydata())[:2] == pytest.approx([0.6, 1.5]) and math.isnan(line.get_ydata()[2])
-    assert axes.get_xscale() == "log" and axes.get_xlabel() == "optimizer.lr   (crosses: diverged)"
+    assert axes.get_xscale() == "log" and axes.get_xlabel() == "learning rate   (crosses: diverged)"
     assert table(spec, outcomes)[3].split() == ["a", "10.0", "diverged"]
     assert table(spec, outcomes)[0].split() == ["variant", "optimizer.lr", "test_loss"]
 
@@ -95,7 +96,7 @@ def test_two_keys_plot_heat_maps_with_best_cell_framed() -> None:
     assert values.shape == (2, 3) and bool(values.mask[1, 2]) and float(values[0, 2]) == pytest.approx(0.4)
     [frame] = maps[0].patches
     assert frame.get_xy() == (1.5, -0.5)  # 0.1 * 1 + 0.3, since the cell beyond it diverged
-    assert maps[0].get_xlabel() == "decay" and maps[0].get_ylabel() == "lr"
+    assert maps[0].get_xlabel() == "decay" and maps[0].get_ylabel() == "learning rate"
     assert [text.get_text() for text in maps[0].texts] == ["20.0", "30.0", "40.0", "30.0", "40.0", "×"]
 
 

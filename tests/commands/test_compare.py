@@ -27,6 +27,8 @@ comparison:
   along: {}
   seeds: [0, 1]
   metrics: [train_loss, val_accuracy]
+  claims:
+    - {claim: Wide networks learn faster, metric: train_loss, lower: wide, than: narrow, factor: 1.0}
 
 name: small
 epochs: 2
@@ -56,7 +58,10 @@ def test_writes_runs_table_and_plot(folder: Path) -> None:
     assert lines[0].startswith("Widths & 100 % of them: 4 runs in ")
     assert lines[1].startswith("  1/4 narrow, seed 0: train_loss ") and lines[4].startswith("  4/4 wide, seed 1: ")
     assert lines[5].split() == ["variant", "train_loss", "val_accuracy"]
-    assert lines[8] == "Wider is better." and len(lines) == 11
+    assert lines[8] == "Wider is better." and len(lines) == 12
+    saved = json.loads((folder / "out/comparison.json").read_text())
+    assert lines[9] == saved["claims"][0]["sentence"] and "Wide networks learn faster. Training loss: " in lines[9]
+    assert [row["variant"] for row in saved["rows"]] == ["narrow", "wide"] and saved["seeds"] == [0, 1]
     last = [json.loads((folder / f"out/{i}/metrics.jsonl").read_text().splitlines()[-1]) for i in range(4)]
     assert float(lines[6].split()[1]) == pytest.approx((last[0]["train_loss"] + last[1]["train_loss"]) / 2, rel=1e-3)
     config = yaml.safe_load((folder / "out/3/config.yaml").read_text())
@@ -124,6 +129,14 @@ def test_override_replaces_an_axis(folder: Path) -> None:
     [config] = folder.glob("outputs/small/*/1/config.yaml")
     saved = yaml.safe_load(config.read_text())
     assert saved["optimizer"]["lr"] == 0.3 and saved["seed"] == 5
+
+
+def test_claims_about_removed_variants_are_not_evaluated(folder: Path) -> None:
+    change(folder, "than: narrow", "than: thin")
+    message = refused(folder, "train", "--config-dir", "../myconf", "experiment=small")
+    assert "comparison.claims.0: unknown variant thin; allowed: narrow, wide" in message
+    result = compare(folder, "+comparison.variants.other=['model.norm=none']", "epochs=1", "seed=0")
+    assert "Not evaluated: Wide networks learn faster." in result.out, result.err
 
 
 def test_comparison_null_trains_once(folder: Path) -> None:

@@ -1,0 +1,318 @@
+"""Claims of a comparison: two sides, a margin, and a verdict from the differences over paired seeds."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dlopt.analysis.leaderboard import Seeds, direction_of, paired_difference
+from dlopt.config.schema import check_arguments
+from dlopt.errors import UserError
+from dlopt.ranges import Count, NonNegative
+
+Value = bool | int | float | str | None
+Relation = Literal["lower", "higher", "equal"]
+When = Literal["last", "first", "minimum", "maximum", "mean"] | Count
+Measure = Literal["value", "epoch", "step", "seconds", "largest", "span"]
+Verdict = Literal["seen", "not seen here", "the opposite"]
+Written = str | dict[str, Any]  # a side in YAML: a variant, or the keys of `Side`
+
+SUMMARY = ("test_loss", "test_accuracy")
+"""Metrics that a run has once, in summary.json."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """One side of a claim.
+
+    Args:
+        variant: its label.
+        at: fixed axes and their values; over the other axes, the best point counts, chosen by the mean over seeds.
+        value: of the curve, the last, first, smallest, largest or mean value, or the value at an epoch (from 1).
+    """
+
+    variant: str
+    at: dict[str, Value]
+    value: When
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A claim: `metric` of each side in `first` is lower than, higher than, or equal to that of `second`.
+
+    Args:
+        text: the claim in words.
+        when_not: when it does not hold.
+        measure: what is compared: the metric's value; the epoch, update (`step`) or second at which it reaches
+            `target`; the largest value of the only free axis at which it reaches `target`; or the ratio of the largest
+            to the smallest such value (`span`).
+        factor: margin of the ratio (1.5: at least 1.5x), or None.
+        difference: margin of the difference, or None.
+    """
+
+    text: str
+    when_not: str
+    metric: str
+    relation: Relation
+    first: tuple[Side, ...]
+    second: Side
+    measure: Measure
+    target: float | None
+    factor: float | None
+    difference: float | None
+
+    @property
+    def margin(self) -> float:
+        """The margin on the scale of `effects`: the logarithm of the factor, or the difference."""
+        return math.log(self.factor) if self.factor is not None else float(self.difference or 0)
+
+    @property
+    def selects_on_test(self) -> bool:
+        """Whether choosing the best point by the claim's own metric would select on the test set."""
+        return self.measure == "value" and self.metric in SUMMARY
+
+
+def parse(key: str, written: Mapping[str, Any]) -> Claim:
+    """Builds a claim from its YAML block `key`. Raises `UserError`."""
+    keys = check_arguments(key, _schema, written)
+    relation, first = _relation(key, keys)
+    than = keys.get("than")
+    if relation == "equal":
+        if than is not None or len(first) < 2:
+            raise UserError(f"{key}.equal={first}: needs a list of two or more sides, and no key than")
+        first, than = first[1:], first[0]
+    elif than is None:
+        raise UserError(f"{key}.than: a value is required: the variant to compare with")
+    measure, target = keys.get("measure", "value"), keys.get("target")
+    if (measure == "value") == (target is not None):
+        raise UserError(f"{key}.target={target}: set it exactly if measure is not value (measure={measure})")
+    factor, difference = keys.get("factor"), keys.get("difference")
+    if (factor is None) == (difference is None):
+        raise UserError(f"{key}: set factor (1.5: at least 1.5x) or difference (0.01), one of them, as margin")
+    if factor is not None and factor < 1:
+        raise UserError(f"{key}.factor={factor}: must be >= 1")
+    if factor is not None and measure == "value" and "gap" in keys["metric"]:
+        raise UserError(f"{key}.factor={factor}: a gap may be negative; set difference instead")
+    common = {"at": keys.get("at", {}), "value": keys.get("value", "last")}
+    return Claim(
+        text=keys["claim"].rstrip("."),
+        when_not=keys.get("when_not", ""),
+        metric=keys["metric"],
+        relation=relation,
+        first=tuple(_side(f"{key}.{relation}", side, common) for side in first),
+        second=_side(f"{key}.than", than, common),
+        measure=measure,
+        target=target,
+        factor=factor,
+        difference=difference,
+    )
+
+
+def _schema(
+    *,
+    claim: str,
+    metric: str,
+    lower: Written | list[Written] | None = None,
+    higher: Written | list[Written] | None = None,
+    equal: list[Written] | None = None,
+    than: Written | None = None,
+    at: dict[str, Value] | None = None,
+    value: When | None = None,
+    measure: Measure | None = None,
+    target: float | None = None,
+    factor: float | None = None,
+    difference: NonNegative | None = None,
+    when_not: str | None = None,
+) -> None:
+    """Declares the keys of a claim in YAML."""
+
+
+def _relation(key: str, keys: Mapping[str, Any]) -> tuple[Relation, list[Written]]:
+    names: tuple[Relation, ...] = ("lower", "higher", "equal")
+    given = [name for name in names if keys.get(name) is not None]
+    if len(given) != 1:
+        raise UserError(f"{key}: set exactly one of {', '.join(names)}")
+    sides = keys[given[0]]
+    return given[0], sides if isinstance(sides, list) else [sides]
+
+
+def _side(key: str, written: Written, common: Mapping[str, Any]) -> Side:
+    keys: dict[str, Any] = {"variant": written} if isinstance(written, str) else dict(written)
+    at = {**common["at"], **keys.get("at", {})}
+    return Side(**check_arguments(key, Side, {**common, **keys, "at": at}))
+
+
+def is_higher_better(metric: str) -> bool:
+    return direction_of(metric) == "maximize"
+
+
+# -- verdicts
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The outcome of a claim.
+
+    Args:
+        first, second: measured values of both sides, one per seed; infinite: diverged, or the target was not reached.
+        points: where the sides were measured: axis -> value.
+        effect, low, high: difference in the claim's direction (of logarithms, if the margin is a factor) with its
+            interval; None with fewer than two seeds.
+    """
+
+    claim: Claim
+    sides: tuple[Side, Side]
+    first: Sequence[float]
+    second: Sequence[float]
+    points: tuple[Mapping[str, Value], Mapping[str, Value]]
+    verdict: Verdict
+    effect: float
+    low: float | None
+    high: float | None
+
+
+def judge(
+    claim: Claim,
+    sides: tuple[Side, Side],
+    values: tuple[Sequence[float], Sequence[float]],
+    points: tuple[Mapping[str, Value], Mapping[str, Value]],
+) -> Finding:
+    """Compares the values of two sides, paired by seed.
+
+    The interval is Student's 95 % interval of the mean difference. If a run diverged (an infinite value), it is the
+    range over seeds instead. "seen": the whole interval lies beyond the margin (for `equal`: within). "the opposite":
+    the whole interval lies on the other side of no difference (for `equal`: outside the margin).
+    """
+    effects = [_effect(claim, a, b) for a, b in zip(*values, strict=True)]
+    effect, low, high = _interval(effects)
+    verdict: Verdict = "not seen here"
+    margin, rounding = claim.margin, 1e-9
+    if low is not None and high is not None:
+        if claim.relation == "equal":
+            if max(-low, high) <= margin + rounding:
+                verdict = "seen"
+            elif low > margin or high < -margin:
+                verdict = "the opposite"
+        elif low >= margin - rounding and low > 0:
+            verdict = "seen"
+        elif high < 0:
+            verdict = "the opposite"
+    return Finding(claim, sides, *values, points, verdict, effect, low, high)
+
+
+def _effect(claim: Claim, a: float, b: float) -> float:
+    """Returns how far a pair lies in the claimed direction; 0 if both diverged."""
+    a, b = (b, a) if claim.relation == "lower" else (a, b)
+    if a == b:
+        return 0.0
+    if claim.factor is None:
+        return a - b
+    if min(a, b) < 0:
+        return math.nan  # no ratio: never seen
+    return math.inf if b == 0 or a == math.inf else -math.inf if a == 0 or b == math.inf else math.log(a / b)
+
+
+def _interval(effects: Sequence[float]) -> tuple[float, float | None, float | None]:
+    """Returns the mean with its interval; for infinite values the median and the range."""
+    if any(map(math.isnan, effects)):
+        return math.nan, None, None
+    if any(map(math.isinf, effects)):
+        ordered = sorted(effects)
+        enough = len(effects) > 1
+        return ordered[len(ordered) // 2], ordered[0] if enough else None, ordered[-1] if enough else None
+    keyed: dict[Seeds, float] = {(("pair", i),): effect for i, effect in enumerate(effects)}
+    found = paired_difference(keyed, dict.fromkeys(keyed, 0.0))
+    assert found is not None
+    return found.mean, found.low, found.high
+
+
+def weakest(findings: Sequence[Finding]) -> Finding:
+    """Returns the finding that decides a claim about several sides: the least convincing one."""
+
+    def strength(finding: Finding) -> tuple[int, float]:
+        order = ("not seen here", "the opposite", "seen").index(finding.verdict)
+        low = -math.inf if finding.low is None or finding.high is None else finding.low
+        if finding.claim.relation == "equal" and finding.high is not None:
+            low = -max(-low, finding.high)
+        return order, low
+
+    return min(findings, key=strength)
+
+
+# -- sentences
+
+_PREFIX = {"seen": "Seen", "not seen here": "Not seen here", "the opposite": "The opposite is seen"}
+_MEASURES = {
+    "value": "{metric}",
+    "epoch": "epochs to {metric} {target}",
+    "step": "updates to {metric} {target}",
+    "seconds": "seconds to {metric} {target}",
+    "largest": "largest {axis} with {metric} {target}",
+    "span": "usable range of {axis}, largest / smallest with {metric} {target}",
+}
+
+
+def sentence(finding: Finding, label: Any, short: bool = False) -> str:
+    """Writes the outcome of a claim: verdict, figures, interval. `label`: formats a metric or key for readers.
+
+    `short` leaves out the names of the compared points.
+    """
+    return f"{_PREFIX[finding.verdict]}: {finding.claim.text}. {numbers(finding, label, short)}"
+
+
+def numbers(finding: Finding, label: Any, short: bool = False) -> str:
+    """Writes the measured values of both sides, their difference and its interval."""
+    claim = finding.claim
+    sign = "at least" if is_higher_better(claim.metric) else "at most"
+    free = next((axis for axis in finding.points[0] if axis not in finding.sides[0].at), "value")
+    what = _MEASURES[claim.measure].format(
+        metric=label(claim.metric), axis=label(free), target="" if claim.target is None else f"{sign} {claim.target:g}"
+    )
+    first, second = _average(finding.first), _average(finding.second)
+    if not short:
+        first += _where(finding, 0, label)
+        second += _where(finding, 1, label)
+    ratio = claim.factor is not None
+    margin = f"{claim.factor:.3g}x" if ratio else f"{claim.difference:.3g}"
+    parts = [f"{_upper(what)}: {first} against {second}"]
+    if finding.low is None or finding.high is None:
+        parts.append("no interval: one seed" if len(finding.first) == 1 else "no interval: negative values")
+    else:
+        effect, low, high = (_scaled(value, ratio) for value in (finding.effect, finding.low, finding.high))
+        kind = "ratio" if ratio else "difference"
+        name = "range" if any(map(math.isinf, (finding.low, finding.high))) else "95 % interval"
+        parts.append(f"{kind} {effect}, {name} {low} to {high}, {len(finding.first)} seeds, margin {margin}")
+    return "; ".join(parts) + "."
+
+
+def _upper(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _average(values: Sequence[float]) -> str:
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return "diverged or not reached"
+    text = f"{math.fsum(finite) / len(finite):.3g}"
+    lost = len(values) - len(finite)
+    return text if not lost else f"{text} ({lost} of {len(values)} diverged or not reached)"
+
+
+def _where(finding: Finding, i: int, label: Any) -> str:
+    side, point = finding.sides[i], finding.points[i]
+    free = finding.claim.measure in ("largest", "span")
+    places = [f"{label(axis)} {shown(value)}" for axis, value in point.items() if not free or axis in side.at]
+    if side.value != "last":
+        places.append(f"epoch {side.value}" if isinstance(side.value, int) else side.value)
+    return f" ({', '.join([side.variant, *places])})"
+
+
+def shown(value: Value) -> str:
+    """Formats a value as in an override."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _scaled(effect: float, is_ratio: bool) -> str:
+    if math.isinf(effect):
+        return "unbounded" if effect > 0 else "-unbounded"
+    return f"{math.exp(effect):.3g}x" if is_ratio else f"{effect:.2g}"
