@@ -163,7 +163,7 @@ def _plots(table: Table, target: float | None) -> dict[str, bytes]:
     for name, figure in plots(table, target).items():
         file = io.BytesIO()
         figure.savefig(file, dpi=150, format="png")
-        files[name] = file.getvalue()
+        files[f"{name}.png"] = file.getvalue()
     return files
 
 

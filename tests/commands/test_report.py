@@ -44,8 +44,9 @@ def test_writes_table_page_and_plots(runs: Path) -> None:
     assert "skipped: night/0: summary.json is damaged" in result.out
     assert lines[-2:] == ["night/report/index.html", "night/report/summary.csv"]
     names = {path.name for path in (runs / "night/report").iterdir()}
-    assert names == {"index.html", "summary.csv", "learning_curves.png", "learning_rates.png", "lr_sensitivity.png",
-                     "parallel_coordinates.png", "time_to_target.png"}  # fmt: skip
+    assert names == {"index.html", "summary.csv", "learning_curves.png", "learning_curves_seconds.png",
+                     "learning_rates.png", "lr_sensitivity.png", "parallel_coordinates.png",
+                     "time_to_target.png"}  # fmt: skip
     again = dlopt(runs, "report", "night", "night/1", "output=elsewhere", "by=val_loss", "test=true", "top=1")
     assert again.code == 0 and (runs / "elsewhere/index.html").is_file()
     assert "more rows on the HTML page" in again.out

@@ -1,7 +1,10 @@
-"""Plots of the report as image files; each function returns a figure, or None without data."""
+"""Plots of the report, one figure each; a plot without data is None.
+
+Accuracies are in percent. A configuration has the colour of its rank, and an optimizer that of its best configuration.
+"""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,13 +14,13 @@ from dlopt.analysis.drawing import COLOURS, metric_label, style
 from dlopt.analysis.report.reading import is_number, text
 from dlopt.analysis.report.table import (
     Configuration,
-    Importance,
     Sensitivity,
     Table,
     band,
+    default_spread,
+    fastest,
     importance,
     sensitivities,
-    time_to_target,
 )
 
 if TYPE_CHECKING:
@@ -25,118 +28,137 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHOWN = 6  # configurations in a plot of curves
+SPREADS = {"range": "lowest to highest run", "confidence": "95 % confidence interval"}
 _AGAINST = {"epoch": "epoch", "step": "update", "seconds": "seconds of training"}
 _MARKERS = "osD^vPX"
+_WIDTH = 6.4  # inches: the text of a plot is legible over the width of a page
 
 
-def plots(table: Table, target: float | None) -> dict[str, "Figure"]:
-    """Returns file name -> figure of all plots with data."""
-    makers: Mapping[str, Callable[[], Figure | None]] = {
-        "learning_curves.png": lambda: learning_curves(table),
-        "learning_rates.png": lambda: learning_rates(table),
-        "importance.png": lambda: importance_bars(table, importance(table)),
-        "parallel_coordinates.png": lambda: parallel_coordinates(table),
-        "lr_sensitivity.png": lambda: lr_sensitivity(table, sensitivities(table)),
-        "time_to_target.png": lambda: None if target is None else times(table, target),
-    }
-    figures = {name: make() for name, make in makers.items()}
+def plots(table: Table, target: float | None, names: Iterable[str] | None = None) -> dict[str, "Figure"]:
+    """Returns the plots with data: all, or those of `names`."""
+    figures = {name: PLOTS[name](table, target) for name in (PLOTS if names is None else names)}
     return {name: figure for name, figure in figures.items() if figure is not None}
 
 
-def _figure(width: float, height: float, columns: int = 1) -> tuple["Figure", "list[Axes]"]:
+def _figure(height: float, width: float = _WIDTH) -> tuple["Figure", "Axes"]:
     figure = drawing.figure(width, height)
-    axes = [figure.add_subplot(1, columns, i + 1) for i in range(columns)]
-    drawing.clean_axes(*axes)
-    return figure, axes
+    axis = figure.add_subplot()
+    drawing.clean_axes(axis)
+    return figure, axis
+
+
+def _scale(metric: str) -> float:
+    return 100.0 if "accuracy" in metric else 1.0
+
+
+def _label(metric: str) -> str:
+    return metric_label(metric) + (" [%]" if _scale(metric) == 100 else "")
 
 
 def _rows(table: Table) -> Sequence[Configuration]:
     return (table.ranked or table.rows)[:SHOWN]
 
 
-def learning_curves(table: Table) -> "Figure | None":
-    """Plots the ranking metric of the best configurations against epochs, updates and seconds."""
-    figure, axes = _figure(12, 3.8 + 0.2 * len(_rows(table)), len(_AGAINST))
-    drawn = [_curve(axis, table, table.by, against) for axis, against in zip(axes, _AGAINST, strict=True)]
-    if not any(drawn):
+def learning_curves(table: Table, against: str) -> "Figure | None":
+    """Plots the ranking metric of the best configurations against epochs, updates or seconds."""
+    figure, axis = _figure(3.6)
+    if not _curves(axis, table, table.by, against):
         return None
-    axes[0].set_ylabel(metric_label(table.by))
-    return _with_legend(figure, axes[0], table, "mean over seeds, band: 95 % confidence interval")
+    axis.set_ylabel(_label(table.by))
+    counts = sorted({len(row.runs) for row in _rows(table)})
+    runs = " to ".join(map(str, {counts[0]: 0, counts[-1]: 0}))
+    note = f"mean of {runs} runs each; band: {SPREADS[default_spread(table)]}" if counts[-1] > 1 else ""
+    return _with_legend(figure, axis, table, note)
+
+
+def _against_updates(table: Table) -> "Figure | None":
+    """Plots against updates if the epochs of the configurations differ in length; else this is the plot of epochs."""
+    lines = (line for row in _rows(table) for run in row.runs for line in run.history)
+    lengths = {round(line["step"] / line["epoch"], 3) for line in lines if line["epoch"] > 0}
+    return learning_curves(table, "step") if len(lengths) > 1 else None
 
 
 def learning_rates(table: Table) -> "Figure | None":
-    figure, [axis] = _figure(7.5, 4.5 + 0.2 * len(_rows(table)))
-    if not _curve(axis, table, "lr", "epoch"):
+    figure, axis = _figure(3.2)
+    if not _curves(axis, table, "lr", "epoch"):
         return None
     curves = [np.asarray(line.get_ydata(), dtype=float) for line in axis.get_lines()]
     rates = np.concatenate(curves)
     rates, tops = rates[rates > 0], [curve.max() for curve in curves]
     if len(rates) and max(tops) > 20 * min(tops):
-        axis.set_yscale("log", nonpositive="mask")
+        drawing.logarithmic(axis)
         axis.set_ylim(max(rates.min() / 1.5, rates.max() * 1e-6), rates.max() * 1.5)
     else:
         axis.set_ylim(bottom=0)
-    axis.set_ylabel("learning rate at the end of the epoch")
-    return _with_legend(figure, axis, table, "")
+    axis.set_ylabel("learning rate")
+    return _with_legend(figure, axis, table, "at the end of each epoch")
 
 
-def _curve(axis: "Axes", table: Table, name: str, against: str) -> bool:
-    """Plots means with bands. Scales the y-axis to the means, as the interval of two runs can be much wider."""
-    means: list[float] = []
+def _curves(axis: "Axes", table: Table, name: str, against: str) -> bool:
+    """Plots the means over seeds with bands; returns whether there is any."""
+    scale, spread = _scale(name), default_spread(table)
     for i, row in enumerate(_rows(table)):
-        curve = band(row.runs, name, against)
+        curve = band(row.runs, name, against, spread)
         if curve is None:
             continue
-        label = f"{row.label}  ({len(row.runs)} run{'s' * (len(row.runs) > 1)})"
-        axis.plot(curve.x, curve.mean, label=label, **style(i, linewidth=1.8))
-        axis.fill_between(curve.x, curve.low, curve.high, color=COLOURS[i % len(COLOURS)], alpha=0.15, linewidth=0)
-        means += [value for value in curve.mean if math.isfinite(value)]
+        marker = _MARKERS[i % len(_MARKERS)] if len(curve.x) < 10 else None
+        axis.plot(
+            curve.x, scale * curve.mean, label=row.label, **style(i, linewidth=1.8, marker=marker, markersize=4)
+        )
+        colour = COLOURS[i % len(COLOURS)]
+        axis.fill_between(curve.x, scale * curve.low, scale * curve.high, color=colour, alpha=0.15, linewidth=0)
     axis.set_xlabel(_AGAINST[against])
-    if means:
-        margin = 0.08 * (max(means) - min(means)) or 0.1 * abs(means[0]) or 0.1
-        axis.set_ylim(min(means) - margin, max(means) + margin)
     if against != "seconds":
-        axis.locator_params("x", integer=True)
-    return bool(means)
+        drawing.integer_ticks(axis)
+    return bool(axis.get_lines())
 
 
 def _with_legend(figure: "Figure", axis: "Axes", table: Table, note: str) -> "Figure":
-    count, total = len(axis.get_legend_handles_labels()[1]), len(table.rows)
-    title = "; ".join(filter(None, [f"best {count} of {total} configurations" * (total > count), note]))
-    drawing.legend_below(figure, axis, 1, title=title, title_fontsize="small", handlelength=3)
+    labels, total = axis.get_legend_handles_labels()[1], len(table.rows)
+    title = "; ".join(filter(None, [f"best {len(labels)} of {total} configurations" * (total > len(labels)), note]))
+    columns = 2 if len(labels) > 1 and max(map(len, labels)) < 32 else 1
+    height = 0.19 * (-(-len(labels) // columns) + bool(title))
+    figure.set_figheight(figure.get_figheight() + height)
+    drawing.legend_below(figure, axis, columns, title=title, fontsize="small", title_fontsize="small")
     return figure
 
 
-def importance_bars(table: Table, importances: Importance | None) -> "Figure | None":
+def importance_bars(table: Table) -> "Figure | None":
+    importances = importance(table)
     if importances is None or importances.missing:
         return None
     keys = sorted(importances.fractions, key=lambda key: importances.fractions[key])
-    figure, [axis] = _figure(7, 1.4 + 0.4 * len(keys))
+    figure, axis = _figure(1.7 + 0.4 * len(keys))
     axis.barh(keys, [100 * importances.fractions[key] for key in keys], color=COLOURS[0])
-    axis.set_xlabel(f"explained variance of {metric_label(table.by)} (%)")
+    axis.set_xlabel(f"explained variance of {metric_label(table.by)} [%]")
     axis.set_xlim(0, 100)
     axis.grid(visible=False, axis="y")
-    axis.set_title(f"functional ANOVA of {len(table.ranked)} configurations, main effects", fontsize="small")
+    title = f"functional ANOVA of {len(table.ranked)} configurations, main effects"
+    explained = f"the model explains {100 * importances.explained:.0f} % of the variance of held-out ones"
+    axis.set_title(f"{title}\n{explained}", fontsize="small")
     return figure
 
 
-def lr_sensitivity(table: Table, results: Sequence[Sensitivity]) -> "Figure | None":
+def lr_sensitivity(table: Table) -> "Figure | None":
     """Plots the best metric at each learning rate by optimizer, and the ranges of good rates below the curves."""
+    results = sensitivities(table)
     if not results:
         return None
-    figure = drawing.figure(7.5, 4.2 + 0.25 * len(results))
+    scale = _scale(table.by)
+    figure = drawing.figure(_WIDTH, 3.8 + 0.25 * len(results))
     axis, strip = figure.subplots(2, 1, sharex=True, height_ratios=[16, len(results) + 0.5])
-    for i, result in enumerate(results):
+    for y, (i, result) in enumerate(zip(_optimizer_styles(results), results, strict=True)):
         colour, marker = COLOURS[i % len(COLOURS)], _MARKERS[i % len(_MARKERS)]
-        best = zip(*((lr, value.mean, value.std or 0.0) for lr, value in result.best), strict=True)
-        axis.plot([p[0] for p in result.points], [p[1].mean for p in result.points], ".", color=colour, alpha=0.4)
+        best = zip(*((lr, scale * value.mean, scale * (value.std or 0.0)) for lr, value in result.best), strict=True)
+        rates, means = zip(*((lr, scale * value.mean) for lr, value, _ in result.points), strict=True)
+        axis.plot(rates, means, ".", color=colour, alpha=0.4)
         axis.errorbar(*best, capsize=3, label=result.optimizer, **style(i, linewidth=1.8, marker=marker))
-        strip.plot(result.good, [-i, -i], color=colour, linewidth=4, marker=marker, markersize=7)
+        strip.plot(result.good, [-y, -y], color=colour, linewidth=4, marker=marker, markersize=7)
         if result.failed:
             bottom = [0.02] * len(result.failed)
             axis.plot(result.failed, bottom, "x", color=colour, transform=axis.get_xaxis_transform())
     axis.set_xscale("log")
-    axis.set_ylabel(metric_label(table.by))
+    axis.set_ylabel(_label(table.by))
     drawing.clean_axes(axis)
     strip.set_ylim(-len(results) + 0.4, 0.6)
     labels = [f"good: {result.optimizer}" for result in results]
@@ -150,6 +172,13 @@ def lr_sensitivity(table: Table, results: Sequence[Sensitivity]) -> "Figure | No
     return figure
 
 
+def _optimizer_styles(results: Sequence[Sensitivity]) -> list[int]:
+    """Returns the style of each optimizer: that of its best configuration, or a free one if curves do not show it."""
+    best = [min(row for _, _, row in result.points) for result in results]
+    free = iter(range(SHOWN, SHOWN + len(results)))
+    return [row if row < SHOWN else next(free) for row in best]
+
+
 def parallel_coordinates(table: Table) -> "Figure | None":
     """Plots a line per configuration through the values of its keys to its metric; darker is better."""
     rows = table.ranked
@@ -160,9 +189,9 @@ def parallel_coordinates(table: Table) -> "Figure | None":
 
     keys = list(table.keys)[:8]
     scales = [_Scale([row.values.get(key) for row in rows]) for key in keys]
-    metrics = [row.value.mean for row in rows if row.value is not None]
+    metrics = [_scale(table.by) * row.value.mean for row in rows if row.value is not None]
     scales.append(_Scale(metrics))
-    figure, [axis] = _figure(1.8 * len(scales) + 1, 4.5)
+    figure, axis = _figure(4.2, max(_WIDTH, 1.8 * len(scales) + 1))
     shades = LinearSegmentedColormap.from_list("", ["#d9d9d9", "#9ecae1", "#08306b"])
     lines = [
         [(x, scale(value)) for x, (scale, value) in enumerate(zip(scales, values, strict=True))]
@@ -178,7 +207,7 @@ def parallel_coordinates(table: Table) -> "Figure | None":
             axis.annotate(
                 label, (x, position), xytext=(5, 0), textcoords="offset points", fontsize="small", va="center", bbox=box
             )
-    axis.set_xticks(range(len(scales)), [*keys, metric_label(table.by)], fontsize="small")
+    axis.set_xticks(range(len(scales)), [*keys, _label(table.by)], fontsize="small")
     axis.set_yticks([])
     axis.grid(visible=False)
     axis.set_xlim(-0.2, len(scales) - 0.6)
@@ -217,27 +246,39 @@ class _Scale:
         return float((value - self.low) / (self.high - self.low))
 
 
-def times(table: Table, target: float) -> "Figure | None":
-    """Plots updates and seconds to the target for the configurations that reach it, fastest first."""
-    results = [(row, time_to_target(row, table.by, target)) for row in table.ranked]
-    reached = [(row, result) for row, result in results if result.steps is not None]
-    if not reached:
+def times(table: Table, target: float | None) -> "Figure | None":
+    """Plots updates and seconds to the target for the configurations that reach it."""
+    drawn = [] if target is None else fastest(table, target)[:15][::-1]
+    if target is None or not drawn:
         return None
-    reached.sort(key=lambda pair: (pair[1].count < pair[1].runs, pair[1].steps.mean if pair[1].steps else 0))
-    drawn = reached[:15][::-1]
-    figure, axes = _figure(11, 1.6 + 0.34 * len(drawn), 2)
-    for axis, name, colour in zip(axes, ("steps", "seconds"), (COLOURS[0], COLOURS[1]), strict=True):
-        values = [getattr(result, name) for _, result in drawn]
-        axis.barh(
-            range(len(drawn)), [0 if v is None else v.mean for v in values], color=colour, height=0.6,
-            xerr=[0 if v is None else v.std or 0 for v in values], ecolor="0.2", capsize=2,
-        )  # fmt: skip
+    figure = drawing.figure(1.5 * _WIDTH, 1.4 + 0.34 * len(drawn))
+    panels = figure.subplots(1, 2)
+    drawing.clean_axes(*panels, axis="x")
+    for axis, name, colour in zip(panels, ("steps", "seconds"), COLOURS, strict=False):
+        for y, (_, result) in enumerate(drawn):
+            if (value := getattr(result, name)) is not None:
+                alpha = 1.0 if result.count == result.runs else 0.4
+                axis.barh(y, value.mean, xerr=value.std or None, color=colour, alpha=alpha, height=0.6, capsize=2)
         axis.set_xlabel({"steps": "updates", "seconds": "seconds of training"}[name])
-        axis.grid(visible=False, axis="y")
         axis.set_yticks([])
     labels = [f"{row.label}  ({result.count}/{result.runs})" for row, result in drawn]
-    axes[0].set_yticks(range(len(drawn)), labels, fontsize="small")
-    sign = "≤" if table.lower else "≥"
-    goal = f"{metric_label(table.by)} {sign} {target:g}"
-    figure.suptitle(f"time to {goal} (runs that reach it / all runs)", fontsize="medium")
+    panels[0].set_yticks(range(len(drawn)), labels, fontsize="small")
+    unit = " %" if _scale(table.by) == 100 else ""
+    goal = f"{metric_label(table.by)} {'≤' if table.lower else '≥'} {_scale(table.by) * target:g}{unit}"
+    note = "pale: not all runs reach it" * any(result.count < result.runs for _, result in drawn)
+    title = f"time to {goal} (runs that reach it / all runs); {note}".removesuffix("; ")
+    figure.suptitle(title, fontsize="medium")
     return figure
+
+
+PLOTS: Mapping[str, Callable[[Table, float | None], "Figure | None"]] = {
+    "learning_curves": lambda table, _: learning_curves(table, "epoch"),
+    "learning_curves_updates": lambda table, _: _against_updates(table),
+    "learning_curves_seconds": lambda table, _: learning_curves(table, "seconds"),
+    "learning_rates": lambda table, _: learning_rates(table),
+    "importance": lambda table, _: importance_bars(table),
+    "parallel_coordinates": lambda table, _: parallel_coordinates(table),
+    "lr_sensitivity": lambda table, _: lr_sensitivity(table),
+    "time_to_target": times,
+}
+"""Plots by the name of their files."""

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -31,8 +31,9 @@ from dlopt.tracking.layout import short_path
 
 _NOT_RANKED = ("epochs", "steps", "best_epoch", "parameters", "processes")
 _LR = "optimizer.lr"
-_GRID = 80  # points of a curve against seconds, where runs have no common points
 _MIN_CONFIGURATIONS = 6  # for an estimate of importance
+_MIN_EXPLAINED = 0.3  # of the variance of held-out configurations; noise alone rarely reaches it
+_MANY_SEEDS = 5  # the 95 % confidence interval of three runs is 2.5 standard deviations to each side
 _OVERRIDE = re.compile(r"[+~]{0,2}\w[\w./@-]*(=.*)?")
 _NOT_REPEATED = ("hydra.", "hydra/", "resume=", "dry_run=", "name=")  # where a run is stored, not what it computes
 
@@ -217,9 +218,12 @@ def recipe_label(published: PublishedRow, table: Table) -> str:
 # -- curves, importance of keys, good learning rates, time to a target
 
 
+Spread = Literal["range", "confidence"]
+
+
 @dataclass(frozen=True)
 class Band:
-    """Mean over runs with its confidence interval (for two or more runs)."""
+    """Mean over runs with a band around it (of no width for one run)."""
 
     x: np.ndarray
     mean: np.ndarray
@@ -228,27 +232,39 @@ class Band:
     count: np.ndarray
 
 
-def band(runs: Sequence[Record], metric: str, against: str, confidence: float = 0.95) -> Band | None:
-    """Computes the pointwise mean of `metric` against `epoch`, `step` or `seconds`, with Student's t interval.
+def default_spread(table: Table) -> Spread:
+    """Returns which band is readable: the range of few seeds, the confidence interval of many."""
+    seeds = max((len(row.runs) for row in table.rows), default=0)
+    return "confidence" if seeds >= _MANY_SEEDS else "range"
 
-    Interpolates linearly between epochs. Includes points that at least half of the runs reach.
+
+def band(runs: Sequence[Record], metric: str, against: str, spread: Spread) -> Band | None:
+    """Computes the mean of `metric` at every epoch that at least half of the runs reach.
+
+    `spread`: from the lowest to the highest run, or Student's 95 % confidence interval of the mean. `against`: `epoch`,
+    `step` or `seconds`. Epochs are `step` or `seconds` apart by their mean over the runs, so that every point averages
+    the same epochs on each axis: averaging at equal seconds would jump where a slower run begins or ends.
     """
-    points = [[(line[against], line[metric]) for line in run.history if metric in line and against in line]
-              for run in runs]  # fmt: skip
-    curves = [np.array(curve) for curve in points if curve]
+    names = ("epoch", against, metric)
+    points = [[[line[name] for name in names] for line in run.history if line.keys() >= set(names)] for run in runs]
+    curves = [np.array(curve, dtype=float) for curve in points if curve]
     if not curves:
         return None
-    if against == "seconds":
-        x = np.linspace(min(curve[0, 0] for curve in curves), max(curve[-1, 0] for curve in curves), _GRID)
-    else:
-        x = np.unique(np.concatenate([curve[:, 0] for curve in curves]))
-    values = np.stack([np.interp(x, curve[:, 0], curve[:, 1], left=np.nan, right=np.nan) for curve in curves])
+    epochs = np.unique(np.concatenate([curve[:, 0] for curve in curves]))
+    positions, values = (
+        np.stack([np.interp(epochs, curve[:, 0], curve[:, i], left=np.nan, right=np.nan) for curve in curves])
+        for i in (1, 2)
+    )
     count = np.isfinite(values).sum(0)
     kept = 2 * count >= len(curves)
-    x, values, count = x[kept], values[:, kept], count[kept]
+    positions, values, count = positions[:, kept], values[:, kept], count[kept]
+    widths = np.diff(positions, axis=1, prepend=0.0)
+    x = np.cumsum(np.nansum(widths, 0) / np.maximum(np.isfinite(widths).sum(0), 1))
     mean = np.nanmean(values, 0)
+    if spread == "range":
+        return Band(x, mean, np.nanmin(values, 0), np.nanmax(values, 0), count)
     deviation = np.sqrt(np.nansum((values - mean) ** 2, 0) / np.maximum(count - 1, 1))
-    half = np.array([student_t(confidence, n - 1) if n > 1 else 0.0 for n in count]) * deviation / np.sqrt(count)
+    half = np.array([student_t(0.95, n - 1) if n > 1 else 0.0 for n in count]) * deviation / np.sqrt(count)
     return Band(x, mean, mean - half, mean + half, count)
 
 
@@ -256,10 +272,12 @@ def band(runs: Sequence[Record], metric: str, against: str, confidence: float = 
 class Importance:
     """Fraction of the metric's variance that each key explains alone; the rest is interactions and noise.
 
+    `explained`: fraction of the variance of held-out configurations that the model explains from the keys.
     `missing`: message if Optuna is not installed.
     """
 
     fractions: Mapping[str, float]
+    explained: float
     missing: str = ""
 
 
@@ -268,7 +286,9 @@ def importance(table: Table) -> Importance | None:
     """Computes the functional ANOVA (Hutter, Hoos & Leyton-Brown 2014) of the configurations' means with Optuna.
 
     Numbers are replaced by their rank among the key's values, which gives each value the same weight on any scale. Keys
-    that some configurations lack are categorical. Returns None for too few configurations.
+    that some configurations lack are categorical. Returns None for too few configurations, and where a random forest,
+    which is the model of this analysis, cannot predict the configurations left out of its trees: the fractions would
+    describe noise.
     """
     keys, rows = table.keys, table.ranked
     means = [row.value.mean for row in rows if row.value is not None]
@@ -277,7 +297,7 @@ def importance(table: Table) -> Importance | None:
     try:
         import optuna
     except ImportError:
-        return Importance({}, f"needs Optuna: {install('dlopt[sweep]')}")
+        return Importance({}, 0.0, f"needs Optuna: {install('dlopt[sweep]')}")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     points: list[dict[str, Any]] = [{} for _ in rows]
     distributions: dict[str, optuna.distributions.BaseDistribution] = {}
@@ -292,6 +312,9 @@ def importance(table: Table) -> Importance | None:
             distributions[key] = optuna.distributions.CategoricalDistribution(sorted(set(values)))
         for point, value in zip(points, values, strict=True):
             point[key] = value
+    explained = _explained(points, means)
+    if explained < _MIN_EXPLAINED:
+        return None
     study = optuna.create_study()
     study.add_trials(
         [
@@ -302,7 +325,18 @@ def importance(table: Table) -> Importance | None:
     # Trees of more than 64 leaves do not change main effects, but take minutes for thousands of configurations.
     evaluator = optuna.importance.FanovaImportanceEvaluator(max_depth=6, seed=0)
     fractions = evaluator.evaluate(study, params=list(keys))
-    return Importance({key: float(fraction) for key, fraction in fractions.items()})
+    return Importance({key: float(fraction) for key, fraction in fractions.items()}, explained)
+
+
+def _explained(points: Sequence[Mapping[str, Any]], means: Sequence[float]) -> float:
+    """Returns R^2 of a random forest on the configurations that each of its trees leaves out (Breiman 2001)."""
+    from sklearn.ensemble import RandomForestRegressor
+
+    names = sorted({(key, point[key]) for point in points for key in point if isinstance(point[key], str)})
+    numbers = [key for key in points[0] if not isinstance(points[0][key], str)]
+    inputs = [[*(point[key] for key in numbers), *(point[key] == name for key, name in names)] for point in points]
+    forest = RandomForestRegressor(n_estimators=100, max_depth=6, oob_score=True, random_state=0)
+    return float(forest.fit(np.array(inputs, dtype=float), means).oob_score_)
 
 
 @dataclass(frozen=True)
@@ -379,6 +413,17 @@ def time_to_target(row: Configuration, by: str, target: float) -> Reached:
     reached = [line for line in lines if line is not None]
     seconds = [line["seconds"] for line in reached if "seconds" in line]
     return Reached(len(reached), len(row.runs), statistic([line["step"] for line in reached]), statistic(seconds))
+
+
+def fastest(table: Table, target: float) -> list[tuple[Configuration, Reached]]:
+    """Returns the configurations that reach the target: by the share of runs that do, then by mean updates.
+
+    A mean over the few lucky runs of a configuration does not compare with that of one whose runs all get there.
+    """
+    results = [(row, time_to_target(row, table.by, target)) for row in table.ranked]
+    reached = [(row, each, each.steps.mean) for row, each in results if each.steps is not None]
+    reached.sort(key=lambda result: (-result[1].count / result[1].runs, result[2]))
+    return [(row, each) for row, each, _ in reached]
 
 
 def first_at(run: Record, by: str, target: float, lower: bool) -> Mapping[str, float] | None:

@@ -136,7 +136,7 @@ def test_shows_test_metrics_for_the_first_row_only(shown: Any) -> None:
 def test_tooltips_show_curve_values(shown: Any, table: Table) -> None:
     result = hover(shown, "#curves-chart svg", 0.95, 0.3)
     assert result.startswith("epoch 3") and "#1 optimizer=adamw lr=0.01" in result
-    row = band(table.rows[0].runs, "val_accuracy", "epoch")
+    row = band(table.rows[0].runs, "val_accuracy", "epoch", "range")
     assert (
         row is not None
         and f"{100 * row.mean[-1]:.2f} % [{100 * row.low[-1]:.2f} %, {100 * row.high[-1]:.2f} %] of 3" in result

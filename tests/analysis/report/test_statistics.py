@@ -2,6 +2,7 @@ import itertools
 import math
 import sys
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -9,7 +10,9 @@ import scipy.stats
 
 from dlopt.analysis.report.table import (
     band,
+    default_spread,
     default_target,
+    fastest,
     importance,
     sensitivities,
     time_to_target,
@@ -22,14 +25,23 @@ def test_band_is_students_t_interval(tmp_path: Path) -> None:
     for seed, curve in enumerate(curves):
         make_run(tmp_path / str(seed), seed=seed, accuracies=curve)
     [row] = table(tmp_path).rows
-    result = band(row.runs, "val_accuracy", "epoch")
+    result = band(row.runs, "val_accuracy", "epoch", "confidence")
     assert result is not None
     values = np.array(curves)
     low, high = scipy.stats.t.interval(0.95, 2, values.mean(0), scipy.stats.sem(values, axis=0))
     for mine, theirs in ((result.x, [1, 2, 3]), (result.mean, values.mean(0)), (result.low, low), (result.high, high)):
         np.testing.assert_allclose(mine, theirs, rtol=1e-12)
-    steps = band(row.runs, "val_accuracy", "step")
+    steps = band(row.runs, "val_accuracy", "step", "range")
     assert steps is not None and steps.x.tolist() == [10, 20, 30]
+    assert (steps.low.tolist(), steps.high.tolist()) == (values.min(0).tolist(), values.max(0).tolist())
+
+
+def test_default_band_is_the_range_of_few_seeds(tmp_path: Path) -> None:
+    for seed in range(4):
+        make_run(tmp_path / str(seed), seed=seed)
+    assert default_spread(table(tmp_path)) == "range"
+    make_run(tmp_path / "4", seed=4)
+    assert default_spread(table(tmp_path)) == "confidence"
 
 
 def test_band_requires_half_of_the_runs(tmp_path: Path) -> None:
@@ -37,24 +49,23 @@ def test_band_requires_half_of_the_runs(tmp_path: Path) -> None:
     make_run(tmp_path / "1", seed=1, accuracies=(0.3, 0.4, 0.5), config={"epochs": 4})
     make_run(tmp_path / "2", seed=2, accuracies=(0.2, 0.3, 0.7, 0.8), config={"epochs": 4})
     [row] = table(tmp_path).rows
-    result = band(row.runs, "val_accuracy", "epoch")
+    result = band(row.runs, "val_accuracy", "epoch", "confidence")
     assert result is not None
     assert (
         result.x.tolist() == [1, 2, 3] and result.count.tolist() == [3, 3, 2] and result.mean[2] == pytest.approx(0.6)
     )
-    assert band(row.runs, "nothing", "epoch") is None
+    assert band(row.runs, "nothing", "epoch", "range") is None
 
 
-def test_band_interpolates_against_seconds(tmp_path: Path) -> None:
-    make_run(tmp_path / "0", seed=0, accuracies=(0.1, 0.3), seconds=1.0)
-    make_run(tmp_path / "1", seed=1, accuracies=(0.1, 0.3), seconds=2.0)
+def test_band_against_seconds_averages_equal_epochs(tmp_path: Path) -> None:
+    """A slower run neither begins nor ends within the curve: the mean of rising curves never falls."""
+    make_run(tmp_path / "0", seed=0, accuracies=(0.1, 0.3, 0.5, 0.7), seconds=1.0, config={"epochs": 4})
+    make_run(tmp_path / "1", seed=1, accuracies=(0.0, 0.2, 0.4), seconds=2.0, config={"epochs": 4})
+    make_run(tmp_path / "2", seed=2, accuracies=(0.2, 0.4, 0.6, 0.8), seconds=6.0, config={"epochs": 4})
     [row] = table(tmp_path).rows
-    result = band(row.runs, "val_accuracy", "seconds")
-    assert result is not None and (result.x[0], result.x[-1]) == (1, 4)
-    i = int(np.argmin(abs(result.x - 2)))
-    x = result.x[i]
-    slow, fast = 0.1 + (x - 2) / 2 * 0.2 if x >= 2 else None, 0.1 + (x - 1) * 0.2 if x <= 2 else None
-    assert result.mean[i] == pytest.approx(np.mean([each for each in (slow, fast) if each is not None]))
+    result = band(row.runs, "val_accuracy", "seconds", "range")
+    assert result is not None and result.x.tolist() == [3, 6, 9, 12.5]  # the last epoch: 1 s and 6 s
+    assert result.mean.tolist() == pytest.approx([0.1, 0.3, 0.5, 0.75])
 
 
 def test_importance_of_keys(tmp_path: Path) -> None:
@@ -70,16 +81,25 @@ def test_importance_of_keys(tmp_path: Path) -> None:
     assert result is not None
     expected = {"optimizer.lr": 0.02 / 0.0225, "optimizer": 0.0025 / 0.0225, "optimizer.weight_decay": 0.0}
     assert result.fractions == pytest.approx(expected, abs=0.12) and not result.missing
+    assert result.explained > 0.8
     assert importance(table(tmp_path)) == result  # no draw of chance
 
 
-def test_interacting_keys_have_no_main_effect(tmp_path: Path) -> None:
+def test_noise_has_no_importance(tmp_path: Path) -> None:
+    """Nothing is shown where the keys do not predict held-out configurations."""
+    random = Random(0)
+    for i, (optimizer, lr, decay) in enumerate(itertools.product(("sgd", "adamw"), (0.01, 0.1, 1.0), (0.0, 0.1))):
+        accuracies = (random.uniform(0.5, 0.9),)
+        config = {"optimizer.weight_decay": decay}
+        make_run(tmp_path / str(i), optimizer=optimizer, lr=lr, accuracies=accuracies, config=config)
+    assert importance(table(tmp_path)) is None
+
+
+def test_importance_of_a_key_that_some_configurations_lack(tmp_path: Path) -> None:
     for i, (a, b) in enumerate(itertools.product((0.1, 0.2, 0.3), repeat=2)):
-        config = {"a": a, "b": b, "c": "x" if i else None}
-        make_run(tmp_path / str(i), accuracies=(0.5 + 20 * (a - 0.2) * (b - 0.2),), config=config)
+        make_run(tmp_path / str(i), accuracies=(0.5 + a,), config={"a": a, "b": b, "c": "x" if i else None})
     result = importance(table(tmp_path))
-    assert result is not None and set(result.fractions) == {"a", "b", "c"}  # a category where the first one lacks it
-    assert max(result.fractions["a"], result.fractions["b"]) < 0.25
+    assert result is not None and set(result.fractions) == {"a", "b", "c"} and result.fractions["a"] > 0.8
 
 
 def test_importance_without_optuna_reports_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,6 +148,18 @@ def test_time_to_target(tmp_path: Path) -> None:
     assert time_to_target(row, "val_accuracy", 0.95).steps is None
     loss = time_to_target(row, "val_loss", 0.31)
     assert loss.steps is not None and loss.steps.mean == 25
+
+
+def test_configurations_whose_runs_all_reach_the_target_come_first(tmp_path: Path) -> None:
+    for lr, late in ((0.1, (0.5, 0.5)), (0.2, (0.8, 0.5)), (0.3, (0.8, 0.8))):  # 1, 2 and 3 of 3 runs
+        for seed, top in enumerate((0.9, *late)):
+            slow = (0.5,) * round(20 * lr)
+            make_run(tmp_path / f"{lr}-{seed}", lr=lr, seed=seed, accuracies=(*slow, top), config={"epochs": 9})
+    make_run(tmp_path / "never", lr=0.4, accuracies=(0.5,))
+    result = fastest(table(tmp_path), 0.8)
+    assert [(row.values["optimizer.lr"], each.count) for row, each in result] == [(0.3, 3), (0.2, 2), (0.1, 1)]
+    steps = [each.steps.mean for _, each in result if each.steps is not None]
+    assert steps == sorted(steps, reverse=True)
 
 
 @pytest.mark.parametrize(
