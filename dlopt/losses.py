@@ -13,11 +13,11 @@ from dlopt.ranges import Fraction, NonNegative
 
 
 class CrossEntropy(nn.Module):
-    """-sum_k q_k log softmax(outputs)_k, mean over samples.
+    """-sum_k q_k log softmax(outputs)_k, mean over samples (of a text: over tokens, in nats).
 
-    outputs [N, K]; targets int64 [N], or probabilities [N, K] (mixed samples). Label smoothing e replaces q by
-    q (1 - e) + e / K (Szegedy et al. 2016); class weights multiply the terms. Both apply in training only: evaluation
-    uses the plain loss, so that runs can be compared.
+    outputs [N, K] or [N, T, K]; targets int64 [N] or [N, T], or probabilities [N, K] (mixed samples). Label smoothing e
+    replaces q by q (1 - e) + e / K (Szegedy et al. 2016); class weights multiply the terms. Both apply in training
+    only: evaluation uses the plain loss, so that runs can be compared.
     """
 
     weight: Tensor | None
@@ -38,6 +38,8 @@ class CrossEntropy(nn.Module):
         self.register_buffer("weight", weight, persistent=False)
 
     def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        if outputs.ndim == 3:
+            outputs, targets = outputs.flatten(0, 1), targets.flatten()
         if not self.training:
             return F.cross_entropy(outputs, targets)
         if self.weight is None:
@@ -50,8 +52,8 @@ class CrossEntropy(nn.Module):
 class MSE(nn.Module):
     """Mean over samples of the mean over outputs of (outputs - targets)^2.
 
-    outputs [N, K]. Classification: targets int64 [N], used as one-hot vectors, or probabilities [N, K]. Regression
-    (classes is None): targets float [N, K], or [N] if K = 1.
+    outputs [N, K]. Classification: targets int64 [N], used as one-hot vectors, or probabilities [N, K]. Regression and
+    reconstruction (classes is None): targets float [N, K], or [N] if K = 1. A text: [N, T, K] and int64 [N, T].
     """
 
     def __init__(self, *, classes: int | None) -> None:
@@ -72,8 +74,8 @@ class MSE(nn.Module):
 
 
 def probabilities(outputs: Tensor, loss: nn.Module) -> Tensor:
-    """Returns class probabilities [N, K] from the outputs.
+    """Returns class probabilities [..., K] from the outputs.
 
     Their softmax; after training with MSE, outputs estimate the probabilities directly and are clamped to 0..1.
     """
-    return outputs.clamp(0, 1) if isinstance(loss, MSE) else outputs.softmax(1)
+    return outputs.clamp(0, 1) if isinstance(loss, MSE) else outputs.softmax(-1)

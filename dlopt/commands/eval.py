@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
+    from dlopt.data.task import Task
     from dlopt.training.evaluate import Average, Report
 
 _MAY_CHANGE = (
@@ -68,6 +69,7 @@ class _Member:
     batches: Any  # outputs and targets
     loss: Any
     average: "Average"
+    task: "Task"
 
 
 @on_checkpoint("eval", _USAGE, _MAY_CHANGE, several=True)
@@ -144,13 +146,12 @@ def _test(
         chosen = choose_average(average, workload)
         batches = predict_test_set(workload, views, chosen)
         epoch = state["progress"]["epoch"]
-        members.append(_Member(path, epoch, workload.dataset.classes, batches, workload.loss, chosen))
+        members.append(_Member(path, epoch, workload.dataset.classes, batches, workload.loss, chosen, workload.task))
         if len({member.average for member in members}) > 1:
             raise UserError(f"checkpoint={path}: trained with a different loss than {paths[0]}; use average=logits")
     check_same_samples([vars(member) for member in members])
-    classes = members[0].classes
     batches = combine([member.batches for member in members], members[0].average)
-    return members, report(batches, members[0].loss, None if classes is None else len(classes))
+    return members, report(batches, members[0].loss, members[0].task)
 
 
 def _per_class(report: "Report", classes: Sequence[str]) -> list[dict[str, Any]]:

@@ -103,7 +103,7 @@ def _files(images: str) -> list[str]:
 
 def _header(trained: "Trained") -> list[str]:
     if trained.classes is None:
-        count = trained.outputs_count
+        count = trained.task.outputs
         return ["image", *(["value"] if count == 1 else [f"value_{i}" for i in range(count)])]
     return ["image", "class", "probability", *(f"p({name})" for name in trained.classes)]
 

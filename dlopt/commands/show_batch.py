@@ -77,7 +77,8 @@ def _draw(experiment: "Experiment") -> tuple["Image", "Image | None"]:
     images, targets = train.fetch(order), train.targets[order]
     if images.ndim != 4:
         raise UserError(f"data={experiment.data.target.__name__}: not images but vectors; cannot be plotted")
-    classes = None if dataset.classes is None else len(dataset.classes)
-    pipeline: Pipeline = experiment.augmentation.build(input_shape=train.shape, classes=classes, train=train)
+    pipeline: Pipeline = experiment.augmentation.build(
+        input_shape=train.shape, classes=dataset.task.classes, train=train
+    )
     batch = batch_picture(pipeline, images, targets, seed=settings.augmentation_seed)
     return batch, operations_picture(pipeline, images) if pipeline.operations else None

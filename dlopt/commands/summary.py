@@ -11,6 +11,7 @@ from dlopt.tracking.layout import format_bytes
 if TYPE_CHECKING:
     from dlopt.analysis.model_summary import ModelSummary
     from dlopt.config.experiment import Experiment
+    from dlopt.data.task import Task
 
 USAGE = """\
 Print the layers of a model
@@ -20,54 +21,68 @@ Usage: dlopt summary model=CHOICE [key=value]
 Examples:
   dlopt summary model=resnet56
   dlopt summary model=resnet50 model.stem=imagenet input_shape=[3,224,224] classes=1000
+  dlopt summary model=gpt2_small input_shape=[1024] vocabulary=50257
 
 Counts multiply-accumulates (MACs, two FLOPs each) of convolutions, matrix products and attention per sample. Uses meta
 tensors, without computation or memory: models may have any size.
 
-  input_shape=[C,H,W]   shape of a sample; requires classes=N (default: null, from the data set)
+  input_shape=[C,H,W]   shape of the input; requires classes or vocabulary (default: null, from the data set)
   classes=N             number of outputs; requires input_shape (default: null, from the data set)
+  vocabulary=N          number of tokens of a text; requires input_shape=[TOKENS] (default: null, from the data set)
   and the keys of `dlopt train`
 """
 
 
 @on_experiment(USAGE, several="summary shows one model at a time", one=True)
-def summary(line: Line, *, input_shape: list[Count] | None = None, classes: Count | None = None) -> int:
+def summary(
+    line: Line,
+    *,
+    input_shape: list[Count] | None = None,
+    classes: Count | None = None,
+    vocabulary: Count | None = None,
+) -> int:
     """Prints the table. Raises `UserError`."""
+    from dlopt.data.task import Task
+
     experiment, choices = line.experiment()
-    if (input_shape is None) != (classes is None):
-        missing = "classes=N" if classes is None else "input_shape=[C,H,W]"
+    outputs = classes if vocabulary is None else vocabulary
+    if (input_shape is None) != (outputs is None):
+        missing = "classes=N or vocabulary=N" if outputs is None else "input_shape=[C,H,W]"
         raise UserError(f"input_shape, classes: need each other; add {missing}, or omit both to use the data set")
-    if input_shape is None or classes is None:
-        shape, outputs = _sizes(experiment)
+    if input_shape is None or outputs is None:
+        shape, task = _sizes(experiment)
     else:
-        shape, outputs = tuple(input_shape), classes
-    _print(choices.get("model", "model"), shape, _summarize(experiment, shape, outputs))
+        shape, task = tuple(input_shape), Task("classification" if vocabulary is None else "next_token", outputs)
+    _print(choices.get("model", "model"), shape, _summarize(experiment, shape, task))
     return DONE
 
 
-def _sizes(experiment: "Experiment") -> tuple[tuple[int, ...], int]:
-    """Reads the shape of an augmented sample and the number of outputs from the data set."""
+def _sizes(experiment: "Experiment") -> tuple[tuple[int, ...], "Task"]:
+    """Reads the shape of the model's input and the task from the data set."""
     dataset = read_dataset(experiment)
-    if experiment.augmentation.arguments.get("operations") == []:
-        return dataset.train.shape, dataset.outputs
-    classes = None if dataset.classes is None else len(dataset.classes)
-    pipeline = experiment.augmentation.build(input_shape=dataset.train.shape, classes=classes, train=dataset.train)
-    return pipeline.output_shape, dataset.outputs
+    task, shape = dataset.task, dataset.train.shape
+    if experiment.augmentation.arguments.get("operations") != []:
+        pipeline = experiment.augmentation.build(input_shape=shape, classes=task.classes, train=dataset.train)
+        shape = pipeline.output_shape
+    return task.input_shape(shape), task
 
 
-def _summarize(experiment: "Experiment", shape: tuple[int, ...], classes: int) -> "ModelSummary":
+def _summarize(experiment: "Experiment", shape: tuple[int, ...], task: "Task") -> "ModelSummary":
     import torch
 
     from dlopt.analysis.model_summary import summarize
+    from dlopt.training.build import model_arguments
     from dlopt.training.model_check import check_memory
 
     batch_size = experiment.data_settings.batch_size
     batch = batch_size if isinstance(batch_size, int) else 1
     dtype = torch.float64 if experiment.settings.precision == "fp64" else torch.float32
-    check_memory(experiment.model, {"input_shape": shape, "classes": classes}, has_gradients=False)
-    module = experiment.model.build(input_shape=shape, classes=classes)
+    arguments = model_arguments(task, shape)
+    check_memory(experiment.model, arguments, has_gradients=False)
+    module = experiment.model.build(**arguments)
+    input_dtype = dtype if task.vocabulary is None else torch.int64
     try:
-        return summarize(module.to("meta", dtype), torch.empty(batch, *shape, device="meta", dtype=dtype))
+        return summarize(module.to("meta", dtype), torch.empty(batch, *shape, device="meta", dtype=input_dtype))
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"input_shape={list(shape)}: the model does not support this shape: {reason}") from None

@@ -110,7 +110,7 @@ GROUPS: Mapping[str, Group] = {
     "normalize": Group(("input_shape",)),
     "sampler": Group(("targets", "samples", "batch_size", "seed")),
     "augmentation": Group(("input_shape", "classes", "train")),
-    "model": Group(("input_shape", "classes")),
+    "model": Group(("input_shape", "classes", "vocabulary")),
     "init": Group(("model", "generator", "inputs")),
     "loss": Group(("classes",)),
     "optimizer": Group(("params",), Grouping),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dlopt.data.loading import CudaTransferStream, Loader, materialize, prefetch, worker_count
 from dlopt.data.samplers import LossAwareSampler, Sampler, Sequential
 from dlopt.data.samples import Samples
+from dlopt.data.task import Task
 from dlopt.errors import UserError
 from dlopt.graphs import GraphedFunction, Recorder
 from dlopt.random import generator, stream
@@ -43,6 +44,7 @@ class Delivery:
     Args:
         in_memory: keep all samples on the device (`Dataset.in_memory`); samples still in files are decoded first.
         workers: processes that read files; 0: none.
+        task: splits samples into inputs and targets; None: inputs and labels.
         normalize: module on the device; None: only convert to `dtype`.
         memory_format: of image batches.
         dtype: of the inputs.
@@ -55,6 +57,7 @@ class Delivery:
     device: torch.device
     in_memory: bool
     workers: int | Literal["auto"]
+    task: Task | None = None
     normalize: nn.Module | None = None
     memory_format: torch.memory_format = torch.contiguous_format
     dtype: torch.dtype = torch.float32
@@ -108,7 +111,9 @@ class Batches:
         self._normalize = delivery.normalize
         self._memory_format = delivery.memory_format if len(samples.shape) == 3 else torch.contiguous_format
         self._dtype = delivery.dtype
-        self._targets = samples.targets.to(device)
+        self._task = delivery.task
+        has_labels = self._task is None or self._task.has_labels
+        self._labels = samples.targets.to(device) if has_labels else torch.zeros((), device=device).expand(len(samples))
         self._inputs: Tensor | None = None
         self._loader: Loader | None = None
         if delivery.in_memory:
@@ -172,29 +177,34 @@ class Batches:
                 )
             # A smaller last batch runs eagerly: compiling a second shape costs more than it saves.
             render = self._compiled_render if total == self.batch_size else self._render
-            return render(self._inputs, self._targets, indices, steps)
+            return render(self._inputs, self._labels, indices, steps)
         if inputs is None:
             assert self._inputs is not None
             inputs = self._inputs.index_select(0, indices)
-        targets = self._targets.index_select(0, indices)
+        labels = self._labels.index_select(0, indices)
         if self._augment is not None:
             assert rng is not None
-            inputs, targets = self._augment(
-                inputs, targets, generator=rng, total=total, shard=shard, indices=indices, epoch=epoch
+            inputs, labels = self._augment(
+                inputs, labels, generator=rng, total=total, shard=shard, indices=indices, epoch=epoch
             )
-        return self._normalize_inputs(inputs), targets
+        return self._finish(inputs, labels)
 
-    def _render(self, inputs: Tensor, targets: Tensor, indices: Tensor, steps: Any) -> tuple[Tensor, Tensor]:
-        """Builds a batch from all inputs and targets and the drawn `steps`; only tensors, so it can be compiled."""
-        inputs, targets = inputs.index_select(0, indices), targets.index_select(0, indices)
+    def _render(self, inputs: Tensor, labels: Tensor, indices: Tensor, steps: Any) -> tuple[Tensor, Tensor]:
+        """Builds a batch from all inputs and labels and the drawn `steps`; only tensors, so it can be compiled."""
+        inputs, labels = inputs.index_select(0, indices), labels.index_select(0, indices)
         if steps:
-            inputs, targets = self._augment.render(inputs, targets, steps)  # type: ignore[union-attr]
-        return self._normalize_inputs(inputs), targets
+            inputs, labels = self._augment.render(inputs, labels, steps)  # type: ignore[union-attr]
+        return self._finish(inputs, labels)
 
-    def _normalize_inputs(self, inputs: Tensor) -> Tensor:
+    def _finish(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Splits off the targets of the task, and normalizes the inputs; tokens remain integers."""
+        if self._task is not None:
+            inputs, targets = self._task.split(inputs, targets)
+            if self._task.vocabulary is not None:
+                return inputs, targets
         if self._normalize is not None:
             inputs = self._normalize(inputs)
-        return inputs.to(dtype=self._dtype, memory_format=self._memory_format)
+        return inputs.to(dtype=self._dtype, memory_format=self._memory_format), targets
 
     def close(self) -> None:
         """Stops the worker processes, if any."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dlopt.data.images import decode, from_pil, header_size, resize
+from dlopt.data.task import Task
 from dlopt.errors import UserError
 
 _HEADERS_CHECKED = 256  # images whose size is checked in advance; the others are checked when decoded
@@ -46,10 +47,11 @@ class Samples(Protocol):
 
 @dataclass
 class Dataset:
-    """The three splits of a dataset; `classes` None means regression.
+    """The three splits of a dataset; `classes` has the names of the labels, None if they are numbers.
 
     `in_memory`: keep the samples on the training device as one tensor (decided by `prepare`).
     `notes`: lines to show the user, about skipped samples.
+    `unlabelled`: the task of a model that does not predict the labels; None: classification or regression.
     """
 
     train: Samples
@@ -58,14 +60,17 @@ class Dataset:
     classes: tuple[str, ...] | None
     in_memory: bool = False
     notes: tuple[str, ...] = ()
+    unlabelled: Task | None = None
 
     @property
-    def outputs(self) -> int:
-        """Number of model outputs: classes, or numbers per target in a regression."""
+    def task(self) -> Task:
+        """What a model predicts."""
+        if self.unlabelled is not None:
+            return self.unlabelled
         if self.classes is not None:
-            return len(self.classes)
+            return Task("classification", len(self.classes))
         targets = self.train.targets
-        return 1 if targets.ndim == 1 else targets.shape[1]
+        return Task("regression", 1 if targets.ndim == 1 else targets.shape[1])
 
 
 class InMemory:

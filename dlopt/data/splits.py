@@ -1,7 +1,7 @@
 """Prepares a dataset for a run: subset, validation split, image size, and loading into memory."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import torch
@@ -82,7 +82,7 @@ def prepare(
     if in_memory:
         train = materialize(train, worker_count(settings.workers, train, processes))
         val = None if val is None else materialize(val, worker_count(settings.workers, val, processes))
-    return Dataset(train, val, test, dataset.classes, in_memory, dataset.notes)
+    return replace(dataset, train=train, val=val, test=test, in_memory=in_memory)
 
 
 def split(samples: Samples, count: int, seed: int, *counters: int, keep_one: bool = False) -> tuple[Tensor, Tensor]:

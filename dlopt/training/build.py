@@ -1,7 +1,7 @@
 """Builds what training and testing share: data, normalization, model, loss and parallel mode."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from dlopt.data.normalization import fit
 from dlopt.data.samplers import LossAwareSampler
 from dlopt.data.samples import Dataset, Samples
 from dlopt.data.splits import prepare
+from dlopt.data.task import Task
 from dlopt.errors import UserError
 from dlopt.parallel.mode import Mode
 from dlopt.parallel.rendezvous import current
@@ -28,7 +29,7 @@ from dlopt.training.model_check import check_memory, check_outputs
 from dlopt.training.precision import Precision, choose_precision
 from dlopt.training.rng import AUGMENTATION, ORDER, SCHEME, WEIGHTS
 from dlopt.training.step import Network
-from dlopt.training.weights import read_weights, strip_prefixes
+from dlopt.training.weights import match_weights
 
 
 @dataclass
@@ -53,8 +54,18 @@ class Workload:
         return self.precision.device
 
     @property
+    def task(self) -> Task:
+        return self.dataset.task
+
+    @property
     def classify(self) -> bool:
-        return self.dataset.classes is not None
+        """Whether predictions are classes, and metrics include an accuracy."""
+        return self.task.classes is not None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the model's input."""
+        return self.task.input_shape(self.dataset.train.shape if self.augment is None else self.augment.output_shape)
 
     @property
     def network(self) -> Network:
@@ -107,8 +118,8 @@ def build_workload(
     source: Dataset = experiment.data.build(**vars(experiment.data_settings))
     dataset = prepare(source, experiment.data_settings, device=device)
     augment = _build_augmentation(experiment, dataset)
-    shape = dataset.train.shape if augment is None else augment.output_shape
-
+    task = dataset.task
+    shape = task.input_shape(dataset.train.shape if augment is None else augment.output_shape)
     normalize: nn.Module = experiment.normalize.build(input_shape=dataset.train.shape).to(precision.dtype)
     if normalization is None:
         kind = f"{experiment.normalize.target.__qualname__} {experiment.normalize.arguments} {precision.dtype}"
@@ -116,9 +127,10 @@ def build_workload(
     else:
         normalize.load_state_dict(normalization)
     normalize = normalize.to(device)
-    _check_normalization(experiment, normalize, shape)
+    if task.vocabulary is None:
+        _check_normalization(experiment, normalize, shape)
 
-    runtime = {"input_shape": shape, "classes": dataset.outputs}
+    runtime = model_arguments(task, shape)
     is_new = normalization is None
     freezes = any(rule.freeze for rule in experiment.grouping.groups)
     has_gradients = is_new and device.type == "cpu" and parallel.processes == 1 and not freezes
@@ -132,7 +144,7 @@ def build_workload(
     module = module.to(device=device, dtype=precision.dtype)
     if has_convolutions:
         module = module.to(memory_format=memory_format)
-    loss: nn.Module = experiment.loss.build(classes=None if dataset.classes is None else len(dataset.classes))
+    loss: nn.Module = experiment.loss.build(classes=task.classes)
     compile_obstacle = speed.compile_obstacle(experiment, parallel, module, shape, len(dataset.train))
     freeze(module, experiment.grouping)  # before `place`: DDP waits for all gradients that are required at that time
     model = parallel.place(module, shape)
@@ -166,25 +178,29 @@ def _build_augmentation(experiment: Experiment, dataset: Dataset) -> Pipeline | 
     """Returns None for an empty pipeline, which would seed a generator in every step."""
     if experiment.augmentation.arguments.get("operations") == []:
         return None
-    classes = None if dataset.classes is None else len(dataset.classes)
     pipeline: Pipeline = experiment.augmentation.build(
-        input_shape=dataset.train.shape, classes=classes, train=dataset.train
+        input_shape=dataset.train.shape, classes=dataset.task.classes, train=dataset.train
     )
     return pipeline
+
+
+def model_arguments(task: Task, shape: tuple[int, ...]) -> dict[str, Any]:
+    """Returns the run-time arguments of a model for inputs of `shape`."""
+    return {"input_shape": shape, "classes": task.outputs, "vocabulary": task.vocabulary}
 
 
 def data_spec(workload: Workload) -> dict[str, Any]:
     """Returns what a checkpoint needs for using the model without the data.
 
-    `classes`: names, or None for a regression; `outputs`: their number; `sample`: shape of a sample; `window`: shape of
-    the model's input, a crop of the sample.
+    `classes`: names of the labels, or None; `task`: the fields of a `Task`; `sample`: shape of a sample; `window`:
+    shape of the model's input (a crop of an image, the first tokens of a text).
     """
     dataset = workload.dataset
     return {
         "classes": None if dataset.classes is None else list(dataset.classes),
-        "outputs": dataset.outputs,
+        "task": asdict(dataset.task),
         "sample": list(dataset.train.shape),
-        "window": list(dataset.train.shape if workload.augment is None else workload.augment.output_shape),
+        "window": list(workload.shape),
     }
 
 
@@ -192,7 +208,7 @@ def _build_model(experiment: Experiment, dataset: Dataset, normalize: nn.Module,
     """Builds and initializes the model on the CPU, for the same initial weights on every device."""
     seed = experiment.settings.init_seed
     rng.seed_all(stream(seed, WEIGHTS))
-    module: nn.Module = experiment.model.build(input_shape=shape, classes=dataset.outputs)
+    module: nn.Module = experiment.model.build(**model_arguments(dataset.task, shape))
     runtime: dict[str, Any] = {"model": module, "generator": generator("cpu", seed, SCHEME)}
     if experiment.init.takes("inputs"):
         runtime["inputs"] = _init_inputs(dataset.train, normalize, shape)
@@ -211,27 +227,21 @@ def _init_inputs(samples: Samples, normalize: nn.Module, shape: tuple[int, ...],
     return normalized.float().cpu()
 
 
-def load_weights(module: nn.Module, path: Path, mode: Mode | None = None) -> list[str]:
-    """Initializes the model from a checkpoint, or from a file of weights (see `read_weights`). Returns lines to log.
+def load_weights(module: nn.Module, path: Path, mode: Mode | None = None, *, complete: bool = False) -> list[str]:
+    """Initializes the model from a checkpoint, or from a file of weights (see `match_weights`). Returns lines to log.
 
     Skips and lists weights whose name or shape differs (the head, for other classes). `mode`: loads on all ranks.
-    Raises `UserError` if no weight matches.
+    Raises `UserError` if no weight matches, or with `complete` if one is missing.
     """
-    current = module.state_dict()
-    saved, prefix = strip_prefixes(read_weights(path), current)
-    matching = {name: value for name, value in saved.items() if name in current and current[name].shape == value.shape}
-    if not any(name in matching for name, _ in module.named_parameters()):
-        raise UserError(f"init_from={path}: none of its {len(saved)} weights matches this model by name and shape")
-    (mode or Mode(torch.device("cpu"))).load_model(module, matching, strict=False)
-    missing = [name for name in current if name not in matching]
-    unused = [name for name in saved if name not in matching]
-    note = f" (without the prefix {prefix} of their names)" if prefix else ""
-    lines = [f"weights from {path}: {len(matching)} of {len(current)} tensors loaded{note}"]
-    if missing:
-        lines.append(f"  missing or with another shape, newly initialized: {', '.join(missing)}")
-    if unused:
-        lines.append(f"  not used: {', '.join(unused)}")
-    return lines
+    match = match_weights(path, module)
+    missing = [name for name in match.missing if not name.endswith("num_batches_tracked")]
+    if complete and missing:
+        raise UserError(
+            f"init_from={path}: an untrained part cannot be tested; the file lacks, or has with another shape: "
+            f"{', '.join(missing)}"
+        )
+    (mode or Mode(torch.device("cpu"))).load_model(module, match.weights, strict=False)
+    return match.lines
 
 
 _MIN_EVALUATION_BATCH = 1024  # on a GPU, where kernel launches limit the speed of smaller batches
@@ -279,6 +289,7 @@ def _delivery(workload: Workload, **acceleration: Any) -> Delivery:
         workload.device,
         in_memory=workload.dataset.in_memory,
         workers=workload.experiment.data_settings.workers,
+        task=workload.task,
         normalize=workload.normalize,
         memory_format=workload.memory_format,
         dtype=workload.precision.dtype,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dlopt.data.batches import Batches, Delivery
 from dlopt.data.samples import Dataset, Files, Samples
 from dlopt.data.splits import prepare
+from dlopt.data.task import Task
 from dlopt.errors import UserError
 from dlopt.interruption import Interruption
 from dlopt.losses import MSE, probabilities
@@ -39,13 +40,13 @@ def evaluate(
     batches: Iterable[tuple[Tensor, Tensor]],
     loss: nn.Module,
     *,
-    classify: bool,
+    task: Task,
     prefix: str,
     interruption: object = None,
     reduce: Reduce | None = None,
     extra: ExtraMetrics | None = None,
 ) -> dict[str, float] | None:
-    """Computes sample-weighted means over `batches`: {prefix}_loss, {prefix}_accuracy (classifier), `extra` metrics.
+    """Computes sample-weighted means over `batches`: {prefix}_loss, {prefix}_accuracy (of classes), `extra` metrics.
 
     Puts `module` and `loss` into evaluation mode for the call. A rank may have no samples in a batch.
 
@@ -57,7 +58,7 @@ def evaluate(
     Returns:
         The metrics; None if interrupted.
     """
-    metrics = MetricSum(classify, reduce=reduce)
+    metrics = MetricSum(task.classes is not None, reduce=reduce, task=task)
     modes = module.training, loss.training
     module.eval(), loss.eval()
     try:
@@ -103,15 +104,18 @@ def combine(members: Sequence[Sequence[Batch]], average: Average) -> list[Batch]
     return combined
 
 
-def report(batches: Sequence[Batch], loss: nn.Module, classes: int | None) -> Report:
+def report(batches: Sequence[Batch], loss: nn.Module, task: Task) -> Report:
     """Computes all test metrics of outputs; loss and accuracy equal those in the summary of a run."""
-    accumulator = MetricSum(classes is not None)
+    accumulator = MetricSum(task.classes is not None, task=task)
     with torch.inference_mode():
         loss.eval()
         for outputs, targets in batches:
             accumulator.add(loss(outputs, targets), outputs, targets)
     metrics = accumulator.means("test")
+    if not task.has_labels:
+        return Report(metrics, None)
     outputs, targets = (torch.cat(column) for column in zip(*batches, strict=True))
+    classes = task.classes
     if classes is None:
         metrics["test_r2"] = r2_score(outputs, targets)
         metrics["test_mae"] = mean_absolute_error(outputs, targets)
@@ -197,7 +201,7 @@ def validation(
                 model,
                 with_progress(),
                 workload.loss,
-                classify=workload.classify,
+                task=workload.task,
                 prefix="val",
                 interruption=workload.parallel.evaluation_stop(interruption),
                 reduce=reduction(workload),
@@ -211,7 +215,7 @@ Forward = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]  # (model, inpu
 
 
 def test_metrics(workload: Workload) -> dict[str, Any]:
-    """Returns test_loss and, for a classifier, test_accuracy of the present weights; {} without a test set."""
+    """Returns test_loss, for classes test_accuracy, and what the task derives; {} without a test set."""
     if workload.dataset.test is None:
         return {}
     if workload.experiment.settings.evaluate.tta != "none":
@@ -224,7 +228,7 @@ def test_metrics(workload: Workload) -> dict[str, Any]:
             model,
             batches.epoch(0),
             workload.loss,
-            classify=workload.classify,
+            task=workload.task,
             prefix="test",
             reduce=reduction(workload),
         )
@@ -249,7 +253,7 @@ def _metrics_with_tta(workload: Workload) -> dict[str, Any]:
     settings = workload.experiment.settings.evaluate
     average = choose_average(settings.average if workload.classify else None, workload)
     outputs = predict_test_set(workload, CHOICES[settings.tta](), average)
-    metrics = report(outputs, workload.loss, workload.dataset.outputs if workload.classify else None).metrics
+    metrics = report(outputs, workload.loss, workload.task).metrics
     return {name: metrics[name] for name in ("test_loss", "test_accuracy") if name in metrics}
 
 

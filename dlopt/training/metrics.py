@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from dlopt.config.experiment import Experiment
 from dlopt.config.rules import extra_metric
 from dlopt.data.samples import Dataset
+from dlopt.data.task import Task
 from dlopt.errors import UserError
 from dlopt.losses import probabilities
 
@@ -47,6 +48,7 @@ class MetricSum:
         classify: count correct predictions.
         on_flush: called with the outputs and targets of many steps, in order, at each flush.
         reduce: sums over ranks; None: one process. Each rank adds its own samples of every batch.
+        task: defines the number of predictions per sample and further metrics; None: labels.
     """
 
     def __init__(
@@ -54,8 +56,10 @@ class MetricSum:
         classify: bool,
         on_flush: Callable[[Tensor, Tensor], None] | None = None,
         reduce: Reduce | None = None,
+        task: Task | None = None,
     ) -> None:
         self.classify = classify
+        self.task = task
         self.on_flush = on_flush
         self.reduce = reduce
         self.loss = 0.0
@@ -72,7 +76,7 @@ class MetricSum:
 
     def fresh(self) -> "MetricSum":
         """Returns an empty accumulator with the same settings."""
-        return MetricSum(self.classify, self.on_flush, self.reduce)
+        return MetricSum(self.classify, self.on_flush, self.reduce, self.task)
 
     def begin_update(self) -> None:
         """Marks the start of an update, which `discard_update` can remove."""
@@ -86,7 +90,10 @@ class MetricSum:
         del self._pending[self._update_start :]
 
     def add(self, loss: Tensor, outputs: Tensor, targets: Tensor) -> None:
-        """Adds a batch: mean loss (scalar), outputs [B, K], targets [B] (or [B, K]: probabilities)."""
+        """Adds a batch: mean loss (scalar), outputs [B, K], targets [B] (or [B, K]: probabilities).
+
+        With several predictions per sample: outputs [B, T, K], targets [B, T].
+        """
         pending = self._pending
         if not pending:
             self._max_pending = max(min(_MAX_PENDING_STEPS, _MAX_PENDING_OUTPUTS // max(outputs.numel(), 1)), 1)
@@ -124,12 +131,13 @@ class MetricSum:
         correct = losses.new_zeros(1)
         kept = [(outputs, targets) for _, outputs, targets in pending if outputs is not None and targets is not None]
         if kept:
-            outputs = torch.cat([outputs for outputs, _ in kept])
+            outputs = _concatenated([outputs for outputs, _ in kept])
             if self.classify:
-                labels = torch.cat([t.argmax(1) if t.ndim > 1 else t for _, t in kept])
-                correct = (outputs.argmax(1) == labels).sum().to(losses.dtype).reshape(1)
+                labels = _concatenated([t.argmax(1) if t.is_floating_point() else t for _, t in kept])
+                predictions = outputs.argmax(-1)
+                correct = (predictions == labels).sum().to(losses.dtype).reshape(1)
             if self.on_flush is not None:
-                self.on_flush(outputs, torch.cat([targets for _, targets in kept]))
+                self.on_flush(outputs, _concatenated([targets for _, targets in kept]))
         counts = [0 if targets is None else len(targets) for _, _, targets in pending]
         self._flushed.append((torch.cat([losses, correct]), counts))
 
@@ -145,9 +153,14 @@ class MetricSum:
         self._flushed = []
 
     def means(self, prefix: str) -> dict[str, float]:
-        """Returns {prefix}_loss and, for a classifier, {prefix}_accuracy (a fraction) over all samples so far."""
+        """Returns {prefix}_loss and, for a classifier, {prefix}_accuracy (a fraction) over all samples so far.
+
+        Of a text: {prefix}_token_accuracy, and {prefix}_bits_per_byte or {prefix}_perplexity.
+        """
         self.sync()
-        return self._means(f"{prefix}_", self.loss, self.correct, self.count)
+        metrics = self._means(f"{prefix}_", self.loss, self.correct, self.count)
+        derived = {} if self.task is None else self.task.loss_metrics(metrics[f"{prefix}_loss"])
+        return metrics | {f"{prefix}_{name}": value for name, value in derived.items()}
 
     def since_last(self, prefix: str) -> dict[str, float]:
         """Returns {prefix}loss and {prefix}accuracy over the samples since the last call."""
@@ -159,7 +172,8 @@ class MetricSum:
     def _means(self, prefix: str, loss: float, correct: int, count: int) -> dict[str, float]:
         metrics = {f"{prefix}loss": loss / max(count, 1)}
         if self.classify:
-            metrics[f"{prefix}accuracy"] = correct / max(count, 1)
+            name, predictions = ("accuracy", 1) if self.task is None else (self.task.accuracy, self.task.predictions)
+            metrics[f"{prefix}{name}"] = correct / max(count * predictions, 1)
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
@@ -169,6 +183,11 @@ class MetricSum:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.loss, self.correct, self.count = state["loss"], state["right"], state["count"]
         self._reported = self.loss, self.correct, self.count
+
+
+def _concatenated(tensors: list[Tensor]) -> Tensor:
+    """Returns the tensors as one; a single one (the outputs of a text are large) without a copy."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
 @torch.no_grad()
@@ -246,7 +265,7 @@ def extra_metrics(experiment: Experiment, dataset: Dataset, loss: nn.Module) -> 
 
     Raises `UserError` for a metric that this run cannot compute.
     """
-    classes = dataset.classes
+    classes, task = dataset.classes, dataset.task
     monitors = {"monitor": experiment.settings.monitor}
     for key, component in (("stopping", experiment.stopping), ("schedule", experiment.schedule)):
         if "monitor" in component.arguments:
@@ -256,25 +275,26 @@ def extra_metrics(experiment: Experiment, dataset: Dataset, loss: nn.Module) -> 
         name = extra_metric(monitor)
         if name is not None:
             requested.setdefault(name, f"{key}={monitor}")
-        elif monitor == "val_accuracy" and classes is None:
-            raise UserError(f"{key}={monitor}: a regression allows auto, val_loss, val_r2, val_mae")
-    _check_names(requested, classes)
+        elif monitor == "val_accuracy" and task.classes is None:
+            others = ", val_r2, val_mae" if task.kind == "regression" else ""
+            raise UserError(f"{key}={monitor}: a {task.kind} allows auto, val_loss{others}")
+    _check_names(requested, task)
     _check_classes(monitors, classes)
     if not requested:
         return None
     names = list(requested)
     if classes is None:
-        return lambda: RegressionMetrics(names, dataset.outputs)
+        return lambda: RegressionMetrics(names, task.outputs)
     return lambda: ClassMetrics(names, classes, lambda outputs: probabilities(outputs, loss))
 
 
-def _check_names(requested: Mapping[str, str], classes: Sequence[str] | None) -> None:
+def _check_names(requested: Mapping[str, str], task: Task) -> None:
+    kind = task.kind.replace("_", " ")
     for name, setting in requested.items():
-        if (name in _CLASS_METRICS) != (classes is not None):
-            kind = "regression" if classes is None else "classification"
-            raise UserError(f"{setting}: a {kind} has no such metric")
-        if name == "top5_accuracy" and classes is not None and len(classes) <= TOP:
-            raise UserError(f"{setting}: needs more than {TOP} classes; the data have {len(classes)}")
+        if task.kind != ("classification" if name in _CLASS_METRICS else "regression"):
+            raise UserError(f"{setting}: a {kind} task has no such metric")
+        if name == "top5_accuracy" and task.outputs <= TOP:
+            raise UserError(f"{setting}: needs more than {TOP} classes; the data have {task.outputs}")
 
 
 def _check_classes(monitors: Mapping[str, str], classes: Sequence[str] | None) -> None:

@@ -73,36 +73,40 @@ def check_outputs(
     is_ours = target.__module__.startswith("dlopt.") or not loss.__module__.startswith(("dlopt.", "torch."))
     if is_ours or any(is_lazy(parameter) for parameter in module.parameters()):
         return
+    task = dataset.task
+    expected = (*shape, task.outputs) if task.vocabulary else (task.outputs,)
     path = f"model._target_={target.__module__}.{target.__qualname__}"
     try:
-        outputs = _outputs(module, shape, "meta")
+        outputs = _outputs(module, shape, task.vocabulary, "meta")
     except Exception:  # data-dependent operations, for example, have no meta implementation
         if device.type != "cpu":  # the model may need an accelerator
             return
         try:
-            outputs = _outputs(module, shape, "cpu")
+            outputs = _outputs(module, shape, task.vocabulary, "cpu")
         except UserError:
             raise
         except Exception as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise UserError(f"{path}: fails for inputs of shape {_batch(shape)}: {reason}") from None
     if not isinstance(outputs, Tensor):
-        raise UserError(f"{path}: returns {type(outputs).__name__}; must return a tensor {_batch((dataset.outputs,))}")
-    fits = outputs.shape == (_BATCH, dataset.outputs) or (dataset.outputs == 1 and outputs.shape == (_BATCH,))
+        raise UserError(f"{path}: returns {type(outputs).__name__}; must return a tensor {_batch(expected)}")
+    fits = outputs.shape == (_BATCH, *expected) or (expected == (1,) and outputs.shape == (_BATCH,))
     if not fits:
-        purpose = "values per target" if dataset.classes is None else "classes"
+        purpose = "values per target" if task.classes is None else "classes" if task.has_labels else "tokens"
         hint = "set the argument of the model for it, for example +model.num_classes="
         raise UserError(
-            f"{path}: returns {_batch(outputs.shape[1:])} values, but the data has {dataset.outputs} {purpose}; "
-            f"{hint}{dataset.outputs}"
+            f"{path}: returns {_batch(outputs.shape[1:])} values, but the data has {task.outputs} {purpose}; "
+            f"{hint}{task.outputs}"
         )
 
 
-def _outputs(module: nn.Module, shape: tuple[int, ...], device: str) -> Any:
+def _outputs(module: nn.Module, shape: tuple[int, ...], vocabulary: int | None, device: str) -> Any:
     """Calls the model with copies of its state, which the call may change, and restores the generator."""
     state = {name: tensor.detach().to(device, copy=True) for name, tensor in module.state_dict().items()}
     with torch.random.fork_rng([]), torch.no_grad(), torch.device(device):
-        return functional_call(module, state, (torch.randn(_BATCH, *shape),))
+        size = (_BATCH, *shape)
+        inputs = torch.randn(size) if vocabulary is None else torch.randint(vocabulary, size)
+        return functional_call(module, state, (inputs,))
 
 
 def _batch(shape: Sequence[int]) -> str:

@@ -90,4 +90,7 @@ def summarize(trainer: "Trainer", workload: Workload, status: "Status") -> dict[
     }
     if extra_metric(best.monitor) is not None and best.epoch is not None:
         summary[f"best_{best.monitor}"] = best.metric
-    return {key: value for key, value in summary.items() if workload.classify or not key.endswith("accuracy")}
+    if workload.task.kind != "classification":
+        summary = {key: value for key, value in summary.items() if not key.endswith("accuracy")}
+    derived = {} if best.val_loss is None else workload.task.loss_metrics(best.val_loss)
+    return summary | {f"best_val_{name}": value for name, value in derived.items()}

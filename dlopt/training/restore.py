@@ -12,7 +12,9 @@ from dlopt.augment.pipeline import CentreCrop
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import resolve_saved
 from dlopt.config.saved import with_changes
+from dlopt.data.task import Task
 from dlopt.processor import choose_device, set_threads
+from dlopt.training.build import model_arguments
 from dlopt.training.checkpoint import load
 from dlopt.training.precision import Precision, choose_precision
 
@@ -26,7 +28,7 @@ class Trained:
     loss: nn.Module
     precision: Precision
     classes: tuple[str, ...] | None  # None: regression
-    outputs_count: int
+    task: Task
     sample: tuple[int, ...]  # shape of a sample
     window: tuple[int, ...]  # shape of the model's input: a centre crop of the sample
     config: Mapping[str, Any]
@@ -34,12 +36,15 @@ class Trained:
 
     @torch.inference_mode()
     def outputs(self, inputs: Tensor) -> Tensor:
-        """Computes outputs [B, K] (fp32 or fp64, on the device) of samples [B, *sample] before normalization."""
+        """Computes outputs (fp32 or fp64, on the device) of inputs [B, *window], or samples [B, *sample] of images.
+
+        Both before normalization. Returns [B, K], of tokens [B, T, K].
+        """
         inputs = inputs.to(self.precision.device)
-        if self.window != self.sample:
+        if self.task.vocabulary is None and self.window != self.sample:
             inputs, _ = CentreCrop(self.window)(inputs, torch.empty(0))
         model: Callable[[Tensor], Tensor] = self.precision.autocast(self.module)
-        outputs = model(self.normalize(inputs).to(self.precision.dtype))
+        outputs = model(self.task.normalized(inputs, self.normalize, self.precision.dtype))
         return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
 
 
@@ -55,8 +60,9 @@ def restore(path: Path, overrides: Mapping[str, Any]) -> Trained:
     sample, window = tuple(facts["sample"]), tuple(facts["window"])
     classes = None if facts["classes"] is None else tuple(facts["classes"])
     normalize: nn.Module = experiment.normalize.build(input_shape=sample)
-    module: nn.Module = experiment.model.build(input_shape=window, classes=facts["outputs"])
-    loss: nn.Module = experiment.loss.build(classes=None if classes is None else len(classes))
+    task = Task(**facts["task"])
+    module: nn.Module = experiment.model.build(**model_arguments(task, window))
+    loss: nn.Module = experiment.loss.build(classes=task.classes)
     normalize.load_state_dict(state["normalize"])
     module.load_state_dict(state["ema"] or state["model"])
     return Trained(
@@ -65,7 +71,7 @@ def restore(path: Path, overrides: Mapping[str, Any]) -> Trained:
         loss=loss.to(device).eval(),
         precision=precision,
         classes=classes,
-        outputs_count=facts["outputs"],
+        task=task,
         sample=sample,
         window=window,
         config=state["config"],

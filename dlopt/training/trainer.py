@@ -217,7 +217,7 @@ def build_trainer(
         average=average,
         sampler=sampler,
         sampler_metrics=getattr(batches.sampler, "metrics", dict),
-        train_metrics=MetricSum(workload.classify, update_sampler, reduction(workload)),
+        train_metrics=MetricSum(workload.classify, update_sampler, reduction(workload), workload.task),
         progress=Progress(horizon=length.horizon, data=data_spec(workload), found_lr=found_lr),
         graph_obstacle=graph_obstacle,
     )

@@ -103,7 +103,7 @@ def test_number_of_outputs_follows_the_data() -> None:
     inputs = torch.zeros(4, 3)
 
     def outputs(targets: torch.Tensor, classes: tuple[str, ...] | None) -> int:
-        return Dataset(InMemory(inputs, targets), None, None, classes).outputs
+        return Dataset(InMemory(inputs, targets), None, None, classes).task.outputs
 
     assert outputs(torch.zeros(4, dtype=torch.int64), ("a", "b", "c")) == 3
     assert outputs(torch.zeros(4), None) == 1

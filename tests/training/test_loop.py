@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dlopt.data.task import Task
 from dlopt.errors import RunError, UserError
 from dlopt.interruption import Interruption
 from dlopt.parallel.mode import Mode
@@ -137,7 +138,7 @@ def training(
                 model,
                 batches,
                 nn.CrossEntropyLoss(),
-                classify=True,
+                task=Task("classification", 3),
                 prefix="val",
                 interruption=interruption,
             )

@@ -1,0 +1,81 @@
+"""What a model predicts from a sample: the labels of the dataset, the next tokens of a text, or the sample itself."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Kind = Literal["classification", "regression", "next_token", "reconstruction"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Splits samples into inputs and targets, and defines their metrics.
+
+    kind            model inputs             targets
+    classification  sample                   label: int64 [B]
+    regression      sample                   label: float [B] or [B, K]
+    next_token      tokens 0..T-1: [B, T]    tokens 1..T: int64 [B, T]
+    reconstruction  sample                   sample: float [B, K]; pixels in 0..1, before the normalization
+
+    Args:
+        outputs: numbers that the model returns for a prediction: classes, values, or tokens of the vocabulary.
+        predictions: per sample; T for a text.
+        unit: of a token; bytes are measured in bits.
+    """
+
+    kind: Kind
+    outputs: int
+    predictions: int = 1
+    unit: Literal["byte", "token"] = "token"
+
+    @property
+    def classes(self) -> int | None:
+        """Number of classes of a prediction; None: it is a number."""
+        return self.outputs if self.kind in ("classification", "next_token") else None
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Number of tokens that the model reads; None: it reads numbers."""
+        return self.outputs if self.kind == "next_token" else None
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether the targets are labels of the dataset; otherwise they are taken from the samples."""
+        return self.kind in ("classification", "regression")
+
+    @property
+    def accuracy(self) -> str:
+        """Name of the fraction of correct predictions. That of tokens is not what `monitor=auto` selects a model by."""
+        return "token_accuracy" if self.kind == "next_token" else "accuracy"
+
+    def input_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the shape of the model's input for samples of `shape`."""
+        return (shape[0] - 1,) if self.kind == "next_token" else shape
+
+    def split(self, samples: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns (inputs, targets) of samples [B, *shape], augmented but not normalized, and their labels."""
+        if self.kind == "next_token":
+            tokens = samples.long()
+            return tokens[:, :-1], tokens[:, 1:]
+        if self.kind == "reconstruction":
+            is_image = samples.ndim == 4
+            targets = samples.flatten(1).to(torch.promote_types(samples.dtype, torch.float32))
+            return samples, targets / 255 if is_image else targets
+        return samples, labels
+
+    def normalized(self, inputs: Tensor, normalize: nn.Module | None, dtype: torch.dtype) -> Tensor:
+        """Returns inputs for the model: tokens as they are, all others normalized, of `dtype`."""
+        if self.kind == "next_token":
+            return inputs
+        return (inputs if normalize is None else normalize(inputs)).to(dtype)
+
+    def loss_metrics(self, loss: float) -> dict[str, float]:
+        """Returns metrics that are functions of the mean loss, which for a text is in nats per token."""
+        if self.kind != "next_token":
+            return {}
+        if self.unit == "byte":
+            return {"bits_per_byte": loss / math.log(2)}
+        return {"perplexity": math.exp(loss) if loss < 700 else math.inf}
