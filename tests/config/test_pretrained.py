@@ -51,7 +51,7 @@ def test_the_header_compares_the_inputs() -> None:
     assert describe_pretrained(experiment("model=mlp"), (1, 8, 8)) == ""
 
 
-def test_a_run_says_what_the_weights_expect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_reports_the_images_of_the_pretraining(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     (tmp_path / "hub/checkpoints").mkdir(parents=True)
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "hub/checkpoints/resnet18-f37072fd.pth")
