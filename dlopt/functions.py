@@ -1,8 +1,9 @@
 """Functions of two variables to visualize optimizers: `dlopt trajectory function=...` plots their trajectories.
 
 Each maps points [..., 2] to values [...]. `minima` are all its global minima, `least` is their value, `start` is the
-initial point, `window` (left, right, bottom, top) is the plotted region, and `sample(generator)` returns the loss of
-one update: the function itself, or its estimate from one batch.
+initial point, `window` (left, right, bottom, top) is the plotted region, `axes` names the coordinates, and
+`sample(generator)` returns the loss of one update: the function itself, or its estimate from one batch of `samples`
+samples (1 for functions without data).
 """
 
 import math
@@ -27,6 +28,8 @@ class Function(Protocol):
     window: Window
     minima: tuple[Point, ...]
     least: float
+    axes: tuple[str, str]
+    samples: int
 
     def __call__(self, points: Tensor) -> Tensor: ...
 
@@ -43,6 +46,7 @@ class Quadratic:
 
     minima: tuple[Point, ...] = ((0.0, 0.0),)
     least = 0.0
+    axes = ("x", "y")
 
     def __init__(
         self, *, condition: Positive, angle: float, noise: NonNegative, batch_size: Count, start: Point, window: Window
@@ -51,6 +55,12 @@ class Quadratic:
         radians = math.radians(angle)
         self._axes = ((math.cos(radians), math.sin(radians)), (-math.sin(radians), math.cos(radians)))
         self._condition, self._std = condition, noise / math.sqrt(batch_size)
+        self.samples = batch_size if noise > 0 else 1
+
+    @property
+    def curvatures(self) -> tuple[float, float] | None:
+        """The smallest and the largest eigenvalue of the Hessian; None with noise."""
+        return None if self._std > 0 else (min(1.0, self._condition), max(1.0, self._condition))
 
     def __call__(self, points: Tensor) -> Tensor:
         x, y = points.unbind(-1)
@@ -69,6 +79,8 @@ class _Deterministic:
 
     start: Point
     window: Window
+    axes = ("x", "y")
+    samples = 1
 
     def __init__(self, *, start: Point, window: Window) -> None:
         self.start, self.window = start, window
@@ -149,6 +161,8 @@ class DigitPair:
     Errors: UserError for equal classes, or a batch larger than the training set.
     """
 
+    axes = ("weight of the first principal component", "weight of the second")
+
     def __init__(
         self,
         *,
@@ -166,7 +180,7 @@ class DigitPair:
         count = len(self._products)
         if batch_size != "full" and batch_size > count:
             raise UserError(f"function.batch_size={batch_size}: there are {count} images; use full for all of them")
-        self._batch_size = count if batch_size == "full" else batch_size
+        self.samples = count if batch_size == "full" else batch_size
         minimum = self._minimum()
         self.least = float(self(minimum))
         self.minima: tuple[Point, ...] = ((float(minimum[0]), float(minimum[1])),)
@@ -175,9 +189,9 @@ class DigitPair:
         return self._loss(points, self._products)
 
     def sample(self, generator: torch.Generator) -> Loss:
-        if self._batch_size == len(self._products):
+        if self.samples == len(self._products):
             return self
-        batch = self._products[torch.randperm(len(self._products), generator=generator)[: self._batch_size]]
+        batch = self._products[torch.randperm(len(self._products), generator=generator)[: self.samples]]
         return lambda points: self._loss(points, batch)
 
     def _loss(self, points: Tensor, products: Tensor) -> Tensor:

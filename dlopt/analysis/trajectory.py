@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from dlopt.analysis import drawing
 from dlopt.analysis.drawing import MARKERS, style
-from dlopt.functions import Function
+from dlopt.functions import Function, Window
 from dlopt.optim import LossClosure
 from dlopt.random import generator
 from dlopt.schedules import Factor, Scheduler
@@ -48,6 +48,7 @@ class Trajectory:
     """Points of an optimizer before the first and after each update.
 
     `evaluations[i]`: number of loss evaluations, with or without gradient, up to point i, without Hessian products.
+    `samples`: samples per evaluation, 1 for functions without data.
     """
 
     points: Tensor  # [steps + 1, 2]
@@ -55,6 +56,19 @@ class Trajectory:
     distances: Tensor  # [steps + 1], to the nearest minimum
     evaluations: list[int]
     diverged: bool
+    samples: int = 1
+
+    @property
+    def cost(self) -> list[int]:
+        """The number of samples evaluated up to each point."""
+        return [count * self.samples for count in self.evaluations]
+
+    def is_within(self, window: Window) -> bool:
+        """Returns whether no point is outside the window (left, right, bottom, top)."""
+        left, right, bottom, top = window
+        (x, y), tolerance = self.points.unbind(1), 1e-9
+        inside = (x >= left - tolerance) & (x <= right + tolerance) & (y >= bottom - tolerance) & (y <= top + tolerance)
+        return not self.diverged and bool(inside.all())
 
     def updates_to_minimum(self) -> int | None:
         """Returns the first update after which the distance stays within `TOLERANCE`; None if there is none."""
@@ -101,21 +115,24 @@ def follow(function: Function, build: Build, *, steps: int, seed: int, factor: F
         evaluations.append(count)
     visited = torch.stack(points)
     distances = torch.cdist(visited, torch.tensor(function.minima, dtype=torch.float64)).min(1).values
-    return Trajectory(visited, function(visited).detach(), distances, evaluations, diverged)
+    return Trajectory(visited, function(visited).detach(), distances, evaluations, diverged, function.samples)
 
 
-def best_rate(trial: Callable[[float], Trajectory], least: float) -> float:
-    """Returns the learning rate of `RATES` with the lowest mean logarithm of the loss above `least`. Raises ValueError
-    if all diverge."""
+def best_rate(trial: Callable[[float], Trajectory], function: Function) -> float:
+    """Returns the learning rate of `RATES` with the lowest mean logarithm of the loss above the minimum, among those
+    whose path stays in the function's window, or among all if every path leaves it. Raises ValueError if all
+    diverge."""
 
     def best(indices: Iterable[int]) -> int:
         for i in indices:
-            scores.setdefault(i, _score(trial(RATES[i]), least))
+            if i not in scores:
+                path = trial(RATES[i])
+                scores[i] = (not path.is_within(function.window), _score(path, function.least))
         return min(scores, key=lambda i: scores[i])
 
-    scores: dict[int, float] = {}
+    scores: dict[int, tuple[bool, float]] = {}
     coarse = best(range(0, len(RATES), _COARSE))
-    if math.isinf(scores[coarse]):
+    if math.isinf(scores[coarse][1]):
         raise ValueError(f"every learning rate from {RATES[0]:g} to {RATES[-1]:g} diverges")
     return RATES[best(range(max(coarse - _COARSE + 1, 0), min(coarse + _COARSE, len(RATES))))]
 
@@ -129,6 +146,7 @@ def _score(trajectory: Trajectory, least: float) -> float:
 
 _FRAMES = 120  # of an animation, at most
 _FLOOR = 1e-6  # fraction of the initial distance that counts as arrived in plots
+_LOG_RANGE = 8  # ratio of the batch sizes from which the axis of samples is logarithmic
 _LINE = 120  # characters per line of the legend
 
 
@@ -141,18 +159,22 @@ def draw_trajectories(
     """Plots trajectories over contours, and their distance to the nearest minimum against updates and evaluations."""
     figure = drawing.figure(11, 6, drawing.title_with_subtitle(title, subtitle, 110))
     plane = figure.add_subplot(2, 5, (1, 8))
-    _contours(plane, function)
+    _contours(plane, function, _frame(function.window, trajectories.values()))
     upper, lower = figure.add_subplot(2, 5, (4, 5)), figure.add_subplot(2, 5, (9, 10))
     for i, (label, trajectory) in enumerate(trajectories.items()):
         line = _line(i, len(trajectories))
         size = max(2.0, 5.0 - len(trajectory.points) / 40)
         plane.plot(*trajectory.points.numpy().T, **line, marker=MARKERS[i % len(MARKERS)], markersize=size, label=label)
         upper.plot(trajectory.distances, **line)
-        lower.plot(trajectory.evaluations, trajectory.distances, **line)
+        lower.plot(trajectory.cost, trajectory.distances, **line)
     updates = max(len(trajectory.points) - 1 for trajectory in trajectories.values())
-    evaluations = max(trajectory.evaluations[_arrival_update(trajectory)] for trajectory in trajectories.values())
+    cost = max(trajectory.cost[_arrival_update(trajectory)] for trajectory in trajectories.values())
+    sizes = {trajectory.samples for trajectory in trajectories.values()}
     _finish_distances(upper, trajectories, "updates", updates)
-    _finish_distances(lower, trajectories, "evaluations of the loss", evaluations)
+    _finish_distances(lower, trajectories, "evaluations of the loss" if sizes == {1} else "samples evaluated", cost)
+    if max(sizes) >= _LOG_RANGE * min(sizes):
+        lower.set_xscale("log")
+        lower.set_xlim(min(sizes), max(trajectory.cost[-1] for trajectory in trajectories.values()))
     columns = max(1, min(len(trajectories), _LINE // (10 + max(map(len, trajectories)))))
     drawing.legend_below(figure, plane, columns)
     return figure
@@ -169,9 +191,25 @@ def _line(i: int, count: int) -> dict[str, Any]:
     return style(i, dash=i // len(drawing.COLOURS), linewidth=width, zorder=3 + i / 100)
 
 
-def _contours(axes: "Axes", function: Function) -> None:
+def _frame(window: Window, trajectories: Iterable[Trajectory]) -> Window:
+    """Returns the window, extended to contain the trajectories, by at most its size on each side."""
+    left, right, bottom, top = window
+    width, height = right - left, top - bottom
+    finite = [trajectory.points for trajectory in trajectories if not trajectory.diverged]
+    if not finite:
+        return window
+    (x, y), margin = torch.cat(finite).unbind(1), 0.03
+    return (
+        max(min(left, float(x.min()) - margin * width), left - width) if x.min() < left else left,
+        min(max(right, float(x.max()) + margin * width), right + width) if x.max() > right else right,
+        max(min(bottom, float(y.min()) - margin * height), bottom - height) if y.min() < bottom else bottom,
+        min(max(top, float(y.max()) + margin * height), top + height) if y.max() > top else top,
+    )
+
+
+def _contours(axes: "Axes", function: Function, window: Window) -> None:
     """Draws contours at quantiles of the values in the window, which resolves both valleys and walls."""
-    left, right, bottom, top = function.window
+    left, right, bottom, top = window
     x, y = np.meshgrid(np.linspace(left, right, 240), np.linspace(bottom, top, 240))
     grid = torch.from_numpy(np.stack([x, y], -1))
     with torch.no_grad():
@@ -184,8 +222,8 @@ def _contours(axes: "Axes", function: Function) -> None:
     axes.plot(*function.start, "o", markerfacecolor="none", markeredgecolor="black", markersize=11, zorder=5)
     axes.set_xlim(left, right)
     axes.set_ylim(bottom, top)
-    axes.set_xlabel("x   (circle: start, star: minimum)")
-    axes.set_ylabel("y")
+    axes.set_xlabel(f"{function.axes[0]}   (circle: start, star: minimum)")
+    axes.set_ylabel(function.axes[1])
 
 
 def _finish_distances(axes: "Axes", trajectories: Mapping[str, Trajectory], label: str, longest: int) -> None:
@@ -208,7 +246,7 @@ def animate(function: Function, trajectories: Mapping[str, Trajectory], target: 
     figure = drawing.figure(6.4, 5.2)
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    _contours(axes, function)
+    _contours(axes, function, _frame(function.window, trajectories.values()))
     lines = [
         axes.plot([], [], **_line(i, len(trajectories)), marker="o", markersize=5, markevery=[-1], label=label)[0]
         for i, label in enumerate(trajectories)
@@ -230,14 +268,15 @@ def animate(function: Function, trajectories: Mapping[str, Trajectory], target: 
 
 def table(trajectories: Mapping[str, Trajectory], rates: Mapping[str, float | None]) -> list[str]:
     """Formats a table: learning rate, updates and evaluations to the minimum, final distance, and remarks."""
-    rows = [["path", "lr", "updates", "evaluations", "distance", ""]]
+    counted = "evaluations" if all(each.samples == 1 for each in trajectories.values()) else "samples"
+    rows = [["path", "lr", "updates", counted, "distance", ""]]
     for label, trajectory in trajectories.items():
         step, rate = trajectory.updates_to_minimum(), rates[label]
         updates = "-" if step is None else f"{step}"
-        evaluations = f"{trajectory.evaluations[-1 if step is None else step]}"
+        cost = f"{trajectory.cost[-1 if step is None else step]}"
         lr, distance = "search" if rate is None else f"{rate:g}", f"{float(trajectory.distances[-1]):.2g}"
-        rows.append([label, lr, updates, evaluations, distance, _verdict(trajectory)])
-    note = f"updates and evaluations until the distance to a minimum stays below {TOLERANCE:g} of the initial distance"
+        rows.append([label, lr, updates, cost, distance, _verdict(trajectory)])
+    note = f"updates and {counted} until the distance to a minimum stays below {TOLERANCE:g} of the initial distance"
     return [*align_columns(rows), note]
 
 

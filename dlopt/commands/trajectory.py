@@ -46,6 +46,7 @@ Usage:
 Examples:
   dlopt trajectory function=quadratic optimizer=gradient_descent,momentum,newton
   dlopt trajectory function=rosenbrock optimizer=momentum,adam,bfgs steps=200
+  dlopt trajectory function=saddle optimizer=momentum,newton,newton_undamped function.start=[-1.5,0.1]
   dlopt trajectory function=digits function.batch_size=1,16,full optimizer=gradient_descent optimizer.lr=1
   dlopt trajectory schedule=cosine_warmup,step,one_cycle epochs=30
   dlopt trajectory schedule=cosine schedule.warmup_epochs=0,2,5 optimizer.lr=0.1
@@ -60,7 +61,9 @@ Optimizer paths (function=quadratic, noisy_quadratic, rosenbrock, beale, himmelb
   function.KEY=VALUE   key of the function: function.condition=50 function.angle=30 function.start=[-1,2] ...
   steps=N              number of updates (default: 50)
   seed=N               seed of noisy functions
-  tune_lr=BOOL         tune the learning rate of each path, unless optimizer.lr is given (default: true)
+  tune_lr=BOOL         choose the learning rate of each path, unless optimizer.lr is given (default: true): on a
+                       quadratic the closed-form optimum of gradient descent and momentum, elsewhere the fastest of a
+                       grid whose path stays in the picture
   animation=gif|mp4    also save an animation
   Weight decay is 0 unless optimizer.weight_decay is given. L-BFGS makes one iteration per update.
 
@@ -183,6 +186,8 @@ class _PathJob:
     schedule: Component
     warmup: "Warmup"
     tunes_lr: bool
+    has_constant_lr: bool
+    fixes_momentum: bool  # typed
 
 
 def _draw_paths(line: Line) -> int:
@@ -200,10 +205,13 @@ def _draw_paths(line: Line) -> int:
     function = _common_function(path_jobs)
     paths: dict[str, Trajectory] = {}
     rates: dict[str, float | None] = {}
+    notes: dict[str, str] = {}
     for path_job in path_jobs:
-        path, rate = _follow(path_job)
-        label = f"{path_job.label}, lr {rate:g}" if path_job.tunes_lr else path_job.label
-        paths[label], rates[label] = path, rate
+        path, choice = _follow(path_job)
+        label = ", ".join([path_job.label, *(f"{key} {value:.3g}" for key, value in choice.keys.items())])
+        paths[label], rates[label] = path, choice.rate
+        if choice.note:
+            notes.setdefault(choice.note, path_job.label)
     name = path_jobs[0].function_name.replace("_", " ")
     title = f"{'Path' if len(paths) == 1 else 'Paths'} on {name}"
     hidden = ("function=", "output=", "animation=")
@@ -216,7 +224,7 @@ def _draw_paths(line: Line) -> int:
             animate(function, paths, animation, title=name)
             written.append(animation)
     skipped = skipped_keys([(path_job.label, job) for path_job, job in zip(path_jobs, jobs, strict=True)])
-    print(*table(paths, rates), *written, *skipped, sep="\n")
+    print(*table(paths, rates), *notes, *written, *skipped, sep="\n")
     return DONE
 
 
@@ -232,6 +240,7 @@ def _refuse_others(overrides: Sequence[str]) -> None:
 
 def _check_job(config: DictConfig, job: Job) -> _PathJob:
     from dlopt.config.experiment import GROUPS
+    from dlopt.optim.newton import UndampedNewton
     from dlopt.schedules import Warmup
 
     plain, _ = to_plain(config, job.overrides)
@@ -263,7 +272,10 @@ def _check_job(config: DictConfig, job: Job) -> _PathJob:
         tunes_lr=settings.tune_lr
         and "lr" in optimizer.arguments
         and "optimizer.lr" not in overridden
-        and not _uses_line_search(optimizer),
+        and not _uses_line_search(optimizer)
+        and optimizer.target is not UndampedNewton,  # whose step has a length of its own
+        has_constant_lr=choices["schedule"] == "constant" and not any(key[:9] == "schedule." for key in overridden),
+        fixes_momentum="optimizer.momentum" in overridden,
     )
 
 
@@ -286,10 +298,19 @@ def _common_function(path_jobs: Sequence[_PathJob]) -> "Function":
     return first
 
 
-def _follow(job: _PathJob) -> tuple["Trajectory", float | None]:
-    """Returns the path and its learning rate (None with a line search)."""
+@dataclass(frozen=True)
+class _Choice:
+    """The learning rate of a path (None with a line search), the keys that were chosen for it, and how."""
+
+    rate: float | None
+    keys: Mapping[str, float]
+    note: str = ""
+
+
+def _follow(job: _PathJob) -> tuple["Trajectory", _Choice]:
+    """Returns the path and the choice of its learning rate."""
     from dlopt import schedules
-    from dlopt.analysis.trajectory import best_rate, follow
+    from dlopt.analysis.trajectory import RATES, best_rate, follow
 
     settings = job.settings
     function = job.function.build()
@@ -300,7 +321,13 @@ def _follow(job: _PathJob) -> tuple["Trajectory", float | None]:
         return follow(function, build, steps=settings.steps, seed=settings.seed, factor=factor)
 
     if not job.tunes_lr:
-        return run(job.optimizer), None if _uses_line_search(job.optimizer) else job.optimizer.arguments.get("lr")
+        rate = None if _uses_line_search(job.optimizer) else job.optimizer.arguments.get("lr")
+        return run(job.optimizer), _Choice(rate, {})
+    keys = _closed_form(job, function)
+    if keys is not None:
+        name = "Polyak 1964" if "momentum" in keys else "2 / (L + mu) for gradient descent"
+        note = f"{'lr and momentum' if 'momentum' in keys else 'lr'} in closed form for this quadratic: {name}"
+        return run(job.optimizer.partial(**keys)), _Choice(keys["lr"], keys, note)
     tried = itertools.count(1)
 
     def trial(lr: float) -> "Trajectory":
@@ -308,12 +335,25 @@ def _follow(job: _PathJob) -> tuple["Trajectory", float | None]:
         return run(job.optimizer.partial(lr=lr))
 
     try:
-        rate = best_rate(trial, function.least)
+        rate = best_rate(trial, function)
     except ValueError as error:
         raise UserError(f"optimizer of {job.label}: {error}; set optimizer.lr") from None
     finally:
         _show("")
-    return run(job.optimizer.partial(lr=rate)), rate
+    path = run(job.optimizer.partial(lr=rate))
+    inside = "whose path stays in the picture" if path.is_within(function.window) else "(every path leaves the window)"
+    note = f"other lr: of {len(RATES)} from {RATES[0]:g} to {RATES[-1]:g}, the fastest {inside}; set optimizer.lr"
+    return path, _Choice(rate, {"lr": rate}, note)
+
+
+def _closed_form(job: _PathJob, function: "Function") -> Mapping[str, float] | None:
+    """Returns the optimal keys on a quadratic without noise, at a constant learning rate; None elsewhere."""
+    from dlopt.analysis.quadratic_rates import optimum
+    from dlopt.functions import Quadratic
+
+    if not isinstance(function, Quadratic) or function.curvatures is None or not job.has_constant_lr:
+        return None
+    return optimum(job.optimizer, *function.curvatures, fixed_momentum=job.fixes_momentum)
 
 
 def _show(message: str) -> None:

@@ -1,6 +1,6 @@
-"""Newton's method with the exact Hessian, and Hessian-free.
+"""Newton's method with the exact Hessian, with and without safeguards, and Hessian-free.
 
-Both need `closure.loss()`, the differentiable loss of the step's batch, to compute derivatives of the gradient. All
+All need `closure.loss()`, the differentiable loss of the step's batch, to compute derivatives of the gradient. All
 parameters form one vector with one learning rate, the initial step length of the line search.
 """
 
@@ -109,6 +109,41 @@ class Newton(_SecondOrder):
             shift = max(2 * shift, 1e-3 * float(hessian.norm()))
             if not math.isfinite(shift):
                 return torch.zeros_like(gradient)
+
+
+class UndampedNewton(torch.optim.Optimizer):
+    """theta <- theta - lr H^-1 g without damping or line search, H the exact Hessian of the batch's loss.
+
+    Converges to the nearest stationary point, also to saddle points and maxima, and diverges where the quadratic model
+    is wrong (Goodfellow, Bengio & Courville 2016, section 8.6.1). It is for demonstrations: use `Newton` to train. A
+    singular Hessian is inverted on its range (pseudo-inverse). Models with more than `max_parameters` are rejected.
+    """
+
+    evaluations: ClassVar[str] = "many"
+    elementwise: ClassVar[bool] = False
+
+    def __init__(self, params: ParamsT, *, lr: Positive = 1.0, max_parameters: Count = 10_000) -> None:
+        super().__init__(params, {"lr": lr})
+        refuse_group_rates("newton_undamped", lr, self.param_groups)
+        refuse_above("newton_undamped", trainable(self), max_parameters, "newton_cg")
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None) -> Any:
+        """Takes one step and returns the loss before it; none if the loss or the Hessian is not finite."""
+        closure = needs_closure(self, closure)
+        loss_of = differentiable_loss(self, closure)
+        before = evaluate(closure)
+        params = trainable(self)
+        if not params or not math.isfinite(float(before)):
+            return before
+        with torch.enable_grad():
+            grads = torch.autograd.grad(loss_of(), params, create_graph=True, allow_unused=True)
+            gradient = flat_or_zero(grads, params)
+        hessian = _hessian(gradient, params)
+        if torch.isfinite(hessian).all():
+            newton_step = torch.linalg.pinv(hessian, hermitian=True) @ gradient.detach()
+            assign(params, flat(params) - self.param_groups[0]["lr"] * newton_step)
+        return before
 
 
 def _hessian(gradient: Tensor, params: list[Tensor]) -> Tensor:

@@ -13,6 +13,7 @@ from PIL import Image
 from torch.optim import SGD, Optimizer
 
 from dlopt.analysis.drawing import MAX_CURVES, save
+from dlopt.analysis.quadratic_rates import optimum
 from dlopt.analysis.trajectory import (
     RATES,
     Curve,
@@ -25,8 +26,9 @@ from dlopt.analysis.trajectory import (
     follow,
     table,
 )
-from dlopt.functions import Quadratic, Rosenbrock
-from dlopt.optim import BFGS, LBFGS, Newton
+from dlopt.config.schema import Component
+from dlopt.functions import Quadratic, Rosenbrock, Window
+from dlopt.optim import BFGS, LBFGS, SGDW, Newton
 from dlopt.schedules import Horizon, Plateau, WarmedUp
 
 
@@ -38,6 +40,11 @@ def bowl(condition: float = 5.0, noise: float = 0.0) -> Quadratic:
     return Quadratic(
         condition=condition, angle=0.0, noise=noise, batch_size=1, start=(-4.0, 1.5), window=(-5.0, 2.0, -2.2, 2.2)
     )
+
+
+def replaced_window(function: Quadratic, window: Window) -> Quadratic:
+    function.window = window
+    return function
 
 
 def sgd(lr: float, momentum: float = 0.0) -> Any:
@@ -104,11 +111,82 @@ def test_reports_divergence() -> None:
 
 
 def test_best_rate() -> None:
-    assert best_rate(lambda lr: run(sgd(lr)), 0.0) == 0.33
-    assert best_rate(lambda lr: run(sgd(lr), bowl(50.0), steps=60), 0.0) in (0.033, 0.039)  # 2 / 51
+    assert best_rate(lambda lr: run(sgd(lr)), bowl()) == 0.33
+    assert best_rate(lambda lr: run(sgd(lr), bowl(50.0), steps=60), bowl(50.0)) in (0.033, 0.039)  # 2 / 51
     with pytest.raises(ValueError, match="diverges"):
-        best_rate(lambda lr: run(sgd(1e5), steps=50), 0.0)
+        best_rate(lambda lr: run(sgd(1e5), steps=50), bowl())
     assert len(RATES) == 72 and RATES[0] == 1e-4 and RATES[-1] == 82.0
+
+
+def test_best_rate_keeps_the_path_in_the_window() -> None:
+    def trial(lr: float) -> Trajectory:
+        return run(sgd(lr, momentum=0.9), steps=60)
+
+    small = replaced_window(bowl(), (-4.1, 1.0, -1.6, 1.6))
+    rate = best_rate(trial, small)
+    assert trial(rate).is_within(small.window) and not trial(best_rate(trial, bowl())).is_within(small.window)
+    nowhere = replaced_window(bowl(), (-4.1, -3.9, 1.4, 1.6))
+    assert best_rate(trial, nowhere) > 1e-3  # none stays, except those that hardly move
+
+
+def test_optimum_is_the_fastest_on_quadratics() -> None:
+    """Compares with the spectral radius of the heavy ball's iteration matrix over a grid, and with SGDW's average."""
+
+    def build_average(lr: float, momentum: float) -> Any:
+        return lambda params: SGDW(params, lr=lr, momentum=momentum, weight_decay=0.0)
+
+    def radius(lr: float, momentum: float, least: float, largest: float) -> float:
+        def of(curvature: float) -> float:
+            matrix = np.array([[1 + momentum - lr * curvature, -momentum], [1, 0]])
+            return float(abs(np.linalg.eigvals(matrix)).max())
+
+        return max(of(least), of(largest))
+
+    keys = {"momentum": 0.9, "dampening": 0.0, "nesterov": False, "weight_decay": 0.0, "lr": 0.1}
+    heavy_ball = Component("optimizer", SGD, keys)
+    for least, largest in ((1.0, 100.0), (0.2, 3.0)):
+        grid = [(float(lr), float(m)) for lr in np.geomspace(1e-3, 4, 90) for m in np.linspace(0, 0.98, 50)]
+        both = optimum(heavy_ball, least, largest, fixed_momentum=False)
+        assert both is not None
+        assert radius(both["lr"], both["momentum"], least, largest) < min(
+            radius(lr, m, least, largest) for lr, m in grid
+        ) + 1e-6
+        for momentum in (0.0, 0.3, 0.95):
+            fixed = optimum(heavy_ball.partial(momentum=momentum), least, largest, fixed_momentum=True)
+            assert fixed is not None and list(fixed) == ["lr"]
+            best = min(radius(lr, momentum, least, largest) for lr in np.geomspace(1e-3, 4, 400))
+            assert radius(fixed["lr"], momentum, least, largest) < best + 1e-6
+        average = optimum(Component("optimizer", SGDW, {**keys}), least, largest, fixed_momentum=False)
+        assert average is not None
+        function = bowl(largest / least)
+        paths = [
+            run(sgd(both["lr"] * least, both["momentum"]), function),
+            run(build_average(average["lr"] * least, average["momentum"]), function),
+        ]
+        assert torch.allclose(paths[0].points, paths[1].points, rtol=1e-9, atol=1e-9)
+    assert optimum(heavy_ball.partial(nesterov=True), 1, 2, fixed_momentum=False) is None
+    assert optimum(Component("optimizer", Newton, {"lr": 1.0}), 1, 2, fixed_momentum=False) is None
+
+
+def test_momentum_beats_gradient_descent_at_condition_100() -> None:
+    valley = bowl(100.0)
+    slow, fast = run(sgd(2 / 101), valley, steps=400), run(sgd(4 / 121, (9 / 11) ** 2), valley, steps=400)
+    assert (slow.updates_to_minimum(), fast.updates_to_minimum()) == (346, 53)
+
+
+def test_counts_samples_and_extends_the_frame() -> None:
+    noisy = Quadratic(
+        condition=2.0, angle=0.0, noise=0.1, batch_size=16, start=(-4.0, 1.5), window=(-5.0, 2.0, -2.2, 2.2)
+    )
+    path = run(sgd(0.1), noisy, steps=3)
+    assert path.cost == [0, 16, 32, 48] and run(sgd(0.1), steps=1).cost == [0, 1]
+    lines = table({"a": path}, {"a": 0.1})
+    assert lines[0].split()[3] == "samples" and lines[1].split()[3] == "48"
+    axes = draw_trajectories(noisy, {"a": path}, title="").axes
+    assert axes[2].get_xlabel() == "samples evaluated" and axes[0].get_xlim() == (-5, 2)
+    far = run(sgd(0.3, momentum=0.9))
+    frame = draw_trajectories(bowl(), {"a": far}, title="").axes[0]
+    assert frame.get_xlim()[1] > float(far.points[:, 0].max()) > 2
 
 
 def test_table_remarks() -> None:

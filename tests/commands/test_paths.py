@@ -43,7 +43,7 @@ def test_documented_example(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer_approaches_the_minimum(drawn: dict[str, Any], optimizer: str) -> None:
-    assert trajectory(["function=quadratic", f"optimizer={optimizer}", "steps=15"]) == 0
+    assert trajectory(["function=quadratic", "function.condition=5", f"optimizer={optimizer}", "steps=15"]) == 0
     [path] = drawn["paths"].values()
     assert len(path.points) == 16
     assert float(path.distances[-1]) < 0.5 * float(path.distances[0])
@@ -80,6 +80,22 @@ def test_several_batch_sizes_and_skipped_keys(drawn: dict[str, Any], capsys: pyt
     assert "optimizer.betas: ignored for momentum (no such key)" in capsys.readouterr().out
 
 
+def test_reports_how_learning_rates_were_chosen(drawn: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    line = "function=quadratic optimizer=gradient_descent,momentum,adam steps=60"
+    assert trajectory(line.split()) == 0
+    descent, momentum, adam = drawn["paths"]
+    assert descent == "gradient_descent, lr 0.0198" and momentum == "momentum, lr 0.1, momentum 0.669"
+    assert adam.startswith("adam, lr ") and drawn["paths"][momentum].updates_to_minimum() == 48
+    out = capsys.readouterr().out
+    assert "Polyak 1964" in out and "2 / (L + mu)" in out and "whose path stays in the picture" in out
+    assert all(path.is_within(drawn["function"].window) for path in drawn["paths"].values())
+    assert trajectory([*line.split(), "optimizer.momentum=0.9", "optimizer.lr=0.1"]) == 0
+    assert "closed form" not in capsys.readouterr().out
+    assert trajectory(["function=saddle", "optimizer=newton_undamped", "function.start=[-1.5,0.1]"]) == 0
+    [saddle] = drawn["paths"].values()
+    assert float(saddle.points[-1].norm()) < 1e-9
+
+
 @pytest.mark.parametrize(
     ("typed", "message"),
     [
@@ -114,6 +130,6 @@ def test_shows_the_search_for_a_learning_rate_in_a_terminal(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    assert trajectory(["function=quadratic", "optimizer=momentum", "steps=2"]) == 0
+    assert trajectory(["function=beale", "optimizer=momentum", "steps=2"]) == 0
     shown = capsys.readouterr().err
     assert "\rmomentum: trying learning rate 2\033[K" in shown and shown.endswith("\r\033[K")

@@ -17,6 +17,7 @@ from dlopt.errors import UserError
 from dlopt.optim import BFGS, LBFGS, LossClosure, Newton, NewtonCG
 from dlopt.optim.bfgs import broyden
 from dlopt.optim.line_search import LinePoint, backtracking, strong_wolfe
+from dlopt.optim.newton import UndampedNewton
 
 Loss = Callable[[Tensor], Tensor]
 
@@ -75,6 +76,22 @@ def test_newton_takes_one_step_on_a_quadratic(condition: float) -> None:
     ):
         (_, x) = descend(make, loss, torch.zeros(8, dtype=torch.float64), 1)
         torch.testing.assert_close(x, center, rtol=1e-8, atol=1e-8)
+
+
+def test_undamped_newton_stops_at_a_saddle_and_newton_does_not() -> None:
+    def saddle(x: torch.Tensor) -> torch.Tensor:
+        return (x[0] ** 2 - x[1] ** 2) / 2 + x[1] ** 4 / 4
+
+    start = torch.tensor([-1.5, 0.1], dtype=torch.float64)
+    points = descend(UndampedNewton, saddle, start, 20)
+    # d/dy: y <- y - (y^3 - y) / (3 y^2 - 1)
+    assert points[1].tolist() == pytest.approx([0, 0.1 - (0.1**3 - 0.1) / (3 * 0.1**2 - 1)], abs=1e-12)
+    assert float(points[-1].norm()) < 1e-12
+    assert abs(float(descend(Newton, saddle, start, 20)[-1][1])) == pytest.approx(1, abs=1e-3)
+    _, center, loss = quadratic(8, 1e4)
+    torch.testing.assert_close(descend(UndampedNewton, loss, torch.zeros(8).double(), 1)[1], center)
+    flat_valley = descend(UndampedNewton, lambda x: x[0] ** 2, torch.ones(2).double(), 1)[1]  # singular Hessian
+    assert flat_valley.tolist() == pytest.approx([0, 1])
 
 
 @pytest.mark.parametrize("xi", [0.0, 0.3, 1.0])
