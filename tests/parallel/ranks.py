@@ -1,15 +1,19 @@
 """Calls a function of a test module in several processes, with the rank in the environment that dlopt reads.
 
-As a script: one of these processes.
+They are forked from the server of `dlopt.sweeps.pool`, which imports torch once for all tests of a worker.
 """
 
 import importlib
-import json
+import multiprocessing
 import os
-import subprocess
-import sys
+import signal
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from dlopt.interruption import SIGNALS
+from dlopt.sweeps.pool import warm_up
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -17,37 +21,40 @@ ROOT = Path(__file__).resolve().parents[2]
 def run_ranks(function: str, processes: int, folder: Path, *arguments: Any) -> list[str]:
     """Calls `module:name` in `processes` processes and returns their outputs. Fails if any of them fails."""
     folder.mkdir(parents=True, exist_ok=True)
-    environment = {
-        **os.environ,
-        "DLOPT_PROCESSES": str(processes),
-        "DLOPT_STORE": str(folder / "store"),
-        "PYTHONPATH": str(ROOT),
-    }
-    command = [sys.executable, __file__, function, json.dumps(arguments)]
-    started = [
-        subprocess.Popen(
-            command,
-            env={**environment, "DLOPT_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(processes)
-    ]
-    outputs = [process.communicate(timeout=900)[0] for process in started]
-    for process, output in zip(started, outputs, strict=True):
-        assert process.returncode == 0, output
-    return outputs
+    environment = {**os.environ, "DLOPT_PROCESSES": str(processes), "DLOPT_STORE": str(folder / "store")}
+    warm_up()
+    context = multiprocessing.get_context("forkserver")
+    with tempfile.TemporaryDirectory() as temporary:
+        outputs = [Path(temporary) / str(rank) for rank in range(processes)]
+        started = [
+            context.Process(
+                target=_call, args=(function, arguments, {**environment, "DLOPT_RANK": str(rank)}, os.getcwd(), output)
+            )
+            for rank, output in enumerate(outputs)
+        ]
+        for process in started:
+            process.start()
+        for process in started:
+            process.join(900)
+        texts = [output.read_text() for output in outputs]
+        for process, text in zip(started, texts, strict=True):
+            if process.exitcode is None:
+                process.kill()
+            assert process.exitcode == 0, text
+        return texts
 
 
-def main() -> None:
-    module, _, name = sys.argv[1].partition(":")
-    getattr(importlib.import_module(module), name)(*json.loads(sys.argv[2]))
+def _call(function: str, arguments: tuple[Any, ...], environment: Mapping[str, str], cwd: str, output: Path) -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # blocked in the server
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT, 0o666)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    multiprocessing.set_start_method(None, force=True)
+    module, _, name = function.partition(":")
+    getattr(importlib.import_module(module), name)(*arguments)
     from dlopt.parallel import rendezvous
 
     rendezvous.leave()
-
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
-    main()
