@@ -1,10 +1,18 @@
 """Numerical precision: dtype of the weights, autocast, loss scaling."""
 
+import copy
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
+_ISAS_WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
+_TIMED_VALUES = 1 << 18  # inputs of a timed pass; emulated, a ResNet-20 takes a second for so many
+_TIMED_PASSES = 2
 
 
 @dataclass(frozen=True)
@@ -18,6 +26,11 @@ class Precision:
     def dtype(self) -> torch.dtype:
         """The dtype of weights and inputs."""
         return torch.float64 if self.name == "fp64" else torch.float32
+
+    @property
+    def is_emulated(self) -> bool:
+        """Whether the processor computes bf16 in software, which is slower than fp32."""
+        return self.name == "bf16" and self.device.type == "cpu" and not _has_bf16(self.device)
 
     def autocast(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Returns the function under autocast for bf16 and fp16; otherwise the function itself, without overhead."""
@@ -44,6 +57,38 @@ def choose_precision(name: str, device: torch.device) -> Precision:
 def _has_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    # oneDNN's limit of the instruction set, which torch's functions do not regard.
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or ""
     return (
-        device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported()
+        device.type == "cpu"
+        and limit.upper() not in _ISAS_WITHOUT_BF16
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        and torch.cpu._is_avx512_bf16_supported()
     )
+
+
+def bf16_slowdown(
+    module: nn.Module, loss: nn.Module, inputs: Tensor, targets: Tensor, clock: Callable[[], float] = perf_counter
+) -> float:
+    """Measures the time of a forward and backward pass in bf16, divided by that in fp32.
+
+    Uses copies of the modules and at most `_TIMED_VALUES` values of the batch, and restores the random generator. Each
+    time is the shortest of `_TIMED_PASSES` interleaved ones, after one pass that is not timed.
+    """
+    module, loss = copy.deepcopy(module), copy.deepcopy(loss)
+    samples = max(_TIMED_VALUES // inputs[0].numel(), 2)  # batch norm needs two
+    inputs, targets = inputs[:samples], targets[:samples]
+
+    def forward_backward() -> None:
+        loss(module(inputs), targets).backward()
+
+    passes = {name: Precision(name, inputs.device).autocast(forward_backward) for name in ("bf16", "fp32")}
+    seconds: dict[str, list[float]] = {name: [] for name in passes}
+    with torch.random.fork_rng([]):
+        for number in range(1 + _TIMED_PASSES):
+            for name, run in passes.items():
+                start = clock()
+                run()
+                if number > 0:
+                    seconds[name].append(clock() - start)
+    return min(seconds["bf16"]) / min(seconds["fp32"])

@@ -11,6 +11,7 @@ from dlopt.folders import RunFolder
 from dlopt.tracking.tracking import Tracking
 from dlopt.training.batch_norm import small_batch_warnings
 from dlopt.training.build import Workload, data_spec
+from dlopt.training.precision import bf16_slowdown
 from dlopt.training.progress import Length
 from dlopt.training.speed import describe_auto
 
@@ -63,9 +64,24 @@ def log_header(trainer: "Trainer", workload: Workload, length: Length, run: "Run
     described = [line for line in (chosen, pretrained) if line]
     for line in [*described, *dataset.notes, *workload.parallel.notes, *small_batch_warnings(workload)]:
         tracking.message(line)
-    if trainer.progress.step == 0 and len(dataset.train.shape) == 3 and settings.tracking and workload.parallel.is_main:
+    if trainer.progress.step > 0 or not workload.parallel.is_main:
+        return
+    if len(dataset.train.shape) == 3 and settings.tracking:
         inputs, _ = next(iter(trainer.batches.epoch(0)))
         tracking.images(inputs[:64].float().cpu())
+    if workload.precision.is_emulated:
+        tracking.message(_emulation_warning(trainer, workload))
+
+
+def _emulation_warning(trainer: "Trainer", workload: Workload) -> str:
+    cost = "is slower than fp32"
+    if workload.parallel.sharding == "replicated":  # otherwise this process has only a part of the model
+        batch = next(iter(trainer.batches.epoch(0)))
+        cost = f"takes {bf16_slowdown(workload.module, workload.loss, *batch):.1f} times as long as fp32 (measured)"
+    return (
+        f"warning: precision=bf16: this processor emulates bf16, which {cost}; use precision=fp32, or precision=auto, "
+        "which selects bf16 only where the processor has it"
+    )
 
 
 def summarize(trainer: "Trainer", workload: Workload, status: "Status") -> dict[str, Any]:

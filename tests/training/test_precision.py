@@ -1,8 +1,13 @@
+import copy
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from dlopt.training.precision import Precision, choose_precision
+from dlopt.training.precision import Precision, bf16_slowdown, choose_precision
+from tests.training.runs import SMALL, metrics, start
 
 CPU = torch.device("cpu")
 
@@ -38,6 +43,55 @@ def test_fp32_has_no_wrapper(name: str) -> None:
 def test_auto_selects_bf16_if_supported(has_it: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dlopt.training.precision._has_bf16", lambda device: has_it)
     assert choose_precision("auto", CPU).name == ("bf16" if has_it else "fp32")
+
+
+@pytest.mark.parametrize("limit", ["AVX512_CORE", "avx2"])
+def test_a_limit_of_the_instruction_set_is_regarded(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    assert Precision("bf16", CPU).is_emulated and not Precision("fp32", CPU).is_emulated
+    assert choose_precision("auto", CPU).name == "fp32"
+
+
+class Costly(nn.Module):
+    """Takes 12 s of its own clock under autocast, otherwise 1 s, and draws random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
+        self.clock = [0.0]
+
+    def __deepcopy__(self, memo: Any) -> "Costly":
+        copied = Costly.__new__(Costly)
+        nn.Module.__init__(copied)
+        copied.layers, copied.clock = copy.deepcopy(self.layers, memo), self.clock
+        return copied
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.clock[0] += 12 if torch.is_autocast_enabled("cpu") else 1
+        outputs: Tensor = self.layers(inputs)
+        return outputs
+
+
+def test_slowdown_of_bf16_is_measured_without_side_effects() -> None:
+    module, inputs, targets = Costly(), torch.randn(20, 3), torch.randint(4, (20,))
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    random = torch.get_rng_state()
+    assert bf16_slowdown(module, nn.CrossEntropyLoss(), inputs, targets, lambda: module.clock[0]) == 12
+    assert all(tensor.equal(before[name]) for name, tensor in module.state_dict().items())
+    assert all(parameter.grad is None for parameter in module.parameters())
+    assert torch.get_rng_state().equal(random)
+
+
+def test_emulated_bf16_is_warned_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = [*SMALL, "precision=bf16", "epochs=1", "augmentation=crop_flip", "model.dropout=0.3"]
+    start(tmp_path / "fast", *keys)
+    monkeypatch.setattr("dlopt.training.precision._has_bf16", lambda device: False)
+    monkeypatch.setattr("dlopt.training.reporting.bf16_slowdown", lambda *arguments: 12.34)
+    start(tmp_path / "slow", *keys)
+    log = (tmp_path / "slow" / "train.log").read_text()
+    assert log.count("takes 12.3 times as long as fp32 (measured); use precision=fp32") == 1
+    assert log.index("12.3") < log.index("epoch 1")
+    assert metrics(tmp_path / "slow")[0]["train_loss"] == metrics(tmp_path / "fast")[0]["train_loss"]
 
 
 @pytest.mark.gpu
