@@ -1,4 +1,4 @@
-"""`dlopt eval`: evaluates checkpoints on the test set."""
+"""`dlopt eval`: evaluates checkpoints, or weights of other tools, on the test set."""
 
 import csv
 import io
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from dlopt.commands.command import on_checkpoint, writing
+from dlopt.commands.command import Line, on_checkpoint, on_experiment, writing
 from dlopt.config.resolve import resolve_saved
 from dlopt.config.saved import with_changes
 from dlopt.config.schema import check_arguments, show
@@ -29,16 +29,20 @@ _MAY_CHANGE = (
     "data", "device", "precision", "threads", "channels_last", "compile", "deterministic", "norm_statistics",
     "allow_packages",
 )  # fmt: skip
+# Keys that a test of weights depends on; they are composed and checked as in `dlopt train`.
+_OF_WEIGHTS = (*_MAY_CHANGE, "model", "normalize", "augmentation", "loss", "experiment", "seed", "init_from")
 _USAGE = f"""\
-Evaluate a checkpoint, or an ensemble of checkpoints, on the test set
+Evaluate a checkpoint, an ensemble of checkpoints, or the weights of another tool, on the test set
 
 Usage: dlopt eval checkpoint=PATH [tta=CHOICE] [key=value]
+       dlopt eval init_from=FILE model=CHOICE data=CHOICE [tta=CHOICE] [key=value]
 
 Examples:
   dlopt eval checkpoint=outputs/train/DATE                                 # its best.pt, or else last.pt
   dlopt eval checkpoint=outputs/train/DATE/checkpoints/last.pt tta=flip
   dlopt eval checkpoint=[outputs/a,outputs/b]                              # ensemble: averages the outputs
   dlopt eval checkpoint=outputs/train/DATE/checkpoints/restart-*.pt        # ensemble
+  dlopt eval init_from=resnet18.pth model=resnet18 model.stem=imagenet data=imagenet data.root=DIR normalize=fixed
 
   checkpoint=PATH           a checkpoint, or a run folder: its best.pt, or else last.pt
   tta=none                  test-time augmentation: none
@@ -52,6 +56,8 @@ Examples:
 
 Uses the config saved in the checkpoint. Keys that can be overridden:
   {", ".join(f"{key}.*" if key == "data" else key for key in _MAY_CHANGE)}
+With init_from, the keys of `dlopt train` that matter for a test:
+  {", ".join(_OF_WEIGHTS)}
 """
 
 _MAX_LISTED_CLASSES = 20
@@ -59,12 +65,15 @@ _MAX_COUNTED_CLASSES = 20  # the cells of larger confusion matrices are too smal
 _MAX_NAMED_CLASSES = 60  # the names of more classes are unreadable
 
 
+Tta = Literal["none", "flip", "shift_flip", "ten_crop", "multi_scale_ten_crop"]
+
+
 @dataclass(frozen=True)
 class _Member:
-    """An evaluated checkpoint of the ensemble."""
+    """An evaluated checkpoint of the ensemble, or a file of weights."""
 
     path: Path
-    epoch: int
+    epoch: int | None  # None: of weights without a checkpoint
     classes: tuple[str, ...] | None
     batches: Any  # outputs and targets
     loss: Any
@@ -72,17 +81,26 @@ class _Member:
     task: "Task"
 
 
+def evaluate(arguments: list[str]) -> int:
+    """Runs `dlopt eval` with the given arguments; returns the exit code. Raises `UserError`."""
+    keys = {argument.partition("=")[0] for argument in arguments}
+    if keys >= {"init_from", "checkpoint"}:
+        raise UserError("init_from and checkpoint: set one of them; a checkpoint contains its config and its weights")
+    if "init_from" in keys:
+        return _evaluate_weights(arguments)
+    return _evaluate_checkpoints(arguments)
+
+
 @on_checkpoint("eval", _USAGE, _MAY_CHANGE, several=True)
-def evaluate(
+def _evaluate_checkpoints(
     paths: list[Path],
     changes: dict[str, Any],
     *,
-    tta: Literal["none", "flip", "shift_flip", "ten_crop", "multi_scale_ten_crop"] = "none",
+    tta: Tta = "none",
     average: Literal["probabilities", "logits"] | None = None,
     output: str | None = None,
 ) -> int:
     """Evaluates the checkpoints, prints the metrics, and saves them with the confusion matrix."""
-    from dlopt.tracking.console import ConsoleView
     from dlopt.training.checkpoint import load
 
     views = _views(tta, changes)
@@ -93,21 +111,66 @@ def evaluate(
         print_error(str(error))
         return FAILED
     first, is_one = members[0], len(paths) == 1
-    classes = [] if first.classes is None else _per_class(report, first.classes)
-    record = {
+    source = {
         "checkpoint": str(first.path) if is_one else [str(path) for path in paths],
         "epoch": first.epoch if is_one else [member.epoch for member in members],
-        "tta": {"name": tta, **({} if views is None else vars(views))},
-        "average": None if views is None and is_one else first.average,
-        **report.metrics,
-        "classes": classes,
     }
-    lines = [f"checkpoint: {path}" for path in paths]
+    record = _record(source, tta, views, None if views is None and is_one else first.average)
+    run = first.path.absolute().parent.parent
+    folder = run if output is None and (run / "config.yaml").is_file() else output
+    return _finish(record, first, report, folder, [f"checkpoint: {path}" for path in paths])
+
+
+@on_experiment(_USAGE, several="one value is needed: a test has one model", one=True)
+def _evaluate_weights(
+    line: Line,
+    *,
+    tta: Tta = "none",
+    average: Literal["probabilities", "logits"] | None = None,
+    output: str | None = None,
+) -> int:
+    """Evaluates the weights `init_from` in the model of the command line, without a checkpoint."""
+    from dlopt.training.build import build_workload, load_weights
+    from dlopt.training.evaluate import choose_average, predict_test_set
+    from dlopt.training.evaluate import report as summarized
+
+    parsed = {override.get_key_element().lstrip("+"): override for override in line.composer.parse(line.overrides)}
+    views = _views(tta, {key: override.value() for key, override in parsed.items() if key.startswith("tta.")})
+    for key in parsed:
+        if key.partition(".")[0] not in (*_OF_WEIGHTS, "tta"):
+            raise UserError(f"{parsed[key].input_line}: does not matter for a test; allowed: {', '.join(_OF_WEIGHTS)}")
+    experiment, _ = line.experiment([text for text in line.overrides if not text.startswith("tta.")])
+    path = Path(experiment.settings.init_from or "")
+    workload = build_workload(experiment)
+    lines = load_weights(workload.module, path, complete=True)
+    chosen = choose_average(average, workload)
+    try:
+        batches = predict_test_set(workload, views, chosen)
+    except RunError as error:
+        print_error(str(error))
+        return FAILED
+    member = _Member(path, None, workload.dataset.classes, batches, workload.loss, chosen, workload.task)
+    record = _record({"init_from": str(path)}, tta, views, None if views is None else chosen)
+    return _finish(record, member, summarized(batches, workload.loss, workload.task), output, lines)
+
+
+def _record(source: Mapping[str, Any], tta: str, views: Any, average: "Average | None") -> dict[str, Any]:
+    return {**source, "tta": {"name": tta, **({} if views is None else vars(views))}, "average": average}
+
+
+def _finish(
+    record: dict[str, Any], first: _Member, report: "Report", folder: Path | str | None, lines: list[str]
+) -> int:
+    """Prints the metrics and writes them to `folder`, if any, in addition to `record`."""
+    from dlopt.tracking.console import ConsoleView
+
+    classes = [] if first.classes is None or report.confusion is None else _per_class(report, first.classes)
     if classes:
         lines.append(_class_line(classes))
-    written = _write(output, first.path, record, report, first.classes)
-    lines += [f"{name}: {path}" for name, path in written.items()]
-    epoch = {"best_epoch": first.epoch} if is_one else {}
+    if folder is not None:
+        written = _write(Path(folder), {**record, **report.metrics, "classes": classes}, report, first.classes)
+        lines += [f"{name}: {path}" for name, path in written.items()]
+    epoch = {"best_epoch": record["epoch"]} if isinstance(record.get("epoch"), int) else {}
     ConsoleView().finish({"status": "tested", **epoch, **report.metrics}, lines)
     return DONE
 
@@ -174,17 +237,8 @@ def _class_line(per_class: Sequence[Mapping[str, Any]]) -> str:
     return f"{title}: " + ", ".join(f"{row['class']} {format_percent(row['accuracy'])}" for row in rows)
 
 
-def _write(
-    output: str | None, checkpoint: Path, record: dict[str, Any], report: "Report", classes: Sequence[str] | None
-) -> dict[str, Path]:
-    """Writes the results to `output`, by default to the checkpoint's run folder if there is one.
-
-    Returns description -> path.
-    """
-    run = checkpoint.absolute().parent.parent
-    if output is None and not (run / "config.yaml").is_file():
-        return {}
-    folder = run if output is None else Path(output)
+def _write(folder: Path, record: dict[str, Any], report: "Report", classes: Sequence[str] | None) -> dict[str, Path]:
+    """Writes the results to `folder`. Returns description -> path."""
     files = {"metrics": ("eval.json", (json.dumps(without_nan(record), indent=2) + "\n").encode())}
     if report.confusion is not None and classes is not None:
         plot = io.BytesIO()

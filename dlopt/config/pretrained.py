@@ -1,12 +1,13 @@
 """Gives pretrained models the images of their training: normalization and size."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
-from dlopt.config.experiment import Experiment
+if TYPE_CHECKING:
+    from dlopt.config.experiment import Experiment
 
 _DEFAULT = "standardize"  # the choice of `normalize` in conf/train.yaml; a recipe may have another one
 
@@ -32,7 +33,7 @@ def pretrained_overrides(config: DictConfig, overrides: Iterable[Override]) -> l
     return lines
 
 
-def describe_pretrained(experiment: Experiment, shape: tuple[int, ...]) -> str:
+def describe_pretrained(experiment: "Experiment", shape: tuple[int, ...]) -> str:
     """Describes the images for which pretrained weights were trained, and how those of this run differ.
 
     `shape`: of the model's input. Empty without pretrained weights.

@@ -263,3 +263,38 @@ def test_plot_confusion(count: int) -> None:
 
 def test_refuses_a_folder_without_checkpoints(tmp_path: Path) -> None:
     assert "checkpoint=.: this folder contains neither best.pt nor last.pt" in refused(tmp_path, "eval", "checkpoint=.")
+
+
+def test_weights_without_a_checkpoint(folder: Path) -> None:
+    """Exported weights with the typed config give the metrics of the run, also with test-time augmentation."""
+    weights = folder / "exported.safetensors"
+    assert dlopt(folder, "export", "checkpoint=a", "format=safetensors", f"output={weights}").code == 0
+    config = ("model=resnet20", "model.width=4", "data.subset=300", "data.batch_size=20", "device=cpu", "threads=1")
+    line = ("eval", f"init_from={weights}", *config)
+    for tta in ("none", "flip"):
+        result = dlopt(folder, *line, f"tta={tta}", "output=tested")
+        assert (result.code, result.err) == (0, "")
+        assert "116 of 116 tensors loaded (without its normalization" in result.out
+        report = json.loads((folder / "tested/eval.json").read_text())
+        expected = metrics_of(folder, "checkpoint=a", f"tta={tta}")
+        assert report["init_from"] == str(weights) and "checkpoint" not in report
+        assert {**report, "init_from": 0} == {**{k: v for k, v in expected.items() if k not in ("checkpoint", "epoch")},
+                                              "average": report["average"], "init_from": 0}  # fmt: skip
+    assert (folder / "tested/confusion.csv").exists()
+    before = entries(folder)
+    assert dlopt(folder, *line).code == 0 and entries(folder) == before, "no files without output="
+
+
+def test_refused_weights(folder: Path) -> None:
+    state = load(folder / "a/checkpoints/best.pt")["model"]
+    torch.save({name: value for name, value in state.items() if not name.startswith("head.")}, folder / "headless.pt")
+    config = ("model=resnet20", "model.width=4", "data.subset=300")
+    for line, error in (
+        ((*config, "init_from=headless.pt"), "an untrained part cannot be tested; the file lacks"),
+        ((*config, "init_from=none.pt"), "init_from=none.pt: no such file"),
+        ((*config, "init_from=headless.pt", "optimizer.lr=0.1"), "optimizer.lr=0.1: does not matter for a test"),
+        ((*config, "init_from=headless.pt", "tta.crop=4"), "tta.crop=4: unknown key of tta=none"),
+        (("init_from=headless.pt", "checkpoint=a"), "set one of them"),
+        (("checkpoint=headless.pt",), "for weights of another tool: init_from=headless.pt with the model and data"),
+    ):
+        assert error in refused(folder, "eval", *line)
