@@ -4,7 +4,7 @@ import copy
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from time import perf_counter
+from time import process_time
 from typing import Any
 
 import torch
@@ -68,12 +68,12 @@ def _has_bf16(device: torch.device) -> bool:
 
 
 def bf16_slowdown(
-    module: nn.Module, loss: nn.Module, inputs: Tensor, targets: Tensor, clock: Callable[[], float] = perf_counter
+    module: nn.Module, loss: nn.Module, inputs: Tensor, targets: Tensor, clock: Callable[[], float] = process_time
 ) -> float:
-    """Measures the time of a forward and backward pass in bf16, divided by that in fp32.
+    """Measures the processor time, which other processes hardly change, of a pass in bf16, divided by that in fp32.
 
-    Uses copies of the modules and at most `_TIMED_VALUES` values of the batch, and restores the random generator. Each
-    time is the shortest of `_TIMED_PASSES` interleaved ones, after one pass that is not timed.
+    A pass is forward and backward. Uses copies of the modules and at most `_TIMED_VALUES` values of the batch, and
+    restores the random generator. Each time is the shortest of `_TIMED_PASSES` interleaved ones, after one untimed.
     """
     module, loss = copy.deepcopy(module), copy.deepcopy(loss)
     samples = max(_TIMED_VALUES // inputs[0].numel(), 2)  # batch norm needs two
