@@ -28,8 +28,11 @@ if TYPE_CHECKING:
 _STATUS_OF = {"finished": DONE, "stopped_early": DONE, "interrupted": INTERRUPTED}
 
 
-def execute(run: "Run", *, console: bool = True) -> int:
-    """Runs in this process and returns the exit code. Reports an error in one message and records it in the folder."""
+def execute(run: "Run", *, console: bool = True, may_diverge: bool = False) -> int:
+    """Runs in this process and returns the exit code. Reports an error in one message and records it in the folder.
+
+    `may_diverge`: divergence is a result of the run like any other, and only recorded.
+    """
     from dlopt.parallel import rendezvous
     from dlopt.parallel.launch import QUIET
     from dlopt.training.nonfinite import Diverged
@@ -56,8 +59,10 @@ def execute(run: "Run", *, console: bool = True) -> int:
             return USER_ERROR
         except RunError as error:
             if rendezvous.first_to_fail():
-                print_error(f"{prefix}{error}")
-                _record_failure(run.folder, f"{prefix}{error}", diverged=isinstance(error, Diverged))
+                diverged = isinstance(error, Diverged)
+                if not (may_diverge and diverged):
+                    print_error(f"{prefix}{error}")
+                _record_failure(run.folder, f"{prefix}{error}", diverged=diverged)
             return FAILED
         except KeyboardInterrupt:
             if is_main:

@@ -1,17 +1,18 @@
-"""Plots of a comparison: curves, metrics against one key, or heat maps over two keys."""
+"""Plots of a comparison: curves, lines or bars along one key, or heat maps over two keys."""
 
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import TYPE_CHECKING, Any
 
 from dlopt.analysis import drawing
-from dlopt.analysis.claims import Finding, sentence, shown
+from dlopt.analysis.claims import SUMMARY, Finding, is_higher_better, sentence, shown
 from dlopt.analysis.comparison import Cell, Comparison, Outcome, finals, mean
 from dlopt.analysis.drawing import MARKERS, style
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 _UNITS = {"epoch": "epoch", "step": "update", "seconds": "seconds"}
@@ -22,35 +23,39 @@ def draw(comparison: Comparison, outcomes: Mapping[Cell, Outcome], findings: Seq
     if len(comparison.along) == 2:
         return _heat_maps(comparison, outcomes, findings)
     shown = [(name, x) for name in comparison.metrics for x in (comparison.axes if not comparison.along else [""])]
-    count = len(shown)
-    figure = _titled_figure(comparison, findings, 9.5 if count > 1 else 8, 5)
-    panels = figure.subplots(1, count, squeeze=False)[0]
+    width = 9.5 if len(shown) > 1 else 8
+    figure = _titled_figure(comparison, findings, width, 5)
+    panels = figure.subplots(1, len(shown), squeeze=False)[0]
+    notes: dict[str, Artist] = {}
     for axes, (name, x) in zip(panels, shown, strict=True):
-        if comparison.along:
-            _along(axes, comparison, outcomes, name)
+        if not comparison.along:
+            notes |= _curves(axes, comparison, outcomes, name, x)
+        elif _are_numbers([*next(iter(comparison.along.values()))]):
+            notes |= _along(axes, comparison, outcomes, name)
         else:
-            _curves(axes, comparison, outcomes, name, x)
+            notes |= _bars(axes, comparison, outcomes, name)
         axes.set_ylabel("\n".join(_evenly(drawing.label(name), 45)))
-        if not name.endswith(("accuracy", "_error")):
-            drawing.logarithmic(axes)
     drawing.clean_axes(*panels)
-    columns = max(1, min(len(comparison.variants), 110 // (12 + max(map(len, comparison.variants)))))
-    drawing.legend_below(figure, panels[0], columns, handlelength=3)
+    _legend(figure, panels[0], notes, width)
     return figure
+
+
+def _legend(figure: "Figure", axes: "Axes", notes: "Mapping[str, Artist]", width: float) -> None:
+    """Puts the variants and the explanations of bands, bars and marks below the panels, in as many columns as fit."""
+    handles, labels = axes.get_legend_handles_labels()
+    labels, handles = [*labels, *notes], [*handles, *notes.values()]
+    columns = int(width / (0.09 * max(map(len, labels)) + 0.75))
+    columns = max(1, min(len(labels), columns))
+    figure.legend(handles, labels, loc="outside lower center", frameon=False, handlelength=3, ncols=columns)
 
 
 def _titled_figure(comparison: Comparison, findings: Sequence[Finding], width: float, height: float) -> "Figure":
     """Creates a figure with the comparison's title and description, and the outcome of its claims."""
-    characters = round(width * 13.5)
-    lines = [rf"$\bf{{{_escaped(comparison.title)}}}$", *_evenly(comparison.see, characters)]
-    for finding in findings:
-        lines += _evenly(_plain(sentence(finding, drawing.label, short=True)), characters)
+    characters = round(width * 13)
+    lines = [rf"$\bf{{{_escaped(line)}}}$" for line in _evenly(comparison.title, round(width * 11))]
+    for text in (comparison.see, *(sentence(finding, drawing.label, short=True) for finding in findings)):
+        lines += _evenly(text.replace("$", r"\$"), characters)
     return drawing.figure(width, height + 0.17 * max(0, len(lines) - 3), "\n".join(lines), fontsize=10)
-
-
-def _plain(text: str) -> str:
-    """Escapes a text for matplotlib, which reads dollar signs as mathtext."""
-    return text.replace("$", r"\$")
 
 
 def _evenly(text: str, width: int) -> list[str]:
@@ -72,8 +77,11 @@ def _line(i: int, width: float = 1.8) -> dict[str, Any]:
     return style(i, dash=i // len(drawing.COLOURS), linewidth=width)
 
 
-def _curves(axes: "Axes", comparison: Comparison, outcomes: Mapping[Cell, Outcome], name: str, x_axis: str) -> None:
-    """Plots means and ranges over seeds; a cross marks the end of a diverged run."""
+def _curves(
+    axes: "Axes", comparison: Comparison, outcomes: Mapping[Cell, Outcome], name: str, x_axis: str
+) -> "dict[str, Artist]":
+    """Plots means and ranges over seeds; a cross marks the end of a diverged run. Returns entries for the legend."""
+    notes: dict[str, Artist] = {}
     for i, variant in enumerate(comparison.variants):
         # Curves may coincide against updates: narrower lines on top keep all of them visible.
         line = _line(i, _narrowing(i, len(comparison.variants)) if len(comparison.axes) > 1 else 1.8)
@@ -86,13 +94,54 @@ def _curves(axes: "Axes", comparison: Comparison, outcomes: Mapping[Cell, Outcom
         if len(runs) > 1:
             low, high = [min(column) for column in columns], [max(column) for column in columns]
             axes.fill_between(x, low, high, color=line["color"], alpha=0.15, linewidth=0)
+            notes[f"mean and range over {len(runs)} seeds"] = _band()
         if any(run.failed for run in runs):
-            end = (x[-1], mean(columns[-1])) if x else (0.0, 1.0)
-            axes.plot(*end, "x", color=line["color"], markersize=12, markeredgewidth=3)
+            cross: dict[str, Any] = {"color": line["color"], "markersize": 12, "markeredgewidth": 3}
+            if x:
+                axes.plot(x[-1], mean(columns[-1]), "x", **cross)
+            else:
+                axes.plot(0.03 + 0.05 * i, 0.94, "x", transform=axes.transAxes, **cross)
+            notes["diverged"] = _cross()
+        for position in restarts(runs[0], x_axis):
+            axes.axvline(position, color=line["color"], linewidth=1, linestyle=":", zorder=0)
+            notes["restart of the learning rate"] = _dotted()
+    if not name.endswith(("accuracy", "_error", "gap")):
+        drawing.logarithmic(axes)
     axes.set_xlabel(_UNITS[x_axis])
     axes.set_xlim(left=0)
     if x_axis != "seconds":
         axes.locator_params(axis="x", integer=True)
+    return notes
+
+
+def restarts(run: Outcome, x_axis: str) -> list[float]:
+    """Returns where the learning rate jumps back up: at the end of the last epoch before each rise after a fall."""
+    rates = [(float(line[x_axis]), float(line["lr"])) for line in run.history if line.get("lr") is not None]
+    found, peak = [], 0.0
+    for (position, before), (_, after) in pairwise(rates):
+        peak = max(peak, before)
+        if before < peak and after > 1.5 * before:
+            found.append(position)
+            peak = 0.0
+    return found
+
+
+def _band() -> "Artist":
+    from matplotlib.patches import Patch
+
+    return Patch(color="0.4", alpha=0.3, linewidth=0)
+
+
+def _cross() -> "Artist":
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], linestyle="", marker="x", color="0.3", markersize=9, markeredgewidth=2.5)
+
+
+def _dotted() -> "Artist":
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], linestyle=":", color="0.3", linewidth=1)
 
 
 def _narrowing(i: int, count: int) -> float:
@@ -108,11 +157,14 @@ def _coincide(curves: Sequence[Sequence[float]]) -> bool:
     )
 
 
-def _along(axes: "Axes", comparison: Comparison, outcomes: Mapping[Cell, Outcome], name: str) -> None:
+def _along(
+    axes: "Axes", comparison: Comparison, outcomes: Mapping[Cell, Outcome], name: str
+) -> "dict[str, Artist]":
     """Plots the final metric against the key's value; crosses at the edge mark diverged runs."""
     [(key, settings)] = comparison.along.items()
     values = [*settings]
-    positions = [float(value) if _are_numbers(values) else float(i) for i, value in enumerate(values)]
+    positions = [float(value) for value in values]
+    notes: dict[str, Artist] = {}
     diverged = []
     results = {variant: finals(comparison, outcomes, variant, name) for variant in comparison.variants}
     coincide = _coincide([[mean(means[(value,)]) for value in values] for means in results.values()])
@@ -128,17 +180,69 @@ def _along(axes: "Axes", comparison: Comparison, outcomes: Mapping[Cell, Outcome
             finite = [value for value in column if not math.isnan(value)]
             if len(finite) > 1:
                 axes.plot([position, position], [min(finite), max(finite)], color=line["color"], linewidth=4, alpha=0.3)
+                notes[f"mean and range over {len(comparison.seeds)} seeds"] = _band()
             if len(finite) < len(column):
                 diverged.append((position, i, line["color"]))
+                notes["a seed diverged" if len(comparison.seeds) > 1 else "diverged"] = _cross()
     edge = 0.02 if name.endswith("accuracy") else 0.98
     for position, i, colour in diverged:
         cross: dict[str, Any] = {"color": colour, "markersize": 9, "markeredgewidth": 2.5}
         axes.plot(position, abs(edge - 0.035 * i), "x", transform=axes.get_xaxis_transform(), **cross)
-    if _are_numbers(values) and min(positions) > 0 and max(positions) >= 8 * min(positions):
+    if min(positions) > 0 and max(positions) >= 8 * min(positions):
         axes.set_xscale("log")
     axes.set_xticks(positions, [shown(value) for value in values])
     axes.minorticks_off()
-    axes.set_xlabel(f"{drawing.label(key)}   (crosses: diverged)" if diverged else drawing.label(key))
+    axes.set_xlabel(drawing.label(key))
+    if not name.endswith(("accuracy", "_error", "gap")):
+        drawing.logarithmic(axes)
+    return notes
+
+
+def _bars(
+    axes: "Axes", comparison: Comparison, outcomes: Mapping[Cell, Outcome], name: str
+) -> "dict[str, Artist]":
+    """Plots the final metric for each category as groups of bars, a bar per variant with the range over seeds."""
+    [(key, settings)] = comparison.along.items()
+    values, count = [*settings], len(comparison.variants)
+    notes: dict[str, Artist] = {}
+    heights = []
+    for i, variant in enumerate(comparison.variants):
+        results = finals(comparison, outcomes, variant, name)
+        colour = drawing.COLOURS[i % len(drawing.COLOURS)]
+        positions = [k + (i - (count - 1) / 2) * 0.8 / count for k in range(len(values))]
+        columns = [results[(value,)] for value in values]
+        means = [mean(column) for column in columns]
+        heights += [value for value in means if not math.isnan(value)]
+        hatch = ("", "//", "..", "xx")[i // len(drawing.COLOURS) % 4]
+        axes.bar(positions, means, 0.74 / count, color=colour, label=variant, hatch=hatch, edgecolor="white")
+        for position, column in zip(positions, columns, strict=True):
+            finite = [value for value in column if not math.isnan(value)]
+            if len(finite) > 1:
+                axes.plot([position, position], [min(finite), max(finite)], color="black", linewidth=1.5)
+                notes[f"range over {len(comparison.seeds)} seeds"] = _stroke()
+            top = max(finite) if finite else math.nan
+            if len(finite) < len(column):
+                axes.plot(position, 0.03, "x", color=colour, transform=axes.get_xaxis_transform(), **_CROSS)
+                notes["a seed diverged" if len(comparison.seeds) > 1 else "diverged"] = _cross()
+            elif count * len(values) <= 24:
+                style = {"ha": "center", "va": "bottom", "fontsize": 8}
+                offset = {"textcoords": "offset points", "xytext": (0, 2)}
+                axes.annotate(f"{mean(column):.2g}", (position, top), **style, **offset)  # type: ignore[arg-type]
+    if heights and min(heights) > 0 and max(heights) > 30 * min(heights) and not name.endswith("accuracy"):
+        drawing.logarithmic(axes)
+    axes.set_xticks(range(len(values)), [shown(value) for value in values])
+    axes.set_xlabel(drawing.label(key))
+    axes.margins(y=0.1)
+    return notes
+
+
+_CROSS: dict[str, Any] = {"markersize": 9, "markeredgewidth": 2.5}
+
+
+def _stroke() -> "Artist":
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], color="black", linewidth=1.5)
 
 
 def _are_numbers(values: Sequence[Any]) -> bool:
@@ -155,6 +259,8 @@ def _heat_maps(comparison: Comparison, outcomes: Mapping[Cell, Outcome], finding
     from matplotlib.patches import Rectangle
 
     [name] = comparison.metrics
+    # Framing by a test metric would show a choice made on the test set.
+    chooser = comparison.choose if comparison.choose is not None else None if name in SUMMARY else name
     (row_key, rows), (column_key, columns) = comparison.along.items()
     maps = []
     for variant in comparison.variants:
@@ -174,16 +280,29 @@ def _heat_maps(comparison: Comparison, outcomes: Mapping[Cell, Outcome], finding
             is_bright = math.isnan(value) or (coloured[row, column] - low) / max(high - low, 1e-12) > 0.6
             text = "×" if math.isnan(value) else f"{100 * value:.1f}" if is_accuracy else f"{value:.2g}"
             axes.text(column, row, text, ha="center", va="center", fontsize=8, color="black" if is_bright else "white")
-        best = np.unravel_index(np.nanargmax(coloured), values.shape)
-        frame = Rectangle((best[1] - 0.5, best[0] - 0.5), 1, 1, fill=False, edgecolor="#D55E00", linewidth=3)
-        axes.add_patch(frame)
+        if chooser is not None:
+            row, column = _best(comparison, outcomes, variant, chooser)
+            frame = Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="#D55E00", linewidth=3)
+            axes.add_patch(frame)
         axes.set_xticks(range(len(columns)), list(map(shown, columns)))
         axes.set_yticks(range(len(rows)), list(map(shown, rows)))
         axes.set_xlabel(drawing.label(column_key))
         axes.set_ylabel(drawing.label(row_key))
-        axes.set_title(variant, fontsize=10)
-    unit, note = (" (%)", "brighter is better; ") if is_accuracy else ("", "")
-    figure.supxlabel(
-        f"{drawing.label(name)}{unit}   {note}×: diverged, frame: best", fontsize=9
-    )
+        axes.set_title("\n".join(_evenly(variant, 36)), fontsize=10)
+    unit = " (%)" if is_accuracy else ""
+    notes = ["brighter is better", "×: diverged"]
+    if chooser is not None:
+        notes.append("frame: best" if chooser == name else f"frame: best {drawing.label(chooser)}")
+    seeds = f", mean of {len(comparison.seeds)} seeds" if len(comparison.seeds) > 1 else ""
+    figure.supxlabel(f"{drawing.label(name)}{unit}{seeds}   {'; '.join(notes)}", fontsize=9)
     return figure
+
+
+def _best(comparison: Comparison, outcomes: Mapping[Cell, Outcome], variant: str, metric: str) -> tuple[int, int]:
+    """Returns (row, column) of the best cell of a heat map by the mean over seeds of `metric`."""
+    rows, columns = ([*values] for values in comparison.along.values())
+    sign = 1 if is_higher_better(metric) else -1
+    means = {point: sign * mean(values) for point, values in finals(comparison, outcomes, variant, metric).items()}
+    usable = {point: value for point, value in means.items() if not math.isnan(value)} or means
+    row, column = max(usable, key=lambda point: usable[point])
+    return rows.index(row), columns.index(column)

@@ -189,7 +189,7 @@ def _execute(runs: list[_Run], folder: Path, comparison: "Comparison") -> "tuple
             subfolder.path.mkdir(exist_ok=True)
             state = Checkpoints(subfolder.checkpoints).load_newest() if subfolder.has_run() else None
             trainer_run = Run(run.experiment, subfolder.path, state, run.choices, run.overrides)
-            code = execute(trainer_run, console=False)
+            code = execute(trainer_run, console=False, may_diverge=True)
             diverged = (subfolder.summary() or {}).get("diverged")
             if code in (INTERRUPTED, USER_ERROR) or (code == FAILED and not diverged):
                 return outcomes, code

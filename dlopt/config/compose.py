@@ -407,8 +407,22 @@ def _explain_grammar(line: str, following: str) -> str:
         return f"{line}: an override is key=value or group=choice"
     if not re.fullmatch(r"[+~]{0,2}[\w/-]+([.@][\w/-]+)*", key):
         return f"{line}: {key!r} is not a valid key or group name; an override is key=value or group=choice"
-    quoted = f"{key}='{value}'"
+    quoted = f"{key}={_quoted_value(value)}"
     return f"{line!r}: the value must be quoted for Hydra, inside the quotes for the shell: {quoted!r}"
+
+
+def _quoted_value(value: str) -> str:
+    """Quotes a value for Hydra's grammar: [a=1,b=[2]] as ['a=1','b=[2]'], because a quoted list would be a string."""
+    if not (value.startswith("[") and value.endswith("]")):
+        return f"'{value}'"
+    items, depth = [""], 0
+    for letter in value[1:-1]:
+        depth += (letter in "[{(") - (letter in ")}]")
+        if letter == "," and depth == 0:
+            items.append("")
+        else:
+            items[-1] += letter
+    return f"[{','.join(repr(item.strip()) for item in items)}]"
 
 
 def _suggest_choices(group: str, name: str, choices: Iterable[str]) -> str:

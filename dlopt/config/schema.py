@@ -316,6 +316,8 @@ def _describe(annotation: Any) -> str:
         return " | ".join(_describe(option) for option in arguments if getattr(option, "__name__", "") != "Tensor")
     if origin is list:
         return f"a list [a,b,...], each {_describe(arguments[0])}"
+    if origin is dict:
+        return f"a block {{name: {_describe(arguments[1])}}}"
     if origin is tuple:
         return f"a list [{','.join(_describe(argument) for argument in arguments if argument is not ...)}]"
     plain = {int: "an integer", float: "a number", bool: "true | false", str: "a string"}

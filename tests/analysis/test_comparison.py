@@ -1,12 +1,16 @@
 """Comparisons of runs: metrics, tables, and plots of curves, lines or heat maps per variant."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from dlopt.analysis.claims import parse
 from dlopt.analysis.comparison import Cell, Comparison, Outcome, table
-from dlopt.analysis.comparison_plots import draw
+from dlopt.analysis.comparison_plots import draw, restarts
+from dlopt.analysis.findings import evaluate
 
 
 def comparison(**keys: Any) -> Comparison:
@@ -56,7 +60,8 @@ def test_curves_show_mean_and_range_over_seeds() -> None:
     assert axes.get_yscale() == "log" and axes.get_ylabel() == "training loss" and axes.get_xlabel() == "epoch"
     low = axes.collections[0].get_paths()[0].vertices[:, 1]
     assert low.min() == 1.0 and low.max() == 4.0
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
+    entries = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert entries == ["a", "b", "mean and range over 2 seeds"]
     figure.canvas.draw()  # the title is valid mathtext
 
 
@@ -67,21 +72,50 @@ def test_metrics_along_a_key_have_gaps_for_diverged_seeds() -> None:
         for cell in spec.cells()
     }
     spec = comparison(along=spec.along, metrics=["test_loss"])
-    [axes] = draw(spec, outcomes).axes
+    [axes] = (figure := draw(spec, outcomes)).axes
     line = next(line for line in axes.lines if line.get_label() == "a")
     assert list(line.get_ydata())[:2] == pytest.approx([0.6, 1.5]) and math.isnan(line.get_ydata()[2])
-    assert axes.get_xscale() == "log" and axes.get_xlabel() == "learning rate   (crosses: diverged)"
+    assert axes.get_xscale() == "log" and axes.get_xlabel() == "learning rate"
+    entries = {text.get_text() for text in figure.legends[0].get_texts()}
+    assert entries == {"a", "b", "mean and range over 2 seeds", "a seed diverged"}
     assert table(spec, outcomes)[3].split() == ["a", "10.0", "diverged"]
     assert table(spec, outcomes)[0].split() == ["variant", "optimizer.lr", "test_loss"]
 
 
-def test_axis_of_names_is_categorical() -> None:
-    spec = comparison(along={"schedule": ["cosine", "step"]}, seeds=[0])
-    [axes] = draw(spec, {cell: outcome([1.0]) for cell in spec.cells()}).axes
-    assert [label.get_text() for label in axes.get_xticklabels()] == [
-        "cosine",
-        "step",
-    ] and axes.get_xscale() == "linear"
+def test_categories_are_bars() -> None:
+    spec = comparison(along={"schedule": ["cosine", "step"]})
+    outcomes = {cell: outcome([1.0 + cell.seed], failed=cell.point == ("step",)) for cell in spec.cells()}
+    [axes] = (figure := draw(spec, outcomes)).axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["cosine", "step"]
+    assert [bar.get_height() for bar in axes.patches][::2] == [1.5, 1.5]  # of a and b with cosine
+    assert axes.get_xscale() == axes.get_yscale() == "linear" and axes.get_ylim()[0] == 0
+    entries = {text.get_text() for text in figure.legends[0].get_texts()}
+    assert entries == {"a", "b", "range over 2 seeds", "a seed diverged"}
+
+
+def test_restarts_are_marked_but_not_warmup() -> None:
+    rates = [0.1, 0.2, 0.1, 0.0, 0.2, 0.1, 0.0]  # warmup, decay, restart, decay
+    lines = [{"epoch": i + 1, "step": i + 1, "lr": lr, "train_loss": 1.0} for i, lr in enumerate(rates)]
+    assert restarts(Outcome(lines, {}, {}), "epoch") == [4.0]
+    assert restarts(Outcome(lines[:4], {}, {}), "epoch") == []
+
+
+@pytest.mark.parametrize("along", [{}, {"optimizer.lr": [0.1, 1]}, {"x": ["p", "q"]}, {"x": ["p"], "lr": [1, 2]}])
+def test_nothing_leaves_the_frame(along: dict[str, Any]) -> None:
+    names = {f"variant {i} with a rather long and detailed label": [f"x={i}"] for i in range(4)}
+    first, second, *_ = names
+    claim = parse("", {"claim": "word " * 40, "metric": "train_loss", "lower": first, "than": second, "factor": 1.5})
+    text = "A title that is longer than one line of the figure has characters, so it wraps " * 2
+    spec = comparison(title=text, see=text * 2, along=along, variants=names, claims=[claim])
+    runs = {cell: outcome([2.0, 1.0], failed=cell == Cell(first, cell.point, 1)) for cell in spec.cells()}
+    figure = draw(spec, runs, evaluate(spec, runs, [claim]))
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    frame = figure.bbox.padded(1)
+    for artist in [*figure.legends, figure._suptitle, *figure.axes]:
+        box = artist.get_tightbbox(canvas.get_renderer())
+        assert frame.containsx(box.x0) and frame.containsx(box.x1), artist
+        assert frame.containsy(box.y0) and frame.containsy(box.y1), artist
 
 
 def test_two_keys_plot_heat_maps_with_best_cell_framed() -> None:
@@ -94,6 +128,10 @@ def test_two_keys_plot_heat_maps_with_best_cell_framed() -> None:
     assert [axes.get_title() for axes in maps] == ["a", "b"]
     values = maps[0].images[0].get_array()
     assert values.shape == (2, 3) and bool(values.mask[1, 2]) and float(values[0, 2]) == pytest.approx(0.4)
+    assert not maps[0].patches  # choosing by a test metric would select on the test set
+    outcomes = {cell: replace(run, history=[{"epoch": 1, "step": 1, "val_loss": -run.summary["test_accuracy"]}])
+                for cell, run in outcomes.items()}  # fmt: skip
+    maps = draw(replace(spec, choose="val_loss"), outcomes).axes
     [frame] = maps[0].patches
     assert frame.get_xy() == (1.5, -0.5)  # 0.1 * 1 + 0.3, since the cell beyond it diverged
     assert maps[0].get_xlabel() == "decay" and maps[0].get_ylabel() == "learning rate"

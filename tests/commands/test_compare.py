@@ -92,7 +92,7 @@ def change(folder: Path, old: str, new: str) -> None:
 def test_axis_with_a_diverging_run(folder: Path) -> None:
     change(folder, "along: {}", "along: {optimizer.lr: [0.1, 1.0e+30]}")
     one = compare(folder, "epochs=1", "hydra.run.dir=one", "seed=0")
-    assert one.code == 0, one.err
+    assert one.code == 0 and "nan" not in one.err, one.err  # a result, not an error
     rows = [line.split() for line in one.out.splitlines() if line.startswith(("narrow", "wide"))]
     assert [row[1] for row in rows] == ["0.1", "1e+30"] * 2
     assert [row[2] == "diverged" for row in rows] == [False, True] * 2
@@ -137,6 +137,17 @@ def test_claims_about_removed_variants_are_not_evaluated(folder: Path) -> None:
     assert "comparison.claims.0: unknown variant thin; allowed: narrow, wide" in message
     result = compare(folder, "+comparison.variants.other=['model.norm=none']", "epochs=1", "seed=0")
     assert "Not evaluated: Wide networks learn faster." in result.out, result.err
+
+
+def test_variants_from_the_shell_work_as_the_message_advises(folder: Path) -> None:
+    line = "+comparison.variants.both=[model.widths=[4],model.norm=none]"
+    message = refused(folder, "train", "--config-dir", "../myconf", "experiment=small", line)
+    advised = "+comparison.variants.both=['model.widths=[4]','model.norm=none']"
+    assert message.strip().endswith(f'inside the quotes for the shell: "{advised}"')
+    result = compare(folder, advised, "dry_run=true", "seed=0")
+    assert "dry_run=true model.widths=[4] model.norm=none seed=0" in result.out, result.err
+    message = refused(folder, "train", "--config-dir", "../myconf", "experiment=small", "+comparison.variants.x='a=1'")
+    assert "allowed: a block {name: a list [a,b,...], each a string}" in message
 
 
 def test_comparison_null_trains_once(folder: Path) -> None:
