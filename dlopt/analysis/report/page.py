@@ -1,5 +1,6 @@
 """Renders the report as a self-contained HTML page and a CSV table, and serves it locally.
 
+Charts are drawn by uPlot (unmodified files of its npm package, with their version, in page/vendor).
 Run folders are untrusted: their data is JSON in a non-script element, and the script inserts it only as text. The CSP
 allows only the inline script and style, by hash.
 
@@ -29,6 +30,7 @@ from dlopt.analysis.report.table import (
     against_published,
     command,
     command_from,
+    default_spread,
     importance,
     recipe_label,
     sensitivities,
@@ -36,7 +38,7 @@ from dlopt.analysis.report.table import (
 )
 from dlopt.tracking.layout import short_path
 
-SCRIPTS = ("base.js", "leaderboard.js", "curves.js", "plots.js", "main.js")
+SCRIPTS = ("base.js", "leaderboard.js", "charts.js", "curves.js", "plots.js", "main.js")
 FIRST = ("val_accuracy", "val_loss", "train_accuracy", "train_loss")
 _COST = ("epochs", "steps", "seconds", "parameters")
 _TEST = ("test_accuracy", "test_loss")
@@ -50,9 +52,13 @@ _HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "X
 def page(data: Mapping[str, Any]) -> str:
     """Renders the HTML page for `data` (see `page_data`)."""
     folder = files("dlopt.analysis.report") / "page"
-    style = (folder / "page.css").read_text(encoding="utf-8")
-    sources = [(folder / name).read_text(encoding="utf-8") for name in SCRIPTS]
-    script = "\n".join(["(() => {", '"use strict";', *sources, "})();"])
+
+    def read(name: str) -> str:
+        return folder.joinpath(*name.split("/")).read_text(encoding="utf-8")
+
+    style = read("vendor/uPlot.min.css") + read("page.css")
+    library = f"/*\n{read('vendor/uPlot.LICENSE')}*/\n{read('vendor/uPlot.iife.min.js')}"
+    script = "\n".join(["(() => {", '"use strict";', library, *map(read, SCRIPTS), "})();"])
     values = {
         "title": html.escape(str(data["title"])),
         "style": style,
@@ -61,8 +67,7 @@ def page(data: Mapping[str, Any]) -> str:
         "script-hash": _csp_hash(script),
         "data": _escaped_json(data),
     }
-    template = (folder / "page.html").read_text(encoding="utf-8")
-    return re.sub(r"\{\{([\w-]+)\}\}", lambda match: values[match[1]], template)
+    return re.sub(r"\{\{([\w-]+)\}\}", lambda match: values[match[1]], read("page.html"))
 
 
 def _csp_hash(text: str) -> str:
@@ -164,13 +169,15 @@ def page_data(
             [printable(recipe_label(item, table)), _triple(item.measured), item.published]
             for item in against_published(table)
         ],
+        "spread": default_spread(table),
         "t": [student_t(0.95, n) for n in range(1, 31)],
         "rows": [
-            _row(row, table, metrics, tests if test or i == 0 else (), target) for i, row in enumerate(table.rows)
+            _row(row, metrics, tests if test or i == 0 else ()) for i, row in enumerate(table.rows)
         ],
         "runs": [_run(record, row_of[record.path], curves, step, table.by) for record in table.records],
         "importance": None if importances is None else {
             "missing": importances.missing,
+            "explained": importances.explained,
             "keys": list(importances.fractions.items()),
             "configurations": len(table.ranked),
         },
@@ -189,10 +196,7 @@ def page_data(
     }  # fmt: skip
 
 
-def _row(
-    row: Configuration, table: Table, metrics: Sequence[str], tests: Sequence[str], target: float | None
-) -> dict[str, Any]:
-    reached = None if target is None else time_to_target(row, table.by, target)
+def _row(row: Configuration, metrics: Sequence[str], tests: Sequence[str]) -> dict[str, Any]:
     return {
         "id": str(row.runs[0].path),
         "label": row.label,
@@ -202,7 +206,6 @@ def _row(
         "test": {name: _triple(row.statistic(name)) for name in tests} if tests else None,
         "failed": row.row.failed,
         "command": row.command,
-        "reached": reached and [reached.count, *_mean_and_std(reached.steps), *_mean_and_std(reached.seconds)],
     }
 
 

@@ -9,10 +9,11 @@ import pytest
 
 from dlopt.analysis.report.page import page, page_data
 from dlopt.analysis.report.reading import Reader
-from dlopt.analysis.report.table import Table, band, gather, time_to_target
+from dlopt.analysis.report.table import Table, band, fastest, gather, time_to_target
 from tests.analysis.report.browser import chromium, narrow
 from tests.analysis.report.folders import make_run
 
+WebDriverWait = pytest.importorskip("selenium.webdriver.support.ui").WebDriverWait
 pytestmark = pytest.mark.slow
 EVIL = "<img src=x onerror=alert(1)></script><script>alert(2)</script>"
 
@@ -126,45 +127,134 @@ def test_filters_hide_and_restore_rows(shown: Any) -> None:
 
 
 def test_shows_test_metrics_for_the_first_row_only(shown: Any) -> None:
-    assert "test accuracy 55.00 %" in text(shown, "#selected").replace("\n", " ")
+    assert "test accuracy 55.00 ± 0.00 %" in text(shown, "#selected").replace("\n", " ")
     press(shown, "tr[data-rank='2']")
     assert "#2" in text(shown, "#selected") and "test accuracy" not in text(shown, "#selected")
     assert "for the first row only" in text(shown, "#selected")
     assert "dlopt train -m optimizer=adamw optimizer.lr=0.1 seed=0,1,2" in text(shown, "#selected")
 
 
+def select(browser: Any, name: str, value: str) -> None:
+    script = """
+        const select = document.querySelector(`[data-choice=${arguments[0]}]`);
+        select.value = arguments[1];
+        select.dispatchEvent(new Event("change"));"""
+    browser.execute_script(script, name, value)
+
+
 def test_tooltips_show_curve_values(shown: Any, table: Table) -> None:
-    result = hover(shown, "#curves-chart svg", 0.95, 0.3)
+    result = hover(shown, "#curves-chart .u-over", 0.95, 0.3)
     assert result.startswith("epoch 3") and "#1 optimizer=adamw lr=0.01" in result
     row = band(table.rows[0].runs, "val_accuracy", "epoch", "range")
-    assert (
-        row is not None
-        and f"{100 * row.mean[-1]:.2f} % [{100 * row.low[-1]:.2f} %, {100 * row.high[-1]:.2f} %] of 3" in result
-    )
+    assert row is not None
+    expected = f"{100 * row.mean[-1]:.2f} % [{100 * row.low[-1]:.2f} %, {100 * row.high[-1]:.2f} %] of 3"
+    assert expected in result and expected == "90.00 % [89.00 %, 91.00 %] of 3"
     assert len(result.splitlines()) > 6
+    select(shown, "band", "confidence")
+    row = band(table.rows[0].runs, "val_accuracy", "epoch", "confidence")
+    assert row is not None
+    expected = f"[{100 * row.low[-1]:.2f} %, {100 * row.high[-1]:.2f} %] of 3"
+    assert expected in hover(shown, "#curves-chart .u-over", 0.95, 0.3)
     for x, name in (("seconds", "seconds"), ("step", "updates")):
-        shown.execute_script(
-            """
-            const select = document.querySelector("[data-choice=x]");
-            select.value = arguments[0];
-            select.dispatchEvent(new Event("change"));""",
-            x,
-        )
-        assert hover(shown, "#curves-chart svg", 0.5, 0.5).startswith(name)
-    assert hover(shown, "#rates-chart svg", 0.5, 0.5).startswith("updates")
-    assert hover(shown, "#sensitivity-chart svg", 0.4, 0.5).startswith("learning rate")
+        select(shown, "x", x)
+        assert hover(shown, "#curves-chart .u-over", 0.5, 0.5).startswith(name)
+    assert hover(shown, "#rates-chart .u-over", 0.5, 0.5).startswith("updates")
+    assert hover(shown, "#sensitivity-chart .u-over", 0.4, 0.5).startswith("learning rate")
     press(shown, "#log")
     press(shown, "#curves .legend button")
+    assert "#1 " not in hover(shown, "#curves-chart .u-over", 0.5, 0.5)
     assert shown.execute_script("return document.querySelectorAll(\"#curves [aria-pressed='false']\").length") == 1
 
 
-def test_plots_the_checked_rows(shown: Any) -> None:
-    lines = "return document.querySelectorAll('#curves-chart path[fill=none]').length"
-    assert shown.execute_script(lines) == 6
+def test_curves_against_seconds_match_those_of_the_image_files(shown: Any, table: Table) -> None:
+    """Slower seeds are 1, 1.1 and 1.2 s per epoch: an epoch takes 1.1 s on average."""
+    select(shown, "x", "seconds")
+    row = band(table.rows[0].runs, "val_accuracy", "seconds", "range")
+    assert row is not None and row.x.tolist() == pytest.approx([1.1, 2.2, 3.3])
+    for at, x, mean in ((0.02, 1.1, row.mean[0]), (0.5, 2.2, row.mean[1]), (0.98, 3.3, row.mean[2])):
+        result = hover(shown, "#curves-chart .u-over", at, 0.5)
+        seconds, label, reading = result.splitlines()[:3]  # the best is first; others are 0.05 s per epoch slower
+        assert float(seconds.split()[1]) == pytest.approx(x, abs=0.16)
+        assert label.startswith("#1 ") and reading.startswith(f"{100 * mean:.2f} %")
+
+
+def test_zoom_by_dragging_and_by_keys(shown: Any) -> None:
+    from selenium.webdriver import ActionChains, Keys
+    from selenium.webdriver.common.by import By
+
+    def read(*keys: str) -> str:
+        ActionChains(shown).send_keys(*keys).perform()
+        return text(shown, "#tip").partition("\n")[0]
+
+    chart = shown.find_element(By.CSS_SELECTOR, "#curves-chart .u-over")
+    shown.execute_script("arguments[0].scrollIntoView({block: 'center'})", chart)
+    width, hidden = chart.rect["width"], "return document.querySelector('#curves-chart .reset').hidden"
+    assert shown.execute_script(hidden)
+    drag = ActionChains(shown).move_to_element_with_offset(chart, round(-0.1 * width), 0)
+    drag.click_and_hold().move_by_offset(round(0.6 * width), 3).release().perform()
+    assert not shown.execute_script(hidden)
+    shown.execute_script("document.querySelector('#curves-chart .plot').focus()")
+    assert read(Keys.HOME) == "epoch 2"
+    press(shown, "#log")  # draws another chart, without the zoom
+    shown.execute_script("document.querySelector('#curves-chart .plot').focus()")
+    assert read(Keys.ARROW_RIGHT) == "epoch 1" and read(Keys.ARROW_RIGHT) == "epoch 2" and read(Keys.END) == "epoch 3"
+    assert read("+") and not shown.execute_script(hidden) and read(Keys.HOME) == "epoch 2"
+    assert read("0", Keys.HOME) == "epoch 1" and shown.execute_script(hidden)
+
+
+def test_plots_the_checked_rows_in_constant_colours(shown: Any) -> None:
+    def colours(selector: str) -> dict[str, str]:
+        script = """
+            return [...document.querySelectorAll(arguments[0])].map((each) =>
+                [each.closest("tr, span, button").textContent.trim(), each.getAttribute("stroke")])"""
+        return dict(shown.execute_script(script, selector))
+
+    before = colours("#curves .legend line")
+    assert len(before) == 6
+    first = next(iter(before))
+    best = {name: next(before[row] for row in before if f"optimizer={name}" in row) for name in ("adamw", "sgd")}
+    assert {name.split(",")[0]: colour for name, colour in colours("#sensitivity .legend line").items()} == best
     press(shown, "tr[data-rank='1'] input")
-    assert shown.execute_script(lines) == 5
+    assert colours("#curves .legend line") == {row: colour for row, colour in before.items() if row != first}
     press(shown, "tr[data-rank='7'] input")
-    assert shown.execute_script(lines) == 6
+    after = colours("#curves .legend line")
+    assert len(after) == 6 and before.items() - after.items() == {(first, before[first])}
+    assert list(after.values()) == list(before.values())  # in the colour that became free
+
+
+def test_columns_are_chosen_and_overflow_is_shown(shown: Any) -> None:
+    is_cut = """
+        const scroll = document.querySelector("#leaderboard .scroll"), frame = scroll.parentElement;
+        return [scroll.scrollWidth > scroll.clientWidth + 2, frame.classList.contains("more")]"""
+    for width in (1400, 700):
+        narrow(shown, width)
+        shown.refresh()
+        is_narrow = width < 1000
+        WebDriverWait(shown, 20).until(lambda page, cut=is_narrow: page.execute_script(is_cut) == [cut, cut])
+    press(shown, "[data-show='train_loss']")
+    heads = "return [...document.querySelectorAll('#leaderboard th')].map((head) => head.dataset.column)"
+    assert "train_loss" not in shown.execute_script(heads) and "val_loss" in shown.execute_script(heads)
+
+
+def test_dark_screen_and_white_paper(shown: Any) -> None:
+    """The charts follow the colours of the page; paper is white, whatever the screen."""
+    shown.execute_script("""
+        window.printed = null;
+        addEventListener("beforeprint", () => { window.printed = [
+            getComputedStyle(document.documentElement).getPropertyValue("--paper"),
+            document.querySelector("#curves-chart canvas").width]; });""")
+    pixels = "return document.querySelector('#curves-chart canvas').toDataURL()"
+    light = shown.execute_script(pixels)
+    dark = {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
+    try:
+        shown.execute_cdp_cmd("Emulation.setEmulatedMedia", dark)
+        WebDriverWait(shown, 20).until(lambda page: page.execute_script(pixels) != light)
+        assert shown.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(22, 24, 28)"
+        shown.execute_cdp_cmd("Page.printToPDF", {})
+        assert shown.execute_script("return window.printed") == ["#ffffff", 1380]
+        assert shown.execute_script("return document.documentElement.className") == ""
+    finally:
+        shown.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
 def test_time_to_target_matches_metrics(shown: Any, table: Table) -> None:
@@ -188,6 +278,8 @@ def test_time_to_target_matches_metrics(shown: Any, table: Table) -> None:
             reached, steps, _ = result[str(rank)]
             assert reached == f"{expected.count} of {expected.runs}"
             assert steps.split(" ")[0] == ("–" if expected.steps is None else f"{expected.steps.mean:.4g}")
+        ranks = [str(table.rows.index(row) + 1) for row, _ in fastest(table, target / 100)]
+        assert list(result)[: len(ranks)] == ranks
 
 
 def test_parallel_coordinates_highlight_brushed_lines(shown: Any) -> None:
@@ -232,7 +324,6 @@ def test_watched_page_reloads(browser: Any, table: Table, tmp_path: Path) -> Non
     browser.get(path.as_uri())
     path.write_text(page({**data, "title": "after"}))
     from selenium.common.exceptions import WebDriverException
-    from selenium.webdriver.support.ui import WebDriverWait
 
     wait = WebDriverWait(browser, 60, ignored_exceptions=[WebDriverException])  # while the page changes
     wait.until(lambda result: result.title == "after")

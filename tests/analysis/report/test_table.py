@@ -140,7 +140,8 @@ def test_page_needs_no_network(sweep: Path) -> None:
         and "url(" not in text.replace("url(#", "")
     )
     addresses = set(re.findall(r"https?://[^\s\"')]+", text))
-    assert addresses == {"http://www.w3.org/2000/svg"}  # the SVG namespace
+    assert addresses == {"http://www.w3.org/2000/svg", "https://github.com/leeoniya/uPlot"}  # a namespace, a banner
+    assert "Copyright (c) 2022 Leon Sorokin" in text and len(text) < 150_000
     assert "default-src 'none'" in text and "unsafe-inline" not in text
 
 

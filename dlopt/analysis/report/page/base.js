@@ -1,8 +1,6 @@
-// Shared helpers: elements, formatting, scales, state. The data is untrusted: insert it only as text, never as HTML.
+// Shared helpers: elements, formatting, colours, state, tooltip. The data is untrusted: insert it only as text, never as
+// HTML.
 const data = JSON.parse(document.getElementById("data").textContent);
-// Okabe & Ito 2008, without their yellow.
-const COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9"];
-const DASHES = ["", "7 3", "2 2", "8 3 2 3"];
 
 function html(tag, attributes = {}, ...children) {
   return fill(document.createElement(tag), attributes, children);
@@ -52,22 +50,29 @@ function isFraction(name) {
   return name.includes("accuracy");
 }
 
+function formatTick(name, value) {
+  return isFraction(name) ? `${formatNumber(100 * value)} %` : formatNumber(value);
+}
+
 function formatMetric(name, value) {
   if (value === null || value === undefined) return "–";
   if (isFraction(name)) return `${(100 * value).toFixed(2)} %`;
-  if (name === "seconds") return value < 100 ? `${value.toFixed(1)} s` : `${Math.round(value).toLocaleString("en")} s`;
-  return name.endsWith("loss") ? value.toFixed(Math.abs(value) < 100 ? 4 : 1) : formatNumber(value);
+  if (name === "seconds") return `${formatSeconds(value)} s`;
+  return name.endsWith("loss") && Math.abs(value) < 1000 ? value.toFixed(Math.abs(value) < 100 ? 4 : 1) : formatNumber(value);
 }
 
-// [mean, std, count] -> 95.9 ± 0.3 %
+function formatSeconds(value) {
+  return value < 1 ? value.toFixed(2) : value < 100 ? value.toFixed(1) : Math.round(value).toLocaleString("en");
+}
+
+// [mean, std, count] -> 95.90 ± 0.30 %
 function formatStatistic(name, values) {
   if (!values) return "–";
   const [mean, std] = values;
-  if (!std) return formatMetric(name, mean);
-  if (isFraction(name)) return `${(100 * mean).toFixed(2)} ± ${(100 * std).toFixed(2)} %`;
-  if (name.endsWith("loss")) return `${formatMetric(name, mean)} ± ${formatMetric(name, std)}`;
-  const unit = name === "seconds" ? " s" : "";
-  return `${formatMetric(name, mean).replace(unit, "")} ± ${formatNumber(std, 2)}${unit}`;
+  if (std === null) return formatMetric(name, mean);
+  const unit = isFraction(name) ? " %" : name === "seconds" ? " s" : "";
+  const deviation = unit || name.endsWith("loss") ? formatMetric(name, std) : formatNumber(std, 2);
+  return `${formatMetric(name, mean).replace(unit, "")} ± ${deviation}`;
 }
 
 // Formats differences with a sign; those of accuracies are in percentage points, without a unit.
@@ -79,10 +84,20 @@ function formatValue(value) {
   return typeof value === "number" ? formatNumber(value) : value === undefined ? "–" : String(value);
 }
 
+function extent(values) {
+  let low = Infinity, high = -Infinity;
+  for (const value of values) {
+    if (value === null || !Number.isFinite(value)) continue;
+    low = Math.min(low, value);
+    high = Math.max(high, value);
+  }
+  return [low, high];
+}
+
 // -- view state, stored in the URL hash so that it survives reloads
 
 const state = { sort: ["rank", 1], off: {}, range: {}, shown: null, hidden: [], selected: null, metric: null, x: "epoch",
-  band: null, log: false, target: data.target, all: false, open: null };
+  band: data.spread, log: false, target: data.target, all: false, open: null, columns: {} };
 
 function restoreState() {
   try {
@@ -97,71 +112,54 @@ function saveState() {
   } catch (error) { /* a page without a URL, such as about:srcdoc */ }
 }
 
-// -- scales and axes
+// -- line styles: page.css defines the colours for a light and a dark screen; a page is always printed on white
 
-function linear(low, high, from, to) {
-  const scale = (x) => from + ((x - low) / (high - low || 1)) * (to - from);
-  scale.invert = (position) => low + ((position - from) / (to - from)) * (high - low);
-  scale.ticks = (count) => {
-    const rough = (high - low || 1) / count, power = 10 ** Math.floor(Math.log10(rough));
-    const step = [1, 2, 5, 10].find((factor) => factor * power >= rough) * power;
-    const ticks = [];
-    for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) ticks.push(Number((i * step).toPrecision(12)));
-    return ticks;
-  };
-  return scale;
+const COLOURS = 7;
+const DASHES = [[], [7, 3], [2, 2], [8, 3, 2, 3]];
+let isPrinting = false;
+
+function styleOf(i) {
+  return { colour: `--c${i % COLOURS}`, dash: DASHES[i % DASHES.length] };
 }
 
-function logarithmic(low, high, from, to) {
-  const inner = linear(Math.log10(low), Math.log10(high), from, to);
-  const scale = (x) => inner(Math.log10(x));
-  scale.invert = (position) => 10 ** inner.invert(position);
-  scale.ticks = (count) => {
-    const decades = Math.log10(high / low), marks = decades < 1.5 ? [1, 2, 5] : [1];
-    const every = Math.max(1, Math.ceil(decades / count));
-    const ticks = [];
-    for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high); power++) {
-      if (power % every === 0) for (const mark of marks) ticks.push(Number((mark * 10 ** power).toPrecision(6)));
-    }
-    return ticks.filter((tick) => tick >= low * 0.999 && tick <= high * 1.001);
-  };
-  return scale;
+// Returns the value of a colour for a canvas, which knows no CSS variables.
+function colourOf(name) {
+  return getComputedStyle(document.documentElement).getPropertyValue(name);
 }
 
-function extent(values) {
-  let low = Infinity, high = -Infinity;
-  for (const value of values) {
-    if (value === null || !Number.isFinite(value)) continue;
-    low = Math.min(low, value);
-    high = Math.max(high, value);
-  }
-  return [low, high];
+function swatch(style, width = 26) {
+  return svg("svg", { width, height: 10, "aria-hidden": "true" }, svg("line", { x1: 1, x2: width - 1, y1: 5, y2: 5,
+    stroke: `var(${style.colour})`, "stroke-width": 2.5, "stroke-dasharray": style.dash.join(" ") || null }));
 }
 
 // -- tooltip
 
 const tip = document.getElementById("tip");
 
-function showTooltip(event, head, lines) {
+function showTooltip(x, y, head, lines) {
   tip.replaceChildren(html("b", {}, head), ...lines.map(([mark, left, right]) => html("div", {}, mark, html("span", {}, left), html("span", {}, right))));
   tip.hidden = false;
   const box = tip.getBoundingClientRect(), gap = 14;
-  const right = event.clientX + gap + box.width < innerWidth - 4;
-  const x = right ? event.clientX + gap : Math.max(4, event.clientX - gap - box.width);
-  const y = Math.min(Math.max(4, event.clientY + gap), Math.max(4, innerHeight - box.height - 4));
-  tip.style.left = `${x}px`;
-  tip.style.top = `${y}px`;
+  tip.style.left = `${x + gap + box.width < innerWidth - 4 ? x + gap : Math.max(4, x - gap - box.width)}px`;
+  tip.style.top = `${Math.min(Math.max(4, y + gap), Math.max(4, innerHeight - box.height - 4))}px`;
 }
 
 function hideTooltip() {
   tip.hidden = true;
 }
 
-function swatch(style, width = 26) {
-  return svg("svg", { width, height: 10, "aria-hidden": "true" },
-    svg("line", { x1: 1, x2: width - 1, y1: 5, y2: 5, stroke: style.colour, "stroke-width": 2.5, "stroke-dasharray": style.dash }));
+// -- tables
+
+// Wraps a table that may be wider than the page, and shows if there are more columns than fit.
+function scrollable(table, name) {
+  const scroll = html("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": name }, table);
+  const frame = html("div", { class: "frame" }, scroll, html("div", { class: "hint", "aria-hidden": "true" }, "more columns →"));
+  const update = () => frame.classList.toggle("more", scroll.scrollLeft + scroll.clientWidth < scroll.scrollWidth - 2);
+  scroll.addEventListener("scroll", update);
+  new ResizeObserver(update).observe(scroll);
+  return frame;
 }
 
-function styleOf(i) {
-  return { colour: COLOURS[i % COLOURS.length], dash: DASHES[i % DASHES.length] };
+function tableOf(heads, rows) {
+  return html("table", {}, html("thead", {}, html("tr", {}, ...heads.map(([name, kind]) => html("th", { scope: "col", class: kind || null }, name)))), html("tbody", {}, ...rows));
 }

@@ -18,11 +18,21 @@ function applyFilters() {
   visible = data.rows.filter(matchesFilters);
 }
 
-// Returns the shown configurations by rank; the index of a row selects its line style.
-function shownRows() {
-  if (state.shown !== null) return visible.filter((row) => state.shown.includes(row.id));
+// Returns the plotted configurations with their slots, which select the line styles: a configuration keeps its colour when
+// others are added or removed.
+function plottedRows() {
   const ranked = visible.filter((row) => row.metrics[data.by]);
-  return (ranked.length ? ranked : visible).slice(0, SHOWN);
+  const slots = state.shown === null ? (ranked.length ? ranked : visible).slice(0, SHOWN).map((row) => row.id) : state.shown;
+  const rows = new Map(visible.map((row) => [row.id, row]));
+  return slots.map((id, slot) => ({ row: rows.get(id), slot })).filter(({ row }) => row);
+}
+
+function togglePlotted(row) {
+  const plotted = plottedRows(), slots = [];
+  for (const entry of plotted) slots[entry.slot] = entry.row.id;
+  const slot = slots.indexOf(row.id), free = [...slots, undefined].findIndex((id) => id === undefined);
+  slots[slot >= 0 ? slot : free] = slot >= 0 ? null : row.id;
+  state.shown = Array.from(slots, (id) => id ?? null);
 }
 
 function renderFilters(update) {
@@ -72,7 +82,7 @@ function rangeFilter(key, update) {
 
 // -- leaderboard
 
-function columns() {
+function columns(all = false) {
   const list = [{ id: "rank", name: "#", number: true, of: (row) => row.rank, text: (row) => String(row.rank) }];
   for (const key of data.keys) {
     const numbers = data.rows.every((row) => typeof (row.values[key] ?? 0) === "number");
@@ -90,7 +100,9 @@ function columns() {
         text: (row) => formatStatistic(name, row.test && row.test[name]) });
     }
   }
-  if (innerWidth < 640) list.splice(1, 0, ...list.splice(list.findIndex((column) => column.strong), 1)); // visible without scrolling
+  const shown = list.filter((column) => !state.columns[column.id]);
+  if (!all && shown.length) list.splice(0, list.length, ...shown);
+  if (innerWidth < 640 && list.some((column) => column.strong)) list.splice(1, 0, ...list.splice(list.findIndex((column) => column.strong), 1)); // visible without scrolling
   return list;
 }
 
@@ -127,23 +139,34 @@ function sortBy(column, update) {
 }
 
 function renderLeaderboard(update) {
-  const list = columns(), rows = sorted(list), plotted = shownRows();
+  const list = columns(), rows = sorted(columns(true)), plotted = plottedRows();
   const head = list.map((column) => {
     const [id, direction] = state.sort, active = id === column.id;
     return html("th", { class: (column.number ? "number" : "") + (column.key ? " key" : ""), scope: "col", title: column.full, "data-column": column.id,
       "aria-sort": active ? (direction > 0 ? "ascending" : "descending") : "none" },
-      html("button", { type: "button", onclick: () => sortBy(column, update) }, column.name, active ? (direction > 0 ? " ▲" : " ▼") : ""));
+      html("button", { type: "button", onclick: () => sortBy(column, update) }, column.name, active ? (direction > 0 ? "\u00a0▲" : "\u00a0▼") : ""));
   });
   const visibleRows = state.all ? rows : rows.slice(0, PAGE);
-  const table = html("table", {}, html("thead", {}, html("tr", {}, html("th", { scope: "col" }, "plot"), ...head)),
+  const table = html("table", { class: "wide" }, html("thead", {}, html("tr", {}, html("th", { scope: "col" }, "plot"), ...head)),
     html("tbody", {}, ...visibleRows.map((row) => tableRow(row, list, plotted, update))));
   sectionBody("leaderboard").replaceChildren(
     html("p", { class: "note" }, rankedBy()),
-    html("div", { class: "scroll" }, table),
+    scrollable(table, "Leaderboard"), columnChoice(update),
     rows.length > PAGE ? html("div", { class: "controls" }, html("button", { type: "button", onclick: () => { state.all = !state.all; update(); } },
       state.all ? `Show the first ${PAGE}` : `Show all ${rows.length}`)) : "");
   const filtered = document.getElementById("filtered");
   if (filtered) filtered.textContent = `${visible.length} of ${data.rows.length} configurations`;
+}
+
+function columnChoice(update) {
+  const boxes = columns(true).filter((column) => column.id !== "rank").map((column) => html("label", {}, html("input", { type: "checkbox", "data-show": column.id,
+    checked: !state.columns[column.id], onchange: (event) => {
+      if (event.target.checked) delete state.columns[column.id]; else state.columns[column.id] = true;
+      state.choosing = true;
+      update();
+    } }), ` ${column.full || column.name}`));
+  return html("details", { class: "columns", open: Boolean(state.choosing), ontoggle: (event) => { state.choosing = event.target.open; } },
+    html("summary", {}, "Columns"), html("div", { class: "choices" }, ...boxes));
 }
 
 function rankedBy() {
@@ -154,20 +177,15 @@ function rankedBy() {
 }
 
 function tableRow(row, list, plotted, update) {
-  const index = plotted.indexOf(row);
-  const box = html("input", { type: "checkbox", checked: index >= 0, "aria-label": `plot ${row.label}`, onclick: (event) => event.stopPropagation(),
-    onchange: () => {
-      const ids = new Set(plotted.map((other) => other.id));
-      if (ids.has(row.id)) ids.delete(row.id); else ids.add(row.id);
-      state.shown = [...ids];
-      update();
-    } });
+  const entry = plotted.find((other) => other.row === row);
+  const box = html("input", { type: "checkbox", checked: Boolean(entry), "aria-label": `plot ${row.label}`, onclick: (event) => event.stopPropagation(),
+    onchange: () => { togglePlotted(row); update(); } });
   const cells = list.map((column) => html("td", { class: (column.number ? "number" : "") + (column.key ? " key" : "") },
     column.strong ? html("b", {}, column.text(row)) : column.text(row), column.more ? column.more(row) : null));
   return html("tr", { class: "row", tabindex: 0, "aria-selected": String(row === selectedRow()), "data-rank": row.rank,
     onclick: () => { state.selected = row.id; update(); },
     onkeydown: (event) => { if (event.key === "Enter" && event.target.tagName === "TR") { state.selected = row.id; update(); } } },
-    html("td", {}, html("span", { class: "swatch" }, box, index >= 0 ? swatch(styleOf(index)) : null)), ...cells);
+    html("td", {}, html("span", { class: "swatch" }, box, entry ? swatch(styleOf(entry.slot)) : null)), ...cells);
 }
 
 // -- published results
@@ -180,9 +198,8 @@ function renderPublished() {
     return html("tr", {}, html("td", {}, name), number(measured ? measured[0].toFixed(2) + deviation : "–"), number(error.toFixed(2)),
       number(measured ? (measured[0] - error).toFixed(2) : ""), number(measured ? String(measured[2]) : "0"));
   });
-  const head = ["recipe", "test error %", "published", "difference", "runs"];
-  sectionBody("published").replaceChildren(html("div", { class: "scroll" }, html("table", {},
-    html("thead", {}, html("tr", {}, ...head.map((name) => html("th", { scope: "col" }, name)))), html("tbody", {}, ...rows))));
+  const heads = [["recipe"], ...["test error %", "published", "difference", "runs"].map((name) => [name, "number"])];
+  sectionBody("published").replaceChildren(scrollable(tableOf(heads, rows), "Published results"));
 }
 
 // -- selected configuration
@@ -201,14 +218,14 @@ function renderSelected() {
     html("td", {}, run.path), html("td", { class: "number" }, formatValue(run.seed)), html("td", {}, run.status.replace("_", " ")),
     ...names.map((name) => html("td", { class: "number" }, formatMetric(name, run.metrics[name]))),
     html("td", {}, copyButton(run.command, "copy command")), html("td", {}, copyButton(run.from, "copy from="))));
-  const head = ["folder", "seed", "status", ...names.map(metricTitle), "repeat run", "repeat from folder"];
+  const heads = [["folder"], ["seed", "number"], ["status"], ...names.map((name) => [metricTitle(name), "number"]), ["repeat run"], ["repeat from folder"]];
   sectionBody("selected").replaceChildren(
     html("p", {}, html("b", {}, `#${row.rank} `), row.label),
     html("ul", { class: "facts" }, ...facts.map(([name, text]) => html("li", {}, `${name} `, html("b", {}, text)))),
     html("p", { class: "note" }, row.test ? (data.allTests ? "" : "Test metrics are shown for #1 only, which was selected on the validation set.")
       : row.rank === 1 ? "" : "Test metrics are shown for the first row only, to avoid selection on the test set. Show all with dlopt report test=true."),
     row.command ? commandLine(row.command) : html("p", { class: "note" }, "The command is unknown. You can repeat each run from its folder."),
-    html("div", { class: "scroll" }, html("table", {}, html("thead", {}, html("tr", {}, ...head.map((name) => html("th", { scope: "col" }, name)))), html("tbody", {}, ...runs))));
+    scrollable(tableOf(heads, runs), "Runs of the selected configuration"));
 }
 
 function commandLine(text) {

@@ -6,8 +6,7 @@ function renderFailures() {
   const reason = (run) => run.reason || (run.status === "unfinished" ? "no summary: the process was killed or the machine went down" : "no reason recorded");
   const rows = runs.slice(0, state.all ? runs.length : PAGE).map((run) => html("tr", {}, html("td", {}, run.path), html("td", { class: "wrap" }, data.rows[run.row].label), html("td", { class: "number" }, formatValue(run.seed)),
     html("td", { class: "wrap" }, reason(run)), html("td", {}, copyButton(run.command || run.from, "copy command"))));
-  sectionBody("failed").replaceChildren(html("div", { class: "scroll" }, html("table", {},
-    html("thead", {}, html("tr", {}, ...["folder", "configuration", "seed", "reason", "repeat run"].map((name) => html("th", { scope: "col" }, name)))), html("tbody", {}, ...rows))),
+  sectionBody("failed").replaceChildren(scrollable(tableOf([["folder"], ["configuration"], ["seed", "number"], ["reason"], ["repeat run"]], rows), "Failed runs"),
     runs.length > rows.length ? html("p", { class: "note" }, `${runs.length - rows.length} more; click “Show all” above`) : "");
 }
 
@@ -52,6 +51,16 @@ if (data.rows.length) {
 renderDamaged();
 let width = innerWidth;
 addEventListener("resize", () => {
-  if (innerWidth !== width) [width] = [innerWidth, render()];
+  if (innerWidth !== width && !isPrinting) [width] = [innerWidth, render()];
 });
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", render);
+
+// Canvases are drawn again for paper: on white, at its width, and sharp.
+function setPrinting(value) {
+  isPrinting = value;
+  document.documentElement.classList.toggle("printing", value);
+  render();
+}
+addEventListener("beforeprint", () => setPrinting(true));
+addEventListener("afterprint", () => setPrinting(false));
 if (data.refresh) setInterval(() => { if (!document.hidden && !document.activeElement.matches("input, select")) location.reload(); }, 1000 * data.refresh);
