@@ -4,7 +4,7 @@ import os
 import shlex
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,7 +13,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, open_dict
 
 from dlopt.config.compose import Composer, grid, typed_folder
-from dlopt.config.resolve import choices_of, to_plain
+from dlopt.config.resolve import choices_of, resolve_saved, to_plain
 from dlopt.config.resuming import differences, refuse_other_config
 from dlopt.errors import DONE, FAILED, INTERRUPTED, UserError, install
 from dlopt.files import write_atomically
@@ -53,6 +53,7 @@ class Request:
     path: Path
     is_typed: bool
     pool: "Pool | None"
+    sized: set[str] = field(default_factory=set)  # models whose size was checked
 
     def find_folder(self, is_unfinished: Callable[[RunFolder], bool], check: Callable[[Path, str], None]) -> Path:
         """Returns the folder of the sweep, created if missing. `check(path, key)` refuses an unsuitable one."""
@@ -73,10 +74,17 @@ class Request:
     def compose_job(self, overrides: list[str]) -> tuple[DictConfig, dict[str, Any]]:
         """Composes and checks a job; returns its config, and the config to save. Raises `UserError`."""
         from dlopt.config.parsing import parse
+        from dlopt.data.images import size_pair
+        from dlopt.training.model_check import check_minimum_memory
 
         config = self.composer.compose(overrides)
         plain, saved = to_plain(config, self.overrides)
-        parse(plain, saved)
+        experiment = parse(plain, saved)
+        size = size_pair(experiment.data_settings.image_size)
+        is_local = self.pool is not None and self.pool.is_local  # other machines may have more memory
+        if is_local and (key := f"{experiment.model} {size}") not in self.sized:
+            self.sized.add(key)
+            check_minimum_memory(experiment.model, size)
         if saved["resume"] not in (None, "auto"):
             raise UserError(f"resume={saved['resume']}: not supported in a sweep; use resume=auto")
         return config, saved
@@ -211,7 +219,21 @@ def _check_folder(sweep: Path, key: str, jobs: Sequence[GridJob], resume: str | 
         if folder.has_run():
             if resume != "auto":
                 raise UserError(f"{key}: this folder contains a sweep; resume it with resume=auto")
-            refuse_other_config(folder.config() or job.config, job.config, str(folder.path), folder.history())
+            former = folder.config() or job.config
+            refuse_other_config(former, job.config, str(folder.path), folder.history())
+            if any(former.get(name) != job.config[name] for name in ("epochs", "steps")):
+                _check_length(folder, job.config)
+
+
+def _check_length(folder: RunFolder, config: Mapping[str, Any]) -> None:
+    """Raises `UserError` if the job would train its added epochs at learning rate 0."""
+    from dlopt.config.parsing import parse
+    from dlopt.training.checkpoint import Checkpoints
+    from dlopt.training.progress import check_lengthened
+
+    state = Checkpoints(folder.checkpoints).load_newest()
+    if state is not None:
+        check_lengthened(parse(resolve_saved(config), config), state)
 
 
 def _is_unfinished(sweep: RunFolder, jobs: Sequence[GridJob]) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
 
 from dlopt.config.experiment import Experiment
 from dlopt.config.schema import Component, show
@@ -17,6 +18,24 @@ from dlopt.processor import available_memory
 
 _VALUE_BYTES = 4  # models are built in fp32
 _BATCH = 2  # some models squeeze a batch of one
+_SMALLEST_IMAGE = (8, 8)  # of the data sets that come with dlopt
+_RANDOM = {Tensor.normal_, Tensor.uniform_, Tensor.bernoulli_, Tensor.exponential_}
+
+
+class _TooLarge(UserError):
+    pass
+
+
+class _SkipInit(TorchFunctionMode):
+    """Skips initialization: on the meta device, the first random function imports 1,000 modules."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == "torch.nn.init" or function in _RANDOM:
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
 
 
 def check_memory(model: Component, runtime: dict[str, Any], *, has_gradients: bool) -> None:
@@ -25,22 +44,44 @@ def check_memory(model: Component, runtime: dict[str, Any], *, has_gradients: bo
     `runtime`: the arguments of `model.build`. Does nothing for models that cannot be built on the meta device, and for
     those with pretrained weights, which would be read twice.
     """
-    if "pretrained" in model.arguments:
-        return
+    _refuse_large(model, _count_parameters(model, runtime), has_gradients=has_gradients)
+
+
+def check_minimum_memory(model: Component, image_size: tuple[int, int] | None) -> None:
+    """Like `check_memory`, before the data is known: counts the weights for one class and the smallest images.
+
+    Does nothing for models that need larger images.
+    """
     try:
-        with torch.device("meta"), warnings.catch_warnings():
+        parameters = _count_parameters(model, {"input_shape": (1, *(image_size or _SMALLEST_IMAGE)), "classes": 1})
+    except _TooLarge:
+        raise
+    except UserError:
+        return
+    _refuse_large(model, parameters, has_gradients=False)
+
+
+def _count_parameters(model: Component, runtime: dict[str, Any]) -> int:
+    """Builds the model on the meta device; returns 0 if that is not possible. Raises `UserError`."""
+    if "pretrained" in model.arguments:
+        return 0
+    try:
+        with torch.device("meta"), _SkipInit(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            parameters = sum(parameter.numel() for parameter in model.build(**runtime).parameters())
+            return sum(parameter.numel() for parameter in model.build(**runtime).parameters())
     except UserError:
         raise
     except Exception as error:
         if "overflow" in str(error).lower():
-            raise UserError(f"{_largest_argument(model)}: a tensor of the model has 2^63 bytes or more") from None
-        return
+            raise _TooLarge(f"{_largest_argument(model)}: a tensor of the model has 2^63 bytes or more") from None
+        return 0
+
+
+def _refuse_large(model: Component, parameters: int, *, has_gradients: bool) -> None:
     needed, available = parameters * _VALUE_BYTES * (2 if has_gradients else 1), available_memory()
     if needed > available:
         content = "parameters and their gradients need" if has_gradients else "parameters need"
-        raise UserError(
+        raise _TooLarge(
             f"{_largest_argument(model)}: the model's {parameters:,} {content} {needed / 2**30:,.1f} GiB of memory, "
             f"{available / 2**30:,.1f} GiB are available; use a smaller model"
         )

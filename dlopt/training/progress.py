@@ -70,6 +70,14 @@ def check_horizon(experiment: Experiment, length: Length, state: Mapping[str, An
     return None if final == 1.0 else f"{line}; to stretch the schedule, set schedule_epochs={end}"
 
 
+def check_lengthened(experiment: Experiment, state: Mapping[str, Any]) -> None:
+    """Like `check_horizon`, before the data is read; only for checkpoints at the end of an epoch."""
+    progress = state["progress"]
+    if progress["epoch"] and not progress["position"]:
+        steps_per_epoch = -(-progress["step"] // progress["epoch"])  # steps=N may have ended the last epoch early
+        check_horizon(experiment, run_length(experiment.settings, steps_per_epoch, state), state)
+
+
 @dataclass
 class Progress:
     """State of a run's loop, for checkpoints."""

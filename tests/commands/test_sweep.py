@@ -136,6 +136,21 @@ def test_existing_sweep_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick")
+def test_sweep_that_would_train_at_learning_rate_0_is_refused_before_the_first_job(tmp_path: Path) -> None:
+    assert sweep(tmp_path, "seed=1,2").code == 0
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    longer = ["train", "-m", *TINY, "seed=1,2", "epochs=3", "resume=auto"]
+    assert "epochs=3: the schedule of this run ends at epoch 1 with learning rate 0" in refused(tmp_path, *longer)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    assert sweep(tmp_path, "seed=1,2", "epochs=3", "resume=auto", "schedule_epochs=3").code == 0
+
+
+def test_models_that_exceed_the_memory_are_refused_before_the_first_job(tmp_path: Path) -> None:
+    error = refused(tmp_path, "train", "-m", *TINY, "model.widths=[8],[1000000000]")
+    assert error.startswith("dlopt: model.widths=[1000000000]: the model's ") and "GiB are available" in error
+
+
+@pytest.mark.usefixtures("quick")
 def test_resume_runs_only_unfinished_jobs(tmp_path: Path) -> None:
     assert sweep(tmp_path, "seed=1,2,3").code == 0
     first, second, third = (tmp_path / "sweep" / str(i) for i in range(3))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dlopt.config.schema import Component
 from dlopt.data.samples import Dataset, InMemory
@@ -68,6 +69,23 @@ def test_the_memory_check_counts_parameters_and_gradients(monkeypatch: pytest.Mo
         monkeypatch.setattr(model_check, "available_memory", lambda available=available: available)
         with contextlib.nullcontext() if fits else pytest.raises(UserError, match=f"{parameters:,} parameters and"):
             build_workload()
+
+
+@pytest.mark.parametrize("model", ["vit", "resnet20"])
+def test_the_memory_check_draws_nothing(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device, the first random function imports 1,000 modules."""
+    component, runtime = experiment(f"model={model}").model, {"input_shape": (3, 32, 32), "classes": 10}
+    drawn: list[str] = []
+
+    class Draws(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            drawn.extend([str(function)] if "normal_" in str(function) or "uniform_" in str(function) else [])
+            return function(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(model_check, "available_memory", lambda: 0)
+    with Draws(), pytest.raises(UserError, match=r"parameters need"):
+        model_check.check_memory(component, runtime, has_gradients=False)
+    assert drawn == []
 
 
 class _Outputs(nn.Module):
