@@ -76,7 +76,10 @@ def _rows(path: Path, columns: list[str]) -> list[tuple[int, dict[str, str]]]:
             header = reader.fieldnames or []
             for column in columns:
                 if column not in header:
-                    raise UserError(f"data.file={path}: has no column {column!r}; it has {', '.join(header) or 'none'}")
+                    raise UserError(
+                        f"data.file={path}: has no column {column!r}; it has {', '.join(header) or 'none'} "
+                        "(for a table of numbers: data=table)"
+                    )
             rows = []
             for row in reader:
                 for column in columns:

@@ -299,12 +299,13 @@ def format_result(summary: Mapping[str, Any]) -> Group:
     table.add_column("")
     for name in names:
         table.add_column(name.replace("_", " "), justify="right")
-    if summary.get("best_epoch") is not None:
+    best_epoch = summary.get("best_epoch")
+    if best_epoch is not None:
         table.add_column("epoch", justify="right")
     for split, row in metrics.items():
         if row:
             cells = [format_metric(name, row.get(name)) for name in names]
-            table.add_row(Text(split, "bold"), *cells, str(summary["best_epoch"]) if "best_epoch" in summary else "")
+            table.add_row(Text(split, "bold"), *cells, *([] if best_epoch is None else [str(best_epoch)]))
     return Group(line, Text(""), FittedTable(table))
 
 

@@ -50,6 +50,8 @@ def line(choice: str) -> tuple[str, ...]:
         "data=csv": (("data.file=images/list.csv", "data.val_split=0.5"), MLP),
         "data=custom": (("data.train._target_=torchvision.datasets.FakeData", *FAKE), MLP),
         "data=polynomial": (("loss=mse",), MLP),
+        "data=diabetes": (("loss=mse",), MLP),
+        "data=table": (("data.file=images/table.csv",), MLP),
         "model=polynomial": (("data=polynomial", "loss=mse", "normalize=none"), ()),
         "model=mlp": (DIGITS, ("model.widths=[4]",)),
         "model=residual_mlp": (DIGITS, ()),
@@ -88,6 +90,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 Image.new("RGB", (40, 36), (shade + i, shade, shade - i)).save(folder / "images" / path)
                 rows += [f"{path},{label}"] if part == "train" else []
     (folder / "images/list.csv").write_text("\n".join(rows) + "\n")
+    (folder / "images/table.csv").write_text("a,b,kind\n" + "".join(f"{i},{i * i},{'xy'[i % 2]}\n" for i in range(60)))
     return folder
 
 

@@ -95,6 +95,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 Image.new("RGB", (40, 36), shade).save(folder / part / name / f"{i}.jpg")
     table = "".join(f"images/{name}/{i}.jpg,{name}\n" for name in colours for i in range(4))
     (folder / "labels.csv").write_text(f"path,label\n{table}")
+    (folder / "measurements.csv").write_text("width,length,species\n" + "1,2,a\n3,5,b\n" * 20)
     for name, run in (("train", DATE), ("night", "outputs/night"), ("base", "outputs/base")):
         done = dlopt(folder, "train", *SMALL, f"name={name}", "checkpoint.keep=4", "epochs=4", f"hydra.run.dir={run}")
         assert done.code == 0, done.err

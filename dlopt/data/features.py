@@ -1,0 +1,233 @@
+"""Tables of numbers: one feature per column. CSV files, and data sets bundled with scikit-learn."""
+
+import contextlib
+import csv
+import gzip
+import importlib.util
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dlopt.data.samples import Dataset, InMemory
+from dlopt.data.splits import split
+from dlopt.errors import UserError
+from dlopt.ranges import Fraction
+
+_TEST_SEED = 0  # fixed, so that test metrics of all runs can be compared
+_LARGEST = torch.finfo(torch.float32).max
+_SPLITS = ("train", "val", "test")
+Labels = Literal["class", "value"]
+
+
+def table(
+    *,
+    file: str,
+    delimiter: str,
+    target: str | None,
+    ignore: tuple[str, ...],
+    labels: Labels,
+    standardize_target: bool,
+    split_column: str | None,
+    test_split: Fraction,
+) -> Dataset:
+    """Loads a CSV file with a header line: float32 [N, F], and classes int64 [N] or values float32 [N].
+
+    Args:
+        target: column to predict; None: the last one.
+        ignore: columns that are not features.
+        labels: class names, or numbers for regression.
+        standardize_target: see `_dataset`.
+        split_column: column with train, val or test; None: `test_split` of the rows are the test set, always the same.
+
+    Raises:
+        UserError: the file or a column is missing, or a field is empty or not a number.
+    """
+    path = Path(file).expanduser()
+    header, rows = _read(path, delimiter)
+    target = header[-1] if target is None else target
+    others = [target, *ignore, *([] if split_column is None else [split_column])]
+    for column in others:
+        if column not in header:
+            raise UserError(f"data.file={file}: has no column {column!r}; it has {', '.join(header)}")
+    features = [column for column in header if column not in others]
+    if not features:
+        raise UserError(f"data.file={file}: no column is left as a feature")
+    columns = {name: index for index, name in enumerate(header)}
+    inputs = np.stack([_numbers(path, rows, columns[name], name) for name in features], 1)
+    texts = [row[columns[target]] for _, row in rows]
+    answers = _numbers(path, rows, columns[target], target) if labels == "value" else texts
+    if labels == "class" and len(set(texts)) > max(len(rows) / 2, 2):
+        raise UserError(
+            f"data.labels=class: {target} has {len(set(texts))} different values in {len(rows)} rows; "
+            "for a regression, use data.labels=value loss=mse"
+        )
+    parts = None
+    if split_column is not None:
+        parts = [row[columns[split_column]] for _, row in rows]
+        for (line, _), part in zip(rows, parts, strict=True):
+            if part not in _SPLITS:
+                raise UserError(
+                    f"data.file={file}, line {line}: {split_column} is {part!r}; must be train, val or test"
+                )
+        if "train" not in parts:
+            raise UserError(f"data.file={file}: has no training rows")
+    return _dataset(inputs, answers, parts, test_split, standardize_target=standardize_target)
+
+
+def breast_cancer(*, test_split: Fraction) -> Dataset:
+    """Loads Wisconsin's breast cancer data (Street, Wolberg & Mangasarian 1993): 569 x 30, 2 classes."""
+    return _bundled_classes("breast_cancer.csv", test_split)
+
+
+def wine(*, test_split: Fraction) -> Dataset:
+    """Loads UCI's wine data (Forina et al. 1988): 178 x 13, 3 classes."""
+    return _bundled_classes("wine_data.csv", test_split)
+
+
+def diabetes(*, standardize_target: bool, test_split: Fraction) -> Dataset:
+    """Loads the diabetes data (Efron, Hastie, Johnstone & Tibshirani 2004): 442 x 10, one value, in their own units."""
+    inputs = np.loadtxt(io.StringIO(_bundled("diabetes_data_raw.csv.gz")))
+    values = np.loadtxt(io.StringIO(_bundled("diabetes_target.csv.gz")))
+    return _dataset(inputs, values, None, test_split, standardize_target=standardize_target)
+
+
+def _bundled_classes(name: str, test_split: float) -> Dataset:
+    (_, *first), *rows = list(csv.reader(io.StringIO(_bundled(name))))
+    classes = first[1:]  # the first line: samples, features, names of the classes
+    inputs = np.array([row[:-1] for row in rows], dtype=np.float64)
+    return _dataset(inputs, [classes[int(row[-1])] for row in rows], None, test_split)
+
+
+def _bundled(name: str) -> str:
+    """Reads a file of scikit-learn directly: importing sklearn.datasets takes 10x as long."""
+    spec = importlib.util.find_spec("sklearn")
+    if spec is None or spec.origin is None:
+        raise UserError(f"data: needs scikit-learn's file {name}; pip install scikit-learn")
+    path = Path(spec.origin).parent / "datasets" / "data" / name
+    try:
+        data = path.read_bytes()
+        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
+    except (OSError, EOFError) as error:
+        raise UserError(f"data: {path} cannot be read ({error}); reinstall scikit-learn") from error
+
+
+def _dataset(
+    inputs: np.ndarray,
+    answers: Sequence[str] | np.ndarray,
+    parts: Sequence[str] | None,
+    test_split: float,
+    *,
+    standardize_target: bool = False,
+) -> Dataset:
+    """Builds the splits from inputs [N, F] and class names, or values [N].
+
+    Args:
+        parts: split of each row; None: `test_split` of them are the test set.
+        standardize_target: scales values to mean 0 and standard deviation 1 over the rows that are not for testing.
+            Loss and outputs are then in these units; the notes name the constants.
+    """
+    notes: tuple[str, ...] = ()
+    classes: tuple[str, ...] | None = None
+    if isinstance(answers, np.ndarray):
+        targets = torch.from_numpy(answers)
+    else:
+        classes = tuple(sorted(set(answers), key=_natural))
+        numbers = {name: number for number, name in enumerate(classes)}
+        targets = torch.tensor([numbers[name] for name in answers])
+    samples = InMemory(torch.from_numpy(inputs).float(), targets)
+    test, rest = _split(samples, parts, test_split)
+    if classes is None:
+        scale = (0.0, 1.0)
+        if standardize_target:
+            known = targets[rest if parts is None else _rows_of("train", parts)]
+            scale = (known.mean().item(), known.std(correction=0).item() or 1.0)
+            notes = (f"targets and outputs: (value - {scale[0]:.6g}) / {scale[1]:.6g} (data.standardize_target)",)
+        samples.targets = ((targets - scale[0]) / scale[1]).float()
+    if parts is None:
+        held_out = samples.select(test) if len(test) else None
+        return Dataset(samples.select(rest), None, held_out, classes, notes=notes)
+    train, *others = (samples.select(_rows_of(part, parts)) for part in _SPLITS)
+    val, held_out = (each if len(each) else None for each in others)
+    _check_classes(classes, train, {"val": val, "test": held_out})
+    return Dataset(train, val, held_out, classes, notes=notes)
+
+
+def _split(samples: InMemory, parts: Sequence[str] | None, test_split: float) -> tuple[Tensor, Tensor]:
+    """Returns the rows of the test set, and the others."""
+    if parts is not None:
+        return _rows_of("test", parts), torch.tensor([number for number, part in enumerate(parts) if part != "test"])
+    if not test_split:
+        return torch.arange(0), torch.arange(len(samples))
+    return split(samples, max(1, round(test_split * len(samples))), _TEST_SEED, keep_one=True)
+
+
+def _rows_of(part: str, parts: Sequence[str]) -> Tensor:
+    return torch.tensor([number for number, each in enumerate(parts) if each == part], dtype=torch.int64)
+
+
+def _check_classes(classes: tuple[str, ...] | None, train: InMemory, others: dict[str, InMemory | None]) -> None:
+    """Raises `UserError` for a class without training rows."""
+    if classes is None:
+        return
+    known = set(train.targets.tolist())
+    for part, samples in others.items():
+        unknown = [] if samples is None else sorted(set(samples.targets.tolist()) - known)
+        if unknown:
+            raise UserError(
+                f"data.split_column: {part} has the class {classes[unknown[0]]!r}, which no training row has"
+            )
+
+
+def _natural(name: str) -> tuple[float, str]:
+    """Sorts numbers by value, before names."""
+    try:
+        return float(name), name
+    except ValueError:
+        return math.inf, name
+
+
+def _read(path: Path, delimiter: str) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """Returns the header, and (line number, fields) of every row that is not empty."""
+    if len(delimiter) != 1:
+        raise UserError(f"data.delimiter={delimiter!r}: must be one character")
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, delimiter=delimiter)
+            header = [name.strip() for name in next(reader, [])]
+            rows = [(reader.line_num, [field.strip() for field in row]) for row in reader if row]
+    except OSError as error:
+        where = "" if path.is_absolute() else f" in {Path.cwd()}"
+        raise UserError(f"data.file={path}: cannot be read{where} ({error.strerror})") from error
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"data.file={path}: is not a CSV file in UTF-8 ({error})") from error
+    if len(header) < 2:
+        raise UserError(f"data.file={path}: has {len(header)} columns; set data.delimiter if it is not {delimiter!r}")
+    if len(set(header)) < len(header):
+        raise UserError(f"data.file={path}: two columns have the same name")
+    if not rows:
+        raise UserError(f"data.file={path}: has no rows")
+    for line, row in rows:
+        if len(row) != len(header) or not all(row):
+            what = "an empty field" if len(row) == len(header) else f"{len(row)} fields instead of {len(header)}"
+            raise UserError(f"data.file={path}, line {line}: has {what}")
+    return header, rows
+
+
+def _numbers(path: Path, rows: Sequence[tuple[int, list[str]]], index: int, name: str) -> np.ndarray:
+    """Returns a column as float64 [N]. Raises `UserError` that names the first line without a finite number."""
+    values = np.full(len(rows), math.nan)
+    for number, (line, row) in enumerate(rows):
+        with contextlib.suppress(ValueError):
+            values[number] = float(row[index])
+        if not abs(values[number]) <= _LARGEST:  # also for NaN
+            raise UserError(
+                f"data.file={path}, line {line}: {name} is {row[index]!r}, not a finite number; "
+                f"leave it out with data.ignore=[{name}]"
+            )
+    return values

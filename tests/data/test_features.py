@@ -1,0 +1,154 @@
+"""Tables of numbers, and the data sets bundled with scikit-learn."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn import datasets
+
+from dlopt.data.features import breast_cancer, diabetes, table, wine
+from dlopt.data.normalization import moments
+from dlopt.data.samples import Dataset, InMemory
+from dlopt.errors import UserError
+from tests.commands.line import dlopt
+
+DEFAULTS: dict[str, Any] = {
+    "delimiter": ",",
+    "target": None,
+    "ignore": (),
+    "labels": "class",
+    "standardize_target": True,
+    "split_column": None,
+    "test_split": 0.25,
+}
+ROWS = "id,height,weight,kind\n" + "".join(f"row{i},{i / 10},{100 - i},{'ab'[i % 2]}\n" for i in range(40))
+
+
+def load(folder: Path, text: str, **changes: Any) -> Dataset:
+    (folder / "t.csv").write_text(text)
+    return table(file=str(folder / "t.csv"), **{**DEFAULTS, **changes})
+
+
+def rows(dataset: Dataset) -> dict[tuple[float, ...], float]:
+    """Returns the features and target of all samples."""
+    result: dict[tuple[float, ...], float] = {}
+    for samples in (dataset.train, dataset.test):
+        assert isinstance(samples, InMemory)
+        result |= dict(zip(map(tuple, samples.inputs.tolist()), samples.targets.tolist(), strict=True))
+    return result
+
+
+def test_reads_features_and_classes(tmp_path: Path) -> None:
+    dataset = load(tmp_path, ROWS, ignore=("id",))
+    assert dataset.classes == ("a", "b") and dataset.train.shape == (2,) and dataset.val is None
+    assert dataset.test is not None and (len(dataset.train), len(dataset.test)) == (30, 10)
+    expected = {(float(np.float32(i / 10)), 100.0 - i): i % 2 for i in range(40)}
+    assert rows(dataset) == expected
+    assert dataset.test.targets.bincount().tolist() == [5, 5], "stratified"
+    again = load(tmp_path, ROWS, ignore=("id",)).test
+    assert again is not None and torch.equal(dataset.test.fetch(torch.arange(10)), again.fetch(torch.arange(10)))
+
+
+def test_a_regression_standardizes_its_target(tmp_path: Path) -> None:
+    text = "".join(line.replace(",", ";") + "\n" for line in ROWS.splitlines())
+    keys = {"delimiter": ";", "target": "weight", "ignore": ("id", "kind"), "labels": "value"}
+    dataset = load(tmp_path, text, **keys)
+    assert dataset.classes is None
+    train = dataset.train.targets
+    assert train.mean().abs() < 1e-6 and train.std(correction=0) == pytest.approx(1)
+    raw = load(tmp_path, text, **keys, standardize_target=False).train.targets.double()
+    assert dataset.notes == (f"targets and outputs: (value - {raw.mean():.6g}) / {raw.std(correction=0):.6g} "
+                             "(data.standardize_target)",)  # fmt: skip
+    torch.testing.assert_close(train.double(), (raw - raw.mean()) / raw.std(correction=0), rtol=1e-5, atol=1e-6)
+
+
+def test_splits_of_a_column(tmp_path: Path) -> None:
+    parts = ("train", "train", "train", "val", "test")
+    text = "x,y,part\n" + "".join(f"{i},{i % 3},{parts[i % 5]}\n" for i in range(60))
+    dataset = load(tmp_path, text, target="y", split_column="part")
+    assert dataset.val is not None and dataset.test is not None
+    assert dataset.test.fetch(torch.arange(12)).flatten().tolist() == [float(i) for i in range(4, 60, 5)]
+    assert (len(dataset.train), len(dataset.val)) == (36, 12)
+
+
+def test_classes_are_sorted_as_numbers(tmp_path: Path) -> None:
+    text = "x,y\n" + "".join(f"{i},{(2, 10, 9)[i % 3]}\n" for i in range(12))
+    assert load(tmp_path, text, test_split=0.0).classes == ("2", "9", "10")
+
+
+@pytest.mark.parametrize(
+    ("text", "changes", "error"),
+    [
+        (ROWS, {}, r"line 2: id is 'row0', not a finite number; leave it out with data\.ignore=\[id\]"),
+        (ROWS, {"ignore": ("name",)}, r"has no column 'name'; it has id, height, weight, kind"),
+        ("x,y\n1,a\n2\n", {}, r"line 3: has 1 fields instead of 2"),
+        ("x,y\n1,a\n,b\n", {}, r"line 3: has an empty field"),
+        ("x,y\n1,a\nnan,a\n", {}, r"line 3: x is 'nan', not a finite number"),
+        ("x,y\n1,a\n1e39,a\n", {}, r"line 3: x is '1e39', not a finite number"),
+        ("x;y\n1;a\n", {}, r"has 1 columns; set data\.delimiter if it is not ','"),
+        ("x,x,y\n1,2,a\n", {}, r"two columns have the same name"),
+        ("x,y\n", {}, r"has no rows"),
+        ("y\n1\n", {}, r"has 1 columns"),
+        (ROWS, {"ignore": ("id", "height", "weight")}, r"no column is left as a feature"),
+        (ROWS, {"ignore": ("id",), "split_column": "kind"}, r"line 2: kind is 'a'; must be train, val or test"),
+        ("x,y\n" + "".join(f"1,{i / 7}\n" for i in range(20)), {}, r"20 different values in 20 rows; for a regression"),
+        ("x,y,p\n1,a,train\n2,b,test\n", {"target": "y", "split_column": "p"}, r"test has the class 'b', which no"),
+    ],
+)
+def test_errors_name_the_line(tmp_path: Path, text: str, changes: dict[str, Any], error: str) -> None:
+    with pytest.raises(UserError, match=error):
+        load(tmp_path, text, **changes)
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(wine, datasets.load_wine), (breast_cancer, datasets.load_breast_cancer)])
+def test_classes_of_scikit_learn(ours: Callable[..., Dataset], theirs: Callable[[], Any]) -> None:
+    dataset, expected = ours(test_split=0.2), theirs()
+    assert dataset.classes is not None and set(dataset.classes) == set(expected.target_names)
+    names = [expected.target_names[target] for target in expected.target]
+    reference = dict(zip(map(tuple, expected.data.astype(np.float32).tolist()), names, strict=True))
+    assert {features: dataset.classes[int(target)] for features, target in rows(dataset).items()} == reference
+    inputs = dataset.train.fetch(torch.arange(len(dataset.train))).double()
+    mean, deviation = moments(dataset.train)
+    torch.testing.assert_close(mean, inputs.mean(0), rtol=1e-12, atol=0)
+    torch.testing.assert_close(deviation, inputs.std(0, correction=0), rtol=1e-9, atol=0)
+
+
+def test_diabetes_of_scikit_learn() -> None:
+    expected = datasets.load_diabetes(scaled=False)
+    reference = dict(zip(map(tuple, expected.data.astype(np.float32).tolist()), expected.target, strict=True))
+    assert rows(diabetes(standardize_target=False, test_split=0.2)) == reference
+    standardized = diabetes(standardize_target=True, test_split=0.2)
+    assert standardized.train.targets.std(correction=0) == pytest.approx(1)
+    assert "/ 7" in standardized.notes[0], "the constants are shown"
+
+
+def test_newton_solves_the_linear_regression(tmp_path: Path) -> None:
+    """One update on the whole table gives the least-squares solution of NumPy."""
+    line = (
+        "data=diabetes",
+        "data.batch_size=full",
+        "data.val_split=0",
+        "model=mlp",
+        "model.widths=[]",
+        "model.norm=none",
+    )
+    more = ("loss=mse", "optimizer=newton", "epochs=2", "precision=fp64", "tracking=[]", "threads=1")
+    result = dlopt(tmp_path, "train", *line, *more, "hydra.run.dir=run")
+    assert result.code == 0, result.err
+    data = diabetes(standardize_target=True, test_split=0.2)
+    train, test = data.train, data.test
+    assert isinstance(train, InMemory) and isinstance(test, InMemory)
+    inputs, tested = train.inputs.double().numpy(), test.inputs.double().numpy()
+    mean, deviation = inputs.mean(0), inputs.std(0)
+
+    def with_bias(rows: np.ndarray) -> np.ndarray:
+        return np.column_stack([(rows - mean) / deviation, np.ones(len(rows))])
+
+    weights = np.linalg.lstsq(with_bias(inputs), train.targets.double().numpy(), rcond=None)[0]
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    expected = np.square(with_bias(tested) @ weights - test.targets.double().numpy()).mean()
+    assert summary["test_loss"] == pytest.approx(expected, rel=1e-6)
