@@ -30,10 +30,11 @@ _REPR_METRICS = ("epochs", "best_val_loss", "best_val_accuracy", "test_loss", "t
 class Model(nn.Module):
     """A trained model in evaluation mode, with its input normalization and centre crop.
 
-    Maps images [B, C, H, W] with values 0..255 (or vectors, as in the data set) to outputs [B, K].
+    Maps images [B, C, H, W] with values 0..255 (or vectors, as in the data set) to outputs [B, K], and tokens [B, T]
+    (int64) to outputs [B, T, K].
 
     Attributes:
-        classes: names of the K classes; None for regression.
+        classes: names of the K classes; None if there are no labels.
     """
 
     def __init__(self, trained: Trained) -> None:
@@ -41,14 +42,15 @@ class Model(nn.Module):
         self.normalize = trained.normalize
         self.module = trained.module
         self.classes = trained.classes
+        self._task = trained.task
         self._sample, self._window = trained.sample, trained.window
         self._dtype = trained.precision.dtype
         self.eval()
 
     def forward(self, inputs: Tensor) -> Tensor:
-        if self._window != self._sample and tuple(inputs.shape[1:]) == self._sample:
+        if self._task.vocabulary is None and self._window != self._sample and tuple(inputs.shape[1:]) == self._sample:
             inputs, _ = CentreCrop(self._window)(inputs, torch.empty(0))
-        outputs: Tensor = self.module(self.normalize(inputs).to(self._dtype))
+        outputs: Tensor = self.module(self._task.normalized(inputs, self.normalize, self._dtype))
         return outputs
 
 

@@ -1,8 +1,8 @@
 """Weight initialization schemes. Each overwrites the weights of a built model, with random numbers from `generator`.
 
 A scheme sets the weights of all linear, convolution and recurrent layers and zeroes their biases; it does not change
-normalization layers and embeddings. fan_in is the number of inputs of a unit (input channels x receptive field),
-fan_out the number of units that read an input.
+normalization layers and, except for gpt2 and mup, embeddings. fan_in is the number of inputs of a unit (input channels
+x receptive field), fan_out the number of units that read an input.
 """
 
 from collections import Counter
@@ -265,6 +265,52 @@ def whitening(
                 raise UserError(f"init.head_std={head_std:g}: the model has no linear layer; set init.head_std=null")
             heads[-1].weight.mul_(head_std / heads[-1].weight.std())
     _finish(model, zero_last_gamma)
+
+
+def gpt2(model: nn.Module, generator: torch.Generator, *, std: NonNegative, zero_last_gamma: bool) -> None:
+    """Normal with standard deviation `std`, embeddings included (Radford et al. 2019, section 2.3).
+
+    The last layer of each residual branch gets std / sqrt(number of branches): two branches per block.
+    """
+    projections = _residual_projections(model)
+    for weight in _zero_biases(model):
+        scale = len(projections) ** -0.5 if weight.layer in projections else 1.0
+        nn.init.normal_(weight.tensor, std=std * scale, generator=generator)
+    _normal_embeddings(model, generator, std)
+    _finish(model, zero_last_gamma)
+
+
+def mup(
+    model: nn.Module, generator: torch.Generator, *, std: NonNegative, base_width: Count, zero_last_gamma: bool
+) -> None:
+    """muP (Yang et al. 2021, table 3): initial weights for which the best learning rate does not depend on the width.
+
+    With m = fan_in / base_width: embeddings N(0, std^2), hidden weights N(0, std^2 / m), and the output layer
+    N(0, std^2 / m^2). The rule for Adam's learning rates, lr / m for the hidden weights and the output layer, is set by
+    `optimizer.groups`; scores of attention are divided by d (`model.attention_scale=linear`).
+
+    Errors: UserError if the output layer shares its weights with the embedding.
+    """
+    all_weights = list(_zero_biases(model))
+    embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    for weight in all_weights:
+        if weight.tensor in embeddings:
+            raise UserError("init=mup: scales the output layer, not the embedding; set model.tied_embeddings=false")
+        ratio = weight.fan_in / base_width
+        scale = 1 / ratio if weight is all_weights[-1] else ratio**-0.5
+        nn.init.normal_(weight.tensor, std=std * scale, generator=generator)
+    _normal_embeddings(model, generator, std)
+    _finish(model, zero_last_gamma)
+
+
+def _residual_projections(model: nn.Module) -> list[nn.Module]:
+    return [layer for module in model.modules() for layer in getattr(module, "residual_projections", ())]
+
+
+def _normal_embeddings(model: nn.Module, generator: torch.Generator, std: float) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=std, generator=generator)
 
 
 def _zero_biases(model: nn.Module) -> Iterator[Weight]:

@@ -12,6 +12,7 @@ from dlopt.errors import UserError
 from dlopt.ranges import NonNegative, PositiveFraction
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_WITHOUT_DECAY = (*_NORMS, nn.Embedding)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +57,8 @@ def parameter_groups(
 
     Rules apply in order: multipliers accumulate, later rules override other settings. `layer_decay` d multiplies the
     learning rate of the i-th of n weight layers, counted from the input, by d^(n-1-i) (layer-wise decay; Howard & Ruder
-    2018, Clark et al. 2020). `decay_norm_and_bias=False` excludes normalization parameters and biases from decay, for
-    every optimizer. Frozen parameters do not require gradients. Raises `UserError` for rules without effect.
+    2018, Clark et al. 2020). `decay_norm_and_bias=False` excludes normalization parameters, biases and embeddings
+    (also where the output layer uses their weights) from decay, for every optimizer. Frozen parameters do not require gradients. Raises `UserError` for rules without effect.
     """
     rate, decay = _layer_rates(model, grouping.layer_decay), _decays(model, decay_norm_and_bias)
     names = dict(model.named_parameters())
@@ -102,10 +103,11 @@ def _scaled(arguments: Mapping[str, Any], rate: float, decay: float) -> dict[str
 
 
 def _decays(model: nn.Module, decay_norm_and_bias: bool) -> dict[str, float]:
-    norms = {p for module in model.modules() if isinstance(module, _NORMS) for p in module.parameters(recurse=False)}
+    layers = [module for module in model.modules() if isinstance(module, _WITHOUT_DECAY)]
+    without_decay = {parameter for layer in layers for parameter in layer.parameters(recurse=False)}
     decays = {}
     for name, parameter in model.named_parameters():
-        exempt = parameter in norms or name.rpartition(".")[2].startswith("bias")
+        exempt = parameter in without_decay or name.rpartition(".")[2].startswith("bias")
         decays[name] = 0.0 if exempt and not decay_norm_and_bias else 1.0
     return decays
 

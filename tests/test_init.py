@@ -66,7 +66,7 @@ def apply(choice: str, model: nn.Module, seed: int = 0, **changes: Any) -> nn.Mo
 
 
 def test_all_choices_are_there() -> None:
-    assert len(CHOICES) == 16
+    assert len(CHOICES) == 18
 
 
 @pytest.mark.parametrize("choice", CHOICES)

@@ -113,3 +113,16 @@ def test_horizon_and_rest(model: nn.Module) -> None:
 def test_optimizer_without_weight_decay(model: nn.Module) -> None:
     found = parameter_groups(model, Grouping(groups=[], layer_decay=None), {"lr": 0.1}, decay_norm_and_bias=False)
     assert all("weight_decay" not in group for group in found)
+
+
+def test_embeddings_count_as_norm_and_bias() -> None:
+    class Tied(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Embedding(5, 4), nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 5, bias=False))
+            self[3].weight = self[0].weight
+
+    model = Tied()
+    arguments = {"lr": 0.1, "weight_decay": 0.2}
+    groups = parameter_groups(model, Grouping(groups=[], layer_decay=None), arguments, decay_norm_and_bias=False)
+    assert [len(group["params"]) for group in groups] == [4, 1]
+    assert groups[1]["params"][0] is model[1].weight and groups[0]["weight_decay"] == 0.0

@@ -106,7 +106,7 @@ def _evaluate_checkpoints(
     views = _views(tta, changes)
     states = [load(path) for path in paths]
     try:
-        members, report = _test(paths, states, changes, average, views)
+        members, report = _test(paths, states, changes, average, views, tta)
     except RunError as error:
         print_error(str(error))
         return FAILED
@@ -131,7 +131,7 @@ def _evaluate_weights(
 ) -> int:
     """Evaluates the weights `init_from` in the model of the command line, without a checkpoint."""
     from dlopt.training.build import build_workload, load_weights
-    from dlopt.training.evaluate import choose_average, predict_test_set
+    from dlopt.training.evaluate import choose_average, predict_test_set, unlabelled_report
     from dlopt.training.evaluate import report as summarized
 
     parsed = {override.get_key_element().lstrip("+"): override for override in line.composer.parse(line.overrides)}
@@ -144,14 +144,19 @@ def _evaluate_weights(
     workload = build_workload(experiment)
     lines = load_weights(workload.module, path, complete=True)
     chosen = choose_average(average, workload)
+    task, batches = workload.task, []
     try:
-        batches = predict_test_set(workload, views, chosen)
+        if task.has_labels:
+            batches = predict_test_set(workload, views, chosen)
+            summary = summarized(batches, workload.loss, task)
+        else:
+            summary = unlabelled_report(workload, tta=tta)
     except RunError as error:
         print_error(str(error))
         return FAILED
-    member = _Member(path, None, workload.dataset.classes, batches, workload.loss, chosen, workload.task)
+    member = _Member(path, None, workload.dataset.classes, batches, workload.loss, chosen, task)
     record = _record({"init_from": str(path)}, tta, views, None if views is None else chosen)
-    return _finish(record, member, summarized(batches, workload.loss, workload.task), output, lines)
+    return _finish(record, member, summary, output, lines)
 
 
 def _record(source: Mapping[str, Any], tta: str, views: Any, average: "Average | None") -> dict[str, Any]:
@@ -194,11 +199,19 @@ def _test(
     changes: Mapping[str, Any],
     average: "Average | None",
     views: Any,
+    tta: Tta,
 ) -> tuple[list[_Member], "Report"]:
     """Evaluates each checkpoint, with the batch size of the first one, and reports the metrics of the average."""
     from dlopt.config.parsing import parse
     from dlopt.training.build import build_workload
-    from dlopt.training.evaluate import check_same_samples, choose_average, combine, predict_test_set, report
+    from dlopt.training.evaluate import (
+        check_same_samples,
+        choose_average,
+        combine,
+        predict_test_set,
+        report,
+        unlabelled_report,
+    )
 
     members: list[_Member] = []
     size = {} if len(paths) == 1 else {"data.batch_size": states[0]["config"]["data"]["batch_size"]}
@@ -207,8 +220,11 @@ def _test(
         workload = build_workload(experiment, state["normalize"])
         workload.module.load_state_dict(state["ema"] or state["model"])
         chosen = choose_average(average, workload)
-        batches = predict_test_set(workload, views, chosen)
         epoch = state["progress"]["epoch"]
+        if not workload.task.has_labels:
+            summary = unlabelled_report(workload, tta=tta, members=len(paths))
+            return [_Member(path, epoch, None, (), workload.loss, chosen, workload.task)], summary
+        batches = predict_test_set(workload, views, chosen)
         members.append(_Member(path, epoch, workload.dataset.classes, batches, workload.loss, chosen, workload.task))
         if len({member.average for member in members}) > 1:
             raise UserError(f"checkpoint={path}: trained with a different loss than {paths[0]}; use average=logits")

@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from dlopt.data.loading import CudaTransferStream, Loader, materialize, prefetch, worker_count
+from dlopt.data.loading import CudaTransferStream, Loader, on_device, prefetch, worker_count
 from dlopt.data.samplers import LossAwareSampler, Sampler, Sequential
 from dlopt.data.samples import Samples
 from dlopt.data.task import Task
@@ -117,7 +117,7 @@ class Batches:
         self._inputs: Tensor | None = None
         self._loader: Loader | None = None
         if delivery.in_memory:
-            self._inputs = materialize(samples, delivery.workers).inputs.to(device)
+            self._inputs = on_device(samples, delivery.workers, device)
         else:
             self._loader = Loader(samples, worker_count(delivery.workers, samples), pin=device.type == "cuda")
         self._compiled_render: Callable[..., tuple[Tensor, Tensor]] | None = None

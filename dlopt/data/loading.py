@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dlopt.data.samples import InMemory, Samples
+from dlopt.data.windows import Windows
 from dlopt.errors import RunError, UserError
 from dlopt.processor import M_MMAP_THRESHOLD, end_with_parent, set_malloc
 
@@ -38,7 +39,7 @@ def worker_count(workers: int | Literal["auto"], samples: Samples, processes: in
     """
     if workers != "auto":
         return workers
-    if isinstance(samples, InMemory) or len(samples) < _MIN_SAMPLES_FOR_WORKERS:
+    if isinstance(samples, InMemory | Windows) or len(samples) < _MIN_SAMPLES_FOR_WORKERS:
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cores // processes, _MAX_WORKERS))
@@ -151,10 +152,12 @@ def chunks(samples: Samples, workers: int | Literal["auto"] = "auto") -> Iterato
         loader.close()
 
 
-def materialize(samples: Samples, workers: int | Literal["auto"] = "auto") -> InMemory:
-    """Reads all samples into one tensor."""
+def materialize(samples: Samples, workers: int | Literal["auto"] = "auto") -> InMemory | Windows:
+    """Reads all samples into one tensor, or the tokens of a text."""
     if isinstance(samples, InMemory):
         return samples
+    if isinstance(samples, Windows):
+        return samples.loaded()
     inputs: Tensor | None = None
     filled = 0
     for chunk in chunks(samples, workers):
@@ -164,6 +167,12 @@ def materialize(samples: Samples, workers: int | Literal["auto"] = "auto") -> In
         filled += len(chunk)
     assert inputs is not None and filled == len(samples)  # no dataset is empty
     return InMemory(inputs, samples.targets)
+
+
+def on_device(samples: Samples, workers: int | Literal["auto"], device: torch.device) -> Tensor:
+    """Returns all inputs [N, *shape] on the device; the windows of a text are a view of its tokens."""
+    loaded = materialize(samples, workers)
+    return loaded.view(device) if isinstance(loaded, Windows) else loaded.inputs.to(device)
 
 
 class _ChunkDataset:

@@ -4,10 +4,10 @@ A `Samples` object returns batches by index and holds all targets, whether it in
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -51,6 +51,7 @@ class Dataset:
 
     `in_memory`: keep the samples on the training device as one tensor (decided by `prepare`).
     `notes`: lines to show the user, about skipped samples.
+    `facts`: identify the data, for environment.json.
     `unlabelled`: the task of a model that does not predict the labels; None: classification or regression.
     """
 
@@ -61,6 +62,7 @@ class Dataset:
     in_memory: bool = False
     notes: tuple[str, ...] = ()
     unlabelled: Task | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def task(self) -> Task:

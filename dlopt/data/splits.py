@@ -11,6 +11,7 @@ from torch import Tensor
 from dlopt.data.images import resize, size_pair
 from dlopt.data.loading import materialize, worker_count
 from dlopt.data.samples import Dataset, InMemory, Samples
+from dlopt.data.windows import Windows
 from dlopt.errors import UserError
 from dlopt.processor import available_memory
 from dlopt.random import generator
@@ -160,11 +161,16 @@ def _resized(samples: Samples, size: tuple[int, int] | None) -> Samples:
     return InMemory(torch.cat([resize(chunk, size) for chunk in chunks]), samples.targets)
 
 
+def _bytes(samples: Samples) -> int:
+    if isinstance(samples, Windows):
+        return samples.tokens.nbytes
+    return len(samples) * math.prod(samples.shape) * (1 if len(samples.shape) == 3 else 4)
+
+
 def _load_into_memory(splits: list[Samples], settings: DataSettings, device: torch.device, processes: int) -> bool:
     if settings.memory is False:
         return False
-    value_bytes = 1 if len(splits[0].shape) == 3 else 4
-    needed = sum(len(samples) * math.prod(samples.shape) * value_bytes for samples in splits)
+    needed = sum(map(_bytes, splits))
     free = available_memory() // processes
     if device.type == "cuda":
         free = min(free, torch.cuda.mem_get_info(device)[0])

@@ -205,6 +205,23 @@ def image_shape(input_shape: tuple[int, ...], model: str) -> tuple[int, int, int
     return input_shape[0], input_shape[1], input_shape[2]
 
 
+def token_shape(input_shape: tuple[int, ...], vocabulary: int | None, model: str) -> tuple[int, int]:
+    """Returns (tokens, vocabulary) of the input. Errors: UserError for data that is not a text."""
+    if vocabulary is None:
+        raise UserError(
+            f"model={model}: reads text, but the samples have the shape {list(input_shape)}; use data=python_source, "
+            "data=text or data=tokens, or another model"
+        )
+    return input_shape[0], vocabulary
+
+
+def example_inputs(model: nn.Module, shape: tuple[int, ...], *, count: int, device: torch.device | str) -> Tensor:
+    """Returns zeros [count, *shape] of the type that the model reads: tokens (int64), or that of its weights."""
+    reads_tokens = getattr(model, "vocabulary", None) is not None
+    dtype = torch.int64 if reads_tokens else next(model.parameters()).dtype
+    return torch.zeros(count, *shape, device=device, dtype=dtype)
+
+
 def check_instance_norm(model: nn.Module, input_shape: tuple[int, ...], norm: Norm) -> None:
     """Raises UserError if instance normalization gets maps of one pixel, by a forward pass on the meta device."""
     if norm.kind != "instance":

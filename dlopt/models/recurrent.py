@@ -1,4 +1,4 @@
-"""Recurrent networks that read an image row by row: tanh RNN and LSTM."""
+"""Recurrent networks that read an image row by row, or a text token by token: tanh RNN and LSTM."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -80,8 +80,10 @@ class LSTMLayer(nn.Module):
 class RNN(nn.Sequential):
     """`layers` tanh layers of `hidden` units over the rows, and a classifier on the last time step.
 
-    Images [B, C, H, W] -> [B, classes]. Does not use torch's fused kernels, which do not support second derivatives and
-    every precision. Errors: UserError for a norm other than layer or none, or samples that are not images.
+    Images [B, C, H, W] -> [B, classes]. Of a text, a classifier on every time step: tokens [B, T] -> [B, T, classes],
+    with an embedding of each token in place of the rows. Does not use torch's fused kernels, which do not support
+    second derivatives and every precision. Errors: UserError for a norm other than layer or none, or samples that are
+    not images or tokens.
     """
 
     def __init__(
@@ -89,22 +91,24 @@ class RNN(nn.Sequential):
         *,
         input_shape: tuple[int, ...],
         classes: int,
+        vocabulary: int | None = None,
         hidden: Count,
         layers: Count,
         dropout: Fraction,
         norm: NormKind,
         norm_affine: bool,
     ) -> None:
-        inputs, normalize = _check(input_shape, norm, norm_affine)
+        inputs, normalize = _check(input_shape, vocabulary, hidden, norm, norm_affine)
         stack = [RecurrentLayer(hidden if index else inputs, hidden, normalize) for index in range(layers)]
-        super().__init__(_network(stack, hidden, classes, dropout))
+        super().__init__(_network(stack, hidden, classes, vocabulary, dropout))
+        self.vocabulary = vocabulary
 
 
 class LSTM(nn.Sequential):
-    """`layers` LSTM layers of `hidden` units over the rows, and a classifier on the last time step.
+    """`layers` LSTM layers of `hidden` units over the rows or tokens, and a classifier as that of `RNN`.
 
     `forget_bias` is added to the forget gate. It is not a parameter, so that no init scheme overwrites it (1:
-    Jozefowicz et al. 2015). Images [B, C, H, W] -> [B, classes].
+    Jozefowicz et al. 2015). Images [B, C, H, W] -> [B, classes], tokens [B, T] -> [B, T, classes].
     Errors: UserError for a norm other than layer or none, or samples that are not images.
     """
 
@@ -113,6 +117,7 @@ class LSTM(nn.Sequential):
         *,
         input_shape: tuple[int, ...],
         classes: int,
+        vocabulary: int | None = None,
         hidden: Count,
         layers: Count,
         forget_bias: float,
@@ -120,13 +125,21 @@ class LSTM(nn.Sequential):
         norm: NormKind,
         norm_affine: bool,
     ) -> None:
-        inputs, normalize = _check(input_shape, norm, norm_affine)
+        inputs, normalize = _check(input_shape, vocabulary, hidden, norm, norm_affine)
         stack = [LSTMLayer(hidden if index else inputs, hidden, forget_bias, normalize) for index in range(layers)]
-        super().__init__(_network(stack, hidden, classes, dropout))
+        super().__init__(_network(stack, hidden, classes, vocabulary, dropout))
+        self.vocabulary = vocabulary
 
 
-def _check(input_shape: tuple[int, ...], norm: NormKind, affine: bool) -> tuple[int, Norm]:
-    channels, _, width = image_shape(input_shape, "a recurrent net")
+def _check(
+    input_shape: tuple[int, ...], vocabulary: int | None, hidden: int, norm: NormKind, affine: bool
+) -> tuple[int, Norm]:
+    """Returns the features of a time step and the builder of the normalization."""
+    if vocabulary is None:
+        channels, _, width = image_shape(input_shape, "a recurrent net")
+        inputs = channels * width
+    else:
+        inputs = hidden  # an embedding
     if norm not in ("layer", "none"):
         reason = {
             "batch": "batch statistics differ between time steps",
@@ -134,13 +147,20 @@ def _check(input_shape: tuple[int, ...], norm: NormKind, affine: bool) -> tuple[
             "instance": "a time step has no pixels to average over",
         }[norm]
         raise UserError(f"model.norm={norm}: {reason}; recurrent networks support layer or none")
-    return channels * width, Norm(kind=norm, affine=affine, groups=1, ghost_batch=None, eps=1e-5, momentum=0.1)
+    return inputs, Norm(kind=norm, affine=affine, groups=1, ghost_batch=None, eps=1e-5, momentum=0.1)
 
 
-def _network(stack: Sequence[nn.Module], hidden: int, classes: int, dropout: float) -> OrderedDict[str, nn.Module]:
-    modules: OrderedDict[str, nn.Module] = OrderedDict(rows=Rows())
+def _network(
+    stack: Sequence[nn.Module], hidden: int, classes: int, vocabulary: int | None, dropout: float
+) -> OrderedDict[str, nn.Module]:
+    modules: OrderedDict[str, nn.Module] = OrderedDict()
+    if vocabulary is None:
+        modules["rows"] = Rows()
+    else:
+        modules["embedding"] = nn.Embedding(vocabulary, hidden)
     for index, layer in enumerate(stack):
         modules[f"layer{index + 1}"] = nn.Sequential(OrderedDict(recurrent=layer, dropout=nn.Dropout(dropout)))
-    modules["last"] = LastStep()
+    if vocabulary is None:
+        modules["last"] = LastStep()
     modules["head"] = nn.Linear(hidden, classes)
     return modules

@@ -1,5 +1,6 @@
 """Builds what training and testing share: data, normalization, model, loss and parallel mode."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,9 +15,11 @@ from dlopt.config.experiment import Experiment
 from dlopt.data.batches import Batches, Delivery
 from dlopt.data.normalization import fit
 from dlopt.data.samplers import LossAwareSampler
+from dlopt.data.samplers.shifted import shifted
 from dlopt.data.samples import Dataset, Samples
 from dlopt.data.splits import prepare
 from dlopt.data.task import Task
+from dlopt.data.windows import Windows
 from dlopt.errors import UserError
 from dlopt.parallel.mode import Mode
 from dlopt.parallel.rendezvous import current
@@ -25,7 +28,7 @@ from dlopt.parameters import freeze
 from dlopt.processor import choose_device, keep_freed_memory, set_deterministic, set_threads
 from dlopt.random import generator, stream
 from dlopt.training import rng, speed
-from dlopt.training.model_check import check_memory, check_outputs
+from dlopt.training.model_check import check_memory, check_outputs, check_reads
 from dlopt.training.precision import Precision, choose_precision
 from dlopt.training.rng import AUGMENTATION, ORDER, SCHEME, WEIGHTS
 from dlopt.training.step import Network
@@ -118,6 +121,7 @@ def build_workload(
     source: Dataset = experiment.data.build(**vars(experiment.data_settings))
     dataset = prepare(source, experiment.data_settings, device=device)
     augment = _build_augmentation(experiment, dataset)
+    dataset = with_task(experiment, dataset, dataset.train.shape if augment is None else augment.output_shape)
     task = dataset.task
     shape = task.input_shape(dataset.train.shape if augment is None else augment.output_shape)
     normalize: nn.Module = experiment.normalize.build(input_shape=dataset.train.shape).to(precision.dtype)
@@ -136,6 +140,7 @@ def build_workload(
     has_gradients = is_new and device.type == "cpu" and parallel.processes == 1 and not freezes
     check_memory(experiment.model, runtime, has_gradients=has_gradients)
     module = _build_model(experiment, dataset, normalize, shape)
+    check_reads(experiment, module, task)
     if is_new:  # a checkpoint can be used although its model has other outputs
         check_outputs(experiment, module, shape, dataset, device)
     has_convolutions = len(shape) == 3 and any(isinstance(m, nn.Conv2d) for m in module.modules())
@@ -184,6 +189,19 @@ def _build_augmentation(experiment: Experiment, dataset: Dataset) -> Pipeline | 
     return pipeline
 
 
+def with_task(experiment: Experiment, dataset: Dataset, shape: tuple[int, ...]) -> Dataset:
+    """Returns the dataset with the task of the model: reconstruction if the model's callable sets `reconstructs`.
+
+    `shape`: of the augmented samples. Raises `UserError` if the dataset itself has a task without labels.
+    """
+    if not getattr(experiment.model.target, "reconstructs", False):
+        return dataset
+    if dataset.unlabelled is not None:
+        name = experiment.model.target.__name__
+        raise UserError(f"model={name}: reconstructs numbers, not tokens; use other data, or model=gpt for a text")
+    return replace(dataset, unlabelled=Task("reconstruction", math.prod(shape)))
+
+
 def model_arguments(task: Task, shape: tuple[int, ...]) -> dict[str, Any]:
     """Returns the run-time arguments of a model for inputs of `shape`."""
     return {"input_shape": shape, "classes": task.outputs, "vocabulary": task.vocabulary}
@@ -197,7 +215,7 @@ def data_spec(workload: Workload) -> dict[str, Any]:
     """
     dataset = workload.dataset
     return {
-        "classes": None if dataset.classes is None else list(dataset.classes),
+        "classes": list(dataset.classes) if dataset.classes is not None and dataset.task.has_labels else None,
         "task": asdict(dataset.task),
         "sample": list(dataset.train.shape),
         "window": list(workload.shape),
@@ -257,6 +275,8 @@ def training_batches(workload: Workload) -> Batches:
         batch_size=data.batch_size,
         seed=stream(settings.order_seed, ORDER),
     )
+    if isinstance(samples, Windows):
+        sampler, samples = shifted(sampler, samples, stream(settings.order_seed, ORDER))
     compiled = workload.device.type == "cuda" and not workload.compile_obstacle
     return Batches(
         samples,

@@ -128,6 +128,26 @@ def report(batches: Sequence[Batch], loss: nn.Module, task: Task) -> Report:
     return Report(metrics, confusion.cpu())
 
 
+def unlabelled_report(workload: Workload, *, tta: str, members: int = 1) -> Report:
+    """Returns the test metrics of a model whose targets are its samples; its outputs are large and are not kept.
+
+    Raises `UserError` for test-time augmentation and ensembles, which average predictions of labels.
+    """
+    _refuse_tta(workload, "tta", tta)
+    if members > 1:
+        kind = workload.task.kind.replace("_", " ")
+        raise UserError(f"checkpoint: {members} models of a {kind} task cannot be averaged; give one checkpoint")
+    if workload.dataset.test is None:
+        raise UserError(f"data={workload.experiment.data.target.__name__}: this dataset has no test set")
+    return Report(test_metrics(workload), None)
+
+
+def _refuse_tta(workload: Workload, key: str, tta: str) -> None:
+    if tta != "none" and not workload.task.has_labels:
+        kind = workload.task.kind.replace("_", " ")
+        raise UserError(f"{key}={tta}: averages predictions of labels, which a {kind} task has not; use {key}=none")
+
+
 class OutputMean:
     """Weighted mean of logits, or of probabilities: those are accumulated and returned as logarithms, for stability."""
 
@@ -241,6 +261,7 @@ def check_tta(workload: Workload) -> None:
     tta = workload.experiment.settings.evaluate.tta
     if tta == "none" or workload.dataset.test is None:
         return
+    _refuse_tta(workload, "evaluate.tta", tta)
     if workload.parallel.processes > 1:
         raise UserError(
             f"evaluate.tta={tta}: the final test with {workload.parallel.processes} processes does not support it; "

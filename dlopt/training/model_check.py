@@ -12,7 +12,9 @@ from torch.overrides import TorchFunctionMode
 
 from dlopt.config.experiment import Experiment
 from dlopt.config.schema import Component, show
+from dlopt.data.normalization import Nothing
 from dlopt.data.samples import Dataset
+from dlopt.data.task import Task
 from dlopt.errors import UserError
 from dlopt.processor import available_memory
 
@@ -100,6 +102,19 @@ def _largest_integer(value: Any) -> int:
     if isinstance(value, list | tuple):
         return max(map(_largest_integer, value), default=0)
     return value if isinstance(value, int) and not isinstance(value, bool) else 0
+
+
+def check_reads(experiment: Experiment, module: nn.Module, task: Task) -> None:
+    """Raises `UserError` if one of dlopt's models or components does not fit a text."""
+    if task.vocabulary is None:
+        return
+    model, normalize = experiment.model.target, experiment.normalize.target
+    if model.__module__.startswith("dlopt.") and getattr(module, "vocabulary", None) is None:
+        raise UserError(f"model={model.__name__.lower()}: does not read text; use model=gpt, lstm or rnn")
+    if normalize is not Nothing:
+        raise UserError(f"normalize={normalize.__name__.lower()}: tokens have no mean; use normalize=none")
+    if experiment.augmentation.arguments.get("operations") != []:
+        raise UserError("augmentation: its operations change images, not text; use augmentation=none")
 
 
 def check_outputs(

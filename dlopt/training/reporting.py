@@ -1,12 +1,15 @@
 """Output of a run: the header that describes it, and the summary at its end."""
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dlopt.config.pretrained import describe_pretrained
 from dlopt.config.rules import extra_metric
+from dlopt.files import read_json, write_atomically
 from dlopt.folders import RunFolder
 from dlopt.tracking.tracking import Tracking
 from dlopt.training.batch_norm import small_batch_warnings
@@ -34,21 +37,24 @@ def log_header(trainer: "Trainer", workload: Workload, length: Length, run: "Run
     """Logs data, model and device, the values chosen for `auto`, warnings, and a sample of the training images."""
     dataset, settings, tracking = workload.dataset, workload.experiment.settings, trainer.tracking
     parameters = list(workload.module.parameters())
+    tokens = workload.task.predictions  # of a sample; 1 for labels
     facts: dict[str, Any] = {
         "overrides": RunFolder(run.folder).history() if run.overrides is None else run.overrides,
         "parameters": sum(p.numel() for p in parameters),
         "trainable": sum(p.numel() for p in parameters if p.requires_grad),
-        "train": len(dataset.train),
-        "val": len(dataset.val) if dataset.val is not None else 0,
-        "test": len(dataset.test) if dataset.test is not None else 0,
+        "train": len(dataset.train) * tokens,
+        "val": len(dataset.val) * tokens if dataset.val is not None else 0,
+        "test": len(dataset.test) * tokens if dataset.test is not None else 0,
         "device": str(workload.device),
         "precision": workload.precision.name,
         "parallel": workload.parallel.name,
         "processes": workload.parallel.processes,
-        "unit": "images" if len(dataset.train.shape) == 3 else "samples",
+        "unit": _unit(workload),
     }
     if workload.device.type == "cpu":
         facts["threads"] = torch.get_num_threads()
+    if workload.parallel.is_main:
+        _note_data(run.folder, dataset.facts)
     tracking.begin(
         dict(workload.experiment.config),
         facts,
@@ -82,6 +88,21 @@ def _emulation_warning(trainer: "Trainer", workload: Workload) -> str:
         f"warning: precision=bf16: this processor emulates bf16, which {cost}; use precision=fp32, or precision=auto, "
         "which selects bf16 only where the processor has it"
     )
+
+
+def _unit(workload: Workload) -> str:
+    """Returns what the header counts, and the throughput per second."""
+    if workload.task.vocabulary is not None:
+        return f"{workload.task.unit}s"
+    return "images" if len(workload.dataset.train.shape) == 3 else "samples"
+
+
+def _note_data(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Adds what identifies the data to environment.json, if the run has one."""
+    path = folder / "environment.json"
+    environment = read_json(path)
+    if facts and environment is not None:
+        write_atomically(path, (json.dumps({**environment, "data": facts}, indent=2) + "\n").encode())
 
 
 def summarize(trainer: "Trainer", workload: Workload, status: "Status") -> dict[str, Any]:

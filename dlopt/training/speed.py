@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dlopt.config.experiment import Experiment
 from dlopt.errors import UserError
 from dlopt.graphs import CudaRecorder, Recorder
+from dlopt.models.layers import example_inputs
 from dlopt.parallel.mode import Mode
 from dlopt.training.precision import Precision
 
@@ -49,7 +50,7 @@ def compile_obstacle(
 def forward_flops(module: nn.Module, shape: tuple[int, ...]) -> float:
     """Counts the FLOPs of one sample in matrix products and convolutions, on the meta device (nothing is computed)."""
     state = {name: tensor.detach().to("meta") for name, tensor in module.state_dict().items()}
-    inputs = torch.empty(2, *shape, device="meta", dtype=next(module.parameters()).dtype)
+    inputs = example_inputs(module, shape, count=2, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         torch.func.functional_call(module, state, (inputs,))
     return counter.get_total_flops() / len(inputs)

@@ -17,14 +17,14 @@ Build = Callable[..., nn.Module]
 @pytest.fixture
 def build(tmp_path: Path) -> Build:
     """Builds a choice of conf/model from its YAML file: build("resnet20", "norm=group", input_shape=...)."""
-    (tmp_path / "train.yaml").write_text("defaults: [_self_, model: mlp]\n")
+    (tmp_path / "train.yaml").write_text("defaults: [_self_, init: default, model: mlp]\n")
 
     def build(choice: str, *overrides: str, **arguments: Any) -> nn.Module:
         with initialize_config_dir(str(tmp_path), version_base=None):
             keys = [f"model.{override}" for override in overrides]
             config = compose("train", [f"hydra.searchpath=[file://{CONF}]", f"model={choice}", *keys])
         node: Any = OmegaConf.to_container(config.model)
-        model = component("model", node, ("input_shape", "classes"), ALLOWED_PACKAGES).build(**arguments)
+        model = component("model", node, ("input_shape", "classes", "vocabulary"), ALLOWED_PACKAGES).build(**arguments)
         assert isinstance(model, nn.Module)
         return model
 

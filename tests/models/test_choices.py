@@ -41,9 +41,13 @@ def test_every_choice_builds_on_meta_and_maps_a_batch_to_outputs(build: Callable
     if choice == "timm":
         pytest.importorskip("timm")
     shape = SHAPES.get(choice, (3, 32, 32))
+    vocabulary = 7 if choice.startswith("gpt") else None
     with torch.device("meta"):
-        model = build(choice, input_shape=shape, classes=7)
-        assert model(torch.empty(2, *shape)).shape == (2, 7)
+        model = build(choice, input_shape=shape if vocabulary is None else (16,), classes=7, vocabulary=vocabulary)
+        if vocabulary is None:
+            assert model(torch.empty(2, *shape)).shape == (2, 7)
+        else:
+            assert model(torch.zeros(2, 16, dtype=torch.int64)).shape == (2, 16, 7)
     assert all(tensor.is_meta for tensor in model.state_dict().values())
     assert choice in ("timm", "torchvision") or isinstance(model.get_submodule("head"), nn.Linear)
 

@@ -1,0 +1,237 @@
+"""Texts: files of bytes, the source code of Python's standard library, and files of tokens."""
+
+import hashlib
+import math
+import os
+import platform
+import shutil
+import sysconfig
+import tempfile
+from bisect import bisect_left
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from annotated_types import Interval
+
+from dlopt.data.cache import cache_file, exclusive
+from dlopt.data.samples import Dataset
+from dlopt.data.task import Task
+from dlopt.data.windows import Windows
+from dlopt.errors import UserError
+from dlopt.ranges import Fraction
+
+SequenceLength = Annotated[int, Interval(ge=1, le=1 << 20)]
+Vocabulary = Annotated[int, Interval(ge=2, le=1 << 16)]  # tokens of two bytes
+
+BYTES = 256
+SEPARATOR = b"\0"  # between documents
+_MAX_READ = 1 << 26  # bytes; larger texts are memory-mapped
+_LINE = 1 << 12  # bytes in which the end of a line is searched
+_CHECKED = 1 << 24  # tokens of a file that are compared with the vocabulary
+_NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
+
+
+def text(
+    *, file: str | list[str], pattern: str, sequence_length: SequenceLength, val_split: Fraction, test_split: Fraction
+) -> Dataset:
+    """Reads files as bytes: tokens 0..255, with a zero byte between documents.
+
+    Every file is a document. Test and validation set are the last parts of the sorted documents, cut between documents
+    if these are small enough, else at the end of a line.
+
+    Args:
+        file: files, or folders of files.
+        pattern: names of the files in folders, at any depth.
+        test_split: fraction of the bytes; `val_split` likewise.
+
+    Raises:
+        UserError: a file is missing, or a split is shorter than a window.
+    """
+    paths = [path for entry in ([file] if isinstance(file, str) else file) for path in _files(entry, pattern)]
+    if not paths:
+        raise UserError("data.file=[]: at least one file or folder is required")
+    tokens, ends = _concatenate(paths)
+    fractions = [1 - val_split - test_split, 1 - test_split]
+    if fractions[0] <= 0:
+        raise UserError(f"data.val_split={val_split:g}, data.test_split={test_split:g}: leave no text for training")
+    smallest = min((part for part in (val_split, test_split) if part > 0), default=0.0)
+    cuts = [_cut(tokens, ends, fraction, smallest / 2) for fraction in fractions]
+    return _dataset(tokens, cuts, sequence_length, facts=_facts(tokens, paths))
+
+
+def python_source(*, sequence_length: SequenceLength, val_split: Fraction, test_split: Fraction) -> Dataset:
+    """Reads the standard library of the running Python as bytes, without its tests. Every module is a document.
+
+    A hash of its path decides about the split of a module, so that most modules keep theirs in other versions.
+
+    Raises:
+        UserError: the standard library has no source files.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    names = _modules(root)
+    if not names:
+        raise UserError(f"data=python_source: no source files in {root}; use data=text data.file=FOLDER")
+    splits: list[list[str]] = [[], [], []]
+    for name in names:
+        position = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+        splits[2 if position < test_split else 1 if position < test_split + val_split else 0].append(name)
+    paths = [root / name for split in splits for name in split]
+    tokens, ends = _concatenate(paths)
+    cuts = [ends[len(splits[0]) - 1], ends[len(splits[0]) + len(splits[1]) - 1]]
+    facts = {"python": platform.python_version(), **_facts(tokens, [Path(path) for path in names])}
+    licence = "Python Software Foundation License"
+    notes = (f"standard library of Python {facts['python']} ({licence}): {len(names)} files",)
+    return _dataset(tokens, cuts, sequence_length, facts=facts, notes=notes)
+
+
+def tokens(*, root: str, sequence_length: SequenceLength, vocabulary: Vocabulary) -> Dataset:
+    """Reads train.bin and val.bin, and test.bin if there is one: little-endian uint16, as nanoGPT writes them.
+
+    The files are memory-mapped. meta.pkl is not read: a pickle may run code.
+
+    Raises:
+        UserError: a file is missing or damaged, or has a token outside of the vocabulary.
+    """
+    folder = Path(root).expanduser()
+    splits: dict[str, Windows] = {}
+    for name in ("train", "val", "test"):
+        path = folder / f"{name}.bin"
+        if name == "test" and not path.exists():
+            continue
+        array = _memory_map(path, "<u2")
+        _check_vocabulary(path, array, vocabulary)
+        splits[name] = _windows(array, sequence_length, f"{path}")
+    assert splits["train"] is not None
+    task = Task("next_token", vocabulary, predictions=sequence_length)
+    return Dataset(splits["train"], splits["val"], splits.get("test"), None, unlabelled=task)
+
+
+def _dataset(
+    tokens: np.ndarray, cuts: Sequence[int], length: int, *, facts: dict[str, Any], notes: tuple[str, ...] = ()
+) -> Dataset:
+    """Returns the parts of the bytes before, between and after `cuts` as training, validation and test set."""
+    parts = zip(("training", "validation", "test"), (0, *cuts), (*cuts, len(tokens)), strict=True)
+    train, val, test = (
+        None if start == stop else _windows(tokens[start:stop], length, f"the {name} text")
+        for name, start, stop in parts
+    )
+    if train is None:
+        raise UserError("data.val_split, data.test_split: leave no text for training")
+    task = Task("next_token", BYTES, predictions=length, unit="byte")
+    return Dataset(train, val, test, None, unlabelled=task, notes=notes, facts=facts)
+
+
+def _windows(tokens: np.ndarray, length: int, name: str) -> Windows:
+    windows = Windows(tokens, length)
+    if len(windows) == 0:
+        raise UserError(f"data.sequence_length={length}: {name} has only {len(tokens)} tokens; use at most "
+                        f"{max(len(tokens) - 1, 1)}")  # fmt: skip
+    return windows
+
+
+# -- documents
+
+
+def _files(entry: str, pattern: str) -> list[Path]:
+    path = Path(entry).expanduser()
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"data.file={entry}: no such file or folder")
+    found = sorted(each for each in path.rglob(pattern) if each.is_file())
+    if not found:
+        raise UserError(f"data.pattern={pattern}: no file in {entry} has such a name")
+    return found
+
+
+def _modules(root: Path) -> list[str]:
+    """Returns the sorted paths of the source files below `root`, relative to it; without tests and other packages."""
+    names = []
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in _NOT_LIBRARY]
+        names += [Path(folder, name).relative_to(root).as_posix() for name in files if name.endswith(".py")]
+    return sorted(names)
+
+
+def _concatenate(paths: Sequence[Path]) -> tuple[np.ndarray, list[int]]:
+    """Returns the bytes of the files, uint8 [N], and the end of each file. Maps large texts instead of reading them."""
+    try:
+        sizes = [path.stat().st_size for path in paths]
+    except OSError as error:
+        raise UserError(f"data.file: {error.filename}: cannot be read ({error.strerror})") from None
+    ends = list(accumulate(size + len(SEPARATOR) for size in sizes))
+    if len(paths) == 1 and sizes[0] > 0:
+        return (_memory_map(paths[0], "u1") if sizes[0] > _MAX_READ else _read(paths)), sizes
+    return (_read(paths) if ends[-1] <= _MAX_READ else _map_joined(paths)), ends
+
+
+def _read(paths: Sequence[Path]) -> np.ndarray:
+    """Returns the bytes of the files, with a separator after each of several."""
+    parts = []
+    for path in paths:
+        try:
+            parts.append(path.read_bytes())
+        except OSError as error:
+            raise UserError(f"data.file: {path}: cannot be read ({error.strerror})") from None
+    joined = parts[0] if len(parts) == 1 else SEPARATOR.join([*parts, b""])
+    return np.frombuffer(bytearray(joined), dtype=np.uint8)
+
+
+def _map_joined(paths: Sequence[Path]) -> np.ndarray:
+    """Writes the bytes of the files to one file in the cache, which is kept for as long as they are unchanged."""
+    states = [f"{path.absolute()} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in paths]
+    target = cache_file("text", *states).with_suffix(".bin")
+    with exclusive(target):
+        if not target.exists():
+            with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as joined:
+                for path in paths:
+                    with path.open("rb") as source:
+                        shutil.copyfileobj(source, joined)
+                    joined.write(SEPARATOR)
+            os.replace(joined.name, target)
+    return _memory_map(target, "u1")
+
+
+def _memory_map(path: Path, dtype: str) -> np.ndarray:
+    try:
+        # Copy-on-write: torch warns about read-only memory.
+        return np.memmap(path, dtype=dtype, mode="c")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as {np.dtype(dtype).name} values ({error})") from None
+
+
+def _check_vocabulary(path: Path, tokens: np.ndarray, vocabulary: int) -> None:
+    """Checks all tokens of small files, and evenly spaced parts of large ones."""
+    step = math.ceil(len(tokens) / _CHECKED)
+    block = _CHECKED // 16
+    for start in range(0, len(tokens), block * step):
+        largest = int(tokens[start : start + block].max())
+        if largest >= vocabulary:
+            raise UserError(f"data.vocabulary={vocabulary}: {path} contains token {largest}; use the tokenizer's size")
+
+
+def _cut(tokens: np.ndarray, ends: Sequence[int], fraction: float, tolerance: float) -> int:
+    """Returns the end of the document nearest to `fraction` of the bytes; if it is too far, the end of a line."""
+    total = len(tokens)
+    if fraction >= 1:
+        return total
+    position = round(fraction * total)
+    index = bisect_left(ends, position)
+    nearest = min(ends[max(index - 1, 0) : index + 1], key=lambda end: abs(end - position), default=total)
+    if 0 < nearest < total and abs(nearest - position) <= tolerance * total:
+        return nearest
+    lines = np.flatnonzero(tokens[position : position + _LINE] == ord("\n"))
+    return position + int(lines[0]) + 1 if len(lines) else position
+
+
+def _facts(tokens: np.ndarray, paths: Sequence[Path]) -> dict[str, Any]:
+    """Returns what identifies the text in environment.json; large texts are not hashed."""
+    facts: dict[str, Any] = {"files": len(paths), "bytes": len(tokens)}
+    if len(tokens) <= _MAX_READ:
+        facts["sha256"] = hashlib.sha256(tokens.tobytes()).hexdigest()
+    return facts

@@ -1,0 +1,73 @@
+"""Windows of a sequence of tokens: the samples of a text."""
+
+from copy import copy
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Windows:
+    """Windows of `length` + 1 tokens, of which the first `length` are inputs and the last `length` are targets.
+
+    Window i starts at token i * stride. By default stride = `length`: neighbours share one token, and every token but
+    the first is a target once; up to `length` - 1 tokens at the end are left out. The windows are never copied: they
+    are views of the tokens.
+
+    Args:
+        tokens: uint8 or uint16 [N]; may be a memory map.
+    """
+
+    def __init__(self, tokens: np.ndarray, length: int, stride: int | None = None) -> None:
+        self.tokens = tokens
+        self.length = length
+        self._stride = length if stride is None else stride
+        self._selected: Tensor | None = None  # window numbers; None: all
+        self._count = max((len(tokens) - length - 1) // self._stride + 1, 0)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.length + 1,)
+
+    @property
+    def targets(self) -> Tensor:
+        """Zeros: a text has no labels."""
+        return torch.zeros(1, dtype=torch.int64).expand(len(self))
+
+    @property
+    def is_subset(self) -> bool:
+        return self._selected is not None
+
+    def __len__(self) -> int:
+        return self._count if self._selected is None else len(self._selected)
+
+    def starts(self, indices: Tensor) -> Tensor:
+        """Returns the first tokens of windows `indices`."""
+        return (indices if self._selected is None else self._selected[indices]) * self._stride
+
+    def fetch(self, indices: Tensor) -> Tensor:
+        positions = self.starts(indices).numpy()[:, None] + np.arange(self.length + 1)
+        return torch.from_numpy(np.ascontiguousarray(self.tokens[positions]))
+
+    def select(self, indices: Tensor) -> "Windows":
+        selected = copy(self)
+        selected._selected = indices if self._selected is None else self._selected[indices]
+        return selected
+
+    def at_every_token(self) -> "Windows":
+        """Returns the windows that start at each token: sample i starts at token i."""
+        return Windows(self.tokens, self.length, stride=1)
+
+    def loaded(self) -> "Windows":
+        """Returns the windows of the tokens in main memory."""
+        windows = copy(self)
+        windows.tokens = np.array(self.tokens)
+        return windows
+
+    def view(self, device: torch.device) -> Tensor:
+        """Returns all windows [len, length + 1] on the device, as a view of its copy of the tokens."""
+        tokens = torch.from_numpy(np.asarray(self.tokens))
+        if tokens.dtype == torch.uint16 and device.type != "cpu":
+            tokens = tokens.to(torch.int32)  # accelerators have few operations for uint16
+        view = tokens.to(device).as_strided((self._count, self.length + 1), (self._stride, 1))
+        return view if self._selected is None else view.index_select(0, self._selected.to(device))

@@ -1,0 +1,135 @@
+"""Texts: windows, documents, splits, files of tokens."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dlopt.data import text as texts
+from dlopt.data.samplers import Random
+from dlopt.data.samplers.shifted import ShiftedWindows
+from dlopt.data.text import python_source, text, tokens
+from dlopt.data.windows import Windows
+from dlopt.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+@given(count=st.integers(8, 300), length=st.integers(1, 7), epoch=st.integers(0, 9))
+def test_an_epoch_covers_the_text_once_in_shifted_windows(count: int, length: int, epoch: int) -> None:
+    windows = Windows(np.arange(count, dtype=np.uint16), length)
+    everything = torch.cat([windows.fetch(torch.tensor([i]))[:, 1:].flatten() for i in range(len(windows))]).int()
+    assert everything.tolist() == list(range(1, length * len(windows) + 1)) and count - 1 - len(everything) < length
+    order = ShiftedWindows(Random(targets=windows.targets, seed=3), windows, seed=4)
+    starts = order.order(epoch)
+    assert torch.equal(starts, order.order(epoch)) and len(starts) == len(order) == len(windows)
+    first, *rest = sorted(starts.tolist())
+    assert first < length and all(b - a == length for a, b in zip([first, *rest[:-2]], rest[:-1], strict=False))
+    source = windows.at_every_token()
+    fetched = source.fetch(starts)
+    assert torch.equal(fetched[:, 0].int(), starts.int()) and fetched.shape[1] == length + 1
+    assert torch.equal(source.view(CPU).index_select(0, starts), fetched)
+
+
+def test_the_shift_changes_with_the_epoch_and_not_for_a_subset() -> None:
+    windows = Windows(np.arange(2000, dtype=np.uint16), 50)
+    order = ShiftedWindows(Random(targets=windows.targets, seed=3), windows, seed=4)
+    assert len({int(order.order(epoch).min()) for epoch in range(20)}) > 10
+    chosen = windows.select(torch.tensor([1, 5, 7]))
+    subset = ShiftedWindows(Random(targets=chosen.targets, seed=3), chosen, seed=4)
+    assert sorted(subset.order(3).tolist()) == [50, 250, 350]
+    assert torch.equal(chosen.view(CPU), chosen.fetch(torch.arange(3)))
+
+
+def test_windows_are_views_of_the_tokens() -> None:
+    windows = Windows(np.zeros(1000, dtype=np.uint8), 99).at_every_token()
+    assert windows.view(CPU).untyped_storage().nbytes() == 1000 and len(windows) == 901
+
+
+def test_splits_are_cut_between_documents(tmp_path: Path) -> None:
+    for number in range(20):
+        (tmp_path / f"{number:02}.txt").write_bytes(bytes([65 + number]) * 100)
+    (tmp_path / "other.md").write_bytes(b"?" * 5000)
+    dataset = text(file=str(tmp_path), pattern="*.txt", sequence_length=10, val_split=0.1, test_split=0.1)
+    assert dataset.val is not None and dataset.test is not None
+    parts = [bytes(split.tokens) for split in (dataset.train, dataset.val, dataset.test)]  # type: ignore[attr-defined]
+    documents = [bytes([65 + number]) * 100 + b"\0" for number in range(20)]
+    assert parts == [b"".join(documents[:16]), b"".join(documents[16:18]), b"".join(documents[18:])]
+    assert dataset.task.unit == "byte" and dataset.task.outputs == 256 and dataset.facts["files"] == 20
+
+
+def test_one_document_is_cut_at_the_end_of_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"".join(b"line %d\n" % number for number in range(500)))
+    dataset = text(file=[str(path)], pattern="*.txt", sequence_length=8, val_split=0.2, test_split=0.1)
+    splits = (dataset.train, dataset.val, dataset.test)
+    parts = [bytes(split.tokens) for split in splits]  # type: ignore[union-attr]
+    assert b"".join(parts) == path.read_bytes() and all(part.endswith(b"\n") for part in parts)
+    assert [round(len(part) / path.stat().st_size, 1) for part in parts] == [0.7, 0.2, 0.1]
+
+
+def test_large_texts_are_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_bytes(name.encode() * 500)
+    keys = {"pattern": "*.txt", "sequence_length": 10, "val_split": 0.1, "test_split": 0.1}
+    for file in (str(tmp_path), str(tmp_path / "a.txt")):
+        read = text(file=file, **keys)  # type: ignore[arg-type]
+        with monkeypatch.context() as patch:
+            patch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+            patch.setattr(texts, "_MAX_READ", 100)
+            mapped = text(file=file, **keys)  # type: ignore[arg-type]
+        assert isinstance(mapped.train.tokens.base, np.memmap)  # type: ignore[attr-defined]
+        for a, b in ((read.train, mapped.train), (read.val, mapped.val), (read.test, mapped.test)):
+            assert np.array_equal(a.tokens, b.tokens)  # type: ignore[union-attr]
+
+
+def test_the_standard_library_is_split_by_module(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    names = [f"{folder}/m{number}.py" for folder in ("json", "http") for number in range(200)]
+    for name in [*names, "test/test_x.py", "site-packages/y.py", "json/tests/z.py"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"'{name}'")
+    monkeypatch.setattr(texts.sysconfig, "get_path", lambda _: str(tmp_path))
+
+    def splits() -> list[set[str]]:
+        dataset = python_source(sequence_length=8, val_split=0.2, test_split=0.1)
+        assert dataset.val is not None and dataset.test is not None
+        parts = [bytes(split.tokens) for split in (dataset.train, dataset.val, dataset.test)]  # type: ignore[attr-defined]
+        return [{each.strip("'") for each in part.decode().split("\0") if each} for part in parts]
+
+    before = splits()
+    assert set.union(*before) == set(names) and sum(map(len, before)) == len(names)
+    assert 0.6 < len(before[0]) / len(names) < 0.8 and 0.1 < len(before[1]) / len(names) < 0.3
+    (tmp_path / "aaa.py").write_text("'aaa.py'")  # another version of Python has another module
+    assert [split - {"aaa.py"} for split in splits()] == before
+
+
+def test_tokens_are_read_as_nanogpt_writes_them(tmp_path: Path) -> None:
+    ids = np.arange(1000, dtype="<u2") % 700
+    for name in ("train", "val"):
+        ids.tofile(tmp_path / f"{name}.bin")
+    (tmp_path / "meta.pkl").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+    dataset = tokens(root=str(tmp_path), sequence_length=16, vocabulary=700)
+    assert dataset.test is None and dataset.task.unit == "token" and dataset.task.outputs == 700
+    assert dataset.train.fetch(torch.tensor([1])).int().tolist() == [ids[16:33].tolist()]
+    with pytest.raises(UserError, match="contains token 699"):
+        tokens(root=str(tmp_path), sequence_length=16, vocabulary=699)
+    (tmp_path / "val.bin").write_bytes(b"123")
+    with pytest.raises(UserError, match=r"val\.bin: cannot be read as uint16"):
+        tokens(root=str(tmp_path), sequence_length=16, vocabulary=700)
+
+
+def test_names_what_is_wrong_with_a_text(tmp_path: Path) -> None:
+    keys = {"pattern": "*.txt", "sequence_length": 10, "val_split": 0.1, "test_split": 0.1}
+    (tmp_path / "a.txt").write_bytes(b"short text")
+    for changed, message in (
+        ({"file": str(tmp_path / "none")}, "no such file or folder"),
+        ({"file": str(tmp_path), "pattern": "*.md"}, r"data\.pattern=\*\.md: no file"),
+        ({"file": []}, "at least one"),
+        ({"file": str(tmp_path)}, "data.sequence_length=10: the training text has only 8 tokens"),
+        ({"file": str(tmp_path), "val_split": 0.9}, "leave no text for training"),
+    ):
+        with pytest.raises(UserError, match=message):
+            text(**{**keys, **changed})  # type: ignore[arg-type]

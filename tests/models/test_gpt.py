@@ -1,0 +1,173 @@
+"""GPT against a plain float64 implementation, its cache, its sizes and its initialization."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dlopt.config.compose import Composer
+from dlopt.config.parsing import parse
+from dlopt.config.resolve import to_plain
+from dlopt.errors import UserError
+from dlopt.init import gpt2, mup
+from dlopt.models.gpt import GPT, KeyValueCache
+from dlopt.models.layers import token_shape
+
+VOCABULARY, CONTEXT = 13, 7
+OPTIONS = [
+    {},
+    {"norm": "rms", "positions": "rotary", "activation": "swiglu", "qk_norm": True, "tied_embeddings": False},
+    {"positions": "rotary", "bias": False, "attention_scale": "linear", "expansion": 2.5},
+]
+
+
+def gpt(**changed: Any) -> GPT:
+    keys: dict[str, Any] = {
+        "width": 12, "depth": 2, "heads": 3, "expansion": 4.0, "norm": "layer", "positions": "learned",
+        "activation": "gelu", "qk_norm": False, "attention_scale": "sqrt", "tied_embeddings": True, "bias": True,
+        "dropout": 0.0,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = GPT(input_shape=(CONTEXT,), vocabulary=VOCABULARY, **{**keys, **changed}).double()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+def reference(model: GPT, tokens: list[int], options: dict[str, Any]) -> Tensor:
+    """Returns the logits [T, V], written down token by token and head by head from the papers' formulas."""
+    weights = {name: value.detach() for name, value in model.state_dict().items()}
+    zero = torch.zeros((), dtype=torch.float64)
+
+    def linear(name: str, x: Tensor) -> Tensor:
+        return weights[f"{name}.weight"] @ x + weights.get(f"{name}.bias", zero)
+
+    def norm(name: str, x: Tensor) -> Tensor:
+        if options.get("norm") == "rms":
+            return x / ((x * x).mean() + 1e-5).sqrt() * weights[f"{name}.weight"]
+        centred = x - x.mean()
+        bias = weights.get(f"{name}.bias", zero)
+        return centred / ((centred * centred).mean() + 1e-5).sqrt() * weights[f"{name}.weight"] + bias
+
+    def unit(x: Tensor) -> Tensor:
+        return x / ((x * x).mean() + 1e-5).sqrt() if options.get("qk_norm") else x
+
+    def turned(x: Tensor, position: int) -> Tensor:
+        if options.get("positions") != "rotary":
+            return x
+        half = len(x) // 2
+        pairs = torch.complex(x[:half], x[half:])
+        angles = torch.tensor([position * 10000 ** (-2 * i / len(x)) for i in range(half)], dtype=torch.float64)
+        pairs = pairs * torch.complex(angles.cos(), angles.sin())
+        return torch.cat([pairs.real, pairs.imag])
+
+    stream = [weights["embedding.tokens.weight"][token].clone() for token in tokens]
+    if options.get("positions") != "rotary":
+        stream = [x + weights["embedding.positions.weight"][t] for t, x in enumerate(stream)]
+    for block in ("block1", "block2"):
+        rows = [linear(f"{block}.attention.qkv", norm(f"{block}.norm1", x)) for x in stream]
+        heads = [row.view(3, 3, 4) for row in rows]  # head, then q, k or v, then feature
+        added = []
+        for t in range(len(tokens)):
+            outputs = []
+            for head in range(3):
+                q = turned(unit(heads[t][head, 0]), t)
+                scores = [q @ turned(unit(heads[s][head, 1]), s) for s in range(t + 1)]
+                scaled = torch.stack(scores) / (4 if options.get("attention_scale") == "linear" else 2)
+                weight = scaled.exp() / scaled.exp().sum()
+                outputs.append(sum((w * heads[s][head, 2] for s, w in enumerate(weight)), zero))
+            added.append(linear(f"{block}.attention.project", torch.cat(outputs)))
+        stream = [x + y for x, y in zip(stream, added, strict=True)]
+        added = []
+        for x in stream:
+            y = norm(f"{block}.norm2", x)
+            up = linear(f"{block}.mlp.up", y)
+            if options.get("activation") == "swiglu":
+                gate = linear(f"{block}.mlp.gate", y)
+                hidden = gate / (1 + (-gate).exp()) * up
+            else:
+                hidden = up * 0.5 * (1 + torch.erf(up / math.sqrt(2)))
+            added.append(linear(f"{block}.mlp.down", hidden))
+        stream = [x + y for x, y in zip(stream, added, strict=True)]
+    return torch.stack([linear("head", norm("norm", x)) for x in stream])
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_equals_the_formulas(options: dict[str, Any]) -> None:
+    model = gpt(**options)
+    tokens = [3, 1, 4, 1, 5, 9, 2]
+    torch.testing.assert_close(
+        model(torch.tensor([tokens]))[0], reference(model, tokens, options), rtol=1e-10, atol=1e-10
+    )
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_cached_logits_equal_uncached_ones(options: dict[str, Any]) -> None:
+    model = gpt(**options).eval()
+    tokens = torch.tensor([[3, 1, 4, 1, 5, 9, 2], [7, 2, 7, 1, 8, 2, 8]])
+    caches = [KeyValueCache(), KeyValueCache()]
+    cached = [model.next_logits(part, caches) for part in tokens.split([3, 1, 1, 1, 1], dim=1)]
+    torch.testing.assert_close(torch.stack(cached, 1), model(tokens)[:, 2:], rtol=1e-10, atol=1e-10)
+
+
+def test_sizes() -> None:
+    def parameters(choice: str, shape: tuple[int, ...], vocabulary: int) -> int:
+        lines = [f"model={choice}"]
+        experiment = parse(*to_plain(Composer().compose(lines), lines))
+        with torch.device("meta"):
+            model: nn.Module = experiment.model.build(input_shape=shape, classes=vocabulary, vocabulary=vocabulary)
+        return sum(parameter.numel() for parameter in model.parameters())
+
+    assert parameters("gpt2_small", (1024,), 50257) == 124_439_808  # Radford et al.'s smallest model, as published
+    for name, millions in (("gpt_nano", 0.1), ("gpt", 0.9), ("gpt_mini", 2.8)):
+        assert round(parameters(name, (256,), 256) / 1e6, 1) == millions
+
+
+def test_gpt2_initialization() -> None:
+    model = gpt(width=192, heads=3, depth=8, tied_embeddings=False)
+    gpt2(model, torch.Generator().manual_seed(0), std=0.02, zero_last_gamma=False)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") and "norm" not in name:
+            assert not parameter.any()
+        elif "norm" not in name:
+            scaled = name.endswith(("project.weight", "down.weight"))
+            assert parameter.std().item() == pytest.approx(0.02 / (4 if scaled else 1), rel=0.05), name
+    gpt2(model, torch.Generator().manual_seed(0), std=0.02, zero_last_gamma=True)
+    assert not model.block3.attention.project.weight.any()  # type: ignore[union-attr]
+
+
+def test_mup_keeps_the_size_of_the_first_update_at_every_width() -> None:
+    """Yang et al. 2021: with Adam's rates divided by m, logits move equally at all widths; without, they grow."""
+
+    def moved(width: int, divided: bool) -> float:
+        model = gpt(width=width, heads=4, tied_embeddings=False, attention_scale="linear")
+        mup(model, torch.Generator().manual_seed(0), std=0.02, base_width=32, zero_last_gamma=False)
+        tokens = torch.randint(VOCABULARY, (16, CONTEXT), generator=torch.Generator().manual_seed(1))
+        hidden = [p for n, p in model.named_parameters() if p.ndim == 2 and "embedding" not in n]
+        others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embedding" in n]
+        rate = 1e-3 * (32 / width if divided else 1)
+        optimizer = torch.optim.Adam([{"params": hidden, "lr": rate}, {"params": others, "lr": 1e-3}])
+        before = model(tokens).detach()
+        for _ in range(3):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+            optimizer.step()
+        return (model(tokens) - before).square().mean().sqrt().item()
+
+    assert moved(256, divided=True) == pytest.approx(moved(32, divided=True), rel=0.5)
+    assert moved(256, divided=False) > 3 * moved(32, divided=False)
+
+
+def test_refusals() -> None:
+    for changed, message in (
+        ({"heads": 5}, "model.heads=5: must divide model.width=12"),
+        ({"heads": 12, "positions": "rotary"}, "model.positions=rotary"),
+    ):
+        with pytest.raises(UserError, match=message):
+            gpt(**changed)
+    with pytest.raises(UserError, match=r"model=gpt: reads text.*use data=python_source"):
+        token_shape((1, 8, 8), None, "gpt")
+    with pytest.raises(UserError, match=r"init=mup.*tied_embeddings=false"):
+        mup(gpt(), torch.Generator(), std=0.02, base_width=32, zero_last_gamma=False)

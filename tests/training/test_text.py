@@ -1,0 +1,114 @@
+"""Training on a text: metrics, resuming, delivery, evaluation, and what is refused."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dlopt.api import load
+from dlopt.commands.eval import evaluate
+from dlopt.errors import UserError
+from dlopt.training.build import build_workload, training_batches
+from tests.training.runs import experiment, resume, same, start
+
+TEXT = "\n".join(f"def f{number}(x):\n    return x + {number}" for number in range(300))
+
+
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    path = tmp_path_factory.mktemp("text") / "a.txt"
+    path.write_text(TEXT)
+    return [
+        "data=text", f"data.file={path}", "data.sequence_length=16", "data.batch_size=40", "model=gpt_nano",
+        "model.width=12", "model.depth=2", "optimizer=adamw", "optimizer.lr=0.01", "threads=1", "device=cpu",
+        "tracking=[]", "epochs=2",
+    ]  # fmt: skip
+
+
+def test_a_run_reports_bits_per_byte(lines: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "environment.json").write_text("{}")
+    summary = start(tmp_path / "run", *lines, "epochs=3")
+    assert summary["best_val_bits_per_byte"] == pytest.approx(summary["best_val_loss"] / math.log(2))
+    assert summary["test_bits_per_byte"] < 6 and 0 < summary["test_token_accuracy"] < 1
+    assert "test_accuracy" not in summary and "best_val_accuracy" not in summary
+    history = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert {"val_loss", "val_token_accuracy", "val_bits_per_byte", "train_token_accuracy"} <= set(history[-1])
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["data"]["bytes"] == len(TEXT)
+    best = tmp_path / "run" / "checkpoints" / "best.pt"
+    (tmp_path / "run" / "config.yaml").write_text("")
+    evaluate([f"checkpoint={best}"])
+    written = json.loads((tmp_path / "run" / "eval.json").read_text())
+    for name in ("test_loss", "test_token_accuracy", "test_bits_per_byte"):
+        assert written[name] == pytest.approx(summary[name], rel=1e-6)
+    with pytest.raises(UserError, match="cannot be averaged"):
+        evaluate([f"checkpoint=[{best},{best}]"])
+    with pytest.raises(UserError, match="tta=flip: averages predictions of labels"):
+        evaluate([f"checkpoint={best}", "tta=flip"])
+    model = load(best)
+    tokens = torch.tensor([list(b"def f1(x):\n    r")])
+    assert model(tokens).shape == (1, 16, 256)
+
+
+def test_a_resumed_run_is_bitwise_identical(lines: list[str], tmp_path: Path, monkeypatch: Any) -> None:
+    rich = [*lines, "model.dropout=0.2", "ema=0.9", "clip=norm", "model.positions=rotary"]
+    whole = start(tmp_path / "whole", *rich)
+    for name, extra in (("parts", []), ("files", ["data.memory=false"])):
+        start(tmp_path / name, *rich, *extra, "max_time=0.0001")
+        resumed = resume(tmp_path / name, *rich, *extra)
+        assert resumed["status"] == "finished" and len(resumed["resumed_from"]) == 1
+        changing = ("seconds", "resumed_from")
+        assert {k: v for k, v in resumed.items() if k not in changing} == {
+            k: v for k, v in whole.items() if k not in changing
+        }
+        states = [
+            torch.load(tmp_path / each / "checkpoints" / "last.pt", weights_only=True) for each in ("whole", name)
+        ]
+        assert same(states[0]["model"], states[1]["model"]) and same(states[0]["ema"], states[1]["ema"])
+
+
+def test_batches_do_not_depend_on_their_delivery(lines: list[str]) -> None:
+    def batches(*extra: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        loop = training_batches(build_workload(experiment(*lines, *extra)))
+        try:
+            return list(loop.epoch(1))
+        finally:
+            loop.close()
+
+    reference = batches()
+    for extra in ("data.memory=false", "data.memory=false data.workers=2"):
+        assert same(reference, batches(*extra.split()))
+    text = torch.tensor(list(TEXT.encode()))
+    for inputs, targets in reference:
+        assert torch.equal(inputs[:, 1:], targets[:, :-1]) and inputs.dtype == torch.int64
+        for row in inputs[:3]:
+            assert (text.unfold(0, 16, 1) == row).all(1).any()
+
+
+@pytest.mark.parametrize("model", ["lstm", "rnn"])
+def test_recurrent_models_read_text(lines: list[str], tmp_path: Path, model: str) -> None:
+    kept = [line for line in lines if not line.startswith("model")]
+    summary = start(tmp_path, *kept, f"model={model}", "model.hidden=16", "epochs=1")
+    assert summary["best_val_loss"] < math.log(256)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["model=mlp"], "model=mlp: does not read text; use model=gpt"),
+        (["normalize=standardize"], "normalize=standardize: tokens have no mean"),
+        (["augmentation=crop_flip"], "augmentation.*use augmentation=none"),
+        (["sampler=hard_examples"], "sampler=.*use random"),
+        (["evaluate.tta=flip"], r"evaluate\.tta=flip: averages"),
+        (["evaluate.metrics=[macro_f1]"], "a next token task has no such metric"),
+        (["loss=mse", "monitor=val_accuracy", "evaluate.metrics=[r2]"], "next token"),
+    ],
+)
+def test_refusals(lines: list[str], tmp_path: Path, extra: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        start(tmp_path, *[line for line in lines if not (extra == ["model=mlp"] and line.startswith("model"))], *extra)
+    with pytest.raises(UserError, match="model=gpt: reads text"):
+        build_workload(experiment("model=gpt", "device=cpu"))
