@@ -16,6 +16,7 @@ COMMANDS = {  # name -> function(arguments) -> exit code
     "train": "dlopt.commands.train:train",
     "eval": "dlopt.commands.eval:evaluate",
     "predict": "dlopt.commands.predict:predict",
+    "sample": "dlopt.commands.sample:sample",
     "export": "dlopt.commands.export:export",
     "consolidate": "dlopt.commands.consolidate:consolidate",
     "show-batch": "dlopt.commands.show_batch:show_batch",
@@ -40,6 +41,7 @@ Training:
   find-lr      Run a learning-rate range test
   eval         Evaluate a checkpoint or an ensemble, with or without test-time augmentation
   predict      Classify images with a checkpoint
+  sample       Continue a text with a language model
   export       Export a checkpoint to safetensors, ONNX or torch.export
   consolidate  Merge a sharded checkpoint into one file
 

@@ -45,7 +45,7 @@ def _candidates(program: str, words: list[str], arguments: list[str], commands: 
         candidates = list(TEMPLATES)
     elif command in ("report", "runs"):
         candidates = glob.glob(glob.escape(prefix) + "*/")
-    elif command in ("eval", "predict", "export", "consolidate"):
+    elif command in ("eval", "predict", "sample", "export", "consolidate"):
         candidates = _checkpoints(prefix) if prefix.startswith("checkpoint=") else ["checkpoint="]
     else:
         return _overrides(" ".join([program, *words[1:]]), prefix, arguments)

@@ -215,7 +215,7 @@ class GPT(nn.Sequential):
             head.weight = embedding.tokens.weight
         super().__init__(modules)
         self.vocabulary = vocabulary
-        self.context = context
+        self.depth = depth
 
     def next_logits(self, tokens: Tensor, caches: list[KeyValueCache]) -> Tensor:
         """Reads tokens [B, T] after those in the caches, one per block; returns the last token's logits [B, V]."""

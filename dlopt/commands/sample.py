@@ -1,0 +1,129 @@
+"""`dlopt sample`: continues a text with a trained language model."""
+
+import codecs
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dlopt.commands.command import on_checkpoint
+from dlopt.errors import DONE, UserError
+from dlopt.ranges import Count, NonNegative, Seed
+
+if TYPE_CHECKING:
+    from torch import Generator
+
+    from dlopt.training.restore import Trained
+
+_MAY_CHANGE = ("device", "precision", "threads", "allow_packages")
+_USAGE = f"""\
+Continue a text with a language model
+
+Usage: dlopt sample checkpoint=PATH [prompt=TEXT] [key=value]
+
+Examples:
+  dlopt sample checkpoint=outputs/train/DATE prompt="def " length=200
+  dlopt sample checkpoint=outputs/train/DATE file=start.py temperature=0 samples=3
+
+  checkpoint=PATH   a checkpoint, or a run folder: its best.pt, or else last.pt
+  prompt=TEXT       the text to continue (default: a line break); token numbers for data=tokens: prompt=[464,1266]
+  file=PATH         read the prompt from a file
+  length=N          number of tokens to sample (default: 200)
+  temperature=T     divides the logits; 0: always the most probable token (default: 0.8)
+  top_k=N           sample from the N most probable tokens (default: null, from all)
+  seed=N            seed of the samples (default: 0)
+  samples=N         number of continuations (default: 1)
+
+Bytes that are no valid UTF-8 are shown as the replacement character. When the context of the model is full, sampling
+continues from its last half. Uses the config saved in the checkpoint. Keys that can be overridden:
+  {", ".join(_MAY_CHANGE)}
+"""
+
+
+def sample(arguments: list[str]) -> int:
+    """Prints the prompt and its continuations. Raises `UserError`."""
+    # A prompt is any text: it is not parsed as a value of an override.
+    prompts = [argument.removeprefix("prompt=") for argument in arguments if argument.startswith("prompt=")]
+
+    @on_checkpoint("sample", _USAGE, _MAY_CHANGE)
+    def continue_text(
+        path: Path,
+        changes: dict[str, Any],
+        *,
+        file: str | None = None,
+        length: Count = 200,
+        temperature: NonNegative = 0.8,
+        top_k: Count | None = None,
+        seed: Seed = 0,
+        samples: Count = 1,
+    ) -> int:
+        from dlopt.random import generator
+        from dlopt.training.restore import restore
+
+        trained = restore(path, changes)
+        if trained.task.vocabulary is None:
+            raise UserError(f"checkpoint={path}: its model predicts no text; it was trained with other data")
+        text = _text(prompts, file)
+        tokens = list(text) if trained.task.unit == "byte" else _numbers(text, trained.task.vocabulary)
+        for number in range(samples):
+            if number:
+                print("-" * 40)
+            rng = generator("cpu", seed, number)
+            _print_continuation(trained, tokens, length, temperature=temperature, top_k=top_k, generator=rng)
+        return DONE
+
+    return continue_text([argument for argument in arguments if not argument.startswith("prompt=")])
+
+
+def _text(prompts: list[str], file: str | None) -> bytes:
+    """Returns the prompt, a line break by default."""
+    if prompts and file is not None:
+        raise UserError("prompt, file: set one of them")
+    if file is None:
+        text = os.fsencode(prompts[-1]) if prompts else b"\n"
+    else:
+        try:
+            text = Path(file).read_bytes()
+        except OSError as error:
+            raise UserError(f"file={file}: cannot be read ({error.strerror})") from None
+    if not text:
+        raise UserError(f"{'prompt=' if file is None else f'file={file}'}: is empty; give at least one character")
+    return text
+
+
+def _numbers(text: bytes, vocabulary: int) -> list[int]:
+    """Returns the token numbers in a prompt for data=tokens."""
+    words = text.decode("utf-8", "replace").strip("[] \n").replace(",", " ").split()
+    if not words or not all(word.isdecimal() and int(word) < vocabulary for word in words):
+        raise UserError(f"prompt: the model reads tokens 0 to {vocabulary - 1}; give them as prompt=[464,1266]")
+    return list(map(int, words))
+
+
+def _print_continuation(
+    trained: "Trained",
+    tokens: list[int],
+    length: int,
+    *,
+    temperature: float,
+    top_k: int | None,
+    generator: "Generator",
+) -> None:
+    """Prints the tokens and what follows them, as it is sampled."""
+    import torch
+
+    from dlopt.models.generation import generate
+
+    prompt = torch.tensor(tokens, device=trained.precision.device)
+    context = trained.window[0]
+    stream = generate(
+        trained.module, prompt, length, context=context, temperature=temperature, top_k=top_k, generator=generator
+    )
+    if trained.task.unit == "token":
+        print(*tokens, *stream)
+        return
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may have several bytes
+    sys.stdout.write(decoder.decode(bytes(tokens)))
+    for token in stream:
+        sys.stdout.write(decoder.decode(bytes([token])))
+        sys.stdout.flush()
+    print(decoder.decode(b"", final=True))

@@ -1,0 +1,71 @@
+"""Continues a text: samples one token after the other from a language model."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from dlopt.models.gpt import GPT, KeyValueCache
+
+
+@torch.inference_mode()
+def generate(
+    model: nn.Module,
+    prompt: Tensor,
+    length: int,
+    *,
+    context: int,
+    temperature: float,
+    top_k: int | None,
+    generator: torch.Generator,
+    cache: bool = True,
+) -> Iterator[int]:
+    """Yields `length` tokens that follow `prompt`, int64 [T] with T >= 1.
+
+    The model reads at most `context` tokens. When these are full, it goes on with the last half of them, which it reads
+    anew: a cache of keys and values cannot be shortened at its start without changing what the rest depends on.
+
+    Args:
+        temperature: divides the logits; 0: the most probable token.
+        top_k: sample from the k most probable tokens; None: from all.
+        generator: on the CPU, where tokens are drawn: the same on every device.
+        cache: keep keys and values of a GPT; false: compute them again for each token.
+    """
+    tokens = prompt[-context:].tolist()
+    reader = _Reader(model, prompt.device, cache=cache)
+    for _ in range(length):
+        if len(tokens) > context:
+            tokens = tokens[-max(context // 2, 1) :]
+            reader = _Reader(model, prompt.device, cache=cache)
+        tokens.append(draw(reader.logits(tokens), temperature, top_k, generator))
+        yield tokens[-1]
+
+
+class _Reader:
+    """Returns the logits after a growing list of tokens."""
+
+    def __init__(self, model: nn.Module, device: torch.device, *, cache: bool) -> None:
+        self._model = model
+        self._device = device
+        self._caches: list[KeyValueCache] | None = None
+        if cache and isinstance(model, GPT):
+            self._caches = [KeyValueCache() for _ in range(model.depth)]
+
+    def logits(self, tokens: list[int]) -> Tensor:
+        """Returns [V] on the CPU, float64."""
+        read = 0 if self._caches is None else len(self._caches[0])
+        batch = torch.tensor([tokens[read:]], device=self._device)
+        if self._caches is not None and isinstance(self._model, GPT):
+            return self._model.next_logits(batch, self._caches)[0].double().cpu()
+        outputs: Tensor = self._model(batch)
+        return outputs[0, -1].double().cpu()
+
+
+def draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> int:
+    """Draws a token from softmax(logits / temperature), logits [V], among the `top_k` largest; ties are kept."""
+    if temperature == 0:
+        return int(logits.argmax())
+    if top_k is not None:
+        smallest = logits.topk(min(top_k, len(logits))).values[-1]
+        logits = logits.masked_fill(logits < smallest, -torch.inf)
+    return int(torch.multinomial((logits / temperature).softmax(0), 1, generator=generator))
