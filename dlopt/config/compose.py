@@ -12,6 +12,7 @@ import logging
 import re
 import sys
 from argparse import Namespace
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
@@ -225,33 +226,35 @@ class Composer:
         return hint or suggest(choice, names, f"dlopt options {group}", prefix=f"{group}=", title="choices")
 
     def _explain(self, overrides: list[Override], error: Exception, multirun: bool) -> str:
-        """Explains a composition error by the override at fault: adds them one by one, groups first as Hydra does."""
+        """Explains a composition error by the override at fault: the last of the shortest list that fails."""
         groups = self.groups()
-        group_overrides = [o for o in overrides if o.get_key_element().lstrip("+~") in groups]
-        key_overrides = [o for o in overrides if o not in group_overrides]
-        accepted: list[str] = []
-        if (first_error := self._composition_error(accepted, multirun)) is not None:  # a config file is at fault
-            if self.config_name != CONFIG_NAME and "primary config" in str(first_error):
+        # Groups first, as Hydra applies them.
+        ordered = sorted(overrides, key=lambda override: override.get_key_element().lstrip("+~") not in groups)
+        lines = [str(override.input_line) for override in ordered]
+
+        @functools.cache
+        def compose_first(count: int) -> DictConfig | Exception:
+            try:
+                return self._compose(lines[:count], multirun)
+            except (HydraException, OmegaConfBaseException) as error:
+                return error
+
+        # Bisection: with an override at fault, every longer list fails as well.
+        count = bisect_left(range(len(lines) + 1), True, key=lambda count: isinstance(compose_first(count), Exception))
+        if count > len(lines):
+            return first_lines(error)
+        error_at_fault = compose_first(count)
+        assert isinstance(error_at_fault, Exception)
+        if count == 0:  # a config file is at fault
+            if self.config_name != CONFIG_NAME and "primary config" in str(error_at_fault):
                 return f"--config-name={self.config_name}: no such file in dlopt's folder or in --config-dir"
-            return first_lines(first_error)
-        for override in (*group_overrides, *key_overrides):
-            line = override.input_line
-            assert line is not None
-            if (override_error := self._composition_error([*accepted, line], multirun)) is not None:
-                return self._explain_override(override, line, accepted, override_error, multirun)
-            accepted.append(line)
-        return first_lines(error)
+            return first_lines(error_at_fault)
+        config = compose_first(count - 1)
+        assert isinstance(config, DictConfig)
+        return self._explain_override(ordered[count - 1], lines[count - 1], config, error_at_fault)
 
-    def _composition_error(self, overrides: list[str], multirun: bool) -> Exception | None:
-        try:
-            self._compose(overrides, multirun)
-        except (HydraException, OmegaConfBaseException) as error:
-            return error
-        return None
-
-    def _explain_override(
-        self, override: Override, line: str, accepted: list[str], error: Exception, multirun: bool
-    ) -> str:
+    def _explain_override(self, override: Override, line: str, config: DictConfig, error: Exception) -> str:
+        """Explains the error of `override`; `config` is composed without it."""
         key, value = override.get_key_element().lstrip("+~"), override.value()
         typed = line.partition("=")[2]
         if key in self.groups() and isinstance(value, str):
@@ -267,7 +270,6 @@ class Composer:
         if "/" in key or "@" in key:
             return f"{line}: {first_lines(error)}"
         parent, _, name = key.rpartition(".")
-        config = self._compose(accepted, multirun)
         node = OmegaConf.select(config, parent, throw_on_resolution_failure=False) if parent else config
         if not isinstance(node, DictConfig):
             group, _, rest = key.partition(".")

@@ -16,7 +16,7 @@ KEYS = {
     "lrr=1": ("lrr=1", "did you mean optimizer.lr?"),
     "lr=1": ("lr=1: unknown key; use optimizer.lr=1",),
     "seeed=1": ("did you mean seed?",),
-    "model=nope": ("model=nope", "unknown choice", "resnet20"),
+    "model=nope": ("model=nope", "unknown choice", "`dlopt options model` lists all"),
     "data=.": ("data=.", "data=image_folder data.root=."),
     "data.root=.": ("data.root=.: unknown key", "image_folder", "have it", "`dlopt options data` lists all"),
     "optimizer=adam optimizer.momentum=0.9": ("optimizer.momentum=0.9: unknown key", "optimizer=", "sgd", "eps"),
