@@ -1,7 +1,6 @@
 """`dlopt report`: compares runs and sweeps in a table, plots and an HTML page."""
 
 import contextlib
-import io
 import operator
 import time
 import webbrowser
@@ -15,7 +14,8 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
-from dlopt.analysis.report.page import columns, page, page_data, summary_csv, test_columns
+from dlopt.analysis.report.exports import Destination, Format, Report, destination, render
+from dlopt.analysis.report.page import columns, test_columns
 from dlopt.analysis.report.reading import Damaged, Reader, Record, brief, printable, short_key
 from dlopt.analysis.report.table import (
     Configuration,
@@ -48,6 +48,9 @@ Usage: dlopt report DIR... [key=value] [--watch] [--open]
 Examples:
   dlopt report outputs/night
   dlopt report outputs/night by=val_loss target=0.4
+  dlopt report outputs/night output=paper.pdf     # all plots, one per page
+  dlopt report outputs/night output=table.tex     # a table with booktabs
+  dlopt report outputs/night format=[pdf,latex]   # a file per plot, and table.tex
   dlopt report outputs/night --watch --open       # live view of a running sweep
 
 Searches the folders recursively for runs, prints a leaderboard, and writes DIR/report/: index.html (works offline),
@@ -57,8 +60,11 @@ summary.csv and plots. Runs that differ only in their seeds count as one configu
   target=X      metric value for the time-to-target column, accuracies as 0..1 (default: one that half of the
                 configurations reach)
   test=true     show the test metrics of all rows (default: false, only of the best)
-  top=N         rows of the printed table (default: 20)
-  output=DIR    folder of the report (default: report in the first DIR)
+  top=N         rows of the printed table, and of LaTeX and Markdown tables (default: 20)
+  output=PATH   folder of the report (default: report in the first DIR), or one file: .html, .csv, .tex, .md, .pdf, .png
+                or .svg
+  format=NAME   html, csv, latex, markdown, pdf, png, svg, or a list (default: [html,csv,png])
+  plot=NAME     only this plot, such as learning_curves or lr_sensitivity
   --watch       update the report whenever a run writes, until interrupted
   --open        serve the page on localhost and open it in the browser, until interrupted
 """
@@ -66,6 +72,7 @@ summary.csv and plots. Runs that differ only in their seeds count as one configu
 _REFRESH = 5.0  # seconds
 _MAX_KEYS = 6  # config keys in the printed table
 _MAX_ROWS = 12  # of a sweep's leaderboard
+_NAMED = ("index.html", "summary.csv")  # files of the default report that are named at its end; the plots are beside
 _WIDTH = 130  # columns of a sweep's leaderboard in a file
 
 
@@ -76,6 +83,8 @@ class _Options:
     test: bool = False
     top: Count = 20
     output: str | None = None
+    format: Format | list[Format] | None = None
+    plot: str | None = None
 
 
 def report(arguments: list[str]) -> int:
@@ -90,17 +99,19 @@ def report(arguments: list[str]) -> int:
     options = _Options(**check_own(_Options, typed_values(others)))
     if not folders:
         raise UserError("report: needs a folder of runs: dlopt report outputs/NAME")
-    target = folders[0] / "report" if options.output is None else Path(options.output)
+    to = destination(folders[0], options.output, options.format, options.plot)
+    if "--open" in flags and to.page is None:
+        raise UserError("--open: shows the page; needs a folder with html among its formats")
     reader, console = Reader(), Console(highlight=False)
     watch = "--watch" in flags
-    state = _update(reader, folders, target, options, console, watch=watch)
+    state = _update(reader, folders, to, options, console, watch=watch)
     if not flags:
         return DONE
     with contextlib.ExitStack() as stack:
-        if "--open" in flags:
+        if "--open" in flags and to.page is not None:
             from dlopt.analysis.report.page import serve
 
-            address = stack.enter_context(serve(target))
+            address = stack.enter_context(serve(to.page))
             print(f"{address}  (press Ctrl+C to quit)", flush=True)
             with contextlib.suppress(webbrowser.Error):
                 webbrowser.open(address)
@@ -108,7 +119,7 @@ def report(arguments: list[str]) -> int:
         with Interruption() as stop, contextlib.suppress(KeyboardInterrupt):
             while not _wait(stop, _REFRESH):
                 if watch:
-                    state = _update(reader, folders, target, options, console, watch=True, before=state)
+                    state = _update(reader, folders, to, options, console, watch=True, before=state)
     return DONE
 
 
@@ -123,7 +134,7 @@ def _wait(stop: Interruption, seconds: float) -> bool:
 def _update(
     reader: Reader,
     folders: Sequence[Path],
-    target: Path,
+    to: Destination,
     options: _Options,
     console: Console,
     *,
@@ -143,28 +154,15 @@ def _update(
     title = "Runs in " + ", ".join(layout.short_path(folder) for folder in folders)
     made = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
     refresh = _REFRESH if watch else None
-    data = page_data(table, title=title, made=made, target=goal, test=options.test, refresh=refresh)
-    files = _plots(table, goal)
-    files |= {"summary.csv": summary_csv(table, goal, test=options.test).encode(), "index.html": page(data).encode()}
-    with writing(target):
-        target.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            write_atomically(target / name, content)
+    files = render(to, Report(table, title, made, goal, options.test, refresh, options.top))
+    with writing(to.path):
+        for path, content in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, content)
     _print_table(table, options, console)
-    written = [layout.short_path(target / name) for name in ("index.html", "summary.csv")]
-    console.print(*written, sep="\n", markup=False, soft_wrap=True)
+    written = list(files) if to.is_file or options.format is not None else [to.path / name for name in _NAMED]
+    console.print(*map(layout.short_path, written), sep="\n", markup=False, soft_wrap=True)
     return state
-
-
-def _plots(table: Table, target: float | None) -> dict[str, bytes]:
-    from dlopt.analysis.report.plots import plots
-
-    files = {}
-    for name, figure in plots(table, target).items():
-        file = io.BytesIO()
-        figure.savefig(file, dpi=150, format="png")
-        files[f"{name}.png"] = file.getvalue()
-    return files
 
 
 # -- the printed table

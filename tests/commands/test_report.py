@@ -50,6 +50,12 @@ def test_writes_table_page_and_plots(runs: Path) -> None:
     again = dlopt(runs, "report", "night", "night/1", "output=elsewhere", "by=val_loss", "test=true", "top=1")
     assert again.code == 0 and (runs / "elsewhere/index.html").is_file()
     assert "more rows on the HTML page" in again.out
+    pdf = dlopt(runs, "report", "night", "output=paper/plots.pdf")
+    assert pdf.code == 0 and pdf.out.splitlines()[-1] == "paper/plots.pdf"
+    assert (runs / "paper/plots.pdf").read_bytes().startswith(b"%PDF")
+    tables = dlopt(runs, "report", "night", "output=tables", "format=[latex,csv]")
+    assert tables.code == 0 and tables.out.splitlines()[-2:] == ["tables/table.tex", "tables/summary.csv"]
+    assert {path.name for path in (runs / "tables").iterdir()} == {"table.tex", "summary.csv"}
 
 
 @pytest.fixture
@@ -95,7 +101,10 @@ def test_piped_table_is_complete_without_trailing_spaces(paired: Path) -> None:
         ("night targt=1", "did you mean target?"),
         ("empty", "empty: contains no runs"),
         ("night/0", "1 damaged: night/0: summary.json is damaged"),
-        ("night output=night/1/config.yaml", "cannot write: "),
+        ("night output=night/1/config.yaml", "unknown format; allowed: .html, "),
+        ("night output=night/1/config.yaml/", "cannot write: "),
+        ("night format=docx", "format=docx: "),
+        ("night --open output=paper.pdf", "--open: shows the page"),
     ],
 )
 def test_refused(runs: Path, typed: str, message: str) -> None:

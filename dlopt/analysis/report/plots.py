@@ -55,6 +55,12 @@ def _label(metric: str) -> str:
     return metric_label(metric) + (" [%]" if _scale(metric) == 100 else "")
 
 
+def key_labels(keys: Sequence[str]) -> list[str]:
+    """Returns labels such as learning rate for optimizer.lr; keys of equal labels keep their names."""
+    labels = [drawing.label(key) for key in keys]
+    return [label if labels.count(label) == 1 else key for label, key in zip(labels, keys, strict=True)]
+
+
 def _rows(table: Table) -> Sequence[Configuration]:
     return (table.ranked or table.rows)[:SHOWN]
 
@@ -129,7 +135,7 @@ def importance_bars(table: Table) -> "Figure | None":
         return None
     keys = sorted(importances.fractions, key=lambda key: importances.fractions[key])
     figure, axis = _figure(1.7 + 0.4 * len(keys))
-    axis.barh(keys, [100 * importances.fractions[key] for key in keys], color=COLOURS[0])
+    axis.barh(key_labels(keys), [100 * importances.fractions[key] for key in keys], color=COLOURS[0])
     axis.set_xlabel(f"explained variance of {metric_label(table.by)} [%]")
     axis.set_xlim(0, 100)
     axis.grid(visible=False, axis="y")
@@ -207,7 +213,7 @@ def parallel_coordinates(table: Table) -> "Figure | None":
             axis.annotate(
                 label, (x, position), xytext=(5, 0), textcoords="offset points", fontsize="small", va="center", bbox=box
             )
-    axis.set_xticks(range(len(scales)), [*keys, _label(table.by)], fontsize="small")
+    axis.set_xticks(range(len(scales)), [*key_labels(keys), _label(table.by)], fontsize="small")
     axis.set_yticks([])
     axis.grid(visible=False)
     axis.set_xlim(-0.2, len(scales) - 0.6)

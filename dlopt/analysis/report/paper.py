@@ -1,0 +1,106 @@
+"""Renders the leaderboard as a table for a paper: LaTeX with booktabs, or Markdown.
+
+A row has the keys that vary, the ranking metric, the test metric (of the first row only unless `test`, because
+selecting a row by it would be model selection on the test set) and the paired difference to the first row.
+"""
+
+from dlopt.analysis import drawing
+from dlopt.analysis.leaderboard import Difference, Statistic
+from dlopt.analysis.report.page import test_columns
+from dlopt.analysis.report.plots import key_labels
+from dlopt.analysis.report.reading import brief, printable
+from dlopt.analysis.report.table import Table
+
+_SPECIAL = {
+    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
+    "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
+}  # fmt: skip
+_NOTE = "mean ± sample standard deviation over seeds"
+_DIFFERENCE_NOTE = "difference to the first row: paired over seeds, with its 95 % confidence interval"
+
+
+def latex(table: Table, *, made: str, test: bool, top: int) -> str:
+    """Renders a `tabular` with the rules of booktabs; `made`: a comment on the origin of the figures."""
+    heads, rows = _cells(table, test=test, top=top)
+    keys, best = len(table.keys), {row.value.mean for row in table.ranked[:1] if row.value is not None}
+    lines = [f"% {line}" for line in (printable(made), *_notes(table, top), r"\usepackage{booktabs}")]
+    lines += [rf"\begin{{tabular}}{{{'l' * keys}{'r' * (len(heads) - keys)}}}", r"\toprule"]
+    lines += [" & ".join(map(_escaped, heads)) + r" \\", r"\midrule"]
+    for row, cells in zip(table.rows, rows, strict=False):
+        is_best = row.value is not None and row.value.mean in best
+        values = [_math(cell, is_bold=is_best and i == 1) for i, cell in enumerate(cells[keys:])]
+        lines.append(" & ".join([*map(_escaped, cells[:keys]), *values]) + r" \\")
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+
+
+def markdown(table: Table, *, made: str, test: bool, top: int) -> str:
+    """Renders a table of pipes, with notes below it."""
+    heads, rows = _cells(table, test=test, top=top)
+    keys = len(table.keys)
+    rule = [*["---"] * keys, *["---:"] * (len(heads) - keys)]
+    body = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |" for cells in (heads, rule, *rows)]
+    return "\n".join([*body, "", f"{'; '.join([*_notes(table, top), printable(made)])}.", ""])
+
+
+def _notes(table: Table, top: int) -> list[str]:
+    notes = [_NOTE] * any(len(row.runs) > 1 for row in table.rows)
+    notes += [_DIFFERENCE_NOTE] * _is_compared(table)
+    return notes + [f"the first {top} of {len(table.rows)} configurations"] * (len(table.rows) > top)
+
+
+def _is_compared(table: Table) -> bool:
+    return any(row.difference is not None for row in table.rows)
+
+
+def _cells(table: Table, *, test: bool, top: int) -> tuple[list[str], list[list[str]]]:
+    """Returns the heads and the rows: the keys as text, then numbers."""
+    metrics = [table.by, *test_columns(table)[:1]]
+    heads = [*key_labels(table.keys), "runs", *(drawing.metric_label(name) + _unit(name) for name in metrics)]
+    heads += ["difference" + " [points]" * bool(_unit(table.by))] * _is_compared(table)
+    rows = []
+    for number, row in enumerate(table.rows[:top]):
+        cells = [brief(row.values[key]) if key in row.values else "-" for key in table.keys]
+        cells += [str(len(row.runs)), _statistic(table.by, row.value)]
+        cells += [_statistic(name, row.statistic(name)) if test or number == 0 else "" for name in metrics[1:]]
+        cells += [_difference(table.by, row.difference)] * _is_compared(table)
+        rows.append(list(map(printable, cells)))
+    return list(map(printable, heads)), rows
+
+
+def _unit(metric: str) -> str:
+    return " [%]" if "accuracy" in metric else ""
+
+
+def _number(metric: str, value: float, sign: str = "") -> str:
+    if "accuracy" in metric:
+        return f"{100 * value:{sign}.2f}"
+    return f"{value:{sign}.4f}" if 1e-3 <= abs(value) < 1e3 or value == 0 else f"{value:{sign}.3e}"
+
+
+def _statistic(metric: str, statistic: Statistic | None) -> str:
+    if statistic is None:
+        return "-"
+    deviation = "" if statistic.std is None else f" ± {_number(metric, statistic.std)}"
+    return _number(metric, statistic.mean) + deviation
+
+
+def _difference(metric: str, difference: Difference | None) -> str:
+    if difference is None:
+        return ""
+    mean = _number(metric, difference.mean, "+")
+    if difference.low is None or difference.high is None:
+        return mean
+    return f"{mean} [{_number(metric, difference.low, '+')}, {_number(metric, difference.high, '+')}]"
+
+
+def _escaped(text: str) -> str:
+    """Escapes LaTeX's special characters; a bracket after a line's end would be read as its optional argument."""
+    return "{}" * text.startswith("[") + "".join(_SPECIAL.get(character, character) for character in text)
+
+
+def _math(cell: str, *, is_bold: bool) -> str:
+    if not any(character.isdigit() for character in cell):
+        return cell.replace("-", "--")
+    inner = cell.replace("±", r"\pm").replace(" [", r"\ [").replace(", ", r",\ ")
+    return rf"$\mathbf{{{inner}}}$" if is_bold else f"${inner}$"

@@ -1,0 +1,81 @@
+"""Where `output`, `format` and `plot` put what."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dlopt.analysis.report.exports import SUFFIXES, Report, destination, render
+from dlopt.analysis.report.plots import PLOTS
+from dlopt.errors import UserError
+from tests.analysis.report.folders import make_run, table
+
+STARTS = {".html": b"<!DOCTYPE", ".csv": b"rank,", ".tex": b"% ", ".md": b"| ", ".pdf": b"%PDF", ".png": b"\x89PNG",
+          ".svg": b"<?xml"}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
+    folder = tmp_path_factory.mktemp("runs")
+    for i in range(2):
+        make_run(folder / str(i), lr=0.1 * (i + 1))
+    return Report(table(folder), "title", "now", 0.7, test=False, refresh=None, top=20)
+
+
+def written(report: Report, folder: Path, output: str | None, formats: Any = None, plot: str | None = None) -> set[str]:
+    files = render(destination(folder, output, formats, plot), report)
+    assert all(content.startswith(STARTS[path.suffix]) for path, content in files.items())
+    return {path.name if output is None else str(path) for path in files}
+
+
+def test_suffix_of_output_selects_one_file(report: Report, tmp_path: Path) -> None:
+    assert STARTS.keys() == SUFFIXES.keys()
+    for suffix in SUFFIXES:
+        assert written(report, tmp_path, f"paper/table.x{suffix}") == {f"paper/table.x{suffix}"}
+    assert written(report, tmp_path, "s.PNG".lower(), plot="learning_rates") == {"s.png"}
+
+
+def test_formats_select_files_of_the_folder(report: Report, tmp_path: Path) -> None:
+    curves = {"learning_curves", "learning_curves_seconds", "learning_rates", "lr_sensitivity", "time_to_target"}
+    assert written(report, tmp_path, None) == {"index.html", "summary.csv", *(f"{name}.png" for name in curves)}
+    assert written(report, tmp_path, None, "pdf") == {f"{name}.pdf" for name in curves}
+    both = written(report, tmp_path, None, ["latex", "markdown", "svg"], "lr_sensitivity")
+    assert both == {"table.tex", "table.md", "lr_sensitivity.svg"}
+    (tmp_path / "old.pdf").mkdir()
+    for output in ("folder", "v1.2/", str(tmp_path / "old.pdf")):
+        [name] = written(report, tmp_path, output, "csv")
+        assert name.endswith("summary.csv")
+
+
+def test_pdf_has_a_page_per_plot_and_is_reproducible(report: Report, tmp_path: Path) -> None:
+    to = destination(tmp_path, "paper.pdf", None, None)
+    [content] = render(to, report).values()
+    assert content.count(b"/Type /Page ") == 5 and b"/Type3" not in content
+    assert render(to, report) == {Path("paper.pdf"): content}
+    [content] = render(destination(tmp_path, "paper.pdf", None, "lr_sensitivity"), report).values()
+    assert content.count(b"/Type /Page ") == 1
+
+
+@pytest.mark.parametrize(
+    ("output", "formats", "plot", "message"),
+    [
+        ("a.docx", None, None, "output=a.docx: unknown format; allowed: .html, .csv, .tex"),
+        ("a.pdf", "csv", None, "output=a.pdf: a .pdf file, but format=csv; leave out format"),
+        ("s3://b/a.pdf", None, None, "must be a path, not a URL"),
+        (None, [], None, r"format=\[\]: needs at least one"),
+        (None, None, "curves", "plot=curves: there is no such plot; allowed: learning_curves, "),
+        (None, "csv", "learning_curves", "plot=learning_curves: needs a format of plots"),
+    ],
+)
+def test_refused(output: str | None, formats: Any, plot: str | None, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        destination(tmp_path, output, formats, plot)
+
+
+def test_plot_without_data_is_refused_unless_runs_may_follow(report: Report, tmp_path: Path) -> None:
+    assert "importance" in PLOTS
+    to = destination(tmp_path, "i.png", None, "importance")
+    with pytest.raises(UserError, match="plot=importance: these runs have no data for it"):
+        render(to, report)
+    watched = Report(report.table, "title", "now", None, test=False, refresh=5.0, top=20)
+    assert render(to, watched) == {}
