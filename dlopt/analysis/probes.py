@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dlopt.analysis import measures
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import resolve_saved
 from dlopt.data.batches import Batches
@@ -143,8 +144,30 @@ def _moments(module: nn.Module, inputs: Tensor) -> list[tuple[Tensor, Tensor]]:
     return moments[1:]
 
 
+def _at_checkpoints(measure: Callable[[Workload], float]) -> Probe:
+    """Returns the probe that applies `measure` to the model of every checkpoint."""
+
+    def probe(folder: Path) -> list[tuple[Mapping[str, Any], float]]:
+        workload: Workload | None = None
+        values: list[tuple[Mapping[str, Any], float]] = []
+        for state in checkpoints(folder):
+            workload = workload or _build(state)
+            workload.module.load_state_dict(state["model"])
+            values.append((state["progress"], measure(workload)))
+        return values
+
+    return probe
+
+
 PROBES: Mapping[str, Probe] = {
     "effective_rate": effective_rate,
+    "gradient_bias": _at_checkpoints(measures.gradient_bias),
+    "gradient_ratio": _at_checkpoints(measures.gradient_ratio),
     "gradient_variance": gradient_variance,
+    "idle_units": _at_checkpoints(measures.idle_units),
     "input_drift": input_drift,
+    "input_sensitivity": _at_checkpoints(measures.input_sensitivity),
+    "memory_gradient": _at_checkpoints(measures.memory_gradient),
+    "sample_dependence": _at_checkpoints(measures.sample_dependence),
+    "unit_dependence": _at_checkpoints(measures.unit_dependence),
 }

@@ -8,6 +8,7 @@ import hashlib
 import math
 import os
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -62,11 +63,30 @@ class Unit(ScaleShift):
 
 
 class Standardize(ScaleShift):
-    """Scales to mean 0 and standard deviation 1 over the training samples; constant channels or features become 0."""
+    """Scales to mean 0 and standard deviation 1 over the training samples; what is constant becomes 0.
+
+    `per`: of images, "channel" takes one mean and deviation per channel, "pixel" one per channel and position. Vectors
+    have one per feature.
+    """
+
+    def __init__(self, *, per: Literal["channel", "pixel"], input_shape: tuple[int, ...]) -> None:
+        super().__init__(input_shape=input_shape)
+        self._per_pixel = per == "pixel"
+        if self._per_pixel:
+            self.register_buffer("scale", torch.ones(input_shape))
+            self.register_buffer("shift", torch.zeros(input_shape))
 
     def fit(self, samples: Samples) -> None:
-        mean, deviation = moments(samples)
+        mean, deviation = moments(samples, per_pixel=self._per_pixel)
         self._set(1 / deviation, -mean / deviation)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self._per_pixel and inputs.shape[1:] != self.scale.shape:
+            raise UserError(
+                f"normalize.per=pixel: fitted to samples of {list(self.scale.shape)}, not {list(inputs.shape[1:])}; "
+                "use an augmentation that keeps the size, or normalize.per=channel"
+            )
+        return super().forward(inputs)
 
 
 class MeanPixel(ScaleShift):
@@ -157,10 +177,14 @@ class MeanImage(nn.Module):
         return torch.sub(inputs, self.mean).mul_(self._factor)
 
 
-def moments(samples: Samples) -> tuple[Tensor, Tensor]:
-    """Returns mean and standard deviation per channel or feature, float64; the deviation of a constant is 1."""
-    count, mean, squares = 0, torch.zeros(samples.shape[0], dtype=torch.float64), torch.tensor(0.0).double()
-    for rows in _rows(samples):
+def moments(samples: Samples, *, per_pixel: bool = False) -> tuple[Tensor, Tensor]:
+    """Returns mean and standard deviation per channel or feature, float64; the deviation of a constant is 1.
+
+    `per_pixel`: per channel and position of an image, flattened.
+    """
+    size = math.prod(samples.shape) if per_pixel else samples.shape[0]
+    count, mean, squares = 0, torch.zeros(size, dtype=torch.float64), torch.tensor(0.0).double()
+    for rows in _rows(samples, per_pixel):
         # Merges the chunks' sums of squared deviations (Chan, Golub & LeVeque 1983), which avoids cancellation.
         chunk_mean = rows.mean(0)
         within = rows.sub_(chunk_mean).square_().sum(0)
@@ -182,9 +206,12 @@ def _extremes(samples: Samples) -> tuple[Tensor, Tensor]:
     return low, high
 
 
-def _rows(samples: Samples) -> Iterator[Tensor]:
-    """Yields chunks of the samples as float64 [M, C]: one row per pixel of an image, or per vector."""
+def _rows(samples: Samples, per_pixel: bool = False) -> Iterator[Tensor]:
+    """Yields chunks of the samples as float64 [M, C]: one row per pixel of an image, or per sample (`per_pixel`)."""
     for chunk in chunks(samples):
+        if per_pixel:
+            yield chunk.flatten(1).to(torch.float64, copy=True)
+            continue
         yield chunk.to(torch.float64).movedim(1, -1).reshape(-1, samples.shape[0])
 
 

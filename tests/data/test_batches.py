@@ -136,7 +136,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_streamed_batches_equal_those_in_memory(files: Files, workers: int, memory_format: torch.memory_format) -> None:
-    normalize = Standardize(input_shape=files.shape)
+    normalize = Standardize(per="channel", input_shape=files.shape)
     normalize.fit(files)
     options: dict[str, Any] = {"augment": flip_or_shift, "normalize": normalize, "memory_format": memory_format}
     resident = shuffled(files, in_memory=True, **options)

@@ -31,7 +31,7 @@ def samples(count: int = 70, size: int = 12) -> InMemory:
 
 def batches(augment: Any, *, source: InMemory | None = None, **keys: Any) -> Batches:
     source = samples() if source is None else source
-    normalize = Standardize(input_shape=source.shape)
+    normalize = Standardize(per="channel", input_shape=source.shape)
     normalize.fit(source)
     sampler = Random(targets=source.targets, seed=3)
     acceleration = {key: keys.pop(key) for key in ("recorder", "compiled") if key in keys}

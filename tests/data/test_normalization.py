@@ -26,7 +26,8 @@ def images(count: int = 40, channels: int = 3) -> Tensor:
 
 
 def fitted(kind: type[ScaleShift], inputs: Tensor, dtype: torch.dtype = torch.float64) -> ScaleShift:
-    module = kind(input_shape=tuple(inputs.shape[1:])).to(dtype)
+    keys = {"per": "channel"} if kind is Standardize else {}
+    module = kind(**keys, input_shape=tuple(inputs.shape[1:])).to(dtype)  # type: ignore[arg-type]
     module.fit(samples(inputs))
     return module
 
@@ -36,6 +37,21 @@ def test_standardized_channels_have_mean_0_and_deviation_1() -> None:
     result = fitted(Standardize, inputs)(inputs)
     assert torch.allclose(result.mean((0, 2, 3)), torch.zeros(3).double(), atol=1e-12)
     assert torch.allclose(result.var((0, 2, 3), correction=0), torch.ones(3).double(), atol=1e-12)
+
+
+def test_standardized_pixels_have_mean_0_and_deviation_1_each() -> None:
+    inputs = images()
+    inputs[:, 0, 0, 0] = 7  # constant
+    module = Standardize(per="pixel", input_shape=(3, 6, 5)).double()
+    module.fit(samples(inputs))
+    result = module(inputs)
+    deviation = result.std(0, correction=0)
+    assert float(result[:, 0, 0, 0].abs().max()) < 1e-12 and float(deviation[0, 0, 0]) < 1e-12
+    deviation[0, 0, 0] = 1
+    assert torch.allclose(result.mean(0), torch.zeros(3, 6, 5).double(), atol=1e-12)
+    assert torch.allclose(deviation, torch.ones(3, 6, 5).double())
+    with pytest.raises(UserError, match=r"normalize\.per=pixel: fitted to samples of \[3, 6, 5\], not \[3, 4, 4\]"):
+        module(torch.zeros(2, 3, 4, 4))
 
 
 def test_standardized_features() -> None:
@@ -109,14 +125,14 @@ def test_output_has_the_modules_dtype_and_the_batchs_layout(dtype: torch.dtype) 
 def test_state_dict_is_complete() -> None:
     inputs = images()
     module = fitted(Standardize, inputs)
-    other = Standardize(input_shape=(3, 6, 5)).double()
+    other = Standardize(per="channel", input_shape=(3, 6, 5)).double()
     other.load_state_dict(module.state_dict())
     assert torch.equal(other(inputs), module(inputs))
 
 
 def test_statistics_of_files_equal_those_in_memory(tmp_path: Path, write_images: Callable[..., list[Path]]) -> None:
     files = Files([str(path) for path in write_images(tmp_path, 9)], torch.zeros(9), None, 3)
-    a, b = Standardize(input_shape=files.shape), Standardize(input_shape=files.shape)
+    a, b = Standardize(per="channel", input_shape=files.shape), Standardize(per="channel", input_shape=files.shape)
     a.fit(files)
     b.fit(samples(files.fetch(torch.arange(9))))
     assert torch.equal(a.scale, b.scale) and torch.equal(a.shift, b.shift)

@@ -37,7 +37,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Files:
 
 
 def fitted(samples: Samples, count: int | None, kind: str = "a", in_memory: bool = False) -> dict[str, Tensor]:
-    normalize = Counted(input_shape=samples.shape)
+    normalize = Counted(per="channel", input_shape=samples.shape)
     normalization.fit(normalize, Dataset(samples, None, None, ("x",), in_memory), count=count, kind=kind)
     return normalize.state_dict()
 

@@ -1,0 +1,163 @@
+"""Numbers that describe a network at fixed weights, for the probes of comparisons."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from dlopt.analysis.diagnosis.layers import TimeLagProbe
+from dlopt.training.build import Workload, evaluation_batches
+from dlopt.training.step import frozen_statistics
+
+_SAMPLES = 256  # training samples of a measurement
+_COMPANIES = 8  # batches in which a sample's gradient is measured
+_IDLE = 1e-4  # a unit is idle if the loss changes by less than this fraction when it is removed
+
+
+def _samples(workload: Workload, count: int = _SAMPLES) -> tuple[Tensor, Tensor]:
+    """Returns normalized inputs and targets of evenly spaced training samples."""
+    train = workload.dataset.train
+    indices = torch.linspace(0, len(train) - 1, min(count, len(train))).long()
+    batches = list(evaluation_batches(workload, train.select(indices)).epoch(0))
+    inputs, targets = (torch.cat(tensors) for tensors in zip(*batches, strict=True))
+    return inputs, targets
+
+
+def _gradient(workload: Workload, loss: Tensor) -> Tensor:
+    parameters = [p for p in workload.module.parameters() if p.requires_grad]
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
+
+
+def _batch_size(workload: Workload) -> int:
+    size = workload.experiment.data_settings.batch_size
+    return _SAMPLES if size == "full" else min(size, _SAMPLES)
+
+
+def sample_dependence(workload: Workload) -> float:
+    """Measures how much the gradient of a sample's loss depends on the other samples of its batch.
+
+    sqrt(E ||g - E g||^2) / ||E g|| over random batches that contain the sample, in training mode; mean over samples. 0
+    without batch norm (with batches of the run's size).
+    """
+    inputs, targets = _samples(workload)
+    size, generator = _batch_size(workload), torch.Generator().manual_seed(0)
+    workload.module.train()
+    ratios = []
+    with frozen_statistics(workload.module):
+        for sample in range(_COMPANIES):
+            gradients = []
+            for _ in range(_COMPANIES):
+                others = torch.randperm(len(targets), generator=generator)
+                batch = torch.cat([torch.tensor([sample]), others[others != sample][: size - 1]])
+                outputs = workload.module(inputs[batch])
+                gradients.append(_gradient(workload, workload.loss(outputs[:1], targets[batch][:1])))
+            rows = torch.stack(gradients)
+            variance = (rows - rows.mean(0)).square().sum() / (len(rows) - 1)
+            ratios.append(variance.sqrt() / rows.mean(0).norm())
+    return float(torch.stack(ratios).mean())
+
+
+def gradient_bias(workload: Workload) -> float:
+    """Measures the bias of batch gradients: ||E g_B - g|| / ||g||, where g is the gradient of all samples in one batch.
+
+    E is exact over a partition of 256 training samples into batches of the run's size, and averaged over ten
+    partitions, in training mode. Without batch norm the gradient of the mean is the mean of the gradients: 0.
+    """
+    inputs, targets = _samples(workload)
+    size, generator = _batch_size(workload), torch.Generator().manual_seed(0)
+    count = len(targets) // size * size
+    inputs, targets = inputs[:count], targets[:count]
+    workload.module.train()
+    with frozen_statistics(workload.module):
+        whole = _gradient(workload, workload.loss(workload.module(inputs), targets))
+        parts = [
+            _gradient(workload, workload.loss(workload.module(inputs[batch]), targets[batch]))
+            for _ in range(10)
+            for batch in torch.randperm(count, generator=generator).split(size)
+        ]
+    return float((torch.stack(parts).mean(0) - whole).norm() / whole.norm())
+
+
+def gradient_ratio(workload: Workload) -> float:
+    """Measures the gradient norm of the first weight matrix relative to the last one's: small if gradients vanish."""
+    inputs, targets = _samples(workload)
+    matrices = [p for p in workload.module.parameters() if p.requires_grad and p.ndim > 1]
+    workload.module.train()
+    with frozen_statistics(workload.module):
+        loss = workload.loss(workload.module(inputs), targets)
+        first, last = torch.autograd.grad(loss, [matrices[0], matrices[-1]])
+    return float(first.norm() / last.norm())
+
+
+def memory_gradient(workload: Workload) -> float:
+    """Measures the gradient of the loss at the first state of a recurrent layer relative to that at its last state."""
+    inputs, targets = _samples(workload)
+    workload.module.train()
+    probe = TimeLagProbe(workload.module)
+    with probe.recording():
+        _gradient(workload, workload.loss(workload.module(inputs), targets))
+    [lag, *_] = probe.lags()
+    return lag.states[-1] / lag.states[0]
+
+
+@contextmanager
+def _removed(layer: nn.Module, unit: int) -> Iterator[None]:
+    """Context in which the output of one unit of the activation `layer` is 0."""
+
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        output = output.clone()
+        output[:, unit] = 0
+        return output
+
+    with layer.register_forward_hook(hook):
+        yield
+
+
+@torch.no_grad()
+def _losses_without_units(workload: Workload) -> tuple[float, Tensor]:
+    """Returns the loss on training samples, and the losses without each hidden unit of an MLP."""
+    inputs, targets = _samples(workload, 1000)
+    workload.module.eval()
+    widths: dict[nn.Module, int] = {}
+
+    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        widths[module] = output.shape[1]
+
+    hooks = [m.register_forward_hook(count) for m in workload.module.modules() if isinstance(m, _ACTIVATIONS)]
+    loss = float(workload.loss(workload.module(inputs), targets))
+    for hook in hooks:
+        hook.remove()
+    losses = []
+    for layer, width in widths.items():
+        for unit in range(width):
+            with _removed(layer, unit):
+                losses.append(workload.loss(workload.module(inputs), targets))
+    return loss, torch.stack(losses)
+
+
+_ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid)
+
+
+def unit_dependence(workload: Workload) -> float:
+    """Measures how much the network relies on single hidden units: the mean relative increase of the training loss
+    when one unit is removed, over all units."""
+    loss, without = _losses_without_units(workload)
+    return float((without / loss - 1).mean())
+
+
+def idle_units(workload: Workload) -> float:
+    """Measures the fraction of hidden units whose removal changes the training loss by less than 0.01 %."""
+    loss, without = _losses_without_units(workload)
+    return float(((without / loss - 1).abs() < _IDLE).double().mean())
+
+
+def input_sensitivity(workload: Workload) -> float:
+    """Measures the mean Frobenius norm of the Jacobian of the outputs with respect to the normalized inputs."""
+    inputs, _ = _samples(workload)
+    inputs = inputs.clone().requires_grad_()
+    workload.module.eval()
+    outputs = workload.module(inputs)
+    columns = range(outputs.shape[1])
+    squares = [torch.autograd.grad(outputs[:, k].sum(), inputs, retain_graph=True)[0].flatten(1) for k in columns]
+    return float(torch.stack(squares).square().sum((0, 2)).sqrt().mean())

@@ -1,0 +1,45 @@
+"""Samples of a linear function of features with different ranges: shows why features are scaled."""
+
+import torch
+
+from dlopt.data.samples import Dataset, InMemory
+from dlopt.errors import UserError
+from dlopt.random import generator
+from dlopt.ranges import Count, Natural, NonNegative
+
+_TRAIN, _VAL, _TEST = range(3)  # RNG streams: the size of one split does not change the others
+
+
+def linear(
+    *,
+    intervals: tuple[tuple[float, float], ...],
+    noise: NonNegative,
+    train_size: Count,
+    val_size: Natural,
+    test_size: Natural,
+    seed: int,
+) -> Dataset:
+    """Samples y = sum_i u_i + noise * N(0, 1), where u_i in -1..1 is the position of feature x_i in its interval.
+
+    Features are uniform and independent; every feature is equally important, whatever its range. Inputs float32 [N, F],
+    targets float32 [N]. The lowest expected loss (mean squared error) is noise^2. A size of 0 omits a split.
+
+    Raises:
+        UserError: an interval is empty, or there is none.
+    """
+    for low, high in intervals:
+        if low >= high:
+            raise UserError(f"data.intervals: [{low},{high}] is empty; use [low,high] with low < high")
+    if not intervals:
+        raise UserError("data.intervals=[]: needs the interval of at least one feature: [[1,2],[100,200]]")
+    lows, highs = torch.tensor(intervals, dtype=torch.float64).unbind(1)
+
+    def draw(size: int, split: int) -> InMemory:
+        rng = generator("cpu", seed, split)
+        u = 2 * torch.rand(size, len(intervals), generator=rng, dtype=torch.float64) - 1
+        y = u.sum(1) + noise * torch.randn(size, generator=rng, dtype=torch.float64)
+        return InMemory((lows + (highs - lows) * (u + 1) / 2).float(), y.float())
+
+    val = draw(val_size, _VAL) if val_size else None
+    test = draw(test_size, _TEST) if test_size else None
+    return Dataset(draw(train_size, _TRAIN), val, test, classes=None)
