@@ -24,14 +24,17 @@ _GIT_SECONDS = 5.0
 
 
 def machine() -> dict[str, Any]:
-    """Returns platform, host name, processor, number of cores, bytes of memory, and the first GPU."""
+    """Returns platform, host name, processor, number of cores, bytes of memory, and the first GPU.
+
+    With DLOPT_HASH_HOST=1, a hash identifies the host: run folders that are shared do not reveal its name.
+    """
     import torch
 
     from dlopt.processor import installed_memory
 
     return {
         "platform": platform.platform(),
-        "host": platform.node(),
+        "host": _host(),
         "processor": _processor(),
         "cpu_count": os.cpu_count(),
         "memory_bytes": installed_memory(),
@@ -143,6 +146,11 @@ def _git(*arguments: str) -> bytes | None:
         output.seek(0)
         return output.read(MAX_DIFF_BYTES + 1)
     return None
+
+
+def _host() -> str:
+    name = platform.node()
+    return hashlib.sha256(name.encode()).hexdigest()[:12] if os.environ.get("DLOPT_HASH_HOST") == "1" else name
 
 
 def _processor() -> str:

@@ -142,6 +142,7 @@ def _restore(files: Mapping[Path, bytes | None]) -> None:
 def _start(run: "Run", processes: int, *, console: bool) -> int:
     from dlopt.interruption import Interruption
     from dlopt.parallel import rendezvous
+    from dlopt.parallel.hung import end_if_hung
     from dlopt.parallel.launch import run_group
 
     world = rendezvous.current()
@@ -154,7 +155,8 @@ def _start(run: "Run", processes: int, *, console: bool) -> int:
         resume = run.experiment.settings.resume
         checkpoint = None if resume == "auto" else resume
         return run_group(run.folder, processes, checkpoint, record=run.overrides is None, console=console)
-    with Interruption(run.experiment.settings.max_time) as interruption:
+    watch = contextlib.nullcontext() if world is None else end_if_hung()
+    with Interruption(run.experiment.settings.max_time) as interruption, watch:
         status = train(run, interruption, console=console and is_main)["status"]
         rendezvous.leave()  # inside the context: a repeated signal must not end this rank while it waits for others
     return _STATUS_OF[status]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,14 @@ def test_machine_and_versions() -> None:
     assert machine["cpu_count"] == os.cpu_count() and machine["memory_bytes"] > 2**28
     names = {"torch", "torchvision", "numpy", "hydra-core", "omegaconf", "scikit-learn"}
     assert names <= versions["packages"].keys() and {"dlopt", "git_commit", "python", "cuda"} <= versions.keys()
+
+
+def test_the_host_name_is_hashed_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DLOPT_HASH_HOST", "1")
+    hashed = environment.machine()["host"]
+    assert re.fullmatch("[0-9a-f]{12}", hashed) and hashed == environment.machine()["host"]
+    monkeypatch.setattr("platform.node", lambda: "another")
+    assert environment.machine()["host"] != hashed
 
 
 def test_a_job_records_its_own_machine(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ class Loader:
         filled = 0
         for length in lengths:
             chunk = next(fetched)
-            if isinstance(chunk, UserError):
+            if isinstance(chunk, UserError | RunError):
                 raise chunk
             if length == total and not self._pin:
                 return chunk
@@ -107,7 +107,7 @@ class Loader:
         self._loader = DataLoader(
             _ChunkDataset(self._samples),  # type: ignore[arg-type]
             batch_sampler=self._chunks,  # type: ignore[arg-type]
-            collate_fn=_unchanged,
+            collate_fn=_share if self._workers else _unchanged,
             num_workers=self._workers,
             multiprocessing_context=_start_method() if self._workers else None,
             prefetch_factor=prefetch_factor if self._workers else None,
@@ -192,6 +192,22 @@ def _unchanged(batch: Any) -> Any:
     return batch
 
 
+def _share(batch: Any) -> Any:
+    """Moves a chunk to shared memory, in a worker; returns a `RunError` if there is none left.
+
+    Otherwise the worker's queue would do that, and drop a chunk that it cannot share: the main process would wait.
+    """
+    if not isinstance(batch, Tensor):
+        return batch
+    try:
+        return batch.share_memory_()
+    except RuntimeError as error:
+        return RunError(
+            f"a data loader worker has no shared memory left ({str(error).splitlines()[0]}): enlarge /dev/shm "
+            "(docker run --shm-size=8g; Kubernetes: an emptyDir with medium: Memory), or set data.workers=0"
+        )
+
+
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, pin: bool) -> Tensor:
     """Allocates memory for a batch.
 
@@ -220,6 +236,8 @@ def _start_worker(worker: int) -> None:
     write its checkpoint; so a worker stays alive for `_GRACE` seconds after SIGTERM.
     """
     torch.set_num_threads(1)
+    if threading.current_thread() is threading.main_thread():
+        signal.set_wakeup_fd(-1)  # of the main process
     set_malloc({M_MMAP_THRESHOLD: _MMAP_MIN_BYTES})  # returns large blocks to the system, as `_empty` does
     end_with_parent()  # Linux only; elsewhere workers notice after some seconds
     for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):

@@ -108,6 +108,7 @@ def _wait(children: "list[subprocess.Popen[bytes]]", interruption: Interruption)
             is_forwarded = True
             for child in running:
                 child.terminate()
+                child.send_signal(signal.SIGCONT)  # a stopped rank would neither end nor let the others end
         time.sleep(0.05)
     return killed
 

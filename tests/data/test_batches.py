@@ -220,6 +220,17 @@ def test_workers_use_one_thread_and_survive_sigterm() -> None:
         os.kill(int(first), 0)
 
 
+def test_a_full_shared_memory_fails_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(tensor: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)  # the workers are forked
+    loader = Loader(ProbeSamples(os.getpid), workers=1)
+    with pytest.raises(RunError, match=r"No space left on device \(28\)\): enlarge /dev/shm .* data\.workers=0"):
+        next(loader.run(list(torch.arange(12).split(1))))
+    loader.close()
+
+
 @pytest.mark.slow  # torch looks after its workers every five seconds
 def test_a_killed_worker_fails_the_run() -> None:
     loader = Loader(ProbeSamples(os.getpid), workers=1)

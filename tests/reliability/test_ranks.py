@@ -17,6 +17,7 @@ import pytest
 from dlopt.parallel import rendezvous
 from tests.parallel.ranks import ROOT
 from tests.reliability.faults import fork
+from tests.tracking.test_mlflow import free_port
 from tests.training.runs import RICH, STEPS_PER_EPOCH, at_update, metrics, resume
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -160,6 +161,42 @@ def test_error_names_a_stopped_rank(tmp_path: Path) -> None:
     assert "rank 1 exited, or did not respond within parallel.timeout_minutes" in stderr, stderr
     assert "Traceback" not in stderr
     assert json.loads((folder / "summary.json").read_text())["status"] == "failed"
+
+
+@pytest.mark.slow
+def test_a_stopped_rank_ends_with_the_others(tmp_path: Path) -> None:
+    """The launcher continues it: the run ends with a checkpoint, not after the timeout of 10 minutes."""
+    folder = tmp_path / "run"
+    with started(command(folder, "parallel.processes=2"), folder) as process:
+        pids = ranks(process)
+        os.kill(pids[1], signal.SIGSTOP)
+        time.sleep(1)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+        assert process.returncode == 75
+        assert not any(map(is_alive, pids))
+
+
+@pytest.mark.slow
+def test_a_rank_of_a_launcher_ends_if_another_one_is_stopped(tmp_path: Path) -> None:
+    """As under srun, which then waits a minute and kills the stopped rank."""
+    folder, processes = tmp_path / "run", []
+    address = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    try:
+        for rank in range(2):
+            variables = {**os.environ, **address, "RANK": str(rank)}
+            processes.append(subprocess.Popen(command(folder), cwd=ROOT, env=variables, stderr=subprocess.PIPE))
+        assert until(lambda: len(lines(folder)) > 5, 150)
+        processes[1].send_signal(signal.SIGSTOP)
+        time.sleep(1)
+        processes[0].send_signal(signal.SIGUSR1)
+        stderr = processes[0].communicate(timeout=60)[1].decode()
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert processes[0].returncode == 1
+    assert "dlopt: hangs 20 s after a stop signal: another rank does not respond" in stderr
 
 
 @pytest.mark.slow

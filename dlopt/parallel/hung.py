@@ -1,0 +1,75 @@
+"""Ends a rank that was asked to stop but hangs, because another rank neither ends nor responds."""
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+from dlopt.errors import FAILED
+from dlopt.interruption import SIGNALS
+
+HUNG_SECONDS = 20.0  # in one call without an end; srun waits another minute for the other ranks, then kills them
+_POLL_SECONDS = 0.5
+_WRITING = ("checkpoint", "sharded", "shard_files", "files")  # modules whose calls may take long: they write to disks
+
+
+@contextlib.contextmanager
+def end_if_hung(end: Callable[[], None] | None = None) -> Iterator[None]:
+    """Within the context, ends this process if it hangs for `HUNG_SECONDS` after a stop signal.
+
+    A rank that is stopped (SIGSTOP) or whose node is gone leaves the others in a collective, where Python's signal
+    handlers do not run. Therefore a thread receives the signals, too, and watches the main thread. `end`: called
+    instead of ending the process. Does nothing outside the main thread.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    previous = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    thread = threading.Thread(target=_watch, args=(reader, end or _end), name="dlopt-hung", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(previous)
+        writer.close()  # ends the thread
+        thread.join()
+        reader.close()
+
+
+def _watch(signals: socket.socket, end: Callable[[], None]) -> None:
+    while (received := signals.recv(1)) and received[0] not in SIGNALS:
+        pass
+    signals.settimeout(_POLL_SECONDS)
+    position, since = None, time.monotonic()
+    while received:
+        with contextlib.suppress(TimeoutError):
+            received = signals.recv(1)
+            continue
+        if (current := _main_position()) is None or current != position:
+            position, since = current, time.monotonic()
+        elif time.monotonic() - since > HUNG_SECONDS:
+            return end()
+
+
+def _main_position() -> tuple[int, int] | None:
+    """Returns what identifies the call that the main thread is in; None: it writes a checkpoint."""
+    frame = innermost = sys._current_frames().get(threading.main_thread().ident or 0)
+    while frame is not None:
+        package, _, module = str(frame.f_globals.get("__name__")).rpartition(".")
+        if package.startswith("dlopt") and module in _WRITING:
+            return None
+        frame = frame.f_back
+    return None if innermost is None else (id(innermost), innermost.f_lasti)
+
+
+def _end() -> None:
+    message = f"hangs {HUNG_SECONDS:g} s after a stop signal: another rank does not respond; continue with resume=auto"
+    with contextlib.suppress(OSError):
+        os.write(2, f"dlopt: {message}\n".encode())
+    os._exit(FAILED)
