@@ -46,6 +46,7 @@ def setup(app: Sphinx) -> None:
         "reference/commands": reference.commands_table,
         "reference/groups": reference.choices_table,
         "gallery": lambda: gallery.lectures(docs),
+        "claims": lambda: gallery.claims(docs),
     }
 
     def fill(_: Sphinx, name: str, source: list[str]) -> None:

@@ -1,20 +1,27 @@
-"""Comparisons of the lecture: their commands run, and their results show what the titles claim."""
+"""Comparisons of the lecture: their commands run, and the shipped results support the verdicts on their claims."""
 
+import json
 from collections.abc import Callable
 from itertools import pairwise
 from math import prod
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
+from dlopt.analysis.claims import judge, numbers
 from dlopt.analysis.comparison import Cell, Comparison, Outcome, finals, mean, read
+from dlopt.analysis.drawing import label
 from dlopt.commands.compare import comparison_of
 from dlopt.config.choices import config_folder
 from dlopt.config.compose import Composer
+from dlopt.data.polynomial import polynomial
+from dlopt.data.samples import InMemory
 from tests.commands.line import dlopt
 
 FOLDER = config_folder() / "experiment" / "lecture"
+GALLERY = Path(__file__).parents[1] / "docs" / "gallery"
 LECTURES = sorted(
     path.stem for path in FOLDER.glob("*.yaml") if path.stem[0] != "_" and "\ncomparison:\n" in path.read_text()
 )
@@ -73,26 +80,64 @@ def test_header_lists_command_and_number_of_runs(name: str) -> None:
     assert comparison["see"].endswith((".", ")")) and len(comparison["see"]) < 300
 
 
+SHIPPED = sorted(path.stem for path in GALLERY.glob("*.json"))
+
+
+def comparison(name: str) -> Comparison:
+    composer = Composer()
+    line = [f"experiment=lecture/{name}"]
+    return comparison_of(composer, composer.compose(line), line)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_numbers_support_the_verdict_and_an_inverted_claim_fails(name: str) -> None:
+    """If this fails, the recipe has changed since its picture was drawn: scripts/gallery NAME."""
+    spec, saved = comparison(name), json.loads((GALLERY / f"{name}.json").read_text())
+    assert [claim.text for claim in spec.claims] == [entry["claim"] for entry in saved["claims"]]
+    assert saved["seeds"] == spec.seeds and len(spec.seeds) >= 3
+    for claim, entry in zip(spec.claims, saved["claims"], strict=True):
+        first, second = entry["sides"]
+        sides = next(side for side in claim.first if side.variant == first["variant"]), claim.second
+        points = first["at"], second["at"]
+        values = [float(value) for value in first["values"]], [float(value) for value in second["values"]]
+        finding = judge(claim, sides, values, points)
+        assert (finding.verdict, numbers(finding, label)) == (entry["verdict"], entry["outcome"])
+        if entry["verdict"] == "seen" and claim.relation != "equal":
+            assert judge(claim, sides, (values[1], values[0]), points).verdict == "the opposite"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHIPPED)
+def test_claims_are_seen_on_this_machine(name: str, tmp_path: Path) -> None:
+    spec, saved = comparison(name), json.loads((GALLERY / f"{name}.json").read_text())
+    if len([*spec.cells()]) > 50:
+        pytest.skip("takes minutes")
+    result = dlopt(tmp_path, "train", f"experiment=lecture/{name}", "hydra.run.dir=out")
+    assert result.code == 0, result.err
+    measured = json.loads((tmp_path / "out/comparison.json").read_text())
+    for shipped, entry in zip(saved["claims"], measured["claims"], strict=True):
+        assert entry["verdict"] == "seen" or shipped["verdict"] != "seen", entry["sentence"]
+
+
+@pytest.mark.slow
+def test_the_linear_model_ends_at_the_least_squares_line(tmp_path: Path) -> None:
+    line = ["experiment=lecture/capacity", "comparison=null", "model.widths=[]", "hydra.run.dir=out"]
+    assert dlopt(tmp_path, "train", *line).code == 0
+    data = polynomial(
+        function="sine", interval=(-2.0, 2.0), noise=0.3, train_size=400, val_size=400, test_size=1000, seed=0
+    )
+    assert isinstance(data.train, InMemory)
+    x, y = data.train.inputs[:, 0].double().numpy(), data.train.targets.double().numpy()
+    least = np.mean((np.polyval(np.polyfit(x, y, 1), x) - y) ** 2)
+    last = json.loads((tmp_path / "out/metrics.jsonl").read_text().splitlines()[-1])
+    assert last["train_loss"] == pytest.approx(least, rel=1e-3)
+
+
 @pytest.mark.slow
 def test_batch_norm_allows_larger_learning_rates(run: Run) -> None:
     results = run("batch_norm_learning_rate", "comparison.seeds=[0]")
     assert all(results.final("with batch norm", lr) > 0.9 for lr in (0.003, 0.01, 0.03, 0.1, 0.3))
     assert not any(results.final("without batch norm", lr) > 0.85 for lr in (0.001, 0.003, 0.01, 0.03, 0.3, 1.0, 3.0))
-
-
-@pytest.mark.slow
-def test_batch_norm_depends_less_on_the_scale(run: Run) -> None:
-    results = run("batch_norm_initialization", "comparison.seeds=[0]")
-    assert results.final("without batch norm", 0.2) > 0.9
-    assert not any(results.final("without batch norm", std) > 0.3 for std in (0.01, 0.03, 0.5, 1.0, 3.0))
-    assert all(results.final("with batch norm", std) > 0.85 for std in (0.01, 0.03, 0.1, 0.2, 0.5))
-
-
-@pytest.mark.slow
-def test_batch_norm_rescues_sigmoids(run: Run) -> None:
-    results = run("batch_norm_sigmoid", "comparison.seeds=[0]")
-    assert results.final("sigmoid, without batch norm", metric="val_accuracy") < 0.2
-    assert results.final("sigmoid, with batch norm", metric="val_accuracy") > 0.9
 
 
 @pytest.mark.slow
@@ -103,23 +148,8 @@ def test_gamma_and_beta_matter_little(run: Run) -> None:
 
 
 @pytest.mark.slow
-def test_inputs_of_layers_drift_less_with_batch_norm(run: Run) -> None:
-    results = run("covariate_shift", "epochs=10")
-    without, with_norm = (results.curve(variant, "input_drift") for variant in results.comparison.variants)
-    assert len(without) == 9 and min(without) > 5 * max(with_norm)
-
-
-@pytest.mark.slow
-def test_batch_norm_suffers_from_tiny_batches_and_layer_norm_does_not(run: Run) -> None:
-    results = run("normalization_batch_size", "comparison.along={data.batch_size:[2,16]}")
-    assert results.final("batch norm", 2) < 0.7 < 0.85 < results.final("batch norm", 16)
-    for variant in ("layer norm", "group norm"):
-        assert results.final(variant, 2) > 0.85 < results.final(variant, 16)
-
-
-@pytest.mark.slow
 def test_one_sample_per_device_is_too_few_without_synchronization(run: Run) -> None:
-    results = run("batch_norm_per_device")
+    results = run("batch_norm_per_device", "comparison.seeds=[0]")
     own, virtual, sync = (
         {
             n: (results.final(v, n, metric="val_accuracy"), results.final(v, n, metric="train_loss"))
@@ -132,22 +162,6 @@ def test_one_sample_per_device_is_too_few_without_synchronization(run: Run) -> N
     for n in ("1", "2", "8"):
         assert sync[n] == pytest.approx(own["8"], rel=1e-9)  # over eight samples, wherever they are
         assert virtual[n][1] == pytest.approx(own[n][1], rel=1e-7)  # virtual batches are the batches of devices
-
-
-@pytest.mark.slow
-def test_batch_norm_needs_less_regularization(run: Run) -> None:
-    results = run("batch_norm_regularization", "comparison.along={model.dropout:[0.0,0.4]}")
-    without, with_norm = ((results.final(v, 0.0), results.final(v, 0.4)) for v in results.comparison.variants)
-    assert without[1] - without[0] > with_norm[1] - with_norm[0]
-    assert with_norm[0] > with_norm[1] and with_norm[0] > without[0]
-
-
-@pytest.mark.slow
-def test_dropout_narrows_the_gap(run: Run) -> None:
-    results = run("dropout", "comparison.seeds=[0]")
-    for figure, order in (("train_loss", 1), ("val_loss", -1)):
-        assert order * results.final("dropout 0.5", metric=figure) > order * results.final("no dropout", metric=figure)
-    assert results.curve("no dropout", "val_loss")[-1] > 1.05 * min(results.curve("no dropout", "val_loss"))
 
 
 @pytest.mark.slow
@@ -184,40 +198,6 @@ def test_adamw_tolerates_larger_weight_decay_than_adam_with_l2(run: Run) -> None
 
 
 @pytest.mark.slow
-def test_l2_and_decoupled_decay_are_equivalent_for_sgd(run: Run) -> None:
-    results = run("weight_decay_sgd", "comparison.along={optimizer.lr:[0.1,0.3],optimizer.weight_decay:[0.001,0.1]}")
-    for cell in results.comparison.cells():
-        if cell.variant.startswith("SGDW"):
-            other = results.final("SGD with momentum, L2 in the loss", *cell.point)
-            assert abs(results.final(cell.variant, *cell.point) - other) < 0.05
-
-
-@pytest.mark.slow
-def test_effective_rate_decreases_for_adagrad_and_increases_for_others(run: Run) -> None:
-    results = run("effective_rate", "epochs=15")
-    adagrad, adadelta, adam = (results.curve(variant, "effective_rate") for variant in results.comparison.variants)
-    assert all(later < earlier for earlier, later in pairwise(adagrad))
-    assert adagrad[-1] < 0.5 * adagrad[0]
-    assert adadelta[-1] > 1.2 * adadelta[1] and adam[-1] > 1.1 * adam[1]
-
-
-@pytest.mark.slow
-def test_adaptive_methods_need_schedules_too(run: Run) -> None:
-    results = run("adaptive_schedules", "comparison.along={schedule:[constant,cosine]}")
-    for variant in ("Adam", "RMSprop"):
-        assert results.final(variant, "constant") > 2 * results.final(variant, "cosine")
-    assert results.final("Adagrad", "constant") < 1.1 * results.final("Adagrad", "cosine")
-
-
-@pytest.mark.slow
-def test_decaying_schedules_reach_lower_loss_than_constant(run: Run) -> None:
-    results = run("schedules", "comparison.seeds=[0]")
-    ends = {variant: results.final(variant) for variant in results.comparison.variants}
-    constant = ends.pop("constant")
-    assert all(end < 0.9 * constant for end in ends.values()), (constant, ends)
-
-
-@pytest.mark.slow
 def test_warm_restarts_raise_the_loss_and_cycles_end_lower(run: Run) -> None:
     results = run("warm_restarts", "comparison.seeds=[0]")
     loss = results.curve("cosine with warm restarts", "train_loss")
@@ -227,35 +207,3 @@ def test_warm_restarts_raise_the_loss_and_cycles_end_lower(run: Run) -> None:
     assert ends[2] < 0.8 * results.final("constant")
 
 
-@pytest.mark.slow
-def test_the_transformer_needs_warmup(run: Run) -> None:
-    results = run("transformer_warmup")
-    without, warmed = (results.final(variant, metric="val_accuracy") for variant in results.comparison.variants)
-    assert without < 0.3 < 0.7 < warmed
-
-
-@pytest.mark.slow
-def test_hard_examples_help(run: Run) -> None:
-    results = run("sampling", "comparison.seeds=[0,1,2]")
-    at_random, hard = (results.curve(variant, "val_accuracy") for variant in results.comparison.variants)
-    assert mean(hard[3:7]) > mean(at_random[3:7]) + 0.005
-
-
-@pytest.mark.slow
-def test_class_order_changes_gradient_variance(run: Run) -> None:
-    results = run("class_interleaving", "comparison.seeds=[0]")
-    ordered, at_random, interleaved, stratified = (
-        results.curve(variant, "gradient_variance") for variant in results.comparison.variants
-    )
-    assert min(ordered) > 3 and all(0.95 < each < 1.05 for each in at_random)
-    assert stratified[0] < 0.6 < 0.8 < interleaved[0] < 0.93 and mean(stratified) < mean(interleaved) < mean(at_random)
-    ends = [results.final(variant, metric="val_accuracy") for variant in results.comparison.variants]
-    assert ends[0] < 0.5 < 0.94 < min(ends[1:]) and max(ends[1:]) - min(ends[1:]) < 0.02
-
-
-@pytest.mark.slow
-def test_augmentation_helps_with_little_data(run: Run) -> None:
-    results = run("augmentation", "comparison.seeds=[0]")
-    known, moved = results.comparison.variants
-    assert results.final(known, metric="train_accuracy") > 0.99 > 0.97 > results.final(moved, metric="train_accuracy")
-    assert results.final(moved, metric="val_accuracy") > results.final(known, metric="val_accuracy") + 0.015

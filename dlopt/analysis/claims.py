@@ -1,7 +1,7 @@
 """Claims of a comparison: two sides, a margin, and a verdict from the differences over paired seeds."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,8 +17,8 @@ Measure = Literal["value", "epoch", "step", "seconds", "largest", "span"]
 Verdict = Literal["seen", "not seen here", "the opposite"]
 Written = str | dict[str, Any]  # a side in YAML: a variant, or the keys of `Side`
 
-SUMMARY = ("test_loss", "test_accuracy")
-"""Metrics that a run has once, in summary.json."""
+TEST_METRICS = ("test_loss", "test_accuracy")
+"""Metrics of the best model, in summary.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ class Claim:
     @property
     def selects_on_test(self) -> bool:
         """Whether choosing the best point by the claim's own metric would select on the test set."""
-        return self.measure == "value" and self.metric in SUMMARY
+        return self.measure == "value" and self.metric in TEST_METRICS
 
 
 def parse(key: str, written: Mapping[str, Any]) -> Claim:
@@ -201,7 +201,7 @@ def judge(
 
 
 def _effect(claim: Claim, a: float, b: float) -> float:
-    """Returns how far a pair lies in the claimed direction; 0 if both diverged."""
+    """Returns how far a pair is in the claimed direction; 0 if both diverged."""
     a, b = (b, a) if claim.relation == "lower" else (a, b)
     if a == b:
         return 0.0
@@ -241,6 +241,9 @@ def weakest(findings: Sequence[Finding]) -> Finding:
 
 # -- sentences
 
+Label = Callable[[str], str]
+"""Formats the name of a metric or key for readers."""
+
 _PREFIX = {"seen": "Seen", "not seen here": "Not seen here", "the opposite": "The opposite is seen"}
 _MEASURES = {
     "value": "{metric}",
@@ -252,15 +255,22 @@ _MEASURES = {
 }
 
 
-def sentence(finding: Finding, label: Any, short: bool = False) -> str:
-    """Writes the outcome of a claim: verdict, figures, interval. `label`: formats a metric or key for readers.
-
-    `short` leaves out the names of the compared points.
-    """
-    return f"{_PREFIX[finding.verdict]}: {finding.claim.text}. {numbers(finding, label, short)}"
+def sentence(finding: Finding, label: Label) -> str:
+    """Writes the outcome of a claim: verdict, measured values, interval."""
+    return f"{_PREFIX[finding.verdict]}: {finding.claim.text}. {numbers(finding, label)}"
 
 
-def numbers(finding: Finding, label: Any, short: bool = False) -> str:
+def short_sentence(finding: Finding) -> str:
+    """Writes the outcome for a plot, without the names of what is compared."""
+    values = f"{_average(finding.first)} against {_average(finding.second)}"
+    if finding.low is not None and finding.high is not None:
+        effect, low, high = (_scaled(each, finding) for each in (finding.effect, finding.low, finding.high))
+        name = "range" if any(map(math.isinf, (finding.low, finding.high))) else "95 %"
+        values += f"; {effect}, {name}: {low} to {high}"
+    return f"{_PREFIX[finding.verdict]}: {finding.claim.text} ({values})."
+
+
+def numbers(finding: Finding, label: Label) -> str:
     """Writes the measured values of both sides, their difference and its interval."""
     claim = finding.claim
     sign = "at least" if is_higher_better(claim.metric) else "at most"
@@ -268,18 +278,15 @@ def numbers(finding: Finding, label: Any, short: bool = False) -> str:
     what = _MEASURES[claim.measure].format(
         metric=label(claim.metric), axis=label(free), target="" if claim.target is None else f"{sign} {claim.target:g}"
     )
-    first, second = _average(finding.first), _average(finding.second)
-    if not short:
-        first += _where(finding, 0, label)
-        second += _where(finding, 1, label)
-    ratio = claim.factor is not None
-    margin = f"{claim.factor:.3g}x" if ratio else f"{claim.difference:.3g}"
+    first = _average(finding.first) + _where(finding, 0, label)
+    second = _average(finding.second) + _where(finding, 1, label)
+    margin = f"{claim.factor:.8g}x" if claim.factor is not None else f"{claim.difference:.3g}"
     parts = [f"{_upper(what)}: {first} against {second}"]
     if finding.low is None or finding.high is None:
         parts.append("no interval: one seed" if len(finding.first) == 1 else "no interval: negative values")
     else:
-        effect, low, high = (_scaled(value, ratio) for value in (finding.effect, finding.low, finding.high))
-        kind = "ratio" if ratio else "difference"
+        effect, low, high = (_scaled(each, finding) for each in (finding.effect, finding.low, finding.high))
+        kind = "ratio" if claim.factor is not None else "difference"
         name = "range" if any(map(math.isinf, (finding.low, finding.high))) else "95 % interval"
         parts.append(f"{kind} {effect}, {name} {low} to {high}, {len(finding.first)} seeds, margin {margin}")
     return "; ".join(parts) + "."
@@ -298,13 +305,13 @@ def _average(values: Sequence[float]) -> str:
     return text if not lost else f"{text} ({lost} of {len(values)} diverged or not reached)"
 
 
-def _where(finding: Finding, i: int, label: Any) -> str:
+def _where(finding: Finding, i: int, label: Label) -> str:
     side, point = finding.sides[i], finding.points[i]
     free = finding.claim.measure in ("largest", "span")
-    places = [f"{label(axis)} {shown(value)}" for axis, value in point.items() if not free or axis in side.at]
+    shown_at = [f"{label(axis)} {shown(value)}" for axis, value in point.items() if not free or axis in side.at]
     if side.value != "last":
-        places.append(f"epoch {side.value}" if isinstance(side.value, int) else side.value)
-    return f" ({', '.join([side.variant, *places])})"
+        shown_at.append(f"epoch {side.value}" if isinstance(side.value, int) else side.value)
+    return f" ({', '.join([side.variant, *shown_at])})"
 
 
 def shown(value: Value) -> str:
@@ -312,7 +319,8 @@ def shown(value: Value) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _scaled(effect: float, is_ratio: bool) -> str:
+def _scaled(effect: float, finding: Finding) -> str:
+    """Formats an effect as a ratio or difference."""
     if math.isinf(effect):
         return "unbounded" if effect > 0 else "-unbounded"
-    return f"{math.exp(effect):.3g}x" if is_ratio else f"{effect:.2g}"
+    return f"{math.exp(effect):.3g}x" if finding.claim.factor is not None else f"{effect:.2g}"

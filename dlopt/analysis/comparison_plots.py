@@ -7,7 +7,7 @@ from itertools import combinations, pairwise
 from typing import TYPE_CHECKING, Any
 
 from dlopt.analysis import drawing
-from dlopt.analysis.claims import SUMMARY, Finding, is_higher_better, sentence, shown
+from dlopt.analysis.claims import TEST_METRICS, Finding, is_higher_better, short_sentence, shown
 from dlopt.analysis.comparison import Cell, Comparison, Outcome, finals, mean
 from dlopt.analysis.drawing import MARKERS, style
 
@@ -53,7 +53,7 @@ def _titled_figure(comparison: Comparison, findings: Sequence[Finding], width: f
     """Creates a figure with the comparison's title and description, and the outcome of its claims."""
     characters = round(width * 13)
     lines = [rf"$\bf{{{_escaped(line)}}}$" for line in _evenly(comparison.title, round(width * 11))]
-    for text in (comparison.see, *(sentence(finding, drawing.label, short=True) for finding in findings)):
+    for text in (comparison.see, *map(short_sentence, findings)):
         lines += _evenly(text.replace("$", r"\$"), characters)
     return drawing.figure(width, height + 0.17 * max(0, len(lines) - 3), "\n".join(lines), fontsize=10)
 
@@ -260,7 +260,7 @@ def _heat_maps(comparison: Comparison, outcomes: Mapping[Cell, Outcome], finding
 
     [name] = comparison.metrics
     # Framing by a test metric would show a choice made on the test set.
-    chooser = comparison.choose if comparison.choose is not None else None if name in SUMMARY else name
+    chooser = comparison.choose if comparison.choose is not None else None if name in TEST_METRICS else name
     (row_key, rows), (column_key, columns) = comparison.along.items()
     maps = []
     for variant in comparison.variants:

@@ -207,7 +207,7 @@ def _claim(finding: Finding) -> dict[str, Any]:
 
 
 def _finite(value: float) -> float | str | None:
-    """Rounds to six digits; null for NaN, "inf" or "-inf" for infinities, which JSON does not have."""
+    """Rounds to ten digits; null for NaN, "inf" or "-inf" for infinities, which JSON does not have."""
     if math.isnan(value):
         return None
-    return str(value) if math.isinf(value) else float(f"{value:.6g}")
+    return str(value) if math.isinf(value) else float(f"{value:.10g}")

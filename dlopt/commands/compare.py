@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from dlopt.config.experiment import Experiment
 
 PICTURE = "comparison"
-_METRICS = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "test_loss", "test_accuracy")
+_METRICS = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "test_loss", "test_accuracy", "epochs", "steps")
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def _list(runs: list[_Run]) -> int:
 
 def comparison_of(composer: Composer, config: DictConfig, overrides: list[str]) -> "Comparison":
     """Builds the comparison of an experiment file, without overridden axes; an overridden `seed` replaces its seeds."""
-    from dlopt.analysis.claims import SUMMARY, parse
+    from dlopt.analysis.claims import TEST_METRICS, parse
     from dlopt.analysis.comparison import GAPS, Comparison
     from dlopt.analysis.probes import PROBES
 
@@ -116,7 +116,7 @@ def comparison_of(composer: Composer, config: DictConfig, overrides: list[str]) 
         if metric not in (*_METRICS, *GAPS, *PROBES) and not metric.startswith("val_"):
             allowed = ", ".join((*_METRICS, *GAPS, *PROBES))
             raise UserError(f"comparison.metrics: unknown metric {metric}; allowed: {allowed}")
-    if comparison.choose in SUMMARY:
+    if comparison.choose in TEST_METRICS:
         raise UserError(f"comparison.choose={comparison.choose}: must be a validation or training metric")
     if len(comparison.along) > 2:
         raise UserError(f"comparison.along: {len(comparison.along)} keys; at most two fit in a plot")

@@ -1,5 +1,6 @@
-"""Generates the gallery from the lecture recipes in conf/experiment/lecture."""
+"""Generates the gallery, and the table of claims, from the lecture recipes and their results in docs/gallery."""
 
+import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -36,11 +37,49 @@ def _section(choice: Choice, docs: Path) -> str:
     lines += [block("bash", [command])]
     if "see" in comparison:
         lines += [f"**What to see:** {text(' '.join(comparison['see'].split()))}", ""]
+    for claim in _results(docs, name):
+        said = f"{text(claim['claim'])}. {text(claim['outcome'])}{_limits(claim)}"
+        lines += [f"- **{_VERDICTS[claim['verdict']]}:** {said}"]
+    lines += [""]
     notes = [line for line in choice.header[1:] if line.strip() != command]
     lines += [_notes(notes), "", *_varied(recipe, comparison), ""]
     lines += [f"**What to change:** {', '.join(code(each) for each in _own(recipe))}", ""]
     lines += [f"All keys: [{code(f'experiment={choice.name}')}](#{label('experiment', choice.name)})", ""]
     return "\n".join(lines)
+
+
+_VERDICTS = {"seen": "Seen", "not seen here": "Not seen here", "the opposite": "The opposite"}
+
+
+def claims(docs: Path) -> str:
+    """A table of all claims: the claim, the recipe, what came out, and the verdict."""
+    rows, missing = [], []
+    for choice in CATALOGUE.choices("experiment"):
+        if not choice.name.startswith(FOLDER):
+            continue
+        name = choice.name.removeprefix(FOLDER)
+        found = _results(docs, name)
+        recipe = yaml.safe_load(choice.path.read_text(encoding="utf-8"))
+        if recipe["comparison"].get("claims") and not found:
+            missing.append(f"[{name}](gallery.md#gallery-{name})")
+        for claim in found:
+            outcome = f"{text(claim['outcome'])}{_limits(claim)}"
+            link = f"[{name}](gallery.md#gallery-{name})"
+            rows.append((text(claim["claim"]), link, outcome, f"**{claim['verdict']}**"))
+    lines = [table(("Claim", "Recipe", "Outcome", "Verdict"), rows), ""]
+    if missing:
+        lines.append(f"Not recorded here, because they take long or need other machines: {', '.join(missing)}.")
+    return "\n".join(lines)
+
+
+def _results(docs: Path, name: str) -> list[dict[str, Any]]:
+    """The claims in the results of a recipe, with verdicts; none if it was not run for the gallery."""
+    path = docs / "gallery" / f"{name}.json"
+    return list(json.loads(path.read_text(encoding="utf-8"))["claims"]) if path.exists() else []
+
+
+def _limits(claim: dict[str, Any]) -> str:
+    return f" Not for: {text(claim['when_not'])}." if claim["when_not"] else ""
 
 
 def _command(choice: Choice) -> str:
