@@ -76,8 +76,9 @@ def parameter_groups(
                 extra[name]["horizon"] = rule.horizon
             if rule.rest is not None:
                 extra[name]["use_muon"] = not rule.rest
-        if rule.rest is not None and "rest" not in arguments:
-            raise UserError(f"{key}.rest={str(rule.rest).lower()}: this optimizer has a single method; use muon")
+        if rule.rest is not None and not {"rest", "rest_radius"} & set(arguments):
+            flag = str(rule.rest).lower()
+            raise UserError(f"{key}.rest={flag}: this optimizer has a single method for matrices; use muon or scion")
     freeze(model, grouping)
     trainable = {name: p for name, p in names.items() if p.requires_grad}
     if not trainable:

@@ -2,31 +2,57 @@
 
 Class attributes: `evaluations` tells whether a step calls the closure "once" or "many" times. `elementwise = False`
 means that the update of an element depends on other elements, so the optimizer needs full, not sharded, tensors.
+They are not taken from pytorch-optimizer, whose classes deviate from the papers in tests/optim/test_papers.py (ADOPT,
+MARS, Shampoo, SOAP, Prodigy, Kron), or count updates per group instead of per parameter (Adan, AdaBelief, AdEMAMix).
 The schedule-free optimizers are in `dlopt.optim.schedule_free`, because they need an optional package.
 """
 
-from dlopt.optim.adam import LAMB, NAdam
+from dlopt.optim.adafactor import Adafactor
+from dlopt.optim.adam import LAMB, AdaBelief, CautiousAdamW, NAdam, adamw
+from dlopt.optim.adan import Adan
+from dlopt.optim.ademamix import AdEMAMix
+from dlopt.optim.adopt import ADOPT
 from dlopt.optim.bfgs import BFGS, LBFGS
 from dlopt.optim.common import LossClosure
-from dlopt.optim.lion import Lion
+from dlopt.optim.kron import Kron
+from dlopt.optim.lion import Lion, Signum
+from dlopt.optim.mars import MARS
 from dlopt.optim.muon import Muon
 from dlopt.optim.newton import Newton, NewtonCG
+from dlopt.optim.prodigy import Prodigy
 from dlopt.optim.rprop import Rprop
 from dlopt.optim.sam import SAM
+from dlopt.optim.scion import Scion
 from dlopt.optim.sgd import LARS, SGDW
+from dlopt.optim.shampoo import Shampoo
+from dlopt.optim.soap import SOAP
 
 __all__ = [
+    "ADOPT",
     "BFGS",
     "LAMB",
     "LARS",
     "LBFGS",
+    "MARS",
     "SAM",
     "SGDW",
+    "SOAP",
+    "AdEMAMix",
+    "AdaBelief",
+    "Adafactor",
+    "Adan",
+    "CautiousAdamW",
+    "Kron",
     "Lion",
     "LossClosure",
     "Muon",
     "NAdam",
     "Newton",
     "NewtonCG",
+    "Prodigy",
     "Rprop",
+    "Scion",
+    "Shampoo",
+    "Signum",
+    "adamw",
 ]

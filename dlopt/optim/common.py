@@ -103,8 +103,20 @@ class ForeachOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
 
+class RealOptimizer(ForeachOptimizer):
+    """Base of the foreach optimizers that refuse complex parameters, whose values they would square or compare."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        refuse_complex(type(self).__name__.lower(), self.param_groups[-1]["params"])
+
+
 def gradients(params: list[Tensor]) -> list[Tensor]:
-    return [p.grad for p in params if p.grad is not None]
+    """Returns the gradients. Raises `UserError` for sparse ones, which no optimizer of dlopt updates."""
+    grads = [p.grad for p in params if p.grad is not None]
+    if any(grad.is_sparse for grad in grads):
+        raise UserError("optimizer: sparse gradients are not supported; use nn.Embedding(..., sparse=False)")
+    return grads
 
 
 def buffers(optimizer: torch.optim.Optimizer, params: list[Tensor], name: str) -> list[Tensor]:
@@ -126,6 +138,17 @@ def count_steps(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> list[
         state["step"] = state["step"] + 1 if "step" in state else torch.tensor(1.0)
         counts.append(int(state["step"]))
     return counts
+
+
+def make_cautious(updates: Iterable[Tensor], grads: Iterable[Tensor]) -> None:
+    """Zeroes, in place, the entries of the updates whose sign is not that of the gradient, and scales up the others.
+
+    Cautious optimizers (Liang et al. 2024, algorithm 1): u <- u * mask * d / (nnz + 1) for each tensor of d entries, of
+    which the mask u * g > 0 keeps nnz.
+    """
+    for update, grad in zip(updates, grads, strict=True):
+        mask = update * grad > 0
+        update.mul_(mask).mul_(update.numel() / (mask.sum(dtype=update.dtype) + 1))
 
 
 def refuse_complex(name: str, params: Iterable[Tensor]) -> None:

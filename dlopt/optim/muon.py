@@ -1,14 +1,16 @@
 """Muon."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from dlopt.optim.common import Closure, as_groups, buffers, evaluate, gradients
+from dlopt.errors import UserError
+from dlopt.optim.adam import CautiousAdamW
+from dlopt.optim.common import Closure, as_groups, buffers, evaluate, gradients, make_cautious
 from dlopt.ranges import Count, Fraction, NonNegative, Positive
 
 
@@ -39,7 +41,8 @@ class Muon(torch.optim.Optimizer):
     parameters. These are updated by torch's AdamW, or SGD with Nesterov momentum, with the learning rate `rest_lr`.
     Weight decay is decoupled, except with SGD, where it is torch's L2 penalty. `normalize_weights` scales each matrix
     to the norm sqrt(rows) before its update (Jordan's airbench94_muon), which makes the learning rate relative to the
-    weights.
+    weights. `cautious` moves no weight against its gradient (Liang et al. 2024), neither in matrices nor in the AdamW
+    of the others. `rest_lr=None` is lr.
 
     Each parameter group is split in two: matrices and other parameters.
     """
@@ -47,7 +50,6 @@ class Muon(torch.optim.Optimizer):
     evaluations: ClassVar[str] = "once"
     elementwise: ClassVar[bool] = False
     _is_built = False  # `Optimizer.__init__` adds groups that are split already
-    capturable: ClassVar[bool] = True  # in a CUDA graph: no decision of an update depends on tensor values
 
     def __init__(
         self,
@@ -62,22 +64,27 @@ class Muon(torch.optim.Optimizer):
         eps: Positive = 1e-7,
         adjust_lr_fn: Literal["original", "match_rms_adamw"] = "original",
         normalize_weights: bool = False,
+        cautious: bool = False,
         rest: Literal["adamw", "sgd"] = "adamw",
-        rest_lr: Positive = 0.001,
+        rest_lr: Positive | None = 0.001,
         rest_momentum: Fraction = 0.9,
         rest_betas: tuple[Fraction, Fraction] = (0.9, 0.999),
         rest_eps: Positive = 1e-8,
     ) -> None:
         keys = {"momentum": momentum, "nesterov": nesterov, "ns_coefficients": ns_coefficients, "ns_steps": ns_steps}
         keys |= {"eps": eps, "adjust_lr_fn": adjust_lr_fn, "normalize_weights": normalize_weights}
-        self._keys = {**keys, "lr": lr, "weight_decay": weight_decay}
-        self._rest_lr = rest_lr
+        if cautious and rest == "sgd":
+            raise UserError("optimizer.cautious=true: optimizer.rest=sgd has no such variant; use optimizer.rest=adamw")
+        self._keys = {**keys, "lr": lr, "weight_decay": weight_decay, "cautious": cautious}
+        self._rest_lr = lr if rest_lr is None else rest_lr
         self._rest_keys: dict[str, Any] = (
             {"betas": rest_betas, "eps": rest_eps}
             if rest == "adamw"
             else {"momentum": rest_momentum, "nesterov": rest_momentum > 0}
         )
-        self._rest_class = torch.optim.AdamW if rest == "adamw" else torch.optim.SGD
+        self._rest_class: Callable[..., torch.optim.Optimizer] = torch.optim.SGD
+        if rest == "adamw":
+            self._rest_class = CautiousAdamW if cautious else torch.optim.AdamW
         self._rest: torch.optim.Optimizer | None = None
         muon_groups, rest_groups = self._split(as_groups(params))
         rest_groups = self._add_to_rest(rest_groups)
@@ -104,12 +111,18 @@ class Muon(torch.optim.Optimizer):
             return []
         # torch's fused kernels go wrong on parameters with gaps in memory (2.15: neighbours are overwritten).
         fused = all(p.device.type in ("cpu", "cuda") and _is_dense(p) for group in groups for p in group["params"])
+        implementation: dict[str, Any] = {} if self._keys["cautious"] else {"fused": fused or None}
         if self._rest is None:
-            self._rest = self._rest_class(groups, lr=self._rest_lr, fused=fused or None, **self._rest_keys)
+            self._rest = self._rest_class(groups, lr=self._rest_lr, **implementation, **self._rest_keys)
         else:
             for group in groups:
-                self._rest.add_param_group({**group, "fused": fused or None})
+                self._rest.add_param_group({**group, **implementation})
         return self._rest.param_groups[-len(groups) :]
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a CUDA graph can capture an update: none of its decisions depends on tensor values."""
+        return not self._keys["cautious"]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if not self._is_built:
@@ -159,11 +172,13 @@ class Muon(torch.optim.Optimizer):
         for index, p in enumerate(params):
             by_shape.setdefault((len(p), p.numel() // len(p)), []).append(index)
         for shape, indices in by_shape.items():
-            stacked = torch.stack([_as_matrix(moves[index], params[index]) for index in indices])
+            stacked = torch.stack([as_matrix(moves[index], params[index]) for index in indices])
             orthogonal = orthogonalize(stacked, group["ns_coefficients"], group["ns_steps"], group["eps"])
             scaled = orthogonal.to(stacked.dtype) * (group["lr"] * _lr_factor(shape, group["adjust_lr_fn"]))
+            if group["cautious"]:
+                make_cautious(scaled, [as_matrix(grads[index], params[index]) for index in indices])
             for index, move in zip(indices, scaled, strict=True):
-                _as_matrix(params[index], params[index]).sub_(move)
+                as_matrix(params[index], params[index]).sub_(move)
 
 
 def _is_dense(p: Tensor) -> bool:
@@ -178,7 +193,7 @@ def _lr_factor(shape: tuple[int, ...], adjust_lr_fn: str) -> float:
     return math.sqrt(max(1.0, rows / columns)) if adjust_lr_fn == "original" else 0.2 * math.sqrt(max(rows, columns))
 
 
-def _as_matrix(t: Tensor, like: Tensor) -> Tensor:
+def as_matrix(t: Tensor, like: Tensor) -> Tensor:
     """Reshapes t to [out, everything else]; a view if t has the memory format of `like`.
 
     Columns are in memory order, which is another for channels-last kernels. Orthogonalization does not depend on it.

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from hydra.utils import get_class
+from hydra.utils import get_object
 
 from dlopt import optim
 from dlopt.optim import LossClosure
@@ -17,9 +17,14 @@ from dlopt.optim.common import chunks
 
 CONF = Path(__file__).parents[2] / "conf"
 CHOICES = sorted(path.stem for path in (CONF / "optimizer").glob("[!_]*.yaml"))
-# Values in the YAML other than the defaults of the signature: `dfp` and `momentum` are a class under a second name,
-# and the learning rate of `sam` is that of its base.
-OTHER_VALUES = {"dfp": {"xi", "c2"}, "momentum": {"weight_decay"}, "sam": {"lr"}}
+# Values in the YAML other than the defaults of the signature: `dfp`, `dmuon` and `momentum` are a class under a second
+# name, and the learning rate of `sam` is that of its base.
+OTHER_VALUES = {
+    "dfp": {"xi", "c2"},
+    "dmuon": {"lr", "weight_decay", "adjust_lr_fn", "rest_lr", "rest_betas"},
+    "momentum": {"weight_decay"},
+    "sam": {"lr"},
+}
 
 
 @pytest.fixture(params=CHOICES)
@@ -36,9 +41,10 @@ def plain(value: Any) -> Any:
 def test_yaml_states_every_value_and_agrees_with_defaults(name: str, keys_of: Callable[..., Any]) -> None:
     """A signature may repeat the paper's defaults, as torch's do; it need not."""
     keys = keys_of(name)
-    target = get_class(keys.pop("_target_"))
+    target = get_object(keys.pop("_target_"))
     parameters = dict(inspect.signature(target).parameters)
-    parameters.pop("params", None)
+    for runtime in ("params", "fused"):
+        parameters.pop(runtime, None)
     if not target.__module__.startswith("dlopt."):
         assert set(keys) <= set(parameters)
         return
@@ -121,6 +127,7 @@ def test_classes_declare_evaluations(name: str, problem: Callable[..., Any], cho
 
 
 DECOUPLED = ["adamw", "sgdw", "momentum", "lamb", "lion", "muon", "nadam", "radam", "schedule_free_adamw"]
+DECOUPLED += ["adabelief", "ademamix", "dmuon", "kron", "mars", "shampoo", "signum"]
 
 
 @pytest.mark.parametrize("choice", [*DECOUPLED, "lars"])
@@ -174,5 +181,5 @@ def test_chunks_hold_every_parameter_with_a_gradient_once() -> None:
 
 def test_exported_classes_can_be_copied() -> None:
     p = torch.nn.Parameter(torch.ones(2))
-    for name in set(optim.__all__) - {"LossClosure", "SAM"}:
+    for name in set(optim.__all__) - {"LossClosure", "SAM", "adamw"}:
         copy.deepcopy(getattr(optim, name)([p]))

@@ -1,0 +1,394 @@
+"""Updates of today's optimizers against the algorithms of their papers, written out in NumPy in float64."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dlopt.errors import UserError
+from dlopt.optim import SOAP, Kron, Lion, Muon, Prodigy, Scion, adamw
+from dlopt.optim.kron import update_factors
+from dlopt.random import generator
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+DRAW = np.random.default_rng(0)
+SHAPES = {"kernel": (3, 2, 2, 2), "matrix": (4, 3), "vector": (5,)}
+START = {name: DRAW.normal(size=shape) for name, shape in SHAPES.items()}
+GRADS = [{name: DRAW.normal(size=shape) for name, shape in SHAPES.items()} for _ in range(12)]
+LR, DECAY = 0.1, 0.3
+
+
+def parameters() -> dict[str, nn.Parameter]:
+    return {name: nn.Parameter(torch.tensor(value)) for name, value in START.items()}
+
+
+def path(optimizer: torch.optim.Optimizer, params: dict[str, nn.Parameter]) -> list[Tensor]:
+    """Returns all weights after each update."""
+    seen = []
+    for gradient in GRADS:
+        for name, p in params.items():
+            p.grad = torch.tensor(gradient[name])
+        optimizer.step()
+        seen.append(torch.cat([p.detach().reshape(-1) for p in params.values()]))
+    return seen
+
+
+# Each algorithm: initial weights of a tensor, its gradients -> the weights after every update.
+
+
+def mask(u: Array, g: Array) -> Array:
+    phi = (u * g > 0).astype(float)
+    scaled: Array = phi * phi.size / (phi.sum() + 1)
+    return scaled
+
+
+def c_adamw(w: Array, gs: list[Array]) -> Iterator[Array]:
+    m, v = np.zeros_like(w), np.zeros_like(w)
+    for t, g in enumerate(gs, 1):
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+        u = m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+        w = w - LR * DECAY * w - LR * mask(u, g) * u
+        yield w
+
+
+def c_lion(w: Array, gs: list[Array]) -> Iterator[Array]:
+    m = np.zeros_like(w)
+    for g in gs:
+        u = np.sign(0.9 * m + 0.1 * g)
+        w = w - LR * DECAY * w - LR * mask(u, g) * u
+        m = 0.99 * m + 0.01 * g
+        yield w
+
+
+def signum(w: Array, gs: list[Array]) -> Iterator[Array]:
+    m = np.zeros_like(w)
+    for g in gs:
+        m = 0.9 * m + 0.1 * g
+        w = w - LR * (np.sign(m) + DECAY * w)
+        yield w
+
+
+def adopt(w: Array, gs: list[Array]) -> Iterator[Array]:
+    m, v = np.zeros_like(w), gs[0] ** 2
+    yield w
+    for t, g in enumerate(gs[1:], 1):
+        m = 0.9 * m + 0.1 * np.clip(g / np.maximum(np.sqrt(v), 1e-6), -(t**0.25), t**0.25)
+        w = w - LR * (m + DECAY * w)
+        v = 0.9999 * v + 0.0001 * g**2
+        yield w
+
+
+def ademamix(w: Array, gs: list[Array], warmup: int = 7) -> Iterator[Array]:
+    m1, m2, v = np.zeros_like(w), np.zeros_like(w), np.zeros_like(w)
+    log1, log3 = math.log(0.9), math.log(0.9999)
+    for t, g in enumerate(gs, 1):
+        alpha = min(5.0 * t / warmup, 5.0)
+        beta3 = min(math.exp(log1 * log3 / ((1 - t / warmup) * log3 + t / warmup * log1)), 0.9999)
+        m1, m2, v = 0.9 * m1 + 0.1 * g, beta3 * m2 + (1 - beta3) * g, 0.999 * v + 0.001 * g**2
+        update = (m1 / (1 - 0.9**t) + alpha * m2) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+        w = w - LR * (update + DECAY * w)
+        yield w
+
+
+def adan(w: Array, gs: list[Array]) -> Iterator[Array]:
+    m, v, n, old = np.zeros_like(w), np.zeros_like(w), np.zeros_like(w), gs[0]
+    for t, g in enumerate(gs, 1):
+        m, v = 0.98 * m + 0.02 * g, 0.92 * v + 0.08 * (g - old)
+        n = 0.99 * n + 0.01 * (g + 0.92 * (g - old)) ** 2
+        rate = LR / (np.sqrt(n / (1 - 0.99**t)) + 1e-8)
+        w = (w - rate * (m / (1 - 0.98**t) + 0.92 * v / (1 - 0.92**t))) / (1 + DECAY * LR)
+        old = g
+        yield w
+
+
+def adabelief(w: Array, gs: list[Array]) -> Iterator[Array]:
+    m, s = np.zeros_like(w), np.zeros_like(w)
+    for t, g in enumerate(gs, 1):
+        m = 0.9 * m + 0.1 * g
+        s = 0.999 * s + 0.001 * (g - m) ** 2 + 1e-8
+        w = w - LR * (m / (1 - 0.9**t) / (np.sqrt(s / (1 - 0.999**t)) + 1e-8) + DECAY * w)
+        yield w
+
+
+def mars(w: Array, gs: list[Array]) -> Iterator[Array]:
+    m, v, old = np.zeros_like(w), np.zeros_like(w), gs[0]
+    for t, g in enumerate(gs, 1):
+        c = g + 0.025 * 0.95 / 0.05 * (g - old)
+        c = c / max(1.0, np.linalg.norm(c))
+        m, v, old = 0.95 * m + 0.05 * c, 0.99 * v + 0.01 * c**2, g
+        w = w - LR * (m / (1 - 0.95**t) / (np.sqrt(v / (1 - 0.99**t)) + 1e-8) + DECAY * w)
+        yield w
+
+
+def rms(x: Array) -> float:
+    return float(np.sqrt(np.mean(x**2)))
+
+
+def adafactor(w: Array, gs: list[Array]) -> Iterator[Array]:
+    rows, columns, v = np.zeros(w.shape), np.zeros(w.shape), np.zeros(w.shape)
+    for t, g in enumerate(gs, 1):
+        beta = 1 - t**-0.8
+        alpha = max(0.001, rms(w)) * min(LR, 1 / math.sqrt(t))
+        squares = g**2 + 1e-30
+        if w.ndim > 1:
+            rows = beta * rows + (1 - beta) * squares.sum(-1, keepdims=True)
+            columns = beta * columns + (1 - beta) * squares.sum(-2, keepdims=True)
+            v = rows * columns / rows.sum(-2, keepdims=True)
+        else:
+            v = beta * v + (1 - beta) * squares
+        u = g / np.sqrt(v)
+        w = w - LR * DECAY * w - alpha * u / max(1.0, rms(u))
+        yield w
+
+
+def unfold(x: Array, mode: int) -> Array:
+    return np.moveaxis(x, mode, 0).reshape(x.shape[mode], -1)
+
+
+def times(x: Array, mode: int, matrix: Array) -> Array:
+    product: Array = np.moveaxis(np.tensordot(matrix, x, axes=(1, mode)), 0, mode)
+    return product
+
+
+def inverse_root(h: Array, order: int) -> Array:
+    values, vectors = np.linalg.eigh(h)
+    root: Array = vectors @ np.diag(values ** (-1 / order)) @ vectors.T
+    return root
+
+
+def shampoo(w: Array, gs: list[Array]) -> Iterator[Array]:
+    h, m = [1e-4 * np.eye(n) for n in w.shape], np.zeros_like(w)
+    for t, g in enumerate(gs):
+        m = 0.9 * m + 0.1 * g
+        h = [each + unfold(g, mode) @ unfold(g, mode).T for mode, each in enumerate(h)]
+        if t % 3 == 0:
+            roots = [inverse_root(each, 2 * w.ndim) for each in h]
+        step = m
+        for mode, root in enumerate(roots):
+            step = times(step, mode, root)
+        w = w - LR * (step + DECAY * w)
+        yield w
+
+
+def soap(w: Array, gs: list[Array]) -> Iterator[Array]:
+    modes = range(w.ndim) if w.ndim > 1 else []
+    m, v = np.zeros_like(w), np.zeros_like(w)
+    grams = {i: 0.05 * unfold(gs[0], i) @ unfold(gs[0], i).T for i in modes}
+    q = {i: np.linalg.eigh(grams[i])[1][:, ::-1] for i in modes}
+    yield w
+    for t, g in enumerate(gs[1:], 1):
+        rotated, m = g, 0.95 * m + 0.05 * g
+        average = m
+        for i in modes:
+            rotated, average = times(rotated, i, q[i].T), times(average, i, q[i].T)
+        v = 0.95 * v + 0.05 * rotated**2
+        step = average / (1 - 0.95**t) / (np.sqrt(v / (1 - 0.95**t)) + 1e-8)
+        for i in modes:
+            step = times(step, i, q[i])
+        w = w - LR * (step + DECAY * w)
+        for i in modes:
+            grams[i] = 0.95 * grams[i] + 0.05 * unfold(g, i) @ unfold(g, i).T
+            if t % 3 == 0:
+                order = np.argsort(-np.diag(q[i].T @ grams[i] @ q[i]))
+                v = np.take(v, order, axis=i)
+                q[i] = np.linalg.qr((grams[i] @ q[i])[:, order])[0]
+        yield w
+
+
+ALGORITHMS: dict[str, tuple[str, list[str], Callable[..., Iterator[Array]]]] = {
+    "C-AdamW": ("adamw", ["cautious=true"], c_adamw),
+    "C-Lion": ("lion", ["cautious=true"], c_lion),
+    "Signum": ("signum", [], signum),
+    "ADOPT": ("adopt", [], adopt),
+    "AdEMAMix": ("ademamix", ["warmup=7"], ademamix),
+    "Adan": ("adan", [], adan),
+    "AdaBelief": ("adabelief", [], adabelief),
+    "MARS": ("mars", [], mars),
+    "Adafactor": ("adafactor", [], adafactor),
+    "Shampoo": ("shampoo", ["update_every=3"], shampoo),
+    "SOAP": ("soap", ["update_every=3"], soap),
+}
+
+
+@pytest.mark.parametrize("case", ALGORITHMS)
+def test_algorithm_at_every_update(case: str, choose: Callable[..., Any]) -> None:
+    choice, typed, algorithm = ALGORITHMS[case]
+    params = parameters()
+    ours = path(choose(choice, params.values(), f"lr={LR}", f"weight_decay={DECAY}", *typed), params)
+    written = [list(algorithm(START[name], [g[name] for g in GRADS])) for name in SHAPES]
+    expected = [torch.cat([torch.tensor(w).reshape(-1) for w in weights]) for weights in zip(*written, strict=True)]
+    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_prodigy_at_every_update() -> None:
+    """The algorithm is for all parameters together; a schedule changes gamma, and similar gradients increase d."""
+    params = parameters()
+    optimizer = Prodigy([{"params": [p]} for p in params.values()], weight_decay=DECAY, d0=0.01)
+    x0 = x = np.concatenate([w.reshape(-1) for w in START.values()])
+    m, v, s, r, d = np.zeros_like(x), np.zeros_like(x), np.zeros_like(x), 0.0, 0.01
+    root = math.sqrt(0.999)
+    for number, noise in enumerate(GRADS):
+        gamma, gradient = 1 - number / 20, {name: GRADS[0][name] + 0.1 * each for name, each in noise.items()}
+        for group, (name, p) in zip(optimizer.param_groups, params.items(), strict=True):
+            group["lr"], p.grad = gamma, torch.tensor(gradient[name])
+        optimizer.step()
+        g = np.concatenate([each.reshape(-1) for each in gradient.values()])
+        r = root * r + (1 - root) * gamma * d**2 * g @ (x0 - x)
+        s = root * s + (1 - root) * gamma * d**2 * g
+        m, v = 0.9 * m + 0.1 * d * g, 0.999 * v + 0.001 * d**2 * g**2
+        x = x - gamma * d * (m / (np.sqrt(v) + d * 1e-8) + DECAY * x)
+        d = max(d, r / np.abs(s).sum())
+        ours = torch.cat([p.detach().reshape(-1) for p in params.values()])
+        torch.testing.assert_close(ours, torch.tensor(x), rtol=1e-10, atol=1e-12)
+        assert optimizer.param_groups[1]["d"] == pytest.approx(d, rel=1e-10)
+    assert d > 0.01
+
+
+def test_prodigy_finds_the_scale_of_the_problem() -> None:
+    """From d0 = 1e-6 to a minimum at distance 3, without a learning rate; d stays below the distance."""
+    p, center = nn.Parameter(torch.zeros(4)), torch.tensor([1.0, -2.0, 2.0, 0.0])
+    optimizer = Prodigy([p])
+    for _ in range(400):
+        optimizer.zero_grad()
+        (p - center).abs().sum().backward()
+        optimizer.step()
+    assert (p - center).abs().max() < 0.3
+    assert 0.1 < optimizer.param_groups[0]["d"] < 3
+
+
+def numpy_factors(q: list[Array], g: Array, noise: Array) -> None:
+    """Steps on the Lie group of a matrix: Q1 G Q2^T is whitened, Q1^-T V Q2^-1 its conjugate."""
+    a = q[0] @ g @ q[1].T
+    b = np.linalg.inv(q[0]).T @ noise @ np.linalg.inv(q[1])
+    for i, (left, right) in enumerate(((a @ a.T, b @ b.T), (a.T @ a, b.T @ b))):
+        total = left + right
+        row = total @ total[np.argmax((total**2).sum(1))]
+        bound = np.linalg.norm(total @ row / np.linalg.norm(row))
+        q[i] = q[i] - 0.1 / bound * np.triu(left - right) @ q[i]
+
+
+def test_kron_at_every_update() -> None:
+    """Including the balance of the factors at the first update, where it changes nothing."""
+    p = nn.Parameter(torch.tensor(START["matrix"]))
+    optimizer = Kron([p], lr=LR, weight_decay=DECAY, seed=3)
+    w, m, q = START["matrix"], np.zeros((4, 3)), [np.eye(4), np.eye(3)]
+    for t, gradient in enumerate(GRADS, 1):
+        g = gradient["matrix"]
+        p.grad = torch.tensor(g)
+        optimizer.step()
+        m = 0.9 * m + 0.1 * g
+        mean = m / (1 - 0.9**t)
+        noise = torch.randn(4, 3, generator=generator("cpu", 3, t, 0, 0), dtype=torch.float64).numpy()
+        numpy_factors(q, mean, noise)
+        step = q[0].T @ q[0] @ mean @ q[1].T @ q[1]
+        w = w - LR * (step / max(1.0, rms(step) / 1.1) + DECAY * w)
+        np.testing.assert_allclose(p.detach().numpy(), w, rtol=1e-10, atol=1e-12)
+
+
+def test_kron_learns_to_whiten() -> None:
+    """P = Q^T Q approaches the inverse square root of the gradients' covariance, as whitening requires."""
+    draw = torch.Generator().manual_seed(0)
+    left, right = torch.diag(torch.tensor([10.0, 1.0, 0.1])).double(), torch.tensor([[2.0, 1.0], [0.0, 0.5]]).double()
+    factors = [torch.eye(3).double(), torch.eye(2).double()]
+    for _ in range(1500):
+        gradient = left @ torch.randn(3, 2, generator=draw, dtype=torch.float64) @ right.T
+        update_factors(factors, gradient, torch.randn(3, 2, generator=draw, dtype=torch.float64), 0.02)
+    p = torch.kron(*(q.T @ q for q in factors))
+    covariance = torch.kron(left @ left.T, right @ right.T)
+    assert torch.dist(p @ covariance @ p, torch.eye(6)) < 2  # 5e2 at the start: P = I
+
+
+def test_kron_updates_the_preconditioner_less_often_later() -> None:
+    optimizer, counts = Kron([nn.Parameter(torch.zeros(2, 2))]), []
+    for _ in range(5000):
+        optimizer.step()
+        counts.append(optimizer.param_groups[0]["updated"])
+    assert counts[249] == 250
+    assert counts[-1] - counts[-1001] == pytest.approx(30, abs=1)
+
+
+def test_scion_moves_each_tensor_by_the_norm_of_its_ball() -> None:
+    """Spectral norm for matrices and kernels, RMS for vectors, sign for `rest`; the ball for constrained steps."""
+    params = parameters()
+    rest = nn.Parameter(torch.tensor(START["matrix"]))
+    groups: list[dict[str, Any]] = [{"params": list(params.values())}, {"params": [rest], "use_muon": False}]
+    exact: dict[str, Any] = {"ns_coefficients": (1.875, -1.25, 0.375), "ns_steps": 30}  # which converge to U V^T
+    optimizer = Scion(groups, lr=LR, radius=2.0, rest_radius=6.0, **exact)
+    momenta = {name: np.zeros(shape) for name, shape in SHAPES.items()}
+    weights, last = dict(START), START["matrix"]
+    for gradient in GRADS:
+        for name, p in params.items():
+            p.grad = torch.tensor(gradient[name])
+        rest.grad = torch.tensor(gradient["matrix"])
+        optimizer.step()
+        for name, m in momenta.items():
+            m += 0.1 * (gradient[name] - m)
+            if name == "vector":
+                direction = m / rms(m)
+            else:
+                u, _, vt = np.linalg.svd(m.reshape(len(m), -1), full_matrices=False)
+                direction = (u @ vt).reshape(m.shape) * math.sqrt(m.shape[0] / m.shape[1]) / math.prod(m.shape[2:])
+            weights[name] = (1 - LR) * weights[name] - LR * 2 * direction
+        last = (1 - LR) * last - LR * 6 * np.sign(momenta["matrix"]) / 3
+    for name, p in params.items():
+        np.testing.assert_allclose(p.detach().numpy(), weights[name], rtol=0, atol=0.05 if p.ndim > 1 else 1e-6)
+    np.testing.assert_allclose(rest.detach().numpy(), last, rtol=1e-12)
+
+
+def test_dmuon_is_adamw_with_decay_for_vectors_and_matches_its_rms(choose: Callable[..., Any]) -> None:
+    params, others = parameters(), parameters()
+    reference = torch.optim.AdamW([others["vector"]], lr=LR, betas=(0.9, 0.95), weight_decay=DECAY)
+    optimizer = choose("dmuon", params.values(), f"lr={LR}", f"weight_decay={DECAY}")
+    path(optimizer, params)
+    path(reference, others)
+    assert torch.equal(params["vector"], others["vector"])
+    before = params["matrix"].detach().clone()
+    optimizer.step()
+    moved = (params["matrix"] - (1 - LR * DECAY) * before).detach().square().mean().sqrt()
+    assert float(moved) == pytest.approx(LR * 0.2, rel=0.3)  # singular values near 1, in bfloat16
+
+
+def test_cautious_muon_never_moves_against_the_gradient() -> None:
+    """Neither matrices nor the others, whose update is that of cautious AdamW."""
+    params, others = parameters(), parameters()
+    optimizer = Muon(params.values(), lr=LR, rest_lr=LR, weight_decay=0.0, cautious=True)
+    reference = adamw([others["vector"]], lr=LR, weight_decay=0.0, cautious=True)
+    for gradient in GRADS:
+        before = {name: p.detach().clone() for name, p in params.items()}
+        for name, p in params.items():
+            p.grad = torch.tensor(gradient[name])
+        others["vector"].grad = torch.tensor(gradient["vector"])
+        optimizer.step()
+        reference.step()
+        for name, p in params.items():
+            assert ((before[name] - p) * torch.tensor(gradient[name]) >= 0).all()
+    assert torch.equal(params["vector"], others["vector"])
+    with pytest.raises(UserError, match=r"optimizer\.cautious=true"):
+        Muon(params.values(), cautious=True, rest="sgd")
+
+
+def test_soap_does_not_rotate_large_dimensions() -> None:
+    """With no dimension left to rotate it is AdamW from the second gradient on."""
+    params, others = parameters(), parameters()
+    optimizer = SOAP(params.values(), lr=LR, weight_decay=DECAY, max_size=1)
+    reference = torch.optim.AdamW(others.values(), lr=LR, weight_decay=DECAY, betas=(0.95, 0.95))
+    path(optimizer, params)
+    for gradient in GRADS[1:]:
+        for name, p in others.items():
+            p.grad = torch.tensor(gradient[name])
+        reference.step()
+    torch.testing.assert_close(dict(params), dict(others), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("make", [Lion, SOAP, Kron, Scion, Prodigy])
+def test_complex_and_sparse_are_refused(make: Callable[..., torch.optim.Optimizer]) -> None:
+    with pytest.raises(UserError, match=f"optimizer={make.__name__.lower()}: complex parameters"):
+        make([nn.Parameter(torch.ones(2, dtype=torch.complex64))])
+    p = nn.Parameter(torch.ones(3, 2))
+    p.grad = torch.ones(3, 2).to_sparse()
+    with pytest.raises(UserError, match="sparse gradients are not supported"):
+        make([p]).step()
