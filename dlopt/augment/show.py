@@ -1,6 +1,7 @@
 """Images of a pipeline's effects: each operation by strength, and augmented samples next to the originals."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,12 +17,12 @@ if TYPE_CHECKING:
 COLUMNS = {"low": (1 / 3, 1.0), "middle": (2 / 3, 1.0), "high": (1.0, 1.0), "high, other side": (1.0, -1.0)}
 """Strength and sign of the columns of `operations_picture`."""
 
-_TILE = 112  # pixels
+TILE = 112  # pixels
 _GAP = 4
-_LINE = 18
+_MIXED = 0.995  # share of a sample's class below which its caption shows the mixture
 
 
-def operations_picture(pipeline: Pipeline, images: Tensor) -> "Image":
+def operations_picture(pipeline: Pipeline, images: Tensor, *, title: str = "", tile: int = TILE) -> "Image":
     """Draws a row per operation: the original, then the operation at 1/3, 2/3 and full strength.
 
     The last column has full strength with the opposite sign (translation, brightness); one-sided operations repeat.
@@ -29,10 +30,11 @@ def operations_picture(pipeline: Pipeline, images: Tensor) -> "Image":
     Args:
         pipeline: of an operation that chooses from others, all choices are shown.
         images: uint8 [n, C, H, W]; the rows show image 0, 1, 2, ... in turn; mixing needs at least two images.
+        tile: size of an image in pixels; the text grows with it.
     """
     shape = image_shape(images.shape[1:])
     operations = [leaf for operation in pipeline.operations for leaf in _leaves(operation, shape)]
-    rows, labels = [], []
+    rows = []
     for i, operation in enumerate(operations):
         batch = images.roll(-(i % len(images)), 0)
         single = Pipeline(operations=[operation], border=pipeline.border, input_shape=shape)
@@ -42,29 +44,67 @@ def operations_picture(pipeline: Pipeline, images: Tensor) -> "Image":
             draws = Draws(generator(images.device, 0), len(batch), indices=indices, epoch=epoch)
             targets = torch.zeros(len(batch), device=images.device)
             row.append(single.apply(batch, targets, FixedStrengthDraws(draws, strength, sign))[0][0])
-        rows.append(row)
-        labels.append(type(operation).__name__)
-    return _grid(rows, labels, ["original", *COLUMNS])
+        rows.append(_Row(type(operation).__name__, row, [""] * len(row)))
+    return _grid(rows, [title] if title else [], ["original", *COLUMNS], tile)
 
 
-def batch_picture(pipeline: Pipeline, images: Tensor, targets: Tensor, *, seed: int, draws: int = 6) -> "Image":
-    """Draws a row per image [n, C, H, W]: the original, then its augmented versions in `draws` steps."""
+def batch_picture(
+    pipelines: Mapping[str, Pipeline],
+    images: Tensor,
+    targets: Tensor,
+    *,
+    seed: int,
+    classes: Sequence[str] = (),
+    title: str = "",
+    draws: int = 6,
+    tile: int = TILE,
+) -> "Image":
+    """Draws a row per image: the original, then its augmented versions, by pipeline, in `draws` steps altogether.
+
+    Mixed samples have a caption with the shares of their classes.
+
+    Args:
+        pipelines: by name, which is their heading.
+        images: uint8 [n, C, H, W].
+        targets: int64 [n], or continuous.
+        classes: names, the labels of the rows; empty: no labels.
+        tile: size of an image in pixels; the text grows with it.
+    """
     indices = torch.arange(len(images), device=images.device)
-    results = []
-    for step in range(draws):
-        results.append(
-            pipeline(
+    steps = max(draws // len(pipelines), 1)
+    labels = [classes[target] for target in targets.tolist()] if classes else [""] * len(images)
+    rows = [_Row(label, [image], [""]) for label, image in zip(labels, images, strict=True)]
+    headers, groups = ["original"], [""]
+    for name, pipeline in pipelines.items():
+        headers += [f"step {step + 1}" for step in range(steps)]
+        groups += [name, *[""] * (steps - 1)]
+        for step in range(steps):
+            rng = generator(images.device, seed, step)
+            results, mixed = pipeline(
                 images,
                 targets,
-                generator=generator(images.device, seed, step),
+                generator=rng,
                 total=len(images),
                 shard=slice(0, len(images)),
                 indices=indices,
                 epoch=step,
-            )[0]
-        )
-    rows = [[image, *(result[i] for result in results)] for i, image in enumerate(images)]
-    return _grid(rows, None, ["original", *(f"step {step + 1}" for step in range(draws))])
+            )
+            for row, result, target in zip(rows, results, mixed, strict=True):
+                row.images.append(result)
+                row.captions.append(_caption(target, classes))
+    return _grid(rows, [title] if title else [], headers, tile, groups if any(groups) else None)
+
+
+def _caption(target: Tensor, classes: Sequence[str]) -> str:
+    """Returns the classes of a mixed sample with their shares; empty for other samples."""
+    if target.ndim == 0 or float(target.max()) > _MIXED:
+        return ""
+    shares, indices = target.topk(min(2, len(target)))
+    return " + ".join(
+        f"{100 * share:.0f} % {classes[index] if classes else index}"
+        for share, index in zip(shares.tolist(), indices.tolist(), strict=True)
+        if share > 1 - _MIXED
+    )
 
 
 def _leaves(operation: Operation, shape: Shape) -> list[Operation]:
@@ -74,31 +114,58 @@ def _leaves(operation: Operation, shape: Shape) -> list[Operation]:
     return [leaf for choice in choices for leaf in _leaves(choice, shape)]
 
 
-def _grid(rows: Sequence[Sequence[Tensor]], labels: Sequence[str] | None, headers: Sequence[str]) -> "Image":
-    from PIL import Image, ImageDraw
+@dataclass(frozen=True)
+class _Row:
+    label: str
+    images: list[Tensor]
+    captions: list[str]
 
-    left = 130 if labels else _GAP
-    cell = _TILE + _GAP
-    picture = Image.new("RGB", (left + cell * len(headers), _LINE + cell * len(rows)), "white")
+
+def _grid(
+    rows: Sequence[_Row],
+    titles: Sequence[str],
+    headers: Sequence[str],
+    tile: int,
+    groups: Sequence[str] | None = None,
+) -> "Image":
+    """Draws titles, headings of groups of columns and of columns, and the rows with their labels and captions."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    font = ImageFont.load_default(max(tile / 9, 11))
+    line = round(1.5 * font.getbbox("Ag")[3])
+    labels = [font.getlength(row.label) for row in rows]
+    left = _GAP + (round(max(labels)) + 2 * _GAP if max(labels) else 0)
+    top = line * (len(titles) + (groups is not None) + 1)
+    cell = tile + _GAP
+    height = cell + (line if any(any(row.captions) for row in rows) else 0)
+    width = max(left + cell * len(headers), *[round(font.getlength(title)) + 2 * _GAP for title in titles], 0)
+    picture = Image.new("RGB", (width, top + height * len(rows)), "white")
     pen = ImageDraw.Draw(picture)
-    for column, header in enumerate(headers):
-        pen.text((left + column * cell, 3), header, fill="black")
+
+    def write(text: str, x: int, y: int) -> None:
+        pen.text((x, y + line / 6), text, fill="black", font=font)
+
+    for number, title in enumerate(titles):
+        write(title, _GAP, number * line)
+    for number, texts in enumerate([*([groups] if groups is not None else []), headers], len(titles)):
+        for column, text in enumerate(texts):
+            write(text, left + column * cell, number * line)
     for y, row in enumerate(rows):
-        if labels:
-            pen.text((_GAP, _LINE + y * cell + _TILE // 2 - 6), labels[y], fill="black")
-        for column, image in enumerate(row):
-            picture.paste(_tile(image), (left + column * cell, _LINE + y * cell))
+        write(row.label, _GAP, top + y * height + (tile - line) // 2)
+        for column, (image, caption) in enumerate(zip(row.images, row.captions, strict=True)):
+            picture.paste(_tile(image, tile), (left + column * cell, top + y * height))
+            write(caption, left + column * cell, top + y * height + tile)
     return picture
 
 
-def _tile(image: Tensor) -> "Image":
+def _tile(image: Tensor, tile: int) -> "Image":
     from PIL import Image
 
     if len(image) not in (1, 3):
         image = image[:1]
     pixels = image.float().round().clamp(0, 255).byte().cpu().permute(1, 2, 0).numpy()
-    tile = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).convert("RGB")
-    small = max(tile.size) <= _TILE // 2
-    scale = _TILE / max(tile.size)
-    size = (max(1, round(tile.width * scale)), max(1, round(tile.height * scale)))
-    return tile.resize(size, Image.Resampling.NEAREST if small else Image.Resampling.BILINEAR)
+    shown = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).convert("RGB")
+    small = max(shown.size) <= tile // 2
+    scale = tile / max(shown.size)
+    size = (max(1, round(shown.width * scale)), max(1, round(shown.height * scale)))
+    return shown.resize(size, Image.Resampling.NEAREST if small else Image.Resampling.BILINEAR)

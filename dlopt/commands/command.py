@@ -107,7 +107,7 @@ class Line:
         """Returns the overrides of each combination of values, in the order of `dlopt train -m`."""
         return grid(self.composer.parse(self.overrides))
 
-    def jobs(self, groups: Sequence[str], max_jobs: float = math.inf) -> list[Job]:
+    def jobs(self, groups: Sequence[str], max_jobs: float = math.inf, what: str = "curves") -> list[Job]:
         """Returns one job per combination of values.
 
         A key that only some choices of a group have applies to these; in the other jobs it is skipped.
@@ -118,7 +118,7 @@ class Line:
         combinations = complete or combinations  # glob(*) also matches fragments
         if len(combinations) > max_jobs:
             overrides = " ".join(self.overrides)
-            raise UserError(f"{overrides}: {len(combinations)} curves; at most {max_jobs} fit in one plot")
+            raise UserError(f"{overrides}: {len(combinations)} {what}; at most {max_jobs} fit in one plot")
         swept = {each.get_key_element() for each in self.composer.parse(self.overrides) if each.is_sweep_override()}
         available = [self._available_keys(lines, groups) for lines in combinations]
         known = set[str]().union(*available)

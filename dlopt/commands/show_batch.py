@@ -1,7 +1,10 @@
 """`dlopt show-batch`: plots augmented images."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from annotated_types import Interval
 
 from dlopt.commands.command import Line, on_experiment, output_folder, read_dataset, refuse_folder, writing
 from dlopt.errors import DONE, UserError
@@ -20,22 +23,26 @@ Usage: dlopt show-batch [group=choice] [key=value]
 Examples:
   dlopt show-batch data=cifar10 augmentation=randaugment
   dlopt show-batch augmentation=affine seed=3 output=affine.png
+  dlopt show-batch augmentation=crop_flip,randaugment,cutmix tile=224    # columns per pipeline, large for a projector
 
-Saves two plots: NAME.png has a row per image, the original and six augmented versions; NAME_operations.png has a row
-per operation at low, medium and high strength.
+Saves NAME.png: a row per image with its class, the original, and six augmented versions. With one augmentation also
+NAME_operations.png: a row per operation at low, medium and high strength.
 
   output=FILE       plot of the batch (default: outputs/show-batch/DATE_TIME/batch.png)
+  tile=112          size of an image in pixels (32 to 1024); the text grows with it
   and the keys of `dlopt train`
 """
 
 _IMAGES = 8
+_PIPELINES = 6
+Tile = Annotated[int, Interval(ge=32, le=1024)]
 
 
-@on_experiment(USAGE, several="show-batch plots one batch at a time", one=True)
-def show_batch(line: Line, *, output: str | None = None) -> int:
-    """Saves both plots and prints their paths. Raises `UserError`."""
+@on_experiment(USAGE, several="show-batch plots one batch; only augmentation takes several values")
+def show_batch(line: Line, *, output: str | None = None, tile: Tile = 112) -> int:
+    """Saves the plots and prints their paths. Raises `UserError`."""
     target = None if output is None else _target(output)
-    batch, operations = _draw(line.experiment()[0])
+    batch, operations = _draw(_experiments(line), tile)
     if target is None:
         target = output_folder(None, "show-batch") / "batch.png"
     operations_target = target.with_stem(f"{target.stem}_operations")
@@ -45,11 +52,22 @@ def show_batch(line: Line, *, output: str | None = None) -> int:
         if operations is not None:
             operations.save(operations_target)
     print(short_path(target))
-    if operations is None:
-        print("this augmentation has no operations")
-    else:
+    if operations is not None:
         print(short_path(operations_target))
     return DONE
+
+
+def _experiments(line: Line) -> dict[str, "Experiment"]:
+    """Returns the experiments by the name of their augmentation. Raises `UserError` for other varied keys."""
+    for override in line.composer.parse(line.overrides):
+        key = override.get_key_element()
+        if override.is_sweep_override() and key.partition(".")[0] != "augmentation":
+            raise UserError(f"{override.input_line}: one value is needed; only augmentation takes several")
+    experiments = {}
+    for job in line.jobs(("augmentation",), max_jobs=_PIPELINES, what="augmentations"):
+        experiment, choices = line.experiment(job.overrides)
+        experiments[job.label({"augmentation": choices["augmentation"]}, "augmentation")] = experiment
+    return experiments
 
 
 def _target(output: str) -> Path:
@@ -63,22 +81,36 @@ def _target(output: str) -> Path:
     return path
 
 
-def _draw(experiment: "Experiment") -> tuple["Image", "Image | None"]:
-    """Plots random training images (`order_seed`), and the operations if the augmentation has any."""
+def _draw(experiments: Mapping[str, "Experiment"], tile: int) -> tuple["Image", "Image | None"]:
+    """Plots random training images (`order_seed`), and the operations of a single augmentation that has any."""
     import torch
 
     from dlopt.augment import Pipeline
     from dlopt.augment.show import batch_picture, operations_picture
     from dlopt.random import generator
 
+    experiment = next(iter(experiments.values()))
     settings, dataset = experiment.settings, read_dataset(experiment)
     train = dataset.train
     order = torch.randperm(len(train), generator=generator("cpu", settings.order_seed))[:_IMAGES]
     images, targets = train.fetch(order), train.targets[order]
+    name = experiment.config["data"]["_target_"].rpartition(".")[2]
     if images.ndim != 4:
         raise UserError(f"data={experiment.data.target.__name__}: not images but vectors; cannot be plotted")
-    pipeline: Pipeline = experiment.augmentation.build(
-        input_shape=train.shape, classes=dataset.task.classes, train=train
+    pipelines: dict[str, Pipeline] = {
+        label: each.augmentation.build(input_shape=train.shape, classes=dataset.task.classes, train=train)
+        for label, each in experiments.items()
+    }
+    batch = batch_picture(
+        pipelines,
+        images,
+        targets,
+        seed=settings.augmentation_seed,
+        classes=[str(each) for each in dataset.classes or ()],
+        title=f"{name}: training images before and after augmentation",
+        tile=tile,
     )
-    batch = batch_picture(pipeline, images, targets, seed=settings.augmentation_seed)
-    return batch, operations_picture(pipeline, images) if pipeline.operations else None
+    [*others, (label, pipeline)] = pipelines.items()
+    if others or not pipeline.operations:
+        return batch, None
+    return batch, operations_picture(pipeline, images, title=f"augmentation={label}: its operations", tile=tile)

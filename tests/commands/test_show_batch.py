@@ -26,11 +26,18 @@ def test_writes_two_plots(tmp_path: Path) -> None:
 
 def test_default_folder_without_operations(tmp_path: Path) -> None:
     result = dlopt(tmp_path, "show-batch")
-    assert result.code == 0 and "no operations" in result.out
     [plot] = tmp_path.glob("outputs/show-batch/*/*")
-    columns = np.asarray(Image.open(plot))
+    assert (result.code, result.out.strip()) == (0, str(plot.relative_to(tmp_path)))
     assert plot.name == "batch.png"
-    assert (columns[18:130, 4:116] == columns[18:130, 120:232]).all()  # the original, and what is made of it
+    columns = np.asarray(Image.open(plot))[-116:-4, -7 * 116 :]
+    assert (columns[:, :112] == columns[:, 116:228]).all()  # the original, and what is made of it
+
+
+def test_several_augmentations(tmp_path: Path) -> None:
+    result = dlopt(tmp_path, "show-batch", "augmentation=crop_flip,cutmix,affine", "tile=64", "output=x.png")
+    assert (result.code, result.out) == (0, "x.png\n"), result.err
+    message = refused(tmp_path, "show-batch", "augmentation=[crop_flip,cutmix]")
+    assert "must be one of the choices" in message
 
 
 @pytest.mark.parametrize(
@@ -39,7 +46,8 @@ def test_default_folder_without_operations(tmp_path: Path) -> None:
         (["output=x.txt"], ["output=x.txt", ".txt"]),
         (["output=."], ["output=.", "folder"]),
         (["output=a,b"], ["output=a,b", "one value"]),
-        (["augmentation=a,b"], ["augmentation=a,b"]),
+        (["seed=1,2"], ["seed=1,2: one value is needed; only augmentation takes several"]),
+        (["tile=7"], ["tile=7"]),
         (["-m"], ["-m"]),
         (["augmentation=nope"], ["augmentation=nope", "`dlopt options augmentation` lists all"]),
         (["data=polynomial", "model=polynomial", "loss=mse"], ["data=polynomial", "vectors"]),
