@@ -70,6 +70,7 @@ def test_model_accepts_raw_images() -> None:
     assert same(load("run/checkpoints/best.pt").state_dict(), result.model.state_dict())
 
 
+@pytest.mark.slow
 def test_two_runs_in_one_process_match_two_processes(tmp_path: Path) -> None:
     first, second, again = (train([*LINES, f"seed={seed}"]) for seed in (1, 2, 1))
     assert timeless(first.folder) == timeless(again.folder) != timeless(second.folder)

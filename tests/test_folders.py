@@ -302,6 +302,7 @@ def test_lock_is_exclusive(tmp_path: Path) -> None:
     assert not RunFolder(tmp_path).is_live()
 
 
+@pytest.mark.slow
 def test_two_processes_in_one_folder(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "dlopt", "train", *SMALL, IN_RUN]
     root = str(Path(__file__).parents[1])

@@ -102,6 +102,7 @@ def test_failed_row_reports_the_reason() -> None:
     modes.draw([row, modes.summarize("single", "single", [rank(0, 0.4, 0.0)])], title="")
 
 
+@pytest.mark.slow
 def test_benchmarks_two_processes(tmp_path: Path) -> None:
     result = dlopt(tmp_path, "bench", *SMALL, "updates=3", "warmup=1", "profiled=2", "output=out")
     assert result.code == 0, result.err

@@ -1,7 +1,5 @@
 import hashlib
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from dlopt.data.polynomial import polynomial
 from dlopt.data.samples import Dataset, InMemory
 from dlopt.data.splits import DataSettings, prepare
 from dlopt.errors import UserError
+from tests.commands.line import dlopt
 
 EXACT: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "sine": lambda x: np.sin(np.pi * x),
@@ -110,14 +109,13 @@ def test_rejects_an_empty_interval(interval: tuple[float, float]) -> None:
 
 def test_regression_has_no_accuracy(tmp_path: Path) -> None:
     keys = "data=polynomial model=polynomial normalize=none loss=mse data.batch_size=full epochs=3 threads=1"
-    command = [sys.executable, "-m", "dlopt", "train", *keys.split(), f"hydra.run.dir={tmp_path}/run"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = dlopt(tmp_path, "train", *keys.split(), "hydra.run.dir=run")
+    assert done.code == 0, done.err
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 3 and all(line["val_loss"] > 0 and line["train_loss"] > 0 for line in lines)
     assert not [key for line in lines for key in line if "accuracy" in key]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["test_loss"] > 0 and summary["best_val_loss"] == min(line["val_loss"] for line in lines)
     assert not [key for key, value in summary.items() if "accuracy" in key and value is not None]
-    shown = done.stdout + done.stderr + (tmp_path / "run" / "train.log").read_text()
+    shown = done.out + done.err + (tmp_path / "run" / "train.log").read_text()
     assert "val" in shown and "accuracy" not in shown and "acc " not in shown

@@ -20,6 +20,7 @@ from tests.docs.pages import ROOT
 
 CATALOGUE = Catalogue()
 UNTYPED = {"hydra.sweeper._recursive_", "hydra.sweeper.params", "hydra.sweeper.n_trials"}  # read by Hydra itself
+pytestmark = pytest.mark.slow  # the build
 _LOADING = {"script": "src", "img": "src", "iframe": "src", "source": "src", "link": "href"}
 
 

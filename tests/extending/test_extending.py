@@ -1,20 +1,19 @@
 """A third-party package: through its config folder, and installed with an entry point."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.processes import Done, run_dlopt
 
 HERE = Path(__file__).parent
 FOLDER = ["--config-dir", str(HERE / "theirs/conf"), "allow_packages=[theirs]"]
 
 
-def dlopt(place: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "dlopt", *arguments]
+def dlopt(place: Path, *arguments: str) -> Done:
     environment = {"PYTHONPATH": str(place), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(line, cwd=place, capture_output=True, text=True, env=environment)
+    return run_dlopt(place, *arguments, environment=environment)
 
 
 @pytest.fixture

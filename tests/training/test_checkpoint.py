@@ -255,8 +255,10 @@ class Crashes:
 
 
 @pytest.mark.usefixtures("no_sync")
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("keep", [1, 2])
+@pytest.mark.parametrize(
+    ("keep", "after"),
+    [(1, True), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, False), (2, False), (2, True)))],
+)
 def test_crash_at_any_call_leaves_intact_files(tmp_path: Path, keep: int, after: bool) -> None:
     """Killed at every call while a best checkpoint replaces an older one; the run can then resume."""
     boundary = 0
