@@ -12,6 +12,7 @@ from dlopt.analysis.claims import Claim, Value, shown
 from dlopt.analysis.probes import PROBES
 from dlopt.ranges import Seed
 from dlopt.tracking.layout import align_columns
+from dlopt.tracking.metrics import gaps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,7 @@ class Comparison:
     along: dict[str, list[Value] | dict[str, list[str]]]
     seeds: list[Seed]
     metrics: list[str]
-    x: Literal["epoch", "step", "seconds", "step_and_seconds"]
+    x: Literal["epoch", "step", "seconds", "step_and_seconds", "epoch_and_step_and_seconds"]
     choose: str | None
     claims: list[Claim]
 
@@ -96,17 +97,10 @@ class Outcome:
         return values[-1] if values else math.nan
 
 
-GAPS = {"gap": ("val_loss", "train_loss"), "accuracy_gap": ("train_accuracy", "val_accuracy")}
-"""Generalization gaps: the first metric minus the second. Overfitting is positive."""
-
-
 def _value_in(line: Mapping[str, Any], name: str) -> Any:
     """Returns the metric in a line of metrics.jsonl; `val_error` is 1 - `val_accuracy`."""
-    if name in GAPS:
-        first, second = (line.get(part) for part in GAPS[name])
-        return None if first is None or second is None else first - second
     if not name.endswith("_error"):
-        return line.get(name)
+        return line[name] if name in line else gaps(line).get(name)
     accuracy = line.get(name.replace("_error", "_accuracy"))
     return None if accuracy is None else 1 - accuracy
 

@@ -27,7 +27,10 @@ if TYPE_CHECKING:
     from dlopt.config.experiment import Experiment
 
 PICTURE = "comparison"
-_METRICS = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "test_loss", "test_accuracy", "epochs", "steps")
+_METRICS = (
+    "train_loss", "train_accuracy", "val_loss", "val_accuracy", "test_loss", "test_accuracy", "gap", "accuracy_gap",
+    "epochs", "steps",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ def _list(runs: list[_Run]) -> int:
 def comparison_of(composer: Composer, config: DictConfig, overrides: list[str]) -> "Comparison":
     """Builds the comparison of an experiment file, without overridden axes; an overridden `seed` replaces its seeds."""
     from dlopt.analysis.claims import TEST_METRICS, parse
-    from dlopt.analysis.comparison import GAPS, Comparison
+    from dlopt.analysis.comparison import Comparison
     from dlopt.analysis.probes import PROBES
 
     if not OmegaConf.is_dict(config.comparison):
@@ -113,8 +116,8 @@ def comparison_of(composer: Composer, config: DictConfig, overrides: list[str]) 
         if not getattr(comparison, name):
             raise UserError(f"comparison.{name}: needs at least one entry")
     for metric in comparison.all_metrics:
-        if metric not in (*_METRICS, *GAPS, *PROBES) and not metric.startswith("val_"):
-            allowed = ", ".join((*_METRICS, *GAPS, *PROBES))
+        if metric not in (*_METRICS, *PROBES) and not metric.startswith("val_"):
+            allowed = ", ".join((*_METRICS, *PROBES))
             raise UserError(f"comparison.metrics: unknown metric {metric}; allowed: {allowed}")
     if comparison.choose in TEST_METRICS:
         raise UserError(f"comparison.choose={comparison.choose}: must be a validation or training metric")

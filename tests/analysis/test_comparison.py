@@ -26,6 +26,13 @@ def outcome(values: list[float], failed: bool = False, **summary: Any) -> Outcom
     return Outcome(lines, {"status": "failed" if failed else "finished", **summary}, {})
 
 
+def test_gaps_are_positive_when_overfitting() -> None:
+    line = {"epoch": 1, "step": 1, "train_loss": 0.25, "val_loss": 1.0, "train_accuracy": 1.0, "val_accuracy": 0.75}
+    run = Outcome([line], {"status": "finished"}, {})
+    assert (run.final("gap"), run.final("accuracy_gap"), run.final("val_error")) == (0.75, 0.25, 0.25)
+    assert math.isnan(Outcome([{"epoch": 1, "train_loss": 1.0}], {}, {}).final("gap"))
+
+
 def test_cells_form_a_grid_with_variant_overrides_last() -> None:
     result = comparison(along={"optimizer.lr": [0.1, 1], "norm": [None]}, seeds=[3])
     assert list(result.cells()) == [Cell(variant, (lr, None), 3) for variant in "ab" for lr in (0.1, 1)]

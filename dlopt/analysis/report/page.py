@@ -39,7 +39,7 @@ from dlopt.analysis.report.table import (
 from dlopt.tracking.layout import short_path
 
 SCRIPTS = ("base.js", "leaderboard.js", "charts.js", "curves.js", "plots.js", "main.js")
-FIRST = ("val_accuracy", "val_loss", "train_accuracy", "train_loss")
+FIRST = ("val_accuracy", "val_loss", "train_accuracy", "train_loss", "accuracy_gap", "gap")
 _COST = ("epochs", "steps", "seconds", "parameters")
 _TEST = ("test_accuracy", "test_loss")
 _AXES = ("epoch", "step", "seconds")

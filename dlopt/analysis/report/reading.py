@@ -18,7 +18,7 @@ from dlopt.analysis.leaderboard import ENDED, HOUSEKEEPING, direction_of, is_num
 from dlopt.errors import UserError
 from dlopt.folders import RunFolder
 from dlopt.plain import flatten, load_yaml, read_regular
-from dlopt.tracking.metrics import METRICS, SUMMARY
+from dlopt.tracking.metrics import METRICS, SUMMARY, gaps
 
 STATUSES = (*ENDED, "pruned", "running", "interrupted", "unfinished", "failed")
 """Statuses of summary.json, and `pruned` (by its sweep), `running` (has a live process), `unfinished` (has none)."""
@@ -218,6 +218,7 @@ def _metrics(
         metrics |= {"epochs": last["epoch"], "steps": last["step"]}
         if best is not None:
             metrics |= {k: v for k, v in best.items() if k.startswith("val_")} | {"best_epoch": best["epoch"]}
+            metrics |= gaps(best)
     for key, value in summary.items():
         if key not in ("epochs", "steps") or is_number(value):
             metrics[str(key).removeprefix("best_") if str(key).startswith("best_val_") else str(key)] = value

@@ -26,6 +26,7 @@ def test_reads_config_metrics_and_history(tmp_path: Path) -> None:
     assert result.overrides == ("optimizer=adamw", "optimizer.lr=0.01", "seed=0")
     expected = {"val_accuracy": 0.9, "val_loss": 0.1, "train_accuracy": 0.8, "epochs": 3, "steps": 30, "best_epoch": 2}
     assert {key: result.metrics[key] for key in expected} == pytest.approx(expected)
+    assert result.metrics["gap"] == result.metrics["accuracy_gap"] == 0  # of the best epoch
     assert result.metrics["test_accuracy"] == 0.75 and result.metrics["seconds"] == 3
     assert [line["step"] for line in result.history] == [10, 20, 30]
 
