@@ -117,6 +117,7 @@ CHOICES: Mapping[str, Synonym] = {
     **_each("optimizer=clion optimizer=c_lion", "optimizer=lion optimizer.cautious=true"),
     **_each("optimizer=d-muon optimizer=d_muon optimizer=moonlight*", "optimizer=dmuon"),
     **_each("optimizer=signsgd optimizer=sign_sgd", "optimizer=signum optimizer.momentum=0"),
+    **_each("optimizer=sophiah optimizer=sophia_h optimizer=sophiag optimizer=sophia_g", "optimizer=sophia"),
     **_each("optimizer=dadapt* optimizer=d_adapt*", "optimizer=prodigy", "its successor"),
     **_each("optimizer=adamwschedulefree optimizer=schedulefree*", "optimizer=schedule_free_adamw"),
     **_each("model=resnet", "model=resnet20", "for small images; resnet18 to resnet101 for large ones"),

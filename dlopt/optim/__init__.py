@@ -26,6 +26,7 @@ from dlopt.optim.scion import Scion
 from dlopt.optim.sgd import LARS, SGDW
 from dlopt.optim.shampoo import Shampoo
 from dlopt.optim.soap import SOAP
+from dlopt.optim.sophia import Sophia
 
 __all__ = [
     "ADOPT",
@@ -54,5 +55,6 @@ __all__ = [
     "Scion",
     "Shampoo",
     "Signum",
+    "Sophia",
     "adamw",
 ]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dlopt.errors import UserError
-from dlopt.optim import SOAP, Kron, Lion, Muon, Prodigy, Scion, adamw
+from dlopt.optim import SOAP, Kron, Lion, LossClosure, Muon, Prodigy, Scion, Sophia, adamw
 from dlopt.optim.kron import update_factors
 from dlopt.random import generator
 
@@ -258,6 +258,32 @@ def test_prodigy_finds_the_scale_of_the_problem() -> None:
         optimizer.step()
     assert (p - center).abs().max() < 0.3
     assert 0.1 < optimizer.param_groups[0]["d"] < 3
+
+
+def test_sophia_at_every_update() -> None:
+    """On sum w^4 / 4, whose Hessian is diagonal: 3 w^2, so that the estimate is 3 w^2 u^2."""
+    p = nn.Parameter(torch.tensor(START["vector"]))
+    optimizer = Sophia([p], lr=LR, weight_decay=DECAY, gamma=0.5, update_every=3, seed=5)
+    w, m, h = START["vector"], np.zeros(5), np.zeros(5)
+    for t in range(12):
+        optimizer.step(LossClosure(optimizer, lambda: (p**4).sum() / 4))  # type: ignore[arg-type]
+        if t % 3 == 0:
+            u = torch.randn(5, generator=generator("cpu", 5, t, 0), dtype=torch.float64).numpy()
+            h = 0.99 * h + 0.01 * 3 * w**2 * u**2
+        m = 0.96 * m + 0.04 * w**3
+        w = w - LR * DECAY * w - LR * np.clip(m / np.maximum(0.5 * h, 1e-12), -1, 1)
+        np.testing.assert_allclose(p.detach().numpy(), w, rtol=1e-10, atol=1e-12)
+
+
+def test_sophia_estimates_the_diagonal_of_a_full_hessian() -> None:
+    a = torch.tensor(DRAW.normal(size=(6, 6)))
+    hessian = a @ a.T
+    p = nn.Parameter(torch.tensor(DRAW.normal(size=6)))
+    optimizer = Sophia([p], lr=1e-12, betas=(0.9, 0.999), update_every=1)
+    for _ in range(600):
+        optimizer.step(LossClosure(optimizer, lambda: p @ hessian @ p / 2))  # type: ignore[arg-type]
+    estimate = optimizer.state[p]["hessian"] / (1 - 0.999**600)
+    torch.testing.assert_close(estimate, hessian.diagonal(), rtol=0.3, atol=1.0)
 
 
 def numpy_factors(q: list[Array], g: Array, noise: Array) -> None:

@@ -36,6 +36,7 @@ from dlopt.optim import (
     Scion,
     Shampoo,
     Signum,
+    Sophia,
     adamw,
 )
 
@@ -58,6 +59,7 @@ MAKERS: dict[str, Make] = {
     "shampoo": lambda params: Shampoo(params, lr=0.1),
     "soap": lambda params: SOAP(params, lr=0.01),
     "kron": lambda params: Kron(params, lr=0.01),
+    "sophia": lambda params: Sophia(params, lr=0.01, update_every=2),
     "scion": lambda params: Scion(params, lr=0.001, radius=10.0),
     "muon": lambda params: Muon(params, lr=0.01, rest_lr=0.01),
     "muon_sgd": lambda params: Muon(params, lr=0.01, rest="sgd", rest_lr=0.01),

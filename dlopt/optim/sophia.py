@@ -1,0 +1,94 @@
+"""Sophia."""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from dlopt.optim.common import (
+    Closure,
+    RealOptimizer,
+    buffers,
+    differentiable_loss,
+    evaluate,
+    gradients,
+    needs_closure,
+    trainable,
+)
+from dlopt.random import generator
+from dlopt.ranges import Count, Fraction, NonNegative, Positive, Seed
+
+
+class Sophia(RealOptimizer):
+    """Momentum divided by an estimate of the Hessian's diagonal, and clipped (Sophia-H, Liu et al. 2023, algorithm 3).
+
+    m <- beta1 * m + (1 - beta1) * g; every `update_every` updates h <- beta2 * h + (1 - beta2) * u * (H u), with u
+    standard normal and H the Hessian of the batch's loss (Hutchinson's estimator, algorithm 1);
+    theta <- theta - lr * weight_decay * theta - lr * clip(m / max(gamma * h, eps), 1).
+
+    Where h <= 0 the step is the sign of m. The Hessian-vector product needs `closure.loss()` and costs about two
+    backward passes. u depends on `seed` and on the update only. The paper's Gauss-Newton-Bartlett estimator is not
+    included.
+    """
+
+    evaluations: ClassVar[str] = "many"
+    elementwise: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        params: ParamsT,
+        *,
+        lr: Positive = 0.0006,
+        betas: tuple[Fraction, Fraction] = (0.96, 0.99),
+        gamma: Positive = 0.01,
+        eps: Positive = 1e-12,
+        weight_decay: NonNegative = 0.2,
+        update_every: Count = 10,
+        seed: Seed = 0,
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "gamma": gamma, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, {**defaults, "update_every": update_every, "seed": seed, "step": 0})
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None) -> Any:
+        closure, first = needs_closure(self, closure), self.param_groups[0]
+        loss = evaluate(closure)
+        if first["step"] % first["update_every"] == 0:
+            self._estimate_hessian(first, closure)
+        for group in self.param_groups:
+            group["step"] += 1
+        super().step()
+        return loss
+
+    def _estimate_hessian(self, first: dict[str, Any], closure: Closure) -> None:
+        """Averages u * (H u) into the state."""
+        params, loss_of = trainable(self), differentiable_loss(self, closure)
+        if not params:
+            return
+        draws = [generator(p.device, first["seed"], first["step"], index) for index, p in enumerate(params)]
+        noise = [
+            torch.randn(p.shape, generator=draw, dtype=p.dtype, device=p.device)
+            for p, draw in zip(params, draws, strict=True)
+        ]
+        with torch.enable_grad():
+            grads = torch.autograd.grad(loss_of(), params, create_graph=True, allow_unused=True)
+            inner = [(g * u).sum() for g, u in zip(grads, noise, strict=True) if g is not None and g.requires_grad]
+            products: tuple[Tensor | None, ...] = (None,) * len(params)
+            if inner:  # else the loss is linear in the parameters
+                products = torch.autograd.grad(torch.stack(inner).sum(), params, allow_unused=True)
+        hessians = buffers(self, params, "hessian")
+        for h, u, product in zip(hessians, noise, products, strict=True):
+            h.lerp_(torch.zeros_like(h) if product is None else u * product, 1 - first["betas"][1])
+
+    def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        lr, grads = float(group["lr"]), gradients(params)
+        averages, hessians = buffers(self, params, "exp_avg"), buffers(self, params, "hessian")
+        torch._foreach_lerp_(averages, grads, 1 - group["betas"][0])
+        bounds = torch._foreach_mul(hessians, group["gamma"])
+        torch._foreach_clamp_min_(bounds, group["eps"])
+        updates = torch._foreach_div(averages, bounds)
+        torch._foreach_clamp_max_(updates, 1.0)
+        torch._foreach_clamp_min_(updates, -1.0)
+        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+        torch._foreach_add_(params, updates, alpha=-lr)
