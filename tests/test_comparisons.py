@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from itertools import pairwise
 from math import prod
 from pathlib import Path
 
@@ -39,11 +38,6 @@ class Results:
         name = self.comparison.metrics[0] if metric is None else metric
         return mean(finals(self.comparison, self.outcomes, variant, name)[point])
 
-    def curve(self, variant: str, metric: str) -> list[float]:
-        """Returns the mean over seeds, epoch by epoch."""
-        runs = [self.outcomes[Cell(variant, (), seed)] for seed in self.comparison.seeds]
-        return [mean(column) for column in zip(*(run.curve(metric, "epoch")[1] for run in runs), strict=True)]
-
 
 Run = Callable[..., Results]
 
@@ -77,7 +71,7 @@ def test_header_lists_command_and_number_of_runs(name: str) -> None:
     axes = [len(values) for values in comparison.get("along", {}).values()]
     runs = len(comparison["variants"]) * len(comparison.get("seeds", [0])) * prod(axes)
     assert f"{runs} runs, " in "\n".join(header)
-    assert comparison["see"].endswith((".", ")")) and len(comparison["see"]) < 300
+    assert comparison["see"].endswith((".", ")", "?")) and len(comparison["see"]) < 300
 
 
 SHIPPED = sorted(path.stem for path in GALLERY.glob("*.json"))
@@ -134,20 +128,6 @@ def test_the_linear_model_ends_at_the_least_squares_line(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_batch_norm_allows_larger_learning_rates(run: Run) -> None:
-    results = run("batch_norm_learning_rate", "comparison.seeds=[0]")
-    assert all(results.final("with batch norm", lr) > 0.9 for lr in (0.003, 0.01, 0.03, 0.1, 0.3))
-    assert not any(results.final("without batch norm", lr) > 0.85 for lr in (0.001, 0.003, 0.01, 0.03, 0.3, 1.0, 3.0))
-
-
-@pytest.mark.slow
-def test_gamma_and_beta_matter_little(run: Run) -> None:
-    results = run("batch_norm_affine", "comparison.seeds=[0]", "epochs=5")
-    plain, bare, whole = (results.final(variant, metric="val_accuracy") for variant in results.comparison.variants)
-    assert plain < 0.8 < 0.9 < min(bare, whole) and abs(bare - whole) < 0.04
-
-
-@pytest.mark.slow
 def test_one_sample_per_device_is_too_few_without_synchronization(run: Run) -> None:
     results = run("batch_norm_per_device", "comparison.seeds=[0]")
     own, virtual, sync = (
@@ -162,48 +142,3 @@ def test_one_sample_per_device_is_too_few_without_synchronization(run: Run) -> N
     for n in ("1", "2", "8"):
         assert sync[n] == pytest.approx(own["8"], rel=1e-9)  # over eight samples, wherever they are
         assert virtual[n][1] == pytest.approx(own[n][1], rel=1e-7)  # virtual batches are the batches of devices
-
-
-@pytest.mark.slow
-def test_centring_and_whitening_help_but_scaling_does_not(run: Run) -> None:
-    results = run("feature_scaling")
-    raw, scaled, centred, white = (results.final(variant) for variant in results.comparison.variants)
-    assert 1 / 5 < raw / scaled < 5
-    assert min(raw, scaled) > 10 * centred > 20 * white
-
-
-@pytest.mark.slow
-def test_the_mean_bounds_the_learning_rate(run: Run) -> None:
-    results = run("mean_image")
-    nothing, pixel, image = ([results.final(v, lr) for lr in (1e-4, 1e-3)] for v in results.comparison.variants)
-    assert nothing[0] > 1.5 * pixel[0] and nothing[1] > 2 * pixel[1] > 4 * image[1]
-
-
-@pytest.mark.slow
-def test_smaller_batches_make_more_updates(run: Run) -> None:
-    results = run("batch_size", "epochs=6")
-    whole, mini, single = (results.curve(variant, "train_loss") for variant in results.comparison.variants)
-    assert whole[-1] > 4 * mini[-1] and single[0] < 0.5 * mini[0]
-    rises = [sum(b > a for a, b in pairwise(c)) for c in (whole, mini)]
-    assert rises == [0, 0]
-
-
-@pytest.mark.slow
-def test_adamw_tolerates_larger_weight_decay_than_adam_with_l2(run: Run) -> None:
-    grid = "comparison.along={optimizer.lr:[0.003,0.01],optimizer.weight_decay:[0.01,1.0]}"
-    results = run("weight_decay_adam", grid)
-    for lr in (0.003, 0.01):
-        assert results.final("Adam, L2 in the loss", lr, 1.0) < 0.5
-        assert results.final("AdamW, decoupled", lr, 1.0) > 0.9 < results.final("Adam, L2 in the loss", lr, 0.01)
-
-
-@pytest.mark.slow
-def test_warm_restarts_raise_the_loss_and_cycles_end_lower(run: Run) -> None:
-    results = run("warm_restarts", "comparison.seeds=[0]")
-    loss = results.curve("cosine with warm restarts", "train_loss")
-    ends = [loss[2], loss[8], loss[20]]  # cycles of 3, 6 and 12 epochs
-    assert loss[3] > 1.2 * ends[0] and max(loss[9:11]) > 1.2 * ends[1]
-    assert ends[0] > 1.5 * ends[1] > 2.25 * ends[2]
-    assert ends[2] < 0.8 * results.final("constant")
-
-

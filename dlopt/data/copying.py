@@ -1,4 +1,4 @@
-"""Recall of the first symbol of a sequence: a minimal task that needs long memory."""
+"""Recall of one symbol of a sequence: minimal tasks that need long memory."""
 
 import torch
 from torch import Tensor
@@ -34,6 +34,31 @@ def copying(
         steps: Tensor = noise * torch.randn(size, 1, length, symbols, generator=rng)
         steps[:, 0, 0] = F.one_hot(labels, symbols).float()
         return InMemory(steps, labels)
+
+    val = draw(val_size, _VAL) if val_size else None
+    test = draw(test_size, _TEST) if test_size else None
+    return Dataset(draw(train_size, _TRAIN), val, test, classes=tuple(map(str, range(symbols))))
+
+
+def recall(
+    *, length: Count, symbols: Count, train_size: Count, val_size: Natural, test_size: Natural, seed: int
+) -> Dataset:
+    """Generates sequences of random symbols, one of which is marked; the label is the marked symbol.
+
+    The mark is in the first quarter. The network must store a symbol when it sees the mark, and must not overwrite it
+    with the symbols that follow, as in the adding problem (Hochreiter & Schmidhuber 1997, section 5.4), but with
+    classes. Inputs float32 [N, 1, length, symbols + 1]: one-hot symbols and the mark. A size of 0 omits a split.
+    """
+
+    def draw(size: int, split: int) -> InMemory:
+        rng = generator("cpu", seed, split)
+        sequence = torch.randint(symbols, (size, length), generator=rng)
+        marked = torch.randint(max(length // 4, 1), (size,), generator=rng)
+        rows = torch.arange(size)
+        steps = torch.zeros(size, 1, length, symbols + 1)
+        steps[:, 0, :, :symbols] = F.one_hot(sequence, symbols).float()
+        steps[rows, 0, marked, symbols] = 1
+        return InMemory(steps, sequence[rows, marked])
 
     val = draw(val_size, _VAL) if val_size else None
     test = draw(test_size, _TEST) if test_size else None

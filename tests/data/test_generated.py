@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from dlopt.data.copying import copying
+from dlopt.data.copying import copying, recall
 from dlopt.data.linear import linear
 from dlopt.data.samples import InMemory
 from dlopt.errors import UserError
@@ -32,6 +32,17 @@ def test_copying_hides_the_label_in_the_first_step() -> None:
     assert torch.equal(tensors(again.train)[0], inputs) and not torch.equal(tensors(other.train)[0], inputs)
     longer = copying(**keys, **{**SIZES, "train_size": 400})  # type: ignore[arg-type]
     assert torch.equal(tensors(longer.val)[0], tensors(dataset.val)[0])
+
+
+def test_recall_labels_the_marked_symbol() -> None:
+    inputs, labels = tensors(recall(length=12, symbols=3, **SIZES).train)
+    assert inputs.shape == (300, 1, 12, 4)
+    symbols, marks = inputs[:, 0, :, :3], inputs[:, 0, :, 3]
+    assert torch.equal(symbols.sum(2), torch.ones(300, 12)) and torch.equal(marks.sum(1), torch.ones(300))
+    assert torch.equal((symbols * marks.unsqueeze(2)).sum(1).argmax(1), labels)
+    assert set(marks.argmax(1).tolist()) == {0, 1, 2}  # the first quarter
+    agreement = (symbols.argmax(2) == labels.unsqueeze(1)).float().mean(0)
+    assert float(agreement[3:].max()) < 0.45  # chance is 1/3; later symbols do not tell the label
 
 
 def test_linear_features_have_their_ranges_and_equal_weight() -> None:
