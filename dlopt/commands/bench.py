@@ -1,4 +1,4 @@
-"""`dlopt bench`: benchmarks parallel modes and devices, and simulates a cluster."""
+"""`dlopt bench`: benchmarks parallel modes, the network and devices, and simulates a cluster."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dlopt.commands.command import Line, on_experiment, output_folder, refuse_empty, writing
-from dlopt.errors import DONE, UserError
+from dlopt.errors import DONE, INTERRUPTED, UserError
 from dlopt.files import write_atomically
 from dlopt.plain import without_nan
 from dlopt.ranges import Count, Natural, Positive
@@ -24,10 +24,11 @@ if TYPE_CHECKING:
     from dlopt.analysis.model_summary import Layer
 
 USAGE = """\
-Benchmark parallel modes or devices, or simulate a cluster
+Benchmark parallel modes, the network or devices, or simulate a cluster
 
 Usage:
   dlopt bench parallel=a,b processes=1,2 [key=value]   parallel modes on this machine
+  dlopt bench allreduce=[1,256] [key=value]            bandwidth between processes, also on several nodes
   dlopt bench device=[cpu,cuda] [key=value]            throughput of matrix products and convolutions vs. size
   dlopt bench simulate=true [key=value]                estimated efficiency on a cluster
 
@@ -36,6 +37,7 @@ Examples:
   dlopt bench parallel=ddp processes=2 parallel.bucket_cap_mb=0.25,1000 model=resnet56
   dlopt bench parallel=filter model=mlp model.widths=[8192,8192] model.norm=none memory_limit_mb=720
   dlopt bench simulate=true devices=[8,64,512,4096]
+  srun --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 dlopt bench allreduce=[1,16,256,1024]
 
 Parallel modes:
   Each combination of values is one row; the first row is one process. A row shows the time per update, samples/s,
@@ -50,6 +52,15 @@ Parallel modes:
   memory_limit_mb=X    memory limit of each process, beyond that of an idle one (default: null, no limit)
   output=DIR           folder of the plot and the results (default: outputs/bench/DATE_TIME)
   and the keys of `dlopt train`
+
+Bandwidth (allreduce=[...]):
+  Times all-reduces of the given sizes in MiB, as DDP does with gradients. Starts its processes, or runs in those of
+  srun or torchrun. bus GB/s: what each rank sends per second, comparable to the speed of a link.
+
+  processes=N          processes on this machine (default: 2); srun and torchrun set it
+  repeats=20           timed all-reduces per size; the result is the median
+  device=auto          cuda uses NCCL, cpu uses gloo
+  timeout_minutes=10   how long processes wait for each other
 
 Devices (device=[...]):
   precision=[fp32,bf16]    any of fp32, bf16, fp16, fp64
@@ -81,10 +92,12 @@ Simulated cluster (simulate=true):
 
 @on_experiment(USAGE, several="not needed here; list the values: parallel=ddp,filter")
 def bench(line: Line) -> int:
-    """Runs one of the three benchmarks. Raises `UserError`."""
+    """Runs one of the benchmarks. Raises `UserError`."""
     keys = {override.partition("=")[0]: override.partition("=")[2] for override in line.overrides}
     if "simulate" in keys:
         return line.call(_simulate)
+    if "allreduce" in keys:
+        return line.call(_bench_allreduce)
     return line.call(_bench_devices if keys.get("device", "").startswith("[") else _bench_modes)
 
 
@@ -195,6 +208,53 @@ def _count(override: str) -> int:
     if int(value) > PROCESSES_PER_CORE * cores:
         raise UserError(f"processes={value}: this machine has {cores} cores; at most {PROCESSES_PER_CORE * cores}")
     return int(value)
+
+
+# -- bandwidth between processes
+
+
+def _bench_allreduce(
+    line: Line,
+    *,
+    allreduce: list[Positive],
+    processes: Count | None = None,
+    repeats: Count = 20,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    timeout_minutes: Positive = 10.0,
+) -> int:
+    """Runs in the processes of a launcher, or starts `processes` that do."""
+    from dlopt.parallel import launch
+    from dlopt.parallel.rendezvous import current, leave
+
+    line.refuse_rest("dlopt bench allreduce=[...]", _bench_allreduce)
+    refuse_empty(allreduce=allreduce)
+    world = current()
+    if world is None:
+        count = _count(f"processes={2 if processes is None else processes}")
+        sizes = ",".join(f"{size:g}" for size in allreduce)
+        keys = [f"allreduce=[{sizes}]", f"repeats={repeats}", f"device={device}", f"timeout_minutes={timeout_minutes}"]
+        codes, _, interruption = launch.run_processes(launch.python_module("dlopt", "bench", *keys), count, {})
+        return INTERRUPTED if interruption else max(map(abs, codes))
+    if launch.PARENT in os.environ:
+        launch.end_rank_with_parent()
+    if processes not in (None, world.size):
+        raise UserError(f"processes={processes}: {world.launcher} started {world.size} processes")
+    from dlopt.analysis.bench.allreduce import measure
+    from dlopt.training.build import build_mode
+
+    keys = ["parallel=ddp", f"parallel.timeout_minutes={timeout_minutes}", f"device={device}", "threads=1"]
+    mode = build_mode(line.experiment(keys)[0])
+    table = plain_table()
+    for name in ("MiB", "ms", "GB/s", "bus GB/s"):
+        table.add_column(name, justify="right")
+    for row in measure([round(size * 2**20) for size in allreduce], repeats, mode.device):
+        rates = [f"{rate / 1e9:.3g}" for rate in (row.algorithm, row.bus)]
+        table.add_row(f"{row.size / 2**20:.4g}", f"{row.seconds * 1e3:.3f}", *rates)
+    if world.is_main:
+        print(f"all-reduce on {mode.device.type}: {world.size} processes, {world.local_size} per node")
+        standard_output().print(FittedTable(table))
+    leave()
+    return DONE
 
 
 # -- devices

@@ -85,6 +85,13 @@ class Request:
         if is_local and (key := f"{experiment.model} {size}") not in self.sized:
             self.sized.add(key)
             check_minimum_memory(experiment.model, size)
+        launcher = self.config.hydra.launcher
+        tasks = launcher.get("nodes", 1) * launcher.get("tasks_per_node", 1)
+        if tasks > 1 and "processes" not in experiment.parallel.arguments:
+            raise UserError(
+                f"hydra.launcher: nodes x tasks_per_node starts {tasks} processes per job, which would train the same "
+                "model; use parallel=ddp, or one process"
+            )
         if saved["resume"] not in (None, "auto"):
             raise UserError(f"resume={saved['resume']}: not supported in a sweep; use resume=auto")
         return config, saved

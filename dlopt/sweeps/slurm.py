@@ -12,7 +12,7 @@ from typing import Any
 
 from dlopt.errors import DONE, FAILED, INTERRUPTED, UserError, install
 from dlopt.folders import RunFolder
-from dlopt.parallel.launch import python_module
+from dlopt.parallel.launch import RECORD, python_module
 from dlopt.ranges import Count, Natural, Positive
 from dlopt.sweeps.jobs import OUTPUT
 from dlopt.sweeps.pool import Pool, Process
@@ -28,6 +28,8 @@ def slurm(
     *,
     n_jobs: Count,
     partition: str | None,
+    nodes: Count,
+    tasks_per_node: Count,
     gpus_per_node: Natural,
     cpus_per_task: Count,
     mem_gb: Positive | None,
@@ -38,6 +40,7 @@ def slurm(
 ) -> Pool:
     """Runs `n_jobs` Slurm jobs at once, each for `time` minutes, requeued up to `requeue` times.
 
+    A job has `nodes` x `tasks_per_node` processes, the ranks of a distributed run.
     All nodes must see the sweep's folder under the same path. Raises `UserError` without sbatch or submitit.
     """
     if shutil.which("sbatch") is None:
@@ -52,6 +55,8 @@ def slurm(
     parameters = {
         "job_name": "dlopt",
         "partition": partition,
+        "nodes": nodes,
+        "ntasks_per_node": tasks_per_node,
         "gpus_per_node": gpus_per_node or None,
         "cpus_per_task": cpus_per_task,
         "mem": None if mem_gb is None else f"{round(1024 * mem_gb)}M",
@@ -66,7 +71,8 @@ def slurm(
         executor = submitit.SlurmExecutor(folder=folder / _FOLDER, max_num_timeout=requeue)
         executor.update_parameters(**{key: value for key, value in parameters.items() if value is not None})
         try:
-            job_id = str(executor.submit(SlurmTask(str(folder), dict(environment))).job_id)
+            # Rank 0 records a config error in the folder: nobody reads its output.
+            job_id = str(executor.submit(SlurmTask(str(folder), {**environment, RECORD: "1"})).job_id)
         except submitit.core.utils.FailedJobError as error:
             raise OSError(" ".join(str(error).split())) from None
         (folder / _FOLDER / "job_id").write_text(f"{job_id}\n")
@@ -84,14 +90,15 @@ def slurm(
 
 
 class SlurmTask:
-    """The callable that submitit pickles and runs on the node."""
+    """The callable that submitit pickles and runs in each task of the job; a task is a rank of the run."""
 
     def __init__(self, folder: str, environment: Mapping[str, str]) -> None:
         self.folder, self.environment = folder, environment
         self._process: subprocess.Popen[bytes] | None = None
 
     def __call__(self) -> int:
-        with open(os.path.join(self.folder, OUTPUT), "ab") as output:
+        rank = os.environ.get("SLURM_PROCID", "0")
+        with open(os.path.join(self.folder, OUTPUT if rank == "0" else f"{_FOLDER}/rank-{rank}.log"), "ab") as output:
             self._process = subprocess.Popen(
                 python_module("dlopt.job", self.folder),
                 env={**os.environ, **self.environment},

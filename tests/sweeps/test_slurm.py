@@ -1,20 +1,10 @@
-"""`hydra/launcher=slurm` on a real Slurm, and what it asks of one."""
+"""`hydra/launcher=slurm` on a real Slurm."""
 
 import subprocess
 import sys
 import time
 
-import pytest
-
-from dlopt.errors import UserError
-from dlopt.sweeps import slurm as launcher
-from dlopt.sweeps.pool import build_pool
 from tests.cluster.test_slurm import LONG, SMALL, Cluster, cluster, pytestmark, summary  # noqa: F401
-
-SETTINGS: dict[str, object] = {
-    "n_jobs": 2, "partition": None, "gpus_per_node": 0, "cpus_per_task": 1, "mem_gb": None, "time": 30, "requeue": 3,
-    "account": None, "extra": {},
-}  # fmt: skip
 
 
 def begin_sweep(cluster: Cluster, *arguments: str) -> "subprocess.Popen[str]":  # noqa: F811
@@ -57,7 +47,11 @@ def test_cancelled_job_does_not_affect_others(cluster: Cluster) -> None:  # noqa
     assert summary(cluster.home / "cancelled/1")["status"] == "finished"
 
 
-def test_without_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "")
-    with pytest.raises(UserError, match="sbatch was not found"):
-        build_pool(launcher.slurm, SETTINGS)
+def test_jobs_with_several_nodes(cluster: Cluster) -> None:  # noqa: F811
+    keys = ["hydra.launcher.nodes=2", "hydra.launcher.n_jobs=1", "epochs=1"]
+    sweep = begin_sweep(cluster, *SMALL, *keys, "parallel=ddp", "seed=0,1", "hydra.sweep.dir=distributed")
+    said, _ = sweep.communicate(timeout=200)
+    assert sweep.returncode == 0, said
+    for number in range(2):
+        done = summary(cluster.home / f"distributed/{number}")
+        assert (done["status"], done["parallel"], done["processes"]) == ("finished", "ddp", 2)

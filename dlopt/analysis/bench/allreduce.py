@@ -1,0 +1,69 @@
+"""Measures the bandwidth of an all-reduce between the ranks of a process group."""
+
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+from torch import distributed
+
+from dlopt.errors import RunError
+
+_WARMUP = 3  # all-reduces before the timed ones: the first ones open connections
+
+
+@dataclass(frozen=True)
+class Bandwidth:
+    """The time of an all-reduce of `size` bytes between `ranks` ranks: the median over repetitions."""
+
+    size: int
+    ranks: int
+    seconds: float  # of the slowest rank
+
+    @property
+    def algorithm(self) -> float:
+        """Bytes of the result per second."""
+        return self.size / self.seconds
+
+    @property
+    def bus(self) -> float:
+        """Bytes that each rank sends per second in a ring, 2 (p - 1) / p of the size; comparable to a link's speed.
+
+        The definition of NVIDIA's nccl-tests.
+        """
+        return 2 * (self.ranks - 1) / self.ranks * self.algorithm
+
+
+def measure(
+    sizes: list[int], repeats: int, device: torch.device, clock: Callable[[], float] = perf_counter
+) -> Iterator[Bandwidth]:
+    """Yields the bandwidth for each size in bytes. All ranks call this together.
+
+    Raises `RunError` if the result of an all-reduce is wrong.
+    """
+    ranks = distributed.get_world_size()
+    for size in sizes:
+        values = torch.full((max(size // 4, 1),), float(distributed.get_rank() + 1), device=device)
+        distributed.all_reduce(values)
+        if not bool((values == ranks * (ranks + 1) / 2).all()):
+            raise RunError(f"an all-reduce of {size} bytes between {ranks} ranks returned wrong values")
+        values.zero_()  # further sums stay finite
+        for _ in range(_WARMUP):
+            distributed.all_reduce(values)
+        seconds = torch.zeros(repeats, dtype=torch.float64)
+        for number in range(repeats):
+            _synchronize(device)
+            distributed.barrier()
+            start = clock()
+            distributed.all_reduce(values)
+            _synchronize(device)
+            seconds[number] = clock() - start
+        seconds = seconds.to(device)
+        distributed.all_reduce(seconds, distributed.ReduceOp.MAX)
+        yield Bandwidth(values.nbytes, ranks, statistics.median(seconds.tolist()))
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,46 @@
+"""What `hydra/launcher=slurm` submits."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from dlopt.errors import UserError
+from dlopt.sweeps import slurm as launcher
+from dlopt.sweeps.pool import build_pool
+from tests.commands.line import dlopt, refused
+
+SETTINGS: dict[str, object] = {
+    "n_jobs": 2, "partition": None, "nodes": 1, "tasks_per_node": 1, "gpus_per_node": 0, "cpus_per_task": 1,
+    "mem_gb": None, "time": 30, "requeue": 3, "account": None, "extra": {},
+}  # fmt: skip
+
+
+def test_options_of_sbatch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The job script of a job with two nodes of 8 GPUs."""
+    sbatch = '#!/bin/sh\nfor script; do :; done\ncp "$script" script\necho Submitted batch job 7\n'
+    (tmp_path / "sbatch").write_text(sbatch)
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    resources = {"nodes": 2, "tasks_per_node": 8, "gpus_per_node": 8, "cpus_per_task": 12}
+    build_pool(launcher.slurm, {**SETTINGS, **resources}).start(0, tmp_path / "run", {})
+    script = (tmp_path / "script").read_text()
+    for option in ("nodes=2", "ntasks-per-node=8", "gpus-per-node=8", "cpus-per-task=12", "signal=USR1@120"):
+        assert f"#SBATCH --{option}\n" in script, script
+
+
+def test_several_processes_need_a_parallel_mode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "sbatch").write_text("")
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    keys = ["-m", "hydra/launcher=slurm", "hydra.launcher.nodes=2", "seed=0,1", "dry_run=true"]
+    assert "starts 2 processes per job, which would train the same model" in refused(tmp_path, "train", *keys)
+    assert dlopt(tmp_path, "train", *keys, "parallel=ddp").code == 0
+
+
+def test_without_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match="sbatch was not found"):
+        build_pool(launcher.slurm, SETTINGS)
