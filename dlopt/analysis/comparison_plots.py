@@ -224,7 +224,7 @@ def _bars(
             if len(finite) < len(column):
                 axes.plot(position, 0.03, "x", color=colour, transform=axes.get_xaxis_transform(), **_CROSS)
                 notes["a seed diverged" if len(comparison.seeds) > 1 else "diverged"] = _cross()
-            elif count * len(values) <= 24:
+            elif count * len(values) * len(comparison.metrics) <= 12:  # more labels would overlap
                 style = {"ha": "center", "va": "bottom", "fontsize": 8}
                 offset = {"textcoords": "offset points", "xytext": (0, 2)}
                 axes.annotate(f"{mean(column):.2g}", (position, top), **style, **offset)  # type: ignore[arg-type]
