@@ -11,7 +11,10 @@ among them, so the share of killed mutants is a lower bound.
 import argparse
 import ast
 import collections
+import functools
+import importlib
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -22,15 +25,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NoReturn
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 COVERAGE = ROOT / "outputs" / "mutants"
 TARGETS = ("dlopt/optim", "dlopt/schedules", "dlopt/training/step.py", "dlopt/parallel", "dlopt/config/rules.py")
-TESTS = ("tests/optim", "tests/schedules", "tests/training", "tests/parallel", "tests/config", "tests/commands")
+TESTS = ("tests/optim", "tests/schedules", "tests/training", "tests/parallel", "tests/config")
+PRELOAD = ("torch", "torch._dynamo", "torch.utils.tensorboard", "scipy.optimize", "hypothesis", "hydra", "rich.console")
+KILLED = ("killed", "timeout")
 MOST_TESTS = 60  # of those that run a line; the fastest
 TIMEOUT = 120  # seconds for the tests of one mutant, which may loop forever; a timeout counts as killed
 
@@ -144,19 +151,33 @@ def outcome(mutant: Mutant, tests: Sequence[str], copy: Path) -> str:
     path = copy / mutant.file
     original = path.read_bytes()
     path.write_bytes(original[: mutant.start] + mutant.text.encode() + original[mutant.stop :])
-    environment = {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", *tests]
-    process = subprocess.Popen(
-        command, cwd=copy, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    child = os.fork()
+    if child == 0:
+        run_tests(tests, copy)
     try:
-        return "survived" if process.wait(TIMEOUT) == 0 else "killed"
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        deadline = time.monotonic() + TIMEOUT
+        while time.monotonic() < deadline:
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                return "survived" if status == 0 else "killed"
+            time.sleep(0.02)
+        os.killpg(child, signal.SIGKILL)
+        os.waitpid(child, 0)
         return "timeout"
     finally:
         path.write_bytes(original)
+
+
+def run_tests(tests: Sequence[str], copy: Path) -> NoReturn:
+    """Runs in a fork of a process that has imported torch and pytest, but not dlopt; ends it with pytest's exit code."""
+    os.setsid()
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for stream in range(3):
+        os.dup2(nothing, stream)
+    os.chdir(copy)
+    os.environ["PYTHONPATH"] = str(copy)
+    sys.path.insert(0, str(copy))
+    os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", *tests]))
 
 
 def run(count: int, seed: int, workers: int, report: Path | None) -> int:
@@ -166,33 +187,38 @@ def run(count: int, seed: int, workers: int, report: Path | None) -> int:
     everything = [mutant for path in sorted(files) for mutant in mutants_of(path)]
     chosen = random.Random(seed).sample(everything, min(count, len(everything)))
     print(f"{len(chosen)} of {len(everything)} mutants", flush=True)
-    results: list[tuple[Mutant, str]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        copies = [Path(folder) / str(number) for number in range(workers)]
-        for copy in copies:
-            left_out = shutil.ignore_patterns(".git", ".venv", "outputs", "__pycache__", ".*cache")
-            shutil.copytree(ROOT, copy, ignore=left_out)
-
-        def work(number: int) -> None:
-            for position, mutant in enumerate(chosen[number::workers]):
-                start = time.monotonic()
-                tests = covered.get((mutant.file, mutant.line), [])[:MOST_TESTS]
-                result = outcome(mutant, tests, copies[number]) if tests else "not covered"
-                results.append((mutant, result))
-                if result != "killed":
-                    took = time.monotonic() - start
-                    print(f"{result} ({took:.0f} s): {mutant.file}:{mutant.line}: {mutant.change}", flush=True)
-                if position % 25 == 24:
-                    killed = sum(result in ("killed", "timeout") for _, result in results)
-                    print(f"{killed} of {len(results)} killed", flush=True)
-
-        with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(work, range(workers)))
+    for module in PRELOAD:
+        importlib.import_module(module)
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    sys.dont_write_bytecode = True
+    with tempfile.TemporaryDirectory() as folder, multiprocessing.get_context("fork").Pool(workers) as pool:
+        work = functools.partial(try_mutant, covered=covered, folder=Path(folder))
+        results = []
+        for mutant, result, seconds in pool.imap_unordered(work, chosen):
+            results.append((mutant, result))
+            if result != "killed":
+                print(f"{result} ({seconds:.0f} s): {mutant.file}:{mutant.line}: {mutant.change}", flush=True)
+            if len(results) % 50 == 0:
+                print(f"{sum(result in KILLED for _, result in results)} of {len(results)} killed", flush=True)
     counts = collections.Counter(result for _, result in results)
-    print(dict(counts), f"killed: {100 * (counts['killed'] + counts['timeout']) / len(results):.1f} %")
+    print(dict(counts), f"killed: {100 * sum(counts[name] for name in KILLED) / len(results):.1f} %")
     if report is not None:
         report.write_text(json.dumps([{**asdict(mutant), "result": result} for mutant, result in results], indent=1))
     return 0
+
+
+def try_mutant(
+    mutant: Mutant, covered: Mapping[tuple[str, int], Sequence[str]], folder: Path
+) -> tuple[Mutant, str, float]:
+    """Runs in a worker, which has a copy of the checkout of its own."""
+    copy = folder / str(os.getpid())
+    if not copy.exists():
+        left_out = shutil.ignore_patterns(".git", ".venv", "outputs", "__pycache__", ".*cache")
+        shutil.copytree(ROOT, copy, ignore=left_out)
+    start = time.monotonic()
+    tests = covered.get((mutant.file, mutant.line), [])[:MOST_TESTS]
+    result = outcome(mutant, tests, copy) if tests else "not covered"
+    return mutant, result, time.monotonic() - start
 
 
 def main() -> int:

@@ -66,7 +66,8 @@ def test_evaluates_once() -> None:
         (["optimizer=adagrad"], True),
         (["optimizer=rmsprop"], False),
         (["optimizer=adamw", "+optimizer.fused=false"], False),
-        (["optimizer=adamw", "+optimizer.foreach=true"], False),
+        (["optimizer=adamw", "optimizer.cautious=true"], False),
+        (["optimizer=adam", "+optimizer.foreach=true"], False),
     ],
 )
 def test_torch_optimizers_are_fused_unless_configured(overrides: list[str], fused: bool) -> None:
@@ -80,7 +81,8 @@ def test_fused_kernel_equals_loop(name: str) -> None:
     lines = [each for each in SMALL if not each.startswith("model")]
     overrides = [*lines, "model=resnet20", "model.depth=8", f"optimizer={name}", "optimizer.weight_decay=0.01"]
     weights = []
-    for more in ([], ["+optimizer.fused=false", "+optimizer.foreach=false"]):
+    loop = ["+optimizer.fused=false", *([] if name == "adamw" else ["+optimizer.foreach=false"])]
+    for more in ([], loop):
         workload = build(experiment(*overrides, *more, "precision=fp64", "channels_last=true"))
         optimizer = build_optimizer(workload)
         for step in range(4):

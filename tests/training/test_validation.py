@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from sklearn import metrics as reference
 from torch import Tensor
 
+from dlopt.data.task import Task
 from dlopt.errors import UserError
 from dlopt.training.metrics import ClassMetrics, RegressionMetrics, _check_names, calibration_error
 from tests.training.runs import SMALL, metrics, start
@@ -129,4 +130,4 @@ def test_regression_rejects_class_metrics(tmp_path: Path, monitor: str) -> None:
 
 def test_top5_needs_more_than_five_classes() -> None:
     with pytest.raises(UserError, match="needs more than 5 classes"):
-        _check_names({"top5_accuracy": "monitor=val_top5_accuracy"}, CLASSES[:5])
+        _check_names({"top5_accuracy": "monitor=val_top5_accuracy"}, Task("classification", 5))
