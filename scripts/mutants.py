@@ -169,7 +169,7 @@ def outcome(mutant: Mutant, tests: Sequence[str], copy: Path) -> str:
 
 
 def run_tests(tests: Sequence[str], copy: Path) -> NoReturn:
-    """Runs in a fork of a process that has imported torch and pytest, but not dlopt; ends it with pytest's exit code."""
+    """Runs in a fork that has imported torch and pytest, but not dlopt; ends it with pytest's exit code."""
     os.setsid()
     nothing = os.open(os.devnull, os.O_RDWR)
     for stream in range(3):
