@@ -35,7 +35,7 @@ LONG = {"bench"}  # it starts processes and measures
 WATCHING = {"--watch", "--open"}
 COMPOSE_JOB = Request.compose_job
 _HEADS = {".venv/bin/python", "pip", "tensorboard", "git", "cd", "eval", "squeue", "export", "until", "sinfo"}
-_HEADS |= {"kubectl"}
+_HEADS |= {"kubectl", "wandb", "optuna-dashboard"}
 
 
 @dataclass(frozen=True)
