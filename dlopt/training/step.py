@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.optim import Optimizer
@@ -206,7 +207,8 @@ class Step:
 
     def loss(self) -> Tensor:
         """Returns the batch's mean loss with its autograd graph, without backward: for Hessian-vector products."""
-        with torch.enable_grad(), frozen_statistics(self.module):
+        # Fused attention kernels have no second derivatives.
+        with torch.enable_grad(), frozen_statistics(self.module), sdpa_kernel(SDPBackend.MATH):
             self._seed()
             return self.mode.differentiable_loss(self, *self.batch)
 

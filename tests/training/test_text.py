@@ -10,6 +10,7 @@ import torch
 
 from dlopt.api import load
 from dlopt.commands.eval import evaluate
+from dlopt.commands.export import export
 from dlopt.errors import UserError
 from dlopt.training.build import build_workload, training_batches
 from tests.training.runs import experiment, resume, same, start
@@ -48,6 +49,10 @@ def test_a_run_reports_bits_per_byte(lines: list[str], tmp_path: Path, capsys: p
         evaluate([f"checkpoint=[{best},{best}]"])
     with pytest.raises(UserError, match="tta=flip: averages predictions of labels"):
         evaluate([f"checkpoint={best}", "tta=flip"])
+    for format, suffix in (("safetensors", ".safetensors"), ("torch_export", ".pt2")):
+        assert export([f"checkpoint={best}", f"format={format}"]) == 0
+        assert best.parent.parent.joinpath("best").with_suffix(suffix).exists()
+    assert capsys.readouterr().out.count("verified: outputs match") == 2
     model = load(best)
     tokens = torch.tensor([list(b"def f1(x):\n    r")])
     assert model(tokens).shape == (1, 16, 256)
@@ -68,6 +73,14 @@ def test_a_resumed_run_is_bitwise_identical(lines: list[str], tmp_path: Path, mo
             torch.load(tmp_path / each / "checkpoints" / "last.pt", weights_only=True) for each in ("whole", name)
         ]
         assert same(states[0]["model"], states[1]["model"]) and same(states[0]["ema"], states[1]["ema"])
+
+
+@pytest.mark.parametrize("choice", ["sophia", "newton_cg"])
+def test_second_derivatives_of_attention(choice: str, lines: list[str], tmp_path: Path) -> None:
+    """The fused kernels have none."""
+    second_order = [line for line in lines if not line.startswith("optimizer")]
+    summary = start(tmp_path / "run", *second_order, f"optimizer={choice}", "steps=2")
+    assert summary["status"] == "finished" and math.isfinite(summary["test_loss"])
 
 
 def test_batches_do_not_depend_on_their_delivery(lines: list[str]) -> None:
@@ -112,3 +125,25 @@ def test_refusals(lines: list[str], tmp_path: Path, extra: list[str], message: s
         start(tmp_path, *[line for line in lines if not (extra == ["model=mlp"] and line.startswith("model"))], *extra)
     with pytest.raises(UserError, match="model=gpt: reads text"):
         build_workload(experiment("model=gpt", "device=cpu"))
+
+
+def learns(lines: list[str], folder: Path, optimizer: str) -> None:
+    kept = [line for line in lines if not line.startswith("optimizer")]
+    summary = start(folder / optimizer, *kept, f"optimizer={optimizer}", "data.batch_size=100", "steps=2")
+    assert math.isfinite(summary["best_val_loss"])
+
+
+@pytest.mark.parametrize("optimizer", ["newton_cg", "muon"])
+def test_optimizers_with_second_derivatives_and_with_matrices(
+    lines: list[str], tmp_path: Path, optimizer: str
+) -> None:
+    learns(lines, tmp_path, optimizer)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", sorted(path.stem for path in Path("conf/optimizer").glob("[a-z]*.yaml")))
+def test_every_optimizer_trains_or_says_why_not(lines: list[str], tmp_path: Path, optimizer: str) -> None:
+    try:
+        learns(lines, tmp_path, optimizer)
+    except UserError as error:
+        assert str(error).startswith(("optimizer", "data", "parallel")), error
