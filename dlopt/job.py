@@ -23,6 +23,7 @@ from dlopt.folders import FORMAT, RunFolder
 
 if TYPE_CHECKING:
     from dlopt.interruption import Interruption
+    from dlopt.training.build import Workload
     from dlopt.training.trainer import Run
 
 _STATUS_OF = {"finished": DONE, "stopped_early": DONE, "interrupted": INTERRUPTED}
@@ -186,10 +187,13 @@ def train(run: "Run", interruption: "Interruption | None" = None, *, console: bo
     return trainer.train(run, interruption, console=console, **tools)
 
 
-def _draw(folder: Path, restarts: Sequence[float]) -> Path:
-    from dlopt.analysis import curves  # late: matplotlib takes long to import
+def _draw(workload: "Workload", folder: Path, restarts: Sequence[float]) -> dict[str, Path]:
+    from dlopt.analysis import curves, reconstructions  # late: matplotlib takes long to import
 
-    return curves.write(folder, restarts)
+    pictures = {"curves": curves.write(folder, restarts)}
+    if (picture := reconstructions.write(workload, folder)) is not None:
+        pictures["reconstructions"] = picture
+    return pictures
 
 
 def print_error(message: str) -> None:

@@ -73,6 +73,26 @@ class MSE(nn.Module):
         return F.mse_loss(outputs, targets.to(outputs.dtype))
 
 
+class PixelCrossEntropy(nn.Module):
+    """-t log sigmoid(o) - (1 - t) log(1 - sigmoid(o)), mean over the pixels of a reconstruction and over samples.
+
+    outputs [N, K]; targets float [N, K] in 0..1. The minimum is the entropy of the targets, which is above 0 for grey.
+    """
+
+    def __init__(self, *, classes: int | None) -> None:
+        super().__init__()
+        if classes is not None:
+            raise UserError("loss=pixel_cross_entropy: the targets are classes; use loss=cross_entropy")
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(outputs, targets.to(outputs.dtype))
+
+
+def reconstructions(outputs: Tensor, loss: nn.Module) -> Tensor:
+    """Returns the reconstructed values [N, K] from the outputs: their sigmoid, after training with cross-entropy."""
+    return outputs.sigmoid() if isinstance(loss, PixelCrossEntropy) else outputs
+
+
 def probabilities(outputs: Tensor, loss: nn.Module) -> Tensor:
     """Returns class probabilities [..., K] from the outputs.
 

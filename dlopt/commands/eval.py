@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dlopt.data.task import Task
+    from dlopt.training.build import Workload
     from dlopt.training.evaluate import Average, Report
 
 _MAY_CHANGE = (
@@ -52,7 +53,8 @@ Examples:
                             from images with a shorter side of tta.scale=SIZE (default: unscaled, or 8/7 of the crop)
   tta=multi_scale_ten_crop  ten crops at each of tta.scales=[224,256,384,480,640] (for crops of 224, else in proportion)
   average=probabilities     average over crops and checkpoints: probabilities | logits
-  output=DIR                folder of eval.json, confusion.csv and confusion.png (default: the run folder)
+  output=DIR                folder of eval.json, confusion.csv and confusion.png, or reconstructions.png of an
+                            autoencoder (default: the run folder)
 
 Uses the config saved in the checkpoint. Keys that can be overridden:
   {", ".join(f"{key}.*" if key == "data" else key for key in _MAY_CHANGE)}
@@ -79,6 +81,7 @@ class _Member:
     loss: Any
     average: "Average"
     task: "Task"
+    workload: "Workload | None" = None  # of a task without labels, whose outputs are not kept
 
 
 def evaluate(arguments: list[str]) -> int:
@@ -154,7 +157,8 @@ def _evaluate_weights(
     except RunError as error:
         print_error(str(error))
         return FAILED
-    member = _Member(path, None, workload.dataset.classes, batches, workload.loss, chosen, task)
+    kept = None if task.has_labels else workload
+    member = _Member(path, None, workload.dataset.classes, batches, workload.loss, chosen, task, kept)
     record = _record({"init_from": str(path)}, tta, views, None if views is None else chosen)
     return _finish(record, member, summary, output, lines)
 
@@ -174,6 +178,12 @@ def _finish(
         lines.append(_class_line(classes))
     if folder is not None:
         written = _write(Path(folder), {**record, **report.metrics, "classes": classes}, report, first.classes)
+        if first.workload is not None:
+            from dlopt.analysis import reconstructions
+
+            with writing(Path(folder)):
+                picture = reconstructions.write(first.workload, Path(folder))
+            written |= {} if picture is None else {"reconstructions": picture}
         lines += [f"{name}: {path}" for name, path in written.items()]
     epoch = {"best_epoch": record["epoch"]} if isinstance(record.get("epoch"), int) else {}
     ConsoleView().finish({"status": "tested", **epoch, **report.metrics}, lines)
@@ -223,7 +233,7 @@ def _test(
         epoch = state["progress"]["epoch"]
         if not workload.task.has_labels:
             summary = unlabelled_report(workload, tta=tta, members=len(paths))
-            return [_Member(path, epoch, None, (), workload.loss, chosen, workload.task)], summary
+            return [_Member(path, epoch, None, (), workload.loss, chosen, workload.task, workload)], summary
         batches = predict_test_set(workload, views, chosen)
         members.append(_Member(path, epoch, workload.dataset.classes, batches, workload.loss, chosen, workload.task))
         if len({member.average for member in members}) > 1:

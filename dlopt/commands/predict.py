@@ -58,6 +58,8 @@ def predict(
     trained = restore(path, changes)
     if len(trained.sample) != 3 or trained.sample[0] not in (1, 3):
         raise UserError(f"checkpoint={path}: its model takes inputs of shape {list(trained.sample)}, not images")
+    if trained.task.kind == "reconstruction":
+        raise UserError(f"checkpoint={path}: its model reconstructs images; `dlopt eval checkpoint={path}` draws some")
     if trained.config["norm_statistics"] == "exact":
         print_error("norm_statistics=exact: needs the training data; using the running statistics instead")
     count = 0

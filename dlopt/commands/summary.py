@@ -59,11 +59,15 @@ def summary(
 
 def _sizes(experiment: "Experiment") -> tuple[tuple[int, ...], "Task"]:
     """Reads the shape of the model's input and the task from the data set."""
+    from dlopt.training.build import with_task
+
     dataset = read_dataset(experiment)
-    task, shape = dataset.task, dataset.train.shape
+    shape = dataset.train.shape
     if experiment.augmentation.arguments.get("operations") != []:
-        pipeline = experiment.augmentation.build(input_shape=shape, classes=task.classes, train=dataset.train)
+        classes = dataset.task.classes
+        pipeline = experiment.augmentation.build(input_shape=shape, classes=classes, train=dataset.train)
         shape = pipeline.output_shape
+    task = with_task(experiment, dataset, shape).task
     return task.input_shape(shape), task
 
 

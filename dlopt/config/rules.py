@@ -41,6 +41,16 @@ def check_combinations(experiment: Experiment) -> None:
             f"init={experiment.init.target.__name__}: would overwrite the pretrained weights; "
             "use init=default or model.pretrained=false"
         )
+    if experiment.loss.target.__name__ == "PixelCrossEntropy":
+        _check_pixels(experiment)
+
+
+def _check_pixels(experiment: Experiment) -> None:
+    model = experiment.model
+    if not getattr(model.target, "reconstructs", False):
+        raise UserError("loss=pixel_cross_entropy: the targets must be the pixels of images; use model=autoencoder")
+    if model.arguments.get("output") == "sigmoid":
+        raise UserError("model.output=sigmoid: loss=pixel_cross_entropy applies a sigmoid; use model.output=identity")
 
 
 def _check_name(name: str) -> None:

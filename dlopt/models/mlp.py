@@ -32,7 +32,7 @@ class MLP(nn.Sequential):
         modules: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
         inputs = prod(input_shape)
         for index, width in enumerate(widths):
-            modules[f"layer{index + 1}"] = _layer(inputs, width, activation, dropout, normalize)
+            modules[f"layer{index + 1}"] = layer(inputs, width, activation, dropout, normalize)
             inputs = width
         modules["head"] = nn.Linear(inputs, classes)
         super().__init__(modules)
@@ -61,7 +61,7 @@ class ResidualMLP(nn.Sequential):
     ) -> None:
         normalize = Norm.of(**norm)
         modules: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
-        modules["stem"] = _layer(prod(input_shape), width, activation, 0.0, normalize)
+        modules["stem"] = layer(prod(input_shape), width, activation, 0.0, normalize)
         for index in range(blocks):
             modules[f"block{index + 1}"] = ResidualPair(width, residual, activation, dropout, normalize)
         modules["head"] = nn.Linear(width, classes)
@@ -76,8 +76,8 @@ class ResidualPair(nn.Module):
 
     def __init__(self, width: int, residual: bool, activation: Activation, dropout: float, norm: Norm) -> None:
         super().__init__()
-        self.layer1 = _layer(width, width, activation, dropout, norm)
-        self.layer2 = _layer(width, width, activation, 0.0, norm)
+        self.layer1 = layer(width, width, activation, dropout, norm)
+        self.layer2 = layer(width, width, activation, 0.0, norm)
         self.residual = residual
 
     def forward(self, vectors: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ class ResidualPair(nn.Module):
         return f"residual={self.residual}"
 
 
-def _layer(inputs: int, outputs: int, kind: Activation, dropout: float, norm: Norm) -> nn.Sequential:
+def layer(inputs: int, outputs: int, kind: Activation, dropout: float, norm: Norm) -> nn.Sequential:
     modules: OrderedDict[str, nn.Module] = OrderedDict(linear=nn.Linear(inputs, outputs, bias=norm.bias))
     modules["norm"] = norm.vectors(outputs)
     modules["activation"] = activation(kind)

@@ -177,21 +177,21 @@ class Tracking:
         if self._console is not None:
             self._console.message(text)
 
-    def finish(self, summary: Mapping[str, Any], draw: Callable[[], Path] | None = None) -> None:
+    def finish(self, summary: Mapping[str, Any], draw: Callable[[], Mapping[str, Path]] | None = None) -> None:
         """Writes summary.json, shows the results and closes. Raises `RunError` if summary.json cannot be written.
 
-        `draw` draws a picture of the metrics and returns its path. An error in it is only a message.
+        `draw` draws pictures and returns their paths by description. An error in it is only a message.
         """
         scalars = {tag: float(summary[key]) for key, tag in _FINAL_TAGS.items() if _is_number(summary.get(key))}
         for sink in self._sinks:
             if scalars:
                 sink.scalars(int(summary.get("steps", 0)), scalars)
             sink.end(str(summary.get("status", "")))
-        picture = None
+        pictures: Mapping[str, Path] = {}
         try:
             if self._folder is not None:
                 write_summary(self._folder, summary)
-            picture = None if draw is None else self._draw(draw)
+            pictures = {} if draw is None else self._draw(draw)
         finally:
             if self._log is not None:
                 metrics = ", ".join(
@@ -201,23 +201,22 @@ class Tracking:
                 )
                 self._log.write(f"{summary.get('status', 'ended')}: {metrics}")
             if self._console is not None:
-                lines = [] if self._folder is None else self._next_commands(self._folder, picture)
+                lines = [] if self._folder is None else self._next_commands(self._folder, pictures)
                 self._console.finish(summary, lines)
             self.close()
 
-    def _draw(self, draw: Callable[[], Path]) -> Path | None:
+    def _draw(self, draw: Callable[[], Mapping[str, Path]]) -> Mapping[str, Path]:
         try:
             return draw()
         except Exception as error:  # a full disk, a font that matplotlib cannot read: the run has finished
             self.message(f"the metrics could not be drawn: {type(error).__name__}: {error}")
-            return None
+            return {}
 
-    def _next_commands(self, folder: Path, picture: Path | None) -> list[str]:
-        """Returns the run folder, the picture and the next commands, for a shell in the current folder."""
+    def _next_commands(self, folder: Path, pictures: Mapping[str, Path]) -> list[str]:
+        """Returns the run folder, the pictures and the next commands, for a shell in the current folder."""
         path = layout.short_path(folder)
         lines = [f"run folder: {path}"]
-        if picture is not None:
-            lines.append(f"curves: {layout.short_path(picture)}")
+        lines += [f"{description}: {layout.short_path(picture)}" for description, picture in pictures.items()]
         lines.append("next:")
         has_checkpoint = any((folder / "checkpoints" / name).exists() for name in ("best.pt", "last.pt"))
         if has_checkpoint:

@@ -192,13 +192,13 @@ def _build_augmentation(experiment: Experiment, dataset: Dataset) -> Pipeline | 
 def with_task(experiment: Experiment, dataset: Dataset, shape: tuple[int, ...]) -> Dataset:
     """Returns the dataset with the task of the model: reconstruction if the model's callable sets `reconstructs`.
 
-    `shape`: of the augmented samples. Raises `UserError` if the dataset itself has a task without labels.
+    `shape`: of the augmented samples. Raises `UserError` if these are not images.
     """
     if not getattr(experiment.model.target, "reconstructs", False):
         return dataset
-    if dataset.unlabelled is not None:
-        name = experiment.model.target.__name__
-        raise UserError(f"model={name}: reconstructs numbers, not tokens; use other data, or model=gpt for a text")
+    if dataset.unlabelled is not None or len(shape) != 3:
+        what = "a text" if dataset.unlabelled is not None else "vectors"
+        raise UserError(f"model={experiment.model.target.__name__}: reconstructs images, but the samples are {what}")
     return replace(dataset, unlabelled=Task("reconstruction", math.prod(shape)))
 
 

@@ -215,8 +215,8 @@ def load(path: Path) -> dict[str, Any]:
         raise UserError(f"checkpoint={path}: cannot be read: {reason(error)}") from None
     if not recorded:
         raise UserError(
-            f"checkpoint={path}: the checksum file {digest_file(path).name} is missing or empty; for weights of another "
-            f"tool: init_from={path} with the model and data"
+            f"checkpoint={path}: the checksum file {digest_file(path).name} is missing or empty; "
+            f"for weights of another tool: init_from={path} with the model and data"
         )
     if digest not in recorded:
         raise UserError(f"checkpoint={path}: the file is damaged: its SHA-256 differs from the recorded one")

@@ -51,8 +51,11 @@ Observe = Callable[[Workload, Length, Tracking, Path], Sequence[Observer]]
 """Returns the observers of a run, given its length and folder. Raises `UserError`."""
 FindLr = Callable[[Workload, Tracking, Path], float]
 """Returns the learning rate for optimizer.lr=auto. Raises `UserError` if none is suitable."""
-Draw = Callable[[Path, Sequence[float]], Path]
-"""Draws the metrics in a run folder, with the restarts of the schedule (in epochs); returns the path."""
+Draw = Callable[[Workload, Path, Sequence[float]], Mapping[str, Path]]
+"""Draws a finished run (with its best model) into its folder, with the restarts of the schedule (in epochs).
+
+Returns the paths by description.
+"""
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ def train(
         console: show progress.
         observe: builds observers (diagnostics, profiler).
         find_lr: runs the range test for optimizer.lr=auto.
-        draw: draws the metrics at the end, unless the run is interrupted; an error in it does not fail the run.
+        draw: draws the run at its end, unless it is interrupted; an error in it does not fail the run.
 
     Raises:
         UserError: the experiment cannot work; before the first update.
@@ -124,11 +127,11 @@ def train(
             tracking.message(f"{stop.reason}: stopped; resume with: dlopt train ... resume=auto")
         else:
             summary |= _test_best(trainer, workload)
-        picture = None
+        pictures = None
         if draw is not None and status != "interrupted":
             steps = (step for step in trainer.step.schedule.restarts if step < trainer.progress.step)
-            picture = partial(draw, run.folder, [step / length.steps_per_epoch for step in steps])
-        tracking.finish(summary, picture)
+            pictures = partial(draw, workload, run.folder, [step / length.steps_per_epoch for step in steps])
+        tracking.finish(summary, pictures)
     return summary
 
 

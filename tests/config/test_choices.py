@@ -53,6 +53,7 @@ def line(choice: str) -> tuple[str, ...]:
         "data=polynomial": (("loss=mse",), MLP),
         "data=linear": (("loss=mse",), MLP),
         "data=diabetes": (("loss=mse",), MLP),
+        "loss=pixel_cross_entropy": (DIGITS, ("model=autoencoder", "model.widths=[4]")),
         "data=table": (("data.file=images/table.csv",), MLP),
         "model=polynomial": (("data=polynomial", "loss=mse", "normalize=none"), ()),
         "model=mlp": (DIGITS, ("model.widths=[4]",)),

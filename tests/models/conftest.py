@@ -17,7 +17,7 @@ Build = Callable[..., nn.Module]
 @pytest.fixture
 def build(tmp_path: Path) -> Build:
     """Builds a choice of conf/model from its YAML file: build("resnet20", "norm=group", input_shape=...)."""
-    (tmp_path / "train.yaml").write_text("defaults: [_self_, init: default, model: mlp]\n")
+    (tmp_path / "train.yaml").write_text("defaults: [_self_, init: default, loss: cross_entropy, model: mlp]\n")
 
     def build(choice: str, *overrides: str, **arguments: Any) -> nn.Module:
         with initialize_config_dir(str(tmp_path), version_base=None):

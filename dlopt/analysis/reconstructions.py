@@ -1,0 +1,71 @@
+"""Draws test samples above their reconstructions by an autoencoder."""
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dlopt.analysis import drawing
+from dlopt.files import write_atomically
+from dlopt.losses import reconstructions
+from dlopt.training.batch_norm import norm_statistics
+from dlopt.training.build import Workload, evaluation_batches
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PICTURE = "reconstructions.png"
+_COUNT = 20  # samples, in two rows
+
+
+def write(workload: Workload, folder: Path) -> Path | None:
+    """Draws reconstructions by the present weights into `PICTURE`; returns its path.
+
+    None where there is nothing to draw: other tasks, vectors, and models whose weights are distributed.
+    """
+    is_image = len(workload.shape) == 3 and workload.shape[0] in (1, 3)
+    if workload.task.kind != "reconstruction" or not is_image or workload.parallel.processes > 1:
+        return None
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure = draw(*reconstruct(workload, _COUNT))
+    figure.set_dpi(120)
+    data = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(data)
+    write_atomically(folder / PICTURE, data.getvalue())
+    return folder / PICTURE
+
+
+@torch.inference_mode()
+def reconstruct(workload: Workload, count: int) -> tuple[Tensor, Tensor]:
+    """Returns `count` samples, evenly spaced over the test set (or else the training set), and their reconstructions.
+
+    Both [count, *shape] with pixels in 0..1, which reconstructions may exceed.
+    """
+    samples = workload.dataset.train if workload.dataset.test is None else workload.dataset.test
+    chosen = samples.select(torch.linspace(0, len(samples) - 1, min(count, len(samples))).long())
+    model = workload.precision.autocast(workload.model)
+    batches = evaluation_batches(workload, chosen, shared=False)
+    with norm_statistics(workload, workload.module, model):
+        workload.module.eval()
+        outputs, targets = zip(*((model(inputs), targets) for inputs, targets in batches.epoch(0)), strict=True)
+    batches.close()
+    values = reconstructions(torch.cat(outputs).float(), workload.loss)
+    return torch.cat(targets).float().unflatten(1, workload.shape), values.unflatten(1, workload.shape)
+
+
+def draw(samples: Tensor, reconstructed: Tensor) -> "Figure":
+    """Draws samples [N, C, H, W] above their reconstructions, in two blocks."""
+    columns = -(-len(samples) // 2)
+    figure = drawing.figure(0.8 * columns, 0.8 * 4 + 0.5, "test images, each above its reconstruction")
+    panels = figure.subplots(4, columns, squeeze=False)
+    for axes in panels.flat:
+        axes.set_axis_off()
+    for number in range(len(samples)):
+        block, column = divmod(number, columns)
+        for row, images in enumerate((samples, reconstructed)):
+            pixels = images[number].clamp(0, 1).expand(3, -1, -1).permute(1, 2, 0).cpu().numpy()
+            panels[2 * block + row, column].imshow(pixels)
+    return figure
