@@ -222,18 +222,23 @@ def test_plots_the_checked_rows_in_constant_colours(shown: Any) -> None:
     assert list(after.values()) == list(before.values())  # in the colour that became free
 
 
-def test_columns_are_chosen_and_overflow_is_shown(shown: Any) -> None:
+def test_columns_that_do_not_fit_are_hidden_by_name_until_they_are_chosen(shown: Any) -> None:
     is_cut = """
         const scroll = document.querySelector("#leaderboard .scroll"), frame = scroll.parentElement;
         return [scroll.scrollWidth > scroll.clientWidth + 2, frame.classList.contains("more")]"""
-    for width in (1400, 700):
+    heads = "return [...document.querySelectorAll('#leaderboard th')].map((head) => head.dataset.column)"
+    for width in (1700, 1000):
         narrow(shown, width)
         shown.refresh()
-        is_narrow = width < 1000
-        WebDriverWait(shown, 20).until(lambda page, cut=is_narrow: page.execute_script(is_cut) == [cut, cut])
-    press(shown, "[data-show='train_loss']")
-    heads = "return [...document.querySelectorAll('#leaderboard th')].map((head) => head.dataset.column)"
-    assert "train_loss" not in shown.execute_script(heads) and "val_loss" in shown.execute_script(heads)
+        WebDriverWait(shown, 20).until(lambda page: page.execute_script(is_cut) == [False, False])
+        names = "training" in text(shown, "#leaderboard .columns summary")
+        assert names == (width == 1000) != ("train_loss" in shown.execute_script(heads))
+    for name in ("train_loss", "train_accuracy"):
+        press(shown, f"[data-show='{name}']")
+    assert {"train_loss", "train_accuracy"} <= set(shown.execute_script(heads))
+    WebDriverWait(shown, 20).until(lambda page: page.execute_script(is_cut) == [True, True])
+    press(shown, "[data-show='val_loss']")
+    assert "val_loss" not in shown.execute_script(heads)
 
 
 def test_dark_screen_and_white_paper(shown: Any) -> None:

@@ -50,6 +50,10 @@ function isFraction(name) {
   return name.includes("accuracy");
 }
 
+function isLoss(name) {
+  return /(loss|gap)$/.test(name);
+}
+
 function formatTick(name, value) {
   return isFraction(name) ? `${formatNumber(100 * value)} %` : formatNumber(value);
 }
@@ -58,7 +62,7 @@ function formatMetric(name, value) {
   if (value === null || value === undefined) return "–";
   if (isFraction(name)) return `${(100 * value).toFixed(2)} %`;
   if (name === "seconds") return `${formatSeconds(value)} s`;
-  return name.endsWith("loss") && Math.abs(value) < 1000 ? value.toFixed(Math.abs(value) < 100 ? 4 : 1) : formatNumber(value);
+  return isLoss(name) && Math.abs(value) < 1000 ? value.toFixed(Math.abs(value) < 100 ? 4 : 1) : formatNumber(value);
 }
 
 function formatSeconds(value) {
@@ -71,7 +75,7 @@ function formatStatistic(name, values) {
   const [mean, std] = values;
   if (std === null) return formatMetric(name, mean);
   const unit = isFraction(name) ? " %" : name === "seconds" ? " s" : "";
-  const deviation = unit || name.endsWith("loss") ? formatMetric(name, std) : formatNumber(std, 2);
+  const deviation = unit || isLoss(name) ? formatMetric(name, std) : formatNumber(std, 2);
   return `${formatMetric(name, mean).replace(unit, "")} ± ${deviation}`;
 }
 
@@ -82,6 +86,10 @@ function formatDifference(name, value) {
 
 function formatValue(value) {
   return typeof value === "number" ? formatNumber(value) : value === undefined ? "–" : String(value);
+}
+
+function count(number, noun) {
+  return `${number.toLocaleString("en")} ${noun}${number === 1 ? "" : "s"}`;
 }
 
 function extent(values) {
@@ -97,7 +105,7 @@ function extent(values) {
 // -- view state, stored in the URL hash so that it survives reloads
 
 const state = { sort: ["rank", 1], off: {}, range: {}, shown: null, hidden: [], selected: null, metric: null, x: "epoch",
-  band: data.spread, log: false, target: data.target, all: false, open: null, columns: {} };
+  band: data.spread, log: false, target: data.target, all: false, open: null, columns: null, choosing: false, zooms: {} }; // zooms: chart -> {key, x: [low, high], y: [low, high] or null}
 
 function restoreState() {
   try {

@@ -1,6 +1,5 @@
 // Line charts with bands by uPlot: zoom by dragging or keys, a tooltip with all lines, log axes, print.
 
-const zooms = {}; // chart -> {key, x: [low, high], y: [low, high] or null}
 const SHARP = 2; // pixels of a printed chart per pixel of the page
 
 // Draws a chart into a new element. lines: {label, style, points: [[x, mean, low, high, count], ...], marks}
@@ -20,7 +19,7 @@ function drawChart(container, lines, options) {
   container.charts = [chart.u];
   target.addEventListener("keydown", (event) => onKey(chart, event));
   target.addEventListener("blur", () => { chart.u.setCursor({ left: -10, top: -10 }); });
-  const saved = zooms[options.id];
+  const saved = state.zooms[options.id];
   if (saved && saved.key === options.key) zoomTo(chart, saved);
 }
 
@@ -105,8 +104,9 @@ function rangeY({ options }, low, high) {
 
 function zoomTo(chart, zoom) {
   const { u, xs, options } = chart;
-  if (zoom) zooms[options.id] = zoom;
-  else delete zooms[options.id];
+  if (zoom) state.zooms[options.id] = zoom;
+  else delete state.zooms[options.id];
+  saveState();
   chart.reset.hidden = !zoom;
   u.batch(() => {
     u.setScale("x", zoom ? { min: zoom.x[0], max: zoom.x[1] } : { min: xs[0], max: xs.at(-1) });

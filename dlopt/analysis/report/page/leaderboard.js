@@ -82,6 +82,11 @@ function rangeFilter(key, update) {
 
 // -- leaderboard
 
+// Columns that are hidden, the first ones first, until the table fits the page; the reader may choose others.
+const EXPENDABLE = ["train_loss", "train_accuracy", "gap", "accuracy_gap", "parameters", "epochs", "steps", "seconds"];
+const PAPER = 960; // pixels of the screen that fit a printed page
+let unfitting = [];
+
 function columns(all = false) {
   const list = [{ id: "rank", name: "#", number: true, of: (row) => row.rank, text: (row) => String(row.rank) }];
   for (const key of data.keys) {
@@ -100,8 +105,8 @@ function columns(all = false) {
         text: (row) => formatStatistic(name, row.test && row.test[name]) });
     }
   }
-  const shown = list.filter((column) => !state.columns[column.id]);
-  if (!all && shown.length) list.splice(0, list.length, ...shown);
+  const hidden = state.columns || unfitting;
+  if (!all) list.splice(0, list.length, ...list.filter((column) => !hidden.includes(column.id)));
   if (innerWidth < 640 && list.some((column) => column.strong)) list.splice(1, 0, ...list.splice(list.findIndex((column) => column.strong), 1)); // visible without scrolling
   return list;
 }
@@ -132,13 +137,25 @@ function sorted(list) {
 }
 
 function sortBy(column, update) {
-  const isHigherBetter = column.id === data.by ? !data.lower : isFraction(column.id);
+  const isHigherBetter = column.id === data.by ? !data.lower : isFraction(column.id) && !isLoss(column.id);
   const first = isHigherBetter ? -1 : 1;
   state.sort = state.sort[0] === column.id ? [column.id, -state.sort[1]] : [column.id, first];
   update();
 }
 
 function renderLeaderboard(update) {
+  unfitting = [];
+  drawLeaderboard(update);
+  if (state.columns || innerWidth < 640) return; // a phone shows the most important columns first, and scrolls
+  for (const id of EXPENDABLE.filter((name) => data.metrics.includes(name) && name !== data.by)) {
+    const scroll = document.querySelector("#leaderboard .scroll");
+    if (scroll.scrollWidth <= (isPrinting ? PAPER : scroll.parentElement.parentElement.clientWidth)) return;
+    unfitting.push(id);
+    drawLeaderboard(update);
+  }
+}
+
+function drawLeaderboard(update) {
   const list = columns(), rows = sorted(columns(true)), plotted = plottedRows();
   const head = list.map((column) => {
     const [id, direction] = state.sort, active = id === column.id;
@@ -160,13 +177,18 @@ function renderLeaderboard(update) {
 
 function columnChoice(update) {
   const boxes = columns(true).filter((column) => column.id !== "rank").map((column) => html("label", {}, html("input", { type: "checkbox", "data-show": column.id,
-    checked: !state.columns[column.id], onchange: (event) => {
-      if (event.target.checked) delete state.columns[column.id]; else state.columns[column.id] = true;
-      state.choosing = true;
+    checked: !(state.columns || unfitting).includes(column.id), onchange: (event) => {
+      const hidden = (state.columns || unfitting).filter((id) => id !== column.id);
+      state.columns = event.target.checked ? hidden : [...hidden, column.id];
       update();
     } }), ` ${column.full || column.name}`));
-  return html("details", { class: "columns", open: Boolean(state.choosing), ontoggle: (event) => { state.choosing = event.target.open; } },
-    html("summary", {}, "Columns"), html("div", { class: "choices" }, ...boxes));
+  return html("details", { class: "columns", open: state.choosing, ontoggle: (event) => { state.choosing = event.target.open; saveState(); } },
+    html("summary", {}, "Columns ", html("span", { class: "soft" }, hiddenNames())), html("div", { class: "choices" }, ...boxes));
+}
+
+function hiddenNames() {
+  const names = columns(true).filter((column) => (state.columns || unfitting).includes(column.id)).map((column) => column.name);
+  return names.length ? `hidden: ${names.join(", ")}` : "";
 }
 
 function rankedBy() {

@@ -39,8 +39,8 @@ for (const run of data.runs) data.rows[run.row].runs.push(run);
 restoreState();
 document.title = data.title;
 document.getElementById("title").textContent = data.title;
-document.getElementById("counts").textContent = `${data.rows.length} configurations, ${data.runs.length} runs: ` +
-  Object.entries(data.counts).map(([status, count]) => `${count} ${status.replace("_", " ")}`).join(", ");
+document.getElementById("counts").textContent = `${count(data.rows.length, "configuration")}, ${count(data.runs.length, "run")}: ` +
+  Object.entries(data.counts).map(([status, number]) => `${number} ${status.replace("_", " ")}`).join(", ");
 document.getElementById("footer").textContent = `dlopt ${data.version}, ${data.made}` + (data.refresh ? `; reloads every ${data.refresh} s` : "");
 if (data.rows.length) {
   renderFilters(render);
@@ -63,4 +63,4 @@ function setPrinting(value) {
 }
 addEventListener("beforeprint", () => setPrinting(true));
 addEventListener("afterprint", () => setPrinting(false));
-if (data.refresh) setInterval(() => { if (!document.hidden && !document.activeElement.matches("input, select")) location.reload(); }, 1000 * data.refresh);
+if (data.refresh) setInterval(() => { if (!document.hidden && !document.activeElement.matches("input, select, .plot")) location.reload(); }, 1000 * data.refresh);
