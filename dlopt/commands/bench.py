@@ -73,6 +73,8 @@ Simulated cluster (simulate=true):
   devices=[8,64,512,4096]  numbers of devices
   models=[wrn_28_10,resnet50,resnet101]
   batch=64                 samples per device, in all modes
+  training=paper           schedule for the column "days": that of the model's paper, or one of
+                           alexnet_imagenet, imagenet_90, resnet_imagenet, wrn_cifar
   layers=counted           layer times: counted (from FLOPs and bytes) | measured (on this machine's device)
   validate=[]              numbers of processes on this machine for which to compare estimated and measured times
   per_server=8             devices per server
@@ -311,6 +313,19 @@ MODELS: dict[Model, tuple[list[str], tuple[int, int, int], int]] = {
     "resnet50": (["model=resnet50", "model.stem=imagenet"], (3, 224, 224), 1000),
     "resnet101": (["model=resnet101", "model.stem=imagenet"], (3, 224, 224), 1000),
 }
+Training = Literal["alexnet_imagenet", "imagenet_90", "resnet_imagenet", "wrn_cifar"]
+_IMAGENET, _CIFAR = 1_281_167, 50_000  # training images
+_TRAININGS: dict[Training, tuple[int, str]] = {  # name -> samples of the whole training, description
+    "alexnet_imagenet": (90 * 1_200_000, "90 epochs of 1.2 million images (Krizhevsky et al. 2012, section 5)"),
+    "imagenet_90": (90 * _IMAGENET, "90 epochs of ImageNet (Goyal et al. 2017, section 5.1)"),
+    "resnet_imagenet": (600_000 * 256, "600,000 updates of 256 images (He et al. 2016, section 3.4)"),
+    "wrn_cifar": (200 * _CIFAR, "200 epochs of CIFAR (Zagoruyko & Komodakis 2016, section 3)"),
+}
+_OF_PAPER: dict[Model, Training] = {
+    "wrn_28_10": "wrn_cifar",
+    "resnet50": "resnet_imagenet",
+    "resnet101": "resnet_imagenet",
+}
 _CLUSTER: dict[str, Any] = {
     "per_server": 8, "tflops": 300.0, "memory_bandwidth": 3000.0, "memory": 80.0, "bandwidth_within": 300.0,
     "latency_within": 5.0, "bandwidth_between": 50.0, "latency_between": 10.0, "variation": 0.02, "value_bytes": 2,
@@ -327,6 +342,7 @@ def _simulate(
     devices: list[Count] = _DEVICES,
     models: list[Model] = _MODELS,
     batch: Count = 64,
+    training: Training | Literal["paper"] = "paper",
     layers: Literal["counted", "measured"] = "counted",
     validate: list[Count] | None = None,
     output: str | None = None,
@@ -343,7 +359,9 @@ def _simulate(
         estimates[name] = []
         for count in sorted(set(devices)):
             estimates[name] += simulation.estimates(costs, batch, count, cluster)
-        standard_output().print(_table(f"{name}: {simulation.size(costs)}", estimates[name]))
+        samples, described = _TRAININGS[_OF_PAPER[name] if training == "paper" else training]
+        title = f"{name}: {simulation.size(costs)}\ndays: {described}"
+        standard_output().print(_table(title, estimates[name], samples / batch))
     points = _validate(validate) if validate else []
     folder = output_folder(output, "bench")
     title = f"Estimated efficiency relative to one device, {batch} samples per device, layer times {layers}"
@@ -357,14 +375,16 @@ def _simulate(
     return DONE
 
 
-def _table(title: str, estimates: Sequence["Estimate"]) -> FittedTable:
+def _table(title: str, estimates: Sequence["Estimate"], updates: float) -> FittedTable:
+    """Builds the table of a model; `updates`: those of the whole training on one device."""
     table = plain_table(title)
-    for name in ("mode", "devices", "ms/step", "compute", "efficiency", "GB/device"):
+    for name in ("mode", "devices", "ms/step", "compute", "efficiency", "GB/device", "days"):
         table.add_column(name, justify="left" if name == "mode" else "right")
     for row in estimates:
         memory = f"{row.memory / 1e9:.1f}{'' if row.fits else ', OOM'}"
         compute = f"{row.compute / row.step:.0%}"
-        table.add_row(row.mode, str(row.devices), f"{row.step * 1e3:.2f}", compute, f"{row.efficiency:.1%}", memory)
+        times = f"{row.step * 1e3:.2f}", f"{row.step * updates / row.devices / 86400:.3g}"
+        table.add_row(row.mode, str(row.devices), times[0], compute, f"{row.efficiency:.1%}", memory, times[1])
     return FittedTable(table)
 
 

@@ -128,6 +128,16 @@ def test_filter_parallelism_fits_a_larger_model(tmp_path: Path) -> None:
     assert max(filters["peak_mb"]) < 720
 
 
+def test_simulation_prints_the_days_of_a_named_training(tmp_path: Path) -> None:
+    """On 4 devices with 64 samples each, the 600,000 updates of He et al. 2016; 90 epochs are 450,000."""
+    keys = ["simulate=true", "models=[resnet101]", "devices=[4]", "output=out"]
+    for typed, updates in ((), 600_000), (("training=imagenet_90",), 90 * 1_281_167 / 256):
+        result = dlopt(tmp_path, "bench", *keys, *typed)
+        assert result.code == 0, result.err
+        [ddp] = [line.split() for line in result.out.splitlines() if line.startswith("ddp ")]
+        assert float(ddp[-1]) == pytest.approx(float(ddp[2]) * 1e-3 * updates / 86400, rel=0.01)
+
+
 def test_throughput(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[float] = []
 
