@@ -50,7 +50,7 @@ class TokenEmbedding(nn.Module):
         """`start`: position of the first token."""
         features = self.tokens(tokens)
         if self.positions is not None:
-            features = features + self.positions.weight[start : start + tokens.shape[1]]
+            features = features + self.positions(torch.arange(start, start + tokens.shape[1], device=tokens.device))
         return self.dropout(features)
 
 

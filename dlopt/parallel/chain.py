@@ -134,7 +134,7 @@ def time_layers(chain: Sequence[ChainLayer], inputs: Tensor, context: ForwardCon
 
 
 def _timed(module: nn.Module, values: Tensor) -> tuple[float, Tensor]:
-    inputs = values.detach().requires_grad_()
+    inputs = values.detach().requires_grad_(values.is_floating_point())
     start = _now(inputs)
     outputs: Tensor = module(inputs)
     outputs.sum().backward()
@@ -201,7 +201,8 @@ def check_tied_weights(stages: Iterable[Sequence[ChainLayer]]) -> None:
                 if owners.setdefault(tensor, number) != number:
                     raise UserError(
                         f"parallel=pipeline: {layer.name} shares weights with a layer of another stage; set "
-                        "parallel.split so that both are in one stage, or use parallel=ddp"
+                        "parallel.split so that both are in one stage, set model.tied_embeddings=false for a GPT, or "
+                        "use parallel=ddp"
                     )
 
 

@@ -3,7 +3,7 @@
 Every rank processes the whole mini-batch. A convolution or linear layer is split by its outputs (column-parallel in
 Megatron's terms), and features stay sharded until a layer needs all of them. The last layer of a residual block, and
 the last of the model, is split by its inputs instead (row-parallel): a block of two convolutions then needs one
-all-reduce in forward and one in backward.
+all-reduce in forward and one in backward. A GPT is split by attention heads and hidden features of its MLPs.
 
 Krizhevsky 2014, "One weird trick for parallelizing convolutional neural networks"; Shoeybi et al. 2019, "Megatron-LM",
 section 3.
@@ -19,6 +19,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from dlopt.errors import UserError
 from dlopt.models.alexnet import TwoColumnAlexNet
+from dlopt.models.gpt import GPT, CausalSelfAttention, FeedForward, GPTBlock
 from dlopt.models.layers import ACTIVATIONS, GlobalAveragePool
 from dlopt.models.locally_connected import LocallyConnected2d
 from dlopt.models.mlp import ResidualPair
@@ -61,6 +62,8 @@ class Splitter:
     def split(self, model: nn.Module) -> None:
         if isinstance(model, TwoColumnAlexNet):
             self._split_columns(model)
+        elif isinstance(model, GPT):
+            self._split_gpt(model)
         elif is_sequential(model):
             self.find_last_layer(model)
             if self.split_sequence(named_children(model), "replicated") == "sharded":
@@ -80,6 +83,33 @@ class Splitter:
                 if self.split_sequence([(segment_name, segment)], "replicated") == "sharded":
                     transform_output(segment, self.model_group.gather)
         self.split_inputs("head", model.head, "replicated")
+
+    def _split_gpt(self, model: GPT) -> None:
+        """Splits attention by heads and the MLPs by hidden features: two all-reduces per block in each direction.
+
+        The embedding and the last layer, which may share weights, are replicated.
+        """
+        for name, block in named_children(model):
+            if isinstance(block, GPTBlock):
+                self._split_attention(f"{name}.attention", block.attention)
+                self._split_feed_forward(f"{name}.mlp", block.mlp)
+
+    def _split_attention(self, name: str, attention: CausalSelfAttention) -> None:
+        heads = attention.qkv.out_features // (3 * attention.head_width)
+        if heads % self.model_group.size:
+            raise UserError(
+                f"parallel={self.mode}: model.heads={heads} cannot be divided evenly among {self.model_group.size} "
+                "processes; use fewer processes or other heads"
+            )
+        self._split_outputs(f"{name}.qkv", attention.qkv, "replicated")  # its rows are ordered by head
+        self.split_inputs(f"{name}.project", attention.project, "sharded")
+
+    def _split_feed_forward(self, name: str, mlp: FeedForward) -> None:
+        transform_input(mlp, self.model_group.copy)
+        for key, layer in (("up", mlp.up), ("gate", mlp.gate)):
+            if layer is not None:
+                self._split_outputs(f"{name}.{key}", layer, "replicated", copy_input=False)
+        self.split_inputs(f"{name}.down", mlp.down, "sharded")
 
     def split_sequence(self, modules: Iterable[tuple[str, nn.Module]], layout: Layout) -> Layout:
         """Splits modules called in sequence. Takes the layout of the first input; returns that of the last output."""
@@ -208,7 +238,7 @@ class Splitter:
     def refuse(self, name: str, module: nn.Module) -> None:
         raise UserError(
             f"parallel={self.mode}: {name} is a {type(module).__name__}, which is not supported; use parallel=ddp, or "
-            "a residual or plain net, VGG, AlexNet, a locally connected net or an MLP"
+            "a residual or plain net, VGG, AlexNet, a locally connected net, an MLP or a GPT"
         )
 
 

@@ -126,7 +126,7 @@ class Pipeline(GroupMode):
                     layer.module.to("meta")
         self.stage = Stage(chain, stages[self.rank], ActivationSpec.of(inputs), self._forward_context)
         self._output = chain[-1].output
-        self._dtype = inputs.dtype
+        self._dtype = next(model.parameters()).dtype
         self._model = model
         return self._evaluate
 
@@ -134,6 +134,9 @@ class Pipeline(GroupMode):
         """Returns random inputs for timing; kernels can be faster on zeros than on training data."""
         like = next(model.parameters())
         draws = torch.Generator().manual_seed(0)
+        vocabulary = getattr(model, "vocabulary", None)
+        if vocabulary is not None:
+            return torch.randint(vocabulary, (self.probe_samples, *input_shape), generator=draws).to(like.device)
         inputs = torch.randn(self.probe_samples, *input_shape, generator=draws).to(device=like.device, dtype=like.dtype)
         channels_last = any(p.ndim == 4 and not p.is_contiguous() for p in model.parameters())
         return inputs.contiguous(memory_format=torch.channels_last) if channels_last and inputs.ndim == 4 else inputs

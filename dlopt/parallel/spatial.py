@@ -439,6 +439,11 @@ def _input_shapes(model: nn.Module, input_shape: tuple[int, ...]) -> dict[nn.Mod
 
 
 def split_rows(model: nn.Module, input_shape: tuple[int, ...], model_group: ModelGroup) -> ShardingPlan:
+    if len(input_shape) != 3:
+        raise UserError(
+            f"parallel=spatial: splits images by rows, but the inputs have the shape {list(input_shape)}; "
+            "use parallel=ddp"
+        )
     splitter = SpatialSplitter(model_group, _input_shapes(model, input_shape))
     splitter.split(model)
     notes = []

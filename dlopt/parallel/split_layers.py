@@ -32,11 +32,15 @@ def distribute(model: nn.Module, mesh: Any, shard_specs: Mapping[str, ShardSpec]
     def to_dtensor(name: str, tensor: Tensor) -> Any:
         return DTensor.from_local(tensor.detach(), mesh, [placement(shard_specs.get(name))], run_check=False)
 
+    replaced: dict[nn.Parameter, nn.Parameter] = {}  # layers that share a parameter continue to share it
     for prefix, module in model.named_modules():
         has_dtensors = False
         for key, parameter in module.named_parameters(prefix, recurse=False):
             name, has_dtensors = key.rpartition(".")[2], True
-            setattr(module, name, nn.Parameter(to_dtensor(key, parameter), requires_grad=parameter.requires_grad))
+            if parameter not in replaced:
+                dtensor = to_dtensor(key, parameter)
+                replaced[parameter] = nn.Parameter(dtensor, requires_grad=parameter.requires_grad)
+            setattr(module, name, replaced[parameter])
         for key, buffer in module.named_buffers(prefix, recurse=False):
             if key in shard_specs:
                 module._buffers[key.rpartition(".")[2]], has_dtensors = to_dtensor(key, buffer), True
@@ -96,6 +100,9 @@ class InputSplitConv2d(InputSplitLayer, nn.Conv2d):
 class InputSplitLinear(InputSplitLayer, nn.Linear):
     def partial_output(self, shard: Tensor) -> Tensor:
         return nn.functional.linear(shard, to_local(self.weight))
+
+    def add_bias(self, total: Tensor) -> Tensor:
+        return total if self.bias is None else total + to_local(self.bias)
 
 
 # -- blocks with a projection shortcut. The projection is split by inputs, too, and reduced together with the last

@@ -1,0 +1,69 @@
+"""GPT in every parallel mode against one process, in fp64."""
+
+from pathlib import Path
+
+import pytest
+
+from dlopt.errors import UserError
+from dlopt.parallel import chain
+from dlopt.parallel.collectives import ModelGroup
+from dlopt.parallel.columns import split_columns
+from dlopt.parallel.filter import split_filters
+from dlopt.parallel.spatial import split_rows
+from tests.models.test_gpt import CONTEXT, gpt
+from tests.parallel.equality import BASE, Cases, compare
+
+RICH = [
+    "model.norm=rms", "model.positions=rotary", "model.activation=swiglu", "model.qk_norm=true", "model.dropout=0.2",
+]  # fmt: skip
+MODES = ("ddp", "fsdp", "pipeline", "filter")
+
+
+def lines(folder: Path) -> list[str]:
+    path = folder / "a.txt"
+    path.write_text("\n".join(f"def f{number}(x): return {number}" for number in range(60)))
+    kept = [line for line in BASE if not line.startswith(("data.subset", "data.val_split"))]
+    return [
+        *kept, "data=text", f"data.file={path}", "data.sequence_length=12", "data.batch_size=30", "model=gpt_nano",
+        "model.width=16", "model.heads=4", "model.depth=2", "optimizer=adamw", "optimizer.lr=0.01", "clip=norm",
+        "epochs=2",
+    ]  # fmt: skip
+
+
+def cases(folder: Path, modes: tuple[str, ...], *rich: str) -> Cases:
+    base = lines(folder)
+    return {
+        mode: (
+            [*base, *rich, *(["model.tied_embeddings=false"] if mode == "pipeline" else [])],
+            [f"parallel={mode}", *(["parallel.unit_parameters=1"] if mode == "fsdp" else [])],
+        )
+        for mode in modes
+    }
+
+
+def test_tied_embeddings_stay_tied_when_heads_are_split(tmp_path: Path) -> None:
+    compare(tmp_path, 2, cases(tmp_path, ("filter",), "steps=4"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_every_mode_equals_one_process(tmp_path: Path, processes: int) -> None:
+    for name, rich in (("plain", []), ("rich", RICH)):
+        (tmp_path / name).mkdir()
+        compare(tmp_path / name, processes, cases(tmp_path / name, MODES, *rich))
+
+
+def test_names_what_cannot_be_split() -> None:
+    class Two(ModelGroup):
+        def __init__(self) -> None:
+            self.process_group, self.rank, self.size = None, 0, 2
+
+    with pytest.raises(UserError, match=r"model\.heads=3 cannot be divided evenly among 2 processes"):
+        split_filters(gpt(), (CONTEXT,), Two())
+    with pytest.raises(UserError, match="parallel=spatial: splits images"):
+        split_rows(gpt(), (CONTEXT,), Two())
+    with pytest.raises(UserError, match="parallel=columns: GPT has no columns"):
+        split_columns(gpt(), (CONTEXT,), Two())
+    tied = chain.flatten(gpt(), 2)
+    with pytest.raises(UserError, match=r"parallel=pipeline: head shares weights.*model\.tied_embeddings=false"):
+        chain.check_tied_weights([tied[:2], tied[2:]])
