@@ -239,15 +239,16 @@ def _published_grid(rows: Sequence[PublishedRow], table: Table) -> Grid:
     """Returns measured and published test errors in %, the unit of the papers."""
     grid = plain_table()
     grid.add_column("recipe", overflow="fold")
-    for name in ("runs", "test error %", "published", "difference"):
+    for name in ("runs", "test error %", "median", "published", "difference"):
         grid.add_column(name, justify="right")
     for row in rows:
         error, difference = "-", ""
+        median = "" if row.median is None else f"{row.median:.2f}"
         if row.measured is not None:
             deviation = "" if row.measured.std is None else f" ± {row.measured.std:.2f}"
             error, difference = f"{row.measured.mean:.2f}{deviation}", f"{row.measured.mean - row.published:+.2f}"
         grid.add_row(
-            Text(printable(recipe_label(row, table))), _runs(row.row), error, f"{row.published:.2f}", difference
+            Text(printable(recipe_label(row, table))), _runs(row.row), error, median, f"{row.published:.2f}", difference
         )
     return grid
 

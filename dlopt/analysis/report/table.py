@@ -15,12 +15,14 @@ from typing import Any, Literal
 import numpy as np
 
 from dlopt.analysis.leaderboard import (
+    HOUSEKEEPING,
     Difference,
     Entry,
     Row,
     Statistic,
     direction_of,
     is_number,
+    is_seed,
     leaderboard,
     statistic,
     student_t,
@@ -165,19 +167,36 @@ class PublishedRow:
 
     row: Configuration
     measured: Statistic | None
+    median: float | None  # of the measured errors: papers report it for few runs
     published: float
 
 
-def published_error(config: Mapping[str, Any]) -> float | None:
-    """Returns the published test error (%) for a flat config: the first entry of `published` whose `when` holds."""
+def published_error(config: Mapping[str, Any], overrides: Sequence[str]) -> float | None:
+    """Returns the published test error (%) for a flat config: the first entry of `published` that applies.
+
+    Its `when` holds, and no other key of the recipe was overridden, except where runs execute and what they write.
+    """
     entries = tidy(config.get("published"))
     for entry in map(_mapping, entries if isinstance(entries, tuple) else ()):
         error, when = entry.get("error"), entry.get("when")
         if not isinstance(error, int | float) or when is None:
             continue
-        if all(key in config and tidy(config[key]) == value for key, value in _mapping(when).items()):
+        conditions = _mapping(when)
+        holds = all(key in config and tidy(config[key]) == value for key, value in conditions.items())
+        if holds and not any(_changes_the_experiment(line, conditions) for line in overrides):
             return float(error)
     return None
+
+
+def _changes_the_experiment(override: str, conditions: Iterable[str]) -> bool:
+    """Returns whether an override departs from the published experiment; `conditions` are checked by their values."""
+    key = override.lstrip("+~").partition("=")[0].replace("/", ".")
+    group = key.partition(".")[0]
+    if group in ("experiment", "hydra", "precision", "compile", "parallel", "max_time") or is_seed(key):
+        return False
+    if any(name in (key, group) for name in HOUSEKEEPING):
+        return False
+    return not any(name == key or name.startswith(f"{key}.") for name in conditions)
 
 
 def _mapping(pairs: Any) -> dict[str, Any]:
@@ -193,14 +212,16 @@ def against_published(table: Table) -> list[PublishedRow]:
     """
     rows = []
     for row in table.rows:
-        error, accuracy = published_error(row.runs[0].config), row.statistic("test_accuracy")
+        run, accuracy = row.runs[0], row.statistic("test_accuracy")
+        error = published_error(run.config, run.overrides)
         if error is None:
             continue
-        measured = None
+        measured, median = None, None
         if accuracy is not None:
             std = None if accuracy.std is None else 100 * accuracy.std
             measured = Statistic(100 * (1 - accuracy.mean), std, accuracy.count)
-        rows.append(PublishedRow(row, measured, error))
+            median = 100 * (1 - float(np.median([*row.row.by_seeds("test_accuracy").values()])))
+        rows.append(PublishedRow(row, measured, median, error))
     return rows
 
 
