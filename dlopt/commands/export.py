@@ -118,10 +118,13 @@ def _inputs(trained: "Trained", changes: Mapping[str, Any], path: Path) -> tuple
         if any(key.startswith("data.") for key in changes):  # the user has said where the data is
             raise
         generator = torch.Generator().manual_seed(0)
-        inputs = torch.randint(256, (_IMAGES, *trained.sample), generator=generator, dtype=torch.uint8)
-        if len(trained.sample) == 1:
-            inputs = inputs / 255
+        vocabulary = trained.task.vocabulary
+        inputs = torch.randint(vocabulary or 256, (_IMAGES, *trained.sample), generator=generator)
+        if vocabulary is None:
+            inputs = inputs.to(torch.uint8) if len(trained.sample) == 3 else inputs / 255
         source = f"{_IMAGES} random samples, because the data cannot be read ({error})"
+    if trained.task.vocabulary is not None:
+        return inputs[:, :-1].long().contiguous(), source
     if trained.window != trained.sample:
         inputs, _ = CentreCrop(trained.window)(inputs, inputs)
     return inputs.contiguous(), source
@@ -130,6 +133,8 @@ def _inputs(trained: "Trained", changes: Mapping[str, Any], path: Path) -> tuple
 def _convert(inputs: "Tensor", dtype: str | None) -> "Tensor":
     import torch
 
+    if dtype is not None and inputs.dtype == torch.int64:
+        raise UserError(f"input={dtype}: the model reads tokens (int64); leave it out")
     if dtype == "uint8" and inputs.dtype != torch.uint8:
         raise UserError("input=uint8: the data set is floating-point; use input=float32")
     return inputs.float() if dtype == "float32" else inputs
@@ -141,7 +146,7 @@ def _verify(outputs: "Tensor | None", trained: "Trained", inputs: "Tensor", sour
     if outputs is None:
         return f"not verified: requires onnxruntime; {install('dlopt[export]')}"
     with torch.inference_mode():
-        expected = trained.module(trained.normalize(inputs))
+        expected = _deployed(trained)(inputs)
     error = (outputs - expected).abs().max().item()
     if not error <= _TOLERANCE * max(expected.abs().max().item(), 1.0):  # also for a NaN
         raise RunError(f"format={format}: outputs differ from the model's by {error:.2g}; nothing was written")
@@ -152,13 +157,16 @@ def _verify(outputs: "Tensor | None", trained: "Trained", inputs: "Tensor", sour
 
 
 def _deployed(trained: "Trained") -> "nn.Module":
-    """Returns the model with its normalization: images [B, *window] of 0..255 (or vectors) -> outputs [B, K]."""
+    """Returns the model with its normalization: images [B, *window] of 0..255 (or vectors) -> outputs [B, K].
+
+    A model of a text maps tokens [B, T] to outputs [B, T, K].
+    """
     from torch import nn
 
     class Deployed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.normalize = trained.normalize
+            self.normalize = nn.Identity() if trained.task.vocabulary is not None else trained.normalize
             self.model = trained.module
 
         def forward(self, images: "Tensor") -> "Tensor":

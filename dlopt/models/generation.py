@@ -22,8 +22,8 @@ def generate(
 ) -> Iterator[int]:
     """Yields `length` tokens that follow `prompt`, int64 [T] with T >= 1.
 
-    The model reads at most `context` tokens. When these are full, it goes on with the last half of them, which it reads
-    anew: a cache of keys and values cannot be shortened at its start without changing what the rest depends on.
+    The model reads at most `context` tokens. When these are full, it continues from the last half of them, which it
+    reads again: a cache cannot be shortened at its start, because the later entries depend on the first.
 
     Args:
         temperature: divides the logits; 0: the most probable token.

@@ -267,7 +267,8 @@ class EpochRows:
 
 _TITLES = {  # column headers of the epoch table
     "epoch": "epoch", "step": "step", "train_loss": "train loss", "train_accuracy": "train acc",
-    "val_loss": "val loss", "val_accuracy": "val acc", "lr": "lr", "epoch_seconds": "epoch time",
+    "val_loss": "val loss", "val_accuracy": "val acc", "val_bits_per_byte": "bits/byte", "val_perplexity": "perplexity",
+    "lr": "lr", "epoch_seconds": "epoch time",
     "seconds": "total time", "throughput": "",
 }  # fmt: skip
 _WIDTHS = {"step": 8, "lr": 9, "seconds": 7, "epoch_seconds": 7, "throughput": 8}  # characters; 9 for the others

@@ -142,7 +142,7 @@ def test_optimizers_with_second_derivatives_and_with_matrices(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", sorted(path.stem for path in Path("conf/optimizer").glob("[a-z]*.yaml")))
-def test_every_optimizer_trains_or_says_why_not(lines: list[str], tmp_path: Path, optimizer: str) -> None:
+def test_every_optimizer_trains_or_is_refused_by_name(lines: list[str], tmp_path: Path, optimizer: str) -> None:
     try:
         learns(lines, tmp_path, optimizer)
     except UserError as error:

@@ -9,6 +9,7 @@ from itertools import islice
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dlopt.analysis.batches import endless_batches
 from dlopt.analysis.diagnosis.curvature import (
@@ -132,7 +133,8 @@ def snapshot(
 def loss_of(workload: Workload, inputs: Tensor, targets: Tensor) -> Tensor:
     """Computes the mean loss of the uncompiled model, so that hooks fire and second derivatives exist."""
     autocast = workload.precision.autocast
-    loss: Tensor = autocast(workload.loss)(autocast(workload.module)(inputs), targets)
+    with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+        loss: Tensor = autocast(workload.loss)(autocast(workload.module)(inputs), targets)
     return loss
 
 
