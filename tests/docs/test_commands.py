@@ -103,6 +103,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, run in (("train", DATE), ("night", "outputs/night"), ("base", "outputs/base")):
         done = dlopt(folder, "train", *SMALL, f"name={name}", "checkpoint.keep=4", "epochs=4", f"hydra.run.dir={run}")
         assert done.code == 0, done.err
+    (folder / "start.py").write_text("def ")
+    text = ("data=text", "data.file=labels.csv", "data.sequence_length=8", "model=gpt_nano", "steps=2", "tracking=[]")
+    done = dlopt(folder, "train", *text, "threads=1", "device=cpu", "hydra.run.dir=outputs/gpt")
+    assert done.code == 0, done.err
     for name in ("search", "schedules", "slurm"):
         shutil.copytree(folder / "outputs/night", folder / "outputs" / name)
     shutil.copy(folder / DATE / "checkpoints/best.pt", folder / "weights.pt")
