@@ -124,6 +124,8 @@ def cover() -> int:
     for time_spent, test in re.findall(r"^([\d.]+)s (?:call|setup|teardown) +(\S.*)$", done.stdout, re.MULTILINE):
         seconds[test.strip()] += float(time_spent)
     (COVERAGE / "seconds.json").write_text(json.dumps(seconds))
+    failed = re.findall(r"^FAILED (\S.*?)(?: - .*)?$", done.stdout, re.MULTILINE)
+    (COVERAGE / "failed.json").write_text(json.dumps(failed))
     print(done.stdout[-300:])
     return done.returncode
 
@@ -133,6 +135,7 @@ def tests_by_line() -> dict[tuple[str, int], list[str]]:
     from coverage.numbits import numbits_to_nums
 
     seconds = json.loads((COVERAGE / "seconds.json").read_text())
+    failed = set(json.loads((COVERAGE / "failed.json").read_text()))  # they would kill every mutant
     found: dict[tuple[str, int], set[str]] = collections.defaultdict(set)
     with sqlite3.connect(COVERAGE / "data") as data:
         rows = data.execute(
@@ -140,7 +143,7 @@ def tests_by_line() -> dict[tuple[str, int], list[str]]:
             "join context on context.id = context_id"
         )
         for path, context, bits in rows:
-            if test := context.rpartition("|")[0]:
+            if (test := context.rpartition("|")[0]) and test not in failed:
                 for line in numbits_to_nums(bits):
                     found[Path(path).relative_to(ROOT).as_posix(), line].add(test)
     return {key: sorted(tests, key=lambda test: seconds.get(test, 0.0)) for key, tests in found.items()}
