@@ -232,7 +232,7 @@ def _hidden(table: Table, dropped: Collection[str]) -> list[str]:
         values = [(name, table.rows[0].statistic(name)) for name in test_columns(table)[:1]]
         lines += [f"{name.replace('_', ' ')} of the best: {_statistic(name, value)}" for name, value in values if value]
     names = [*list(table.keys)[_MAX_KEYS:], *(name for name in _metrics(table) if name in dropped and name != table.by)]
-    return [*lines, *([f"hidden: {', '.join(names)}; index.html shows all columns"] if names else [])]
+    return [*lines, *([f"hidden: {', '.join(names)}; index.html has all columns"] if names else [])]
 
 
 def _published_grid(rows: Sequence[PublishedRow], table: Table) -> Grid:
@@ -282,7 +282,8 @@ def _difference(name: str, row: Configuration) -> str:
 
 def _notes(table: Table, options: _Options) -> list[str]:
     counts = ", ".join(f"{count} {status.replace('_', ' ')}" for status, count in table.counts().items())
-    lines = [f"{len(table.rows)} configurations, {len(table.records)} runs: {counts}"]
+    rows = layout.format_count("configurations", len(table.rows))
+    lines = [f"{rows}, {layout.format_count('runs', len(table.records))}: {counts}"]
     if len(table.rows) > options.top:
         lines[0] += f"; {len(table.rows) - options.top} more rows on the HTML page"
     best = table.ranked[0].command if table.ranked else None

@@ -47,10 +47,11 @@ def test_writes_table_page_and_plots(runs: Path) -> None:
     assert names == {"index.html", "summary.csv", "learning_curves.png", "learning_curves_seconds.png",
                      "learning_rates.png", "lr_sensitivity.png", "parallel_coordinates.png",
                      "time_to_target.png"}  # fmt: skip
-    again = dlopt(runs, "report", "night", "night/1", "output=elsewhere", "by=val_loss", "test=true", "top=1")
+    options = ("output=elsewhere", "by=val_loss", "test=true", "top=1", "format=html")
+    again = dlopt(runs, "report", "night", "night/1", *options)
     assert again.code == 0 and (runs / "elsewhere/index.html").is_file()
     assert "more rows on the HTML page" in again.out
-    pdf = dlopt(runs, "report", "night", "output=paper/plots.pdf")
+    pdf = dlopt(runs, "report", "night", "output=paper/plots.pdf", "plot=learning_curves")
     assert pdf.code == 0 and pdf.out.splitlines()[-1] == "paper/plots.pdf"
     assert (runs / "paper/plots.pdf").read_bytes().startswith(b"%PDF")
     tables = dlopt(runs, "report", "night", "output=tables", "format=[latex,csv]")
@@ -71,19 +72,19 @@ def paired(tmp_path: Path) -> Path:
 
 
 def test_narrow_terminal_keeps_the_difference_and_names_hidden_columns(paired: Path) -> None:
-    code, shown = in_terminal(paired, 80, "report", "night")
+    code, shown = in_terminal(paired, 80, "report", "night", "format=csv")
     lines = plain(shown).splitlines()
     assert code == 0 and all(len(line) <= 80 for line in lines if not line.startswith("best: "))
     assert re.fullmatch(r"# +init_from +lr +runs +val accuracy +vs\. best \[95 % CI\]", lines[0])
     assert sum(bool(re.match(r"[2-6] .*[+-]\d+\.\d\d \[.*\]$", line)) for line in lines) == 5
     assert "test accuracy of the best: 75.00 ± 0.00 %" in lines
-    assert "hidden: val_loss; index.html shows all columns" in lines
-    wide = plain(in_terminal(paired, 160, "report", "night")[1])
+    assert "hidden: val_loss; index.html has all columns" in lines
+    wide = plain(in_terminal(paired, 160, "report", "night", "format=csv")[1])
     assert "hidden:" not in wide and re.search(r"val loss +test accuracy +vs\. best", wide)
 
 
 def test_piped_table_is_complete_without_trailing_spaces(paired: Path) -> None:
-    lines = dlopt(paired, "report", "night").out.splitlines()
+    lines = dlopt(paired, "report", "night", "format=csv").out.splitlines()
     assert lines == [line.rstrip() for line in lines]
     assert "hidden:" not in "".join(lines) and re.search(r"val loss +test accuracy +vs\. best", lines[0])
 

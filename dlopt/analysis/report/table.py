@@ -110,7 +110,7 @@ def gather(records: Sequence[Record], damaged: Sequence[Damaged], by: str | None
         runs = tuple(known[run.name] for run in row.runs)
         values = {key: runs[0].config[key] for key in keys if key in runs[0].config}
         label = " ".join(f"{short_key(key, keys)}={brief(value)}" for key, value in values.items())
-        rows.append(Configuration(printable(label) or runs[0].path.name, values, runs, row))
+        rows.append(Configuration(printable(label or short_path(runs[0].path)), values, runs, row))
     return Table(by, keys, rows, records, damaged)
 
 
