@@ -2,6 +2,7 @@
 
 import fcntl
 import functools
+import json
 import os
 import re
 import subprocess
@@ -149,6 +150,13 @@ def test_the_gallery_shows_every_lecture(site: Path) -> None:
         picture = ROOT / "docs/gallery" / f"{path.stem}.png"
         assert any(address.endswith(f"/{picture.name}") for address in page.loaded) == picture.exists()
     assert "What to see: " in page.text and "What to change: " in page.text
+
+
+def test_the_table_of_claims_has_every_recorded_claim_with_its_verdict(site: Path) -> None:
+    rows = table_rows(site / "claims.html")
+    for path in (ROOT / "docs/gallery").glob("*.json"):
+        for claim in json.loads(path.read_text())["claims"]:
+            assert any(row[:2] == (claim["claim"], path.stem) and row[3] == claim["verdict"] for row in rows), claim
 
 
 def table_rows(path: Path) -> list[tuple[str, ...]]:
