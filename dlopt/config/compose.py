@@ -385,7 +385,7 @@ def job_environment(config: DictConfig, folder: Path) -> Iterator[None]:
 
 
 def _check_files(folder: Path) -> None:
-    """Raises `UserError` for YAML files below `folder` that are too large for a config.
+    """Raises `UserError` for YAML files below `folder` that are too large for a config, or hidden by one of dlopt's.
 
     Looks only where Hydra looks: at the top and in the groups' folders.
     """
@@ -398,6 +398,9 @@ def _check_files(folder: Path) -> None:
             raise UserError(f"--config-dir={folder}: {path.relative_to(folder)} {error}") from None
         except OSError as error:
             raise UserError(f"--config-dir={folder}: {path.relative_to(folder)} cannot be read: {error}") from None
+        own = config_folder() / path.relative_to(folder)
+        if own.is_file() and own.read_bytes() != path.read_bytes():  # Hydra would use dlopt's
+            raise UserError(f"--config-dir={folder}: {path.relative_to(folder)} is also a file of dlopt; rename it")
 
 
 def _explain_grammar(line: str, following: str) -> str:

@@ -112,7 +112,7 @@ CHOICES: Mapping[str, Synonym] = {
     **_each("schedule=none schedule=null schedule=off schedule=fixed", "schedule=constant"),
     **_each("schedule=reduce* schedule=ReduceLROnPlateau", "schedule=plateau"),
     **_each("schedule=cosine_annealing schedule=CosineAnnealingLR schedule=cos", "schedule=cosine"),
-    **_each("optimizer=psgd* optimizer=*kron", "optimizer=kron"),
+    **_each("optimizer=psgd* optimizer=*_kron", "optimizer=kron"),
     **_each("optimizer=cadamw optimizer=c_adamw optimizer=cautious*", "optimizer=adamw optimizer.cautious=true"),
     **_each("optimizer=clion optimizer=c_lion", "optimizer=lion optimizer.cautious=true"),
     **_each("optimizer=d-muon optimizer=d_muon optimizer=moonlight*", "optimizer=dmuon"),

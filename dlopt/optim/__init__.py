@@ -2,6 +2,7 @@
 
 Class attributes: `evaluations` tells whether a step calls the closure "once" or "many" times. `elementwise = False`
 means that the update of an element depends on other elements, so the optimizer needs full, not sharded, tensors.
+`couples_layers = True` means that it depends on other layers; every optimizer with many evaluations is one of these.
 They are not taken from pytorch-optimizer, whose classes deviate from the papers in tests/optim/test_papers.py (ADOPT,
 MARS, Shampoo, SOAP, Prodigy, Kron), or count updates per group instead of per parameter (Adan, AdaBelief, AdEMAMix).
 The schedule-free optimizers are in `dlopt.optim.schedule_free`, because they need an optional package.

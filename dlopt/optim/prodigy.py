@@ -25,6 +25,7 @@ class Prodigy(RealOptimizer):
     """
 
     elementwise: ClassVar[bool] = False
+    couples_layers: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -107,7 +107,8 @@ def check_optimizer(parallel: Mode, optimizer: torch.optim.Optimizer) -> None:
     elementwise = getattr(optimizer, "elementwise", not (is_torch and kind.__name__ in _NOT_ELEMENTWISE))
     if parallel.sharding == "tensors" and not elementwise:
         raise UserError(f"{name} needs full tensors or the full model, but each rank has a shard; {advice}")
-    if parallel.sharding == "layers" and _evaluations(optimizer) == "many":
+    couples_layers = getattr(optimizer, "couples_layers", _evaluations(optimizer) == "many")
+    if parallel.sharding == "layers" and couples_layers:
         raise UserError(f"{name} needs all layers, but each rank has some of them; {advice}")
 
 

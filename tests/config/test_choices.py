@@ -5,6 +5,7 @@ import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from PIL import Image
@@ -29,13 +30,15 @@ EXPERIMENTS = sorted(
 SMALL = ("threads=1", "steps=1", "data.batch_size=20", "tracking=[]", "hydra.run.dir=run")
 MLP = ("model=mlp", "model.widths=[4]")
 DIGITS = ("data.subset=40",)
+TEXT = ("data=text", "data.file=images/text.txt", "data.sequence_length=8")
+GPT = ("model=gpt_nano", "model.width=8", "model.depth=1", "model.heads=2")
 # 32 pixels with 3 channels, for what wants images
 IMAGES = ("data=image_folder", "data.root=images", "data.val_split=0.5", "data.image_size=32", "data.subset=null")
 
 SLOW = {  # several seconds for one update
     "model=resnet1202", "model=preact_resnet1001", "model=wrn_28_10", "model=wrn_28_20", "model=wrn_22_8",
     "model=alexnet_224", "model=two_column_alexnet_224", "model=resnet101", "model=resnet50", "model=resnet34",
-    "model=alexnet", "model=two_column_alexnet",
+    "model=alexnet", "model=two_column_alexnet", "model=gpt2_small",
 }  # fmt: skip
 OPTIONAL = {"model=timm": "timm"}
 
@@ -49,6 +52,15 @@ def line(choice: str) -> tuple[str, ...]:
         "data=image_folder": (IMAGES[1:4], MLP),
         "data=imagenet": (("data.root=images", "data.val_split=0.5", "data.image_size=8"), MLP),
         "data=csv": (("data.file=images/list.csv", "data.val_split=0.5"), MLP),
+        "data=text": (TEXT[1:], GPT),
+        "data=tokens": (("data.root=images", "data.vocabulary=256", "data.sequence_length=8"), GPT),
+        "data=python_source": (("data.sequence_length=8",), GPT),
+        "model=gpt": (TEXT, GPT[1:]),
+        "model=gpt_nano": (TEXT, ()),
+        "model=gpt_mini": (TEXT, ()),
+        "model=gpt2_small": (TEXT, ()),
+        "init=gpt2": (TEXT, GPT),
+        "init=mup": (TEXT, (*GPT, "model.tied_embeddings=false")),
         "data=custom": (("data.train._target_=torchvision.datasets.FakeData", *FAKE), MLP),
         "data=polynomial": (("loss=mse",), MLP),
         "data=linear": (("loss=mse",), MLP),
@@ -93,6 +105,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 Image.new("RGB", (40, 36), (shade + i, shade, shade - i)).save(folder / "images" / path)
                 rows += [f"{path},{label}"] if part == "train" else []
     (folder / "images/list.csv").write_text("\n".join(rows) + "\n")
+    (folder / "images/text.txt").write_text("".join(f"line {i} of the text\n" for i in range(40)))
+    for name in ("train", "val"):
+        (np.arange(400) % 256).astype(np.uint16).tofile(folder / f"images/{name}.bin")
     (folder / "images/table.csv").write_text("a,b,kind\n" + "".join(f"{i},{i * i},{'xy'[i % 2]}\n" for i in range(60)))
     return folder
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dlopt.config.choices import config_folder
 from tests.commands.line import SMALL, dlopt, only, refused
 
 
@@ -149,3 +150,13 @@ def test_custom_choice_of_a_shipped_callable(tmp_path: Path) -> None:
     assert result.code == 0, result.err
     config = yaml.safe_load(only(tmp_path, "outputs/train/*/config.yaml").read_text())
     assert (config["optimizer"]["momentum"], config["optimizer"]["lr"]) == (0.99, 0.1)
+
+
+def test_a_file_that_dlopt_would_hide_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "conf/optimizer/sgd.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text("_target_: torch.optim.SGD\nlr: 0.5\n")
+    message = refused(tmp_path, "train", "--config-dir", "conf", "optimizer=sgd", *SMALL)
+    assert "--config-dir=conf: optimizer/sgd.yaml is also a file of dlopt; rename it" in message
+    path.write_bytes((config_folder() / "optimizer/sgd.yaml").read_bytes())  # a copy of dlopt's folder is harmless
+    assert dlopt(tmp_path, "train", "--config-dir", "conf", "optimizer=sgd", *SMALL).code == 0

@@ -112,7 +112,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(folder / DATE / "checkpoints/best.pt", folder / "weights.pt")
     for path, page, language in (
         ("mine/optim.py", "docs/tutorials/write_an_optimizer.md", "python"),
-        ("myconf/optimizer/signum.yaml", "docs/tutorials/write_an_optimizer.md", "yaml"),
+        ("myconf/optimizer/sign_momentum.yaml", "docs/tutorials/write_an_optimizer.md", "yaml"),
         ("mine/data.py", "docs/howto/custom_data.md", "python"),
     ):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
@@ -122,7 +122,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with contextlib.chdir(folder):  # writes the folders `upright` and `tilted`
         exec(compile(script, "make_folders.py", "exec"), {})
     (folder / "mine/__init__.py").write_text(DATA_SET)
-    (folder / "myconf/optimizer/mine.yaml").write_text((folder / "myconf/optimizer/signum.yaml").read_text())
+    (folder / "myconf/optimizer/mine.yaml").write_text((folder / "myconf/optimizer/sign_momentum.yaml").read_text())
     (folder / "bin").mkdir()
     (folder / "bin/sbatch").write_text("#!/bin/sh\n")
     (folder / "bin/sbatch").chmod(0o755)

@@ -11,7 +11,7 @@ from tests.docs.pages import block_after
 
 TUTORIAL = "docs/tutorials/write_an_optimizer.md"
 DATA = "docs/howto/custom_data.md"
-LINE = ["train", "--config-dir", "myconf", "optimizer=signum", "allow_packages=[mine]", *SMALL, "tracking=[]"]
+LINE = ["train", "--config-dir", "myconf", "optimizer=sign_momentum", "allow_packages=[mine]", *SMALL, "tracking=[]"]
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "mine/__init__.py": "",
         "mine/optim.py": block_after(TUTORIAL, "python", "`mine/optim.py`"),
         "mine/data.py": block_after(DATA, "python", "`mine/data.py`"),
-        "myconf/optimizer/signum.yaml": block_after(TUTORIAL, "yaml", "`myconf/optimizer/signum.yaml`"),
+        "myconf/optimizer/sign_momentum.yaml": block_after(TUTORIAL, "yaml", "`myconf/optimizer/sign_momentum.yaml`"),
     }.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -52,7 +52,7 @@ def test_its_keys_are_checked_like_all_others(folder: Path, typed: str, output: 
 
 def test_it_is_not_called_unless_the_package_is_trusted(folder: Path) -> None:
     message = refused(folder, *(each for each in LINE if "allow" not in each))
-    assert "mine.optim.Signum" in message and "allow_packages=[mine]" in message
+    assert "mine.optim.SignMomentum" in message and "allow_packages=[mine]" in message
 
 
 def test_a_data_set_of_the_users(folder: Path) -> None:

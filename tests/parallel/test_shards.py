@@ -26,8 +26,8 @@ from tests.parallel.ranks import ROOT, run_ranks
 from tests.training.runs import experiment
 
 CHOICES = sorted(path.stem for path in (ROOT / "conf/optimizer").glob("[!_]*.yaml"))
-NEEDS_FULL_TENSORS = {"lamb", "lars", "muon"}
-NEEDS_FULL_MODEL = {"bfgs", "dfp", "lbfgs", "newton", "newton_cg", "sam"}
+NEEDS_FULL_TENSORS = {"adafactor", "dmuon", "kron", "lamb", "lars", "mars", "muon", "scion", "shampoo", "soap"}
+NEEDS_FULL_MODEL = {"bfgs", "dfp", "lbfgs", "newton", "newton_cg", "newton_undamped", "prodigy", "sam", "sophia"}
 
 
 def net() -> nn.Sequential:
