@@ -1,7 +1,7 @@
 """`dlopt summary`: prints the layers of a model with shapes, parameters, MACs and memory."""
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dlopt.commands.command import Line, on_experiment, read_dataset
 from dlopt.errors import DONE, UserError
@@ -9,6 +9,9 @@ from dlopt.ranges import Count
 from dlopt.tracking.layout import format_bytes
 
 if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
     from dlopt.analysis.model_summary import ModelSummary
     from dlopt.config.experiment import Experiment
     from dlopt.data.task import Task
@@ -86,10 +89,24 @@ def _summarize(experiment: "Experiment", shape: tuple[int, ...], task: "Task") -
     module = experiment.model.build(**arguments)
     input_dtype = dtype if task.vocabulary is None else torch.int64
     try:
-        return summarize(module.to("meta", dtype), torch.empty(batch, *shape, device="meta", dtype=input_dtype))
+        return summarize(_on_meta(module, dtype), torch.empty(batch, *shape, device="meta", dtype=input_dtype))
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"input_shape={list(shape)}: the model does not support this shape: {reason}") from None
+
+
+def _on_meta(module: "nn.Module", dtype: "torch.dtype") -> "nn.Module":
+    """Moves the model to the meta device. Layers that share a parameter continue to do so, unlike in `Module.to`."""
+    first: dict[Any, str] = {}
+    shared: dict[str, str] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if first.setdefault(parameter, name) != name:
+            shared[name] = first[parameter]
+    module.to("meta", dtype)
+    for name, source in shared.items():
+        owner, _, key = name.rpartition(".")
+        setattr(module.get_submodule(owner), key, module.get_parameter(source))
+    return module
 
 
 def _print(name: str, shape: tuple[int, ...], summary: "ModelSummary") -> None:

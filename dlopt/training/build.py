@@ -229,6 +229,9 @@ def _build_model(experiment: Experiment, dataset: Dataset, normalize: nn.Module,
     module: nn.Module = experiment.model.build(**model_arguments(dataset.task, shape))
     runtime: dict[str, Any] = {"model": module, "generator": generator("cpu", seed, SCHEME)}
     if experiment.init.takes("inputs"):
+        if dataset.task.vocabulary is not None:
+            name = experiment.init.target.__name__
+            raise UserError(f"init={name}: measures images or features, not text; use init=gpt2 or init=default")
         runtime["inputs"] = _init_inputs(dataset.train, normalize, shape)
     experiment.init.build(**runtime)
     return module

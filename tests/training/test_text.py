@@ -11,6 +11,7 @@ import torch
 from dlopt.api import load
 from dlopt.commands.eval import evaluate
 from dlopt.commands.export import export
+from dlopt.commands.summary import summary as print_summary
 from dlopt.errors import UserError
 from dlopt.training.build import build_workload, training_batches
 from tests.training.runs import experiment, resume, same, start
@@ -114,6 +115,7 @@ def test_recurrent_models_read_text(lines: list[str], tmp_path: Path, model: str
         (["model=mlp"], "model=mlp: does not read text; use model=gpt"),
         (["normalize=standardize"], "normalize=standardize: tokens have no mean"),
         (["augmentation=crop_flip"], "augmentation.*use augmentation=none"),
+        (["init=lsuv"], "init=lsuv: measures images or features, not text"),
         (["sampler=hard_examples"], "sampler=.*use random"),
         (["evaluate.tta=flip"], r"evaluate\.tta=flip: averages"),
         (["evaluate.metrics=[macro_f1]"], "a next token task has no such metric"),
@@ -125,6 +127,11 @@ def test_refusals(lines: list[str], tmp_path: Path, extra: list[str], message: s
         start(tmp_path, *[line for line in lines if not (extra == ["model=mlp"] and line.startswith("model"))], *extra)
     with pytest.raises(UserError, match="model=gpt: reads text"):
         build_workload(experiment("model=gpt", "device=cpu"))
+
+
+def test_summary_counts_shared_weights_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert print_summary(["model=gpt_nano", "input_shape=[16]", "vocabulary=256"]) == 0
+    assert "parameters: 97,968\n" in capsys.readouterr().out
 
 
 def learns(lines: list[str], folder: Path, optimizer: str) -> None:
