@@ -58,7 +58,8 @@ def parameter_groups(
     Rules apply in order: multipliers accumulate, later rules override other settings. `layer_decay` d multiplies the
     learning rate of the i-th of n weight layers, counted from the input, by d^(n-1-i) (layer-wise decay; Howard & Ruder
     2018, Clark et al. 2020). `decay_norm_and_bias=False` excludes normalization parameters, biases and embeddings
-    (also where the output layer uses their weights) from decay, for every optimizer. Frozen parameters do not require gradients. Raises `UserError` for rules without effect.
+    (also where the output layer uses their weights) from decay, for every optimizer. Frozen parameters do not require
+    gradients. Raises `UserError` for rules without effect.
     """
     rate, decay = _layer_rates(model, grouping.layer_decay), _decays(model, decay_norm_and_bias)
     names = dict(model.named_parameters())

@@ -80,7 +80,7 @@ def test_cfg_job_shows_the_config(tmp_path: Path) -> None:
         result = dlopt(tmp_path, "train", *line)
         assert result.code == 0
         config = OmegaConf.create(result.out)
-        assert config.optimizer._target_ == "torch.optim.AdamW" and config.order_seed == 3
+        assert config.optimizer._target_ == "dlopt.optim.adamw" and config.order_seed == 3
         assert "hydra" not in config
     assert entries(tmp_path) == set()
 
