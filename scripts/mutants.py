@@ -1,11 +1,11 @@
 """Mutation test: changes the code in one place at a time and counts how many changes the tests notice.
 
     .venv/bin/python scripts/mutants.py cover      run the tests once and record which lines each one runs
-    .venv/bin/python scripts/mutants.py run [--count 300] [--seed 0] [--workers 2] [--json FILE]
+    .venv/bin/python scripts/mutants.py run [--count 300] [--seed 0] [--workers 2] [--json FILE] [--again FILE]
 
 A mutant is killed when a test that runs the changed line fails. Those tests run from the fastest to the slowest, until
-the first failure, in one copy of the checkout per worker. Tests that run the line only in other processes are not
-among them, so the share of killed mutants is a lower bound.
+the first failure, in one copy of the checkout per worker. For a line that tests run only in other processes, the test
+file of its module runs. Other tests might kill more, so the share of killed mutants is a lower bound.
 """
 
 import argparse
@@ -183,13 +183,24 @@ def run_tests(tests: Sequence[str], copy: Path) -> NoReturn:
     os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", *tests]))
 
 
-def run(count: int, seed: int, workers: int, report: Path | None) -> int:
-    covered = tests_by_line()
+def sample(count: int, seed: int) -> list[Mutant]:
+    """Draws `count` of all mutants."""
     targets = [ROOT / target for target in TARGETS]
     files = [path for target in targets for path in ([target] if target.is_file() else target.rglob("*.py"))]
     everything = [mutant for path in sorted(files) for mutant in mutants_of(path)]
     chosen = random.Random(seed).sample(everything, min(count, len(everything)))
     print(f"{len(chosen)} of {len(everything)} mutants", flush=True)
+    return chosen
+
+
+def read_alive(report: Path) -> list[Mutant]:
+    """Reads the mutants that an earlier run did not kill. The code must not have changed since."""
+    entries = [entry for entry in json.loads(report.read_text()) if entry.pop("result") not in KILLED]
+    return [Mutant(**entry) for entry in entries]
+
+
+def run(chosen: Sequence[Mutant], workers: int, report: Path | None) -> int:
+    covered = tests_by_line()
     for module in PRELOAD:
         importlib.import_module(module)
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
@@ -210,6 +221,13 @@ def run(count: int, seed: int, workers: int, report: Path | None) -> int:
     return 0
 
 
+def mirrored_tests(file: str) -> list[str]:
+    """Returns the test file of a module, for lines that only run in processes started by its tests."""
+    path = Path(file.replace("dlopt/", "tests/", 1))
+    mirror = path.with_name(f"test_{path.name}")
+    return [str(mirror)] if (ROOT / mirror).is_file() else []
+
+
 def try_mutant(
     mutant: Mutant, covered: Mapping[tuple[str, int], Sequence[str]], folder: Path
 ) -> tuple[Mutant, str, float]:
@@ -219,7 +237,7 @@ def try_mutant(
         left_out = shutil.ignore_patterns(".git", ".venv", "outputs", "__pycache__", ".*cache")
         shutil.copytree(ROOT, copy, ignore=left_out)
     start = time.monotonic()
-    tests = covered.get((mutant.file, mutant.line), [])[:MOST_TESTS]
+    tests = covered.get((mutant.file, mutant.line), [])[:MOST_TESTS] or mirrored_tests(mutant.file)
     result = outcome(mutant, tests, copy) if tests else "not covered"
     return mutant, result, time.monotonic() - start
 
@@ -231,8 +249,12 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--again", type=Path, help="a file written by --json: only its mutants that were not killed")
     options = parser.parse_args()
-    return cover() if options.what == "cover" else run(options.count, options.seed, options.workers, options.json)
+    if options.what == "cover":
+        return cover()
+    chosen = read_alive(options.again) if options.again else sample(options.count, options.seed)
+    return run(chosen, options.workers, options.json)
 
 
 if __name__ == "__main__":
