@@ -27,7 +27,7 @@ class Side:
 
     Args:
         variant: its label.
-        at: fixed axes and their values; over the other axes, the best point counts, chosen by the mean over seeds.
+        at: fixed axes and their values; the other axes take their best values by the mean over seeds.
         value: of the curve, the last, first, smallest, largest or mean value, or the value at an epoch (from 1).
     """
 
@@ -180,8 +180,8 @@ def judge(
     """Compares the values of two sides, paired by seed.
 
     The interval is Student's 95 % interval of the mean difference. If a run diverged (an infinite value), it is the
-    range over seeds instead. "seen": the whole interval lies beyond the margin (for `equal`: within). "the opposite":
-    the whole interval lies on the other side of no difference (for `equal`: outside the margin).
+    range over seeds instead. "seen": the whole interval is beyond the margin (for `equal`: within). "the opposite":
+    the whole interval is on the other side of zero (for `equal`: outside the margin).
     """
     effects = [_effect(claim, a, b) for a, b in zip(*values, strict=True)]
     effect, low, high = _interval(effects)
@@ -261,7 +261,7 @@ def sentence(finding: Finding, label: Label) -> str:
 
 
 def short_sentence(finding: Finding) -> str:
-    """Writes the outcome for a plot, without the names of what is compared."""
+    """Writes the outcome for a plot, without the names of the sides."""
     values = f"{_average(finding.first)} against {_average(finding.second)}"
     if finding.low is not None and finding.high is not None:
         effect, low, high = (_scaled(each, finding) for each in (finding.effect, finding.low, finding.high))

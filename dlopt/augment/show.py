@@ -19,7 +19,7 @@ COLUMNS = {"low": (1 / 3, 1.0), "middle": (2 / 3, 1.0), "high": (1.0, 1.0), "hig
 
 TILE = 112  # pixels
 _GAP = 4
-_MIXED = 0.995  # share of a sample's class below which its caption shows the mixture
+_MIXED = 0.995  # weight of a sample's class below which its caption shows the mixture
 
 
 def operations_picture(pipeline: Pipeline, images: Tensor, *, title: str = "", tile: int = TILE) -> "Image":
@@ -61,7 +61,7 @@ def batch_picture(
 ) -> "Image":
     """Draws a row per image: the original, then its augmented versions, by pipeline, in `draws` steps altogether.
 
-    Mixed samples have a caption with the shares of their classes.
+    Mixed samples have a caption with the weights of their classes.
 
     Args:
         pipelines: by name, which is their heading.
@@ -96,7 +96,7 @@ def batch_picture(
 
 
 def _caption(target: Tensor, classes: Sequence[str]) -> str:
-    """Returns the classes of a mixed sample with their shares; empty for other samples."""
+    """Returns the classes of a mixed sample with their weights; empty for other samples."""
     if target.ndim == 0 or float(target.max()) > _MIXED:
         return ""
     shares, indices = target.topk(min(2, len(target)))

@@ -92,7 +92,7 @@ def _text(prompts: list[str], file: str | None) -> bytes:
 
 
 def _numbers(text: bytes, vocabulary: int) -> list[int]:
-    """Returns the token numbers in a prompt for data=tokens."""
+    """Parses the token numbers in a prompt for data=tokens."""
     words = text.decode("utf-8", "replace").strip("[] \n").replace(",", " ").split()
     if not words or not all(word.isdecimal() and int(word) < vocabulary for word in words):
         raise UserError(f"prompt: the model reads tokens 0 to {vocabulary - 1}; give them as prompt=[464,1266]")
@@ -108,7 +108,7 @@ def _print_continuation(
     top_k: int | None,
     generator: "Generator",
 ) -> None:
-    """Prints the tokens and what follows them, as it is sampled."""
+    """Prints the prompt and each token of its continuation as it is sampled."""
     import torch
 
     from dlopt.models.generation import generate

@@ -1,4 +1,4 @@
-"""Gives pretrained models the images of their training: normalization and size."""
+"""Selects the normalization and the image size with which a pretrained model was trained."""
 
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ _DEFAULT = "standardize"  # the choice of `normalize` in conf/train.yaml; a reci
 def pretrained_overrides(config: DictConfig, overrides: Iterable[Override]) -> list[str]:
     """Returns the overrides of `normalize` and `data.image_size` for which the model's weights were trained.
 
-    None of them replaces what `overrides`, the command line, or a recipe sets. Empty without pretrained weights.
+    Values from the command line (`overrides`) or a recipe take precedence. Empty without pretrained weights.
     """
     if not OmegaConf.select(config, "model.pretrained", throw_on_resolution_failure=False):
         return []

@@ -1,4 +1,4 @@
-"""Resolves composed and saved configs into plain dicts, of which none holds a secret from the environment."""
+"""Resolves composed and saved configs into plain dicts, and keeps secrets of the environment out of saved ones."""
 
 import re
 from collections.abc import Iterable, Mapping

@@ -193,9 +193,9 @@ def _unchanged(batch: Any) -> Any:
 
 
 def _share(batch: Any) -> Any:
-    """Moves a chunk to shared memory, in a worker; returns a `RunError` if there is none left.
+    """Moves a chunk to shared memory in a worker; returns a `RunError` if shared memory is full.
 
-    Otherwise the worker's queue would do that, and drop a chunk that it cannot share: the main process would wait.
+    If the worker's queue moved the chunk, it would drop one that does not fit, and the main process would wait forever.
     """
     if not isinstance(batch, Tensor):
         return batch
@@ -237,7 +237,7 @@ def _start_worker(worker: int) -> None:
     """
     torch.set_num_threads(1)
     if threading.current_thread() is threading.main_thread():
-        signal.set_wakeup_fd(-1)  # of the main process
+        signal.set_wakeup_fd(-1)  # the inherited one is the main process's
     set_malloc({M_MMAP_THRESHOLD: _MMAP_MIN_BYTES})  # returns large blocks to the system, as `_empty` does
     end_with_parent()  # Linux only; elsewhere workers notice after some seconds
     for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):

@@ -63,9 +63,9 @@ class Unit(ScaleShift):
 
 
 class Standardize(ScaleShift):
-    """Scales to mean 0 and standard deviation 1 over the training samples; what is constant becomes 0.
+    """Scales to mean 0 and standard deviation 1 over the training samples; constant values become 0.
 
-    `per`: of images, "channel" takes one mean and deviation per channel, "pixel" one per channel and position. Vectors
+    `per`: for images, "channel" takes one mean and deviation per channel, "pixel" one per channel and position. Vectors
     have one per feature.
     """
 
@@ -116,7 +116,7 @@ class MeanPixel(ScaleShift):
 
 
 class Fixed(ScaleShift):
-    """(x - mean) / std with given constants, for networks that were trained with them.
+    """Computes (x - mean) / std with given constants, for networks that were trained with them.
 
     One value per channel or feature; a grey image takes the average of several values. Images: in units of 0..1, as
     usual (ImageNet's mean is 0.485, 0.456, 0.406), although the images have values 0..255.

@@ -21,7 +21,7 @@ class Task:
     reconstruction  sample                   sample: float [B, K]; pixels in 0..1, before the normalization
 
     Args:
-        outputs: numbers that the model returns for a prediction: classes, values, or tokens of the vocabulary.
+        outputs: size of a prediction: the number of classes, of values, or of tokens in the vocabulary.
         predictions: per sample; T for a text.
         unit: of a token; bytes are measured in bits.
     """
@@ -48,7 +48,7 @@ class Task:
 
     @property
     def accuracy(self) -> str:
-        """Name of the fraction of correct predictions. That of tokens is not what `monitor=auto` selects a model by."""
+        """Name of the fraction of correct predictions. `monitor=auto` does not select models by that of tokens."""
         return "token_accuracy" if self.kind == "next_token" else "accuracy"
 
     def input_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:

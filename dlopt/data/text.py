@@ -65,7 +65,7 @@ def text(
 def python_source(*, sequence_length: SequenceLength, val_split: Fraction, test_split: Fraction) -> Dataset:
     """Reads the standard library of the running Python as bytes, without its tests. Every module is a document.
 
-    A hash of its path decides about the split of a module, so that most modules keep theirs in other versions.
+    A hash of its path assigns a module to a split, so most modules stay in theirs in other versions of Python.
 
     Raises:
         UserError: the standard library has no source files.
@@ -181,7 +181,7 @@ def _read(paths: Sequence[Path]) -> np.ndarray:
 
 
 def _map_joined(paths: Sequence[Path]) -> np.ndarray:
-    """Writes the bytes of the files to one file in the cache, which is kept for as long as they are unchanged."""
+    """Writes the bytes of the files to one file in the cache, which is reused while they are unchanged."""
     states = [f"{path.absolute()} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in paths]
     target = cache_file("text", *states).with_suffix(".bin")
     with exclusive(target):
@@ -230,7 +230,7 @@ def _cut(tokens: np.ndarray, ends: Sequence[int], fraction: float, tolerance: fl
 
 
 def _facts(tokens: np.ndarray, paths: Sequence[Path]) -> dict[str, Any]:
-    """Returns what identifies the text in environment.json; large texts are not hashed."""
+    """Returns the facts that identify the text in environment.json; large texts are not hashed."""
     facts: dict[str, Any] = {"files": len(paths), "bytes": len(tokens)}
     if len(tokens) <= _MAX_READ:
         facts["sha256"] = hashlib.sha256(tokens.tobytes()).hexdigest()

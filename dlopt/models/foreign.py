@@ -13,7 +13,7 @@ _EPS = 1e-6  # of the layer normalization of torchvision's and timm's vision tra
 
 
 class Family(NamedTuple):
-    """Names of other packages for one architecture: patterns of the start of a name, and dlopt's for it."""
+    """Names of other packages for one architecture: patterns of name prefixes, and dlopt's prefixes."""
 
     origin: str
     rules: Mapping[str, str]
@@ -95,7 +95,7 @@ def _translated(name: str, rules: Mapping[str, str]) -> str:
 def fold_biases(weights: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
     """Returns the weights without biases before a batch normalization, which dlopt's layers do not have.
 
-    The running mean then is that of the layer's outputs without the bias, so that the function stays the same.
+    Subtracts the bias from the running mean, so the function of the network stays the same.
     """
     folded = dict(weights)
     for name, bias in weights.items():
@@ -110,7 +110,7 @@ def fold_biases(weights: Mapping[str, Tensor], shapes: Mapping[str, torch.Size])
 
 
 def differences(model: nn.Module) -> list[str]:
-    """Describes the keys with which `model` may compute another function than the origin of translated weights."""
+    """Describes the keys by which `model` may differ from the model that the translated weights come from."""
     lines = []
     eps = next((module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)), _EPS)
     if eps != _EPS:

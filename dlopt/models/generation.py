@@ -22,14 +22,14 @@ def generate(
 ) -> Iterator[int]:
     """Yields `length` tokens that follow `prompt`, int64 [T] with T >= 1.
 
-    The model reads at most `context` tokens. When these are full, it continues from the last half of them, which it
-    reads again: a cache cannot be shortened at its start, because the later entries depend on the first.
+    The model reads at most `context` tokens. When the context is full, it reads the last half of it
+    again and continues from there: a cache cannot drop its first entries, because the later ones depend on them.
 
     Args:
         temperature: divides the logits; 0: the most probable token.
         top_k: sample from the k most probable tokens; None: from all.
-        generator: on the CPU, where tokens are drawn: the same on every device.
-        cache: keep keys and values of a GPT; false: compute them again for each token.
+        generator: on the CPU, so that all devices draw the same numbers.
+        cache: keep the keys and values of a GPT; false: recompute them for each token.
     """
     tokens = prompt[-context:].tolist()
     reader = _Reader(model, prompt.device, cache=cache)

@@ -57,7 +57,7 @@ class TokenEmbedding(nn.Module):
 class CausalAttention(nn.Module):
     """softmax(q k^T * scale) v over the present and earlier tokens; q, k, v: [B, heads, T, d].
 
-    Queries may be fewer than keys: with a cache, a single new token reads all.
+    Queries may be fewer than keys: with a cache, a single new token attends to all.
     """
 
     def __init__(self, scale: float) -> None:

@@ -80,7 +80,7 @@ class LSTMLayer(nn.Module):
 class RNN(nn.Sequential):
     """`layers` tanh layers of `hidden` units over the rows, and a classifier on the last time step.
 
-    Images [B, C, H, W] -> [B, classes]. Of a text, a classifier on every time step: tokens [B, T] -> [B, T, classes],
+    Images [B, C, H, W] -> [B, classes]. For text, classifies every time step: tokens [B, T] -> [B, T, classes],
     with an embedding of each token in place of the rows. Does not use torch's fused kernels, which do not support
     second derivatives and every precision. Errors: UserError for a norm other than layer or none, or samples that are
     not images or tokens.
@@ -105,7 +105,7 @@ class RNN(nn.Sequential):
 
 
 class LSTM(nn.Sequential):
-    """`layers` LSTM layers of `hidden` units over the rows or tokens, and a classifier as that of `RNN`.
+    """`layers` LSTM layers of `hidden` units over the rows or tokens, and the classifier of `RNN`.
 
     `forget_bias` is added to the forget gate. It is not a parameter, so that no init scheme overwrites it (1:
     Jozefowicz et al. 2015). Images [B, C, H, W] -> [B, classes], tokens [B, T] -> [B, T, classes].

@@ -17,8 +17,8 @@ ShortcutPadding = Literal["end", "both"]
 class ZeroPadShortcut(nn.Module):
     """Option A of the paper: subsampling by `stride`, and zeros for the additional channels. No parameters.
 
-    `padding=end` appends the zero channels, as in fb.resnet.torch; `both` puts half of them in front, as in other
-    implementations, whose weights therefore need it.
+    `padding=end` appends the zero channels, as in fb.resnet.torch; `both` prepends half of them, as other
+    implementations do, whose weights therefore need it.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int, padding: ShortcutPadding = "end") -> None:

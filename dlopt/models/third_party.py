@@ -176,7 +176,7 @@ class PretrainedInputs:
 def pretrained_inputs(target: str, name: str, pretrained: bool | str) -> PretrainedInputs | None:
     """Returns the inputs for which the pretrained weights of a model were trained.
 
-    None without pretrained weights, and where they are unknown: building the model will report that.
+    None without pretrained weights. Also None for unknown weights, which building the model reports.
 
     Args:
         target: dotted name of `timm_model` or `torchvision_model`.

@@ -1,4 +1,4 @@
-"""Ends a rank that was asked to stop but hangs, because another rank neither ends nor responds."""
+"""Ends a rank that hangs after a stop signal, because another rank neither ends nor responds."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dlopt.errors import FAILED
 from dlopt.interruption import SIGNALS
 
-HUNG_SECONDS = 20.0  # in one call without an end; srun waits another minute for the other ranks, then kills them
+HUNG_SECONDS = 20.0  # in one call; srun waits another minute for the other ranks, then kills them
 _POLL_SECONDS = 0.5
 _WRITING = ("checkpoint", "sharded", "shard_files", "files")  # modules whose calls may take long: they write to disks
 
@@ -21,8 +21,8 @@ _WRITING = ("checkpoint", "sharded", "shard_files", "files")  # modules whose ca
 def end_if_hung(end: Callable[[], None] | None = None) -> Iterator[None]:
     """Within the context, ends this process if it hangs for `HUNG_SECONDS` after a stop signal.
 
-    A rank that is stopped (SIGSTOP) or whose node is gone leaves the others in a collective, where Python's signal
-    handlers do not run. Therefore a thread receives the signals, too, and watches the main thread. `end`: called
+    If a rank is stopped (SIGSTOP) or its node fails, the other ranks wait in a collective, where Python's signal
+    handlers do not run. Therefore a thread also receives the signals and watches the main thread. `end`: called
     instead of ending the process. Does nothing outside the main thread.
     """
     if threading.current_thread() is not threading.main_thread():
@@ -58,7 +58,7 @@ def _watch(signals: socket.socket, end: Callable[[], None]) -> None:
 
 
 def _main_position() -> tuple[int, int] | None:
-    """Returns what identifies the call that the main thread is in; None: it writes a checkpoint."""
+    """Returns an identifier of the main thread's current call; None while it writes a checkpoint."""
     frame = innermost = sys._current_frames().get(threading.main_thread().ident or 0)
     while frame is not None:
         package, _, module = str(frame.f_globals.get("__name__")).rpartition(".")

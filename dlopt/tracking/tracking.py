@@ -180,7 +180,7 @@ class Tracking:
     def finish(self, summary: Mapping[str, Any], draw: Callable[[], Mapping[str, Path]] | None = None) -> None:
         """Writes summary.json, shows the results and closes. Raises `RunError` if summary.json cannot be written.
 
-        `draw` draws pictures and returns their paths by description. An error in it is only a message.
+        `draw` draws pictures and returns their paths by description. An error in it is only logged.
         """
         scalars = {tag: float(summary[key]) for key, tag in _FINAL_TAGS.items() if _is_number(summary.get(key))}
         for sink in self._sinks:

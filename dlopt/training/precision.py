@@ -70,7 +70,7 @@ def _has_bf16(device: torch.device) -> bool:
 def bf16_slowdown(
     module: nn.Module, loss: nn.Module, inputs: Tensor, targets: Tensor, clock: Callable[[], float] = process_time
 ) -> float:
-    """Measures the processor time, which other processes hardly change, of a pass in bf16, divided by that in fp32.
+    """Returns the processor time of a pass in bf16 divided by that in fp32; other processes hardly change it.
 
     A pass is forward and backward. Uses copies of the modules and at most `_TIMED_VALUES` values of the batch, and
     restores the random generator. Each time is the shortest of `_TIMED_PASSES` interleaved ones, after one untimed.

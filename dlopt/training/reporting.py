@@ -91,14 +91,14 @@ def _emulation_warning(trainer: "Trainer", workload: Workload) -> str:
 
 
 def _unit(workload: Workload) -> str:
-    """Returns what the header counts, and the throughput per second."""
+    """Returns the unit of the header's counts and of the throughput."""
     if workload.task.vocabulary is not None:
         return f"{workload.task.unit}s"
     return "images" if len(workload.dataset.train.shape) == 3 else "samples"
 
 
 def _note_data(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Adds what identifies the data to environment.json, if the run has one."""
+    """Adds the facts that identify the data to environment.json, if the run has one."""
     path = folder / "environment.json"
     environment = read_json(path)
     if facts and environment is not None:

@@ -122,7 +122,7 @@ def strip_prefixes(weights: dict[str, Tensor], names: Collection[str]) -> tuple[
 
 
 def _translate(weights: dict[str, Tensor], shapes: Mapping[str, torch.Size]) -> tuple[dict[str, Tensor], str]:
-    """Returns the weights by the names with which most fit `shapes`, and the origin of their names if it is foreign."""
+    """Returns the weights under the names that fit `shapes` best, and the origin of these names if it is foreign."""
 
     def fitting(named: Mapping[str, Tensor]) -> int:
         return sum(shapes.get(name) == value.shape for name, value in named.items())

@@ -116,8 +116,8 @@ def _reason(what: str, ratio: float) -> str:
 def advice(results: Sequence[Verdict], facts: Facts) -> list[str]:
     """Returns recommendations, one line per kind of problem, or ["healthy"].
 
-    Clipping comes last, with a norm of the healthy updates: it bounds single large updates, and a threshold from
-    gradients that explode in every update would not bound anything.
+    Clipping is the last recommendation, with a norm from the healthy updates: clipping bounds single large updates. A
+    threshold from gradients that explode in every update would bound nothing.
     """
     remedies = {
         "saturated": ["model.activation=relu"],

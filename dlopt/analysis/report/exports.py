@@ -1,4 +1,4 @@
-"""Files of the report: where `output`, `format` and `plot` put what, and their content."""
+"""Selects the files of the report by `output`, `format` and `plot`, and renders their content."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -32,7 +32,7 @@ _METADATA: Mapping[str, dict[str, None]] = {"pdf": {"CreationDate": None}, "svg"
 
 @dataclass(frozen=True)
 class Report:
-    """What is exported. `refresh`: seconds after which the page reloads; `top`: rows of a table for a paper."""
+    """Export options. `refresh`: seconds after which the page reloads; `top`: rows of a table for a paper."""
 
     table: Table
     title: str

@@ -21,7 +21,7 @@ _DIFFERENCE_NOTE = "difference to the first row: paired over seeds, with its 95 
 
 
 def latex(table: Table, *, made: str, test: bool, top: int) -> str:
-    """Renders a `tabular` with the rules of booktabs; `made`: a comment on the origin of the figures."""
+    """Renders a `tabular` with the rules of booktabs; `made`: a comment on the origin of the numbers."""
     heads, rows = _cells(table, test=test, top=top)
     keys, best = len(table.keys), {row.value.mean for row in table.ranked[:1] if row.value is not None}
     lines = [f"% {line}" for line in (printable(made), *_notes(table, top), r"\usepackage{booktabs}")]
@@ -35,7 +35,7 @@ def latex(table: Table, *, made: str, test: bool, top: int) -> str:
 
 
 def markdown(table: Table, *, made: str, test: bool, top: int) -> str:
-    """Renders a table of pipes, with notes below it."""
+    """Renders a Markdown table, with notes below it."""
     heads, rows = _cells(table, test=test, top=top)
     keys = len(table.keys)
     rule = [*["---"] * keys, *["---:"] * (len(heads) - keys)]
@@ -54,7 +54,7 @@ def _is_compared(table: Table) -> bool:
 
 
 def _cells(table: Table, *, test: bool, top: int) -> tuple[list[str], list[list[str]]]:
-    """Returns the heads and the rows: the keys as text, then numbers."""
+    """Returns the headers and the rows: the keys as text, then numbers."""
     metrics = [table.by, *test_columns(table)[:1]]
     heads = [*key_labels(table.keys), "runs", *(drawing.metric_label(name) + _unit(name) for name in metrics)]
     heads += ["difference" + " [points]" * bool(_unit(table.by))] * _is_compared(table)

@@ -244,7 +244,7 @@ Spread = Literal["range", "confidence"]
 
 @dataclass(frozen=True)
 class Band:
-    """Mean over runs with a band around it (of no width for one run)."""
+    """Mean over runs with a band (zero width for a single run)."""
 
     x: np.ndarray
     mean: np.ndarray
@@ -254,7 +254,7 @@ class Band:
 
 
 def default_spread(table: Table) -> Spread:
-    """Returns which band is readable: the range of few seeds, the confidence interval of many."""
+    """Selects the band: the range for few seeds, the confidence interval for many."""
     seeds = max((len(row.runs) for row in table.rows), default=0)
     return "confidence" if seeds >= _MANY_SEEDS else "range"
 
@@ -437,9 +437,9 @@ def time_to_target(row: Configuration, by: str, target: float) -> Reached:
 
 
 def fastest(table: Table, target: float) -> list[tuple[Configuration, Reached]]:
-    """Returns the configurations that reach the target: by the share of runs that do, then by mean updates.
+    """Returns the configurations that reach the target, by the fraction of runs that do, then by mean updates.
 
-    A mean over the few lucky runs of a configuration does not compare with that of one whose runs all get there.
+    The mean over a few lucky runs of a configuration is not comparable with that of one whose runs all reach it.
     """
     results = [(row, time_to_target(row, table.by, target)) for row in table.ranked]
     reached = [(row, each, each.steps.mean) for row, each in results if each.steps is not None]
