@@ -1,6 +1,6 @@
-"""Starts functions in processes of their own that are forked from the server of `dlopt.sweeps.pool`.
+"""Starts functions in separate processes that are forked from the server of `dlopt.sweeps.pool`.
 
-The server imports torch once for all tests of a worker; a new interpreter takes seconds for it.
+The server imports torch once for all tests of a worker; a new interpreter needs seconds for the import.
 """
 
 import multiprocessing

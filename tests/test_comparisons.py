@@ -86,7 +86,7 @@ def comparison(name: str) -> Comparison:
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_numbers_support_the_verdict_and_an_inverted_claim_fails(name: str) -> None:
-    """If this fails, the recipe has changed since its picture was drawn: scripts/gallery NAME."""
+    """Fails if the recipe has changed since its plot was drawn; scripts/gallery NAME redraws it."""
     spec, saved = comparison(name), json.loads((GALLERY / f"{name}.json").read_text())
     assert [claim.text for claim in spec.claims] == [entry["claim"] for entry in saved["claims"]]
     assert saved["seeds"] == spec.seeds and len(spec.seeds) >= 3

@@ -52,7 +52,7 @@ _VERDICTS = {"seen": "Seen", "not seen here": "Not seen here", "the opposite": "
 
 
 def claims(docs: Path) -> str:
-    """A table of all claims: the claim, the recipe, what came out, and the verdict."""
+    """Formats a table of all claims: the claim, the recipe, the outcome, and the verdict."""
     rows, missing = [], []
     for choice in CATALOGUE.choices("experiment"):
         if not choice.name.startswith(FOLDER):
@@ -73,7 +73,7 @@ def claims(docs: Path) -> str:
 
 
 def _results(docs: Path, name: str) -> list[dict[str, Any]]:
-    """The claims in the results of a recipe, with verdicts; none if it was not run for the gallery."""
+    """Returns the claims in the results of a recipe, with verdicts; none if the gallery has no results of it."""
     path = docs / "gallery" / f"{name}.json"
     return list(json.loads(path.read_text(encoding="utf-8"))["claims"]) if path.exists() else []
 

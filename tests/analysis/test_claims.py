@@ -1,4 +1,4 @@
-"""Claims of comparisons: what is measured, the interval over paired seeds, the verdict and its sentence."""
+"""Claims of comparisons: measured values, intervals over paired seeds, verdicts and their sentences."""
 
 import json
 import math

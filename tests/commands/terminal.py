@@ -42,7 +42,7 @@ def _read(terminal: int) -> list[bytes]:
 
 
 def _dlopt(arguments: tuple[str, ...]) -> None:
-    """Runs in the new process, whose streams Python has opened before they were the terminal."""
+    """Runs in the new process. Reopens its streams, because Python opened them before they were the terminal."""
     from dlopt import cli
 
     sys.stdin, sys.stdout, sys.stderr = (os.fdopen(i, mode, 1) for i, mode in enumerate("rww"))

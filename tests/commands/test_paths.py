@@ -12,9 +12,9 @@ from dlopt.commands.trajectory import trajectory
 from dlopt.config.choices import config_folder
 from tests.commands.line import dlopt, refused
 
-OPTIMIZERS = sorted(
-    path.stem for path in (config_folder() / "optimizer").glob("*.yaml") if path.stem[0] != "_" and path.stem != "muon"
-)
+MUON = {"muon", "dmuon"}
+OPTIMIZERS = sorted(path.stem for path in (config_folder() / "optimizer").glob("[!_]*.yaml") if path.stem not in MUON)
+FRESH = {"shampoo": ["optimizer.update_every=1"]}  # inverse roots of the first gradient fit few of 15 steps
 
 
 @pytest.fixture
@@ -43,7 +43,8 @@ def test_documented_example(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer_approaches_the_minimum(drawn: dict[str, Any], optimizer: str) -> None:
-    assert trajectory(["function=quadratic", "function.condition=5", f"optimizer={optimizer}", "steps=15"]) == 0
+    more = FRESH.get(optimizer, [])
+    assert trajectory(["function=quadratic", "function.condition=5", f"optimizer={optimizer}", "steps=15", *more]) == 0
     [path] = drawn["paths"].values()
     assert len(path.points) == 16
     assert float(path.distances[-1]) < 0.5 * float(path.distances[0])

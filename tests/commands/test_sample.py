@@ -32,7 +32,7 @@ def test_continues_the_prompt_by_the_seed(run: Path, capsys: pytest.CaptureFixtu
         assert sample([f"checkpoint={run}", "length=30", *keys]) == 0
         return capsys.readouterr().out
 
-    text = printed("prompt=def f(x): {a, [b] = ")  # no value in Hydra's grammar
+    text = printed("prompt=def f(x): {a, [b] = ")  # not a value in Hydra's grammar
     assert text.startswith("def f(x): {a, [b] = ") and len(text) > 40
     assert printed("prompt=def ", "seed=3") == printed("prompt=def ", "seed=3") != printed("prompt=def ", "seed=4")
     first, line, second = printed("prompt=def ", "samples=2", "seed=3").partition("-" * 40)

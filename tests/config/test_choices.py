@@ -32,13 +32,14 @@ MLP = ("model=mlp", "model.widths=[4]")
 DIGITS = ("data.subset=40",)
 TEXT = ("data=text", "data.file=images/text.txt", "data.sequence_length=8")
 GPT = ("model=gpt_nano", "model.width=8", "model.depth=1", "model.heads=2")
-# 32 pixels with 3 channels, for what wants images
+# 32 pixels with 3 channels, for choices that need images
 IMAGES = ("data=image_folder", "data.root=images", "data.val_split=0.5", "data.image_size=32", "data.subset=null")
 
 SLOW = {  # several seconds for one update
     "model=resnet1202", "model=preact_resnet1001", "model=wrn_28_10", "model=wrn_28_20", "model=wrn_22_8",
     "model=alexnet_224", "model=two_column_alexnet_224", "model=resnet101", "model=resnet50", "model=resnet34",
     "model=alexnet", "model=two_column_alexnet", "model=gpt2_small",
+    "data=python_source", "augmentation=imagenet",
 }  # fmt: skip
 OPTIONAL = {"model=timm": "timm"}
 
@@ -125,7 +126,7 @@ def missing(choice: str) -> str | None:
 
 @pytest.mark.parametrize("choice", [choice for choice in CHOICES if choice in SLOW or missing(choice) is not None])
 def test_composes_and_is_valid(choice: str) -> None:
-    """The choices that `test_takes_one_update` skips here, or runs among the slow tests."""
+    """Tests the choices that `test_takes_one_update` skips here, or runs only as slow tests."""
     plain, _ = to_plain(Composer().compose([each for each in line(choice) if missing(choice) is None] or [choice]), [])
     parse(plain)
 

@@ -42,7 +42,7 @@ def test_recall_labels_the_marked_symbol() -> None:
     assert torch.equal((symbols * marks.unsqueeze(2)).sum(1).argmax(1), labels)
     assert set(marks.argmax(1).tolist()) == {0, 1, 2}  # the first quarter
     agreement = (symbols.argmax(2) == labels.unsqueeze(1)).float().mean(0)
-    assert float(agreement[3:].max()) < 0.45  # chance is 1/3; later symbols do not tell the label
+    assert float(agreement[3:].max()) < 0.45  # chance is 1/3; later symbols do not reveal the label
 
 
 def test_linear_features_have_their_ranges_and_equal_weight() -> None:

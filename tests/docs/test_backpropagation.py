@@ -1,4 +1,4 @@
-"""docs/examples/backpropagation.py: its gradients are those of dlopt's network and loss, and it is short."""
+"""docs/examples/backpropagation.py is short, and its gradients equal those of dlopt's network and loss."""
 
 import runpy
 

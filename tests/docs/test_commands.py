@@ -142,7 +142,7 @@ def equipped(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def compose_new(request: Request, overrides: list[str]) -> tuple[DictConfig, dict[str, Any]]:
-    """Composes the jobs of a sweep that have an override which no earlier job has; the others repeat the first one."""
+    """Composes only the jobs of a sweep that have a new override; for the others, returns the first job."""
     composed: dict[str, Any] = request.__dict__.setdefault("composed", {})
     if not composed or not composed.keys() >= set(overrides):
         result = COMPOSE_JOB(request, overrides)

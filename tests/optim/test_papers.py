@@ -1,4 +1,4 @@
-"""Updates of today's optimizers against the algorithms of their papers, written out in NumPy in float64."""
+"""Updates of recent optimizers against the algorithms of their papers, written out in NumPy in float64."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -225,7 +225,7 @@ def test_algorithm_at_every_update(case: str, choose: Callable[..., Any]) -> Non
 
 
 def test_prodigy_at_every_update() -> None:
-    """The algorithm is for all parameters together; a schedule changes gamma, and similar gradients increase d."""
+    """Runs the algorithm over all parameters together; a schedule changes gamma, and similar gradients increase d."""
     params = parameters()
     optimizer = Prodigy([{"params": [p]} for p in params.values()], weight_decay=DECAY, d0=0.01)
     x0 = x = np.concatenate([w.reshape(-1) for w in START.values()])
@@ -379,7 +379,7 @@ def test_dmuon_is_adamw_with_decay_for_vectors_and_matches_its_rms(choose: Calla
 
 
 def test_cautious_muon_never_moves_against_the_gradient() -> None:
-    """Neither matrices nor the others, whose update is that of cautious AdamW."""
+    """Holds for matrices, and for other parameters, whose update equals that of cautious AdamW."""
     params, others = parameters(), parameters()
     optimizer = Muon(params.values(), lr=LR, rest_lr=LR, weight_decay=0.0, cautious=True)
     reference = adamw([others["vector"]], lr=LR, weight_decay=0.0, cautious=True)

@@ -61,6 +61,7 @@ def command(folder: Path, *overrides: str) -> list[str]:
 SMALL = ["data.subset=100", "data.workers=0", "model=mlp", "model.widths=[8]"]
 
 
+@pytest.mark.slow
 def test_stop_signal_ends_all_ranks_with_a_checkpoint(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     line = command(folder, *SMALL, "epochs=100000", "checkpoint.every_epochs=null")

@@ -36,6 +36,7 @@ def ended(process: Forked, seconds: float = 300) -> int:
     return code
 
 
+@pytest.mark.slow
 def test_forked_and_fresh_processes_compute_the_same_bits(tmp_path: Path) -> None:
     line = ["epochs=2", "augmentation=crop_flip", "model=resnet20", "data.subset=40"]
     forked, fresh = described(tmp_path / "forked", *line), described(tmp_path / "fresh", *line)

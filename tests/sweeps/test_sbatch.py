@@ -1,4 +1,4 @@
-"""What `hydra/launcher=slurm` submits."""
+"""Job scripts that `hydra/launcher=slurm` submits."""
 
 import os
 from pathlib import Path

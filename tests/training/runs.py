@@ -47,7 +47,7 @@ def experiment(*overrides: str) -> Experiment:
 
 @functools.cache
 def _composed(overrides: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Composes once what many tests start: composing takes as long as a small run."""
+    """Composes each config once for all tests, because composing takes as long as a small run."""
     return to_plain(Composer().compose(list(overrides)), list(overrides))
 
 

@@ -1,4 +1,4 @@
-"""Training on a text: metrics, resuming, delivery, evaluation, and what is refused."""
+"""Training on a text: metrics, resuming, delivery, evaluation, and refused combinations."""
 
 import json
 import math
@@ -78,7 +78,7 @@ def test_a_resumed_run_is_bitwise_identical(lines: list[str], tmp_path: Path, mo
 
 @pytest.mark.parametrize("choice", ["sophia", "newton_cg"])
 def test_second_derivatives_of_attention(choice: str, lines: list[str], tmp_path: Path) -> None:
-    """The fused kernels have none."""
+    """Fused attention kernels have no second derivatives."""
     second_order = [line for line in lines if not line.startswith("optimizer")]
     summary = start(tmp_path / "run", *second_order, f"optimizer={choice}", "steps=2")
     assert summary["status"] == "finished" and math.isfinite(summary["test_loss"])

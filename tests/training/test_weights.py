@@ -95,7 +95,7 @@ def vgg_pair(norm: str) -> tuple[nn.Module, VGG11]:
 
 @pytest.mark.parametrize("norm", ["none", "batch"])
 def test_convolutions_of_vgg11(tmp_path: Path, norm: str) -> None:
-    """Torchvision's convolutions have biases before the batch normalization, too."""
+    """Torchvision's convolutions also have biases before the batch normalization."""
     theirs, _ = vgg_pair(norm)
     features = randomized(theirs.get_submodule("features").to_empty(device="cpu"))
     torch.save({f"features.{name}": value for name, value in features.state_dict().items()}, tmp_path / "w.pt")
@@ -192,7 +192,7 @@ def test_names_what_does_not_fit(tmp_path: Path) -> None:
 
 
 def test_files_of_dlopt_export(tmp_path: Path) -> None:
-    """They contain the normalization, too."""
+    """Exported files also contain the normalization."""
     source, target = vit(), vit()
     weights = {f"model.{name}": value for name, value in source.state_dict().items()}
     save_file(

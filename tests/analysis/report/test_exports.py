@@ -1,4 +1,4 @@
-"""Where `output`, `format` and `plot` put what."""
+"""Output files of the report, selected by `output`, `format` and `plot`."""
 
 from pathlib import Path
 from typing import Any

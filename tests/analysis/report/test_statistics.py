@@ -86,7 +86,7 @@ def test_importance_of_keys(tmp_path: Path) -> None:
 
 
 def test_noise_has_no_importance(tmp_path: Path) -> None:
-    """Nothing is shown where the keys do not predict held-out configurations."""
+    """Key importance is left out if the keys do not predict held-out configurations."""
     random = Random(0)
     for i, (optimizer, lr, decay) in enumerate(itertools.product(("sgd", "adamw"), (0.01, 0.1, 1.0), (0.0, 0.1))):
         accuracies = (random.uniform(0.5, 0.9),)
