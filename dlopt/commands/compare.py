@@ -152,10 +152,13 @@ def _runs(composer: Composer, comparison: "Comparison", overrides: list[str]) ->
     from dlopt.config.parsing import parse
 
     common = [line for line in overrides if not line.startswith(("seed=", "comparison.", "hydra."))]
-    runs = []
+    runs: list[_Run] = []
     for cell in comparison.cells():
         lines = [*common, *parse_arguments(comparison.overrides(cell)).overrides]
-        config = composer.compose(lines)
+        # Composing takes as long as a small run, and the runs of a setting differ only in their seed.
+        if not runs or (cell.variant, cell.point) != (runs[-1].cell.variant, runs[-1].cell.point):
+            config = composer.compose(lines)
+        config.seed = cell.seed
         plain, saved = to_plain(config, overrides)
         runs.append(_Run(cell, lines, parse(plain, saved), saved, choices_of(config)))
     return runs

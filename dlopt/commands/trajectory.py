@@ -255,7 +255,8 @@ def _check_job(config: DictConfig, job: Job) -> _PathJob:
     overridden = {line.lstrip("+").partition("=")[0] for line in job.overrides}
     optimizer = component("optimizer", plain["optimizer"], GROUPS["optimizer"].runtime, packages)
     if optimizer.target.__name__ == "Muon":
-        raise UserError("optimizer=muon: not supported on test functions; it orthogonalizes matrices, not vectors")
+        name = choices_of(config)["optimizer"]
+        raise UserError(f"optimizer={name}: not supported on test functions; it orthogonalizes matrices, not vectors")
     if "weight_decay" in optimizer.arguments and "optimizer.weight_decay" not in overridden:
         optimizer = optimizer.partial(weight_decay=0.0)  # the decay pulls towards the origin, not to the minimum
     if "max_iter" in optimizer.arguments and "optimizer.max_iter" not in overridden:

@@ -111,7 +111,7 @@ def test_reports_how_learning_rates_were_chosen(drawn: dict[str, Any], capsys: p
         ("function=quadratic steps=0", "steps=0: "),
         ("function=quadratic steps=1000000000000", "allowed: an integer >= 1 and <= 100000"),
         ("function=quadratic optimizer.lr=range(1,10)", "9 curves; at most 7"),
-        ("function=quadratic optimizer=muon", "optimizer=muon: not supported on test functions"),
+        ("function=quadratic optimizer=dmuon", "optimizer=dmuon: not supported on test functions"),
         ("function=quadratic optimizer=adamm", "did you mean optimizer=adam?"),
         ("function=quadratic allow_packages=[os] function._target_=os.system", "function._target_=os.system"),
     ],

@@ -29,9 +29,8 @@ def is_complete(folder: Path) -> bool:
     return checkpoint and (read_summary(folder) or {})["status"] == "finished" and len(read_metrics(folder)) == 2
 
 
-@pytest.mark.parametrize(
-    "closed", ["<&- >&- 2>&-", *(pytest.param(some, marks=pytest.mark.slow) for some in ("<&-", "<&- >&-"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("closed", ["<&- >&- 2>&-", "<&-", "<&- >&-"])
 def test_closed_streams(tmp_path: Path, closed: str) -> None:
     done = shell(tmp_path, f"dlopt train {RUN} hydra.run.dir=run {closed}")
     assert (done.returncode, done.stderr) == (0, "")
