@@ -102,11 +102,10 @@ def test_shipped_numbers_support_the_verdict_and_an_inverted_claim_fails(name: s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", ["sampling", "memory_gradients", "dropout_units", "skip_gradients"])
 def test_claims_are_seen_on_this_machine(name: str, tmp_path: Path) -> None:
-    spec, saved = comparison(name), json.loads((GALLERY / f"{name}.json").read_text())
-    if len([*spec.cells()]) > 50:
-        pytest.skip("takes minutes")
+    """For recipes of a few seconds that do not compare times."""
+    saved = json.loads((GALLERY / f"{name}.json").read_text())
     result = dlopt(tmp_path, "train", f"experiment=lecture/{name}", "hydra.run.dir=out")
     assert result.code == 0, result.err
     measured = json.loads((tmp_path / "out/comparison.json").read_text())

@@ -200,7 +200,7 @@ class ConsoleView(Screen):
         self._display: _Display | None = None
         self._rows: layout.EpochRows | None = None
         self._epochs = 0
-        self._samples, self._unit = 0, "samples"
+        self._samples_per_step, self._unit = 0.0, "samples"
         self._start = (0, 0.0)  # epoch and seconds at the start; > 0 in a resumed run
         self._due = float("inf")
 
@@ -215,13 +215,13 @@ class ConsoleView(Screen):
         first_step: int,
         seconds: float,
     ) -> None:
-        self._epochs, self._start = epochs, (first_step // max(steps_per_epoch, 1), seconds)
-        self._samples, self._unit = facts.get("train") or 0, facts.get("unit", "samples")
+        self._epochs, self._start = epochs, (first_step, seconds)
+        self._samples_per_step = (facts.get("train") or 0) / max(steps_per_epoch, 1)
+        self._unit = facts.get("unit", "samples")
         self._print_block(layout.header(config, choices, facts), Text(""))
         if not self.terminal:
             return
-        samples_per_step = self._samples / max(steps_per_epoch, 1)
-        self._display = _Display(epochs, steps_per_epoch, steps, first_step, samples_per_step)
+        self._display = _Display(epochs, steps_per_epoch, steps, first_step, self._samples_per_step)
         self._start_live(lambda: cast(_Display, self._display), redirect=True)
         self._due = perf_counter() + _REDRAW_SECONDS
 
@@ -256,9 +256,10 @@ class ConsoleView(Screen):
     def epoch(self, metrics: Mapping[str, Any], best: bool) -> None:
         width = self._console.width if self.terminal else self._width
         if self._rows is None or self._rows.width != width:  # the first row, or a resized terminal
-            epoch, seconds = self._start if self._rows is None else self._rows.last
+            step, seconds = self._start if self._rows is None else self._rows.last
+            per_step = self._samples_per_step
             self._rows = layout.EpochRows(
-                metrics, self._epochs, width, samples=self._samples, unit=self._unit, epoch=epoch, seconds=seconds
+                metrics, self._epochs, width, samples_per_step=per_step, unit=self._unit, step=step, seconds=seconds
             )
             self._print(self._rows.header())
         self._print(self._rows.row(metrics, best))

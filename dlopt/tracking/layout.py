@@ -127,8 +127,8 @@ def header_rows(
     """Summarizes a run: overrides, data, model, optimizer and schedule, length and device, folder.
 
     `facts`: what the config does not contain: `overrides` (of the command line), `parameters`, `trainable`, `train`,
-    `val`, `test` (samples), `epochs`, `steps_per_epoch`, `device`, `precision`, `threads`, `folder`. Empty rows are
-    left out.
+    `val`, `test` (samples), `epochs`, `steps_per_epoch`, `steps`, `device`, `precision`, `threads`, `folder`. Empty
+    rows are left out.
     """
     names, values = _choices(config, choices), settings(config)
 
@@ -177,7 +177,10 @@ def _parameters(facts: Mapping[str, Any]) -> str | None:
 def _length(facts: Mapping[str, Any]) -> str | None:
     if facts.get("epochs") is None:
         return None
-    return f"{format_count('epochs', facts['epochs'])} of {format_count('steps', facts['steps_per_epoch'])}"
+    epochs, steps_per_epoch, steps = facts["epochs"], facts["steps_per_epoch"], facts.get("steps")
+    if steps is not None and steps != epochs * steps_per_epoch:
+        return f"{format_count('steps', steps)} ({steps_per_epoch:,} per epoch)"
+    return f"{format_count('epochs', epochs)} of {format_count('steps', steps_per_epoch)}"
 
 
 def _device(facts: Mapping[str, Any]) -> list[str]:
@@ -210,7 +213,7 @@ class EpochRows:
     """The epoch table, printed row by row. The best epoch so far is marked with `*`.
 
     `first`: metrics of the first row, which determine the columns. `width`: of the terminal; None: unlimited.
-    `samples`: training samples per epoch. `epoch`, `seconds`: where the run starts; > 0 if it was resumed.
+    `samples_per_step`: their mean, 0: unknown. `step`, `seconds`: where the run starts; > 0 if it was resumed.
     """
 
     def __init__(
@@ -219,16 +222,16 @@ class EpochRows:
         epochs: int,
         width: int | None,
         *,
-        samples: int = 0,
+        samples_per_step: float = 0.0,
         unit: str = "samples",
-        epoch: int = 0,
+        step: int = 0,
         seconds: float = 0.0,
     ) -> None:
         self.width = width
-        self._epochs, self._samples = epochs, samples
-        self._last = (epoch, seconds)
+        self._epochs, self._samples_per_step = epochs, samples_per_step
+        self._last = (step, seconds)
         derived = {"epoch"} | ({"epoch_seconds"} if "seconds" in first else set())
-        derived |= {"throughput"} if samples and "seconds" in first else set()
+        derived |= {"throughput"} if samples_per_step and "seconds" in first else set()
         titles = {**_TITLES, "throughput": f"{unit}/s"}
         widths = {"epoch": 2 * len(str(epochs)) + 1, **_WIDTHS}
         self._titles = {key: title for key, title in titles.items() if key in derived | first.keys()}
@@ -240,7 +243,7 @@ class EpochRows:
 
     @property
     def last(self) -> tuple[int, float]:
-        """Epoch and seconds of the last row."""
+        """Step and seconds of the last row."""
         return self._last
 
     def header(self) -> Text:
@@ -248,10 +251,10 @@ class EpochRows:
         return Text(" ".join(titles), "bold", no_wrap=True)
 
     def row(self, metrics: Mapping[str, Any], best: bool) -> Text:
-        epochs, seconds = metrics["epoch"] - self._last[0], metrics.get("seconds", 0.0) - self._last[1]
-        throughput = self._samples * epochs / seconds if seconds > 0 else None
+        steps, seconds = metrics["step"] - self._last[0], metrics.get("seconds", 0.0) - self._last[1]
+        throughput = self._samples_per_step * steps / seconds if seconds > 0 else None
         values = {**metrics, "epoch_seconds": seconds, "throughput": throughput}
-        self._last = (metrics["epoch"], metrics.get("seconds", 0.0))
+        self._last = (metrics["step"], metrics.get("seconds", 0.0))
         cells = [self._cell(key, values.get(key)).rjust(width) for key, width in self._widths.items()]
         return Text(" ".join(cells) + (" *" if best else ""), "green" if best else "", no_wrap=True)
 

@@ -100,7 +100,7 @@ class Tracking:
         choices = choices or {}
         total = epochs * steps_per_epoch if steps is None else steps
         folder = None if self._folder is None else f"{layout.short_path(self._folder)} (config.yaml lists every key)"
-        facts = {**facts, "folder": folder, "epochs": epochs, "steps_per_epoch": steps_per_epoch}
+        facts = {**facts, "folder": folder, "epochs": epochs, "steps_per_epoch": steps_per_epoch, "steps": total}
         if self._log is not None:
             self._log.write("starts" if first_step == 0 else f"resumes from step {first_step}")
             for name, values in layout.header_rows(config, choices, facts).items():

@@ -67,7 +67,7 @@ def test_format_epoch() -> None:
 @pytest.mark.parametrize("regression", [True, False])
 def test_rows_are_aligned_with_their_header_and_fit(width: int | None, regression: bool) -> None:
     metrics = {key: value for key, value in METRICS.items() if not (regression and "accuracy" in key)}
-    rows = layout.EpochRows(metrics, 200, width, samples=50_000)
+    rows = layout.EpochRows(metrics, 200, width, samples_per_step=50.0)
     header, row = rows.header().plain, rows.row(metrics, best=False).plain
     assert len(header) == len(row) <= (width or 200) - 2
     assert ("val acc" in header) != regression
@@ -76,11 +76,11 @@ def test_rows_are_aligned_with_their_header_and_fit(width: int | None, regressio
 
 def test_rows_show_the_time_and_throughput_of_their_own_epochs() -> None:
     """Also for the first row after a resume, and where several epochs lie between two evaluations."""
-    rows = layout.EpochRows(METRICS, 200, None, samples=1000, unit="images", epoch=98, seconds=103.4)
+    rows = layout.EpochRows(METRICS, 200, None, samples_per_step=1000 / 30, unit="images", step=METRICS["step"] - 60, seconds=103.4)
     columns = rows.header().plain.replace("epoch time", "epoch_time").replace("total time", "total_time").split()
     assert columns[-3:] == ["epoch_time", "total_time", "images/s"]
     assert rows.row(METRICS, best=True).plain.endswith("20.0 s       2:04      100 *")
-    later = {**METRICS, "epoch": 101, "seconds": 125.4}
+    later = {**METRICS, "epoch": 101, "step": METRICS["step"] + 30, "seconds": 125.4}
     assert rows.row(later, best=False).plain.endswith("2.0 s       2:06      500")
 
 
