@@ -76,7 +76,8 @@ def test_rows_are_aligned_with_their_header_and_fit(width: int | None, regressio
 
 def test_rows_show_the_time_and_throughput_of_their_own_epochs() -> None:
     """Also for the first row after a resume, and where several epochs lie between two evaluations."""
-    rows = layout.EpochRows(METRICS, 200, None, samples_per_step=1000 / 30, unit="images", step=METRICS["step"] - 60, seconds=103.4)
+    start = {"step": METRICS["step"] - 60, "seconds": 103.4}
+    rows = layout.EpochRows(METRICS, 200, None, samples_per_step=1000 / 30, unit="images", **start)
     columns = rows.header().plain.replace("epoch time", "epoch_time").replace("total time", "total_time").split()
     assert columns[-3:] == ["epoch_time", "total_time", "images/s"]
     assert rows.row(METRICS, best=True).plain.endswith("20.0 s       2:04      100 *")
