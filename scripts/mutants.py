@@ -80,14 +80,16 @@ def mutants_of(path: Path) -> Iterator[Mutant]:
         return Mutant(name, node.lineno, start, stop, text, f"{before[:70]} -> {' '.join(text.split())[:70]}")
 
     tree = ast.parse(source)
-    messages = {id(inner) for node in ast.walk(tree) if isinstance(node, ast.Raise) for inner in ast.walk(node)}
-    messages |= {id(inner) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for inner in ast.walk(node)}
+    excluded = {id(inner) for node in ast.walk(tree) if isinstance(node, ast.Raise) for inner in ast.walk(node)}
+    excluded |= {id(inner) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for inner in ast.walk(node)}
+    # zip(..., strict=True) only raises for a mistake of the caller
+    excluded |= {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg == "strict"}
     for function in ast.walk(tree):
         if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
             continue  # what runs at import is not covered by single tests
         for statement in function.body:
             for node in ast.walk(statement):
-                if id(node) in messages:
+                if id(node) in excluded:
                     continue
                 changed: ast.expr | None = None
                 if isinstance(node, ast.Compare) and type(node.ops[0]) in COMPARISONS:

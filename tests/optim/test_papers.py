@@ -328,6 +328,30 @@ def test_kron_learns_to_whiten() -> None:
     assert torch.dist(p @ covariance @ p, torch.eye(6)) < 2  # 5e2 at the start: P = I
 
 
+def test_kron_limits_the_root_mean_square_of_an_update() -> None:
+    p = nn.Parameter(torch.zeros(4, 3, dtype=torch.float64))
+    p.grad = torch.full_like(p, 1e6)
+    Kron([p], lr=0.5).step()
+    assert rms(p.detach().numpy()) == pytest.approx(0.5 * 1.1)
+
+
+def test_kron_balances_the_factors_of_matrices_every_hundred_updates() -> None:
+    p = nn.Parameter(torch.zeros(2, 2, dtype=torch.float64))
+    optimizer = Kron([p], precond_lr=1e-9)
+    p.grad = torch.zeros_like(p)
+
+    def largest() -> list[float]:
+        return [float(optimizer.state[p][f"factor{mode}"].abs().max()) for mode in range(2)]
+
+    optimizer.step()
+    optimizer.state[p]["factor0"].mul_(16.0)
+    for _ in range(98):
+        optimizer.step()
+    assert largest() == pytest.approx([16.0, 1.0], rel=1e-3)
+    optimizer.step()
+    assert largest() == pytest.approx([4.0, 4.0], rel=1e-3)
+
+
 def test_kron_updates_the_preconditioner_less_often_later() -> None:
     optimizer, counts = Kron([nn.Parameter(torch.zeros(2, 2))]), []
     for _ in range(5000):

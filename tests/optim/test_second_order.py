@@ -290,7 +290,7 @@ def test_rejects_large_models() -> None:
 
 def test_rejects_group_learning_rates() -> None:
     groups: list[dict[str, Any]] = [{"params": [nn.Parameter(torch.ones(2))]} for _ in range(2)]
-    for make in (Newton, NewtonCG, BFGS, LBFGS):
+    for make in (Newton, UndampedNewton, NewtonCG, BFGS, LBFGS):
         make([{**group, "weight_decay": 0.0} for group in groups], lr=0.5)
         with pytest.raises(UserError, match="one step length"):
             make([groups[0], {**groups[1], "lr": 0.1}], lr=0.5)

@@ -206,6 +206,29 @@ def test_a_number_of_cycles_divides_the_run(steps: int) -> None:
     assert make("cosine_restarts", steps=steps)(steps) == pytest.approx(0.0, abs=1e-12)
 
 
+def test_cycles_divide_the_steps_after_the_warmup() -> None:
+    factor = cosine_restarts_after(20, 90)  # T_mult 2: 10, 20 and 40 of 70 steps
+    peaks = [t for t in range(20, 90) if factor(t) == pytest.approx(1.0)]
+    assert peaks == [20, 30, 50]
+
+
+def cosine_restarts_after(start: int, steps: int) -> Factor:
+    keys = {key: value for key, value in VALUES["cosine_restarts"].items() if key not in Warmup.__dataclass_fields__}
+    target = get_object(keys.pop("_target_"))
+    built: Factor = target(**keys, horizon=Horizon(start, steps, 10))
+    return built
+
+
+def test_one_cycle_after_a_warmup_is_the_same_cycle_later() -> None:
+    keys = {key: value for key, value in VALUES["one_cycle"].items() if key not in Warmup.__dataclass_fields__}
+    target = get_object(keys.pop("_target_"))
+    late, early = (target(**keys, horizon=Horizon(start, start + 50, 10)) for start in (30, 0))
+    assert [late(30 + t) for t in range(50)] == pytest.approx([early(t) for t in range(50)])
+    assert late(200) == pytest.approx(early(49))  # after its end, the last value
+    equal = target(**{**keys, "base_momentum": 0.9, "max_momentum": 0.9}, horizon=Horizon(0, 50, 10))
+    assert equal.momentum(10) == equal.momentum(40) == pytest.approx(0.9)
+
+
 def test_each_cycle_warms_up() -> None:
     factor = make("cosine_warmup_restarts", steps=60, T_0_steps=20, T_mult=1, cycle_warmup_steps=5, eta_min=0.2)
     cycle = [0.2 + 0.8 * (t + 1) / 6 for t in range(5)]

@@ -1,0 +1,96 @@
+"""Line searches evaluate the points that the algorithms prescribe, and leave the weights at the accepted one."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from dlopt.optim import BFGS, LBFGS, LossClosure, Newton, NewtonCG
+from dlopt.optim.line_search import LinePoint, strong_wolfe
+
+ZERO = torch.zeros(1)
+
+
+class Line:
+    """A function of t that records where it is evaluated."""
+
+    def __init__(self, value: Callable[[float], float], slope: Callable[[float], float]) -> None:
+        self.value, self.slope = value, slope
+        self.evaluated: list[float] = []
+
+    def __call__(self, t: float) -> LinePoint:
+        self.evaluated.append(t)
+        return LinePoint(t, self.value(t), self.slope(t), ZERO)
+
+    @property
+    def start(self) -> LinePoint:
+        return LinePoint(0.0, self.value(0.0), self.slope(0.0), ZERO)
+
+
+def parabola(minimum: float) -> Line:
+    return Line(lambda t: (t - minimum) ** 2, lambda t: 2 * (t - minimum))
+
+
+@pytest.mark.parametrize("minimum", [0.3, 0.7])
+def test_the_second_point_is_the_minimizer_of_a_quadratic(minimum: float) -> None:
+    """The first point overshoots: it is too high for 0.3, and has a positive slope for 0.7."""
+    line = parabola(minimum)
+    found = strong_wolfe(line, line.start, 1.0, c1=1e-4, c2=1e-3, evaluations=10)
+    assert line.evaluated == pytest.approx([1.0, minimum]) and found.t == pytest.approx(minimum)
+
+
+def test_a_short_first_point_is_extended_to_the_minimizer_of_a_quadratic() -> None:
+    line = parabola(0.5)
+    strong_wolfe(line, line.start, 0.1, c1=1e-4, c2=1e-3, evaluations=10)
+    assert line.evaluated == pytest.approx([0.1, 0.5])
+
+
+@pytest.mark.parametrize("minimum", [0.0004, 0.9996])
+def test_a_guess_next_to_an_end_of_the_interval_is_replaced_by_the_midpoint(minimum: float) -> None:
+    line = parabola(minimum)
+    strong_wolfe(line, line.start, 1.0, c1=1e-9, c2=1e-9, evaluations=2)
+    assert line.evaluated == pytest.approx([1.0, 0.5])
+
+
+def test_a_stationary_point_without_sufficient_decrease_is_not_accepted() -> None:
+    """f = -t + 2.9 t^2 - 1.6 t^3 has a maximum of 0.3 at t = 1, and its minimum at t = 5/24."""
+    line = Line(lambda t: -t + 2.9 * t**2 - 1.6 * t**3, lambda t: -1 + 5.8 * t - 4.8 * t**2)
+    found = strong_wolfe(line, line.start, 1.0, c1=0.4, c2=0.1, evaluations=20)
+    assert found.t == pytest.approx(5 / 24, abs=0.02) and found.loss < 0
+
+
+@pytest.mark.parametrize("evaluations", [1, 2, 5])
+def test_evaluates_at_most_as_often_as_allowed(evaluations: int) -> None:
+    falling = Line(lambda t: -t, lambda t: -1.0)  # never satisfies the curvature condition
+    assert strong_wolfe(falling, falling.start, 1.0, c1=1e-4, c2=0.1, evaluations=evaluations).t > 0
+    rising = Line(lambda t: 0.0 if t == 0 else 1.0, lambda t: -1.0)
+    assert strong_wolfe(rising, rising.start, 1.0, c1=1e-4, c2=0.1, evaluations=evaluations).t == 0
+    assert len(falling.evaluated) == len(rising.evaluated) == evaluations
+
+
+def test_steps_grow_at_most_tenfold() -> None:
+    falling = Line(lambda t: -t, lambda t: -1.0)
+    strong_wolfe(falling, falling.start, 1.0, c1=1e-4, c2=0.1, evaluations=4)
+    assert falling.evaluated == pytest.approx([1.0, 10.0, 91.0, 820.0])  # t + 9 (t - the point before)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: BFGS(p, lr=1e9, max_evaluations=1),
+        lambda p: LBFGS(p, lr=1e9, max_iter=1, max_eval=2, line_search_fn="strong_wolfe"),
+        lambda p: Newton(p, lr=1e9, max_backtracks=1),
+        lambda p: NewtonCG(p, lr=1e9, max_backtracks=1),
+    ],
+    ids=["bfgs", "lbfgs", "newton", "newton_cg"],
+)
+def test_a_search_without_success_leaves_the_weights_where_they_were(
+    make: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+) -> None:
+    x = nn.Parameter(torch.tensor([0.3, -0.2], dtype=torch.float64))
+    before = x.detach().clone()
+    optimizer = make([x])
+    optimizer.step(LossClosure(optimizer, lambda: torch.cosh(x).sum() - math.cos(float(x.detach().sum()))))
+    torch.testing.assert_close(x.detach(), before, rtol=0, atol=0)
