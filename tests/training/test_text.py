@@ -134,9 +134,9 @@ def test_summary_counts_shared_weights_once(capsys: pytest.CaptureFixture[str]) 
     assert "parameters: 97,968\n" in capsys.readouterr().out
 
 
-def learns(lines: list[str], folder: Path, optimizer: str) -> None:
+def learns(lines: list[str], folder: Path, optimizer: str, *more: str) -> None:
     kept = [line for line in lines if not line.startswith("optimizer")]
-    summary = start(folder / optimizer, *kept, f"optimizer={optimizer}", "data.batch_size=100", "steps=2")
+    summary = start(folder / optimizer, *kept, f"optimizer={optimizer}", "data.batch_size=100", "steps=2", *more)
     assert math.isfinite(summary["best_val_loss"])
 
 
@@ -149,8 +149,10 @@ def test_optimizers_with_second_derivatives_and_with_matrices(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", sorted(path.stem for path in Path("conf/optimizer").glob("[a-z]*.yaml")))
-def test_every_optimizer_trains_or_is_refused_by_name(lines: list[str], tmp_path: Path, optimizer: str) -> None:
+def test_every_optimizer_trains_or_is_refused(lines: list[str], tmp_path: Path, optimizer: str) -> None:
+    # The full Hessian of this model takes minutes.
+    small = ["optimizer.max_parameters=100"] if optimizer in ("newton", "newton_undamped") else []
     try:
-        learns(lines, tmp_path, optimizer)
+        learns(lines, tmp_path, optimizer, *small)
     except UserError as error:
-        assert str(error).startswith(("optimizer", "data", "parallel")), error
+        assert optimizer in str(error) or str(error).startswith("optimizer"), error
