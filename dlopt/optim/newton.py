@@ -129,7 +129,10 @@ class UndampedNewton(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:
-        """Takes one step and returns the loss before it; none if the loss or the Hessian is not finite."""
+        """Takes one step and returns the loss before it.
+
+        Takes none if the loss or the Hessian is not finite, or so large that its eigenvalues cannot be computed.
+        """
         closure = needs_closure(self, closure)
         loss_of = differentiable_loss(self, closure)
         before = evaluate(closure)
@@ -140,9 +143,13 @@ class UndampedNewton(torch.optim.Optimizer):
             grads = torch.autograd.grad(loss_of(), params, create_graph=True, allow_unused=True)
             gradient = flat_or_zero(grads, params)
         hessian = _hessian(gradient, params)
-        if torch.isfinite(hessian).all():
+        if not torch.isfinite(hessian).all():
+            return before
+        try:
             newton_step = torch.linalg.pinv(hessian, hermitian=True) @ gradient.detach()
-            assign(params, flat(params) - self.param_groups[0]["lr"] * newton_step)
+        except torch.linalg.LinAlgError:
+            return before
+        assign(params, flat(params) - self.param_groups[0]["lr"] * newton_step)
         return before
 
 

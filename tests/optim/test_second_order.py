@@ -288,6 +288,15 @@ def test_rejects_large_models() -> None:
     NewtonCG(big)
 
 
+def test_undamped_newton_stays_where_the_eigenvalues_cannot_be_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise torch.linalg.LinAlgError("linalg.eigh: The algorithm failed to converge")
+
+    monkeypatch.setattr(torch.linalg, "pinv", fails)
+    points = descend(UndampedNewton, rosenbrock, VALLEY, 2)
+    assert all(torch.equal(point, VALLEY) for point in points)
+
+
 def test_rejects_group_learning_rates() -> None:
     groups: list[dict[str, Any]] = [{"params": [nn.Parameter(torch.ones(2))]} for _ in range(2)]
     for make in (Newton, UndampedNewton, NewtonCG, BFGS, LBFGS):
