@@ -191,7 +191,8 @@ def _draw(workload: "Workload", folder: Path, restarts: Sequence[float]) -> dict
     from dlopt.analysis import curves, reconstructions  # late: matplotlib takes long to import
 
     pictures = {"curves": curves.write(folder, restarts)}
-    if (picture := reconstructions.write(workload, folder)) is not None:
+    # Reconstructions are of test images, by the best model, which the final test has loaded.
+    if workload.experiment.settings.evaluate.test and (picture := reconstructions.write(workload, folder)) is not None:
         pictures["reconstructions"] = picture
     return pictures
 

@@ -20,6 +20,7 @@ ExtraMetric = Literal["top5_accuracy", "macro_f1", "calibration_error", "class_a
 @dataclass(frozen=True, kw_only=True)
 class EvaluateSettings:
     every_epochs: Count
+    test: bool
     metrics: list[ExtraMetric]
     tta: Literal["none", "flip", "shift_flip", "ten_crop", "multi_scale_ten_crop"]
     average: Literal["probabilities", "logits"]
@@ -111,7 +112,7 @@ GROUPS: Mapping[str, Group] = {
     "sampler": Group(("targets", "samples", "batch_size", "seed")),
     "augmentation": Group(("input_shape", "classes", "train")),
     "model": Group(("input_shape", "classes", "vocabulary")),
-    "init": Group(("model", "generator", "inputs")),
+    "init": Group(("model", "generator", "inputs", "growth")),
     "loss": Group(("classes",)),
     "optimizer": Group(("params",), Grouping),
     "schedule": Group(("horizon",), Warmup),

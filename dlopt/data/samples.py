@@ -7,14 +7,15 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dlopt.data.images import decode, from_pil, header_size, resize
+from dlopt.data.images import Boxes, decode, decode_boxes, from_pil, header_size, resize
+from dlopt.data.resampling import resize_box
 from dlopt.data.task import Task
 from dlopt.errors import UserError
 
@@ -43,6 +44,28 @@ class Samples(Protocol):
     def select(self, indices: Tensor) -> "Samples":
         """Returns the samples at `indices`, in that order."""
         ...
+
+
+class Reader(Protocol):
+    """Reads samples on request, in worker processes."""
+
+    def fetch(self, requests: Tensor) -> Tensor:
+        """Returns an input for each row of `requests`: an index, or what else the reader needs."""
+        ...
+
+
+class WholeImages(Samples, Protocol):
+    """Images of several sizes: `fetch` returns their centre at one size, `fetch_boxes` any box of them."""
+
+    def fetch_boxes(self, indices: Tensor, boxes: Boxes, size: tuple[int, int]) -> Tensor:
+        """Returns a box of each image at `indices` [B], resized to [B, C, *size]."""
+        ...
+
+
+def whole_images(samples: Samples) -> WholeImages | None:
+    """Returns the samples if `image_size` makes `fetch` cut off a part of the images; otherwise None."""
+    is_cut = isinstance(samples, Files | Wrapped) and samples.image_size is not None and len(samples.shape) == 3
+    return samples if is_cut else None  # type: ignore[return-value]
 
 
 @dataclass
@@ -96,6 +119,9 @@ class InMemory:
 
     def select(self, indices: Tensor) -> "InMemory":
         return InMemory(self.inputs.index_select(0, indices), self.targets.index_select(0, indices))
+
+    def relabel(self, targets: Tensor) -> "InMemory":
+        return InMemory(self.inputs, targets)
 
 
 @dataclass(frozen=True)
@@ -167,10 +193,23 @@ class Files:
             row.copy_(image)
         return result
 
+    def fetch_boxes(self, indices: Tensor, boxes: Boxes, size: tuple[int, int]) -> Tensor:
+        result = torch.empty((len(indices), self.channels, *size), dtype=torch.uint8)
+        with _naming_the_key():
+            images = decode_boxes([self.path(index) for index in indices.tolist()], boxes, size, self.channels)
+            for row, image in zip(result, images, strict=True):
+                row.copy_(image)
+        return result
+
     def select(self, indices: Tensor) -> "Files":
         selected = copy(self)
         selected._images = self._images.select(indices)
         return selected
+
+    def relabel(self, targets: Tensor) -> "Files":
+        relabelled = copy(self)
+        relabelled._images = replace(self._images, targets=targets)
+        return relabelled
 
     def _native_size(self) -> tuple[int, int]:
         with _naming_the_key():
@@ -214,7 +253,7 @@ class Wrapped:
 
     def __init__(self, dataset: Any, image_size: tuple[int, int] | None, key: str) -> None:
         self._dataset = dataset
-        self._image_size = image_size
+        self.image_size = image_size
         self._name = f"{key} ({type(dataset).__module__}.{type(dataset).__qualname__})"
         if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
             raise UserError(f"{self._name}: has no __getitem__ and __len__; expected a map-style torch Dataset")
@@ -238,13 +277,25 @@ class Wrapped:
                 )
         return torch.stack(inputs) if inputs else self._item(0)[0].new_empty((0, *self.shape))
 
+    def fetch_boxes(self, indices: Tensor, boxes: Boxes, size: tuple[int, int]) -> Tensor:
+        images = [self._item(index, resized=False)[0] for index in self._indices[indices].tolist()]
+        heights, widths = (torch.tensor([image.shape[axis] for image in images]) for axis in (1, 2))
+        edges = boxes(heights, widths).tolist()
+        results = [resize_box(image, box, size) for image, box in zip(images, edges, strict=True)]
+        return torch.stack(results) if results else self.fetch(indices).new_empty((0, self.shape[0], *size))
+
     def select(self, indices: Tensor) -> "Wrapped":
         selected = copy(self)
         selected._indices = self._indices[indices]
         selected.targets = self.targets[indices]
         return selected
 
-    def _item(self, index: int) -> tuple[Tensor, Any]:
+    def relabel(self, targets: Tensor) -> "Wrapped":
+        relabelled = copy(self)
+        relabelled.targets = targets
+        return relabelled
+
+    def _item(self, index: int, *, resized: bool = True) -> tuple[Tensor, Any]:
         try:
             item = self._dataset[index]
         except UserError:
@@ -253,7 +304,10 @@ class Wrapped:
             raise UserError(f"{self._name}[{index}]: {type(error).__name__}: {error}") from error
         if not isinstance(item, tuple | list) or len(item) != 2:
             raise UserError(f"{self._name}[{index}]: is {_describe(item)}; expected a pair (input, label)")
-        return self._input(item[0], index), item[1]
+        value = self._input(item[0], index)
+        if resized and self.image_size is not None and value.dim() == 3:
+            value = resize(value.unsqueeze(0), self.image_size).squeeze(0)
+        return value.contiguous(), item[1]
 
     def _input(self, value: Any, index: int) -> Tensor:
         if hasattr(value, "tobytes") and hasattr(value, "mode"):  # a PIL image; avoids importing PIL
@@ -271,9 +325,7 @@ class Wrapped:
             value = value.unsqueeze(0)
         if value.dtype != torch.uint8 or value.dim() == 1:
             value = value.to(torch.float32)
-        if self._image_size is not None and value.dim() == 3:
-            value = resize(value.unsqueeze(0), self._image_size).squeeze(0)
-        return value.contiguous()
+        return value
 
     def _targets(self, first: Any) -> Tensor:
         for attribute in ("targets", "labels"):

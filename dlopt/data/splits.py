@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dlopt.data.images import resize, size_pair
 from dlopt.data.loading import materialize, worker_count
-from dlopt.data.samples import Dataset, InMemory, Samples
+from dlopt.data.samples import Dataset, Files, InMemory, Samples, Wrapped
 from dlopt.data.windows import Windows
 from dlopt.errors import UserError
 from dlopt.processor import available_memory
@@ -29,6 +29,7 @@ class DataSettings:
     val_split: Fraction
     subset: Count | PositiveFraction | None
     split_seed: Seed
+    label_noise: Fraction
     image_size: ImageSize | tuple[ImageSize, ImageSize] | None
     memory: Literal["auto"] | bool
     workers: Natural | Literal["auto"]
@@ -37,15 +38,21 @@ class DataSettings:
 
 
 MEMORY_FRACTION = 0.25  # of the free memory, main or GPU, that data.memory=auto may fill with samples
-_SUBSET, _VAL = 1, 2  # RNG streams: the subset and the validation split are drawn independently
+_SUBSET, _VAL, _NOISE = 1, 2, 3  # RNG streams: subset, validation split and noise are drawn independently
 
 
 def prepare(
-    dataset: Dataset, settings: DataSettings, *, device: torch.device | str = "cpu", processes: int = 1
+    dataset: Dataset,
+    settings: DataSettings,
+    *,
+    device: torch.device | str = "cpu",
+    processes: int = 1,
+    random_crops: bool = False,
 ) -> Dataset:
     """Applies the settings to `dataset`.
 
     In this order: selects `subset` of the training set, splits off the validation set (unless the dataset has one),
+    replaces a fraction of the training labels (`label_noise`),
     resizes images to `image_size`, and decodes training and validation samples into memory if requested or if they
     fit. Test samples are decoded when they are used.
 
@@ -54,6 +61,8 @@ def prepare(
     Args:
         device: device of samples in memory; its free memory counts.
         processes: training processes that share this machine.
+        random_crops: training images are cropped at random. Images that `image_size` would cut are then read from their
+            files in every epoch, because decoded ones have lost their margins.
 
     Raises:
         UserError: the settings do not fit the data, or a sample cannot be read.
@@ -68,6 +77,11 @@ def prepare(
         held_out, kept = split(train, count, settings.split_seed, _VAL, keep_one=True)
         if len(held_out):
             train, val = train.select(kept), train.select(held_out)
+    if settings.label_noise > 0:
+        if regression or dataset.unlabelled is not None:
+            raise UserError(f"data.label_noise={settings.label_noise}: the targets are not classes; use 0")
+        assert isinstance(train, InMemory | Files | Wrapped)  # the sources with class labels
+        train = train.relabel(corrupted(train.targets, len(dataset.classes or ()), settings))
     size = size_pair(settings.image_size)
     train = _resized(train, size)
     val = None if val is None else _resized(val, size)
@@ -79,11 +93,26 @@ def prepare(
                 f"{list(train.shape)}; resize images to one size, for example data.image_size=224"
             )
     splits = [samples for samples in (train, val, test) if samples is not None]
+    if random_crops and whole_images(train) is not None:
+        if settings.memory is True:
+            raise UserError(
+                "data.memory=true: keeps the centre of each image only, but the augmentation crops from the whole image; "
+                "use data.memory=auto"
+            )
+        return replace(dataset, train=train, val=val, test=test)
     in_memory = _load_into_memory(splits, settings, torch.device(device), processes)
     if in_memory:
         train = materialize(train, worker_count(settings.workers, train, processes))
         val = None if val is None else materialize(val, worker_count(settings.workers, val, processes))
     return replace(dataset, train=train, val=val, test=test, in_memory=in_memory)
+
+
+def corrupted(targets: Tensor, classes: int, settings: DataSettings) -> Tensor:
+    """Replaces a fraction `label_noise` of the class indices by other classes, drawn uniformly (symmetric noise)."""
+    rng = generator("cpu", settings.split_seed, _NOISE)
+    chosen = torch.randperm(len(targets), generator=rng)[: round(settings.label_noise * len(targets))]
+    shift = torch.randint(1, max(classes, 2), chosen.shape, generator=rng)
+    return targets.index_put((chosen,), (targets[chosen] + shift) % classes)
 
 
 def split(samples: Samples, count: int, seed: int, *counters: int, keep_one: bool = False) -> tuple[Tensor, Tensor]:

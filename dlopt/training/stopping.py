@@ -34,13 +34,18 @@ def monitored_loss(metrics: Mapping[str, Any], monitor: str) -> float:
     `auto` is val_accuracy, or val_loss in a regression. Non-finite values become infinity. Raises `UserError` if the
     metric is not logged.
     """
-    if monitor == "auto":
-        monitor = "val_accuracy" if metrics.get("val_accuracy") is not None else "val_loss"
+    monitor = resolve_monitor(monitor, metrics)
     value = metrics.get(monitor)
     if value is None:
         logged = ", ".join(sorted(key for key in metrics if key.startswith("val_"))) or "none"
         raise UserError(f"monitor={monitor}: unknown validation metric; this run logs: {logged}")
     return _finite(value if lower_is_better(monitor) else -value)
+
+
+def resolve_monitor(monitor: str, metrics: Mapping[str, Any]) -> str:
+    if monitor != "auto":
+        return monitor
+    return "val_accuracy" if metrics.get("val_accuracy") is not None else "val_loss"
 
 
 def _finite(value: float | None) -> float:
@@ -95,6 +100,25 @@ class Early:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.best, self.waited = state["best"], state["waited"]
+
+
+class Target:
+    """Stops at the first evaluation whose metric is as good as `value` (time to accuracy, Coleman et al. 2017)."""
+
+    def __init__(self, *, monitor: str, value: float) -> None:
+        self.monitor = monitor
+        self.value = value
+        self.should_stop = False
+
+    def update(self, metrics: Mapping[str, Any]) -> None:
+        target = self.value if lower_is_better(resolve_monitor(self.monitor, metrics)) else -self.value
+        self.should_stop = monitored_loss(metrics, self.monitor) <= target
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"should_stop": self.should_stop}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.should_stop = state["should_stop"]
 
 
 class Tolerance:

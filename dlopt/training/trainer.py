@@ -125,7 +125,7 @@ def train(
         summary = summarize(trainer, workload, status)
         if status == "interrupted":
             tracking.message(f"{stop.reason}: stopped; resume with: dlopt train ... resume=auto")
-        else:
+        elif settings.evaluate.test:
             summary |= _test_best(trainer, workload)
         pictures = None
         if draw is not None and status != "interrupted":
@@ -335,6 +335,7 @@ class Trainer:
         metrics: dict[str, Any] = {
             "epoch": epoch,
             "step": progress.step,
+            **self.step.cost(),
             "lr": float(self.step.rate),
             **self.train_metrics.means("train"),
             **self.sampler_metrics(),
@@ -456,7 +457,8 @@ class Trainer:
         self.mode.load_model(self.module, state["model"])
         self.load_optimizer(state["optimizer"])
         self.step.schedule.load_state_dict(state["schedule"])
-        self.step.load_state_dict({key: progress.pop(key) for key in ("lr", "scaler", "accumulate")})
+        step_keys = ("lr", "scaler", "accumulate", *self.step.cost())
+        self.step.load_state_dict({key: progress.pop(key) for key in step_keys})
         self.train_metrics.load_state_dict(progress.pop("sums"))
         sampler = progress.pop("sampler")
         if self.sampler is not None and sampler is not None:

@@ -78,6 +78,7 @@ def line(choice: str) -> tuple[str, ...]:
         "init=whitening": (IMAGES, ("model=resnet20",)),
         "init=whitening_dirac": (IMAGES, ("model=airbench94",)),
         "stopping=tolerance": (DIGITS, MLP),
+        "stopping=target": ((*DIGITS, "stopping.value=0.5"), MLP),
         "parallel=hybrid": ((*DIGITS, "parallel.model_degree=1"), MLP),
     }
     data, model = special.get(choice, (data, model))

@@ -19,6 +19,7 @@ def settings() -> Callable[..., DataSettings]:
             "val_split": 0.0,
             "subset": None,
             "split_seed": 0,
+            "label_noise": 0.0,
             "image_size": None,
             "memory": "auto",
             "workers": 0,

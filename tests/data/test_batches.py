@@ -34,7 +34,7 @@ def batches(samples: Samples, **changed: Any) -> Batches:
 
 
 def shuffled(samples: Samples, **changed: Any) -> Batches:
-    return batches(samples, sampler=Random(targets=samples.targets, seed=5), **changed)
+    return batches(samples, sampler=Random(targets=samples.targets, seed=5, epoch_size=None), **changed)
 
 
 def numbers(pairs: Iterator[tuple[Tensor, Tensor]] | Pairs) -> list[list[int]]:

@@ -33,7 +33,7 @@ def batches(augment: Any, *, source: InMemory | None = None, **keys: Any) -> Bat
     source = samples() if source is None else source
     normalize = Standardize(per="channel", input_shape=source.shape)
     normalize.fit(source)
-    sampler = Random(targets=source.targets, seed=3)
+    sampler = Random(targets=source.targets, seed=3, epoch_size=None)
     acceleration = {key: keys.pop(key) for key in ("recorder", "compiled") if key in keys}
     cpu, order = torch.device("cpu"), torch.channels_last
     delivery = Delivery(cpu, True, 0, normalize=normalize, memory_format=order, **acceleration)

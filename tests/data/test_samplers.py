@@ -25,7 +25,7 @@ from dlopt.data.samples import InMemory
 from dlopt.random import generator
 
 ALL: dict[str, Callable[[InMemory], Sampler]] = {
-    "random": lambda s: Random(targets=s.targets, seed=3),
+    "random": lambda s: Random(targets=s.targets, seed=3, epoch_size=None),
     "sequential": lambda s: Sequential(targets=s.targets),
     "with_replacement": lambda s: WithReplacement(targets=s.targets, seed=3),
     "class_interleaved": lambda s: ClassInterleaved(targets=s.targets, seed=3),
@@ -41,9 +41,9 @@ RANDOM = [name for name in ALL if name != "sequential"]
 @given(count=st.integers(1, 300), seed=st.integers(0, 2**62), epoch=st.integers(0, 10**6))
 def test_random_is_a_permutation_and_a_function_of_seed_and_epoch(count: int, seed: int, epoch: int) -> None:
     targets = torch.zeros(count, dtype=torch.int64)
-    order = Random(targets=targets, seed=seed).order(epoch)
+    order = Random(targets=targets, seed=seed, epoch_size=None).order(epoch)
     assert order.sort().values.tolist() == list(range(count))
-    other = Random(targets=targets, seed=seed)
+    other = Random(targets=targets, seed=seed, epoch_size=None)
     other.order(epoch + 1)
     assert torch.equal(other.order(epoch), order)
     assert torch.equal(order, torch.randperm(count, generator=generator("cpu", seed, epoch)))
@@ -51,13 +51,22 @@ def test_random_is_a_permutation_and_a_function_of_seed_and_epoch(count: int, se
 
 def test_epochs_and_seeds_differ() -> None:
     targets = torch.zeros(100, dtype=torch.int64)
-    orders = {tuple(Random(targets=targets, seed=s).order(e).tolist()) for s in range(3) for e in range(4)}
+    samplers = [Random(targets=targets, seed=seed, epoch_size=None) for seed in range(3)]
+    orders = {tuple(sampler.order(epoch).tolist()) for sampler in samplers for epoch in range(4)}
     assert len(orders) == 12
+
+
+def test_epoch_size_takes_the_first_samples_of_each_order() -> None:
+    targets = torch.zeros(100, dtype=torch.int64)
+    part, full = (Random(targets=targets, seed=3, epoch_size=size) for size in (30, None))
+    assert len(part) == 30 and len(Random(targets=targets, seed=3, epoch_size=200)) == 100
+    for epoch in range(3):
+        assert torch.equal(part.order(epoch), full.order(epoch)[:30])
 
 
 def test_does_not_advance_the_global_generator() -> None:
     before = torch.get_rng_state()
-    Random(targets=torch.zeros(9), seed=0).order(0)
+    Random(targets=torch.zeros(9), seed=0, epoch_size=None).order(0)
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -64,7 +64,7 @@ def test_batches_vary_more_than_random_ones() -> None:
     order = diverse.order(0)
     features = input_features(InMemory(inputs, own))
     ((name, variation),) = diverse.metrics().items()
-    random = Random(targets=own, seed=0)
+    random = Random(targets=own, seed=0, epoch_size=None)
     chance = [batch_variation(features, random.order(epoch), 8) for epoch in range(30)]
     assert name == "batch_variation" and variation == batch_variation(features, order, 8)
     assert abs(np.mean(chance) - 1) < 0.02  # unbiased

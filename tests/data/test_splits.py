@@ -77,8 +77,8 @@ def test_seed_determines_the_selection() -> None:
 def test_splits_are_disjoint(val_split: float, subset: int | float | None, seed: int) -> None:
     dataset = random_dataset([40, 30, 20, 10], test=20)
     settings = DataSettings(
-        batch_size=8, val_split=val_split, subset=subset, split_seed=seed, image_size=None, memory="auto", workers=0,
-        statistics_samples=None, drop_last=False,
+        batch_size=8, val_split=val_split, subset=subset, split_seed=seed, label_noise=0.0, image_size=None,
+        memory="auto", workers=0, statistics_samples=None, drop_last=False,
     )  # fmt: skip
     parts = prepare(dataset, settings)
     assert parts.test is not None
@@ -95,6 +95,25 @@ def test_validation_split_of_the_usual_size(settings: Make) -> None:
     assert parts.val is not None
     assert torch.bincount(parts.val.targets).tolist() == [40, 30, 20, 10]
     assert torch.bincount(parts.train.targets).tolist() == [360, 270, 180, 90]
+
+
+def test_label_noise_changes_a_fraction_of_the_training_labels_only(settings: Make) -> None:
+    dataset = random_dataset([400, 300, 200, 100])
+    clean, noisy = (prepare(dataset, settings(val_split=0.1, label_noise=noise)) for noise in (0.0, 0.3))
+    changed = noisy.train.targets != clean.train.targets
+    assert changed.sum() == 270 and noisy.train.targets.unique().tolist() == [0, 1, 2, 3]
+    wrong = noisy.train.targets[changed & (clean.train.targets == 0)].bincount(minlength=4)
+    assert wrong[0] == 0 and wrong[1:].min() > 20  # the other classes, with equal probability
+    assert noisy.val is not None and clean.val is not None and torch.equal(noisy.val.targets, clean.val.targets)
+    again = prepare(dataset, settings(val_split=0.1, label_noise=0.3))
+    assert torch.equal(again.train.targets, noisy.train.targets)
+
+
+def test_label_noise_needs_classes(settings: Make) -> None:
+    dataset = random_dataset([10, 10])
+    dataset.classes, dataset.train.targets = None, torch.rand(20)
+    with pytest.raises(UserError, match=r"data\.label_noise=0\.3: the targets are not classes"):
+        prepare(dataset, settings(label_noise=0.3))
 
 
 def test_existing_validation_set_is_kept(settings: Make) -> None:

@@ -21,7 +21,7 @@ def test_batches_split_the_tokens_of_a_text(in_memory: bool) -> None:
     windows = torch.randint(11, (9, 6), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     samples = InMemory(windows, torch.zeros(9))
     delivery = Delivery(torch.device("cpu"), in_memory, 0, task=NEXT_TOKEN)
-    batches = Batches(samples, delivery, batch_size=4, sampler=Random(targets=samples.targets, seed=1))
+    batches = Batches(samples, delivery, batch_size=4, sampler=Random(targets=samples.targets, seed=1, epoch_size=None))
     order = batches.sampler.order(0)
     inputs, targets = (torch.cat(column) for column in zip(*batches.epoch(0), strict=True))
     assert inputs.dtype == targets.dtype == torch.int64

@@ -23,7 +23,7 @@ def test_an_epoch_covers_the_text_once_in_shifted_windows(count: int, length: in
     windows = Windows(np.arange(count, dtype=np.uint16), length)
     everything = torch.cat([windows.fetch(torch.tensor([i]))[:, 1:].flatten() for i in range(len(windows))]).int()
     assert everything.tolist() == list(range(1, length * len(windows) + 1)) and count - 1 - len(everything) < length
-    order = ShiftedWindows(Random(targets=windows.targets, seed=3), windows, seed=4)
+    order = ShiftedWindows(Random(targets=windows.targets, seed=3, epoch_size=None), windows, seed=4)
     starts = order.order(epoch)
     assert torch.equal(starts, order.order(epoch)) and len(starts) == len(order) == len(windows)
     first, *rest = sorted(starts.tolist())
@@ -36,10 +36,10 @@ def test_an_epoch_covers_the_text_once_in_shifted_windows(count: int, length: in
 
 def test_the_shift_changes_with_the_epoch_and_not_for_a_subset() -> None:
     windows = Windows(np.arange(2000, dtype=np.uint16), 50)
-    order = ShiftedWindows(Random(targets=windows.targets, seed=3), windows, seed=4)
+    order = ShiftedWindows(Random(targets=windows.targets, seed=3, epoch_size=None), windows, seed=4)
     assert len({int(order.order(epoch).min()) for epoch in range(20)}) > 10
     chosen = windows.select(torch.tensor([1, 5, 7]))
-    subset = ShiftedWindows(Random(targets=chosen.targets, seed=3), chosen, seed=4)
+    subset = ShiftedWindows(Random(targets=chosen.targets, seed=3, epoch_size=None), chosen, seed=4)
     assert sorted(subset.order(3).tolist()) == [50, 250, 350]
     assert torch.equal(chosen.view(CPU), chosen.fetch(torch.arange(3)))
 

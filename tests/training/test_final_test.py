@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from dlopt.training import trainer
 from tests.commands.line import dlopt, refused
+from tests.training.runs import SMALL, start
 
 CONVOLUTIONS = ("model=airbench94", "model.widths=[4,4,4]", "data.subset=60", "epochs=1", "threads=1", "tracking=[]")
 
@@ -27,3 +29,12 @@ def test_final_test_equals_eval_with_the_same_augmentation(tmp_path: Path, avera
 def test_rejects_augmentation_of_vectors_before_training(tmp_path: Path) -> None:
     line = ("data=polynomial", "model=polynomial", "loss=mse", "evaluate.tta=flip", "hydra.run.dir=run")
     assert "are not images" in refused(tmp_path, "train", *line)
+
+
+def test_without_the_final_test_the_test_set_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("the test set was read")
+
+    monkeypatch.setattr(trainer, "test_metrics", refuse)
+    summary = start(tmp_path, *SMALL, "epochs=1", "evaluate.test=false")
+    assert summary["status"] == "finished" and summary["test_loss"] is None and summary["best_val_loss"] > 0

@@ -92,6 +92,13 @@ def evaluated(workload: Workload, samples: Any) -> tuple[Tensor, Tensor]:
 # -- results
 
 
+def test_counts_the_evaluations_of_optimizers_with_several_per_update(tmp_path: Path) -> None:
+    start(tmp_path / "sam", *SMALL, "optimizer=sam", "epochs=2")
+    assert [line["evaluations"] for line in metrics(tmp_path / "sam")] == [8, 16]  # two per update
+    start(tmp_path / "sgd", *SMALL, "epochs=1")
+    assert "evaluations" not in metrics(tmp_path / "sgd")[0]
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_equals_a_hand_written_loop_in_fp64(tmp_path: Path, optimizer: str) -> None:
     """Losses and weights, bitwise."""

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dlopt.errors import UserError
-from dlopt.training.stopping import Best, Early, Never, Tolerance, monitored_loss
+from dlopt.training.stopping import Best, Early, Never, Target, Tolerance, monitored_loss
 
 NAN, INF = math.nan, math.inf
 
 
-def stops_at(stopping: Early, losses: list[float], key: str = "val_loss") -> int | None:
+def stops_at(stopping: Early | Target, losses: list[float], key: str = "val_loss") -> int | None:
     """Returns the evaluation (from 1) at which the run stops."""
     for number, loss in enumerate(losses, start=1):
         stopping.update({"epoch": number, key: loss})
@@ -53,6 +53,24 @@ def test_early_stopping_on_accuracy() -> None:
     assert stops_at(early("val_accuracy"), [0.5, 0.6, 0.7, 0.7, 0.6], "val_accuracy") == 5
     assert stops_at(early("val_accuracy", min_delta=0.05), [0.5, 0.54, 0.56, 0.57], "val_accuracy") is None
     assert stops_at(early("val_accuracy", min_delta=0.05), [0.5, 0.54, 0.55, 0.57], "val_accuracy") == 3
+
+
+@pytest.mark.parametrize(
+    ("monitor", "key", "values", "target", "expected"),
+    [
+        ("val_loss", "val_loss", [3, 2.0, 1], 2.0, 2),  # as good as the target is enough
+        ("val_loss", "val_loss", [NAN, 3, 2.1], 2.0, None),
+        ("val_accuracy", "val_accuracy", [0.5, 0.89, 0.9, 0.8], 0.9, 3),
+        ("auto", "val_accuracy", [0.5, 0.95], 0.9, 2),
+        ("auto", "val_loss", [0.5, 0.1], 0.2, 2),
+    ],
+)
+def test_target(monitor: str, key: str, values: list[float], target: float, expected: int | None) -> None:
+    stopping = Target(monitor=monitor, value=target)
+    assert stops_at(stopping, values, key) == expected
+    resumed = Target(monitor=monitor, value=target)
+    resumed.load_state_dict(stopping.state_dict())
+    assert resumed.should_stop == (expected is not None)
 
 
 @given(losses=st.lists(st.one_of(st.floats(-5, 5), st.just(NAN)), min_size=1, max_size=30), patience=st.integers(1, 4))

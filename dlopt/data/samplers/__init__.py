@@ -10,6 +10,7 @@ from dlopt.data.samplers.classes import ClassBalanced, ClassInterleaved, ClassSo
 from dlopt.data.samplers.diverse import Diverse
 from dlopt.data.samplers.hard import HardExamples
 from dlopt.random import generator
+from dlopt.ranges import Count
 
 __all__ = [
     "ClassBalanced",
@@ -61,20 +62,19 @@ class LossAwareSampler(Sampler, Protocol):
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
-class _Seeded:
-    def __init__(self, *, targets: Tensor, seed: int) -> None:
+class Random:
+    """Visits every sample once, in a new random order each epoch; or only the first `epoch_size` of that order."""
+
+    def __init__(self, *, targets: Tensor, seed: int, epoch_size: Count | None) -> None:
         self._count = len(targets)
+        self._size = self._count if epoch_size is None else min(epoch_size, self._count)
         self._seed = seed
 
     def __len__(self) -> int:
-        return self._count
-
-
-class Random(_Seeded):
-    """Visits every sample once, in a new random order each epoch."""
+        return self._size
 
     def order(self, epoch: int) -> Tensor:
-        return torch.randperm(self._count, generator=generator("cpu", self._seed, epoch))
+        return torch.randperm(self._count, generator=generator("cpu", self._seed, epoch))[: self._size]
 
 
 class Sequential:
@@ -90,8 +90,15 @@ class Sequential:
         return torch.arange(self._count)
 
 
-class WithReplacement(_Seeded):
+class WithReplacement:
     """Draws N of N samples independently: an epoch visits a fraction of about 1 - 1/e of them."""
+
+    def __init__(self, *, targets: Tensor, seed: int) -> None:
+        self._count = len(targets)
+        self._seed = seed
+
+    def __len__(self) -> int:
+        return self._count
 
     def order(self, epoch: int) -> Tensor:
         return torch.randint(self._count, (self._count,), generator=generator("cpu", self._seed, epoch))
