@@ -25,6 +25,7 @@ COMMANDS = {  # name -> function(arguments) -> exit code
     "summary": "dlopt.commands.summary:summary",
     "diagnose": "dlopt.commands.diagnose:diagnose",
     "bench": "dlopt.commands.bench:bench",
+    "benchmark": "dlopt.commands.benchmark:benchmark",
     "report": "dlopt.commands.report:report",
     "runs": "dlopt.commands.runs:runs",
     "options": "dlopt.commands.options:options",
@@ -55,6 +56,7 @@ Analysis:
   show-batch   Plot augmented images
   trajectory   Plot optimizer paths, learning-rate schedules or loss landscapes
   bench        Benchmark parallel modes and devices
+  benchmark    Compare tuned optimizers on several workloads
 
 Reference:
   options      List groups, choices, keys and their defaults

@@ -75,15 +75,23 @@ def halton(*, space: Space, seed: int, scramble: bool) -> Sampler:
     return _sequence(qmc.Halton, space, seed, scramble)
 
 
-def _sequence(engine: Callable[..., Any], space: Space, seed: int, scramble: bool) -> Sampler:
-    def draw(number: int) -> dict[str, Any]:
-        points = engine(len(space.searched), scramble=scramble, seed=np.random.default_rng(seed))
-        if number > 0:
-            points.fast_forward(number)
-        pairs = zip(space.searched.items(), points.random(1)[0], strict=True)
-        return {key: _quantile(distribution, float(x)) for (key, distribution), x in pairs}
+def halton_point(space: Space, seed: int, number: int) -> dict[str, Any]:
+    """Returns the values of point `number` (from 0) of a scrambled Halton sequence."""
+    from scipy.stats import qmc
 
-    return lambda number: _FixedSampler(space, lambda: draw(number))
+    return _point(qmc.Halton, space, seed, True, number)
+
+
+def _sequence(engine: Callable[..., Any], space: Space, seed: int, scramble: bool) -> Sampler:
+    return lambda number: _FixedSampler(space, lambda: _point(engine, space, seed, scramble, number))
+
+
+def _point(engine: Callable[..., Any], space: Space, seed: int, scramble: bool, number: int) -> dict[str, Any]:
+    points = engine(len(space.searched), scramble=scramble, seed=np.random.default_rng(seed))
+    if number > 0:
+        points.fast_forward(number)
+    pairs = zip(space.searched.items(), points.random(1)[0], strict=True)
+    return {key: _quantile(distribution, float(x)) for (key, distribution), x in pairs}
 
 
 def grid(*, space: Space, seed: int) -> Sampler:

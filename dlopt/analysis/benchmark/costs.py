@@ -1,0 +1,80 @@
+"""What the trials do not show: the cost of an update relative to SGD, and the test metrics of the best trials."""
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dlopt.analysis.bench.rank import updates_of
+from dlopt.analysis.benchmark.reading import TEST
+from dlopt.analysis.benchmark.results import Cost
+from dlopt.config.experiment import Experiment
+from dlopt.config.parsing import parse
+from dlopt.config.resolve import resolve_saved
+from dlopt.files import write_atomically
+from dlopt.folders import RunFolder
+from dlopt.training.build import Workload, build_workload
+from dlopt.training.checkpoint import Checkpoints, load
+from dlopt.training.evaluate import test_metrics
+from dlopt.training.trainer import Trainer, dry_run
+
+_WARMUP = 5  # updates
+_PAIRS = 9
+_UPDATES = 20  # of each of a pair; SOAP, Shampoo and Kron update their preconditioners every 10
+
+
+def measure(baseline: Experiment, experiment: Experiment, scratch: Path) -> Cost:
+    """Measures updates of both experiments in turn, which differ in their optimizers only, in this process."""
+    workloads = [build_workload(each) for each in (baseline, experiment)]
+    trainers = [dry_run(workload, scratch, checks=False) for workload in workloads]
+    updates = [updates_of(trainer, workload.device) for trainer, workload in zip(trainers, workloads, strict=True)]
+    for update in updates:
+        _seconds(update, _WARMUP)
+    ratios = []
+    for pair in range(_PAIRS):
+        order = (0, 1) if pair % 2 == 0 else (1, 0)  # neither is always the first
+        seconds = {index: _seconds(updates[index], _UPDATES) for index in order}
+        ratios.append(seconds[1] / seconds[0])
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return Cost(middle, low, high, state_memory(trainers[1]))
+
+
+def _seconds(update: Callable[[], int], count: int) -> float:
+    start = time.perf_counter()
+    for _ in range(count):
+        update()
+    return time.perf_counter() - start
+
+
+def state_memory(trainer: Trainer) -> float:
+    """Returns the bytes of the optimizer's state over those of the parameters."""
+    states = _tensors(list(trainer.step.optimizer.state.values()))
+    parameters = sum(p.numel() * p.element_size() for p in trainer.module.parameters())
+    return sum(tensor.numel() * tensor.element_size() for tensor in states) / parameters
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """Returns the tensors in nested lists and mappings."""
+    if isinstance(value, Tensor):
+        return [value]
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [tensor for child in children for tensor in _tensors(child)]
+
+
+def test_trial(folder: Path) -> None:
+    """Tests the best model of a trial and writes test.json, unless it exists."""
+    run = RunFolder(folder)
+    path, best = folder / TEST, Checkpoints(run.checkpoints).best
+    saved = run.config()
+    if path.exists() or saved is None or not best.is_file():
+        return
+    state = load(best)
+    workload: Workload = build_workload(parse(resolve_saved(saved), saved), state["normalize"])
+    with torch.no_grad():
+        workload.parallel.load_model(workload.module, state["ema"] or state["model"])
+    write_atomically(path, (json.dumps(test_metrics(workload)) + "\n").encode())

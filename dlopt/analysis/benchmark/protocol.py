@@ -1,0 +1,167 @@
+"""The protocol of a benchmark: workloads with targets, search spaces, and the trials of a budget.
+
+After AlgoPerf's external tuning (Dahl et al. 2023): each optimizer is tuned by trials whose hyperparameters are drawn
+quasi-randomly from its search space. A study is one such sample; several independent studies show the luck of tuning.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dlopt.config.choices import config_folder
+from dlopt.config.schema import check_arguments
+from dlopt.errors import UserError, suggest
+from dlopt.plain import load_yaml
+from dlopt.ranges import Count
+
+FOLDER = "benchmark"  # in conf/ and in a --config-dir
+BUDGETS: Mapping[str, tuple[int, int]] = {"tiny": (1, 3), "small": (3, 10), "large": (5, 20)}
+"""Name -> (studies, trials per study). `large` is AlgoPerf's."""
+BASELINES = ("sgd", "rmsprop", "adamw", "nadam")
+"""Optimizers whose results define the targets."""
+TARGET_FRACTION = 0.75  # of a run, at which the baselines define the target
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkloadSpec:
+    """A workload in conf/benchmark/tier/: its experiment, the metric that decides, and the target (null: not fixed)."""
+
+    experiment: str
+    metric: str
+    target: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tier:
+    """A set of workloads, conf/benchmark/tier/NAME.yaml."""
+
+    name: str
+    workloads: Mapping[str, WorkloadSpec]
+
+    def select(self, names: Sequence[str] | None) -> "Tier":
+        """Returns the tier with the named workloads (None: all). Raises `UserError` for an unknown name."""
+        for name in names or ():
+            if name not in self.workloads:
+                raise UserError(f"workloads={name}: unknown; {_suggest(name, self.workloads, 'workloads')}")
+        kept = {key: value for key, value in self.workloads.items() if names is None or key in names}
+        return Tier(name=self.name, workloads=kept)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial: its place in the table. Its seed is the number of its study."""
+
+    workload: str
+    optimizer: str
+    study: int
+    number: int
+
+    @property
+    def subfolder(self) -> str:
+        return f"{self.optimizer}/{self.workload}/{self.study}-{self.number}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TierFile:
+    workloads: dict[str, dict[str, Any]]
+
+
+def load_tier(name: str, config_dir: str | None) -> Tier:
+    """Reads a tier from --config-dir or dlopt's folder. Raises `UserError`."""
+    path = _find("tier", name, config_dir)
+    if path is None:
+        raise UserError(f"tier={name}: unknown; {_suggest(name, _names('tier', config_dir), 'tiers')}")
+    content = check_arguments(f"{path.name}", _TierFile, _load(path))
+    workloads = {
+        key: WorkloadSpec(**check_arguments(f"{path.name}: workloads.{key}", WorkloadSpec, value))
+        for key, value in content["workloads"].items()
+    }
+    if not workloads:
+        raise UserError(f"tier={name}: {path} has no workloads")
+    return Tier(name=name, workloads=workloads)
+
+
+def _suggest(name: str, names: Iterable[str], title: str) -> str:
+    return suggest(name, names, "dlopt benchmark --help", title=title)
+
+
+def load_space(optimizer: str, config_dir: str | None) -> list[str]:
+    """Returns the overrides of an optimizer's search space, some with a range in Hydra's notation.
+
+    Without a file of its own, an optimizer gets that of `_default`. Raises `UserError`.
+    """
+    path = _find("space", optimizer, config_dir) or _find("space", "_default", config_dir)
+    assert path is not None
+    content = _load(path)
+    if not isinstance(content, dict) or not all(isinstance(value, str | int | float) for value in content.values()):
+        raise UserError(f"{path}: must map keys to ranges or values: optimizer.lr: tag(log,interval(0.001,0.1))")
+    return [f"{key}={_text(value)}" for key, value in content.items()]
+
+
+def has_space(optimizer: str, config_dir: str | None) -> bool:
+    return _find("space", optimizer, config_dir) is not None
+
+
+def _text(value: str | int | float) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _find(kind: str, name: str, config_dir: str | None) -> Path | None:
+    if "/" in name or name.startswith("."):
+        return None
+    paths = [folder / FOLDER / kind / f"{name}.yaml" for folder in _folders(config_dir)]
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _names(kind: str, config_dir: str | None) -> list[str]:
+    paths = [path for folder in _folders(config_dir) for path in sorted((folder / FOLDER / kind).glob("[!_]*.yaml"))]
+    return [path.stem for path in paths]
+
+
+def _folders(config_dir: str | None) -> list[Path]:
+    return [*([] if config_dir is None else [Path(config_dir)]), config_folder()]
+
+
+def _load(path: Path) -> Any:
+    try:
+        return load_yaml(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+
+
+def trials_of(workloads: Sequence[str], optimizers: Sequence[str], studies: int, trials: int) -> Iterator[Trial]:
+    """Yields all trials, the first of each study first: an interrupted benchmark has a smaller budget everywhere."""
+    for number in range(trials):
+        for study in range(studies):
+            for workload in workloads:
+                for optimizer in optimizers:
+                    yield Trial(workload, optimizer, study, number)
+
+
+def target_of(curves: Sequence[Sequence[Sequence[tuple[int, float]]]], updates: int, lower_is_better: bool) -> float:
+    """Returns the target of a workload: the median over studies of the best value at three quarters of a full run.
+
+    Args:
+        curves: of the baselines, for each study (of any of them) the (updates, value) curves of its trials.
+        updates: of a full run.
+    """
+    sign = 1.0 if lower_is_better else -1.0
+    best = []
+    for study in curves:
+        values = [
+            sign * value
+            for curve in study
+            for step, value in curve
+            if step <= TARGET_FRACTION * updates and math.isfinite(value)
+        ]
+        best.append(min(values, default=math.inf))
+    middle = sorted(best)[len(best) // 2]
+    return sign * middle
+
+
+def budget_of(budget: str, studies: Count | None, trials: Count | None) -> tuple[int, int]:
+    """Returns (studies, trials per study) of a named budget, of which both may be replaced."""
+    default_studies, default_trials = BUDGETS[budget]
+    return studies or default_studies, trials or default_trials

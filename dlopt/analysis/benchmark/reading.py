@@ -1,0 +1,224 @@
+"""Reads the folder of a benchmark: the manifest, which states what is compared, and the trials' run folders."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dlopt.analysis.benchmark.protocol import Trial, WorkloadSpec
+from dlopt.analysis.benchmark.results import Cell, Cost, Record, Results, Workload
+from dlopt.errors import UserError
+from dlopt.files import read_json, write_atomically
+from dlopt.folders import RunFolder
+from dlopt.locks import locked
+from dlopt.training.stopping import lower_is_better
+
+MANIFEST = "benchmark.json"
+COST = "cost.json"  # in the folder of an optimizer and a workload
+TEST = "test.json"  # in the folder of a trial
+_KILLED = ("killed by ", "its process was killed")  # reasons of a failure that is not the optimizer's
+
+Curve = tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a folder compares.
+
+    Attributes:
+        workloads: name -> experiment, metric, target.
+        optimizers: name -> key -> search space in Hydra's notation, or the fixed value.
+        overrides: of all trials, from the command line.
+        full: trials train to the end, instead of stopping at the target.
+    """
+
+    tier: str
+    studies: int
+    trials: int
+    workloads: Mapping[str, WorkloadSpec]
+    optimizers: Mapping[str, Mapping[str, str]]
+    overrides: Sequence[str]
+    full: bool
+
+    def merged(self, other: "Manifest", folder: Path) -> "Manifest":
+        """Returns the manifest of the trials of both. Raises `UserError` if they contradict each other."""
+        mine, theirs = asdict(self), asdict(other)
+        different = [key for key in ("tier", "overrides", "full") if mine[key] != theirs[key]]
+        for key in ("workloads", "optimizers"):
+            shared = mine[key].keys() & theirs[key].keys()
+            different += [f"{key}.{name}" for name in sorted(shared) if mine[key][name] != theirs[key][name]]
+        if different:
+            raise UserError(
+                f"output={folder}: has trials of another benchmark (different: {', '.join(different)}); use another "
+                "folder"
+            )
+        return replace(
+            other,
+            studies=max(self.studies, other.studies),
+            trials=max(self.trials, other.trials),
+            workloads={**self.workloads, **other.workloads},
+            optimizers={**self.optimizers, **other.optimizers},
+        )
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """Reads the manifest; None if there is none. Raises `UserError` for a damaged one."""
+    path = folder / MANIFEST
+    content = read_json(path)
+    if content is None:
+        return None
+    try:
+        workloads = {name: WorkloadSpec(**spec) for name, spec in content["workloads"].items()}
+        return Manifest(**{**content, "workloads": workloads})
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: is damaged; restore it, or remove it and repeat the command") from None
+
+
+def update_manifest(folder: Path, manifest: Manifest) -> Manifest:
+    """Merges `manifest` into the folder's and returns the result. Raises `UserError` if they contradict each other."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / ".manifest.lock"):
+        former = read_manifest(folder)
+        merged = manifest if former is None else former.merged(manifest, folder)
+        write_atomically(folder / MANIFEST, (json.dumps(asdict(merged), indent=1) + "\n").encode())
+    return merged
+
+
+def has_ended(folder: RunFolder) -> bool:
+    """Returns whether the trial has a result. A failure is one, unless its process was killed."""
+    summary = folder.summary()
+    if summary is None:
+        return False
+    if summary.get("status") == "failed":
+        return not str(summary.get("reason", "")).startswith(_KILLED)
+    return summary.get("status") in ("finished", "stopped_early")
+
+
+# -- trials
+
+
+def collect(folder: Path, manifest: Manifest, facts: Mapping[str, Any]) -> Results:
+    """Reads all trials of the manifest that have ended."""
+    workloads, cells = {}, {}
+    for name, spec in manifest.workloads.items():
+        updates = 0
+        for optimizer, space in manifest.optimizers.items():
+            records, curves = [], []
+            for study in range(manifest.studies):
+                for number in range(manifest.trials):
+                    run = RunFolder(folder / Trial(name, optimizer, study, number).subfolder)
+                    if not has_ended(run):
+                        continue
+                    curve, evaluations = read_curve(run, spec.metric)
+                    updates = updates or full_length(run, curve)
+                    records.append(_record(run, study, number, space, spec, curve, evaluations))
+                    curves.append(curve)
+            best = _best(records, spec.metric)
+            cells[optimizer, name] = Cell(
+                tuple(records),
+                _cost(folder / optimizer / name),
+                () if best is None else curves[best],
+                _tests(folder, optimizer, name, manifest.studies, records, spec.metric),
+            )
+        workloads[name] = Workload(spec.metric, math.nan if spec.target is None else spec.target, updates)
+    spaces = {name: dict(space) for name, space in manifest.optimizers.items()}
+    return Results(manifest.tier, manifest.studies, manifest.trials, workloads, cells, spaces, facts=facts)
+
+
+def read_curve(run: RunFolder, metric: str) -> tuple[Curve, list[int]]:
+    """Returns the curve of a metric against updates, and the evaluations of the loss at each of its points."""
+    path = run.path / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    points = [line for line in lines if metric in line]
+    curve = tuple((line["step"], math.nan if line[metric] is None else float(line[metric])) for line in points)
+    return curve, [line.get("evaluations", line["step"]) for line in points]
+
+
+def full_length(run: RunFolder, curve: Curve) -> int:
+    """Returns the updates of a run without early end; 0 if it failed before its first validation."""
+    config = run.config() or {}
+    if config.get("steps") is not None:
+        return int(config["steps"])
+    every = (config.get("evaluate") or {}).get("every_epochs", 1)
+    return round(config.get("epochs", 0) / every * curve[0][0]) if curve else 0
+
+
+def _record(
+    run: RunFolder,
+    study: int,
+    number: int,
+    space: Mapping[str, str],
+    spec: WorkloadSpec,
+    curve: Curve,
+    evaluations: Sequence[int],
+) -> Record:
+    summary = run.summary() or {}
+    reached = next((i for i, (_, value) in enumerate(curve) if _is_reached(value, spec)), None)
+    values = [value for _, value in curve if math.isfinite(value)]
+    failure = str(summary.get("reason", "failed")) if summary.get("status") == "failed" else ""
+    best = min if lower_is_better(spec.metric) else max
+    return Record(
+        study,
+        number,
+        _values(run, space),
+        math.inf if reached is None else curve[reached][0],
+        math.inf if reached is None else evaluations[reached],
+        values[0] if values else None,
+        best(values) if values else None,
+        None if failure or not curve or not math.isfinite(curve[-1][1]) else curve[-1][1],
+        failure,
+    )
+
+
+def _is_reached(value: float, spec: WorkloadSpec) -> bool:
+    if spec.target is None or not math.isfinite(value):
+        return False
+    return value <= spec.target if lower_is_better(spec.metric) else value >= spec.target
+
+
+def _values(run: RunFolder, space: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the drawn values of a trial, from its overrides."""
+    typed = dict(line.lstrip("+").split("=", 1) for line in run.history() if "=" in line)
+    return {key: yaml.safe_load(typed[key]) for key, text in space.items() if key in typed and typed[key] != text}
+
+
+def _best(records: Sequence[Record], metric: str) -> int | None:
+    """Returns the index of the fastest trial; if none reached the target, of the one with the best metric."""
+    return min((i for i, each in enumerate(records) if each.best is not None), default=None,
+               key=lambda i: _order(records[i], metric))  # fmt: skip
+
+
+def _order(record: Record, metric: str) -> tuple[float, float]:
+    assert record.best is not None
+    return record.updates, record.best if lower_is_better(metric) else -record.best
+
+
+def best_trials(records: Sequence[Record], metric: str) -> dict[int, Record]:
+    """Returns the best trial of each study, chosen as for `Cell.curve`; a study that only failed is left out."""
+    chosen: dict[int, Record] = {}
+    for study in sorted({record.study for record in records}):
+        own = [record for record in records if record.study == study]
+        index = _best(own, metric)
+        if index is not None:
+            chosen[study] = own[index]
+    return chosen
+
+
+def _tests(
+    folder: Path, optimizer: str, workload: str, studies: int, records: Sequence[Record], metric: str
+) -> dict[int, dict[str, float]]:
+    tests = {}
+    for study, record in best_trials(records, metric).items():
+        path = folder / Trial(workload, optimizer, study, record.trial).subfolder / TEST
+        if study < studies and (content := read_json(path)) is not None:
+            tests[study] = content
+    return tests
+
+
+def _cost(folder: Path) -> Cost | None:
+    content = read_json(folder / COST)
+    return None if content is None else Cost(**content)

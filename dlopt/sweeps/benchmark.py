@@ -1,0 +1,174 @@
+"""Runs the trials of a benchmark: each is a job, and several processes may share them through one folder."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from omegaconf import DictConfig
+
+from dlopt.analysis.benchmark.protocol import Trial, WorkloadSpec, has_space, load_space
+from dlopt.analysis.benchmark.reading import has_ended
+from dlopt.config.compose import Composer
+from dlopt.config.parsing import parse
+from dlopt.config.resolve import to_plain
+from dlopt.errors import UserError
+from dlopt.folders import RunFolder
+from dlopt.locks import hold
+from dlopt.sweeps import pool as pools
+from dlopt.sweeps.jobs import Job, Result, compose_or_fail
+from dlopt.sweeps.pool import JobSource, Pool
+from dlopt.sweeps.samplers import halton_point
+from dlopt.sweeps.space import Space, parse_space
+from dlopt.tracking.overview import Overview
+
+_CLAIM = ".claim"  # in a trial's folder, locked by the process that runs the trial
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An optimizer to be benchmarked: the overrides that choose it, and its search space."""
+
+    name: str
+    overrides: Sequence[str]
+    space: Space
+
+    def values(self, study: int, number: int) -> dict[str, Any]:
+        """Draws the hyperparameters of a trial, rounded to four digits. Each study has its own Halton sequence."""
+        drawn = halton_point(self.space, study, number)
+        return {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in drawn.items()}
+
+    def describe(self) -> dict[str, str]:
+        """Returns the space by key, in Hydra's notation, and the fixed values."""
+        fixed = dict(line.split("=", 1) for line in self.space.fixed)
+        return {**fixed, **self.space.describe()}
+
+
+def candidate(composer: Composer, name: str, overrides: Sequence[str]) -> Candidate:
+    """Returns an optimizer given by a choice of the group or by the dotted name of a class. Raises `UserError`.
+
+    `overrides`: those of all trials. The default space is reduced to the keys that the optimizer has.
+    """
+    chosen = [f"optimizer._target_={name}" if "." in name else f"optimizer={name}"]
+    lines = load_space(name, composer.config_dir)
+    space = parse_space(composer.parse(lines))
+    if has_space(name, composer.config_dir):
+        return Candidate(name, chosen, space)
+    lines = [*chosen, *overrides]
+    component = parse(*to_plain(composer.compose(lines), lines)).optimizer
+    searched = {key: value for key, value in space.searched.items() if component.takes(key.removeprefix("optimizer."))}
+    if not searched:
+        raise UserError(
+            f"optimizer={name}: has none of the keys of the default search space ({', '.join(space.searched)}); write "
+            f"its own: benchmark/space/{name}.yaml in a folder given by --config-dir"
+        )
+    return Candidate(name, chosen, Space(searched, space.fixed))
+
+
+@dataclass(frozen=True)
+class Request:
+    """The trials of a benchmark and how each is composed.
+
+    `full`: train to the end, instead of stopping at the target. `overrides`: of all trials, from the command line.
+    """
+
+    folder: Path
+    workloads: Mapping[str, WorkloadSpec]
+    candidates: Mapping[str, Candidate]
+    trials: Sequence[Trial]
+    overrides: Sequence[str]
+    full: bool
+
+    def line(self, trial: Trial) -> list[str]:
+        """Returns the overrides of a trial. All trials of a study have its number as their seed."""
+        chosen = self.candidates[trial.optimizer]
+        drawn = chosen.space.overrides(chosen.values(trial.study, trial.number))
+        return self.compose_line(trial.workload, chosen, drawn, trial.study)
+
+    def compose_line(self, workload: str, chosen: Candidate, drawn: Sequence[str], seed: int) -> list[str]:
+        """Returns the overrides of a run with the hyperparameters `drawn`."""
+        spec = self.workloads[workload]
+        stopping = ["stopping=target", f"stopping.value={spec.target}", f"stopping.monitor={spec.metric}"]
+        return [
+            f"experiment={spec.experiment}",
+            *chosen.overrides,
+            *drawn,
+            *self.overrides,
+            *([] if self.full else stopping),
+            f"monitor={spec.metric}",
+            f"seed={seed}",
+            "evaluate.test=false",
+            "tracking=[]",
+            "log_every_steps=null",
+            "checkpoint.every_epochs=null",
+        ]
+
+    def waiting(self) -> list[Trial]:
+        """Returns the trials without a result."""
+        return [trial for trial in self.trials if not has_ended(self.run_folder(trial))]
+
+    def run_folder(self, trial: Trial) -> RunFolder:
+        return RunFolder(self.folder / trial.subfolder)
+
+
+def run_trials(request: Request, loader: Any, config: DictConfig, pool: Pool) -> int:
+    """Runs the trials that wait for a result; returns how many of them other processes are running.
+
+    `config`: composed for several runs, with hydra.sweep.dir = the benchmark's folder. On a signal, stops the running
+    trials with checkpoints and raises KeyboardInterrupt.
+    """
+
+    def compose_job(trial: Trial, number: int) -> Job:
+        values = request.candidates[trial.optimizer].values(trial.study, trial.number)
+        drawn = ", ".join(f"{key.removeprefix('optimizer.')}={value}" for key, value in values.items())
+        label = f"{trial.optimizer} on {trial.workload}, study {trial.study}, trial {trial.number}: {drawn}"
+        overrides = [*request.line(trial), f"hydra.sweep.subdir={trial.subfolder}"]
+        return compose_or_fail(loader, config, overrides, number, label)
+
+    waiting = request.waiting()
+    overview = Overview(len(waiting), metric="")  # there is no best: trials of different workloads are not comparable
+    source = _Trials(waiting, request, compose_job, overview)
+    pools.run(source, pool, overview)
+    return len(source.waiting)
+
+
+class _Trials(JobSource):
+    """Claims trials one by one. A claim is a lock, which the kernel releases when its process dies."""
+
+    def __init__(
+        self, trials: Sequence[Trial], request: Request, compose_job: Callable[[Trial, int], Job], overview: Overview
+    ) -> None:
+        self.waiting = dict(enumerate(trials))
+        self._request, self._compose_job, self._overview = request, compose_job, overview
+        self._claims: dict[int, IO[str]] = {}
+
+    def next(self) -> Job | None:
+        for number, trial in list(self.waiting.items()):
+            folder = self._request.run_folder(trial)
+            claim = _claim(folder.path)
+            if claim is None:
+                continue
+            del self.waiting[number]
+            if has_ended(folder):  # another process has run it in the meantime
+                claim.close()
+                self._overview.ended(number, trial.subfolder, "finished", {}, known=True)
+                continue
+            self._claims[number] = claim
+            return self._compose_job(trial, number)
+        return None
+
+    def ended(self, job: Job, result: Result) -> None:
+        if has_ended(job.folder):
+            # Only the best model is needed later, for the test; the others serve to resume.
+            for path in job.folder.checkpoints.glob("[!b]*"):
+                path.unlink(missing_ok=True)
+        self._claims.pop(job.number).close()
+
+
+def _claim(folder: Path) -> IO[str] | None:
+    """Locks a trial's folder; None if another process has locked it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        return hold(folder / _CLAIM)
+    except BlockingIOError:
+        return None
