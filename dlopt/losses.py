@@ -88,6 +88,33 @@ class PixelCrossEntropy(nn.Module):
         return F.binary_cross_entropy_with_logits(outputs, targets.to(outputs.dtype))
 
 
+def sampled_cross_entropy(outputs: Tensor, noise: Tensor) -> Tensor:
+    """-log softmax(outputs)_y, mean over predictions, for classes y drawn from the softmax itself.
+
+    outputs [..., K]; noise [...]: uniform on [0, 1); y is the class in whose interval of the cumulative distribution
+    the noise lies. Gradients do not flow through the draw.
+    """
+    with torch.no_grad():
+        wide = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+        cumulative = wide.softmax(-1).cumsum(-1)
+        drawn = noise.to(cumulative.dtype).unsqueeze(-1) * cumulative[..., -1:]
+        classes = torch.searchsorted(cumulative, drawn, right=True).clamp_(max=outputs.shape[-1] - 1)
+    return F.cross_entropy(outputs.flatten(0, -2), classes.flatten())
+
+
+def sampling_obstacle(loss: nn.Module) -> str | None:
+    """Returns why `sampled_cross_entropy` does not have the curvature of `loss`; None: it has.
+
+    Label smoothing and mixed labels change the target distribution only, on which the Gauss-Newton matrix of a softmax
+    does not depend.
+    """
+    if not isinstance(loss, CrossEntropy):
+        return f"loss={type(loss).__name__}: the outputs are no class probabilities; use loss=cross_entropy"
+    if loss.weight is not None:
+        return "loss.class_weights: the curvature depends on the labels; set loss.class_weights=null"
+    return None
+
+
 def reconstructions(outputs: Tensor, loss: nn.Module) -> Tensor:
     """Returns the reconstructed values [N, K] from the outputs: their sigmoid, after training with cross-entropy."""
     return outputs.sigmoid() if isinstance(loss, PixelCrossEntropy) else outputs

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from dlopt.errors import UserError
-from dlopt.losses import MSE, CrossEntropy
+from dlopt.losses import MSE, CrossEntropy, sampled_cross_entropy
 
 CLASSES = 5
 
@@ -60,6 +60,18 @@ def test_micro_batch_losses_add_up_to_the_batch_loss(seed: int, cut: int, smooth
     ):
         parts = cut * loss(outputs[:cut], targets[:cut]) + (7 - cut) * loss(outputs[cut:], targets[cut:])
         torch.testing.assert_close(parts / 7, loss(outputs, targets))
+
+
+def test_sampled_classes_have_the_frequencies_of_the_softmax() -> None:
+    logits = torch.tensor([0.3, -2.0, 1.5, -torch.inf, 0.0])
+    outputs = logits.expand(2, 500, 5).clone().requires_grad_()
+    noise = ((torch.arange(1000) + 0.5) / 1000).view(2, 500)
+    sampled_cross_entropy(outputs, noise).backward()
+    assert outputs.grad is not None
+    probabilities = logits.softmax(0)
+    frequencies = probabilities - outputs.grad.sum((0, 1))  # the gradient is the mean of p - one_hot(class)
+    assert (frequencies - probabilities).abs().max() < 1.1e-3 and frequencies[3] == 0
+    assert torch.isfinite(sampled_cross_entropy(logits[None], torch.tensor([1.0])))  # rounded up to 1
 
 
 def test_rejects_invalid_settings() -> None:

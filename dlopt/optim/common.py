@@ -10,6 +10,7 @@ from torch.optim.optimizer import ParamsT
 from dlopt.errors import UserError
 
 Closure = Callable[[], Any]
+SampledLoss = Callable[[int], tuple[Tensor, int]]
 _CHUNK = 1 << 18  # elements: a chunk's parameters, gradients and state fit into the cache of a CPU core
 
 
@@ -17,11 +18,18 @@ class LossClosure:
     """Closure for a loop that has only a function for the loss: `optimizer.step(LossClosure(optimizer, loss))`.
 
     A call zeroes the gradients, runs backward on `loss()` and returns the detached loss. `closure.loss()` returns the
-    differentiable loss, which Newton methods need for Hessian-vector products.
+    differentiable loss, which Newton methods need for Hessian-vector products. `sampled_loss(seed)` returns (the mean
+    loss for labels drawn from the model's predictions, the number of predictions), which Sophia needs with hessian=gnb.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> None:
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        loss: Callable[[], Tensor],
+        sampled_loss: SampledLoss | None = None,
+    ) -> None:
         self.loss = loss
+        self.sampled_loss = sampled_loss
         self._optimizer = optimizer
 
     def __call__(self) -> Tensor:
@@ -56,6 +64,17 @@ def differentiable_loss(optimizer: torch.optim.Optimizer, closure: Closure) -> C
         raise UserError(
             f"{type(optimizer).__name__}: needs second derivatives; the closure must offer loss(), which returns the "
             f"differentiable loss without running backward (dlopt.optim.LossClosure makes such a closure)"
+        )
+    return loss
+
+
+def sampled_loss(optimizer: torch.optim.Optimizer, closure: Closure) -> SampledLoss:
+    """Returns `closure.sampled_loss` (see `LossClosure`). Raises `UserError` if there is none."""
+    loss: SampledLoss | None = getattr(closure, "sampled_loss", None)
+    if loss is None:
+        raise UserError(
+            f"{type(optimizer).__name__}: draws labels from the model's predictions; the closure must offer "
+            "sampled_loss(seed), which returns the mean loss for such labels and the number of predictions"
         )
     return loss
 

@@ -1,6 +1,6 @@
 """Sophia."""
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -14,22 +14,27 @@ from dlopt.optim.common import (
     evaluate,
     gradients,
     needs_closure,
+    sampled_loss,
     trainable,
 )
-from dlopt.random import generator
+from dlopt.random import generator, stream
 from dlopt.ranges import Count, Fraction, NonNegative, Positive, Seed
 
 
 class Sophia(RealOptimizer):
-    """Momentum divided by an estimate of the Hessian's diagonal, and clipped (Sophia-H, Liu et al. 2023, algorithm 3).
+    """Momentum divided by an estimate of the Hessian's diagonal, and clipped (Liu et al. 2024, algorithm 3).
 
-    m <- beta1 * m + (1 - beta1) * g; every `update_every` updates h <- beta2 * h + (1 - beta2) * u * (H u), with u
-    standard normal and H the Hessian of the batch's loss (Hutchinson's estimator, algorithm 1);
+    m <- beta1 * m + (1 - beta1) * g; every `update_every` updates h <- beta2 * h + (1 - beta2) * estimate;
     theta <- theta - lr * weight_decay * theta - lr * clip(m / max(gamma * h, eps), 1).
 
-    Where h <= 0 the step is the sign of m. The Hessian-vector product needs `closure.loss()` and costs about two
-    backward passes. u depends on `seed` and on the update only. The paper's Gauss-Newton-Bartlett estimator is not
-    included.
+    hessian: the estimate, on the batch of the update:
+        hutchinson  u * (H u), with u standard normal and H the Hessian of the loss (Sophia-H, algorithm 1). Needs
+            `closure.loss()` and costs about two backward passes.
+        gnb  B * g' * g', with g' the gradient of the mean loss for labels that are drawn from the model's softmax, and
+            B their number (Gauss-Newton-Bartlett, Sophia-G, algorithm 2): its mean is the diagonal of the Gauss-Newton
+            matrix, which is never negative. Needs `closure.sampled_loss()` and costs one forward and backward pass.
+
+    Where h <= 0 the step is the sign of m. u and the labels depend on `seed` and on the update only.
     """
 
     evaluations: ClassVar[str] = "many"
@@ -44,11 +49,18 @@ class Sophia(RealOptimizer):
         gamma: Positive = 0.01,
         eps: Positive = 1e-12,
         weight_decay: NonNegative = 0.2,
+        hessian: Literal["hutchinson", "gnb"] = "hutchinson",
         update_every: Count = 10,
         seed: Seed = 0,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "gamma": gamma, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, {**defaults, "update_every": update_every, "seed": seed, "step": 0})
+        estimate = {"hessian": hessian, "update_every": update_every, "seed": seed, "step": 0}
+        super().__init__(params, {**defaults, **estimate})
+
+    @property
+    def samples_labels(self) -> bool:
+        """Whether `step` calls `closure.sampled_loss`."""
+        return bool(self.param_groups[0]["hessian"] == "gnb")
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:
@@ -62,10 +74,22 @@ class Sophia(RealOptimizer):
         return loss
 
     def _estimate_hessian(self, first: dict[str, Any], closure: Closure) -> None:
-        """Averages u * (H u) into the state."""
-        params, loss_of = trainable(self), differentiable_loss(self, closure)
+        """Averages an estimate of the Hessian's diagonal into the state."""
+        params = trainable(self)
         if not params:
             return
+        estimate = self._gauss_newton if self.samples_labels else self._hutchinson
+        for h, new in zip(buffers(self, params, "hessian"), estimate(first, params, closure), strict=True):
+            h.lerp_(torch.zeros_like(h) if new is None else new, 1 - first["betas"][1])
+
+    def _gauss_newton(self, first: dict[str, Any], params: list[Tensor], closure: Closure) -> list[Tensor | None]:
+        with torch.enable_grad():
+            loss, count = sampled_loss(self, closure)(stream(first["seed"], first["step"]))
+            grads = torch.autograd.grad(loss, params, allow_unused=True)
+        return [None if g is None else count * g.square() for g in grads]
+
+    def _hutchinson(self, first: dict[str, Any], params: list[Tensor], closure: Closure) -> list[Tensor | None]:
+        loss_of = differentiable_loss(self, closure)
         draws = [generator(p.device, first["seed"], first["step"], index) for index, p in enumerate(params)]
         noise = [
             torch.randn(p.shape, generator=draw, dtype=p.dtype, device=p.device)
@@ -77,9 +101,7 @@ class Sophia(RealOptimizer):
             products: tuple[Tensor | None, ...] = (None,) * len(params)
             if inner:  # else the loss is linear in the parameters
                 products = torch.autograd.grad(torch.stack(inner).sum(), params, allow_unused=True)
-        hessians = buffers(self, params, "hessian")
-        for h, u, product in zip(hessians, noise, products, strict=True):
-            h.lerp_(torch.zeros_like(h) if product is None else u * product, 1 - first["betas"][1])
+        return [None if product is None else u * product for u, product in zip(noise, products, strict=True)]
 
     def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
         lr, grads = float(group["lr"]), gradients(params)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dlopt import schedules
@@ -12,6 +12,7 @@ from dlopt.config.experiment import Experiment
 from dlopt.config.schema import Component
 from dlopt.errors import UserError
 from dlopt.graphs import CudaRecorder
+from dlopt.losses import sampling_obstacle
 from dlopt.parallel.mode import Mode
 from dlopt.parallel.shards import is_sharded_tensor
 from dlopt.parameters import parameter_groups
@@ -44,6 +45,7 @@ def build_optimizer(workload: Workload) -> torch.optim.Optimizer:
     except ValueError as error:  # third-party optimizers validate their arguments themselves
         raise UserError(f"optimizer={component.target.__name__}: {error}") from None
     check_optimizer(workload.parallel, optimizer)
+    check_label_sampling(workload.parallel, optimizer, workload.loss)
     if fused:
         match_state_layout(optimizer)
     return optimizer
@@ -110,6 +112,21 @@ def check_optimizer(parallel: Mode, optimizer: torch.optim.Optimizer) -> None:
     couples_layers = getattr(optimizer, "couples_layers", _evaluations(optimizer) == "many")
     if parallel.sharding == "layers" and couples_layers:
         raise UserError(f"{name} needs all layers, but each rank has some of them; {advice}")
+
+
+def check_label_sampling(parallel: Mode, optimizer: torch.optim.Optimizer, loss: nn.Module) -> None:
+    """Raises `UserError` if the optimizer needs labels drawn from the predictions, which the run cannot provide."""
+    if not getattr(optimizer, "samples_labels", False):
+        return
+    name = type(optimizer).__name__
+    if parallel.processes > 1:
+        raise UserError(
+            f"parallel={parallel.name}: {name} draws labels from the predictions, and their gradients are not averaged "
+            "over ranks; use parallel=single or another optimizer"
+        )
+    obstacle = sampling_obstacle(loss)
+    if obstacle is not None:
+        raise UserError(f"{obstacle}, or an optimizer that draws no labels (sophia: optimizer.hessian=hutchinson)")
 
 
 def _lr_scale(experiment: Experiment, count: int) -> float:

@@ -8,6 +8,7 @@ and the optimizer then steps without it. This is what allows gradient scaling: `
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.optim import Optimizer
 
+from dlopt.losses import sampled_cross_entropy
 from dlopt.parallel.mode import EpochBatches, MetricRecord, Mode
 from dlopt.random import stream
 from dlopt.schedules import Scheduler
@@ -127,6 +129,7 @@ class Step:
         )
         self._model = precision.autocast(network.model)
         self._loss = precision.autocast(network.loss)
+        self._sampled_loss = precision.autocast(sampled_cross_entropy)
         self._generators = _generators(self.parameters) if is_stochastic(network.module) else []
         may_undo = skip is not None or settings.halve_on_out_of_memory
         self._buffers = _BufferBackup(network.module) if may_undo else None
@@ -211,6 +214,22 @@ class Step:
         with torch.enable_grad(), frozen_statistics(self.module), sdpa_kernel(SDPBackend.MATH):
             self._seed()
             return self.mode.differentiable_loss(self, *self.batch)
+
+    def sampled_loss(self, seed: int) -> tuple[Tensor, int]:
+        """Returns the mean cross-entropy, with its graph, for classes drawn from the model's predictions on the batch,
+        and the number of predictions.
+
+        Each prediction has its own random number, so that the draw does not depend on the micro-batches.
+        """
+        inputs, targets = self.batch
+        shape = targets.shape[:1] if targets.is_floating_point() else targets.shape  # mixed labels: [B, K]
+        draw = torch.Generator(targets.device).manual_seed(seed)
+        noise = torch.rand(shape, generator=draw, device=targets.device)
+        sampling = copy(self)
+        sampling._loss = self._sampled_loss
+        with torch.enable_grad(), frozen_statistics(self.module):
+            self._seed()
+            return self.mode.differentiable_loss(sampling, inputs, noise), noise.numel()
 
     # -- called by the parallel mode (see `dlopt.parallel.mode.MicroSteps`)
 

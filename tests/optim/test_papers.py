@@ -1,5 +1,6 @@
 """Updates of recent optimizers against the algorithms of their papers, written out in NumPy in float64."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from dlopt.errors import UserError
+from dlopt.losses import sampled_cross_entropy
 from dlopt.optim import SOAP, Kron, Lion, LossClosure, Muon, Prodigy, Scion, Sophia, adamw
 from dlopt.optim.kron import update_factors
-from dlopt.random import generator
+from dlopt.random import generator, stream
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 DRAW = np.random.default_rng(0)
@@ -284,6 +286,61 @@ def test_sophia_estimates_the_diagonal_of_a_full_hessian() -> None:
         optimizer.step(LossClosure(optimizer, lambda: p @ hessian @ p / 2))  # type: ignore[arg-type]
     estimate = optimizer.state[p]["hessian"] / (1 - 0.999**600)
     torch.testing.assert_close(estimate, hessian.diagonal(), rtol=0.3, atol=1.0)
+
+
+def test_sophia_g_at_every_update() -> None:
+    """Softmax regression: estimates from labels drawn from the model's predictions (Liu et al. 2024, algorithm 2)."""
+    draw = np.random.default_rng(1)
+    x, y, w = draw.normal(size=(7, 4)), draw.integers(3, size=7), draw.normal(size=(3, 4))
+    p, inputs, targets = nn.Parameter(torch.tensor(w)), torch.tensor(x), torch.tensor(y)
+
+    def noise(seed: int) -> Tensor:
+        return torch.rand(7, generator=generator("cpu", seed))
+
+    optimizer = Sophia([p], lr=LR, weight_decay=DECAY, gamma=0.05, hessian="gnb", update_every=3, seed=5)
+    closure = LossClosure(
+        optimizer,
+        lambda: nn.functional.cross_entropy(inputs @ p.T, targets),
+        lambda seed: (sampled_cross_entropy(inputs @ p.T, noise(seed)), 7),
+    )
+    m, h = np.zeros((3, 4)), np.zeros((3, 4))
+    for t in range(12):
+        optimizer.step(closure)
+        exponentials = np.exp(x @ w.T)
+        probabilities = exponentials / exponentials.sum(1, keepdims=True)
+        if t % 3 == 0:
+            u = noise(stream(5, t)).double().numpy()
+            labels = (probabilities.cumsum(1) <= u[:, None]).sum(1)
+            h = 0.99 * h + 0.01 * 7 * ((probabilities - np.eye(3)[labels]).T @ x / 7) ** 2
+        m = 0.96 * m + 0.04 * (probabilities - np.eye(3)[y]).T @ x / 7
+        w = w - LR * DECAY * w - LR * np.clip(m / np.maximum(0.05 * h, 1e-12), -1, 1)
+        np.testing.assert_allclose(p.detach().numpy(), w, rtol=1e-10, atol=1e-12)
+
+
+def test_labels_drawn_from_the_model_estimate_the_gauss_newton_diagonal() -> None:
+    """The exact mean over all labels: sum of P(labels) B g^2 = diagonal of the mean of J^T (diag(p) - p p^T) J."""
+    draw = torch.Generator().manual_seed(0)
+    inputs = torch.randn(3, 2, generator=draw, dtype=torch.float64)
+    sizes = (4, 2), (4,), (3, 4)
+    params = [nn.Parameter(torch.randn(*size, generator=draw, dtype=torch.float64)) for size in sizes]
+
+    def outputs(first: Tensor, bias: Tensor, last: Tensor) -> Tensor:
+        return torch.tanh(inputs @ first.T + bias) @ last.T
+
+    p = outputs(*params).softmax(1).detach()
+    upper = p.cumsum(1)
+    means = [torch.zeros_like(param) for param in params]
+    for labels in itertools.product(range(3), repeat=3):
+        rows = torch.arange(3), torch.tensor(labels)
+        noise = upper[rows] - p[rows] / 2  # the middle of the class's interval
+        grads = torch.autograd.grad(sampled_cross_entropy(outputs(*params), noise), params)
+        for mean, grad in zip(means, grads, strict=True):
+            mean += p[rows].prod() * 3 * grad**2
+    jacobians = torch.func.jacrev(outputs, argnums=(0, 1, 2))(*params)
+    curvature = torch.diag_embed(p) - p[:, :, None] * p[:, None]
+    for mean, jacobian in zip(means, jacobians, strict=True):
+        exact = torch.einsum("bk...,bkl,bl...->...", jacobian, curvature, jacobian) / 3
+        torch.testing.assert_close(mean, exact.detach(), rtol=1e-11, atol=1e-14)
 
 
 def numpy_factors(q: list[Array], g: Array, noise: Array) -> None:

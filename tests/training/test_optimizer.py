@@ -6,10 +6,11 @@ import torch
 from torch import nn
 
 from dlopt.errors import UserError
+from dlopt.parallel.mode import Mode
 from dlopt.training.build import Workload
 from dlopt.training.build import build_workload as build
 from dlopt.training.checkpoint import load
-from dlopt.training.optimizer import build_optimizer, evaluates_once
+from dlopt.training.optimizer import build_optimizer, check_label_sampling, evaluates_once
 from dlopt.training.precision import Precision
 from tests.training.runs import SMALL, experiment, resume, start
 
@@ -52,6 +53,22 @@ def test_evaluates_once() -> None:
     assert evaluates_once(workload, torch.optim.SGD(parameters, lr=1.0))
     with pytest.raises(UserError, match=r"precision=fp16: LBFGS .*=bf16 or fp32"):
         evaluates_once(workload, lbfgs)
+
+
+def test_refuses_to_draw_labels_without_class_probabilities() -> None:
+    sophia = "optimizer=sophia", "optimizer.hessian=gnb"
+    assert not evaluates_once(build_workload(*sophia), build_optimizer(build_workload(*sophia)))
+    for extra, message in (
+        (["loss=mse"], "loss=MSE: the outputs are no class probabilities; use loss=cross_entropy"),
+        ([f"loss.class_weights=[{','.join('1' * 10)}]"], r"loss.class_weights: .*; set loss.class_weights=null"),
+    ):
+        workload = build_workload(*sophia, *extra)
+        with pytest.raises(UserError, match=message):
+            build_optimizer(workload)
+    workload, mode = build_workload(*sophia), Mode(torch.device("cpu"), "ddp")
+    mode.processes = 2
+    with pytest.raises(UserError, match=r"parallel=ddp: Sophia draws labels .*; use parallel=single"):
+        check_label_sampling(mode, build_optimizer(workload), workload.loss)
 
 
 # -- fused kernels

@@ -272,6 +272,25 @@ def test_loss_is_twice_differentiable() -> None:
     assert any(bool(b.abs().max() > 1e-3) for b in expected)
 
 
+def test_labels_drawn_from_the_predictions_do_not_depend_on_the_micro_batches() -> None:
+    inputs, targets = batch(0, 10, torch.float64)
+    mixed = F.one_hot(targets, 3).double()
+    drawn = []
+    for accumulate, labels in ((1, targets), (3, targets), (4, mixed)):
+        model = net(dropout=0.0, norm=False).double()
+        step = make_step(model, torch.optim.SGD(model.parameters(), lr=1.0), accumulate=accumulate)
+        step.begin(inputs, labels, 0, MetricSum(True))
+        step()
+        before = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        loss, count = step.sampled_loss(7)
+        drawn.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
+        assert count == 10
+        assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), before, strict=True))  # type: ignore[arg-type]
+        assert step.loss().item() != loss.item()
+    for other in drawn[1:]:
+        torch.testing.assert_close(other, drawn[0], rtol=1e-12, atol=1e-14)
+
+
 def test_reports_the_gradient_norm_before_clipping() -> None:
     model = net(dropout=0.0)
     evaluate = make_step(model, torch.optim.SGD(model.parameters(), lr=1.0), clip=ByValue(max_value=1e-3))

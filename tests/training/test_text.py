@@ -76,6 +76,15 @@ def test_a_resumed_run_is_bitwise_identical(lines: list[str], tmp_path: Path, mo
         assert same(states[0]["model"], states[1]["model"]) and same(states[0]["ema"], states[1]["ema"])
 
 
+def test_labels_drawn_by_sophia_are_the_same_after_resuming(lines: list[str], tmp_path: Path) -> None:
+    sophia = [*lines, "model.dropout=0.2", "optimizer=sophia", "optimizer.hessian=gnb", "optimizer.update_every=3"]
+    start(tmp_path / "whole", *sophia)
+    start(tmp_path / "parts", *sophia, "max_time=0.0001")
+    assert resume(tmp_path / "parts", *sophia)["status"] == "finished"
+    states = [torch.load(tmp_path / each / "checkpoints" / "last.pt", weights_only=True) for each in ("whole", "parts")]
+    assert same(states[0]["model"], states[1]["model"]) and same(states[0]["optimizer"], states[1]["optimizer"])
+
+
 @pytest.mark.parametrize("choice", ["sophia", "newton_cg"])
 def test_second_derivatives_of_attention(choice: str, lines: list[str], tmp_path: Path) -> None:
     """Fused attention kernels have no second derivatives."""
