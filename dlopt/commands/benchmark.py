@@ -14,6 +14,7 @@ from dlopt.commands.command import Line, output_folder, read_line, refuse_empty
 from dlopt.config.compose import parse_overrides
 from dlopt.config.saved import typed_values
 from dlopt.errors import DONE, FAILED, INTERRUPTED, UserError, install
+from dlopt.folders import refuse_url
 from dlopt.ranges import Count
 from dlopt.tracking.layout import format_duration, short_path
 
@@ -165,7 +166,8 @@ def _plan(
     own_studies, own_trials = budget_of(budget, studies, trials)
     candidates = {name: candidate(line.composer, name, overrides) for name in names}
     shipped, note = (None, "") if not reference or full else _reference(tier, overrides, own_studies, own_trials)
-    folder = Path("outputs") / "benchmark" / tier if output is None else output_folder(output, "benchmark")
+    folder = Path("outputs") / "benchmark" / tier if output is None else Path(output)
+    refuse_url(str(folder), "output")
     request = Request(
         folder.absolute(),
         chosen.workloads,
@@ -226,6 +228,7 @@ def _run(plan: _Plan, line: Line) -> int:
     waiting = request.waiting()
     if any(each.startswith("dry_run=") and each != "dry_run=false" for each in line.overrides):
         return _list(plan, waiting)
+    output_folder(str(request.folder), "benchmark")
     update_manifest(request.folder, plan.manifest())
     done = len(request.trials) - len(waiting)
     print(f"{len(request.trials)} trials, of which {done} are done; folder: {short_path(request.folder)}", flush=True)

@@ -176,7 +176,8 @@ class Composer:
         return sweeper.sweep(overrides)
 
     def groups(self) -> list[str]:
-        return [name for name in self.loader.list_groups("") if name != "hydra"]
+        not_for_runs = ("hydra", "benchmark")  # the latter has the files of `dlopt benchmark`
+        return [name for name in self.loader.list_groups("") if name not in not_for_runs]
 
     def choices(self, group: str) -> list[str]:
         """Returns the names of a group's choices, including those in subfolders (`lecture/capacity`)."""

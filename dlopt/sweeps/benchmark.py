@@ -145,15 +145,15 @@ class _Trials(JobSource):
     def next(self) -> Job | None:
         for number, trial in list(self.waiting.items()):
             folder = self._request.run_folder(trial)
-            claim = _claim(folder.path)
-            if claim is None:
+            lock = claim(folder.path)
+            if lock is None:
                 continue
             del self.waiting[number]
             if has_ended(folder):  # another process has run it in the meantime
-                claim.close()
+                lock.close()
                 self._overview.ended(number, trial.subfolder, "finished", {}, known=True)
                 continue
-            self._claims[number] = claim
+            self._claims[number] = lock
             return self._compose_job(trial, number)
         return None
 
@@ -165,7 +165,7 @@ class _Trials(JobSource):
         self._claims.pop(job.number).close()
 
 
-def _claim(folder: Path) -> IO[str] | None:
+def claim(folder: Path) -> IO[str] | None:
     """Locks a trial's folder; None if another process has locked it."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
