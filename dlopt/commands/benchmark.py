@@ -98,7 +98,7 @@ class _Plan:
         spaces = {name: each.describe() for name, each in self.request.candidates.items()}
         return Manifest(
             self.tier.name, self.studies, self.trials, self.request.workloads, spaces, list(self.request.overrides),
-            self.request.full,
+            self.request.full, [self.command],
         )  # fmt: skip
 
 
@@ -118,7 +118,8 @@ def benchmark(arguments: list[str]) -> int:
         return line.call(_check)
     names, rest = _optimizers(line)
     own, rest = rest.take(_plan)
-    return _run(_plan(rest, names, " ".join(["dlopt benchmark", *map(shlex.quote, arguments)]), **own), rest)
+    typed = [shlex.quote(each) for each in arguments if not each.startswith("output=")]
+    return _run(_plan(rest, names, " ".join(["dlopt benchmark", *typed]), **own), rest)
 
 
 def _optimizers(line: Line) -> tuple[list[str], Line]:
@@ -240,7 +241,7 @@ def _run(plan: _Plan, line: Line) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)
         return INTERRUPTED
-    return _finish(plan.request.folder, plan.reference, plan.note, plan.command)
+    return _finish(plan.request.folder, plan.reference, plan.note)
 
 
 def _run_trials(line: Line, request: "Request") -> int:
@@ -317,9 +318,8 @@ def _measure(plan: _Plan) -> None:
             costs.test_trial(request.folder / optimizer / workload / f"{study}-{record.trial}")
 
 
-def _finish(folder: Path, reference: "Results | None", note: str, command: str) -> int:
+def _finish(folder: Path, reference: "Results | None", note: str) -> int:
     """Collects the results, prints them, and writes results.json and the page."""
-    from dlopt import environment
     from dlopt.analysis.benchmark.page import write
     from dlopt.analysis.benchmark.reading import collect, read_manifest
     from dlopt.analysis.benchmark.results import to_json
@@ -328,14 +328,7 @@ def _finish(folder: Path, reference: "Results | None", note: str, command: str) 
 
     manifest = read_manifest(folder)
     assert manifest is not None
-    facts = {
-        "command": command,
-        "date": date.today().isoformat(),
-        "overrides": list(manifest.overrides),
-        **environment.versions(),
-        **environment.machine(),
-    }
-    results = collect(folder, manifest, facts)
+    results = collect(folder, manifest, _facts(manifest))
     write_atomically(folder / "results.json", to_json(results).encode())
     shown = results if reference is None else results.with_reference(reference)
     print("\n".join(lines(shown)))
@@ -344,6 +337,19 @@ def _finish(folder: Path, reference: "Results | None", note: str, command: str) 
     for path in write(shown, folder):
         print(short_path(path))
     return DONE
+
+
+def _facts(manifest: "Manifest") -> dict[str, Any]:
+    """Returns how the results were made, without what identifies a person or a host."""
+    from dlopt import environment
+
+    versions, machine = environment.versions(), environment.machine()
+    return {
+        "command": "; ".join(manifest.commands),
+        "date": date.today().isoformat(),
+        **{name: versions[name] for name in ("dlopt", "python", "torch")},
+        **{name: machine[name] for name in ("processor", "cpu_count", "gpu") if machine[name]},
+    }
 
 
 # -- commands on folders
@@ -380,7 +386,7 @@ def _on_folder(action: str, arguments: list[str]) -> int:
         if manifest.full
         else _reference(manifest.tier, manifest.overrides, manifest.studies, manifest.trials)
     )
-    return _finish(folder, reference, note, f"dlopt benchmark report {shlex.quote(folders[0])}")
+    return _finish(folder, reference, note)
 
 
 # -- check of the shipped results

@@ -38,7 +38,7 @@ LINE = {
 
 
 class Plain(torch.optim.Optimizer):
-    """Gradient descent by somebody else."""
+    """Gradient descent of another package."""
 
     sign = -1.0
 

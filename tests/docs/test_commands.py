@@ -30,8 +30,9 @@ LITTLE = {  # what makes a line of that command one of a moment; what is typed l
     "diagnose": ("updates=1", "eigenvalues=0", "batches=1", "data.subset=40", "threads=1"),
     "trajectory": ("steps=3",),
     "show-batch": ("threads=1",),
+    "benchmark": ("dry_run=true",),
 }
-LONG = {"bench"}  # it starts processes and measures
+LONG = {"bench", "--check"}  # start processes and measure
 WATCHING = {"--watch", "--open"}
 COMPOSE_JOB = Request.compose_job
 _HEADS = {".venv/bin/python", "pip", "tensorboard", "git", "cd", "eval", "squeue", "export", "until", "sinfo"}
@@ -178,7 +179,7 @@ def test_lines_of_train_compose_and_validate(line: Line, place: Path) -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        pytest.param(each, marks=pytest.mark.slow if each.arguments and each.arguments[0] in LONG else ())
+        pytest.param(each, marks=pytest.mark.slow if each.arguments and LONG & set(each.arguments) else ())
         for each in OURS
         if (each.arguments or ["train"])[0] != "train"
     ],
@@ -193,11 +194,17 @@ def test_lines_of_other_commands_run(line: Line, place: Path, tmp_path: Path) ->
     more = LITTLE.get(command, ())
     if command == "trajectory" and "function=" not in line.text:
         more = ("points=3", "samples=20") if "checkpoint=" in line.text else ()
+    if command == "benchmark":
+        fewer = () if "workloads=" in line.text else ("workloads=[mlp]",)
+        more = (*more, *fewer) if "optimizer=" in line.text else ()
     if command == "runs" and "clean" in words:
         more = ("--yes",)
         shutil.copytree(place / "outputs/night", tmp_path / "outputs/night")
         place = tmp_path
     result = dlopt(place, *words, *more)
+    if command == "benchmark" and words[1] in ("report", "targets"):
+        assert result.code == 2 and "not the folder of a benchmark" in result.err
+        return
     if command == "consolidate":  # a sharded checkpoint takes several processes: tests/parallel/test_sharded.py
         assert result.code == 2 and "is not sharded" in result.err
         return

@@ -34,6 +34,7 @@ class Manifest:
         optimizers: name -> key -> search space in Hydra's notation, or the fixed value.
         overrides: of all trials, from the command line.
         full: trials train to the end, instead of stopping at the target.
+        commands: that have run the trials, without `output`.
     """
 
     tier: str
@@ -43,6 +44,7 @@ class Manifest:
     optimizers: Mapping[str, Mapping[str, str]]
     overrides: Sequence[str]
     full: bool
+    commands: Sequence[str] = ()
 
     def merged(self, other: "Manifest", folder: Path) -> "Manifest":
         """Returns the manifest of the trials of both. Raises `UserError` if they contradict each other."""
@@ -62,6 +64,7 @@ class Manifest:
             trials=max(self.trials, other.trials),
             workloads={**self.workloads, **other.workloads},
             optimizers={**self.optimizers, **other.optimizers},
+            commands=list(dict.fromkeys([*self.commands, *other.commands])),
         )
 
 
