@@ -280,24 +280,38 @@ def gpt2(model: nn.Module, generator: torch.Generator, *, std: NonNegative, zero
     _finish(model, zero_last_gamma)
 
 
-def mup(
-    model: nn.Module, generator: torch.Generator, *, std: NonNegative, base_width: Count, zero_last_gamma: bool
-) -> None:
-    """muP (Yang et al. 2021, table 3): initial weights for which the best learning rate does not depend on the width.
+class WidthGrowth(NamedTuple):
+    """Names of the weights that grow with the width of the model, which is now `width`."""
 
-    With m = fan_in / base_width: embeddings N(0, std^2), hidden weights N(0, std^2 / m), and the output layer
-    N(0, std^2 / m^2). The rule for Adam's learning rates, lr / m for the hidden weights and the output layer, is set by
-    `optimizer.groups`; scores of attention are divided by d (`model.attention_scale=linear`).
+    width: int
+    hidden: frozenset[str]  # inputs and outputs grow
+    outputs: frozenset[str]  # only the inputs grow
+
+
+def mup(
+    model: nn.Module,
+    generator: torch.Generator,
+    *,
+    growth: WidthGrowth,
+    std: NonNegative,
+    base_width: Count,
+    zero_last_gamma: bool,
+) -> None:
+    """muP (Yang et al. 2022, table 3): initial weights for which the best learning rate does not depend on the width.
+
+    With m = width / base_width: N(0, std^2) for input weights and embeddings, N(0, std^2 / m) for hidden weights, whose
+    inputs and outputs grow with the width, and N(0, std^2 / m^2) for output weights, of which only the inputs grow. The
+    learning rates of hidden and output weights are divided by m (`dlopt.training.mup`), for Adam and its relatives.
+    Where the features per head grow, divide attention scores by their number (`model.attention_scale=linear`).
 
     Errors: UserError if the output layer shares its weights with the embedding.
     """
-    all_weights = list(_zero_biases(model))
     embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
-    for weight in all_weights:
+    m = growth.width / base_width
+    for weight in _zero_biases(model):
         if weight.tensor in embeddings:
             raise UserError("init=mup: scales the output layer, not the embedding; set model.tied_embeddings=false")
-        ratio = weight.fan_in / base_width
-        scale = 1 / ratio if weight is all_weights[-1] else ratio**-0.5
+        scale = 1 / m if weight.name in growth.outputs else m**-0.5 if weight.name in growth.hidden else 1.0
         nn.init.normal_(weight.tensor, std=std * scale, generator=generator)
     _normal_embeddings(model, generator, std)
     _finish(model, zero_last_gamma)

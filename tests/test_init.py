@@ -61,6 +61,8 @@ def apply(choice: str, model: nn.Module, seed: int = 0, **changes: Any) -> nn.Mo
     scheme = getattr(init, keys.pop("_target_").removeprefix("dlopt.init."))
     if choice in DATA_DRIVEN:
         keys["inputs"] = images()
+    if choice == "mup":
+        keys["growth"] = init.WidthGrowth(32, frozenset(), frozenset({"head.weight"}))
     scheme(model, generator(seed), **{**keys, **changes})
     return model
 

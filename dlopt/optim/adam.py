@@ -39,6 +39,7 @@ class CautiousAdamW(RealOptimizer):
     """
 
     elementwise: ClassVar[bool] = False  # nnz is that of the whole tensor
+    normalizes_entries: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -90,6 +91,8 @@ class AdaBelief(RealOptimizer):
     s <- beta2 * s + (1 - beta2) * (g - m)^2 + eps; theta <- theta - lr * m^ / (sqrt(s^) + eps). As in the algorithm,
     eps is added twice; the first one accumulates to eps / (1 - beta2) in s.
     """
+
+    normalizes_entries: ClassVar[bool] = True
 
     def __init__(
         self,

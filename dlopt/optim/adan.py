@@ -1,7 +1,7 @@
 """Adan."""
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ class Adan(RealOptimizer):
     paper's restarts are not included. (pytorch-optimizer's Adan, AdaBelief and AdEMAMix count the updates of a whole
     group: the first update of a parameter without an earlier gradient comes out too short.)
     """
+
+    normalizes_entries: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """AdEMAMix."""
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ class AdEMAMix(RealOptimizer):
     beta1, the latter linearly in its half-life (schedulers f_alpha and f_beta3). The paper sets `warmup` to the length
     of the run.
     """
+
+    normalizes_entries: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -1,6 +1,6 @@
 """ADOPT."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ class ADOPT(RealOptimizer):
     v <- beta2 * v + (1 - beta2) * g^2. The first gradient of a parameter only initializes v = g^2; t counts the
     updates after it. (pytorch-optimizer's ADOPT clips at (t + 1)^(1/4) and has one count for all parameters.)
     """
+
+    normalizes_entries: ClassVar[bool] = True
 
     def __init__(
         self,

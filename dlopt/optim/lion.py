@@ -17,6 +17,8 @@ class Lion(RealOptimizer):
     `cautious` moves no weight against its gradient (C-Lion, see `dlopt.optim.common.make_cautious`).
     """
 
+    normalizes_entries: ClassVar[bool] = True
+
     def __init__(
         self,
         params: ParamsT,
@@ -53,6 +55,7 @@ class Signum(RealOptimizer):
     """
 
     elementwise: ClassVar[bool] = True
+    normalizes_entries: ClassVar[bool] = True
 
     def __init__(
         self, params: ParamsT, *, lr: Positive = 0.0001, momentum: Fraction = 0.9, weight_decay: NonNegative = 0.0

@@ -21,6 +21,7 @@ class MARS(RealOptimizer):
     """
 
     elementwise: ClassVar[bool] = False
+    normalizes_entries: ClassVar[bool] = True
 
     def __init__(
         self,

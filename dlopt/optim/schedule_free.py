@@ -69,6 +69,7 @@ class ScheduleFreeAdamW(_KeepsTrainingPoint, schedulefree.AdamWScheduleFree):
     """Schedule-free AdamW. betas[0] interpolates between the last iterate (0) and the average (1)."""
 
     evaluations: ClassVar[str] = "once"
+    normalizes_entries: ClassVar[bool] = True
 
     def __init__(
         self,

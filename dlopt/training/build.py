@@ -21,6 +21,7 @@ from dlopt.data.splits import prepare
 from dlopt.data.task import Task
 from dlopt.data.windows import Windows
 from dlopt.errors import UserError
+from dlopt.init import WidthGrowth
 from dlopt.parallel.mode import Mode
 from dlopt.parallel.rendezvous import current
 from dlopt.parallel.shard_files import ShardWriter
@@ -29,6 +30,7 @@ from dlopt.processor import choose_device, keep_freed_memory, set_deterministic,
 from dlopt.random import generator, stream
 from dlopt.training import rng, speed
 from dlopt.training.model_check import check_memory, check_outputs, check_reads
+from dlopt.training.mup import width_growth
 from dlopt.training.precision import Precision, choose_precision
 from dlopt.training.rng import AUGMENTATION, ORDER, SCHEME, WEIGHTS
 from dlopt.training.step import Network
@@ -69,6 +71,14 @@ class Workload:
     def shape(self) -> tuple[int, ...]:
         """Shape of the model's input."""
         return self.task.input_shape(self.dataset.train.shape if self.augment is None else self.augment.output_shape)
+
+    @property
+    def growth(self) -> WidthGrowth | None:
+        """The weights that grow with the width, if the initialization (muP) scales them; else None."""
+        init = self.experiment.init
+        if not (init.takes("growth") and init.takes("base_width")):
+            return None
+        return width_growth(self.experiment.model, model_arguments(self.task, self.shape))
 
     @property
     def network(self) -> Network:
@@ -233,6 +243,8 @@ def _build_model(experiment: Experiment, dataset: Dataset, normalize: nn.Module,
             name = experiment.init.target.__name__
             raise UserError(f"init={name}: measures images or features, not text; use init=gpt2 or init=default")
         runtime["inputs"] = _init_inputs(dataset.train, normalize, shape)
+    if experiment.init.takes("growth"):
+        runtime["growth"] = width_growth(experiment.model, model_arguments(dataset.task, shape))
     experiment.init.build(**runtime)
     return module
 

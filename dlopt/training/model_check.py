@@ -49,6 +49,14 @@ def check_memory(model: Component, runtime: dict[str, Any], *, has_gradients: bo
     _refuse_large(model, _count_parameters(model, runtime), has_gradients=has_gradients)
 
 
+def build_on_meta(model: Component, runtime: dict[str, Any]) -> nn.Module:
+    """Builds the model on the meta device, without initialization. Draws no random numbers."""
+    with torch.device("meta"), _SkipInit(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module: nn.Module = model.build(**runtime)
+    return module
+
+
 def check_minimum_memory(model: Component, image_size: tuple[int, int] | None) -> None:
     """Like `check_memory`, before the data is known: counts the weights for one class and the smallest images.
 
@@ -68,9 +76,7 @@ def _count_parameters(model: Component, runtime: dict[str, Any]) -> int:
     if "pretrained" in model.arguments:
         return 0
     try:
-        with torch.device("meta"), _SkipInit(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return sum(parameter.numel() for parameter in model.build(**runtime).parameters())
+        return sum(parameter.numel() for parameter in build_on_meta(model, runtime).parameters())
     except UserError:
         raise
     except Exception as error:

@@ -18,7 +18,7 @@ from dlopt.parallel.shards import is_sharded_tensor
 from dlopt.parameters import parameter_groups
 from dlopt.random import stream
 from dlopt.schedules import Scheduler
-from dlopt.training import cuda_graphs, rng
+from dlopt.training import cuda_graphs, mup, rng
 from dlopt.training.averaging import ExponentialAverage
 from dlopt.training.build import Workload
 from dlopt.training.cuda_graphs import Capture, GraphedStep
@@ -36,8 +36,11 @@ def build_optimizer(workload: Workload) -> torch.optim.Optimizer:
         raise UserError("optimizer.lr=auto: only `dlopt train` runs a range test; set a number")
     if settings.scale_lr != "none":
         component = component.partial(lr=component.arguments["lr"] * _lr_scale(experiment, len(workload.dataset.train)))
+    growth, grouping = workload.growth, experiment.grouping
+    if growth is not None:
+        grouping = mup.with_rates(grouping, growth, experiment.init.arguments["base_width"], component.arguments)
     groups = parameter_groups(
-        workload.module, experiment.grouping, component.arguments, decay_norm_and_bias=settings.decay_norm_and_bias
+        workload.module, grouping, component.arguments, decay_norm_and_bias=settings.decay_norm_and_bias
     )
     fused = can_fuse(component, [p for group in groups for p in group["params"]])
     try:
@@ -46,6 +49,8 @@ def build_optimizer(workload: Workload) -> torch.optim.Optimizer:
         raise UserError(f"optimizer={component.target.__name__}: {error}") from None
     check_optimizer(workload.parallel, optimizer)
     check_label_sampling(workload.parallel, optimizer, workload.loss)
+    if growth is not None:
+        mup.check_optimizer(optimizer)
     if fused:
         match_state_layout(optimizer)
     return optimizer

@@ -14,6 +14,7 @@ from dlopt.folders import RunFolder
 from dlopt.tracking.tracking import Tracking
 from dlopt.training.batch_norm import small_batch_warnings
 from dlopt.training.build import Workload, data_spec
+from dlopt.training.mup import describe_rates
 from dlopt.training.precision import bf16_slowdown
 from dlopt.training.progress import Length
 from dlopt.training.speed import describe_auto
@@ -67,7 +68,9 @@ def log_header(trainer: "Trainer", workload: Workload, length: Length, run: "Run
     )
     chosen = describe_auto(workload.experiment, workload.precision, workload.compile_obstacle, trainer.graph_obstacle)
     pretrained = describe_pretrained(workload.experiment, data_spec(workload)["window"])
-    described = [line for line in (chosen, pretrained) if line]
+    growth, init = workload.growth, workload.experiment.init.arguments
+    rates = None if growth is None else describe_rates(growth, init["base_width"])
+    described = [line for line in (chosen, pretrained, rates) if line]
     for line in [*described, *dataset.notes, *workload.parallel.notes, *small_batch_warnings(workload)]:
         tracking.message(line)
     if trainer.progress.step > 0 or not workload.parallel.is_main:

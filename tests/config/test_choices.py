@@ -61,7 +61,7 @@ def line(choice: str) -> tuple[str, ...]:
         "model=gpt_mini": (TEXT, ()),
         "model=gpt2_small": (TEXT, ()),
         "init=gpt2": (TEXT, GPT),
-        "init=mup": (TEXT, (*GPT, "model.tied_embeddings=false")),
+        "init=mup": (TEXT, (*GPT, "model.tied_embeddings=false", "optimizer=adamw")),
         "data=custom": (("data.train._target_=torchvision.datasets.FakeData", *FAKE), MLP),
         "data=polynomial": (("loss=mse",), MLP),
         "data=linear": (("loss=mse",), MLP),
