@@ -134,6 +134,7 @@ class Step:
         may_undo = skip is not None or settings.halve_on_out_of_memory
         self._buffers = _BufferBackup(network.module) if may_undo else None
         self._record: MetricRecord | None = None  # until the update's first evaluation has used it
+        self._evaluations = 0  # of the loss, in all updates of the run
 
     # -- the update
 
@@ -183,6 +184,7 @@ class Step:
     def __call__(self) -> Tensor:
         """Computes the mean loss of the batch, returned detached, and its clipped gradients, in the parameters."""
         record, self._record = self._record, None
+        self._evaluations += 1
         self.optimizer.zero_grad()
         for observer in self.observers:
             observer.before_evaluation()
@@ -210,6 +212,7 @@ class Step:
 
     def loss(self) -> Tensor:
         """Returns the batch's mean loss with its autograd graph, without backward: for Hessian-vector products."""
+        self._evaluations += 1
         # Fused attention kernels have no second derivatives.
         with torch.enable_grad(), frozen_statistics(self.module), sdpa_kernel(SDPBackend.MATH):
             self._seed()
@@ -221,6 +224,7 @@ class Step:
 
         Each prediction has its own random number, so that the draw does not depend on the micro-batches.
         """
+        self._evaluations += 1
         inputs, targets = self.batch
         shape = targets.shape[:1] if targets.is_floating_point() else targets.shape  # mixed labels: [B, K]
         draw = torch.Generator(targets.device).manual_seed(seed)
@@ -267,12 +271,17 @@ class Step:
         self.check_updates()
         check_weights(self.module, self.check.latest, float(self.rate), self.check.norm)
 
+    def cost(self) -> dict[str, int]:
+        """Returns the evaluations of the loss so far, for optimizers with several per update; otherwise nothing."""
+        return {} if self.settings.evaluates_once else {"evaluations": self._evaluations}
+
     def state_dict(self) -> dict[str, Any]:
         scaler = None if self.scaler is None else self.scaler.state_dict()
-        return {"lr": float(self.rate), "scaler": scaler, "accumulate": self.accumulate}
+        return {"lr": float(self.rate), "scaler": scaler, "accumulate": self.accumulate, **self.cost()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.rate = state["lr"]
+        self._evaluations = state.get("evaluations", 0)
         if self.scaler is not None and state["scaler"] is not None:
             self.scaler.load_state_dict(state["scaler"])
         if self.settings.halve_on_out_of_memory:
