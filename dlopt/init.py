@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from dlopt.errors import UserError
+from dlopt.models.alexnet import AlexNet, TwoColumnAlexNet
 from dlopt.models.layers import ACTIVATIONS
 from dlopt.models.locally_connected import LocallyConnected2d
 from dlopt.ranges import Count, NonNegative, Positive
@@ -88,6 +89,25 @@ def normal(model: nn.Module, generator: torch.Generator, *, std: NonNegative, ze
     for weight in _zero_biases(model):
         nn.init.normal_(weight.tensor, std=std, generator=generator)
     _finish(model, zero_last_gamma)
+
+
+def alexnet(model: nn.Module, generator: torch.Generator, *, std: NonNegative, zero_last_gamma: bool) -> None:
+    """Normal with the same standard deviation for all layers, and some biases of 1 (Krizhevsky et al. 2012, section 5).
+
+    Convolutions 2, 4 and 5 and the hidden fully connected layers start with biases of 1, which give ReLUs positive
+    inputs; all other biases start at 0.
+
+    Errors: UserError for another model than AlexNet.
+    """
+    if not isinstance(model, AlexNet | TwoColumnAlexNet):
+        raise UserError("init=alexnet: sets the biases of certain layers of AlexNet; use model=alexnet, or init=normal")
+    normal(model, generator, std=std, zero_last_gamma=zero_last_gamma)
+    for column in model.columns if isinstance(model, TwoColumnAlexNet) else [model]:
+        layers = [module for module in column.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+        for number in (1, 3, 4, 5, 6):
+            bias = layers[number].bias
+            if bias is not None:  # batch norm has its own
+                nn.init.ones_(bias)
 
 
 def uniform(model: nn.Module, generator: torch.Generator, *, bound: NonNegative, zero_last_gamma: bool) -> None:

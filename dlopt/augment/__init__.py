@@ -2,14 +2,13 @@
 
 from dlopt.augment.choice import RandAugment, RandomMix, TrivialAugment
 from dlopt.augment.colour import Brightness, Contrast, PCAColour, Saturation
+from dlopt.augment.crops import RandomCrop, RandomResizedCrop, RandomScaleCrop
 from dlopt.augment.erasing import Erase, RandomErase
 from dlopt.augment.geometry import (
     AlternatingFlip,
     HorizontalFlip,
     Lens,
     PadCrop,
-    RandomResizedCrop,
-    RandomScaleCrop,
     Rotate,
     Scale,
     ShearX,
@@ -42,6 +41,7 @@ __all__ = [
     "Pipeline",
     "Posterize",
     "RandAugment",
+    "RandomCrop",
     "RandomErase",
     "RandomMix",
     "RandomResizedCrop",

@@ -3,14 +3,12 @@
 import math
 from typing import Annotated, Literal
 
-import torch
 from annotated_types import Ge, Interval
 from torch import Tensor
 
-from dlopt.augment.operation import Draws, Operation, Shape, Step, check_intervals, first_fitting
+from dlopt.augment.operation import Draws, Operation, Shape, Step
 from dlopt.augment.warp import Affine, Radial
-from dlopt.errors import UserError
-from dlopt.ranges import Count, Natural, NonNegative, Positive, PositiveFraction, Probability
+from dlopt.ranges import Natural, NonNegative, Probability
 
 Factor = Annotated[float, Ge(1)]
 Degrees = Annotated[float, Interval(ge=0, le=180)]
@@ -23,7 +21,7 @@ class HorizontalFlip(Operation):
         self.p = p
 
     def plan(self, draws: Draws, shape: Shape) -> list[Step]:
-        return [Affine(shape[1:], xx=1.0 - 2.0 * draws.chance(self.p), exact=True)]
+        return [Affine(shape[1:], xx=1.0 - 2.0 * draws.chance(self.p), exact=True, inside=True)]
 
 
 class AlternatingFlip(Operation):
@@ -37,7 +35,7 @@ class AlternatingFlip(Operation):
         if draws.indices is None or draws.epoch is None:
             raise ValueError("AlternatingFlip needs the samples' indices and the epoch")
         flipped = (_hash(draws.indices) + draws.epoch) % 2 == 0
-        return [Affine(shape[1:], xx=1.0 - 2.0 * flipped, exact=True)]
+        return [Affine(shape[1:], xx=1.0 - 2.0 * flipped, exact=True, inside=True)]
 
 
 def _hash(numbers: Tensor) -> Tensor:
@@ -146,77 +144,3 @@ class Lens(Operation):
 
     def plan(self, draws: Draws, shape: Shape) -> list[Step]:
         return [Radial(draws.symmetric(self.limit))]
-
-
-class RandomScaleCrop(Operation):
-    """Resizes the short side to a random length in `short_side` and crops a random square of `size` pixels.
-
-    The training augmentation of VGG and ResNet (Simonyan & Zisserman 2015; He et al. 2016).
-    """
-
-    def __init__(self, *, short_side: tuple[Count, Count], size: Count) -> None:
-        if not size <= short_side[0] <= short_side[1]:
-            raise UserError(
-                f"short_side=[{short_side[0]},{short_side[1]}]: must be increasing and not below size={size}"
-            )
-        self.short_side = short_side
-        self.size = size
-
-    def output_shape(self, shape: Shape) -> Shape:
-        return shape[0], self.size, self.size
-
-    def plan(self, draws: Draws, shape: Shape) -> list[Step]:
-        scale = draws.integers(*self.short_side) / min(shape[1:])
-        (xx, x), (yy, y) = self._axis(draws, scale, shape[2]), self._axis(draws, scale, shape[1])
-        shrink = min(shape[1:]) / self.short_side[0]
-        return [Affine(self.output_shape(shape)[1:], xx=xx, dx=x, yy=yy, dy=y, shrink=shrink)]
-
-    def _axis(self, draws: Draws, scale: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """Returns (scale, shift) of the map along one axis."""
-        scaled = (length * scale + 1e-3).floor()  # pixels; without the 1e-3, rounding could lose one
-        start = (draws.position() * (scaled - self.size + 1)).floor()
-        return length / scaled, (start + self.size / 2 - scaled / 2) * (length / scaled)
-
-
-class RandomResizedCrop(Operation):
-    """Resizes a random crop of the image to `size` x `size` pixels (null: to the image's size).
-
-    The crop has a fraction of the area uniform in `scale`, and a ratio of width to height log-uniform in `ratio`
-    (Szegedy et al. 2015). As torchvision, uses the first of ten random crops that fits, else a central crop.
-    """
-
-    def __init__(
-        self, *, size: Count | None, scale: tuple[PositiveFraction, PositiveFraction], ratio: tuple[Positive, Positive]
-    ) -> None:
-        check_intervals(scale=scale, ratio=ratio)
-        self.size = size
-        self.scale = scale
-        self.ratio = ratio
-
-    def output_shape(self, shape: Shape) -> Shape:
-        return shape if self.size is None else (shape[0], self.size, self.size)
-
-    def plan(self, draws: Draws, shape: Shape) -> list[Step]:
-        height, width = shape[1:]
-        area = draws.uniform(*self.scale, 10) * (height * width)
-        ratio = draws.uniform(math.log(self.ratio[0]), math.log(self.ratio[1]), 10).exp()
-        w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
-        fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
-        w, h = first_fitting(fits, w, h)
-        bounded = min(max(width / height, self.ratio[0]), self.ratio[1])
-        any_fits = fits.any(1)
-        w = torch.where(any_fits, w, min(width, round(height * bounded)))
-        h = torch.where(any_fits, h, min(height, round(width / bounded)))
-        left = torch.where(any_fits, draws.position() * (width - w + 1), (width - w) / 2).floor()
-        top = torch.where(any_fits, draws.position() * (height - h + 1), (height - h) / 2).floor()
-        out = self.output_shape(shape)
-        return [
-            Affine(
-                out[1:],
-                xx=w / out[2],
-                dx=left + w / 2 - width / 2,
-                yy=h / out[1],
-                dy=top + h / 2 - height / 2,
-                shrink=math.sqrt(self.scale[1]) * max(height / out[1], width / out[2]),
-            )
-        ]

@@ -6,8 +6,10 @@ from typing import Any
 from torch import Generator, Tensor
 
 from dlopt.augment.colour import Colour
+from dlopt.augment.crops import CropReader, ResizingCrop
 from dlopt.augment.operation import Draws, MixingStep, Operation, PixelStep, Step, Warp, image_shape
 from dlopt.augment.warp import Border, warp
+from dlopt.data.samples import Samples, whole_images
 from dlopt.errors import UserError
 
 
@@ -124,6 +126,33 @@ def _compose(steps: list[PixelStep]) -> list[PixelStep]:
         else:
             result.append(step)
     return result
+
+
+def crop_when_reading(
+    pipeline: Pipeline | None, samples: Samples, seed: int
+) -> tuple[CropReader | None, Pipeline | None]:
+    """Returns a reader that applies the random crop of the pipeline to whole image files, and the other operations.
+
+    Without a crop, or if the samples show the whole images, returns None and the pipeline.
+
+    Raises `UserError` if the crop is not the first operation.
+    """
+    images = whole_images(samples)
+    operations = [] if pipeline is None or images is None else pipeline.operations
+    first = next((i for i, operation in enumerate(operations) if isinstance(operation, ResizingCrop)), None)
+    if pipeline is None or images is None or first is None:
+        return None, pipeline
+    crop, *others = operations
+    if not isinstance(crop, ResizingCrop):
+        raise UserError(
+            f"augmentation.operations.{first}: {type(operations[first]).__name__} must be the first operation, because "
+            "it crops whole image files while they are read"
+        )
+    shape = image_shape(samples.shape)
+    if not others:
+        return CropReader(images, crop, shape, seed), None
+    rest = Pipeline(operations=others, border=pipeline.border, input_shape=crop.output_shape(shape))
+    return CropReader(images, crop, shape, seed), rest
 
 
 class CentreCrop:

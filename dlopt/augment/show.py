@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dlopt.augment.operation import Draws, FixedStrengthDraws, Operation, Shape, image_shape
 from dlopt.augment.pipeline import Pipeline
+from dlopt.data.batches import Augment
 from dlopt.random import generator
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def operations_picture(pipeline: Pipeline, images: Tensor, *, title: str = "", t
 
 
 def batch_picture(
-    pipelines: Mapping[str, Pipeline],
+    pipelines: Mapping[str, Augment],
     images: Tensor,
     targets: Tensor,
     *,

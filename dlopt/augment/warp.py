@@ -3,6 +3,7 @@
 Coordinates are in pixels from the image's centre, x to the right and y down.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dlopt.augment.operation import Warp
+from dlopt.data.resampling import Taps, filter_taps, resample
 
 Border = Literal["zero", "reflect"]
 Entry = Tensor | float
@@ -22,8 +24,9 @@ Entry = Tensor | float
 class Affine(Warp):
     """Maps output pixel (x, y) to input pixel (xx x + xy y + dx, yx x + yy y + dy).
 
-    The output has `size` (height, width). `exact` promises that all maps are flips and whole-pixel shifts. `shrink` is
-    the largest factor by which the step may shrink an image: from 1.5, several samples are averaged per output pixel.
+    The output has `size` (height, width). `exact` promises that all maps are flips and whole-pixel shifts. `inside`
+    promises that they scale along the axes and do not leave the image. `shrink` is the largest factor by which the step
+    may shrink an image.
     """
 
     size: tuple[int, int]
@@ -34,6 +37,7 @@ class Affine(Warp):
     yy: Entry = 1.0
     dy: Entry = 0.0
     exact: bool = False
+    inside: bool = False
     shrink: float = 1.0
 
     def masked(self, mask: Tensor) -> Self:
@@ -60,6 +64,7 @@ class Affine(Warp):
             yy=_plus(_times(a.yx, b.xy), _times(a.yy, b.yy)),
             dy=_plus(_plus(_times(a.yx, b.dx), _times(a.yy, b.dy)), a.dy),
             exact=a.exact and b.exact,
+            inside=a.inside and b.inside,
             shrink=a.shrink * b.shrink,
         )
 
@@ -100,6 +105,9 @@ class Radial(Warp):
 def warp(images: Tensor, steps: Sequence[Warp], border: Border) -> Tensor:
     """Warps images [b, C, H, W] by all steps with one bilinear resampling; pixels that do not move keep their values.
 
+    Shrinking is anti-aliased: crops and flips as in Pillow and torchvision; with other maps, several samples are
+    averaged per output pixel.
+
     Returns float32; if all steps are exact, the images' dtype and values.
     """
     chain: list[Affine | Radial] = []
@@ -109,9 +117,30 @@ def warp(images: Tensor, steps: Sequence[Warp], border: Border) -> Tensor:
         else:
             assert isinstance(step, Affine | Radial)
             chain.append(step)
-    if len(chain) == 1 and isinstance(chain[0], Affine) and chain[0].exact:
-        return _copy(images, chain[0], border)
+    if len(chain) == 1 and isinstance(chain[0], Affine):
+        if chain[0].exact:
+            return _copy(images, chain[0], border)
+        if chain[0].inside:
+            return _resize(images.float(), chain[0])
     return _resample(images.float(), chain, border)
+
+
+def _resize(images: Tensor, step: Affine) -> Tensor:
+    """Resizes a box of each image, and flips it; pixels outside the box, but within the image, count at its edge."""
+    rows, columns = (
+        _axis_taps(scale, shift, count, length, step.shrink, images.device)
+        for scale, shift, count, length in (
+            (step.yy, step.dy, step.size[0], images.shape[2]),
+            (step.xx, step.dx, step.size[1], images.shape[3]),
+        )
+    )
+    return resample(images, rows, columns)
+
+
+def _axis_taps(scale: Entry, shift: Entry, count: int, length: int, shrink: float, device: torch.device) -> Taps:
+    scale, shift = (entry[:, None] if isinstance(entry, Tensor) else entry for entry in (scale, shift))
+    centred = torch.arange(count, device=device, dtype=torch.float32)[None] - (count - 1) / 2
+    return filter_taps(centred * scale + (shift + length / 2), scale, length, shrink)
 
 
 def _resample(images: Tensor, chain: Sequence[Affine | Radial], border: Border) -> Tensor:
@@ -127,7 +156,7 @@ def _resample(images: Tensor, chain: Sequence[Affine | Radial], border: Border) 
     for step in chain:
         sizes.append(step.size if isinstance(step, Affine) else sizes[-1])
         shrink *= step.shrink if isinstance(step, Affine) else 1.0
-    oversampling = max(1, round(shrink))
+    oversampling = math.ceil(max(1.0, shrink) - 1e-6)
     y, x = (
         (torch.arange(n * oversampling, device=images.device, dtype=torch.float32) - (n * oversampling - 1) / 2)
         / oversampling

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Interval
 
@@ -12,8 +12,12 @@ from dlopt.tracking.layout import short_path
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
 
+    from dlopt.augment import Pipeline
     from dlopt.config.experiment import Experiment
+    from dlopt.data.batches import Augment
+    from dlopt.data.samples import Samples
 
 USAGE = """\
 Plot augmented images
@@ -102,7 +106,10 @@ def _draw(experiments: Mapping[str, "Experiment"], tile: int) -> tuple["Image", 
         for label, each in experiments.items()
     }
     batch = batch_picture(
-        pipelines,
+        {
+            label: _reading_crops(pipeline, train, order, settings.augmentation_seed)
+            for label, pipeline in pipelines.items()
+        },
         images,
         targets,
         seed=settings.augmentation_seed,
@@ -114,3 +121,22 @@ def _draw(experiments: Mapping[str, "Experiment"], tile: int) -> tuple["Image", 
     if others or not pipeline.operations:
         return batch, None
     return batch, operations_picture(pipeline, images, title=f"augmentation={label}: its operations", tile=tile)
+
+
+def _reading_crops(pipeline: "Pipeline", train: "Samples", order: "Tensor", seed: int) -> "Augment":
+    """Returns the augmentation of the samples `order`, which crops whole image files as training does."""
+    import torch
+
+    from dlopt.augment.pipeline import crop_when_reading
+
+    reader, others = crop_when_reading(pipeline, train, seed)
+    if reader is None:
+        return pipeline
+
+    def augment(
+        inputs: "Tensor", targets: "Tensor", *, indices: "Tensor", epoch: "int | Tensor", **position: Any
+    ) -> "tuple[Tensor, Tensor]":
+        crops = reader.fetch(torch.stack([order, torch.full_like(order, int(epoch)), indices], 1))
+        return (crops, targets) if others is None else others(crops, targets, indices=indices, epoch=epoch, **position)
+
+    return augment

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dlopt.data.loading import CudaTransferStream, Loader, on_device, prefetch, worker_count
 from dlopt.data.samplers import LossAwareSampler, Sampler, Sequential
-from dlopt.data.samples import Samples
+from dlopt.data.samples import Reader, Samples
 from dlopt.data.task import Task
 from dlopt.errors import UserError
 from dlopt.graphs import GraphedFunction, Recorder
@@ -78,6 +78,8 @@ class Batches:
         augment: see `Augment`; None: no augmentation.
         seed: of the augmentation's random numbers.
         shard: maps the size of a global batch to this rank's positions in it; None: the whole batch.
+        reader: reads the inputs in place of `samples`, in worker processes, for requests [B, 3] of index, update and
+            position in the global batch.
 
     Raises:
         UserError: `drop_last` leaves no batch, or a sample cannot be read.
@@ -94,6 +96,7 @@ class Batches:
         augment: Augment | None = None,
         seed: int = 0,
         shard: Callable[[int], slice | Tensor] | None = None,
+        reader: Reader | None = None,
     ) -> None:
         self._device = device = delivery.device
         self.sampler = sampler if sampler is not None else Sequential(targets=samples.targets)
@@ -116,10 +119,12 @@ class Batches:
         self._labels = samples.targets.to(device) if has_labels else torch.zeros((), device=device).expand(len(samples))
         self._inputs: Tensor | None = None
         self._loader: Loader | None = None
-        if delivery.in_memory:
+        self._reader = reader
+        if delivery.in_memory and reader is None:
             self._inputs = on_device(samples, delivery.workers, device)
         else:
-            self._loader = Loader(samples, worker_count(delivery.workers, samples), pin=device.type == "cuda")
+            workers = worker_count(delivery.workers, samples)
+            self._loader = Loader(samples if reader is None else reader, workers, pin=device.type == "cuda")
         self._compiled_render: Callable[..., tuple[Tensor, Tensor]] | None = None
         if delivery.compiled and delivery.in_memory and (augment is None or hasattr(augment, "render")):
             self._compiled_render = torch.compile(self._render, dynamic=False)
@@ -145,7 +150,7 @@ class Batches:
         shards = [slice(0, total) if self._shard is None else self._shard(total) for total in totals]
         # The whole epoch's indices go to the device in one copy: one copy per batch would synchronize each step.
         all_indices = self._split(order.to(self._device), shards)
-        fetched = [None] * len(shards) if self._loader is None else self._stream(self._split(order, shards))
+        fetched = [None] * len(shards) if self._loader is None else self._stream(self._requests(order, shards, step))
         for number, (inputs, indices, shard, total) in enumerate(
             zip(fetched, all_indices, shards, totals, strict=True)
         ):
@@ -217,9 +222,16 @@ class Batches:
             return list(batches)
         return [batch[shard] for batch, shard in zip(batches, shards, strict=True)]
 
-    def _stream(self, indices: list[Tensor]) -> Iterator[Tensor]:
+    def _requests(self, order: Tensor, shards: Sequence[slice | Tensor], step: int) -> list[Tensor]:
+        if self._reader is None:
+            return self._split(order, shards)
+        numbers = torch.arange(len(order))
+        updates, positions = step + numbers // self.batch_size, numbers % self.batch_size
+        return self._split(torch.stack([order, updates, positions], 1), shards)
+
+    def _stream(self, requests: list[Tensor]) -> Iterator[Tensor]:
         assert self._loader is not None
-        fetched = self._loader.run(indices)
+        fetched = self._loader.run(requests)
         if self._device.type == "cuda":
             return prefetch(fetched, CudaTransferStream(self._device))
         return (inputs.to(self._device, non_blocking=True) for inputs in fetched)

@@ -4,6 +4,7 @@ Uses PIL only: importing torchvision takes longer than reading a small dataset.
 """
 
 import io
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,11 @@ EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif",
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM")
 _ORIENTATION = 0x0112  # EXIF tag; values from 5 on swap width and height
 
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom in pixels."""
+Boxes = Callable[[Tensor, Tensor], Tensor]
+"""Returns a `Box` of each image, [n, 4], given their heights and widths [n]."""
+
 
 def size_pair(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
     """Returns `image_size` as (height, width); a single number means a square."""
@@ -39,10 +45,32 @@ def decode(path: str, size: tuple[int, int] | None, channels: int) -> Tensor:
         UserError: the file cannot be read as an image.
     """
     try:
-        with open(path, "rb") as file:
-            return _decode(file.read(), size, channels)
+        return EncodedImage(path).decode(size, channels)
     except Exception as error:  # on damaged files decoders raise OSError, SyntaxError, ValueError, struct.error, ...
-        raise UserError(f"{path}: cannot be read as an image ({_reason(error)})") from error
+        raise _unreadable(path, error) from error
+
+
+def decode_boxes(paths: Sequence[str], boxes: Boxes, size: tuple[int, int], channels: int) -> Iterator[Tensor]:
+    """Decodes a box of each image, resized to uint8 [channels, *size] as by Pillow, bilinear with anti-aliasing.
+
+    Args:
+        boxes: returns the boxes, given the sizes of the images.
+
+    Raises:
+        UserError: a file cannot be read as an image.
+    """
+    images = []
+    for path in paths:
+        try:
+            images.append(EncodedImage(path))
+        except Exception as error:
+            raise _unreadable(path, error) from error
+    heights, widths = (torch.tensor([getattr(image, name) for image in images]) for name in ("height", "width"))
+    for path, image, box in zip(paths, images, boxes(heights, widths).tolist(), strict=True):
+        try:
+            yield image.decode(size, channels, box)
+        except Exception as error:
+            raise _unreadable(path, error) from error
 
 
 def header_size(path: str) -> tuple[int, int]:
@@ -58,7 +86,7 @@ def header_size(path: str) -> tuple[int, int]:
             width, height = image.size
             return (width, height) if _orientation(image) >= 5 else (height, width)
     except Exception as error:
-        raise UserError(f"{path}: cannot be read as an image ({_reason(error)})") from error
+        raise _unreadable(path, error) from error
 
 
 @cache
@@ -101,29 +129,49 @@ def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
     return result.round_().clamp_(0, 255).to(torch.uint8) if images.dtype == torch.uint8 else result.to(images.dtype)
 
 
-def _decode(data: bytes, size: tuple[int, int] | None, channels: int) -> Tensor:
-    from PIL import Image, ImageOps
+class EncodedImage:
+    """An image file in memory: its size after EXIF rotation is known, its pixels are decoded later."""
 
-    image: Image.Image = Image.open(io.BytesIO(data), formats=_formats())
-    orientation = _orientation(image)
-    if size is not None and image.format == "JPEG":
-        # Lets the decoder downscale large images by powers of two, to no less than twice the target size.
-        target = size[::-1] if orientation >= 5 else size
-        scale = 2 * max(target[0] / image.height, target[1] / image.width)
-        if scale < 1:
-            image.draft(None, (round(image.width * scale), round(image.height * scale)))
-    if orientation > 1:
-        image = ImageOps.exif_transpose(image)
-    if size is None or image.size == size[::-1]:
-        return from_pil(image, channels)
-    if image.mode not in ("L", "RGB"):
-        pixels = from_pil(image, channels).permute(1, 2, 0)
-        image = Image.fromarray(pixels.squeeze(-1).contiguous().numpy())
-    box = _centre_box(image.width, image.height, size)
-    return from_pil(image.resize(size[::-1], Image.Resampling.BILINEAR, box=box), channels)
+    def __init__(self, path: str) -> None:
+        from PIL import Image
+
+        with open(path, "rb") as file:
+            self._image: Image.Image = Image.open(io.BytesIO(file.read()), formats=_formats())
+        self._orientation = _orientation(self._image)
+        width, height = self._image.size
+        self.height, self.width = (width, height) if self._orientation >= 5 else (height, width)
+
+    def decode(self, size: tuple[int, int] | None, channels: int, box: Box | None = None) -> Tensor:
+        """Returns `box` (left, top, right, bottom; None: the largest centred one) as uint8 [channels, *size].
+
+        `size` None: the whole image, unchanged. Call once.
+        """
+        from PIL import Image, ImageOps
+
+        image = self._image
+        is_whole = box is None and size in (None, (self.height, self.width))
+        if size is not None and not is_whole:
+            left, top, right, bottom = _centre_box(self.width, self.height, size) if box is None else box
+            # Pillow refuses a box that rounding has moved out of the image.
+            box = max(left, 0.0), max(top, 0.0), min(right, self.width), min(bottom, self.height)
+            if image.format == "JPEG":
+                # Lets the decoder downscale large images by powers of two, to no less than twice the target size.
+                scale = 2 * max(size[0] / (box[3] - box[1]), size[1] / (box[2] - box[0]))
+                width, height = image.size
+                if scale < 1 and (draft := image.draft(None, (round(width * scale), round(height * scale)))):
+                    left, top, right, bottom = (edge * draft[1][2] / width for edge in box)
+                    box = left, top, right, bottom
+        if self._orientation > 1:
+            image = ImageOps.exif_transpose(image)
+        if size is None or is_whole:
+            return from_pil(image, channels)
+        if image.mode not in ("L", "RGB"):
+            pixels = from_pil(image, channels).permute(1, 2, 0)
+            image = Image.fromarray(pixels.squeeze(-1).contiguous().numpy())
+        return from_pil(image.resize(size[::-1], Image.Resampling.BILINEAR, box=box), channels)
 
 
-def _centre_box(width: int, height: int, size: tuple[int, int]) -> tuple[float, float, float, float]:
+def _centre_box(width: int, height: int, size: tuple[int, int]) -> Box:
     """Returns the largest centred box (left, top, right, bottom) with the aspect ratio of `size` = (H, W)."""
     scale = min(height / size[0], width / size[1])
     box_width, box_height = scale * size[1], scale * size[0]
@@ -134,6 +182,10 @@ def _centre_box(width: int, height: int, size: tuple[int, int]) -> tuple[float, 
 def _orientation(image: "Image") -> int:
     orientation = image.getexif().get(_ORIENTATION, 1) if "exif" in image.info else 1
     return orientation if orientation in range(1, 9) else 1  # damaged EXIF data may contain anything
+
+
+def _unreadable(path: str, error: Exception) -> UserError:
+    return UserError(f"{path}: cannot be read as an image ({_reason(error)})")
 
 
 def _reason(error: Exception) -> str:

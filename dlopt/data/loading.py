@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dlopt.data.samples import InMemory, Samples
+from dlopt.data.samples import InMemory, Reader, Samples
 from dlopt.data.windows import Windows
 from dlopt.errors import RunError, UserError
 from dlopt.processor import M_MMAP_THRESHOLD, end_with_parent, set_malloc
@@ -52,15 +52,15 @@ class Loader:
     to two batches, but at least two chunks per worker, which bounds the memory.
     """
 
-    def __init__(self, samples: Samples, workers: int, pin: bool = False) -> None:
-        self._samples = samples
+    def __init__(self, reader: Reader, workers: int, pin: bool = False) -> None:
+        self._reader = reader
         self._workers = workers
         self._pin = pin
         self._chunks: list[np.ndarray] = []  # batch sampler of the current run; only the main process iterates it
         self._loader: DataLoader[Any] | None = None
 
     def run(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Yields the inputs of each batch, given by its indices. A new run ends an unfinished one.
+        """Yields the inputs of each batch, given by the requests to the reader. A new run ends an unfinished one.
 
         Raises:
             UserError: a sample cannot be read.
@@ -105,7 +105,7 @@ class Loader:
             return iter(self._loader)
         prefetch_factor = max(_PREFETCH, -(-_PREFETCH * batch_size // (_FETCH_SIZE * max(1, self._workers))))
         self._loader = DataLoader(
-            _ChunkDataset(self._samples),  # type: ignore[arg-type]
+            _ChunkDataset(self._reader),  # type: ignore[arg-type]
             batch_sampler=self._chunks,  # type: ignore[arg-type]
             collate_fn=_share if self._workers else _unchanged,
             num_workers=self._workers,
@@ -178,12 +178,12 @@ def on_device(samples: Samples, workers: int | Literal["auto"], device: torch.de
 class _ChunkDataset:
     """Dataset whose `__getitems__` fetches a chunk in one call."""
 
-    def __init__(self, samples: Samples) -> None:
-        self._samples = samples
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
 
-    def __getitems__(self, indices: np.ndarray) -> Tensor | UserError:
+    def __getitems__(self, requests: np.ndarray) -> Tensor | UserError:
         try:
-            return self._samples.fetch(torch.from_numpy(indices))
+            return self._reader.fetch(torch.from_numpy(requests))
         except UserError as error:
             return UserError(str(error))  # returned: DataLoader would wrap a raised error in the worker's traceback
 

@@ -64,8 +64,9 @@ class WholeImages(Samples, Protocol):
 
 def whole_images(samples: Samples) -> WholeImages | None:
     """Returns the samples if `image_size` makes `fetch` cut off a part of the images; otherwise None."""
-    is_cut = isinstance(samples, Files | Wrapped) and samples.image_size is not None and len(samples.shape) == 3
-    return samples if is_cut else None  # type: ignore[return-value]
+    if isinstance(samples, Files | Wrapped) and samples.image_size is not None and len(samples.shape) == 3:
+        return samples
+    return None
 
 
 @dataclass

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dlopt.data.images import resize, size_pair
 from dlopt.data.loading import materialize, worker_count
-from dlopt.data.samples import Dataset, Files, InMemory, Samples, Wrapped
+from dlopt.data.samples import Dataset, Files, InMemory, Samples, Wrapped, whole_images
 from dlopt.data.windows import Windows
 from dlopt.errors import UserError
 from dlopt.processor import available_memory
@@ -96,8 +96,8 @@ def prepare(
     if random_crops and whole_images(train) is not None:
         if settings.memory is True:
             raise UserError(
-                "data.memory=true: keeps the centre of each image only, but the augmentation crops from the whole image; "
-                "use data.memory=auto"
+                "data.memory=true: keeps the centre of each image only, but the augmentation crops from the whole "
+                "image; use data.memory=auto"
             )
         return replace(dataset, train=train, val=val, test=test)
     in_memory = _load_into_memory(splits, settings, torch.device(device), processes)

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from dlopt.augment import Pipeline
-from dlopt.augment.pipeline import CentreCrop
+from dlopt.augment.crops import ResizingCrop
+from dlopt.augment.pipeline import CentreCrop, crop_when_reading
 from dlopt.config.experiment import Experiment
+from dlopt.config.schema import Component
 from dlopt.data.batches import Batches, Delivery
 from dlopt.data.normalization import fit
 from dlopt.data.samplers import LossAwareSampler
@@ -129,7 +131,7 @@ def build_workload(
     torch.backends.cudnn.benchmark = device.type == "cuda" and not settings.deterministic
     precision = choose_precision(settings.precision, device)
     source: Dataset = experiment.data.build(**vars(experiment.data_settings))
-    dataset = prepare(source, experiment.data_settings, device=device)
+    dataset = prepare(source, experiment.data_settings, device=device, random_crops=_crops_at_random(experiment))
     augment = _build_augmentation(experiment, dataset)
     dataset = with_task(experiment, dataset, dataset.train.shape if augment is None else augment.output_shape)
     task = dataset.task
@@ -187,6 +189,12 @@ def _check_normalization(experiment: Experiment, normalize: nn.Module, shape: tu
             f"normalize={experiment.normalize.target.__name__}: its statistics are per pixel, but the augmentation "
             f"changes the image size to {shape[1]}x{shape[2]}; use normalize=standardize"
         ) from None
+
+
+def _crops_at_random(experiment: Experiment) -> bool:
+    operations = experiment.augmentation.arguments.get("operations", [])
+    targets = [operation.target for operation in operations if isinstance(operation, Component)]
+    return any(isinstance(target, type) and issubclass(target, ResizingCrop) for target in targets)
 
 
 def _build_augmentation(experiment: Experiment, dataset: Dataset) -> Pipeline | None:
@@ -293,15 +301,18 @@ def training_batches(workload: Workload) -> Batches:
     if isinstance(samples, Windows):
         sampler, samples = shifted(sampler, samples, stream(settings.order_seed, ORDER))
     compiled = workload.device.type == "cuda" and not workload.compile_obstacle
+    seed = stream(settings.augmentation_seed, AUGMENTATION)
+    reader, augment = crop_when_reading(workload.augment, samples, seed)
     return Batches(
         samples,
         _delivery(workload, compiled=compiled, recorder=speed.data_recorder(experiment, workload.device)),
         batch_size=data.batch_size,
         sampler=sampler,
         drop_last=data.drop_last,
-        augment=mode.shard_augmentation(workload.augment),
-        seed=stream(settings.augmentation_seed, AUGMENTATION),
+        augment=mode.shard_augmentation(augment),
+        seed=seed,
         shard=mode.batch_shard,
+        reader=reader,
     )
 
 

@@ -6,7 +6,8 @@ Without --root, JPEGs of mixed sizes are generated (a few hundred, hard-linked u
 
 1. Seconds of the first scan, of a cached scan, and from there to the first batch.
 2. Images per second, also per worker, and against torchvision's ImageFolder, v2 transforms and DataLoader on the same
-   files. Both take turns in each round; the ratio is the median over the rounds.
+   files. Both take turns in each round; the ratio is the median over the rounds. The same for random crops of 224
+   pixels of the whole images (RandomResizedCrop).
 3. Private memory (MiB) of the main process and the workers, at the first batch and after --memory-images more images.
 4. Fraction of a training step (ResNet-18 on the device, augmented and normalized batches) spent waiting for data.
 """
@@ -30,13 +31,15 @@ from torchvision.datasets import ImageFolder
 from torchvision.models import resnet18
 from torchvision.transforms import v2
 
-from dlopt.augment import HorizontalFlip, Pipeline, RandomScaleCrop
+from dlopt.augment import HorizontalFlip, Pipeline, RandomResizedCrop, RandomScaleCrop
+from dlopt.augment.crops import CropReader
+from dlopt.augment.pipeline import crop_when_reading
 from dlopt.data.batches import Batches, Delivery
 from dlopt.data.folder import image_folder
 from dlopt.data.loading import Loader
 from dlopt.data.normalization import Standardize
 from dlopt.data.samplers import Random
-from dlopt.data.samples import Samples
+from dlopt.data.samples import Reader, Samples, whole_images
 
 REAL = 300  # distinct images
 CLASSES = 100
@@ -97,7 +100,7 @@ def first_batch_and_memory(samples: Samples, batch: int, workers: int, images: i
     return {"first_batch_seconds": first, "private_memory_mib": memory_use}
 
 
-def dlopt_rates(samples: Samples, batch: int, workers: int, order: Tensor) -> Iterator[float]:
+def dlopt_rates(samples: Reader, batch: int, workers: int, order: Tensor) -> Iterator[float]:
     """Measures and yields images per second at each `next`."""
     loader = Loader(samples, workers)
     list(loader.run(order[:batch].split(batch)))
@@ -108,9 +111,10 @@ def dlopt_rates(samples: Samples, batch: int, workers: int, order: Tensor) -> It
         yield len(order) / (time.perf_counter() - start)
 
 
-def torchvision_rates(root: Path, size: int, batch: int, workers: int, order: Tensor) -> Iterator[float]:
-    to_size = v2.Compose([v2.Resize(size), v2.CenterCrop(size), v2.PILToTensor()])
-    dataset = ImageFolder(str(root / "train"), transform=to_size)
+def torchvision_rates(
+    root: Path, to_size: list[v2.Transform], batch: int, workers: int, order: Tensor
+) -> Iterator[float]:
+    dataset = ImageFolder(str(root / "train"), transform=v2.Compose([*to_size, v2.PILToTensor()]))
     subset = torch.utils.data.Subset(dataset, order.tolist())
     loader: DataLoader[Tensor] = DataLoader(
         subset, batch_size=batch, num_workers=workers, persistent_workers=workers > 0
@@ -130,12 +134,14 @@ def waiting_fraction(samples: Samples, batch: int, workers: int, steps: int, dev
         border="reflect",
         input_shape=samples.shape,
     )
+    reader, augment = crop_when_reading(pipeline, samples, 0)
     batches = Batches(
         samples,
         Delivery(torch.device(device), False, workers, normalize=Standardize(input_shape=samples.shape).to(device)),
         batch_size=batch,
         sampler=Random(targets=samples.targets, seed=0),
-        augment=pipeline,
+        augment=augment,
+        reader=reader,
     )
     model = resnet18().to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -192,15 +198,24 @@ def measure(root: Path, arguments: argparse.Namespace) -> dict[str, object]:
         "memory": first_batch_and_memory(samples, batch, workers, arguments.memory_images),
     }
     order = Random(targets=samples.targets, seed=1).order(0)[: arguments.round_images]
+    whole, shape = whole_images(samples), (3, arguments.size, arguments.size)
+    assert whole is not None
+    crop = RandomResizedCrop(size=224, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))
+    requests = torch.stack([order, torch.zeros_like(order), torch.arange(len(order))], 1)
+    centre = [v2.Resize(arguments.size), v2.CenterCrop(arguments.size)]
     candidates = {
         "dlopt": dlopt_rates(samples, batch, workers, order),
-        "torchvision": torchvision_rates(root, arguments.size, batch, workers, order),
+        "torchvision": torchvision_rates(root, centre, batch, workers, order),
+        "dlopt, crops": dlopt_rates(CropReader(whole, crop, shape, 0), batch, workers, requests),
+        "torchvision, crops": torchvision_rates(root, [v2.RandomResizedCrop(224)], batch, workers, order),
     }
     rounds = [{name: next(candidate) for name, candidate in candidates.items()} for _ in range(arguments.rounds)]
     speed = {name: statistics.median(rates[name] for rates in rounds) for name in candidates}
     results["images_per_second"] = speed
     results["images_per_second_and_worker"] = {name: value / max(1, workers) for name, value in speed.items()}
-    results["dlopt_over_torchvision"] = statistics.median(rates["dlopt"] / rates["torchvision"] for rates in rounds)
+    for kind in ("", ", crops"):
+        ratios = [rates[f"dlopt{kind}"] / rates[f"torchvision{kind}"] for rates in rounds]
+        results[f"dlopt_over_torchvision{kind}"] = statistics.median(ratios)
     for candidate in candidates.values():
         candidate.close()  # type: ignore[attr-defined]
     if arguments.steps:

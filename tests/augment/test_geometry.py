@@ -20,8 +20,6 @@ from dlopt.augment import (
     Lens,
     Operation,
     PadCrop,
-    RandomResizedCrop,
-    RandomScaleCrop,
     Rotate,
     Scale,
     ShearX,
@@ -31,7 +29,6 @@ from dlopt.augment import (
     TranslateY,
 )
 from dlopt.augment.warp import Affine
-from dlopt.errors import UserError
 from dlopt.random import generator
 from tests.augment.helpers import pictures, run, smooth_pictures
 
@@ -175,75 +172,6 @@ def test_drawn_parameters_have_their_distributions() -> None:
     }
     for name, values in drawn.items():
         assert scipy.stats.kstest(values.numpy(), scipy.stats.uniform(-1, 2).cdf).pvalue > 1e-3, name
-
-
-# -- crops with a new size
-
-
-def test_scale_and_crop_is_resize_and_crop() -> None:
-    images = smooth_pictures(5, 3, 40, 50)
-    strength = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])
-    out = run([RandomScaleCrop(short_side=(40, 64), size=32)], images, strength=strength, border="reflect")
-    assert out.shape == (5, 3, 32, 32)
-    for image, got, side in zip(images, out, [40, 46, 52, 58, 64], strict=True):
-        resized = vision.resize(image, [side, int(50 * side / 40 + 1e-3)], antialias=False)
-        start = [(n - 32 + 1) // 2 for n in resized.shape[1:]]
-        want = resized[:, start[0] : start[0] + 32, start[1] : start[1] + 32]
-        assert (got - want).abs().max() < TOLERANCE
-
-
-def test_scale_and_crop_reaches_every_side_and_place() -> None:
-    drawn = matrix(RandomScaleCrop(short_side=(8, 12), size=6), 6000, (3, 8, 8))
-    side = 8 / drawn[:, 0, 0]
-    for k in range(8, 13):
-        chosen = drawn[(side - k).abs() < 1e-3]
-        assert abs(len(chosen) / 6000 - 0.2) < 0.03
-        start = (chosen[:, :2, 2] * k / 8 - 6 / 2 + k / 2).round().long()
-        assert set(start[:, 0].tolist()) == set(start[:, 1].tolist()) == set(range(k - 6 + 1))
-
-
-def test_shrinking_averages_pixels() -> None:
-    checks = torch.zeros(1, 1, 64, 64)
-    checks[:, :, ::2, ::2] = checks[:, :, 1::2, 1::2] = 255.0
-    out = run([RandomScaleCrop(short_side=(32, 32), size=32)], checks, strength=0.0, border="reflect")
-    assert (out - 127.5).abs().max() < 1
-
-
-def test_random_resized_crop_is_resized_crop() -> None:
-    images = smooth_pictures(12, 3, 40, 56)
-    operation = RandomResizedCrop(size=40, scale=(0.2, 0.9), ratio=(0.7, 1.4))
-    out = run([operation], images, seed=3, border="reflect")
-    drawn = matrix(operation, 12, (3, 40, 56), seed=3)
-    assert out.shape == (12, 3, 40, 40)
-    for image, got, m in zip(images, out, drawn, strict=True):
-        w, h = m[0, 0] * 40, m[1, 1] * 40
-        left, top = m[0, 2] - w / 2 + 28, m[1, 2] - h / 2 + 20
-        box = [round(float(value)) for value in (top, left, h, w)]
-        assert max(abs(float(a) - b) for a, b in zip((top, left, h, w), box, strict=True)) < 1e-3
-        want = vision.resized_crop(image, *box, size=[40, 40], antialias=False)
-        inner = (slice(None), slice(2, -2), slice(2, -2))  # at the edge torchvision does not see beyond the crop
-        assert (got - want)[inner].abs().max() < TOLERANCE
-
-
-@pytest.mark.parametrize(("shape", "scale"), [((3, 40, 56), (0.08, 1.0)), ((3, 20, 90), (0.5, 1.0))])
-def test_random_resized_crop_draws_as_torchvision(shape: tuple[int, int, int], scale: tuple[float, float]) -> None:
-    torch.manual_seed(0)
-    theirs = v2.RandomResizedCrop(24, scale=scale)
-    image = torch.zeros(shape)
-    parameters = [theirs.make_params([image]) for _ in range(3000)]
-    ours = matrix(RandomResizedCrop(size=24, scale=scale, ratio=(3 / 4, 4 / 3)), 3000, shape)
-    w, h = ours[:, 0, 0] * 24, ours[:, 1, 1] * 24
-    left, top = ours[:, 0, 2] - w / 2 + shape[2] / 2, ours[:, 1, 2] - h / 2 + shape[1] / 2
-    for key, values in {"width": w, "height": h, "left": left, "top": top}.items():
-        expected = [each[key] for each in parameters]
-        assert scipy.stats.ks_2samp(values.round().numpy(), expected).pvalue > 1e-3, key
-
-
-def test_rejects_impossible_crop_sizes() -> None:
-    with pytest.raises(UserError, match=r"short_side=\[200,480\].*size=224"):
-        RandomScaleCrop(short_side=(200, 480), size=224)
-    with pytest.raises(UserError, match=r"scale=\[1,0.5\]"):
-        RandomResizedCrop(size=None, scale=(1.0, 0.5), ratio=(1.0, 1.0))
 
 
 # -- alternating flip

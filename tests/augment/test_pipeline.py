@@ -124,6 +124,8 @@ CHOICES = sorted(Path(__file__).parents[2].joinpath("conf", "augmentation").glob
 
 def ready(path: Path, images: Tensor) -> Pipeline:
     node: Any = yaml.safe_load(path.read_text())
+    if path.stem == "alexnet":
+        node["operations"][0]["size"] = 6  # the images are smaller than the paper's crops
     checked = component("augmentation", node, ("input_shape", "classes", "train"), ("dlopt",))
     pipeline = checked.build(input_shape=tuple(images.shape[1:]), classes=10, train=Images(images))
     assert isinstance(pipeline, Pipeline)

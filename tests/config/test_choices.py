@@ -74,6 +74,8 @@ def line(choice: str) -> tuple[str, ...]:
         "model=alexnet_224": ((*IMAGES[:3], "data.image_size=224"), ()),
         "model=two_column_alexnet_224": ((*IMAGES[:3], "data.image_size=224"), ()),
         "augmentation=imagenet": ((*IMAGES[:3], "data.image_size=256"), ("model=resnet20",)),
+        "augmentation=alexnet": ((*IMAGES, "augmentation.operations.0.size=16"), MLP),
+        "init=alexnet": (DIGITS, ("model=alexnet", "model.hidden=8")),
         "init=dirac": (IMAGES, ("model=resnet20",)),
         "init=whitening": (IMAGES, ("model=resnet20",)),
         "init=whitening_dirac": (IMAGES, ("model=airbench94",)),

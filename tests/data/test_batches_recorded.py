@@ -91,11 +91,12 @@ def test_sharded_batches_are_not_recorded() -> None:
 
 def augmentation(choice: str, source: InMemory) -> Any:
     size = source.shape[1]
-    typed = [f"augmentation={choice}", *(["augmentation.operations.0.size=12"] if choice == "imagenet" else [])]
+    typed = [f"augmentation={choice}", *(["augmentation.operations.0.size=12"] if choice in LARGE else [])]
     experiment = parse(to_plain(Composer().compose(typed), [])[0])
     return experiment.augmentation.build(input_shape=(3, size, size), classes=10, train=source)
 
 
+LARGE = {"alexnet", "imagenet"}  # crops of 224 pixels
 QUICK = {"crop_flip", "shift_alternating_flip"}
 DRAWING = {"noise", "random_mix"}  # they draw while they render: the compiled function falls into parts
 

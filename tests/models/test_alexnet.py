@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from dlopt import init
 from dlopt.errors import UserError
 
 Build = Callable[..., nn.Module]
@@ -88,3 +89,18 @@ def test_rejects_invalid_settings(build: Build) -> None:
     build("alexnet_224", "hidden=4", input_shape=(3, 63, 63), classes=3)(images(2, 3, 63, 63))
     with pytest.raises(UserError, match=r"model\.stem=imagenet: images of 62x80 are too small"):
         build("alexnet_224", input_shape=(3, 62, 80), classes=3)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_the_papers_initial_weights(build: Build, choice: str) -> None:
+    """Section 5: N(0, 0.01); biases of 1 in convolutions 2, 4, 5 and the hidden fully connected layers, 0 elsewhere."""
+    model = build(choice, "hidden=64", input_shape=(3, 32, 32), classes=10)
+    init.alexnet(model, torch.Generator().manual_seed(0), std=0.01, zero_last_gamma=False)
+    for column in getattr(model, "columns", [model]):
+        layers = [layer for layer in column.modules() if isinstance(layer, nn.Conv2d | nn.Linear)][:7]
+        assert [layer.bias.detach().unique().item() for layer in layers] == [0, 1, 0, 1, 1, 1, 1]
+    assert isinstance(model.head, nn.Linear) and not model.head.bias.any()
+    matrices = [parameter.flatten() for parameter in model.parameters() if parameter.dim() > 1]
+    assert torch.cat(matrices).std().item() == pytest.approx(0.01, rel=0.01)
+    with pytest.raises(UserError, match=r"init=alexnet: .* use model=alexnet, or init=normal"):
+        init.alexnet(nn.Linear(2, 2), torch.Generator(), std=0.01, zero_last_gamma=False)

@@ -1,0 +1,66 @@
+"""Anti-aliased bilinear resampling along the axes of an image, as in Pillow and torchvision."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from dlopt.data.images import Box
+
+Taps = list[tuple[Tensor, Tensor]]
+"""Input pixels and their weights, each [b or 1, n]: an output pixel is the weighted sum over the list."""
+
+
+def filter_taps(centres: Tensor, scale: Tensor | float, length: int, shrink: float) -> Taps:
+    """Returns the taps of the output pixels along one axis.
+
+    The filter is a triangle whose half width is the distance of the output pixels in input pixels, but at least one
+    pixel: shrinking averages all pixels, enlarging interpolates between two. The weights of the pixels within the image
+    add up to 1.
+
+    Args:
+        centres: [b or 1, n] positions of the output pixels, within 0..length; pixel j covers j..j + 1.
+        scale: [b, 1], or one number: distance of neighbouring output pixels; its sign does not matter.
+        length: pixels of the input.
+        shrink: upper bound of `scale`.
+    """
+    width = scale.abs().clamp(min=1.0) if isinstance(scale, Tensor) else max(abs(scale), 1.0)
+    first = (centres - width - 0.5).ceil()
+    count = math.ceil(2 * max(shrink, 1.0) - 1e-6)
+    pixels = [first + number for number in range(count)]
+    weights = [(1.0 - (pixel + 0.5 - centres).abs() / width).clamp(min=0.0) for pixel in pixels]
+    weights = [weight * ((pixel >= 0) & (pixel < length)) for pixel, weight in zip(pixels, weights, strict=True)]
+    total = torch.stack(weights).sum(0)
+    return [(pixel.clamp(0, length - 1).long(), weight / total) for pixel, weight in zip(pixels, weights, strict=True)]
+
+
+def resample(images: Tensor, rows: Taps, columns: Taps) -> Tensor:
+    """Resamples images [b, C, H, W], float, to [b, C, H', W']."""
+    # Sums of elementwise products: a batched matrix product would run in the training's TF32 or bf16, and is not faster.
+    narrow = _weighted_sum(images, 3, [(pixels[:, None, None], weights[:, None, None]) for pixels, weights in columns])
+    return _weighted_sum(narrow, 2, [(pixels[:, None, :, None], weights[:, None, :, None]) for pixels, weights in rows])
+
+
+def _weighted_sum(images: Tensor, axis: int, taps: Taps) -> Tensor:
+    size = list(images.shape)
+    size[axis] = taps[0][0].shape[axis]
+    result: Tensor | None = None
+    for pixels, weights in taps:
+        term = images.gather(axis, pixels.expand(size)) * weights
+        result = term if result is None else result.add_(term)
+    assert result is not None
+    return result
+
+
+def resize_box(image: Tensor, box: Box, size: tuple[int, int]) -> Tensor:
+    """Resizes the box (left, top, right, bottom) of an image [C, H, W] to [C, *size]; keeps the dtype."""
+    left, top, right, bottom = box
+    rows, columns = (
+        filter_taps(start + step * (torch.arange(n)[None] + 0.5), step, length, step)
+        for start, step, n, length in (
+            (top, (bottom - top) / size[0], size[0], image.shape[1]),
+            (left, (right - left) / size[1], size[1], image.shape[2]),
+        )
+    )
+    result = resample(image[None].float(), rows, columns)[0]
+    return result.round_().clamp_(0, 255).to(torch.uint8) if image.dtype == torch.uint8 else result.to(image.dtype)
