@@ -34,7 +34,8 @@ Examples:
 
 Measures before and after the first training updates: distributions of activations and backpropagated gradients, their
 scale vs. depth, saturated and dead units, gradient norms per layer, the gradient noise scale, update-to-weight ratios,
-the largest eigenvalues of the Hessian, the curvature along the updates, and gradients vs. time lag in recurrent nets.
+the largest eigenvalues of the Hessian, the curvature along the updates, gradients vs. time lag in recurrent nets, and
+the entropy of each attention head in transformers.
 Rates each layer and suggests what to change. Keys accept several values: one row or curve per combination.
 
   updates=N         training updates between the two measurements; 0: measure only once (default: 20)
@@ -161,6 +162,8 @@ def _print(diagnosis: "Diagnosis", facts: "Facts", label: str) -> None:
         console.print(f"\n{label}", style="bold")
     layer_verdicts = [verdicts(snapshot.layers, snapshot.lags) for snapshot in diagnosis.snapshots]
     console.print(_table(diagnosis, layer_verdicts))
+    if diagnosis.before.attention:
+        console.print(_attention_table(diagnosis))
     for snapshot, judged in zip(diagnosis.snapshots, layer_verdicts, strict=True):
         when = "before" if snapshot is diagnosis.before else f"after {snapshot.updates} updates"
         metrics = [f"loss {snapshot.loss:.4g}", f"gradient norm {_mean(snapshot.total_norms):.3g}"]
@@ -222,6 +225,22 @@ def _table(diagnosis: "Diagnosis", layer_verdicts: Sequence[Sequence["Verdict"]]
         )
     if len(snapshot.layers) > _MAX_ROWS:
         table.caption = f"the first {_MAX_ROWS} of {len(snapshot.layers)} layers; see diagnosis.json for all"
+    return FittedTable(table)
+
+
+def _attention_table(diagnosis: "Diagnosis") -> Any:
+    """Returns a row per attention layer and snapshot: the entropy of each head."""
+    from dlopt.tracking.layout import FittedTable, plain_table
+
+    table = plain_table()
+    table.add_column("attention entropy of the heads, in nats")
+    table.add_column("at most", justify="right")
+    table.add_column("before", overflow="fold")
+    if diagnosis.after is not None:
+        table.add_column(f"after {diagnosis.after.updates} updates", overflow="fold")
+    for layers in list(zip(*(snapshot.attention for snapshot in diagnosis.snapshots), strict=True))[:_MAX_ROWS]:
+        heads = [" ".join(f"{entropy:.2f}" for entropy in layer.heads) for layer in layers]
+        table.add_row(layers[0].name, f"{layers[0].largest:.2f}", *heads)
     return FittedTable(table)
 
 
@@ -295,6 +314,7 @@ def _snapshot(snapshot: "Snapshot") -> dict[str, Any]:
         "eigenvalues": None if spectrum is None else spectrum.eigenvalues.tolist(),
         "residuals": None if spectrum is None else spectrum.residuals.tolist(),
         "time_lag": [vars(lag) for lag in snapshot.lags],
+        "attention": [vars(layer) for layer in snapshot.attention],
         "layers": layers,
     }
 

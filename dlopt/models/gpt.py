@@ -67,6 +67,11 @@ class CausalAttention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, scale=self.scale)
 
+    def weights(self, q: Tensor, k: Tensor) -> Tensor:
+        """Returns the attention weights [B, heads, T, T] of as many queries as keys, which `forward` never stores."""
+        later = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu(1)
+        return (q @ k.transpose(2, 3) * self.scale).masked_fill(later, -torch.inf).softmax(3)
+
 
 class CausalSelfAttention(nn.Module):
     """Multi-head causal self-attention (Vaswani et al. 2017, section 3.2) on [B, T, width].

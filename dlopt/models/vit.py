@@ -28,23 +28,34 @@ class PatchEmbedding(nn.Module):
         return self.dropout(tokens + self.positions)
 
 
-class SelfAttention(nn.Module):
-    """Multi-head self-attention (Vaswani et al. 2017, section 3.2) on [B, T, width].
+class FullAttention(nn.Module):
+    """softmax(q k^T / sqrt(d)) v over all tokens; q, k, v: [B, heads, T, d].
 
     Does not use torch's fused kernel, whose backward pass is not differentiable: second-order optimizers need that,
     and with about 65 tokens the fused kernel is hardly faster.
     """
 
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.weights(q, k) @ v
+
+    def weights(self, q: Tensor, k: Tensor) -> Tensor:
+        """Returns the attention weights [B, heads, T, T]."""
+        return torch.softmax(q @ k.transpose(2, 3) * q.shape[3] ** -0.5, dim=3)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention (Vaswani et al. 2017, section 3.2) on [B, T, width]."""
+
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
+        self.attend = FullAttention()
         self.project = nn.Linear(width, width)
 
     def forward(self, tokens: Tensor) -> Tensor:
         q, k, v = self.qkv(tokens).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, heads, T, d]
-        weights = torch.softmax(q @ k.transpose(2, 3) * q.shape[3] ** -0.5, dim=3)
-        return self.project((weights @ v).transpose(1, 2).flatten(2))
+        return self.project(self.attend(q, k, v).transpose(1, 2).flatten(2))
 
 
 class TransformerBlock(nn.Module):

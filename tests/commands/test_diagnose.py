@@ -1,6 +1,7 @@
 """`dlopt diagnose`, `dlopt find-lr` and `dlopt summary`."""
 
 import json
+import math
 from pathlib import Path
 
 from tests.commands.line import SMALL, dlopt, only, refused
@@ -24,6 +25,21 @@ def test_compares_initializations(tmp_path: Path) -> None:
     assert [layer["verdict"] for layer in wide["snapshots"][0]["layers"]] == ["saturated", "saturated", "healthy"]
     assert {layer["verdict"] for layer in xavier["snapshots"][0]["layers"]} == {"healthy"}
     assert len(wide["updates"]["losses"]) == 2 and len(list((tmp_path / "x" / "tensorboard").rglob("events*"))) == 2
+
+
+def test_reports_the_entropy_of_attention_heads(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some text to read " * 40)
+    text = ("data=text", "data.file=a.txt", "data.sequence_length=8", "model=gpt_nano", "model.width=12", "threads=1")
+    result = dlopt(tmp_path, "diagnose", *text, *SHORT, "data.batch_size=8", "output=x")
+    assert (result.code, result.err) == (0, "")
+    assert "attention entropy of the heads, in nats" in result.out and "block3.attention" in result.out
+    [record] = json.loads((tmp_path / "x" / "diagnosis.json").read_text())
+    largest = sum(math.log(t) for t in range(1, 9)) / 8
+    for snapshot in record["snapshots"]:
+        assert [layer["name"] for layer in snapshot["attention"]] == [f"block{i}.attention" for i in (1, 2, 3)]
+        for layer in snapshot["attention"]:
+            assert len(layer["heads"]) == 3 and math.isclose(layer["largest"], largest)
+            assert all(0.8 * largest < entropy <= largest + 1e-6 for entropy in layer["heads"])  # small weights
 
 
 def test_checkpoint(tmp_path: Path) -> None:

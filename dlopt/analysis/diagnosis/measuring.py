@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dlopt.analysis.batches import endless_batches
+from dlopt.analysis.diagnosis.attention import AttentionEntropy, AttentionProbe
 from dlopt.analysis.diagnosis.curvature import (
     GradientSpread,
     Spectrum,
@@ -47,6 +48,7 @@ class Snapshot:
     noise_scales: dict[str, float]  # by layer
     spectrum: Spectrum | None
     lags: list[TimeLag]
+    attention: list[AttentionEntropy]
 
 
 @dataclass
@@ -100,11 +102,15 @@ def snapshot(
     module.train()
     layers = layer_parameters(module)
     trained = [p for p in module.parameters() if p.requires_grad]
-    probe, lag = LayerProbe(module, keep=20_000), TimeLagProbe(module)
+    probe, lag, attention = LayerProbe(module, keep=20_000), TimeLagProbe(module), AttentionProbe(module)
     spread, totals, losses = GradientSpread(list(layers)), [], []
     with preserved_state(workload):
         for index, (inputs, targets) in enumerate(batches):
-            with probe.recording(), lag.recording() if index == 0 else contextlib.nullcontext():
+            with (
+                probe.recording(),
+                attention.recording(),
+                lag.recording() if index == 0 else contextlib.nullcontext(),
+            ):
                 loss = loss_of(workload, inputs, targets)
                 raw = torch.autograd.grad(loss, trained, allow_unused=True)
             gradients = {p: torch.zeros_like(p) if g is None else g for p, g in zip(trained, raw, strict=True)}
@@ -127,6 +133,7 @@ def snapshot(
         noise_scales={name: scales[name] for name in order},
         spectrum=spectrum,
         lags=lag.lags(),
+        attention=attention.entropies(),
     )
 
 

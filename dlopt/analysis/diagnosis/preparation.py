@@ -59,4 +59,4 @@ def limit_threads(workload: Workload, trainer: Trainer) -> None:
 def has_skips(model: Component) -> bool:
     """Returns whether the model has skip connections, by its class name and keys."""
     name = model.target.__name__
-    return bool(model.arguments.get("residual", any(word in name for word in ("ResNet", "ViT", "ResidualMLP"))))
+    return bool(model.arguments.get("residual", any(word in name for word in ("ResNet", "ViT", "GPT", "ResidualMLP"))))

@@ -1,0 +1,75 @@
+"""Entropy of the attention weights, head by head (Zhai et al. 2023, "Preventing Attention Entropy Collapse")."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dlopt.models.gpt import CausalAttention
+from dlopt.models.vit import FullAttention
+
+_MOST_WEIGHTS = 1 << 24  # attention weights in memory at a time
+
+
+@dataclass(frozen=True)
+class AttentionEntropy:
+    """Entropy in nats of the attention weights of a layer: -sum_j a_ij log a_ij, mean over tokens i and samples.
+
+    `heads`: one value per head. `largest`: with equal weights, the mean over tokens of log(tokens attended to); log T
+    for T tokens, less if attention is causal.
+    """
+
+    name: str
+    heads: list[float]
+    largest: float
+
+
+class AttentionProbe:
+    """Records the entropies of every forward pass in training mode within `recording()`.
+
+    Fused attention does not store the weights; they are computed again from the queries and keys.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._layers = {
+            name.removesuffix(".attend"): layer
+            for name, layer in module.named_modules()
+            if isinstance(layer, CausalAttention | FullAttention)
+        }
+        self._sums: dict[str, Tensor] = {}  # [heads], over tokens and samples
+        self._tokens: dict[str, int] = {}
+        self._largest: dict[str, float] = {}
+
+    @contextmanager
+    def recording(self) -> Iterator["AttentionProbe"]:
+        with ExitStack() as hooks:
+            for name, layer in self._layers.items():
+                hooks.enter_context(layer.register_forward_pre_hook(self._hook(name)))
+            yield self
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        @torch.no_grad()
+        def hook(attend: CausalAttention | FullAttention, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+            if not attend.training:
+                return
+            q, k = (each.detach().to(torch.promote_types(each.dtype, torch.float32)) for each in inputs[:2])
+            batch, heads, tokens, _ = q.shape
+            samples = max(1, _MOST_WEIGHTS // (heads * tokens**2))
+            for part, keys in zip(q.split(samples), k.split(samples), strict=True):
+                entropy = torch.special.entr(attend.weights(part, keys)).sum((0, 2, 3))
+                self._sums[name] = self._sums[name] + entropy if name in self._sums else entropy
+            self._tokens[name] = self._tokens.get(name, 0) + batch * tokens
+            attended = range(1, tokens + 1) if isinstance(attend, CausalAttention) else [tokens]
+            self._largest[name] = sum(map(math.log, attended)) / len(attended)
+
+        return hook
+
+    def entropies(self) -> list[AttentionEntropy]:
+        """Returns one entry per attention layer, in the order of the forward pass."""
+        return [
+            AttentionEntropy(name, (total / self._tokens[name]).tolist(), self._largest[name])
+            for name, total in self._sums.items()
+        ]
