@@ -15,6 +15,7 @@ from dlopt.config.compose import parse_overrides
 from dlopt.config.saved import typed_values
 from dlopt.errors import DONE, FAILED, INTERRUPTED, UserError, install
 from dlopt.folders import refuse_url
+from dlopt.locks import locked
 from dlopt.ranges import Count
 from dlopt.tracking.layout import format_duration, short_path
 
@@ -75,6 +76,7 @@ _MACHINE = (
     "hydra",
 )  # fmt: skip
 Budget = Literal["tiny", "small", "large"]
+_LOCK = ".results.lock"
 _CHECKED = 2  # trials that --check repeats
 _TOLERANCE = 0.05  # of a full run: other processors round differently, and training amplifies that
 
@@ -237,11 +239,12 @@ def _run(plan: _Plan, line: Line) -> int:
         elsewhere = _run_trials(line, request) if waiting else 0
         if elsewhere:
             print(f"{elsewhere} trials are running in other processes; they report the complete results")
-        _measure(plan)
+        with locked(request.folder / _LOCK):  # processes that share the trials finish at about the same time
+            _measure(plan)
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)
         return INTERRUPTED
-    return _finish(plan.request.folder, plan.reference, plan.note)
+    return _finish(request.folder, plan.reference, plan.note)
 
 
 def _run_trials(line: Line, request: "Request") -> int:
@@ -328,14 +331,13 @@ def _finish(folder: Path, reference: "Results | None", note: str) -> int:
 
     manifest = read_manifest(folder)
     assert manifest is not None
-    results = collect(folder, manifest, _facts(manifest))
-    write_atomically(folder / "results.json", to_json(results).encode())
-    shown = results if reference is None else results.with_reference(reference)
+    with locked(folder / _LOCK):
+        results = collect(folder, manifest, _facts(manifest))
+        write_atomically(folder / "results.json", to_json(results).encode())
+        shown = results if reference is None else results.with_reference(reference)
+        paths = write(shown, folder)
     print("\n".join(lines(shown)))
-    if note:
-        print(note)
-    for path in write(shown, folder):
-        print(short_path(path))
+    print(*([note] if note else []), *map(short_path, paths), sep="\n")
     return DONE
 
 
