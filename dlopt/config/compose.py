@@ -1,7 +1,8 @@
 """Composes configs with Hydra's public functions, and explains errors in overrides.
 
-The only module that imports Hydra's internals, for two things without a public name: its argument parser, because
-`dlopt train` takes Hydra's flags, and its callbacks object, without which third-party launchers start no job.
+The only module, with `loader.py`, that imports Hydra's internals, for two things without a public name: its argument
+parser, because `dlopt train` takes Hydra's flags, and its callbacks object, without which third-party launchers start
+no job.
 """
 
 import contextlib
@@ -40,11 +41,13 @@ import dlopt
 from dlopt.config.choices import config_dir as searched_config_dir
 from dlopt.config.choices import config_folder
 from dlopt.config.expansion import check_expansion
+from dlopt.config.loader import RememberingLoader
 from dlopt.config.pretrained import pretrained_overrides
 from dlopt.config.resolve import first_lines, is_typed
 from dlopt.config.schema import show
 from dlopt.config.synonyms import for_choice, for_flag, for_key
 from dlopt.config.trust import check_hydra
+from dlopt.config.yaml_folder import YamlFolder
 from dlopt.errors import UserError, shorten, suggest
 from dlopt.folders import refuse_url
 from dlopt.plain import check_yaml
@@ -120,8 +123,10 @@ class Composer:
         try:
             with _global_hydra(None):
                 initialize_config_dir(str(config_folder()), job_name=CONFIG_NAME, version_base=_VERSION_BASE)
-                self._hydra = GlobalHydra.instance().hydra
-                self.loader = GlobalHydra.instance().config_loader()
+                self.loader = RememberingLoader.extend(GlobalHydra.instance().config_loader())
+                composing: Any = GlobalHydra.instance().hydra
+                composing.config_loader = self.loader
+                self._hydra = composing
                 # Empty: callbacks named in a config would run code before it is checked.
                 self._context = HydraContext(self.loader, Callbacks())
         finally:
@@ -337,7 +342,7 @@ def _register_plugins() -> None:
     if folder not in namespace.__path__:
         namespace.__path__.append(folder)
     plugins = Plugins.instance()  # scans the namespace on first use only, so register explicitly
-    for plugin in importlib.import_module("hydra_plugins.dlopt_sweeps").PLUGINS:
+    for plugin in (*importlib.import_module("hydra_plugins.dlopt_sweeps").PLUGINS, YamlFolder):
         plugins.register(plugin)
 
 

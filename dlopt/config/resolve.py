@@ -92,5 +92,6 @@ def is_typed(key: str, overrides: Iterable[str]) -> bool:
 def first_lines(error: Exception) -> str:
     """Returns the first lines of an error of Hydra or OmegaConf, without its technical ones."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    lines = [line for line in lines if not re.match(r"(full_key|object_type|reference_type):?", line)]
+    technical = r"(full_key|object_type|reference_type|Config search path):?|provider="
+    lines = [line for line in lines if not re.match(technical, line)]
     return "; ".join(lines[:3])

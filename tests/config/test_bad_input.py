@@ -32,7 +32,7 @@ KEYS = {
     "~optimizer.lr": ("~optimizer.lr", "cannot be deleted"),
     "~seed": ("~seed",),
     "optimizer=null": ("optimizer=null", "`dlopt options optimizer` lists all"),
-    "experiment=null": ("experiment=null", "resnet20_cifar10"),
+    "experiment=null": ("experiment=null", "choices: autoencoder_digits, "),
     "optimizer=": ("optimizer=", "`dlopt options optimizer` lists all"),
     "model={}": ("model={}", "`dlopt options model` lists all"),
     "optimizer={lr:1}": ("optimizer=", "`dlopt options optimizer` lists all"),

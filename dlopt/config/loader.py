@@ -1,0 +1,125 @@
+"""A loader for Hydra that composes each selection of files once.
+
+Hydra merges some thirty files key by key, which takes 0.1 s. A sweep composes every job twice, and most jobs select the
+same files: they differ only in values, which this loader sets in a copy.
+
+Apart from `compose.py` the only module that imports Hydra's internals. It extends Hydra's loader, whose public
+interface has no step between merging the files and setting the values.
+"""
+
+import functools
+import os
+import pickle
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra.conf
+from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.config_store import ConfigNode, ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.types import RunMode
+from omegaconf import DictConfig, open_dict
+
+from dlopt.config.yaml_folder import Reads, YamlFolder, reads
+
+_MOST = 200  # remembered configs, of some 30 kB each
+
+
+@dataclass(frozen=True)
+class _Remembered:
+    config: bytes  # pickled, which is copied ten times faster than a config
+    files: Reads
+    stored: tuple[ConfigNode, ...]  # what packages have registered with Hydra
+
+    def is_current(self) -> bool:
+        stored = _stored()
+        is_same = len(stored) == len(self.stored) and all(a is b for a, b in zip(stored, self.stored, strict=True))
+        return is_same and self.files.are_current()
+
+
+_remembered: dict[tuple[Any, ...], _Remembered] = {}
+
+
+class RememberingLoader(ConfigLoaderImpl):
+    """Hydra's loader, with a memory of the configs that choices alone determine."""
+
+    @classmethod
+    def extend(cls, loader: ConfigLoader) -> "RememberingLoader":
+        """Returns a loader for the same search path, whose folders notice changed files."""
+        path = loader.get_search_path()
+        for element in path.get_path():
+            folder = element.path.removeprefix("file://")
+            if folder == "pkg://hydra.conf":
+                folder = str(Path(hydra.conf.__file__).parent)
+            if "://" not in folder:
+                element.path = f"{YamlFolder.scheme()}://{os.path.abspath(folder)}"
+        return cls(path)
+
+    def _load_configuration_impl(
+        self,
+        config_name: str | None,
+        overrides: list[str],
+        run_mode: RunMode,
+        from_shell: bool = True,
+        validate_sweep_overrides: bool = True,
+    ) -> DictConfig:
+        compose = functools.partial(super()._load_configuration_impl, config_name, run_mode=run_mode)
+        parsed = OverridesParser.create().parse_overrides(overrides)
+        if validate_sweep_overrides:
+            self.validate_sweep_overrides_legal(parsed, run_mode, from_shell)
+        choices = [str(override.input_line) for override in parsed if self._is_choice(override)]
+        values = [each for each in parsed if not each.is_sweep_override() and not self._is_choice(each)]
+        config = self._recall((config_name, *choices, run_mode), lambda: compose(choices))
+        if config.hydra.searchpath or any(override.key_or_group == "hydra.searchpath" for override in values):
+            return compose(overrides, validate_sweep_overrides=False)  # other folders may have other groups
+        # As in the method of the base class, which has seen the choices only.
+        self._apply_overrides_to_config(values, config)
+        of_hydra = [override for override in parsed if override.is_hydra_override()]
+        of_task = [override for override in parsed if not override.is_hydra_override()]
+        config.hydra.overrides.hydra.extend([override.input_line for override in of_hydra])
+        config.hydra.overrides.task.extend([override.input_line for override in of_task])
+        with open_dict(config.hydra):
+            for name in config.hydra.job.env_copy:
+                config.hydra.job.env_set[name] = os.environ[name]
+        config.hydra.runtime.cwd = os.getcwd()
+        config.hydra.job.override_dirname = get_overrides_dirname(of_task, **config.hydra.job.config.override_dirname)
+        return config
+
+    def _is_choice(self, override: Override) -> bool:
+        if override.is_sweep_override() or isinstance(override.value(), dict):
+            return False
+        return bool(self.repository.group_exists(override.key_or_group))
+
+    def _recall(self, choices: tuple[Any, ...], compose: Callable[[], DictConfig]) -> DictConfig:
+        """Returns a copy of the remembered config, which `compose` makes where there is none or a file has changed."""
+        key = (*((element.provider, element.path) for element in self.config_search_path.get_path()), *choices)
+        remembered = _remembered.pop(key, None)
+        if remembered is None or not remembered.is_current():
+            files, stored = Reads(), _stored()
+            token = reads.set(files)
+            try:
+                config = compose()
+            finally:
+                reads.reset(token)
+            config.hydra.overrides.hydra.clear()
+            config.hydra.overrides.task.clear()
+            if not files.is_repeatable:
+                return config
+            remembered = _Remembered(pickle.dumps(config), files, stored)
+        _remembered[key] = remembered  # the newest one last
+        if len(_remembered) > _MOST:
+            del _remembered[next(iter(_remembered))]
+        copied: DictConfig = pickle.loads(remembered.config)
+        return copied
+
+
+def _stored() -> tuple[ConfigNode, ...]:
+    def nodes(folder: dict[str, Any]) -> Iterator[ConfigNode]:
+        for entry in folder.values():
+            yield from nodes(entry) if isinstance(entry, dict) else (entry,)
+
+    return tuple(nodes(ConfigStore.instance().repo))
