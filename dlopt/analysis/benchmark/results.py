@@ -1,7 +1,7 @@
 """Results of a benchmark: what each trial reached, and the JSON file that holds them.
 
 A trial is one training run of an optimizer on a workload, with hyperparameters drawn from the optimizer's search space.
-A study is a sample of trials, from which the best is chosen, as if somebody had tuned the optimizer once.
+A study is a sample of trials, from which the best is chosen, as if you had tuned the optimizer once.
 """
 
 import json
@@ -140,6 +140,10 @@ class Results:
             cells={**self.cells, **added},
             spaces={**reference.spaces, **self.spaces},
             shipped=frozenset(optimizer for optimizer, _ in added),
+            facts={
+                **self.facts,
+                "reference": {"studies": reference.studies, "trials": reference.trials, **reference.facts},
+            },
         )
 
 

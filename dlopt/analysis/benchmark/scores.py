@@ -12,19 +12,22 @@ from dataclasses import dataclass
 from statistics import median
 
 import numpy as np
+from numpy.typing import NDArray
 
-from dlopt.analysis.benchmark.results import Cell, Measure, Record, Results
+from dlopt.analysis.benchmark.results import MEASURES, Cell, Measure, Record, Results
+from dlopt.training.stopping import lower_is_better
 
 MAX_RATIO = 4.0
 RESAMPLES = 1000
 _INTERVAL = (2.5, 97.5)  # percentiles
+Array = NDArray[np.float64]
 Times = Mapping[str, Mapping[str, float]]
 """optimizer -> workload -> time to the target; infinity: not reached."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A value with its bootstrap interval (95 %)."""
+    """A value with its bootstrap interval (95 %); NaN: there is none."""
 
     value: float
     low: float
@@ -53,7 +56,7 @@ class Standing:
     """Summary of an optimizer: its score with interval, and what the score does not show.
 
     Attributes:
-        reached: workloads whose target at least half of the studies reach.
+        reached: workloads with a finite median over studies.
         sensitivity: fraction of all trials that reach their target.
         failed: fraction of the trials that failed (diverged, for example).
         cost: geometric mean over workloads of the time of an update relative to SGD's; None: not measured.
@@ -81,6 +84,24 @@ def trial_time(record: Record, cell: Cell, measure: Measure) -> float:
     return math.inf if cell.cost is None else record.updates * cell.cost.time
 
 
+def measured(results: Results) -> list[Measure]:
+    """Returns the measures that the results have: evaluations if they differ from updates, time if a cost is known."""
+    cells = results.cells.values()
+    present = {
+        "updates": True,
+        "evaluations": any(each.evaluations != each.updates for cell in cells for each in cell.records),
+        "time": any(cell.cost is not None for cell in cells),
+    }
+    return [measure for measure in MEASURES if present[measure]]
+
+
+def best_trial(records: Sequence[Record], metric: str) -> Record | None:
+    """Returns the trial with the fewest updates to the target; if none reached it, the one with the best metric."""
+    sign = 1 if lower_is_better(metric) else -1
+    validated = [(record.updates, sign * record.best, record) for record in records if record.best is not None]
+    return min(validated, key=lambda each: each[:2])[2] if validated else None
+
+
 def study_times(results: Results, optimizer: str, workload: str, measure: Measure) -> list[float]:
     """Returns the time of the fastest trial of each study; infinity for a study without a successful trial."""
     cell = results.cell(optimizer, workload)
@@ -91,20 +112,13 @@ def study_times(results: Results, optimizer: str, workload: str, measure: Measur
 
 
 def times(results: Results, measure: Measure) -> dict[str, dict[str, float]]:
-    """Returns the median over studies by optimizer and workload. With an even number, the upper of the middle two."""
+    """Returns the median over studies by optimizer and workload; infinity unless more than half of them reached it."""
     return {
         optimizer: {
-            workload: _median(study_times(results, optimizer, workload, measure)) for workload in results.workloads
+            workload: median(study_times(results, optimizer, workload, measure)) for workload in results.workloads
         }
         for optimizer in results.optimizers
     }
-
-
-def _median(values: Sequence[float]) -> float:
-    if not values:
-        return math.inf
-    middle = sorted(values)[len(values) // 2]
-    return median(values) if math.isfinite(middle) else math.inf
 
 
 # -- profiles and scores
@@ -112,19 +126,23 @@ def _median(values: Sequence[float]) -> float:
 
 def ratios(times: Times) -> dict[str, dict[str, float]]:
     """Returns the performance ratios; infinity where the target was not reached, or the ratio is above `MAX_RATIO`."""
-    workloads = {workload for row in times.values() for workload in row}
-    fastest = {name: min(row.get(name, math.inf) for row in times.values()) for name in workloads}
+    table = _ratios(_array(times))
     return {
-        optimizer: {name: _ratio(value, fastest[name]) for name, value in row.items()}
-        for optimizer, row in times.items()
+        optimizer: dict(zip(row, map(float, values), strict=True))
+        for (optimizer, row), values in zip(times.items(), table, strict=True)
     }
 
 
-def _ratio(time: float, fastest: float) -> float:
-    if not math.isfinite(time):
-        return math.inf
-    ratio = time / fastest
-    return ratio if ratio <= MAX_RATIO else math.inf
+def _array(times: Times) -> Array:
+    """Returns the times as [optimizers, workloads]."""
+    return np.array([[*row.values()] for row in times.values()], dtype=float)
+
+
+def _ratios(times: Array) -> Array:
+    """Returns the ratios to the fastest of the optimizers; `times`: [..., optimizers, workloads]."""
+    with np.errstate(invalid="ignore"):  # NaN where nobody reached the target
+        table = times / times.min(axis=-2, keepdims=True)
+    return np.where(table <= MAX_RATIO, table, np.inf)
 
 
 def profile(ratios: Mapping[str, float], taus: Sequence[float]) -> list[float]:
@@ -133,11 +151,16 @@ def profile(ratios: Mapping[str, float], taus: Sequence[float]) -> list[float]:
 
 
 def score(ratios: Mapping[str, float]) -> float:
-    """Returns the integral of the profile over [1, MAX_RATIO] / (MAX_RATIO - 1), in closed form.
+    """Returns the integral of the profile over [1, MAX_RATIO] / (MAX_RATIO - 1)."""
+    return float(_scores(np.array([*ratios.values()])))
 
-    The profile is a sum of steps: a workload with ratio r contributes (MAX_RATIO - r) / (MAX_RATIO - 1).
+
+def _scores(ratios: Array) -> Array:
+    """Integrates profiles in closed form; `ratios`: [..., workloads].
+
+    A profile is a sum of steps: a workload with ratio r contributes (MAX_RATIO - r) / (MAX_RATIO - 1).
     """
-    return sum(max(MAX_RATIO - ratio, 0.0) for ratio in ratios.values()) / (MAX_RATIO - 1) / len(ratios)
+    return np.maximum(MAX_RATIO - ratios, 0.0).mean(axis=-1) / (MAX_RATIO - 1)
 
 
 def scores(times: Times) -> dict[str, float]:
@@ -147,55 +170,47 @@ def scores(times: Times) -> dict[str, float]:
 # -- bootstrap over studies
 
 
-def bootstrap(results: Results, measure: Measure, seed: int = 0, resamples: int = RESAMPLES) -> list[Times]:
-    """Returns tables of times whose studies are drawn with replacement, for each workload anew.
+def bootstrap(results: Results, measure: Measure, seed: int = 0, resamples: int = RESAMPLES) -> Array:
+    """Returns tables of times, [resamples, optimizers, workloads], of studies drawn with replacement.
 
-    All optimizers share the drawn studies, because trial k of study s has the same initial weights for all of them.
+    The studies are drawn for each workload separately. All optimizers share them, because trial k of study s has the
+    same initial weights for all of them. One study has no spread: there are no tables, and the intervals are NaN.
     """
+    resamples = resamples if results.studies > 1 else 0
     rng = np.random.default_rng(seed)
-    table = {
-        (optimizer, workload): study_times(results, optimizer, workload, measure)
-        for optimizer in results.optimizers
-        for workload in results.workloads
-    }
-    replicas: list[Times] = []
-    for _ in range(resamples):
-        drawn = {workload: rng.integers(results.studies, size=results.studies) for workload in results.workloads}
-        replicas.append(
-            {
-                optimizer: {
-                    workload: _median([table[optimizer, workload][study] for study in drawn[workload]])
-                    for workload in results.workloads
-                }
-                for optimizer in results.optimizers
-            }
-        )
-    return replicas
+    drawn = rng.integers(results.studies, size=(resamples, 1, len(results.workloads), results.studies))
+    table = np.array(
+        [
+            [study_times(results, optimizer, workload, measure) for workload in results.workloads]
+            for optimizer in results.optimizers
+        ]
+    )
+    return np.median(np.take_along_axis(table[np.newaxis], drawn, axis=-1), axis=-1)
 
 
-def interval(value: float, replicas: Sequence[float]) -> Interval:
+def interval(value: float, replicas: Array) -> Interval:
     """Returns `value` with the percentiles of its replicas, without those that are NaN."""
-    finite = [each for each in replicas if not math.isnan(each)]
-    if not finite:
+    finite = replicas[~np.isnan(replicas)]
+    if not finite.size:
         return Interval(value, math.nan, math.nan)
     low, high = np.percentile(finite, _INTERVAL)
     return Interval(value, float(low), float(high))
 
 
-def standings(results: Results, measure: Measure, replicas: Sequence[Times]) -> list[Standing]:
+def standings(results: Results, measure: Measure, replicas: Array) -> list[Standing]:
     """Returns the optimizers by descending score."""
     table = times(results, measure)
-    own, drawn = scores(table), [scores(replica) for replica in replicas]
+    own, drawn = scores(table), _scores(_ratios(replicas))
     rows = [
         Standing(
             optimizer,
-            interval(own[optimizer], [each[optimizer] for each in drawn]),
+            interval(own[optimizer], drawn[:, i]),
             sum(math.isfinite(value) for value in table[optimizer].values()),
             _fraction(results, optimizer, lambda record: record.reached),
             _fraction(results, optimizer, lambda record: bool(record.failure)),
             *_cost(results, optimizer),
         )
-        for optimizer in results.optimizers
+        for i, optimizer in enumerate(results.optimizers)
     ]
     return sorted(rows, key=lambda row: (-row.score.value, -row.reached, -row.sensitivity, row.optimizer))
 
@@ -214,23 +229,23 @@ def _cost(results: Results, optimizer: str) -> tuple[float | None, float | None]
     return math.exp(sum(map(math.log, times)) / len(times)), sum(states) / len(states)
 
 
-def comparisons(results: Results, measure: Measure, replicas: Sequence[Times]) -> dict[tuple[str, str], Comparison]:
+def comparisons(results: Results, measure: Measure, replicas: Array) -> dict[tuple[str, str], Comparison]:
     """Compares each pair of optimizers."""
-    table, pairs = times(results, measure), {}
-    for optimizer in results.optimizers:
-        for other in results.optimizers:
-            if optimizer != other:
-                drawn = [_wins(replica[optimizer], replica[other]) for replica in replicas]
-                wins = interval(_wins(table[optimizer], table[other]), drawn)
+    table, pairs = _array(times(results, measure)), {}
+    for i, optimizer in enumerate(results.optimizers):
+        for j, other in enumerate(results.optimizers):
+            if i != j:
+                wins = interval(float(_wins(table[i], table[j])), _wins(replicas[:, i], replicas[:, j]))
                 pairs[optimizer, other] = Comparison(optimizer, other, wins)
     return pairs
 
 
-def _wins(own: Mapping[str, float], other: Mapping[str, float]) -> float:
-    decided = [name for name in own if math.isfinite(own[name]) or math.isfinite(other[name])]
-    if not decided:
-        return math.nan
-    return sum(1.0 if own[name] < other[name] else 0.5 * (own[name] == other[name]) for name in decided) / len(decided)
+def _wins(own: Array, other: Array) -> Array:
+    """Returns the fraction of wins among the workloads that one of the two reached; the times: [..., workloads]."""
+    decided = np.isfinite(own) | np.isfinite(other)
+    won = np.where(own == other, 0.5, own < other) * decided
+    with np.errstate(invalid="ignore"):  # NaN where no workload is decided
+        return won.sum(axis=-1) / decided.sum(axis=-1)
 
 
 def ranks(times: Times, workload: str) -> dict[str, float | None]:
@@ -244,3 +259,36 @@ def ranks(times: Times, workload: str) -> dict[str, float | None]:
         + 0.5 * (sum(other == finite[optimizer] for other in finite.values()) - 1)
         for optimizer in values
     }  # fmt: skip
+
+
+# -- all of it
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Scores, comparisons and times by measure, for the measures that the results have."""
+
+    measures: Sequence[Measure]
+    standings: Mapping[Measure, Sequence[Standing]]
+    comparisons: Mapping[Measure, Mapping[tuple[str, str], Comparison]]
+    times: Mapping[Measure, Times]
+
+    @property
+    def order(self) -> list[str]:
+        """The optimizers by descending score in updates."""
+        return [standing.optimizer for standing in self.standings["updates"]]
+
+    def standing(self, optimizer: str, measure: Measure = "updates") -> Standing:
+        return next(each for each in self.standings[measure] if each.optimizer == optimizer)
+
+
+def summarize(results: Results) -> Summary:
+    """Computes the scores. The results need at least one cell."""
+    measures = measured(results)
+    replicas = {measure: bootstrap(results, measure) for measure in measures}
+    return Summary(
+        measures,
+        {measure: standings(results, measure, replicas[measure]) for measure in measures},
+        {measure: comparisons(results, measure, replicas[measure]) for measure in measures},
+        {measure: times(results, measure) for measure in measures},
+    )

@@ -4,8 +4,9 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
+from dlopt.analysis import drawing
 from dlopt.analysis.report import paper
 from dlopt.analysis.report.page import page, page_data, summary_csv
 from dlopt.analysis.report.plots import PLOTS, plots
@@ -25,9 +26,6 @@ _PICTURES: Sequence[Format] = ("pdf", "png", "svg")
 _NAMES: Mapping[Format, str] = {
     "html": "index.html", "csv": "summary.csv", "latex": "table.tex", "markdown": "table.md",
 }  # fmt: skip
-# TrueType fonts, because publishers refuse Type 3; equal runs give equal files.
-_STYLE: Any = {"pdf.fonttype": 42, "svg.hashsalt": "dlopt"}
-_METADATA: Mapping[str, dict[str, None]] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
 
 
 @dataclass(frozen=True)
@@ -133,16 +131,16 @@ def _drawn(to: Destination, form: Format, figures: Mapping[str, "Figure"]) -> di
 
     if not figures:
         return {}
-    with matplotlib.rc_context(_STYLE):
-        if to.is_file and form == "pdf":
-            file = io.BytesIO()
-            with PdfPages(file, metadata=_METADATA["pdf"]) as pages:
-                for figure in figures.values():
-                    pages.savefig(figure)
-            return {to.path: file.getvalue()}
-        files = {}
-        for name, figure in figures.items():
-            file = io.BytesIO()
-            figure.savefig(file, format=form, dpi=150, metadata=_METADATA.get(form))
-            files[to.path if to.is_file else to.path / f"{name}.{form}"] = file.getvalue()
-        return files
+    if to.is_file and form == "pdf":
+        file = io.BytesIO()
+        with (
+            matplotlib.rc_context(drawing.FILE_STYLE),
+            PdfPages(file, metadata=drawing.METADATA["pdf"]) as pages,
+        ):
+            for figure in figures.values():
+                pages.savefig(figure)
+        return {to.path: file.getvalue()}
+    return {
+        to.path if to.is_file else to.path / f"{name}.{form}": drawing.encoded(figure, form)
+        for name, figure in figures.items()
+    }

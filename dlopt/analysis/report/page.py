@@ -63,14 +63,14 @@ def page(data: Mapping[str, Any]) -> str:
         "title": html.escape(str(data["title"])),
         "style": style,
         "script": script,
-        "style-hash": _csp_hash(style),
-        "script-hash": _csp_hash(script),
+        "style-hash": csp_hash(style),
+        "script-hash": csp_hash(script),
         "data": _escaped_json(data),
     }
     return re.sub(r"\{\{([\w-]+)\}\}", lambda match: values[match[1]], read("page.html"))
 
 
-def _csp_hash(text: str) -> str:
+def csp_hash(text: str) -> str:
     """Returns the hash of an inline element for the Content-Security-Policy."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 

@@ -26,11 +26,11 @@ def latex(table: Table, *, made: str, test: bool, top: int) -> str:
     keys, best = len(table.keys), {row.value.mean for row in table.ranked[:1] if row.value is not None}
     lines = [f"% {line}" for line in (printable(made), *_notes(table, top), r"\usepackage{booktabs}")]
     lines += [rf"\begin{{tabular}}{{{'l' * keys}{'r' * (len(heads) - keys)}}}", r"\toprule"]
-    lines += [" & ".join(map(_escaped, heads)) + r" \\", r"\midrule"]
+    lines += [" & ".join(map(escaped, heads)) + r" \\", r"\midrule"]
     for row, cells in zip(table.rows, rows, strict=False):
         is_best = row.value is not None and row.value.mean in best
         values = [_math(cell, is_bold=is_best and i == 1) for i, cell in enumerate(cells[keys:])]
-        lines.append(" & ".join([*map(_escaped, cells[:keys]), *values]) + r" \\")
+        lines.append(" & ".join([*map(escaped, cells[:keys]), *values]) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 
 
@@ -94,7 +94,7 @@ def _difference(metric: str, difference: Difference | None) -> str:
     return f"{mean} [{_number(metric, difference.low, '+')}, {_number(metric, difference.high, '+')}]"
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """Escapes LaTeX's special characters; a bracket after a line's end would be read as its optional argument."""
     return "{}" * text.startswith("[") + "".join(_SPECIAL.get(character, character) for character in text)
 

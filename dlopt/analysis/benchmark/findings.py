@@ -1,0 +1,137 @@
+"""Writes what a benchmark shows, and what is wrong with it, in sentences."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from dlopt.analysis.benchmark import formats
+from dlopt.analysis.benchmark.formats import MEASURE_LABELS, names
+from dlopt.analysis.benchmark.results import Measure, Results
+from dlopt.analysis.benchmark.scores import Summary
+from dlopt.analysis.benchmark.symptoms import symptoms
+from dlopt.analysis.report.reading import printable
+
+_FEW_STUDIES = 3  # up to which the bootstrap is coarse
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A sentence; `is_warning`: something to mend or to keep in mind, instead of a result."""
+
+    text: str
+    is_warning: bool = False
+
+
+def findings(results: Results, summary: Summary) -> list[Finding]:
+    """Returns the results, then the warnings. Shipped optimizers are not warned about."""
+    own = [optimizer for optimizer in summary.order if optimizer not in results.shipped]
+    shown = [Finding(printable(text)) for text in _results(results, summary, own)]
+    warnings = [f"{optimizer} {text}" for optimizer in own for text in symptoms(results, optimizer)]
+    warnings += [*_unreached(results, summary), *_unmeasured(results, summary), *_budget(results, own)]
+    return shown + [Finding(printable(text), is_warning=True) for text in warnings]
+
+
+# -- results
+
+
+def _results(results: Results, summary: Summary, own: Sequence[str]) -> Iterator[str]:
+    if len(summary.order) == 1:
+        yield f"{summary.order[0]} is alone: its score is the fraction of the targets that it reaches."
+        return
+    for measure in summary.measures:
+        yield from _leader(summary, measure)
+    if results.shipped:
+        for optimizer in own:
+            yield _position(summary, optimizer)
+
+
+def _compared(summary: Summary, measure: Measure) -> list[str]:
+    """Returns the optimizers by descending score; those without measured cost have no time."""
+    standings = summary.standings[measure]
+    return [each.optimizer for each in standings if measure != "time" or each.cost is not None]
+
+
+def _leader(summary: Summary, measure: Measure) -> Iterator[str]:
+    leader, *others = _compared(summary, measure)
+    score = summary.standing(leader, measure).score
+    if not score.value:
+        if measure == "updates":
+            yield "No optimizer reaches a target."
+        return
+    text = f"In {MEASURE_LABELS[measure]}, {leader} has the highest score, {formats.interval(score)}."
+    pairs = {other: summary.comparisons[measure][leader, other] for other in others}
+    open_ = [other for other, pair in pairs.items() if not pair.distinguishable]
+    faster = [other for other, pair in pairs.items() if pair.distinguishable and pair.wins.value < 0.5]
+    if open_:
+        text += f" Not distinguishable from it: {names(open_)}."
+    elif not faster and others:
+        text += " It is faster than each of the others on most workloads."
+    if faster:
+        verb = "are" if len(faster) > 1 else "is"
+        text += f" On more workloads, {names(faster)} {verb} faster, but not by as much."
+    yield text
+
+
+def _position(summary: Summary, optimizer: str) -> str:
+    """Compares an optimizer with all others, in updates."""
+    place, total = summary.order.index(optimizer) + 1, len(summary.order)
+    pairs = {other: summary.comparisons["updates"][optimizer, other] for other in summary.order if other != optimizer}
+    groups = {
+        "faster than": [other for other, pair in pairs.items() if pair.wins.low > 0.5],
+        "slower than": [other for other, pair in pairs.items() if pair.wins.high < 0.5],
+        "not distinguishable from": [other for other, pair in pairs.items() if not pair.distinguishable],
+    }
+    parts = [
+        f"{relation} {'all others' if len(others) == len(pairs) else names(others)}"
+        for relation, others in groups.items()
+        if others
+    ]
+    return f"{optimizer} is number {place} of {total} in updates: {'; '.join(parts)}."
+
+
+# -- warnings about the whole
+
+
+def _unreached(results: Results, summary: Summary) -> Iterator[str]:
+    table = summary.times["updates"]
+    lost = [name for name in results.workloads if not any(math.isfinite(row[name]) for row in table.values())]
+    if lost and len(lost) < len(results.workloads):
+        verb = "decide" if len(lost) > 1 else "decides"
+        yield f"No optimizer reaches the target of {names(lost)}, which {verb} nothing and counts as 0 for all."
+
+
+def _unmeasured(results: Results, summary: Summary) -> Iterator[str]:
+    if "time" in summary.measures:
+        lost = [each.optimizer for each in summary.standings["time"] if each.cost is None]
+        if lost:
+            yield f"No time per update was measured for {names(lost)}: no score in time."
+    elif len(summary.order) > 1:
+        yield "No times per update were measured: there is no score in time."
+
+
+def _budget(results: Results, own: Sequence[str]) -> Iterator[str]:
+    expected = len(own) * len(results.workloads) * results.studies * results.trials
+    ended = sum(len(results.cell(optimizer, workload).records) for optimizer in own for workload in results.workloads)
+    if ended < expected:
+        yield f"{expected - ended} of {expected} trials have not ended: the scores are preliminary."
+    reference = results.facts.get("reference", {})
+    size = results.studies, results.trials
+    full = reference.get("studies", results.studies), reference.get("trials", results.trials)
+    if results.shipped and (size[0] < full[0] or size[1] < full[1]):
+        yield (
+            f"The budget is {_size(*size)}; the shipped results have {_size(*full)}, and are reduced to the same "
+            "trials. The full budget tells optimizers apart better."
+        )
+    if results.shipped and (size[0] > full[0] or size[1] > full[1]):
+        yield (
+            f"The budget is {_size(*size)}, but the shipped results have only {_size(*full)}: shipped optimizers are "
+            "tuned less and look worse than they are."
+        )
+    if results.studies == 1:
+        yield "One study has no interval: no two optimizers are distinguishable."
+    elif results.studies <= _FEW_STUDIES:
+        yield f"The intervals come from {results.studies} studies, and are coarse; more studies make them reliable."
+
+
+def _size(studies: int, trials: int) -> str:
+    return f"{studies} {'studies' if studies > 1 else 'study'} of {trials} {'trials' if trials > 1 else 'trial'}"

@@ -1,0 +1,118 @@
+"""Renders the results of a benchmark as lines for the terminal: scores, findings, updates to the targets."""
+
+import io
+import textwrap
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dlopt.analysis.benchmark import formats
+from dlopt.analysis.benchmark.findings import findings
+from dlopt.analysis.benchmark.results import Measure, Results
+from dlopt.analysis.benchmark.scores import Summary, summarize
+from dlopt.tracking.layout import FittedTable, plain_table
+
+WIDTH = 100
+_NAME = 24  # characters of an optimizer
+_SHORT_NAME = 16  # where that leaves room for one table instead of two
+_GAP = 3  # between columns
+_SHIPPED = " *"
+_HEADS: dict[Measure, str] = {"updates": "score in updates", "evaluations": "evaluations", "time": "time"}
+
+
+def lines(results: Results) -> list[str]:
+    """Returns the summary, at most `WIDTH` characters wide."""
+    if not results.optimizers:
+        return ["There are no results yet."]
+    summary = summarize(results)
+    text = [*_rendered(_scores(results, summary)), *_note(results), ""]
+    for finding in findings(results, summary):
+        start = "warning: " if finding.is_warning else ""
+        text += textwrap.wrap(start + finding.text, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+    for grid in _updates(results, summary):
+        text += ["", *_rendered(grid)]
+    return text
+
+
+def _rendered(grid: Table) -> list[str]:
+    file = io.StringIO()
+    Console(file=file, width=WIDTH, highlight=False, color_system=None).print(FittedTable(grid))
+    return file.getvalue().rstrip("\n").split("\n")
+
+
+def _note(results: Results) -> list[str]:
+    texts = [
+        "Score: 1 for the fastest on all workloads, 0 for one that reaches no target"
+        + ("." if results.studies == 1 else "; with its 95 % interval over studies."),
+        "Cost: time of an update relative to SGD's.",
+        "State: memory relative to the parameters.",
+    ]
+    if results.shipped:
+        texts.append(f"{_SHIPPED.strip()}: shipped with dlopt.")
+    return textwrap.wrap(" ".join(texts), WIDTH)
+
+
+def _name(results: Results, optimizer: str, width: int) -> Text:
+    mark = _SHIPPED if optimizer in results.shipped else ""
+    return Text(formats.abbreviated(optimizer, width - len(mark)) + mark)
+
+
+def _scores(results: Results, summary: Summary) -> Table:
+    is_wide = "evaluations" in summary.measures
+    form = formats.short_interval if is_wide else formats.interval
+    grid = plain_table()
+    grid.add_column("optimizer")
+    for measure in summary.measures:
+        grid.add_column(_HEADS[measure], justify="right")
+    for head in ("targets", "trials", "cost", "state"):
+        grid.add_column(head, justify="right")
+    for standing in summary.standings["updates"]:
+        cells = [
+            formats.NONE if measure == "time" and standing.cost is None
+            else form(summary.standing(standing.optimizer, measure).score)
+            for measure in summary.measures
+        ]  # fmt: skip
+        cells += [f"{standing.reached}/{len(results.workloads)}", formats.percent(standing.sensitivity)]
+        cells += [formats.number(standing.cost, ".2f"), formats.number(standing.state, ".1f")]
+        grid.add_row(_name(results, standing.optimizer, _SHORT_NAME if is_wide else _NAME), *cells)
+    return grid
+
+
+def _updates(results: Results, summary: Summary) -> list[Table]:
+    """Returns a table of updates to the target, or several with as many workloads each as fit."""
+    columns = {
+        workload: [
+            formats.abbreviated(workload, _NAME),
+            *(formats.updates(summary.times["updates"][optimizer][workload]) for optimizer in summary.order),
+        ]
+        for workload in results.workloads
+    }
+    widths = {workload: max(map(len, column)) + _GAP for workload, column in columns.items()}
+    longest = max(len(_name(results, optimizer, _NAME)) for optimizer in summary.order)
+    room = WIDTH - sum(widths.values())  # for the names, if there is only one table
+    width = min(longest, room) if room >= _SHORT_NAME else longest
+    grids = []
+    for workloads in _blocks(widths, WIDTH - width):
+        grid = plain_table("Updates to the target (median over studies)")
+        grid.add_column("optimizer")
+        for workload in workloads:
+            grid.add_column(Text(columns[workload][0]), justify="right")
+        for i, optimizer in enumerate(summary.order, 1):
+            grid.add_row(_name(results, optimizer, width), *(columns[workload][i] for workload in workloads))
+        grids.append(grid)
+    return grids
+
+
+def _blocks(widths: Mapping[str, int], width: int) -> list[list[str]]:
+    """Splits the workloads into blocks of at most `width` characters."""
+    blocks: list[list[str]] = [[]]
+    used = 0
+    for workload, needed in widths.items():
+        if blocks[-1] and used + needed > width:
+            blocks.append([])
+            used = 0
+        blocks[-1].append(workload)
+        used += needed
+    return blocks
