@@ -4,17 +4,17 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dlopt.commands.command import Line, on_checkpoint, on_experiment, writing
+from dlopt.commands.processes import join_processes, over_processes, take_process_keys
 from dlopt.config.resolve import resolve_saved
 from dlopt.config.saved import with_changes
 from dlopt.config.schema import check_arguments, show
-from dlopt.errors import DONE, FAILED, RunError, UserError
+from dlopt.errors import DONE, UserError
 from dlopt.files import write_atomically
-from dlopt.job import print_error
 from dlopt.plain import without_nan
 from dlopt.tracking.layout import format_percent
 
@@ -22,13 +22,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
+    from dlopt.config.experiment import Experiment
     from dlopt.data.task import Task
+    from dlopt.parallel.mode import Mode
     from dlopt.training.build import Workload
     from dlopt.training.evaluate import Average, Report
 
 _MAY_CHANGE = (
     "data", "device", "precision", "threads", "channels_last", "compile", "deterministic", "norm_statistics",
-    "allow_packages",
+    "allow_packages", "parallel",
 )  # fmt: skip
 # Keys that a test of weights depends on; they are composed and checked as in `dlopt train`.
 _OF_WEIGHTS = (*_MAY_CHANGE, "model", "normalize", "augmentation", "loss", "experiment", "seed", "init_from")
@@ -52,12 +54,13 @@ Examples:
   tta=ten_crop              four corners and centre, with flips; crop size tta.crop=SIZE (default: that of the training)
                             from images with a shorter side of tta.scale=SIZE (default: unscaled, or 8/7 of the crop)
   tta=multi_scale_ten_crop  ten crops at each of tta.scales=[224,256,384,480,640] (for crops of 224, else in proportion)
+  parallel.processes=N      divides the test set over N processes; also under torchrun and srun
   average=probabilities     average over crops and checkpoints: probabilities | logits
   output=DIR                folder of eval.json, confusion.csv and confusion.png, or reconstructions.png of an
                             autoencoder (default: the run folder)
 
 Uses the config saved in the checkpoint. Keys that can be overridden:
-  {", ".join(f"{key}.*" if key == "data" else key for key in _MAY_CHANGE)}
+  {", ".join(f"{key}.*" if key in ("data", "parallel") else key for key in _MAY_CHANGE)}
 With init_from, the keys of `dlopt train` that matter for a test:
   {", ".join(_OF_WEIGHTS)}
 """
@@ -89,9 +92,8 @@ def evaluate(arguments: list[str]) -> int:
     keys = {argument.partition("=")[0] for argument in arguments}
     if keys >= {"init_from", "checkpoint"}:
         raise UserError("init_from and checkpoint: set one of them; a checkpoint contains its config and its weights")
-    if "init_from" in keys:
-        return _evaluate_weights(arguments)
-    return _evaluate_checkpoints(arguments)
+    command = _evaluate_weights if "init_from" in keys else _evaluate_checkpoints
+    return over_processes("eval", command, arguments)
 
 
 @on_checkpoint("eval", _USAGE, _MAY_CHANGE, several=True)
@@ -104,15 +106,21 @@ def _evaluate_checkpoints(
     output: str | None = None,
 ) -> int:
     """Evaluates the checkpoints, prints the metrics, and saves them with the confusion matrix."""
+    from dlopt.config.parsing import parse
+    from dlopt.processor import choose_device
     from dlopt.training.checkpoint import load
 
-    views = _views(tta, changes)
+    views, processes = _views(tta, changes), take_process_keys(changes, "eval")
     states = [load(path) for path in paths]
-    try:
-        members, report = _test(paths, states, changes, average, views, tta)
-    except RunError as error:
-        print_error(str(error))
-        return FAILED
+    size = {} if len(paths) == 1 else {"data.batch_size": states[0]["config"]["data"]["batch_size"]}
+    experiments = [
+        parse(resolve_saved(with_changes(state["config"], {**size, **changes}, path)))
+        for path, state in zip(paths, states, strict=True)
+    ]
+    mode = join_processes(choose_device(experiments[0].settings.device), processes)
+    members, report = _test(paths, states, experiments, mode, average, views, tta)
+    if not mode.is_main:
+        return DONE
     first, is_one = members[0], len(paths) == 1
     source = {
         "checkpoint": str(first.path) if is_one else [str(path) for path in paths],
@@ -133,34 +141,36 @@ def _evaluate_weights(
     output: str | None = None,
 ) -> int:
     """Evaluates the weights `init_from` in the model of the command line, without a checkpoint."""
+    from dlopt.processor import choose_device
     from dlopt.training.build import build_workload, load_weights
     from dlopt.training.evaluate import choose_average, predict_test_set, unlabelled_report
     from dlopt.training.evaluate import report as summarized
 
     parsed = {override.get_key_element().lstrip("+"): override for override in line.composer.parse(line.overrides)}
-    views = _views(tta, {key: override.value() for key, override in parsed.items() if key.startswith("tta.")})
     for key in parsed:
         if key.partition(".")[0] not in (*_OF_WEIGHTS, "tta"):
             raise UserError(f"{parsed[key].input_line}: does not matter for a test; allowed: {', '.join(_OF_WEIGHTS)}")
-    experiment, _ = line.experiment([text for text in line.overrides if not text.startswith("tta.")])
+    own = {key: override for key, override in parsed.items() if key.startswith(("tta.", "parallel"))}
+    values = {key: override.value() for key, override in own.items()}
+    processes = take_process_keys(values, "eval")
+    views = _views(tta, values)
+    lines_of_own = {override.input_line for override in own.values()}
+    experiment, _ = line.experiment([text for text in line.overrides if text not in lines_of_own])
     path = Path(experiment.settings.init_from or "")
-    workload = build_workload(experiment)
+    mode = join_processes(choose_device(experiment.settings.device), processes)
+    workload = build_workload(experiment, parallel=mode)
     lines = load_weights(workload.module, path, complete=True)
     chosen = choose_average(average, workload)
     task, batches = workload.task, []
-    try:
-        if task.has_labels:
-            batches = predict_test_set(workload, views, chosen)
-            summary = summarized(batches, workload.loss, task)
-        else:
-            summary = unlabelled_report(workload, tta=tta)
-    except RunError as error:
-        print_error(str(error))
-        return FAILED
+    if task.has_labels:
+        batches = predict_test_set(workload, views, chosen)
+        summary = summarized(batches, workload.loss, task)
+    else:
+        summary = unlabelled_report(workload, tta=tta)
     kept = None if task.has_labels else workload
     member = _Member(path, None, workload.dataset.classes, batches, workload.loss, chosen, task, kept)
     record = _record({"init_from": str(path)}, tta, views, None if views is None else chosen)
-    return _finish(record, member, summary, output, lines)
+    return _finish(record, member, summary, output, lines) if mode.is_main else DONE
 
 
 def _record(source: Mapping[str, Any], tta: str, views: Any, average: "Average | None") -> dict[str, Any]:
@@ -180,9 +190,12 @@ def _finish(
         written = _write(Path(folder), {**record, **report.metrics, "classes": classes}, report, first.classes)
         if first.workload is not None:
             from dlopt.analysis import reconstructions
+            from dlopt.parallel.mode import Mode
 
             with writing(Path(folder)):
-                picture = reconstructions.write(first.workload, Path(folder))
+                # All processes hold the whole model: one of them draws.
+                alone = replace(first.workload, parallel=Mode(first.workload.device))
+                picture = reconstructions.write(alone, Path(folder))
             written |= {} if picture is None else {"reconstructions": picture}
         lines += [f"{name}: {path}" for name, path in written.items()]
     epoch = {"best_epoch": record["epoch"]} if isinstance(record.get("epoch"), int) else {}
@@ -206,13 +219,13 @@ def _views(tta: str, changes: dict[str, Any]) -> Any:
 def _test(
     paths: Sequence[Path],
     states: Sequence[Mapping[str, Any]],
-    changes: Mapping[str, Any],
+    experiments: "Sequence[Experiment]",
+    mode: "Mode",
     average: "Average | None",
     views: Any,
     tta: Tta,
 ) -> tuple[list[_Member], "Report"]:
-    """Evaluates each checkpoint, with the batch size of the first one, and reports the metrics of the average."""
-    from dlopt.config.parsing import parse
+    """Evaluates each checkpoint and reports the metrics of the average."""
     from dlopt.training.build import build_workload
     from dlopt.training.evaluate import (
         check_same_samples,
@@ -224,10 +237,8 @@ def _test(
     )
 
     members: list[_Member] = []
-    size = {} if len(paths) == 1 else {"data.batch_size": states[0]["config"]["data"]["batch_size"]}
-    for path, state in zip(paths, states, strict=True):
-        experiment = parse(resolve_saved(with_changes(state["config"], {**size, **changes}, path)))
-        workload = build_workload(experiment, state["normalize"])
+    for path, state, experiment in zip(paths, states, experiments, strict=True):
+        workload = build_workload(experiment, state["normalize"], parallel=mode)
         workload.module.load_state_dict(state["ema"] or state["model"])
         chosen = choose_average(average, workload)
         epoch = state["progress"]["epoch"]

@@ -5,9 +5,10 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from dlopt.commands.command import on_checkpoint, refuse_folder, writing
+from dlopt.commands.processes import join_processes, over_processes, take_process_keys
 from dlopt.errors import DONE, RunError, UserError
 from dlopt.files import temporary_sibling
 from dlopt.job import print_error
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     from dlopt.training.restore import Trained
 
-_MAY_CHANGE = ("device", "precision", "threads", "allow_packages")
+_MAY_CHANGE = ("device", "precision", "threads", "allow_packages", "parallel")
 _USAGE = f"""\
 Classify images with a checkpoint
 
@@ -32,15 +33,21 @@ Resizes the images to the size of the training images and takes the centre crop.
   images=PATH       an image, or a folder of images (searched recursively)
   output=FILE       CSV: image, class, probability, and p(CLASS) for each class (default: predictions.csv)
   max_errors=N      maximum number of unreadable files to skip with a warning (default: 10)
-  batch_size=N      batch size (default: 64)
+  batch_size=N      batch size over all processes (default: 64)
+  parallel.processes=N  divides the images over N processes; also under torchrun and srun
 
 Uses the config saved in the checkpoint. Keys that can be overridden:
-  {", ".join(_MAY_CHANGE)}
+  {", ".join("parallel.*" if key == "parallel" else key for key in _MAY_CHANGE)}
 """
 
 
+def predict(arguments: list[str]) -> int:
+    """Runs `dlopt predict` with the given arguments; returns the exit code. Raises `UserError`."""
+    return over_processes("predict", _predict, arguments)
+
+
 @on_checkpoint("predict", _USAGE, _MAY_CHANGE)
-def predict(
+def _predict(
     path: Path,
     changes: dict[str, Any],
     *,
@@ -55,13 +62,19 @@ def predict(
 
     from dlopt.training.restore import restore
 
-    trained = restore(path, changes)
+    keys = take_process_keys(changes, "predict")
+    trained = restore(path, changes, lambda device: join_processes(device, keys))
     if len(trained.sample) != 3 or trained.sample[0] not in (1, 3):
         raise UserError(f"checkpoint={path}: its model takes inputs of shape {list(trained.sample)}, not images")
     if trained.task.kind == "reconstruction":
         raise UserError(f"checkpoint={path}: its model reconstructs images; `dlopt eval checkpoint={path}` draws some")
-    if trained.config["norm_statistics"] == "exact":
+    if trained.config["norm_statistics"] == "exact" and trained.mode.is_main:
         print_error("norm_statistics=exact: needs the training data; using the running statistics instead")
+    rows = _rows(files, trained, batch_size, max_errors)
+    if not trained.mode.is_main:
+        for _ in rows:  # takes part in gathering each batch
+            pass
+        return DONE
     count = 0
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +82,7 @@ def predict(
             with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
                 writer = csv.writer(file)
                 writer.writerow(_header(trained))
-                for row in _rows(files, trained, batch_size, max_errors):
+                for row in rows:
                     writer.writerow(row)
                     count += 1
             if count == 0:
@@ -111,33 +124,44 @@ def _header(trained: "Trained") -> list[str]:
 
 
 def _rows(files: Sequence[str], trained: "Trained", batch_size: int, max_errors: int) -> Iterator[list[str]]:
-    """Yields one row per readable file."""
+    """Yields one row per readable file, on every process all of them; each process classifies its shard of a batch."""
+    mode = trained.mode
+    errors = 0
+    for paths, images in _decode_batches(files, trained, batch_size):
+        for path, result in mode.gather_lists(_classify(paths, images, trained)):
+            if not isinstance(result, str):
+                yield _row(path, result, trained)
+                continue
+            errors += 1
+            if mode.is_main:
+                print_error(f"skipped: {result}")
+            if errors > max_errors:
+                raise RunError(f"max_errors={max_errors}: exceeded by unreadable files; nothing was written")
+
+
+def _classify(
+    paths: Sequence[str], images: "Sequence[Tensor | UserError]", trained: "Trained"
+) -> list[tuple[str, list[float] | str]]:
+    """Returns each path with the values of its classes, or with the error of an unreadable file."""
     import torch
 
     from dlopt.losses import probabilities
 
-    errors = 0
-    for paths, images in _decode_batches(files, trained, batch_size):
-        batch = []
-        for path, image in zip(paths, images, strict=True):
-            if isinstance(image, UserError):
-                errors += 1
-                print_error(f"skipped: {image}")
-                if errors > max_errors:
-                    raise RunError(f"max_errors={max_errors}: exceeded by unreadable files; nothing was written")
-            else:
-                batch.append((path, image))
-        if batch:
-            outputs = trained.outputs(torch.stack([image for _, image in batch]))
-            values = outputs if trained.classes is None else probabilities(outputs, trained.loss)
-            for (path, _), row in zip(batch, values.tolist(), strict=True):
-                yield _row(path, row, trained)
+    readable = [image for image in images if not isinstance(image, UserError)]
+    values: Iterator[list[float]] = iter(())
+    if readable:
+        outputs = trained.outputs(torch.stack(readable))
+        values = iter((outputs if trained.classes is None else probabilities(outputs, trained.loss)).tolist())
+    return [
+        (path, str(image) if isinstance(image, UserError) else next(values))
+        for path, image in zip(paths, images, strict=True)
+    ]
 
 
 def _decode_batches(
     files: Sequence[str], trained: "Trained", size: int
 ) -> Iterator[tuple[Sequence[str], list["Tensor | UserError"]]]:
-    """Yields batches of paths and images; decodes the next batch while the caller processes the current one."""
+    """Yields this process's paths and images of each batch; decodes the next one while the caller uses the current."""
     from dlopt.data.images import decode
 
     channels, height, width = trained.sample
@@ -149,8 +173,11 @@ def _decode_batches(
             return error
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with ThreadPoolExecutor(cores) as pool:
-        batches = [files[start : start + size] for start in range(0, len(files), size)]
+    shard = trained.mode.evaluation_shard
+    batches = [files[start : start + size] for start in range(0, len(files), size)]
+    if shard is not None:
+        batches = [batch[cast(slice, shard(len(batch)))] for batch in batches]
+    with ThreadPoolExecutor(max(1, cores // trained.mode.local_processes)) as pool:
         upcoming = [pool.submit(read, path) for path in batches[0]]
         for paths, next_paths in zip(batches, [*batches[1:], []], strict=True):
             current, upcoming = upcoming, [pool.submit(read, path) for path in next_paths]

@@ -51,11 +51,18 @@ def run_group(folder: Path, processes: int, checkpoint: str | None, *, record: b
     """Runs FOLDER/config.yaml in `processes` processes and returns one exit code for all.
 
     `checkpoint`: to resume from; None: the folder's newest, if any. `record`: whether to record config errors in the
-    folder. `console`: whether rank 0 shows progress. Raises `RunError` naming the rank if one was killed.
+    folder. `console`: whether rank 0 shows progress. Raises `RunError` as `group_code`.
     """
     command = python_module("dlopt.job", str(folder), *([checkpoint] if checkpoint else []))
     options = {RECORD: "1" if record else "", QUIET: "" if console else "1"}
-    codes, killed, interruption = run_processes(command, processes, options)
+    return group_code(*run_processes(command, processes, options))
+
+
+def group_code(codes: Sequence[int], killed: set[int], interruption: Interruption) -> int:
+    """Returns one exit code for all ranks, given the results of `run_processes`.
+
+    Raises `RunError` naming the rank if one was killed from outside.
+    """
     if interruption and all(code in (DONE, INTERRUPTED, -signal.SIGTERM, -signal.SIGKILL) for code in codes):
         return INTERRUPTED
     for rank, code in enumerate(codes):

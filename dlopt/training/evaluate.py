@@ -301,11 +301,11 @@ def predict_test_set(
     with norm_statistics(workload, workload.module, model):
         if choice is None:
             batches = evaluation_batches(workload, samples)
-            return _outputs(workload.module, model, batches, lambda model, inputs: model(inputs))
+            return _outputs(workload, model, batches, lambda model, inputs: model(inputs))
         transform = _build_transform(workload, choice, samples)
         batches = _image_batches(workload, samples, transform)
         try:
-            return _outputs(workload.module, model, batches, _averaging_forward(workload, transform, average))
+            return _outputs(workload, model, batches, _averaging_forward(workload, transform, average))
         finally:
             batches.close()
 
@@ -321,9 +321,21 @@ def _averaging_forward(workload: Workload, transform: TestTransform, average: Av
 
 
 @torch.inference_mode()
-def _outputs(module: nn.Module, model: Callable[[Tensor], Tensor], batches: Batches, forward: Forward) -> list[Batch]:
-    module.eval()
-    return [(_promoted(forward(model, inputs)), targets) for inputs, targets in batches.epoch(0)]
+def _outputs(workload: Workload, model: Callable[[Tensor], Tensor], batches: Batches, forward: Forward) -> list[Batch]:
+    """Returns outputs and targets batch by batch; each process computes those of its samples."""
+    workload.module.eval()
+    own = [
+        (_promoted(forward(model, inputs)), targets) if len(targets) else None for inputs, targets in batches.epoch(0)
+    ]
+    mode = workload.parallel
+    if mode.evaluation_shard is None:
+        return [batch for batch in own if batch is not None]
+    ranks = mode.gather_lists([[batch and tuple(tensor.cpu() for tensor in batch) for batch in own]])
+    gathered = []
+    for shards in zip(*ranks, strict=True):
+        outputs, targets = (torch.cat(column) for column in zip(*(s for s in shards if s is not None), strict=True))
+        gathered.append((outputs.to(mode.device), targets.to(mode.device)))
+    return gathered
 
 
 def _promoted(outputs: Tensor) -> Tensor:
@@ -369,4 +381,4 @@ def _image_batches(workload: Workload, samples: Samples, transform: TestTransfor
         assert decoded is not None
         samples, in_memory = decoded, False
     delivery = Delivery(workload.device, in_memory, data.workers, dtype=workload.precision.dtype)
-    return Batches(samples, delivery, batch_size=data.batch_size)
+    return Batches(samples, delivery, batch_size=data.batch_size, shard=workload.parallel.evaluation_shard)

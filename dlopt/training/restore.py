@@ -13,6 +13,7 @@ from dlopt.config.parsing import parse
 from dlopt.config.resolve import resolve_saved
 from dlopt.config.saved import with_changes
 from dlopt.data.task import Task
+from dlopt.parallel.mode import Mode
 from dlopt.processor import choose_device, set_threads
 from dlopt.training.build import model_arguments
 from dlopt.training.checkpoint import load
@@ -23,6 +24,7 @@ from dlopt.training.precision import Precision, choose_precision
 class Trained:
     """A model with its normalization, on its device and in evaluation mode."""
 
+    mode: Mode  # one process, or the processes that each hold the model
     normalize: nn.Module
     module: nn.Module
     loss: nn.Module
@@ -48,14 +50,18 @@ class Trained:
         return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
 
 
-def restore(path: Path, overrides: Mapping[str, Any]) -> Trained:
-    """Builds the model of the checkpoint `path`, its config changed by `overrides`. Raises `UserError`."""
+def restore(path: Path, overrides: Mapping[str, Any], join: Callable[[torch.device], Mode] = Mode) -> Trained:
+    """Builds the model of the checkpoint `path`, its config changed by `overrides`. Raises `UserError`.
+
+    `join`: returns the mode of this process, given the device of the config.
+    """
     state = load(path)
     facts = state["progress"]["data"]
     experiment = parse(resolve_saved(with_changes(state["config"], overrides, path)))
     settings = experiment.settings
-    set_threads(settings.threads)
-    device = choose_device(settings.device)
+    mode = join(choose_device(settings.device))
+    set_threads(settings.threads, mode.local_processes)
+    device = mode.device
     precision = choose_precision(settings.precision, device)
     sample, window = tuple(facts["sample"]), tuple(facts["window"])
     classes = None if facts["classes"] is None else tuple(facts["classes"])
@@ -66,6 +72,7 @@ def restore(path: Path, overrides: Mapping[str, Any]) -> Trained:
     normalize.load_state_dict(state["normalize"])
     module.load_state_dict(state["ema"] or state["model"])
     return Trained(
+        mode=mode,
         normalize=normalize.to(device=device, dtype=precision.dtype).eval(),
         module=module.to(device=device, dtype=precision.dtype).eval(),
         loss=loss.to(device).eval(),

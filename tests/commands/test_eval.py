@@ -4,6 +4,10 @@ import contextlib
 import csv
 import io
 import json
+import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +18,13 @@ from PIL import Image
 from sklearn import metrics
 from torch.nn import functional as F
 
+from dlopt import cli
 from dlopt.commands.eval import confusion_table, plot_confusion
 from dlopt.config.parsing import parse
 from dlopt.training.build import build_workload
 from dlopt.training.checkpoint import load
 from tests.commands.line import Result, dlopt, entries, refused
+from tests.parallel.ranks import run_ranks
 
 RUN = (
     "model=resnet20",
@@ -110,6 +116,77 @@ def test_ensemble_matches_manual_average(folder: Path) -> None:
     assert report["test_loss"] == pytest.approx(F.nll_loss(mean.log(), targets).item(), rel=1e-5)
     assert report["test_accuracy"] == pytest.approx((mean.argmax(1) == targets).double().mean().item())
     assert report["checkpoint"] == ["a/checkpoints/best.pt", "b/checkpoints/best.pt"]
+
+
+# -- several processes
+
+
+def rank(folder: str, *arguments: str) -> None:
+    """Runs `dlopt ARGUMENTS` as one of several ranks; ends the process."""
+    os.chdir(folder)
+    sys.argv = ["dlopt", *arguments]
+    cli.main()
+
+
+def in_processes(folder: Path, processes: int, *arguments: str) -> list[str]:
+    with tempfile.TemporaryDirectory() as store:
+        return run_ranks("tests.commands.test_eval:rank", processes, Path(store), str(folder), *arguments)
+
+
+def test_processes_divide_the_test_set(folder: Path) -> None:
+    """Of an ensemble with flipped images; the last batch has one sample, hence none for two of the three processes."""
+    samples = len(outputs(folder, "a")[1])
+    size = next(size for size in range(50, samples) if samples % size == 1)
+    line = ["checkpoint=[a,b]", "tta=flip", "precision=fp64", f"data.batch_size={size}"]
+    one = metrics_of(folder, *line, "output=one", run="one")
+    first, *others = in_processes(folder, 3, "eval", *line, "output=three")
+    assert "tested" in first and others == ["", ""]
+    three = json.loads((folder / "three/eval.json").read_text())
+    assert three.keys() == one.keys()
+    for key, value in one.items():
+        assert three[key] == (pytest.approx(value, rel=1e-12) if isinstance(value, float) else value), key
+    for exact in ("test_accuracy", "test_top5_accuracy", "test_macro_f1"):
+        assert three[exact] == one[exact]
+    assert (folder / "three/confusion.csv").read_bytes() == (folder / "one/confusion.csv").read_bytes()
+
+
+def test_processes_divide_a_test_without_labels(tmp_path: Path) -> None:
+    line = ["model=autoencoder", "loss=mse", "data.subset=40", "epochs=1", "threads=1", "device=cpu"]
+    result = dlopt(tmp_path, "train", *line, "precision=fp64", "hydra.run.dir=run")
+    assert result.code == 0, result.err
+    found = []
+    for processes in (1, 2):
+        if processes == 1:
+            assert dlopt(tmp_path, "eval", "checkpoint=run").code == 0
+        else:
+            in_processes(tmp_path, 2, "eval", "checkpoint=run")
+        report = json.loads((tmp_path / "run/eval.json").read_text())
+        found.append((report["test_loss"], (tmp_path / "run/reconstructions.png").read_bytes()))
+        (tmp_path / "run/eval.json").unlink()
+    assert found[1] == (pytest.approx(found[0][0], rel=1e-12), found[0][1])
+
+
+def test_modes_that_shard_the_model_are_refused_by_name(folder: Path) -> None:
+    for choice in ("fsdp", "pipeline"):
+        error = refused(folder, "eval", "checkpoint=a", f"parallel={choice}", "parallel.processes=2")
+        assert f"parallel={choice}: shards the model" in error and "use parallel=ddp" in error
+    assert "parallel.processes=0" in refused(folder, "eval", "checkpoint=a", "parallel.processes=0")
+    assert "parallel.proceses=2: unknown key" in refused(folder, "eval", "checkpoint=a", "parallel.proceses=2")
+    error = refused(folder, "eval", "checkpoint=a", "parallel=single", "parallel.processes=2")
+    assert "parallel=single has one process" in error
+
+
+@pytest.mark.slow
+def test_starts_processes_and_runs_under_torchrun(folder: Path) -> None:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    metrics_of(folder, "checkpoint=a", "output=single", run="single")
+    for name, launcher, typed in (("own", [], ["parallel.processes=2"]), ("torchrun", torchrun, [])):
+        command = [sys.executable, *launcher, "-m", "dlopt", "eval", "checkpoint=a", f"output={name}", *typed]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("test_loss") == dlopt(folder, "eval", "checkpoint=a").out.count("test_loss")
+        same = (folder / name / "confusion.csv").read_text() == (folder / "single/confusion.csv").read_text()
+        assert same, name
 
 
 def test_crops_of_another_size(folder: Path) -> None:

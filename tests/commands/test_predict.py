@@ -1,7 +1,9 @@
 """`dlopt predict`: predictions and unreadable files."""
 
 import csv
+import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
+from dlopt import cli
 from dlopt.config.parsing import parse
 from dlopt.training.build import build_workload
 from dlopt.training.checkpoint import load
 from tests.commands.line import dlopt, entries, refused
+from tests.parallel.ranks import run_ranks
 
 CHECKPOINT = "run/checkpoints/best.pt"
 
@@ -71,6 +75,29 @@ def test_predictions_match_the_model(workdir: Path, trained: Path) -> None:
     assert [row[1] for row in rows] == [["bright, very", "dark"][i] for i in expected.argmax(1)]
     assert {row[1] for row in rows} == {"bright, very", "dark"}
     assert [float(row[2]) for row in rows] == probabilities.max(1).tolist()
+
+
+def rank(folder: str, *arguments: str) -> None:
+    """Runs `dlopt ARGUMENTS` as one of several ranks; ends the process."""
+    os.chdir(folder)
+    sys.argv = ["dlopt", *arguments]
+    cli.main()
+
+
+def test_processes_divide_the_images(workdir: Path) -> None:
+    """Into one file in the same order; rank 0 reports all unreadable files."""
+    for number in (0, 7):
+        (workdir / f"images/dark/{number}.png").write_bytes(b"damaged")
+    line = ["predict", f"checkpoint={CHECKPOINT}", "images=images", "batch_size=5", "precision=fp64"]
+    one = dlopt(workdir, *line, "output=one.csv")
+    assert one.code == 0
+    first, *others = run_ranks(
+        "tests.commands.test_predict:rank", 3, workdir / "store", str(workdir), *line, "output=three.csv"
+    )
+    assert others == ["", ""]
+    assert sorted(first.splitlines()) == sorted((one.err + one.out.replace("one", "three")).splitlines())
+    assert (workdir / "three.csv").read_text() == (workdir / "one.csv").read_text()
+    assert not [path for path in workdir.iterdir() if path.suffix not in (".csv", "")]
 
 
 def test_single_image_and_other_output(workdir: Path) -> None:

@@ -1,0 +1,105 @@
+"""Commands that divide samples over several processes, started by `parallel.processes`, torchrun or srun."""
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
+
+from dlopt.config.choices import config_folder
+from dlopt.config.saved import typed_values
+from dlopt.config.schema import check_arguments
+from dlopt.errors import FAILED, USER_ERROR, RunError, UserError
+from dlopt.interruption import die_on_signals
+from dlopt.job import print_error
+from dlopt.parallel.rendezvous import World, current, end_process, first_to_fail, join_store, leave, missing_ranks
+
+if TYPE_CHECKING:
+    import torch
+
+    from dlopt.parallel.mode import Mode
+    from dlopt.parallel.process_group import ProcessKeys
+
+Command = Callable[[list[str]], int]
+
+
+def over_processes(name: str, command: Command, arguments: list[str]) -> int:
+    """Runs `command` in as many processes as `parallel.processes` requests; returns the exit code.
+
+    Called in each process of a launcher, runs the command as one of its ranks and ends the process.
+    """
+    if {"-h", "--help"} & set(arguments):
+        return command(arguments)
+    if (world := current()) is not None:
+        return _run_rank(world, name, command, arguments)
+    typed = [argument for argument in arguments if argument.startswith(("parallel=", "parallel."))]
+    if not typed:
+        return command(arguments)
+    from dlopt.parallel.launch import count_processes, group_code, python_module, run_processes
+
+    keys = take_process_keys(typed_values(typed), name)
+    device = typed_values([argument for argument in arguments if argument.startswith("device=")])
+    processes = count_processes(keys, str(device.get("device", "auto")))
+    if processes == 1:
+        return command(arguments)
+    return group_code(*run_processes(python_module("dlopt", name, *arguments), processes, {}))
+
+
+def take_process_keys(values: dict[str, Any], name: str) -> "ProcessKeys":
+    """Removes the keys of the group `parallel` from `values` and returns them, checked and with their defaults."""
+    from omegaconf import OmegaConf
+
+    from dlopt.parallel.replicas import replicas
+
+    choice = values.pop("parallel", "ddp")
+    if choice not in ("ddp", "single"):
+        raise UserError(
+            f"parallel={choice}: shards the model, but `dlopt {name}` needs the whole model in each process and shards "
+            "the samples; use parallel=ddp"
+        )
+    typed = {key[len("parallel.") :]: values.pop(key) for key in list(values) if key.startswith("parallel.")}
+    if choice == "single" and typed.get("processes", 1) != 1:
+        raise UserError(f"parallel.processes={typed['processes']}: parallel=single has one process; use parallel=ddp")
+    defaults = OmegaConf.load(config_folder() / "parallel" / "_process_group.yaml")
+    values_of_group = {str(key): value for key, value in defaults.items()} | typed
+    checked = check_arguments("parallel", replicas, values_of_group, frozenset({"device"}))
+    if choice == "single":
+        checked["processes"] = 1
+    return cast("ProcessKeys", checked)
+
+
+def join_processes(device: "torch.device", keys: "ProcessKeys") -> "Mode":
+    """Returns the mode of this process: one rank of its launcher's, or a single process."""
+    from dlopt.parallel.mode import Mode
+    from dlopt.parallel.replicas import replicas
+
+    return Mode(device) if current() is None else replicas(device=device, **keys)
+
+
+def _run_rank(world: World, name: str, command: Command, arguments: list[str]) -> int:
+    from dlopt.parallel.launch import PARENT, end_rank_with_parent, end_with_torchrun
+
+    die_on_signals()
+    if PARENT in os.environ:
+        end_rank_with_parent()
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # reports a lost peer in one line, without C++ frames
+    end_with_torchrun()
+    prefix = "" if world.is_main else f"rank {world.rank}: "
+    try:
+        typed = [argument for argument in arguments if argument.startswith(("parallel=", "parallel."))]
+        keys = take_process_keys(typed_values(typed), name)
+        join_store(world, minutes=keys["timeout_minutes"], address=keys["master_addr"], port=keys["master_port"])
+        code = command(arguments)
+        leave()
+    except (UserError, RunError) as error:
+        if first_to_fail():
+            print_error(f"{prefix}{error}")
+        code = USER_ERROR if isinstance(error, UserError) else FAILED
+    except Exception as error:
+        missing = missing_ranks(error)
+        if not first_to_fail():
+            end_process(FAILED)
+        if not missing:
+            raise
+        ranks = ", ".join(map(str, missing))
+        print_error(f"rank {ranks} exited, or did not respond within parallel.timeout_minutes (hung or overloaded)")
+        code = FAILED
+    end_process(code)
