@@ -103,7 +103,7 @@ def wins(results: Results, summary: Summary) -> "Figure | None":
         return None
     pairs = summary.comparisons["updates"]
     size = 0.56 * len(order)
-    figure = drawing.figure(size + 2.0, size + 1.9)
+    figure = drawing.figure(max(size + 2.0, 4.5), size + 2.0)
     axes = figure.add_subplot()
     cells = np.full((len(order), len(order)), np.nan)
     for row, optimizer in enumerate(order):
@@ -113,7 +113,7 @@ def wins(results: Results, summary: Summary) -> "Figure | None":
                 continue
             if pair.distinguishable:
                 cells[row, column] = pair.wins.value
-            text = f"{pair.wins.value:.2f}\n{formats.bounds(pair.wins, '–')}"
+            text = f"{pair.wins.value:.2f}\n{formats.bounds(pair.wins, '–')}".rstrip()
             is_dark = pair.distinguishable and abs(pair.wins.value - 0.5) > 0.42
             colour = "white" if is_dark else "black"
             axes.text(column, row, text, ha="center", va="center", fontsize=7.5, color=colour, linespacing=1.3)
@@ -124,7 +124,7 @@ def wins(results: Results, summary: Summary) -> "Figure | None":
     axes.imshow(np.where(np.eye(len(order)), np.nan, 0.5), cmap=grey)
     axes.imshow(np.ma.masked_invalid(cells), vmin=0, vmax=1, cmap=shades)
     _grid(axes, order, order)
-    axes.set_xlabel("blue: the row is faster, orange: the column is faster\ngrey: not distinguishable", **_TICKS)
+    axes.set_xlabel("blue: the row is faster\norange: the column is faster\ngrey: not distinguishable", **_TICKS)
     return figure
 
 
@@ -138,7 +138,7 @@ def sensitivity(results: Results, summary: Summary) -> "Figure":
             if records:
                 cells[row, column] = sum(record.reached for record in records) / len(records)
         cells[row, -1] = summary.standing(optimizer).sensitivity
-    figure = drawing.figure(0.62 * cells.shape[1] + 2.2, 0.36 * cells.shape[0] + 1.6)
+    figure = drawing.figure(max(0.62 * cells.shape[1] + 2.2, 5.0), 0.36 * cells.shape[0] + 1.6)
     axes = figure.add_subplot()
     _heat_map(axes, cells)
     _grid(axes, summary.order, [*workloads, "all"])
@@ -180,7 +180,7 @@ def learning_curves(results: Results, summary: Summary) -> "Figure | None":
     across = min(_ACROSS, len(names))
     down = math.ceil(len(names) / across)
     rows = math.ceil(len(summary.order) / 5)
-    figure = drawing.figure(2.75 * across + 0.3, 2.1 * down + 0.5 + 0.21 * rows)
+    figure = drawing.figure(2.8 * across + 0.3, 2.1 * down + 0.5 + 0.21 * rows)
     panels = figure.subplots(down, across, squeeze=False)
     for axes, name in zip(panels.flat, names, strict=False):
         _curves(axes, results, summary, name)
@@ -219,7 +219,8 @@ def _curves(axes: "Axes", results: Results, summary: Summary, name: str) -> None
     if math.isfinite(workload.target):
         axes.axhline(workload.target, color="0.3", linestyle=(0, (5, 4)), linewidth=1)
     _limit(axes, results, summary, name)
-    axes.set_title(f"{label(name)}: {drawing.metric_label(workload.metric)}".replace("_", " "), fontsize=9)
+    axes.set_title(label(name), fontsize=9)
+    axes.set_ylabel(drawing.metric_label(workload.metric), fontsize=8)
     axes.tick_params(labelsize=8)
     drawing.clean_axes(axes)
 

@@ -35,6 +35,8 @@ def findings(results: Results, summary: Summary) -> list[Finding]:
 
 
 def _results(results: Results, summary: Summary, own: Sequence[str]) -> Iterator[str]:
+    if all(math.isnan(workload.target) for workload in results.workloads.values()):
+        return
     if len(summary.order) == 1:
         yield f"{summary.order[0]} is alone: its score is the fraction of the targets that it reaches."
         return
@@ -63,7 +65,7 @@ def _leader(summary: Summary, measure: Measure) -> Iterator[str]:
     open_ = [other for other, pair in pairs.items() if not pair.distinguishable]
     faster = [other for other, pair in pairs.items() if pair.distinguishable and pair.wins.value < 0.5]
     if open_:
-        text += f" Not distinguishable from it: {names(open_)}."
+        text += f" Not distinguishable from it: {_all_or(open_, others)}."
     elif not faster and others:
         text += " It is faster than each of the others on most workloads."
     if faster:
@@ -81,12 +83,12 @@ def _position(summary: Summary, optimizer: str) -> str:
         "slower than": [other for other, pair in pairs.items() if pair.wins.high < 0.5],
         "not distinguishable from": [other for other, pair in pairs.items() if not pair.distinguishable],
     }
-    parts = [
-        f"{relation} {'all others' if len(others) == len(pairs) else names(others)}"
-        for relation, others in groups.items()
-        if others
-    ]
+    parts = [f"{relation} {_all_or(others, [*pairs])}" for relation, others in groups.items() if others]
     return f"{optimizer} is number {place} of {total} in updates: {'; '.join(parts)}."
+
+
+def _all_or(some: Sequence[str], others: Sequence[str]) -> str:
+    return "all others" if len(some) == len(others) > 1 else names(some)
 
 
 # -- warnings about the whole
@@ -94,8 +96,11 @@ def _position(summary: Summary, optimizer: str) -> str:
 
 def _unreached(results: Results, summary: Summary) -> Iterator[str]:
     table = summary.times["updates"]
-    lost = [name for name in results.workloads if not any(math.isfinite(row[name]) for row in table.values())]
-    if lost and len(lost) < len(results.workloads):
+    if without := [name for name, workload in results.workloads.items() if math.isnan(workload.target)]:
+        yield f"No target is fixed for {names(without)}."
+    known = [name for name in results.workloads if name not in without]
+    lost = [name for name in known if not any(math.isfinite(row[name]) for row in table.values())]
+    if lost and len(lost) < len(known):
         verb = "decide" if len(lost) > 1 else "decides"
         yield f"No optimizer reaches the target of {names(lost)}, which {verb} nothing and counts as 0 for all."
 

@@ -22,13 +22,14 @@ EQUAL = 0.9
 FAILED = 0.3
 """Fraction of failed trials that is mentioned."""
 _END = 0.1  # fraction of a search range that is its end
+_FEWEST = 2  # workloads with the best trials there: one may be luck
 _TOLERANCE = 0.1  # of the progress since the first validation, for results that are nearly equal
 _RATE = "optimizer.lr"
 _FAR = 10.0  # ratio of learning rates that should make a difference
 _NEAR = 3.0  # ratio of other hyperparameters that should make little difference
-Pair = tuple[Record, Record]
 _ALONE = 0.05  # of the pairs of trials differ in one hyperparameter only, if the others are chosen from a list
 _DIVERGENCE = ("the loss became", "is not finite", "are not finite")  # in the reasons of failures
+Pair = tuple[Record, Record]
 
 
 def symptoms(results: Results, optimizer: str) -> Iterator[str]:
@@ -53,7 +54,8 @@ def _records(results: Results, optimizer: str) -> list[Record]:
 
 
 def _no_target(results: Results, optimizer: str) -> Iterator[str]:
-    if any(map(math.isfinite, times(results, "updates")[optimizer].values())):
+    without = all(math.isnan(workload.target) for workload in results.workloads.values())
+    if without or any(map(math.isfinite, times(results, "updates")[optimizer].values())):
         return
     records = _records(results, optimizer)
     if reached := sum(record.reached for record in records):
@@ -183,7 +185,7 @@ def _range_ends(results: Results, optimizer: str, key: str) -> Iterator[str]:
     low = [workload for workload, position in positions.items() if position <= _END]
     high = [workload for workload, position in positions.items() if position >= 1 - _END]
     for found, side in ((low, "lowest"), (high, "highest")):
-        if found and 2 * len(found) >= len(positions):
+        if len(found) >= max(0.5 * len(positions), _FEWEST):
             yield (
                 f"has its best trials in the {side} {formats.percent(_END)} of the search range of {key} "
                 f"({bounds[0]:g} to {bounds[1]:g}) on {len(found)} of {len(positions)} workloads "
