@@ -78,13 +78,16 @@ def _position(summary: Summary, optimizer: str) -> str:
     """Compares an optimizer with all others, in updates."""
     place, total = summary.order.index(optimizer) + 1, len(summary.order)
     pairs = {other: summary.comparisons["updates"][optimizer, other] for other in summary.order if other != optimizer}
+    rest = [*pairs]
     groups = {
         "faster than": [other for other, pair in pairs.items() if pair.wins.low > 0.5],
         "slower than": [other for other, pair in pairs.items() if pair.wins.high < 0.5],
-        "not distinguishable from": [other for other, pair in pairs.items() if not pair.distinguishable],
     }
-    parts = [f"{relation} {_all_or(others, [*pairs])}" for relation, others in groups.items() if others]
-    return f"{optimizer} is number {place} of {total} in updates: {'; '.join(parts)}."
+    relations = [f"{relation} {_all_or(others, rest)}" for relation, others in groups.items() if others]
+    open_ = [other for other, pair in pairs.items() if not pair.distinguishable]
+    text = f"{optimizer} is number {place} of {total} in updates."
+    text += f" On most workloads, it is {', and '.join(relations)}." if relations else ""
+    return text + (f" Not distinguishable from it: {_all_or(open_, rest)}." if open_ else "")
 
 
 def _all_or(some: Sequence[str], others: Sequence[str]) -> str:

@@ -243,26 +243,25 @@ def tests(results: Results, summary: Summary) -> Html:
     names = [name for name in results.workloads if any(results.cell(each, name).tests for each in summary.order)]
     if not names:
         return Html("")
-    rows = [
-        [_name(results, optimizer), *(_lines(_tests(results, optimizer, name)) for name in names)]
-        for optimizer in summary.order
-    ]
+    rows = []
+    for optimizer in summary.order:
+        tests = [results.cell(optimizer, name).tests.values() for name in names]
+        metrics = [*dict.fromkeys(metric for each in tests for test in each for metric in test)]
+        columns = [
+            [
+                formats.mean_and_std([test[metric] for test in each if test.get(metric) is not None])
+                for metric in metrics
+            ]
+            for each in tests
+        ]
+        labels = [metric.removeprefix("test_").replace("_", " ") for metric in metrics]
+        rows.append([_name(results, optimizer), _lines(labels), *map(_lines, columns)])
     text = (
         "Of the best trial of each study, which was chosen by the validation metric: mean ± sample standard deviation "
-        "over studies. Test sets are read for this table only. Trials end at their target, so that these metrics show "
-        "what the target is worth, not how well an optimizer can do."
+        "over studies. Test sets are read for this table only. By default, trials end at their target: these metrics "
+        "show what the target is worth, not how well an optimizer can do."
     )
-    return section("Test metrics", table(["Optimizer", *names], rows, texts=len(names) + 1), note(text))
-
-
-def _tests(results: Results, optimizer: str, workload: str) -> list[str]:
-    tests = results.cell(optimizer, workload).tests.values()
-    metrics = dict.fromkeys(name for test in tests for name in test)
-    values = {name: [test[name] for test in tests if test.get(name) is not None] for name in metrics}
-    return [
-        f"{name.removeprefix('test_').replace('_', ' ')} {formats.mean_and_std(numbers)}"
-        for name, numbers in values.items()
-    ]
+    return section("Test metrics", table(["Optimizer", "Metric", *names], rows, texts=2), note(text))
 
 
 # -- method
