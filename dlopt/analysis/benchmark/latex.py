@@ -17,7 +17,8 @@ def latex(results: Results, summary: Summary) -> str:
         f"% dlopt benchmark, tier {_comment(results.tier)}, {results.studies} studies of {results.trials} trials",
         f"% {_comment(str(results.facts.get('command', '')))}",
         r"% \usepackage{booktabs}",
-        "% scores: integral of the performance profile over tau in [1, 4], with its 95 % interval over studies",
+        "% scores in updates and time: integral of the performance profile over tau in [1, 4], with its 95 % interval",
+        "% targets, trials: that are reached; cost: time of an update relative to SGD's; state: relative to the parameters",
     ]
     lines += _tabular(*_scores(results, summary))
     lines += ["", "% median over studies of the updates to the target; --: not reached"]
@@ -38,8 +39,8 @@ def _tabular(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _scores(results: Results, summary: Summary) -> tuple[list[str], list[list[str]]]:
-    heads = ["optimizer", *(f"score ({_HEADS[measure]})" for measure in summary.measures)]
-    heads += ["targets", "trials [%]", "time per update", "state"]
+    heads = ["optimizer", *(_HEADS[measure] for measure in summary.measures)]
+    heads += ["targets", "trials", "cost", "state"]
     best = {measure: max(each.score.value for each in summary.standings[measure]) for measure in summary.measures}
     rows = []
     for standing in summary.standings["updates"]:
@@ -48,7 +49,7 @@ def _scores(results: Results, summary: Summary) -> tuple[list[str], list[list[st
             score = summary.standing(standing.optimizer, measure).score
             is_known = measure != "time" or standing.cost is not None
             cells.append(_interval(score, is_bold=score.value == best[measure] > 0) if is_known else "--")
-        cells += [f"{standing.reached}/{len(results.workloads)}", f"{100 * standing.sensitivity:.0f}"]
+        cells += [f"{standing.reached}/{len(results.workloads)}", rf"{100 * standing.sensitivity:.0f}\,\%"]
         cells += [_plain(formats.number(standing.cost, ".2f")), _plain(formats.number(standing.state, ".1f"))]
         rows.append([standing.optimizer, *cells])
     return heads, rows
