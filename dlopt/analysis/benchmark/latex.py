@@ -18,7 +18,7 @@ def latex(results: Results, summary: Summary) -> str:
         f"% {_comment(str(results.facts.get('command', '')))}",
         r"% \usepackage{booktabs}",
         "% scores in updates and time: integral of the performance profile over tau in [1, 4], with its 95 % interval",
-        "% targets and trials: reached; cost: time of an update relative to SGD; state: memory relative to the parameters",
+        "% targets and trials: reached; cost: time per update relative to SGD; state: memory / parameters",
     ]
     lines += _tabular(*_scores(results, summary))
     lines += ["", "% median over studies of the updates to the target; --: not reached"]
