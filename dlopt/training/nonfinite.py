@@ -148,8 +148,9 @@ def check_weights(module: nn.Module, step: int, rate: float, norm: Norm | None =
 
 
 def is_finite(tensors: Sequence[Tensor]) -> bool:
-    """Returns whether all entries in this process's shards of the tensors are finite."""
+    """Returns whether all entries in this process's shards of the tensors are finite; integers (tokens) are."""
     shards = [shard for shard in map(local, tensors) if shard.numel() and not shard.is_meta]
+    shards = [shard for shard in shards if shard.is_floating_point() or shard.is_complex()]
     if not shards:
         return True
     maxima = torch._foreach_norm(shards, ord=math.inf)  # propagates NaN, and does not overflow as a sum would

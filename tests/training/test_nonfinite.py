@@ -489,3 +489,12 @@ def test_schedule_scale() -> None:
     other = Scheduler(sgd(net(), lr=0.5), lambda t: 1 / (1 + t))
     other.load_state_dict(state)
     assert other.get_last_lr() == [pytest.approx(0.025)]
+
+
+def test_locates_the_divergence_of_a_model_that_reads_tokens() -> None:
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Flatten(), nn.Linear(12, 5))
+    with torch.no_grad():
+        model[2].weight.fill_(3e38)
+    step = make_step(model, sgd(model))
+    with pytest.raises(Diverged, match="first: the output of"):
+        step.update(torch.full((8, 3), 4), torch.zeros(8, dtype=torch.int64), 0, MetricSum(True))
