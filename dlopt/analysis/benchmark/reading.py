@@ -11,6 +11,7 @@ import yaml
 
 from dlopt.analysis.benchmark.protocol import Trial, WorkloadSpec
 from dlopt.analysis.benchmark.results import Cell, Cost, Record, Results, Workload
+from dlopt.analysis.benchmark.scores import best_trial
 from dlopt.errors import UserError
 from dlopt.files import read_json, write_atomically
 from dlopt.folders import RunFolder
@@ -110,7 +111,7 @@ def collect(folder: Path, manifest: Manifest, facts: Mapping[str, Any]) -> Resul
     for name, spec in manifest.workloads.items():
         updates = 0
         for optimizer, space in manifest.optimizers.items():
-            records, curves = [], []
+            records, curves = [], {}
             for study in range(manifest.studies):
                 for number in range(manifest.trials):
                     run = RunFolder(folder / Trial(name, optimizer, study, number).subfolder)
@@ -119,12 +120,12 @@ def collect(folder: Path, manifest: Manifest, facts: Mapping[str, Any]) -> Resul
                     curve, evaluations = read_curve(run, spec.metric)
                     updates = updates or full_length(run, curve)
                     records.append(_record(run, study, number, space, spec, curve, evaluations))
-                    curves.append(curve)
-            best = _best(records, spec.metric)
+                    curves[study, number] = curve
+            best = best_trial(records, spec.metric)
             cells[optimizer, name] = Cell(
                 tuple(records),
                 _cost(folder / optimizer / name),
-                () if best is None else curves[best],
+                () if best is None else curves[best.study, best.trial],
                 _tests(folder, optimizer, name, manifest.studies, records, spec.metric),
             )
         workloads[name] = Workload(spec.metric, math.nan if spec.target is None else spec.target, updates)
@@ -189,26 +190,11 @@ def _values(run: RunFolder, space: Mapping[str, str]) -> dict[str, Any]:
     return {key: yaml.safe_load(typed[key]) for key, text in space.items() if key in typed and typed[key] != text}
 
 
-def _best(records: Sequence[Record], metric: str) -> int | None:
-    """Returns the index of the fastest trial; if none reached the target, of the one with the best metric."""
-    return min((i for i, each in enumerate(records) if each.best is not None), default=None,
-               key=lambda i: _order(records[i], metric))  # fmt: skip
-
-
-def _order(record: Record, metric: str) -> tuple[float, float]:
-    assert record.best is not None
-    return record.updates, record.best if lower_is_better(metric) else -record.best
-
-
 def best_trials(records: Sequence[Record], metric: str) -> dict[int, Record]:
-    """Returns the best trial of each study, chosen as for `Cell.curve`; a study that only failed is left out."""
-    chosen: dict[int, Record] = {}
-    for study in sorted({record.study for record in records}):
-        own = [record for record in records if record.study == study]
-        index = _best(own, metric)
-        if index is not None:
-            chosen[study] = own[index]
-    return chosen
+    """Returns the best trial of each study; a study whose trials all failed before their first validation has none."""
+    studies = sorted({record.study for record in records})
+    chosen = {study: best_trial([each for each in records if each.study == study], metric) for study in studies}
+    return {study: record for study, record in chosen.items() if record is not None}
 
 
 def _tests(
