@@ -13,7 +13,7 @@ from dlopt.ranges import Count, NonNegative
 Value = bool | int | float | str | None
 Relation = Literal["lower", "higher", "equal"]
 When = Literal["last", "first", "minimum", "maximum", "mean"] | Count
-Measure = Literal["value", "epoch", "step", "seconds", "largest", "span"]
+Measure = Literal["value", "epoch", "step", "evaluation", "seconds", "largest", "span"]
 Verdict = Literal["seen", "not seen here", "the opposite"]
 Written = str | dict[str, Any]  # a side in YAML: a variant, or the keys of `Side`
 
@@ -43,9 +43,9 @@ class Claim:
     Args:
         text: the claim in words.
         when_not: when it does not hold.
-        measure: what is compared: the metric's value; the epoch, update (`step`) or second at which it reaches
-            `target`; the largest value of the only free axis at which it reaches `target`; or the ratio of the largest
-            to the smallest such value (`span`).
+        measure: what is compared: the metric's value; the epoch, update (`step`), evaluation of the training set or
+            second at which it reaches `target`; the largest value of the only free axis at which it reaches `target`;
+            or the ratio of the largest to the smallest such value (`span`).
         factor: margin of the ratio (1.5: at least 1.5x), or None.
         difference: margin of the difference, or None.
     """
@@ -249,6 +249,7 @@ _MEASURES = {
     "value": "{metric}",
     "epoch": "epochs to {metric} {target}",
     "step": "updates to {metric} {target}",
+    "evaluation": "evaluations of the training set to {metric} {target}",
     "seconds": "seconds to {metric} {target}",
     "largest": "largest {axis} with {metric} {target}",
     "span": "usable range of {axis}, largest / smallest with {metric} {target}",

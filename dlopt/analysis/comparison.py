@@ -25,7 +25,10 @@ class Comparison:
     along: dict[str, list[Value] | dict[str, list[str]]]
     seeds: list[Seed]
     metrics: list[str]
-    x: Literal["epoch", "step", "seconds", "step_and_seconds", "epoch_and_step_and_seconds"]
+    x: Literal[
+        "epoch", "step", "evaluation", "seconds", "step_and_seconds", "epoch_and_step_and_seconds",
+        "step_and_evaluation_and_seconds",
+    ]  # fmt: skip
     choose: str | None
     claims: list[Claim]
 
@@ -82,9 +85,12 @@ class Outcome:
     def curve(self, name: str, x: str) -> tuple[list[float], list[float]]:
         """Returns (x, values) of all epochs, or of all checkpoints for a probe."""
         if name in self.probes:
-            pairs = [(progress[x], value) for progress, value in self.probes[name]]
+            lines = {line["step"]: line for line in self.history}  # a checkpoint counts no evaluations
+            pairs = [(on_axis(lines.get(at["step"], at), x), value) for at, value in self.probes[name]]
         else:
-            pairs = [(line[x], value) for line in self.history if (value := _value_in(line, name)) is not None]
+            pairs = [
+                (on_axis(line, x), value) for line in self.history if (value := _value_in(line, name)) is not None
+            ]
         return [float(position) for position, _ in pairs], [float(value) for _, value in pairs]
 
     def final(self, name: str) -> float:
@@ -95,6 +101,17 @@ class Outcome:
             return float(self.summary[name])
         values = self.curve(name, "step")[1]
         return values[-1] if values else math.nan
+
+
+def on_axis(line: Mapping[str, Any], x: str) -> float:
+    """Returns the position of a line of metrics.jsonl on an x-axis.
+
+    `evaluation`: evaluations of the loss, in passes over the training set, so that small and large batches compare.
+    Optimizers that evaluate the loss once per update make one pass per epoch. Hessian-vector products do not count.
+    """
+    if x != "evaluation":
+        return float(line[x])
+    return float(line["epoch"] * line.get("evaluations", line["step"]) / max(line["step"], 1))
 
 
 def _value_in(line: Mapping[str, Any], name: str) -> Any:

@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from dlopt.analysis import drawing
 from dlopt.analysis.claims import TEST_METRICS, Finding, is_higher_better, short_sentence, shown
-from dlopt.analysis.comparison import Cell, Comparison, Outcome, finals, mean
+from dlopt.analysis.comparison import Cell, Comparison, Outcome, finals, mean, on_axis
 from dlopt.analysis.drawing import MARKERS, style
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-_UNITS = {"epoch": "epoch", "step": "update", "seconds": "seconds"}
+_UNITS = {
+    "epoch": "epoch", "step": "update", "evaluation": "evaluations of the training set", "seconds": "seconds",
+}  # fmt: skip
 
 
 def draw(comparison: Comparison, outcomes: Mapping[Cell, Outcome], findings: Sequence[Finding] = ()) -> "Figure":
@@ -88,7 +90,7 @@ def _curves(
         runs = [outcomes[Cell(variant, (), seed)] for seed in comparison.seeds]
         pairs = [run.curve(name, x_axis) for run in runs]
         length = min(len(values) for _, values in pairs)
-        x = pairs[0][0][:length]
+        x = [mean(positions) for positions in zip(*(positions[:length] for positions, _ in pairs), strict=True)]
         columns = list(zip(*(values[:length] for _, values in pairs), strict=True))
         axes.plot(x, [mean(column) for column in columns], **line, label=variant)
         if len(runs) > 1:
@@ -116,7 +118,7 @@ def _curves(
 
 def restarts(run: Outcome, x_axis: str) -> list[float]:
     """Returns where the learning rate jumps back up: at the end of the last epoch before each rise after a fall."""
-    rates = [(float(line[x_axis]), float(line["lr"])) for line in run.history if line.get("lr") is not None]
+    rates = [(on_axis(line, x_axis), float(line["lr"])) for line in run.history if line.get("lr") is not None]
     found, peak = [], 0.0
     for (position, before), (_, after) in pairwise(rates):
         peak = max(peak, before)

@@ -135,7 +135,7 @@ def best_point(
 def _value(outcome: Outcome, claim: Claim, when: str | int, seeds: Sequence[int]) -> float:
     """Reduces a run to one number; a diverged run has the worst one: infinite."""
     worst = -math.inf if is_higher_better(claim.metric) else math.inf
-    if claim.measure in ("epoch", "step", "seconds"):
+    if claim.measure in ("epoch", "step", "evaluation", "seconds"):
         x, values = outcome.curve(claim.metric, claim.measure)
         reached = [at for at, value in zip(x, values, strict=True) if _reaches(claim, value)]
         return math.inf if outcome.failed or not reached else reached[0]

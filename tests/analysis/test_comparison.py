@@ -145,6 +145,29 @@ def test_two_keys_plot_heat_maps_with_best_cell_framed() -> None:
     assert [text.get_text() for text in maps[0].texts] == ["20.0", "30.0", "40.0", "30.0", "40.0", "×"]
 
 
+def test_evaluations_count_in_passes_over_the_training_set() -> None:
+    """Two full batches per epoch; line searches need 3 evaluations per update at first, and 2 later."""
+    lines = [{"epoch": epoch, "lr": 0.1, "seconds": 1.0, "train_loss": 4.0 ** (2 - epoch)} for epoch in (1, 2)]
+    searching, once = (
+        Outcome([line | more for line, more in zip(lines, counters, strict=True)], {}, {})
+        for counters in (
+            ({"step": 2, "evaluations": 6}, {"step": 4, "evaluations": 10}),
+            ({"step": 45}, {"step": 90}),
+        )
+    )
+    assert searching.curve("train_loss", "evaluation") == ([3.0, 5.0], [4.0, 1.0])
+    assert once.curve("train_loss", "evaluation") == ([1.0, 2.0], [4.0, 1.0])
+    spec = comparison(seeds=[0], x="step_and_evaluation_and_seconds")
+    assert spec.axes == ["step", "evaluation", "seconds"]
+    written = {"claim": "c", "metric": "train_loss", "measure": "evaluation", "target": 1.0, "lower": "b", "than": "a"}
+    claim = parse("claims.0", {**written, "factor": 2})
+    [finding] = evaluate(spec, {Cell("a", (), 0): searching, Cell("b", (), 0): once}, [claim])
+    assert (finding.first, finding.second) == ([2.0], [5.0])
+    panels = draw(spec, {Cell("a", (), 0): searching, Cell("b", (), 0): once}).axes
+    assert [axes.get_xlabel() for axes in panels] == ["update", "evaluations of the training set", "seconds"]
+    assert list(panels[1].lines[0].get_xdata()) == [3.0, 5.0]
+
+
 def test_plots_error_against_updates_and_seconds() -> None:
     lines = [{"epoch": i + 1, "step": 5 * i, "seconds": 2.0 * i, "val_accuracy": 0.5 + i / 4} for i in range(2)]
     spec = comparison(metrics=["val_error"], x="step_and_seconds", seeds=[0])
