@@ -163,53 +163,54 @@ def test_closed_pipe(tmp_path: Path) -> None:
 # -- completion
 
 
-def completed(folder: Path, typed: str) -> set[str]:
-    """Returns the completions that the function of `-sc install=bash` proposes in a real bash."""
+def completed(folder: Path, *typed: str) -> list[set[str]]:
+    """Returns the completions that the function of `-sc install=bash` proposes in a real bash, for each typed line."""
     script = f"""
         PATH={folder}:$PATH
         eval "$(dlopt -sc install=bash)"
-        COMP_LINE={typed!r}; COMP_POINT=${{#COMP_LINE}}
-        read -ra COMP_WORDS <<< "$COMP_LINE"
-        COMP_CWORD=$(( ${{#COMP_WORDS[@]}} - 1 ))
-        case "$COMP_LINE" in *" ") COMP_CWORD=$(( COMP_CWORD + 1 ));; esac
-        hydra_bash_completion
-        echo "${{COMPREPLY[@]}}"
+        for COMP_LINE in "$@"; do
+            COMP_POINT=${{#COMP_LINE}}
+            read -ra COMP_WORDS <<< "$COMP_LINE"
+            COMP_CWORD=$(( ${{#COMP_WORDS[@]}} - 1 ))
+            case "$COMP_LINE" in *" ") COMP_CWORD=$(( COMP_CWORD + 1 ));; esac
+            COMPREPLY=()
+            hydra_bash_completion
+            echo "${{COMPREPLY[@]}}"
+        done
         """
     command = folder / "dlopt"
     command.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -m dlopt "$@"\n')
     command.chmod(0o755)
-    result = subprocess.run(["bash", "-c", script], cwd=folder, capture_output=True, text=True, timeout=60, check=True)
+    line = ["bash", "-c", script, "bash", *typed]
+    result = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=300, check=True)
     assert result.stderr == ""
-    return set(result.stdout.split())
+    return [set(proposed.split()) for proposed in result.stdout.splitlines()]
 
 
-@pytest.mark.parametrize(
-    ("typed", "some", "none"),
-    [
-        ("dlopt ", {"train", "eval"}, {"optimizer="}),
-        ("dlopt tr", {"train"}, {"eval"}),
-        ("dlopt train optim", {"optimizer=", "optimizer."}, {"model="}),
-        ("dlopt train optimizer=", {"optimizer=sgd", "optimizer=adamw"}, {"optimizer=_full_batch"}),
-        ("dlopt train optimizer=ad", {"optimizer=adam", "optimizer=adamw"}, {"optimizer=sgd"}),
-        ("dlopt train optimizer.", {"optimizer.lr=", "optimizer.momentum="}, {"optimizer._target_="}),
-        ("dlopt train optimizer=adamw optimizer.e", {"optimizer.eps="}, {"optimizer.momentum="}),
-        ("dlopt train -m   see", {"seed="}, set()),
-        ("dlopt eval ch", {"checkpoint="}, {"checkpoint."}),
-        ("dlopt options opt", {"optimizer"}, {"optimizer="}),
-        ("dlopt template ", {"slurm", "array", "kubernetes", "docker"}, {"optimizer="}),
-    ],
+COMPLETIONS = (
+    ("dlopt ", {"train", "eval"}, {"optimizer="}),
+    ("dlopt tr", {"train"}, {"eval"}),
+    ("dlopt train optim", {"optimizer=", "optimizer."}, {"model="}),
+    ("dlopt train optimizer=", {"optimizer=sgd", "optimizer=adamw"}, {"optimizer=_full_batch"}),
+    ("dlopt train optimizer=ad", {"optimizer=adam", "optimizer=adamw"}, {"optimizer=sgd"}),
+    ("dlopt train optimizer.", {"optimizer.lr=", "optimizer.momentum="}, {"optimizer._target_="}),
+    ("dlopt train optimizer=adamw optimizer.e", {"optimizer.eps="}, {"optimizer.momentum="}),
+    ("dlopt train -m   see", {"seed="}, set()),
+    ("dlopt eval ch", {"checkpoint="}, {"checkpoint."}),
+    ("dlopt options opt", {"optimizer"}, {"optimizer="}),
+    ("dlopt template ", {"slurm", "array", "kubernetes", "docker"}, {"optimizer="}),
 )
-def test_completion_in_bash(typed: str, some: set[str], none: set[str], tmp_path: Path) -> None:
-    completions = completed(tmp_path, typed)
-    assert some <= completions and not none & completions
 
 
-def test_completion_of_a_checkpoint(tmp_path: Path) -> None:
+def test_completion_in_bash(tmp_path: Path) -> None:
     (tmp_path / "outputs").mkdir()
     (tmp_path / "outputs/last.pt").touch()
     (tmp_path / "outputs/last.pt.sha256").touch()
-    assert completed(tmp_path, "dlopt eval checkpoint=out") == {"checkpoint=outputs/"}
-    assert completed(tmp_path, "dlopt eval checkpoint=outputs/") == {"checkpoint=outputs/last.pt"}
+    of_files = ("dlopt eval checkpoint=out", "dlopt eval checkpoint=outputs/")
+    found = completed(tmp_path, *(typed for typed, _, _ in COMPLETIONS), *of_files)
+    for (typed, some, none), completions in zip(COMPLETIONS, found, strict=False):
+        assert some <= completions and not none & completions, typed
+    assert found[len(COMPLETIONS) :] == [{"checkpoint=outputs/"}, {"checkpoint=outputs/last.pt"}]
 
 
 def test_refuses_wrong_completion_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

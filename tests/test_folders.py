@@ -57,7 +57,7 @@ def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
 
 
 def test_files_of_a_run_folder(tmp_path: Path) -> None:
-    train(tmp_path, "name=mine")
+    train(tmp_path, "name=mine", "tracking=[tensorboard]")
     run = only(tmp_path, "outputs/mine/*")
     assert {path.name for path in run.iterdir()} >= {
         "config.yaml", "overrides.yaml", "environment.json", "metrics.jsonl", "summary.json", "checkpoints",
@@ -66,7 +66,7 @@ def test_files_of_a_run_folder(tmp_path: Path) -> None:
     assert {path.name for path in (run / "checkpoints").iterdir()} >= {
         "last.pt", "last.pt.sha256", "best.pt", "best.pt.sha256",
     }  # fmt: skip
-    assert yaml.safe_load((run / "overrides.yaml").read_text()) == [*SMALL, "name=mine"]
+    assert yaml.safe_load((run / "overrides.yaml").read_text()) == [*SMALL, "name=mine", "tracking=[tensorboard]"]
     assert yaml.safe_load((run / "config.yaml").read_text())["model"]["widths"] == [4]
     assert {"torch", "python", "git_commit"} <= json.loads((run / "environment.json").read_text()).keys()
     assert [line["epoch"] for line in lines(run)] == [1, 2]

@@ -15,6 +15,7 @@ from tests.schedules.test_schedules import make
 
 CHOICES = {"model": "mlp", "data": "digits", "optimizer": "sgd"}
 PNG = b"\x89PNG"
+TRACKED = (*SMALL, "tracking=[tensorboard]")
 
 
 def line(epoch: int, **values: Any) -> dict[str, Any]:
@@ -65,7 +66,7 @@ def test_a_schedule_knows_its_restarts() -> None:
 
 def test_a_run_draws_and_names_the_picture_and_the_next_commands(tmp_path: Path) -> None:
     overrides = ("schedule=cosine_restarts", "schedule.warmup_epochs=0", "schedule.T_0_epochs=1", "schedule.T_mult=1")
-    done = dlopt(tmp_path, "train", *SMALL, *overrides, "hydra.run.dir=my run")
+    done = dlopt(tmp_path, "train", *TRACKED, *overrides, "hydra.run.dir=my run")
     assert done.code == 0, done.err
     assert (tmp_path / "my run/curves.png").read_bytes().startswith(PNG)
     shown = [each.strip() for each in done.out.split("run folder: ")[1].splitlines()]
@@ -83,7 +84,7 @@ def test_restarts_are_passed_in_epochs(tmp_path: Path, monkeypatch: pytest.Monke
     passed: list[Any] = []
     monkeypatch.setattr(curves, "write", lambda folder, restarts: passed.append((folder, restarts)) or folder)
     overrides = ("schedule=cosine_restarts", "schedule.warmup_epochs=0", "schedule.T_0_epochs=1", "schedule.T_mult=1")
-    assert dlopt(tmp_path, "train", *SMALL, "epochs=3", *overrides, "hydra.run.dir=run").code == 0
+    assert dlopt(tmp_path, "train", *TRACKED, "epochs=3", *overrides, "hydra.run.dir=run").code == 0
     assert passed == [(tmp_path / "run", [1.0, 2.0])]
 
 
@@ -92,15 +93,15 @@ def test_an_error_in_the_picture_does_not_fail_the_run(tmp_path: Path, monkeypat
         raise RuntimeError("no font")
 
     monkeypatch.setattr(curves, "draw", fail)
-    done = dlopt(tmp_path, "train", *SMALL, "hydra.run.dir=run")
+    done = dlopt(tmp_path, "train", *TRACKED, "hydra.run.dir=run")
     assert done.code == 0 and "the metrics could not be drawn: RuntimeError: no font" in done.out
     assert "curves:" not in done.out and "dlopt report" in done.out
 
 
 def test_sweeps_library_calls_and_minimal_tracking_draw_nothing(tmp_path: Path) -> None:
-    assert dlopt(tmp_path, "train", *SMALL, "tracking=[]", "hydra.run.dir=minimal").code == 0
-    assert dlopt(tmp_path, "train", "-m", *SMALL, "seed=0,1", "hydra.sweep.dir=sweep").code == 0
+    assert dlopt(tmp_path, "train", *SMALL, "hydra.run.dir=minimal").code == 0
+    assert dlopt(tmp_path, "train", "-m", *TRACKED, "seed=0,1", "hydra.sweep.dir=sweep").code == 0
     with contextlib.chdir(tmp_path):
-        api.train([*SMALL, "hydra.run.dir=library"])
+        api.train([*TRACKED, "hydra.run.dir=library"])
     assert only(tmp_path, "sweep/0/summary.json").exists()
     assert not list(tmp_path.rglob("curves.png"))

@@ -8,7 +8,7 @@ import torch
 
 from tests.commands.line import dlopt, refused
 
-TINY = ("model=mlp", "model.widths=[4]", "data.subset=40", "steps=1", "threads=1")
+TINY = ("model=mlp", "model.widths=[4]", "data.subset=40", "steps=1", "threads=1", "tracking=[]")
 
 # arguments of `dlopt train` -> substrings of the message
 KEYS = {
