@@ -125,3 +125,15 @@ def test_tied_weights_across_stages_raise() -> None:
     check_tied_weights([chain])
     with pytest.raises(UserError, match=r"^parallel=pipeline: c shares weights"):
         check_tied_weights([chain[:2], chain[2:]])
+
+
+def test_a_sequence_with_a_forward_of_its_own_is_not_split() -> None:
+    class Doubled(nn.Sequential):
+        def forward(self, inputs: Tensor) -> Tensor:
+            outputs: Tensor = super().forward(inputs)
+            return 2 * outputs
+
+    model = nn.Sequential(Doubled(nn.Linear(2, 2), nn.ReLU()), nn.Linear(2, 2))
+    assert [layer.name for layer in flatten(model, 2)] == ["0", "1"]
+    with pytest.raises(UserError, match="Doubled is not a sequence of layers"):
+        flatten(Doubled(nn.Linear(2, 2)), 1)

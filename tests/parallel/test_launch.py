@@ -14,9 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from dlopt.errors import USER_ERROR
+import dlopt
+from dlopt.errors import INTERRUPTED, USER_ERROR, RunError
 from dlopt.losses import MSE
-from dlopt.parallel.launch import count_processes, python_module, run_processes
+from dlopt.parallel import launch
+from dlopt.parallel.launch import count_processes, end_with_torchrun, group_code, python_module, run_processes
 from tests.parallel.ranks import ROOT
 
 
@@ -191,3 +193,49 @@ def test_files_in_the_working_directory_do_not_shadow_modules(tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     codes, _, _ = run_processes(python_module("dlopt.job", "nowhere"), 1, {})
     assert codes == [USER_ERROR], "config.yaml is missing"
+
+
+def test_modules_are_found_in_a_checkout_and_hidden_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(dlopt.__file__).parents[1])
+    assert "-P" not in python_module("dlopt.job")
+    monkeypatch.chdir(tmp_path)
+    assert "-P" in python_module("dlopt.job")
+
+
+def shell(rank_0: str, rank_1: str) -> list[str]:
+    return ["sh", "-c", f'if [ "$DLOPT_RANK" = 0 ]; then {rank_0}; else {rank_1}; fi']
+
+
+def test_exit_codes_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_GRACE", 600.0)
+    assert group_code(*run_processes(shell("exit 0", "exit 0"), 2, {})) == 0
+    assert group_code(*run_processes(shell("exit 1", "exit 2"), 2, {})) == 2
+    monkeypatch.setattr(launch, "_GRACE", 0.1)
+    codes, killed, interruption = run_processes(shell("exec sleep 600", "exit 3"), 2, {})
+    assert (codes, killed) == ([-signal.SIGKILL, 3], {0}), "the other rank had its time to end"
+    assert group_code(codes, killed, interruption) == 3
+    with pytest.raises(RunError, match=r"^rank 1 was killed by SIGKILL \(out of memory\?\)$"):
+        group_code(*run_processes(shell("exec sleep 600", "kill -KILL $$"), 2, {}))
+    with pytest.raises(RunError, match=r"^rank 0 was killed by SIGSEGV$"):
+        group_code(*run_processes(shell("kill -SEGV $$", "exit 0"), 2, {}))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_signal_ends_stopped_ranks_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    stopped = "trap 'exit 75' TERM; echo $$ > pid; kill -STOP $$; sleep 600"
+    waits = 'until grep -qs stopped "/proc/$(cat pid)/status"; do sleep 0.05; done; kill -TERM $PPID; exec sleep 600'
+    codes, killed, interruption = run_processes(shell(stopped, f"{waits} 2>&-"), 2, {})
+    assert (codes, killed) == ([INTERRUPTED, -signal.SIGTERM], set())
+    assert group_code(codes, killed, interruption) == INTERRUPTED
+
+
+def test_ranks_of_torchrun_end_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+    monkeypatch.setattr("dlopt.processor.end_with_parent", lambda: called.append("yes"))
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    end_with_torchrun()
+    assert not called
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    end_with_torchrun()
+    assert called == ["yes"]

@@ -1,10 +1,16 @@
+import os
 from pathlib import Path
 
 import pytest
+import torch
+from torch import distributed
 
 from dlopt.errors import UserError
-from dlopt.parallel.rendezvous import World, current, slurm_master
+from dlopt.parallel import rendezvous
+from dlopt.parallel.process_group import join
+from dlopt.parallel.rendezvous import World, caused_by_peer, current, first_to_fail, missing_ranks, slurm_master
 from tests.commands.line import SMALL, refused
+from tests.parallel.ranks import run_ranks
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
 SRUN = {
@@ -89,3 +95,32 @@ def test_slurm_rendezvous_address_and_port(tmp_path: Path, monkeypatch: pytest.M
     assert slurm_master(SRUN | {"SLURM_STEP_NUM_NODES": "1"})[0] == "127.0.0.1"
     ports = {slurm_master(SRUN | other)[1] for other in ({}, {"SLURM_STEP_ID": "1"}, {"SLURM_JOB_ID": "8"})}
     assert len(ports) == 3
+
+
+def lose_a_rank() -> None:
+    """Called on all ranks: rank 1 ends while rank 0 waits for it in a collective."""
+    rendezvous._ROLL_CALL = 0.1
+    keys = {"processes": None, "timeout_minutes": 1.0, "master_addr": None, "master_port": None}
+    join("ddp", torch.device("cpu"), **keys)  # type: ignore[arg-type]
+    distributed.barrier()
+    own = RuntimeError("an error of this process")
+    assert not caused_by_peer(own) and missing_ranks(own) == []
+    if os.environ["DLOPT_RANK"] == "1":
+        os._exit(0)
+    with pytest.raises(RuntimeError) as lost:
+        distributed.all_reduce(torch.zeros(1))
+    assert caused_by_peer(lost.value) and not caused_by_peer(ValueError())
+    assert missing_ranks(lost.value) == [1]
+    os._exit(0)
+
+
+def test_names_the_rank_that_ended(tmp_path: Path) -> None:
+    run_ranks("tests.parallel.test_rendezvous:lose_a_rank", 2, tmp_path)
+
+
+def test_one_rank_reports_a_failure_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendezvous, "current", lambda: None)
+    assert first_to_fail() and first_to_fail()
+    monkeypatch.setattr(rendezvous, "current", lambda: World("dlopt", 0, 2, 0, 2))
+    monkeypatch.setattr(rendezvous, "_store", distributed.HashStore())
+    assert first_to_fail() and not first_to_fail()

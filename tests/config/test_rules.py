@@ -1,0 +1,44 @@
+"""Combinations that depend on the machine, which the tests pretend to have."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dlopt.config import rules
+from dlopt.errors import UserError
+from tests.training.runs import experiment
+
+
+def test_precisions_of_accelerators(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(UserError, match="device=mps: no Apple GPU is available"):
+        experiment("device=mps")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert experiment("device=mps", "precision=fp16").settings.precision == "fp16"
+    for precision in ("fp64", "tf32"):
+        with pytest.raises(UserError, match=f"precision={precision}: not supported on an Apple GPU"):
+            experiment("device=mps", f"precision={precision}")
+    for available in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: available)  # noqa: B023
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: available)  # noqa: B023
+        for device in ("auto", "cuda") if available else ():
+            assert experiment(f"device={device}", "precision=fp16").settings.device == device
+    for device in ("auto", "cpu"):
+        with pytest.raises(UserError, match="precision=fp16: not supported on a CPU"):
+            experiment(f"device={device}", "precision=fp16")
+    with pytest.raises(UserError, match="device=cuda: no CUDA device is available"):
+        experiment("device=cuda")
+
+
+def test_counts_are_limited_by_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "os", SimpleNamespace(cpu_count=lambda: 2))
+    most = experiment("threads=128", "data.workers=128", "parallel=ddp", "parallel.processes=32")
+    assert most.settings.threads == 128
+    for line, message in (
+        (["threads=129"], "threads=129: this machine has 2 cores; at most 128"),
+        (["data.workers=129"], "data.workers=129: this machine has 2 cores; at most 128"),
+        (["parallel=ddp", "parallel.processes=33"], "parallel.processes=33: this machine has 2 cores; at most 32"),
+    ):
+        with pytest.raises(UserError, match=message):
+            experiment(*line)
