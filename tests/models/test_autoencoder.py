@@ -11,6 +11,7 @@ from torch import nn
 from dlopt.data.splits import prepare
 from dlopt.losses import PixelCrossEntropy
 from tests.commands.line import dlopt, refused
+from tests.data.test_idx import write
 from tests.training.runs import experiment
 
 SMALL = ("model=autoencoder", "model.widths=[8]", "model.code=3", "data.subset=100", "threads=1", "device=cpu")
@@ -58,6 +59,15 @@ def test_a_run_draws_its_reconstructions(tmp_path: Path) -> None:
     assert result.code == 0 and (tmp_path / "run/reconstructions.png").exists(), result.err
     assert json.loads((tmp_path / "run/eval.json").read_text())["test_loss"] == summary["test_loss"]
     assert "reconstructs images; `dlopt eval checkpoint=" in refused(tmp_path, "predict", "checkpoint=run", "images=.")
+
+
+def test_the_recipe_reads_idx_files(tmp_path: Path) -> None:
+    write(tmp_path / "files", zipped=True, train=40)
+    typed = ("data.root=files", "data.batch_size=20", "epochs=2", "threads=1", "device=cpu", "hydra.run.dir=run")
+    result = dlopt(tmp_path, "train", "experiment=autoencoder_fashion_mnist", *typed)
+    assert result.code == 0, result.err
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert 0 < summary["test_loss"] < 1 and (tmp_path / "run/reconstructions.png").exists()
 
 
 @pytest.mark.parametrize(
