@@ -128,6 +128,7 @@ class Step:
             norm=None if mode.sharding == "replicated" else mode.norm,
         )
         self._model = precision.autocast(network.model)
+        self._eager_model = precision.autocast(network.module)
         self._loss = precision.autocast(network.loss)
         self._sampled_loss = precision.autocast(sampled_cross_entropy)
         self._generators = _generators(self.parameters) if is_stochastic(network.module) else []
@@ -258,7 +259,7 @@ class Step:
         return loss
 
     def differentiable_loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        return self._loss(self._model(inputs), targets)
+        return self._loss(self._eager_model(inputs), targets)  # torch.compile has no second derivatives
 
     # -- checks and state
 

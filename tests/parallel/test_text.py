@@ -50,7 +50,8 @@ def test_tied_embeddings_stay_tied_when_heads_are_split(tmp_path: Path) -> None:
 def test_every_mode_equals_one_process(tmp_path: Path, processes: int) -> None:
     for name, rich in (("plain", []), ("rich", RICH)):
         (tmp_path / name).mkdir()
-        compare(tmp_path / name, processes, cases(tmp_path / name, MODES, *rich))
+        modes = (*MODES, "hybrid") if processes == 4 else MODES  # two replicas of two processes
+        compare(tmp_path / name, processes, cases(tmp_path / name, modes, *rich))
 
 
 def test_names_what_cannot_be_split() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,31 @@ def test_second_derivatives_of_attention(choice: str, lines: list[str], tmp_path
     second_order = [line for line in lines if not line.startswith("optimizer")]
     summary = start(tmp_path / "run", *second_order, f"optimizer={choice}", "steps=2")
     assert summary["status"] == "finished" and math.isfinite(summary["test_loss"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs a C++ compiler")
+@pytest.mark.parametrize("optimizer", ["adamw", "sophia"])
+def test_a_compiled_run_equals_an_eager_one(optimizer: str, lines: list[str], tmp_path: Path) -> None:
+    """Also where the optimizer needs second derivatives, which a compiled model has not."""
+    typed = [*lines, "model.positions=rotary", f"optimizer={optimizer}", "steps=4", "log_every_steps=1"]
+    losses = []
+    for compiled in ("false", "true"):
+        start(tmp_path / compiled, *typed, f"compile={compiled}")
+        text = (tmp_path / compiled / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["train_loss"] for line in text])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rich", [False, True])
+def test_exports_to_onnx(rich: bool, lines: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    extra = ["model.norm=rms", "model.positions=rotary", "model.activation=swiglu", "model.qk_norm=true"]
+    start(tmp_path, *lines, *(extra if rich else []), "steps=2")
+    assert export([f"checkpoint={tmp_path / 'checkpoints/best.pt'}", "format=onnx"]) == 0
+    assert "input: int64 [batch, 16]\nverified: outputs match" in capsys.readouterr().out
 
 
 def test_batches_do_not_depend_on_their_delivery(lines: list[str]) -> None:
