@@ -38,7 +38,8 @@ def check_hydra(config: DictConfig, typed: Iterable[str]) -> None:
                 raise UserError(f"{key}={show(value)}: only Hydra plug-ins are allowed here")
         if key.startswith(("hydra.job_logging.", "hydra.hydra_logging.")):
             _check_logging(key, name, str(value))
-        if isinstance(value, str) and "${" in value and _is_block(config, key):
+        # Only a value that is one interpolation can resolve to a block; with other text around it, it is a string.
+        if isinstance(value, str) and value.startswith("${") and _is_block(config, key):
             raise UserError(f"{key}={value}: a block of Hydra's config must not be an interpolation")
     if hydra["job"]["env_set"] and not any(line.lstrip("+").startswith("hydra.job.env_set") for line in typed):
         raise UserError("hydra.job.env_set: set in a config file, but accepted from the command line only")
