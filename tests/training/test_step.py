@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -392,3 +393,19 @@ class _Drawing(nn.Module):
 )
 def test_is_stochastic(model: nn.Module, draws: bool) -> None:
     assert is_stochastic(model) is draws
+
+
+def test_the_state_of_a_loss_scaler_is_loaded_where_there_is_one() -> None:
+    """A run may be resumed with another precision."""
+
+    class Scaler:
+        loaded = None
+
+        def load_state_dict(self, state: Any) -> None:
+            self.loaded = state
+
+    scaler = Scaler()
+    for own, saved in ((None, {"scale": 2.0}), (None, None), (scaler, None), (scaler, {"scale": 4.0})):
+        step: Any = SimpleNamespace(scaler=own, settings=SimpleNamespace(halve_on_out_of_memory=False))
+        Step.load_state_dict(step, {"lr": 0.1, "scaler": saved})
+        assert step.rate == 0.1 and (own is None or own.loaded == saved)
