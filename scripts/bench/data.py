@@ -85,7 +85,7 @@ def memory() -> dict[str, float]:
 
 
 def first_batch_and_memory(samples: Samples, batch: int, workers: int, images: int) -> dict[str, object]:
-    order = Random(targets=samples.targets, seed=0).order(0)[: images + batch]
+    order = Random(targets=samples.targets, seed=0, epoch_size=None).order(0)[: images + batch]
     loader = Loader(samples, workers)
     start = time.perf_counter()
     batches = loader.run(order.split(batch))
@@ -139,7 +139,7 @@ def waiting_fraction(samples: Samples, batch: int, workers: int, steps: int, dev
         samples,
         Delivery(torch.device(device), False, workers, normalize=Standardize(input_shape=samples.shape).to(device)),
         batch_size=batch,
-        sampler=Random(targets=samples.targets, seed=0),
+        sampler=Random(targets=samples.targets, seed=0, epoch_size=None),
         augment=augment,
         reader=reader,
     )
@@ -197,7 +197,7 @@ def measure(root: Path, arguments: argparse.Namespace) -> dict[str, object]:
         "start": start_up,
         "memory": first_batch_and_memory(samples, batch, workers, arguments.memory_images),
     }
-    order = Random(targets=samples.targets, seed=1).order(0)[: arguments.round_images]
+    order = Random(targets=samples.targets, seed=1, epoch_size=None).order(0)[: arguments.round_images]
     whole, shape = whole_images(samples), (3, arguments.size, arguments.size)
     assert whole is not None
     crop = RandomResizedCrop(size=224, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))
