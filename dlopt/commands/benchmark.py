@@ -5,7 +5,7 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,13 +14,13 @@ from dlopt.commands.command import Line, output_folder, read_line, refuse_empty
 from dlopt.config.compose import parse_overrides
 from dlopt.config.saved import typed_values
 from dlopt.errors import DONE, FAILED, INTERRUPTED, UserError, install
-from dlopt.folders import refuse_url
+from dlopt.folders import RunFolder, refuse_url
 from dlopt.locks import locked
 from dlopt.ranges import Count
 from dlopt.tracking.layout import format_duration, short_path
 
 if TYPE_CHECKING:
-    from dlopt.analysis.benchmark.protocol import Tier, Trial
+    from dlopt.analysis.benchmark.protocol import Tier, Trial, WorkloadSpec
     from dlopt.analysis.benchmark.reading import Manifest
     from dlopt.analysis.benchmark.results import Record, Results
     from dlopt.sweeps.benchmark import Request
@@ -331,8 +331,10 @@ def _finish(folder: Path, reference: "Results | None", note: str) -> int:
 
     manifest = read_manifest(folder)
     assert manifest is not None
+    if manifest.full:  # the trials do not depend on targets, which may have been set since
+        manifest = replace(manifest, workloads=_with_targets(manifest))
     with locked(folder / _LOCK):
-        results = collect(folder, manifest, _facts(manifest))
+        results = collect(folder, manifest, _facts(folder, manifest))
         write_atomically(folder / "results.json", to_json(results).encode())
         shown = results if reference is None else results.with_reference(reference)
         paths = write(shown, folder)
@@ -341,14 +343,30 @@ def _finish(folder: Path, reference: "Results | None", note: str) -> int:
     return DONE
 
 
-def _facts(manifest: "Manifest") -> dict[str, Any]:
+def _with_targets(manifest: "Manifest") -> "dict[str, WorkloadSpec]":
+    """Returns the workloads with the targets of their tier, where the trials were run without."""
+    from dlopt.analysis.benchmark.protocol import load_tier
+
+    try:
+        tier = load_tier(manifest.tier, None).workloads
+    except UserError:  # of a --config-dir
+        tier = {}
+    return {
+        name: replace(spec, target=tier[name].target) if spec.target is None and name in tier else spec
+        for name, spec in manifest.workloads.items()
+    }
+
+
+def _facts(folder: Path, manifest: "Manifest") -> dict[str, Any]:
     """Returns how the results were made, without what identifies a person or a host."""
     from dlopt import environment
 
     versions, machine = environment.versions(), environment.machine()
+    summaries = [RunFolder(path.parent).summary() or {} for path in folder.glob("*/*/*/summary.json")]
     return {
         "command": "; ".join(manifest.commands),
         "date": date.today().isoformat(),
+        "core_hours": round(sum(summary.get("seconds") or 0.0 for summary in summaries) / 3600, 2),
         **{name: versions[name] for name in ("dlopt", "python", "torch")},
         **{name: machine[name] for name in ("processor", "cpu_count", "gpu") if machine[name]},
     }

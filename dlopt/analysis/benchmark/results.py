@@ -150,17 +150,21 @@ class Results:
 # -- the file
 
 
+_COLUMNS = ("study", "trial", "updates", "evaluations", "first", "best", "last", "failure")  # then the drawn values
+
+
 def to_json(results: Results) -> str:
-    """Returns the results as JSON, one line per trial; infinity becomes null."""
+    """Returns the results as JSON, a list per trial whose entries `columns` names; infinity becomes null."""
     cells = [
         {
             "optimizer": optimizer,
             "workload": workload,
-            "cost": None if cell.cost is None else vars(cell.cost),
+            "cost": None if cell.cost is None else {key: _rounded(value) for key, value in vars(cell.cost).items()},
             "curve": [[updates, _rounded(value)] for updates, value in cell.curve],
             "tests": {str(study): {key: _rounded(value) for key, value in test.items()}
                       for study, test in cell.tests.items()},
-            "trials": [_plain(record) for record in cell.records],
+            "columns": [*_COLUMNS, *_keys(cell)],
+            "trials": [_row(record, _keys(cell)) for record in cell.records],
         }
         for (optimizer, workload), cell in results.cells.items()
         if optimizer not in results.shipped
@@ -182,21 +186,26 @@ def _lines(cells: Sequence[Mapping[str, Any]]) -> str:
     texts = []
     for cell in cells:
         head = json.dumps({key: value for key, value in cell.items() if key != "trials"})
-        trials = ",\n      ".join(json.dumps(trial) for trial in cell["trials"])
+        trials = ",\n      ".join(json.dumps(trial, separators=(",", ":")) for trial in cell["trials"])
         texts.append(f'    {head[:-1]}, "trials": [\n      {trials}]}}')
     return ",\n".join(texts)
 
 
-def _plain(record: Record) -> dict[str, Any]:
-    numbers = {
-        "updates": record.updates if record.reached else None,
-        "evaluations": record.evaluations if record.reached else None,
-        "first": _rounded(record.first),
-        "best": _rounded(record.best),
-        "last": _rounded(record.last),
-    }
-    failure = {"failure": record.failure} if record.failure else {}
-    return {"study": record.study, "trial": record.trial, "values": dict(record.values), **numbers, **failure}
+def _keys(cell: Cell) -> list[str]:
+    """Returns the keys that the trials have drawn."""
+    return list(dict.fromkeys(key for record in cell.records for key in record.values))
+
+
+def _row(record: Record, keys: Sequence[str]) -> list[Any]:
+    return [
+        record.study,
+        record.trial,
+        record.updates if record.reached else None,
+        record.evaluations if record.reached else None,
+        *map(_rounded, (record.first, record.best, record.last)),
+        record.failure,
+        *(record.values.get(key) for key in keys),
+    ]
 
 
 def _rounded(value: float | None) -> float | None:
@@ -226,16 +235,17 @@ def from_json(text: str, name: str) -> Results:
 def _cell(content: Mapping[str, Any]) -> Cell:
     cost = content["cost"]
     return Cell(
-        tuple(_record(each) for each in content["trials"]),
+        tuple(_record(dict(zip(content["columns"], row, strict=True))) for row in content["trials"]),
         None if cost is None else Cost(**cost),
         tuple((updates, math.nan if value is None else value) for updates, value in content["curve"]),
         {int(study): test for study, test in content["tests"].items()},
     )
 
 
-def _record(content: Mapping[str, Any]) -> Record:
-    reached = {key: math.inf if content[key] is None else content[key] for key in ("updates", "evaluations")}
-    return Record(**{**content, **reached})
+def _record(row: Mapping[str, Any]) -> Record:
+    reached = {key: math.inf if row[key] is None else row[key] for key in ("updates", "evaluations")}
+    values = {key: value for key, value in row.items() if key not in _COLUMNS and value is not None}
+    return Record(**{**{key: row[key] for key in _COLUMNS}, **reached}, values=values)
 
 
 def read(path: Path) -> Results:

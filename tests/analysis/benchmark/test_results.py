@@ -22,7 +22,9 @@ def test_json_round_trip() -> None:
     assert (read_back.workloads, read_back.spaces, read_back.facts) == (SMALL.workloads, SMALL.spaces, SMALL.facts)
     for key, cell in SMALL.cells.items():
         again = read_back.cells[key]
-        assert again.cost == cell.cost and len(again.curve) == len(cell.curve)
+        assert again.cost is not None and cell.cost is not None
+        assert dataclasses.astuple(again.cost) == pytest.approx(dataclasses.astuple(cell.cost), rel=1e-4)
+        assert len(again.curve) == len(cell.curve)
         for a, b in zip(again.records, cell.records, strict=True):
             assert (a.updates, a.evaluations, a.values, a.failure) == (b.updates, b.evaluations, b.values, b.failure)
             assert a.best == pytest.approx(b.best, rel=1e-4) and (a.last is None) == (b.last is None)
