@@ -39,6 +39,7 @@ SLOW = {  # several seconds for one update
     "model=resnet1202", "model=preact_resnet1001", "model=wrn_28_10", "model=wrn_28_20", "model=wrn_22_8",
     "model=alexnet_224", "model=two_column_alexnet_224", "model=resnet101", "model=resnet50", "model=resnet34",
     "model=alexnet", "model=two_column_alexnet", "model=gpt2_small",
+    "model=resnet110", "model=preact_resnet164", "model=preact_resnet110",  # as resnet56, but with more of the same
     "data=python_source", "augmentation=imagenet",
 }  # fmt: skip
 OPTIONAL = {"model=timm": "timm"}

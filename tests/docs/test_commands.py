@@ -32,7 +32,7 @@ LITTLE = {  # what makes a line of that command one of a moment; what is typed l
     "show-batch": ("threads=1",),
     "benchmark": ("dry_run=true",),
 }
-LONG = {"bench", "--check"}  # start processes and measure
+LONG = {"bench", "--check", "model=plain56,resnet56"}  # start processes and measure; four deep networks
 WATCHING = {"--watch", "--open"}
 COMPOSE_JOB = Request.compose_job
 _HEADS = {".venv/bin/python", "pip", "tensorboard", "git", "cd", "eval", "squeue", "export", "until", "sinfo"}
