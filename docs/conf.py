@@ -38,6 +38,7 @@ html_copy_source = False
 
 def setup(app: Sphinx) -> None:
     """Generates pages before Sphinx looks for them, and fills `<!-- generated -->` in the pages that it reads."""
+    import benchmark
     import gallery
     import reference
 
@@ -47,6 +48,7 @@ def setup(app: Sphinx) -> None:
         "reference/groups": reference.choices_table,
         "gallery": lambda: gallery.lectures(docs),
         "claims": lambda: gallery.claims(docs),
+        "results": benchmark.results,
     }
 
     def fill(_: Sphinx, name: str, source: list[str]) -> None:
