@@ -163,7 +163,7 @@ def _plan(
     unset = [name for name, spec in chosen.workloads.items() if spec.target is None]
     if unset and not full:
         raise UserError(
-            f"tier={tier}: {', '.join(unset)} has no target yet; run the baselines with full=true, and take the "
+            f"tier={tier}: no target is set for {', '.join(unset)}; run the baselines with full=true, and take the "
             "targets from `dlopt benchmark targets FOLDER`"
         )
     own_studies, own_trials = budget_of(budget, studies, trials)
@@ -423,12 +423,17 @@ def _check(line: Line, *, tier: str = "small", seed: int | None = None, output: 
     shipped = load_reference(tier)
     if shipped is None:
         raise UserError(f"tier={tier}: has no shipped results to check")
-    cells = random.Random(seed).sample(sorted(shipped.cells), _CHECKED)
-    chosen = {Trial(workload, name, each.study, each.trial): each for name, workload in cells
-              for each in random.Random(seed).sample(shipped.cell(name, workload).records, 1)}  # fmt: skip
+    # Only trials that reach the target: others would agree without saying much.
+    reached = {
+        Trial(workload, name, record.study, record.trial): record
+        for (name, workload), cell in sorted(shipped.cells.items())
+        for record in cell.records
+        if record.reached
+    }
+    chosen = {trial: reached[trial] for trial in random.Random(seed).sample(list(reached), _CHECKED)}
     overrides = [each for each in line.overrides if not _is_hydra(each)]
-    candidates = {name: candidate(line.composer, name, overrides) for name, _ in cells}
-    workloads = load_tier(tier, None).select([workload for _, workload in cells]).workloads
+    candidates = {trial.optimizer: candidate(line.composer, trial.optimizer, overrides) for trial in chosen}
+    workloads = load_tier(tier, None).select([trial.workload for trial in chosen]).workloads
     folder = output_folder(output, "benchmark-check").absolute()
     request = Request(folder, workloads, candidates, list(chosen), overrides, full=True)
     try:
@@ -455,4 +460,5 @@ def _check(line: Line, *, tier: str = "small", seed: int | None = None, output: 
 
 
 def _to_target(record: "Record") -> str:
-    return f"{record.updates:.0f} updates to the target" if record.reached else "target not reached"
+    updates = f"{record.updates:.0f} updates to the target" if record.reached else "target not reached"
+    return updates if record.best is None else f"{updates}, best {record.best:.4g}"
