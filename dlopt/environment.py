@@ -1,6 +1,7 @@
 """Describes where a run ran, for environment.json: machine, versions, and the user's code."""
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -115,6 +116,7 @@ def _identify(name: str) -> dict[str, str] | None:
     return {"folder": str(folders[0]), "sha256": digest.hexdigest()}
 
 
+@functools.cache
 def _version(distribution: str) -> str | None:
     try:
         return importlib.metadata.version(distribution)

@@ -266,6 +266,16 @@ def _unpack(parameter: inspect.Parameter) -> list[inspect.Parameter]:
 
 
 def _adapter(annotation: Any) -> TypeAdapter[Any] | None:
+    """Returns what checks values of a type; None: nothing does."""
+    if id(annotation) not in _adapters:  # by identity: annotations need not be hashable
+        _adapters[id(annotation)] = annotation, _build_adapter(annotation)
+    return _adapters[id(annotation)][1]
+
+
+_adapters: dict[int, tuple[Any, TypeAdapter[Any] | None]] = {}  # keeps the annotations, which `parameters_of` caches
+
+
+def _build_adapter(annotation: Any) -> TypeAdapter[Any] | None:
     if annotation is _EMPTY or annotation is Any or isinstance(annotation, str):
         return None
     try:
