@@ -1,11 +1,14 @@
 """Mutation test: changes the code in one place at a time and counts how many changes the tests notice.
 
-    .venv/bin/python scripts/mutants.py cover      run the tests once and record which lines each one runs
-    .venv/bin/python scripts/mutants.py run [--count 300] [--seed 0] [--workers 2] [--json FILE] [--again FILE]
+    .venv/bin/python scripts/mutants.py cover [--tests tests/parallel]
+    .venv/bin/python scripts/mutants.py run [--only dlopt/parallel] [--count 300] [--seed 0] [--workers 2]
+        [--json FILE] [--again FILE]
 
-A mutant is killed when a test that runs the changed line fails. Those tests run from the fastest to the slowest, until
-the first failure, in one copy of the checkout per worker, followed by the test file of the module, which may run the
-line in other processes. Other tests might kill more, so the share of killed mutants is a lower bound.
+`cover` runs the tests once and records which lines each one runs; `run` needs it.
+A mutant is killed when a test that runs the changed line fails, also in a process that the test starts. Those tests run
+from the fastest to the slowest, until the first failure, in one copy of the checkout per worker, followed by the test
+file of the module, which may run the line where coverage is not recorded. Other tests might kill more, so the share of
+killed mutants is a lower bound.
 """
 
 import argparse
@@ -36,8 +39,11 @@ ROOT = Path(__file__).resolve().parents[1]
 COVERAGE = ROOT / "outputs" / "mutants"
 TARGETS = ("dlopt/optim", "dlopt/schedules", "dlopt/training/step.py", "dlopt/parallel", "dlopt/config/rules.py")
 TESTS = ("tests/optim", "tests/schedules", "tests/training", "tests/parallel", "tests/config")
+ELSEWHERE = {"dlopt/config/rules.py": "tests/config/test_bad_input.py"}  # tests that refuse combinations of settings
 PRELOAD = ("torch", "torch._dynamo", "torch.utils.tensorboard", "scipy.optimize", "hypothesis", "hydra", "rich.console")
 KILLED = ("killed", "timeout")
+# At the end of a coverage context: `test|run` in the process of pytest, `test (call)` in one that the test has started
+_PHASE = r"(\|(setup|run|teardown)| \((setup|call|teardown)\))$"
 MOST_TESTS = 150  # of those that run a line; the fastest
 TIMEOUT = 120  # seconds for the tests of one mutant, which may loop forever; a timeout counts as killed
 
@@ -113,14 +119,20 @@ def mutants_of(path: Path) -> Iterator[Mutant]:
                     yield mutant(node, f"({ast.unparse(changed)})")  # type: ignore[arg-type]
 
 
-def cover() -> int:
+def cover(tests: Sequence[str]) -> int:
     """Runs the tests with coverage contexts and writes test -> lines and test -> seconds into `COVERAGE`."""
     COVERAGE.mkdir(parents=True, exist_ok=True)
-    config = COVERAGE / "coveragerc"
-    config.write_text(f"[run]\nbranch = false\nsource = dlopt\ndata_file = {COVERAGE / 'data'}\n")
-    command = [sys.executable, "-m", "pytest", "-q", "-n", str(os.cpu_count()), "--dist", "worksteal", *TESTS]
+    config, of_processes = COVERAGE / "coveragerc", COVERAGE / "coveragerc_processes"
+    settings = "[run]\nbranch = false\nsource = dlopt\n"
+    config.write_text(f"{settings}data_file = {COVERAGE / 'data'}\n")
+    of_processes.write_text(f"{settings}data_file = {COVERAGE / 'processes'}\ncontext = ${{PYTEST_CURRENT_TEST-}}\n")
+    command = [sys.executable, "-m", "pytest", "-q", "-n", str(os.cpu_count()), "--dist", "worksteal", *tests]
     command += ["--cov", f"--cov-config={config}", "--cov-context=test", "--cov-report=", "--durations=0", "-vv"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COVERAGE_OF_PROCESSES": str(of_processes)}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    if of_others := [str(path) for path in COVERAGE.glob("processes.*")]:
+        combine = [sys.executable, "-m", "coverage", "combine", "-q", "--append", f"--data-file={COVERAGE / 'data'}"]
+        subprocess.run([*combine, *of_others], cwd=ROOT, check=True)
     (COVERAGE / "log").write_text(done.stdout + done.stderr)
     seconds: dict[str, float] = collections.defaultdict(float)
     for time_spent, test in re.findall(r"^([\d.]+)s (?:call|setup|teardown) +(\S.*)$", done.stdout, re.MULTILINE):
@@ -145,7 +157,7 @@ def tests_by_line() -> dict[tuple[str, int], list[str]]:
             "join context on context.id = context_id"
         )
         for path, context, bits in rows:
-            if (test := context.rpartition("|")[0]) and test not in failed:
+            if (test := re.sub(_PHASE, "", context)) != context and test not in failed:
                 for line in numbits_to_nums(bits):
                     found[Path(path).relative_to(ROOT).as_posix(), line].add(test)
     return {key: sorted(tests, key=lambda test: seconds.get(test, 0.0)) for key, tests in found.items()}
@@ -185,9 +197,9 @@ def run_tests(tests: Sequence[str], copy: Path) -> NoReturn:
     os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", *tests]))
 
 
-def sample(count: int, seed: int) -> list[Mutant]:
-    """Draws `count` of all mutants."""
-    targets = [ROOT / target for target in TARGETS]
+def sample(only: Sequence[str], count: int, seed: int) -> list[Mutant]:
+    """Draws `count` of all mutants of these files and folders."""
+    targets = [ROOT / target for target in only]
     files = [path for target in targets for path in ([target] if target.is_file() else target.rglob("*.py"))]
     everything = [mutant for path in sorted(files) for mutant in mutants_of(path)]
     chosen = random.Random(seed).sample(everything, min(count, len(everything)))
@@ -223,11 +235,11 @@ def run(chosen: Sequence[Mutant], workers: int, report: Path | None) -> int:
     return 0
 
 
-def mirrored_tests(file: str) -> list[str]:
-    """Returns the test file of a module, some of whose lines run only in processes that its tests start."""
+def own_tests(file: str) -> list[str]:
+    """Returns the test files of a module: some of its lines may run only in processes whose coverage is unknown."""
     path = Path(file.replace("dlopt/", "tests/", 1))
-    mirror = path.with_name(f"test_{path.name}")
-    return [str(mirror)] if (ROOT / mirror).is_file() else []
+    found = [str(path.with_name(f"test_{path.name}")), ELSEWHERE.get(file, "")]
+    return [name for name in found if (ROOT / name).is_file()]
 
 
 def try_mutant(
@@ -239,7 +251,7 @@ def try_mutant(
         left_out = shutil.ignore_patterns(".git", ".venv", "outputs", "__pycache__", ".*cache")
         shutil.copytree(ROOT, copy, ignore=left_out)
     start = time.monotonic()
-    tests = covered.get((mutant.file, mutant.line), [])[:MOST_TESTS] + mirrored_tests(mutant.file)
+    tests = covered.get((mutant.file, mutant.line), [])[:MOST_TESTS] + own_tests(mutant.file)
     result = outcome(mutant, tests, copy) if tests else "not covered"
     return mutant, result, time.monotonic() - start
 
@@ -247,6 +259,8 @@ def try_mutant(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["cover", "run"])
+    parser.add_argument("--tests", nargs="+", default=TESTS, help="files and folders of tests")
+    parser.add_argument("--only", nargs="+", default=TARGETS, help="files and folders to change")
     parser.add_argument("--count", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
@@ -254,8 +268,8 @@ def main() -> int:
     parser.add_argument("--again", type=Path, help="a file written by --json: only its mutants that were not killed")
     options = parser.parse_args()
     if options.what == "cover":
-        return cover()
-    chosen = read_alive(options.again) if options.again else sample(options.count, options.seed)
+        return cover(options.tests)
+    chosen = read_alive(options.again) if options.again else sample(options.only, options.count, options.seed)
     return run(chosen, options.workers, options.json)
 
 

@@ -3,12 +3,13 @@
 The server imports torch once for all tests of a worker; a new interpreter needs seconds for the import.
 """
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -49,7 +50,25 @@ def _run(
     os.environ.update(environment)
     os.chdir(folder)
     multiprocessing.set_start_method(None, force=True)  # its own children must not be forked from the server
-    function(*arguments)
+    with _coverage():
+        function(*arguments)
+
+
+@contextlib.contextmanager
+def _coverage() -> Iterator[None]:
+    """Records coverage as the configuration file in COVERAGE_OF_PROCESSES says (see scripts/mutants.py)."""
+    if "COVERAGE_OF_PROCESSES" not in os.environ:
+        yield
+        return
+    from coverage import Coverage
+
+    recorder = Coverage(config_file=os.environ["COVERAGE_OF_PROCESSES"], data_suffix=True)
+    recorder.start()
+    try:
+        yield
+    finally:
+        recorder.stop()
+        recorder.save()
 
 
 @dataclass(frozen=True)
