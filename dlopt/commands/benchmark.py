@@ -358,7 +358,7 @@ def _with_targets(manifest: "Manifest") -> "dict[str, WorkloadSpec]":
 
 
 def _facts(folder: Path, manifest: "Manifest") -> dict[str, Any]:
-    """Returns how the results were made, without what identifies a person or a host."""
+    """Returns how the results were made, without what identifies the user or the host."""
     from dlopt import environment
 
     versions, machine = environment.versions(), environment.machine()

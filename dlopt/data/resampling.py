@@ -36,7 +36,7 @@ def filter_taps(centres: Tensor, scale: Tensor | float, length: int, shrink: flo
 
 def resample(images: Tensor, rows: Taps, columns: Taps) -> Tensor:
     """Resamples images [b, C, H, W], float, to [b, C, H', W']."""
-    # Sums of elementwise products: a batched matrix product would run in TF32 or bf16 during training, and is not faster.
+    # Sums of elementwise products: a batched matrix product would run in TF32 or bf16, and would not be faster.
     narrow = _weighted_sum(images, 3, [(pixels[:, None, None], weights[:, None, None]) for pixels, weights in columns])
     return _weighted_sum(narrow, 2, [(pixels[:, None, :, None], weights[:, None, :, None]) for pixels, weights in rows])
 
