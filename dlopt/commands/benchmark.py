@@ -2,6 +2,7 @@
 
 import random
 import shlex
+import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -326,7 +327,7 @@ def _finish(folder: Path, reference: "Results | None", note: str) -> int:
     from dlopt.analysis.benchmark.page import write
     from dlopt.analysis.benchmark.reading import collect, read_manifest
     from dlopt.analysis.benchmark.results import to_json
-    from dlopt.analysis.benchmark.table import lines
+    from dlopt.analysis.benchmark.table import WIDTH, lines
     from dlopt.files import write_atomically
 
     manifest = read_manifest(folder)
@@ -338,7 +339,7 @@ def _finish(folder: Path, reference: "Results | None", note: str) -> int:
         write_atomically(folder / "results.json", to_json(results).encode())
         shown = results if reference is None else results.with_reference(reference)
         paths = write(shown, folder)
-    print("\n".join(lines(shown)))
+    print("\n".join(lines(shown, min(shutil.get_terminal_size((WIDTH, 24)).columns, WIDTH))))
     print(*([note] if note else []), *map(short_path, paths), sep="\n")
     return DONE
 

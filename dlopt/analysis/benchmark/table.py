@@ -14,7 +14,7 @@ from dlopt.analysis.benchmark.results import Measure, Results
 from dlopt.analysis.benchmark.scores import Summary, summarize
 from dlopt.tracking.layout import FittedTable, plain_table
 
-WIDTH = 100
+WIDTH = 100  # characters; more is hard to read
 _NAME = 24  # characters of an optimizer
 _SHORT_NAME = 16  # where that leaves room for one table instead of two
 _GAP = 3  # between columns
@@ -22,27 +22,27 @@ _SHIPPED = " *"
 _HEADS: dict[Measure, str] = {"updates": "score in updates", "evaluations": "evaluations", "time": "time"}
 
 
-def lines(results: Results) -> list[str]:
-    """Returns the summary, at most `WIDTH` characters wide."""
+def lines(results: Results, width: int = WIDTH) -> list[str]:
+    """Returns the summary, at most `width` characters wide if the names of the optimizers leave room."""
     if not results.optimizers:
         return ["There are no results yet."]
     summary = summarize(results)
-    text = [*_rendered(_scores(results, summary)), *_note(results), ""]
+    text = [*_rendered(_scores(results, summary), width), *_note(results, width), ""]
     for finding in findings(results, summary):
         start = "warning: " if finding.is_warning else ""
-        text += textwrap.wrap(start + finding.text, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
-    for grid in _updates(results, summary):
-        text += ["", *_rendered(grid)]
+        text += textwrap.wrap(start + finding.text, width, subsequent_indent="  ", break_on_hyphens=False)
+    for grid in _updates(results, summary, width):
+        text += ["", *_rendered(grid, width)]
     return text
 
 
-def _rendered(grid: Table) -> list[str]:
+def _rendered(grid: Table, width: int) -> list[str]:
     file = io.StringIO()
-    Console(file=file, width=WIDTH, highlight=False, color_system=None).print(FittedTable(grid))
+    Console(file=file, width=width, highlight=False, color_system=None).print(FittedTable(grid))
     return file.getvalue().rstrip("\n").split("\n")
 
 
-def _note(results: Results) -> list[str]:
+def _note(results: Results, width: int) -> list[str]:
     texts = [
         "Score: 1 for the fastest on all workloads, 0 for one that reaches no target"
         + ("." if results.studies == 1 else "; with its 95 % interval over studies."),
@@ -51,7 +51,7 @@ def _note(results: Results) -> list[str]:
     ]
     if results.shipped:
         texts.append(f"{_SHIPPED.strip()}: shipped with dlopt.")
-    return textwrap.wrap(" ".join(texts), WIDTH)
+    return textwrap.wrap(" ".join(texts), width)
 
 
 def _name(results: Results, optimizer: str, width: int) -> Text:
@@ -80,7 +80,7 @@ def _scores(results: Results, summary: Summary) -> Table:
     return grid
 
 
-def _updates(results: Results, summary: Summary) -> list[Table]:
+def _updates(results: Results, summary: Summary, total: int) -> list[Table]:
     """Returns a table of updates to the target, or several with as many workloads each as fit."""
     columns = {
         workload: [
@@ -91,10 +91,10 @@ def _updates(results: Results, summary: Summary) -> list[Table]:
     }
     widths = {workload: max(map(len, column)) + _GAP for workload, column in columns.items()}
     longest = max(len(_name(results, optimizer, _NAME)) for optimizer in summary.order)
-    room = WIDTH - sum(widths.values())  # for the names, if there is only one table
+    room = total - sum(widths.values())  # for the names, if there is only one table
     width = min(longest, room) if room >= _SHORT_NAME else longest
     grids = []
-    for workloads in _blocks(widths, WIDTH - width):
+    for workloads in _blocks(widths, total - width):
         grid = plain_table("Updates to the target (median over studies)")
         grid.add_column("optimizer")
         for workload in workloads:

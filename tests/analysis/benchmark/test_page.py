@@ -123,6 +123,7 @@ def test_lines_fit_the_terminal() -> None:
     results = make(own).with_reference(reference)
     lines = table.lines(results)
     assert max(map(len, lines)) <= table.WIDTH
+    assert max(map(len, table.lines(results, 80))) <= 80
     assert lines[0].split()[3:] == ["updates", "evaluations", "time", "targets", "trials", "cost", "state"]
     assert lines[2].startswith("muon *") and "9/9" in lines[2] and re.search(r"1\.00 (\.\d\d|1\.0)-1\.0", lines[2])
     assert any(line.startswith("a_packag…timizer ") for line in lines)
