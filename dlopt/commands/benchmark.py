@@ -99,8 +99,11 @@ class _Plan:
         from dlopt.analysis.benchmark.reading import Manifest
 
         spaces = {name: each.describe() for name, each in self.request.candidates.items()}
+        workloads = dict(self.request.workloads)
+        if self.request.full:  # the trials do not depend on targets, which may be set later
+            workloads = {name: replace(spec, target=None) for name, spec in workloads.items()}
         return Manifest(
-            self.tier.name, self.studies, self.trials, self.request.workloads, spaces, list(self.request.overrides),
+            self.tier.name, self.studies, self.trials, workloads, spaces, list(self.request.overrides),
             self.request.full, [self.command],
         )  # fmt: skip
 
@@ -304,7 +307,7 @@ def _measure(plan: _Plan) -> None:
     from dlopt.sweeps.search import probes
 
     request = plan.request
-    results = collect(request.folder, plan.manifest(), {})
+    results = collect(request.folder, replace(plan.manifest(), workloads=request.workloads), {})
     baseline = candidate(plan.line.composer, "sgd", request.overrides)
     for (optimizer, workload), cell in results.cells.items():
         path = request.folder / optimizer / workload / COST
