@@ -204,6 +204,9 @@ def test_targets_need_the_baselines(place: Path) -> None:
         lines = [json.loads(each) for path in paths for each in path.read_text().splitlines()]
         best.append(min(each["val_loss"] for each in lines if each["step"] <= 9))  # three quarters of 12 updates
     assert text == f"short: {sorted(best)[2]:.4g}"
+    tier = place / "conf/benchmark/tier/tiny.yaml"
+    tier.write_text(tier.read_text().replace("0.2", "0.3"))  # full trials are continued after a target is set
+    assert "2 trials, of which 2 are done" in dlopt(place, "benchmark", "optimizer=sgd", *line).out
 
 
 def _benchmark(*arguments: str) -> None:
