@@ -88,9 +88,7 @@ class Outcome:
             lines = {line["step"]: line for line in self.history}  # a checkpoint counts no evaluations
             pairs = [(on_axis(lines.get(at["step"], at), x), value) for at, value in self.probes[name]]
         else:
-            pairs = [
-                (on_axis(line, x), value) for line in self.history if (value := _value_in(line, name)) is not None
-            ]
+            pairs = [(on_axis(line, x), value) for line in self.history if (value := _value_in(line, name)) is not None]
         return [float(position) for position, _ in pairs], [float(value) for _, value in pairs]
 
     def final(self, name: str) -> float:

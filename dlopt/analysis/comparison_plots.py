@@ -159,9 +159,7 @@ def _coincide(curves: Sequence[Sequence[float]]) -> bool:
     )
 
 
-def _along(
-    axes: "Axes", comparison: Comparison, outcomes: Mapping[Cell, Outcome], name: str
-) -> "dict[str, Artist]":
+def _along(axes: "Axes", comparison: Comparison, outcomes: Mapping[Cell, Outcome], name: str) -> "dict[str, Artist]":
     """Plots the final metric against the key's value; crosses at the edge mark diverged runs."""
     [(key, settings)] = comparison.along.items()
     values = [*settings]
@@ -200,9 +198,7 @@ def _along(
     return notes
 
 
-def _bars(
-    axes: "Axes", comparison: Comparison, outcomes: Mapping[Cell, Outcome], name: str
-) -> "dict[str, Artist]":
+def _bars(axes: "Axes", comparison: Comparison, outcomes: Mapping[Cell, Outcome], name: str) -> "dict[str, Artist]":
     """Plots the final metric for each category as groups of bars, a bar per variant with the range over seeds."""
     [(key, settings)] = comparison.along.items()
     values, count = [*settings], len(comparison.variants)

@@ -1,6 +1,5 @@
 """`dlopt benchmark`: tunes optimizers on several workloads and compares the times to their targets."""
 
-import random
 import shlex
 import shutil
 import sys
@@ -11,10 +10,12 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from dlopt.commands.benchmark_check import check
+from dlopt.commands.benchmark_trials import MACHINE, group_of, is_hydra, launch, refuse_drawn, refuse_protocol
 from dlopt.commands.command import Line, output_folder, read_line, refuse_empty
+from dlopt.commands.sweep import refuse_ranks
 from dlopt.config.compose import parse_overrides
-from dlopt.config.saved import typed_values
-from dlopt.errors import DONE, FAILED, INTERRUPTED, UserError, install
+from dlopt.errors import DONE, INTERRUPTED, UserError, install
 from dlopt.folders import RunFolder, refuse_url
 from dlopt.locks import locked
 from dlopt.ranges import Count
@@ -23,7 +24,7 @@ from dlopt.tracking.layout import format_duration, short_path
 if TYPE_CHECKING:
     from dlopt.analysis.benchmark.protocol import Tier, Trial, WorkloadSpec
     from dlopt.analysis.benchmark.reading import Manifest
-    from dlopt.analysis.benchmark.results import Record, Results
+    from dlopt.analysis.benchmark.results import Results
     from dlopt.sweeps.benchmark import Request
 
 USAGE = """\
@@ -60,26 +61,8 @@ Several of these commands with the same output share the trials.
   and the keys of `dlopt train`, for all trials (device=cuda, hydra/launcher=gpus)
 """
 
-_FIXED = (
-    "experiment",
-    "seed",
-    "epochs",
-    "steps",
-    "stopping",
-    "evaluate",
-    "monitor",
-    "resume",
-    "tracking",
-    "comparison",
-)
-_MACHINE = (
-    "allow_packages", "device", "precision", "threads", "compile", "cuda_graphs", "channels_last", "deterministic",
-    "hydra",
-)  # fmt: skip
 Budget = Literal["tiny", "small", "large"]
 _LOCK = ".results.lock"
-_CHECKED = 2  # trials that --check repeats
-_TOLERANCE = 0.05  # of a full run: other processors round differently, and training amplifies that
 
 
 @dataclass(frozen=True)
@@ -92,8 +75,9 @@ class _Plan:
     studies: int
     trials: int
     reference: "Results | None"
-    note: str  # about the reference
+    note: str  # why there is none
     command: str
+    dry_run: bool
 
     def manifest(self) -> "Manifest":
         from dlopt.analysis.benchmark.reading import Manifest
@@ -110,22 +94,25 @@ class _Plan:
 
 def benchmark(arguments: list[str]) -> int:
     """Runs `dlopt benchmark` with the given arguments; returns the exit code. Raises `UserError`."""
-    if arguments and arguments[0] in ("report", "targets"):
-        return _on_folder(arguments[0], arguments[1:])
+    action = arguments[0] if arguments and arguments[0] in ("report", "targets") else None
+    if action is not None:
+        line = read_line(arguments[1:], USAGE, several="one folder is needed")
+        return DONE if line is None else _on_folder(action, line)
     checks = "--check" in arguments
     line = read_line([each for each in arguments if each != "--check"], USAGE, several="list the optimizers")
     if line is None:
         return DONE
+    refuse_ranks("dlopt benchmark", "all trials")
     try:
         import optuna as _  # noqa: F401
     except ModuleNotFoundError:
         raise UserError(f"dlopt benchmark: requires optuna; {install('dlopt[sweep]')}") from None
     if checks:
-        return line.call(_check)
+        return line.call(check)
     names, rest = _optimizers(line)
     own, rest = rest.take(_plan)
     typed = [shlex.quote(each) for each in arguments if not each.startswith("output=")]
-    return _run(_plan(rest, names, " ".join(["dlopt benchmark", *typed]), **own), rest)
+    return _run(_plan(rest, names, " ".join(["dlopt benchmark", *typed]), **own))
 
 
 def _optimizers(line: Line) -> tuple[list[str], Line]:
@@ -133,12 +120,13 @@ def _optimizers(line: Line) -> tuple[list[str], Line]:
     typed = [each for each in line.overrides if each.startswith("optimizer=")]
     if not typed:
         raise UserError("optimizer: name the optimizers to compare: dlopt benchmark optimizer=adamw,muon")
-    [override] = parse_overrides(typed[-1:], line.composer.loader)
+    if len(typed) > 1:
+        raise UserError(f"{typed[1]}: optimizer is already given by {typed[0]}; list them: optimizer=a,b")
+    [override] = parse_overrides(typed, line.composer.loader)
     names = list(override.sweep_string_iterator()) if override.is_sweep_override() else [str(override.value())]
     if len(set(names)) < len(names):
-        raise UserError(f"{typed[-1]}: an optimizer is listed twice")
-    rest = [each for each in line.overrides if each not in typed]
-    return names, Line(line.composer, rest)
+        raise UserError(f"{typed[0]}: an optimizer is listed twice")
+    return names, Line(line.composer, [each for each in line.overrides if each not in typed])
 
 
 def _plan(
@@ -154,6 +142,7 @@ def _plan(
     reference: bool = True,
     full: bool = False,
     output: str | None = None,
+    dry_run: bool = False,
 ) -> _Plan:
     """Checks the benchmark. Raises `UserError`."""
     from dlopt.analysis.benchmark.protocol import budget_of, load_tier, trials_of
@@ -161,8 +150,8 @@ def _plan(
 
     if workloads is not None:
         refuse_empty(workloads=workloads)
-    _refuse_fixed(line.overrides)
-    overrides = [each for each in line.overrides if not _is_hydra(each) and not each.startswith("dry_run=")]
+    refuse_protocol(line.overrides)
+    overrides = [each for each in line.overrides if not is_hydra(each)]
     chosen = load_tier(tier, line.composer.config_dir).select(workloads)
     unset = [name for name, spec in chosen.workloads.items() if spec.target is None]
     if unset and not full:
@@ -172,7 +161,8 @@ def _plan(
         )
     own_studies, own_trials = budget_of(budget, studies, trials)
     candidates = {name: candidate(line.composer, name, overrides) for name in names}
-    shipped, note = (None, "") if not reference or full else _reference(tier, overrides, own_studies, own_trials)
+    refuse_drawn(overrides, candidates)
+    shipped, note = _reference(tier, overrides) if reference and not full else (None, "")
     folder = Path("outputs") / "benchmark" / tier if output is None else Path(output)
     refuse_url(str(folder), "output")
     request = Request(
@@ -184,33 +174,17 @@ def _plan(
         full,
     )
     _check_lines(line, request)
-    return _Plan(line, chosen, request, own_studies, own_trials, shipped, note, command)
+    return _Plan(line, chosen, request, own_studies, own_trials, shipped, note, command, dry_run)
 
 
-def _is_hydra(override: str) -> bool:
-    return override.lstrip("+~").startswith(("hydra.", "hydra/"))
-
-
-def _refuse_fixed(overrides: Sequence[str]) -> None:
-    for override in overrides:
-        key = override.lstrip("+~").partition("=")[0]
-        if key.split(".")[0] in _FIXED:
-            raise UserError(f"{override}: part of the protocol, and cannot be changed; write a tier of your own")
-
-
-def _reference(tier: str, overrides: Sequence[str], studies: int, trials: int) -> "tuple[Results | None, str]":
-    """Returns the shipped results and a note on them; None if they do not apply."""
+def _reference(tier: str, overrides: Sequence[str]) -> "tuple[Results | None, str]":
+    """Returns the shipped results; or None, and a note on why they do not apply."""
     from dlopt.analysis.benchmark.reference import load_reference
 
     shipped = load_reference(tier)
-    if shipped is None:
-        return None, ""
-    keys = {each.lstrip("+~").partition("=")[0].split(".")[0].split("/")[0] for each in overrides}
-    changing = sorted(keys - {*_MACHINE, "optimizer"})
-    if changing:
+    changing = sorted({group_of(each) for each in overrides} - {*MACHINE, "optimizer"})
+    if shipped is not None and changing:
         return None, f"not compared with the shipped results, because {', '.join(changing)} changes the workloads"
-    if studies > shipped.studies or trials > shipped.trials:
-        return shipped, f"the shipped results have {shipped.studies} studies of {shipped.trials} trials each"
     return shipped, ""
 
 
@@ -228,19 +202,19 @@ def _check_lines(line: Line, request: "Request") -> None:
 # -- the run
 
 
-def _run(plan: _Plan, line: Line) -> int:
+def _run(plan: _Plan) -> int:
     from dlopt.analysis.benchmark.reading import update_manifest
 
     request = plan.request
     waiting = request.waiting()
-    if any(each.startswith("dry_run=") and each != "dry_run=false" for each in line.overrides):
+    if plan.dry_run:
         return _list(plan, waiting)
     output_folder(str(request.folder), "benchmark")
     update_manifest(request.folder, plan.manifest())
     done = len(request.trials) - len(waiting)
     print(f"{len(request.trials)} trials, of which {done} are done; folder: {short_path(request.folder)}", flush=True)
     try:
-        elsewhere = _run_trials(line, request) if waiting else 0
+        elsewhere = launch(plan.line, request, plan.line.overrides) if waiting else 0
         if elsewhere:
             print(f"{elsewhere} trials are running in other processes; they report the complete results")
         with locked(request.folder / _LOCK):  # processes that share the trials finish at about the same time
@@ -248,28 +222,7 @@ def _run(plan: _Plan, line: Line) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)
         return INTERRUPTED
-    return _finish(request.folder, plan.reference, plan.note)
-
-
-def _run_trials(line: Line, request: "Request") -> int:
-    """Runs the trials with the launcher of the command line, by default one process per core."""
-    from dlopt.commands.sweep import start_job
-    from dlopt.sweeps.benchmark import run_trials
-    from dlopt.sweeps.pool import warm_up
-
-    hydra = [each for each in line.overrides if _is_hydra(each)]
-    if not any(each.startswith("hydra/launcher=") for each in hydra):
-        hydra = ["hydra/launcher=joblib", *hydra]
-    folder = str(request.folder).replace("\\", "\\\\").replace("'", "\\'")
-    composed = line.composer.compose([*hydra, *request.overrides, f"hydra.sweep.dir='{folder}'"], multirun=True)
-    launcher = line.composer.launcher(composed, start_job)
-    if not hasattr(launcher, "build_pool"):
-        name = composed.hydra.runtime.choices["hydra/launcher"]
-        raise UserError(f"hydra/launcher={name}: not supported here; allowed: serial, joblib, gpus, slurm")
-    pool: Any = launcher.build_pool()
-    if pool.is_local:
-        warm_up()
-    return run_trials(request, line.composer.loader, composed, pool)
+    return _finish(request.folder, plan.reference, plan.note, plan.line.composer.config_dir)
 
 
 def _list(plan: _Plan, waiting: "Sequence[Trial]") -> int:
@@ -298,34 +251,45 @@ def _list(plan: _Plan, waiting: "Sequence[Trial]") -> int:
 
 def _measure(plan: _Plan) -> None:
     """Measures the cost of updates and tests the best trials, where that is still missing."""
+    from dlopt.analysis.benchmark import costs
+    from dlopt.analysis.benchmark.reading import COST, best_trials, collect
+    from dlopt.job import print_error
+
+    request = plan.request
+    results = collect(request.folder, replace(plan.manifest(), workloads=request.workloads), {})
+    for (optimizer, workload), cell in results.cells.items():
+        folder = request.folder / optimizer / workload
+        best = best_trials(cell.records, request.workloads[workload].metric)
+        if best and not (folder / COST).exists():
+            try:
+                _measure_cost(plan, optimizer, workload, folder / COST)
+            except Exception as error:  # of the optimizer, which is the user's
+                reason = f"{type(error).__name__}: {error}"
+                print_error(f"{optimizer} on {workload}: cannot measure the time of an update: {reason}")
+        for study, record in best.items():
+            costs.test_trial(folder / f"{study}-{record.trial}")
+
+
+def _measure_cost(plan: _Plan, optimizer: str, workload: str, path: Path) -> None:
     import json
 
     from dlopt.analysis.benchmark import costs
-    from dlopt.analysis.benchmark.reading import COST, best_trials, collect
     from dlopt.files import write_atomically
     from dlopt.sweeps.benchmark import candidate
     from dlopt.sweeps.search import probes
 
-    request = plan.request
-    results = collect(request.folder, replace(plan.manifest(), workloads=request.workloads), {})
-    baseline = candidate(plan.line.composer, "sgd", request.overrides)
-    for (optimizer, workload), cell in results.cells.items():
-        path = request.folder / optimizer / workload / COST
-        chosen = request.candidates[optimizer]
-        if not path.exists() and cell.records:
-            # At the low ends of the ranges no run diverges.
-            of_sgd, own = (
-                plan.line.experiment(request.compose_line(workload, each, probes(each.space)[0], 0))[0]
-                for each in (baseline, chosen)
-            )
-            with tempfile.TemporaryDirectory(prefix="dlopt-") as scratch:
-                cost = costs.measure(of_sgd, own, Path(scratch))
-            write_atomically(path, (json.dumps(asdict(cost)) + "\n").encode())
-        for study, record in best_trials(cell.records, request.workloads[workload].metric).items():
-            costs.test_trial(request.folder / optimizer / workload / f"{study}-{record.trial}")
+    sgd = candidate(plan.line.composer, "sgd", plan.request.overrides)
+    # At the low ends of the ranges no run diverges.
+    baseline, own = (
+        plan.line.experiment(plan.request.compose_line(workload, each, probes(each.space)[0], 0))[0]
+        for each in (sgd, plan.request.candidates[optimizer])
+    )
+    with tempfile.TemporaryDirectory(prefix="dlopt-") as scratch:
+        cost = costs.measure(baseline, own, Path(scratch))
+    write_atomically(path, (json.dumps(asdict(cost)) + "\n").encode())
 
 
-def _finish(folder: Path, reference: "Results | None", note: str) -> int:
+def _finish(folder: Path, reference: "Results | None", note: str, config_dir: str | None) -> int:
     """Collects the results, prints them, and writes results.json and the page."""
     from dlopt.analysis.benchmark.page import write
     from dlopt.analysis.benchmark.reading import collect, read_manifest
@@ -336,7 +300,7 @@ def _finish(folder: Path, reference: "Results | None", note: str) -> int:
     manifest = read_manifest(folder)
     assert manifest is not None
     if manifest.full:  # the trials do not depend on targets, which may have been set since
-        manifest = replace(manifest, workloads=_with_targets(manifest))
+        manifest = replace(manifest, workloads=_with_targets(manifest, config_dir))
     with locked(folder / _LOCK):
         results = collect(folder, manifest, _facts(folder, manifest))
         write_atomically(folder / "results.json", to_json(results).encode())
@@ -347,13 +311,13 @@ def _finish(folder: Path, reference: "Results | None", note: str) -> int:
     return DONE
 
 
-def _with_targets(manifest: "Manifest") -> "dict[str, WorkloadSpec]":
+def _with_targets(manifest: "Manifest", config_dir: str | None) -> "dict[str, WorkloadSpec]":
     """Returns the workloads with the targets of their tier, where the trials were run without."""
     from dlopt.analysis.benchmark.protocol import load_tier
 
     try:
-        tier = load_tier(manifest.tier, None).workloads
-    except UserError:  # of a --config-dir
+        tier = load_tier(manifest.tier, config_dir).workloads
+    except UserError:  # of a --config-dir that is not given
         tier = {}
     return {
         name: replace(spec, target=tier[name].target) if spec.target is None and name in tier else spec
@@ -379,90 +343,29 @@ def _facts(folder: Path, manifest: "Manifest") -> dict[str, Any]:
 # -- commands on folders
 
 
-def _on_folder(action: str, arguments: list[str]) -> int:
+def _on_folder(action: str, line: Line) -> int:
     """`report` and `targets`."""
     from dlopt.analysis.benchmark.protocol import BASELINES
     from dlopt.analysis.benchmark.reading import read_manifest
     from dlopt.analysis.benchmark.targets import targets
 
-    folders = [each for each in arguments if "=" not in each]
-    typed_values([each for each in arguments if "=" in each])
-    if len(folders) != 1 or len(arguments) != 1:
-        raise UserError(
-            f"dlopt benchmark {action}: one folder is needed: dlopt benchmark {action} outputs/benchmark/small"
-        )
-    folder = Path(folders[0]).absolute()
+    if len(line.overrides) != 1:
+        example = f"dlopt benchmark {action} outputs/benchmark/small"
+        raise UserError(f"dlopt benchmark {action}: one folder is needed: {example}")
+    [typed] = line.overrides
+    folder = Path(typed).absolute()
     manifest = read_manifest(folder) if folder.is_dir() else None
     if manifest is None:
-        raise UserError(f"{folders[0]}: not the folder of a benchmark (it has no benchmark.json)")
+        raise UserError(f"{typed}: not the folder of a benchmark (it has no benchmark.json)")
     if action == "targets":
         missing = [name for name in BASELINES if name not in manifest.optimizers]
         if missing or not manifest.full:
             raise UserError(
-                f"{folders[0]}: targets need trials of {', '.join(BASELINES)} with full=true"
+                f"{typed}: targets need trials of {', '.join(BASELINES)} with full=true"
                 + (f"; missing: {', '.join(missing)}" if missing else "")
             )
         for name, target in targets(folder, manifest).items():
             print(f"{name}: {target:.4g}")
         return DONE
-    reference, note = (
-        (None, "")
-        if manifest.full
-        else _reference(manifest.tier, manifest.overrides, manifest.studies, manifest.trials)
-    )
-    return _finish(folder, reference, note)
-
-
-# -- check of the shipped results
-
-
-def _check(line: Line, *, tier: str = "small", seed: int | None = None, output: str | None = None) -> int:
-    """Repeats two random trials of the shipped results; returns `FAILED` if one of them differs."""
-    from dlopt.analysis.benchmark.protocol import Trial, load_tier
-    from dlopt.analysis.benchmark.reading import Manifest, collect
-    from dlopt.analysis.benchmark.reference import load_reference
-    from dlopt.sweeps.benchmark import Request, candidate
-
-    _refuse_fixed(line.overrides)
-    shipped = load_reference(tier)
-    if shipped is None:
-        raise UserError(f"tier={tier}: has no shipped results to check")
-    # Only trials that reach the target: others would agree without saying much.
-    reached = {
-        Trial(workload, name, record.study, record.trial): record
-        for (name, workload), cell in sorted(shipped.cells.items())
-        for record in cell.records
-        if record.reached
-    }
-    chosen = {trial: reached[trial] for trial in random.Random(seed).sample(list(reached), _CHECKED)}
-    overrides = [each for each in line.overrides if not _is_hydra(each)]
-    candidates = {trial.optimizer: candidate(line.composer, trial.optimizer, overrides) for trial in chosen}
-    workloads = load_tier(tier, None).select([trial.workload for trial in chosen]).workloads
-    folder = output_folder(output, "benchmark-check").absolute()
-    request = Request(folder, workloads, candidates, list(chosen), overrides, full=True)
-    try:
-        _run_trials(line, request)
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    spaces = {name: each.describe() for name, each in candidates.items()}
-    manifest = Manifest(tier, shipped.studies, shipped.trials, workloads, spaces, overrides, full=True)
-    measured = collect(folder, manifest, {})
-    agree = True
-    for trial, expected in chosen.items():
-        [record] = [each for each in measured.cell(trial.optimizer, trial.workload).study(trial.study)
-                    if each.trial == trial.number]  # fmt: skip
-        difference = abs(record.updates - expected.updates) if record.reached and expected.reached else 0.0
-        same = (
-            record.reached == expected.reached and difference <= _TOLERANCE * shipped.workloads[trial.workload].updates
-        )
-        agree = agree and same
-        print(
-            f"{trial.optimizer} on {trial.workload}, study {trial.study}, trial {trial.number}: "
-            f"{_to_target(record)}; shipped: {_to_target(expected)}: {'agrees' if same else 'differs'}"
-        )
-    return DONE if agree else FAILED
-
-
-def _to_target(record: "Record") -> str:
-    updates = f"{record.updates:.0f} updates to the target" if record.reached else "target not reached"
-    return updates if record.best is None else f"{updates}, best {record.best:.4g}"
+    reference, note = (None, "") if manifest.full else _reference(manifest.tier, manifest.overrides)
+    return _finish(folder, reference, note, line.composer.config_dir)

@@ -1,6 +1,5 @@
 """`dlopt train -m`: checks all jobs before the first one starts, and runs each in a separate process."""
 
-import os
 import shlex
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
@@ -112,12 +111,20 @@ class Request:
         return 0
 
 
+def refuse_ranks(command: str, what: str) -> None:
+    """Raises `UserError` in one of several ranks of torchrun or srun, all of which would start `what`."""
+    from dlopt.parallel.rendezvous import current
+
+    if current() is not None:
+        raise UserError(
+            f"{command}: cannot run inside torchrun or srun, because every rank would start {what}; start it from a "
+            "shell"
+        )
+
+
 def sweep(composer: Composer, parsed: Namespace) -> int:
     """Runs the sweep and returns its exit code. Raises `UserError` before it creates any file."""
-    if any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "SLURM_STEP_ID")):
-        raise UserError(
-            "-m: cannot run inside torchrun or srun, because every rank would start the sweep; start it from a shell"
-        )
+    refuse_ranks("-m", "the sweep")
     config = composer.compose(parsed.overrides, multirun=True)
     path, is_typed = typed_folder(config, "hydra.sweep.dir", parsed.overrides)
     is_search = str(config.hydra.sweeper._target_).endswith(".dlopt_sweeps.OptunaSweeper")

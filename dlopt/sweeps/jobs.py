@@ -118,7 +118,7 @@ def result_of(folder: RunFolder, code: int) -> Result:
     if summary is None and code == INTERRUPTED:  # stopped before it wrote anything
         return Result("interrupted", {})
     if summary is None or (code not in (DONE, INTERRUPTED) and summary.get("status") != "failed"):
-        return record_failure(folder, _explain_exit(code))
+        return record_failure(folder, _explain_exit(code), died=True)
     status = str(summary.get("status", "failed"))
     return Result("pruned" if summary.get("pruned") else status, summary, str(summary.get("reason", "")))
 
@@ -130,8 +130,9 @@ def _explain_exit(code: int) -> str:
     return f"exit code {code}; see {OUTPUT}"
 
 
-def record_failure(folder: RunFolder, reason: str) -> Result:
-    summary = {"status": "failed", "reason": reason}
+def record_failure(folder: RunFolder, reason: str, *, died: bool = False) -> Result:
+    """Records a failure that the run has not recorded itself. `died`: its process ended without a word."""
+    summary = {"status": "failed", "reason": reason} | ({"died": True} if died else {})
     with contextlib.suppress(OSError):
         folder.path.mkdir(parents=True, exist_ok=True)
         _write_summary(folder, summary)
@@ -148,7 +149,7 @@ def record_pruned(folder: RunFolder, epoch: int) -> Result:
 def record_dead(folder: RunFolder) -> None:
     """Marks a job as failed if its process died without a summary; a later attempt replaces the mark."""
     if folder.has_run() and folder.summary() is None and not folder.is_live():
-        record_failure(folder, "its process was killed; resume=auto runs it again")
+        record_failure(folder, "its process was killed; resume=auto runs it again", died=True)
 
 
 def _write_summary(folder: RunFolder, summary: Mapping[str, Any]) -> None:

@@ -170,7 +170,7 @@ class _Workers:
         try:
             process = self._pool.start(slot, job.folder.path, job.environment)
         except OSError as error:
-            self._ended(job, record_failure(job.folder, f"the process could not be started: {error}"))
+            self._ended(job, record_failure(job.folder, f"the process could not be started: {error}", died=True))
         else:
             self._active[slot] = _Worker(job, process, is_adopted=False)
 

@@ -19,6 +19,7 @@ from dlopt import cli
 from dlopt.analysis.benchmark.reading import has_ended
 from dlopt.analysis.benchmark.results import Results, read
 from dlopt.folders import RunFolder
+from dlopt.sweeps.jobs import result_of
 from tests.commands.line import dlopt, refused
 from tests.processes import start
 
@@ -150,15 +151,13 @@ def test_names_optimizers_that_do_not_work(place: Path) -> None:
 
 def test_a_killed_trial_is_no_result(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    ends = {
-        "killed by SIGKILL (out of memory?)": False, "its process was killed; resume=auto runs it again": False,
-        "the loss became nan at update 3": True,
-    }  # fmt: skip
-    for reason, ended in ends.items():
-        (tmp_path / "summary.json").write_text(json.dumps({"status": "failed", "reason": reason}))
-        assert has_ended(folder) == ended, reason
-    (tmp_path / "summary.json").write_text(json.dumps({"status": "interrupted"}))
-    assert not has_ended(folder)
+    assert result_of(folder, -signal.SIGKILL).status == "failed" and not has_ended(folder)
+    for summary, ended in (
+        ({"status": "failed", "reason": "the loss became nan at update 3"}, True),
+        ({"status": "interrupted"}, False),
+    ):
+        (tmp_path / "summary.json").write_text(json.dumps(summary))
+        assert has_ended(folder) == ended, summary
 
 
 @pytest.mark.parametrize(
@@ -176,6 +175,15 @@ def test_a_killed_trial_is_no_result(tmp_path: Path) -> None:
         (("optimizer=sgd", "trials=0"), "trials=0"),
         (("optimizer=sgd", "budget=huge"), "budget=huge"),
         (("tier=tiny",), "optimizer: name the optimizers"),
+        (("optimizer=sgd", "optimizer=adamw"), "optimizer=adamw: optimizer is already given by optimizer=sgd"),
+        (("optimizer=sgd", "optimizer.lr=0.1"), "optimizer.lr=0.1: set by the search space of sgd"),
+        (("optimizer=sgd", "optimizer._target_=a.B"), "name the class by optimizer=a.B"),
+        (("optimizer=sgd", "dry_run=maybe"), "dry_run=maybe"),
+        (("optimizer=sgd", "order_seed=1"), "order_seed=1: part of the protocol"),
+        (("optimizer=sgd", "++schedule.warmup_fraction=0.5"), "part of the protocol"),
+        (("--check", "optimizer=sgd"), "optimizer=sgd: --check repeats shipped trials; only allow_packages"),
+        (("--check", "dry_run=true"), "dry_run=true: --check"),
+        (("--check",), "tier=tiny: has no shipped results"),
     ],
 )
 def test_bad_input(typed: tuple[str, ...], message: str, place: Path) -> None:

@@ -86,9 +86,7 @@ def test_draws_follow_the_temperature() -> None:
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0], dtype=torch.float64)
     rng = torch.Generator().manual_seed(0)
     for temperature, top_k in ((1.0, None), (0.5, None), (2.0, 2)):
-        counts = torch.bincount(
-            torch.tensor([draw(logits, temperature, top_k, rng) for _ in range(4000)]), minlength=4
-        )
+        counts = torch.bincount(torch.tensor([draw(logits, temperature, top_k, rng) for _ in range(4000)]), minlength=4)
         expected = (logits / temperature).exp()
         if top_k is not None:
             expected[[0, 3]] = 0

@@ -48,13 +48,27 @@ def test_more_processes_than_gpus_from_a_launcher(mode: str, monkeypatch: pytest
         join(mode, torch.device("cuda"), processes=None, timeout_minutes=1.0, master_addr=None, master_port=None)
 
 
-@pytest.mark.parametrize("variable", ["TORCHELASTIC_RUN_ID", "SLURM_STEP_ID"])
-def test_sweeps_inside_a_launcher(tmp_path: Path, variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(variable, "1")
+RANKS = (
+    {"RANK": "0", "WORLD_SIZE": "2"},
+    {"SLURM_PROCID": "0", "SLURM_STEP_ID": "1", "SLURM_STEP_NUM_TASKS": "2"},
+)
+
+
+@pytest.mark.parametrize("environment", RANKS)
+def test_sweeps_inside_a_launcher(tmp_path: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
     message = refused(tmp_path, "train", "-m", *SMALL, "seed=0,1")
     assert message.startswith(
         "dlopt: -m: cannot run inside torchrun or srun, because every rank would start the sweep; "
     )
+    assert "every rank would start all trials" in refused(tmp_path, "benchmark", "optimizer=sgd")
+
+
+def test_a_sweep_in_an_interactive_step_of_one_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"SLURM_PROCID": "0", "SLURM_STEP_ID": "1", "SLURM_STEP_NUM_TASKS": "1"}.items():
+        monkeypatch.setenv(name, value)  # srun --pty bash
+    assert dlopt(tmp_path, "train", "-m", *SMALL, "seed=0,1", "dry_run=true").code == 0
 
 
 def lines(done: subprocess.CompletedProcess[str]) -> list[str]:

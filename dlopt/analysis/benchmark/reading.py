@@ -21,7 +21,6 @@ from dlopt.training.stopping import lower_is_better
 MANIFEST = "benchmark.json"
 COST = "cost.json"  # in the folder of an optimizer and a workload
 TEST = "test.json"  # in the folder of a trial
-_KILLED = ("killed by ", "its process was killed")  # reasons of a failure that is not the optimizer's
 
 Curve = tuple[tuple[int, float], ...]
 
@@ -93,13 +92,9 @@ def update_manifest(folder: Path, manifest: Manifest) -> Manifest:
 
 
 def has_ended(folder: RunFolder) -> bool:
-    """Returns whether the trial has a result. A failure is one, unless its process was killed."""
-    summary = folder.summary()
-    if summary is None:
-        return False
-    if summary.get("status") == "failed":
-        return not str(summary.get("reason", "")).startswith(_KILLED)
-    return summary.get("status") in ("finished", "stopped_early")
+    """Returns whether the trial has a result. A failure is one, unless its process died (was killed, for example)."""
+    summary = folder.summary() or {}
+    return summary.get("status") in ("finished", "stopped_early", "failed") and not summary.get("died")
 
 
 # -- trials

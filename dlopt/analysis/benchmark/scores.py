@@ -59,7 +59,8 @@ class Standing:
         reached: workloads with a finite median over studies.
         sensitivity: fraction of all trials that reach their target.
         failed: fraction of the trials that failed (diverged, for example).
-        cost: geometric mean over workloads of the time of an update relative to SGD's; None: not measured.
+        cost: geometric mean over workloads of the time of an update relative to SGD's; None: not measured on all
+            workloads that count.
         state: mean memory of the state relative to the parameters; None: not measured.
     """
 
@@ -221,12 +222,12 @@ def _fraction(results: Results, optimizer: str, condition: Callable[[Record], bo
 
 
 def _cost(results: Results, optimizer: str) -> tuple[float | None, float | None]:
-    costs = [cell.cost for workload in results.workloads if (cell := results.cell(optimizer, workload)).cost]
-    if not costs:
+    """Returns the mean cost and state; None if a workload whose target was reached has no measured cost."""
+    cells = [results.cell(optimizer, workload) for workload in results.workloads]
+    costs = [cell.cost for cell in cells if cell.cost is not None]
+    if not costs or any(cell.cost is None and any(record.reached for record in cell.records) for cell in cells):
         return None, None
-    times = [cost.time for cost in costs if cost is not None]
-    states = [cost.state for cost in costs if cost is not None]
-    return math.exp(sum(map(math.log, times)) / len(times)), sum(states) / len(states)
+    return math.exp(sum(math.log(cost.time) for cost in costs) / len(costs)), sum(c.state for c in costs) / len(costs)
 
 
 def comparisons(results: Results, measure: Measure, replicas: Array) -> dict[tuple[str, str], Comparison]:

@@ -108,9 +108,7 @@ def _curves(axis: "Axes", table: Table, name: str, against: str) -> bool:
         if curve is None:
             continue
         marker = _MARKERS[i % len(_MARKERS)] if len(curve.x) < 10 else None
-        axis.plot(
-            curve.x, scale * curve.mean, label=row.label, **style(i, linewidth=1.8, marker=marker, markersize=4)
-        )
+        axis.plot(curve.x, scale * curve.mean, label=row.label, **style(i, linewidth=1.8, marker=marker, markersize=4))
         colour = COLOURS[i % len(COLOURS)]
         axis.fill_between(curve.x, scale * curve.low, scale * curve.high, color=colour, alpha=0.15, linewidth=0)
     axis.set_xlabel(_AGAINST[against])

@@ -1,0 +1,83 @@
+"""The trials of `dlopt benchmark` and `dlopt benchmark --check`: which overrides they may have, and how they start."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from dlopt.commands.command import Line
+from dlopt.errors import UserError
+
+if TYPE_CHECKING:
+    from dlopt.sweeps.benchmark import Candidate, Request
+
+MACHINE = (
+    "allow_packages", "device", "precision", "threads", "compile", "cuda_graphs", "channels_last", "deterministic",
+    "hydra",
+)  # fmt: skip
+"""Keys and groups that do not change what is compared."""
+_FIXED = (
+    "experiment", "schedule", "schedule_epochs", "seed", "init_seed", "order_seed", "augmentation_seed", "epochs",
+    "steps", "max_time", "stopping", "evaluate", "monitor", "resume", "checkpoint", "tracking", "log_every_steps",
+    "comparison", "dry_run",
+)  # fmt: skip
+
+
+def is_hydra(override: str) -> bool:
+    return override.lstrip("+~").startswith(("hydra.", "hydra/"))
+
+
+def group_of(override: str) -> str:
+    """Returns the group or the first part of the key: schedule of `schedule=cosine` and of `++schedule.warmup=1`."""
+    key = _key_of(override)
+    return key.split(".")[0].split("/")[0].split("@")[0]
+
+
+def _key_of(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0]
+
+
+def refuse_protocol(overrides: Iterable[str]) -> None:
+    """Raises `UserError` for an override that would change the protocol."""
+    for override in overrides:
+        if group_of(override) in _FIXED:
+            raise UserError(
+                f"{override}: part of the protocol, and cannot be changed; a tier or a search space of your own may "
+                "set it, see `dlopt benchmark --help`"
+            )
+
+
+def refuse_drawn(overrides: Iterable[str], candidates: "Mapping[str, Candidate]") -> None:
+    """Raises `UserError` for an override of a key that a search space sets."""
+    for override in overrides:
+        key = _key_of(override)
+        if key == "optimizer._target_":
+            raise UserError(f"{override}: name the class by optimizer={override.partition('=')[2]}")
+        for name, chosen in candidates.items():
+            if key in chosen.describe():
+                raise UserError(
+                    f"{override}: set by the search space of {name}; to replace it, write benchmark/space/{name}.yaml "
+                    "in a folder given by --config-dir"
+                )
+
+
+def launch(line: Line, request: "Request", overrides: Sequence[str]) -> int:
+    """Runs the waiting trials with the launcher of the command line, by default one process per core.
+
+    Returns how many of them other processes are running. On a signal, raises KeyboardInterrupt.
+    """
+    from dlopt.commands.sweep import start_job
+    from dlopt.sweeps.benchmark import run_trials
+    from dlopt.sweeps.pool import warm_up
+
+    hydra = [each for each in overrides if is_hydra(each)]
+    if not any(each.startswith("hydra/launcher=") for each in hydra):
+        hydra = ["hydra/launcher=joblib", *hydra]
+    folder = str(request.folder).replace("\\", "\\\\").replace("'", "\\'")
+    composed = line.composer.compose([*hydra, *request.overrides, f"hydra.sweep.dir='{folder}'"], multirun=True)
+    launcher = line.composer.launcher(composed, start_job)
+    if not hasattr(launcher, "build_pool"):
+        name = composed.hydra.runtime.choices["hydra/launcher"]
+        raise UserError(f"hydra/launcher={name}: not supported here; allowed: serial, joblib, gpus, slurm")
+    pool: Any = launcher.build_pool()
+    if pool.is_local:
+        warm_up()
+    return run_trials(request, line.composer.loader, composed, pool)
