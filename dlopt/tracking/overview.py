@@ -77,6 +77,7 @@ class Overview(Screen):
         if known:
             self._done_before += 1
             return
+        reason = " ".join(reason.split())  # an error of other code may have several lines
         texts = [f"job {number} {status.replace('_', ' ')}" + (f": {reason}" if reason else "")]
         value = metrics.get(self._metric or "")
         if self._metric is not None and isinstance(value, int | float):

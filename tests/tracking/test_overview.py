@@ -24,7 +24,7 @@ def test_plain_lines_show_progress() -> None:
     overview.progress(0, {"epoch": 1, "val_accuracy": 0.5})
     overview.ended(0, "lr=0.1", "finished", {"best_val_accuracy": 0.75})
     overview.started(1, "lr=0.2")
-    overview.ended(1, "lr=0.2", "failed", {}, "the loss is not finite")
+    overview.ended(1, "lr=0.2", "failed", {}, "the loss\n is not finite")
     overview.ended(2, "lr=0.3", "stopped_early", {"best_val_accuracy": 0.875}, known=True)
     overview.started(3, "lr=0.4")
     overview.refresh()

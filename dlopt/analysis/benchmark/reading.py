@@ -158,7 +158,7 @@ def _record(
     summary = run.summary() or {}
     reached = next((i for i, (_, value) in enumerate(curve) if _is_reached(value, spec)), None)
     values = [value for _, value in curve if math.isfinite(value)]
-    failure = str(summary.get("reason", "failed")) if summary.get("status") == "failed" else ""
+    failure = " ".join(str(summary.get("reason", "failed")).split()) if summary.get("status") == "failed" else ""
     best = min if lower_is_better(spec.metric) else max
     return Record(
         study,

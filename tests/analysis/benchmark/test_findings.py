@@ -112,6 +112,17 @@ def _with_hard_workload(results: Results) -> Results:
     return dataclasses.replace(results, workloads={**results.workloads, "hard": Workload("val_loss", 0.0, 400)})
 
 
+def test_a_missing_cost_of_a_reached_target_leaves_no_score_in_time() -> None:
+    results = make({"muon": 2.2, "sgd": 0.75}, ("mlp", "vit"))
+    cell = results.cell("muon", "vit")
+    assert any(record.reached for record in cell.records)
+    cells = {**results.cells, ("muon", "vit"): dataclasses.replace(cell, cost=None)}
+    partial = dataclasses.replace(results, cells=cells)
+    assert summarize(partial).standing("muon", "time").cost is None
+    warnings = [each.text for each in findings(partial, summarize(partial)) if each.is_warning]
+    assert "No time per update was measured for muon: no score in time." in warnings
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

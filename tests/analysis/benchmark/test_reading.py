@@ -41,7 +41,7 @@ def manifest(spec: WorkloadSpec = LOSS, **changed: Any) -> Manifest:
 
 def test_collects_what_has_ended(tmp_path: Path) -> None:
     write(tmp_path / "sgd/w/0-0", [0.9, 0.5, 0.4], status="stopped_early")
-    write(tmp_path / "sgd/w/0-1", [0.9, None], status="failed", reason="the loss became nan")
+    write(tmp_path / "sgd/w/0-1", [0.9, None], status="failed", reason="the loss became\n nan")
     write(tmp_path / "sgd/w/1-0", [0.9, 0.8, 0.7, 0.75])
     write(tmp_path / "sgd/w/1-1", [0.9], status="interrupted")
     results = collect(tmp_path, manifest(), {})
