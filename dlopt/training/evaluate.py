@@ -58,7 +58,7 @@ def evaluate(
     Returns:
         The metrics; None if interrupted.
     """
-    metrics = MetricSum(task.classes is not None, reduce=reduce, task=task)
+    metrics = MetricSum(task, reduce=reduce)
     modes = module.training, loss.training
     module.eval(), loss.eval()
     try:
@@ -106,7 +106,7 @@ def combine(members: Sequence[Sequence[Batch]], average: Average) -> list[Batch]
 
 def report(batches: Sequence[Batch], loss: nn.Module, task: Task) -> Report:
     """Computes all test metrics of outputs; loss and accuracy equal those in the summary of a run."""
-    accumulator = MetricSum(task.classes is not None, task=task)
+    accumulator = MetricSum(task)
     with torch.inference_mode():
         loss.eval()
         for outputs, targets in batches:

@@ -45,27 +45,24 @@ class MetricSum:
     epoch therefore ends with exactly the metrics of an uninterrupted one.
 
     Args:
-        classify: count correct predictions.
+        task: defines the metrics, and the number of predictions per sample.
         on_flush: called with the outputs and targets of many steps, in order, at each flush.
         reduce: sums over ranks; None: one process. Each rank adds its own samples of every batch.
-        task: defines the number of predictions per sample and further metrics; None: labels.
     """
 
     def __init__(
         self,
-        classify: bool,
+        task: Task,
         on_flush: Callable[[Tensor, Tensor], None] | None = None,
         reduce: Reduce | None = None,
-        task: Task | None = None,
     ) -> None:
-        self.classify = classify
         self.task = task
         self.on_flush = on_flush
         self.reduce = reduce
         self.loss = 0.0
         self.correct = 0
         self.count = 0
-        self._keeps_outputs = classify or on_flush is not None
+        self._keeps_outputs = task.classes is not None or on_flush is not None
         self._pending: list[tuple[Tensor, Tensor | None, Tensor | None]] = []  # loss, outputs, targets of a step
         self._max_pending = 0
         self._update_start: int | None = None  # number of pending entries before the current update
@@ -76,7 +73,7 @@ class MetricSum:
 
     def fresh(self) -> "MetricSum":
         """Returns an empty accumulator with the same settings."""
-        return MetricSum(self.classify, self.on_flush, self.reduce, self.task)
+        return MetricSum(self.task, self.on_flush, self.reduce)
 
     def begin_update(self) -> None:
         """Marks the start of an update, which `discard_update` can remove."""
@@ -132,7 +129,7 @@ class MetricSum:
         kept = [(outputs, targets) for _, outputs, targets in pending if outputs is not None and targets is not None]
         if kept:
             outputs = _concatenated([outputs for outputs, _ in kept])
-            if self.classify:
+            if self.task.classes is not None:
                 labels = _concatenated([t.argmax(1) if t.is_floating_point() else t for _, t in kept])
                 predictions = outputs.argmax(-1)
                 correct = (predictions == labels).sum().to(losses.dtype).reshape(1)
@@ -159,7 +156,7 @@ class MetricSum:
         """
         self.sync()
         metrics = self._means(f"{prefix}_", self.loss, self.correct, self.count)
-        derived = {} if self.task is None else self.task.loss_metrics(metrics[f"{prefix}_loss"])
+        derived = self.task.loss_metrics(metrics[f"{prefix}_loss"])
         return metrics | {f"{prefix}_{name}": value for name, value in derived.items()}
 
     def since_last(self, prefix: str) -> dict[str, float]:
@@ -171,9 +168,8 @@ class MetricSum:
 
     def _means(self, prefix: str, loss: float, correct: int, count: int) -> dict[str, float]:
         metrics = {f"{prefix}loss": loss / max(count, 1)}
-        if self.classify:
-            name, predictions = ("accuracy", 1) if self.task is None else (self.task.accuracy, self.task.predictions)
-            metrics[f"{prefix}{name}"] = correct / max(count * predictions, 1)
+        if self.task.classes is not None:
+            metrics[f"{prefix}{self.task.accuracy}"] = correct / max(count * self.task.predictions, 1)
         return metrics
 
     def state_dict(self) -> dict[str, Any]:

@@ -220,7 +220,7 @@ def build_trainer(
         average=average,
         sampler=sampler,
         sampler_metrics=getattr(batches.sampler, "metrics", dict),
-        train_metrics=MetricSum(workload.classify, update_sampler, reduction(workload), workload.task),
+        train_metrics=MetricSum(workload.task, update_sampler, reduction(workload)),
         progress=Progress(horizon=length.horizon, data=data_spec(workload), found_lr=found_lr),
         graph_obstacle=graph_obstacle,
     )
@@ -259,10 +259,10 @@ class Trainer:
     intervals: Intervals
     normalize: nn.Module
     config: Mapping[str, Any]
+    train_metrics: MetricSum
     average: ExponentialAverage | None = None
     sampler: Any = None  # a loss-aware sampler, whose state belongs to the checkpoint
     sampler_metrics: Callable[[], Mapping[str, float]] = dict
-    train_metrics: MetricSum = field(default_factory=lambda: MetricSum(classify=True))
     progress: Progress = field(default_factory=Progress)
     graph_obstacle: str | None = None  # why updates are not replayed from a CUDA graph; None: they are
 

@@ -40,6 +40,7 @@ from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
 from dlopt.data.batches import Batches, Delivery
 from dlopt.data.samples import InMemory
+from dlopt.data.task import Task
 from dlopt.interruption import Interruption
 from dlopt.parallel.mode import Mode
 from dlopt.processor import keep_freed_memory, set_threads
@@ -116,7 +117,7 @@ def training(
         recovery=Recovery("stop", attempts=1, lr_factor=1.0, load_newest=lambda: None, log=print),
         intervals=Intervals(steps, save_every_epochs=None, log_every_steps=log_every),
         progress=Progress(horizon=steps),
-        train_metrics=MetricSum(classify=True),
+        train_metrics=MetricSum(Task("classification", 10)),
     ), tracking
 
 

@@ -24,6 +24,7 @@ from dlopt.data.samplers.hard import expected_draws
 from dlopt.errors import UserError
 from dlopt.losses import MSE, CrossEntropy
 from dlopt.training.metrics import MetricSum, sample_losses
+from tests.tasks import REGRESSION
 from tests.training.runs import (
     RICH,
     STEPS_PER_EPOCH,
@@ -286,7 +287,7 @@ def test_sample_losses_do_not_depend_on_the_batch() -> None:
 
 def test_metric_sum_returns_losses_once_and_in_order() -> None:
     seen: list[tuple[Tensor, Tensor]] = []
-    sums = MetricSum(False, lambda outputs, targets: seen.append((outputs, targets)))
+    sums = MetricSum(REGRESSION, lambda outputs, targets: seen.append((outputs, targets)))
     outputs, targets = torch.randn(6, 1), torch.randn(6)
     for x, y in zip(outputs.split(2), targets.split(2), strict=True):
         sums.add(torch.zeros(()), x, y)

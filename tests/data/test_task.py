@@ -47,7 +47,7 @@ def test_loss_and_metrics_of_a_text_are_means_over_tokens() -> None:
         (torch.randn(size, 5, 11, generator=draws), torch.randint(11, (size, 5), generator=draws)) for size in (3, 1)
     ]
     loss = CrossEntropy(label_smoothing=0.1, class_weights=None, classes=11)
-    sums = MetricSum(True, task=NEXT_TOKEN)
+    sums = MetricSum(NEXT_TOKEN)
     for training in (True, False):
         for outputs, targets in batches:
             value = loss.train(training)(outputs, targets)
@@ -69,4 +69,3 @@ def test_loss_and_metrics_of_a_text_are_means_over_tokens() -> None:
 def test_tokens_have_a_perplexity() -> None:
     assert Task("next_token", 50257).loss_metrics(2.0) == {"perplexity": pytest.approx(math.exp(2))}
     assert Task("next_token", 50257).loss_metrics(1e9) == {"perplexity": math.inf}
-

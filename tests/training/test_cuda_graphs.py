@@ -20,6 +20,7 @@ from dlopt.training.nonfinite import Diverged
 from dlopt.training.precision import Precision
 from dlopt.training.step import Network, Step, StepSettings
 from tests.recorded import SimulatedRecorder
+from tests.tasks import CLASSIFICATION
 
 SIZE = 8
 Make = Callable[[Any], torch.optim.Optimizer]
@@ -72,7 +73,7 @@ class Run:
             if recorder is None
             else GraphedStep(*arguments, **keys, capture=Capture(recorder, SIZE, log_norm=True, post_hooks=average))
         )
-        self.sums, self.rates = MetricSum(classify=True), []
+        self.sums, self.rates = MetricSum(CLASSIFICATION), []
 
     def go(self, steps: range, sizes: Callable[[int], int] = lambda step: SIZE) -> "Run":
         for step in steps:

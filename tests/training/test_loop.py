@@ -27,6 +27,7 @@ from dlopt.training.progress import Intervals, Progress
 from dlopt.training.step import Network, Step, StepSettings
 from dlopt.training.stopping import Best, Early, Never
 from dlopt.training.trainer import Trainer
+from tests.tasks import CLASSIFICATION
 from tests.training.runs import same
 
 COUNT, SIZE = 23, 5  # 5 batches an epoch, the last of 3 samples
@@ -160,7 +161,7 @@ def training(
         normalize=nn.Identity(),
         config={"name": "try"},
         progress=Progress(horizon=15),
-        train_metrics=MetricSum(True),
+        train_metrics=MetricSum(CLASSIFICATION),
         **arguments | changed,
     )
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dlopt.training import metrics
 from dlopt.training.metrics import MetricSum
+from tests.tasks import CLASSIFICATION, REGRESSION
 
 Batch = tuple[Tensor, Tensor, Tensor]
 sizes = st.lists(st.integers(1, 7), min_size=1, max_size=12)
@@ -39,7 +40,7 @@ def plain_loop(parts: list[Batch]) -> dict[str, float]:
 
 @given(sizes=sizes, seed=st.integers(0, 99), mixed=st.booleans())
 def test_equals_plain_loop(sizes: list[int], seed: int, mixed: bool) -> None:
-    sums = MetricSum(classify=True)
+    sums = MetricSum(CLASSIFICATION)
     for part in batches(sizes, seed, mixed):
         sums.add(*part)
     assert sums.means("train") == plain_loop(batches(sizes, seed, mixed))
@@ -48,7 +49,7 @@ def test_equals_plain_loop(sizes: list[int], seed: int, mixed: bool) -> None:
 
 @given(sizes=sizes, settled=st.sets(st.integers(0, 11)), reported=st.sets(st.integers(0, 11)))
 def test_does_not_depend_on_the_times_of_syncs(sizes: list[int], settled: set[int], reported: set[int]) -> None:
-    reference, sums = MetricSum(classify=True), MetricSum(classify=True)
+    reference, sums = MetricSum(CLASSIFICATION), MetricSum(CLASSIFICATION)
     for number, part in enumerate(batches(sizes)):
         reference.add(*part)
         sums.add(*part)
@@ -62,7 +63,7 @@ def test_does_not_depend_on_the_times_of_syncs(sizes: list[int], settled: set[in
 @given(sizes=sizes, cut=st.integers(0, 12))
 def test_resumes_bitwise_identically(sizes: list[int], cut: int) -> None:
     parts = batches(sizes)
-    first, second = MetricSum(classify=True), MetricSum(classify=True)
+    first, second = MetricSum(CLASSIFICATION), MetricSum(CLASSIFICATION)
     for part in parts[:cut]:
         first.add(*part)
     state = first.state_dict()
@@ -75,7 +76,7 @@ def test_resumes_bitwise_identically(sizes: list[int], cut: int) -> None:
 
 def test_bounds_pending_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "_MAX_PENDING_OUTPUTS", 40)
-    sums, held = MetricSum(classify=True), []
+    sums, held = MetricSum(CLASSIFICATION), []
     for part in batches([5] * 20):
         sums.add(*part)
         held.append(sum(outputs.numel() for _, outputs, _ in sums._pending if outputs is not None))
@@ -84,7 +85,7 @@ def test_bounds_pending_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_since_last_covers_each_sample_once() -> None:
-    sums = MetricSum(classify=True)
+    sums = MetricSum(CLASSIFICATION)
     parts = batches([3, 4, 5, 2])
     for part in parts[:2]:
         sums.add(*part)
@@ -97,19 +98,19 @@ def test_since_last_covers_each_sample_once() -> None:
 
 
 def test_regression_has_no_accuracy() -> None:
-    sums = MetricSum(classify=False)
+    sums = MetricSum(REGRESSION)
     sums.add(torch.tensor(2.0), torch.zeros(3, 1), torch.zeros(3))
     sums.add(torch.tensor(4.0), torch.zeros(1, 1), torch.zeros(1))
     assert sums.means("val") == {"val_loss": 2.5}
 
 
 def test_empty() -> None:
-    assert MetricSum(classify=True).means("val") == {"val_loss": 0.0, "val_accuracy": 0.0}
+    assert MetricSum(CLASSIFICATION).means("val") == {"val_loss": 0.0, "val_accuracy": 0.0}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_low_precision_losses_add_up_in_float64(dtype: Any) -> None:
-    sums = MetricSum(classify=False)
+    sums = MetricSum(REGRESSION)
     value = torch.tensor(1.0078125, dtype=dtype)  # exact in both
     for _ in range(3000):
         sums.add(value, torch.zeros(1, 1), torch.zeros(1))

@@ -21,6 +21,7 @@ from dlopt.training.nonfinite import Diverged, Recovery, first_nonfinite_output,
 from dlopt.training.precision import Precision
 from dlopt.training.step import Step
 from tests.parallel.ranks import run_ranks
+from tests.tasks import CLASSIFICATION
 from tests.training.runs import SMALL, at_update, experiment, in_fork, result, resume, same, start, timeless
 from tests.training.test_step import CPU, batch, equal, make_step, net
 
@@ -54,7 +55,7 @@ def test_one_nonfinite_gradient_entry_raises_before_the_update(name: str, bad: f
     before = copy.deepcopy(model.state_dict())
     update = make_step(model, optimizer)
     with pytest.raises(Diverged, match=rf"gradient is not finite at update 8 .* of 0\.125 \(.*pass: {name}\)") as error:
-        update.update(*batch(0), 7, MetricSum(True))
+        update.update(*batch(0), 7, MetricSum(CLASSIFICATION))
     assert error.value.before_update and error.value.step == 8
     parameters = dict(model.named_parameters())
     assert all(torch.equal(before[key], value) for key, value in parameters.items())
@@ -67,7 +68,7 @@ def test_check_does_not_change_gradients() -> None:
     evaluate = make_step(model, sgd(model))
     entries = torch.tensor([1e-42, -0.0, 1e38, -1e-30, 3.0, -7.5])
     model.weight.register_hook(lambda gradient: entries.expand(3, 6).clone())
-    evaluate.begin(*batch(0), 0, MetricSum(True))
+    evaluate.begin(*batch(0), 0, MetricSum(CLASSIFICATION))
     evaluate()
     assert model.weight.grad is not None
     assert torch.equal(model.weight.grad.view(torch.int32), entries.expand(3, 6).contiguous().view(torch.int32))
@@ -78,7 +79,7 @@ def test_large_finite_gradients_pass() -> None:
     model = nn.Linear(6, 3)
     model.weight.register_hook(lambda gradient: torch.full_like(gradient, 1e30))
     update = make_step(model, sgd(model, lr=1e-30))
-    update.update(*batch(0), 0, MetricSum(True))
+    update.update(*batch(0), 0, MetricSum(CLASSIFICATION))
 
 
 def test_checks_before_clipping() -> None:
@@ -88,7 +89,7 @@ def test_checks_before_clipping() -> None:
     spoil(model[4].weight, NAN)  # type: ignore[arg-type]
     update = make_step(model, sgd(model), clip=ByNorm(max_norm=1.0))
     with pytest.raises(Diverged, match=r"pass: 4\.weight\)"):
-        update.update(*batch(0), 0, MetricSum(True))
+        update.update(*batch(0), 0, MetricSum(CLASSIFICATION))
 
 
 class Bad(nn.Module):
@@ -114,7 +115,7 @@ def test_names_the_first_layer_with_a_nonfinite_output(place: int) -> None:
     model = nn.Sequential(*layers)
     update = make_step(model, sgd(model))
     with pytest.raises(Diverged, match=rf"loss became nan .*first: the output of {place} \(Bad\)"):
-        update.update(*batch(0), 0, MetricSum(True))
+        update.update(*batch(0), 0, MetricSum(CLASSIFICATION))
 
 
 def test_names_inputs_and_weights() -> None:
@@ -122,11 +123,11 @@ def test_names_inputs_and_weights() -> None:
     inputs, targets = batch(0)
     inputs[3, 2] = INF
     with pytest.raises(Diverged, match="the inputs are not finite"):
-        make_step(model, sgd(model)).update(inputs, targets, 0, MetricSum(True))
+        make_step(model, sgd(model)).update(inputs, targets, 0, MetricSum(CLASSIFICATION))
     with torch.no_grad():
         model[4].bias[1] = NAN  # type: ignore[index]
     with pytest.raises(Diverged, match=r"first: the weights 4\.bias"):
-        make_step(model, sgd(model)).update(*batch(0), 0, MetricSum(True))
+        make_step(model, sgd(model)).update(*batch(0), 0, MetricSum(CLASSIFICATION))
 
 
 def test_names_a_recurrent_layer() -> None:
@@ -154,7 +155,7 @@ def test_names_the_update_immediately_or_deferred(which: int, at_once: bool) -> 
                     parameter.nan_to_num_()
             for state in update.optimizer.state.values():
                 state.clear()
-            update.update(inputs, targets, step, MetricSum(True))
+            update.update(inputs, targets, step, MetricSum(CLASSIFICATION))
         update.check_updates()
     assert error.value.before_update is at_once
     if not at_once:
@@ -165,7 +166,7 @@ def test_finite_gradients_may_overflow_the_weights() -> None:
     model = nn.Linear(6, 3)
     update = make_step(model, torch.optim.SGD(model.parameters(), lr=3e38))
     model.weight.register_hook(lambda gradient: torch.full_like(gradient, 1e10))
-    update.update(*batch(0), 4, MetricSum(True))
+    update.update(*batch(0), 4, MetricSum(CLASSIFICATION))
     with pytest.raises(Diverged, match=r"weights are not finite after update 5 .*first: weight"):
         update.check_weights()
 
@@ -176,7 +177,7 @@ def test_lbfgs_is_checked_before_its_first_step() -> None:
     spoil(model[0].weight, NAN)  # type: ignore[arg-type]
     before = copy.deepcopy(model)
     with pytest.raises(Diverged, match=r"0\.weight"):
-        make_step(model, optimizer, evaluates_once=False).update(*batch(0), 0, MetricSum(True))
+        make_step(model, optimizer, evaluates_once=False).update(*batch(0), 0, MetricSum(CLASSIFICATION))
     assert equal(model, before)
 
 
@@ -197,10 +198,10 @@ def test_fp16_fails_below_the_smallest_loss_scale() -> None:
             return scaler
 
     update = make_step(model, sgd(model), precision=Scaled("fp32", CPU), check_now=False)
-    update.update(*batch(0), 0, MetricSum(True))
+    update.update(*batch(0), 0, MetricSum(CLASSIFICATION))
     update.check_updates()
     for step in range(1, 4):
-        update.update(*batch(0), step, MetricSum(True))
+        update.update(*batch(0), step, MetricSum(CLASSIFICATION))
     with pytest.raises(Diverged, match="precision=fp16"):
         update.check_updates()
 
@@ -218,7 +219,7 @@ def test_skipped_update_changes_nothing(how: str) -> None:
     model = nn.Sequential(*list(net(dropout=0.0)), Bad(NAN, calls=10**6))
     skipping = recovery("skip")
     update = make_step(model, sgd(model), factor=lambda t: 1 / (1 + t), skip=skipping.skip)
-    sums = MetricSum(True)
+    sums = MetricSum(CLASSIFICATION)
     update.update(*batch(0), 0, sums)
     before = copy.deepcopy((model.state_dict(), update.optimizer.state_dict()["state"]))
     if how == "loss":
@@ -243,9 +244,9 @@ def test_limits_skipped_updates_in_a_row() -> None:
     skipping = recovery("skip", attempts=2)
     update = make_step(model, sgd(model), skip=skipping.skip)
     for step in (0, 1):
-        update.update(*batch(step), step, MetricSum(True))
+        update.update(*batch(step), step, MetricSum(CLASSIFICATION))
     with pytest.raises(Diverged, match="at update 3 "):
-        update.update(*batch(2), 2, MetricSum(True))
+        update.update(*batch(2), 2, MetricSum(CLASSIFICATION))
     other = recovery("skip", attempts=2)
     assert all(other.skip(Diverged("", step, before_update=True)) for step in (1, 2, 4, 5, 9))
     assert other.skipped == 5
@@ -497,4 +498,4 @@ def test_locates_the_divergence_of_a_model_that_reads_tokens() -> None:
         model[2].weight.fill_(3e38)
     step = make_step(model, sgd(model))
     with pytest.raises(Diverged, match="first: the output of"):
-        step.update(torch.full((8, 3), 4), torch.zeros(8, dtype=torch.int64), 0, MetricSum(True))
+        step.update(torch.full((8, 3), 4), torch.zeros(8, dtype=torch.int64), 0, MetricSum(CLASSIFICATION))

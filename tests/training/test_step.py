@@ -19,6 +19,7 @@ from dlopt.training.metrics import MetricSum
 from dlopt.training.nonfinite import Diverged
 from dlopt.training.precision import Precision
 from dlopt.training.step import Network, Step, StepSettings, is_stochastic
+from tests.tasks import CLASSIFICATION
 
 CPU = torch.device("cpu")
 SEED = 11
@@ -78,7 +79,10 @@ def test_updates_equal_plain_loop(name: str, accumulate: int) -> None:
     def factor(t: int) -> float:
         return 1 / (1 + t)
 
-    update, sums = make_step(model, make(model.parameters()), accumulate=accumulate, factor=factor), MetricSum(True)
+    update, sums = (
+        make_step(model, make(model.parameters()), accumulate=accumulate, factor=factor),
+        MetricSum(CLASSIFICATION),
+    )
     for step in range(5):
         update.update(*batch(step, size=10 - step), step, sums)
 
@@ -113,7 +117,7 @@ def test_accumulated_gradients_equal_those_of_the_full_batch(accumulate: int, si
     whole = F.cross_entropy(model(inputs), targets)
     expected = torch.autograd.grad(whole, list(model.parameters()))
     evaluate = make_step(model, optimizer, accumulate=accumulate)
-    evaluate.begin(inputs, targets, 0, MetricSum(True))
+    evaluate.begin(inputs, targets, 0, MetricSum(CLASSIFICATION))
     torch.testing.assert_close(evaluate(), whole.detach(), rtol=1e-13, atol=0)
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-12, atol=1e-14)
@@ -123,7 +127,7 @@ def test_fewer_samples_than_micro_batches() -> None:
     model = net(dropout=0.0, norm=False)
     evaluate = make_step(model, torch.optim.SGD(model.parameters(), lr=1.0), accumulate=8)
     inputs, targets = batch(1, 3)
-    evaluate.begin(inputs, targets, 0, MetricSum(True))
+    evaluate.begin(inputs, targets, 0, MetricSum(CLASSIFICATION))
     torch.testing.assert_close(evaluate(), F.cross_entropy(model(inputs), targets).detach())
 
 
@@ -156,7 +160,7 @@ def test_evaluations_of_an_update_share_random_numbers() -> None:
     evaluate = make_step(model, torch.optim.SGD(model.parameters(), lr=1.0))
     inputs, targets = torch.ones(50, 6), torch.zeros(50, dtype=torch.int64)
     for step in (0, 1):
-        evaluate.begin(inputs, targets, step, MetricSum(True))
+        evaluate.begin(inputs, targets, step, MetricSum(CLASSIFICATION))
         torch.rand(step)  # whatever else draws has no part in it
         first = evaluate()
         assert torch.equal(evaluate(), first)
@@ -179,11 +183,11 @@ def test_only_the_first_evaluation_updates_statistics(norm: str) -> None:
     inputs, targets = torch.randn(5, 24, generator=draws) + 2, torch.zeros(5, dtype=torch.int64)
     expected = copy.deepcopy(layer)
     expected(inputs.view(5, 6, 4))
-    evaluate.begin(inputs, targets, 0, MetricSum(True))
+    evaluate.begin(inputs, targets, 0, MetricSum(CLASSIFICATION))
     losses = [evaluate(), evaluate(), evaluate.loss().detach(), evaluate()]
     assert all(torch.equal(loss, losses[0]) for loss in losses), "normalized with the batch's statistics every time"
     assert equal(layer, expected)
-    evaluate.begin(inputs, targets, 1, MetricSum(True))
+    evaluate.begin(inputs, targets, 1, MetricSum(CLASSIFICATION))
     evaluate()
     expected(inputs.view(5, 6, 4))
     assert equal(layer, expected), "the next step moves them again"
@@ -191,7 +195,7 @@ def test_only_the_first_evaluation_updates_statistics(norm: str) -> None:
 
 def test_metrics_count_the_first_evaluation_only() -> None:
     model = net()
-    evaluate, sums = make_step(model, torch.optim.SGD(model.parameters(), lr=1.0)), MetricSum(True)
+    evaluate, sums = make_step(model, torch.optim.SGD(model.parameters(), lr=1.0)), MetricSum(CLASSIFICATION)
     evaluate.begin(*batch(0), 0, sums)
     evaluate.loss()
     first = evaluate()
@@ -210,7 +214,7 @@ def test_lbfgs_equals_plain_loop() -> None:
     def make(model: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.LBFGS(model.parameters(), lr=0.5, max_iter=6, line_search_fn="strong_wolfe")
 
-    update, sums = make_step(model, make(model), evaluates_once=False), MetricSum(True)
+    update, sums = make_step(model, make(model), evaluates_once=False), MetricSum(CLASSIFICATION)
     for step in range(3):
         update.update(*batch(step, dtype=torch.float64), step, sums)
 
@@ -238,7 +242,7 @@ def test_lbfgs_with_dropout_and_batch_norm() -> None:
     optimizer = torch.optim.LBFGS(model.parameters(), max_iter=10, line_search_fn="strong_wolfe")
     evaluate = make_step(model, optimizer, evaluates_once=False)
     inputs, targets = batch(0, 30)
-    evaluate.update(inputs, targets, 0, MetricSum(True))
+    evaluate.update(inputs, targets, 0, MetricSum(CLASSIFICATION))
     after = evaluate.loss().item()
     assert int(model[1].num_batches_tracked) == 1  # type: ignore[arg-type]
     torch.manual_seed(0)
@@ -253,7 +257,7 @@ def test_loss_is_twice_differentiable() -> None:
     parameters = list(model.parameters())
     evaluate = make_step(model, torch.optim.SGD(parameters, lr=1.0), accumulate=3)
     inputs, targets = batch(0, dtype=torch.float64)
-    evaluate.begin(inputs, targets, 4, MetricSum(True))
+    evaluate.begin(inputs, targets, 4, MetricSum(CLASSIFICATION))
     direction = [torch.randn_like(p) for p in parameters]
 
     def product(loss: Tensor) -> tuple[Tensor, ...]:
@@ -280,7 +284,7 @@ def test_labels_drawn_from_the_predictions_do_not_depend_on_the_micro_batches() 
     for accumulate, labels in ((1, targets), (3, targets), (4, mixed)):
         model = net(dropout=0.0, norm=False).double()
         step = make_step(model, torch.optim.SGD(model.parameters(), lr=1.0), accumulate=accumulate)
-        step.begin(inputs, labels, 0, MetricSum(True))
+        step.begin(inputs, labels, 0, MetricSum(CLASSIFICATION))
         step()
         before = [p.grad.clone() for p in model.parameters() if p.grad is not None]
         loss, count = step.sampled_loss(7)
@@ -298,7 +302,7 @@ def test_reports_the_gradient_norm_before_clipping() -> None:
     unclipped = make_step(model, torch.optim.SGD(model.parameters(), lr=1.0))
     norms = []
     for each in (unclipped, evaluate):
-        each.begin(*batch(0), 0, MetricSum(True), log_norm=True)
+        each.begin(*batch(0), 0, MetricSum(CLASSIFICATION), log_norm=True)
         each()
         norms.append(each.norm)
     assert norms[0] is not None and norms[1] is not None
@@ -310,7 +314,7 @@ def test_clips_before_the_update() -> None:
     model = net(dropout=0.0)
     before = [p.detach().clone() for p in model.parameters()]
     evaluate = make_step(model, torch.optim.SGD(model.parameters(), lr=1.0), clip=ByValue(max_value=1e-4))
-    evaluate.update(*batch(0), 0, MetricSum(True))
+    evaluate.update(*batch(0), 0, MetricSum(CLASSIFICATION))
     moved = [float((p.detach() - b).abs().max()) for p, b in zip(model.parameters(), before, strict=True)]
     assert 0 < max(moved) <= 1.01e-4
 
@@ -321,7 +325,7 @@ def test_nonfinite_loss_raises_before_the_update(bad: float) -> None:
     trained = copy.deepcopy(list(model.parameters()))
     update = make_step(model, torch.optim.SGD(model.parameters(), lr=0.125), loss=Times(bad))
     with pytest.raises(RunError, match=rf"{bad} at update 8 with a learning rate of 0\.125.*optimizer\.lr"):
-        update.update(*batch(0), 7, MetricSum(True))
+        update.update(*batch(0), 7, MetricSum(CLASSIFICATION))
     assert all(map(torch.equal, model.parameters(), trained))
 
 
@@ -329,9 +333,9 @@ def test_deferred_check_detects_nonfinite_loss() -> None:
     model = net(dropout=0.0, norm=False)
     update = make_step(model, torch.optim.SGD(model.parameters(), lr=0.1), check_now=False)
     inputs, targets = batch(0)
-    update.update(inputs, targets, 0, MetricSum(True))
+    update.update(inputs, targets, 0, MetricSum(CLASSIFICATION))
     update.check_updates()
-    update.update(inputs * float("inf"), targets, 1, MetricSum(True))
+    update.update(inputs * float("inf"), targets, 1, MetricSum(CLASSIFICATION))
     with pytest.raises(RunError, match="update 2"):
         update.check_updates()
 
@@ -343,7 +347,7 @@ def test_post_hooks_see_the_new_weights() -> None:
         model, torch.optim.SGD(model.parameters(), lr=0.1), post_hooks=[lambda: seen.append(copy.deepcopy(model))]
     )
     for step in range(3):
-        update.update(*batch(step), step, MetricSum(True))
+        update.update(*batch(step), step, MetricSum(CLASSIFICATION))
     assert len(seen) == 3 and equal(seen[-1], model) and not equal(seen[0], seen[1])
 
 
@@ -352,7 +356,7 @@ def test_frozen_parameters_do_not_change() -> None:
     model[0].requires_grad_(False)
     before = copy.deepcopy(model)
     trainable = [p for p in model.parameters() if p.requires_grad]
-    make_step(model, torch.optim.SGD(trainable, lr=0.1)).update(*batch(0), 0, MetricSum(True))
+    make_step(model, torch.optim.SGD(trainable, lr=0.1)).update(*batch(0), 0, MetricSum(CLASSIFICATION))
     assert equal(model[0], before[0]) and not equal(model[4], before[4])
 
 
@@ -362,7 +366,7 @@ def test_bfloat16_autocast_keeps_weights_and_loss_in_float32() -> None:
     model.append(record)
     precision = Precision("bf16", torch.device("cpu"))
     evaluate = make_step(model, torch.optim.SGD(model.parameters(), lr=0.1), precision=precision)
-    sums = MetricSum(True)
+    sums = MetricSum(CLASSIFICATION)
     evaluate.update(*batch(0), 0, sums)
     assert record.seen[0].dtype == torch.bfloat16
     assert all(p.dtype == torch.float32 and p.grad is not None for p in model.parameters())
