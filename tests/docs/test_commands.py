@@ -33,6 +33,7 @@ LITTLE = {  # what makes a line of that command one of a moment; what is typed l
     "benchmark": ("dry_run=true",),
 }
 LONG = {"bench", "--check", "model=plain56,resnet56"}  # start processes and measure; four deep networks
+MEASURING = {"diagnose", "eval", "export", "predict", "trajectory"}  # a second each; slow in the how-to guides
 WATCHING = {"--watch", "--open"}
 COMPOSE_JOB = Request.compose_job
 _HEADS = {".venv/bin/python", "pip", "tensorboard", "git", "cd", "eval", "squeue", "export", "until", "sinfo"}
@@ -152,6 +153,11 @@ def compose_new(request: Request, overrides: list[str]) -> tuple[DictConfig, dic
     return next(iter(composed.values()))
 
 
+def is_slow(line: Line) -> bool:
+    words = line.arguments or [""]
+    return bool(LONG & set(words)) or (line.page.startswith("docs/howto/") and words[0] in MEASURING)
+
+
 def ids(line: Line) -> str:
     return f"{line.page}: {line.text.strip()}"[:110]
 
@@ -179,7 +185,7 @@ def test_lines_of_train_compose_and_validate(line: Line, place: Path) -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        pytest.param(each, marks=pytest.mark.slow if each.arguments and LONG & set(each.arguments) else ())
+        pytest.param(each, marks=pytest.mark.slow if is_slow(each) else ())
         for each in OURS
         if (each.arguments or ["train"])[0] != "train"
     ],

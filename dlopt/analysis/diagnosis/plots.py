@@ -199,11 +199,11 @@ def _updates(diagnoses: Sequence[Diagnosis], title: str) -> "Figure":
         else:
             _plot_by_layer(figure, ratio, updates, trace.ratios)
     ratio.axhline(1e-3, color="0.5", linewidth=1, linestyle=":")
-    ratio.annotate("1e-3: typical", (1, 1e-3), xycoords=ratio.get_yaxis_transform(), fontsize=8, va="top", ha="right")
+    of_layers = "median over layers" if several else "of each layer"
     _finish(
         (loss, "update", "loss of the batch"),
         (norm, "update", "norm of the gradient" + ("\n(dotted: after clipping)" if clipped and several else "")),
-        (ratio, "update", "||update|| / ||weights||\n" + ("median over layers" if several else "of each layer")),
+        (ratio, "update", f"||update|| / ||weights||\n{of_layers} (dotted: 1e-3, typical)"),
     )
     drawing.integer_ticks(loss, norm, ratio)
     drawing.logarithmic(norm, ratio)
