@@ -134,7 +134,16 @@ def imports(folder: Path, *arguments: str) -> tuple["subprocess.CompletedProcess
     return result, set(result.stderr.splitlines()[-1].split())
 
 
-@pytest.mark.parametrize("arguments", QUICK, ids=" ".join)
+def is_repetition(arguments: list[str]) -> bool:
+    """Whether the line does what that of `train` does, for another command."""
+    return arguments[0] not in ("train", "benchmark", "options", "runs", "template") and len(arguments) == 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [pytest.param(each, marks=pytest.mark.slow if is_repetition(each) else ()) for each in QUICK],
+    ids=" ".join,
+)
 def test_starts_fast(arguments: list[str], tmp_path: Path) -> None:
     """Imports dominate the start-up time; counting modules, unlike timing, does not depend on the machine's load."""
     result, imported = imports(tmp_path, *arguments)
@@ -150,14 +159,20 @@ def test_reports_errors_before_importing_training_dependencies(tmp_path: Path) -
     assert entries(tmp_path) == set()
 
 
-def test_closed_pipe(tmp_path: Path) -> None:
-    for arguments in ("train --help", "train --info config", "train --cfg job"):
-        line = f"{sys.executable} -m dlopt {arguments} | head -n 1"
-        result = subprocess.run(
-            ["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-        )  # fmt: skip
-        assert "Traceback" not in result.stderr and "Logging error" not in result.stderr
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "train --help",
+        *(pytest.param(f"train {flag}", marks=pytest.mark.slow) for flag in ("--info config", "--cfg job")),
+    ],
+)
+def test_closed_pipe(arguments: str, tmp_path: Path) -> None:
+    line = f"{sys.executable} -m dlopt {arguments} | head -n 1"
+    result = subprocess.run(
+        ["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert "Traceback" not in result.stderr and "Logging error" not in result.stderr
 
 
 # -- completion
@@ -202,6 +217,7 @@ COMPLETIONS = (
 )
 
 
+@pytest.mark.slow
 def test_completion_in_bash(tmp_path: Path) -> None:
     (tmp_path / "outputs").mkdir()
     (tmp_path / "outputs/last.pt").touch()

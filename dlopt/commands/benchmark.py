@@ -86,10 +86,10 @@ class _Plan:
         workloads = dict(self.request.workloads)
         if self.request.full:  # the trials do not depend on targets, which may be set later
             workloads = {name: replace(spec, target=None) for name, spec in workloads.items()}
+        overrides = [each for each in self.request.overrides if group_of(each) != "allow_packages"]
         return Manifest(
-            self.tier.name, self.studies, self.trials, workloads, spaces, list(self.request.overrides),
-            self.request.full, [self.command],
-        )  # fmt: skip
+            self.tier.name, self.studies, self.trials, workloads, spaces, overrides, self.request.full, [self.command]
+        )
 
 
 def benchmark(arguments: list[str]) -> int:
@@ -261,6 +261,7 @@ def _measure(plan: _Plan) -> None:
         folder = request.folder / optimizer / workload
         best = best_trials(cell.records, request.workloads[workload].metric)
         if best and not (folder / COST).exists():
+            print(f"measuring the time of an update: {optimizer} on {workload}", flush=True)
             try:
                 _measure_cost(plan, optimizer, workload, folder / COST)
             except Exception as error:  # of the optimizer, which is the user's

@@ -148,9 +148,10 @@ def test_optimum_is_the_fastest_on_quadratics() -> None:
         grid = [(float(lr), float(m)) for lr in np.geomspace(1e-3, 4, 90) for m in np.linspace(0, 0.98, 50)]
         both = optimum(heavy_ball, least, largest, fixed_momentum=False)
         assert both is not None
-        assert radius(both["lr"], both["momentum"], least, largest) < min(
-            radius(lr, m, least, largest) for lr, m in grid
-        ) + 1e-6
+        assert (
+            radius(both["lr"], both["momentum"], least, largest)
+            < min(radius(lr, m, least, largest) for lr, m in grid) + 1e-6
+        )
         for momentum in (0.0, 0.3, 0.95):
             fixed = optimum(heavy_ball.partial(momentum=momentum), least, largest, fixed_momentum=True)
             assert fixed is not None and list(fixed) == ["lr"]
@@ -210,6 +211,7 @@ def test_plots_trajectories_in_three_panels(tmp_path: Path) -> None:
         assert len(image.convert("RGB").getcolors(1 << 20) or []) > 50
 
 
+@pytest.mark.slow
 def test_animation_has_a_frame_per_update(tmp_path: Path) -> None:
     target = tmp_path / "paths.gif"
     animate(bowl(), {"a": run(sgd(0.1), steps=4)}, target, title="quadratic")

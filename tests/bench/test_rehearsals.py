@@ -80,6 +80,7 @@ def first_update(at_its_end: str, *words: str, folder: Path, before: str = "pass
     return result.stdout
 
 
+@pytest.mark.slow
 def test_first_update(tmp_path: Path) -> None:
     """Prints CPU and wall seconds, imports no slow optional package, and composes the config once."""
     heavy = ("matplotlib", "sklearn", "scipy", "pandas", "optuna", "mlflow", "torchvision")

@@ -194,6 +194,7 @@ def test_bad_input(typed: tuple[str, ...], message: str, place: Path) -> None:
 def test_refuses_the_folder_of_another_benchmark(place: Path) -> None:
     line = ("optimizer=sgd", *TIER, "workloads=[short]", "studies=1", "trials=1")
     assert dlopt(place, "benchmark", *line).code == 0
+    assert dlopt(place, "benchmark", *line, *MINE).code == 0  # more packages do not make it another one
     other = dlopt(place, "benchmark", *line, "data.batch_size=16")
     assert other.code == 2 and "has trials of another benchmark (different: overrides)" in other.err
     assert "not the folder of a benchmark" in refused(place, "benchmark", "report", "conf")

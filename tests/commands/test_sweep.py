@@ -116,7 +116,8 @@ def test_job_with_invalid_data_fails_alone(tmp_path: Path) -> None:
 
 
 def test_refuses_launchers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
     assert "torchrun" in refused(tmp_path, "train", "-m", *TINY, "seed=0,1")
 
 

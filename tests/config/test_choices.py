@@ -39,7 +39,9 @@ SLOW = {  # several seconds for one update
     "model=resnet1202", "model=preact_resnet1001", "model=wrn_28_10", "model=wrn_28_20", "model=wrn_22_8",
     "model=alexnet_224", "model=two_column_alexnet_224", "model=resnet101", "model=resnet50", "model=resnet34",
     "model=alexnet", "model=two_column_alexnet", "model=gpt2_small",
-    "model=resnet110", "model=preact_resnet164", "model=preact_resnet110",  # as resnet56, but with more of the same
+    "model=resnet110", "model=preact_resnet164", "model=preact_resnet110",  # as resnet20, but with more of the same
+    "model=resnet32", "model=resnet44", "model=resnet56", "model=preact_resnet56", "model=plain56",
+    "model=resnet18", "model=vgg11", "model=wrn_16_4", "model=torchvision", "model=timm",
     "data=python_source", "augmentation=imagenet",
 }  # fmt: skip
 OPTIONAL = {"model=timm": "timm"}

@@ -155,7 +155,7 @@ def compose_new(request: Request, overrides: list[str]) -> tuple[DictConfig, dic
 
 def is_slow(line: Line) -> bool:
     words = line.arguments or [""]
-    return bool(LONG & set(words)) or (line.page.startswith("docs/howto/") and words[0] in MEASURING)
+    return bool(LONG & set(words)) or (line.page.startswith(("docs/howto/", "docs/gallery")) and words[0] in MEASURING)
 
 
 def ids(line: Line) -> str:

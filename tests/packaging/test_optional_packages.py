@@ -47,6 +47,7 @@ for line in sys.argv[2:]:
 """
 
 
+@pytest.mark.slow
 def test_a_missing_package_is_answered_with_its_extra(tmp_path: Path) -> None:
     with (ROOT / "pyproject.toml").open("rb") as file:
         assert NEEDING.keys() == tomllib.load(file)["project"]["optional-dependencies"].keys() - {"docs", "test"}

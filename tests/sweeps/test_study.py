@@ -88,7 +88,8 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         server.wait(timeout=60)
 
 
-@pytest.mark.parametrize("kind", ["journal", pytest.param("postgres", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["journal", "postgres"])
 def test_four_workers_share_a_study(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     total, url = 40, request.getfixturevalue("postgres") if kind == "postgres" else None
     workers = [begin_worker(tmp_path, total, url, together=4) for _ in range(4)]

@@ -126,7 +126,7 @@ def test_lines_fit_the_terminal() -> None:
     assert max(map(len, table.lines(results, 80))) <= 80
     assert lines[0].split()[3:] == ["updates", "evaluations", "time", "targets", "trials", "cost", "state"]
     assert lines[2].startswith("muon *") and "9/9" in lines[2] and re.search(r"1\.00 (\.\d\d|1\.0)-1\.0", lines[2])
-    assert any(line.startswith("a_packag…timizer ") for line in lines)
+    assert any(line.startswith("Optimizer ") for line in lines)
     heads = [line for line in lines if line.startswith("optimizer ") and "mlp" in line]
     assert len(heads) == 1 and "noisy_labels" in heads[0]
     many = make({"muon": 2.0}, [f"a_workload_with_number_{i}" for i in range(9)], 1, 2)
