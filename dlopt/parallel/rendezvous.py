@@ -133,8 +133,9 @@ def join_store(world: World, *, minutes: float, address: str | None = None, port
         else:
             master = slurm_master(os.environ)
             host, number = address or master[0], port or master[1]
+            # Rank 0 waits for the others: if it failed before they join, they would seek its store until the timeout.
             store = distributed.TCPStore(
-                host, number, world.size, is_master=world.is_main, timeout=limit, wait_for_workers=False
+                host, number, world.size, is_master=world.is_main, timeout=limit, wait_for_workers=True
             )
         _store = store
     except (RuntimeError, ValueError, OSError) as error:
@@ -142,6 +143,11 @@ def join_store(world: World, *, minutes: float, address: str | None = None, port
         if world.is_main and number and _is_port_in_use(number):
             key = "MASTER_PORT" if world.launcher == "torchrun" else "parallel.master_port"
             raise UserError(f"{key}={number}: port in use at {host}; choose another one") from None
+        if world.is_main:
+            raise UserError(
+                f"parallel.timeout_minutes={minutes:g}: not all of the {world.size} ranks have joined within this time "
+                f"({str(error).splitlines()[0]})"
+            ) from None
         raise UserError(
             f"parallel.master_addr: rank {world.rank} of {world.size} could not reach {endpoint} within "
             f"parallel.timeout_minutes={minutes:g} ({str(error).splitlines()[0]}); "

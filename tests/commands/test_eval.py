@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from dlopt.training.build import build_workload
 from dlopt.training.checkpoint import load
 from tests.commands.line import Result, dlopt, entries, refused
 from tests.parallel.ranks import run_ranks
+from tests.processes import start
+from tests.tracking.test_mlflow import free_port
 
 RUN = (
     "model=resnet20",
@@ -174,6 +177,28 @@ def test_modes_that_shard_the_model_are_refused_by_name(folder: Path) -> None:
     assert "parallel.proceses=2: unknown key" in refused(folder, "eval", "checkpoint=a", "parallel.proceses=2")
     error = refused(folder, "eval", "checkpoint=a", "parallel=single", "parallel.processes=2")
     assert "parallel=single has one process" in error
+
+
+def late_rank(seconds: float, *arguments: str) -> None:
+    time.sleep(seconds)
+    sys.argv = ["dlopt", *arguments]
+    cli.main()
+
+
+def test_an_error_of_rank_0_before_another_rank_has_joined(tmp_path: Path) -> None:
+    """As under srun, which does not end the other ranks."""
+    typed = ("eval", "checkpoint=missing.pt", f"parallel.master_port={free_port()}")
+    ranks = []
+    for number, seconds in enumerate((0.0, 1.0)):
+        names = {"PROCID": number, "STEP_ID": 0, "STEP_NUM_TASKS": 2, "LOCALID": number, "GTIDS": "0,1"}
+        environment = {"PATH": "/usr/bin:/bin"} | {f"SLURM_{name}": str(value) for name, value in names.items()}
+        log = tmp_path / f"{number}.txt"
+        ranks.append(start(late_rank, (seconds, *typed), environment, tmp_path, {1: log, 2: log}))
+    for process in ranks:
+        process.join(120)  # the timeout of a group is longer
+    assert [process.exitcode for process in ranks] == [2, 2]
+    lines = [line for number in range(2) for line in (tmp_path / f"{number}.txt").read_text().splitlines()]
+    assert [line for line in lines if "missing.pt" in line] == ["dlopt: checkpoint=missing.pt: no such file"]
 
 
 @pytest.mark.slow
