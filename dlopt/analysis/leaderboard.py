@@ -6,7 +6,7 @@ metrics would select on the test set.
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeGuard
 
@@ -190,8 +190,11 @@ def paired_difference(
 ) -> Difference | None:
     """Computes the mean of a - b over common seeds with Student's t confidence interval; None without common seeds.
 
-    Pairing removes the variance that a seed causes in both.
+    Pairing removes the variance that a seed causes in both. Seeds that only one side has, such as that of an optimizer
+    with noise, do not prevent it.
     """
+    names = set.intersection(*({name for name, _ in seeds} for seeds in (*a, *b))) if a and b else set()
+    a, b = _at(names, a), _at(names, b)
     differences = statistic([a[key] - b[key] for key in a if key in b])
     if differences is None:
         return None
@@ -199,6 +202,12 @@ def paired_difference(
         return Difference(differences.mean, None, None, 1)
     half = student_t(confidence, differences.count - 1) * differences.std / math.sqrt(differences.count)
     return Difference(differences.mean, differences.mean - half, differences.mean + half, differences.count)
+
+
+def _at(names: Collection[str], values: Mapping[Seeds, float]) -> Mapping[Seeds, float]:
+    """Reduces the seeds to the named ones, unless runs differ in the others."""
+    reduced = {tuple(pair for pair in seeds if pair[0] in names): value for seeds, value in values.items()}
+    return reduced if len(reduced) == len(values) else values
 
 
 def student_t(confidence: float, degrees: int) -> float:

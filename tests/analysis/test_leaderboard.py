@@ -38,6 +38,16 @@ def test_groups_seeds_of_a_configuration() -> None:
     assert second.difference.low == pytest.approx(-0.01)  # seeds have the same effect on both: zero variance
 
 
+def test_a_seed_of_one_side_does_not_prevent_pairing() -> None:
+    a = {(("seed", seed),): 1.0 + seed for seed in range(3)}
+    b = {(("optimizer.seed", 0), ("seed", seed)): 0.5 + seed for seed in range(3)}
+    for result in (paired_difference(a, b), paired_difference({key: -value for key, value in b.items()}, a)):
+        assert result is not None and result.count == 3
+    assert paired_difference(a, b).mean == 0.5  # type: ignore[union-attr]
+    noisy = {(("optimizer.seed", seed), ("seed", 0)): 1.0 for seed in range(3)}  # runs that differ in it only
+    assert paired_difference(noisy, a) is None
+
+
 def test_paired_difference_matches_scipy() -> None:
     draw = random.Random(0)
     a: dict[Seeds, float] = {(("seed", i),): draw.gauss(0, 1) for i in range(7)}

@@ -156,8 +156,8 @@ def lr_sensitivity(table: Table) -> "Figure | None":
         best = zip(*((lr, scale * value.mean, scale * (value.std or 0.0)) for lr, value in result.best), strict=True)
         rates, means = zip(*((lr, scale * value.mean) for lr, value, _ in result.points), strict=True)
         axis.plot(rates, means, ".", color=colour, alpha=0.4)
-        axis.errorbar(*best, capsize=3, label=result.optimizer, **style(i, linewidth=1.8, marker=marker))
-        strip.plot(result.good, [-y, -y], color=colour, linewidth=4, marker=marker, markersize=7)
+        axis.errorbar(*best, capsize=3, **style(i, linewidth=1.8, marker=marker))
+        strip.plot(result.good, [-y, -y], color=colour, linewidth=4, marker=marker, markersize=7)  # also the legend
         if result.failed:
             bottom = [0.02] * len(result.failed)
             axis.plot(result.failed, bottom, "x", color=colour, transform=axis.get_xaxis_transform())
@@ -165,14 +165,15 @@ def lr_sensitivity(table: Table) -> "Figure | None":
     axis.set_ylabel(_label(table.by))
     drawing.clean_axes(axis)
     strip.set_ylim(-len(results) + 0.4, 0.6)
-    labels = [f"good: {result.optimizer}" for result in results]
-    strip.set_yticks([-i for i in range(len(results))], labels, fontsize="small")
+    strip.set_yticks([-i for i in range(len(results))], [result.optimizer for result in results], fontsize="small")
     strip.set_xlabel("learning rate")
     strip.spines[["top", "right", "left"]].set_visible(False)
     strip.tick_params(left=False)
-    note = "best over the other keys; bars: standard deviation over seeds"
-    axis.set_title(note + ("; ×: failed runs" if any(result.failed for result in results) else ""), fontsize="small")
-    axis.legend(frameon=False)
+    tolerance = "5 %" if table.lower else "1 percentage point"
+    note = "best over the other keys; error bars: standard deviation over seeds"
+    failed = "; ×: failed runs" if any(result.failed for result in results) else ""
+    strips = f"below: good rates, at most {tolerance} (or one standard deviation) worse than the best"
+    axis.set_title(f"{note}{failed}\n{strips}", fontsize="small")
     return figure
 
 
