@@ -133,7 +133,7 @@ def join_store(world: World, *, minutes: float, address: str | None = None, port
         else:
             master = slurm_master(os.environ)
             host, number = address or master[0], port or master[1]
-            # Rank 0 waits for the others: if it failed before they join, they would seek its store until the timeout.
+            # Rank 0 waits for the others: if it failed before they joined, they would wait for its store in vain.
             store = distributed.TCPStore(
                 host, number, world.size, is_master=world.is_main, timeout=limit, wait_for_workers=True
             )

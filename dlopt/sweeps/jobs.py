@@ -131,7 +131,7 @@ def _explain_exit(code: int) -> str:
 
 
 def record_failure(folder: RunFolder, reason: str, *, died: bool = False) -> Result:
-    """Records a failure that the run has not recorded itself. `died`: its process ended without a word."""
+    """Records a failure that the run has not recorded itself. `died`: its process ended without a result."""
     summary = {"status": "failed", "reason": reason} | ({"died": True} if died else {})
     with contextlib.suppress(OSError):
         folder.path.mkdir(parents=True, exist_ok=True)

@@ -143,6 +143,22 @@ def test_unreachable_master(tmp_path: Path, launcher: str) -> None:
 
 
 @pytest.mark.slow
+def test_missing_ranks(tmp_path: Path) -> None:
+    """Rank 0 of srun waits for the other, which has not started."""
+    slurm = {"PROCID": 0, "STEP_ID": 0, "NTASKS": 2, "NNODES": 1, "JOB_ID": 1, "NODEID": 0, "LOCALID": 0}
+    environment = os.environ | {f"SLURM_{name}": str(value) for name, value in slurm.items()}
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        port = bound.getsockname()[1]
+    keys = ["parallel=ddp", "parallel.timeout_minutes=0.05", f"parallel.master_port={port}", "device=cpu"]
+    line = [sys.executable, "-m", "dlopt", "train", *SMALL, *keys, f"hydra.run.dir={tmp_path}/run"]
+    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    [message] = lines(done)
+    assert done.returncode == 2 and "not all of the 2 ranks have joined within this time" in message
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
 def test_port_in_use(tmp_path: Path) -> None:
     with socket.socket() as listener:
         listener.bind(("0.0.0.0", 0))

@@ -55,9 +55,7 @@ def names(items: Iterable[str]) -> str:
 def abbreviated(name: str, width: int) -> str:
     """Returns a printable name of at most `width` characters: its last part (the class of a.b.C), or start and end."""
     name = printable(name)
-    if len(name) <= width:
-        return name
-    if all(part.isidentifier() for part in name.split(".")):
+    if len(name) > width and all(part.isidentifier() for part in name.split(".")):
         name = name.rpartition(".")[2]
     if len(name) <= width:
         return name

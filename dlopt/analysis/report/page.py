@@ -35,6 +35,7 @@ from dlopt.analysis.report.table import (
     recipe_label,
     sensitivities,
     time_to_target,
+    tolerance_text,
 )
 from dlopt.tracking.layout import short_path
 
@@ -181,13 +182,13 @@ def page_data(
             "keys": list(importances.fractions.items()),
             "configurations": len(table.ranked),
         },
+        "tolerance": tolerance_text(table),
         "sensitivity": [
             {
                 "name": printable(item.optimizer),
                 "points": [[lr, value.mean, row] for lr, value, row in item.points],
                 "best": [[lr, value.mean, value.std, value.count] for lr, value in item.best],
                 "good": item.good,
-                "tolerance": item.tolerance,
                 "failed": list(item.failed),
             }
             for item in sensitivities(table)

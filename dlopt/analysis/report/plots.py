@@ -21,6 +21,7 @@ from dlopt.analysis.report.table import (
     fastest,
     importance,
     sensitivities,
+    tolerance_text,
 )
 
 if TYPE_CHECKING:
@@ -169,10 +170,9 @@ def lr_sensitivity(table: Table) -> "Figure | None":
     strip.set_xlabel("learning rate")
     strip.spines[["top", "right", "left"]].set_visible(False)
     strip.tick_params(left=False)
-    tolerance = "5 %" if table.lower else "1 percentage point"
     note = "best over the other keys; error bars: standard deviation over seeds"
     failed = "; ×: failed runs" if any(result.failed for result in results) else ""
-    strips = f"below: good rates, at most {tolerance} (or one standard deviation) worse than the best"
+    strips = f"below: good rates, at most {tolerance_text(table)} (or one standard deviation) worse than the best"
     axis.set_title(f"{note}{failed}\n{strips}", fontsize="small")
     return figure
 

@@ -360,6 +360,14 @@ def _explained(points: Sequence[Mapping[str, Any]], means: Sequence[float]) -> f
     return float(forest.fit(np.array(inputs, dtype=float), means).oob_score_)
 
 
+_WORSE, _WORSE_ACCURACY = 0.05, 0.01  # than the best: the metric of a good learning rate
+
+
+def tolerance_text(table: Table) -> str:
+    """Formats how much worse than the best a good learning rate may be."""
+    return f"{100 * _WORSE:g} %" if table.lower else f"{100 * _WORSE_ACCURACY:g} percentage point"
+
+
 @dataclass(frozen=True)
 class Sensitivity:
     """Metric of one optimizer against its learning rate: all configurations, the best at each rate, good rates."""
@@ -409,7 +417,7 @@ def _sensitivity(
     pooled = math.sqrt(sum((n - 1) * s * s for s, n in spread) / sum(n - 1 for _, n in spread)) if spread else 0.0
     rates, costs = list(best), [sign * value.mean for value in best.values()]
     top = costs.index(min(costs))
-    tolerance = max(pooled, 0.01 if direction_of(table.by) == "maximize" else 0.05 * abs(costs[top]))
+    tolerance = max(pooled, _WORSE * abs(costs[top]) if table.lower else _WORSE_ACCURACY)
     low = high = top
     while low > 0 and costs[low - 1] - costs[top] <= tolerance:
         low -= 1

@@ -125,11 +125,10 @@ function renderSensitivity() {
   const container = html("div", { class: "chart", id: "sensitivity-chart" }), styles = optimizerStyles();
   const lines = data.sensitivity.map((optimizer, i) => ({ label: optimizer.name, style: styles[i], marks: true,
     points: optimizer.best.map(([lr, mean, std, count]) => [lr, mean, mean - (std || 0), mean + (std || 0), count]) }));
-  const tolerance = isFraction(data.by) ? "1 percentage point" : "5 %";
   const range = ({ good: [low, high] }) => (low === high ? formatNumber(low) : `${formatNumber(low)} to ${formatNumber(high)}`);
   sectionBody("sensitivity").replaceChildren(container,
     html("div", { class: "legend" }, ...lines.map((line, i) => html("span", { class: "swatch" }, swatch(line.style), `${line.label}, good rates: `, html("b", {}, range(data.sensitivity[i]))))),
-    html("p", { class: "note" }, `Best configuration at each learning rate (others: small dots), in the colour of the optimizer's best configuration. Band: ± standard deviation over seeds. Bars: good rates, adjacent to the best and at most ${tolerance} worse (or one standard deviation over seeds, if larger). ×: failed runs. Filters do not apply.`));
+    html("p", { class: "note" }, `Best configuration at each learning rate (others: small dots), in the colour of the optimizer's best configuration. Band: ± standard deviation over seeds. Bars: good rates, adjacent to the best and at most ${data.tolerance} worse (or one standard deviation over seeds, if larger). ×: failed runs. Filters do not apply.`));
   drawChart(container, lines, { id: "sensitivity", key: "", name: `${metricTitle(data.by)} against learning rate by optimizer`, nameX: "learning rate", nameY: metricTitle(data.by),
     logX: true, more: data.sensitivity.flatMap((optimizer) => optimizer.failed), footer: 0.6 * lines.length + 0.6, height: 340 + 14 * lines.length, textY: (tick) => formatTick(data.by, tick), read: (p) => formatStatistic(data.by, [p[1], p[3] > p[2] ? p[3] - p[1] : null]),
     extra: (u, scale) => drawRates(u, scale * devicePixelRatio, styles) });
