@@ -6,8 +6,13 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from dlopt.sweeps.pool import PRELOADED
+
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(variable, "1")  # before torch is first imported, and for the commands that tests start
+
+os.fsync = lambda descriptor: None  # type: ignore[assignment]  # half of a small run's time; no test cuts the power
+PRELOADED.append("tests.preload")
 
 settings.register_profile("default", deadline=None, max_examples=25)
 settings.register_profile("ci", deadline=None, max_examples=25, derandomize=True)

@@ -34,9 +34,8 @@ from dlopt.sweeps.jobs import OUTPUT, Job, Result, prepare, record_failure, reco
 from dlopt.tracking.metrics import METRICS, parse_metrics
 from dlopt.tracking.overview import Overview
 
-_PRELOAD = [
-    "dlopt.job", "dlopt.training.trainer", "dlopt.config.compose", "torch._dynamo", "torch.utils.tensorboard", __name__,
-]  # fmt: skip
+PRELOADED = ["dlopt.sweeps.preload"]
+"""Modules that the server imports."""
 
 
 class Process(Protocol):
@@ -59,7 +58,7 @@ class Pool:
     slots: int
     start: Callable[[int, Path, Mapping[str, str]], Process]
     find: Callable[[Path], Process | None]  # the job that a killed sweep left running in a folder, if any
-    poll_seconds: float = 0.2
+    poll_seconds: float = 0.05
     is_local: bool = True  # jobs are processes of this machine
 
 
@@ -338,7 +337,7 @@ def warm_up() -> None:
 
 def _forkserver() -> ForkServerContext:
     context: ForkServerContext = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
+    context.set_forkserver_preload(PRELOADED)
     return context
 
 

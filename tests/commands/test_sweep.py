@@ -182,7 +182,8 @@ def test_resume_auto_finds_newest_unfinished_sweep(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("outputs/train/*"))) == 3
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_forwards_signals_to_jobs(number: signal.Signals, tmp_path: Path, own: list[str]) -> None:
     command = [sys.executable, "-m", "dlopt", "train", "-m", *TINY, *own, "optimizer.end=slow,none", "epochs=1000"]
     root = str(Path(package.__file__).parents[1])

@@ -33,7 +33,6 @@ LITTLE = {  # what makes a line of that command one of a moment; what is typed l
     "benchmark": ("dry_run=true",),
 }
 LONG = {"bench", "--check", "model=plain56,resnet56"}  # start processes and measure; four deep networks
-MEASURING = {"diagnose", "eval", "export", "predict", "trajectory"}  # a second each; slow in the how-to guides
 WATCHING = {"--watch", "--open"}
 COMPOSE_JOB = Request.compose_job
 _HEADS = {".venv/bin/python", "pip", "tensorboard", "git", "cd", "eval", "squeue", "export", "until", "sinfo"}
@@ -154,8 +153,7 @@ def compose_new(request: Request, overrides: list[str]) -> tuple[DictConfig, dic
 
 
 def is_slow(line: Line) -> bool:
-    words = line.arguments or [""]
-    return bool(LONG & set(words)) or (line.page.startswith(("docs/howto/", "docs/gallery")) and words[0] in MEASURING)
+    return bool(LONG & set(line.arguments or ())) or line.page.startswith(("docs/howto/", "docs/gallery"))
 
 
 def ids(line: Line) -> str:

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
+from dlopt.config.parsing import parse
 from dlopt.parallel import rendezvous
 from dlopt.training.checkpoint import Checkpoints
 from dlopt.training.trainer import Run, train
 from tests.parallel.ranks import run_ranks
-from tests.training.runs import experiment, metrics, start
+from tests.training.runs import Composed, composed, experiment, metrics, start
 
 # 96 training samples
 BASE = [
@@ -29,10 +30,16 @@ Cases = dict[str, tuple[list[str], list[str]]]
 """By name: (overrides of both runs, additional overrides of the distributed run)."""
 
 
-def run_all(folder: str, cases: Cases) -> None:
-    """Runs all cases; called on all ranks."""
-    for name, (overrides, distributed) in cases.items():
-        summary = train(Run(experiment(*overrides, *distributed), Path(folder) / name), console=False)
+def run_distributed(processes: int, folder: Path, cases: Cases) -> None:
+    """Runs all cases in folders of their names. Composes them here: each rank would need the same time again."""
+    experiments = {name: composed(*overrides, *distributed) for name, (overrides, distributed) in cases.items()}
+    run_ranks("tests.parallel.equality:run_all", processes, folder, str(folder), experiments)
+
+
+def run_all(folder: str, experiments: dict[str, Composed]) -> None:
+    """Runs all experiments; called on all ranks."""
+    for name, plain in experiments.items():
+        summary = train(Run(parse(*plain), Path(folder) / name), console=False)
         assert summary["status"] in ("finished", "stopped_early")
         rendezvous.leave()
 
@@ -65,7 +72,7 @@ def assert_equal(single: Path, distributed_folder: Path, tolerance: float = 1e-9
 
 
 def compare(tmp_path: Path, processes: int, cases: Cases) -> None:
-    run_ranks("tests.parallel.equality:run_all", processes, tmp_path, str(tmp_path / "distributed"), cases)
+    run_distributed(processes, tmp_path / "distributed", cases)
     for name, (overrides, _) in cases.items():
         start(tmp_path / "single" / name, *overrides)
         assert_equal(tmp_path / "single" / name, tmp_path / "distributed" / name)

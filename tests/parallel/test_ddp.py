@@ -14,7 +14,7 @@ from dlopt.parallel import rendezvous
 from dlopt.parallel.ddp import data_parallel
 from dlopt.training.checkpoint import Checkpoints
 from dlopt.training.trainer import Run, train
-from tests.parallel.equality import MLP, RESNET, Cases, compare, metric_values
+from tests.parallel.equality import MLP, RESNET, Cases, compare, metric_values, run_distributed
 from tests.parallel.ranks import ROOT, run_ranks
 from tests.training.runs import at_update, experiment, metrics, resume, start, terminate
 
@@ -84,7 +84,7 @@ def test_every_optimizer(tmp_path: Path) -> None:
 def test_compressed_gradients_train(tmp_path: Path, compression: str) -> None:
     case = [*MLP, "model.dropout=0", "data.batch_size=32", "epochs=8", "precision=fp32"]
     both = (case, [*SYNC_DDP, f"parallel.compression={compression}", "parallel.static_graph=true"])
-    run_ranks("tests.parallel.equality:run_all", 2, tmp_path, str(tmp_path), {"run": both})
+    run_distributed(2, tmp_path, {"run": both})
     losses = [line["train_loss"] for line in metrics(tmp_path / "run")]
     assert losses[-1] < 0.7 * losses[0]
 
@@ -155,4 +155,4 @@ def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_shard_of_one_sample_without_synchronized_batch_norm_is_refused(tmp_path: Path) -> None:
     case: Cases = {"run": ([*MLP, "model.norm=batch", "data.batch_size=19", "epochs=1"], DDP)}  # a last batch of one
     with pytest.raises(AssertionError, match=r"parallel\.sync_batchnorm=true"):
-        run_ranks("tests.parallel.equality:run_all", 2, tmp_path, str(tmp_path), case)
+        run_distributed(2, tmp_path, case)

@@ -10,8 +10,7 @@ from torch import nn
 
 from dlopt.errors import UserError
 from dlopt.parallel.fsdp import fsdp_units, fully_sharded
-from tests.parallel.equality import MLP, RESNET, Cases, compare
-from tests.parallel.ranks import run_ranks
+from tests.parallel.equality import MLP, RESNET, Cases, compare, run_distributed
 from tests.training.runs import metrics, start
 
 FSDP = ["parallel=fsdp", "parallel.unit_parameters=100"]
@@ -65,7 +64,7 @@ def test_fifty_steps(tmp_path: Path, accumulate: int) -> None:
 @pytest.mark.slow
 def test_low_precision_trains(tmp_path: Path) -> None:
     case = [*MLP, "model.dropout=0", "data.batch_size=32", "epochs=8", "precision=bf16"]
-    run_ranks("tests.parallel.equality:run_all", 2, tmp_path, str(tmp_path), {"run": (case, SYNC_FSDP)})
+    run_distributed(2, tmp_path, {"run": (case, SYNC_FSDP)})
     losses = [line["train_loss"] for line in metrics(tmp_path / "run")]
     start(tmp_path / "single", *case)
     assert losses == pytest.approx([line["train_loss"] for line in metrics(tmp_path / "single")], rel=0.05)

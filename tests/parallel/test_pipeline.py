@@ -9,8 +9,7 @@ import torch
 
 from dlopt.errors import UserError
 from dlopt.parallel.pipeline import pipeline
-from tests.parallel.equality import MLP, RESNET, Cases, compare
-from tests.parallel.ranks import run_ranks
+from tests.parallel.equality import MLP, RESNET, Cases, compare, run_distributed
 from tests.training.runs import metrics, start
 
 PIPELINE = ["parallel=pipeline"]
@@ -53,7 +52,7 @@ def test_fifty_steps(tmp_path: Path, schedule: str) -> None:
 @pytest.mark.slow
 def test_low_precision_trains(tmp_path: Path) -> None:
     case = [*RESNET, "model.dropout=0", "data.batch_size=32", "accumulate=2", "epochs=3", "precision=bf16"]
-    run_ranks("tests.parallel.equality:run_all", 2, tmp_path, str(tmp_path), {"run": (case, PIPELINE)})
+    run_distributed(2, tmp_path, {"run": (case, PIPELINE)})
     start(tmp_path / "single", *case)
     losses = [[line["train_loss"] for line in metrics(tmp_path / run)] for run in ("run", "single")]
     assert losses[0] == pytest.approx(losses[1], rel=0.05)

@@ -1,3 +1,4 @@
+import functools
 import inspect
 import itertools
 import math
@@ -25,22 +26,19 @@ NO_WARMUP = Warmup(warmup_epochs=None, warmup_steps=0, warmup_fraction=0.0, warm
 STEPS, EPOCH = 240, 24
 
 
-def values(name: str, **typed: Any) -> dict[str, Any]:
-    """Returns the keys of a choice with overrides applied."""
+@functools.cache
+def values(name: str) -> dict[str, Any]:
+    """Returns the keys of a choice, which the caller must not change."""
     with initialize_config_dir(str(CONF), version_base=None):
         config = compose(overrides=[f"+schedule={name}"]).schedule
     loaded = OmegaConf.to_container(config)
     assert isinstance(loaded, dict)
-    assert not set(typed) - set(loaded)
-    return {str(key): typed.get(str(key), value) for key, value in loaded.items()}
-
-
-VALUES = {name: values(name) for name in CHOICES}
+    return {str(key): value for key, value in loaded.items()}
 
 
 def make(name: str, steps: int = STEPS, epoch: float = EPOCH, **typed: Any) -> Factor:
-    assert not set(typed) - set(VALUES[name]), typed
-    keys = {**VALUES[name], **typed}
+    assert not set(typed) - set(values(name)), typed
+    keys = {**values(name), **typed}
     target = get_object(keys.pop("_target_"))
     warmup = Warmup(**{key: keys.pop(key) for key in Warmup.__dataclass_fields__})
     return build(partial(target, **keys), warmup, steps=steps, steps_per_epoch=epoch)
@@ -71,8 +69,8 @@ def ours_through_scheduler(factor: Factor, steps: int = STEPS) -> list[float]:
 
 @pytest.mark.parametrize("name", CHOICES)
 def test_yaml_and_signature_name_the_same_keys(name: str) -> None:
-    keys = set(VALUES[name]) - {"_target_"} - set(Warmup.__dataclass_fields__)
-    parameters = inspect.signature(get_method(VALUES[name]["_target_"])).parameters
+    keys = set(values(name)) - {"_target_"} - set(Warmup.__dataclass_fields__)
+    parameters = inspect.signature(get_method(values(name)["_target_"])).parameters
     assert keys == set(parameters) - {"horizon"}
     assert all(p.kind is p.KEYWORD_ONLY and p.default is p.empty for p in parameters.values())
 
@@ -213,14 +211,14 @@ def test_cycles_divide_the_steps_after_the_warmup() -> None:
 
 
 def cosine_restarts_after(start: int, steps: int) -> Factor:
-    keys = {key: value for key, value in VALUES["cosine_restarts"].items() if key not in Warmup.__dataclass_fields__}
+    keys = {key: value for key, value in values("cosine_restarts").items() if key not in Warmup.__dataclass_fields__}
     target = get_object(keys.pop("_target_"))
     built: Factor = target(**keys, horizon=Horizon(start, steps, 10))
     return built
 
 
 def test_one_cycle_after_a_warmup_is_the_same_cycle_later() -> None:
-    keys = {key: value for key, value in VALUES["one_cycle"].items() if key not in Warmup.__dataclass_fields__}
+    keys = {key: value for key, value in values("one_cycle").items() if key not in Warmup.__dataclass_fields__}
     target = get_object(keys.pop("_target_"))
     late, early = (target(**keys, horizon=Horizon(start, start + 50, 10)) for start in (30, 0))
     assert [late(30 + t) for t in range(50)] == pytest.approx([early(t) for t in range(50)])

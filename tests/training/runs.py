@@ -42,11 +42,15 @@ STEPS_PER_EPOCH = 4
 
 
 def experiment(*overrides: str) -> Experiment:
-    return parse(*copy.deepcopy(_composed(overrides)))
+    return parse(*copy.deepcopy(composed(*overrides)))
+
+
+Composed = tuple[dict[str, Any], dict[str, Any]]
+"""The arguments of `parse`."""
 
 
 @functools.cache
-def _composed(overrides: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
+def composed(*overrides: str) -> Composed:
     """Composes each config once for all tests, because composing takes as long as a small run."""
     return to_plain(Composer().compose(list(overrides)), list(overrides))
 
