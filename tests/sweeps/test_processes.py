@@ -64,12 +64,13 @@ def test_killing_a_job_does_not_affect_others(tmp_path: Path) -> None:
 def test_jobs_have_their_own_environment_and_cores(tmp_path: Path) -> None:
     name = f"package_of_{tmp_path.name}"
     (tmp_path / f"{name}.py").write_text(
-        "import os, pathlib, threading, torch\n"
+        "import gc, os, pathlib, threading, torch\n"
         "class Sgd(torch.optim.SGD):\n"
         "    def __init__(self, params, *, lr: float) -> None:\n"
         "        super().__init__(params, lr=lr)\n"
         "        threads = [each.name for each in threading.enumerate()]\n"
         "        facts = [os.environ.get('CUDA_VISIBLE_DEVICES'), len(os.sched_getaffinity(0)), os.getcwd()]\n"
+        "        facts += [gc.get_freeze_count() > 100_000]\n"
         "        pathlib.Path(os.environ['PLACE']).write_text(repr([*facts, torch.cuda.is_initialized(), threads]))\n"
     )
     folder = described(tmp_path / "run", "model=mlp", "epochs=1")
@@ -88,7 +89,7 @@ def test_jobs_have_their_own_environment_and_cores(tmp_path: Path) -> None:
     finally:
         os.chdir(before)
     assert ended(process) == 0, (folder / OUTPUT).read_text()
-    assert (tmp_path / "told").read_text() == repr(["7", 1, str(tmp_path), False, ["MainThread", "sweep"]])
+    assert (tmp_path / "told").read_text() == repr(["7", 1, str(tmp_path), True, False, ["MainThread", "sweep"]])
 
 
 def test_job_of_a_killed_sweep_writes_a_checkpoint_and_ends(tmp_path: Path) -> None:
@@ -101,13 +102,15 @@ def test_job_of_a_killed_sweep_writes_a_checkpoint_and_ends(tmp_path: Path) -> N
     )
     (tmp_path / "sweep.py").write_text(code)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    sweep = subprocess.Popen([sys.executable, str(tmp_path / "sweep.py"), str(folder)], env=environment)
+    command = [sys.executable, str(tmp_path / "sweep.py"), str(folder)]
+    sweep = subprocess.Popen(command, env=environment, text=True, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 300
     while not (folder / "metrics.jsonl").exists():
         assert time.monotonic() < deadline and sweep.poll() is None
         time.sleep(0.1)
     sweep.kill()
-    sweep.wait()
+    _, err = sweep.communicate()  # until the server has ended, too
+    assert err == ""
     while RunFolder(folder).is_live():
         assert time.monotonic() < deadline
         time.sleep(0.1)
