@@ -12,10 +12,9 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
+from multiprocessing import connection, resource_tracker
 from multiprocessing.context import ForkServerContext
 from multiprocessing.forkserver import ensure_running
 from multiprocessing.process import BaseProcess
@@ -58,7 +57,7 @@ class Pool:
     slots: int
     start: Callable[[int, Path, Mapping[str, str]], Process]
     find: Callable[[Path], Process | None]  # the job that a killed sweep left running in a folder, if any
-    poll_seconds: float = 0.05
+    poll_seconds: float = 0.2
     is_local: bool = True  # jobs are processes of this machine
 
 
@@ -91,7 +90,7 @@ def run(source: JobSource, pool: Pool, overview: Overview) -> None:
     with Interruption() as interruption:
         try:
             while not interruption and workers.update():
-                time.sleep(pool.poll_seconds)
+                workers.wait()
             if interruption:
                 workers.stop(interruption)
                 raise KeyboardInterrupt
@@ -145,6 +144,12 @@ class _Workers:
             return True
         finally:
             self._overview.refresh()
+
+    def wait(self) -> None:
+        """Waits for the end of a job, but not longer than until the metrics are to be read again."""
+        processes = [worker.process for worker in self._active.values()]
+        ends = [process.sentinel for process in processes if isinstance(process, Forked)]
+        connection.wait(ends, self._pool.poll_seconds)
 
     def _prepare(self, slot: int, job: Job) -> None:
         """Starts a job, unless it is done, cannot run, or still runs in a process of an earlier sweep."""
@@ -215,7 +220,7 @@ class _Workers:
                         # Without a summary the signal came before the job's handler was installed: not a failure.
                         is_silent = worker.job.folder.summary() is None
                         self._ended(worker.job, result_of(worker.job.folder, INTERRUPTED if is_silent else code))
-            time.sleep(self._pool.poll_seconds)
+            self.wait()
 
     def kill(self) -> None:
         for worker in self._active.values():
@@ -305,6 +310,7 @@ class Forked:
     def __init__(self, process: BaseProcess) -> None:
         self._process = process
         self.stop, self.kill = process.terminate, process.kill
+        self.sentinel = process.sentinel  # ready when the process has ended
 
     def poll(self) -> int | None:
         return self._process.exitcode
