@@ -67,7 +67,8 @@ def refused(folder: Path, *arguments: str) -> str:
 
 
 def entries(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+    """Lists files and folders, but not the bytecode that Python writes beside imported packages."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if "__pycache__" not in path.parts}
 
 
 def only(folder: Path, pattern: str) -> Path:
