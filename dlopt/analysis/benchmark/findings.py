@@ -114,7 +114,7 @@ def _unmeasured(results: Results, summary: Summary) -> Iterator[str]:
         if lost:
             yield f"No time per update was measured for {names(lost)}: no score in time."
     elif len(summary.order) > 1:
-        yield "No times per update were measured: there is no score in time."
+        yield "The time per update was not measured on all workloads: there is no score in time."
 
 
 def _budget(results: Results, own: Sequence[str]) -> Iterator[str]:

@@ -86,12 +86,16 @@ def trial_time(record: Record, cell: Cell, measure: Measure) -> float:
 
 
 def measured(results: Results) -> list[Measure]:
-    """Returns the measures that the results have: evaluations if they differ from updates, time if a cost is known."""
+    """Returns the measures that the results have.
+
+    Evaluations, if they differ from updates; time, if an optimizer has the costs of all workloads whose targets it
+    reaches.
+    """
     cells = results.cells.values()
     present = {
         "updates": True,
         "evaluations": any(each.evaluations != each.updates for cell in cells for each in cell.records),
-        "time": any(cell.cost is not None for cell in cells),
+        "time": any(_cost(results, optimizer)[0] is not None for optimizer in results.optimizers),
     }
     return [measure for measure in MEASURES if present[measure]]
 

@@ -123,6 +123,20 @@ def test_a_missing_cost_of_a_reached_target_leaves_no_score_in_time() -> None:
     assert "No time per update was measured for muon: no score in time." in warnings
 
 
+def test_without_complete_costs_there_is_no_time() -> None:
+    """As in the report of a benchmark that is interrupted while it measures the costs."""
+    results = make({"muon": 2.2, "adam": 2.0}, ("mlp", "vit"))
+    cells = {
+        key: dataclasses.replace(cell, cost=cell.cost if key[1] == "mlp" else None)
+        for key, cell in results.cells.items()
+    }
+    partial = dataclasses.replace(results, cells=cells)
+    summary = summarize(partial)
+    assert summary.measures == ["updates"]
+    warnings = [each.text for each in findings(partial, summary) if each.is_warning]
+    assert "The time per update was not measured on all workloads: there is no score in time." in warnings
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
