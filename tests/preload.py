@@ -1,6 +1,5 @@
 """What ranks and commands of tests import, for the server that forks them (see `processes`)."""
 
-import gc
 import os
 
 import torch.distributed.fsdp  # noqa: F401
@@ -8,4 +7,3 @@ import torch.distributed.fsdp  # noqa: F401
 import tests.parallel.equality  # noqa: F401
 
 os.fsync = lambda descriptor: None  # type: ignore[assignment]  # see conftest.py
-gc.freeze()

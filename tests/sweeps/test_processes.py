@@ -81,7 +81,7 @@ def test_jobs_have_their_own_environment_and_cores(tmp_path: Path) -> None:
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     core = min(os.sched_getaffinity(0))
-    environment = {"CUDA_VISIBLE_DEVICES": "7", "PLACE": str(tmp_path / "told")}
+    environment = {"CUDA_VISIBLE_DEVICES": "7", "PLACE": str(tmp_path / "facts")}
     before = os.getcwd()
     os.chdir(tmp_path)
     try:
@@ -89,7 +89,7 @@ def test_jobs_have_their_own_environment_and_cores(tmp_path: Path) -> None:
     finally:
         os.chdir(before)
     assert ended(process) == 0, (folder / OUTPUT).read_text()
-    assert (tmp_path / "told").read_text() == repr(["7", 1, str(tmp_path), True, False, ["MainThread", "sweep"]])
+    assert (tmp_path / "facts").read_text() == repr(["7", 1, str(tmp_path), True, False, ["MainThread", "sweep"]])
 
 
 def test_job_of_a_killed_sweep_writes_a_checkpoint_and_ends(tmp_path: Path) -> None:
