@@ -6,10 +6,6 @@ from typing import Any
 
 import pytest
 
-nbformat = pytest.importorskip("nbformat")
-nbclient = pytest.importorskip("nbclient")
-pytest.importorskip("ipykernel")
-
 LINE = '"model=mlp", "model.widths=[4]", "data.subset=40", "epochs=2", "threads=1"'
 CELLS = [
     f"from dlopt import train\nresult = train([{LINE}])\nresult",
@@ -20,6 +16,8 @@ CELLS = [
 
 @pytest.mark.slow
 def test_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(each) for each in CELLS])
     kernel: Any = {"metadata": {"path": str(tmp_path)}}

@@ -102,14 +102,14 @@ def results(place: Path) -> Results:
     return read(place / "out/results.json")
 
 
-def test_compares_optimizers_and_continues(place: Path) -> None:
+def test_compares_optimizers_continues_and_refuses_another_benchmark(place: Path) -> None:
     line = (*TIER, "workloads=[line]", "studies=2", "trials=2")
     first = dlopt(place, "benchmark", "optimizer=sgd", *line)
     assert first.code == 0, first.err
     assert "4 trials, of which 0 are done" in first.out and "4/4: 4 done, 0 failed" in first.out
     assert (place / "out/index.html").is_file() and not list(place.glob("out/sgd/line/*/checkpoints/last.pt"))
     before = {path: path.stat().st_mtime_ns for path in place.glob("out/sgd/*/*/summary.json")}
-    second = dlopt(place, "benchmark", "optimizer=sgd,adamw", *line)
+    second = dlopt(place, "benchmark", "optimizer=sgd,adamw", *line, *MINE)  # more packages: the same benchmark
     assert second.code == 0, second.err
     assert "8 trials, of which 4 are done" in second.out
     assert before == {path: path.stat().st_mtime_ns for path in before}
@@ -127,6 +127,9 @@ def test_compares_optimizers_and_continues(place: Path) -> None:
         assert config["optimizer"]["lr"] == record.values["optimizer.lr"] and config["seed"] == record.study
         assert "test_loss" not in (run.summary() or {}) or run.summary()["test_loss"] is None  # type: ignore[index]
     assert all(set(test) == {"test_loss"} for test in cell.tests.values()) and cell.tests
+    other = dlopt(place, "benchmark", "optimizer=sgd", *line, "data.batch_size=16")
+    assert other.code == 2 and "has trials of another benchmark (different: overrides)" in other.err
+    assert "not the folder of a benchmark" in refused(place, "benchmark", "report", "conf")
 
 
 @pytest.mark.slow
@@ -189,15 +192,6 @@ def test_a_killed_trial_is_no_result(tmp_path: Path) -> None:
 def test_bad_input(typed: tuple[str, ...], message: str, place: Path) -> None:
     tier = () if any(each.startswith("tier=") for each in typed) else ("tier=tiny",)
     assert message in refused(place, "benchmark", "--config-dir", "conf", *tier, "output=out", *typed)
-
-
-def test_refuses_the_folder_of_another_benchmark(place: Path) -> None:
-    line = ("optimizer=sgd", *TIER, "workloads=[short]", "studies=1", "trials=1")
-    assert dlopt(place, "benchmark", *line).code == 0
-    assert dlopt(place, "benchmark", *line, *MINE).code == 0  # more packages do not make it another one
-    other = dlopt(place, "benchmark", *line, "data.batch_size=16")
-    assert other.code == 2 and "has trials of another benchmark (different: overrides)" in other.err
-    assert "not the folder of a benchmark" in refused(place, "benchmark", "report", "conf")
 
 
 @pytest.mark.slow

@@ -156,11 +156,15 @@ def is_slow(line: Line) -> bool:
     return bool(LONG & set(line.arguments or ())) or line.page.startswith(("docs/howto/", "docs/gallery"))
 
 
+def marked(lines: list[Line]) -> list[Any]:
+    return [pytest.param(each, marks=pytest.mark.slow if is_slow(each) else ()) for each in lines]
+
+
 def ids(line: Line) -> str:
     return f"{line.page}: {line.text.strip()}"[:110]
 
 
-@pytest.mark.parametrize("line", [each for each in OURS if (each.arguments or [""])[0] == "train"], ids=ids)
+@pytest.mark.parametrize("line", marked([each for each in OURS if (each.arguments or [""])[0] == "train"]), ids=ids)
 def test_lines_of_train_compose_and_validate(line: Line, place: Path) -> None:
     words = [word for word in line.arguments or [] if word != "..."]
     if "..." in (line.arguments or []):  # a sweep, or a search
@@ -181,13 +185,7 @@ def test_lines_of_train_compose_and_validate(line: Line, place: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "line",
-    [
-        pytest.param(each, marks=pytest.mark.slow if is_slow(each) else ())
-        for each in OURS
-        if (each.arguments or ["train"])[0] != "train"
-    ],
-    ids=ids,
+    "line", marked([each for each in OURS if (each.arguments or ["train"])[0] != "train"]), ids=ids
 )
 def test_lines_of_other_commands_run(line: Line, place: Path, tmp_path: Path) -> None:
     words = [word for word in line.arguments or [] if word not in WATCHING]

@@ -76,39 +76,39 @@ def test_yaml_and_signature_name_the_same_keys(name: str) -> None:
 
 
 CLOSED_FORMS = {
-    "constant": (make("constant"), lambda t: 1.0),
-    "step": (make("step", every_epochs=3), lambda t: 0.1 ** (t // (3 * EPOCH))),
-    "step in steps": (make("step", every_steps=50, gamma=0.5), lambda t: 0.5 ** (t // 50)),
-    "multistep": (make("multistep", milestones_epochs=[5, 7.5]), lambda t: 0.1 ** ((t >= 120) + (t >= 180))),
-    "multistep by share": (make("multistep"), lambda t: 0.1 ** ((t >= 120) + (t >= 180))),
-    "exponential": (make("exponential"), lambda t: math.exp(-0.1 * t / EPOCH)),
-    "exponential in steps": (make("exponential", k=0.01, unit="steps"), lambda t: math.exp(-0.01 * t)),
-    "time_decay": (make("time_decay", decay=0.5), lambda t: 1 / (1 + 0.5 * t / EPOCH)),
-    "cosine": (make("cosine", final=0.1), lambda t: 0.1 + 0.9 * (1 + math.cos(math.pi * t / STEPS)) / 2),
+    "constant": (partial(make, "constant"), lambda t: 1.0),
+    "step": (partial(make, "step", every_epochs=3), lambda t: 0.1 ** (t // (3 * EPOCH))),
+    "step in steps": (partial(make, "step", every_steps=50, gamma=0.5), lambda t: 0.5 ** (t // 50)),
+    "multistep": (partial(make, "multistep", milestones_epochs=[5, 7.5]), lambda t: 0.1 ** ((t >= 120) + (t >= 180))),
+    "multistep by share": (partial(make, "multistep"), lambda t: 0.1 ** ((t >= 120) + (t >= 180))),
+    "exponential": (partial(make, "exponential"), lambda t: math.exp(-0.1 * t / EPOCH)),
+    "exponential in steps": (partial(make, "exponential", k=0.01, unit="steps"), lambda t: math.exp(-0.01 * t)),
+    "time_decay": (partial(make, "time_decay", decay=0.5), lambda t: 1 / (1 + 0.5 * t / EPOCH)),
+    "cosine": (partial(make, "cosine", final=0.1), lambda t: 0.1 + 0.9 * (1 + math.cos(math.pi * t / STEPS)) / 2),
     "cosine over 5 epochs": (
-        make("cosine", decay_epochs=5),
+        partial(make, "cosine", decay_epochs=5),
         lambda t: (1 + math.cos(math.pi * min(t, 120) / 120)) / 2,
     ),
-    "linear": (make("linear", final=0.2), lambda t: 1 - 0.8 * t / STEPS),
-    "polynomial": (make("polynomial", power=3.0), lambda t: (1 - t / STEPS) ** 3),
+    "linear": (partial(make, "linear", final=0.2), lambda t: 1 - 0.8 * t / STEPS),
+    "polynomial": (partial(make, "polynomial", power=3.0), lambda t: (1 - t / STEPS) ** 3),
     "linear_warmup": (
-        make("linear_warmup", warmup_steps=40),
+        partial(make, "linear_warmup", warmup_steps=40),
         lambda t: (t + 1) / 41 if t < 40 else (STEPS - t) / (STEPS - 40),
     ),
     "cosine_warmup": (
-        make("cosine_warmup", warmup_epochs=2),
+        partial(make, "cosine_warmup", warmup_epochs=2),
         lambda t: (t + 1) / 49 if t < 48 else (1 + math.cos(math.pi * (t - 48) / (STEPS - 48))) / 2,
     ),
     "wsd": (
-        make("wsd", warmup_fraction=0.1, decay_fraction=0.5),
+        partial(make, "wsd", warmup_fraction=0.1, decay_fraction=0.5),
         lambda t: (t + 1) / 25 if t < 24 else 1.0 if t < 132 else 1 - math.sqrt((t - 132) / 108),
     ),
     "exponential after a warmup": (
-        make("exponential", warmup_epochs=1, warmup_start=0.5),
+        partial(make, "exponential", warmup_epochs=1, warmup_start=0.5),
         lambda t: 0.5 + 0.5 * t / 24 if t < 24 else math.exp(-0.1 * (t - 24) / EPOCH),
     ),
     "milestones count from the start of training": (
-        make("step", every_steps=60, warmup_steps=40),
+        partial(make, "step", every_steps=60, warmup_steps=40),
         lambda t: 0.1 ** (t // 60) * min((t + 1) / 41, 1),
     ),
 }
@@ -116,34 +116,34 @@ CLOSED_FORMS = {
 
 @pytest.mark.parametrize("case", CLOSED_FORMS)
 def test_closed_form_at_every_step(case: str) -> None:
-    factor, expected = CLOSED_FORMS[case]
-    assert curve(factor) == pytest.approx([expected(t) for t in range(STEPS)], rel=1e-12, abs=1e-15)
+    build_factor, expected = CLOSED_FORMS[case]
+    assert curve(build_factor()) == pytest.approx([expected(t) for t in range(STEPS)], rel=1e-12, abs=1e-15)
 
 
 TORCH = {
-    "step": (make("step", every_steps=30), lambda o: lr_scheduler.StepLR(o, 30)),
+    "step": (partial(make, "step", every_steps=30), lambda o: lr_scheduler.StepLR(o, 30)),
     "multistep": (
-        make("multistep", milestones_steps=[7, 90]),
+        partial(make, "multistep", milestones_steps=[7, 90]),
         lambda o: lr_scheduler.MultiStepLR(o, [7, 90]),
     ),
     "exponential": (
-        make("exponential", k=0.02, unit="steps"),
+        partial(make, "exponential", k=0.02, unit="steps"),
         lambda o: lr_scheduler.ExponentialLR(o, math.exp(-0.02)),
     ),
-    "cosine": (make("cosine", final=0.01), lambda o: lr_scheduler.CosineAnnealingLR(o, STEPS, eta_min=0.01)),
-    "polynomial": (make("polynomial", power=1.7), lambda o: lr_scheduler.PolynomialLR(o, STEPS, power=1.7)),
-    "linear": (make("linear", final=0.25), lambda o: lr_scheduler.LinearLR(o, 1.0, 0.25, STEPS)),
+    "cosine": (partial(make, "cosine", final=0.01), lambda o: lr_scheduler.CosineAnnealingLR(o, STEPS, eta_min=0.01)),
+    "polynomial": (partial(make, "polynomial", power=1.7), lambda o: lr_scheduler.PolynomialLR(o, STEPS, power=1.7)),
+    "linear": (partial(make, "linear", final=0.25), lambda o: lr_scheduler.LinearLR(o, 1.0, 0.25, STEPS)),
     "cosine_restarts": (
-        make("cosine_restarts", T_0_steps=34, T_mult=2, eta_min=0.05),
+        partial(make, "cosine_restarts", T_0_steps=34, T_mult=2, eta_min=0.05),
         lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 34, 2, eta_min=0.05),
     ),
-    "one_cycle": (make("one_cycle"), lambda o: lr_scheduler.OneCycleLR(o, 1.0, STEPS)),
+    "one_cycle": (partial(make, "one_cycle"), lambda o: lr_scheduler.OneCycleLR(o, 1.0, STEPS)),
     "one_cycle, three linear phases": (
-        make("one_cycle", three_phase=True, anneal="linear", pct_start=0.4),
+        partial(make, "one_cycle", three_phase=True, anneal="linear", pct_start=0.4),
         lambda o: lr_scheduler.OneCycleLR(o, 1.0, STEPS, pct_start=0.4, anneal_strategy="linear", three_phase=True),
     ),
     "warmup": (
-        make("cosine", warmup_steps=19),
+        partial(make, "cosine", warmup_steps=19),
         lambda o: lr_scheduler.SequentialLR(
             o,
             [lr_scheduler.LinearLR(o, 1 / 20, 1.0, 19), lr_scheduler.CosineAnnealingLR(o, STEPS - 19)],
@@ -156,8 +156,8 @@ TORCH = {
 @pytest.mark.filterwarnings("ignore:The epoch parameter:UserWarning")
 @pytest.mark.parametrize("case", TORCH)
 def test_equals_torch(case: str) -> None:
-    factor, reference = TORCH[case]
-    assert ours_through_scheduler(factor) == pytest.approx(torch_curve(reference), rel=1e-9, abs=1e-12)
+    build_factor, reference = TORCH[case]
+    assert ours_through_scheduler(build_factor()) == pytest.approx(torch_curve(reference), rel=1e-9, abs=1e-12)
 
 
 @pytest.mark.parametrize("three_phase", [False, True])

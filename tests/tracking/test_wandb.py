@@ -1,12 +1,13 @@
 """Weights & Biases without an account or a network."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from dlopt.tracking import Tracking
 
-pytest.importorskip("wandb")
+pytestmark = pytest.mark.skipif(find_spec("wandb") is None, reason="wandb is not installed")
 
 
 def run(folder: Path, epochs: range) -> str:
