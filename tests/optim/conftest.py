@@ -1,17 +1,13 @@
 import copy
-import functools
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.utils import get_object
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-CONF = Path(__file__).parents[2] / "conf"
+from tests.training.runs import composed
 
 
 def _build(node: dict[str, Any], params: Any) -> torch.optim.Optimizer:
@@ -27,15 +23,12 @@ def _build(node: dict[str, Any], params: Any) -> torch.optim.Optimizer:
 def keys_of() -> Callable[..., dict[str, Any]]:
     """Returns the keys of a choice, including `_target_`, with overrides applied."""
 
-    @functools.cache  # composing takes 100 ms
-    def composed(name: str, *typed: str) -> dict[str, Any]:
-        with initialize_config_dir(str(CONF), version_base=None):
-            config = compose("train", overrides=[f"optimizer={name}", *(f"optimizer.{t}" for t in typed)])
-        keys = OmegaConf.to_container(config.optimizer, resolve=True)
-        assert isinstance(keys, dict)
-        return {key: value for key, value in keys.items() if key not in ("groups", "layer_decay")}  # every choice's
+    def keys(name: str, *typed: str) -> dict[str, Any]:
+        plain, _ = composed(f"optimizer={name}", *(f"optimizer.{each}" for each in typed))
+        every = ("groups", "layer_decay")  # keys of every choice
+        return {key: copy.deepcopy(value) for key, value in plain["optimizer"].items() if key not in every}
 
-    return lambda name, *typed: copy.deepcopy(composed(name, *typed))
+    return keys
 
 
 @pytest.fixture(scope="session")

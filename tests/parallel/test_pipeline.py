@@ -2,17 +2,19 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from dlopt.errors import UserError
-from dlopt.parallel.pipeline import pipeline
+from dlopt.parallel.pipeline import Pipeline, pipeline
 from tests.parallel.equality import MLP, RESNET, Cases, compare, run_distributed
 from tests.training.runs import metrics, start
 
 PIPELINE = ["parallel=pipeline"]
+TWO_LAYERS = ["model.widths=[12,8]"]  # dropout and batch norm on both stages
 
 CASES: Cases = {
     "accumulation": (
@@ -24,10 +26,13 @@ CASES: Cases = {
         [*PIPELINE, "parallel.schedule=gpipe"],
     ),
     "average, adaptive clipping": (
-        [*MLP, "ema=0.9", "clip=adaptive", "clip.clipping=0.02", "data.batch_size=32", "epochs=2"],
+        [*MLP, *TWO_LAYERS, "ema=0.9", "clip=adaptive", "clip.clipping=0.02", "data.batch_size=32", "epochs=2"],
         PIPELINE,
     ),
-    "exact statistics": ([*MLP, "norm_statistics=exact", "data.batch_size=32", "accumulate=2", "epochs=2"], PIPELINE),
+    "exact statistics": (
+        [*MLP, *TWO_LAYERS, "norm_statistics=exact", "data.batch_size=32", "accumulate=2", "epochs=2"],
+        PIPELINE,
+    ),
     "two points": ([*MLP, "optimizer=schedule_free_adamw", "data.batch_size=32", "epochs=2"], PIPELINE),
 }
 
@@ -81,6 +86,24 @@ def test_invalid_setups_raise_one_line(
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match=f"^{re.escape(message)}[^\n]*$"):
         pipeline(**{**ARGUMENTS, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("threads", "device", "chosen"), [("auto", "cpu", [6]), (2, "cpu", []), ("auto", "cuda", [])]
+)
+def test_stages_of_a_machine_divide_its_cores(
+    threads: int | str, device: str, chosen: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 2 of three, whose machine runs the last two stages, has three quarters of that machine's work."""
+    numbers: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", numbers.append)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    world = SimpleNamespace(local_rank=1)
+    mode: Any = SimpleNamespace(
+        threads=threads, device=torch.device(device), rank=2, local_processes=2, group=SimpleNamespace(world=world)
+    )
+    Pipeline._set_threads(mode, [0.5, 0.125, 0.375])
+    assert numbers == chosen
 
 
 def test_one_process_needs_no_group() -> None:

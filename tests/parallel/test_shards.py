@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dlopt.config.schema import Component
+from dlopt.config.parsing import parse
 from dlopt.errors import UserError
 from dlopt.optim import LBFGS
 from dlopt.parallel.fsdp import FullySharded
@@ -23,7 +22,7 @@ from dlopt.training.clipping import Adaptive, ByNorm, ByValue, gradient_norm
 from dlopt.training.optimizer import check_optimizer
 from dlopt.training.stopping import Tolerance
 from tests.parallel.ranks import ROOT, run_ranks
-from tests.training.runs import experiment
+from tests.training.runs import Composed, composed
 
 CHOICES = sorted(path.stem for path in (ROOT / "conf/optimizer").glob("[!_]*.yaml"))
 NEEDS_FULL_TENSORS = {"adafactor", "dmuon", "kron", "lamb", "lars", "mars", "muon", "scion", "shampoo", "soap"}
@@ -38,14 +37,9 @@ def net() -> nn.Sequential:
     ).double()
 
 
-def build_optimizer(choice: str, model: nn.Module) -> torch.optim.Optimizer:
-    optimizer: torch.optim.Optimizer = component_of(choice).build(params=model.parameters())
+def optimizer_of(plain: Composed, model: nn.Module) -> torch.optim.Optimizer:
+    optimizer: torch.optim.Optimizer = parse(*copy.deepcopy(plain)).optimizer.build(params=model.parameters())
     return optimizer
-
-
-@cache
-def component_of(choice: str) -> Component:
-    return experiment(f"optimizer={choice}").optimizer
 
 
 def shard_model(model: nn.Module) -> nn.Module:
@@ -79,13 +73,13 @@ def assert_same(full: nn.Module, sharded: nn.Module, what: str) -> None:
         assert torch.allclose(actual[name], value, rtol=1e-12, atol=1e-14), (what, name)
 
 
-def run_all() -> None:
+def run_all(choices: dict[str, Composed]) -> None:
+    """Called on all ranks, with the optimizers' configs by name."""
     world = current()
     assert world is not None
     check_placement(Group(world, torch.device("cpu"), minutes=1.0))
-    for choice in CHOICES:
-        if choice not in NEEDS_FULL_TENSORS | NEEDS_FULL_MODEL:
-            check_updates(choice)
+    for choice, plain in choices.items():
+        check_updates(choice, plain)
     check_clipping()
     check_averaging()
     check_tolerance()
@@ -107,16 +101,16 @@ def check_placement(group: Group) -> None:
         torch.testing.assert_close(call(inputs), full(inputs), rtol=1e-12, atol=1e-13)
 
 
-def check_updates(choice: str) -> None:
+def check_updates(choice: str, plain: Composed) -> None:
     """Two updates, a checkpoint loaded into new objects, two more updates."""
     full = net()
     sharded = shard_model(full)
-    optimizers = build_optimizer(choice, full), build_optimizer(choice, sharded)
+    optimizers = optimizer_of(plain, full), optimizer_of(plain, sharded)
     for step in range(4):
         if step == 2:
             saved, weights = full_state(optimizers[1].state_dict()), full_state(dict(sharded.state_dict()))
             assert_same_states(saved, optimizers[0].state_dict())
-            optimizers = optimizers[0], build_optimizer(choice, sharded)
+            optimizers = optimizers[0], optimizer_of(plain, sharded)
             load_optimizer(optimizers[1], saved)
             load_model(sharded, weights)
         set_gradients(full, sharded, step)
@@ -188,7 +182,9 @@ def check_tolerance() -> None:
 
 
 def test_two_processes_match_one(tmp_path: Path) -> None:
-    run_ranks("tests.parallel.test_shards:run_all", 2, tmp_path)
+    choices = [choice for choice in CHOICES if choice not in NEEDS_FULL_TENSORS | NEEDS_FULL_MODEL]
+    plain = {choice: composed(f"optimizer={choice}") for choice in choices}
+    run_ranks("tests.parallel.test_shards:run_all", 2, tmp_path, plain)
 
 
 class Layers(Mode):
@@ -202,7 +198,7 @@ class Tensors(Mode):
 @pytest.mark.parametrize("choice", CHOICES)
 def test_optimizers_that_need_full_tensors_are_refused(choice: str) -> None:
     model = nn.Linear(2, 2)
-    optimizer = build_optimizer(choice, model)
+    optimizer = optimizer_of(composed(f"optimizer={choice}"), model)
     cpu = torch.device("cpu")
     modes = (Tensors(cpu, "fsdp"), NEEDS_FULL_TENSORS | NEEDS_FULL_MODEL), (Layers(cpu, "pipeline"), NEEDS_FULL_MODEL)
     for mode, refused in modes:

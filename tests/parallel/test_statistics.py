@@ -48,7 +48,9 @@ def resume_run(folder: Path, *overrides: str, until: int | None = None) -> None:
         train(run, console=False)
     else:
         with at_update(until, terminate if is_main else lambda: None):
-            assert train(run, console=False)["status"] == "interrupted"
+            summary = train(run, console=False)
+        # The sum of the next update's losses tells all ranks.
+        assert (summary["status"], summary["steps"]) == ("interrupted", until + 1)
     rendezvous.leave()
 
 
