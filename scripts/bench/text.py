@@ -5,39 +5,45 @@
 The job is nanoGPT's recipe for CPUs (its README): 4 layers, 4 heads, 128 features, 64 bytes of context, 12 windows per
 update, no biases, no dropout, AdamW, fp32, on the source code of Python's standard library.
 
-    bare         forward, backward and fused AdamW on one fixed batch
+    bare         forward, backward and fused AdamW on one fixed batch, with dlopt's model and malloc settings
     dlopt        the training step of `dlopt train`: batches, metrics, checks for NaN, schedule, fused AdamW
     dlopt clip   the same with clip=norm
-    nanogpt      the loop of nanoGPT's train.py with the same model: get_batch, clipping, AdamW as it is on a CPU,
-                 the loss printed in every update (log_interval=1 in its recipe)
+    nanogpt      nanoGPT's model.py and the loop of its train.py: get_batch, clipping, AdamW as it is on a CPU, the loss
+                 printed in every update (log_interval=1 in its recipe)
 
-nanoGPT is not a package, so its loop is written here. All candidates take turns in one process; the first round is a
-warm-up. Reports medians by processor time, which other jobs on the machine disturb little, and by wall time.
+nanoGPT is not a package, so its model and loop are written here. The candidates take turns, each in a process of its
+own, because dlopt's malloc settings would also speed up the others; the first round is a warm-up. Reports medians by
+processor time, which other jobs on the machine disturb little, and by wall time.
 """
 
 import argparse
-import copy
+import contextlib
+import functools
 import io
 import itertools
 import json
+import math
+import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dlopt.config.compose import Composer
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
+from dlopt.data.text import python_source
 from dlopt.training.build import Workload, build_workload
 from dlopt.training.trainer import dry_run
 
-BATCH, CONTEXT = 12, 64
+BATCH, CONTEXT, WIDTH, DEPTH, HEADS = 12, 64, 128, 4, 4
 RATE, BETAS, DECAY = 1e-3, (0.9, 0.99), 0.1
 RECIPE = [
     "data=python_source", f"data.sequence_length={CONTEXT}", f"data.batch_size={BATCH}", "model=gpt",
@@ -47,6 +53,10 @@ RECIPE = [
 ]  # fmt: skip
 
 Steps = Callable[[int], None]
+
+
+def compiled(model: nn.Module, overrides: Sequence[str]) -> nn.Module:
+    return torch.compile(model) if "compile=true" in overrides else model  # type: ignore[return-value]
 
 
 def workload(*overrides: str) -> Workload:
@@ -77,7 +87,9 @@ def groups(model: nn.Module) -> list[dict[str, Any]]:
     ]
 
 
-def bare_steps(source: Workload, model: nn.Module) -> Steps:
+def bare_steps(*overrides: str) -> Steps:
+    source = workload(*overrides)
+    model = compiled(source.module.train(), overrides)
     optimizer = torch.optim.AdamW(groups(model), lr=RATE, betas=BETAS, fused=True)
     tokens = source.dataset.train.fetch(torch.arange(BATCH)).long()
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
@@ -91,10 +103,55 @@ def bare_steps(source: Workload, model: nn.Module) -> Steps:
     return run
 
 
-def nanogpt_steps(source: Workload, model: nn.Module) -> Steps:
+class NanoBlock(nn.Module):
+    """A block of nanoGPT's model.py."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ln_1, self.ln_2 = nn.LayerNorm(WIDTH, bias=False), nn.LayerNorm(WIDTH, bias=False)
+        self.c_attn, self.c_proj = nn.Linear(WIDTH, 3 * WIDTH, bias=False), nn.Linear(WIDTH, WIDTH, bias=False)
+        self.c_fc, self.mlp_proj = nn.Linear(WIDTH, 4 * WIDTH, bias=False), nn.Linear(4 * WIDTH, WIDTH, bias=False)
+        self.dropout = nn.Dropout(0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.size()
+        heads = (each.view(B, T, HEADS, C // HEADS).transpose(1, 2) for each in self.c_attn(self.ln_1(x)).split(C, 2))
+        y = F.scaled_dot_product_attention(*heads, attn_mask=None, dropout_p=0, is_causal=True)
+        x = x + self.dropout(self.c_proj(y.transpose(1, 2).contiguous().view(B, T, C)))
+        return x + self.dropout(self.mlp_proj(F.gelu(self.c_fc(self.ln_2(x)))))
+
+
+class NanoGPT(nn.Module):
+    """nanoGPT's model.py without biases, with a vocabulary of bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wte, self.wpe, self.drop = nn.Embedding(256, WIDTH), nn.Embedding(CONTEXT, WIDTH), nn.Dropout(0.0)
+        self.h = nn.ModuleList([NanoBlock() for _ in range(DEPTH)])
+        self.ln_f, self.lm_head = nn.LayerNorm(WIDTH, bias=False), nn.Linear(WIDTH, 256, bias=False)
+        self.wte.weight = self.lm_head.weight
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:
+                std = 0.02 / math.sqrt(2 * DEPTH) if name.endswith("proj.weight") else 0.02
+                nn.init.normal_(parameter, std=std)
+
+    def forward(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        pos = torch.arange(0, idx.size(1), dtype=torch.long)
+        x = self.drop(self.wte(idx) + self.wpe(pos))
+        for block in self.h:
+            x = block(x)
+        logits = self.lm_head(self.ln_f(x))
+        return logits, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
+
+
+def nanogpt_steps(threads: int, *overrides: str) -> Steps:
+    dataset = python_source(sequence_length=CONTEXT, val_split=0.05, test_split=0.05)
+    data = np.asarray(dataset.train.tokens, dtype=np.uint16)  # type: ignore[attr-defined]
+    torch.set_num_threads(threads)
+    torch.manual_seed(1337)
+    model = compiled(NanoGPT(), overrides)
     optimizer = torch.optim.AdamW(groups(model), lr=RATE, betas=BETAS)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    data = np.asarray(source.dataset.train.tokens, dtype=np.uint16)  # type: ignore[attr-defined]
 
     def get_batch() -> tuple[torch.Tensor, torch.Tensor]:
         ix = torch.randint(len(data) - CONTEXT, (BATCH,)).tolist()
@@ -108,7 +165,7 @@ def nanogpt_steps(source: Workload, model: nn.Module) -> Steps:
         for number in range(steps):
             for group in optimizer.param_groups:
                 group["lr"] = RATE
-            loss = F.cross_entropy(model(inputs).view(-1, 256), targets.view(-1), ignore_index=-1)
+            _, loss = model(inputs, targets)
             inputs, targets = get_batch()
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
@@ -121,6 +178,18 @@ def nanogpt_steps(source: Workload, model: nn.Module) -> Steps:
     return run
 
 
+_built: list[Steps] = []  # in a candidate's process: it
+
+
+def measure(build: Callable[[], Steps], steps: int) -> tuple[float, float]:
+    """Runs `steps` updates; returns seconds of processor time and of wall time."""
+    if not _built:
+        _built.append(build())
+    cpu, wall = time.process_time(), time.perf_counter()
+    _built[0](steps)
+    return time.process_time() - cpu, time.perf_counter() - wall
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
@@ -129,26 +198,22 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    keys = [f"threads={options.threads}", f"compile={str(options.compile).lower()}"]
-    source = workload(*keys)
-
-    def model() -> nn.Module:
-        copied = copy.deepcopy(source.module).train()
-        return torch.compile(copied) if options.compile else copied  # type: ignore[return-value]
-
-    candidates: dict[str, Steps] = {
-        "bare": bare_steps(source, model()),
-        "dlopt": dlopt_steps(*keys),
-        "dlopt clip": dlopt_steps(*keys, "clip=norm"),
-        "nanogpt": nanogpt_steps(source, model()),
+    keys = (f"threads={options.threads}", f"compile={str(options.compile).lower()}")
+    builds: dict[str, Callable[[], Steps]] = {
+        "bare": functools.partial(bare_steps, *keys),
+        "dlopt": functools.partial(dlopt_steps, *keys),
+        "dlopt clip": functools.partial(dlopt_steps, *keys, "clip=norm"),
+        "nanogpt": functools.partial(nanogpt_steps, options.threads, *keys),
     }
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in candidates}
-    for number in range(options.rounds + 1):
-        for name, run in candidates.items():
-            cpu, wall = time.process_time(), time.perf_counter()
-            run(options.steps)
-            if number:
-                times[name].append((time.process_time() - cpu, time.perf_counter() - wall))
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in builds}
+    spawn = multiprocessing.get_context("spawn")
+    with contextlib.ExitStack() as stack:
+        processes = {name: stack.enter_context(ProcessPoolExecutor(1, mp_context=spawn)) for name in builds}
+        for number in range(options.rounds + 1):
+            for name, build in builds.items():
+                measured = processes[name].submit(measure, build, options.steps).result()
+                if number:
+                    times[name].append(measured)
     tokens = options.steps * BATCH * CONTEXT
     rates = {
         name: {
