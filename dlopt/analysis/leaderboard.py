@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeGuard
 
+from dlopt.metric_names import lower_is_better
 from dlopt.plain import flatten
 
 Direction = Literal["maximize", "minimize"]
@@ -115,8 +116,7 @@ def default_metric(entries: Sequence[Entry]) -> str:
 
 
 def direction_of(metric: str) -> Direction:
-    """Returns "maximize" for accuracies and "minimize" for all other metrics, also for gaps between accuracies."""
-    return "maximize" if "accuracy" in metric and not metric.endswith("gap") else "minimize"
+    return "minimize" if lower_is_better(metric) else "maximize"
 
 
 def leaderboard(
@@ -144,7 +144,7 @@ def _grouped(entries: Sequence[Entry]) -> list[Row]:
     groups: dict[str, list[Entry]] = {}
     for entry in entries:
         flat = flatten(entry.config)
-        kept = {key: value for key, value in flat.items() if not _is_ignored(key)}
+        kept = {key: canonical(value) for key, value in flat.items() if not _is_ignored(key)}
         groups.setdefault(repr(sorted(kept.items(), key=lambda pair: pair[0])), []).append(entry)
     common = set.intersection(*(set(entry.overrides) for entry in entries)) if len(entries) > 1 else set()
     rows = []
@@ -154,6 +154,14 @@ def _grouped(entries: Sequence[Entry]) -> list[Row]:
         label = " ".join(typed) or (runs[0].name if len(groups) > 1 else "as configured")
         rows.append(Row(label, typed, runs))
     return rows
+
+
+def canonical(value: Any) -> Any:
+    """Returns the form that equal settings share: 1.0 as 1, as `optimizer.lr=1` is saved, and lists as tuples."""
+    if isinstance(value, list | tuple):
+        return tuple(map(canonical, value))
+    is_whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**53
+    return int(value) if is_whole else value
 
 
 def _is_ignored(key: str) -> bool:

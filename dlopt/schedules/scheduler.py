@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 
 from dlopt.errors import UserError
+from dlopt.metric_names import lower_is_better
 from dlopt.ranges import Natural, NonNegative, OpenFraction, Probability
 from dlopt.schedules.horizon import Factor, Horizon
 
@@ -27,12 +28,14 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
         self._component: Any = getattr(factor, "component", factor)
         cycle_momentum = getattr(self._component, "cycle_momentum", False)
         groups = optimizer.param_groups
-        if cycle_momentum is True and not all("momentum" in g or "betas" in g for g in groups):
+        # Schedule-free optimizers use this key to interpolate between points: changed, it would move their average.
+        is_schedule_free = hasattr(optimizer, "train")
+        if cycle_momentum is True and (is_schedule_free or not all("momentum" in g or "betas" in g for g in groups)):
             raise UserError(
-                f"schedule.cycle_momentum=true: {type(optimizer).__name__} has neither momentum nor betas; "
+                f"schedule.cycle_momentum=true: {type(optimizer).__name__} has neither momentum nor betas to cycle; "
                 f"set auto or false"
             )
-        self.cycles_momentum = cycle_momentum is not False
+        self.cycles_momentum = cycle_momentum is not False and not is_schedule_free
         self._horizons = [group.get("horizon", 1.0) for group in groups]
         self._has_horizons = any(horizon != 1.0 for horizon in self._horizons)
         if self._has_horizons and hasattr(self._component, "update"):
@@ -125,7 +128,8 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
 class Plateau:
     """Multiplies the learning rate by `factor` when a metric has not improved for more than `patience` evaluations.
 
-    Equals torch's ReduceLROnPlateau. NaN counts as no improvement.
+    Equals torch's ReduceLROnPlateau, except for negative values with a relative threshold: there torch also counts a
+    value that is worse by up to the threshold as an improvement. NaN counts as no improvement.
     """
 
     def __init__(
@@ -142,7 +146,7 @@ class Plateau:
         horizon: Horizon,
     ) -> None:
         self.monitor = monitor
-        self._sign = -1.0 if mode == "max" or (mode == "auto" and "accuracy" in monitor) else 1.0
+        self._sign = -1.0 if mode == "max" or (mode == "auto" and not lower_is_better(monitor)) else 1.0
         self._reduction, self._patience, self._cooldown, self._min_factor = factor, patience, cooldown, min_factor
         self._threshold, self._relative = threshold, threshold_mode == "rel"
         self.value, self.best, self.num_bad, self.cooldown_left = 1.0, math.inf, 0, 0

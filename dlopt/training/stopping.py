@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dlopt.errors import UserError
+from dlopt.metric_names import lower_is_better
 from dlopt.parallel.shards import local
 from dlopt.ranges import Count, Natural, NonNegative, Positive
 from dlopt.training.clipping import Norm, total_norm
@@ -50,10 +51,6 @@ def resolve_monitor(monitor: str, metrics: Mapping[str, Any]) -> str:
 
 def _finite(value: float | None) -> float:
     return float(value) if value is not None and math.isfinite(value) else math.inf
-
-
-def lower_is_better(monitor: str) -> bool:
-    return monitor.endswith(("loss", "error", "mae"))
 
 
 class Never:

@@ -38,6 +38,12 @@ def test_groups_seeds_of_a_configuration() -> None:
     assert second.difference.low == pytest.approx(-0.01)  # seeds have the same effect on both: zero variance
 
 
+def test_groups_equal_settings_of_different_types() -> None:
+    runs = [entry(lr, seed, 0.9) for seed, lr in enumerate((1, 1.0, True))]
+    runs += [Entry(str(betas), {"betas": betas, "seed": i}, {}) for i, betas in enumerate(([0, 0.9], [0.0, 0.9]))]
+    assert sorted(len(row.runs) for row in leaderboard(runs).rows) == [1, 2, 2]
+
+
 def test_a_seed_of_one_side_does_not_prevent_pairing() -> None:
     a = {(("seed", seed),): 1.0 + seed for seed in range(3)}
     b = {(("optimizer.seed", 0), ("seed", seed)): 0.5 + seed for seed in range(3)}

@@ -141,6 +141,7 @@ def test_tolerance_equals_reference(moves: list[float], iterations: int) -> None
         ("val_accuracy", {"val_loss": 2.0, "val_accuracy": 0.0}, 0.0),
         ("val_f1", {"val_f1": 0.5}, -0.5),
         ("val_mean_error", {"val_mean_error": 0.5}, 0.5),
+        ("val_class_accuracy/loss", {"val_class_accuracy/loss": 0.5}, -0.5),  # the class is named "loss"
     ],
 )
 def test_monitored_loss(monitor: str, metrics: dict[str, float], expected: float) -> None:

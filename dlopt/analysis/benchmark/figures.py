@@ -15,7 +15,7 @@ from dlopt.analysis.benchmark import formats
 from dlopt.analysis.benchmark.results import Results
 from dlopt.analysis.benchmark.scores import MAX_RATIO, Array, Summary, profile, ratios
 from dlopt.analysis.drawing import COLOURS, MARKERS, style
-from dlopt.training.stopping import lower_is_better
+from dlopt.metric_names import lower_is_better
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,13 +10,12 @@ from typing import Any
 import yaml
 
 from dlopt.analysis.benchmark.protocol import Trial, WorkloadSpec
-from dlopt.analysis.benchmark.results import Cell, Cost, Record, Results, Workload
-from dlopt.analysis.benchmark.scores import best_trial
+from dlopt.analysis.benchmark.results import Cell, Cost, Record, Results, Workload, best_trial
 from dlopt.errors import UserError
 from dlopt.files import read_json, write_atomically
 from dlopt.folders import RunFolder
 from dlopt.locks import locked
-from dlopt.training.stopping import lower_is_better
+from dlopt.metric_names import lower_is_better
 
 MANIFEST = "benchmark.json"
 COST = "cost.json"  # in the folder of an optimizer and a workload

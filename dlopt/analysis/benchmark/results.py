@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dlopt.errors import UserError
+from dlopt.metric_names import lower_is_better
 
 FORMAT = 1
 Measure = Literal["updates", "evaluations", "time"]
@@ -56,6 +57,13 @@ class Record:
         return math.isfinite(self.updates)
 
 
+def best_trial(records: Sequence[Record], metric: str) -> Record | None:
+    """Returns the trial with the fewest updates to the target; if none reached it, the one with the best metric."""
+    sign = 1 if lower_is_better(metric) else -1
+    validated = [(record.updates, sign * record.best, record) for record in records if record.best is not None]
+    return min(validated, key=lambda each: each[:2])[2] if validated else None
+
+
 @dataclass(frozen=True)
 class Cost:
     """Cost of an optimizer on a workload, measured in pairs with SGD in one process.
@@ -89,10 +97,15 @@ class Cell:
     def study(self, number: int) -> list[Record]:
         return [record for record in self.records if record.study == number]
 
-    def truncated(self, studies: int, trials: int) -> "Cell":
-        """Returns the cell of a smaller budget: the first trials of the first studies."""
-        records = [each for each in self.records if each.study < studies and each.trial < trials]
-        return replace(self, records=tuple(records))
+    def truncated(self, studies: int, trials: int, metric: str) -> "Cell":
+        """Returns the cell of a smaller budget: the first trials of the first studies.
+
+        Omits the curve and the tests of best trials that are not among them, for which it has no replacement.
+        """
+        records = tuple(each for each in self.records if each.study < studies and each.trial < trials)
+        tests = {study: each for study, each in self.tests.items() if best_trial(self.study(study), metric) in records}
+        curve = self.curve if best_trial(self.records, metric) in records else ()
+        return replace(self, records=records, curve=curve, tests=tests)
 
 
 @dataclass(frozen=True)
@@ -122,6 +135,11 @@ class Results:
     def cell(self, optimizer: str, workload: str) -> Cell:
         return self.cells.get((optimizer, workload), Cell(()))
 
+    def studies_of(self, optimizer: str) -> int:
+        """Returns the number of studies of an optimizer: the shipped results may have fewer than the own ones."""
+        shipped = self.facts.get("reference", {}).get("studies", self.studies)
+        return min(self.studies, shipped) if optimizer in self.shipped else self.studies
+
     def missing(self) -> int:
         """Returns the number of trials that have not ended yet."""
         expected = len(self.optimizers) * len(self.workloads) * self.studies * self.trials
@@ -131,7 +149,7 @@ class Results:
         """Adds the optimizers of `reference` that are missing here, with the budget of these results."""
         own = set(self.optimizers)
         added = {
-            key: cell.truncated(self.studies, self.trials)
+            key: cell.truncated(self.studies, self.trials, self.workloads[key[1]].metric)
             for key, cell in reference.cells.items()
             if key[0] not in own and key[1] in self.workloads
         }

@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dlopt.analysis.benchmark.results import MEASURES, Cell, Measure, Record, Results
-from dlopt.training.stopping import lower_is_better
 
 MAX_RATIO = 4.0
 RESAMPLES = 1000
@@ -100,19 +99,12 @@ def measured(results: Results) -> list[Measure]:
     return [measure for measure in MEASURES if present[measure]]
 
 
-def best_trial(records: Sequence[Record], metric: str) -> Record | None:
-    """Returns the trial with the fewest updates to the target; if none reached it, the one with the best metric."""
-    sign = 1 if lower_is_better(metric) else -1
-    validated = [(record.updates, sign * record.best, record) for record in records if record.best is not None]
-    return min(validated, key=lambda each: each[:2])[2] if validated else None
-
-
 def study_times(results: Results, optimizer: str, workload: str, measure: Measure) -> list[float]:
     """Returns the time of the fastest trial of each study; infinity for a study without a successful trial."""
     cell = results.cell(optimizer, workload)
     return [
         min((trial_time(record, cell, measure) for record in cell.study(study)), default=math.inf)
-        for study in range(results.studies)
+        for study in range(results.studies_of(optimizer))
     ]
 
 
@@ -179,14 +171,18 @@ def bootstrap(results: Results, measure: Measure, seed: int = 0, resamples: int 
     """Returns tables of times, [resamples, optimizers, workloads], of studies drawn with replacement.
 
     The studies are drawn for each workload separately. All optimizers share them, because trial k of study s has the
-    same initial weights for all of them. One study has no spread: there are no tables, and the intervals are NaN.
+    same initial weights for all of them. A study that shipped results lack is replaced by one of theirs. One study has
+    no spread: there are no tables, and the intervals are NaN.
     """
     resamples = resamples if results.studies > 1 else 0
     rng = np.random.default_rng(seed)
     drawn = rng.integers(results.studies, size=(resamples, 1, len(results.workloads), results.studies))
     table = np.array(
         [
-            [study_times(results, optimizer, workload, measure) for workload in results.workloads]
+            [
+                np.resize(study_times(results, optimizer, workload, measure), results.studies)
+                for workload in results.workloads
+            ]
             for optimizer in results.optimizers
         ]
     )

@@ -7,8 +7,8 @@ from dlopt.analysis import drawing
 from dlopt.analysis.benchmark import formats
 from dlopt.analysis.benchmark.findings import findings
 from dlopt.analysis.benchmark.markup import Html, definitions, joined, note, section, table, tag
-from dlopt.analysis.benchmark.results import Measure, Results
-from dlopt.analysis.benchmark.scores import MAX_RATIO, RESAMPLES, Summary, best_trial, ranks
+from dlopt.analysis.benchmark.results import Measure, Results, best_trial
+from dlopt.analysis.benchmark.scores import MAX_RATIO, RESAMPLES, Summary, ranks
 from dlopt.analysis.report.reading import short_key
 
 DESCRIPTIONS: Mapping[str, str] = {
@@ -41,7 +41,7 @@ def body(results: Results, summary: Summary, pictures: Mapping[str, Html]) -> Ht
         profiles(pictures),
         updates(results, summary),
         wins(pictures),
-        learning_curves(pictures),
+        learning_curves(results, pictures),
         sensitivity(results, summary, pictures),
         costs(results, summary),
         tests(results, summary),
@@ -188,13 +188,16 @@ def wins(pictures: Mapping[str, Html]) -> Html:
     return section("Wins", note(text), pictures["wins"])
 
 
-def learning_curves(pictures: Mapping[str, Html]) -> Html:
+_OUTSIDE = " Of shipped optimizers, trials outside the budget of these results are not shown."
+
+
+def learning_curves(results: Results, pictures: Mapping[str, Html]) -> Html:
     if "learning_curves" not in pictures:
         return Html("")
     text = (
         "The fastest trial of each optimizer over all studies; if none reaches the target, the one with the best "
         "metric. Dashed: the target. Dot: where it is reached."
-    )
+    ) + _OUTSIDE * bool(results.shipped)
     return section("Learning curves", note(text), pictures["learning_curves"])
 
 
@@ -260,7 +263,7 @@ def tests(results: Results, summary: Summary) -> Html:
         "Of the best trial of each study, which was chosen by the validation metric: mean ± sample standard deviation "
         "over studies. Test sets are read for this table only. By default, trials end at their target: these metrics "
         "show what the target is worth, not how well an optimizer can do."
-    )
+    ) + _OUTSIDE * bool(results.shipped)
     return section("Test metrics", table(["Optimizer", "Metric", *names], rows, texts=2), note(text))
 
 

@@ -9,11 +9,11 @@ from statistics import median
 from hydra.core.override_parser.types import IntervalSweep
 
 from dlopt.analysis.benchmark import formats
-from dlopt.analysis.benchmark.results import Record, Results
-from dlopt.analysis.benchmark.scores import best_trial, times
+from dlopt.analysis.benchmark.results import Record, Results, best_trial
+from dlopt.analysis.benchmark.scores import times
 from dlopt.config.compose import parse_overrides
 from dlopt.errors import UserError
-from dlopt.training.stopping import lower_is_better
+from dlopt.metric_names import lower_is_better
 
 RISING = 0.9
 """Fraction of trials with a rising loss from which on the optimizer is suspicious."""

@@ -5,7 +5,7 @@ from pathlib import Path
 from dlopt.analysis.benchmark.protocol import BASELINES, Trial, target_of
 from dlopt.analysis.benchmark.reading import Manifest, full_length, has_ended, read_curve
 from dlopt.folders import RunFolder
-from dlopt.training.stopping import lower_is_better
+from dlopt.metric_names import lower_is_better
 
 
 def targets(folder: Path, manifest: Manifest) -> dict[str, float]:

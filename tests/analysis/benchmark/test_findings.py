@@ -100,7 +100,7 @@ def test_own_optimizer_is_compared_with_the_shipped_ones() -> None:
 def test_incomplete_results() -> None:
     results = make(HEALTHY, WORKLOADS, costs=False)
     key = ("muon", "mlp")
-    results = dataclasses.replace(results, cells=results.cells | {key: results.cells[key].truncated(3, 4)})
+    results = dataclasses.replace(results, cells=results.cells | {key: results.cells[key].truncated(3, 4, "val_loss")})
     warnings = texts(results, warnings=True)
     assert "18 of 360 trials have not ended" in warnings and "no score in time" in warnings
     assert "3 studies, and are coarse" in warnings

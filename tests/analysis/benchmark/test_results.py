@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dlopt.analysis.benchmark.results import from_json, read, to_json
+from dlopt.analysis.benchmark.results import best_trial, from_json, read, to_json
 from dlopt.errors import UserError
 from tests.analysis.benchmark.synthetic import flipped, make
 
@@ -53,7 +53,18 @@ def test_shipped_optimizers_are_added_with_the_same_budget() -> None:
     assert from_json(to_json(merged), "").optimizers == ["mine", "sgd"]  # a file has the own results only
 
 
+def test_curves_and_tests_of_shipped_trials_outside_the_budget_are_omitted() -> None:
+    reference = make({"muon": 2.0}, ("mlp",), 2, 10)
+    cell, own = reference.cell("muon", "mlp"), make({"mine": 1.0}, ("mlp",), 2, 10)
+    best = [best_trial(records, "val_loss") for records in (cell.study(0), cell.study(1), cell.records)]
+    assert [each and (each.study, each.trial) for each in best] == [(0, 4), (1, 5), (1, 5)]
+    for trials, studies in ((10, [0, 1]), (5, [0]), (4, [])):
+        merged = dataclasses.replace(own, trials=trials).with_reference(reference).cell("muon", "mlp")
+        assert sorted(merged.tests) == studies
+        assert merged.curve == (cell.curve if trials == 10 else ())
+
+
 def test_missing_trials_are_counted() -> None:
     key = ("sgd", "mlp")
-    less = dataclasses.replace(SMALL, cells=SMALL.cells | {key: SMALL.cells[key].truncated(1, 3)})
+    less = dataclasses.replace(SMALL, cells=SMALL.cells | {key: SMALL.cells[key].truncated(1, 3, "val_loss")})
     assert SMALL.missing() == 0 and less.missing() == 5

@@ -1,5 +1,6 @@
 """Scores against AlgoPerf's formula, computed independently with pandas, and their laws."""
 
+import dataclasses
 import math
 from itertools import pairwise, product
 from statistics import median
@@ -135,6 +136,16 @@ def test_bootstrap_draws_studies_for_all_optimizers_together() -> None:
     draws = [median(draw) for draw in product((1, 2, 3), repeat=3)]
     for value in (1, 2, 3):
         assert np.mean(replicas[:, 0] == value) == pytest.approx(draws.count(value) / 27, abs=0.015)
+
+
+def test_studies_that_shipped_results_lack_do_not_count_as_missed() -> None:
+    shipped, own = results_of({"sgd": [[4, 2, 9]]}), results_of({"mine": [[1, 2, 3, 4, 5]]})
+    merged = own.with_reference(shipped)
+    assert times(merged, "updates") == {"mine": {"w0": 3}, "sgd": {"w0": 4}}
+    replicas = bootstrap(merged, "updates")
+    assert replicas.shape == (1000, 2, 1) and set(replicas[:, 1].flat) == {2, 4, 9}
+    incomplete = dataclasses.replace(merged, shipped=frozenset())
+    assert times(incomplete, "updates")["sgd"] == {"w0": 9}  # own studies that have not ended do
 
 
 def test_equal_studies_have_no_width_and_one_study_has_no_interval() -> None:
