@@ -19,6 +19,7 @@ from dlopt.errors import UserError
 from dlopt.models.alexnet import AlexNet, TwoColumnAlexNet
 from dlopt.models.layers import ACTIVATIONS
 from dlopt.models.locally_connected import LocallyConnected2d
+from dlopt.parameters import NORMS
 from dlopt.ranges import Count, NonNegative, Positive
 
 Fan = Literal["fan_in", "fan_out"]
@@ -38,9 +39,9 @@ class Weight(NamedTuple):
 
 
 def weights(model: nn.Module) -> Iterator[Weight]:
-    """Yields the weights that a scheme sets: matrices and kernels, except embeddings."""
+    """Yields the weights that a scheme sets: matrices and kernels, except embeddings and normalization layers."""
     for prefix, layer in model.named_modules():
-        if isinstance(layer, nn.Embedding):
+        if isinstance(layer, (nn.Embedding, *NORMS)):
             continue
         for name, tensor in layer.named_parameters(prefix, recurse=False):
             if tensor.dim() >= 2 and "weight" in name.rpartition(".")[2]:
@@ -72,11 +73,12 @@ def activation_gain(model: nn.Module) -> float:
     if not counts:
         return 1.0
     ((kind, _),) = counts.most_common(1)
+    activation = next(module for module in model.modules() if type(module) is kind)
     if kind in _TORCH_GAINS:
-        return nn.init.calculate_gain(_TORCH_GAINS[kind])
+        return nn.init.calculate_gain(_TORCH_GAINS[kind], getattr(activation, "negative_slope", None))
     z = torch.linspace(-10, 10, 4001, dtype=torch.float64)
     density = torch.exp(-z.square() / 2) / sqrt(2 * torch.pi)
-    return torch.trapezoid(kind()(z).square() * density, z).rsqrt().item()
+    return torch.trapezoid(activation(z.clone()).square() * density, z).rsqrt().item()
 
 
 def default(model: nn.Module, generator: torch.Generator, *, zero_last_gamma: bool) -> None:
@@ -164,12 +166,14 @@ def kaiming_uniform(
 
 
 def orthogonal(model: nn.Module, generator: torch.Generator, *, gain: Positive | None, zero_last_gamma: bool) -> None:
-    """Orthonormal rows or columns times `gain` (Saxe, McClelland & Ganguli 2014); None: see `activation_gain`."""
+    """Orthonormal rows or columns times `gain` (Saxe, McClelland & Ganguli 2014); None: see `activation_gain`.
+
+    A grouped convolution has a matrix per group, a locally connected layer one per position.
+    """
     gain = activation_gain(model) if gain is None else gain
     for weight in _zero_biases(model):
-        # Locally connected layers: one matrix of filters per position.
-        matrices = weight.tensor if isinstance(weight.layer, LocallyConnected2d) else [weight.tensor]
-        for matrix in matrices:
+        layer, tensor = weight.layer, weight.tensor.detach()
+        for matrix in tensor if isinstance(layer, LocallyConnected2d) else tensor.chunk(getattr(layer, "groups", 1)):
             nn.init.orthogonal_(matrix, gain=gain, generator=generator)
     _finish(model, zero_last_gamma)
 
@@ -181,8 +185,9 @@ def dirac(model: nn.Module, generator: torch.Generator, *, zero_last_gamma: bool
     """
     for weight in _zero_biases(model):
         if isinstance(weight.layer, _ConvNd):
-            outputs, inputs = weight.tensor.shape[:2]
-            nn.init.dirac_(weight.tensor, groups=outputs // inputs if outputs % inputs == 0 else 1)
+            for group in weight.tensor.detach().chunk(weight.layer.groups):
+                for copies in group.split(group.shape[1]):
+                    nn.init.dirac_(copies)
         else:
             nn.init.normal_(weight.tensor, std=weight.fan_in**-0.5, generator=generator)
     _finish(model, zero_last_gamma)
@@ -204,7 +209,7 @@ def lsuv(
     deviation of its output until the variance is within `tolerance` of 1, for at most `iterations` rounds. The variance
     is measured on `samples` of the `inputs` ([B, *shape], normalized, on the model's device).
 
-    Errors: UserError if a layer's output on `inputs` is constant or not finite.
+    Errors: UserError if a layer's output on `inputs` is constant, not finite or not a tensor.
     """
     orthogonal(model, generator, gain=1.0, zero_last_gamma=False)
     inputs = inputs[:: max(1, len(inputs) // samples)][:samples]
@@ -218,7 +223,12 @@ def lsuv(
     with torch.no_grad():
         for weight in _in_forward_order(model, inputs):
             for _ in range(iterations):
-                variance = _output(model, weight.layer, inputs).var()
+                output = _output(model, weight.layer, inputs)
+                if not isinstance(output, Tensor):
+                    raise UserError(
+                        f"init=lsuv: {type(weight.layer).__name__} returns more than one tensor; use another init"
+                    )
+                variance = output.var()
                 if not (torch.isfinite(variance) and variance > 0):
                     raise UserError(
                         f"init=lsuv: the output of {weight.name.rpartition('.')[0]} is constant or not finite on "
@@ -406,11 +416,11 @@ def _in_forward_order(model: nn.Module, inputs: Tensor) -> list[Weight]:
     return sorted((weight for weight in all_weights if weight.layer in order), key=lambda weight: order[weight.layer])
 
 
-def _output(model: nn.Module, layer: nn.Module, inputs: Tensor) -> Tensor:
+def _output(model: nn.Module, layer: nn.Module, inputs: Tensor) -> object:
     """Returns the output of the first call of `layer`; skips the rest of the forward pass."""
-    outputs: list[Tensor] = []
+    outputs: list[object] = []
 
-    def capture(module: nn.Module, arguments: object, output: Tensor) -> None:
+    def capture(module: nn.Module, arguments: object, output: object) -> None:
         outputs.append(output)
         raise _StopForward
 

@@ -70,7 +70,8 @@ class MSE(nn.Module):
                 f"loss=mse: the model outputs {list(outputs.shape[1:])} numbers per sample, the targets have "
                 f"{list(targets.shape[1:])}"
             )
-        return F.mse_loss(outputs, targets.to(outputs.dtype))
+        # Targets keep float32 next to outputs in bf16, which would round 1003 to 1004.
+        return F.mse_loss(outputs, targets.to(torch.promote_types(outputs.dtype, torch.float32)))
 
 
 class PixelCrossEntropy(nn.Module):
@@ -85,7 +86,8 @@ class PixelCrossEntropy(nn.Module):
             raise UserError("loss=pixel_cross_entropy: the targets are classes; use loss=cross_entropy")
 
     def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return F.binary_cross_entropy_with_logits(outputs, targets.to(outputs.dtype))
+        wide = torch.promote_types(outputs.dtype, torch.float32)
+        return F.binary_cross_entropy_with_logits(outputs, targets.to(wide))
 
 
 def sampled_cross_entropy(outputs: Tensor, noise: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from dlopt.errors import UserError
 from dlopt.ranges import NonNegative, PositiveFraction
 
-_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-_WITHOUT_DECAY = (*_NORMS, nn.Embedding)
+NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_WITHOUT_DECAY = (*NORMS, nn.Embedding)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +109,7 @@ def _decays(model: nn.Module, decay_norm_and_bias: bool) -> dict[str, float]:
     without_decay = {parameter for layer in layers for parameter in layer.parameters(recurse=False)}
     decays = {}
     for name, parameter in model.named_parameters():
-        exempt = parameter in without_decay or name.rpartition(".")[2].startswith("bias")
+        exempt = parameter in without_decay or "bias" in name.rpartition(".")[2]
         decays[name] = 0.0 if exempt and not decay_norm_and_bias else 1.0
     return decays
 

@@ -291,3 +291,34 @@ def test_embeddings_are_not_changed() -> None:
     before = embedding.weight.clone()
     apply("normal", nn.Sequential(embedding, nn.Linear(4, 2)))
     assert torch.equal(embedding.weight, before)
+
+
+def test_norms_over_several_dimensions_are_not_changed() -> None:
+    model = apply("kaiming_normal", nn.Sequential(nn.Conv2d(3, 4, 3), nn.LayerNorm([4, 8, 8])))
+    assert model.get_parameter("1.weight").eq(1).all()
+
+
+def test_dirac_repeats_channels_without_a_remainder_of_zeros() -> None:
+    """3 channels to 16: zero filters before a ReLU would never get a gradient."""
+    maps = images(2)
+    model = apply("dirac", nn.Conv2d(3, 16, 3, padding=1))
+    torch.testing.assert_close(model(maps), maps.repeat(1, 6, 1, 1)[:, :16])
+    grouped = apply("dirac", nn.Conv2d(6, 8, 3, padding=1, groups=2))
+    six = torch.cat([maps, -maps], 1)
+    torch.testing.assert_close(grouped(six), torch.cat([maps, maps[:, :1], -maps, -maps[:, :1]], 1))
+
+
+def test_orthogonal_treats_the_groups_of_a_convolution_separately() -> None:
+    """The filters of a depthwise convolution have the norm `gain`, whatever their number."""
+    model = apply("orthogonal", nn.Conv2d(64, 64, 3, groups=64), gain=2.0)
+    torch.testing.assert_close(model.get_parameter("weight").flatten(1).norm(dim=1), torch.full((64,), 2.0))
+
+
+def test_gain_uses_the_slope_of_the_model() -> None:
+    assert init.activation_gain(nn.LeakyReLU(0.5)) == pytest.approx(math.sqrt(2 / (1 + 0.5**2)))
+    assert init.activation_gain(nn.ELU(1.0, inplace=True)) == pytest.approx(init.activation_gain(nn.ELU()))
+
+
+def test_lsuv_refuses_layers_with_several_outputs() -> None:
+    with pytest.raises(UserError, match="init=lsuv: LSTM returns more than one tensor"):
+        apply("lsuv", nn.LSTM(16, 4), inputs=torch.randn(8, 3, 16))

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from dlopt.errors import UserError
-from dlopt.losses import MSE, CrossEntropy, sampled_cross_entropy
+from dlopt.losses import MSE, CrossEntropy, PixelCrossEntropy, sampled_cross_entropy
 
 CLASSES = 5
 
@@ -79,3 +79,11 @@ def test_rejects_invalid_settings() -> None:
         CrossEntropy(label_smoothing=0.0, class_weights=None, classes=None)
     with pytest.raises(UserError, match=r"loss\.class_weights=\[1\.0, 2\.0\]: 2 weights for 5 classes"):
         CrossEntropy(label_smoothing=0.0, class_weights=(1.0, 2.0), classes=CLASSES)
+
+
+def test_targets_of_bf16_outputs_are_not_rounded() -> None:
+    outputs, targets = torch.tensor([[1000.0]], dtype=torch.bfloat16), torch.tensor([[1003.0]])
+    assert float(MSE(classes=None)(outputs, targets)) == 9.0  # 1003 would be 1004
+    pixels, grey = torch.zeros(1, 1, dtype=torch.bfloat16, requires_grad=True), torch.tensor([[0.501]])
+    PixelCrossEntropy(classes=None)(pixels, grey).backward()
+    assert pixels.grad is not None and float(pixels.grad) == pytest.approx(0.5 - 0.501, rel=0.01)

@@ -126,3 +126,8 @@ def test_embeddings_count_as_norm_and_bias() -> None:
     groups = parameter_groups(model, Grouping(groups=[], layer_decay=None), arguments, decay_norm_and_bias=False)
     assert [len(group["params"]) for group in groups] == [4, 1]
     assert groups[1]["params"][0] is model[1].weight and groups[0]["weight_decay"] == 0.0
+
+
+def test_biases_of_attention_are_biases() -> None:
+    found = groups(nn.MultiheadAttention(4, 2), decay=False)
+    assert {name for name, group in found.items() if group} == {"in_proj_bias", "out_proj.bias"}

@@ -92,7 +92,9 @@ class RandomScaleCrop(ResizingCrop):
         return shape[0], self.size, self.size
 
     def max_shrink(self, shape: Shape) -> float:
-        return min(shape[1:]) / self.short_side[0]
+        scale = self.short_side[0] / min(shape[1:])
+        # The long side shrinks more if its length is rounded down, see `_axis`.
+        return max(length / math.floor(length * scale + 1e-3) for length in shape[1:])
 
     def draw(self, draws: Draws) -> Tensor:
         return torch.stack([draws.integers(*self.short_side).float(), draws.position(), draws.position()], 1)

@@ -28,7 +28,7 @@ class AdEMAMix(RealOptimizer):
         params: ParamsT,
         *,
         lr: Positive = 0.001,
-        betas: tuple[OpenFraction, Fraction, OpenFraction] = (0.9, 0.999, 0.9999),
+        betas: tuple[Fraction, Fraction, OpenFraction] = (0.9, 0.999, 0.9999),
         alpha: NonNegative = 5.0,
         warmup: Count | None = None,
         eps: NonNegative = 1e-8,
@@ -59,5 +59,5 @@ class AdEMAMix(RealOptimizer):
 
 def _slow_decay(beta1: float, beta3: float, progress: float) -> float:
     """Returns f_beta3 of the paper: the decay after the fraction `progress` of the warmup, from beta1 to beta3."""
-    start, end = math.log(beta1), math.log(beta3)
-    return min(beta3, math.exp(start * end / ((1 - progress) * end + progress * start)))
+    start, end = math.log(beta1) if beta1 else -math.inf, math.log(beta3)
+    return min(beta3, math.exp(1 / ((1 - progress) / start + progress / end)))

@@ -137,3 +137,8 @@ class LBFGS(torch.optim.LBFGS):
         if len(set(params)) < len(params):
             raise ValueError("some parameters appear in more than one parameter group")
         super().__init__(params, lr, max_iter, max_eval, tolerance_grad, tolerance_change, history_size, line_search_fn)
+
+    def _gather_flat_grad(self) -> Tensor:
+        # torch's method fails for gradients without a flat view, such as those of channels-last kernels.
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for p in self._params]
+        return flat(torch.view_as_real(grad) if grad.is_complex() else grad for grad in grads)

@@ -80,7 +80,7 @@ def sampled_loss(optimizer: torch.optim.Optimizer, closure: Closure) -> SampledL
 
 
 def chunks(params: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Yields the parameters that have a gradient, in lists for torch's foreach functions.
+    """Yields the parameters that have a gradient and elements, in lists for torch's foreach functions.
 
     On an accelerator one list per device and dtype, so that an operation is one kernel. On a CPU lists that fit into
     the cache: an operation over all parameters would read all of them from main memory again.
@@ -89,7 +89,7 @@ def chunks(params: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     chunk: list[Tensor] = []
     size = 0
     for p in params:
-        if p.grad is None:
+        if p.grad is None or not p.numel():
             continue
         if p.device.type != "cpu":
             by_device.setdefault((p.device, p.dtype), []).append(p)

@@ -70,21 +70,21 @@ class Kron(RealOptimizer):
     def _update_one(self, group: dict[str, Any], p: Tensor, mean: Tensor, draw: torch.Generator | None) -> None:
         """Updates one parameter with its average gradient; its preconditioner if there is a generator for the noise."""
         lr = float(group["lr"])
-        factors = self._factors(p, group["max_size"])
+        factors, mean = self._factors(p, group["max_size"]), torch.atleast_1d(mean)
         if draw is not None:
             if p.ndim > 1 and group["updated"] % _BALANCE_EVERY == 0:
                 _balance(factors)
-            noise = torch.randn(p.shape, generator=draw, dtype=p.dtype, device=p.device)
+            noise = torch.randn(mean.shape, generator=draw, dtype=p.dtype, device=p.device)
             update_factors(factors, mean, noise, group["precond_lr"])
         update = multiply_modes(multiply_modes(mean, factors), factors, transpose=True)
         update.div_((update.square().mean().sqrt() / _MAX_RMS).clamp_(min=1.0))
         p.mul_(1 - lr * group["weight_decay"])
-        p.sub_(update, alpha=lr)
+        p.sub_(update.view(p.shape), alpha=lr)
 
     def _factors(self, p: Tensor, max_size: int) -> list[Tensor]:
         """Returns Q_1 ... Q_k, the identity at first; a scalar has one of size 1."""
         state, factors = self.state[p], []
-        for mode, size in enumerate(p.shape):
+        for mode, size in enumerate(p.shape or (1,)):
             if f"factor{mode}" not in state:
                 ones = torch.ones(size, dtype=p.dtype, device=p.device)
                 state[f"factor{mode}"] = ones if p.ndim < 2 or size > max_size else ones.diag()
@@ -103,7 +103,11 @@ def _count_update(group: dict[str, Any]) -> bool:
 
 
 def update_factors(factors: list[Tensor], gradient: Tensor, noise: Tensor, lr: float) -> None:
-    """Takes one step of the factors Q_i, in place, towards the preconditioner that whitens such gradients."""
+    """Takes one step of the factors Q_i, in place, towards the preconditioner that whitens such gradients.
+
+    A gradient of zeros does not change them: the factors would grow by `lr` at every such step, without bound.
+    """
+    rate, wide = lr * gradient.any().to(gradient.dtype), torch.promote_types(gradient.dtype, torch.float32)
     whitened = multiply_modes(gradient, factors)
     inverse = noise
     for factor in factors:  # Q^-T noise; each mode goes to the end, as in multiply_modes
@@ -111,17 +115,18 @@ def update_factors(factors: list[Tensor], gradient: Tensor, noise: Tensor, lr: f
             inverse = inverse.movedim(0, -1) / factor
         else:
             unfolded = inverse.movedim(0, -1)
-            solved = torch.linalg.solve_triangular(factor, unfolded.reshape(-1, len(factor)), upper=True, left=False)
-            inverse = solved.reshape(unfolded.shape)
+            rows = unfolded.reshape(-1, len(factor)).to(wide)  # torch solves no systems in bfloat16
+            solved = torch.linalg.solve_triangular(factor.to(wide), rows, upper=True, left=False)
+            inverse = solved.reshape(unfolded.shape).to(gradient.dtype)
     for mode, factor in enumerate(factors):
         diagonal = factor.ndim == 1
         a, b = gram(whitened, mode, diagonal=diagonal), gram(inverse, mode, diagonal=diagonal)
         tiny = torch.finfo(a.dtype).tiny
         if diagonal:
-            step = lr / (a + b).max().clamp_(min=tiny)
+            step = rate / (a + b).max().clamp_(min=tiny)
             factor.sub_((a - b) * factor * step)
         else:
-            step = lr / _norm_bound(a + b).clamp_(min=tiny)
+            step = rate / _norm_bound(a + b).clamp_(min=tiny)
             factor.sub_((a - b).triu_() @ factor * step)
 
 

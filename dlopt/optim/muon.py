@@ -88,7 +88,7 @@ class Muon(torch.optim.Optimizer):
         self._rest: torch.optim.Optimizer | None = None
         muon_groups, rest_groups = self._split(as_groups(params))
         rest_groups = self._add_to_rest(rest_groups)
-        super().__init__([*muon_groups, *rest_groups], {})
+        super().__init__([*muon_groups, *rest_groups], {"lr": lr})
         self._is_built = True
 
     def _split(self, groups: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -164,7 +164,7 @@ class Muon(torch.optim.Optimizer):
         moves = torch._foreach_lerp(grads, averages, group["momentum"]) if group["nesterov"] else averages
         if group["normalize_weights"]:
             for p in params:
-                p.mul_(math.sqrt(len(p)) / p.norm())
+                p.mul_(math.sqrt(len(p)) / p.norm().clamp(min=group["eps"]))  # zero weights stay zero
         if group["weight_decay"]:
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         # Matrices of the same shape are orthogonalized together, in one batched product per iteration.

@@ -54,7 +54,7 @@ class _SecondOrder(torch.optim.Optimizer):
         gradient = gradient.detach()
         value, slope = torch.stack([loss.detach().to(gradient.dtype), gradient @ direction]).tolist()
         del grads, loss  # free the graph before the line search builds others
-        if slope >= 0:
+        if not slope < 0:  # at a stationary point, or not finite
             return before
         start = flat(params)
 
@@ -98,17 +98,17 @@ class Newton(_SecondOrder):
     def _direction(self, group: dict[str, Any], params: list[Tensor], gradient: Tensor) -> Tensor:
         hessian = _hessian(gradient, params)
         gradient = gradient.detach()
-        diagonal = hessian.diagonal()
+        diagonal, increase = hessian.diagonal(), 1e-3 * (float(hessian.norm()) or 1.0)  # 1: of a linear loss
+        if not math.isfinite(increase):
+            return torch.zeros_like(gradient)
         shift = group["damping"]
         if float(diagonal.min()) + shift <= 0:  # then it is certainly not positive definite
-            shift = float(-diagonal.min()) + 1e-3 * float(hessian.norm())
+            shift = float(-diagonal.min()) + increase
         while True:
             factor, failed = torch.linalg.cholesky_ex(hessian + shift * torch.eye(len(hessian)).to(hessian))
             if not failed:
                 return -torch.cholesky_solve(gradient.unsqueeze(1), factor).squeeze(1)
-            shift = max(2 * shift, 1e-3 * float(hessian.norm()))
-            if not math.isfinite(shift):
-                return torch.zeros_like(gradient)
+            shift = max(2 * shift, increase)
 
 
 class UndampedNewton(torch.optim.Optimizer):

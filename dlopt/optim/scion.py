@@ -55,7 +55,7 @@ class Scion(RealOptimizer):
                 p.sub_(average / (average.square().mean().sqrt() + group["eps"]), alpha=lr * group["radius"])
             elif not group["use_muon"]:
                 p.sub_(average.sign(), alpha=lr * group["rest_radius"] * len(p) / p.numel())
-            elif p.numel():
+            else:
                 matrix = as_matrix(average, p).unsqueeze(0)
                 move = orthogonalize(matrix, group["ns_coefficients"], group["ns_steps"], group["eps"])[0]
                 scale = math.sqrt(len(p) / p.shape[1]) / math.prod(p.shape[2:])

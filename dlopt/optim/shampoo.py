@@ -18,8 +18,9 @@ class Shampoo(RealOptimizer):
     H_i <- H_i + X_i X_i^T, from eps * I, where X_i is the gradient unfolded along mode i of k;
     theta <- theta - lr * m x_1 H_1^(-1/2k) ... x_k H_k^(-1/2k), where m averages gradients. A matrix (k = 2) is
     preconditioned by L^(-1/4) m R^(-1/4), a kernel [out, in, height, width] along its four modes, a vector by
-    H^(-1/2), which is full-matrix AdaGrad. Modes larger than `max_size` use the diagonal of H_i (section 4.3 of the
-    paper). The roots are computed at the first update and then every `update_every` ones.
+    H^(-1/2), which is full-matrix AdaGrad, a scalar as a vector of one entry. Modes larger than `max_size` use the
+    diagonal of H_i (section 4.3 of the paper). The roots are computed at the first update and then every
+    `update_every` ones.
     """
 
     elementwise: ClassVar[bool] = False
@@ -45,19 +46,19 @@ class Shampoo(RealOptimizer):
             average.lerp_(grad, 1 - group["momentum"])
             roots = self._inverse_roots(group, p, grad, is_due=(count - 1) % group["update_every"] == 0)
             p.mul_(1 - lr * group["weight_decay"])
-            p.sub_(multiply_modes(average, roots), alpha=lr)
+            p.sub_(multiply_modes(torch.atleast_1d(average), roots).view(p.shape), alpha=lr)
 
     def _inverse_roots(self, group: dict[str, Any], p: Tensor, grad: Tensor, *, is_due: bool) -> list[Tensor]:
         """Adds the gradient to H_1 ... H_k; returns H_i^(-1/2k), which are computed if `is_due`."""
-        state, roots = self.state[p], []
-        for mode, size in enumerate(p.shape):
+        state, roots, grad = self.state[p], [], torch.atleast_1d(grad)
+        for mode, size in enumerate(grad.shape):
             added = gram(grad, mode, diagonal=size > group["max_size"])
             name, root = f"sum{mode}", f"root{mode}"
             if name not in state:
                 state[name] = _start(added, group["eps"])
             state[name].add_(added)
             if is_due:
-                state[root] = _inverse_root(state[name], 2 * p.ndim, group["eps"])
+                state[root] = _inverse_root(state[name], 2 * grad.ndim, group["eps"])
             roots.append(state[root])
         return roots
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from dlopt.errors import UserError
 from dlopt.ranges import Count, NonNegative, Positive, PositiveFraction, Probability
-from dlopt.schedules.horizon import Factor, Horizon, half_cosine, length_of, one_unit, progress
+from dlopt.schedules.horizon import Factor, Horizon, half_cosine, length_of, one_unit, progress, whole
 
 Lengths = tuple[Positive, ...]
 
@@ -47,9 +47,9 @@ def multistep(
     if milestones_steps is not None:
         milestones = [float(m) for m in milestones_steps]
     elif milestones_epochs is not None:
-        milestones = [m * horizon.steps_per_epoch for m in milestones_epochs]
+        milestones = [whole(m * horizon.steps_per_epoch) for m in milestones_epochs]
     else:
-        milestones = [m * horizon.steps for m in milestones_fraction]
+        milestones = [whole(m * horizon.steps) for m in milestones_fraction]
     if any(b <= a for a, b in itertools.pairwise(milestones)):
         raise UserError(
             f"schedule.milestones_*={list(milestones_steps or milestones_epochs or milestones_fraction)}: must increase"
@@ -75,7 +75,7 @@ def time_decay(*, decay: NonNegative, unit: Literal["epochs", "steps"], horizon:
 def cosine(*, final: Probability, decay_epochs: Positive | None, decay_steps: Count | None, horizon: Horizon) -> Factor:
     """Half a cosine from 1 to `final`, over the given length or the rest of the run; torch's CosineAnnealingLR."""
     length = length_of("decay", decay_epochs, decay_steps, horizon, horizon.steps - horizon.start)
-    return lambda t: final + (1.0 - final) * half_cosine(progress(t, horizon.start, length))
+    return lambda t: final + (1.0 - final) * half_cosine(progress(min(t, horizon.steps), horizon.start, length))
 
 
 def polynomial(
@@ -88,7 +88,7 @@ def polynomial(
 ) -> Factor:
     """final + (1 - final) (1 - x)^power, x = 0..1 over the given length or the rest of the run; PolynomialLR."""
     length = length_of("decay", decay_epochs, decay_steps, horizon, horizon.steps - horizon.start)
-    return lambda t: final + (1.0 - final) * (1.0 - progress(t, horizon.start, length)) ** power
+    return lambda t: final + (1.0 - final) * (1.0 - progress(min(t, horizon.steps), horizon.start, length)) ** power
 
 
 def linear(*, final: Probability, decay_epochs: Positive | None, decay_steps: Count | None, horizon: Horizon) -> Factor:

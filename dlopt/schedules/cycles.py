@@ -8,7 +8,7 @@ from annotated_types import Ge, Interval
 
 from dlopt.errors import UserError
 from dlopt.ranges import Count, Fraction, Natural, NonNegative, OpenFraction, Positive, PositiveFraction, Probability
-from dlopt.schedules.horizon import Factor, Horizon, half_cosine, length_of, progress
+from dlopt.schedules.horizon import Factor, Horizon, half_cosine, length_of, progress, whole
 
 AtLeastOne = Annotated[float, Ge(1)]
 
@@ -27,7 +27,7 @@ class Cycles:
         self.starts, self.lengths = [float(horizon.start)], [length]
         # The tolerance keeps rounding from adding a cycle at t = steps: there the last cycle is at its minimum.
         while self.starts[-1] + self.lengths[-1] < horizon.steps * (1 - 1e-12):
-            self.starts.append(self.starts[-1] + self.lengths[-1])
+            self.starts.append(whole(self.starts[-1] + self.lengths[-1]))
             self.lengths.append(self.lengths[-1] * growth)
 
     def locate(self, t: float) -> tuple[int, float, float]:
@@ -150,6 +150,11 @@ class OneCycle:
             raise UserError(
                 f"schedule.base_momentum={base_momentum}: must not be greater than schedule.max_momentum={max_momentum}"
             )
+        if three_phase and pct_start > 0.5:
+            raise UserError(
+                f"schedule.pct_start={pct_start}: with schedule.three_phase=true the way up and the way down take this "
+                f"fraction of the run each, which leaves no time for the last phase; must be at most 0.5"
+            )
         self.start = horizon.start
         self.cycle_momentum = cycle_momentum
         self._anneal = half_cosine if anneal == "cosine" else lambda x: 1.0 - x
@@ -170,7 +175,7 @@ class OneCycle:
         for i, phase in enumerate(self._phases):
             if now <= phase[0] or i == len(self._phases) - 1:
                 break
-            start = max(phase[0], 0.0)
+            start = phase[0]  # below 0 if the phase is shorter than one step
         a, b = phase[column], phase[column + 1]
         return b + (a - b) * self._anneal(progress(now, start, phase[0] - start))
 

@@ -29,12 +29,18 @@ def one_unit(key: str, epochs: object, steps: object) -> None:
         )
 
 
+def whole(length: float) -> float:
+    """Returns the length, or the whole number that it misses by rounding only: 0.07 * 100 is 7.000000000000001."""
+    nearest = round(length) if math.isfinite(length) else length
+    return nearest if abs(length - nearest) <= 1e-12 * abs(length) else length
+
+
 def length_of(key: str, epochs: float | None, steps: int | None, horizon: Horizon, default: float) -> float:
     """Returns a length in steps. Raises `UserError` if it is given in both units."""
     one_unit(key, epochs, steps)
     if steps is not None:
         return steps
-    return default if epochs is None else epochs * horizon.steps_per_epoch
+    return whole(default if epochs is None else epochs * horizon.steps_per_epoch)
 
 
 def progress(t: float, start: float, length: float) -> float:

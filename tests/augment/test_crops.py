@@ -58,6 +58,20 @@ def test_scale_and_crop_is_resize_and_crop() -> None:
         assert (got - want).abs().max() < TOLERANCE
 
 
+def test_a_long_side_that_is_rounded_down_is_anti_aliased_too() -> None:
+    """From 100 pixels to 66, not 66.67, at a short side of 36: the long side shrinks more than the short one."""
+    images, crop = pictures(8, 1, 54, 100), RandomScaleCrop(short_side=(36, 36), size=36)
+    out = run([crop], images)
+    numbers = crop.draw(Draws(generator("cpu", 0), 8))
+    for image, got, (x, y, w, h) in zip(
+        images, out, crop.boxes(numbers, torch.tensor(54.0), torch.tensor(100.0)).tolist(), strict=True
+    ):
+        want = Image.fromarray(image[0].float().numpy()).resize(
+            (36, 36), Image.Resampling.BILINEAR, (x, y, x + w, y + h)
+        )
+        assert (got[0] - torch.from_numpy(np.array(want))).abs().max() < TOLERANCE
+
+
 def test_scale_and_crop_reaches_every_side_and_place() -> None:
     drawn = matrix(RandomScaleCrop(short_side=(8, 12), size=6), 6000, (3, 8, 8))
     side = 8 / drawn[:, 0, 0]

@@ -359,6 +359,14 @@ def test_muon_normalizes_weights_before_the_update() -> None:
     torch.testing.assert_close(dict(params), dict(plain))
 
 
+def test_muon_does_not_normalize_zero_weights() -> None:
+    """`init.zero_last_gamma` of a network without norm layers starts matrices at zero."""
+    zero = nn.Parameter(torch.zeros(4, 3))
+    zero.grad = torch.ones(4, 3)
+    Muon([zero], lr=0.1, normalize_weights=True).step()
+    assert zero.isfinite().all() and zero.any()
+
+
 def test_muon_takes_a_learning_rate_in_a_tensor() -> None:
     """As captured graphs need it: the same weights as with a number."""
     params, plain = parameters(), parameters()

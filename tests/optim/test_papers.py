@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dlopt.errors import UserError
 from dlopt.losses import sampled_cross_entropy
-from dlopt.optim import SOAP, Kron, Lion, LossClosure, Muon, Prodigy, Scion, Sophia, adamw
+from dlopt.optim import SOAP, AdEMAMix, Kron, Lion, LossClosure, Muon, Prodigy, Scion, Shampoo, Sophia, adamw
 from dlopt.optim.kron import update_factors
 from dlopt.random import generator, stream
 
@@ -390,6 +390,43 @@ def test_kron_limits_the_root_mean_square_of_an_update() -> None:
     p.grad = torch.full_like(p, 1e6)
     Kron([p], lr=0.5).step()
     assert rms(p.detach().numpy()) == pytest.approx(0.5 * 1.1)
+
+
+@pytest.mark.parametrize("make", [Kron, Shampoo])
+def test_a_scalar_is_preconditioned_as_a_vector_of_one_entry(make: Callable[..., torch.optim.Optimizer]) -> None:
+    scalar, vector = nn.Parameter(torch.tensor(0.5)), nn.Parameter(torch.tensor([0.5]))
+    one, other = make([scalar]), make([vector])
+    for t in range(5):
+        scalar.grad, vector.grad = torch.tensor(0.01 + t / 100), torch.tensor([0.01 + t / 100])
+        one.step(), other.step()
+    assert scalar == vector[0] and scalar != 0.5
+
+
+def test_kron_survives_a_pause_of_gradients() -> None:
+    """Fitted to zeros, the factors would grow by a tenth per update and overflow at the next gradient."""
+    p = nn.Parameter(torch.ones(2, 2))
+    optimizer = Kron([p], min_update_rate=1.0)
+    for gradient in (torch.zeros(2, 2), torch.eye(2)):
+        for _ in range(600):
+            p.grad = gradient
+            optimizer.step()
+    assert p.isfinite().all()
+
+
+def test_kron_updates_parameters_in_bfloat16() -> None:
+    p = nn.Parameter(torch.ones(2, 2, dtype=torch.bfloat16))
+    p.grad = torch.ones_like(p)
+    Kron([p], lr=0.1).step()
+    assert (p < 1).all()
+
+
+def test_ademamix_without_fast_momentum() -> None:
+    """A schedule may cycle betas[0] down to 0. Then the half-life of the slow average grows from 0: beta3^(1 / x)."""
+    p = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    p.grad = torch.ones_like(p)
+    optimizer = AdEMAMix([p], betas=(0.0, 0.999, 0.9), warmup=4)
+    optimizer.step()
+    assert float(optimizer.state[p]["exp_avg_slow"]) == pytest.approx(1 - 0.9**4)
 
 
 def test_kron_balances_the_factors_of_matrices_every_hundred_updates() -> None:

@@ -142,11 +142,14 @@ def test_nothing_to_train(make: Make) -> None:
     assert all(torch.equal(p, old) for p, old in zip(problem.params, before, strict=True))
 
 
+@pytest.mark.parametrize("make", [Muon, Scion, Shampoo, SOAP, Kron])
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
-def test_muon_leaves_empty_matrices_alone(shape: tuple[int, int]) -> None:
+def test_empty_matrices_are_left_alone(make: Callable[..., torch.optim.Optimizer], shape: tuple[int, int]) -> None:
     empty, matrix = nn.Parameter(torch.zeros(shape)), nn.Parameter(torch.ones(2, 2))
-    empty.grad, matrix.grad = torch.zeros(shape), torch.ones(2, 2)
-    Muon([empty, matrix]).step()
+    optimizer = make([empty, matrix])
+    for _ in range(2):  # the first gradient only initializes SOAP
+        empty.grad, matrix.grad = torch.zeros(shape), torch.ones(2, 2)
+        optimizer.step()
     assert not torch.equal(matrix, torch.ones(2, 2))
 
 
@@ -195,3 +198,11 @@ def test_lbfgs_refuses_a_parameter_in_two_groups() -> None:
     weight = nn.Parameter(torch.ones(2))
     with pytest.raises(ValueError, match="more than one parameter group"):
         LBFGS([{"params": [weight]}, {"params": [weight]}])
+
+
+def test_sam_rescales_every_group_of_muon() -> None:
+    problem = Problem()
+    optimizer = SAM(base=Muon(problem.params, lr=0.1, rest_lr=0.01), lr=0.05)
+    assert {group["lr"] for group in optimizer.param_groups} == {0.05, 0.005}
+    losses = problem.steps(optimizer, 10)
+    assert losses[-1] < losses[0]

@@ -313,3 +313,33 @@ def test_requires_a_closure_with_loss() -> None:
     for optimizer in (Newton([x]), NewtonCG([x]), BFGS([x])):
         with pytest.raises(UserError, match="call step"):
             optimizer.step()
+
+
+def test_lbfgs_does_not_depend_on_the_layout_of_kernels() -> None:
+    """torch takes a flat view of the gradients, which channels-last kernels do not have."""
+    start = torch.randn(3, 2, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    results = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        kernel = nn.Parameter(start.clone(memory_format=layout))
+        optimizer = LBFGS([kernel], max_iter=5)
+        scales = torch.arange(1.0, 55.0, dtype=torch.float64).view(3, 2, 3, 3)
+        optimizer.step(LossClosure(optimizer, lambda p=kernel, s=scales: (s * p.square()).sum() + p.sin().sum()))
+        results.append(kernel.detach())
+    torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-12)
+    assert not torch.equal(results[0], start)
+
+
+def test_newton_without_damping_ends_on_flat_and_infinite_curvature() -> None:
+    """A zero or NaN Hessian has no norm to increase the damping by: the search for it must end."""
+    x = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    optimizer = Newton([x], damping=0.0)
+    optimizer.step(LossClosure(optimizer, lambda: (3 * x).sum()))
+    assert float(x.detach().sum()) < 2
+    flat = nn.Parameter(torch.ones(2))
+    optimizer = Newton([flat], damping=0.0)
+    optimizer.step(LossClosure(optimizer, lambda: (0 * flat).sum()))
+    assert flat.tolist() == [1.0, 1.0]
+    zero = nn.Parameter(torch.zeros(2))
+    optimizer = Newton([zero], damping=0.0)
+    optimizer.step(LossClosure(optimizer, lambda: zero.square().sqrt().sum()))  # gradient and Hessian are NaN
+    assert zero.tolist() == [0.0, 0.0]

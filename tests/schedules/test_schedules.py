@@ -336,6 +336,7 @@ def test_curve_depends_only_on_the_fraction_of_the_run(a: int, b: int) -> None:
         ("cosine_warmup", {"warmup_steps": 241}, r"schedule\.warmup_steps=241"),
         ("wsd", {"decay_epochs": 11}, "is longer than"),
         ("one_cycle", {"base_momentum": 0.96}, r"schedule\.base_momentum=0\.96"),
+        ("one_cycle", {"three_phase": True, "pct_start": 0.6}, r"schedule\.pct_start=0\.6.*at most 0\.5"),
         ("cosine_warmup_restarts", {"T_0_steps": 10, "cycle_warmup_steps": 10}, "not shorter than"),
     ],
 )
@@ -458,3 +459,62 @@ def test_rejects_horizons_with_plateau() -> None:
     optimizer, _ = two_groups(0.5)
     with pytest.raises(UserError, match="horizon is a fraction of the schedule"):
         Scheduler(optimizer, make("plateau"))
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "first"),
+    [
+        ("step", {"every_fraction": 0.07}, 7),  # 0.07 * 100 = 7.000000000000001
+        ("step", {"every_epochs": 0.07}, 7),
+        ("multistep", {"milestones_fraction": [0.55]}, 55),
+        ("multistep", {"milestones_epochs": [0.07]}, 7),
+    ],
+)
+def test_rounding_does_not_delay_a_drop(name: str, keys: dict[str, Any], first: int) -> None:
+    factor = make(name, steps=100, epoch=100, **keys)
+    assert [factor(first - 1), factor(first)] == pytest.approx([1.0, 0.1])
+
+
+def test_rounding_changes_neither_warmups_nor_restarts() -> None:
+    warmed_up = make("constant", steps=100, warmup_fraction=0.29)  # 0.29 * 100 = 28.999999999999996
+    assert isinstance(warmed_up, WarmedUp) and warmed_up.length == 29
+    factor: Any = make("cosine_restarts", steps=42, epoch=21, T_0_epochs=0.1, T_mult=1.0)
+    assert factor.restarts[9] == 21  # ten times 2.1 is 21.000000000000004
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "polynomial"])
+def test_a_decay_longer_than_the_run_stays_at_its_value_at_the_end(name: str) -> None:
+    """A group with a shorter horizon reads the factor after the end of the run."""
+    factor = make(name, decay_steps=3 * STEPS)
+    assert 0 < factor(STEPS) == factor(2 * STEPS)
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of:UserWarning")
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 25])
+@pytest.mark.parametrize("three_phase", [False, True])
+def test_one_cycle_of_a_short_run_equals_torch(steps: int, three_phase: bool) -> None:
+    """Also where the way up is shorter than one step."""
+    keys: dict[str, Any] = {"pct_start": 0.07, "three_phase": three_phase}
+    optimizer = one_parameter(momentum=0.9)
+    scheduler = lr_scheduler.OneCycleLR(optimizer, 1.0, steps, **keys)
+    expected = []
+    for t in range(steps):
+        expected.append(optimizer.param_groups[0]["lr"])
+        if t < steps - 1:
+            scheduler.step()
+    assert curve(make("one_cycle", steps=steps, **keys), steps) == pytest.approx(expected, rel=1e-9)
+
+
+def test_one_cycle_does_not_move_the_average_of_schedule_free() -> None:
+    """Its momentum interpolates between the iterates and their average."""
+    schedule_free = pytest.importorskip("dlopt.optim.schedule_free")
+    optimizer = schedule_free.ScheduleFreeSGD([torch.nn.Parameter(torch.zeros(1))], momentum=0.7)
+    scheduler = Scheduler(optimizer, make("one_cycle"))
+    scheduler.step()
+    assert optimizer.param_groups[0]["momentum"] == 0.7
+    with pytest.raises(UserError, match=r"schedule\.cycle_momentum=true: ScheduleFreeSGD"):
+        Scheduler(optimizer, make("one_cycle", cycle_momentum=True))
+
+
+def test_a_drop_that_is_never_reached() -> None:
+    assert curve(make("step", every_epochs=math.inf)) == [1.0] * STEPS
