@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -110,13 +111,20 @@ def train(overrides: Sequence[str] = (), *, console: bool = False) -> Result:
 
 
 def load(run: str | PathLike[str]) -> Model:
-    """Loads the best model of a run folder (by its validation metric), or a checkpoint. Raises `UserError`."""
+    """Loads the best model of a run folder (by its validation metric), or a checkpoint. Raises `UserError`.
+
+    Warns if the run was evaluated with norm_statistics=exact: a checkpoint has the running statistics.
+    """
     path = Path(run)
     if path.is_dir():
         best = path / "checkpoints" / "best.pt"
         path = best if best.exists() else best.with_name("last.pt")
     with _preserve_global_state():
-        return Model(restore(path, {}))
+        trained = restore(path, {})
+    if trained.config["norm_statistics"] == "exact":
+        message = "norm_statistics=exact: needs the training data; the model uses the running statistics instead"
+        warnings.warn(message, stacklevel=2)
+    return Model(trained)
 
 
 @contextlib.contextmanager

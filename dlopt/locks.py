@@ -2,9 +2,15 @@
 
 import contextlib
 import fcntl
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
+from weakref import WeakValueDictionary
+
+# Files of the locks that are held, by process (a fork copies the dict) and path. The kernel's locks do not exclude a
+# second thread, and opening and closing the file again would release them.
+_held: WeakValueDictionary[tuple[int, str], IO[str]] = WeakValueDictionary()
 
 
 @contextlib.contextmanager
@@ -18,17 +24,17 @@ def locked(path: Path) -> Iterator[None]:
 def hold(path: Path) -> IO[str]:
     """Takes the lock and holds it until the returned file is closed or the process ends.
 
-    Do not open the file again in this process: closing any handle of it releases the lock.
-
     Raises:
-        BlockingIOError: another process holds the lock.
+        BlockingIOError: another process, or this one, holds the lock.
         OSError: the file is not writable.
     """
-    file = path.open("a+")
-    if not _is_locked(file):
+    if not _is_held_here(path):
+        file = path.open("a+")
+        if _is_locked(file):
+            _held[_key(path)] = file
+            return file
         file.close()
-        raise BlockingIOError(f"{path}: another process holds this lock")
-    return file
+    raise BlockingIOError(f"{path}: a process holds this lock")
 
 
 @contextlib.contextmanager
@@ -44,13 +50,24 @@ def taken(path: Path) -> Iterator[bool]:
 
 
 def is_held(path: Path) -> bool:
-    """Returns whether another process holds the lock; False if the file is missing or not writable."""
+    """Returns whether a process holds the lock; False if the file is missing or not writable."""
+    if _is_held_here(path):
+        return True
     try:
         file = path.open("r+")
     except OSError:
         return False
     with file:
         return not _is_locked(file)
+
+
+def _key(path: Path) -> tuple[int, str]:
+    return os.getpid(), os.path.realpath(path)
+
+
+def _is_held_here(path: Path) -> bool:
+    file = _held.get(_key(path))
+    return file is not None and not file.closed
 
 
 def _is_locked(file: IO[str]) -> bool:

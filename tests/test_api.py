@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from hydra.core.global_hydra import GlobalHydra
 import dlopt
 from dlopt import load, train
 from dlopt.errors import RunError, UserError
-from tests.training.runs import SMALL, same, timeless
+from tests.training.runs import SMALL, at_update, same, timeless
 
 LINES = [*SMALL, "model.dropout=0.2", "augmentation=crop_flip", "epochs=2", "deterministic=true"]
 
@@ -68,6 +69,31 @@ def test_model_accepts_raw_images() -> None:
         found = load("run")(test.fetch(torch.arange(len(test)))).argmax(1)
     assert (found == test.targets).double().mean().item() == result.summary["test_accuracy"]
     assert same(load("run/checkpoints/best.pt").state_dict(), result.model.state_dict())
+
+
+def test_load_warns_if_the_statistics_differ_from_those_of_the_test() -> None:
+    train([*LINES, "hydra.run.dir=run", "norm_statistics=exact", "epochs=1"])
+    with pytest.warns(UserWarning, match="norm_statistics=exact"):
+        load("run")
+
+
+def test_a_second_thread_cannot_use_the_folder() -> None:
+    outcomes = []
+
+    def other() -> None:
+        for lines in (["hydra.run.dir=run"], ["hydra.run.dir=run", "resume=auto"]):
+            with pytest.raises(UserError, match="another run is active in this folder") as caught:
+                train([*LINES, *lines])
+            outcomes.append(caught)
+
+    def start_other() -> None:
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+
+    with at_update(2, start_other):
+        assert train([*LINES, "hydra.run.dir=run"]).summary["status"] == "finished"
+    assert len(outcomes) == 2
 
 
 @pytest.mark.slow

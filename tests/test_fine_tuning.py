@@ -60,6 +60,14 @@ def test_loads_files_of_other_tools(tmp_path: Path, key: str | None, prefix: str
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
+def test_a_format_of_another_tool_is_no_checkpoint(tmp_path: Path) -> None:
+    """Only dlopt's own checkpoints have a checksum file."""
+    source, target = build_workload("init_seed=1"), build_workload("init_seed=2")
+    torch.save({"format": "pt", "state_dict": source.module.state_dict()}, tmp_path / "weights.pt")
+    load_weights(target.module, tmp_path / "weights.pt")
+    assert torch.equal(source.module.layer1.linear.weight, target.module.layer1.linear.weight)  # type: ignore[union-attr]
+
+
 def test_loads_safetensors(tmp_path: Path) -> None:
     source, target = build_workload("init_seed=1"), build_workload("init_seed=2")
     save_file({name: value.clone() for name, value in source.module.state_dict().items()}, tmp_path / "w.safetensors")

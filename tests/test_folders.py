@@ -302,6 +302,19 @@ def test_lock_is_exclusive(tmp_path: Path) -> None:
     assert not RunFolder(tmp_path).is_live()
 
 
+def test_the_lock_excludes_its_own_process(tmp_path: Path) -> None:
+    """The kernel would grant it again; and opening the file to test the lock would release it."""
+    with RunFolder(tmp_path).lock():
+        assert RunFolder(tmp_path).is_live()
+        with pytest.raises(UserError, match="another run is active"):
+            RunFolder(tmp_path).lock()
+        code = "import sys, pathlib, dlopt.locks; print(dlopt.locks.is_held(pathlib.Path(sys.argv[1])))"
+        line = [sys.executable, "-c", code, str(tmp_path / ".lock")]
+        assert subprocess.run(line, capture_output=True, text=True, check=True).stdout == "True\n"
+    assert not RunFolder(tmp_path).is_live()
+    RunFolder(tmp_path).lock().close()
+
+
 @pytest.mark.slow
 def test_two_processes_in_one_folder(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "dlopt", "train", *SMALL, IN_RUN]

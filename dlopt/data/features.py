@@ -77,7 +77,24 @@ def table(
                 )
         if "train" not in parts:
             raise UserError(f"data.file={file}: has no training rows")
-    return _dataset(inputs, answers, parts, test_split, standardize_target=standardize_target)
+    dataset = _dataset(inputs, answers, parts, test_split, standardize_target=standardize_target)
+    dataset.notes += _rounding_notes(inputs, features)
+    return dataset
+
+
+_MAX_ROUNDING = 0.01  # of a column's range
+
+
+def _rounding_notes(inputs: np.ndarray, names: Sequence[str]) -> tuple[str, ...]:
+    """Returns a warning for each column of which float32 keeps little, such as times in seconds since 1970."""
+    errors = np.abs(inputs.astype(np.float32) - inputs).max(0)
+    ranges = np.ptp(inputs, 0)
+    return tuple(
+        f"warning: float32 rounds column {name} by up to {error:.3g}, its values differ by up to {extent:.3g}; "
+        "subtract a constant from them in the file"
+        for name, error, extent in zip(names, errors.tolist(), ranges.tolist(), strict=True)
+        if error > _MAX_ROUNDING * extent > 0
+    )
 
 
 def breast_cancer(*, test_split: Fraction) -> Dataset:
@@ -185,11 +202,11 @@ def _check_classes(classes: tuple[str, ...] | None, train: InMemory, others: dic
 
 
 def _natural(name: str) -> tuple[float, str]:
-    """Sorts numbers by value, before names."""
-    try:
-        return float(name), name
-    except ValueError:
-        return math.inf, name
+    """Sorts numbers by value, before names, of which nan is one: as a number it has no place in an order."""
+    with contextlib.suppress(ValueError):
+        if not math.isnan(value := float(name)):
+            return value, name
+    return math.inf, name
 
 
 def _read(path: Path, delimiter: str) -> tuple[list[str], list[tuple[int, list[str]]]]:

@@ -122,9 +122,7 @@ class Fixed(ScaleShift):
     usual (ImageNet's mean is 0.485, 0.456, 0.406), although the images have values 0..255.
     """
 
-    def __init__(
-        self, *, mean: tuple[float, ...], std: tuple[Positive, ...], input_shape: tuple[int, ...]
-    ) -> None:
+    def __init__(self, *, mean: tuple[float, ...], std: tuple[Positive, ...], input_shape: tuple[int, ...]) -> None:
         super().__init__(input_shape=input_shape)
         self._mean = _constants("mean", mean, input_shape)
         self._std = _constants("std", std, input_shape)

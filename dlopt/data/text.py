@@ -54,9 +54,7 @@ def text(
     if not paths:
         raise UserError("data.file=[]: at least one file or folder is required")
     tokens, ends = _concatenate(paths)
-    fractions = [1 - val_split - test_split, 1 - test_split]
-    if fractions[0] <= 0:
-        raise UserError(f"data.val_split={val_split:g}, data.test_split={test_split:g}: leave no text for training")
+    fractions = [_train_fraction(val_split, test_split), 1 - test_split]
     smallest = min((part for part in (val_split, test_split) if part > 0), default=0.0)
     cuts = [_cut(tokens, ends, fraction, smallest / 2) for fraction in fractions]
     return _dataset(tokens, cuts, sequence_length, facts=_facts(tokens, paths))
@@ -68,8 +66,9 @@ def python_source(*, sequence_length: SequenceLength, val_split: Fraction, test_
     A hash of its path assigns a module to a split, so most modules stay in theirs in other versions of Python.
 
     Raises:
-        UserError: the standard library has no source files.
+        UserError: the standard library has no source files, or a split is shorter than a window.
     """
+    _train_fraction(val_split, test_split)
     root = Path(sysconfig.get_path("stdlib"))
     names = _modules(root)
     if not names:
@@ -107,6 +106,12 @@ def tokens(*, root: str, sequence_length: SequenceLength, vocabulary: Vocabulary
     assert splits["train"] is not None
     task = Task("next_token", vocabulary, predictions=sequence_length)
     return Dataset(splits["train"], splits["val"], splits.get("test"), None, unlabelled=task)
+
+
+def _train_fraction(val_split: float, test_split: float) -> float:
+    if val_split + test_split >= 1:
+        raise UserError(f"data.val_split={val_split:g}, data.test_split={test_split:g}: leave no text for training")
+    return 1 - val_split - test_split
 
 
 def _dataset(
@@ -216,7 +221,11 @@ def _check_vocabulary(path: Path, tokens: np.ndarray, vocabulary: int) -> None:
 
 
 def _cut(tokens: np.ndarray, ends: Sequence[int], fraction: float, tolerance: float) -> int:
-    """Returns the end of the document nearest to `fraction` of the bytes; if it is too far, the end of a line."""
+    """Returns the end of the document nearest to `fraction` of the bytes; if it is too far, the end of a line.
+
+    `tolerance`: largest distance of a document's end, as a fraction of the bytes, and twice that of a line's end. With
+    half of the smallest split no split vanishes. Without such an end, the text is cut at `fraction`.
+    """
     total = len(tokens)
     if fraction >= 1:
         return total
@@ -225,7 +234,8 @@ def _cut(tokens: np.ndarray, ends: Sequence[int], fraction: float, tolerance: fl
     nearest = min(ends[max(index - 1, 0) : index + 1], key=lambda end: abs(end - position), default=total)
     if 0 < nearest < total and abs(nearest - position) <= tolerance * total:
         return nearest
-    lines = np.flatnonzero(tokens[position : position + _LINE] == ord("\n"))
+    searched = min(_LINE, round(tolerance / 2 * total))
+    lines = np.flatnonzero(tokens[position : position + searched] == ord("\n"))
     return position + int(lines[0]) + 1 if len(lines) else position
 
 

@@ -11,7 +11,6 @@ from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from dlopt.errors import UserError
 from dlopt.parallel.ddp import DataParallel
@@ -21,10 +20,10 @@ from dlopt.parallel.process_group import Group, ProcessKeys, check_precision, jo
 from dlopt.parallel.rendezvous import current
 from dlopt.parallel.shard_files import ShardWriter
 from dlopt.parallel.sync_batchnorm import synchronize
+from dlopt.parameters import NORMS
 from dlopt.ranges import Count, Natural
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 def fully_sharded(
@@ -144,7 +143,7 @@ class FullySharded(DataParallel):
         }
         if self.low_precision:
             # Gather weights in bf16, in which autocast uses them anyway. Norms stay in fp32, as under autocast.
-            norms: list[nn.Module] = [m for m in model.modules() if isinstance(m, _NORMS) and [*m.parameters()]]
+            norms: list[nn.Module] = [m for m in model.modules() if isinstance(m, NORMS) and [*m.parameters()]]
             if norms:
                 fully_shard(norms, **options)
             options["mp_policy"] = MixedPrecisionPolicy(

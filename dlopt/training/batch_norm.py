@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dlopt.data.batches import Batches
 from dlopt.errors import UserError
 from dlopt.parallel.batch_shards import local_slice
 from dlopt.parallel.shards import local
@@ -99,20 +100,20 @@ class _PooledMoments:
 SMALL_NORM_BATCH = 8  # samples per device below which batch statistics are too noisy (Wu & He 2018, figure 1)
 
 
-def _smallest_micro_batch(count: int, batch_size: int, accumulate: int, drop_last: bool) -> int:
-    """Returns the size of the smallest micro-batch of an epoch."""
-    full, rest = divmod(count, batch_size)
-    sizes = ([batch_size] if full else []) + ([rest] if rest and not (drop_last and full) else [])
+def _smallest_micro_batch(count: int, batch_size: int, accumulate: int) -> int:
+    """Returns the size of the smallest micro-batch of an epoch of `count` samples, at least `batch_size`."""
+    sizes = (batch_size, count % batch_size or batch_size)
     return min(size // min(accumulate, size) for size in sizes)
 
 
-def check_norm_batches(workload: Workload) -> None:
-    """Raises `UserError` for batch norm over one value per channel: its output would not depend on the input."""
-    data = workload.experiment.data_settings
-    count = len(workload.dataset.train)
-    batch_size = count if data.batch_size == "full" else min(data.batch_size, count)
+def check_norm_batches(workload: Workload, batches: Batches) -> None:
+    """Raises `UserError` for batch norm over one value per channel: its output would not depend on the input.
+
+    `batches`: the training batches, whose sampler may select some of the training samples.
+    """
+    data, count = workload.experiment.data_settings, batches.count
     micro_batches = max(workload.experiment.settings.accumulate, workload.parallel.micro_batches_in_flight)
-    smallest = _smallest_micro_batch(count, batch_size, micro_batches, data.drop_last)
+    smallest = _smallest_micro_batch(count, batches.batch_size, micro_batches)
     shards = workload.parallel.batch_norm_shards
     if shards > 1:
         slices = [local_slice(start, start + smallest, rank, shards) for rank in range(shards) for start in (0, 1)]
@@ -123,7 +124,8 @@ def check_norm_batches(workload: Workload) -> None:
                 f"{shards} processes, and batch norm fails on an empty shard; use parallel.sync_batchnorm=true, "
                 "larger batches, data.drop_last=true, or model.norm=group"
             )
-    if smallest > 1:
+    ghost = min((getattr(m, "ghost_batch", 2) for m in workload.module.modules()), default=2)
+    if min(smallest, ghost) > 1:
         return
     # A batch of one has one value per channel in a linear layer, and many in a convolution: find out with one sample.
     single_value_layers: list[str] = []
@@ -147,6 +149,10 @@ def check_norm_batches(workload: Workload) -> None:
     for handle in handles:
         handle.remove()
     if layers := workload.parallel.gather_lists(single_value_layers):  # a rank may have only some of the layers
+        if smallest > 1:
+            raise UserError(
+                f"model.norm_ghost_batch=1: leaves batch norm {layers[0]} one value per channel; use 2 or more, or null"
+            )
         raise UserError(
             f"data.batch_size={data.batch_size}: {count} training samples leave a (micro-)batch of one, "
             f"and batch norm {layers[0]} one value per channel; "
@@ -165,9 +171,17 @@ def norm_statistics(
     if workload.experiment.settings.norm_statistics == "running":
         return contextlib.nullcontext()
     if workload.statistics_batches is None:
-        workload.statistics_batches = evaluation_batches(workload, workload.dataset.train, shared=False)
+        workload.statistics_batches = _statistics_batches(workload)
     batches = itertools.takewhile(lambda _: not interruption, workload.statistics_batches.epoch(0))
     return exact_statistics(module, model, batches)
+
+
+def _statistics_batches(workload: Workload) -> Batches:
+    """Returns batches of all training samples, of which none has one sample: it has no variance in a linear layer."""
+    samples, size = workload.dataset.train, workload.experiment.data_settings.batch_size
+    while size != "full" and size < len(samples) and len(samples) % size == 1:
+        size += 1
+    return evaluation_batches(workload, samples, shared=False, batch_size=size)
 
 
 def small_batch_warnings(workload: Workload) -> list[str]:

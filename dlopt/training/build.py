@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -316,14 +316,16 @@ def training_batches(workload: Workload) -> Batches:
     )
 
 
-def evaluation_batches(workload: Workload, samples: Samples, *, shared: bool = True) -> Batches:
+def evaluation_batches(
+    workload: Workload, samples: Samples, *, shared: bool = True, batch_size: int | Literal["full"] | None = None
+) -> Batches:
     """Returns batches without augmentation; images are centre-cropped if training uses a smaller window.
 
-    `shared`: shard the samples over processes; false: every process has all.
+    `shared`: shard the samples over processes; false: every process has all. `batch_size`: None: that of training.
     """
     shape = samples.shape if workload.augment is None else workload.augment.output_shape
     shard = workload.parallel.evaluation_shard if shared else None
-    size = workload.experiment.data_settings.batch_size
+    size = workload.experiment.data_settings.batch_size if batch_size is None else batch_size
     if shared and workload.device.type == "cuda" and workload.dataset.in_memory and size != "full":
         size = max(size, _MIN_EVALUATION_BATCH)
     augment = None if shape == samples.shape else CentreCrop(shape)

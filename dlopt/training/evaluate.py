@@ -198,14 +198,26 @@ def validation(
 ) -> Validate | None:
     """Builds the validation of the model, or of its weight `average`; None without a validation set.
 
-    `on_batch(done, total)` is called after each batch. Raises `UserError` if early stopping has no validation set.
+    `on_batch(done, total)` is called after each batch. Raises `UserError` for settings that need a validation set if
+    there is none.
     """
-    samples = workload.dataset.val
+    samples, experiment = workload.dataset.val, workload.experiment
     if samples is None:
-        if "monitor" in workload.experiment.stopping.arguments:
-            raise UserError("stopping=early: needs a validation set; set data.val_split=0.1 or stopping=none")
+        settings = experiment.settings
+        if settings.monitor != "auto":
+            raise UserError(
+                f"monitor={settings.monitor}: needs a validation set; set data.val_split=0.1 or monitor=auto"
+            )
+        if names := ",".join(settings.evaluate.metrics):
+            raise UserError(
+                f"evaluate.metrics=[{names}]: needs a validation set; set data.val_split=0.1 or evaluate.metrics=[]"
+            )
+        for component, other in ((experiment.stopping, "stopping=none"), (experiment.schedule, "schedule=cosine")):
+            if "monitor" in component.arguments:
+                choice = f"{component.key}={component.target.__name__.lower()}"
+                raise UserError(f"{choice}: needs a validation set; set data.val_split=0.1 or {other}")
         return None
-    extra = extra_metrics(workload.experiment, workload.dataset, workload.loss)
+    extra = extra_metrics(experiment, workload.dataset, workload.loss)
     module, model = workload.module, workload.precision.autocast(workload.model)
     batches = evaluation_batches(workload, samples)
 

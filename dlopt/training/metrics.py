@@ -241,19 +241,25 @@ def calibration_gaps(probabilities: Tensor, targets: Tensor, bins: int = BINS) -
 
 
 def r2_score(outputs: Tensor, targets: Tensor) -> float:
-    """Computes R^2 of outputs [N, K] for targets [N, K] or [N], averaged over columns; nan for constant targets."""
-    targets = targets.view(len(outputs), -1).double()
-    residual = (outputs.double() - targets).square().sum(0)
+    """Computes R^2, averaged over columns; -inf for constant targets. See `_columns` for the shapes."""
+    outputs, targets = _columns(outputs), _columns(targets)
+    residual = (outputs - targets).square().sum(0)
     return (1 - residual / (targets - targets.mean(0)).square().sum(0)).mean().item()
 
 
 def mean_absolute_error(outputs: Tensor, targets: Tensor) -> float:
     """Averages |outputs - targets| over samples and columns."""
-    return (outputs.double() - targets.view(len(outputs), -1).double()).abs().mean().item()
+    return (_columns(outputs) - _columns(targets)).abs().mean().item()
+
+
+def _columns(values: Tensor) -> Tensor:
+    """Returns outputs or targets [N, K], or [N] for K = 1, as float64 [N, K]."""
+    return values.reshape(len(values), -1).double()
 
 
 TOP = 5
 _CLASS_METRICS = ("top5_accuracy", "macro_f1", "calibration_error", "class_accuracy")
+_VALUE_METRICS = ("r2", "mae")
 
 
 def extra_metrics(experiment: Experiment, dataset: Dataset, loss: nn.Module) -> Callable[[], ExtraMetrics] | None:
@@ -267,15 +273,18 @@ def extra_metrics(experiment: Experiment, dataset: Dataset, loss: nn.Module) -> 
         if "monitor" in component.arguments:
             monitors[f"{key}.monitor"] = component.arguments["monitor"]
     requested: dict[str, str] = {name: f"evaluate.metrics={name}" for name in experiment.settings.evaluate.metrics}
+    of_loss = [f"val_{name}" for name in task.loss_metrics(0.0)]
+    logged = ["auto", "val_loss", *of_loss, *([] if task.classes is None else [f"val_{task.accuracy}"])]
     for key, monitor in monitors.items():
+        if monitor in logged:
+            continue
         name = extra_metric(monitor)
-        if name is not None:
-            requested.setdefault(name, f"{key}={monitor}")
-        elif monitor == "val_accuracy" and task.classes is None:
+        if name is None:
             others = ", val_r2, val_mae" if task.kind == "regression" else ""
-            raise UserError(f"{key}={monitor}: a {task.kind} allows auto, val_loss{others}")
+            raise UserError(f"{key}={monitor}: a {_shown_kind(task)} task allows auto, val_loss{others}")
+        requested.setdefault(name, f"{key}={monitor}")
     _check_names(requested, task)
-    _check_classes(monitors, classes)
+    _check_classes(monitors, dataset)
     if not requested:
         return None
     names = list(requested)
@@ -284,21 +293,30 @@ def extra_metrics(experiment: Experiment, dataset: Dataset, loss: nn.Module) -> 
     return lambda: ClassMetrics(names, classes, lambda outputs: probabilities(outputs, loss))
 
 
+def _shown_kind(task: Task) -> str:
+    return task.kind.replace("_", " ")
+
+
 def _check_names(requested: Mapping[str, str], task: Task) -> None:
-    kind = task.kind.replace("_", " ")
+    available = {"classification": _CLASS_METRICS, "regression": _VALUE_METRICS}.get(task.kind, ())
     for name, setting in requested.items():
-        if task.kind != ("classification" if name in _CLASS_METRICS else "regression"):
-            raise UserError(f"{setting}: a {kind} task has no such metric")
+        if name not in available:
+            raise UserError(f"{setting}: a {_shown_kind(task)} task has no such metric")
         if name == "top5_accuracy" and task.outputs <= TOP:
             raise UserError(f"{setting}: needs more than {TOP} classes; the data have {task.outputs}")
 
 
-def _check_classes(monitors: Mapping[str, str], classes: Sequence[str] | None) -> None:
+def _check_classes(monitors: Mapping[str, str], dataset: Dataset) -> None:
+    classes, val = dataset.classes, dataset.val
     for key, monitor in monitors.items():
         _, is_class, name = monitor.partition("class_accuracy/")
-        if is_class and classes is not None and name not in classes:
+        if not is_class or classes is None:
+            continue
+        if name not in classes:
             shown = ", ".join(classes[:20]) + (", ..." if len(classes) > 20 else "")
             raise UserError(f"{key}={monitor}: no class {name}; the classes are {shown}")
+        if val is not None and not (val.targets == classes.index(name)).any():
+            raise UserError(f"{key}={monitor}: the validation set has no sample of this class")
 
 
 class ClassMetrics:
@@ -361,9 +379,9 @@ class RegressionMetrics:
         self._sums = torch.zeros(2 + 3 * outputs, dtype=torch.float64)
 
     def add(self, outputs: Tensor, targets: Tensor) -> None:
-        """Adds outputs [N, K] and targets [N, K] or [N]."""
-        targets = targets.view(len(outputs), -1).double()
-        residual = outputs.double() - targets
+        """Adds outputs and targets, each [N, K] or [N]."""
+        targets = _columns(targets)
+        residual = _columns(outputs) - targets
         count = residual.new_full((1,), len(outputs))
         self._sums = self._sums.to(residual.device) + torch.cat(
             [count, residual.abs().sum().view(1), residual.square().sum(0), targets.sum(0), targets.square().sum(0)]

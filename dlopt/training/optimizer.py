@@ -21,6 +21,7 @@ from dlopt.schedules import Scheduler
 from dlopt.training import cuda_graphs, mup, rng
 from dlopt.training.averaging import ExponentialAverage
 from dlopt.training.build import Workload
+from dlopt.training.clipping import Adaptive, ByValue, Unclipped
 from dlopt.training.cuda_graphs import Capture, GraphedStep
 from dlopt.training.nonfinite import Diverged
 from dlopt.training.progress import Length
@@ -114,9 +115,12 @@ def check_optimizer(parallel: Mode, optimizer: torch.optim.Optimizer) -> None:
     elementwise = getattr(optimizer, "elementwise", not (is_torch and kind.__name__ in _NOT_ELEMENTWISE))
     if parallel.sharding == "tensors" and not elementwise:
         raise UserError(f"{name} needs full tensors or the full model, but each rank has a shard; {advice}")
-    couples_layers = getattr(optimizer, "couples_layers", _evaluations(optimizer) == "many")
-    if parallel.sharding == "layers" and couples_layers:
+    if parallel.sharding == "layers" and _couples_layers(optimizer):
         raise UserError(f"{name} needs all layers, but each rank has some of them; {advice}")
+
+
+def _couples_layers(optimizer: torch.optim.Optimizer) -> bool:
+    return bool(getattr(optimizer, "couples_layers", _evaluations(optimizer) == "many"))
 
 
 def check_label_sampling(parallel: Mode, optimizer: torch.optim.Optimizer, loss: nn.Module) -> None:
@@ -136,7 +140,7 @@ def check_label_sampling(parallel: Mode, optimizer: torch.optim.Optimizer, loss:
 
 def _lr_scale(experiment: Experiment, count: int) -> float:
     size = experiment.data_settings.batch_size
-    ratio = (count if size == "full" else size) / experiment.settings.scale_lr_reference
+    ratio = (count if size == "full" else min(size, count)) / experiment.settings.scale_lr_reference
     return math.sqrt(ratio) if experiment.settings.scale_lr == "sqrt" else ratio
 
 
@@ -163,7 +167,9 @@ def build_schedule(workload: Workload, optimizer: Optimizer, length: Length) -> 
     factor = schedules.build(
         experiment.schedule.build, experiment.warmup, steps=length.horizon, steps_per_epoch=length.steps_per_epoch
     )
-    return Scheduler(optimizer, factor, freezes=workload.parallel.processes == 1)
+    # Frozen parameters have no gradients, which must not matter to the others: not in norms over all layers.
+    is_independent = experiment.clip.target in (Unclipped, ByValue, Adaptive) and not _couples_layers(optimizer)
+    return Scheduler(optimizer, factor, freezes=workload.parallel.processes == 1 and is_independent)
 
 
 def build_step(

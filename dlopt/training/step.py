@@ -89,7 +89,8 @@ class Step:
         schedule: stepped after every update.
         mode: runs forward and backward (`Mode.forward_backward` calls `micro_batch`).
         clip: clips the reduced gradients.
-        post_hooks: called after every update (buffer synchronization, weight averaging, stopping rules).
+        post_hooks: called after every update but skipped ones, which are no tiny changes to a stopping rule (buffer
+            synchronization, weight averaging, stopping rules).
         skip: decides whether to skip an update with non-finite gradients; None: raise the error.
     """
 
@@ -148,6 +149,7 @@ class Step:
         """
         with self._observed(inputs, targets, number) if self.observers else _AS_IT_IS:
             self.begin(inputs, targets, number, metrics, log_norm=log_norm)
+            skipped = False
             try:
                 if not self.settings.evaluates_once:
                     self.optimizer.step(self)  # type: ignore[arg-type]
@@ -162,9 +164,10 @@ class Step:
                 if self.skip is None or not error.before_update or not self.skip(error):
                     raise
                 self._undo_evaluation(metrics)
+                skipped = True
             # A skipped update counts: schedule, data and seeds depend on the update's number only.
             self.schedule.step()
-            for hook in self.post_hooks:
+            for hook in () if skipped else self.post_hooks:
                 hook()
 
     def begin(

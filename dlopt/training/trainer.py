@@ -108,15 +108,16 @@ def train(
             found_lr = None if state is None else state["progress"].get("found_lr")
             found_lr = find_lr(workload, tracking, run.folder) if found_lr is None else found_lr
             workload = workload.with_lr(found_lr)
+        if state is None and settings.init_from is not None:
+            # Before the trainer is built: its weight average starts at the loaded weights.
+            for line in load_weights(workload.module, Path(settings.init_from), mode):
+                tracking.message(line)
         observers = () if observe is None else observe(workload, length, tracking, run.folder)
         trainer = build_trainer(workload, run.folder, batches, length, tracking, found_lr=found_lr, observers=observers)
         if state is not None:
             trainer.load_state_dict(state)
             # Whether best.pt exists is known to rank 0: other nodes may not see the folder.
             trainer.best.load_state_dict(mode.broadcast(trainer.best.state_dict()))
-        elif settings.init_from is not None:
-            for line in load_weights(workload.module, Path(settings.init_from), mode):
-                tracking.message(line)
         log_header(trainer, workload, length, run)
         if horizon_note is not None:
             tracking.message(horizon_note)
@@ -156,7 +157,7 @@ def build_trainer(
         UserError: components cannot be combined.
     """
     experiment, settings, mode = workload.experiment, workload.experiment.settings, workload.parallel
-    check_norm_batches(workload)
+    check_norm_batches(workload, batches)
     check_tta(workload)
     optimizer = build_optimizer(workload)
     sampler = loss_aware_sampler(workload, batches)

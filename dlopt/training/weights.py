@@ -31,7 +31,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise
     except Exception as error:
         raise UserError(f"init_from={path}: cannot be loaded as weights: {reason(error)}") from None
-    if isinstance(state, Mapping) and "format" in state:
+    if isinstance(state, Mapping) and {"format", "model", "progress"} <= state.keys():
         state = load(path)  # again, to verify the checksum and to load shards
         return dict(state["ema"] or state["model"])
     if (weights := _find(state)) is not None:

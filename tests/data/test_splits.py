@@ -204,4 +204,3 @@ def test_files_are_streamed_if_requested_or_too_large(
     monkeypatch.setattr("dlopt.data.splits.available_memory", lambda: needed - 1)
     with pytest.raises(UserError, match=r"data.memory=true: the samples need"):
         prepare(files, settings(memory=True))
-

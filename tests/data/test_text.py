@@ -86,6 +86,22 @@ def test_large_texts_are_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             assert np.array_equal(a.tokens, b.tokens)  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("line", [500, 2999])
+def test_long_lines_leave_no_split_out(tmp_path: Path, line: int) -> None:
+    """Without the end of a line within the smallest split, the text is cut within one."""
+    (tmp_path / "a.txt").write_text(("x" * line + "\n") * 6)
+    keys = {"pattern": "*.txt", "sequence_length": 8, "val_split": 0.02, "test_split": 0.02}
+    dataset = text(file=str(tmp_path / "a.txt"), **keys)  # type: ignore[arg-type]
+    assert isinstance(dataset.val, Windows) and isinstance(dataset.test, Windows)
+    sizes = [len(part.tokens) / (6 * line + 6) for part in (dataset.val, dataset.test)]
+    assert sizes == pytest.approx([0.02, 0.02], abs=0.01)
+
+
+def test_python_source_needs_a_training_set() -> None:
+    with pytest.raises(UserError, match=r"val_split=0\.6, data\.test_split=0\.6: leave no text for training"):
+        python_source(sequence_length=8, val_split=0.6, test_split=0.6)
+
+
 def test_the_standard_library_is_split_by_module(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     names = [f"{folder}/m{number}.py" for folder in ("json", "http") for number in range(200)]
     for name in [*names, "test/test_x.py", "site-packages/y.py", "json/tests/z.py"]:

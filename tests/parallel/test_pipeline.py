@@ -88,9 +88,7 @@ def test_invalid_setups_raise_one_line(
         pipeline(**{**ARGUMENTS, **arguments})
 
 
-@pytest.mark.parametrize(
-    ("threads", "device", "chosen"), [("auto", "cpu", [6]), (2, "cpu", []), ("auto", "cuda", [])]
-)
+@pytest.mark.parametrize(("threads", "device", "chosen"), [("auto", "cpu", [6]), (2, "cpu", []), ("auto", "cuda", [])])
 def test_stages_of_a_machine_divide_its_cores(
     threads: int | str, device: str, chosen: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dlopt.errors import UserError
-from dlopt.training.batch_norm import _smallest_micro_batch, check_norm_batches
-from dlopt.training.build import Workload
+from dlopt.training.batch_norm import _smallest_micro_batch, check_norm_batches, norm_statistics
+from dlopt.training.build import Workload, evaluation_batches, training_batches
 from dlopt.training.build import build_workload as build
 from tests.training.runs import SMALL, experiment, same
 
@@ -21,7 +21,7 @@ def test_smallest_micro_batch(count: int, size: int, accumulate: int, drop_last:
     if drop_last:
         parts = tuple(part for part in parts if len(part) == size)
     sizes = [len(micro) for part in parts for micro in part.tensor_split(min(accumulate, len(part)))]
-    assert _smallest_micro_batch(count, size, accumulate, drop_last) == min(sizes)
+    assert _smallest_micro_batch(sum(map(len, parts)), size, accumulate) == min(sizes)
 
 
 @pytest.mark.parametrize(
@@ -36,6 +36,9 @@ def test_smallest_micro_batch(count: int, size: int, accumulate: int, drop_last:
         (["data.batch_size=30", "accumulate=30"], True),
         (["data.batch_size=31", "accumulate=10"], False),  # the last batch of 28 is cut into parts of 3 and 2
         (["data.batch_size=31", "accumulate=15"], True),  # and here of 2 and 1
+        (["sampler.epoch_size=31"], False),  # an epoch of batches of 25 and 6
+        (["sampler.epoch_size=26"], True),
+        (["sampler.epoch_size=50", "data.batch_size=89"], False),  # one batch of 50
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -44,13 +47,34 @@ def test_rejects_one_value_per_channel(overrides: list[str], refused: bool) -> N
     before = {name: value.clone() for name, value in workload.module.state_dict().items()}
     if refused:
         with pytest.raises(UserError, match=r"one value per channel"):
-            check_norm_batches(workload)
+            check_norm_batches(workload, training_batches(workload))
     else:
-        check_norm_batches(workload)
+        check_norm_batches(workload, training_batches(workload))
     assert same(dict(workload.module.state_dict()), before)
     assert workload.module.training
 
 
+def test_rejects_ghost_batches_of_one_value() -> None:
+    workload = build_workload("model.norm=batch", "model.norm_ghost_batch=1")
+    with pytest.raises(UserError, match=r"model\.norm_ghost_batch=1: .*one value per channel"):
+        check_norm_batches(workload, training_batches(workload))
+
+
 def test_allows_one_image_for_convolutions() -> None:
     lines = [line for line in SMALL if not line.startswith("model")]
-    check_norm_batches(build(experiment(*lines, "model=resnet20", "data.batch_size=1")))
+    workload = build(experiment(*lines, "model=resnet20", "data.batch_size=1"))
+    check_norm_batches(workload, training_batches(workload))
+
+
+@pytest.mark.parametrize("size", [89, 44])
+def test_exact_statistics_of_a_set_that_leaves_one_sample(size: int) -> None:
+    """With 90 training samples and data.drop_last=true, the single sample is in no training batch."""
+    overrides = ["model.norm=batch", "norm_statistics=exact", "data.drop_last=true", f"data.batch_size={size}"]
+    workload = build_workload(*overrides)
+    with norm_statistics(workload, workload.module, workload.model):
+        first = next(m for m in workload.module.modules() if isinstance(m, torch.nn.BatchNorm1d))
+        mean = first.running_mean.clone()  # type: ignore[union-attr]
+    (inputs, _), *others = evaluation_batches(workload, workload.dataset.train, batch_size="full").epoch(0)
+    linear = next(m for m in workload.module.modules() if isinstance(m, torch.nn.Linear))
+    torch.testing.assert_close(mean, linear(inputs.flatten(1)).mean(0).detach())
+    assert not others

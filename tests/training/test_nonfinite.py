@@ -20,6 +20,7 @@ from dlopt.training.metrics import MetricSum
 from dlopt.training.nonfinite import Diverged, Recovery, first_nonfinite_output, is_finite
 from dlopt.training.precision import Precision
 from dlopt.training.step import Step
+from dlopt.training.stopping import Tolerance
 from tests.parallel.ranks import run_ranks
 from tests.tasks import CLASSIFICATION
 from tests.training.runs import SMALL, at_update, experiment, in_fork, result, resume, same, start, timeless
@@ -215,10 +216,11 @@ def recovery(policy: Any, attempts: int = 3, newest: Callable[[], Any] = lambda:
 
 @pytest.mark.parametrize("how", ["loss", "gradient"])
 def test_skipped_update_changes_nothing(how: str) -> None:
-    """Weights, momentum, running statistics and metrics; schedule and data advance."""
+    """Weights, momentum, running statistics, metrics and the count of tiny changes; schedule and data advance."""
     model = nn.Sequential(*list(net(dropout=0.0)), Bad(NAN, calls=10**6))
-    skipping = recovery("skip")
-    update = make_step(model, sgd(model), factor=lambda t: 1 / (1 + t), skip=skipping.skip)
+    skipping, rule = recovery("skip"), Tolerance(model, tolerance=1e9, iterations=10)
+    hooks = [rule.after_update]
+    update = make_step(model, sgd(model), factor=lambda t: 1 / (1 + t), skip=skipping.skip, post_hooks=hooks)
     sums = MetricSum(CLASSIFICATION)
     update.update(*batch(0), 0, sums)
     before = copy.deepcopy((model.state_dict(), update.optimizer.state_dict()["state"]))
@@ -233,6 +235,7 @@ def test_skipped_update_changes_nothing(how: str) -> None:
     assert same(before, (model.state_dict(), update.optimizer.state_dict()["state"]))
     assert update.optimizer.param_groups[0]["lr"] == 0.125 / 3
     assert (skipping.skipped, sums.means("t").keys()) == (1, {"t_loss", "t_accuracy"})
+    assert rule.count == 1, "only the first update"
     assert sums.count == 10 and math.isfinite(sums.loss)
     update.update(*batch(2), 2, sums)
     assert not same(before[0], model.state_dict())

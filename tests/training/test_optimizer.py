@@ -10,8 +10,9 @@ from dlopt.parallel.mode import Mode
 from dlopt.training.build import Workload
 from dlopt.training.build import build_workload as build
 from dlopt.training.checkpoint import load
-from dlopt.training.optimizer import build_optimizer, check_label_sampling, evaluates_once
+from dlopt.training.optimizer import build_optimizer, build_schedule, check_label_sampling, evaluates_once
 from dlopt.training.precision import Precision
+from dlopt.training.progress import Length
 from tests.training.runs import SMALL, experiment, resume, start
 
 
@@ -27,6 +28,7 @@ def build_workload(*overrides: str) -> Workload:
         (["scale_lr=sqrt"], math.sqrt(25 / 256)),
         (["scale_lr=linear", "scale_lr_reference=5"], 5.0),
         (["scale_lr=linear", "data.batch_size=full", "scale_lr_reference=45"], 2.0),
+        (["scale_lr=linear", "data.batch_size=512", "scale_lr_reference=45"], 2.0),  # 90 samples are one batch
     ],
 )
 def test_learning_rate_by_batch_size(overrides: list[str], factor: float) -> None:
@@ -42,6 +44,21 @@ def test_every_trainable_parameter_is_in_one_group() -> None:
     decays = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in workload.module.named_parameters():
         assert decays[parameter] == (0.1 if parameter.ndim > 1 else 0.0), name
+
+
+@pytest.mark.parametrize(
+    ("overrides", "freezes"),
+    [([], True), (["clip=value"], True), (["clip=norm"], False), (["optimizer=sam"], False)],
+)
+def test_freezes_finished_groups_only_where_others_do_not_depend_on_their_gradients(
+    overrides: list[str], freezes: bool
+) -> None:
+    """A norm over all layers would lack the gradients of the frozen ones."""
+    workload = build_workload("optimizer.groups=[{match: '*1*', horizon: 0.5}]", "schedule=linear", *overrides)
+    schedule = build_schedule(workload, build_optimizer(workload), Length(40, 4, 10, 40))
+    for _ in range(30):
+        schedule.step()
+    assert schedule.frozen == int(freezes)
 
 
 def test_evaluates_once() -> None:

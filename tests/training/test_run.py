@@ -229,6 +229,9 @@ def test_init_from(tmp_path: Path) -> None:
     given, taken = load(best)["ema"], load(tmp_path / "second/checkpoints/last.pt")["model"]
     weights = [name for name in given if "running" not in name and "num_batches" not in name]
     assert weights and all(torch.equal(given[name], taken[name]) for name in weights)
+    averaged = load(tmp_path / "second/checkpoints/last.pt")["ema"]
+    for name in weights:
+        torch.testing.assert_close(averaged[name], given[name], msg=f"the EMA of {name} starts at the loaded weights")
 
 
 # -- files

@@ -155,6 +155,7 @@ def test_recurrent_models_read_text(lines: list[str], tmp_path: Path, model: str
         (["evaluate.tta=flip"], r"evaluate\.tta=flip: averages"),
         (["evaluate.metrics=[macro_f1]"], "a next token task has no such metric"),
         (["loss=mse", "monitor=val_accuracy", "evaluate.metrics=[r2]"], "next token"),
+        (["monitor=val_accuracy"], "monitor=val_accuracy: a next token task allows auto, val_loss"),
     ],
 )
 def test_refusals(lines: list[str], tmp_path: Path, extra: list[str], message: str) -> None:
@@ -176,9 +177,7 @@ def learns(lines: list[str], folder: Path, optimizer: str, *more: str) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["newton_cg", "muon"])
-def test_optimizers_with_second_derivatives_and_with_matrices(
-    lines: list[str], tmp_path: Path, optimizer: str
-) -> None:
+def test_optimizers_with_second_derivatives_and_with_matrices(lines: list[str], tmp_path: Path, optimizer: str) -> None:
     learns(lines, tmp_path, optimizer)
 
 

@@ -9,12 +9,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as reference
-from torch import Tensor
+from torch import Tensor, nn
 
+from dlopt.data.samples import Dataset, InMemory
 from dlopt.data.task import Task
 from dlopt.errors import UserError
-from dlopt.training.metrics import ClassMetrics, RegressionMetrics, _check_names, calibration_error
-from tests.training.runs import SMALL, metrics, start
+from dlopt.training.metrics import (
+    ClassMetrics,
+    RegressionMetrics,
+    _check_names,
+    calibration_error,
+    extra_metrics,
+    mean_absolute_error,
+    r2_score,
+)
+from tests.training.runs import SMALL, experiment, metrics, start
 from tests.training.test_run import REGRESSION
 
 CLASSES = ("a", "b", "c", "d", "e", "f", "g")
@@ -71,6 +80,19 @@ def test_regression_metrics_equal_scikit_learn(columns: int) -> None:
     assert means["mae"] == pytest.approx(reference.mean_absolute_error(targets.double(), outputs.double()), rel=1e-9)
 
 
+def test_regression_metrics_of_a_model_that_returns_one_number_per_sample() -> None:
+    """Outputs [N], which model._target_ may return, are those of shape [N, 1]."""
+    draws = torch.Generator().manual_seed(1)
+    targets, outputs = torch.randn(2, 50, generator=draws)
+    expected = reference.r2_score(targets, outputs), reference.mean_absolute_error(targets, outputs)
+    for shape in ((50,), (50, 1)):
+        shaped = outputs.view(shape)
+        assert (r2_score(shaped, targets), mean_absolute_error(shaped, targets)) == pytest.approx(expected)
+        counter = RegressionMetrics(["r2", "mae"], 1)
+        counter.add(shaped, targets)
+        assert tuple(counter.means(None).values()) == pytest.approx(expected)
+
+
 def test_reduces_over_processes() -> None:
     """One of three processes has no samples at all."""
     outputs, targets = answers(3, 40)
@@ -112,6 +134,16 @@ BAD: dict[str, tuple[list[str], str]] = {
     "regression's": (["evaluate.metrics=[r2]"], "evaluate.metrics=r2: a classification"),
     "early": (["stopping=early", "stopping.monitor=val_mae"], "stopping.monitor=val_mae: a classification"),
     "plateau": (["schedule=plateau", "schedule.monitor=val_r2"], "schedule.monitor=val_r2: a classification"),
+    "plateau without validation": (["schedule=plateau", "data.val_split=0"], "schedule=plateau: needs a validation"),
+    "monitor without validation": (["monitor=val_loss", "data.val_split=0"], "monitor=val_loss: needs a validation"),
+    "metrics without validation": (
+        ["evaluate.metrics=[macro_f1,class_accuracy]", "data.val_split=0"],
+        r"evaluate\.metrics=\[macro_f1,class_accuracy\]: needs a validation",
+    ),
+    "target without validation": (
+        ["stopping=target", "stopping.value=1", "data.val_split=0"],
+        "stopping=target: needs a validation",
+    ),
 }
 
 
@@ -120,6 +152,18 @@ def test_rejects_unavailable_metrics(tmp_path: Path, name: str) -> None:
     overrides, message = BAD[name]
     with pytest.raises(UserError, match=message):
         start(tmp_path, *SMALL, *overrides)
+
+
+def test_rejects_a_class_without_validation_samples() -> None:
+    checked = experiment(*SMALL, "monitor=val_class_accuracy/b")
+    train, val = (InMemory(torch.zeros(2, 3), torch.tensor(labels)) for labels in ([0, 1], [0, 0]))
+    with pytest.raises(UserError, match="monitor=val_class_accuracy/b: the validation set has no sample"):
+        extra_metrics(checked, Dataset(train, val, None, ("a", "b")), nn.CrossEntropyLoss())
+
+
+def test_plateau_rejects_unknown_metrics_of_a_regression(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"schedule\.monitor=val_foo: a regression task has no such metric"):
+        start(tmp_path, *REGRESSION, "schedule=plateau", "schedule.monitor=val_foo")
 
 
 @pytest.mark.parametrize("monitor", ["val_accuracy", "val_macro_f1"])
