@@ -97,7 +97,10 @@ class Line:
 
         overrides = self.overrides if overrides is None else overrides
         config = self.composer.compose(overrides)
-        return parse(*to_plain(config, overrides)), choices_of(config)
+        plain, saved = to_plain(config, overrides)
+        if plain["dry_run"] is True:
+            raise UserError("dry_run=true: only available in `dlopt train`")
+        return parse(plain, saved), choices_of(config)
 
     def fixed(self) -> list[str]:
         """Returns the overrides with one value."""
@@ -257,6 +260,19 @@ def refuse_empty(**lists: Sequence[Any]) -> None:
 
 
 # -- data and output
+
+
+@contextlib.contextmanager
+def fitting(checkpoint: Path | str) -> Iterator[None]:
+    """Turns a mismatch of the weights and the model in the block into a `UserError` about `checkpoint`."""
+    try:
+        yield
+    except RuntimeError as error:
+        first, *details = str(error).splitlines()
+        if not details or "loading state_dict" not in first:
+            raise
+        reason = details[0].strip().rstrip(".")
+        raise UserError(f"checkpoint={checkpoint}: does not fit the model for these data and keys: {reason}") from None
 
 
 def read_dataset(experiment: "Experiment") -> "Dataset":

@@ -15,11 +15,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from dlopt.config.compose import Composer, parse_arguments, typed_folder
 from dlopt.config.resolve import choices_of, to_plain
-from dlopt.config.resuming import refuse_other_config
+from dlopt.config.resuming import differences, refuse_other_config
 from dlopt.config.schema import check_arguments
 from dlopt.errors import UserError
 from dlopt.files import write_atomically
-from dlopt.folders import RunFolder, make, make_new
+from dlopt.folders import RunFolder, make, make_new, newest
 from dlopt.parallel.rendezvous import current
 
 if TYPE_CHECKING:
@@ -168,7 +168,8 @@ def _folder(config: DictConfig, overrides: list[str], runs: list[_Run]) -> Path:
     """Returns the folder of the comparison, created if missing; its runs are in subfolders 0, 1, ..."""
     path, is_typed = typed_folder(config, "hydra.run.dir", overrides)
     if not is_typed:
-        return make_new(path, "hydra.run.dir")
+        unfinished = newest(path.parent, lambda each: _is_unfinished(each, runs)) if config.resume == "auto" else None
+        return make_new(path, "hydra.run.dir") if unfinished is None else unfinished.path
     if not path.is_dir():
         return make(path, "hydra.run.dir")
     for number, run in enumerate(runs):
@@ -178,6 +179,17 @@ def _folder(config: DictConfig, overrides: list[str], runs: list[_Run]) -> Path:
                 raise UserError(f"hydra.run.dir={path}: this folder contains runs; resume them with resume=auto")
             refuse_other_config(folder.config() or run.saved, run.saved, str(folder.path), folder.history())
     return path
+
+
+def _is_unfinished(comparison: RunFolder, runs: list[_Run]) -> bool:
+    """Returns whether the folder contains some of the `runs` but no results yet."""
+    folders = [RunFolder(comparison.path / str(number)) for number in range(len(runs))]
+    if (comparison.path / f"{PICTURE}.json").exists() or not any(folder.has_run() for folder in folders):
+        return False
+    if any(folder.is_live() for folder in folders):
+        return False
+    saved = [(folder.config(), run.saved) for folder, run in zip(folders, runs, strict=True)]
+    return not any(old is not None and differences(old, new) for old, new in saved)
 
 
 def _execute(runs: list[_Run], folder: Path, comparison: "Comparison") -> "tuple[dict[Cell, Outcome], int]":

@@ -1,5 +1,6 @@
 """`dlopt diagnose`: measures activations, gradients and curvature, with plots, a table and advice."""
 
+import contextlib
 import json
 import math
 import os
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dlopt.commands.command import Job, Line, on_experiment, output_folder, skipped_keys, writing
+from dlopt.commands.command import Job, Line, fitting, on_experiment, output_folder, skipped_keys, writing
 from dlopt.config.resolve import resolve_saved
 from dlopt.errors import DONE, UserError
 from dlopt.plain import without_nan
@@ -85,7 +86,8 @@ def diagnose(
         _check(subject.experiment)
     folder = None if output is None else output_folder(output, "diagnose")  # fails before the slow measurements
     keys = {"updates": updates, "batches": batches, "eigenvalues": eigenvalues, "iterations": iterations}
-    results = [_measure(subject, keys) for subject in subjects]
+    with contextlib.nullcontext() if checkpoint is None else fitting(checkpoint):
+        results = [_measure(subject, keys) for subject in subjects]
     folder = folder or output_folder(None, "diagnose")
     for (diagnosis, facts), subject in zip(results, subjects, strict=True):
         _print(diagnosis, facts, subject.label if len(subjects) > 1 else "")
@@ -111,9 +113,6 @@ def _trained(path: Path, overrides: Sequence[str]) -> _Subject:
 
     path = checkpoint_file(path)
     values = typed_values(overrides)
-    for key, value in values.items():
-        if key in _GROUPS and isinstance(value, str):
-            raise UserError(f"{key}={value}: checkpoint= fixes the choices; only their keys can be overridden")
     state = load(path)
     experiment = parse(resolve_saved(with_changes(state["config"], values, path)))
     return _Subject(f"epoch {state['progress']['epoch']}", experiment, {}, state)

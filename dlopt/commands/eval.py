@@ -5,10 +5,11 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from dlopt.commands.command import Line, on_checkpoint, on_experiment, writing
+from dlopt.commands.command import Line, fitting, on_checkpoint, on_experiment, writing
 from dlopt.commands.processes import join_processes, over_processes, take_process_keys
 from dlopt.config.resolve import resolve_saved
 from dlopt.config.saved import with_changes
@@ -238,8 +239,10 @@ def _test(
 
     members: list[_Member] = []
     for path, state, experiment in zip(paths, states, experiments, strict=True):
-        workload = build_workload(experiment, state["normalize"], parallel=mode)
-        workload.module.load_state_dict(state["ema"] or state["model"])
+        with fitting(path):
+            workload = build_workload(experiment, state["normalize"], parallel=mode)
+            _check_classes(path, state["progress"]["data"]["classes"], workload.dataset.classes)
+            workload.module.load_state_dict(state["ema"] or state["model"])
         chosen = choose_average(average, workload)
         epoch = state["progress"]["epoch"]
         if not workload.task.has_labels:
@@ -252,6 +255,18 @@ def _test(
     check_same_samples([vars(member) for member in members])
     batches = combine([member.batches for member in members], members[0].average)
     return members, report(batches, members[0].loss, members[0].task)
+
+
+def _check_classes(path: Path, trained: Sequence[str] | None, classes: Sequence[str] | None) -> None:
+    """Raises `UserError` if the model was trained with other classes than those of the data."""
+    if trained is None or classes is None:
+        return
+    for number, (old, new) in enumerate(zip_longest(trained, classes, fillvalue="missing")):
+        if old != new:
+            raise UserError(
+                f"checkpoint={path}: trained with other classes than those of the data: class {number} is {old} in the "
+                f"checkpoint, {new} in the data"
+            )
 
 
 def _per_class(report: "Report", classes: Sequence[str]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""`python -m dlopt.commands.grid NUMBER [group=choice] [key=a,b]`: prints the overrides of one job of a sweep.
+"""`python -m dlopt.commands.grid NUMBER [group=choice] [key=a,b]`: prints the arguments of one job of a sweep.
 
 For job arrays: NUMBER is the index of a combination of values, in the order of `dlopt train -m`.
 """
@@ -10,12 +10,13 @@ from dlopt.errors import DONE, USER_ERROR, UserError
 
 
 def overrides_of(number: int, arguments: list[str]) -> list[str]:
-    """Returns the overrides of job `number`. Raises `UserError`."""
+    """Returns the overrides of job `number`, after the flags that name config files. Raises `UserError`."""
     parsed = parse_arguments(arguments)
     jobs = grid(Composer(parsed.config_name, parsed.config_dir).parse(parsed.overrides))
     if not 0 <= number < len(jobs):
         raise UserError(f"job {number}: the sweep has jobs 0 to {len(jobs) - 1}: {' '.join(arguments)}")
-    return jobs[number]
+    flags = {"--config-dir": parsed.config_dir, "--config-name": parsed.config_name}
+    return [*(f"{flag}={value}" for flag, value in flags.items() if value is not None), *jobs[number]]
 
 
 if __name__ == "__main__":

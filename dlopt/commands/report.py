@@ -352,7 +352,9 @@ def _signed(metric: str, value: float) -> str:
 
 
 def show_front(rows: Sequence[tuple[str, Sequence[float]]], metrics: Sequence[str]) -> None:
-    """Prints the Pareto front of a multi-objective search."""
+    """Prints the Pareto front of a multi-objective search, if any job has finished."""
+    if not rows:
+        return
     table = plain_table("Pareto front")
     table.add_column("configuration", overflow="fold")
     for metric in metrics:

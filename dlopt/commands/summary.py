@@ -48,6 +48,8 @@ def summary(
     from dlopt.data.task import Task
 
     experiment, choices = line.experiment()
+    if classes is not None and vocabulary is not None:
+        raise UserError(f"classes={classes}, vocabulary={vocabulary}: set one of them")
     outputs = classes if vocabulary is None else vocabulary
     if (input_shape is None) != (outputs is None):
         missing = "classes=N or vocabulary=N" if outputs is None else "input_shape=[C,H,W]"
@@ -90,7 +92,7 @@ def _summarize(experiment: "Experiment", shape: tuple[int, ...], task: "Task") -
     input_dtype = dtype if task.vocabulary is None else torch.int64
     try:
         return summarize(_on_meta(module, dtype), torch.empty(batch, *shape, device="meta", dtype=input_dtype))
-    except RuntimeError as error:
+    except (RuntimeError, IndexError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"input_shape={list(shape)}: the model does not support this shape: {reason}") from None
 

@@ -77,6 +77,12 @@ class Request:
         from dlopt.training.model_check import check_minimum_memory
 
         config = self.composer.compose(overrides)
+        if config.get("comparison") is not None:
+            name = config.hydra.runtime.choices.experiment
+            raise UserError(
+                f"experiment={name}: a comparison is a series of runs already; leave out -m, or sweep its base config "
+                "with comparison=null"
+            )
         plain, saved = to_plain(config, self.overrides)
         experiment = parse(plain, saved)
         size = size_pair(experiment.data_settings.image_size)

@@ -65,8 +65,9 @@ def _check_flags(parsed: Namespace) -> None:
     modes = [f"--{name}" for name in ("run", "multirun", "cfg", "info") if getattr(parsed, name)]
     if len(modes) > 1:
         raise UserError(f"{' '.join(modes)}: only one of these can be used at a time")
-    if parsed.resolve and not parsed.cfg:
-        raise UserError("--resolve: only valid with --cfg")
+    for name in ("resolve", "package"):
+        if getattr(parsed, name) and not parsed.cfg:
+            raise UserError(f"--{name}: only valid with --cfg")
 
 
 def _prepare_rank(world: World, parsed: Namespace) -> None:

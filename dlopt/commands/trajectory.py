@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from dlopt.commands.command import (
     Job,
     Line,
+    fitting,
     on_checkpoint,
     on_experiment,
     output_folder,
@@ -386,8 +387,10 @@ def _draw_landscape(
     from dlopt.training.checkpoint import load
 
     state = load(path)
-    workload = build_workload(parse(resolve_saved(with_changes(state["config"], changes, path))), state["normalize"])
-    workload.module.load_state_dict(state["ema"] or state["model"])
+    experiment = parse(resolve_saved(with_changes(state["config"], changes, path)))
+    with fitting(path):
+        workload = build_workload(experiment, state["normalize"])
+        workload.module.load_state_dict(state["ema"] or state["model"])
     plane = None if directions == "random" else _path_plane(workload, path, is_required=directions == "path")
     if plane is None:
         origin = [p.detach().clone() for p in workload.module.parameters()]

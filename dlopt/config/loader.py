@@ -86,7 +86,9 @@ class RememberingLoader(ConfigLoaderImpl):
             for name in config.hydra.job.env_copy:
                 config.hydra.job.env_set[name] = os.environ[name]
         config.hydra.runtime.cwd = os.getcwd()
-        config.hydra.job.override_dirname = get_overrides_dirname(of_task, **config.hydra.job.config.override_dirname)
+        # Without `resume`, so that a run or sweep whose folder has this name finds it again.
+        named = [override for override in of_task if override.get_key_element() != "resume"]
+        config.hydra.job.override_dirname = get_overrides_dirname(named, **config.hydra.job.config.override_dirname)
         return config
 
     def _is_choice(self, override: Override) -> bool:

@@ -10,6 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dlopt.config.choices import config_folder
 from dlopt.config.compose import parse_overrides
+from dlopt.config.schema import show
 from dlopt.config.synonyms import for_flag
 from dlopt.errors import UserError
 
@@ -79,6 +80,10 @@ def with_changes(saved: Mapping[str, Any], overrides: Mapping[str, Any], path: P
     config = OmegaConf.create({**saved, "parallel": single, "allow_packages": trusted})
     OmegaConf.set_struct(config, True)
     for key, value in changes.items():
+        if isinstance(saved.get(key), Mapping):
+            raise UserError(
+                f"{key}={show(value)}: the checkpoint fixes the choices; only their keys can be set: {key}.KEY=VALUE"
+            )
         try:
             OmegaConf.update(config, key, value, merge=False)
         except OmegaConfBaseException:

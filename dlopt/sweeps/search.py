@@ -16,8 +16,9 @@ from optuna.trial import TrialState
 from dlopt.analysis.leaderboard import Direction, direction_of, is_seed
 from dlopt.config.resuming import FREE
 from dlopt.config.schema import check_arguments, component, show
-from dlopt.errors import DONE, FAILED, INTERRUPTED, UserError
+from dlopt.errors import DONE, FAILED, INTERRUPTED, RunError, UserError
 from dlopt.files import write_atomically
+from dlopt.metric_names import lower_is_better
 from dlopt.plain import flatten
 from dlopt.ranges import Count, Seed
 from dlopt.sweeps import pool as pools
@@ -71,16 +72,18 @@ def build_study_spec(loader: Any, config: DictConfig, overrides: Sequence[str]) 
         raise UserError("hydra.sweeper.n_trials=null: allowed for grids only; set the number of jobs")
     if name == "grid" and space.size() is not None:
         total = min(total, space.size() or 0)
+    watch = None if isinstance(pruner, optuna.pruners.NopPruner) else _pruning_metric(settings, objectives)
     return StudySpec(
         space,
         objectives,
         directions,
-        None if isinstance(pruner, optuna.pruners.NopPruner) else _pruning_metric(settings, objectives),
+        watch,
         sampler.build(space=space, seed=settings.seed),
         pruner,
         total,
         settings.storage,
         settings.study_name,
+        negate_pruning_metric=watch is not None and _is_opposite(watch, objectives[0], directions[0]),
     )
 
 
@@ -108,6 +111,13 @@ def _pruning_metric(settings: SearchSettings, objectives: Sequence[str]) -> str:
             "that the pruner compares, for example hydra.sweeper.watch=val_loss"
         )
     return objectives[0].removeprefix("best_")
+
+
+def _is_opposite(watch: str, objective: str, direction: Direction) -> bool:
+    """Returns whether the pruner's metric improves in the opposite direction of the objective: loss and accuracy."""
+    if objective.removeprefix("best_") == watch:
+        return False
+    return lower_is_better(watch) != (direction == "minimize")
 
 
 def probes(space: Space) -> list[list[str]]:
@@ -189,6 +199,7 @@ class Search(JobSource):
         self._interrupted = 0
         self._last_empty_claim, self._is_exhausted = float("-inf"), False
         self._overview: Overview | None = None
+        self._logged: set[str] = set()  # metrics in the lines of metrics.jsonl, if there is a pruner
 
     def run(self, pool: Pool) -> None:
         """Runs until no job is left. On a signal, stops the jobs with checkpoints, then raises KeyboardInterrupt."""
@@ -222,12 +233,18 @@ class Search(JobSource):
         return self._is_exhausted
 
     def should_stop(self, job: Job, metrics: Mapping[str, Any]) -> bool:
-        value = metrics.get(self._spec.pruning_metric or "")
-        if self._spec.pruning_metric is None or not _is_number(value):
+        if self._spec.pruning_metric is None:
             return False
-        return self._study.report(self._claims[job.number], int(metrics["epoch"]), float(value))
+        self._logged |= metrics.keys()
+        value = metrics.get(self._spec.pruning_metric)
+        if not _is_number(value):
+            return False
+        # The pruner compares in the direction of the objective.
+        value = -float(value) if self._spec.negate_pruning_metric else float(value)
+        return self._study.report(self._claims[job.number], int(metrics["epoch"]), value)
 
     def ended(self, job: Job, result: Result) -> None:
+        """Records the result. Raises `RunError` if no job of this search can have the metrics that it compares."""
         claim = self._claims[job.number]
         if result.status == "interrupted":
             self._interrupted += 1
@@ -235,16 +252,32 @@ class Search(JobSource):
         if result.status == "pruned":
             self._study.prune(claim)
             return
-        reason = result.reason
-        if result.status != "failed":
-            scores = [value for key in self._spec.objectives if _is_number(value := result.metrics.get(key))]
-            if len(scores) == len(self._spec.objectives):
-                self._study.finish(claim, [float(score) for score in scores])
-                return
-            missing = next(key for key in self._spec.objectives if not _is_number(result.metrics.get(key)))
-            available = ", ".join(key for key, value in result.metrics.items() if _is_number(value))
-            reason = f"hydra.sweeper.objective={missing}: no such metric in summary.json, which has {available}"
+        if result.status == "failed":
+            self._study.fail(claim, result.reason)
+            return
+        values = {key: result.metrics.get(key) for key in self._spec.objectives}
+        scores = [float(value) for value in values.values() if _is_number(value)]
+        if len(scores) == len(values):
+            self._study.finish(claim, scores)
+        else:
+            self._fail(claim, values, result.metrics)
+        watch = self._spec.pruning_metric
+        if self._logged and watch is not None and watch not in self._logged:
+            logged = ", ".join(sorted(self._logged))
+            raise RunError(f"hydra.sweeper.watch={watch}: no such metric in metrics.jsonl, which has {logged}")
+
+    def _fail(self, claim: Claim, values: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
+        """Records a job without all objectives; ends the search if no job has had them."""
+        key = next(key for key, value in values.items() if not _is_number(value))
+        available = ", ".join(name for name, value in metrics.items() if _is_number(value))
+        is_unknown = key not in metrics
+        reason = f"no such metric in summary.json, which has {available}" if is_unknown else "not a finite number"
+        reason = f"hydra.sweeper.objective={key}: {reason}"
         self._study.fail(claim, reason)
+        if is_unknown and not self._study.finished():
+            raise RunError(reason)
+        if self._overview is not None:
+            self._overview.message(f"job {claim.number}: {reason}")
 
     def outcome(self) -> Outcome:
         counts = self._study.counts()

@@ -52,6 +52,7 @@ class StudySpec:
     total: int
     storage: str | None  # URL of a database; None: a journal in the sweep's folder
     name: str
+    negate_pruning_metric: bool = False  # it improves in the opposite direction of the objective
 
 
 @dataclass(frozen=True)

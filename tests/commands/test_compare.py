@@ -83,6 +83,22 @@ def test_resumes(folder: Path) -> None:
     assert json.loads((folder / "out/1/summary.json").read_text())["status"] == "finished"
 
 
+def test_resume_auto_finds_the_unfinished_comparison(folder: Path) -> None:
+    assert compare(folder, "seed=3", "epochs=1").code == 0
+    [first] = folder.glob("outputs/small/*")
+    assert compare(folder, "seed=3", "epochs=1", "resume=auto").code == 0  # finished: a new one
+    [second] = set(folder.glob("outputs/small/*")) - {first}
+    for path in (first / "1/summary.json", first / "comparison.json"):  # as if it had been killed
+        path.unlink()
+    before = (first / "0/summary.json").read_bytes()
+    other = compare(folder, "seed=3", "epochs=1", "optimizer.lr=0.5", "resume=auto")
+    assert len(list(folder.glob("outputs/small/*"))) == 3 and f"in {first}\n" not in other.out
+    result = compare(folder, "seed=3", "epochs=1", "resume=auto")
+    assert result.code == 0 and f"in {first}\n" in result.out
+    assert (first / "comparison.json").is_file() and (first / "1/summary.json").is_file()
+    assert (first / "0/summary.json").read_bytes() == before and second.is_dir()
+
+
 def change(folder: Path, old: str, new: str) -> None:
     recipe = folder.parent / "myconf" / "experiment" / "small.yaml"
     assert old in recipe.read_text()

@@ -4,6 +4,8 @@ import json
 import math
 from pathlib import Path
 
+import pytest
+
 from tests.commands.line import SMALL, dlopt, only, refused
 
 NET = ("model=mlp", "model.widths=[6,6]", "model.activation=tanh", "model.norm=none", "data.subset=60", "threads=1")
@@ -49,7 +51,12 @@ def test_checkpoint(tmp_path: Path) -> None:
     assert (result.code, result.err) == (0, "")
     [record] = json.loads(only(tmp_path, "outputs/diagnose/*/diagnosis.json").read_text())
     assert record["snapshots"][0]["updates"] == json.loads((tmp_path / "run" / "summary.json").read_text())["steps"]
-    assert "checkpoint= fixes the choices" in refused(tmp_path, "diagnose", *typed, "model=resnet20")
+    assert "the checkpoint fixes the choices" in refused(tmp_path, "diagnose", *typed, "model=resnet20")
+
+
+@pytest.mark.parametrize("command", ["diagnose", "find-lr", "show-batch", "summary"])
+def test_dry_run_is_refused(command: str, tmp_path: Path) -> None:
+    assert "dry_run=true: only available in `dlopt train`" in refused(tmp_path, command, "dry_run=true")
 
 
 def test_find_lr(tmp_path: Path) -> None:
@@ -80,4 +87,7 @@ def test_refused(tmp_path: Path) -> None:
     assert "only `dlopt train` runs a range test" in refused(tmp_path, "diagnose", *NET, "optimizer.lr=auto")
     assert "max_lr=0.1: must be > min_lr=1" in refused(tmp_path, "find-lr", "min_lr=1", "max_lr=0.1")
     assert "add classes=N" in refused(tmp_path, "summary", "input_shape=[3,8,8]")
+    both = ("input_shape=[8]", "classes=2", "vocabulary=3")
+    assert "classes=2, vocabulary=3: set one of them" in refused(tmp_path, "summary", *both)
+    assert "input_shape=[]: the model does" in refused(tmp_path, "summary", *NET, "input_shape=[]", "classes=2")
     assert "input_shape=[5, 0]" in refused(tmp_path, "summary", "input_shape=[5,0]", "classes=2")

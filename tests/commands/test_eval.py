@@ -24,7 +24,7 @@ from dlopt.commands.eval import confusion_table, plot_confusion
 from dlopt.config.parsing import parse
 from dlopt.training.build import build_workload
 from dlopt.training.checkpoint import load
-from tests.commands.line import Result, dlopt, entries, refused
+from tests.commands.line import SMALL, Result, dlopt, entries, refused
 from tests.parallel.ranks import run_ranks
 from tests.processes import start
 from tests.tracking.test_mlflow import free_port
@@ -296,6 +296,7 @@ def test_regression(tmp_path: Path) -> None:
         (["tta=multi_scale_ten_crop", "tta.scales=8"], ["tta.scales=8"]),
         (["average=median"], ["average=median"]),
         (["output=a/config.yaml"], ["output=a/config.yaml"]),
+        (["data=digits"], ["data=digits: the checkpoint fixes the choices", "data.KEY=VALUE"]),
     ],
 )
 def test_refused(folder: Path, line: list[str], parts: list[str]) -> None:
@@ -327,6 +328,30 @@ def test_fixed_size_model_reports_its_size(tmp_path: Path) -> None:
     assert "tta.crop=7" in message and "8x8" in message
     result: Result = dlopt(tmp_path, "eval", "checkpoint=run/checkpoints/best.pt", "tta=ten_crop")
     assert result.code == 0, result.err
+
+
+def test_model_that_does_not_fit_the_data(tmp_path: Path) -> None:
+    assert dlopt(tmp_path, "train", *SMALL, "hydra.run.dir=run").code == 0
+    typed = ("checkpoint=run", "data.image_size=5")
+    for command in (["eval"], ["trajectory", "points=3"], ["diagnose", "updates=0", "eigenvalues=0"]):
+        message = refused(tmp_path, *command, *typed)
+        assert message.startswith("dlopt: checkpoint=run") and ": does not fit the model for these data and" in message
+        assert "size mismatch for layer1.linear.weight" in message
+
+
+def test_data_with_other_classes(tmp_path: Path) -> None:
+    for root, names in (("one", "ab"), ("two", "bc"), ("three", "abc")):
+        for number, name in enumerate(names * 8):
+            path = tmp_path / root / ("test" if number < len(names) else "train") / name / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (4, 4), 10 * number).save(path)
+    line = [each for each in SMALL if not each.startswith("data")]
+    typed = ("data=image_folder", "data.root=one", "data.image_size=4", "data.val_split=0.3", "hydra.run.dir=run")
+    assert dlopt(tmp_path, "train", *line, *typed).code == 0
+    message = refused(tmp_path, "eval", "checkpoint=run", "data.root=two")
+    assert "other classes than those of the data: class 0 is a in the checkpoint, b in the data" in message
+    message = refused(tmp_path, "eval", "checkpoint=run", "data.root=three")
+    assert "class 2 is missing in the checkpoint, c in the data" in message
 
 
 def test_glob_pattern_of_checkpoints(folder: Path) -> None:

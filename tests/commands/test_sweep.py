@@ -100,6 +100,11 @@ def test_refuses_invalid_job_before_the_first_starts(tmp_path: Path) -> None:
     assert "optimizer.lr=-1" in refused(tmp_path, "train", "-m", *TINY, "optimizer.lr=0.1,0.01,-1")
 
 
+def test_refuses_a_comparison(tmp_path: Path) -> None:
+    message = refused(tmp_path, "train", "-m", "experiment=lecture/warm_restarts", "seed=0,1", "threads=1")
+    assert "experiment=lecture/warm_restarts: a comparison" in message and "comparison=null" in message
+
+
 def test_checks_sweeps_in_files(tmp_path: Path) -> None:
     path = tmp_path / "conf/experiment/mine.yaml"
     path.parent.mkdir(parents=True)
@@ -165,6 +170,16 @@ def test_resume_runs_only_unfinished_jobs(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in first.rglob("*")} == before
     for run in (second, third):
         assert len((run / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.usefixtures("quick")
+def test_resume_finds_jobs_in_folders_named_by_their_overrides(tmp_path: Path) -> None:
+    line = ["seed=1,2", "hydra.sweep.subdir=${hydra.job.override_dirname}"]
+    assert sweep(tmp_path, *line).code == 0
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    result = sweep(tmp_path, *line, "resume=auto")
+    assert result.code == 0 and result.out.startswith("this sweep is already finished: ")
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 @pytest.mark.usefixtures("quick")

@@ -4,13 +4,20 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import Any, cast
 
+import optuna
 import pytest
 import yaml
 
+from dlopt.folders import RunFolder
 from dlopt.sweeps.grid import estimate_job_seconds, estimate_line
+from dlopt.sweeps.jobs import Job
+from dlopt.sweeps.search import Search, build_study_spec
+from dlopt.sweeps.study import Claim
 from tests.commands.line import SMALL, Result, dlopt, refused
 from tests.sweeps.processes import InProcess
+from tests.sweeps.spaces import composer
 
 TINY = [*[each for each in SMALL if not each.startswith("epochs")], "epochs=1", "tracking=[]"]
 SEARCH = ["hydra/sweeper=dlopt_optuna", "hydra/sweeper/sampler=random", "hydra.sweeper.objective=best_val_loss"]
@@ -76,9 +83,57 @@ def test_failed_job_is_reported_and_does_not_stop_the_others(tmp_path: Path) -> 
     assert {number: each["status"] for number, each in summaries(tmp_path).items()} == {"0": "finished", "1": "failed"}
 
 
-def test_unknown_objective_fails(tmp_path: Path) -> None:
-    result = search(tmp_path, SPACE, "hydra.sweeper.n_trials=1", "hydra.sweeper.objective=best_val_f2")
-    assert result.code == 1
+def test_unknown_objective_ends_the_search_after_the_first_job(tmp_path: Path) -> None:
+    result = search(tmp_path, SPACE, "hydra.sweeper.n_trials=3", "hydra.sweeper.objective=best_val_f2")
+    assert result.code == 1 and list(summaries(tmp_path)) == ["0"]
+    assert result.err.startswith("dlopt: hydra.sweeper.objective=best_val_f2: no such metric in summary.json, which ")
+    assert "best_val_loss" in result.err and result.err.count("\n") == 1
+
+
+def test_unknown_metric_of_the_pruner_ends_the_search_after_the_first_job(tmp_path: Path) -> None:
+    median = ["hydra/sweeper/pruner=median", "hydra.sweeper.watch=val_los"]
+    result = search(tmp_path, SPACE, "hydra.sweeper.n_trials=3", *median)
+    assert result.code == 1 and list(summaries(tmp_path)) == ["0"]
+    assert result.err.startswith("dlopt: hydra.sweeper.watch=val_los: no such metric in metrics.jsonl, which has ")
+
+
+@pytest.mark.parametrize(
+    ("objective", "watch", "direction", "is_pruned"),
+    [
+        ("best_val_accuracy", "val_loss", "auto", True),  # the pruner's metric improves in the other direction
+        ("test_accuracy", "train_loss", "auto", True),
+        ("best_val_macro_f1", "val_loss", "maximize", True),
+        ("best_val_loss", "auto", "auto", True),
+        ("best_val_loss", "val_accuracy", "auto", False),
+    ],
+)
+def test_pruner_stops_jobs_with_a_worse_metric(objective: str, watch: str, direction: str, is_pruned: bool) -> None:
+    """Reports 1 for four jobs and 2 for the fifth, whose loss is therefore worse and whose accuracy better."""
+    typed = [
+        "hydra/sweeper=dlopt_optuna",
+        "hydra/sweeper/pruner=median",
+        f"hydra.sweeper.objective={objective}",
+        f"hydra.sweeper.watch={watch}",
+        f"hydra.sweeper.direction={direction}",
+    ]
+    loader, config = composer().loader, composer().compose(typed, multirun=True)
+    spec = build_study_spec(loader, config, [SPACE])
+    study = optuna.create_study(direction=spec.directions[0], pruner=optuna.pruners.MedianPruner(n_startup_trials=1))
+    prunes = []
+
+    class Recorded:
+        def report(self, claim: Claim, epoch: int, value: float) -> bool:
+            claim.trial.report(value, epoch)
+            return claim.trial.should_prune()
+
+    for number, value in enumerate([1.0, 1.0, 1.0, 1.0, 2.0]):
+        trial = study.ask()
+        search = Search(spec, cast(Any, Recorded()), cast(Any, None))
+        search._claims[number] = Claim(number, {}, trial, is_takeover=False)
+        job = Job(number, RunFolder(Path()), {}, [], {}, "")
+        prunes.append(search.should_stop(job, {"epoch": 1, spec.pruning_metric or "": value}))
+        study.tell(trial, 0.0)
+    assert [bool(each) for each in prunes] == [False, False, False, False, is_pruned]
 
 
 def test_several_objectives_print_the_pareto_front(tmp_path: Path) -> None:
