@@ -180,8 +180,8 @@ def judge(
     """Compares the values of two sides, paired by seed.
 
     The interval is Student's 95 % interval of the mean difference. If a run diverged (an infinite value), it is the
-    range over seeds instead. "seen": the whole interval is beyond the margin (for `equal`: within). "the opposite":
-    the whole interval is on the other side of zero (for `equal`: outside the margin).
+    range over seeds instead. "seen": the whole interval is beyond the margin (for `equal`: within, unless all runs
+    diverged). "the opposite": the whole interval is on the other side of zero (for `equal`: outside the margin).
     """
     effects = [_effect(claim, a, b) for a, b in zip(*values, strict=True)]
     effect, low, high = _interval(effects)
@@ -189,7 +189,7 @@ def judge(
     margin, rounding = claim.margin, 1e-9
     if low is not None and high is not None:
         if claim.relation == "equal":
-            if max(-low, high) <= margin + rounding:
+            if max(-low, high) <= margin + rounding and any(math.isfinite(each) for side in values for each in side):
                 verdict = "seen"
             elif low > margin or high < -margin:
                 verdict = "the opposite"
@@ -203,6 +203,8 @@ def judge(
 def _effect(claim: Claim, a: float, b: float) -> float:
     """Returns how far a pair is in the claimed direction; 0 if both diverged."""
     a, b = (b, a) if claim.relation == "lower" else (a, b)
+    if claim.factor is not None:  # a diverged run has the accuracy -inf: the ratio to it is that to 0
+        a, b = (0.0 if value == -math.inf else value for value in (a, b))
     if a == b:
         return 0.0
     if claim.factor is None:
@@ -265,9 +267,7 @@ def short_sentence(finding: Finding) -> str:
     """Writes the outcome for a plot, without the names of the sides."""
     values = f"{_average(finding.first)} against {_average(finding.second)}"
     if finding.low is not None and finding.high is not None:
-        effect, low, high = (_scaled(each, finding) for each in (finding.effect, finding.low, finding.high))
-        name = "range" if any(map(math.isinf, (finding.low, finding.high))) else "95 %"
-        values += f"; {effect}, {name}: {low} to {high}"
+        values += f"; {_with_interval(finding, '95 %:')}"
     return f"{_PREFIX[finding.verdict]}: {finding.claim.text} ({values})."
 
 
@@ -286,10 +286,9 @@ def numbers(finding: Finding, label: Label) -> str:
     if finding.low is None or finding.high is None:
         parts.append("no interval: one seed" if len(finding.first) == 1 else "no interval: negative values")
     else:
-        effect, low, high = (_scaled(each, finding) for each in (finding.effect, finding.low, finding.high))
         kind = "ratio" if claim.factor is not None else "difference"
-        name = "range" if any(map(math.isinf, (finding.low, finding.high))) else "95 % interval"
-        parts.append(f"{kind} {effect}, {name} {low} to {high}, {len(finding.first)} seeds, margin {margin}")
+        values = _with_interval(finding, "95 % interval")
+        parts.append(f"{kind} {values}, {len(finding.first)} seeds, margin {margin}")
     return "; ".join(parts) + "."
 
 
@@ -318,6 +317,15 @@ def _where(finding: Finding, i: int, label: Label) -> str:
 def shown(value: Value) -> str:
     """Formats a value as in an override."""
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _with_interval(finding: Finding, interval: str) -> str:
+    """Writes the effect and its interval; with infinite effects of some seeds, their range."""
+    assert finding.low is not None and finding.high is not None
+    effect, low, high = (_scaled(each, finding) for each in (finding.effect, finding.low, finding.high))
+    if not math.isinf(finding.low) and not math.isinf(finding.high):
+        return f"{effect}, {interval} {low} to {high}"
+    return f"{effect} in every seed" if low == high else f"{effect}, range {low} to {high}"
 
 
 def _scaled(effect: float, finding: Finding) -> str:

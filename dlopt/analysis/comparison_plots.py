@@ -265,8 +265,11 @@ def _heat_maps(comparison: Comparison, outcomes: Mapping[Cell, Outcome], finding
         results = finals(comparison, outcomes, variant, name)
         maps.append(np.array([[mean(results[row, column]) for column in columns] for row in rows]))
     is_accuracy = name.endswith("accuracy")
-    shades = np.stack(maps) if is_accuracy else -np.log10(np.stack(maps))
-    low, high = float(np.nanquantile(shades, 0.1 if is_accuracy else 0)), float(np.nanmax(shades))
+    stacked = np.stack(maps)  # gaps may be negative, and errors 0: they have no logarithm
+    has_logarithm = not is_accuracy and not (stacked <= 0).any()
+    shades = -np.log10(stacked) if has_logarithm else stacked if is_accuracy else -stacked
+    known = shades[~np.isnan(shades)]
+    low, high = (float(np.quantile(known, 0.1 if is_accuracy else 0)), float(known.max())) if known.size else (0.0, 1.0)
     across = len(maps) if len(maps) < 4 else math.ceil(len(maps) / 2)
     down = math.ceil(len(maps) / across)
     figure = _titled_figure(comparison, findings, 3.6 * across + 1.2, 3.2 * down + 1)

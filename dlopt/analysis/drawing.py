@@ -1,6 +1,7 @@
 """Shared plotting helpers: figures, distinguishable line styles, axes, legends, files."""
 
 import io
+import math
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
@@ -104,7 +105,8 @@ def integer_ticks(*panels: "Axes") -> None:
 def logarithmic(*panels: "Axes") -> None:
     """Makes the y-axis logarithmic with plain tick labels: 0.6 and 1e-05, not 6 x 10^-1; masks values <= 0.
 
-    Plain text also renders much faster than mathtext.
+    Call it after plotting: a panel without positive values stays linear, because matplotlib refuses to draw it. Plain
+    text also renders much faster than mathtext.
     """
     from matplotlib.ticker import LogFormatter
 
@@ -112,7 +114,7 @@ def logarithmic(*panels: "Axes") -> None:
         def __call__(self, value: float, position: int | None = None) -> str:
             return f"{value:g}" if super().__call__(value, position) else ""
 
-    for axes in panels:
+    for axes in (each for each in panels if math.isfinite(each.dataLim.minposy)):
         axes.set_yscale("log", nonpositive="mask")
         axes.yaxis.set_major_formatter(PlainFormatter())
         axes.yaxis.set_minor_formatter(PlainFormatter(labelOnlyBase=False))

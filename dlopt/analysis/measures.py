@@ -30,8 +30,8 @@ def _gradient(workload: Workload, loss: Tensor) -> Tensor:
 
 
 def _batch_size(workload: Workload) -> int:
-    size = workload.experiment.data_settings.batch_size
-    return _SAMPLES if size == "full" else min(size, _SAMPLES)
+    size, most = workload.experiment.data_settings.batch_size, min(_SAMPLES, len(workload.dataset.train))
+    return most if size == "full" else min(size, most)
 
 
 def sample_dependence(workload: Workload) -> float:

@@ -32,8 +32,8 @@ def checkpoints(folder: Path) -> Iterator[Mapping[str, Any]]:
 def effective_rate(folder: Path) -> list[tuple[Mapping[str, Any], float]]:
     """Computes the median over all weights of the effective learning rate, an adaptive method's factor of the gradient.
 
-    Adagrad: lr / (sqrt(sum g^2) + eps); RMSprop: lr / (sqrt(E g^2) + eps); Adam: the same with bias-corrected E g^2;
-    Adadelta: lr sqrt(E delta^2 + eps) / sqrt(E g^2 + eps); others: lr.
+    Adagrad: lr / (sqrt(sum g^2) + eps); RMSprop: lr / (sqrt(E g^2) + eps); Adam: the same with bias-corrected E g^2
+    (AMSGrad: its largest value); Adadelta: lr sqrt(E delta^2 + eps) / sqrt(E g^2 + eps); others: lr.
     """
     values = []
     for saved in checkpoints(folder):
@@ -51,9 +51,9 @@ def _rates(state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
         return lr * (state["acc_delta"] + eps).sqrt() / (state["square_avg"] + eps).sqrt()
     if "square_avg" in state:
         return lr / (state["square_avg"].sqrt() + eps)
-    if "exp_avg_sq" in state:
+    if "exp_avg_sq" in state and "step" in state:  # Prodigy counts none, and does not correct the bias
         correction = 1 - group["betas"][1] ** float(state["step"])
-        return lr / ((state["exp_avg_sq"] / correction).sqrt() + eps)
+        return lr / ((state.get("max_exp_avg_sq", state["exp_avg_sq"]) / correction).sqrt() + eps)
     return torch.tensor([lr])
 
 

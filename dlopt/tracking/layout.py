@@ -47,9 +47,9 @@ def round_floats(text: str) -> str:
 
 
 def format_bytes(count: float) -> str:
-    """1.5 MiB."""
+    """1.5 MiB; 1,020 KiB."""
     power = min(int(math.log2(max(count, 1))) // 10, 4)
-    return f"{count / 1024**power:.3g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+    return f"{float(f'{count / 1024**power:.3g}'):,g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
 
 
 def format_duration(seconds: float) -> str:

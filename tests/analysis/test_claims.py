@@ -75,6 +75,23 @@ def test_one_seed_proves_nothing() -> None:
     assert finding.verdict == "not seen here" and "no interval: one seed" in sentence(finding, label)
 
 
+@pytest.mark.parametrize("margin", [{"factor": 1.1}, {"factor": None, "difference": 0.1}])
+def test_a_diverged_run_has_an_infinitely_worse_accuracy(margin: dict[str, Any]) -> None:
+    written = claim(metric="val_accuracy", lower=None, higher="a", **margin)
+    trained, failed = outcome(0.9, metric="val_accuracy"), outcome(failed=True)
+    finding = judged(written, [trained] * 3, [failed] * 3)
+    assert finding.verdict == "seen" and "unbounded" in sentence(finding, label)
+    assert judged(written, [failed] * 3, [trained] * 3).verdict == "the opposite"
+    assert judged(written, [failed] * 3, [failed] * 3).verdict == "not seen here"
+
+
+@pytest.mark.parametrize("keys", [{}, {"measure": "step", "target": 0.5}])
+def test_runs_that_all_diverged_are_not_equal(keys: dict[str, Any]) -> None:
+    written = claim(lower=None, than=None, equal=["a", "b"], factor=2.0, **keys)
+    runs = [outcome(1.0, failed=True)] * 3
+    assert judged(written, runs, runs).verdict == "not seen here"
+
+
 def test_a_diverged_run_is_infinitely_worse() -> None:
     trained, failed = outcome(1.0), outcome(0.1, failed=True)
     assert judged(claim(), [trained] * 3, [failed] * 3).verdict == "seen"

@@ -145,6 +145,25 @@ def test_two_keys_plot_heat_maps_with_best_cell_framed() -> None:
     assert [text.get_text() for text in maps[0].texts] == ["20.0", "30.0", "40.0", "30.0", "40.0", "×"]
 
 
+def test_heat_maps_of_errors_of_0_are_brightest_where_the_error_is_lowest() -> None:
+    spec = comparison(along={"lr": [1, 2], "decay": [0.1, 0.2, 0.3]}, seeds=[0], metrics=["val_error"])
+    accuracies = {0.1: 1.0, 0.2: 0.8, 0.3: 0.7}
+    outcomes = {
+        cell: Outcome([{"epoch": 1, "step": 1, "val_accuracy": accuracies[cell.point[1]]}], {"status": "finished"}, {})  # type: ignore[index]
+        for cell in spec.cells()
+    }
+    image = draw(spec, outcomes).axes[0].images[0]
+    brightness = image.norm(image.get_array())
+    assert not brightness.mask.any() and list(brightness[0]) == pytest.approx([1, 1 / 3, 0])
+
+
+@pytest.mark.parametrize("along", [{}, {"lr": [0.1, 0.2]}, {"a": ["x", "y"]}, {"lr": [1, 2], "a": ["x", "y"]}])
+def test_draws_a_comparison_in_which_all_runs_diverged(along: dict[str, Any]) -> None:
+    spec = comparison(along=along)
+    figure = draw(spec, {cell: outcome([], failed=True) for cell in spec.cells()})
+    FigureCanvasAgg(figure).draw()
+
+
 def test_evaluations_count_in_passes_over_the_training_set() -> None:
     """Two full batches per epoch; line searches need 3 evaluations per update at first, and 2 later."""
     lines = [{"epoch": epoch, "lr": 0.1, "seconds": 1.0, "train_loss": 4.0 ** (2 - epoch)} for epoch in (1, 2)]

@@ -22,8 +22,9 @@ def test_only_batch_norm_makes_samples_dependent() -> None:
     for each in (plain, layer):
         assert measures.sample_dependence(each) < 1e-4 and measures.gradient_bias(each) < 1e-4
     assert measures.sample_dependence(batch) > 0.1
-    biases = [measures.gradient_bias(workload("model.norm=batch", f"data.batch_size={size}")) for size in (2, 8, 64)]
-    assert biases[0] > biases[1] > 1e-2 and biases[2] < 1e-4  # 64: all samples in one batch
+    sizes = (2, 8, 64, 100, "full")
+    biases = [measures.gradient_bias(workload("model.norm=batch", f"data.batch_size={size}")) for size in sizes]
+    assert biases[0] > biases[1] > 1e-2 and max(biases[2:]) < 1e-4  # from 64 on, all samples are in one batch
     statistics = [buffer.clone() for buffer in batch.module.buffers()]
     measures.sample_dependence(batch)
     assert all(torch.equal(a, b) for a, b in zip(statistics, batch.module.buffers(), strict=True))

@@ -7,7 +7,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from dlopt import train
-from dlopt.analysis.probes import checkpoints, gradient_variance
+from dlopt.analysis import probes
+from dlopt.analysis.probes import checkpoints, effective_rate, gradient_variance
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import resolve_saved
 from dlopt.training.build import build_workload, evaluation_batches, training_batches
@@ -40,3 +41,24 @@ def test_gradient_variance_matches_sampling(tmp_path: Path) -> None:
     random_batches = [torch.randperm(23, generator=generator)[:5] for _ in range(2000)]
     at_random = torch.stack([(gradient(batch) - mean).square().sum() for batch in random_batches]).mean()
     assert result[1][1] == pytest.approx(float(variance / at_random), rel=0.04)
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_effective_rate_of_adam_is_its_step_per_gradient(monkeypatch: pytest.MonkeyPatch, amsgrad: bool) -> None:
+    weights = torch.nn.Parameter(torch.ones(5, dtype=torch.float64))
+    optimizer = torch.optim.Adam([weights], lr=0.1, betas=(0.0, 0.9), amsgrad=amsgrad)  # no momentum
+    for scale in (100.0, 1.0, 0.1):  # the largest average is not the last one
+        before = weights.detach().clone()
+        weights.grad = scale * torch.arange(1.0, 6.0, dtype=torch.float64)
+        optimizer.step()
+    saved = {"optimizer": optimizer.state_dict(), "progress": {"step": 3}}
+    monkeypatch.setattr(probes, "checkpoints", lambda folder: [saved])
+    [(_, rate)] = effective_rate(Path())
+    assert rate == pytest.approx(float(((before - weights.detach()) / weights.grad).median()), rel=1e-9)
+
+
+def test_effective_rate_of_an_optimizer_that_counts_no_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = {"lr": 0.3, "betas": (0.9, 0.999), "eps": 1e-8, "params": [0]}
+    saved = {"optimizer": {"param_groups": [group], "state": {0: {"exp_avg_sq": torch.ones(2)}}}, "progress": {}}
+    monkeypatch.setattr(probes, "checkpoints", lambda folder: [saved])  # as Prodigy's
+    assert effective_rate(Path()) == [({}, pytest.approx(0.3))]

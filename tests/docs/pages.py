@@ -6,9 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 GENERATED = ROOT / "docs/reference"
-PAGES = sorted(
-    [*ROOT.glob("*.md"), *(page for page in (ROOT / "docs").rglob("*.md") if GENERATED not in page.parents)]
-)
+PAGES = sorted([*ROOT.glob("*.md"), *(page for page in (ROOT / "docs").rglob("*.md") if GENERATED not in page.parents)])
 
 
 @dataclass(frozen=True)

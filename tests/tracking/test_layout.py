@@ -46,6 +46,13 @@ def test_format_clock(seconds: float, text: str) -> None:
     assert layout.format_clock(seconds) == text
 
 
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (1023, "1,020 B"), (1010 << 10, "1,010 KiB"), (3 << 19, "1.5 MiB")]
+)
+def test_format_bytes(count: int, text: str) -> None:
+    assert layout.format_bytes(count) == text
+
+
 def test_round_floats() -> None:
     label = "job 1: lr=0.12369483267621112 eps=1.2345678e-08 x=0.0005,12.5 path=run-1.23456789.pt version=1.2.345678"
     assert layout.round_floats(label) == (

@@ -101,7 +101,7 @@ def _problem(ranks: Sequence[Mapping[str, Any] | None], codes: Sequence[int]) ->
 
 
 def summarize(label: str, mode: str, ranks: Sequence[Any]) -> ModeResult:
-    medians = [sorted(rank["steps"])[len(rank["steps"]) // 2] for rank in ranks]
+    medians = [statistics.median(rank["steps"]) for rank in ranks]
     step = max(medians)
     count = len(ranks)
     return ModeResult(

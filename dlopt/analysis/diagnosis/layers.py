@@ -33,11 +33,10 @@ class Moments:
     @torch.no_grad()
     def add(self, tensor: Tensor) -> None:
         values = tensor.detach()
-        values = values.to(torch.promote_types(values.dtype, torch.float32))
         count = values.numel()
         if not count:
             return
-        variance, mean = torch.var_mean(values, correction=0)
+        variance, mean = torch.var_mean(values.to(_wide(values.device)), correction=0)
         total = self.count + count
         if self.count:
             delta = mean - self._mean
@@ -47,7 +46,8 @@ class Moments:
             self._deviations, self._mean = variance * count, mean
         self.count = total
         if self.keep:
-            self._kept.append(_subsample(values, self.keep).cpu())
+            kept = _subsample(values, self.keep).cpu()
+            self._kept.append(kept.to(torch.promote_types(kept.dtype, torch.float32)))
 
     @property
     def mean(self) -> float:
@@ -77,6 +77,14 @@ class Moments:
     def values(self) -> Tensor:
         """Sampled values [n], on the CPU."""
         return torch.cat(self._kept) if self._kept else torch.empty(0)
+
+
+def _wide(device: torch.device) -> torch.dtype:
+    """Returns the widest floating-point type of a device.
+
+    Squares in float32 overflow above 1e19 and vanish below 1e-23: gradients of deep networks reach both.
+    """
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _subsample(values: Tensor, count: int) -> Tensor:
@@ -234,7 +242,7 @@ def norms(tensors: Sequence[Sequence[Tensor]]) -> Tensor:
     flat = [tensor for group in tensors for tensor in group]
     if not flat:
         return torch.zeros(len(tensors))
-    squares = torch.stack([value.float().square() for value in torch._foreach_norm(flat)])
+    squares = torch.stack(torch._foreach_norm(flat, dtype=_wide(flat[0].device))).square()
     owner = torch.repeat_interleave(torch.tensor([len(group) for group in tensors])).to(squares.device)
     return squares.new_zeros(len(tensors)).index_add_(0, owner, squares).sqrt()
 

@@ -91,7 +91,8 @@ def columns(table: Table) -> list[str]:
     names = [name for name in dict.fromkeys([table.by, *FIRST]) if name in known]
     # Omit costs that are equal for all ended runs; failed runs cost less in any case.
     ended = [record.metrics for record in table.records if record.status in ENDED]
-    return names + [name for name in _COST if len({metrics.get(name) for metrics in ended}) > 1]
+    costs = [name for name in _COST if len({metrics.get(name) for metrics in ended}) > 1]
+    return list(dict.fromkeys([*names, *costs]))
 
 
 def test_columns(table: Table) -> list[str]:

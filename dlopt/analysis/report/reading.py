@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from dlopt.analysis.leaderboard import ENDED, HOUSEKEEPING, direction_of, is_number, is_one_of, is_seed
+from dlopt.analysis.leaderboard import ENDED, HOUSEKEEPING, canonical, direction_of, is_number, is_one_of, is_seed
 from dlopt.errors import UserError
 from dlopt.folders import RunFolder
 from dlopt.plain import flatten, load_yaml, read_regular
@@ -200,12 +200,15 @@ def _flat(config: Mapping[str, Any], choices: Mapping[str, Any]) -> dict[str, An
 
 
 def tidy(value: Any) -> Any:
-    """Converts to hashable values: lists to tuples, mappings to tuples of pairs, other YAML types (dates) to text."""
+    """Converts to hashable values, those of equal settings to equal ones (see `canonical`).
+
+    Lists become tuples, mappings tuples of pairs, other YAML types (dates) text.
+    """
     if isinstance(value, list | tuple):
         return tuple(tidy(item) for item in value)
     if isinstance(value, Mapping):
         return tuple((str(key), tidy(item)) for key, item in value.items())
-    return value if isinstance(value, str | bool | int | float) or value is None else str(value)
+    return canonical(value) if isinstance(value, str | bool | int | float) or value is None else str(value)
 
 
 def _metrics(

@@ -147,6 +147,15 @@ def test_moments_merge_tensors() -> None:
     assert len(many.values) == 20_000 and abs(float(many.values.mean()) - 50_000) < 1000
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_norms_of_float32_neither_vanish_nor_overflow(scale: float) -> None:
+    values = torch.tensor([3.0, -4.0]) * scale
+    moments = Moments()
+    moments.add(values)
+    assert moments.norm == pytest.approx(5 * scale) and moments.std == pytest.approx(3.5 * scale)
+    assert norms([[values, values]]).tolist() == pytest.approx([math.sqrt(50) * scale])
+
+
 NONE = Norm(kind="none", affine=False, groups=1, ghost_batch=None, eps=1e-5, momentum=0.1)
 
 

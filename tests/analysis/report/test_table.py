@@ -48,6 +48,13 @@ def test_ranks_configurations_by_mean_over_seeds(sweep: Path) -> None:
     assert result.counts() == {"finished": 11, "failed": 1}
 
 
+def test_groups_rates_of_1_whether_saved_as_integer_or_float(tmp_path: Path) -> None:
+    for seed, lr in enumerate((1, 1.0, 0.5)):
+        make_run(tmp_path / str(seed), lr=lr, seed=seed)
+    result = table(tmp_path)
+    assert result.keys == ["optimizer.lr"] and sorted(len(row.runs) for row in result.rows) == [1, 2]
+
+
 def test_ranks_by_validation_metrics_only(sweep: Path) -> None:
     assert table(sweep, "val_loss").lower and not table(sweep).lower
     assert table(sweep, "best_val_loss").by == "val_loss"
