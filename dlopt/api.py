@@ -121,9 +121,8 @@ def load(run: str | PathLike[str]) -> Model:
         path = best if best.exists() else best.with_name("last.pt")
     with _preserve_global_state():
         trained = restore(path, {})
-    if trained.config["norm_statistics"] == "exact":
-        message = "norm_statistics=exact: needs the training data; the model uses the running statistics instead"
-        warnings.warn(message, stacklevel=2)
+    if trained.warning is not None:
+        warnings.warn(trained.warning, stacklevel=2)
     return Model(trained)
 
 

@@ -87,8 +87,13 @@ class Row:
     difference: Difference | None = None  # to the first row over common seeds; None for the first row
 
     def statistic(self, metric: str) -> Statistic | None:
-        """Computes mean, standard deviation and count of a metric over ended runs."""
-        return statistic([v for run in self.runs if run.has_ended and (v := run.metric(metric)) is not None])
+        """Computes mean, standard deviation and count of a metric over ended runs.
+
+        Runs with the same seeds and the same value are repetitions, which tell nothing about the spread: they count
+        once.
+        """
+        values = [(run.seeds, v) for run in self.runs if run.has_ended and (v := run.metric(metric)) is not None]
+        return statistic([value for _, value in dict.fromkeys(values)])
 
     @property
     def failed(self) -> int:

@@ -230,9 +230,10 @@ def _finish_distances(axes: "Axes", trajectories: Mapping[str, Trajectory], labe
     lowest = min(float(trajectory.distances.min()) for trajectory in trajectories.values())
     start = max(float(trajectory.distances[0]) for trajectory in trajectories.values())
     highest = min(max(float(trajectory.distances.max()) for trajectory in trajectories.values()), 100 * start)
-    axes.set_yscale("log", nonpositive="clip")
-    axes.set_ylim(max(lowest / 2, _FLOOR * start), 2 * highest)
-    axes.set_xlim(0, longest)
+    if highest > 0:  # else all paths stay at the minimum
+        axes.set_yscale("log", nonpositive="clip")
+        axes.set_ylim(max(lowest / 2, _FLOOR * start), 2 * highest)
+    axes.set_xlim(0, max(longest, 1))
     axes.set_xlabel(label)
     axes.set_ylabel("distance to the minimum")
     drawing.clean_axes(axes)

@@ -18,6 +18,7 @@ from dlopt.config.resolve import resolve_saved
 from dlopt.config.saved import with_changes
 from dlopt.errors import DONE, RunError, UserError, install
 from dlopt.files import temporary_sibling
+from dlopt.job import print_error
 from dlopt.tracking.layout import short_path
 
 if TYPE_CHECKING:
@@ -69,6 +70,8 @@ def export(
         raise UserError(f"format={format}: requires {names}; {install('dlopt[export]')}")
     target = _target(output, path, _SUFFIXES[format])
     trained = restore(path, {**changes, "precision": "fp32", "device": "cpu"})
+    if trained.warning is not None:
+        print_error(trained.warning)
     inputs, source = _inputs(trained, changes, path)
     inputs = _convert(inputs, input)
     dtype = str(inputs.dtype).removeprefix("torch.")

@@ -68,8 +68,8 @@ def _predict(
         raise UserError(f"checkpoint={path}: its model takes inputs of shape {list(trained.sample)}, not images")
     if trained.task.kind == "reconstruction":
         raise UserError(f"checkpoint={path}: its model reconstructs images; `dlopt eval checkpoint={path}` draws some")
-    if trained.config["norm_statistics"] == "exact" and trained.mode.is_main:
-        print_error("norm_statistics=exact: needs the training data; using the running statistics instead")
+    if trained.warning is not None and trained.mode.is_main:
+        print_error(trained.warning)
     rows = _rows(files, trained, batch_size, max_errors)
     if not trained.mode.is_main:
         for _ in rows:  # takes part in gathering each batch

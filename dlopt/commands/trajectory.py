@@ -391,14 +391,17 @@ def _draw_landscape(
     with fitting(path):
         workload = build_workload(experiment, state["normalize"])
         workload.module.load_state_dict(state["ema"] or state["model"])
-    plane = None if directions == "random" else _path_plane(workload, path, is_required=directions == "path")
-    if plane is None:
+    found = None if directions == "random" else _path_plane(workload, path, is_required=directions == "path")
+    if found is None:
         origin = [p.detach().clone() for p in workload.module.parameters()]
-        plane = random_plane(origin, span, generator("cpu", seed))
+        plane, epoch = random_plane(origin, span, generator("cpu", seed)), state["progress"]["epoch"]
+        title = f"Loss landscape of {path}, epoch {epoch}"
+    else:
+        plane, epoch = found
+        title = f"Loss landscape of {path.parent.parent}, path to epoch {epoch}"
     folder = output_folder(output, "trajectory")
     loss, count = _loss(workload, samples)
     heights = surface(workload.module, loss, plane, points, _progress(points**2))
-    title = f"Loss landscape of {path}, epoch {state['progress']['epoch']}"
     subtitle = f"{count} training samples, {points} x {points} points"
     with writing(folder):
         written = save(draw(plane, heights, title=title, subtitle=subtitle), folder, "landscape")
@@ -406,8 +409,11 @@ def _draw_landscape(
     return DONE
 
 
-def _path_plane(workload: "Workload", path: Path, *, is_required: bool) -> "Plane | None":
-    """Returns the plane of the checkpoints in the folder of `path`; None if there are too few."""
+def _path_plane(workload: "Workload", path: Path, *, is_required: bool) -> "tuple[Plane, int] | None":
+    """Returns the plane of the checkpoints in the folder of `path`, and the last one's epoch; None: they are too few.
+
+    The path is that of the weights, also if their average is evaluated.
+    """
     from dlopt.analysis.landscape import trajectory_plane
     from dlopt.analysis.probes import checkpoints
 
@@ -415,7 +421,8 @@ def _path_plane(workload: "Workload", path: Path, *, is_required: bool) -> "Plan
     if len(states) >= _MIN_CHECKPOINTS:
         names = [name for name, _ in workload.module.named_parameters()]
         weights = [[state["model"][name].to(workload.device) for name in names] for state in states]
-        return trajectory_plane(weights, [state["progress"]["step"] for state in states])
+        plane = trajectory_plane(weights, [state["progress"]["step"] for state in states])
+        return plane, states[-1]["progress"]["epoch"]
     if is_required:
         raise UserError(
             f"directions=path: needs {_MIN_CHECKPOINTS} checkpoints, but {path.parent} contains {len(states)}; "

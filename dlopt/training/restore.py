@@ -36,6 +36,13 @@ class Trained:
     config: Mapping[str, Any]
     epoch: int
 
+    @property
+    def warning(self) -> str | None:
+        """How the model differs from the one that the run evaluated."""
+        if self.config["norm_statistics"] == "running":
+            return None
+        return "norm_statistics=exact: needs the training data; using the running statistics instead"
+
     @torch.inference_mode()
     def outputs(self, inputs: Tensor) -> Tensor:
         """Computes outputs (fp32 or fp64, on the device) of inputs [B, *window], or samples [B, *sample] of images.

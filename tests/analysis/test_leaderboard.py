@@ -44,6 +44,12 @@ def test_groups_equal_settings_of_different_types() -> None:
     assert sorted(len(row.runs) for row in leaderboard(runs).rows) == [1, 2, 2]
 
 
+def test_repetitions_of_a_run_do_not_shrink_the_spread() -> None:
+    runs = [entry(0.1, seed, accuracy) for seed, accuracy in ((0, 0.8), (1, 0.9), (1, 0.9), (1, 0.85))]
+    [row] = leaderboard(runs).rows
+    assert row.value == statistic([0.8, 0.9, 0.85])  # 0.85 with seed 1: not deterministic
+
+
 def test_a_seed_of_one_side_does_not_prevent_pairing() -> None:
     a = {(("seed", seed),): 1.0 + seed for seed in range(3)}
     b = {(("optimizer.seed", 0), ("seed", seed)): 0.5 + seed for seed in range(3)}

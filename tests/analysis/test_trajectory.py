@@ -196,6 +196,15 @@ def test_table_remarks() -> None:
     assert "zigzags" in lines[1] and "search" in lines[2] and "minimum not reached: 0.78" in lines[2]
 
 
+@pytest.mark.filterwarnings("error")
+def test_plots_a_path_that_starts_at_the_minimum() -> None:
+    function = bowl()
+    function.start = (0.0, 0.0)
+    path = run(sgd(0.1), function, steps=3)
+    assert path.distances.max() == 0
+    draw_trajectories(function, {"still": path}, title="").canvas.draw()
+
+
 def test_plots_trajectories_in_three_panels(tmp_path: Path) -> None:
     paths = {"slow": run(sgd(0.1)), "fast": run(sgd(1 / 3))}
     figure = draw_trajectories(bowl(), paths, title="Paths", subtitle="steps=20")

@@ -118,6 +118,13 @@ def test_reports_unconvertible_model(tmp_path: Path) -> None:
         export.write("torch_export", trained, torch.ones(2, 1, 4, 4), {}, tmp_path / "model.pt2")
 
 
+def test_says_that_exact_statistics_are_not_exported(tmp_path: Path) -> None:
+    line = ("epochs=1", "model.norm=batch", "norm_statistics=exact", "hydra.run.dir=run", "device=cpu")
+    assert dlopt(tmp_path, "train", *SMALL, *line).code == 0
+    result = dlopt(tmp_path, "export", "checkpoint=run", "format=safetensors")
+    assert result.code == 0 and "norm_statistics=exact: needs the training data" in result.err
+
+
 def test_reports_missing_packages(run: Path) -> None:
     with mock.patch.object(export, "find_spec", lambda name: None):
         message = refused(run, "export", f"checkpoint={CHECKPOINT}", "format=onnx")

@@ -21,6 +21,8 @@ def test_path_and_random_directions(trained: Path) -> None:
         line = ["checkpoint=run/checkpoints/last.pt", f"directions={directions}", "points=5", f"output={directions}"]
         result = dlopt(trained, "trajectory", *line)
         assert result.code == 0, result.err
+        centre = "run, path to epoch 4" if directions == "auto" else "run/checkpoints/last.pt, epoch 4"
+        assert f"Loss landscape of {centre}" in (trained / f"{directions}/landscape.svg").read_text()
         assert result.out.splitlines() == [f"{directions}/landscape.png", f"{directions}/landscape.svg"]
     svgs = [(trained / f"{directions}/landscape.svg").stat().st_size for directions in ("auto", "random")]
     assert min(svgs) > 10_000
