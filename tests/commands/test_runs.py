@@ -57,8 +57,8 @@ def test_piped_output_is_tab_separated(outputs: Path) -> None:
     assert header.split("\t")[2:4] == ["optimizer", "optimizer.lr"]
     chosen = dlopt(outputs, "runs", "optimizer.lr=1.0", "columns=[optimizer.lr,test_accuracy,optimizer.momentum]").out
     assert chosen.splitlines()[1:] == [
-        "outputs/night/2\tfinished\t1.0\t0.75\t0.9",
-        "outputs/night/5\tfinished\t1.0\t0.75\t",
+        "outputs/night/2\tfinished\t1\t0.75\t0.9",
+        "outputs/night/5\tfinished\t1\t0.75\t",
     ]
 
 

@@ -130,7 +130,7 @@ def test_killed_during_saves_resumes_bitwise_identical(tmp_path: Path, asynchron
     started = {"cwd": ROOT, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     folder, option, draws = tmp_path / "run", f"checkpoint.asynchronous={asynchronous}", random.Random(0)
     during_write = 0
-    for _ in range(3):
+    for _ in range(2):
         process = subprocess.Popen(command(folder, option), start_new_session=True, **started)  # type: ignore[call-overload]
         last_step = step_of(folder)
         deadline = time.monotonic() + 120
@@ -144,10 +144,10 @@ def test_killed_during_saves_resumes_bitwise_identical(tmp_path: Path, asynchron
         during_write += any((folder / "checkpoints/shards").glob(".*.tmp"))
     done = subprocess.run(command(folder, option), timeout=200, **started)  # type: ignore[call-overload]
     assert done.returncode == 0, done.stderr
-    print(f"{during_write} of 3 while shards were written")
+    print(f"{during_write} of 2 while shards were written")
     whole = subprocess.run(command(tmp_path / "whole"), timeout=200, **started)  # type: ignore[call-overload]
     assert whole.returncode == 0, whole.stderr
-    assert len(json.loads((folder / "summary.json").read_text())["resumed_from"]) == 3
+    assert len(json.loads((folder / "summary.json").read_text())["resumed_from"]) == 2
     assert timeless(folder) == timeless(tmp_path / "whole")
     for file in ("last.pt", "best.pt"):
         assert same(result(folder, file), result(tmp_path / "whole", file))
