@@ -118,7 +118,7 @@ def test_reports_unconvertible_model(tmp_path: Path) -> None:
         export.write("torch_export", trained, torch.ones(2, 1, 4, 4), {}, tmp_path / "model.pt2")
 
 
-def test_says_that_exact_statistics_are_not_exported(tmp_path: Path) -> None:
+def test_exact_statistics_are_not_exported(tmp_path: Path) -> None:
     line = ("epochs=1", "model.norm=batch", "norm_statistics=exact", "hydra.run.dir=run", "device=cpu")
     assert dlopt(tmp_path, "train", *SMALL, *line).code == 0
     result = dlopt(tmp_path, "export", "checkpoint=run", "format=safetensors")

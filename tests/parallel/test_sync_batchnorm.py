@@ -20,8 +20,8 @@ VARIANTS: list[dict[str, Any]] = [
 ]
 
 
-def inputs_of(count: int, dims: int) -> tuple[Tensor, Tensor]:
-    draws = torch.Generator().manual_seed(count + dims)
+def inputs_of(count: int, dims: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    draws = torch.Generator().manual_seed(seed + count + dims)
     shape = (count, 4, *[3, 2][: dims - 2])
     values = [torch.randn(shape, generator=draws, dtype=torch.float64) for _ in range(2)]
     return values[0] * 3 + 100, values[1]  # a mean far from zero: a difference of squares would lose digits
@@ -54,8 +54,8 @@ def compare() -> None:
                         torch.nn.init.constant_(norm.bias, -0.5)
                 start = sum(split[: group.rank])
                 local = slice(start, start + split[group.rank])
-                for _ in range(2):
-                    inputs, weights = inputs_of(sum(split), dims)
+                for seed in (0, 100):
+                    inputs, weights = inputs_of(sum(split), dims, seed)
                     shard = inputs[local].clone().requires_grad_()
                     inputs.requires_grad_()
                     outputs, expected = model(shard), full(inputs)
