@@ -11,13 +11,13 @@ update, no biases, no dropout, AdamW, fp32, on the source code of Python's stand
     nanogpt      nanoGPT's model.py and the loop of its train.py: get_batch, clipping, AdamW as it is on a CPU, the loss
                  printed in every update (log_interval=1 in its recipe)
 
-nanoGPT is not a package, so its model and loop are written here. The candidates take turns, each in a process of its
-own, because dlopt's malloc settings would also speed up the others; the first round is a warm-up. Reports medians by
-processor time, which other jobs on the machine disturb little, and by wall time.
+nanoGPT is not a package, so its model and loop are written here. The candidates take turns. Each measurement is a new
+process: dlopt's malloc settings would also speed up the others, and the speed of a process depends by some percent on
+where its memory happens to lie. Reports medians by processor time, which other jobs on the machine disturb little, and
+by wall time.
 """
 
 import argparse
-import contextlib
 import functools
 import io
 import itertools
@@ -44,6 +44,7 @@ from dlopt.training.build import Workload, build_workload
 from dlopt.training.trainer import dry_run
 
 BATCH, CONTEXT, WIDTH, DEPTH, HEADS = 12, 64, 128, 4, 4
+WARM_UP = 10  # updates
 RATE, BETAS, DECAY = 1e-3, (0.9, 0.99), 0.1
 RECIPE = [
     "data=python_source", f"data.sequence_length={CONTEXT}", f"data.batch_size={BATCH}", "model=gpt",
@@ -178,15 +179,12 @@ def nanogpt_steps(threads: int, *overrides: str) -> Steps:
     return run
 
 
-_built: list[Steps] = []  # in a candidate's process: it
-
-
 def measure(build: Callable[[], Steps], steps: int) -> tuple[float, float]:
-    """Runs `steps` updates; returns seconds of processor time and of wall time."""
-    if not _built:
-        _built.append(build())
+    """Runs `steps` updates after a warm-up; returns seconds of processor time and of wall time."""
+    run = build()
+    run(WARM_UP)
     cpu, wall = time.process_time(), time.perf_counter()
-    _built[0](steps)
+    run(steps)
     return time.process_time() - cpu, time.perf_counter() - wall
 
 
@@ -207,13 +205,10 @@ def main() -> None:
     }
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in builds}
     spawn = multiprocessing.get_context("spawn")
-    with contextlib.ExitStack() as stack:
-        processes = {name: stack.enter_context(ProcessPoolExecutor(1, mp_context=spawn)) for name in builds}
-        for number in range(options.rounds + 1):
-            for name, build in builds.items():
-                measured = processes[name].submit(measure, build, options.steps).result()
-                if number:
-                    times[name].append(measured)
+    for _ in range(options.rounds):
+        for name, build in builds.items():
+            with ProcessPoolExecutor(1, mp_context=spawn) as process:
+                times[name].append(process.submit(measure, build, options.steps).result())
     tokens = options.steps * BATCH * CONTEXT
     rates = {
         name: {
