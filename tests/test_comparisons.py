@@ -129,7 +129,7 @@ def test_the_linear_model_ends_at_the_least_squares_line(tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_one_sample_per_device_is_too_few_without_synchronization(run: Run) -> None:
-    results = run("batch_norm_per_device", "comparison.seeds=[0]", "epochs=1")
+    results = run("batch_norm_per_device", "comparison.seeds=[0]")
     own, virtual, sync = (
         {
             n: (results.final(v, n, metric="val_accuracy"), results.final(v, n, metric="train_loss"))
@@ -137,8 +137,8 @@ def test_one_sample_per_device_is_too_few_without_synchronization(run: Run) -> N
         }
         for v in results.comparison.variants
     )
-    assert own["1"][0] < 0.3 < 0.5 < own["2"][0] < own["8"][0] - 0.03
-    assert own["1"][1] > 1.05 * own["2"][1] > 1.05**2 * own["8"][1]
+    assert own["1"][0] < 0.3 < 0.75 < own["2"][0] < own["8"][0] - 0.03
+    assert own["1"][1] > 1.5 * own["2"][1] > 2.25 * own["8"][1]
     for n in ("1", "2", "8"):
         assert sync[n] == pytest.approx(own["8"], rel=1e-9)  # over eight samples, wherever they are
         assert virtual[n][1] == pytest.approx(own[n][1], rel=1e-7)  # virtual batches are the batches of devices

@@ -12,8 +12,8 @@ update, no biases, no dropout, AdamW, fp32, on the source code of Python's stand
                  printed in every update (log_interval=1 in its recipe)
 
 nanoGPT is not a package, so its model and loop are written here. The candidates take turns. Each measurement is a new
-process: dlopt's malloc settings would also speed up the others, and the speed of a process depends by some percent on
-where its memory happens to lie. Reports medians by processor time, which other jobs on the machine disturb little, and
+process, because dlopt's malloc settings would also speed up the others, and because the same program differs by some
+percent from process to process. Reports medians by processor time, which other jobs on the machine disturb little, and
 by wall time.
 """
 

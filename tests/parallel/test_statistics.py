@@ -49,7 +49,7 @@ def resume_run(folder: Path, *overrides: str, until: int | None = None) -> None:
     else:
         with at_update(until, terminate if is_main else lambda: None):
             summary = train(run, console=False)
-        # All ranks receive the request with the next update's losses, after the last update with its evaluation.
+        # The next update's losses carry the request to all ranks; after the last update, its evaluation does.
         assert summary["status"] == "interrupted" and until <= summary["steps"] <= until + 1
     rendezvous.leave()
 
