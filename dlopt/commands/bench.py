@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dlopt.commands.command import Line, on_experiment, output_folder, refuse_empty, writing
-from dlopt.errors import DONE, INTERRUPTED, UserError
+from dlopt.errors import DONE, UserError
 from dlopt.files import write_atomically
 from dlopt.plain import without_nan
 from dlopt.ranges import Count, Natural, Positive
@@ -164,6 +164,8 @@ def _bench_modes(
 
 def _rows(line: Line) -> list[_Row]:
     """Expands the command line to rows: a single-process baseline, then each mode with each number of processes."""
+    from dlopt.processor import usable_cores
+
     processes = [override for override in line.overrides if override.startswith("processes=")] or ["processes=2"]
     overrides = [override for override in line.overrides if not override.startswith("processes=")]
     if not any(override.startswith("parallel=") for override in overrides):
@@ -174,7 +176,7 @@ def _rows(line: Line) -> list[_Row]:
     combinations = replace(line, overrides=processes[-1:]).combinations()
     counts = [_count(override) for combination in combinations for override in combination]
     # The same threads per process in all rows, few enough that the largest number of processes fits the cores.
-    threads = max(len(os.sched_getaffinity(0)) // max(counts), 1)
+    threads = max(usable_cores() // max(counts), 1)
     if not any(override.startswith("threads=") for override in overrides):
         overrides = [*overrides, f"threads={threads}"]
     rows: list[_Row] = []
@@ -225,38 +227,39 @@ def _bench_allreduce(
     timeout_minutes: Positive = 10.0,
 ) -> int:
     """Runs in the processes of a launcher, or starts `processes` that do."""
+    from dlopt.commands.processes import run_rank
     from dlopt.parallel import launch
-    from dlopt.parallel.rendezvous import current, leave
+    from dlopt.parallel.rendezvous import current
 
     line.refuse_rest("dlopt bench allreduce=[...]", _bench_allreduce)
     refuse_empty(allreduce=allreduce)
     world = current()
     if world is None:
         count = _count(f"processes={2 if processes is None else processes}")
-        sizes = ",".join(f"{size:g}" for size in allreduce)
+        sizes = ",".join(map(str, allreduce))
         keys = [f"allreduce=[{sizes}]", f"repeats={repeats}", f"device={device}", f"timeout_minutes={timeout_minutes}"]
-        codes, _, interruption = launch.run_processes(launch.python_module("dlopt", "bench", *keys), count, {})
-        return INTERRUPTED if interruption else max(map(abs, codes))
-    if launch.PARENT in os.environ:
-        launch.end_rank_with_parent()
+        return launch.group_code(*launch.run_processes(launch.python_module("dlopt", "bench", *keys), count, {}))
     if processes not in (None, world.size):
         raise UserError(f"processes={processes}: {world.launcher} started {world.size} processes")
-    from dlopt.analysis.bench.allreduce import measure
-    from dlopt.training.build import build_mode
 
-    keys = ["parallel=ddp", f"parallel.timeout_minutes={timeout_minutes}", f"device={device}", "threads=1"]
-    mode = build_mode(line.experiment(keys)[0])
-    table = plain_table()
-    for name in ("MiB", "ms", "GB/s", "bus GB/s"):
-        table.add_column(name, justify="right")
-    for row in measure([round(size * 2**20) for size in allreduce], repeats, mode.device):
-        rates = [f"{rate / 1e9:.3g}" for rate in (row.algorithm, row.bus)]
-        table.add_row(f"{row.size / 2**20:.4g}", f"{row.seconds * 1e3:.3f}", *rates)
-    if world.is_main:
-        print(f"all-reduce on {mode.device.type}: {world.size} processes, {world.local_size} per node")
-        standard_output().print(FittedTable(table))
-    leave()
-    return DONE
+    def run() -> int:
+        from dlopt.analysis.bench.allreduce import measure
+        from dlopt.training.build import build_mode
+
+        keys = ["parallel=ddp", f"parallel.timeout_minutes={timeout_minutes}", f"device={device}", "threads=1"]
+        mode = build_mode(line.experiment(keys)[0])
+        table = plain_table()
+        for name in ("MiB", "ms", "GB/s", "bus GB/s"):
+            table.add_column(name, justify="right")
+        for row in measure([round(size * 2**20) for size in allreduce], repeats, mode.device):
+            rates = [f"{rate / 1e9:.3g}" for rate in (row.algorithm, row.bus)]
+            table.add_row(f"{row.size / 2**20:.4g}", f"{row.seconds * 1e3:.3f}", *rates)
+        if world.is_main:
+            print(f"all-reduce on {mode.device.type}: {world.size} processes, {world.local_size} per node")
+            standard_output().print(FittedTable(table))
+        return DONE
+
+    run_rank(world, run)
 
 
 # -- devices
@@ -398,10 +401,11 @@ def _describe(cluster: "Cluster") -> str:
 
 
 def _layers(line: Line, name: Model, batch: int, *, is_measured: bool) -> "list[Layer]":
-    """Returns the layers of a model; measured ones with their time in seconds for `batch` samples."""
+    """Returns the layers of a model; measured ones with their seconds per sample of a batch."""
     import torch
 
     from dlopt.analysis import model_summary
+    from dlopt.analysis.bench.simulation import per_sample
     from dlopt.processor import choose_device
 
     overrides, shape, classes = MODELS[name]
@@ -414,14 +418,10 @@ def _layers(line: Line, name: Model, batch: int, *, is_measured: bool) -> "list[
         return model_summary.layers_of(make, shape)
     device = choose_device("auto")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    timed_batch = batch if device.type == "cuda" else 2  # CPUs are slow: time two samples and scale
+    timed_batch = batch if device.type == "cuda" else 2  # CPUs are slow: time two samples
     module = make().to(device=device, dtype=dtype, memory_format=torch.channels_last)
     inputs = torch.randn(timed_batch, *shape, device=device, dtype=dtype).to(memory_format=torch.channels_last)
-    scale = batch / timed_batch
-    return [
-        replace(layer, forward=layer.forward * scale, backward=layer.backward * scale)
-        for layer in model_summary.timed(module, inputs)
-    ]
+    return per_sample(model_summary.timed(module, inputs), timed_batch)
 
 
 def _validate(counts: list[int]) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from dlopt.config.choices import config_folder
 from dlopt.config.saved import typed_values
@@ -30,17 +30,20 @@ def over_processes(name: str, command: Command, arguments: list[str]) -> int:
         return command(arguments)
     if (world := current()) is not None:
         return _run_rank(world, name, command, arguments)
-    typed = [argument for argument in arguments if argument.startswith(("parallel=", "parallel."))]
-    if not typed:
+    if not _typed_keys(arguments):
         return command(arguments)
     from dlopt.parallel.launch import count_processes, group_code, python_module, run_processes
 
-    keys = take_process_keys(typed_values(typed), name)
+    keys = take_process_keys(_typed_keys(arguments), name)
     device = typed_values([argument for argument in arguments if argument.startswith("device=")])
     processes = count_processes(keys, str(device.get("device", "auto")))
     if processes == 1:
         return command(arguments)
     return group_code(*run_processes(python_module("dlopt", name, *arguments), processes, {}))
+
+
+def _typed_keys(arguments: list[str]) -> dict[str, Any]:
+    return typed_values([argument for argument in arguments if argument.startswith(("parallel=", "parallel."))])
 
 
 def take_process_keys(values: dict[str, Any], name: str) -> "ProcessKeys":
@@ -74,7 +77,17 @@ def join_processes(device: "torch.device", keys: "ProcessKeys") -> "Mode":
     return Mode(device) if current() is None else replicas(device=device, **keys)
 
 
-def _run_rank(world: World, name: str, command: Command, arguments: list[str]) -> int:
+def _run_rank(world: World, name: str, command: Command, arguments: list[str]) -> NoReturn:
+    def run() -> int:
+        keys = take_process_keys(_typed_keys(arguments), name)
+        join_store(world, minutes=keys["timeout_minutes"], address=keys["master_addr"], port=keys["master_port"])
+        return command(arguments)
+
+    run_rank(world, run)
+
+
+def run_rank(world: World, run: Callable[[], int]) -> NoReturn:
+    """Ends this process, one rank of a command, with the code that `run` returns; one rank reports an error of all."""
     from dlopt.parallel.launch import PARENT, end_rank_with_parent, end_with_torchrun
 
     die_on_signals()
@@ -84,10 +97,7 @@ def _run_rank(world: World, name: str, command: Command, arguments: list[str]) -
     end_with_torchrun()
     prefix = "" if world.is_main else f"rank {world.rank}: "
     try:
-        typed = [argument for argument in arguments if argument.startswith(("parallel=", "parallel."))]
-        keys = take_process_keys(typed_values(typed), name)
-        join_store(world, minutes=keys["timeout_minutes"], address=keys["master_addr"], port=keys["master_port"])
-        code = command(arguments)
+        code = run()
         leave()
     except (UserError, RunError) as error:
         if first_to_fail():

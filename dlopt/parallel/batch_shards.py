@@ -1,5 +1,6 @@
 """Slices of a global batch for each rank. Micro-batches contain the same samples whatever the number of ranks."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -46,8 +47,26 @@ def local_slice(start: int, stop: int, rank: int, ranks: int) -> slice:
 
 
 def local_slices(total: int, accumulate: int, rank: int, ranks: int) -> list[slice]:
-    """Returns a rank's slice of each micro-batch, in positions of the global batch."""
-    return [local_slice(start, stop, rank, ranks) for start, stop in micro_batch_bounds(total, accumulate)]
+    """Returns a rank's slice of each micro-batch, in positions of the global batch.
+
+    The ranks take the slices of every second micro-batch in reverse order. The rank of a micro-batch's last samples
+    then has the first ones of the next, and with them both samples of a pair that an odd bound separates.
+    """
+    return [
+        local_slice(start, stop, ranks - 1 - rank if number % 2 else rank, ranks)
+        for number, (start, stop) in enumerate(micro_batch_bounds(total, accumulate))
+    ]
+
+
+def joined(slices: Sequence[slice]) -> list[slice]:
+    """Returns the slices without empty ones; adjacent ones become one."""
+    runs: list[slice] = []
+    for each in slices:
+        if runs and runs[-1].stop == each.start:
+            runs[-1] = slice(runs[-1].start, each.stop)
+        elif each.stop > each.start:
+            runs.append(each)
+    return runs
 
 
 def local_index(total: int, accumulate: int, rank: int, ranks: int) -> slice | Tensor:
@@ -100,10 +119,9 @@ class ShardedAugment:
             inputs, targets = augmented(*zeros, slice(0, 1), indices.new_zeros(1))
             return inputs[:0], targets[:0]
         results, start = [], 0
-        for local in local_slices(total, self.accumulate, self.rank, self.ranks):
+        for local in joined(local_slices(total, self.accumulate, self.rank, self.ranks)):
             stop = start + local.stop - local.start
-            if stop > start:
-                results.append(augmented(inputs[start:stop], targets[start:stop], local, indices[start:stop]))
+            results.append(augmented(inputs[start:stop], targets[start:stop], local, indices[start:stop]))
             start = stop
         if len(results) == 1:
             return results[0]

@@ -39,8 +39,12 @@ class OneColumnAlexNet(TwoColumnAlexNet):
     model_group: ModelGroup
 
     def forward(self, images: Tensor) -> Tensor:
-        segments = list(self.columns[self.model_group.rank].children())
+        column = self.columns[self.model_group.rank]
+        segments = list(column.children())
         maps = images
+        if torch.is_grad_enabled() and not all(p.requires_grad for p in column.parameters()):
+            # The backward of each exchange needs all ranks, also those that would stop at frozen layers.
+            maps = images.detach().requires_grad_()
         for segment in segments[:-1]:
             maps = self.model_group.gather(segment(maps), reduce_grad=True)
         features: Tensor = _GatherToFirst.apply(segments[-1](maps), self.model_group)

@@ -129,9 +129,18 @@ class DataParallel(GroupMode):
         self, step: MicroSteps, inputs: Tensor, targets: Tensor, record: MetricRecord | None
     ) -> Tensor:
         losses = []
-        for x, y, weight, context in self._micro_batches(inputs, targets):
-            with context:
-                losses.append(step.micro_batch(x, y, weight, record) if len(y) else step.empty_micro_batch(x, record))
+        try:
+            for x, y, weight, context in self._micro_batches(inputs, targets):
+                with context:
+                    loss = step.micro_batch(x, y, weight, record) if len(y) else step.empty_micro_batch(x, record)
+                losses.append(loss)
+        except RuntimeError as error:
+            if not str(error).startswith("Expected to have finished reduction"):
+                raise
+            raise UserError(
+                "parallel.find_unused_parameters=false: the model did not use all parameters in the previous update; "
+                "set parallel.find_unused_parameters=true, or freeze these parameters (optimizer.groups)"
+            ) from None
         return self.sum_loss(torch.stack(losses).sum()) / self.processes
 
     def _micro_batches(

@@ -4,7 +4,6 @@ Schedules (torch.distributed.pipelining): GPipe (Huang et al. 2019) runs all for
 (Narayanan et al. 2019, "PipeDream") alternates them and holds activations of at most as many micro-batches as stages.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -20,6 +19,7 @@ from dlopt.parallel.batch_shards import ShardedAugment, micro_batch_bounds
 from dlopt.parallel.chain import ActivationSpec, ChainLayer, ForwardContext
 from dlopt.parallel.mode import BatchShard, MetricRecord, MicroSteps, Mode
 from dlopt.parallel.process_group import Group, GroupMode, ProcessKeys, check_precision, join
+from dlopt.processor import usable_cores
 from dlopt.ranges import Count
 
 Schedule = Literal["1f1b", "gpipe"]
@@ -178,7 +178,7 @@ class Pipeline(GroupMode):
             return
         local_rank = self.group.world.local_rank
         on_this_machine = fractions[self.rank - local_rank :][: self.local_processes]
-        torch.set_num_threads(chains.divide_cores(len(os.sched_getaffinity(0)), on_this_machine)[local_rank])
+        torch.set_num_threads(chains.divide_cores(usable_cores(), on_this_machine)[local_rank])
 
     # -- one update
 

@@ -6,7 +6,7 @@ layer has separate filters for each position, which are sharded with the rows. T
 sharded by units, as in `dlopt.parallel.filter`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Unpack
 
@@ -26,7 +26,7 @@ from dlopt.parallel.filter import Splitter, named_children, replace_by_shard
 from dlopt.parallel.mode import Mode
 from dlopt.parallel.model_parallel import ModelParallel, ShardingPlan
 from dlopt.parallel.process_group import ProcessKeys, check_precision, join
-from dlopt.parallel.split_layers import PROJECTED, InputSplitLinear, convert, to_local, transform_input
+from dlopt.parallel.split_layers import PROJECTED, InputSplitLinear, convert, transform_input
 from dlopt.parallel.sync_batchnorm import SyncBatchNorm, moments
 
 RowRange = tuple[int, int]  # first row, and the row after the last
@@ -59,15 +59,18 @@ class RowWindows:
     replicated_input: bool  # all ranks have the full maps; otherwise each has its strip
 
     @property
+    def reach(self) -> int:
+        """Rows of a window."""
+        return self.dilation * (self.kernel - 1) + 1
+
+    @property
     def output_rows(self) -> list[RowRange]:
-        reach = self.dilation * (self.kernel - 1) + 1
-        return row_strips((self.height + 2 * self.padding - reach) // self.stride + 1, self.model_group.size)
+        return row_strips((self.height + 2 * self.padding - self.reach) // self.stride + 1, self.model_group.size)
 
     def input_rows(self) -> list[RowRange]:
         """Returns the rows that each rank's windows read; rows < 0 and >= `height` are padding."""
-        reach = self.dilation * (self.kernel - 1) + 1
         return [
-            (start * self.stride - self.padding, (stop - 1) * self.stride - self.padding + reach)
+            (start * self.stride - self.padding, (stop - 1) * self.stride - self.padding + self.reach)
             if stop > start
             else (0, 0)
             for start, stop in self.output_rows
@@ -87,10 +90,15 @@ class RowWindows:
         above, below = start - first, last - stop
         return F.pad(rows, (0, 0, above, below), value=padding) if above or below else rows
 
-    @property
-    def has_no_output(self) -> bool:
+    def slide(self, layer: Callable[[Tensor], Tensor], maps: Tensor, padding: float) -> Tensor:
+        """Returns this rank's rows of the output. `layer` pads the columns only."""
+        rows = self.with_halo(maps, padding)
         start, stop = self.output_rows[self.model_group.rank]
-        return start == stop
+        if stop > start:
+            return layer(rows)
+        # A window of padding connects the empty output with the input and the parameters: backward must reach the
+        # collectives of earlier layers on every rank.
+        return layer(F.pad(rows, (0, 0, 0, self.reach), value=padding))[:, :, :0]
 
 
 def exchange_rows(
@@ -191,10 +199,9 @@ class RowConv2d(nn.Conv2d):
     windows: RowWindows
 
     def forward(self, maps: Tensor) -> Tensor:
-        rows = self.windows.with_halo(maps, 0.0)
-        if self.windows.has_no_output:
-            return _empty_output(rows, self, self.out_channels, _width(rows, self))
-        # Rows are padded already; only the columns need padding.
+        return self.windows.slide(self._convolve, maps, 0.0)
+
+    def _convolve(self, rows: Tensor) -> Tensor:
         padding = 0, int(self.padding[1])
         return F.conv2d(rows, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
 
@@ -203,10 +210,10 @@ class RowMaxPool2d(nn.MaxPool2d):
     windows: RowWindows
 
     def forward(self, maps: Tensor) -> Tensor:
-        rows = self.windows.with_halo(maps, float("-inf"))
-        if self.windows.has_no_output:
-            return _empty_output(rows, self, maps.shape[1], _width(rows, self))
-        padding = 0, _pair(self.padding)[1]
+        return self.windows.slide(self._pool, maps, float("-inf"))
+
+    def _pool(self, rows: Tensor) -> Tensor:
+        padding = 0, self.padding[1] if isinstance(self.padding, tuple) else self.padding
         return F.max_pool2d(rows, self.kernel_size, self.stride, padding, self.dilation)
 
 
@@ -240,25 +247,6 @@ class RowAveragePool(GlobalAveragePool):
 
     def forward(self, maps: Tensor) -> Tensor:
         return self.model_group.reduce(maps.sum((2, 3)) / (self.height * maps.shape[3]))
-
-
-def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    return value if isinstance(value, tuple) else (value, value)
-
-
-def _width(rows: Tensor, layer: nn.Conv2d | nn.MaxPool2d) -> int:
-    kernel, stride = _pair(layer.kernel_size)[1], _pair(layer.stride)[1]  # type: ignore[arg-type]
-    padding, dilation = _pair(layer.padding)[1], _pair(layer.dilation)[1]  # type: ignore[arg-type]
-    return (rows.shape[3] + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-
-
-def _empty_output(rows: Tensor, layer: nn.Module, channels: int, width: int) -> Tensor:
-    """Returns maps without rows on a rank that has no output."""
-    # Connected to inputs and parameters by zeros: backward must reach the collectives of earlier layers on every rank.
-    zero = rows.sum() * 0.0
-    for parameter in layer.parameters():
-        zero = zero + to_local(parameter).sum() * 0.0
-    return rows.new_zeros(len(rows), channels, 0, width) + zero
 
 
 Layout = Literal["images", "rows", "flattened", "replicated", "sharded"]

@@ -1,12 +1,13 @@
 from typing import Any
 
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from dlopt.parallel.batch_shards import (
     ShardedAugment,
+    joined,
     local_slice,
     local_slices,
     micro_batch_bounds,
@@ -25,8 +26,17 @@ def test_micro_batch_bounds_match_tensor_split(total: int, accumulate: int) -> N
 @given(total=totals, ranks=ranks, accumulate=st.integers(1, 8))
 def test_local_slices_cover_every_sample_once(total: int, ranks: int, accumulate: int) -> None:
     slices = [local_slices(total, accumulate, rank, ranks) for rank in range(ranks)]
-    positions = [i for micro in zip(*slices, strict=True) for local in micro for i in range(local.start, local.stop)]
-    assert positions == list(range(total))
+    positions = [i for each in slices for local in each for i in range(local.start, local.stop)]
+    assert sorted(positions) == list(range(total))
+
+
+@given(total=totals, ranks=ranks, accumulate=st.integers(1, 8))
+def test_ranks_have_both_samples_of_every_pair(total: int, ranks: int, accumulate: int) -> None:
+    """Also of the pairs that odd bounds of micro-batches separate, if these have more samples than there are ranks."""
+    assume(all(stop - start > ranks for start, stop in micro_batch_bounds(total, accumulate)))
+    for rank in range(ranks):
+        for local in joined(local_slices(total, accumulate, rank, ranks)):
+            assert local.start % 2 == 0 and (local.stop % 2 == 0 or local.stop == total)
 
 
 @given(count=totals, ranks=ranks)

@@ -53,6 +53,28 @@ def test_columns_match_single_process_with_little_traffic(tmp_path: Path) -> Non
     run_ranks("tests.parallel.test_columns:columns_match_single_process", 2, tmp_path)
 
 
+def frozen_columns_match_single_process() -> None:
+    model_group = join_all()
+    full = randomized(build(*ALEXNET))
+    inputs = torch.randn(6, *SHAPE, generator=torch.Generator().manual_seed(3)).double()
+    for frozen in ("columns.0.", "columns.1.front.", "columns."):
+        one, split = copy.deepcopy(full), copy.deepcopy(full)
+        for model in (one, split):
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(not name.startswith(frozen))
+        split_columns(split, SHAPE, model_group)
+        torch.testing.assert_close(train_step(split, inputs), train_step(one, inputs), rtol=1e-10, atol=1e-10)
+        gradients = {name: p.grad for name, p in one.named_parameters()}
+        for name, parameter in split.named_parameters():
+            if not parameter.is_meta:
+                torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-10, atol=1e-10)
+
+
+def test_frozen_columns_match_single_process(tmp_path: Path) -> None:
+    """A rank whose own layers are frozen takes part in the exchanges of the other's backward pass."""
+    run_ranks("tests.parallel.test_columns:frozen_columns_match_single_process", 2, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -4,10 +4,12 @@ import json
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from dlopt.errors import UserError
 from dlopt.parallel import rendezvous
@@ -25,7 +27,7 @@ SYNC_DDP = [*DDP, SYNC]
 CASES: Cases = {
     "last batch of two": ([*RESNET, "data.batch_size=47", "steps=6"], SYNC_DDP),
     "accumulation": ([*RESNET, "data.batch_size=35", "accumulate=3", "steps=5"], SYNC_DDP),
-    "mixing": ([*MLP, "augmentation=cutmix", "data.batch_size=31", "epochs=2"], SYNC_DDP),
+    "mixing": ([*MLP, "augmentation=cutmix", "data.batch_size=37", "accumulate=3", "epochs=2"], SYNC_DDP),
     "no norm, empty shards": ([*MLP, "model.norm=none", "data.batch_size=19", "epochs=3"], DDP),
     "exact statistics": ([*MLP, "norm_statistics=exact", "data.batch_size=32", "epochs=2"], SYNC_DDP),
     "average, clipping": (
@@ -138,6 +140,38 @@ def test_invalid_setups_raise_one_line(
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match=f"^{re.escape(message)}"):
         data_parallel(**{**ARGUMENTS, **arguments})
+
+
+class HalfUsed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.spare = nn.Linear(3, 1), nn.Linear(3, 1)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs: Tensor = self.used(inputs)
+        return outputs
+
+
+def leave_parameters_unused() -> None:
+    """Called on all ranks."""
+    mode = data_parallel(**ARGUMENTS)
+    model = mode.place(HalfUsed(), (3,))
+
+    def micro_batch(inputs: Tensor, *_: object) -> Tensor:
+        loss = model(inputs).sum()
+        loss.backward()
+        return loss.detach()
+
+    step: Any = SimpleNamespace(micro_batch=micro_batch)
+    mode.batch_total = 4  # type: ignore[attr-defined]
+    batch = torch.ones(2, 3), torch.ones(2)
+    mode.forward_backward(step, *batch, None)
+    with pytest.raises(UserError, match=r"^parallel\.find_unused_parameters=false: the model did not use all param"):
+        mode.forward_backward(step, *batch, None)
+
+
+def test_unused_parameters_raise_one_line(tmp_path: Path) -> None:
+    run_ranks("tests.parallel.test_ddp:leave_parameters_unused", 2, tmp_path)
 
 
 def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:

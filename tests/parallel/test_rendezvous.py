@@ -34,6 +34,16 @@ def test_launchers_are_detected() -> None:
     assert current(SRUN | own) == World("dlopt", 1, 2, 1, 2)
 
 
+def test_processes_of_launchers_without_local_ranks() -> None:
+    """A PyTorchJob sets four variables: its pods are machines; by hand, the address shows that there is one machine."""
+    pod = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "job-master-0", "MASTER_PORT": "23456"}
+    assert current(pod) == World("torchrun", 1, 2, 0, 1)
+    assert current(pod | {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}) == World("torchrun", 1, 2, 1, 2)
+    for address in ("127.0.0.1", "localhost", "::1"):
+        assert current(pod | {"MASTER_ADDR": address}) == World("torchrun", 1, 2, 1, 2)
+    assert current({"RANK": "1", "WORLD_SIZE": "2"}) == World("torchrun", 1, 2, 1, 2)
+
+
 @pytest.mark.parametrize(
     ("broken", "message"),
     [

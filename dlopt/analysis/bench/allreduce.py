@@ -40,11 +40,15 @@ def measure(
 ) -> Iterator[Bandwidth]:
     """Yields the bandwidth for each size in bytes. All ranks call this together.
 
-    Raises `RunError` if the result of an all-reduce is wrong.
+    Raises `RunError` if the result of an all-reduce is wrong, or if memory does not suffice.
     """
     ranks = distributed.get_world_size()
     for size in sizes:
-        values = torch.full((max(size // 4, 1),), float(distributed.get_rank() + 1), device=device)
+        try:
+            values = torch.full((max(size // 4, 1),), float(distributed.get_rank() + 1), device=device)
+        except RuntimeError as error:  # on a CPU, torch has no type of its own for too little memory
+            reason = str(error).partition("\n")[0]
+            raise RunError(f"allreduce: {size / 2**20:g} MiB cannot be allocated ({reason})") from None
         distributed.all_reduce(values)
         if not bool((values == ranks * (ranks + 1) / 2).all()):
             raise RunError(f"an all-reduce of {size} bytes between {ranks} ranks returned wrong values")

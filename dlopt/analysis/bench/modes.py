@@ -253,12 +253,10 @@ def validate(processes: Sequence[int]) -> list[StepTime]:
                 micro_batches=1,
                 bucket_mb=25.0,
             )
-            unsharded = [
-                replace(layer, forward=layer.forward * count, backward=layer.backward * count) for layer in load.layers
-            ]
+            layers = simulation.per_sample(load.layers, batch)
             calculated = {
-                "ddp": simulation.ddp(load.layers, batch, count, cluster),
-                "filter": simulation.filter_parallel(unsharded, batch, count, cluster, count),
+                "ddp": simulation.ddp(layers, batch, count, cluster),
+                "filter": simulation.filter_parallel(layers, batch, count, cluster, count),
             }
             for mode, estimate in calculated.items():
                 config = _config(composer, mode, BATCH)

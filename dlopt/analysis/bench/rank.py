@@ -6,7 +6,6 @@ Runs updates of the same trainer as `dlopt train` and writes FOLDER/rank-N.json.
 import gc
 import json
 import resource
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -44,8 +43,6 @@ class BenchSettings:
 class Measured:
     """Metrics of one rank; times in seconds per update."""
 
-    rank: int
-    processes: int
     threads: int
     samples: float  # of the global batch
     steps: list[float]
@@ -54,15 +51,6 @@ class Measured:
     collectives: float
     communicating: float  # fraction of the time with a collective in flight
     waiting: float  # fraction of the time with a collective in flight and no computation
-
-    @property
-    def step(self) -> float:
-        return statistics.median(self.steps)
-
-    @property
-    def own(self) -> float:
-        """Seconds that this rank computes or loads data: without waiting for slower ranks."""
-        return self.step * (1 - self.waiting)
 
 
 def main() -> int:
@@ -114,8 +102,6 @@ def measure(experiment: Experiment, folder: Path, settings: BenchSettings, rank:
     [all_ranks_samples] = parallel.sum_over_ranks([float(samples)])
     is_sharded = parallel.batch_shard is not None
     return Measured(
-        rank=rank,
-        processes=parallel.processes,
         threads=torch.get_num_threads(),
         samples=(all_ranks_samples if is_sharded else samples) / settings.updates,
         steps=steps,

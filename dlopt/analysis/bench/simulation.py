@@ -105,21 +105,29 @@ def expected_maximum(count: int) -> float:
     `count` devices that wait for the slowest take mu + sigma times this. David & Nagaraja 2003, "Order statistics",
     section 3.1.
     """
+    return _moment_of_maximum(count, 1) if count > 1 else 0.0
+
+
+def _moment_of_maximum(count: int, power: int) -> float:
     from scipy.special import ndtr
 
     x = np.linspace(-9.0, 9.0, 7201)
     density = np.exp(-x * x / 2) / math.sqrt(2 * math.pi)
-    return float(np.sum(x * count * density * ndtr(x) ** (count - 1)) * (x[1] - x[0])) if count > 1 else 0.0
+    return float(np.sum(x**power * count * density * ndtr(x) ** (count - 1)) * (x[1] - x[0]))
 
 
-def slowed(devices: int, variation: float, barriers: int = 1) -> float:
-    """Straggler slowdown of `devices` that wait for the slowest `barriers` times per update.
+def slowed(devices: int, variation: float, barriers: int = 1, group: int | None = None) -> float:
+    """Straggler slowdown of `devices`, of which those of a `group` wait for its slowest `barriers` times per update.
 
-    The time of an update varies by `variation` (standard deviation over mean), independently between devices and
-    between the k intervals from barrier to barrier. An interval has 1/k of the variance, so the sum over k maxima is
-    mu + sigma sqrt(k) E[max].
+    The groups (null: one of all devices) wait for the slowest group once per update. The time of an update varies by
+    `variation` (standard deviation over mean), independently between devices and between the k intervals from barrier
+    to barrier. An interval has 1/k of the variance, so the sum over k maxima has mean mu + sigma sqrt(k) E[max] and
+    standard deviation sigma SD[max], and the slowest group takes E[max over groups] of the latter longer.
     """
-    return 1 + variation * math.sqrt(barriers) * expected_maximum(devices)
+    group = devices if group is None else group
+    mean = expected_maximum(group)
+    deviation = math.sqrt(_moment_of_maximum(group, 2) - mean**2)
+    return 1 + variation * (math.sqrt(barriers) * mean + deviation * expected_maximum(devices // group))
 
 
 # -- the parallel modes
@@ -175,15 +183,23 @@ class Estimate:
 def seconds(layer: Layer, samples: float, cluster: Cluster) -> tuple[float, float]:
     """Returns the seconds of forward and backward for `samples` samples.
 
-    A timed layer returns its times, which must be for `samples` samples. Otherwise the larger of compute and memory
-    time (Williams, Waterman & Patterson 2009, "Roofline"), from `tflops` and `memory_bandwidth`.
+    A timed layer has its seconds per sample (`per_sample`). Otherwise the larger of compute and memory time (Williams,
+    Waterman & Patterson 2009, "Roofline"), from `tflops` and `memory_bandwidth`.
     """
     if layer.forward:
-        return layer.forward, layer.backward
+        return layer.forward * samples, layer.backward * samples
     compute = layer.operations * samples / (cluster.tflops * 1e12)
     moved = (layer.inputs + layer.outputs) * samples * cluster.value_bytes + layer.parameters * GRADIENT
     move = moved / (cluster.memory_bandwidth * 1e9)
     return max(compute, move), _BACKWARD * max(compute, move)
+
+
+def per_sample(layers: Sequence[Layer], samples: int) -> list[Layer]:
+    """Returns the layers with their times, which are for `samples` samples, divided by that number.
+
+    The modes process different numbers of samples at once: the whole batch of a group, or a micro-batch.
+    """
+    return [replace(layer, forward=layer.forward / samples, backward=layer.backward / samples) for layer in layers]
 
 
 def single(layers: Sequence[Layer], batch: float, cluster: Cluster) -> float:
@@ -258,11 +274,19 @@ class _Case:
         return Estimate(self.mode, self.devices, step, compute, memory, efficiency, fits)
 
     def split(
-        self, forward: float, backward: Sequence[float], communication: float, barriers: int, kept: float, shards: int
+        self,
+        degree: int,
+        forward: float,
+        backward: Sequence[float],
+        communication: float,
+        barriers: int,
+        kept: float,
+        shards: int,
     ) -> Estimate:
-        """Estimates a mode that splits layers over devices: `communication` seconds that no computation hides, and
-        `barriers` per update. Each device has 1/`shards` of the weights and `kept` bytes of activations."""
-        slowdown = slowed(self.devices, self.cluster.variation, max(barriers, 1))
+        """Estimates a mode that splits layers over groups of `degree` devices: `communication` seconds that no
+        computation hides, and `barriers` per update. Each device has 1/`shards` of the weights and `kept` bytes of
+        activations."""
+        slowdown = slowed(self.devices, self.cluster.variation, max(barriers, 1), degree)
         forward, backward = slowdown * forward + communication, [slowdown * time for time in backward]
         update = _optimizer_step(parameters(self.layers) / shards, self.cluster)
         step = _backward_end(self.layers, backward, forward, shards, self.devices // shards, self.cluster) + update
@@ -337,7 +361,7 @@ def filter_parallel(layers: Sequence[Layer], batch: float, devices: int, cluster
         forward, backward = forward + f, [*backward, b]
         kept += outputs if is_gathered else outputs * fraction
     case = _Case("filter", layers, batch, devices, cluster)
-    return case.split(forward, backward, communication, barriers, kept, degree)
+    return case.split(degree, forward, backward, communication, barriers, kept, shards=degree)
 
 
 def spatial(layers: Sequence[Layer], batch: float, devices: int, cluster: Cluster, degree: int) -> Estimate:
@@ -357,7 +381,8 @@ def spatial(layers: Sequence[Layer], batch: float, devices: int, cluster: Cluste
             barriers += 2
         forward, backward = forward + f, [*backward, b]
         kept += fraction * layer.outputs * samples * cluster.value_bytes
-    return _Case("spatial", layers, batch, devices, cluster).split(forward, backward, communication, barriers, kept, 1)
+    case = _Case("spatial", layers, batch, devices, cluster)
+    return case.split(degree, forward, backward, communication, barriers, kept, shards=1)
 
 
 def pipeline(layers: Sequence[Layer], batch: float, devices: int, cluster: Cluster, stages: int) -> Estimate:
@@ -370,18 +395,20 @@ def pipeline(layers: Sequence[Layer], batch: float, devices: int, cluster: Clust
     times = [seconds(layer, micro, cluster) for layer in layers]
     bounds = list(pairwise([*balance([f + b for f, b in times], stages), len(layers)]))
     link = cluster.link(stages)
-    slowdown = slowed(devices, cluster.variation, cluster.micro_batches)
-    forwards, backwards, memory = [], [], 0.0
+    slowdown = slowed(devices, cluster.variation, cluster.micro_batches, stages)
+    forwards, backwards, busiest, memory = [], [], 0.0, 0.0
     for stage, (start, stop) in enumerate(bounds):
         sent = send(layers[stop - 1].outputs * micro * cluster.value_bytes, link) if stop < len(layers) else 0.0
-        forwards.append(slowdown * sum(f for f, _ in times[start:stop]) + sent)
-        backwards.append(slowdown * sum(b for _, b in times[start:stop]) + sent)
+        forward, backward = (slowdown * sum(column) for column in zip(*times[start:stop], strict=True))
+        forwards.append(forward + sent)
+        backwards.append(backward + sent)
+        busiest = max(busiest, forward + backward)
         in_flight = min(stages - stage, cluster.micro_batches)
         states = _state_bytes(parameters(layers[start:stop]))
         memory = max(memory, states + in_flight * _activations(layers[start:stop], micro, cluster))
     step = pipelined(forwards, backwards, cluster.micro_batches)
     update = _optimizer_step(max(parameters(layers[start:stop]) for start, stop in bounds), cluster)
-    compute = step + update
+    compute = cluster.micro_batches * busiest + update
     if groups > 1:  # all stages of a server at once, after the last micro-batch
         step += all_reduce(parameters(layers) * GRADIENT, groups, cluster.between)
     return _Case("pipeline", layers, batch, devices, cluster).estimate(step + update, compute, memory)
@@ -391,16 +418,19 @@ def estimates(layers: Sequence[Layer], batch: float, devices: int, cluster: Clus
     """Estimates all modes that can use `devices` devices.
 
     Model parallelism is within a server and data parallelism between servers; `filter` and `fsdp` are over all devices.
+    A micro-batch of the pipeline has at least one sample.
     """
-    degree = math.gcd(devices, cluster.per_server)
+    degree = devices if devices <= cluster.per_server else math.gcd(devices, cluster.per_server)
+    is_mixed = degree > 1 or devices == 1  # groups of one device would be plain data parallelism
     kernels = [layer for layer in layers if layer.kind != "other"]
+    is_divisible = degree <= len(kernels) and batch * degree >= cluster.micro_batches
     modes = {
         "fsdp": (fsdp, devices, True),
-        "fsdp × ddp": (fsdp, degree, True),
+        "fsdp × ddp": (fsdp, degree, is_mixed),
         "filter": (filter_parallel, devices, devices <= max(layer.units for layer in kernels)),
-        "filter × ddp": (filter_parallel, degree, True),
-        "spatial × ddp": (spatial, degree, True),
-        "pipeline × ddp": (pipeline, degree, degree <= len(kernels)),
+        "filter × ddp": (filter_parallel, degree, is_mixed),
+        "spatial × ddp": (spatial, degree, is_mixed),
+        "pipeline × ddp": (pipeline, degree, is_mixed and is_divisible),
     }
     results = [ddp(layers, batch, devices, cluster)]
     for mode, (estimate, group, is_possible) in modes.items():

@@ -9,9 +9,11 @@ import torch
 
 from dlopt.analysis.bench.allreduce import Bandwidth, measure
 from dlopt.commands.bench import bench
-from dlopt.errors import UserError
+from dlopt.errors import RunError, UserError
+from dlopt.interruption import Interruption
+from dlopt.parallel import launch
 from dlopt.training.build import build_mode
-from tests.commands.line import refused
+from tests.commands.line import dlopt, refused
 from tests.parallel.ranks import run_ranks
 from tests.training.runs import experiment
 
@@ -19,6 +21,8 @@ from tests.training.runs import experiment
 def rank() -> None:
     """An all-reduce takes 1 s on rank 0 and 2 s on rank 1, by their own clocks."""
     mode = build_mode(experiment("parallel=ddp", "device=cpu", "threads=1"))
+    with pytest.raises(RunError, match=r"^allreduce: 1\.09951e\+12 MiB cannot be allocated \("):
+        next(measure([1 << 60], 1, torch.device("cpu")))
     times = itertools.count(step=mode.rank + 1)
     [row] = measure([4_000_000], 3, torch.device("cpu"), clock=lambda: float(next(times)))
     print(row.size, row.ranks, row.seconds, row.algorithm, row.bus, file=sys.stderr)
@@ -27,7 +31,7 @@ def rank() -> None:
 def command() -> None:
     with pytest.raises(UserError, match="processes=3: dlopt started 2 processes"):
         bench(["allreduce=[1]", "processes=3"])
-    assert bench(["allreduce=[0.25,1]", "repeats=2", "device=cpu"]) == 0
+    bench(["allreduce=[0.25,1]", "repeats=2", "device=cpu"])  # ends the process with the exit code
 
 
 def test_the_slowest_rank_counts(tmp_path: Path) -> None:
@@ -46,6 +50,12 @@ def test_command(tmp_path: Path) -> None:
     rows = [line for line in lines if len(line) == 4 and line[0] in ("0.25", "1")]
     assert len(rows) == 2 and all(float(value) > 0 for row in rows for value in row)
     assert second == ""
+
+
+def test_a_killed_rank_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "run_processes", lambda *_: ([1, -9], set(), Interruption()))
+    result = dlopt(tmp_path, "bench", "allreduce=[1]")
+    assert (result.code, result.err) == (1, "dlopt: rank 1 was killed by SIGKILL (out of memory?)\n")
 
 
 def test_errors(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -113,6 +114,39 @@ def test_update_waits_for_the_slowest_device() -> None:
     factor = 1 + 0.1 * simulation.expected_maximum(64)
     assert ddp(CHAIN, 64, 64, varied).efficiency == pytest.approx(1 / factor, rel=1e-3)
     assert filters(CHAIN, 64, 64, varied, 8).efficiency < 1 / factor  # a barrier in every layer
+
+
+@pytest.mark.parametrize(("devices", "group", "barriers"), [(64, 8, 16), (24, 4, 32), (16, 16, 9), (32, 1, 4)])
+def test_groups_wait_for_their_slowest_device_at_every_barrier(devices: int, group: int, barriers: int) -> None:
+    shape = 400, devices // group, barriers, group
+    intervals = np.random.default_rng(0).normal(1 / barriers, 0.02 / barriers**0.5, shape)
+    simulated = intervals.max(-1).sum(-1).max(-1).mean()
+    assert simulation.slowed(devices, 0.02, barriers, group) - 1 == pytest.approx(simulated - 1, rel=0.03)
+
+
+def test_measured_layers_cost_in_every_mode_what_counted_ones_do() -> None:
+    """Modes process the batches of whole groups at once, or micro-batches; the times are for 64 samples."""
+    measured = simulation.per_sample([replace(each, forward=64e-5, backward=128e-5) for each in CHAIN], 64)
+    for devices in (8, 64):
+        for counted, timed in zip(
+            *(simulation.estimates(layers, 64, devices, REAL) for layers in (CHAIN, measured)), strict=True
+        ):
+            assert (timed.step, timed.efficiency) == pytest.approx((counted.step, counted.efficiency)), timed.mode
+
+
+def test_modes_of_few_or_indivisible_devices() -> None:
+    def steps(devices: int, batch: float = 64) -> dict[str, float]:
+        return {each.mode: each.step for each in simulation.estimates(CHAIN, batch, devices, REAL)}
+
+    within = steps(6)  # all on one server
+    assert within["fsdp × ddp"] == within["fsdp"] and within["filter × ddp"] == within["filter"]
+    assert set(steps(9)) == {"ddp", "fsdp", "filter"}  # 9 devices on servers of 8 have no equal groups
+    assert set(steps(8)) - set(steps(8, batch=2)) == {"pipeline × ddp"}  # 16 samples in 24 micro-batches
+
+
+def test_pipeline_does_not_compute_in_its_bubble() -> None:
+    result = pipeline(CHAIN, 64, 8, IDEAL, 8)
+    assert result.compute / result.step == pytest.approx(24 / (24 + 7))
 
 
 def test_residual_block_needs_one_all_reduce_forward_and_backward() -> None:
