@@ -13,6 +13,7 @@ import torch
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 _PR_SET_PDEATHSIG = 1  # sys/prctl.h
 _MAX_MMAP_THRESHOLD = 32 << 20  # glibc rejects larger values
+CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # cgroups version 2, in a container
 _UNKNOWN_MEMORY = 4 << 30  # bytes assumed where the system does not report them
 
 
@@ -26,8 +27,17 @@ def choose_device(name: str) -> torch.device:
 
 def set_threads(threads: int | str, sharing: int = 1) -> None:
     """Sets the number of CPU threads; `auto` divides the available cores by the number of `sharing` processes."""
-    cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(threads if isinstance(threads, int) else max(cores // sharing, 1))
+    torch.set_num_threads(threads if isinstance(threads, int) else max(usable_cores() // sharing, 1))
+
+
+def usable_cores() -> int:
+    """Returns the number of cores that this process may use: by its affinity and the CPU limit of its container."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = CPU_LIMIT.read_text().split()  # microseconds of all cores per period, or max
+        return min(cores, max(int(quota) // int(period), 1))
+    except (OSError, ValueError):
+        return cores
 
 
 def set_deterministic(enabled: bool, *, warn_only: bool = False) -> None:

@@ -2,11 +2,12 @@
 
 import os
 import resource
+from pathlib import Path
 
 import pytest
 import torch
 
-from dlopt.processor import available_memory, installed_memory, keep_freed_memory, set_threads
+from dlopt.processor import available_memory, installed_memory, keep_freed_memory, set_threads, usable_cores
 
 
 def test_threads() -> None:
@@ -20,6 +21,18 @@ def test_threads() -> None:
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    "limit, cores", [("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1), ("900000 100000", 8)]
+)
+def test_cores_of_a_container_with_a_limit(
+    limit: str, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpu.max").write_text(f"{limit}\n")
+    monkeypatch.setattr("dlopt.processor.CPU_LIMIT", tmp_path / "cpu.max")
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    assert usable_cores() == cores
 
 
 def test_memory_is_plausible(monkeypatch: pytest.MonkeyPatch) -> None:

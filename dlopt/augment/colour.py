@@ -88,6 +88,8 @@ def grey_weights(channels: int, device: torch.device) -> Tensor:
 class FactorOperation(Operation):
     """Base of operations with a factor of 1 - limit .. 1 + limit."""
 
+    in_grey_levels = True
+
     def __init__(self, *, limit: Probability) -> None:
         self.limit = limit
 
@@ -130,6 +132,8 @@ class PCAColour(Operation):
     eigenvalues of the covariance of pixel values (Krizhevsky et al. 2012, section 4.1). The paper does not state the
     range of the values; it is 0..1 here, because the offsets would not make sense on 0..255.
     """
+
+    in_grey_levels = True
 
     def __init__(self, *, std: NonNegative, train: Samples) -> None:
         self.std = std

@@ -123,6 +123,7 @@ class RandomErase(Operation):
         self.area = area
         self.ratio = ratio
         self.colour = None if fill == "random" else _colour(fill, train)
+        self.in_grey_levels = fill == "random"
 
     def plan(self, draws: Draws, shape: Shape) -> list[Step]:
         channels, height, width = shape

@@ -184,6 +184,9 @@ class MixingStep(Step):
 class Operation(ABC):
     """One entry of a pipeline's list."""
 
+    in_grey_levels = False
+    """Whether it needs values in 0..255: it rounds or clamps them, or its strength has this unit."""
+
     @abstractmethod
     def plan(self, draws: Draws, shape: Shape) -> list[Step]:
         """Draws the parameters for the whole batch; `shape` is that of the operation's input images."""
@@ -194,6 +197,12 @@ class Operation(ABC):
     def choices(self, shape: Shape) -> "list[Operation]":
         """Returns the operations from which this one chooses; itself if it does not choose."""
         return [self]
+
+
+def leaves(operation: Operation, shape: Shape) -> list[Operation]:
+    """Returns the operations from which an operation chooses, at any depth; itself if it does not choose."""
+    choices = operation.choices(shape)
+    return choices if choices == [operation] else [leaf for choice in choices for leaf in leaves(choice, shape)]
 
 
 def check_intervals(**intervals: tuple[float, float]) -> None:

@@ -7,9 +7,9 @@ from torch import Generator, Tensor
 
 from dlopt.augment.colour import Colour
 from dlopt.augment.crops import CropReader, ResizingCrop
-from dlopt.augment.operation import Draws, MixingStep, Operation, PixelStep, Step, Warp, image_shape
+from dlopt.augment.operation import Draws, MixingStep, Operation, PixelStep, Step, Warp, image_shape, leaves
 from dlopt.augment.warp import Border, warp
-from dlopt.data.samples import Samples, whole_images
+from dlopt.data.samples import Samples, white, whole_images
 from dlopt.errors import UserError
 
 
@@ -27,15 +27,31 @@ class Pipeline:
         operations: applied in this order within each kind.
         border: pixels outside the image in a warp: black, or the image mirrored at its outermost pixels.
         input_shape: shape of one sample, [C, H, W].
+        train: the training samples, if their values are to be checked.
 
     Raises:
-        UserError: an entry is not an `Operation`, or the samples are not images.
+        UserError: an entry is not an `Operation`, the samples are not images, or an operation needs values in 0..255
+            and those of the samples are others.
     """
 
-    def __init__(self, *, operations: list[Operation], border: Border, input_shape: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        *,
+        operations: list[Operation],
+        border: Border,
+        input_shape: tuple[int, ...],
+        train: Samples | None = None,
+    ) -> None:
+        in_grey_levels = train is None or white(train) == 255
         for i, operation in enumerate(operations):
             if not isinstance(operation, Operation):
                 raise UserError(f"augmentation.operations.{i}: {operation!r} is not an operation; see dlopt.augment")
+            for each in [] if in_grey_levels else leaves(operation, image_shape(input_shape)):
+                if each.in_grey_levels:
+                    raise UserError(
+                        f"augmentation.operations.{i}: {type(each).__name__} needs images with values 0..255, but the "
+                        "data set returns other floating-point values; return uint8 images"
+                    )
             input_shape = operation.output_shape(image_shape(input_shape))
         self.operations = operations
         self.border: Border = border

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dlopt.augment.operation import Draws, FixedStrengthDraws, Operation, Shape, image_shape
+from dlopt.augment.operation import Draws, FixedStrengthDraws, image_shape, leaves
 from dlopt.augment.pipeline import Pipeline
 from dlopt.data.batches import Augment
 from dlopt.random import generator
@@ -23,18 +23,21 @@ _GAP = 4
 _MIXED = 0.995  # weight of a sample's class below which its caption shows the mixture
 
 
-def operations_picture(pipeline: Pipeline, images: Tensor, *, title: str = "", tile: int = TILE) -> "Image":
+def operations_picture(
+    pipeline: Pipeline, images: Tensor, *, title: str = "", tile: int = TILE, white: float = 255.0
+) -> "Image":
     """Draws a row per operation: the original, then the operation at 1/3, 2/3 and full strength.
 
     The last column has full strength with the opposite sign (translation, brightness); one-sided operations repeat.
 
     Args:
         pipeline: of an operation that chooses from others, all choices are shown.
-        images: uint8 [n, C, H, W]; the rows show image 0, 1, 2, ... in turn; mixing needs at least two images.
+        images: [n, C, H, W]; the rows show image 0, 1, 2, ... in turn; mixing needs at least two images.
         tile: size of an image in pixels; the text grows with it.
+        white: value of a white pixel.
     """
     shape = image_shape(images.shape[1:])
-    operations = [leaf for operation in pipeline.operations for leaf in _leaves(operation, shape)]
+    operations = [leaf for operation in pipeline.operations for leaf in leaves(operation, shape)]
     rows = []
     for i, operation in enumerate(operations):
         batch = images.roll(-(i % len(images)), 0)
@@ -46,7 +49,7 @@ def operations_picture(pipeline: Pipeline, images: Tensor, *, title: str = "", t
             targets = torch.zeros(len(batch), device=images.device)
             row.append(single.apply(batch, targets, FixedStrengthDraws(draws, strength, sign))[0][0])
         rows.append(_Row(type(operation).__name__, row, [""] * len(row)))
-    return _grid(rows, [title] if title else [], ["original", *COLUMNS], tile)
+    return _grid(rows, [title] if title else [], ["original", *COLUMNS], tile, white)
 
 
 def batch_picture(
@@ -59,6 +62,7 @@ def batch_picture(
     title: str = "",
     draws: int = 6,
     tile: int = TILE,
+    white: float = 255.0,
 ) -> "Image":
     """Draws a row per image: the original, then its augmented versions, by pipeline, in `draws` steps altogether.
 
@@ -66,10 +70,11 @@ def batch_picture(
 
     Args:
         pipelines: by name, which is their heading.
-        images: uint8 [n, C, H, W].
+        images: [n, C, H, W].
         targets: int64 [n], or continuous.
         classes: names, the labels of the rows; empty: no labels.
         tile: size of an image in pixels; the text grows with it.
+        white: value of a white pixel.
     """
     indices = torch.arange(len(images), device=images.device)
     steps = max(draws // len(pipelines), 1)
@@ -92,8 +97,8 @@ def batch_picture(
             )
             for row, result, target in zip(rows, results, mixed, strict=True):
                 row.images.append(result)
-                row.captions.append(_caption(target, classes))
-    return _grid(rows, [title] if title else [], headers, tile, groups if any(groups) else None)
+                row.captions.append("" if targets.is_floating_point() else _caption(target, classes))
+    return _grid(rows, [title] if title else [], headers, tile, white, groups if any(groups) else None)
 
 
 def _caption(target: Tensor, classes: Sequence[str]) -> str:
@@ -108,13 +113,6 @@ def _caption(target: Tensor, classes: Sequence[str]) -> str:
     )
 
 
-def _leaves(operation: Operation, shape: Shape) -> list[Operation]:
-    choices = operation.choices(shape)
-    if choices == [operation]:
-        return choices
-    return [leaf for choice in choices for leaf in _leaves(choice, shape)]
-
-
 @dataclass(frozen=True)
 class _Row:
     label: str
@@ -127,6 +125,7 @@ def _grid(
     titles: Sequence[str],
     headers: Sequence[str],
     tile: int,
+    white: float,
     groups: Sequence[str] | None = None,
 ) -> "Image":
     """Draws titles, headings of groups of columns and of columns, and the rows with their labels and captions."""
@@ -154,7 +153,7 @@ def _grid(
     for y, row in enumerate(rows):
         write(row.label, _GAP, top + y * height + (tile - line) // 2)
         for column, (image, caption) in enumerate(zip(row.images, row.captions, strict=True)):
-            picture.paste(_tile(image, tile), (left + column * cell, top + y * height))
+            picture.paste(_tile(image * (255 / white), tile), (left + column * cell, top + y * height))
             write(caption, left + column * cell, top + y * height + tile)
     return picture
 

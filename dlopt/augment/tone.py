@@ -51,6 +51,8 @@ class _Posterize(_Tone):
 class Posterize(Operation):
     """Keeps the 8 - k highest bits of each value, with k from 0 to `bits`."""
 
+    in_grey_levels = True
+
     def __init__(self, *, bits: Annotated[int, Interval(ge=0, le=8)]) -> None:
         self.bits = bits
 
@@ -68,6 +70,8 @@ class _Solarize(_Tone):
 
 class Solarize(Operation):
     """Inverts all values at or above a threshold between 255 * (1 - limit) and 255."""
+
+    in_grey_levels = True
 
     def __init__(self, *, limit: Probability) -> None:
         self.limit = limit
@@ -87,6 +91,8 @@ class _AutoContrast(_Tone):
 
 class AutoContrast(Operation):
     """Stretches the values of each channel to 0..255."""
+
+    in_grey_levels = True
 
     def plan(self, draws: Draws, shape: Shape) -> list[Step]:
         return [_AutoContrast(_all_samples(draws))]
@@ -108,6 +114,8 @@ class _Equalize(_Tone):
 
 class Equalize(Operation):
     """Equalizes the histogram of each channel."""
+
+    in_grey_levels = True
 
     def plan(self, draws: Draws, shape: Shape) -> list[Step]:
         return [_Equalize(_all_samples(draws))]
@@ -158,6 +166,8 @@ class _Noise(PixelStep):
 
 class GaussianNoise(Operation):
     """Adds Gaussian noise; the standard deviation is per image, uniform in 0..`std` (of 255)."""
+
+    in_grey_levels = True
 
     def __init__(self, *, std: NonNegative) -> None:
         self.std = std

@@ -124,7 +124,8 @@ def _inputs(trained: "Trained", changes: Mapping[str, Any], path: Path) -> tuple
         vocabulary = trained.task.vocabulary
         inputs = torch.randint(vocabulary or 256, (_IMAGES, *trained.sample), generator=generator)
         if vocabulary is None:
-            inputs = inputs.to(torch.uint8) if len(trained.sample) == 3 else inputs / 255
+            is_bytes = len(trained.sample) == 3 and trained.task.white == 255
+            inputs = inputs.to(torch.uint8) if is_bytes else inputs / 255
         source = f"{_IMAGES} random samples, because the data cannot be read ({error})"
     if trained.task.vocabulary is not None:
         return inputs[:, :-1].long().contiguous(), source

@@ -66,6 +66,11 @@ def _predict(
     trained = restore(path, changes, lambda device: join_processes(device, keys))
     if len(trained.sample) != 3 or trained.sample[0] not in (1, 3):
         raise UserError(f"checkpoint={path}: its model takes inputs of shape {list(trained.sample)}, not images")
+    if trained.task.white != 255:
+        raise UserError(
+            f"checkpoint={path}: its model takes floating-point images in the units of its data; image files have "
+            "values 0..255"
+        )
     if trained.task.kind == "reconstruction":
         raise UserError(f"checkpoint={path}: its model reconstructs images; `dlopt eval checkpoint={path}` draws some")
     if trained.warning is not None and trained.mode.is_main:
@@ -163,6 +168,7 @@ def _decode_batches(
 ) -> Iterator[tuple[Sequence[str], list["Tensor | UserError"]]]:
     """Yields this process's paths and images of each batch; decodes the next one while the caller uses the current."""
     from dlopt.data.images import decode
+    from dlopt.processor import usable_cores
 
     channels, height, width = trained.sample
 
@@ -172,12 +178,11 @@ def _decode_batches(
         except UserError as error:
             return error
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     shard = trained.mode.evaluation_shard
     batches = [files[start : start + size] for start in range(0, len(files), size)]
     if shard is not None:
         batches = [batch[cast(slice, shard(len(batch)))] for batch in batches]
-    with ThreadPoolExecutor(max(1, cores // trained.mode.local_processes)) as pool:
+    with ThreadPoolExecutor(max(1, usable_cores() // trained.mode.local_processes)) as pool:
         upcoming = [pool.submit(read, path) for path in batches[0]]
         for paths, next_paths in zip(batches, [*batches[1:], []], strict=True):
             current, upcoming = upcoming, [pool.submit(read, path) for path in next_paths]

@@ -35,7 +35,8 @@ Examples:
   samples=N         number of continuations (default: 1)
 
 Bytes that are no valid UTF-8 are shown as the replacement character. When the context of the model is full, sampling
-continues from its last half. Uses the config saved in the checkpoint. Keys that can be overridden:
+continues from its last half. Computes in fp32, also after a training in bf16. Uses the config saved in the checkpoint.
+Keys that can be overridden:
   {", ".join(_MAY_CHANGE)}
 """
 
@@ -60,6 +61,8 @@ def sample(arguments: list[str]) -> int:
         from dlopt.random import generator
         from dlopt.training.restore import restore
 
+        if changes.get("precision") in ("bf16", "fp16"):
+            raise UserError(f"precision={changes['precision']}: samples are computed in fp32; use fp32, tf32 or fp64")
         trained = restore(path, changes)
         if trained.task.vocabulary is None:
             raise UserError(f"checkpoint={path}: its model predicts no text; it was trained with other data")

@@ -116,11 +116,13 @@ def _draw(experiments: Mapping[str, "Experiment"], tile: int) -> tuple["Image", 
         classes=[str(each) for each in dataset.classes or ()],
         title=f"{name}: training images before and after augmentation",
         tile=tile,
+        white=dataset.task.white,
     )
     [*others, (label, pipeline)] = pipelines.items()
     if others or not pipeline.operations:
         return batch, None
-    return batch, operations_picture(pipeline, images, title=f"augmentation={label}: its operations", tile=tile)
+    title = f"augmentation={label}: its operations"
+    return batch, operations_picture(pipeline, images, title=title, tile=tile, white=dataset.task.white)
 
 
 def _reading_crops(pipeline: "Pipeline", train: "Samples", order: "Tensor", seed: int) -> "Augment":

@@ -4,11 +4,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dlopt.data.samples import Dataset, InMemory
+from dlopt.data.samples import Dataset, InMemory, generated
 from dlopt.random import generator
 from dlopt.ranges import Count, Natural, NonNegative
-
-_TRAIN, _VAL, _TEST = range(3)  # RNG streams: the size of one split does not change the others
 
 
 def copying(
@@ -35,9 +33,7 @@ def copying(
         steps[:, 0, 0] = F.one_hot(labels, symbols).float()
         return InMemory(steps, labels)
 
-    val = draw(val_size, _VAL) if val_size else None
-    test = draw(test_size, _TEST) if test_size else None
-    return Dataset(draw(train_size, _TRAIN), val, test, classes=tuple(map(str, range(symbols))))
+    return generated(draw, train_size, val_size, test_size, classes=tuple(map(str, range(symbols))))
 
 
 def recall(
@@ -60,6 +56,4 @@ def recall(
         steps[rows, 0, marked, symbols] = 1
         return InMemory(steps, sequence[rows, marked])
 
-    val = draw(val_size, _VAL) if val_size else None
-    test = draw(test_size, _TEST) if test_size else None
-    return Dataset(draw(train_size, _TRAIN), val, test, classes=tuple(map(str, range(symbols))))
+    return generated(draw, train_size, val_size, test_size, classes=tuple(map(str, range(symbols))))

@@ -14,8 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dlopt.data.normalization import moments
 from dlopt.data.samples import Dataset, InMemory
 from dlopt.data.splits import split
+from dlopt.data.table import opened_csv
 from dlopt.errors import UserError
 from dlopt.ranges import Fraction
 
@@ -39,6 +41,7 @@ def table(
     """Loads a CSV file with a header line: float32 [N, F], and classes int64 [N] or values float32 [N].
 
     Args:
+        delimiter: one character, or a backslash and a t for a tab.
         target: column to predict; None: the last one.
         ignore: columns that are not features.
         labels: class names, or numbers for regression.
@@ -147,7 +150,7 @@ def _dataset(
     Args:
         parts: split of each row; None: `test_split` of them are the test set.
         standardize_target: scales values to mean 0 and standard deviation 1 over the rows that are not for testing.
-            Loss and outputs are then in these units; the notes name the constants.
+            A constant only becomes 0. Loss and outputs are then in these units; the notes name the constants.
     """
     notes: tuple[str, ...] = ()
     classes: tuple[str, ...] | None = None
@@ -163,7 +166,8 @@ def _dataset(
         scale = (0.0, 1.0)
         if standardize_target:
             known = targets[rest if parts is None else _rows_of("train", parts)]
-            scale = (known.mean().item(), known.std(correction=0).item() or 1.0)
+            mean, deviation = moments(InMemory(known[:, None], known))
+            scale = mean.item(), deviation.item()
             notes = (f"targets and outputs: (value - {scale[0]:.6g}) / {scale[1]:.6g} (data.standardize_target)",)
         samples.targets = ((targets - scale[0]) / scale[1]).float()
     if parts is None:
@@ -211,18 +215,13 @@ def _natural(name: str) -> tuple[float, str]:
 
 def _read(path: Path, delimiter: str) -> tuple[list[str], list[tuple[int, list[str]]]]:
     """Returns the header, and (line number, fields) of every row that is not empty."""
+    delimiter = "\t" if delimiter == r"\t" else delimiter
     if len(delimiter) != 1:
-        raise UserError(f"data.delimiter={delimiter!r}: must be one character")
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, delimiter=delimiter)
-            header = [name.strip() for name in next(reader, [])]
-            rows = [(reader.line_num, [field.strip() for field in row]) for row in reader if row]
-    except OSError as error:
-        where = "" if path.is_absolute() else f" in {Path.cwd()}"
-        raise UserError(f"data.file={path}: cannot be read{where} ({error.strerror})") from error
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"data.file={path}: is not a CSV file in UTF-8 ({error})") from error
+        raise UserError(f"data.delimiter={delimiter!r}: must be one character, or \\t for a tab")
+    with opened_csv(path) as file:
+        reader = csv.reader(file, delimiter=delimiter)
+        header = [name.strip() for name in next(reader, [])]
+        rows = [(reader.line_num, [field.strip() for field in row]) for row in reader if row]
     if len(header) < 2:
         raise UserError(f"data.file={path}: has {len(header)} columns; set data.delimiter if it is not {delimiter!r}")
     if len(set(header)) < len(header):

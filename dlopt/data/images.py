@@ -42,7 +42,7 @@ def decode(path: str, size: tuple[int, int] | None, channels: int) -> Tensor:
     transparency, uses the first frame of animations, and keeps the upper 8 bits of 16-bit grey.
 
     Raises:
-        UserError: the file cannot be read as an image.
+        UserError: the file cannot be read as an image, or has numbers of 32 bits that would all become 0.
     """
     try:
         return EncodedImage(path).decode(size, channels)
@@ -149,6 +149,7 @@ class EncodedImage:
         from PIL import Image, ImageOps
 
         image = self._image
+        _check_range(image)
         is_whole = box is None and size in (None, (self.height, self.width))
         if size is not None and not is_whole:
             left, top, right, bottom = _centre_box(self.width, self.height, size) if box is None else box
@@ -169,6 +170,14 @@ class EncodedImage:
             pixels = from_pil(image, channels).permute(1, 2, 0)
             image = Image.fromarray(pixels.squeeze(-1).contiguous().numpy())
         return from_pil(image.resize(size[::-1], Image.Resampling.BILINEAR, box=box), channels)
+
+
+def _check_range(image: "Image") -> None:
+    """Raises `ValueError` for a TIFF of 32-bit numbers, such as 0..1, that would become a black image."""
+    if image.format == "TIFF" and image.mode in ("F", "I") and not from_pil(image, 1).any():
+        pixels = np.asarray(image)
+        if pixels.any():
+            raise ValueError(f"32-bit pixels from {pixels.min():g} to {pixels.max():g}; convert them to 8 or 16 bits")
 
 
 def _centre_box(width: int, height: int, size: tuple[int, int]) -> Box:

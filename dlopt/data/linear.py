@@ -2,12 +2,10 @@
 
 import torch
 
-from dlopt.data.samples import Dataset, InMemory
+from dlopt.data.samples import Dataset, InMemory, generated
 from dlopt.errors import UserError
 from dlopt.random import generator
 from dlopt.ranges import Count, Natural, NonNegative
-
-_TRAIN, _VAL, _TEST = range(3)  # RNG streams: the size of one split does not change the others
 
 
 def linear(
@@ -40,6 +38,4 @@ def linear(
         y = u.sum(1) + noise * torch.randn(size, generator=rng, dtype=torch.float64)
         return InMemory((lows + (highs - lows) * (u + 1) / 2).float(), y.float())
 
-    val = draw(val_size, _VAL) if val_size else None
-    test = draw(test_size, _TEST) if test_size else None
-    return Dataset(draw(train_size, _TRAIN), val, test, classes=None)
+    return generated(draw, train_size, val_size, test_size)

@@ -4,12 +4,11 @@ import atexit
 import math
 import mmap
 import multiprocessing
-import os
 import signal
 import sys
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from multiprocessing.util import Finalize
 from typing import Any, Literal, Protocol
 
@@ -21,7 +20,7 @@ from torch.utils.data import DataLoader
 from dlopt.data.samples import InMemory, Reader, Samples
 from dlopt.data.windows import Windows
 from dlopt.errors import RunError, UserError
-from dlopt.processor import M_MMAP_THRESHOLD, end_with_parent, set_malloc
+from dlopt.processor import M_MMAP_THRESHOLD, end_with_parent, set_malloc, usable_cores
 
 _CHUNK_BYTES = 1 << 22  # chunk of inputs when a whole dataset is read
 _MIN_SAMPLES_FOR_WORKERS = 1000  # below, starting processes takes longer than decoding
@@ -32,7 +31,7 @@ _MMAP_MIN_BYTES = 1 << 20  # larger buffers are mapped separately, see `_empty`
 _GRACE = 60  # seconds that a worker stays alive after SIGTERM, see `_start_worker`
 
 
-def worker_count(workers: int | Literal["auto"], samples: Samples, processes: int = 1) -> int:
+def worker_count(workers: int | Literal["auto"], samples: Sized, processes: int = 1) -> int:
     """Returns the number of worker processes for `samples` if `processes` training processes share this machine.
 
     `auto`: the usable cores divided by the training processes; 0 for samples in memory and for small datasets.
@@ -41,8 +40,7 @@ def worker_count(workers: int | Literal["auto"], samples: Samples, processes: in
         return workers
     if isinstance(samples, InMemory | Windows) or len(samples) < _MIN_SAMPLES_FOR_WORKERS:
         return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores // processes, _MAX_WORKERS))
+    return max(1, min(usable_cores() // processes, _MAX_WORKERS))
 
 
 class Loader:

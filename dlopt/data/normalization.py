@@ -97,14 +97,10 @@ class MeanPixel(ScaleShift):
 
     def __init__(self, *, values: tuple[float, ...] | None, scale: Positive, input_shape: tuple[int, ...]) -> None:
         super().__init__(input_shape=input_shape)
-        if values is not None and len(values) != input_shape[0]:
-            raise UserError(
-                f"normalize.values={list(values)}: has {len(values)} values; the data has {input_shape[0]} "
-                f"{'channels' if len(input_shape) == 3 else 'features'}"
-            )
         self._fixed = values
         self._factor = scale
         if values is not None:
+            _check_count("values", values, input_shape)
             self._set_mean(torch.tensor(values))
 
     def fit(self, samples: Samples) -> None:
@@ -138,15 +134,18 @@ class Fixed(ScaleShift):
 
 
 def _constants(name: str, values: tuple[float, ...], input_shape: tuple[int, ...]) -> Tensor:
-    channels, is_image = input_shape[0], len(input_shape) == 3
-    if is_image and channels == 1 and values:
+    if len(input_shape) == 3 and input_shape[0] == 1 and values:
         return torch.tensor(values, dtype=torch.float64).mean(0, keepdim=True)
-    if len(values) != channels:
-        raise UserError(
-            f"normalize.{name}={list(values)}: has {len(values)} values; the data has {channels} "
-            f"{'channels' if is_image else 'features'}"
-        )
+    _check_count(name, values, input_shape)
     return torch.tensor(values, dtype=torch.float64)
+
+
+def _check_count(name: str, values: tuple[float, ...], input_shape: tuple[int, ...]) -> None:
+    if len(values) != input_shape[0]:
+        raise UserError(
+            f"normalize.{name}={list(values)}: has {len(values)} values; the data has {input_shape[0]} "
+            f"{'channels' if len(input_shape) == 3 else 'features'}"
+        )
 
 
 class MeanImage(nn.Module):

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dlopt.data.samples import Dataset, InMemory
+from dlopt.data.samples import Dataset, InMemory, generated
 from dlopt.errors import UserError
 from dlopt.random import generator
 from dlopt.ranges import Count, Natural, NonNegative
@@ -20,7 +20,6 @@ FUNCTIONS: Mapping[Function, Callable[[Tensor], Tensor]] = {
     "cubic": lambda x: (5 * x**3 - 3 * x) / 2,  # Legendre polynomial, within [-1, 1]
     "step": torch.sign,
 }
-_TRAIN, _VAL, _TEST = range(3)  # RNG streams: the size of one split does not change the others
 
 
 def polynomial(
@@ -50,6 +49,4 @@ def polynomial(
         y = FUNCTIONS[function](x) + noise * torch.randn(size, generator=rng, dtype=torch.float64)
         return InMemory(x.float().unsqueeze(1), y.float())
 
-    val = draw(val_size, _VAL) if val_size else None
-    test = draw(test_size, _TEST) if test_size else None
-    return Dataset(draw(train_size, _TRAIN), val, test, classes=None)
+    return generated(draw, train_size, val_size, test_size)

@@ -4,10 +4,11 @@ A `Samples` object returns batches by index and holds all targets, whether it in
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,6 +21,7 @@ from dlopt.data.task import Task
 from dlopt.errors import UserError
 
 _HEADERS_CHECKED = 256  # images whose size is checked in advance; the others are checked when decoded
+_LABELS_CHECKED = 64  # items whose labels are compared with the dataset's attribute
 
 
 class Samples(Protocol):
@@ -92,11 +94,43 @@ class Dataset:
     def task(self) -> Task:
         """What a model predicts."""
         if self.unlabelled is not None:
-            return self.unlabelled
-        if self.classes is not None:
-            return Task("classification", len(self.classes))
-        targets = self.train.targets
-        return Task("regression", 1 if targets.ndim == 1 else targets.shape[1])
+            task = self.unlabelled
+        elif self.classes is not None:
+            task = Task("classification", len(self.classes))
+        else:
+            targets = self.train.targets
+            task = Task("regression", 1 if targets.ndim == 1 else targets.shape[1])
+        return replace(task, white=self._white)
+
+    @cached_property
+    def _white(self) -> float:
+        return white(self.train)
+
+
+def white(samples: Samples) -> float:
+    """Returns the value of a white pixel: 255; 1 for floating-point images whose values are not in 0..255.
+
+    Tells the values of floating-point images by 16 of them: negative ones, or none above 1.
+    """
+    if len(samples.shape) != 3 or isinstance(samples, Files):
+        return 255.0
+    images = samples.fetch(torch.linspace(0, len(samples) - 1, min(16, len(samples))).long())
+    return 255.0 if images.dtype == torch.uint8 or (images.min() >= 0 and images.max() > 1) else 1.0
+
+
+def generated(
+    draw: "Callable[[int, int], InMemory]",
+    train_size: int,
+    val_size: int,
+    test_size: int,
+    classes: tuple[str, ...] | None = None,
+) -> Dataset:
+    """Builds a dataset of splits drawn by `draw(size, number)`; a size of 0 omits a split.
+
+    The numbers are RNG streams: the size of one split does not change the others.
+    """
+    val, test = (draw(size, number) if size else None for number, size in ((1, val_size), (2, test_size)))
+    return Dataset(draw(train_size, 0), val, test, classes)
 
 
 class InMemory:
@@ -245,8 +279,8 @@ class Wrapped:
 
     Inputs: a PIL image, a uint8 array [H, W] or [H, W, C], or a tensor [F], [H, W] or [C, H, W]; uint8 inputs are
     images 0..255, all others become float32. Labels: an integer class, or floating-point values (regression).
-    Labels are read from the attribute `targets` or `labels` if it matches the first item; otherwise every item is
-    read once.
+    Labels are read from the attribute `targets` or `labels` if it matches an item of each class (at most 64 items);
+    otherwise every item is read once.
 
     Raises:
         UserError: not a map-style dataset, empty, or an item has another form.
@@ -333,7 +367,11 @@ class Wrapped:
             values = getattr(self._dataset, attribute, None)
             if isinstance(values, list | tuple | np.ndarray | Tensor) and len(values) == len(self):
                 targets = self._as_targets(list(values) if isinstance(values, tuple) else values)
-                if torch.equal(targets[0], self._as_targets([first])[0]):
+                # One item of each class: a `target_transform` changes the labels of the items only.
+                indices = np.unique(targets.numpy(), return_index=True, axis=0)[1]
+                indices = indices[np.linspace(0, len(indices) - 1, min(len(indices), _LABELS_CHECKED), dtype=np.int64)]
+                labels = self._as_targets([first, *(self._item(index)[1] for index in indices.tolist())])
+                if targets.dtype == labels.dtype and torch.equal(targets[[0, *indices.tolist()]], labels):
                     return targets
         return self._as_targets([self._item(index)[1] for index in range(len(self))])
 

@@ -3,8 +3,10 @@
 import csv as csv_module
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TextIO
 
 import numpy as np
 import torch
@@ -70,23 +72,30 @@ def csv(
 
 def _rows(path: Path, columns: list[str]) -> list[tuple[int, dict[str, str]]]:
     """Returns (line number, fields by column) of every row."""
+    with opened_csv(path) as file:
+        reader = csv_module.DictReader(file)
+        header = reader.fieldnames or []
+        for column in columns:
+            if column not in header:
+                raise UserError(
+                    f"data.file={path}: has no column {column!r}; it has {', '.join(header) or 'none'} "
+                    "(for a table of numbers: data=table)"
+                )
+        rows = []
+        for row in reader:
+            for column in columns:
+                if not (row[column] or "").strip():
+                    raise UserError(f"data.file={path}, line {reader.line_num}: {column} is empty")
+            rows.append((reader.line_num, row))
+        return rows
+
+
+@contextmanager
+def opened_csv(path: Path) -> Iterator[TextIO]:
+    """Opens a CSV file in UTF-8; raises `UserError` for errors of the file and of reading it."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv_module.DictReader(file)
-            header = reader.fieldnames or []
-            for column in columns:
-                if column not in header:
-                    raise UserError(
-                        f"data.file={path}: has no column {column!r}; it has {', '.join(header) or 'none'} "
-                        "(for a table of numbers: data=table)"
-                    )
-            rows = []
-            for row in reader:
-                for column in columns:
-                    if not row[column]:
-                        raise UserError(f"data.file={path}, line {reader.line_num}: {column} is empty")
-                rows.append((reader.line_num, row))
-            return rows
+            yield file
     except OSError as error:
         where = "" if path.is_absolute() else f" in {Path.cwd()}"
         raise UserError(f"data.file={path}: cannot be read{where} ({error.strerror})") from error

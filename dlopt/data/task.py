@@ -18,18 +18,20 @@ class Task:
     classification  sample                   label: int64 [B]
     regression      sample                   label: float [B] or [B, K]
     next_token      tokens 0..T-1: [B, T]    tokens 1..T: int64 [B, T]
-    reconstruction  sample                   sample: float [B, K]; pixels in 0..1, before the normalization
+    reconstruction  sample                   sample: float [B, K], before the normalization; 0..255 becomes 0..1
 
     Args:
         outputs: size of a prediction: the number of classes, of values, or of tokens in the vocabulary.
         predictions: per sample; T for a text.
         unit: of a token; bytes are measured in bits.
+        white: value of a white pixel; 1 for floating-point images whose values are not in 0..255.
     """
 
     kind: Kind
     outputs: int
     predictions: int = 1
     unit: Literal["byte", "token"] = "token"
+    white: float = 255.0
 
     @property
     def classes(self) -> int | None:
@@ -61,9 +63,8 @@ class Task:
             tokens = samples.long()
             return tokens[:, :-1], tokens[:, 1:]
         if self.kind == "reconstruction":
-            is_image = samples.ndim == 4
             targets = samples.flatten(1).to(torch.promote_types(samples.dtype, torch.float32))
-            return samples, targets / 255 if is_image else targets
+            return samples, targets / self.white
         return samples, labels
 
     def normalized(self, inputs: Tensor, normalize: nn.Module | None, dtype: torch.dtype) -> Tensor:

@@ -39,8 +39,8 @@ def text(
 ) -> Dataset:
     """Reads files as bytes: tokens 0..255, with a zero byte between documents.
 
-    Every file is a document. Test and validation set are the last parts of the sorted documents, cut between documents
-    if these are small enough, else at the end of a line.
+    Every file is a document, in the order of `file`; those of a folder are sorted. Test and validation set are the last
+    parts of the text, cut between documents if these are small enough, else at the end of a line.
 
     Args:
         file: files, or folders of files.
@@ -54,10 +54,10 @@ def text(
     if not paths:
         raise UserError("data.file=[]: at least one file or folder is required")
     tokens, ends = _concatenate(paths)
-    fractions = [_train_fraction(val_split, test_split), 1 - test_split]
-    smallest = min((part for part in (val_split, test_split) if part > 0), default=0.0)
-    cuts = [_cut(tokens, ends, fraction, smallest / 2) for fraction in fractions]
-    return _dataset(tokens, cuts, sequence_length, facts=_facts(tokens, paths))
+    train_fraction = _train_fraction(val_split, test_split)
+    smallest = min(part for part in (train_fraction, val_split, test_split) if part > 0)
+    cuts = [_cut(tokens, ends, fraction, smallest / 2) for fraction in (train_fraction, 1 - test_split)]
+    return _dataset(tokens, cuts, sequence_length, val_split, test_split, facts=_facts(tokens, paths))
 
 
 def python_source(*, sequence_length: SequenceLength, val_split: Fraction, test_split: Fraction) -> Dataset:
@@ -79,11 +79,11 @@ def python_source(*, sequence_length: SequenceLength, val_split: Fraction, test_
         splits[2 if position < test_split else 1 if position < test_split + val_split else 0].append(name)
     paths = [root / name for split in splits for name in split]
     tokens, ends = _concatenate(paths)
-    cuts = [ends[len(splits[0]) - 1], ends[len(splits[0]) + len(splits[1]) - 1]]
+    cuts = [[0, *ends][count] for count in (len(splits[0]), len(splits[0]) + len(splits[1]))]
     facts = {"python": platform.python_version(), **_facts(tokens, [Path(path) for path in names])}
     licence = "Python Software Foundation License"
     notes = (f"standard library of Python {facts['python']} ({licence}): {len(names)} files",)
-    return _dataset(tokens, cuts, sequence_length, facts=facts, notes=notes)
+    return _dataset(tokens, cuts, sequence_length, val_split, test_split, facts=facts, notes=notes)
 
 
 def tokens(*, root: str, sequence_length: SequenceLength, vocabulary: Vocabulary) -> Dataset:
@@ -103,7 +103,6 @@ def tokens(*, root: str, sequence_length: SequenceLength, vocabulary: Vocabulary
         array = _memory_map(path, "<u2")
         _check_vocabulary(path, array, vocabulary)
         splits[name] = _windows(array, sequence_length, f"{path}")
-    assert splits["train"] is not None
     task = Task("next_token", vocabulary, predictions=sequence_length)
     return Dataset(splits["train"], splits["val"], splits.get("test"), None, unlabelled=task)
 
@@ -115,16 +114,23 @@ def _train_fraction(val_split: float, test_split: float) -> float:
 
 
 def _dataset(
-    tokens: np.ndarray, cuts: Sequence[int], length: int, *, facts: dict[str, Any], notes: tuple[str, ...] = ()
+    tokens: np.ndarray,
+    cuts: Sequence[int],
+    length: int,
+    val_split: float,
+    test_split: float,
+    *,
+    facts: dict[str, Any],
+    notes: tuple[str, ...] = (),
 ) -> Dataset:
     """Returns the parts of the bytes before, between and after `cuts` as training, validation and test set."""
-    parts = zip(("training", "validation", "test"), (0, *cuts), (*cuts, len(tokens)), strict=True)
-    train, val, test = (
-        None if start == stop else _windows(tokens[start:stop], length, f"the {name} text")
-        for name, start, stop in parts
+    train = _windows(tokens[: cuts[0]], length, "the training text")
+    val, test = (
+        _windows(tokens[start:stop], length, f"the text of data.{key}={fraction:g}") if fraction > 0 else None
+        for key, fraction, start, stop in zip(
+            ("val_split", "test_split"), (val_split, test_split), cuts, (cuts[1], len(tokens)), strict=True
+        )
     )
-    if train is None:
-        raise UserError("data.val_split, data.test_split: leave no text for training")
     task = Task("next_token", BYTES, predictions=length, unit="byte")
     return Dataset(train, val, test, None, unlabelled=task, notes=notes, facts=facts)
 
@@ -132,8 +138,8 @@ def _dataset(
 def _windows(tokens: np.ndarray, length: int, name: str) -> Windows:
     windows = Windows(tokens, length)
     if len(windows) == 0:
-        raise UserError(f"data.sequence_length={length}: {name} has only {len(tokens)} tokens; use at most "
-                        f"{max(len(tokens) - 1, 1)}")  # fmt: skip
+        hint = f"use at most {len(tokens) - 1}" if len(tokens) > 1 else "a window needs two or more"
+        raise UserError(f"data.sequence_length={length}: {name} has only {len(tokens)} tokens; {hint}")
     return windows
 
 
@@ -181,22 +187,29 @@ def _read(paths: Sequence[Path]) -> np.ndarray:
             parts.append(path.read_bytes())
         except OSError as error:
             raise UserError(f"data.file: {path}: cannot be read ({error.strerror})") from None
-    joined = parts[0] if len(parts) == 1 else SEPARATOR.join([*parts, b""])
-    return np.frombuffer(bytearray(joined), dtype=np.uint8)
+    joined = bytearray(parts[0]) if len(parts) == 1 else bytearray(SEPARATOR).join([*parts, b""])
+    return np.frombuffer(joined, dtype=np.uint8)
 
 
 def _map_joined(paths: Sequence[Path]) -> np.ndarray:
-    """Writes the bytes of the files to one file in the cache, which is reused while they are unchanged."""
+    """Writes the bytes of the files to one file in the cache, which is reused while they are unchanged.
+
+    Reads the files into memory if the cache cannot be written.
+    """
     states = [f"{path.absolute()} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in paths]
     target = cache_file("text", *states).with_suffix(".bin")
-    with exclusive(target):
-        if not target.exists():
-            with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as joined:
-                for path in paths:
-                    with path.open("rb") as source:
-                        shutil.copyfileobj(source, joined)
-                    joined.write(SEPARATOR)
-            os.replace(joined.name, target)
+    try:
+        with exclusive(target):
+            if not target.exists():
+                with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+                    with open(Path(folder, "joined"), "wb") as joined:
+                        for path in paths:
+                            with path.open("rb") as source:
+                                shutil.copyfileobj(source, joined)
+                            joined.write(SEPARATOR)
+                    os.replace(joined.name, target)
+    except OSError:  # no access, or no space
+        return _read(paths)
     return _memory_map(target, "u1")
 
 
@@ -223,8 +236,8 @@ def _check_vocabulary(path: Path, tokens: np.ndarray, vocabulary: int) -> None:
 def _cut(tokens: np.ndarray, ends: Sequence[int], fraction: float, tolerance: float) -> int:
     """Returns the end of the document nearest to `fraction` of the bytes; if it is too far, the end of a line.
 
-    `tolerance`: largest distance of a document's end, as a fraction of the bytes, and twice that of a line's end. With
-    half of the smallest split no split vanishes. Without such an end, the text is cut at `fraction`.
+    `tolerance`: bound of the distance of a document's end, as a fraction of the bytes, and twice that of a line's end.
+    With half of the smallest split no split vanishes. Without such an end, the text is cut at `fraction`.
     """
     total = len(tokens)
     if fraction >= 1:
@@ -232,7 +245,8 @@ def _cut(tokens: np.ndarray, ends: Sequence[int], fraction: float, tolerance: fl
     position = round(fraction * total)
     index = bisect_left(ends, position)
     nearest = min(ends[max(index - 1, 0) : index + 1], key=lambda end: abs(end - position), default=total)
-    if 0 < nearest < total and abs(nearest - position) <= tolerance * total:
+    # Less than the tolerance, by a byte for rounding: at the tolerance, both cuts of a split could be the same end.
+    if 0 < nearest < total and abs(nearest - position) + 1 < tolerance * total:
         return nearest
     searched = min(_LINE, round(tolerance / 2 * total))
     lines = np.flatnonzero(tokens[position : position + searched] == ord("\n"))

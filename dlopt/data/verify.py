@@ -25,7 +25,6 @@ from dlopt.errors import UserError
 log = logging.getLogger(__name__)
 
 _MAX_LISTED = 20  # images named on the console
-_MIN_IMAGES_FOR_WORKERS = 1000  # below, starting processes takes longer than decoding
 _BATCH = 32  # images decoded between two checks of the cap
 _PROGRESS = 10.0  # seconds between progress messages
 _VERSION = "1"
@@ -104,7 +103,7 @@ def _readable(key: str, images: ImageList, checks: "_Checks", cap: int) -> np.nd
     with exclusive(path):  # the first process checks the images; the others then read its cache
         states = np.array([_state(images.path(index)) for index in range(len(images))]).reshape(-1, 4)
         good, unknown = _cached(path, images, states)
-        loader = Loader(checks, worker_count("auto", checks) if len(unknown) >= _MIN_IMAGES_FOR_WORKERS else 0)
+        loader = Loader(checks, worker_count("auto", unknown))
         done, last_message = 0, time.monotonic()
         try:
             for result in loader.run(torch.from_numpy(unknown).split(_BATCH)):
@@ -124,23 +123,15 @@ def _readable(key: str, images: ImageList, checks: "_Checks", cap: int) -> np.nd
 
 
 class _Checks:
-    """`Samples` whose inputs are bools: whether the image can be read. This lets a `Loader` check images in workers."""
+    """A `Reader` of bools: whether an image can be read. This lets a `Loader` check images in workers."""
 
     def __init__(self, images: ImageList, image_size: tuple[int, int] | None, channels: int) -> None:
-        self.targets = images.targets
-        self.shape: tuple[int, ...] = ()
         self._images = images
         self._image_size = image_size
         self._channels = channels
 
-    def __len__(self) -> int:
-        return len(self.targets)
-
     def fetch(self, indices: Tensor) -> Tensor:
         return torch.tensor([self._can_read(self._images.path(index)) for index in indices.tolist()])
-
-    def select(self, indices: Tensor) -> "_Checks":
-        return _Checks(self._images.select(indices), self._image_size, self._channels)
 
     def _can_read(self, path: str) -> bool:
         try:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from dlopt.errors import RunError
 from dlopt.models.gpt import GPT, KeyValueCache
 
 
@@ -62,10 +63,16 @@ class _Reader:
 
 
 def draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> int:
-    """Draws a token from softmax(logits / temperature), logits [V], among the `top_k` largest; ties are kept."""
+    """Draws a token from softmax(logits / temperature), logits [V], among the `top_k` largest; ties are kept.
+
+    Raises `RunError` for logits that are not finite.
+    """
+    if not logits.isfinite().all():
+        raise RunError("the model's outputs are not finite: its training has diverged; use another checkpoint")
     if temperature == 0:
         return int(logits.argmax())
     if top_k is not None:
         smallest = logits.topk(min(top_k, len(logits))).values[-1]
         logits = logits.masked_fill(logits < smallest, -torch.inf)
-    return int(torch.multinomial((logits / temperature).softmax(0), 1, generator=generator))
+    # The largest is 0: others may overflow to -inf at a tiny temperature.
+    return int(torch.multinomial(((logits - logits.max()) / temperature).softmax(0), 1, generator=generator))

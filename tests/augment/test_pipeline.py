@@ -11,8 +11,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dlopt.augment import Draws, HorizontalFlip, Operation, PadCrop, PCAColour, Pipeline
+from dlopt.augment import (
+    Draws,
+    GaussianNoise,
+    HorizontalFlip,
+    Operation,
+    PadCrop,
+    PCAColour,
+    Pipeline,
+    RandAugment,
+    RandomErase,
+    RandomMix,
+)
 from dlopt.config.schema import component
+from dlopt.data.samples import InMemory
 from dlopt.errors import UserError
 from dlopt.random import generator
 from tests.augment.helpers import Images, pictures
@@ -109,6 +121,23 @@ def test_rejects_vectors_and_foreign_operations() -> None:
     strange: list[Operation] = [torch.nn.ReLU()]  # type: ignore[list-item]
     with pytest.raises(UserError, match=r"augmentation\.operations\.0: ReLU"):
         Pipeline(operations=strange, border="zero", input_shape=(3, 8, 8))
+
+
+@pytest.mark.parametrize(("low", "high", "fits"), [(0.0, 1.0, False), (-1.0, 2.0, False), (0.0, 200.0, True)])
+def test_operations_in_grey_levels_need_images_in_0_to_255(low: float, high: float, fits: bool) -> None:
+    """RandAugment rounds pixels: images in 0..1 would become black and white, or noise."""
+    train = InMemory(torch.linspace(low, high, 64).view(1, 1, 8, 8), torch.zeros(1))
+    flip, erase = HorizontalFlip(p=0.5), RandomErase(p=1.0, area=(0.1, 0.2), ratio=(1.0, 1.0), fill="mean", train=train)
+    Pipeline(operations=[flip, erase], border="zero", input_shape=(1, 8, 8), train=train)
+    noise = RandomErase(p=1.0, area=(0.1, 0.2), ratio=(1.0, 1.0), fill="random", train=train)
+    nested = RandomMix(n=1, operations=[RandAugment(n=1, magnitude=9)])
+    for operation in (noise, nested, PCAColour(std=0.1, train=train), GaussianNoise(std=1.0)):
+        operations = [flip, operation]
+        if fits:
+            Pipeline(operations=operations, border="zero", input_shape=(1, 8, 8), train=train)
+            continue
+        with pytest.raises(UserError, match=r"operations\.1: \w+ needs images with values 0\.\.255"):
+            Pipeline(operations=operations, border="zero", input_shape=(1, 8, 8), train=train)
 
 
 def test_rejects_a_shard_of_another_length() -> None:

@@ -96,6 +96,23 @@ def test_pipelines_have_columns_of_their_own_and_a_size() -> None:
     assert captions.height > picture.height, "a line per row"
 
 
+def test_values_of_a_regression_are_no_shares_of_classes() -> None:
+    pipeline = Pipeline(operations=[HorizontalFlip(p=1.0)], border="zero", input_shape=(1, 8, 8))
+    images = pictures(2, 1, 8, 8)
+    one, several = (batch_picture({"": pipeline}, images, torch.full(shape, 0.4), seed=0) for shape in ((2,), (2, 2)))
+    assert several.tobytes() == one.tobytes()
+
+
+def test_images_in_0_to_1_are_not_black() -> None:
+    pipeline = Pipeline(operations=[HorizontalFlip(p=1.0)], border="zero", input_shape=(1, 8, 8))
+    images = pictures(2, 1, 8, 8)
+    targets = torch.zeros(2)
+    expected = batch_picture({"": pipeline}, images, targets, seed=0)
+    assert batch_picture({"": pipeline}, images / 255, targets, seed=0, white=1).tobytes() == expected.tobytes()
+    expected = operations_picture(pipeline, images)
+    assert operations_picture(pipeline, images / 255, white=1).tobytes() == expected.tobytes()
+
+
 def test_captions_show_the_shares_of_mixed_classes() -> None:
     assert _caption(torch.tensor([0.0, 0.3, 0.7]), ["a", "b", "c"]) == "70 % c + 30 % b"
     assert _caption(torch.tensor([0.25, 0.0, 0.75]), []) == "75 % 2 + 25 % 0"

@@ -13,6 +13,7 @@ from PIL import Image
 
 from dlopt import cli
 from dlopt.config.parsing import parse
+from dlopt.files import write
 from dlopt.training.build import build_workload
 from dlopt.training.checkpoint import load
 from tests.commands.line import dlopt, entries, refused
@@ -141,6 +142,14 @@ def test_refused(workdir: Path, line: list[str], parts: list[str]) -> None:
     message = refused(workdir, "predict", f"checkpoint={CHECKPOINT}", *line)
     for part in parts:
         assert part in message
+
+
+def test_refuses_a_model_of_other_values_than_those_of_image_files(workdir: Path) -> None:
+    state = load(workdir / CHECKPOINT)
+    state["progress"]["data"]["task"]["white"] = 1.0  # as of a data=custom that returns images in 0..1
+    write(workdir / CHECKPOINT, lambda file: torch.save(state, file))
+    message = refused(workdir, "predict", f"checkpoint={CHECKPOINT}", "images=images")
+    assert "takes floating-point images" in message and "image files have values 0..255" in message
 
 
 def test_no_checkpoint_and_no_readable_image(workdir: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dlopt.commands.sample import sample
-from dlopt.errors import UserError
+from dlopt.errors import RunError, UserError
 from dlopt.models.generation import draw, generate
 from dlopt.models.gpt import GPT
 from tests.models.test_gpt import CONTEXT, OPTIONS, gpt
@@ -61,6 +61,7 @@ def test_errors(run: Path, tmp_path: Path) -> None:
         (["file=missing.txt"], "file=missing.txt: cannot be read"),
         (["temperature=-1"], "temperature=-1"),
         (["words=3"], "words"),
+        (["precision=bf16"], "precision=bf16: samples are computed in fp32"),
     ):
         with pytest.raises(UserError, match=message):
             sample([f"checkpoint={run}", *keys])
@@ -80,6 +81,14 @@ def test_the_cache_does_not_change_the_samples(options: dict[str, object]) -> No
         return list(generate(model, prompt, 4 * CONTEXT, **keys))  # type: ignore[arg-type]
 
     assert isinstance(model, GPT) and tokens(True) == tokens(False)
+
+
+def test_extreme_draws() -> None:
+    logits, rng = torch.tensor([1.0, 3.0, 2.0]).double(), torch.Generator()
+    assert draw(logits, 1e-320, None, rng) == 1, "overflows to -inf, not to inf"
+    for temperature in (0.0, 1.0):
+        with pytest.raises(RunError, match="not finite"):
+            draw(logits * torch.nan, temperature, None, rng)
 
 
 def test_draws_follow_the_temperature() -> None:

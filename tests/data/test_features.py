@@ -42,6 +42,20 @@ def rows(dataset: Dataset) -> dict[tuple[float, ...], float]:
     return result
 
 
+def test_a_tab_separates_fields(tmp_path: Path) -> None:
+    text = ROWS.replace(",", "\t")
+    assert load(tmp_path, text, ignore=("id",), delimiter=r"\t").train.shape == (2,)
+    with pytest.raises(UserError, match=r"must be one character, or \\t for a tab"):
+        load(tmp_path, text, delimiter="tab")
+
+
+def test_a_constant_target_is_not_scaled_by_its_rounding_error(tmp_path: Path) -> None:
+    """The mean of six times 0.1 is not 0.1; the deviation from it is not a unit."""
+    text = "x,y,part\n" + "1,0.1,train\n" * 6 + "1,0.2,test\n"
+    dataset = load(tmp_path, text, target="y", labels="value", split_column="part")
+    assert list(rows(dataset).values()) == pytest.approx([0.1]) and dataset.train.targets.abs().max() < 1e-9
+
+
 def test_reads_features_and_classes(tmp_path: Path) -> None:
     dataset = load(tmp_path, ROWS, ignore=("id",))
     assert dataset.classes == ("a", "b") and dataset.train.shape == (2,) and dataset.val is None

@@ -80,6 +80,16 @@ def test_16_bit_grey_is_scaled_not_clipped(tmp_path: Path) -> None:
     assert torch.equal(ours[0], torch.from_numpy((values >> 8).astype(np.uint8)))
 
 
+@pytest.mark.parametrize(("pixels", "black"), [(np.float32(0.5), True), (np.int32(200), True), (np.int32(0), False)])
+def test_numbers_of_32_bits_do_not_become_black_images(tmp_path: Path, pixels: np.generic, black: bool) -> None:
+    Image.fromarray(np.full((4, 4), pixels)).save(tmp_path / "x.tif")
+    if not black:
+        assert not decode(str(tmp_path / "x.tif"), None, 1).any()
+        return
+    with pytest.raises(UserError, match=r"32-bit pixels from .*; convert them to 8 or 16 bits"):
+        decode(str(tmp_path / "x.tif"), (2, 2), 3)
+
+
 def test_exif_orientation_is_followed(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # stored lying; a quarter turn clockwise makes it upright

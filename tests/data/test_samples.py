@@ -139,7 +139,19 @@ def test_labels_attribute_is_used_only_if_it_matches() -> None:
     quick, wrong = Items(items, targets=[1, 0, 1]), Items(items, targets=[0, 0, 0])
     for dataset in (quick, wrong):
         assert Wrapped(dataset, None, "data.train").targets.tolist() == [1, 0, 1]
-    assert quick.reads == 1 and wrong.reads > 3
+    assert quick.reads == 3 and wrong.reads > 3
+
+
+@pytest.mark.parametrize("transform", [lambda label: label // 2, float])
+def test_labels_attribute_is_not_used_if_the_items_transform_it(transform: Callable[[int], float]) -> None:
+    targets = [number // 100 for number in range(300)]
+    items = [(torch.rand(2), transform(target)) for target in targets]
+    samples = Wrapped(Items(items, targets=targets), None, "data.train")
+    expected = torch.tensor([label for _, label in items])
+    assert samples.targets.dtype == expected.dtype and torch.equal(samples.targets, expected)
+    plain = Items([(torch.rand(2), target) for target in targets], targets=targets)
+    Wrapped(plain, None, "data.train")
+    assert plain.reads == 4
 
 
 class Raising(Items):

@@ -75,6 +75,7 @@ def test_regression_labels(table: Callable[..., Dataset]) -> None:
         ("path,label\n", {}, "has no training rows"),
         ("path,label\nimages/000.png,\n", {}, "line 2: label is empty"),
         ("path,label\nimages/000.png\n", {}, "line 2: label is empty"),
+        ("path,label\nimages/000.png, \n", {}, "line 2: label is empty"),
         ("path,label\nimages/000.png,a\nimages/9.png,b\n", {}, r"line 3: .*images/9.png is missing"),
         ("path,label\nimages,a\n", {}, "images is missing or not a file"),
         ("path,label,s\nimages/000.png,a,dev\n", {"split_column": "s"}, "s is 'dev'; train, val or test"),

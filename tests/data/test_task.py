@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from dlopt.data.batches import Batches, Delivery
 from dlopt.data.samplers import Random
-from dlopt.data.samples import InMemory
+from dlopt.data.samples import Dataset, InMemory
 from dlopt.data.task import Task
 from dlopt.losses import MSE, CrossEntropy
 from dlopt.training.metrics import MetricSum
@@ -39,6 +39,15 @@ def test_targets_of_a_reconstruction_are_augmented_but_not_normalized() -> None:
     ((inputs, targets),) = loop.epoch(0)
     assert inputs.shape == (30,)  # normalized
     torch.testing.assert_close(targets, (255 - images).flatten(1) / 255)
+
+
+@pytest.mark.parametrize(("low", "high", "white"), [(0.0, 1.0, 1.0), (-2.0, 2.0, 1.0), (0.0, 200.0, 255.0)])
+def test_floating_point_images_keep_their_unit_in_a_reconstruction(low: float, high: float, white: float) -> None:
+    images = torch.linspace(low, high, 12).view(2, 1, 2, 3)
+    task = Task("reconstruction", 6)
+    task = Dataset(InMemory(images, torch.zeros(2)), None, None, None, unlabelled=task).task
+    assert task.white == white
+    torch.testing.assert_close(task.split(images, torch.zeros(2))[1], images.flatten(1) / white)
 
 
 def test_loss_and_metrics_of_a_text_are_means_over_tokens() -> None:

@@ -86,6 +86,30 @@ def test_large_texts_are_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             assert np.array_equal(a.tokens, b.tokens)  # type: ignore[union-attr]
 
 
+def test_large_texts_are_read_if_the_cache_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_bytes(name.encode() * 500)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a.txt"))  # not a folder
+    monkeypatch.setattr(texts, "_MAX_READ", 100)
+    dataset = text(file=str(tmp_path), pattern="*.txt", sequence_length=10, val_split=0, test_split=0)
+    assert bytes(dataset.train.tokens) == b"a.txt" * 500 + b"\0" + b"b.txt" * 500 + b"\0"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("documents", "val_split", "test_split", "expected"),
+    [((850, 150), 0.1, 0.1, (800, 100, 100)), ((10, 990), 0.45, 0.45, (100, 450, 450))],
+)
+def test_large_documents_leave_no_split_out(
+    tmp_path: Path, documents: tuple[int, ...], val_split: float, test_split: float, expected: tuple[int, ...]
+) -> None:
+    """An end of a document halfway between two cuts is not both; a small training set has its own bound."""
+    for number, size in enumerate(documents):
+        (tmp_path / f"{number}.txt").write_bytes(b"x" * (size - 1))
+    dataset = text(file=str(tmp_path), pattern="*.txt", sequence_length=8, val_split=val_split, test_split=test_split)
+    splits = (dataset.train, dataset.val, dataset.test)
+    assert tuple(len(split.tokens) for split in splits) == expected  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("line", [500, 2999])
 def test_long_lines_leave_no_split_out(tmp_path: Path, line: int) -> None:
     """Without the end of a line within the smallest split, the text is cut within one."""
@@ -100,6 +124,15 @@ def test_long_lines_leave_no_split_out(tmp_path: Path, line: int) -> None:
 def test_python_source_needs_a_training_set() -> None:
     with pytest.raises(UserError, match=r"val_split=0\.6, data\.test_split=0\.6: leave no text for training"):
         python_source(sequence_length=8, val_split=0.6, test_split=0.6)
+
+
+@pytest.mark.parametrize("key", ["val_split", "test_split"])
+def test_no_module_in_a_split_is_an_error(key: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Otherwise a run without a validation text would split windows off the training text."""
+    (tmp_path / "a.py").write_text("a = 1\n" * 10)
+    monkeypatch.setattr(texts.sysconfig, "get_path", lambda _: str(tmp_path))
+    with pytest.raises(UserError, match=rf"the text of data\.{key}=1e-09 has only 0 tokens; a window needs two"):
+        python_source(**{"sequence_length": 8, "val_split": 0, "test_split": 0, key: 1e-9})  # type: ignore[arg-type]
 
 
 def test_the_standard_library_is_split_by_module(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

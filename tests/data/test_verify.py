@@ -81,7 +81,6 @@ def test_workers_give_the_same_results(root: Path, monkeypatch: pytest.MonkeyPat
     alone = load(root)
     for file in own_cache.iterdir():
         file.unlink()
-    monkeypatch.setattr(verify, "_MIN_IMAGES_FOR_WORKERS", 1)
     monkeypatch.setattr(verify, "worker_count", lambda *_: 2)
     assert load(root).notes == alone.notes and len(load(root).train) == 11
 
