@@ -72,15 +72,23 @@ class CautiousAdamW(RealOptimizer):
 
 
 def adam_updates(
-    averages: list[Tensor], squares: list[Tensor], counts: list[int], betas: tuple[float, float], eps: float
+    averages: list[Tensor],
+    squares: list[Tensor],
+    counts: list[int],
+    betas: tuple[float, float],
+    eps: float,
+    *,
+    bias_correction: bool = True,
 ) -> list[Tensor]:
-    """Returns m^ / (sqrt(v^) + eps), with both averages corrected for their start at zero."""
-    updates = torch._foreach_sqrt(squares)
-    torch._foreach_div_(updates, [math.sqrt(1 - betas[1] ** t) for t in counts])
+    """Returns m^ / (sqrt(v^) + eps), with both averages corrected for their start at zero, or m / (sqrt(v) + eps)."""
+    updates = torch._foreach_sqrt(squares)  # in place from here: a second temporary costs more than the arithmetic
+    if bias_correction:
+        torch._foreach_div_(updates, [math.sqrt(1 - betas[1] ** t) for t in counts])
     torch._foreach_add_(updates, eps)
     torch._foreach_reciprocal_(updates)
     torch._foreach_mul_(updates, averages)
-    torch._foreach_div_(updates, [1 - betas[0] ** t for t in counts])
+    if bias_correction:
+        torch._foreach_div_(updates, [1 - betas[0] ** t for t in counts])
     return list(updates)
 
 
@@ -150,18 +158,9 @@ class LAMB(RealOptimizer):
         torch._foreach_lerp_(averages, grads, 1 - beta1)
         torch._foreach_mul_(squares, beta2)
         torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
-        if group["bias_correction"]:
-            roots = [math.sqrt(1 - beta2**t) for t in counts]
-            scales = [root / (1 - beta1**t) for root, t in zip(roots, counts, strict=True)]
-        else:
-            roots = scales = [1.0] * len(params)
-        # m^ / (sqrt(v^) + eps) = scale * m / (sqrt(v) + eps * root). In place, because a second temporary of the
-        # model's size costs more than the arithmetic.
-        updates = torch._foreach_sqrt(squares)
-        torch._foreach_add_(updates, [group["eps"] * root for root in roots])
-        torch._foreach_reciprocal_(updates)
-        torch._foreach_mul_(updates, averages)
-        torch._foreach_mul_(updates, scales)
+        updates = adam_updates(
+            averages, squares, counts, (beta1, beta2), group["eps"], bias_correction=group["bias_correction"]
+        )
         torch._foreach_add_(updates, params, alpha=group["weight_decay"])
         weights = torch.stack(torch._foreach_norm(params)).clamp_(max=group["max_weight_norm"] or math.inf)
         norms = torch.stack(torch._foreach_norm(updates))

@@ -15,6 +15,7 @@ from dlopt.optim.common import (
     flat_gradient,
     needs_closure,
     refuse_above,
+    refuse_complex,
     refuse_group_rates,
     trainable,
 )
@@ -51,6 +52,7 @@ class BFGS(torch.optim.Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "xi": xi, "c1": c1, "c2": c2, "max_evaluations": max_evaluations})
         refuse_group_rates("bfgs", lr, self.param_groups)
+        refuse_complex("bfgs", trainable(self))
         refuse_above("bfgs", trainable(self), max_parameters, "lbfgs")
 
     @torch.no_grad()

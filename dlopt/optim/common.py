@@ -171,7 +171,7 @@ def make_cautious(updates: Iterable[Tensor], grads: Iterable[Tensor]) -> None:
 
 
 def refuse_complex(name: str, params: Iterable[Tensor]) -> None:
-    """Raises `UserError` for complex parameters, of which an optimizer would square the values instead of |values|."""
+    """Raises `UserError` for complex parameters, of which an optimizer would square or compare the values."""
     if any(p.is_complex() for p in params):
         raise UserError(f"optimizer={name}: complex parameters are not supported; use adamw or sgd")
 

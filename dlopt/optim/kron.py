@@ -56,15 +56,15 @@ class Kron(RealOptimizer):
         loss = evaluate(closure)
         for number, group in enumerate(self.param_groups):
             is_due = _count_update(group)
-            index = 0
+            # Also parameters without a gradient count: a pipeline's stage must draw what one process would.
+            numbers = {p: index for index, p in enumerate(group["params"])}
             for params in chunks(group["params"]):
                 averages, counts = buffers(self, params, "momentum_buffer"), count_steps(self, params)
                 torch._foreach_lerp_(averages, gradients(params), 1 - group["momentum"])
                 means = torch._foreach_div(averages, [1 - group["momentum"] ** t for t in counts])
                 for p, mean in zip(params, means, strict=True):
-                    draw = generator(p.device, group["seed"], group["step"], number, index) if is_due else None
+                    draw = generator(p.device, group["seed"], group["step"], number, numbers[p]) if is_due else None
                     self._update_one(group, p, mean, draw)
-                    index += 1
         return loss
 
     def _update_one(self, group: dict[str, Any], p: Tensor, mean: Tensor, draw: torch.Generator | None) -> None:

@@ -28,7 +28,14 @@ def gram(tensor: Tensor, mode: int, *, diagonal: bool = False) -> Tensor:
 
 
 def eigenvectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns eigenvalues (ascending) and eigenvectors, computed at least in float32."""
+    """Returns eigenvalues (ascending) and eigenvectors, computed at least in float32.
+
+    NaN if the products of a large gradient have overflowed: the check of the weights then reports the update.
+    """
     wide = matrix if matrix.dtype == torch.float64 else matrix.float()
-    values, vectors = torch.linalg.eigh(wide)
+    try:
+        values, vectors = torch.linalg.eigh(wide)
+    except torch.linalg.LinAlgError:
+        vectors = torch.full_like(wide, torch.nan)
+        values = vectors[0]
     return values.to(matrix.dtype), vectors.to(matrix.dtype)

@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 
 from dlopt.errors import UserError
 from dlopt.optim.adam import CautiousAdamW
-from dlopt.optim.common import Closure, as_groups, buffers, evaluate, gradients, make_cautious
+from dlopt.optim.common import Closure, as_groups, buffers, evaluate, gradients, make_cautious, refuse_complex
 from dlopt.ranges import Count, Fraction, NonNegative, Positive
 
 
@@ -97,6 +97,7 @@ class Muon(torch.optim.Optimizer):
         for given in groups:
             group = {"lr": self._keys["lr"], "weight_decay": self._keys["weight_decay"], **given}
             tensors, use_muon = group.pop("params"), group.pop("use_muon", True)
+            refuse_complex("muon", tensors)
             if matrices := [p for p in tensors if use_muon and p.ndim > 1]:
                 muon_groups.append({**self._keys, **group, "params": matrices, "use_muon": True})
             if others := [p for p in tensors if not (use_muon and p.ndim > 1)]:

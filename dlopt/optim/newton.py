@@ -21,6 +21,7 @@ from dlopt.optim.common import (
     flat_or_zero,
     needs_closure,
     refuse_above,
+    refuse_complex,
     refuse_group_rates,
     trainable,
 )
@@ -31,8 +32,16 @@ _ROWS = 64  # rows of the Hessian per batched backward pass
 
 
 class _SecondOrder(torch.optim.Optimizer):
+    """Base of the Newton methods: real parameters with one learning rate."""
+
     evaluations: ClassVar[str] = "many"
     elementwise: ClassVar[bool] = False
+    ignores_clipping: ClassVar[bool] = True
+
+    def __init__(self, params: ParamsT, name: str, defaults: dict[str, Any]) -> None:
+        super().__init__(params, defaults)
+        refuse_group_rates(name, defaults["lr"], self.param_groups)
+        refuse_complex(name, trainable(self))
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:
@@ -91,8 +100,7 @@ class Newton(_SecondOrder):
         max_backtracks: Count = 25,
         max_parameters: Count = 10_000,
     ) -> None:
-        super().__init__(params, {"lr": lr, "damping": damping, "c1": c1, "max_backtracks": max_backtracks})
-        refuse_group_rates("newton", lr, self.param_groups)
+        super().__init__(params, "newton", {"lr": lr, "damping": damping, "c1": c1, "max_backtracks": max_backtracks})
         refuse_above("newton", trainable(self), max_parameters, "newton_cg")
 
     def _direction(self, group: dict[str, Any], params: list[Tensor], gradient: Tensor) -> Tensor:
@@ -111,7 +119,7 @@ class Newton(_SecondOrder):
             shift = max(2 * shift, increase)
 
 
-class UndampedNewton(torch.optim.Optimizer):
+class UndampedNewton(_SecondOrder):
     """theta <- theta - lr H^-1 g without damping or line search, H the exact Hessian of the batch's loss.
 
     Converges to the nearest stationary point, also to saddle points and maxima, and diverges where the quadratic model
@@ -119,12 +127,8 @@ class UndampedNewton(torch.optim.Optimizer):
     singular Hessian is inverted on its range (pseudo-inverse). Models with more than `max_parameters` are rejected.
     """
 
-    evaluations: ClassVar[str] = "many"
-    elementwise: ClassVar[bool] = False
-
     def __init__(self, params: ParamsT, *, lr: Positive = 1.0, max_parameters: Count = 10_000) -> None:
-        super().__init__(params, {"lr": lr})
-        refuse_group_rates("newton_undamped", lr, self.param_groups)
+        super().__init__(params, "newton_undamped", {"lr": lr})
         refuse_above("newton_undamped", trainable(self), max_parameters, "newton_cg")
 
     @torch.no_grad()
@@ -195,8 +199,7 @@ class NewtonCG(_SecondOrder):
         max_backtracks: Count = 25,
     ) -> None:
         defaults = {"lr": lr, "damping": damping, "tolerance": tolerance, "max_iterations": max_iterations}
-        super().__init__(params, {**defaults, "c1": c1, "max_backtracks": max_backtracks})
-        refuse_group_rates("newton_cg", lr, self.param_groups)
+        super().__init__(params, "newton_cg", {**defaults, "c1": c1, "max_backtracks": max_backtracks})
 
     def _direction(self, group: dict[str, Any], params: list[Tensor], gradient: Tensor) -> Tensor:
         def product(v: Tensor) -> Tensor:

@@ -1,19 +1,19 @@
 """Rprop."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from annotated_types import Gt
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from dlopt.optim.common import ForeachOptimizer, buffers
+from dlopt.optim.common import RealOptimizer, buffers
 from dlopt.ranges import OpenFraction, Positive
 
 Etas = tuple[OpenFraction, Annotated[float, Gt(1)]]
 
 
-class Rprop(ForeachOptimizer):
+class Rprop(RealOptimizer):
     """Resilient propagation in its textbook form, Rprop- of Igel & Huesken 2003: each weight has its own step size and
     always moves by it against the sign of its gradient.
 
@@ -21,6 +21,8 @@ class Rprop(ForeachOptimizer):
     changed, and is clipped to `step_sizes`. torch's Rprop (iRprop-) skips the step after a change of sign and sets that
     gradient to zero.
     """
+
+    moves_at_zero_lr: ClassVar[bool] = True  # lr is the first step size only
 
     def __init__(
         self,

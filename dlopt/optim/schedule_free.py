@@ -23,6 +23,7 @@ except ModuleNotFoundError:
 
 
 class _KeepsTrainingPoint:
+    moves_at_zero_lr: ClassVar[bool] = True  # towards the average
     param_groups: list[dict[str, Any]]
     state: Any
 

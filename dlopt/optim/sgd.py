@@ -49,6 +49,7 @@ class LARS(ForeachOptimizer):
     """
 
     elementwise: ClassVar[bool] = False
+    moves_at_zero_lr: ClassVar[bool] = True  # by the momentum
 
     def __init__(
         self,

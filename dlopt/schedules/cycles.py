@@ -23,6 +23,10 @@ class Cycles:
     def __init__(self, horizon: Horizon, epochs: float | None, steps: int | None, growth: float, cycles: int) -> None:
         rest = horizon.steps - horizon.start
         length = length_of("T_0", epochs, steps, horizon, rest / sum(growth**i for i in range(cycles)))
+        if epochs is not None and length < 1:
+            raise UserError(
+                f"schedule.T_0_epochs={epochs:g}: a cycle of {length:.2g} updates; must be at least one update"
+            )
         self.steps = horizon.steps
         self.starts, self.lengths = [float(horizon.start)], [length]
         # The tolerance keeps rounding from adding a cycle at t = steps: there the last cycle is at its minimum.

@@ -35,8 +35,14 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
                 f"schedule.cycle_momentum=true: {type(optimizer).__name__} has neither momentum nor betas to cycle; "
                 f"set auto or false"
             )
-        self.cycles_momentum = cycle_momentum is not False and not is_schedule_free
+        # auto leaves a momentum of 0 off: gradient descent must not become another method.
+        self._cycles = [cycle_momentum is True or bool(cycle_momentum and _momentum(g)) for g in groups]
+        self.cycles_momentum = any(self._cycles) and not is_schedule_free
         self._horizons = [group.get("horizon", 1.0) for group in groups]
+        # Rules may give the first group another rate than optimizer.lr, such as the smallest one with layer_decay.
+        lr = getattr(optimizer, "base", optimizer).defaults.get("lr")  # SAM has the groups of its base
+        plain = (g["lr"] == lr and horizon == 1.0 for g, horizon in zip(groups, self._horizons, strict=True))
+        self._shown = next((index for index, is_plain in enumerate(plain) if is_plain), 0)
         self._has_horizons = any(horizon != 1.0 for horizon in self._horizons)
         if self._has_horizons and hasattr(self._component, "update"):
             raise UserError(
@@ -44,7 +50,7 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
             )
         self._freezes = freezes
         self.frozen = 0
-        self.rate = 0.0  # learning rate of the first group for the next update, as a float
+        self.rate = 0.0  # learning rate of the next update, as a float: of the first group without multipliers, if any
         self._base_floats: list[float] = []  # base_lrs as floats; empty: to be read again
         self.ended_cycle: Callable[[int], int | None] | None = getattr(self._component, "ended_cycle", None)
         self.restarts: Sequence[float] = getattr(self._component, "restarts", ())
@@ -64,7 +70,7 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
             factor = 1.0
         else:
             factor = self.factor(self.last_epoch)
-        self.rate = bases[0] * factor
+        self.rate = bases[self._shown] * factor
         for group, base in zip(self.optimizer.param_groups, bases, strict=True):
             if type(group["lr"]) is float or not isinstance(group["lr"], torch.Tensor):  # the first test is faster
                 group["lr"] = base * factor
@@ -72,7 +78,9 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
                 group["lr"].fill_(base * factor)
         if self.cycles_momentum:
             momentum = self._component.momentum(self.last_epoch)
-            for group in self.optimizer.param_groups:
+            for group, cycles in zip(self.optimizer.param_groups, self._cycles, strict=True):
+                if not cycles:
+                    continue
                 if "betas" in group:
                     group["betas"] = (momentum, *group["betas"][1:])
                 elif "momentum" in group:
@@ -123,6 +131,11 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
         if state_dict["component"] is not None:
             self._component.load_state_dict(state_dict["component"])
         self._apply()
+
+
+def _momentum(group: Mapping[str, Any]) -> float:
+    """Returns the momentum of a parameter group, or its betas[0]; 0 without one."""
+    return float(group["betas"][0] if "betas" in group else group.get("momentum", 0.0))
 
 
 class Plateau:

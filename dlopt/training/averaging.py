@@ -20,7 +20,7 @@ class ExponentialAverage:
         self.decay = decay
         # Not from state_dict, which contains a tensor shared by two layers twice.
         tensors = [local(tensor.detach()) for tensor in (*model.parameters(), *model.buffers())]
-        self._values = [tensor for tensor in tensors if tensor.is_floating_point() and not tensor.is_meta]
+        self._values = [t for t in tensors if (t.is_floating_point() or t.is_complex()) and not t.is_meta]
         self._averages = [value.clone() for value in self._values]
 
     @torch.no_grad()

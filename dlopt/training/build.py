@@ -158,7 +158,7 @@ def build_workload(
     has_convolutions = len(shape) == 3 and any(isinstance(m, nn.Conv2d) for m in module.modules())
     channels_last = has_convolutions if settings.channels_last == "auto" else settings.channels_last
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    module = module.to(device=device, dtype=precision.dtype)
+    module = precision.place(module)
     if has_convolutions:
         module = module.to(memory_format=memory_format)
     loss: nn.Module = experiment.loss.build(classes=task.classes)

@@ -49,14 +49,15 @@ class ByNorm:
 
 
 class ByValue:
-    """Clamps every entry to [-max_value, max_value]."""
+    """Clamps every entry to [-max_value, max_value]; of complex ones, the real and the imaginary part."""
 
     def __init__(self, *, max_value: Positive) -> None:
         self.max_value = max_value
 
     @torch.no_grad()
     def __call__(self, parameters: Sequence[nn.Parameter], norm: Norm = total_norm) -> None:
-        if gradients := _local_gradients(parameters):
+        gradients = [torch.view_as_real(g) if g.is_complex() else g for g in _local_gradients(parameters)]
+        if gradients:
             torch._foreach_clamp_min_(gradients, -self.max_value)
             torch._foreach_clamp_max_(gradients, self.max_value)
 

@@ -19,16 +19,14 @@ from dlopt.training.averaging import ExponentialAverage, evaluation_weights
 from dlopt.training.batch_norm import norm_statistics
 from dlopt.training.build import Workload, evaluation_batches
 from dlopt.training.metrics import (
+    TOP,
+    ClassMetrics,
     ExtraMetrics,
     MetricSum,
     Reduce,
-    calibration_error,
+    RegressionMetrics,
     confusion_matrix,
     extra_metrics,
-    f1_scores,
-    mean_absolute_error,
-    r2_score,
-    top_accuracy,
 )
 from dlopt.training.tta import CHOICES, Flip, MultiScaleTenCrop, ShiftFlip, TenCrop, TestTransform
 
@@ -115,17 +113,18 @@ def report(batches: Sequence[Batch], loss: nn.Module, task: Task) -> Report:
     if not task.has_labels:
         return Report(metrics, None)
     outputs, targets = (torch.cat(column) for column in zip(*batches, strict=True))
-    classes = task.classes
+    classes, confusion = task.classes, None
+    extra: ExtraMetrics
     if classes is None:
-        metrics["test_r2"] = r2_score(outputs, targets)
-        metrics["test_mae"] = mean_absolute_error(outputs, targets)
-        return Report(metrics, None)
-    confusion = confusion_matrix(targets, outputs.argmax(1), classes)
-    if classes > 5:
-        metrics["test_top5_accuracy"] = top_accuracy(outputs, targets, 5)
-    metrics["test_macro_f1"] = f1_scores(confusion).nanmean().item()
-    metrics["test_calibration_error"] = calibration_error(probabilities(outputs, loss), targets)
-    return Report(metrics, confusion.cpu())
+        names = ["r2", "mae"]
+        extra = RegressionMetrics(names, task.outputs, targets[:1])
+    else:
+        names = [*(["top5_accuracy"] if classes > TOP else []), "macro_f1", "calibration_error"]
+        extra = ClassMetrics(names, list(map(str, range(classes))), lambda outputs: probabilities(outputs, loss))
+        confusion = confusion_matrix(targets, outputs.argmax(1), classes).cpu()
+    extra.add(outputs, targets)
+    means = extra.means(None)
+    return Report(metrics | {f"test_{name}": means[name] for name in names}, confusion)
 
 
 def unlabelled_report(workload: Workload, *, tta: str, members: int = 1) -> Report:

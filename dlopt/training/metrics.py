@@ -1,5 +1,6 @@
 """Metrics: the accumulator for losses and accuracies, and further metrics of classification and regression."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -12,6 +13,8 @@ from dlopt.data.samples import Dataset
 from dlopt.data.task import Task
 from dlopt.errors import UserError
 from dlopt.losses import probabilities
+from dlopt.metric_names import lower_is_better
+from dlopt.training.stopping import Target
 
 Reduce = Callable[[Sequence[float]], Sequence[float]]
 """Sums each entry over ranks (a collective: all ranks call it)."""
@@ -167,9 +170,9 @@ class MetricSum:
         return self._means(prefix, self.loss - loss, self.correct - correct, self.count - count)
 
     def _means(self, prefix: str, loss: float, correct: int, count: int) -> dict[str, float]:
-        metrics = {f"{prefix}loss": loss / max(count, 1)}
+        metrics = {f"{prefix}loss": loss / count if count else math.nan}  # nan: all updates were skipped
         if self.task.classes is not None:
-            metrics[f"{prefix}{self.task.accuracy}"] = correct / max(count * self.task.predictions, 1)
+            metrics[f"{prefix}{self.task.accuracy}"] = correct / (count * self.task.predictions) if count else math.nan
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
@@ -217,39 +220,17 @@ def f1_scores(confusion: Tensor) -> Tensor:
     return 2 * confusion.diagonal().double() / (confusion.sum(0) + confusion.sum(1))
 
 
-def top_accuracy(outputs: Tensor, targets: Tensor, k: int) -> float:
-    """Returns the fraction of samples whose class is among the `k` largest of their outputs [N, K]."""
-    hits = outputs.topk(k, dim=1).indices == targets.unsqueeze(1)
-    return hits.any(1).double().mean().item()
-
-
-def calibration_error(probabilities: Tensor, targets: Tensor, bins: int = BINS) -> float:
-    """Computes the expected calibration error (Guo et al. 2017, equation 5).
-
-    The sum over `bins` bins of equal width, by confidence (the largest probability), of the bin's fraction of samples
-    times |accuracy - mean confidence|. A bin includes its upper edge. probabilities: [N, K].
-    """
-    return (calibration_gaps(probabilities, targets, bins).abs().sum() / len(targets)).item()
-
-
 def calibration_gaps(probabilities: Tensor, targets: Tensor, bins: int = BINS) -> Tensor:
-    """Returns correct predictions minus the sum of confidences in each bin: float64 [bins]."""
+    """Returns correct predictions minus the sum of confidences in each bin: float64 [bins]; probabilities: [N, K].
+
+    The sum of their absolute values, divided by N, is the expected calibration error (Guo et al. 2017, equation 5): the
+    sum over `bins` bins of equal width, by confidence (the largest probability), of the bin's fraction of samples times
+    |accuracy - mean confidence|. A bin includes its upper edge.
+    """
     confidence, predictions = probabilities.double().max(1)
     correct = (predictions == targets).double()
     bin_of = ((confidence * bins).ceil().long() - 1).clamp(0, bins - 1)
     return torch.zeros(bins, dtype=torch.float64, device=correct.device).index_add_(0, bin_of, correct - confidence)
-
-
-def r2_score(outputs: Tensor, targets: Tensor) -> float:
-    """Computes R^2, averaged over columns; -inf for constant targets. See `_columns` for the shapes."""
-    outputs, targets = _columns(outputs), _columns(targets)
-    residual = (outputs - targets).square().sum(0)
-    return (1 - residual / (targets - targets.mean(0)).square().sum(0)).mean().item()
-
-
-def mean_absolute_error(outputs: Tensor, targets: Tensor) -> float:
-    """Averages |outputs - targets| over samples and columns."""
-    return (_columns(outputs) - _columns(targets)).abs().mean().item()
 
 
 def _columns(values: Tensor) -> Tensor:
@@ -272,6 +253,7 @@ def extra_metrics(experiment: Experiment, dataset: Dataset, loss: nn.Module) -> 
     for key, component in (("stopping", experiment.stopping), ("schedule", experiment.schedule)):
         if "monitor" in component.arguments:
             monitors[f"{key}.monitor"] = component.arguments["monitor"]
+    _check_target(experiment, task)
     requested: dict[str, str] = {name: f"evaluate.metrics={name}" for name in experiment.settings.evaluate.metrics}
     of_loss = [f"val_{name}" for name in task.loss_metrics(0.0)]
     logged = ["auto", "val_loss", *of_loss, *([] if task.classes is None else [f"val_{task.accuracy}"])]
@@ -289,8 +271,20 @@ def extra_metrics(experiment: Experiment, dataset: Dataset, loss: nn.Module) -> 
         return None
     names = list(requested)
     if classes is None:
-        return lambda: RegressionMetrics(names, task.outputs)
+        origin = None if dataset.val is None else dataset.val.targets[:1]
+        return lambda: RegressionMetrics(names, task.outputs, origin)
     return lambda: ClassMetrics(names, classes, lambda outputs: probabilities(outputs, loss))
+
+
+def _check_target(experiment: Experiment, task: Task) -> None:
+    """Raises `UserError` for a target above 1 of an accuracy or another metric with this maximum: a percentage."""
+    if experiment.stopping.target is not Target:
+        return
+    target, monitor = experiment.stopping.arguments["value"], experiment.stopping.arguments["monitor"]
+    if monitor == "auto":
+        monitor = "val_accuracy" if task.kind == "classification" else "val_loss"
+    if target > 1 and not lower_is_better(monitor):
+        raise UserError(f"stopping.value={target:g}: {monitor} is at most 1; for {target:g} % set {target / 100:g}")
 
 
 def _shown_kind(task: Task) -> str:
@@ -371,17 +365,23 @@ class ClassMetrics:
 
 
 class RegressionMetrics:
-    """Accumulates r2 and mae (`r2_score`, `mean_absolute_error`) of a regression with `outputs` columns."""
+    """Accumulates r2 (-inf for constant targets) and mae of a regression, averaged over its columns.
 
-    def __init__(self, names: Sequence[str], outputs: int) -> None:
+    `origin`: one of the targets [1, K], the same on all ranks. The variance is computed from the distances to it:
+    without it, rounding may leave constant targets a variance of either sign.
+    """
+
+    def __init__(self, names: Sequence[str], outputs: int, origin: Tensor | None = None) -> None:
         self.names = names
         self._outputs = outputs
+        self._origin = torch.zeros(1, outputs, dtype=torch.float64) if origin is None else _columns(origin).cpu()
         self._sums = torch.zeros(2 + 3 * outputs, dtype=torch.float64)
 
     def add(self, outputs: Tensor, targets: Tensor) -> None:
         """Adds outputs and targets, each [N, K] or [N]."""
         targets = _columns(targets)
         residual = _columns(outputs) - targets
+        targets = targets - self._origin.to(targets.device)
         count = residual.new_full((1,), len(outputs))
         self._sums = self._sums.to(residual.device) + torch.cat(
             [count, residual.abs().sum().view(1), residual.square().sum(0), targets.sum(0), targets.square().sum(0)]

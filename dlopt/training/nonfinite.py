@@ -78,6 +78,7 @@ class NonFiniteCheck:
         if self.norm is not None:
             flag.copy_(~self.norm(gradients).isfinite())
         elif gradients:
+            gradients = [torch.view_as_real(g) if g.is_complex() else g for g in gradients]
             torch._amp_foreach_non_finite_check_and_unscale_(gradients, flag, self._one)
 
     def _defer(self, loss: Tensor, step: int, rate: float, gradients: bool) -> None:
@@ -178,10 +179,11 @@ def locate(
 
     `forward` repeats the forward pass.
     """
-    if mode.sharding != "replicated":
-        return f"first on rank {mode.rank}: {first_nonfinite_weight(module) or first_nonfinite_gradient(module)}"
     if mode.processes > 1:
-        return _locate_on_ranks(module, inputs, mode, loss_is_finite)
+        text = _locate_on_this_rank(module, inputs, mode, loss_is_finite)
+        first = next(((rank, each) for rank, each in enumerate(mode.gather_lists([text])) if each is not None), None)
+        unknown = "the loss itself" if mode.sharding == "replicated" else "an activation or the loss itself"
+        return f"first: {unknown}" if first is None else f"first on rank {first[0]}: {first[1]}"
     if weight := first_nonfinite_weight(module):
         return f"first: the weights {weight}"
     if loss_is_finite:
@@ -192,27 +194,13 @@ def locate(
     return "first: the loss itself" if output is None else f"first: the output of {output}"
 
 
-def _locate_on_ranks(module: nn.Module, inputs: Tensor, mode: Mode, loss_is_finite: bool) -> str:
-    """Checks the samples of each rank; all ranks report the first one with a non-finite tensor.
-
-    Ranks can only exchange sums of floats: they send positions in a list of texts that is the same on all ranks.
-    """
-    weights = [name for name, _ in module.named_parameters()]
-    layers = [describe(name, layer) for name, layer in module.named_modules()]
-    texts = [*(f"the weights {name}" for name in weights), *(f"the gradient of {name}" for name in weights)]
-    texts += ["the inputs", *(f"the output of {layer}" for layer in layers)]
-    text = _locate_on_this_rank(module, inputs, loss_is_finite)
-    codes = [0.0] * mode.processes
-    codes[mode.rank] = 0.0 if text is None else 1.0 + texts.index(text)
-    rank, code = next(((r, c) for r, c in enumerate(mode.sum_over_ranks(codes)) if c), (0, 0.0))
-    return f"first on rank {rank}: {texts[round(code) - 1]}" if code else "first: the loss itself"
-
-
-def _locate_on_this_rank(module: nn.Module, inputs: Tensor, loss_is_finite: bool) -> str | None:
+def _locate_on_this_rank(module: nn.Module, inputs: Tensor, mode: Mode, loss_is_finite: bool) -> str | None:
+    """Describes the first non-finite tensor of this rank's samples and parameters; None: there is none."""
     if weight := first_nonfinite_weight(module):
         return f"the weights {weight}"
-    if loss_is_finite:
-        return f"the gradient of {first_nonfinite_gradient(module)}"
+    if loss_is_finite or mode.sharding != "replicated":  # layers of shards would communicate in the forward pass
+        gradient = first_nonfinite_gradient(module)
+        return None if gradient is None else f"the gradient of {gradient}"
     if not len(inputs) or not is_finite([inputs]):
         return "the inputs" if len(inputs) else None
     was_training = module.training

@@ -13,6 +13,7 @@ from dlopt.config.schema import Component
 from dlopt.errors import UserError
 from dlopt.graphs import CudaRecorder
 from dlopt.losses import sampling_obstacle
+from dlopt.optim import SAM
 from dlopt.parallel.mode import Mode
 from dlopt.parallel.shards import is_sharded_tensor
 from dlopt.parameters import parameter_groups
@@ -35,14 +36,20 @@ def build_optimizer(workload: Workload) -> torch.optim.Optimizer:
     component = experiment.optimizer
     if experiment.auto_lr:
         raise UserError("optimizer.lr=auto: only `dlopt train` runs a range test; set a number")
+    arguments, base = dict(component.arguments), None
+    if component.target is SAM:  # the groups are those of its base: their multipliers refer to the base's arguments
+        base = arguments["base"]
+        arguments = {**base.arguments, **({} if arguments.get("lr") is None else {"lr": arguments["lr"]})}
     if settings.scale_lr != "none":
-        component = component.partial(lr=component.arguments["lr"] * _lr_scale(experiment, len(workload.dataset.train)))
+        arguments["lr"] *= _lr_scale(experiment, len(workload.dataset.train))
     growth, grouping = workload.growth, experiment.grouping
     if growth is not None:
-        grouping = mup.with_rates(grouping, growth, experiment.init.arguments["base_width"], component.arguments)
-    groups = parameter_groups(
-        workload.module, grouping, component.arguments, decay_norm_and_bias=settings.decay_norm_and_bias
-    )
+        grouping = mup.with_rates(grouping, growth, experiment.init.arguments["base_width"], arguments)
+    groups = parameter_groups(workload.module, grouping, arguments, decay_norm_and_bias=settings.decay_norm_and_bias)
+    if base is None:
+        component = component.partial(**arguments)
+    else:
+        component = component.partial(lr=None, base=base.partial(**arguments))
     fused = can_fuse(component, [p for group in groups for p in group["params"]])
     try:
         optimizer: torch.optim.Optimizer = component.build(params=groups, **({"fused": True} if fused else {}))
@@ -72,7 +79,8 @@ def can_fuse(component: Component, parameters: Sequence[Tensor]) -> bool:
     if target.__module__.partition(".")[0] not in ("torch", "dlopt") or component.arguments.get("cautious"):
         return False
     fusable = [name for device in devices for name in _FUSED.get(device, ())]
-    return len(devices) == 1 and target.__name__ in fusable and not any(map(is_sharded_tensor, parameters))
+    is_plain = all(p.is_floating_point() and not is_sharded_tensor(p) for p in parameters)
+    return len(devices) == 1 and target.__name__ in fusable and is_plain
 
 
 def match_state_layout(optimizer: torch.optim.Optimizer) -> None:
@@ -169,7 +177,8 @@ def build_schedule(workload: Workload, optimizer: Optimizer, length: Length) -> 
     )
     # Frozen parameters have no gradients, which must not matter to the others: not in norms over all layers.
     is_independent = experiment.clip.target in (Unclipped, ByValue, Adaptive) and not _couples_layers(optimizer)
-    return Scheduler(optimizer, factor, freezes=workload.parallel.processes == 1 and is_independent)
+    moves = getattr(optimizer, "moves_at_zero_lr", isinstance(optimizer, torch.optim.Rprop))
+    return Scheduler(optimizer, factor, freezes=workload.parallel.processes == 1 and is_independent and not moves)
 
 
 def build_step(
@@ -187,6 +196,12 @@ def build_step(
 ) -> tuple[Step, str | None]:
     """Builds the step; also returns why it is not replayed from a CUDA graph (None: it is). Raises `UserError`."""
     settings, mode, device = workload.experiment.settings, workload.parallel, workload.device
+    clip = workload.experiment.clip
+    if getattr(optimizer, "ignores_clipping", False) and clip.target is not Unclipped:
+        raise UserError(
+            f"clip={clip.target.__name__.removeprefix('By').lower()}: {type(optimizer).__name__} computes the gradient "
+            "of its step itself, which would not be clipped; use clip=none or another optimizer"
+        )
     halves = settings.on_out_of_memory == "halve"
     if halves and mode.processes > 1:
         raise UserError(
@@ -213,7 +228,7 @@ def build_step(
     args = network, optimizer, schedule, mode, step_settings
     kwargs = {
         "precision": workload.precision,
-        "clip": workload.experiment.clip.build(model=workload.module),
+        "clip": clip.build(model=workload.module),
         "post_hooks": [hook for hook in hooks if hook],
         "skip": skip,
         "observers": observers,

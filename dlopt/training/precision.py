@@ -27,6 +27,18 @@ class Precision:
         """The dtype of weights and inputs."""
         return torch.float64 if self.name == "fp64" else torch.float32
 
+    def place(self, module: nn.Module) -> nn.Module:
+        """Moves the module to the device and its weights to `dtype`, complex ones to the complex dtype of its width.
+
+        `Module.to` would make complex weights real.
+        """
+
+        def convert(tensor: Tensor) -> Tensor:
+            dtype = self.dtype.to_complex() if tensor.is_complex() else self.dtype
+            return tensor.to(self.device, dtype if tensor.is_floating_point() or tensor.is_complex() else None)
+
+        return module._apply(convert)
+
     @property
     def is_emulated(self) -> bool:
         """Whether the processor computes bf16 in software, which is slower than fp32."""

@@ -35,9 +35,14 @@ def run_length(settings: Settings, steps_per_epoch: int, state: Mapping[str, Any
     """
     steps = settings.steps if settings.steps is not None else settings.epochs * steps_per_epoch
     horizon = steps if settings.schedule_epochs is None else round(settings.schedule_epochs * steps_per_epoch)
-    if state is not None and settings.schedule_epochs is None:
-        horizon = state["progress"]["horizon"]
-    return Length(steps, math.ceil(steps / steps_per_epoch), steps_per_epoch, horizon)
+    epochs = first = 0
+    if state is not None:
+        progress = state["progress"]
+        # After steps=N within an epoch, the next update is the first of another one.
+        epochs, first = progress["epoch"], progress["step"] - progress["position"]
+        horizon = progress["horizon"] if settings.schedule_epochs is None else horizon
+    epochs += max(math.ceil((steps - first) / steps_per_epoch), 0)
+    return Length(steps, epochs, steps_per_epoch, horizon)
 
 
 def check_horizon(experiment: Experiment, length: Length, state: Mapping[str, Any]) -> str | None:

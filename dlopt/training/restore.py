@@ -80,8 +80,8 @@ def restore(path: Path, overrides: Mapping[str, Any], join: Callable[[torch.devi
     module.load_state_dict(state["ema"] or state["model"])
     return Trained(
         mode=mode,
-        normalize=normalize.to(device=device, dtype=precision.dtype).eval(),
-        module=module.to(device=device, dtype=precision.dtype).eval(),
+        normalize=precision.place(normalize).eval(),
+        module=precision.place(module).eval(),
         loss=loss.to(device).eval(),
         precision=precision,
         classes=classes,

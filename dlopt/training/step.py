@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from dlopt.losses import sampled_cross_entropy
 from dlopt.parallel.mode import EpochBatches, MetricRecord, Mode
+from dlopt.parallel.shards import local
 from dlopt.random import stream
 from dlopt.schedules import Scheduler
 from dlopt.training.clipping import Clip, Unclipped, gradient_norm
@@ -337,7 +338,7 @@ class _BufferBackup:
     """Copy of the model's buffers (batch-norm statistics), to undo an evaluation."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._buffers = [buffer for buffer in module.buffers() if not buffer.is_meta]
+        self._buffers = [local(buffer) for buffer in module.buffers() if not buffer.is_meta]
         self._saved = [buffer.clone() for buffer in self._buffers]
 
     def save(self) -> None:

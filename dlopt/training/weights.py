@@ -26,7 +26,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"init_from={path}: no such file")
     try:
-        state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+        state = (
+            _read_safetensors(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
     except UserError:
         raise
     except Exception as error:
@@ -38,10 +42,6 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         return weights
     keys = f" (its keys: {', '.join(map(str, list(state)[:5]))})" if isinstance(state, Mapping) else ""
     raise UserError(f"init_from={path}: contains no weights by name (a dict of tensors){keys}")
-
-
-def _read_torch(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _read_safetensors(path: Path) -> Any:

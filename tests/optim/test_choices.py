@@ -153,6 +153,13 @@ def test_decay_is_decoupled(choice: str, problem: Callable[..., Any], choose: Ca
             assert not state.get(key, torch.zeros(1)).any()
 
 
+@pytest.mark.parametrize("name", ["rprop", "irprop"])
+def test_rprop_starts_with_the_step_size_of_its_key(name: str) -> None:
+    """The learning rate is the first step size only: a warmup would make it another one, for good."""
+    with initialize_config_dir(str(CONF), version_base=None):
+        assert compose("train", overrides=[f"optimizer={name}"]).schedule._target_ == "dlopt.schedules.constant"
+
+
 def test_gradient_descent_defaults_to_the_full_batch() -> None:
     with initialize_config_dir(str(CONF), version_base=None):
         full = compose("train", overrides=["optimizer=gradient_descent", "optimizer.lr=0.3"])

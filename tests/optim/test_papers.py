@@ -12,7 +12,22 @@ from torch import Tensor, nn
 
 from dlopt.errors import UserError
 from dlopt.losses import sampled_cross_entropy
-from dlopt.optim import SOAP, AdEMAMix, Kron, Lion, LossClosure, Muon, Prodigy, Scion, Shampoo, Sophia, adamw
+from dlopt.optim import (
+    BFGS,
+    SOAP,
+    AdEMAMix,
+    Kron,
+    Lion,
+    LossClosure,
+    Muon,
+    Newton,
+    Prodigy,
+    Rprop,
+    Scion,
+    Shampoo,
+    Sophia,
+    adamw,
+)
 from dlopt.optim.kron import update_factors
 from dlopt.random import generator, stream
 
@@ -372,6 +387,19 @@ def test_kron_at_every_update() -> None:
         np.testing.assert_allclose(p.detach().numpy(), w, rtol=1e-10, atol=1e-12)
 
 
+def test_kron_draws_the_same_for_a_parameter_whatever_others_have_gradients() -> None:
+    """A stage of a pipeline has gradients of its own layers only."""
+    ends = []
+    for alone in (False, True):
+        first, second = (torch.ones(2, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+        optimizer = Kron([first, second], lr=LR)
+        for _ in range(3):
+            first.grad, second.grad = None if alone else torch.ones_like(first), torch.ones_like(second)
+            optimizer.step()
+        ends.append(second.detach())
+    assert torch.equal(*ends)
+
+
 def test_kron_learns_to_whiten() -> None:
     """P = Q^T Q approaches the inverse square root of the gradients' covariance, as whitening requires."""
     draw = torch.Generator().manual_seed(0)
@@ -526,6 +554,23 @@ def test_soap_does_not_rotate_large_dimensions() -> None:
             p.grad = torch.tensor(gradient[name])
         reference.step()
     torch.testing.assert_close(dict(params), dict(others), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("make", [Shampoo, SOAP])
+def test_gradients_whose_products_overflow_give_nan(make: Callable[..., torch.optim.Optimizer]) -> None:
+    """The check of the weights reports them; the eigenvalue solver would end the run with an error of its own."""
+    p = nn.Parameter(torch.ones(3, 2))
+    optimizer = make([p])
+    for scale in (1e25, 1.0):
+        p.grad = torch.arange(6.0).view(3, 2) * scale
+        optimizer.step()
+    assert not p.isfinite().any()
+
+
+@pytest.mark.parametrize("make", [BFGS, Muon, Newton, Rprop])
+def test_complex_is_refused(make: Callable[..., torch.optim.Optimizer]) -> None:
+    with pytest.raises(UserError, match=f"optimizer={make.__name__.lower()}: complex parameters"):
+        make([nn.Parameter(torch.ones(2, 2, dtype=torch.complex64))])
 
 
 @pytest.mark.parametrize("make", [Lion, SOAP, Kron, Scion, Prodigy])

@@ -161,7 +161,7 @@ def test_equals_torch(case: str) -> None:
 
 
 @pytest.mark.parametrize("three_phase", [False, True])
-@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+@pytest.mark.parametrize("optimizer", [partial(torch.optim.SGD, momentum=0.9), torch.optim.Adam])
 def test_one_cycle_momentum_equals_torch(optimizer: Any, three_phase: bool) -> None:
     def momenta(attach: Any) -> list[float]:
         opt = optimizer([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
@@ -441,6 +441,18 @@ def test_group_horizon_shortens_the_schedule() -> None:
     assert all(p.requires_grad for p in parameters) and scheduler.frozen == 0  # freezing was not requested
 
 
+def test_reports_the_rate_without_multipliers() -> None:
+    """The first group may have another one: layer_decay gives it the smallest."""
+    parameters = [torch.nn.Parameter(torch.ones(1)) for _ in range(3)]
+    groups = [{"params": [p], **keys} for p, keys in zip(parameters, ({"lr": 0.1}, {"horizon": 0.5}, {}), strict=True)]
+    scheduler = Scheduler(torch.optim.SGD(groups, lr=0.4), make("linear", steps=20))
+    for t in range(20):
+        assert scheduler.rate == pytest.approx(0.4 * (1 - t / 20))
+        scheduler.step()
+    only = Scheduler(torch.optim.SGD(groups[:1], lr=0.4), make("linear", steps=20))
+    assert only.rate == pytest.approx(0.1)
+
+
 def test_freezes_groups_at_zero_learning_rate() -> None:
     optimizer, parameters = two_groups(0.5)
     scheduler = Scheduler(optimizer, make("linear", steps=20), freezes=True)
@@ -453,6 +465,21 @@ def test_freezes_groups_at_zero_learning_rate() -> None:
     early = {**scheduler.state_dict(), "last_epoch": 3}
     scheduler.load_state_dict(early)  # a rollback
     assert [p.requires_grad for p in parameters] == [True, True] and scheduler.frozen == 0
+
+
+def test_rejects_cycles_shorter_than_an_update() -> None:
+    with pytest.raises(UserError, match=r"schedule\.T_0_epochs=1e-09: a cycle of 1e-08 updates"):
+        make("cosine_restarts", T_0_epochs=1e-9, epoch=10)
+
+
+@pytest.mark.parametrize("setting", ["auto", True])
+def test_one_cycle_leaves_a_momentum_of_zero_off(setting: bool | str) -> None:
+    for optimizer in (one_parameter(), torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], betas=(0.0, 0.9))):
+        scheduler = Scheduler(optimizer, make("one_cycle", cycle_momentum=setting))
+        scheduler.step()
+        group = optimizer.param_groups[0]
+        momentum = group["betas"][0] if "betas" in group else group["momentum"]
+        assert (momentum == 0) is (setting == "auto") is not scheduler.cycles_momentum
 
 
 def test_rejects_horizons_with_plateau() -> None:

@@ -18,6 +18,7 @@ from dlopt.processor import choose_device
 from dlopt.training import model_check
 from dlopt.training.build import Workload, load_weights, training_batches
 from dlopt.training.build import build_workload as build
+from dlopt.training.trainer import dry_run
 from tests.training.runs import SMALL, experiment, same
 
 
@@ -56,6 +57,36 @@ def test_initial_weights_do_not_depend_on_precision(precision: str) -> None:
         assert b.dtype == dtype and torch.equal(a.to(dtype), b)
     inputs, _ = next(training_batches(workload).epoch(0))
     assert inputs.dtype == dtype
+
+
+class _Spectral(nn.Module):
+    """Multiplies the spectrum by complex weights."""
+
+    def __init__(self, *, input_shape: tuple[int, ...], classes: int) -> None:
+        super().__init__()
+        self.size = math.prod(input_shape)
+        self.weight = nn.Parameter(torch.randn(self.size // 2 + 1, dtype=torch.complex64))
+        self.head = nn.Linear(self.size, classes)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        outputs: torch.Tensor = self.head(torch.fft.irfft(torch.fft.rfft(inputs.flatten(1)) * self.weight, n=self.size))
+        return outputs
+
+
+@pytest.mark.parametrize("overrides", [["clip=norm"], ["clip=value", "optimizer=adamw", "precision=fp64"]])
+def test_complex_weights_stay_complex(overrides: list[str], tmp_path: Path) -> None:
+    checked = replace(experiment(*SMALL, "ema=0.9", *overrides), model=Component("model", _Spectral, {}))
+    trainer = dry_run(build(checked), tmp_path)
+    module, average = trainer.module, trainer.average
+    before = module.weight.detach().clone()
+    assert before.is_complex() and before.imag.any()
+    for number, (inputs, targets) in enumerate(trainer.batches.epoch(0)):
+        trainer.step.update(inputs, targets, number, trainer.train_metrics)
+    assert (module.weight.imag != before.imag).any()
+    assert average is not None
+    with average.swapped_in():
+        averaged = module.weight.detach().clone()
+    assert (averaged.imag != before.imag).any() and (averaged.imag != module.weight.imag).any()
 
 
 @pytest.mark.parametrize("widths", ["[1000000000]", "[1000000000,10000000000,100000000000]"])

@@ -440,14 +440,16 @@ def test_out_of_memory_for_one_sample(tmp_path: Path) -> None:
 
 
 def one_rank_diverges(folder: str) -> None:
-    """On each rank: a run with NaN inputs on rank 1, then one with a NaN gradient there."""
+    """On each rank: a run with NaN inputs on rank 1, then runs with a NaN gradient there, which the last one skips."""
     import os
 
     from dlopt.parallel import rendezvous
     from dlopt.training.trainer import Run, train
 
     rank = int(os.environ["DLOPT_RANK"])
-    lines = [*RUN, "parallel=ddp", "parallel.sync_batchnorm=true"]
+    replicated = ["parallel=ddp", "parallel.sync_batchnorm=true"]
+    split = ["parallel=filter", "model.norm=batch"]
+    modes = {"inputs": replicated, "gradient": replicated, "split": split, "skip": [*split, "on_divergence=skip"]}
     original, made = Step.micro_batch, Step.__init__
 
     def is_time(step: Step, on: str) -> bool:
@@ -462,12 +464,14 @@ def one_rank_diverges(folder: str) -> None:
 
     def make(self: Step, *arguments: Any, **named: Any) -> None:
         made(self, *arguments, **named)
-        self.parameters[0].register_hook(lambda gradient: gradient * NAN if is_time(self, "gradient") else gradient)
+        if kind != "inputs":
+            self.parameters[0].register_hook(lambda gradient: gradient * NAN if is_time(self, kind) else gradient)
 
     with patch.object(Step, "micro_batch", micro_batch), patch.object(Step, "__init__", make):
-        for kind in ("inputs", "gradient"):
+        for kind, mode in modes.items():
             try:
-                train(Run(experiment(*lines), Path(folder) / kind), console=False)
+                summary = train(Run(experiment(*RUN, *mode), Path(folder) / kind), console=False)
+                print(json.dumps([summary["skipped_updates"]]))
             except Diverged as error:
                 print(json.dumps([error.step, error.before_update, str(error)]))
             rendezvous.leave()
@@ -476,9 +480,11 @@ def one_rank_diverges(folder: str) -> None:
 def test_all_ranks_raise_the_error_of_one(tmp_path: Path) -> None:
     outputs = run_ranks("tests.training.test_nonfinite:one_rank_diverges", 2, tmp_path, str(tmp_path))
     for output in outputs:
-        inputs, gradient = [json.loads(line) for line in output.splitlines() if line.startswith("[")]
+        inputs, gradient, split, skipped = [json.loads(line) for line in output.splitlines() if line.startswith("[")]
         assert inputs[:2] == gradient[:2] == [6, True]
         assert "first on rank 1: the inputs" in inputs[2] and ": the gradient of " in gradient[2]
+        assert split[0] == 6 and "first on rank 1: the gradient of " in split[2]
+        assert skipped == [1]
     for kind in ("inputs", "gradient"):
         assert result(tmp_path / kind)["progress"]["step"] == 4
 

@@ -1,4 +1,5 @@
 import math
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from dlopt.training.checkpoint import load
 from dlopt.training.optimizer import build_optimizer, build_schedule, check_label_sampling, evaluates_once
 from dlopt.training.precision import Precision
 from dlopt.training.progress import Length
+from dlopt.training.trainer import dry_run
 from tests.training.runs import SMALL, experiment, resume, start
 
 
@@ -46,14 +48,55 @@ def test_every_trainable_parameter_is_in_one_group() -> None:
         assert decays[parameter] == (0.1 if parameter.ndim > 1 else 0.0), name
 
 
+@pytest.mark.parametrize(("lr", "expected"), [("0.2", 0.1), ("null", 0.25)])
+def test_the_rate_of_sam_replaces_that_of_its_base(lr: str, expected: float) -> None:
+    keys = ["optimizer=sam", f"optimizer.lr={lr}", "optimizer.base.lr=0.5", "scale_lr=linear", "scale_lr_reference=50"]
+    assert [group["lr"] for group in build_optimizer(build_workload(*keys)).param_groups] == [pytest.approx(expected)]
+
+
+def test_rules_of_sam_refer_to_its_base() -> None:
+    """The weight decay is a key of the base; the learning rate of SAM replaces that of the base before it is scaled."""
+    rules = "optimizer.groups=[{match: head.weight, lr: 10, weight_decay: 2}]"
+    keys = ["optimizer=sam", "optimizer.lr=0.2", "optimizer.base.lr=0.5", "optimizer.base.weight_decay=0.1"]
+    workload = build_workload(*keys, rules, "decay_norm_and_bias=false", "scale_lr=linear", "scale_lr_reference=50")
+    found = {
+        parameter: (group["lr"], group["weight_decay"])
+        for group in build_optimizer(workload).param_groups
+        for parameter in group["params"]
+    }
+    for name, parameter in workload.module.named_parameters():
+        expected = (1.0, 0.2) if name == "head.weight" else (0.1, 0.1 if parameter.ndim > 1 else 0.0)
+        assert found[parameter] == pytest.approx(expected), name
+
+
+@pytest.mark.parametrize("name", ["newton", "newton_cg", "newton_undamped"])
+def test_refuses_clipping_that_would_be_ignored(name: str, tmp_path: Path) -> None:
+    workload = build_workload(f"optimizer={name}", "clip=norm")
+    with pytest.raises(UserError, match=r"clip=norm: .*Newton.* computes the gradient of its step itself"):
+        dry_run(workload, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("overrides", "freezes"),
-    [([], True), (["clip=value"], True), (["clip=norm"], False), (["optimizer=sam"], False)],
+    [
+        ([], True),
+        (["clip=value"], True),
+        (["clip=norm"], False),
+        (["optimizer=sam"], False),
+        (["optimizer=lars"], False),
+        (["optimizer=rprop"], False),
+        (["optimizer=irprop"], False),
+        pytest.param(
+            ["optimizer=schedule_free_sgd"],
+            False,
+            marks=pytest.mark.skipif(find_spec("schedulefree") is None, reason="needs schedulefree"),
+        ),
+    ],
 )
 def test_freezes_finished_groups_only_where_others_do_not_depend_on_their_gradients(
     overrides: list[str], freezes: bool
 ) -> None:
-    """A norm over all layers would lack the gradients of the frozen ones."""
+    """A norm over all layers would lack the gradients of the frozen ones. Some methods move at a learning rate of 0."""
     workload = build_workload("optimizer.groups=[{match: '*1*', horizon: 0.5}]", "schedule=linear", *overrides)
     schedule = build_schedule(workload, build_optimizer(workload), Length(40, 4, 10, 40))
     for _ in range(30):

@@ -22,11 +22,14 @@ from dlopt.tracking import Tracking
 from dlopt.training import checkpoint, rng
 from dlopt.training import trainer as loop
 from dlopt.training.checkpoint import Checkpoints
+from dlopt.training.progress import run_length
 from dlopt.training.step import Step
 from tests.training.runs import (
     RICH,
+    SMALL,
     STEPS_PER_EPOCH,
     at_update,
+    experiment,
     in_fork,
     result,
     resume,
@@ -369,6 +372,15 @@ def test_log_names_the_end_of_the_schedule_for_another_length(
     notes = [each for each in (tmp_path / "train.log").read_text().splitlines() if "the schedule ends" in each]
     assert len(notes) == (0 if line is None else 1)
     assert line is None or (line in notes[0] and "set schedule_epochs=" in notes[0])
+
+
+@pytest.mark.parametrize(("epoch", "position", "epochs"), [(1, 2, 3), (2, 0, 4)])
+def test_counts_an_epoch_that_steps_ended_early(epoch: int, position: int, epochs: int) -> None:
+    """The console showed epoch 4/3 of a run of 6 updates that was resumed with 12."""
+    settings = experiment(*SMALL, "steps=12").settings
+    progress = {"epoch": epoch, "position": position, "step": 6, "horizon": 12}
+    assert run_length(settings, STEPS_PER_EPOCH, None).epochs == 3
+    assert run_length(settings, STEPS_PER_EPOCH, {"progress": progress}).epochs == epochs
 
 
 def test_longer_run_keeps_its_schedule(tmp_path: Path) -> None:

@@ -132,6 +132,19 @@ def test_equals_a_hand_written_loop_in_fp64(tmp_path: Path, optimizer: str) -> N
     assert all(value.dtype == torch.float64 for value in weights.values())
 
 
+def test_modes_of_the_caller_do_not_change_the_result(tmp_path: Path) -> None:
+    """A notebook may have disabled gradients, or changed the default dtype."""
+    start(tmp_path / "plain", *RICH, "epochs=1")
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.inference_mode():
+            start(tmp_path / "changed", *RICH, "epochs=1")
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert same(result(tmp_path / "plain"), result(tmp_path / "changed"))
+
+
 def test_metrics_equal_those_of_the_saved_models(tmp_path: Path) -> None:
     """Sample by sample: validation of the last model, test of the best one, both of the EMA."""
     summary = start(tmp_path, *RICH, "optimizer.lr=0.3")
