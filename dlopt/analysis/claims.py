@@ -282,7 +282,7 @@ def numbers(finding: Finding, label: Label) -> str:
     first = _average(finding.first) + _where(finding, 0, label)
     second = _average(finding.second) + _where(finding, 1, label)
     margin = f"{claim.factor:.8g}x" if claim.factor is not None else f"{claim.difference:.3g}"
-    parts = [f"{_upper(what)}: {first} against {second}"]
+    parts = [f"{what[:1].upper()}{what[1:]}: {first} against {second}"]
     if finding.low is None or finding.high is None:
         parts.append("no interval: one seed" if len(finding.first) == 1 else "no interval: negative values")
     else:
@@ -290,10 +290,6 @@ def numbers(finding: Finding, label: Label) -> str:
         values = _with_interval(finding, "95 % interval")
         parts.append(f"{kind} {values}, {len(finding.first)} seeds, margin {margin}")
     return "; ".join(parts) + "."
-
-
-def _upper(text: str) -> str:
-    return text[:1].upper() + text[1:]
 
 
 def _average(values: Sequence[float]) -> str:

@@ -1,6 +1,5 @@
 """Comparison of a few small runs: expands it into runs and reads their metrics."""
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from dlopt.analysis.claims import Claim, Value, shown
 from dlopt.analysis.probes import PROBES
 from dlopt.ranges import Seed
 from dlopt.tracking.layout import align_columns
-from dlopt.tracking.metrics import gaps
+from dlopt.tracking.metrics import gaps, read_metrics, read_summary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +69,14 @@ def matches(value: Value, other: Value) -> bool:
     return value == other or shown(value) == shown(other)
 
 
+def are_numbers(values: Sequence[Any]) -> bool:
+    """Returns whether all values are numbers, or strings of numbers (names of points that set several keys)."""
+    try:
+        return not any(isinstance(value, bool) for value in values) and bool([float(value) for value in values])
+    except (TypeError, ValueError):
+        return False
+
+
 @dataclass(frozen=True)
 class Outcome:
     """Results of a run: the lines of metrics.jsonl, the summary, and probes of its checkpoints."""
@@ -81,6 +88,18 @@ class Outcome:
     @property
     def failed(self) -> bool:
         return self.summary.get("status") == "failed"
+
+    @property
+    def metrics(self) -> list[str]:
+        """The metrics of the evaluated epochs, also non-finite ones."""
+        return [*dict.fromkeys(name for line in self.history for name in line)]
+
+    def may_have(self, name: str) -> bool:
+        """Returns whether the metric is one of the run, or may be because the run failed before it was computed."""
+        parts = {"gap": "val_loss", "accuracy_gap": "val_accuracy"}
+        names = {name, parts.get(name, name.replace("_error", "_accuracy"))}
+        tested = {key for key, value in self.summary.items() if value is not None}
+        return self.failed or not self.history or bool(names & {*self.metrics, *self.probes, *tested})
 
     def curve(self, name: str, x: str) -> tuple[list[float], list[float]]:
         """Returns (x, values) of all epochs, or of all checkpoints for a probe."""
@@ -114,7 +133,7 @@ def on_axis(line: Mapping[str, Any], x: str) -> float:
 
 def _value_in(line: Mapping[str, Any], name: str) -> Any:
     """Returns the metric in a line of metrics.jsonl; `val_error` is 1 - `val_accuracy`."""
-    if not name.endswith("_error"):
+    if name in line or not name.endswith("_error"):
         return line[name] if name in line else gaps(line).get(name)
     accuracy = line.get(name.replace("_error", "_accuracy"))
     return None if accuracy is None else 1 - accuracy
@@ -122,12 +141,9 @@ def _value_in(line: Mapping[str, Any], name: str) -> Any:
 
 def read(folder: Path, metrics: Sequence[str]) -> Outcome:
     """Reads the results of the run in `folder`; computes the probes among `metrics` from its checkpoints."""
-    path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.is_file() else []
-    summary = folder / "summary.json"
     return Outcome(
-        history=[json.loads(line) for line in lines],
-        summary=json.loads(summary.read_text()) if summary.is_file() else {"status": "failed"},
+        history=read_metrics(folder),
+        summary=read_summary(folder) or {"status": "failed"},
         probes={name: PROBES[name](folder) for name in metrics if name in PROBES},
     )
 

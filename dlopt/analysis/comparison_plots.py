@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dlopt.analysis import drawing
 from dlopt.analysis.claims import TEST_METRICS, Finding, is_higher_better, short_sentence, shown
-from dlopt.analysis.comparison import Cell, Comparison, Outcome, finals, mean, on_axis
+from dlopt.analysis.comparison import Cell, Comparison, Outcome, are_numbers, finals, mean, on_axis
 from dlopt.analysis.drawing import MARKERS, style
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _UNITS = {
     "epoch": "epoch", "step": "update", "evaluation": "evaluations of the training set", "seconds": "seconds",
 }  # fmt: skip
+_CROSS: dict[str, Any] = {"markersize": 9, "markeredgewidth": 2.5}
 
 
 def draw(comparison: Comparison, outcomes: Mapping[Cell, Outcome], findings: Sequence[Finding] = ()) -> "Figure":
@@ -32,7 +33,7 @@ def draw(comparison: Comparison, outcomes: Mapping[Cell, Outcome], findings: Seq
     for axes, (name, x) in zip(panels, shown, strict=True):
         if not comparison.along:
             notes |= _curves(axes, comparison, outcomes, name, x)
-        elif _are_numbers([*next(iter(comparison.along.values()))]):
+        elif are_numbers([*next(iter(comparison.along.values()))]):
             notes |= _along(axes, comparison, outcomes, name)
         else:
             notes |= _bars(axes, comparison, outcomes, name)
@@ -68,11 +69,19 @@ def _evenly(text: str, width: int) -> list[str]:
     return textwrap.wrap(text, width)
 
 
+# Characters that mathtext refuses or renders as others: "-" as a minus sign, "'" as a prime.
+_LOOKALIKES = str.maketrans("-'\"`^~\\", "\u2010\u2019\u201d\u02cb\u02c6\u223c\u2216")
+
+
 def _escaped(title: str) -> str:
     """Escapes a title for matplotlib's mathtext, the only way to mix bold and regular text in one title."""
-    hyphens = title.replace("-", "\u2010")  # mathtext renders "-" as a minus sign
-    escaped = "".join(f"\\{letter}" if letter in " %#_${}" else letter for letter in hyphens)
+    escaped = "".join(f"{{\\{letter}}}" if letter in " %#_${}" else letter for letter in title.translate(_LOOKALIKES))
     return escaped.replace(",", "{,}")  # mathtext adds a space after a bare comma
+
+
+def _has_logarithm(name: str) -> bool:
+    """Returns whether the metric is drawn on a logarithmic axis: gaps and R^2 may be negative, and others end at 1."""
+    return not (is_higher_better(name) or name.endswith(("_error", "gap")))
 
 
 def _line(i: int, width: float = 1.8) -> dict[str, Any]:
@@ -88,10 +97,8 @@ def _curves(
         # Curves may coincide against updates: narrower lines on top keep all of them visible.
         line = _line(i, _narrowing(i, len(comparison.variants)) if len(comparison.axes) > 1 else 1.8)
         runs = [outcomes[Cell(variant, (), seed)] for seed in comparison.seeds]
-        pairs = [run.curve(name, x_axis) for run in runs]
-        length = min(len(values) for _, values in pairs)
-        x = [mean(positions) for positions in zip(*(positions[:length] for positions, _ in pairs), strict=True)]
-        columns = list(zip(*(values[:length] for _, values in pairs), strict=True))
+        points = _common(runs, name, x_axis)
+        x, columns = [mean(positions) for positions, _ in points], [values for _, values in points]
         axes.plot(x, [mean(column) for column in columns], **line, label=variant)
         if len(runs) > 1:
             low, high = [min(column) for column in columns], [max(column) for column in columns]
@@ -106,14 +113,26 @@ def _curves(
             notes["diverged"] = _cross()
         for position in restarts(runs[0], x_axis):
             axes.axvline(position, color=line["color"], linewidth=1, linestyle=":", zorder=0)
-            notes["restart of the learning rate"] = _dotted()
-    if not name.endswith(("accuracy", "_error", "gap")):
+            notes["restart of the learning rate"] = _mark(linestyle=":", linewidth=1)
+    if _has_logarithm(name):
         drawing.logarithmic(axes)
     axes.set_xlabel(_UNITS[x_axis])
     axes.set_xlim(left=0)
     if x_axis != "seconds":
         axes.locator_params(axis="x", integer=True)
     return notes
+
+
+def _common(runs: Sequence[Outcome], name: str, x_axis: str) -> list[tuple[list[float], list[float]]]:
+    """Returns the positions and values of the runs at each update that all of their curves have.
+
+    A non-finite value leaves a gap in a curve: its later values must not be paired with earlier ones of other seeds.
+    """
+    curves = [
+        dict(zip(run.curve(name, "step")[0], zip(*run.curve(name, x_axis), strict=True), strict=True)) for run in runs
+    ]
+    steps = [step for step in curves[0] if all(step in curve for curve in curves)]
+    return [([curve[step][0] for curve in curves], [curve[step][1] for curve in curves]) for step in steps]
 
 
 def restarts(run: Outcome, x_axis: str) -> list[float]:
@@ -134,16 +153,14 @@ def _band() -> "Artist":
     return Patch(color="0.4", alpha=0.3, linewidth=0)
 
 
+def _mark(**options: Any) -> "Artist":
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], **{"color": "0.3"} | options)
+
+
 def _cross() -> "Artist":
-    from matplotlib.lines import Line2D
-
-    return Line2D([], [], linestyle="", marker="x", color="0.3", markersize=9, markeredgewidth=2.5)
-
-
-def _dotted() -> "Artist":
-    from matplotlib.lines import Line2D
-
-    return Line2D([], [], linestyle=":", color="0.3", linewidth=1)
+    return _mark(linestyle="", marker="x", **_CROSS)
 
 
 def _narrowing(i: int, count: int) -> float:
@@ -162,8 +179,8 @@ def _coincide(curves: Sequence[Sequence[float]]) -> bool:
 def _along(axes: "Axes", comparison: Comparison, outcomes: Mapping[Cell, Outcome], name: str) -> "dict[str, Artist]":
     """Plots the final metric against the key's value; crosses at the edge mark diverged runs."""
     [(key, settings)] = comparison.along.items()
-    values = [*settings]
-    positions = [float(value) for value in values]
+    values = sorted(settings, key=float)  # type: ignore[arg-type]
+    positions = [float(value) for value in values]  # type: ignore[arg-type]
     notes: dict[str, Artist] = {}
     diverged = []
     results = {variant: finals(comparison, outcomes, variant, name) for variant in comparison.variants}
@@ -184,16 +201,15 @@ def _along(axes: "Axes", comparison: Comparison, outcomes: Mapping[Cell, Outcome
             if len(finite) < len(column):
                 diverged.append((position, i, line["color"]))
                 notes["a seed diverged" if len(comparison.seeds) > 1 else "diverged"] = _cross()
-    edge = 0.02 if name.endswith("accuracy") else 0.98
+    edge = 0.02 if is_higher_better(name) else 0.98
     for position, i, colour in diverged:
-        cross: dict[str, Any] = {"color": colour, "markersize": 9, "markeredgewidth": 2.5}
-        axes.plot(position, abs(edge - 0.035 * i), "x", transform=axes.get_xaxis_transform(), **cross)
+        axes.plot(position, abs(edge - 0.035 * i), "x", color=colour, transform=axes.get_xaxis_transform(), **_CROSS)
     if min(positions) > 0 and max(positions) >= 8 * min(positions):
         axes.set_xscale("log")
     axes.set_xticks(positions, [shown(value) for value in values])
     axes.minorticks_off()
     axes.set_xlabel(drawing.label(key))
-    if not name.endswith(("accuracy", "_error", "gap")):
+    if _has_logarithm(name):
         drawing.logarithmic(axes)
     return notes
 
@@ -217,7 +233,7 @@ def _bars(axes: "Axes", comparison: Comparison, outcomes: Mapping[Cell, Outcome]
             finite = [value for value in column if not math.isnan(value)]
             if len(finite) > 1:
                 axes.plot([position, position], [min(finite), max(finite)], color="black", linewidth=1.5)
-                notes[f"range over {len(comparison.seeds)} seeds"] = _stroke()
+                notes[f"range over {len(comparison.seeds)} seeds"] = _mark(color="black", linewidth=1.5)
             top = max(finite) if finite else math.nan
             if len(finite) < len(column):
                 axes.plot(position, 0.03, "x", color=colour, transform=axes.get_xaxis_transform(), **_CROSS)
@@ -226,29 +242,12 @@ def _bars(axes: "Axes", comparison: Comparison, outcomes: Mapping[Cell, Outcome]
                 style = {"ha": "center", "va": "bottom", "fontsize": 8}
                 offset = {"textcoords": "offset points", "xytext": (0, 2)}
                 axes.annotate(f"{mean(column):.2g}", (position, top), **style, **offset)  # type: ignore[arg-type]
-    if heights and min(heights) > 0 and max(heights) > 30 * min(heights) and not name.endswith("accuracy"):
+    if heights and min(heights) > 0 and max(heights) > 30 * min(heights) and not is_higher_better(name):
         drawing.logarithmic(axes)
     axes.set_xticks(range(len(values)), [shown(value) for value in values])
     axes.set_xlabel(drawing.label(key))
     axes.margins(y=0.1)
     return notes
-
-
-_CROSS: dict[str, Any] = {"markersize": 9, "markeredgewidth": 2.5}
-
-
-def _stroke() -> "Artist":
-    from matplotlib.lines import Line2D
-
-    return Line2D([], [], color="black", linewidth=1.5)
-
-
-def _are_numbers(values: Sequence[Any]) -> bool:
-    """Returns whether all values are numbers, or strings of numbers (names of points that set several keys)."""
-    try:
-        return not any(isinstance(value, bool) for value in values) and bool([float(value) for value in values])
-    except (TypeError, ValueError):
-        return False
 
 
 def _heat_maps(comparison: Comparison, outcomes: Mapping[Cell, Outcome], findings: Sequence[Finding]) -> "Figure":
@@ -264,12 +263,12 @@ def _heat_maps(comparison: Comparison, outcomes: Mapping[Cell, Outcome], finding
     for variant in comparison.variants:
         results = finals(comparison, outcomes, variant, name)
         maps.append(np.array([[mean(results[row, column]) for column in columns] for row in rows]))
-    is_accuracy = name.endswith("accuracy")
+    is_accuracy, is_higher = name.endswith("accuracy"), is_higher_better(name)
     stacked = np.stack(maps)  # gaps may be negative, and errors 0: they have no logarithm
-    has_logarithm = not is_accuracy and not (stacked <= 0).any()
-    shades = -np.log10(stacked) if has_logarithm else stacked if is_accuracy else -stacked
+    has_logarithm = not is_higher and not (stacked <= 0).any()
+    shades = -np.log10(stacked) if has_logarithm else stacked if is_higher else -stacked
     known = shades[~np.isnan(shades)]
-    low, high = (float(np.quantile(known, 0.1 if is_accuracy else 0)), float(known.max())) if known.size else (0.0, 1.0)
+    low, high = (float(np.quantile(known, 0.1 if is_higher else 0)), float(known.max())) if known.size else (0.0, 1.0)
     across = len(maps) if len(maps) < 4 else math.ceil(len(maps) / 2)
     down = math.ceil(len(maps) / across)
     figure = _titled_figure(comparison, findings, 3.6 * across + 1.2, 3.2 * down + 1)

@@ -1,6 +1,5 @@
 """The picture that a single run leaves in its folder: losses, accuracies and learning rate over the epochs."""
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,14 +26,9 @@ def write(folder: Path, restarts: Sequence[float]) -> Path:
 
     `restarts`: positions, in epochs, at which the schedule starts another cycle.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
     choices = (read_json(folder / "environment.json") or {}).get("choices") or {}
     figure = draw(read_metrics(folder), read_summary(folder) or {}, choices, restarts)
-    figure.set_dpi(120)
-    data = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(data)
-    write_atomically(folder / PICTURE, data.getvalue())
+    write_atomically(folder / PICTURE, drawing.encoded(figure, "png", dpi=120))
     return folder / PICTURE
 
 

@@ -75,6 +75,11 @@ def metric_label(metric: str) -> str:
     return words.replace("val ", "validation ").replace("train ", "training ")
 
 
+def literal(text: str) -> str:
+    """Returns a text that matplotlib shows as it is: without mathtext, and not hidden from legends."""
+    return "\u200b" * text.startswith("_") + text.replace("$", r"\$")
+
+
 def label(name: str) -> str:
     """Returns the label of a metric or a config key: optimizer.lr -> learning rate, data.batch_size -> batch size."""
     if name in _LABELS or "." not in name:
@@ -99,7 +104,7 @@ def legend_below(made: "Figure", axes: "Axes", columns: int, **options: Any) -> 
 def integer_ticks(*panels: "Axes") -> None:
     """Restricts the ticks of the x-axis to integers."""
     for axes in panels:
-        axes.locator_params("x", integer=True)
+        axes.locator_params("x", integer=True, min_n_ticks=1)
 
 
 def logarithmic(*panels: "Axes") -> None:
@@ -127,13 +132,13 @@ def powers_of_two(axes: "Axes", ticks: "list[int]", **options: Any) -> None:
     axes.minorticks_off()
 
 
-def encoded(figure: "Figure", form: str) -> bytes:
+def encoded(figure: "Figure", form: str, *, dpi: int = 150) -> bytes:
     """Returns the content of a file: png, pdf or svg."""
     import matplotlib
 
     file = io.BytesIO()
     with matplotlib.rc_context(FILE_STYLE):
-        figure.savefig(file, format=form, dpi=150, metadata=METADATA.get(form))
+        figure.savefig(file, format=form, dpi=dpi, metadata=METADATA.get(form))
     return file.getvalue()
 
 

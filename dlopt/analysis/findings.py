@@ -17,7 +17,7 @@ from dlopt.analysis.claims import (
     shown,
     weakest,
 )
-from dlopt.analysis.comparison import Cell, Comparison, Outcome, finals, matches
+from dlopt.analysis.comparison import Cell, Comparison, Outcome, are_numbers, finals, matches
 from dlopt.analysis.drawing import label
 from dlopt.errors import UserError
 
@@ -51,18 +51,12 @@ def _problem(comparison: Comparison, claim: Claim) -> str | None:
                 return f"at.{axis}={shown(value)}: not a value of this axis; allowed: {values}"
         free = [axis for axis in comparison.along if axis not in side.at]
         if claim.measure in ("largest", "span"):
-            if len(free) != 1 or not _numbers([*comparison.along[free[0]]]):
+            settings = [*comparison.along[free[0]]] if len(free) == 1 else []
+            if not are_numbers(settings) or min(map(float, settings)) <= 0:
                 return f"measure={claim.measure}: needs one free axis of numbers; free: {', '.join(free) or 'none'}"
         elif claim.selects_on_test and comparison.choose is None and _points(comparison, side)[1:]:
             return f"metric={claim.metric}: set comparison.choose to a validation metric, or fix the point with at"
     return None
-
-
-def _numbers(values: Sequence[Value]) -> bool:
-    try:
-        return not any(isinstance(value, bool) for value in values) and all(float(value) > 0 for value in values)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        return False
 
 
 def evaluate(comparison: Comparison, outcomes: Mapping[Cell, Outcome], claims: Sequence[Claim]) -> list[Finding]:
@@ -117,19 +111,22 @@ def best_point(
     values: Mapping[Point, Sequence[float]],
     claim: Claim,
 ) -> Point:
-    """Returns the point with the best mean over seeds, of `comparison.choose` or of the measured values themselves."""
+    """Returns the point with the best mean over seeds, of `comparison.choose` or of the measured values themselves.
+
+    Points at which fewer seeds diverge or miss the target come first.
+    """
     metric, scores = claim.metric, values
     if claim.measure == "value" and comparison.choose is not None:
         metric = comparison.choose
         scores = finals(comparison, outcomes, variant, metric)
-    higher = claim.measure == "value" and is_higher_better(metric)
-    worst = -math.inf if higher else math.inf
+    sign = -1 if claim.measure == "value" and is_higher_better(metric) else 1
 
-    def score(point: Point) -> float:
-        mean = math.fsum(scores[point]) / len(scores[point])
-        return worst if math.isnan(mean) else mean
+    def cost(point: Point) -> tuple[int, float]:
+        """Returns the seeds that diverged or did not reach the target, then the mean of the others."""
+        finite = [value for value in scores[point] if math.isfinite(value)]
+        return len(scores[point]) - len(finite), sign * math.fsum(finite) / max(len(finite), 1)
 
-    return (max if higher else min)(points, key=score)
+    return min(points, key=cost)
 
 
 def _value(outcome: Outcome, claim: Claim, when: str | int, seeds: Sequence[int]) -> float:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dlopt.analysis import drawing
+from dlopt.analysis.diagnosis.curvature import flat, restoring
 from dlopt.training.step import frozen_statistics
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ def trajectory_plane(trajectory: Sequence[Weights], steps: Sequence[int]) -> Pla
     """Returns the plane through the last weights along the first two principal components, of unit length, of the
     differences to the last weights. Requires three or more weights."""
     last = trajectory[-1]
-    differences = torch.stack([_flat(weights) - _flat(last) for weights in trajectory[:-1]])
+    *earlier, end = (flat([weight.detach().double() for weight in weights]) for weights in trajectory)
+    differences = torch.stack([vector - end for vector in earlier])
     _, scales, rows = torch.linalg.svd(differences, full_matrices=False)
     fractions = scales**2 / (scales**2).sum()
     coordinates = torch.cat([differences @ rows[:2].T, differences.new_zeros(1, 2)])
@@ -65,10 +67,6 @@ def trajectory_plane(trajectory: Sequence[Weights], steps: Sequence[int]) -> Pla
     x, y = (f"principal component {i + 1} ({float(fractions[i]):.0%} of the variance)" for i in range(2))
     left, right, bottom, top = map(float, window)
     return Plane(last, first, second, (left, right, bottom, top), (x, y), coordinates, list(steps))
-
-
-def _flat(weights: Weights) -> Tensor:
-    return torch.cat([weight.detach().double().flatten() for weight in weights])
 
 
 def _shaped(vector: Tensor, like: Weights) -> list[Tensor]:
@@ -86,7 +84,6 @@ def surface(
     plane. Calls `moved` with the number of evaluated points.
     """
     parameters = list(module.parameters())
-    before = [p.detach().clone() for p in parameters]
     was_training = module.training
     left, right, bottom, top = plane.window
     values = torch.empty(points, points, dtype=torch.float64)
@@ -95,7 +92,7 @@ def surface(
         if isinstance(layer, _BatchNorm):
             layer.train()
     try:
-        with frozen_statistics(module):
+        with frozen_statistics(module), restoring(parameters):
             for i, y in enumerate(np.linspace(bottom, top, points)):
                 for j, x in enumerate(np.linspace(left, right, points)):
                     for p, origin, one, two in zip(parameters, plane.origin, plane.first, plane.second, strict=True):
@@ -103,8 +100,6 @@ def surface(
                     values[i, j] = float(loss())
                 moved((i + 1) * points)
     finally:
-        for p, value in zip(parameters, before, strict=True):
-            p.copy_(value)
         module.train(was_training)
     return values
 
@@ -120,17 +115,19 @@ def draw(plane: Plane, values: Tensor, *, title: str, subtitle: str) -> "Figure"
     levels = np.geomspace(finite.min(), finite.max() * (1 + 1e-9), 25)
     filled = axes.contourf(x, y, heights, levels=levels, cmap="viridis_r", norm="log")
     axes.contour(x, y, heights, levels=levels, colors="white", linewidths=0.4)
-    bar = figure.colorbar(filled, ax=axes, label="training loss", format="%.3g")
-    bar.set_ticks(levels[::4].tolist())
-    trajectory = np.zeros((1, 2)) if plane.trajectory is None else plane.trajectory.numpy()
+    ticks = levels[::4].tolist()
+    # As many digits as it takes to tell the ticks apart: the losses of a small window differ little.
+    digits = next((n for n in range(3, 12) if len({f"{tick:.{n}g}" for tick in ticks}) == len(ticks)), 3)
+    bar = figure.colorbar(filled, ax=axes, label="training loss", format=f"%.{digits}g")
+    bar.set_ticks(ticks)
     if plane.trajectory is not None:
+        trajectory = plane.trajectory.numpy()
         axes.plot(*trajectory.T, "-o", color=drawing.COLOURS[1], markersize=4, linewidth=1.5)
-    axes.plot(*trajectory[-1], "*", color="white", markeredgecolor="black", markersize=16)
-    if plane.trajectory is not None:
         for i in (0, len(trajectory) - 1):
             box = {"boxstyle": "round", "facecolor": "white", "alpha": 0.8, "linewidth": 0}
             text = f"update {plane.steps[i]:,}"
             axes.annotate(text, trajectory[i], xytext=(9, 9), textcoords="offset points", fontsize=9, bbox=box)
+    axes.plot(0, 0, "*", color="white", markeredgecolor="black", markersize=16)
     axes.set_xlabel(plane.axes[0])
     axes.set_ylabel(plane.axes[1])
     axes.set_title(drawing.title_with_subtitle(title, subtitle), fontsize=10)

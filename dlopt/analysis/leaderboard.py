@@ -5,7 +5,7 @@ metrics would select on the test set.
 """
 
 import math
-import sys
+import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeGuard
@@ -19,7 +19,7 @@ Seeds = tuple[tuple[str, Any], ...]
 ENDED = ("finished", "stopped_early")
 HOUSEKEEPING = (
     "name", "resume", "allow_packages", "dry_run", "device", "threads", "checkpoint", "tracking", "log_every_steps",
-    "data.workers", "data.memory", "data.root", "published",
+    "max_time", "data.workers", "data.memory", "data.root", "published",
 )  # fmt: skip
 """Keys that do not distinguish configurations: where runs execute and what they write."""
 
@@ -179,8 +179,8 @@ def is_one_of(key: str, names: Sequence[str]) -> bool:
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Returns whether the value is a finite number, and no integer beyond the range of floats."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    """Returns whether the value is a finite number that can be averaged: sums of larger ones than 1e300 overflow."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1e300
 
 
 def is_seed(key: str) -> bool:
@@ -193,9 +193,10 @@ def statistic(values: Sequence[float]) -> Statistic | None:
     """Computes mean and sample standard deviation; None for no values."""
     if not values:
         return None
-    mean, count = math.fsum(values) / len(values), len(values)
-    squares = math.fsum((value - mean) ** 2 for value in values)
-    return Statistic(mean, math.sqrt(squares / (count - 1)) if count > 1 else None, count)
+    mean, count = statistics.fmean(values), len(values)
+    # A diverged run may have a perplexity of 1e200, whose square is out of range; `hypot` does not compute it.
+    deviation = math.hypot(*(value - mean for value in values))
+    return Statistic(mean, deviation / math.sqrt(count - 1) if count > 1 else None, count)
 
 
 def paired_difference(

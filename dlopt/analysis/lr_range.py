@@ -29,6 +29,7 @@ from dlopt.parallel import rendezvous
 from dlopt.ranges import Count, Fraction, Positive
 from dlopt.tracking.tracking import Tracking
 from dlopt.training.build import Workload, build_mode, build_workload, load_weights
+from dlopt.training.optimizer import build_optimizer
 from dlopt.training.trainer import dry_run
 
 if TYPE_CHECKING:
@@ -82,6 +83,12 @@ def check(keys: RangeTest) -> None:
         raise UserError(f"updates={keys.updates}: must be >= {2 * _FEWEST}")
 
 
+def uses_line_search(optimizer: Component) -> str | None:
+    """Returns the key that enables the line search of an optimizer; None: it has no line search."""
+    keys = ("max_evaluations", "max_backtracks", "line_search_fn")
+    return next((key for key in keys if optimizer.arguments.get(key) is not None), None)
+
+
 def trial(experiment: Experiment, keys: RangeTest) -> Experiment:
     """Returns the experiment with the test's learning rates; multipliers of parameter groups are kept."""
 
@@ -90,6 +97,9 @@ def trial(experiment: Experiment, keys: RangeTest) -> Experiment:
 
     if "lr" not in experiment.optimizer.arguments:
         raise UserError(f"optimizer={experiment.optimizer.target.__name__}: has no learning rate to tune")
+    if key := uses_line_search(experiment.optimizer):
+        value = experiment.optimizer.arguments[key]
+        raise UserError(f"optimizer.{key}={value}: the line search chooses the length of a step; set optimizer.lr")
     return replace(
         experiment,
         optimizer=experiment.optimizer.partial(lr=1.0),
@@ -103,18 +113,23 @@ def trial(experiment: Experiment, keys: RangeTest) -> Experiment:
 def find(workload: Workload, keys: RangeTest, folder: Path) -> LearningRates:
     """Trains with growing rates and restores the model bitwise.
 
-    `folder` is a placeholder for the run folder and is not written. All ranks must call this; losses are those of the
-    global batch, so all ranks return the same result.
+    Learning rates that do not depend on optimizer.lr, such as optimizer.rest_lr, stay constant. `folder` is a
+    placeholder for the run folder and is not written. All ranks must call this; losses are those of the global batch,
+    so all ranks return the same result.
     """
     check(keys)
     workload = replace(workload, experiment=trial(workload.experiment, keys))
     with restored(workload.module, workload.device):
         trainer = dry_run(workload, folder, checks=False)  # a non-finite loss ends the test, here and on all ranks
+        constant = _independent_rates(workload)
         rates, losses, smoothed = [], [], []
         average, best, diverged = 0.0, math.inf, False
         workload.module.train()
         for number, (inputs, targets) in enumerate(islice(endless_batches(trainer), keys.updates)):
             rates.append(keys.rate(number))
+            for index, rate in constant.items():
+                group = trainer.step.optimizer.param_groups[index]
+                group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], torch.Tensor) else rate
             trainer.step.update(inputs, targets, number, trainer.train_metrics)
             losses.append(trainer.train_metrics.since_last("")["loss"])
             average = keys.smoothing * average + (1 - keys.smoothing) * losses[-1]
@@ -126,6 +141,14 @@ def find(workload: Workload, keys: RangeTest, folder: Path) -> LearningRates:
     finite = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), len(losses))
     steepest, valley = suggestions(rates[:finite], smoothed[:finite])
     return LearningRates(rates[:finite], losses[:finite], smoothed[:finite], steepest, valley, diverged)
+
+
+def _independent_rates(workload: Workload) -> dict[int, float]:
+    """Returns the learning rates of the parameter groups that do not depend on optimizer.lr (Muon's rest_lr)."""
+    pairs = (build_optimizer(each).param_groups for each in (workload, workload.with_lr(2.0)))
+    return {
+        i: float(group["lr"]) for i, (group, other) in enumerate(zip(*pairs, strict=True)) if group["lr"] == other["lr"]
+    }
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Numbers that describe a network at fixed weights, for the probes of comparisons."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dlopt.analysis.diagnosis.layers import TimeLagProbe
+from dlopt.errors import UserError
 from dlopt.training.build import Workload, evaluation_batches
 from dlopt.training.step import frozen_statistics
 
@@ -45,7 +47,7 @@ def sample_dependence(workload: Workload) -> float:
     workload.module.train()
     ratios = []
     with frozen_statistics(workload.module):
-        for sample in range(_COMPANIES):
+        for sample in range(min(_COMPANIES, len(targets))):
             gradients = []
             for _ in range(_COMPANIES):
                 others = torch.randperm(len(targets), generator=generator)
@@ -91,14 +93,19 @@ def gradient_ratio(workload: Workload) -> float:
 
 
 def memory_gradient(workload: Workload) -> float:
-    """Measures the gradient of the loss at the first state of a recurrent layer relative to that at its last state."""
+    """Measures the gradient of the loss at the first state of a recurrent layer relative to that at its last state.
+
+    Raises `UserError` for other models.
+    """
     inputs, targets = _samples(workload)
     workload.module.train()
     probe = TimeLagProbe(workload.module)
     with probe.recording():
         _gradient(workload, workload.loss(workload.module(inputs), targets))
-    [lag, *_] = probe.lags()
-    return lag.states[-1] / lag.states[0]
+    if not (lags := probe.lags()):
+        raise UserError("comparison.metrics: memory_gradient needs a recurrent model (model=rnn, model=lstm)")
+    first, last = lags[0].states[-1], lags[0].states[0]
+    return first / last if last else math.nan
 
 
 @contextmanager
@@ -116,18 +123,25 @@ def _removed(layer: nn.Module, unit: int) -> Iterator[None]:
 
 @torch.no_grad()
 def _losses_without_units(workload: Workload) -> tuple[float, Tensor]:
-    """Returns the loss on training samples, and the losses without each hidden unit of an MLP."""
+    """Returns the loss on training samples, and the losses without each hidden unit of an MLP.
+
+    Raises `UserError` for models without such units, and for sequences, whose second dimension is the position.
+    """
     inputs, targets = _samples(workload, 1000)
     workload.module.eval()
     widths: dict[nn.Module, int] = {}
+    dimensions: set[int] = set()
 
     def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         widths[module] = output.shape[1]
+        dimensions.add(output.ndim)
 
     hooks = [m.register_forward_hook(count) for m in workload.module.modules() if isinstance(m, _ACTIVATIONS)]
     loss = float(workload.loss(workload.module(inputs), targets))
     for hook in hooks:
         hook.remove()
+    if not widths or dimensions != {2}:
+        raise UserError("comparison.metrics: unit_dependence and idle_units need a model=mlp with hidden units")
     losses = []
     for layer, width in widths.items():
         for unit in range(width):
@@ -153,8 +167,13 @@ def idle_units(workload: Workload) -> float:
 
 
 def input_sensitivity(workload: Workload) -> float:
-    """Measures the mean Frobenius norm of the Jacobian of the outputs with respect to the normalized inputs."""
+    """Measures the mean Frobenius norm of the Jacobian of the outputs with respect to the normalized inputs.
+
+    Raises `UserError` for texts, which have no derivative.
+    """
     inputs, _ = _samples(workload)
+    if not inputs.is_floating_point():
+        raise UserError("comparison.metrics: input_sensitivity needs data of real numbers; texts have no derivative")
     inputs = inputs.clone().requires_grad_()
     workload.module.eval()
     outputs = workload.module(inputs)

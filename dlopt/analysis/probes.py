@@ -32,8 +32,9 @@ def checkpoints(folder: Path) -> Iterator[Mapping[str, Any]]:
 def effective_rate(folder: Path) -> list[tuple[Mapping[str, Any], float]]:
     """Computes the median over all weights of the effective learning rate, an adaptive method's factor of the gradient.
 
-    Adagrad: lr / (sqrt(sum g^2) + eps); RMSprop: lr / (sqrt(E g^2) + eps); Adam: the same with bias-corrected E g^2
-    (AMSGrad: its largest value); Adadelta: lr sqrt(E delta^2 + eps) / sqrt(E g^2 + eps); others: lr.
+    Adagrad: lr / (sqrt(sum g^2) + eps), with the lr of its decay; RMSprop: lr / (sqrt(E g^2) + eps), centered: with the
+    variance E g^2 - (E g)^2; Adam: the same with bias-corrected E g^2 (AMSGrad: its largest value); Adadelta:
+    lr sqrt(E delta^2 + eps) / sqrt(E g^2 + eps); others: lr.
     """
     values = []
     for saved in checkpoints(folder):
@@ -46,11 +47,13 @@ def effective_rate(folder: Path) -> list[tuple[Mapping[str, Any], float]]:
 def _rates(state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
     lr, eps = float(group["lr"]), group.get("eps", 0.0)
     if "sum" in state:
+        if group.get("lr_decay"):
+            lr /= 1 + (float(state["step"]) - 1) * group["lr_decay"]
         return lr / (state["sum"].sqrt() + eps)
     if "acc_delta" in state:
         return lr * (state["acc_delta"] + eps).sqrt() / (state["square_avg"] + eps).sqrt()
     if "square_avg" in state:
-        return lr / (state["square_avg"].sqrt() + eps)
+        return lr / ((state["square_avg"] - state.get("grad_avg", 0.0) ** 2).sqrt() + eps)
     if "exp_avg_sq" in state and "step" in state:  # Prodigy counts none, and does not correct the bias
         correction = 1 - group["betas"][1] ** float(state["step"])
         return lr / ((state.get("max_exp_avg_sq", state["exp_avg_sq"]) / correction).sqrt() + eps)
@@ -62,6 +65,15 @@ def _build(state: Mapping[str, Any]) -> Workload:
     return build_workload(parse(resolve_saved(state["config"])), state["normalize"])
 
 
+def _models(folder: Path) -> Iterator[tuple[Mapping[str, Any], Workload]]:
+    """Yields (progress, workload) with the weights of each checkpoint; the workload is the same object."""
+    workload: Workload | None = None
+    for state in checkpoints(folder):
+        workload = workload or _build(state)
+        workload.module.load_state_dict(state["model"])
+        yield state["progress"], workload
+
+
 def input_drift(folder: Path) -> list[tuple[Mapping[str, Any], float]]:
     """Computes how far the inputs of hidden layers have drifted since the previous checkpoint.
 
@@ -70,22 +82,20 @@ def input_drift(folder: Path) -> list[tuple[Mapping[str, Any], float]]:
     the layer's mean standard deviation at the previous one; averaged over inputs and layers. BatchNorm uses batch
     statistics.
     """
-    workload: Workload | None = None
+    inputs: Tensor | None = None
     values: list[tuple[Mapping[str, Any], float]] = []
     before: list[tuple[Tensor, Tensor]] = []
-    for state in checkpoints(folder):
-        if workload is None:
-            workload = _build(state)
+    for progress, workload in _models(folder):
+        if inputs is None:
             subset = workload.dataset.train.select(torch.arange(min(500, len(workload.dataset.train))))
             inputs = torch.cat([batch for batch, _ in evaluation_batches(workload, subset).epoch(0)])
-        workload.module.load_state_dict(state["model"])
         now = _moments(workload.module.train(), inputs)
         if before:
             distances = [
                 ((mean - old).square() + (spread - old_spread).square()).sqrt().mean() / old_spread.mean()
                 for (mean, spread), (old, old_spread) in zip(now, before, strict=True)
             ]
-            values.append((state["progress"], float(torch.stack(distances).mean())))
+            values.append((progress, float(torch.stack(distances).mean())))
         before = now
     return values
 
@@ -147,16 +157,7 @@ def _moments(module: nn.Module, inputs: Tensor) -> list[tuple[Tensor, Tensor]]:
 def _at_checkpoints(measure: Callable[[Workload], float]) -> Probe:
     """Returns the probe that applies `measure` to the model of every checkpoint."""
 
-    def probe(folder: Path) -> list[tuple[Mapping[str, Any], float]]:
-        workload: Workload | None = None
-        values: list[tuple[Mapping[str, Any], float]] = []
-        for state in checkpoints(folder):
-            workload = workload or _build(state)
-            workload.module.load_state_dict(state["model"])
-            values.append((state["progress"], measure(workload)))
-        return values
-
-    return probe
+    return lambda folder: [(progress, measure(workload)) for progress, workload in _models(folder)]
 
 
 PROBES: Mapping[str, Probe] = {

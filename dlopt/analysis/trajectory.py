@@ -159,7 +159,7 @@ def draw_trajectories(
     """Plots trajectories over contours, and their distance to the nearest minimum against updates and evaluations."""
     figure = drawing.figure(11, 6, drawing.title_with_subtitle(title, subtitle, 110))
     plane = figure.add_subplot(2, 5, (1, 8))
-    _contours(plane, function, _frame(function.window, trajectories.values()))
+    _contours(plane, function, _frame(function.window, trajectories.values()), trajectories.values())
     upper, lower = figure.add_subplot(2, 5, (4, 5)), figure.add_subplot(2, 5, (9, 10))
     for i, (label, trajectory) in enumerate(trajectories.items()):
         line = _line(i, len(trajectories))
@@ -207,7 +207,7 @@ def _frame(window: Window, trajectories: Iterable[Trajectory]) -> Window:
     )
 
 
-def _contours(axes: "Axes", function: Function, window: Window) -> None:
+def _contours(axes: "Axes", function: Function, window: Window, trajectories: Iterable[Trajectory]) -> None:
     """Draws contours at quantiles of the values in the window, which resolves both valleys and walls."""
     left, right, bottom, top = window
     x, y = np.meshgrid(np.linspace(left, right, 240), np.linspace(bottom, top, 240))
@@ -219,7 +219,8 @@ def _contours(axes: "Axes", function: Function, window: Window) -> None:
     axes.contourf(x, y, values, levels=levels, colors=shades)
     axes.contour(x, y, values, levels=levels, colors="0.6", linewidths=0.6)
     axes.plot(*zip(*function.minima, strict=True), "*", color="white", markeredgecolor="black", markersize=15, zorder=5)
-    axes.plot(*function.start, "o", markerfacecolor="none", markeredgecolor="black", markersize=11, zorder=5)
+    for start in dict.fromkeys(tuple(trajectory.points[0].tolist()) for trajectory in trajectories):
+        axes.plot(*start, "o", markerfacecolor="none", markeredgecolor="black", markersize=11, zorder=5)
     axes.set_xlim(left, right)
     axes.set_ylim(bottom, top)
     axes.set_xlabel(f"{function.axes[0]}   (circle: start, star: minimum)")
@@ -247,7 +248,7 @@ def animate(function: Function, trajectories: Mapping[str, Trajectory], target: 
     figure = drawing.figure(6.4, 5.2)
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    _contours(axes, function, _frame(function.window, trajectories.values()))
+    _contours(axes, function, _frame(function.window, trajectories.values()), trajectories.values())
     lines = [
         axes.plot([], [], **_line(i, len(trajectories)), marker="o", markersize=5, markevery=[-1], label=label)[0]
         for i, label in enumerate(trajectories)
@@ -336,7 +337,7 @@ def draw_schedules(
         width = 3.0 - 1.6 * i / max(len(curves) - 1, 1)  # a curve below another shows at its sides
         axes.plot(curve.epochs, curve.rates, label=curve.label, drawstyle="steps-post", **style(i, linewidth=width))
     axes.set_title(drawing.title_with_subtitle(title, subtitle), fontsize=11)
-    axes.set_xlabel(f"epoch ({steps_per_epoch:g} updates each)")
+    axes.set_xlabel(f"epoch ({steps_per_epoch:g} update{'' if steps_per_epoch == 1 else 's'} each)")
     axes.set_ylabel("learning rate")
     axes.set_xlim(0, max(curve.epochs[-1] for curve in curves))
     if log_y:

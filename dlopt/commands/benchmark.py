@@ -1,5 +1,6 @@
 """`dlopt benchmark`: tunes optimizers on several workloads and compares the times to their targets."""
 
+import math
 import shlex
 import shutil
 import sys
@@ -346,9 +347,10 @@ def _facts(folder: Path, manifest: "Manifest") -> dict[str, Any]:
 
 def _on_folder(action: str, line: Line) -> int:
     """`report` and `targets`."""
-    from dlopt.analysis.benchmark.protocol import BASELINES
-    from dlopt.analysis.benchmark.reading import read_manifest
+    from dlopt.analysis.benchmark.protocol import BASELINES, trials_of
+    from dlopt.analysis.benchmark.reading import has_ended, read_manifest
     from dlopt.analysis.benchmark.targets import targets
+    from dlopt.job import print_error
 
     if len(line.overrides) != 1:
         example = f"dlopt benchmark {action} outputs/benchmark/small"
@@ -365,8 +367,15 @@ def _on_folder(action: str, line: Line) -> int:
                 f"{typed}: targets need trials of {', '.join(BASELINES)} with full=true"
                 + (f"; missing: {', '.join(missing)}" if missing else "")
             )
+        trials = [*trials_of([*manifest.workloads], BASELINES, manifest.studies, manifest.trials)]
+        waiting = sum(not has_ended(RunFolder(folder / trial.subfolder)) for trial in trials)
+        if waiting:
+            print_error(f"warning: {waiting} of {len(trials)} trials have not ended: the targets are preliminary")
         for name, target in targets(folder, manifest).items():
-            print(f"{name}: {target:.4g}")
+            shown = (
+                f"{target:.4g}" if math.isfinite(target) else "none, because most studies have no finite value in time"
+            )
+            print(f"{name}: {shown}")
         return DONE
     reference, note = (None, "") if manifest.full else _reference(manifest.tier, manifest.overrides)
     return _finish(folder, reference, note, line.composer.config_dir)

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from dlopt.analysis.benchmark.protocol import FOLDER, has_space
 from dlopt.commands.command import Line
 from dlopt.errors import UserError
 
@@ -53,10 +54,12 @@ def refuse_drawn(overrides: Iterable[str], candidates: "Mapping[str, Candidate]"
             raise UserError(f"{override}: name the class by optimizer={override.partition('=')[2]}")
         for name, chosen in candidates.items():
             if key in chosen.describe():
-                raise UserError(
-                    f"{override}: set by the search space of {name}; to replace it, write benchmark/space/{name}.yaml "
-                    "in a folder given by --config-dir"
-                )
+                place = "in a folder given by --config-dir"
+                if has_space(name, None):  # a file of the same name would be refused
+                    advice = f"search another one under another name: optimizer/NAME.yaml and {FOLDER}/space/NAME.yaml"
+                else:
+                    advice = f"to replace it, write {FOLDER}/space/{name}.yaml"
+                raise UserError(f"{override}: set by the search space of {name}; {advice} {place}")
 
 
 def launch(line: Line, request: "Request", overrides: Sequence[str]) -> int:

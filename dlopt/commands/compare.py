@@ -45,7 +45,7 @@ class _Run:
 def compare(composer: Composer, parsed: Namespace, config: DictConfig) -> int:
     """Runs the comparison, prints a table and saves the plot; returns the exit code.
 
-    Raises `UserError` before it creates any file.
+    Raises `UserError` before it creates any file, and after the first run for a metric that it does not have.
     """
     from dlopt.analysis import drawing
     from dlopt.analysis.claims import sentence
@@ -125,7 +125,9 @@ def comparison_of(composer: Composer, config: DictConfig, overrides: list[str]) 
         raise UserError(f"comparison.along: {len(comparison.along)} keys; at most two fit in a plot")
     if len(comparison.along) == 2 and len(comparison.metrics) > 1:
         raise UserError("comparison.metrics: a heat map shows one metric")
-    overridden: dict[str, Any] = {each.get_key_element(): each.value() for each in composer.parse(overrides)}
+    overridden: dict[str, Any] = {
+        each.get_key_element().lstrip("+"): each.value() for each in composer.parse(overrides)
+    }
     points: dict[str, list[str]] = {}
     for key, values in comparison.along.items():
         if isinstance(values, dict):
@@ -151,7 +153,7 @@ def _refuse_protected(line: str, key: str) -> None:
 def _runs(composer: Composer, comparison: "Comparison", overrides: list[str]) -> list[_Run]:
     from dlopt.config.parsing import parse
 
-    common = [line for line in overrides if not line.startswith(("seed=", "comparison.", "hydra."))]
+    common = [line for line in overrides if not line.lstrip("+").startswith(("seed=", "comparison.", "hydra."))]
     runs: list[_Run] = []
     for cell in comparison.cells():
         lines = [*common, *parse_arguments(comparison.overrides(cell)).overrides]
@@ -212,6 +214,12 @@ def _execute(runs: list[_Run], folder: Path, comparison: "Comparison") -> "tuple
             if code in (INTERRUPTED, USER_ERROR) or (code == FAILED and not diverged):
                 return outcomes, code
         outcome = outcomes[cell] = read(subfolder.path, comparison.all_metrics)
+        for name in comparison.all_metrics:
+            if not outcome.may_have(name):  # it would be shown as diverged
+                available = ", ".join(outcome.metrics)
+                raise UserError(
+                    f"comparison.metrics: the runs have no {name}; they have {available}; more: evaluate.metrics"
+                )
         labels = [cell.variant, *(f"{k}={shown(v)}" for k, v in zip(comparison.along, cell.point, strict=True))]
         metrics = ", ".join(f"{name} {show(outcome.final(name))}" for name in comparison.metrics)
         print(f"  {number + 1}/{len(runs)} {', '.join(labels)}, seed {cell.seed}: {metrics}", flush=True)

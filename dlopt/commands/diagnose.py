@@ -15,9 +15,11 @@ from dlopt.config.resolve import resolve_saved
 from dlopt.errors import DONE, UserError
 from dlopt.plain import without_nan
 from dlopt.ranges import Count, Natural
-from dlopt.tracking.layout import short_path
+from dlopt.tracking.layout import format_count, short_path
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from dlopt.analysis.diagnosis.measuring import Diagnosis, Snapshot
     from dlopt.analysis.diagnosis.verdicts import Facts, Verdict
     from dlopt.config.experiment import Experiment
@@ -42,7 +44,7 @@ Rates each layer and suggests what to change. Keys accept several values: one ro
   updates=N         training updates between the two measurements; 0: measure only once (default: 20)
   batches=N         mini-batches to measure on (default: 4)
   eigenvalues=N     largest eigenvalues of the Hessian; 0: no second derivatives (default: 5)
-  iterations=N      Hessian-vector products for the eigenvalues (default: 20)
+  iterations=N      Hessian-vector products for the eigenvalues, which rise to the exact ones (default: 20)
   checkpoint=PATH   a trained model; uses the config of the checkpoint, whose keys can be overridden
   output=DIR        folder of plots, diagnosis.json and TensorBoard histograms (default: outputs/diagnose/DATE_TIME)
   and the keys of `dlopt train`
@@ -50,6 +52,7 @@ Rates each layer and suggests what to change. Keys accept several values: one ro
 
 _MAX_JOBS = 7  # distinguishable colours
 _MAX_ROWS = 60  # of the table
+_CONVERGED = 0.02  # error bound of an eigenvalue, relative to it
 _GROUPS = ("data", "model", "init", "normalize", "loss", "optimizer", "schedule", "clip")
 
 
@@ -83,7 +86,7 @@ def diagnose(
         subjects = [_trained(Path(checkpoint), line.overrides)]
         title = " ".join([short_path(Path(checkpoint)), *line.overrides])
     for subject in subjects:
-        _check(subject.experiment)
+        _check(subject)
     folder = None if output is None else output_folder(output, "diagnose")  # fails before the slow measurements
     keys = {"updates": updates, "batches": batches, "eigenvalues": eigenvalues, "iterations": iterations}
     with contextlib.nullcontext() if checkpoint is None else fitting(checkpoint):
@@ -118,13 +121,13 @@ def _trained(path: Path, overrides: Sequence[str]) -> _Subject:
     return _Subject(f"epoch {state['progress']['epoch']}", experiment, {}, state)
 
 
-def _check(experiment: "Experiment") -> None:
+def _check(subject: _Subject) -> None:
     from dlopt.parallel.rendezvous import current
 
-    settings, processes = experiment.settings, experiment.parallel.arguments.get("processes")
+    settings, processes = subject.experiment.settings, subject.experiment.parallel.arguments.get("processes")
     if current() is not None or (processes or 1) > 1:
         raise UserError("parallel: diagnose runs in one process; use parallel=single, without a launcher")
-    if settings.resume is not None:
+    if settings.resume is not None and subject.state is None:  # the run of the checkpoint may be a resumed one
         raise UserError(f"resume={settings.resume}: to diagnose a trained model, use checkpoint=PATH")
 
 
@@ -164,13 +167,12 @@ def _print(diagnosis: "Diagnosis", facts: "Facts", label: str) -> None:
     if diagnosis.before.attention:
         console.print(_attention_table(diagnosis))
     for snapshot, judged in zip(diagnosis.snapshots, layer_verdicts, strict=True):
-        when = "before" if snapshot is diagnosis.before else f"after {snapshot.updates} updates"
+        when = "before" if snapshot is diagnosis.before else f"after {format_count('updates', snapshot.updates)}"
         metrics = [f"loss {snapshot.loss:.4g}", f"gradient norm {_mean(snapshot.total_norms):.3g}"]
         if math.isfinite(snapshot.noise_scale):
             metrics.append(f"gradient noise scale {snapshot.noise_scale:.3g} samples")
         if snapshot.spectrum is not None:
-            values = ", ".join(f"{value:.3g}" for value in snapshot.spectrum.eigenvalues.tolist())
-            metrics.append(f"largest Hessian eigenvalues {values}")
+            metrics.append(_eigenvalues(*snapshot.spectrum[:2]))
         for lag in snapshot.lags:
             first, last = lag.states[0], lag.states[-1]
             metrics.append(f"{lag.name}: gradient {first:.2g} at lag 1, {last:.2g} at lag {len(lag.states)}")
@@ -178,19 +180,33 @@ def _print(diagnosis: "Diagnosis", facts: "Facts", label: str) -> None:
         for line in advice(judged, facts):
             console.print(f"  {line}", soft_wrap=True)
     after = diagnosis.after
-    if after is not None and not after.loss < diagnosis.before.loss:
+    if diagnosis.trace.rates and not any(diagnosis.trace.rates):
+        console.print("the updates changed nothing: the schedule has ended, the learning rate is 0; use updates=0")
+    elif after is not None and not after.loss < diagnosis.before.loss:
         console.print(f"the loss did not fall: {diagnosis.before.loss:.4g} before, {after.loss:.4g} after the updates")
     norms = diagnosis.trace.norms
     if norms:
-        line = f"gradient norms in {len(norms)} updates: median {_median(norms):.3g}, max {max(norms):.3g}"
+        count = format_count("updates", len(norms))
+        line = f"gradient norms in {count}: median {_median(norms):.3g}, max {max(norms):.3g}"
         usual = clipping_norm(healthy(norms))
         if usual is not None:
-            count = len(healthy(norms))
-            which = "the updates" if count == len(norms) else f"the first {count} updates, before the gradient exploded"
+            first = len(healthy(norms))
+            which = "the updates" if first == len(norms) else f"the first {first} updates, before the gradient exploded"
             line += f"; to clip half of {which}: clip=norm clip.max_norm={typed(usual)}"
         console.print(line, soft_wrap=True)
     if diagnosis.trace.ended:
         console.print(f"training stopped early: {diagnosis.trace.ended}", soft_wrap=True)
+
+
+def _eigenvalues(eigenvalues: "Tensor", residuals: "Tensor") -> str:
+    """Formats the eigenvalues; Lanczos approaches them from below."""
+    text = f"largest Hessian eigenvalues {', '.join(f'{value:.3g}' for value in eigenvalues.tolist())}"
+    rough = (residuals > _CONVERGED * eigenvalues.abs()).nonzero()
+    if not len(rough):
+        return text
+    first = int(rough[0]) + 1
+    which = "lower bounds" if first == 1 else f"lower bounds from number {first} on"
+    return f"{text} ({which}; increase iterations)"
 
 
 def _table(diagnosis: "Diagnosis", layer_verdicts: Sequence[Sequence["Verdict"]]) -> Any:
@@ -206,17 +222,16 @@ def _table(diagnosis: "Diagnosis", layer_verdicts: Sequence[Sequence["Verdict"]]
     table.add_column("update /\nweight", justify="right")
     table.add_column("before", overflow="fold")
     if diagnosis.after is not None:
-        table.add_column(f"after {diagnosis.after.updates} updates", overflow="fold")
+        table.add_column(f"after {format_count('updates', diagnosis.after.updates)}", overflow="fold")
     snapshot = diagnosis.before
     for i, layer in enumerate(snapshot.layers[:_MAX_ROWS]):
-        fraction = layer.saturated if layer.saturated is not None else layer.dead
         judged = [verdicts[i] for verdicts in layer_verdicts if i < len(verdicts)]
         table.add_row(
             layer.name,
             layer.activation or "",
             f"{layer.outputs.std:.2g}",
-            "" if fraction is None else f"{fraction:.0%}",
-            f"{layer.gradients.norm:.2g}",
+            "" if layer.inactive is None else f"{layer.inactive:.0%}",
+            _cell(layer.gradient_norm),
             _cell(_mean(snapshot.gradient_norms.get(layer.name, []))),
             _cell(snapshot.noise_scales.get(layer.name, math.nan)),
             _cell(_median(diagnosis.trace.ratios.get(layer.name, []))),
@@ -236,7 +251,7 @@ def _attention_table(diagnosis: "Diagnosis") -> Any:
     table.add_column("at most", justify="right")
     table.add_column("before", overflow="fold")
     if diagnosis.after is not None:
-        table.add_column(f"after {diagnosis.after.updates} updates", overflow="fold")
+        table.add_column(f"after {format_count('updates', diagnosis.after.updates)}", overflow="fold")
     for layers in list(zip(*(snapshot.attention for snapshot in diagnosis.snapshots), strict=True))[:_MAX_ROWS]:
         heads = [" ".join(f"{entropy:.2f}" for entropy in layer.heads) for layer in layers]
         table.add_row(layers[0].name, f"{layers[0].largest:.2f}", *heads)
@@ -294,7 +309,7 @@ def _snapshot(snapshot: "Snapshot") -> dict[str, Any]:
             "output_mean": layer.outputs.mean,
             "output_std": layer.outputs.std,
             "gradient_std": layer.gradients.std,
-            "gradient_norm": layer.gradients.norm,
+            "gradient_norm": layer.gradient_norm,
             "weight_gradient_norms": snapshot.gradient_norms.get(layer.name),
             "noise_scale": snapshot.noise_scales.get(layer.name),
             "saturated": layer.saturated,

@@ -322,6 +322,7 @@ def plot_confusion(confusion: "Tensor", classes: Sequence[str], title: str) -> "
     from matplotlib.figure import Figure
 
     count = len(classes)
+    classes = [name.encode(errors="backslashreplace").decode() for name in classes]  # folders' names may not be UTF-8
     fractions = (confusion / confusion.sum(1, keepdim=True).clamp(min=1)).tolist()
     size = min(max(3.2 + 0.42 * count, 5.0), 14.0)
     figure = Figure(figsize=(size + 0.8, size), layout="constrained")

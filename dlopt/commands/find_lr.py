@@ -72,28 +72,28 @@ def _run(experiment: "Experiment", range_test: "RangeTest") -> "LearningRates | 
     from dlopt.parallel.rendezvous import current, leave
 
     world = current()
-    if world is None and count_processes(experiment.parallel.arguments, experiment.settings.device) > 1:
-        return _run_ranks(experiment, range_test)
+    # A launcher has started the processes already, maybe more than this machine has GPUs.
+    processes = 1 if world else count_processes(experiment.parallel.arguments, experiment.settings.device)
+    if processes > 1:
+        return _run_ranks(experiment, range_test, processes)
     result = test_range(experiment, range_test, Path(os.devnull))
     if world is not None:
         leave()
     return result if world is None or world.is_main else None
 
 
-def _run_ranks(experiment: "Experiment", range_test: "RangeTest") -> "LearningRates":
+def _run_ranks(experiment: "Experiment", range_test: "RangeTest", processes: int) -> "LearningRates":
     """Starts one process per rank and returns the result of rank 0."""
     import yaml
 
     from dlopt.analysis.lr_range import LearningRates
-    from dlopt.parallel.launch import count_processes, python_module, run_processes
+    from dlopt.parallel.launch import python_module, run_processes
 
     scratch = Path(tempfile.mkdtemp(prefix="dlopt-find-lr-"))
     try:
         (scratch / "config.yaml").write_text(yaml.safe_dump(dict(experiment.config), allow_unicode=True))
         (scratch / "sweep.json").write_text(json.dumps(asdict(range_test)))
-        command = python_module("dlopt.analysis.lr_range", str(scratch))
-        processes = count_processes(experiment.parallel.arguments, experiment.settings.device)
-        codes, _, interrupted = run_processes(command, processes, {})
+        codes, _, interrupted = run_processes(python_module("dlopt.analysis.lr_range", str(scratch)), processes, {})
         if interrupted:
             raise KeyboardInterrupt
         results = [json.loads(path.read_text()) for path in sorted(scratch.glob("rank-*.json"))]

@@ -149,7 +149,8 @@ def _update(
     state: list[Record | Damaged] = [*records, *damaged]
     if before is not None and len(before) == len(state) and all(map(operator.is_, before, state)):
         return before
-    table = gather(records, damaged, options.by)
+    is_early = watch and not any(record.metrics for record in records)  # `by` cannot be checked yet
+    table = gather(records, damaged, None if is_early else options.by)
     goal = default_target(table) if options.target is None else options.target
     title = "Runs in " + ", ".join(layout.short_path(folder) for folder in folders)
     made = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
@@ -217,7 +218,7 @@ def _grid(table: Table, options: _Options, dropped: Collection[str]) -> Grid:
         values += [_statistic(name, row.statistic(name)) if options.test or rank == 1 else "" for name in tests]
         difference = [_difference(table.by, row)] if compared else []
         style = "bold" if rank == 1 and row.value is not None else ""
-        grid.add_row(str(rank), *map(Text, cells), _runs(row), *values, *map(Text, difference), style=style)
+        grid.add_row(str(rank), *map(Text, cells), row.count, *values, *map(Text, difference), style=style)
     return grid
 
 
@@ -248,14 +249,9 @@ def _published_grid(rows: Sequence[PublishedRow], table: Table) -> Grid:
             deviation = "" if row.measured.std is None else f" ± {row.measured.std:.2f}"
             error, difference = f"{row.measured.mean:.2f}{deviation}", f"{row.measured.mean - row.published:+.2f}"
         grid.add_row(
-            Text(printable(recipe_label(row, table))), _runs(row.row), error, median, f"{row.published:.2f}", difference
+            Text(printable(recipe_label(row, table))), row.row.count, error, median, f"{row.published:.2f}", difference
         )
     return grid
-
-
-def _runs(row: Configuration) -> str:
-    ended = sum(run.has_ended for run in row.row.runs)
-    return str(len(row.runs)) if ended == len(row.runs) else f"{ended}/{len(row.runs)}"
 
 
 def _statistic(name: str, statistic: "Statistic | None") -> str:
@@ -286,6 +282,8 @@ def _notes(table: Table, options: _Options) -> list[str]:
     lines = [f"{rows}, {layout.format_count('runs', len(table.records))}: {counts}"]
     if len(table.rows) > options.top:
         lines[0] += f"; {len(table.rows) - options.top} more rows on the HTML page"
+    if table.ranked and (failed := table.ranked[0].row.failed):
+        lines.append(f"#1: {failed} of {len(table.ranked[0].runs)} runs failed; its mean is that of the others")
     best = table.ranked[0].command if table.ranked else None
     lines += [] if best is None else [f"best: {best}"]
     lines += [f"failed: {layout.short_path(run.path)}: {run.reason or run.status}" for run in table.failed[:5]]

@@ -9,11 +9,11 @@ from dlopt.ranges import Count
 from dlopt.tracking.layout import format_bytes
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
     from dlopt.analysis.model_summary import ModelSummary
     from dlopt.config.experiment import Experiment
+    from dlopt.config.schema import Component
     from dlopt.data.task import Task
 
 USAGE = """\
@@ -35,6 +35,8 @@ tensors, without computation or memory: models may have any size.
   and the keys of `dlopt train`
 """
 
+_UNKNOWN_BATCH = 2  # data.batch_size=full without data; batch norm does not support a batch of one
+
 
 @on_experiment(USAGE, several="summary shows one model at a time", one=True)
 def summary(
@@ -55,15 +57,16 @@ def summary(
         missing = "classes=N or vocabulary=N" if outputs is None else "input_shape=[C,H,W]"
         raise UserError(f"input_shape, classes: need each other; add {missing}, or omit both to use the data set")
     if input_shape is None or outputs is None:
-        shape, task = _sizes(experiment)
+        shape, task, samples = _sizes(experiment)
     else:
         shape, task = tuple(input_shape), Task("classification" if vocabulary is None else "next_token", outputs)
-    _print(choices.get("model", "model"), shape, _summarize(experiment, shape, task))
+        samples = None
+    _print(choices.get("model", "model"), shape, _summarize(experiment, shape, task, samples))
     return DONE
 
 
-def _sizes(experiment: "Experiment") -> tuple[tuple[int, ...], "Task"]:
-    """Reads the shape of the model's input and the task from the data set."""
+def _sizes(experiment: "Experiment") -> tuple[tuple[int, ...], "Task", int]:
+    """Reads the shape of the model's input, the task, and the number of training samples from the data set."""
     from dlopt.training.build import with_task
 
     dataset = read_dataset(experiment)
@@ -73,38 +76,52 @@ def _sizes(experiment: "Experiment") -> tuple[tuple[int, ...], "Task"]:
         pipeline = experiment.augmentation.build(input_shape=shape, classes=classes, train=dataset.train)
         shape = pipeline.output_shape
     task = with_task(experiment, dataset, shape).task
-    return task.input_shape(shape), task
+    return task.input_shape(shape), task, len(dataset.train)
 
 
-def _summarize(experiment: "Experiment", shape: tuple[int, ...], task: "Task") -> "ModelSummary":
+def _summarize(experiment: "Experiment", shape: tuple[int, ...], task: "Task", samples: int | None) -> "ModelSummary":
     import torch
 
     from dlopt.analysis.model_summary import summarize
     from dlopt.training.build import model_arguments
-    from dlopt.training.model_check import check_memory
 
     batch_size = experiment.data_settings.batch_size
-    batch = batch_size if isinstance(batch_size, int) else 1
+    batch = _UNKNOWN_BATCH if samples is None else samples
+    if batch_size != "full":
+        batch = batch_size if samples is None else min(batch_size, samples)
     dtype = torch.float64 if experiment.settings.precision == "fp64" else torch.float32
-    arguments = model_arguments(task, shape)
-    check_memory(experiment.model, arguments, has_gradients=False)
-    module = experiment.model.build(**arguments)
+    module = _model_on_meta(experiment.model, model_arguments(task, shape)).to(dtype)
     input_dtype = dtype if task.vocabulary is None else torch.int64
     try:
-        return summarize(_on_meta(module, dtype), torch.empty(batch, *shape, device="meta", dtype=input_dtype))
+        return summarize(module, torch.empty(batch, *shape, device="meta", dtype=input_dtype))
+    except ValueError as error:
+        raise UserError(f"data.batch_size={batch}: the model does not support this size: {error}") from None
     except (RuntimeError, IndexError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"input_shape={list(shape)}: the model does not support this shape: {reason}") from None
 
 
-def _on_meta(module: "nn.Module", dtype: "torch.dtype") -> "nn.Module":
+def _model_on_meta(model: "Component", arguments: dict[str, Any]) -> "nn.Module":
+    """Builds the model on the meta device; a model that can only be built in memory is moved there."""
+    from dlopt.training.model_check import build_on_meta, check_memory
+
+    try:
+        return build_on_meta(model, arguments)
+    except UserError:
+        raise
+    except Exception:
+        check_memory(model, arguments, has_gradients=False)
+        return _on_meta(model.build(**arguments))
+
+
+def _on_meta(module: "nn.Module") -> "nn.Module":
     """Moves the model to the meta device. Layers that share a parameter continue to do so, unlike in `Module.to`."""
     first: dict[Any, str] = {}
     shared: dict[str, str] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if first.setdefault(parameter, name) != name:
             shared[name] = first[parameter]
-    module.to("meta", dtype)
+    module.to("meta")
     for name, source in shared.items():
         owner, _, key = name.rpartition(".")
         setattr(module.get_submodule(owner), key, module.get_parameter(source))

@@ -85,7 +85,6 @@ Loss landscapes:
 
 
 _GROUPS = ("function", "optimizer", "schedule")
-_LINE_SEARCH_KEYS = ("max_evaluations", "max_backtracks", "line_search_fn")
 _LINE_SEARCH_EVALUATIONS = 25  # default for L-BFGS
 _MIN_CHECKPOINTS = 3  # two differences span a plane
 
@@ -240,6 +239,7 @@ def _refuse_others(overrides: Sequence[str]) -> None:
 
 
 def _check_job(config: DictConfig, job: Job) -> _PathJob:
+    from dlopt.analysis.lr_range import uses_line_search
     from dlopt.config.experiment import GROUPS
     from dlopt.optim.newton import UndampedNewton
     from dlopt.schedules import Warmup
@@ -274,15 +274,11 @@ def _check_job(config: DictConfig, job: Job) -> _PathJob:
         tunes_lr=settings.tune_lr
         and "lr" in optimizer.arguments
         and "optimizer.lr" not in overridden
-        and not _uses_line_search(optimizer)
+        and not uses_line_search(optimizer)
         and optimizer.target is not UndampedNewton,  # whose step has a length of its own
         has_constant_lr=choices["schedule"] == "constant" and not any(key[:9] == "schedule." for key in overridden),
         fixes_momentum="optimizer.momentum" in overridden,
     )
-
-
-def _uses_line_search(optimizer: Component) -> bool:
-    return any(optimizer.arguments.get(key) is not None for key in _LINE_SEARCH_KEYS)
 
 
 def _common_function(path_jobs: Sequence[_PathJob]) -> "Function":
@@ -312,6 +308,7 @@ class _Choice:
 def _follow(job: _PathJob) -> tuple["Trajectory", _Choice]:
     """Returns the path and the choice of its learning rate."""
     from dlopt import schedules
+    from dlopt.analysis.lr_range import uses_line_search
     from dlopt.analysis.trajectory import RATES, best_rate, follow
 
     settings = job.settings
@@ -323,7 +320,7 @@ def _follow(job: _PathJob) -> tuple["Trajectory", _Choice]:
         return follow(function, build, steps=settings.steps, seed=settings.seed, factor=factor)
 
     if not job.tunes_lr:
-        rate = None if _uses_line_search(job.optimizer) else job.optimizer.arguments.get("lr")
+        rate = None if uses_line_search(job.optimizer) else job.optimizer.arguments.get("lr")
         return run(job.optimizer), _Choice(rate, {})
     keys = _closed_form(job, function)
     if keys is not None:

@@ -183,6 +183,13 @@ class Screen:
         self._output.write("".join(f"{line.rstrip()}\n" for line in capture.get().splitlines()))
         self._output.flush()
 
+    def message(self, text: str, style: str = "") -> None:
+        """Prints a line; a terminal wraps it between words."""
+        if self.terminal:
+            self._console.print(Text(text, style))
+        else:
+            self._print(Text(text, style))
+
     def close(self) -> None:
         """Removes the live display and shows the cursor again. Safe to call twice and at any time."""
         live, self._live = self._live, None
@@ -268,12 +275,6 @@ class ConsoleView(Screen):
             display.train = _renamed(metrics, train_loss="loss", train_accuracy="accuracy", lr="lr")
             display.val = _renamed(metrics, val_loss="loss", val_accuracy="accuracy")
             self._redraw()
-
-    def message(self, text: str) -> None:
-        if self.terminal:
-            self._console.print(text)
-        else:
-            self._print(text)
 
     def finish(self, summary: Mapping[str, Any], lines: Iterable[str]) -> None:
         """Prints the result table, then `lines` (run folder, suggested commands) without wrapping them."""

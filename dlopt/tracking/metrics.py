@@ -16,8 +16,12 @@ _GAPS = {"gap": ("val_loss", "train_loss"), "accuracy_gap": ("train_accuracy", "
 
 
 def to_json(value: object, indent: int | None = None) -> str:
-    """Returns strict JSON: non-finite numbers become null; 0-dim tensors and NumPy scalars become numbers."""
-    return json.dumps(without_nan(value), allow_nan=False, ensure_ascii=False, indent=indent, default=str)
+    """Returns strict JSON: non-finite numbers become null; 0-dim tensors and NumPy scalars become numbers.
+
+    Bytes of file names that are not UTF-8, as in the name of a class, are escaped.
+    """
+    text = json.dumps(without_nan(value), allow_nan=False, ensure_ascii=False, indent=indent, default=str)
+    return text.encode(errors="backslashreplace").decode()
 
 
 def parse_metrics(data: bytes) -> list[dict[str, Any]]:

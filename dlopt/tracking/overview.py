@@ -49,13 +49,6 @@ class Overview(Screen):
         if self.terminal:
             self._start_live(self._renderable, redirect=False)
 
-    def message(self, text: str, style: str = "") -> None:
-        """Prints a line; a terminal wraps it between words."""
-        if self.terminal:
-            self._console.print(Text(text, style))
-        else:
-            self._print(Text(text, style))
-
     def started(self, number: int, label: str) -> None:
         label = layout.round_floats(label)
         self._running[number] = _Running(label, time.monotonic())

@@ -108,7 +108,8 @@ class TensorBoard:
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Adds one event with all values; flushes if the last flush was more than two seconds ago."""
-        self._add(*(Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()), step=step)
+        tags = {tag.encode(errors="backslashreplace"): value for tag, value in values.items()}  # names of classes
+        self._add(*(Summary.Value(tag=tag, simple_value=value) for tag, value in tags.items()), step=step)
         now = time.monotonic()
         if now - self._flushed > _FLUSH_SECONDS:
             self._flushed = now

@@ -142,6 +142,15 @@ def test_each_side_is_taken_at_its_own_best_point() -> None:
     assert finding.verdict == "seen" and finding.second == [math.inf] * 3
 
 
+def test_the_best_point_is_one_where_the_fewest_seeds_miss_the_target() -> None:
+    written = claim(measure="epoch", target=1.0, lower="a", than="b", factor=1)
+    spec = comparison(written, along={"optimizer.lr": [0.1, 1.0]})
+    losses = {cell: 0.5 if cell.point == (1.0,) and cell.seed < 2 else 2.0 for cell in spec.cells()}
+    [finding] = evaluate(spec, {cell: outcome(loss) for cell, loss in losses.items()}, spec.claims)
+    assert [point["optimizer.lr"] for point in finding.points] == [1.0, 1.0]
+    assert finding.first == finding.second == [1, 1, math.inf] and finding.verdict == "not seen here"
+
+
 def test_largest_usable_value_and_range() -> None:
     largest = claim(lower=None, higher="a", measure="largest", metric="test_loss", target=1.1, factor=10)
     spec, runs = grid(LOSSES, largest, largest | {"measure": "span"})

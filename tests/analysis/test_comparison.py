@@ -1,12 +1,15 @@
 """Comparisons of runs: metrics, tables, and plots of curves, lines or heat maps per variant."""
 
 import math
+import string
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.mathtext import MathTextParser
 
+from dlopt.analysis import comparison_plots
 from dlopt.analysis.claims import parse
 from dlopt.analysis.comparison import Cell, Comparison, Outcome, table
 from dlopt.analysis.comparison_plots import draw, restarts
@@ -48,6 +51,13 @@ def test_axis_points_may_set_several_keys_and_have_numeric_names() -> None:
     assert axes.lines[0].get_linewidth() > 2 * axes.lines[1].get_linewidth()  # a is wider, as b coincides with it
 
 
+@pytest.mark.parametrize("letter", string.punctuation)
+def test_titles_may_have_any_characters(letter: str) -> None:
+    parser: Any = MathTextParser("path")
+    drawn = parser.parse(rf"$\bf{{{comparison_plots._escaped(f'a{letter}b {letter}')}}}$")
+    assert len(drawn.glyphs) == 4  # each letter is drawn
+
+
 def test_log_ticks_are_plain_numbers() -> None:
     spec = comparison(along={"lr": [0.1, 0.2]}, seeds=[0])
     [axes] = (figure := draw(spec, {cell: outcome([0.5 + cell.point[0]]) for cell in spec.cells()})).axes
@@ -70,6 +80,38 @@ def test_curves_show_mean_and_range_over_seeds() -> None:
     entries = [text.get_text() for text in figure.legends[0].get_texts()]
     assert entries == ["a", "b", "mean and range over 2 seeds"]
     figure.canvas.draw()  # the title is valid mathtext
+
+
+def test_curves_average_equal_epochs_after_a_value_that_is_not_finite() -> None:
+    spec = comparison(variants={"a": []})
+    curves = ([4.0, 3.0, 2.0], [4.0, None, 1.0])
+    outcomes = {Cell("a", (), seed): outcome(values) for seed, values in enumerate(curves)}  # type: ignore[arg-type]
+    line = draw(spec, outcomes).axes[0].lines[0]
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([1, 3], [4.0, 1.5])
+
+
+def test_metrics_to_be_maximized_have_linear_axes_and_are_brighter_when_larger() -> None:
+    def run(value: float) -> Outcome:
+        return Outcome([{"epoch": i, "step": i, "val_r2": value - 1 / i} for i in (1, 2)], {"status": "finished"}, {})
+
+    spec = comparison(metrics=["val_r2"])
+    axes = draw(spec, {cell: run(0.5) for cell in spec.cells()}).axes[0]
+    assert axes.get_yscale() == "linear" and list(axes.lines[0].get_ydata()) == [-0.5, 0.0]
+    spec = comparison(metrics=["val_r2"], along={"lr": [1, 2], "decay": [1, 2]}, seeds=[0])
+    image = draw(spec, {cell: run(0.6 + 0.1 * math.prod(cell.point)) for cell in spec.cells()}).axes[0].images[0]  # type: ignore[arg-type]
+    brightness = image.norm(image.get_array())
+    assert brightness[0, 0] < brightness[0, 1] < brightness[1, 1]
+
+
+def test_the_calibration_error_is_no_error_rate() -> None:
+    run = Outcome([{"epoch": 1, "step": 1, "val_calibration_error": 0.125, "val_accuracy": 0.75}], {}, {})
+    assert (run.final("val_calibration_error"), run.final("val_error")) == (0.125, 0.25)
+
+
+def test_lines_along_a_key_go_from_left_to_right() -> None:
+    spec = comparison(along={"lr": [1, 0.1, 10]}, seeds=[0])
+    line = draw(spec, {cell: outcome([float(cell.point[0])]) for cell in spec.cells()}).axes[0].lines[0]  # type: ignore[arg-type]
+    assert list(line.get_xdata()) == list(line.get_ydata()) == [0.1, 1, 10]
 
 
 def test_metrics_along_a_key_have_gaps_for_diverged_seeds() -> None:

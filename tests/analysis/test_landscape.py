@@ -57,3 +57,12 @@ def test_surface_preserves_running_statistics() -> None:
     plane = random_plane([p.detach().clone() for p in model.parameters()], 1.0, torch.Generator().manual_seed(0))
     surface(model, lambda: model(torch.randn(8, 2)).square().mean(), plane, 3, lambda done: None)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_ticks_of_small_differences_are_distinguishable() -> None:
+    weights = [torch.zeros(2, 2)]
+    plane = random_plane(weights, 1e-3, torch.Generator().manual_seed(0))
+    figure = draw(plane, 2.05 + 1e-4 * torch.rand(5, 5, dtype=torch.float64), title="", subtitle="")
+    figure.canvas.draw()
+    labels = [label.get_text() for label in figure.axes[1].get_yticklabels()]
+    assert len(labels) == len(set(labels)) == 7

@@ -117,3 +117,14 @@ def test_minimizes_losses() -> None:
 def test_pareto_front() -> None:
     points = [(0.9, 10.0), (0.8, 5.0), (0.7, 7.0), (0.9, 12.0), (0.9, 10.0)]
     assert front(points, ["maximize", "minimize"]) == [0, 1, 4]
+
+
+def test_statistics_of_diverged_runs_do_not_overflow() -> None:
+    result = statistic([1e200, 3e200])  # a perplexity, whose square is out of range
+    assert result is not None and result.mean == 2e200 and result.std == pytest.approx(math.sqrt(2) * 1e200)
+    assert entry(0.1, 0, 1e305).metric("best_val_accuracy") is None  # nor do sums
+
+
+def test_a_limit_of_time_distinguishes_no_configurations() -> None:
+    runs = [Entry(str(seed), {"seed": seed, "max_time": 10 * seed}, {"status": "finished"}) for seed in range(3)]
+    assert len(leaderboard(runs).rows) == 1

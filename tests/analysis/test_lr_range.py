@@ -9,6 +9,7 @@ import torch
 
 from dlopt.analysis.lr_range import LearningRates, RangeTest, check, describe_end, draw, find, suggestions, trial, write
 from dlopt.errors import UserError
+from dlopt.optim import Muon
 from dlopt.training.build import build_workload, training_batches
 from dlopt.training.optimizer import build_optimizer
 from tests.parallel.ranks import run_ranks
@@ -74,6 +75,19 @@ def test_losses_match_training_with_these_rates(tmp_path: Path) -> None:
     assert result.losses == pytest.approx(losses, rel=1e-12)
 
 
+def test_rates_that_do_not_depend_on_lr_are_constant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = []
+
+    def step(optimizer: Muon, closure: object = None) -> None:
+        rates.append({group["use_muon"]: group["lr"] for group in optimizer.param_groups})
+
+    monkeypatch.setattr(Muon, "step", step)
+    workload = build_workload(experiment(*SMALL, "optimizer=muon", "optimizer.rest_lr=0.003"))
+    found = find(workload, QUICK, tmp_path)
+    assert [each[False] for each in rates] == [0.003] * len(rates)
+    assert [each[True] for each in rates] == pytest.approx(found.rates)
+
+
 def test_describes_the_end_as_the_plot_shows_it() -> None:
     def of(*smoothed: float, diverged: bool = False) -> LearningRates:
         rates = [10.0 ** (i - 3) for i in range(len(smoothed))]
@@ -98,6 +112,9 @@ def test_rejects_invalid_keys() -> None:
         experiment("optimizer.lr=auto", "scale_lr=linear")
     with pytest.raises(UserError, match="only `dlopt train` runs a range test"):
         build_optimizer(build_workload(experiment(*SMALL, "optimizer.lr=auto")))
+    with pytest.raises(UserError, match=r"optimizer\.line_search_fn=strong_wolfe: the line search chooses"):
+        trial(experiment("optimizer=lbfgs"), QUICK)
+    trial(experiment("optimizer=lbfgs", "optimizer.line_search_fn=null"), QUICK)
     multiplied = trial(experiment("optimizer.lr=auto"), QUICK)
     assert multiplied.optimizer.arguments["lr"] == 1.0 and not multiplied.auto_lr
 

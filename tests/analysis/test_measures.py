@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from dlopt.analysis import measures
+from dlopt.errors import UserError
 from dlopt.training.build import Workload, build_workload
 from tests.training.runs import experiment
 
@@ -76,3 +77,28 @@ def test_memory_gradient_is_the_product_of_the_recurrent_weights() -> None:
             elif name.endswith("hidden.weight"):
                 parameter.copy_(0.5 * torch.eye(4))
     assert measures.memory_gradient(made) == pytest.approx(0.5**4, rel=1e-4)  # tanh'(0) = 1; five states, four steps
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("memory_gradient", ("model=mlp",)),
+        ("unit_dependence", ("model=mlp", "model.widths=[]")),
+        ("idle_units", ("model=vit", "model.depth=1", "model.width=8", "model.heads=2")),
+    ],
+)
+def test_models_without_the_measured_quantity_are_refused(name: str, model: tuple[str, ...]) -> None:
+    with pytest.raises(UserError, match=f"comparison.metrics: .*{name}.* need"):
+        getattr(measures, name)(workload(model=model))
+
+
+def test_texts_have_no_input_sensitivity(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measures, "_samples", lambda workload: (torch.ones(2, 3, dtype=torch.long), torch.ones(2)))
+    with pytest.raises(UserError, match=r"comparison\.metrics: input_sensitivity needs data of real numbers"):
+        measures.input_sensitivity(workload())
+
+
+def test_dependence_of_few_samples() -> None:
+    data = ("data=linear", "data.train_size=5", "data.batch_size=16", "loss=mse", "normalize=none", "threads=1")
+    few = build_workload(experiment(*data, "model=mlp", "model.widths=[6]", "model.norm=batch"))
+    assert measures.sample_dependence(few) < 1e-4  # all samples are in every batch

@@ -205,6 +205,16 @@ def test_plots_a_path_that_starts_at_the_minimum() -> None:
     draw_trajectories(function, {"still": path}, title="").canvas.draw()
 
 
+def test_marks_the_start_of_every_path() -> None:
+    other = bowl()
+    other.start = (1.0, -1.0)
+    starts = [list(bowl().start), [1.0, -1.0]]
+    paths = {"a": run(sgd(0.1)), "b": run(sgd(0.2)), "c": run(sgd(0.1), other)}
+    plane = draw_trajectories(bowl(), paths, title="").axes[0]
+    circles = [line for line in plane.lines if line.get_markersize() == 11]
+    assert [[float(line.get_xdata()[0]), float(line.get_ydata()[0])] for line in circles] == starts
+
+
 def test_plots_trajectories_in_three_panels(tmp_path: Path) -> None:
     paths = {"slow": run(sgd(0.1)), "fast": run(sgd(1 / 3))}
     figure = draw_trajectories(bowl(), paths, title="Paths", subtitle="steps=20")

@@ -180,6 +180,11 @@ def test_a_killed_trial_is_no_result(tmp_path: Path) -> None:
         (("tier=tiny",), "optimizer: name the optimizers"),
         (("optimizer=sgd", "optimizer=adamw"), "optimizer=adamw: optimizer is already given by optimizer=sgd"),
         (("optimizer=sgd", "optimizer.lr=0.1"), "optimizer.lr=0.1: set by the search space of sgd"),
+        (
+            ("optimizer=sgd", "optimizer.lr=0.1"),
+            "under another name: optimizer/NAME.yaml and benchmark/space/NAME.yaml in a",
+        ),
+        (("optimizer=adan", "optimizer.lr=0.1"), "to replace it, write benchmark/space/adan.yaml in a folder"),
         (("optimizer=sgd", "optimizer._target_=a.B"), "name the class by optimizer=a.B"),
         (("optimizer=sgd", "dry_run=maybe"), "dry_run=maybe"),
         (("optimizer=sgd", "order_seed=1"), "order_seed=1: part of the protocol"),
@@ -192,6 +197,26 @@ def test_a_killed_trial_is_no_result(tmp_path: Path) -> None:
 def test_bad_input(typed: tuple[str, ...], message: str, place: Path) -> None:
     tier = () if any(each.startswith("tier=") for each in typed) else ("tier=tiny",)
     assert message in refused(place, "benchmark", "--config-dir", "conf", *tier, "output=out", *typed)
+
+
+def test_targets_of_an_unfinished_benchmark_are_preliminary(tmp_path: Path) -> None:
+    workloads = {"w": {"experiment": "e", "metric": "val_loss", "target": None}}
+    optimizers: dict[str, Any] = {name: {} for name in ("sgd", "rmsprop", "adamw", "nadam")}
+    manifest = {"tier": "t", "studies": 1, "trials": 1, "overrides": [], "full": True, "commands": []}
+    (tmp_path / "benchmark.json").write_text(json.dumps({**manifest, "workloads": workloads, "optimizers": optimizers}))
+    for number, value in enumerate((0.5, 0.7, 0.9, None)):
+        result = dlopt(tmp_path, "benchmark", "targets", ".")
+        assert f"{4 - number} of 4 trials have not ended" in result.err
+        assert result.out == (
+            "w: none, because most studies have no finite value in time\n" if number < 3 else "w: 0.9\n"
+        )
+        trial = tmp_path / [*optimizers][number] / "w/0-0"
+        trial.mkdir(parents=True)
+        (trial / "summary.json").write_text('{"status": "finished"}')
+        (trial / "config.yaml").write_text("{epochs: 4, steps: 40}")
+        (trial / "metrics.jsonl").write_text(json.dumps({"epoch": 1, "step": 10, "val_loss": value}))
+    result = dlopt(tmp_path, "benchmark", "targets", ".")
+    assert result.out == "w: 0.9\n" and not result.err
 
 
 @pytest.mark.slow

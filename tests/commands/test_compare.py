@@ -123,6 +123,14 @@ def test_stops_at_a_failed_run(folder: Path) -> None:
     assert not (folder / "out/comparison.png").exists()
 
 
+def test_a_metric_that_the_runs_do_not_have_is_no_divergence(folder: Path) -> None:
+    result = compare(folder, "epochs=1", "hydra.run.dir=out", "comparison.metrics=[val_loss,val_macro_f1,gap]")
+    assert result.code == 2 and "comparison.metrics: the runs have no val_macro_f1; they have " in result.err
+    metrics = "comparison.metrics=[val_macro_f1,gap,accuracy_gap,val_error,steps,test_loss]"
+    result = compare(folder, "epochs=1", "hydra.run.dir=two", "seed=0", metrics, "evaluate.metrics=[macro_f1]")
+    assert result.code == 0 and "diverged" not in result.out, result.err
+
+
 def test_axis_points_with_several_keys(folder: Path) -> None:
     change(
         folder,
@@ -137,9 +145,10 @@ def test_axis_points_with_several_keys(folder: Path) -> None:
     assert "optimizer.lr: cannot be overridden; varied by size 2 (optimizer.lr=0.3)" in message
 
 
-def test_override_replaces_an_axis(folder: Path) -> None:
+@pytest.mark.parametrize("sign", ["", "++"])
+def test_override_replaces_an_axis(folder: Path, sign: str) -> None:
     change(folder, "along: {}", "along: {optimizer.lr: [0.1, 0.2]}")
-    result = compare(folder, "optimizer.lr=0.3", "epochs=1", "seed=5")
+    result = compare(folder, f"{sign}optimizer.lr=0.3", "epochs=1", f"{sign}seed=5")
     assert result.code == 0, result.err
     assert "2 runs" in result.out
     [config] = folder.glob("outputs/small/*/1/config.yaml")

@@ -51,7 +51,25 @@ def test_checkpoint(tmp_path: Path) -> None:
     assert (result.code, result.err) == (0, "")
     [record] = json.loads(only(tmp_path, "outputs/diagnose/*/diagnosis.json").read_text())
     assert record["snapshots"][0]["updates"] == json.loads((tmp_path / "run" / "summary.json").read_text())["steps"]
+    assert "the updates changed nothing: the schedule has ended" in result.out and "did not fall" not in result.out
     assert "the checkpoint fixes the choices" in refused(tmp_path, "diagnose", *typed, "model=resnet20")
+
+
+def test_checkpoint_of_a_resumed_run(tmp_path: Path) -> None:
+    """The key `resume` in its config is of the run, not of the diagnosis."""
+    assert dlopt(tmp_path, "train", *SMALL, "hydra.run.dir=run", "max_time=1e-9").code == 75
+    resumed = dlopt(tmp_path, "train", *SMALL, "hydra.run.dir=run", "resume=run/checkpoints/last.pt", "max_time=null")
+    assert resumed.code == 0, resumed.err
+    result = dlopt(tmp_path, "diagnose", "checkpoint=run", "updates=0", "batches=1", "eigenvalues=0", "threads=1")
+    assert (result.code, result.err) == (0, "")
+
+
+def test_marks_eigenvalues_that_have_not_converged(tmp_path: Path) -> None:
+    typed = ("diagnose", *NET, "data.batch_size=20", "updates=0", "batches=1", "eigenvalues=2", "output=x")
+    rough, exact = (dlopt(tmp_path, *typed, f"iterations={n}").out for n in (3, 80))
+    assert "lower bounds" in rough and "; increase iterations)" in rough and "lower bounds" not in exact
+    low, high = (float(out.partition("eigenvalues ")[2].split(",")[0]) for out in (rough, exact))
+    assert low <= high
 
 
 @pytest.mark.parametrize("command", ["diagnose", "find-lr", "show-batch", "summary"])
@@ -77,6 +95,20 @@ def test_summary_with_input_shape_does_not_read_data(tmp_path: Path) -> None:
     assert (result.code, result.err) == (0, "")
     assert "parameters: 25,557,032" in result.out and "forward: 4.09 GMACs per sample" in result.out
     assert "model: resnet20, input 1x8x8" in dlopt(tmp_path, "summary").out
+
+
+def test_summary_of_a_full_batch_and_of_one_sample(tmp_path: Path) -> None:
+    out = dlopt(tmp_path, "summary", "model=mlp", "optimizer=gradient_descent", "data.subset=50").out
+    assert out.endswith("batch size 40\n")  # the others are the validation set
+    message = refused(tmp_path, "summary", "model=mlp", "data.batch_size=1")
+    assert "data.batch_size=1: the model does not support this size: Expected more than 1 value" in message
+
+
+def test_summary_of_a_model_of_any_size(tmp_path: Path) -> None:
+    """The weights would take 149 GiB of memory."""
+    typed = ("model=mlp", "model.norm=none", "model.widths=[200000,200000]", "input_shape=[100]", "classes=10")
+    result = dlopt(tmp_path, "summary", *typed)
+    assert "parameters: 40,022,400,010\n" in result.out
 
 
 def test_refused(tmp_path: Path) -> None:

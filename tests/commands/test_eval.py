@@ -388,6 +388,12 @@ def test_plot_confusion(count: int) -> None:
     figure.savefig(io.BytesIO())
 
 
+def test_plot_confusion_of_class_names_that_are_not_utf_8() -> None:
+    figure = plot_confusion(torch.eye(2, dtype=torch.int64), ["caf\udce9", "tea"], "title")
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["caf\\udce9", "tea"]
+    figure.savefig(io.BytesIO())
+
+
 def test_refuses_a_folder_without_checkpoints(tmp_path: Path) -> None:
     assert "checkpoint=.: this folder contains neither best.pt nor last.pt" in refused(tmp_path, "eval", "checkpoint=.")
 

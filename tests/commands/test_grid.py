@@ -1,4 +1,4 @@
-"""`python -m dlopt.commands.grid`: the arguments of one task of a job array."""
+"""`dlopt grid`: the arguments of one task of a job array."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import pytest
 
 from dlopt.commands.grid import overrides_of
 from dlopt.errors import UserError
+from tests.commands.line import dlopt, refused
 
 
 def test_order_of_the_jobs() -> None:
@@ -15,6 +16,21 @@ def test_order_of_the_jobs() -> None:
     assert jobs[2] == ["optimizer=adamw", "epochs=3", "optimizer.lr=0.1"]
     with pytest.raises(UserError, match="job 4: the sweep has jobs 0 to 3"):
         overrides_of(4, line)
+
+
+def test_tasks_share_one_order_of_shuffled_values() -> None:
+    jobs = [overrides_of(number, ["seed=shuffle(range(0,20))"]) for number in range(20)]
+    assert sorted(jobs) == sorted([f"seed={seed}"] for seed in range(20)) and jobs != sorted(jobs)
+
+
+def test_prints_one_job(tmp_path: Path) -> None:
+    result = dlopt(tmp_path, "grid", "1", "optimizer=sgd,adamw", "epochs=3")
+    assert result.code == 0 and result.out == "optimizer=adamw\nepochs=3\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["seed=1,2"]])
+def test_rejects_a_missing_number(arguments: list[str], tmp_path: Path) -> None:
+    assert "number of a job" in refused(tmp_path, "grid", *arguments)
 
 
 def test_keeps_the_flags_that_name_config_files(tmp_path: Path) -> None:

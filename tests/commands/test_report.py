@@ -1,5 +1,6 @@
 """`dlopt report`: table, page, plots and errors."""
 
+import contextlib
 import http.client
 import io
 import os
@@ -13,11 +14,14 @@ from random import Random
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 import dlopt as package
 from dlopt.analysis.leaderboard import Entry, leaderboard
+from dlopt.analysis.report.exports import destination
 from dlopt.analysis.report.page import serve
-from dlopt.commands.report import show_front, show_leaderboard
+from dlopt.analysis.report.reading import Reader
+from dlopt.commands.report import _Options, _update, show_front, show_leaderboard
 from tests.analysis.report.folders import make_run
 from tests.commands.line import dlopt, refused
 from tests.commands.terminal import in_terminal, plain
@@ -208,6 +212,25 @@ def board(**more: Any) -> str:
     runs = [entry(lr, seed, 0.9 - lr + 0.01 * seed, 0.5 + lr) for lr in (0.1, 0.2) for seed in (0, 1)]
     show_leaderboard(leaderboard(runs), "test_accuracy", stream=stream, **more)
     return stream.getvalue()
+
+
+def test_names_the_failed_runs_of_the_best_row(tmp_path: Path) -> None:
+    for seed in range(3):
+        make_run(tmp_path / f"night/{seed}", lr=0.9, seed=seed, status="failed" if seed else "finished")
+        make_run(tmp_path / f"night/{seed + 3}", lr=0.1, seed=seed, accuracies=(0.7,))
+    result = dlopt(tmp_path, "report", "night", "format=csv")
+    assert "#1: 2 of 3 runs failed; its mean is that of the others" in result.out
+
+
+def test_watch_waits_for_the_first_metrics(tmp_path: Path) -> None:
+    to = destination(tmp_path, None, "csv", None)
+    options = _Options(by="val_loss")
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        _update(Reader(), [tmp_path], to, options, Console(), watch=True)
+        make_run(tmp_path / "0", losses=(0.3,), accuracies=(0.1,))
+        _update(Reader(), [tmp_path], to, options, Console(), watch=True)
+    assert "0 configurations, 0 runs" in out.getvalue()
+    assert "val_loss" in (tmp_path / "report/summary.csv").read_text()
 
 
 def test_leaderboard_shows_test_metric_of_first_row_only() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -183,6 +184,33 @@ def test_resume_finds_jobs_in_folders_named_by_their_overrides(tmp_path: Path) -
 
 
 @pytest.mark.usefixtures("quick")
+def test_resume_auto_skips_a_sweep_of_other_values_with_jobs_that_never_started(tmp_path: Path) -> None:
+    line = [each for each in TINY if each != HERE]
+    assert dlopt(tmp_path, "train", "-m", *line, "seed=1,2").code == 0
+    (first,) = tmp_path.glob("outputs/train/*")
+    shutil.rmtree(first / "1")
+    assert dlopt(tmp_path, "train", "-m", *line, "seed=1,3", "resume=auto").code == 0
+    assert not (first / "1").exists()  # seed=1 is the first job of both
+    assert dlopt(tmp_path, "train", "-m", *line, "seed=1,2", "resume=auto", "log_every_steps=9").code == 0
+    assert (first / "1/summary.json").exists()
+
+
+def test_shuffled_values_run_in_the_order_of_the_checked_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[list[str]] = []
+    monkeypatch.setattr("dlopt.sweeps.pool.warm_up", lambda: None)
+    monkeypatch.setattr(
+        "dlopt.sweeps.grid.launch_jobs", lambda loader, config, pool, jobs, first: launched.extend(jobs) or []
+    )
+    line = ["seed=shuffle(range(0,6))", "optimizer.lr=shuffle(0.1,0.2)"]
+    sweep(tmp_path, *line)
+    assert launched == yaml.safe_load((tmp_path / "sweep/sweep.yaml").read_text())
+    seeds = [line for job in launched for line in job if line.startswith("seed=")]
+    assert len(launched) == 12 and seeds != sorted(seeds)
+    sweep(tmp_path, *line, "resume=auto")
+    assert [[each for each in job if each != "resume=auto"] for job in launched[12:]] == launched[:12]
+
+
+@pytest.mark.usefixtures("quick")
 def test_resume_auto_finds_newest_unfinished_sweep(tmp_path: Path) -> None:
     line = [each for each in TINY if each != HERE]
     for seeds in ("1,2", "3,4"):
@@ -220,3 +248,12 @@ def test_refuses_live_sweep(tmp_path: Path) -> None:
     (tmp_path / "sweep/0/summary.json").unlink()
     with HeldByAnotherProcess(tmp_path / "sweep"):
         assert "active in this folder" in refused(tmp_path, "train", "-m", *TINY, "seed=1", "resume=auto")
+
+
+def test_glob_matches_choices_but_not_fragments(
+    tmp_path: Path, conf_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dlopt.sweeps.grid.estimate_job_seconds", lambda configs, choices: None)
+    result = dlopt(tmp_path, "train", "-m", "schedule=glob(*)", "dry_run=true")
+    names = {path.stem for path in (conf_dir / "schedule").glob("[!_]*.yaml")}
+    assert {line.partition("schedule=")[2] for line in result.out.splitlines()[:-1]} == names

@@ -42,6 +42,15 @@ def test_non_finite_values_become_null() -> None:
     assert strict(to_json(item)) == {"a": None, "b": [None, 1.5], "c": 2.0, "d": None, "e": True}
 
 
+def test_names_that_are_not_utf_8(tmp_path: Path) -> None:
+    """A class is named after its folder, which may have any bytes."""
+    file = MetricsFile(tmp_path, None, no_warning)
+    line = {"epoch": 1, "step": 1, "val_class_accuracy/caf\udce9": 0.5}
+    file.write(line)
+    assert read_metrics(tmp_path) == [line]
+    file.close()
+
+
 def write_epochs(folder: Path, epochs: range) -> None:
     file = MetricsFile(folder, (epochs.start - 1, 10 * (epochs.start - 1)), no_warning)
     for epoch in epochs:

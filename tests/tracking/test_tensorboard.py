@@ -48,6 +48,13 @@ def test_scalars_are_read_back_against_the_step(tmp_path: Path) -> None:
     assert math.isnan(events.Scalars("val/loss")[0].value)
 
 
+def test_tag_that_is_not_utf_8(tmp_path: Path) -> None:
+    board = TensorBoard(tmp_path, no_complaint)
+    board.scalars(1, {"val/class_accuracy/caf\udce9": 0.5})
+    board.close()
+    assert read(tmp_path).Tags()["scalars"] == ["val/class_accuracy/caf\\udce9"]
+
+
 def test_resume_purges_events_after_the_checkpoint(tmp_path: Path) -> None:
     first = TensorBoard(tmp_path, no_complaint)
     for step in (10, 20, 30, 40):

@@ -34,9 +34,8 @@ def draw(results: Results, summary: Summary) -> dict[str, "Figure"]:
 
 
 def label(name: str) -> str:
-    """Returns a name that matplotlib shows as it is: short, without mathtext, and not hidden from legends."""
-    text = formats.abbreviated(name, _NAME).replace("$", r"\$")
-    return f"\u200b{text}" if text.startswith("_") else text
+    """Returns a short name that matplotlib shows as it is."""
+    return drawing.literal(formats.abbreviated(name, _NAME))
 
 
 def _line(results: Results, summary: Summary, optimizer: str) -> dict[str, Any]:

@@ -119,9 +119,8 @@ def _unmeasured(results: Results, summary: Summary) -> Iterator[str]:
 
 def _budget(results: Results, own: Sequence[str]) -> Iterator[str]:
     expected = len(own) * len(results.workloads) * results.studies * results.trials
-    ended = sum(len(results.cell(optimizer, workload).records) for optimizer in own for workload in results.workloads)
-    if ended < expected:
-        yield f"{expected - ended} of {expected} trials have not ended: the scores are preliminary."
+    if missing := results.missing():
+        yield f"{missing} of {expected} trials have not ended: the scores are preliminary."
     reference = results.facts.get("reference", {})
     size = results.studies, results.trials
     full = reference.get("studies", results.studies), reference.get("trials", results.trials)

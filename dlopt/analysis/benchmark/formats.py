@@ -6,6 +6,7 @@ from typing import Any
 
 from dlopt.analysis.benchmark.results import Measure
 from dlopt.analysis.benchmark.scores import Interval
+from dlopt.analysis.leaderboard import statistic
 from dlopt.analysis.report.reading import printable, text
 
 MEASURE_LABELS: Mapping[Measure, str] = {
@@ -75,11 +76,7 @@ def space(searched: Mapping[str, str]) -> str:
 
 def mean_and_std(values: Sequence[float]) -> str:
     """Formats mean ± sample standard deviation; one value has no deviation."""
-    finite = [value for value in values if math.isfinite(value)]
-    if not finite:
+    found = statistic([value for value in values if math.isfinite(value)])
+    if found is None:
         return NONE
-    mean = math.fsum(finite) / len(finite)
-    if len(finite) == 1:
-        return f"{mean:.4g}"
-    std = math.sqrt(math.fsum((value - mean) ** 2 for value in finite) / (len(finite) - 1))
-    return f"{mean:.4g} ± {std:.2g}"
+    return f"{found.mean:.4g}" if found.std is None else f"{found.mean:.4g} ± {found.std:.2g}"

@@ -13,9 +13,9 @@ _HEADS: dict[Measure, str] = {"updates": "updates", "evaluations": "evaluations"
 
 def latex(results: Results, summary: Summary) -> str:
     """Returns two `tabular`s. The highest scores, and the fewest updates of each workload, are bold."""
-    lines = [
-        f"% dlopt benchmark, tier {_comment(results.tier)}, {results.studies} studies of {results.trials} trials",
-        f"% {_comment(str(results.facts.get('command', '')))}",
+    lines = [  # printable: without line breaks, which would end a comment
+        f"% dlopt benchmark, tier {printable(results.tier)}, {results.studies} studies of {results.trials} trials",
+        f"% {printable(str(results.facts.get('command', '')))}",
         r"% \usepackage{booktabs}",
         "% scores in updates and time: integral of the performance profile over tau in [1, 4], with its 95 % interval",
         "% targets and trials: reached; cost: time per update relative to SGD; state: memory / parameters",
@@ -24,10 +24,6 @@ def latex(results: Results, summary: Summary) -> str:
     lines += ["", "% median over studies of the updates to the target; --: not reached"]
     lines += _tabular(*_updates(results, summary))
     return "\n".join([*lines, ""])
-
-
-def _comment(text: str) -> str:
-    return printable(text)  # without line breaks, which would end the comment
 
 
 def _tabular(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

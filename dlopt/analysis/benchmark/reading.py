@@ -16,6 +16,7 @@ from dlopt.files import read_json, write_atomically
 from dlopt.folders import RunFolder
 from dlopt.locks import locked
 from dlopt.metric_names import lower_is_better
+from dlopt.tracking.metrics import read_metrics
 
 MANIFEST = "benchmark.json"
 COST = "cost.json"  # in the folder of an optimizer and a workload
@@ -120,7 +121,7 @@ def collect(folder: Path, manifest: Manifest, facts: Mapping[str, Any]) -> Resul
                 tuple(records),
                 _cost(folder / optimizer / name),
                 () if best is None else curves[best.study, best.trial],
-                _tests(folder, optimizer, name, manifest.studies, records, spec.metric),
+                _tests(folder, optimizer, name, records, spec.metric),
             )
         workloads[name] = Workload(spec.metric, math.nan if spec.target is None else spec.target, updates)
     spaces = {name: dict(space) for name, space in manifest.optimizers.items()}
@@ -129,9 +130,7 @@ def collect(folder: Path, manifest: Manifest, facts: Mapping[str, Any]) -> Resul
 
 def read_curve(run: RunFolder, metric: str) -> tuple[Curve, list[int]]:
     """Returns the curve of a metric against updates, and the evaluations of the loss at each of its points."""
-    path = run.path / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    points = [line for line in lines if metric in line]
+    points = [line for line in read_metrics(run.path) if metric in line]
     curve = tuple((line["step"], math.nan if line[metric] is None else float(line[metric])) for line in points)
     return curve, [line.get("evaluations", line["step"]) for line in points]
 
@@ -192,12 +191,12 @@ def best_trials(records: Sequence[Record], metric: str) -> dict[int, Record]:
 
 
 def _tests(
-    folder: Path, optimizer: str, workload: str, studies: int, records: Sequence[Record], metric: str
+    folder: Path, optimizer: str, workload: str, records: Sequence[Record], metric: str
 ) -> dict[int, dict[str, float]]:
     tests = {}
     for study, record in best_trials(records, metric).items():
         path = folder / Trial(workload, optimizer, study, record.trial).subfolder / TEST
-        if study < studies and (content := read_json(path)) is not None:
+        if (content := read_json(path)) is not None:
             tests[study] = content
     return tests
 

@@ -141,9 +141,9 @@ class Results:
         return min(self.studies, shipped) if optimizer in self.shipped else self.studies
 
     def missing(self) -> int:
-        """Returns the number of trials that have not ended yet."""
-        expected = len(self.optimizers) * len(self.workloads) * self.studies * self.trials
-        return expected - sum(len(cell.records) for cell in self.cells.values())
+        """Returns the number of own trials that have not ended yet."""
+        expected = len({*self.optimizers} - self.shipped) * len(self.workloads) * self.studies * self.trials
+        return expected - sum(len(cell.records) for (name, _), cell in self.cells.items() if name not in self.shipped)
 
     def with_reference(self, reference: "Results") -> "Results":
         """Adds the optimizers of `reference` that are missing here, with the budget of these results."""

@@ -251,15 +251,11 @@ def _wins(own: Array, other: Array) -> Array:
 
 def ranks(times: Times, workload: str) -> dict[str, float | None]:
     """Returns the ranks on a workload, ties with their mean rank; None: the target was not reached."""
-    values = {optimizer: row[workload] for optimizer, row in times.items()}
-    finite = {optimizer: value for optimizer, value in values.items() if math.isfinite(value)}
-    return {
-        optimizer: None
-        if optimizer not in finite
-        else 1 + sum(other < finite[optimizer] for other in finite.values())
-        + 0.5 * (sum(other == finite[optimizer] for other in finite.values()) - 1)
-        for optimizer in values
-    }  # fmt: skip
+    from scipy.stats import rankdata
+
+    finite = {optimizer: row[workload] for optimizer, row in times.items() if math.isfinite(row[workload])}
+    ranked = map(float, rankdata([*finite.values()]))
+    return {**dict.fromkeys(times), **dict(zip(finite, ranked, strict=True))}
 
 
 # -- all of it

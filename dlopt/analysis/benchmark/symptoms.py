@@ -9,7 +9,8 @@ from statistics import median
 from hydra.core.override_parser.types import IntervalSweep
 
 from dlopt.analysis.benchmark import formats
-from dlopt.analysis.benchmark.results import Record, Results, best_trial
+from dlopt.analysis.benchmark.reading import best_trials
+from dlopt.analysis.benchmark.results import Record, Results
 from dlopt.analysis.benchmark.scores import times
 from dlopt.config.compose import parse_overrides
 from dlopt.errors import UserError
@@ -212,9 +213,8 @@ def _position_of_best(
     """Returns the position of the studies' best trials within the range (0: low, 1: high), their median."""
     low, high, is_log = bounds
     positions = []
-    for study in range(results.studies):
-        best = best_trial(results.cell(optimizer, workload).study(study), results.workloads[workload].metric)
-        value = None if best is None else best.values.get(key)
+    for best in best_trials(results.cell(optimizer, workload).records, results.workloads[workload].metric).values():
+        value = best.values.get(key)
         if isinstance(value, int | float) and (value > 0 or not is_log):
             positions.append(math.log(value / low) / math.log(high / low) if is_log else (value - low) / (high - low))
     return median(positions) if positions else None

@@ -1,7 +1,8 @@
 """Matrix-free Hessian (products, extreme eigenvalues, curvature along a step) and gradient noise of mini-batches."""
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,11 @@ Product = Callable[[Tensor], Tensor]
 
 
 class Spectrum(NamedTuple):
-    """Eigenvalues and their error bounds: `residuals[i]` = ||H v - w v|| bounds the error of w (H is symmetric)."""
+    """Approximations of the largest eigenvalues, from below: value i never exceeds the i-th largest one.
+
+    `residuals[i]` = ||H v - w v|| bounds the distance of w to the nearest eigenvalue, which is the i-th one only after
+    convergence.
+    """
 
     eigenvalues: Tensor  # [k], descending, float64
     residuals: Tensor  # [k]
@@ -110,21 +115,29 @@ def curvature_along(product: Product, direction: Tensor) -> float:
     return float(direction.double() @ product(direction).double()) / square if square > 0 else math.nan
 
 
+@contextlib.contextmanager
+def restoring(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Yields copies of the parameters, and restores their values on exit."""
+    originals = [p.detach().clone() for p in parameters]
+    try:
+        yield originals
+    finally:
+        with torch.no_grad():
+            for p, value in zip(parameters, originals, strict=True):
+                p.copy_(value)
+
+
 @torch.no_grad()
 def losses_along(
     loss: Callable[[], Tensor], parameters: Sequence[Tensor], steps: Sequence[Tensor], fractions: Sequence[float]
 ) -> list[float]:
     """Evaluates the loss at `parameters` + fraction * `steps` for each fraction; restores the parameters."""
-    originals = [p.detach().clone() for p in parameters]
     losses = []
-    try:
+    with restoring(parameters) as originals:
         for fraction in fractions:
             for p, start, step in zip(parameters, originals, steps, strict=True):
                 p.copy_(start + fraction * step)
             losses.append(float(loss()))
-    finally:
-        for p, start in zip(parameters, originals, strict=True):
-            p.copy_(start)
     return losses
 
 

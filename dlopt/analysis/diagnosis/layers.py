@@ -121,6 +121,7 @@ class LayerStatistics:
     keep: int = 0
     activation: str | None = None
     calls: int = 0
+    batches: int = 0
     inputs: Moments = field(init=False)
     outputs: Moments = field(init=False)
     gradients: Moments = field(init=False)
@@ -138,6 +139,11 @@ class LayerStatistics:
         self.activation = type(module).__name__
 
     @property
+    def gradient_norm(self) -> float:
+        """2-norm of the gradients of one batch; the root mean square over batches."""
+        return self.gradients.norm / math.sqrt(self.batches)
+
+    @property
     def saturated(self) -> float | None:
         """Fraction of tanh or sigmoid values with a slope below `SATURATED_SLOPE` of the largest; else None."""
         return None if self._saturated is None else float(self._saturated) / self.outputs.count
@@ -146,6 +152,11 @@ class LayerStatistics:
     def dead(self) -> float | None:
         """Fraction of ReLU units (features, channels) that are zero for all samples, positions and calls; else None."""
         return None if self._peak is None else float((self._peak <= 0).float().mean())
+
+    @property
+    def inactive(self) -> float | None:
+        """Fraction of saturated values, or else of dead units."""
+        return self.dead if self.saturated is None else self.saturated
 
     @torch.no_grad()
     def add_activation(self, module: nn.Module, output: Tensor) -> None:
@@ -177,9 +188,11 @@ class LayerProbe:
 
     @contextmanager
     def recording(self) -> Iterator["LayerProbe"]:
+        """Records one batch, which may be several calls."""
         self._latest = None
         with ExitStack() as hooks:
             for name, layer in weight_layers(self.module):
+                self._known[name].batches += 1
                 hooks.enter_context(layer.register_forward_hook(self._weight_hook(self._known[name])))
             for module in self.module.modules():
                 if isinstance(module, _ACTIVATIONS):
@@ -239,7 +252,7 @@ def layer_parameters(module: nn.Module) -> dict[str, list[nn.Parameter]]:
 @torch.no_grad()
 def norms(tensors: Sequence[Sequence[Tensor]]) -> Tensor:
     """Returns the 2-norms [n] of n lists of tensors, each list as one vector, without host synchronization."""
-    flat = [tensor for group in tensors for tensor in group]
+    flat = [torch.view_as_real(each) if each.is_complex() else each for group in tensors for each in group]
     if not flat:
         return torch.zeros(len(tensors))
     squares = torch.stack(torch._foreach_norm(flat, dtype=_wide(flat[0].device))).square()

@@ -51,6 +51,9 @@ class Diagnostics(Observer):
     of the Hessian of the batch's loss after the update, and the curvature along the update. With several processes,
     rank 0 reports the averaged gradients and its own activations. Lanczos starts from the previous eigenvector, except
     for the first measurement of a run or a resumed run.
+
+    Activations and gradients are those of the update's first evaluation of the loss. The later ones, of L-BFGS, SAM or
+    Newton, are at other weights, and some differentiate twice.
     """
 
     def __init__(self, workload: Workload, kinds: Sequence[Kind], every: int, report: Report) -> None:
@@ -62,6 +65,7 @@ class Diagnostics(Observer):
         self._layers = layer_parameters(workload.module)
         self._vector: Tensor | None = None
         self._norms: dict[str, float] | None = None  # None: not recorded in this update, {}: not yet
+        self._hooks = contextlib.ExitStack()  # of the probe, until the first evaluation has ended
 
     def around(
         self, step: Step, inputs: Tensor, targets: Tensor, number: int
@@ -69,7 +73,8 @@ class Diagnostics(Observer):
         return None if number % self.every else self._recording(step, inputs, targets, number)
 
     def after_evaluation(self) -> None:
-        """Records gradient norms after the first evaluation of an update, before clipping."""
+        """Ends the recording after the first evaluation of an update; records gradient norms, before clipping."""
+        self._hooks.close()
         if self._norms == {}:
             gradients = [[p.grad for p in each if p.grad is not None] for each in self._layers.values()]
             values = norms(gradients).tolist()
@@ -88,9 +93,9 @@ class Diagnostics(Observer):
         # The update works in place, so the weights before it must be copied.
         before = [p.detach().clone() for p in step.parameters] if with_gradients or with_curvature else []
         scale = 1.0 if step.scaler is None else float(step.scaler.get_scale())
-        with contextlib.ExitStack() as stack:
+        with self._hooks:
             if with_activations or with_gradients:
-                stack.enter_context(probe.recording())
+                self._hooks.enter_context(probe.recording())
             self._norms = {} if with_gradients else None
             try:
                 yield
@@ -107,7 +112,7 @@ class Diagnostics(Observer):
                         metrics[f"activations/{name}/{layer.name}"] = fraction
                 histograms[f"activations/{layer.name}"] = layer.outputs.values
             if with_gradients:
-                metrics[f"gradients/backpropagated/{layer.name}"] = layer.gradients.norm / scale
+                metrics[f"gradients/backpropagated/{layer.name}"] = layer.gradient_norm / scale
                 histograms[f"gradients/{layer.name}"] = layer.gradients.values / scale
         if with_gradients:
             metrics |= self._ratios(step.parameters, steps, before)

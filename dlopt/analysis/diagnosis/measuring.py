@@ -21,11 +21,12 @@ from dlopt.analysis.diagnosis.curvature import (
     hessian_product,
     largest_eigenvalues,
     losses_along,
+    restoring,
 )
 from dlopt.analysis.diagnosis.layers import LayerProbe, LayerStatistics, TimeLag, TimeLagProbe, layer_parameters, norms
 from dlopt.errors import RunError, UserError
 from dlopt.training.build import Workload
-from dlopt.training.clipping import gradient_norm
+from dlopt.training.clipping import Norm, gradient_norm, total_norm
 from dlopt.training.step import frozen_statistics
 from dlopt.training.trainer import Trainer
 
@@ -58,6 +59,7 @@ class UpdateTrace:
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)  # of the gradient, before clipping
     clipped: list[float] = field(default_factory=list)  # and after
+    rates: list[float] = field(default_factory=list)  # learning rates
     ratios: dict[str, list[float]] = field(default_factory=dict)
     curvatures: dict[int, float] = field(default_factory=dict)  # update -> d'Hd / d'd along it
     along: list[float] = field(default_factory=list)  # the loss at `STEP_FRACTIONS` of the last update
@@ -102,8 +104,11 @@ def snapshot(
     module.train()
     layers = layer_parameters(module)
     trained = [p for p in module.parameters() if p.requires_grad]
+    in_layers = {p for group in layers.values() for p in group}
+    others = [p for p in trained if p not in in_layers]  # of embeddings and normalizations
+    groups = layers | ({"": others} if others else {})
     probe, lag, attention = LayerProbe(module, keep=20_000), TimeLagProbe(module), AttentionProbe(module)
-    spread, totals, losses = GradientSpread(list(layers)), [], []
+    spread, totals, losses = GradientSpread(list(groups)), [], []
     with preserved_state(workload):
         for index, (inputs, targets) in enumerate(batches):
             with (
@@ -117,7 +122,7 @@ def snapshot(
             losses.append(float(loss.detach()))
             totals.append(float(norms([list(gradients.values())])[0]))
             if len(targets) == len(batches[0][1]):  # the noise scale requires equal batches
-                spread.add([[gradients[p] for p in group] for group in layers.values()])
+                spread.add([[gradients[p] for p in group] for group in groups.values()])
         spectrum = _spectrum(workload, batches[0], trained, eigenvalues, iterations)
     order = [layer.name for layer in probe.layers if layer.name in layers]
     total, by_name = spread.noise_scale(len(batches[0][1]))
@@ -168,6 +173,16 @@ def trace_updates(workload: Workload, trainer: Trainer, updates: int, *, with_cu
     Measures the curvature along the update in eight of them, as it needs a Hessian-vector product.
     """
     trace, training_step, progress = UpdateTrace(), trainer.step, trainer.progress
+    clip, clipped = training_step.clip, math.nan
+
+    def clip_and_measure(parameters: Sequence[torch.nn.Parameter], norm: Norm = total_norm) -> Tensor | None:
+        """Measures before the optimizer, as schedule-free AdamW overwrites the gradients."""
+        nonlocal clipped
+        before = clip(parameters, norm)
+        clipped = float(gradient_norm(parameters, norm))
+        return before
+
+    training_step.clip = clip_and_measure
     layers = layer_parameters(workload.module)
     parameters = training_step.parameters
     curvature_updates = {round(i * (updates - 1) / 7) for i in range(8)} if with_curvature else set()
@@ -189,9 +204,13 @@ def trace_updates(workload: Workload, trainer: Trainer, updates: int, *, with_cu
             trace.ratios.setdefault(name, []).append(ratio)
         trace.losses.append(trainer.train_metrics.since_last("")["loss"])
         trace.norms.append(math.nan if training_step.norm is None else float(training_step.norm))
-        trace.clipped.append(float(gradient_norm(parameters)))
+        trace.clipped.append(clipped)
+        trace.rates.append(float(training_step.rate))
         if number in curvature_updates:
-            with preserved_state(workload), _weights_set_to(before):
+            with preserved_state(workload), restoring(parameters):
+                with torch.no_grad():
+                    for p, start in before.items():
+                        p.copy_(start)
                 deltas = list(step.values())
                 product = hessian_product(loss_of(workload, inputs, targets), parameters)
                 trace.curvatures[number] = curvature_along(product, flat(deltas))
@@ -199,18 +218,3 @@ def trace_updates(workload: Workload, trainer: Trainer, updates: int, *, with_cu
                     loss = partial(loss_of, workload, inputs, targets)
                     trace.along = losses_along(loss, parameters, deltas, STEP_FRACTIONS)
     return trace
-
-
-@contextlib.contextmanager
-def _weights_set_to(weights: dict[torch.nn.Parameter, Tensor]) -> Iterator[None]:
-    """Context in which the parameters have these `weights`."""
-    originals = {p: p.detach().clone() for p in weights}
-    with torch.no_grad():
-        for p, value in weights.items():
-            p.copy_(value)
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for p, value in originals.items():
-                p.copy_(value)

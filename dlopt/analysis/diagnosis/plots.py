@@ -4,6 +4,7 @@ import math
 import re
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
+from statistics import median_high
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from dlopt.analysis import drawing
 from dlopt.analysis.diagnosis.layers import LayerStatistics, Moments
 from dlopt.analysis.diagnosis.measuring import STEP_FRACTIONS, Diagnosis, Snapshot
 from dlopt.analysis.drawing import COLOURS
+from dlopt.tracking.layout import format_count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -130,7 +132,7 @@ def _snapshot_legend(figure: "Figure", diagnoses: Sequence[Diagnosis]) -> None:
 
 
 def _snapshot_label(snapshot: Snapshot) -> str:
-    return "at initialization" if snapshot.updates == 0 else f"after {snapshot.updates} updates"
+    return "at initialization" if snapshot.updates == 0 else f"after {format_count('updates', snapshot.updates)}"
 
 
 def _finite(values: torch.Tensor) -> Any:
@@ -150,10 +152,11 @@ def _depth(diagnoses: Sequence[Diagnosis], title: str) -> "Figure":
     for snapshot, style in _snapshots(diagnoses):
         depth = range(1, len(snapshot.layers) + 1)
         outputs.plot(depth, [layer.outputs.std for layer in snapshot.layers], **style)
-        inputs.plot(depth, [layer.gradients.norm for layer in snapshot.layers], **style)
-        fractions.plot(depth, [_inactive_fraction(layer) for layer in snapshot.layers], **style)
-        norms = list(snapshot.gradient_norms.values())
-        depth = range(1, len(norms) + 1)
+        inputs.plot(depth, [layer.gradient_norm for layer in snapshot.layers], **style)
+        inactive = [layer.inactive for layer in snapshot.layers]
+        fractions.plot(depth, [math.nan if fraction is None else fraction for fraction in inactive], **style)
+        # Frozen layers have no norm, but count in the depth.
+        norms = [snapshot.gradient_norms.get(layer.name, [math.nan]) for layer in snapshot.layers]
         weights.plot(depth, [sum(values) / len(values) for values in norms], **style)
         low, high = [min(values) for values in norms], [max(values) for values in norms]
         weights.fill_between(depth, low, high, color=style["color"], alpha=0.15, linewidth=0)
@@ -167,13 +170,10 @@ def _depth(diagnoses: Sequence[Diagnosis], title: str) -> "Figure":
     drawing.logarithmic(outputs, inputs, weights)
     drawing.integer_ticks(outputs, inputs, weights, fractions)
     fractions.set_ylim(-0.02, 1.02)
+    for axes in (weights, fractions):
+        axes.set_xlim(outputs.get_xlim())  # also of layers without a value
     drawing.legend_below(figure, outputs, 2)
     return figure
-
-
-def _inactive_fraction(layer: LayerStatistics) -> float:
-    fraction = layer.saturated if layer.saturated is not None else layer.dead
-    return math.nan if fraction is None else fraction
 
 
 def _inactive_label(diagnoses: Sequence[Diagnosis]) -> str:
@@ -195,7 +195,7 @@ def _updates(diagnoses: Sequence[Diagnosis], title: str) -> "Figure":
         if _was_clipped(diagnosis):
             norm.plot(updates, trace.clipped, color=colour, linestyle=":", label=None if several else "after clipping")
         if several:
-            ratio.plot(updates, [_median(values) for values in zip(*trace.ratios.values(), strict=True)], color=colour)
+            ratio.plot(updates, [*map(median_high, zip(*trace.ratios.values(), strict=True))], color=colour)
         else:
             _plot_by_layer(figure, ratio, updates, trace.ratios)
     ratio.axhline(1e-3, color="0.5", linewidth=1, linestyle=":")
@@ -230,10 +230,6 @@ def _was_clipped(diagnosis: Diagnosis) -> bool:
     return any(after < before * (1 - 1e-4) for before, after in pairs)
 
 
-def _median(values: Sequence[float]) -> float:
-    return sorted(values)[len(values) // 2]
-
-
 def _curvature(diagnoses: Sequence[Diagnosis], title: str) -> "Figure":
     figure = _figure(11, 3.9, f"Curvature of the loss of one batch: {title}")
     spectrum, along, losses = figure.subplots(1, 3)
@@ -247,7 +243,7 @@ def _curvature(diagnoses: Sequence[Diagnosis], title: str) -> "Figure":
         losses.plot(STEP_FRACTIONS[: len(trace.along)], trace.along, color=colour, marker="o", markersize=3)
     losses.axvline(1, color="0.5", linewidth=1, linestyle=":")
     _finish(
-        (spectrum, "rank", "eigenvalues of the Hessian"),
+        (spectrum, "rank", "eigenvalues of the Hessian\n(lower bounds)"),
         (along, "update", "curvature along the update\n(d'Hd / d'd)"),
         (losses, "fraction of the last update (1: as made)", "loss of its batch"),
     )

@@ -24,6 +24,8 @@ def prepare(
     Writes nothing; `folder` is a placeholder for the run folder. `parallel`: see `build_workload`.
     """
     workload = build_workload(experiment, None if state is None else state["normalize"], parallel=parallel)
+    if state is not None and experiment.auto_lr:
+        workload = workload.with_lr(state["progress"]["found_lr"])
     trainer = dry_run(workload, folder, state)
     if state is not None:
         workload.module.load_state_dict(state["model"])

@@ -47,13 +47,15 @@ class Facts:
 def verdicts(layers: Sequence[LayerStatistics], lags: Sequence[TimeLag] = ()) -> list[Verdict]:
     """Returns one verdict per layer, in the order of the forward pass.
 
-    Compares the norm of the gradient with the last layer that has an activation (the last layer if none has), and the
-    root mean square of the signal with the first one. For a recurrent layer with an entry in `lags`, also compares the
-    gradient at the first state with the gradient at the last state. A layer close to a threshold, between two vanishing
-    or two exploding layers, is not healthy: the ratio of a single layer varies with its width and activation.
+    Compares the norm of the gradient with the last layer that has an activation (the last layer if none has), without
+    frozen layers, which receive no gradient, and the root mean square of the signal with the first one. For a recurrent
+    layer with an entry in `lags`, also compares the gradient at the first state with the gradient at the last state. A
+    layer close to a threshold, between two vanishing or two exploding layers, is not healthy: the ratio of a single
+    layer varies with its width and activation.
     """
     active = [layer for layer in layers if layer.activation is not None]
-    last = (active or list(layers))[-1:]
+    trained = [layer for layer in layers if layer.gradients.count]  # not frozen
+    last = ([layer for layer in trained if layer.activation is not None] or trained)[-1:]
     first = (active or list(layers))[:1]
     gradient = last[0].gradients.norm if last else math.nan
     signal = first[0].inputs.rms if first else math.nan

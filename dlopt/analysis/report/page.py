@@ -103,7 +103,8 @@ def test_columns(table: Table) -> list[str]:
 def summary_csv(table: Table, target: float | None, *, test: bool) -> str:
     """Renders a CSV line per configuration, with means and sample standard deviations over seeds."""
     metrics, tests = columns(table), test_columns(table)
-    header = ["rank", *table.keys, "runs", "ended", "failed"]
+    # The epochs of the config and those that were run are two columns.
+    header = ["rank", *(f"config.{key}" if key in metrics else key for key in table.keys), "runs", "ended", "failed"]
     header += [f"{name}{end}" for name in (*metrics, *tests) for end in ("", "_std")]
     header += ["difference", "difference_low", "difference_high", "pairs"]
     known = {id(result.row): result for result in against_published(table)}
@@ -149,6 +150,7 @@ def page_data(
     """Returns the JSON data of the page's script."""
     metrics, tests = columns(table), test_columns(table)
     row_of = {run.path: i for i, row in enumerate(table.rows) for run in row.runs}
+    distinct = {run.path for row in table.rows for run in row.distinct}
     curves = _curves(table.records)
     values = sum(len(record.history) for record in table.records) * (len(curves) + len(_AXES))
     step = max(values / _POINTS, 1.0)  # evaluated epochs per plotted point
@@ -176,7 +178,10 @@ def page_data(
         "rows": [
             _row(row, metrics, tests if test or i == 0 else ()) for i, row in enumerate(table.rows)
         ],
-        "runs": [_run(record, row_of[record.path], curves, step, table.by) for record in table.records],
+        "runs": [
+            {**_run(record, row_of[record.path], curves, step, table.by), "repeats": record.path not in distinct}
+            for record in table.records
+        ],
         "importance": None if importances is None else {
             "missing": importances.missing,
             "explained": importances.explained,

@@ -46,6 +46,7 @@ def markdown(table: Table, *, made: str, test: bool, top: int) -> str:
 def _notes(table: Table, top: int) -> list[str]:
     notes = [_NOTE] * any(len(row.runs) > 1 for row in table.rows)
     notes += [_DIFFERENCE_NOTE] * _is_compared(table)
+    notes += ["1/3 runs: one of three has ended and counts"] * any("/" in row.count for row in table.rows[:top])
     return notes + [f"the first {top} of {len(table.rows)} configurations"] * (len(table.rows) > top)
 
 
@@ -61,7 +62,7 @@ def _cells(table: Table, *, test: bool, top: int) -> tuple[list[str], list[list[
     rows = []
     for number, row in enumerate(table.rows[:top]):
         cells = [brief(row.values[key]) if key in row.values else "-" for key in table.keys]
-        cells += [str(len(row.runs)), _statistic(table.by, row.value)]
+        cells += [row.count, _statistic(table.by, row.value)]
         cells += [_statistic(name, row.statistic(name)) if test or number == 0 else "" for name in metrics[1:]]
         cells += [_difference(table.by, row.difference)] * _is_compared(table)
         rows.append(list(map(printable, cells)))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dlopt.analysis import drawing
-from dlopt.analysis.drawing import COLOURS, metric_label, style
+from dlopt.analysis.drawing import COLOURS, MARKERS, literal, metric_label, style
 from dlopt.analysis.report.reading import is_number, text
 from dlopt.analysis.report.table import (
     Configuration,
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 SHOWN = 6  # configurations in a plot of curves
 SPREADS = {"range": "lowest to highest run", "confidence": "95 % confidence interval"}
 _AGAINST = {"epoch": "epoch", "step": "update", "seconds": "seconds of training"}
-_MARKERS = "osD^vPX"
+_LOG_RATIO = 100.0  # losses at learning rates of which some diverge, without becoming infinite
 _WIDTH = 6.4  # inches: the text of a plot is legible over the width of a page
 
 
@@ -53,7 +53,7 @@ def _scale(metric: str) -> float:
 
 
 def _label(metric: str) -> str:
-    return metric_label(metric) + (" [%]" if _scale(metric) == 100 else "")
+    return literal(metric_label(metric)) + (" [%]" if _scale(metric) == 100 else "")
 
 
 def key_labels(keys: Sequence[str]) -> list[str]:
@@ -72,7 +72,7 @@ def learning_curves(table: Table, against: str) -> "Figure | None":
     if not _curves(axis, table, table.by, against):
         return None
     axis.set_ylabel(_label(table.by))
-    counts = sorted({len(row.runs) for row in _rows(table)})
+    counts = sorted({len(row.distinct) for row in _rows(table)})
     runs = " to ".join(map(str, {counts[0]: 0, counts[-1]: 0}))
     note = f"mean of {runs} runs each; band: {SPREADS[default_spread(table)]}" if counts[-1] > 1 else ""
     return _with_legend(figure, axis, table, note)
@@ -105,11 +105,16 @@ def _curves(axis: "Axes", table: Table, name: str, against: str) -> bool:
     """Plots the means over seeds with bands; returns whether there is any."""
     scale, spread = _scale(name), default_spread(table)
     for i, row in enumerate(_rows(table)):
-        curve = band(row.runs, name, against, spread)
+        curve = band(row.distinct, name, against, spread)
         if curve is None:
             continue
-        marker = _MARKERS[i % len(_MARKERS)] if len(curve.x) < 10 else None
-        axis.plot(curve.x, scale * curve.mean, label=row.label, **style(i, linewidth=1.8, marker=marker, markersize=4))
+        marker = MARKERS[i % len(MARKERS)] if len(curve.x) < 10 else None
+        axis.plot(
+            curve.x,
+            scale * curve.mean,
+            label=literal(row.label),
+            **style(i, linewidth=1.8, marker=marker, markersize=4),
+        )
         colour = COLOURS[i % len(COLOURS)]
         axis.fill_between(curve.x, scale * curve.low, scale * curve.high, color=colour, alpha=0.15, linewidth=0)
     axis.set_xlabel(_AGAINST[against])
@@ -153,7 +158,7 @@ def lr_sensitivity(table: Table) -> "Figure | None":
     figure = drawing.figure(_WIDTH, 3.8 + 0.25 * len(results))
     axis, strip = figure.subplots(2, 1, sharex=True, height_ratios=[16, len(results) + 0.5])
     for y, (i, result) in enumerate(zip(_optimizer_styles(results), results, strict=True)):
-        colour, marker = COLOURS[i % len(COLOURS)], _MARKERS[i % len(_MARKERS)]
+        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
         best = zip(*((lr, scale * value.mean, scale * (value.std or 0.0)) for lr, value in result.best), strict=True)
         rates, means = zip(*((lr, scale * value.mean) for lr, value, _ in result.points), strict=True)
         axis.plot(rates, means, ".", color=colour, alpha=0.4)
@@ -163,10 +168,15 @@ def lr_sensitivity(table: Table) -> "Figure | None":
             bottom = [0.02] * len(result.failed)
             axis.plot(result.failed, bottom, "x", color=colour, transform=axis.get_xaxis_transform())
     axis.set_xscale("log")
+    values = [value.mean for result in results for _, value, _ in result.points]
+    if table.lower and min(values) > 0 and max(values) > _LOG_RATIO * min(values):
+        drawing.logarithmic(axis)
     axis.set_ylabel(_label(table.by))
     drawing.clean_axes(axis)
     strip.set_ylim(-len(results) + 0.4, 0.6)
-    strip.set_yticks([-i for i in range(len(results))], [result.optimizer for result in results], fontsize="small")
+    strip.set_yticks(
+        [-i for i in range(len(results))], [literal(result.optimizer) for result in results], fontsize="small"
+    )
     strip.set_xlabel("learning rate")
     strip.spines[["top", "right", "left"]].set_visible(False)
     strip.tick_params(left=False)
@@ -210,7 +220,13 @@ def parallel_coordinates(table: Table) -> "Figure | None":
         for position, label in scale.ticks:
             box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
             axis.annotate(
-                label, (x, position), xytext=(5, 0), textcoords="offset points", fontsize="small", va="center", bbox=box
+                literal(label),
+                (x, position),
+                xytext=(5, 0),
+                textcoords="offset points",
+                fontsize="small",
+                va="center",
+                bbox=box,
             )
     axis.set_xticks(range(len(scales)), [*key_labels(keys), _label(table.by)], fontsize="small")
     axis.set_yticks([])
@@ -266,7 +282,7 @@ def times(table: Table, target: float | None) -> "Figure | None":
                 axis.barh(y, value.mean, xerr=value.std or None, color=colour, alpha=alpha, height=0.6, capsize=2)
         axis.set_xlabel({"steps": "updates", "seconds": "seconds of training"}[name])
         axis.set_yticks([])
-    labels = [f"{row.label}  ({result.count}/{result.runs})" for row, result in drawn]
+    labels = [f"{literal(row.label)}  ({result.count}/{result.runs})" for row, result in drawn]
     panels[0].set_yticks(range(len(drawn)), labels, fontsize="small")
     unit = " %" if _scale(table.by) == 100 else ""
     goal = f"{metric_label(table.by)} {'≤' if table.lower else '≥'} {_scale(table.by) * target:g}{unit}"

@@ -4,6 +4,7 @@ Run folders are untrusted: all content is checked.
 """
 
 import json
+import math
 import operator
 import os
 import re
@@ -24,7 +25,8 @@ STATUSES = (*ENDED, "pruned", "running", "interrupted", "unfinished", "failed")
 """Statuses of summary.json, and `pruned` (by its sweep), `running` (has a live process), `unfinished` (has none)."""
 
 _RUN_FILES = ("config.yaml", SUMMARY, METRICS)
-_RUN_SUBFOLDERS = ("checkpoints", "tensorboard")
+_OWN_FILES = ("overrides.yaml", "environment.json")
+_RUN_SUBFOLDERS = ("checkpoints", "tensorboard", "wandb")  # wandb has a config.yaml of its own
 _MAX_METRICS = 1 << 28  # bytes of metrics.jsonl: a million epochs
 
 
@@ -108,6 +110,8 @@ def _read(path: Path) -> Record:
     config = _mapping(path / "config.yaml", load_yaml)
     if config is None:
         raise _DamageError("config.yaml is missing")
+    if not any((path / name).exists() for name in (*_OWN_FILES, SUMMARY, METRICS)):
+        raise _DamageError("has a config.yaml, but no other file of a run; another tool may have written it")
     environment = _mapping(path / "environment.json", _json) or {}
     summary = _mapping(path / SUMMARY, _json)
     history = tuple(_lines(path / METRICS))
@@ -164,7 +168,7 @@ def _lines(path: Path) -> Iterator[dict[str, float]]:
             raise _DamageError(f"{path.name} is damaged in line {number}") from None
         if not isinstance(entry, dict) or not {"epoch", "step"} <= (numbers := _numbers(entry)).keys():
             raise _DamageError(f"{path.name} is damaged in line {number}: no epoch and step")
-        yield numbers
+        yield numbers | gaps(numbers)
 
 
 def _numbers(entry: Mapping[str, Any]) -> dict[str, float]:
@@ -229,19 +233,22 @@ def _metrics(
 
 
 def best_line(history: Iterable[Mapping[str, float]], monitor: str) -> Mapping[str, float] | None:
-    """Returns the first epoch with the best monitored metric (`auto`: val_accuracy, or val_loss without it)."""
+    """Returns the epoch of the best model: that with the best monitored metric (`auto`: val_accuracy, or val_loss).
+
+    As in training, ties are broken by the smaller loss, then by the earlier epoch.
+    """
     lines = list(history)
     if monitor == "auto":
         monitor = "val_accuracy" if any("val_accuracy" in line for line in lines) else "val_loss"
     known = [line for line in lines if monitor in line]
     sign = 1 if direction_of(monitor) == "minimize" else -1
-    return min(known, key=lambda line: sign * line[monitor], default=None)
+    return min(known, key=lambda line: (sign * line[monitor], line.get("val_loss", math.inf)), default=None)
 
 
 def _fingerprint(path: Path) -> object:
     """Returns a value that changes whenever the run's files or liveness change."""
     states = []
-    for name in (*_RUN_FILES, "overrides.yaml", "environment.json", ".lock"):
+    for name in (*_RUN_FILES, *_OWN_FILES, ".lock"):
         try:
             status = (path / name).stat()
             states.append((status.st_mtime_ns, status.st_size, status.st_ino))
@@ -266,7 +273,7 @@ def varying_keys(configs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _is_ignored(key: str) -> bool:
-    return is_seed(key) or (key != "device" and is_one_of(key, (*HOUSEKEEPING, "max_time")))
+    return is_seed(key) or (key != "device" and is_one_of(key, HOUSEKEEPING))
 
 
 def _is_determined_by_choice(key: str, configs: Iterable[Mapping[str, Any]]) -> bool:
@@ -360,8 +367,9 @@ def check_key(key: str, line: str, records: Sequence[Record]) -> None:
     suffix_matches = [name for name in known if name.rpartition(".")[2] == key]
     close = suffix_matches or get_close_matches(key, list(known), n=1, cutoff=0.6)
     hint = f"did you mean {close[0]}? " if close else ""
-    metrics = ", ".join(dict.fromkeys(name for record in records for name in record.metrics))
-    raise UserError(f"{line}: no run has {key}; {hint}allowed: status, a key of the config, {metrics}")
+    metrics = dict.fromkeys(name for record in records for name in record.metrics)
+    allowed = ", ".join(["status", "a key of the config", *metrics])
+    raise UserError(f"{line}: no run has {key}; {hint}allowed: {allowed}")
 
 
 def value_of(record: Record, key: str) -> Any:

@@ -6,6 +6,7 @@ Computes curves over seeds, importance of keys, good learning rates, time to tar
 import math
 import re
 import shlex
+import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,11 +43,15 @@ _NOT_REPEATED = ("hydra.", "hydra/", "resume=", "dry_run=", "name=")  # where a 
 
 @dataclass(frozen=True)
 class Configuration:
-    """A row of the leaderboard: runs that differ only in their seeds."""
+    """A row of the leaderboard: runs that differ only in their seeds.
+
+    `distinct`: the runs without repetitions (equal seeds and equal curves), which would narrow intervals.
+    """
 
     label: str
     values: Mapping[str, Any]  # of the keys in which configurations differ
     runs: tuple[Record, ...]
+    distinct: tuple[Record, ...]
     row: Row
 
     @property
@@ -58,6 +63,12 @@ class Configuration:
     def difference(self) -> Difference | None:
         """Difference to the first row, paired over seeds."""
         return self.row.difference
+
+    @property
+    def count(self) -> str:
+        """The number of runs; 2/3 if one of three has not ended, and does not count in the statistics."""
+        ended = sum(run.has_ended for run in self.row.runs)
+        return str(ended) if ended == len(self.runs) else f"{ended}/{len(self.runs)}"
 
     def statistic(self, metric: str) -> Statistic | None:
         return self.row.statistic(metric)
@@ -103,14 +114,19 @@ class Table:
 def gather(records: Sequence[Record], damaged: Sequence[Damaged], by: str | None = None) -> Table:
     """Groups and ranks runs by metric `by` (None: val_accuracy, or val_loss if no run has it). Raises `UserError`."""
     by = _ranking_metric(records, by)
-    keys = varying_keys([record.config for record in records])
+    # Runs on several devices form one configuration.
+    keys = [key for key in varying_keys([record.config for record in records]) if key != "device"]
     known = {str(record.path): record for record in records}
     rows = []
     for row in leaderboard([_entry(record) for record in records], metric=by).rows:
         runs = tuple(known[run.name] for run in row.runs)
         values = {key: runs[0].config[key] for key in keys if key in runs[0].config}
         label = " ".join(f"{short_key(key, keys)}={brief(value)}" for key, value in values.items())
-        rows.append(Configuration(printable(label or short_path(runs[0].path)), values, runs, row))
+        firsts: dict[object, Record] = {}
+        for run, entry in zip(runs, row.runs, strict=True):
+            firsts.setdefault((entry.seeds, tuple((line["epoch"], line.get(by)) for line in run.history)), run)
+        label = printable(label or short_path(runs[0].path))
+        rows.append(Configuration(label, values, runs, tuple(firsts.values()), row))
     return Table(by, keys, rows, records, damaged)
 
 
@@ -192,7 +208,7 @@ def _changes_the_experiment(override: str, conditions: Iterable[str]) -> bool:
     """Returns whether an override departs from the published experiment; `conditions` are checked by their values."""
     key = override.lstrip("+~").partition("=")[0].replace("/", ".")
     group = key.partition(".")[0]
-    if group in ("experiment", "hydra", "precision", "compile", "parallel", "max_time") or is_seed(key):
+    if group in ("experiment", "hydra", "precision", "compile", "parallel") or is_seed(key):
         return False
     if any(name in (key, group) for name in HOUSEKEEPING):
         return False
@@ -255,7 +271,7 @@ class Band:
 
 def default_spread(table: Table) -> Spread:
     """Selects the band: the range for few seeds, the confidence interval for many."""
-    seeds = max((len(row.runs) for row in table.rows), default=0)
+    seeds = max((len(row.distinct) for row in table.rows), default=0)
     return "confidence" if seeds >= _MANY_SEEDS else "range"
 
 
@@ -383,8 +399,9 @@ class Sensitivity:
 def sensitivities(table: Table) -> list[Sensitivity]:
     """Computes the sensitivity of each optimizer with several learning rates.
 
-    Good rates are adjacent to the best rate with a metric at most `tolerance` worse: 0.01 for an accuracy, 5 % of the
-    best for other metrics, or the pooled standard deviation over seeds if that is larger.
+    Good rates are adjacent to the best rate with a metric at most `tolerance` worse: 5 % of the best for losses, 0.01
+    for metrics that are better when larger, or the median standard deviation over seeds of all points if that is
+    larger.
     """
     results = []
     by_optimizer: dict[str, list[tuple[int, Configuration]]] = {}
@@ -413,11 +430,11 @@ def _sensitivity(
     for lr, value, _ in points:
         if lr not in best or sign * value.mean < sign * best[lr].mean:
             best[lr] = value
-    spread = [(value.std, value.count) for _, value, _ in points if value.std is not None]
-    pooled = math.sqrt(sum((n - 1) * s * s for s, n in spread) / sum(n - 1 for _, n in spread)) if spread else 0.0
+    # The low median, because single rates that diverge for some seeds spread over orders of magnitude.
+    spread = statistics.median_low([value.std for _, value, _ in points if value.std is not None] or [0.0])
     rates, costs = list(best), [sign * value.mean for value in best.values()]
     top = costs.index(min(costs))
-    tolerance = max(pooled, _WORSE * abs(costs[top]) if table.lower else _WORSE_ACCURACY)
+    tolerance = max(spread, _WORSE * abs(costs[top]) if table.lower else _WORSE_ACCURACY)
     low = high = top
     while low > 0 and costs[low - 1] - costs[top] <= tolerance:
         low -= 1
@@ -438,10 +455,10 @@ class Reached:
 
 def time_to_target(row: Configuration, by: str, target: float) -> Reached:
     lower = direction_of(by) == "minimize"
-    lines = [first_at(run, by, target, lower) for run in row.runs]
+    lines = [first_at(run, by, target, lower) for run in row.distinct]
     reached = [line for line in lines if line is not None]
     seconds = [line["seconds"] for line in reached if "seconds" in line]
-    return Reached(len(reached), len(row.runs), statistic([line["step"] for line in reached]), statistic(seconds))
+    return Reached(len(reached), len(row.distinct), statistic([line["step"] for line in reached]), statistic(seconds))
 
 
 def fastest(table: Table, target: float) -> list[tuple[Configuration, Reached]]:

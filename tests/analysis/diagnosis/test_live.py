@@ -76,6 +76,18 @@ def test_metrics_match_the_update(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("optimizer", ["sam", "lbfgs", "newton", "sophia"])
+def test_records_the_first_evaluation_of_an_update(tmp_path: Path, optimizer: str) -> None:
+    """These optimizers evaluate the loss at several weights, or differentiate it twice."""
+    typed = ("model.widths=[4]", "diagnostics=[gradients,activations]")
+    (expected, values), (metrics, histograms) = (
+        _reports(tmp_path, *typed, f"optimizer={name}", "data.batch_size=25", steps=1)[1] for name in ("sgd", optimizer)
+    )
+    for name in ("gradients/backpropagated/head", "gradients/norm/head", "activations/std/head"):
+        assert metrics[name] == pytest.approx(expected[name], rel=1e-5)
+    assert len(histograms["gradients/head"]) == len(values["gradients/head"])
+
+
 def test_eigenvalue_converges_over_measurements(tmp_path: Path) -> None:
     """Lanczos starts from the previous eigenvector; with a tiny learning rate the Hessian is constant."""
     typed = ("precision=fp64", "data.batch_size=full", "schedule=constant", "optimizer.lr=1e-9", "diagnostics_every=1")

@@ -8,7 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from dlopt.analysis.diagnosis.measuring import STEP_FRACTIONS, Diagnosis, diagnose, loss_of, snapshot, trace_updates
+from dlopt.analysis.diagnosis.curvature import flat
+from dlopt.analysis.diagnosis.measuring import (
+    STEP_FRACTIONS,
+    Diagnosis,
+    diagnose,
+    loss_of,
+    preserved_state,
+    snapshot,
+    trace_updates,
+)
 from dlopt.analysis.diagnosis.plots import clipping_factor, plots, spread_layers
 from dlopt.analysis.diagnosis.preparation import prepare
 from tests.training.runs import SMALL, experiment, same
@@ -73,6 +82,49 @@ def test_snapshot_metrics(tmp_path: Path) -> None:
     dense = torch.autograd.functional.hessian(loss_at, flat)
     assert isinstance(dense, Tensor)
     assert float(result.spectrum.eigenvalues[0]) == pytest.approx(float(torch.linalg.eigvalsh(dense)[-1]), rel=1e-6)
+
+
+def test_gradient_norm_does_not_depend_on_the_number_of_batches(tmp_path: Path) -> None:
+    workload, training = prepare(experiment(*MLP), tmp_path)
+    [batch, *_] = training.batches.epoch(0)
+    once, often = (snapshot(workload, [batch] * n, 0, eigenvalues=0, iterations=1).layers for n in (1, 4))
+    for one, several in zip(once, often, strict=True):
+        assert several.gradient_norm == pytest.approx(one.gradient_norm, rel=1e-9)
+    outputs = workload.module(batch[0])
+    [gradient] = torch.autograd.grad(workload.loss(outputs, batch[1]), outputs)
+    assert once[-1].gradient_norm == pytest.approx(float(gradient.norm()), rel=1e-9)
+
+
+def test_noise_scale_covers_all_parameters(tmp_path: Path) -> None:
+    """Also those of batch norm, which belong to no layer."""
+    typed = ["model.norm=batch", "data.subset=null", "data.batch_size=50"]
+    workload, training = prepare(experiment(*MLP, *typed), tmp_path)
+    batches = list(training.batches.epoch(0))[:4]
+    result = snapshot(workload, batches, 0, eigenvalues=0, iterations=1)
+    with preserved_state(workload):
+        losses = [loss_of(workload, *batch) for batch in batches]
+        rows = torch.stack([flat(torch.autograd.grad(loss, list(workload.module.parameters()))) for loss in losses])
+    trace = 50 * rows.var(0).sum()  # of the covariance of one sample's gradient
+    square = rows.mean(0).square().sum() - trace / 200
+    assert result.noise_scale == pytest.approx(float(trace / square), rel=1e-6)
+
+
+def test_clipped_norms_are_measured_before_the_optimizer(tmp_path: Path) -> None:
+    """Schedule-free AdamW overwrites the gradients."""
+    pytest.importorskip("schedulefree")
+    workload, training = prepare(experiment(*MLP, "optimizer=schedule_free_adamw"), tmp_path)
+    trace = trace_updates(workload, training, 3, with_curvature=False)
+    assert trace.clipped == pytest.approx(trace.norms, rel=1e-6)
+    assert len(trace.rates) == 3
+
+
+def test_plots_frozen_layers_at_their_depth(tmp_path: Path) -> None:
+    result = _diagnosed(tmp_path, "optimizer.groups=[{match: 'layer1*', freeze: true}]", eigenvalues=0)
+    depth = plots([result], "title")["depth"]
+    weights = _axes(depth, "weights' gradient")
+    heights = weights.lines[0].get_ydata()
+    assert math.isnan(heights[0]) and all(map(math.isfinite, heights[1:])) and len(heights) == 3
+    assert weights.get_xlim() == _axes(depth, "fraction of").get_xlim() == _axes(depth, "standard").get_xlim()
 
 
 def test_curvature_along_update_matches_second_difference(tmp_path: Path) -> None:

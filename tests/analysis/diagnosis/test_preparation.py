@@ -1,4 +1,4 @@
-"""Trainers for diagnosis from checkpoints of another device."""
+"""Trainers for diagnosis from checkpoints."""
 
 from pathlib import Path
 
@@ -17,3 +17,10 @@ def test_prepares_gpu_checkpoint_on_a_cpu(tmp_path: Path) -> None:
     inputs, targets = next(iter(training.batches.epoch(1)))
     training.step.update(inputs, targets, training.progress.step, training.train_metrics)
     assert not training.step.optimizer.param_groups[0]["capturable"]
+
+
+def test_prepares_checkpoint_of_a_run_with_automatic_learning_rate(tmp_path: Path) -> None:
+    lines = [*SMALL, "optimizer.lr=auto", "schedule=constant", "epochs=1"]
+    summary = start(tmp_path, *lines)
+    _, training = prepare(experiment(*lines), tmp_path / "other", load(tmp_path / "checkpoints/last.pt"))
+    assert training.step.rate == summary["found_lr"]

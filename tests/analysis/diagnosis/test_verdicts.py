@@ -53,6 +53,15 @@ def test_dead_units() -> None:
     assert verdicts(probe.layers)[0] == Verdict("dead", "75% of the units")
 
 
+def test_compares_with_the_last_layer_that_is_not_frozen() -> None:
+    """In fine-tuning of the head, no layer with an activation receives a gradient."""
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    net[0].requires_grad_(False)
+    with LayerProbe(net).recording() as probe:
+        net(torch.randn(50, 4)).square().sum().backward()
+    assert [verdict.label for verdict in verdicts(probe.layers)] == ["healthy", "healthy"]
+
+
 def test_non_finite_values_are_exploding() -> None:
     net = nn.Sequential(nn.Linear(1, 1), nn.Tanh(), nn.Linear(1, 1))
     with torch.no_grad():

@@ -63,3 +63,11 @@ def test_latex_compiles_whatever_the_values(sweep: Path) -> None:
     command = [program, "-interaction=nonstopmode", "-halt-on-error", document]
     done = subprocess.run(command, cwd=sweep, capture_output=True, text=True, errors="replace")
     assert done.returncode == 0, done.stdout
+
+
+def test_runs_that_do_not_count_are_named(tmp_path: Path) -> None:
+    for seed in range(3):
+        make_run(tmp_path / str(seed), seed=seed, status="finished" if seed else "failed")
+    text = paper.markdown(table(tmp_path), made="", test=False, top=20)
+    assert text.startswith("| runs |") and "| 2/3 | 80.00 ± 0.00 |" in text and "has ended and counts" in text
+    assert "$2/3$ & " in paper.latex(table(tmp_path), made="", test=False, top=20)

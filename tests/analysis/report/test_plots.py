@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from dlopt.analysis import drawing
 from dlopt.analysis.drawing import metric_label
 from dlopt.analysis.report.plots import PLOTS, plots
 from dlopt.analysis.report.table import Table
@@ -69,3 +70,19 @@ def test_single_run_has_only_curves(tmp_path: Path) -> None:
 
 def test_metric_labels() -> None:
     assert metric_label("val_accuracy") == "validation accuracy" and metric_label("train_loss") == "training loss"
+
+
+def test_losses_of_diverging_rates_have_a_logarithmic_axis(tmp_path: Path) -> None:
+    for lr, loss in {0.1: 0.2, 1.0: 0.3, 10.0: 1e4}.items():
+        make_run(tmp_path / str(lr), lr=lr, accuracies=(1 - loss,), losses=(loss,))
+    for by, scale in (("val_loss", "log"), ("val_accuracy", "linear")):
+        [figure] = plots(table(tmp_path, by), None, ["lr_sensitivity"]).values()
+        assert figure.axes[0].get_yscale() == scale
+
+
+def test_names_are_no_mathtext(tmp_path: Path) -> None:
+    for i in range(8):
+        name, config = f"{i}", {"optimizer.variant": f"$^{i % 4}^$", "clip.what": f"_$^{i}^$"}
+        make_run(tmp_path / name, lr=0.1 * (i // 4 + 1), accuracies=(0.1 * i, 0.1 * i), config=config)
+    for figure in plots(table(tmp_path), 0.3).values():
+        drawing.encoded(figure, "png", dpi=20)

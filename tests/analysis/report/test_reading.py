@@ -7,6 +7,7 @@ from subprocess import run
 import pytest
 
 from dlopt.analysis.report.reading import Damaged, Reader, Record, find, printable, read, text, varying_keys
+from dlopt.training.stopping import Best
 from tests.analysis.report.folders import make_run
 from tests.commands.line import HeldByAnotherProcess
 
@@ -55,6 +56,24 @@ def test_best_epoch_follows_monitor_and_ignores_non_finite_values(tmp_path: Path
     with (path / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
     assert record(path).history[-1] == {"epoch": 3, "step": 30}
+
+
+def test_ties_of_the_best_epoch_are_broken_by_the_loss_as_in_training(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run", accuracies=(0.5, 0.9, 0.9, 0.9), losses=(2.0, 0.4, 0.3, 0.35))
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    best = Best("val_accuracy")
+    for i, line in enumerate(lines):
+        line |= {"train_loss": 0.1 * i, "val_macro_f1": 0.1 * i}
+        best.update(line)
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    summary = json.loads((path / "summary.json").read_text())
+    summary |= {"best_epoch": best.epoch, "best_val_loss": best.val_loss}
+    (path / "summary.json").write_text(json.dumps(summary))
+    metrics = record(path).metrics
+    assert (metrics["best_epoch"], metrics["val_loss"], metrics["val_macro_f1"]) == (3, 0.3, 0.2)
+    assert metrics["gap"] == pytest.approx(0.3 - 0.2)
+    (path / "summary.json").unlink()
+    assert record(path).metrics["best_epoch"] == 3
 
 
 def test_ignores_incomplete_last_line_of_a_killed_run(tmp_path: Path) -> None:
@@ -165,3 +184,15 @@ def test_ignores_metrics_beyond_the_range_of_floats(tmp_path: Path) -> None:
     summary = json.loads((path / "summary.json").read_text()) | {"seconds": 10**4000}
     (path / "summary.json").write_text(json.dumps(summary))
     assert "seconds" not in record(path).metrics or record(path).metrics["seconds"] < 1e308
+
+
+def test_folders_of_other_tools_are_no_runs(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "wandb/offline-run-1/files").mkdir(parents=True)
+    (run / "wandb/offline-run-1/files/config.yaml").write_text("optimizer.lr: {value: 0.1}")
+    other = tmp_path / "lightning_logs"
+    other.mkdir()
+    (other / "config.yaml").write_text("seed_everything: true")
+    records, damaged = Reader().read([tmp_path])
+    assert [each.path for each in records] == [run]
+    assert [each.path for each in damaged] == [other] and "another tool" in damaged[0].reason

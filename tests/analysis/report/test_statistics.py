@@ -1,4 +1,5 @@
 import itertools
+import json
 import math
 import sys
 from pathlib import Path
@@ -34,6 +35,16 @@ def test_band_is_students_t_interval(tmp_path: Path) -> None:
     steps = band(row.runs, "val_accuracy", "step", "range")
     assert steps is not None and steps.x.tolist() == [10, 20, 30]
     assert (steps.low.tolist(), steps.high.tolist()) == (values.min(0).tolist(), values.max(0).tolist())
+
+
+def test_repetitions_of_runs_do_not_narrow_the_band(tmp_path: Path) -> None:
+    for i in range(6):
+        seed = i // 2
+        make_run(tmp_path / str(i), seed=seed, accuracies=(0.5, 0.5 + 0.1 * seed), seconds=1 + i)
+    result = table(tmp_path)
+    [row] = result.rows
+    assert [len(row.runs), len(row.distinct)] == [6, 3] and default_spread(result) == "range"
+    assert time_to_target(row, "val_accuracy", 0.6).runs == 3
 
 
 def test_default_band_is_the_range_of_few_seeds(tmp_path: Path) -> None:
@@ -135,6 +146,25 @@ def test_variance_over_seeds_widens_the_tolerance(tmp_path: Path) -> None:
             make_run(tmp_path / f"{i}-{seed}", lr=lr, seed=seed, accuracies=(accuracy,))
     [result] = sensitivities(table(tmp_path))
     assert result.tolerance == pytest.approx(math.sqrt(0.02)) and result.good == (0.01, 0.1)
+
+
+def test_a_rate_that_diverges_for_some_seeds_does_not_widen_the_tolerance(tmp_path: Path) -> None:
+    for lr, losses in {0.01: (2.3, 2.31), 0.1: (0.24, 0.26), 1.0: (0.31, 0.33), 10.0: (2.0, 145.0)}.items():
+        for seed, loss in enumerate(losses):
+            make_run(tmp_path / f"{lr}-{seed}", lr=lr, seed=seed, accuracies=(0.5,), losses=(loss,))
+    [result] = sensitivities(table(tmp_path, "val_loss"))
+    assert result.good == (0.1, 0.1) and result.tolerance == pytest.approx(math.sqrt(2) * 0.01)
+
+
+def test_time_to_a_generalization_gap(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "0", accuracies=(0.5, 0.6, 0.7))
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    changed = [{**line, "train_loss": line["val_loss"] - 0.3 + 0.1 * i} for i, line in enumerate(lines)]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in changed))
+    [row] = table(tmp_path, "gap").rows
+    result, curve = time_to_target(row, "gap", 0.25), band(row.runs, "gap", "epoch", "range")
+    assert result.count == 1 and result.steps is not None and result.steps.mean == 20
+    assert curve is not None and curve.mean.tolist() == pytest.approx([0.3, 0.2, 0.1])
 
 
 def test_time_to_target(tmp_path: Path) -> None:

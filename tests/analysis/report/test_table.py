@@ -159,3 +159,18 @@ def test_thins_long_curves_but_keeps_new_best_epochs(tmp_path: Path, monkeypatch
     data = page_data(table(tmp_path), title="t", made="now", target=0.7, test=False, refresh=None)
     epochs = data["runs"][0]["curve"]["epoch"]
     assert len(epochs) < 50 and {1, 34, 72, 200} <= set(epochs)
+
+
+def test_runs_on_several_devices_form_one_configuration_without_a_device(tmp_path: Path) -> None:
+    for seed, device in enumerate(("cpu", "cuda")):
+        make_run(tmp_path / device, seed=seed, config={"device": device})
+    result = table(tmp_path)
+    assert len(result.rows) == 1 and not result.keys
+
+
+def test_csv_distinguishes_the_epochs_of_the_config_from_those_that_were_run(tmp_path: Path) -> None:
+    for epochs in (5, 7):
+        make_run(tmp_path / str(epochs), accuracies=(0.5,) * (epochs - 2), config={"epochs": epochs})
+    result = table(tmp_path)
+    rows = list(csv.DictReader(io.StringIO(summary_csv(result, None, test=False))))
+    assert [(row["config.epochs"], float(row["epochs"])) for row in rows] == [("5", 3), ("7", 5)]

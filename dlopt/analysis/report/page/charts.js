@@ -95,7 +95,10 @@ function rangeX({ xs, options }, low, high) {
 
 function rangeY({ options }, low, high) {
   if (low === null || !Number.isFinite(low)) return [0, 1];
-  if (options.logY) return [Math.max(low / 1.15, high * 1e-6), high * 1.15];
+  if (options.logY) {
+    const bottom = Math.max(low / 1.15, high * 1e-6);
+    return [bottom * (bottom / high) ** (0.06 * (options.footer || 0)), high * 1.15];
+  }
   const margin = 0.06 * (high - low) || 0.1 * Math.abs(low) || 0.1;
   return [low - margin * (1 + (options.footer || 0)), high + margin];
 }

@@ -73,7 +73,7 @@ function renderCurves(update) {
       seeds ? selectControl("band", "band", BANDS, update) : null,
       html("label", {}, html("input", { type: "checkbox", id: "log", checked: state.log, onchange: (event) => { state.log = event.target.checked; update(); } }), "log scale")),
     container, legend(update), html("p", { class: "note" }, note, html("span", { class: "screen" }, "Drag to zoom; double-click to reset.")));
-  drawChart(container, curveLines((row) => aggregate(row.runs, metric, x, band)), { id: "curves", key: `${metric} ${x} ${state.log}`,
+  drawChart(container, curveLines((row) => aggregate(row.distinct, metric, x, band)), { id: "curves", key: `${metric} ${x} ${state.log}`,
     name: `${metricTitle(metric)} against ${metricTitle(x)}`, nameX: metricTitle(x), nameY: metricTitle(metric), logY: state.log, integers: x !== "seconds",
     textY: (tick) => formatTick(metric, tick), read: (p) => formatPoint(metric, p) });
 }
@@ -81,7 +81,7 @@ function renderCurves(update) {
 function renderLearningRates(update) {
   if (!setVisible("rates", data.curves.includes("lr"))) return;
   const container = html("div", { class: "chart", id: "rates-chart" }), x = state.x;
-  const lines = curveLines((row) => aggregate(row.runs, "lr", x, "none"));
+  const lines = curveLines((row) => aggregate(row.distinct, "lr", x, "none"));
   const tops = lines.filter((line) => line.points.length).map((line) => extent(line.points.map((p) => p[1]))[1]);
   sectionBody("rates").replaceChildren(container, legend(update));
   drawChart(container, lines, { id: "rates", key: x, name: `learning rate against ${metricTitle(x)}`, nameX: metricTitle(x), nameY: "learning rate",
@@ -125,12 +125,13 @@ function renderSensitivity() {
   const container = html("div", { class: "chart", id: "sensitivity-chart" }), styles = optimizerStyles();
   const lines = data.sensitivity.map((optimizer, i) => ({ label: optimizer.name, style: styles[i], marks: true,
     points: optimizer.best.map(([lr, mean, std, count]) => [lr, mean, mean - (std || 0), mean + (std || 0), count]) }));
+  const [low, high] = extent(data.sensitivity.flatMap((optimizer) => optimizer.points.map(([, mean]) => mean)));
   const range = ({ good: [low, high] }) => (low === high ? formatNumber(low) : `${formatNumber(low)} to ${formatNumber(high)}`);
   sectionBody("sensitivity").replaceChildren(container,
     html("div", { class: "legend" }, ...lines.map((line, i) => html("span", { class: "swatch" }, swatch(line.style), `${line.label}, good rates: `, html("b", {}, range(data.sensitivity[i]))))),
     html("p", { class: "note" }, `Best configuration at each learning rate (others: small dots), in the colour of the optimizer's best configuration. Band: ± standard deviation over seeds. Bars: good rates, adjacent to the best and at most ${data.tolerance} worse (or one standard deviation over seeds, if larger). ×: failed runs. Filters do not apply.`));
   drawChart(container, lines, { id: "sensitivity", key: "", name: `${metricTitle(data.by)} against learning rate by optimizer`, nameX: "learning rate", nameY: metricTitle(data.by),
-    logX: true, more: data.sensitivity.flatMap((optimizer) => optimizer.failed), footer: 0.6 * lines.length + 0.6, height: 340 + 14 * lines.length, textY: (tick) => formatTick(data.by, tick), read: (p) => formatStatistic(data.by, [p[1], p[3] > p[2] ? p[3] - p[1] : null]),
+    logX: true, logY: data.lower && low > 0 && high > 100 * low, more: data.sensitivity.flatMap((optimizer) => optimizer.failed), footer: 0.6 * lines.length + 0.6, height: 340 + 14 * lines.length, textY: (tick) => formatTick(data.by, tick), read: (p) => formatStatistic(data.by, [p[1], p[3] > p[2] ? p[3] - p[1] : null]),
     extra: (u, scale) => drawRates(u, scale * devicePixelRatio, styles) });
 }
 

@@ -36,6 +36,7 @@ for (const [i, row] of data.rows.entries()) {
   row.runs = [];
 }
 for (const run of data.runs) data.rows[run.row].runs.push(run);
+for (const row of data.rows) row.distinct = row.runs.filter((run) => !run.repeats); // repetitions would narrow intervals
 restoreState();
 document.title = data.title;
 document.getElementById("title").textContent = data.title;

@@ -126,8 +126,8 @@ function firstReached(run, target) {
 // Ranks by the share of runs that reach the target, then by mean updates (see `fastest` in table.py).
 function timesToTarget() {
   const entries = visible.map((row) => {
-    const reached = row.runs.map((run) => firstReached(run, state.target)).filter(Boolean);
-    return { row, share: reached.length / row.runs.length, count: reached.length, step: meanAndStd(reached.map((entry) => entry.step)), seconds: meanAndStd(reached.map((entry) => entry.seconds)) };
+    const reached = row.distinct.map((run) => firstReached(run, state.target)).filter(Boolean);
+    return { row, share: reached.length / row.distinct.length, count: reached.length, step: meanAndStd(reached.map((entry) => entry.step)), seconds: meanAndStd(reached.map((entry) => entry.seconds)) };
   });
   return entries.sort((a, b) => b.share - a.share || (a.step ? a.step[0] - b.step[0] : 0) || a.row.rank - b.row.rank);
 }
@@ -143,7 +143,7 @@ function renderTimes(update) {
   const cell = ({ share, ...entry }, name, colour) => html("td", { class: "number" }, !entry[name] ? "–" : html("span", { class: "swatch" },
     formatStatistic(name === "step" ? "steps" : name, entry[name]), bar(entry[name][0] / ends[name], colour, share < 1)));
   const rows = entries.slice(0, state.all ? entries.length : 20).map((entry) => html("tr", {},
-    html("td", { class: "number" }, String(entry.row.rank)), html("td", { class: "wrap" }, entry.row.label), html("td", { class: "number" }, `${entry.count} of ${entry.row.runs.length}`),
+    html("td", { class: "number" }, String(entry.row.rank)), html("td", { class: "wrap" }, entry.row.label), html("td", { class: "number" }, `${entry.count} of ${entry.row.distinct.length}`),
     cell(entry, "step", 0), cell(entry, "seconds", 1)));
   const heads = [["#", "number"], ["configuration"], ["runs", "number"], ["updates", "number"], ["seconds", "number"]];
   sectionBody("times").replaceChildren(
