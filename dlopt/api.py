@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dlopt.augment.pipeline import CentreCrop
 from dlopt.commands.train import prepare
-from dlopt.config.compose import Composer
+from dlopt.config.compose import Composer, quoted
 from dlopt.errors import DONE, INTERRUPTED, RunError, UserError
 from dlopt.job import claim, start
 from dlopt.parallel.rendezvous import current
@@ -88,7 +88,7 @@ def train(overrides: Sequence[str] = (), *, console: bool = False) -> Result:
         UserError: wrong configuration or input; no files are left behind.
         RunError: the run failed.
     """
-    lines = list(overrides)
+    lines = [quoted(line) for line in overrides]
     if current() is not None:
         raise UserError("train(): cannot run inside torchrun or srun; use the command `dlopt train`")
     config = Composer().compose(lines)

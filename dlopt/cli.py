@@ -30,6 +30,7 @@ COMMANDS = {  # name -> function(arguments) -> exit code
     "runs": "dlopt.commands.runs:runs",
     "options": "dlopt.commands.options:options",
     "template": "dlopt.commands.template:template",
+    "grid": "dlopt.commands.grid:print_job",
 }
 
 USAGE = f"""\
@@ -61,6 +62,7 @@ Analysis:
 Reference:
   options      List groups, choices, keys and their defaults
   template     Print a job script, a manifest or a container file
+  grid         Print the arguments of one job of a sweep, for job arrays
 
 Examples:
   dlopt train optimizer=adamw schedule=cosine_warmup epochs=20

@@ -79,13 +79,13 @@ class RunFolder:
         note_files()
         try:
             file = hold(self.path / LOCK)
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n")
+            file.flush()
         except BlockingIOError:
             raise UserError(f"hydra.run.dir={self.path}: another run is active in this folder") from None
         except OSError as error:
             raise UserError(f"hydra.run.dir={self.path}: cannot write to this folder: {error.strerror}") from None
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
         return file
 
     def history(self) -> list[str]:

@@ -120,6 +120,7 @@ def test_restores_global_state(capfd: pytest.CaptureFixture[str], monkeypatch: p
     ("lines", "message"),
     [
         (["optimzer=adamw"], "did you mean optimizer"),
+        (["name=größe", "epochs=0"], "epochs=0"),
         (["data=image_folder", "data.root=nowhere"], "nowhere"),
         (["experiment=lecture/batch_norm_learning_rate"], "one experiment at a time"),
     ],

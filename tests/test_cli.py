@@ -103,6 +103,8 @@ def test_info(kind: str, part: str, tmp_path: Path) -> None:
 def test_cfg_and_info_explain_errors(tmp_path: Path) -> None:
     for flags in (["--cfg", "job"], ["--info", "config"]):
         assert "did you mean optimizer.lr?" in refused(tmp_path, "train", *flags, "optimizer.lrr=1")
+    result = dlopt(tmp_path, "train", "--cfg", "job", "--package", "nope")
+    assert result.code == 2 and "package 'nope' not found" in result.err
 
 
 def test_accepts_flags_at_any_position(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Comparisons of the lecture: their commands run, and the shipped results support the verdicts on their claims."""
 
 import json
+import re
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
@@ -15,8 +16,11 @@ from dlopt.analysis.drawing import label
 from dlopt.commands.compare import comparison_of
 from dlopt.config.choices import config_folder
 from dlopt.config.compose import Composer
+from dlopt.config.parsing import parse
+from dlopt.config.resolve import to_plain
 from dlopt.data.polynomial import polynomial
 from dlopt.data.samples import InMemory
+from dlopt.data.splits import prepare
 from tests.commands.line import dlopt
 
 FOLDER = config_folder() / "experiment" / "lecture"
@@ -89,7 +93,7 @@ def test_shipped_numbers_support_the_verdict_and_an_inverted_claim_fails(name: s
     """Fails if the recipe has changed since its plot was drawn; scripts/gallery NAME redraws it."""
     spec, saved = comparison(name), json.loads((GALLERY / f"{name}.json").read_text())
     assert [claim.text for claim in spec.claims] == [entry["claim"] for entry in saved["claims"]]
-    assert saved["seeds"] == spec.seeds and len(spec.seeds) >= 3
+    assert (saved["title"], saved["seeds"]) == (spec.title, spec.seeds) and len(spec.seeds) >= 3
     for claim, entry in zip(spec.claims, saved["claims"], strict=True):
         first, second = entry["sides"]
         sides = next(side for side in claim.first if side.variant == first["variant"]), claim.second
@@ -99,6 +103,37 @@ def test_shipped_numbers_support_the_verdict_and_an_inverted_claim_fails(name: s
         assert (finding.verdict, numbers(finding, label)) == (entry["verdict"], entry["outcome"])
         if entry["verdict"] == "seen" and claim.relation != "equal":
             assert judge(claim, sides, (values[1], values[0]), points).verdict == "the opposite"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("lecture/batch_size", "has {} updates of single samples"),
+        ("lecture/dropout", "on {} digits"),
+        ("lecture/dropout_units", "on {} samples"),
+        ("lecture/weight_decay_adam", "on {} training samples"),
+        ("benchmark/_digits", "{:,} training and 431 validation"),
+    ],
+)
+def test_recipes_state_the_number_of_training_samples(name: str, text: str) -> None:
+    line = [f"experiment={name.replace('_digits', 'vit')}"]
+    experiment = parse(*to_plain(Composer().compose(line), line))
+    train = prepare(experiment.data.build(), experiment.data_settings).train
+    stated = (config_folder() / f"experiment/{name}.yaml").read_text()
+    assert text.format(len(train)) in " ".join(stated.split())
+
+
+@pytest.mark.parametrize("name", ["regression", "medium/regression"])
+def test_the_condition_number_of_the_regression_includes_the_bias(name: str) -> None:
+    line = [f"experiment=benchmark/{name}"]
+    experiment = parse(*to_plain(Composer().compose(line), line))
+    train = prepare(experiment.data.build(), experiment.data_settings).train
+    assert isinstance(train, InMemory)
+    inputs = np.column_stack([train.inputs.double().numpy(), np.ones(len(train))])
+    condition = np.linalg.cond(inputs) ** 2  # of the Hessian of the squared error
+    header = (config_folder() / f"experiment/benchmark/{name}.yaml").read_text()
+    stated = re.search(r"condition number of ([\d,]+)", header)
+    assert stated is not None and float(stated[1].replace(",", "")) == pytest.approx(condition, rel=0.03)
 
 
 @pytest.mark.slow

@@ -386,6 +386,18 @@ def test_unwritable_folder(tmp_path: Path) -> None:
     assert "cannot write to this folder" in refused(tmp_path, "train", *SMALL, IN_RUN)
 
 
+def test_full_disk(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/.lock").symlink_to("/dev/full")
+    assert "cannot write to this folder" in refused(tmp_path, "train", *SMALL, IN_RUN)
+
+
+def test_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    train(tmp_path, "hydra.run.dir='~/run'")
+    assert (tmp_path / "home/run/summary.json").exists() and not (tmp_path / "~").exists()
+
+
 def test_relative_folders_are_relative_to_the_working_directory(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     start = time.time()

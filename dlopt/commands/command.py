@@ -115,10 +115,7 @@ class Line:
 
         A key that only some choices of a group have applies to these; in the other jobs it is skipped.
         """
-        fragments = tuple(f"{group}=_" for group in groups)
         combinations = self.combinations()
-        complete = [lines for lines in combinations if not any(line.startswith(fragments) for line in lines)]
-        combinations = complete or combinations  # glob(*) also matches fragments
         if len(combinations) > max_jobs:
             overrides = " ".join(self.overrides)
             raise UserError(f"{overrides}: {len(combinations)} {what}; at most {max_jobs} fit in one plot")

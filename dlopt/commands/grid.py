@@ -1,12 +1,20 @@
-"""`python -m dlopt.commands.grid NUMBER [group=choice] [key=a,b]`: prints the arguments of one job of a sweep.
-
-For job arrays: NUMBER is the index of a combination of values, in the order of `dlopt train -m`.
-"""
-
-import sys
+"""`dlopt grid`: prints the arguments of one job of a sweep, for the tasks of a job array."""
 
 from dlopt.config.compose import Composer, grid, parse_arguments
-from dlopt.errors import DONE, USER_ERROR, UserError
+from dlopt.errors import DONE, UserError
+
+USAGE = """\
+Print the arguments of one job of a sweep, for job arrays
+
+Usage: dlopt grid NUMBER [group=choice] [key=a,b]
+
+NUMBER counts the combinations of values from 0, in the order of `dlopt train -m`. Prints one argument per line.
+`dlopt template array` prints a job script for Slurm that calls it; for another scheduler, call it in each task.
+
+Examples:
+  dlopt grid 2 optimizer=sgd,adamw seed=0,1                # optimizer=adamw, seed=0
+  dlopt grid 2 optimizer=sgd,adamw seed=0,1 | xargs -d '\\n' dlopt train
+"""
 
 
 def overrides_of(number: int, arguments: list[str]) -> list[str]:
@@ -19,10 +27,13 @@ def overrides_of(number: int, arguments: list[str]) -> list[str]:
     return [*(f"{flag}={value}" for flag, value in flags.items() if value is not None), *jobs[number]]
 
 
-if __name__ == "__main__":
-    try:
-        print("\n".join(overrides_of(int(sys.argv[1]), sys.argv[2:])))
-    except UserError as error:
-        print(f"dlopt: {error}", file=sys.stderr)
-        sys.exit(USER_ERROR)
-    sys.exit(DONE)
+def print_job(arguments: list[str]) -> int:
+    """Prints the arguments of one job, one per line. Raises `UserError`."""
+    if {"-h", "--help"} & set(arguments):
+        print(USAGE, end="")
+        return DONE
+    if not arguments or not arguments[0].isdecimal():
+        typed = " ".join(["grid", *arguments])
+        raise UserError(f"{typed}: the first argument must be the number of a job, from 0")
+    print("\n".join(overrides_of(int(arguments[0]), arguments[1:])))
+    return DONE

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import yaml
 from hydra.core.override_parser.types import Override
-from omegaconf import DictConfig, open_dict
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
 
-from dlopt.config.compose import Composer, grid, typed_folder
+from dlopt.config.compose import Composer, grid, listed, typed_folder
 from dlopt.config.resolve import choices_of, resolve_saved, to_plain
-from dlopt.config.resuming import differences, refuse_other_config
+from dlopt.config.resuming import FREE, differences, is_below, refuse_other_config
 from dlopt.errors import DONE, FAILED, INTERRUPTED, UserError, install
 from dlopt.files import write_atomically
 from dlopt.folders import FolderSnapshot, RunFolder, make_new, newest
@@ -23,6 +24,7 @@ from dlopt.tracking.layout import short_path
 
 if TYPE_CHECKING:
     from dlopt.sweeps.pool import Pool
+    from dlopt.sweeps.search import Row
     from dlopt.sweeps.study import StudySpec
 
 
@@ -83,6 +85,10 @@ class Request:
                 f"experiment={name}: a comparison is a series of runs already; leave out -m, or sweep its base config "
                 "with comparison=null"
             )
+        sweepers = [OmegaConf.to_container(each.hydra.sweeper, resolve=False) for each in (config, self.config)]
+        if config.hydra.mode == RunMode.MULTIRUN and sweepers[0] != sweepers[1]:
+            name = config.hydra.runtime.choices.experiment
+            raise UserError(f"experiment={name}: a study is a sweep already; run one at a time: experiment={name}")
         plain, saved = to_plain(config, self.overrides)
         experiment = parse(plain, saved)
         size = size_pair(experiment.data_settings.image_size)
@@ -132,6 +138,8 @@ def sweep(composer: Composer, parsed: Namespace) -> int:
     """Runs the sweep and returns its exit code. Raises `UserError` before it creates any file."""
     refuse_ranks("-m", "the sweep")
     config = composer.compose(parsed.overrides, multirun=True)
+    if config.hydra.job.chdir:
+        raise UserError("hydra.job.chdir=true: not supported in a sweep, whose jobs run in the current folder")
     path, is_typed = typed_folder(config, "hydra.sweep.dir", parsed.overrides)
     is_search = str(config.hydra.sweeper._target_).endswith(".dlopt_sweeps.OptunaSweeper")
     pool = _build_pool(composer, config, is_search)
@@ -207,6 +215,8 @@ def _jobs(request: Request) -> list[GridJob]:
     sweeper = request.config.hydra.sweeper
     if not str(sweeper._target_).endswith("BasicSweeper"):
         return []
+    if sweeper.max_batch_size is not None and sweeper.max_batch_size < 1:
+        raise UserError(f"hydra.sweeper.max_batch_size={sweeper.max_batch_size}: must be > 0, or null")
     lines = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
     hydra, swept = _split_hydra(request.composer.parse([*lines, *request.overrides]))
     combinations = grid(swept)
@@ -220,6 +230,8 @@ def _jobs(request: Request) -> list[GridJob]:
         jobs.append(GridJob(job, folder_name(str(config.hydra.sweep.subdir)), saved))
     if len({job.subfolder for job in jobs}) < len(jobs):
         raise UserError(f"hydra.sweep.subdir={jobs[0].subfolder}: must be different for each job")
+    # Hydra's sweeper expands its lists itself: pass them in the order of `jobs`, which shuffle(...) would not repeat.
+    sweeper.params, request.config.hydra.overrides.task = None, [listed(override) for override in swept]
     return jobs
 
 
@@ -261,11 +273,19 @@ def _is_unfinished(sweep: RunFolder, jobs: Sequence[GridJob]) -> bool:
     space = _space(sweep.path)
     if sweep.is_live() or not isinstance(space, list) or len(space) != len(jobs):
         return False
-    folders = [(job.folder(sweep.path), job.config) for job in jobs]
-    if all(folder.is_done(config) for folder, config in folders):
+    if all(job.folder(sweep.path).is_done(job.config) for job in jobs):
         return False
-    saved = [(folder.config(), config) for folder, config in folders]
-    return not any(old is not None and differences(old, config) for old, config in saved)
+    for lines, job in zip(space, jobs, strict=True):
+        old = job.folder(sweep.path).config()
+        if differences(old, job.config) if old is not None else _values(lines) != _values(job.overrides):
+            return False
+    return True
+
+
+def _values(lines: Any) -> dict[str, str]:
+    """Returns the overrides by key, without those that may change on resume."""
+    pairs = [str(line).partition("=") for line in lines] if isinstance(lines, list) else []
+    return {key: value for key, _, value in pairs if not is_below(key.lstrip("+"), FREE)}
 
 
 def _statuses(sweep: Path, jobs: Sequence[GridJob] = ()) -> list[str]:
@@ -367,19 +387,19 @@ def _check_search(sweep: Path, key: str, facts: Mapping[str, Any], resume: str |
         raise UserError(f"{key}: this folder contains a sweep; resume it with resume=auto")
 
 
-def _show_search(sweep: Path, spec: "StudySpec", rows: Sequence[tuple[int, str, Sequence[float]]]) -> None:
+def _show_search(sweep: Path, spec: "StudySpec", rows: "Sequence[Row]") -> None:
     from dlopt.analysis.leaderboard import Entry, front, leaderboard
     from dlopt.commands.report import show_front, show_leaderboard
 
     if len(spec.objectives) > 1:
-        pareto_indices = front([values for _, _, values in rows], spec.directions)
+        pareto_indices = front([values for _, _, values, _ in rows], spec.directions)
         pareto_rows = [(f"job {rows[i][0]}: {rows[i][1]}", rows[i][2]) for i in pareto_indices]
         show_front(sorted(pareto_rows, key=lambda row: list(row[1])), spec.objectives)
     else:
         metric = spec.objectives[0]
         entries = []
-        for number, label, values in rows:
-            summary = {**(RunFolder(sweep / str(number)).summary() or {"status": "finished"}), metric: values[0]}
+        for number, label, values, run in rows:
+            summary = {**(RunFolder(run).summary() or {"status": "finished"}), metric: values[0]}
             entries.append(Entry(f"job {number}", {"job": number}, summary, [f"job {number}:", label]))
         board = leaderboard(entries, metric=metric, direction=spec.directions[0])
         show_leaderboard(board, metric.replace("best_val_", "test_"))

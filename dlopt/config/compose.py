@@ -10,6 +10,8 @@ import functools
 import importlib
 import itertools
 import logging
+import os
+import random
 import re
 import sys
 from argparse import Namespace
@@ -48,12 +50,14 @@ from dlopt.config.schema import show
 from dlopt.config.synonyms import for_choice, for_flag, for_key
 from dlopt.config.trust import check_hydra
 from dlopt.config.yaml_folder import YamlFolder
-from dlopt.errors import UserError, shorten, suggest
+from dlopt.errors import USER_ERROR, UserError, shorten, suggest
 from dlopt.folders import refuse_url
 from dlopt.plain import check_yaml
 
 CONFIG_NAME = "train"
 _VERSION_BASE = "1.3"
+# AssertionError: Hydra asserts that an interpolated choice is a string.
+_COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, AssertionError)
 
 
 def parse_arguments(arguments: list[str]) -> Namespace:
@@ -65,7 +69,7 @@ def parse_arguments(arguments: list[str]) -> Namespace:
         if action.dest == "version":
             action.version = f"dlopt {dlopt.__version__}"  # type: ignore[attr-defined]
     parsed: Namespace = parser.parse_intermixed_args(arguments)
-    parsed.overrides = [_quoted(line) for line in parsed.overrides]
+    parsed.overrides = [quoted(line) for line in parsed.overrides]
     if parsed.experimental_rerun is not None:
         raise UserError("--experimental-rerun: not supported, since it executes the contents of a pickle file")
     if parsed.config_path is not None:
@@ -75,11 +79,12 @@ def parse_arguments(arguments: list[str]) -> Namespace:
     return parsed
 
 
-def _quoted(line: str) -> str:
-    """Quotes a plain value that has non-ASCII letters, which Hydra's grammar rejects: name=größe."""
-    key, equals, value = line.partition("=")
-    is_plain = equals and value.isprintable() and not re.search(r"""['"\[\]{}(),$\\]""", value)
-    return line if value.isascii() or not is_plain else f"{key}='{value}'"
+def quoted(line: str) -> str:
+    """Quotes plain values that have non-ASCII letters, which Hydra's grammar rejects: name=größe,klein."""
+    key, equals, text = line.partition("=")
+    if not equals or text.isascii() or not text.isprintable() or re.search(r"""['"\[\]{}()$\\]""", text):
+        return line
+    return f"{key}={','.join(value if value.isascii() else repr(value) for value in text.split(','))}"
 
 
 def _raise_flag_error(arguments: list[str], flags: list[str], message: str) -> NoReturn:
@@ -92,7 +97,10 @@ def show_config(parsed: Namespace) -> None:
     for name in ("cfg", "package", "info", "config_name", "config_dir"):
         value = getattr(parsed, name)
         flags += [] if value is None else [f"--{name.replace('_', '-')}", value]
-    hydra_main([*flags, *parsed.overrides])
+    try:
+        hydra_main([*flags, *parsed.overrides])
+    except SystemExit as end:  # of an unknown --package, which Hydra reports
+        sys.exit(USER_ERROR if end.code == 1 else end.code)
 
 
 def hydra_main(arguments: list[str]) -> None:
@@ -152,7 +160,7 @@ class Composer:
             raise UserError(
                 f"{folder}a config file is nested too deeply, or includes itself through its defaults list"
             ) from None
-        except (HydraException, OmegaConfBaseException) as error:
+        except _COMPOSITION_ERRORS as error:
             raise UserError(self._explain(parsed, error, multirun)) from None
         except yaml.YAMLError as error:
             raise UserError(f"a config file is not valid YAML: {' '.join(str(error).split())}") from None
@@ -187,7 +195,7 @@ class Composer:
     def choices(self, group: str) -> list[str]:
         """Returns the names of a group's choices, including those in subfolders (`lecture/capacity`)."""
         options = self.loader.get_group_options
-        names = [name for name in options(group, ObjectType.CONFIG) if not name.startswith("_")]
+        names = options(group, ObjectType.CONFIG)
         for folder in options(group, ObjectType.GROUP):
             names += [f"{folder}/{name}" for name in self.choices(f"{group}/{folder}")]
         return names
@@ -201,9 +209,15 @@ class Composer:
             if not key:
                 raise UserError(f"{line}: an override is key=value or group=choice")
             if override.is_sweep_override():
-                if not multirun and not key.startswith("hydra."):
+                if key.startswith(("hydra.", "hydra/")):
+                    raise UserError(f"{line}: one value is needed, for all jobs; write a list as [a,b]")
+                if not multirun:
                     raise UserError(f"{line}: several values need -m (one run each); write a list as [a,b]")
                 continue
+            if key == "hydra":
+                raise UserError(f"{line}: a block of keys; set them one by one: hydra.run.dir=FOLDER")
+            if key == "hydra.job.env_copy":
+                raise UserError(f"{line}: not needed, because jobs inherit the environment")
             if override.is_delete() and not key.startswith("hydra"):
                 hint = self._suggest(key) if key in groups else "set a value (null where allowed)"
                 raise UserError(f"{line}: keys and groups cannot be deleted; {hint}")
@@ -242,7 +256,7 @@ class Composer:
         def compose_first(count: int) -> DictConfig | Exception:
             try:
                 return self._compose(lines[:count], multirun)
-            except (HydraException, OmegaConfBaseException) as error:
+            except _COMPOSITION_ERRORS as error:
                 return error
 
         # Bisection: with an override at fault, every longer list fails as well.
@@ -296,6 +310,8 @@ class Composer:
             return f"{line}: {first_lines(error)}{hint}"
         if hint := for_key(key, typed):
             return f"{line}: unknown key; {hint}"
+        if not names:
+            return f"{line}: unknown key; add a new key with a plus sign: +{line}"
         close = get_close_matches(name.lower(), names, n=1, cutoff=0.6)
         prefix = f"{parent}." if parent else ""
         hint = f"did you mean {prefix}{close[0]}? " if close else "" if parent else _suggest_in_groups(name, config)
@@ -346,10 +362,32 @@ def _register_plugins() -> None:
         plugins.register(plugin)
 
 
+def listed_values(override: Override) -> list[str]:
+    """Returns the values of a list, range or glob as on the command line. Raises `UserError` for duplicates.
+
+    The order of shuffle(...) is random but always the same: a sweep lists its values several times, when it is checked,
+    run and resumed, and in every task of a job array.
+    """
+    values = list(override.sweep_string_iterator())
+    if len(set(values)) < len(values):
+        raise UserError(f"{override.input_line}: duplicate value in the list")
+    if getattr(override.value(), "shuffle", False):
+        values.sort()
+        random.Random(0).shuffle(values)
+    return values
+
+
+def listed(override: Override) -> str:
+    """Returns the override with its values spelled out, in the order of `listed_values`."""
+    if not override.is_sweep_override():
+        return str(override.input_line)
+    return f"{override.get_key_element()}={','.join(listed_values(override))}"
+
+
 def grid(overrides: Iterable[Override]) -> list[list[str]]:
     """Returns the overrides of every combination of the listed values, in the order of Hydra's own sweeper.
 
-    Raises `UserError` for continuous ranges.
+    Raises `UserError` for continuous ranges and duplicate values.
     """
     lists: dict[str, list[str]] = {}
     for override in overrides:
@@ -357,7 +395,7 @@ def grid(overrides: Iterable[Override]) -> list[list[str]]:
         if not override.is_sweep_override():
             lists[key] = [f"{key}={override.get_value_element_as_str()}"]
         elif override.is_discrete_sweep():
-            lists[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
+            lists[key] = [f"{key}={value}" for value in listed_values(override)]
         else:
             raise UserError(
                 f"{override.input_line}: a grid needs listed values; to sample, add hydra/sweeper=dlopt_optuna"
@@ -374,7 +412,7 @@ def typed_folder(config: DictConfig, key: str, overrides: Iterable[str]) -> tupl
     if not path or not str(path).strip():
         raise UserError(f"{key}={'null' if path is None else path}: must be the path of a folder")
     refuse_url(str(path), key)
-    return Path(str(path)).absolute(), is_typed(key, overrides)
+    return Path(os.path.expanduser(str(path))).absolute(), is_typed(key, overrides)
 
 
 @contextlib.contextmanager
@@ -417,9 +455,10 @@ def _explain_grammar(line: str, following: str) -> str:
     if not equals and not key.startswith("~"):
         return f"{line}: an override is key=value or group=choice"
     if not re.fullmatch(r"[+~]{0,2}[\w/-]+([.@][\w/-]+)*", key):
-        return f"{line}: {key!r} is not a valid key or group name; an override is key=value or group=choice"
-    quoted = f"{key}={_quoted_value(value)}"
-    return f"{line!r}: the value must be quoted for Hydra, inside the quotes for the shell: {quoted!r}"
+        shown = line if line.isprintable() else repr(line)
+        return f"{shown}: {key!r} is not a valid key or group name; an override is key=value or group=choice"
+    correct = f"{key}={_quoted_value(os.path.expanduser(value))}"
+    return f"{line!r}: the value must be quoted for Hydra, inside the quotes for the shell: {correct!r}"
 
 
 def _quoted_value(value: str) -> str:

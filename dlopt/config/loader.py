@@ -19,6 +19,7 @@ import hydra.conf
 from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigNode, ConfigStore
+from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
@@ -73,9 +74,11 @@ class RememberingLoader(ConfigLoaderImpl):
             self.validate_sweep_overrides_legal(parsed, run_mode, from_shell)
         choices = [str(override.input_line) for override in parsed if self._is_choice(override)]
         values = [each for each in parsed if not each.is_sweep_override() and not self._is_choice(each)]
-        config = self._recall((config_name, *choices, run_mode), lambda: compose(choices))
-        if config.hydra.searchpath or any(override.key_or_group == "hydra.searchpath" for override in values):
-            return compose(overrides, validate_sweep_overrides=False)  # other folders may have other groups
+        # Other folders may have other groups and choices.
+        is_elsewhere = any(override.key_or_group == "hydra.searchpath" for override in values)
+        config = None if is_elsewhere else self._recall((config_name, *choices, run_mode), lambda: compose(choices))
+        if config is None or config.hydra.searchpath:
+            return compose(overrides, validate_sweep_overrides=False)
         # As in the method of the base class, which has seen the choices only.
         self._apply_overrides_to_config(values, config)
         of_hydra = [override for override in parsed if override.is_hydra_override()]
@@ -90,6 +93,13 @@ class RememberingLoader(ConfigLoaderImpl):
         named = [override for override in of_task if override.get_key_element() != "resume"]
         config.hydra.job.override_dirname = get_overrides_dirname(named, **config.hydra.job.config.override_dirname)
         return config
+
+    def get_group_options(
+        self, group_name: str, results_filter: ObjectType | None = ObjectType.CONFIG, *arguments: Any, **keywords: Any
+    ) -> list[str]:
+        """Lists the choices of a group, also for glob(*): without fragments, whose names start with an underscore."""
+        names = super().get_group_options(group_name, results_filter, *arguments, **keywords)
+        return [name for name in names if not name.startswith("_")]
 
     def _is_choice(self, override: Override) -> bool:
         if override.is_sweep_override() or isinstance(override.value(), dict):

@@ -17,6 +17,8 @@ def parse(config: Mapping[str, Any], saved: Mapping[str, Any] | None = None) -> 
 
     `saved`: the form to write to disk, where it differs (it keeps `${oc.env:...}` unresolved).
     """
+    if isinstance(config.get("experiment"), Mapping):
+        raise UserError("experiment: the first line of a recipe's file must be `# @package _global_`")
     run_keys = {key: value for key, value in config.items() if key not in GROUPS}
     settings = Settings(**check_arguments("", Settings, run_keys, related=tuple(GROUPS)))
     packages = (*trusted_packages(), *settings.allow_packages)
@@ -24,14 +26,12 @@ def parse(config: Mapping[str, Any], saved: Mapping[str, Any] | None = None) -> 
     components: dict[str, Any] = {}
     for name, group in GROUPS.items():
         node = config.get(name)
-        if not isinstance(node, Mapping) or "_target_" not in node:
-            if isinstance(node, Mapping):
-                raise UserError(
-                    f"{name}._target_: missing; the choice must name a callable: _target_: package.module.Name"
-                )
+        if not isinstance(node, Mapping):
             raise UserError(
                 f"{name}={show(node)}: must be one of the group's choices; `dlopt options {name}` lists them"
             )
+        if "_target_" not in node:
+            raise UserError(f"{name}._target_: missing; the choice must name a callable: _target_: package.module.Name")
         names = () if group.common is None else tuple(each.name for each in fields(group.common))
         arguments = {key: value for key, value in node.items() if key not in names}
         if name == "optimizer" and arguments.get("lr") == "auto":

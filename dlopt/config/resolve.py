@@ -22,9 +22,10 @@ def choices_of(config: DictConfig) -> dict[str, str]:
 def to_plain(config: DictConfig, overrides: Iterable[str] | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the config without Hydra's node as plain dicts and lists: (resolved, as it may be saved).
 
-    The second keeps interpolations of environment variables (`${oc.env:TOKEN}`), so that no secret is written. Raises
-    `UserError` for `???`, for broken interpolations, and for `allow_packages` set by a file instead of `overrides`, the
-    command line (None: already checked).
+    The second keeps interpolations of environment variables (`${oc.env:TOKEN}`), so that no secret is written. Numbers
+    (`${oc.decode:${oc.env:SLURM_ARRAY_TASK_ID}}`) are no secrets. Raises `UserError` for `???`, for broken
+    interpolations, and for `allow_packages` set by a file instead of `overrides`, the command line (None: already
+    checked).
     """
     raw: Any = OmegaConf.to_container(config, resolve=False)
     typed: list[str] = list((raw.get("hydra") or {}).get("overrides", {}).get("task") or ())
@@ -72,7 +73,8 @@ def _environment_values(plain: Any, raw: Any) -> set[str]:
         return set().union(*(_environment_values(plain[key], value) for key, value in raw.items()))
     if isinstance(raw, list):
         return set().union(*(_environment_values(value, other) for value, other in zip(plain, raw, strict=True)))
-    return {str(plain)} if isinstance(raw, str) and "${oc.env:" in raw and str(plain) else set()
+    is_secret = isinstance(raw, str) and "${oc.env:" in raw and not _is_number(plain) and str(plain)
+    return {str(plain)} if is_secret else set()
 
 
 def _redact(plain: Any, raw: Any, secrets: set[str]) -> Any:
@@ -84,8 +86,12 @@ def _redact(plain: Any, raw: Any, secrets: set[str]) -> Any:
         return {key: _redact(plain[key], value, secrets) for key, value in raw.items()}
     if isinstance(raw, list):
         return [_redact(value, other, secrets) for value, other in zip(plain, raw, strict=True)]
-    is_secret = isinstance(raw, str) and "${" in raw and any(secret in str(plain) for secret in secrets)
-    return raw if is_secret else plain
+    is_reference = isinstance(raw, str) and "${" in raw and not _is_number(plain)
+    return raw if is_reference and any(secret in str(plain) for secret in secrets) else plain
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or isinstance(value, int | float)
 
 
 def is_typed(key: str, overrides: Iterable[str]) -> bool:

@@ -1,6 +1,6 @@
 """Decides whether a run can be resumed with a config: which keys must be equal, which may have changed."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,13 @@ def newest_unfinished(parent: Path, config: Mapping[str, Any]) -> RunFolder | No
 def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Returns (saved, current) values of the dotted keys, other than those in `FREE`, in which two configs differ."""
     old, new = flatten(saved), flatten(current)
-    keys = [key for key in old | new if not any(key == free or key.startswith(f"{free}.") for free in FREE)]
+    keys = [key for key in old | new if not is_below(key, FREE)]
     return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
+
+
+def is_below(key: str, parents: Iterable[str]) -> bool:
+    """Returns whether a dotted key is one of `parents` or below one."""
+    return any(key == parent or key.startswith(f"{parent}.") for parent in parents)
 
 
 def refuse_other_config(old: Mapping[str, Any], new: Mapping[str, Any], path: str, overrides: list[str]) -> None:

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dlopt.config.choices import config_folder
-from dlopt.config.compose import parse_overrides
+from dlopt.config.compose import parse_overrides, quoted
 from dlopt.config.schema import show
 from dlopt.config.synonyms import for_flag
 from dlopt.errors import UserError
@@ -24,7 +24,7 @@ def typed_values(arguments: Iterable[str]) -> dict[str, Any]:
         is_override = "=" in argument or argument.startswith("~")
         if not is_override or Path(argument).is_file():  # a path may contain an equals sign
             raise UserError(f"{argument}: an override is key=value; for a checkpoint: checkpoint={argument}")
-    parsed = parse_overrides(arguments)
+    parsed = parse_overrides(map(quoted, arguments))
     for override in parsed:
         if override.is_sweep_override():
             raise UserError(f"{override.input_line}: one value is needed; write a list as [a,b]")
@@ -88,6 +88,5 @@ def with_changes(saved: Mapping[str, Any], overrides: Mapping[str, Any], path: P
             OmegaConf.update(config, key, value, merge=False)
         except OmegaConfBaseException:
             raise UserError(f"{key}={value}: the checkpoint's config has no such key") from None
-    plain = OmegaConf.to_container(config, resolve=False)
-    assert isinstance(plain, dict)
+    plain: Any = OmegaConf.to_container(config, resolve=False)
     return {str(key): value for key, value in plain.items()}

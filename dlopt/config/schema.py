@@ -15,14 +15,14 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any
 
-from annotated_types import Ge, Interval
+from annotated_types import Interval
 from pydantic import ConfigDict, PydanticSchemaGenerationError, PydanticUserError, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUndefinedAnnotation
 
 from dlopt.config.choices import config_folder, extensions
 from dlopt.config.synonyms import for_key
 from dlopt.errors import UserError, suggest
-from dlopt.ranges import Count, Fraction, NonNegative, OpenFraction, Positive
+from dlopt.ranges import Count, Fraction, NonNegative, OpenFraction, Positive, Probability
 
 ALLOWED_PACKAGES = ("dlopt", "torch.optim", "torch.nn", "torchvision")
 # The modules of dlopt that configs may name; the others act on files, processes and the network.
@@ -38,7 +38,7 @@ _NOT_CONFIGURABLE = (
 _RANGES: dict[str, Any] = {
     "lr": Positive,
     "momentum": Fraction,
-    "dampening": Annotated[float, Interval(ge=0, le=1)],
+    "dampening": Probability,
     "weight_decay": NonNegative,
     "eps": NonNegative,
     "betas": tuple[Fraction, Fraction],
@@ -56,7 +56,7 @@ _RANGES: dict[str, Any] = {
     "tolerance_grad": NonNegative,
     "tolerance_change": NonNegative,
     "ns_steps": Count,
-    "label_smoothing": Annotated[float, Ge(0), Interval(le=1)],
+    "label_smoothing": Probability,
 }
 _STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
 _EMPTY = inspect.Parameter.empty

@@ -27,8 +27,7 @@ _STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
 
 def check_hydra(config: DictConfig, typed: Iterable[str]) -> None:
     """Raises `UserError` if Hydra's node names code, or sets environment variables from a file. `typed`: overrides."""
-    hydra = OmegaConf.to_container(config.hydra, resolve=False)
-    assert isinstance(hydra, dict)
+    hydra: Any = OmegaConf.to_container(config.hydra, resolve=False)
     for key, value in leaves(hydra, "hydra"):
         name = key.rsplit(".", 1)[-1]
         if name == "_target_":

@@ -77,6 +77,7 @@ def _probe(config: Mapping[str, Any], choices: Mapping[str, str]) -> float | Non
     from dlopt.training.checkpoint import Checkpoints
 
     probe_config = {**config, "max_time": _PROBE_MINUTES, "tracking": [], "resume": None, "dry_run": False}
+    probe_config["schedule_epochs"] = None  # the horizon below is then the length of the run
     with tempfile.TemporaryDirectory(prefix="dlopt-") as path:
         folder = RunFolder(Path(path))
         describe(folder.path, probe_config, [], choices)

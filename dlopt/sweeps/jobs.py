@@ -61,8 +61,7 @@ def compose(loader: Any, sweep: DictConfig, overrides: Sequence[str], number: in
         config.hydra.job.num = config.hydra.job.id = number
     plain, saved = to_plain(config, None)  # allow_packages was checked when the sweep started
     parse(plain, saved)
-    env_set = OmegaConf.to_container(config.hydra.job.env_set, resolve=True)
-    assert isinstance(env_set, dict)
+    env_set: Any = OmegaConf.to_container(config.hydra.job.env_set, resolve=True)
     folder = RunFolder(Path(str(sweep.hydra.sweep.dir)) / folder_name(str(config.hydra.sweep.subdir)))
     environment = {str(key): str(value) for key, value in env_set.items()}
     return Job(number, folder, saved, list(overrides), choices_of(config), label, environment)
@@ -125,7 +124,7 @@ def result_of(folder: RunFolder, code: int) -> Result:
 
 def _explain_exit(code: int) -> str:
     if code < 0:
-        name = signal.Signals(-code).name
+        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
         return f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
     return f"exit code {code}; see {OUTPUT}"
 

@@ -245,11 +245,12 @@ def local(*, n_jobs: Annotated[int, Ge(-1)]) -> Pool:
     """
     if n_jobs == 0:
         raise UserError("hydra.launcher.n_jobs=0: must be the number of jobs to run at once (>= 1), or -1")
-    cores = sorted(os.sched_getaffinity(0))
-    slots = len(cores) if n_jobs == -1 else n_jobs
+    # Other systems than Linux do not bind processes to cores.
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    slots = (len(cores) or os.cpu_count() or 1) if n_jobs == -1 else n_jobs
 
     def start(slot: int, folder: Path, environment: Mapping[str, str]) -> Process:
-        slot_cores = None if slots == 1 else set(cores[slot::slots]) or {cores[slot % len(cores)]}
+        slot_cores = None if slots == 1 or not cores else set(cores[slot::slots]) or {cores[slot % len(cores)]}
         return spawn(folder, environment, slot_cores)
 
     return Pool(slots, start, find_local)

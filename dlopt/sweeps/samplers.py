@@ -19,12 +19,13 @@ from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 
 from dlopt.errors import UserError, install
-from dlopt.ranges import Count, Natural
+from dlopt.ranges import Count, Natural, Positive
 from dlopt.sweeps.space import Space, grid_values
 
 Sampler = Callable[[int], BaseSampler]
 """Job number -> Optuna sampler of that job."""
 Factor = Annotated[int, Ge(2)]
+Population = Annotated[int, Ge(3)]
 
 
 def random(*, space: Space, seed: int) -> Sampler:
@@ -43,7 +44,9 @@ def tpe(*, space: Space, seed: int, startup_trials: Natural, multivariate: bool,
     )
 
 
-def cmaes(*, space: Space, seed: int, startup_trials: Count, sigma: float | None, population: Count | None) -> Sampler:
+def cmaes(
+    *, space: Space, seed: int, startup_trials: Count, sigma: Positive | None, population: Population | None
+) -> Sampler:
     """Covariance matrix adaptation (Hansen 2016) over numeric keys; choices and the first jobs are drawn at random."""
     try:
         import cmaes as _  # noqa: F401
@@ -160,6 +163,8 @@ def asha(*, min_epochs: Count, reduction_factor: Factor, grace_rungs: Natural) -
 
 def hyperband(*, min_epochs: Count, max_epochs: Count, reduction_factor: Factor) -> BasePruner:
     """Successive halving in several brackets with different first rungs (Li et al. 2018)."""
+    if max_epochs < min_epochs:
+        raise UserError(f"hydra.sweeper.pruner.max_epochs={max_epochs}: must be at least min_epochs={min_epochs}")
     return optuna.pruners.HyperbandPruner(
         min_resource=min_epochs, max_resource=max_epochs, reduction_factor=reduction_factor
     )

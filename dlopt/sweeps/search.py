@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from optuna.trial import TrialState
 
 from dlopt.analysis.leaderboard import Direction, direction_of, is_seed
-from dlopt.config.resuming import FREE
+from dlopt.config.resuming import FREE, is_below
 from dlopt.config.schema import check_arguments, component, show
 from dlopt.errors import DONE, FAILED, INTERRUPTED, RunError, UserError
 from dlopt.files import write_atomically
@@ -142,23 +142,29 @@ def study_facts(spec: StudySpec, saved: Mapping[str, Any]) -> dict[str, Any]:
     `saved`: the config of any one job; keys that are searched or that may differ between machines are left out.
     """
     compared = ("epochs", "steps")  # may change on resume, but a search compares runs of one length
-    free = [*(key for key in FREE if key not in compared), "data.root", *spec.space.searched]
+    free = [*(key for key in FREE if key not in compared), "data.root"]
+    searched = list(spec.space.searched)
+    # The keys of a searched choice differ between jobs, unless the command line fixes them.
+    typed = [key for line in spec.space.fixed if is_below(key := line.lstrip("+").partition("=")[0], searched)]
     fixed = {
         key: value
         for key, value in flatten(saved).items()
-        if not any(key == prefix or key.startswith(f"{prefix}.") for prefix in free)
+        if not is_below(key, free) and (not is_below(key, searched) or is_below(key, typed))
     }
     return {"objective": list(spec.objectives), "config": fixed}
 
 
+Row = tuple[int, str, Sequence[float], Path]
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """Result of a search. `rows`: (job, varying overrides, objectives) of the finished jobs of all processes."""
+    """Result of a search. `rows`: the finished jobs of all processes: (job, varying overrides, objectives, folder)."""
 
     failed: int
     interrupted: int
     elsewhere: int  # jobs that other processes are running
-    rows: Sequence[tuple[int, str, Sequence[float]]]
+    rows: Sequence[Row]
 
     @property
     def code(self) -> int:
@@ -212,7 +218,7 @@ class Search(JobSource):
             return None
         counts = self._study.counts()
         if self._overview is not None:
-            done = [(number, label, {self._spec.objectives[0]: values[0]}) for number, label, values in self._rows()]
+            done = [(number, label, {self._spec.objectives[0]: values[0]}) for number, label, values, _ in self._rows()]
             self._overview.update_shared({status: counts[state] for status, state in _STATES.items()}, done)
         claim = self._study.claim()
         if claim is None:
@@ -226,8 +232,9 @@ class Search(JobSource):
             record_dead(job.folder)
         return job
 
-    def _rows(self) -> list[tuple[int, str, Sequence[float]]]:
-        return [(number, self._spec.space.label(values), scores) for number, values, scores in self._study.finished()]
+    def _rows(self) -> list[Row]:
+        label = self._spec.space.label
+        return [(number, label(values), scores, run) for number, values, scores, run in self._study.finished()]
 
     def is_exhausted(self) -> bool:
         return self._is_exhausted
@@ -258,7 +265,7 @@ class Search(JobSource):
         values = {key: result.metrics.get(key) for key in self._spec.objectives}
         scores = [float(value) for value in values.values() if _is_number(value)]
         if len(scores) == len(values):
-            self._study.finish(claim, scores)
+            self._study.finish(claim, scores, job.folder.path)
         else:
             self._fail(claim, values, result.metrics)
         watch = self._spec.pruning_metric

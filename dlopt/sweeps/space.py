@@ -5,11 +5,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from itertools import product
-from typing import Any, cast
+from typing import Any
 
-from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
+from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
+from dlopt.config.compose import listed_values
 from dlopt.errors import UserError
 
 Value = str | int | float
@@ -44,9 +45,8 @@ class Space:
 
     def points(self) -> list[dict[str, Value]]:
         """Returns all points of a space without continuous keys; the last key changes fastest."""
-        axes = [grid_values(distribution) for distribution in self.searched.values()]
-        assert all(axis is not None for axis in axes)
-        return [dict(zip(self.searched, point, strict=True)) for point in product(*cast("list[list[Value]]", axes))]
+        axes: list[Any] = [grid_values(distribution) for distribution in self.searched.values()]
+        return [dict(zip(self.searched, point, strict=True)) for point in product(*axes)]
 
 
 def parse_space(overrides: Iterable[Override]) -> Space:
@@ -75,11 +75,11 @@ def _distribution(key: str, override: Override) -> BaseDistribution:
         return _interval(key, value)
     if isinstance(value, RangeSweep) and not value.shuffle:
         return _range(key, value)
-    choices = list(override.sweep_string_iterator())
+    if isinstance(value, ChoiceSweep) and _is_log(key, value.tags):
+        raise UserError(f"{key}: tag(log, ...) requires interval(a,b), not a list")
+    choices = listed_values(override)
     if not choices:
         raise UserError(f"{key}: the list of values is empty")
-    if len(set(choices)) < len(choices):
-        raise UserError(f"{override.input_line}: duplicate value in the list")
     return CategoricalDistribution(choices)
 
 
@@ -98,13 +98,15 @@ def _range(key: str, sweep: RangeSweep) -> BaseDistribution:
     # Hydra's range excludes its end, Optuna's distributions include theirs.
     if _is_log(key, sweep.tags):
         raise UserError(f"{key}: tag(log, ...) requires interval(a,b), not range")
-    values = list(sweep.range())
-    if not values:
+    ends = (sweep.start, sweep.stop, sweep.step)
+    first, stop, step = (Decimal(str(end)) for end in ends)  # in decimals: 0.1 * 3 would be 0.30000000000000004
+    if (stop - first) * step <= 0:
         raise UserError(f"{key}=range({sweep.start},{sweep.stop},{sweep.step}): the range is empty")
-    low, high = min(values), max(values)
-    if all(isinstance(value, int) for value in values):
-        return IntDistribution(int(low), int(high), step=abs(int(sweep.step)))
-    return FloatDistribution(float(low), float(high), step=abs(float(sweep.step)))
+    last = first + (math.ceil((stop - first) / step) - 1) * step
+    low, high = sorted((first, last))
+    if all(isinstance(end, int) for end in ends):
+        return IntDistribution(int(low), int(high), step=abs(int(step)))
+    return FloatDistribution(float(low), float(high), step=abs(float(step)))
 
 
 def _is_log(key: str, tags: set[str]) -> bool:

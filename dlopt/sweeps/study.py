@@ -256,7 +256,9 @@ class Study:
         claim.trial.report(value, epoch)
         return claim.trial.should_prune()
 
-    def finish(self, claim: Claim, objectives: Sequence[float]) -> None:
+    def finish(self, claim: Claim, objectives: Sequence[float], folder: Path) -> None:
+        """Records the objectives and the run folder of a finished job."""
+        self._storage.set_trial_user_attr(claim.trial._trial_id, "run", str(folder))
         self._study.tell(claim.number, list(objectives), skip_if_finished=True)
 
     def prune(self, claim: Claim) -> None:
@@ -269,9 +271,10 @@ class Study:
     def counts(self) -> Counter[TrialState]:
         return Counter(trial.state for trial in self._trials())
 
-    def finished(self) -> list[tuple[int, Mapping[str, Any], Sequence[float]]]:
-        """Returns (number, values, objectives) of the finished jobs."""
-        return [(trial.number, trial.params, trial.values) for trial in self._trials(TrialState.COMPLETE)]
+    def finished(self) -> list[tuple[int, Mapping[str, Any], Sequence[float], Path]]:
+        """Returns (number, values, objectives, run folder) of the finished jobs."""
+        trials = self._trials(TrialState.COMPLETE)
+        return [(trial.number, trial.params, trial.values, Path(trial.user_attrs["run"])) for trial in trials]
 
     def awaits_orphans(self) -> bool:
         """Returns whether the owner of a running trial may have died before it recorded its name."""

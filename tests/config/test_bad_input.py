@@ -215,6 +215,19 @@ SWEEPS = {
     "-m resume=/x/last.pt seed=1,2": ("resume=/x/last.pt", "resume=auto"),
     "-m seed=1,2 hydra.sweep.subdir=x": ("hydra.sweep.subdir=x", "different for each job"),
     "-m seed=1,2 hydra.sweep.dir=": ("hydra.sweep.dir=", "folder"),
+    "-m seed=1,2,1": ("seed=1,2,1", "duplicate"),
+    "-m hydra/launcher=joblib,serial": ("hydra/launcher=joblib,serial", "one value"),
+    "hydra.run.dir=a,b": ("hydra.run.dir=a,b", "one value"),
+    "'normalize=${oc.create:[1]}'": ("normalize=${oc.create:[1]}: unknown choice",),
+    "'evalu\nate.tta=none'": ("'evalu\\nate.tta=none'", "not a valid key"),
+    "hydra=1": ("hydra=1", "one by one"),
+    "hydra.job.env_set.A=1": ("hydra.job.env_set.A=1", "+hydra.job.env_set.A=1"),
+    "hydra.job.env_copy=[NO_SUCH_VARIABLE]": ("hydra.job.env_copy", "inherit"),
+    "hydra.run.dir=~/x": (f"'{Path.home()}/x'",),
+    "-m seed=1,2 hydra.sweeper.max_batch_size=0": ("hydra.sweeper.max_batch_size=0", "> 0"),
+    "-m seed=1,2 hydra.job.chdir=true": ("hydra.job.chdir=true", "sweep"),
+    "-m experiment=study/optimizers,study/schedules": ("experiment=study/optimizers", "one at a time"),
+    "name=größe,klein": ("name='größe',klein", "-m"),
 }
 ALL = KEYS | TYPES | RANGES | COMBINATIONS | PATHS | SWEEPS
 

@@ -63,6 +63,12 @@ def test_broken_primary_config(tmp_path: Path) -> None:
     assert "nope" in refused(tmp_path, "train", "--config-dir", "conf", "--config-name", "mine")
 
 
+def test_recipe_without_its_package(tmp_path: Path) -> None:
+    write(tmp_path / "conf/experiment/mine.yaml", "epochs: 3\n")
+    message = refused(tmp_path, "train", "--config-dir", "conf", "experiment=mine", *SMALL)
+    assert "`# @package _global_`" in message
+
+
 def test_custom_primary_config(tmp_path: Path) -> None:
     write(tmp_path / "conf/mine.yaml", """\
         defaults: [train, _self_]

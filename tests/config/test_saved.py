@@ -8,7 +8,7 @@ import torch
 
 from dlopt.config.compose import Composer
 from dlopt.config.resolve import to_plain
-from dlopt.config.saved import with_changes
+from dlopt.config.saved import typed_values, with_changes
 from dlopt.errors import UserError
 from dlopt.training import checkpoint
 from tests.commands.line import SMALL, dlopt, refused
@@ -32,6 +32,10 @@ def test_changes_only_the_given_keys(saved: dict[str, Any]) -> None:
 def test_sets_parallel_single(saved: dict[str, Any]) -> None:
     several = {**saved, "parallel": {"_target_": "dlopt.parallel.ddp.DDP", "processes": 8}}
     assert with_changes(several, {}, PATH) == saved
+
+
+def test_accepts_paths_with_letters_of_any_language() -> None:
+    assert typed_values(["checkpoint=größe/best.pt", "device=cpu"]) == {"checkpoint": "größe/best.pt", "device": "cpu"}
 
 
 def test_refused(saved: dict[str, Any]) -> None:

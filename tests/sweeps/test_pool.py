@@ -160,6 +160,7 @@ def test_result_of_exit_codes(tmp_path: Path) -> None:
     assert result_of(folder, 75).status == "interrupted"
     assert result_of(folder, 3).reason.startswith("exit code 3")
     assert json.loads((tmp_path / "summary.json").read_text())["status"] == "failed"
+    assert result_of(RunFolder(tmp_path / "other"), -36).reason == "killed by signal 36"  # one without a name
     (tmp_path / "summary.json").write_text('{"status": "finished", "best_val_loss": 1.0}')
     assert result_of(folder, 0).status == "finished"
 

@@ -69,6 +69,14 @@ def test_search_runs_resumes_and_grows(tmp_path: Path) -> None:
     assert "epochs: saved 1, now 2" in message
 
 
+def test_shows_the_test_of_the_best_job_in_a_folder_of_another_name(tmp_path: Path) -> None:
+    result = search(tmp_path, SPACE, "hydra.sweeper.n_trials=2", "hydra.sweep.subdir='job-${hydra.job.num}'")
+    assert result.code == 0, result.err
+    ends = [json.loads((tmp_path / f"sweep/job-{number}/summary.json").read_text()) for number in range(2)]
+    best = min(ends, key=lambda end: end["best_val_loss"])
+    assert f"{best['test_loss']:.4f}" in result.out
+
+
 def test_resumes_the_unfinished_search_in_the_default_folder(tmp_path: Path) -> None:
     line = ["train", "-m", *TINY, *SEARCH, SPACE]
     assert dlopt(tmp_path, *line, "hydra.sweeper.n_trials=1").code == 0
@@ -174,6 +182,15 @@ BAD = {
         "one for each objective",
     ),
     "a pruner without a metric": ([SPACE, "hydra/sweeper/pruner=asha", "hydra.sweeper.objective=seconds"], "watch"),
+    "a pruner without epochs": (
+        [SPACE, "hydra/sweeper/pruner=hyperband", "hydra.sweeper.pruner.min_epochs=9"],
+        "hydra.sweeper.pruner.max_epochs=1: must be at least",
+    ),
+    "a step of no size": ([SPACE, "hydra/sweeper/sampler=cmaes", "hydra.sweeper.sampler.sigma=0"], "sigma=0"),
+    "a population of one": (
+        [SPACE, "hydra/sweeper/sampler=cmaes", "hydra.sweeper.sampler.population=1"],
+        "population=1",
+    ),
     "an unknown sampler": ([SPACE, "hydra/sweeper/sampler=tpx"], "tpx"),
     "a sampler's key": ([SPACE, "+hydra.sweeper.sampler.x=1"], "hydra.sweeper.sampler.x"),
     "code for a sampler": ([SPACE, "hydra.sweeper.sampler._target_=os.system"], "_target_"),
@@ -202,6 +219,13 @@ def test_dry_run_lists_the_jobs_and_leaves_nothing(tmp_path: Path, monkeypatch: 
     assert "hydra.sweep.subdir" in refused(tmp_path, "train", "-m", *TINY, *line)
 
 
+def test_refuses_other_fixed_keys_of_a_searched_choice(tmp_path: Path) -> None:
+    line = (*SEARCH, HERE, "optimizer=sgd,adamw", SPACE, "resume=auto")
+    assert search(tmp_path, *line, "optimizer.weight_decay=0.1", "hydra.sweeper.n_trials=1").code == 0
+    message = refused(tmp_path, "train", "-m", *TINY, *line, "optimizer.weight_decay=0", "hydra.sweeper.n_trials=2")
+    assert "optimizer.weight_decay: saved 0.1, now 0" in message
+
+
 @pytest.mark.parametrize("share, horizon", [(0.25, 8), (None, 2)])
 def test_estimate_extrapolates_to_all_updates(
     share: float | None, horizon: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -212,6 +236,8 @@ def test_estimate_extrapolates_to_all_updates(
 
     class Stopped:
         def __init__(self, folder: Path, *_: object) -> None:
+            config = RunFolder(folder).config()
+            assert config is not None and config["schedule_epochs"] is None  # the horizon is the length of the run
             (folder / "summary.json").write_text(json.dumps(summary))
 
         def poll(self) -> int:
@@ -219,7 +245,7 @@ def test_estimate_extrapolates_to_all_updates(
 
     monkeypatch.setattr("dlopt.sweeps.pool.spawn", Stopped)
     monkeypatch.setattr("dlopt.training.checkpoint.Checkpoints.load_newest", lambda self: state)
-    assert estimate_job_seconds([{"seed": 0}], {}) == (3.0 if share is None else 12.0)
+    assert estimate_job_seconds([{"seed": 0, "schedule_epochs": 5.0}], {}) == (3.0 if share is None else 12.0)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,12 @@
 """Hydra's words for a search space, and what Optuna makes of them."""
 
+import re
+from pathlib import Path
+
 import pytest
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
+import dlopt
 from dlopt.errors import UserError
 from tests.sweeps.spaces import space
 
@@ -18,12 +22,24 @@ from tests.sweeps.spaces import space
         ("range(0,5)", IntDistribution(0, 4)),  # as Hydra's range: without its end
         ("range(1,10,2)", IntDistribution(1, 9, step=2)),
         ("range(0,1,0.25)", FloatDistribution(0.0, 0.75, step=0.25)),
+        ("range(-0.2,1.8,0.6)", FloatDistribution(-0.2, 1.6, step=0.6)),  # in binary, 1.6 is missed
+        ("range(4.9,3.4,-1.1)", FloatDistribution(3.8, 4.9, step=1.1)),
+        ("range(1,3,0.5)", FloatDistribution(1.0, 2.5, step=0.5)),
         ("choice(a,b)", CategoricalDistribution(["a", "b"])),
         ("0.1,[2,3],null", CategoricalDistribution(["0.1", "[2,3]", "null"])),
     ],
 )
 def test_distributions(typed: str, distribution: BaseDistribution) -> None:
     assert space(f"key={typed}").searched == {"key": distribution}
+
+
+def test_the_guide_describes_the_distributions() -> None:
+    guide = (Path(dlopt.__file__).parents[1] / "docs/howto/search.md").read_text()
+    rows = re.findall(r"^\| `([^`]+)`.* \| (a number|an integer|one)\b", guide, re.MULTILINE)
+    kinds = {"a number": FloatDistribution, "an integer": IntDistribution, "one": CategoricalDistribution}
+    assert len(rows) == 6
+    for value, noun in rows:
+        assert isinstance(space(f"key={value}").searched["key"], kinds[noun]), value
 
 
 def test_grid_points_equal_hydras() -> None:
@@ -51,6 +67,8 @@ def test_last_value_of_a_key_wins() -> None:
         ("tag(log,range(1,5))", "interval"),
         ("tag(square,interval(1,5))", "tag(square"),
         ("range(5,1)", "empty"),
+        ("range(5,1,2)", "empty"),
+        ("tag(log,choice(1,5))", "interval"),
         ("a,b,a", "duplicate"),
         ("1", "nothing to search"),
     ],
