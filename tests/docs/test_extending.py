@@ -1,13 +1,16 @@
-"""The optimizer and the data set that the pages show work as written."""
+"""What the pages show works as written: an optimizer, a data set, a comparison, the arguments and keys of a choice."""
 
+import re
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
+from dlopt.config.experiment import GROUPS
 from tests.commands.line import SMALL, dlopt, refused
-from tests.docs.pages import block_after
+from tests.docs.pages import ROOT, block_after
 
 TUTORIAL = "docs/tutorials/write_an_optimizer.md"
 DATA = "docs/howto/custom_data.md"
@@ -63,3 +66,29 @@ def test_a_data_set_of_the_users(folder: Path) -> None:
     result = dlopt(folder, "train", *data, "allow_packages=[mine]", *SMALL, "tracking=[]")
     assert result.code == 0, result.err
     assert "finished" in result.out
+
+
+def test_a_comparison_of_the_users(tmp_path: Path) -> None:
+    recipe = block_after("docs/howto/comparisons.md", "yaml", "`myconf/experiment/momentum.yaml`")
+    (tmp_path / "myconf/experiment").mkdir(parents=True)
+    (tmp_path / "myconf/experiment/momentum.yaml").write_text(recipe)
+    small = ["seed=0", "optimizer.lr=0.1", "epochs=2", "data.subset=40"]
+    result = dlopt(tmp_path, "train", "--config-dir", "myconf", "experiment=momentum", *small)
+    assert result.code == 0, result.err
+    assert "Momentum: 2 runs" in result.out
+    configs = [yaml.safe_load(path.read_text()) for path in tmp_path.glob("outputs/**/config.yaml")]
+    assert len({config["data"]["batch_size"] for config in configs if "data" in config}) == 1  # the same updates
+
+
+def test_the_arguments_that_a_component_gets_at_run_time() -> None:
+    text = (ROOT / "docs/extending.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)`(?: operations)? \| (.*) \|$", text, re.MULTILINE))
+    for group in GROUPS.keys() - {"data", "parallel"}:  # data gets keys of the config; modes have a section
+        assert tuple(re.findall(r"`(\w+)`", rows[group])) == GROUPS[group].runtime, group
+
+
+def test_the_keys_of_a_choice_that_a_tutorial_shows(tmp_path: Path) -> None:
+    shown = block_after("docs/tutorials/first_experiment.md", "text", "the resulting config, without training")
+    command, _, output = shown.partition("\n")
+    assert command == "$ dlopt options optimizer=adamw"
+    assert dlopt(tmp_path, "options", "optimizer=adamw").out.split() == output.split()
