@@ -57,7 +57,7 @@ class TokenEmbedding(nn.Module):
 class CausalAttention(nn.Module):
     """softmax(q k^T * scale) v over the present and earlier tokens; q, k, v: [B, heads, T, d].
 
-    Queries may be fewer than keys: with a cache, a single new token attends to all.
+    Queries may be fewer than keys: with a cache, they are the last tokens.
     """
 
     def __init__(self, scale: float) -> None:
@@ -65,7 +65,11 @@ class CausalAttention(nn.Module):
         self.scale = scale
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, scale=self.scale)
+        queries, keys = q.shape[2], k.shape[2]
+        if 1 < queries < keys:  # is_causal would align the first query with the first key, not the last with the last
+            mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=queries > 1, scale=self.scale)
 
     def weights(self, q: Tensor, k: Tensor) -> Tensor:
         """Returns the attention weights [B, heads, T, T] of as many queries as keys, which `forward` never stores."""

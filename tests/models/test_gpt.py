@@ -112,6 +112,15 @@ def test_cached_logits_equal_uncached_ones(options: dict[str, Any]) -> None:
     torch.testing.assert_close(torch.stack(cached, 1), model(tokens)[:, 2:], rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("options", OPTIONS)
+def test_several_tokens_after_those_in_the_cache(options: dict[str, Any]) -> None:
+    model = gpt(**options).eval()
+    tokens = torch.tensor([[3, 1, 4, 1, 5, 9, 2], [7, 2, 7, 1, 8, 2, 8]])
+    caches = [KeyValueCache(), KeyValueCache()]
+    cached = [model.next_logits(part, caches) for part in tokens.split([2, 3, 2], dim=1)]
+    torch.testing.assert_close(torch.stack(cached, 1), model(tokens)[:, [1, 4, 6]], rtol=1e-10, atol=1e-10)
+
+
 def test_sizes() -> None:
     def parameters(choice: str, shape: tuple[int, ...], vocabulary: int) -> int:
         lines = [f"model={choice}"]
