@@ -26,6 +26,10 @@ Fan = Literal["fan_in", "fan_out"]
 _TORCH_GAINS: dict[type[nn.Module], Any] = {
     nn.LeakyReLU: "leaky_relu", nn.ReLU: "relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid", nn.SELU: "selu",
 }  # fmt: skip
+# Also activations that only models of other packages have: ReLU6 and Hardswish (MobileNet), CELU, PReLU.
+_ACTIVATIONS = (
+    *(kind for kind in ACTIVATIONS.values() if kind is not nn.Identity), nn.ReLU6, nn.Hardswish, nn.CELU, nn.PReLU,
+)  # fmt: skip
 
 
 class Weight(NamedTuple):
@@ -63,19 +67,21 @@ def fans(layer: nn.Module, weight: Tensor) -> tuple[int, int]:
 
 
 def activation_gain(model: nn.Module) -> float:
-    """Returns the gain for the model's most frequent activation; 1 if it has none.
+    """Returns the gain for the model's most frequent activation; 1 if it has none (functions are not found).
 
-    torch's recommended value if there is one (ReLU: sqrt(2), tanh: 5/3), else 1 / sqrt(E[f(z)^2]) for a standard
-    normal z: the factor that preserves the second moment from layer to layer, as He et al. 2015 derive sqrt(2).
+    torch's recommended value if there is one (ReLU: sqrt(2), tanh: 5/3; PReLU: of its mean slope), else
+    1 / sqrt(E[f(z)^2]) for a standard normal z: the factor that preserves the second moment from layer to
+    layer, as He et al. 2015 derive sqrt(2).
     """
-    kinds = tuple(kind for kind in ACTIVATIONS.values() if kind is not nn.Identity)
-    counts = Counter(type(module) for module in model.modules() if isinstance(module, kinds))
+    counts = Counter(type(module) for module in model.modules() if isinstance(module, _ACTIVATIONS))
     if not counts:
         return 1.0
     ((kind, _),) = counts.most_common(1)
     activation = next(module for module in model.modules() if type(module) is kind)
     if kind in _TORCH_GAINS:
         return nn.init.calculate_gain(_TORCH_GAINS[kind], getattr(activation, "negative_slope", None))
+    if isinstance(activation, nn.PReLU):
+        return nn.init.calculate_gain("leaky_relu", activation.weight.mean().item())
     z = torch.linspace(-10, 10, 4001, dtype=torch.float64)
     density = torch.exp(-z.square() / 2) / sqrt(2 * torch.pi)
     return torch.trapezoid(activation(z.clone()).square() * density, z).rsqrt().item()

@@ -319,6 +319,19 @@ def test_gain_uses_the_slope_of_the_model() -> None:
     assert init.activation_gain(nn.ELU(1.0, inplace=True)) == pytest.approx(init.activation_gain(nn.ELU()))
 
 
+@pytest.mark.parametrize(
+    ("activation", "expected"),  # 1 / sqrt(E[f(z)^2]), by integration over z
+    [
+        (nn.ReLU6(), math.sqrt(2)),
+        (nn.Hardswish(), 1.73666),
+        (nn.PReLU(init=0.25), math.sqrt(2 / (1 + 0.25**2))),
+    ],
+)
+def test_gain_of_activations_of_other_packages(activation: nn.Module, expected: float) -> None:
+    """Previously 1, which made kaiming_normal shrink the signal of a MobileNet."""
+    assert init.activation_gain(nn.Sequential(nn.Linear(3, 3), activation)) == pytest.approx(expected, rel=1e-3)
+
+
 def test_lsuv_refuses_layers_with_several_outputs() -> None:
     with pytest.raises(UserError, match="init=lsuv: LSTM returns more than one tensor"):
         apply("lsuv", nn.LSTM(16, 4), inputs=torch.randn(8, 3, 16))
