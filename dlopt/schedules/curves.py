@@ -30,7 +30,8 @@ def step(
     Update t = every is the first with the reduced learning rate.
     """
     every = length_of("every", every_epochs, every_steps, horizon, every_fraction * horizon.steps)
-    return lambda t: gamma ** (min(t, horizon.steps) // every)
+    # floor(whole(...)), not //: 11 // 2.2 is 4
+    return lambda t: gamma ** math.floor(whole(min(t, horizon.steps) / every))
 
 
 def multistep(

@@ -502,6 +502,12 @@ def test_rounding_does_not_delay_a_drop(name: str, keys: dict[str, Any], first: 
     assert [factor(first - 1), factor(first)] == pytest.approx([1.0, 0.1])
 
 
+def test_rounding_delays_no_later_drop() -> None:
+    factor = make("step", steps=44, epoch=22, every_epochs=0.1)  # every 2.2 updates, and 11 // 2.2 is 4
+    drops = [t for t in range(1, 44) if factor(t) < factor(t - 1)]
+    assert drops == [-(-22 * i // 10) for i in range(1, 20)]
+
+
 def test_rounding_changes_neither_warmups_nor_restarts() -> None:
     warmed_up = make("constant", steps=100, warmup_fraction=0.29)  # 0.29 * 100 = 28.999999999999996
     assert isinstance(warmed_up, WarmedUp) and warmed_up.length == 29
