@@ -146,6 +146,9 @@ class Muon(torch.optim.Optimizer):
                 self._step_matrices(group)
         if self._rest is not None:
             self._share_with_rest()
+            for group in self._rest.param_groups:
+                if group.get("momentum"):  # torch's fused SGD fails if only some parameters of a group have a momentum
+                    buffers(self, [p for p in group["params"] if p.grad is not None], "momentum_buffer")
             self._rest.step()
         return loss
 

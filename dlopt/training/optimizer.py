@@ -14,6 +14,7 @@ from dlopt.errors import UserError
 from dlopt.graphs import CudaRecorder
 from dlopt.losses import sampling_obstacle
 from dlopt.optim import SAM
+from dlopt.optim.common import buffers
 from dlopt.parallel.mode import Mode
 from dlopt.parallel.shards import is_sharded_tensor
 from dlopt.parameters import parameter_groups
@@ -61,6 +62,8 @@ def build_optimizer(workload: Workload) -> torch.optim.Optimizer:
         mup.check_optimizer(optimizer)
     if fused:
         match_state_layout(optimizer)
+        if isinstance(optimizer, torch.optim.SGD):
+            start_momentum(optimizer)
     return optimizer
 
 
@@ -77,6 +80,8 @@ def can_fuse(component: Component, parameters: Sequence[Tensor]) -> bool:
     if not component.takes("fused") or {"fused", "foreach"} & set(component.arguments):
         return False
     if target.__module__.partition(".")[0] not in ("torch", "dlopt") or component.arguments.get("cautious"):
+        return False
+    if component.arguments.get("dampening"):  # see `start_momentum`
         return False
     fusable = [name for device in devices for name in _FUSED.get(device, ())]
     is_plain = all(p.is_floating_point() and not is_sharded_tensor(p) for p in parameters)
@@ -105,6 +110,23 @@ def match_state_layout(optimizer: torch.optim.Optimizer) -> None:
 
     optimizer.register_load_state_dict_post_hook(match_layout)
     first_step = optimizer.register_step_pre_hook(check_gradients)
+
+
+def start_momentum(optimizer: torch.optim.SGD) -> None:
+    """Starts every momentum of fused SGD at zero, now and after a state is loaded.
+
+    torch starts one at a parameter's first gradient, and its fused kernel fails (2.15: TypeError) if by then another
+    parameter of the group has one, as in models that skip layers at random. From zero the first update is the same
+    without dampening, which torch leaves out of it.
+    """
+
+    def start(optimizer: torch.optim.Optimizer) -> None:
+        for group in optimizer.param_groups:
+            if group["momentum"] != 0:
+                buffers(optimizer, [p for p in group["params"] if p.requires_grad], "momentum_buffer")
+
+    start(optimizer)
+    optimizer.register_load_state_dict_post_hook(start)
 
 
 def _same_strides(tensor: Tensor, parameter: Tensor) -> bool:

@@ -388,6 +388,18 @@ def test_muon_does_not_depend_on_the_layout_of_kernels() -> None:
     assert float((second["kernel"] - torch.tensor(START["kernel"])).detach().norm()) > 0.1
 
 
+def test_muon_with_sgd_takes_gradients_that_begin_later() -> None:
+    vectors = [nn.Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(2)]
+    optimizer = Muon(vectors, rest="sgd", rest_lr=0.1, rest_momentum=0.5, weight_decay=0.0)
+    for late in (False, True):
+        for p, active in zip(vectors, (True, late), strict=True):
+            p.grad = torch.ones_like(p) if active else None
+        optimizer.step()
+    # Nesterov: 0.1 * (1 + 0.5) in the first update, 0.1 * (1 + 0.5 * 1.5) in the second
+    torch.testing.assert_close(vectors[0].detach(), torch.full_like(vectors[0], 1 - 0.15 - 0.175))
+    torch.testing.assert_close(vectors[1].detach(), torch.full_like(vectors[1], 1 - 0.15))
+
+
 def test_muon_groups() -> None:
     params = parameters()
     groups = [
