@@ -16,8 +16,9 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
     """Sets the learning rate of each group to its base times `factor(t)`; update t uses factor(t), t from 0.
 
     A group with `horizon` h, a fraction of the run, uses factor(t / h): its schedule ends after that fraction, and the
-    factor stays at its final value. With `freezes`, its parameters have requires_grad=False while their learning rate
-    is zero, which saves time and changes no result. `frozen` counts these groups.
+    factor stays at its final value; a momentum that the schedule cycles as well. With `freezes`, its parameters have
+    requires_grad=False while their learning rate is zero, which saves time and changes no result. `frozen` counts these
+    groups.
 
     A standard LRScheduler: call `step()` after every update. For speed it omits torch's order checks and its copy of
     all values. Learning rates that are tensors are changed in place, as CUDA graphs require.
@@ -77,10 +78,11 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
             else:
                 group["lr"].fill_(base * factor)
         if self.cycles_momentum:
-            momentum = self._component.momentum(self.last_epoch)
-            for group, cycles in zip(self.optimizer.param_groups, self._cycles, strict=True):
+            groups = self.optimizer.param_groups
+            for group, cycles, horizon in zip(groups, self._cycles, self._horizons, strict=True):
                 if not cycles:
                     continue
+                momentum = self._component.momentum(self.last_epoch / horizon)
                 if "betas" in group:
                     group["betas"] = (momentum, *group["betas"][1:])
                 elif "momentum" in group:

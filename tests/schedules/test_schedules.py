@@ -441,6 +441,19 @@ def test_group_horizon_shortens_the_schedule() -> None:
     assert all(p.requires_grad for p in parameters) and scheduler.frozen == 0  # freezing was not requested
 
 
+def test_group_horizon_shortens_the_cycle_of_the_momentum() -> None:
+    optimizer, _ = two_groups(0.5)
+    for group in optimizer.param_groups:
+        group["momentum"] = 0.9
+    one_cycle: Any = make("one_cycle", steps=200)
+    scheduler = Scheduler(optimizer, one_cycle)
+    for t in range(200):
+        first, second = (group["momentum"] for group in optimizer.param_groups)
+        assert (first, second) == (one_cycle.momentum(t), one_cycle.momentum(2 * t))
+        scheduler.step()
+    assert one_cycle.momentum(59) == pytest.approx(0.85)  # at the peak of the learning rate
+
+
 def test_reports_the_rate_without_multipliers() -> None:
     """The first group may have another one: layer_decay gives it the smallest."""
     parameters = [torch.nn.Parameter(torch.ones(1)) for _ in range(3)]
