@@ -82,7 +82,8 @@ class Adaptive:
                 continue
             limit = unit_norm(parameter).clamp_(min=self.eps).mul_(self.clipping)
             norms = unit_norm(parameter.grad)
-            local(parameter.grad).mul_((limit / norms.clamp(min=1e-6)).clamp_(max=1.0))
+            tiny = torch.finfo(norms.dtype).tiny  # against 0 / 0; a larger one would shrink short gradients
+            local(parameter.grad).mul_((limit / norms.clamp(min=tiny)).clamp_(max=1.0))
 
 
 def _local_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:

@@ -118,6 +118,15 @@ def test_adaptive_clips_by_unit_and_not_by_layer() -> None:
     torch.testing.assert_close(layers[0].weight.grad, expected)
 
 
+def test_adaptive_leaves_small_gradients_within_a_smaller_limit() -> None:
+    layers = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 1))
+    layers[0].weight.data = torch.zeros(2, 2)
+    layers[0].weight.grad = torch.tensor([[3e-8, 4e-8], [3e-7, 4e-7]])
+    Adaptive(layers, clipping=0.01, eps=1e-5)(list(layers.parameters()))
+    expected = torch.tensor([[3e-8, 4e-8], [6e-8, 8e-8]])  # the limit is 1e-7, the norms are 5e-8 and 5e-7
+    torch.testing.assert_close(layers[0].weight.grad, expected, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("clip", [ByNorm(max_norm=1.0), Adaptive(net(), clipping=0.1, eps=0.0)])
 def test_ignores_parameters_without_gradients(clip: Clip) -> None:
     parameters = list(net().parameters())
