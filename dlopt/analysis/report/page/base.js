@@ -62,7 +62,9 @@ function formatMetric(name, value) {
   if (value === null || value === undefined) return "–";
   if (isFraction(name)) return `${(100 * value).toFixed(2)} %`;
   if (name === "seconds") return `${formatSeconds(value)} s`;
-  return isLoss(name) && Math.abs(value) < 1000 ? value.toFixed(Math.abs(value) < 100 ? 4 : 1) : formatNumber(value);
+  const size = Math.abs(value);
+  const isUsual = size === 0 || (size >= 1e-3 && size < 1000); // four decimals would round a smaller loss to zero
+  return isLoss(name) && isUsual ? value.toFixed(size < 100 ? 4 : 1) : formatNumber(value);
 }
 
 function formatSeconds(value) {
