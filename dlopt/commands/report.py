@@ -269,11 +269,11 @@ def _difference(name: str, row: Configuration) -> str:
     difference = row.difference
     if difference is None:
         return ""
-    scale, digits = (100, 2) if "accuracy" in name else (1, 4)
-    mean = f"{scale * difference.mean:+.{digits}f}"
+    mean = _signed(name, difference.mean).removesuffix(" %")  # in percentage points
     if difference.low is None or difference.high is None:
         return mean
-    return f"{mean} [{scale * difference.low:+.{digits}f}, {scale * difference.high:+.{digits}f}]"
+    low, high = (_signed(name, end).removesuffix(" %") for end in (difference.low, difference.high))
+    return f"{mean} [{low}, {high}]"
 
 
 def _notes(table: Table, options: _Options) -> list[str]:
@@ -286,10 +286,15 @@ def _notes(table: Table, options: _Options) -> list[str]:
         lines.append(f"#1: {failed} of {len(table.ranked[0].runs)} runs failed; its mean is that of the others")
     best = table.ranked[0].command if table.ranked else None
     lines += [] if best is None else [f"best: {best}"]
-    lines += [f"failed: {layout.short_path(run.path)}: {run.reason or run.status}" for run in table.failed[:5]]
-    lines += [f"... and {len(table.failed) - 5} more failed runs"] if len(table.failed) > 5 else []
+    lines += [f"{run.status}: {layout.short_path(run.path)}: {_reason(run)}" for run in table.failed[:5]]
+    lines += [f"... and {len(table.failed) - 5} more failed or unfinished runs"] if len(table.failed) > 5 else []
     lines += [f"skipped: {layout.short_path(each.path)}: {each.reason}" for each in table.damaged]
     return lines
+
+
+def _reason(run: Record) -> str:
+    killed = "no summary: the process was killed or the machine went down"
+    return run.reason or (killed if run.status == "unfinished" else "no reason recorded")
 
 
 # -- results of a sweep: leaderboard or Pareto front

@@ -63,6 +63,25 @@ def test_writes_table_page_and_plots(runs: Path) -> None:
     assert {path.name for path in (runs / "tables").iterdir()} == {"table.tex", "summary.csv"}
 
 
+def test_differences_of_small_and_huge_losses_have_digits(tmp_path: Path) -> None:
+    for lr, scale in ((0.01, 2e-5), (0.1, 3e-5), (1.0, 1e33)):
+        for seed in range(3):
+            losses = (scale * (1 + 0.1 * seed),)
+            make_run(tmp_path / f"night/{lr}-{seed}", lr=lr, seed=seed, accuracies=(0.5,), losses=losses)
+    lines = dlopt(tmp_path, "report", "night", "by=val_loss", "format=csv").out.splitlines()
+    second, third = lines[3], lines[4]
+    assert "+1.10e-05 [+8.52e-06, +1.35e-05]" in second  # t interval of the differences 1.0, 1.1 and 1.2e-5
+    assert "+1.10e+33 [" in third and len(third) < 130
+
+
+def test_a_killed_run_is_not_called_failed(tmp_path: Path) -> None:
+    make_run(tmp_path / "night/0")
+    make_run(tmp_path / "night/1", seed=1, status=None)
+    out = dlopt(tmp_path, "report", "night", "format=csv").out
+    assert "1 finished, 1 unfinished" in out and "failed" not in out
+    assert "unfinished: night/1: no summary: the process was killed or the machine went down" in out
+
+
 @pytest.fixture
 def paired(tmp_path: Path) -> Path:
     """Three seeds of two initial weights at three learning rates."""
