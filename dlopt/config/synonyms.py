@@ -141,7 +141,11 @@ CHOICES: Mapping[str, Synonym] = {
 
 def for_key(key: str, value: str) -> str:
     """Returns what to type instead of an unknown key; '' if there is no row for it."""
-    return _format(KEYS.get(key.lower()), value)
+    row = KEYS.get(key.lower())
+    group, _, placeholder = ("", "", "") if row is None else row.use.partition("=")
+    # scheduler=none: schedule=none would be refused in turn.
+    advice = for_choice(group, value) if placeholder == "{}" and value else ""
+    return advice or _format(row, value)
 
 
 def for_choice(group: str, choice: str) -> str:

@@ -106,3 +106,10 @@ def test_unknown_words_have_no_row() -> None:
 def test_flags(arguments: str, message: str) -> None:
     hint = for_flag(arguments.split(), ["--cfg"])
     assert hint.startswith(message) and bool(hint) is bool(message)
+
+
+def test_advice_for_a_key_is_not_refused_in_turn() -> None:
+    assert for_key("scheduler", "none") == "use schedule=constant"
+    assert for_key("lr_scheduler", "ReduceLROnPlateau") == "use schedule=plateau"
+    assert for_key("criterion", "ce") == "use loss=cross_entropy"
+    assert for_key("scheduler", "cosine").startswith("use schedule=cosine (")
