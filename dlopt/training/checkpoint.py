@@ -141,9 +141,11 @@ class Checkpoints:
             )
         return None
 
-    def has_best(self) -> bool:
+    def has_best(self, epoch: int) -> bool:
+        """Returns whether best.pt exists and is of this epoch: a run may resume from a checkpoint before its best."""
         self.wait()
-        return self.best.exists()
+        progress = sharded.load_without_shards(self.best).get("progress") or {}
+        return self.best.exists() and progress.get("epoch", epoch) == epoch  # without it, the file is damaged
 
     def restore_best(self, state: dict[str, Any]) -> None:
         """Writes `state`, the best so far, to best.pt unless it is there.

@@ -483,8 +483,8 @@ class Trainer:
         self.progress = Progress(**{**progress, "horizon": self.progress.horizon, "data": self.progress.data})
         if self.best.epoch == self.progress.epoch and self.progress.position == 0:
             self.checkpoints.restore_best(dict(state))
-        if self.best.epoch is not None and not self.checkpoints.has_best():
-            log.warning("best.pt (epoch %d) is missing; the best model is chosen from later epochs", self.best.epoch)
+        if self.best.epoch is not None and not self.checkpoints.has_best(self.best.epoch):
+            log.warning("best.pt of epoch %d is missing; the best model is chosen from later epochs", self.best.epoch)
             self.best = Best(self.best.monitor)
         self.progress.resumed_from = [*self.progress.resumed_from, self.progress.step]
         rng.restore(state["rng"])  # last: nothing above may draw random numbers after it

@@ -18,12 +18,14 @@ import dlopt.training.trainer
 from dlopt import files as durable
 from dlopt.data.batches import Batches
 from dlopt.errors import RunError, UserError
+from dlopt.job import train
 from dlopt.tracking import Tracking
 from dlopt.training import checkpoint, rng
 from dlopt.training import trainer as loop
 from dlopt.training.checkpoint import Checkpoints
 from dlopt.training.progress import run_length
 from dlopt.training.step import Step
+from dlopt.training.trainer import Run
 from tests.training.runs import (
     RICH,
     SMALL,
@@ -435,6 +437,16 @@ def test_damaged_last_checkpoint_does_not_change_the_result(whole: Path, tmp_pat
     flip(tmp_path / "checkpoints/last.pt")
     assert resume(tmp_path, *RICH)["resumed_from"] == [8]
     assert_same_run(tmp_path, whole)
+
+
+def test_does_not_test_the_best_model_of_an_abandoned_course(tmp_path: Path) -> None:
+    """The folder of a checkpoint before its best: best.pt is of another epoch."""
+    overrides = [*RICH, "checkpoint.keep=4"]
+    start(tmp_path, *overrides)
+    state = checkpoint.load(tmp_path / "checkpoints/step-12.pt")
+    state["progress"]["best"]["epoch"] = 1 if result(tmp_path, "best.pt")["progress"]["epoch"] > 1 else 2
+    with at_update(13, terminate):
+        assert train(Run(experiment(*overrides), tmp_path, state), console=False)["best_epoch"] is None
 
 
 def test_never_restarts_if_all_checkpoints_are_damaged(tmp_path: Path) -> None:
