@@ -140,6 +140,12 @@ class LBFGS(torch.optim.LBFGS):
             raise ValueError("some parameters appear in more than one parameter group")
         super().__init__(params, lr, max_iter, max_eval, tolerance_grad, tolerance_change, history_size, line_search_fn)
 
+    def step(self, closure: Closure | None = None) -> Any:
+        closure = needs_closure(self, closure)
+        if self.param_groups[0]["lr"] == 0:
+            return evaluate(closure)  # torch's line search would divide by the length of its first step
+        return super().step(closure)
+
     def _gather_flat_grad(self) -> Tensor:
         # torch's method fails for gradients without a flat view, such as those of channels-last kernels.
         grads = [torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for p in self._params]

@@ -343,3 +343,16 @@ def test_newton_without_damping_ends_on_flat_and_infinite_curvature() -> None:
     optimizer = Newton([zero], damping=0.0)
     optimizer.step(LossClosure(optimizer, lambda: zero.square().sqrt().sum()))  # gradient and Hessian are NaN
     assert zero.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("make", [LBFGS, BFGS])
+def test_a_learning_rate_of_zero_takes_no_step(make: Callable[..., torch.optim.Optimizer]) -> None:
+    """As after the end of a schedule: torch's line search would divide by zero."""
+    x = nn.Parameter(VALLEY.clone())
+    optimizer = make([x])
+    closure = LossClosure(optimizer, lambda: rosenbrock(x))
+    optimizer.step(closure)
+    before = x.detach().clone()
+    optimizer.param_groups[0]["lr"] = 0.0
+    assert float(optimizer.step(closure)) == float(rosenbrock(before))
+    assert torch.equal(x.detach(), before)
