@@ -33,6 +33,13 @@ COMMANDS = {  # name -> function(arguments) -> exit code
     "grid": "dlopt.commands.grid:print_job",
 }
 
+SYNONYMS = {  # names of other tools -> arguments of dlopt
+    "fit": "train", "run": "train", "sweep": "train -m", "tune": "train -m",
+    "search": "train -m hydra/sweeper=dlopt_optuna", "test": "eval", "validate": "eval", "evaluate": "eval",
+    "infer": "predict", "generate": "sample", "list": "runs", "ls": "runs", "plot": "report", "leaderboard": "report",
+    "lr-find": "find-lr", "config": "train --cfg job", "completion": "train -sc install=bash",
+}  # fmt: skip
+
 USAGE = f"""\
 dlopt {dlopt.__version__}: an experiment runner for deep-network optimization
 
@@ -130,6 +137,8 @@ def _main(arguments: Sequence[str]) -> int:
 
             return complete(list(arguments[index:]), list(COMMANDS))
     name = arguments[0]
+    if name in SYNONYMS:
+        raise UserError(f"{name}: unknown command; use dlopt {SYNONYMS[name]}")
     if name not in COMMANDS:
         raise UserError(f"{name}: unknown command; {suggest(name, COMMANDS, 'dlopt --help')}")
     module, _, function = COMMANDS[name].partition(":")

@@ -50,6 +50,12 @@ def test_unknown_command(tmp_path: Path) -> None:
     assert "did you mean train?" in message and "`dlopt --help` lists all" in message
 
 
+def test_commands_of_other_tools(tmp_path: Path) -> None:
+    assert "use dlopt train -m" in refused(tmp_path, "sweep", "optimizer.lr=0.1,0.2")
+    assert not cli.SYNONYMS.keys() & cli.COMMANDS.keys()
+    assert {line.split()[0] for line in cli.SYNONYMS.values()} <= cli.COMMANDS.keys()
+
+
 # -- after the sub-command
 
 
