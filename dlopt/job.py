@@ -169,6 +169,7 @@ def train(run: "Run", interruption: "Interruption | None" = None, *, console: bo
     They are passed in because the trainer does not import `dlopt.analysis`. See `dlopt.training.trainer.train`.
     """
     from dlopt.training import trainer
+    from dlopt.training.precision import torch_defaults
 
     settings = run.experiment.settings
     tools: dict[str, Any] = {}
@@ -184,7 +185,8 @@ def train(run: "Run", interruption: "Interruption | None" = None, *, console: bo
     # or draw themselves; tracking=[] requests the fewest files.
     if console and settings.tracking and not _is_job_of_sweep(run):
         tools["draw"] = _draw
-    return trainer.train(run, interruption, console=console, **tools)
+    with torch_defaults():
+        return trainer.train(run, interruption, console=console, **tools)
 
 
 def _draw(workload: "Workload", folder: Path, restarts: Sequence[float]) -> dict[str, Path]:

@@ -1,11 +1,12 @@
 """Parameter groups: frozen parameters, learning rates and weight decay per group."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from dlopt.errors import UserError
@@ -13,6 +14,11 @@ from dlopt.ranges import NonNegative, PositiveFraction
 
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _WITHOUT_DECAY = (*NORMS, nn.Embedding)
+
+
+def real_views(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Returns the tensors, complex ones as views of their real and imaginary parts: [..., 2]."""
+    return [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,11 @@ def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
     for key, value in node.items():
         flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
     return flat
+
+
+def is_below(key: str, parents: Iterable[str]) -> bool:
+    """Returns whether a dotted key is one of `parents` or below one."""
+    return any(key == parent or key.startswith(f"{parent}.") for parent in parents)
 
 
 def without_nan(value: Any) -> Any:

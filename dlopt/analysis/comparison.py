@@ -95,7 +95,7 @@ class Outcome:
         return [*dict.fromkeys(name for line in self.history for name in line)]
 
     def may_have(self, name: str) -> bool:
-        """Returns whether the metric is one of the run, or may be because the run failed before it was computed."""
+        """Returns whether the run has the metric. True for a run that failed, maybe before it had any."""
         parts = {"gap": "val_loss", "accuracy_gap": "val_accuracy"}
         names = {name, parts.get(name, name.replace("_error", "_accuracy"))}
         tested = {key for key, value in self.summary.items() if value is not None}

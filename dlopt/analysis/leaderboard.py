@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeGuard
 
 from dlopt.metric_names import lower_is_better
-from dlopt.plain import flatten
+from dlopt.plain import flatten, is_below
 
 Direction = Literal["maximize", "minimize"]
 Seeds = tuple[tuple[str, Any], ...]
@@ -170,12 +170,7 @@ def canonical(value: Any) -> Any:
 
 
 def _is_ignored(key: str) -> bool:
-    return is_seed(key) or is_one_of(key, HOUSEKEEPING)
-
-
-def is_one_of(key: str, names: Sequence[str]) -> bool:
-    """Returns whether `key` is one of `names` or nested in one (data.root in data)."""
-    return any(key == name or key.startswith(f"{name}.") for name in names)
+    return is_seed(key) or is_below(key, HOUSEKEEPING)
 
 
 def is_number(value: object) -> TypeGuard[float]:

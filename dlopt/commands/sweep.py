@@ -14,11 +14,12 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from dlopt.config.compose import Composer, grid, listed, typed_folder
 from dlopt.config.resolve import choices_of, resolve_saved, to_plain
-from dlopt.config.resuming import FREE, differences, is_below, refuse_other_config
+from dlopt.config.resuming import FREE, differences, refuse_other_config
 from dlopt.errors import DONE, FAILED, INTERRUPTED, UserError, install
 from dlopt.files import write_atomically
 from dlopt.folders import FolderSnapshot, RunFolder, make_new, newest
 from dlopt.interruption import Interrupted, note_files
+from dlopt.plain import is_below
 from dlopt.sweeps.jobs import SPACE
 from dlopt.tracking.layout import short_path
 

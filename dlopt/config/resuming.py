@@ -1,12 +1,12 @@
 """Decides whether a run can be resumed with a config: which keys must be equal, which may have changed."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dlopt.errors import UserError
 from dlopt.folders import RunFolder, newest
-from dlopt.plain import flatten
+from dlopt.plain import flatten, is_below
 
 # Keys that may change on resume: where and how long the run trains and what it writes, not what it computes.
 FREE = (
@@ -33,11 +33,6 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[st
     old, new = flatten(saved), flatten(current)
     keys = [key for key in old | new if not is_below(key, FREE)]
     return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
-
-
-def is_below(key: str, parents: Iterable[str]) -> bool:
-    """Returns whether a dotted key is one of `parents` or below one."""
-    return any(key == parent or key.startswith(f"{parent}.") for parent in parents)
 
 
 def refuse_other_config(old: Mapping[str, Any], new: Mapping[str, Any], path: str, overrides: list[str]) -> None:

@@ -20,6 +20,7 @@ from dlopt.optim.common import (
     trainable,
 )
 from dlopt.optim.line_search import LinePoint, strong_wolfe
+from dlopt.parameters import real_views
 from dlopt.ranges import Count, Fraction, NonNegative, Positive, Probability
 
 
@@ -149,4 +150,4 @@ class LBFGS(torch.optim.LBFGS):
     def _gather_flat_grad(self) -> Tensor:
         # torch's method fails for gradients without a flat view, such as those of channels-last kernels.
         grads = [torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for p in self._params]
-        return flat(torch.view_as_real(grad) if grad.is_complex() else grad for grad in grads)
+        return flat(real_views(grads))

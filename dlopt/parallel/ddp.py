@@ -135,6 +135,7 @@ class DataParallel(GroupMode):
                     loss = step.micro_batch(x, y, weight, record) if len(y) else step.empty_micro_batch(x, record)
                 losses.append(loss)
         except RuntimeError as error:
+            # torch has no exception type for this.
             if not str(error).startswith("Expected to have finished reduction"):
                 raise
             raise UserError(

@@ -14,12 +14,12 @@ from omegaconf import DictConfig, OmegaConf
 from optuna.trial import TrialState
 
 from dlopt.analysis.leaderboard import Direction, direction_of, is_seed
-from dlopt.config.resuming import FREE, is_below
+from dlopt.config.resuming import FREE
 from dlopt.config.schema import check_arguments, component, show
 from dlopt.errors import DONE, FAILED, INTERRUPTED, RunError, UserError
 from dlopt.files import write_atomically
 from dlopt.metric_names import lower_is_better
-from dlopt.plain import flatten
+from dlopt.plain import flatten, is_below
 from dlopt.ranges import Count, Seed
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.jobs import SPACE, Job, Result, compose, compose_or_fail, record_dead

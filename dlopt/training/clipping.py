@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dlopt.parallel.shards import local, unit_norm
+from dlopt.parameters import real_views
 from dlopt.ranges import NonNegative, Positive
 
 Norm = Callable[[Sequence[Tensor]], Tensor]
@@ -56,8 +57,7 @@ class ByValue:
 
     @torch.no_grad()
     def __call__(self, parameters: Sequence[nn.Parameter], norm: Norm = total_norm) -> None:
-        gradients = [torch.view_as_real(g) if g.is_complex() else g for g in _local_gradients(parameters)]
-        if gradients:
+        if gradients := real_views(_local_gradients(parameters)):
             torch._foreach_clamp_min_(gradients, -self.max_value)
             torch._foreach_clamp_max_(gradients, self.max_value)
 

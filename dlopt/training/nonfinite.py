@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from dlopt.errors import RunError
 from dlopt.parallel.mode import Mode
 from dlopt.parallel.shards import local
+from dlopt.parameters import real_views
 from dlopt.training.clipping import Norm
 
 _MAX_PENDING = 128  # updates
@@ -78,8 +79,7 @@ class NonFiniteCheck:
         if self.norm is not None:
             flag.copy_(~self.norm(gradients).isfinite())
         elif gradients:
-            gradients = [torch.view_as_real(g) if g.is_complex() else g for g in gradients]
-            torch._amp_foreach_non_finite_check_and_unscale_(gradients, flag, self._one)
+            torch._amp_foreach_non_finite_check_and_unscale_(real_views(gradients), flag, self._one)
 
     def _defer(self, loss: Tensor, step: int, rate: float, gradients: bool) -> None:
         if not self._free_flags:

@@ -238,7 +238,7 @@ def build_step(
         check_now=checks and check_now,
         halve_on_out_of_memory=halves,
     )
-    observed = bool(settings.diagnostics or settings.profile)
+    observed = bool(observers or settings.diagnostics or settings.profile)  # only rank 0 has the observers
     reason = cuda_graphs.obstacle(
         workload.module, optimizer, schedule, mode, step_settings, precision=workload.precision, observed=observed
     )

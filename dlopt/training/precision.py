@@ -1,8 +1,9 @@
 """Numerical precision: dtype of the weights, autocast, loss scaling."""
 
+import contextlib
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from time import process_time
 from typing import Any
@@ -104,3 +105,15 @@ def bf16_slowdown(
                 if number > 0:
                     seconds[name].append(clock() - start)
     return min(seconds["bf16"]) / min(seconds["fp32"])
+
+
+@contextlib.contextmanager
+def torch_defaults() -> Iterator[None]:
+    """Context with torch's defaults, which a notebook may have changed: float32 for new tensors, and gradients."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        torch.set_default_dtype(dtype)

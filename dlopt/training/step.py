@@ -79,6 +79,9 @@ class Observer:
     def after_evaluation(self) -> None:
         """Called after each backward pass; gradients are reduced and unscaled, but not clipped."""
 
+    def after_clipping(self) -> None:
+        """Called after each clipping, before the optimizer, which may overwrite the gradients."""
+
 
 class Step:
     """`step.update(...)` runs one update; `step()` is the closure that the optimizer evaluates.
@@ -213,6 +216,8 @@ class Step:
         for observer in self.observers:
             observer.after_evaluation()
         self.norm = self._clip_gradients(self._log_norm)
+        for observer in self.observers:
+            observer.after_clipping()
         return loss
 
     def loss(self) -> Tensor:

@@ -69,19 +69,6 @@ class Run:
     overrides: Sequence[str] | None = None  # of the command line; None: the folder already describes the run
 
 
-@contextlib.contextmanager
-def _default_modes() -> Iterator[None]:
-    """Context with torch's defaults, which a notebook may have changed: float32 for new tensors, and gradients."""
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
-
-
-@_default_modes()
 def train(
     run: Run,
     interruption: Interruption | None = None,

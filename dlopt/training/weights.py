@@ -26,11 +26,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"init_from={path}: no such file")
     try:
-        state = (
-            _read_safetensors(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
+        if path.suffix == ".safetensors":
+            state = _read_safetensors(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
     except Exception as error:

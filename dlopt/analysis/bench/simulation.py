@@ -117,9 +117,10 @@ def _moment_of_maximum(count: int, power: int) -> float:
 
 
 def slowed(devices: int, variation: float, barriers: int = 1, group: int | None = None) -> float:
-    """Straggler slowdown of `devices`, of which those of a `group` wait for its slowest `barriers` times per update.
+    """Straggler slowdown of `devices` in groups of `group` devices (None: one group).
 
-    The groups (null: one of all devices) wait for the slowest group once per update. The time of an update varies by
+    The devices of a group wait for its slowest one `barriers` times per update, the groups for the slowest group once.
+    The time of an update varies by
     `variation` (standard deviation over mean), independently between devices and between the k intervals from barrier
     to barrier. An interval has 1/k of the variance, so the sum over k maxima has mean mu + sigma sqrt(k) E[max] and
     standard deviation sigma SD[max], and the slowest group takes E[max over groups] of the latter longer.

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dlopt.parameters import real_views
+
 
 @dataclass
 class Moments:
@@ -252,7 +254,7 @@ def layer_parameters(module: nn.Module) -> dict[str, list[nn.Parameter]]:
 @torch.no_grad()
 def norms(tensors: Sequence[Sequence[Tensor]]) -> Tensor:
     """Returns the 2-norms [n] of n lists of tensors, each list as one vector, without host synchronization."""
-    flat = [torch.view_as_real(each) if each.is_complex() else each for group in tensors for each in group]
+    flat = real_views(tensor for group in tensors for tensor in group)
     if not flat:
         return torch.zeros(len(tensors))
     squares = torch.stack(torch._foreach_norm(flat, dtype=_wide(flat[0].device))).square()

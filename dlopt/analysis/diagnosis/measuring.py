@@ -26,8 +26,8 @@ from dlopt.analysis.diagnosis.curvature import (
 from dlopt.analysis.diagnosis.layers import LayerProbe, LayerStatistics, TimeLag, TimeLagProbe, layer_parameters, norms
 from dlopt.errors import RunError, UserError
 from dlopt.training.build import Workload
-from dlopt.training.clipping import Norm, gradient_norm, total_norm
-from dlopt.training.step import frozen_statistics
+from dlopt.training.clipping import gradient_norm
+from dlopt.training.step import Observer, Step, frozen_statistics
 from dlopt.training.trainer import Trainer
 
 Batch = tuple[Tensor, Tensor]
@@ -64,6 +64,21 @@ class UpdateTrace:
     curvatures: dict[int, float] = field(default_factory=dict)  # update -> d'Hd / d'd along it
     along: list[float] = field(default_factory=list)  # the loss at `STEP_FRACTIONS` of the last update
     ended: str = ""  # the error that stopped the training early
+
+
+class ClippedNorm(Observer):
+    """Measures the norm of the clipped gradients before the optimizer: schedule-free AdamW overwrites them."""
+
+    def __init__(self) -> None:
+        self.norm = math.nan
+        self._step: Step | None = None
+
+    def around(self, step: Step, inputs: Tensor, targets: Tensor, number: int) -> None:
+        self._step = step
+
+    def after_clipping(self) -> None:
+        assert self._step is not None
+        self.norm = float(gradient_norm(self._step.parameters, self._step.mode.norm))
 
 
 @dataclass(frozen=True)
@@ -170,19 +185,11 @@ def _spectrum(
 def trace_updates(workload: Workload, trainer: Trainer, updates: int, *, with_curvature: bool) -> UpdateTrace:
     """Makes the first `updates` of a run (or the next ones after a checkpoint) and records their metrics.
 
-    Measures the curvature along the update in eight of them, as it needs a Hessian-vector product.
+    The trainer has a `ClippedNorm` among its observers. Measures the curvature along the update in eight of them, as it
+    needs a Hessian-vector product.
     """
     trace, training_step, progress = UpdateTrace(), trainer.step, trainer.progress
-    clip, clipped = training_step.clip, math.nan
-
-    def clip_and_measure(parameters: Sequence[torch.nn.Parameter], norm: Norm = total_norm) -> Tensor | None:
-        """Measures before the optimizer, as schedule-free AdamW overwrites the gradients."""
-        nonlocal clipped
-        before = clip(parameters, norm)
-        clipped = float(gradient_norm(parameters, norm))
-        return before
-
-    training_step.clip = clip_and_measure
+    clipped = next(each for each in training_step.observers if isinstance(each, ClippedNorm))
     layers = layer_parameters(workload.module)
     parameters = training_step.parameters
     curvature_updates = {round(i * (updates - 1) / 7) for i in range(8)} if with_curvature else set()
@@ -204,7 +211,7 @@ def trace_updates(workload: Workload, trainer: Trainer, updates: int, *, with_cu
             trace.ratios.setdefault(name, []).append(ratio)
         trace.losses.append(trainer.train_metrics.since_last("")["loss"])
         trace.norms.append(math.nan if training_step.norm is None else float(training_step.norm))
-        trace.clipped.append(clipped)
+        trace.clipped.append(clipped.norm)
         trace.rates.append(float(training_step.rate))
         if number in curvature_updates:
             with preserved_state(workload), restoring(parameters):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from dlopt.analysis.diagnosis.layers import layer_parameters
+from dlopt.analysis.diagnosis.measuring import ClippedNorm
 from dlopt.config.experiment import Experiment
 from dlopt.config.schema import Component
 from dlopt.parallel.mode import Mode
@@ -26,7 +27,7 @@ def prepare(
     workload = build_workload(experiment, None if state is None else state["normalize"], parallel=parallel)
     if state is not None and experiment.auto_lr:
         workload = workload.with_lr(state["progress"]["found_lr"])
-    trainer = dry_run(workload, folder, state)
+    trainer = dry_run(workload, folder, state, observers=[ClippedNorm()])
     if state is not None:
         workload.module.load_state_dict(state["model"])
         trainer.load_optimizer(state["optimizer"])

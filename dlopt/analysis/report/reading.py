@@ -15,10 +15,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from dlopt.analysis.leaderboard import ENDED, HOUSEKEEPING, canonical, direction_of, is_number, is_one_of, is_seed
+from dlopt.analysis.leaderboard import ENDED, HOUSEKEEPING, canonical, direction_of, is_number, is_seed
 from dlopt.errors import UserError
 from dlopt.folders import RunFolder
-from dlopt.plain import flatten, load_yaml, read_regular
+from dlopt.plain import flatten, is_below, load_yaml, read_regular
 from dlopt.tracking.metrics import METRICS, SUMMARY, gaps
 
 STATUSES = (*ENDED, "pruned", "running", "interrupted", "unfinished", "failed")
@@ -273,7 +273,7 @@ def varying_keys(configs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _is_ignored(key: str) -> bool:
-    return is_seed(key) or (key != "device" and is_one_of(key, HOUSEKEEPING))
+    return is_seed(key) or (key != "device" and is_below(key, HOUSEKEEPING))
 
 
 def _is_determined_by_choice(key: str, configs: Iterable[Mapping[str, Any]]) -> bool:

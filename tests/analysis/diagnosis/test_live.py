@@ -104,7 +104,7 @@ def test_eigenvalue_converges_over_measurements(tmp_path: Path) -> None:
 
 
 def test_no_observers_by_default(tmp_path: Path) -> None:
-    _, trainer = prepare(experiment(*SMALL), tmp_path)
+    trainer = dry_run(build_workload(experiment(*SMALL)), tmp_path)
     assert type(trainer.step) is Step and not trainer.step.observers
 
 
