@@ -1,5 +1,6 @@
 """What all tests share: one thread each (workers share the cores) and the same few examples in every run."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -17,6 +18,17 @@ PRELOADED.append("tests.preload")
 settings.register_profile("default", deadline=None, max_examples=25)
 settings.register_profile("ci", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+def pytest_collection_finish() -> None:
+    """Collects garbage more rarely, and not in what has been imported: otherwise 7 % of the suite's time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000)
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # else extension modules report at exit what was not collected
 
 
 @pytest.fixture(scope="session")

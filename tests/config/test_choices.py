@@ -15,6 +15,7 @@ from dlopt.config.experiment import GROUPS
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
 from tests.commands.line import dlopt, only
+from tests.test_comparisons import SHIPPED
 
 CONF = Path(__file__).parents[2] / "conf"
 CHOICES = [
@@ -25,7 +26,7 @@ CHOICES = [
 EXPERIMENTS = sorted(
     str(path.relative_to(CONF / "experiment").with_suffix(""))
     for path in (CONF / "experiment").rglob("*.yaml")
-    if not path.stem.startswith("_")
+    if not path.stem.startswith("_") and (path.parent.name, path.stem) not in {("lecture", name) for name in SHIPPED}
 )
 SMALL = ("threads=1", "steps=1", "data.batch_size=20", "tracking=[]", "hydra.run.dir=run")
 MLP = ("model=mlp", "model.widths=[4]")
@@ -44,6 +45,8 @@ SLOW = {  # several seconds for one update
     "model=resnet18", "model=vgg11", "model=wrn_16_4", "model=torchvision", "model=timm",
     "data=python_source", "augmentation=imagenet",
 }  # fmt: skip
+COMBINED = ("init", "schedule", "normalize", "sampler", "parallel", "clip", "stopping")
+TOO_LARGE = "model=wrn_28_20"  # wrn_28_10 with twice the width: its checkpoints of 1 GB alone take 20 seconds
 OPTIONAL = {"model=timm": "timm"}
 
 
@@ -107,7 +110,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for part in ("train", "val", "test"):
         for label, shade in (("dark", 60), ("light", 180)):
             (folder / "images" / part / label).mkdir(parents=True)
-            for i in range(12 if part == "train" else 2):
+            for i in range(4 if part == "train" else 2):
                 path = f"{part}/{label}/{i}.png"
                 Image.new("RGB", (40, 36), (shade + i, shade, shade - i)).save(folder / "images" / path)
                 rows += [f"{path},{label}"] if part == "train" else []
@@ -125,6 +128,8 @@ def missing(choice: str) -> str | None:
         return f"{OPTIONAL[choice]} is not installed"
     if choice == "parallel=columns":
         return "one process has no second column; tests/parallel has two"
+    if choice == TOO_LARGE:
+        return "as wrn_28_10, with four times the parameters"
     if choice in ("data=mnist", "data=fashion_mnist", "data=cifar10", "data=cifar100"):
         return "its files have to be downloaded; tests/data reads such files in small"
     return None
@@ -143,16 +148,33 @@ def test_names_a_callable_of_dlopt_or_torch(choice: str) -> None:
     assert all(target.split(".")[0] in ("dlopt", "torch") for target in targets)
 
 
+def together() -> list[tuple[str, ...]]:
+    """Puts all choices into as few runs as possible: those of COMBINED on digits in one run, one of each group."""
+    combined: dict[str, list[str]] = {group: [] for group in COMBINED}
+    alone = []
+    for choice in CHOICES:
+        group = choice.split("=")[0]
+        if group in combined and missing(choice) is None and {*DIGITS, *MLP} <= set(line(choice)):
+            combined[group].append(choice)
+        else:
+            alone.append((choice,))
+    runs = range(max(map(len, combined.values())))
+    return [*alone, *(tuple(choices[i % len(choices)] for choices in combined.values()) for i in runs)]
+
+
 @pytest.mark.parametrize(
-    "choice", [pytest.param(choice, marks=pytest.mark.slow if choice in SLOW else ()) for choice in CHOICES]
+    "choices",
+    [pytest.param(choices, marks=pytest.mark.slow if set(choices) & SLOW else ()) for choices in together()],
+    ids=",".join,
 )
-def test_takes_one_update(choice: str, place: Path, tmp_path: Path) -> None:
-    reason = missing(choice)
+def test_takes_one_update(choices: tuple[str, ...], place: Path, tmp_path: Path) -> None:
+    reason = missing(choices[0])
     if reason is not None:
         pytest.skip(reason)
+    lines = dict.fromkeys(each for choice in choices for each in line(choice))
     typed = [each.replace("images", str(place / "images")) if each.startswith(("data.root", "data.file")) else each
-             for each in (*SMALL, *line(choice))]  # fmt: skip
-    if choice.split("=")[0] == "optimizer":
+             for each in (*SMALL, *lines)]  # fmt: skip
+    if choices[0].startswith("optimizer="):
         typed = [each for each in typed if "batch_size" not in each]  # some set the full batch
     result = dlopt(tmp_path, "train", *typed)
     assert result.code == 0, result.err

@@ -153,7 +153,8 @@ def compose_new(request: Request, overrides: list[str]) -> tuple[DictConfig, dic
 
 
 def is_slow(line: Line) -> bool:
-    return bool(LONG & set(line.arguments or ())) or line.page.startswith(("docs/howto/", "docs/gallery"))
+    pages = ("docs/howto/", "docs/tutorials/", "docs/gallery")
+    return bool(LONG & set(line.arguments or ())) or line.page.startswith(pages)
 
 
 def marked(lines: list[Line]) -> list[Any]:

@@ -17,7 +17,7 @@ def test_imagenet_network_matches_torchvision(build: Build) -> None:
         theirs = torchvision.models.vgg11()
     assert [p.shape for p in ours.parameters()] == [p.shape for p in theirs.parameters()]
     small = build("vgg11", "classifier=small", input_shape=(3, 64, 64), classes=10).double().eval()
-    features = torchvision.models.vgg11().features.double()
+    features = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["A"]).double()
     state = dict(zip(features.state_dict(), list(small.state_dict().values())[:-2], strict=True))
     features.load_state_dict(state)
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
