@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from dlopt import cli
 from dlopt.analysis.benchmark.reading import has_ended
-from dlopt.analysis.benchmark.results import Results, read
+from dlopt.analysis.benchmark.results import Record, Results, read
+from dlopt.commands.benchmark_check import compare
 from dlopt.folders import RunFolder
 from dlopt.sweeps.jobs import result_of
 from tests.commands.line import dlopt, refused
@@ -150,6 +152,22 @@ def test_names_optimizers_that_do_not_work(place: Path) -> None:
     assert any("sign of the update" in line for line in ascent), result.out
     assert any("ignores optimizer.lr" in line for line in deaf), result.out
     assert not any("sign of the update" in line or "ignores" in line for line in plain), result.out
+
+
+@pytest.mark.parametrize(
+    ("updates", "first", "verdict"),
+    [
+        (128, 3.0, "agrees"),
+        (136, 3.0, "agrees"),
+        (192, 2.6, "agrees at first (2.6; shipped: 2.63), then rounding separates the runs"),
+        (math.inf, 2.6, "agrees at first (2.6; shipped: 2.63), then rounding separates the runs"),
+        (192, 3.0, "differs"),
+        (math.inf, None, "differs"),
+    ],
+)
+def test_repeated_trials_agree_until_rounding_separates_them(updates: float, first: float | None, verdict: str) -> None:
+    shipped = Record(0, 0, {}, updates=128, evaluations=128, first=2.63, best=0.3, last=0.3)
+    assert compare(replace(shipped, updates=updates, first=first), shipped, 192) == verdict
 
 
 def test_a_killed_trial_is_no_result(tmp_path: Path) -> None:
