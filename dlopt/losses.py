@@ -34,7 +34,7 @@ class CrossEntropy(nn.Module):
                 "use one weight per class"
             )
         self.label_smoothing = label_smoothing
-        weight = None if class_weights is None else torch.tensor(class_weights)
+        weight = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float64)
         self.register_buffer("weight", weight, persistent=False)
 
     def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -44,7 +44,8 @@ class CrossEntropy(nn.Module):
             return F.cross_entropy(outputs, targets)
         if self.weight is None:
             return F.cross_entropy(outputs, targets, label_smoothing=self.label_smoothing)
-        weight = self.weight.to(outputs.dtype)
+        wide = torch.promote_types(outputs.dtype, torch.float32)  # bf16 would round a weight of 0.3 to 0.3008
+        outputs, weight = outputs.to(wide), self.weight.to(wide)
         loss = F.cross_entropy(outputs, targets, weight, label_smoothing=self.label_smoothing, reduction="sum")
         return loss / len(outputs)
 

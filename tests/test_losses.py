@@ -37,6 +37,18 @@ def test_class_weights_multiply_the_terms() -> None:
     assert not loss.state_dict()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_class_weights_are_not_rounded(dtype: torch.dtype) -> None:
+    """bf16 has 8 digits of binary precision: 0.3 would become 0.3008."""
+    outputs, targets = batch()
+    outputs = outputs.to(dtype)
+    loss = CrossEntropy(label_smoothing=0.0, class_weights=(0.3,) * CLASSES, classes=CLASSES)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        value = loss(outputs, targets)
+    rtol = 1e-14 if dtype == torch.float64 else 1e-6
+    torch.testing.assert_close(value.double(), 0.3 * F.cross_entropy(outputs.double(), targets), rtol=rtol, atol=0)
+
+
 def test_mse() -> None:
     outputs, targets = batch()
     one_hot = F.one_hot(targets, CLASSES).double()

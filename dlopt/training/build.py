@@ -173,7 +173,7 @@ def build_workload(
         normalize=normalize,
         module=module,
         model=model if compile_obstacle else torch.compile(model),
-        loss=loss.to(device),
+        loss=precision.place(loss),
         memory_format=memory_format,
         augment=augment,
         compile_obstacle=compile_obstacle,

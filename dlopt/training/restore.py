@@ -82,7 +82,7 @@ def restore(path: Path, overrides: Mapping[str, Any], join: Callable[[torch.devi
         mode=mode,
         normalize=precision.place(normalize).eval(),
         module=precision.place(module).eval(),
-        loss=loss.to(device).eval(),
+        loss=precision.place(loss).eval(),
         precision=precision,
         classes=classes,
         task=task,
