@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils.parametrize import is_parametrized
 
 from dlopt.errors import UserError
 from dlopt.models.alexnet import AlexNet, TwoColumnAlexNet
@@ -43,13 +44,26 @@ class Weight(NamedTuple):
 
 
 def weights(model: nn.Module) -> Iterator[Weight]:
-    """Yields the weights that a scheme sets: matrices and kernels, except embeddings and normalization layers."""
+    """Yields the weights that a scheme sets: matrices and kernels, except embeddings and normalization layers.
+
+    Errors: UserError for weights that the layer computes from other parameters.
+    """
+    _refuse_computed_weights(model)
     for prefix, layer in model.named_modules():
         if isinstance(layer, (nn.Embedding, *NORMS)):
             continue
         for name, tensor in layer.named_parameters(prefix, recurse=False):
             if tensor.dim() >= 2 and "weight" in name.rpartition(".")[2]:
                 yield Weight(name, layer, tensor, *fans(layer, tensor))
+
+
+def _refuse_computed_weights(model: nn.Module) -> None:
+    for name, layer in model.named_modules():
+        if is_parametrized(layer) or hasattr(layer, "weight_g"):  # torch's older weight_norm is a hook
+            raise UserError(
+                f"init: {name or type(layer).__name__} computes its weights from other parameters, as weight_norm and "
+                "spectral_norm do, which no scheme sets; use init=default"
+            )
 
 
 def fans(layer: nn.Module, weight: Tensor) -> tuple[int, int]:
@@ -269,13 +283,14 @@ def whitening(
 
     Args:
         inputs: [B, C, H, W], normalized, on the model's device; a few thousand suffice.
-        dirac: filter i of every other convolution copies input channel i; filters beyond the number of input channels
-            are not changed.
+        dirac: filter i of every other convolution copies input channel i (of each group separately); filters beyond
+            the number of input channels are not changed.
         head_std: rescales the weights of the last linear layer to this standard deviation (both: Jordan 2024, sections
             3.2 and 3.3, and its code).
 
-    Errors: UserError if the model has no 2-d convolution over all channels of its input.
+    Errors: UserError if the model has no 2-d convolution over all channels of its input, or see `weights`.
     """
+    _refuse_computed_weights(model)
     layer = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     if layer is None or layer.groups != 1 or inputs.dim() != 4 or inputs.shape[1] != layer.in_channels:
         raise UserError("init=whitening: the model does not start with a convolution of the image; use another init")
@@ -294,7 +309,8 @@ def whitening(
         layer.weight[: len(filters)] = filters.to(layer.weight)
         for other in model.modules() if dirac else ():
             if isinstance(other, nn.Conv2d) and other is not layer:
-                nn.init.dirac_(other.weight[: other.weight.shape[1]])
+                for group in other.weight.chunk(other.groups):
+                    nn.init.dirac_(group[: group.shape[1]])
         if head_std is not None:
             heads = [module for module in model.modules() if isinstance(module, nn.Linear)]
             if not heads:

@@ -260,6 +260,28 @@ def test_whitening_dirac_copies_channels_and_rescales_the_head() -> None:
     torch.testing.assert_close(head / head.norm(), before["head.weight"] / before["head.weight"].norm())
 
 
+def test_whitening_dirac_copies_the_channels_of_every_group() -> None:
+    model = apply(
+        "whitening_dirac", nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=4, padding=1)), head_std=None
+    )
+    maps = torch.randn(2, 8, 5, 5)
+    torch.testing.assert_close(model[1](maps), maps + model.get_parameter("1.bias").view(8, 1, 1))  # type: ignore[index]
+
+
+@pytest.mark.parametrize("choice", ["kaiming_normal", "whitening"])
+@pytest.mark.parametrize(
+    "wrap",
+    [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm, nn.utils.weight_norm],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_weights_computed_from_other_parameters_are_refused(wrap: Callable[..., nn.Module], choice: str) -> None:
+    """No scheme would reach them: they were left as they are, and the older weight_norm got random norms."""
+    model = nn.Sequential(wrap(nn.Conv2d(3, 4, 3)), nn.Flatten(), nn.Linear(4, 2))
+    with pytest.raises(UserError, match="init: 0 computes its weights from other parameters"):
+        apply(choice, model)
+    apply("default", model)
+
+
 def test_head_std_requires_a_linear_layer() -> None:
     with pytest.raises(UserError, match=r"init\.head_std=1: the model has no linear layer"):
         apply("whitening_dirac", nn.Sequential(nn.Conv2d(3, 8, 3)))
