@@ -12,17 +12,19 @@ import torch
 from dlopt.config.schema import Component
 from dlopt.errors import UserError
 from dlopt.init import WidthGrowth, weights
+from dlopt.models.airbench import Divide
 from dlopt.parameters import Grouping, Rule
 from dlopt.training.model_check import build_on_meta
 
-_WIDTH_KEYS = ("width", "widths", "widen", "hidden")
+_WIDTH_KEYS = {"width": 1, "widths": 1, "widen": 16, "hidden": 1}  # features or channels of the first layer per unit
 _TORCH_OPTIMIZERS = ("Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop")  # they have no attribute
 
 
 def width_growth(model: Component, runtime: dict[str, Any]) -> WidthGrowth:
     """Compares the shapes of the model's weights with those of a model of twice the width.
 
-    `runtime`: the arguments of `model.build`. Raises `UserError` for a model without a key for its width.
+    `runtime`: the arguments of `model.build`. Raises `UserError` for a model without a key for its width, and for one
+    that divides its outputs by the width, as table 3 does with the output weights.
     """
     key = next((key for key in _WIDTH_KEYS if model.arguments.get(key)), None)
     if key is None:
@@ -33,14 +35,20 @@ def width_growth(model: Component, runtime: dict[str, Any]) -> WidthGrowth:
     width = model.arguments[key]
     doubled = [2 * each for each in width] if isinstance(width, list | tuple) else 2 * width
     wide = {weight.name: weight for weight in weights(build_on_meta(model.partial(**{key: doubled}), runtime))}
+    narrow = build_on_meta(model, runtime)
+    if any(isinstance(module, Divide) for module in narrow.modules()):
+        raise UserError(
+            f"init=mup: model={model.target.__name__.lower()} already divides its outputs by its width, so they would "
+            "shrink with it; use another init or another model"
+        )
     hidden: set[str] = set()
     outputs: set[str] = set()
-    for weight in weights(build_on_meta(model, runtime)):
+    for weight in weights(narrow):
         if wide[weight.name].fan_in != weight.fan_in:
             is_hidden = wide[weight.name].fan_out != weight.fan_out
             (hidden if is_hidden else outputs).add(weight.name)
     first = width[0] if isinstance(width, list | tuple) else width
-    return WidthGrowth(first, frozenset(hidden), frozenset(outputs))
+    return WidthGrowth(first * _WIDTH_KEYS[key], frozenset(hidden), frozenset(outputs))
 
 
 def with_rates(grouping: Grouping, growth: WidthGrowth, base_width: int, arguments: Mapping[str, Any]) -> Grouping:

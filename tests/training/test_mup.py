@@ -67,6 +67,12 @@ def test_initial_weights_of_an_mlp() -> None:
     }  # fmt: skip
 
 
+def test_width_of_a_wide_resnet_is_in_channels() -> None:
+    growth = build_workload(experiment("model=wrn_16_4", "model.depth=10", "data.subset=60", *MUP)).growth
+    assert growth is not None and growth.width == 64
+    assert growth.outputs == {"head.weight"} and not {"stem.weight", "stage1.0.conv1.weight"} & growth.hidden
+
+
 def changes(lines: list[str], width: int, updates: int = 4) -> dict[str, float]:
     """Returns by how much (RMS) the output of each layer changes in a few updates, and the logits' own size."""
     trainer = dry_run(build_workload(experiment(*lines, f"model.width={width}")), Path())
@@ -134,6 +140,7 @@ def test_a_run_saves_its_rates(gpt: list[str], tmp_path: Path) -> None:
         (["model=mlp", "optimizer=muon"], "init=mup: .* not for Muon"),
         (["model=mlp", "optimizer=sophia"], "init=mup: .* not for Sophia"),
         (["model=resnet18", "optimizer=adam"], "init=mup: model=resnet has no key for its width"),
+        (["model=airbench94"], "init=mup: model=airbench already divides its outputs by its width"),
     ],
 )
 def test_refusals(extra: list[str], message: str) -> None:
