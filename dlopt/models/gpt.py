@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dlopt.errors import UserError
-from dlopt.models.layers import token_shape
+from dlopt.models.layers import hidden_features, token_shape
 from dlopt.ranges import Count, Depth, Fraction, Positive
 
 Positions = Literal["learned", "rotary"]
@@ -178,8 +178,8 @@ class GPT(nn.Sequential):
         tied_embeddings: the last layer uses the weights of the token embedding (Press & Wolf 2017).
         attention_scale: 1/sqrt(d) or, for muP, 1/d (Yang et al. 2021, definition 4.1), with d features per head.
 
-    Errors: UserError for data other than text, or if `heads` does not divide `width`, or rotary positions have an odd
-    number of features per head.
+    Errors: UserError for data other than text, or if `heads` does not divide `width`, `expansion` leaves no hidden
+    features, or rotary positions have an odd number of features per head.
     """
 
     def __init__(
@@ -205,7 +205,7 @@ class GPT(nn.Sequential):
             raise UserError(f"model.heads={heads}: must divide model.width={width}")
         if positions == "rotary" and width // heads % 2:
             raise UserError(f"model.positions=rotary: needs an even number of features per head, not {width // heads}")
-        hidden = max(round(width * expansion), 1)
+        hidden = hidden_features(width, expansion)
 
         def normalization() -> nn.Module:
             return nn.LayerNorm(width, eps=_EPS, bias=bias) if norm == "layer" else nn.RMSNorm(width, eps=_EPS)

@@ -215,6 +215,14 @@ def token_shape(input_shape: tuple[int, ...], vocabulary: int | None, model: str
     return input_shape[0], vocabulary
 
 
+def hidden_features(width: int, expansion: float) -> int:
+    """Returns the hidden features of a transformer's MLP. Errors: UserError if `expansion` leaves none."""
+    hidden = round(width * expansion)
+    if hidden == 0:
+        raise UserError(f"model.expansion={expansion:g}: leaves no hidden features at model.width={width}; increase it")
+    return hidden
+
+
 def example_inputs(model: nn.Module, shape: tuple[int, ...], *, count: int, device: torch.device | str) -> Tensor:
     """Returns zeros [count, *shape] of the type that the model reads: tokens (int64), or that of its weights."""
     reads_tokens = getattr(model, "vocabulary", None) is not None

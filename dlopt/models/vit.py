@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dlopt.errors import UserError
-from dlopt.models.layers import Norm, NormKeys, image_shape
+from dlopt.models.layers import Norm, NormKeys, hidden_features, image_shape
 from dlopt.ranges import Count, Depth, Fraction, Positive
 
 
@@ -67,7 +67,7 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, width: int, heads: int, expansion: float, *, pre_norm: bool, dropout: float, norm: Norm) -> None:
         super().__init__()
-        hidden = round(width * expansion)
+        hidden = hidden_features(width, expansion)
         self.norm1 = norm.tokens(width)
         self.attention = SelfAttention(width, heads)
         self.dropout = nn.Dropout(dropout)
@@ -102,8 +102,8 @@ class ViT(nn.Sequential):
     """Patches of `patch` x `patch` pixels, a class token, learned positions, `depth` blocks, and a linear classifier.
 
     Images [B, C, H, W] of one fixed size -> [B, classes].
-    Errors: UserError if `patch` does not divide the image size, `heads` does not divide `width`, or samples are not
-    images.
+    Errors: UserError if `patch` does not divide the image size, `heads` does not divide `width`, `expansion` leaves no
+    hidden features, or samples are not images.
     """
 
     def __init__(

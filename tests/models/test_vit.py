@@ -92,3 +92,10 @@ def test_rejects_invalid_settings(build: Build) -> None:
         build("vit", "patch=5", input_shape=(1, 8, 8), classes=3)
     with pytest.raises(UserError, match=r"model\.heads=5"):
         build("vit", "heads=5", input_shape=(1, 8, 8), classes=3)
+
+
+@pytest.mark.parametrize("choice", ["vit", "gpt"])
+def test_rejects_an_mlp_without_features(build: Build, choice: str) -> None:
+    shape, vocabulary = ((1, 8, 8), None) if choice == "vit" else ((8,), 5)
+    with pytest.raises(UserError, match=r"model\.expansion=0\.01: leaves no hidden features at model\.width=12"):
+        build(choice, "width=12", "heads=2", "expansion=0.01", input_shape=shape, classes=5, vocabulary=vocabulary)
