@@ -11,12 +11,17 @@ from dlopt.ranges import Fraction, NonNegative, Positive
 
 
 class SGDW(ForeachOptimizer):
-    """SGD with momentum as an average of gradients and decoupled weight decay (Loshchilov & Hutter 2019, algorithm 1).
+    """SGD with momentum as an average of gradients and decoupled weight decay (after Loshchilov & Hutter 2019).
 
     delta <- momentum * delta + (1 - momentum) * gradient, from delta = 0;
     theta <- theta - lr * delta - lr * weight_decay * theta.
 
     momentum = 0 is plain SGD. Steps are (1 - momentum) times those of torch's heavy ball with the same lr.
+
+    The paper's algorithm 1 has the learning rate inside the momentum, with the schedule's factor eta:
+    m <- momentum * m + eta * alpha * gradient; theta <- theta - m - eta * lambda * theta.
+    There, a changed rate affects new gradients only. At a constant rate, eta = 1, the updates are those of this class
+    with alpha = lr * (1 - momentum) and lambda = lr * weight_decay.
     """
 
     def __init__(

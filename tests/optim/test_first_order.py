@@ -64,6 +64,15 @@ def averaging(w: Array, gs: Gradients, lr: float = 0.1, m: float = 0.9, wd: floa
         yield w
 
 
+def sgdw(w: Array, gs: Gradients, alpha: float = 0.01, m: float = 0.9, wd: float = 0.03) -> Iterator[Array]:
+    """Algorithm 1 of Loshchilov & Hutter 2019 with the schedule multiplier 1."""
+    delta: Any = np.zeros_like(w)
+    for g in gs:
+        delta = m * delta + alpha * g
+        w = w - delta - wd * w
+        yield w
+
+
 def rprop(w: Array, gs: Gradients, skip: bool = False) -> Iterator[Array]:
     size, before = np.full_like(w, 0.1), np.zeros_like(w)
     for g in gs:
@@ -167,6 +176,7 @@ FORMULAS: dict[str, tuple[str, list[str], Callable[..., Iterator[Array]]]] = {
     "gradient_descent": ("gradient_descent", ["lr=0.1"], lambda w, gs: sgd(w, gs, m=0, wd=0)),
     "momentum": ("momentum", ["lr=0.1"], averaging),
     "sgdw": ("sgdw", ["lr=0.1", "weight_decay=0.3"], lambda w, gs: averaging(w, gs, wd=0.3)),
+    "sgdw, paper": ("sgdw", ["lr=0.1", "weight_decay=0.3"], sgdw),
     "rprop": ("rprop", ["lr=0.1", "step_sizes=[0.04,0.13]"], rprop),
     "irprop": ("irprop", ["lr=0.1", "step_sizes=[0.04,0.13]"], lambda w, gs: rprop(w, gs, skip=True)),
     "adagrad": ("adagrad", ["lr=0.1"], adagrad),
