@@ -11,6 +11,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dlopt.analysis import drawing
 from dlopt.analysis.diagnosis.curvature import flat, restoring
+from dlopt.errors import UserError
+from dlopt.models.locally_connected import LocallyConnected2d
+from dlopt.parameters import NORMS
 from dlopt.training.step import frozen_statistics
 
 if TYPE_CHECKING:
@@ -32,23 +35,35 @@ class Plane:
     steps: Sequence[int] = ()
 
 
-def random_plane(weights: Weights, span: float, generator: torch.Generator) -> Plane:
+def random_plane(module: nn.Module, span: float, generator: torch.Generator) -> Plane:
     """Returns a plane of two random directions with filter normalization, which makes different models comparable.
 
-    Scales each filter (the weights of one output) of a direction to the norm of the model's filter, so a step of 1 is
-    as long as the filters themselves. Biases and the parameters of normalizations stay constant.
+    Scales each filter (the weights of one output, in a locally connected layer at one position) of a direction to the
+    norm of the model's filter, so a step of 1 is as long as the filters themselves. Biases and the parameters of
+    normalizations stay constant.
     """
-    first, second = ([_normalized(weight, generator) for weight in weights] for _ in range(2))
+    weights = [p.detach().clone() for p in module.parameters()]
+    norms = {p for layer in module.modules() if isinstance(layer, NORMS) for p in layer.parameters()}
+    local = {layer.weight for layer in module.modules() if isinstance(layer, LocallyConnected2d)}
+    # Dimensions that count the filters; 0: constant
+    dims = [
+        0 if p.ndim < 2 or p in norms or "bias" in name.rpartition(".")[2] else 2 if p in local else 1
+        for name, p in module.named_parameters()
+    ]
+    first, second = ([_normalized(*pair, generator) for pair in zip(weights, dims, strict=True)] for _ in range(2))
     names = ("first random direction (filter norms)", "second random direction (filter norms)")
     return Plane(weights, first, second, (-span, span, -span, span), names)
 
 
-def _normalized(weight: Tensor, generator: torch.Generator) -> Tensor:
-    if weight.ndim < 2:
+def _normalized(weight: Tensor, dims: int, generator: torch.Generator) -> Tensor:
+    if dims == 0:
         return torch.zeros_like(weight)
     noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64).to(weight)
-    lengths = weight.flatten(1).norm(dim=1) / noise.flatten(1).norm(dim=1).clamp(min=1e-12)
-    return noise * lengths.view(-1, *[1] * (weight.ndim - 1))
+    lengths, noise_lengths = (
+        torch.linalg.vector_norm(tensor, dim=tuple(range(dims, weight.ndim)), keepdim=True)
+        for tensor in (weight, noise)
+    )
+    return noise * (lengths / noise_lengths.clamp(min=1e-12))
 
 
 def trajectory_plane(trajectory: Sequence[Weights], steps: Sequence[int]) -> Plane:
@@ -105,7 +120,12 @@ def surface(
 
 
 def draw(plane: Plane, values: Tensor, *, title: str, subtitle: str) -> "Figure":
-    """Plots contours of the loss, evenly spaced on a logarithmic scale, and the run's trajectory if there is one."""
+    """Plots contours of the loss, evenly spaced on a logarithmic scale, and the run's trajectory if there is one.
+
+    Errors: UserError if the loss is finite nowhere.
+    """
+    if not values.isfinite().any():
+        raise UserError(f"{title}: the loss is not finite at any point; use another checkpoint or a smaller span")
     figure = drawing.figure(8, 6.4)
     axes = figure.add_subplot()
     left, right, bottom, top = plane.window

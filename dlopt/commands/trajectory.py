@@ -390,8 +390,7 @@ def _draw_landscape(
         workload.module.load_state_dict(state["ema"] or state["model"])
     found = None if directions == "random" else _path_plane(workload, path, is_required=directions == "path")
     if found is None:
-        origin = [p.detach().clone() for p in workload.module.parameters()]
-        plane, epoch = random_plane(origin, span, generator("cpu", seed)), state["progress"]["epoch"]
+        plane, epoch = random_plane(workload.module, span, generator("cpu", seed)), state["progress"]["epoch"]
         title = f"Loss landscape of {path}, epoch {epoch}"
     else:
         plane, epoch = found
