@@ -21,7 +21,9 @@ from dlopt.folders import RunFolder
 from dlopt.plain import flatten, is_below, load_yaml, read_regular
 from dlopt.tracking.metrics import METRICS, SUMMARY, gaps
 
-STATUSES = (*ENDED, "pruned", "running", "interrupted", "unfinished", "failed")
+OPEN = ("running", "interrupted", "unfinished")
+"""Statuses of runs whose training has not ended; all but `running` can be resumed."""
+STATUSES = (*ENDED, "pruned", *OPEN, "failed")
 """Statuses of summary.json, and `pruned` (by its sweep), `running` (has a live process), `unfinished` (has none)."""
 
 _RUN_FILES = ("config.yaml", SUMMARY, METRICS)

@@ -28,7 +28,7 @@ from dlopt.analysis.leaderboard import (
     statistic,
     student_t,
 )
-from dlopt.analysis.report.reading import Damaged, Record, brief, printable, short_key, text, tidy, varying_keys
+from dlopt.analysis.report.reading import OPEN, Damaged, Record, brief, printable, short_key, text, tidy, varying_keys
 from dlopt.errors import UserError, install
 from dlopt.tracking.layout import short_path
 
@@ -445,7 +445,10 @@ def _sensitivity(
 
 @dataclass(frozen=True)
 class Reached:
-    """First updates and seconds at which runs of a configuration reach the target; statistics over those that do."""
+    """First updates and seconds at which runs of a configuration reach the target; statistics over those that do.
+
+    Counts the runs that have ended, also those that failed: the others may still reach the target.
+    """
 
     count: int
     runs: int
@@ -455,10 +458,10 @@ class Reached:
 
 def time_to_target(row: Configuration, by: str, target: float) -> Reached:
     lower = direction_of(by) == "minimize"
-    lines = [first_at(run, by, target, lower) for run in row.distinct]
+    lines = [first_at(run, by, target, lower) for run in row.distinct if run.status not in OPEN]
     reached = [line for line in lines if line is not None]
     seconds = [line["seconds"] for line in reached if "seconds" in line]
-    return Reached(len(reached), len(row.distinct), statistic([line["step"] for line in reached]), statistic(seconds))
+    return Reached(len(reached), len(lines), statistic([line["step"] for line in reached]), statistic(seconds))
 
 
 def fastest(table: Table, target: float) -> list[tuple[Configuration, Reached]]:

@@ -171,9 +171,11 @@ def test_time_to_target(tmp_path: Path) -> None:
     make_run(tmp_path / "0", seed=0, accuracies=(0.5, 0.8, 0.7, 0.9))
     make_run(tmp_path / "1", seed=1, accuracies=(0.5, 0.6, 0.7, 0.9), seconds=2.0)
     make_run(tmp_path / "2", seed=2, accuracies=(0.5, 0.6, 0.65, 0.6))
+    make_run(tmp_path / "3", seed=3, accuracies=(0.5,) * 4, status="failed")
+    make_run(tmp_path / "4", seed=4, accuracies=(0.5,) * 4, status="interrupted")  # may still reach it
     [row] = table(tmp_path).rows
     result = time_to_target(row, "val_accuracy", 0.7)
-    assert (result.count, result.runs) == (2, 3) and result.steps is not None and result.seconds is not None
+    assert (result.count, result.runs) == (2, 4) and result.steps is not None and result.seconds is not None
     assert result.steps.mean == 25 and result.seconds.mean == (2 + 6) / 2
     assert time_to_target(row, "val_accuracy", 0.95).steps is None
     loss = time_to_target(row, "val_loss", 0.31)

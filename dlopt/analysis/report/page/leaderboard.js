@@ -168,11 +168,15 @@ function drawLeaderboard(update) {
     html("tbody", {}, ...visibleRows.map((row) => tableRow(row, list, plotted, update))));
   sectionBody("leaderboard").replaceChildren(
     html("p", { class: "note" }, rankedBy()),
-    scrollable(table, "Leaderboard"), columnChoice(update),
-    rows.length > PAGE ? html("div", { class: "controls" }, html("button", { type: "button", onclick: () => { state.all = !state.all; update(); } },
-      state.all ? `Show the first ${PAGE}` : `Show all ${rows.length}`)) : "");
+    scrollable(table, "Leaderboard"), columnChoice(update), allButton(rows.length, PAGE, update));
   const filtered = document.getElementById("filtered");
   if (filtered) filtered.textContent = `${visible.length} of ${data.rows.length} configurations`;
+}
+
+// Returns the button that shows all rows of the tables, or only the first ones.
+function allButton(total, first, update) {
+  return total > first ? html("div", { class: "controls" }, html("button", { type: "button", onclick: () => { state.all = !state.all; update(); } },
+    state.all ? `Show the first ${first}` : `Show all ${total}`)) : "";
 }
 
 function columnChoice(update) {

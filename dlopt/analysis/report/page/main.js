@@ -1,13 +1,12 @@
 // Renders the page.
 
-function renderFailures() {
+function renderFailures(update) {
   const runs = data.runs.filter((run) => ["failed", "unfinished"].includes(run.status));
   if (!setVisible("failed", runs.length > 0)) return;
   const reason = (run) => run.reason || (run.status === "unfinished" ? "no summary: the process was killed or the machine went down" : "no reason recorded");
   const rows = runs.slice(0, state.all ? runs.length : PAGE).map((run) => html("tr", {}, html("td", {}, run.path), html("td", { class: "wrap" }, data.rows[run.row].label), html("td", { class: "number" }, formatValue(run.seed)),
     html("td", { class: "wrap" }, reason(run)), html("td", {}, copyButton(run.command || run.from, "copy command"))));
-  sectionBody("failed").replaceChildren(scrollable(tableOf([["folder"], ["configuration"], ["seed", "number"], ["reason"], ["repeat run"]], rows), "Failed runs"),
-    runs.length > rows.length ? html("p", { class: "note" }, `${runs.length - rows.length} more; click “Show all” above`) : "");
+  sectionBody("failed").replaceChildren(scrollable(tableOf([["folder"], ["configuration"], ["seed", "number"], ["reason"], ["repeat run"]], rows), "Failed and unfinished runs"), allButton(runs.length, PAGE, update));
 }
 
 function renderDamaged() {
@@ -27,7 +26,7 @@ function render() {
   renderImportance();
   renderParallel();
   renderTimes(render);
-  renderFailures();
+  renderFailures(render);
   saveState();
 }
 

@@ -126,8 +126,9 @@ function firstReached(run, target) {
 // Ranks by the share of runs that reach the target, then by mean updates (see `fastest` in table.py).
 function timesToTarget() {
   const entries = visible.map((row) => {
-    const reached = row.distinct.map((run) => firstReached(run, state.target)).filter(Boolean);
-    return { row, share: reached.length / row.distinct.length, count: reached.length, step: meanAndStd(reached.map((entry) => entry.step)), seconds: meanAndStd(reached.map((entry) => entry.seconds)) };
+    const ended = row.distinct.filter((run) => !["running", "interrupted", "unfinished"].includes(run.status));
+    const reached = ended.map((run) => firstReached(run, state.target)).filter(Boolean);
+    return { row, runs: ended.length, share: reached.length / ended.length || 0, count: reached.length, step: meanAndStd(reached.map((entry) => entry.step)), seconds: meanAndStd(reached.map((entry) => entry.seconds)) };
   });
   return entries.sort((a, b) => b.share - a.share || (a.step ? a.step[0] - b.step[0] : 0) || a.row.rank - b.row.rank);
 }
@@ -143,11 +144,11 @@ function renderTimes(update) {
   const cell = ({ share, ...entry }, name, colour) => html("td", { class: "number" }, !entry[name] ? "–" : html("span", { class: "swatch" },
     formatStatistic(name === "step" ? "steps" : name, entry[name]), bar(entry[name][0] / ends[name], colour, share < 1)));
   const rows = entries.slice(0, state.all ? entries.length : 20).map((entry) => html("tr", {},
-    html("td", { class: "number" }, String(entry.row.rank)), html("td", { class: "wrap" }, entry.row.label), html("td", { class: "number" }, `${entry.count} of ${entry.row.distinct.length}`),
+    html("td", { class: "number" }, String(entry.row.rank)), html("td", { class: "wrap" }, entry.row.label), html("td", { class: "number" }, `${entry.count} of ${entry.runs}`),
     cell(entry, "step", 0), cell(entry, "seconds", 1)));
   const heads = [["#", "number"], ["configuration"], ["runs", "number"], ["updates", "number"], ["seconds", "number"]];
   sectionBody("times").replaceChildren(
     html("div", { class: "controls" }, html("label", {}, `${metricTitle(data.by)} ${data.lower ? "at most" : "at least"} `, input, isPercent ? " %" : "")),
-    html("p", { class: "note" }, `${reached.length} of ${entries.length} configurations reach the target. Ranked by the share of runs that reach it, then by updates. Mean ± standard deviation over these runs, at the first evaluated epoch; pale: not all runs reach it.`),
-    scrollable(tableOf(heads, rows), "Time to target"));
+    html("p", { class: "note" }, `${reached.length} of ${entries.length} configurations reach the target. Ranked by the share of ended runs that reach it, then by updates. Mean ± standard deviation over these runs, at the first evaluated epoch; pale: not all runs reach it.`),
+    scrollable(tableOf(heads, rows), "Time to target"), allButton(entries.length, 20, update));
 }
