@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
-from dlopt.analysis.report.exports import Destination, Format, Report, destination, render
+from dlopt.analysis.report.exports import Destination, Format, Report, destination, outdated, render
 from dlopt.analysis.report.page import columns, test_columns
 from dlopt.analysis.report.reading import Damaged, Reader, Record, brief, printable, short_key
 from dlopt.analysis.report.table import (
@@ -160,6 +160,8 @@ def _update(
         for path, content in files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, content)
+        for path in outdated(to, files):
+            path.unlink(missing_ok=True)
     _print_table(table, options, console)
     written = list(files) if to.is_file or options.format is not None else [to.path / name for name in _NAMED]
     console.print(*map(layout.short_path, written), sep="\n", markup=False, soft_wrap=True)

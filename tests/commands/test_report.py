@@ -63,6 +63,16 @@ def test_writes_table_page_and_plots(runs: Path) -> None:
     assert {path.name for path in (runs / "tables").iterdir()} == {"table.tex", "summary.csv"}
 
 
+def test_removes_the_plots_of_an_earlier_report(runs: Path) -> None:
+    (runs / "night/report").mkdir()
+    for name in ("lr_sensitivity.png", "lr_sensitivity.pdf", "mine.png"):
+        (runs / "night/report" / name).touch()
+    assert dlopt(runs, "report", "night/1", "output=night/report").code == 0  # a single run has no sensitivity
+    names = {path.name for path in (runs / "night/report").iterdir()}
+    assert "learning_curves.png" in names and names & {"lr_sensitivity.png", "mine.png"} == {"mine.png"}
+    assert "lr_sensitivity.pdf" in names  # format=pdf was not requested
+
+
 def test_differences_of_small_and_huge_losses_have_digits(tmp_path: Path) -> None:
     for lr, scale in ((0.01, 2e-5), (0.1, 3e-5), (1.0, 1e33)):
         for seed in range(3):

@@ -1,7 +1,7 @@
 """Selects the files of the report by `output`, `format` and `plot`, and renders their content."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -98,6 +98,13 @@ def render(to: Destination, report: Report) -> dict[Path, bytes]:
         for form in pictures:
             files |= _drawn(to, form, figures)
     return files
+
+
+def outdated(to: Destination, files: Collection[Path]) -> list[Path]:
+    """Returns the plots that an earlier report may have left in the folder and that are not among `files`."""
+    names = [] if to.is_file or to.plot is not None else list(PLOTS)
+    paths = [to.path / f"{name}.{form}" for form in to.formats if form in _PICTURES for name in names]
+    return [path for path in paths if path not in files]
 
 
 def _text(form: Format, report: Report) -> str:
