@@ -4,6 +4,7 @@ Accuracies are in percent. A configuration has the colour of its rank, and an op
 """
 
 import math
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,11 @@ def _scale(metric: str) -> float:
 
 def _label(metric: str) -> str:
     return literal(metric_label(metric)) + (" [%]" if _scale(metric) == 100 else "")
+
+
+def _wrapped(label: str, width: int) -> str:
+    """Wraps the label of a configuration, which names all keys that vary: paths are wrapped inside words."""
+    return literal("\n".join(textwrap.wrap(label, width)))
 
 
 def key_labels(keys: Sequence[str]) -> list[str]:
@@ -112,7 +118,7 @@ def _curves(axis: "Axes", table: Table, name: str, against: str) -> bool:
         axis.plot(
             curve.x,
             scale * curve.mean,
-            label=literal(row.label),
+            label=_wrapped(row.label, 78),
             **style(i, linewidth=1.8, marker=marker, markersize=4),
         )
         colour = COLOURS[i % len(COLOURS)]
@@ -127,7 +133,8 @@ def _with_legend(figure: "Figure", axis: "Axes", table: Table, note: str) -> "Fi
     labels, total = axis.get_legend_handles_labels()[1], len(table.rows)
     title = "; ".join(filter(None, [f"best {len(labels)} of {total} configurations" * (total > len(labels)), note]))
     columns = 2 if len(labels) > 1 and max(map(len, labels)) < 32 else 1
-    height = 0.19 * (-(-len(labels) // columns) + bool(title))
+    lines = sum(label.count("\n") + 1 for label in labels)
+    height = 0.19 * (-(-lines // columns) + bool(title))
     figure.set_figheight(figure.get_figheight() + height)
     drawing.legend_below(figure, axis, columns, title=title, fontsize="small", title_fontsize="small")
     return figure
@@ -220,7 +227,7 @@ def parallel_coordinates(table: Table) -> "Figure | None":
         for position, label in scale.ticks:
             box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
             axis.annotate(
-                literal(label),
+                _wrapped(label if len(label) <= 48 else f"{label[:47]}…", 24),
                 (x, position),
                 xytext=(5, 0),
                 textcoords="offset points",
@@ -245,12 +252,12 @@ class _Scale:
         if not self.is_number:
             names = sorted({text(value) for value in values})
             self.positions = {name: (i + 0.5) / len(names) for i, name in enumerate(names)}
-            self.ticks = [(position, name) for name, position in self.positions.items()]
+            self.ticks = _apart([(position, name) for name, position in self.positions.items()])
             return
         self.low, self.high = min(known), max(known)
         self.log = self.low > 0 and self.high / self.low >= 20
         tick_values = sorted(set(known)) if len(set(known)) <= 8 else [self._at(i / 4) for i in range(5)]
-        self.ticks = [(self(value), f"{value:.4g}") for value in tick_values]
+        self.ticks = _apart([(self(value), f"{value:.4g}") for value in tick_values])
 
     def _at(self, position: float) -> float:
         if self.log:
@@ -267,12 +274,23 @@ class _Scale:
         return float((value - self.low) / (self.high - self.low))
 
 
+def _apart(ticks: Sequence[tuple[float, str]]) -> list[tuple[float, str]]:
+    """Returns the ticks from the highest down whose labels do not overlap."""
+    kept: list[tuple[float, str]] = []
+    for position, label in reversed(ticks):
+        if not kept or kept[-1][0] - position > 0.045:
+            kept.append((position, label))
+    return kept
+
+
 def times(table: Table, target: float | None) -> "Figure | None":
     """Plots updates and seconds to the target for the configurations that reach it."""
     drawn = [] if target is None else fastest(table, target)[:15][::-1]
     if target is None or not drawn:
         return None
-    figure = drawing.figure(1.5 * _WIDTH, 1.4 + 0.34 * len(drawn))
+    labels = [f"{_wrapped(row.label, 48)}  ({result.count}/{result.runs})" for row, result in drawn]
+    lines = max(label.count("\n") + 1 for label in labels)
+    figure = drawing.figure(1.5 * _WIDTH, 1.4 + (0.2 + 0.14 * lines) * len(drawn))
     panels = figure.subplots(1, 2)
     drawing.clean_axes(*panels, axis="x")
     for axis, name, colour in zip(panels, ("steps", "seconds"), COLOURS, strict=False):
@@ -282,7 +300,6 @@ def times(table: Table, target: float | None) -> "Figure | None":
                 axis.barh(y, value.mean, xerr=value.std or None, color=colour, alpha=alpha, height=0.6, capsize=2)
         axis.set_xlabel({"steps": "updates", "seconds": "seconds of training"}[name])
         axis.set_yticks([])
-    labels = [f"{literal(row.label)}  ({result.count}/{result.runs})" for row, result in drawn]
     panels[0].set_yticks(range(len(drawn)), labels, fontsize="small")
     unit = " %" if _scale(table.by) == 100 else ""
     goal = f"{metric_label(table.by)} {'≤' if table.lower else '≥'} {_scale(table.by) * target:g}{unit}"

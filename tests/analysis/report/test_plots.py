@@ -34,6 +34,26 @@ def test_plots_everything_with_data(tmp_path: Path) -> None:
     assert set(plots(sweep(tmp_path, {}), 0.6, ["importance"])) == {"importance"}
 
 
+def test_long_names_stay_inside_the_figure(tmp_path: Path) -> None:
+    for i in range(6):
+        weights = f"outputs/pretrained_{i}/2026-11-22_10-00-00/checkpoints/best.pt"
+        config = {"init_from": weights, "optimizer.weight_decay": 0.001 * i, "model.widths": [8] * (10 + i)}
+        make_run(tmp_path / str(i), lr=0.1 * (i + 1), config=config, accuracies=(0.5, 0.8 + 0.01 * i))
+    for name, figure in plots(table(tmp_path), 0.7, ["learning_curves", "time_to_target"]).items():
+        figure.draw_without_rendering()
+        box = figure.get_tightbbox()
+        assert box.x0 >= 0 and box.x1 <= figure.get_figwidth(), name
+        assert box.y0 >= 0 and box.y1 <= figure.get_figheight() + 0.1, name
+
+
+def test_tick_labels_do_not_overlap(tmp_path: Path) -> None:
+    for i, lr in enumerate((0.1, 0.101, 0.102, 0.5)):
+        make_run(tmp_path / str(i), lr=lr, config={"optimizer.weight_decay": 0.1 * i})
+    [axis] = plots(table(tmp_path), None, ["parallel_coordinates"])["parallel_coordinates"].axes
+    rates = [note for note in axis.texts if note.xy[0] == 0]  # type: ignore[attr-defined]
+    assert [note.get_text() for note in rates] == ["0.5", "0.102"]
+
+
 def test_optimizers_have_the_colours_of_their_best_configurations(tmp_path: Path) -> None:
     """The eighth row is not among the curves, so its optimizer has a colour that no curve has."""
     tops = {("adamw", 0.01 * i): 0.9 - 0.01 * i for i in range(1, 8)} | {("sgd", 0.1): 0.3, ("sgd", 0.01): 0.2}
