@@ -17,6 +17,7 @@ from dlopt.plain import load_yaml
 
 FORMAT = 1  # version of the files in a run folder and of their keys; stored in environment.json
 LOCK = ".lock"
+SHELL_FOLDER = "DLOPT_SHELL_FOLDER"  # in the environment: for which paths are printed, also if hydra.job.chdir is set
 _ENDED = ("finished", "stopped_early")
 
 

@@ -51,7 +51,7 @@ from dlopt.config.synonyms import for_choice, for_flag, for_key
 from dlopt.config.trust import check_hydra
 from dlopt.config.yaml_folder import YamlFolder
 from dlopt.errors import USER_ERROR, UserError, shorten, suggest
-from dlopt.folders import refuse_url
+from dlopt.folders import SHELL_FOLDER, refuse_url
 from dlopt.plain import check_yaml
 
 CONFIG_NAME = "train"
@@ -424,7 +424,7 @@ def job_environment(config: DictConfig, folder: Path) -> Iterator[None]:
     except (ValueError, OSError) as error:
         raise UserError(f"hydra.job_logging: {first_lines(error)}") from None
     working_directory = contextlib.chdir(folder) if config.hydra.job.chdir else contextlib.nullcontext()
-    with env_override(config.hydra.job.env_set), working_directory:
+    with env_override({**config.hydra.job.env_set, SHELL_FOLDER: os.getcwd()}), working_directory:
         yield
 
 

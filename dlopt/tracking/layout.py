@@ -15,6 +15,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from dlopt.folders import SHELL_FOLDER
 from dlopt.plain import flatten
 
 _MIN_FOLDED_WIDTH = 16  # characters of a column with overflow="fold"
@@ -77,9 +78,9 @@ def format_count(noun: str, count: int) -> str:
 
 
 def short_path(path: Path) -> str:
-    """Returns the path relative to the current folder if it is below it, else the absolute path."""
-    absolute = Path(os.path.abspath(path))
-    return str(absolute.relative_to(Path.cwd()) if absolute.is_relative_to(Path.cwd()) else absolute)
+    """Returns the path relative to the folder of the user's shell if it is below it, else the absolute path."""
+    absolute, shell = Path(os.path.abspath(path)), os.environ.get(SHELL_FOLDER) or os.getcwd()
+    return str(absolute.relative_to(shell) if absolute.is_relative_to(shell) else absolute)
 
 
 # -- configs

@@ -1,12 +1,15 @@
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from rich.console import Console
 from rich.text import Text
 
+from dlopt.config.compose import job_environment
 from dlopt.tracking import layout
 
 METRICS = {
@@ -123,6 +126,21 @@ def test_header_summarizes_the_run() -> None:
 def test_header_wraps_only_between_texts(width: int) -> None:
     lines = rendered(layout.header(CONFIG, {}, {"parameters": 272474, "train": 1437, "test": 360}), width)
     assert all(len(line) <= width for line in lines) and any("272,474 parameters" in line for line in lines)
+
+
+def test_short_paths_are_those_of_the_shell_that_started_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "outputs/run"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    job = {"chdir": True, "env_set": {}}
+    hydra = {"job": job, "job_logging": {"root": None}, "runtime": {}, "verbose": False}
+    with job_environment(OmegaConf.create({"hydra": hydra}), folder):
+        assert Path.cwd() == folder
+        assert layout.short_path(folder) == "outputs/run"
+        assert layout.short_path(Path("curves.png")) == "outputs/run/curves.png"
+    assert Path.cwd() == tmp_path and layout.short_path(folder) == "outputs/run"
 
 
 def test_header_of_a_run_that_is_not_built() -> None:
