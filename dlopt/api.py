@@ -88,6 +88,8 @@ def train(overrides: Sequence[str] = (), *, console: bool = False) -> Result:
         UserError: wrong configuration or input; no files are left behind.
         RunError: the run failed.
     """
+    if isinstance(overrides, str):  # would be read letter by letter
+        raise UserError(f"train({overrides!r}): must be a list: train({overrides.split()})")
     lines = [quoted(line) for line in overrides]
     if current() is not None:
         raise UserError("train(): cannot run inside torchrun or srun; use the command `dlopt train`")
