@@ -30,6 +30,7 @@ from dlopt.folders import RunFolder
 from dlopt.interruption import SIGNALS, Interruption
 from dlopt.ranges import Count
 from dlopt.sweeps.jobs import OUTPUT, Job, Result, prepare, record_failure, record_pruned, result_of
+from dlopt.tracking.layout import format_count
 from dlopt.tracking.metrics import METRICS, parse_metrics
 from dlopt.tracking.overview import Overview
 
@@ -208,7 +209,8 @@ class _Workers:
 
     def stop(self, interruption: Interruption) -> None:
         """Stops all jobs with a checkpoint and waits for them; a second Ctrl-C ends the wait."""
-        self._overview.message(f"{interruption.reason}: stopping {len(self._active)} jobs; resume with resume=auto")
+        jobs = format_count("jobs", len(self._active))
+        self._overview.message(f"{interruption.reason}: stopping {jobs}; resume with resume=auto")
         for worker in self._active.values():
             worker.process.stop()
         while self._active:
