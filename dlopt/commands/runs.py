@@ -60,8 +60,8 @@ one line per run with the columns that fit; a pipe gets all columns and digits a
   --paths          print only the folders
 
 dlopt runs clean:
-  Lists the checkpoints step-N.pt and removes them after confirmation. Keeps best.pt and last.pt, and all checkpoints of
-  runs that are running or have a damaged last.pt.
+  Lists the checkpoints step-N.pt and abandoned-*.pt and removes them after confirmation. Keeps best.pt and last.pt, and
+  all checkpoints of runs that are running or have a damaged last.pt.
 
   --yes            do not ask for confirmation
 """
@@ -303,12 +303,12 @@ def _clean(arguments: list[str]) -> int:
 
 
 def _removable(record: Record) -> list[_Removable]:
-    """Returns the step-N.pt of a run that is not running and has an intact last.pt."""
+    """Returns the step-N.pt and abandoned-*.pt of a run that is not running and has an intact last.pt."""
     from dlopt.training import sharded
     from dlopt.training.checkpoint import is_intact
 
     folder = record.path / "checkpoints"
-    names = re.compile(r"step-\d+\.pt")
+    names = re.compile(r"(step-\d+|abandoned-.+)\.pt")
     if folder.is_symlink() or not folder.is_dir():
         return []
     paths = sorted(path for path in folder.iterdir() if names.fullmatch(path.name) and not path.is_symlink())

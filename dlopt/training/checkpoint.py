@@ -1,6 +1,7 @@
 """Checkpoints, written atomically: temporary file, fsync, rename, fsync of the folder. A second file has the SHA-256.
 
 `last.pt` is the newest checkpoint, `step-N.pt` are earlier ones, `best.pt` is that of the best evaluation.
+`abandoned-N-NAME.pt` are those of updates that a run abandoned by resuming from an earlier one.
 """
 
 import contextlib
@@ -8,6 +9,7 @@ import logging
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -22,6 +24,7 @@ from dlopt.training import sharded
 
 FORMAT = 1  # a sharded checkpoint also has the key "shards"
 KEYS = {"format", "model", "optimizer", "schedule", "ema", "rng", "progress", "config", "normalize"}
+_OWN_NAMES = re.compile(r"last|best|(step|restart)-\d+")  # of files that runs replace
 
 log = logging.getLogger(__name__)
 
@@ -141,6 +144,27 @@ class Checkpoints:
             )
         return None
 
+    def set_aside(self, state: Mapping[str, Any]) -> str | None:
+        """Makes `state` last.pt, and renames the checkpoints after it to abandoned-N-NAME.pt; returns abandoned-N.
+
+        Call before a run resumes: after an earlier checkpoint in its own folder, it would otherwise load checkpoints of
+        a course that it has left, or count them among the newest. Returns None if there are none.
+        """
+        step = state["progress"]["step"]
+        later = [p for p in self.folder.glob("*.pt") if _OWN_NAMES.fullmatch(p.stem) and _step(p) > step]
+        # A damaged last.pt, or a snapshot that a killed run wrote before its last.pt, belongs to the same course.
+        if not any(path in (self.last, *self._earlier_checkpoints()) and is_intact(path) for path in later):
+            return None
+        prefixes = (f"abandoned-{i}" for i in count(1))
+        prefix = next(each for each in prefixes if not any(self.folder.glob(f"{each}-*")))
+        for path in later:
+            link(path, path.with_name(f"{prefix}-{path.name}"))
+        self._write(self.last, state)
+        for path in later:
+            if path != self.last:
+                _remove(path)
+        return prefix
+
     def has_best(self, epoch: int) -> bool:
         """Returns whether best.pt exists and is of this epoch: a run may resume from a checkpoint before its best."""
         self.wait()
@@ -158,11 +182,14 @@ class Checkpoints:
         with contextlib.suppress(UserError):
             if load(self.best)["progress"]["step"] == state["progress"]["step"]:
                 return
+        self._write(self.best, state)
+
+    def _write(self, path: Path, state: Mapping[str, Any]) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write(self.best, lambda file: torch.save(state, file))
+            write(path, lambda file: torch.save(state, file))
         except (OSError, RuntimeError) as error:
-            raise _write_error(self.best, reason(error)) from error
+            raise _write_error(path, reason(error)) from error
 
     def _clean_folder(self) -> None:
         """Before the first save: removes files that a killed process left behind, and reads the step of its last.pt."""
@@ -183,10 +210,21 @@ class Checkpoints:
     def _remove_oldest(self) -> None:
         earlier = self._earlier_checkpoints()
         for path in earlier[: max(len(earlier) - (self.keep - 1), 0)]:
-            path.unlink(missing_ok=True)
-            digest_file(path).unlink(missing_ok=True)
+            _remove(path)
         with contextlib.suppress(OSError):
             sharded.remove_unused(self.folder)
+
+
+def _step(path: Path) -> int:
+    """Returns the update of a checkpoint; -1 if it is damaged."""
+    progress = sharded.load_without_shards(path).get("progress") or {}
+    return int(progress.get("step", -1))
+
+
+def _remove(path: Path) -> None:
+    """Removes a checkpoint and its checksum."""
+    path.unlink(missing_ok=True)
+    digest_file(path).unlink(missing_ok=True)
 
 
 def _write_error(path: Path, why: str) -> RunError:

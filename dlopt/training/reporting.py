@@ -14,6 +14,7 @@ from dlopt.folders import RunFolder
 from dlopt.tracking.tracking import Tracking
 from dlopt.training.batch_norm import small_batch_warnings
 from dlopt.training.build import Workload, data_spec
+from dlopt.training.checkpoint import Checkpoints
 from dlopt.training.mup import describe_rates
 from dlopt.training.precision import bf16_slowdown
 from dlopt.training.progress import Length
@@ -25,13 +26,18 @@ if TYPE_CHECKING:
 
 def open_tracking(run: "Run", state: Mapping[str, Any] | None, console: bool) -> Tracking:
     settings, progress = run.experiment.settings, None if state is None else state["progress"]
-    return Tracking(
+    # Before metrics are removed, because last.pt must never be of a later update than these.
+    abandoned = state and Checkpoints(run.folder / "checkpoints").set_aside(state)
+    tracking = Tracking(
         run.folder,
         sinks=settings.tracking,
         console=console,
         log_every_steps=settings.log_every_steps,
         resume_from=progress and (progress["epoch"], progress["step"]),
     )
+    if abandoned and progress:
+        tracking.message(f"the checkpoints after update {progress['step']} are kept as checkpoints/{abandoned}-*.pt")
+    return tracking
 
 
 def log_header(trainer: "Trainer", workload: Workload, length: Length, run: "Run") -> None:

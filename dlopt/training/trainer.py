@@ -285,8 +285,9 @@ class Trainer:
         """
         steps, log_every = self.intervals.steps, self.intervals.log_every_steps
         with self._error_handling():
-            if self.recovery.policy == "rollback" and self.recovery.load_newest() is None:
-                self.save()  # a checkpoint to roll back to
+            needs_checkpoint = self.recovery.policy == "rollback" or bool(self.progress.resumed_from)
+            if needs_checkpoint and not self.mode.broadcast(self.checkpoints.last.exists()):
+                self.save()  # to roll back to; or, if the run was resumed in a new folder, to resume from
             clock = Clock(self)
             if self.stopping.should_stop and self.progress.position == 0 and self.progress.step < steps:
                 return "stopped_early"  # resumed a run that was killed between its last checkpoint and its summary

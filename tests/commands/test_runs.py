@@ -202,6 +202,6 @@ def test_clean_does_not_follow_symlinks(kept: Path) -> None:
 def test_clean_reports_freed_bytes(kept: Path) -> None:
     folder = kept / "outputs/night/0/checkpoints"
     (folder / "step-9.pt").unlink()
-    os.link(folder / "best.pt", folder / "step-9.pt")
+    os.link(folder / "best.pt", folder / "abandoned-1-best.pt")
     assert "10 kB" in dlopt(kept, "runs", "clean", "outputs/night/0", "--yes").out
-    assert (folder / "best.pt").exists()
+    assert (folder / "best.pt").exists() and not (folder / "abandoned-1-best.pt").exists()

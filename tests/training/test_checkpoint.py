@@ -12,6 +12,7 @@ import torch
 
 from dlopt import files as durable
 from dlopt.errors import RunError, UserError
+from dlopt.files import link
 from dlopt.training.checkpoint import KEYS, Checkpoints, load
 from dlopt.training.weights import read_weights
 from tests.training.runs import in_fork, same
@@ -57,6 +58,22 @@ def with_checksums(*files: str) -> set[str]:
 
 
 # -- contents
+
+
+def test_sets_later_checkpoints_aside(tmp_path: Path) -> None:
+    checkpoints = folder_of(tmp_path, 3, 9, 10, keep=3, best=True)
+    link(checkpoints.folder / "step-3.pt", checkpoints.folder / "chosen.pt")
+    resumed = Checkpoints(checkpoints.folder, keep=2)
+    assert (resumed.set_aside(state(3)), resumed.set_aside(state(3))) == ("abandoned-1", None)
+    abandoned = {f"abandoned-1-{name}.pt": step for name, step in (("last", 10), ("best", 10), ("step-9", 9))}
+    assert names(checkpoints) == with_checksums("last.pt", "step-3.pt", "chosen.pt", *abandoned)
+    resumed.save(state(5), best=False)
+    assert names(checkpoints) == with_checksums("last.pt", "step-3.pt", "chosen.pt", *abandoned), (
+        "step 9 was newer than 3"
+    )
+    damage(resumed.last)
+    assert newest_step(checkpoints) == 3
+    assert {name: load(checkpoints.folder / name)["progress"]["step"] for name in abandoned} == abandoned
 
 
 def test_roundtrip_is_bitwise_identical(tmp_path: Path) -> None:

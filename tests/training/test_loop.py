@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -82,6 +83,7 @@ class Checkpoints:
     best: list[int] = field(default_factory=list)
     restored: list[int] = field(default_factory=list)
     shards: None = None
+    last = Path(__file__)  # it exists
 
     def save(self, state: dict[str, Any], *, best: bool, snapshot: str | None = None) -> None:
         self.saved.append(copy.deepcopy(state))

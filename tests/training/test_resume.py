@@ -449,6 +449,24 @@ def test_does_not_test_the_best_model_of_an_abandoned_course(tmp_path: Path) -> 
         assert train(Run(experiment(*overrides), tmp_path, state), console=False)["best_epoch"] is None
 
 
+@pytest.mark.parametrize("name", ["whole", "new"])
+def test_killed_before_the_first_save_after_resuming_from_an_earlier_checkpoint(tmp_path: Path, name: str) -> None:
+    """In the folder of the run, whose later checkpoints it abandons, and in another folder, which has none."""
+    overrides = [*RICH, "checkpoint.keep=4", "ema=null"]
+    start(tmp_path / "whole", *overrides)
+    ends, end = timeless(tmp_path / "whole"), result(tmp_path / "whole")
+    state = checkpoint.load(tmp_path / "whole/checkpoints/step-4.pt")
+
+    def until() -> None:
+        with at_update(6, kill):
+            train(Run(experiment(*overrides), tmp_path / name, state), console=False)
+
+    assert os.WTERMSIG(in_fork(until)) == signal.SIGKILL
+    assert set(resume(tmp_path / name, *overrides)["resumed_from"]) == {4}
+    assert same(result(tmp_path / name), end)
+    assert timeless(tmp_path / name) == ends[0 if name == "whole" else 1 :]
+
+
 def test_never_restarts_if_all_checkpoints_are_damaged(tmp_path: Path) -> None:
     stop_at(10, tmp_path, *RICH)
     for path in (tmp_path / "checkpoints").glob("*.pt"):
