@@ -116,8 +116,6 @@ def train(
         trainer = build_trainer(workload, run.folder, batches, length, tracking, found_lr=found_lr, observers=observers)
         if state is not None:
             trainer.load_state_dict(state)
-            # Whether best.pt exists is known to rank 0: other nodes may not see the folder.
-            trainer.best.load_state_dict(mode.broadcast(trainer.best.state_dict()))
         log_header(trainer, workload, length, run)
         if horizon_note is not None:
             tracking.message(horizon_note)
@@ -471,7 +469,8 @@ class Trainer:
         self.progress = Progress(**{**progress, "horizon": self.progress.horizon, "data": self.progress.data})
         if self.best.epoch == self.progress.epoch and self.progress.position == 0:
             self.checkpoints.restore_best(dict(state))
-        if self.best.epoch is not None and not self.checkpoints.has_best(self.best.epoch):
+        # Rank 0 looks for best.pt: other nodes may not see the folder.
+        if self.best.epoch is not None and not self.mode.broadcast(self.checkpoints.has_best(self.best.epoch)):
             log.warning("best.pt of epoch %d is missing; the best model is chosen from later epochs", self.best.epoch)
             self.best = Best(self.best.monitor)
         self.progress.resumed_from = [*self.progress.resumed_from, self.progress.step]

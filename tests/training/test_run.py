@@ -21,9 +21,11 @@ from torch.nn import functional as F
 import dlopt
 from dlopt import job
 from dlopt.errors import RunError, UserError
+from dlopt.parallel.mode import Mode
 from dlopt.training.build import Workload, build_workload, training_batches
 from dlopt.training.checkpoint import KEYS, Checkpoints, load
-from dlopt.training.trainer import Run
+from dlopt.training.nonfinite import Diverged
+from dlopt.training.trainer import Run, Trainer
 from tests.training.runs import (
     RICH,
     SMALL,
@@ -37,6 +39,7 @@ from tests.training.runs import (
     terminate,
     timeless,
 )
+from tests.training.test_nonfinite import RUN, explosions
 
 PLAIN = [*SMALL, "model.norm=none", "schedule=constant", "precision=fp64", "epochs=3"]
 
@@ -441,3 +444,22 @@ def test_few_frames_between_loop_and_backward(tmp_path: Path) -> None:
         start(tmp_path, *SMALL, "steps=1")
     [stack] = stacks
     assert stack[stack.index("fit") :] == ["fit", "update", "__call__", "forward_backward", "micro_batch"]
+
+
+def test_rollback_keeps_the_best_epoch_where_only_rank_0_sees_its_file(tmp_path: Path) -> None:
+    """On another node without the run folder, whose ranks would go on with another best epoch."""
+    epochs = []
+    original = Trainer._roll_back
+
+    def roll_back(self: Trainer, error: Diverged) -> None:
+        original(self, error)
+        epochs.append(self.best.epoch)
+
+    with (
+        explosions(lambda step, lr: step == 6 and lr > 0.05),
+        patch.object(Trainer, "_roll_back", roll_back),
+        patch.object(Checkpoints, "has_best", lambda self, epoch: False),
+        patch.object(Mode, "broadcast", lambda self, value: True if value is False else value),
+    ):
+        start(tmp_path, *RUN, "on_divergence=rollback")
+    assert epochs == [1]
