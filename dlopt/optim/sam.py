@@ -24,6 +24,7 @@ class SAM(torch.optim.Optimizer):
     """
 
     evaluations: ClassVar[str] = "many"
+    uses_all_gradients: ClassVar[bool] = True
     elementwise: ClassVar[bool] = False
 
     def __init__(
@@ -54,9 +55,11 @@ class SAM(torch.optim.Optimizer):
     def step(self, closure: Closure | None = None) -> Any:
         loss = evaluate(needs_closure(self, closure))
         saved = self._perturb()
-        evaluate(closure)
-        for params, weights in saved:
-            torch._foreach_copy_(params, weights)  # copies, because subtracting e would round
+        try:
+            evaluate(closure)
+        finally:  # the closure may raise for a non-finite gradient
+            for params, weights in saved:
+                torch._foreach_copy_(params, weights)  # copies, because subtracting e would round
         self.base.step()
         return loss
 

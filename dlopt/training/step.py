@@ -211,7 +211,7 @@ class Step:
         # scaler non-finite gradients are normal: it skips the update and reduces its scale.
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        if record is not None:
+        if record is not None or getattr(self.optimizer, "uses_all_gradients", False):
             self.check(loss, self.number, self.rate, gradients=self.scaler is None)
         for observer in self.observers:
             observer.after_evaluation()

@@ -1,6 +1,7 @@
 """Tests of the step against hand-written PyTorch loops."""
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dlopt.errors import RunError
+from dlopt.optim import SAM
 from dlopt.parallel.mode import Mode
 from dlopt.random import stream
 from dlopt.schedules import Scheduler
@@ -20,6 +22,7 @@ from dlopt.training.nonfinite import Diverged
 from dlopt.training.precision import Precision
 from dlopt.training.step import Network, Step, StepSettings, is_stochastic
 from tests.tasks import CLASSIFICATION
+from tests.training.runs import same
 
 CPU = torch.device("cpu")
 SEED = 11
@@ -413,3 +416,15 @@ def test_the_state_of_a_loss_scaler_is_loaded_where_there_is_one() -> None:
         step: Any = SimpleNamespace(scaler=own, settings=SimpleNamespace(halve_on_out_of_memory=False))
         Step.load_state_dict(step, {"lr": 0.1, "scaler": saved})
         assert step.rate == 0.1 and (own is None or own.loaded == saved)
+
+
+def test_skips_an_update_whose_second_gradient_is_not_finite() -> None:
+    model = net(dropout=0.0)
+    optimizer = SAM(base=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+    update = make_step(model, optimizer, skip=lambda error: error.step == 2, evaluates_once=False)
+    update.update(*batch(0), 0, MetricSum(CLASSIFICATION))
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
+    factors = iter([1.0, math.nan])
+    model[0].bias.register_hook(lambda gradient: gradient * next(factors))  # type: ignore[union-attr]
+    update.update(*batch(1), 1, sums := MetricSum(CLASSIFICATION))
+    assert same(before, (model.state_dict(), optimizer.state_dict()["state"])) and not sums.count
