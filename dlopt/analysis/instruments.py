@@ -24,10 +24,16 @@ def observers(workload: Workload, length: Length, tracking: Tracking, folder: Pa
             raise UserError(
                 f"profile_steps=[{first},{last}]: the run has only {length.steps} updates; choose earlier ones"
             )
+        if length.done > first:  # count from where the run resumes
+            first, last = first + length.done, last + length.done
+        if last > length.steps:
+            left = length.steps - length.done
+            tracking.message(f"profile=true: only {left} updates are left, too few for profile_steps; none is profiled")
+            return enabled
 
         def report(profile: Profile) -> None:
             for line in table(profile, folder / "profile"):
                 tracking.message(line)
 
-        enabled.append(Profiling(workload, settings.profile_steps, folder / "profile", report))
+        enabled.append(Profiling(workload, (first, last), folder / "profile", report))
     return enabled

@@ -26,6 +26,7 @@ class Length:
     epochs: int  # the last one may be partial
     steps_per_epoch: int
     horizon: int  # updates over which the schedule runs
+    done: int = 0  # updates of the checkpoint from which the run resumes
 
 
 def run_length(settings: Settings, steps_per_epoch: int, state: Mapping[str, Any] | None) -> Length:
@@ -35,14 +36,15 @@ def run_length(settings: Settings, steps_per_epoch: int, state: Mapping[str, Any
     """
     steps = settings.steps if settings.steps is not None else settings.epochs * steps_per_epoch
     horizon = steps if settings.schedule_epochs is None else round(settings.schedule_epochs * steps_per_epoch)
-    epochs = first = 0
+    epochs = first = done = 0
     if state is not None:
         progress = state["progress"]
         # After steps=N within an epoch, the next update is the first of another one.
-        epochs, first = progress["epoch"], progress["step"] - progress["position"]
+        epochs, done = progress["epoch"], progress["step"]
+        first = done - progress["position"]
         horizon = progress["horizon"] if settings.schedule_epochs is None else horizon
     epochs += max(math.ceil((steps - first) / steps_per_epoch), 0)
-    return Length(steps, epochs, steps_per_epoch, horizon)
+    return Length(steps, epochs, steps_per_epoch, horizon, done)
 
 
 def check_horizon(experiment: Experiment, length: Length, state: Mapping[str, Any]) -> str | None:

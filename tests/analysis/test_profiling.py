@@ -7,7 +7,7 @@ import pytest
 
 from dlopt.analysis.profiling import Operation, Profile, table
 from dlopt.errors import UserError
-from tests.training.runs import SMALL, experiment, result, same, start
+from tests.training.runs import SMALL, at_update, experiment, result, resume, same, start, terminate
 
 PROFILED = ["profile=true", "profile_steps=[1,5]", "epochs=2"]
 
@@ -37,6 +37,15 @@ def test_profiling_does_not_change_training(tmp_path: Path) -> None:
     assert {"dlopt: data", "dlopt: forward", "dlopt: forward and backward", "dlopt: update"} <= spans
     log = (tmp_path / "profiled" / "train.log").read_text()
     assert "top operations" in log and "memory: weights" in log
+
+
+def test_profiles_a_resumed_run(tmp_path: Path) -> None:
+    with at_update(5, terminate):
+        start(tmp_path, *SMALL, "epochs=3")
+    resume(tmp_path, *SMALL, *PROFILED)
+    assert "only 3 updates are left, too few for profile_steps" in (tmp_path / "train.log").read_text()
+    resume(tmp_path, *SMALL, *PROFILED, "epochs=4", "schedule_epochs=4")
+    assert "profile of 3 updates" in (tmp_path / "train.log").read_text()
 
 
 def test_rejects_profile_steps_after_the_end(tmp_path: Path) -> None:
