@@ -214,6 +214,7 @@ def flat_or_zero(tensors: Iterable[Tensor | None], params: Sequence[Tensor]) -> 
 
 
 def flat_gradient(params: list[Tensor]) -> Tensor:
+    gradients(params)  # refuses sparse ones
     return flat_or_zero((p.grad for p in params), params)
 
 
