@@ -85,10 +85,7 @@ def _measured(
     """Returns the measured value per seed, and the point: the only one, or the best by the mean over seeds."""
     points, axes = _points(comparison, side), [*comparison.along]
     values = {
-        point: [
-            _value(outcomes[Cell(side.variant, point, seed)], claim, side.value, comparison.seeds)
-            for seed in comparison.seeds
-        ]
+        point: [_value(outcomes[Cell(side.variant, point, seed)], claim, side.value) for seed in comparison.seeds]
         for point in points
     }
     if claim.measure in ("largest", "span"):
@@ -129,7 +126,7 @@ def best_point(
     return min(points, key=cost)
 
 
-def _value(outcome: Outcome, claim: Claim, when: str | int, seeds: Sequence[int]) -> float:
+def _value(outcome: Outcome, claim: Claim, when: str | int) -> float:
     """Reduces a run to one number; a diverged run has the worst one: infinite."""
     worst = -math.inf if is_higher_better(claim.metric) else math.inf
     if claim.measure in ("epoch", "step", "evaluation", "seconds"):

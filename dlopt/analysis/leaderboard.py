@@ -125,11 +125,7 @@ def direction_of(metric: str) -> Direction:
 
 
 def leaderboard(
-    entries: Sequence[Entry],
-    *,
-    metric: str | None = None,
-    direction: Direction | None = None,
-    confidence: float = 0.95,
+    entries: Sequence[Entry], *, metric: str | None = None, direction: Direction | None = None
 ) -> Leaderboard:
     """Ranks configurations by the mean of `metric` over seeds, best first, those without a value last."""
     metric = default_metric(entries) if metric is None else metric
@@ -140,7 +136,7 @@ def leaderboard(
     if not rows:
         return Leaderboard(metric, direction)
     first = rows[0].by_seeds(metric)
-    compared = [replace(row, difference=paired_difference(row.by_seeds(metric), first, confidence)) for row in rows[1:]]
+    compared = [replace(row, difference=paired_difference(row.by_seeds(metric), first)) for row in rows[1:]]
     return Leaderboard(metric, direction, [rows[0], *compared])
 
 

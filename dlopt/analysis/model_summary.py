@@ -143,7 +143,7 @@ def layers_of(make: Callable[[], nn.Module], input_shape: Sequence[int]) -> list
         return [layer for layer, _, _ in _traced(module, torch.zeros(1, *input_shape))]
 
 
-def timed(module: nn.Module, inputs: Tensor, *, rounds: int = 3) -> list[Layer]:
+def timed(module: nn.Module, inputs: Tensor) -> list[Layer]:
     """Returns the layers with the seconds that each takes alone for this batch, forward and backward.
 
     Times layers of the same kind and sizes once.
@@ -155,7 +155,7 @@ def timed(module: nn.Module, inputs: Tensor, *, rounds: int = 3) -> list[Layer]:
     for layer, leaf, shape in traced:
         key = f"{leaf} {shape}"
         if key not in times:
-            times[key] = _seconds(leaf, shape, inputs, rounds)
+            times[key] = _seconds(leaf, shape, inputs)
         forward, backward = times[key]
         counts = {name: getattr(layer, name) // count for name in ("inputs", "outputs", "halo")}
         operations = layer.operations / count
@@ -220,7 +220,7 @@ def _layer(name: str, block: str | None, role: Any, leaf: nn.Module, inputs: Ten
     )
 
 
-def _seconds(leaf: nn.Module, shape: tuple[int, ...], like: Tensor, rounds: int) -> tuple[float, float]:
+def _seconds(leaf: nn.Module, shape: tuple[int, ...], like: Tensor) -> tuple[float, float]:
     """Returns the minimum times of one call, as other processes can only slow it down."""
     inputs = torch.randn(shape, device=like.device, dtype=like.dtype)
     if inputs.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last):
@@ -228,7 +228,7 @@ def _seconds(leaf: nn.Module, shape: tuple[int, ...], like: Tensor, rounds: int)
     inputs.requires_grad_()
     differentiable = [inputs, *leaf.parameters()]
     forward, backward = float("inf"), float("inf")
-    for _ in range(rounds + 1):
+    for _ in range(4):
         start = _now(inputs.device)
         outputs = leaf(inputs * 1)  # "* 1": an in-place layer must not modify a leaf tensor
         forward_end = _now(inputs.device)

@@ -24,7 +24,7 @@ Examples:
   dlopt train resume=auto"""
 
 
-def help_page(config_dir: str | None = None) -> str:
+def help_page(config_dir: str | None) -> str:
     """Returns the help text, with the choices of `config_dir`."""
     catalogue = Catalogue(config_dir)
     groups = catalogue.groups()

@@ -302,13 +302,11 @@ def _reason(run: Record) -> str:
 # -- results of a sweep: leaderboard or Pareto front
 
 
-def show_leaderboard(
-    board: "Leaderboard", test: str, *, all_tests: bool = False, stream: IO[str] | None = None
-) -> None:
+def show_leaderboard(board: "Leaderboard", test: str, *, stream: IO[str] | None = None) -> None:
     """Prints the best rows, with their differences to the first.
 
-    Shows the test metric of the first row only, unless `all_tests`: selecting a row by its test metric would be model
-    selection on the test set.
+    Shows the test metric of the first row only: selecting a row by its test metric would be model selection on the test
+    set.
     """
     rows = [row for row in board.rows if row.value is not None]
     if not rows:
@@ -324,7 +322,7 @@ def show_leaderboard(
         table.add_column("vs. best\n(95 % CI)", justify="right", no_wrap=True)
     table.add_column("test", justify="right")
     for rank, row in enumerate(rows[:_MAX_ROWS], 1):
-        tested = row.statistic(test) if rank == 1 or all_tests else None
+        tested = row.statistic(test) if rank == 1 else None
         cells = [str(rank), layout.round_floats(row.label), _spread(board.metric, row), _complete(row)]
         cells += [_gap(board.metric, row)] if is_paired else []
         table.add_row(*cells, "" if tested is None else layout.format_metric(test, tested.mean))

@@ -147,7 +147,7 @@ def _parse(arguments: Sequence[str], own: Sequence[str], flags: Sequence[str]) -
 
 
 def split_folders(
-    arguments: Sequence[str], command: str, flags: Sequence[str] = ()
+    arguments: Sequence[str], command: str, flags: Sequence[str]
 ) -> tuple[list[Path], set[str], list[str]]:
     """Splits arguments into existing folders, flags and others. Raises `UserError` for an unknown flag."""
     folders = [Path(argument) for argument in arguments if Path(argument).is_dir()]

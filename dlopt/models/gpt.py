@@ -108,7 +108,7 @@ class CausalSelfAttention(nn.Module):
         return self.project(self.attend(q, k, v).transpose(1, 2).flatten(2))
 
 
-def rotate(vectors: Tensor, start: int = 0) -> Tensor:
+def rotate(vectors: Tensor, start: int) -> Tensor:
     """Applies rotary position embedding (Su et al. 2021, equation 34) to [B, heads, T, d] from position `start`.
 
     Element i of the first half and of the second half of d are one pair, rotated by position * 10000^(-2 i / d).

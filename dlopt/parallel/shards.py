@@ -112,7 +112,7 @@ def _all_reduce(values: Tensor, axes: Sequence[tuple[Any, int, int]]) -> Tensor:
 # -- modes in which each rank holds some layers
 
 
-def stage_norm(tensors: Sequence[Tensor], group: "Group", device: torch.device, *, is_replica: bool = False) -> Tensor:
+def stage_norm(tensors: Sequence[Tensor], group: "Group", device: torch.device, *, is_replica: bool) -> Tensor:
     """Returns the 2-norm of all ranks' tensors as one vector.
 
     `is_replica`: another rank holds the same layers, which count once.
@@ -122,7 +122,7 @@ def stage_norm(tensors: Sequence[Tensor], group: "Group", device: torch.device, 
     return torch.linalg.vector_norm(group.all_gather(norm.to(device=device, dtype=torch.float64).reshape(1)))
 
 
-def stage_full_state(state: T, group: "Group", *, is_replica: bool = False) -> T:
+def stage_full_state(state: T, group: "Group", *, is_replica: bool) -> T:
     """Returns, on rank 0, the state with the tensors of all ranks. All ranks call this together."""
     states: list[Any] | None = [None] * group.size if group.rank == 0 else None
     distributed.gather_object(None if is_replica else _on_cpu(state), states, dst=0)

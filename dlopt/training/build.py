@@ -257,9 +257,9 @@ def _build_model(experiment: Experiment, dataset: Dataset, normalize: nn.Module,
     return module
 
 
-def _init_inputs(samples: Samples, normalize: nn.Module, shape: tuple[int, ...], count: int = 5000) -> Tensor:
-    """Returns normalized training inputs, evenly spaced over the split, for data-dependent initialization."""
-    indices = torch.linspace(0, len(samples) - 1, min(count, len(samples))).long()
+def _init_inputs(samples: Samples, normalize: nn.Module, shape: tuple[int, ...]) -> Tensor:
+    """Returns up to 5000 normalized training inputs, evenly spaced, for data-dependent initialization."""
+    indices = torch.linspace(0, len(samples) - 1, min(5000, len(samples))).long()
     device = next(iter(normalize.buffers()), torch.zeros(())).device
     inputs = samples.fetch(indices).to(device)
     if shape != samples.shape:

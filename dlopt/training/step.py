@@ -31,7 +31,7 @@ from dlopt.training.precision import Precision
 
 log = logging.getLogger(__name__)
 
-_AS_IT_IS = nullcontext()
+_NO_CONTEXT = nullcontext()
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,8 @@ class Step:
         schedule: stepped after every update.
         mode: runs forward and backward (`Mode.forward_backward` calls `micro_batch`).
         clip: clips the reduced gradients.
-        post_hooks: called after every update but skipped ones, which are no tiny changes to a stopping rule (buffer
-            synchronization, weight averaging, stopping rules).
+        post_hooks: called after every update that was not skipped (buffer synchronization, weight averaging, stopping
+            rules).
         skip: decides whether to skip an update with non-finite gradients; None: raise the error.
     """
 
@@ -151,7 +151,7 @@ class Step:
 
         `log_norm`: compute `norm`, the norm of the gradient before clipping. Raises `Diverged`.
         """
-        with self._observed(inputs, targets, number) if self.observers else _AS_IT_IS:
+        with self._observed(inputs, targets, number) if self.observers else _NO_CONTEXT:
             self.begin(inputs, targets, number, metrics, log_norm=log_norm)
             skipped = False
             try:
@@ -196,7 +196,7 @@ class Step:
         self.optimizer.zero_grad()
         for observer in self.observers:
             observer.before_evaluation()
-        with frozen_statistics(self.module) if record is None else _AS_IT_IS:
+        with frozen_statistics(self.module) if record is None else _NO_CONTEXT:
             while True:
                 self._seed()
                 try:

@@ -167,7 +167,7 @@ def scores(times: Times) -> dict[str, float]:
 # -- bootstrap over studies
 
 
-def bootstrap(results: Results, measure: Measure, seed: int = 0, resamples: int = RESAMPLES) -> Array:
+def bootstrap(results: Results, measure: Measure, *, resamples: int = RESAMPLES) -> Array:
     """Returns tables of times, [resamples, optimizers, workloads], of studies drawn with replacement.
 
     The studies are drawn for each workload separately. All optimizers share them, because trial k of study s has the
@@ -175,7 +175,7 @@ def bootstrap(results: Results, measure: Measure, seed: int = 0, resamples: int 
     no spread: there are no tables, and the intervals are NaN.
     """
     resamples = resamples if results.studies > 1 else 0
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     drawn = rng.integers(results.studies, size=(resamples, 1, len(results.workloads), results.studies))
     table = np.array(
         [

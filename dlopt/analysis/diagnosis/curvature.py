@@ -89,20 +89,15 @@ def lanczos(product: Product, start: Tensor, iterations: int, count: int) -> Spe
 
 
 def largest_eigenvalues(
-    loss: Callable[[], Tensor],
-    parameters: Sequence[Tensor],
-    *,
-    count: int,
-    iterations: int,
-    generator: torch.Generator | None = None,
+    loss: Callable[[], Tensor], parameters: Sequence[Tensor], *, count: int, iterations: int
 ) -> Spectrum:
     """Computes the largest eigenvalues of the Hessian of `loss()` with respect to `parameters` (see `lanczos`).
 
-    Starts from a random vector of `generator` (None: seed 0), and does not use torch's global generators.
+    Starts from a fixed random vector, and does not use torch's global generators.
     """
     parameters = list(parameters)
     device, dtype = parameters[0].device, parameters[0].dtype
-    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    generator = torch.Generator().manual_seed(0)
     size = sum(p.numel() for p in parameters)
     start = torch.randn(size, generator=generator, dtype=torch.float32).to(device, dtype)
     with torch.enable_grad():

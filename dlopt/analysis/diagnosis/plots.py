@@ -69,9 +69,9 @@ def _snapshots(diagnoses: Sequence[Diagnosis]) -> Iterator[tuple[Snapshot, dict[
             yield snapshot, {**style, "color": colour, "label": label}
 
 
-def spread_layers(layers: Sequence[LayerStatistics], most: int = _MOST_PANELS) -> list[int]:
-    """Returns the indices of at most `most` layers, evenly spread from the first to the last."""
-    count = min(len(layers), most)
+def spread_layers(layers: Sequence[LayerStatistics]) -> list[int]:
+    """Returns the indices of at most `_MOST_PANELS` layers, evenly spread from the first to the last."""
+    count = min(len(layers), _MOST_PANELS)
     return [round(i * (len(layers) - 1) / max(count - 1, 1)) for i in range(count)]
 
 
