@@ -18,6 +18,7 @@ from dlopt.config.resuming import FREE
 from dlopt.config.schema import check_arguments, component, show
 from dlopt.errors import DONE, FAILED, INTERRUPTED, RunError, UserError
 from dlopt.files import write_atomically
+from dlopt.locks import locked
 from dlopt.metric_names import lower_is_better
 from dlopt.plain import flatten, is_below
 from dlopt.ranges import Count, Seed
@@ -25,7 +26,7 @@ from dlopt.sweeps import pool as pools
 from dlopt.sweeps.jobs import SPACE, Job, Result, compose, compose_or_fail, record_dead
 from dlopt.sweeps.pool import JobSource, Pool
 from dlopt.sweeps.space import Space, parse_space
-from dlopt.sweeps.study import Claim, Study, StudySpec, storage_errors
+from dlopt.sweeps.study import STUDY_LOCK, WORKERS, Claim, Study, StudySpec, storage_errors
 from dlopt.tracking.overview import Overview
 
 _RETRY_SECONDS = 3.0  # between attempts to take over jobs of dead processes, once no other job is left
@@ -191,9 +192,10 @@ def run_search(loader: Any, config: DictConfig, pool: Pool, arguments: Sequence[
 
 def _write_sweep_file(folder: Path, facts: Mapping[str, Any], study: Study) -> None:
     """Writes sweep.yaml, by which resume=auto finds the search."""
-    counts = study.counts()
-    content = {"facts": dict(facts), "finished": sum(counts[state] for state in _STATES.values())}
-    write_atomically(folder / SPACE, yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode())
+    with locked(folder / WORKERS / STUDY_LOCK):  # processes that share the study start and end at about the same time
+        counts = study.counts()
+        content = {"facts": dict(facts), "finished": sum(counts[state] for state in _STATES.values())}
+        write_atomically(folder / SPACE, yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode())
 
 
 class Search(JobSource):

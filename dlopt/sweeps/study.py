@@ -33,6 +33,7 @@ from dlopt.sweeps.space import Space, suggest
 
 JOURNAL = "study.journal"
 WORKERS = "workers"
+STUDY_LOCK = "setup.lock"  # in that folder: for the study and sweep.yaml
 _ORPHAN_SECONDS = 60.0  # after which the owner of a running trial that names no owner counts as dead
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -98,7 +99,7 @@ class _JournalLock:
 
 def open_storage(url: str | None, folder: Path) -> BaseStorage:
     """Opens the journal file of a sweep's folder, or the database at `url`. Raises `UserError`."""
-    lock = folder / WORKERS / "setup.lock"
+    lock = folder / WORKERS / STUDY_LOCK
     lock.parent.mkdir(parents=True, exist_ok=True)
     if url is None:
         path = folder / JOURNAL
@@ -160,7 +161,7 @@ class Study:
         self._claimed: set[int] = set()
         # The operating system releases this lock when the process dies: so others can tell that its trials are free.
         self._alive_lock = hold(self._workers / f"{self.worker}.lock")
-        with locked(self._workers / "setup.lock"):
+        with locked(self._workers / STUDY_LOCK):
             self._study = _create(self._storage, spec)
             _check_facts(self._study, {**facts, "space": spec.space.describe(), "directions": list(spec.directions)})
             self._add_trials()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any, cast
@@ -11,13 +12,16 @@ import pytest
 import yaml
 
 from dlopt.folders import RunFolder
+from dlopt.locks import is_held
+from dlopt.sweeps import search as module
 from dlopt.sweeps.grid import estimate_job_seconds, estimate_line
 from dlopt.sweeps.jobs import Job
 from dlopt.sweeps.search import Search, build_study_spec
-from dlopt.sweeps.study import Claim
+from dlopt.sweeps.study import STUDY_LOCK, WORKERS, Claim
 from tests.commands.line import SMALL, Result, dlopt, refused
 from tests.sweeps.processes import InProcess
 from tests.sweeps.spaces import composer
+from tests.sweeps.worker import make_spec, study_of
 
 TINY = [*[each for each in SMALL if not each.startswith("epochs")], "epochs=1", "tracking=[]"]
 SEARCH = ["hydra/sweeper=dlopt_optuna", "hydra/sweeper/sampler=random", "hydra.sweeper.objective=best_val_loss"]
@@ -83,6 +87,23 @@ def test_resumes_the_unfinished_search_in_the_default_folder(tmp_path: Path) -> 
     assert dlopt(tmp_path, *line, "hydra.sweeper.n_trials=2", "resume=auto").code == 0
     [folder] = tmp_path.glob("outputs/train/*")
     assert (folder / "1/summary.json").is_file()
+
+
+def test_processes_write_sweep_yaml_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process does not see its own lock: ask a fork."""
+    held = []
+
+    def written(path: Path, data: bytes) -> None:
+        child = os.fork()
+        if child == 0:
+            os._exit(is_held(path.parent / WORKERS / STUDY_LOCK))
+        held.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+    monkeypatch.setattr(module, "write_atomically", written)
+    study = study_of(tmp_path, make_spec(1, None))
+    module._write_sweep_file(tmp_path, {}, study)
+    study.close()
+    assert held == [1]
 
 
 def test_failed_job_is_reported_and_does_not_stop_the_others(tmp_path: Path) -> None:
