@@ -76,7 +76,7 @@ def slurm(
         except submitit.core.utils.FailedJobError as error:
             raise OSError(" ".join(str(error).split())) from None
         (folder / _FOLDER / "job_id").write_text(f"{job_id}\n")
-        queue.invalidate()
+        queue.add(job_id)
         return _SlurmJob(job_id, folder, queue)
 
     def find(folder: Path) -> Process | None:
@@ -127,9 +127,11 @@ class _Queue:
 
     def __init__(self) -> None:
         self._states: dict[str, str] = {}
-        self.invalidate()
+        self._updated = float("-inf")
 
-    def invalidate(self) -> None:
+    def add(self, job_id: str) -> None:
+        """Notes a job that was submitted now: it counts as pending until squeue answers."""
+        self._states[job_id] = "PENDING"
         self._updated = float("-inf")
 
     def states(self) -> dict[str, str]:

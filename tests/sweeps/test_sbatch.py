@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dlopt.errors import UserError
+from dlopt.errors import FAILED, UserError
 from dlopt.sweeps import slurm as launcher
 from dlopt.sweeps.pool import build_pool
 from tests.commands.line import dlopt, refused
@@ -29,6 +29,19 @@ def test_options_of_sbatch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     script = (tmp_path / "script").read_text()
     for option in ("nodes=2", "ntasks-per-node=8", "gpus-per-node=8", "cpus-per-task=12", "signal=USR1@120"):
         assert f"#SBATCH --{option}\n" in script, script
+
+
+def test_job_does_not_end_while_the_controller_is_busy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, lines in (("sbatch", "echo Submitted batch job 7"), ("squeue", "exit 1")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{lines}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(launcher, "_SUMMARY_SECONDS", 0.0)
+    (tmp_path / "run").mkdir()
+    job = build_pool(launcher.slurm, SETTINGS).start(0, tmp_path / "run", {})
+    assert job.poll() is None
+    (tmp_path / "squeue").write_text("#!/bin/sh\n")
+    assert job.poll() == FAILED
 
 
 def test_several_processes_need_a_parallel_mode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
