@@ -134,6 +134,15 @@ def test_resumes_in_its_folder(tmp_path: Path) -> None:
     torch.testing.assert_close(weights(run), weights(whole), rtol=0, atol=0)
 
 
+def test_damaged_config_is_replaced_by_that_of_the_checkpoint(tmp_path: Path) -> None:
+    stop_after_first_epoch(tmp_path, IN_RUN)
+    (tmp_path / "run/config.yaml").write_text("")
+    line = [IN_RUN, "resume=auto", "schedule_epochs=2"]
+    assert "now 0.02" in refused(tmp_path, "train", *SMALL, *line, "optimizer.lr=0.02")
+    assert "new run" not in train(tmp_path, *line).out
+    assert json.loads((tmp_path / "run/summary.json").read_text())["resumed_from"] == [1]
+
+
 def test_resume_auto_finds_newest_unfinished_run(tmp_path: Path) -> None:
     stop_after_first_epoch(tmp_path, "seed=1")
     stop_after_first_epoch(tmp_path, "seed=2")

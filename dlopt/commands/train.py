@@ -155,7 +155,7 @@ def prepare(config: DictConfig, overrides: Sequence[str]) -> Prepared:
     folder, state = _find_folder(path, is_typed, saved)
     is_done = plain["resume"] == "auto" and folder.is_done(saved)
     run = Run(experiment, folder.path, state, choices_of(config), overrides)
-    return Prepared(run, folder, before, folder.config() is None, is_done)
+    return Prepared(run, folder, before, state is None and folder.config() is None, is_done)
 
 
 def _estimate(config: DictConfig, overrides: Sequence[str]) -> int:
@@ -219,10 +219,14 @@ def _find_folder(path: Path, is_typed: bool, saved: Mapping[str, Any]) -> tuple[
         previous = target if is_typed else newest_unfinished(path.parent, saved)
         if previous is not None and previous.has_run():
             previous.refuse_newer("resume=auto")
-            refuse_other_config(previous.config() or saved, saved, f"{previous.path}", previous.history())
+            config = previous.config()
+            refuse_other_config(config or saved, saved, f"{previous.path}", previous.history())
             if previous.is_done(saved):
                 return previous, None
-            return previous, Checkpoints(previous.checkpoints).load_newest()
+            newest = Checkpoints(previous.checkpoints).load_newest()
+            if config is None and newest is not None:  # config.yaml is damaged
+                refuse_other_config(newest["config"], saved, f"{previous.path}", previous.history())
+            return previous, newest
     source = None if resume in (None, "auto") else RunFolder(Path(resume).absolute().parent.parent)
     if is_typed and target.has_run() and target != source:
         state = "a finished" if target.is_finished() else "an unfinished"
