@@ -71,9 +71,9 @@ class Manifest:
 def read_manifest(folder: Path) -> Manifest | None:
     """Reads the manifest; None if there is none. Raises `UserError` for a damaged one."""
     path = folder / MANIFEST
-    content = read_json(path)
-    if content is None:
+    if not path.exists():
         return None
+    content = read_json(path) or {}
     try:
         workloads = {name: WorkloadSpec(**spec) for name, spec in content["workloads"].items()}
         return Manifest(**{**content, "workloads": workloads})

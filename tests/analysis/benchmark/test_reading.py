@@ -86,9 +86,10 @@ def test_manifests_of_one_folder_are_merged_or_refused(tmp_path: Path) -> None:
     for changed in ({"full": True}, {"overrides": ["precision=fp64"]}, {"workloads": {"w": ACCURACY}}):
         with pytest.raises(UserError, match="has trials of another benchmark"):
             update_manifest(tmp_path, manifest(**changed))
-    (tmp_path / "benchmark.json").write_text('{"tier": "t"}')
-    with pytest.raises(UserError, match=r"benchmark\.json: is damaged"):
-        read_manifest(tmp_path)
+    for damaged in ('{"tier": "t"}', '{"tier": "t",}', ""):
+        (tmp_path / "benchmark.json").write_text(damaged)
+        with pytest.raises(UserError, match=r"benchmark\.json: is damaged"):
+            update_manifest(tmp_path, manifest())
 
 
 @pytest.mark.parametrize(("optimizer", "expected"), [("SGD", 1.0), ("Adam", 2.0)])
