@@ -30,7 +30,7 @@ Examples:
 
 Resizes the images to the size of the training images and takes the centre crop. Does not need the training data.
 
-  images=PATH       an image, or a folder of images (searched recursively)
+  images=PATH       an image, or a folder of images (recursively, without hidden files and folders)
   output=FILE       CSV: image, class, probability, and p(CLASS) for each class (default: predictions.csv)
   max_errors=N      maximum number of unreadable files to skip with a warning (default: 10)
   batch_size=N      batch size over all processes (default: 64)
@@ -100,25 +100,18 @@ def _predict(
 
 def _files(images: str) -> list[str]:
     """Returns the file, or the images in a folder and its subfolders, sorted by path."""
-    from dlopt.data.images import is_image
+    from dlopt.data.folder import images_below, reading
 
     if os.path.isfile(images):
         return [images]
     if not os.path.isdir(images):
         raise UserError(f"images={images}: no such file or folder")
 
-    def fail(error: OSError) -> None:
-        raise UserError(f"images={images}: {error.filename}: cannot be read ({error.strerror})")
-
-    paths = [
-        os.path.join(folder, name)
-        for folder, _, names in os.walk(images, onerror=fail, followlinks=True)
-        for name in names
-        if is_image(Path(name))
-    ]
+    with reading(f"images={images}"):
+        paths = images_below(images)
     if not paths:
         raise UserError(f"images={images}: this folder contains no images")
-    return sorted(paths)
+    return paths
 
 
 def _header(trained: "Trained") -> list[str]:

@@ -6,6 +6,8 @@ or renaming a file changes the times of its folder.
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -55,11 +57,12 @@ def scan(folder: Path) -> Listing:
     visited: dict[bytes, tuple[int, int, int]] = {}
     base = os.fsencode(folder)
     classes: dict[bytes, np.ndarray] = {}
-    for name in sorted(_list_folder(base, b"", visited, ())[1]):
-        images = _images(base, name, visited)
-        if not images:
-            raise UserError(f"data.root: {os.fsdecode(os.path.join(base, name))} has no images")
-        classes[name] = np.sort(np.array(images))
+    with reading("data.root"):
+        for name in sorted(_list_folder(base, b"", visited, ())[1]):
+            images = _images(base, name, visited)
+            if not images:
+                raise UserError(f"data.root: {os.fsdecode(os.path.join(base, name))} has no images")
+            classes[name] = np.sort(np.array(images))
     if not classes:
         raise UserError(f"data.root: {folder} has no class folders; images are expected as CLASS/IMAGE in it")
     counts = np.array([len(images) for images in classes.values()])
@@ -91,6 +94,22 @@ def _state(stat: os.stat_result) -> tuple[int, int, int]:
     return stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns
 
 
+def images_below(folder: str) -> list[str]:
+    """Returns the sorted paths of the images in `folder`, recursively; skips what `scan` skips. Raises `OSError`."""
+    base = os.fsencode(folder)
+    return sorted(os.fsdecode(os.path.join(base, image)) for image in _images(base, b"", {}))
+
+
+@contextmanager
+def reading(key: str) -> Iterator[None]:
+    """Turns an error of listing a folder that was given by `key` into a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        where = os.fsdecode(error.filename).rstrip("/")
+        raise UserError(f"{key}: {where}: cannot be read ({error.strerror})") from error
+
+
 def _images(base: bytes, name: bytes, visited: dict[bytes, tuple[int, int, int]]) -> list[bytes]:
     images: list[bytes] = []
     pending: list[tuple[bytes, tuple[int, ...]]] = [(name, ())]
@@ -110,22 +129,18 @@ def _list_folder(
     `ancestors`: inodes of its parent folders; links back to one of them are not followed.
     """
     images, folders = [], []
-    try:
-        # stat before listing: a change in between then invalidates the cached listing.
-        visited[name] = _state(os.stat(os.path.join(base, name)))
-        if visited[name][0] in ancestors:
-            return [], []
-        with os.scandir(os.path.join(base, name)) as entries:
-            for entry in entries:
-                if entry.name.startswith(b"."):
-                    continue
-                if entry.is_dir():
-                    folders.append(os.path.join(name, entry.name))
-                elif os.fsdecode(entry.name).lower().endswith(_SUFFIXES):
-                    images.append(os.path.join(name, entry.name))
-    except OSError as error:
-        where = os.fsdecode(os.path.join(base, name)).rstrip("/")
-        raise UserError(f"data.root: {where}: cannot be read ({error.strerror})") from error
+    # stat before listing: a change in between then invalidates the cached listing.
+    visited[name] = _state(os.stat(os.path.join(base, name)))
+    if visited[name][0] in ancestors:
+        return [], []
+    with os.scandir(os.path.join(base, name)) as entries:
+        for entry in entries:
+            if entry.name.startswith(b"."):
+                continue
+            if entry.is_dir():
+                folders.append(os.path.join(name, entry.name))
+            elif os.fsdecode(entry.name).lower().endswith(_SUFFIXES):
+                images.append(os.path.join(name, entry.name))
     return images, folders
 
 

@@ -6,7 +6,6 @@ Uses PIL only: importing torchvision takes longer than reading a small dataset.
 import io
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -202,8 +201,3 @@ def _reason(error: Exception) -> str:
         return error.strerror
     text = str(error).split("<_io.BytesIO")[0].strip()
     return text or type(error).__name__
-
-
-def is_image(path: Path) -> bool:
-    """Returns whether the name is that of an image; hidden files (macOS writes `._x.jpg`) are not images."""
-    return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")

@@ -55,6 +55,9 @@ def table(path: Path) -> tuple[list[str], list[list[str]]]:
 
 
 def test_predictions_match_the_model(workdir: Path, trained: Path) -> None:
+    (workdir / "images/dark/.thumbnails").mkdir()
+    shutil.copy(workdir / "images/dark/0.png", workdir / "images/dark/.thumbnails")
+    (workdir / "images/dark/up").symlink_to("..")
     result = dlopt(workdir, "predict", f"checkpoint={CHECKPOINT}", "images=images", "batch_size=7")
     assert (result.code, result.err) == (0, "")
     assert result.out == "20 images classified: predictions.csv\n"

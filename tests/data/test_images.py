@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from dlopt.data.images import _centre_box, decode, from_pil, header_size, is_image, resize
+from dlopt.data.images import _centre_box, decode, from_pil, header_size, resize
 from dlopt.errors import UserError
 
 
@@ -178,9 +178,3 @@ def test_no_image_starts_a_program(tmp_path: Path) -> None:
             with pytest.raises(UserError, match=r"a\.png: cannot be read as an image"):
                 read()
     assert not call.called and not opened.called
-
-
-def test_is_image_by_name() -> None:
-    assert [is_image(Path(name)) for name in ("a.JPG", "b.webp", "._a.jpg", "notes.txt", "a")] == [True, True] + [
-        False
-    ] * 3
