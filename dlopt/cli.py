@@ -3,6 +3,7 @@
 Imports torch lazily, so that `--help`, `--version` and shell completion are fast.
 """
 
+import errno
 import importlib
 import os
 import sys
@@ -108,6 +109,11 @@ def _exit_code() -> int:
     except BrokenPipeError:  # `dlopt ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.ENAMETOOLONG):
+            raise
+        print(f"dlopt: {error.filename}: {error.strerror}", file=sys.stderr)  # a path of the command line
+        return USER_ERROR
 
 
 def _open_streams() -> None:

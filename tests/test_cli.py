@@ -56,6 +56,11 @@ def test_commands_of_other_tools(tmp_path: Path) -> None:
     assert {line.split()[0] for line in cli.SYNONYMS.values()} <= cli.COMMANDS.keys()
 
 
+@pytest.mark.parametrize("line", ["report PATH", "runs PATH", "train hydra.run.dir=PATH", "train --config-dir PATH"])
+def test_path_that_the_system_refuses(line: str, tmp_path: Path) -> None:
+    assert "File name too long" in refused(tmp_path, *line.replace("PATH", "x" * 300).split())
+
+
 # -- after the sub-command
 
 

@@ -53,7 +53,7 @@ def csv(
         if split not in splits:
             raise UserError(f"{line}: {split_column} is {split!r}; train, val or test are allowed")
         image = base / row[path_column].strip()
-        if on_error == "fail" and not image.is_file():
+        if on_error == "fail" and not os.path.isfile(image):
             raise UserError(f"{line}: {image} is missing or not a file")
         splits[split].append((str(image), row[label_column].strip()))
     if not splits["train"]:

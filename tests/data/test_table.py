@@ -78,6 +78,7 @@ def test_regression_labels(table: Callable[..., Dataset]) -> None:
         ("path,label\nimages/000.png, \n", {}, "line 2: label is empty"),
         ("path,label\nimages/000.png,a\nimages/9.png,b\n", {}, r"line 3: .*images/9.png is missing"),
         ("path,label\nimages,a\n", {}, "images is missing or not a file"),
+        (f"path,label\n{'x' * 300},a\n", {}, "x is missing or not a file"),
         ("path,label,s\nimages/000.png,a,dev\n", {"split_column": "s"}, "s is 'dev'; train, val or test"),
         ("path,label,s\nimages/000.png,a,test\n", {"split_column": "s"}, "has no training rows"),
         ("path,label,s\nimages/000.png,a,train\nimages/001.png,b,test\n", {"split_column": "s"},
