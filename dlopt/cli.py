@@ -110,7 +110,7 @@ def _exit_code() -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.ENAMETOOLONG):
+        if error.filename is None or error.errno not in (errno.EACCES, errno.ENAMETOOLONG):
             raise
         print(f"dlopt: {error.filename}: {error.strerror}", file=sys.stderr)  # a path of the command line
         return USER_ERROR
