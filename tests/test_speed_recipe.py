@@ -54,6 +54,7 @@ def test_one_update_changes_trainable_parameters(tmp_path: Path) -> None:
         assert 0.6 < weight.norm().item() / len(weight) ** 0.5 < 1.4
 
 
+@pytest.mark.slow
 def test_trains(tmp_path: Path) -> None:
     typed = ("data.batch_size=200", "model.widths=[8,16,256]", "tracking=[]", "hydra.run.dir=run")
     result = dlopt(tmp_path, "train", *SMALL, *typed)

@@ -128,6 +128,7 @@ def test_filter_parallelism_fits_a_larger_model(tmp_path: Path) -> None:
     assert max(filters["peak_mb"]) < 720
 
 
+@pytest.mark.slow
 def test_simulation_prints_the_days_of_a_named_training(tmp_path: Path) -> None:
     """On 4 devices with 64 samples each, the 600,000 updates of He et al. 2016; 90 epochs are 450,000."""
     keys = ["simulate=true", "models=[resnet101]", "devices=[4]", "output=out"]

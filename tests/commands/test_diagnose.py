@@ -29,6 +29,7 @@ def test_compares_initializations(tmp_path: Path) -> None:
     assert len(wide["updates"]["losses"]) == 2 and len(list((tmp_path / "x" / "tensorboard").rglob("events*"))) == 2
 
 
+@pytest.mark.slow
 def test_reports_the_entropy_of_attention_heads(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("some text to read " * 40)
     text = ("data=text", "data.file=a.txt", "data.sequence_length=8", "model=gpt_nano", "model.width=12", "threads=1")
@@ -64,6 +65,7 @@ def test_checkpoint_of_a_resumed_run(tmp_path: Path) -> None:
     assert (result.code, result.err) == (0, "")
 
 
+@pytest.mark.slow
 def test_marks_eigenvalues_that_have_not_converged(tmp_path: Path) -> None:
     typed = ("diagnose", *NET, "data.batch_size=20", "updates=0", "batches=1", "eigenvalues=2", "output=x")
     rough, exact = (dlopt(tmp_path, *typed, f"iterations={n}").out for n in (3, 80))

@@ -78,7 +78,7 @@ def test_torch_export(run: Path, kind: str, tmp_path: Path) -> None:
 @pytest.mark.skipif(
     any(find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")), reason="needs dlopt[export]"
 )
-@pytest.mark.parametrize("kind", ["uint8", "float32"])
+@pytest.mark.parametrize("kind", [pytest.param("uint8", marks=pytest.mark.slow), "float32"])
 def test_onnx(run: Path, kind: str, tmp_path: Path) -> None:
     import onnxruntime
 

@@ -51,6 +51,7 @@ def test_the_header_compares_the_inputs() -> None:
     assert describe_pretrained(experiment("model=mlp"), (1, 8, 8)) == ""
 
 
+@pytest.mark.slow
 def test_a_run_reports_the_images_of_the_pretraining(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     (tmp_path / "hub/checkpoints").mkdir(parents=True)

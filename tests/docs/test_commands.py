@@ -32,7 +32,8 @@ LITTLE = {  # what makes a line of that command one of a moment; what is typed l
     "show-batch": ("threads=1",),
     "benchmark": ("dry_run=true",),
 }
-LONG = {"bench", "--check", "model=plain56,resnet56"}  # start processes and measure; four deep networks
+# These start processes and measure, or diagnose a dozen deep networks.
+LONG = {"bench", "--check", "model=plain56,resnet56", "model.widths=[100,100,100]"}
 WATCHING = {"--watch", "--open"}
 COMPOSE_JOB = Request.compose_job
 _HEADS = {".venv/bin/python", "pip", "tensorboard", "git", "cd", "eval", "squeue", "export", "until", "sinfo"}

@@ -54,6 +54,7 @@ FOUR: Cases = {
 }
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     compare(tmp_path, 2, TWO)
 

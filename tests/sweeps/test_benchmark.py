@@ -40,6 +40,7 @@ def sgd(composer: Composer) -> Candidate:
     return candidate(composer, "sgd", [])
 
 
+@pytest.mark.slow
 def test_every_space_composes_on_a_workload(composer: Composer) -> None:
     folder = Path(__file__).parents[2] / "conf/benchmark/space"
     names = sorted(path.stem for path in folder.glob("[!_]*.yaml"))

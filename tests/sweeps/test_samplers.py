@@ -157,6 +157,7 @@ def search(pruner: optuna.pruners.BasePruner, seed: int, jobs: int, enough: floa
     return best, spent
 
 
+@pytest.mark.slow
 def test_asha_needs_fewer_epochs_than_random_search() -> None:
     """The metric that random search has after `JOBS` jobs; random search's epochs are counted up to the job that had
     it, not to the last one."""
