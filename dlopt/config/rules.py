@@ -34,6 +34,11 @@ def check_combinations(experiment: Experiment) -> None:
             f"scale_lr={settings.scale_lr}: optimizer.lr=auto already chooses the learning rate for this batch size; "
             "set scale_lr=none, or set optimizer.lr to a number"
         )
+    if settings.ema is not None and hasattr(experiment.optimizer.target, "eval"):
+        raise UserError(
+            f"ema={settings.ema}: {experiment.optimizer.target.__name__} evaluates an average of its own; use ema=null "
+            "or another optimizer"
+        )
     _check_device(experiment)
     _check_batch(experiment)
     if experiment.model.arguments.get("pretrained") and experiment.init.target.__name__ != "default":

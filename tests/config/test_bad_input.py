@@ -161,6 +161,7 @@ COMBINATIONS = {
     "optimizer=newton model=resnet20": ("optimizer=newton", "newton_cg"),
     "schedule=cosine schedule.warmup_epochs=20 epochs=2 steps=null": ("schedule.warmup_epochs=20", "longer"),
     "accumulate=100 data.batch_size=10": ("accumulate=100", "data.batch_size=10"),
+    "ema=0.9 optimizer=schedule_free_sgd": ("ema=0.9: ScheduleFreeSGD evaluates an average of its own", "ema=null"),
     "precision=fp16 device=cpu": ("precision=fp16", "bf16"),
     "on_divergence=skip sampler=hard_examples": ("on_divergence=skip", "on_divergence=rollback"),
     "stopping=early data.val_split=0": ("stopping=early", "data.val_split"),
