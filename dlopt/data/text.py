@@ -152,7 +152,10 @@ def _files(entry: str, pattern: str) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise UserError(f"data.file={entry}: no such file or folder")
-    found = sorted(each for each in path.rglob(pattern) if each.is_file())
+    try:
+        found = sorted(each for each in path.rglob(pattern) if each.is_file())
+    except (NotImplementedError, ValueError):
+        raise UserError(f"data.pattern={pattern}: must be a pattern of names in the folder, such as *.txt") from None
     if not found:
         raise UserError(f"data.pattern={pattern}: no file in {entry} has such a name")
     return found
