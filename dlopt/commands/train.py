@@ -153,9 +153,10 @@ def prepare(config: DictConfig, overrides: Sequence[str]) -> Prepared:
         raise UserError("dry_run=true: only available in `dlopt train`")
     before = FolderSnapshot(path)
     folder, state = _find_folder(path, is_typed, saved)
-    is_done = plain["resume"] == "auto" and folder.is_done(saved)
+    is_auto = plain["resume"] == "auto"
     run = Run(experiment, folder.path, state, choices_of(config), overrides)
-    return Prepared(run, folder, before, state is None and folder.config() is None, is_done)
+    is_new = folder.config() is None and not (is_auto and state is not None)  # config.yaml may be damaged
+    return Prepared(run, folder, before, is_new, is_done=is_auto and folder.is_done(saved))
 
 
 def _estimate(config: DictConfig, overrides: Sequence[str]) -> int:
