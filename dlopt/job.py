@@ -40,7 +40,6 @@ def execute(run: "Run", *, console: bool = True, may_diverge: bool = False) -> i
 
     world = rendezvous.current()
     console = console and os.environ.get(QUIET) != "1"
-    is_main = world is None or world.is_main
     prefix = "" if world is None or world.is_main else f"rank {world.rank}: "
     # A folder that existed before keeps the reason of a UserError; a new one is removed.
     record = _is_job_of_sweep(run)
@@ -66,7 +65,7 @@ def execute(run: "Run", *, console: bool = True, may_diverge: bool = False) -> i
                 _record_failure(run.folder, f"{prefix}{error}", diverged=diverged)
             return FAILED
         except KeyboardInterrupt:
-            if is_main:
+            if rendezvous.is_main():
                 print_error("interrupted; resume from the last checkpoint with: dlopt train ... resume=auto")
             return INTERRUPTED
         except Exception as error:
@@ -97,12 +96,12 @@ def _is_job_of_sweep(run: "Run") -> bool:
 def claim(run: "Run") -> tuple[int, contextlib.AbstractContextManager[object]]:
     """Returns the number of processes of the run (1: this one) and the lock on its folder. Raises `UserError`."""
     from dlopt.parallel.launch import count_processes
-    from dlopt.parallel.rendezvous import current
+    from dlopt.parallel.rendezvous import current, is_main
 
     world, experiment = current(), run.experiment
     processes = 1 if world is not None else count_processes(experiment.parallel.arguments, experiment.settings.device)
     # With child processes, rank 0 takes the lock: a lock held here would refuse it.
-    locks_here = (world is None or world.is_main) and processes == 1
+    locks_here = is_main() and processes == 1
     return processes, RunFolder(run.folder).lock() if locks_here else contextlib.nullcontext()
 
 
@@ -124,10 +123,9 @@ def start(run: "Run", processes: int, *, console: bool) -> int:
 
 def _description(run: "Run") -> dict[Path, bytes | None]:
     """Reads the files of an earlier run that `describe` will replace; None: a file that is missing."""
-    from dlopt.parallel.rendezvous import current
+    from dlopt.parallel.rendezvous import is_main
 
-    world = current()
-    if run.overrides is None or run.checkpoint is None or not (world is None or world.is_main):
+    if run.overrides is None or run.checkpoint is None or not is_main():
         return {}
     names = ("config.yaml", "overrides.yaml", "environment.json", environment.DIFF)
     paths = [run.folder / name for name in names]
@@ -146,8 +144,7 @@ def _start(run: "Run", processes: int, *, console: bool) -> int:
     from dlopt.parallel.hung import end_if_hung
     from dlopt.parallel.launch import run_group
 
-    world = rendezvous.current()
-    is_main = world is None or world.is_main
+    is_main = rendezvous.is_main()
     if run.overrides is not None and is_main:
         describe(run.folder, run.experiment.config, run.overrides, run.choices)
     elif is_main:
@@ -156,7 +153,7 @@ def _start(run: "Run", processes: int, *, console: bool) -> int:
         resume = run.experiment.settings.resume
         checkpoint = None if resume == "auto" else resume
         return run_group(run.folder, processes, checkpoint, record=run.overrides is None, console=console)
-    watch = contextlib.nullcontext() if world is None else end_if_hung()
+    watch = contextlib.nullcontext() if rendezvous.current() is None else end_if_hung()
     with Interruption(run.experiment.settings.max_time) as interruption, watch:
         status = train(run, interruption, console=console and is_main)["status"]
         rendezvous.leave()  # inside the context: a repeated signal must not end this rank while it waits for others
@@ -253,7 +250,7 @@ def _record_failure(folder: Path, reason: str, *, diverged: bool = False) -> Non
 def main() -> int:
     """Runs the job given by `sys.argv` and returns its exit code."""
     from dlopt.parallel import launch
-    from dlopt.parallel.rendezvous import RANK, current
+    from dlopt.parallel.rendezvous import RANK, is_main
 
     if RANK in os.environ:
         launch.end_rank_with_parent()
@@ -262,7 +259,6 @@ def main() -> int:
     from dlopt.training.checkpoint import Checkpoints, load
     from dlopt.training.trainer import Run
 
-    world = current()
     folder = RunFolder(Path(sys.argv[1]))
     try:
         folder.refuse_newer("dlopt.job")
@@ -272,12 +268,12 @@ def main() -> int:
         choices = json.loads((folder.path / "environment.json").read_text())["choices"]
         experiment = parse(resolve_saved(config), config)
         state = None
-        if world is None or world.is_main:  # the other ranks receive the state from rank 0
+        if is_main():  # the other ranks receive the state from rank 0
             checkpoint = sys.argv[2:]
             state = load(Path(checkpoint[0])) if checkpoint else Checkpoints(folder.checkpoints).load_newest()
         run = Run(experiment, folder.path, state, choices)
     except (UserError, RunError) as error:
-        if world is None or world.is_main:
+        if is_main():
             print_error(str(error))
             _record_failure(folder.path, str(error))
         return USER_ERROR if isinstance(error, UserError) else FAILED

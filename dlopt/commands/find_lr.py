@@ -69,7 +69,7 @@ def _run(experiment: "Experiment", range_test: "RangeTest") -> "LearningRates | 
     """Runs the test here or in child processes; returns None on ranks > 0 of a launcher."""
     from dlopt.analysis.lr_range import test_range
     from dlopt.parallel.launch import count_processes
-    from dlopt.parallel.rendezvous import current, leave
+    from dlopt.parallel.rendezvous import current, is_main, leave
 
     world = current()
     # A launcher has started the processes already, maybe more than this machine has GPUs.
@@ -79,7 +79,7 @@ def _run(experiment: "Experiment", range_test: "RangeTest") -> "LearningRates | 
     result = test_range(experiment, range_test, Path(os.devnull))
     if world is not None:
         leave()
-    return result if world is None or world.is_main else None
+    return result if is_main() else None
 
 
 def _run_ranks(experiment: "Experiment", range_test: "RangeTest", processes: int) -> "LearningRates":

@@ -222,6 +222,12 @@ def missing_ranks(error: Exception) -> list[int]:
         return [0]
 
 
+def is_main() -> bool:
+    """Returns whether this is the only process or rank 0."""
+    world = current()
+    return world is None or world.is_main
+
+
 def first_to_fail() -> bool:
     """Whether no other rank has reported a failure yet: one failure makes all ranks fail, and one message is enough.
 
