@@ -12,7 +12,6 @@ import itertools
 import logging
 import os
 import random
-import re
 import sys
 from argparse import Namespace
 from bisect import bisect_left
@@ -43,6 +42,7 @@ import dlopt
 from dlopt.config.choices import config_dir as searched_config_dir
 from dlopt.config.choices import config_folder
 from dlopt.config.expansion import check_expansion
+from dlopt.config.grammar import explain_grammar, quoted
 from dlopt.config.loader import RememberingLoader
 from dlopt.config.pretrained import pretrained_overrides
 from dlopt.config.resolve import first_lines, is_typed
@@ -77,14 +77,6 @@ def parse_arguments(arguments: list[str]) -> Namespace:
     if parsed.config_dir is not None and not Path(parsed.config_dir).is_dir():
         raise UserError(f"--config-dir={parsed.config_dir}: no such folder")
     return parsed
-
-
-def quoted(line: str) -> str:
-    """Quotes plain values that have non-ASCII letters, which Hydra's grammar rejects: name=größe,klein."""
-    key, equals, text = line.partition("=")
-    if not equals or text.isascii() or not text.isprintable() or re.search(r"""['"\[\]{}()$\\]""", text):
-        return line
-    return f"{key}={','.join(value if value.isascii() else repr(value) for value in text.split(','))}"
 
 
 def _raise_flag_error(arguments: list[str], flags: list[str], message: str) -> NoReturn:
@@ -329,7 +321,7 @@ def parse_overrides(lines: Iterable[str], loader: ConfigLoader | None = None) ->
         try:
             parsed += parser.parse_overrides([line])
         except HydraException:
-            raise UserError(_explain_grammar(line, following)) from None
+            raise UserError(explain_grammar(line, following)) from None
     return parsed
 
 
@@ -445,34 +437,6 @@ def _check_files(folder: Path) -> None:
         own = config_folder() / path.relative_to(folder)
         if own.is_file() and own.read_bytes() != path.read_bytes():  # Hydra would use dlopt's
             raise UserError(f"--config-dir={folder}: {path.relative_to(folder)} is also a file of dlopt; rename it")
-
-
-def _explain_grammar(line: str, following: str) -> str:
-    """Explains an override that Hydra's grammar rejects."""
-    key, equals, value = line.partition("=")
-    if re.fullmatch(r"\w+(\.\w+)*", line) and following and "=" not in following:
-        return f"{line} {following}: an override is key=value: {line}={following}"
-    if not equals and not key.startswith("~"):
-        return f"{line}: an override is key=value or group=choice"
-    if not re.fullmatch(r"[+~]{0,2}[\w/-]+([.@][\w/-]+)*", key):
-        shown = line if line.isprintable() else repr(line)
-        return f"{shown}: {key!r} is not a valid key or group name; an override is key=value or group=choice"
-    correct = f"{key}={_quoted_value(os.path.expanduser(value))}"
-    return f"{line!r}: the value must be quoted for Hydra, inside the quotes for the shell: {correct!r}"
-
-
-def _quoted_value(value: str) -> str:
-    """Quotes a value for Hydra's grammar: [a=1,b=[2]] as ['a=1','b=[2]'], because a quoted list would be a string."""
-    if not (value.startswith("[") and value.endswith("]")):
-        return f"'{value}'"
-    items, depth = [""], 0
-    for letter in value[1:-1]:
-        depth += (letter in "[{(") - (letter in ")}]")
-        if letter == "," and depth == 0:
-            items.append("")
-        else:
-            items[-1] += letter
-    return f"[{','.join(repr(item.strip()) for item in items)}]"
 
 
 def _suggest_choices(group: str, name: str, choices: Iterable[str]) -> str:

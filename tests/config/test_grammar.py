@@ -1,0 +1,24 @@
+"""Messages for overrides that Hydra's grammar rejects."""
+
+import pytest
+
+from dlopt.config.compose import parse_overrides
+from dlopt.config.grammar import explain_grammar
+
+
+@pytest.mark.parametrize(
+    ("value", "fault"),
+    [
+        ("range(0,3", "( is not closed; as plain text, "),
+        ("[64,64", "[ is not closed; as plain text, "),
+        ("64,64]", "] is not opened; as plain text, "),
+        ("it's", "' is not closed; as plain text, "),
+        ("f('(')]", "] is not opened; as plain text, "),
+        ("a (b){c}", ""),
+    ],
+)
+def test_names_the_unpaired_bracket_or_quote(value: str, fault: str) -> None:
+    message = explain_grammar(f"name={value}", "")
+    assert message.startswith(f"{f'name={value}'!r}: {fault}the value must be quoted for Hydra")
+    advised = message.rpartition("for the shell: ")[2][1:-1].replace("\\\\", "\\")  # as the shell reads it
+    assert [override.value() for override in parse_overrides([advised])] == [value]
