@@ -77,7 +77,7 @@ class RunFolder:
 
     def lock(self) -> IO[str]:
         """Locks the folder until the returned file is closed or the process ends. Raises `UserError` if locked."""
-        note_files()
+        note_files("; resume with resume=auto")
         try:
             file = hold(self.path / LOCK)
             file.truncate(0)

@@ -61,18 +61,22 @@ class Interrupted(KeyboardInterrupt):
 
 
 _has_files = False
+_advice = ""
 
 
-def note_files() -> None:
-    """Notes that the command has begun to write files: Ctrl-C then exits with 75 instead of 130."""
-    global _has_files
-    _has_files = True
+def note_files(advice: str = "") -> None:
+    """Notes that the command has begun to write files: Ctrl-C then exits with 75 instead of 130.
+
+    The message of a signal ends with `advice`.
+    """
+    global _has_files, _advice
+    _has_files, _advice = True, advice
 
 
 def end_on_signals() -> None:
     """Makes signals end this process with one line on stderr; for the start of a command."""
-    global _has_files
-    _has_files = False
+    global _has_files, _advice
+    _has_files, _advice = False, ""
     _install(_end)
 
 
@@ -133,7 +137,7 @@ def _exit(code: int) -> NoReturn:
 
 
 def _message(number: int) -> str:
-    return f"interrupted by {signal.Signals(number).name}"
+    return f"interrupted by {signal.Signals(number).name}{_advice}"
 
 
 def _exit_code(number: int) -> int:

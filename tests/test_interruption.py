@@ -1,5 +1,6 @@
 """The stop flag of a run, and signals before a run has started."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import dlopt as package
-from dlopt.folders import make
+from dlopt.folders import RunFolder, make
 from dlopt.interruption import SIGNALS, Interruption
 from tests.commands.line import SMALL, dlopt, entries
 
@@ -107,21 +108,28 @@ def test_signal_within_an_import(module: str, number: signal.Signals, code: int,
 
 
 @pytest.mark.parametrize(
-    ("number", "has_files", "code"),
-    [(signal.SIGINT, False, 130), (signal.SIGINT, True, 75), (signal.SIGTERM, False, 75), (signal.SIGUSR1, True, 75)],
+    ("number", "files", "code", "advice"),
+    [
+        (signal.SIGINT, "", 130, ""),
+        (signal.SIGINT, "folder", 75, ""),
+        (signal.SIGINT, "folder, lock", 75, "; resume with resume=auto"),
+        (signal.SIGTERM, "", 75, ""),
+        (signal.SIGUSR1, "folder", 75, ""),
+    ],
 )
 def test_signal_before_the_stop_flag(
-    number: signal.Signals, has_files: bool, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    number: signal.Signals, files: str, code: int, advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def command(_: list[str]) -> int:
-        if has_files:
+        if "folder" in files:
             make(tmp_path / "run", "hydra.run.dir")
-        send(number)
+        with RunFolder(tmp_path / "run").lock() if "lock" in files else contextlib.nullcontext():
+            send(number)
         raise AssertionError("not interrupted")
 
     run_instead(command, monkeypatch)
     result = dlopt(tmp_path, "options")
-    assert (result.code, result.err) == (code, f"dlopt: interrupted by {number.name}\n")
+    assert (result.code, result.err) == (code, f"dlopt: interrupted by {number.name}{advice}\n")
 
 
 def test_signal_after_the_command_keeps_its_exit_code(tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ from dlopt.errors import UserError
 from dlopt.files import write_atomically
 from dlopt.folders import RunFolder, make, make_new, newest
 from dlopt.parallel.rendezvous import current
+from dlopt.tracking.console import Screen
+from dlopt.tracking.layout import short_path
 
 if TYPE_CHECKING:
     from dlopt.analysis.comparison import Cell, Comparison, Outcome
@@ -62,10 +64,11 @@ def compare(composer: Composer, parsed: Namespace, config: DictConfig) -> int:
     if config.dry_run is True:
         return _list(runs)
     folder = _folder(config, parsed.overrides, runs)
-    print(f"{comparison.title}: {len(runs)} runs in {folder}", flush=True)
+    screen = Screen()
+    screen.message(f"{comparison.title}: {len(runs)} runs in {short_path(folder)}")
     gc.freeze()  # speeds up the full collection after each run: it skips the objects of the imported libraries
     try:
-        outcomes, code = _execute(runs, folder, comparison)
+        outcomes, code = _execute(runs, folder, comparison, screen)
     finally:
         gc.unfreeze()
     if code:
@@ -77,9 +80,10 @@ def compare(composer: Composer, parsed: Namespace, config: DictConfig) -> int:
         comparison.see,
         *(sentence(finding, drawing.label) for finding in findings),
         *(f"Not evaluated: {claim.text}." for claim in comparison.claims if claim not in claims),
-        *map(str, drawing.save(draw(comparison, outcomes, findings), folder, PICTURE)),
     ):
-        print(line)
+        screen.message(line)
+    for path in drawing.save(draw(comparison, outcomes, findings), folder, PICTURE):
+        print(short_path(path))
     return 0
 
 
@@ -194,7 +198,9 @@ def _is_unfinished(comparison: RunFolder, runs: list[_Run]) -> bool:
     return not any(old is not None and differences(old, new) for old, new in saved)
 
 
-def _execute(runs: list[_Run], folder: Path, comparison: "Comparison") -> "tuple[dict[Cell, Outcome], int]":
+def _execute(
+    runs: list[_Run], folder: Path, comparison: "Comparison", screen: Screen
+) -> "tuple[dict[Cell, Outcome], int]":
     """Runs all cells; returns their outcomes and the exit code. A diverged run counts, any other failure stops."""
     from dlopt.analysis.claims import shown
     from dlopt.analysis.comparison import read, show
@@ -211,6 +217,8 @@ def _execute(runs: list[_Run], folder: Path, comparison: "Comparison") -> "tuple
             trainer_run = Run(run.experiment, subfolder.path, state, run.choices, run.overrides)
             code = execute(trainer_run, console=False, may_diverge=True)
             diverged = (subfolder.summary() or {}).get("diverged")
+            if code == INTERRUPTED:
+                screen.message(f"stopped after {number} of {len(runs)} runs; resume with resume=auto")
             if code in (INTERRUPTED, USER_ERROR) or (code == FAILED and not diverged):
                 return outcomes, code
         outcome = outcomes[cell] = read(subfolder.path, comparison.all_metrics)
@@ -222,5 +230,5 @@ def _execute(runs: list[_Run], folder: Path, comparison: "Comparison") -> "tuple
                 )
         labels = [cell.variant, *(f"{k}={shown(v)}" for k, v in zip(comparison.along, cell.point, strict=True))]
         metrics = ", ".join(f"{name} {show(outcome.final(name))}" for name in comparison.metrics)
-        print(f"  {number + 1}/{len(runs)} {', '.join(labels)}, seed {cell.seed}: {metrics}", flush=True)
+        screen.message(f"  {number + 1}/{len(runs)} {', '.join(labels)}, seed {cell.seed}: {metrics}")
     return outcomes, 0

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from dlopt.commands.command import Line, on_experiment, output_folder, writing
 from dlopt.errors import DONE, USER_ERROR, RunError, UserError
+from dlopt.tracking.console import Screen
 from dlopt.tracking.layout import short_path
 
 if TYPE_CHECKING:
@@ -111,9 +112,12 @@ def _print(result: "LearningRates") -> None:
     from dlopt.analysis.lr_range import describe_end
 
     reached = f" up to a learning rate of {result.rates[-1]:.3g}" if result.rates else ""
-    print(f"{len(result.rates)} updates{reached}; {describe_end(result)}")
+    screen = Screen()
+    screen.message(f"{len(result.rates)} updates{reached}; {describe_end(result)}")
     if result.valley is None or result.steepest is None:
-        print("no suggestion, because the loss never decreased; try other values of min_lr and max_lr, or more updates")
+        screen.message(
+            "no suggestion, because the loss never decreased; try other values of min_lr and max_lr, or more updates"
+        )
     else:
-        print(f"steepest slope: optimizer.lr={result.steepest:.2g}")
-        print(f"valley: optimizer.lr={result.valley:.2g}")
+        screen.message(f"steepest slope: optimizer.lr={result.steepest:.2g}")
+        screen.message(f"valley: optimizer.lr={result.valley:.2g}")

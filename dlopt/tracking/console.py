@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from time import perf_counter
 from typing import IO, Any, TextIO, cast
 
-from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -162,8 +162,9 @@ class Screen:
 
     def _start_live(self, get_renderable: Callable[[], RenderableType], *, redirect: bool) -> None:
         # No refresh thread: it would compete with the training for the interpreter lock.
+        # The empty last line has room for the ^C of the terminal, which would wrap a full line and leave parts of it.
         self._live = Live(
-            get_renderable=get_renderable,
+            get_renderable=lambda: Group(get_renderable(), ""),
             console=self._console,
             auto_refresh=False,
             transient=True,

@@ -82,7 +82,8 @@ class Overview(Screen):
         if self._live is not None:  # the live display has the rest
             texts.append(label)
         else:
-            texts += [self._state(), "" if self._best is None else f"best: job {self._best[1]}", self._time_left()]
+            texts += [self._state(), "" if self._best is None else f"best: job {self._best[1]}"]
+            texts.append("" if status == "interrupted" else self._time_left())
         self.message(" | ".join(filter(None, texts)), "red" if status == "failed" else "")
 
     def update_shared(self, counts: Mapping[str, int], jobs: Iterable[tuple[int, str, Mapping[str, float]]]) -> None:

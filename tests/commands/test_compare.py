@@ -92,9 +92,9 @@ def test_resume_auto_finds_the_unfinished_comparison(folder: Path) -> None:
         path.unlink()
     before = (first / "0/summary.json").read_bytes()
     other = compare(folder, "seed=3", "epochs=1", "optimizer.lr=0.5", "resume=auto")
-    assert len(list(folder.glob("outputs/small/*"))) == 3 and f"in {first}\n" not in other.out
+    assert len(list(folder.glob("outputs/small/*"))) == 3 and f"in {first.relative_to(folder)}\n" not in other.out
     result = compare(folder, "seed=3", "epochs=1", "resume=auto")
-    assert result.code == 0 and f"in {first}\n" in result.out
+    assert result.code == 0 and f"in {first.relative_to(folder)}\n" in result.out
     assert (first / "comparison.json").is_file() and (first / "1/summary.json").is_file()
     assert (first / "0/summary.json").read_bytes() == before and second.is_dir()
 
@@ -121,6 +121,16 @@ def test_stops_at_a_failed_run(folder: Path) -> None:
     result = compare(folder, "epochs=1", "hydra.run.dir=out", "resume=auto")
     assert result.code == 1 and "diverged" not in result.out and "  2/4" not in result.out
     assert not (folder / "out/comparison.png").exists()
+
+
+def test_interrupted_comparison_prints_how_to_resume(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dlopt.job.execute", lambda *_, **__: 75)
+    result = compare(folder, "hydra.run.dir=out")
+    assert (result.code, result.err) == (75, "")
+    assert result.out.splitlines() == [
+        "Widths & 100 % of them: 4 runs in out",
+        "stopped after 0 of 4 runs; resume with resume=auto",
+    ]
 
 
 def test_a_metric_that_the_runs_do_not_have_is_no_divergence(folder: Path) -> None:

@@ -43,3 +43,10 @@ def test_train(tmp_path: Path) -> None:
     assert all(len(line.rstrip()) <= 60 for line in text.splitlines())
     assert re.search(r"^epoch +.*val loss +val acc", text, re.MULTILINE) and re.search(r"^ *2/2 ", text, re.MULTILINE)
     assert "run folder: run" in text
+
+
+def test_text_is_wrapped_between_words(tmp_path: Path) -> None:
+    code, shown = in_terminal(tmp_path, 60, "find-lr", *SMALL, "max_lr=1", "output=out")
+    assert code == 0, shown
+    assert all(line == line.strip() and len(line) <= 60 for line in map(str.rstrip, plain(shown).splitlines()))
+    assert "the loss" in " ".join(plain(shown).split()), shown

@@ -39,6 +39,17 @@ def test_plain_lines_show_progress() -> None:
     assert "\x1b" not in stream.getvalue()
 
 
+def test_stopped_sweep_has_no_time_left() -> None:
+    stream = io.StringIO()
+    overview = Overview(3, stream=stream)
+    overview.started(0, "lr=0.1")
+    overview.ended(0, "lr=0.1", "finished", {})
+    overview.started(1, "lr=0.2")
+    overview.ended(1, "lr=0.2", "interrupted", {})
+    overview.close()
+    assert stream.getvalue().endswith(" | 2/3: 1 done, 1 interrupted, 0 failed\n")
+
+
 def test_time_left_accounts_for_parallel_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
     monkeypatch.setattr("dlopt.tracking.overview.time.monotonic", lambda: now)
@@ -72,6 +83,7 @@ def test_live_overview_shows_running_and_best_jobs(monkeypatch: pytest.MonkeyPat
     assert "best   best_val_loss 0.5000  job 0: lr=0.1" in shown
     assert "job 1  epoch 4  train_loss 0.2500  val_loss 0.3000  lr=0.2" in shown
     assert "1/3: 1 done, 1 running, 0 failed" in shown
+    assert plain(shown).endswith("\n")  # the terminal prints ^C in an empty line
     overview.close()
     overview.close()
 
