@@ -92,15 +92,24 @@ class Row:
         Runs with the same seeds and the same value are repetitions, which tell nothing about the spread: they count
         once.
         """
-        values = [(run.seeds, v) for run in self.runs if run.has_ended and (v := run.metric(metric)) is not None]
-        return statistic([value for _, value in dict.fromkeys(values)])
+        return statistic([value for _, value in dict.fromkeys(self._values(metric))])
 
     @property
     def failed(self) -> int:
         return sum(run.status == "failed" for run in self.runs)
 
+    def count(self, metric: str) -> str:
+        """Formats the number of runs: 3, or "2 of 3, 1 failed" if the statistics of `metric` are those of two."""
+        counted, runs = len(self._values(metric)), len(self.runs)
+        count = str(runs) if counted == runs else f"{counted} of {runs}"
+        return f"{count}, {self.failed} failed" if self.failed else count
+
     def by_seeds(self, metric: str) -> dict[Seeds, float]:
-        return {run.seeds: v for run in self.runs if run.has_ended and (v := run.metric(metric)) is not None}
+        return dict(self._values(metric))
+
+    def _values(self, metric: str) -> list[tuple[Seeds, float]]:
+        """Returns seeds and value of each run whose metric counts."""
+        return [(run.seeds, v) for run in self.runs if run.has_ended and (v := run.metric(metric)) is not None]
 
 
 @dataclass(frozen=True)

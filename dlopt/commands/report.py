@@ -220,7 +220,8 @@ def _grid(table: Table, options: _Options, dropped: Collection[str]) -> Grid:
         values += [_statistic(name, row.statistic(name)) if options.test or rank == 1 else "" for name in tests]
         difference = [_difference(table.by, row)] if compared else []
         style = "bold" if rank == 1 and row.value is not None else ""
-        grid.add_row(str(rank), *map(Text, cells), row.count, *values, *map(Text, difference), style=style)
+        count = row.row.count(table.by)
+        grid.add_row(str(rank), *map(Text, cells), count, *values, *map(Text, difference), style=style)
     return grid
 
 
@@ -250,9 +251,8 @@ def _published_grid(rows: Sequence[PublishedRow], table: Table) -> Grid:
         if row.measured is not None:
             deviation = "" if row.measured.std is None else f" ± {row.measured.std:.2f}"
             error, difference = f"{row.measured.mean:.2f}{deviation}", f"{row.measured.mean - row.published:+.2f}"
-        grid.add_row(
-            Text(printable(recipe_label(row, table))), row.row.count, error, median, f"{row.published:.2f}", difference
-        )
+        recipe, count = Text(printable(recipe_label(row, table))), row.row.row.count("test_accuracy")
+        grid.add_row(recipe, count, error, median, f"{row.published:.2f}", difference)
     return grid
 
 
@@ -323,7 +323,7 @@ def show_leaderboard(board: "Leaderboard", test: str, *, stream: IO[str] | None 
     table.add_column("test", justify="right")
     for rank, row in enumerate(rows[:_MAX_ROWS], 1):
         tested = row.statistic(test) if rank == 1 else None
-        cells = [str(rank), layout.round_floats(row.label), _spread(board.metric, row), _complete(row)]
+        cells = [str(rank), layout.round_floats(row.label), _spread(board.metric, row), row.count(board.metric)]
         cells += [_gap(board.metric, row)] if is_paired else []
         table.add_row(*cells, "" if tested is None else layout.format_metric(test, tested.mean))
     _print(table, stream, f"... and {len(rows) - _MAX_ROWS} more\n" if len(rows) > _MAX_ROWS else "")
@@ -333,11 +333,6 @@ def _spread(metric: str, row: "Row") -> str:
     assert row.value is not None
     mean = layout.format_metric(metric, row.value.mean)
     return mean if row.value.std is None else f"{mean} ± {layout.format_metric(metric, row.value.std)}"
-
-
-def _complete(row: "Row") -> str:
-    count = 0 if row.value is None else row.value.count
-    return str(count) if count == len(row.runs) else f"{count} of {len(row.runs)}"
 
 
 def _gap(metric: str, row: "Row") -> str:

@@ -242,12 +242,18 @@ def board() -> str:
     return stream.getvalue()
 
 
-def test_names_the_failed_runs_of_the_best_row(tmp_path: Path) -> None:
+def test_every_row_shows_its_failed_runs(tmp_path: Path) -> None:
     for seed in range(3):
         make_run(tmp_path / f"night/{seed}", lr=0.9, seed=seed, status="failed" if seed else "finished")
-        make_run(tmp_path / f"night/{seed + 3}", lr=0.1, seed=seed, accuracies=(0.7,))
+        status = None if seed == 0 else "failed" if seed == 1 else "finished"
+        make_run(tmp_path / f"night/{seed + 3}", lr=0.1, seed=seed, accuracies=(0.5, 0.6, 0.7), status=status)
+        make_run(tmp_path / f"night/{seed + 6}", lr=0.2, seed=seed, accuracies=(0.4, 0.5, 0.6))
     result = dlopt(tmp_path, "report", "night", "format=csv")
     assert "#1: 2 of 3 runs failed; its mean is that of the others" in result.out
+    shown = [re.split(r"\s{2,}", line.strip()) for line in result.out.splitlines()[2:5]]
+    assert [cells[:3] for cells in shown] == [
+        ["1", "0.9", "1 of 3, 2 failed"], ["2", "0.1", "1 of 3, 1 failed"], ["3", "0.2", "3"],
+    ]  # fmt: skip
 
 
 def test_watch_waits_for_the_first_metrics(tmp_path: Path) -> None:
@@ -267,6 +273,14 @@ def test_leaderboard_shows_test_metric_of_first_row_only() -> None:
     assert "80.50 % ± 0.71 %" in first and "60.00 %" in first
     assert "-10.00 % [-10.00 %, -10.00 %]" in second and "70.50 %" in second
     assert "70.00 %" not in second
+
+
+def test_leaderboard_shows_failed_runs_of_all_rows() -> None:
+    runs = [entry(lr, seed, 0.9 - lr, 0.5) for lr in (0.1, 0.2) for seed in (0, 1)]
+    failed = [Entry("x", {"optimizer": {"lr": lr}, "seed": 2}, {"status": "failed"}) for lr in (0.1, 0.2)]
+    stream = io.StringIO()
+    show_leaderboard(leaderboard([*runs, *failed]), "test_accuracy", stream=stream)
+    assert stream.getvalue().count("2 of 3, 1 failed") == 2
 
 
 def test_empty_leaderboard_prints_nothing() -> None:

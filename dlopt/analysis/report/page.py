@@ -170,7 +170,10 @@ def page_data(
         "target": target,
         "allTests": test,
         "published": [
-            [printable(recipe_label(item, table)), _triple(item.measured), item.published]
+            [
+                printable(recipe_label(item, table)), _triple(item.measured), item.published,
+                item.row.row.count("test_accuracy"),
+            ]
             for item in against_published(table)
         ],
         "spread": default_spread(table),

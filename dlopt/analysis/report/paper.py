@@ -29,8 +29,8 @@ def latex(table: Table, *, made: str, test: bool, top: int) -> str:
     lines += [" & ".join(map(escaped, heads)) + r" \\", r"\midrule"]
     for row, cells in zip(table.rows, rows, strict=False):
         is_best = row.value is not None and row.value.mean in best
-        values = [_math(cell, is_bold=is_best and i == 1) for i, cell in enumerate(cells[keys:])]
-        lines.append(" & ".join([*map(escaped, cells[:keys]), *values]) + r" \\")
+        values = [_math(cell, is_bold=is_best and i == 0) for i, cell in enumerate(cells[keys + 1 :])]
+        lines.append(" & ".join([*map(escaped, cells[: keys + 1]), *values]) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 
 
@@ -46,7 +46,8 @@ def markdown(table: Table, *, made: str, test: bool, top: int) -> str:
 def _notes(table: Table, top: int) -> list[str]:
     notes = [_NOTE] * any(len(row.runs) > 1 for row in table.rows)
     notes += [_DIFFERENCE_NOTE] * _is_compared(table)
-    notes += ["1/3 runs: one of three has ended and counts"] * any("/" in row.count for row in table.rows[:top])
+    counts = [row.row.count(table.by) for row in table.rows[:top]]
+    notes += ["1 of 3 runs: the metrics are those of one"] * any(" of " in count for count in counts)
     return notes + [f"the first {top} of {len(table.rows)} configurations"] * (len(table.rows) > top)
 
 
@@ -62,7 +63,7 @@ def _cells(table: Table, *, test: bool, top: int) -> tuple[list[str], list[list[
     rows = []
     for number, row in enumerate(table.rows[:top]):
         cells = [brief(row.values[key]) if key in row.values else "-" for key in table.keys]
-        cells += [row.count, _statistic(table.by, row.value)]
+        cells += [row.row.count(table.by), _statistic(table.by, row.value)]
         cells += [_statistic(name, row.statistic(name)) if test or number == 0 else "" for name in metrics[1:]]
         cells += [_difference(table.by, row.difference)] * _is_compared(table)
         rows.append(list(map(printable, cells)))

@@ -64,12 +64,6 @@ class Configuration:
         """Difference to the first row, paired over seeds."""
         return self.row.difference
 
-    @property
-    def count(self) -> str:
-        """The number of runs; 2/3 if one of three has not ended, and does not count in the statistics."""
-        ended = sum(run.has_ended for run in self.row.runs)
-        return str(ended) if ended == len(self.runs) else f"{ended}/{len(self.runs)}"
-
     def statistic(self, metric: str) -> Statistic | None:
         return self.row.statistic(metric)
 

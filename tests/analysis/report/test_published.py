@@ -94,7 +94,7 @@ def test_groups_seeds_and_omits_runs_without_published_result(tmp_path: Path) ->
     rows = list(csv.DictReader(io.StringIO(summary_csv(result, None, test=False))))
     assert {row["published_error_percent"] for row in rows} == {"24.0", ""}
     data = page_data(result, title="t", made="m", target=None, test=False, refresh=None)
-    assert data["published"] == [["recipe lr=0.1", [pytest.approx(24.0), pytest.approx(1.414, rel=1e-3), 2], 24.0]]
+    assert data["published"] == [["recipe lr=0.1", [pytest.approx(24.0), pytest.approx(1.414, rel=1e-3), 2], 24.0, "2"]]
 
 
 def test_csv_has_no_published_columns_without_published_results(tmp_path: Path) -> None:

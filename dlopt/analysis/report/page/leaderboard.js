@@ -219,10 +219,10 @@ function tableRow(row, list, plotted, update) {
 function renderPublished() {
   if (!setVisible("published", data.published.length > 0)) return;
   const number = (text) => html("td", { class: "number" }, text);
-  const rows = data.published.map(([name, measured, error]) => {
+  const rows = data.published.map(([name, measured, error, runs]) => {
     const deviation = measured && measured[1] !== null ? ` ± ${measured[1].toFixed(2)}` : "";
     return html("tr", {}, html("td", {}, name), number(measured ? measured[0].toFixed(2) + deviation : "–"), number(error.toFixed(2)),
-      number(measured ? (measured[0] - error).toFixed(2) : ""), number(measured ? String(measured[2]) : "0"));
+      number(measured ? (measured[0] - error).toFixed(2) : ""), number(runs));
   });
   const heads = [["recipe"], ...["test error %", "published", "difference", "runs"].map((name) => [name, "number"])];
   sectionBody("published").replaceChildren(scrollable(tableOf(heads, rows), "Published results"));
