@@ -1,5 +1,6 @@
 """Images of a pipeline's effects: each operation by strength, and augmented samples next to the originals."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -136,8 +137,9 @@ def _grid(
     labels = [font.getlength(row.label) for row in rows]
     left = _GAP + (round(max(labels)) + 2 * _GAP if max(labels) else 0)
     top = line * (len(titles) + (groups is not None) + 1)
-    cell = tile + _GAP
-    height = cell + (line if any(any(row.captions) for row in rows) else 0)
+    captions = [caption for row in rows for caption in row.captions]
+    cell = max(tile, *(math.ceil(font.getlength(text)) for text in [*headers, *captions])) + _GAP
+    height = tile + _GAP + (line if any(any(row.captions) for row in rows) else 0)
     width = max(left + cell * len(headers), *[round(font.getlength(title)) + 2 * _GAP for title in titles], 0)
     picture = Image.new("RGB", (width, top + height * len(rows)), "white")
     pen = ImageDraw.Draw(picture)

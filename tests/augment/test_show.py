@@ -94,6 +94,8 @@ def test_pipelines_have_columns_of_their_own_and_a_size() -> None:
     assert large.width > 1.8 * picture.width and large.height > 1.8 * picture.height
     captions = batch_picture({"mixup": mixed}, images, targets, seed=0, classes=["a", "b", "c"], draws=4)
     assert captions.height > picture.height, "a line per row"
+    long = batch_picture({"mixup": mixed}, images, targets, seed=0, classes=["automobile"] * 3, draws=4)
+    assert long.width > captions.width + 100, "captions do not overlap"
 
 
 def test_values_of_a_regression_are_no_shares_of_classes() -> None:
