@@ -63,6 +63,7 @@ class Line:
     def take(self, target: Callable[..., Any], **defaults: Any) -> tuple[dict[str, Any], "Line"]:
         """Returns the checked keyword-only arguments of `target` and the line without them. Raises `UserError`."""
         names = own_names(target)
+        self.composer.more_keys.update(names)
         taken = [override for override in self.overrides if override.partition("=")[0] in names]
         parsed = self.composer.parse(taken)
         for override in parsed:
@@ -213,13 +214,13 @@ def on_checkpoint(
             values = typed_values(arguments)
             paths = _take_paths(values, name) if several else checkpoint_file(take_path(values, name))
             names = own_names(function)
-            own = check_own(function, {key: values.pop(key) for key in names if key in values})
+            own = {key: values.pop(key) for key in names if key in values}
             others = [key for key in values if key.split(".")[0] not in names]  # tta.crop belongs to tta
             if others and not may_change:
                 hint = suggest(others[0], ["checkpoint", *names], f"dlopt {name} --help")
                 raise UserError(f"{others[0]}: unknown key; {hint}")
             refuse_others(others, may_change, names)
-            return function(paths, values, **own)
+            return function(paths, values, **check_own(function, own))
 
         return command
 

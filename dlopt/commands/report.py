@@ -26,10 +26,11 @@ from dlopt.analysis.report.table import (
     gather,
     recipe_label,
 )
-from dlopt.commands.command import check_own, writing
+from dlopt.commands.command import check_own, own_names, writing
 from dlopt.commands.runs import split_folders
 from dlopt.config.saved import typed_values
-from dlopt.errors import DONE, UserError
+from dlopt.config.schema import show
+from dlopt.errors import DONE, UserError, suggest
 from dlopt.files import write_atomically
 from dlopt.interruption import Interruption
 from dlopt.ranges import Count
@@ -96,7 +97,11 @@ def report(arguments: list[str]) -> int:
     for argument in others:
         if "=" not in argument:
             raise UserError(f"{argument}: no such folder")
-    options = _Options(**check_own(_Options, typed_values(others)))
+    values, names = typed_values(others), own_names(_Options)
+    for name in values.keys() - names:
+        hint = suggest(name, [*names, "--watch", "--open"], "dlopt report --help")
+        raise UserError(f"{name}={show(values[name])}: unknown key; {hint}")
+    options = _Options(**check_own(_Options, values))
     if not folders:
         raise UserError("report: needs a folder of runs: dlopt report outputs/NAME")
     to = destination(folders[0], options.output, options.format, options.plot)

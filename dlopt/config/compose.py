@@ -116,6 +116,7 @@ class Composer:
     def __init__(self, config_name: str | None = None, config_dir: str | None = None) -> None:
         self.config_name = config_name or CONFIG_NAME
         self.config_dir = config_dir
+        self.more_keys: set[str] = set()  # of the command, to suggest
         if config_dir is not None:
             _check_files(Path(config_dir))
         _register_plugins()
@@ -302,6 +303,7 @@ class Composer:
             return f"{line}: {first_lines(error)}{hint}"
         if hint := for_key(key, typed):
             return f"{line}: unknown key; {hint}"
+        names += [] if parent else sorted(self.more_keys)
         if not names:
             return f"{line}: unknown key; add a new key with a plus sign: +{line}"
         close = get_close_matches(name.lower(), names, n=1, cutoff=0.6)

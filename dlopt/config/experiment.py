@@ -58,7 +58,7 @@ class Settings:
     order_seed: Seed
     augmentation_seed: Seed
     dry_run: bool
-    resume: str | None
+    resume: Literal["auto"] | str | None
     init_from: str | None
     allow_packages: list[str]
     epochs: Count

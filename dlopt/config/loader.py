@@ -22,6 +22,7 @@ from hydra.core.config_store import ConfigNode, ConfigStore
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.errors import ConfigCompositionException
 from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict
 
@@ -80,7 +81,10 @@ class RememberingLoader(ConfigLoaderImpl):
         if config is None or config.hydra.searchpath:
             return compose(overrides, validate_sweep_overrides=False)
         # As in the method of the base class, which has seen the choices only.
-        self._apply_overrides_to_config(values, config)
+        try:
+            self._apply_overrides_to_config(values, config)
+        except ValueError as error:  # a key inside a list, which takes indices: tracking.wandb=true
+            raise ConfigCompositionException(str(error)) from error
         of_hydra = [override for override in parsed if override.is_hydra_override()]
         of_task = [override for override in parsed if not override.is_hydra_override()]
         config.hydra.overrides.hydra.extend([override.input_line for override in of_hydra])

@@ -302,6 +302,8 @@ def _reason(error: ValidationError) -> str:
     ranked = sorted(details, key=lambda detail: detail["type"] in _TYPE_MISMATCH)
     if ranked[0]["type"] == "missing":
         return "too few values"
+    if ranked[0]["type"] == "literal_error":  # pydantic's message repeats the allowed values
+        return "unknown value"
     message = ranked[0]["msg"]
     return message[0].lower() + message[1:].replace("Input should", "should") if message else "not valid"
 

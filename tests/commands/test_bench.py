@@ -62,12 +62,12 @@ def test_threads_per_process_are_equal(monkeypatch: pytest.MonkeyPatch) -> None:
         ("parallel=single processes=2", "parallel=single processes=2: this mode has only one process"),
         ("parallel=dpp", "parallel=dpp: unknown choice; did you mean parallel=ddp?"),
         ("optimizer.lr=-1", "optimizer.lr=-1: input should be greater than 0"),
-        ("device=[tpu]", 'device=["tpu"]: input should be'),
+        ("device=[tpu]", 'device=["tpu"]: unknown value'),
         ("device=[cpu] lr=1", "lr=1: unknown key of dlopt bench device=[...]; allowed: "),
-        ("simulate=true models=[vgg]", 'models=["vgg"]: input should be'),
+        ("simulate=true models=[vgg]", 'models=["vgg"]: unknown value'),
         ("simulate=true tflops=0", "tflops=0: input should be greater than 0"),
         ("simulate=true optimizer=sgd", "optimizer=sgd: unknown key of dlopt bench simulate=true; allowed: "),
-        ("simulate=false", "simulate=false: input should be"),
+        ("simulate=false", "simulate=false: unknown value"),
     ],
 )
 def test_refused(tmp_path: Path, typed: str, message: str) -> None:

@@ -115,6 +115,7 @@ def test_summary_of_a_model_of_any_size(tmp_path: Path) -> None:
 
 def test_refused(tmp_path: Path) -> None:
     assert "updates=-1: input should be" in refused(tmp_path, "diagnose", "updates=-1")
+    assert "batchs=1: unknown key; did you mean batches?" in refused(tmp_path, "diagnose", "batchs=1")
     assert "checkpoint=none.pt" in refused(tmp_path, "diagnose", "checkpoint=none.pt")
     assert "use checkpoint=PATH" in refused(tmp_path, "diagnose", "resume=auto")
     assert "diagnose runs in one process" in refused(tmp_path, "diagnose", "parallel=ddp", "parallel.processes=2")

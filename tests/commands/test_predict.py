@@ -133,6 +133,7 @@ def test_skips_and_reports_unreadable_files(workdir: Path) -> None:
     ("line", "parts"),
     [
         ([], ["images", "required"]),
+        (["image=x.png"], ["image: did you mean images?"]),
         (["images=nowhere"], ["images=nowhere"]),
         (["images=run/tensorboard"], ["images=run/tensorboard", "no images"]),
         (["images=images", "output=images"], ["output=images", "folder"]),

@@ -132,6 +132,8 @@ def test_piped_table_is_complete_without_trailing_spaces(paired: Path) -> None:
         ("night top=0", "top=0: "),
         ("night target=high", "target=high: "),
         ("night targt=1", "did you mean target?"),
+        ("night watch=true", "did you mean --watch? allowed: --watch, "),
+        ("night what=1", "`dlopt report --help` lists all"),
         ("empty", "empty: contains no runs"),
         ("night/0", "1 damaged: night/0: summary.json is damaged"),
         ("night output=night/1/config.yaml", "unknown format; allowed: .html, "),

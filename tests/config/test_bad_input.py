@@ -14,6 +14,9 @@ TINY = ("model=mlp", "model.widths=[4]", "data.subset=40", "steps=1", "threads=1
 KEYS = {
     "optimizer.lrr=1": ("optimizer.lrr=1", "did you mean optimizer.lr?", "`dlopt options optimizer` lists all"),
     "lrr=1": ("lrr=1", "did you mean optimizer.lr?"),
+    "tracking.wandb=true": ("tracking.wandb=true: unknown key; tracking holds a value, not keys",),
+    "precision=half": ("precision=half: unknown value; allowed: fp32 | ",),
+    "resume=true": ("resume=true: unknown value; allowed: auto | ",),
     "lr=1": ("lr=1: unknown key; use optimizer.lr=1",),
     "seeed=1": ("did you mean seed?",),
     "model=nope": ("model=nope", "unknown choice", "`dlopt options model` lists all"),
