@@ -90,6 +90,9 @@ def train(overrides: Sequence[str] = (), *, console: bool = False) -> Result:
     """
     if isinstance(overrides, str):  # would be read letter by letter
         raise UserError(f"train({overrides!r}): must be a list: train({overrides.split()})")
+    for line in overrides:
+        if not isinstance(line, str) or line.startswith("-"):
+            raise UserError(f"train([{line!r}]): must be key=value; use `dlopt train` for sweeps and flags")
     lines = [quoted(line) for line in overrides]
     if current() is not None:
         raise UserError("train(): cannot run inside torchrun or srun; use the command `dlopt train`")

@@ -121,12 +121,14 @@ def test_restores_global_state(capfd: pytest.CaptureFixture[str], monkeypatch: p
     [
         (["optimzer=adamw"], "did you mean optimizer"),
         ("optimizer=sgd epochs=1", r"train\(\['optimizer=sgd', 'epochs=1'\]\)"),
+        (["-m", "seed=0,1"], r"train\(\['-m'\]\): must be key=value; use `dlopt train` for sweeps"),
+        ([1], r"train\(\[1\]\): must be key=value"),
         (["name=größe", "epochs=0"], "epochs=0"),
         (["data=image_folder", "data.root=nowhere"], "nowhere"),
         (["experiment=lecture/batch_norm_learning_rate"], "one experiment at a time"),
     ],
 )
-def test_raises_before_writing(tmp_path: Path, lines: list[str] | str, message: str) -> None:
+def test_raises_before_writing(tmp_path: Path, lines: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         train(lines)
     assert list(tmp_path.iterdir()) == []
