@@ -4,6 +4,7 @@ The file lists the shard files and their SHA-256. It is written last: a save tha
 which no file refers. Links to a checkpoint file share its shards.
 """
 
+import errno
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -135,7 +136,7 @@ def load_without_shards(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except OSError as error:
-        if error.errno is None:  # raised by torch for a truncated file
+        if error.errno in (None, errno.EINVAL):  # raised by torch for a truncated file
             return {}
         raise
     except Exception:
