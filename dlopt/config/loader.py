@@ -102,7 +102,10 @@ class RememberingLoader(ConfigLoaderImpl):
         self, group_name: str, results_filter: ObjectType | None = ObjectType.CONFIG, *arguments: Any, **keywords: Any
     ) -> list[str]:
         """Lists the choices of a group, also for glob(*): without fragments, whose names start with an underscore."""
-        names = super().get_group_options(group_name, results_filter, *arguments, **keywords)
+        if arguments or keywords:  # a config or overrides, which may extend the search path
+            names = super().get_group_options(group_name, results_filter, *arguments, **keywords)
+        else:  # without the base class's copy of the repository, which takes 4 ms
+            names = self.repository.get_group_options(group_name, results_filter)
         return [name for name in names if not name.startswith("_")]
 
     def _is_choice(self, override: Override) -> bool:
