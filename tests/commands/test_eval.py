@@ -153,6 +153,7 @@ def test_processes_divide_the_test_set(folder: Path) -> None:
     assert (folder / "two/confusion.csv").read_bytes() == (folder / "one/confusion.csv").read_bytes()
 
 
+@pytest.mark.slow
 def test_processes_divide_a_test_without_labels(tmp_path: Path) -> None:
     line = ["model=autoencoder", "loss=mse", "data.subset=40", "epochs=1", "threads=1", "device=cpu"]
     result = dlopt(tmp_path, "train", *line, "precision=fp64", "hydra.run.dir=run")
@@ -185,6 +186,7 @@ def late_rank(seconds: float, *arguments: str) -> None:
     cli.main()
 
 
+@pytest.mark.slow
 def test_an_error_of_rank_0_before_another_rank_has_joined(tmp_path: Path) -> None:
     """As under srun, which does not end the other ranks."""
     typed = ("eval", "checkpoint=missing.pt", f"parallel.master_port={free_port()}")

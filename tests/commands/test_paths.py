@@ -14,6 +14,7 @@ from tests.commands.line import dlopt, refused
 
 MUON = {"muon", "dmuon"}
 OPTIMIZERS = sorted(path.stem for path in (config_folder() / "optimizer").glob("[!_]*.yaml") if path.stem not in MUON)
+VARIED = {"adamw", "lbfgs", "newton", "rprop", "sam", "schedule_free_adamw"}
 FRESH = {"shampoo": ["optimizer.update_every=1"]}  # inverse roots of the first gradient fit few of 15 steps
 
 
@@ -41,7 +42,9 @@ def test_documented_example(tmp_path: Path) -> None:
     assert all((tmp_path / path).stat().st_size > 10_000 for path in lines[-2:])
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "optimizer", [pytest.param(name, marks=() if name in VARIED else pytest.mark.slow) for name in OPTIMIZERS]
+)
 def test_every_optimizer_approaches_the_minimum(drawn: dict[str, Any], optimizer: str) -> None:
     more = FRESH.get(optimizer, [])
     assert trajectory(["function=quadratic", "function.condition=5", f"optimizer={optimizer}", "steps=15", *more]) == 0

@@ -154,8 +154,7 @@ def compose_new(request: Request, overrides: list[str]) -> tuple[DictConfig, dic
 
 
 def is_slow(line: Line) -> bool:
-    pages = ("docs/howto/", "docs/tutorials/", "docs/gallery")
-    return bool(LONG & set(line.arguments or ())) or line.page.startswith(pages)
+    return bool(LONG & set(line.arguments or ())) or line.page not in ("README.md", "docs/quickstart.md")
 
 
 def marked(lines: list[Line]) -> list[Any]:

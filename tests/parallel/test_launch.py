@@ -188,6 +188,7 @@ def test_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert count_processes({"processes": 3}, "cpu") == 3
 
 
+@pytest.mark.slow
 def test_files_in_the_working_directory_do_not_shadow_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("random", "signal", "dlopt"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit(99)")

@@ -73,6 +73,7 @@ def test_statistics_are_averaged_over_ranks(tmp_path: Path) -> None:
     run_ranks("tests.parallel.test_statistics:averaged", 2, tmp_path)
 
 
+@pytest.mark.slow
 def test_interrupted_ddp_run_is_bitwise_identical(tmp_path: Path) -> None:
     run_ranks("tests.parallel.test_statistics:interrupted", 2, tmp_path, str(tmp_path), ["parallel=ddp"])
     check(tmp_path)

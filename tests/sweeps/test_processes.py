@@ -92,6 +92,7 @@ def test_jobs_have_their_own_environment_and_cores(tmp_path: Path) -> None:
     assert (tmp_path / "facts").read_text() == repr(["7", 1, str(tmp_path), True, False, ["MainThread", "sweep"]])
 
 
+@pytest.mark.slow
 def test_job_of_a_killed_sweep_writes_a_checkpoint_and_ends(tmp_path: Path) -> None:
     folder = described(
         tmp_path / "run", "model=mlp", "model.widths=[4]", "epochs=100000", "checkpoint.every_epochs=null"

@@ -143,7 +143,9 @@ def open_terminal(terminals: list[Terminal], columns: int, folder: Path, seconds
 
 
 @needs_tmux
-@pytest.mark.parametrize("columns", [60, 80, 120])
+@pytest.mark.parametrize(
+    "columns", [pytest.param(60, marks=pytest.mark.slow), 80, pytest.param(120, marks=pytest.mark.slow)]
+)
 def test_live_display_in_a_terminal(tmp_path: Path, terminals: list[Terminal], columns: int) -> None:
     terminal = open_terminal(terminals, columns, tmp_path / "run", 0.06)
     during = terminal.wait(r"^epoch +[23]/3 +\S*━.*left")

@@ -34,6 +34,7 @@ def command() -> None:
     bench(["allreduce=[0.25,1]", "repeats=2", "device=cpu"])  # ends the process with the exit code
 
 
+@pytest.mark.slow
 def test_the_slowest_rank_counts(tmp_path: Path) -> None:
     for output in run_ranks(f"{__name__}:rank", 2, tmp_path):
         assert output.split() == ["4000000", "2", "2.0", "2000000.0", "2000000.0"]
