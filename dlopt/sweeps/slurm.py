@@ -82,7 +82,7 @@ def slurm(
     def find(folder: Path) -> Process | None:
         with contextlib.suppress(OSError):
             job_id = (folder / _FOLDER / "job_id").read_text().strip()
-            if job_id in queue.states():
+            if queue.may_have(job_id):
                 return _SlurmJob(job_id, folder, queue)
         return None
 
@@ -143,6 +143,15 @@ class _Queue:
                 self._states = dict(line.split(maxsplit=1) for line in lines.splitlines() if " " in line)
                 self._updated = time.monotonic()
         return self._states
+
+    def may_have(self, job_id: str) -> bool:
+        """Returns whether an earlier sweep's job has not ended; true as well until squeue has answered once.
+
+        A job that is submitted a second time would be refused by the running one, and recorded as failed.
+        """
+        if job_id not in self.states() and self._updated == float("-inf"):
+            self.add(job_id)
+        return job_id in self._states
 
 
 class _SlurmJob:

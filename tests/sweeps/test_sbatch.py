@@ -44,6 +44,21 @@ def test_job_does_not_end_while_the_controller_is_busy(monkeypatch: pytest.Monke
     assert job.poll() == FAILED
 
 
+def test_an_earlier_job_counts_as_running_until_squeue_answers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, lines in (("sbatch", "echo Submitted batch job 8"), ("squeue", "exit 1")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{lines}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(launcher, "_SUMMARY_SECONDS", 0.0)
+    (tmp_path / "run/slurm").mkdir(parents=True)
+    (tmp_path / "run/slurm/job_id").write_text("7\n")
+    pool = build_pool(launcher.slurm, SETTINGS)
+    job = pool.find(tmp_path / "run")
+    assert job is not None and job.poll() is None
+    (tmp_path / "squeue").write_text("#!/bin/sh\n")  # it answers: job 7 has ended
+    assert job.poll() == FAILED and pool.find(tmp_path / "run") is None
+
+
 def test_several_processes_need_a_parallel_mode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "sbatch").write_text("")
     (tmp_path / "sbatch").chmod(0o755)
