@@ -180,7 +180,7 @@ def _plan(
 
 def _reference(tier: str, overrides: Sequence[str]) -> "tuple[Results | None, str]":
     """Returns the shipped results; or None, and a note on why they do not apply."""
-    from dlopt.analysis.benchmark.reference import load_reference
+    from dlopt.analysis.benchmark.results import load_reference
 
     shipped = load_reference(tier)
     changing = sorted({group_of(each) for each in overrides} - {*MACHINE, "optimizer"})
@@ -348,8 +348,7 @@ def _facts(folder: Path, manifest: "Manifest") -> dict[str, Any]:
 def _on_folder(action: str, line: Line) -> int:
     """`report` and `targets`."""
     from dlopt.analysis.benchmark.protocol import BASELINES, trials_of
-    from dlopt.analysis.benchmark.reading import has_ended, read_manifest
-    from dlopt.analysis.benchmark.targets import targets
+    from dlopt.analysis.benchmark.reading import has_ended, read_manifest, targets
     from dlopt.job import print_error
 
     if len(line.overrides) != 1:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dlopt.analysis.benchmark.results import Measure
-from dlopt.analysis.benchmark.scores import Interval
+from dlopt.analysis.benchmark.scores import Interval, Standing
 from dlopt.analysis.leaderboard import statistic
 from dlopt.analysis.report.reading import printable, text
 
@@ -15,14 +15,16 @@ MEASURE_LABELS: Mapping[Measure, str] = {
 NONE = "-"
 
 
-def interval(value: Interval) -> str:
+def interval(value: Interval | None) -> str:
     """Formats 0.83 [0.71, 0.90], or 0.83 without an interval."""
+    if value is None:
+        return NONE
     return f"{value.value:.2f}" if math.isnan(value.low) else f"{value.value:.2f} [{value.low:.2f}, {value.high:.2f}]"
 
 
-def short_interval(value: Interval) -> str:
+def short_interval(value: Interval | None) -> str:
     """Formats 0.83 .71-.90."""
-    return f"{value.value:.2f} {bounds(value)}".rstrip()
+    return NONE if value is None else f"{value.value:.2f} {bounds(value)}".rstrip()
 
 
 def bounds(value: Interval, dash: str = "-") -> str:
@@ -45,6 +47,12 @@ def updates(value: float) -> str:
 
 def percent(fraction: float) -> str:
     return f"{100 * fraction:.0f} %"
+
+
+def standing(of: Standing, workloads: int) -> list[str]:
+    """Formats what the score does not show: reached targets, successful trials, cost and state."""
+    reached = [f"{of.reached}/{workloads}", percent(of.sensitivity)]
+    return [*reached, number(of.cost, ".2f"), number(of.state, ".1f")]
 
 
 def names(items: Iterable[str]) -> str:

@@ -13,12 +13,11 @@ from dlopt.analysis.benchmark.latex import latex
 from dlopt.analysis.benchmark.markup import Html, escaped, picture, tag
 from dlopt.analysis.benchmark.results import Results
 from dlopt.analysis.benchmark.scores import Summary, summarize
-from dlopt.analysis.report.page import csp_hash
+from dlopt.analysis.report.page import document, read_text
 from dlopt.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
 
 _FORMATS = ("png", "pdf")
 
@@ -48,7 +47,8 @@ def page(results: Results, summary: Summary, figures: Mapping[str, "Figure"]) ->
 def _picture(figure: "Figure", description: str) -> Html:
     figure.draw_without_rendering()  # computes the layout once for all formats
     figure.set_layout_engine("none")
-    white = [patch for patch in (figure.patch, *(axes.patch for axes in figure.axes)) if _is_white(patch)]
+    patches = figure.patch, *(axes.patch for axes in figure.axes)
+    white = [patch for patch in patches if tuple(patch.get_facecolor()[:3]) == (1.0, 1.0, 1.0)]
     for patch in white:  # transparent on dark pages
         patch.set_alpha(0)
     svg = drawing.encoded(figure, "svg")
@@ -57,32 +57,9 @@ def _picture(figure: "Figure", description: str) -> Html:
     return picture(svg, description, figure.get_figwidth())
 
 
-def _is_white(patch: "Patch") -> bool:
-    return tuple(patch.get_facecolor()[:3]) == (1.0, 1.0, 1.0)
-
-
 def _document(results: Results, body: Html) -> str:
-    own = files("dlopt.analysis.benchmark").joinpath("page.css").read_text(encoding="utf-8")
-    style = (files("dlopt.analysis.report") / "page" / "page.css").read_text(encoding="utf-8") + own
-    policy = f"default-src 'none'; img-src data:; style-src '{csp_hash(style)}'; base-uri 'none'; form-action 'none'"
+    style = read_text("page.css") + files("dlopt.analysis.benchmark").joinpath("page.css").read_text(encoding="utf-8")
     title = escaped(f"Optimizer benchmark, {results.tier} tier")
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="referrer" content="no-referrer">
-<title>{title}</title>
-<link rel="icon" href="data:,">
-<style>{style}</style>
-</head>
-<body>
-<header><h1>{title}</h1></header>
-<main>
-{body}
-</main>
-<footer>{escaped(f"Written by dlopt {dlopt.__version__}")}</footer>
-</body>
-</html>
-"""
+    version = escaped(f"Written by dlopt {dlopt.__version__}")
+    content = f"<header><h1>{title}</h1></header>\n<main>\n{body}\n</main>\n<footer>{version}</footer>"
+    return document(title, style, content)

@@ -123,11 +123,8 @@ def times(results: Results, measure: Measure) -> dict[str, dict[str, float]]:
 
 def ratios(times: Times) -> dict[str, dict[str, float]]:
     """Returns the performance ratios; infinity where the target was not reached, or the ratio is above `MAX_RATIO`."""
-    table = _ratios(_array(times))
-    return {
-        optimizer: dict(zip(row, map(float, values), strict=True))
-        for (optimizer, row), values in zip(times.items(), table, strict=True)
-    }
+    rows = zip(times.items(), _ratios(_array(times)).tolist(), strict=True)
+    return {optimizer: dict(zip(row, values, strict=True)) for (optimizer, row), values in rows}
 
 
 def _array(times: Times) -> Array:
@@ -147,9 +144,9 @@ def profile(ratios: Mapping[str, float], taus: Sequence[float]) -> list[float]:
     return [sum(ratio <= tau for ratio in ratios.values()) / len(ratios) for tau in taus]
 
 
-def score(ratios: Mapping[str, float]) -> float:
-    """Returns the integral of the profile over [1, MAX_RATIO] / (MAX_RATIO - 1)."""
-    return float(_scores(np.array([*ratios.values()])))
+def scores(times: Times) -> dict[str, float]:
+    """Returns the integral of each profile over [1, MAX_RATIO] / (MAX_RATIO - 1)."""
+    return dict(zip(times, map(float, _scores(_ratios(_array(times)))), strict=True))
 
 
 def _scores(ratios: Array) -> Array:
@@ -158,10 +155,6 @@ def _scores(ratios: Array) -> Array:
     A profile is a sum of steps: a workload with ratio r contributes (MAX_RATIO - r) / (MAX_RATIO - 1).
     """
     return np.maximum(MAX_RATIO - ratios, 0.0).mean(axis=-1) / (MAX_RATIO - 1)
-
-
-def scores(times: Times) -> dict[str, float]:
-    return {optimizer: score(row) for optimizer, row in ratios(times).items()}
 
 
 # -- bootstrap over studies
@@ -177,15 +170,10 @@ def bootstrap(results: Results, measure: Measure, *, resamples: int = RESAMPLES)
     resamples = resamples if results.studies > 1 else 0
     rng = np.random.default_rng(0)
     drawn = rng.integers(results.studies, size=(resamples, 1, len(results.workloads), results.studies))
-    table = np.array(
-        [
-            [
-                np.resize(study_times(results, optimizer, workload, measure), results.studies)
-                for workload in results.workloads
-            ]
-            for optimizer in results.optimizers
-        ]
-    )
+    times = [
+        [study_times(results, each, workload, measure) for workload in results.workloads] for each in results.optimizers
+    ]
+    table = np.array([[np.resize(studies, results.studies) for studies in row] for row in times])
     return np.median(np.take_along_axis(table[np.newaxis], drawn, axis=-1), axis=-1)
 
 
@@ -217,7 +205,7 @@ def standings(results: Results, measure: Measure, replicas: Array) -> list[Stand
 
 
 def _fraction(results: Results, optimizer: str, condition: Callable[[Record], bool]) -> float:
-    records = [record for workload in results.workloads for record in results.cell(optimizer, workload).records]
+    records = results.records(optimizer)
     return sum(map(condition, records)) / len(records) if records else 0.0
 
 
@@ -277,6 +265,14 @@ class Summary:
 
     def standing(self, optimizer: str, measure: Measure = "updates") -> Standing:
         return next(each for each in self.standings[measure] if each.optimizer == optimizer)
+
+    def score(self, optimizer: str, measure: Measure) -> Interval | None:
+        """Returns the score of an optimizer; None in `time` without measured cost."""
+        standing = self.standing(optimizer, measure)
+        return None if measure == "time" and standing.cost is None else standing.score
+
+    def best_score(self, measure: Measure) -> float:
+        return max(each.score.value for each in self.standings[measure])
 
 
 def summarize(results: Results) -> Summary:

@@ -35,7 +35,7 @@ Pair = tuple[Record, Record]
 
 def symptoms(results: Results, optimizer: str) -> Iterator[str]:
     """Yields sentences about an optimizer, without their first word, its name."""
-    if not any(results.cell(optimizer, workload).records for workload in results.workloads):
+    if not results.records(optimizer):
         return
     rising = _rising(results, optimizer)
     ignored = _without_effect(results, optimizer)
@@ -50,15 +50,11 @@ def symptoms(results: Results, optimizer: str) -> Iterator[str]:
         yield from _failures(results, optimizer)
 
 
-def _records(results: Results, optimizer: str) -> list[Record]:
-    return [record for workload in results.workloads for record in results.cell(optimizer, workload).records]
-
-
 def _no_target(results: Results, optimizer: str) -> Iterator[str]:
     without = all(math.isnan(workload.target) for workload in results.workloads.values())
     if without or any(map(math.isfinite, times(results, "updates")[optimizer].values())):
         return
-    records = _records(results, optimizer)
+    records = results.records(optimizer)
     if reached := sum(record.reached for record in records):
         yield f"reaches no target in half of its studies ({reached} of {len(records)} trials reach theirs)."
     else:
@@ -66,7 +62,7 @@ def _no_target(results: Results, optimizer: str) -> Iterator[str]:
 
 
 def _failures(results: Results, optimizer: str) -> Iterator[str]:
-    records = _records(results, optimizer)
+    records = results.records(optimizer)
     failures = Counter(record.failure for record in records if record.failure)
     if failures.total() >= FAILED * len(records):
         reason = formats.abbreviated(failures.most_common(1)[0][0], 150)
@@ -106,7 +102,7 @@ def _gets_worse(record: Record, metric: str) -> bool:
 def _without_effect(results: Results, optimizer: str) -> dict[str, str]:
     """Returns the hyperparameters without effect, each with a sentence that has a place for `keys`."""
     found = {}
-    for key in dict.fromkeys(key for record in _records(results, optimizer) for key in record.values):
+    for key in dict.fromkeys(key for record in results.records(optimizer) for key in record.values):
         pairs = _pairs(results, optimizer, key)
         equal = sum(_are_equal(*pair) for pair in pairs)
         if pairs and equal >= EQUAL * len(pairs):
@@ -178,11 +174,8 @@ def _range_ends(results: Results, optimizer: str, key: str) -> Iterator[str]:
     bounds = search_range(results.spaces[optimizer][key])
     if bounds is None:
         return
-    positions = {
-        workload: position
-        for workload in results.workloads
-        if (position := _position_of_best(results, optimizer, workload, key, bounds)) is not None
-    }
+    medians = {workload: _position_of_best(results, optimizer, workload, key, bounds) for workload in results.workloads}
+    positions = {workload: position for workload, position in medians.items() if position is not None}
     low = [workload for workload, position in positions.items() if position <= _END]
     high = [workload for workload, position in positions.items() if position >= 1 - _END]
     for found, side in ((low, "lowest"), (high, "highest")):

@@ -14,7 +14,6 @@ import hashlib
 import html
 import io
 import json
-import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.resources import files
@@ -52,26 +51,42 @@ _HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "X
 
 def page(data: Mapping[str, Any]) -> str:
     """Renders the HTML page for `data` (see `page_data`)."""
-    folder = files("dlopt.analysis.report") / "page"
-
-    def read(name: str) -> str:
-        return folder.joinpath(*name.split("/")).read_text(encoding="utf-8")
-
-    style = read("vendor/uPlot.min.css") + read("page.css")
-    library = f"/*\n{read('vendor/uPlot.LICENSE')}*/\n{read('vendor/uPlot.iife.min.js')}"
-    script = "\n".join(["(() => {", '"use strict";', library, *map(read, SCRIPTS), "})();"])
-    values = {
-        "title": html.escape(str(data["title"])),
-        "style": style,
-        "script": script,
-        "style-hash": csp_hash(style),
-        "script-hash": csp_hash(script),
-        "data": _escaped_json(data),
-    }
-    return re.sub(r"\{\{([\w-]+)\}\}", lambda match: values[match[1]], read("page.html"))
+    style = read_text("vendor/uPlot.min.css") + read_text("page.css")
+    library = f"/*\n{read_text('vendor/uPlot.LICENSE')}*/\n{read_text('vendor/uPlot.iife.min.js')}"
+    script = "\n".join(["(() => {", '"use strict";', library, *map(read_text, SCRIPTS), "})();"])
+    body = f"""{read_text("body.html")}\
+<script type="application/json" id="data">{_escaped_json(data)}</script>
+<script>{script}</script>"""
+    return document(html.escape(str(data["title"])), style, body, f"script-src '{_csp_hash(script)}'; ")
 
 
-def csp_hash(text: str) -> str:
+def document(title: str, style: str, body: str, script_policy: str = "") -> str:
+    """Returns an HTML page that loads nothing; `title` and `body` are HTML."""
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; \
+style-src '{_csp_hash(style)}'; {script_policy}base-uri 'none'; form-action 'none'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="referrer" content="no-referrer">
+<title>{title}</title>
+<link rel="icon" href="data:,">
+<style>{style}</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
+
+
+def read_text(name: str) -> str:
+    """Reads a file of the page's folder."""
+    return (files("dlopt.analysis.report") / "page").joinpath(*name.split("/")).read_text(encoding="utf-8")
+
+
+def _csp_hash(text: str) -> str:
     """Returns the hash of an inline element for the Content-Security-Policy."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 

@@ -4,6 +4,8 @@ A row has the keys that vary, the ranking metric, the test metric (of the first 
 selecting a row by it would be model selection on the test set) and the paired difference to the first row.
 """
 
+from collections.abc import Sequence
+
 from dlopt.analysis import drawing
 from dlopt.analysis.leaderboard import Difference, Statistic
 from dlopt.analysis.report.page import test_columns
@@ -25,13 +27,18 @@ def latex(table: Table, *, made: str, test: bool, top: int) -> str:
     heads, rows = _cells(table, test=test, top=top)
     keys, best = len(table.keys), {row.value.mean for row in table.ranked[:1] if row.value is not None}
     lines = [f"% {line}" for line in (printable(made), *_notes(table, top), r"\usepackage{booktabs}")]
-    lines += [rf"\begin{{tabular}}{{{'l' * keys}{'r' * (len(heads) - keys)}}}", r"\toprule"]
-    lines += [" & ".join(map(escaped, heads)) + r" \\", r"\midrule"]
     for row, cells in zip(table.rows, rows, strict=False):
         is_best = row.value is not None and row.value.mean in best
-        values = [_math(cell, is_bold=is_best and i == 0) for i, cell in enumerate(cells[keys + 1 :])]
-        lines.append(" & ".join([*map(escaped, cells[: keys + 1]), *values]) + r" \\")
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+        cells[: keys + 1] = map(escaped, cells[: keys + 1])
+        cells[keys + 1 :] = [number_cell(cell, is_bold=is_best and i == 0) for i, cell in enumerate(cells[keys + 1 :])]
+    return "\n".join([*lines, *tabular(heads, rows, texts=keys), ""])
+
+
+def tabular(heads: Sequence[str], rows: Sequence[Sequence[str]], *, texts: int = 1) -> list[str]:
+    """Returns the lines of a `tabular`; `rows` are LaTeX, and the first `texts` columns aligned to the left."""
+    lines = [rf"\begin{{tabular}}{{{'l' * texts}{'r' * (len(heads) - texts)}}}", r"\toprule"]
+    lines += [" & ".join(map(escaped, heads)) + r" \\", r"\midrule"]
+    return [*lines, *(" & ".join(row) + r" \\" for row in rows), r"\bottomrule", r"\end{tabular}"]
 
 
 def markdown(table: Table, *, made: str, test: bool, top: int) -> str:
@@ -98,10 +105,11 @@ def _difference(metric: str, difference: Difference | None) -> str:
 
 def escaped(text: str) -> str:
     """Escapes LaTeX's special characters; a bracket after a line's end would be read as its optional argument."""
-    return "{}" * text.startswith("[") + "".join(_SPECIAL.get(character, character) for character in text)
+    return "{}" * text.startswith("[") + "".join(_SPECIAL.get(character, character) for character in printable(text))
 
 
-def _math(cell: str, *, is_bold: bool) -> str:
+def number_cell(cell: str, *, is_bold: bool) -> str:
+    """Converts 0.83 ± 0.02 or 0.83 [0.71, 0.90] to LaTeX."""
     if not any(character.isdigit() for character in cell):
         return cell.replace("-", "--")
     inner = cell.replace("±", r"\pm").replace(" [", r"\ [").replace(", ", r",\ ")
