@@ -39,17 +39,11 @@ def draw(comparison: Comparison, outcomes: Mapping[Cell, Outcome], findings: Seq
             notes |= _bars(axes, comparison, outcomes, name)
         axes.set_ylabel("\n".join(_evenly(drawing.label(name), 45)))
     drawing.clean_axes(*panels)
-    _legend(figure, panels[0], notes, width)
-    return figure
-
-
-def _legend(figure: "Figure", axes: "Axes", notes: "Mapping[str, Artist]", width: float) -> None:
-    """Puts the variants and the explanations of bands, bars and marks below the panels, in as many columns as fit."""
-    handles, labels = axes.get_legend_handles_labels()
+    handles, labels = panels[0].get_legend_handles_labels()
     labels, handles = [*labels, *notes], [*handles, *notes.values()]
-    columns = int(width / (0.09 * max(map(len, labels)) + 0.75))
-    columns = max(1, min(len(labels), columns))
+    columns = max(1, min(len(labels), int(width / (0.09 * max(map(len, labels)) + 0.75))))  # as many as fit
     figure.legend(handles, labels, loc="outside lower center", frameon=False, handlelength=3, ncols=columns)
+    return figure
 
 
 def _titled_figure(comparison: Comparison, findings: Sequence[Finding], width: float, height: float) -> "Figure":
@@ -84,7 +78,9 @@ def _has_logarithm(name: str) -> bool:
     return not (is_higher_better(name) or name.endswith(("_error", "gap")))
 
 
-def _line(i: int, width: float = 1.8) -> dict[str, Any]:
+def _line(i: int, count: int, *, narrowing: bool) -> dict[str, Any]:
+    """Returns the style of curve i of `count`. `narrowing`: a curve below another shows at its sides."""
+    width = 7 - 5.6 * i / max(count - 1, 1) if narrowing else 1.8
     return style(i, dash=i // len(drawing.COLOURS), linewidth=width)
 
 
@@ -95,7 +91,7 @@ def _curves(
     notes: dict[str, Artist] = {}
     for i, variant in enumerate(comparison.variants):
         # Curves may coincide against updates: narrower lines on top keep all of them visible.
-        line = _line(i, _narrowing(i, len(comparison.variants)) if len(comparison.axes) > 1 else 1.8)
+        line = _line(i, len(comparison.variants), narrowing=len(comparison.axes) > 1)
         runs = [outcomes[Cell(variant, (), seed)] for seed in comparison.seeds]
         points = _common(runs, name, x_axis)
         x, columns = [mean(positions) for positions, _ in points], [values for _, values in points]
@@ -163,11 +159,6 @@ def _cross() -> "Artist":
     return _mark(linestyle="", marker="x", **_CROSS)
 
 
-def _narrowing(i: int, count: int) -> float:
-    """Returns the width of curve i of `count`: decreasing, so that a curve below another shows at its sides."""
-    return 7 - 5.6 * i / max(count - 1, 1)
-
-
 def _coincide(curves: Sequence[Sequence[float]]) -> bool:
     """Returns whether any two curves coincide in most of their points."""
     return any(
@@ -186,9 +177,8 @@ def _along(axes: "Axes", comparison: Comparison, outcomes: Mapping[Cell, Outcome
     results = {variant: finals(comparison, outcomes, variant, name) for variant in comparison.variants}
     coincide = _coincide([[mean(means[(value,)]) for value in values] for means in results.values()])
     for i, variant in enumerate(comparison.variants):
-        line = _line(i)
+        line = _line(i, len(comparison.variants), narrowing=coincide)
         if coincide:
-            line = _line(i, _narrowing(i, len(comparison.variants)))
             line["markersize"] = 4 + line["linewidth"]
         columns = [results[variant][(value,)] for value in values]
         means = [mean(column) for column in columns]

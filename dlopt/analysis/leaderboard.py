@@ -6,8 +6,8 @@ metrics would select on the test set.
 
 import math
 import statistics
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeGuard
 
 from dlopt.metric_names import lower_is_better
@@ -40,11 +40,7 @@ class Entry:
     @property
     def has_ended(self) -> bool:
         """Whether the run finished and was not pruned, so that its metrics count."""
-        return self.status in ENDED and not self.is_pruned
-
-    @property
-    def is_pruned(self) -> bool:
-        return bool(self.metrics.get("pruned", False))
+        return self.status in ENDED and not self.metrics.get("pruned")
 
     def metric(self, key: str) -> float | None:
         """Returns a metric, or None if missing or non-finite."""
@@ -65,6 +61,10 @@ class Statistic:
     std: float | None
     count: int
 
+    def show(self, form: Callable[[float], str]) -> str:
+        """Formats 0.95 ± 0.01."""
+        return form(self.mean) if self.std is None else f"{form(self.mean)} ± {form(self.std)}"
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -74,6 +74,11 @@ class Difference:
     low: float | None
     high: float | None
     count: int
+
+    def show(self, form: Callable[[float], str]) -> str:
+        """Formats -0.05 [-0.06, -0.04]."""
+        interval = "" if self.low is None or self.high is None else f" [{form(self.low)}, {form(self.high)}]"
+        return form(self.mean) + interval
 
 
 @dataclass(frozen=True)
@@ -116,17 +121,7 @@ class Row:
 class Leaderboard:
     metric: str
     direction: Direction
-    rows: Sequence[Row] = field(default_factory=tuple)
-
-    @property
-    def best(self) -> Row | None:
-        return self.rows[0] if self.rows and self.rows[0].value is not None else None
-
-
-def default_metric(entries: Sequence[Entry]) -> str:
-    """Returns `best_val_accuracy` if any run has it, else `best_val_loss`."""
-    has_accuracy = any(entry.metric("best_val_accuracy") is not None for entry in entries)
-    return "best_val_accuracy" if has_accuracy else "best_val_loss"
+    rows: Sequence[Row] = ()
 
 
 def direction_of(metric: str) -> Direction:
@@ -136,8 +131,13 @@ def direction_of(metric: str) -> Direction:
 def leaderboard(
     entries: Sequence[Entry], *, metric: str | None = None, direction: Direction | None = None
 ) -> Leaderboard:
-    """Ranks configurations by the mean of `metric` over seeds, best first, those without a value last."""
-    metric = default_metric(entries) if metric is None else metric
+    """Ranks configurations by the mean of `metric` over seeds, best first, those without a value last.
+
+    `metric`: by default `best_val_accuracy` if any run has it, else `best_val_loss`.
+    """
+    if metric is None:
+        has_accuracy = any(entry.metric("best_val_accuracy") is not None for entry in entries)
+        metric = "best_val_accuracy" if has_accuracy else "best_val_loss"
     direction = direction_of(metric) if direction is None else direction
     sign = -1.0 if direction == "maximize" else 1.0
     rows = [replace(row, value=row.statistic(metric)) for row in _grouped(entries)]
@@ -167,11 +167,17 @@ def _grouped(entries: Sequence[Entry]) -> list[Row]:
 
 
 def canonical(value: Any) -> Any:
-    """Returns the form that equal settings share: 1.0 as 1, as `optimizer.lr=1` is saved, and lists as tuples."""
+    """Returns the hashable form that equal settings share: 1.0 as 1, as `optimizer.lr=1` is saved.
+
+    Lists become tuples, mappings tuples of pairs, other YAML types (dates) text.
+    """
     if isinstance(value, list | tuple):
         return tuple(map(canonical, value))
-    is_whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**53
-    return int(value) if is_whole else value
+    if isinstance(value, Mapping):
+        return tuple((str(key), canonical(item)) for key, item in value.items())
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        return int(value)
+    return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
 def _is_ignored(key: str) -> bool:

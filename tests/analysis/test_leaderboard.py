@@ -99,7 +99,7 @@ def test_excludes_failed_pruned_and_unfinished_runs() -> None:
     assert [row.label for row in board.rows[:2]] == ["optimizer.lr=0.1", "optimizer.lr=0.5"]
     assert [row.value for row in board.rows[2:]] == [None] * 3
     assert board.rows[0].failed == 1 and board.rows[0].value == statistic([0.8])
-    assert leaderboard([]).best is None
+    assert leaderboard([]).rows == ()
 
 
 def test_does_not_rank_by_test_metrics() -> None:

@@ -5,9 +5,10 @@ selecting a row by it would be model selection on the test set) and the paired d
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 from dlopt.analysis import drawing
-from dlopt.analysis.leaderboard import Difference, Statistic
+from dlopt.analysis.leaderboard import Statistic
 from dlopt.analysis.report.page import test_columns
 from dlopt.analysis.report.plots import key_labels
 from dlopt.analysis.report.reading import brief, printable
@@ -72,7 +73,8 @@ def _cells(table: Table, *, test: bool, top: int) -> tuple[list[str], list[list[
         cells = [brief(row.values[key]) if key in row.values else "-" for key in table.keys]
         cells += [row.row.count(table.by), _statistic(table.by, row.value)]
         cells += [_statistic(name, row.statistic(name)) if test or number == 0 else "" for name in metrics[1:]]
-        cells += [_difference(table.by, row.difference)] * _is_compared(table)
+        difference = "" if row.difference is None else row.difference.show(partial(_number, table.by, sign="+"))
+        cells += [difference] * _is_compared(table)
         rows.append(list(map(printable, cells)))
     return list(map(printable, heads)), rows
 
@@ -88,19 +90,7 @@ def _number(metric: str, value: float, sign: str = "") -> str:
 
 
 def _statistic(metric: str, statistic: Statistic | None) -> str:
-    if statistic is None:
-        return "-"
-    deviation = "" if statistic.std is None else f" ± {_number(metric, statistic.std)}"
-    return _number(metric, statistic.mean) + deviation
-
-
-def _difference(metric: str, difference: Difference | None) -> str:
-    if difference is None:
-        return ""
-    mean = _number(metric, difference.mean, "+")
-    if difference.low is None or difference.high is None:
-        return mean
-    return f"{mean} [{_number(metric, difference.low, '+')}, {_number(metric, difference.high, '+')}]"
+    return "-" if statistic is None else statistic.show(partial(_number, metric))
 
 
 def escaped(text: str) -> str:

@@ -199,22 +199,10 @@ def _flat(config: Mapping[str, Any], choices: Mapping[str, Any]) -> dict[str, An
             flat[key] = str(choice)
         if isinstance(value, Mapping):
             inner = {name: item for name, item in flatten(value, key).items() if not name.endswith("._target_")}
-            flat |= {name: tidy(item) for name, item in inner.items() if not isinstance(item, Mapping)}
+            flat |= {name: canonical(item) for name, item in inner.items() if not isinstance(item, Mapping)}
         elif key not in flat:
-            flat[key] = tidy(value)
+            flat[key] = canonical(value)
     return flat
-
-
-def tidy(value: Any) -> Any:
-    """Converts to hashable values, those of equal settings to equal ones (see `canonical`).
-
-    Lists become tuples, mappings tuples of pairs, other YAML types (dates) text.
-    """
-    if isinstance(value, list | tuple):
-        return tuple(tidy(item) for item in value)
-    if isinstance(value, Mapping):
-        return tuple((str(key), tidy(item)) for key, item in value.items())
-    return canonical(value) if isinstance(value, str | bool | int | float) or value is None else str(value)
 
 
 def _metrics(

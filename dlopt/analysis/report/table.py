@@ -21,6 +21,7 @@ from dlopt.analysis.leaderboard import (
     Entry,
     Row,
     Statistic,
+    canonical,
     direction_of,
     is_number,
     is_seed,
@@ -28,7 +29,7 @@ from dlopt.analysis.leaderboard import (
     statistic,
     student_t,
 )
-from dlopt.analysis.report.reading import OPEN, Damaged, Record, brief, printable, short_key, text, tidy, varying_keys
+from dlopt.analysis.report.reading import OPEN, Damaged, Record, brief, printable, short_key, text, varying_keys
 from dlopt.errors import UserError, install
 from dlopt.tracking.layout import short_path
 
@@ -186,13 +187,13 @@ def published_error(config: Mapping[str, Any], overrides: Sequence[str]) -> floa
 
     Its `when` holds, and no other key of the recipe was overridden, except where runs execute and what they write.
     """
-    entries = tidy(config.get("published"))
+    entries = canonical(config.get("published"))
     for entry in map(_mapping, entries if isinstance(entries, tuple) else ()):
         error, when = entry.get("error"), entry.get("when")
         if not isinstance(error, int | float) or when is None:
             continue
         conditions = _mapping(when)
-        holds = all(key in config and tidy(config[key]) == value for key, value in conditions.items())
+        holds = all(key in config and canonical(config[key]) == value for key, value in conditions.items())
         if holds and not any(_changes_the_experiment(line, conditions) for line in overrides):
             return float(error)
     return None
@@ -210,7 +211,7 @@ def _changes_the_experiment(override: str, conditions: Iterable[str]) -> bool:
 
 
 def _mapping(pairs: Any) -> dict[str, Any]:
-    """Converts the pairs of `tidy` back to a mapping; returns {} for anything else."""
+    """Converts the pairs of `canonical` back to a mapping; returns {} for anything else."""
     is_pairs = isinstance(pairs, tuple) and all(isinstance(each, tuple) and len(each) == 2 for each in pairs)
     return dict(pairs) if is_pairs else {}
 
