@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
 # Okabe & Ito 2008, distinguishable for colour-blind readers; without their yellow, which is faint on white.
@@ -87,6 +88,13 @@ def label(name: str) -> str:
     group, _, key = name.rpartition(".")
     is_clear = group in ("data", "optimizer", "model", "schedule")
     return (key if is_clear else f"{group} {key}").replace("_", " ")
+
+
+def shades(*colours: str) -> "Colormap":
+    """Returns a colour map between these colours."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("", colours)
 
 
 def title_with_subtitle(title: str, subtitle: str, width: int = 90) -> str:

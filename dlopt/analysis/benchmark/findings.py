@@ -47,14 +47,9 @@ def _results(results: Results, summary: Summary, own: Sequence[str]) -> Iterator
             yield _position(summary, optimizer)
 
 
-def _compared(summary: Summary, measure: Measure) -> list[str]:
-    """Returns the optimizers by descending score; those without measured cost have no time."""
-    standings = summary.standings[measure]
-    return [each.optimizer for each in standings if measure != "time" or each.cost is not None]
-
-
 def _leader(summary: Summary, measure: Measure) -> Iterator[str]:
-    leader, *others = _compared(summary, measure)
+    ranked = [each.optimizer for each in summary.standings[measure]]
+    leader, *others = [each for each in ranked if summary.score(each, measure) is not None]
     score = summary.standing(leader, measure).score
     if not score.value:
         if measure == "updates":
