@@ -3,7 +3,7 @@
 import io
 import math
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,6 +131,11 @@ def logarithmic(*panels: "Axes") -> None:
         axes.set_yscale("log", nonpositive="mask")
         axes.yaxis.set_major_formatter(PlainFormatter())
         axes.yaxis.set_minor_formatter(PlainFormatter(labelOnlyBase=False))
+
+
+def spans_decades(losses: Sequence[float]) -> bool:
+    """Returns whether positive losses span more than a factor of 100, which needs a logarithmic axis."""
+    return bool(losses) and min(losses) > 0 and max(losses) > 100 * min(losses)
 
 
 def powers_of_two(axes: "Axes", ticks: "list[int]", **options: Any) -> None:

@@ -205,23 +205,24 @@ def statistic(values: Sequence[float]) -> Statistic | None:
     return Statistic(mean, deviation / math.sqrt(count - 1) if count > 1 else None, count)
 
 
-def paired_difference(
-    a: Mapping[Seeds, float], b: Mapping[Seeds, float], confidence: float = 0.95
-) -> Difference | None:
-    """Computes the mean of a - b over common seeds with Student's t confidence interval; None without common seeds.
+def paired_difference(a: Mapping[Seeds, float], b: Mapping[Seeds, float]) -> Difference | None:
+    """Computes the mean of a - b over common seeds with its 95 % confidence interval; None without common seeds.
 
     Pairing removes the variance that a seed causes in both. Seeds that only one side has, such as that of an optimizer
     with noise, do not prevent it.
     """
     names = set.intersection(*({name for name, _ in seeds} for seeds in (*a, *b))) if a and b else set()
     a, b = _at(names, a), _at(names, b)
-    differences = statistic([a[key] - b[key] for key in a if key in b])
-    if differences is None:
-        return None
-    if differences.std is None:
-        return Difference(differences.mean, None, None, 1)
-    half = student_t(confidence, differences.count - 1) * differences.std / math.sqrt(differences.count)
-    return Difference(differences.mean, differences.mean - half, differences.mean + half, differences.count)
+    return mean_difference([a[key] - b[key] for key in a if key in b])
+
+
+def mean_difference(differences: Sequence[float]) -> Difference | None:
+    """Computes the mean of paired differences with Student's 95 % confidence interval; None for no pairs."""
+    found = statistic(differences)
+    if found is None or found.std is None:
+        return None if found is None else Difference(found.mean, None, None, 1)
+    half = student_t(0.95, found.count - 1) * found.std / math.sqrt(found.count)
+    return Difference(found.mean, found.mean - half, found.mean + half, found.count)
 
 
 def _at(names: Collection[str], values: Mapping[Seeds, float]) -> Mapping[Seeds, float]:

@@ -26,7 +26,7 @@ def _samples(workload: Workload, count: int = _SAMPLES) -> tuple[Tensor, Tensor]
     return inputs, targets
 
 
-def _gradient(workload: Workload, loss: Tensor) -> Tensor:
+def gradient(workload: Workload, loss: Tensor) -> Tensor:
     parameters = [p for p in workload.module.parameters() if p.requires_grad]
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
 
@@ -53,7 +53,7 @@ def sample_dependence(workload: Workload) -> float:
                 others = torch.randperm(len(targets), generator=generator)
                 batch = torch.cat([torch.tensor([sample]), others[others != sample][: size - 1]])
                 outputs = workload.module(inputs[batch])
-                gradients.append(_gradient(workload, workload.loss(outputs[:1], targets[batch][:1])))
+                gradients.append(gradient(workload, workload.loss(outputs[:1], targets[batch][:1])))
             rows = torch.stack(gradients)
             variance = (rows - rows.mean(0)).square().sum() / (len(rows) - 1)
             ratios.append(variance.sqrt() / rows.mean(0).norm())
@@ -72,9 +72,9 @@ def gradient_bias(workload: Workload) -> float:
     inputs, targets = inputs[:count], targets[:count]
     workload.module.train()
     with frozen_statistics(workload.module):
-        whole = _gradient(workload, workload.loss(workload.module(inputs), targets))
+        whole = gradient(workload, workload.loss(workload.module(inputs), targets))
         parts = [
-            _gradient(workload, workload.loss(workload.module(inputs[batch]), targets[batch]))
+            gradient(workload, workload.loss(workload.module(inputs[batch]), targets[batch]))
             for _ in range(10)
             for batch in torch.randperm(count, generator=generator).split(size)
         ]
@@ -101,7 +101,7 @@ def memory_gradient(workload: Workload) -> float:
     workload.module.train()
     probe = TimeLagProbe(workload.module)
     with probe.recording():
-        _gradient(workload, workload.loss(workload.module(inputs), targets))
+        gradient(workload, workload.loss(workload.module(inputs), targets))
     if not (lags := probe.lags()):
         raise UserError("comparison.metrics: memory_gradient needs a recurrent model (model=rnn, model=lstm)")
     first, last = lags[0].states[-1], lags[0].states[0]

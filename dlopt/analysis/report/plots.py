@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 SHOWN = 6  # configurations in a plot of curves
 SPREADS = {"range": "lowest to highest run", "confidence": "95 % confidence interval"}
 _AGAINST = {"epoch": "epoch", "step": "update", "seconds": "seconds of training"}
-_LOG_RATIO = 100.0  # losses at learning rates of which some diverge, without becoming infinite
 _WIDTH = 6.4  # inches: the text of a plot is legible over the width of a page
 
 
@@ -172,7 +171,7 @@ def lr_sensitivity(table: Table) -> "Figure | None":
             axis.plot(result.failed, bottom, "x", color=colour, transform=axis.get_xaxis_transform())
     axis.set_xscale("log")
     values = [value.mean for result in results for _, value, _ in result.points]
-    if table.lower and min(values) > 0 and max(values) > _LOG_RATIO * min(values):
+    if table.lower and drawing.spans_decades(values):  # of rates at which runs diverge without becoming infinite
         drawing.logarithmic(axis)
     axis.set_ylabel(_label(table.by))
     drawing.clean_axes(axis)
@@ -220,7 +219,7 @@ def parallel_coordinates(table: Table) -> "Figure | None":
         axis.axvline(x, color="0.3", linewidth=0.8)
         for position, label in scale.ticks:
             short = _wrapped(label if len(label) <= 48 else f"{label[:47]}…", 24)
-            offset = {"xytext": (5, 0), "textcoords": "offset points", "va": "center"}
+            offset: dict[str, Any] = {"xytext": (5, 0), "textcoords": "offset points", "va": "center"}
             axis.annotate(short, (x, position), fontsize="small", bbox=box, **offset)
     axis.set_xticks(range(len(scales)), [*key_labels(keys), _label(table.by)], fontsize="small")
     axis.set_yticks([])
