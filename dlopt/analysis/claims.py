@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dlopt.analysis.leaderboard import mean_difference
-from dlopt.config.schema import check_arguments
+from dlopt.config.schema import check_arguments, show
 from dlopt.errors import UserError
 from dlopt.metric_names import lower_is_better
 from dlopt.ranges import Count, NonNegative
@@ -294,15 +294,10 @@ def _average(values: Sequence[float]) -> str:
 def _where(finding: Finding, i: int, label: Label) -> str:
     side, point = finding.sides[i], finding.points[i]
     free = finding.claim.measure in ("largest", "span")
-    shown_at = [f"{label(axis)} {shown(value)}" for axis, value in point.items() if not free or axis in side.at]
+    shown_at = [f"{label(axis)} {show(value)}" for axis, value in point.items() if not free or axis in side.at]
     if side.value != "last":
         shown_at.append(f"epoch {side.value}" if isinstance(side.value, int) else side.value)
     return f" ({', '.join([side.variant, *shown_at])})"
-
-
-def shown(value: Value) -> str:
-    """Formats a value as in an override."""
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _with_interval(finding: Finding, interval: str) -> str:

@@ -7,9 +7,10 @@ from itertools import combinations, pairwise
 from typing import TYPE_CHECKING, Any
 
 from dlopt.analysis import drawing
-from dlopt.analysis.claims import TEST_METRICS, Finding, is_higher_better, short_sentence, shown
+from dlopt.analysis.claims import TEST_METRICS, Finding, is_higher_better, short_sentence
 from dlopt.analysis.comparison import Cell, Comparison, Outcome, are_numbers, finals, mean, on_axis
 from dlopt.analysis.drawing import MARKERS, style
+from dlopt.config.schema import show
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -196,7 +197,7 @@ def _along(axes: "Axes", comparison: Comparison, outcomes: Mapping[Cell, Outcome
         axes.plot(position, abs(edge - 0.035 * i), "x", color=colour, transform=axes.get_xaxis_transform(), **_CROSS)
     if min(positions) > 0 and max(positions) >= 8 * min(positions):
         axes.set_xscale("log")
-    axes.set_xticks(positions, [shown(value) for value in values])
+    axes.set_xticks(positions, [show(value) for value in values])
     axes.minorticks_off()
     axes.set_xlabel(drawing.label(key))
     if _has_logarithm(name):
@@ -234,7 +235,7 @@ def _bars(axes: "Axes", comparison: Comparison, outcomes: Mapping[Cell, Outcome]
                 axes.annotate(f"{mean(column):.2g}", (position, top), **style, **offset)  # type: ignore[arg-type]
     if heights and min(heights) > 0 and max(heights) > 30 * min(heights) and not is_higher_better(name):
         drawing.logarithmic(axes)
-    axes.set_xticks(range(len(values)), [shown(value) for value in values])
+    axes.set_xticks(range(len(values)), [show(value) for value in values])
     axes.set_xlabel(drawing.label(key))
     axes.margins(y=0.1)
     return notes
@@ -274,8 +275,8 @@ def _heat_maps(comparison: Comparison, outcomes: Mapping[Cell, Outcome], finding
             row, column = _best(comparison, outcomes, variant, chooser)
             frame = Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="#D55E00", linewidth=3)
             axes.add_patch(frame)
-        axes.set_xticks(range(len(columns)), list(map(shown, columns)))
-        axes.set_yticks(range(len(rows)), list(map(shown, rows)))
+        axes.set_xticks(range(len(columns)), list(map(show, columns)))
+        axes.set_yticks(range(len(rows)), list(map(show, rows)))
         axes.set_xlabel(drawing.label(column_key))
         axes.set_ylabel(drawing.label(row_key))
         axes.set_title("\n".join(_evenly(variant, 36)), fontsize=10)

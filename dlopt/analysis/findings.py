@@ -15,11 +15,11 @@ from dlopt.analysis.claims import (
     judge,
     numbers,
     sentence,
-    shown,
     weakest,
 )
 from dlopt.analysis.comparison import Cell, Comparison, Outcome, are_numbers, finals, matches
 from dlopt.analysis.drawing import label
+from dlopt.config.schema import show
 from dlopt.errors import UserError
 
 Point = tuple[Value, ...]
@@ -48,8 +48,8 @@ def _problem(comparison: Comparison, claim: Claim) -> str | None:
             if axis not in comparison.along:
                 return f"at.{axis}: not an axis of the comparison; allowed: {', '.join(comparison.along) or 'none'}"
             if not any(matches(each, value) for each in comparison.along[axis]):
-                values = ", ".join(map(shown, comparison.along[axis]))
-                return f"at.{axis}={shown(value)}: not a value of this axis; allowed: {values}"
+                values = ", ".join(map(show, comparison.along[axis]))
+                return f"at.{axis}={show(value)}: not a value of this axis; allowed: {values}"
         free = [axis for axis in comparison.along if axis not in side.at]
         if claim.measure in ("largest", "span"):
             settings = [*comparison.along[free[0]]] if len(free) == 1 else []

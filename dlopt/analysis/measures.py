@@ -1,11 +1,10 @@
 """Numbers that describe a network at fixed weights, for the probes of comparisons."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from dlopt.analysis.diagnosis.layers import TimeLagProbe
 from dlopt.errors import UserError
@@ -108,17 +107,15 @@ def memory_gradient(workload: Workload) -> float:
     return first / last if last else math.nan
 
 
-@contextmanager
-def _removed(layer: nn.Module, unit: int) -> Iterator[None]:
-    """Context in which the output of one unit of the activation `layer` is 0."""
+def _removed(layer: nn.Module, unit: int) -> RemovableHandle:
+    """Sets the output of one unit of the activation `layer` to 0 until the handle's context ends."""
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         output = output.clone()
         output[:, unit] = 0
         return output
 
-    with layer.register_forward_hook(hook):
-        yield
+    return layer.register_forward_hook(hook)
 
 
 @torch.no_grad()

@@ -146,7 +146,7 @@ def _plan(
     dry_run: bool = False,
 ) -> _Plan:
     """Checks the benchmark. Raises `UserError`."""
-    from dlopt.analysis.benchmark.protocol import budget_of, load_tier, trials_of
+    from dlopt.analysis.benchmark.protocol import BUDGETS, load_tier, trials_of
     from dlopt.sweeps.benchmark import Request, candidate
 
     if workloads is not None:
@@ -160,7 +160,7 @@ def _plan(
             f"tier={tier}: no target is set for {', '.join(unset)}; run the baselines with full=true, and take the "
             "targets from `dlopt benchmark targets FOLDER`"
         )
-    own_studies, own_trials = budget_of(budget, studies, trials)
+    own_studies, own_trials = studies or BUDGETS[budget][0], trials or BUDGETS[budget][1]
     candidates = {name: candidate(line.composer, name, overrides) for name in names}
     refuse_drawn(overrides, candidates)
     shipped, note = _reference(tier, overrides) if reference and not full else (None, "")

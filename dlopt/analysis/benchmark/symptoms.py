@@ -104,7 +104,7 @@ def _without_effect(results: Results, optimizer: str) -> dict[str, str]:
     found = {}
     for key in dict.fromkeys(key for record in results.records(optimizer) for key in record.values):
         pairs = _pairs(results, optimizer, key)
-        equal = sum(_are_equal(*pair) for pair in pairs)
+        equal = sum((a.updates, a.best, a.last) == (b.updates, b.best, b.last) for a, b in pairs)
         if pairs and equal >= EQUAL * len(pairs):
             found[key] = (
                 f"ignores {{keys}}: {_of(equal, len(pairs))} pairs of trials with the same seed and different values "
@@ -127,14 +127,16 @@ def _of(count: int, total: int) -> str:
 
 def _pairs(results: Results, optimizer: str, key: str) -> list[Pair]:
     """Returns the pairs of trials of a study that differ in `key`: only in it, if enough pairs do."""
-    pairs = [
-        pair
-        for workload in results.workloads
+    ended = [
+        [
+            record
+            for record in results.cell(optimizer, name).study(study)
+            if key in record.values and record.last is not None
+        ]
+        for name in results.workloads
         for study in range(results.studies)
-        for pair in combinations(results.cell(optimizer, workload).study(study), 2)
-        if all(key in each.values and each.last is not None for each in pair)
-        and pair[0].values[key] != pair[1].values[key]
     ]
+    pairs = [(a, b) for records in ended for a, b in combinations(records, 2) if a.values[key] != b.values[key]]
     alone = [pair for pair in pairs if _differ_only_in(key, pair, 1.0)]
     return alone if len(alone) >= _ALONE * len(pairs) else pairs
 
@@ -152,10 +154,6 @@ def _ratio(pair: Pair, key: str) -> float:
     if not all(isinstance(value, int | float) and not isinstance(value, bool) and value > 0 for value in (a, b)):
         return 0.0
     return float(max(a, b) / min(a, b))  # type: ignore[type-var, operator]
-
-
-def _are_equal(a: Record, b: Record) -> bool:
-    return (a.updates, a.best, a.last) == (b.updates, b.best, b.last)
 
 
 def _are_similar(a: Record, b: Record) -> bool:

@@ -19,6 +19,7 @@ from dlopt.analysis.leaderboard import ENDED, HOUSEKEEPING, canonical, direction
 from dlopt.errors import UserError
 from dlopt.folders import RunFolder
 from dlopt.plain import flatten, is_below, load_yaml, read_regular
+from dlopt.tracking.layout import format_value as text
 from dlopt.tracking.metrics import METRICS, SUMMARY, gaps
 
 OPEN = ("running", "interrupted", "unfinished")
@@ -265,15 +266,6 @@ def short_key(key: str, keys: Iterable[str]) -> str:
     """Returns the last component of a key (`lr` for `optimizer.lr`) if it is unique among `keys`."""
     name = key.rpartition(".")[2]
     return name if sum(other.rpartition(".")[2] == name for other in keys) == 1 else key
-
-
-def text(value: Any) -> str:
-    """Formats a value as in an override: true, null, [64,64]."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, tuple | list):
-        return f"[{','.join(map(text, value))}]"
-    return "null" if value is None else str(value)
 
 
 def brief(value: Any) -> str:
