@@ -157,13 +157,9 @@ def encoded(figure: "Figure", form: str, *, dpi: int = 150) -> bytes:
 
 def save(figure: "Figure", folder: Path, name: str) -> list[Path]:
     """Writes `name`.png and `name`.svg into the folder."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-
-    paths = [folder / f"{name}.png", folder / f"{name}.svg"]
     figure.draw_without_rendering()  # computes the layout once for both files: it takes as long as drawing
     figure.set_layout_engine("none")
-    figure.set_dpi(150)
-    FigureCanvasAgg(figure).print_png(str(paths[0]))
-    FigureCanvasSVG(figure).print_svg(str(paths[1]))
+    paths = [folder / f"{name}.{form}" for form in ("png", "svg")]
+    for path in paths:
+        path.write_bytes(encoded(figure, path.suffix[1:]))
     return paths

@@ -77,11 +77,6 @@ def drawn_value(value: Any) -> str:
     return NONE if value is None else f"{value:.3g}" if isinstance(value, float) else text(value)
 
 
-def space(searched: Mapping[str, str]) -> str:
-    """Formats a search space on one line."""
-    return "; ".join(f"{key} {value}" for key, value in searched.items())
-
-
 def mean_and_std(values: Sequence[float]) -> str:
     """Formats mean ± sample standard deviation; one value has no deviation."""
     found = statistic([value for value in values if math.isfinite(value)])

@@ -1,5 +1,6 @@
 """Writes the results of a benchmark as a self-contained HTML page, with its figures and a LaTeX table."""
 
+import base64
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -10,7 +11,7 @@ from dlopt.analysis import drawing
 from dlopt.analysis.benchmark import sections
 from dlopt.analysis.benchmark.figures import draw
 from dlopt.analysis.benchmark.latex import latex
-from dlopt.analysis.benchmark.markup import Html, escaped, picture, tag
+from dlopt.analysis.benchmark.markup import Html, escaped, tag
 from dlopt.analysis.benchmark.results import Results
 from dlopt.analysis.benchmark.scores import Summary, summarize
 from dlopt.analysis.report.page import document, read_text
@@ -54,7 +55,8 @@ def _picture(figure: "Figure", description: str) -> Html:
     svg = drawing.encoded(figure, "svg")
     for patch in white:
         patch.set_alpha(1)
-    return picture(svg, description, figure.get_figwidth())
+    source = f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
+    return Html(f'<img src="{source}" alt="{escaped(description)}" width="{96 * figure.get_figwidth():.0f}">')
 
 
 def _document(results: Results, body: Html) -> str:

@@ -241,9 +241,9 @@ def ranks(times: Times, workload: str) -> dict[str, float | None]:
     """Returns the ranks on a workload, ties with their mean rank; None: the target was not reached."""
     from scipy.stats import rankdata
 
-    finite = {optimizer: row[workload] for optimizer, row in times.items() if math.isfinite(row[workload])}
-    ranked = map(float, rankdata([*finite.values()]))
-    return {**dict.fromkeys(times), **dict(zip(finite, ranked, strict=True))}
+    values = [row[workload] for row in times.values()]
+    ranked = zip(times, values, rankdata(values).tolist(), strict=True)
+    return {optimizer: rank if math.isfinite(value) else None for optimizer, value, rank in ranked}
 
 
 # -- all of it

@@ -99,7 +99,8 @@ def compared(results: Results, summary: Summary) -> Html:
     ]
     facts = dict(results.facts)
     command, reference = facts.pop("command", None), facts.pop("reference", None)
-    spaces = [(optimizer, formats.space(results.spaces.get(optimizer, {}))) for optimizer in summary.order]
+    searched = [(optimizer, results.spaces.get(optimizer, {})) for optimizer in summary.order]
+    spaces = [(optimizer, "; ".join(f"{key} {value}" for key, value in space.items())) for optimizer, space in searched]
     return section(
         "What was compared",
         tag("p", text),
