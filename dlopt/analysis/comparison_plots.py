@@ -225,14 +225,13 @@ def _bars(axes: "Axes", comparison: Comparison, outcomes: Mapping[Cell, Outcome]
             if len(finite) > 1:
                 axes.plot([position, position], [min(finite), max(finite)], color="black", linewidth=1.5)
                 notes[f"range over {len(comparison.seeds)} seeds"] = _mark(color="black", linewidth=1.5)
-            top = max(finite) if finite else math.nan
             if len(finite) < len(column):
                 axes.plot(position, 0.03, "x", color=colour, transform=axes.get_xaxis_transform(), **_CROSS)
                 notes["a seed diverged" if len(comparison.seeds) > 1 else "diverged"] = _cross()
             elif count * len(values) * len(comparison.metrics) <= 12:  # more labels would overlap
                 style = {"ha": "center", "va": "bottom", "fontsize": 8}
                 offset = {"textcoords": "offset points", "xytext": (0, 2)}
-                axes.annotate(f"{mean(column):.2g}", (position, top), **style, **offset)  # type: ignore[arg-type]
+                axes.annotate(f"{mean(column):.2g}", (position, max(column)), **style, **offset)  # type: ignore[arg-type]
     if heights and min(heights) > 0 and max(heights) > 30 * min(heights) and not is_higher_better(name):
         drawing.logarithmic(axes)
     axes.set_xticks(range(len(values)), [show(value) for value in values])

@@ -107,12 +107,12 @@ def wins(results: Results, summary: Summary) -> "Figure | None":
     for row, optimizer in enumerate(order):
         for column, other in enumerate(order):
             pair = pairs.get((optimizer, other))
-            if pair is None or math.isnan(pair.wins.value):
+            if pair is None or math.isnan(pair.value):
                 continue
             if pair.distinguishable:
-                cells[row, column] = pair.wins.value
-            text = f"{pair.wins.value:.2f}\n{formats.bounds(pair.wins, '–')}".rstrip()
-            is_dark = pair.distinguishable and abs(pair.wins.value - 0.5) > 0.42
+                cells[row, column] = pair.value
+            text = f"{pair.value:.2f}\n{formats.bounds(pair, '–')}".rstrip()
+            is_dark = pair.distinguishable and abs(pair.value - 0.5) > 0.42
             colour = "white" if is_dark else "black"
             axes.text(column, row, text, ha="center", va="center", fontsize=7.5, color=colour, linespacing=1.3)
     shades = drawing.shades(COLOURS[1], "#fbe3d3", "#d6e8f4", COLOURS[0])

@@ -58,7 +58,7 @@ def _leader(summary: Summary, measure: Measure) -> Iterator[str]:
     text = f"In {MEASURE_LABELS[measure]}, {leader} has the highest score, {formats.interval(score)}."
     pairs = {other: summary.comparisons[measure][leader, other] for other in others}
     open_ = [other for other, pair in pairs.items() if not pair.distinguishable]
-    faster = [other for other, pair in pairs.items() if pair.distinguishable and pair.wins.value < 0.5]
+    faster = [other for other, pair in pairs.items() if pair.distinguishable and pair.value < 0.5]
     if open_:
         text += f" Not distinguishable from it: {_all_or(open_, others)}."
     elif not faster and others:
@@ -75,8 +75,8 @@ def _position(summary: Summary, optimizer: str) -> str:
     pairs = {other: summary.comparisons["updates"][optimizer, other] for other in summary.order if other != optimizer}
     rest = [*pairs]
     groups = {
-        "faster than": [other for other, pair in pairs.items() if pair.wins.low > 0.5],
-        "slower than": [other for other, pair in pairs.items() if pair.wins.high < 0.5],
+        "faster than": [other for other, pair in pairs.items() if pair.low > 0.5],
+        "slower than": [other for other, pair in pairs.items() if pair.high < 0.5],
     }
     relations = [f"{relation} {_all_or(others, rest)}" for relation, others in groups.items() if others]
     open_ = [other for other, pair in pairs.items() if not pair.distinguishable]

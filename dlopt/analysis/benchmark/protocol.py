@@ -7,6 +7,7 @@ quasi-randomly from its search space. A study is one such sample; several indepe
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -128,11 +129,8 @@ def _load(path: Path) -> Any:
 
 def trials_of(workloads: Sequence[str], optimizers: Sequence[str], studies: int, trials: int) -> Iterator[Trial]:
     """Yields all trials, the first of each study first: an interrupted benchmark has a smaller budget everywhere."""
-    for number in range(trials):
-        for study in range(studies):
-            for workload in workloads:
-                for optimizer in optimizers:
-                    yield Trial(workload, optimizer, study, number)
+    for number, study, workload, optimizer in product(range(trials), range(studies), workloads, optimizers):
+        yield Trial(workload, optimizer, study, number)
 
 
 def target_of(curves: Sequence[Sequence[Sequence[tuple[int, float]]]], updates: int, lower_is_better: bool) -> float:

@@ -9,6 +9,7 @@ profile over tau in [1, MAX_RATIO]: 1 for the fastest optimizer on all workloads
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from statistics import median
 
 import numpy as np
@@ -32,22 +33,10 @@ class Interval:
     low: float
     high: float
 
-
-@dataclass(frozen=True)
-class Comparison:
-    """How often `optimizer` is faster than `other`, as a fraction of the workloads that at least one of them reaches.
-
-    A tie counts as half a win. `wins` is NaN if neither reaches any target.
-    """
-
-    optimizer: str
-    other: str
-    wins: Interval
-
     @property
     def distinguishable(self) -> bool:
-        """Whether the interval excludes one half."""
-        return self.wins.low > 0.5 or self.wins.high < 0.5
+        """Whether the interval of a fraction of wins excludes one half."""
+        return self.low > 0.5 or self.high < 0.5
 
 
 @dataclass(frozen=True)
@@ -218,15 +207,16 @@ def _cost(results: Results, optimizer: str) -> tuple[float | None, float | None]
     return math.exp(sum(math.log(cost.time) for cost in costs) / len(costs)), sum(c.state for c in costs) / len(costs)
 
 
-def comparisons(results: Results, measure: Measure, replicas: Array) -> dict[tuple[str, str], Comparison]:
-    """Compares each pair of optimizers."""
-    table, pairs = _array(times(results, measure)), {}
-    for i, optimizer in enumerate(results.optimizers):
-        for j, other in enumerate(results.optimizers):
-            if i != j:
-                wins = interval(float(_wins(table[i], table[j])), _wins(replicas[:, i], replicas[:, j]))
-                pairs[optimizer, other] = Comparison(optimizer, other, wins)
-    return pairs
+def comparisons(results: Results, measure: Measure, replicas: Array) -> dict[tuple[str, str], Interval]:
+    """Compares each pair of optimizers: how often the first is faster than the second.
+
+    A fraction of the workloads that at least one of them reaches, with ties as half a win; NaN if there are none.
+    """
+    table = _array(times(results, measure))
+    return {
+        (optimizer, other): interval(float(_wins(table[i], table[j])), _wins(replicas[:, i], replicas[:, j]))
+        for (i, optimizer), (j, other) in permutations(enumerate(results.optimizers), 2)
+    }
 
 
 def _wins(own: Array, other: Array) -> Array:
@@ -255,7 +245,7 @@ class Summary:
 
     measures: Sequence[Measure]
     standings: Mapping[Measure, Sequence[Standing]]
-    comparisons: Mapping[Measure, Mapping[tuple[str, str], Comparison]]
+    comparisons: Mapping[Measure, Mapping[tuple[str, str], Interval]]
     times: Mapping[Measure, Times]
 
     @property
