@@ -177,7 +177,7 @@ def learning_curves(results: Results, summary: Summary) -> "Figure | None":
         axes.set_visible(False)
     for column in range(across):  # the lowest panel of each column
         panels[(len(names) - 1 - column) // across, column].set_xlabel("updates", **_TICKS)
-    for optimizer in summary.order:  # for the legend: the curves of all are in no panel
+    for optimizer in summary.order:  # for the legend: a panel may lack some of the curves
         panels[0, 0].plot([], [], label=label(optimizer), **_line(results, summary, optimizer))
     columns = min(5 if across == _ACROSS else 2, len(summary.order))
     drawing.legend_below(figure, panels[0, 0], columns, fontsize=9)

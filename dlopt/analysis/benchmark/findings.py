@@ -35,7 +35,7 @@ def findings(results: Results, summary: Summary) -> list[Finding]:
 
 
 def _results(results: Results, summary: Summary, own: Sequence[str]) -> Iterator[str]:
-    if all(math.isnan(workload.target) for workload in results.workloads.values()):
+    if not results.has_targets:
         return
     if len(summary.order) == 1:
         yield f"{summary.order[0]} is alone: its score is the fraction of the targets that it reaches."

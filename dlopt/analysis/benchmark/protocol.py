@@ -145,12 +145,6 @@ def target_of(curves: Sequence[Sequence[Sequence[tuple[int, float]]]], updates: 
     sign = 1.0 if lower_is_better else -1.0
     best = []
     for study in curves:
-        values = [
-            sign * value
-            for curve in study
-            for step, value in curve
-            if step <= TARGET_FRACTION * updates and math.isfinite(value)
-        ]
-        best.append(min(values, default=math.inf))
-    middle = sorted(best)[len(best) // 2]
-    return sign * middle
+        points = [point for curve in study for point in curve if point[0] <= TARGET_FRACTION * updates]
+        best.append(min((sign * value for _, value in points if math.isfinite(value)), default=math.inf))
+    return sign * sorted(best)[len(best) // 2]

@@ -133,6 +133,10 @@ class Results:
     def optimizers(self) -> list[str]:
         return list(dict.fromkeys(optimizer for optimizer, _ in self.cells))
 
+    @property
+    def has_targets(self) -> bool:
+        return not all(math.isnan(workload.target) for workload in self.workloads.values())
+
     def cell(self, optimizer: str, workload: str) -> Cell:
         return self.cells.get((optimizer, workload), Cell(()))
 

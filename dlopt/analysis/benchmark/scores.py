@@ -159,10 +159,10 @@ def bootstrap(results: Results, measure: Measure, *, resamples: int = RESAMPLES)
     resamples = resamples if results.studies > 1 else 0
     rng = np.random.default_rng(0)
     drawn = rng.integers(results.studies, size=(resamples, 1, len(results.workloads), results.studies))
-    times = [
+    rows = [
         [study_times(results, each, workload, measure) for workload in results.workloads] for each in results.optimizers
     ]
-    table = np.array([[np.resize(studies, results.studies) for studies in row] for row in times])
+    table = np.array([[np.resize(studies, results.studies) for studies in row] for row in rows])
     return np.median(np.take_along_axis(table[np.newaxis], drawn, axis=-1), axis=-1)
 
 

@@ -51,8 +51,7 @@ def symptoms(results: Results, optimizer: str) -> Iterator[str]:
 
 
 def _no_target(results: Results, optimizer: str) -> Iterator[str]:
-    without = all(math.isnan(workload.target) for workload in results.workloads.values())
-    if without or any(map(math.isfinite, times(results, "updates")[optimizer].values())):
+    if not results.has_targets or any(map(math.isfinite, times(results, "updates")[optimizer].values())):
         return
     records = results.records(optimizer)
     if reached := sum(record.reached for record in records):
@@ -78,7 +77,7 @@ def _rising(results: Results, optimizer: str) -> list[str]:
         trials = [each for each in results.cell(optimizer, name).records if _has_diverged(each) or not each.failure]
         if trials:
             counts[name] = sum(_gets_worse(each, workload.metric) for each in trials), len(trials)
-    rising, total = (sum(column) for column in zip(*counts.values(), strict=True)) if counts else (0, 0)
+    rising, total = (sum(count[i] for count in counts.values()) for i in (0, 1))
     if not total or rising < RISING * total:
         return []
     parts = ", ".join(f"{name} {worse}/{number}" for name, (worse, number) in counts.items())

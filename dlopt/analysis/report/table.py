@@ -452,11 +452,12 @@ class Reached:
 
 
 def time_to_target(row: Configuration, by: str, target: float) -> Reached:
-    lower = direction_of(by) == "minimize"
-    lines = [first_at(run, by, target, lower) for run in row.distinct if run.status not in OPEN]
-    reached = [line for line in lines if line is not None]
+    sign = 1 if direction_of(by) == "minimize" else -1
+    runs = [run for run in row.distinct if run.status not in OPEN]
+    good = [[line for line in run.history if by in line and sign * line[by] <= sign * target] for run in runs]
+    reached = [lines[0] for lines in good if lines]
     seconds = [line["seconds"] for line in reached if "seconds" in line]
-    return Reached(len(reached), len(lines), statistic([line["step"] for line in reached]), statistic(seconds))
+    return Reached(len(reached), len(runs), statistic([line["step"] for line in reached]), statistic(seconds))
 
 
 def fastest(table: Table, target: float) -> list[tuple[Configuration, Reached]]:
@@ -465,15 +466,8 @@ def fastest(table: Table, target: float) -> list[tuple[Configuration, Reached]]:
     The mean over a few lucky runs of a configuration is not comparable with that of one whose runs all reach it.
     """
     results = [(row, time_to_target(row, table.by, target)) for row in table.ranked]
-    reached = [(row, each, each.steps.mean) for row, each in results if each.steps is not None]
-    reached.sort(key=lambda result: (-result[1].count / result[1].runs, result[2]))
-    return [(row, each) for row, each, _ in reached]
-
-
-def first_at(run: Record, by: str, target: float, lower: bool) -> Mapping[str, float] | None:
-    """Returns the first evaluated epoch with a metric at least as good as the target."""
-    good = (line for line in run.history if by in line and (line[by] <= target if lower else line[by] >= target))
-    return next(good, None)
+    reached = [(-each.count / each.runs, each.steps.mean, i) for i, (_, each) in enumerate(results) if each.steps]
+    return [results[i] for *_, i in sorted(reached)]
 
 
 def default_target(table: Table) -> float | None:
