@@ -5,9 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dlopt.analysis.leaderboard import Seeds, direction_of, paired_difference
-from dlopt.config.schema import check_arguments
+from dlopt.analysis.leaderboard import mean_difference
+from dlopt.config.schema import check_arguments, show
 from dlopt.errors import UserError
+from dlopt.metric_names import lower_is_better
 from dlopt.ranges import Count, NonNegative
 
 Value = bool | int | float | str | None
@@ -66,17 +67,17 @@ class Claim:
         """The margin on the scale of `effects`: the logarithm of the factor, or the difference."""
         return math.log(self.factor) if self.factor is not None else float(self.difference or 0)
 
-    @property
-    def selects_on_test(self) -> bool:
-        """Whether choosing the best point by the claim's own metric would select on the test set."""
-        return self.measure == "value" and self.metric in TEST_METRICS
-
 
 def parse(key: str, written: Mapping[str, Any]) -> Claim:
     """Builds a claim from its YAML block `key`. Raises `UserError`."""
     keys = check_arguments(key, _schema, written)
-    relation, first = _relation(key, keys)
-    than = keys.get("than")
+    relations: tuple[Relation, ...] = ("lower", "higher", "equal")
+    given = [name for name in relations if keys.get(name) is not None]
+    if len(given) != 1:
+        raise UserError(f"{key}: set exactly one of {', '.join(relations)}")
+    [relation] = given
+    first, than = keys[relation], keys.get("than")
+    first = first if isinstance(first, list) else [first]
     if relation == "equal":
         if than is not None or len(first) < 2:
             raise UserError(f"{key}.equal={first}: needs a list of two or more sides, and no key than")
@@ -127,15 +128,6 @@ def _schema(
     """Declares the keys of a claim in YAML."""
 
 
-def _relation(key: str, keys: Mapping[str, Any]) -> tuple[Relation, list[Written]]:
-    names: tuple[Relation, ...] = ("lower", "higher", "equal")
-    given = [name for name in names if keys.get(name) is not None]
-    if len(given) != 1:
-        raise UserError(f"{key}: set exactly one of {', '.join(names)}")
-    sides = keys[given[0]]
-    return given[0], sides if isinstance(sides, list) else [sides]
-
-
 def _side(key: str, written: Written, common: Mapping[str, Any]) -> Side:
     keys: dict[str, Any] = {"variant": written} if isinstance(written, str) else dict(written)
     at = {**common["at"], **keys.get("at", {})}
@@ -143,7 +135,7 @@ def _side(key: str, written: Written, common: Mapping[str, Any]) -> Side:
 
 
 def is_higher_better(metric: str) -> bool:
-    return direction_of(metric) == "maximize"
+    return not lower_is_better(metric)
 
 
 # -- verdicts
@@ -219,11 +211,9 @@ def _interval(effects: Sequence[float]) -> tuple[float, float | None, float | No
     if any(map(math.isnan, effects)):
         return math.nan, None, None
     if any(map(math.isinf, effects)):
-        ordered = sorted(effects)
-        enough = len(effects) > 1
-        return ordered[len(ordered) // 2], ordered[0] if enough else None, ordered[-1] if enough else None
-    keyed: dict[Seeds, float] = {(("pair", i),): effect for i, effect in enumerate(effects)}
-    found = paired_difference(keyed, dict.fromkeys(keyed, 0.0))
+        middle = sorted(effects)[len(effects) // 2]
+        return (middle, min(effects), max(effects)) if len(effects) > 1 else (middle, None, None)
+    found = mean_difference(effects)
     assert found is not None
     return found.mean, found.low, found.high
 
@@ -304,15 +294,10 @@ def _average(values: Sequence[float]) -> str:
 def _where(finding: Finding, i: int, label: Label) -> str:
     side, point = finding.sides[i], finding.points[i]
     free = finding.claim.measure in ("largest", "span")
-    shown_at = [f"{label(axis)} {shown(value)}" for axis, value in point.items() if not free or axis in side.at]
+    shown_at = [f"{label(axis)} {show(value)}" for axis, value in point.items() if not free or axis in side.at]
     if side.value != "last":
         shown_at.append(f"epoch {side.value}" if isinstance(side.value, int) else side.value)
     return f" ({', '.join([side.variant, *shown_at])})"
-
-
-def shown(value: Value) -> str:
-    """Formats a value as in an override."""
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _with_interval(finding: Finding, interval: str) -> str:

@@ -7,8 +7,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-from dlopt.analysis.claims import Claim, Value, shown
+from dlopt.analysis.claims import Claim, Value
 from dlopt.analysis.probes import PROBES
+from dlopt.config.schema import show
 from dlopt.ranges import Seed
 from dlopt.tracking.layout import align_columns
 from dlopt.tracking.metrics import gaps, read_metrics, read_summary
@@ -51,7 +52,7 @@ class Comparison:
         """Returns the overrides of one run. A variant may override the keys of `along`, because it comes after them."""
         lines: list[str] = []
         for (key, values), value in zip(self.along.items(), cell.point, strict=True):
-            lines += values[str(value)] if isinstance(values, dict) else [f"{key}={shown(value)}"]
+            lines += values[str(value)] if isinstance(values, dict) else [f"{key}={show(value)}"]
         return [*lines, *self.variants[cell.variant], f"seed={cell.seed}"]
 
 
@@ -66,7 +67,7 @@ class Cell:
 
 def matches(value: Value, other: Value) -> bool:
     """Returns whether two values of an axis are the same: 1 and 1.0, and 8 and "8", are."""
-    return value == other or shown(value) == shown(other)
+    return value == other or show(value) == show(other)
 
 
 def are_numbers(values: Sequence[Any]) -> bool:
@@ -168,9 +169,9 @@ def table(comparison: Comparison, outcomes: Mapping[Cell, Outcome]) -> list[str]
     for variant in comparison.variants:
         columns = [finals(comparison, outcomes, variant, name) for name in comparison.metrics]
         for point in columns[0]:
-            rows.append([variant, *map(shown, point), *(show(mean(column[point])) for column in columns)])
+            rows.append([variant, *map(show, point), *(format_final(mean(column[point])) for column in columns)])
     return align_columns(rows)
 
 
-def show(value: float) -> str:
+def format_final(value: float) -> str:
     return "diverged" if math.isnan(value) else f"{value:.4g}"

@@ -7,9 +7,10 @@ from itertools import combinations, pairwise
 from typing import TYPE_CHECKING, Any
 
 from dlopt.analysis import drawing
-from dlopt.analysis.claims import TEST_METRICS, Finding, is_higher_better, short_sentence, shown
+from dlopt.analysis.claims import TEST_METRICS, Finding, is_higher_better, short_sentence
 from dlopt.analysis.comparison import Cell, Comparison, Outcome, are_numbers, finals, mean, on_axis
 from dlopt.analysis.drawing import MARKERS, style
+from dlopt.config.schema import show
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -39,17 +40,11 @@ def draw(comparison: Comparison, outcomes: Mapping[Cell, Outcome], findings: Seq
             notes |= _bars(axes, comparison, outcomes, name)
         axes.set_ylabel("\n".join(_evenly(drawing.label(name), 45)))
     drawing.clean_axes(*panels)
-    _legend(figure, panels[0], notes, width)
-    return figure
-
-
-def _legend(figure: "Figure", axes: "Axes", notes: "Mapping[str, Artist]", width: float) -> None:
-    """Puts the variants and the explanations of bands, bars and marks below the panels, in as many columns as fit."""
-    handles, labels = axes.get_legend_handles_labels()
+    handles, labels = panels[0].get_legend_handles_labels()
     labels, handles = [*labels, *notes], [*handles, *notes.values()]
-    columns = int(width / (0.09 * max(map(len, labels)) + 0.75))
-    columns = max(1, min(len(labels), columns))
+    columns = max(1, min(len(labels), int(width / (0.09 * max(map(len, labels)) + 0.75))))  # as many as fit
     figure.legend(handles, labels, loc="outside lower center", frameon=False, handlelength=3, ncols=columns)
+    return figure
 
 
 def _titled_figure(comparison: Comparison, findings: Sequence[Finding], width: float, height: float) -> "Figure":
@@ -84,7 +79,9 @@ def _has_logarithm(name: str) -> bool:
     return not (is_higher_better(name) or name.endswith(("_error", "gap")))
 
 
-def _line(i: int, width: float = 1.8) -> dict[str, Any]:
+def _line(i: int, count: int, *, narrowing: bool) -> dict[str, Any]:
+    """Returns the style of curve i of `count`. `narrowing`: a curve below another shows at its sides."""
+    width = 7 - 5.6 * i / max(count - 1, 1) if narrowing else 1.8
     return style(i, dash=i // len(drawing.COLOURS), linewidth=width)
 
 
@@ -95,7 +92,7 @@ def _curves(
     notes: dict[str, Artist] = {}
     for i, variant in enumerate(comparison.variants):
         # Curves may coincide against updates: narrower lines on top keep all of them visible.
-        line = _line(i, _narrowing(i, len(comparison.variants)) if len(comparison.axes) > 1 else 1.8)
+        line = _line(i, len(comparison.variants), narrowing=len(comparison.axes) > 1)
         runs = [outcomes[Cell(variant, (), seed)] for seed in comparison.seeds]
         points = _common(runs, name, x_axis)
         x, columns = [mean(positions) for positions, _ in points], [values for _, values in points]
@@ -163,11 +160,6 @@ def _cross() -> "Artist":
     return _mark(linestyle="", marker="x", **_CROSS)
 
 
-def _narrowing(i: int, count: int) -> float:
-    """Returns the width of curve i of `count`: decreasing, so that a curve below another shows at its sides."""
-    return 7 - 5.6 * i / max(count - 1, 1)
-
-
 def _coincide(curves: Sequence[Sequence[float]]) -> bool:
     """Returns whether any two curves coincide in most of their points."""
     return any(
@@ -186,9 +178,8 @@ def _along(axes: "Axes", comparison: Comparison, outcomes: Mapping[Cell, Outcome
     results = {variant: finals(comparison, outcomes, variant, name) for variant in comparison.variants}
     coincide = _coincide([[mean(means[(value,)]) for value in values] for means in results.values()])
     for i, variant in enumerate(comparison.variants):
-        line = _line(i)
+        line = _line(i, len(comparison.variants), narrowing=coincide)
         if coincide:
-            line = _line(i, _narrowing(i, len(comparison.variants)))
             line["markersize"] = 4 + line["linewidth"]
         columns = [results[variant][(value,)] for value in values]
         means = [mean(column) for column in columns]
@@ -206,7 +197,7 @@ def _along(axes: "Axes", comparison: Comparison, outcomes: Mapping[Cell, Outcome
         axes.plot(position, abs(edge - 0.035 * i), "x", color=colour, transform=axes.get_xaxis_transform(), **_CROSS)
     if min(positions) > 0 and max(positions) >= 8 * min(positions):
         axes.set_xscale("log")
-    axes.set_xticks(positions, [shown(value) for value in values])
+    axes.set_xticks(positions, [show(value) for value in values])
     axes.minorticks_off()
     axes.set_xlabel(drawing.label(key))
     if _has_logarithm(name):
@@ -234,17 +225,16 @@ def _bars(axes: "Axes", comparison: Comparison, outcomes: Mapping[Cell, Outcome]
             if len(finite) > 1:
                 axes.plot([position, position], [min(finite), max(finite)], color="black", linewidth=1.5)
                 notes[f"range over {len(comparison.seeds)} seeds"] = _mark(color="black", linewidth=1.5)
-            top = max(finite) if finite else math.nan
             if len(finite) < len(column):
                 axes.plot(position, 0.03, "x", color=colour, transform=axes.get_xaxis_transform(), **_CROSS)
                 notes["a seed diverged" if len(comparison.seeds) > 1 else "diverged"] = _cross()
             elif count * len(values) * len(comparison.metrics) <= 12:  # more labels would overlap
                 style = {"ha": "center", "va": "bottom", "fontsize": 8}
                 offset = {"textcoords": "offset points", "xytext": (0, 2)}
-                axes.annotate(f"{mean(column):.2g}", (position, top), **style, **offset)  # type: ignore[arg-type]
+                axes.annotate(f"{mean(column):.2g}", (position, max(column)), **style, **offset)  # type: ignore[arg-type]
     if heights and min(heights) > 0 and max(heights) > 30 * min(heights) and not is_higher_better(name):
         drawing.logarithmic(axes)
-    axes.set_xticks(range(len(values)), [shown(value) for value in values])
+    axes.set_xticks(range(len(values)), [show(value) for value in values])
     axes.set_xlabel(drawing.label(key))
     axes.margins(y=0.1)
     return notes
@@ -284,8 +274,8 @@ def _heat_maps(comparison: Comparison, outcomes: Mapping[Cell, Outcome], finding
             row, column = _best(comparison, outcomes, variant, chooser)
             frame = Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="#D55E00", linewidth=3)
             axes.add_patch(frame)
-        axes.set_xticks(range(len(columns)), list(map(shown, columns)))
-        axes.set_yticks(range(len(rows)), list(map(shown, rows)))
+        axes.set_xticks(range(len(columns)), list(map(show, columns)))
+        axes.set_yticks(range(len(rows)), list(map(show, rows)))
         axes.set_xlabel(drawing.label(column_key))
         axes.set_ylabel(drawing.label(row_key))
         axes.set_title("\n".join(_evenly(variant, 36)), fontsize=10)

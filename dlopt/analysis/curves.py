@@ -18,7 +18,6 @@ PICTURE = "curves.png"
 _PANELS = ("loss", "accuracy")
 _SPLITS = {"train": "training", "val": "validation"}
 _MAX_MARKED = 40  # epochs; markers of more would hide the curve
-_LOG_RATIO = 100.0  # losses that span more than this are drawn on a logarithmic axis
 
 
 def write(folder: Path, restarts: Sequence[float]) -> Path:
@@ -51,7 +50,8 @@ def draw(
                 axes.plot(epochs, values, label=label, **drawing.style(i), **marker)
         _mark_best(axes, history, summary.get("best_epoch"), name)
         axes.set_ylabel("accuracy [%]" if name == "accuracy" else name)
-        if name == "loss" and _spans_decades(history):
+        losses = [loss for split in _SPLITS for loss in _values(history, f"{split}_loss") if math.isfinite(loss)]
+        if name == "loss" and drawing.spans_decades(losses):
             drawing.logarithmic(axes)
     panels[-1].plot(epochs, _values(history, "lr"), **drawing.style(2, dash=0), **marker)
     panels[-1].set_ylabel("learning rate (end of epoch)")
@@ -86,8 +86,3 @@ def _values(history: Sequence[Mapping[str, Any]], key: str) -> list[float]:
     """Returns a metric of every line; NaN where it is missing. Accuracies in percent, as on the screen."""
     scale = 100.0 if key.endswith("accuracy") else 1.0
     return [math.nan if line.get(key) is None else scale * line[key] for line in history]
-
-
-def _spans_decades(history: Sequence[Mapping[str, Any]]) -> bool:
-    losses = [value for split in _SPLITS for value in _values(history, f"{split}_loss") if math.isfinite(value)]
-    return bool(losses) and min(losses) > 0 and max(losses) > _LOG_RATIO * min(losses)

@@ -3,12 +3,13 @@
 import io
 import math
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
 # Okabe & Ito 2008, distinguishable for colour-blind readers; without their yellow, which is faint on white.
@@ -89,6 +90,13 @@ def label(name: str) -> str:
     return (key if is_clear else f"{group} {key}").replace("_", " ")
 
 
+def shades(*colours: str) -> "Colormap":
+    """Returns a colour map between these colours."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("", colours)
+
+
 def title_with_subtitle(title: str, subtitle: str, width: int = 90) -> str:
     """Appends a subtitle, wrapped at `width` characters."""
     return "\n".join([title, *textwrap.wrap(subtitle, width)])
@@ -125,6 +133,11 @@ def logarithmic(*panels: "Axes") -> None:
         axes.yaxis.set_minor_formatter(PlainFormatter(labelOnlyBase=False))
 
 
+def spans_decades(losses: Sequence[float]) -> bool:
+    """Returns whether positive losses span more than a factor of 100, which needs a logarithmic axis."""
+    return bool(losses) and min(losses) > 0 and max(losses) > 100 * min(losses)
+
+
 def powers_of_two(axes: "Axes", ticks: "list[int]", **options: Any) -> None:
     """Makes the x-axis logarithmic with exactly these ticks."""
     axes.set_xscale("log", base=2)
@@ -144,13 +157,9 @@ def encoded(figure: "Figure", form: str, *, dpi: int = 150) -> bytes:
 
 def save(figure: "Figure", folder: Path, name: str) -> list[Path]:
     """Writes `name`.png and `name`.svg into the folder."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-
-    paths = [folder / f"{name}.png", folder / f"{name}.svg"]
     figure.draw_without_rendering()  # computes the layout once for both files: it takes as long as drawing
     figure.set_layout_engine("none")
-    figure.set_dpi(150)
-    FigureCanvasAgg(figure).print_png(str(paths[0]))
-    FigureCanvasSVG(figure).print_svg(str(paths[1]))
+    paths = [folder / f"{name}.{form}" for form in ("png", "svg")]
+    for path in paths:
+        path.write_bytes(encoded(figure, path.suffix[1:]))
     return paths

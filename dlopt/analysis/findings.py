@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dlopt.analysis.claims import (
+    TEST_METRICS,
     Claim,
     Finding,
     Side,
@@ -14,11 +15,11 @@ from dlopt.analysis.claims import (
     judge,
     numbers,
     sentence,
-    shown,
     weakest,
 )
 from dlopt.analysis.comparison import Cell, Comparison, Outcome, are_numbers, finals, matches
 from dlopt.analysis.drawing import label
+from dlopt.config.schema import show
 from dlopt.errors import UserError
 
 Point = tuple[Value, ...]
@@ -47,14 +48,19 @@ def _problem(comparison: Comparison, claim: Claim) -> str | None:
             if axis not in comparison.along:
                 return f"at.{axis}: not an axis of the comparison; allowed: {', '.join(comparison.along) or 'none'}"
             if not any(matches(each, value) for each in comparison.along[axis]):
-                values = ", ".join(map(shown, comparison.along[axis]))
-                return f"at.{axis}={shown(value)}: not a value of this axis; allowed: {values}"
+                values = ", ".join(map(show, comparison.along[axis]))
+                return f"at.{axis}={show(value)}: not a value of this axis; allowed: {values}"
         free = [axis for axis in comparison.along if axis not in side.at]
         if claim.measure in ("largest", "span"):
             settings = [*comparison.along[free[0]]] if len(free) == 1 else []
             if not are_numbers(settings) or min(map(float, settings)) <= 0:
                 return f"measure={claim.measure}: needs one free axis of numbers; free: {', '.join(free) or 'none'}"
-        elif claim.selects_on_test and comparison.choose is None and _points(comparison, side)[1:]:
+        elif (
+            claim.measure == "value"
+            and claim.metric in TEST_METRICS
+            and comparison.choose is None
+            and _points(comparison, side)[1:]
+        ):
             return f"metric={claim.metric}: set comparison.choose to a validation metric, or fix the point with at"
     return None
 
@@ -82,7 +88,11 @@ def _points(comparison: Comparison, side: Side) -> list[Point]:
 def _measured(
     comparison: Comparison, outcomes: Mapping[Cell, Outcome], claim: Claim, side: Side
 ) -> tuple[list[float], Mapping[str, Value]]:
-    """Returns the measured value per seed, and the point: the only one, or the best by the mean over seeds."""
+    """Returns the measured value per seed, and the point with the best mean over seeds.
+
+    The mean is that of `comparison.choose` or of the measured values themselves. Points at which fewer seeds diverge or
+    miss the target come first.
+    """
     points, axes = _points(comparison, side), [*comparison.along]
     values = {
         point: [_value(outcomes[Cell(side.variant, point, seed)], claim, side.value) for seed in comparison.seeds]
@@ -94,28 +104,10 @@ def _measured(
             _extent(claim, [(float(point[free]), values[point][i]) for point in points])  # type: ignore[arg-type]
             for i in range(len(comparison.seeds))
         ], dict(zip(axes, points[0], strict=True))
-    point = points[0]
-    if len(points) > 1:
-        point = best_point(comparison, outcomes, side.variant, points, values, claim)
-    return values[point], dict(zip(axes, point, strict=True))
-
-
-def best_point(
-    comparison: Comparison,
-    outcomes: Mapping[Cell, Outcome],
-    variant: str,
-    points: Sequence[Point],
-    values: Mapping[Point, Sequence[float]],
-    claim: Claim,
-) -> Point:
-    """Returns the point with the best mean over seeds, of `comparison.choose` or of the measured values themselves.
-
-    Points at which fewer seeds diverge or miss the target come first.
-    """
     metric, scores = claim.metric, values
     if claim.measure == "value" and comparison.choose is not None:
         metric = comparison.choose
-        scores = finals(comparison, outcomes, variant, metric)
+        scores = finals(comparison, outcomes, side.variant, metric)
     sign = -1 if claim.measure == "value" and is_higher_better(metric) else 1
 
     def cost(point: Point) -> tuple[int, float]:
@@ -123,7 +115,8 @@ def best_point(
         finite = [value for value in scores[point] if math.isfinite(value)]
         return len(scores[point]) - len(finite), sign * math.fsum(finite) / max(len(finite), 1)
 
-    return min(points, key=cost)
+    best = min(points, key=cost)
+    return values[best], dict(zip(axes, best, strict=True))
 
 
 def _value(outcome: Outcome, claim: Claim, when: str | int) -> float:

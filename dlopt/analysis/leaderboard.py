@@ -6,8 +6,8 @@ metrics would select on the test set.
 
 import math
 import statistics
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeGuard
 
 from dlopt.metric_names import lower_is_better
@@ -40,11 +40,7 @@ class Entry:
     @property
     def has_ended(self) -> bool:
         """Whether the run finished and was not pruned, so that its metrics count."""
-        return self.status in ENDED and not self.is_pruned
-
-    @property
-    def is_pruned(self) -> bool:
-        return bool(self.metrics.get("pruned", False))
+        return self.status in ENDED and not self.metrics.get("pruned")
 
     def metric(self, key: str) -> float | None:
         """Returns a metric, or None if missing or non-finite."""
@@ -65,6 +61,10 @@ class Statistic:
     std: float | None
     count: int
 
+    def show(self, form: Callable[[float], str]) -> str:
+        """Formats 0.95 ± 0.01."""
+        return form(self.mean) if self.std is None else f"{form(self.mean)} ± {form(self.std)}"
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -74,6 +74,11 @@ class Difference:
     low: float | None
     high: float | None
     count: int
+
+    def show(self, form: Callable[[float], str]) -> str:
+        """Formats -0.05 [-0.06, -0.04]."""
+        interval = "" if self.low is None or self.high is None else f" [{form(self.low)}, {form(self.high)}]"
+        return form(self.mean) + interval
 
 
 @dataclass(frozen=True)
@@ -116,17 +121,7 @@ class Row:
 class Leaderboard:
     metric: str
     direction: Direction
-    rows: Sequence[Row] = field(default_factory=tuple)
-
-    @property
-    def best(self) -> Row | None:
-        return self.rows[0] if self.rows and self.rows[0].value is not None else None
-
-
-def default_metric(entries: Sequence[Entry]) -> str:
-    """Returns `best_val_accuracy` if any run has it, else `best_val_loss`."""
-    has_accuracy = any(entry.metric("best_val_accuracy") is not None for entry in entries)
-    return "best_val_accuracy" if has_accuracy else "best_val_loss"
+    rows: Sequence[Row] = ()
 
 
 def direction_of(metric: str) -> Direction:
@@ -136,8 +131,13 @@ def direction_of(metric: str) -> Direction:
 def leaderboard(
     entries: Sequence[Entry], *, metric: str | None = None, direction: Direction | None = None
 ) -> Leaderboard:
-    """Ranks configurations by the mean of `metric` over seeds, best first, those without a value last."""
-    metric = default_metric(entries) if metric is None else metric
+    """Ranks configurations by the mean of `metric` over seeds, best first, those without a value last.
+
+    `metric`: by default `best_val_accuracy` if any run has it, else `best_val_loss`.
+    """
+    if metric is None:
+        has_accuracy = any(entry.metric("best_val_accuracy") is not None for entry in entries)
+        metric = "best_val_accuracy" if has_accuracy else "best_val_loss"
     direction = direction_of(metric) if direction is None else direction
     sign = -1.0 if direction == "maximize" else 1.0
     rows = [replace(row, value=row.statistic(metric)) for row in _grouped(entries)]
@@ -167,11 +167,17 @@ def _grouped(entries: Sequence[Entry]) -> list[Row]:
 
 
 def canonical(value: Any) -> Any:
-    """Returns the form that equal settings share: 1.0 as 1, as `optimizer.lr=1` is saved, and lists as tuples."""
+    """Returns the hashable form that equal settings share: 1.0 as 1, as `optimizer.lr=1` is saved.
+
+    Lists become tuples, mappings tuples of pairs, other YAML types (dates) text.
+    """
     if isinstance(value, list | tuple):
         return tuple(map(canonical, value))
-    is_whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**53
-    return int(value) if is_whole else value
+    if isinstance(value, Mapping):
+        return tuple((str(key), canonical(item)) for key, item in value.items())
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        return int(value)
+    return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
 def _is_ignored(key: str) -> bool:
@@ -199,23 +205,24 @@ def statistic(values: Sequence[float]) -> Statistic | None:
     return Statistic(mean, deviation / math.sqrt(count - 1) if count > 1 else None, count)
 
 
-def paired_difference(
-    a: Mapping[Seeds, float], b: Mapping[Seeds, float], confidence: float = 0.95
-) -> Difference | None:
-    """Computes the mean of a - b over common seeds with Student's t confidence interval; None without common seeds.
+def paired_difference(a: Mapping[Seeds, float], b: Mapping[Seeds, float]) -> Difference | None:
+    """Computes the mean of a - b over common seeds with its 95 % confidence interval; None without common seeds.
 
     Pairing removes the variance that a seed causes in both. Seeds that only one side has, such as that of an optimizer
     with noise, do not prevent it.
     """
     names = set.intersection(*({name for name, _ in seeds} for seeds in (*a, *b))) if a and b else set()
     a, b = _at(names, a), _at(names, b)
-    differences = statistic([a[key] - b[key] for key in a if key in b])
-    if differences is None:
-        return None
-    if differences.std is None:
-        return Difference(differences.mean, None, None, 1)
-    half = student_t(confidence, differences.count - 1) * differences.std / math.sqrt(differences.count)
-    return Difference(differences.mean, differences.mean - half, differences.mean + half, differences.count)
+    return mean_difference([a[key] - b[key] for key in a if key in b])
+
+
+def mean_difference(differences: Sequence[float]) -> Difference | None:
+    """Computes the mean of paired differences with Student's 95 % confidence interval; None for no pairs."""
+    found = statistic(differences)
+    if found is None or found.std is None:
+        return None if found is None else Difference(found.mean, None, None, 1)
+    half = student_t(0.95, found.count - 1) * found.std / math.sqrt(found.count)
+    return Difference(found.mean, found.mean - half, found.mean + half, found.count)
 
 
 def _at(names: Collection[str], values: Mapping[Seeds, float]) -> Mapping[Seeds, float]:

@@ -1,11 +1,10 @@
 """Numbers that describe a network at fixed weights, for the probes of comparisons."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from dlopt.analysis.diagnosis.layers import TimeLagProbe
 from dlopt.errors import UserError
@@ -26,7 +25,7 @@ def _samples(workload: Workload, count: int = _SAMPLES) -> tuple[Tensor, Tensor]
     return inputs, targets
 
 
-def _gradient(workload: Workload, loss: Tensor) -> Tensor:
+def gradient(workload: Workload, loss: Tensor) -> Tensor:
     parameters = [p for p in workload.module.parameters() if p.requires_grad]
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
 
@@ -53,7 +52,7 @@ def sample_dependence(workload: Workload) -> float:
                 others = torch.randperm(len(targets), generator=generator)
                 batch = torch.cat([torch.tensor([sample]), others[others != sample][: size - 1]])
                 outputs = workload.module(inputs[batch])
-                gradients.append(_gradient(workload, workload.loss(outputs[:1], targets[batch][:1])))
+                gradients.append(gradient(workload, workload.loss(outputs[:1], targets[batch][:1])))
             rows = torch.stack(gradients)
             variance = (rows - rows.mean(0)).square().sum() / (len(rows) - 1)
             ratios.append(variance.sqrt() / rows.mean(0).norm())
@@ -72,9 +71,9 @@ def gradient_bias(workload: Workload) -> float:
     inputs, targets = inputs[:count], targets[:count]
     workload.module.train()
     with frozen_statistics(workload.module):
-        whole = _gradient(workload, workload.loss(workload.module(inputs), targets))
+        whole = gradient(workload, workload.loss(workload.module(inputs), targets))
         parts = [
-            _gradient(workload, workload.loss(workload.module(inputs[batch]), targets[batch]))
+            gradient(workload, workload.loss(workload.module(inputs[batch]), targets[batch]))
             for _ in range(10)
             for batch in torch.randperm(count, generator=generator).split(size)
         ]
@@ -101,24 +100,22 @@ def memory_gradient(workload: Workload) -> float:
     workload.module.train()
     probe = TimeLagProbe(workload.module)
     with probe.recording():
-        _gradient(workload, workload.loss(workload.module(inputs), targets))
+        gradient(workload, workload.loss(workload.module(inputs), targets))
     if not (lags := probe.lags()):
         raise UserError("comparison.metrics: memory_gradient needs a recurrent model (model=rnn, model=lstm)")
     first, last = lags[0].states[-1], lags[0].states[0]
     return first / last if last else math.nan
 
 
-@contextmanager
-def _removed(layer: nn.Module, unit: int) -> Iterator[None]:
-    """Context in which the output of one unit of the activation `layer` is 0."""
+def _removed(layer: nn.Module, unit: int) -> RemovableHandle:
+    """Sets the output of one unit of the activation `layer` to 0 until the handle's context ends."""
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         output = output.clone()
         output[:, unit] = 0
         return output
 
-    with layer.register_forward_hook(hook):
-        yield
+    return layer.register_forward_hook(hook)
 
 
 @torch.no_grad()

@@ -122,12 +122,10 @@ def gradient_variance(folder: Path) -> list[tuple[Mapping[str, Any], float]]:
 
 def _variance(workload: Workload, batches: Batches, epoch: int) -> float:
     workload.module.train()
-    parameters = [p for p in workload.module.parameters() if p.requires_grad]
     rows = []
     for inputs, targets in evaluation_batches(workload, workload.dataset.train).epoch(0):
         for sample, target in zip(inputs.split(1), targets.split(1), strict=True):
-            gradients = torch.autograd.grad(workload.loss(workload.module(sample), target), parameters)
-            rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
+            rows.append(measures.gradient(workload, workload.loss(workload.module(sample), target)))
     deviations = torch.stack(rows)
     deviations = deviations - deviations.mean(0)
     size, count = batches.batch_size, len(rows)

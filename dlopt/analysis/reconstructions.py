@@ -1,6 +1,5 @@
 """Draws test samples above their reconstructions by an autoencoder."""
 
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,13 +27,8 @@ def write(workload: Workload, folder: Path) -> Path | None:
     is_image = len(workload.shape) == 3 and workload.shape[0] in (1, 3)
     if workload.task.kind != "reconstruction" or not is_image or workload.parallel.processes > 1:
         return None
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
     figure = draw(*reconstruct(workload, _COUNT))
-    figure.set_dpi(120)
-    data = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(data)
-    write_atomically(folder / PICTURE, data.getvalue())
+    write_atomically(folder / PICTURE, drawing.encoded(figure, "png", dpi=120))
     return folder / PICTURE
 
 

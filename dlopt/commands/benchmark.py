@@ -146,7 +146,7 @@ def _plan(
     dry_run: bool = False,
 ) -> _Plan:
     """Checks the benchmark. Raises `UserError`."""
-    from dlopt.analysis.benchmark.protocol import budget_of, load_tier, trials_of
+    from dlopt.analysis.benchmark.protocol import BUDGETS, load_tier, trials_of
     from dlopt.sweeps.benchmark import Request, candidate
 
     if workloads is not None:
@@ -160,7 +160,7 @@ def _plan(
             f"tier={tier}: no target is set for {', '.join(unset)}; run the baselines with full=true, and take the "
             "targets from `dlopt benchmark targets FOLDER`"
         )
-    own_studies, own_trials = budget_of(budget, studies, trials)
+    own_studies, own_trials = studies or BUDGETS[budget][0], trials or BUDGETS[budget][1]
     candidates = {name: candidate(line.composer, name, overrides) for name in names}
     refuse_drawn(overrides, candidates)
     shipped, note = _reference(tier, overrides) if reference and not full else (None, "")
@@ -180,7 +180,7 @@ def _plan(
 
 def _reference(tier: str, overrides: Sequence[str]) -> "tuple[Results | None, str]":
     """Returns the shipped results; or None, and a note on why they do not apply."""
-    from dlopt.analysis.benchmark.reference import load_reference
+    from dlopt.analysis.benchmark.results import load_reference
 
     shipped = load_reference(tier)
     changing = sorted({group_of(each) for each in overrides} - {*MACHINE, "optimizer"})
@@ -348,8 +348,7 @@ def _facts(folder: Path, manifest: "Manifest") -> dict[str, Any]:
 def _on_folder(action: str, line: Line) -> int:
     """`report` and `targets`."""
     from dlopt.analysis.benchmark.protocol import BASELINES, trials_of
-    from dlopt.analysis.benchmark.reading import has_ended, read_manifest
-    from dlopt.analysis.benchmark.targets import targets
+    from dlopt.analysis.benchmark.reading import has_ended, read_manifest, targets
     from dlopt.job import print_error
 
     if len(line.overrides) != 1:

@@ -20,7 +20,7 @@ def check(line: Line, *, tier: str = "small", seed: int | None = None, output: s
     """Repeats two random trials of the shipped results; returns `FAILED` if one of them differs."""
     from dlopt.analysis.benchmark.protocol import Trial, load_tier
     from dlopt.analysis.benchmark.reading import Manifest, collect
-    from dlopt.analysis.benchmark.reference import load_reference
+    from dlopt.analysis.benchmark.results import load_reference
     from dlopt.sweeps.benchmark import Request, candidate
 
     for override in line.overrides:

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from dlopt.config.compose import Composer, parse_arguments, typed_folder
 from dlopt.config.resolve import choices_of, to_plain
 from dlopt.config.resuming import differences, refuse_other_config
-from dlopt.config.schema import check_arguments
+from dlopt.config.schema import check_arguments, show
 from dlopt.errors import UserError
 from dlopt.files import write_atomically
 from dlopt.folders import RunFolder, make, make_new, newest
@@ -202,8 +202,7 @@ def _execute(
     runs: list[_Run], folder: Path, comparison: "Comparison", screen: Screen
 ) -> "tuple[dict[Cell, Outcome], int]":
     """Runs all cells; returns their outcomes and the exit code. A diverged run counts, any other failure stops."""
-    from dlopt.analysis.claims import shown
-    from dlopt.analysis.comparison import read, show
+    from dlopt.analysis.comparison import format_final, read
     from dlopt.job import FAILED, INTERRUPTED, USER_ERROR, execute
     from dlopt.training.checkpoint import Checkpoints
     from dlopt.training.trainer import Run
@@ -228,7 +227,7 @@ def _execute(
                 raise UserError(
                     f"comparison.metrics: the runs have no {name}; they have {available}; more: evaluate.metrics"
                 )
-        labels = [cell.variant, *(f"{k}={shown(v)}" for k, v in zip(comparison.along, cell.point, strict=True))]
-        metrics = ", ".join(f"{name} {show(outcome.final(name))}" for name in comparison.metrics)
+        labels = [cell.variant, *(f"{k}={show(v)}" for k, v in zip(comparison.along, cell.point, strict=True))]
+        metrics = ", ".join(f"{name} {format_final(outcome.final(name))}" for name in comparison.metrics)
         screen.message(f"  {number + 1}/{len(runs)} {', '.join(labels)}, seed {cell.seed}: {metrics}")
     return outcomes, 0

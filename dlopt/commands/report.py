@@ -7,6 +7,7 @@ import webbrowser
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -18,7 +19,6 @@ from dlopt.analysis.report.exports import Destination, Format, Report, destinati
 from dlopt.analysis.report.page import columns, test_columns
 from dlopt.analysis.report.reading import Damaged, Reader, Record, brief, printable, short_key
 from dlopt.analysis.report.table import (
-    Configuration,
     PublishedRow,
     Table,
     against_published,
@@ -39,7 +39,7 @@ from dlopt.tracking.console import open_console
 from dlopt.tracking.layout import FittedTable, plain_table
 
 if TYPE_CHECKING:
-    from dlopt.analysis.leaderboard import Leaderboard, Row, Statistic
+    from dlopt.analysis.leaderboard import Difference, Leaderboard, Row, Statistic
 
 USAGE = """\
 Compare runs and sweeps
@@ -223,7 +223,7 @@ def _grid(table: Table, options: _Options, dropped: Collection[str]) -> Grid:
         cells = [printable(brief(row.values[key])) if key in row.values else "-" for key in keys]
         values = [_statistic(name, row.statistic(name)) for name in metrics]
         values += [_statistic(name, row.statistic(name)) if options.test or rank == 1 else "" for name in tests]
-        difference = [_difference(table.by, row)] if compared else []
+        difference = [_difference(table.by, row.difference).replace(" %", "")] if compared else []  # percentage points
         style = "bold" if rank == 1 and row.value is not None else ""
         count = row.row.count(table.by)
         grid.add_row(str(rank), *map(Text, cells), count, *values, *map(Text, difference), style=style)
@@ -254,8 +254,7 @@ def _published_grid(rows: Sequence[PublishedRow], table: Table) -> Grid:
         error, difference = "-", ""
         median = "" if row.median is None else f"{row.median:.2f}"
         if row.measured is not None:
-            deviation = "" if row.measured.std is None else f" ± {row.measured.std:.2f}"
-            error, difference = f"{row.measured.mean:.2f}{deviation}", f"{row.measured.mean - row.published:+.2f}"
+            error, difference = row.measured.show("{:.2f}".format), f"{row.measured.mean - row.published:+.2f}"
         recipe, count = Text(printable(recipe_label(row, table))), row.row.row.count("test_accuracy")
         grid.add_row(recipe, count, error, median, f"{row.published:.2f}", difference)
     return grid
@@ -268,19 +267,7 @@ def _statistic(name: str, statistic: "Statistic | None") -> str:
         return layout.format_duration(statistic.mean)
     if name == "steps":
         return f"{statistic.mean:,.0f}"
-    mean = layout.format_metric(name, statistic.mean)
-    return mean if statistic.std is None else f"{mean.removesuffix(' %')} ± {layout.format_metric(name, statistic.std)}"
-
-
-def _difference(name: str, row: Configuration) -> str:
-    difference = row.difference
-    if difference is None:
-        return ""
-    mean = _signed(name, difference.mean).removesuffix(" %")  # in percentage points
-    if difference.low is None or difference.high is None:
-        return mean
-    low, high = (_signed(name, end).removesuffix(" %") for end in (difference.low, difference.high))
-    return f"{mean} [{low}, {high}]"
+    return statistic.show(partial(layout.format_metric, name)).replace(" % ±", " ±")
 
 
 def _notes(table: Table, options: _Options) -> list[str]:
@@ -329,25 +316,18 @@ def show_leaderboard(board: "Leaderboard", test: str, *, stream: IO[str] | None 
     for rank, row in enumerate(rows[:_MAX_ROWS], 1):
         tested = row.statistic(test) if rank == 1 else None
         cells = [str(rank), layout.round_floats(row.label), _spread(board.metric, row), row.count(board.metric)]
-        cells += [_gap(board.metric, row)] if is_paired else []
+        cells += [_difference(board.metric, row.difference)] if is_paired else []
         table.add_row(*cells, "" if tested is None else layout.format_metric(test, tested.mean))
     _print(table, stream, f"... and {len(rows) - _MAX_ROWS} more\n" if len(rows) > _MAX_ROWS else "")
 
 
 def _spread(metric: str, row: "Row") -> str:
     assert row.value is not None
-    mean = layout.format_metric(metric, row.value.mean)
-    return mean if row.value.std is None else f"{mean} ± {layout.format_metric(metric, row.value.std)}"
+    return row.value.show(partial(layout.format_metric, metric))
 
 
-def _gap(metric: str, row: "Row") -> str:
-    difference = row.difference
-    if difference is None:
-        return ""
-    mean = _signed(metric, difference.mean)
-    if difference.low is None or difference.high is None:
-        return mean
-    return f"{mean} [{_signed(metric, difference.low)}, {_signed(metric, difference.high)}]"
+def _difference(metric: str, difference: "Difference | None") -> str:
+    return "" if difference is None else difference.show(partial(_signed, metric))
 
 
 def _signed(metric: str, value: float) -> str:

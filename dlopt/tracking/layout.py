@@ -108,17 +108,18 @@ def hparams(config: Mapping[str, Any], choices: Mapping[str, str]) -> dict[str, 
     for key, value in settings(config).items():
         is_derived_seed = key.endswith("_seed") and value == config.get("seed")
         if value is not None and key != _REPORT_KEY and not is_derived_seed:
-            flat[key] = value if isinstance(value, str | bool | int | float) else _format_value(value)
+            flat[key] = value if isinstance(value, str | bool | int | float) else format_value(value)
     return flat
 
 
-def _format_value(value: Any) -> str:
+def format_value(value: Any) -> str:
+    """Formats a value as in an override: true, null, [64,64]."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, list | tuple):
-        return "[" + ",".join(map(_format_value, value)) + "]"
+        return "[" + ",".join(map(format_value, value)) + "]"
     if isinstance(value, Mapping):
-        return "{" + ",".join(f"{key}:{_format_value(item)}" for key, item in value.items()) + "}"
+        return "{" + ",".join(f"{key}:{format_value(item)}" for key, item in value.items()) + "}"
     return "null" if value is None else str(value)
 
 
@@ -134,7 +135,7 @@ def header_rows(
     names, values = _choices(config, choices), settings(config)
 
     def settings_of(*keys: str) -> list[str]:
-        return [f"{key.rpartition('.')[2]} {_format_value(values[key])}" for key in keys if values.get(key) is not None]
+        return [f"{key.rpartition('.')[2]} {format_value(values[key])}" for key in keys if values.get(key) is not None]
 
     def choices_of(*groups: str) -> list[str]:
         return [f"{group} {names[group]}" for group in groups if names.get(group, "none") not in ("none", "default")]

@@ -2,7 +2,7 @@
 
 from markup import block, code, text
 
-from dlopt.analysis.benchmark.reference import load_reference
+from dlopt.analysis.benchmark.results import load_reference
 from dlopt.analysis.benchmark.table import lines
 
 

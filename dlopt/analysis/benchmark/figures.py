@@ -13,7 +13,7 @@ import numpy as np
 from dlopt.analysis import drawing
 from dlopt.analysis.benchmark import formats
 from dlopt.analysis.benchmark.results import Results
-from dlopt.analysis.benchmark.scores import MAX_RATIO, Array, Summary, profile, ratios
+from dlopt.analysis.benchmark.scores import MAX_RATIO, Summary, profile, ratios
 from dlopt.analysis.drawing import COLOURS, MARKERS, style
 from dlopt.metric_names import lower_is_better
 
@@ -54,7 +54,7 @@ def profiles(results: Results, summary: Summary) -> "Figure":
     for axes, measure in zip(panels.flat, summary.measures, strict=False):
         table = ratios(summary.times[measure])
         for optimizer in summary.order:
-            if measure == "time" and summary.standing(optimizer).cost is None:
+            if summary.score(optimizer, measure) is None:
                 continue
             steps = sorted({1.0, *(ratio for ratio in table[optimizer].values() if ratio <= MAX_RATIO), MAX_RATIO})
             heights = profile(table[optimizer], steps)
@@ -77,10 +77,9 @@ def scores(results: Results, summary: Summary) -> "Figure":
     offsets = np.linspace(-0.22, 0.22, len(summary.measures)) if len(summary.measures) > 1 else [0.0]
     for i, (measure, offset) in enumerate(zip(summary.measures, offsets, strict=True)):
         for y, optimizer in enumerate(summary.order):
-            standing = summary.standing(optimizer, measure)
-            if measure == "time" and standing.cost is None:
+            score = summary.score(optimizer, measure)
+            if score is None:
                 continue
-            score = standing.score
             if not math.isnan(score.low):
                 axes.plot([score.low, score.high], [y + offset] * 2, color=COLOURS[i], linewidth=1.5)
             name = formats.MEASURE_LABELS[measure] if y == 0 else None
@@ -108,19 +107,16 @@ def wins(results: Results, summary: Summary) -> "Figure | None":
     for row, optimizer in enumerate(order):
         for column, other in enumerate(order):
             pair = pairs.get((optimizer, other))
-            if pair is None or math.isnan(pair.wins.value):
+            if pair is None or math.isnan(pair.value):
                 continue
             if pair.distinguishable:
-                cells[row, column] = pair.wins.value
-            text = f"{pair.wins.value:.2f}\n{formats.bounds(pair.wins, '–')}".rstrip()
-            is_dark = pair.distinguishable and abs(pair.wins.value - 0.5) > 0.42
+                cells[row, column] = pair.value
+            text = f"{pair.value:.2f}\n{formats.bounds(pair, '–')}".rstrip()
+            is_dark = pair.distinguishable and abs(pair.value - 0.5) > 0.42
             colour = "white" if is_dark else "black"
             axes.text(column, row, text, ha="center", va="center", fontsize=7.5, color=colour, linespacing=1.3)
-    from matplotlib.colors import LinearSegmentedColormap
-
-    shades = LinearSegmentedColormap.from_list("", [COLOURS[1], "#fbe3d3", "#d6e8f4", COLOURS[0]])
-    grey = LinearSegmentedColormap.from_list("", [_GREY, _GREY])
-    axes.imshow(np.where(np.eye(len(order)), np.nan, 0.5), cmap=grey)
+    shades = drawing.shades(COLOURS[1], "#fbe3d3", "#d6e8f4", COLOURS[0])
+    axes.imshow(np.where(np.eye(len(order)), np.nan, 0.5), cmap=drawing.shades(_GREY, _GREY))
     axes.imshow(np.ma.masked_invalid(cells), vmin=0, vmax=1, cmap=shades)
     _grid(axes, order, order)
     axes.set_xlabel("blue: the row is faster\norange: the column is faster\ngrey: not distinguishable", **_TICKS)
@@ -139,23 +135,17 @@ def sensitivity(results: Results, summary: Summary) -> "Figure":
         cells[row, -1] = summary.standing(optimizer).sensitivity
     figure = drawing.figure(max(0.62 * cells.shape[1] + 2.2, 5.0), 0.36 * cells.shape[0] + 1.6)
     axes = figure.add_subplot()
-    _heat_map(axes, cells)
-    _grid(axes, summary.order, [*workloads, "all"])
-    axes.axvline(len(workloads) - 0.5, color="black", linewidth=1.5)
-    axes.set_xlabel("trials that reach the target [%]", **_TICKS)
-    return figure
-
-
-def _heat_map(axes: "Axes", cells: Array) -> None:
-    from matplotlib.colors import LinearSegmentedColormap
-
-    shades = LinearSegmentedColormap.from_list("", ["#f7fbff", "#9ecae1", "#08306b"])
+    shades = drawing.shades("#f7fbff", "#9ecae1", "#08306b")
     axes.imshow(np.ma.masked_invalid(cells), vmin=0, vmax=1, cmap=shades, aspect="auto")
     axes.set_facecolor(_GREY)
     for (row, column), value in np.ndenumerate(cells):
         text = formats.NONE if math.isnan(value) else f"{100 * value:.0f}"
         colour = "white" if value > 0.72 else "black"
         axes.text(column, row, text, ha="center", va="center", fontsize=8.5, color=colour)
+    _grid(axes, summary.order, [*workloads, "all"])
+    axes.axvline(len(workloads) - 0.5, color="black", linewidth=1.5)
+    axes.set_xlabel("trials that reach the target [%]", **_TICKS)
+    return figure
 
 
 def _grid(axes: "Axes", rows: Sequence[str], columns: Sequence[str]) -> None:
@@ -187,18 +177,11 @@ def learning_curves(results: Results, summary: Summary) -> "Figure | None":
         axes.set_visible(False)
     for column in range(across):  # the lowest panel of each column
         panels[(len(names) - 1 - column) // across, column].set_xlabel("updates", **_TICKS)
-    figure.legend(
-        handles=_handles(results, summary), loc="outside lower center", frameon=False, handlelength=3.5,
-        ncols=min(5 if across == _ACROSS else 2, len(summary.order)), fontsize=9,
-    )  # fmt: skip
+    for optimizer in summary.order:  # for the legend: a panel may lack some of the curves
+        panels[0, 0].plot([], [], label=label(optimizer), **_line(results, summary, optimizer))
+    columns = min(5 if across == _ACROSS else 2, len(summary.order))
+    drawing.legend_below(figure, panels[0, 0], columns, fontsize=9)
     return figure
-
-
-def _handles(results: Results, summary: Summary) -> list[Any]:
-    """Returns the entries of a legend: all optimizers, also those without a curve in a panel."""
-    from matplotlib.lines import Line2D
-
-    return [Line2D([], [], label=label(each), **_line(results, summary, each)) for each in summary.order]
 
 
 def _curves(axes: "Axes", results: Results, summary: Summary, name: str) -> None:

@@ -35,7 +35,7 @@ def findings(results: Results, summary: Summary) -> list[Finding]:
 
 
 def _results(results: Results, summary: Summary, own: Sequence[str]) -> Iterator[str]:
-    if all(math.isnan(workload.target) for workload in results.workloads.values()):
+    if not results.has_targets:
         return
     if len(summary.order) == 1:
         yield f"{summary.order[0]} is alone: its score is the fraction of the targets that it reaches."
@@ -47,14 +47,9 @@ def _results(results: Results, summary: Summary, own: Sequence[str]) -> Iterator
             yield _position(summary, optimizer)
 
 
-def _compared(summary: Summary, measure: Measure) -> list[str]:
-    """Returns the optimizers by descending score; those without measured cost have no time."""
-    standings = summary.standings[measure]
-    return [each.optimizer for each in standings if measure != "time" or each.cost is not None]
-
-
 def _leader(summary: Summary, measure: Measure) -> Iterator[str]:
-    leader, *others = _compared(summary, measure)
+    ranked = [each.optimizer for each in summary.standings[measure]]
+    leader, *others = [each for each in ranked if summary.score(each, measure) is not None]
     score = summary.standing(leader, measure).score
     if not score.value:
         if measure == "updates":
@@ -63,7 +58,7 @@ def _leader(summary: Summary, measure: Measure) -> Iterator[str]:
     text = f"In {MEASURE_LABELS[measure]}, {leader} has the highest score, {formats.interval(score)}."
     pairs = {other: summary.comparisons[measure][leader, other] for other in others}
     open_ = [other for other, pair in pairs.items() if not pair.distinguishable]
-    faster = [other for other, pair in pairs.items() if pair.distinguishable and pair.wins.value < 0.5]
+    faster = [other for other, pair in pairs.items() if pair.distinguishable and pair.value < 0.5]
     if open_:
         text += f" Not distinguishable from it: {_all_or(open_, others)}."
     elif not faster and others:
@@ -80,8 +75,8 @@ def _position(summary: Summary, optimizer: str) -> str:
     pairs = {other: summary.comparisons["updates"][optimizer, other] for other in summary.order if other != optimizer}
     rest = [*pairs]
     groups = {
-        "faster than": [other for other, pair in pairs.items() if pair.wins.low > 0.5],
-        "slower than": [other for other, pair in pairs.items() if pair.wins.high < 0.5],
+        "faster than": [other for other, pair in pairs.items() if pair.low > 0.5],
+        "slower than": [other for other, pair in pairs.items() if pair.high < 0.5],
     }
     relations = [f"{relation} {_all_or(others, rest)}" for relation, others in groups.items() if others]
     open_ = [other for other, pair in pairs.items() if not pair.distinguishable]

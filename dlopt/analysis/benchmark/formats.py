@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dlopt.analysis.benchmark.results import Measure
-from dlopt.analysis.benchmark.scores import Interval
+from dlopt.analysis.benchmark.scores import Interval, Standing
 from dlopt.analysis.leaderboard import statistic
 from dlopt.analysis.report.reading import printable, text
 
@@ -15,14 +15,16 @@ MEASURE_LABELS: Mapping[Measure, str] = {
 NONE = "-"
 
 
-def interval(value: Interval) -> str:
+def interval(value: Interval | None) -> str:
     """Formats 0.83 [0.71, 0.90], or 0.83 without an interval."""
+    if value is None:
+        return NONE
     return f"{value.value:.2f}" if math.isnan(value.low) else f"{value.value:.2f} [{value.low:.2f}, {value.high:.2f}]"
 
 
-def short_interval(value: Interval) -> str:
+def short_interval(value: Interval | None) -> str:
     """Formats 0.83 .71-.90."""
-    return f"{value.value:.2f} {bounds(value)}".rstrip()
+    return NONE if value is None else f"{value.value:.2f} {bounds(value)}".rstrip()
 
 
 def bounds(value: Interval, dash: str = "-") -> str:
@@ -47,6 +49,12 @@ def percent(fraction: float) -> str:
     return f"{100 * fraction:.0f} %"
 
 
+def standing(of: Standing, workloads: int) -> list[str]:
+    """Formats what the score does not show: reached targets, successful trials, cost and state."""
+    reached = [f"{of.reached}/{workloads}", percent(of.sensitivity)]
+    return [*reached, number(of.cost, ".2f"), number(of.state, ".1f")]
+
+
 def names(items: Iterable[str]) -> str:
     """Joins names: a, b and c."""
     *first, last = map(printable, items)
@@ -67,11 +75,6 @@ def abbreviated(name: str, width: int) -> str:
 def drawn_value(value: Any) -> str:
     """Formats a hyperparameter of a trial."""
     return NONE if value is None else f"{value:.3g}" if isinstance(value, float) else text(value)
-
-
-def space(searched: Mapping[str, str]) -> str:
-    """Formats a search space on one line."""
-    return "; ".join(f"{key} {value}" for key, value in searched.items())
 
 
 def mean_and_std(values: Sequence[float]) -> str:

@@ -1,14 +1,10 @@
 """Renders the results of a benchmark as LaTeX tables with booktabs: the scores, and the updates to the targets."""
 
-from collections.abc import Sequence
-
 from dlopt.analysis.benchmark import formats
-from dlopt.analysis.benchmark.results import Measure, Results
-from dlopt.analysis.benchmark.scores import Interval, Summary
-from dlopt.analysis.report.paper import escaped
+from dlopt.analysis.benchmark.results import Results
+from dlopt.analysis.benchmark.scores import Summary
+from dlopt.analysis.report.paper import escaped, number_cell, tabular
 from dlopt.analysis.report.reading import printable
-
-_HEADS: dict[Measure, str] = {"updates": "updates", "evaluations": "evaluations", "time": "time"}
 
 
 def latex(results: Results, summary: Summary) -> str:
@@ -19,49 +15,28 @@ def latex(results: Results, summary: Summary) -> str:
         r"% \usepackage{booktabs}",
         "% scores in updates and time: integral of the performance profile over tau in [1, 4], with its 95 % interval",
         "% targets and trials: reached; cost: time per update relative to SGD; state: memory / parameters",
+        *_scores(results, summary),
+        "",
+        "% median over studies of the updates to the target; --: not reached",
+        *_updates(results, summary),
     ]
-    lines += _tabular(*_scores(results, summary))
-    lines += ["", "% median over studies of the updates to the target; --: not reached"]
-    lines += _tabular(*_updates(results, summary))
     return "\n".join([*lines, ""])
 
 
-def _tabular(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Returns a `tabular`; the cells of the first column are text, the others LaTeX already."""
-    lines = [rf"\begin{{tabular}}{{l{'r' * (len(heads) - 1)}}}", r"\toprule"]
-    lines += [" & ".join(map(escaped, map(printable, heads))) + r" \\", r"\midrule"]
-    lines += [" & ".join([escaped(printable(name)), *cells]) + r" \\" for name, *cells in rows]
-    return [*lines, r"\bottomrule", r"\end{tabular}"]
-
-
-def _scores(results: Results, summary: Summary) -> tuple[list[str], list[list[str]]]:
-    heads = ["optimizer", *(_HEADS[measure] for measure in summary.measures)]
-    heads += ["targets", "trials", "cost", "state"]
-    best = {measure: max(each.score.value for each in summary.standings[measure]) for measure in summary.measures}
+def _scores(results: Results, summary: Summary) -> list[str]:
     rows = []
     for standing in summary.standings["updates"]:
         cells = []
         for measure in summary.measures:
-            score = summary.standing(standing.optimizer, measure).score
-            is_known = measure != "time" or standing.cost is not None
-            cells.append(_interval(score, is_bold=score.value == best[measure] > 0) if is_known else "--")
-        cells += [f"{standing.reached}/{len(results.workloads)}", rf"{100 * standing.sensitivity:.0f}\,\%"]
-        cells += [_plain(formats.number(standing.cost, ".2f")), _plain(formats.number(standing.state, ".1f"))]
-        rows.append([standing.optimizer, *cells])
-    return heads, rows
+            score = summary.score(standing.optimizer, measure)
+            is_best = score is not None and score.value == summary.best_score(measure) > 0
+            cells.append(number_cell(formats.interval(score), is_bold=is_best))
+        cells += map(_plain, formats.standing(standing, len(results.workloads)))
+        rows.append([escaped(standing.optimizer), *cells])
+    return tabular(["optimizer", *summary.measures, "targets", "trials", "cost", "state"], rows)
 
 
-def _interval(score: Interval, *, is_bold: bool) -> str:
-    text = formats.interval(score)
-    inner = text.replace(" [", r"\ [").replace(", ", r",\ ")
-    return rf"$\mathbf{{{inner}}}$" if is_bold else f"${inner}$"
-
-
-def _plain(text: str) -> str:
-    return "--" if text == formats.NONE else text
-
-
-def _updates(results: Results, summary: Summary) -> tuple[list[str], list[list[str]]]:
+def _updates(results: Results, summary: Summary) -> list[str]:
     table = summary.times["updates"]
     best = {workload: min(row[workload] for row in table.values()) for workload in results.workloads}
     rows = []
@@ -70,5 +45,9 @@ def _updates(results: Results, summary: Summary) -> tuple[list[str], list[list[s
         for workload, value in table[optimizer].items():
             text = _plain(formats.updates(value))
             cells.append(rf"\textbf{{{text}}}" if value == best[workload] and text != "--" else text)
-        rows.append([optimizer, *cells])
-    return ["optimizer", *results.workloads], rows
+        rows.append([escaped(optimizer), *cells])
+    return tabular(["optimizer", *results.workloads], rows)
+
+
+def _plain(text: str) -> str:
+    return "--" if text == formats.NONE else text.replace(" %", r"\,\%")

@@ -1,6 +1,5 @@
 """Builds HTML in which all text is escaped: names of optimizers, messages and facts come from users."""
 
-import base64
 import html
 from collections.abc import Iterable, Sequence
 
@@ -52,9 +51,3 @@ def section(title: str, *parts: str) -> Html:
 
 def note(text: str) -> Html:
     return tag("p", text, class_="note")
-
-
-def picture(svg: bytes, description: str, width: float) -> Html:
-    """Embeds a vector graphic; `width`: in inches at its natural size."""
-    source = f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
-    return Html(f'<img src="{source}" alt="{html.escape(description)}" width="{96 * width:.0f}">')

@@ -1,5 +1,6 @@
 """Writes the results of a benchmark as a self-contained HTML page, with its figures and a LaTeX table."""
 
+import base64
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -10,15 +11,14 @@ from dlopt.analysis import drawing
 from dlopt.analysis.benchmark import sections
 from dlopt.analysis.benchmark.figures import draw
 from dlopt.analysis.benchmark.latex import latex
-from dlopt.analysis.benchmark.markup import Html, escaped, picture, tag
+from dlopt.analysis.benchmark.markup import Html, escaped, tag
 from dlopt.analysis.benchmark.results import Results
 from dlopt.analysis.benchmark.scores import Summary, summarize
-from dlopt.analysis.report.page import csp_hash
+from dlopt.analysis.report.page import document, read_text
 from dlopt.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
 
 _FORMATS = ("png", "pdf")
 
@@ -48,41 +48,20 @@ def page(results: Results, summary: Summary, figures: Mapping[str, "Figure"]) ->
 def _picture(figure: "Figure", description: str) -> Html:
     figure.draw_without_rendering()  # computes the layout once for all formats
     figure.set_layout_engine("none")
-    white = [patch for patch in (figure.patch, *(axes.patch for axes in figure.axes)) if _is_white(patch)]
+    patches = figure.patch, *(axes.patch for axes in figure.axes)
+    white = [patch for patch in patches if tuple(patch.get_facecolor()[:3]) == (1.0, 1.0, 1.0)]
     for patch in white:  # transparent on dark pages
         patch.set_alpha(0)
     svg = drawing.encoded(figure, "svg")
     for patch in white:
         patch.set_alpha(1)
-    return picture(svg, description, figure.get_figwidth())
-
-
-def _is_white(patch: "Patch") -> bool:
-    return tuple(patch.get_facecolor()[:3]) == (1.0, 1.0, 1.0)
+    source = f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
+    return Html(f'<img src="{source}" alt="{escaped(description)}" width="{96 * figure.get_figwidth():.0f}">')
 
 
 def _document(results: Results, body: Html) -> str:
-    own = files("dlopt.analysis.benchmark").joinpath("page.css").read_text(encoding="utf-8")
-    style = (files("dlopt.analysis.report") / "page" / "page.css").read_text(encoding="utf-8") + own
-    policy = f"default-src 'none'; img-src data:; style-src '{csp_hash(style)}'; base-uri 'none'; form-action 'none'"
+    style = read_text("page.css") + files("dlopt.analysis.benchmark").joinpath("page.css").read_text(encoding="utf-8")
     title = escaped(f"Optimizer benchmark, {results.tier} tier")
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="referrer" content="no-referrer">
-<title>{title}</title>
-<link rel="icon" href="data:,">
-<style>{style}</style>
-</head>
-<body>
-<header><h1>{title}</h1></header>
-<main>
-{body}
-</main>
-<footer>{escaped(f"Written by dlopt {dlopt.__version__}")}</footer>
-</body>
-</html>
-"""
+    version = escaped(f"Written by dlopt {dlopt.__version__}")
+    content = f"<header><h1>{title}</h1></header>\n<main>\n{body}\n</main>\n<footer>{version}</footer>"
+    return document(title, style, content)

@@ -7,14 +7,14 @@ quasi-randomly from its search space. A study is one such sample; several indepe
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from dlopt.config.choices import config_folder
-from dlopt.config.schema import check_arguments
+from dlopt.config.schema import check_arguments, show
 from dlopt.errors import UserError, suggest
 from dlopt.plain import load_yaml
-from dlopt.ranges import Count
 
 FOLDER = "benchmark"  # in conf/ and in a --config-dir
 BUDGETS: Mapping[str, tuple[int, int]] = {"tiny": (1, 3), "small": (3, 10), "large": (5, 20)}
@@ -97,15 +97,11 @@ def load_space(optimizer: str, config_dir: str | None) -> list[str]:
     content = _load(path)
     if not isinstance(content, dict) or not all(isinstance(value, str | int | float) for value in content.values()):
         raise UserError(f"{path}: must map keys to ranges or values: optimizer.lr: tag(log,interval(0.001,0.1))")
-    return [f"{key}={_text(value)}" for key, value in content.items()]
+    return [f"{key}={show(value)}" for key, value in content.items()]
 
 
 def has_space(optimizer: str, config_dir: str | None) -> bool:
     return _find("space", optimizer, config_dir) is not None
-
-
-def _text(value: str | int | float) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _find(kind: str, name: str, config_dir: str | None) -> Path | None:
@@ -133,11 +129,8 @@ def _load(path: Path) -> Any:
 
 def trials_of(workloads: Sequence[str], optimizers: Sequence[str], studies: int, trials: int) -> Iterator[Trial]:
     """Yields all trials, the first of each study first: an interrupted benchmark has a smaller budget everywhere."""
-    for number in range(trials):
-        for study in range(studies):
-            for workload in workloads:
-                for optimizer in optimizers:
-                    yield Trial(workload, optimizer, study, number)
+    for number, study, workload, optimizer in product(range(trials), range(studies), workloads, optimizers):
+        yield Trial(workload, optimizer, study, number)
 
 
 def target_of(curves: Sequence[Sequence[Sequence[tuple[int, float]]]], updates: int, lower_is_better: bool) -> float:
@@ -152,18 +145,6 @@ def target_of(curves: Sequence[Sequence[Sequence[tuple[int, float]]]], updates: 
     sign = 1.0 if lower_is_better else -1.0
     best = []
     for study in curves:
-        values = [
-            sign * value
-            for curve in study
-            for step, value in curve
-            if step <= TARGET_FRACTION * updates and math.isfinite(value)
-        ]
-        best.append(min(values, default=math.inf))
-    middle = sorted(best)[len(best) // 2]
-    return sign * middle
-
-
-def budget_of(budget: str, studies: Count | None, trials: Count | None) -> tuple[int, int]:
-    """Returns (studies, trials per study) of a named budget, of which both may be replaced."""
-    default_studies, default_trials = BUDGETS[budget]
-    return studies or default_studies, trials or default_trials
+        points = [point for curve in study for point in curve if point[0] <= TARGET_FRACTION * updates]
+        best.append(min((sign * value for _, value in points if math.isfinite(value)), default=math.inf))
+    return sign * sorted(best)[len(best) // 2]

@@ -2,14 +2,15 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from dlopt.analysis.benchmark.protocol import Trial, WorkloadSpec
+from dlopt.analysis.benchmark.protocol import BASELINES, Trial, WorkloadSpec, target_of
 from dlopt.analysis.benchmark.results import Cell, Cost, Record, Results, Workload, best_trial
 from dlopt.errors import UserError
 from dlopt.files import read_json, write_atomically
@@ -107,19 +108,16 @@ def collect(folder: Path, manifest: Manifest, facts: Mapping[str, Any]) -> Resul
         updates = 0
         for optimizer, space in manifest.optimizers.items():
             records, curves = [], {}
-            for study in range(manifest.studies):
-                for number in range(manifest.trials):
-                    run = RunFolder(folder / Trial(name, optimizer, study, number).subfolder)
-                    if not has_ended(run):
-                        continue
-                    curve, evaluations = read_curve(run, spec.metric)
-                    updates = updates or full_length(run, curve)
-                    records.append(_record(run, study, number, space, spec, curve, evaluations))
-                    curves[study, number] = curve
+            for trial, run in _ended(folder, manifest, name, optimizer):
+                curve, evaluations = _read_curve(run, spec.metric)
+                updates = updates or _full_length(run, curve)
+                records.append(_record(run, trial, space, spec, curve, evaluations))
+                curves[trial.study, trial.number] = curve
             best = best_trial(records, spec.metric)
+            cost = read_json(folder / optimizer / name / COST)
             cells[optimizer, name] = Cell(
                 tuple(records),
-                _cost(folder / optimizer / name),
+                None if cost is None else Cost(**cost),
                 () if best is None else curves[best.study, best.trial],
                 _tests(folder, optimizer, name, records, spec.metric),
             )
@@ -128,14 +126,38 @@ def collect(folder: Path, manifest: Manifest, facts: Mapping[str, Any]) -> Resul
     return Results(manifest.tier, manifest.studies, manifest.trials, workloads, cells, spaces, facts=facts)
 
 
-def read_curve(run: RunFolder, metric: str) -> tuple[Curve, list[int]]:
+def targets(folder: Path, manifest: Manifest) -> dict[str, float]:
+    """Returns the target of each workload from the trials of the baselines, see `target_of`."""
+    found = {}
+    for name, spec in manifest.workloads.items():
+        curves: dict[tuple[str, int], list[Curve]] = {key: [] for key in product(BASELINES, range(manifest.studies))}
+        updates = 0
+        for optimizer in BASELINES:
+            for trial, run in _ended(folder, manifest, name, optimizer):
+                curve, _ = _read_curve(run, spec.metric)
+                updates = max(updates, _full_length(run, curve))
+                curves[optimizer, trial.study].append(curve)
+        found[name] = target_of([*curves.values()], updates, lower_is_better(spec.metric))
+    return found
+
+
+def _ended(folder: Path, manifest: Manifest, workload: str, optimizer: str) -> Iterator[tuple[Trial, RunFolder]]:
+    """Yields the trials that have ended, study by study."""
+    for study, number in product(range(manifest.studies), range(manifest.trials)):
+        trial = Trial(workload, optimizer, study, number)
+        run = RunFolder(folder / trial.subfolder)
+        if has_ended(run):
+            yield trial, run
+
+
+def _read_curve(run: RunFolder, metric: str) -> tuple[Curve, list[int]]:
     """Returns the curve of a metric against updates, and the evaluations of the loss at each of its points."""
     points = [line for line in read_metrics(run.path) if metric in line]
     curve = tuple((line["step"], math.nan if line[metric] is None else float(line[metric])) for line in points)
     return curve, [line.get("evaluations", line["step"]) for line in points]
 
 
-def full_length(run: RunFolder, curve: Curve) -> int:
+def _full_length(run: RunFolder, curve: Curve) -> int:
     """Returns the updates of a run without early end; 0 if it failed before its first validation."""
     config = run.config() or {}
     if config.get("steps") is not None:
@@ -145,30 +167,18 @@ def full_length(run: RunFolder, curve: Curve) -> int:
 
 
 def _record(
-    run: RunFolder,
-    study: int,
-    number: int,
-    space: Mapping[str, str],
-    spec: WorkloadSpec,
-    curve: Curve,
-    evaluations: Sequence[int],
+    run: RunFolder, trial: Trial, space: Mapping[str, str], spec: WorkloadSpec, curve: Curve, evaluations: Sequence[int]
 ) -> Record:
     summary = run.summary() or {}
-    reached = next((i for i, (_, value) in enumerate(curve) if _is_reached(value, spec)), None)
+    points = zip(curve, evaluations, strict=True)
+    reached = ((updates, count) for (updates, value), count in points if _is_reached(value, spec))
+    updates, evaluated = next(reached, (math.inf, math.inf))
     values = [value for _, value in curve if math.isfinite(value)]
     failure = " ".join(str(summary.get("reason", "failed")).split()) if summary.get("status") == "failed" else ""
-    best = min if lower_is_better(spec.metric) else max
-    return Record(
-        study,
-        number,
-        _values(run, space),
-        math.inf if reached is None else curve[reached][0],
-        math.inf if reached is None else evaluations[reached],
-        values[0] if values else None,
-        best(values) if values else None,
-        None if failure or not curve or not math.isfinite(curve[-1][1]) else curve[-1][1],
-        failure,
-    )
+    first = values[0] if values else None
+    best = min(values, default=None) if lower_is_better(spec.metric) else max(values, default=None)
+    last = None if failure or not curve or not math.isfinite(curve[-1][1]) else curve[-1][1]
+    return Record(trial.study, trial.number, _values(run, space), updates, evaluated, first, best, last, failure)
 
 
 def _is_reached(value: float, spec: WorkloadSpec) -> bool:
@@ -199,8 +209,3 @@ def _tests(
         if (content := read_json(path)) is not None:
             tests[study] = content
     return tests
-
-
-def _cost(folder: Path) -> Cost | None:
-    content = read_json(folder / COST)
-    return None if content is None else Cost(**content)

@@ -15,6 +15,7 @@ from dlopt.errors import UserError
 from dlopt.metric_names import lower_is_better
 
 FORMAT = 1
+REFERENCE = Path(__file__).with_name("reference")  # results of `dlopt benchmark ... full=true`, which come with dlopt
 Measure = Literal["updates", "evaluations", "time"]
 MEASURES: tuple[Measure, ...] = ("updates", "evaluations", "time")
 
@@ -132,8 +133,15 @@ class Results:
     def optimizers(self) -> list[str]:
         return list(dict.fromkeys(optimizer for optimizer, _ in self.cells))
 
+    @property
+    def has_targets(self) -> bool:
+        return not all(math.isnan(workload.target) for workload in self.workloads.values())
+
     def cell(self, optimizer: str, workload: str) -> Cell:
         return self.cells.get((optimizer, workload), Cell(()))
+
+    def records(self, optimizer: str) -> list[Record]:
+        return [record for workload in self.workloads for record in self.cell(optimizer, workload).records]
 
     def studies_of(self, optimizer: str) -> int:
         """Returns the number of studies of an optimizer: the shipped results may have fewer than the own ones."""
@@ -264,6 +272,12 @@ def _record(row: Mapping[str, Any]) -> Record:
     reached = {key: math.inf if row[key] is None else row[key] for key in ("updates", "evaluations")}
     values = {key: value for key, value in row.items() if key not in _COLUMNS and value is not None}
     return Record(**{**{key: row[key] for key in _COLUMNS}, **reached}, values=values)
+
+
+def load_reference(tier: str) -> Results | None:
+    """Returns the shipped results of a tier; None if there are none. Raises `UserError` for a damaged file."""
+    path = REFERENCE / f"{tier}.json"
+    return read(path) if path.is_file() else None
 
 
 def read(path: Path) -> Results:

@@ -9,6 +9,7 @@ profile over tau in [1, MAX_RATIO]: 1 for the fastest optimizer on all workloads
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from statistics import median
 
 import numpy as np
@@ -32,22 +33,10 @@ class Interval:
     low: float
     high: float
 
-
-@dataclass(frozen=True)
-class Comparison:
-    """How often `optimizer` is faster than `other`, as a fraction of the workloads that at least one of them reaches.
-
-    A tie counts as half a win. `wins` is NaN if neither reaches any target.
-    """
-
-    optimizer: str
-    other: str
-    wins: Interval
-
     @property
     def distinguishable(self) -> bool:
-        """Whether the interval excludes one half."""
-        return self.wins.low > 0.5 or self.wins.high < 0.5
+        """Whether the interval of a fraction of wins excludes one half."""
+        return self.low > 0.5 or self.high < 0.5
 
 
 @dataclass(frozen=True)
@@ -123,11 +112,8 @@ def times(results: Results, measure: Measure) -> dict[str, dict[str, float]]:
 
 def ratios(times: Times) -> dict[str, dict[str, float]]:
     """Returns the performance ratios; infinity where the target was not reached, or the ratio is above `MAX_RATIO`."""
-    table = _ratios(_array(times))
-    return {
-        optimizer: dict(zip(row, map(float, values), strict=True))
-        for (optimizer, row), values in zip(times.items(), table, strict=True)
-    }
+    rows = zip(times.items(), _ratios(_array(times)).tolist(), strict=True)
+    return {optimizer: dict(zip(row, values, strict=True)) for (optimizer, row), values in rows}
 
 
 def _array(times: Times) -> Array:
@@ -147,9 +133,9 @@ def profile(ratios: Mapping[str, float], taus: Sequence[float]) -> list[float]:
     return [sum(ratio <= tau for ratio in ratios.values()) / len(ratios) for tau in taus]
 
 
-def score(ratios: Mapping[str, float]) -> float:
-    """Returns the integral of the profile over [1, MAX_RATIO] / (MAX_RATIO - 1)."""
-    return float(_scores(np.array([*ratios.values()])))
+def scores(times: Times) -> dict[str, float]:
+    """Returns the integral of each profile over [1, MAX_RATIO] / (MAX_RATIO - 1)."""
+    return dict(zip(times, map(float, _scores(_ratios(_array(times)))), strict=True))
 
 
 def _scores(ratios: Array) -> Array:
@@ -158,10 +144,6 @@ def _scores(ratios: Array) -> Array:
     A profile is a sum of steps: a workload with ratio r contributes (MAX_RATIO - r) / (MAX_RATIO - 1).
     """
     return np.maximum(MAX_RATIO - ratios, 0.0).mean(axis=-1) / (MAX_RATIO - 1)
-
-
-def scores(times: Times) -> dict[str, float]:
-    return {optimizer: score(row) for optimizer, row in ratios(times).items()}
 
 
 # -- bootstrap over studies
@@ -177,15 +159,10 @@ def bootstrap(results: Results, measure: Measure, *, resamples: int = RESAMPLES)
     resamples = resamples if results.studies > 1 else 0
     rng = np.random.default_rng(0)
     drawn = rng.integers(results.studies, size=(resamples, 1, len(results.workloads), results.studies))
-    table = np.array(
-        [
-            [
-                np.resize(study_times(results, optimizer, workload, measure), results.studies)
-                for workload in results.workloads
-            ]
-            for optimizer in results.optimizers
-        ]
-    )
+    rows = [
+        [study_times(results, each, workload, measure) for workload in results.workloads] for each in results.optimizers
+    ]
+    table = np.array([[np.resize(studies, results.studies) for studies in row] for row in rows])
     return np.median(np.take_along_axis(table[np.newaxis], drawn, axis=-1), axis=-1)
 
 
@@ -217,7 +194,7 @@ def standings(results: Results, measure: Measure, replicas: Array) -> list[Stand
 
 
 def _fraction(results: Results, optimizer: str, condition: Callable[[Record], bool]) -> float:
-    records = [record for workload in results.workloads for record in results.cell(optimizer, workload).records]
+    records = results.records(optimizer)
     return sum(map(condition, records)) / len(records) if records else 0.0
 
 
@@ -230,15 +207,16 @@ def _cost(results: Results, optimizer: str) -> tuple[float | None, float | None]
     return math.exp(sum(math.log(cost.time) for cost in costs) / len(costs)), sum(c.state for c in costs) / len(costs)
 
 
-def comparisons(results: Results, measure: Measure, replicas: Array) -> dict[tuple[str, str], Comparison]:
-    """Compares each pair of optimizers."""
-    table, pairs = _array(times(results, measure)), {}
-    for i, optimizer in enumerate(results.optimizers):
-        for j, other in enumerate(results.optimizers):
-            if i != j:
-                wins = interval(float(_wins(table[i], table[j])), _wins(replicas[:, i], replicas[:, j]))
-                pairs[optimizer, other] = Comparison(optimizer, other, wins)
-    return pairs
+def comparisons(results: Results, measure: Measure, replicas: Array) -> dict[tuple[str, str], Interval]:
+    """Compares each pair of optimizers: how often the first is faster than the second.
+
+    A fraction of the workloads that at least one of them reaches, with ties as half a win; NaN if there are none.
+    """
+    table = _array(times(results, measure))
+    return {
+        (optimizer, other): interval(float(_wins(table[i], table[j])), _wins(replicas[:, i], replicas[:, j]))
+        for (i, optimizer), (j, other) in permutations(enumerate(results.optimizers), 2)
+    }
 
 
 def _wins(own: Array, other: Array) -> Array:
@@ -253,9 +231,9 @@ def ranks(times: Times, workload: str) -> dict[str, float | None]:
     """Returns the ranks on a workload, ties with their mean rank; None: the target was not reached."""
     from scipy.stats import rankdata
 
-    finite = {optimizer: row[workload] for optimizer, row in times.items() if math.isfinite(row[workload])}
-    ranked = map(float, rankdata([*finite.values()]))
-    return {**dict.fromkeys(times), **dict(zip(finite, ranked, strict=True))}
+    values = [row[workload] for row in times.values()]
+    ranked = zip(times, values, rankdata(values).tolist(), strict=True)
+    return {optimizer: rank if math.isfinite(value) else None for optimizer, value, rank in ranked}
 
 
 # -- all of it
@@ -267,7 +245,7 @@ class Summary:
 
     measures: Sequence[Measure]
     standings: Mapping[Measure, Sequence[Standing]]
-    comparisons: Mapping[Measure, Mapping[tuple[str, str], Comparison]]
+    comparisons: Mapping[Measure, Mapping[tuple[str, str], Interval]]
     times: Mapping[Measure, Times]
 
     @property
@@ -277,6 +255,14 @@ class Summary:
 
     def standing(self, optimizer: str, measure: Measure = "updates") -> Standing:
         return next(each for each in self.standings[measure] if each.optimizer == optimizer)
+
+    def score(self, optimizer: str, measure: Measure) -> Interval | None:
+        """Returns the score of an optimizer; None in `time` without measured cost."""
+        standing = self.standing(optimizer, measure)
+        return None if measure == "time" and standing.cost is None else standing.score
+
+    def best_score(self, measure: Measure) -> float:
+        return max(each.score.value for each in self.standings[measure])
 
 
 def summarize(results: Results) -> Summary:

@@ -31,23 +31,44 @@ _TARGETS = (
     "with baseline optimizers. A trial that fails, or ends before, counts as not reached."
 )
 
+_PROFILES = (
+    "Each curve shows the fraction of the workloads on which the optimizer is at most τ times slower than the fastest. "
+    "At τ = 1: how often it is the fastest. At the right end: how many targets it reaches in up to "
+    f"{MAX_RATIO:.0f} times the fastest time. The score is the area below the curve."
+)
+_WINS = (
+    "A cell has the fraction of workloads on which the optimizer of the row needs fewer updates than that of the "
+    "column, among the workloads whose target at least one of them reaches; a tie counts one half. Below it: the 95 % "
+    "interval over studies. Two optimizers are not distinguishable (grey) if it contains one half."
+)
+_CURVES = (
+    "The fastest trial of each optimizer over all studies; if none reaches the target, the one with the best metric. "
+    "Dashed: the target. Dot: where it is reached."
+)
+_OUTSIDE = " Of shipped optimizers, trials outside the budget of these results are not shown."
+
 
 def body(results: Results, summary: Summary, pictures: Mapping[str, Html]) -> Html:
     """Returns the page's content; `pictures`: by name, those without data are missing."""
+    curves = _CURVES + _OUTSIDE * bool(results.shipped)
     parts = [
         compared(results, summary),
         scores(results, summary, pictures),
         _findings(results, summary),
-        profiles(pictures),
+        _pictured("Performance profiles", _PROFILES, pictures.get("profiles")),
         updates(results, summary),
-        wins(pictures),
-        learning_curves(results, pictures),
+        _pictured("Wins", _WINS, pictures.get("wins")),
+        _pictured("Learning curves", curves, pictures.get("learning_curves")),
         sensitivity(results, summary, pictures),
         costs(results, summary),
         tests(results, summary),
-        method(results),
+        method(),
     ]
     return joined([part for part in parts if part], "\n")
+
+
+def _pictured(title: str, text: str, picture: Html | None) -> Html:
+    return Html("") if picture is None else section(title, note(text), picture)
 
 
 def _name(results: Results, optimizer: str) -> Html:
@@ -76,32 +97,34 @@ def compared(results: Results, summary: Summary) -> Html:
         [name, drawing.metric_label(each.metric), formats.number(each.target), str(each.updates)]
         for name, each in results.workloads.items()
     ]
-    facts = {key: value for key, value in results.facts.items() if key not in ("command", "reference")}
-    reference = {key: value for key, value in results.facts.get("reference", {}).items()}
-    parts = [tag("p", text)]
-    if command := results.facts.get("command"):
-        parts.append(tag("div", tag("code", _text(command)), class_="command"))
-    parts.append(definitions((key.replace("_", " "), _text(value)) for key, value in facts.items()))
-    parts.append(_exclusions(results, summary))
-    parts.append(table(["Workload", "Metric", "Target", "Updates of a full run"], rows, texts=2))
-    parts.append(note(_TARGETS))
-    spaces = [(optimizer, formats.space(results.spaces.get(optimizer, {}))) for optimizer in summary.order]
-    parts.append(tag("details", tag("summary", "Search spaces"), definitions(spaces)))
-    if reference:
-        items = [(key.replace("_", " "), _text(value)) for key, value in reference.items()]
-        parts.append(tag("details", tag("summary", "Shipped results"), definitions(items)))
-    return section("What was compared", *parts)
+    facts = dict(results.facts)
+    command, reference = facts.pop("command", None), facts.pop("reference", None)
+    searched = [(optimizer, results.spaces.get(optimizer, {})) for optimizer in summary.order]
+    spaces = [(optimizer, "; ".join(f"{key} {value}" for key, value in space.items())) for optimizer, space in searched]
+    return section(
+        "What was compared",
+        tag("p", text),
+        tag("div", tag("code", _text(command)), class_="command") if command else "",
+        _facts(facts),
+        _exclusions(results, summary),
+        table(["Workload", "Metric", "Target", "Updates of a full run"], rows, texts=2),
+        note(_TARGETS),
+        tag("details", tag("summary", "Search spaces"), definitions(spaces)),
+        tag("details", tag("summary", "Shipped results"), _facts(reference)) if reference else "",
+    )
+
+
+def _facts(facts: Mapping[str, Any]) -> Html:
+    return definitions((key.replace("_", " "), _text(value)) for key, value in facts.items())
 
 
 def _exclusions(results: Results, summary: Summary) -> Html:
-    empty = {
-        optimizer: [name for name in results.workloads if not results.cell(optimizer, name).records]
-        for optimizer in summary.order
-    }
-    missing = [f"{optimizer} ({', '.join(names)})" for optimizer, names in empty.items() if names]
-    return (
-        note(f"Without any trial, and therefore counted as not reached: {'; '.join(missing)}.") if missing else Html("")
-    )
+    missing = []
+    for optimizer in summary.order:
+        if names := [name for name in results.workloads if not results.cell(optimizer, name).records]:
+            missing.append(f"{optimizer} ({', '.join(names)})")
+    text = f"Without any trial, and therefore counted as not reached: {'; '.join(missing)}."
+    return note(text) if missing else Html("")
 
 
 def _text(value: Any) -> str:
@@ -116,18 +139,15 @@ def _text(value: Any) -> str:
 def scores(results: Results, summary: Summary, pictures: Mapping[str, Html]) -> Html:
     heads = ["Optimizer", *(_HEADS[measure] for measure in summary.measures)]
     heads += ["Targets", "Trials", "Failed", "Time per update", "State"]
-    best = {measure: max(each.score.value for each in summary.standings[measure]) for measure in summary.measures}
     rows = []
     for standing in summary.standings["updates"]:
         cells: list[str] = [_name(results, standing.optimizer)]
         for measure in summary.measures:
-            score = summary.standing(standing.optimizer, measure).score
-            is_known = measure != "time" or standing.cost is not None
-            text = formats.interval(score) if is_known else formats.NONE
-            cells.append(tag("b", text) if is_known and score.value == best[measure] > 0 else text)
-        cells += [f"{standing.reached}/{len(results.workloads)}", formats.percent(standing.sensitivity)]
-        cells += [formats.percent(standing.failed), formats.number(standing.cost, ".2f")]
-        rows.append([*cells, formats.number(standing.state, ".1f")])
+            score = summary.score(standing.optimizer, measure)
+            is_best = score is not None and score.value == summary.best_score(measure) > 0
+            cells.append(tag("b", formats.interval(score)) if is_best else formats.interval(score))
+        targets, trials, *costs = formats.standing(standing, len(results.workloads))
+        rows.append([*cells, targets, trials, formats.percent(standing.failed), *costs])
     interval = "" if results.studies == 1 else " In brackets: the 95 % interval over studies."
     first, *others = summary.measures
     terms = [
@@ -150,15 +170,6 @@ def _findings(results: Results, summary: Summary) -> Html:
     return section("Findings", tag("ul", *items)) if items else Html("")
 
 
-def profiles(pictures: Mapping[str, Html]) -> Html:
-    text = (
-        "Each curve shows the fraction of the workloads on which the optimizer is at most τ times slower than the "
-        "fastest. At τ = 1: how often it is the fastest. At the right end: how many targets it reaches in up to "
-        f"{MAX_RATIO:.0f} times the fastest time. The score is the area below the curve."
-    )
-    return section("Performance profiles", note(text), pictures["profiles"])
-
-
 def updates(results: Results, summary: Summary) -> Html:
     table_ = summary.times["updates"]
     ranked = {workload: ranks(table_, workload) for workload in results.workloads}
@@ -177,37 +188,12 @@ def updates(results: Results, summary: Summary) -> Html:
     return section("Updates to the target", table(["Optimizer", *results.workloads], rows), note(text))
 
 
-def wins(pictures: Mapping[str, Html]) -> Html:
-    if "wins" not in pictures:
-        return Html("")
-    text = (
-        "A cell has the fraction of workloads on which the optimizer of the row needs fewer updates than that of the "
-        "column, among the workloads whose target at least one of them reaches; a tie counts one half. Below it: the "
-        "95 % interval over studies. Two optimizers are not distinguishable (grey) if it contains one half."
-    )
-    return section("Wins", note(text), pictures["wins"])
-
-
-_OUTSIDE = " Of shipped optimizers, trials outside the budget of these results are not shown."
-
-
-def learning_curves(results: Results, pictures: Mapping[str, Html]) -> Html:
-    if "learning_curves" not in pictures:
-        return Html("")
-    text = (
-        "The fastest trial of each optimizer over all studies; if none reaches the target, the one with the best "
-        "metric. Dashed: the target. Dot: where it is reached."
-    ) + _OUTSIDE * bool(results.shipped)
-    return section("Learning curves", note(text), pictures["learning_curves"])
-
-
 def sensitivity(results: Results, summary: Summary, pictures: Mapping[str, Html]) -> Html:
     rows = []
     for optimizer in summary.order:
-        best = [
-            best_trial(results.cell(optimizer, name).records, workload.metric)
-            for name, workload in results.workloads.items()
-        ]
+        records = [results.cell(optimizer, name).records for name in results.workloads]
+        metrics = [workload.metric for workload in results.workloads.values()]
+        best = list(map(best_trial, records, metrics))
         keys = [*dict.fromkeys(key for record in best if record for key in record.values)]
         columns = [[formats.drawn_value(record.values.get(key)) for key in keys] if record else [] for record in best]
         short = [short_key(key, keys) for key in keys]
@@ -248,14 +234,11 @@ def tests(results: Results, summary: Summary) -> Html:
         return Html("")
     rows = []
     for optimizer in summary.order:
-        tests = [results.cell(optimizer, name).tests.values() for name in names]
-        metrics = [*dict.fromkeys(metric for each in tests for test in each for metric in test)]
+        tested = [results.cell(optimizer, name).tests.values() for name in names]
+        metrics = [*dict.fromkeys(metric for each in tested for test in each for metric in test)]
         columns = [
-            [
-                formats.mean_and_std([test[metric] for test in each if test.get(metric) is not None])
-                for metric in metrics
-            ]
-            for each in tests
+            [formats.mean_and_std([test[each] for test in cell if test.get(each) is not None]) for each in metrics]
+            for cell in tested
         ]
         labels = [metric.removeprefix("test_").replace("_", " ") for metric in metrics]
         rows.append([_name(results, optimizer), _lines(labels), *map(_lines, columns)])
@@ -270,7 +253,7 @@ def tests(results: Results, summary: Summary) -> Html:
 # -- method
 
 
-def method(results: Results) -> Html:
+def method() -> Html:
     items = [
         "A study's time on a workload is that of its fastest trial; an optimizer's is the median over studies.",
         "The performance ratio is this time divided by that of the fastest optimizer on the workload. A target that "

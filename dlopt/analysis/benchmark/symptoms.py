@@ -35,7 +35,7 @@ Pair = tuple[Record, Record]
 
 def symptoms(results: Results, optimizer: str) -> Iterator[str]:
     """Yields sentences about an optimizer, without their first word, its name."""
-    if not any(results.cell(optimizer, workload).records for workload in results.workloads):
+    if not results.records(optimizer):
         return
     rising = _rising(results, optimizer)
     ignored = _without_effect(results, optimizer)
@@ -50,15 +50,10 @@ def symptoms(results: Results, optimizer: str) -> Iterator[str]:
         yield from _failures(results, optimizer)
 
 
-def _records(results: Results, optimizer: str) -> list[Record]:
-    return [record for workload in results.workloads for record in results.cell(optimizer, workload).records]
-
-
 def _no_target(results: Results, optimizer: str) -> Iterator[str]:
-    without = all(math.isnan(workload.target) for workload in results.workloads.values())
-    if without or any(map(math.isfinite, times(results, "updates")[optimizer].values())):
+    if not results.has_targets or any(map(math.isfinite, times(results, "updates")[optimizer].values())):
         return
-    records = _records(results, optimizer)
+    records = results.records(optimizer)
     if reached := sum(record.reached for record in records):
         yield f"reaches no target in half of its studies ({reached} of {len(records)} trials reach theirs)."
     else:
@@ -66,7 +61,7 @@ def _no_target(results: Results, optimizer: str) -> Iterator[str]:
 
 
 def _failures(results: Results, optimizer: str) -> Iterator[str]:
-    records = _records(results, optimizer)
+    records = results.records(optimizer)
     failures = Counter(record.failure for record in records if record.failure)
     if failures.total() >= FAILED * len(records):
         reason = formats.abbreviated(failures.most_common(1)[0][0], 150)
@@ -82,7 +77,7 @@ def _rising(results: Results, optimizer: str) -> list[str]:
         trials = [each for each in results.cell(optimizer, name).records if _has_diverged(each) or not each.failure]
         if trials:
             counts[name] = sum(_gets_worse(each, workload.metric) for each in trials), len(trials)
-    rising, total = (sum(column) for column in zip(*counts.values(), strict=True)) if counts else (0, 0)
+    rising, total = (sum(count[i] for count in counts.values()) for i in (0, 1))
     if not total or rising < RISING * total:
         return []
     parts = ", ".join(f"{name} {worse}/{number}" for name, (worse, number) in counts.items())
@@ -106,9 +101,9 @@ def _gets_worse(record: Record, metric: str) -> bool:
 def _without_effect(results: Results, optimizer: str) -> dict[str, str]:
     """Returns the hyperparameters without effect, each with a sentence that has a place for `keys`."""
     found = {}
-    for key in dict.fromkeys(key for record in _records(results, optimizer) for key in record.values):
+    for key in dict.fromkeys(key for record in results.records(optimizer) for key in record.values):
         pairs = _pairs(results, optimizer, key)
-        equal = sum(_are_equal(*pair) for pair in pairs)
+        equal = sum((a.updates, a.best, a.last) == (b.updates, b.best, b.last) for a, b in pairs)
         if pairs and equal >= EQUAL * len(pairs):
             found[key] = (
                 f"ignores {{keys}}: {_of(equal, len(pairs))} pairs of trials with the same seed and different values "
@@ -131,14 +126,16 @@ def _of(count: int, total: int) -> str:
 
 def _pairs(results: Results, optimizer: str, key: str) -> list[Pair]:
     """Returns the pairs of trials of a study that differ in `key`: only in it, if enough pairs do."""
-    pairs = [
-        pair
-        for workload in results.workloads
+    ended = [
+        [
+            record
+            for record in results.cell(optimizer, name).study(study)
+            if key in record.values and record.last is not None
+        ]
+        for name in results.workloads
         for study in range(results.studies)
-        for pair in combinations(results.cell(optimizer, workload).study(study), 2)
-        if all(key in each.values and each.last is not None for each in pair)
-        and pair[0].values[key] != pair[1].values[key]
     ]
+    pairs = [(a, b) for records in ended for a, b in combinations(records, 2) if a.values[key] != b.values[key]]
     alone = [pair for pair in pairs if _differ_only_in(key, pair, 1.0)]
     return alone if len(alone) >= _ALONE * len(pairs) else pairs
 
@@ -158,10 +155,6 @@ def _ratio(pair: Pair, key: str) -> float:
     return float(max(a, b) / min(a, b))  # type: ignore[type-var, operator]
 
 
-def _are_equal(a: Record, b: Record) -> bool:
-    return (a.updates, a.best, a.last) == (b.updates, b.best, b.last)
-
-
 def _are_similar(a: Record, b: Record) -> bool:
     """Returns whether the updates to the target, and the metrics relative to the progress, differ little."""
     if a.first is None or a.best is None or a.last is None or b.best is None or b.last is None or b.first is None:
@@ -178,11 +171,8 @@ def _range_ends(results: Results, optimizer: str, key: str) -> Iterator[str]:
     bounds = search_range(results.spaces[optimizer][key])
     if bounds is None:
         return
-    positions = {
-        workload: position
-        for workload in results.workloads
-        if (position := _position_of_best(results, optimizer, workload, key, bounds)) is not None
-    }
+    medians = {workload: _position_of_best(results, optimizer, workload, key, bounds) for workload in results.workloads}
+    positions = {workload: position for workload, position in medians.items() if position is not None}
     low = [workload for workload, position in positions.items() if position <= _END]
     high = [workload for workload, position in positions.items() if position >= 1 - _END]
     for found, side in ((low, "lowest"), (high, "highest")):

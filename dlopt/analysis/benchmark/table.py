@@ -69,13 +69,8 @@ def _scores(results: Results, summary: Summary) -> Table:
     for head in ("targets", "trials", "cost", "state"):
         grid.add_column(head, justify="right")
     for standing in summary.standings["updates"]:
-        cells = [
-            formats.NONE if measure == "time" and standing.cost is None
-            else form(summary.standing(standing.optimizer, measure).score)
-            for measure in summary.measures
-        ]  # fmt: skip
-        cells += [f"{standing.reached}/{len(results.workloads)}", formats.percent(standing.sensitivity)]
-        cells += [formats.number(standing.cost, ".2f"), formats.number(standing.state, ".1f")]
+        cells = [form(summary.score(standing.optimizer, measure)) for measure in summary.measures]
+        cells += formats.standing(standing, len(results.workloads))
         grid.add_row(_name(results, standing.optimizer, _SHORT_NAME if is_wide else _NAME), *cells)
     return grid
 

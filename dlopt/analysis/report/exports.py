@@ -88,16 +88,16 @@ def destination(
 
 def render(to: Destination, report: Report) -> dict[Path, bytes]:
     """Returns the content of the files. Raises `UserError` if there is no data for the requested plot."""
-    files: dict[Path, bytes] = {}
-    for form in to.formats:
+    files: dict[str, bytes] = {}
+    figures = _figures(to, report) if set(to.formats) & set(_PICTURES) else {}
+    for form in sorted(to.formats, key=lambda form: form in _PICTURES):  # the pictures last
         if form not in _PICTURES:
-            files[to.path if to.is_file else to.path / _NAMES[form]] = _text(form, report).encode()
-    pictures = [form for form in to.formats if form in _PICTURES]
-    if pictures:
-        figures = _figures(to, report)
-        for form in pictures:
-            files |= _drawn(to, form, figures)
-    return files
+            files[_NAMES[form]] = _text(form, report).encode()
+        elif to.is_file and form == "pdf":
+            files |= _pages(figures)
+        else:
+            files |= {f"{name}.{form}": drawing.encoded(figure, form) for name, figure in figures.items()}
+    return {to.path if to.is_file else to.path / name: content for name, content in files.items()}
 
 
 def outdated(to: Destination, files: Collection[Path]) -> list[Path]:
@@ -132,22 +132,15 @@ def _figures(to: Destination, report: Report) -> dict[str, "Figure"]:
     return figures
 
 
-def _drawn(to: Destination, form: Format, figures: Mapping[str, "Figure"]) -> dict[Path, bytes]:
+def _pages(figures: Mapping[str, "Figure"]) -> dict[str, bytes]:
+    """Returns a PDF file with a page per figure; none without figures."""
     import matplotlib
     from matplotlib.backends.backend_pdf import PdfPages
 
     if not figures:
         return {}
-    if to.is_file and form == "pdf":
-        file = io.BytesIO()
-        with (
-            matplotlib.rc_context(drawing.FILE_STYLE),
-            PdfPages(file, metadata=drawing.METADATA["pdf"]) as pages,
-        ):
-            for figure in figures.values():
-                pages.savefig(figure)
-        return {to.path: file.getvalue()}
-    return {
-        to.path if to.is_file else to.path / f"{name}.{form}": drawing.encoded(figure, form)
-        for name, figure in figures.items()
-    }
+    file = io.BytesIO()
+    with matplotlib.rc_context(drawing.FILE_STYLE), PdfPages(file, metadata=drawing.METADATA["pdf"]) as pages:
+        for figure in figures.values():
+            pages.savefig(figure)
+    return {"plots.pdf": file.getvalue()}

@@ -14,7 +14,7 @@ import hashlib
 import html
 import io
 import json
-import re
+import math
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.resources import files
@@ -52,26 +52,42 @@ _HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "X
 
 def page(data: Mapping[str, Any]) -> str:
     """Renders the HTML page for `data` (see `page_data`)."""
-    folder = files("dlopt.analysis.report") / "page"
-
-    def read(name: str) -> str:
-        return folder.joinpath(*name.split("/")).read_text(encoding="utf-8")
-
-    style = read("vendor/uPlot.min.css") + read("page.css")
-    library = f"/*\n{read('vendor/uPlot.LICENSE')}*/\n{read('vendor/uPlot.iife.min.js')}"
-    script = "\n".join(["(() => {", '"use strict";', library, *map(read, SCRIPTS), "})();"])
-    values = {
-        "title": html.escape(str(data["title"])),
-        "style": style,
-        "script": script,
-        "style-hash": csp_hash(style),
-        "script-hash": csp_hash(script),
-        "data": _escaped_json(data),
-    }
-    return re.sub(r"\{\{([\w-]+)\}\}", lambda match: values[match[1]], read("page.html"))
+    style = read_text("vendor/uPlot.min.css") + read_text("page.css")
+    library = f"/*\n{read_text('vendor/uPlot.LICENSE')}*/\n{read_text('vendor/uPlot.iife.min.js')}"
+    script = "\n".join(["(() => {", '"use strict";', library, *map(read_text, SCRIPTS), "})();"])
+    body = f"""{read_text("body.html")}\
+<script type="application/json" id="data">{_escaped_json(data)}</script>
+<script>{script}</script>"""
+    return document(html.escape(str(data["title"])), style, body, f"script-src '{_csp_hash(script)}'; ")
 
 
-def csp_hash(text: str) -> str:
+def document(title: str, style: str, body: str, script_policy: str = "") -> str:
+    """Returns an HTML page that loads nothing; `title` and `body` are HTML."""
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; \
+style-src '{_csp_hash(style)}'; {script_policy}base-uri 'none'; form-action 'none'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="referrer" content="no-referrer">
+<title>{title}</title>
+<link rel="icon" href="data:,">
+<style>{style}</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
+
+
+def read_text(name: str) -> str:
+    """Reads a file of the page's folder."""
+    return (files("dlopt.analysis.report") / "page").joinpath(*name.split("/")).read_text(encoding="utf-8")
+
+
+def _csp_hash(text: str) -> str:
     """Returns the hash of an inline element for the Content-Security-Policy."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
@@ -88,16 +104,14 @@ def _escaped_json(data: Mapping[str, Any]) -> str:
 def columns(table: Table) -> list[str]:
     """Returns the metrics of the leaderboard: the ranking metric, validation and training metrics, costs."""
     known = {name for record in table.records for name in record.metrics}
-    names = [name for name in dict.fromkeys([table.by, *FIRST]) if name in known]
     # Omit costs that are equal for all ended runs; failed runs cost less in any case.
     ended = [record.metrics for record in table.records if record.status in ENDED]
     costs = [name for name in _COST if len({metrics.get(name) for metrics in ended}) > 1]
-    return list(dict.fromkeys([*names, *costs]))
+    return list(dict.fromkeys([*(name for name in (table.by, *FIRST) if name in known), *costs]))
 
 
 def test_columns(table: Table) -> list[str]:
-    known = {name for record in table.records for name in record.metrics}
-    return [name for name in _TEST if name in known]
+    return [name for name in _TEST if any(name in record.metrics for record in table.records)]
 
 
 def summary_csv(table: Table, target: float | None, *, test: bool) -> str:
@@ -119,7 +133,7 @@ def summary_csv(table: Table, target: float | None, *, test: bool) -> str:
         cells += [len(row.runs), sum(run.has_ended for run in row.row.runs), row.row.failed]
         for name in (*metrics, *tests):
             cells += _mean_and_std(row.statistic(name) if name in visible else None)
-        cells += _interval(row.difference) or [""] * 4
+        cells += _listed(row.difference) or [""] * 4
         if known:
             reference = known.get(id(row))
             cells += [reference and reference.measured and reference.measured.mean, reference and reference.published]
@@ -171,7 +185,7 @@ def page_data(
         "allTests": test,
         "published": [
             [
-                printable(recipe_label(item, table)), _triple(item.measured), item.published,
+                printable(recipe_label(item, table)), _listed(item.measured), item.published,
                 item.row.row.count("test_accuracy"),
             ]
             for item in against_published(table)
@@ -211,20 +225,17 @@ def _row(row: Configuration, metrics: Sequence[str], tests: Sequence[str]) -> di
         "id": str(row.runs[0].path),
         "label": row.label,
         "values": {key: _value(value) for key, value in row.values.items()},
-        "metrics": {name: triple for name in metrics if (triple := _triple(row.statistic(name))) is not None},
-        "difference": _interval(row.difference),
-        "test": {name: _triple(row.statistic(name)) for name in tests} if tests else None,
+        "metrics": {name: values for name in metrics if (values := _listed(row.statistic(name))) is not None},
+        "difference": _listed(row.difference),
+        "test": {name: _listed(row.statistic(name)) for name in tests} if tests else None,
         "failed": row.row.failed,
         "command": row.command,
     }
 
 
-def _interval(difference: Difference | None) -> list[float | None] | None:
-    return None if difference is None else [difference.mean, difference.low, difference.high, difference.count]
-
-
-def _triple(statistic: Statistic | None) -> list[float | None] | None:
-    return None if statistic is None else [statistic.mean, statistic.std, statistic.count]
+def _listed(values: Statistic | Difference | None) -> list[float | None] | None:
+    """Returns [mean, std, count] or [mean, low, high, count]."""
+    return None if values is None else list(vars(values).values())
 
 
 def _value(value: Any) -> Any:
@@ -253,8 +264,8 @@ def _run(record: Record, row: int, curves: Sequence[str], step: float, by: str) 
 def _curves(records: Sequence[Record]) -> list[str]:
     """Returns the metrics logged per epoch, those of `FIRST` first."""
     names = dict.fromkeys(name for i in (0, -1) for record in records if record.history for name in record.history[i])
-    first = [name for name in FIRST if name in names]
-    return [*first, *(name for name in names if name not in (*first, *_AXES))]
+    ordered = dict.fromkeys([*(name for name in FIRST if name in names), *names])
+    return [name for name in ordered if name not in _AXES]
 
 
 def _thinned(lines: Sequence[Mapping[str, float]], step: float, by: str) -> Iterable[Mapping[str, float]]:
@@ -263,12 +274,10 @@ def _thinned(lines: Sequence[Mapping[str, float]], step: float, by: str) -> Iter
     if len(lines) <= count:
         return lines
     indices = {round(i * (len(lines) - 1) / (count - 1)) for i in range(count)}
-    best = None
-    sign = 1 if direction_of(by) == "minimize" else -1
+    best, sign = math.inf, 1 if direction_of(by) == "minimize" else -1
     for i, line in enumerate(lines):
-        value = line.get(by)
-        if value is not None and (best is None or sign * value < best):
-            best = sign * value
+        if by in line and sign * line[by] < best:
+            best = sign * line[by]
             indices.add(i)
     return [lines[i] for i in sorted(indices)]
 
@@ -307,12 +316,9 @@ def serve(folder: Path, port: int = 0) -> Iterator[str]:
         def log_message(self, *_: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/"
-    finally:
-        server.shutdown()
-        server.server_close()
+    with ThreadingHTTPServer(("127.0.0.1", port), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/"
+        finally:
+            server.shutdown()

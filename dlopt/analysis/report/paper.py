@@ -4,8 +4,11 @@ A row has the keys that vary, the ranking metric, the test metric (of the first 
 selecting a row by it would be model selection on the test set) and the paired difference to the first row.
 """
 
+from collections.abc import Sequence
+from functools import partial
+
 from dlopt.analysis import drawing
-from dlopt.analysis.leaderboard import Difference, Statistic
+from dlopt.analysis.leaderboard import Statistic
 from dlopt.analysis.report.page import test_columns
 from dlopt.analysis.report.plots import key_labels
 from dlopt.analysis.report.reading import brief, printable
@@ -25,13 +28,18 @@ def latex(table: Table, *, made: str, test: bool, top: int) -> str:
     heads, rows = _cells(table, test=test, top=top)
     keys, best = len(table.keys), {row.value.mean for row in table.ranked[:1] if row.value is not None}
     lines = [f"% {line}" for line in (printable(made), *_notes(table, top), r"\usepackage{booktabs}")]
-    lines += [rf"\begin{{tabular}}{{{'l' * keys}{'r' * (len(heads) - keys)}}}", r"\toprule"]
-    lines += [" & ".join(map(escaped, heads)) + r" \\", r"\midrule"]
     for row, cells in zip(table.rows, rows, strict=False):
         is_best = row.value is not None and row.value.mean in best
-        values = [_math(cell, is_bold=is_best and i == 0) for i, cell in enumerate(cells[keys + 1 :])]
-        lines.append(" & ".join([*map(escaped, cells[: keys + 1]), *values]) + r" \\")
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+        cells[: keys + 1] = map(escaped, cells[: keys + 1])
+        cells[keys + 1 :] = [number_cell(cell, is_bold=is_best and i == 0) for i, cell in enumerate(cells[keys + 1 :])]
+    return "\n".join([*lines, *tabular(heads, rows, texts=keys), ""])
+
+
+def tabular(heads: Sequence[str], rows: Sequence[Sequence[str]], *, texts: int = 1) -> list[str]:
+    """Returns the lines of a `tabular`; `rows` are LaTeX, and the first `texts` columns aligned to the left."""
+    lines = [rf"\begin{{tabular}}{{{'l' * texts}{'r' * (len(heads) - texts)}}}", r"\toprule"]
+    lines += [" & ".join(map(escaped, heads)) + r" \\", r"\midrule"]
+    return [*lines, *(" & ".join(row) + r" \\" for row in rows), r"\bottomrule", r"\end{tabular}"]
 
 
 def markdown(table: Table, *, made: str, test: bool, top: int) -> str:
@@ -65,7 +73,8 @@ def _cells(table: Table, *, test: bool, top: int) -> tuple[list[str], list[list[
         cells = [brief(row.values[key]) if key in row.values else "-" for key in table.keys]
         cells += [row.row.count(table.by), _statistic(table.by, row.value)]
         cells += [_statistic(name, row.statistic(name)) if test or number == 0 else "" for name in metrics[1:]]
-        cells += [_difference(table.by, row.difference)] * _is_compared(table)
+        difference = "" if row.difference is None else row.difference.show(partial(_number, table.by, sign="+"))
+        cells += [difference] * _is_compared(table)
         rows.append(list(map(printable, cells)))
     return list(map(printable, heads)), rows
 
@@ -81,27 +90,16 @@ def _number(metric: str, value: float, sign: str = "") -> str:
 
 
 def _statistic(metric: str, statistic: Statistic | None) -> str:
-    if statistic is None:
-        return "-"
-    deviation = "" if statistic.std is None else f" ± {_number(metric, statistic.std)}"
-    return _number(metric, statistic.mean) + deviation
-
-
-def _difference(metric: str, difference: Difference | None) -> str:
-    if difference is None:
-        return ""
-    mean = _number(metric, difference.mean, "+")
-    if difference.low is None or difference.high is None:
-        return mean
-    return f"{mean} [{_number(metric, difference.low, '+')}, {_number(metric, difference.high, '+')}]"
+    return "-" if statistic is None else statistic.show(partial(_number, metric))
 
 
 def escaped(text: str) -> str:
     """Escapes LaTeX's special characters; a bracket after a line's end would be read as its optional argument."""
-    return "{}" * text.startswith("[") + "".join(_SPECIAL.get(character, character) for character in text)
+    return "{}" * text.startswith("[") + "".join(_SPECIAL.get(character, character) for character in printable(text))
 
 
-def _math(cell: str, *, is_bold: bool) -> str:
+def number_cell(cell: str, *, is_bold: bool) -> str:
+    """Converts 0.83 ± 0.02 or 0.83 [0.71, 0.90] to LaTeX."""
     if not any(character.isdigit() for character in cell):
         return cell.replace("-", "--")
     inner = cell.replace("±", r"\pm").replace(" [", r"\ [").replace(", ", r",\ ")

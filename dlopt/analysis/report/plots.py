@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 SHOWN = 6  # configurations in a plot of curves
 SPREADS = {"range": "lowest to highest run", "confidence": "95 % confidence interval"}
 _AGAINST = {"epoch": "epoch", "step": "update", "seconds": "seconds of training"}
-_LOG_RATIO = 100.0  # losses at learning rates of which some diverge, without becoming infinite
 _WIDTH = 6.4  # inches: the text of a plot is legible over the width of a page
 
 
@@ -58,7 +57,7 @@ def _label(metric: str) -> str:
 
 
 def _wrapped(label: str, width: int) -> str:
-    """Wraps the label of a configuration, which names all keys that vary: paths are wrapped inside words."""
+    """Wraps the label of a configuration, paths also inside words."""
     return literal("\n".join(textwrap.wrap(label, width)))
 
 
@@ -115,14 +114,10 @@ def _curves(axis: "Axes", table: Table, name: str, against: str) -> bool:
         if curve is None:
             continue
         marker = MARKERS[i % len(MARKERS)] if len(curve.x) < 10 else None
-        axis.plot(
-            curve.x,
-            scale * curve.mean,
-            label=_wrapped(row.label, 78),
-            **style(i, linewidth=1.8, marker=marker, markersize=4),
-        )
-        colour = COLOURS[i % len(COLOURS)]
-        axis.fill_between(curve.x, scale * curve.low, scale * curve.high, color=colour, alpha=0.15, linewidth=0)
+        line = style(i, linewidth=1.8, marker=marker, markersize=4)
+        axis.plot(curve.x, scale * curve.mean, label=_wrapped(row.label, 78), **line)
+        band_style = {"color": line["color"], "alpha": 0.15, "linewidth": 0}
+        axis.fill_between(curve.x, scale * curve.low, scale * curve.high, **band_style)
     axis.set_xlabel(_AGAINST[against])
     if against != "seconds":
         drawing.integer_ticks(axis)
@@ -170,20 +165,18 @@ def lr_sensitivity(table: Table) -> "Figure | None":
         rates, means = zip(*((lr, scale * value.mean) for lr, value, _ in result.points), strict=True)
         axis.plot(rates, means, ".", color=colour, alpha=0.4)
         axis.errorbar(*best, capsize=3, **style(i, linewidth=1.8, marker=marker))
-        strip.plot(result.good, [-y, -y], color=colour, linewidth=4, marker=marker, markersize=7)  # also the legend
+        strip.plot(result.good, [y, y], color=colour, linewidth=4, marker=marker, markersize=7)  # also the legend
         if result.failed:
             bottom = [0.02] * len(result.failed)
             axis.plot(result.failed, bottom, "x", color=colour, transform=axis.get_xaxis_transform())
     axis.set_xscale("log")
     values = [value.mean for result in results for _, value, _ in result.points]
-    if table.lower and min(values) > 0 and max(values) > _LOG_RATIO * min(values):
+    if table.lower and drawing.spans_decades(values):  # of rates at which runs diverge without becoming infinite
         drawing.logarithmic(axis)
     axis.set_ylabel(_label(table.by))
     drawing.clean_axes(axis)
-    strip.set_ylim(-len(results) + 0.4, 0.6)
-    strip.set_yticks(
-        [-i for i in range(len(results))], [literal(result.optimizer) for result in results], fontsize="small"
-    )
+    strip.set_ylim(len(results) - 0.4, -0.6)
+    strip.set_yticks(range(len(results)), [literal(result.optimizer) for result in results], fontsize="small")
     strip.set_xlabel("learning rate")
     strip.spines[["top", "right", "left"]].set_visible(False)
     strip.tick_params(left=False)
@@ -207,14 +200,13 @@ def parallel_coordinates(table: Table) -> "Figure | None":
     if len(table.keys) < 2 or len(rows) < 2:
         return None
     from matplotlib.collections import LineCollection
-    from matplotlib.colors import LinearSegmentedColormap
 
     keys = list(table.keys)[:8]
     scales = [_Scale([row.values.get(key) for row in rows]) for key in keys]
     metrics = [_scale(table.by) * row.value.mean for row in rows if row.value is not None]
     scales.append(_Scale(metrics))
     figure, axis = _figure(4.2, max(_WIDTH, 1.8 * len(scales) + 1))
-    shades = LinearSegmentedColormap.from_list("", ["#d9d9d9", "#9ecae1", "#08306b"])
+    shades = drawing.shades("#d9d9d9", "#9ecae1", "#08306b")
     lines = [
         [(x, scale(value)) for x, (scale, value) in enumerate(zip(scales, values, strict=True))]
         for values in ((*(row.values.get(key) for key in keys), metrics[i]) for i, row in enumerate(rows))
@@ -222,19 +214,13 @@ def parallel_coordinates(table: Table) -> "Figure | None":
     colours = [shades(1 - i / (len(rows) - 1)) for i in range(len(rows))]
     axis.add_collection(LineCollection(lines[::-1], colors=colours[::-1], linewidths=1.2, alpha=0.8))
     axis.set_ylim(-0.04, 1.04)
+    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
     for x, scale in enumerate(scales):
         axis.axvline(x, color="0.3", linewidth=0.8)
         for position, label in scale.ticks:
-            box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
-            axis.annotate(
-                _wrapped(label if len(label) <= 48 else f"{label[:47]}…", 24),
-                (x, position),
-                xytext=(5, 0),
-                textcoords="offset points",
-                fontsize="small",
-                va="center",
-                bbox=box,
-            )
+            short = _wrapped(label if len(label) <= 48 else f"{label[:47]}…", 24)
+            offset: dict[str, Any] = {"xytext": (5, 0), "textcoords": "offset points", "va": "center"}
+            axis.annotate(short, (x, position), fontsize="small", bbox=box, **offset)
     axis.set_xticks(range(len(scales)), [*key_labels(keys), _label(table.by)], fontsize="small")
     axis.set_yticks([])
     axis.grid(visible=False)
@@ -256,13 +242,9 @@ class _Scale:
             return
         self.low, self.high = min(known), max(known)
         self.log = self.low > 0 and self.high / self.low >= 20
-        tick_values = sorted(set(known)) if len(set(known)) <= 8 else [self._at(i / 4) for i in range(5)]
+        spaced = np.geomspace if self.log else np.linspace
+        tick_values = sorted(set(known)) if len(set(known)) <= 8 else spaced(self.low, self.high, 5)
         self.ticks = _apart([(self(value), f"{value:.4g}") for value in tick_values])
-
-    def _at(self, position: float) -> float:
-        if self.log:
-            return float(self.low * (self.high / self.low) ** position)
-        return float(self.low + position * (self.high - self.low))
 
     def __call__(self, value: Any) -> float:
         if not self.is_number:

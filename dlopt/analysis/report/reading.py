@@ -19,6 +19,7 @@ from dlopt.analysis.leaderboard import ENDED, HOUSEKEEPING, canonical, direction
 from dlopt.errors import UserError
 from dlopt.folders import RunFolder
 from dlopt.plain import flatten, is_below, load_yaml, read_regular
+from dlopt.tracking.layout import format_value as text
 from dlopt.tracking.metrics import METRICS, SUMMARY, gaps
 
 OPEN = ("running", "interrupted", "unfinished")
@@ -86,10 +87,10 @@ def find(folder: Path) -> Iterator[Path]:
     is_run = any(entry.name in _RUN_FILES for entry in entries)
     if is_run:
         yield folder
-    subfolders = [entry for entry in entries if entry.is_dir(follow_symlinks=False) and not entry.name.startswith(".")]
-    subfolders = [entry for entry in subfolders if not (is_run and entry.name in _RUN_SUBFOLDERS)]
-    for entry in sorted(subfolders, key=lambda entry: (len(entry.name) if entry.name.isdigit() else 0, entry.name)):
-        yield from find(folder / entry.name)
+    names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False) and not entry.name.startswith(".")]
+    for name in sorted(names, key=lambda name: (len(name) if name.isdigit() else 0, name)):
+        if not (is_run and name in _RUN_SUBFOLDERS):
+            yield from find(folder / name)
 
 
 def read(path: Path) -> Record | Damaged:
@@ -122,16 +123,9 @@ def _read(path: Path) -> Record:
     if status == "running" or summary is None:  # the summary of a resumed, running run is outdated
         summary = {}
     choices, reason, commit = environment.get("choices"), summary.get("reason"), environment.get("git_commit")
-    return Record(
-        path=path,
-        status=status,
-        config=_flat(config, choices if isinstance(choices, dict) else {}),
-        metrics=_metrics(summary, history, config),
-        history=history,
-        overrides=overrides,
-        reason=reason if isinstance(reason, str) else None,
-        commit=commit if isinstance(commit, str) else None,
-    )
+    flat, metrics = _flat(config, choices if isinstance(choices, dict) else {}), _metrics(summary, history, config)
+    reason, commit = (each if isinstance(each, str) else None for each in (reason, commit))
+    return Record(path, status, flat, metrics, history, overrides, reason, commit)
 
 
 def _json(path: Path) -> Any:
@@ -199,22 +193,10 @@ def _flat(config: Mapping[str, Any], choices: Mapping[str, Any]) -> dict[str, An
             flat[key] = str(choice)
         if isinstance(value, Mapping):
             inner = {name: item for name, item in flatten(value, key).items() if not name.endswith("._target_")}
-            flat |= {name: tidy(item) for name, item in inner.items() if not isinstance(item, Mapping)}
+            flat |= {name: canonical(item) for name, item in inner.items() if not isinstance(item, Mapping)}
         elif key not in flat:
-            flat[key] = tidy(value)
+            flat[key] = canonical(value)
     return flat
-
-
-def tidy(value: Any) -> Any:
-    """Converts to hashable values, those of equal settings to equal ones (see `canonical`).
-
-    Lists become tuples, mappings tuples of pairs, other YAML types (dates) text.
-    """
-    if isinstance(value, list | tuple):
-        return tuple(tidy(item) for item in value)
-    if isinstance(value, Mapping):
-        return tuple((str(key), tidy(item)) for key, item in value.items())
-    return canonical(value) if isinstance(value, str | bool | int | float) or value is None else str(value)
 
 
 def _metrics(
@@ -230,19 +212,18 @@ def _metrics(
             metrics |= gaps(best)
     for key, value in summary.items():
         if key not in ("epochs", "steps") or is_number(value):
-            metrics[str(key).removeprefix("best_") if str(key).startswith("best_val_") else str(key)] = value
+            metrics[key.replace("best_val_", "val_") if key.startswith("best_val_") else key] = value
     return _numbers(metrics)
 
 
-def best_line(history: Iterable[Mapping[str, float]], monitor: str) -> Mapping[str, float] | None:
+def best_line(history: Sequence[Mapping[str, float]], monitor: str) -> Mapping[str, float] | None:
     """Returns the epoch of the best model: that with the best monitored metric (`auto`: val_accuracy, or val_loss).
 
     As in training, ties are broken by the smaller loss, then by the earlier epoch.
     """
-    lines = list(history)
     if monitor == "auto":
-        monitor = "val_accuracy" if any("val_accuracy" in line for line in lines) else "val_loss"
-    known = [line for line in lines if monitor in line]
+        monitor = "val_accuracy" if any("val_accuracy" in line for line in history) else "val_loss"
+    known = [line for line in history if monitor in line]
     sign = 1 if direction_of(monitor) == "minimize" else -1
     return min(known, key=lambda line: (sign * line[monitor], line.get("val_loss", math.inf)), default=None)
 
@@ -270,38 +251,21 @@ def varying_keys(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     Omits keys of a group that the group's choice determines, such as defaults of different optimizers.
     """
     keys = dict.fromkeys(key for config in configs for key in config)
-    several = [key for key in keys if not _is_ignored(key) and len({text(config.get(key)) for config in configs}) > 1]
+    known = [key for key in keys if not is_seed(key) and (key == "device" or not is_below(key, HOUSEKEEPING))]
+    several = [key for key in known if len({text(config.get(key)) for config in configs}) > 1]
     return [key for key in several if not _is_determined_by_choice(key, configs)]
-
-
-def _is_ignored(key: str) -> bool:
-    return is_seed(key) or (key != "device" and is_below(key, HOUSEKEEPING))
 
 
 def _is_determined_by_choice(key: str, configs: Iterable[Mapping[str, Any]]) -> bool:
     group, _, inner = key.partition(".")
-    if not inner:
-        return False
-    values: dict[str, set[str]] = {}
-    for config in configs:
-        if key in config:
-            values.setdefault(text(config.get(group)), set()).add(text(config[key]))
-    return len(values) > 0 and all(len(group_values) == 1 for group_values in values.values())
+    pairs = {(text(config.get(group)), text(config[key])) for config in configs if key in config}
+    return inner != "" and len(pairs) == len({choice for choice, _ in pairs}) > 0
 
 
 def short_key(key: str, keys: Iterable[str]) -> str:
     """Returns the last component of a key (`lr` for `optimizer.lr`) if it is unique among `keys`."""
     name = key.rpartition(".")[2]
     return name if sum(other.rpartition(".")[2] == name for other in keys) == 1 else key
-
-
-def text(value: Any) -> str:
-    """Formats a value as in an override: true, null, [64,64]."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, tuple | list):
-        return f"[{','.join(map(text, value))}]"
-    return "null" if value is None else str(value)
 
 
 def brief(value: Any) -> str:
@@ -343,10 +307,9 @@ class Condition:
 
 def condition(line: str) -> Condition | None:
     """Parses a condition; returns None if `line` is not one. Raises `UserError` if its value must be a number."""
-    match = _LINE.fullmatch(line)
-    if match is None:
+    if (match := _LINE.fullmatch(line)) is None:
         return None
-    parsed = Condition(match["key"], match["sign"], match["value"], line)
+    parsed = Condition(**match.groupdict(), line=line)
     if parsed.sign in _ORDER and number_in(parsed.value) is None:
         raise UserError(f"{line}: {parsed.sign} requires a number")
     return parsed

@@ -21,6 +21,7 @@ from dlopt.analysis.leaderboard import (
     Entry,
     Row,
     Statistic,
+    canonical,
     direction_of,
     is_number,
     is_seed,
@@ -28,7 +29,7 @@ from dlopt.analysis.leaderboard import (
     statistic,
     student_t,
 )
-from dlopt.analysis.report.reading import OPEN, Damaged, Record, brief, printable, short_key, text, tidy, varying_keys
+from dlopt.analysis.report.reading import OPEN, Damaged, Record, brief, printable, short_key, text, varying_keys
 from dlopt.errors import UserError, install
 from dlopt.tracking.layout import short_path
 
@@ -186,13 +187,13 @@ def published_error(config: Mapping[str, Any], overrides: Sequence[str]) -> floa
 
     Its `when` holds, and no other key of the recipe was overridden, except where runs execute and what they write.
     """
-    entries = tidy(config.get("published"))
+    entries = canonical(config.get("published"))
     for entry in map(_mapping, entries if isinstance(entries, tuple) else ()):
         error, when = entry.get("error"), entry.get("when")
         if not isinstance(error, int | float) or when is None:
             continue
         conditions = _mapping(when)
-        holds = all(key in config and tidy(config[key]) == value for key, value in conditions.items())
+        holds = all(key in config and canonical(config[key]) == value for key, value in conditions.items())
         if holds and not any(_changes_the_experiment(line, conditions) for line in overrides):
             return float(error)
     return None
@@ -210,7 +211,7 @@ def _changes_the_experiment(override: str, conditions: Iterable[str]) -> bool:
 
 
 def _mapping(pairs: Any) -> dict[str, Any]:
-    """Converts the pairs of `tidy` back to a mapping; returns {} for anything else."""
+    """Converts the pairs of `canonical` back to a mapping; returns {} for anything else."""
     is_pairs = isinstance(pairs, tuple) and all(isinstance(each, tuple) and len(each) == 2 for each in pairs)
     return dict(pairs) if is_pairs else {}
 
@@ -451,11 +452,12 @@ class Reached:
 
 
 def time_to_target(row: Configuration, by: str, target: float) -> Reached:
-    lower = direction_of(by) == "minimize"
-    lines = [first_at(run, by, target, lower) for run in row.distinct if run.status not in OPEN]
-    reached = [line for line in lines if line is not None]
+    sign = 1 if direction_of(by) == "minimize" else -1
+    runs = [run for run in row.distinct if run.status not in OPEN]
+    good = [[line for line in run.history if by in line and sign * line[by] <= sign * target] for run in runs]
+    reached = [lines[0] for lines in good if lines]
     seconds = [line["seconds"] for line in reached if "seconds" in line]
-    return Reached(len(reached), len(lines), statistic([line["step"] for line in reached]), statistic(seconds))
+    return Reached(len(reached), len(runs), statistic([line["step"] for line in reached]), statistic(seconds))
 
 
 def fastest(table: Table, target: float) -> list[tuple[Configuration, Reached]]:
@@ -464,15 +466,8 @@ def fastest(table: Table, target: float) -> list[tuple[Configuration, Reached]]:
     The mean over a few lucky runs of a configuration is not comparable with that of one whose runs all reach it.
     """
     results = [(row, time_to_target(row, table.by, target)) for row in table.ranked]
-    reached = [(row, each, each.steps.mean) for row, each in results if each.steps is not None]
-    reached.sort(key=lambda result: (-result[1].count / result[1].runs, result[2]))
-    return [(row, each) for row, each, _ in reached]
-
-
-def first_at(run: Record, by: str, target: float, lower: bool) -> Mapping[str, float] | None:
-    """Returns the first evaluated epoch with a metric at least as good as the target."""
-    good = (line for line in run.history if by in line and (line[by] <= target if lower else line[by] >= target))
-    return next(good, None)
+    reached = [(-each.count / each.runs, each.steps.mean, i) for i, (_, each) in enumerate(results) if each.steps]
+    return [results[i] for *_, i in sorted(reached)]
 
 
 def default_target(table: Table) -> float | None:

@@ -54,7 +54,6 @@ def hostile() -> Results:
 
 def test_writes_a_self_contained_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page, "draw", lambda *results: {"scores": figures.scores(*results)})  # the others take seconds
-    monkeypatch.setattr(sections, "profiles", lambda _: Html(""))
     monkeypatch.setattr(sections, "sensitivity", lambda *_: Html(""))
     paths = page.write(hostile(), tmp_path)
     names = [path.relative_to(tmp_path).as_posix() for path in paths]

@@ -12,8 +12,7 @@ import yaml
 
 from dlopt.analysis.benchmark.costs import state_memory
 from dlopt.analysis.benchmark.protocol import BASELINES, WorkloadSpec, target_of
-from dlopt.analysis.benchmark.reading import Manifest, collect, read_manifest, update_manifest
-from dlopt.analysis.benchmark.targets import targets
+from dlopt.analysis.benchmark.reading import Manifest, collect, read_manifest, targets, update_manifest
 from dlopt.errors import UserError
 
 LOSS = WorkloadSpec(experiment="e", metric="val_loss", target=0.5)

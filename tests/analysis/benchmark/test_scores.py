@@ -162,11 +162,11 @@ def test_comparisons_count_wins_and_ties() -> None:
     rows = {"a": [[1] * 3, [5] * 3, [4] * 3, [inf] * 3], "b": [[2] * 3, [5] * 3, [inf] * 3, [inf] * 3]}
     results = results_of({name: [list(map(float, row)) for row in each] for name, each in rows.items()})
     pairs = comparisons(results, "updates", bootstrap(results, "updates"))
-    assert pairs["a", "b"].wins.value == pytest.approx(2.5 / 3)  # nobody reaches the last one
-    assert pairs["b", "a"].wins.value == pytest.approx(0.5 / 3) and pairs["a", "b"].distinguishable
+    assert pairs["a", "b"].value == pytest.approx(2.5 / 3)  # nobody reaches the last one
+    assert pairs["b", "a"].value == pytest.approx(0.5 / 3) and pairs["a", "b"].distinguishable
     nobody = results_of({"a": [[inf, inf]], "b": [[inf, inf]]})
     pair = comparisons(nobody, "updates", bootstrap(nobody, "updates"))["a", "b"]
-    assert math.isnan(pair.wins.value) and not pair.distinguishable
+    assert math.isnan(pair.value) and not pair.distinguishable
 
 
 def test_noisy_studies_widen_the_interval() -> None:

@@ -13,10 +13,7 @@ function matchesFilters(row) {
   });
 }
 
-let visible = [];
-function applyFilters() {
-  visible = data.rows.filter(matchesFilters);
-}
+let visible = []; // rows that match the filters
 
 // Returns the plotted configurations with their slots, which select the line styles: a configuration keeps its colour when
 // others are added or removed.
@@ -138,8 +135,7 @@ function sorted(list) {
 
 function sortBy(column, update) {
   const isHigherBetter = column.id === data.by ? !data.lower : isFraction(column.id) && !isLoss(column.id);
-  const first = isHigherBetter ? -1 : 1;
-  state.sort = state.sort[0] === column.id ? [column.id, -state.sort[1]] : [column.id, first];
+  state.sort = [column.id, state.sort[0] === column.id ? -state.sort[1] : isHigherBetter ? -1 : 1];
   update();
 }
 
@@ -180,19 +176,15 @@ function allButton(total, first, update) {
 }
 
 function columnChoice(update) {
+  const hidden = state.columns || unfitting, names = columns(true).filter((column) => hidden.includes(column.id)).map((column) => column.name);
   const boxes = columns(true).filter((column) => column.id !== "rank").map((column) => html("label", {}, html("input", { type: "checkbox", "data-show": column.id,
-    checked: !(state.columns || unfitting).includes(column.id), onchange: (event) => {
-      const hidden = (state.columns || unfitting).filter((id) => id !== column.id);
-      state.columns = event.target.checked ? hidden : [...hidden, column.id];
+    checked: !hidden.includes(column.id), onchange: (event) => {
+      const others = hidden.filter((id) => id !== column.id);
+      state.columns = event.target.checked ? others : [...others, column.id];
       update();
     } }), ` ${column.full || column.name}`));
   return html("details", { class: "columns", open: state.choosing, ontoggle: (event) => { state.choosing = event.target.open; saveState(); } },
-    html("summary", {}, "Columns ", html("span", { class: "soft" }, hiddenNames())), html("div", { class: "choices" }, ...boxes));
-}
-
-function hiddenNames() {
-  const names = columns(true).filter((column) => (state.columns || unfitting).includes(column.id)).map((column) => column.name);
-  return names.length ? `hidden: ${names.join(", ")}` : "";
+    html("summary", {}, "Columns ", html("span", { class: "soft" }, names.length ? `hidden: ${names.join(", ")}` : "")), html("div", { class: "choices" }, ...boxes));
 }
 
 function rankedBy() {
@@ -250,12 +242,8 @@ function renderSelected() {
     html("ul", { class: "facts" }, ...facts.map(([name, text]) => html("li", {}, `${name} `, html("b", {}, text)))),
     html("p", { class: "note" }, row.test ? (data.allTests ? "" : "Test metrics are shown for #1 only, which was selected on the validation set.")
       : row.rank === 1 ? "" : "Test metrics are shown for the first row only, to avoid selection on the test set. Show all with dlopt report test=true."),
-    row.command ? commandLine(row.command) : html("p", { class: "note" }, "The command is unknown. You can repeat each run from its folder."),
+    row.command ? html("div", { class: "command" }, html("code", {}, row.command), copyButton(row.command, "Copy")) : html("p", { class: "note" }, "The command is unknown. You can repeat each run from its folder."),
     scrollable(tableOf(heads, runs), "Runs of the selected configuration"));
-}
-
-function commandLine(text) {
-  return html("div", { class: "command" }, html("code", {}, text), copyButton(text, "Copy"));
 }
 
 function copyButton(text, name) {

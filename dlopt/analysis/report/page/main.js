@@ -16,7 +16,7 @@ function renderDamaged() {
 
 function render() {
   hideTooltip();
-  applyFilters();
+  visible = data.rows.filter(matchesFilters);
   renderLeaderboard(render);
   renderSelected();
   renderPublished();
