@@ -94,9 +94,7 @@ def _network(
     """Builds a 3x3 convolution to 16 channels, three stages of `count` blocks, a final norm, and the classifier."""
     modules: OrderedDict[str, nn.Module] = OrderedDict(stem=conv(channels, 16, 3, bias=norm.bias))
     outputs = add_stages(modules, block, 16, width, [count] * 3, expansion)
-    modules["norm"] = norm.maps(outputs)
-    modules["activation"] = nn.ReLU()
-    modules["pool"] = GlobalAveragePool()
+    modules.update(norm=norm.maps(outputs), activation=nn.ReLU(), pool=GlobalAveragePool())
     modules["head"] = nn.Linear(outputs, classes)
     return modules
 
@@ -127,14 +125,14 @@ class PreActResNet(nn.Sequential):
                 f"model.depth={depth}: must be {layers}n+2 with model.block={block}, "
                 f"for example {', '.join(str(layers * n + 2) for n in (2, 3, 9, 18, 111))}"
             )
-        normalize = Norm.of(**norm)
+        normalize = Norm(**norm)
         kind = PreActBlock if block == "basic" else PreActBottleneck
 
         def build(inputs: int, width: int, stride: int) -> PreActBlock | PreActBottleneck:
             return kind(inputs, width, stride, projection=block == "bottleneck", dropout=dropout, norm=normalize)
 
         super().__init__(_network(channels, classes, (depth - 2) // layers, 16, build, kind.expansion, normalize))
-        check_instance_norm(self, input_shape, normalize)
+        check_instance_norm(self, input_shape, norm["norm"])
 
 
 class WideResNet(nn.Sequential):
@@ -159,10 +157,10 @@ class WideResNet(nn.Sequential):
         channels, _, _ = image_shape(input_shape, "a wide ResNet")
         if depth < 10 or depth % 6 != 4:
             raise UserError(f"model.depth={depth}: must be 6n+4, for example 10, 16, 22, 28, 34 or 40")
-        normalize = Norm.of(**norm)
+        normalize = Norm(**norm)
 
         def build(inputs: int, width: int, stride: int) -> PreActBlock:
             return PreActBlock(inputs, width, stride, projection=True, dropout=dropout, norm=normalize)
 
         super().__init__(_network(channels, classes, (depth - 4) // 6, 16 * widen, build, 1, normalize))
-        check_instance_norm(self, input_shape, normalize)
+        check_instance_norm(self, input_shape, norm["norm"])

@@ -38,6 +38,8 @@ class ZeroPadShortcut(nn.Module):
 class BasicBlock(nn.Module):
     """relu(norm(conv(relu(norm(conv(x))))) + shortcut(x)); without shortcut, two layers of a plain network."""
 
+    expansion = 1
+
     def __init__(self, inputs: int, outputs: int, stride: int, *, shortcut: nn.Module | None, norm: Norm) -> None:
         super().__init__()
         self.conv1 = conv(inputs, outputs, 3, stride=stride, bias=norm.bias)
@@ -144,7 +146,7 @@ class CifarResNet(nn.Sequential):
             )
         if depth < 8 or depth % 6 != 2:
             raise UserError(f"model.depth={depth}: must be 6n+2, for example 8, 14, 20, 32, 44, 56, 110 or 1202")
-        normalize = Norm.of(**norm)
+        normalize = Norm(**norm)
 
         def block(inputs: int, outputs: int, stride: int) -> BasicBlock:
             shortcut: nn.Module | None = None
@@ -156,11 +158,9 @@ class CifarResNet(nn.Sequential):
         modules: OrderedDict[str, nn.Module] = OrderedDict()
         modules["stem"] = nn.Sequential(conv(channels, width, 3, bias=normalize.bias), normalize.maps(width), nn.ReLU())
         outputs = add_stages(modules, block, width, width, [(depth - 2) // 6] * 3)
-        modules["pool"] = GlobalAveragePool()
-        modules["dropout"] = nn.Dropout(dropout)
-        modules["head"] = nn.Linear(outputs, classes)
+        modules.update(pool=GlobalAveragePool(), dropout=nn.Dropout(dropout), head=nn.Linear(outputs, classes))
         super().__init__(modules)
-        check_instance_norm(self, input_shape, normalize)
+        check_instance_norm(self, input_shape, norm["norm"])
 
 
 _BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
@@ -186,33 +186,24 @@ class ResNet(nn.Sequential):
         **norm: Unpack[NormKeys],
     ) -> None:
         channels, _, _ = image_shape(input_shape, "a ResNet")
-        normalize = Norm.of(**norm)
-        expansion = 1 if depth < 50 else Bottleneck.expansion
+        normalize = Norm(**norm)
+        kind = BasicBlock if depth < 50 else Bottleneck
 
         def block(inputs: int, width: int, stride: int) -> nn.Module:
-            outputs = width * expansion
+            outputs = width * kind.expansion
             shortcut: nn.Module = nn.Identity()
             if stride != 1 or inputs != outputs:
                 shortcut = nn.Sequential(
                     conv(inputs, outputs, 1, stride=stride, bias=normalize.bias), normalize.maps(outputs)
                 )
-            if expansion == 1:
-                return BasicBlock(inputs, width, stride, shortcut=shortcut, norm=normalize)
-            return Bottleneck(inputs, width, stride, shortcut=shortcut, norm=normalize)
+            return kind(inputs, width, stride, shortcut=shortcut, norm=normalize)
 
         modules: OrderedDict[str, nn.Module] = OrderedDict()
-        if stem == "imagenet":
-            modules["stem"] = nn.Sequential(
-                conv(channels, 64, 7, stride=2, bias=normalize.bias),
-                normalize.maps(64),
-                nn.ReLU(),
-                nn.MaxPool2d(3, stride=2, padding=1),
-            )
-        else:
-            modules["stem"] = nn.Sequential(conv(channels, 64, 3, bias=normalize.bias), normalize.maps(64), nn.ReLU())
-        outputs = add_stages(modules, block, 64, 64, _BLOCKS[depth], expansion)
-        modules["pool"] = GlobalAveragePool()
-        modules["dropout"] = nn.Dropout(dropout)
-        modules["head"] = nn.Linear(outputs, classes)
+        kernel, stride = (7, 2) if stem == "imagenet" else (3, 1)
+        first = conv(channels, 64, kernel, stride=stride, bias=normalize.bias)
+        pool = [nn.MaxPool2d(3, stride=2, padding=1)] if stem == "imagenet" else []
+        modules["stem"] = nn.Sequential(first, normalize.maps(64), nn.ReLU(), *pool)
+        outputs = add_stages(modules, block, 64, 64, _BLOCKS[depth], kind.expansion)
+        modules.update(pool=GlobalAveragePool(), dropout=nn.Dropout(dropout), head=nn.Linear(outputs, classes))
         super().__init__(modules)
-        check_instance_norm(self, input_shape, normalize)
+        check_instance_norm(self, input_shape, norm["norm"])

@@ -31,7 +31,7 @@ class VGG11(nn.Sequential):
         **norm: Unpack[NormKeys],
     ) -> None:
         inputs, height, width = image_shape(input_shape, "a VGG net")
-        normalize = Norm.of(**norm)
+        normalize = Norm(**norm)
         modules: OrderedDict[str, nn.Module] = OrderedDict()
         for index, widths in enumerate(_STAGES):
             layers: list[nn.Module] = []
@@ -43,13 +43,11 @@ class VGG11(nn.Sequential):
                 height, width = height // 2, width // 2
             modules[f"stage{index + 1}"] = nn.Sequential(*layers)
         if classifier == "small":
-            modules["pool"] = GlobalAveragePool()
-            modules["dropout"] = nn.Dropout(dropout)
-            modules["head"] = nn.Linear(inputs, classes)
+            modules.update(pool=GlobalAveragePool(), dropout=nn.Dropout(dropout), head=nn.Linear(inputs, classes))
         else:
             modules["pool"] = nn.Sequential(nn.AdaptiveAvgPool2d(7), nn.Flatten())
             modules["hidden1"] = nn.Sequential(nn.Linear(inputs * 49, 4096), nn.ReLU(), nn.Dropout(dropout))
             modules["hidden2"] = nn.Sequential(nn.Linear(4096, 4096), nn.ReLU(), nn.Dropout(dropout))
             modules["head"] = nn.Linear(4096, classes)
         super().__init__(modules)
-        check_instance_norm(self, input_shape, normalize)
+        check_instance_norm(self, input_shape, norm["norm"])
