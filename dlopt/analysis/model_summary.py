@@ -3,7 +3,6 @@
 `summarize` is for `dlopt summary`; `layers_of` and `timed` are for cost models.
 """
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -12,6 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from dlopt.processor import synchronized_time
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,8 @@ def summarize(module: nn.Module, inputs: Tensor) -> ModelSummary:
         layers=layers,
         parameters=_count(module),
         trainable=sum(p.numel() for p in module.parameters() if p.requires_grad),
-        parameter_bytes=sum(p.numel() * p.element_size() for p in module.parameters()),
-        buffer_bytes=sum(b.numel() * b.element_size() for b in module.buffers()),
+        parameter_bytes=sum(p.nbytes for p in module.parameters()),
+        buffer_bytes=sum(b.nbytes for b in module.buffers()),
         forward_macs=forward // 2 // batch,
         update_flops=total // batch,
         activation_bytes=sum(kept.values()),
@@ -229,19 +230,13 @@ def _seconds(leaf: nn.Module, shape: tuple[int, ...], like: Tensor) -> tuple[flo
     differentiable = [inputs, *leaf.parameters()]
     forward, backward = float("inf"), float("inf")
     for _ in range(4):
-        start = _now(inputs.device)
+        start = synchronized_time(inputs.device)
         outputs = leaf(inputs * 1)  # "* 1": an in-place layer must not modify a leaf tensor
-        forward_end = _now(inputs.device)
+        forward_end = synchronized_time(inputs.device)
         torch.autograd.grad(outputs, differentiable, torch.ones_like(outputs), allow_unused=True)
-        end = _now(inputs.device)
+        end = synchronized_time(inputs.device)
         forward, backward = min(forward, forward_end - start), min(backward, end - forward_end)
     return forward, backward
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def parameters(layers: Sequence[Layer]) -> int:

@@ -5,8 +5,7 @@ import json
 import os
 import resource
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from dlopt.analysis.bench.communication import collective_times
 from dlopt.analysis.model_summary import kept_for_backward
 from dlopt.parallel.mode import EpochBatches
+from dlopt.processor import synchronized_time
 from dlopt.tracking.layout import format_bytes
 from dlopt.training.build import Workload
 from dlopt.training.step import Network, Observer, Step
@@ -99,16 +99,11 @@ class Profiling(Observer):
         if self._profiler is None:
             yield
             return
-        start = self._now()
+        start = synchronized_time(self.workload.device)
         with record_function(_PREFIX + name):
             yield
-            end = self._now()
+            end = synchronized_time(self.workload.device)
         self.seconds[name] += end - start
-
-    def _now(self) -> float:
-        if self.workload.device.type == "cuda":
-            torch.cuda.synchronize(self.workload.device)
-        return time.perf_counter()
 
     def _timed(self, name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def call(*args: Any, **kwargs: Any) -> Tensor:
@@ -133,12 +128,12 @@ class Profiling(Observer):
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # Kineto warns on stderr that there is no GPU
         self._profiler = profile(activities=kinds)
         self._profiler.start()
-        self._start = self._now()
+        self._start = synchronized_time(self.workload.device)
 
     def _finish(self) -> None:
         profiler, result = self._profiler, self.result
         assert profiler is not None
-        elapsed = self._now() - self._start
+        elapsed = synchronized_time(self.workload.device) - self._start
         profiler.stop()
         self._profiler = None
         evaluation, update = self.seconds["forward and backward"], self.seconds["update"]
@@ -223,8 +218,8 @@ def _tensors(state: Any) -> list[Tensor]:
     return [value for value in values if isinstance(value, Tensor)]
 
 
-def _bytes(tensors: Any) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def _process_peak() -> int:

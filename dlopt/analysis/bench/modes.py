@@ -60,16 +60,6 @@ def measure(
     return ModeResult(label, mode, processes, problem) if problem is not None else summarize(label, mode, ranks)
 
 
-def step_times(
-    config: Mapping[str, Any], folder: Path, mode: str, processes: int, settings: Mapping[str, Any]
-) -> list[float]:
-    """Returns the seconds of each update on its slowest rank. Raises `RunError` if a rank failed."""
-    ranks, problem = _run(config, folder, processes, settings)
-    if problem is not None:
-        raise RunError(f"parallel={mode} on {processes} processes: {problem}")
-    return [max(steps) for steps in zip(*(metrics["steps"] for metrics in ranks), strict=True)]
-
-
 def _run(
     config: Mapping[str, Any], folder: Path, processes: int, settings: Mapping[str, Any]
 ) -> tuple[list[Any], str | None]:
@@ -260,7 +250,10 @@ def validate(processes: Sequence[int]) -> list[StepTime]:
             }
             for mode, estimate in calculated.items():
                 config = _config(composer, mode, BATCH)
-                steps = step_times(config, folder / f"{mode}-{count}", mode, count, _SETTINGS)
+                ranks, problem = _run(config, folder / f"{mode}-{count}", count, _SETTINGS)
+                if problem is not None:
+                    raise RunError(f"parallel={mode} on {count} processes: {problem}")
+                steps = [max(seconds) for seconds in zip(*(rank["steps"] for rank in ranks), strict=True)]
                 results.append(StepTime(mode, count, estimate.step, statistics.median(steps)))
     return results
 

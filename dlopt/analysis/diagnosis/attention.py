@@ -1,6 +1,7 @@
 """Entropy of the attention weights, head by head (Zhai et al. 2023, "Preventing Attention Entropy Collapse")."""
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -39,8 +40,8 @@ class AttentionProbe:
             for name, layer in module.named_modules()
             if isinstance(layer, CausalAttention | FullAttention)
         }
-        self._sums: dict[str, Tensor] = {}  # [heads], over tokens and samples
-        self._tokens: dict[str, int] = {}
+        self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))  # [heads], over tokens and samples
+        self._tokens: dict[str, int] = defaultdict(int)
         self._largest: dict[str, float] = {}
 
     @contextmanager
@@ -59,9 +60,8 @@ class AttentionProbe:
             batch, heads, tokens, _ = q.shape
             samples = max(1, _MOST_WEIGHTS // (heads * tokens**2))
             for part, keys in zip(q.split(samples), k.split(samples), strict=True):
-                entropy = torch.special.entr(attend.weights(part, keys)).sum((0, 2, 3))
-                self._sums[name] = self._sums[name] + entropy if name in self._sums else entropy
-            self._tokens[name] = self._tokens.get(name, 0) + batch * tokens
+                self._sums[name] = self._sums[name] + torch.special.entr(attend.weights(part, keys)).sum((0, 2, 3))
+            self._tokens[name] += batch * tokens
             attended = range(1, tokens + 1) if isinstance(attend, CausalAttention) else [tokens]
             self._largest[name] = sum(map(math.log, attended)) / len(attended)
 

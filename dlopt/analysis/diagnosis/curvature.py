@@ -36,18 +36,17 @@ def hessian_product(loss: Tensor, parameters: Sequence[Tensor]) -> Product:
     Builds the graph of the gradient once and keeps it as long as the returned function lives. Does not change `.grad`.
     """
     parameters = list(parameters)
-    gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
-    used = [(g, p) for g, p in zip(gradients, parameters, strict=True) if g is not None and g.requires_grad]
+    gradients = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
+    used = [i for i, gradient in enumerate(gradients) if gradient.requires_grad]
     sizes = [p.numel() for p in parameters]
 
     def product(vector: Tensor) -> Tensor:
-        slices = dict(zip(map(id, parameters), vector.split(sizes), strict=True))
         if not used:
             return torch.zeros_like(vector)
-        directions = [slices[id(p)].view_as(p) for _, p in used]
-        first = [g for g, _ in used]
-        second = torch.autograd.grad(first, parameters, directions, retain_graph=True, allow_unused=True)
-        return flat([torch.zeros_like(p) if s is None else s for s, p in zip(second, parameters, strict=True)]).detach()
+        slices = vector.split(sizes)
+        first, directions = [gradients[i] for i in used], [slices[i].view_as(parameters[i]) for i in used]
+        second = torch.autograd.grad(first, parameters, directions, retain_graph=True, materialize_grads=True)
+        return flat(second).detach()
 
     return product
 
@@ -78,9 +77,8 @@ def lanczos(product: Product, start: Tensor, iterations: int, count: int) -> Spe
     if not all(map(math.isfinite, diagonal + off)):
         nan = torch.full((1,), math.nan, dtype=torch.float64)
         return Spectrum(nan, nan, start[None])
-    matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
-    for i, value in enumerate(off[: size - 1]):
-        matrix[i, i + 1] = matrix[i + 1, i] = value
+    main, beside = (torch.tensor(values, dtype=torch.float64) for values in (diagonal, off[: size - 1]))
+    matrix = torch.diag(main) + torch.diag(beside, 1) + torch.diag(beside, -1)
     values, coordinates = torch.linalg.eigh(matrix)
     chosen = torch.arange(size - 1, max(size - 1 - count, -1), -1)
     residuals = (coordinates[-1, chosen] * off[-1]).abs()
@@ -96,12 +94,14 @@ def largest_eigenvalues(
     Starts from a fixed random vector, and does not use torch's global generators.
     """
     parameters = list(parameters)
-    device, dtype = parameters[0].device, parameters[0].dtype
-    generator = torch.Generator().manual_seed(0)
-    size = sum(p.numel() for p in parameters)
-    start = torch.randn(size, generator=generator, dtype=torch.float32).to(device, dtype)
     with torch.enable_grad():
-        return lanczos(hessian_product(loss(), parameters), start, iterations, count)
+        return lanczos(hessian_product(loss(), parameters), random_vector(parameters), iterations, count)
+
+
+def random_vector(parameters: Sequence[Tensor]) -> Tensor:
+    """Returns a fixed random vector [n] on the device and in the type of the parameters."""
+    count = sum(p.numel() for p in parameters)
+    return torch.randn(count, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(parameters[0])
 
 
 def curvature_along(product: Product, direction: Tensor) -> float:

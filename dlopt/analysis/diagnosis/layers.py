@@ -6,7 +6,7 @@ such module: linear, norm, tanh is one layer; so is convolution, norm, sum with 
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -262,6 +262,11 @@ def norms(tensors: Sequence[Sequence[Tensor]]) -> Tensor:
     return squares.new_zeros(len(tensors)).index_add_(0, owner, squares).sqrt()
 
 
+def norms_by_layer(layers: Mapping[str, Sequence[nn.Parameter]], values: Mapping[nn.Parameter, Tensor]) -> Tensor:
+    """Returns the norm [layers] of the values of each layer's parameters; some may have no value."""
+    return norms([[values[p] for p in group if p in values] for group in layers.values()])
+
+
 def _first_tensor(value: Any) -> Tensor | None:
     if isinstance(value, Tensor):
         return value
@@ -292,9 +297,8 @@ class TimeLagProbe:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self._states: dict[str, list[list[Tensor]]] = defaultdict(list)
-        self._inputs: dict[str, list[Tensor]] = defaultdict(list)
-        self._deltas: dict[str, list[list[Tensor]]] = defaultdict(list)
+        # Of each time step: the input state, the gradients at it, and those at the output.
+        self._steps: dict[str, list[tuple[Tensor, list[Tensor], list[Tensor]]]] = defaultdict(list)
 
     @contextmanager
     def recording(self) -> Iterator["TimeLagProbe"]:
@@ -310,29 +314,24 @@ class TimeLagProbe:
             state = inputs[0]
             if not module.training or not output.requires_grad:
                 return
-            gradients: tuple[list[Tensor], list[Tensor]] = ([], [])
+            gradients, deltas = list[Tensor](), list[Tensor]()
             if state.requires_grad:
-                state.register_hook(gradients[0].append)
-            output.register_hook(gradients[1].append)
-            self._states[name].append(gradients[0])
-            self._inputs[name].append(state.detach())
-            self._deltas[name].append(gradients[1])
+                state.register_hook(gradients.append)
+            output.register_hook(deltas.append)
+            self._steps[name].append((state.detach(), gradients, deltas))
 
         return hook
 
     def lags(self) -> list[TimeLag]:
         """Returns one `TimeLag` per recurrent layer."""
-        return [self._lag(name) for name, inputs in self._inputs.items() if len(inputs) > 1]
-
-    def _lag(self, name: str) -> TimeLag:
-        states = [_norm(gradients) for gradients in self._states[name]]
-        contributions = []
-        for delta, state in zip(self._deltas[name], self._inputs[name], strict=True):
-            step = delta[0].flatten(0, -2).T @ state.flatten(0, -2) if delta else torch.zeros(())
-            contributions.append(float(step.norm()))
-        # The first state is a constant zero without a gradient.
-        return TimeLag(name, states[:0:-1], contributions[::-1])
+        return [_time_lag(name, steps) for name, steps in self._steps.items() if len(steps) > 1]
 
 
-def _norm(gradients: list[Tensor]) -> float:
-    return float(torch.stack(gradients).sum(0).norm()) if gradients else 0.0
+def _time_lag(name: str, steps: Sequence[tuple[Tensor, list[Tensor], list[Tensor]]]) -> TimeLag:
+    states, contributions = [], []
+    for state, gradients, deltas in steps:
+        states.append(float(torch.stack(gradients).sum(0).norm()) if gradients else 0.0)
+        term = deltas[0].flatten(0, -2).T @ state.flatten(0, -2) if deltas else torch.zeros(())
+        contributions.append(float(term.norm()))
+    # The first state is a constant zero without a gradient.
+    return TimeLag(name, states[:0:-1], contributions[::-1])
