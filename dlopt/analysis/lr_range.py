@@ -234,8 +234,7 @@ def draw(result: LearningRates, title: str) -> "Figure":
             "diverges", (result.rates[end], high + margin), (-8, -18), textcoords="offset points", ha="right",
             arrowprops={"arrowstyle": "->", "color": COLOURS[0]}, color=COLOURS[0],
         )  # fmt: skip
-    axes.set_xlabel("learning rate")
-    axes.set_ylabel("loss")
+    axes.set(xlabel="learning rate", ylabel="loss")
     axes.set_title(title, fontsize=11, wrap=True)
     drawing.clean_axes(axes, color="0.92")
     axes.legend(frameon=False)

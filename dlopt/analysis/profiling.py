@@ -65,7 +65,7 @@ class Profiling(Observer):
         self._profiler: profile | None = None
         self._start = 0.0
         self._evaluation: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-        self._measures_peaks = False
+        self._measures_peaks = False  # of GPU memory: of forward and backward, and of the rest of the update
 
     def instrument(self, network: Network, batches: EpochBatches) -> tuple[Network, EpochBatches]:
         """Times the model and the loss as `forward`, and fetching a batch as `data`."""
@@ -153,10 +153,17 @@ class Profiling(Observer):
 
     @contextlib.contextmanager
     def _measuring_memory(self, step: Step, inputs: Tensor, targets: Tensor) -> Iterator[None]:
-        module, optimizer = self.workload.module, step.optimizer
-        with self._peaks(), kept_for_backward(module) as saved:
-            yield
+        module, optimizer, device = self.workload.module, step.optimizer, self.workload.device
+        self._measures_peaks = device.type == "cuda"
+        try:
+            with kept_for_backward(module) as saved:
+                yield
+        finally:
+            self._measures_peaks = False
+        if device.type == "cuda":
+            self.result.peaks["optimizer"] = torch.cuda.max_memory_allocated(device)
         state = [value for state in optimizer.state.values() for value in _tensors(state)]
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         self.result.memory = {
             "weights": _bytes(module.parameters()),
             "buffers": _bytes(module.buffers()),
@@ -164,22 +171,9 @@ class Profiling(Observer):
             "optimizer": _bytes(state),
             "batch": _bytes([inputs, targets]),
             "activations kept for the backward pass": sum(saved.values()),
-            "peak of the process": _process_peak(),
+            "peak of the process": peak * (1 if sys.platform == "darwin" else 1024),
         }
         self._begin()
-
-    @contextlib.contextmanager
-    def _peaks(self) -> Iterator[None]:
-        """Records peak GPU memory: of forward and backward, and of the rest of the update."""
-        if self.workload.device.type != "cuda":
-            yield
-            return
-        self._measures_peaks = True
-        try:
-            yield
-        finally:
-            self._measures_peaks = False
-            self.result.peaks["optimizer"] = torch.cuda.max_memory_allocated(self.workload.device)
 
 
 class TimedBatches:
@@ -220,11 +214,6 @@ def _tensors(state: Any) -> list[Tensor]:
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
-
-
-def _process_peak() -> int:
-    """Returns the peak memory of this process in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def table(result: Profile, folder: Path) -> list[str]:

@@ -172,8 +172,7 @@ def draw(rows: Sequence[ModeResult], *, title: str) -> "Figure":
         for i, value in enumerate(values):
             text = _short(rows[i].problem) if math.isnan(value) else f"{value:{form}}"
             axes.text(lengths[i], i, f" {text}", va="center", fontsize=8)
-        axes.set_xlim(0, max(lengths) * 1.22 or 1)
-        axes.set_xlabel(label)
+        axes.set(xlim=(0, max(lengths) * 1.22 or 1), xlabel=label)
     drawing.clean_axes(*panels, axis="x")
     steps, _, speedups, _, _, communication = panels
     for i, row in enumerate(rows):

@@ -473,8 +473,7 @@ def draw(models: Mapping[str, Sequence[Estimate]], cluster: Cluster, *, title: s
         bottom.set_xlabel("devices")
         drawing.powers_of_two(top, sorted({estimate.devices for estimate in estimates}))
         bottom.set_yscale("log")
-    panels[0][0].set_ylim(0, 105)
-    panels[0][0].set_ylabel("efficiency in %")
+    panels[0][0].set(ylim=(0, 105), ylabel="efficiency in %")
     panels[1][0].set_ylabel("memory per device in GB (dotted: capacity)")
     handles = [panels[0][0].plot([], [], marker=marks[mode], **line)[0] for mode, line in lines.items()]
     figure.legend(handles=handles, loc="outside right upper", frameon=False, handlelength=3.5)

@@ -51,8 +51,7 @@ def _finish(*panels: tuple["Axes", str, str]) -> None:
     """Labels the axes of each panel (axes, x, y)."""
     for axes, x, y in panels:
         drawing.clean_axes(axes, color="0.92")
-        axes.set_xlabel(x)
-        axes.set_ylabel(y)
+        axes.set(xlabel=x, ylabel=y)
 
 
 def _with_colours(diagnoses: Sequence[Diagnosis]) -> list[tuple[Diagnosis, str]]:
