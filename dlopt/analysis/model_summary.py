@@ -3,13 +3,15 @@
 `summarize` is for `dlopt summary`; `layers_of` and `timed` are for cost models.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils.flop_counter import FlopCounterMode
 
 from dlopt.processor import synchronized_time
@@ -46,34 +48,34 @@ def summarize(module: nn.Module, inputs: Tensor) -> ModelSummary:
     not those of normalization and activations. `module` must be on the meta device.
     """
     module.train()
-    shapes: dict[str, tuple[int, ...]] = {}
-    flops: dict[str, int] = {}
+    shapes: dict[nn.Module, tuple[int, ...]] = {}
+    flops: dict[nn.Module, int] = defaultdict(int)
     batch = len(inputs)
-    leaves = {name: leaf for name, leaf in module.named_modules() if not list(leaf.children())}
-    names = {leaf: name for name, leaf in leaves.items()}
+    leaves = {leaf: name for name, leaf in module.named_modules() if not list(leaf.children())}
     counter = FlopCounterMode(display=False)
 
-    def before(leaf: nn.Module, _: Any) -> None:
-        flops[names[leaf]] = flops.get(names[leaf], 0) - counter.get_total_flops()
+    def before(each: nn.Module, _: Any) -> None:
+        flops[each] -= counter.get_total_flops()
 
-    def after(leaf: nn.Module, _: Any, output: Any) -> None:
-        flops[names[leaf]] += counter.get_total_flops()
-        if isinstance(output, Tensor):
-            shapes.setdefault(names[leaf], tuple(output.shape[1:]))
+    def after(each: nn.Module, _: Any, output: Any) -> None:
+        flops[each] += counter.get_total_flops()
+        if each in leaves and isinstance(output, Tensor):
+            shapes.setdefault(each, tuple(output.shape[1:]))
 
-    with ExitStack() as hooks:
-        hooks.callback(module.zero_grad)
-        for leaf in leaves.values():
-            hooks.enter_context(leaf.register_forward_pre_hook(before))
-            hooks.enter_context(leaf.register_forward_hook(after))
-        with counter, kept_for_backward(module) as kept:
-            outputs = module(inputs)
-            forward = counter.get_total_flops()
-            outputs.sum().backward()
-        total = counter.get_total_flops()
+    with (
+        register_module_forward_pre_hook(before),
+        register_module_forward_hook(after),
+        counter,
+        kept_for_backward(module) as kept,
+    ):
+        outputs = module(inputs)
+        forward = counter.get_total_flops()
+        outputs.sum().backward()
+    total = counter.get_total_flops()
+    module.zero_grad()
     layers = [
-        LayerSummary(name, type(leaves[name]).__name__, shape, _count(leaves[name]), flops[name] // 2 // batch)
-        for name, shape in shapes.items()
+        LayerSummary(leaves[leaf], type(leaf).__name__, shape, _count(leaf), flops[leaf] // 2 // batch)
+        for leaf, shape in shapes.items()
     ]
     return ModelSummary(
         layers=layers,
@@ -167,19 +169,19 @@ def timed(module: nn.Module, inputs: Tensor) -> list[Layer]:
 def _traced(module: nn.Module, inputs: Tensor) -> list[tuple[Layer, nn.Module, tuple[int, ...]]]:
     traced: list[tuple[Layer, nn.Module, tuple[int, ...]]] = []
 
-    def watch(name: str, block: str | None, role: Any) -> Callable[..., None]:
-        def hook(leaf: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            traced.append((_layer(name, block, role, leaf, args[0], output), leaf, tuple(args[0].shape)))
-
-        return hook
-
     modules = dict(module.named_modules())
     blocks = {name: block for name, block in modules.items() if hasattr(block, "conv1") and hasattr(block, "conv2")}
-    with ExitStack() as hooks:
-        for name, leaf in modules.items():
-            if not list(leaf.children()) and not isinstance(leaf, nn.Identity):
-                block = next((prefix for prefix in blocks if name.startswith(f"{prefix}.")), None)
-                hooks.enter_context(leaf.register_forward_hook(watch(name, block, _role(name, block, blocks))))
+    leaves = {
+        leaf: name for name, leaf in modules.items() if not list(leaf.children()) and not isinstance(leaf, nn.Identity)
+    }
+
+    def record(leaf: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if leaf in leaves:
+            block = next((prefix for prefix in blocks if leaves[leaf].startswith(f"{prefix}.")), None)
+            role = _role(leaves[leaf], block, blocks)
+            traced.append((_layer(leaves[leaf], block, role, leaf, args[0], output), leaf, tuple(args[0].shape)))
+
+    with register_module_forward_hook(record):
         module(inputs)
     return traced
 

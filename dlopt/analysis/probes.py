@@ -1,12 +1,12 @@
 """Metrics computed after a run from its checkpoints; each probe returns (progress, value) per checkpoint, in order."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from dlopt.analysis import measures
 from dlopt.config.parsing import parse
@@ -145,13 +145,11 @@ def _moments(module: nn.Module, inputs: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Returns mean and standard deviation over the samples for each linear layer's inputs, except the first layer's."""
     moments: list[tuple[Tensor, Tensor]] = []
 
-    def hook(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        moments.append((arguments[0].mean(0), arguments[0].std(0)))
+    def record(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        if isinstance(layer, nn.Linear):
+            moments.append((arguments[0].mean(0), arguments[0].std(0)))
 
-    with ExitStack() as hooks, frozen_statistics(module):
-        for layer in module.modules():
-            if isinstance(layer, nn.Linear):
-                hooks.enter_context(layer.register_forward_pre_hook(hook))
+    with register_module_forward_pre_hook(record), frozen_statistics(module):
         module(inputs)
     return moments[1:]
 
