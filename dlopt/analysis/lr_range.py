@@ -6,7 +6,6 @@ FOLDER/rank-N.json.
 
 import json
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -292,11 +291,5 @@ def _explain(error: Exception) -> RankOutcome | None:
     return {"error": str(error)}, 2 if isinstance(error, UserError) else 1
 
 
-def _end(code: int) -> None:
-    if rendezvous.current() is None:
-        sys.exit(code)
-    rendezvous.end_process(code)
-
-
 if __name__ == "__main__":
-    _end(run_rank(_measure, _explain))
+    rendezvous.end_process(run_rank(_measure, _explain))

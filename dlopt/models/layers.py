@@ -142,14 +142,12 @@ class Norm:
                 return self._batch_norm(features, nn.BatchNorm1d, GhostBatchNorm1d)
             case "layer":
                 return nn.LayerNorm(features, eps=self.eps, elementwise_affine=self.affine)
-            case "group":
-                return nn.GroupNorm(self.groups_of(features), features, eps=self.eps, affine=self.affine)
             case "instance":
                 raise UserError(
                     "model.norm=instance: requires feature maps, but this model has feature vectors; "
                     "use batch, layer, group or none"
                 )
-        return nn.Identity()
+        return self.maps(features)
 
     def tokens(self, features: int) -> nn.Module:
         """Builds it for tokens [B, T, F]: `layer` normalizes each token, the others treat T as the pixels."""

@@ -147,14 +147,13 @@ class GradientSpread:
     unbiased, from batches of b samples and their mean over m batches (appendix A.1).
     """
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names = list(names)
+    def __init__(self) -> None:
         self.batches = 0
         self._sums: list[list[Tensor]] = []
         self._norms: list[Tensor] = []
 
     def add(self, gradients: Sequence[Sequence[Tensor]]) -> None:
-        """Adds one mini-batch. `gradients`: one list of tensors per name."""
+        """Adds one mini-batch. `gradients`: one list of tensors per group."""
         self._norms.append(norms(gradients))
         if not self._sums:
             self._sums = [[torch.zeros_like(g) for g in group] for group in gradients]
@@ -163,21 +162,21 @@ class GradientSpread:
         self.batches += 1
 
     def norms(self) -> Tensor:
-        """Returns the 2-norms [batches, names]."""
+        """Returns the 2-norms [batches, groups]."""
         return torch.stack(self._norms).cpu()
 
     def noise_scale(self, batch_size: int) -> tuple[float, list[float]]:
-        """Returns the noise scale of all gradients, and by name, in samples; NaN for fewer than two batches, infinite
+        """Returns the noise scale of all gradients, and by group, in samples; NaN for fewer than two batches, infinite
         if the estimated gradient is zero."""
         if self.batches < 2:
-            return math.nan, [math.nan] * len(self.names)
+            return math.nan, [math.nan] * len(self._sums)
         small = torch.stack(self._norms).double().square().mean(0)
         large = (norms(self._sums) / self.batches).double().square()
-        total, *by_name = (
+        total, *by_group = (
             noise_scale(float(a), float(b), batch_size, self.batches)
             for a, b in zip([small.sum(), *small], [large.sum(), *large], strict=True)
         )
-        return total, by_name
+        return total, by_group
 
 
 def noise_scale(small: float, large: float, batch_size: int, batches: int) -> float:

@@ -137,7 +137,7 @@ class Diagnostics(Observer):
         half = len(targets) // 2
         if half < 1:
             return math.nan
-        spread = GradientSpread(["all"])
+        spread = GradientSpread()
         with preserved_state(self.workload):
             for samples in (slice(0, half), slice(half, 2 * half)):
                 loss = loss_of(self.workload, inputs[samples], targets[samples])

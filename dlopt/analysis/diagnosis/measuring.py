@@ -131,7 +131,7 @@ def snapshot(
     others = [p for p in trained if p not in in_layers]  # of embeddings and normalizations
     groups = layers | ({"": others} if others else {})
     probe, lag, attention = LayerProbe(module, keep=20_000), TimeLagProbe(module), AttentionProbe(module)
-    spread, totals, losses = GradientSpread(list(groups)), [], []
+    spread, totals, losses = GradientSpread(), [], []
     with preserved_state(workload):
         for index, (inputs, targets) in enumerate(batches):
             with probe.recording(), attention.recording(), lag.recording() if index == 0 else contextlib.nullcontext():
@@ -148,9 +148,9 @@ def snapshot(
             iterations = max(iterations, eigenvalues)
             spectrum = largest_eigenvalues(loss_of_batch, trained, count=eigenvalues, iterations=iterations)
     order = [layer.name for layer in probe.layers if layer.name in layers]
-    total, by_name = spread.noise_scale(len(batches[0][1]))
-    columns = dict(zip(spread.names, spread.norms().T.tolist(), strict=True))
-    scales = dict(zip(spread.names, by_name, strict=True))
+    total, by_group = spread.noise_scale(len(batches[0][1]))
+    columns = dict(zip(groups, spread.norms().T.tolist(), strict=True))
+    scales = dict(zip(groups, by_group, strict=True))
     return Snapshot(
         updates=updates,
         loss=sum(losses) / len(losses),
