@@ -35,6 +35,9 @@ class Function:
         self.start, self.window = start, window
 
     def __call__(self, points: Tensor) -> Tensor:
+        return self.value(*points.unbind(-1))
+
+    def value(self, x: Tensor, y: Tensor) -> Tensor:
         raise NotImplementedError
 
     def sample(self, generator: torch.Generator) -> Loss:
@@ -65,8 +68,7 @@ class Quadratic(Function):
         """The smallest and the largest eigenvalue of the Hessian; None with noise."""
         return None if self._std > 0 else (min(1.0, self._condition), max(1.0, self._condition))
 
-    def __call__(self, points: Tensor) -> Tensor:
-        x, y = points.unbind(-1)
+    def value(self, x: Tensor, y: Tensor) -> Tensor:
         u, v = (a * x + b * y for a, b in self._axes)
         return (u**2 + self._condition * v**2) / 2
 
@@ -82,8 +84,7 @@ class Rosenbrock(Function):
 
     minima = ((1.0, 1.0),)
 
-    def __call__(self, points: Tensor) -> Tensor:
-        x, y = points.unbind(-1)
+    def value(self, x: Tensor, y: Tensor) -> Tensor:
         return (1 - x) ** 2 + 100 * (y - x**2) ** 2
 
 
@@ -92,8 +93,7 @@ class Beale(Function):
 
     minima = ((3.0, 0.5),)
 
-    def __call__(self, points: Tensor) -> Tensor:
-        x, y = points.unbind(-1)
+    def value(self, x: Tensor, y: Tensor) -> Tensor:
         return (1.5 - x + x * y) ** 2 + (2.25 - x + x * y**2) ** 2 + (2.625 - x + x * y**3) ** 2
 
 
@@ -107,8 +107,7 @@ class Himmelblau(Function):
         (3.584428340330492, -1.848126526964404),
     )
 
-    def __call__(self, points: Tensor) -> Tensor:
-        x, y = points.unbind(-1)
+    def value(self, x: Tensor, y: Tensor) -> Tensor:
         return (x**2 + y - 11) ** 2 + (x + y**2 - 7) ** 2
 
 
@@ -118,8 +117,7 @@ class Saddle(Function):
     minima = ((0.0, 1.0), (0.0, -1.0))
     least = -0.25
 
-    def __call__(self, points: Tensor) -> Tensor:
-        x, y = points.unbind(-1)
+    def value(self, x: Tensor, y: Tensor) -> Tensor:
         return (x**2 - y**2) / 2 + y**4 / 4
 
 

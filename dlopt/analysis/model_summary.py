@@ -152,7 +152,7 @@ def timed(module: nn.Module, inputs: Tensor) -> list[Layer]:
     Times layers of the same kind and sizes once.
     """
     times: dict[str, tuple[float, float]] = {}
-    layers, count = [], len(inputs)
+    layers = []
     with torch.no_grad():
         traced = _traced(module.train(), inputs)
     for layer, leaf, shape in traced:
@@ -160,9 +160,7 @@ def timed(module: nn.Module, inputs: Tensor) -> list[Layer]:
         if key not in times:
             times[key] = _seconds(leaf, shape, inputs)
         forward, backward = times[key]
-        counts = {name: getattr(layer, name) // count for name in ("inputs", "outputs", "halo")}
-        operations = layer.operations / count
-        layers.append(replace(layer, **counts, operations=operations, forward=forward, backward=backward))
+        layers.append(replace(layer, forward=forward, backward=backward))
     return layers
 
 
@@ -179,7 +177,8 @@ def _traced(module: nn.Module, inputs: Tensor) -> list[tuple[Layer, nn.Module, t
         if leaf in leaves:
             block = next((prefix for prefix in blocks if leaves[leaf].startswith(f"{prefix}.")), None)
             role = _role(leaves[leaf], block, blocks)
-            traced.append((_layer(leaves[leaf], block, role, leaf, args[0], output), leaf, tuple(args[0].shape)))
+            layer = _layer(leaves[leaf], block, role, leaf, args[0], output, len(inputs))
+            traced.append((layer, leaf, tuple(args[0].shape)))
 
     with register_module_forward_hook(record):
         module(inputs)
@@ -195,7 +194,9 @@ def _role(name: str, block: str | None, blocks: dict[str, nn.Module]) -> str:
     return {convolutions[0]: "first", convolutions[-1]: "last"}.get(short, other)
 
 
-def _layer(name: str, block: str | None, role: Any, leaf: nn.Module, inputs: Tensor, outputs: Tensor) -> Layer:
+def _layer(
+    name: str, block: str | None, role: Any, leaf: nn.Module, inputs: Tensor, outputs: Tensor, batch: int
+) -> Layer:
     kind: Literal["convolution", "linear", "other"] = "other"
     operations, halo, units = float(outputs.numel()), 0, outputs.shape[1]
     if isinstance(leaf, nn.Conv2d):
@@ -213,13 +214,13 @@ def _layer(name: str, block: str | None, role: Any, leaf: nn.Module, inputs: Ten
         block=block,
         role=role,
         kind=kind,
-        operations=operations,
+        operations=operations / batch,
         parameters=_count(leaf),
-        inputs=inputs.numel(),
-        outputs=outputs.numel(),
+        inputs=inputs.numel() // batch,
+        outputs=outputs.numel() // batch,
         units=units,
         rows=outputs.shape[2] if outputs.ndim == 4 else 1,
-        halo=halo * len(inputs),
+        halo=halo * len(inputs) // batch,
     )
 
 
