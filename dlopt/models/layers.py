@@ -178,6 +178,13 @@ def conv(inputs: int, outputs: int, kernel: int, *, stride: int = 1, bias: bool)
     return nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=kernel // 2, bias=bias)
 
 
+def conv_norm_relu(
+    inputs: int, outputs: int, kernel: int, norm: Norm, *, stride: int = 1
+) -> tuple[nn.Conv2d, nn.Module, nn.ReLU]:
+    """Builds a convolution (see `conv`), its normalization, and ReLU."""
+    return conv(inputs, outputs, kernel, stride=stride, bias=norm.bias), norm.maps(outputs), nn.ReLU()
+
+
 def image_shape(input_shape: tuple[int, ...], model: str) -> tuple[int, int, int]:
     """Returns (C, H, W) of the input. Errors: UserError for samples that are not images."""
     if len(input_shape) != 3:

@@ -25,12 +25,9 @@ class PreActBlock(nn.Module):
 
     def __init__(self, inputs: int, width: int, stride: int, *, projection: bool, dropout: float, norm: Norm) -> None:
         super().__init__()
-        self.norm1 = norm.maps(inputs)
-        self.act1 = nn.ReLU()
+        self.norm1, self.act1 = norm.maps(inputs), nn.ReLU()
         self.conv1 = conv(inputs, width, 3, stride=stride, bias=norm.bias)
-        self.norm2 = norm.maps(width)
-        self.act2 = nn.ReLU()
-        self.dropout = nn.Dropout(dropout)
+        self.norm2, self.act2, self.dropout = norm.maps(width), nn.ReLU(), nn.Dropout(dropout)
         self.conv2 = conv(width, width, 3, bias=norm.bias)
         self.shortcut = _shortcut(inputs, width, stride, projection, norm)
 
@@ -51,15 +48,11 @@ class PreActBottleneck(nn.Module):
 
     def __init__(self, inputs: int, width: int, stride: int, *, projection: bool, dropout: float, norm: Norm) -> None:
         super().__init__()
-        self.norm1 = norm.maps(inputs)
-        self.act1 = nn.ReLU()
+        self.norm1, self.act1 = norm.maps(inputs), nn.ReLU()
         self.conv1 = conv(inputs, width, 1, bias=norm.bias)
-        self.norm2 = norm.maps(width)
-        self.act2 = nn.ReLU()
+        self.norm2, self.act2 = norm.maps(width), nn.ReLU()
         self.conv2 = conv(width, width, 3, stride=stride, bias=norm.bias)
-        self.norm3 = norm.maps(width)
-        self.act3 = nn.ReLU()
-        self.dropout = nn.Dropout(dropout)
+        self.norm3, self.act3, self.dropout = norm.maps(width), nn.ReLU(), nn.Dropout(dropout)
         self.conv3 = conv(width, width * self.expansion, 1, bias=norm.bias)
         self.shortcut = _shortcut(inputs, width * self.expansion, stride, projection, norm)
 

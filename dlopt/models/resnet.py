@@ -8,7 +8,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dlopt.errors import UserError
-from dlopt.models.layers import GlobalAveragePool, Norm, NormKeys, check_instance_norm, conv, image_shape, zero_branch
+from dlopt.models.layers import (
+    GlobalAveragePool,
+    Norm,
+    NormKeys,
+    check_instance_norm,
+    conv,
+    conv_norm_relu,
+    image_shape,
+    zero_branch,
+)
 from dlopt.ranges import Count, Depth, Fraction
 
 ShortcutPadding = Literal["end", "both"]
@@ -42,12 +51,8 @@ class BasicBlock(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, stride: int, *, shortcut: nn.Module | None, norm: Norm) -> None:
         super().__init__()
-        self.conv1 = conv(inputs, outputs, 3, stride=stride, bias=norm.bias)
-        self.norm1 = norm.maps(outputs)
-        self.act1 = nn.ReLU()
-        self.conv2 = conv(outputs, outputs, 3, bias=norm.bias)
-        self.norm2 = norm.maps(outputs)
-        self.act2 = nn.ReLU()
+        self.conv1, self.norm1, self.act1 = conv_norm_relu(inputs, outputs, 3, norm, stride=stride)
+        self.conv2, self.norm2, self.act2 = conv_norm_relu(outputs, outputs, 3, norm)
         self.shortcut = shortcut
 
     def forward(self, maps: Tensor) -> Tensor:
@@ -72,15 +77,9 @@ class Bottleneck(nn.Module):
 
     def __init__(self, inputs: int, width: int, stride: int, *, shortcut: nn.Module, norm: Norm) -> None:
         super().__init__()
-        self.conv1 = conv(inputs, width, 1, bias=norm.bias)
-        self.norm1 = norm.maps(width)
-        self.act1 = nn.ReLU()
-        self.conv2 = conv(width, width, 3, stride=stride, bias=norm.bias)
-        self.norm2 = norm.maps(width)
-        self.act2 = nn.ReLU()
-        self.conv3 = conv(width, width * self.expansion, 1, bias=norm.bias)
-        self.norm3 = norm.maps(width * self.expansion)
-        self.act3 = nn.ReLU()
+        self.conv1, self.norm1, self.act1 = conv_norm_relu(inputs, width, 1, norm)
+        self.conv2, self.norm2, self.act2 = conv_norm_relu(width, width, 3, norm, stride=stride)
+        self.conv3, self.norm3, self.act3 = conv_norm_relu(width, width * self.expansion, 1, norm)
         self.shortcut = shortcut
 
     def forward(self, maps: Tensor) -> Tensor:
@@ -156,7 +155,7 @@ class CifarResNet(nn.Sequential):
             return BasicBlock(inputs, outputs, stride, shortcut=shortcut, norm=normalize)
 
         modules: OrderedDict[str, nn.Module] = OrderedDict()
-        modules["stem"] = nn.Sequential(conv(channels, width, 3, bias=normalize.bias), normalize.maps(width), nn.ReLU())
+        modules["stem"] = nn.Sequential(*conv_norm_relu(channels, width, 3, normalize))
         outputs = add_stages(modules, block, width, width, [(depth - 2) // 6] * 3)
         modules.update(pool=GlobalAveragePool(), dropout=nn.Dropout(dropout), head=nn.Linear(outputs, classes))
         super().__init__(modules)
@@ -200,9 +199,8 @@ class ResNet(nn.Sequential):
 
         modules: OrderedDict[str, nn.Module] = OrderedDict()
         kernel, stride = (7, 2) if stem == "imagenet" else (3, 1)
-        first = conv(channels, 64, kernel, stride=stride, bias=normalize.bias)
         pool = [nn.MaxPool2d(3, stride=2, padding=1)] if stem == "imagenet" else []
-        modules["stem"] = nn.Sequential(first, normalize.maps(64), nn.ReLU(), *pool)
+        modules["stem"] = nn.Sequential(*conv_norm_relu(channels, 64, kernel, normalize, stride=stride), *pool)
         outputs = add_stages(modules, block, 64, 64, _BLOCKS[depth], kind.expansion)
         modules.update(pool=GlobalAveragePool(), dropout=nn.Dropout(dropout), head=nn.Linear(outputs, classes))
         super().__init__(modules)

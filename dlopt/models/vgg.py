@@ -5,7 +5,7 @@ from typing import Literal, Unpack
 
 from torch import nn
 
-from dlopt.models.layers import GlobalAveragePool, Norm, NormKeys, check_instance_norm, conv, image_shape
+from dlopt.models.layers import GlobalAveragePool, Norm, NormKeys, check_instance_norm, conv_norm_relu, image_shape
 from dlopt.ranges import Fraction
 
 _STAGES = ((64,), (128,), (256, 256), (512, 512), (512, 512))
@@ -36,7 +36,7 @@ class VGG11(nn.Sequential):
         for index, widths in enumerate(_STAGES):
             layers: list[nn.Module] = []
             for outputs in widths:
-                layers += [conv(inputs, outputs, 3, bias=normalize.bias), normalize.maps(outputs), nn.ReLU()]
+                layers += conv_norm_relu(inputs, outputs, 3, normalize)
                 inputs = outputs
             if min(height, width) > 1:
                 layers.append(nn.MaxPool2d(2))
