@@ -2,22 +2,18 @@
 
 import json
 import math
-import os
 import statistics
-import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from dlopt.analysis import drawing
+from dlopt.analysis.ranks import run_ranks
 from dlopt.config.compose import Composer
 from dlopt.config.resolve import to_plain
 from dlopt.errors import RunError, UserError
-from dlopt.parallel.launch import python_module, run_processes
 from dlopt.tracking.layout import FittedTable, plain_table
 
 if TYPE_CHECKING:
@@ -65,17 +61,10 @@ def _run(
 ) -> tuple[list[Any], str | None]:
     """Starts `dlopt.analysis.bench.rank` processes; returns the metrics of each rank, and the error of a failed one."""
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(dict(config)))
     (folder / "plan.json").write_text(json.dumps(dict(settings)))
-    command = python_module("dlopt.analysis.bench.rank", str(folder))
     # The limit counts address space: by default, each thread's malloc arena reserves 64 MiB that it does not use.
     environment = _QUIET | ({} if settings["memory_limit_mb"] is None else {"MALLOC_ARENA_MAX": "1"})
-    if processes == 1:
-        codes = [subprocess.run(command, env={**os.environ, **environment}).returncode]
-    else:
-        codes, _, stopped = run_processes(command, processes, environment)
-        if stopped:
-            raise KeyboardInterrupt
+    codes = run_ranks("dlopt.analysis.bench.rank", folder, config, processes, environment)
     files = [folder / f"rank-{rank}.json" for rank in range(processes)]
     ranks = [json.loads(path.read_text()) if path.exists() else None for path in files]
     return ranks, _problem(ranks, codes)
